@@ -1,0 +1,5 @@
+//! The gRPC services.
+
+pub mod codec;
+pub mod encoded;
+pub mod proto;

@@ -1,0 +1,1 @@
+//! Messages encoded once and sent to many.

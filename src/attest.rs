@@ -1,0 +1,3 @@
+//! From an admitted peer to its selectors.
+
+pub mod unix;

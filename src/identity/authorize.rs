@@ -1,0 +1,220 @@
+//! The one rule that says who may have what: an entry is its caller's when every selector it asks for was attested.
+//!
+//! [`AuthorizedEntry`] is made here and nowhere else; an SVID is handed out for nothing else. The index makes a look
+//! cost what the caller's own selectors cost, however many entries there are.
+
+use std::sync::Arc;
+
+use hashbrown::HashMap;
+
+use super::{Entry, EntryId, Selector, Selectors, SpiffeId};
+
+/// An entry that matched a caller's selectors. Only [`authorize`] makes one.
+#[derive(Clone, Debug)]
+pub struct AuthorizedEntry(Arc<Entry>);
+
+impl AuthorizedEntry {
+    /// The entry.
+    pub fn entry(&self) -> &Entry {
+        &self.0
+    }
+
+    /// The entry, shared.
+    pub fn shared(&self) -> &Arc<Entry> {
+        &self.0
+    }
+
+    /// Whom its SVIDs name.
+    pub fn spiffe_id(&self) -> &SpiffeId {
+        &self.0.spiffe_id
+    }
+}
+
+/// No entry matches the caller, or none has the SPIFFE ID it asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no identity issued")]
+pub struct NoIdentity;
+
+/// All entries, found by selector.
+///
+/// Each entry stands under one of its selectors only: the one that the fewest entries ask for. A caller that was
+/// attested with n selectors looks up n lists, and meets only entries that ask for one of its rarest facts.
+#[derive(Debug, Default)]
+pub struct EntryIndex {
+    entries: Vec<Arc<Entry>>,
+    by_selector: HashMap<Selector, Vec<usize>, ahash::RandomState>,
+}
+
+impl EntryIndex {
+    /// Indexes `entries`, sorted by their ID. Of two entries with the same ID the last one stays.
+    pub fn new(entries: impl IntoIterator<Item = Arc<Entry>>) -> Self {
+        let mut entries: Vec<Arc<Entry>> = entries.into_iter().collect();
+        // Stable, so that of equal IDs the one that came last is last, and stays.
+        entries.sort_by(|a, b| a.id.cmp(&b.id));
+        entries.reverse();
+        entries.dedup_by(|a, b| a.id == b.id);
+        entries.reverse();
+
+        let mut wanted: HashMap<&Selector, usize, ahash::RandomState> = HashMap::default();
+        for selector in entries.iter().flat_map(|entry| &entry.selectors) {
+            *wanted.entry(selector).or_default() += 1;
+        }
+        let mut by_selector: HashMap<Selector, Vec<usize>, ahash::RandomState> = HashMap::default();
+        for (at, entry) in entries.iter().enumerate() {
+            if let Some(rarest) = entry.selectors.iter().min_by_key(|selector| wanted.get(selector)) {
+                by_selector.entry_ref(rarest).or_default().push(at);
+            }
+        }
+        Self { entries, by_selector }
+    }
+
+    /// All entries, sorted by ID.
+    pub fn entries(&self) -> &[Arc<Entry>] {
+        &self.entries
+    }
+
+    /// The entry with this ID.
+    pub fn get(&self, id: &EntryId) -> Option<&Arc<Entry>> {
+        let at = self.entries.binary_search_by(|entry| entry.id.cmp(id)).ok()?;
+        self.entries.get(at)
+    }
+}
+
+/// Returns the entries whose every selector was attested, narrowed to `wanted` when given, sorted by entry ID.
+///
+/// Of several with the same hint the oldest stays (SPIRE: `pkg/agent/common/hintsfilter`), before narrowing, so that
+/// a caller is never given by name what it is not given in full. An entry without selectors matches nobody: an empty
+/// list is a mistake, not a wildcard.
+///
+/// # Errors
+/// [`NoIdentity`] when none is left.
+pub fn authorize(
+    index: &EntryIndex,
+    attested: &Selectors,
+    wanted: Option<&SpiffeId>,
+) -> Result<Vec<AuthorizedEntry>, NoIdentity> {
+    let mut at: Vec<usize> = attested
+        .iter()
+        .filter_map(|selector| index.by_selector.get(selector))
+        .flatten()
+        .copied()
+        .filter(|at| index.entries.get(*at).is_some_and(|entry| entry.selectors.is_subset(attested)))
+        .collect();
+    // An entry stands under one selector only, so no place comes twice.
+    at.sort_unstable();
+    let matched: Vec<&Arc<Entry>> = at.iter().filter_map(|at| index.entries.get(*at)).collect();
+
+    let age = |entry: &Entry| (entry.created_at, entry.id.clone());
+    let mut oldest: HashMap<&str, &Entry, ahash::RandomState> = HashMap::default();
+    for entry in matched.iter().filter(|entry| !entry.hint.is_empty()) {
+        let first = oldest.entry(&entry.hint).or_insert(entry);
+        if age(entry) < age(first) {
+            *first = entry;
+        }
+    }
+    let keeps_hint = |entry: &Entry| oldest.get(&*entry.hint).is_none_or(|first| first.id == entry.id);
+    let authorized: Vec<AuthorizedEntry> = matched
+        .iter()
+        .filter(|entry| keeps_hint(entry))
+        .filter(|entry| wanted.is_none_or(|id| entry.spiffe_id == *id))
+        .map(|entry| AuthorizedEntry(Arc::clone(entry)))
+        .collect();
+    if authorized.is_empty() { Err(NoIdentity) } else { Ok(authorized) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn entry(name: &str, selectors: &str, hint: &str, created_at: i64) -> Arc<Entry> {
+        Arc::new(Entry {
+            id: EntryId::new(name),
+            spiffe_id: SpiffeId::parse(&format!("spiffe://td/{}", name.trim_end_matches(char::is_numeric)))
+                .unwrap(),
+            selectors: parse(selectors),
+            x509_svid_ttl: None,
+            jwt_svid_ttl: None,
+            hint: hint.into(),
+            dns_names: Vec::new(),
+            federates_with: BTreeSet::new(),
+            created_at,
+            revision: 0,
+        })
+    }
+
+    fn parse(selectors: &str) -> Selectors {
+        selectors.split_whitespace().map(|s| Selector::parse(&format!("unix:{s}")).unwrap()).collect()
+    }
+
+    fn ids(found: Result<Vec<AuthorizedEntry>, NoIdentity>) -> Result<String, NoIdentity> {
+        found.map(|all| all.iter().map(|e| e.entry().id.as_str()).collect::<Vec<_>>().join(" "))
+    }
+
+    #[test]
+    fn authorize_needs_every_selector() {
+        let index = EntryIndex::new([
+            entry("web", "uid:1000", "", 0),
+            entry("db", "uid:1000 gid:7", "", 0),
+            entry("unfinished", "", "", 0),
+            entry("other", "uid:1001", "", 0),
+        ]);
+        for (case, attested, wanted, want) in [
+            ("nothing attested", "", None, Err(NoIdentity)),
+            ("one selector", "uid:1000", None, Ok("web")),
+            ("both selectors, sorted by entry id", "uid:1000 gid:7", None, Ok("db web")),
+            ("half of two", "gid:7", None, Err(NoIdentity)),
+            ("asking narrows", "uid:1000 gid:7", Some("db"), Ok("db")),
+            ("asking never widens", "uid:1000", Some("db"), Err(NoIdentity)),
+        ] {
+            let wanted = wanted.map(|path| SpiffeId::parse(&format!("spiffe://td/{path}")).unwrap());
+            let got = ids(authorize(&index, &parse(attested), wanted.as_ref()));
+            assert_eq!(got.as_deref(), want.as_ref().map(|s| *s), "{case}");
+        }
+    }
+
+    #[test]
+    fn the_oldest_keeps_a_hint() {
+        let index = EntryIndex::new([
+            entry("a", "u:1", "x", 5),
+            entry("b", "u:1", "x", 2),
+            entry("c", "u:1", "", 1),
+            entry("d", "u:1", "", 1),
+            entry("e", "u:1", "x", 2),
+        ]);
+        assert_eq!(ids(authorize(&index, &parse("u:1"), None)).as_deref(), Ok("b c d"));
+        let lost = SpiffeId::parse("spiffe://td/a").unwrap();
+        assert_eq!(ids(authorize(&index, &parse("u:1"), Some(&lost))), Err(NoIdentity));
+    }
+
+    #[test]
+    fn of_two_with_one_id_the_last_stays() {
+        let index = EntryIndex::new([entry("a1", "u:1", "first", 0), entry("a1", "u:1", "last", 0)]);
+        assert_eq!(index.entries().len(), 1);
+        assert_eq!(&*index.get(&EntryId::new("a1")).unwrap().hint, "last");
+    }
+
+    proptest! {
+        /// The index gives what looking at every entry gives.
+        #[test]
+        fn index_agrees_with_a_scan(
+            entries in proptest::collection::vec(proptest::collection::btree_set(0u8..6, 0..4), 0..30),
+            attested in proptest::collection::btree_set(0u8..6, 0..6),
+        ) {
+            let text = |set: &BTreeSet<u8>| set.iter().map(|n| format!("u:{n} ")).collect::<String>();
+            let entries: Vec<_> =
+                entries.iter().enumerate().map(|(i, set)| entry(&format!("e{i:03}"), &text(set), "", 0)).collect();
+            let attested = parse(&text(&attested));
+            let scan: Vec<String> = entries
+                .iter()
+                .filter(|e| !e.selectors.is_empty() && e.selectors.is_subset(&attested))
+                .map(|e| e.id.to_string())
+                .collect();
+            let found = ids(authorize(&EntryIndex::new(entries.clone()), &attested, None)).unwrap_or_default();
+            prop_assert_eq!(found, scan.join(" "));
+        }
+    }
+}

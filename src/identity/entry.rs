@@ -1,0 +1,65 @@
+//! A registration entry: which process (by its selectors) is which workload (by its SPIFFE ID).
+
+use std::{collections::BTreeSet, fmt, sync::Arc, time::Duration};
+
+use super::{Selectors, SpiffeId, TrustDomain};
+
+/// The identity of an entry, which also orders answers: entries are served sorted by it, byte by byte, and the
+/// first is the caller's default (SPIRE: `pkg/agent/manager/cache`). From a SPIRE Server it is the server's; the
+/// embedded issuer makes it from the entry's name, so that it stays the same over restarts.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EntryId(Arc<str>);
+
+impl EntryId {
+    /// Takes the text as it is.
+    pub fn new(text: &str) -> Self {
+        Self(text.into())
+    }
+
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for EntryId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for EntryId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&*self.0, f)
+    }
+}
+
+/// The longest hint, in bytes (SPIFFE Workload API standard, section 5.2.1: longer ones should not be supported).
+pub const MAX_HINT_LEN: usize = 1024;
+
+/// A registration entry. What is invalid (foreign trust domain, reserved path, no selector, hint too long, lifetime
+/// of zero) was refused where it was read; see `config`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Identity and place in the order.
+    pub id: EntryId,
+    /// Whom the SVIDs name.
+    pub spiffe_id: SpiffeId,
+    /// All of these must have been attested. An entry without any matches nobody.
+    pub selectors: Selectors,
+    /// Lifetime of X.509-SVIDs; `None` takes the issuer's default (1 hour).
+    pub x509_svid_ttl: Option<Duration>,
+    /// Lifetime of JWT-SVIDs; `None` takes the issuer's default (5 minutes).
+    pub jwt_svid_ttl: Option<Duration>,
+    /// Tells the workload what the identity is for; empty for none.
+    pub hint: Box<str>,
+    /// DNS names of the X.509-SVID; the first also becomes the common name of its subject.
+    pub dns_names: Vec<String>,
+    /// Foreign trust domains whose bundles its callers receive.
+    pub federates_with: BTreeSet<TrustDomain>,
+    /// Which of two entries with the same hint is older and keeps it: place in the configuration, or the server's
+    /// `created_at` (seconds).
+    pub created_at: i64,
+    /// Grows when the entry changes: an SVID made of an older revision is made again.
+    pub revision: i64,
+}

@@ -1,0 +1,1 @@
+//! JWT-SVIDs of others: parsing and validation.

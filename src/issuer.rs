@@ -1,0 +1,3 @@
+//! Who signs: the embedded CA, or a SPIRE Server.
+
+pub mod embedded;
