@@ -55,16 +55,20 @@ impl EntryIndex {
         entries.dedup_by(|a, b| a.id == b.id);
         entries.reverse();
 
-        let mut wanted: HashMap<&Selector, usize, ahash::RandomState> = HashMap::default();
-        for selector in entries.iter().flat_map(|entry| &entry.selectors) {
-            *wanted.entry(selector).or_default() += 1;
-        }
-        let mut by_selector: HashMap<Selector, Vec<usize>, ahash::RandomState> = HashMap::default();
-        for (at, entry) in entries.iter().enumerate() {
-            if let Some(rarest) = entry.selectors.iter().min_by_key(|selector| wanted.get(selector)) {
-                by_selector.entry_ref(rarest).or_default().push(at);
+        let by_selector = {
+            let mut wanted: HashMap<&Selector, usize, ahash::RandomState> = HashMap::default();
+            for selector in entries.iter().flat_map(|entry| &entry.selectors) {
+                *wanted.entry(selector).or_default() += 1;
             }
-        }
+            let mut by_selector: HashMap<Selector, Vec<usize>, ahash::RandomState> = HashMap::default();
+            for (at, entry) in entries.iter().enumerate() {
+                let rarest = entry.selectors.iter().min_by_key(|selector| wanted.get(selector));
+                if let Some(rarest) = rarest {
+                    by_selector.entry_ref(rarest).or_default().push(at);
+                }
+            }
+            by_selector
+        };
         Self { entries, by_selector }
     }
 

@@ -24,8 +24,7 @@ fn generate(out: &Path) {
     let server = out.join("server");
     let mut build = plain(&server)
         .build_client(false)
-        .codec_path("crate::api::codec::SmallCodec")
-        .extern_path(".google.protobuf", "::prost_types");
+        .codec_path("crate::api::codec::SmallCodec");
     for file in &files.file {
         if file.package().is_empty() {
             for message in &file.message_type {
