@@ -59,6 +59,10 @@ pub struct Bundles {
 impl Bundles {
     /// The bundle of `trust_domain`, own or federated, if it is known.
     pub fn of(&self, trust_domain: &TrustDomain) -> Option<&Arc<Bundle>> {
-        if self.own.trust_domain == *trust_domain { Some(&self.own) } else { self.federated.get(trust_domain) }
+        if self.own.trust_domain == *trust_domain {
+            Some(&self.own)
+        } else {
+            self.federated.get(trust_domain)
+        }
     }
 }

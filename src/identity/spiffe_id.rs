@@ -30,7 +30,9 @@ pub enum SpiffeIdError {
     #[error("trust domain is missing")]
     NoTrustDomain,
     /// A character that a trust domain cannot hold; ports and user names end here too.
-    #[error("trust domain characters are limited to lowercase letters, numbers, dots, dashes, and underscores")]
+    #[error(
+        "trust domain characters are limited to lowercase letters, numbers, dots, dashes, and underscores"
+    )]
     TrustDomainCharacter,
     /// A character that a path cannot hold; queries, fragments and percent-encoding end here too.
     #[error("path segment characters are limited to letters, numbers, dots, dashes, and underscores")]

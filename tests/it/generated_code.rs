@@ -11,8 +11,9 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const SHARED: [&str; 3] = ["X509SVIDResponse", "X509BundlesResponse", "JWTBundlesResponse"];
 
 fn generate(out: &Path) {
-    let files = protox::compile([Path::new(ROOT).join("proto/workload.proto")], [Path::new(ROOT).join("proto")])
-        .expect("proto/ compiles");
+    let files =
+        protox::compile([Path::new(ROOT).join("proto/workload.proto")], [Path::new(ROOT).join("proto")])
+            .expect("proto/ compiles");
     let plain = |dir: &Path| {
         std::fs::create_dir_all(dir).unwrap();
         tonic_prost_build::configure().out_dir(dir).build_transport(false).emit_rerun_if_changed(false)
@@ -22,9 +23,7 @@ fn generate(out: &Path) {
     plain(&messages).build_server(false).compile_fds(files.clone()).expect("messages and client");
 
     let server = out.join("server");
-    let mut build = plain(&server)
-        .build_client(false)
-        .codec_path("crate::api::codec::SmallCodec");
+    let mut build = plain(&server).build_client(false).codec_path("crate::api::codec::SmallCodec");
     for file in &files.file {
         if file.package().is_empty() {
             for message in &file.message_type {
