@@ -119,7 +119,11 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
     c.restart("agent.listener.drain_timeout", drain_timeout, &new.drain_timeout);
 
     let revisions = |config: &Config| -> BTreeMap<EntryId, i64> {
-        config.entries.iter().map(|entry: &std::sync::Arc<Entry>| (entry.id.clone(), entry.revision)).collect()
+        config
+            .entries
+            .iter()
+            .map(|entry: &std::sync::Arc<Entry>| (entry.id.clone(), entry.revision))
+            .collect()
     };
     let _ = entries;
     let (before, after) = (revisions(old), revisions(new));
@@ -198,7 +202,8 @@ fn diff_issuer(c: &mut Changes, old: &Settings, new: &Settings) {
 
 fn diff_health(c: &mut Changes, old: Option<&Health>, new: Option<&Health>) {
     let part = |part: fn(&Health) -> String| (old.map(part), new.map(part));
-    let (was, is) = part(|Health { bind, live_path: _, ready_path: _ }| format!("{}:{}", bind.host, bind.port));
+    let (was, is) =
+        part(|Health { bind, live_path: _, ready_path: _ }| format!("{}:{}", bind.host, bind.port));
     c.restart("health_checks.bind_address", &was, &is);
     let (was, is) = part(|health| health.live_path.clone());
     c.restart("health_checks.live_path", &was, &is);
