@@ -8,6 +8,7 @@
 pub mod authorize;
 pub mod bundle;
 pub mod entry;
+mod json;
 pub mod jwt;
 pub mod selector;
 pub mod spiffe_id;

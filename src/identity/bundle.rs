@@ -1,8 +1,141 @@
 //! Bundles: the public keys with which the members of a trust domain are verified.
+//!
+//! A bundle is text from elsewhere: a PEM file, or a JWK set as the SPIFFE Trust Domain and Bundle standard has it,
+//! put on disk by an admin and often made by a stranger. What parses holds only CA certificates that are
+//! certificates and keys that are keys (points on their curve, RSA of a usable size); a bundle with one bad key is
+//! refused as a whole, and the error names the key. Nothing here says whether a certificate is still valid: whoever
+//! verifies a chain does.
 
 use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
-use super::TrustDomain;
+use aws_lc_rs::signature::{
+    ECDSA_P256_SHA256_FIXED, ECDSA_P384_SHA384_FIXED, ECDSA_P521_SHA512_FIXED, EcdsaVerificationAlgorithm,
+    ParsedPublicKey,
+};
+use base64::{
+    Engine as _,
+    engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
+};
+use serde::Serialize;
+use serde_json::{Map, Value};
+use x509_parser::{pem::Pem, prelude::FromDer as _, public_key::PublicKey, x509::SubjectPublicKeyInfo};
+
+use super::{TrustDomain, json, json::Quoted};
+
+/// The longest bundle that is parsed, in bytes.
+pub const MAX_LEN: usize = 1 << 20;
+
+/// The most keys (or certificates) of a bundle.
+pub const MAX_KEYS: usize = 1000;
+
+/// Why a text is no bundle.
+#[derive(Debug, thiserror::Error)]
+pub enum BundleError {
+    /// More than [`MAX_LEN`] bytes.
+    #[error("bundle has {0} bytes, but can have at most {MAX_LEN}")]
+    TooLong(usize),
+    /// More than [`MAX_KEYS`] keys.
+    #[error("bundle has more than {MAX_KEYS} keys")]
+    TooManyKeys,
+    /// A PEM text without a certificate.
+    #[error("bundle holds no PEM block of type CERTIFICATE")]
+    NoCertificate,
+    /// Something is wrong with the PEM block at this index (from zero).
+    #[error("PEM block {at}: {reason}")]
+    PemBlock {
+        /// Its index, from zero.
+        at: usize,
+        /// What is wrong.
+        reason: KeyError,
+    },
+    /// Not JSON, or JSON that names a member of an object twice.
+    #[error("bundle is not valid JSON: {0}")]
+    Json(serde_json::Error),
+    /// No `keys`, or not an array.
+    #[error("bundle must be a JSON object with an array \"keys\"")]
+    NoKeys,
+    /// Something is wrong with the key at this index.
+    #[error("keys[{at}]: {reason}")]
+    Key {
+        /// Its index, from zero.
+        at: usize,
+        /// What is wrong.
+        reason: KeyError,
+    },
+    /// A certificate of the bundle cannot be shown as a JWK.
+    #[error("certificate {at}: {reason}")]
+    Certificate {
+        /// Its index, from zero.
+        at: usize,
+        /// What is wrong.
+        reason: KeyError,
+    },
+}
+
+/// What is wrong with one key or certificate of a bundle.
+#[derive(Debug, thiserror::Error)]
+pub enum KeyError {
+    /// Not a PEM block: no end, a broken header, or not base64.
+    #[error("not a PEM block: {0}")]
+    Pem(x509_parser::error::PEMError),
+    /// A PEM block of another type.
+    #[error("type is {}, but a bundle holds blocks of type CERTIFICATE only", Quoted(.0))]
+    PemType(String),
+    /// Not one DER certificate.
+    #[error("not a DER certificate")]
+    NotCertificate,
+    /// A certificate that says it is not a CA's, or does not say that it is.
+    #[error("not a CA certificate: basic constraints must say CA")]
+    NotCa,
+    /// A member that must be there, and is not.
+    #[error("\"{0}\" is missing")]
+    Missing(&'static str),
+    /// A member of another JSON type.
+    #[error("\"{0}\" must be a text that is not empty")]
+    NotText(&'static str),
+    /// The key is no JSON object.
+    #[error("must be a JSON object")]
+    NotObject,
+    /// `x5c` with none or several certificates.
+    #[error("\"x5c\" must be an array with exactly one certificate, but has {0}")]
+    X5cLen(usize),
+    /// `x5c` is no array.
+    #[error("\"x5c\" must be an array with exactly one certificate")]
+    X5cType,
+    /// Not base64 (`x5c`), or not base64url without padding (the others).
+    #[error("\"{0}\" is not base64: {1}")]
+    Base64(&'static str, base64::DecodeError),
+    /// A curve that no JWT-SVID algorithm uses.
+    #[error("\"crv\" is {}, but must be P-256, P-384 or P-521", Quoted(.0))]
+    Curve(String),
+    /// A coordinate that is not as long as its curve asks for (RFC 7518, section 6.2.1.2).
+    #[error("\"{name}\" has {got} bytes, but a coordinate of {curve} has {want}")]
+    Coordinate {
+        /// `x` or `y`.
+        name: &'static str,
+        /// Its length, in bytes.
+        got: usize,
+        /// The curve.
+        curve: &'static str,
+        /// What its length must be, in bytes.
+        want: usize,
+    },
+    /// Coordinates of no point of the curve.
+    #[error("\"x\" and \"y\" are no point of {0}")]
+    NotOnCurve(&'static str),
+    /// A modulus that is too short to be safe or too long to be quick.
+    #[error("RSA modulus has {0} bits, but must have 2048 to 8192 and be odd")]
+    Modulus(usize),
+    /// An exponent that no sound key has.
+    #[error("RSA exponent must be odd, at least 3 and less than 2^33")]
+    Exponent,
+    /// Two different keys under one name.
+    #[error("another key has the same \"kid\" {}", Quoted(.0))]
+    DuplicateKid(String),
+    /// A public key that a JWK cannot hold.
+    #[error("public key must be RSA, or EC on P-256, P-384 or P-521")]
+    KeyType,
+}
 
 /// A public key that signs JWT-SVIDs, as its JWK has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +169,121 @@ pub enum JwtPublicKey {
     },
 }
 
+/// A curve of RFC 7518, section 6.2.1.1.
+#[derive(Clone, Copy)]
+struct Curve {
+    name: &'static str,
+    /// Bytes of a coordinate.
+    len: usize,
+    /// Its object identifier in a certificate.
+    oid: &'static str,
+    verification: &'static EcdsaVerificationAlgorithm,
+}
+
+const CURVES: [Curve; 3] = [
+    Curve { name: "P-256", len: 32, oid: "1.2.840.10045.3.1.7", verification: &ECDSA_P256_SHA256_FIXED },
+    Curve { name: "P-384", len: 48, oid: "1.3.132.0.34", verification: &ECDSA_P384_SHA384_FIXED },
+    Curve { name: "P-521", len: 66, oid: "1.3.132.0.35", verification: &ECDSA_P521_SHA512_FIXED },
+];
+
+impl JwtPublicKey {
+    /// Reads a public key in DER: a SubjectPublicKeyInfo, as a certificate or a `PUBLIC KEY` PEM block holds it.
+    ///
+    /// # Errors
+    /// [`KeyError`] when it is none of the keys that JWT-SVIDs are signed with.
+    pub fn from_spki(der: &[u8]) -> Result<Self, KeyError> {
+        let Ok(([], spki)) = SubjectPublicKeyInfo::from_der(der) else { return Err(KeyError::KeyType) };
+        Self::of_spki(&spki)
+    }
+
+    fn of_spki(spki: &SubjectPublicKeyInfo<'_>) -> Result<Self, KeyError> {
+        match spki.parsed() {
+            Ok(PublicKey::EC(point)) => {
+                let oid = spki.algorithm.parameters.as_ref().and_then(|any| any.as_oid().ok());
+                let oid = oid.map(|oid| oid.to_id_string());
+                let curve = CURVES.iter().find(|curve| Some(curve.oid) == oid.as_deref());
+                let curve = curve.ok_or(KeyError::KeyType)?;
+                let Some((4, coordinates)) = point.data().split_first() else {
+                    return Err(KeyError::KeyType);
+                };
+                let (x, y) = coordinates.split_at_checked(curve.len).ok_or(KeyError::KeyType)?;
+                Self::ec(curve, x, y)
+            }
+            Ok(PublicKey::RSA(key)) => Self::rsa(key.modulus, key.exponent),
+            _ => Err(KeyError::KeyType),
+        }
+    }
+
+    fn ec(curve: &Curve, x: &[u8], y: &[u8]) -> Result<Self, KeyError> {
+        for (name, coordinate) in [("x", x), ("y", y)] {
+            if coordinate.len() != curve.len {
+                return Err(KeyError::Coordinate {
+                    name,
+                    got: coordinate.len(),
+                    curve: curve.name,
+                    want: curve.len,
+                });
+            }
+        }
+        let point = [&[4], x, y].concat();
+        if ParsedPublicKey::new(curve.verification, &point).is_err() {
+            return Err(KeyError::NotOnCurve(curve.name));
+        }
+        Ok(Self::Ec {
+            crv: curve.name.into(),
+            x: URL_SAFE_NO_PAD.encode(x).into(),
+            y: URL_SAFE_NO_PAD.encode(y).into(),
+        })
+    }
+
+    fn rsa(n: &[u8], e: &[u8]) -> Result<Self, KeyError> {
+        let (n, e) = (without_leading_zeros(n), without_leading_zeros(e));
+        let unused = n.first().map_or(0, |first| first.leading_zeros());
+        let bits = n.len() * 8 - usize::try_from(unused).unwrap_or_default();
+        let odd = |bytes: &[u8]| bytes.last().is_some_and(|last| last % 2 == 1);
+        if !(2048..=8192).contains(&bits) || !odd(n) {
+            return Err(KeyError::Modulus(bits));
+        }
+        let exponent = e.iter().take(9).fold(0_u128, |value, byte| value << 8 | u128::from(*byte));
+        if !odd(e) || !(3..1 << 33).contains(&exponent) {
+            return Err(KeyError::Exponent);
+        }
+        Ok(Self::Rsa { n: URL_SAFE_NO_PAD.encode(n).into(), e: URL_SAFE_NO_PAD.encode(e).into() })
+    }
+
+    /// Reads the members of a JWK; `None` when its `kty` is unknown (section 4.2.1 of the standard).
+    fn of_jwk(jwk: &Map<String, Value>) -> Result<Option<Self>, KeyError> {
+        let decoded = |name: &'static str| {
+            let value = URL_SAFE_NO_PAD.decode(text(jwk, name)?);
+            value.map_err(|reason| KeyError::Base64(name, reason))
+        };
+        match text(jwk, "kty")? {
+            "EC" => {
+                let crv = text(jwk, "crv")?;
+                let curve = CURVES.iter().find(|curve| curve.name == crv);
+                let curve = curve.ok_or_else(|| KeyError::Curve(crv.to_owned()))?;
+                Self::ec(curve, &decoded("x")?, &decoded("y")?).map(Some)
+            }
+            "RSA" => Self::rsa(&decoded("n")?, &decoded("e")?).map(Some),
+            _ => Ok(None),
+        }
+    }
+}
+
+fn without_leading_zeros(number: &[u8]) -> &[u8] {
+    let zeros = number.iter().take_while(|byte| **byte == 0).count();
+    number.get(zeros..).unwrap_or_default()
+}
+
+/// The member `name` of a JWK, which must be a text with characters.
+fn text<'a>(jwk: &'a Map<String, Value>, name: &'static str) -> Result<&'a str, KeyError> {
+    match jwk.get(name) {
+        None => Err(KeyError::Missing(name)),
+        Some(Value::String(text)) if !text.is_empty() => Ok(text),
+        Some(_) => Err(KeyError::NotText(name)),
+    }
+}
+
 /// What verifies the members of one trust domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bundle {
@@ -45,6 +293,204 @@ pub struct Bundle {
     pub x509_authorities: Vec<Vec<u8>>,
     /// JWT keys, sorted by `kid`.
     pub jwt_authorities: Vec<JwtAuthority>,
+}
+
+impl Bundle {
+    /// Parses a file of PEM certificates: the X.509 authorities of `trust_domain`. The same certificate twice counts
+    /// once; text between the blocks is left alone.
+    ///
+    /// # Errors
+    /// [`BundleError`] when there is no certificate, one is not a CA's, or the file holds blocks of another type
+    /// (a private key next to its certificate, say).
+    pub fn parse_pem(trust_domain: &TrustDomain, pem: &[u8]) -> Result<Self, BundleError> {
+        check_len(pem)?;
+        let mut x509_authorities = Vec::new();
+        for (at, block) in Pem::iter_from_buffer(pem).enumerate() {
+            let wrong = |reason| BundleError::PemBlock { at, reason };
+            if at >= MAX_KEYS {
+                return Err(BundleError::TooManyKeys);
+            }
+            let block = block.map_err(|reason| wrong(KeyError::Pem(reason)))?;
+            if block.label != "CERTIFICATE" {
+                return Err(wrong(KeyError::PemType(block.label)));
+            }
+            check_ca(&block.contents).map_err(wrong)?;
+            if !x509_authorities.contains(&block.contents) {
+                x509_authorities.push(block.contents);
+            }
+        }
+        if x509_authorities.is_empty() {
+            return Err(BundleError::NoCertificate);
+        }
+        Ok(Self { trust_domain: trust_domain.clone(), x509_authorities, jwt_authorities: Vec::new() })
+    }
+
+    /// Parses a SPIFFE bundle: a JWK set with `use` (SPIFFE Trust Domain and Bundle, section 4).
+    ///
+    /// Keys of an unknown `use` or `kty`, or without `use`, are passed over, as the standard has it; a set that is
+    /// left empty is a bundle that trusts nobody. An `x509-svid` key is what its one certificate says; its other
+    /// members are not looked at. `spiffe_sequence` and `spiffe_refresh_hint` are not needed for a file.
+    ///
+    /// # Errors
+    /// [`BundleError`] with the index of the first key that is wrong, and why. X509-SVID, section 6.2, would pass
+    /// over an `x509-svid` key without a certificate; as SPIRE does, this refuses it: an authority that is left out
+    /// silently is found when a neighbour is not trusted.
+    pub fn parse_spiffe(trust_domain: &TrustDomain, json: &[u8]) -> Result<Self, BundleError> {
+        check_len(json)?;
+        let document = json::parse(json).map_err(BundleError::Json)?;
+        let keys = document.get("keys").and_then(Value::as_array).ok_or(BundleError::NoKeys)?;
+        if keys.len() > MAX_KEYS {
+            return Err(BundleError::TooManyKeys);
+        }
+        let mut x509_authorities = Vec::new();
+        let mut jwt_keys = BTreeMap::new();
+        for (at, jwk) in keys.iter().enumerate() {
+            let wrong = |reason| BundleError::Key { at, reason };
+            let jwk = jwk.as_object().ok_or_else(|| wrong(KeyError::NotObject))?;
+            match jwk.get("use").and_then(Value::as_str) {
+                Some("x509-svid") => {
+                    let Some(der) = certificate(jwk).map_err(wrong)? else { continue };
+                    if !x509_authorities.contains(&der) {
+                        x509_authorities.push(der);
+                    }
+                }
+                Some("jwt-svid") => {
+                    let Some(key) = JwtPublicKey::of_jwk(jwk).map_err(wrong)? else { continue };
+                    let kid = text(jwk, "kid").map_err(wrong)?;
+                    if *jwt_keys.entry(kid).or_insert_with(|| key.clone()) != key {
+                        return Err(wrong(KeyError::DuplicateKid(kid.to_owned())));
+                    }
+                }
+                _ => {}
+            }
+        }
+        let authority = |(kid, key): (&str, _)| JwtAuthority { kid: kid.into(), key, not_after: None };
+        Ok(Self {
+            trust_domain: trust_domain.clone(),
+            x509_authorities,
+            jwt_authorities: jwt_keys.into_iter().map(authority).collect(),
+        })
+    }
+
+    /// The X.509 authorities, DER, one after the other: what the Workload API calls a bundle.
+    pub fn x509_der(&self) -> Vec<u8> {
+        self.x509_authorities.concat()
+    }
+
+    /// The JWT key of this name.
+    pub fn jwt_key(&self, kid: &str) -> Option<&JwtPublicKey> {
+        self.jwt_authorities.iter().find(|authority| *authority.kid == *kid).map(|authority| &authority.key)
+    }
+
+    /// The JWT keys as a JWK set, byte for byte as spire-agent's FetchJWTBundles has it, but sorted by `kid`: neither
+    /// `use` nor `alg`, an indent of four spaces, `"keys": []` when there is none.
+    pub fn jwks(&self) -> String {
+        pretty(&JwkSet { keys: self.jwt_jwks(None) })
+    }
+
+    /// The whole bundle as the SPIFFE Trust Domain and Bundle standard has it, for other trust domains to federate
+    /// with: certificates in the issuer's order, then JWT keys sorted by `kid`. Without `spiffe_sequence` and
+    /// `spiffe_refresh_hint`.
+    ///
+    /// # Errors
+    /// [`BundleError::Certificate`] when an authority is no certificate of an EC or RSA key.
+    pub fn to_spiffe_json(&self) -> Result<String, BundleError> {
+        let mut keys = Vec::with_capacity(self.x509_authorities.len() + self.jwt_authorities.len());
+        for (at, der) in self.x509_authorities.iter().enumerate() {
+            let wrong = |reason| BundleError::Certificate { at, reason };
+            let Ok(([], certificate)) = x509_parser::parse_x509_certificate(der) else {
+                return Err(wrong(KeyError::NotCertificate));
+            };
+            let key = JwtPublicKey::of_spki(certificate.public_key()).map_err(wrong)?;
+            let x5c = Some([STANDARD.encode(der)]);
+            keys.push(Jwk { key_use: Some("x509-svid"), kid: None, x5c, ..Jwk::of(&key) });
+        }
+        keys.extend(self.jwt_jwks(Some("jwt-svid")));
+        Ok(pretty(&JwkSet { keys }))
+    }
+
+    fn jwt_jwks(&self, key_use: Option<&'static str>) -> Vec<Jwk> {
+        let mut sorted: Vec<&JwtAuthority> = self.jwt_authorities.iter().collect();
+        sorted.sort_by(|a, b| a.kid.cmp(&b.kid));
+        let jwk = |authority: &JwtAuthority| Jwk {
+            key_use,
+            kid: Some(authority.kid.clone()),
+            ..Jwk::of(&authority.key)
+        };
+        sorted.into_iter().map(jwk).collect()
+    }
+}
+
+fn check_len(bundle: &[u8]) -> Result<(), BundleError> {
+    if bundle.len() > MAX_LEN { Err(BundleError::TooLong(bundle.len())) } else { Ok(()) }
+}
+
+/// Checks that `der` is one certificate, and a CA's (X509-SVID, section 4.1).
+fn check_ca(der: &[u8]) -> Result<(), KeyError> {
+    let Ok(([], certificate)) = x509_parser::parse_x509_certificate(der) else {
+        return Err(KeyError::NotCertificate);
+    };
+    if certificate.is_ca() { Ok(()) } else { Err(KeyError::NotCa) }
+}
+
+/// The certificate of an `x509-svid` key; `None` when its `kty` is unknown. OKP is known here: an Ed25519 authority
+/// is passed on to workloads, which may know how to use it.
+fn certificate(jwk: &Map<String, Value>) -> Result<Option<Vec<u8>>, KeyError> {
+    if !matches!(text(jwk, "kty")?, "EC" | "RSA" | "OKP") {
+        return Ok(None);
+    }
+    let x5c = jwk.get("x5c").ok_or(KeyError::Missing("x5c"))?.as_array().ok_or(KeyError::X5cType)?;
+    let [x5c] = x5c.as_slice() else { return Err(KeyError::X5cLen(x5c.len())) };
+    let x5c = x5c.as_str().ok_or(KeyError::NotText("x5c"))?;
+    let der = STANDARD.decode(x5c).map_err(|reason| KeyError::Base64("x5c", reason))?;
+    check_ca(&der)?;
+    Ok(Some(der))
+}
+
+#[derive(Serialize)]
+struct JwkSet {
+    keys: Vec<Jwk>,
+}
+
+/// Members in the order in which go-jose writes them.
+#[derive(Default, Serialize)]
+struct Jwk {
+    #[serde(rename = "use", skip_serializing_if = "Option::is_none")]
+    key_use: Option<&'static str>,
+    kty: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kid: Option<Box<str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    crv: Option<Box<str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    x: Option<Box<str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    y: Option<Box<str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    n: Option<Box<str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    e: Option<Box<str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    x5c: Option<[String; 1]>,
+}
+
+impl Jwk {
+    fn of(key: &JwtPublicKey) -> Self {
+        match key.clone() {
+            JwtPublicKey::Ec { crv, x, y } => {
+                Self { kty: "EC", crv: Some(crv), x: Some(x), y: Some(y), ..Self::default() }
+            }
+            JwtPublicKey::Rsa { n, e } => Self { kty: "RSA", n: Some(n), e: Some(e), ..Self::default() },
+        }
+    }
+}
+
+fn pretty(set: &JwkSet) -> String {
+    let mut text = Vec::new();
+    let indent = serde_json::ser::PrettyFormatter::with_indent(b"    ");
+    set.serialize(&mut serde_json::Serializer::with_formatter(&mut text, indent))
+        .expect("a Vec takes any text");
+    String::from_utf8(text).expect("serde_json writes UTF-8")
 }
 
 /// The bundles that the agent knows: its own trust domain's, and federated ones.
@@ -65,4 +511,309 @@ impl Bundles {
             self.federated.get(trust_domain)
         }
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use aws_lc_rs::{
+        encoding::AsDer as _,
+        rsa,
+        signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _},
+    };
+    use proptest::prelude::*;
+    use rcgen::PublicKeyData as _;
+    use serde_json::json;
+
+    use super::*;
+
+    fn td() -> TrustDomain {
+        TrustDomain::parse("example.org").unwrap()
+    }
+
+    fn ca_with(key: &rcgen::KeyPair, is_ca: rcgen::IsCa) -> rcgen::Certificate {
+        let mut params = rcgen::CertificateParams::default();
+        params.is_ca = is_ca;
+        params.self_signed(key).unwrap()
+    }
+
+    fn ca() -> rcgen::Certificate {
+        let key = rcgen::KeyPair::generate().unwrap();
+        ca_with(&key, rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained))
+    }
+
+    fn ec_spki() -> Vec<u8> {
+        let key = EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap();
+        key.public_key().as_der().unwrap().as_ref().to_vec()
+    }
+
+    fn jwk(key_use: &str, kid: Option<&str>, key: &JwtPublicKey) -> Value {
+        let mut jwk = serde_json::to_value(Jwk::of(key)).unwrap();
+        jwk["use"] = json!(key_use);
+        if let Some(kid) = kid {
+            jwk["kid"] = json!(kid);
+        }
+        jwk
+    }
+
+    fn with(mut jwk: Value, member: &str, value: Value) -> Value {
+        jwk[member] = value;
+        jwk
+    }
+
+    fn without(mut jwk: Value, member: &str) -> Value {
+        jwk.as_object_mut().unwrap().remove(member);
+        jwk
+    }
+
+    #[test]
+    fn parse_pem_takes_ca_certificates_only() {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let (one, two) = (ca(), ca());
+        let leaf = ca_with(&key, rcgen::IsCa::ExplicitNoCa).pem();
+        let (pem1, pem2) = (one.pem(), two.pem());
+        let header = "-----BEGIN CERTIFICATE-----\n";
+        let wrong = "PEM block 1";
+        for (case, text, want) in [
+            ("one", pem1.clone(), Ok(1)),
+            ("two with words between", format!("# root\n{pem1}old:\n{pem2}"), Ok(2)),
+            ("the same twice", format!("{pem1}{pem1}"), Ok(1)),
+            ("line ends of Windows", pem1.replace('\n', "\r\n"), Ok(1)),
+            ("empty", String::new(), Err("no PEM block")),
+            ("words", "no certificates here".into(), Err("no PEM block")),
+            ("leaf", format!("{pem1}{leaf}"), Err("PEM block 1: not a CA certificate")),
+            (
+                "private key",
+                format!("{pem1}{}", key.serialize_pem()),
+                Err("PEM block 1: type is \"PRIVATE KEY\""),
+            ),
+            ("not base64", format!("{pem1}{header}*\n-----END CERTIFICATE-----\n"), Err(wrong)),
+            ("cut", format!("{pem1}{header}"), Err(wrong)),
+            (
+                "not DER",
+                format!("{pem1}{header}AAAA\n-----END CERTIFICATE-----\n"),
+                Err("not a DER certificate"),
+            ),
+            (
+                "too long",
+                "x".repeat(MAX_LEN + 1),
+                Err("bundle has 1048577 bytes, but can have at most 1048576"),
+            ),
+        ] {
+            match (Bundle::parse_pem(&td(), text.as_bytes()), want) {
+                (Ok(bundle), Ok(number)) => {
+                    let all = [one.der().to_vec(), two.der().to_vec()];
+                    assert_eq!(bundle.x509_authorities, all[..number], "{case}");
+                    assert_eq!(bundle.x509_der(), all[..number].concat(), "{case}");
+                }
+                (Err(error), Err(part)) => assert!(error.to_string().contains(part), "{case}: {error}"),
+                (got, want) => panic!("{case}: {got:?}, not {want:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn parse_spiffe_names_the_key_that_is_wrong() {
+        let ca = ca();
+        let x5c = STANDARD.encode(ca.der());
+        let leaf = ca_with(&rcgen::KeyPair::generate().unwrap(), rcgen::IsCa::ExplicitNoCa);
+        let ca_jwk = json!({"use": "x509-svid", "kty": "EC", "x5c": [x5c]});
+        let key = JwtPublicKey::from_spki(&ec_spki()).unwrap();
+        let other = JwtPublicKey::from_spki(&ec_spki()).unwrap();
+        let jwt = || jwk("jwt-svid", Some("k1"), &key);
+        let rsa = |n: &[u8], e: &[u8]| {
+            let (n, e) = (URL_SAFE_NO_PAD.encode(n), URL_SAFE_NO_PAD.encode(e));
+            json!({"use": "jwt-svid", "kid": "r", "kty": "RSA", "n": n, "e": e})
+        };
+        let (f3, ok) = ([1, 0, 1], [0xff; 256]);
+        for (case, second, want) in [
+            ("jwt key", jwt(), Ok((1, 1))),
+            ("the same certificate again", ca_jwk.clone(), Ok((1, 0))),
+            ("rsa key", rsa(&ok, &f3), Ok((1, 1))),
+            ("rsa key, leading zero", rsa(&[&[0], &ok[..]].concat(), &[0, 1, 0, 1]), Ok((1, 1))),
+            ("unknown members", with(jwt(), "alg", json!(5)), Ok((1, 1))),
+            ("unknown use", with(jwt(), "use", json!("wit-svid")), Ok((1, 0))),
+            ("no use", without(jwt(), "use"), Ok((1, 0))),
+            ("use of another type", with(jwt(), "use", json!(1)), Ok((1, 0))),
+            ("unknown kty", json!({"use": "jwt-svid", "kid": "o", "kty": "OKP", "x": 7}), Ok((1, 0))),
+            ("unknown kty of a certificate", json!({"use": "x509-svid", "kty": "AKP"}), Ok((1, 0))),
+            ("no kid", without(jwt(), "kid"), Err("\"kid\" is missing")),
+            ("empty kid", with(jwt(), "kid", json!("")), Err("\"kid\" must be a text that is not empty")),
+            ("kid of another type", with(jwt(), "kid", json!(7)), Err("\"kid\" must be a text")),
+            ("no kty", without(jwt(), "kty"), Err("\"kty\" is missing")),
+            ("no x", without(jwt(), "x"), Err("\"x\" is missing")),
+            (
+                "unknown crv",
+                with(jwt(), "crv", json!("secp256k1")),
+                Err("\"crv\" is \"secp256k1\", but must be"),
+            ),
+            (
+                "other crv",
+                with(jwt(), "crv", json!("P-384")),
+                Err("\"x\" has 32 bytes, but a coordinate of P-384 has 48"),
+            ),
+            ("padded x", with(jwt(), "x", json!(format!("{}=", "A".repeat(43)))), Err("\"x\" is not base64")),
+            ("not on the curve", with(jwt(), "y", json!("A".repeat(43))), Err("no point of P-256")),
+            ("short modulus", rsa(&[0xff; 128], &f3), Err("RSA modulus has 1024 bits")),
+            ("long modulus", rsa(&[0xff; 1025], &f3), Err("RSA modulus has 8200 bits")),
+            (
+                "even modulus",
+                rsa(&[0xfe; 256], &f3),
+                Err("RSA modulus has 2048 bits, but must have 2048 to 8192 and be odd"),
+            ),
+            ("modulus zero", rsa(&[0; 256], &f3), Err("RSA modulus has 0 bits")),
+            ("exponent 1", rsa(&ok, &[1]), Err("RSA exponent")),
+            ("even exponent", rsa(&ok, &[2]), Err("RSA exponent")),
+            ("huge exponent", rsa(&ok, &[0xff; 300]), Err("RSA exponent")),
+            ("no x5c", without(ca_jwk.clone(), "x5c"), Err("\"x5c\" is missing")),
+            (
+                "empty x5c",
+                with(ca_jwk.clone(), "x5c", json!([])),
+                Err("\"x5c\" must be an array with exactly one certificate, but has 0"),
+            ),
+            ("two in x5c", with(ca_jwk.clone(), "x5c", json!([x5c, x5c])), Err("but has 2")),
+            ("x5c text", with(ca_jwk.clone(), "x5c", json!(x5c)), Err("\"x5c\" must be an array")),
+            ("x5c number", with(ca_jwk.clone(), "x5c", json!([1])), Err("\"x5c\" must be a text")),
+            ("x5c not base64", with(ca_jwk.clone(), "x5c", json!(["*"])), Err("\"x5c\" is not base64")),
+            ("x5c not DER", with(ca_jwk.clone(), "x5c", json!(["AAAA"])), Err("not a DER certificate")),
+            (
+                "x5c leaf",
+                with(ca_jwk.clone(), "x5c", json!([STANDARD.encode(leaf.der())])),
+                Err("not a CA certificate"),
+            ),
+            ("no object", json!("key"), Err("must be a JSON object")),
+        ] {
+            let text = json!({"keys": [ca_jwk, second], "spiffe_sequence": 1}).to_string();
+            match (Bundle::parse_spiffe(&td(), text.as_bytes()), want) {
+                (Ok(bundle), Ok((x509, jwt))) => {
+                    assert_eq!(
+                        (bundle.x509_authorities.len(), bundle.jwt_authorities.len()),
+                        (x509, jwt),
+                        "{case}"
+                    );
+                    assert_eq!(bundle.trust_domain, td(), "{case}");
+                }
+                (Err(error), Err(part)) => {
+                    let error = error.to_string();
+                    assert!(error.starts_with("keys[1]: ") && error.contains(part), "{case}: {error}");
+                }
+                (got, want) => panic!("{case}: {got:?}, not {want:?}"),
+            }
+        }
+
+        let same_kid = json!({"keys": [jwt(), jwt(), jwk("jwt-svid", Some("k1"), &other)]}).to_string();
+        let error = Bundle::parse_spiffe(&td(), same_kid.as_bytes()).unwrap_err().to_string();
+        assert_eq!(error, "keys[2]: another key has the same \"kid\" \"k1\"");
+        let same = json!({"keys": [jwt(), jwt()]}).to_string();
+        assert_eq!(Bundle::parse_spiffe(&td(), same.as_bytes()).unwrap().jwt_key("k1"), Some(&key));
+    }
+
+    #[test]
+    fn parse_spiffe_bounds_and_checks_the_document() {
+        let many = |number| format!("{{\"keys\":[{}]}}", vec!["{}"; number].join(","));
+        for (case, text, want) in [
+            ("nobody is trusted", r#"{"keys":[]}"#.to_owned(), Ok(())),
+            ("as many as can be", many(MAX_KEYS), Ok(())),
+            ("one more", many(MAX_KEYS + 1), Err("bundle has more than 1000 keys")),
+            ("no keys", "{}".into(), Err("an array \"keys\"")),
+            ("keys of another type", r#"{"keys":{}}"#.into(), Err("an array \"keys\"")),
+            ("no object", "[]".into(), Err("an array \"keys\"")),
+            ("keys twice", r#"{"keys":[],"keys":[]}"#.into(), Err("duplicate key \"keys\"")),
+            ("kid twice", r#"{"keys":[{"kid":"a","kid":"b"}]}"#.into(), Err("duplicate key \"kid\"")),
+            ("not JSON", "-----BEGIN CERTIFICATE-----".into(), Err("bundle is not valid JSON")),
+            ("empty", String::new(), Err("bundle is not valid JSON")),
+            ("too long", " ".repeat(MAX_LEN + 1), Err("bundle has 1048577 bytes")),
+        ] {
+            match (Bundle::parse_spiffe(&td(), text.as_bytes()), want) {
+                (Ok(bundle), Ok(())) => assert!(bundle.x509_der().is_empty(), "{case}"),
+                (Err(error), Err(part)) => assert!(error.to_string().contains(part), "{case}: {error}"),
+                (got, want) => panic!("{case}: {got:?}, not {want:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn jwks_is_what_spire_agent_sends() {
+        let authority = |kid: &str, key| JwtAuthority { kid: kid.into(), key, not_after: None };
+        let ec = JwtPublicKey::Ec { crv: "P-256".into(), x: "xx".into(), y: "yy".into() };
+        let rsa = JwtPublicKey::Rsa { n: "nn".into(), e: "AQAB".into() };
+        let bundle = Bundle {
+            trust_domain: td(),
+            x509_authorities: vec![vec![1]],
+            jwt_authorities: vec![authority("b", rsa), authority("a", ec)],
+        };
+        let want = concat!(
+            "{\n    \"keys\": [\n        {\n            \"kty\": \"EC\",\n            \"kid\": \"a\",\n",
+            "            \"crv\": \"P-256\",\n            \"x\": \"xx\",\n            \"y\": \"yy\"\n        },\n",
+            "        {\n            \"kty\": \"RSA\",\n            \"kid\": \"b\",\n            \"n\": \"nn\",\n",
+            "            \"e\": \"AQAB\"\n        }\n    ]\n}"
+        );
+        assert_eq!(bundle.jwks(), want);
+        let empty = Bundle { jwt_authorities: Vec::new(), ..bundle };
+        assert_eq!(empty.jwks(), "{\n    \"keys\": []\n}");
+        let error = empty.to_spiffe_json().unwrap_err().to_string();
+        assert_eq!(error, "certificate 0: not a DER certificate");
+    }
+
+    #[test]
+    fn a_bundle_survives_the_way_through_json() {
+        let rsa_key = rsa::KeyPair::generate(rsa::KeySize::Rsa2048).unwrap();
+        let rsa_spki: Vec<u8> = rsa_key.public_key().as_der().unwrap().as_ref().to_vec();
+        let p384 = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384).unwrap();
+        let is_ca = || rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let authority = |kid: &str, spki: &[u8]| JwtAuthority {
+            kid: kid.into(),
+            key: JwtPublicKey::from_spki(spki).unwrap(),
+            not_after: None,
+        };
+        let bundle = Bundle {
+            trust_domain: td(),
+            x509_authorities: vec![ca().der().to_vec(), ca_with(&p384, is_ca()).der().to_vec()],
+            jwt_authorities: vec![authority("a<b", &ec_spki()), authority("r", &rsa_spki)],
+        };
+        let json = bundle.to_spiffe_json().unwrap();
+        assert!(
+            json.starts_with("{\n    \"keys\": [\n        {\n            \"use\": \"x509-svid\",\n"),
+            "{json}"
+        );
+        assert_eq!(Bundle::parse_spiffe(&td(), json.as_bytes()).unwrap(), bundle);
+        let x5c = serde_json::from_str::<Value>(&json).unwrap()["keys"][0]["x5c"][0].clone();
+        assert_eq!(x5c, json!(STANDARD.encode(&bundle.x509_authorities[0])));
+
+        let without_use = Bundle::parse_spiffe(&td(), bundle.jwks().as_bytes()).unwrap();
+        assert_eq!(without_use.jwt_authorities, []);
+    }
+
+    #[test]
+    fn from_spki_takes_keys_that_sign_jwt_svids() {
+        let ed25519 = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap().subject_public_key_info();
+        let spki = ec_spki();
+        for (case, der) in [
+            ("Ed25519", ed25519),
+            ("empty", Vec::new()),
+            ("cut", spki[..spki.len() - 1].to_vec()),
+            ("followed by more", [&spki[..], &[0]].concat()),
+        ] {
+            let error = JwtPublicKey::from_spki(&der).unwrap_err().to_string();
+            assert_eq!(error, "public key must be RSA, or EC on P-256, P-384 or P-521", "{case}");
+        }
+        assert!(
+            matches!(JwtPublicKey::from_spki(&spki), Ok(JwtPublicKey::Ec { crv, .. }) if &*crv == "P-256")
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_answered(bytes in prop::collection::vec(any::<u8>(), 0..256), at in 0_usize..2000) {
+            let td = td();
+            let _ = Bundle::parse_pem(&td, &bytes).is_ok();
+            let _ = Bundle::parse_spiffe(&td, &bytes).is_ok();
+            let _ = JwtPublicKey::from_spki(&bytes).is_ok();
+            let mut pem = PEM.to_vec();
+            let at = at % pem.len();
+            pem.splice(at..at, bytes);
+            let _ = Bundle::parse_pem(&td, &pem).is_ok();
+        }
+    }
+
+    const PEM: &[u8] = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
 }

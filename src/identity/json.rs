@@ -1,0 +1,147 @@
+//! JSON from strangers, read so that two readers cannot see two different things in it.
+//!
+//! An object that names a member twice is refused, as go-jose does: which of the two counts is up to the reader, and
+//! whoever signs, checks and uses a token must see the same. Depth is bounded by serde_json (128), memory by the
+//! length of the text, which the caller has bounded; a number that no double can hold is refused.
+
+use std::fmt;
+
+use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Number, Value};
+
+/// How much of a foreign text an error repeats, in characters.
+const SHOWN: usize = 64;
+
+/// Parses one JSON value that fills `text`.
+///
+/// # Errors
+/// serde_json's: a syntax error, a member named twice, too deep, a number out of range.
+pub(super) fn parse(text: &[u8]) -> Result<Value, serde_json::Error> {
+    serde_json::from_slice::<Unambiguous>(text).map(|value| value.0)
+}
+
+/// Shows the beginning of a foreign text in quotes, with everything unprintable escaped.
+pub(super) struct Quoted<'a>(pub(super) &'a str);
+
+impl fmt::Display for Quoted<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.char_indices().nth(SHOWN) {
+            None => write!(f, "{:?}", self.0),
+            Some((end, _)) => write!(f, "{:?}...", self.0.get(..end).unwrap_or_default()),
+        }
+    }
+}
+
+struct Unambiguous(Value);
+
+impl<'de> Deserialize<'de> for Unambiguous {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct AnyValue;
+
+        impl<'de> Visitor<'de> for AnyValue {
+            type Value = Value;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a JSON value")
+            }
+
+            fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+                Ok(Value::Bool(value))
+            }
+
+            fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+                Ok(Value::Number(value.into()))
+            }
+
+            fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+                Ok(Value::Number(value.into()))
+            }
+
+            fn visit_f64<E: de::Error>(self, value: f64) -> Result<Value, E> {
+                Number::from_f64(value).map(Value::Number).ok_or_else(|| E::custom("number out of range"))
+            }
+
+            fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+                Ok(Value::String(value.to_owned()))
+            }
+
+            fn visit_string<E>(self, value: String) -> Result<Value, E> {
+                Ok(Value::String(value))
+            }
+
+            fn visit_unit<E>(self) -> Result<Value, E> {
+                Ok(Value::Null)
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
+                let mut values = Vec::new();
+                while let Some(Unambiguous(value)) = seq.next_element()? {
+                    values.push(value);
+                }
+                Ok(Value::Array(values))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+                let mut members = Map::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if members.contains_key(&name) {
+                        return Err(de::Error::custom(format_args!(
+                            "duplicate key {} in object",
+                            Quoted(&name)
+                        )));
+                    }
+                    let Unambiguous(value) = map.next_value()?;
+                    members.insert(name, value);
+                }
+                Ok(Value::Object(members))
+            }
+        }
+
+        deserializer.deserialize_any(AnyValue).map(Unambiguous)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parse_takes_json_that_has_one_meaning() {
+        let deep = format!("{}1{}", "[".repeat(60), "]".repeat(60));
+        let too_deep = format!("{}1{}", "[".repeat(200), "]".repeat(200));
+        for (case, text, want) in [
+            ("everything", r#"{"a":[1,-2,1.5,true,null,"x\u00e9"],"b":{}}"#, Ok(())),
+            ("large integer", "12345678901234567890123", Ok(())),
+            ("deep", deep.as_str(), Ok(())),
+            ("twice", r#"{"a":1,"a":1}"#, Err("duplicate key \"a\" in object")),
+            ("twice, spelt differently", r#"{"a":1,"\u0061":2}"#, Err("duplicate key \"a\" in object")),
+            ("twice, inside", r#"[{"x":{"b":1,"c":2,"b":1}}]"#, Err("duplicate key \"b\" in object")),
+            ("too deep", too_deep.as_str(), Err("recursion limit exceeded")),
+            ("out of range", "1e400", Err("number out of range")),
+            ("trailing", "{} {}", Err("trailing characters")),
+            ("not JSON", "{a:1}", Err("key must be a string")),
+            ("NaN", "NaN", Err("expected")),
+            ("lone surrogate", r#""\ud800""#, Err("unexpected end of hex escape")),
+            ("nothing", "", Err("EOF while parsing a value")),
+        ] {
+            match (parse(text.as_bytes()), want) {
+                (Ok(value), Ok(())) => {
+                    assert_eq!(value, serde_json::from_str::<Value>(text).unwrap(), "{case}");
+                }
+                (Err(error), Err(part)) => assert!(error.to_string().contains(part), "{case}: {error}"),
+                (got, want) => panic!("{case}: {got:?}, not {want:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn quoted_is_short_and_printable() {
+        for (case, text, want) in [
+            ("plain", "ES256", "\"ES256\"".to_owned()),
+            ("control", "a\n\u{1b}", "\"a\\n\\u{1b}\"".to_owned()),
+            ("long", &"é".repeat(65), format!("\"{}\"...", "é".repeat(64))),
+        ] {
+            assert_eq!(Quoted(text).to_string(), want, "{case}");
+        }
+    }
+}
