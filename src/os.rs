@@ -1,3 +1,4 @@
-//! The edge to the operating system: the clock, memory, systemd, metrics. The only place where `unsafe` may stand.
+//! The edge to the operating system: the clock, memory, logs, metrics, systemd. The only place where `unsafe` may stand.
 
 pub mod clock;
+pub mod metrics;

@@ -1,0 +1,823 @@
+//! What operators count: every series is registered at start, and the request path only touches handles it holds.
+//!
+//! Names are `durward_*` in base units (seconds, bytes), counters end in `_total`. Labels come from the closed
+//! enums of this file: nothing that a caller or an entry chose (SPIFFE ID, UID, PID, selector, trust domain) can
+//! become one, so the number of series is fixed when the agent starts.
+//!
+//! There is no global recorder: the agent has one [`Metrics`] and a test has its own. The exporter keeps every
+//! sample of a histogram (16 bytes) until somebody drains it, so [`Metrics::upkeep`] must run, scraped or not.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::marker::PhantomData;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use tonic::Code;
+
+use super::clock::Clock;
+use crate::limits::Method;
+
+/// Upper bounds in seconds. From a cached answer (tens of microseconds) to an RSA key made on a busy node.
+const BUCKETS: [f64; 15] = [
+    0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0,
+];
+
+/// How often samples are drained. At 50,000 calls per second this is 0.8 MB of samples at most.
+const UPKEEP: Duration = Duration::from_secs(1);
+
+/// One of a closed set of label values.
+pub trait Closed: Copy + 'static {
+    /// The label's name.
+    const KEY: &'static str;
+    /// Every value, in the order of [`Closed::at`].
+    const VALUES: &'static [Self];
+    /// The label's value as scraped.
+    fn text(self) -> &'static str;
+    /// Where it stands in [`Closed::VALUES`].
+    fn at(self) -> usize;
+}
+
+macro_rules! closed {
+    ($(#[$doc:meta])* $name:ident, $key:literal { $($(#[$case_doc:meta])* $case:ident = $text:literal,)+ }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum $name { $($(#[$case_doc])* $case,)+ }
+
+        impl Closed for $name {
+            const KEY: &'static str = $key;
+            const VALUES: &'static [Self] = &[$(Self::$case),+];
+            fn text(self) -> &'static str {
+                match self { $(Self::$case => $text,)+ }
+            }
+            #[expect(clippy::as_conversions, reason = "the discriminant of an enum without fields")]
+            fn at(self) -> usize {
+                self as usize
+            }
+        }
+    };
+}
+
+closed! {
+    /// What kind of SVID.
+    SvidKind, "kind" {
+        /// An X.509-SVID.
+        X509 = "x509",
+        /// A JWT-SVID.
+        Jwt = "jwt",
+    }
+}
+closed! {
+    /// What is replaced before it expires.
+    Rotated, "kind" {
+        /// The signing certificate and key of the embedded issuer.
+        X509Ca = "x509_ca",
+        /// The key that signs JWT-SVIDs.
+        JwtKey = "jwt_key",
+        /// X.509-SVIDs of entries; the gauge tells of the next one due.
+        X509Svid = "x509_svid",
+    }
+}
+closed! {
+    /// Who attests.
+    AttestorName, "attestor" {
+        /// Users, groups and executables.
+        Unix = "unix",
+    }
+}
+closed! {
+    /// Why a peer could not be attested.
+    AttestFault, "reason" {
+        /// The process ended, or its PID is another process by now.
+        Gone = "gone",
+        /// The process lives in a PID namespace that this agent cannot see into.
+        Namespace = "namespace",
+        /// Something under `/proc` could not be read or understood.
+        Unreadable = "unreadable",
+        /// It took too long, or too many others were being attested.
+        Busy = "busy",
+    }
+}
+closed! {
+    /// Why a connection was closed before it could make a call.
+    ConnectionRefusal, "reason" {
+        /// The kernel did not say who connected.
+        NoCredentials = "no_credentials",
+        /// No byte, or no complete HTTP/2 preface, arrived in time.
+        Handshake = "handshake_timeout",
+        /// What arrived is not HTTP/2.
+        Protocol = "protocol",
+        /// A caller or the node has as many connections as it may.
+        Connections = "too_many_connections",
+        /// A caller connects more often than it may.
+        Rate = "connection_rate",
+        /// The agent is draining.
+        Draining = "draining",
+    }
+}
+closed! {
+    /// How a reload ended.
+    ReloadResult, "result" {
+        /// The new configuration is in force.
+        Ok = "ok",
+        /// The old one stays.
+        Error = "error",
+    }
+}
+closed! {
+    /// What the JWT-SVID cache answered.
+    CacheResult, "result" {
+        /// From memory.
+        Hit = "hit",
+        /// It had to be signed.
+        Miss = "miss",
+    }
+}
+closed! {
+    /// How an X.509-SVID stands in the store.
+    SvidState, "state" {
+        /// Ready to be served.
+        Cached = "cached",
+        /// Being sent to at least one open stream.
+        Active = "active",
+    }
+}
+
+impl Closed for Method {
+    const KEY: &'static str = "method";
+    const VALUES: &'static [Self] = &Self::ALL;
+    fn text(self) -> &'static str {
+        self.rpc()
+    }
+    fn at(self) -> usize {
+        Self::ALL.iter().position(|method| *method == self).unwrap_or(usize::MAX)
+    }
+}
+
+/// The names of gRPC's codes as grpc-go writes them, in the order of their numbers.
+const CODES: [&str; 17] = [
+    "OK",
+    "Canceled",
+    "Unknown",
+    "InvalidArgument",
+    "DeadlineExceeded",
+    "NotFound",
+    "AlreadyExists",
+    "PermissionDenied",
+    "ResourceExhausted",
+    "FailedPrecondition",
+    "Aborted",
+    "OutOfRange",
+    "Unimplemented",
+    "Internal",
+    "Unavailable",
+    "DataLoss",
+    "Unauthenticated",
+];
+
+/// One handle for each value of a label.
+struct By<L, H> {
+    handles: Box<[H]>,
+    label: PhantomData<L>,
+}
+
+impl<L: Closed, H> By<L, H> {
+    fn new(register: impl Fn(L) -> H) -> Self {
+        Self { handles: L::VALUES.iter().map(|value| register(*value)).collect(), label: PhantomData }
+    }
+
+    fn with(&self, value: L, act: impl FnOnce(&H)) {
+        if let Some(handle) = self.handles.get(value.at()) {
+            act(handle);
+        }
+    }
+}
+
+/// A value that goes up and down as things open and close; goes down when dropped.
+#[must_use = "what it counts is counted as closed when this is dropped"]
+pub struct Open(Gauge);
+
+impl Open {
+    fn count(gauge: &Gauge) -> Self {
+        gauge.increment(1.0);
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.decrement(1.0);
+    }
+}
+
+impl std::fmt::Debug for Open {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Open")
+    }
+}
+
+/// Every series of the agent. Shared by `Arc`; all methods are cheap and never block, but for [`Metrics::render`].
+pub struct Metrics {
+    recorder: PrometheusHandle,
+    clock: Clock,
+    process: Process,
+    /// Written by whoever rotates; turned into "seconds left" when rendered, so that it is never stale.
+    due: Mutex<[Option<SystemTime>; 3]>,
+    rotation_due: By<Rotated, Gauge>,
+    rotations: By<Rotated, Counter>,
+    calls: By<Method, Box<[Counter]>>,
+    call_seconds: By<Method, Histogram>,
+    streams_open: By<Method, Gauge>,
+    attestation_seconds: By<AttestorName, Histogram>,
+    attestation_failures: By<AttestorName, By<AttestFault, Counter>>,
+    signing_seconds: By<SvidKind, Histogram>,
+    signing_failures: By<SvidKind, Counter>,
+    x509_svids: By<SvidState, Gauge>,
+    jwt_svids: Gauge,
+    jwt_cache: By<CacheResult, Counter>,
+    jwt_refreshes: Counter,
+    jwt_evictions: Counter,
+    connections_open: Gauge,
+    connections_parked: Gauge,
+    connections_accepted: Counter,
+    connections_refused: By<ConnectionRefusal, Counter>,
+    accept_errors: Counter,
+    panics: Counter,
+    entries: Gauge,
+    authorities: By<SvidKind, Gauge>,
+    federated_bundles: Gauge,
+    generation: Gauge,
+    reloads: By<ReloadResult, Counter>,
+    reload_ok: Gauge,
+    reload_time: Gauge,
+    log_lines_lost: Counter,
+}
+
+impl std::fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Metrics")
+    }
+}
+
+/// Registers series with their help text; used only while a [`Metrics`] is made.
+struct Register<'a>(&'a PrometheusRecorder);
+
+const METADATA: Metadata<'static> = Metadata::new("durward", Level::INFO, None);
+
+impl Register<'_> {
+    fn key(name: &'static str, labels: &[(&'static str, &'static str)]) -> Key {
+        Key::from_parts(name, labels.iter().map(|(k, v)| Label::from_static_parts(k, v)).collect::<Vec<_>>())
+    }
+
+    fn counter(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        labels: &[(&'static str, &'static str)],
+    ) -> Counter {
+        self.0.describe_counter(KeyName::from_const_str(name), None, help.into());
+        self.0.register_counter(&Self::key(name, labels), &METADATA)
+    }
+
+    fn gauge(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        labels: &[(&'static str, &'static str)],
+    ) -> Gauge {
+        self.0.describe_gauge(KeyName::from_const_str(name), None, help.into());
+        self.0.register_gauge(&Self::key(name, labels), &METADATA)
+    }
+
+    fn histogram(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        label: (&'static str, &'static str),
+    ) -> Histogram {
+        self.0.describe_histogram(KeyName::from_const_str(name), None, help.into());
+        self.0.register_histogram(&Self::key(name, &[label]), &METADATA)
+    }
+
+    fn counters<L: Closed>(&self, name: &'static str, help: &'static str) -> By<L, Counter> {
+        By::new(|value: L| self.counter(name, help, &[(L::KEY, value.text())]))
+    }
+
+    fn gauges<L: Closed>(&self, name: &'static str, help: &'static str) -> By<L, Gauge> {
+        By::new(|value: L| self.gauge(name, help, &[(L::KEY, value.text())]))
+    }
+
+    fn histograms<L: Closed>(&self, name: &'static str, help: &'static str) -> By<L, Histogram> {
+        By::new(|value: L| self.histogram(name, help, (L::KEY, value.text())))
+    }
+}
+
+impl Metrics {
+    /// Registers every series. Made once per agent; tests make as many as they like.
+    #[must_use]
+    pub fn new(clock: Clock) -> Self {
+        let recorder = PrometheusBuilder::new()
+            .set_buckets(&BUCKETS)
+            .expect("the list of buckets is not empty")
+            .build_recorder();
+        let make = Register(&recorder);
+        make.gauge(
+            "durward_build_info",
+            "Always 1; the label tells the version that runs.",
+            &[("version", env!("CARGO_PKG_VERSION"))],
+        )
+        .set(1.0);
+        let rotation_due = make.gauges(
+            "durward_rotation_due_seconds",
+            "Seconds until the next rotation; negative when overdue, NaN when none is planned.",
+        );
+        Self {
+            clock,
+            process: Process::read(),
+            due: Mutex::new([None; 3]),
+            rotation_due,
+            rotations: make.counters("durward_rotations_total", "Rotations done."),
+            calls: By::new(|method: Method| {
+                CODES
+                    .iter()
+                    .map(|code| {
+                        make.counter(
+                            "durward_calls_total",
+                            "Workload API calls that ended, by gRPC code; a stream counts when it ends.",
+                            &[(Method::KEY, method.text()), ("code", code)],
+                        )
+                    })
+                    .collect()
+            }),
+            call_seconds: make.histograms(
+                "durward_call_duration_seconds",
+                "Time from a call's arrival to its answer, or to the first message of a stream.",
+            ),
+            streams_open: make.gauges("durward_streams_open", "Calls that are being served now."),
+            attestation_seconds: make
+                .histograms("durward_attestation_duration_seconds", "Time to learn a peer's selectors."),
+            attestation_failures: By::new(|attestor: AttestorName| {
+                By::new(|reason: AttestFault| {
+                    make.counter(
+                        "durward_attestation_failures_total",
+                        "Peers that could not be attested.",
+                        &[(AttestorName::KEY, attestor.text()), (AttestFault::KEY, reason.text())],
+                    )
+                })
+            }),
+            signing_seconds: make.histograms(
+                "durward_signing_duration_seconds",
+                "Time to make and sign one SVID, its key included.",
+            ),
+            signing_failures: make
+                .counters("durward_signing_failures_total", "SVIDs that could not be signed."),
+            x509_svids: make
+                .gauges("durward_x509_svids", "X.509-SVIDs held, and those that open streams use."),
+            jwt_svids: make.gauge("durward_jwt_svids", "JWT-SVIDs held in the cache.", &[]),
+            jwt_cache: make.counters("durward_jwt_cache_requests_total", "JWT-SVIDs asked of the cache."),
+            jwt_refreshes: make.counter(
+                "durward_jwt_cache_refreshes_total",
+                "JWT-SVIDs replaced in the background while the old one was served.",
+                &[],
+            ),
+            jwt_evictions: make.counter(
+                "durward_jwt_cache_evictions_total",
+                "JWT-SVIDs dropped before their time because the cache was full.",
+                &[],
+            ),
+            connections_open: make.gauge(
+                "durward_connections_open",
+                "Connections to the Workload API socket.",
+                &[],
+            ),
+            connections_parked: make.gauge(
+                "durward_connections_parked",
+                "Connections that have not sent a byte yet, and hold no HTTP/2 state.",
+                &[],
+            ),
+            connections_accepted: make.counter(
+                "durward_connections_accepted_total",
+                "Connections accepted, those refused later included.",
+                &[],
+            ),
+            connections_refused: make.counters(
+                "durward_connections_refused_total",
+                "Connections closed before they could make a call.",
+            ),
+            accept_errors: make.counter(
+                "durward_accept_errors_total",
+                "Failures of accept, for example for want of file descriptors.",
+                &[],
+            ),
+            panics: make.counter(
+                "durward_panics_total",
+                "Calls that ended in a panic, each of which is a defect of the agent.",
+                &[],
+            ),
+            entries: make.gauge("durward_entries", "Registration entries in force.", &[]),
+            authorities: make.gauges(
+                "durward_bundle_authorities",
+                "Authorities in the bundle of the agent's own trust domain.",
+            ),
+            federated_bundles: make.gauge(
+                "durward_federated_bundles",
+                "Bundles of other trust domains held.",
+                &[],
+            ),
+            generation: make.gauge(
+                "durward_snapshot_generation",
+                "Goes up each time that entries, SVIDs or bundles change.",
+                &[],
+            ),
+            reloads: make.counters("durward_reloads_total", "Reloads of the configuration."),
+            reload_ok: make.gauge(
+                "durward_last_reload_successful",
+                "1 when the last reload was taken, or none was asked for; 0 when it was refused.",
+                &[],
+            ),
+            reload_time: make.gauge(
+                "durward_last_reload_timestamp_seconds",
+                "When the configuration in force was loaded, as a Unix time.",
+                &[],
+            ),
+            log_lines_lost: make.counter(
+                "durward_log_lines_lost_total",
+                "Log lines dropped because nobody took them from the agent in time.",
+                &[],
+            ),
+            recorder: recorder.handle(),
+        }
+    }
+
+    /// A Workload API call was answered, or a stream's first message (or its refusal) was.
+    pub fn call_answered(&self, method: Method, took: Duration) {
+        self.call_seconds.with(method, |h| h.record(took));
+    }
+
+    /// A Workload API call or stream ended.
+    pub fn call_ended(&self, method: Method, code: Code) {
+        let Ok(at) = usize::try_from(i32::from(code)) else { return };
+        self.calls.with(method, |codes| {
+            if let Some(counter) = codes.get(at) {
+                counter.increment(1);
+            }
+        });
+    }
+
+    /// A call or stream is open while the answer is kept.
+    pub fn stream_opened(&self, method: Method) -> Open {
+        let mut open = Open(Gauge::noop());
+        self.streams_open.with(method, |gauge| open = Open::count(gauge));
+        open
+    }
+
+    /// A peer's selectors were learnt.
+    pub fn attested(&self, attestor: AttestorName, took: Duration) {
+        self.attestation_seconds.with(attestor, |h| h.record(took));
+    }
+
+    /// A peer could not be attested.
+    pub fn attestation_failed(&self, attestor: AttestorName, reason: AttestFault) {
+        self.attestation_failures.with(attestor, |by| by.with(reason, |c| c.increment(1)));
+    }
+
+    /// An SVID was signed.
+    pub fn signed(&self, kind: SvidKind, took: Duration) {
+        self.signing_seconds.with(kind, |h| h.record(took));
+    }
+
+    /// An SVID could not be signed.
+    pub fn signing_failed(&self, kind: SvidKind) {
+        self.signing_failures.with(kind, |c| c.increment(1));
+    }
+
+    /// How many X.509-SVIDs are in this state.
+    pub fn set_x509_svids(&self, state: SvidState, count: usize) {
+        self.x509_svids.with(state, |g| g.set(float(count)));
+    }
+
+    /// How many JWT-SVIDs the cache holds.
+    pub fn set_jwt_svids(&self, count: usize) {
+        self.jwt_svids.set(float(count));
+    }
+
+    /// The JWT-SVID cache was asked.
+    pub fn jwt_cache(&self, result: CacheResult) {
+        self.jwt_cache.with(result, |c| c.increment(1));
+    }
+
+    /// A JWT-SVID was replaced in the background.
+    pub fn jwt_refreshed(&self) {
+        self.jwt_refreshes.increment(1);
+    }
+
+    /// A JWT-SVID was dropped to make room.
+    pub fn jwt_evicted(&self) {
+        self.jwt_evictions.increment(1);
+    }
+
+    /// The next rotation of this kind is due then; `None` when none is planned.
+    pub fn set_rotation_due(&self, kind: Rotated, due: Option<SystemTime>) {
+        let mut all = self.due.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(slot) = all.get_mut(kind.at()) {
+            *slot = due;
+        }
+    }
+
+    /// A rotation was done.
+    pub fn rotated(&self, kind: Rotated) {
+        self.rotations.with(kind, |c| c.increment(1));
+    }
+
+    /// A connection was accepted.
+    pub fn connection_accepted(&self) {
+        self.connections_accepted.increment(1);
+    }
+
+    /// A connection is open while the answer is kept.
+    pub fn connection_opened(&self) -> Open {
+        Open::count(&self.connections_open)
+    }
+
+    /// A connection is parked (no byte seen yet) while the answer is kept.
+    pub fn connection_parked(&self) -> Open {
+        Open::count(&self.connections_parked)
+    }
+
+    /// A connection was closed before it could make a call.
+    pub fn connection_refused(&self, reason: ConnectionRefusal) {
+        self.connections_refused.with(reason, |c| c.increment(1));
+    }
+
+    /// `accept` failed.
+    pub fn accept_failed(&self) {
+        self.accept_errors.increment(1);
+    }
+
+    /// A call's task panicked.
+    pub fn panicked(&self) {
+        self.panics.increment(1);
+    }
+
+    /// What the newest snapshot holds.
+    pub fn set_snapshot(&self, snapshot: SnapshotSizes) {
+        let SnapshotSizes { generation, entries, x509_authorities, jwt_authorities, federated_bundles } =
+            snapshot;
+        self.generation.set(float_u64(generation));
+        self.entries.set(float(entries));
+        self.authorities.with(SvidKind::X509, |g| g.set(float(x509_authorities)));
+        self.authorities.with(SvidKind::Jwt, |g| g.set(float(jwt_authorities)));
+        self.federated_bundles.set(float(federated_bundles));
+    }
+
+    /// The configuration was loaded at start.
+    pub fn loaded(&self) {
+        self.reload_ok.set(1.0);
+        self.reload_time.set(unix(self.clock.now()));
+    }
+
+    /// A reload ended.
+    pub fn reloaded(&self, result: ReloadResult) {
+        self.reloads.with(result, |c| c.increment(1));
+        match result {
+            ReloadResult::Ok => self.loaded(),
+            ReloadResult::Error => self.reload_ok.set(0.0),
+        }
+    }
+
+    /// Log lines lost since the start.
+    pub fn set_log_lines_lost(&self, total: u64) {
+        self.log_lines_lost.absolute(total);
+    }
+
+    /// Moves the samples of the histograms into their buckets. To be called every second; see the module's top.
+    pub fn upkeep(&self) {
+        self.recorder.run_upkeep();
+    }
+
+    /// Runs [`Metrics::upkeep`] every second, for ever.
+    pub async fn keep_up(&self) {
+        let mut every = tokio::time::interval(UPKEEP);
+        every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        loop {
+            every.tick().await;
+            self.upkeep();
+        }
+    }
+
+    /// Everything in Prometheus' text format (version 0.0.4). Reads `/proc/self`; takes about a millisecond.
+    #[must_use]
+    pub fn render(&self) -> String {
+        let now = self.clock.now();
+        let due = *self.due.lock().unwrap_or_else(PoisonError::into_inner);
+        for (kind, due) in Rotated::VALUES.iter().zip(due) {
+            let left = due.map_or(f64::NAN, |due| unix(due) - unix(now));
+            self.rotation_due.with(*kind, |g| g.set(left));
+        }
+        let mut text = self.recorder.render();
+        self.process.write(&mut text);
+        text
+    }
+}
+
+/// What [`Metrics::set_snapshot`] tells.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SnapshotSizes {
+    /// The snapshot's generation.
+    pub generation: u64,
+    /// Registration entries.
+    pub entries: usize,
+    /// X.509 authorities of the own trust domain.
+    pub x509_authorities: usize,
+    /// JWT authorities of the own trust domain.
+    pub jwt_authorities: usize,
+    /// Bundles of other trust domains.
+    pub federated_bundles: usize,
+}
+
+/// The series that every Prometheus client library has of its own process, under their usual names.
+struct Process {
+    /// Unix time, in seconds.
+    started: Option<f64>,
+    ticks_per_second: f64,
+}
+
+impl Process {
+    fn read() -> Self {
+        let ticks = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok().flatten();
+        let ticks_per_second = ticks.and_then(|t| u32::try_from(t).ok()).map_or(100.0, f64::from);
+        let booted = fs::read_to_string("/proc/stat")
+            .ok()
+            .and_then(|stat| stat.lines().find_map(|l| l.strip_prefix("btime ")?.trim().parse::<f64>().ok()));
+        // Field 22 of stat(5); the fields are counted from the third, after the name in brackets.
+        let started = own_stat().and_then(|stat| stat.get(19).copied());
+        let started = booted.zip(started).map(|(booted, ticks)| booted + ticks / ticks_per_second);
+        Self { started, ticks_per_second }
+    }
+
+    fn write(&self, text: &mut String) {
+        let mut series = |kind: &str, name: &str, help: &str, value: Option<f64>| {
+            // A value that cannot be read is left out: zero would be a lie.
+            let Some(value) = value else { return };
+            // Writing to a String cannot fail.
+            write!(text, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}\n\n")
+                .unwrap_or_default();
+        };
+        // Fields 14 and 15 of stat(5): ticks in user and in kernel mode.
+        let cpu = own_stat().and_then(|stat| Some((stat.get(11)? + stat.get(12)?) / self.ticks_per_second));
+        let resident = fs::read_to_string("/proc/self/status").ok().and_then(|status| {
+            let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
+            Some(line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()? * 1024.0)
+        });
+        // One of them is the directory being read.
+        let open = fs::read_dir("/proc/self/fd").ok().map(|fds| float(fds.count().saturating_sub(1)));
+        let most = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).ok();
+        let most = most.map(|(soft, _hard)| float_u64(soft));
+        series(
+            "gauge",
+            "process_start_time_seconds",
+            "When the process started, as a Unix time.",
+            self.started,
+        );
+        series("counter", "process_cpu_seconds_total", "CPU time used, in user and kernel mode.", cpu);
+        series("gauge", "process_resident_memory_bytes", "Memory that is in RAM.", resident);
+        series("gauge", "process_open_fds", "Open file descriptors.", open);
+        series("gauge", "process_max_fds", "The most file descriptors that may be open.", most);
+    }
+}
+
+/// The numbers of `/proc/self/stat` from the fourth field on, with the third (a letter) as zero.
+fn own_stat() -> Option<Vec<f64>> {
+    let stat = fs::read_to_string("/proc/self/stat").ok()?;
+    // The name may hold spaces and brackets; the last bracket ends it.
+    let (_, rest) = stat.rsplit_once(')')?;
+    Some(rest.split_ascii_whitespace().map(|field| field.parse().unwrap_or_default()).collect())
+}
+
+fn unix(time: SystemTime) -> f64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+fn float(count: usize) -> f64 {
+    float_u64(u64::try_from(count).unwrap_or(u64::MAX))
+}
+
+#[expect(clippy::as_conversions, reason = "there is no From; a count above 2^53 may be off by one")]
+fn float_u64(count: u64) -> f64 {
+    count as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use super::*;
+
+    fn at(seconds: u64) -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(seconds)
+    }
+
+    /// `name{labels}` -> value.
+    fn samples(text: &str) -> BTreeMap<&str, f64> {
+        text.lines()
+            .filter(|l| !l.is_empty() && !l.starts_with('#'))
+            .map(|l| {
+                let (key, value) = l.rsplit_once(' ').unwrap();
+                (key, value.parse().unwrap())
+            })
+            .collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn counts_what_it_is_told() {
+        let metrics = Metrics::new(Clock::starting_at(at(1_000_000)));
+        metrics.call_ended(Method::FetchJwtSvid, Code::Ok);
+        metrics.call_ended(Method::FetchJwtSvid, Code::PermissionDenied);
+        metrics.call_answered(Method::FetchJwtSvid, Duration::from_micros(300));
+        metrics.attested(AttestorName::Unix, Duration::from_millis(2));
+        metrics.attestation_failed(AttestorName::Unix, AttestFault::Gone);
+        metrics.signed(SvidKind::Jwt, Duration::from_micros(40));
+        metrics.signing_failed(SvidKind::X509);
+        metrics.set_x509_svids(SvidState::Active, 3);
+        metrics.jwt_cache(CacheResult::Hit);
+        metrics.set_rotation_due(Rotated::X509Ca, Some(at(1_000_060)));
+        metrics.set_rotation_due(Rotated::JwtKey, Some(at(999_990)));
+        metrics.rotated(Rotated::JwtKey);
+        metrics.connection_refused(ConnectionRefusal::NoCredentials);
+        metrics.set_snapshot(SnapshotSizes {
+            generation: 7,
+            entries: 2,
+            x509_authorities: 1,
+            ..Default::default()
+        });
+        metrics.reloaded(ReloadResult::Error);
+        let kept = metrics.connection_opened();
+        drop(metrics.connection_opened());
+        let stream = metrics.stream_opened(Method::FetchX509Svid);
+
+        let text = metrics.render();
+        let got = samples(&text);
+        for (series, want) in [
+            (r#"durward_calls_total{method="FetchJWTSVID",code="OK"}"#, 1.0),
+            (r#"durward_calls_total{method="FetchJWTSVID",code="PermissionDenied"}"#, 1.0),
+            (r#"durward_calls_total{method="FetchX509SVID",code="OK"}"#, 0.0),
+            (r#"durward_call_duration_seconds_bucket{method="FetchJWTSVID",le="0.00025"}"#, 0.0),
+            (r#"durward_call_duration_seconds_bucket{method="FetchJWTSVID",le="0.0005"}"#, 1.0),
+            (r#"durward_call_duration_seconds_count{method="FetchX509SVID"}"#, 0.0),
+            (r#"durward_attestation_duration_seconds_sum{attestor="unix"}"#, 0.002),
+            (r#"durward_attestation_failures_total{attestor="unix",reason="gone"}"#, 1.0),
+            (r#"durward_signing_duration_seconds_count{kind="jwt"}"#, 1.0),
+            (r#"durward_signing_failures_total{kind="x509"}"#, 1.0),
+            (r#"durward_x509_svids{state="active"}"#, 3.0),
+            (r#"durward_jwt_cache_requests_total{result="hit"}"#, 1.0),
+            (r#"durward_rotation_due_seconds{kind="x509_ca"}"#, 60.0),
+            (r#"durward_rotation_due_seconds{kind="jwt_key"}"#, -10.0),
+            (r#"durward_rotations_total{kind="jwt_key"}"#, 1.0),
+            (r#"durward_connections_refused_total{reason="no_credentials"}"#, 1.0),
+            ("durward_connections_open", 1.0),
+            (r#"durward_streams_open{method="FetchX509SVID"}"#, 1.0),
+            ("durward_entries", 2.0),
+            ("durward_snapshot_generation", 7.0),
+            (r#"durward_bundle_authorities{kind="x509"}"#, 1.0),
+            (r#"durward_reloads_total{result="error"}"#, 1.0),
+            ("durward_last_reload_successful", 0.0),
+        ] {
+            assert_eq!(got.get(series).copied(), Some(want), "{series} in:\n{text}");
+        }
+        assert!(got[r#"durward_rotation_due_seconds{kind="x509_svid"}"#].is_nan(), "none is planned");
+        drop((kept, stream));
+        assert_eq!(samples(&metrics.render())["durward_connections_open"], 0.0);
+    }
+
+    #[test]
+    fn tells_of_its_process() {
+        let text = Metrics::new(Clock::SYSTEM).render();
+        let got = samples(&text);
+        let started = got["process_start_time_seconds"];
+        assert!(started > 1.6e9 && started <= unix(Clock::SYSTEM.now()) + 1.0, "started at {started}");
+        assert!(got["process_resident_memory_bytes"] > 1e6);
+        assert!(got["process_open_fds"] >= 3.0 && got["process_open_fds"] <= got["process_max_fds"]);
+        assert!(got["process_cpu_seconds_total"] >= 0.0);
+    }
+
+    #[test]
+    fn the_series_are_the_same_however_much_happens() {
+        let metrics = Metrics::new(Clock::SYSTEM);
+        let keys = |text: &str| samples(text).keys().map(|k| (*k).to_owned()).collect::<BTreeSet<_>>();
+        let before = keys(&metrics.render());
+        for method in Method::ALL {
+            for code in 0..20 {
+                metrics.call_ended(method, Code::from_i32(code));
+            }
+            metrics.call_answered(method, Duration::from_secs(1));
+            drop(metrics.stream_opened(method));
+        }
+        assert_eq!(before, keys(&metrics.render()));
+        for name in before {
+            let (base, _) = name.split_once('{').unwrap_or((&name, ""));
+            assert!(base.starts_with("durward_") || base.starts_with("process_"), "{name}");
+        }
+    }
+}
