@@ -1,4 +1,5 @@
 //! The edge to the operating system: the clock, memory, logs, metrics, systemd. The only place where `unsafe` may stand.
 
 pub mod clock;
+pub mod http;
 pub mod metrics;
