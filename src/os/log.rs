@@ -1,0 +1,529 @@
+//! The agent's log: text or JSON lines to standard output, standard error or a file, at a level that can change.
+//!
+//! A log must never take identity away: a reader that stops reading (a full pipe, a stuck disk) stops one thread
+//! of this module and no other. Lines wait in a buffer of [`MOST_WAITING`] bytes; what does not fit is dropped and
+//! counted, and the count is the next line that gets through. A file is opened for appending, readable by its
+//! owner and group, and opened anew when asked ([`Log::reopen`], on SIGUSR2), so that logrotate can move it away.
+//!
+//! Only the agent's own lines follow the level; libraries speak from warnings up: their debug lines are per frame
+//! and may show what callers sent. There are no filter expressions here.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, IsTerminal as _, Write};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::{Layer, Registry, reload};
+
+/// The most bytes that wait for the writer: some thousand lines.
+pub const MOST_WAITING: usize = 1024 * 1024;
+/// A buffer that grew beyond this in a burst is given back.
+const KEPT: usize = 64 * 1024;
+
+/// The levels of spire-agent's `log_level`, by its names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Level {
+    /// `panic`, `fatal` and `error`: the agent's faults. It knows no worse level, since it does not log and die.
+    Error,
+    /// `warn` or `warning`.
+    Warn,
+    /// `info`, the default.
+    #[default]
+    Info,
+    /// `debug`.
+    Debug,
+    /// `trace`.
+    Trace,
+}
+
+/// A level that does not exist.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("log level {got:?} must be one of panic, fatal, error, warn, info, debug, trace")]
+pub struct UnknownLevel {
+    /// As written.
+    pub got: String,
+}
+
+impl Level {
+    /// Reads a level as spire-agent does: case does not matter.
+    ///
+    /// # Errors
+    /// [`UnknownLevel`].
+    pub fn parse(text: &str) -> Result<Self, UnknownLevel> {
+        Ok(match text.to_ascii_lowercase().as_str() {
+            "panic" | "fatal" | "error" => Self::Error,
+            "warn" | "warning" => Self::Warn,
+            "info" => Self::Info,
+            "debug" => Self::Debug,
+            "trace" => Self::Trace,
+            _ => return Err(UnknownLevel { got: text.to_owned() }),
+        })
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
+
+    fn targets(self) -> Targets {
+        let own = match self {
+            Self::Error => LevelFilter::ERROR,
+            Self::Warn => LevelFilter::WARN,
+            Self::Info => LevelFilter::INFO,
+            Self::Debug => LevelFilter::DEBUG,
+            Self::Trace => LevelFilter::TRACE,
+        };
+        Targets::new().with_default(own.min(LevelFilter::WARN)).with_target("durward", own)
+    }
+}
+
+/// How a line looks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    /// For people; in colours on a terminal.
+    #[default]
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// Where lines go.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Output {
+    /// Standard output, as spire-agent by default.
+    #[default]
+    Stdout,
+    /// Standard error.
+    Stderr,
+    /// A file, made with mode 0640 if it is not there.
+    File(PathBuf),
+}
+
+/// Whether lines name the source file and line that wrote them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SourceLocation {
+    /// They do not.
+    #[default]
+    Hidden,
+    /// They do (`log_source_location`).
+    Shown,
+}
+
+/// How to log.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// From which level on. Can change while running.
+    pub level: Level,
+    /// How a line looks.
+    pub format: Format,
+    /// Where lines go.
+    pub output: Output,
+    /// Whether lines say where they come from.
+    pub source_location: SourceLocation,
+}
+
+/// Why there is no log.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The file cannot be opened.
+    #[error("cannot open log file {}", path.display())]
+    Open {
+        /// As configured.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The writer's thread cannot be started.
+    #[error("cannot start the thread that writes the log")]
+    Thread(#[source] io::Error),
+    /// Logging was set up before.
+    #[error("the log is already set up")]
+    Twice,
+}
+
+/// The log of this process: a handle to change and end it.
+#[derive(Clone)]
+pub struct Log {
+    level: reload::Handle<Targets, Registry>,
+    queue: Arc<Queue>,
+    output: Output,
+}
+
+impl std::fmt::Debug for Log {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Log").field("output", &self.output).finish_non_exhaustive()
+    }
+}
+
+impl Log {
+    /// Sets up the log of the process.
+    ///
+    /// # Errors
+    /// See [`LogError`]; nothing is set up then.
+    pub fn start(settings: &Settings) -> Result<Self, LogError> {
+        let (subscriber, log) = Self::build(settings)?;
+        tracing::subscriber::set_global_default(subscriber).map_err(|_already| LogError::Twice)?;
+        Ok(log)
+    }
+
+    /// What [`Log::start`] sets up, without doing so: for tests, which share a process.
+    ///
+    /// # Errors
+    /// See [`LogError`].
+    pub fn build(
+        settings: &Settings,
+    ) -> Result<(impl tracing::Subscriber + Send + Sync + use<>, Self), LogError> {
+        let sink = Sink::open(&settings.output)?;
+        let colours = match settings.output {
+            Output::Stdout => io::stdout().is_terminal(),
+            Output::Stderr => io::stderr().is_terminal(),
+            Output::File(_) => false,
+        };
+        let queue = Arc::new(Queue::default());
+        let writer = Arc::clone(&queue);
+        std::thread::Builder::new()
+            .name("log".to_owned())
+            .spawn(move || writer.write_out(sink))
+            .map_err(LogError::Thread)?;
+
+        let shown = settings.source_location == SourceLocation::Shown;
+        let lines = tracing_subscriber::fmt::layer()
+            .with_writer(ToQueue(Arc::clone(&queue)))
+            .with_file(shown)
+            .with_line_number(shown)
+            .log_internal_errors(false);
+        let lines: Box<dyn Layer<_> + Send + Sync> = match settings.format {
+            Format::Text => Box::new(lines.with_ansi(colours)),
+            Format::Json => Box::new(lines.json().flatten_event(true).with_current_span(false)),
+        };
+        let (filter, level) = reload::Layer::new(settings.level.targets());
+        let subscriber = Registry::default().with(filter).with(lines);
+        Ok((subscriber, Self { level, queue, output: settings.output.clone() }))
+    }
+
+    /// Logs from this level on, from now on.
+    pub fn set_level(&self, level: Level) {
+        // It fails only when the subscriber is gone, and then there is nothing to set.
+        self.level.reload(level.targets()).unwrap_or_default();
+    }
+
+    /// Opens the log file anew, for logrotate. Does nothing when the log is not a file.
+    ///
+    /// # Errors
+    /// [`LogError::Open`]; the old file stays in use.
+    pub fn reopen(&self) -> Result<(), LogError> {
+        let sink = match self.output {
+            Output::Stdout | Output::Stderr => return Ok(()),
+            Output::File(_) => Sink::open(&self.output)?,
+        };
+        self.queue.lock().next_sink = Some(sink);
+        self.queue.changed.notify_all();
+        Ok(())
+    }
+
+    /// Waits until what was logged is written, or `most` has passed: for the end of the process.
+    /// Blocks; returns whether all was written.
+    #[must_use]
+    pub fn flush(&self, most: Duration) -> bool {
+        let (state, _) = self
+            .queue
+            .changed
+            .wait_timeout_while(self.queue.lock(), most, |state| !state.waiting.is_empty() || state.writing)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.waiting.is_empty() && !state.writing
+    }
+
+    /// Lines dropped since the start.
+    #[must_use]
+    pub fn lines_lost(&self) -> u64 {
+        self.queue.lock().lost
+    }
+}
+
+/// What has been logged and not yet been written.
+#[derive(Default)]
+struct Queue {
+    state: Mutex<State>,
+    /// Rings at every change of the state.
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: Vec<u8>,
+    /// The writer holds lines that it has taken and not yet written.
+    writing: bool,
+    lost: u64,
+    /// How many of the lost the log has already told of.
+    told: u64,
+    next_sink: Option<Sink>,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes one line, or drops it when it does not fit. Held locks: this one, for a copy of the line.
+    fn put(&self, line: &[u8]) {
+        let mut state = self.lock();
+        if state.waiting.len() + line.len() > MOST_WAITING {
+            state.lost = state.lost.saturating_add(1);
+            return;
+        }
+        state.waiting.extend_from_slice(line);
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// The writer's thread: the only one that may wait for whoever reads the log. It ends with the process.
+    fn write_out(&self, mut sink: Sink) {
+        let mut taken = Vec::new();
+        let mut state = self.lock();
+        loop {
+            if let Some(next) = state.next_sink.take() {
+                sink = next;
+            }
+            if state.waiting.is_empty() {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            std::mem::swap(&mut taken, &mut state.waiting);
+            let lost = state.lost - state.told;
+            state.told = state.lost;
+            state.writing = true;
+            drop(state);
+
+            // A failed write (no space, nobody reads) loses these lines. There is nowhere to say so but here.
+            let lines = u64::try_from(taken.iter().filter(|b| **b == b'\n').count()).unwrap_or(u64::MAX);
+            let failed = match sink.write(&taken, lost) {
+                Ok(()) => 0,
+                Err(_nowhere_to_report) => lines + lost,
+            };
+            taken.clear();
+            taken.shrink_to(KEPT);
+
+            state = self.lock();
+            state.writing = false;
+            if failed > 0 {
+                // Those of before are still to be told, and are not counted twice.
+                state.told -= lost;
+                state.lost = state.lost.saturating_add(failed - lost);
+            }
+            self.changed.notify_all();
+        }
+    }
+}
+
+/// Gives each line its own buffer, and the queue the whole line.
+struct ToQueue(Arc<Queue>);
+
+struct Line<'a>(&'a Queue);
+
+impl<'a> MakeWriter<'a> for ToQueue {
+    type Writer = Line<'a>;
+    fn make_writer(&'a self) -> Line<'a> {
+        Line(&self.0)
+    }
+}
+
+impl Write for Line<'_> {
+    /// tracing-subscriber formats an event into its own buffer and writes it at once, newline included.
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.0.put(line);
+        Ok(line.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+enum Sink {
+    Stdout,
+    Stderr,
+    File(File),
+}
+
+impl Sink {
+    fn open(output: &Output) -> Result<Self, LogError> {
+        Ok(match output {
+            Output::Stdout => Self::Stdout,
+            Output::Stderr => Self::Stderr,
+            Output::File(path) => Self::File(append(path)?),
+        })
+    }
+
+    fn write(&mut self, lines: &[u8], lost: u64) -> io::Result<()> {
+        match self {
+            Self::Stdout => write_all(&mut io::stdout().lock(), lines, lost),
+            Self::Stderr => write_all(&mut io::stderr().lock(), lines, lost),
+            Self::File(file) => write_all(file, lines, lost),
+        }
+    }
+}
+
+fn write_all(to: &mut impl Write, lines: &[u8], lost: u64) -> io::Result<()> {
+    if lost > 0 {
+        // Valid in both formats: text to people, an object to a parser.
+        writeln!(to, "{{\"level\":\"WARN\",\"message\":\"log lines were lost\",\"lost\":{lost}}}")?;
+    }
+    to.write_all(lines)?;
+    to.flush()
+}
+
+fn append(path: &Path) -> Result<File, LogError> {
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o640)
+        .open(path)
+        .map_err(|source| LogError::Open { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn to_file(dir: &tempfile::TempDir, format: Format, level: Level) -> (Settings, PathBuf) {
+        let path = dir.path().join("agent.log");
+        let settings = Settings { level, format, output: Output::File(path.clone()), ..Default::default() };
+        (settings, path)
+    }
+
+    #[test]
+    fn levels_have_spires_names() {
+        for (case, want) in [
+            ("panic", Some(Level::Error)),
+            ("fatal", Some(Level::Error)),
+            ("ERROR", Some(Level::Error)),
+            ("warn", Some(Level::Warn)),
+            ("Warning", Some(Level::Warn)),
+            ("INFO", Some(Level::Info)),
+            ("debug", Some(Level::Debug)),
+            ("trace", Some(Level::Trace)),
+            ("", None),
+            ("verbose", None),
+            (" info", None),
+        ] {
+            assert_eq!(Level::parse(case).ok(), want, "{case}");
+        }
+        let err = Level::parse("verbose").unwrap_err().to_string();
+        assert_eq!(
+            err,
+            r#"log level "verbose" must be one of panic, fatal, error, warn, info, debug, trace"#
+        );
+    }
+
+    #[test]
+    fn the_level_holds_and_changes_live() {
+        let dir = tempfile::tempdir().unwrap();
+        let (settings, path) = to_file(&dir, Format::Text, Level::Info);
+        let (subscriber, log) = Log::build(&settings).unwrap();
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::info!(target: "durward::api", "first");
+            tracing::debug!(target: "durward::api", "too fine");
+            log.set_level(Level::Debug);
+            tracing::debug!(target: "durward::api", answer = 42, "second");
+            tracing::info!(target: "h2::codec", "a library's chatter");
+            tracing::warn!(target: "h2::codec", "a library's worry");
+            log.set_level(Level::Error);
+            tracing::warn!(target: "durward", "unheard");
+            tracing::warn!(target: "h2", "unheard");
+            tracing::error!(target: "durward", "third");
+        });
+        assert!(log.flush(LONG));
+        let text = fs::read_to_string(&path).unwrap();
+        let said: Vec<&str> = text.lines().map(|l| l.split_once(": ").unwrap().1).collect();
+        assert_eq!(said, ["first", "second answer=42", "a library's worry", "third"], "{text}");
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
+        assert!(!text.contains('\x1b'), "no colours in a file");
+    }
+
+    #[test]
+    fn json_lines_are_objects() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut settings, path) = to_file(&dir, Format::Json, Level::Info);
+        settings.source_location = SourceLocation::Shown;
+        let (subscriber, log) = Log::build(&settings).unwrap();
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::info!(target: "durward", uid = 1000, "two\nlines \"quoted\"");
+        });
+        assert!(log.flush(LONG));
+        let text = fs::read_to_string(&path).unwrap();
+        assert_eq!(text.lines().count(), 1);
+        let line: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(line["message"], "two\nlines \"quoted\"");
+        assert_eq!(line["uid"], 1000);
+        assert_eq!(line["level"], "INFO");
+        assert!(line["filename"].as_str().unwrap().ends_with("log.rs"), "{line}");
+        assert!(line["line_number"].is_u64() && line["timestamp"].is_string());
+    }
+
+    #[test]
+    fn a_moved_file_is_made_anew_and_a_failed_reopen_keeps_the_old() {
+        let dir = tempfile::tempdir().unwrap();
+        let (settings, path) = to_file(&dir, Format::Text, Level::Info);
+        let (subscriber, log) = Log::build(&settings).unwrap();
+        let moved = dir.path().join("agent.log.1");
+        let guard = tracing::subscriber::set_default(subscriber);
+        tracing::info!(target: "durward", "before");
+        assert!(log.flush(LONG));
+        fs::rename(&path, &moved).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(matches!(log.reopen(), Err(LogError::Open { .. })), "a directory stands there");
+        tracing::info!(target: "durward", "still the old");
+        assert!(log.flush(LONG));
+        fs::remove_dir(&path).unwrap();
+        log.reopen().unwrap();
+        tracing::info!(target: "durward", "after");
+        assert!(log.flush(LONG));
+        drop(guard);
+        assert_eq!(fs::read_to_string(&moved).unwrap().lines().count(), 2);
+        assert!(fs::read_to_string(&path).unwrap().ends_with("after\n"));
+    }
+
+    /// A pipe that nobody reads takes 64 KiB; logging far more than the queue holds must neither wait nor grow.
+    #[test]
+    fn nobody_reading_blocks_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+        // Reading and writing at once, or opening a pipe waits for the other side.
+        let reader = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let settings = Settings { output: Output::File(path), ..Default::default() };
+        let (subscriber, log) = Log::build(&settings).unwrap();
+        let line = "x".repeat(1000);
+        tracing::subscriber::with_default(subscriber, || {
+            for _ in 0..3 * MOST_WAITING / 1000 {
+                tracing::info!(target: "durward", "{line}");
+            }
+        });
+        assert!(log.lines_lost() > 500, "{} lost", log.lines_lost());
+        assert!(log.queue.lock().waiting.len() <= MOST_WAITING);
+        assert!(!log.flush(Duration::from_millis(1)), "it is stuck");
+
+        // Now somebody reads, and learns what is missing.
+        let mut lines = io::BufRead::lines(io::BufReader::new(reader));
+        let told = lines.find_map(|l| l.ok().filter(|l| l.contains("log lines were lost"))).unwrap();
+        let told: serde_json::Value = serde_json::from_str(&told).unwrap();
+        assert_eq!(told["lost"].as_u64(), Some(log.lines_lost()));
+    }
+}
