@@ -10,7 +10,7 @@ use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
 /// How much of a foreign text an error repeats, in characters.
-const SHOWN: usize = 64;
+const SHOWN: usize = 128;
 
 /// Parses one JSON value that fills `text`.
 ///
@@ -139,7 +139,7 @@ mod tests {
         for (case, text, want) in [
             ("plain", "ES256", "\"ES256\"".to_owned()),
             ("control", "a\n\u{1b}", "\"a\\n\\u{1b}\"".to_owned()),
-            ("long", &"é".repeat(65), format!("\"{}\"...", "é".repeat(64))),
+            ("long", &"é".repeat(129), format!("\"{}\"...", "é".repeat(128))),
         ] {
             assert_eq!(Quoted(text).to_string(), want, "{case}");
         }
