@@ -1,5 +1,6 @@
 //! The gRPC services.
 
+pub mod claims;
 pub mod codec;
 pub mod encoded;
 pub mod proto;
