@@ -1,1 +1,13 @@
-//! The socket side.
+//! The socket side: from a bound path to a served HTTP/2 connection that knows who is at its other end.
+//!
+//! Trusted: the kernel's word on a peer (`SO_PEERCRED`, `SO_PEERPIDFD`), given once at accept. Not trusted: every
+//! byte a peer sends, how fast it sends and reads, and how long it stays. The order is fixed: accept, credentials,
+//! caller key, gate, first byte, HTTP/2; a connection that is refused has cost no HTTP/2 state, and one that stays
+//! silent costs about 1.5 KiB. Absent: any decision about identities, and any knowledge of gRPC.
+
+pub mod credentials;
+pub mod listener;
+pub mod wire;
+
+pub use credentials::{KeyResolver, OsUid, Peer, PeerGone};
+

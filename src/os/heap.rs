@@ -1,0 +1,37 @@
+//! Giving memory back to the kernel.
+//!
+//! glibc keeps what was freed: after 5,000 connections have come and gone the process stays at their peak for
+//! ever, and each such burst may add to it. `malloc_trim` gives it back. What is absent: any other allocator; the
+//! ones that were measured take more at the peak.
+
+/// Gives free heap memory back to the kernel; `true` when there was any to give.
+///
+/// Costs about 0.03 ms when there is nothing to do and 1 to 3 ms for tens of megabytes. Does nothing, and returns
+/// `false`, where the C library is not glibc.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[expect(unsafe_code, reason = "a call of the C library without arguments that could be wrong")]
+pub fn trim() -> bool {
+    // SAFETY: malloc_trim takes no pointer and may be called by any thread at any time (malloc_trim(3): MT-Safe);
+    // it releases only memory that no allocation owns.
+    unsafe { libc::malloc_trim(0) == 1 }
+}
+
+/// Does nothing here: the C library is not glibc.
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+pub fn trim() -> bool {
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn memory_in_use_survives_a_trim() {
+        let kept: Vec<Vec<u8>> = (0..1000).map(|i| vec![u8::try_from(i % 251).unwrap(); 4096]).collect();
+        let freed: Vec<Vec<u8>> = (0..1000).map(|_| vec![1; 4096]).collect();
+        drop(freed);
+        let _some: bool = super::trim();
+        for (i, block) in kept.iter().enumerate() {
+            assert!(block.iter().all(|b| usize::from(*b) == i % 251), "block {i}");
+        }
+    }
+}

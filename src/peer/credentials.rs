@@ -1,0 +1,338 @@
+//! Who is at the other end of a connection, and whether they still are.
+//!
+//! Trusted: `SO_PEERCRED` and `SO_PEERPIDFD`, the kernel's record of who called `connect()`. Not trusted: the PID
+//! by itself (it is reused), and that whoever writes to the socket is who connected (a child inherits it): hence
+//! [`Peer::is_alive`] before every answer. A [`Peer`] is made once, at accept, with its caller key, and lives as
+//! long as its connection; there is no map of peers anywhere. On a kernel with `SO_PEERPIDFD` (6.5) nothing under
+//! /proc is opened here; before that, the start time in `/proc/PID/stat` stands in.
+//!
+//! # Decisions
+//! A peer of another PID namespace (PID 0) is a [`Peer`] and not an error: spire-agent closes such a connection
+//! without a word, and the admin learns nothing; here the API can answer with what to do.
+
+use std::{
+    fs, io,
+    os::{fd::AsFd, unix::fs::MetadataExt as _},
+};
+
+use nix::{
+    errno::Errno,
+    sys::socket::{getsockopt, sockopt},
+    unistd::{Gid, Pid, Uid},
+};
+use procfs::{ProcError, process::Process as ProcProcess};
+
+use crate::{
+    limits::caller::{Caller, CallerKey},
+    os::pidfd::{Owner, Pidfd},
+};
+
+/// What the kernel recorded when the peer called `connect()` (`SO_PEERCRED`), as seen from the agent's namespaces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Credentials {
+    /// Its process; 0 when that process is in a PID namespace that the agent cannot see into.
+    pub pid: Pid,
+    /// Its effective user.
+    pub uid: Uid,
+    /// Its effective group.
+    pub gid: Gid,
+}
+
+/// The process at the other end of a connection, with its caller key. Made once, at accept.
+#[derive(Debug)]
+pub struct Peer {
+    credentials: Credentials,
+    caller: CallerKey,
+    process: Process,
+}
+
+/// How the agent holds on to the process.
+#[derive(Debug)]
+pub enum Process {
+    /// The kernel gave the pidfd of whoever connected (Linux 6.5): it cannot be another's.
+    PeerPidfd(Pidfd),
+    /// Older kernels: the process that had the PID at accept, and when that one started. A PID that was reused
+    /// between `connect()` and accept by a process of the same user cannot be noticed.
+    OpenedPidfd {
+        /// Opened by PID, at accept.
+        pidfd: Pidfd,
+        /// Field 22 of `/proc/PID/stat`, in clock ticks since boot.
+        start_time: u64,
+    },
+    /// In a PID namespace that the agent cannot see into: nothing can be found out about it.
+    OutOfNamespace,
+}
+
+/// Why a connection has no [`Peer`]: it is closed and counted.
+#[derive(Debug, thiserror::Error)]
+pub enum CredentialsError {
+    /// The socket does not say who is there.
+    #[error("cannot read {option} of an accepted connection")]
+    Unreadable {
+        /// What was asked for.
+        option: &'static str,
+        /// The kernel's answer.
+        source: Errno,
+    },
+    /// The process ended before it was accepted.
+    #[error("process {pid} ended before its connection was accepted")]
+    Gone {
+        /// Its PID then.
+        pid: Pid,
+    },
+    /// No pidfd: without descriptors left, or Linux before 5.3.
+    #[error("cannot open a pidfd of process {pid}")]
+    Pidfd {
+        /// Its PID.
+        pid: Pid,
+        /// The kernel's answer.
+        source: Errno,
+    },
+    /// Fallback for older kernels: `/proc/PID/stat` does not tell the start time.
+    #[error("cannot read the start time of process {pid}")]
+    StartTime {
+        /// Its PID.
+        pid: Pid,
+        /// What /proc answered.
+        source: ProcError,
+    },
+}
+
+/// Why nothing may be answered to a peer any more.
+#[derive(Debug, thiserror::Error)]
+pub enum PeerGone {
+    /// It ended; somebody else holds its socket.
+    #[error("the process that opened the connection has exited")]
+    Exited,
+    /// It changed its user or group after it connected.
+    #[error("the process that opened the connection changed its user or group (it connected as {uid}:{gid})")]
+    CredentialsChanged {
+        /// Its effective UID at `connect()`.
+        uid: Uid,
+        /// Its effective GID at `connect()`.
+        gid: Gid,
+    },
+    /// Fallback for older kernels: another process has its PID.
+    #[error("PID {pid} belongs to another process now")]
+    Replaced {
+        /// The PID.
+        pid: Pid,
+    },
+    /// It cannot be seen at all.
+    #[error(
+        "the caller is in another PID namespace, so the agent cannot see its process: run the agent in the host's \
+         PID namespace (in Kubernetes: hostPID: true), or in the caller's"
+    )]
+    OutOfNamespace,
+    /// The kernel did not say: taken for gone.
+    #[error("cannot tell whether the process that opened the connection lives")]
+    Unknown {
+        /// What went wrong.
+        source: io::Error,
+    },
+}
+
+/// Finds out whom a connection is charged to. Called exactly once per connection, at accept.
+pub trait KeyResolver: Send + Sync {
+    /// The key. Must answer fast (it runs in the accept loop) and never fails: every doubt means the OS UID. What
+    /// was read under /proc counts only if [`Process::has_exited`] is still `false` afterwards.
+    fn caller_key(&self, credentials: &Credentials, process: &Process) -> CallerKey;
+}
+
+/// Charges the user: what holds where there is no Kubernetes. Opens nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OsUid;
+
+impl KeyResolver for OsUid {
+    fn caller_key(&self, credentials: &Credentials, _process: &Process) -> CallerKey {
+        CallerKey::Uid(credentials.uid.as_raw())
+    }
+}
+
+impl Peer {
+    /// Asks the kernel who is at the other end of `stream`.
+    ///
+    /// # Errors
+    /// [`CredentialsError`] when it does not say: the connection must be closed.
+    pub fn from_stream(stream: &impl AsFd, keys: &dyn KeyResolver) -> Result<Self, CredentialsError> {
+        let credentials = Credentials::of(stream)?;
+        let process = if credentials.pid.as_raw() == 0 {
+            Process::OutOfNamespace
+        } else {
+            match getsockopt(stream, sockopt::PeerPidfd) {
+                Ok(fd) => Process::PeerPidfd(Pidfd::new(fd)),
+                Err(Errno::ENOPROTOOPT) => Process::by_pid(credentials.pid)?,
+                // Before 6.16 the kernel makes no pidfd for a process that was reaped.
+                Err(Errno::EINVAL | Errno::ESRCH) => {
+                    return Err(CredentialsError::Gone { pid: credentials.pid });
+                }
+                Err(source) => return Err(CredentialsError::Unreadable { option: "SO_PEERPIDFD", source }),
+            }
+        };
+        Ok(Self::new(credentials, process, keys))
+    }
+
+    /// [`Self::from_stream`] as it is on kernels without `SO_PEERPIDFD`, on any kernel: for tests of that path.
+    ///
+    /// # Errors
+    /// As [`Self::from_stream`].
+    pub fn from_stream_by_pid(
+        stream: &impl AsFd,
+        keys: &dyn KeyResolver,
+    ) -> Result<Self, CredentialsError> {
+        let credentials = Credentials::of(stream)?;
+        let process = if credentials.pid.as_raw() == 0 {
+            Process::OutOfNamespace
+        } else {
+            Process::by_pid(credentials.pid)?
+        };
+        Ok(Self::new(credentials, process, keys))
+    }
+
+    fn new(credentials: Credentials, process: Process, keys: &dyn KeyResolver) -> Self {
+        let caller = keys.caller_key(&credentials, &process);
+        Self { credentials, caller, process }
+    }
+
+    /// A peer with this PID that the agent cannot see: what a caller of another PID namespace is. For tests.
+    pub fn out_of_namespace(uid: Uid, gid: Gid) -> Self {
+        Self::new(Credentials { pid: Pid::from_raw(0), uid, gid }, Process::OutOfNamespace, &OsUid)
+    }
+
+    /// Its PID when it connected; 0 when it is in another PID namespace. Worth something only while
+    /// [`Self::is_alive`].
+    pub fn pid(&self) -> Pid {
+        self.credentials.pid
+    }
+
+    /// Its effective user when it connected.
+    pub fn uid(&self) -> Uid {
+        self.credentials.uid
+    }
+
+    /// Its effective group when it connected.
+    pub fn gid(&self) -> Gid {
+        self.credentials.gid
+    }
+
+    /// Whom its calls are charged to.
+    pub fn caller(&self) -> CallerKey {
+        self.caller
+    }
+
+    /// How the agent holds on to it.
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// Whether the process that connected still runs, as the same user and group. To be asked once per call, after
+    /// everything that was read about the process: if it still lives then, all that was read was its own. A zombie
+    /// is not alive.
+    ///
+    /// A change of user or group is seen on Linux 6.13 and newer, and before 6.5; between them only /proc would
+    /// say, and the attestor, which reads it, sees.
+    ///
+    /// # Errors
+    /// [`PeerGone`]: the call must get nothing.
+    pub fn is_alive(&self) -> Result<(), PeerGone> {
+        let Credentials { pid, uid, gid } = self.credentials;
+        let owner = match &self.process {
+            Process::OutOfNamespace => return Err(PeerGone::OutOfNamespace),
+            Process::PeerPidfd(pidfd) => {
+                runs(pidfd)?;
+                match pidfd.owner() {
+                    Ok(owner) => owner,
+                    Err(Errno::ESRCH) => return Err(PeerGone::Exited),
+                    Err(errno) => return Err(PeerGone::Unknown { source: errno.into() }),
+                }
+            }
+            Process::OpenedPidfd { pidfd, start_time } => {
+                let read = (start_time_of(pid), fs::metadata(format!("/proc/{pid}")));
+                // Asked last: it lives now, so what was read before was read of it.
+                runs(pidfd)?;
+                match read {
+                    (Ok(now), Ok(_)) if now != *start_time => return Err(PeerGone::Replaced { pid }),
+                    (Ok(_), Ok(dir)) => Some(Owner {
+                        uid: Uid::from_raw(dir.uid()),
+                        gid: Gid::from_raw(dir.gid()),
+                    }),
+                    (Err(err), _) => return Err(PeerGone::Unknown { source: io::Error::other(err) }),
+                    (Ok(_), Err(source)) => return Err(PeerGone::Unknown { source }),
+                }
+            }
+        };
+        match owner {
+            Some(owner) if owner != (Owner { uid, gid }) => {
+                Err(PeerGone::CredentialsChanged { uid, gid })
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Waits until the process has ended; for ever when the agent cannot see it. Watching costs an epoll
+    /// registration, made at the first call: a connection that is used once never pays for it.
+    pub async fn exited(&self) {
+        let pidfd = match &self.process {
+            Process::PeerPidfd(pidfd) | Process::OpenedPidfd { pidfd, .. } => pidfd,
+            Process::OutOfNamespace => return std::future::pending().await,
+        };
+        pidfd.exited().await;
+    }
+}
+
+impl Caller for Peer {
+    fn caller_key(&self) -> CallerKey {
+        self.caller
+    }
+}
+
+impl Credentials {
+    fn of(stream: &impl AsFd) -> Result<Self, CredentialsError> {
+        let creds = getsockopt(stream, sockopt::PeerCredentials)
+            .map_err(|source| CredentialsError::Unreadable { option: "SO_PEERCRED", source })?;
+        Ok(Self {
+            pid: Pid::from_raw(creds.pid()),
+            uid: Uid::from_raw(creds.uid()),
+            gid: Gid::from_raw(creds.gid()),
+        })
+    }
+}
+
+impl Process {
+    /// The process that has this PID now.
+    fn by_pid(pid: Pid) -> Result<Self, CredentialsError> {
+        let pidfd = match Pidfd::open(pid) {
+            Ok(pidfd) => pidfd,
+            Err(Errno::ESRCH) => return Err(CredentialsError::Gone { pid }),
+            Err(source) => return Err(CredentialsError::Pidfd { pid, source }),
+        };
+        let start_time = start_time_of(pid);
+        if pidfd.has_exited() {
+            return Err(CredentialsError::Gone { pid });
+        }
+        match start_time {
+            Ok(start_time) => Ok(Self::OpenedPidfd { pidfd, start_time }),
+            Err(source) => Err(CredentialsError::StartTime { pid, source }),
+        }
+    }
+
+    /// Whether it has ended, as a zombie too. `true` when it cannot be seen.
+    pub fn has_exited(&self) -> bool {
+        match self {
+            Self::PeerPidfd(pidfd) | Self::OpenedPidfd { pidfd, .. } => pidfd.has_exited(),
+            Self::OutOfNamespace => true,
+        }
+    }
+}
+
+fn runs(pidfd: &Pidfd) -> Result<(), PeerGone> {
+    match pidfd.poll_exited() {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(PeerGone::Exited),
+        Err(errno) => Err(PeerGone::Unknown { source: errno.into() }),
+    }
+}
+
+fn start_time_of(pid: Pid) -> Result<u64, ProcError> {
+    Ok(ProcProcess::new(pid.as_raw())?.stat()?.starttime)
+}

@@ -1,0 +1,1 @@
+//! What passes before HTTP/2 sees it.
