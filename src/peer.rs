@@ -10,4 +10,3 @@ pub mod listener;
 pub mod wire;
 
 pub use credentials::{KeyResolver, OsUid, Peer, PeerGone};
-

@@ -176,10 +176,7 @@ impl Peer {
     ///
     /// # Errors
     /// As [`Self::from_stream`].
-    pub fn from_stream_by_pid(
-        stream: &impl AsFd,
-        keys: &dyn KeyResolver,
-    ) -> Result<Self, CredentialsError> {
+    pub fn from_stream_by_pid(stream: &impl AsFd, keys: &dyn KeyResolver) -> Result<Self, CredentialsError> {
         let credentials = Credentials::of(stream)?;
         let process = if credentials.pid.as_raw() == 0 {
             Process::OutOfNamespace
@@ -252,19 +249,16 @@ impl Peer {
                 runs(pidfd)?;
                 match read {
                     (Ok(now), Ok(_)) if now != *start_time => return Err(PeerGone::Replaced { pid }),
-                    (Ok(_), Ok(dir)) => Some(Owner {
-                        uid: Uid::from_raw(dir.uid()),
-                        gid: Gid::from_raw(dir.gid()),
-                    }),
+                    (Ok(_), Ok(dir)) => {
+                        Some(Owner { uid: Uid::from_raw(dir.uid()), gid: Gid::from_raw(dir.gid()) })
+                    }
                     (Err(err), _) => return Err(PeerGone::Unknown { source: io::Error::other(err) }),
                     (Ok(_), Err(source)) => return Err(PeerGone::Unknown { source }),
                 }
             }
         };
         match owner {
-            Some(owner) if owner != (Owner { uid, gid }) => {
-                Err(PeerGone::CredentialsChanged { uid, gid })
-            }
+            Some(owner) if owner != (Owner { uid, gid }) => Err(PeerGone::CredentialsChanged { uid, gid }),
             Some(_) | None => Ok(()),
         }
     }
