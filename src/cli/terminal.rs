@@ -1,0 +1,105 @@
+//! The one writer of all that a command prints.
+//!
+//! What a command answers goes to stdout, all else (errors, advice, "still waiting") to stderr. A reader that goes
+//! away (`| head`) is no error of ours: it ends the command quietly. Words that came from elsewhere (an error text
+//! of the agent, a hint) are cleaned of control characters first, so that they cannot drive a person's terminal.
+
+use std::{
+    fmt::Display,
+    io::{self, IsTerminal as _, Write as _},
+    time::Duration,
+};
+
+/// Why printing stopped.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PrintError {
+    /// Nobody reads any more.
+    #[error("stdout was closed")]
+    Closed,
+    /// Nothing can be written there.
+    #[error("writing to stdout: {0}")]
+    Write(#[source] io::Error),
+}
+
+/// Stdout and stderr.
+#[derive(Debug)]
+pub(super) struct Terminal {
+    /// A person looks at stderr, where a line can be written over.
+    interactive: bool,
+    /// A waiting line stands on the terminal and must be wiped before anything else is written.
+    waiting: bool,
+}
+
+impl Terminal {
+    pub(super) fn new() -> Self {
+        Self { interactive: io::stderr().is_terminal(), waiting: false }
+    }
+
+    /// Prints to stdout, as it is.
+    pub(super) fn print(&mut self, text: &str) -> Result<(), PrintError> {
+        self.wipe();
+        let mut out = io::stdout().lock();
+        out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|err| match err.kind() {
+            io::ErrorKind::BrokenPipe => PrintError::Closed,
+            _ => PrintError::Write(err),
+        })
+    }
+
+    /// Writes a line to stderr. If that fails there is nobody left to tell.
+    pub(super) fn note(&mut self, text: impl Display) {
+        self.wipe();
+        drop(writeln!(io::stderr().lock(), "{text}"));
+    }
+
+    /// Says that we wait for `what`: `waited` of `limit`. On a terminal one line that counts; elsewhere one line,
+    /// the first time.
+    pub(super) fn waiting(&mut self, what: &str, waited: Duration, limit: Option<Duration>) {
+        let seconds = waited.as_secs();
+        let span = match limit {
+            Some(limit) => format!("{seconds} s of {} s", limit.as_secs()),
+            None => format!("{seconds} s"),
+        };
+        let mut err = io::stderr().lock();
+        if self.interactive {
+            self.waiting = true;
+            drop(write!(err, "\r\x1b[Kwaiting for {what} ({span})").and_then(|()| err.flush()));
+        } else if seconds == 1 {
+            drop(writeln!(err, "waiting for {what} ({span})"));
+        }
+    }
+
+    /// Takes the waiting line away.
+    pub(super) fn wipe(&mut self) {
+        if std::mem::take(&mut self.waiting) {
+            let mut err = io::stderr().lock();
+            drop(write!(err, "\r\x1b[K").and_then(|()| err.flush()));
+        }
+    }
+}
+
+/// `text` with every control character written as an escape; tabs and line ends too.
+pub(super) fn clean(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() { out.extend(c.escape_default()) } else { out.push(c) }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn foreign_words_cannot_drive_the_terminal() {
+        for (case, text, want) in [
+            ("plain", "no identity issued", "no identity issued"),
+            ("not ascii", "schön", "schön"),
+            ("escape", "\x1b[2Jx", "\\u{1b}[2Jx"),
+            ("line ends", "a\r\nb", "a\\r\\nb"),
+            ("c1", "\u{9b}x", "\\u{9b}x"),
+        ] {
+            assert_eq!(clean(text), want, "{case}");
+        }
+    }
+}

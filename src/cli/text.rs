@@ -1,0 +1,189 @@
+//! Go's way to write durations, times and gRPC codes, which spire-agent's output has and scripts read.
+
+use std::{fmt, str::FromStr, time::Duration};
+
+use time::OffsetDateTime;
+use tonic::Code;
+
+/// A duration as Go reads and writes it: `300ms`, `1m30s`, `1.5h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct GoDuration(pub(super) Duration);
+
+/// Why a text is no duration.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no duration: a number with a unit is needed, such as 5s, 1m30s or 500ms")]
+pub(super) struct NoDuration(String);
+
+const UNITS: [(&str, u64); 8] = [
+    ("ns", 1),
+    ("us", 1_000),
+    ("µs", 1_000),
+    ("μs", 1_000),
+    ("ms", 1_000_000),
+    ("s", 1_000_000_000),
+    ("m", 60_000_000_000),
+    ("h", 3_600_000_000_000),
+];
+
+impl FromStr for GoDuration {
+    type Err = NoDuration;
+
+    fn from_str(text: &str) -> Result<Self, NoDuration> {
+        nanoseconds(text).map(|nanos| Self(Duration::from_nanos(nanos))).ok_or_else(|| NoDuration(text.to_owned()))
+    }
+}
+
+fn nanoseconds(text: &str) -> Option<u64> {
+    if text == "0" {
+        return Some(0);
+    }
+    let mut rest = text;
+    let mut total = 0_u64;
+    while !rest.is_empty() {
+        let number_end = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let (number, tail) = rest.split_at_checked(number_end)?;
+        let unit_end = tail.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(tail.len());
+        let (unit, tail) = tail.split_at_checked(unit_end)?;
+        let (_, scale) = UNITS.iter().find(|(name, _)| *name == unit)?;
+        let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+        if whole.is_empty() && fraction.is_empty() {
+            return None;
+        }
+        if !whole.is_empty() {
+            total = total.checked_add(whole.parse::<u64>().ok()?.checked_mul(*scale)?)?;
+        }
+        let mut place = *scale;
+        for digit in fraction.chars() {
+            place /= 10;
+            total = total.checked_add(u64::from(digit.to_digit(10)?).checked_mul(place)?)?;
+        }
+        rest = tail;
+    }
+    (!text.is_empty()).then_some(total)
+}
+
+impl fmt::Display for GoDuration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let nanos = self.0.as_nanos();
+        if nanos == 0 {
+            return f.write_str("0s");
+        }
+        for (unit, scale) in [("ns", 1_u128), ("µs", 1_000), ("ms", 1_000_000)] {
+            if nanos < scale * 1000 {
+                return write!(f, "{}{unit}", decimal(nanos, scale));
+            }
+        }
+        let seconds = self.0.as_secs();
+        let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
+        if hours > 0 {
+            write!(f, "{hours}h")?;
+        }
+        if hours > 0 || minutes > 0 {
+            write!(f, "{minutes}m")?;
+        }
+        write!(f, "{}s", decimal(nanos % 60_000_000_000, 1_000_000_000))
+    }
+}
+
+/// `value / scale` with all its digits and no trailing zero.
+fn decimal(value: u128, scale: u128) -> String {
+    let (whole, mut rest) = (value / scale, value % scale);
+    let mut out = whole.to_string();
+    let mut place = scale / 10;
+    if rest > 0 {
+        out.push('.');
+    }
+    while rest > 0 && place > 0 {
+        out.push_str(&(rest / place).to_string());
+        rest %= place;
+        place /= 10;
+    }
+    out
+}
+
+/// A time as Go's `%v` writes one in UTC: `2026-01-01 00:00:00 +0000 UTC`.
+pub(super) fn go_time(at: OffsetDateTime) -> String {
+    let at = at.to_offset(time::UtcOffset::UTC);
+    format!(
+        "{:04}-{:02}-{:02} {:02}:{:02}:{:02} +0000 UTC",
+        at.year(),
+        u8::from(at.month()),
+        at.day(),
+        at.hour(),
+        at.minute(),
+        at.second()
+    )
+}
+
+/// The name of a code as grpc-go writes it.
+pub(super) fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "Canceled",
+        Code::Unknown => "Unknown",
+        Code::InvalidArgument => "InvalidArgument",
+        Code::DeadlineExceeded => "DeadlineExceeded",
+        Code::NotFound => "NotFound",
+        Code::AlreadyExists => "AlreadyExists",
+        Code::PermissionDenied => "PermissionDenied",
+        Code::ResourceExhausted => "ResourceExhausted",
+        Code::FailedPrecondition => "FailedPrecondition",
+        Code::Aborted => "Aborted",
+        Code::OutOfRange => "OutOfRange",
+        Code::Unimplemented => "Unimplemented",
+        Code::Internal => "Internal",
+        Code::Unavailable => "Unavailable",
+        Code::DataLoss => "DataLoss",
+        Code::Unauthenticated => "Unauthenticated",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn durations_are_gos() {
+        for (text, want) in [
+            ("5s", Some("5s")),
+            ("0", Some("0s")),
+            ("0s", Some("0s")),
+            ("90s", Some("1m30s")),
+            ("1h", Some("1h0m0s")),
+            ("1.5h", Some("1h30m0s")),
+            (".5s", Some("500ms")),
+            ("12345us", Some("12.345ms")),
+            ("12345µs", Some("12.345ms")),
+            ("1h1m1.001s", Some("1h1m1.001s")),
+            ("999ns", Some("999ns")),
+            ("", None),
+            ("5", None),
+            ("s", None),
+            (".s", None),
+            ("-5s", None),
+            ("5 s", None),
+            ("5d", None),
+            ("1..5s", None),
+            ("99999999999h", None),
+        ] {
+            let got = text.parse::<GoDuration>().ok().map(|d| d.to_string());
+            assert_eq!(got.as_deref(), want, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn times_are_gos() {
+        let at = OffsetDateTime::from_unix_timestamp(1_767_225_600).unwrap();
+        assert_eq!(go_time(at), "2026-01-01 00:00:00 +0000 UTC");
+    }
+
+    proptest! {
+        #[test]
+        fn durations_round_trip(nanos in any::<u64>()) {
+            let duration = GoDuration(Duration::from_nanos(nanos));
+            prop_assert_eq!(duration.to_string().parse::<GoDuration>().unwrap(), duration);
+        }
+    }
+}
