@@ -20,14 +20,12 @@ pub(super) enum Takes {
 }
 
 /// Every flag: our spelling, spire-agent's, and what follows it. A name means the same thing for all commands.
-pub(super) const FLAGS: [(&str, &str, Takes); 30] = [
+pub(super) const FLAGS: [(&str, &str, Takes); 25] = [
     ("allow-unauthenticated-verifiers", "allowUnauthenticatedVerifiers", Takes::Nothing),
     ("audience", "audience", Takes::Value),
     ("config", "config", Takes::Value),
     ("data-dir", "dataDir", Takes::Value),
     ("dir", "dir", Takes::Value),
-    ("disable-sds-api", "disableSDSAPI", Takes::Nothing),
-    ("disable-workload-api", "disableWorkloadAPI", Takes::Nothing),
     ("exit-after-fetch", "exitAfterFetch", Takes::Nothing),
     ("expand-env", "expandEnv", Takes::Nothing),
     ("help", "help", Takes::Nothing),
@@ -49,10 +47,6 @@ pub(super) const FLAGS: [(&str, &str, Takes); 30] = [
     ("verbose", "verbose", Takes::Nothing),
     ("version", "version", Takes::Nothing),
     ("write", "write", Takes::Value),
-    // The flags of a SPIRE Server as issuer.
-    ("join-token", "joinToken", Takes::Value),
-    ("server-address", "serverAddress", Takes::Value),
-    ("server-port", "serverPort", Takes::Value),
 ];
 
 /// Rewrites every flag to our spelling. What stands after a lone `--` stays as it is.

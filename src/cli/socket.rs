@@ -73,7 +73,9 @@ pub(super) enum SocketError {
     NoTemplate,
     #[error("the environment variable {TEMPLATE} must hold %i, which --instance replaces; got {0:?}")]
     NoPlace(OsString),
-    #[error("the environment variable {SPIFFE} must be unix:// with an absolute path, such as unix://{DEFAULT}; got {0:?}")]
+    #[error(
+        "the environment variable {SPIFFE} must be unix:// with an absolute path, such as unix://{DEFAULT}; got {0:?}"
+    )]
     NoUnixUri(OsString),
 }
 
@@ -129,7 +131,8 @@ mod tests {
     fn the_first_that_is_set_is_taken() {
         let all = [(TEMPLATE, "/t/%i.sock"), (SPIRE, "/spire.sock"), (SPIFFE, "unix:///spiffe.sock")];
         let none: [(&str, &str); 0] = [];
-        let cases: [(&str, Option<&str>, Option<&str>, &[(&str, &str)], Result<(&str, Chosen), SocketError>); 16] = [
+        let cases: [(&str, Option<&str>, Option<&str>, &[(&str, &str)], Result<(&str, Chosen), SocketError>);
+            16] = [
             ("nothing", None, None, &none, Ok((DEFAULT, Chosen::Default))),
             ("flag wins", Some("/f"), Some("a"), &all, Ok(("/f", Chosen::Flag))),
             ("template next", None, Some("a"), &all, Ok(("/t/a.sock", Chosen::Instance))),
@@ -142,10 +145,28 @@ mod tests {
             ("even with the flag", Some("/f"), Some("a"), &none, Err(SocketError::NoTemplate)),
             ("no %i", None, Some("a"), &[(TEMPLATE, "/t")], Err(SocketError::NoPlace("/t".into()))),
             ("a path", None, None, &[(SPIFFE, "/s")], Err(SocketError::NoUnixUri("/s".into()))),
-            ("tcp", None, None, &[(SPIFFE, "tcp://1.2.3.4:5")], Err(SocketError::NoUnixUri("tcp://1.2.3.4:5".into()))),
-            ("a host", None, None, &[(SPIFFE, "unix://h/s")], Err(SocketError::NoUnixUri("unix://h/s".into()))),
+            (
+                "tcp",
+                None,
+                None,
+                &[(SPIFFE, "tcp://1.2.3.4:5")],
+                Err(SocketError::NoUnixUri("tcp://1.2.3.4:5".into())),
+            ),
+            (
+                "a host",
+                None,
+                None,
+                &[(SPIFFE, "unix://h/s")],
+                Err(SocketError::NoUnixUri("unix://h/s".into())),
+            ),
             ("relative", None, None, &[(SPIFFE, "unix:s")], Err(SocketError::NoUnixUri("unix:s".into()))),
-            ("a query", None, None, &[(SPIFFE, "unix:///s?x")], Err(SocketError::NoUnixUri("unix:///s?x".into()))),
+            (
+                "a query",
+                None,
+                None,
+                &[(SPIFFE, "unix:///s?x")],
+                Err(SocketError::NoUnixUri("unix:///s?x".into())),
+            ),
         ];
         for (case, flag, instance, environment, want) in cases {
             let args = SocketArgs { socket_path: flag.map(Into::into), instance: instance.map(Into::into) };

@@ -29,7 +29,9 @@ impl FromStr for GoDuration {
     type Err = NoDuration;
 
     fn from_str(text: &str) -> Result<Self, NoDuration> {
-        nanoseconds(text).map(|nanos| Self(Duration::from_nanos(nanos))).ok_or_else(|| NoDuration(text.to_owned()))
+        nanoseconds(text)
+            .map(|nanos| Self(Duration::from_nanos(nanos)))
+            .ok_or_else(|| NoDuration(text.to_owned()))
     }
 }
 

@@ -1,0 +1,286 @@
+//! What FetchX509SVID answered, taken apart and verified.
+//!
+//! Nothing that the agent says is shown before it holds: the chain must lead to the bundle that came with it, the
+//! leaf must be an X.509-SVID by the SPIFFE standard (X509-SVID, sections 2 to 4: one URI SAN, no CA, no signing of
+//! certificates), it must name the SPIFFE ID of the message, and the private key must be the leaf's. The private key
+//! is zeroised on drop and leaves this type only as PEM for a file.
+
+use std::{collections::BTreeMap, time::SystemTime};
+
+use base64::Engine as _;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime};
+use time::OffsetDateTime;
+use x509_parser::{
+    certificate::X509Certificate, extensions::GeneralName, prelude::FromDer as _, public_key::PublicKey,
+};
+use zeroize::Zeroizing;
+
+use super::client::since_epoch;
+use crate::{
+    api::proto::workload as pb,
+    identity::{SpiffeId, spiffe_id::SpiffeIdError},
+};
+
+/// The identities of one answer, verified.
+#[derive(Debug)]
+pub(super) struct X509Answer {
+    /// In the agent's order; the first is the default.
+    pub(super) svids: Vec<VerifiedSvid>,
+    /// By the ID of the foreign trust domain, as it was sent.
+    pub(super) federated: BTreeMap<String, Vec<Certificate>>,
+}
+
+/// An X.509-SVID that its bundle verifies.
+pub(super) struct VerifiedSvid {
+    pub(super) spiffe_id: SpiffeId,
+    pub(super) hint: String,
+    pub(super) leaf: Certificate,
+    pub(super) intermediates: Vec<Certificate>,
+    pub(super) bundle: Vec<Certificate>,
+    /// PKCS#8 DER.
+    key: Zeroizing<Vec<u8>>,
+}
+
+impl std::fmt::Debug for VerifiedSvid {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VerifiedSvid").field("spiffe_id", &self.spiffe_id).finish_non_exhaustive()
+    }
+}
+
+/// A certificate and what is shown of it.
+#[derive(Debug)]
+pub(super) struct Certificate {
+    pub(super) der: Vec<u8>,
+    pub(super) not_before: OffsetDateTime,
+    pub(super) not_after: OffsetDateTime,
+    /// `ec-p256`, `rsa-2048`, or what else it is.
+    pub(super) key_type: String,
+}
+
+/// Why an answer is not shown. The texts are spire-agent's where it has one.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum AnswerError {
+    #[error("workload response contains no svids")]
+    NoSvids,
+    #[error("failed to parse bundle for federated domain {0:?}: {1}")]
+    Federated(String, #[source] CertificateError),
+    #[error("failed to parse svid entry {at} for spiffe id {id:?}: {source}")]
+    Parse { at: usize, id: String, source: PartError },
+    #[error("{id:?} SVID failed verification against bundle: {source}")]
+    Verify { id: String, source: VerifyError },
+}
+
+/// Which part of an SVID cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PartError {
+    #[error("spiffe id: {0}")]
+    Id(#[source] SpiffeIdError),
+    #[error("certificates: {0}")]
+    Chain(#[source] CertificateError),
+    #[error("failed to parse private key: {0}")]
+    Key(#[source] rustls::Error),
+    #[error("the private key does not belong to the certificate")]
+    OtherKey,
+    #[error("failed to parse trust bundle: {0}")]
+    Bundle(#[source] CertificateError),
+}
+
+/// Why bytes are no certificates.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CertificateError {
+    #[error("no certificates found")]
+    None,
+    #[error("certificate #{0} is malformed")]
+    Malformed(usize),
+}
+
+/// Which rule of the SPIFFE X.509-SVID standard is broken.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum VerifyError {
+    #[error("leaf certificate: {0}")]
+    Leaf(&'static str),
+    #[error("leaf certificate names {0:?}")]
+    OtherId(String),
+    #[error("{0}")]
+    Path(#[source] webpki::Error),
+}
+
+impl X509Answer {
+    /// Takes `response` apart and verifies every SVID in it.
+    ///
+    /// # Errors
+    /// The first thing that does not hold: then nothing of the answer is used.
+    pub(super) fn verify(response: pb::X509svidResponse, now: SystemTime) -> Result<Self, AnswerError> {
+        if response.svids.is_empty() {
+            return Err(AnswerError::NoSvids);
+        }
+        let federated = response
+            .federated_bundles
+            .into_iter()
+            .map(|(id, der)| match certificates(&der) {
+                Ok(bundle) => Ok((id, bundle)),
+                Err(err) => Err(AnswerError::Federated(id, err)),
+            })
+            .collect::<Result<_, _>>()?;
+        let svids = response
+            .svids
+            .into_iter()
+            .enumerate()
+            .map(|(at, svid)| {
+                let id = svid.spiffe_id.clone();
+                let svid = VerifiedSvid::parse(svid).map_err(|source| AnswerError::Parse {
+                    at,
+                    id: id.clone(),
+                    source,
+                })?;
+                svid.check(now).map_err(|source| AnswerError::Verify { id, source })?;
+                Ok(svid)
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self { svids, federated })
+    }
+}
+
+impl VerifiedSvid {
+    fn parse(svid: pb::X509svid) -> Result<Self, PartError> {
+        let key = Zeroizing::new(svid.x509_svid_key);
+        let spiffe_id = SpiffeId::parse(&svid.spiffe_id).map_err(PartError::Id)?;
+        let mut chain = certificates(&svid.x509_svid).map_err(PartError::Chain)?.into_iter();
+        let leaf = chain.next().ok_or(PartError::Chain(CertificateError::None))?;
+        let bundle = certificates(&svid.bundle).map_err(PartError::Bundle)?;
+
+        let pkcs8 = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.as_slice()));
+        let signer = rustls::crypto::aws_lc_rs::sign::any_supported_type(&pkcs8).map_err(PartError::Key)?;
+        let ours = signer.public_key();
+        if ours.as_deref() != leaf.parsed(|cert| cert.public_key().raw.to_vec()).as_deref() {
+            return Err(PartError::OtherKey);
+        }
+        Ok(Self { spiffe_id, hint: svid.hint, leaf, intermediates: chain.collect(), bundle, key })
+    }
+
+    /// The rules for a leaf first, as go-spiffe has them, then the path to the bundle.
+    fn check(&self, now: SystemTime) -> Result<(), VerifyError> {
+        self.leaf
+            .parsed(|cert| check_leaf(cert, &self.spiffe_id))
+            .unwrap_or(Err(VerifyError::Leaf("malformed")))?;
+
+        let roots: Vec<CertificateDer<'_>> = self.bundle.iter().map(Certificate::as_der).collect();
+        let anchors = roots
+            .iter()
+            .map(webpki::anchor_from_trusted_cert)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(VerifyError::Path)?;
+        let intermediates: Vec<CertificateDer<'_>> =
+            self.intermediates.iter().map(Certificate::as_der).collect();
+        let der = self.leaf.as_der();
+        let leaf = webpki::EndEntityCert::try_from(&der).map_err(VerifyError::Path)?;
+        leaf.verify_for_usage(
+            webpki::ALL_VERIFICATION_ALGS,
+            &anchors,
+            &intermediates,
+            UnixTime::since_unix_epoch(since_epoch(now)),
+            webpki::KeyUsage::client_auth(),
+            None,
+            None,
+        )
+        .map(drop)
+        .map_err(VerifyError::Path)
+    }
+
+    /// The chain as PEM: the leaf, then intermediates.
+    pub(super) fn chain_pem(&self) -> String {
+        pem_of(std::iter::once(&self.leaf).chain(&self.intermediates))
+    }
+
+    /// The private key as PEM, for a file that its owner alone may read.
+    pub(super) fn key_pem(&self) -> Zeroizing<String> {
+        pem("PRIVATE KEY", &self.key)
+    }
+}
+
+/// X509-SVID standard: section 2 (one URI SAN), 4.1 (no CA), 4.3 (key usage), 4.4 (extended key usage).
+fn check_leaf(cert: &X509Certificate<'_>, id: &SpiffeId) -> Result<(), VerifyError> {
+    let san = cert
+        .subject_alternative_name()
+        .map_err(|_err| VerifyError::Leaf("malformed subject alternative name"))?;
+    let mut uris = san.iter().flat_map(|san| &san.value.general_names).filter_map(|name| match name {
+        GeneralName::URI(uri) => Some(*uri),
+        _ => None,
+    });
+    let (Some(uri), None) = (uris.next(), uris.next()) else {
+        return Err(VerifyError::Leaf("must hold exactly one URI"));
+    };
+    if uri != id.as_str() {
+        return Err(VerifyError::OtherId(uri.to_owned()));
+    }
+    if cert.is_ca() {
+        return Err(VerifyError::Leaf("must not be a CA"));
+    }
+    let usage = cert.key_usage().map_err(|_err| VerifyError::Leaf("malformed key usage"))?;
+    if let Some(usage) = usage {
+        if usage.value.key_cert_sign() || usage.value.crl_sign() {
+            return Err(VerifyError::Leaf("must not be allowed to sign certificates or revocation lists"));
+        }
+        if !usage.value.digital_signature() {
+            return Err(VerifyError::Leaf("must be allowed to make digital signatures"));
+        }
+    }
+    Ok(())
+}
+
+impl Certificate {
+    fn as_der(&self) -> CertificateDer<'_> {
+        CertificateDer::from(self.der.as_slice())
+    }
+
+    /// Runs `read` on the parsed form; `None` cannot happen, since these bytes were parsed before.
+    fn parsed<T>(&self, read: impl FnOnce(&X509Certificate<'_>) -> T) -> Option<T> {
+        X509Certificate::from_der(&self.der).ok().map(|(_, cert)| read(&cert))
+    }
+}
+
+/// Reads certificates that stand one after the other.
+fn certificates(der: &[u8]) -> Result<Vec<Certificate>, CertificateError> {
+    let mut found = Vec::new();
+    let mut rest = der;
+    while !rest.is_empty() {
+        let malformed = CertificateError::Malformed(found.len());
+        let Ok((tail, cert)) = X509Certificate::from_der(rest) else { return Err(malformed) };
+        found.push(Certificate {
+            der: cert.as_raw().to_vec(),
+            not_before: cert.validity().not_before.to_datetime(),
+            not_after: cert.validity().not_after.to_datetime(),
+            key_type: key_type(&cert),
+        });
+        rest = tail;
+    }
+    if found.is_empty() { Err(CertificateError::None) } else { Ok(found) }
+}
+
+/// In SPIRE's words (`workload_x509_svid_key_type`).
+fn key_type(cert: &X509Certificate<'_>) -> String {
+    match cert.public_key().parsed() {
+        Ok(PublicKey::EC(point)) => format!("ec-p{}", point.key_size()),
+        Ok(PublicKey::RSA(key)) => format!("rsa-{}", key.key_size()),
+        _ => cert.public_key().algorithm.algorithm.to_id_string(),
+    }
+}
+
+/// Certificates as PEM, one after the other.
+pub(super) fn pem_of<'a>(certificates: impl IntoIterator<Item = &'a Certificate>) -> String {
+    certificates.into_iter().map(|cert| pem("CERTIFICATE", &cert.der).as_str().to_owned()).collect()
+}
+
+/// RFC 7468, with lines of 64 characters. Made of the key itself: every buffer is zeroised.
+fn pem(label: &str, der: &[u8]) -> Zeroizing<String> {
+    let mut out = Zeroizing::new(String::with_capacity(der.len() * 3 / 2 + 2 * label.len() + 64));
+    out.push_str(&format!("-----BEGIN {label}-----\n"));
+    // 48 bytes are 64 characters.
+    for line in der.chunks(48) {
+        let line = Zeroizing::new(base64::engine::general_purpose::STANDARD.encode(line));
+        out.push_str(&line);
+        out.push('\n');
+    }
+    out.push_str(&format!("-----END {label}-----\n"));
+    out
+}
