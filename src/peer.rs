@@ -7,6 +7,9 @@
 
 pub mod credentials;
 pub mod listener;
+pub mod socket;
 pub mod wire;
 
 pub use credentials::{KeyResolver, OsUid, Peer, PeerGone};
+pub use listener::{AdmitAll, Gate, Listener, Settings, Stats};
+pub use socket::{BindError, Socket};
