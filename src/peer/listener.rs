@@ -146,7 +146,8 @@ pub enum Refused {
 
 impl Refused {
     /// Every reason.
-    pub const ALL: [Self; 4] = [Self::CallerConnections, Self::CallerRate, Self::NodeConnections, Self::Memory];
+    pub const ALL: [Self; 4] =
+        [Self::CallerConnections, Self::CallerRate, Self::NodeConnections, Self::Memory];
 
     /// The metric label.
     pub fn label(self) -> &'static str {
@@ -371,11 +372,8 @@ impl<G: Gate, K: KeyResolver + 'static> Listener<G, K> {
     ) -> io::Result<Drained>
     where
         F: Fn(Arc<Peer>) -> S,
-        S: Service<
-                http::Request<Incoming>,
-                Response = http::Response<tonic::body::Body>,
-                Error = Infallible,
-            > + Send
+        S: Service<http::Request<Incoming>, Response = http::Response<tonic::body::Body>, Error = Infallible>
+            + Send
             + 'static,
         S::Future: Unpin + Send + 'static,
     {
