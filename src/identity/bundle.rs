@@ -28,6 +28,9 @@ pub const MAX_LEN: usize = 1 << 20;
 /// The most keys (or certificates) of a bundle.
 pub const MAX_KEYS: usize = 1000;
 
+/// The most JSON values of a bundle: what [`MAX_KEYS`] keys have, with twice the members that any key has.
+const MAX_VALUES: usize = 32 * MAX_KEYS;
+
 /// Why a text is no bundle.
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
@@ -337,7 +340,7 @@ impl Bundle {
     /// silently is found when a neighbour is not trusted.
     pub fn parse_spiffe(trust_domain: &TrustDomain, json: &[u8]) -> Result<Self, BundleError> {
         check_len(json)?;
-        let document = json::parse(json).map_err(BundleError::Json)?;
+        let document = json::parse(json, MAX_VALUES).map_err(BundleError::Json)?;
         let keys = document.get("keys").and_then(Value::as_array).ok_or(BundleError::NoKeys)?;
         if keys.len() > MAX_KEYS {
             return Err(BundleError::TooManyKeys);

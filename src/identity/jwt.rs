@@ -45,6 +45,9 @@ pub const MAX_LEN: usize = 64 * 1024;
 /// How far the clocks of issuer and validator may be apart (go-jose's default).
 pub const LEEWAY: Duration = Duration::from_secs(60);
 
+/// The most JSON values of a header or of claims: they are parsed before anything is verified, so they must be cheap.
+const MAX_VALUES: usize = 2048;
+
 /// How many of a token's audiences an error repeats.
 const AUDIENCES_SHOWN: usize = 4;
 
@@ -212,7 +215,7 @@ pub fn validate<'a>(
         return Err(JwtError::NoKeyId);
     }
 
-    let Value::Object(claims) = json::parse(&jws.payload).map_err(JwtError::ClaimsJson)? else {
+    let Value::Object(claims) = json::parse(&jws.payload, MAX_VALUES).map_err(JwtError::ClaimsJson)? else {
         return Err(JwtError::ClaimsNotObject);
     };
     let registered = Registered::of(&claims)?;
@@ -306,7 +309,7 @@ fn decode(part: &str) -> Result<Vec<u8>, ParseError> {
 }
 
 fn parse_header(header: &[u8]) -> Result<Value, ParseError> {
-    json::parse(header).map_err(ParseError::HeaderJson)
+    json::parse(header, MAX_VALUES).map_err(ParseError::HeaderJson)
 }
 
 /// Whether `signature` over `signed` was made with the private key of `key`. A key of another kind or curve than
