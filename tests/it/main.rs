@@ -1,1 +1,2 @@
 mod generated_code;
+mod metrics;

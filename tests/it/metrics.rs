@@ -1,0 +1,59 @@
+//! What a scrape looks like: the rules of Prometheus' exposition format and naming, checked over every series.
+//!
+//! `promtool` says the same and more; CI asks it about a running agent. This holds without it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use durward::os::clock::Clock;
+use durward::os::metrics::Metrics;
+
+#[test]
+fn every_series_is_described_and_well_named() {
+    let text = Metrics::new(Clock::SYSTEM).render();
+    let mut help = BTreeSet::new();
+    let mut kinds = BTreeMap::new();
+    let mut families = BTreeSet::new();
+    for line in text.lines().filter(|l| !l.is_empty()) {
+        if let Some(rest) = line.strip_prefix("# HELP ") {
+            let (name, text) = rest.split_once(' ').expect("a name and a text");
+            assert!(text.ends_with('.') && text.len() > 10, "help of {name}: {text}");
+            assert!(help.insert(name), "{name} is described once");
+        } else if let Some(rest) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = rest.split_once(' ').expect("a name and a type");
+            assert!(kinds.insert(name, kind).is_none(), "{name} has one type");
+        } else {
+            let name = line.split(['{', ' ']).next().expect("a name");
+            let family = ["_bucket", "_sum", "_count"]
+                .iter()
+                .find_map(|end| name.strip_suffix(end).filter(|base| kinds.get(base) == Some(&"histogram")))
+                .unwrap_or(name);
+            families.insert(family);
+        }
+    }
+    assert!(families.len() > 25, "{families:?}");
+    assert_eq!(families, help, "each has a help text");
+    for (name, kind) in kinds {
+        assert!(families.contains(name), "{name} is described but not there");
+        assert!(name.starts_with("durward_") || name.starts_with("process_"), "{name}");
+        assert_eq!(name.ends_with("_total"), kind == "counter", "{name} is a {kind}");
+        assert!(["counter", "gauge", "histogram"].contains(&kind), "{name} is a {kind}");
+        for scaled in ["_ms", "_milliseconds", "_us", "_kb", "_mb", "_minutes", "_percent"] {
+            assert!(!name.ends_with(scaled), "{name} is not in base units");
+        }
+    }
+}
+
+#[test]
+fn labels_come_from_closed_sets() {
+    let text = Metrics::new(Clock::SYSTEM).render();
+    let mut labels = BTreeSet::new();
+    for line in text.lines().filter(|l| !l.starts_with('#')) {
+        if let Some((_, rest)) = line.split_once('{') {
+            let (inside, _) = rest.rsplit_once('}').expect("closed braces");
+            labels.extend(inside.split("\",").filter_map(|pair| Some(pair.split_once('=')?.0)));
+        }
+    }
+    let known =
+        ["attestor", "code", "kind", "le", "method", "reason", "result", "state", "version"].into_iter().collect();
+    assert_eq!(labels, known, "a new label must be a closed set of words that no caller chose");
+}
