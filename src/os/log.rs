@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tracing::Level;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::MakeWriter;
@@ -26,22 +27,6 @@ pub const MOST_WAITING: usize = 1024 * 1024;
 /// A buffer that grew beyond this in a burst is given back.
 const KEPT: usize = 64 * 1024;
 
-/// The levels of spire-agent's `log_level`, by its names.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Level {
-    /// `panic`, `fatal` and `error`: the agent's faults. It knows no worse level, since it does not log and die.
-    Error,
-    /// `warn` or `warning`.
-    Warn,
-    /// `info`, the default.
-    #[default]
-    Info,
-    /// `debug`.
-    Debug,
-    /// `trace`.
-    Trace,
-}
-
 /// A level that does not exist.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("log level {got:?} must be one of panic, fatal, error, warn, info, debug, trace")]
@@ -50,44 +35,25 @@ pub struct UnknownLevel {
     pub got: String,
 }
 
-impl Level {
-    /// Reads a level as spire-agent does: case does not matter.
-    ///
-    /// # Errors
-    /// [`UnknownLevel`].
-    pub fn parse(text: &str) -> Result<Self, UnknownLevel> {
-        Ok(match text.to_ascii_lowercase().as_str() {
-            "panic" | "fatal" | "error" => Self::Error,
-            "warn" | "warning" => Self::Warn,
-            "info" => Self::Info,
-            "debug" => Self::Debug,
-            "trace" => Self::Trace,
-            _ => return Err(UnknownLevel { got: text.to_owned() }),
-        })
-    }
+/// Reads a level by spire-agent's names (`log_level`); case does not matter. `panic` and `fatal` are `error` here,
+/// since this agent does not log and die.
+///
+/// # Errors
+/// [`UnknownLevel`].
+pub fn parse_level(text: &str) -> Result<Level, UnknownLevel> {
+    Ok(match text.to_ascii_lowercase().as_str() {
+        "panic" | "fatal" | "error" => Level::ERROR,
+        "warn" | "warning" => Level::WARN,
+        "info" => Level::INFO,
+        "debug" => Level::DEBUG,
+        "trace" => Level::TRACE,
+        _ => return Err(UnknownLevel { got: text.to_owned() }),
+    })
+}
 
-    /// The name.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Error => "error",
-            Self::Warn => "warn",
-            Self::Info => "info",
-            Self::Debug => "debug",
-            Self::Trace => "trace",
-        }
-    }
-
-    fn targets(self) -> Targets {
-        let own = match self {
-            Self::Error => LevelFilter::ERROR,
-            Self::Warn => LevelFilter::WARN,
-            Self::Info => LevelFilter::INFO,
-            Self::Debug => LevelFilter::DEBUG,
-            Self::Trace => LevelFilter::TRACE,
-        };
-        Targets::new().with_default(own.min(LevelFilter::WARN)).with_target("durward", own)
-    }
+fn targets(level: Level) -> Targets {
+    let own = LevelFilter::from_level(level);
+    Targets::new().with_default(own.min(LevelFilter::WARN)).with_target("durward", own)
 }
 
 /// How a line looks.
@@ -123,9 +89,9 @@ pub enum SourceLocation {
 }
 
 /// How to log.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// From which level on. Can change while running.
+    /// From which level on; INFO by default. Can change while running.
     pub level: Level,
     /// How a line looks.
     pub format: Format,
@@ -133,6 +99,17 @@ pub struct Settings {
     pub output: Output,
     /// Whether lines say where they come from.
     pub source_location: SourceLocation,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            level: Level::INFO,
+            format: Format::default(),
+            output: Output::default(),
+            source_location: SourceLocation::default(),
+        }
+    }
 }
 
 /// Why there is no log.
@@ -209,7 +186,7 @@ impl Log {
             Format::Text => Box::new(lines.with_ansi(colours)),
             Format::Json => Box::new(lines.json().flatten_event(true).with_current_span(false)),
         };
-        let (filter, level) = reload::Layer::new(settings.level.targets());
+        let (filter, level) = reload::Layer::new(targets(settings.level));
         let subscriber = Registry::default().with(filter).with(lines);
         Ok((subscriber, Self { level, queue, output: settings.output.clone() }))
     }
@@ -217,7 +194,7 @@ impl Log {
     /// Logs from this level on, from now on.
     pub fn set_level(&self, level: Level) {
         // It fails only when the subscriber is gone, and then there is nothing to set.
-        self.level.reload(level.targets()).unwrap_or_default();
+        self.level.reload(targets(level)).unwrap_or_default();
     }
 
     /// Opens the log file anew, for logrotate. Does nothing when the log is not a file.
@@ -411,21 +388,21 @@ mod tests {
     #[test]
     fn levels_have_spires_names() {
         for (case, want) in [
-            ("panic", Some(Level::Error)),
-            ("fatal", Some(Level::Error)),
-            ("ERROR", Some(Level::Error)),
-            ("warn", Some(Level::Warn)),
-            ("Warning", Some(Level::Warn)),
-            ("INFO", Some(Level::Info)),
-            ("debug", Some(Level::Debug)),
-            ("trace", Some(Level::Trace)),
+            ("panic", Some(Level::ERROR)),
+            ("fatal", Some(Level::ERROR)),
+            ("ERROR", Some(Level::ERROR)),
+            ("warn", Some(Level::WARN)),
+            ("Warning", Some(Level::WARN)),
+            ("INFO", Some(Level::INFO)),
+            ("debug", Some(Level::DEBUG)),
+            ("trace", Some(Level::TRACE)),
             ("", None),
             ("verbose", None),
             (" info", None),
         ] {
-            assert_eq!(Level::parse(case).ok(), want, "{case}");
+            assert_eq!(parse_level(case).ok(), want, "{case}");
         }
-        let err = Level::parse("verbose").unwrap_err().to_string();
+        let err = parse_level("verbose").unwrap_err().to_string();
         assert_eq!(
             err,
             r#"log level "verbose" must be one of panic, fatal, error, warn, info, debug, trace"#
@@ -435,16 +412,16 @@ mod tests {
     #[test]
     fn the_level_holds_and_changes_live() {
         let dir = tempfile::tempdir().unwrap();
-        let (settings, path) = to_file(&dir, Format::Text, Level::Info);
+        let (settings, path) = to_file(&dir, Format::Text, Level::INFO);
         let (subscriber, log) = Log::build(&settings).unwrap();
         tracing::subscriber::with_default(subscriber, || {
             tracing::info!(target: "durward::api", "first");
             tracing::debug!(target: "durward::api", "too fine");
-            log.set_level(Level::Debug);
+            log.set_level(Level::DEBUG);
             tracing::debug!(target: "durward::api", answer = 42, "second");
             tracing::info!(target: "h2::codec", "a library's chatter");
             tracing::warn!(target: "h2::codec", "a library's worry");
-            log.set_level(Level::Error);
+            log.set_level(Level::ERROR);
             tracing::warn!(target: "durward", "unheard");
             tracing::warn!(target: "h2", "unheard");
             tracing::error!(target: "durward", "third");
@@ -460,7 +437,7 @@ mod tests {
     #[test]
     fn json_lines_are_objects() {
         let dir = tempfile::tempdir().unwrap();
-        let (mut settings, path) = to_file(&dir, Format::Json, Level::Info);
+        let (mut settings, path) = to_file(&dir, Format::Json, Level::INFO);
         settings.source_location = SourceLocation::Shown;
         let (subscriber, log) = Log::build(&settings).unwrap();
         tracing::subscriber::with_default(subscriber, || {
@@ -480,7 +457,7 @@ mod tests {
     #[test]
     fn a_moved_file_is_made_anew_and_a_failed_reopen_keeps_the_old() {
         let dir = tempfile::tempdir().unwrap();
-        let (settings, path) = to_file(&dir, Format::Text, Level::Info);
+        let (settings, path) = to_file(&dir, Format::Text, Level::INFO);
         let (subscriber, log) = Log::build(&settings).unwrap();
         let moved = dir.path().join("agent.log.1");
         let guard = tracing::subscriber::set_default(subscriber);
