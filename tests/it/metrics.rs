@@ -53,7 +53,8 @@ fn labels_come_from_closed_sets() {
             labels.extend(inside.split("\",").filter_map(|pair| Some(pair.split_once('=')?.0)));
         }
     }
-    let known =
-        ["attestor", "code", "kind", "le", "method", "reason", "result", "state", "version"].into_iter().collect();
+    let known = ["attestor", "code", "kind", "le", "method", "reason", "result", "state", "version"]
+        .into_iter()
+        .collect();
     assert_eq!(labels, known, "a new label must be a closed set of words that no caller chose");
 }
