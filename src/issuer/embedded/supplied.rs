@@ -1,0 +1,226 @@
+//! A CA of the admin's: read from two PEM files, checked, and used to sign an intermediate that is made here.
+//!
+//! The files are read again for each intermediate, so that a renewed CA is taken up at the next rotation without a
+//! restart. Everything a verifier would later trip over is looked for here and named: an SVID is signed for trial and
+//! verified against the root before an intermediate is used.
+
+use std::{
+    path::Path,
+    time::{Duration, SystemTime},
+};
+
+use nix::fcntl::OFlag;
+use rcgen::Issuer;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject as _};
+use webpki::{ALL_VERIFICATION_ALGS, EndEntityCert, KeyUsage, anchor_from_trusted_cert};
+use x509_parser::{
+    certificate::X509Certificate,
+    extensions::{GeneralName, ParsedExtension},
+    x509::X509Name,
+};
+use zeroize::Zeroize as _;
+
+use super::{IssuerError, SuppliedCaFault, disk, keys::KeyPair, rotation::from_unix};
+use crate::identity::TrustDomain;
+
+/// The most certificates in the file: the CA that signs, and what is above it.
+const MAX_CHAIN: usize = 8;
+
+const MAX_FILE_LEN: u64 = 1024 * 1024;
+
+/// A CA of the admin's, ready to sign.
+pub(super) struct SuppliedCa {
+    /// With the name and key identifier of the first certificate.
+    pub(super) issuer: Issuer<'static, KeyPair>,
+    pub(super) has_key_identifier: bool,
+    /// DER, from the CA that signs to the root.
+    pub(super) chain: Vec<Vec<u8>>,
+    /// When the first certificate of the chain to expire does.
+    pub(super) not_after: SystemTime,
+}
+
+impl SuppliedCa {
+    /// Reads and checks both files.
+    pub(super) fn load(
+        cert_path: &Path,
+        key_path: &Path,
+        trust_domain: &TrustDomain,
+        now: SystemTime,
+    ) -> Result<Self, IssuerError> {
+        let bad_cert = |fault| IssuerError::SuppliedCa { path: cert_path.to_owned(), fault };
+        let bad_key = |fault| IssuerError::SuppliedCa { path: key_path.to_owned(), fault };
+
+        let chain = read_certificates(cert_path)?;
+        let key = read_key(key_path)?.ok_or_else(|| bad_key(SuppliedCaFault::NoKey))?;
+        let parsed = parse(&chain).map_err(bad_cert)?;
+        check(&parsed, trust_domain, now).map_err(bad_cert)?;
+        let (Some(first), Some(first_der)) = (parsed.first(), chain.first()) else {
+            return Err(bad_cert(SuppliedCaFault::NoCertificate));
+        };
+        if first.public_key().subject_public_key.data != key.public_key() {
+            return Err(bad_key(SuppliedCaFault::KeyMismatch));
+        }
+        let has_key_identifier = first.iter_extensions().any(|extension| {
+            matches!(extension.parsed_extension(), ParsedExtension::SubjectKeyIdentifier(_))
+        });
+        let not_after = parsed.iter().filter_map(|certificate| not_after(certificate)).min().unwrap_or(now);
+        let issuer = Issuer::from_ca_cert_der(&CertificateDer::from(first_der.as_slice()), key)
+            .map_err(IssuerError::Certificate)?;
+        Ok(Self { issuer, has_key_identifier, chain, not_after })
+    }
+}
+
+fn read_certificates(path: &Path) -> Result<Vec<Vec<u8>>, IssuerError> {
+    let failed = |source| IssuerError::Read { path: path.to_owned(), source };
+    let file = disk::open_to_read(path, OFlag::empty()).map_err(failed)?;
+    let text = disk::read_file(path, file, MAX_FILE_LEN)?;
+    CertificateDer::pem_slice_iter(&text)
+        .map(|certificate| certificate.map(|der| der.as_ref().to_vec()))
+        .collect::<Result<_, _>>()
+        .map_err(|_| IssuerError::SuppliedCa { path: path.to_owned(), fault: SuppliedCaFault::NoCertificate })
+}
+
+/// `None` when the file holds no key that can be used.
+fn read_key(path: &Path) -> Result<Option<KeyPair>, IssuerError> {
+    let failed = |source| IssuerError::Read { path: path.to_owned(), source };
+    let file = disk::open_to_read(path, OFlag::empty()).map_err(failed)?;
+    let text = disk::read_secret(path, file, MAX_FILE_LEN)?;
+    let Ok(mut der) = PrivateKeyDer::from_pem_slice(&text) else { return Ok(None) };
+    let key = KeyPair::from_foreign(&der);
+    der.zeroize();
+    Ok(key)
+}
+
+fn parse(chain: &[Vec<u8>]) -> Result<Vec<X509Certificate<'_>>, SuppliedCaFault> {
+    if chain.is_empty() {
+        return Err(SuppliedCaFault::NoCertificate);
+    }
+    if chain.len() > MAX_CHAIN {
+        return Err(SuppliedCaFault::TooLong { found: chain.len(), most: MAX_CHAIN });
+    }
+    (1..)
+        .zip(chain)
+        .map(|(index, der)| match x509_parser::parse_x509_certificate(der) {
+            Ok((rest, certificate)) if rest.is_empty() => Ok(certificate),
+            _ => Err(SuppliedCaFault::Malformed { index }),
+        })
+        .collect()
+}
+
+fn check(
+    chain: &[X509Certificate<'_>],
+    trust_domain: &TrustDomain,
+    now: SystemTime,
+) -> Result<(), SuppliedCaFault> {
+    for ((index, needed), certificate) in (1..).zip(1_u32..).zip(chain) {
+        let subject = || certificate.subject().to_string();
+        let malformed = |_| SuppliedCaFault::Malformed { index };
+        let constraints = certificate.basic_constraints().map_err(malformed)?;
+        let Some(constraints) = constraints.map(|extension| extension.value).filter(|value| value.ca) else {
+            return Err(SuppliedCaFault::NotCa { index, subject: subject() });
+        };
+        if let Some(usage) = certificate.key_usage().map_err(malformed)?
+            && !usage.value.key_cert_sign()
+        {
+            return Err(SuppliedCaFault::MayNotSign { index, subject: subject() });
+        }
+        if let Some(allowed) = constraints.path_len_constraint
+            && allowed < needed
+        {
+            return Err(SuppliedCaFault::PathLength { index, subject: subject(), allowed, needed });
+        }
+        let (Some(not_before), Some(not_after)) = (not_before(certificate), not_after(certificate)) else {
+            return Err(SuppliedCaFault::Malformed { index });
+        };
+        if now < not_before || not_after <= now {
+            return Err(SuppliedCaFault::NotValidNow {
+                index,
+                subject: subject(),
+                not_before,
+                not_after,
+                now,
+            });
+        }
+        let names = certificate.subject_alternative_name().map_err(malformed)?;
+        for name in names.iter().flat_map(|names| &names.value.general_names) {
+            let want = trust_domain.id_string();
+            if let GeneralName::URI(found) = name
+                && *found != want
+            {
+                let found = (*found).to_owned();
+                return Err(SuppliedCaFault::ForeignTrustDomain { index, subject: subject(), found, want });
+            }
+        }
+    }
+    for ((index, certificate), above) in (1..).zip(chain).zip(chain.iter().skip(1)) {
+        if certificate.issuer().as_raw() != above.subject().as_raw() {
+            return Err(SuppliedCaFault::Order {
+                index,
+                issuer: certificate.issuer().to_string(),
+                next: above.subject().to_string(),
+            });
+        }
+    }
+    if let Some(last) = chain.last()
+        && last.issuer().as_raw() != last.subject().as_raw()
+    {
+        return Err(SuppliedCaFault::NoRoot {
+            subject: last.subject().to_string(),
+            issuer: last.issuer().to_string(),
+        });
+    }
+    match chain.first() {
+        Some(first) if !can_be_repeated(first.subject()) => {
+            Err(SuppliedCaFault::Subject { subject: first.subject().to_string() })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether rcgen writes the same name again: it keeps one value per attribute type, and none that is not text.
+fn can_be_repeated(name: &X509Name<'_>) -> bool {
+    use x509_parser::asn1_rs::Tag;
+    let mut seen = Vec::new();
+    name.iter().all(|set| {
+        let mut attributes = set.iter();
+        let (Some(attribute), None) = (attributes.next(), attributes.next()) else { return false };
+        let is_text = matches!(
+            attribute.attr_value().tag(),
+            Tag::Utf8String | Tag::PrintableString | Tag::Ia5String | Tag::T61String | Tag::BmpString
+        );
+        let kind = attribute.attr_type().as_bytes();
+        let is_new = !seen.contains(&kind);
+        seen.push(kind);
+        is_text && is_new
+    })
+}
+
+fn not_before(certificate: &X509Certificate<'_>) -> Option<SystemTime> {
+    // What began before 1970 began long enough ago.
+    from_unix(u64::try_from(certificate.validity().not_before.timestamp()).unwrap_or(0))
+}
+
+fn not_after(certificate: &X509Certificate<'_>) -> Option<SystemTime> {
+    from_unix(u64::try_from(certificate.validity().not_after.timestamp()).ok()?)
+}
+
+/// Verifies an SVID's chain to `root` as a TLS peer would.
+pub(super) fn verify(chain: &[Vec<u8>], root: &[u8], now: SystemTime) -> Result<(), webpki::Error> {
+    let certificates: Vec<_> = chain.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
+    let Some((leaf, intermediates)) = certificates.split_first() else {
+        return Err(webpki::Error::BadDer);
+    };
+    let root = CertificateDer::from(root);
+    let since_1970 = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    EndEntityCert::try_from(leaf)?
+        .verify_for_usage(
+            ALL_VERIFICATION_ALGS,
+            &[anchor_from_trusted_cert(&root)?],
+            intermediates,
+            UnixTime::since_unix_epoch(since_1970),
+            KeyUsage::client_auth(),
+            None,
+            None,
+        )
+        .map(drop)
+}
