@@ -1,2 +1,3 @@
 mod generated_code;
+mod issuer;
 mod metrics;
