@@ -1,3 +1,4 @@
 mod generated_code;
 mod issuer;
 mod metrics;
+mod tidy;
