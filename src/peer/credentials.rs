@@ -25,6 +25,7 @@ use procfs::{ProcError, process::Process as ProcProcess};
 use crate::{
     limits::caller::{Caller, CallerKey},
     os::pidfd::{Owner, Pidfd},
+    peer::attested::LastAttested,
 };
 
 /// What the kernel recorded when the peer called `connect()` (`SO_PEERCRED`), as seen from the agent's namespaces.
@@ -44,6 +45,8 @@ pub struct Peer {
     credentials: Credentials,
     caller: CallerKey,
     process: Process,
+    /// Only the attestor writes.
+    attested: LastAttested,
 }
 
 /// How the agent holds on to the process.
@@ -188,7 +191,7 @@ impl Peer {
 
     fn new(credentials: Credentials, process: Process, keys: &dyn KeyResolver) -> Self {
         let caller = keys.caller_key(&credentials, &process);
-        Self { credentials, caller, process }
+        Self { credentials, caller, process, attested: LastAttested::default() }
     }
 
     /// A peer with this PID that the agent cannot see: what a caller of another PID namespace is. For tests.
@@ -220,6 +223,11 @@ impl Peer {
     /// How the agent holds on to it.
     pub fn process(&self) -> &Process {
         &self.process
+    }
+
+    /// What attestation found out the last time.
+    pub fn last_attested(&self) -> &LastAttested {
+        &self.attested
     }
 
     /// Whether the process that connected still runs, as the same user and group. To be asked once per call, after
