@@ -101,6 +101,22 @@ pub enum CredentialsError {
     },
 }
 
+impl CredentialsError {
+    /// Whether the agent, or the node, has no descriptors left: accepting more is no use for a while.
+    pub fn out_of_descriptors(&self) -> bool {
+        match self {
+            Self::Unreadable { source, .. } | Self::Pidfd { source, .. } => {
+                matches!(source, Errno::EMFILE | Errno::ENFILE)
+            }
+            Self::Gone { .. } => false,
+            Self::StartTime { source: ProcError::Io(source, _), .. } => {
+                matches!(source.raw_os_error().map(Errno::from_raw), Some(Errno::EMFILE | Errno::ENFILE))
+            }
+            Self::StartTime { .. } => false,
+        }
+    }
+}
+
 /// Why nothing may be answered to a peer any more.
 #[derive(Debug, thiserror::Error)]
 pub enum PeerGone {

@@ -22,14 +22,14 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU64, Ordering::Relaxed},
     },
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use http_body::{Body as HttpBody, Frame, SizeHint};
-use hyper::{body::Incoming, server::conn::http2, service::Service};
+use hyper::{body::Incoming, rt::Executor, server::conn::http2, service::Service};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use nix::{
     errno::Errno,
@@ -43,10 +43,10 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-pub use super::socket::{BindError, Socket};
 use super::{
-    credentials::{CredentialsError, KeyResolver, OsUid, Peer},
-    wire::{Budget, Wire},
+    credentials::{KeyResolver, OsUid, Peer},
+    socket::Socket,
+    wire::{Budget, Ending, Wire},
 };
 use crate::os::heap;
 
@@ -130,6 +130,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
 /// How long after the last connection fell memory is given back.
 const TRIM_AFTER: Duration = Duration::from_secs(1);
+
+/// How long a connection that was told to end may take for it.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Why the gate refuses a connection. A closed set, since it labels metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -372,12 +375,573 @@ impl<G: Gate, K: KeyResolver + 'static> Listener<G, K> {
     ) -> io::Result<Drained>
     where
         F: Fn(Arc<Peer>) -> S,
-        S: Service<http::Request<Incoming>, Response = http::Response<tonic::body::Body>, Error = Infallible>
-            + Send
+        S: Service<
+                http::Request<Incoming>,
+                Response = http::Response<tonic::body::Body>,
+                Error = Infallible,
+            > + Send
             + 'static,
         S::Future: Unpin + Send + 'static,
     {
-        drop((services, shutdown));
-        Ok(Drained::default())
+        let Self { socket, settings, gate, keys, stats } = self;
+        let (listener, place) = socket.into_parts();
+        listener.set_nonblocking(true)?;
+        let listener = UnixListener::from_std(listener)?;
+        let http2 = settings.http2(&stats);
+        let settings = Arc::new(settings);
+        let (phase, phases) = watch::channel(Phase::Serving);
+        let mut connections = JoinSet::new();
+        let mut paused: Option<Instant> = None;
+        let mut heap = Heap::default();
+        let mut shutdown = std::pin::pin!(shutdown);
+
+        loop {
+            tokio::select! {
+                () = &mut shutdown => break,
+                accepted = listener.accept(), if paused.is_none() => {
+                    let stream = match accepted {
+                        Ok((stream, _nameless)) => stream,
+                        Err(err) => {
+                            stats.accept_errors.fetch_add(1, Relaxed);
+                            // A peer that left before it was accepted is no reason to pause; nothing else passes by
+                            // itself at once.
+                            if err.kind() != io::ErrorKind::ConnectionAborted {
+                                tracing::debug!(error = %err, "cannot accept");
+                                paused = Some(Instant::now() + ACCEPT_PAUSE);
+                            }
+                            continue;
+                        }
+                    };
+                    stats.accepted.fetch_add(1, Relaxed);
+                    let peer = match Peer::from_stream(&stream, &*keys) {
+                        Ok(peer) => Arc::new(peer),
+                        Err(err) => {
+                            stats.unidentified.fetch_add(1, Relaxed);
+                            tracing::debug!(error = %err, "closed a connection");
+                            if err.out_of_descriptors() {
+                                stats.accept_errors.fetch_add(1, Relaxed);
+                                paused = Some(Instant::now() + ACCEPT_PAUSE);
+                            }
+                            continue;
+                        }
+                    };
+                    let permit = match gate.admit_connection(&peer) {
+                        Ok(permit) => permit,
+                        Err(why) => {
+                            stats.count_refused(why);
+                            continue;
+                        }
+                    };
+                    let connection = Connection {
+                        peer: Arc::clone(&peer),
+                        settings: Arc::clone(&settings),
+                        phases: phases.clone(),
+                        open: Open::new(Arc::clone(&stats)),
+                        permit,
+                    };
+                    connections.spawn(connection.run(stream, http2.clone(), services(peer)));
+                    heap.grew_to(connections.len());
+                }
+                Some(ended) = connections.join_next() => {
+                    note_panic(ended);
+                    heap.fell_to(connections.len());
+                }
+                () = at(paused) => paused = None,
+                () = at(heap.due) => heap.trim(connections.len()),
+            }
+        }
+
+        // No new connection, and room for the next agent, before the wait for the old ones.
+        drop(listener);
+        drop(place);
+        let open = connections.len();
+        phase.send_replace(Phase::Draining);
+        let over = Instant::now() + settings.drain_timeout;
+        let mut ended = 0;
+        while !connections.is_empty() {
+            tokio::select! {
+                Some(one) = connections.join_next() => {
+                    note_panic(one);
+                    ended += 1;
+                }
+                () = sleep_until(over) => break,
+            }
+        }
+        let cut = connections.len();
+        connections.shutdown().await;
+        tracing::debug!(open, ended, cut, "drained");
+        Ok(Drained { ended, cut })
+    }
+}
+
+/// A panic of a connection's own task; it is counted where the task unwinds.
+fn note_panic(ended: Result<(), tokio::task::JoinError>) {
+    if let Err(err) = ended
+        && err.is_panic()
+    {
+        tracing::error!(error = %err, "a connection's task panicked");
+    }
+}
+
+async fn at(when: Option<Instant>) {
+    match when {
+        Some(when) => sleep_until(when).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// When to give memory back: a second after connections fell below where they stood since the last time.
+#[derive(Debug, Default)]
+struct Heap {
+    highest: usize,
+    due: Option<Instant>,
+}
+
+impl Heap {
+    fn grew_to(&mut self, connections: usize) {
+        self.highest = self.highest.max(connections);
+    }
+
+    fn fell_to(&mut self, connections: usize) {
+        if connections < self.highest && self.due.is_none() {
+            self.due = Some(Instant::now() + TRIM_AFTER);
+        }
+    }
+
+    fn trim(&mut self, connections: usize) {
+        heap::trim();
+        self.highest = connections;
+        self.due = None;
+    }
+}
+
+impl Settings {
+    fn http2(&self, stats: &Arc<Stats>) -> http2::Builder<Spawner> {
+        let mut http2 = http2::Builder::new(Spawner { stats: Arc::clone(stats) });
+        http2
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(self.max_concurrent_streams)
+            .initial_stream_window_size(self.initial_stream_window)
+            .initial_connection_window_size(self.initial_connection_window)
+            .max_frame_size(self.max_frame_size)
+            .max_header_list_size(self.max_header_list_size)
+            .max_send_buf_size(self.max_send_buffer)
+            .header_table_size(self.header_table_size)
+            .max_local_error_reset_streams(self.max_local_error_resets)
+            .max_pending_accept_reset_streams(self.max_pending_resets)
+            .keep_alive_interval(self.keep_alive_interval)
+            .keep_alive_timeout(self.keep_alive_timeout)
+            .auto_date_header(false);
+        http2
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Serving,
+    Draining,
+}
+
+/// What the task of a connection holds beside its stream.
+struct Connection<P> {
+    peer: Arc<Peer>,
+    settings: Arc<Settings>,
+    phases: watch::Receiver<Phase>,
+    open: Open,
+    permit: P,
+}
+
+/// Counts a connection as open, and why it ended: by default that its task was cut.
+struct Open {
+    stats: Arc<Stats>,
+    why: Closed,
+}
+
+impl Open {
+    fn new(stats: Arc<Stats>) -> Self {
+        stats.open.fetch_add(1, Relaxed);
+        Self { stats, why: Closed::Aborted }
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.stats.open.fetch_sub(1, Relaxed);
+        self.stats.count_closed(if std::thread::panicking() { Closed::Panicked } else { self.why });
+    }
+}
+
+/// Counts a connection as parked.
+struct Parked<'a>(&'a Stats);
+
+impl<'a> Parked<'a> {
+    fn new(stats: &'a Stats) -> Self {
+        stats.parked.fetch_add(1, Relaxed);
+        Self(stats)
+    }
+}
+
+impl Drop for Parked<'_> {
+    fn drop(&mut self) {
+        self.0.parked.fetch_sub(1, Relaxed);
+    }
+}
+
+impl<P: Send> Connection<P> {
+    async fn run<S>(mut self, stream: UnixStream, http2: http2::Builder<Spawner>, service: S)
+    where
+        S: Service<
+                http::Request<Incoming>,
+                Response = http::Response<tonic::body::Body>,
+                Error = Infallible,
+            > + Send
+            + 'static,
+        S::Future: Unpin + Send + 'static,
+    {
+        let handshake_by = Instant::now() + self.settings.handshake_timeout;
+        self.open.why = match self.park(&stream, handshake_by).await {
+            // Boxed only now: a parked connection must not carry the room for HTTP/2 in its task.
+            Ok(()) => Box::pin(self.serve(stream, handshake_by, http2, service)).await,
+            Err(why) => why,
+        };
+        drop(self.permit);
+    }
+
+    /// Waits for the first byte, and leaves it where it is.
+    async fn park(&mut self, stream: &UnixStream, by: Instant) -> Result<(), Closed> {
+        // Most clients have sent their first bytes by now: neither a timer nor a place in epoll is used then.
+        match first_byte(stream) {
+            Err(err) if err.kind() == io::ErrorKind::WouldBlock => {}
+            first => return first.map_err(|_closed| Closed::ByPeer),
+        }
+        let _parked = Parked::new(&self.open.stats);
+        let arrives = async {
+            loop {
+                stream.readable().await?;
+                // `readable` alone is true once right after accept, without a byte.
+                match stream.try_io(Interest::READABLE, || first_byte(stream)) {
+                    Err(err) if err.kind() == io::ErrorKind::WouldBlock => {}
+                    first => return first,
+                }
+            }
+        };
+        tokio::select! {
+            first = arrives => first.map_err(|_closed: io::Error| Closed::ByPeer),
+            () = sleep_until(by) => Err(Closed::HandshakeTimeout),
+            _drains = self.phases.wait_for(|phase| *phase == Phase::Draining) => Err(Closed::Drained),
+        }
+    }
+
+    async fn serve<S>(
+        &mut self,
+        stream: UnixStream,
+        handshake_by: Instant,
+        http2: http2::Builder<Spawner>,
+        service: S,
+    ) -> Closed
+    where
+        S: Service<
+                http::Request<Incoming>,
+                Response = http::Response<tonic::body::Body>,
+                Error = Infallible,
+            > + Send
+            + 'static,
+        S::Future: Unpin + Send + 'static,
+    {
+        let Self { peer, settings, phases, .. } = self;
+        // Bounds what the kernel keeps for a peer that does not read. Without it only that bound is lost.
+        if let Err(errno) = setsockopt(&stream, sockopt::SndBuf, &settings.send_buffer) {
+            tracing::debug!(error = %errno, "cannot set SO_SNDBUF");
+        }
+        let ending = Arc::new(Ending::default());
+        let turns = Arc::new(Turns::default());
+        let wire = Wire::new(stream, settings.budget, Arc::clone(&ending));
+        let service = Watched { service, peer: Arc::clone(peer), turns: Arc::clone(&turns) };
+        let mut http2 = std::pin::pin!(http2.serve_connection(TokioIo::new(wire), service));
+
+        let born = Instant::now();
+        let mut look = std::pin::pin!(sleep_until((born + WATCH_AFTER).min(handshake_by)));
+        let mut watched = false;
+        // Once told to end: why, and when it is cut here. A drain cuts what is left by itself.
+        let mut ends: Option<(Closed, Option<Instant>)> = None;
+        loop {
+            tokio::select! {
+                biased;
+                done = http2.as_mut() => {
+                    return match (done, ends) {
+                        _ if ending.flooded() => Closed::Flood,
+                        (Ok(()), Some((why, _))) => why,
+                        (Ok(()), None) => Closed::ByPeer,
+                        (Err(err), _) if err.is_timeout() => Closed::KeepAlive,
+                        (Err(_), _) if ending.by_peer() => Closed::ByPeer,
+                        (Err(_), _) => Closed::Protocol,
+                    };
+                }
+                _drains = phases.wait_for(|phase| *phase == Phase::Draining), if !matches!(ends, Some((Closed::Drained, _))) => {
+                    http2.as_mut().graceful_shutdown();
+                    ends = Some((Closed::Drained, None));
+                }
+                () = peer.exited(), if watched => return Closed::PeerExited,
+                () = look.as_mut() => {
+                    let now = Instant::now();
+                    watched = true;
+                    if let Some((why, Some(by))) = ends && now >= by {
+                        return why;
+                    }
+                    let tell = match turns.look() {
+                        Look::NoRequestYet if now >= handshake_by => Some(Closed::HandshakeTimeout),
+                        Look::Busy { since } if now >= since + settings.stall_timeout => return Closed::Stalled,
+                        Look::Idle { since } => {
+                            settings.idle_timeout.filter(|idle| now >= since + *idle).map(|_| Closed::Idle)
+                        }
+                        Look::NoRequestYet | Look::Busy { .. } | Look::Open => None,
+                    };
+                    if let (Some(why), None) = (tell, ends) {
+                        // A GOAWAY, so that a client that is about to call opens another connection and repeats.
+                        http2.as_mut().graceful_shutdown();
+                        ends = Some((why, Some(now + FAREWELL)));
+                    }
+                    let mut next = now + TICK;
+                    if let Look::NoRequestYet = turns.look() && handshake_by > now {
+                        next = next.min(handshake_by);
+                    }
+                    if let Look::Idle { since } = turns.look() && let Some(idle) = settings.idle_timeout {
+                        next = next.min((since + idle).max(now + WATCH_AFTER));
+                    }
+                    if let Some((_, Some(by))) = ends {
+                        next = next.min(by);
+                    }
+                    look.as_mut().reset(next);
+                }
+            }
+        }
+    }
+}
+
+/// Whether a byte is there; it stays. `Err` of kind `WouldBlock` when not yet, `UnexpectedEof` when never.
+fn first_byte(stream: &UnixStream) -> io::Result<()> {
+    match recv(stream.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
+        Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Ok(_) => Ok(()),
+        Err(Errno::EINTR) => Err(io::ErrorKind::WouldBlock.into()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Runs the streams of all connections. They end when their connection does: h2 then tells each that it was reset.
+#[derive(Clone, Debug)]
+struct Spawner {
+    stats: Arc<Stats>,
+}
+
+impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Spawner {
+    fn execute(&self, stream: F) {
+        let counted = Stream::new(Arc::clone(&self.stats));
+        tokio::spawn(async move {
+            stream.await;
+            drop(counted);
+        });
+    }
+}
+
+/// Counts a stream as open, and a panic in it.
+struct Stream {
+    stats: Arc<Stats>,
+}
+
+impl Stream {
+    fn new(stats: Arc<Stats>) -> Self {
+        stats.streams.fetch_add(1, Relaxed);
+        Self { stats }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.stats.streams.fetch_sub(1, Relaxed);
+        if std::thread::panicking() {
+            self.stats.request_panics.fetch_add(1, Relaxed);
+        }
+    }
+}
+
+/// Whose turn it is in each request of a connection: the server's, to answer; the peer's, to read; or nobody's, in
+/// a stream that waits for news. Written by the tasks of the streams, read by that of the connection.
+#[derive(Debug, Default)]
+struct Turns {
+    inner: Mutex<TurnsInner>,
+}
+
+#[derive(Debug, Default)]
+struct TurnsInner {
+    /// Bounded by [`Settings::max_concurrent_streams`] and what h2 has reset but not forgotten.
+    slots: Vec<Slot>,
+    open: usize,
+    last_ended: Option<Instant>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Slot {
+    Free,
+    Waiting(Instant),
+    Resting,
+}
+
+/// What the connection's task wants to know.
+#[derive(Clone, Copy, Debug)]
+enum Look {
+    NoRequestYet,
+    /// Something waits since then.
+    Busy { since: Instant },
+    /// Streams are open, and none waits.
+    Open,
+    Idle { since: Instant },
+}
+
+impl Turns {
+    fn with<R>(&self, f: impl FnOnce(&mut TurnsInner) -> R) -> R {
+        f(&mut self.inner.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn look(&self) -> Look {
+        self.with(|turns| {
+            let waiting = turns.slots.iter().filter_map(|slot| match slot {
+                Slot::Waiting(since) => Some(*since),
+                Slot::Free | Slot::Resting => None,
+            });
+            match (waiting.min(), turns.open, turns.last_ended) {
+                (Some(since), ..) => Look::Busy { since },
+                (None, 1.., _) => Look::Open,
+                (None, 0, Some(since)) => Look::Idle { since },
+                (None, 0, None) => Look::NoRequestYet,
+            }
+        })
+    }
+}
+
+/// The place of one request in [`Turns`].
+#[derive(Debug)]
+struct Turn {
+    turns: Arc<Turns>,
+    slot: usize,
+}
+
+impl Turn {
+    fn begin(turns: &Arc<Turns>) -> Self {
+        let waiting = Slot::Waiting(Instant::now());
+        let slot = turns.with(|turns| {
+            turns.open += 1;
+            match turns.slots.iter().position(|slot| matches!(slot, Slot::Free)) {
+                Some(free) => {
+                    turns.set(free, waiting);
+                    free
+                }
+                None => {
+                    turns.slots.push(waiting);
+                    turns.slots.len() - 1
+                }
+            }
+        });
+        Self { turns: Arc::clone(turns), slot }
+    }
+
+    fn set(&self, to: Slot) {
+        self.turns.with(|turns| turns.set(self.slot, to));
+    }
+}
+
+impl TurnsInner {
+    fn set(&mut self, at: usize, to: Slot) {
+        if let Some(slot) = self.slots.get_mut(at) {
+            *slot = to;
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let now = Instant::now();
+        self.turns.with(|turns| {
+            turns.set(self.slot, Slot::Free);
+            turns.open -= 1;
+            turns.last_ended = Some(now);
+        });
+    }
+}
+
+/// The service of a connection: gives each request its peer, and keeps its [`Turn`].
+struct Watched<S> {
+    service: S,
+    peer: Arc<Peer>,
+    turns: Arc<Turns>,
+}
+
+impl<S> Service<http::Request<Incoming>> for Watched<S>
+where
+    S: Service<http::Request<Incoming>, Response = http::Response<tonic::body::Body>, Error = Infallible>,
+    S::Future: Unpin,
+{
+    type Response = http::Response<Answer>;
+    type Error = Infallible;
+    type Future = Answering<S::Future>;
+
+    fn call(&self, mut request: http::Request<Incoming>) -> Self::Future {
+        request.extensions_mut().insert(Arc::clone(&self.peer));
+        let turn = Turn::begin(&self.turns);
+        Answering { answer: self.service.call(request), turn: Some(turn) }
+    }
+}
+
+struct Answering<F> {
+    answer: F,
+    turn: Option<Turn>,
+}
+
+impl<F> Future for Answering<F>
+where
+    F: Future<Output = Result<http::Response<tonic::body::Body>, Infallible>> + Unpin,
+{
+    type Output = Result<http::Response<Answer>, Infallible>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.get_mut();
+        let Ok(response) = ready!(Pin::new(&mut this.answer).poll(cx));
+        let turn = this.turn.take();
+        Poll::Ready(Ok(response.map(|body| Answer { body, turn })))
+    }
+}
+
+/// The body of an answer. hyper asks for the next part only when the peer has room for it, so after a part was given
+/// it is the peer's turn, until hyper asks again; when there is no part yet, it is nobody's.
+struct Answer {
+    body: tonic::body::Body,
+    turn: Option<Turn>,
+}
+
+impl HttpBody for Answer {
+    type Data = bytes::Bytes;
+    type Error = tonic::Status;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        let this = self.get_mut();
+        let frame = Pin::new(&mut this.body).poll_frame(cx);
+        if let Some(turn) = &this.turn {
+            turn.set(match frame {
+                Poll::Ready(_) => Slot::Waiting(Instant::now()),
+                Poll::Pending => Slot::Resting,
+            });
+        }
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }

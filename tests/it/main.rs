@@ -1,4 +1,5 @@
 mod generated_code;
 mod issuer;
+mod listener;
 mod metrics;
 mod tidy;
