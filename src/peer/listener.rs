@@ -375,11 +375,8 @@ impl<G: Gate, K: KeyResolver + 'static> Listener<G, K> {
     ) -> io::Result<Drained>
     where
         F: Fn(Arc<Peer>) -> S,
-        S: Service<
-                http::Request<Incoming>,
-                Response = http::Response<tonic::body::Body>,
-                Error = Infallible,
-            > + Send
+        S: Service<http::Request<Incoming>, Response = http::Response<tonic::body::Body>, Error = Infallible>
+            + Send
             + 'static,
         S::Future: Unpin + Send + 'static,
     {
@@ -590,11 +587,8 @@ impl Drop for Parked<'_> {
 impl<P: Send> Connection<P> {
     async fn run<S>(mut self, stream: UnixStream, http2: http2::Builder<Spawner>, service: S)
     where
-        S: Service<
-                http::Request<Incoming>,
-                Response = http::Response<tonic::body::Body>,
-                Error = Infallible,
-            > + Send
+        S: Service<http::Request<Incoming>, Response = http::Response<tonic::body::Body>, Error = Infallible>
+            + Send
             + 'static,
         S::Future: Unpin + Send + 'static,
     {
@@ -640,11 +634,8 @@ impl<P: Send> Connection<P> {
         service: S,
     ) -> Closed
     where
-        S: Service<
-                http::Request<Incoming>,
-                Response = http::Response<tonic::body::Body>,
-                Error = Infallible,
-            > + Send
+        S: Service<http::Request<Incoming>, Response = http::Response<tonic::body::Body>, Error = Infallible>
+            + Send
             + 'static,
         S::Future: Unpin + Send + 'static,
     {
@@ -792,10 +783,14 @@ enum Slot {
 enum Look {
     NoRequestYet,
     /// Something waits since then.
-    Busy { since: Instant },
+    Busy {
+        since: Instant,
+    },
     /// Streams are open, and none waits.
     Open,
-    Idle { since: Instant },
+    Idle {
+        since: Instant,
+    },
 }
 
 impl Turns {

@@ -18,7 +18,10 @@ use std::{
     os::{
         fd::AsRawFd as _,
         unix::{
-            fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
+            fs::{
+                DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _,
+                PermissionsExt as _,
+            },
             net::UnixListener,
         },
     },
@@ -28,7 +31,8 @@ use std::{
 use nix::{
     errno::Errno,
     sys::socket::{
-        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket, sockopt,
+        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket,
+        sockopt,
     },
 };
 
@@ -264,10 +268,8 @@ fn same_file(a: &Metadata, b: &Metadata) -> bool {
 
 /// Makes what is missing of a directory, each with mode 0755 whatever the umask.
 fn make_directory(directory: &Path) -> io::Result<()> {
-    let missing: Vec<&Path> = directory
-        .ancestors()
-        .take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists())
-        .collect();
+    let missing: Vec<&Path> =
+        directory.ancestors().take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists()).collect();
     for dir in missing.into_iter().rev() {
         match DirBuilder::new().mode(0o755).create(dir) {
             Ok(()) => fs::set_permissions(dir, Permissions::from_mode(0o755))?,

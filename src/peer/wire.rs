@@ -272,7 +272,9 @@ impl Filter {
         loop {
             self.at = match self.at {
                 At::Skip { left: 0, fragment: 0, padding: 0 } => At::HEAD,
-                At::Skip { left: 0, fragment: 0, padding } => At::Skip { left: padding, fragment: 0, padding: 0 },
+                At::Skip { left: 0, fragment: 0, padding } => {
+                    At::Skip { left: padding, fragment: 0, padding: 0 }
+                }
                 At::Skip { left: 0, fragment, padding } => At::Fragment { left: fragment, padding },
                 At::Fragment { left: 0, padding } => At::Skip { left: padding, fragment: 0, padding: 0 },
                 At::Preface(_)
@@ -323,9 +325,11 @@ impl Hpack {
                     Some(more) if byte < 0x80 => {
                         value.checked_add(more).map_or(Self::Lost, |value| Self::after(value, of))
                     }
-                    Some(more) => value
-                        .checked_add(more)
-                        .map_or(Self::Lost, |value| Self::Integer { value, shift: shift + 7, of }),
+                    Some(more) => value.checked_add(more).map_or(Self::Lost, |value| Self::Integer {
+                        value,
+                        shift: shift + 7,
+                        of,
+                    }),
                     None => Self::Lost,
                 }
             }
@@ -395,8 +399,8 @@ impl Authority {
             b'[' => !self.begun,
             b']' => self.in_brackets,
             b':' => self.in_brackets || !std::mem::replace(&mut self.had_colon, true),
-            b'-' | b'.' | b'_' | b'~' | b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+' | b',' | b';'
-            | b'=' => true,
+            b'-' | b'.' | b'_' | b'~' | b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+' | b','
+            | b';' | b'=' => true,
             _ => byte.is_ascii_alphanumeric(),
         };
         match byte {
@@ -455,11 +459,7 @@ impl<T> Wire<T> {
 }
 
 impl<T: AsyncRead + Unpin> AsyncRead for Wire<T> {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let before = buf.filled().len();
         let result = ready!(Pin::new(&mut this.stream).poll_read(cx, buf));
