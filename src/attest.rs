@@ -241,7 +241,7 @@ impl Attestor {
     ///
     /// # Errors
     /// [`AttestError`]: the peer is gone, or what it is cannot be told. Never a sign that it has no identity.
-    pub async fn attest(&self, admitted: Admitted<Arc<Peer>>) -> Result<Arc<Selectors>, AttestError> {
+    pub async fn attest(&self, admitted: &Admitted<Arc<Peer>>) -> Result<Arc<Selectors>, AttestError> {
         self.selectors(admitted.peer().as_ref()).await
     }
 

@@ -8,6 +8,7 @@ use prost::{
     DecodeError, Message,
     encoding::{DecodeContext, WireType},
 };
+use zeroize::Zeroizing;
 
 /// A message in its encoded form. Two are equal when their bytes are: that is how a stream knows that nothing it
 /// would send has changed.
@@ -22,9 +23,14 @@ pub type X509BundlesResponse = Encoded;
 pub type JwtBundlesResponse = Encoded;
 
 impl Encoded {
-    /// Encodes `message`.
+    /// Encodes `message`. The bytes may hold private keys: they are zeroised when the last holder lets go.
     pub fn new(message: &impl Message) -> Self {
-        Self(message.encode_to_vec().into())
+        Self(Bytes::from_owner(Zeroizing::new(message.encode_to_vec())))
+    }
+
+    /// The bytes, shared.
+    pub fn into_bytes(self) -> Bytes {
+        self.0
     }
 
     /// Length in bytes.
@@ -42,6 +48,13 @@ impl Encoded {
 impl std::fmt::Debug for Encoded {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Encoded({} bytes)", self.0.len())
+    }
+}
+
+impl From<Bytes> for Encoded {
+    /// Takes the bytes of a message that was encoded before.
+    fn from(bytes: Bytes) -> Self {
+        Self(bytes)
     }
 }
 

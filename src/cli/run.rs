@@ -183,6 +183,6 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
 }
 
 fn agent_run(args: &ConfigArgs) -> Result<(), Failure> {
-    args.load()?;
-    Err(Failure::Agent(anyhow::anyhow!("running the agent is not built yet")))
+    let args = args.clone();
+    crate::agent::run(Box::new(move || args.load().map_err(anyhow::Error::new))).map_err(Failure::Agent)
 }

@@ -94,3 +94,10 @@ impl Limits {
         Ok(())
     }
 }
+
+impl Refusal {
+    /// What the caller is told.
+    pub fn code(&self) -> tonic::Code {
+        tonic::Code::ResourceExhausted
+    }
+}

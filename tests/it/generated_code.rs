@@ -16,7 +16,12 @@ fn generate(out: &Path) {
             .expect("proto/ compiles");
     let plain = |dir: &Path| {
         std::fs::create_dir_all(dir).unwrap();
-        tonic_prost_build::configure().out_dir(dir).build_transport(false).emit_rerun_if_changed(false)
+        // Ordered maps: the same content must give the same bytes.
+        tonic_prost_build::configure()
+            .out_dir(dir)
+            .btree_map(".")
+            .build_transport(false)
+            .emit_rerun_if_changed(false)
     };
 
     let messages = out.join("messages");

@@ -3,3 +3,5 @@ mod issuer;
 mod listener;
 mod metrics;
 mod tidy;
+mod support;
+mod workload_api;

@@ -10,8 +10,8 @@ pub struct X509svidResponse {
     #[prost(bytes = "vec", repeated, tag = "2")]
     pub crl: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
     /// Bundles of foreign trust domains, by "spiffe://<trust domain>"; concatenated DER certificates.
-    #[prost(map = "string, bytes", tag = "3")]
-    pub federated_bundles: ::std::collections::HashMap<
+    #[prost(btree_map = "string, bytes", tag = "3")]
+    pub federated_bundles: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::vec::Vec<u8>,
     >,
@@ -40,8 +40,8 @@ pub struct X509BundlesResponse {
     #[prost(bytes = "vec", repeated, tag = "1")]
     pub crl: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
     /// By "spiffe://<trust domain>"; concatenated DER certificates.
-    #[prost(map = "string, bytes", tag = "2")]
-    pub bundles: ::std::collections::HashMap<
+    #[prost(btree_map = "string, bytes", tag = "2")]
+    pub bundles: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::vec::Vec<u8>,
     >,
@@ -75,8 +75,8 @@ pub struct JwtBundlesRequest {}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct JwtBundlesResponse {
     /// By "spiffe://<trust domain>"; JWK sets as JSON.
-    #[prost(map = "string, bytes", tag = "1")]
-    pub bundles: ::std::collections::HashMap<
+    #[prost(btree_map = "string, bytes", tag = "1")]
+    pub bundles: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::vec::Vec<u8>,
     >,
@@ -123,8 +123,8 @@ pub struct Witsvid {
 pub struct WitBundlesRequest {}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WitBundlesResponse {
-    #[prost(map = "string, string", tag = "1")]
-    pub bundles: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "1")]
+    pub bundles: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,

@@ -1,0 +1,477 @@
+//! Builds every part from the configuration, binds everything, says ready; reloads; drains.
+//!
+//! Nothing is served before everything is there: a setting that cannot be put in force keeps the agent from starting.
+//! A reload reads, checks and compares before it changes anything; an error keeps all as it was. The order of the end:
+//! no new connections, streams told to come back, a bounded wait, and the socket goes last.
+
+use std::{
+    convert::Infallible,
+    future::Future,
+    os::unix::net::UnixListener,
+    path::Path,
+    pin::Pin,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use hyper::{Request, Response, body::Incoming};
+use tokio::{
+    runtime::Runtime,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::watch,
+    task::{JoinHandle, JoinSet},
+};
+
+use crate::{
+    api::{
+        Services,
+        workload::{Parts, WorkloadApi},
+    },
+    attest::Attestor,
+    config::{self, Config, LogFormat},
+    error_chain::chain,
+    identity::SpiffeId,
+    issuer::embedded::Embedded,
+    limits::Limits,
+    os::{
+        clock::Clock,
+        http::{HealthState, HttpListener, Probe, Routes},
+        log::{self, Log},
+        metrics::{Metrics, ReloadResult},
+        systemd::ServiceManager,
+    },
+    peer::{self, Listener, Socket},
+    store::{JwtCache, Policy, Signer, Sync, X509Cache},
+};
+
+/// How often the agent asks itself whether it could serve.
+const PROBE: Duration = Duration::from_secs(5);
+
+/// The most worker threads. Two serve some ten thousand calls a second; more would only take from the node.
+const MOST_WORKERS: usize = 4;
+
+/// Where the configuration comes from, at start and at each reload: files, environment and command line.
+pub type Load = Box<dyn Fn() -> anyhow::Result<Config> + Send + std::marker::Sync>;
+
+/// A running agent.
+pub struct Running {
+    config: Config,
+    signer: Arc<Signer>,
+    sync: Arc<Sync>,
+    x509: Arc<X509Cache>,
+    jwt: Arc<JwtCache>,
+    attestor: Arc<Attestor>,
+    metrics: Arc<Metrics>,
+    health: Arc<HealthState>,
+    /// `true` begins the drain.
+    stop: watch::Sender<bool>,
+    serving: JoinHandle<std::io::Result<peer::listener::Drained>>,
+    /// Ends with the agent.
+    _tasks: JoinSet<()>,
+}
+
+impl std::fmt::Debug for Running {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Running").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl Running {
+    /// Builds and binds everything, and serves. `handed` is the socket that a service manager keeps for the agent.
+    ///
+    /// # Errors
+    /// What could not be opened, bound or made, with its cause. Nothing is left behind then but what `data_dir` holds.
+    pub fn start(config: Config, handed: Option<UnixListener>, clock: Clock) -> anyhow::Result<Self> {
+        let metrics = Arc::new(Metrics::new(clock));
+        let health = Arc::new(HealthState::new());
+
+        let issuer = Embedded::open(config.issuer.clone(), clock.now()).context("cannot open the embedded issuer")?;
+        let keys = &config.issuer;
+        let signer = Arc::new(Signer::new(
+            Arc::new(issuer),
+            clock,
+            Arc::clone(&metrics),
+            [keys.ca_key_type, keys.svid_key_type],
+            keys.jwt_key_type,
+            [keys.default_x509_svid_ttl, keys.default_jwt_svid_ttl],
+        ));
+        let x509 = Arc::new(X509Cache::new(
+            Arc::clone(&signer),
+            config.x509_svid_cache_max_size,
+            config.availability_target,
+        ));
+        let jwt = Arc::new(JwtCache::new(
+            Arc::clone(&signer),
+            Arc::clone(&metrics),
+            config.jwt_svid_cache_max_size,
+        ));
+        let sync = Arc::new(Sync::new(
+            Arc::clone(&signer),
+            Arc::clone(&x509),
+            Arc::clone(&metrics),
+            config.entries.clone(),
+            config.federated.clone(),
+            policy(&config),
+        ));
+        let attestor = Arc::new(Attestor::new(config.unix).counted_by(Arc::clone(&metrics)));
+
+        let mut http = Vec::new();
+        if let Some(at) = &config.prometheus {
+            http.push(HttpListener::bind(&at.host, at.port, Routes::Metrics(Arc::clone(&metrics)))?);
+        }
+        if let Some(at) = &config.health {
+            let config::Health { bind, live_path, ready_path } = at.clone();
+            let routes = Routes::Health { state: Arc::clone(&health), live_path, ready_path };
+            http.push(HttpListener::bind(&bind.host, bind.port, routes)?);
+        }
+        // Last, since clients come as soon as it is there.
+        let socket = match handed {
+            Some(listener) => Socket::adopt(listener),
+            None => Socket::bind(&config.socket_path, 0o777),
+        }
+        .context("cannot serve the workload api")?;
+
+        let services = Services::new(
+            WorkloadApi::new(Parts {
+                limits: Arc::new(Limits::default()),
+                attestor: Arc::clone(&attestor),
+                store: Arc::clone(sync.store()),
+                x509: Arc::clone(&x509),
+                jwt: Arc::clone(&jwt),
+                metrics: Arc::clone(&metrics),
+                clock,
+            }),
+            Arc::clone(&health),
+        )
+        .context("the built-in descriptors cannot be read")?;
+        let (stop, stopping) = watch::channel(false);
+        let settings = peer::Settings {
+            handshake_timeout: config.handshake_timeout,
+            drain_timeout: config.drain_timeout,
+            ..peer::Settings::default()
+        };
+        let listener = Listener::new(socket, settings);
+        let serving = tokio::spawn(listener.serve(move |_peer| Connection(services.clone()), stopped(stopping)));
+
+        let mut tasks = JoinSet::new();
+        for listener in http {
+            tasks.spawn(async move {
+                // It serves for ever, or cannot begin.
+                let Err(error) = listener.serve().await;
+                tracing::error!(%error, "an http listener cannot be served");
+            });
+        }
+        tasks.spawn(Arc::clone(&sync).run());
+        let kept_up = Arc::clone(&metrics);
+        tasks.spawn(async move { kept_up.keep_up().await });
+        tasks.spawn(probe(Arc::clone(&health), Arc::clone(&signer), Arc::clone(&jwt), Arc::clone(&metrics), config.clone()));
+
+        metrics.loaded();
+        health.set(Probe::Healthy);
+        Ok(Self { config, signer, sync, x509, jwt, attestor, metrics, health, stop, serving, _tasks: tasks })
+    }
+
+    /// Where the Workload API is served.
+    pub fn socket_path(&self) -> &Path {
+        &self.config.socket_path
+    }
+
+    /// What is in force.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Whether the agent can serve.
+    pub fn health(&self) -> &Arc<HealthState> {
+        &self.health
+    }
+
+    /// What it counts.
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
+    }
+
+    /// Puts what `next` says in force, for open streams at once; all of it or nothing.
+    ///
+    /// # Errors
+    /// `next` changes something that only a restart can change; nothing is changed then.
+    pub fn reload(&mut self, next: Config) -> anyhow::Result<config::Changes> {
+        let changes = config::diff(&self.config, &next);
+        if !changes.restart.is_empty() {
+            let all: Vec<String> = changes.restart.iter().map(ToString::to_string).collect();
+            anyhow::bail!("{}", all.join("; "));
+        }
+        self.x509.reconfigure(next.x509_svid_cache_max_size, next.availability_target);
+        self.jwt.resize(next.jwt_svid_cache_max_size);
+        self.signer.reconfigure(next.issuer.default_x509_svid_ttl, next.issuer.default_jwt_svid_ttl);
+        self.attestor.reload(next.unix);
+        self.sync.replace(next.entries.clone(), next.federated.clone(), policy(&next));
+        self.config = next;
+        Ok(changes)
+    }
+
+    /// Ends when serving has ended by itself, which is a fault.
+    async fn failed(&mut self) -> anyhow::Error {
+        match (&mut self.serving).await {
+            Ok(Ok(_)) => anyhow::anyhow!("serving ended without having been told to"),
+            Ok(Err(error)) => anyhow::Error::new(error).context("cannot serve the workload api"),
+            Err(panic) => anyhow::Error::new(panic).context("serving ended early"),
+        }
+    }
+
+    /// Drains: no new connections, streams told to come back, at most `drain_timeout`.
+    pub async fn shutdown(self) {
+        self.health.set(Probe::Draining);
+        self.sync.store().drain();
+        self.stop.send_replace(true);
+        match self.serving.await {
+            Ok(Ok(drained)) => {
+                tracing::info!(ended = drained.ended, cut = drained.cut, "drained");
+            }
+            Ok(Err(error)) => tracing::warn!(%error, "the drain ended early"),
+            Err(error) => tracing::warn!(%error, "the drain ended early"),
+        }
+    }
+}
+
+/// The `run` command: runs until a signal ends it.
+///
+/// SIGTERM and SIGINT drain (a second one ends at once); SIGHUP reloads; SIGUSR2 reopens the log file, as with
+/// spire-agent; SIGUSR1, with which spire-agent reloads plugins, is answered with a word in the log.
+///
+/// # Errors
+/// Why the agent could not start, or had to end.
+pub fn run(load: Load) -> anyhow::Result<()> {
+    // First, while there is one thread: it changes the environment.
+    let (manager, handed) = ServiceManager::from_environment()?;
+    let config = load()?;
+    let log = Log::start(&log_settings(&config))?;
+    let runtime = runtime()?;
+    let ended = runtime.block_on(serve(&config, handed, manager, &load, &log));
+    // What a blocking task still does (hashing a file) is not worth waiting for.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    if let Err(error) = &ended {
+        tracing::error!(error = format!("{error:#}"), "the agent ends");
+    }
+    let _all_written = log.flush(Duration::from_secs(1));
+    ended
+}
+
+/// The runtime of an agent: as many workers as the machine has processors, at most [`MOST_WORKERS`].
+///
+/// # Errors
+/// Threads or descriptors are short.
+pub fn runtime() -> anyhow::Result<Runtime> {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(processors.min(MOST_WORKERS))
+        .max_blocking_threads(8)
+        .thread_keep_alive(Duration::from_secs(2))
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")
+}
+
+async fn serve(
+    config: &Config,
+    handed: Option<UnixListener>,
+    manager: ServiceManager,
+    load: &Load,
+    log: &Log,
+) -> anyhow::Result<()> {
+    let mut signals = Signals::new()?;
+    let mut agent = Running::start(config.clone(), handed, Clock::SYSTEM)?;
+    let status = |agent: &Running| format!("serving {} entries", agent.config().entries.len());
+    tracing::info!(
+        socket = %agent.socket_path().display(),
+        trust_domain = %config.trust_domain,
+        entries = config.entries.len(),
+        version = env!("CARGO_PKG_VERSION"),
+        "the workload api is served"
+    );
+    manager.ready(&status(&agent));
+    let health = Arc::clone(agent.health());
+    let watchdog = manager.watch(&health);
+    tokio::pin!(watchdog);
+    loop {
+        tokio::select! {
+            signal = signals.next() => match signal {
+                Told::Stop(name) => {
+                    tracing::info!(signal = name, "draining");
+                    manager.stopping("draining");
+                    tokio::select! {
+                        () = agent.shutdown() => {}
+                        () = signals.stop_again() => tracing::warn!("told twice: ending without waiting"),
+                    }
+                    return Ok(());
+                }
+                Told::Reload => {
+                    manager.reloading();
+                    let done = reload(&mut agent, load, log);
+                    let said = match &done {
+                        Ok(()) => status(&agent),
+                        Err(_) => format!("{}; the last reload failed: see the log", status(&agent)),
+                    };
+                    manager.reloaded(&said);
+                }
+                Told::ReopenLog => {
+                    if let Err(error) = log.reopen() {
+                        tracing::error!(error = chain(&error), "the log goes on in the old file");
+                    }
+                }
+                Told::Nothing => tracing::info!("SIGUSR1 does nothing here; SIGHUP reloads"),
+            },
+            error = agent.failed() => return Err(error),
+            () = &mut watchdog => {}
+        }
+    }
+}
+
+fn reload(agent: &mut Running, load: &Load, log: &Log) -> anyhow::Result<()> {
+    // On this thread: the workers serve meanwhile.
+    let done = tokio::task::block_in_place(load).and_then(|next| {
+        let level = next.log.level;
+        let changes = agent.reload(next)?;
+        log.set_level(level);
+        Ok(changes)
+    });
+    match done {
+        Ok(changes) => {
+            agent.metrics.reloaded(ReloadResult::Ok);
+            let config::EntryChanges { added, removed, changed } = changes.entries;
+            tracing::info!(
+                entries_added = added,
+                entries_removed = removed,
+                entries_changed = changed,
+                bundles_changed = changes.federated.len(),
+                settings_changed = changes.live.join(","),
+                "reloaded"
+            );
+            Ok(())
+        }
+        Err(error) => {
+            agent.metrics.reloaded(ReloadResult::Error);
+            tracing::error!(error = format!("{error:#}"), "not reloaded; everything stays as it was");
+            Err(error)
+        }
+    }
+}
+
+/// Asks every few seconds whether a token could be signed now, and counts what only shows over time.
+async fn probe(
+    health: Arc<HealthState>,
+    signer: Arc<Signer>,
+    jwt: Arc<JwtCache>,
+    metrics: Arc<Metrics>,
+    config: Config,
+) {
+    // The ID that SPIRE keeps for itself: nobody can ask for this token, and it is dropped at once.
+    let Ok(own) = SpiffeId::parse(&format!("{}/spire/agent", config.trust_domain.id_string())) else { return };
+    let audience = ["health".to_owned()];
+    let mut every = tokio::time::interval(PROBE);
+    loop {
+        every.tick().await;
+        metrics.set_jwt_svids(jwt.len());
+        if health.get() == Probe::Draining {
+            return;
+        }
+        match signer.jwt(&own, None, &audience).await {
+            Ok(_) => health.set(Probe::Healthy),
+            Err(error) => {
+                if health.get() != Probe::Unavailable {
+                    tracing::error!(error = chain(&error), "the agent cannot sign");
+                }
+                health.set(Probe::Unavailable);
+            }
+        }
+    }
+}
+
+async fn stopped(mut stopping: watch::Receiver<bool>) {
+    // An error means that the sender is gone, and the agent with it.
+    let _told_or_gone = stopping.wait_for(|stop| *stop).await.is_ok();
+}
+
+fn policy(config: &Config) -> Policy {
+    Policy {
+        allow_unauthenticated_verifiers: config.allow_unauthenticated_verifiers,
+        allowed_foreign_jwt_claims: config.allowed_foreign_jwt_claims.iter().cloned().collect(),
+        log_selectors: config.log.selectors.clone(),
+    }
+}
+
+fn log_settings(config: &Config) -> log::Settings {
+    log::Settings {
+        level: config.log.level,
+        format: match config.log.format {
+            LogFormat::Text => log::Format::Text,
+            LogFormat::Json => log::Format::Json,
+        },
+        output: config.log.file.clone().map_or(log::Output::Stdout, log::Output::File),
+        source_location: if config.log.source_location {
+            log::SourceLocation::Shown
+        } else {
+            log::SourceLocation::Hidden
+        },
+    }
+}
+
+/// One connection's service.
+struct Connection(Services);
+
+impl hyper::service::Service<Request<Incoming>> for Connection {
+    type Response = Response<tonic::body::Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        self.0.answer(request)
+    }
+}
+
+/// What a signal tells.
+enum Told {
+    Stop(&'static str),
+    Reload,
+    ReopenLog,
+    Nothing,
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+    user1: Signal,
+    user2: Signal,
+}
+
+impl Signals {
+    fn new() -> anyhow::Result<Self> {
+        let on = |kind| signal(kind).context("cannot take signals");
+        Ok(Self {
+            terminate: on(SignalKind::terminate())?,
+            interrupt: on(SignalKind::interrupt())?,
+            hangup: on(SignalKind::hangup())?,
+            user1: on(SignalKind::user_defined1())?,
+            user2: on(SignalKind::user_defined2())?,
+        })
+    }
+
+    async fn next(&mut self) -> Told {
+        tokio::select! {
+            _ = self.terminate.recv() => Told::Stop("SIGTERM"),
+            _ = self.interrupt.recv() => Told::Stop("SIGINT"),
+            _ = self.hangup.recv() => Told::Reload,
+            _ = self.user1.recv() => Told::Nothing,
+            _ = self.user2.recv() => Told::ReopenLog,
+        }
+    }
+
+    async fn stop_again(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}

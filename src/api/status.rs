@@ -1,0 +1,113 @@
+//! The one map of errors to gRPC codes.
+//!
+//! The texts are spire-agent's where it has one for the same mistake (`pkg/agent/endpoints/workload/handler.go`):
+//! people grep for them. A caller learns what happened to its request, not what the agent knows: causes on our side
+//! go to the log.
+
+use std::time::Duration;
+
+use tonic::{Code, Status, metadata::MetadataValue};
+use tonic_types::{ErrorDetails, StatusExt as _};
+
+use crate::{
+    attest::AttestError,
+    identity::{NoIdentity, jwt::JwtError, spiffe_id::SpiffeIdError},
+    issuer::embedded::IssuerError,
+    limits::Refusal,
+};
+
+/// Why a Workload API call got no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError {
+    /// The metadata `workload.spiffe.io: true` is not there exactly once (SPIFFE Workload Endpoint, section 6).
+    #[error("security header missing from request")]
+    NoSecurityHeader,
+    /// No audience was given.
+    #[error("audience must be specified")]
+    NoAudience,
+    /// No token was given to validate.
+    #[error("svid must be specified")]
+    NoSvid,
+    /// The SPIFFE ID asked for is none.
+    #[error("invalid requested SPIFFE ID: {0}")]
+    BadSpiffeId(#[source] SpiffeIdError),
+    /// The token does not validate.
+    #[error(transparent)]
+    BadToken(#[from] JwtError),
+    /// The caller has no identity, or not the one it asked for.
+    #[error(transparent)]
+    NoIdentity(#[from] NoIdentity),
+    /// The limits refused the call.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The caller runs where the agent cannot see it.
+    #[error(
+        "the agent cannot see the calling process: it is in another PID namespace; run the agent in the host's PID namespace (hostPID: true in its pod, --pid=host in its container)"
+    )]
+    OtherPidNamespace,
+    /// The caller could not be attested.
+    #[error("workload attestation failed")]
+    Attestation(#[source] AttestError),
+    /// No JWT-SVID could be made.
+    #[error("could not fetch JWT-SVID: {0}")]
+    JwtSvid(#[source] IssuerError),
+    /// No X.509-SVID could be made.
+    #[error("could not fetch X.509-SVID: {0}")]
+    X509Svid(#[source] IssuerError),
+    /// The agent stops.
+    #[error("the agent is shutting down; connect again")]
+    Draining,
+    /// The WIT-SVID profile is not there yet.
+    #[error("fetching WIT-SVIDs is not implemented")]
+    NoWitSvids,
+    /// As [`RequestError::NoWitSvids`].
+    #[error("fetching WIT bundles is not implemented")]
+    NoWitBundles,
+    /// The connection carries no peer: a mistake of ours.
+    #[error("the connection has no peer")]
+    NoPeer,
+}
+
+impl From<AttestError> for RequestError {
+    fn from(error: AttestError) -> Self {
+        match error {
+            AttestError::OtherPidNamespace => Self::OtherPidNamespace,
+            error => Self::Attestation(error),
+        }
+    }
+}
+
+impl RequestError {
+    /// The code. No wildcard arm: a new error must choose.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::NoSecurityHeader | Self::NoAudience | Self::NoSvid | Self::BadSpiffeId(_) | Self::BadToken(_) => {
+                Code::InvalidArgument
+            }
+            Self::NoIdentity(_) => Code::PermissionDenied,
+            Self::Refused(refusal) => refusal.code(),
+            Self::OtherPidNamespace => Code::FailedPrecondition,
+            Self::Attestation(_) | Self::JwtSvid(_) | Self::X509Svid(_) | Self::Draining => Code::Unavailable,
+            Self::NoWitSvids | Self::NoWitBundles => Code::Unimplemented,
+            Self::NoPeer => Code::Internal,
+        }
+    }
+}
+
+impl From<RequestError> for Status {
+    fn from(error: RequestError) -> Self {
+        match &error {
+            RequestError::Refused(refusal) => refused(error.code(), &error.to_string(), refusal.retry_after),
+            _ => Self::new(error.code(), error.to_string()),
+        }
+    }
+}
+
+/// A refusal tells when to come back, twice: as `google.rpc.RetryInfo` for those who read details, and as the
+/// `grpc-retry-pushback-ms` trailer that gRPC's own retries obey (gRFC A6).
+fn refused(code: Code, text: &str, retry_after: Duration) -> Status {
+    let mut status = Status::with_error_details(code, text, ErrorDetails::with_retry_info(Some(retry_after)));
+    let wait = i64::try_from(retry_after.as_millis()).unwrap_or(i64::MAX);
+    status.metadata_mut().insert("grpc-retry-pushback-ms", MetadataValue::from(wait));
+    status
+}

@@ -1,0 +1,165 @@
+//! What one request sees, and how streams learn that there is something newer.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::SystemTime,
+};
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use hashbrown::HashMap;
+use tokio::sync::watch;
+
+use crate::identity::{Bundles, EntryId, EntryIndex, TrustDomain};
+
+/// What an admin decides about answers, and may change while streams are open.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Policy {
+    /// `allow_unauthenticated_verifiers`: whether a caller without any identity receives the own bundle.
+    pub allow_unauthenticated_verifiers: bool,
+    /// `allowed_foreign_jwt_claims`: claims of foreign tokens that ValidateJWTSVID hands on, beside sub, exp and aud.
+    pub allowed_foreign_jwt_claims: Vec<String>,
+    /// `log_selectors`: beginnings of selectors that may stand in the log line of a caller without an identity.
+    pub log_selectors: Vec<String>,
+}
+
+/// One state of the world. Never edited.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// Grows by one with each snapshot.
+    pub generation: u64,
+    /// Who is who.
+    pub index: Arc<EntryIndex>,
+    /// Who is verified with what.
+    pub bundles: Bundles,
+    /// What the admin decided.
+    pub policy: Arc<Policy>,
+    /// Messages encoded for this snapshot.
+    pub(crate) answers: Answers,
+}
+
+/// Which message of which content, within one snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum AnswerKey {
+    /// X.509-SVIDs of these entries, in this order.
+    X509Svids(Vec<EntryId>),
+    /// X.509 bundles of the own and these trust domains.
+    X509Bundles(Vec<TrustDomain>),
+    /// JWT bundles of the own and these trust domains.
+    JwtBundles(Vec<TrustDomain>),
+}
+
+/// Encoded messages, each made once per snapshot and shared by all its callers and streams.
+#[derive(Debug, Default)]
+pub(crate) struct Answers(Mutex<HashMap<AnswerKey, Answer, ahash::RandomState>>);
+
+#[derive(Debug)]
+struct Answer {
+    message: Bytes,
+    /// When something in it is due to be renewed; `None` for never.
+    fresh_until: Option<SystemTime>,
+}
+
+impl Answer {
+    fn is_fresh(&self, now: SystemTime) -> bool {
+        self.fresh_until.is_none_or(|until| now < until)
+    }
+}
+
+impl Answers {
+    /// At most this many are kept; when there are more kinds of callers, the messages are made again.
+    const MAX: usize = 1024;
+
+    pub(crate) fn find(&self, key: &AnswerKey, now: SystemTime) -> Option<Bytes> {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.get(key).filter(|answer| answer.is_fresh(now)).map(|answer| answer.message.clone())
+    }
+
+    /// Keeps `message`, or returns what somebody else kept meanwhile, so that all send the same bytes.
+    pub(crate) fn keep(
+        &self,
+        key: AnswerKey,
+        message: Bytes,
+        fresh_until: Option<SystemTime>,
+        now: SystemTime,
+    ) -> Bytes {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(answer) = kept.get(&key).filter(|answer| answer.is_fresh(now)) {
+            return answer.message.clone();
+        }
+        if kept.len() >= Self::MAX && !kept.contains_key(&key) {
+            kept.clear();
+        }
+        kept.insert(key, Answer { message: message.clone(), fresh_until });
+        message
+    }
+}
+
+/// What open streams are told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// There is a snapshot of this generation.
+    Generation(u64),
+    /// The agent stops: streams end, and their clients reconnect to the next one.
+    Draining,
+}
+
+/// The current snapshot.
+#[derive(Debug)]
+pub struct Store {
+    current: ArcSwap<Snapshot>,
+    /// Carries only the generation: a slow stream skips to the newest, it never queues.
+    changed: watch::Sender<Change>,
+}
+
+impl Store {
+    /// Starts with this content, as generation 1.
+    pub fn new(index: Arc<EntryIndex>, bundles: Bundles, policy: Arc<Policy>) -> Self {
+        let first = Snapshot { generation: 1, index, bundles, policy, answers: Answers::default() };
+        Self {
+            current: ArcSwap::from_pointee(first),
+            changed: watch::Sender::new(Change::Generation(1)),
+        }
+    }
+
+    /// The request path: no lock, and an `Arc` that may be kept across awaits.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.current.load_full()
+    }
+
+    /// Subscribe first and take the snapshot second, or a publish in between is missed.
+    pub fn subscribe(&self) -> watch::Receiver<Change> {
+        self.changed.subscribe()
+    }
+
+    /// Tells streams to end. Snapshots published later tell them nothing any more.
+    pub fn drain(&self) {
+        self.changed.send_replace(Change::Draining);
+    }
+
+    /// Whether [`Store::drain`] was called.
+    pub fn is_draining(&self) -> bool {
+        *self.changed.borrow() == Change::Draining
+    }
+
+    /// Makes `index`, `bundles` and `policy` the present. Only [`super::Sync`] calls this, one call at a time, hence
+    /// no compare-and-swap loop.
+    pub(super) fn publish(&self, index: Arc<EntryIndex>, bundles: Bundles, policy: Arc<Policy>) {
+        let generation = self.current.load().generation + 1;
+        // Store before notify: a stream that wakes finds it.
+        self.current.store(Arc::new(Snapshot {
+            generation,
+            index,
+            bundles,
+            policy,
+            answers: Answers::default(),
+        }));
+        self.changed.send_if_modified(|change| match change {
+            Change::Generation(at) => {
+                *at = generation;
+                true
+            }
+            Change::Draining => false,
+        });
+    }
+}
