@@ -5,12 +5,7 @@
 //! no new connections, streams told to come back, a bounded wait, and the socket goes last.
 
 use std::{
-    convert::Infallible,
-    future::Future,
-    os::unix::net::UnixListener,
-    path::Path,
-    pin::Pin,
-    sync::Arc,
+    convert::Infallible, future::Future, os::unix::net::UnixListener, path::Path, pin::Pin, sync::Arc,
     time::Duration,
 };
 
@@ -86,7 +81,8 @@ impl Running {
         let metrics = Arc::new(Metrics::new(clock));
         let health = Arc::new(HealthState::new());
 
-        let issuer = Embedded::open(config.issuer.clone(), clock.now()).context("cannot open the embedded issuer")?;
+        let issuer =
+            Embedded::open(config.issuer.clone(), clock.now()).context("cannot open the embedded issuer")?;
         let keys = &config.issuer;
         let signer = Arc::new(Signer::new(
             Arc::new(issuer),
@@ -152,7 +148,8 @@ impl Running {
             ..peer::Settings::default()
         };
         let listener = Listener::new(socket, settings);
-        let serving = tokio::spawn(listener.serve(move |_peer| Connection(services.clone()), stopped(stopping)));
+        let serving =
+            tokio::spawn(listener.serve(move |_peer| Connection(services.clone()), stopped(stopping)));
 
         let mut tasks = JoinSet::new();
         for listener in http {
@@ -165,7 +162,13 @@ impl Running {
         tasks.spawn(Arc::clone(&sync).run());
         let kept_up = Arc::clone(&metrics);
         tasks.spawn(async move { kept_up.keep_up().await });
-        tasks.spawn(probe(Arc::clone(&health), Arc::clone(&signer), Arc::clone(&jwt), Arc::clone(&metrics), config.clone()));
+        tasks.spawn(probe(
+            Arc::clone(&health),
+            Arc::clone(&signer),
+            Arc::clone(&jwt),
+            Arc::clone(&metrics),
+            config.clone(),
+        ));
 
         metrics.loaded();
         health.set(Probe::Healthy);
@@ -367,7 +370,9 @@ async fn probe(
     config: Config,
 ) {
     // The ID that SPIRE keeps for itself: nobody can ask for this token, and it is dropped at once.
-    let Ok(own) = SpiffeId::parse(&format!("{}/spire/agent", config.trust_domain.id_string())) else { return };
+    let Ok(own) = SpiffeId::parse(&format!("{}/spire/agent", config.trust_domain.id_string())) else {
+        return;
+    };
     let audience = ["health".to_owned()];
     let mut every = tokio::time::interval(PROBE);
     loop {

@@ -12,4 +12,3 @@ pub mod limits;
 pub mod os;
 pub mod peer;
 pub mod store;
-

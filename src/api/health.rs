@@ -39,7 +39,10 @@ impl Health for HealthService {
         Ok(Response::new(HealthCheckResponse { status: status.into() }))
     }
 
-    async fn watch(&self, _request: Request<HealthCheckRequest>) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(
+        &self,
+        _request: Request<HealthCheckRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
         Err(Status::unimplemented("watching health is not implemented"))
     }
 }

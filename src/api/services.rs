@@ -3,12 +3,7 @@
 //! Three services, told apart by the first part of the path. This is all the routing there is: no middleware stands
 //! in the way of a call.
 
-use std::{
-    convert::Infallible,
-    future::Future,
-    pin::Pin,
-    sync::Arc,
-};
+use std::{convert::Infallible, future::Future, pin::Pin, sync::Arc};
 
 use http::{Request, Response};
 use hyper::body::Incoming;

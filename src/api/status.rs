@@ -81,9 +81,11 @@ impl RequestError {
     /// The code. No wildcard arm: a new error must choose.
     pub fn code(&self) -> Code {
         match self {
-            Self::NoSecurityHeader | Self::NoAudience | Self::NoSvid | Self::BadSpiffeId(_) | Self::BadToken(_) => {
-                Code::InvalidArgument
-            }
+            Self::NoSecurityHeader
+            | Self::NoAudience
+            | Self::NoSvid
+            | Self::BadSpiffeId(_)
+            | Self::BadToken(_) => Code::InvalidArgument,
             Self::NoIdentity(_) => Code::PermissionDenied,
             Self::Refused(refusal) => refusal.code(),
             Self::OtherPidNamespace => Code::FailedPrecondition,

@@ -63,7 +63,8 @@ impl<S: State> Open<S> {
         }
         loop {
             // The sender lives as long as the store, and the store as long as this state.
-            if self.changes.changed().await.is_err() || *self.changes.borrow_and_update() == Change::Draining {
+            if self.changes.changed().await.is_err() || *self.changes.borrow_and_update() == Change::Draining
+            {
                 return Err(RequestError::Draining);
             }
             match self.state.now().await {

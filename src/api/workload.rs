@@ -31,7 +31,11 @@ use crate::{
         metrics::{Metrics, Open},
     },
     peer::Peer,
-    store::{JwtCache, Snapshot, Store, X509Cache, snapshot::AnswerKey, x509_cache::{Hold, Served}},
+    store::{
+        JwtCache, Snapshot, Store, X509Cache,
+        snapshot::AnswerKey,
+        x509_cache::{Hold, Served},
+    },
 };
 
 /// The Workload API. Cheap to clone.
@@ -64,7 +68,10 @@ impl WorkloadApi {
         Self { parts: Arc::new(parts) }
     }
 
-    async fn jwt_svids(&self, request: Request<pb::JwtsvidRequest>) -> Result<pb::JwtsvidResponse, RequestError> {
+    async fn jwt_svids(
+        &self,
+        request: Request<pb::JwtsvidRequest>,
+    ) -> Result<pb::JwtsvidResponse, RequestError> {
         let Parts { limits, attestor, store, jwt, .. } = &*self.parts;
         let peer = caller(&request)?;
         let admitted = limits.admit_caller(peer, Method::FetchJwtSvid)?;
@@ -159,7 +166,12 @@ impl WorkloadApi {
     }
 
     /// Counts a call that is answered as a whole.
-    fn unary<T>(&self, method: Method, started: Instant, done: Result<T, RequestError>) -> Result<Response<T>, Status> {
+    fn unary<T>(
+        &self,
+        method: Method,
+        started: Instant,
+        done: Result<T, RequestError>,
+    ) -> Result<Response<T>, Status> {
         let metrics = &self.parts.metrics;
         metrics.call_answered(method, started.elapsed());
         metrics.call_ended(method, done.as_ref().err().map_or(Code::Ok, RequestError::code));
@@ -206,7 +218,10 @@ impl SpiffeWorkloadApi for WorkloadApi {
     type FetchWITSVIDStream = tokio_stream::Empty<Result<pb::WitsvidResponse, Status>>;
     type FetchWITBundlesStream = tokio_stream::Empty<Result<pb::WitBundlesResponse, Status>>;
 
-    async fn fetch_x509svid(&self, request: Request<pb::X509svidRequest>) -> Result<Response<Updates>, Status> {
+    async fn fetch_x509svid(
+        &self,
+        request: Request<pb::X509svidRequest>,
+    ) -> Result<Response<Updates>, Status> {
         let started = Instant::now();
         let done = self.x509_svids(&request).await;
         self.stream(Method::FetchX509Svid, started, done)
@@ -221,13 +236,19 @@ impl SpiffeWorkloadApi for WorkloadApi {
         self.stream(Method::FetchX509Bundles, started, done)
     }
 
-    async fn fetch_jwtsvid(&self, request: Request<pb::JwtsvidRequest>) -> Result<Response<pb::JwtsvidResponse>, Status> {
+    async fn fetch_jwtsvid(
+        &self,
+        request: Request<pb::JwtsvidRequest>,
+    ) -> Result<Response<pb::JwtsvidResponse>, Status> {
         let started = Instant::now();
         let done = self.jwt_svids(request).await;
         self.unary(Method::FetchJwtSvid, started, done)
     }
 
-    async fn fetch_jwt_bundles(&self, request: Request<pb::JwtBundlesRequest>) -> Result<Response<Updates>, Status> {
+    async fn fetch_jwt_bundles(
+        &self,
+        request: Request<pb::JwtBundlesRequest>,
+    ) -> Result<Response<Updates>, Status> {
         let started = Instant::now();
         let done = self.bundles(BundleRequest::new(&request, Method::FetchJwtBundles)).await;
         self.stream(Method::FetchJwtBundles, started, done)

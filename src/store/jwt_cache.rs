@@ -182,7 +182,9 @@ impl JwtCache {
             // Nothing was made: keep no empty slot, unless somebody else is at it.
             Err(_) => {
                 if inner.slots.get(&key).is_some_and(|slot| {
-                    Arc::ptr_eq(&slot.token, made) && slot.token.get().is_none() && Arc::strong_count(made) <= 2
+                    Arc::ptr_eq(&slot.token, made)
+                        && slot.token.get().is_none()
+                        && Arc::strong_count(made) <= 2
                 }) {
                     inner.remove(&key);
                 }
@@ -191,7 +193,13 @@ impl JwtCache {
         token
     }
 
-    fn renew_in_background(self: &Arc<Self>, key: Key, id: SpiffeId, ttl: Option<Duration>, audience: Vec<String>) {
+    fn renew_in_background(
+        self: &Arc<Self>,
+        key: Key,
+        id: SpiffeId,
+        ttl: Option<Duration>,
+        audience: Vec<String>,
+    ) {
         let cache = Arc::clone(self);
         self.metrics.jwt_refreshed();
         // One at a time per key: `find` moved `renew_at` on.
@@ -205,7 +213,9 @@ impl JwtCache {
                         slot.renew_at = Some(renew_at);
                     }
                 }
-                Err(error) => tracing::warn!(%error, spiffe_id = %id, "could not renew a jwt-svid; the valid one is served"),
+                Err(error) => {
+                    tracing::warn!(%error, spiffe_id = %id, "could not renew a jwt-svid; the valid one is served")
+                }
             }
         });
     }

@@ -116,10 +116,7 @@ impl Store {
     /// Starts with this content, as generation 1.
     pub fn new(index: Arc<EntryIndex>, bundles: Bundles, policy: Arc<Policy>) -> Self {
         let first = Snapshot { generation: 1, index, bundles, policy, answers: Answers::default() };
-        Self {
-            current: ArcSwap::from_pointee(first),
-            changed: watch::Sender::new(Change::Generation(1)),
-        }
+        Self { current: ArcSwap::from_pointee(first), changed: watch::Sender::new(Change::Generation(1)) }
     }
 
     /// The request path: no lock, and an `Arc` that may be kept across awaits.

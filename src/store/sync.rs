@@ -61,7 +61,12 @@ impl Sync {
     }
 
     /// Puts the configuration's part of the world in force.
-    pub fn replace(&self, entries: Vec<Arc<Entry>>, federated: BTreeMap<TrustDomain, Arc<Bundle>>, policy: Policy) {
+    pub fn replace(
+        &self,
+        entries: Vec<Arc<Entry>>,
+        federated: BTreeMap<TrustDomain, Arc<Bundle>>,
+        policy: Policy,
+    ) {
         let index = Arc::new(EntryIndex::new(entries));
         self.write(|now| {
             let bundles = Bundles { own: Arc::clone(&now.bundles.own), federated };

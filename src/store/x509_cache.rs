@@ -270,7 +270,8 @@ pub struct Hold {
 impl Hold {
     /// Whether it is a hold on the SVIDs of just these entries.
     pub fn is_of(&self, entries: &[AuthorizedEntry]) -> bool {
-        self.ids.len() == entries.len() && self.ids.iter().zip(entries).all(|(id, entry)| *id == entry.entry().id)
+        self.ids.len() == entries.len()
+            && self.ids.iter().zip(entries).all(|(id, entry)| *id == entry.entry().id)
     }
 }
 

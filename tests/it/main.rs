@@ -2,6 +2,6 @@ mod generated_code;
 mod issuer;
 mod listener;
 mod metrics;
-mod tidy;
 mod support;
+mod tidy;
 mod workload_api;

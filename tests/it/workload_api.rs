@@ -20,7 +20,8 @@ fn said(status: &Status) -> (Code, &str) {
 
 /// The next message, if one comes within the time that any change takes to arrive.
 async fn next<T>(stream: &mut Streaming<T>) -> Option<Result<T, Status>> {
-    match tokio::time::timeout(Duration::from_secs(10), stream.message()).await.expect("a message or the end") {
+    match tokio::time::timeout(Duration::from_secs(10), stream.message()).await.expect("a message or the end")
+    {
         Ok(message) => message.map(Ok),
         Err(status) => Some(Err(status)),
     }
@@ -168,12 +169,14 @@ async fn streams_follow_what_changes_for_them_and_nothing_else() {
     let mut got = ids(&second);
     got.sort();
     assert_eq!(got, ["spiffe://example.org/web", "spiffe://example.org/web2"]);
-    let kept = |m: &pb::X509svidResponse| m.svids.iter().find(|s| s.spiffe_id.ends_with("/web")).unwrap().clone();
+    let kept =
+        |m: &pb::X509svidResponse| m.svids.iter().find(|s| s.spiffe_id.ends_with("/web")).unwrap().clone();
     assert_eq!(kept(&first), kept(&second), "an SVID that did not change is the same");
 
     // A broken file changes nothing.
     assert!(agent.reload("entry \"spiffe://other.org/x\" { selectors = [\"unix:uid:1\"] }").is_err());
-    let third = client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap().into_inner().message().await;
+    let third =
+        client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap().into_inner().message().await;
     assert_eq!(ids(&third.unwrap().unwrap()).len(), 2);
 
     agent.reload(stranger).unwrap();
@@ -250,7 +253,13 @@ async fn health_and_reflection_answer_without_the_header() {
         message_request: Some(MessageRequest::ListServices(String::new())),
     };
     let mut reflection = ServerReflectionClient::new(channel);
-    let answer = reflection.server_reflection_info(tokio_stream::once(ask)).await.unwrap().into_inner().message().await;
+    let answer = reflection
+        .server_reflection_info(tokio_stream::once(ask))
+        .await
+        .unwrap()
+        .into_inner()
+        .message()
+        .await;
     let Some(MessageResponse::ListServicesResponse(list)) = answer.unwrap().unwrap().message_response else {
         panic!("a list of services")
     };
