@@ -279,14 +279,7 @@ fn parse(text: &[u8], data_dir: &DataDir, trust_domain: &TrustDomain) -> Result<
 fn dismiss_other_sources(state: &mut State, settings: &Settings, now: SystemTime) -> Result<(), IssuerError> {
     let chain = match &settings.ca {
         CaSource::SelfSigned => Vec::new(),
-        CaSource::Supplied { cert, key } => {
-            match SuppliedCa::load(cert, key, &settings.trust_domain, now) {
-                Ok(supplied) => supplied.chain,
-                // An expired CA cannot sign another intermediate, but the one that is there may serve on.
-                Err(_) if is_usable(&state.x509, now) && is_supplied(&state.x509) => return Ok(()),
-                Err(err) => return Err(err),
-            }
-        }
+        CaSource::Supplied { cert, key } => SuppliedCa::load(cert, key, &settings.trust_domain, now)?.chain,
     };
     for record in state.x509.iter_mut().filter(|record| record.public.above != chain) {
         record.key = None;
@@ -295,10 +288,6 @@ fn dismiss_other_sources(state: &mut State, settings: &Settings, now: SystemTime
         }
     }
     Ok(())
-}
-
-fn is_supplied(records: &[Record<X509Authority>]) -> bool {
-    rotation::find(records, Slot::Current).is_some_and(|(_, current)| !current.public.above.is_empty())
 }
 
 fn is_usable<T>(records: &[Record<T>], now: SystemTime) -> bool {
@@ -323,7 +312,7 @@ fn make_ca(
     outlive: Option<SystemTime>,
     now: SystemTime,
 ) -> Result<Record<X509Authority>, IssuerError> {
-    let out_of_time = IssuerError::Clock { now };
+    let out_of_time = IssuerError::Time { time: now };
     let key_type = settings.ca_key_type;
     let trust_domain = &settings.trust_domain;
     let key = KeyPair::generate(key_type, SignatureForm::Certificate)?;
@@ -358,7 +347,7 @@ fn make_ca(
 
 fn make_jwt_key(settings: &Settings, now: SystemTime) -> Result<Record<JwtKey>, IssuerError> {
     let key_type = settings.jwt_key_type;
-    let term = Term::new(now, settings.ca_ttl, None).ok_or(IssuerError::Clock { now })?;
+    let term = Term::new(now, settings.ca_ttl, None).ok_or(IssuerError::Time { time: now })?;
     let key = KeyPair::generate(key_type, SignatureForm::Jws)?;
     let public = JwtKey { kid: jwt::random_kid()?, public_key: key.public_key().to_vec() };
     let key = Some(Arc::new(key.pkcs8()?));

@@ -34,12 +34,15 @@ impl DataDir {
     /// Opens the directory, which is made when missing, and locks it. Removes what a killed agent left half
     /// written.
     pub(super) fn open(dir: &Path) -> Result<Self, IssuerError> {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
-            .map_err(|source| IssuerError::Write { path: dir.to_owned(), source })?;
-        let found = fs::metadata(dir).map_err(|source| IssuerError::Read { path: dir.to_owned(), source })?;
+        let unreadable = |cause| IssuerError::Read { path: dir.to_owned(), cause };
+        let found = match fs::metadata(dir) {
+            Err(err) if err.kind() == io::ErrorKind::NotFound => {
+                let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
+                made.map_err(|cause| IssuerError::Write { path: dir.to_owned(), cause })?;
+                fs::metadata(dir).map_err(unreadable)?
+            }
+            found => found.map_err(unreadable)?,
+        };
         if !found.is_dir() {
             return Err(IssuerError::FileType { path: dir.to_owned(), want: "directory" });
         }
@@ -55,11 +58,11 @@ impl DataDir {
             .mode(0o600)
             .custom_flags(OFlag::O_NOFOLLOW.bits())
             .open(&lock_path)
-            .map_err(|source| IssuerError::Write { path: lock_path.clone(), source })?;
+            .map_err(|cause| IssuerError::Write { path: lock_path.clone(), cause })?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(IssuerError::Locked { path: lock_path }),
-            Err(TryLockError::Error(source)) => return Err(IssuerError::Write { path: lock_path, source }),
+            Err(TryLockError::Error(cause)) => return Err(IssuerError::Write { path: lock_path, cause }),
         }
         let opened = Self { dir: dir.to_owned(), _lock: lock };
         opened.remove_unfinished()?;
@@ -74,11 +77,11 @@ impl DataDir {
     /// Reads the state. `None` when there is none yet.
     pub(super) fn read(&self) -> Result<Option<Zeroizing<Vec<u8>>>, IssuerError> {
         let path = self.state_path();
-        let failed = |source| IssuerError::Read { path: path.clone(), source };
+        let failed = |cause| IssuerError::Read { path: path.clone(), cause };
         let file = match open_to_read(&path, OFlag::O_NOFOLLOW) {
             Ok(file) => file,
             Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(failed(source)),
+            Err(cause) => return Err(failed(cause)),
         };
         check_owner(&path, &file.metadata().map_err(failed)?)?;
         read_secret(&path, file, MAX_STATE_LEN).map(Some)
@@ -90,7 +93,7 @@ impl DataDir {
         let new = self.dir.join(NEW_STATE);
         let written = write_new(&new, text).and_then(|()| {
             let state = self.state_path();
-            fs::rename(&new, &state).map_err(|source| IssuerError::Write { path: state, source })
+            fs::rename(&new, &state).map_err(|cause| IssuerError::Write { path: state, cause })
         });
         if written.is_err() {
             // The first error is the one to tell; the file is also removed before the next try.
@@ -101,15 +104,13 @@ impl DataDir {
         // what the new one signs with.
         File::open(&self.dir)
             .and_then(|dir| dir.sync_all())
-            .map_err(|source| IssuerError::Write { path: self.dir.clone(), source })
+            .map_err(|cause| IssuerError::Write { path: self.dir.clone(), cause })
     }
 
     fn remove_unfinished(&self) -> Result<(), IssuerError> {
         let path = self.dir.join(NEW_STATE);
         match fs::remove_file(&path) {
-            Err(err) if err.kind() != io::ErrorKind::NotFound => {
-                Err(IssuerError::Write { path, source: err })
-            }
+            Err(err) if err.kind() != io::ErrorKind::NotFound => Err(IssuerError::Write { path, cause: err }),
             _ => Ok(()),
         }
     }
@@ -125,7 +126,7 @@ fn write_new(path: &Path, text: &[u8]) -> Result<(), IssuerError> {
             file.write_all(text)?;
             file.sync_all()
         })
-        .map_err(|source| IssuerError::Write { path: path.to_owned(), source })
+        .map_err(|cause| IssuerError::Write { path: path.to_owned(), cause })
 }
 
 /// Opens without waiting: a FIFO in place of the file must not hold the agent up.
@@ -136,14 +137,17 @@ pub(super) fn open_to_read(path: &Path, more: OFlag) -> io::Result<File> {
 /// Reads a file that nobody but its owner may read. It is looked at by its descriptor, so what was checked is what
 /// is read.
 pub(super) fn read_secret(path: &Path, file: File, most: u64) -> Result<Zeroizing<Vec<u8>>, IssuerError> {
-    let failed = |source| IssuerError::Read { path: path.to_owned(), source };
-    check_mode(path, &file.metadata().map_err(failed)?, 0o077, 0o600)?;
+    let failed = |cause| IssuerError::Read { path: path.to_owned(), cause };
+    let found = file.metadata().map_err(failed)?;
+    if found.is_file() {
+        check_mode(path, &found, 0o077, 0o600)?;
+    }
     read_file(path, file, most)
 }
 
 /// Reads a regular file of at most `most` bytes.
 pub(super) fn read_file(path: &Path, file: File, most: u64) -> Result<Zeroizing<Vec<u8>>, IssuerError> {
-    let failed = |source| IssuerError::Read { path: path.to_owned(), source };
+    let failed = |cause| IssuerError::Read { path: path.to_owned(), cause };
     let found = file.metadata().map_err(failed)?;
     if !found.is_file() {
         return Err(IssuerError::FileType { path: path.to_owned(), want: "regular file" });

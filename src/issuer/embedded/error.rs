@@ -13,20 +13,20 @@ use crate::identity::{SpiffeId, TrustDomain};
 #[derive(Debug, thiserror::Error)]
 pub enum IssuerError {
     /// Reading failed.
-    #[error("cannot read {}", path.display())]
+    #[error("cannot read {}: {cause}", path.display())]
     Read {
         /// What was to be read.
         path: PathBuf,
         /// Why it could not be.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Writing failed: what was there before is still there and in force.
-    #[error("cannot write {}", path.display())]
+    #[error("cannot write {}: {cause}", path.display())]
     Write {
         /// What was to be written.
         path: PathBuf,
         /// Why it could not be: no space, a read-only file system, no permission.
-        source: io::Error,
+        cause: io::Error,
     },
     /// A file or directory belongs to another user.
     #[error("{} belongs to uid {found}, but the agent runs as uid {ours} (chown {ours} {})", path.display(), path.display())]
@@ -108,7 +108,7 @@ pub enum IssuerError {
         /// Why not.
         fault: SuppliedCaFault,
     },
-    /// An authority with an ID or lifetime that cannot be issued.
+    /// A CA that would expire before anybody had learnt of it.
     #[error("ca_ttl is {} s, but must be at least {} s", found.as_secs(), MIN_CA_TTL.as_secs())]
     CaTtl {
         /// The setting.
@@ -153,20 +153,20 @@ pub enum IssuerError {
         now: SystemTime,
     },
     /// So many authorities are unexpired that no more can be kept: the clock was set very often.
-    #[error("{0} authorities are kept already and none of them may be forgotten yet: is the clock right?")]
+    #[error("{0} authorities are kept already and none of them is expired: is the clock right?")]
     TooManyAuthorities(usize),
-    /// The clock shows a time that certificates cannot hold.
-    #[error("the clock is at {}, outside the time that can be certified", Utc(*now))]
-    Clock {
-        /// What it shows.
-        now: SystemTime,
+    /// The clock, or a lifetime added to it, gives a time before 1970 or after 9999.
+    #[error("{} cannot stand in a certificate: is the clock right, and no lifetime too long?", Utc(*time))]
+    Time {
+        /// Which.
+        time: SystemTime,
     },
     /// The cryptographic library refused.
     #[error("cannot {0}")]
     Crypto(&'static str),
     /// A certificate could not be built.
-    #[error("cannot build a certificate")]
-    Certificate(#[source] rcgen::Error),
+    #[error("cannot build a certificate: {0}")]
+    Certificate(rcgen::Error),
 }
 
 /// How a state file is damaged. Says where, never what: the text holds keys.

@@ -99,7 +99,7 @@ fn claims(
         json.push(b',');
         write_text(&mut json, recipient)?;
     }
-    let out_of_range = |time| IssuerError::Clock { now: time };
+    let out_of_range = |time| IssuerError::Time { time };
     let expires = unix(term.not_after).ok_or_else(|| out_of_range(term.not_after))?;
     let issued = unix(term.issued_at).ok_or_else(|| out_of_range(term.issued_at))?;
     write!(json, r#"],"exp":{expires},"iat":{issued},"#).map_err(|_| IssuerError::Crypto("write claims"))?;

@@ -27,8 +27,8 @@ pub(super) const BACKDATE: Duration = Duration::from_secs(10);
 /// How long an expired authority stays in the bundle (SPIRE: `pkg/server/ca/manager`).
 pub(super) const KEEP_EXPIRED: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// The most records of a kind. A day's lifetime makes 30 a month, of which only those of the last two days matter;
-/// the rest is for clocks that jump.
+/// The most records of a kind. At any moment three are unexpired, unless the clock jumps; of lifetimes under half an
+/// hour, not all that expired within a day are kept.
 pub(super) const MAX_RECORDS: usize = 64;
 
 const MAX_PREPARE_LEAD: Duration = Duration::from_secs(30 * 24 * 60 * 60);
@@ -83,11 +83,11 @@ impl Term {
     }
 
     /// When `next` is due to sign in place of `self`: not before others had time to learn of it, yet before
-    /// `self` ends.
+    /// `self` ends, and before half of its own life is gone (it may be the shorter one, if the setting was changed).
     fn hand_over_at(&self, next: &Self) -> SystemTime {
         let left = self.not_after.duration_since(next.issued_at).unwrap_or_default();
         let published = next.issued_at.checked_add(MIN_PUBLISHED.min(left / 2)).unwrap_or(next.issued_at);
-        self.activate_at().max(published)
+        self.activate_at().max(published).min(next.prepare_at())
     }
 
     /// When it leaves the bundle.
@@ -245,13 +245,13 @@ fn stand_in<T>(records: &[Record<T>], now: SystemTime) -> Option<usize> {
     next.or_else(old).map(|(at, _)| at)
 }
 
-/// Makes room for one more, by dropping what has long left the bundle.
+/// Makes room for one more, by dropping what is expired, the oldest first.
 fn room<T>(records: &mut Vec<Record<T>>, now: SystemTime) -> Result<(), IssuerError> {
     while records.len() >= MAX_RECORDS {
         let oldest = records
             .iter()
             .enumerate()
-            .filter(|(_, record)| !record.is_published(now))
+            .filter(|(_, record)| record.slot == Slot::Old && record.term.not_after <= now)
             .min_by_key(|(_, record)| record.term.not_after);
         match oldest {
             Some((at, _)) => drop(records.remove(at)),

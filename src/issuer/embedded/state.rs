@@ -217,7 +217,7 @@ impl Public for JwtKey {
 }
 
 fn write_all<T: Public>(records: &[Record<T>]) -> Result<Vec<AuthorityFile<'static, T::File>>, IssuerError> {
-    let seconds = |time| unix(time).ok_or(IssuerError::Clock { now: time });
+    let seconds = |time| unix(time).ok_or(IssuerError::Time { time });
     records
         .iter()
         .map(|record| {

@@ -71,7 +71,7 @@ impl SuppliedCa {
 }
 
 fn read_certificates(path: &Path) -> Result<Vec<Vec<u8>>, IssuerError> {
-    let failed = |source| IssuerError::Read { path: path.to_owned(), source };
+    let failed = |cause| IssuerError::Read { path: path.to_owned(), cause };
     let file = disk::open_to_read(path, OFlag::empty()).map_err(failed)?;
     let text = disk::read_file(path, file, MAX_FILE_LEN)?;
     CertificateDer::pem_slice_iter(&text)
@@ -82,7 +82,7 @@ fn read_certificates(path: &Path) -> Result<Vec<Vec<u8>>, IssuerError> {
 
 /// `None` when the file holds no key that can be used.
 fn read_key(path: &Path) -> Result<Option<KeyPair>, IssuerError> {
-    let failed = |source| IssuerError::Read { path: path.to_owned(), source };
+    let failed = |cause| IssuerError::Read { path: path.to_owned(), cause };
     let file = disk::open_to_read(path, OFlag::empty()).map_err(failed)?;
     let text = disk::read_secret(path, file, MAX_FILE_LEN)?;
     let Ok(mut der) = PrivateKeyDer::from_pem_slice(&text) else { return Ok(None) };

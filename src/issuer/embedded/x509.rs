@@ -226,5 +226,5 @@ fn moment(time: SystemTime) -> Result<OffsetDateTime, IssuerError> {
         .and_then(|seconds| i64::try_from(seconds).ok())
         .filter(|seconds| *seconds <= LAST_SECOND)
         .and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok())
-        .ok_or(IssuerError::Clock { now: time })
+        .ok_or(IssuerError::Time { time })
 }
