@@ -8,10 +8,19 @@
 //!
 //! Absent on purpose: command line flags (`cli`), the environment (a function gives it), opening sockets.
 
+mod check;
 mod diff;
+mod duration;
+mod entries;
 mod error;
+mod expand;
+mod file;
+mod reader;
+mod section;
+mod tree;
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::Arc,
@@ -19,7 +28,9 @@ use std::{
 };
 
 pub use diff::{Changes, EntryChanges, RestartOnly, diff};
+pub use duration::{parse_duration, show_duration};
 pub use error::{ConfigError, ConfigErrors};
+pub use file::{DropIn, FileError};
 
 use crate::{
     attest,
@@ -133,6 +144,32 @@ pub enum ExpandEnv<'a> {
     With(&'a dyn Fn(&str) -> Option<String>),
 }
 
+impl ExpandEnv<'_> {
+    fn apply(self, text: &str) -> Cow<'_, str> {
+        match self {
+            Self::No => Cow::Borrowed(text),
+            Self::With(value_of) => Cow::Owned(expand::expand(text, value_of)),
+        }
+    }
+}
+
+/// A configuration before it is read: the text, and how to reach the files that it names.
+#[derive(Clone, Copy)]
+pub struct Input<'a> {
+    /// The path of `agent.conf`, for messages and for `entries.d` beside it.
+    pub path: &'a Path,
+    /// Its text: HCL, or JSON.
+    pub text: &'a str,
+    /// The working directory, where relative paths start.
+    pub base: &'a Path,
+    /// Whether variables are replaced, here and in the drop-in files.
+    pub expand_env: ExpandEnv<'a>,
+    /// Reads the drop-in files of a directory, in the order of their names; `None` when there is no such directory.
+    pub drop_ins: &'a dyn Fn(&Path) -> Result<Option<Vec<DropIn>>, FileError>,
+    /// Reads a bundle file.
+    pub read_bundle: &'a dyn Fn(&Path) -> Result<Vec<u8>, FileError>,
+}
+
 impl Config {
     /// Reads `path`, the drop-in files and the bundle files that it names, and checks all of it.
     ///
@@ -141,13 +178,29 @@ impl Config {
     /// # Errors
     /// Every mistake that was found, in all files.
     pub fn load(path: &Path, expand_env: ExpandEnv<'_>) -> Result<Self, ConfigErrors> {
-        let _ = expand_env;
-        Err(ConfigErrors::new(vec![ConfigError {
-            file: path.to_owned(),
-            line: 0,
-            column: 0,
-            key: String::new(),
-            message: "cannot be read yet".to_owned(),
-        }]))
+        let whole_file = |message: String| {
+            let file = path.to_owned();
+            let error = ConfigError { file, line: 0, column: 0, key: String::new(), value: None, message };
+            ConfigErrors::new(vec![error], 0)
+        };
+        let text = file::read_config(path).map_err(|err| whole_file(err.to_string()))?;
+        // No working directory (it was removed): only absolute paths are of use then.
+        let base = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
+        Self::parse(&Input {
+            path,
+            text: &text,
+            base: &base,
+            expand_env,
+            drop_ins: &file::read_drop_ins,
+            read_bundle: &file::read_bundle,
+        })
+    }
+
+    /// Checks a configuration whose text is at hand. Touches nothing but what `input` reaches.
+    ///
+    /// # Errors
+    /// Every mistake that was found, in all files.
+    pub fn parse(input: &Input<'_>) -> Result<Self, ConfigErrors> {
+        check::checked(input)
     }
 }

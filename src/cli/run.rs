@@ -121,6 +121,7 @@ impl CliOverrides {
         }
         if let Some(dir) = data_dir {
             config.data_dir = absolute(dir);
+            config.issuer.data_dir.clone_from(&config.data_dir);
         }
         if let Some(level) = log_level {
             config.log.level = *level;

@@ -34,12 +34,13 @@ fn to_json(errors: &ConfigErrors) -> Value {
     let list: Vec<_> = errors
         .list()
         .iter()
-        .map(|ConfigError { file, line, column, key, message }| {
+        .map(|ConfigError { file, line, column, key, value, message }| {
             json!({
                 "file": file.to_string_lossy(),
                 "line": line,
                 "column": column,
                 "key": key,
+                "value": value,
                 "message": message,
             })
         })

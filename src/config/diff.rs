@@ -3,12 +3,12 @@
 //! A reload with any change in [`Changes::restart`] must change nothing at all: half of a file in force is what nobody
 //! wrote.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::HashMap, fmt, path::PathBuf, sync::Arc, time::Duration};
 
-use super::{Config, Health, HostPort, Log};
+use super::{Config, Health, HostPort, Log, show_duration, tree::quoted};
 use crate::{
     attest,
-    identity::{Entry, EntryId, TrustDomain},
+    identity::{Entry, EntryId, KeyType, TrustDomain},
     issuer::embedded::{CaSource, Settings},
 };
 
@@ -60,9 +60,11 @@ impl Changes {
         *self == Self::default()
     }
 
-    fn restart<T: PartialEq + fmt::Debug>(&mut self, key: &'static str, old: &T, new: &T) {
+    /// The values are compared as they are shown, so `show` must tell any two apart.
+    fn restart<T: ?Sized>(&mut self, key: &'static str, old: &T, new: &T, show: fn(&T) -> String) {
+        let (old, new) = (show(old), show(new));
         if old != new {
-            self.restart.push(RestartOnly { key, old: format!("{old:?}"), new: format!("{new:?}") });
+            self.restart.push(RestartOnly { key, old, new });
         }
     }
 
@@ -97,10 +99,10 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         drain_timeout,
     } = old;
     let mut c = Changes::default();
-    c.restart("agent.trust_domain", trust_domain, &new.trust_domain);
-    c.restart("agent.socket_path", socket_path, &new.socket_path);
-    c.restart("agent.admin_socket_path", admin_socket_path, &new.admin_socket_path);
-    c.restart("agent.data_dir", data_dir, &new.data_dir);
+    c.restart("agent.trust_domain", trust_domain, &new.trust_domain, TrustDomain::to_string);
+    c.restart("agent.socket_path", socket_path, &new.socket_path, path);
+    c.restart("agent.admin_socket_path", admin_socket_path, &new.admin_socket_path, maybe_path);
+    c.restart("agent.data_dir", data_dir, &new.data_dir, path);
     diff_log(&mut c, log, &new.log);
     diff_issuer(&mut c, issuer, &new.issuer);
     diff_unix(&mut c, *unix, new.unix);
@@ -113,29 +115,14 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
     c.live("agent.availability_target", availability_target, &new.availability_target);
     c.live("agent.x509_svid_cache_max_size", x509_svid_cache_max_size, &new.x509_svid_cache_max_size);
     c.live("agent.jwt_svid_cache_max_size", jwt_svid_cache_max_size, &new.jwt_svid_cache_max_size);
-    c.restart("telemetry.Prometheus", &shown(prometheus.as_ref()), &shown(new.prometheus.as_ref()));
+    c.restart("telemetry.Prometheus", prometheus, &new.prometheus, |at| {
+        at.as_ref().map_or_else(none, address)
+    });
     diff_health(&mut c, health.as_ref(), new.health.as_ref());
-    c.restart("agent.listener.handshake_timeout", handshake_timeout, &new.handshake_timeout);
-    c.restart("agent.listener.drain_timeout", drain_timeout, &new.drain_timeout);
+    c.restart("agent.listener.handshake_timeout", handshake_timeout, &new.handshake_timeout, duration);
+    c.restart("agent.listener.drain_timeout", drain_timeout, &new.drain_timeout, duration);
 
-    let revisions = |config: &Config| -> BTreeMap<EntryId, i64> {
-        config
-            .entries
-            .iter()
-            .map(|entry: &std::sync::Arc<Entry>| (entry.id.clone(), entry.revision))
-            .collect()
-    };
-    let _ = entries;
-    let (before, after) = (revisions(old), revisions(new));
-    for (id, revision) in &after {
-        match before.get(id) {
-            None => c.entries.added += 1,
-            Some(was) if was != revision => c.entries.changed += 1,
-            Some(_) => {}
-        }
-    }
-    c.entries.removed = before.keys().filter(|id| !after.contains_key(*id)).count();
-
+    c.entries = diff_entries(entries, &new.entries);
     let mut touched: Vec<TrustDomain> = federated.keys().chain(new.federated.keys()).cloned().collect();
     touched.sort();
     touched.dedup();
@@ -144,28 +131,62 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
     c
 }
 
-fn shown(at: Option<&HostPort>) -> Option<String> {
-    at.map(|HostPort { host, port }| format!("{host}:{port}"))
+fn none() -> String {
+    "not set".to_owned()
+}
+
+fn path(path: &PathBuf) -> String {
+    format!("{path:?}")
+}
+
+fn maybe_path(at: &Option<PathBuf>) -> String {
+    at.as_ref().map_or_else(none, path)
+}
+
+fn duration(duration: &Duration) -> String {
+    show_duration(*duration)
+}
+
+fn key_type(key_type: &KeyType) -> String {
+    key_type.name().to_owned()
+}
+
+fn address(HostPort { host, port }: &HostPort) -> String {
+    format!("{host}:{port}")
+}
+
+fn diff_entries(old: &[Arc<Entry>], new: &[Arc<Entry>]) -> EntryChanges {
+    let mut before: HashMap<&EntryId, i64> = old.iter().map(|entry| (&entry.id, entry.revision)).collect();
+    let mut changes = EntryChanges::default();
+    for entry in new {
+        match before.remove(&entry.id) {
+            None => changes.added += 1,
+            Some(revision) if revision != entry.revision => changes.changed += 1,
+            Some(_) => {}
+        }
+    }
+    changes.removed = before.len();
+    changes
 }
 
 fn diff_log(c: &mut Changes, old: &Log, new: &Log) {
     let Log { level, format, file, source_location, selectors } = old;
     c.live("agent.log_level", level, &new.level);
-    c.restart("agent.log_format", format, &new.format);
-    c.restart("agent.log_file", file, &new.file);
-    c.restart("agent.log_source_location", source_location, &new.source_location);
+    c.restart("agent.log_format", format, &new.format, |format| format!("{format:?}").to_ascii_lowercase());
+    c.restart("agent.log_file", file, &new.file, maybe_path);
+    c.restart("agent.log_source_location", source_location, &new.source_location, bool::to_string);
     c.live("agent.log_selectors", selectors, &new.selectors);
 }
 
 fn diff_unix(c: &mut Changes, old: attest::unix::Settings, new: attest::unix::Settings) {
     let attest::unix::Settings { discover_workload_path, workload_size_limit } = old;
     c.live(
-        "plugins.WorkloadAttestor.unix.plugin_data.discover_workload_path",
+        "plugins.WorkloadAttestor \"unix\".plugin_data.discover_workload_path",
         &discover_workload_path,
         &new.discover_workload_path,
     );
     c.live(
-        "plugins.WorkloadAttestor.unix.plugin_data.workload_size_limit",
+        "plugins.WorkloadAttestor \"unix\".plugin_data.workload_size_limit",
         &workload_size_limit,
         &new.workload_size_limit,
     );
@@ -189,24 +210,27 @@ fn diff_issuer(c: &mut Changes, old: &Settings, new: &Settings) {
         CaSource::Supplied { cert, key } => Some((cert.clone(), key.clone())),
     };
     let ((cert, key), (new_cert, new_key)) = (paths(ca).unzip(), paths(&new.ca).unzip());
-    c.restart("issuer.embedded.ca_cert_path", &cert, &new_cert);
-    c.restart("issuer.embedded.ca_key_path", &key, &new_key);
-    c.restart("issuer.embedded.ca_ttl", ca_ttl, &new.ca_ttl);
-    c.restart("issuer.embedded.ca_key_type", ca_key_type, &new.ca_key_type);
-    c.restart("issuer.embedded.jwt_key_type", jwt_key_type, &new.jwt_key_type);
-    c.restart("agent.workload_x509_svid_key_type", svid_key_type, &new.svid_key_type);
-    c.restart("issuer.embedded.jwt_issuer", jwt_issuer, &new.jwt_issuer);
-    c.live("issuer.embedded.default_x509_svid_ttl", default_x509_svid_ttl, &new.default_x509_svid_ttl);
-    c.live("issuer.embedded.default_jwt_svid_ttl", default_jwt_svid_ttl, &new.default_jwt_svid_ttl);
+    c.restart("issuer \"embedded\".ca_cert_path", &cert, &new_cert, maybe_path);
+    c.restart("issuer \"embedded\".ca_key_path", &key, &new_key, maybe_path);
+    c.restart("issuer \"embedded\".ca_ttl", ca_ttl, &new.ca_ttl, duration);
+    c.restart("issuer \"embedded\".ca_key_type", ca_key_type, &new.ca_key_type, key_type);
+    c.restart("issuer \"embedded\".jwt_key_type", jwt_key_type, &new.jwt_key_type, key_type);
+    c.restart("agent.workload_x509_svid_key_type", svid_key_type, &new.svid_key_type, key_type);
+    c.restart("issuer \"embedded\".jwt_issuer", jwt_issuer, &new.jwt_issuer, |name| {
+        name.as_deref().map_or_else(none, quoted)
+    });
+    c.live("issuer \"embedded\".default_x509_svid_ttl", default_x509_svid_ttl, &new.default_x509_svid_ttl);
+    c.live("issuer \"embedded\".default_jwt_svid_ttl", default_jwt_svid_ttl, &new.default_jwt_svid_ttl);
 }
 
 fn diff_health(c: &mut Changes, old: Option<&Health>, new: Option<&Health>) {
-    let part = |part: fn(&Health) -> String| (old.map(part), new.map(part));
-    let (was, is) =
-        part(|Health { bind, live_path: _, ready_path: _ }| format!("{}:{}", bind.host, bind.port));
-    c.restart("health_checks.bind_address", &was, &is);
-    let (was, is) = part(|health| health.live_path.clone());
-    c.restart("health_checks.live_path", &was, &is);
-    let (was, is) = part(|health| health.ready_path.clone());
-    c.restart("health_checks.ready_path", &was, &is);
+    let (Some(old), Some(new)) = (old, new) else {
+        let is_on = |health: &Option<&Health>| if health.is_some() { "on" } else { "off" }.to_owned();
+        c.restart("health_checks", &old, &new, is_on);
+        return;
+    };
+    let Health { bind, live_path, ready_path } = old;
+    c.restart("health_checks.bind_address", bind, &new.bind, address);
+    c.restart("health_checks.live_path", live_path, &new.live_path, |path| quoted(path));
+    c.restart("health_checks.ready_path", ready_path, &new.ready_path, |path| quoted(path));
 }

@@ -13,48 +13,62 @@ pub struct ConfigError {
     pub column: u32,
     /// The key, with the blocks around it: `agent.log_level`. Empty when the text could not be read so far.
     pub key: String,
-    /// The value where it helps, what is wrong with it, and what would be right.
+    /// The value as written, abridged; `None` where there is none, or where it is a secret.
+    pub value: Option<String>,
+    /// What is wrong, and what would be right.
     pub message: String,
 }
 
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { file, line, column, key, message } = self;
+        let Self { file, line, column, key, value, message } = self;
         write!(f, "{}:", file.display())?;
         if *line > 0 {
             write!(f, "{line}:{column}:")?;
         }
-        match key.as_str() {
-            "" => write!(f, " {message}"),
-            key if message.starts_with(['"', '[', '{']) => write!(f, " {key} {message}"),
-            key => write!(f, " {key}: {message}"),
+        for part in [Some(key).filter(|key| !key.is_empty()), value.as_ref()].into_iter().flatten() {
+            write!(f, " {part}")?;
         }
+        if !key.is_empty() || value.is_some() {
+            f.write_str(":")?;
+        }
+        write!(f, " {message}")
     }
 }
 
-/// All mistakes of a configuration: never empty. One a line when shown.
+/// All mistakes of a configuration: never empty, by place, one a line when shown.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ConfigErrors(Vec<ConfigError>);
+pub struct ConfigErrors {
+    list: Vec<ConfigError>,
+    left_out: usize,
+}
 
 impl ConfigErrors {
-    /// The mistakes, in the order in which they are shown.
-    pub(super) fn new(list: Vec<ConfigError>) -> Self {
-        Self(list)
+    pub(super) fn new(list: Vec<ConfigError>, left_out: usize) -> Self {
+        Self { list, left_out }
     }
 
     /// The mistakes, by place.
     pub fn list(&self) -> &[ConfigError] {
-        &self.0
+        &self.list
+    }
+
+    /// How many more there were, when there were too many to list.
+    pub fn left_out(&self) -> usize {
+        self.left_out
     }
 }
 
 impl fmt::Display for ConfigErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (at, error) in self.0.iter().enumerate() {
+        for (at, error) in self.list.iter().enumerate() {
             if at > 0 {
                 f.write_str("\n")?;
             }
             error.fmt(f)?;
+        }
+        if self.left_out > 0 {
+            write!(f, "\nand {} more", self.left_out)?;
         }
         Ok(())
     }

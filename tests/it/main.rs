@@ -1,3 +1,4 @@
+mod config;
 mod generated_code;
 mod issuer;
 mod listener;

@@ -1,0 +1,467 @@
+//! `entry` and `federation`: who is who, and whose bundles are known.
+//!
+//! An entry that could never match, or would not mean what it says, is refused: a selector that nobody attests, a
+//! lifetime longer than the CA's, a federated trust domain without a bundle. Work grows with the entries, not with
+//! their square.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fmt::Write as _,
+    sync::Arc,
+    time::Duration,
+};
+
+use aws_lc_rs::digest;
+
+use super::{
+    Input,
+    check::parse_trust_domain,
+    duration::show_duration,
+    section::{At, Labelled, Problems, Section, nearest},
+    tree::{Place, quoted},
+};
+use crate::identity::{
+    Bundle, Entry, EntryId, Selector, Selectors, SpiffeId, TrustDomain, entry::MAX_HINT_LEN,
+};
+
+/// More DNS names than this are refused, since each is in the certificate.
+const MAX_DNS_NAMES: usize = 64;
+/// As long as SPIRE's longest.
+const MAX_ID_LEN: usize = 255;
+
+/// The lifetime of a CA, which no SVID of it can outlive.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct CaTtl {
+    pub(super) value: Duration,
+    /// Where it is set; `None` for the default of a day.
+    place: Option<Place>,
+}
+
+impl CaTtl {
+    pub(super) fn of(set: Option<At<Duration>>) -> Self {
+        let default = Self { value: Duration::from_secs(24 * 3600), place: None };
+        set.map_or(default, |at| Self { value: at.value, place: Some(at.place) })
+    }
+
+    /// Refuses a lifetime that is longer.
+    pub(super) fn check(&self, section: &Section<'_>, key: &str, ttl: Option<At<Duration>>) {
+        if let Some(ttl) = ttl
+            && ttl.value > self.value
+        {
+            let whence = self.place.map_or_else(|| "by default".to_owned(), |at| section.problems().show(at));
+            let message =
+                format!("must be at most ca_ttl, which is {} ({whence})", quoted(&show_duration(self.value)));
+            section.wrong(ttl.place, key, Some(quoted(&show_duration(ttl.value))), message);
+        }
+    }
+}
+
+/// What entries are held against.
+#[derive(Debug)]
+pub(super) struct Rules<'a> {
+    /// `None` when it is wrong itself.
+    pub(super) trust_domain: Option<&'a TrustDomain>,
+    /// With a `federation` block, whether or not its bundle could be read.
+    pub(super) federated: &'a BTreeSet<TrustDomain>,
+    pub(super) ca_ttl: CaTtl,
+    pub(super) discover_workload_path: bool,
+}
+
+/// The entries read so far.
+#[derive(Debug)]
+pub(super) struct Entries<'a> {
+    rules: Rules<'a>,
+    problems: &'a Problems,
+    list: Vec<(Entry, Place)>,
+}
+
+impl<'a> Entries<'a> {
+    pub(super) fn new(rules: Rules<'a>, problems: &'a Problems) -> Self {
+        Self { rules, problems, list: Vec::new() }
+    }
+
+    /// Reads the blocks of one file.
+    pub(super) fn read(&mut self, blocks: Vec<Labelled<'_>>) {
+        for block in blocks {
+            let place = block.place;
+            let created_at = i64::try_from(self.list.len()).unwrap_or(i64::MAX);
+            if let Some(entry) = self.rules.entry(block, created_at) {
+                self.list.push((entry, place));
+            }
+        }
+    }
+
+    /// Checks them against each other.
+    pub(super) fn finish(self) -> Vec<Arc<Entry>> {
+        let Self { problems, list, .. } = self;
+        let mut of_whom: HashMap<(&SpiffeId, &Selectors), Place> = HashMap::with_capacity(list.len());
+        let mut ids: HashMap<&EntryId, Place> = HashMap::with_capacity(list.len());
+        for (entry, place) in &list {
+            let key = || format!("entry {}", quoted(entry.spiffe_id.as_str()));
+            if let Some(first) = of_whom.insert((&entry.spiffe_id, &entry.selectors), *place)
+                && !entry.selectors.is_empty()
+            {
+                let message =
+                    format!("is there twice with the same selectors: first at {}", problems.show(first));
+                problems.add(*place, &key(), None, message);
+            } else if let Some(first) = ids.insert(&entry.id, *place) {
+                let message = format!("another entry has this id, at {}", problems.show(first));
+                problems.add(*place, &format!("{}.id", key()), Some(quoted(entry.id.as_str())), message);
+            }
+        }
+        drop((of_whom, ids));
+        list.into_iter().map(|(entry, _)| Arc::new(entry)).collect()
+    }
+}
+
+impl Rules<'_> {
+    /// `None` when it has no SPIFFE ID; whatever else is wrong is reported, and the entry is never used.
+    fn entry(&self, block: Labelled<'_>, created_at: i64) -> Option<Entry> {
+        let Labelled { label, place, mut section } = block;
+        let s = &mut section;
+        let spiffe_id = self.spiffe_id(s, label, place);
+        let selectors = self.selectors(s);
+        let x509_svid_ttl = self.ttl(s, "x509_svid_ttl");
+        let jwt_svid_ttl = self.ttl(s, "jwt_svid_ttl");
+        let hint = hint(s);
+        let dns_names = dns_names(s);
+        let federates_with = self.federates_with(s);
+        let id = s.parsed(
+            "id",
+            |text| {
+                let fits = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_');
+                let fits = (1..=MAX_ID_LEN).contains(&text.len()) && text.bytes().all(fits);
+                fits.then(|| EntryId::new(text))
+            },
+            format_args!("must be 1 to {MAX_ID_LEN} letters, digits, dots, dashes or underscores"),
+        );
+        section.finish();
+        let spiffe_id = spiffe_id?;
+        let mut entry = Entry {
+            id: EntryId::new(""),
+            spiffe_id,
+            selectors,
+            x509_svid_ttl,
+            jwt_svid_ttl,
+            hint,
+            dns_names,
+            federates_with,
+            created_at,
+            revision: 0,
+        };
+        entry.id = id.map_or_else(|| derived_id(&entry), |at| at.value);
+        entry.revision = revision(&entry);
+        Some(entry)
+    }
+
+    fn spiffe_id(&self, s: &Section<'_>, label: &str, place: Place) -> Option<SpiffeId> {
+        let message = match (SpiffeId::parse_workload(label), self.trust_domain) {
+            (Err(err), _) => format!("{err}; right is, say, \"spiffe://example.org/web\""),
+            (Ok(id), Some(own)) if !id.is_member_of(own) => {
+                format!("must be in the trust domain {own}, not in {}", id.trust_domain_name())
+            }
+            (Ok(id), _) if id.is_reserved() => {
+                "the path /spire is kept for SPIRE's servers and agents".to_owned()
+            }
+            (Ok(id), _) => return Some(id),
+        };
+        s.problems().add(place, &s.name(), None, message);
+        None
+    }
+
+    fn selectors(&self, s: &mut Section<'_>) -> Selectors {
+        const KEY: &str = "selectors";
+        let Some(list) = s.strings(KEY) else {
+            s.missing(KEY, "must be configured: selectors = [\"unix:uid:1000\"]");
+            return Selectors::new();
+        };
+        if list.value.is_empty() {
+            let message = "an entry without selectors matches nobody; selectors = [\"unix:uid:1000\"]";
+            s.wrong(list.place, KEY, Some("[]".to_owned()), message);
+        }
+        let mut selectors = Selectors::new();
+        for At { value: text, place } in list.value {
+            let wrong = |message: String| s.wrong(place, KEY, Some(quoted(text)), message);
+            match Selector::parse(text) {
+                Err(err) => wrong(format!("{err}, such as unix:uid:1000")),
+                Ok(selector) => {
+                    if let Err(message) = self.attestable(&selector) {
+                        wrong(message);
+                    }
+                    if !selectors.insert(selector) {
+                        wrong("is there twice".to_owned());
+                    }
+                }
+            }
+        }
+        selectors
+    }
+
+    /// Whether an attestor of this version could ever find `selector` out.
+    fn attestable(&self, selector: &Selector) -> Result<(), String> {
+        const KINDS: [&str; 8] =
+            ["uid", "user", "gid", "group", "supplementary_gid", "supplementary_group", "path", "sha256"];
+        if selector.kind() != "unix" {
+            return Err("nobody attests this: unix is the only workload attestor in this version".to_owned());
+        }
+        let (kind, value) = selector.value().split_once(':').unwrap_or((selector.value(), ""));
+        let canonical_number =
+            |value: &str| value.parse::<u32>().is_ok_and(|number| number.to_string() == value);
+        match kind {
+            _ if KINDS.contains(&kind) && value.is_empty() => {
+                Err(format!("must have a value, as unix:{kind}:VALUE"))
+            }
+            "uid" | "gid" | "supplementary_gid" if !canonical_number(value) => {
+                Err(format!("must be a number from 0 to {}, as unix:{kind}:1000", u32::MAX))
+            }
+            "path" | "sha256" if !self.discover_workload_path => {
+                let key = "discover_workload_path = true in plugins.WorkloadAttestor \"unix\".plugin_data";
+                Err(format!("unix:{kind} is only found out with {key}"))
+            }
+            "path" if !value.starts_with('/') => {
+                Err("must be an absolute path, as unix:path:/usr/bin/web".to_owned())
+            }
+            "sha256"
+                if value.len() != 64 || !value.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) =>
+            {
+                Err("must be 64 lower-case hexadecimal digits".to_owned())
+            }
+            _ if KINDS.contains(&kind) => Ok(()),
+            _ => Err(nearest(kind, KINDS).map_or_else(
+                || format!("nobody attests this; unix attests {}", KINDS.join(", ")),
+                |near| format!("nobody attests this: did you mean unix:{near}?"),
+            )),
+        }
+    }
+
+    fn ttl(&self, s: &mut Section<'_>, key: &'static str) -> Option<Duration> {
+        let ttl = s.duration(key, Duration::from_secs(1)..=Duration::MAX);
+        self.ca_ttl.check(s, key, ttl);
+        ttl.map(|at| at.value)
+    }
+
+    fn federates_with(&self, s: &mut Section<'_>) -> BTreeSet<TrustDomain> {
+        const KEY: &str = "federates_with";
+        let mut found = BTreeSet::new();
+        for At { value: text, place } in s.strings(KEY).map(|list| list.value).unwrap_or_default() {
+            let wrong = |message: String| s.wrong(place, KEY, Some(quoted(text)), message);
+            match parse_trust_domain(text) {
+                Err(message) => wrong(format!("{message}; right is, say, spiffe://other.example")),
+                Ok(name) if Some(&name) == self.trust_domain => {
+                    wrong("is the agent's own trust domain, whose bundle everybody gets".to_owned());
+                }
+                Ok(name) if !self.federated.contains(&name) => {
+                    wrong(format!(
+                        "has no bundle: federation \"spiffe://{name}\" {{ bundle_path = \"..\" }} is missing"
+                    ));
+                }
+                Ok(name) => {
+                    if !found.insert(name) {
+                        wrong("is there twice".to_owned());
+                    }
+                }
+            }
+        }
+        found
+    }
+}
+
+fn hint(s: &mut Section<'_>) -> Box<str> {
+    let Some(hint) = s.string("hint") else { return Box::default() };
+    if hint.value.len() > MAX_HINT_LEN {
+        let message = format!("must have at most {MAX_HINT_LEN} bytes, and has {}", hint.value.len());
+        s.wrong(hint.place, "hint", Some(quoted(hint.value)), message);
+    }
+    hint.value.into()
+}
+
+fn dns_names(s: &mut Section<'_>) -> Vec<String> {
+    const KEY: &str = "dns_names";
+    let Some(list) = s.strings(KEY) else { return Vec::new() };
+    if list.value.len() > MAX_DNS_NAMES {
+        let message = format!("must be at most {MAX_DNS_NAMES} names, and are {}", list.value.len());
+        s.wrong(list.place, KEY, Some("[ .. ]".to_owned()), message);
+        return Vec::new();
+    }
+    let mut seen = BTreeSet::new();
+    for At { value: name, place } in &list.value {
+        if let Err(message) = check_dns_name(name) {
+            s.wrong(*place, KEY, Some(quoted(name)), message);
+        } else if !seen.insert(*name) {
+            s.wrong(*place, KEY, Some(quoted(name)), "is there twice");
+        }
+    }
+    list.value.iter().map(|name| name.value.to_owned()).collect()
+}
+
+/// RFC 1123 section 2.1 in lower case, with `*` as a whole first label as SPIRE allows
+/// (`pkg/common/x509util/dns.go`).
+fn check_dns_name(name: &str) -> Result<(), &'static str> {
+    let labels = name.strip_prefix("*.").unwrap_or(name);
+    let fits = |b: u8| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-');
+    if name.len() > 253 {
+        return Err("a DNS name can have at most 253 characters");
+    }
+    for label in labels.split('.') {
+        if label.is_empty() || label.len() > 63 {
+            return Err("the parts of a DNS name have 1 to 63 characters");
+        }
+        if !label.bytes().all(fits) {
+            return Err(
+                "a DNS name is lower-case letters, digits and dashes between dots; * can only be all of its first part",
+            );
+        }
+        if label.starts_with('-') || label.ends_with('-') {
+            return Err("no part of a DNS name begins or ends with a dash");
+        }
+    }
+    Ok(())
+}
+
+/// Feeds texts to a hash, each with its length, so that no two lists of texts are one.
+struct Fingerprint(digest::Context);
+
+impl Fingerprint {
+    fn new() -> Self {
+        Self(digest::Context::new(&digest::SHA256))
+    }
+
+    fn text(&mut self, text: &str) -> &mut Self {
+        self.0.update(&u64::try_from(text.len()).unwrap_or(u64::MAX).to_be_bytes());
+        self.0.update(text.as_bytes());
+        self
+    }
+
+    fn texts<'t>(&mut self, texts: impl ExactSizeIterator<Item = &'t str>) -> &mut Self {
+        self.0.update(&u64::try_from(texts.len()).unwrap_or(u64::MAX).to_be_bytes());
+        for text in texts {
+            self.text(text);
+        }
+        self
+    }
+
+    fn ttl(&mut self, ttl: Option<Duration>) -> &mut Self {
+        self.0.update(&ttl.map_or(0, |ttl| ttl.as_nanos()).to_be_bytes());
+        self
+    }
+
+    fn selectors(&mut self, selectors: &Selectors) -> &mut Self {
+        for selector in selectors {
+            self.text(selector.kind()).text(selector.value());
+        }
+        self.text("")
+    }
+
+    fn finish(self) -> u64 {
+        let hash = self.0.finish();
+        hash.as_ref().iter().take(8).fold(0, |number, byte| (number << 8) | u64::from(*byte))
+    }
+}
+
+/// The ID of an entry that has none: `/web#0123456789abcdef`, of its path and a hash over SPIFFE ID, selectors and hint.
+///
+/// It stays the same over restarts and other entries' changes, and puts entries in the order of their paths. An `id`
+/// that is set cannot look like it, since it has no slash.
+fn derived_id(entry: &Entry) -> EntryId {
+    let mut print = Fingerprint::new();
+    print.text(entry.spiffe_id.as_str()).selectors(&entry.selectors).text(&entry.hint);
+    let mut text = entry.spiffe_id.path().to_owned();
+    // Writing to a string cannot fail.
+    let _: Result<(), std::fmt::Error> = write!(text, "#{:016x}", print.finish());
+    EntryId::new(&text)
+}
+
+/// A number for the whole entry but its place: another content, another number. It does not grow, as a server's
+/// revision does; it must only differ.
+fn revision(entry: &Entry) -> i64 {
+    // Destructured without `..`: what is new must be part of it.
+    let Entry {
+        id,
+        spiffe_id,
+        selectors,
+        x509_svid_ttl,
+        jwt_svid_ttl,
+        hint,
+        dns_names,
+        federates_with,
+        created_at: _,
+        revision: _,
+    } = entry;
+    let mut print = Fingerprint::new();
+    print
+        .text(id.as_str())
+        .text(spiffe_id.as_str())
+        .selectors(selectors)
+        .ttl(*x509_svid_ttl)
+        .ttl(*jwt_svid_ttl);
+    print
+        .text(hint)
+        .texts(dns_names.iter().map(String::as_str))
+        .texts(federates_with.iter().map(TrustDomain::name));
+    (print.finish() >> 1).cast_signed()
+}
+
+/// `federation`: the bundles, and which trust domains have a block at all.
+pub(super) fn federation(
+    root: &mut Section<'_>,
+    input: &Input<'_>,
+    own: Option<&TrustDomain>,
+) -> (BTreeMap<TrustDomain, Arc<Bundle>>, BTreeSet<TrustDomain>) {
+    let mut bundles = BTreeMap::new();
+    let mut declared: BTreeMap<TrustDomain, Place> = BTreeMap::new();
+    for Labelled { label, place, mut section } in root.labelled("federation") {
+        let wrong = |message: String| section.problems().add(place, &section.name(), None, message);
+        let name = match parse_trust_domain(label) {
+            Err(message) => {
+                wrong(format!("{message}; right is, say, federation \"spiffe://other.example\" {{ .. }}"));
+                None
+            }
+            Ok(name) => {
+                if Some(&name) == own {
+                    wrong("is the agent's own trust domain, whose bundle is the issuer's".to_owned());
+                }
+                if let Some(first) = declared.get(&name) {
+                    wrong(format!("is there twice: first at {}", section.problems().show(*first)));
+                }
+                declared.entry(name.clone()).or_insert(place);
+                Some(name)
+            }
+        };
+        if let Some((name, bundle)) = bundle(&mut section, input, name) {
+            bundles.insert(name, Arc::new(bundle));
+        }
+        section.finish();
+    }
+    (bundles, declared.into_keys().collect())
+}
+
+fn bundle(
+    s: &mut Section<'_>,
+    input: &Input<'_>,
+    name: Option<TrustDomain>,
+) -> Option<(TrustDomain, Bundle)> {
+    type Parse = fn(&TrustDomain, &[u8]) -> Result<Bundle, crate::identity::bundle::BundleError>;
+    let parse = |text: &str| -> Option<Parse> {
+        match text {
+            "pem" => Some(Bundle::parse_pem),
+            "spiffe" => Some(Bundle::parse_spiffe),
+            _ => None,
+        }
+    };
+    let format = s.parsed("bundle_format", parse, "must be pem or spiffe");
+    let format = if format.is_none() && s.has("bundle_format") {
+        None
+    } else {
+        Some(format.map_or(Bundle::parse_pem as Parse, |at| at.value))
+    };
+    let Some(path) = s.string("bundle_path") else {
+        s.missing("bundle_path", "must be configured: bundle_path = \"/etc/durward/other.example.pem\"");
+        return None;
+    };
+    let wrong = |message: String| s.wrong(path.place, "bundle_path", Some(quoted(path.value)), message);
+    let bytes =
+        (input.read_bundle)(&input.base.join(path.value)).map_err(|err| wrong(err.to_string())).ok()?;
+    let name = name?;
+    let bundle = format?(&name, &bytes).map_err(|err| wrong(err.to_string())).ok()?;
+    Some((name, bundle))
+}
