@@ -6,6 +6,7 @@
 //! silent costs about 1.5 KiB. Absent: any decision about identities, and any knowledge of gRPC.
 
 pub mod attested;
+pub mod cgroup;
 pub mod credentials;
 pub mod listener;
 pub mod socket;
