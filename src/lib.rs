@@ -1,4 +1,75 @@
-//! Durward: a per-node workload-identity agent.
+//! Durward is a per-node workload-identity agent. It serves the SPIFFE Workload API on a Unix domain socket: a
+//! process connects, the kernel says who it is, and Durward hands it the X.509-SVIDs and JWT-SVIDs it is entitled to.
+//!
+//! This page is the architecture document: the map of the crate, the way of a call, and what must always hold. What a
+//! user meets (commands, settings, metrics) is in `README.md` and `conf/agent.conf`.
+//!
+//! # The map
+//!
+//! A folder is a station on the way of a request, and a folder only uses folders below it in this list.
+//!
+//! | module | what it is for | what it trusts |
+//! |---|---|---|
+//! | [`cli`] | what a person types: `run`, `quickstart`, `api`, `healthcheck`, `validate` | its user |
+//! | [`agent`] | builds every part from [`config::Config`], binds everything, says ready, reloads, drains | the configuration |
+//! | [`api`] | the gRPC services; [`api::status`] is the one map of errors to codes | nothing a request says but what it asks for |
+//! | [`attest`] | from an [`Admitted`](limits::Admitted) peer to its selectors | the kernel, through `/proc`, while the process lives |
+//! | [`store`] | the [`Snapshot`](store::Snapshot) a request sees, its only writer, and the caches of SVIDs | the issuer and the configuration |
+//! | [`config`] | `agent.conf`: the file as written, then checked in full; what a reload changes | whoever may write these files |
+//! | [`peer`] | accept, park, HTTP/2, drain; who is at the other end | SO_PEERCRED and SO_PEERPIDFD, not a byte that is sent |
+//! | [`issuer`] | who signs: the embedded CA | its own files, once their owner and mode were checked |
+//! | [`limits`] | who may call how often | the caller key that was resolved at accept |
+//! | [`identity`] | words and rules without I/O: SPIFFE IDs, selectors, entries, SVIDs, bundles, [`authorize`](identity::authorize()) | nothing |
+//! | [`os`] | the edge: clock, memory, metrics, logs, systemd; the only place where `unsafe` may stand | the kernel |
+//!
+//! # The way of one FetchJWTSVID
+//!
+//! ```text
+//! peer/listener   accept -> SO_PEERCRED + pidfd, caller key            unreadable: close, count
+//! limits/gate     connections and connection rate of this caller        refused: close at once, count
+//! peer/listener   parked until the first byte: no HTTP/2 state before it
+//! peer/wire       what h2 would refuse of a C-core client's :authority; the byte budget between requests
+//! (hyper, tonic)  HTTP/2, decode; the connection carries its Peer
+//! api/workload    1 security header                                     InvalidArgument
+//!                 2 limits.admit_caller(peer, method) -> Admitted       ResourceExhausted
+//!                 3 query: audience, SPIFFE ID                          InvalidArgument
+//!                 4 attestor.attest(admitted).await -> Selectors        Unavailable
+//!                 5 authorize(snapshot, selectors) -> AuthorizedEntry   PermissionDenied
+//!                 6 limits.admit_identities(entries, method)            ResourceExhausted
+//!                 7 jwt.fetch(entry, audience).await                    Unavailable
+//! ```
+//!
+//! One function reads top to bottom ([`api::workload`]). [`limits::Admitted`] and [`identity::AuthorizedEntry`] can be
+//! made nowhere else than in their modules, so the compiler keeps the order: nothing is read about a peer that was not
+//! admitted, and no SVID is made for an entry that was not authorized. Streams run 1 to 6, then wait for a new snapshot
+//! or the death of their process, and send only when what they would send has changed ([`api::updates`]).
+//!
+//! # Invariants
+//!
+//! 1. No map, queue or cache grows without a bound, and the bound is in `conf/agent.conf` or at the top of its module.
+//! 2. Forgetting a key never gives tokens back: only a bucket that is full again may be dropped.
+//! 3. Narrow before wide: the caller's own bucket is charged first, shared buckets last; a refusal refunds what the
+//!    call took before it.
+//! 4. The CA key never leaves [`issuer::embedded`]. Private keys are zeroised, and never in `Debug`, logs or errors.
+//! 5. The agent never serves an expired SVID, and never stops serving a valid one because a renewal fails.
+//! 6. A reload parses, checks, compares and then swaps; any error keeps everything as it was and says so.
+//! 7. A transient state (starting, throttled, attestation that failed) is never PermissionDenied.
+//! 8. A caller's PID is only trusted while its pidfd says the process lives; a child that inherits the socket is not
+//!    its parent.
+//! 9. Kubernetes code runs only where Kubernetes was detected or configured.
+//! 10. Prometheus labels come from closed sets: method, code, reason, kind. Never a SPIFFE ID, UID or selector.
+//!
+//! # Decisions
+//!
+//! **X.509-SVIDs on demand.** spire-agent makes the SVID of every entry ahead, since its server is far away. The
+//! embedded issuer makes one in about 75 microseconds, so an entry that nobody asks for costs no key and no memory, and
+//! 100,000 entries start as fast as one.
+//!
+//! **No actor.** Requests read a snapshot behind an atomic pointer; one writer publishes the next. A slow stream
+//! skips to the newest and never queues.
+//!
+//! **Attestation is reused for at most a second, on one connection.** What could change unseen is only a process's
+//! supplementary groups; that it lives, its user and its group are looked at in every call ([`attest`]).
 
 pub mod agent;
 pub mod api;
