@@ -3,6 +3,7 @@ mod generated_code;
 mod issuer;
 mod listener;
 mod metrics;
+mod rotation;
 mod support;
 mod tidy;
 mod workload_api;
