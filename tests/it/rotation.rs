@@ -10,8 +10,8 @@ use std::{
 
 use durward::{
     identity::{
-        AuthorizedEntry, Bundle, Entry, EntryId, EntryIndex, KeyType, Selector, Selectors, SpiffeId, TrustDomain,
-        authorize, jwt,
+        AuthorizedEntry, Bundle, Entry, EntryId, EntryIndex, KeyType, Selector, Selectors, SpiffeId,
+        TrustDomain, authorize, jwt,
     },
     issuer::embedded::{CaSource, Embedded, Settings},
     os::{clock::Clock, metrics::Metrics},
@@ -92,7 +92,8 @@ impl World {
         let bundle = self.bundle();
         let roots: Vec<CertificateDer<'_>> =
             bundle.x509_authorities.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
-        let anchors: Vec<_> = roots.iter().map(|root| webpki::anchor_from_trusted_cert(root).unwrap()).collect();
+        let anchors: Vec<_> =
+            roots.iter().map(|root| webpki::anchor_from_trusted_cert(root).unwrap()).collect();
         let leaf = CertificateDer::from(chain[0].as_slice());
         let now = self.clock.now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
         webpki::EndEntityCert::try_from(&leaf)
