@@ -385,7 +385,7 @@ impl Bundle {
         self.jwt_authorities.iter().find(|authority| *authority.kid == *kid).map(|authority| &authority.key)
     }
 
-    /// The JWT keys as a JWK set, byte for byte as spire-agent's FetchJWTBundles has it, but sorted by `kid`: neither
+    /// The JWT keys as a JWK set, in the form that spire-agent's FetchJWTBundles has, but sorted by `kid`: neither
     /// `use` nor `alg`, an indent of four spaces, `"keys": []` when there is none.
     pub fn jwks(&self) -> String {
         pretty(&JwkSet { keys: self.jwt_jwks(None) })

@@ -1,4 +1,5 @@
 mod config;
+mod corpus;
 mod generated_code;
 mod issuer;
 mod listener;

@@ -1,0 +1,176 @@
+//! What the fuzz targets do with their input: one function per target, each with the invariants that no input may
+//! break. libFuzzer calls them through `targets/`, and `cargo test` with every file of `corpus/`.
+
+use std::{
+    sync::LazyLock,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use aws_lc_rs::{
+    encoding::AsDer as _,
+    rand::SystemRandom,
+    signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _},
+};
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use durward::{
+    api::claims::claims_to_struct,
+    identity::{
+        Bundle, Selector, SpiffeId, TrustDomain,
+        bundle::{JwtAuthority, JwtPublicKey, MAX_KEYS},
+        jwt,
+        spiffe_id::{MAX_LEN, MAX_TRUST_DOMAIN_LEN},
+    },
+};
+use serde_json::{Map, Value};
+
+/// Every target by its name: the name of its file in `targets/` and of its folder in `corpus/`.
+pub const TARGETS: &[(&str, fn(&[u8]))] =
+    &[("bundle", bundle), ("jwt", jwt), ("selector", selector), ("spiffe_id", spiffe_id)];
+
+/// A SPIFFE ID is what the grammar of the standard says, no more and no less, and its parts make up its text.
+pub fn spiffe_id(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let parsed = SpiffeId::parse(text);
+    assert_eq!(parsed.is_ok(), is_spiffe_id(text), "{text:?}: {parsed:?}");
+    if let Ok(id) = parsed {
+        assert_eq!(id.as_str(), text);
+        assert_eq!(format!("{}{}", id.trust_domain().id_string(), id.path()), text);
+        assert!(id.is_member_of(&id.trust_domain()));
+        assert_eq!(SpiffeId::parse_workload(text).is_ok(), !id.path().is_empty());
+        assert_eq!(TrustDomain::parse(text).as_ref(), Ok(&id.trust_domain()));
+    }
+    if let Ok(trust_domain) = TrustDomain::parse(text) {
+        assert!(is_spiffe_id(&trust_domain.id_string()));
+        assert_eq!(TrustDomain::parse(trust_domain.name()), Ok(trust_domain));
+    }
+}
+
+/// The grammar of SPIFFE-ID, section 2, spelt another way than in the parser.
+fn is_spiffe_id(text: &str) -> bool {
+    let Some(rest) = text.strip_prefix("spiffe://") else { return false };
+    let mut parts = rest.split('/');
+    let name = parts.next().unwrap_or_default();
+    let in_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-._".contains(c);
+    let in_path = |c: char| in_name(c) || c.is_ascii_uppercase();
+    text.len() <= MAX_LEN
+        && (1..=MAX_TRUST_DOMAIN_LEN).contains(&name.len())
+        && name.chars().all(in_name)
+        && parts.all(|part| !["", ".", ".."].contains(&part) && part.chars().all(in_path))
+}
+
+/// A selector is split at its first colon and put together again.
+pub fn selector(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    match Selector::parse(text) {
+        Ok(selector) => {
+            assert_eq!(selector.to_string(), text);
+            assert_eq!(format!("{}:{}", selector.kind(), selector.value()), text);
+            assert!(
+                !selector.kind().is_empty() && !selector.kind().contains(':') && !selector.value().is_empty()
+            );
+        }
+        Err(_) => {
+            assert!(!text.contains(':') || text.starts_with(':') || text.find(':') == Some(text.len() - 1))
+        }
+    }
+}
+
+/// When the tokens of [`jwt`] are validated, in seconds since 1970.
+const NOW: u64 = 1_700_000_000;
+
+/// A token whose private key nobody has any more, and the bundle that verifies it.
+const GOOD_TOKEN: &str = include_str!("corpus/jwt/good.jwt");
+const GOOD_BUNDLE: &str = include_str!("corpus/bundle/good.json");
+
+/// Verifies [`GOOD_TOKEN`] as `good` and what is signed here as `signer`.
+static JWT_BUNDLE: LazyLock<Bundle> = LazyLock::new(|| {
+    let trust_domain = TrustDomain::parse("example.org").expect("a trust domain");
+    let mut bundle = Bundle::parse_spiffe(&trust_domain, GOOD_BUNDLE.as_bytes()).expect("a bundle");
+    let public = SIGNER.public_key().as_der().expect("a public key");
+    let key = JwtPublicKey::from_spki(public.as_ref()).expect("a P-256 key");
+    bundle.jwt_authorities.push(JwtAuthority { kid: "signer".into(), key, not_after: None });
+    bundle
+});
+
+static SIGNER: LazyLock<EcdsaKeyPair> =
+    LazyLock::new(|| EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).expect("a key"));
+
+/// No text validates but the one that was signed; and whatever is signed, as header or as claims, validates only as
+/// what it is.
+pub fn jwt(data: &[u8]) {
+    if let Ok(token) = std::str::from_utf8(data) {
+        assert_eq!(validate(token).is_ok(), token == GOOD_TOKEN, "{token:?}");
+    }
+
+    if let Ok(valid) = validate(&signed(br#"{"alg":"ES256","kid":"signer"}"#, data)) {
+        let claims: Map<String, Value> = serde_json::from_slice(data).expect("claims that validate are JSON");
+        assert_eq!(claims, valid.claims);
+        assert_eq!(claims.get("sub").and_then(Value::as_str), Some(valid.spiffe_id.as_str()));
+        assert_eq!(valid.spiffe_id.trust_domain_name(), "example.org");
+        let aud = claims.get("aud").expect("an audience");
+        assert!(
+            aud == "api" || aud.as_array().is_some_and(|aud| aud.iter().any(|aud| aud == "api")),
+            "{aud}"
+        );
+        let seconds = |claim| claims.get(claim).and_then(Value::as_f64);
+        assert!(seconds("exp").is_some_and(|exp| exp >= 1_699_999_940.0), "{claims:?}");
+        assert!(seconds("nbf").is_none_or(|nbf| nbf < 1_700_000_061.0), "{claims:?}");
+        assert!(seconds("iat").is_none_or(|iat| iat < 1_700_000_061.0), "{claims:?}");
+        let mut restricted = valid.claims;
+        jwt::restrict_foreign(&mut restricted, &["role".to_owned()]);
+        assert!(restricted.keys().all(|claim| ["sub", "exp", "aud", "role"].contains(&claim.as_str())));
+        assert_eq!(claims_to_struct(claims.clone()).fields.len(), claims.len());
+    }
+
+    let claims = format!(r#"{{"sub":"spiffe://example.org/web","aud":"api","exp":{NOW}}}"#);
+    if validate(&signed(data, claims.as_bytes())).is_ok() {
+        let header: Map<String, Value> =
+            serde_json::from_slice(data).expect("a header that validates is JSON");
+        assert_eq!(header.get("alg").and_then(Value::as_str), Some("ES256"));
+        assert_eq!(header.get("kid").and_then(Value::as_str), Some("signer"));
+        assert!(header.get("crit").is_none_or(Value::is_null));
+    }
+}
+
+fn validate(token: &str) -> Result<jwt::Validated, jwt::JwtError> {
+    let own = |trust_domain: &TrustDomain| (JWT_BUNDLE.trust_domain == *trust_domain).then_some(&*JWT_BUNDLE);
+    let now: SystemTime = UNIX_EPOCH + Duration::from_secs(NOW);
+    jwt::validate(token, "api", own, now)
+}
+
+fn signed(header: &[u8], claims: &[u8]) -> String {
+    let message = format!("{}.{}", URL_SAFE_NO_PAD.encode(header), URL_SAFE_NO_PAD.encode(claims));
+    let signature = SIGNER.sign(&SystemRandom::new(), message.as_bytes()).expect("a signature");
+    format!("{message}.{}", URL_SAFE_NO_PAD.encode(signature))
+}
+
+/// A bundle that parses is within its bounds and the same after it was written and parsed again.
+pub fn bundle(data: &[u8]) {
+    let trust_domain = TrustDomain::parse("example.org").expect("a trust domain");
+    let pem = Bundle::parse_pem(&trust_domain, data);
+    if let Ok(bundle) = &pem {
+        assert!(!bundle.x509_authorities.is_empty() && bundle.jwt_authorities.is_empty());
+    }
+    let spiffe = Bundle::parse_spiffe(&trust_domain, data);
+    let spki = JwtPublicKey::from_spki(data).map(|key| Bundle {
+        trust_domain: trust_domain.clone(),
+        x509_authorities: Vec::new(),
+        jwt_authorities: vec![JwtAuthority { kid: "spki".into(), key, not_after: None }],
+    });
+    for bundle in [pem.ok(), spiffe.ok(), spki.ok()].into_iter().flatten() {
+        assert!(bundle.x509_authorities.len() + bundle.jwt_authorities.len() <= MAX_KEYS);
+        assert!(bundle.jwt_authorities.is_sorted_by(|a, b| a.kid < b.kid), "{bundle:?}");
+        assert_eq!(bundle.x509_der().len(), bundle.x509_authorities.iter().map(Vec::len).sum::<usize>());
+        // An authority may have a key that a JWK of this agent does not show (Ed25519).
+        if let Ok(json) = bundle.to_spiffe_json() {
+            assert_eq!(
+                Bundle::parse_spiffe(&trust_domain, json.as_bytes()).expect("what was written"),
+                bundle
+            );
+        }
+        let jwks: Value = serde_json::from_str(&bundle.jwks()).expect("JSON");
+        let kids = bundle.jwt_authorities.iter().map(|authority| Value::from(&*authority.kid));
+        let keys = jwks.get("keys").and_then(Value::as_array).expect("keys");
+        assert!(keys.iter().map(|key| key.get("kid").cloned().unwrap_or_default()).eq(kids), "{jwks}");
+    }
+}
