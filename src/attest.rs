@@ -15,7 +15,7 @@
 
 mod digest;
 mod names;
-mod status;
+pub mod status;
 pub mod unix;
 
 use std::{fs::File, io, path::PathBuf, sync::Arc, time::Duration};

@@ -8,22 +8,22 @@ use std::str;
 
 /// More supplementary groups than this are not attested: the kernel allows 65536, and with a user namespace an
 /// ordinary user can have them, each of them two selectors.
-pub(super) const MAX_GROUPS: usize = 1024;
+pub const MAX_GROUPS: usize = 1024;
 
 /// Who a process is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Status {
+pub struct Status {
     /// The effective user ID.
-    pub(super) uid: u32,
+    pub uid: u32,
     /// The effective group ID.
-    pub(super) gid: u32,
+    pub gid: u32,
     /// The supplementary group IDs, in the kernel's order.
-    pub(super) groups: Vec<u32>,
+    pub groups: Vec<u32>,
 }
 
 /// Why a text is no status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum StatusError {
+pub enum StatusError {
     /// It ends before all lines that are needed: there may be more to read.
     #[error("it ends before its {0} line")]
     Missing(&'static str),
@@ -42,7 +42,7 @@ pub(super) enum StatusError {
 ///
 /// # Errors
 /// [`StatusError`]; [`StatusError::Missing`] where reading on may help.
-pub(super) fn parse(text: &[u8]) -> Result<Status, StatusError> {
+pub fn parse(text: &[u8]) -> Result<Status, StatusError> {
     let (mut uid, mut gid, mut groups) = (None, None, None);
     for line in text.split_inclusive(|b| *b == b'\n') {
         let Some(line) = line.strip_suffix(b"\n") else { break };

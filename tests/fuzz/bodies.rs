@@ -2,6 +2,8 @@
 //! break. libFuzzer calls them through `targets/`, and `cargo test` with every file of `corpus/`.
 
 use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
     sync::LazyLock,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -14,18 +16,29 @@ use aws_lc_rs::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use durward::{
     api::claims::claims_to_struct,
+    attest::status,
+    config::{Config, ExpandEnv, FileError, Input, diff},
     identity::{
         Bundle, Selector, SpiffeId, TrustDomain,
         bundle::{JwtAuthority, JwtPublicKey, MAX_KEYS},
         jwt,
         spiffe_id::{MAX_LEN, MAX_TRUST_DOMAIN_LEN},
     },
+    peer::wire::{Budget, Filter, Flood},
 };
 use serde_json::{Map, Value};
+use tokio::time::Instant;
 
 /// Every target by its name: the name of its file in `targets/` and of its folder in `corpus/`.
-pub const TARGETS: &[(&str, fn(&[u8]))] =
-    &[("bundle", bundle), ("jwt", jwt), ("selector", selector), ("spiffe_id", spiffe_id)];
+pub const TARGETS: &[(&str, fn(&[u8]))] = &[
+    ("bundle", bundle),
+    ("config", config),
+    ("jwt", jwt),
+    ("selector", selector),
+    ("spiffe_id", spiffe_id),
+    ("status", status),
+    ("wire", wire),
+];
 
 /// A SPIFFE ID is what the grammar of the standard says, no more and no less, and its parts make up its text.
 pub fn spiffe_id(data: &[u8]) {
@@ -173,4 +186,124 @@ pub fn bundle(data: &[u8]) {
         let keys = jwks.get("keys").and_then(Value::as_array).expect("keys");
         assert!(keys.iter().map(|key| key.get("kid").cloned().unwrap_or_default()).eq(kids), "{jwks}");
     }
+}
+
+/// A configuration is checked whole, and the same each time: either every promise of [`Config`] holds, or there are
+/// mistakes, each with a place that exists. What follows a NUL is the text of a drop-in file.
+pub fn config(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let (text, drop_in) = text.split_once('\0').unwrap_or((text, ""));
+    check_config(text, drop_in, ExpandEnv::No);
+    if text.contains('$') || drop_in.contains('$') {
+        check_config(text, drop_in, ExpandEnv::With(&|name| name.chars().next().map(|c| c.to_string())));
+    }
+}
+
+fn check_config(text: &str, drop_in: &str, expand_env: ExpandEnv<'_>) {
+    let path = Path::new("/etc/durward/agent.conf");
+    let drop_ins = |folder: &Path| Ok(Some(vec![(folder.join("one.conf"), Ok(drop_in.to_owned()))]));
+    let read_bundle = |path: &Path| match path.extension().and_then(|extension| extension.to_str()) {
+        Some("json") => Ok(GOOD_BUNDLE.as_bytes().to_vec()),
+        Some("pem") => Ok(include_bytes!("corpus/bundle/ca.pem").to_vec()),
+        _ => Err(FileError::Missing(path.to_owned())),
+    };
+    let input = Input {
+        path,
+        text,
+        base: Path::new("/srv"),
+        expand_env,
+        drop_ins: &drop_ins,
+        read_bundle: &read_bundle,
+    };
+    let parsed = Config::parse(&input);
+    match &parsed {
+        Ok(config) => {
+            let own = &config.trust_domain;
+            let ids: BTreeSet<&str> = config.entries.iter().map(|entry| entry.id.as_str()).collect();
+            assert_eq!(ids.len(), config.entries.len(), "entries have their own IDs");
+            for entry in &config.entries {
+                assert!(entry.spiffe_id.is_member_of(own) && !entry.spiffe_id.is_reserved(), "{entry:?}");
+                assert!(!entry.spiffe_id.path().is_empty() && !entry.selectors.is_empty(), "{entry:?}");
+            }
+            assert!(
+                config.federated.iter().all(|(name, bundle)| name != own && bundle.trust_domain == *name)
+            );
+            let paths: [Option<&PathBuf>; 4] = [
+                Some(&config.socket_path),
+                Some(&config.data_dir),
+                config.admin_socket_path.as_ref(),
+                config.log.file.as_ref(),
+            ];
+            assert!(paths.into_iter().flatten().all(|path| path.is_absolute()));
+            assert!(diff(config, config).is_empty());
+        }
+        Err(errors) => {
+            assert!(!errors.list().is_empty());
+            // Only without variables is the text that was read the text that is here.
+            let lines = |text: &str| match expand_env {
+                ExpandEnv::No => text.split('\n').count(),
+                ExpandEnv::With(_) => usize::MAX,
+            };
+            for error in errors.list() {
+                let most = lines(if error.file == path { text } else { drop_in });
+                assert!(usize::try_from(error.line).is_ok_and(|line| line <= most), "{error:?}");
+                assert_eq!(error.line == 0, error.column == 0, "{error:?}");
+                assert!(!error.message.is_empty() && !error.message.ends_with('.'), "{error:?}");
+            }
+        }
+    }
+    assert_eq!(Config::parse(&input), parsed, "the same text means the same");
+}
+
+/// A status that parses is the one that the kernel writes for it, and neither a name before it nor half a line after
+/// it changes that.
+pub fn status(data: &[u8]) {
+    let parsed = status::parse(data);
+    if let Ok(status) = &parsed {
+        let status::Status { uid, gid, groups } = status;
+        assert!(groups.len() <= status::MAX_GROUPS);
+        let groups: String = groups.iter().map(|group| format!("{group} ")).collect();
+        let text = format!("Uid:\t1\t{uid}\t2\t3\nGid:\t4\t{gid}\t5\t6\nGroups:\t{groups}\n");
+        assert_eq!(status::parse(text.as_bytes()).as_ref(), Ok(status));
+    }
+    assert_eq!(status::parse(&[b"Name:\tUid:\\n\n", data].concat()), parsed);
+    if data.ends_with(b"\n") {
+        assert_eq!(status::parse(&[data, b"Uid:\t0\t0\t0\t0"].concat()), parsed);
+        let twice = status::parse(&[data, b"Gid:\t0\t0\t0\t0\n"].concat());
+        assert!(parsed.is_err() || twice == Err(status::StatusError::Twice("Gid")), "{twice:?}");
+    }
+}
+
+/// However the bytes of a connection arrive, the same ones pass; no byte is changed but one that an authority may
+/// not hold; what has passed once passes unchanged.
+pub fn wire(data: &[u8]) {
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    if !data.starts_with(PREFACE) {
+        assert_eq!(pass(data, usize::MAX), (data.to_vec(), Ok(())), "what is not HTTP/2 passes as it is");
+    }
+    let connection = [PREFACE, data].concat();
+    let (passed, end) = pass(&connection, usize::MAX);
+    assert_eq!(passed.len(), connection.len());
+    for (before, after) in connection.iter().zip(&passed) {
+        assert!(
+            before == after || (*after == b'-' && !before.is_ascii_alphanumeric()),
+            "{before} became {after}"
+        );
+    }
+    for chunk in [1, 7, 64] {
+        assert_eq!(pass(&connection, chunk), (passed.clone(), end), "in chunks of {chunk}");
+    }
+    assert_eq!(pass(&passed, usize::MAX), (passed.clone(), end), "a second time");
+}
+
+/// What passes of `bytes` when they arrive in chunks of this length, and how it ends. Time stands still.
+fn pass(bytes: &[u8], chunk: usize) -> (Vec<u8>, Result<(), Flood>) {
+    let now = Instant::now();
+    let mut filter = Filter::new(Budget::DEFAULT, now);
+    let mut bytes = bytes.to_vec();
+    let mut end = Ok(());
+    for chunk in bytes.chunks_mut(chunk) {
+        end = end.and_then(|()| filter.pass(chunk, || now));
+    }
+    (bytes, end)
 }
