@@ -4,6 +4,7 @@ mod generated_code;
 mod issuer;
 mod listener;
 mod metrics;
+mod process;
 mod rotation;
 mod support;
 mod tidy;

@@ -95,3 +95,66 @@ pub(crate) fn request<T>(message: T) -> Request<T> {
     request.metadata_mut().insert("workload.spiffe.io", "true".parse().unwrap());
     request
 }
+
+/// The agent as a process of its own, killed when dropped.
+pub(crate) struct Process(std::process::Child);
+
+impl Process {
+    /// Starts `durward run` with the configuration in `dir`; what it says goes to `log` in there.
+    pub(crate) fn spawn(dir: &Path) -> Self {
+        let log = std::fs::File::options().create(true).append(true).open(dir.join("log")).unwrap();
+        let child = std::process::Command::new(env!("CARGO_BIN_EXE_durward"))
+            .arg("run")
+            .arg("--config")
+            .arg(dir.join("agent.conf"))
+            .stdin(std::process::Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        Self(child)
+    }
+
+    pub(crate) fn pid(&self) -> nix::unistd::Pid {
+        nix::unistd::Pid::from_raw(self.0.id().cast_signed())
+    }
+
+    pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) {
+        nix::sys::signal::kill(self.pid(), signal).unwrap();
+    }
+
+    /// Waits for the end.
+    pub(crate) fn wait(&mut self) -> std::process::ExitStatus {
+        self.0.wait().unwrap()
+    }
+
+    /// Waits until the agent answers at the socket in `dir`, or panics with what it said.
+    pub(crate) async fn serving(&mut self, dir: &Path) -> SpiffeWorkloadApiClient<Channel> {
+        let socket = dir.join("api.sock");
+        for _ in 0..600 {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                panic!("{status}: {}", std::fs::read_to_string(dir.join("log")).unwrap());
+            }
+            if UnixStream::connect(&socket).await.is_ok() {
+                return client(&socket).await;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+        panic!("no agent: {}", std::fs::read_to_string(dir.join("log")).unwrap());
+    }
+
+    /// A field of `/proc/PID/status` in KiB, such as `VmRSS`.
+    pub(crate) fn memory(&self, field: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find(|line| line.starts_with(field)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}

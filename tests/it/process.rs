@@ -1,0 +1,125 @@
+//! The agent as a process: signals, crashes, and the memory it gives back.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use durward::api::proto::workload as pb;
+use nix::sys::{
+    resource::{Resource, getrlimit, setrlimit},
+    signal::Signal,
+};
+
+use crate::support::{Process, client, entry, request, write_config};
+
+async fn fetch(
+    client: &mut pb::spiffe_workload_api_client::SpiffeWorkloadApiClient<tonic::transport::Channel>,
+) -> pb::X509svidResponse {
+    let stream = client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap();
+    stream.into_inner().message().await.unwrap().unwrap()
+}
+
+/// A hundred SIGKILLs, at moments that go through the whole of a start (the first one of all writes the keys) and into
+/// serving. Whatever was left behind, the next start serves, and what was issued before still verifies: no authority that
+/// was ever handed out has gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hundred_kills_lose_nothing() {
+    let mut kills = 0;
+    for round in 0..10 {
+        let dir = tempfile::tempdir().unwrap();
+        write_config(dir.path(), &entry("/web", ""));
+        let mut authorities = BTreeSet::new();
+        for nth in 0..10_u32 {
+            let mut agent = Process::spawn(dir.path());
+            if nth % 5 == 4 {
+                let mut client = agent.serving(dir.path()).await;
+                let bundle = fetch(&mut client).await.svids.remove(0).bundle;
+                authorities.insert(bundle);
+                assert_eq!(authorities.len(), 1, "the CA of this node stays the same");
+            } else {
+                // Spread over the start: from before the first write to after the socket is bound.
+                tokio::time::sleep(Duration::from_micros(u64::from(nth * 10 + round) * 700)).await;
+            }
+            agent.signal(Signal::SIGKILL);
+            agent.wait();
+            kills += 1;
+        }
+        let mut agent = Process::spawn(dir.path());
+        fetch(&mut agent.serving(dir.path()).await).await;
+    }
+    assert_eq!(kills, 100);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sighup_reloads_and_a_broken_file_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    write_config(dir.path(), &entry("/one", ""));
+    let mut agent = Process::spawn(dir.path());
+    let mut client = agent.serving(dir.path()).await;
+    let mut stream = client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap().into_inner();
+    let ids = |m: pb::X509svidResponse| m.svids.into_iter().map(|s| s.spiffe_id).collect::<BTreeSet<_>>();
+    assert_eq!(ids(stream.message().await.unwrap().unwrap()).len(), 1);
+
+    // The broken file is refused, and the next message is of the good one after it.
+    std::fs::write(dir.path().join("agent.conf"), "agent { trust_domain = 5x }").unwrap();
+    agent.signal(Signal::SIGHUP);
+    let log = || std::fs::read_to_string(dir.path().join("log")).unwrap();
+    while !log().contains("not reloaded") {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(log().contains("agent.conf:1:"), "the place is named: {}", log());
+    write_config(dir.path(), &[entry("/one", ""), entry("/two", "")].concat());
+    agent.signal(Signal::SIGHUP);
+    let next = tokio::time::timeout(Duration::from_secs(20), stream.message()).await.unwrap();
+    assert_eq!(ids(next.unwrap().unwrap()).len(), 2);
+
+    agent.signal(Signal::SIGUSR1);
+    agent.signal(Signal::SIGUSR2);
+    agent.signal(Signal::SIGTERM);
+    let end = stream.message().await.unwrap_err();
+    assert_eq!(end.code(), tonic::Code::Unavailable);
+    assert!(agent.wait().success());
+    assert!(!dir.path().join("api.sock").exists());
+}
+
+/// What 5,000 streams took is given back when they are gone (2 MiB may remain).
+#[tokio::test(flavor = "multi_thread")]
+async fn five_thousand_streams_come_and_go() {
+    const STREAMS: usize = 5_000;
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    // A connection takes two descriptors of the agent, and one of this process.
+    let streams = STREAMS.min(usize::try_from(hard).unwrap_or(usize::MAX) / 2 - 500);
+
+    let dir = tempfile::tempdir().unwrap();
+    write_config(dir.path(), &entry("/web", ""));
+    let mut agent = Process::spawn(dir.path());
+    let socket = dir.path().join("api.sock");
+    agent.serving(dir.path()).await;
+
+    let mut before = 0;
+    // The first round warms up what stays: threads, tables, the SVID.
+    for (round, count) in [(0, 200), (1, streams)] {
+        before = if round == 0 { before } else { agent.memory("VmRSS") };
+        let mut open = Vec::with_capacity(count);
+        for _ in 0..count {
+            let mut client = client(&socket).await;
+            let mut stream =
+                client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap().into_inner();
+            assert!(stream.message().await.unwrap().is_some());
+            open.push((client, stream));
+        }
+        drop(open);
+        // Memory goes back within seconds of the last connection's end.
+        let mut after = agent.memory("VmRSS");
+        for _ in 0..100 {
+            after = agent.memory("VmRSS");
+            if round == 1 && after <= before + 2048 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        if round == 1 {
+            println!("{streams} streams: {before} KiB before, {} KiB at most, {after} KiB after", agent.memory("VmHWM"));
+            assert!(after <= before + 2048, "{after} KiB after, {before} KiB before");
+        }
+    }
+}
