@@ -118,7 +118,10 @@ async fn five_thousand_streams_come_and_go() {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         if round == 1 {
-            println!("{streams} streams: {before} KiB before, {} KiB at most, {after} KiB after", agent.memory("VmHWM"));
+            println!(
+                "{streams} streams: {before} KiB before, {} KiB at most, {after} KiB after",
+                agent.memory("VmHWM")
+            );
             assert!(after <= before + 2048, "{after} KiB after, {before} KiB before");
         }
     }
