@@ -148,20 +148,20 @@ impl Embedded {
 
         let on_disk = state.clone();
         let (x509, jwt) = advance(&mut state, &settings, now);
-        let mut fault = x509.fault.or(jwt.fault);
+        if !can_sign(&state, now) {
+            let unknown = IssuerError::Crypto("use the keys that were just made");
+            return Err(x509.fault.or(jwt.fault).unwrap_or(unknown));
+        }
         if x509.changed || jwt.changed {
             let written = state.to_json(&settings.trust_domain).and_then(|text| data_dir.write(&text));
-            if let Err(err) = written {
-                state = on_disk;
-                fault = Some(err);
+            match written {
+                Ok(()) => {}
+                Err(_) if can_sign(&on_disk, now) => state = on_disk,
+                Err(err) => return Err(err),
             }
         }
-        let can_sign = is_usable(&state.x509, now) && is_usable(&state.jwt, now);
-        let signing = match (signing(&state, &settings.trust_domain, now), fault) {
-            (Some(signing), _) if can_sign => signing,
-            (_, Some(fault)) => return Err(fault),
-            (_, None) => return Err(IssuerError::Crypto("use the keys that were just made")),
-        };
+        let signing = signing(&state, &settings.trust_domain, now)
+            .ok_or(IssuerError::Crypto("use the keys that were just made"))?;
         let reported = Arc::clone(&signing.bundle);
         Ok(Self {
             settings,
@@ -288,6 +288,10 @@ fn dismiss_other_sources(state: &mut State, settings: &Settings, now: SystemTime
         }
     }
     Ok(())
+}
+
+fn can_sign(state: &State, now: SystemTime) -> bool {
+    is_usable(&state.x509, now) && is_usable(&state.jwt, now)
 }
 
 fn is_usable<T>(records: &[Record<T>], now: SystemTime) -> bool {

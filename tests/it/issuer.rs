@@ -2,7 +2,12 @@
 //! moment.
 
 use std::{
-    path::Path,
+    fs,
+    io::{BufRead as _, BufReader},
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -14,6 +19,7 @@ use durward::{
     },
     issuer::embedded::{CaSource, Embedded, Settings},
 };
+use proptest::prelude::*;
 use rustls_pki_types::{CertificateDer, UnixTime};
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -21,6 +27,11 @@ const HOUR: Duration = Duration::from_secs(3600);
 /// 2026-01-01.
 fn start() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(1_767_225_600)
+}
+
+/// In memory where that is possible: these tests write a lot, each time down to the disk.
+fn temp_dir() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
 fn settings(data_dir: &Path) -> Settings {
@@ -337,7 +348,7 @@ fn tokens_have_the_profile_of_a_spire_server() {
 
 #[test]
 fn refuses_what_it_may_not_sign() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = temp_dir();
     let issuer = Embedded::open(settings(dir.path()), start()).unwrap();
     let jwt = |id: &str, ttl, audience: &[&str], now| {
         let audience: Vec<_> = audience.iter().map(|text| (*text).to_owned()).collect();
@@ -406,4 +417,797 @@ fn refuses_what_it_may_not_sign() {
     ] {
         assert_eq!(got, want, "{case}");
     }
+}
+
+#[test]
+fn rotates_on_time() {
+    let dir = temp_dir();
+    let issuer = Embedded::open(settings(dir.path()), start()).unwrap();
+    let first = issuer.bundle();
+    let signer = |now| {
+        let svid = issuer.mint_x509(&entry("spiffe://example.org/web"), now).unwrap();
+        let (_, leaf) = describe(&svid.chain[0]);
+        let ca = issuer
+            .bundle()
+            .x509_authorities
+            .iter()
+            .position(|ca| Some(describe(ca).1.ski) == leaf.aki)
+            .unwrap();
+        let token = issuer.mint_jwt(&web(), None, &db(), now).unwrap();
+        verify_jwt(&token, &issuer.bundle()).unwrap();
+        let old_key = verify_jwt(&token, &first).is_some();
+        (ca, if old_key { "old" } else { "new" })
+    };
+    // Prepared at half of life, put to use at five sixths, out of the bundle a day after its end.
+    for (case, hours, minutes, changed, authorities, signs, next) in [
+        ("young", 1, 0, false, 1, (0, "old"), 12),
+        ("just before half", 11, 59, false, 1, (0, "old"), 12),
+        ("half", 12, 0, true, 2, (0, "old"), 20),
+        ("just before five sixths", 19, 59, false, 2, (0, "old"), 20),
+        ("five sixths", 20, 0, false, 2, (1, "new"), 24),
+        ("first one expires", 24, 0, true, 3, (1, "new"), 32),
+        ("third signs", 32, 0, false, 3, (2, "new"), 36),
+        ("fourth prepared", 36, 0, true, 4, (2, "new"), 44),
+        ("fourth signs", 44, 0, false, 4, (3, "new"), 48),
+        ("first one leaves", 48, 0, true, 4, (2, "new"), 56),
+    ] {
+        let now = start() + hours * HOUR + Duration::from_secs(minutes * 60);
+        let rotation = issuer.rotate(now).unwrap();
+        assert!(rotation.fault.is_none(), "{case}");
+        assert_eq!(rotation.bundle_changed, changed, "{case}");
+        let bundle = issuer.bundle();
+        let found = (bundle.x509_authorities.len(), bundle.jwt_authorities.len());
+        assert_eq!(found, (authorities, authorities), "{case}");
+        assert_eq!(signer(now), signs, "{case}");
+        assert_eq!(seconds(rotation.next), seconds(start() + next * HOUR), "{case}");
+        assert!(bundle.jwt_authorities.is_sorted_by_key(|authority| authority.kid.clone()), "{case}");
+        let again = issuer.rotate(now).unwrap();
+        assert!(!again.bundle_changed && again.next == rotation.next, "{case}: nothing is left to do");
+    }
+}
+
+/// One move of a clock that nobody should have to trust.
+#[derive(Clone, Debug)]
+enum Step {
+    /// Time passes, and the caller looks again when it was told to, or sooner.
+    Pass(Duration),
+    /// The clock is set forward, or the machine slept.
+    Forward(Duration),
+    /// The clock is set back.
+    Back(Duration),
+    /// The agent restarts.
+    Restart,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let minutes = |most: u64| (1..most).prop_map(|minutes| Duration::from_secs(minutes * 60));
+    let step = prop_oneof![
+        6 => minutes(8 * 60).prop_map(Step::Pass),
+        1 => minutes(60 * 24 * 60).prop_map(Step::Forward),
+        1 => minutes(60 * 24 * 60).prop_map(Step::Back),
+        1 => minutes(60).prop_map(Step::Back),
+        1 => Just(Step::Restart),
+    ];
+    proptest::collection::vec(step, 1..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever the clock does: what was ever issued and is valid at the moment verifies against the bundle of the
+    /// moment, the issuer signs after each rotation, and is told to look again only later than now.
+    #[test]
+    fn no_clock_makes_it_lose_what_verifies(steps in steps(), ttl_hours in 1..48_u32) {
+        let dir = temp_dir();
+        let mut now = start();
+        let settings = Settings {
+            ca_ttl: ttl_hours * HOUR,
+            default_jwt_svid_ttl: 3 * HOUR,
+            ..settings(dir.path())
+        };
+        let mut issuer = Embedded::open(settings.clone(), now).unwrap();
+        let mut reported = issuer.bundle();
+        let mut x509 = Vec::new();
+        let mut jwt = Vec::new();
+        for step in steps {
+            match step {
+                Step::Pass(by) | Step::Forward(by) => now += by,
+                Step::Back(by) => now -= by,
+                Step::Restart => {
+                    drop(issuer);
+                    issuer = Embedded::open(settings.clone(), now).unwrap();
+                    reported = issuer.bundle();
+                }
+            }
+            let rotation = issuer.rotate(now).unwrap();
+            prop_assert!(rotation.fault.is_none());
+            prop_assert!(rotation.next > now);
+            prop_assert_eq!(rotation.bundle_changed, *issuer.bundle() != *reported);
+            reported = issuer.bundle();
+            x509.push(issuer.mint_x509(&entry("spiffe://example.org/web"), now).unwrap());
+            jwt.push(issuer.mint_jwt(&web(), None, &db(), now).unwrap());
+
+            for svid in x509.iter().filter(|svid| svid.not_before <= now && now < svid.not_after) {
+                prop_assert_eq!(verify_x509(svid, &reported, now), Ok(()));
+            }
+            for svid in jwt.iter().filter(|svid| now < svid.expires_at) {
+                prop_assert!(verify_jwt(svid, &reported).is_some());
+            }
+            // What is long expired is gone, except what signs.
+            let expired = reported.jwt_authorities.iter().filter(|authority| {
+                authority.not_after.unwrap() + 24 * HOUR <= now
+            });
+            prop_assert_eq!(expired.count(), 0);
+        }
+    }
+}
+
+#[test]
+fn a_clock_set_often_ends_in_an_error_and_not_in_a_loss() {
+    let dir = temp_dir();
+    let issuer = Embedded::open(settings(dir.path()), start()).unwrap();
+    let first = issuer.mint_jwt(&web(), None, &db(), start()).unwrap();
+    // Each time before all that was made: nothing of it is ever expired.
+    let mut faults = Vec::new();
+    for day in 1..70 {
+        let now = start() - 2 * day * 24 * HOUR;
+        let rotation = issuer.rotate(now).unwrap();
+        assert!(rotation.next > now);
+        faults.extend(rotation.fault.map(|fault| (day, fault.to_string())));
+    }
+    let want = "64 authorities are kept already and none of them is expired: is the clock right?";
+    assert_eq!(faults.first(), Some(&(64, want.to_owned())));
+    assert_eq!(issuer.bundle().x509_authorities.len(), 64);
+    let rotation = issuer.rotate(start()).unwrap();
+    assert!(rotation.fault.is_none(), "once the clock is right, the first one is good again");
+    assert!(verify_jwt(&first, &issuer.bundle()).is_some());
+    assert!(issuer.mint_x509(&entry("spiffe://example.org/web"), start()).is_ok());
+}
+
+#[test]
+fn a_month_asleep_is_mended_at_once() {
+    let dir = temp_dir();
+    let issuer = Embedded::open(settings(dir.path()), start()).unwrap();
+    let before = issuer.bundle();
+    let now = start() + 30 * 24 * HOUR;
+    assert!(issuer.mint_x509(&entry("spiffe://example.org/web"), now).is_err());
+    let rotation = issuer.rotate(now).unwrap();
+    assert!(rotation.bundle_changed);
+    let svid = issuer.mint_x509(&entry("spiffe://example.org/web"), now).unwrap();
+    assert_eq!(verify_x509(&svid, &issuer.bundle(), now), Ok(()));
+    assert!(verify_x509(&svid, &before, now).is_err());
+    assert_eq!(svid.not_after, now + HOUR, "the new CA is fresh");
+}
+
+/// Files of a state, for tests that tamper with it.
+fn state_file(dir: &Path) -> PathBuf {
+    dir.join("issuer.json")
+}
+
+fn chmod(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).unwrap().permissions().mode() & 0o7777
+}
+
+#[test]
+fn state_is_the_owners_alone() {
+    let outer = temp_dir();
+    let dir = outer.path().join("a/data");
+    drop(Embedded::open(settings(&dir), start()).unwrap());
+    assert_eq!(mode(&dir), 0o700);
+    let mut names: Vec<_> = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["issuer.json", "issuer.lock"]);
+    assert_eq!((mode(&state_file(&dir)), mode(&dir.join("issuer.lock"))), (0o600, 0o600));
+
+    let open = || Embedded::open(settings(&dir), start()).map(drop).map_err(|err| err.to_string());
+    let dir_text = dir.display();
+    for bad in [0o640, 0o604, 0o660, 0o777] {
+        chmod(&state_file(&dir), bad);
+        let want = format!(
+            "{dir_text}/issuer.json has mode {bad:04o}, which is open to others; it must be 0600 (chmod 600 {dir_text}/issuer.json)"
+        );
+        assert_eq!(open(), Err(want));
+    }
+    chmod(&state_file(&dir), 0o600);
+    for bad in [0o770, 0o702, 0o1777] {
+        chmod(&dir, bad);
+        let want = format!(
+            "{dir_text} has mode {bad:04o}, which is open to others; it must be 0700 (chmod 700 {dir_text})"
+        );
+        assert_eq!(open(), Err(want));
+    }
+    chmod(&dir, 0o755);
+    assert_eq!(open(), Ok(()), "others may look at the names");
+
+    let link = outer.path().join("elsewhere.json");
+    fs::rename(state_file(&dir), &link).unwrap();
+    std::os::unix::fs::symlink(&link, state_file(&dir)).unwrap();
+    assert!(open().unwrap_err().starts_with(&format!("cannot read {dir_text}/issuer.json: ")));
+    fs::remove_file(state_file(&dir)).unwrap();
+    fs::create_dir(state_file(&dir)).unwrap();
+    assert_eq!(open(), Err(format!("{dir_text}/issuer.json is not a regular file")));
+
+    let file = outer.path().join("file");
+    fs::write(&file, "").unwrap();
+    let err = Embedded::open(settings(&file), start()).unwrap_err().to_string();
+    assert_eq!(err, format!("{} is not a directory", file.display()));
+}
+
+#[test]
+fn two_agents_do_not_share_a_directory() {
+    let dir = temp_dir();
+    let first = Embedded::open(settings(dir.path()), start()).unwrap();
+    let err = Embedded::open(settings(dir.path()), start()).unwrap_err().to_string();
+    let lock = dir.path().join("issuer.lock");
+    assert_eq!(err, format!("{} is locked: another agent uses this data_dir", lock.display()));
+    drop(first);
+    assert!(Embedded::open(settings(dir.path()), start()).is_ok());
+}
+
+#[test]
+fn a_damaged_state_is_named_and_left_alone() {
+    let dir = temp_dir();
+    drop(Embedded::open(settings(dir.path()), start()).unwrap());
+    let good = fs::read_to_string(state_file(dir.path())).unwrap();
+    let value: serde_json::Value = serde_json::from_str(&good).unwrap();
+    let key = value["x509"][0]["key"].as_str().unwrap().to_owned();
+    let edited = |edit: &dyn Fn(&mut serde_json::Value)| {
+        let mut value = value.clone();
+        edit(&mut value);
+        value.to_string()
+    };
+    let damaged = |how: &str| {
+        format!("is damaged: {how}; restore it from a backup, or move it away to start with new keys")
+    };
+    for (case, text, want) in [
+        ("empty", String::new(), damaged("not the JSON expected at line 1, column 0")),
+        ("truncated", good[..good.len() / 2].to_owned(), "is damaged: not the JSON expected at line".to_owned()),
+        ("not JSON", "hello".to_owned(), damaged("not the JSON expected at line 1, column 1")),
+        ("appended", format!("{good}x"), "is damaged: not the JSON expected at line".to_owned()),
+        ("later version", edited(&|v| { v["version"] = 2.into(); v["new"] = 1.into() }), "has version 2, but this agent knows only version 1".to_owned()),
+        ("foreign", edited(&|v| v["trust_domain"] = "other".into()), "holds the keys of trust domain \"other\", but the agent is configured for \"example.org\": correct trust_domain, or choose another data_dir".to_owned()),
+        ("unknown member", edited(&|v| v["x509"][0]["more"] = 1.into()), "is damaged: not the JSON expected at line".to_owned()),
+        ("missing member", edited(&|v| drop(v["jwt"][0].as_object_mut().unwrap().remove("slot"))), "is damaged: not the JSON expected at line".to_owned()),
+        ("key in a wrong place", edited(&|v| v["jwt"][0]["not_after"] = key.clone().into()), "is damaged: not the JSON expected at line".to_owned()),
+        ("another key", edited(&|v| v["x509"][0]["key"] = v["jwt"][0]["key"].clone()), damaged("key of x509 authority 0 is not what was written")),
+        ("no key at all", edited(&|v| v["jwt"][0]["key"] = "AAAA".into()), damaged("key of jwt authority 0 is not what was written")),
+        ("certificate", edited(&|v| v["x509"][0]["public"]["certificate"] = "AAAA".into()), damaged("certificate of x509 authority 0 is not what was written")),
+        ("term", edited(&|v| v["x509"][0]["not_after"] = 1.into()), damaged("not_after of x509 authority 0 is not what was written")),
+        ("longer term", edited(&|v| v["x509"][0]["not_after"] = 4_000_000_000_u64.into()), damaged("public of x509 authority 0 is not what was written")),
+        ("kid", edited(&|v| v["jwt"][0]["public"]["kid"] = "\"".into()), damaged("kid of jwt authority 0 is not what was written")),
+        ("two current", edited(&|v| { let one = v["jwt"][0].clone(); v["jwt"].as_array_mut().unwrap().push(one) }), damaged("two jwt authorities are marked current")),
+        ("too many", edited(&|v| { let mut one = v["jwt"][0].clone(); one["slot"] = "old".into(); v["jwt"] = vec![one; 65].into() }), damaged("more than 64 jwt authorities")),
+    ] {
+        fs::write(state_file(dir.path()), &text).unwrap();
+        let err = Embedded::open(settings(dir.path()), start()).unwrap_err();
+        let shown = err.to_string();
+        assert!(shown.contains(&want), "{case}: {shown}");
+        assert!(shown.contains("issuer.json"), "{case}: {shown}");
+        assert!(!format!("{shown} {err:?}").contains(&key[..16]), "{case}: {shown}");
+        assert_eq!(fs::read_to_string(state_file(dir.path())).unwrap(), text, "{case}: left as it is");
+    }
+    fs::write(state_file(dir.path()), &good).unwrap();
+    assert!(Embedded::open(settings(dir.path()), start()).is_ok(), "the good one is good");
+}
+
+#[test]
+fn debug_shows_no_secret() {
+    let dir = temp_dir();
+    let issuer = Embedded::open(settings(dir.path()), start()).unwrap();
+    let state: serde_json::Value =
+        serde_json::from_slice(&fs::read(state_file(dir.path())).unwrap()).unwrap();
+    let svid = issuer.mint_x509(&entry("spiffe://example.org/web"), start()).unwrap();
+    let token = issuer.mint_jwt(&web(), None, &db(), start()).unwrap();
+    let shown = format!("{issuer:?} {svid:?} {token:?} {:?}", issuer.rotate(start()).unwrap());
+    for kind in ["x509", "jwt"] {
+        assert!(!shown.contains(&state[kind][0]["key"].as_str().unwrap()[..16]));
+    }
+    assert!(!shown.contains(token.token.rsplit_once('.').unwrap().1));
+    assert!(shown.contains("example.org"));
+}
+
+/// Runs one test of this binary in a process of its own, told apart by `DURWARD_TEST_DIR`.
+fn child(test: &str, dir: &Path) -> Command {
+    // A shell, to have the signal of the file size limit ignored: the write then fails with EFBIG.
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\""])
+        .arg(std::env::current_exe().unwrap())
+        .args([test, "--exact", "--nocapture"])
+        .env("DURWARD_TEST_DIR", dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
+    command
+}
+
+fn child_dir() -> Option<PathBuf> {
+    std::env::var_os("DURWARD_TEST_DIR").map(PathBuf::from)
+}
+
+#[test]
+fn a_failed_write_changes_nothing() {
+    let dir = temp_dir();
+    drop(Embedded::open(settings(dir.path()), start()).unwrap());
+    let output = child("issuer::child_without_space", dir.path()).output().unwrap();
+    let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && shown.contains("the child got there"), "{shown}");
+}
+
+/// Only with a limit on the size of files that is this process's own.
+#[test]
+fn child_without_space() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let Some(dir) = child_dir() else { return };
+    let issuer = Embedded::open(settings(&dir), start()).unwrap();
+    let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).unwrap();
+    let before = fs::read(state_file(&dir)).unwrap();
+    let bundle = issuer.bundle();
+    let due = start() + 13 * HOUR;
+    let no_space = format!("cannot write {}/issuer.json.new: File too large (os error 27)", dir.display());
+
+    for (case, limit) in [("nothing fits", 0), ("half of it fits", 1024)] {
+        setrlimit(Resource::RLIMIT_FSIZE, limit, hard).unwrap();
+        let err = issuer.rotate(due).unwrap_err();
+        assert_eq!(err.to_string(), no_space, "{case}");
+        assert_eq!(fs::read(state_file(&dir)).unwrap(), before, "{case}");
+        assert!(!dir.join("issuer.json.new").exists(), "{case}");
+        assert!(Arc::ptr_eq(&issuer.bundle(), &bundle), "{case}");
+        let svid = issuer.mint_x509(&entry("spiffe://example.org/web"), due).unwrap();
+        assert_eq!(verify_x509(&svid, &bundle, due), Ok(()), "{case}");
+        // A due rotation that cannot be written does not keep an agent from starting; nothing to sign with does.
+        let other = dir.join("other");
+        let err = Embedded::open(settings(&other), start()).unwrap_err().to_string();
+        assert!(err.ends_with("other/issuer.json.new: File too large (os error 27)"), "{case}: {err}");
+    }
+    drop(issuer);
+    let issuer = Embedded::open(settings(&dir), due).unwrap();
+    assert_eq!(*issuer.bundle(), *bundle);
+    setrlimit(Resource::RLIMIT_FSIZE, hard, hard).unwrap();
+    assert!(issuer.rotate(due).unwrap().bundle_changed, "made up for once there is space");
+    assert_eq!(issuer.bundle().x509_authorities.len(), 2);
+    println!("the child got there");
+}
+
+/// Kills an agent that rotates as fast as it can, at any moment, a hundred times. What it had published must be there
+/// for the next one.
+#[test]
+fn a_kill_at_any_moment_loses_nothing() {
+    let dir = temp_dir();
+    let mut now = start();
+    let mut published = Vec::new();
+    for round in 0..100 {
+        let mut process = child("issuer::child_that_rotates", dir.path())
+            .env("DURWARD_TEST_NOW", seconds(now).to_string())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        let mut lines = lines.map(Result::unwrap).skip_while(|line| !line.starts_with("published"));
+        let mut seen = vec![lines.next().expect("the child starts")];
+        let mut random = [0; 2];
+        aws_lc_rs::rand::fill(&mut random).unwrap();
+        // Up to 2.5 ms: a write takes less.
+        std::thread::park_timeout(Duration::from_micros(u64::from(random[0]) * 10));
+        process.kill().unwrap();
+        process.wait().unwrap();
+        seen.extend(lines);
+
+        for line in &seen {
+            match line.split_once(' ').unwrap() {
+                ("published", kids) => published = kids.split(',').map(str::to_owned).collect(),
+                ("at", then) => now = SystemTime::UNIX_EPOCH + Duration::from_secs(then.parse().unwrap()),
+                _ => panic!("{line}"),
+            }
+        }
+        let issuer = Embedded::open(settings(dir.path()), now).unwrap();
+        let bundle = issuer.bundle();
+        let known = kids(&bundle);
+        for kid in &published {
+            let (_, not_after) = kid.split_once('@').unwrap();
+            let expired = seconds(now) >= not_after.parse().unwrap();
+            assert!(expired || known.contains(kid), "round {round}: {kid} was published, now {known:?}");
+        }
+        let svid = issuer.mint_x509(&entry("spiffe://example.org/web"), now).unwrap();
+        assert_eq!(verify_x509(&svid, &bundle, now), Ok(()), "round {round}");
+        let token = issuer.mint_jwt(&web(), None, &db(), now).unwrap();
+        assert!(verify_jwt(&token, &bundle).is_some(), "round {round}");
+        assert!(!dir.path().join("issuer.json.new").exists(), "round {round}");
+        published = known;
+    }
+}
+
+/// All authorities by name, each with the second in which it ends.
+fn kids(bundle: &Bundle) -> Vec<String> {
+    let x509 = bundle.x509_authorities.iter().map(|ca| {
+        let (_, facts) = describe(ca);
+        format!("{}@{}", facts.serial, facts.not_after)
+    });
+    let jwt = bundle
+        .jwt_authorities
+        .iter()
+        .map(|authority| format!("{}@{}", authority.kid, seconds(authority.not_after.unwrap())));
+    x509.chain(jwt).collect()
+}
+
+#[test]
+fn child_that_rotates() {
+    let Some(dir) = child_dir() else { return };
+    let Some(now) = std::env::var_os("DURWARD_TEST_NOW") else { return };
+    let now: u64 = now.to_str().unwrap().parse().unwrap();
+    let mut now = SystemTime::UNIX_EPOCH + Duration::from_secs(now);
+    let issuer = Embedded::open(settings(&dir), now).unwrap();
+    loop {
+        println!("published {}", kids(&issuer.bundle()).join(","));
+        now += 4 * HOUR;
+        println!("at {}", seconds(now));
+        issuer.rotate(now).unwrap();
+    }
+}
+
+/// A CA of an admin's, as PEM files with the modes that they should have.
+struct AdminCa {
+    cert: PathBuf,
+    key: PathBuf,
+}
+
+impl AdminCa {
+    fn source(&self) -> CaSource {
+        CaSource::Supplied { cert: self.cert.clone(), key: self.key.clone() }
+    }
+
+    fn write(dir: &Path, name: &str, certificates: &[&str], key_pem: &str) -> Self {
+        let admin = Self { cert: dir.join(format!("{name}.crt")), key: dir.join(format!("{name}.key")) };
+        fs::write(&admin.cert, certificates.concat()).unwrap();
+        fs::write(&admin.key, key_pem).unwrap();
+        chmod(&admin.key, 0o600);
+        admin
+    }
+}
+
+fn admin_params(name: &str, lifetime: Duration) -> rcgen::CertificateParams {
+    let mut params = rcgen::CertificateParams::default();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.distinguished_name.push(rcgen::DnType::OrganizationName, "Admin");
+    params.distinguished_name.push(rcgen::DnType::CommonName, name);
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign];
+    params.not_before = (start() - HOUR).into();
+    params.not_after = (start() + lifetime).into();
+    params
+}
+
+type AdminRoot = rcgen::CertifiedIssuer<'static, rcgen::KeyPair>;
+
+fn admin_root(params: rcgen::CertificateParams, algorithm: &'static rcgen::SignatureAlgorithm) -> AdminRoot {
+    rcgen::CertifiedIssuer::self_signed(params, rcgen::KeyPair::generate_for(algorithm).unwrap()).unwrap()
+}
+
+fn admin_below(params: rcgen::CertificateParams, root: &AdminRoot) -> AdminRoot {
+    rcgen::CertifiedIssuer::signed_by(params, rcgen::KeyPair::generate().unwrap(), root).unwrap()
+}
+
+const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+
+#[test]
+fn a_supplied_ca_signs_an_intermediate() {
+    let dir = temp_dir();
+    let root = admin_root(admin_params("root", YEAR), &rcgen::PKCS_ECDSA_P384_SHA384);
+    let below = admin_below(admin_params("below", YEAR), &root);
+    let rsa = admin_root(admin_params("rsa", YEAR), &rcgen::PKCS_RSA_SHA256);
+    for (case, certificates, key, chain_len) in [
+        ("root", &[root.pem()][..], root.key().serialize_pem(), 2),
+        ("chain", &[below.pem(), root.pem()], below.key().serialize_pem(), 3),
+        ("rsa", &[rsa.pem()], rsa.key().serialize_pem(), 2),
+    ] {
+        let texts: Vec<_> = certificates.iter().map(String::as_str).collect();
+        let admin = AdminCa::write(dir.path(), case, &texts, &key);
+        let settings = Settings { ca: admin.source(), ..settings(&dir.path().join(case)) };
+        let issuer = Embedded::open(settings.clone(), start()).unwrap();
+        let bundle = issuer.bundle();
+        let last = if case == "rsa" { rsa.der() } else { root.der() };
+        assert_eq!(bundle.x509_authorities, [last.to_vec()], "{case}: the root is the bundle");
+
+        let svid = issuer.mint_x509(&entry("spiffe://example.org/web"), start()).unwrap();
+        assert_eq!(svid.chain.len(), chain_len, "{case}");
+        assert_eq!(verify_x509(&svid, &bundle, start()), Ok(()), "{case}");
+        let (extensions, ours) = describe(&svid.chain[1]);
+        assert_eq!(
+            extensions,
+            "AKI\nBC true None critical\nKU Key Cert Sign, CRL Sign critical\nSAN URI:spiffe://example.org\nSKI",
+            "{case}"
+        );
+        assert_eq!(ours.not_after, seconds(start() + 24 * HOUR), "{case}");
+
+        // The intermediate rotates; the bundle stays, but for the JWT keys; what was signed goes on verifying.
+        let later = start() + 20 * HOUR;
+        issuer.rotate(start() + 12 * HOUR).unwrap();
+        issuer.rotate(later).unwrap();
+        let other = issuer.mint_x509(&entry("spiffe://example.org/web"), later).unwrap();
+        assert_ne!(other.chain[1], svid.chain[1], "{case}");
+        assert_eq!(other.chain[2..], svid.chain[2..], "{case}");
+        assert_eq!(issuer.bundle().x509_authorities, bundle.x509_authorities, "{case}");
+        assert_eq!(verify_x509(&other, &bundle, later), Ok(()), "{case}");
+
+        drop(issuer);
+        let issuer = Embedded::open(settings, later).unwrap();
+        let again = issuer.mint_x509(&entry("spiffe://example.org/web"), later).unwrap();
+        assert_eq!(again.chain[1..], other.chain[1..], "{case}: kept over a restart");
+    }
+}
+
+#[test]
+fn another_source_signs_at_once_and_the_old_root_stays_known() {
+    let dir = temp_dir();
+    let root = admin_root(admin_params("root", YEAR), &rcgen::PKCS_ECDSA_P256_SHA256);
+    let admin = AdminCa::write(dir.path(), "ca", &[&root.pem()], &root.key().serialize_pem());
+    let data = dir.path().join("data");
+    let mut old = Vec::new();
+    for (case, ca, roots) in [
+        ("self-signed", CaSource::SelfSigned, 1),
+        ("supplied", admin.source(), 2),
+        ("self-signed again", CaSource::SelfSigned, 3),
+    ] {
+        let issuer = Embedded::open(Settings { ca: ca.clone(), ..settings(&data) }, start()).unwrap();
+        let svid = issuer.mint_x509(&entry("spiffe://example.org/web"), start()).unwrap();
+        assert_eq!(svid.chain.len() > 1, ca != CaSource::SelfSigned, "{case}");
+        old.push(svid);
+        let bundle = issuer.bundle();
+        assert_eq!(bundle.x509_authorities.len(), roots, "{case}");
+        for svid in &old {
+            assert_eq!(verify_x509(svid, &bundle, start()), Ok(()), "{case}");
+        }
+    }
+}
+
+#[test]
+fn a_supplied_ca_near_its_end_is_a_fault_until_renewed() {
+    let dir = temp_dir();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let pem = key.serialize_pem();
+    let short = admin_params("root", 20 * HOUR).self_signed(&key).unwrap();
+    let admin = AdminCa::write(dir.path(), "ca", &[&short.pem()], &pem);
+    let issuer =
+        Embedded::open(Settings { ca: admin.source(), ..settings(&dir.path().join("data")) }, start())
+            .unwrap();
+    let svid = issuer.mint_x509(&entry("spiffe://example.org/web"), start()).unwrap();
+    assert_eq!(describe(&svid.chain[1]).1.not_after, seconds(start() + 20 * HOUR), "not beyond its root");
+
+    let half = start() + 12 * HOUR;
+    let rotation = issuer.rotate(half).unwrap();
+    let fault = rotation.fault.unwrap().to_string();
+    assert!(
+        fault.ends_with(
+            "its chain expires at 2026-01-01T20:00:00Z, as does the intermediate in use: supply a renewed CA"
+        ),
+        "{fault}"
+    );
+    assert_eq!(rotation.next, half + Duration::from_secs(10));
+    assert!(rotation.bundle_changed, "the JWT key rotates all the same");
+    assert!(issuer.mint_x509(&entry("spiffe://example.org/web"), half).is_ok());
+
+    let long = admin_params("root", YEAR).self_signed(&key).unwrap();
+    AdminCa::write(dir.path(), "ca", &[&long.pem()], &pem);
+    let rotation = issuer.rotate(half + HOUR).unwrap();
+    assert!(rotation.fault.is_none() && rotation.bundle_changed, "read again");
+    assert_eq!(issuer.bundle().x509_authorities.len(), 2, "known before it signs");
+}
+
+#[test]
+fn a_supplied_ca_that_cannot_serve_is_refused_with_the_reason() {
+    use rcgen::{BasicConstraints, DnType, IsCa, KeyUsagePurpose, SanType};
+    let dir = temp_dir();
+    let alg = &rcgen::PKCS_ECDSA_P256_SHA256;
+    let root = admin_root(admin_params("root", YEAR), alg);
+    let root_key = root.key().serialize_pem();
+    let below = admin_below(admin_params("below", YEAR), &root);
+    let with = |edit: &dyn Fn(&mut rcgen::CertificateParams)| {
+        let mut params = admin_params("root", YEAR);
+        edit(&mut params);
+        let made = admin_root(params, alg);
+        (made.pem(), made.key().serialize_pem())
+    };
+    let impostor = admin_root(admin_params("root", YEAR), alg);
+
+    let not_ca = with(&|params| params.is_ca = IsCa::ExplicitNoCa);
+    let no_usage = with(&|params| params.key_usages = vec![KeyUsagePurpose::DigitalSignature]);
+    let no_path = with(&|params| params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0)));
+    let expired = with(&|params| params.not_after = start().into());
+    let early = with(&|params| params.not_before = (start() + HOUR).into());
+    let foreign = with(&|params| {
+        params.subject_alt_names = vec![SanType::URI("spiffe://example.com".try_into().unwrap())];
+    });
+    let own = with(&|params| {
+        params.subject_alt_names = vec![SanType::URI("spiffe://example.org".try_into().unwrap())];
+    });
+    let twice = with(&|params| {
+        params.distinguished_name.push(DnType::CustomDnType(vec![2, 5, 4, 10]), "Admin");
+    });
+    let ed25519 = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap().serialize_pem();
+    let many = vec![root.pem(); 9];
+    let many: Vec<_> = many.iter().map(String::as_str).collect();
+
+    for (case, certificates, key, want) in [
+        ("own URI", &[own.0.as_str()][..], own.1.as_str(), None),
+        ("no certificate", &[], &root_key, Some("ca.crt: no PEM certificates could be read from it")),
+        (
+            "not PEM",
+            &["-----BEGIN CERTIFICATE-----\nx"],
+            &root_key,
+            Some("ca.crt: no PEM certificates could be read from it"),
+        ),
+        (
+            "not DER",
+            &["-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"],
+            &root_key,
+            Some("ca.crt: certificate 1 is malformed"),
+        ),
+        (
+            "no key",
+            &[&root.pem()],
+            "",
+            Some(
+                "ca.key: no private key could be read from it: it must hold one unencrypted EC P-256, EC P-384 or RSA key in PEM",
+            ),
+        ),
+        (
+            "ed25519",
+            &[&root.pem()],
+            &ed25519,
+            Some(
+                "ca.key: no private key could be read from it: it must hold one unencrypted EC P-256, EC P-384 or RSA key in PEM",
+            ),
+        ),
+        (
+            "another key",
+            &[&below.pem(), &root.pem()],
+            &root_key,
+            Some(
+                "ca.key: the private key does not belong to its first certificate, which must be the CA that signs",
+            ),
+        ),
+        (
+            "not a CA",
+            &[&not_ca.0],
+            &not_ca.1,
+            Some("certificate 1 (O=Admin, CN=root) is not a CA: basicConstraints must say CA:TRUE"),
+        ),
+        (
+            "no keyCertSign",
+            &[&no_usage.0],
+            &no_usage.1,
+            Some(
+                "certificate 1 (O=Admin, CN=root) may not sign certificates: its keyUsage lacks keyCertSign",
+            ),
+        ),
+        (
+            "no CA below",
+            &[&no_path.0],
+            &no_path.1,
+            Some(
+                "certificate 1 (O=Admin, CN=root) allows 0 CAs below it, but 1 are needed: the agent makes an intermediate of its own",
+            ),
+        ),
+        (
+            "expired",
+            &[&expired.0],
+            &expired.1,
+            Some(
+                "certificate 1 (O=Admin, CN=root) is valid from 2025-12-31T23:00:00Z to 2026-01-01T00:00:00Z, and it is 2026-01-01T00:00:00Z now",
+            ),
+        ),
+        (
+            "not yet valid",
+            &[&early.0],
+            &early.1,
+            Some(
+                "certificate 1 (O=Admin, CN=root) is valid from 2026-01-01T01:00:00Z to 2027-01-01T00:00:00Z, and it is 2026-01-01T00:00:00Z now",
+            ),
+        ),
+        (
+            "foreign",
+            &[&foreign.0],
+            &foreign.1,
+            Some(
+                "certificate 1 (O=Admin, CN=root) has URI name \"spiffe://example.com\", but \"spiffe://example.org\" is configured",
+            ),
+        ),
+        (
+            "no root",
+            &[&below.pem()],
+            &below.key().serialize_pem(),
+            Some(
+                "its last certificate (O=Admin, CN=below) was issued by O=Admin, CN=root: append the chain up to the self-signed root, which becomes the bundle",
+            ),
+        ),
+        (
+            "order",
+            &[&below.pem(), &own.0, &below.pem()],
+            &below.key().serialize_pem(),
+            Some(
+                "certificate 2 was issued by O=Admin, CN=root, but is followed by O=Admin, CN=below: order them from the CA that signs up to the root",
+            ),
+        ),
+        (
+            "too long",
+            &many,
+            &root_key,
+            Some("it holds 9 certificates, more than the 8 that a chain may have"),
+        ),
+        (
+            "attribute twice",
+            &[&twice.0],
+            &twice.1,
+            Some(
+                "its subject (O=Admin, CN=root, O=Admin) cannot be written as an issuer: an attribute stands in it twice, or in a set, or is no text",
+            ),
+        ),
+        (
+            "a root that did not sign",
+            &[&below.pem(), &impostor.pem()],
+            &below.key().serialize_pem(),
+            Some("a verifier would refuse its SVIDs: InvalidSignatureForPublicKey"),
+        ),
+    ] {
+        let admin = AdminCa::write(dir.path(), "ca", certificates, key);
+        let data = dir.path().join(case);
+        let opened = Embedded::open(Settings { ca: admin.source(), ..settings(&data) }, start());
+        let found = opened.map(drop).map_err(|err| err.to_string());
+        match want {
+            None => assert_eq!(found, Ok(()), "{case}"),
+            Some(want) => {
+                let found = found.expect_err(case);
+                assert!(found.starts_with("supplied CA ") && found.ends_with(want), "{case}: {found}");
+                assert!(!state_file(&data).exists(), "{case}");
+            }
+        }
+    }
+
+    let admin = AdminCa::write(dir.path(), "ca", &[&root.pem()], &root_key);
+    chmod(&admin.key, 0o640);
+    let data = dir.path().join("mode");
+    let err = Embedded::open(Settings { ca: admin.source(), ..settings(&data) }, start()).unwrap_err();
+    let key = admin.key.display();
+    let want = format!("{key} has mode 0640, which is open to others; it must be 0600 (chmod 600 {key})");
+    assert_eq!(err.to_string(), want);
+}
+
+#[test]
+fn a_ca_without_time_to_learn_of_it_is_refused() {
+    let dir = temp_dir();
+    let short = Settings { ca_ttl: Duration::from_secs(59), ..settings(dir.path()) };
+    let err = Embedded::open(short, start()).unwrap_err().to_string();
+    assert_eq!(err, "ca_ttl is 59 s, but must be at least 60 s");
+    // The shortest one, for an hour: more authorities than are kept, and never one too few.
+    let settings = Settings { ca_ttl: Duration::from_secs(60), ..settings(dir.path()) };
+    let issuer = Embedded::open(settings, start()).unwrap();
+    let mut now = start();
+    while now < start() + HOUR {
+        let rotation = issuer.rotate(now).unwrap();
+        assert!(rotation.fault.is_none());
+        let svid = issuer.mint_x509(&entry("spiffe://example.org/web"), now).unwrap();
+        assert_eq!(verify_x509(&svid, &issuer.bundle(), now), Ok(()));
+        now = rotation.next;
+    }
+    assert_eq!(issuer.bundle().x509_authorities.len(), 64);
+}
+
+#[test]
+fn a_shorter_setting_takes_effect_at_the_next_rotation() {
+    let dir = temp_dir();
+    drop(Embedded::open(settings(dir.path()), start()).unwrap());
+    let shorter = Settings { ca_ttl: HOUR, ca_key_type: KeyType::EcP384, ..settings(dir.path()) };
+    let issuer = Embedded::open(shorter, start()).unwrap();
+    let mut now = start();
+    let mut lives = Vec::new();
+    while now < start() + 14 * HOUR {
+        let rotation = issuer.rotate(now).unwrap();
+        assert!(rotation.fault.is_none());
+        let svid = issuer.mint_x509(&entry("spiffe://example.org/web"), now).unwrap();
+        lives.push(svid.not_after.duration_since(now).unwrap() > HOUR / 6 - Duration::from_secs(1));
+        now = rotation.next;
+    }
+    assert!(lives.iter().all(|long| *long), "never signed by a CA at its end");
 }
