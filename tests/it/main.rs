@@ -1,3 +1,5 @@
+mod attest;
+mod cgroup;
 mod config;
 mod corpus;
 mod generated_code;

@@ -1,0 +1,339 @@
+//! The unix attestor and real processes at the other end of real sockets.
+//!
+//! The processes are this test binary, started again as [`as_peer`]: it becomes the user it is told to be, connects,
+//! and then does what it reads from the socket.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{BufRead, BufReader, ErrorKind, Read, Write},
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::PermissionsExt,
+            net::{UnixListener, UnixStream},
+            process::CommandExt,
+        },
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use aws_lc_rs::digest::{SHA256, digest};
+use durward::{
+    attest::{AttestError, Attestor, Blame, unix::Settings},
+    identity::selector::Selectors,
+    limits::{Limits, Method},
+    peer::{OsUid, Peer},
+};
+use nix::{
+    fcntl::{FcntlArg, FdFlag, fcntl},
+    unistd::{Gid, Group, Uid, User, getegid, geteuid, getgroups, setgroups, setresgid, setresuid},
+};
+use tempfile::TempDir;
+
+const SOCKET: &str = "DURWARD_TEST_PEER";
+const OWNER: &str = "DURWARD_TEST_PEER_OWNER";
+
+/// Numbers of users and groups that nobody has.
+const USER: u32 = 3_912_001;
+const GROUP: u32 = 3_912_002;
+const GROUPS: [u32; 2] = [3_912_003, 3_912_004];
+
+/// Not a test, but the process at the other end when [`Process`] started it.
+#[test]
+#[expect(clippy::disallowed_methods, reason = "how a test process is told that it is one")]
+fn as_peer() {
+    let Ok(socket) = std::env::var(SOCKET) else { return };
+    if std::env::var(OWNER).is_ok() {
+        setgroups(&GROUPS.map(Gid::from_raw)).unwrap();
+        let (uid, gid) = (Uid::from_raw(USER), Gid::from_raw(GROUP));
+        setresgid(gid, gid, gid).unwrap();
+        setresuid(uid, uid, Uid::from_raw(0)).unwrap(); // the saved one, to change again when told
+    }
+    let mut stream = UnixStream::connect(socket).unwrap();
+    let orders = BufReader::new(stream.try_clone().unwrap());
+    for order in orders.lines() {
+        match order.unwrap().split_once(' ').unwrap() {
+            ("become", uid) => {
+                setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0)).unwrap();
+                let uid = Uid::from_raw(uid.parse().unwrap());
+                setresuid(uid, uid, uid).unwrap();
+            }
+            ("groups", _none) => {
+                setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0)).unwrap();
+                setgroups(&[]).unwrap();
+                let uid = Uid::from_raw(USER);
+                setresuid(uid, uid, Uid::from_raw(0)).unwrap();
+            }
+            ("execute", path) => {
+                fcntl(&stream, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+                stream.write_all(b".").unwrap();
+                loop {
+                    let err = Command::new(path).arg("600").exec();
+                    // A process that another test starts just now may hold the copy open for a moment.
+                    assert_eq!(err.kind(), ErrorKind::ExecutableFileBusy, "{err}");
+                }
+            }
+            ("bequeath", _to_a_child) => {
+                let socket = Stdio::from(OwnedFd::from(stream.try_clone().unwrap()));
+                // Ends when the test closes its end.
+                drop(Command::new("cat").stdin(socket).stdout(Stdio::null()).spawn().unwrap());
+                stream.write_all(b".").unwrap();
+                std::process::exit(0);
+            }
+            (other, _) => panic!("no such order: {other}"),
+        }
+        stream.write_all(b".").unwrap();
+    }
+}
+
+/// A process that connected, as the agent sees it.
+struct Process {
+    child: Child,
+    stream: UnixStream,
+    peer: Arc<Peer>,
+}
+
+impl Process {
+    /// As the user who runs the test.
+    fn start(dir: &TempDir) -> Self {
+        Self::with(dir, |_| {})
+    }
+
+    /// As [`USER`].
+    fn start_as_user(dir: &TempDir) -> Self {
+        Self::with(dir, |command| {
+            command.env(OWNER, "");
+        })
+    }
+
+    fn with(dir: &TempDir, set: impl FnOnce(&mut Command)) -> Self {
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let socket = dir.path().join("peer.sock");
+        drop(fs::remove_file(&socket));
+        let listener = UnixListener::bind(&socket).unwrap();
+        fs::set_permissions(&socket, fs::Permissions::from_mode(0o777)).unwrap();
+        let mut command = Command::new("/proc/self/exe");
+        command.args(["--exact", "attest::as_peer"]).env(SOCKET, &socket).stdout(Stdio::null());
+        set(&mut command);
+        let child = command.spawn().unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        let peer = Arc::new(Peer::from_stream(&stream, &OsUid).unwrap());
+        Self { child, stream, peer }
+    }
+
+    /// Has it do something, and waits until it is done.
+    fn order(&mut self, order: &str) {
+        writeln!(self.stream, "{order}").unwrap();
+        self.stream.read_exact(&mut [0]).unwrap();
+    }
+
+    /// Has it execute another program, and waits until it does.
+    fn execute(&mut self, program: &Path) {
+        self.order(&format!("execute {}", program.display()));
+        // For a moment there is none, as a thread other than the first executes.
+        while fs::read_link(format!("/proc/{}/exe", self.child.id())).ok().as_deref() != Some(program) {
+            assert!(self.child.try_wait().unwrap().is_none(), "{} was not executed", program.display());
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+async fn attest(attestor: &Attestor, peer: &Arc<Peer>) -> Result<Arc<Selectors>, AttestError> {
+    let admitted = Limits::default().admit_caller(Arc::clone(peer), Method::FetchX509Svid).unwrap();
+    attestor.attest(&admitted).await
+}
+
+fn texts(selectors: &Selectors) -> BTreeSet<String> {
+    selectors.iter().map(ToString::to_string).collect()
+}
+
+fn sha256(path: &Path) -> String {
+    let hash = digest(&SHA256, &fs::read(path).unwrap());
+    let hex: String = hash.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("unix:sha256:{hex}")
+}
+
+/// Whether a test may make processes of other users; says so if not.
+fn may_be_others(test: &str) -> bool {
+    let root = geteuid().is_root();
+    if !root {
+        println!("{test}: the part with another user's process was left out, as it needs root");
+    }
+    root
+}
+
+fn discovering(workload_size_limit: i64) -> Settings {
+    Settings { discover_workload_path: true, workload_size_limit }
+}
+
+/// A program of our own that does nothing for a long time.
+fn sleeper(dir: &TempDir, name: &str) -> PathBuf {
+    let path = dir.path().join(name);
+    fs::copy("/bin/sleep", &path).unwrap();
+    path
+}
+
+#[tokio::test]
+async fn a_process_is_its_user_and_its_groups() {
+    let dir = tempfile::tempdir().unwrap();
+    let attestor = Attestor::new(Settings::default());
+
+    let ours = Process::start(&dir);
+    let (uid, gid) = (geteuid(), getegid());
+    let mut want = BTreeSet::from([format!("unix:uid:{uid}"), format!("unix:gid:{gid}")]);
+    want.extend(User::from_uid(uid).unwrap().map(|user| format!("unix:user:{}", user.name)));
+    want.extend(Group::from_gid(gid).unwrap().map(|group| format!("unix:group:{}", group.name)));
+    for gid in getgroups().unwrap() {
+        want.insert(format!("unix:supplementary_gid:{gid}"));
+        let named = Group::from_gid(gid).unwrap();
+        want.extend(named.map(|group| format!("unix:supplementary_group:{}", group.name)));
+    }
+    assert_eq!(texts(&attest(&attestor, &ours.peer).await.unwrap()), want, "our own user");
+
+    if may_be_others("a_process_is_its_user_and_its_groups") {
+        let other = Process::start_as_user(&dir);
+        let want = [
+            format!("unix:uid:{USER}"),
+            format!("unix:gid:{GROUP}"),
+            format!("unix:supplementary_gid:{}", GROUPS[0]),
+            format!("unix:supplementary_gid:{}", GROUPS[1]),
+        ];
+        let got = texts(&attest(&attestor, &other.peer).await.unwrap());
+        assert_eq!(got, want.into_iter().collect(), "a user without a name has numbers");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_process_that_changes_its_user_gets_nothing_more() {
+    if !may_be_others("a_process_that_changes_its_user_gets_nothing_more") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let attestor = Attestor::new(Settings::default());
+    for (case, attested_before) in [("its first call", false), ("a result is kept", true)] {
+        let mut process = Process::start_as_user(&dir);
+        if attested_before {
+            attest(&attestor, &process.peer).await.unwrap();
+        }
+        process.order("become 0");
+        let err = attest(&attestor, &process.peer).await.unwrap_err();
+        assert!(matches!(err, AttestError::IdentityChanged { .. }), "{case}: {err}");
+        assert_eq!(err.blame(), Blame::Refusal, "{case}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn supplementary_groups_are_those_of_the_last_second() {
+    if !may_be_others("supplementary_groups_are_those_of_the_last_second") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let attestor = Attestor::new(Settings::default());
+    let mut process = Process::start_as_user(&dir);
+    assert_eq!(attest(&attestor, &process.peer).await.unwrap().len(), 4);
+    process.order("groups none");
+    tokio::time::advance(Duration::from_secs(1)).await;
+    assert_eq!(attest(&attestor, &process.peer).await.unwrap().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_heir_of_the_socket_is_not_the_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let attestor = Attestor::new(Settings::default());
+    for (case, attested_before) in [("its first call", false), ("a result is kept", true)] {
+        let mut process = Process::start(&dir);
+        if attested_before {
+            attest(&attestor, &process.peer).await.unwrap();
+        }
+        process.order("bequeath socket");
+        process.peer.exited().await;
+        let zombie = attest(&attestor, &process.peer).await.unwrap_err();
+        assert!(matches!(zombie, AttestError::Gone), "{case}, not waited for: {zombie}");
+        process.child.wait().unwrap();
+        let reaped = attest(&attestor, &process.peer).await.unwrap_err();
+        assert!(matches!(reaped, AttestError::Gone), "{case}, waited for: {reaped}");
+    }
+}
+
+#[tokio::test]
+async fn a_process_in_another_pid_namespace_is_told_what_to_do() {
+    let attestor = Attestor::new(Settings::default());
+    let peer = Arc::new(Peer::out_of_namespace(Uid::from_raw(USER), Gid::from_raw(GROUP)));
+    let err = attest(&attestor, &peer).await.unwrap_err();
+    assert!(matches!(err, AttestError::OtherPidNamespace), "{err}");
+    assert!(err.to_string().contains("hostPID: true"), "{err}");
+}
+
+#[tokio::test]
+async fn an_executable_has_a_path_and_a_digest() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut process = Process::start(&dir);
+    let program = sleeper(&dir, "program");
+    process.execute(&program);
+    let size = fs::metadata(&program).unwrap().len();
+    let limit = i64::try_from(size).unwrap();
+    let (path, hash) = (format!("unix:path:{}", program.display()), sha256(&program));
+
+    for (case, settings, want) in [
+        ("not asked", Settings::default(), vec![]),
+        ("both", discovering(0), vec![&path, &hash]),
+        ("never hashed", discovering(-1), vec![&path]),
+        ("as large as allowed", discovering(limit), vec![&path, &hash]),
+    ] {
+        let attestor = Attestor::new(settings);
+        for call in ["the first", "the second", "after a reload"] {
+            let got = texts(&attest(&attestor, &process.peer).await.unwrap());
+            let of_file = |text: &&String| text.starts_with("unix:path:") || text.starts_with("unix:sha256:");
+            assert_eq!(got.iter().filter(of_file).collect::<Vec<_>>(), want, "{case}, {call}");
+            if call == "the second" {
+                attestor.reload(settings);
+            }
+        }
+    }
+
+    let err = attest(&Attestor::new(discovering(limit - 1)), &process.peer).await.unwrap_err();
+    let pid = process.child.id();
+    let want = format!("SHA256 digest: workload /proc/{pid}/exe exceeds size limit ({size} > {})", limit - 1);
+    assert_eq!(err.to_string(), want);
+    assert_eq!(err.blame(), Blame::Refusal);
+
+    // A file that is gone is still what the process executes, and what is hashed.
+    fs::remove_file(&program).unwrap();
+    let got = texts(&attest(&Attestor::new(discovering(0)), &process.peer).await.unwrap());
+    assert!(got.contains(&format!("{path} (deleted)")), "{got:?}");
+    assert!(got.contains(&hash), "{got:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_executable_is_seen_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two) = (sleeper(&dir, "one"), dir.path().join("two"));
+    fs::hard_link(&one, &two).unwrap();
+    let attestor = Attestor::new(discovering(0));
+    let mut process = Process::start(&dir);
+    let ours = attest(&attestor, &process.peer).await.unwrap();
+    let again = attest(&attestor, &process.peer).await.unwrap();
+    assert_eq!(ours, again);
+
+    process.execute(&one);
+    let got = texts(&attest(&attestor, &process.peer).await.unwrap());
+    assert!(got.contains(&format!("unix:path:{}", one.display())), "{got:?}");
+    assert!(got.contains(&sha256(&one)), "{got:?}");
+
+    // The same file under another name: nothing but the path tells.
+    let mut process = Process::start(&dir);
+    process.execute(&two);
+    let got = texts(&attest(&attestor, &process.peer).await.unwrap());
+    assert!(got.contains(&format!("unix:path:{}", two.display())), "{got:?}");
+}
