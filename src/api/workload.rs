@@ -74,12 +74,12 @@ impl WorkloadApi {
     ) -> Result<pb::JwtsvidResponse, RequestError> {
         let Parts { limits, attestor, store, jwt, .. } = &*self.parts;
         let peer = caller(&request)?;
-        let admitted = limits.admit_caller(peer, Method::FetchJwtSvid)?;
+        let mut admitted = limits.admit_caller(peer, Method::FetchJwtSvid)?;
         let query = JwtQuery::try_from(request.into_inner())?;
         let selectors = attestor.attest(&admitted).await?;
         let snapshot = store.snapshot();
         let entries = identities(&snapshot, &selectors, query.spiffe_id.as_ref())?;
-        limits.admit_identities(&entries, Method::FetchJwtSvid)?;
+        limits.admit_identities(&mut admitted, &entries)?;
 
         let mut svids = Vec::with_capacity(entries.len());
         for entry in &entries {
@@ -131,11 +131,11 @@ impl WorkloadApi {
     async fn x509_svids(&self, request: &Request<pb::X509svidRequest>) -> Result<Updates, RequestError> {
         let Parts { limits, attestor, store, x509, metrics, .. } = &*self.parts;
         let peer = caller(request)?;
-        let admitted = limits.admit_caller(peer, Method::FetchX509Svid)?;
+        let mut admitted = limits.admit_caller(peer, Method::FetchX509Svid)?;
         let selectors = attestor.attest(&admitted).await?;
         let changes = store.subscribe();
         let entries = identities(&store.snapshot(), &selectors, None)?;
-        limits.admit_identities(&entries, Method::FetchX509Svid)?;
+        limits.admit_identities(&mut admitted, &entries)?;
 
         let mut state = X509Svids {
             parts: Arc::clone(&self.parts),
@@ -151,12 +151,11 @@ impl WorkloadApi {
         let Parts { limits, attestor, store, metrics, .. } = &*self.parts;
         let method = request.method;
         let peer = caller_of(request.metadata, request.extensions)?;
-        let admitted = limits.admit_caller(peer, method)?;
+        let mut admitted = limits.admit_caller(peer, method)?;
         let selectors = attestor.attest(&admitted).await?;
         let changes = store.subscribe();
         if let Ok(entries) = authorize(&store.snapshot().index, &selectors, None) {
-            // The caller's default identity is charged.
-            limits.admit_identities(entries.get(..1).unwrap_or_default(), method)?;
+            limits.admit_identities(&mut admitted, &entries)?;
         }
 
         let parts = Arc::clone(&self.parts);

@@ -1,9 +1,36 @@
-//! The two admission points in the way of a call. Until limits are configured they admit all.
+//! The decisions about a call, before and after attestation.
+//!
+//! [`Limits::admit_caller`] gives an [`Admitted`], without which nobody attests; [`Limits::admit_identities`] is asked with it once
+//! the identities are known. An [`Admitted`] holds the caller's tokens while the call runs, and settles when it is dropped: so a
+//! call that is cancelled half-way is paid, and one that is refused is not. Nothing here waits, and a decision takes no
+//! memory; a lock is held for a table look-up. Which bucket in what order: see [`super`].
 
-use std::time::Duration;
+use std::{
+    num::NonZeroU32,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, UNIX_EPOCH},
+};
 
-use super::caller::Caller;
-use crate::identity::AuthorizedEntry;
+use arc_swap::ArcSwap;
+use governor::{
+    RateLimiter, clock::Clock as GovernorClock, middleware::NoOpMiddleware, nanos::Nanos,
+    state::InMemoryState, state::NotKeyed,
+};
+use tokio::time::Instant;
+
+use super::{
+    RejectionStatus, SHORT_WAIT, Settings, SettingsError, SoftLimits,
+    bucket::{Hasher, Key, Level, Place, Quota, Table},
+    caller::{Caller, CallerKey},
+    counters::{Counters, KeyType, Outcome, Reason, Stage},
+    policy::{CallerPattern, Choice, Costs, IdPattern, Limit, Policy, Rule},
+    report::{Event, Heavy, Name, Refusing},
+    slots::{AttestationSlot, Full, Slots},
+};
+use crate::{
+    identity::{AuthorizedEntry, SpiffeId},
+    os::clock::Clock,
+};
 
 /// A method that the limits tell apart. A closed set, since it labels metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -22,11 +49,15 @@ pub enum Method {
     FetchWitSvid,
     /// `/SpiffeWorkloadAPI/FetchWITBundles`
     FetchWitBundles,
+    /// `/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets`
+    StreamSecrets,
+    /// `/envoy.service.secret.v3.SecretDiscoveryService/FetchSecrets`
+    FetchSecrets,
 }
 
 impl Method {
     /// Every method.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::FetchX509Svid,
         Self::FetchX509Bundles,
         Self::FetchJwtSvid,
@@ -34,6 +65,8 @@ impl Method {
         Self::ValidateJwtSvid,
         Self::FetchWitSvid,
         Self::FetchWitBundles,
+        Self::StreamSecrets,
+        Self::FetchSecrets,
     ];
 
     /// The name of the RPC: `FetchX509SVID`. Also the metric label.
@@ -46,14 +79,96 @@ impl Method {
             Self::ValidateJwtSvid => "ValidateJWTSVID",
             Self::FetchWitSvid => "FetchWITSVID",
             Self::FetchWitBundles => "FetchWITBundles",
+            Self::StreamSecrets => "StreamSecrets",
+            Self::FetchSecrets => "FetchSecrets",
+        }
+    }
+
+    /// The name of its service.
+    pub fn service(self) -> &'static str {
+        match self {
+            Self::FetchX509Svid
+            | Self::FetchX509Bundles
+            | Self::FetchJwtSvid
+            | Self::FetchJwtBundles
+            | Self::ValidateJwtSvid
+            | Self::FetchWitSvid
+            | Self::FetchWitBundles => "SpiffeWorkloadAPI",
+            Self::StreamSecrets | Self::FetchSecrets => "envoy.service.secret.v3.SecretDiscoveryService",
+        }
+    }
+
+    /// Whether it is charged to identities too. ValidateJWTSVID needs none.
+    pub fn has_identity(self) -> bool {
+        self != Self::ValidateJwtSvid
+    }
+
+    /// Whether it is answered with bundles: then the caller's default identity alone is charged.
+    fn is_bundles(self) -> bool {
+        matches!(self, Self::FetchX509Bundles | Self::FetchJwtBundles | Self::FetchWitBundles)
+    }
+
+    /// Its place in [`Method::ALL`].
+    pub(super) fn index(self) -> usize {
+        match self {
+            Self::FetchX509Svid => 0,
+            Self::FetchX509Bundles => 1,
+            Self::FetchJwtSvid => 2,
+            Self::FetchJwtBundles => 3,
+            Self::ValidateJwtSvid => 4,
+            Self::FetchWitSvid => 5,
+            Self::FetchWitBundles => 6,
+            Self::StreamSecrets => 7,
+            Self::FetchSecrets => 8,
         }
     }
 }
 
+/// A call that was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("rate limit exceeded for /{}/{}", method.service(), method.rpc())]
+pub struct Refusal {
+    /// What was called.
+    pub method: Method,
+    /// Which stage refused.
+    pub stage: Stage,
+    /// What kind of key was charged.
+    pub key_type: KeyType,
+    /// Why.
+    pub reason: Reason,
+    /// When the same call would pass if nobody else took anything. [`Duration::MAX`] when waiting does not help:
+    /// [`Refusal::wait`] tells.
+    pub retry_after: Duration,
+    /// The node sheds load: not this caller's doing.
+    pub shed: bool,
+    /// What the caller is told.
+    pub status: RejectionStatus,
+}
+
+impl Refusal {
+    /// What the caller is told, as gRPC has it.
+    pub fn code(&self) -> tonic::Code {
+        match self.status {
+            RejectionStatus::ResourceExhausted => tonic::Code::ResourceExhausted,
+            RejectionStatus::Unavailable => tonic::Code::Unavailable,
+        }
+    }
+
+    /// How long to wait; `None` when a blocked caller need not come back.
+    pub fn wait(&self) -> Option<Duration> {
+        (self.retry_after != Duration::MAX).then_some(self.retry_after)
+    }
+}
+
 /// Proof that a peer's call passed the caller stage: attestation takes nothing else. Made only here.
+///
+/// It holds the caller's tokens; when it is dropped they are paid, or given back if the call was refused.
 #[derive(Debug)]
 pub struct Admitted<P> {
     peer: P,
+    charge: Charge,
+    /// Until attestation is over.
+    slot: Option<AttestationSlot>,
 }
 
 impl<P> Admitted<P> {
@@ -61,43 +176,639 @@ impl<P> Admitted<P> {
     pub fn peer(&self) -> &P {
         &self.peer
     }
+
+    /// Says that the caller could not be attested, or has no identity: it pays [`Costs::failed_attestation`]. Not
+    /// for what is no doing of the caller's.
+    pub fn attestation_failed(&mut self) {
+        self.charge.pays = self.charge.pays.max(self.charge.costs.failed_attestation);
+        self.slot = None;
+    }
+
+    /// Says that something was signed for this call: the caller and the identity pay [`Costs::signature`] in place of
+    /// [`Costs::answer`].
+    pub fn signed(&mut self, id: &SpiffeId) {
+        self.charge.signed(id);
+    }
 }
 
-/// A call that was refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("rate limit exceeded for /SpiffeWorkloadAPI/{}", method.rpc())]
-pub struct Refusal {
-    /// What was called.
-    pub method: Method,
-    /// When a call would pass.
-    pub retry_after: Duration,
+/// What a call will pay.
+#[derive(Debug)]
+struct Charge {
+    /// `None` for the agent's own calls.
+    shared: Option<Arc<Shared>>,
+    method: Method,
+    held: Option<Held>,
+    costs: Costs,
+    /// Tokens to take when the call ends.
+    pays: u32,
+    /// By a rule: not charged to the node either.
+    exempt: bool,
 }
 
-/// What the limits decide with.
-#[derive(Debug, Default)]
-pub struct Limits {}
+/// Tokens held in a bucket of a table.
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    key: Key,
+    place: Place,
+    quota: Quota,
+    level: Level,
+    cost: u32,
+}
+
+impl Charge {
+    fn signed(&mut self, id: &SpiffeId) {
+        let Some(shared) = &self.shared else { return };
+        let more = self.costs.signature - self.costs.answer;
+        self.pays = self.pays.saturating_add(more);
+        let plan = shared.plan.load();
+        let choice = plan.identity.choose(id, self.method);
+        let more = choice.rule.costs.signature - choice.rule.costs.answer;
+        if let Limit::Quota(quota) = shared.limit(choice.rule)
+            && more > 0
+        {
+            let key = shared.identity_key(id, self.method, &choice);
+            shared.identities().table.charge(shared.now(), key, quota, more);
+        }
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        if let (Some(shared), Some(held)) = (&self.shared, self.held) {
+            shared.callers().settle(shared.now(), held.key, held.place, held.quota, held.cost, self.pays);
+        }
+    }
+}
+
+/// What is decided with, made of settings and never changed: a reload puts another in its place.
+#[derive(Debug)]
+pub(super) struct Plan {
+    caller: Policy<CallerPattern>,
+    identity: Policy<IdPattern>,
+    node: [Option<Quota>; Method::ALL.len()],
+    node_dry: bool,
+    dry: bool,
+    status: RejectionStatus,
+    soft: SoftLimits,
+}
+
+impl Plan {
+    pub(super) fn new(settings: &Settings) -> Result<Self, SettingsError> {
+        let caller = Policy::new(&settings.caller);
+        let identity = Policy::new(&settings.identity);
+        let mut node = [None; Method::ALL.len()];
+        for (slot, method) in node.iter_mut().zip(Method::ALL) {
+            let mut rules = settings.node.methods.iter().filter(|(of, _)| *of == method);
+            *slot = rules.next().map_or(settings.node.default, |(_, quota)| *quota);
+            if rules.next().is_some() {
+                return Err(SettingsError::NodeMethodTwice(method.rpc()));
+            }
+        }
+        if !(16..=1 << 24).contains(&settings.keys) {
+            return Err(SettingsError::Keys(settings.keys));
+        }
+        Ok(Self {
+            caller: caller.map_err(|source| SettingsError::Policy { stage: "caller", source })?,
+            identity: identity.map_err(|source| SettingsError::Policy { stage: "identity", source })?,
+            node,
+            node_dry: settings.node.dry_run,
+            dry: settings.dry_run,
+            status: settings.rejection_status,
+            soft: settings.soft_limits,
+        })
+    }
+}
+
+/// Time since the agent started, for `governor`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Started(Instant);
+
+impl Started {
+    pub(super) fn nanos(self) -> u64 {
+        u64::try_from(self.0.elapsed().as_nanos()).unwrap_or(u64::MAX / 2)
+    }
+}
+
+impl GovernorClock for Started {
+    type Instant = Nanos;
+
+    fn now(&self) -> Nanos {
+        Nanos::new(self.nanos())
+    }
+}
+
+type NodeBucket = RateLimiter<NotKeyed, InMemoryState, Started, NoOpMiddleware<Nanos>>;
+
+/// The bucket of a method that all share, with the quota it was made for.
+#[derive(Debug)]
+struct Node {
+    quota: Quota,
+    bucket: NodeBucket,
+}
+
+impl Node {
+    /// A bucket of `quota` from which as much is spent as from `old`.
+    fn new(quota: Quota, old: Option<&Self>, clock: Started) -> Option<Self> {
+        let burst = NonZeroU32::new(quota.burst())?;
+        let governed = governor::Quota::with_period(quota.per_token())?.allow_burst(burst);
+        let new = Self { quota, bucket: RateLimiter::direct_with_clock(governed, clock) };
+        // governor has no way to ask what is left, nor to change a quota. The old bucket is done with: emptying it, in
+        // halves, says what it held.
+        let spent = old.map_or(0, |old| {
+            let mut left = 0;
+            for tokens in (0..=old.quota.burst().ilog2()).rev().filter_map(|bit| NonZeroU32::new(1 << bit)) {
+                if matches!(old.bucket.check_n(tokens), Ok(Ok(()))) {
+                    left += tokens.get();
+                }
+            }
+            old.quota.burst().saturating_sub(left)
+        });
+        if let Some(spent) = NonZeroU32::new(spent.min(quota.burst())) {
+            drop(new.bucket.check_n(spent));
+        }
+        Some(new)
+    }
+}
+
+/// The identity stage: its table, and the tokens that the call being decided holds in it. One lock for both, so that several
+/// identities are charged as one.
+#[derive(Debug)]
+struct Identities {
+    table: Table,
+    /// Kept between calls for its memory alone.
+    held: Vec<Held>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    plan: ArcSwap<Plan>,
+    hasher: Hasher,
+    callers: Mutex<Table>,
+    identities: Mutex<Identities>,
+    node: ArcSwap<[Option<Node>; Method::ALL.len()]>,
+    slots: Arc<Slots>,
+    refusing: Mutex<Refusing>,
+    counters: Counters,
+    started: Started,
+    wall: Clock,
+}
+
+/// What the limits decide with. Cheap to clone; all clones are one.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    shared: Arc<Shared>,
+}
+
+impl Default for Limits {
+    /// The default settings, the system's clock, and counters that nobody reads.
+    fn default() -> Self {
+        Self::new(&Settings::default(), Clock::SYSTEM, &metrics::NoopRecorder)
+            .expect("a test holds that the defaults are in order")
+    }
+}
+
+/// Which share of a table the keys of one parent may fill.
+const PARENT_SHARE: usize = 8;
 
 impl Limits {
+    /// Limits as the settings have them. `wall` is what schedules go by; buckets go by the runtime's monotonic clock, which
+    /// tests can move.
+    ///
+    /// # Errors
+    /// [`SettingsError`] names the first thing that cannot be meant.
+    pub fn new(
+        settings: &Settings,
+        wall: Clock,
+        recorder: &dyn metrics::Recorder,
+    ) -> Result<Self, SettingsError> {
+        settings.check(None)?;
+        let plan = Plan::new(settings)?;
+        let counters = Counters::new(recorder);
+        let started = Started(Instant::now());
+        let node = plan.node.map(|quota| quota.and_then(|quota| Node::new(quota, None, started)));
+        let shared = Shared {
+            plan: ArcSwap::from_pointee(plan),
+            hasher: Hasher::default(),
+            callers: Mutex::new(Table::new(settings.keys, settings.keys / PARENT_SHARE)),
+            identities: Mutex::new(Identities {
+                table: Table::new(settings.keys, settings.keys),
+                held: Vec::with_capacity(16),
+            }),
+            node: ArcSwap::from_pointee(node),
+            slots: Arc::new(Slots::new(&settings.node, counters.in_flight.clone())),
+            refusing: Mutex::default(),
+            counters,
+            started,
+            wall,
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Puts other settings in force. What was spent stays spent, and a call under way ends as it began.
+    ///
+    /// # Errors
+    /// [`SettingsError`], and nothing has changed.
+    pub fn reload(&self, settings: &Settings) -> Result<(), SettingsError> {
+        settings.check(None)?;
+        let plan = Plan::new(settings)?;
+        let shared = &*self.shared;
+        let old = shared.node.load();
+        let node = std::array::from_fn(|at| {
+            let quota = plan.node.get(at).copied().flatten()?;
+            Node::new(quota, old.get(at).and_then(Option::as_ref), shared.started)
+        });
+        shared.callers().resize(settings.keys, settings.keys / PARENT_SHARE);
+        shared.identities().table.resize(settings.keys, settings.keys);
+        shared.slots.reload(&settings.node);
+        shared.node.store(Arc::new(node));
+        shared.plan.store(Arc::new(plan));
+        Ok(())
+    }
+
     /// Charges a call to its caller, before any attestation.
     ///
     /// # Errors
-    /// [`Refusal`] when the caller has no tokens left.
-    pub fn admit_caller<P: Caller>(&self, peer: P, _method: Method) -> Result<Admitted<P>, Refusal> {
-        Ok(Admitted { peer })
+    /// [`Refusal`] when the caller has no tokens left, or too many calls are being attested.
+    pub fn admit_caller<P: Caller>(&self, peer: P, method: Method) -> Result<Admitted<P>, Refusal> {
+        let caller = peer.caller_key();
+        let mut charge =
+            Charge { shared: None, method, held: None, costs: Costs::default(), pays: 0, exempt: true };
+        if peer.is_agent() {
+            return Ok(Admitted { peer, charge, slot: None });
+        }
+        let shared = &self.shared;
+        let plan = shared.plan.load();
+        let choice = plan.caller.choose(&caller, method);
+        let limit = shared.limit(choice.rule);
+        charge.shared = Some(Arc::clone(shared));
+        charge.costs = choice.rule.costs;
+        charge.exempt = limit == Limit::Exempt;
+        let ask = Ask { plan: &plan, stage: Stage::Caller, method, dry: plan.dry || choice.rule.dry_run };
+        let who = || match choice.shared {
+            Some(pattern) => Name::Callers((**pattern).clone()),
+            None => Name::Caller(caller),
+        };
+        let own_type = match (choice.shared, caller) {
+            (Some(_), _) => KeyType::Shared,
+            (None, CallerKey::Uid(_)) => KeyType::Uid,
+            (None, CallerKey::Pod(_)) => KeyType::Pod,
+        };
+        match limit {
+            Limit::Exempt | Limit::Unlimited => {
+                shared.counters.count(Stage::Caller, Some(method), own_type, Outcome::Allowed);
+            }
+            Limit::Block => {
+                shared.refuse(&ask, own_type, Reason::Blocked, Duration::MAX, who)?;
+            }
+            Limit::Quota(quota) => {
+                let key = shared.caller_key(caller, method, &choice);
+                let cost = choice.rule.costs.answer;
+                let done =
+                    shared.callers().hold(shared.now(), key, quota, cost, || Heavy::new(who(), method.rpc()));
+                match done {
+                    Ok((place, level)) => {
+                        charge.held = Some(Held { key, place, quota, level, cost });
+                        charge.pays = cost;
+                        let outcome = Outcome::Allowed;
+                        shared.counters.count(Stage::Caller, Some(method), type_at(place, own_type), outcome);
+                        shared.count_soft(&plan, Stage::Caller, level);
+                    }
+                    Err(wait) => shared.refuse(&ask, own_type, Reason::Rate, wait, who)?,
+                }
+            }
+        }
+        let refund = |charge: &mut Charge, refusal| {
+            charge.pays = 0;
+            Err(refusal)
+        };
+        let slot = if charge.exempt { None } else { Some(shared.slots.take(caller)) };
+        let slot = match slot.transpose() {
+            Ok(slot) => slot,
+            Err(full) => {
+                let (stage, key_type) = match full {
+                    Full::Share => (Stage::Caller, own_type),
+                    Full::Node => (Stage::Node, KeyType::Node),
+                };
+                let ask = Ask { stage, dry: plan.dry, ..ask };
+                match shared.refuse(&ask, key_type, Reason::InFlight, SHORT_WAIT, || Name::Caller(caller)) {
+                    Ok(()) => None,
+                    Err(refusal) => return refund(&mut charge, refusal),
+                }
+            }
+        };
+        if !method.has_identity()
+            && !charge.exempt
+            && let Err(refusal) = shared.charge_node(&plan, method)
+        {
+            return refund(&mut charge, refusal);
+        }
+        Ok(Admitted { peer, charge, slot })
     }
 
-    /// Charges a call to the identities it is answered with: all of them, or none.
+    /// Charges an admitted call to the identities it is answered with: all of them, or none. `entries` in the order
+    /// in which they are served, the default identity first; bundle calls are charged to that one alone. Attestation is over
+    /// then, and its slot is free.
+    ///
+    /// Entries that share a bucket (the same SPIFFE ID, or a mask) are charged to it once.
     ///
     /// # Errors
-    /// [`Refusal`] when one of them has no tokens left.
-    pub fn admit_identities(&self, _entries: &[AuthorizedEntry], _method: Method) -> Result<(), Refusal> {
-        Ok(())
+    /// [`Refusal`] when one of them has no tokens left; nothing was charged then, and the caller's tokens are given back.
+    pub fn admit_identities<P>(
+        &self,
+        admitted: &mut Admitted<P>,
+        entries: &[AuthorizedEntry],
+    ) -> Result<(), Refusal> {
+        admitted.slot = None;
+        let charge = &mut admitted.charge;
+        let method = charge.method;
+        if charge.shared.is_none() || !method.has_identity() {
+            return Ok(());
+        }
+        let entries = if method.is_bundles() { entries.get(..1).unwrap_or(entries) } else { entries };
+        let done = self.shared.charge_identities(method, entries, charge.exempt);
+        if done.is_err() {
+            charge.pays = 0;
+        }
+        done
+    }
+
+    /// The heaviest callers and identities: those that were refused most, then those that were served most.
+    pub fn heaviest(&self, n: usize) -> Vec<(Stage, Heavy)> {
+        let callers = self.shared.callers().heaviest(n).into_iter().map(|heavy| (Stage::Caller, heavy));
+        let mut all: Vec<_> = callers.collect();
+        all.extend(
+            self.shared.identities().table.heaviest(n).into_iter().map(|heavy| (Stage::Identity, heavy)),
+        );
+        all.sort_by(|(_, a), (_, b)| b.weight().cmp(&a.weight()));
+        all.truncate(n);
+        all
+    }
+
+    /// What is left to a caller for a method: tokens and burst. `None` where no bucket limits it.
+    pub fn left_to_caller(&self, caller: CallerKey, method: Method) -> Option<(u32, u32)> {
+        let shared = &*self.shared;
+        let plan = shared.plan.load();
+        let choice = plan.caller.choose(&caller, method);
+        let Limit::Quota(quota) = shared.limit(choice.rule) else { return None };
+        let key = shared.caller_key(caller, method, &choice);
+        let left = shared.callers().left(shared.now(), key, quota);
+        Some((left.unwrap_or(quota.burst()), quota.burst()))
+    }
+
+    /// What is left to an identity for a method, as [`Limits::left_to_caller`].
+    pub fn left_to_identity(&self, id: &SpiffeId, method: Method) -> Option<(u32, u32)> {
+        let shared = &*self.shared;
+        let plan = shared.plan.load();
+        let choice = plan.identity.choose(id, method);
+        let Limit::Quota(quota) = shared.limit(choice.rule) else { return None };
+        let key = shared.identity_key(id, method, &choice);
+        let left = shared.identities().table.left(shared.now(), key, quota);
+        Some((left.unwrap_or(quota.burst()), quota.burst()))
+    }
+
+    /// What is worth a log line since this was last asked; ask about once a second. Bounded, however many are refused.
+    pub fn events(&self) -> Vec<Event> {
+        let now = self.shared.now();
+        self.shared.refusing().drain(now)
+    }
+
+    /// Notes a refusal by the gate, so that its beginning and end are told with the others'.
+    pub(super) fn note_refused_connection(&self, caller: CallerKey) {
+        let now = self.shared.now();
+        self.shared.refusing().note(now, Stage::Gate, &Name::Caller(caller));
+    }
+
+    /// How many callers' and identities' buckets are known. Also sets the gauges.
+    pub fn keys(&self) -> (usize, usize) {
+        let (callers, identities) = (self.shared.callers().len(), self.shared.identities().table.len());
+        let gauges = &self.shared.counters.keys;
+        for (gauge, number) in gauges.iter().skip(1).zip([callers, identities]) {
+            gauge.set(u32::try_from(number).map_or(f64::MAX, f64::from));
+        }
+        (callers, identities)
+    }
+
+    /// Forgets every full bucket: for when memory is short.
+    pub fn shrink(&self) {
+        let now = self.shared.now();
+        self.shared.callers().forget_full(now);
+        self.shared.identities().table.forget_full(now);
+    }
+
+    /// The counters, which the gate shares.
+    pub(super) fn counters(&self) -> &Counters {
+        &self.shared.counters
+    }
+
+    /// Time as the buckets have it, which the gate shares.
+    pub(super) fn now(&self) -> u64 {
+        self.shared.now()
     }
 }
 
-impl Refusal {
-    /// What the caller is told.
-    pub fn code(&self) -> tonic::Code {
-        tonic::Code::ResourceExhausted
+/// What a refusal is made of, besides its reason.
+#[derive(Clone, Copy)]
+struct Ask<'a> {
+    plan: &'a Plan,
+    stage: Stage,
+    method: Method,
+    dry: bool,
+}
+
+fn type_at(place: Place, own: KeyType) -> KeyType {
+    match place {
+        Place::Own => own,
+        Place::Overflow | Place::Stray => KeyType::Overflow,
+    }
+}
+
+impl Shared {
+    fn now(&self) -> u64 {
+        self.started.nanos()
+    }
+
+    fn callers(&self) -> MutexGuard<'_, Table> {
+        self.callers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn identities(&self) -> MutexGuard<'_, Identities> {
+        self.identities.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn refusing(&self) -> MutexGuard<'_, Refusing> {
+        self.refusing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The limit that holds now. Reads the time of day only for a rule that has windows.
+    fn limit(&self, rule: &Rule) -> Limit {
+        if rule.schedule.is_empty() {
+            return rule.limit;
+        }
+        let since = self.wall.now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let unix = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
+        rule.schedule.at(unix).copied().unwrap_or(rule.limit)
+    }
+
+    fn caller_key(&self, caller: CallerKey, method: Method, choice: &Choice<'_, CallerPattern>) -> Key {
+        match choice.shared {
+            None => Key { hash: self.hasher.hash((0, caller, method.index())), parent: caller.parent() },
+            // The text and not its place in a list, which a reload may change. It is its own parent: nobody can make more.
+            Some(pattern) => {
+                let hash = self.hasher.hash((1, pattern.as_ref(), method.index()));
+                Key { hash, parent: hash[1] | 1 << 63 }
+            }
+        }
+    }
+
+    fn identity_key(&self, id: &SpiffeId, method: Method, choice: &Choice<'_, IdPattern>) -> Key {
+        let hash = match choice.shared {
+            None => self.hasher.hash((0, id, method.index())),
+            Some(mask) => self.hasher.hash((1, Masked { mask, id, method })),
+        };
+        // Identities are the admin's to make: overflow is parted at random, in 256.
+        Key { hash, parent: hash[1] >> 56 }
+    }
+
+    /// Counts a refusal, and says it: or lets the call pass when it is only a rehearsal.
+    fn refuse(
+        &self,
+        ask: &Ask<'_>,
+        key_type: KeyType,
+        reason: Reason,
+        retry_after: Duration,
+        who: impl FnOnce() -> Name,
+    ) -> Result<(), Refusal> {
+        let Ask { plan, stage, method, dry } = *ask;
+        if dry {
+            self.counters.count(stage, Some(method), key_type, Outcome::WouldRefuse(reason));
+            return Ok(());
+        }
+        self.counters.count(stage, Some(method), key_type, Outcome::Refused(reason));
+        let shed = stage == Stage::Node;
+        if !shed {
+            self.refusing().note(self.now(), stage, &who());
+        }
+        let status = if shed { RejectionStatus::Unavailable } else { plan.status };
+        Err(Refusal { method, stage, key_type, reason, retry_after, shed, status })
+    }
+
+    fn count_soft(&self, plan: &Plan, stage: Stage, level: Level) {
+        for (at, percent) in plan.soft.steps() {
+            if level.crossed(percent) {
+                self.counters.count_soft(stage, at);
+            }
+        }
+    }
+
+    fn charge_node(&self, plan: &Plan, method: Method) -> Result<(), Refusal> {
+        let node = self.node.load();
+        let Some(Node { bucket, .. }) = node.get(method.index()).and_then(Option::as_ref) else {
+            return Ok(());
+        };
+        match bucket.check() {
+            Ok(()) => {
+                self.counters.count(Stage::Node, Some(method), KeyType::Node, Outcome::Allowed);
+                Ok(())
+            }
+            Err(not_until) => {
+                let wait = not_until.wait_time_from(Nanos::new(self.now()));
+                let ask = Ask { plan, stage: Stage::Node, method, dry: plan.dry || plan.node_dry };
+                self.refuse(&ask, KeyType::Node, Reason::Rate, wait, || Name::Caller(CallerKey::Uid(0)))
+            }
+        }
+    }
+
+    fn charge_identities(
+        &self,
+        method: Method,
+        entries: &[AuthorizedEntry],
+        caller_exempt: bool,
+    ) -> Result<(), Refusal> {
+        let plan = self.plan.load();
+        let now = self.now();
+        let mut guard = self.identities();
+        let Identities { table, held } = &mut *guard;
+        held.clear();
+        let mut node_counts = entries.is_empty();
+        // Of several that refuse, the one to wait for longest.
+        let mut worst: Option<(Duration, Ask<'_>, KeyType, Reason, &SpiffeId, Option<&Arc<IdPattern>>)> =
+            None;
+        for entry in entries {
+            let id = entry.spiffe_id();
+            let choice = plan.identity.choose(id, method);
+            let own_type = if choice.shared.is_some() { KeyType::Shared } else { KeyType::SpiffeId };
+            let limit = self.limit(choice.rule);
+            node_counts |= limit != Limit::Exempt;
+            let (reason, wait) = match limit {
+                Limit::Exempt | Limit::Unlimited => {
+                    self.counters.count(Stage::Identity, Some(method), own_type, Outcome::Allowed);
+                    continue;
+                }
+                Limit::Block => (Reason::Blocked, Duration::MAX),
+                Limit::Quota(quota) => {
+                    let key = self.identity_key(id, method, &choice);
+                    if held.iter().any(|other| other.key.hash == key.hash) {
+                        continue;
+                    }
+                    let cost = choice.rule.costs.answer;
+                    let who = || Heavy::new(identity_name(id, choice.shared), method.rpc());
+                    match table.hold(now, key, quota, cost, who) {
+                        Ok((place, level)) => {
+                            held.push(Held { key, place, quota, level, cost });
+                            continue;
+                        }
+                        Err(wait) => (Reason::Rate, wait),
+                    }
+                }
+            };
+            let ask =
+                Ask { plan: &plan, stage: Stage::Identity, method, dry: plan.dry || choice.rule.dry_run };
+            if ask.dry {
+                self.counters.count(Stage::Identity, Some(method), own_type, Outcome::WouldRefuse(reason));
+            } else if worst.as_ref().is_none_or(|(longest, ..)| *longest < wait) {
+                worst = Some((wait, ask, own_type, reason, id, choice.shared));
+            }
+        }
+        let refusal = match worst {
+            Some((wait, ask, key_type, reason, id, shared)) => {
+                self.refuse(&ask, key_type, reason, wait, || identity_name(id, shared))
+            }
+            None if node_counts && !caller_exempt => self.charge_node(&plan, method),
+            None => Ok(()),
+        };
+        for it in held.drain(..) {
+            let pays = if refusal.is_ok() { it.cost } else { 0 };
+            table.settle(now, it.key, it.place, it.quota, it.cost, pays);
+            if refusal.is_ok() {
+                let key_type = type_at(it.place, KeyType::SpiffeId);
+                self.counters.count(Stage::Identity, Some(method), key_type, Outcome::Allowed);
+                self.count_soft(&plan, Stage::Identity, it.level);
+            }
+        }
+        refusal
+    }
+}
+
+fn identity_name(id: &SpiffeId, mask: Option<&Arc<IdPattern>>) -> Name {
+    match mask {
+        None => Name::Identity(id.clone()),
+        Some(mask) => Name::Masked(id.clone(), Arc::clone(mask)),
+    }
+}
+
+/// A key that is the same for all identities that share a bucket.
+struct Masked<'a> {
+    mask: &'a IdPattern,
+    id: &'a SpiffeId,
+    method: Method,
+}
+
+impl std::hash::Hash for Masked<'_> {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.mask.hash(state);
+        self.method.index().hash(state);
+        for text in self.mask.names(self.id) {
+            text.hash(state);
+        }
     }
 }

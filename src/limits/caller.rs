@@ -36,14 +36,85 @@ impl fmt::Debug for CallerKey {
     }
 }
 
+impl CallerKey {
+    /// Parses the UID of a pod as Kubernetes writes it, with dashes; also with underscores, or with neither.
+    pub fn parse_pod(text: &str) -> Option<Self> {
+        let mut uid = [0; 16];
+        let mut digits = text.bytes().filter(|b| !matches!(b, b'-' | b'_'));
+        let mut digit = || char::from(digits.next()?).to_digit(16).and_then(|d| u8::try_from(d).ok());
+        for byte in &mut uid {
+            *byte = digit()? << 4 | digit()?;
+        }
+        (digit().is_none() && matches!(text.len(), 32 | 36)).then_some(Self::Pod(uid))
+    }
+
+    /// Who could bring more callers like this one into being, and shares an overflow bucket with them for it.
+    ///
+    /// A user of a user namespace owns a range of 65,536 UIDs (subuid(5)) and can run a process under each; the users
+    /// below 65,536 and the pods are made by the node's and the cluster's admins.
+    pub(super) fn parent(self) -> u64 {
+        match self {
+            Self::Uid(uid) if uid < 1 << 16 => u64::from(uid),
+            Self::Uid(uid) => 1 << 32 | u64::from(uid >> 16),
+            // Folded: two pods that meet share an overflow bucket, no more. Pod UIDs are random, made by the API server.
+            Self::Pod(uid) => uid.chunks_exact(8).fold(1 << 33, |sum, half| {
+                sum ^ half.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte))
+            }),
+        }
+    }
+}
+
 /// A process at the socket, as far as the limits care.
 pub trait Caller {
     /// Whom to charge.
     fn caller_key(&self) -> CallerKey;
+
+    /// Whether it is the agent itself, asking for its own health: such calls are exempt from everything.
+    fn is_agent(&self) -> bool {
+        false
+    }
 }
 
 impl<C: Caller> Caller for std::sync::Arc<C> {
     fn caller_key(&self) -> CallerKey {
         (**self).caller_key()
+    }
+
+    fn is_agent(&self) -> bool {
+        (**self).is_agent()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pods_are_written_in_three_ways() {
+        let uid = "0f9c2a4e-8d31-4b7a-9c55-01e2d3f4a5b6";
+        let bare: String = uid.chars().filter(|c| *c != '-').collect();
+        for (case, text, parses) in [
+            ("dashes", uid, true),
+            ("underscores", &*uid.replace('-', "_"), true),
+            ("bare", &*bare, true),
+            ("short", &uid[1..], false),
+            ("long", &*format!("{uid}0"), false),
+            ("not hex", &*uid.replace('f', "g"), false),
+            ("empty", "", false),
+            ("only dashes", &*"-".repeat(36), false),
+            ("not ascii", "\u{e9}9c2a4e-8d31-4b7a-9c55-01e2d3f4a5b6", false),
+        ] {
+            let got = CallerKey::parse_pod(text);
+            assert_eq!(got.map(|key| key.to_string()), parses.then(|| format!("pod:{uid}")), "{case}");
+        }
+    }
+
+    #[test]
+    fn a_range_of_subordinate_uids_has_one_parent() {
+        let parent = |uid| CallerKey::Uid(uid).parent();
+        assert_eq!(parent(0x2_0000), parent(0x2_ffff));
+        assert_ne!(parent(0x2_0000), parent(0x3_0000));
+        assert_ne!(parent(1000), parent(1001));
+        assert_ne!(parent(2), parent(0x2_0000), "a user is not the range with its number");
     }
 }

@@ -1,0 +1,284 @@
+//! How much memory the agent may use, and what it does as that runs out.
+//!
+//! The budget is the cgroup's limit, or what is set. What is used (the resident set, which others read) becomes one of four
+//! steps by a pure function; whoever asks it acts: caches shrink first, then connections stop growing, then the heaviest
+//! caller loses its own. Established streams of others are never cut. The figures for what things cost are for accounts and for
+//! the number of connections that fit; they were measured, and are rounded up.
+
+use std::{fs, path::Path};
+
+use super::SettingsError;
+
+/// Live heap of an HTTP/2 connection with one stream (h2's fixed buffers, for the most part).
+pub const CONNECTION: u64 = 40 * 1024;
+/// A known key in the table of a stage, with its share of the index and its parent.
+pub const KEY: u64 = 192;
+/// A cached JWT-SVID with its key, for an audience of ordinary length.
+pub const CACHED_JWT_SVID: u64 = 2 * 1024;
+/// A cached X.509-SVID with its key, encoded once.
+pub const CACHED_X509_SVID: u64 = 4 * 1024;
+
+/// Where the budget comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MemoryLimit {
+    /// The lowest limit of the agent's cgroup and those above it; no budget where there is none.
+    #[default]
+    Cgroup,
+    /// So many bytes; at least 8 MiB.
+    Bytes(u64),
+}
+
+/// When memory is short, in percent of the budget used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// The budget.
+    pub limit: MemoryLimit,
+    /// From here on caches shrink. Default 70.
+    pub shrink_caches_at: u8,
+    /// From here on connections do not grow. Default 85.
+    pub refuse_new_at: u8,
+    /// From here on the heaviest caller's connections are closed. Default 95.
+    pub close_heaviest_at: u8,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { limit: MemoryLimit::Cgroup, shrink_caches_at: 70, refuse_new_at: 85, close_heaviest_at: 95 }
+    }
+}
+
+impl Settings {
+    pub(super) fn check(&self) -> Result<(), SettingsError> {
+        if let MemoryLimit::Bytes(bytes) = self.limit
+            && bytes < 8 << 20
+        {
+            return Err(SettingsError::Memory { what: "limit", bound: "at least 8 MiB" });
+        }
+        let steps = [self.shrink_caches_at, self.refuse_new_at, self.close_heaviest_at];
+        if !steps.is_sorted_by(|a, b| a < b) || !(1..=100).contains(&self.shrink_caches_at) || steps[2] > 100
+        {
+            let bound = "rising, and from 1 to 100 (percent)";
+            return Err(SettingsError::Memory {
+                what: "shrink_caches_at, refuse_new_at, close_heaviest_at",
+                bound,
+            });
+        }
+        Ok(())
+    }
+
+    /// The budget in bytes, given the cgroup's limit.
+    pub fn budget(&self, cgroup: Option<u64>) -> Option<u64> {
+        match self.limit {
+            MemoryLimit::Cgroup => cgroup,
+            MemoryLimit::Bytes(bytes) => Some(bytes),
+        }
+    }
+
+    /// How short memory is when `used` bytes of `budget` are used.
+    pub fn step(&self, used: u64, budget: u64) -> Pressure {
+        let reached = |percent: u8| u128::from(used) * 100 >= u128::from(budget) * u128::from(percent);
+        if reached(self.close_heaviest_at) {
+            Pressure::CloseHeaviest
+        } else if reached(self.refuse_new_at) {
+            Pressure::RefuseNew
+        } else if reached(self.shrink_caches_at) {
+            Pressure::ShrinkCaches
+        } else {
+            Pressure::None
+        }
+    }
+}
+
+/// How short memory is. Each step does what those before it do, too.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Pressure {
+    /// It is not.
+    #[default]
+    None,
+    /// Forget what can be made again: cached SVIDs that nobody holds, full buckets ([`super::Limits::shrink`]).
+    ShrinkCaches,
+    /// Callers that hold connections get no more. One that holds none still may have its first: else whoever fills memory
+    /// would lock the others out.
+    RefuseNew,
+    /// Nobody gets a connection, and those of the heaviest caller ([`super::Gate::heaviest`]) are closed.
+    CloseHeaviest,
+}
+
+impl Pressure {
+    pub(super) fn rank(self) -> u8 {
+        match self {
+            Self::None => 0,
+            Self::ShrinkCaches => 1,
+            Self::RefuseNew => 2,
+            Self::CloseHeaviest => 3,
+        }
+    }
+}
+
+/// What is there that takes memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Accounted {
+    /// Connections.
+    pub connections: u64,
+    /// Keys in all tables.
+    pub keys: u64,
+    /// Cached JWT-SVIDs.
+    pub jwt_svids: u64,
+    /// Cached X.509-SVIDs.
+    pub x509_svids: u64,
+}
+
+impl Accounted {
+    /// What that takes, in bytes, as this module reckons it.
+    pub fn bytes(&self) -> u64 {
+        let Self { connections, keys, jwt_svids, x509_svids } = *self;
+        [(connections, CONNECTION), (keys, KEY), (jwt_svids, CACHED_JWT_SVID), (x509_svids, CACHED_X509_SVID)]
+            .into_iter()
+            .fold(0, |sum: u64, (number, each)| sum.saturating_add(number.saturating_mul(each)))
+    }
+}
+
+impl super::Limits {
+    /// Sets the gauge of accounted memory.
+    pub fn account(&self, accounted: Accounted) {
+        let kib = u32::try_from(accounted.bytes() / 1024).unwrap_or(u32::MAX);
+        self.counters().accounted.set(f64::from(kib) * 1024.0);
+    }
+}
+
+/// The lowest memory limit of a process's cgroup and of those above it, in bytes: `memory.max` and `memory.high` of version 2,
+/// `memory.limit_in_bytes` of version 1. `membership` is `/proc/self/cgroup`, `mount` is `/sys/fs/cgroup`. `None` where there is
+/// no limit, or nothing can be read: then there is no budget but a set one.
+pub fn limit_of_cgroup(membership: &Path, mount: &Path) -> Option<u64> {
+    let text = fs::read_to_string(membership).ok()?;
+    let of_line = |line: &str| {
+        let (_, rest) = line.split_once(':')?;
+        let (controllers, path) = rest.split_once(':')?;
+        if controllers.is_empty() {
+            lowest(&[mount.to_owned(), mount.join("unified")], path, &["memory.max", "memory.high"])
+        } else if controllers.split(',').any(|it| it == "memory") {
+            lowest(&[mount.join("memory")], path, &["memory.limit_in_bytes"])
+        } else {
+            None
+        }
+    };
+    text.lines().filter_map(of_line).min()
+}
+
+/// The lowest number in any of `files`, in the directory `path` below each of `roots` and all above it. A container sees
+/// its own cgroup as the root, and perhaps a path that is not there: what is missing has no limit.
+fn lowest(roots: &[std::path::PathBuf], path: &str, files: &[&str]) -> Option<u64> {
+    let relative = Path::new(path.trim_start_matches('/'));
+    // Version 1 writes "no limit" as a number near 2^63.
+    let number = |file: &Path| {
+        let text = fs::read_to_string(file).ok()?;
+        text.trim().parse::<u64>().ok().filter(|bytes| *bytes < 1 << 60)
+    };
+    let plain = relative.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+    let relative = if plain { relative } else { Path::new("") };
+    roots
+        .iter()
+        .flat_map(|root| relative.ancestors().map(|below| root.join(below)))
+        .flat_map(|directory| files.iter().filter_map(move |file| number(&directory.join(file))))
+        .min()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_runs_short_step_by_step() {
+        let settings = Settings::default();
+        let mib = |n: u64| n << 20;
+        for (used, want) in [
+            (0, Pressure::None),
+            (mib(69), Pressure::None),
+            (mib(70), Pressure::ShrinkCaches),
+            (mib(84), Pressure::ShrinkCaches),
+            (mib(85), Pressure::RefuseNew),
+            (mib(95), Pressure::CloseHeaviest),
+            (u64::MAX, Pressure::CloseHeaviest),
+        ] {
+            assert_eq!(settings.step(used, mib(100)), want, "{used}");
+        }
+        assert_eq!(settings.step(1, 0), Pressure::CloseHeaviest, "no budget at all is used up");
+        assert!(
+            Pressure::ShrinkCaches < Pressure::RefuseNew && Pressure::RefuseNew < Pressure::CloseHeaviest
+        );
+    }
+
+    #[test]
+    fn settings_that_contradict_are_errors() {
+        let usual = Settings::default();
+        for (case, settings, fits) in [
+            ("usual", usual, true),
+            ("falling", Settings { refuse_new_at: 60, ..usual }, false),
+            ("equal", Settings { refuse_new_at: 70, ..usual }, false),
+            ("over 100", Settings { close_heaviest_at: 101, ..usual }, false),
+            ("zero", Settings { shrink_caches_at: 0, ..usual }, false),
+            ("small", Settings { limit: MemoryLimit::Bytes(1), ..usual }, false),
+            ("set", Settings { limit: MemoryLimit::Bytes(24 << 20), ..usual }, true),
+        ] {
+            assert_eq!(settings.check().is_ok(), fits, "{case}");
+        }
+        let set = Settings { limit: MemoryLimit::Bytes(24 << 20), ..usual };
+        assert_eq!(
+            (set.budget(Some(1)), usual.budget(Some(1)), usual.budget(None)),
+            (Some(24 << 20), Some(1), None)
+        );
+    }
+
+    #[test]
+    fn the_lowest_limit_of_all_cgroups_above_counts() {
+        for (case, membership, files, want) in [
+            ("v2", "0::/a/b\n", &[("a/b/memory.max", "25165824\n")][..], Some(25_165_824)),
+            ("v2 no limit", "0::/a/b\n", &[("a/b/memory.max", "max\n")], None),
+            (
+                "v2 above is lower",
+                "0::/a/b\n",
+                &[("a/b/memory.max", "200\n"), ("a/memory.max", "100\n")],
+                Some(100),
+            ),
+            ("v2 high", "0::/a\n", &[("a/memory.max", "200\n"), ("a/memory.high", "150\n")], Some(150)),
+            ("v2 container", "0::/\n", &[("memory.max", "300\n")], Some(300)),
+            ("v2 path of the host", "0::/kubepods/x\n", &[("memory.max", "300\n")], Some(300)),
+            ("v1", "5:cpu:/a\n4:memory:/a\n", &[("memory/a/memory.limit_in_bytes", "100\n")], Some(100)),
+            (
+                "v1 no limit",
+                "4:memory:/a\n",
+                &[("memory/a/memory.limit_in_bytes", "9223372036854771712\n")],
+                None,
+            ),
+            ("v1 joined", "4:cpu,memory:/a\n", &[("memory/a/memory.limit_in_bytes", "7\n")], Some(7)),
+            (
+                "hybrid",
+                "4:memory:/a\n0::/a\n",
+                &[("unified/a/memory.max", "50\n"), ("memory/a/memory.limit_in_bytes", "40\n")],
+                Some(40),
+            ),
+            ("out of the tree", "0::/../../etc\n", &[("memory.max", "5\n")], Some(5)),
+            ("nothing", "", &[], None),
+            ("no sense", "memory\n::\n:::::\n", &[("memory.max", "x\n")], None),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let root = dir.path().join("cgroup");
+            fs::create_dir_all(&root).unwrap();
+            fs::write(dir.path().join("self"), membership).unwrap();
+            for (file, text) in files {
+                let file = root.join(file);
+                fs::create_dir_all(file.parent().unwrap()).unwrap();
+                fs::write(file, text).unwrap();
+            }
+            assert_eq!(limit_of_cgroup(&dir.path().join("self"), &root), want, "{case}");
+        }
+        assert_eq!(limit_of_cgroup(Path::new("/nowhere/at/all"), Path::new("/nowhere")), None);
+    }
+
+    #[test]
+    fn accounts_add_up() {
+        let some = Accounted { connections: 2, keys: 3, jwt_svids: 1, x509_svids: 1 };
+        assert_eq!(some.bytes(), 2 * CONNECTION + 3 * KEY + CACHED_JWT_SVID + CACHED_X509_SVID);
+        assert_eq!(Accounted { connections: u64::MAX, keys: 1, ..Accounted::default() }.bytes(), u64::MAX);
+    }
+}

@@ -1,0 +1,397 @@
+//! The gate at accept: who may hold how many connections, and open how many anew.
+//!
+//! A connection costs descriptors and memory before anything was asked for, so the first decision is made here. In this
+//! order: blocked; the caller's open connections; its rate of new ones; the node's connections. Of the last, a part
+//! (`reserve`) is kept for callers that hold none: however many one caller opens, and however many callers do, there is
+//! one for the next that comes. Admin connections have places of their own.
+//!
+//! A decision is a table look-up: it waits for nobody, so no caller's connection stands behind another's. Callers with open
+//! connections are counted in a map that cannot have more keys than there are connections, and are never forgotten.
+
+use std::{
+    num::NonZeroU32,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU8, Ordering},
+    },
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use hashbrown::{HashMap, hash_map::Entry};
+
+use super::{
+    Limits, Settings, SettingsError,
+    bucket::{Hasher, Key, Place, Quota, Table},
+    budget::{self, Pressure},
+    caller::CallerKey,
+    counters::{KeyType, Outcome, Reason, Stage},
+    policy::{self, CallerPattern, Limit, Override, Pattern, Share},
+    report::{Heavy, Name},
+};
+
+/// A socket, and the pidfd of the process behind it.
+pub const DESCRIPTORS_PER_CONNECTION: u64 = 2;
+/// Kept for all that is no connection: listeners, logs, files being read.
+pub const OTHER_DESCRIPTORS: u64 = 64;
+
+/// What one caller may.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GateRule {
+    /// Connections at once. Default 64.
+    pub connections: NonZeroU32,
+    /// New connections. `Exempt` and `Unlimited` free from the number of connections too, within those of the node. Default: 100 a
+    /// second, 200 at once.
+    pub rate: Limit,
+    /// Refusals by this rule are counted as `would_exceed`, and let pass.
+    pub dry_run: bool,
+}
+
+impl Default for GateRule {
+    fn default() -> Self {
+        Self {
+            connections: NonZeroU32::MIN.saturating_add(63),
+            rate: Limit::Quota(Quota::constant(100, 200)),
+            dry_run: false,
+        }
+    }
+}
+
+/// The gate's settings.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GateSettings {
+    /// For every caller.
+    pub default: GateRule,
+    /// For callers that match. The methods of an override are not looked at; buckets cannot be shared here.
+    pub overrides: Vec<Override<CallerPattern, GateRule>>,
+    /// Connections of the node. Default: what RLIMIT_NOFILE has room for at [`DESCRIPTORS_PER_CONNECTION`] each, and half of
+    /// the memory budget at [`budget::CONNECTION`] each; the lower of both.
+    pub connections: Option<NonZeroU32>,
+    /// Of which so many are kept for callers that hold none. Default 64; at most half of the connections count.
+    pub reserve: u32,
+    /// Connections to the admin socket, in addition. Default 8.
+    pub admin: u32,
+}
+
+impl Default for GateSettings {
+    fn default() -> Self {
+        Self { default: GateRule::default(), overrides: Vec::new(), connections: None, reserve: 64, admin: 8 }
+    }
+}
+
+/// Why a connection is not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("connection refused by the {} limits: {}", stage.label(), reason.label())]
+pub struct GateRefusal {
+    /// [`Stage::Gate`] for the caller's own limits, [`Stage::Node`] for what all share.
+    pub stage: Stage,
+    /// Why.
+    pub reason: Reason,
+    /// When a connection would pass, as far as that depends on time; else zero.
+    pub retry_after: Duration,
+}
+
+/// The settings, checked.
+#[derive(Debug)]
+pub(super) struct Rules {
+    default: GateRule,
+    overrides: Vec<Override<Arc<CallerPattern>, GateRule>>,
+}
+
+impl Rules {
+    pub(super) fn new(settings: &GateSettings) -> Result<Self, SettingsError> {
+        let policy = |source| SettingsError::Policy { stage: "gate", source };
+        if settings.overrides.iter().any(|it| it.share == Share::Together) {
+            return Err(SettingsError::Gate { what: "share", value: 1, bound: "absent: it is for calls" });
+        }
+        if let Some(connections) = settings.connections
+            && settings.reserve >= connections.get()
+        {
+            let value = u64::from(settings.reserve);
+            return Err(SettingsError::Gate { what: "reserve", value, bound: "below connections" });
+        }
+        let overrides = policy::arrange(&settings.overrides).map_err(policy)?;
+        Ok(Self { default: settings.default.clone(), overrides })
+    }
+
+    fn of(&self, caller: &CallerKey) -> &GateRule {
+        let found = self.overrides.iter().find(|it| it.pattern.matches(caller));
+        found.and_then(|it| it.rule.as_ref()).unwrap_or(&self.default)
+    }
+}
+
+/// What the gate decides with.
+#[derive(Debug)]
+struct Plan {
+    rules: Rules,
+    /// Connections of all callers.
+    most: u32,
+    reserve: u32,
+    admin: u32,
+    dry: bool,
+}
+
+impl Plan {
+    fn new(settings: &Settings, nofile: u64, budget: Option<u64>) -> Result<Self, SettingsError> {
+        let gate = &settings.gate;
+        let rules = Rules::new(gate)?;
+        let other = OTHER_DESCRIPTORS + DESCRIPTORS_PER_CONNECTION * u64::from(gate.admin);
+        let fit = nofile.saturating_sub(other) / DESCRIPTORS_PER_CONNECTION;
+        let most = match gate.connections {
+            Some(most) if u64::from(most.get()) > fit => {
+                let connections = most.get();
+                let needed = other + DESCRIPTORS_PER_CONNECTION * u64::from(connections);
+                return Err(SettingsError::Descriptors { connections, needed, limit: nofile });
+            }
+            Some(most) => most.get(),
+            None => {
+                let in_memory = budget.map_or(u64::MAX, |budget| budget / 2 / budget::CONNECTION);
+                u32::try_from(fit.min(in_memory)).unwrap_or(u32::MAX)
+            }
+        };
+        if most < 2 {
+            return Err(SettingsError::Descriptors { connections: 2, needed: other + 4, limit: nofile });
+        }
+        let reserve = gate.reserve.min(most / 2);
+        Ok(Self { rules, most, reserve, admin: gate.admin, dry: settings.dry_run })
+    }
+}
+
+#[derive(Debug)]
+struct State {
+    rates: Table,
+    open: HashMap<CallerKey, u32, ahash::RandomState>,
+    total: u32,
+    admin: u32,
+}
+
+#[derive(Debug)]
+struct Shared {
+    plan: ArcSwap<Plan>,
+    hasher: Hasher,
+    state: Mutex<State>,
+    pressure: AtomicU8,
+    limits: Limits,
+}
+
+/// The gate. Cheap to clone; all clones are one.
+#[derive(Clone, Debug)]
+pub struct Gate {
+    shared: Arc<Shared>,
+}
+
+/// A connection that was let in; its place is free again when this is dropped.
+#[derive(Debug)]
+#[must_use = "the place is free again as soon as this is dropped"]
+pub struct Permit {
+    shared: Arc<Shared>,
+    /// `None` for the admin socket.
+    caller: Option<CallerKey>,
+}
+
+impl Gate {
+    /// A gate as the settings have it, for a process that may have `nofile` descriptors and `budget` bytes. It counts
+    /// and tells through `limits`.
+    ///
+    /// # Errors
+    /// [`SettingsError`] for settings that contradict each other or the descriptors.
+    pub fn new(
+        settings: &Settings,
+        nofile: u64,
+        budget: Option<u64>,
+        limits: &Limits,
+    ) -> Result<Self, SettingsError> {
+        let plan = Plan::new(settings, nofile, budget)?;
+        let state = State {
+            rates: Table::new(settings.keys, settings.keys / 8),
+            open: HashMap::default(),
+            total: 0,
+            admin: 0,
+        };
+        let shared = Shared {
+            plan: ArcSwap::from_pointee(plan),
+            hasher: Hasher::default(),
+            state: Mutex::new(state),
+            pressure: AtomicU8::new(0),
+            limits: limits.clone(),
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Puts other settings in force. Connections that are open stay.
+    ///
+    /// # Errors
+    /// As [`Gate::new`], and nothing has changed.
+    pub fn reload(&self, settings: &Settings, nofile: u64, budget: Option<u64>) -> Result<(), SettingsError> {
+        let plan = Plan::new(settings, nofile, budget)?;
+        self.shared.state().rates.resize(settings.keys, settings.keys / 8);
+        self.shared.plan.store(Arc::new(plan));
+        Ok(())
+    }
+
+    /// Tells how short memory is: see [`Pressure`].
+    pub fn set_pressure(&self, pressure: Pressure) {
+        self.shared.pressure.store(pressure.rank(), Ordering::Relaxed);
+    }
+
+    /// Lets a connection of `caller` in, or not; at once.
+    ///
+    /// # Errors
+    /// [`GateRefusal`]: close it.
+    pub fn open(&self, caller: CallerKey) -> Result<Permit, GateRefusal> {
+        let shared = &self.shared;
+        let plan = shared.plan.load();
+        let rule = plan.rules.of(&caller);
+        let key_type = match caller {
+            CallerKey::Uid(_) => KeyType::Uid,
+            CallerKey::Pod(_) => KeyType::Pod,
+        };
+        let now = shared.limits.now();
+        let mut state = shared.state();
+        let decided = shared.decide(&plan, rule, &mut state, caller, now);
+        let counters = shared.limits.counters();
+        let key_type_of = |stage| if stage == Stage::Node { KeyType::Node } else { key_type };
+        match decided {
+            Ok(()) => counters.count(Stage::Gate, None, key_type, Outcome::Allowed),
+            // A rehearsal ends where descriptors do: what cannot be taken is not taken.
+            Err(refusal) if (plan.dry || rule.dry_run) && state.total < plan.most => {
+                let outcome = Outcome::WouldRefuse(refusal.reason);
+                counters.count(refusal.stage, None, key_type_of(refusal.stage), outcome);
+            }
+            Err(refusal) => {
+                drop(state);
+                let outcome = Outcome::Refused(refusal.reason);
+                counters.count(refusal.stage, None, key_type_of(refusal.stage), outcome);
+                if refusal.stage == Stage::Gate {
+                    shared.limits.note_refused_connection(caller);
+                }
+                return Err(refusal);
+            }
+        }
+        *state.open.entry(caller).or_insert(0) += 1;
+        state.total += 1;
+        counters.connections.set(f64::from(state.total));
+        drop(state);
+        Ok(Permit { shared: Arc::clone(shared), caller: Some(caller) })
+    }
+
+    /// Lets a connection to the admin socket in: these have places of their own.
+    ///
+    /// # Errors
+    /// [`GateRefusal`] when they are taken.
+    pub fn open_admin(&self) -> Result<Permit, GateRefusal> {
+        let mut state = self.shared.state();
+        if state.admin >= self.shared.plan.load().admin {
+            return Err(refused(Stage::Node, Reason::Connections, Duration::ZERO));
+        }
+        state.admin += 1;
+        drop(state);
+        Ok(Permit { shared: Arc::clone(&self.shared), caller: None })
+    }
+
+    /// Connections of all callers.
+    pub fn connections(&self) -> u32 {
+        self.shared.state().total
+    }
+
+    /// The callers with the most open connections: whose to close first when memory is short.
+    pub fn heaviest(&self, n: usize) -> Vec<(CallerKey, u32)> {
+        let mut all: Vec<(CallerKey, u32)> =
+            self.shared.state().open.iter().map(|(key, n)| (*key, *n)).collect();
+        all.sort_by_key(|(_, open)| std::cmp::Reverse(*open));
+        all.truncate(n);
+        all
+    }
+
+    /// The callers that were refused and let in most.
+    pub fn report(&self, n: usize) -> Vec<Heavy> {
+        self.shared.state().rates.heaviest(n)
+    }
+
+    /// How many callers' buckets are known. Also sets the gauge.
+    pub fn keys(&self) -> usize {
+        let keys = self.shared.state().rates.len();
+        let [gauge, ..] = &self.shared.limits.counters().keys;
+        gauge.set(u32::try_from(keys).map_or(f64::MAX, f64::from));
+        keys
+    }
+}
+
+fn refused(stage: Stage, reason: Reason, retry_after: Duration) -> GateRefusal {
+    GateRefusal { stage, reason, retry_after }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The order of the module's documentation. Takes a token of the caller's rate if it lets the connection in.
+    fn decide(
+        &self,
+        plan: &Plan,
+        rule: &GateRule,
+        state: &mut State,
+        caller: CallerKey,
+        now: u64,
+    ) -> Result<(), GateRefusal> {
+        let has = state.open.get(&caller).copied().unwrap_or(0);
+        let quota = match rule.rate {
+            Limit::Block => return Err(refused(Stage::Gate, Reason::Blocked, Duration::ZERO)),
+            Limit::Exempt | Limit::Unlimited => None,
+            Limit::Quota(_) if has >= rule.connections.get() => {
+                return Err(refused(Stage::Gate, Reason::Connections, Duration::ZERO));
+            }
+            Limit::Quota(quota) => Some(quota),
+        };
+        let mut held: Option<(Key, Place, Quota)> = None;
+        if let Some(quota) = quota {
+            let key = Key { hash: self.hasher.hash(caller), parent: caller.parent() };
+            let who = || Heavy::new(Name::Caller(caller), "connections");
+            let (place, _) = state
+                .rates
+                .hold(now, key, quota, 1, who)
+                .map_err(|wait| refused(Stage::Gate, Reason::Rate, wait))?;
+            held = Some((key, place, quota));
+        }
+        let exempt = rule.rate == Limit::Exempt;
+        let shared = self.decide_shared(plan, state.total, has, exempt);
+        if let Some((key, place, quota)) = held {
+            state.rates.settle(now, key, place, quota, 1, u32::from(shared.is_ok()));
+        }
+        shared
+    }
+
+    /// What all share: the last question.
+    fn decide_shared(&self, plan: &Plan, total: u32, has: u32, exempt: bool) -> Result<(), GateRefusal> {
+        let newcomer = has == 0 || exempt;
+        let pressure = self.pressure.load(Ordering::Relaxed);
+        let short = if newcomer { Pressure::CloseHeaviest } else { Pressure::RefuseNew };
+        if pressure >= short.rank() && !exempt {
+            return Err(refused(Stage::Node, Reason::Memory, Duration::ZERO));
+        }
+        let most = if newcomer { plan.most } else { plan.most - plan.reserve };
+        if total >= most {
+            return Err(refused(Stage::Node, Reason::Connections, Duration::ZERO));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let mut state = self.shared.state();
+        let Some(caller) = self.caller else {
+            state.admin = state.admin.saturating_sub(1);
+            return;
+        };
+        state.total = state.total.saturating_sub(1);
+        if let Entry::Occupied(mut entry) = state.open.entry(caller) {
+            *entry.get_mut() -= 1;
+            if *entry.get() == 0 {
+                entry.remove();
+            }
+        }
+        self.shared.limits.counters().connections.set(f64::from(state.total));
+    }
+}

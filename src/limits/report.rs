@@ -1,0 +1,189 @@
+//! What people see: the heaviest keys, and when refusals of a key begin and end.
+//!
+//! Under load a log line per refusal is the attack. So a key that is refused is listed once, and leaves the list when it has
+//! not been refused for [`QUIET`]; both are an [`Event`] for whoever logs. The list holds [`LISTED`] keys: of more only the
+//! number of refusals is told. That bounds the lines to `2 x LISTED` per `QUIET`, whoever calls and how often.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use super::{
+    caller::CallerKey,
+    counters::Stage,
+    policy::{CallerPattern, IdPattern},
+};
+use crate::identity::SpiffeId;
+
+/// How many keys can be seen as being refused at a time.
+pub const LISTED: usize = 64;
+/// How long a key must not have been refused for its refusals to be over.
+pub const QUIET: Duration = Duration::from_secs(30);
+
+/// The key of a bucket as people know it. Never a metric label.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Name {
+    /// A caller.
+    Caller(CallerKey),
+    /// All callers that an override with a shared bucket matches.
+    Callers(CallerPattern),
+    /// A SPIFFE ID.
+    Identity(SpiffeId),
+    /// All SPIFFE IDs that share a bucket with this one by the mask.
+    Masked(SpiffeId, Arc<IdPattern>),
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Caller(caller) => write!(f, "{caller}"),
+            Self::Callers(pattern) => write!(f, "{pattern}"),
+            Self::Identity(id) => write!(f, "{id}"),
+            Self::Masked(id, mask) => mask.write_masked(id, f),
+        }
+    }
+}
+
+impl fmt::Debug for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+/// A key with what it used and was refused since its bucket was last forgotten.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Heavy {
+    /// Whose bucket.
+    pub name: Name,
+    /// What the bucket is for: the name of an RPC, or `connections`.
+    pub what: &'static str,
+    /// Calls that passed.
+    pub used: u32,
+    /// Calls that did not, or in a dry run would not have.
+    pub refused: u32,
+}
+
+impl Heavy {
+    /// A key that was not seen yet.
+    pub(super) fn new(name: Name, what: &'static str) -> Self {
+        Self { name, what, used: 0, refused: 0 }
+    }
+
+    /// What the heaviest are sorted by.
+    pub(super) fn weight(&self) -> (u32, u32) {
+        (self.refused, self.used)
+    }
+}
+
+/// What is worth a log line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A key is being refused.
+    RefusalStarted {
+        /// Where.
+        stage: Stage,
+        /// Whom.
+        name: Name,
+    },
+    /// A key has not been refused for [`QUIET`].
+    RefusalEnded {
+        /// Where.
+        stage: Stage,
+        /// Whom.
+        name: Name,
+        /// How often it was refused.
+        count: u64,
+    },
+    /// Refusals of keys that found the list full, since this was last said.
+    RefusalsUnlisted {
+        /// How many.
+        count: u64,
+    },
+}
+
+/// The keys that are being refused now.
+#[derive(Debug, Default)]
+pub(super) struct Refusing {
+    listed: Vec<Listed>,
+    unlisted: u64,
+    unlisted_told: u64,
+}
+
+#[derive(Debug)]
+struct Listed {
+    stage: Stage,
+    name: Name,
+    told: bool,
+    count: u64,
+    last: u64,
+}
+
+impl Refusing {
+    /// Notes a refusal. `name` is asked only when it is listed.
+    pub(super) fn note(&mut self, now: u64, stage: Stage, name: &Name) {
+        if let Some(listed) = self.listed.iter_mut().find(|it| it.stage == stage && it.name == *name) {
+            listed.count += 1;
+            listed.last = now;
+        } else if self.listed.len() < LISTED {
+            self.listed.push(Listed { stage, name: name.clone(), told: false, count: 1, last: now });
+        } else {
+            self.unlisted += 1;
+        }
+    }
+
+    /// What has happened since this was last asked.
+    pub(super) fn drain(&mut self, now: u64) -> Vec<Event> {
+        let mut events = Vec::new();
+        for it in self.listed.iter_mut().filter(|it| !it.told) {
+            it.told = true;
+            events.push(Event::RefusalStarted { stage: it.stage, name: it.name.clone() });
+        }
+        let quiet = u64::try_from(QUIET.as_nanos()).unwrap_or(u64::MAX);
+        for it in self.listed.extract_if(.., |it| it.last.saturating_add(quiet) <= now) {
+            events.push(Event::RefusalEnded { stage: it.stage, name: it.name, count: it.count });
+        }
+        if self.unlisted > 0 && self.unlisted_told.saturating_add(quiet) <= now {
+            events.push(Event::RefusalsUnlisted { count: std::mem::take(&mut self.unlisted) });
+            self.unlisted_told = now;
+        }
+        events
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+
+    fn name(uid: u32) -> Name {
+        Name::Caller(CallerKey::Uid(uid))
+    }
+
+    #[test]
+    fn a_refused_key_is_told_of_twice() {
+        let mut refusing = Refusing::default();
+        let stage = Stage::Caller;
+        for call in 0..1000 {
+            refusing.note(call, stage, &name(1));
+        }
+        assert_eq!(refusing.drain(SECOND), [Event::RefusalStarted { stage, name: name(1) }]);
+        refusing.note(20 * SECOND, stage, &name(1));
+        assert_eq!(refusing.drain(49 * SECOND), [], "not quiet yet");
+        assert_eq!(refusing.drain(50 * SECOND), [Event::RefusalEnded { stage, name: name(1), count: 1001 }]);
+        assert_eq!(refusing.drain(100 * SECOND), []);
+    }
+
+    #[test]
+    fn many_refused_keys_are_few_lines() {
+        let mut refusing = Refusing::default();
+        let mut lines = 0;
+        // A new key is refused each millisecond, for 10 minutes; somebody logs each second.
+        for ms in 0..600_000_u32 {
+            refusing.note(u64::from(ms) * 1_000_000, Stage::Caller, &name(ms));
+            if ms % 1000 == 0 {
+                lines += refusing.drain(u64::from(ms) * 1_000_000).len();
+            }
+        }
+        let bound = (600 / 30 + 1) * (2 * LISTED + 1);
+        assert!(lines <= bound, "{lines} lines, at most {bound}");
+    }
+}

@@ -1,0 +1,177 @@
+//! Attestations in flight: a bounded number, shared fairly, and nobody waits in a queue.
+//!
+//! A caller may have `all / (callers that have any, it included, + 1)` of them, so however many one has, there is always one
+//! left for the next that comes: with one caller it is half, with two a third. A caller that has none yet is refused only when
+//! as many callers as there are slots have one each.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use hashbrown::HashMap;
+use metrics::Gauge;
+
+use super::{NodeSettings, caller::CallerKey};
+
+/// Who is in the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Full {
+    /// The caller itself.
+    Share,
+    /// All together.
+    Node,
+}
+
+#[derive(Debug)]
+struct State {
+    all: u32,
+    per_caller: u32,
+    in_use: u32,
+    by_caller: HashMap<CallerKey, u32, ahash::RandomState>,
+}
+
+/// The slots of a node.
+#[derive(Debug)]
+pub struct Slots {
+    state: Mutex<State>,
+    gauge: Gauge,
+}
+
+/// Lets one attestation run; gives the slot back when dropped.
+#[derive(Debug)]
+#[must_use = "the slot is free again as soon as this is dropped"]
+pub struct AttestationSlot {
+    slots: Arc<Slots>,
+    caller: CallerKey,
+}
+
+impl Slots {
+    /// Slots as the settings have them.
+    pub fn new(settings: &NodeSettings, gauge: Gauge) -> Self {
+        let slots = Self {
+            state: Mutex::new(State { all: 0, per_caller: 0, in_use: 0, by_caller: HashMap::default() }),
+            gauge,
+        };
+        slots.reload(settings);
+        slots
+    }
+
+    /// Changes how many there are. Those that are out stay out.
+    pub fn reload(&self, settings: &NodeSettings) {
+        let mut state = self.lock();
+        state.all = settings.attestations.get();
+        state.per_caller = settings.attestations_per_caller.get();
+        let room = usize::try_from(state.all.min(1 << 16)).unwrap_or(0);
+        state.by_caller.reserve(room);
+    }
+
+    /// A slot, at once or not at all.
+    ///
+    /// # Errors
+    /// [`Full`] says whose doing it is.
+    pub fn take(self: &Arc<Self>, caller: CallerKey) -> Result<AttestationSlot, Full> {
+        let mut state = self.lock();
+        if state.in_use >= state.all {
+            return Err(Full::Node);
+        }
+        let has = state.by_caller.get(&caller).copied().unwrap_or(0);
+        let callers = u32::try_from(state.by_caller.len()).unwrap_or(u32::MAX).max(1);
+        let callers = if has == 0 { callers.saturating_add(1) } else { callers };
+        let share = (state.all / callers.saturating_add(1)).clamp(1, state.per_caller);
+        if has >= share {
+            return Err(Full::Share);
+        }
+        *state.by_caller.entry(caller).or_insert(0) += 1;
+        state.in_use += 1;
+        self.gauge.set(f64::from(state.in_use));
+        drop(state);
+        Ok(AttestationSlot { slots: Arc::clone(self), caller })
+    }
+
+    /// How many are out.
+    pub fn in_use(&self) -> u32 {
+        self.lock().in_use
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for AttestationSlot {
+    fn drop(&mut self) {
+        let mut state = self.slots.lock();
+        state.in_use = state.in_use.saturating_sub(1);
+        if let hashbrown::hash_map::Entry::Occupied(mut entry) = state.by_caller.entry(self.caller) {
+            *entry.get_mut() -= 1;
+            if *entry.get() == 0 {
+                entry.remove();
+            }
+        }
+        self.slots.gauge.set(f64::from(state.in_use));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn slots(all: u32, per_caller: u32) -> Arc<Slots> {
+        let settings = NodeSettings {
+            attestations: NonZeroU32::new(all).unwrap(),
+            attestations_per_caller: NonZeroU32::new(per_caller).unwrap(),
+            ..NodeSettings::default()
+        };
+        Arc::new(Slots::new(&settings, Gauge::noop()))
+    }
+
+    #[test]
+    fn one_caller_has_half_and_the_next_a_third() {
+        let slots = slots(12, 12);
+        let mut held = Vec::new();
+        let mut take_all = |uid| {
+            let mut n = 0;
+            loop {
+                match slots.take(CallerKey::Uid(uid)) {
+                    Ok(slot) => held.push(slot),
+                    Err(full) => return (n, full),
+                }
+                n += 1;
+            }
+        };
+        assert_eq!(take_all(1), (6, Full::Share));
+        assert_eq!(take_all(2), (4, Full::Share));
+        assert_eq!(take_all(1), (0, Full::Share));
+        assert_eq!(take_all(3), (2, Full::Node));
+        held.clear();
+        assert_eq!(slots.in_use(), 0);
+    }
+
+    proptest! {
+        #[test]
+        fn whoever_has_none_gets_one(
+            all in 1..40_u32,
+            moves in prop::collection::vec((0..30_u32, any::<bool>()), 0..200),
+        ) {
+            let slots = slots(all, 16);
+            let mut held: Vec<AttestationSlot> = Vec::new();
+            for (uid, back) in moves {
+                if back {
+                    held.retain(|slot| slot.caller != CallerKey::Uid(uid));
+                } else if let Ok(slot) = slots.take(CallerKey::Uid(uid)) {
+                    held.push(slot);
+                }
+                prop_assert!(slots.in_use() <= all);
+                prop_assert_eq!(usize::try_from(slots.in_use()).unwrap(), held.len());
+            }
+            // Newcomers first find a slot while no other newcomer took the last one.
+            let callers = slots.lock().by_caller.len();
+            let newcomer = slots.take(CallerKey::Uid(1000));
+            if callers <= 1 && all > 1 {
+                prop_assert!(newcomer.is_ok(), "{callers} callers, {} of {all}", slots.in_use());
+            }
+        }
+    }
+}
