@@ -6,6 +6,7 @@ mod generated_code;
 mod issuer;
 mod listener;
 mod metrics;
+mod mtls;
 mod process;
 mod rotation;
 mod support;
