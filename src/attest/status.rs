@@ -123,6 +123,7 @@ mod tests {
 
     #[test]
     fn parse_takes_effective_ids_and_groups() {
+        let before = |what| REAL.split_once(what).unwrap().0.to_owned();
         let is = |uid, gid, groups: &[u32]| Ok(Status { uid, gid, groups: groups.to_vec() });
         for (case, text, want) in [
             ("a real one", REAL.to_owned(), is(1001, 101, &[4, 24, 100])),
@@ -138,12 +139,8 @@ mod tests {
             ("a name of the word", REAL.replace("bash", "Uid:"), is(1001, 101, &[4, 24, 100])),
             ("a name not in UTF-8's reach", REAL.replace("bash", "\u{fffd}"), is(1001, 101, &[4, 24, 100])),
             ("nothing", String::new(), Err(StatusError::Missing("Uid"))),
-            ("cut in Uid", REAL[..REAL.find("1001").unwrap()].to_owned(), Err(StatusError::Missing("Uid"))),
-            (
-                "cut in a group's number",
-                REAL[..REAL.find("4 24").unwrap() + 3].to_owned(),
-                Err(StatusError::Missing("Groups")),
-            ),
+            ("cut in Uid", before("1001"), Err(StatusError::Missing("Uid"))),
+            ("cut in a group's number", before("24 100"), Err(StatusError::Missing("Groups"))),
             ("no gid", REAL.replace("Gid:", "Gib:"), Err(StatusError::Missing("Gid"))),
             ("two uids", REAL.to_owned() + "Uid:\t0\t0\t0\t0\n", Err(StatusError::Twice("Uid"))),
             ("two gids", REAL.to_owned() + "Gid:\t0\t0\t0\t0\n", Err(StatusError::Twice("Gid"))),

@@ -953,8 +953,9 @@ mod tests {
 
         #[test]
         fn any_bytes_are_survived(text: Vec<u8>, lines in proptest::collection::vec("[0-9]{0,2}:[a-z]{0,3}:[ -~]{0,60}", 0..4)) {
-            drop(pod_uid(&text, &KubeletRoot::default()));
-            drop(of(&lines.join("\n"), &KubeletRoot::default()));
+            let root = KubeletRoot::default();
+            prop_assert_eq!(pod_uid(&text, &root).is_some(), find(&text, &root).is_some());
+            prop_assert_eq!(of(&lines.join("\n"), &root), None);
         }
     }
 }

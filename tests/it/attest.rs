@@ -45,6 +45,7 @@ const GROUPS: [u32; 2] = [3_912_003, 3_912_004];
 /// Not a test, but the process at the other end when [`Process`] started it.
 #[test]
 #[expect(clippy::disallowed_methods, reason = "how a test process is told that it is one")]
+#[expect(clippy::exit, reason = "it is a process of its own")]
 fn as_peer() {
     let Ok(socket) = std::env::var(SOCKET) else { return };
     if std::env::var(OWNER).is_ok() {
