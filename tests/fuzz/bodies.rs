@@ -24,7 +24,10 @@ use durward::{
         jwt,
         spiffe_id::{MAX_LEN, MAX_TRUST_DOMAIN_LEN},
     },
-    peer::wire::{Budget, Filter, Flood},
+    peer::{
+        cgroup::{self, KubeletRoot},
+        wire::{Budget, Filter, Flood},
+    },
 };
 use serde_json::{Map, Value};
 use tokio::time::Instant;
@@ -32,6 +35,7 @@ use tokio::time::Instant;
 /// Every target by its name: the name of its file in `targets/` and of its folder in `corpus/`.
 pub const TARGETS: &[(&str, fn(&[u8]))] = &[
     ("bundle", bundle),
+    ("cgroup", cgroup),
     ("config", config),
     ("jwt", jwt),
     ("selector", selector),
@@ -253,6 +257,47 @@ fn check_config(text: &str, drop_in: &str, expand_env: ExpandEnv<'_>) {
         }
     }
     assert_eq!(Config::parse(&input), parsed, "the same text means the same");
+}
+
+/// A pod that is found stands in the text, whatever is below it; below a user's cgroup there is none, and a second
+/// one is a doubt. What stands before a NUL is the kubelet's root.
+pub fn cgroup(data: &[u8]) {
+    let mut parts = data.splitn(2, |byte| *byte == 0);
+    let (first, second) = (parts.next().unwrap_or_default(), parts.next());
+    let named = second.and_then(|_| KubeletRoot::parse(std::str::from_utf8(first).ok()?).ok());
+    if let Some(root) = &named {
+        assert_eq!(root.to_string().as_bytes(), first);
+    }
+    let text = second.unwrap_or(first);
+    for root in [Some(KubeletRoot::default()), named].into_iter().flatten() {
+        let pod = cgroup::pod_uid(text, &root);
+        let found = cgroup::find(text, &root);
+        assert_eq!(found.map(|found| found.pod), pod);
+
+        let mut lines = text.strip_suffix(b"\n").unwrap_or(text).split(|byte| *byte == b'\n');
+        let of_user: Vec<u8> = lines.clone().flat_map(below_user).collect();
+        assert_eq!(cgroup::pod_uid(&of_user, &root), None, "{}", String::from_utf8_lossy(&of_user));
+
+        let Some(found) = found else { continue };
+        assert!(lines.any(|line| line == found.line));
+        assert_eq!(cgroup::pod_uid(found.line, &root), pod);
+        let deeper = [found.line, b"/../../kubepods/pod00000000-0000-0000-0000-000000000000"].concat();
+        assert_eq!(cgroup::pod_uid(&deeper, &root), pod, "below a pod");
+        let text = [text.strip_suffix(b"\n").unwrap_or(text), b"\n"].concat();
+        assert_eq!(cgroup::pod_uid(&[&text[..], b"0::/init.scope\n"].concat(), &root), pod);
+        assert_eq!(cgroup::pod_uid(&[&text[..], b"half a line"].concat(), &root), None);
+        if root == KubeletRoot::default() && pod != Some([0; 16]) {
+            let other: &[u8] = b"1:cpu:/kubepods/pod00000000-0000-0000-0000-000000000000\n";
+            assert_eq!(cgroup::pod_uid(&[&text[..], other].concat(), &root), None, "two pods");
+        }
+    }
+}
+
+/// A line whose path stands where every user may make cgroups.
+fn below_user(line: &[u8]) -> Vec<u8> {
+    let mut fields = line.splitn(3, |byte| *byte == b':');
+    let mut field = || fields.next().unwrap_or_default();
+    [field(), b":", field(), b":/user.slice/user-1000.slice", field(), b"\n"].concat()
 }
 
 /// A status that parses is the one that the kernel writes for it, and neither a name before it nor half a line after
