@@ -158,12 +158,17 @@ pub fn pod_uid(text: &[u8], root: &KubeletRoot) -> Option<PodUid> {
 pub fn find<'a>(text: &'a [u8], root: &KubeletRoot) -> Option<Found<'a>> {
     let text = text.strip_suffix(b"\n").unwrap_or(text);
     let mut found: Option<Found<'a>> = None;
+    let mut last = None;
     for line in text.split(|b| *b == b'\n') {
         // hierarchy ID : controllers : path, which may hold colons itself.
         let mut fields = line.splitn(3, |b| *b == b':');
         let (id, _controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
         if id.is_empty() || !id.iter().all(u8::is_ascii_digit) {
             return None;
+        }
+        // Most files of v1 say the same path a dozen times.
+        if last.replace(path) == Some(path) {
+            continue;
         }
         let Some(pod) = pod_of_path(path.strip_prefix(b"/")?, root) else { continue };
         match found {
