@@ -1,6 +1,14 @@
 //! The embedded issuer from outside: profiles, rotation over a clock that jumps, state on disk, and a kill at any
 //! moment.
 
+#![expect(
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::string_slice,
+    clippy::unwrap_used,
+    reason = "what fails here fails the test; the lints exempt #[test] functions, but not what they share"
+)]
+
 use std::{
     fs,
     io::{BufRead as _, BufReader},

@@ -153,7 +153,7 @@ pub(super) fn read_file(path: &Path, file: File, most: u64) -> Result<Zeroizing<
         return Err(IssuerError::FileType { path: path.to_owned(), want: "regular file" });
     }
     let too_large = |found| IssuerError::TooLarge { path: path.to_owned(), found, most };
-    let len = usize::try_from(found.len()).map_err(|_| too_large(found.len()))?;
+    let len = usize::try_from(found.len()).map_err(|_unsaid| too_large(found.len()))?;
     if found.len() > most {
         return Err(too_large(found.len()));
     }

@@ -102,7 +102,8 @@ fn claims(
     let out_of_range = |time| IssuerError::Time { time };
     let expires = unix(term.not_after).ok_or_else(|| out_of_range(term.not_after))?;
     let issued = unix(term.issued_at).ok_or_else(|| out_of_range(term.issued_at))?;
-    write!(json, r#"],"exp":{expires},"iat":{issued},"#).map_err(|_| IssuerError::Crypto("write claims"))?;
+    write!(json, r#"],"exp":{expires},"iat":{issued},"#)
+        .map_err(|_unsaid| IssuerError::Crypto("write claims"))?;
     if let Some(issuer) = issuer {
         json.extend_from_slice(br#""iss":"#);
         write_text(&mut json, issuer)?;
@@ -116,7 +117,7 @@ fn claims(
 
 /// A JSON string, escaped where it must be: an audience is the workload's own text.
 fn write_text(json: &mut Vec<u8>, text: &str) -> Result<(), IssuerError> {
-    serde_json::to_writer(json, text).map_err(|_| IssuerError::Crypto("write claims"))
+    serde_json::to_writer(json, text).map_err(|_unsaid| IssuerError::Crypto("write claims"))
 }
 
 /// A new key ID: random letters and digits.

@@ -178,14 +178,14 @@ impl rcgen::PublicKeyData for KeyPair {
 
 impl rcgen::SigningKey for KeyPair {
     fn sign(&self, message: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
-        Self::sign(self, message).map_err(|_| rcgen::Error::RemoteKeyError)
+        Self::sign(self, message).map_err(|_unsaid| rcgen::Error::RemoteKeyError)
     }
 }
 
 /// `N` random bytes.
 pub(super) fn random<const N: usize>() -> Result<[u8; N], IssuerError> {
     let mut bytes = [0; N];
-    rand::fill(&mut bytes).map_err(|_| IssuerError::Crypto("read random bytes"))?;
+    rand::fill(&mut bytes).map_err(|_unsaid| IssuerError::Crypto("read random bytes"))?;
     Ok(bytes)
 }
 

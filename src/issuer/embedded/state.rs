@@ -203,7 +203,7 @@ impl Public for JwtKey {
         if !kid_is_ours {
             return Err("kid");
         }
-        let public_key = STANDARD.decode(&file.public_key).map_err(|_| "public_key")?;
+        let public_key = STANDARD.decode(&file.public_key).map_err(|_unsaid| "public_key")?;
         Ok(Self { kid: file.kid.clone(), public_key })
     }
 
@@ -274,7 +274,7 @@ fn read<T: Public>(file: &AuthorityFile<'_, T::File>) -> Result<Record<T>, &'sta
     let key = match &file.key {
         None => None,
         Some(text) => {
-            let key = Zeroizing::new(STANDARD.decode(text.0.as_bytes()).map_err(|_| "key")?);
+            let key = Zeroizing::new(STANDARD.decode(text.0.as_bytes()).map_err(|_unsaid| "key")?);
             if !public.owns(term, key_type, &key) {
                 return Err("key");
             }

@@ -77,7 +77,10 @@ fn read_certificates(path: &Path) -> Result<Vec<Vec<u8>>, IssuerError> {
     CertificateDer::pem_slice_iter(&text)
         .map(|certificate| certificate.map(|der| der.as_ref().to_vec()))
         .collect::<Result<_, _>>()
-        .map_err(|_| IssuerError::SuppliedCa { path: path.to_owned(), fault: SuppliedCaFault::NoCertificate })
+        .map_err(|_unsaid| IssuerError::SuppliedCa {
+            path: path.to_owned(),
+            fault: SuppliedCaFault::NoCertificate,
+        })
 }
 
 /// `None` when the file holds no key that can be used.
@@ -101,7 +104,7 @@ fn parse(chain: &[Vec<u8>]) -> Result<Vec<X509Certificate<'_>>, SuppliedCaFault>
     (1..)
         .zip(chain)
         .map(|(index, der)| match x509_parser::parse_x509_certificate(der) {
-            Ok((rest, certificate)) if rest.is_empty() => Ok(certificate),
+            Ok(([], certificate)) => Ok(certificate),
             _ => Err(SuppliedCaFault::Malformed { index }),
         })
         .collect()

@@ -92,7 +92,7 @@ impl X509Signer {
         names.push(uri(spiffe_id.as_str())?);
         for dns_name in dns_names {
             let encoded = Ia5String::try_from(dns_name.as_str());
-            names.push(SanType::DnsName(encoded.map_err(|_| IssuerError::DnsName(dns_name.clone()))?));
+            names.push(SanType::DnsName(encoded.map_err(|_unsaid| IssuerError::DnsName(dns_name.clone()))?));
         }
 
         let mut params = params(term, random_serial()?, &key)?;
