@@ -334,10 +334,7 @@ fn make_ca(
                 return Err(refuse(SuppliedCaFault::Expiring { not_after }));
             }
             let term = Term::new(now, settings.ca_ttl, Some(not_after)).ok_or(out_of_time)?;
-            let issuer = CaIssuer::Supplied {
-                issuer: &supplied.issuer,
-                has_key_identifier: supplied.has_key_identifier,
-            };
+            let issuer = CaIssuer::Supplied(&supplied);
             let certificate = x509::ca_certificate(trust_domain, term, &key, issuer)?;
             let public = X509Authority { certificate, above: supplied.chain };
             x509::try_out(&public, term, key_type, &key.pkcs8()?, trust_domain, now)?

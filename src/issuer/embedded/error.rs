@@ -320,14 +320,6 @@ pub enum SuppliedCaFault {
         /// Its issuer.
         issuer: String,
     },
-    /// A subject that cannot be repeated as the issuer of another certificate.
-    #[error(
-        "its subject ({subject}) cannot be written as an issuer: an attribute stands in it twice, or in a set, or is no text"
-    )]
-    Subject {
-        /// The subject.
-        subject: String,
-    },
     /// A verifier would refuse what the CA signs.
     #[error("a verifier would refuse its SVIDs: {0}")]
     Refused(webpki::Error),

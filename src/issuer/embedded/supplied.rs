@@ -10,13 +10,11 @@ use std::{
 };
 
 use nix::fcntl::OFlag;
-use rcgen::Issuer;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject as _};
 use webpki::{ALL_VERIFICATION_ALGS, EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 use x509_parser::{
     certificate::X509Certificate,
     extensions::{GeneralName, ParsedExtension},
-    x509::X509Name,
 };
 use zeroize::Zeroize as _;
 
@@ -30,9 +28,11 @@ const MAX_FILE_LEN: u64 = 1024 * 1024;
 
 /// A CA of the admin's, ready to sign.
 pub(super) struct SuppliedCa {
-    /// With the name and key identifier of the first certificate.
-    pub(super) issuer: Issuer<'static, KeyPair>,
-    pub(super) has_key_identifier: bool,
+    pub(super) key: KeyPair,
+    /// Its subject, DER.
+    pub(super) subject: Vec<u8>,
+    /// Its subject key identifier, if it has one.
+    pub(super) key_identifier: Option<Vec<u8>>,
     /// DER, from the CA that signs to the root.
     pub(super) chain: Vec<Vec<u8>>,
     /// When the first certificate of the chain to expire does.
@@ -54,19 +54,20 @@ impl SuppliedCa {
         let key = read_key(key_path)?.ok_or_else(|| bad_key(SuppliedCaFault::NoKey))?;
         let parsed = parse(&chain).map_err(bad_cert)?;
         check(&parsed, trust_domain, now).map_err(bad_cert)?;
-        let (Some(first), Some(first_der)) = (parsed.first(), chain.first()) else {
+        let Some(first) = parsed.first() else {
             return Err(bad_cert(SuppliedCaFault::NoCertificate));
         };
         if first.public_key().subject_public_key.data != key.public_key() {
             return Err(bad_key(SuppliedCaFault::KeyMismatch));
         }
-        let has_key_identifier = first.iter_extensions().any(|extension| {
-            matches!(extension.parsed_extension(), ParsedExtension::SubjectKeyIdentifier(_))
-        });
+        let subject = first.subject().as_raw().to_vec();
+        let key_identifier =
+            first.iter_extensions().find_map(|extension| match extension.parsed_extension() {
+                ParsedExtension::SubjectKeyIdentifier(identifier) => Some(identifier.0.to_vec()),
+                _ => None,
+            });
         let not_after = parsed.iter().filter_map(|certificate| not_after(certificate)).min().unwrap_or(now);
-        let issuer = Issuer::from_ca_cert_der(&CertificateDer::from(first_der.as_slice()), key)
-            .map_err(IssuerError::Certificate)?;
-        Ok(Self { issuer, has_key_identifier, chain, not_after })
+        Ok(Self { key, subject, key_identifier, chain, not_after })
     }
 }
 
@@ -172,30 +173,7 @@ fn check(
             issuer: last.issuer().to_string(),
         });
     }
-    match chain.first() {
-        Some(first) if !can_be_repeated(first.subject()) => {
-            Err(SuppliedCaFault::Subject { subject: first.subject().to_string() })
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Whether rcgen writes the same name again: it keeps one value per attribute type, and none that is not text.
-fn can_be_repeated(name: &X509Name<'_>) -> bool {
-    use x509_parser::asn1_rs::Tag;
-    let mut seen = Vec::new();
-    name.iter().all(|set| {
-        let mut attributes = set.iter();
-        let (Some(attribute), None) = (attributes.next(), attributes.next()) else { return false };
-        let is_text = matches!(
-            attribute.attr_value().tag(),
-            Tag::Utf8String | Tag::PrintableString | Tag::Ia5String | Tag::T61String | Tag::BmpString
-        );
-        let kind = attribute.attr_type().as_bytes();
-        let is_new = !seen.contains(&kind);
-        seen.push(kind);
-        is_text && is_new
-    })
+    Ok(())
 }
 
 fn not_before(certificate: &X509Certificate<'_>) -> Option<SystemTime> {

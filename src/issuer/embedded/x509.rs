@@ -11,12 +11,13 @@ use rcgen::{
 };
 use rustls_pki_types::CertificateDer;
 use time::OffsetDateTime;
+use x509_parser::asn1_rs::{Any, FromDer as _};
 
 use super::{
     IssuerError,
     keys::{self, KeyPair, SignatureForm},
     rotation::{Term, unix},
-    supplied::verify,
+    supplied::{SuppliedCa, verify},
 };
 use crate::identity::{KeyType, SpiffeId, TrustDomain, X509Svid};
 
@@ -144,8 +145,8 @@ pub(super) fn try_out(
 pub(super) enum CaIssuer<'a> {
     /// The CA itself.
     Itself,
-    /// A CA of the admin's. Its key identifier goes into the certificate if it has one.
-    Supplied { issuer: &'a Issuer<'static, KeyPair>, has_key_identifier: bool },
+    /// A CA of the admin's.
+    Supplied(&'a SuppliedCa),
 }
 
 /// Makes the certificate of a CA with `key`, DER.
@@ -165,14 +166,73 @@ pub(super) fn ca_certificate(
     params.subject_alt_names = vec![uri(&trust_domain.id_string())?];
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    let signed = match issuer {
-        CaIssuer::Itself => params.self_signed(key),
-        CaIssuer::Supplied { issuer, has_key_identifier } => {
-            params.use_authority_key_identifier_extension = has_key_identifier;
-            params.signed_by(key, issuer)
+    match issuer {
+        CaIssuer::Itself => Ok(params.self_signed(key).map_err(IssuerError::Certificate)?.der().to_vec()),
+        CaIssuer::Supplied(supplied) => {
+            params.use_authority_key_identifier_extension = supplied.key_identifier.is_some();
+            let mut stand_in = CertificateParams::default();
+            stand_in.distinguished_name = name("issuer");
+            stand_in.key_identifier_method =
+                KeyIdMethod::PreSpecified(supplied.key_identifier.clone().unwrap_or_default());
+            let issuer = Issuer::from_params(&stand_in, &supplied.key);
+            let template = params.signed_by(key, &issuer).map_err(IssuerError::Certificate)?;
+            issued_by(template.der(), &supplied.subject, &supplied.key)?
+                .ok_or(IssuerError::Crypto("put a certificate together"))
         }
+    }
+}
+
+/// The same certificate with `issuer` as the issuer's name, signed anew. rcgen can only write names with one value
+/// per attribute type, which those of corporate CAs (`DC=example, DC=com`) are not; and a verifier compares names
+/// byte by byte. `None` when the template is no certificate.
+fn issued_by(template: &[u8], issuer: &[u8], key: &KeyPair) -> Result<Option<Vec<u8>>, IssuerError> {
+    let Some((before, after, algorithm)) = around_issuer(template) else { return Ok(None) };
+    let signed = element(SEQUENCE, &[before, issuer, after]);
+    let signature = element(BIT_STRING, &[&[0], &key.sign(&signed)?]);
+    Ok(Some(element(SEQUENCE, &[&signed, algorithm, &signature])))
+}
+
+/// What stands before and after the issuer's name in the signed part of a certificate, and the signature's algorithm.
+fn around_issuer(certificate: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
+    let next = |der| {
+        let (rest, element) = Any::from_der(der).ok()?;
+        let len = der.len().checked_sub(rest.len())?;
+        Some((element.data, der.get(..len)?, rest))
     };
-    Ok(signed.map_err(IssuerError::Certificate)?.der().to_vec())
+    let (contents, _, _) = next(certificate)?;
+    let (signed, _, rest) = next(contents)?;
+    let (_, algorithm, _) = next(rest)?;
+    // Version, serial number, algorithm; then the name.
+    let (_, _, rest) = next(signed)?;
+    let (_, _, rest) = next(rest)?;
+    let (_, _, from_name) = next(rest)?;
+    let (_, _, after) = next(from_name)?;
+    let before = signed.get(..signed.len().checked_sub(from_name.len())?)?;
+    Some((before, after, algorithm))
+}
+
+const SEQUENCE: u8 = 0x30;
+const BIT_STRING: u8 = 0x03;
+
+/// A DER element of these parts.
+fn element(tag: u8, parts: &[&[u8]]) -> Vec<u8> {
+    let len: usize = parts.iter().map(|part| part.len()).sum();
+    let bytes = len.to_be_bytes();
+    let digits: Vec<u8> = bytes.iter().copied().skip_while(|byte| *byte == 0).collect();
+    let mut der = vec![tag];
+    match (digits.as_slice(), u8::try_from(digits.len())) {
+        ([], _) => der.push(0),
+        ([short @ 0..0x80], _) => der.push(*short),
+        (long, count) => {
+            // At most eight: a usize has no more.
+            der.push(0x80 | count.unwrap_or(0));
+            der.extend_from_slice(long);
+        }
+    }
+    for part in parts {
+        der.extend_from_slice(part);
+    }
+    der
 }
 
 /// id-at-serialNumber.
