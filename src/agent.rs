@@ -249,7 +249,7 @@ pub fn run(load: Load) -> anyhow::Result<()> {
     // First, while there is one thread: it changes the environment.
     let (manager, handed) = ServiceManager::from_environment()?;
     let config = load()?;
-    let log = Log::start(&log_settings(&config))?;
+    let log = start_log(&config)?;
     let runtime = runtime()?;
     let ended = runtime.block_on(serve(&config, handed, manager, &load, &log));
     // What a blocking task still does (hashing a file) is not worth waiting for.
@@ -404,6 +404,14 @@ fn policy(config: &Config) -> Policy {
         allowed_foreign_jwt_claims: config.allowed_foreign_jwt_claims.iter().cloned().collect(),
         log_selectors: config.log.selectors.clone(),
     }
+}
+
+/// Sets up the log as `config` says. Once in the life of a process.
+///
+/// # Errors
+/// The log file cannot be opened.
+pub fn start_log(config: &Config) -> anyhow::Result<Log> {
+    Ok(Log::start(&log_settings(config))?)
 }
 
 fn log_settings(config: &Config) -> log::Settings {

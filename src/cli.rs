@@ -52,8 +52,7 @@ Flags may also be spelled as spire-agent's: -socketPath PATH, -socketPath=PATH, 
     subcommand_required = true,
     arg_required_else_help = false,
     disable_help_subcommand = true,
-    args_override_self = true,
-    max_term_width = 100
+    args_override_self = true
 )]
 struct Cli {
     #[command(subcommand)]

@@ -267,13 +267,15 @@ pub(super) async fn patiently<T>(
     let started = tokio::time::Instant::now();
     let deadline = limit.and_then(|limit| started.checked_add(limit));
     let mut second = tokio::time::interval_at(started + Duration::from_secs(1), Duration::from_secs(1));
+    second.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     let mut call = pin!(call);
     let result = loop {
         tokio::select! {
             biased;
             result = &mut call => break result,
-            () = until(deadline) => break Err(Status::deadline_exceeded("context deadline exceeded")),
+            // Before the end: who waited in vain was told so, however late this task runs.
             _ = second.tick() => terminal.waiting(&what, started.elapsed(), limit),
+            () = until(deadline) => break Err(Status::deadline_exceeded("context deadline exceeded")),
         }
     };
     terminal.wipe();

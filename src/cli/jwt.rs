@@ -136,7 +136,7 @@ fn to_json(svids: &pb::JwtsvidResponse, bundles: &pb::JwtBundlesResponse) -> Val
 }
 
 /// The claims as the JSON they were made of; whole numbers stay whole.
-fn from_struct(claims: prost_types::Struct) -> Map<String, Value> {
+pub(super) fn from_struct(claims: prost_types::Struct) -> Map<String, Value> {
     claims.fields.into_iter().map(|(name, value)| (name, from_value(value))).collect()
 }
 

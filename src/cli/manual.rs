@@ -1,6 +1,6 @@
 //! Shell completions and man pages, made of the same definition as the command line itself.
 
-use std::{io, path::PathBuf};
+use std::{fmt::Write as _, io, path::PathBuf};
 
 use clap_complete::Shell;
 
@@ -28,9 +28,41 @@ pub(super) struct ManArgs {
 
 /// Runs `completions`.
 pub(super) fn completions(args: &CompletionsArgs, terminal: &mut Terminal) -> Result<(), Failure> {
+    Ok(terminal.print(&script(args.shell))?)
+}
+
+fn script(shell: Shell) -> String {
     let mut out = Vec::new();
-    clap_complete::generate(args.shell, &mut super::command(), "durward", &mut out);
-    Ok(terminal.print(&String::from_utf8_lossy(&out))?)
+    let mut command = super::command();
+    clap_complete::generate(shell, &mut command, "durward", &mut out);
+    let mut script = String::from_utf8_lossy(&out).into_owned();
+    if shell == Shell::Fish {
+        // clap_complete's fish goes two commands deep; `api fetch jwt` is three.
+        for first in command.get_subcommands() {
+            for second in first.get_subcommands() {
+                for third in second.get_subcommands() {
+                    fish_flags(&mut script, [first, second, third]);
+                }
+            }
+        }
+    }
+    script
+}
+
+fn fish_flags(script: &mut String, path: [&clap::Command; 3]) {
+    let [first, second, third] = path.map(clap::Command::get_name);
+    for arg in path.into_iter().last().into_iter().flat_map(clap::Command::get_arguments) {
+        let Some(long) = arg.get_long() else { continue };
+        let about = arg.get_help().map(ToString::to_string).unwrap_or_default();
+        let about = about.replace('\\', r"\\").replace('\'', r"\'");
+        let value = if arg.get_action().takes_values() { " -r" } else { "" };
+        // Writing to a String does not fail.
+        let _ = writeln!(
+            script,
+            "complete -c durward -n \"__fish_durward_using_subcommand {first}; and __fish_seen_subcommand_from \
+             {second}; and __fish_seen_subcommand_from {third}\" -l {long} -d '{about}'{value}"
+        );
+    }
 }
 
 /// Runs `man`.
@@ -65,4 +97,40 @@ fn page(command: clap::Command) -> io::Result<(String, Vec<u8>)> {
     let mut text = Vec::new();
     man.render(&mut text)?;
     Ok((man.get_filename(), text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every flag that can be typed, with the command it belongs to; hidden ones are hidden here too.
+    fn flags(command: &clap::Command) -> Vec<(String, String)> {
+        let own = command
+            .get_arguments()
+            .filter(|arg| !arg.is_hide_set())
+            .filter_map(|arg| Some((command.get_display_name()?.to_owned(), arg.get_long()?.to_owned())));
+        own.chain(command.get_subcommands().flat_map(flags)).collect()
+    }
+
+    #[test]
+    fn every_flag_is_in_the_manual_and_in_the_completions() {
+        let mut command = crate::cli::command();
+        command.build();
+        let mut manual = Vec::new();
+        pages(command.clone(), &mut manual).unwrap();
+        let flags = flags(&command);
+        assert!(flags.len() > 40, "{flags:?}");
+        for (owner, flag) in &flags {
+            let (_, page) = manual.iter().find(|(name, _)| *name == format!("{owner}.1")).expect(owner);
+            let escaped = format!(r"\-\-{}", flag.replace('-', r"\-"));
+            assert!(String::from_utf8_lossy(page).contains(&escaped), "{owner}: {flag}");
+        }
+        for shell in [Shell::Bash, Shell::Zsh, Shell::Fish, Shell::Elvish, Shell::PowerShell] {
+            let out = script(shell);
+            for (_, flag) in &flags {
+                let typed = if shell == Shell::Fish { format!("-l {flag}") } else { format!("--{flag}") };
+                assert!(out.contains(&typed), "{shell}: {flag}");
+            }
+        }
+    }
 }

@@ -6,6 +6,7 @@ use tracing::Level;
 
 use super::Failure;
 use crate::{
+    agent,
     config::{Config, ExpandEnv, LogFormat},
     identity::{TrustDomain, spiffe_id::SpiffeIdError},
 };
@@ -154,7 +155,7 @@ impl ConfigArgs {
     }
 }
 
-fn trust_domain(text: &str) -> Result<TrustDomain, SpiffeIdError> {
+pub(super) fn trust_domain(text: &str) -> Result<TrustDomain, SpiffeIdError> {
     TrustDomain::parse(text)
 }
 
@@ -178,12 +179,8 @@ fn log_format(text: &str) -> Result<LogFormat, &'static str> {
     }
 }
 
-/// Runs the agent until it is told to stop.
+/// Runs the agent until it is told to stop. The command line wins on every reload too.
 pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
-    agent_run(&args.config)
-}
-
-fn agent_run(args: &ConfigArgs) -> Result<(), Failure> {
-    let args = args.clone();
-    crate::agent::run(Box::new(move || args.load().map_err(anyhow::Error::new))).map_err(Failure::Agent)
+    let config = args.config.clone();
+    agent::run(Box::new(move || Ok(config.load()?))).map_err(Failure::Agent)
 }

@@ -11,8 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Where the agent listens unless `agent.conf` says otherwise.
-pub(super) const DEFAULT: &str = "/run/durward/public/api.sock";
+use crate::config::DEFAULT_SOCKET_PATH as DEFAULT;
 
 const TEMPLATE: &str = "SPIRE_AGENT_PUBLIC_SOCKET_TEMPLATE";
 const SPIRE: &str = "SPIRE_AGENT_PUBLIC_SOCKET";
@@ -23,9 +22,10 @@ const SPIFFE: &str = "SPIFFE_ENDPOINT_SOCKET";
 pub(super) struct SocketArgs {
     /// Path of the agent's Workload API socket
     ///
-    /// Without it, the first of these that is set: the environment variables SPIRE_AGENT_PUBLIC_SOCKET (a path) and
-    /// SPIFFE_ENDPOINT_SOCKET (unix:///path), then /run/durward/public/api.sock.
-    #[arg(long, value_name = "PATH")]
+    /// Without it, the first of these that is set: --instance, the environment variables
+    /// SPIRE_AGENT_PUBLIC_SOCKET (a path) and SPIFFE_ENDPOINT_SOCKET (unix:///path), then
+    /// /run/durward/public/api.sock.
+    #[arg(long, value_name = "PATH", verbatim_doc_comment)]
     pub(super) socket_path: Option<PathBuf>,
 
     /// Name that stands for %i in SPIRE_AGENT_PUBLIC_SOCKET_TEMPLATE

@@ -55,6 +55,8 @@ pub(super) struct Certificate {
     pub(super) not_after: OffsetDateTime,
     /// `ec-p256`, `rsa-2048`, or what else it is.
     pub(super) key_type: String,
+    /// As text, such as `C=US, O=SPIFFE`; not cleaned.
+    pub(super) subject: String,
 }
 
 /// Why an answer is not shown. The texts are spire-agent's where it has one.
@@ -251,6 +253,7 @@ fn certificates(der: &[u8]) -> Result<Vec<Certificate>, CertificateError> {
             not_before: cert.validity().not_before.to_datetime(),
             not_after: cert.validity().not_after.to_datetime(),
             key_type: key_type(&cert),
+            subject: cert.subject().to_string(),
         });
         rest = tail;
     }

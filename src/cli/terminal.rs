@@ -28,11 +28,13 @@ pub(super) struct Terminal {
     interactive: bool,
     /// A waiting line stands on the terminal and must be wiped before anything else is written.
     waiting: bool,
+    /// That we wait was said once.
+    said: bool,
 }
 
 impl Terminal {
     pub(super) fn new() -> Self {
-        Self { interactive: io::stderr().is_terminal(), waiting: false }
+        Self { interactive: io::stderr().is_terminal(), waiting: false, said: false }
     }
 
     /// Prints to stdout, as it is.
@@ -56,14 +58,14 @@ impl Terminal {
     pub(super) fn waiting(&mut self, what: &str, waited: Duration, limit: Option<Duration>) {
         let seconds = waited.as_secs();
         let span = match limit {
-            Some(limit) => format!("{seconds} s of {} s", limit.as_secs()),
+            Some(limit) => format!("{seconds} s of {} s", limit.as_secs_f64()),
             None => format!("{seconds} s"),
         };
         let mut err = io::stderr().lock();
         if self.interactive {
             self.waiting = true;
             drop(write!(err, "\r\x1b[Kwaiting for {what} ({span})").and_then(|()| err.flush()));
-        } else if seconds == 1 {
+        } else if !std::mem::replace(&mut self.said, true) {
             drop(writeln!(err, "waiting for {what} ({span})"));
         }
     }
