@@ -9,6 +9,7 @@
 
 mod attest;
 mod cgroup;
+mod cli;
 mod config;
 mod corpus;
 mod generated_code;
