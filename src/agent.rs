@@ -4,6 +4,9 @@
 //! A reload reads, checks and compares before it changes anything; an error keeps all as it was. The order of the end:
 //! no new connections, streams told to come back, a bounded wait, and the socket goes last.
 
+mod gate;
+mod watch;
+
 use std::{
     convert::Infallible, future::Future, os::unix::net::UnixListener, path::Path, pin::Pin, sync::Arc,
     time::Duration,
@@ -14,7 +17,7 @@ use hyper::{Request, Response, body::Incoming};
 use tokio::{
     runtime::Runtime,
     signal::unix::{Signal, SignalKind, signal},
-    sync::watch,
+    sync::watch as channel,
     task::{JoinHandle, JoinSet},
 };
 
@@ -26,9 +29,9 @@ use crate::{
     attest::Attestor,
     config::{self, Config, LogFormat},
     error_chain::chain,
-    identity::SpiffeId,
+    identity::{SpiffeId, TrustDomain},
     issuer::embedded::Embedded,
-    limits::Limits,
+    limits::{self, Limits},
     os::{
         clock::Clock,
         http::{HealthState, HttpListener, Probe, Routes},
@@ -36,7 +39,7 @@ use crate::{
         metrics::{Metrics, ReloadResult},
         systemd::ServiceManager,
     },
-    peer::{self, Listener, Socket},
+    peer::{self, Listener, Socket, Stats, cgroup::PodOrUid},
     store::{JwtCache, Policy, Signer, Sync, X509Cache},
 };
 
@@ -57,10 +60,14 @@ pub struct Running {
     x509: Arc<X509Cache>,
     jwt: Arc<JwtCache>,
     attestor: Arc<Attestor>,
+    limits: Limits,
+    gate: limits::Gate,
+    memory: channel::Sender<watch::Budget>,
+    means: gate::Means,
     metrics: Arc<Metrics>,
     health: Arc<HealthState>,
     /// `true` begins the drain.
-    stop: watch::Sender<bool>,
+    stop: channel::Sender<bool>,
     serving: JoinHandle<std::io::Result<peer::listener::Drained>>,
     /// Ends with the agent.
     _tasks: JoinSet<()>,
@@ -112,6 +119,11 @@ impl Running {
         ));
         let attestor = Arc::new(Attestor::new(config.unix).counted_by(Arc::clone(&metrics)));
 
+        let means = gate::Means::of_this_process();
+        let budget = config.ratelimit.memory.budget(means.cgroup);
+        let limits = Limits::new(&config.ratelimit, clock, metrics.recorder())?;
+        let gate = limits::Gate::new(&config.ratelimit, means.nofile, budget, &limits)?;
+
         let mut http = Vec::new();
         if let Some(at) = &config.prometheus {
             http.push(HttpListener::bind(&at.host, at.port, Routes::Metrics(Arc::clone(&metrics)))?);
@@ -130,7 +142,7 @@ impl Running {
 
         let services = Services::new(
             WorkloadApi::new(Parts {
-                limits: Arc::new(Limits::default()),
+                limits: limits.clone(),
                 attestor: Arc::clone(&attestor),
                 store: Arc::clone(sync.store()),
                 x509: Arc::clone(&x509),
@@ -141,13 +153,23 @@ impl Running {
             Arc::clone(&health),
         )
         .context("the built-in descriptors cannot be read")?;
-        let (stop, stopping) = watch::channel(false);
+        let (stop, stopping) = channel::channel(false);
         let settings = peer::Settings {
             handshake_timeout: config.handshake_timeout,
             drain_timeout: config.drain_timeout,
             ..peer::Settings::default()
         };
-        let listener = Listener::new(socket, settings);
+        let stats = Arc::new(Stats::default());
+        let (evicted, evictions) = channel::channel(None);
+        let keys = PodOrUid::new(config.kubernetes.mode, in_pod(), config.kubernetes.kubelet_root.clone());
+        let listener = Listener {
+            socket,
+            settings,
+            gate: Arc::new(gate::AtAccept(gate.clone())),
+            keys: Arc::new(keys),
+            stats: Arc::clone(&stats),
+            evicted: evictions,
+        };
         let serving =
             tokio::spawn(listener.serve(move |_peer| Connection(services.clone()), stopped(stopping)));
 
@@ -162,17 +184,40 @@ impl Running {
         tasks.spawn(Arc::clone(&sync).run());
         let kept_up = Arc::clone(&metrics);
         tasks.spawn(async move { kept_up.keep_up().await });
-        tasks.spawn(probe(
-            Arc::clone(&health),
-            Arc::clone(&signer),
-            Arc::clone(&jwt),
-            Arc::clone(&metrics),
-            config.clone(),
-        ));
+        let (memory, budgets) =
+            channel::channel(watch::Budget { settings: config.ratelimit.memory, bytes: budget });
+        let watch = watch::Watch {
+            limits: limits.clone(),
+            gate: gate.clone(),
+            memory: budgets,
+            evicted,
+            x509: Arc::clone(&x509),
+            jwt: Arc::clone(&jwt),
+            stats,
+            metrics: Arc::clone(&metrics),
+        };
+        tasks.spawn(watch.run());
+        tasks.spawn(probe(Arc::clone(&health), Arc::clone(&signer), config.trust_domain.clone()));
 
         metrics.loaded();
         health.set(Probe::Healthy);
-        Ok(Self { config, signer, sync, x509, jwt, attestor, metrics, health, stop, serving, _tasks: tasks })
+        Ok(Self {
+            config,
+            signer,
+            sync,
+            x509,
+            jwt,
+            attestor,
+            limits,
+            gate,
+            memory,
+            means,
+            metrics,
+            health,
+            stop,
+            serving,
+            _tasks: tasks,
+        })
     }
 
     /// Where the Workload API is served.
@@ -205,6 +250,14 @@ impl Running {
             let all: Vec<String> = changes.restart.iter().map(ToString::to_string).collect();
             anyhow::bail!("{}", all.join("; "));
         }
+        let budget = next.ratelimit.memory.budget(self.means.cgroup);
+        // The two that may still refuse come first, the gate last of them: its check does not depend on the other.
+        self.limits.reload(&next.ratelimit)?;
+        if let Err(error) = self.gate.reload(&next.ratelimit, self.means.nofile, budget) {
+            self.limits.reload(&self.config.ratelimit)?;
+            return Err(error.into());
+        }
+        self.memory.send_replace(watch::Budget { settings: next.ratelimit.memory, bytes: budget });
         self.x509.reconfigure(next.x509_svid_cache_max_size, next.availability_target);
         self.jwt.resize(next.jwt_svid_cache_max_size);
         self.signer.reconfigure(next.issuer.default_x509_svid_ttl, next.issuer.default_jwt_svid_ttl);
@@ -361,23 +414,14 @@ fn reload(agent: &mut Running, load: &Load, log: &Log) -> anyhow::Result<()> {
     }
 }
 
-/// Asks every few seconds whether a token could be signed now, and counts what only shows over time.
-async fn probe(
-    health: Arc<HealthState>,
-    signer: Arc<Signer>,
-    jwt: Arc<JwtCache>,
-    metrics: Arc<Metrics>,
-    config: Config,
-) {
+/// Asks every few seconds whether a token could be signed now.
+async fn probe(health: Arc<HealthState>, signer: Arc<Signer>, trust_domain: TrustDomain) {
     // The ID that SPIRE keeps for itself: nobody can ask for this token, and it is dropped at once.
-    let Ok(own) = SpiffeId::parse(&format!("{}/spire/agent", config.trust_domain.id_string())) else {
-        return;
-    };
+    let Ok(own) = SpiffeId::parse(&format!("{}/spire/agent", trust_domain.id_string())) else { return };
     let audience = ["health".to_owned()];
     let mut every = tokio::time::interval(PROBE);
     loop {
         every.tick().await;
-        metrics.set_jwt_svids(jwt.len());
         if health.get() == Probe::Draining {
             return;
         }
@@ -393,7 +437,13 @@ async fn probe(
     }
 }
 
-async fn stopped(mut stopping: watch::Receiver<bool>) {
+/// Whether Kubernetes started this process: it gives every container this variable.
+#[expect(clippy::disallowed_methods, reason = "the one variable that tells; read at start")]
+fn in_pod() -> bool {
+    std::env::var("KUBERNETES_SERVICE_HOST").is_ok()
+}
+
+async fn stopped(mut stopping: channel::Receiver<bool>) {
     // An error means that the sender is gone, and the agent with it.
     let _told_or_gone = stopping.wait_for(|stop| *stop).await.is_ok();
 }

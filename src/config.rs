@@ -35,7 +35,8 @@ pub use file::{DropIn, FileError};
 use crate::{
     attest,
     identity::{Bundle, Entry, TrustDomain},
-    issuer,
+    issuer, limits,
+    peer::cgroup::{KubeletRoot, KubernetesMode},
 };
 
 /// Where the Workload API is served when `socket_path` is not set (spire-agent: `/tmp/spire-agent/public/api.sock`).
@@ -87,6 +88,19 @@ pub struct Config {
     /// `agent.listener.drain_timeout`: how long calls in flight may go on after SIGTERM; at most 5 min.
     /// Default 5 s. Restart to change.
     pub drain_timeout: Duration,
+    /// `ratelimit`. Reloads, and keeps what was spent.
+    pub ratelimit: limits::Settings,
+    /// `agent.kubernetes`. Restart to change.
+    pub kubernetes: Kubernetes,
+}
+
+/// `agent.kubernetes`: how the pod of a caller is found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Kubernetes {
+    /// `mode`: `auto`, `on` or `off`. Default `auto`.
+    pub mode: KubernetesMode,
+    /// `kubelet_cgroup_root`. Default: where the kubelet puts pods by itself.
+    pub kubelet_root: KubeletRoot,
 }
 
 /// `agent.log_*`.

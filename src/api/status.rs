@@ -99,17 +99,22 @@ impl RequestError {
 impl From<RequestError> for Status {
     fn from(error: RequestError) -> Self {
         match &error {
-            RequestError::Refused(refusal) => refused(error.code(), &error.to_string(), refusal.retry_after),
+            RequestError::Refused(refusal) => refused(error.code(), &error.to_string(), refusal.wait()),
             _ => Self::new(error.code(), error.to_string()),
         }
     }
 }
 
 /// A refusal tells when to come back, twice: as `google.rpc.RetryInfo` for those who read details, and as the
-/// `grpc-retry-pushback-ms` trailer that gRPC's own retries obey (gRFC A6).
-fn refused(code: Code, text: &str, retry_after: Duration) -> Status {
-    let mut status = Status::with_error_details(code, text, ErrorDetails::with_retry_info(Some(retry_after)));
-    let wait = i64::try_from(retry_after.as_millis()).unwrap_or(i64::MAX);
-    status.metadata_mut().insert("grpc-retry-pushback-ms", MetadataValue::from(wait));
+/// `grpc-retry-pushback-ms` trailer that gRPC's own retries obey (gRFC A6; a negative one means: do not). Rounded up, so that who
+/// comes back then passes.
+fn refused(code: Code, text: &str, wait: Option<Duration>) -> Status {
+    let mut status = match wait {
+        Some(wait) => Status::with_error_details(code, text, ErrorDetails::with_retry_info(Some(wait))),
+        None => Status::new(code, text),
+    };
+    let pushback =
+        wait.map_or(-1, |wait| i64::try_from(wait.as_nanos().div_ceil(1_000_000)).unwrap_or(i64::MAX));
+    status.metadata_mut().insert("grpc-retry-pushback-ms", MetadataValue::from(pushback));
     status
 }

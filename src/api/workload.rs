@@ -1,6 +1,6 @@
 //! The SPIFFE Workload API. Each function is the way of one call.
 //!
-//! The order is fixed by types: attestation takes an [`Admitted`](crate::limits::Admitted) peer, and SVIDs are made for an
+//! The order is fixed by types: attestation takes an [`Admitted`] peer, and SVIDs are made for an
 //! [`AuthorizedEntry`]. An answer is whole or it is an error: never a part of the caller's identities, since leaving
 //! out the first would make another one its default.
 
@@ -25,7 +25,7 @@ use crate::{
     identity::{
         AuthorizedEntry, Bundle, NoIdentity, Selector, Selectors, SpiffeId, TrustDomain, authorize, jwt,
     },
-    limits::{Limits, Method},
+    limits::{Admitted, Limits, Method},
     os::{
         clock::Clock,
         metrics::{Metrics, Open},
@@ -33,6 +33,7 @@ use crate::{
     peer::Peer,
     store::{
         JwtCache, Snapshot, Store, X509Cache,
+        jwt_cache::Fetched,
         snapshot::AnswerKey,
         x509_cache::{Hold, Served},
     },
@@ -47,7 +48,7 @@ pub struct WorkloadApi {
 /// What a call passes on its way.
 pub struct Parts {
     /// Stages 2 and 6.
-    pub limits: Arc<Limits>,
+    pub limits: Limits,
     /// Stage 4.
     pub attestor: Arc<Attestor>,
     /// Stage 5.
@@ -83,7 +84,11 @@ impl WorkloadApi {
 
         let mut svids = Vec::with_capacity(entries.len());
         for entry in &entries {
-            let svid = jwt.fetch(entry, &query.audience).await.map_err(RequestError::JwtSvid)?;
+            let Fetched { svid, signed } =
+                jwt.fetch(entry, &query.audience).await.map_err(RequestError::JwtSvid)?;
+            if signed {
+                admitted.signed(entry.spiffe_id());
+            }
             svids.push(pb::Jwtsvid {
                 spiffe_id: svid.spiffe_id.as_str().to_owned(),
                 svid: svid.token.as_str().to_owned(),
@@ -99,7 +104,7 @@ impl WorkloadApi {
     ) -> Result<pb::ValidateJwtsvidResponse, RequestError> {
         let Parts { limits, attestor, store, clock, .. } = &*self.parts;
         let peer = caller(&request)?;
-        let admitted = limits.admit_caller(peer, Method::ValidateJwtSvid)?;
+        let mut admitted = limits.admit_caller(peer, Method::ValidateJwtSvid)?;
         let pb::ValidateJwtsvidRequest { audience, svid } = request.into_inner();
         if audience.is_empty() {
             return Err(RequestError::NoAudience);
@@ -107,7 +112,7 @@ impl WorkloadApi {
         if svid.is_empty() {
             return Err(RequestError::NoSvid);
         }
-        let selectors = attestor.attest(&admitted).await?;
+        let selectors = attested(attestor, &mut admitted).await?;
 
         // The own bundle for everybody; foreign ones for whom they are federated with, from the entries that match
         // (spire-agent takes those whose SVID happens to be cached).
@@ -141,9 +146,13 @@ impl WorkloadApi {
             parts: Arc::clone(&self.parts),
             selectors,
             hold: x509.hold(&entries),
+            signed: Vec::new(),
             open: Ended::new(metrics, Method::FetchX509Svid),
         };
         let first = state.now().await?;
+        for id in state.signed.drain(..) {
+            admitted.signed(&id);
+        }
         Ok(updates(state, changes, first))
     }
 
@@ -298,6 +307,19 @@ fn caller_of(metadata: &MetadataMap, extensions: &tonic::Extensions) -> Result<A
     extensions.get::<Arc<Peer>>().map(Arc::clone).ok_or(RequestError::NoPeer)
 }
 
+/// Attests an admitted peer; a failure that is the peer's own doing costs it more.
+async fn attested(
+    attestor: &Attestor,
+    admitted: &mut Admitted<Arc<Peer>>,
+) -> Result<Arc<Selectors>, RequestError> {
+    attestor.attest(admitted).await.map_err(|error| {
+        if error.blame() == Blame::Refusal {
+            admitted.attestation_failed();
+        }
+        error.into()
+    })
+}
+
 fn identities(
     snapshot: &Snapshot,
     selectors: &Selectors,
@@ -380,6 +402,8 @@ struct X509Svids {
     selectors: Arc<Selectors>,
     /// Keeps the SVIDs it sent renewed.
     hold: Hold,
+    /// For whom the last message took a new SVID.
+    signed: Vec<SpiffeId>,
     open: Ended,
 }
 
@@ -395,9 +419,14 @@ impl State for X509Svids {
         if let Some(answer) = snapshot.answers.find(&key, now) {
             return Ok(answer.into());
         }
+        self.signed.clear();
         let mut svids = Vec::with_capacity(entries.len());
         for entry in &entries {
-            svids.push(self.parts.x509.fetch(entry).await.map_err(RequestError::X509Svid)?);
+            let served = self.parts.x509.fetch(entry).await.map_err(RequestError::X509Svid)?;
+            if served.signed {
+                self.signed.push(entry.spiffe_id().clone());
+            }
+            svids.push(served);
         }
         let fresh_until = svids.iter().map(|served| served.renew_at).min();
         let answer = x509_answer(&snapshot, &entries, &svids).into_bytes();

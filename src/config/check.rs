@@ -113,6 +113,8 @@ pub(super) fn check(input: &Input<'_>, problems: &Problems) -> Option<Config> {
         health: health.map(|at| at.value),
         handshake_timeout: agent.handshake_timeout,
         drain_timeout: agent.drain_timeout,
+        ratelimit: crate::limits::Settings::default(),
+        kubernetes: super::Kubernetes::default(),
     })
 }
 

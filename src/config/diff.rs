@@ -97,6 +97,8 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         health,
         handshake_timeout,
         drain_timeout,
+        ratelimit,
+        kubernetes,
     } = old;
     let mut c = Changes::default();
     c.restart("agent.trust_domain", trust_domain, &new.trust_domain, TrustDomain::to_string);
@@ -121,6 +123,9 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
     diff_health(&mut c, health.as_ref(), new.health.as_ref());
     c.restart("agent.listener.handshake_timeout", handshake_timeout, &new.handshake_timeout, duration);
     c.restart("agent.listener.drain_timeout", drain_timeout, &new.drain_timeout, duration);
+
+    c.live("ratelimit", ratelimit, &new.ratelimit);
+    c.restart("agent.kubernetes", kubernetes, &new.kubernetes, |it| format!("{it:?}"));
 
     c.entries = diff_entries(entries, &new.entries);
     let mut touched: Vec<TrustDomain> = federated.keys().chain(new.federated.keys()).cloned().collect();

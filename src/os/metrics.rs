@@ -101,20 +101,47 @@ closed! {
     }
 }
 closed! {
-    /// Why a connection was closed before it could make a call.
+    /// Why a connection was not taken.
     ConnectionRefusal, "reason" {
         /// The kernel did not say who connected.
-        NoCredentials = "no_credentials",
-        /// No byte, or no complete HTTP/2 preface, arrived in time.
-        Handshake = "handshake_timeout",
-        /// What arrived is not HTTP/2.
+        Unidentified = "unidentified",
+        /// The caller has as many connections as it may.
+        CallerConnections = "caller_connections",
+        /// The caller connects more often than it may.
+        CallerRate = "caller_rate",
+        /// The node has as many connections as it may.
+        NodeConnections = "node_connections",
+        /// Memory is short.
+        Memory = "memory",
+    }
+}
+closed! {
+    /// How a connection ended.
+    ConnectionEnd, "reason" {
+        /// The peer closed it.
+        Peer = "peer",
+        /// The process behind it exited.
+        PeerExited = "peer_exited",
+        /// No complete request came in time.
+        HandshakeTimeout = "handshake_timeout",
+        /// No request came for too long.
+        Idle = "idle",
+        /// A request or an answer made no progress.
+        Stalled = "stalled",
+        /// Pings were not answered.
+        KeepAlive = "keep_alive",
+        /// Frames without a request.
+        Flood = "flood",
+        /// Not HTTP/2.
         Protocol = "protocol",
-        /// A caller or the node has as many connections as it may.
-        Connections = "too_many_connections",
-        /// A caller connects more often than it may.
-        Rate = "connection_rate",
-        /// The agent is draining.
-        Draining = "draining",
+        /// The agent drained.
+        Drained = "drained",
+        /// The agent drained, and it did not end in time.
+        Aborted = "aborted",
+        /// Memory was short, and its caller the heaviest.
+        Evicted = "evicted",
+        /// A bug of the agent's.
+        Panicked = "panicked",
     }
 }
 closed! {
@@ -220,7 +247,8 @@ impl std::fmt::Debug for Open {
 
 /// Every series of the agent. Shared by `Arc`; all methods are cheap and never block, but for [`Metrics::render`].
 pub struct Metrics {
-    recorder: PrometheusHandle,
+    recorder: PrometheusRecorder,
+    handle: PrometheusHandle,
     clock: Clock,
     process: Process,
     /// Written by whoever rotates; turned into "seconds left" when rendered, so that it is never stale.
@@ -243,6 +271,8 @@ pub struct Metrics {
     connections_parked: Gauge,
     connections_accepted: Counter,
     connections_refused: By<ConnectionRefusal, Counter>,
+    connections_closed: By<ConnectionEnd, Counter>,
+    requests_open: Gauge,
     accept_errors: Counter,
     panics: Counter,
     entries: Gauge,
@@ -404,7 +434,14 @@ impl Metrics {
             ),
             connections_refused: make.counters(
                 "durward_connections_refused_total",
-                "Connections closed before they could make a call.",
+                "Connections closed at accept, before any HTTP/2 state.",
+            ),
+            connections_closed: make
+                .counters("durward_connections_closed_total", "Connections that were served and have ended."),
+            requests_open: make.gauge(
+                "durward_requests_open",
+                "HTTP/2 requests and streams open now, of every service on the socket.",
+                &[],
             ),
             accept_errors: make.counter(
                 "durward_accept_errors_total",
@@ -447,7 +484,8 @@ impl Metrics {
                 "Log lines dropped because nobody took them from the agent in time.",
                 &[],
             ),
-            recorder: recorder.handle(),
+            handle: recorder.handle(),
+            recorder,
         }
     }
 
@@ -531,34 +569,22 @@ impl Metrics {
         self.rotations.with(kind, |c| c.increment(1));
     }
 
-    /// A connection was accepted.
-    pub fn connection_accepted(&self) {
-        self.connections_accepted.increment(1);
-    }
-
-    /// A connection is open while the answer is kept.
-    pub fn connection_opened(&self) -> Open {
-        Open::count(&self.connections_open)
-    }
-
-    /// A connection is parked (no byte seen yet) while the answer is kept.
-    pub fn connection_parked(&self) -> Open {
-        Open::count(&self.connections_parked)
-    }
-
-    /// A connection was closed before it could make a call.
-    pub fn connection_refused(&self, reason: ConnectionRefusal) {
-        self.connections_refused.with(reason, |c| c.increment(1));
-    }
-
-    /// `accept` failed.
-    pub fn accept_failed(&self) {
-        self.accept_errors.increment(1);
-    }
-
-    /// A call's task panicked.
-    pub fn panicked(&self) {
-        self.panics.increment(1);
+    /// What the listener has counted since the start, and has open now.
+    pub fn set_connections(&self, counts: &ConnectionCounts) {
+        let ConnectionCounts { accepted, open, parked, requests, accept_errors, panics, refused, closed } =
+            counts;
+        self.connections_accepted.absolute(*accepted);
+        self.connections_open.set(float_u64(*open));
+        self.connections_parked.set(float_u64(*parked));
+        self.requests_open.set(float_u64(*requests));
+        self.accept_errors.absolute(*accept_errors);
+        self.panics.absolute(*panics);
+        for (reason, count) in refused {
+            self.connections_refused.with(*reason, |c| c.absolute(*count));
+        }
+        for (reason, count) in closed {
+            self.connections_closed.with(*reason, |c| c.absolute(*count));
+        }
     }
 
     /// What the newest snapshot holds.
@@ -592,9 +618,14 @@ impl Metrics {
         self.log_lines_lost.absolute(total);
     }
 
+    /// Where others register series of their own.
+    pub fn recorder(&self) -> &dyn Recorder {
+        &self.recorder
+    }
+
     /// Moves the samples of the histograms into their buckets. To be called every second; see the module's top.
     pub fn upkeep(&self) {
-        self.recorder.run_upkeep();
+        self.handle.run_upkeep();
     }
 
     /// Runs [`Metrics::upkeep`] every second, for ever.
@@ -616,10 +647,31 @@ impl Metrics {
             let left = due.map_or(f64::NAN, |due| unix(due) - unix(now));
             self.rotation_due.with(*kind, |g| g.set(left));
         }
-        let mut text = self.recorder.render();
+        let mut text = self.handle.render();
         self.process.write(&mut text);
         text
     }
+}
+
+/// What [`Metrics::set_connections`] tells.
+#[derive(Clone, Debug, Default)]
+pub struct ConnectionCounts {
+    /// Accepted since the start, refused ones included.
+    pub accepted: u64,
+    /// Open now.
+    pub open: u64,
+    /// Open now, without a byte from the peer.
+    pub parked: u64,
+    /// Requests and streams open now.
+    pub requests: u64,
+    /// Calls of `accept` that failed.
+    pub accept_errors: u64,
+    /// Requests that ended in a panic.
+    pub panics: u64,
+    /// Not taken, by reason.
+    pub refused: Vec<(ConnectionRefusal, u64)>,
+    /// Ended, by reason.
+    pub closed: Vec<(ConnectionEnd, u64)>,
 }
 
 /// What [`Metrics::set_snapshot`] tells.
@@ -745,7 +797,12 @@ mod tests {
         metrics.set_rotation_due(Rotated::X509Ca, Some(at(1_000_060)));
         metrics.set_rotation_due(Rotated::JwtKey, Some(at(999_990)));
         metrics.rotated(Rotated::JwtKey);
-        metrics.connection_refused(ConnectionRefusal::NoCredentials);
+        metrics.set_connections(&ConnectionCounts {
+            open: 1,
+            refused: vec![(ConnectionRefusal::Unidentified, 1)],
+            closed: vec![(ConnectionEnd::Flood, 2)],
+            ..ConnectionCounts::default()
+        });
         metrics.set_snapshot(SnapshotSizes {
             generation: 7,
             entries: 2,
@@ -753,8 +810,6 @@ mod tests {
             ..Default::default()
         });
         metrics.reloaded(ReloadResult::Error);
-        let kept = metrics.connection_opened();
-        drop(metrics.connection_opened());
         let stream = metrics.stream_opened(Method::FetchX509Svid);
 
         let text = metrics.render();
@@ -775,7 +830,8 @@ mod tests {
             (r#"durward_rotation_due_seconds{kind="x509_ca"}"#, 60.0),
             (r#"durward_rotation_due_seconds{kind="jwt_key"}"#, -10.0),
             (r#"durward_rotations_total{kind="jwt_key"}"#, 1.0),
-            (r#"durward_connections_refused_total{reason="no_credentials"}"#, 1.0),
+            (r#"durward_connections_refused_total{reason="unidentified"}"#, 1.0),
+            (r#"durward_connections_closed_total{reason="flood"}"#, 2.0),
             ("durward_connections_open", 1.0),
             (r#"durward_streams_open{method="FetchX509SVID"}"#, 1.0),
             ("durward_entries", 2.0),
@@ -787,8 +843,9 @@ mod tests {
             assert_eq!(got.get(series).copied(), Some(want), "{series} in:\n{text}");
         }
         assert!(got[r#"durward_rotation_due_seconds{kind="x509_svid"}"#].is_nan(), "none is planned");
-        drop((kept, stream));
-        assert_eq!(samples(&metrics.render())["durward_connections_open"], 0.0);
+        drop(stream);
+        let left = samples(&metrics.render())[r#"durward_streams_open{method="FetchX509SVID"}"#];
+        assert_eq!(left, 0.0);
     }
 
     #[test]

@@ -48,7 +48,7 @@ use super::{
     socket::Socket,
     wire::{Budget, Ending, Wire},
 };
-use crate::os::heap;
+use crate::{limits::CallerKey, os::heap};
 
 /// What bounds a connection. The defaults are those that were measured to bound a hostile peer's memory without
 /// slowing an honest one.
@@ -182,6 +182,8 @@ pub enum Closed {
     Flood,
     /// What arrived was not HTTP/2, or broke its rules.
     Protocol,
+    /// Memory was short, and its caller the heaviest.
+    Evicted,
     /// The agent drains.
     Drained,
     /// The agent drains, and this one did not end in time.
@@ -192,7 +194,7 @@ pub enum Closed {
 
 impl Closed {
     /// Every reason.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::ByPeer,
         Self::PeerExited,
         Self::HandshakeTimeout,
@@ -201,6 +203,7 @@ impl Closed {
         Self::KeepAlive,
         Self::Flood,
         Self::Protocol,
+        Self::Evicted,
         Self::Drained,
         Self::Aborted,
         Self::Panicked,
@@ -217,6 +220,7 @@ impl Closed {
             Self::KeepAlive => "keep_alive",
             Self::Flood => "flood",
             Self::Protocol => "protocol",
+            Self::Evicted => "evicted",
             Self::Drained => "drained",
             Self::Aborted => "aborted",
             Self::Panicked => "panicked",
@@ -343,6 +347,8 @@ pub struct Listener<G = AdmitAll, K = OsUid> {
     pub keys: Arc<K>,
     /// Where to count.
     pub stats: Arc<Stats>,
+    /// Whose connections end at once while it is named here: memory is short, and it has the most.
+    pub evicted: watch::Receiver<Option<CallerKey>>,
 }
 
 impl Listener {
@@ -354,6 +360,7 @@ impl Listener {
             gate: Arc::new(AdmitAll),
             keys: Arc::new(OsUid),
             stats: Arc::new(Stats::default()),
+            evicted: watch::channel(None).1,
         }
     }
 }
@@ -380,13 +387,13 @@ impl<G: Gate, K: KeyResolver + 'static> Listener<G, K> {
             + 'static,
         S::Future: Unpin + Send + 'static,
     {
-        let Self { socket, settings, gate, keys, stats } = self;
+        let Self { socket, settings, gate, keys, stats, mut evicted } = self;
         let (listener, place) = socket.into_parts();
         listener.set_nonblocking(true)?;
         let listener = UnixListener::from_std(listener)?;
         let http2 = settings.http2(&stats);
         let settings = Arc::new(settings);
-        let (phase, phases) = watch::channel(Phase::Serving);
+        let (phase, phases) = watch::channel(Phase::default());
         let mut connections = JoinSet::new();
         let mut paused: Option<Instant> = None;
         let mut heap = Heap::default();
@@ -443,6 +450,11 @@ impl<G: Gate, K: KeyResolver + 'static> Listener<G, K> {
                     note_panic(ended);
                     heap.fell_to(connections.len());
                 }
+                // An error means that nobody is left who would name one.
+                Ok(()) = evicted.changed() => {
+                    let caller = *evicted.borrow_and_update();
+                    phase.send_modify(|phase| phase.evicted = caller);
+                }
                 () = at(paused) => paused = None,
                 () = at(heap.due) => heap.trim(connections.len()),
             }
@@ -452,7 +464,7 @@ impl<G: Gate, K: KeyResolver + 'static> Listener<G, K> {
         drop(listener);
         drop(place);
         let open = connections.len();
-        phase.send_replace(Phase::Draining);
+        phase.send_modify(|phase| phase.draining = true);
         let over = Instant::now() + settings.drain_timeout;
         let mut ended = 0;
         while !connections.is_empty() {
@@ -533,10 +545,23 @@ impl Settings {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    Serving,
-    Draining,
+/// What all connections are told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Phase {
+    draining: bool,
+    /// The connections of this caller end at once.
+    evicted: Option<CallerKey>,
+}
+
+impl Phase {
+    /// Why a connection of `caller` has to end, if it has to.
+    fn ends(&self, caller: CallerKey) -> Option<Closed> {
+        if self.evicted == Some(caller) {
+            Some(Closed::Evicted)
+        } else {
+            self.draining.then_some(Closed::Drained)
+        }
+    }
 }
 
 /// What the task of a connection holds beside its stream.
@@ -609,6 +634,7 @@ impl<P: Send> Connection<P> {
             first => return first.map_err(|_closed| Closed::ByPeer),
         }
         let _parked = Parked::new(&self.open.stats);
+        let caller = self.peer.caller();
         let arrives = async {
             loop {
                 stream.readable().await?;
@@ -622,7 +648,7 @@ impl<P: Send> Connection<P> {
         tokio::select! {
             first = arrives => first.map_err(|_closed: io::Error| Closed::ByPeer),
             () = sleep_until(by) => Err(Closed::HandshakeTimeout),
-            _drains = self.phases.wait_for(|phase| *phase == Phase::Draining) => Err(Closed::Drained),
+            why = told(&mut self.phases, caller) => Err(why),
         }
     }
 
@@ -640,6 +666,7 @@ impl<P: Send> Connection<P> {
         S::Future: Unpin + Send + 'static,
     {
         let Self { peer, settings, phases, .. } = self;
+        let caller = peer.caller();
         // Bounds what the kernel keeps for a peer that does not read. Without it only that bound is lost.
         if let Err(errno) = setsockopt(&stream, sockopt::SndBuf, &settings.send_buffer) {
             tracing::debug!(error = %errno, "cannot set SO_SNDBUF");
@@ -668,9 +695,12 @@ impl<P: Send> Connection<P> {
                         (Err(_), _) => Closed::Protocol,
                     };
                 }
-                _drains = phases.wait_for(|phase| *phase == Phase::Draining), if !matches!(ends, Some((Closed::Drained, _))) => {
+                why = told(phases, caller), if !matches!(ends, Some((Closed::Drained, _))) => {
+                    if why == Closed::Evicted {
+                        return why;
+                    }
                     http2.as_mut().graceful_shutdown();
-                    ends = Some((Closed::Drained, None));
+                    ends = Some((why, None));
                 }
                 () = peer.exited(), if watched => return Closed::PeerExited,
                 () = look.as_mut() => {
@@ -706,6 +736,15 @@ impl<P: Send> Connection<P> {
                 }
             }
         }
+    }
+}
+
+/// Waits until connections of `caller` are told to end, and says why.
+async fn told(phases: &mut watch::Receiver<Phase>, caller: CallerKey) -> Closed {
+    match phases.wait_for(|phase| phase.ends(caller).is_some()).await {
+        Ok(phase) => phase.ends(caller).unwrap_or(Closed::Drained),
+        // The listener is gone.
+        Err(_) => Closed::Drained,
     }
 }
 

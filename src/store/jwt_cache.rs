@@ -35,6 +35,15 @@ use crate::{
 /// How long after a failed renewal in the background the next one may start.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// A token, and what it took.
+#[derive(Clone, Debug)]
+pub struct Fetched {
+    /// The token.
+    pub svid: Arc<JwtSvid>,
+    /// This call made a signature necessary, or waited for one.
+    pub signed: bool,
+}
+
 type Key = [u8; 32];
 type Made = Arc<OnceCell<Arc<JwtSvid>>>;
 
@@ -105,23 +114,24 @@ impl JwtCache {
         self: &Arc<Self>,
         entry: &AuthorizedEntry,
         audience: &[String],
-    ) -> Result<Arc<JwtSvid>, IssuerError> {
+    ) -> Result<Fetched, IssuerError> {
         let ttl = entry.entry().jwt_svid_ttl;
         let key = key(entry.spiffe_id(), ttl, audience);
         let now = self.signer.clock().now();
         match self.find(key, entry.spiffe_id(), now) {
             Found::Fresh(token) => {
                 self.metrics.jwt_cache(CacheResult::Hit);
-                Ok(token)
+                Ok(Fetched { svid: token, signed: false })
             }
             Found::Due(token) => {
                 self.metrics.jwt_cache(CacheResult::Hit);
                 self.renew_in_background(key, entry.spiffe_id().clone(), ttl, audience.to_vec());
-                Ok(token)
+                Ok(Fetched { svid: token, signed: true })
             }
             Found::Nothing(made) => {
                 self.metrics.jwt_cache(CacheResult::Miss);
-                self.make(key, &made, entry.spiffe_id(), ttl, audience).await
+                let svid = self.make(key, &made, entry.spiffe_id(), ttl, audience).await?;
+                Ok(Fetched { svid, signed: true })
             }
         }
     }

@@ -67,6 +67,8 @@ pub struct Served {
     pub svid: Arc<X509Svid>,
     /// When it is to be renewed; in the past when that has failed so far.
     pub renew_at: SystemTime,
+    /// It was made for this call.
+    pub signed: bool,
 }
 
 /// How many SVIDs there are.
@@ -178,7 +180,7 @@ impl X509Cache {
         held.used = uses;
         // `not_before` lies in the future only when the clock was set back.
         let valid = held.svid.not_before <= now && now < held.svid.not_after;
-        let served = Served { svid: Arc::clone(&held.svid), renew_at: held.renew_at };
+        let served = Served { svid: Arc::clone(&held.svid), renew_at: held.renew_at, signed: false };
         match (held.revision == entry.revision && valid, now < held.renew_at) {
             (false, _) => Found::Nothing,
             (true, true) => Found::Fresh(served),
@@ -218,7 +220,7 @@ impl X509Cache {
         inner.replaced |= before.is_some() && inner.streams.contains_key(&entry.id);
         drop(inner);
         self.due_changed.notify_one();
-        Served { svid, renew_at }
+        Served { svid, renew_at, signed: true }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

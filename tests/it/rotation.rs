@@ -132,7 +132,7 @@ async fn a_week_of_rotation_serves_only_what_is_valid() {
             renewals += usize::from(!Arc::ptr_eq(&next, &streamed));
             streamed = next;
         }
-        let token = world.jwt.fetch(web, &["a".to_owned()]).await.unwrap();
+        let token = world.jwt.fetch(web, &["a".to_owned()]).await.unwrap().svid;
         let bundle = world.bundle();
         jwt::validate(&token.token, "a", |_| Some(bundle.as_ref()), now).unwrap();
         authorities.extend(bundle.x509_authorities.iter().cloned());
@@ -171,17 +171,17 @@ async fn tokens_are_signed_once_and_renewed_behind_the_callers() {
     let calls = (0..50).map(|_| world.jwt.fetch(web, &audience));
     let mut tokens = Vec::new();
     for call in calls {
-        tokens.push(call.await.unwrap());
+        tokens.push(call.await.unwrap().svid);
     }
     assert!(tokens.iter().all(|token| Arc::ptr_eq(token, &tokens[0])), "one signature for all");
 
     // In the second half of its life the old one is served, and a fresh one is there for the next.
     tokio::time::sleep(Duration::from_secs(200)).await;
-    let due = world.jwt.fetch(web, &audience).await.unwrap();
+    let due = world.jwt.fetch(web, &audience).await.unwrap().svid;
     assert!(Arc::ptr_eq(&due, &tokens[0]));
     let fresh = loop {
         tokio::task::yield_now().await;
-        let next = world.jwt.fetch(web, &audience).await.unwrap();
+        let next = world.jwt.fetch(web, &audience).await.unwrap().svid;
         if !Arc::ptr_eq(&next, &due) {
             break next;
         }
@@ -190,7 +190,7 @@ async fn tokens_are_signed_once_and_renewed_behind_the_callers() {
 
     // After its end it is not served.
     tokio::time::sleep(Duration::from_secs(301)).await;
-    let new = world.jwt.fetch(web, &audience).await.unwrap();
+    let new = world.jwt.fetch(web, &audience).await.unwrap().svid;
     assert!(!Arc::ptr_eq(&new, &fresh) && new.expires_at > world.clock.now());
 }
 
@@ -198,12 +198,12 @@ async fn tokens_are_signed_once_and_renewed_behind_the_callers() {
 async fn a_flood_of_audiences_pushes_out_its_own_tokens_only() {
     let world = World::new(&["flood", "quiet"], 50);
     let (flood, quiet) = (&world.entries[0], &world.entries[1]);
-    let kept = world.jwt.fetch(quiet, &["a".to_owned()]).await.unwrap();
+    let kept = world.jwt.fetch(quiet, &["a".to_owned()]).await.unwrap().svid;
     for n in 0..500 {
-        world.jwt.fetch(flood, &[n.to_string()]).await.unwrap();
+        world.jwt.fetch(flood, &[n.to_string()]).await.unwrap().svid;
         assert!(world.jwt.len() <= 50);
     }
-    let again = world.jwt.fetch(quiet, &["a".to_owned()]).await.unwrap();
+    let again = world.jwt.fetch(quiet, &["a".to_owned()]).await.unwrap().svid;
     assert!(Arc::ptr_eq(&kept, &again), "the neighbour's token is still there");
 }
 
@@ -220,7 +220,7 @@ proptest! {
             let syncing = tokio::spawn(Arc::clone(&world.sync).run());
             for step in steps {
                 tokio::time::sleep(Duration::from_secs(step)).await;
-                let token = world.jwt.fetch(&world.entries[0], &[(step % 3).to_string()]).await.unwrap();
+                let token = world.jwt.fetch(&world.entries[0], &[(step % 3).to_string()]).await.unwrap().svid;
                 assert!(token.expires_at > world.clock.now());
                 let svid = world.x509.fetch(&world.entries[0]).await.unwrap().svid;
                 assert!(svid.not_after > world.clock.now());

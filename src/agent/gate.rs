@@ -1,0 +1,54 @@
+//! The limits' gate as the listener asks it, and the descriptors and memory it has to divide.
+
+use std::path::Path;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use crate::{
+    limits::{self, Permit, budget, caller::Caller as _, counters::Reason},
+    peer::{self, Peer, listener::Refused},
+};
+
+/// [`limits::Gate`], asked with a [`Peer`].
+#[derive(Debug)]
+pub(super) struct AtAccept(pub(super) limits::Gate);
+
+impl peer::Gate for AtAccept {
+    type Permit = Permit;
+
+    fn admit_connection(&self, peer: &Peer) -> Result<Permit, Refused> {
+        self.0.open(peer.caller_key()).map_err(|refusal| match (refusal.reason, refusal.stage) {
+            (Reason::Rate | Reason::Blocked | Reason::InFlight, _) => Refused::CallerRate,
+            (Reason::Connections, limits::counters::Stage::Node) => Refused::NodeConnections,
+            (Reason::Connections, _) => Refused::CallerConnections,
+            (Reason::Memory, _) => Refused::Memory,
+        })
+    }
+}
+
+/// What the machine gives this process.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Means {
+    /// Descriptors: the soft limit, once raised to the hard one.
+    pub(super) nofile: u64,
+    /// Bytes, as the cgroup has them.
+    pub(super) cgroup: Option<u64>,
+}
+
+impl Means {
+    /// Raises the soft limit of descriptors to the hard one, and looks at both.
+    pub(super) fn of_this_process() -> Self {
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1024, 1024));
+        let nofile = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+            Ok(()) => hard,
+            Err(errno) => {
+                tracing::warn!(error = %errno, soft, hard, "cannot raise the limit of open files");
+                soft
+            }
+        };
+        Self {
+            nofile,
+            cgroup: budget::limit_of_cgroup(Path::new("/proc/self/cgroup"), Path::new("/sys/fs/cgroup")),
+        }
+    }
+}

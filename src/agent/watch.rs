@@ -1,0 +1,186 @@
+//! What the agent does every quarter of a second: looks how much memory it uses and acts on it, says in the log who is
+//! being refused, and carries the listener's counts to the metrics.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use tokio::sync::watch;
+
+use crate::{
+    limits::{
+        self, CallerKey, Limits,
+        budget::{self, Accounted, Pressure},
+        report::Event,
+    },
+    os::{
+        heap,
+        metrics::{ConnectionCounts, ConnectionEnd, ConnectionRefusal, Metrics},
+    },
+    peer::{
+        Stats,
+        listener::{Closed, Refused},
+    },
+    store::{JwtCache, X509Cache},
+};
+
+const EVERY: Duration = Duration::from_millis(250);
+
+/// Log lines about refusals and the gauges are worth a look this often.
+const TICKS_PER_REPORT: u32 = 4;
+
+/// What is looked after.
+pub(super) struct Watch {
+    pub(super) limits: Limits,
+    pub(super) gate: limits::Gate,
+    pub(super) memory: watch::Receiver<Budget>,
+    pub(super) evicted: watch::Sender<Option<CallerKey>>,
+    pub(super) x509: Arc<X509Cache>,
+    pub(super) jwt: Arc<JwtCache>,
+    pub(super) stats: Arc<Stats>,
+    pub(super) metrics: Arc<Metrics>,
+}
+
+/// The memory budget in force.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Budget {
+    pub(super) settings: budget::Settings,
+    /// Bytes; `None` for no budget.
+    pub(super) bytes: Option<u64>,
+}
+
+impl Watch {
+    /// Looks for ever.
+    pub(super) async fn run(self) {
+        let mut every = tokio::time::interval(EVERY);
+        every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut pressure = Pressure::None;
+        let mut tick = 0_u32;
+        loop {
+            every.tick().await;
+            self.relieve(&mut pressure);
+            tick = tick.wrapping_add(1);
+            if tick.is_multiple_of(TICKS_PER_REPORT) {
+                self.report();
+            }
+        }
+    }
+
+    /// Does what the budget asks for. Each step does what those before it do.
+    fn relieve(&self, pressure: &mut Pressure) {
+        let Budget { settings, bytes } = *self.memory.borrow();
+        let now = match (bytes, resident()) {
+            (Some(budget), Some(used)) => settings.step(used, budget),
+            _ => Pressure::None,
+        };
+        if now >= Pressure::ShrinkCaches {
+            self.jwt.clear();
+            self.x509.shrink();
+            self.limits.shrink();
+            heap::trim();
+        }
+        // What shrinking gave back counts.
+        let now = match (bytes, resident()) {
+            (Some(budget), Some(used)) if now >= Pressure::ShrinkCaches => {
+                settings.step(used, budget).max(Pressure::ShrinkCaches)
+            }
+            _ => now,
+        };
+        self.gate.set_pressure(now);
+        let heaviest = match now {
+            Pressure::CloseHeaviest => self.gate.heaviest(1).first().map(|(caller, _)| *caller),
+            Pressure::None | Pressure::ShrinkCaches | Pressure::RefuseNew => None,
+        };
+        self.evicted.send_if_modified(|evicted| std::mem::replace(evicted, heaviest) != heaviest);
+        if now != *pressure {
+            let caller = heaviest.map(|caller| caller.to_string()).unwrap_or_default();
+            match now {
+                Pressure::None => tracing::info!("memory is within the budget again"),
+                Pressure::ShrinkCaches => tracing::info!("memory runs short: caches are emptied"),
+                Pressure::RefuseNew => {
+                    tracing::warn!("memory runs short: callers get no further connections")
+                }
+                Pressure::CloseHeaviest => {
+                    tracing::warn!(caller, "memory runs out: the heaviest caller is cut off")
+                }
+            }
+            *pressure = now;
+        }
+    }
+
+    fn report(&self) {
+        for event in self.limits.events() {
+            match event {
+                Event::RefusalStarted { stage, name } => {
+                    tracing::warn!(stage = stage.label(), key = %name, "is being refused");
+                }
+                Event::RefusalEnded { stage, name, count } => {
+                    tracing::info!(stage = stage.label(), key = %name, count, "is refused no more");
+                }
+                Event::RefusalsUnlisted { count } => {
+                    tracing::warn!(count, "refusals of further keys, which are not listed one by one");
+                }
+            }
+        }
+        let (callers, identities) = self.limits.keys();
+        let jwt_svids = self.jwt.len();
+        let x509_svids = self.x509.counts();
+        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+        self.limits.account(Accounted {
+            connections: u64::from(self.gate.connections()),
+            keys: count(callers + identities + self.gate.keys()),
+            jwt_svids: count(jwt_svids),
+            x509_svids: count(x509_svids.cached),
+        });
+        self.metrics.set_jwt_svids(jwt_svids);
+        self.metrics.set_connections(&self.connections());
+    }
+
+    fn connections(&self) -> ConnectionCounts {
+        let stats = &self.stats;
+        let mut refused: Vec<_> =
+            Refused::ALL.iter().map(|why| (refusal(*why), stats.refused(*why))).collect();
+        refused.push((ConnectionRefusal::Unidentified, stats.unidentified()));
+        ConnectionCounts {
+            accepted: stats.accepted(),
+            open: stats.open(),
+            parked: stats.parked(),
+            requests: stats.streams(),
+            accept_errors: stats.accept_errors(),
+            panics: stats.request_panics(),
+            refused,
+            closed: Closed::ALL.iter().map(|why| (end(*why), stats.closed(*why))).collect(),
+        }
+    }
+}
+
+fn refusal(why: Refused) -> ConnectionRefusal {
+    match why {
+        Refused::CallerConnections => ConnectionRefusal::CallerConnections,
+        Refused::CallerRate => ConnectionRefusal::CallerRate,
+        Refused::NodeConnections => ConnectionRefusal::NodeConnections,
+        Refused::Memory => ConnectionRefusal::Memory,
+    }
+}
+
+fn end(why: Closed) -> ConnectionEnd {
+    match why {
+        Closed::ByPeer => ConnectionEnd::Peer,
+        Closed::PeerExited => ConnectionEnd::PeerExited,
+        Closed::HandshakeTimeout => ConnectionEnd::HandshakeTimeout,
+        Closed::Idle => ConnectionEnd::Idle,
+        Closed::Stalled => ConnectionEnd::Stalled,
+        Closed::KeepAlive => ConnectionEnd::KeepAlive,
+        Closed::Flood => ConnectionEnd::Flood,
+        Closed::Protocol => ConnectionEnd::Protocol,
+        Closed::Evicted => ConnectionEnd::Evicted,
+        Closed::Drained => ConnectionEnd::Drained,
+        Closed::Aborted => ConnectionEnd::Aborted,
+        Closed::Panicked => ConnectionEnd::Panicked,
+    }
+}
+
+/// The resident set of this process, in bytes.
+fn resident() -> Option<u64> {
+    let text = std::fs::read_to_string(PathBuf::from("/proc/self/statm")).ok()?;
+    let pages: u64 = text.split(' ').nth(1)?.parse().ok()?;
+    Some(pages * procfs::page_size())
+}
