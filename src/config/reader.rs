@@ -39,10 +39,15 @@ pub(super) fn read(file: u32, text: &str) -> Result<Node, SyntaxError> {
 }
 
 fn check_json(file: u32, text: &str) -> Result<(), SyntaxError> {
-    let place = |err: &serde_json::Error| Place {
-        file,
-        line: u32::try_from(err.line()).unwrap_or(u32::MAX),
-        column: u32::try_from(err.column()).unwrap_or(u32::MAX),
+    // serde_json counts bytes, and at the beginning of a line none.
+    let place = |err: &serde_json::Error| {
+        let line = text.split('\n').nth(err.line().saturating_sub(1)).unwrap_or_default();
+        let column = line.char_indices().take_while(|(at, _)| *at < err.column()).count().max(1);
+        Place {
+            file,
+            line: u32::try_from(err.line()).unwrap_or(u32::MAX),
+            column: u32::try_from(column).unwrap_or(u32::MAX),
+        }
     };
     serde_json::from_str::<serde::de::IgnoredAny>(text).map(|_| ()).map_err(|err| {
         let message = err.to_string();
