@@ -1,8 +1,8 @@
 //! The lines of `/proc/PID/status` that say who a process is: a pure function over bytes.
 //!
 //! The name in the file is the process's own choice and the only text in it that is. The kernel escapes newlines and
-//! backslashes there (`fs/proc/array.c`), so a name cannot make a line; all the same, a line that appears twice or
-//! out of the kernel's order is an error here and not a choice. What follows the last line that counts is not read.
+//! backslashes there (`fs/proc/array.c`), so a name cannot make a line; all the same, a line that appears twice is
+//! an error here and not a choice. Everything else in the file is skipped unread.
 
 use std::str;
 
@@ -38,8 +38,7 @@ pub enum StatusError {
     TooManyGroups,
 }
 
-/// Reads the `Uid:`, `Gid:` and `Groups:` lines, of which the last is the last. A line without its newline is not
-/// looked at.
+/// Reads the `Uid:`, `Gid:` and `Groups:` lines. A last line without its newline is not looked at.
 ///
 /// # Errors
 /// [`StatusError`]; [`StatusError::Missing`] where reading on may help.
@@ -52,8 +51,7 @@ pub fn parse(text: &[u8]) -> Result<Status, StatusError> {
         } else if let Some(ids) = line.strip_prefix(b"Gid:") {
             once(&mut gid, "Gid", effective(ids, "Gid")?)?;
         } else if let Some(ids) = line.strip_prefix(b"Groups:") {
-            groups = Some(list(ids)?);
-            break;
+            once(&mut groups, "Groups", list(ids)?)?;
         }
     }
     Ok(Status {
@@ -144,9 +142,9 @@ mod tests {
             ("cut in Uid", before("1001"), Err(StatusError::Missing("Uid"))),
             ("cut in a group's number", before("24 100"), Err(StatusError::Missing("Groups"))),
             ("no gid", REAL.replace("Gid:", "Gib:"), Err(StatusError::Missing("Gid"))),
-            ("two uids", "Uid:\t0\t0\t0\t0\n".to_owned() + REAL, Err(StatusError::Twice("Uid"))),
-            ("two gids", "Gid:\t0\t0\t0\t0\n".to_owned() + REAL, Err(StatusError::Twice("Gid"))),
-            ("two groups", "Groups:\t0 \n".to_owned() + REAL, Err(StatusError::Missing("Uid"))),
+            ("two uids", REAL.to_owned() + "Uid:\t0\t0\t0\t0\n", Err(StatusError::Twice("Uid"))),
+            ("two gids", REAL.to_owned() + "Gid:\t0\t0\t0\t0\n", Err(StatusError::Twice("Gid"))),
+            ("two groups", REAL.to_owned() + "Groups:\t0 \n", Err(StatusError::Twice("Groups"))),
             ("three uids", REAL.replace("\t1003", ""), Err(StatusError::Malformed("Uid"))),
             ("five uids", REAL.replace("\t1003", "\t1003\t0"), Err(StatusError::Malformed("Uid"))),
             ("a sign", REAL.replace("\t1001\t", "\t+1001\t"), Err(StatusError::Malformed("Uid"))),

@@ -85,7 +85,7 @@ impl ProcDir {
     /// Who the process is.
     ///
     /// # Errors
-    /// [`AttestError::Gone`], [`AttestError::Read`], [`AttestError::Status`].
+    /// [`AttestError::Gone`], [`AttestError::Read`], [`AttestError::Malformed`], [`AttestError::TooManyGroups`].
     pub(super) fn status(&self) -> Result<Status, AttestError> {
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
         let file = openat(&self.fd, "status", flags, Mode::empty())
