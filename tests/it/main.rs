@@ -2,7 +2,6 @@
     clippy::indexing_slicing,
     clippy::panic,
     clippy::print_stdout,
-    clippy::string_slice,
     clippy::unwrap_used,
     reason = "a test may fail by any of them; the lints' own exemption reaches only #[test] functions"
 )]
