@@ -30,7 +30,7 @@ use std::{
 pub use diff::{Changes, EntryChanges, RestartOnly, diff};
 pub use duration::{parse_duration, show_duration};
 pub use error::{ConfigError, ConfigErrors};
-pub use file::{DropIn, FileError};
+pub use file::{DropIns, FileError};
 
 use crate::{
     attest,
@@ -179,7 +179,7 @@ pub struct Input<'a> {
     /// Whether variables are replaced, here and in the drop-in files.
     pub expand_env: ExpandEnv<'a>,
     /// Reads the drop-in files of a directory, in the order of their names; `None` when there is no such directory.
-    pub drop_ins: &'a dyn Fn(&Path) -> Result<Option<Vec<DropIn>>, FileError>,
+    pub drop_ins: &'a dyn Fn(&Path) -> Result<Option<DropIns>, FileError>,
     /// Reads a bundle file.
     pub read_bundle: &'a dyn Fn(&Path) -> Result<Vec<u8>, FileError>,
 }

@@ -131,8 +131,8 @@ fn read_text(problems: &Problems, file: u32, input: &Input<'_>, text: &str) -> O
 
 /// The trees of the drop-in files, each with its number.
 fn drop_ins(input: &Input<'_>, problems: &Problems, dir: Option<&At<PathBuf>>) -> Vec<(u32, Node)> {
-    let beside = input.path.parent().unwrap_or(Path::new("")).join("entries.d");
-    let place = dir.map_or(Place::default(), |dir| dir.place);
+    let beside = input.path.with_file_name("entries.d");
+    let place = dir.map(|dir| dir.place).unwrap_or_default();
     let found = match (input.drop_ins)(dir.map_or(&beside, |dir| &dir.value)) {
         Ok(found) => found,
         Err(err) => {
@@ -348,14 +348,14 @@ pub(super) fn parse_trust_domain(text: &str) -> Result<TrustDomain, String> {
 fn sockets(s: &mut Section<'_>, input: &Input<'_>) -> (PathBuf, Option<PathBuf>) {
     let public = socket_path(s, "socket_path", input);
     let admin = socket_path(s, "admin_socket_path", input);
-    let public = public.unwrap_or_else(|| At { value: DEFAULT_SOCKET_PATH.into(), place: s.place() });
+    let whence = public.as_ref().map_or_else(|| "by default".to_owned(), |at| s.problems().show(at.place));
+    let public = public.map_or_else(|| DEFAULT_SOCKET_PATH.into(), |at| at.value);
     if let Some(admin) = &admin {
         let value = Some(quoted(&admin.value.to_string_lossy()));
-        let message = if public.value.parent().is_some_and(|dir| admin.value.starts_with(dir)) {
-            let place = s.problems().show(public.place);
+        let message = if public.parent().is_some_and(|dir| admin.value.starts_with(dir)) {
             format!(
-                "cannot be in the same directory or a subdirectory as that containing the Workload API socket {} ({place})",
-                quoted(&public.value.to_string_lossy()),
+                "cannot be in the same directory or a subdirectory as that containing the Workload API socket {} ({whence})",
+                quoted(&public.to_string_lossy()),
             )
         } else {
             format!("the admin socket {NOT_HERE}; leave it out")
@@ -368,7 +368,7 @@ fn sockets(s: &mut Section<'_>, input: &Input<'_>) -> (PathBuf, Option<PathBuf>)
     }
     // Off is what SDS is, whichever way it is written.
     s.boolean("disable_sds_api");
-    (public.value, admin.map(|at| at.value))
+    (public, admin.map(|at| at.value))
 }
 
 fn listener(s: &mut Section<'_>) -> (Duration, Duration) {
@@ -379,8 +379,8 @@ fn listener(s: &mut Section<'_>) -> (Duration, Duration) {
         drain = block.duration("drain_timeout", seconds(0, 300));
         block.finish();
     }
-    let or = |at: Option<At<Duration>>, default| at.map_or(Duration::from_secs(default), |at| at.value);
-    (or(handshake, 10), or(drain, 5))
+    let or = |at: Option<At<Duration>>, default| at.map_or(default, |at| at.value);
+    (or(handshake, Duration::from_secs(10)), or(drain, Duration::from_secs(5)))
 }
 
 fn log(s: &mut Section<'_>, input: &Input<'_>) -> Log {
@@ -603,7 +603,7 @@ fn health_checks(mut block: Section<'_>) -> Option<At<Health>> {
         let message = format!("live_path is the same, at {}", s.problems().show(live.place));
         s.wrong(ready.place, "ready_path", Some(quoted(&ready.value)), message);
     }
-    let place = port.map_or(s.place(), |at| at.place);
+    let place = port.map_or_else(|| s.place(), |at| at.place);
     block.finish();
     let port = port.map_or(80, |at| u16::try_from(at.value).unwrap_or_default());
     let bind = HostPort { host: bare_host(host), port };
@@ -720,4 +720,117 @@ pub(super) fn checked(input: &Input<'_>) -> Result<Config, ConfigErrors> {
     let problems = Problems::new();
     let config = check(input, &problems);
     problems.into_result(config)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::config::{ExpandEnv, FileError, diff};
+
+    const REFERENCE: &str = include_str!("../../conf/agent.conf");
+    const BUNDLE: &str = "{\"keys\": []}";
+
+    fn parse(text: &str, problems: &Problems) -> Config {
+        let input = Input {
+            path: Path::new("agent.conf"),
+            text,
+            base: Path::new("/"),
+            expand_env: ExpandEnv::No,
+            drop_ins: &|_| Ok(Some(Vec::new())),
+            read_bundle: &|path| match path.to_str() {
+                Some("/etc/durward/other.example.json") => Ok(BUNDLE.into()),
+                _ => Err(FileError::Missing(path.to_owned())),
+            },
+        };
+        let config = check(&input, problems);
+        let result = std::mem::take(&mut *problems.wrongs()).into_iter().map(|p| p.message);
+        assert_eq!(result.collect::<Vec<_>>(), [""; 0], "{text}");
+        config.unwrap()
+    }
+
+    fn defaults() -> Config {
+        let text = "agent { trust_domain = \"example.org\" } issuer \"embedded\" { }";
+        parse(text, &Problems::new())
+    }
+
+    /// Runs of lines for which `take` gives a text, each with the comment above it, as (comment, lines to change).
+    fn runs(take: fn(&str) -> Option<String>) -> Vec<(String, BTreeMap<usize, String>)> {
+        let mut runs: Vec<(String, BTreeMap<usize, String>)> = Vec::new();
+        let (mut comment, mut open) = (String::new(), false);
+        for (at, line) in REFERENCE.lines().enumerate() {
+            match take(line) {
+                Some(text) if open => drop(runs.last_mut().unwrap().1.insert(at, text)),
+                Some(text) => {
+                    runs.push((comment.clone(), BTreeMap::from([(at, text)])));
+                    open = true;
+                }
+                None => {
+                    open = false;
+                    if line.trim().is_empty() {
+                        comment.clear();
+                    } else {
+                        comment.push_str(line);
+                    }
+                }
+            }
+        }
+        runs
+    }
+
+    fn changed(lines: &BTreeMap<usize, String>) -> String {
+        let line =
+            |(at, line): (usize, &str)| lines.get(&at).cloned().unwrap_or_else(|| line.to_owned()) + "\n";
+        REFERENCE.lines().enumerate().map(line).collect()
+    }
+
+    #[test]
+    fn the_reference_is_the_defaults() {
+        assert_eq!(parse(REFERENCE, &Problems::new()), defaults());
+        let shown = runs(|line| {
+            let setting = line.trim_start().strip_prefix("# ")?;
+            let (key, _) = setting.split_once(" = ")?;
+            key.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_').then(|| setting.to_owned())
+        });
+        assert!(shown.len() > 20, "{shown:?}");
+        for (_, lines) in &shown {
+            for (at, setting) in lines {
+                let alone = BTreeMap::from([(*at, setting.clone())]);
+                assert_eq!(parse(&changed(&alone), &Problems::new()), defaults(), "{setting}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_examples_are_no_defaults_and_reload_as_they_say() {
+        let examples = runs(|line| Some(line.trim_start().strip_prefix("#+ ")?.to_owned()));
+        assert!(examples.len() >= 7, "{examples:?}");
+        for (comment, lines) in &examples {
+            let changes = diff(&defaults(), &parse(&changed(lines), &Problems::new()));
+            assert!(!changes.is_empty(), "{lines:?}");
+            let reloads = comment.contains("Reloads");
+            assert!(reloads != comment.contains("Restart to change."), "{comment}");
+            assert_eq!(changes.restart.is_empty(), reloads, "{comment}");
+        }
+    }
+
+    #[test]
+    fn every_key_is_in_the_reference() {
+        let problems = Problems::new();
+        let text = format!(
+            "{REFERENCE} agent {{ sds {{ }} experimental {{ }} }} telemetry {{ Prometheus {{ port = 1 }} }}
+            plugins {{ SVIDStore \"x\" {{ enabled = false }} }}
+            entry \"spiffe://example.org/a\" {{ selectors = [\"unix:uid:1\"] }}
+            federation \"o\" {{ bundle_path = \"/etc/durward/other.example.json\" bundle_format = \"spiffe\" }}"
+        );
+        parse(&text, &problems);
+        let keys = problems.keys.borrow();
+        assert!(keys.contains("agent.trust_domain") && keys.contains("entry.selectors"), "{keys:?}");
+        let words: BTreeSet<&str> =
+            REFERENCE.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).collect();
+        let missing: Vec<&String> =
+            keys.iter().filter(|key| !words.contains(key.rsplit('.').next().unwrap_or_default())).collect();
+        assert_eq!(missing, [""; 0]);
+    }
 }

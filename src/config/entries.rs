@@ -21,7 +21,8 @@ use super::{
     tree::{Place, quoted},
 };
 use crate::identity::{
-    Bundle, Entry, EntryId, Selector, Selectors, SpiffeId, TrustDomain, entry::MAX_HINT_LEN,
+    Bundle, Entry, EntryId, Selector, Selectors, SpiffeId, TrustDomain, bundle::BundleError,
+    entry::MAX_HINT_LEN,
 };
 
 /// More DNS names than this are refused, since each is in the certificate.
@@ -204,7 +205,7 @@ impl Rules<'_> {
         if selector.kind() != "unix" {
             return Err("nobody attests this: unix is the only workload attestor in this version".to_owned());
         }
-        let (kind, value) = selector.value().split_once(':').unwrap_or((selector.value(), ""));
+        let (kind, value) = selector.value().split_once(':').unwrap_or_else(|| (selector.value(), ""));
         let canonical_number =
             |value: &str| value.parse::<u32>().is_ok_and(|number| number.to_string() == value);
         match kind {
@@ -440,20 +441,17 @@ fn bundle(
     input: &Input<'_>,
     name: Option<TrustDomain>,
 ) -> Option<(TrustDomain, Bundle)> {
-    type Parse = fn(&TrustDomain, &[u8]) -> Result<Bundle, crate::identity::bundle::BundleError>;
+    type Parse = fn(&TrustDomain, &[u8]) -> Result<Bundle, BundleError>;
+    let pem: Parse = Bundle::parse_pem;
     let parse = |text: &str| -> Option<Parse> {
         match text {
-            "pem" => Some(Bundle::parse_pem),
+            "pem" => Some(pem),
             "spiffe" => Some(Bundle::parse_spiffe),
             _ => None,
         }
     };
-    let format = s.parsed("bundle_format", parse, "must be pem or spiffe");
-    let format = if format.is_none() && s.has("bundle_format") {
-        None
-    } else {
-        Some(format.map_or(Bundle::parse_pem as Parse, |at| at.value))
-    };
+    let format = s.parsed("bundle_format", parse, "must be pem or spiffe").map(|at| at.value);
+    let format = format.or_else(|| (!s.has("bundle_format")).then_some(pem));
     let Some(path) = s.string("bundle_path") else {
         s.missing("bundle_path", "must be configured: bundle_path = \"/etc/durward/other.example.pem\"");
         return None;

@@ -91,11 +91,11 @@ pub(super) fn read_bundle(path: &Path) -> Result<Vec<u8>, FileError> {
     read(path, file, &meta)
 }
 
-/// A drop-in file: its path, and its text or why there is none.
-pub type DropIn = (PathBuf, Result<String, FileError>);
+/// Drop-in files: the path of each, and its text or why there is none.
+pub type DropIns = Vec<(PathBuf, Result<String, FileError>)>;
 
 /// Reads the drop-in files of `dir` in the order of their names; `None` when there is no such directory.
-pub(super) fn read_drop_ins(dir: &Path) -> Result<Option<Vec<DropIn>>, FileError> {
+pub(super) fn read_drop_ins(dir: &Path) -> Result<Option<DropIns>, FileError> {
     let failed = |source| FileError::Read { path: dir.to_owned(), source };
     let opened = match File::open(dir) {
         Ok(opened) => opened,
@@ -205,7 +205,7 @@ mod tests {
         let names = |dir: &Path| -> Result<Option<String>, String> {
             let read =
                 read_drop_ins(dir).map_err(|err| err.to_string().replace(dir.to_str().unwrap(), "DIR"))?;
-            let name = |(path, text): &DropIn| {
+            let name = |(path, text): &(PathBuf, Result<String, FileError>)| {
                 format!(
                     "{}{}",
                     path.file_name().unwrap().to_str().unwrap(),

@@ -49,11 +49,15 @@ fn check_json(file: u32, text: &str) -> Result<(), SyntaxError> {
             column: u32::try_from(column).unwrap_or(u32::MAX),
         }
     };
-    serde_json::from_str::<serde::de::IgnoredAny>(text).map(|_| ()).map_err(|err| {
-        let message = err.to_string();
-        let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(what, _)| what);
-        SyntaxError { place: place(&err), message: format!("not JSON: {message}") }
+    serde_json::from_str::<serde::de::IgnoredAny>(text).map(|_| ()).map_err(|err| SyntaxError {
+        place: place(&err),
+        message: format!("not JSON: {}", without_place(&err)),
     })
+}
+
+fn without_place(err: &serde_json::Error) -> String {
+    let message = err.to_string();
+    message.rsplit_once(" at line ").map_or(message.as_str(), |(what, _)| what).to_owned()
 }
 
 struct Reader<'a> {
@@ -318,7 +322,7 @@ impl<'a> Reader<'a> {
             }
             let literal = self.since(start);
             return serde_json::from_str(literal)
-                .or_else(|err| fail_at(place, format_args!("not a JSON string: {err}")));
+                .or_else(|err| fail_at(place, format_args!("not JSON: {}", without_place(&err))));
         }
         let mut text = String::new();
         // Within ${ } a quote ends nothing; the text is kept as it is.
@@ -549,13 +553,13 @@ mod tests {
                 &deep_json,
                 "1:39 nested too deeply: at most 32 blocks and lists within each other",
             ),
-            ("json with a comma", "{\"a\": 1,}", "1:9 not JSON: trailing comma"),
+            ("json with a comma", "{\"a\": 1,}", "1:9 not JSON: key must be a string"),
             ("json with a comment", "{ # x\n}", "1:3 not JSON: key must be a string"),
             ("json with =", "{\"a\" = 1}", "1:6 not JSON: expected `:`"),
             ("json and more", "{} x", "1:4 not JSON: trailing characters"),
             ("json octal", "{\"a\": 010}", "1:8 not JSON: invalid number"),
             ("half a json", "{\"a\"", "1:4 not JSON: EOF while parsing an object"),
-            ("json surrogate", "{\"a\": \"\\ud800\"}", "1:14 not JSON: unexpected end of hex escape"),
+            ("json surrogate", "{\"a\": \"\\ud800\"}", "1:7 not JSON: unexpected end of hex escape"),
         ] {
             let got = read(0, text).map(|node| show(&node));
             let got = got.map_err(|e| format!("{}:{} {}", e.place.line, e.place.column, e.message));

@@ -34,11 +34,20 @@ use super::{
 /// More mistakes than this are counted, not listed.
 const MAX_LISTED: usize = 1000;
 
+/// As [`ConfigError`], with a place for a path.
+#[derive(Debug)]
+pub(super) struct Problem {
+    place: Place,
+    key: String,
+    value: Option<String>,
+    pub(super) message: String,
+}
+
 /// What was found wrong so far, in all files.
 #[derive(Debug, Default)]
 pub(super) struct Problems {
     files: RefCell<Vec<PathBuf>>,
-    list: RefCell<Vec<(Place, String, Option<String>, String)>>,
+    list: RefCell<Vec<Problem>>,
     left_out: Cell<usize>,
     /// Every key that was ever asked for, as `agent.log_level`: the tests hold the reference against it.
     #[cfg(test)]
@@ -61,10 +70,16 @@ impl Problems {
     pub(super) fn add(&self, place: Place, key: &str, value: Option<String>, message: impl fmt::Display) {
         let mut list = self.list.borrow_mut();
         if list.len() < MAX_LISTED {
-            list.push((place, key.to_owned(), value, message.to_string()));
+            list.push(Problem { place, key: key.to_owned(), value, message: message.to_string() });
         } else {
             self.left_out.set(self.left_out.get().saturating_add(1));
         }
+    }
+
+    /// What was added so far.
+    #[cfg(test)]
+    pub(super) fn wrongs(&self) -> std::cell::RefMut<'_, Vec<Problem>> {
+        self.list.borrow_mut()
     }
 
     /// `agent.conf:4:3`, for a message that names a second place.
@@ -87,8 +102,8 @@ impl Problems {
         {
             return Ok(made);
         }
-        list.sort_by_key(|(place, ..)| *place);
-        let list = list.into_iter().map(|(place, key, value, message)| ConfigError {
+        list.sort_by_key(|problem| problem.place);
+        let list = list.into_iter().map(|Problem { place, key, value, message }| ConfigError {
             file: self.file(place),
             line: place.line,
             column: place.column,

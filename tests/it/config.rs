@@ -8,7 +8,7 @@ use std::{
 };
 
 use durward::{
-    config::{Config, DropIn, ExpandEnv, FileError, HostPort, Input, LogFormat, diff},
+    config::{Config, DropIns, ExpandEnv, FileError, HostPort, Input, LogFormat, diff},
     identity::{Entry, KeyType, TrustDomain},
     issuer::embedded::CaSource,
 };
@@ -32,12 +32,11 @@ impl Files {
             base: Path::new("/base"),
             expand_env,
             drop_ins: &|dir| {
-                let inside = |path: &&PathBuf| path.parent() == Some(dir);
-                let found: Vec<DropIn> = self
+                let found: DropIns = self
                     .0
-                    .keys()
-                    .filter(inside)
-                    .map(|path| (path.clone(), Ok(self.0[path].clone())))
+                    .iter()
+                    .filter(|(path, _)| path.parent() == Some(dir))
+                    .map(|(path, text)| (path.clone(), Ok(text.clone())))
                     .collect();
                 Ok(if found.is_empty() { None } else { Some(found) })
             },
@@ -358,7 +357,7 @@ fn mistakes_in_agent_say_what_would_be_right() {
         (
             "admin beside public",
             "admin_socket_path = \"/run/durward/public/a/b.sock\"",
-            "2:1: agent.admin_socket_path \"/run/durward/public/a/b.sock\": cannot be in the same directory or a subdirectory as that containing the Workload API socket \"/run/durward/public/api.sock\" (agent.conf:1:1)",
+            "2:1: agent.admin_socket_path \"/run/durward/public/a/b.sock\": cannot be in the same directory or a subdirectory as that containing the Workload API socket \"/run/durward/public/api.sock\" (by default)",
         ),
         (
             "delegates",
