@@ -154,10 +154,11 @@ fn from_value(value: prost_types::Value) -> Value {
 /// A double holds whole numbers up to 2^53 exactly: times are among them, and must not become `1.7e9`.
 fn from_number(number: f64) -> Value {
     const EXACT: f64 = 9_007_199_254_740_992.0;
-    if number.fract() == 0.0 && number.abs() <= EXACT {
-        if let Ok(whole) = format!("{number:.0}").parse::<i64>() {
-            return whole.into();
-        }
+    if number.fract() == 0.0
+        && number.abs() <= EXACT
+        && let Ok(whole) = format!("{number:.0}").parse::<i64>()
+    {
+        return whole.into();
     }
     number.into()
 }

@@ -488,7 +488,8 @@ mod tests {
     #[test]
     fn the_default_directory_is_the_users() {
         let both = [("XDG_STATE_HOME", "/state"), ("HOME", "/home/a")];
-        let cases: [(&str, bool, &[(&str, &str)], Option<&str>); 5] = [
+        type Case<'a> = (&'a str, bool, &'a [(&'a str, &'a str)], Option<&'a str>);
+        let cases: [Case<'_>; 5] = [
             ("root", true, &both, Some("/var/lib/durward-quickstart")),
             ("xdg", false, &both, Some("/state/durward-quickstart")),
             ("home", false, &[("HOME", "/home/a")], Some("/home/a/.local/state/durward-quickstart")),

@@ -70,13 +70,13 @@ impl fmt::Display for Chosen {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum SocketError {
     #[error("the environment variable {TEMPLATE} must be set when --instance is used")]
-    NoTemplate,
+    TemplateUnset,
     #[error("the environment variable {TEMPLATE} must hold %i, which --instance replaces; got {0:?}")]
-    NoPlace(OsString),
+    TemplateWithoutPlace(OsString),
     #[error(
         "the environment variable {SPIFFE} must be unix:// with an absolute path, such as unix://{DEFAULT}; got {0:?}"
     )]
-    NoUnixUri(OsString),
+    NotUnixUri(OsString),
 }
 
 impl SocketArgs {
@@ -90,8 +90,8 @@ impl SocketArgs {
         let from_instance = match self.instance.as_deref().filter(|name| !name.is_empty()) {
             None => None,
             Some(name) => {
-                let template = set(TEMPLATE).ok_or(SocketError::NoTemplate)?;
-                Some(fill(&template, name).ok_or(SocketError::NoPlace(template))?)
+                let template = set(TEMPLATE).ok_or(SocketError::TemplateUnset)?;
+                Some(fill(&template, name).ok_or(SocketError::TemplateWithoutPlace(template))?)
             }
         };
         let (path, chosen) = if let Some(path) = &self.socket_path {
@@ -101,7 +101,7 @@ impl SocketArgs {
         } else if let Some(path) = set(SPIRE) {
             (path.into(), Chosen::Spire)
         } else if let Some(uri) = set(SPIFFE) {
-            (unix_path(&uri).ok_or(SocketError::NoUnixUri(uri))?, Chosen::Spiffe)
+            (unix_path(&uri).ok_or(SocketError::NotUnixUri(uri))?, Chosen::Spiffe)
         } else {
             (DEFAULT.into(), Chosen::Default)
         };
@@ -131,8 +131,9 @@ mod tests {
     fn the_first_that_is_set_is_taken() {
         let all = [(TEMPLATE, "/t/%i.sock"), (SPIRE, "/spire.sock"), (SPIFFE, "unix:///spiffe.sock")];
         let none: [(&str, &str); 0] = [];
-        let cases: [(&str, Option<&str>, Option<&str>, &[(&str, &str)], Result<(&str, Chosen), SocketError>);
-            16] = [
+        type Want<'a> = Result<(&'a str, Chosen), SocketError>;
+        type Case<'a> = (&'a str, Option<&'a str>, Option<&'a str>, &'a [(&'a str, &'a str)], Want<'a>);
+        let cases: [Case<'_>; 16] = [
             ("nothing", None, None, &none, Ok((DEFAULT, Chosen::Default))),
             ("flag wins", Some("/f"), Some("a"), &all, Ok(("/f", Chosen::Flag))),
             ("template next", None, Some("a"), &all, Ok(("/t/a.sock", Chosen::Instance))),
@@ -141,31 +142,37 @@ mod tests {
             ("one slash is a URI too", None, None, &[(SPIFFE, "unix:/s")], Ok(("/s", Chosen::Spiffe))),
             ("empty is unset", None, None, &[(SPIRE, ""), (SPIFFE, "")], Ok((DEFAULT, Chosen::Default))),
             ("empty instance is none", None, Some(""), &none, Ok((DEFAULT, Chosen::Default))),
-            ("instance, no template", None, Some("a"), &none, Err(SocketError::NoTemplate)),
-            ("even with the flag", Some("/f"), Some("a"), &none, Err(SocketError::NoTemplate)),
-            ("no %i", None, Some("a"), &[(TEMPLATE, "/t")], Err(SocketError::NoPlace("/t".into()))),
-            ("a path", None, None, &[(SPIFFE, "/s")], Err(SocketError::NoUnixUri("/s".into()))),
+            ("instance, no template", None, Some("a"), &none, Err(SocketError::TemplateUnset)),
+            ("even with the flag", Some("/f"), Some("a"), &none, Err(SocketError::TemplateUnset)),
+            (
+                "no %i",
+                None,
+                Some("a"),
+                &[(TEMPLATE, "/t")],
+                Err(SocketError::TemplateWithoutPlace("/t".into())),
+            ),
+            ("a path", None, None, &[(SPIFFE, "/s")], Err(SocketError::NotUnixUri("/s".into()))),
             (
                 "tcp",
                 None,
                 None,
                 &[(SPIFFE, "tcp://1.2.3.4:5")],
-                Err(SocketError::NoUnixUri("tcp://1.2.3.4:5".into())),
+                Err(SocketError::NotUnixUri("tcp://1.2.3.4:5".into())),
             ),
             (
                 "a host",
                 None,
                 None,
                 &[(SPIFFE, "unix://h/s")],
-                Err(SocketError::NoUnixUri("unix://h/s".into())),
+                Err(SocketError::NotUnixUri("unix://h/s".into())),
             ),
-            ("relative", None, None, &[(SPIFFE, "unix:s")], Err(SocketError::NoUnixUri("unix:s".into()))),
+            ("relative", None, None, &[(SPIFFE, "unix:s")], Err(SocketError::NotUnixUri("unix:s".into()))),
             (
                 "a query",
                 None,
                 None,
                 &[(SPIFFE, "unix:///s?x")],
-                Err(SocketError::NoUnixUri("unix:///s?x".into())),
+                Err(SocketError::NotUnixUri("unix:///s?x".into())),
             ),
         ];
         for (case, flag, instance, environment, want) in cases {

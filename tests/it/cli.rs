@@ -261,7 +261,7 @@ fn x509_svids_are_shown_as_spire_agent_shows_them() {
     let mut first = own.svid("/foo", |_| {});
     first.hint = "external\x1b[2J".to_owned();
     let response = pb::X509svidResponse {
-        svids: vec![first.clone(), own.svid("/bar", |_| {})],
+        svids: vec![first, own.svid("/bar", |_| {})],
         crl: vec![],
         federated_bundles: BTreeMap::from([("spiffe://other.test".to_owned(), foreign.der.clone())]),
     };
@@ -282,7 +282,7 @@ fn x509_svids_are_shown_as_spire_agent_shows_them() {
         block("spiffe://example.org/foo", "Hint:\t\t\texternal\\u{1b}[2J\n"),
         block("spiffe://example.org/bar", "")
     );
-    for line in [&["api", "fetch"] as &[_], &["api", "fetch", "x509"]] {
+    for line in [["api", "fetch"].as_slice(), &["api", "fetch", "x509"]] {
         let got = agent.run(line);
         assert_eq!(text(&got.stderr), "", "{line:?}");
         assert_eq!(without_time(text(&got.stdout)), want, "{line:?}");
@@ -319,7 +319,7 @@ fn x509_svids_are_shown_as_spire_agent_shows_them() {
 fn what_does_not_verify_is_not_shown() {
     let (own, foreign) = (Ca::new("example.org"), Ca::new("other.test"));
     let with = |change: fn(&mut CertificateParams)| own.svid("/foo", change);
-    let other_bundle = pb::X509svid { bundle: foreign.der.clone(), ..with(|_| {}) };
+    let other_bundle = pb::X509svid { bundle: foreign.der, ..with(|_| {}) };
     let other_key =
         pb::X509svid { x509_svid_key: KeyPair::generate().unwrap().serialize_der(), ..with(|_| {}) };
     let other_id = pb::X509svid { spiffe_id: "spiffe://example.org/root".to_owned(), ..with(|_| {}) };
@@ -529,12 +529,12 @@ fn tokens_are_validated_as_spire_agent_does() {
     let invalid = Status::invalid_argument("token has expired");
     let down = Status::unavailable("starting");
     let line = ["api", "validate", "jwt", "-audience", "foo", "-svid", "a.b.c"];
-    let json = [&line as &[_], &["-output", "json"]].concat();
+    let json = [line.as_slice(), &["-output", "json"]].concat();
     let pretty = "SVID is valid.\nSPIFFE ID : spiffe://a.test/1\n\
                   Claims    : {\"exp\":1767225600,\"gone\":null,\"sub\":\"spiffe://a.test/1\"}\n";
     let in_json = "{\"claims\":{\"exp\":1767225600,\"sub\":\"spiffe://a.test/1\"},\"spiffe_id\":\"spiffe://a.test/1\"}\n";
     for (case, line, answer, stdout, stderr, code) in [
-        ("valid", &line as &[_], Ok(valid.clone()), pretty, "", 0),
+        ("valid", line.as_slice(), Ok(valid.clone()), pretty, "", 0),
         ("valid, json", &json, Ok(valid), in_json, "", 0),
         ("invalid", &line, Err(invalid), "", "SVID is not valid: token has expired\n", 1),
         (
@@ -610,7 +610,8 @@ fn a_socket_that_does_not_answer_is_named() {
     let uri = format!("unix://{missing}");
     let template = path("%i");
     let none: [(&str, &str); 0] = [];
-    let cases: [(&str, &[&str], &[(&str, &str)], &str, &str); 7] = [
+    type Case<'a> = (&'a str, &'a [&'a str], &'a [(&'a str, &'a str)], &'a str, &'a str);
+    let cases: [Case<'_>; 7] = [
         (
             "missing",
             &["--socket-path", &missing],
@@ -690,7 +691,7 @@ fn health_is_told_as_spire_agent_tells_it() {
     let not = Agent::saying(Answers { health: Health::NotServing, ..Default::default() });
     let verbose = ["healthcheck", "-verbose"];
     for (case, agent, line, stdout, stderr, code) in [
-        ("serving", &serving, &["healthcheck"] as &[_], "Agent is healthy.\n", "", 0),
+        ("serving", &serving, ["healthcheck"].as_slice(), "Agent is healthy.\n", "", 0),
         ("shallow", &serving, &["healthcheck", "-shallow"], "Agent is healthy.\n", "", 0),
         ("verbose", &serving, &verbose, "Checking agent health...\nAgent is healthy.\n", "", 0),
         (
@@ -761,7 +762,7 @@ impl Drop for Kill {
 #[test]
 fn a_wrong_command_line_is_refused_with_one() {
     for (case, line, want) in [
-        ("nothing", &[] as &[_], "Usage: durward <COMMAND>"),
+        ("nothing", [""; 0].as_slice(), "Usage: durward <COMMAND>"),
         ("unknown command", &["frobnicate"], "unrecognized subcommand 'frobnicate'"),
         ("half a command", &["api"], "Usage: durward api <COMMAND>"),
         ("unknown flag", &["api", "fetch", "-scoketPath", "/x"], "unexpected argument '--scoketPath'"),
@@ -794,7 +795,7 @@ fn a_wrong_command_line_is_refused_with_one() {
 #[test]
 fn help_and_version_are_answers() {
     for (case, line, want) in [
-        ("version", &["--version"] as &[_], concat!("durward ", env!("CARGO_PKG_VERSION"), "\n")),
+        ("version", ["--version"].as_slice(), concat!("durward ", env!("CARGO_PKG_VERSION"), "\n")),
         ("Go's version", &["-version"], concat!("durward ", env!("CARGO_PKG_VERSION"), "\n")),
         ("help", &["-help"], "Exit codes:\n  0  done\n  1  an error"),
         ("help of a command", &["api", "fetch", "jwt", "-h"], "--spiffe-id <ID>"),
@@ -809,7 +810,7 @@ fn help_and_version_are_answers() {
 fn a_reader_that_goes_away_ends_the_command_quietly() {
     let ca = Ca::new("example.org");
     let agent = Agent::saying(x509(vec![ca.svid("/a", |_| {})]));
-    for line in [&["man"] as &[_], &["completions", "bash"], &["--help"], &["api", "watch"]] {
+    for line in [["man"].as_slice(), &["completions", "bash"], &["--help"], &["api", "watch"]] {
         let mut command = durward(line);
         if line == ["api", "watch"] {
             command.arg("-socketPath").arg(agent.socket());
@@ -1051,7 +1052,7 @@ fn a_configuration_is_checked_without_starting() {
     let good = AGENT_CONF.replace("${NAME}", "web");
     let bad = good.replace("trust_domain", "trust_domian");
     for (case, written, line, stdout, stderr, code) in [
-        ("valid", &good, &[] as &[_], valid, "", 0),
+        ("valid", &good, [""; 0].as_slice(), valid, "", 0),
         ("json", &good, &["-output", "json"], "{\"errors\":[],\"valid\":true}\n", "", 0),
         ("the same trust domain", &good, &["-trustDomain", "example.org"], valid, "", 0),
         (
