@@ -314,7 +314,7 @@ pub fn run(load: Load) -> anyhow::Result<()> {
     ended
 }
 
-/// The runtime of an agent: as many workers as the machine has processors, at most [`MOST_WORKERS`].
+/// The runtime of an agent: as many workers as the machine has processors, at most four.
 ///
 /// # Errors
 /// Threads or descriptors are short.

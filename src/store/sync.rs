@@ -25,7 +25,10 @@ use crate::{
     },
 };
 
-/// Between two looks at what is due.
+/// The longest time between two looks.
+const LOOK: Duration = Duration::from_secs(10);
+
+/// The shortest time between two looks.
 const PAUSE: Duration = Duration::from_millis(250);
 
 /// Writes the store.
@@ -81,8 +84,11 @@ impl Sync {
         loop {
             let due_changed = self.x509.due_changed.notified();
             let next = self.maintain(&mut failing).await;
+            // Looked at again every ten seconds whatever is due: only so is it seen that the clock was set back, after
+            // which the issuer cannot sign until it has rotated. With nothing due, a look costs microseconds.
+            let look = next.min(clock.now() + LOOK);
             tokio::select! {
-                () = sleep_until(clock, next) => {}
+                () = sleep_until(clock, look) => {}
                 () = due_changed => {}
             }
             // Many SVIDs may be made at once; one look is enough for all of them.
