@@ -1,0 +1,320 @@
+//! What the benches share: the agent as a process, a floor to compare it with, and a plain HTTP/2 client.
+//!
+//! The floor is a bare tonic server on a Unix socket that answers with the bytes the agent answered with, under the same
+//! HTTP/2 settings: the least that any server on this stack can cost. It runs as a process of its own (this program again,
+//! with [`FLOOR`] set), as the agent does.
+
+use std::{
+    io::Write as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use durward::api::{
+    encoded::Encoded,
+    proto::{
+        workload as pb,
+        workload_server::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer},
+    },
+};
+use h2::client::SendRequest;
+use http::Request;
+use prost::Message;
+use tokio::{net::UnixStream, sync::mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Response, Status};
+
+/// Set for the floor's process: the directory with its socket and its answers.
+pub const FLOOR: &str = "DURWARD_BENCH_FLOOR";
+
+pub const JWT: &str = "/SpiffeWorkloadAPI/FetchJWTSVID";
+pub const X509: &str = "/SpiffeWorkloadAPI/FetchX509SVID";
+
+/// Answers with what it was given.
+#[derive(Clone)]
+struct Floor {
+    jwt: pb::JwtsvidResponse,
+    x509: Bytes,
+}
+
+type Messages = ReceiverStream<Result<Encoded, Status>>;
+
+#[tonic::async_trait]
+impl SpiffeWorkloadApi for Floor {
+    type FetchX509SVIDStream = Messages;
+    type FetchX509BundlesStream = Messages;
+    type FetchJWTBundlesStream = Messages;
+    type FetchWITSVIDStream = tokio_stream::Empty<Result<pb::WitsvidResponse, Status>>;
+    type FetchWITBundlesStream = tokio_stream::Empty<Result<pb::WitBundlesResponse, Status>>;
+
+    async fn fetch_jwtsvid(
+        &self,
+        _: tonic::Request<pb::JwtsvidRequest>,
+    ) -> Result<Response<pb::JwtsvidResponse>, Status> {
+        Ok(Response::new(self.jwt.clone()))
+    }
+
+    /// One message, and then silence, as with an SVID that is not renewed.
+    async fn fetch_x509svid(
+        &self,
+        _: tonic::Request<pb::X509svidRequest>,
+    ) -> Result<Response<Messages>, Status> {
+        let (sender, receiver) = mpsc::channel(1);
+        sender.try_send(Ok(Encoded::from(self.x509.clone()))).expect("there is room for one");
+        tokio::spawn(async move { sender.closed().await });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn fetch_x509_bundles(
+        &self,
+        _: tonic::Request<pb::X509BundlesRequest>,
+    ) -> Result<Response<Messages>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn fetch_jwt_bundles(
+        &self,
+        _: tonic::Request<pb::JwtBundlesRequest>,
+    ) -> Result<Response<Messages>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn validate_jwtsvid(
+        &self,
+        _: tonic::Request<pb::ValidateJwtsvidRequest>,
+    ) -> Result<Response<pb::ValidateJwtsvidResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn fetch_witsvid(
+        &self,
+        _: tonic::Request<pb::WitsvidRequest>,
+    ) -> Result<Response<Self::FetchWITSVIDStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn fetch_wit_bundles(
+        &self,
+        _: tonic::Request<pb::WitBundlesRequest>,
+    ) -> Result<Response<Self::FetchWITBundlesStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+}
+
+/// The floor's process ends here; any other goes on.
+pub fn floor_process() {
+    let Some(dir) = std::env::var_os(FLOOR).map(PathBuf::from) else { return };
+    let answer = |name: &str| std::fs::read(dir.join(name)).expect("the answer of the agent");
+    let floor = Floor {
+        jwt: pb::JwtsvidResponse::decode(answer("jwt").as_slice()).expect("an answer"),
+        x509: answer("x509").into(),
+    };
+    durward::agent::runtime().expect("a runtime").block_on(async {
+        let listener = tokio::net::UnixListener::bind(dir.join("api.sock")).expect("a socket");
+        let settings = durward::peer::Settings::default();
+        let incoming = Box::pin(futures_util::stream::unfold(listener, |listener| async {
+            let accepted = listener.accept().await.map(|(stream, _)| stream);
+            Some((accepted, listener))
+        }));
+        tonic::transport::Server::builder()
+            .max_concurrent_streams(settings.max_concurrent_streams)
+            .initial_stream_window_size(settings.initial_stream_window)
+            .initial_connection_window_size(settings.initial_connection_window)
+            .max_frame_size(settings.max_frame_size)
+            .http2_max_header_list_size(settings.max_header_list_size)
+            .http2_keepalive_interval(Some(settings.keep_alive_interval))
+            .http2_keepalive_timeout(Some(settings.keep_alive_timeout))
+            .add_service(SpiffeWorkloadApiServer::new(floor))
+            .serve_with_incoming(incoming)
+            .await
+            .expect("a server");
+    });
+    std::process::exit(0);
+}
+
+/// A process of the bench's own, ended with it.
+pub struct Server {
+    child: Child,
+    pub dir: tempfile::TempDir,
+    pub name: &'static str,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+impl Server {
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("api.sock")
+    }
+
+    /// Starts the agent, with `blocks` in its configuration beside what every agent needs, and no limits on this caller.
+    pub async fn agent(blocks: &str) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        write_config(dir.path(), blocks);
+        let child = Command::new(env!("CARGO_BIN_EXE_durward"))
+            .args(["run", "--config"])
+            .arg(dir.path().join("agent.conf"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("the agent");
+        Self { child, dir, name: "durward" }.up().await
+    }
+
+    /// Starts the floor with the answers of `agent`.
+    pub async fn floor(agent: &Self) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut client = Client::connect(&agent.socket()).await;
+        for (name, path, message) in [("jwt", JWT, jwt_request("a")), ("x509", X509, Bytes::new())] {
+            std::fs::write(dir.path().join(name), client.first_message(path, &message).await)
+                .expect("written");
+        }
+        let child = Command::new(std::env::current_exe().expect("this program"))
+            .env(FLOOR, dir.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("the floor");
+        Self { child, dir, name: "floor" }.up().await
+    }
+
+    async fn up(mut self) -> Self {
+        let started = Instant::now();
+        while UnixStream::connect(self.socket()).await.is_err() {
+            let ended = self.child.try_wait().expect("a state");
+            assert!(
+                ended.is_none() && started.elapsed() < Duration::from_secs(60),
+                "{} did not start: {ended:?}",
+                self.name
+            );
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        self
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Resident memory, in KiB.
+    pub fn resident(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("its status");
+        let line = status.lines().find(|line| line.starts_with("VmRSS")).expect("VmRSS");
+        line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number")
+    }
+
+    /// Processor time used so far, of all threads.
+    pub fn cpu(&self) -> Duration {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("its threads");
+        let nanos = tasks.flatten().filter_map(|task| {
+            let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
+            text.split(' ').next()?.parse::<u64>().ok()
+        });
+        Duration::from_nanos(nanos.sum())
+    }
+}
+
+/// Configuration for a bench: this user's entry is `/bench`, and it is exempt from the limits.
+pub fn write_config(dir: &Path, blocks: &str) {
+    let (at, uid) = (dir.display(), nix::unistd::geteuid());
+    let text = format!(
+        "agent {{\n  trust_domain = \"example.org\"\n  data_dir = \"{at}/data\"\n  socket_path = \"{at}/api.sock\"\n}}\n\
+         plugins {{\n  WorkloadAttestor \"unix\" {{\n    plugin_data {{ }}\n  }}\n}}\nissuer \"embedded\" {{ }}\n\
+         ratelimit {{\n  gate {{\n    override \"uid:{uid}\" {{ exempt = true }}\n  }}\n  caller {{\n    override \"uid:{uid}\" {{ exempt = true }}\n  }}\n  \
+         identity {{\n    override \"spiffe://example.org/**\" {{ exempt = true }}\n  }}\n}}\n\
+         entry \"spiffe://example.org/bench\" {{\n  selectors = [\"unix:uid:{uid}\"]\n}}\n{blocks}\n"
+    );
+    std::fs::write(dir.join("agent.conf"), text).expect("written");
+}
+
+pub fn jwt_request(audience: &str) -> Bytes {
+    pb::JwtsvidRequest { audience: vec![audience.to_owned()], spiffe_id: String::new() }
+        .encode_to_vec()
+        .into()
+}
+
+/// One HTTP/2 connection.
+#[derive(Clone)]
+pub struct Client(SendRequest<Bytes>);
+
+impl Client {
+    pub async fn connect(socket: &Path) -> Self {
+        let stream = UnixStream::connect(socket).await.expect("a connection");
+        let (client, connection) = h2::client::Builder::new()
+            .initial_connection_window_size(1 << 20)
+            .initial_window_size(1 << 20)
+            .handshake(stream)
+            .await
+            .expect("a handshake");
+        tokio::spawn(async move { drop(connection.await) });
+        Self(client)
+    }
+
+    /// Calls, reads the first message, and lets a stream go.
+    pub async fn first_message(&mut self, path: &str, message: &[u8]) -> Vec<u8> {
+        let mut body = self.open(path, message).await;
+        let mut message = Vec::new();
+        loop {
+            let data = body.data().await.expect("a message").expect("data");
+            drop(body.flow_control().release_capacity(data.len()));
+            message.extend_from_slice(&data);
+            if let Some((head, body)) = message.split_first_chunk::<5>() {
+                let [_, a, b, c, d] = *head;
+                if body.len() >= usize::try_from(u32::from_be_bytes([a, b, c, d])).expect("64 bits") {
+                    return body.to_vec();
+                }
+            }
+        }
+    }
+
+    /// Calls, and reads to the end of the answer.
+    pub async fn call(&mut self, path: &str, message: &[u8]) {
+        let mut body = self.open(path, message).await;
+        let mut read = 0;
+        while let Some(data) = body.data().await {
+            let data = data.expect("data");
+            read += data.len();
+            drop(body.flow_control().release_capacity(data.len()));
+        }
+        let trailers = body.trailers().await.expect("the end").expect("trailers");
+        assert_eq!(trailers.get("grpc-status").map(|status| status.as_bytes()), Some(&b"0"[..]));
+        assert!(read > 100, "an answer of {read} bytes");
+    }
+
+    /// Opens a call.
+    pub async fn open(&mut self, path: &str, message: &[u8]) -> h2::RecvStream {
+        let request = Request::post(format!("http://localhost{path}"))
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .header("workload.spiffe.io", "true")
+            .body(())
+            .expect("a request");
+        let mut frame = vec![0];
+        frame.extend_from_slice(&u32::try_from(message.len()).expect("a short message").to_be_bytes());
+        frame.extend_from_slice(message);
+        let mut ready = self.0.clone().ready().await.expect("a connection");
+        let (response, mut send) = ready.send_request(request, false).expect("sent");
+        send.send_data(frame.into(), true).expect("sent");
+        let response = response.await.expect("an answer");
+        assert!(response.headers().get("grpc-status").is_none_or(|status| status == "0"), "{response:?}");
+        response.into_body()
+    }
+}
+
+/// The middle one.
+pub fn median(mut numbers: Vec<f64>) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    numbers.get(numbers.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// A row of a table for people.
+pub fn row(cells: &[String]) {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "| {} |", cells.join(" | ")).expect("printed");
+}
