@@ -338,6 +338,8 @@ async fn serve(
 ) -> anyhow::Result<()> {
     let mut signals = Signals::new()?;
     let mut agent = Running::start(config.clone(), handed, Clock::SYSTEM)?;
+    let lines = log.clone();
+    agent.metrics.before_render(move |metrics| metrics.set_log_lines_lost(lines.lines_lost()));
     let status = |agent: &Running| format!("serving {} entries", agent.config().entries.len());
     tracing::info!(
         socket = %agent.socket_path().display(),

@@ -72,10 +72,8 @@ closed! {
 closed! {
     /// What is replaced before it expires.
     Rotated, "kind" {
-        /// The signing certificate and key of the embedded issuer.
-        X509Ca = "x509_ca",
-        /// The key that signs JWT-SVIDs.
-        JwtKey = "jwt_key",
+        /// The issuer's CA and JWT key: the next one made, taken into use or dropped.
+        Issuer = "issuer",
         /// X.509-SVIDs of entries; the gauge tells of the next one due.
         X509Svid = "x509_svid",
     }
@@ -252,7 +250,7 @@ pub struct Metrics {
     clock: Clock,
     process: Process,
     /// Written by whoever rotates; turned into "seconds left" when rendered, so that it is never stale.
-    due: Mutex<[Option<SystemTime>; 3]>,
+    due: Mutex<[Option<SystemTime>; 2]>,
     rotation_due: By<Rotated, Gauge>,
     rotations: By<Rotated, Counter>,
     calls: By<Method, Box<[Counter]>>,
@@ -283,7 +281,11 @@ pub struct Metrics {
     reload_ok: Gauge,
     reload_time: Gauge,
     log_lines_lost: Counter,
+    ask: Mutex<Vec<Ask>>,
 }
+
+/// Sets what is counted elsewhere.
+type Ask = Box<dyn Fn(&Metrics) + Send>;
 
 impl std::fmt::Debug for Metrics {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -366,7 +368,7 @@ impl Metrics {
         Self {
             clock,
             process: Process::read(),
-            due: Mutex::new([None; 3]),
+            due: Mutex::new([None; 2]),
             rotation_due,
             rotations: make.counters("durward_rotations_total", "Rotations done."),
             calls: By::new(|method: Method| {
@@ -484,6 +486,7 @@ impl Metrics {
                 "Log lines dropped because nobody took them from the agent in time.",
                 &[],
             ),
+            ask: Mutex::default(),
             handle: recorder.handle(),
             recorder,
         }
@@ -623,6 +626,11 @@ impl Metrics {
         &self.recorder
     }
 
+    /// Calls `ask` before each rendering, to set what is counted elsewhere. It must not block, nor call this.
+    pub fn before_render(&self, ask: impl Fn(&Self) + Send + 'static) {
+        self.ask.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(ask));
+    }
+
     /// Moves the samples of the histograms into their buckets. To be called every second; see the module's top.
     pub fn upkeep(&self) {
         self.handle.run_upkeep();
@@ -641,6 +649,9 @@ impl Metrics {
     /// Everything in Prometheus' text format (version 0.0.4). Reads `/proc/self`; takes about a millisecond.
     #[must_use]
     pub fn render(&self) -> String {
+        for ask in self.ask.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            ask(self);
+        }
         let now = self.clock.now();
         let due = *self.due.lock().unwrap_or_else(PoisonError::into_inner);
         for (kind, due) in Rotated::VALUES.iter().zip(due) {
@@ -794,9 +805,8 @@ mod tests {
         metrics.signing_failed(SvidKind::X509);
         metrics.set_x509_svids(SvidState::Active, 3);
         metrics.jwt_cache(CacheResult::Hit);
-        metrics.set_rotation_due(Rotated::X509Ca, Some(at(1_000_060)));
-        metrics.set_rotation_due(Rotated::JwtKey, Some(at(999_990)));
-        metrics.rotated(Rotated::JwtKey);
+        metrics.set_rotation_due(Rotated::Issuer, Some(at(1_000_060)));
+        metrics.rotated(Rotated::Issuer);
         metrics.set_connections(&ConnectionCounts {
             open: 1,
             refused: vec![(ConnectionRefusal::Unidentified, 1)],
@@ -827,9 +837,8 @@ mod tests {
             (r#"durward_signing_failures_total{kind="x509"}"#, 1.0),
             (r#"durward_x509_svids{state="active"}"#, 3.0),
             (r#"durward_jwt_cache_requests_total{result="hit"}"#, 1.0),
-            (r#"durward_rotation_due_seconds{kind="x509_ca"}"#, 60.0),
-            (r#"durward_rotation_due_seconds{kind="jwt_key"}"#, -10.0),
-            (r#"durward_rotations_total{kind="jwt_key"}"#, 1.0),
+            (r#"durward_rotation_due_seconds{kind="issuer"}"#, 60.0),
+            (r#"durward_rotations_total{kind="issuer"}"#, 1.0),
             (r#"durward_connections_refused_total{reason="unidentified"}"#, 1.0),
             (r#"durward_connections_closed_total{reason="flood"}"#, 2.0),
             ("durward_connections_open", 1.0),
@@ -844,8 +853,13 @@ mod tests {
         }
         assert!(got[r#"durward_rotation_due_seconds{kind="x509_svid"}"#].is_nan(), "none is planned");
         drop(stream);
-        let left = samples(&metrics.render())[r#"durward_streams_open{method="FetchX509SVID"}"#];
-        assert_eq!(left, 0.0);
+        metrics.set_rotation_due(Rotated::X509Svid, Some(at(999_990)));
+        metrics.before_render(|metrics| metrics.set_log_lines_lost(3));
+        let text = metrics.render();
+        let got = samples(&text);
+        assert_eq!(got[r#"durward_streams_open{method="FetchX509SVID"}"#], 0.0);
+        assert_eq!(got[r#"durward_rotation_due_seconds{kind="x509_svid"}"#], -10.0, "overdue");
+        assert_eq!(got["durward_log_lines_lost_total"], 3.0);
     }
 
     #[test]

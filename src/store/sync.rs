@@ -100,6 +100,7 @@ impl Sync {
     async fn maintain(&self, failing: &mut bool) -> SystemTime {
         let now = self.signer.clock().now();
         let next_rotation = self.rotate(now, failing).await;
+        self.metrics.set_rotation_due(Rotated::Issuer, Some(next_rotation));
 
         let snapshot = self.store.snapshot();
         let renewed = self.x509.renew(|id| snapshot.index.get(id).cloned()).await;
@@ -107,6 +108,7 @@ impl Sync {
             tracing::warn!(%error, "could not renew x509-svids; the valid ones are served");
         }
         if renewed.replaced {
+            self.metrics.rotated(Rotated::X509Svid);
             self.write(|now| (Arc::clone(&now.index), now.bundles.clone(), Arc::clone(&now.policy)));
         }
         let next_renewal = self.x509.next_due();
@@ -124,6 +126,7 @@ impl Sync {
         match done {
             Ok(Ok(rotation)) => {
                 if rotation.bundle_changed {
+                    self.metrics.rotated(Rotated::Issuer);
                     let own = self.signer.issuer().bundle();
                     self.write(|now| {
                         let bundles = Bundles { own, federated: now.bundles.federated.clone() };
