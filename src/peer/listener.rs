@@ -28,6 +28,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::{Buf, Bytes};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::{body::Incoming, rt::Executor, server::conn::http2, service::Service};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -688,7 +689,9 @@ impl<P: Send> Connection<P> {
                 done = http2.as_mut() => {
                     return match (done, ends) {
                         _ if ending.flooded() => Closed::Flood,
+                        // Told to end, and it did; that the peer then closed its side first is the same.
                         (Ok(()), Some((why, _))) => why,
+                        (Err(_), Some((why, _))) if ending.by_peer() => why,
                         (Ok(()), None) => Closed::ByPeer,
                         (Err(err), _) if err.is_timeout() => Closed::KeepAlive,
                         (Err(_), _) if ending.by_peer() => Closed::ByPeer,
@@ -810,11 +813,28 @@ struct TurnsInner {
     last_ended: Option<Instant>,
 }
 
+/// One request: free once its answer has ended and every part of it has left for the kernel.
 #[derive(Clone, Copy, Debug)]
-enum Slot {
-    Free,
-    Waiting(Instant),
-    Resting,
+struct Slot {
+    /// Its answer has not ended.
+    open: bool,
+    /// The answer has nothing to send for now: a stream that waits for news.
+    rests: bool,
+    /// Parts of the answer that hyper or h2 holds, because the peer has no room for them.
+    parts: usize,
+    /// When it last came a step on.
+    moved: Instant,
+}
+
+impl Slot {
+    fn is_free(self) -> bool {
+        !self.open && self.parts == 0
+    }
+
+    /// Since when it waits, for the server or for the peer.
+    fn waits_since(self) -> Option<Instant> {
+        (self.parts > 0 || self.open && !self.rests).then_some(self.moved)
+    }
 }
 
 /// What the connection's task wants to know.
@@ -839,11 +859,8 @@ impl Turns {
 
     fn look(&self) -> Look {
         self.with(|turns| {
-            let waiting = turns.slots.iter().filter_map(|slot| match slot {
-                Slot::Waiting(since) => Some(*since),
-                Slot::Free | Slot::Resting => None,
-            });
-            match (waiting.min(), turns.open, turns.last_ended) {
+            let waits_since = turns.slots.iter().filter_map(|slot| slot.waits_since()).min();
+            match (waits_since, turns.open, turns.last_ended) {
                 (Some(since), ..) => Look::Busy { since },
                 (None, 1.., _) => Look::Open,
                 (None, 0, Some(since)) => Look::Idle { since },
@@ -853,7 +870,7 @@ impl Turns {
     }
 }
 
-/// The place of one request in [`Turns`].
+/// The place of one request in [`Turns`], held by whoever makes its answer.
 #[derive(Debug)]
 struct Turn {
     turns: Arc<Turns>,
@@ -862,44 +879,87 @@ struct Turn {
 
 impl Turn {
     fn begin(turns: &Arc<Turns>) -> Self {
-        let waiting = Slot::Waiting(Instant::now());
+        let new = Slot { open: true, rests: false, parts: 0, moved: Instant::now() };
         let slot = turns.with(|turns| {
             turns.open += 1;
-            match turns.slots.iter().position(|slot| matches!(slot, Slot::Free)) {
-                Some(free) => {
-                    turns.set(free, waiting);
-                    free
-                }
-                None => {
-                    turns.slots.push(waiting);
-                    turns.slots.len() - 1
-                }
+            if let Some((free, slot)) = turns.slots.iter_mut().enumerate().find(|(_, slot)| slot.is_free()) {
+                *slot = new;
+                free
+            } else {
+                turns.slots.push(new);
+                turns.slots.len() - 1
             }
         });
         Self { turns: Arc::clone(turns), slot }
     }
 
-    fn set(&self, to: Slot) {
-        self.turns.with(|turns| turns.set(self.slot, to));
+    /// The answer has nothing to send now.
+    fn rests(&self) {
+        self.turns.update(self.slot, |slot| slot.rests = true);
     }
-}
 
-impl TurnsInner {
-    fn set(&mut self, at: usize, to: Slot) {
-        if let Some(slot) = self.slots.get_mut(at) {
-            *slot = to;
-        }
+    /// A part of the answer is handed to hyper.
+    fn part(&self, bytes: Bytes) -> Part {
+        let now = Instant::now();
+        self.turns.update(self.slot, |slot| {
+            slot.parts += 1;
+            slot.rests = false;
+            slot.moved = now;
+        });
+        Part { bytes, turns: Arc::clone(&self.turns), slot: self.slot }
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        let now = Instant::now();
-        self.turns.with(|turns| {
-            turns.set(self.slot, Slot::Free);
-            turns.open -= 1;
-            turns.last_ended = Some(now);
+        self.turns.update(self.slot, |slot| slot.open = false);
+    }
+}
+
+impl Turns {
+    /// Changes a slot that is in use.
+    fn update(&self, at: usize, change: impl FnOnce(&mut Slot)) {
+        self.with(|turns| {
+            if let Some(slot) = turns.slots.get_mut(at) {
+                change(slot);
+                if slot.is_free() {
+                    turns.open -= 1;
+                    turns.last_ended = Some(Instant::now());
+                }
+            }
         });
+    }
+}
+
+/// Bytes of an answer. h2 drops them when the kernel has taken the last of them, or when their stream is gone: the
+/// only sign there is that a peer without a window has not pinned them.
+struct Part {
+    bytes: Bytes,
+    turns: Arc<Turns>,
+    slot: usize,
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        let now = Instant::now();
+        self.turns.update(self.slot, |slot| {
+            slot.parts -= 1;
+            slot.moved = now;
+        });
+    }
+}
+
+impl Buf for Part {
+    fn remaining(&self) -> usize {
+        self.bytes.remaining()
+    }
+
+    fn chunk(&self) -> &[u8] {
+        self.bytes.chunk()
+    }
+
+    fn advance(&mut self, n: usize) {
+        self.bytes.advance(n);
     }
 }
 
@@ -940,35 +1000,36 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
         let Ok(response) = ready!(Pin::new(&mut this.answer).poll(cx));
-        let turn = this.turn.take();
+        // Nothing more comes after the answer.
+        let Some(turn) = this.turn.take() else { return Poll::Pending };
         Poll::Ready(Ok(response.map(|body| Answer { body, turn })))
     }
 }
 
-/// The body of an answer. hyper asks for the next part only when the peer has room for it, so after a part was given
-/// it is the peer's turn, until hyper asks again; when there is no part yet, it is nobody's.
+/// The body of an answer: it is the peer's turn while a part of it is on its way, and nobody's when it has none yet.
 struct Answer {
     body: tonic::body::Body,
-    turn: Option<Turn>,
+    turn: Turn,
 }
 
 impl HttpBody for Answer {
-    type Data = bytes::Bytes;
+    type Data = Part;
     type Error = tonic::Status;
 
     fn poll_frame(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+    ) -> Poll<Option<Result<Frame<Part>, tonic::Status>>> {
         let this = self.get_mut();
-        let frame = Pin::new(&mut this.body).poll_frame(cx);
-        if let Some(turn) = &this.turn {
-            turn.set(match frame {
-                Poll::Ready(_) => Slot::Waiting(Instant::now()),
-                Poll::Pending => Slot::Resting,
-            });
+        match Pin::new(&mut this.body).poll_frame(cx) {
+            Poll::Ready(frame) => {
+                Poll::Ready(frame.map(|frame| Ok(frame?.map_data(|bytes| this.turn.part(bytes)))))
+            }
+            Poll::Pending => {
+                this.turn.rests();
+                Poll::Pending
+            }
         }
-        frame
     }
 
     fn is_end_stream(&self) -> bool {

@@ -3,17 +3,32 @@
 use std::{
     convert::Infallible,
     future::Future,
-    os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
+    io::{Read as _, Write as _},
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, symlink},
+            net::{UnixDatagram, UnixListener as StdListener, UnixStream as StdStream},
+        },
+    },
     path::{Path, PathBuf},
     pin::Pin,
-    sync::Arc,
+    process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
     time::Duration,
 };
 
 use bytes::Bytes;
-use durward::peer::{
-    Listener, Peer, Settings, Socket, Stats,
-    listener::{Closed, Drained},
+use durward::{
+    limits::CallerKey,
+    peer::{
+        BindError, Gate, Listener, OsUid, Peer, PeerGone, Settings, Socket, Stats,
+        credentials::Process,
+        listener::{Closed, Drained, Refused},
+    },
 };
 use http_body_util::{BodyExt as _, Full};
 use hyper::{body::Incoming, service::Service};
@@ -138,5 +153,631 @@ async fn serves_a_request() {
     assert_eq!(get(&mut send, "/alive").await.unwrap(), "Ok(())");
     drop(send);
     connection.await.unwrap().unwrap();
-    assert_eq!(server.drain().await.cut, 0);
+    until("the connection has ended", || server.stats.closed(Closed::ByPeer) == 1).await;
+    assert_eq!(server.drain().await, Drained { ended: 0, cut: 0 });
+}
+
+/// Looks again until it is so; a minute of real time is long enough for anything.
+async fn until(what: &str, mut so: impl FnMut() -> bool) {
+    for _ in 0..6000 {
+        if so() {
+            return;
+        }
+        // A real pause, during which tokio's clock, where it is paused, does not leap.
+        tokio::task::spawn_blocking(|| nix::poll::poll(&mut [], 10u16).unwrap()).await.unwrap();
+    }
+    panic!("not within a minute: {what}");
+}
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
+
+/// HEADERS of a request as gRPC C-core sends it: literals with the socket's path for an authority.
+fn c_core_headers(path: &str, authority: &str) -> Vec<u8> {
+    let mut block = vec![0x83, 0x86];
+    for (name, value) in
+        [(":path", path), (":authority", authority), ("te", "trailers"), ("content-type", "application/grpc")]
+    {
+        block.push(0x40);
+        for text in [name, value] {
+            block.push(u8::try_from(text.len()).unwrap());
+            block.extend_from_slice(text.as_bytes());
+        }
+    }
+    // END_STREAM and END_HEADERS, stream 1.
+    let mut frame = vec![0, 0, u8::try_from(block.len()).unwrap(), 1, 0x05, 0, 0, 0, 1];
+    frame.extend_from_slice(&block);
+    frame
+}
+
+/// Reads until the server closes; what it sent.
+async fn read_to_end(stream: &mut UnixStream) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    // Reset or end: both are the server's closing.
+    drop(stream.read_to_end(&mut bytes).await);
+    bytes
+}
+
+fn contains(bytes: &[u8], text: &str) -> bool {
+    bytes.windows(text.len()).any(|window| window == text.as_bytes())
+}
+
+#[tokio::test]
+async fn c_core_authorities_are_served() {
+    for table in [0, 4096] {
+        let server = Server::start(Settings { header_table_size: table, ..Settings::default() });
+        for (case, authority, seen) in [
+            ("percent-encoded path", "tmp%2Fx.sock", "tmp-2Fx.sock"),
+            ("bare path", "/run/durward/agent.sock", "-run-durward-agent.sock"),
+            ("abstract", "%00name", "-00name"),
+            ("a name", "localhost", "localhost"),
+        ] {
+            let mut stream = server.connect().await;
+            let request = [PREFACE, SETTINGS, &c_core_headers("/x", authority)].concat();
+            // In two parts, cut within the authority.
+            let cut = request.len() - 55;
+            stream.write_all(&request[..cut]).await.unwrap();
+            tokio::task::yield_now().await;
+            stream.write_all(&request[cut..]).await.unwrap();
+            let mut got = Vec::new();
+            while !contains(&got, &format!("/x {seen} uid:")) {
+                assert_ne!(stream.read_buf(&mut got).await.unwrap(), 0, "{case}: {got:?}");
+            }
+        }
+        server.drain().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_silence_ends() {
+    let half = PREFACE.split_at(10).0;
+    let unfinished = {
+        // HEADERS without END_HEADERS.
+        let mut headers = c_core_headers("/x", "localhost");
+        headers[4] = 0x01;
+        [PREFACE, SETTINGS, &headers].concat()
+    };
+    for (case, sent, parked) in [
+        ("nothing sent", b"".as_slice(), 1),
+        ("half a preface", half, 0),
+        ("preface only", PREFACE, 0),
+        ("settings only", &[PREFACE, SETTINGS].concat(), 0),
+        ("headers without an end", &unfinished, 0),
+    ] {
+        let server = Server::start(Settings::default());
+        let mut stream = server.connect().await;
+        stream.write_all(sent).await.unwrap();
+        until(case, || server.stats.open() == 1 && server.stats.parked() == parked).await;
+        read_to_end(&mut stream).await;
+        until(case, || server.stats.open() == 0).await;
+        assert_eq!(server.stats.closed(Closed::HandshakeTimeout), 1, "{case}: {:?}", server.stats);
+        assert_eq!(server.stats.parked(), 0, "{case}");
+        server.drain().await;
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_http2_is_closed_at_once() {
+    let server = Server::start(Settings::default());
+    for (n, garbage) in
+        [b"GET / HTTP/1.1\r\n\r\n".as_slice(), &[0x16, 3, 1, 0, 100], &[0; 100]].iter().enumerate()
+    {
+        let mut stream = server.connect().await;
+        stream.write_all(garbage).await.unwrap();
+        read_to_end(&mut stream).await;
+        let closed = u64::try_from(n).unwrap() + 1;
+        until("closed", || server.stats.closed(Closed::Protocol) == closed).await;
+    }
+    server.drain().await;
+}
+
+#[tokio::test]
+async fn floods_are_cut_and_a_neighbour_is_served() {
+    let ping: &[u8] = &[0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+    let window: &[u8] = &[0, 0, 4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+    let server = Server::start(Settings::default());
+    let (mut neighbour, _connection) = client(server.connect().await).await;
+    let mut cut = 0;
+    for (case, flood) in [
+        ("PING", ping),
+        ("SETTINGS", SETTINGS),
+        ("WINDOW_UPDATE", window),
+        ("unknown", &[0, 0, 0, 77, 0, 0, 0, 0, 0]),
+    ] {
+        let (mut reader, mut writer) = server.connect().await.into_split();
+        let drained = tokio::spawn(async move {
+            let mut sink = Vec::new();
+            drop(reader.read_to_end(&mut sink).await);
+        });
+        let start = [PREFACE, SETTINGS, &c_core_headers("/stream", "localhost")].concat();
+        writer.write_all(&start).await.unwrap();
+        // 100 times the budget: the server must be gone long before.
+        let mut sent = 0;
+        while sent < 3_200_000 && writer.write_all(flood).await.is_ok() {
+            sent += flood.len();
+        }
+        assert!(sent < 3_200_000, "{case}");
+        drained.await.unwrap();
+        cut += 1;
+        until(case, || server.stats.closed(Closed::Flood) == cut).await;
+        assert!(get(&mut neighbour, "/a").await.is_ok(), "{case}");
+    }
+    server.drain().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_makes_no_progress_is_closed() {
+    for (case, path, window) in [
+        ("an answer that is not read", "/big", 0),
+        ("a part of it read", "/big", 100),
+        ("no answer", "/hang", 65_535),
+    ] {
+        let server = Server::start(Settings::default());
+        let (mut send, connection) = h2::client::Builder::new()
+            .initial_window_size(window)
+            .handshake::<_, Bytes>(server.connect().await)
+            .await
+            .unwrap();
+        // The client goes on answering pings.
+        let connection = tokio::spawn(connection);
+        let request = http::Request::post(format!("http://localhost{path}")).body(()).unwrap();
+        let (answer, _) = send.send_request(request, true).unwrap();
+        let kept = tokio::spawn(async move {
+            let body = answer.await.map(http::Response::into_body);
+            std::future::pending::<()>().await;
+            drop(body);
+        });
+        drop(connection.await.unwrap());
+        until(case, || server.stats.open() == 0 && server.stats.streams() == 0).await;
+        assert_eq!(server.stats.closed(Closed::Stalled), 1, "{case}: {:?}", server.stats);
+        kept.abort();
+        server.drain().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_waits_for_news_stays() {
+    let server =
+        Server::start(Settings { idle_timeout: Some(Duration::from_secs(60)), ..Settings::default() });
+    let (mut send, connection) = client(server.connect().await).await;
+    let request = http::Request::post("http://localhost/stream").body(()).unwrap();
+    let (answer, _) = send.send_request(request, true).unwrap();
+    let mut body = answer.await.unwrap().into_body();
+    assert_eq!(body.data().await.unwrap().unwrap(), "first");
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    assert_eq!((server.stats.open(), server.stats.streams()), (1, 1), "{:?}", server.stats);
+
+    // And once it is gone, the connection is idle.
+    drop((body, send));
+    let (mut idle, idle_connection) = client(server.connect().await).await;
+    get(&mut idle, "/a").await.unwrap();
+    idle_connection.await.unwrap().unwrap();
+    drop(connection.await.unwrap());
+    until("closed", || server.stats.open() == 0).await;
+    assert_eq!(server.stats.closed(Closed::Idle), 1, "{:?}", server.stats);
+    drop(idle);
+    server.drain().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_ends() {
+    let server = Server::start(Settings::default());
+    let mut silent = server.connect().await;
+    let mut preface_only = server.connect().await;
+    preface_only.write_all(PREFACE).await.unwrap();
+    let (mut idle, idle_connection) = client(server.connect().await).await;
+    get(&mut idle, "/a").await.unwrap();
+    let (mut open, open_connection) = client(server.connect().await).await;
+    let request = http::Request::post("http://localhost/stream").body(()).unwrap();
+    let (answer, _) = open.send_request(request, true).unwrap();
+    let body = answer.await.unwrap().into_body();
+    until("all are open", || server.stats.open() == 4 && server.stats.parked() == 1).await;
+
+    let (path, stats) = (server.path.clone(), Arc::clone(&server.stats));
+    let drained = server.drain().await;
+    assert_eq!(drained.ended + drained.cut, 4);
+    assert!(drained.cut >= 1, "the stream never ends by itself");
+    assert_eq!(stats.open(), 0);
+    assert_eq!(stats.closed(Closed::Aborted), u64::try_from(drained.cut).unwrap());
+    assert_eq!(stats.closed(Closed::Drained), u64::try_from(drained.ended).unwrap());
+    assert!(!path.exists());
+    read_to_end(&mut silent).await;
+    read_to_end(&mut preface_only).await;
+    idle_connection.await.unwrap().unwrap();
+    drop(open_connection.await.unwrap());
+    drop((idle, open, body));
+}
+
+#[tokio::test]
+async fn a_panic_ends_only_its_request() {
+    let server = Server::start(Settings::default());
+    let (mut send, _connection) = client(server.connect().await).await;
+    assert!(get(&mut send, "/panic").await.is_err());
+    assert!(get(&mut send, "/a").await.is_ok());
+    until("counted", || server.stats.request_panics() == 1).await;
+    drop(send);
+    server.drain().await;
+}
+
+/// Admits one connection of each caller.
+#[derive(Debug, Default)]
+struct One(Arc<AtomicUsize>);
+
+struct Place(Arc<AtomicUsize>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, SeqCst);
+    }
+}
+
+impl Gate for One {
+    type Permit = Place;
+
+    fn admit_connection(&self, peer: &Peer) -> Result<Place, Refused> {
+        assert_eq!(peer.caller(), CallerKey::Uid(nix::unistd::geteuid().as_raw()));
+        if self.0.fetch_add(1, SeqCst) == 0 {
+            Ok(Place(Arc::clone(&self.0)))
+        } else {
+            self.0.fetch_sub(1, SeqCst);
+            Err(Refused::CallerConnections)
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_gate_stands_before_http2() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("api.sock");
+    let gate = Arc::new(One::default());
+    let listener = Listener {
+        socket: Socket::bind(&path, 0o777).unwrap(),
+        settings: Settings::default(),
+        gate: Arc::clone(&gate),
+        keys: Arc::new(OsUid),
+        stats: Arc::default(),
+    };
+    let stats = Arc::clone(&listener.stats);
+    let task = tokio::spawn(listener.serve(Toy, std::future::pending()));
+    let (mut first, connection) = client(UnixStream::connect(&path).await.unwrap()).await;
+    assert!(get(&mut first, "/a").await.is_ok());
+    let mut second = UnixStream::connect(&path).await.unwrap();
+    assert_eq!(read_to_end(&mut second).await, b"", "closed without a byte of HTTP/2");
+    assert_eq!((stats.refused(Refused::CallerConnections), stats.accepted(), stats.open()), (1, 2, 1));
+    drop(first);
+    drop(connection.await.unwrap());
+    until("the place is given back", || gate.0.load(SeqCst) == 0).await;
+    let (mut third, _connection) = client(UnixStream::connect(&path).await.unwrap()).await;
+    assert!(get(&mut third, "/a").await.is_ok());
+    task.abort();
+}
+
+// ---- processes ----------------------------------------------------------------------------------
+
+/// This test binary again, as another process that plays a part.
+fn play(part: &str, path: &Path) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "listener::part", "--nocapture", "--quiet"])
+        .env("DURWARD_TEST_PART", part)
+        .env("DURWARD_TEST_SOCKET", path)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+/// The other side of [`play`]; nothing when the tests run.
+#[test]
+fn part() {
+    let (Some(part), Some(path)) =
+        (std::env::var_os("DURWARD_TEST_PART"), std::env::var_os("DURWARD_TEST_SOCKET"))
+    else {
+        return;
+    };
+    let path = PathBuf::from(path);
+    let wait = || {
+        let mut line = [0];
+        std::io::stdin().read_exact(&mut line).unwrap();
+    };
+    match part.to_str().unwrap() {
+        // Connects, leaves its socket to a child, and exits when told.
+        "parent" => {
+            let stream = StdStream::connect(path).unwrap();
+            (&stream)
+                .write_all(&[PREFACE, SETTINGS, &c_core_headers("/stream", "localhost")].concat())
+                .unwrap();
+            wait();
+            let child =
+                Command::new("cat").stdin(OwnedFd::from(stream)).stdout(Stdio::null()).spawn().unwrap();
+            drop(child);
+            std::process::exit(0);
+        }
+        // Connects as root, becomes somebody else when told, and stays.
+        "turncoat" => {
+            let _stream = StdStream::connect(path).unwrap();
+            wait();
+            nix::unistd::setresuid(65534.into(), 65534.into(), 65534.into()).unwrap();
+            println!("done");
+            wait();
+        }
+        "few descriptors" => {
+            nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, 40, 40).unwrap();
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .start_paused(true)
+                .build()
+                .unwrap();
+            runtime.block_on(few_descriptors());
+        }
+        other => panic!("no such part: {other}"),
+    }
+}
+
+#[tokio::test]
+async fn a_child_that_inherits_the_socket_is_not_its_parent() {
+    type Made = fn(&StdStream) -> Peer;
+    for (case, made) in [
+        ("as this kernel can", (|s| Peer::from_stream(s, &OsUid).unwrap()) as Made),
+        ("as before Linux 6.5", (|s| Peer::from_stream_by_pid(s, &OsUid).unwrap()) as Made),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        let listener = StdListener::bind(&path).unwrap();
+        let mut parent = play("parent", &path);
+        let (stream, _) = listener.accept().unwrap();
+        let peer = made(&stream);
+        assert_eq!(u32::try_from(peer.pid().as_raw()).unwrap(), parent.id(), "{case}");
+        assert_eq!((peer.uid(), peer.gid()), (nix::unistd::geteuid(), nix::unistd::getegid()), "{case}");
+        peer.is_alive().unwrap();
+        parent.stdin.take().unwrap().write_all(b"x").unwrap();
+        peer.exited().await;
+        assert!(matches!(peer.is_alive(), Err(PeerGone::Exited)), "{case}: a zombie is not alive");
+        parent.wait().unwrap();
+        assert!(matches!(peer.is_alive(), Err(PeerGone::Exited)), "{case}: nor is one that was reaped");
+        assert!(peer.process().has_exited(), "{case}");
+        // Somebody still holds the other end: no end of file, and what the parent sent is all there is.
+        stream.set_nonblocking(true).unwrap();
+        let mut sent = Vec::new();
+        let end = (&stream).read_to_end(&mut sent).unwrap_err();
+        assert_eq!(end.kind(), std::io::ErrorKind::WouldBlock, "{case}");
+    }
+}
+
+#[tokio::test]
+async fn a_connection_ends_with_its_process() {
+    let server = Server::start(Settings::default());
+    let mut parent = play("parent", &server.path);
+    until("its stream is open", || server.stats.streams() == 1).await;
+    parent.stdin.take().unwrap().write_all(b"x").unwrap();
+    parent.wait().unwrap();
+    until("closed", || server.stats.open() == 0 && server.stats.streams() == 0).await;
+    assert_eq!(server.stats.closed(Closed::PeerExited), 1, "{:?}", server.stats);
+    server.drain().await;
+}
+
+#[test]
+fn a_process_that_changes_its_user_is_not_alive() {
+    if !nix::unistd::geteuid().is_root() {
+        // Only root can become somebody else.
+        return;
+    }
+    for (case, by_pid) in [("as this kernel can", false), ("as before Linux 6.5", true)] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        let listener = StdListener::bind(&path).unwrap();
+        let mut turncoat = play("turncoat", &path);
+        let (stream, _) = listener.accept().unwrap();
+        let peer = if by_pid {
+            Peer::from_stream_by_pid(&stream, &OsUid).unwrap()
+        } else {
+            Peer::from_stream(&stream, &OsUid).unwrap()
+        };
+        peer.is_alive().unwrap();
+        let sees = match peer.process() {
+            Process::PeerPidfd(pidfd) => pidfd.owner().unwrap().is_some(),
+            Process::OpenedPidfd { .. } => true,
+            Process::OutOfNamespace => panic!("{case}"),
+        };
+        let mut tell = turncoat.stdin.take().unwrap();
+        tell.write_all(b"x").unwrap();
+        let mut changed = false;
+        while sees && !changed {
+            changed = matches!(peer.is_alive(), Err(PeerGone::CredentialsChanged { .. }));
+            assert_eq!(turncoat.try_wait().unwrap(), None, "{case}");
+        }
+        tell.write_all(b"x").unwrap();
+        turncoat.wait().unwrap();
+    }
+}
+
+#[test]
+fn a_caller_of_another_pid_namespace_is_told_what_to_do() {
+    let peer = Peer::out_of_namespace(1000.into(), 1000.into());
+    let answer = peer.is_alive().unwrap_err().to_string();
+    assert!(answer.contains("hostPID: true"), "{answer}");
+    assert_eq!(peer.caller(), CallerKey::Uid(1000));
+}
+
+#[test]
+fn without_descriptors_the_accept_loop_rests() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut few = play("few descriptors", dir.path());
+    assert!(few.wait().unwrap().success());
+}
+
+/// In a process of its own with 40 descriptors, on tokio's paused clock.
+async fn few_descriptors() {
+    let server =
+        Server::start(Settings { handshake_timeout: Duration::from_secs(3600), ..Settings::default() });
+    let mut clients = Vec::new();
+    while let Ok(stream) = UnixStream::connect(&server.path).await {
+        clients.push(stream);
+        tokio::task::yield_now().await;
+    }
+    assert!(clients.len() > 5);
+    let before = server.stats.accept_errors();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let errors = server.stats.accept_errors() - before;
+    assert!((10..=60).contains(&errors), "{errors} attempts in a second, 50 expected");
+    clients.clear();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let (mut send, _connection) = client(server.connect().await).await;
+    assert!(get(&mut send, "/a").await.is_ok(), "served again");
+}
+
+// ---- the socket's path --------------------------------------------------------------------------
+
+#[test]
+fn what_may_stand_at_the_path() {
+    type Prepare = fn(&Path) -> Option<StdListener>;
+    for (case, prepare, expect) in [
+        ("nothing", (|_| None) as Prepare, None),
+        (
+            "a dead socket",
+            (|p| {
+                drop(StdListener::bind(p).unwrap());
+                None
+            }) as Prepare,
+            None,
+        ),
+        (
+            "a living socket",
+            (|p| Some(StdListener::bind(p).unwrap())) as Prepare,
+            Some("another agent is listening at"),
+        ),
+        (
+            "a file",
+            (|p| {
+                std::fs::write(p, "x").unwrap();
+                None
+            }) as Prepare,
+            Some("is a regular file"),
+        ),
+        (
+            "a directory",
+            (|p| {
+                std::fs::create_dir(p).unwrap();
+                None
+            }) as Prepare,
+            Some("is a directory"),
+        ),
+        (
+            "a symbolic link",
+            (|p| {
+                symlink("/nowhere", p).unwrap();
+                None
+            }) as Prepare,
+            Some("is a symbolic link"),
+        ),
+        (
+            "a datagram socket",
+            (|p| {
+                std::mem::forget(UnixDatagram::bind(p).unwrap());
+                None
+            }) as Prepare,
+            Some("is a datagram socket"),
+        ),
+        (
+            "a pipe",
+            (|p| {
+                nix::unistd::mkfifo(p, nix::sys::stat::Mode::S_IRWXU).unwrap();
+                None
+            }) as Prepare,
+            Some("is a named pipe"),
+        ),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        let living = prepare(&path);
+        let before = std::fs::symlink_metadata(&path).map(|m| m.ino()).ok();
+        match (Socket::bind(&path, 0o777), expect) {
+            (Ok(socket), None) => {
+                let there = std::fs::symlink_metadata(&path).unwrap();
+                assert!(there.file_type().is_socket(), "{case}");
+                assert_eq!(there.permissions().mode() & 0o7777, 0o777, "{case}");
+                drop(StdStream::connect(&path).unwrap());
+                drop(socket);
+            }
+            (Err(err), Some(text)) => {
+                assert!(err.to_string().contains(text), "{case}: {err}");
+                assert_eq!(
+                    std::fs::symlink_metadata(&path).map(|m| m.ino()).ok(),
+                    before,
+                    "{case}: left alone"
+                );
+                drop(living);
+                std::fs::remove_file(&path).or_else(|_| std::fs::remove_dir(&path)).unwrap();
+            }
+            (got, _) => panic!("{case}: {got:?}"),
+        }
+        let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left, Vec::<std::ffi::OsString>::new(), "{case}: nothing is left");
+    }
+}
+
+#[test]
+fn paths_up_to_the_limit() {
+    let dir = tempfile::tempdir().unwrap();
+    let room = 107 - dir.path().as_os_str().len() - 1;
+    for (case, name, fits) in [
+        ("the longest", "s".repeat(room), true),
+        ("no room for the other name", "s".repeat(room - 2), true),
+        ("one too long", "s".repeat(room + 1), false),
+    ] {
+        let path = dir.path().join(name);
+        match Socket::bind(&path, 0o700) {
+            Ok(_socket) => {
+                assert!(fits, "{case}");
+                drop(StdStream::connect(&path).unwrap());
+            }
+            Err(err) => {
+                assert!(!fits && matches!(err, BindError::TooLong { .. }), "{case}: {err}");
+                assert!(
+                    err.to_string().contains("has 108 bytes") && err.to_string().contains("107"),
+                    "{err}"
+                );
+            }
+        }
+    }
+    assert!(matches!(Socket::bind(Path::new("/"), 0o700), Err(BindError::NoName { .. })));
+}
+
+#[test]
+fn two_agents_are_never_at_one_path() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a/b/api.sock");
+    let first = Socket::bind(&path, 0o777).unwrap();
+    assert_eq!(first.path().as_deref(), Some(path.as_path()));
+    let mode = |p: &Path| std::fs::metadata(p).unwrap().permissions().mode() & 0o7777;
+    assert_eq!((mode(&dir.path().join("a")), mode(&dir.path().join("a/b"))), (0o755, 0o755));
+    assert!(matches!(Socket::bind(&path, 0o777), Err(BindError::AnotherAgent { .. })));
+
+    // Even when somebody took the socket away: the lock says that it runs.
+    std::fs::remove_file(&path).unwrap();
+    assert!(matches!(Socket::bind(&path, 0o777), Err(BindError::AnotherAgent { .. })));
+
+    // What stands there now is not ours, and stays.
+    let foreign = StdListener::bind(&path).unwrap();
+    drop(first);
+    assert!(path.exists());
+    assert!(matches!(Socket::bind(&path, 0o777), Err(BindError::AnotherAgent { .. })));
+    drop(foreign);
+    let second = Socket::bind(&path, 0o770).unwrap();
+    assert_eq!(mode(&path), 0o770);
+    drop(second);
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_socket_that_was_handed_over_is_not_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("api.sock");
+    let socket = Socket::adopt(StdListener::bind(&path).unwrap()).unwrap();
+    assert_eq!(socket.path().as_deref(), Some(path.as_path()));
+    drop(socket);
+    assert!(path.exists());
+
+    let (connected, _other) = StdStream::pair().unwrap();
+    let not_listening = StdListener::from(OwnedFd::from(connected));
+    assert!(matches!(Socket::adopt(not_listening), Err(BindError::NotListening)));
 }
