@@ -277,13 +277,13 @@ async fn floods_are_cut_and_a_neighbour_is_served() {
     let window: &[u8] = &[0, 0, 4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 1];
     let server = Server::start(Settings::default());
     let (mut neighbour, _connection) = client(server.connect().await).await;
-    let mut cut = 0;
-    for (case, flood) in [
+    let floods: [(&str, &[u8]); 4] = [
         ("PING", ping),
         ("SETTINGS", SETTINGS),
         ("WINDOW_UPDATE", window),
         ("unknown", &[0, 0, 0, 77, 0, 0, 0, 0, 0]),
-    ] {
+    ];
+    for (cut, (case, flood)) in (1..).zip(floods) {
         let (mut reader, mut writer) = server.connect().await.into_split();
         let drained = tokio::spawn(async move {
             let mut sink = Vec::new();
@@ -298,7 +298,6 @@ async fn floods_are_cut_and_a_neighbour_is_served() {
         }
         assert!(sent < 3_200_000, "{case}");
         drained.await.unwrap();
-        cut += 1;
         until(case, || server.stats.closed(Closed::Flood) == cut).await;
         assert!(get(&mut neighbour, "/a").await.is_ok(), "{case}");
     }
@@ -436,6 +435,7 @@ async fn the_gate_stands_before_http2() {
         gate: Arc::clone(&gate),
         keys: Arc::new(OsUid),
         stats: Arc::default(),
+        evicted: tokio::sync::watch::channel(None).1,
     };
     let stats = Arc::clone(&listener.stats);
     let task = tokio::spawn(listener.serve(Toy, std::future::pending()));
@@ -490,7 +490,6 @@ fn part() {
             let child =
                 Command::new("cat").stdin(OwnedFd::from(stream)).stdout(Stdio::null()).spawn().unwrap();
             drop(child);
-            std::process::exit(0);
         }
         // Connects as root, becomes somebody else when told, and stays.
         "turncoat" => {
@@ -516,10 +515,11 @@ fn part() {
 #[tokio::test]
 async fn a_child_that_inherits_the_socket_is_not_its_parent() {
     type Made = fn(&StdStream) -> Peer;
-    for (case, made) in [
-        ("as this kernel can", (|s| Peer::from_stream(s, &OsUid).unwrap()) as Made),
-        ("as before Linux 6.5", (|s| Peer::from_stream_by_pid(s, &OsUid).unwrap()) as Made),
-    ] {
+    let ways: [(&str, Made); 2] = [
+        ("as this kernel can", |stream| Peer::from_stream(stream, &OsUid).unwrap()),
+        ("as before Linux 6.5", |stream| Peer::from_stream_by_pid(stream, &OsUid).unwrap()),
+    ];
+    for (case, made) in ways {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
         let listener = StdListener::bind(&path).unwrap();
@@ -629,63 +629,61 @@ async fn few_descriptors() {
 
 #[test]
 fn what_may_stand_at_the_path() {
-    type Prepare = fn(&Path) -> Option<StdListener>;
-    for (case, prepare, expect) in [
-        ("nothing", (|_| None) as Prepare, None),
+    type Prepare = fn(&Path) -> Option<OwnedFd>;
+    let cases: [(&str, Prepare, Option<&str>); 8] = [
+        ("nothing", |_| None, None),
         (
             "a dead socket",
-            (|p| {
-                drop(StdListener::bind(p).unwrap());
+            |path| {
+                drop(StdListener::bind(path).unwrap());
                 None
-            }) as Prepare,
+            },
             None,
         ),
         (
             "a living socket",
-            (|p| Some(StdListener::bind(p).unwrap())) as Prepare,
+            |path| Some(StdListener::bind(path).unwrap().into()),
             Some("another agent is listening at"),
         ),
         (
             "a file",
-            (|p| {
-                std::fs::write(p, "x").unwrap();
+            |path| {
+                std::fs::write(path, "x").unwrap();
                 None
-            }) as Prepare,
+            },
             Some("is a regular file"),
         ),
         (
             "a directory",
-            (|p| {
-                std::fs::create_dir(p).unwrap();
+            |path| {
+                std::fs::create_dir(path).unwrap();
                 None
-            }) as Prepare,
+            },
             Some("is a directory"),
         ),
         (
             "a symbolic link",
-            (|p| {
-                symlink("/nowhere", p).unwrap();
+            |path| {
+                symlink("/nowhere", path).unwrap();
                 None
-            }) as Prepare,
+            },
             Some("is a symbolic link"),
         ),
         (
             "a datagram socket",
-            (|p| {
-                std::mem::forget(UnixDatagram::bind(p).unwrap());
-                None
-            }) as Prepare,
+            |path| Some(UnixDatagram::bind(path).unwrap().into()),
             Some("is a datagram socket"),
         ),
         (
             "a pipe",
-            (|p| {
-                nix::unistd::mkfifo(p, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            |path| {
+                nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
                 None
-            }) as Prepare,
+            },
             Some("is a named pipe"),
         ),
-    ] {
+    ];
+    for (case, prepare, expect) in cases {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
         let living = prepare(&path);
