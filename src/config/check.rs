@@ -4,12 +4,7 @@
 //! something: a setting that silently does nothing is worse than one that is refused. Their off value, which is how
 //! people write "not used", passes.
 
-use std::{
-    collections::BTreeSet,
-    ops::RangeInclusive,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{collections::BTreeSet, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use tracing::Level;
 
@@ -724,7 +719,7 @@ pub(super) fn checked(input: &Input<'_>) -> Result<Config, ConfigErrors> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::{collections::BTreeMap, path::Path};
 
     use super::*;
     use crate::config::{ExpandEnv, FileError, diff};
