@@ -218,9 +218,16 @@ impl Bucket {
     pub fn settle(&mut self, now: u64, quota: Quota, held: u32, cost: u32) {
         self.held = self.held.saturating_sub(held);
         // A reload may have changed the price since the hold; tokens are tokens.
-        let quota = Quota { per_token: self.per_token.max(1), burst: quota.burst };
+        let per_token = if self.per_token == 0 { quota.per_token } else { self.per_token };
+        let quota = Quota { per_token, burst: quota.burst };
         let spent = self.spent(now, quota) + u64::from(cost) * quota.per_token;
         self.full_at = now + spent.min(2 * quota.refill());
+    }
+
+    /// Spends as much as another bucket has spent, if that is more.
+    fn inherit(&mut self, now: u64, quota: Quota, other: &Self) {
+        let mut other = *other;
+        self.full_at = now + other.spent(now, quota).max(self.spent(now, quota));
     }
 
     /// What is spent now, in nanoseconds of refill. Reckons anew when the price has changed, so that the number of
@@ -373,18 +380,21 @@ impl Table {
             }
             return outcome.map(|level| (Place::Own, level));
         }
-        let mut bucket = Bucket::default();
-        if !self.has_room(now, key.parent) {
-            return self.hold_overflow(now, key.parent, quota, cost);
-        }
-        // A new bucket is full: it refuses only what costs more than its burst, and then there is nothing to keep.
-        let level = bucket.hold(now, quota, cost)?;
-        if !self.own_one_more(now, key.parent) {
-            return self.stray.hold(now, quota, cost).map(|level| (Place::Stray, level));
-        }
-        let Ok(at) = u32::try_from(self.cells.len()) else {
+        let Some(at) = self.has_room(now, key.parent).then(|| u32::try_from(self.cells.len()).ok()).flatten()
+        else {
             return self.hold_overflow(now, key.parent, quota, cost);
         };
+        // Where the key was charged while there was no room, it may have spent all that was spent there. Nobody gets a
+        // second burst by coming out of the overflow.
+        let mut bucket = Bucket::default();
+        bucket.inherit(now, quota, &self.stray);
+        if let Some(parent) = self.parent(key.parent) {
+            bucket.inherit(now, quota, &parent.overflow);
+        }
+        let level = bucket.hold(now, quota, cost)?;
+        if !self.own_one_more(now, key.parent, quota) {
+            return self.stray.hold(now, quota, cost).map(|level| (Place::Stray, level));
+        }
         self.cells.push(Cell {
             hash: key.hash,
             parent: key.parent,
@@ -465,16 +475,18 @@ impl Table {
 
     /// Whether one more key of this parent may have a cell; looks for cells to forget when not.
     fn has_room(&mut self, now: u64, parent: u64) -> bool {
-        let mut fits = || {
-            let owned = self.parent(parent).map_or(0, |parent| parent.owned);
-            self.cells.len() < self.capacity && owned < self.per_parent
-        };
-        if fits() {
+        if self.fits(parent) {
             return true;
         }
         self.look_for_full(now);
-        let owned = self.parent(parent).map_or(0, |parent| parent.owned);
-        self.cells.len() < self.capacity && owned < self.per_parent
+        self.fits(parent)
+    }
+
+    /// A parent whose overflow holds tokens of calls under way gets no cell either: one of these calls may be of the same key,
+    /// and what it will take is not known yet.
+    fn fits(&mut self, parent: u64) -> bool {
+        let (owned, held) = self.parent(parent).map_or((0, 0), |parent| (parent.owned, parent.overflow.held));
+        self.cells.len() < self.capacity && owned < self.per_parent && held == 0 && self.stray.held == 0
     }
 
     /// Moves the hand over [`LOOK`] cells and forgets the full ones among them.
@@ -527,46 +539,44 @@ impl Table {
         quota: Quota,
         cost: u32,
     ) -> Result<(Place, Level), Duration> {
-        if self.parent(parent).is_none() && !self.make_parent(now, parent) {
-            return self.stray.hold(now, quota, cost).map(|level| (Place::Stray, level));
-        }
-        let bucket = self.parent(parent).map(|parent| &mut parent.overflow);
-        match bucket {
-            Some(bucket) => bucket.hold(now, quota, cost).map(|level| (Place::Overflow, level)),
+        self.make_parent(now, parent, quota);
+        match self.parent(parent) {
+            Some(parent) => parent.overflow.hold(now, quota, cost).map(|level| (Place::Overflow, level)),
             None => self.stray.hold(now, quota, cost).map(|level| (Place::Stray, level)),
         }
     }
 
-    fn own_one_more(&mut self, now: u64, id: u64) -> bool {
-        if self.parent(id).is_none() && !self.make_parent(now, id) {
-            return false;
-        }
-        if let Some(parent) = self.parent(id) {
-            parent.owned += 1;
-        }
+    fn own_one_more(&mut self, now: u64, id: u64, quota: Quota) -> bool {
+        self.make_parent(now, id, quota);
+        let Some(parent) = self.parent(id) else { return false };
+        parent.owned += 1;
         true
     }
 
-    /// Makes the record of a parent, unless there are as many as the table has room for keys.
-    fn make_parent(&mut self, now: u64, id: u64) -> bool {
+    /// Makes the record of a parent if there is none, unless there are as many as the table has room for keys.
+    fn make_parent(&mut self, now: u64, id: u64, quota: Quota) {
+        if self.parent(id).is_some() {
+            return;
+        }
+        if self.stray.held > 0 {
+            return;
+        }
         if self.parents.len() >= self.capacity {
             let scale = u64::try_from(self.capacity / 16_384).unwrap_or(1).max(1);
             if now < self.parents_seen + PARENTS_PAUSE * scale {
-                return false;
+                return;
             }
             self.parents_seen = now;
             self.parents.retain(|parent| parent.owned > 0 || !parent.overflow.is_full(now));
             if self.parents.len() >= self.capacity {
-                return false;
+                return;
             }
         }
+        let mut overflow = Bucket::default();
+        overflow.inherit(now, quota, &self.stray);
         let seed = &self.seed;
-        self.parents.insert_unique(
-            seed.hash_one(id),
-            Parent { id, owned: 0, overflow: Bucket::default() },
-            |parent| seed.hash_one(parent.id),
-        );
-        true
+        let parent = Parent { id, owned: 0, overflow };
+        self.parents.insert_unique(seed.hash_one(id), parent, |parent| seed.hash_one(parent.id));
     }
 }
 
@@ -576,4 +586,340 @@ fn cell_at(cells: &[Cell], at: u32) -> Option<&Cell> {
 
 fn hash_at(cells: &[Cell], at: u32) -> u64 {
     cell_at(cells, at).map_or(0, |cell| cell.hash[0])
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::limits::{caller::CallerKey, report::Name};
+
+    const SECOND: u64 = 1_000_000_000;
+
+    fn quota(rate: f64, burst: u32) -> Quota {
+        Quota::new(rate, Per::Second, burst).unwrap()
+    }
+
+    fn heavy(uid: u32) -> Heavy {
+        Heavy::new(Name::Caller(CallerKey::Uid(uid)), "test")
+    }
+
+    #[test]
+    fn numbers_become_a_quota_or_an_error() {
+        use QuotaError as E;
+        let price = |rate, per, burst| Quota::new(rate, per, burst).map(|quota| quota.per_token().as_nanos());
+        for (case, rate, per, burst, want) in [
+            ("plain", 100.0, Per::Second, 200, Ok(10_000_000)),
+            ("fraction", 0.5, Per::Second, 3, Ok(2_000_000_000)),
+            ("minute", 0.5, Per::Minute, 3, Ok(120_000_000_000)),
+            ("day", 1.0, Per::Day, 1, Ok(86_400_000_000_000)),
+            ("rounded up", 3.0, Per::Second, 1, Ok(333_333_334)),
+            ("most", 1e6, Per::Second, MAX_BURST, Ok(1_000)),
+            ("most by the hour", 3.6e9, Per::Hour, 1, Ok(1_000)),
+            ("too fast", 1e6 + 1.0, Per::Second, 1, Err(E::Rate(1e6 + 1.0))),
+            ("zero", 0.0, Per::Second, 1, Err(E::Rate(0.0))),
+            ("negative", -1.0, Per::Second, 1, Err(E::Rate(-1.0))),
+            ("infinite", f64::INFINITY, Per::Second, 1, Err(E::Rate(f64::INFINITY))),
+            ("no burst", 1.0, Per::Second, 0, Err(E::Burst(0))),
+            ("huge burst", 1.0, Per::Second, MAX_BURST + 1, Err(E::Burst(MAX_BURST + 1))),
+            ("a year", 1.0, Per::Day, 366, Ok(86_400_000_000_000)),
+            ("over a year", 1.0, Per::Day, 367, Err(E::Refill { burst: 367, days: 367 })),
+            ("never", f64::MIN_POSITIVE, Per::Day, 1, Err(E::Refill { burst: 1, days: u64::MAX })),
+        ] {
+            assert_eq!(price(rate, per, burst), want, "{case}");
+        }
+        assert!(matches!(price(f64::NAN, Per::Second, 1), Err(E::Rate(_))), "not a number");
+        assert_eq!(Per::parse("minutes"), Err(E::Unit("minutes".into())));
+        assert_eq!(Per::parse("hour"), Ok(Per::Hour));
+    }
+
+    #[test]
+    fn a_reload_keeps_the_tokens_spent() {
+        for (case, old, spent, new, left) in [
+            ("faster", quota(1.0, 10), 10, quota(100.0, 100), 90),
+            ("slower", quota(100.0, 100), 95, quota(1.0, 100), 5),
+            ("smaller burst", quota(1.0, 100), 100, quota(1.0, 10), 0),
+            ("larger burst", quota(1.0, 10), 4, quota(1.0, 20), 16),
+            ("the same", quota(1.0, 10), 4, quota(1.0, 10), 6),
+        ] {
+            let mut bucket = Bucket::default();
+            bucket.hold(SECOND, old, spent).unwrap();
+            bucket.settle(SECOND, old, spent, spent);
+            assert_eq!(bucket.left(SECOND, new), left, "{case}");
+            assert!(bucket.hold(SECOND, new, left + 1).is_err(), "{case}");
+            assert!(left == 0 || bucket.hold(SECOND, new, left).is_ok(), "{case}");
+        }
+    }
+
+    #[test]
+    fn a_debt_is_one_burst_at_most() {
+        let quota = quota(1.0, 10);
+        let mut bucket = Bucket::default();
+        bucket.settle(SECOND, quota, 0, 0);
+        bucket.hold(SECOND, quota, 1).unwrap();
+        bucket.settle(SECOND, quota, 1, 1_000_000);
+        assert_eq!(bucket.hold(SECOND, quota, 1), Err(Duration::from_secs(11)));
+    }
+
+    #[test]
+    fn a_cost_above_the_burst_never_passes() {
+        let quota = quota(1.0, 10);
+        let mut table = Table::new(16, 16);
+        let key = Key { hash: [1, 1], parent: 1 };
+        for now in [0, SECOND, 100 * SECOND] {
+            assert!(table.hold(now, key, quota, 11, || heavy(1)).is_err());
+        }
+        assert!(table.is_empty(), "nothing is kept of it");
+    }
+
+    #[test]
+    fn the_heaviest_come_first() {
+        let mut table = Table::new(64, 64);
+        for (uid, calls) in [(1, 3), (2, 30), (3, 12), (4, 1)] {
+            for _ in 0..calls {
+                let key = Key { hash: [u64::from(uid); 2], parent: 0 };
+                if let Ok((place, _)) = table.hold(0, key, quota(1.0, 10), 1, || heavy(uid)) {
+                    table.settle(0, key, place, quota(1.0, 10), 1, 1);
+                }
+            }
+        }
+        let seen: Vec<_> =
+            table.heaviest(3).iter().map(|it| (it.name.to_string(), it.used, it.refused)).collect();
+        assert_eq!(seen, [("uid:2".into(), 10, 20), ("uid:3".into(), 10, 2), ("uid:1".into(), 3, 0)]);
+        assert_eq!(table.heaviest(0), []);
+    }
+
+    #[test]
+    fn a_known_key_takes_the_memory_that_is_accounted() {
+        let index = 2 * (size_of::<u32>() + 1);
+        let parent = 2 * (size_of::<Parent>() + 1);
+        let bytes = u64::try_from(size_of::<Cell>() + index + parent).unwrap();
+        assert!(bytes <= crate::limits::budget::KEY, "{bytes}");
+    }
+
+    /// One step of a game against a small table.
+    #[derive(Clone, Debug)]
+    enum Move {
+        /// A call of the key under test: held, and ended after some more moves with this outcome.
+        Call { cost: u32, later: bool, refund: bool },
+        /// Calls of `count` other keys from `first` on, of some parent.
+        Flood { parent: u64, first: u32, count: u32, cost: u32 },
+        /// Time passes.
+        Wait(u64),
+        /// A clock that is wrong.
+        Back(u64),
+        /// All calls under way end.
+        End,
+    }
+
+    fn moves(parents: u64) -> impl Strategy<Value = Vec<Move>> {
+        let one = prop_oneof![
+            4 => (1..4_u32, any::<bool>(), any::<bool>())
+                .prop_map(|(cost, later, refund)| Move::Call { cost, later, refund }),
+            3 => (0..parents, 0..1_000_000_u32, 1..80_u32, 1..4_u32)
+                .prop_map(|(parent, first, count, cost)| Move::Flood { parent, first, count, cost }),
+            3 => (0..4 * SECOND).prop_map(Move::Wait),
+            1 => (0..4 * SECOND).prop_map(Move::Back),
+            1 => Just(Move::End),
+        ];
+        prop::collection::vec(one, 1..80)
+    }
+
+    const MINE: Key = Key { hash: [u64::MAX, 7], parent: 3 };
+
+    fn flood_key(parent: u64, number: u32) -> Key {
+        // The low half of the hash is what the index looks at: let keys meet there.
+        Key { hash: [u64::from(number % 97), u64::from(number)], parent }
+    }
+
+    /// Plays the game; gives what the key under test took and when.
+    fn play(moves: Vec<Move>, quota: Quota) -> Vec<(u64, u32)> {
+        let mut table = Table::new(16, 4);
+        // The latest time that the table was told: it cannot know of others.
+        let (mut now, mut latest) = (SECOND, 0);
+        let mut taken = Vec::new();
+        let mut open: Vec<(Place, u32, bool)> = Vec::new();
+        for step in moves {
+            let mut ended = Vec::new();
+            if !matches!(step, Move::Wait(_) | Move::Back(_)) {
+                latest = latest.max(now);
+                table.charge(now, flood_key(0, u32::MAX), quota, 0);
+            }
+            match step {
+                Move::Call { cost, later, refund } => {
+                    if let Ok((place, _)) = table.hold(now, MINE, quota, cost, || heavy(0)) {
+                        if later {
+                            open.push((place, cost, refund))
+                        } else {
+                            ended.push((place, cost, refund))
+                        }
+                    }
+                }
+                Move::Flood { parent, first, count, cost } => {
+                    for number in first..first + count {
+                        let key = flood_key(parent, number);
+                        if let Ok((place, _)) = table.hold(now, key, quota, cost, || heavy(number)) {
+                            table.settle(now, key, place, quota, cost, cost);
+                        }
+                    }
+                }
+                Move::Wait(time) => now += time,
+                Move::Back(time) => now = now.saturating_sub(time),
+                Move::End => ended.append(&mut open),
+            }
+            for (place, cost, refund) in ended {
+                table.settle(now, MINE, place, quota, cost, if refund { 0 } else { cost });
+                if !refund {
+                    taken.push((latest, cost));
+                }
+            }
+            assert!(table.len() <= 16 && table.parents.len() <= 16);
+        }
+        taken
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+        /// Whatever others do, and in whatever order: in no span of time more than the burst and what flowed in.
+        #[test]
+        fn never_more_than_burst_and_rate(moves in moves(40), burst in 3..12_u32) {
+            let quota = quota(2.0, burst);
+            let taken = play(moves, quota);
+            for (at, (from, _)) in taken.iter().enumerate() {
+                let mut sum = 0;
+                for (to, cost) in taken.iter().skip(at) {
+                    sum += u64::from(*cost);
+                    let allowed = quota.refill() + (to - from);
+                    prop_assert!(sum * quota.per_token <= allowed, "{sum} tokens from {from} to {to}");
+                }
+            }
+        }
+
+        /// A caller within its quota passes each time, known to the table or forgotten meanwhile, while others flood it with
+        /// keys of fewer parents than the table has room for.
+        #[test]
+        fn a_polite_key_is_never_refused(moves in moves(15)) {
+            let quota = quota(2.0, 3);
+            let mut table = Table::new(16, 4);
+            let mut now = SECOND;
+            let mine = Key { parent: 99, ..MINE };
+            for step in moves {
+                match step {
+                    Move::Flood { parent, first, count, cost } => {
+                        for number in first..first + count {
+                            let key = flood_key(parent, number);
+                            if let Ok((place, _)) = table.hold(now, key, quota, cost, || heavy(number)) {
+                                table.settle(now, key, place, quota, cost, cost);
+                            }
+                        }
+                    }
+                    // Three tokens, and the time in which they come back.
+                    Move::Call { cost, .. } => {
+                        let held = table.hold(now, mine, quota, cost, || heavy(0));
+                        prop_assert!(held.is_ok(), "{held:?}");
+                        let (place, _) = held.unwrap();
+                        prop_assert!(place != Place::Stray);
+                        table.settle(now, mine, place, quota, cost, cost);
+                        now += u64::from(cost) * quota.per_token;
+                    }
+                    Move::Wait(time) => now += time,
+                    Move::Back(_) | Move::End => {}
+                }
+            }
+        }
+
+        /// After the wait that was told, the same call passes.
+        #[test]
+        fn the_wait_is_true(moves in moves(40), cost in 1..4_u32) {
+            let quota = quota(2.0, 3);
+            let mut table = Table::new(16, 4);
+            let mut now = SECOND;
+            for step in moves {
+                match step {
+                    Move::Call { cost, .. } => {
+                        if let Ok((place, _)) = table.hold(now, MINE, quota, cost, || heavy(0)) {
+                            table.settle(now, MINE, place, quota, cost, cost);
+                        }
+                    }
+                    Move::Flood { parent, first, count, cost } => {
+                        for number in first..first + count {
+                            let key = flood_key(parent, number);
+                            if let Ok((place, _)) = table.hold(now, key, quota, cost, || heavy(number)) {
+                                table.settle(now, key, place, quota, cost, cost);
+                            }
+                        }
+                    }
+                    Move::Wait(time) => now += time,
+                    Move::Back(_) | Move::End => {}
+                }
+            }
+            if let Err(wait) = table.hold(now, MINE, quota, cost, || heavy(0)) {
+                let wait = u64::try_from(wait.as_nanos()).unwrap();
+                prop_assert!(wait > 0);
+                let early = table.hold(now + wait - 1, MINE, quota, cost, || heavy(0));
+                prop_assert!(early.is_err(), "a nanosecond less is too early");
+                let held = table.hold(now + wait, MINE, quota, cost, || heavy(0));
+                prop_assert!(held.is_ok(), "{held:?}");
+            }
+        }
+
+        /// A call that is refused further on leaves the bucket as if it had never come, whenever it ends.
+        #[test]
+        fn a_refund_restores_exactly(
+            before in prop::collection::vec((0..SECOND, 1..3_u32), 0..10),
+            during in prop::collection::vec((0..SECOND, 1..3_u32), 0..10),
+            cost in 1..4_u32,
+        ) {
+            let quota = quota(2.0, 60);
+            let (mut with, mut without) = (Bucket::default(), Bucket::default());
+            let mut now = 0;
+            let spend = |bucket: &mut Bucket, now, cost| {
+                let held = bucket.hold(now, quota, cost);
+                bucket.settle(now, quota, if held.is_ok() { cost } else { 0 }, if held.is_ok() { cost } else { 0 });
+            };
+            for (wait, cost) in before {
+                now += wait;
+                spend(&mut with, now, cost);
+                spend(&mut without, now, cost);
+            }
+            prop_assert!(with.hold(now, quota, cost).is_ok());
+            for (wait, cost) in during {
+                now += wait;
+                spend(&mut with, now, cost);
+                spend(&mut without, now, cost);
+            }
+            with.settle(now, quota, cost, 0);
+            without.settle(now, quota, 0, 0);
+            prop_assert_eq!(with, without);
+            prop_assert!(with.left(now, quota) <= quota.burst());
+        }
+
+        /// The table agrees with itself: each key it knows is found, and parents own what they own.
+        #[test]
+        fn the_index_and_the_cells_agree(calls in prop::collection::vec((0..8_u64, 0..200_u32, 0..SECOND), 0..300)) {
+            let quota = quota(2.0, 3);
+            let mut table = Table::new(16, 4);
+            let mut now = SECOND;
+            for (parent, number, wait) in calls {
+                now += wait / 4;
+                let key = flood_key(parent, number);
+                if let Ok((place, _)) = table.hold(now, key, quota, 1, || heavy(number)) {
+                    table.settle(now, key, place, quota, 1, 1);
+                }
+                prop_assert_eq!(table.index.len(), table.cells.len());
+                let hashes: Vec<_> = table.cells.iter().map(|cell| (cell.hash, cell.parent)).collect();
+                for (hash, parent) in &hashes {
+                    prop_assert!(table.find(*hash).is_some_and(|cell| cell.hash == *hash));
+                    let owned = hashes.iter().filter(|(_, other)| other == parent).count();
+                    prop_assert_eq!(table.parent(*parent).map(|parent| parent.owned), Some(owned));
+                    prop_assert!(owned <= 4);
+                }
+            }
+            now += 100 * SECOND;
+            table.forget_full(now);
+            prop_assert!(table.is_empty() && table.index.is_empty() && table.parents.is_empty());
+        }
+    }
 }

@@ -12,7 +12,7 @@ use super::SettingsError;
 /// Live heap of an HTTP/2 connection with one stream (h2's fixed buffers, for the most part).
 pub const CONNECTION: u64 = 40 * 1024;
 /// A known key in the table of a stage, with its share of the index and its parent.
-pub const KEY: u64 = 192;
+pub const KEY: u64 = 224;
 /// A cached JWT-SVID with its key, for an audience of ordinary length.
 pub const CACHED_JWT_SVID: u64 = 2 * 1024;
 /// A cached X.509-SVID with its key, encoded once.
