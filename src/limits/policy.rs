@@ -717,3 +717,343 @@ pub(super) fn arrange<P: Pattern, R: Clone>(
 fn rank<P: Pattern, R>(a: &Override<P, R>, b: &Override<P, R>) -> std::cmp::Ordering {
     a.pattern.compare(&b.pattern).then((a.methods == Methods::All).cmp(&(b.methods == Methods::All)))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::limits::{
+        bucket::Per,
+        schedule::{Moment, Window},
+    };
+
+    fn rule(rate: u32) -> Rule {
+        Rule::new(Limit::Quota(Quota::new(f64::from(rate), Per::Second, 1000).unwrap()))
+    }
+
+    fn caller(text: &str) -> CallerPattern {
+        CallerPattern::parse(text, |name| (name == "build").then_some(1001)).unwrap()
+    }
+
+    fn over<P>(pattern: P, rate: u32, place: &str) -> Override<P> {
+        Override {
+            pattern,
+            methods: Methods::All,
+            rule: Some(rule(rate)),
+            share: Share::Each,
+            place: place.into(),
+        }
+    }
+
+    const POD: &str = "0f9c2a4e-8d31-4b7a-9c55-01e2d3f4a5b6";
+
+    #[test]
+    fn callers_are_written_in_six_ways() {
+        let parse = |text: &str| CallerPattern::parse(text, |name| (name == "build").then_some(1001));
+        let pod = format!("pod:{POD}");
+        for (case, text, want) in [
+            ("uid", "uid:1000", Ok("uid:1000")),
+            ("range", "uid:1000-1999", Ok("uid:1000-1999")),
+            ("range of one", "uid:7-7", Ok("uid:7")),
+            ("any uid", "uid:*", Ok("uid:*")),
+            ("user", "user:build", Ok("uid:1001")),
+            ("pod", &*pod, Ok(&*pod)),
+            ("any pod", "pod:*", Ok("pod:*")),
+            ("root", "uid:0", Ok("uid:0")),
+            ("highest", "uid:4294967295", Ok("uid:4294967295")),
+            ("too high", "uid:4294967296", Err(PolicyError::Caller("uid:4294967296".into()))),
+            ("negative", "uid:-1", Err(PolicyError::Caller("uid:-1".into()))),
+            ("plus", "uid:+1", Err(PolicyError::Caller("uid:+1".into()))),
+            ("empty", "uid:", Err(PolicyError::Caller("uid:".into()))),
+            ("falling range", "uid:5-4", Err(PolicyError::Range("uid:5-4".into()))),
+            ("all", "uid:0-4294967295", Err(PolicyError::Range("uid:0-4294967295".into()))),
+            ("nobody", "user:nobody-here", Err(PolicyError::User("nobody-here".into()))),
+            ("other", "gid:5", Err(PolicyError::Caller("gid:5".into()))),
+            ("bare", "1000", Err(PolicyError::Caller("1000".into()))),
+            ("half a pod", "pod:0f9c", Err(PolicyError::Caller("pod:0f9c".into()))),
+        ] {
+            assert_eq!(parse(text).map(|it| it.to_string()), want.map(str::to_owned), "{case}");
+        }
+    }
+
+    #[test]
+    fn identities_are_matched_place_by_place() {
+        for (case, pattern, id, matches) in [
+            ("literal", "spiffe://td/a/b", "spiffe://td/a/b", true),
+            ("shorter", "spiffe://td/a/b", "spiffe://td/a", false),
+            ("longer", "spiffe://td/a", "spiffe://td/a/b", false),
+            ("other trust domain", "spiffe://td/a", "spiffe://td2/a", false),
+            ("any place", "spiffe://td/ns/*/sa/batch", "spiffe://td/ns/prod/sa/batch", true),
+            ("any place is one", "spiffe://td/ns/*/sa/batch", "spiffe://td/ns/a/b/sa/batch", false),
+            ("part", "spiffe://td/web-*", "spiffe://td/web-1", true),
+            ("part may be empty", "spiffe://td/web*", "spiffe://td/web", true),
+            ("two parts", "spiffe://td/a*b*c", "spiffe://td/aXbbYc", true),
+            ("two parts, not", "spiffe://td/a*b*c", "spiffe://td/aXbbY", false),
+            ("backtrack", "spiffe://td/*ab", "spiffe://td/aabab", true),
+            ("rest", "spiffe://td/ns/**", "spiffe://td/ns/a/b/c", true),
+            ("rest is not nothing", "spiffe://td/ns/**", "spiffe://td/ns", false),
+            ("name", "spiffe://td/ns/{ns}/**", "spiffe://td/ns/a/sa/b", true),
+            ("no path", "spiffe://td/*", "spiffe://td", false),
+            ("case counts", "spiffe://td/Web", "spiffe://td/web", false),
+        ] {
+            let pattern = IdPattern::parse(pattern).unwrap();
+            assert_eq!(pattern.matches(&SpiffeId::parse(id).unwrap()), matches, "{case}");
+        }
+    }
+
+    #[test]
+    fn patterns_that_match_nothing_or_everything_are_errors() {
+        for (case, text) in [
+            ("everything", "spiffe://td/**"),
+            ("no scheme", "td/a"),
+            ("no path", "spiffe://td"),
+            ("empty path", "spiffe://td/"),
+            ("empty place", "spiffe://td/a//b"),
+            ("end", "spiffe://td/a/"),
+            ("trust domain pattern", "spiffe://*/a"),
+            ("capital trust domain", "spiffe://TD/a"),
+            ("dots", "spiffe://td/a/.."),
+            ("rest inside", "spiffe://td/**/a"),
+            ("rest in a place", "spiffe://td/a**"),
+            ("space", "spiffe://td/a b"),
+            ("percent", "spiffe://td/%41"),
+            ("half a name", "spiffe://td/{ns"),
+            ("name in a place", "spiffe://td/x{ns}"),
+            ("empty name", "spiffe://td/{}"),
+        ] {
+            assert!(matches!(IdPattern::parse(text), Err(PolicyError::Id { .. })), "{case}");
+        }
+    }
+
+    #[test]
+    fn the_most_specific_caller_override_wins() {
+        let mut jwt = over(caller("uid:1000-1999"), 9, "9");
+        jwt.methods = Methods::only(&[Method::FetchJwtSvid]);
+        let layers = Layers {
+            default: rule(1),
+            methods: vec![(Method::FetchJwtSvid, rule(2))],
+            overrides: vec![
+                over(caller("uid:*"), 3, "3"),
+                over(caller("uid:1000-1999"), 4, "4"),
+                over(caller("user:build"), 6, "6"),
+                over(caller("uid:1000-1099"), 5, "5"),
+                over(caller("pod:*"), 7, "7"),
+                over(caller(&format!("pod:{POD}")), 8, "8"),
+                jwt,
+            ],
+        };
+        let policy = Policy::new(&layers).unwrap();
+        let pod = CallerKey::parse_pod(POD).unwrap();
+        for (case, key, method, rate) in [
+            ("any uid", CallerKey::Uid(7), Method::FetchX509Svid, 3),
+            ("range", CallerKey::Uid(1500), Method::FetchX509Svid, 4),
+            ("range, method", CallerKey::Uid(1500), Method::FetchJwtSvid, 9),
+            ("shorter range before method", CallerKey::Uid(1050), Method::FetchJwtSvid, 5),
+            ("one", CallerKey::Uid(1001), Method::FetchJwtSvid, 6),
+            ("any pod", CallerKey::Pod([0; 16]), Method::FetchJwtSvid, 7),
+            ("pod", pod, Method::FetchJwtSvid, 8),
+        ] {
+            assert_eq!(*policy.choose(&key, method).rule, rule(rate), "{case}");
+        }
+        let policy =
+            Policy::new(&Layers { overrides: vec![over(caller("pod:*"), 7, "7")], ..layers }).unwrap();
+        for (case, method, rate) in
+            [("method", Method::FetchJwtSvid, 2), ("default", Method::FetchX509Svid, 1)]
+        {
+            assert_eq!(*policy.choose(&CallerKey::Uid(7), method).rule, rule(rate), "{case}");
+        }
+    }
+
+    #[test]
+    fn the_most_specific_identity_override_wins() {
+        let pattern = |text: &str| IdPattern::parse(text).unwrap();
+        let layers = Layers {
+            default: rule(1),
+            methods: vec![],
+            overrides: vec![
+                over(pattern("spiffe://td/ns/**"), 2, "2"),
+                over(pattern("spiffe://td/ns/*/sa/*"), 3, "3"),
+                over(pattern("spiffe://td/ns/prod/sa/*"), 4, "4"),
+                over(pattern("spiffe://td/ns/*/sa/batch"), 5, "5"),
+                over(pattern("spiffe://td/ns/prod/sa/b*"), 6, "6"),
+                over(pattern("spiffe://td/ns/prod/sa/bat*"), 7, "7"),
+                over(pattern("spiffe://td/ns/prod/sa/batch-one"), 8, "8"),
+            ],
+        };
+        let policy = Policy::new(&layers).unwrap();
+        for (id, rate) in [
+            ("spiffe://td/other", 1),
+            ("spiffe://td/ns/x", 2),
+            ("spiffe://td/ns/test/sa/web", 3),
+            ("spiffe://td/ns/prod/sa/web", 4),
+            ("spiffe://td/ns/test/sa/batch", 5),
+            ("spiffe://td/ns/prod/sa/b", 6),
+            ("spiffe://td/ns/prod/sa/batch", 7),
+            ("spiffe://td/ns/prod/sa/batch-one", 8),
+        ] {
+            let id = SpiffeId::parse(id).unwrap();
+            assert_eq!(*policy.choose(&id, Method::FetchJwtSvid).rule, rule(rate), "{id}");
+        }
+    }
+
+    #[test]
+    fn contradictions_name_both_places() {
+        let conflicts = |a: &str, b: &str| {
+            let mut overrides = vec![];
+            for (text, place) in [(a, "a.conf:1"), (b, "b.conf:2")] {
+                overrides.push(over(caller(text), 1, place));
+            }
+            Policy::new(&Layers { overrides, ..Layers::new(Limit::Unlimited) })
+                .err()
+                .map(|err| err.to_string())
+        };
+        for (case, a, b, conflict) in [
+            ("twice", "uid:5", "uid:5", true),
+            ("by name", "uid:1001", "user:build", true),
+            ("equal ranges that meet", "uid:10-19", "uid:15-24", true),
+            ("equal ranges apart", "uid:10-19", "uid:20-29", false),
+            ("shorter in longer", "uid:10-19", "uid:15-17", false),
+            ("uids and pods", "uid:*", "pod:*", false),
+        ] {
+            let text = conflicts(a, b);
+            assert_eq!(text.is_some(), conflict, "{case}");
+            assert!(text.is_none_or(|text| text.contains("a.conf:1") && text.contains("b.conf:2")), "{case}");
+        }
+        let ids = |a: &str, b: &str| {
+            let overrides =
+                [(a, "a"), (b, "b")].map(|(text, place)| over(IdPattern::parse(text).unwrap(), 1, place));
+            Policy::new(&Layers { overrides: overrides.into(), ..Layers::new(Limit::Unlimited) })
+        };
+        for (case, a, b, conflict) in [
+            ("twice", "spiffe://td/a", "spiffe://td/a", true),
+            ("a name is any", "spiffe://td/a/*", "spiffe://td/a/*", true),
+            ("parts that meet", "spiffe://td/a*", "spiffe://td/*b", true),
+            ("parts that do not", "spiffe://td/a*", "spiffe://td/b*", false),
+            ("one says more", "spiffe://td/a*", "spiffe://td/*bc", false),
+            ("from the left", "spiffe://td/*/b", "spiffe://td/a/*", false),
+            ("other lengths", "spiffe://td/*", "spiffe://td/*/*", false),
+        ] {
+            let conflicts = matches!(ids(a, b), Err(PolicyError::Conflict { .. }));
+            assert_eq!(conflicts, conflict, "{case}");
+        }
+    }
+
+    #[test]
+    fn rules_that_cannot_be_meant_are_errors() {
+        let usual = || Layers::<CallerPattern>::new(Limit::Unlimited);
+        let costs = |answer, signature, failed_attestation| Layers {
+            default: Rule {
+                costs: Costs { answer, signature, failed_attestation },
+                ..Rule::new(Limit::Quota(Quota::constant(1, 5)))
+            },
+            ..usual()
+        };
+        let hours = |from, to| {
+            let at = |hour| Moment { hour: Some(hour), ..Moment::default() };
+            (Window::new(at(from), at(to)).unwrap(), Limit::Block)
+        };
+        let overlap =
+            Rule { schedule: Schedule::new(vec![hours(1, 3), hours(2, 4)]), ..Rule::new(Limit::Unlimited) };
+        let mut empty = over(caller("uid:5"), 1, "here");
+        empty.rule = None;
+        for (case, layers, fits) in [
+            ("usual", usual(), true),
+            ("costs", costs(1, 2, 5), true),
+            ("free", costs(0, 2, 5), false),
+            ("a signature for less", costs(2, 1, 5), false),
+            ("a failure for less", costs(2, 2, 1), false),
+            ("a failure above the burst", costs(1, 2, 6), false),
+            ("windows overlap", Layers { default: overlap, ..usual() }, false),
+            ("method twice", Layers { methods: vec![(Method::FetchJwtSvid, rule(1)); 2], ..usual() }, false),
+            ("changes nothing", Layers { overrides: vec![empty], ..usual() }, false),
+            ("too many", Layers { overrides: vec![over(caller("uid:5"), 1, "x"); 1025], ..usual() }, false),
+        ] {
+            assert_eq!(Policy::new(&layers).is_ok(), fits, "{case}");
+        }
+        let named = over(IdPattern::parse("spiffe://td/{ns}/x").unwrap(), 1, "here");
+        let layers = Layers { overrides: vec![named], ..Layers::new(Limit::Unlimited) };
+        assert!(matches!(Policy::new(&layers), Err(PolicyError::MaskWithoutShare { .. })));
+    }
+
+    fn segment() -> impl Strategy<Value = String> {
+        prop_oneof![2 => "[ab*]{1,4}", 1 => Just("*".to_owned()), 1 => "[ab]{1,3}"]
+            .prop_filter("** is another thing", |text| !text.contains("**"))
+    }
+
+    fn pattern() -> impl Strategy<Value = IdPattern> {
+        (prop::collection::vec(segment(), 1..3), any::<bool>()).prop_filter_map("all", |(places, rest)| {
+            let rest = if rest { "/**" } else { "" };
+            IdPattern::parse(&format!("spiffe://td/{}{rest}", places.join("/"))).ok()
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+
+        /// If an identity matches two patterns, one says more, or the pair is a conflict.
+        #[test]
+        fn two_that_match_are_ordered_or_conflict(
+            a in pattern(),
+            b in pattern(),
+            path in prop::collection::vec("[ab]{1,4}", 1..4),
+        ) {
+            let id = SpiffeId::parse(&format!("spiffe://td/{}", path.join("/"))).unwrap();
+            if a.matches(&id) && b.matches(&id) {
+                prop_assert!(a.meets(&b) && b.meets(&a));
+            }
+            prop_assert_eq!(a.compare(&b), b.compare(&a).reverse());
+            let layers = Layers {
+                overrides: vec![over(a.clone(), 1, "a"), over(b.clone(), 2, "b")],
+                ..Layers::new(Limit::Unlimited)
+            };
+            match Policy::new(&layers) {
+                Ok(policy) => {
+                    let first = if a.compare(&b).is_lt() { 1 } else { 2 };
+                    let rate = match (a.matches(&id), b.matches(&id)) {
+                        (true, true) => first,
+                        (true, false) => 1,
+                        (false, true) => 2,
+                        (false, false) => return Ok(()),
+                    };
+                    prop_assert_eq!(policy.choose(&id, Method::FetchJwtSvid).rule, &rule(rate));
+                }
+                Err(err) => {
+                    let conflict = matches!(err, PolicyError::Conflict { .. });
+                    prop_assert!(conflict && a.compare(&b).is_eq(), "{err}");
+                }
+            }
+        }
+
+        /// Globs meet when some text matches both: tried with every text of up to five letters.
+        #[test]
+        fn globs_meet_when_a_text_matches_both(a in "[ab*]{1,4}", b in "[ab*]{1,4}") {
+            let mut texts = vec![String::new()];
+            for _ in 0..5 {
+                let longer: Vec<String> = texts.iter().flat_map(|text| ["a", "b"].map(|c| format!("{text}{c}"))).collect();
+                texts.extend(longer);
+            }
+            // What two globs have in common is at most as long as both together.
+            let both = texts.iter().any(|text| {
+                glob_matches(a.as_bytes(), text.as_bytes()) && glob_matches(b.as_bytes(), text.as_bytes())
+            });
+            if both {
+                prop_assert!(globs_meet(a.as_bytes(), b.as_bytes()));
+            } else if a.len() + b.len() <= 5 {
+                prop_assert!(!globs_meet(a.as_bytes(), b.as_bytes()));
+            }
+        }
+
+        #[test]
+        fn a_pattern_is_its_own_text(pattern in pattern()) {
+            prop_assert_eq!(IdPattern::parse(&pattern.to_string()).unwrap(), pattern);
+        }
+
+        #[test]
+        fn any_text_is_answered(text in "\\PC{0,40}") {
+            let _ = IdPattern::parse(&text).is_ok();
+            let _ = IdPattern::parse(&format!("spiffe://td/{text}")).is_ok();
+            let _ = CallerPattern::parse(&text, |_| None).is_ok();
+        }
+    }
+}
