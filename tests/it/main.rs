@@ -13,6 +13,7 @@ mod config;
 mod corpus;
 mod generated_code;
 mod issuer;
+mod limits;
 mod listener;
 mod metrics;
 mod mtls;

@@ -1,0 +1,190 @@
+//! What a decision of the limits costs: nanoseconds and allocations, with 100,000 keys known.
+//!
+//! `cargo bench --bench admission` prints the table. Times are the median of several rounds over keys in random order, so
+//! that most look-ups miss the caches of the processor, as they do between calls that do real work.
+
+#![expect(
+    clippy::print_stdout,
+    clippy::as_conversions,
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a bench prints its table, and may stop at what it did not expect"
+)]
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    hint::black_box,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use durward::{
+    identity::{AuthorizedEntry, Entry, EntryId, EntryIndex, Selector, Selectors, SpiffeId, authorize},
+    limits::{
+        CallerKey, Gate, GateRule, GateSettings, Limits, Method, Settings,
+        bucket::{Per, Quota},
+        caller::Caller,
+        policy::{Layers, Limit},
+    },
+    os::clock::Clock,
+};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: everything is passed on to the system's allocator as it came; the counter is no memory of anybody's.
+#[expect(unsafe_code, reason = "an allocator cannot be written without; in this bench alone")]
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise is ours.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise is ours.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise is ours.
+        unsafe { System.realloc(ptr, layout, new_size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+const KEYS: u32 = 100_000;
+const ROUNDS: usize = 9;
+const METHOD: Method = Method::FetchJwtSvid;
+
+#[derive(Clone, Copy)]
+struct Uid(u32);
+
+impl Caller for Uid {
+    fn caller_key(&self) -> CallerKey {
+        CallerKey::Pod((u128::from(self.0) << 64 | u128::from(self.0)).to_be_bytes())
+    }
+}
+
+/// A fixed disorder: the same in each run.
+fn order(n: u32) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..n).collect();
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    for at in (1..order.len()).rev() {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        order.swap(at, (state >> 33) as usize % (at + 1));
+    }
+    order
+}
+
+fn entries(n: u32) -> Vec<Vec<AuthorizedEntry>> {
+    let selectors: Selectors = [Selector::parse("unix:uid:1").unwrap()].into_iter().collect();
+    let all = (0..n).map(|at| {
+        Arc::new(Entry {
+            id: EntryId::new(&format!("{at:06}")),
+            spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/ns/production/sa/service-{at:06}"))
+                .unwrap(),
+            selectors: selectors.clone(),
+            x509_svid_ttl: None,
+            jwt_svid_ttl: None,
+            hint: "".into(),
+            dns_names: vec![],
+            federates_with: Default::default(),
+            created_at: 0,
+            revision: 0,
+        })
+    });
+    authorize(&EntryIndex::new(all), &selectors, None).unwrap().into_iter().map(|entry| vec![entry]).collect()
+}
+
+/// Prints the median of the rounds, per decision, and the allocations of all of them.
+fn measure(case: &str, decisions: &[u32], mut decide: impl FnMut(u32)) {
+    let mut nanos = [0.0; ROUNDS];
+    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    for round in &mut nanos {
+        let started = Instant::now();
+        for at in decisions {
+            decide(*at);
+        }
+        *round = started.elapsed().as_nanos() as f64 / decisions.len() as f64;
+    }
+    let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    nanos.sort_by(f64::total_cmp);
+    let all = (ROUNDS * decisions.len()) as f64;
+    println!("| {case:<58} | {:>7.1} | {:>11.3} |", nanos[ROUNDS / 2], allocations as f64 / all);
+}
+
+fn main() {
+    let layers = |rate: f64| Limit::Quota(Quota::new(rate, Per::Second, 1_000_000).unwrap());
+    let settings = Settings {
+        caller: Layers::new(layers(1e6)),
+        identity: Layers::new(layers(1e6)),
+        keys: 131_072,
+        gate: GateSettings {
+            default: GateRule { rate: layers(1e6), ..GateRule::default() },
+            ..GateSettings::default()
+        },
+        ..Settings::default()
+    };
+    let mut settings = settings;
+    settings.node.default = Some(Quota::new(1e6, Per::Second, 1_000_000).unwrap());
+
+    let entries = entries(KEYS);
+    let all = order(KEYS);
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    println!("| {:<58} | {:>7} | {:>11} |", "decision", "ns", "allocations");
+    println!("|{:-<60}|{:-<8}:|{:-<12}:|", "", "", "");
+    for (counted, recorder) in
+        [("counted", &recorder as &dyn metrics::Recorder), ("uncounted", &metrics::NoopRecorder)]
+    {
+        let limits = Limits::new(&settings, Clock::SYSTEM, recorder).unwrap();
+        for at in 0..KEYS {
+            let mut admitted = limits.admit_caller(Uid(at), METHOD).unwrap();
+            limits.admit_identities(&mut admitted, &entries[at as usize]).unwrap();
+        }
+        assert_eq!(limits.keys(), (KEYS as usize, KEYS as usize));
+        measure(&format!("caller and identity stage, 100,000 keys each, {counted}"), &all, |at| {
+            let mut admitted = limits.admit_caller(Uid(at), METHOD).unwrap();
+            black_box(limits.admit_identities(&mut admitted, &entries[at as usize])).unwrap();
+        });
+        measure(&format!("caller stage alone, 100,000 keys, {counted}"), &all, |at| {
+            drop(black_box(limits.admit_caller(Uid(at), METHOD)).unwrap());
+        });
+        let one = vec![7; 100_000];
+        measure(&format!("caller and identity stage, one hot key, {counted}"), &one, |at| {
+            let mut admitted = limits.admit_caller(Uid(at), METHOD).unwrap();
+            black_box(limits.admit_identities(&mut admitted, &entries[at as usize])).unwrap();
+        });
+    }
+
+    let mut strict = settings.clone();
+    strict.caller = Layers::new(Limit::Quota(Quota::new(1.0, Per::Day, 5).unwrap()));
+    strict.keys = 16_384;
+    let limits = Limits::new(&strict, Clock::SYSTEM, &recorder).unwrap();
+    for _ in 0..6 {
+        drop(limits.admit_caller(Uid(7), METHOD));
+    }
+    measure("refused by the caller's bucket", &vec![7; 100_000], |at| {
+        assert!(black_box(limits.admit_caller(Uid(at), METHOD)).is_err());
+    });
+    let mut next = 1_000;
+    measure("a new key each time, table of 16,384 full of debtors", &vec![0; 100_000], |_| {
+        next += 1;
+        drop(black_box(limits.admit_caller(Uid(next), METHOD)));
+    });
+
+    let gate = Gate::new(&settings, 1 << 20, None, &limits).unwrap();
+    for at in &all {
+        drop(gate.open(Uid(*at).caller_key()));
+    }
+    measure("gate: let in and closed again, 100,000 callers known", &all, |at| {
+        drop(black_box(gate.open(Uid(at).caller_key())).unwrap());
+    });
+}
