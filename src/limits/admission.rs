@@ -211,7 +211,6 @@ struct Held {
     key: Key,
     place: Place,
     quota: Quota,
-    level: Level,
     cost: u32,
 }
 
@@ -336,7 +335,7 @@ impl Node {
 struct Identities {
     table: Table,
     /// Kept between calls for its memory alone.
-    held: Vec<Held>,
+    held: Vec<(Held, Level, KeyType)>,
 }
 
 #[derive(Debug)]
@@ -458,7 +457,9 @@ impl Limits {
                 shared.counters.count(Stage::Caller, Some(method), own_type, Outcome::Allowed);
             }
             Limit::Block => {
-                shared.refuse(&ask, own_type, Reason::Blocked, Duration::MAX, who)?;
+                shared
+                    .refuse(&ask, own_type, Reason::Blocked, Duration::MAX)
+                    .inspect_err(|refusal| shared.note(refusal, &who()))?;
             }
             Limit::Quota(quota) => {
                 let key = shared.caller_key(caller, method, &choice);
@@ -467,13 +468,15 @@ impl Limits {
                     shared.callers().hold(shared.now(), key, quota, cost, || Heavy::new(who(), method.rpc()));
                 match done {
                     Ok((place, level)) => {
-                        charge.held = Some(Held { key, place, quota, level, cost });
+                        charge.held = Some(Held { key, place, quota, cost });
                         charge.pays = cost;
                         let outcome = Outcome::Allowed;
                         shared.counters.count(Stage::Caller, Some(method), type_at(place, own_type), outcome);
                         shared.count_soft(&plan, Stage::Caller, level);
                     }
-                    Err(wait) => shared.refuse(&ask, own_type, Reason::Rate, wait, who)?,
+                    Err(wait) => shared
+                        .refuse(&ask, own_type, Reason::Rate, wait)
+                        .inspect_err(|refusal| shared.note(refusal, &who()))?,
                 }
             }
         }
@@ -490,9 +493,12 @@ impl Limits {
                     Full::Node => (Stage::Node, KeyType::Node),
                 };
                 let ask = Ask { stage, dry: plan.dry, ..ask };
-                match shared.refuse(&ask, key_type, Reason::InFlight, SHORT_WAIT, || Name::Caller(caller)) {
+                match shared.refuse(&ask, key_type, Reason::InFlight, SHORT_WAIT) {
                     Ok(()) => None,
-                    Err(refusal) => return refund(&mut charge, refusal),
+                    Err(refusal) => {
+                        shared.note(&refusal, &Name::Caller(caller));
+                        return refund(&mut charge, refusal);
+                    }
                 }
             }
         };
@@ -539,7 +545,7 @@ impl Limits {
         all.extend(
             self.shared.identities().table.heaviest(n).into_iter().map(|heavy| (Stage::Identity, heavy)),
         );
-        all.sort_by(|(_, a), (_, b)| b.weight().cmp(&a.weight()));
+        all.sort_by_key(|(_, heavy)| std::cmp::Reverse(heavy.weight()));
         all.truncate(n);
         all
     }
@@ -552,7 +558,7 @@ impl Limits {
         let Limit::Quota(quota) = shared.limit(choice.rule) else { return None };
         let key = shared.caller_key(caller, method, &choice);
         let left = shared.callers().left(shared.now(), key, quota);
-        Some((left.unwrap_or(quota.burst()), quota.burst()))
+        Some((left.unwrap_or_else(|| quota.burst()), quota.burst()))
     }
 
     /// What is left to an identity for a method, as [`Limits::left_to_caller`].
@@ -563,7 +569,7 @@ impl Limits {
         let Limit::Quota(quota) = shared.limit(choice.rule) else { return None };
         let key = shared.identity_key(id, method, &choice);
         let left = shared.identities().table.left(shared.now(), key, quota);
-        Some((left.unwrap_or(quota.burst()), quota.burst()))
+        Some((left.unwrap_or_else(|| quota.burst()), quota.burst()))
     }
 
     /// What is worth a log line since this was last asked; ask about once a second. Bounded, however many are refused.
@@ -676,7 +682,6 @@ impl Shared {
         key_type: KeyType,
         reason: Reason,
         retry_after: Duration,
-        who: impl FnOnce() -> Name,
     ) -> Result<(), Refusal> {
         let Ask { plan, stage, method, dry } = *ask;
         if dry {
@@ -685,11 +690,15 @@ impl Shared {
         }
         self.counters.count(stage, Some(method), key_type, Outcome::Refused(reason));
         let shed = stage == Stage::Node;
-        if !shed {
-            self.refusing().note(self.now(), stage, &who());
-        }
         let status = if shed { RejectionStatus::Unavailable } else { plan.status };
         Err(Refusal { method, stage, key_type, reason, retry_after, shed, status })
+    }
+
+    /// Lists a key as being refused. Load shedding lists nobody: it is nobody's doing.
+    fn note(&self, refusal: &Refusal, name: &Name) {
+        if !refusal.shed {
+            self.refusing().note(self.now(), refusal.stage, name);
+        }
     }
 
     fn count_soft(&self, plan: &Plan, stage: Stage, level: Level) {
@@ -713,7 +722,7 @@ impl Shared {
             Err(not_until) => {
                 let wait = not_until.wait_time_from(Nanos::new(self.now()));
                 let ask = Ask { plan, stage: Stage::Node, method, dry: plan.dry || plan.node_dry };
-                self.refuse(&ask, KeyType::Node, Reason::Rate, wait, || Name::Caller(CallerKey::Uid(0)))
+                self.refuse(&ask, KeyType::Node, Reason::Rate, wait)
             }
         }
     }
@@ -731,8 +740,7 @@ impl Shared {
         held.clear();
         let mut node_counts = entries.is_empty();
         // Of several that refuse, the one to wait for longest.
-        let mut worst: Option<(Duration, Ask<'_>, KeyType, Reason, &SpiffeId, Option<&Arc<IdPattern>>)> =
-            None;
+        let mut worst: Option<Worst<'_>> = None;
         for entry in entries {
             let id = entry.spiffe_id();
             let choice = plan.identity.choose(id, method);
@@ -747,46 +755,56 @@ impl Shared {
                 Limit::Block => (Reason::Blocked, Duration::MAX),
                 Limit::Quota(quota) => {
                     let key = self.identity_key(id, method, &choice);
-                    if held.iter().any(|other| other.key.hash == key.hash) {
+                    if held.iter().any(|(other, ..)| other.key.hash == key.hash) {
                         continue;
                     }
                     let cost = choice.rule.costs.answer;
                     let who = || Heavy::new(identity_name(id, choice.shared), method.rpc());
                     match table.hold(now, key, quota, cost, who) {
                         Ok((place, level)) => {
-                            held.push(Held { key, place, quota, level, cost });
+                            let held_here = Held { key, place, quota, cost };
+                            held.push((held_here, level, type_at(place, own_type)));
                             continue;
                         }
                         Err(wait) => (Reason::Rate, wait),
                     }
                 }
             };
-            let ask =
-                Ask { plan: &plan, stage: Stage::Identity, method, dry: plan.dry || choice.rule.dry_run };
-            if ask.dry {
+            let dry = plan.dry || choice.rule.dry_run;
+            if dry {
                 self.counters.count(Stage::Identity, Some(method), own_type, Outcome::WouldRefuse(reason));
-            } else if worst.as_ref().is_none_or(|(longest, ..)| *longest < wait) {
-                worst = Some((wait, ask, own_type, reason, id, choice.shared));
+            } else if worst.as_ref().is_none_or(|worst| worst.wait < wait) {
+                worst = Some(Worst { wait, reason, key_type: own_type, id, mask: choice.shared });
             }
         }
-        let refusal = match worst {
-            Some((wait, ask, key_type, reason, id, shared)) => {
-                self.refuse(&ask, key_type, reason, wait, || identity_name(id, shared))
+        let done = match worst {
+            Some(Worst { wait, reason, key_type, id, mask }) => {
+                let ask = Ask { plan: &plan, stage: Stage::Identity, method, dry: false };
+                self.refuse(&ask, key_type, reason, wait)
+                    .inspect_err(|refusal| self.note(refusal, &identity_name(id, mask)))
             }
             None if node_counts && !caller_exempt => self.charge_node(&plan, method),
             None => Ok(()),
         };
-        for it in held.drain(..) {
-            let pays = if refusal.is_ok() { it.cost } else { 0 };
+        for (it, level, key_type) in held.drain(..) {
+            let pays = if done.is_ok() { it.cost } else { 0 };
             table.settle(now, it.key, it.place, it.quota, it.cost, pays);
-            if refusal.is_ok() {
-                let key_type = type_at(it.place, KeyType::SpiffeId);
+            if done.is_ok() {
                 self.counters.count(Stage::Identity, Some(method), key_type, Outcome::Allowed);
-                self.count_soft(&plan, Stage::Identity, it.level);
+                self.count_soft(&plan, Stage::Identity, level);
             }
         }
-        refusal
+        done
     }
+}
+
+/// An identity that refuses.
+struct Worst<'a> {
+    wait: Duration,
+    reason: Reason,
+    key_type: KeyType,
+    id: &'a SpiffeId,
+    mask: Option<&'a Arc<IdPattern>>,
 }
 
 fn identity_name(id: &SpiffeId, mask: Option<&Arc<IdPattern>>) -> Name {

@@ -410,8 +410,12 @@ impl Table {
     /// Ends a call that held tokens; see [`Bucket::settle`]. A bucket with tokens held is never forgotten, so it is there.
     pub fn settle(&mut self, now: u64, key: Key, place: Place, quota: Quota, held: u32, cost: u32) {
         let now = self.tick(now);
+        let refund = u32::from(held > 0 && cost == 0);
         let bucket = match place {
-            Place::Own => self.find(key.hash).map(|cell| &mut cell.bucket),
+            Place::Own => self.find(key.hash).map(|cell| {
+                cell.seen.used = cell.seen.used.saturating_sub(refund);
+                &mut cell.bucket
+            }),
             Place::Overflow => self.parent(key.parent).map(|parent| &mut parent.overflow),
             Place::Stray => Some(&mut self.stray),
         };

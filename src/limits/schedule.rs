@@ -118,8 +118,8 @@ pub enum ScheduleError {
     #[error("a window from \"{0}\" to the same moment is none; for all the time set the limit itself")]
     Nothing(Moment),
     /// Two windows share a moment.
-    #[error("the windows \"{0}\" and \"{1}\" overlap")]
-    Overlap(Window, Window),
+    #[error("the windows \"{}\" and \"{}\" overlap", .0.0, .0.1)]
+    Overlap(Box<(Window, Window)>),
     /// More than [`MAX_WINDOWS`].
     #[error("{0} windows must be at most 32")]
     TooMany(usize),
@@ -282,7 +282,7 @@ impl<V> Schedule<V> {
         }
         for (at, (window, _)) in self.0.iter().enumerate() {
             if let Some((other, _)) = self.0.iter().take(at).find(|(other, _)| other.meets(window)) {
-                return Err(ScheduleError::Overlap(*other, *window));
+                return Err(ScheduleError::Overlap(Box::new((*other, *window))));
             }
         }
         Ok(())
@@ -338,7 +338,7 @@ fn spot(moment: &Moment, last_hour: u8) -> Result<(Period, Spot), ScheduleError>
     if !in_range || after_midnight || !(1..=12).contains(&month) || !(1..=longest).contains(&day) {
         return Err(ScheduleError::Never(*moment));
     }
-    let day = weekday.map_or(i64::from(day) - 1, Weekday::number);
+    let day = weekday.map_or_else(|| i64::from(day) - 1, Weekday::number);
     let second = hour * HOUR + minute * MINUTE + second;
     Ok((period, Spot { month: i64::from(month) - 1, day, second }))
 }
@@ -512,7 +512,7 @@ mod tests {
             let (a, b) = (window(a).unwrap(), window(b).unwrap());
             assert_eq!((a.meets(&b), b.meets(&a)), (meets, meets), "{case}");
             let schedule = Schedule::new(vec![(a, ()), (b, ())]);
-            let want = if meets { Err(ScheduleError::Overlap(a, b)) } else { Ok(()) };
+            let want = if meets { Err(ScheduleError::Overlap(Box::new((a, b)))) } else { Ok(()) };
             assert_eq!(schedule.check(), want, "{case}");
         }
     }
