@@ -268,7 +268,7 @@ impl Running {
     }
 
     /// Ends when serving has ended by itself, which is a fault.
-    async fn failed(&mut self) -> anyhow::Error {
+    pub async fn failed(&mut self) -> anyhow::Error {
         match (&mut self.serving).await {
             Ok(Ok(_)) => anyhow::anyhow!("serving ended without having been told to"),
             Ok(Err(error)) => anyhow::Error::new(error).context("cannot serve the workload api"),

@@ -4,12 +4,7 @@
 //! bytes that were encoded once for many callers ([`super::encoded`]).
 
 #[expect(
-    clippy::all,
-    clippy::allow_attributes,
     clippy::allow_attributes_without_reason,
-    clippy::unwrap_used,
-    clippy::use_self,
-    clippy::clone_on_ref_ptr,
     unused_qualifications,
     reason = "generated"
 )]
@@ -17,11 +12,9 @@
 pub mod workload;
 
 #[expect(
-    clippy::all,
     clippy::allow_attributes,
     clippy::allow_attributes_without_reason,
-    clippy::unwrap_used,
-    clippy::use_self,
+    clippy::as_conversions,
     clippy::clone_on_ref_ptr,
     unused_qualifications,
     reason = "generated"

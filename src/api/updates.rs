@@ -41,7 +41,11 @@ impl<S: State> Drop for Open<S> {
 ///
 /// A fault on our side does not end the stream: what was sent stays valid, and the next change is another try. A
 /// refusal does: the caller has no identity any more.
-pub fn updates<S: State>(state: S, changes: watch::Receiver<Change>, first: Encoded) -> Updates {
+pub fn updates<S: State>(state: S, mut changes: watch::Receiver<Change>, first: Encoded) -> Updates {
+    // A stream that was opened while the agent drains ends after its first message, as the others did.
+    if *changes.borrow() == Change::Draining {
+        changes.mark_changed();
+    }
     let open = Open { state, changes, sent: first, first: true, code: Code::Ok };
     Box::pin(stream::unfold(Some(open), |open| async {
         let mut open = open?;

@@ -277,7 +277,7 @@ impl SpiffeWorkloadApi for WorkloadApi {
     ) -> Result<Response<Self::FetchWITSVIDStream>, Status> {
         let done = caller(&request)
             .and_then(|peer| Ok(self.parts.limits.admit_caller(peer, Method::FetchWitSvid)?))
-            .and_then(|_admitted| Err(RequestError::NoWitSvids));
+            .and(Err(RequestError::NoWitSvids));
         self.unary(Method::FetchWitSvid, Instant::now(), done)
     }
 
@@ -287,7 +287,7 @@ impl SpiffeWorkloadApi for WorkloadApi {
     ) -> Result<Response<Self::FetchWITBundlesStream>, Status> {
         let done = caller(&request)
             .and_then(|peer| Ok(self.parts.limits.admit_caller(peer, Method::FetchWitBundles)?))
-            .and_then(|_admitted| Err(RequestError::NoWitBundles));
+            .and(Err(RequestError::NoWitBundles));
         self.unary(Method::FetchWitBundles, Instant::now(), done)
     }
 }

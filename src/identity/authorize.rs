@@ -217,7 +217,7 @@ mod tests {
                 .filter(|e| !e.selectors.is_empty() && e.selectors.is_subset(&attested))
                 .map(|e| e.id.to_string())
                 .collect();
-            let found = ids(authorize(&EntryIndex::new(entries.clone()), &attested, None)).unwrap_or_default();
+            let found = ids(authorize(&EntryIndex::new(entries), &attested, None)).unwrap_or_default();
             prop_assert_eq!(found, scan.join(" "));
         }
     }

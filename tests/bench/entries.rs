@@ -2,14 +2,15 @@
 //!
 //! `cargo bench --bench entries`
 
-#![expect(
-    clippy::disallowed_methods,
-    clippy::expect_used,
-    clippy::exit,
+#![allow(
+    clippy::allow_attributes,
     clippy::as_conversions,
-    reason = "a bench, not the agent"
+    clippy::disallowed_methods,
+    clippy::exit,
+    clippy::indexing_slicing,
+    dead_code,
+    reason = "a bench, not the agent; each uses a part of support"
 )]
-#![allow(dead_code, clippy::allow_attributes, reason = "each bench uses a part of support")]
 
 mod support;
 

@@ -3,8 +3,15 @@
 //!
 //! `cargo bench --bench mint`
 
-#![expect(clippy::disallowed_methods, clippy::expect_used, clippy::exit, reason = "a bench, not the agent")]
-#![allow(dead_code, clippy::allow_attributes, reason = "each bench uses a part of support")]
+#![allow(
+    clippy::allow_attributes,
+    clippy::as_conversions,
+    clippy::disallowed_methods,
+    clippy::exit,
+    clippy::indexing_slicing,
+    dead_code,
+    reason = "a bench, not the agent; each uses a part of support"
+)]
 
 mod support;
 

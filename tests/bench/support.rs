@@ -27,10 +27,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status};
 
 /// Set for the floor's process: the directory with its socket and its answers.
-pub const FLOOR: &str = "DURWARD_BENCH_FLOOR";
+pub(crate) const FLOOR: &str = "DURWARD_BENCH_FLOOR";
 
-pub const JWT: &str = "/SpiffeWorkloadAPI/FetchJWTSVID";
-pub const X509: &str = "/SpiffeWorkloadAPI/FetchX509SVID";
+pub(crate) const JWT: &str = "/SpiffeWorkloadAPI/FetchJWTSVID";
+pub(crate) const X509: &str = "/SpiffeWorkloadAPI/FetchX509SVID";
 
 /// Answers with what it was given.
 #[derive(Clone)]
@@ -104,7 +104,7 @@ impl SpiffeWorkloadApi for Floor {
 }
 
 /// The floor's process ends here; any other goes on.
-pub fn floor_process() {
+pub(crate) fn floor_process() {
     let Some(dir) = std::env::var_os(FLOOR).map(PathBuf::from) else { return };
     let answer = |name: &str| std::fs::read(dir.join(name)).expect("the answer of the agent");
     let floor = Floor {
@@ -135,10 +135,10 @@ pub fn floor_process() {
 }
 
 /// A process of the bench's own, ended with it.
-pub struct Server {
+pub(crate) struct Server {
     child: Child,
-    pub dir: tempfile::TempDir,
-    pub name: &'static str,
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) name: &'static str,
 }
 
 impl Drop for Server {
@@ -149,12 +149,12 @@ impl Drop for Server {
 }
 
 impl Server {
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.dir.path().join("api.sock")
     }
 
     /// Starts the agent, with `blocks` in its configuration beside what every agent needs, and no limits on this caller.
-    pub async fn agent(blocks: &str) -> Self {
+    pub(crate) async fn agent(blocks: &str) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         write_config(dir.path(), blocks);
         let child = Command::new(env!("CARGO_BIN_EXE_durward"))
@@ -168,7 +168,7 @@ impl Server {
     }
 
     /// Starts the floor with the answers of `agent`.
-    pub async fn floor(agent: &Self) -> Self {
+    pub(crate) async fn floor(agent: &Self) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let mut client = Client::connect(&agent.socket()).await;
         for (name, path, message) in [("jwt", JWT, jwt_request("a")), ("x509", X509, Bytes::new())] {
@@ -198,19 +198,19 @@ impl Server {
         self
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// Resident memory, in KiB.
-    pub fn resident(&self) -> u64 {
+    pub(crate) fn resident(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("its status");
         let line = status.lines().find(|line| line.starts_with("VmRSS")).expect("VmRSS");
         line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number")
     }
 
     /// Processor time used so far, of all threads.
-    pub fn cpu(&self) -> Duration {
+    pub(crate) fn cpu(&self) -> Duration {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("its threads");
         let nanos = tasks.flatten().filter_map(|task| {
             let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
@@ -221,7 +221,7 @@ impl Server {
 }
 
 /// Configuration for a bench: this user's entry is `/bench`, and it is exempt from the limits.
-pub fn write_config(dir: &Path, blocks: &str) {
+pub(crate) fn write_config(dir: &Path, blocks: &str) {
     let (at, uid) = (dir.display(), nix::unistd::geteuid());
     let text = format!(
         "agent {{\n  trust_domain = \"example.org\"\n  data_dir = \"{at}/data\"\n  socket_path = \"{at}/api.sock\"\n}}\n\
@@ -233,7 +233,7 @@ pub fn write_config(dir: &Path, blocks: &str) {
     std::fs::write(dir.join("agent.conf"), text).expect("written");
 }
 
-pub fn jwt_request(audience: &str) -> Bytes {
+pub(crate) fn jwt_request(audience: &str) -> Bytes {
     pb::JwtsvidRequest { audience: vec![audience.to_owned()], spiffe_id: String::new() }
         .encode_to_vec()
         .into()
@@ -241,10 +241,10 @@ pub fn jwt_request(audience: &str) -> Bytes {
 
 /// One HTTP/2 connection.
 #[derive(Clone)]
-pub struct Client(SendRequest<Bytes>);
+pub(crate) struct Client(SendRequest<Bytes>);
 
 impl Client {
-    pub async fn connect(socket: &Path) -> Self {
+    pub(crate) async fn connect(socket: &Path) -> Self {
         let stream = UnixStream::connect(socket).await.expect("a connection");
         let (client, connection) = h2::client::Builder::new()
             .initial_connection_window_size(1 << 20)
@@ -257,7 +257,7 @@ impl Client {
     }
 
     /// Calls, reads the first message, and lets a stream go.
-    pub async fn first_message(&mut self, path: &str, message: &[u8]) -> Vec<u8> {
+    pub(crate) async fn first_message(&mut self, path: &str, message: &[u8]) -> Vec<u8> {
         let mut body = self.open(path, message).await;
         let mut message = Vec::new();
         loop {
@@ -274,7 +274,7 @@ impl Client {
     }
 
     /// Calls, and reads to the end of the answer.
-    pub async fn call(&mut self, path: &str, message: &[u8]) {
+    pub(crate) async fn call(&mut self, path: &str, message: &[u8]) {
         let mut body = self.open(path, message).await;
         let mut read = 0;
         while let Some(data) = body.data().await {
@@ -288,7 +288,7 @@ impl Client {
     }
 
     /// Opens a call.
-    pub async fn open(&mut self, path: &str, message: &[u8]) -> h2::RecvStream {
+    pub(crate) async fn open(&mut self, path: &str, message: &[u8]) -> h2::RecvStream {
         let request = Request::post(format!("http://localhost{path}"))
             .header("content-type", "application/grpc")
             .header("te", "trailers")
@@ -308,13 +308,13 @@ impl Client {
 }
 
 /// The middle one.
-pub fn median(mut numbers: Vec<f64>) -> f64 {
+pub(crate) fn median(mut numbers: Vec<f64>) -> f64 {
     numbers.sort_by(f64::total_cmp);
     numbers.get(numbers.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// A row of a table for people.
-pub fn row(cells: &[String]) {
+pub(crate) fn row(cells: &[String]) {
     let mut out = std::io::stdout().lock();
     writeln!(out, "| {} |", cells.join(" | ")).expect("printed");
 }

@@ -200,7 +200,7 @@ async fn a_flood_of_audiences_pushes_out_its_own_tokens_only() {
     let (flood, quiet) = (&world.entries[0], &world.entries[1]);
     let kept = world.jwt.fetch(quiet, &["a".to_owned()]).await.unwrap().svid;
     for n in 0..500 {
-        world.jwt.fetch(flood, &[n.to_string()]).await.unwrap().svid;
+        world.jwt.fetch(flood, &[n.to_string()]).await.unwrap();
         assert!(world.jwt.len() <= 50);
     }
     let again = world.jwt.fetch(quiet, &["a".to_owned()]).await.unwrap().svid;
