@@ -24,6 +24,7 @@ use tokio::{
 use crate::{
     api::{
         Services,
+        admin::{self, AdminService},
         workload::{Parts, WorkloadApi},
     },
     attest::Attestor,
@@ -39,7 +40,7 @@ use crate::{
         metrics::{Metrics, ReloadResult},
         systemd::ServiceManager,
     },
-    peer::{self, Listener, Socket, Stats, cgroup::PodOrUid},
+    peer::{self, Listener, OsUid, Socket, Stats, cgroup::PodOrUid},
     store::{JwtCache, Policy, Signer, Sync, X509Cache},
 };
 
@@ -69,6 +70,8 @@ pub struct Running {
     /// `true` begins the drain.
     stop: channel::Sender<bool>,
     serving: JoinHandle<std::io::Result<peer::listener::Drained>>,
+    /// The admin socket, where there is one.
+    admin: Option<JoinHandle<std::io::Result<peer::listener::Drained>>>,
     /// Ends with the agent.
     _tasks: JoinSet<()>,
 }
@@ -133,6 +136,8 @@ impl Running {
             let routes = Routes::Health { state: Arc::clone(&health), live_path, ready_path };
             http.push(HttpListener::bind(&bind.host, bind.port, routes)?);
         }
+        let admin_socket = config.admin_socket_path.as_deref().map(Socket::bind_private).transpose();
+        let admin_socket = admin_socket.context("cannot serve the admin api")?;
         // Last, since clients come as soon as it is there.
         let socket = match handed {
             Some(listener) => Socket::adopt(listener),
@@ -162,16 +167,19 @@ impl Running {
         let stats = Arc::new(Stats::default());
         let (evicted, evictions) = channel::channel(None);
         let keys = PodOrUid::new(config.kubernetes.mode, in_pod(), config.kubernetes.kubelet_root.clone());
+        let keys = Arc::new(keys);
+        let admin_stats = Arc::new(Stats::default());
         let listener = Listener {
             socket,
             settings,
             gate: Arc::new(gate::AtAccept(gate.clone())),
-            keys: Arc::new(keys),
+            keys: Arc::clone(&keys),
             stats: Arc::clone(&stats),
             evicted: evictions,
         };
-        let serving =
-            tokio::spawn(listener.serve(move |_peer| Connection(services.clone()), stopped(stopping)));
+        let serving = tokio::spawn(
+            listener.serve(move |_peer| Connection(services.clone()), stopped(stopping.clone())),
+        );
 
         let mut tasks = JoinSet::new();
         for listener in http {
@@ -194,8 +202,29 @@ impl Running {
             x509: Arc::clone(&x509),
             jwt: Arc::clone(&jwt),
             stats,
+            admin_stats: Arc::clone(&admin_stats),
             metrics: Arc::clone(&metrics),
         };
+        let admin = admin_socket.map(|socket| {
+            let budget = memory.subscribe();
+            let service = AdminService::new(admin::Parts {
+                limits: limits.clone(),
+                gate: gate.clone(),
+                attestor: Arc::clone(&attestor),
+                keys,
+                store: Arc::clone(sync.store()),
+                budget: Box::new(move || budget.borrow().bytes),
+            });
+            let listener = Listener {
+                socket,
+                settings: admin::settings(),
+                gate: Arc::new(admin::Owner::new(gate.clone())),
+                keys: Arc::new(OsUid),
+                stats: admin_stats,
+                evicted: channel::channel(None).1,
+            };
+            tokio::spawn(listener.serve(move |_peer| service.clone(), stopped(stopping)))
+        });
         tasks.spawn(watch.run());
         tasks.spawn(probe(Arc::clone(&health), Arc::clone(&signer), config.trust_domain.clone()));
 
@@ -216,6 +245,7 @@ impl Running {
             health,
             stop,
             serving,
+            admin,
             _tasks: tasks,
         })
     }
@@ -287,6 +317,11 @@ impl Running {
             }
             Ok(Err(error)) => tracing::warn!(%error, "the drain ended early"),
             Err(error) => tracing::warn!(%error, "the drain ended early"),
+        }
+        if let Some(admin) = self.admin
+            && !matches!(admin.await, Ok(Ok(_)))
+        {
+            tracing::warn!("the admin socket ended early");
         }
     }
 }

@@ -14,6 +14,7 @@
 //! `PermissionDenied` or as a wrong identity. Here any failure is an [`AttestError`], and the call `Unavailable`.
 
 mod digest;
+pub mod inspect;
 mod names;
 pub mod status;
 pub mod unix;

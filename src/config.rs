@@ -52,7 +52,8 @@ pub struct Config {
     pub trust_domain: TrustDomain,
     /// `agent.socket_path`, absolute, at most 107 bytes. Default [`DEFAULT_SOCKET_PATH`]. Restart to change.
     pub socket_path: PathBuf,
-    /// `agent.admin_socket_path`, absolute. Default: none. Restart to change.
+    /// `agent.admin_socket_path`, absolute, and not in or below the directory of `socket_path`. For the agent's user and root
+    /// alone. Default: none. Restart to change.
     pub admin_socket_path: Option<PathBuf>,
     /// `agent.data_dir`, absolute. Default [`DEFAULT_DATA_DIR`]. Restart to change.
     pub data_dir: PathBuf,

@@ -1,7 +1,7 @@
 //! What the agent does every quarter of a second: looks how much memory it uses and acts on it, says in the log who is
 //! being refused, and carries the listener's counts to the metrics.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use tokio::sync::watch;
 
@@ -36,6 +36,7 @@ pub(super) struct Watch {
     pub(super) x509: Arc<X509Cache>,
     pub(super) jwt: Arc<JwtCache>,
     pub(super) stats: Arc<Stats>,
+    pub(super) admin_stats: Arc<Stats>,
     pub(super) metrics: Arc<Metrics>,
 }
 
@@ -67,7 +68,7 @@ impl Watch {
     /// Does what the budget asks for. Each step does what those before it do.
     fn relieve(&self, pressure: &mut Pressure) {
         let Budget { settings, bytes } = *self.memory.borrow();
-        let now = match (bytes, resident()) {
+        let now = match (bytes, heap::resident()) {
             (Some(budget), Some(used)) => settings.step(used, budget),
             _ => Pressure::None,
         };
@@ -78,7 +79,7 @@ impl Watch {
             heap::trim();
         }
         // What shrinking gave back counts.
-        let now = match (bytes, resident()) {
+        let now = match (bytes, heap::resident()) {
             (Some(budget), Some(used)) if now >= Pressure::ShrinkCaches => {
                 settings.step(used, budget).max(Pressure::ShrinkCaches)
             }
@@ -138,6 +139,9 @@ impl Watch {
         let stats = &self.stats;
         let mut refused: Vec<_> =
             Refused::ALL.iter().map(|why| (refusal(*why), stats.refused(*why))).collect();
+        // The one thing of the admin socket that is worth a number.
+        refused.retain(|(why, _)| *why != ConnectionRefusal::NotOwner);
+        refused.push((ConnectionRefusal::NotOwner, self.admin_stats.refused(Refused::NotOwner)));
         refused.push((ConnectionRefusal::Unidentified, stats.unidentified()));
         ConnectionCounts {
             accepted: stats.accepted(),
@@ -158,6 +162,7 @@ fn refusal(why: Refused) -> ConnectionRefusal {
         Refused::CallerRate => ConnectionRefusal::CallerRate,
         Refused::NodeConnections => ConnectionRefusal::NodeConnections,
         Refused::Memory => ConnectionRefusal::Memory,
+        Refused::NotOwner => ConnectionRefusal::NotOwner,
     }
 }
 
@@ -176,11 +181,4 @@ fn end(why: Closed) -> ConnectionEnd {
         Closed::Aborted => ConnectionEnd::Aborted,
         Closed::Panicked => ConnectionEnd::Panicked,
     }
-}
-
-/// The resident set of this process, in bytes.
-fn resident() -> Option<u64> {
-    let text = std::fs::read_to_string(PathBuf::from("/proc/self/statm")).ok()?;
-    let pages: u64 = text.split(' ').nth(1)?.parse().ok()?;
-    Some(pages * procfs::page_size())
 }

@@ -9,6 +9,19 @@
     reason = "generated"
 )]
 #[rustfmt::skip]
+pub mod admin;
+
+#[expect(
+    clippy::all,
+    clippy::allow_attributes,
+    clippy::allow_attributes_without_reason,
+    clippy::unwrap_used,
+    clippy::use_self,
+    clippy::clone_on_ref_ptr,
+    unused_qualifications,
+    reason = "generated"
+)]
+#[rustfmt::skip]
 pub mod workload;
 
 #[expect(

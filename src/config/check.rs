@@ -347,15 +347,13 @@ fn sockets(s: &mut Section<'_>, input: &Input<'_>) -> (PathBuf, Option<PathBuf>)
     let public = public.map_or_else(|| DEFAULT_SOCKET_PATH.into(), |at| at.value);
     if let Some(admin) = &admin {
         let value = Some(quoted(&admin.value.to_string_lossy()));
-        let message = if public.parent().is_some_and(|dir| admin.value.starts_with(dir)) {
-            format!(
+        if public.parent().is_some_and(|dir| admin.value.starts_with(dir)) {
+            let message = format!(
                 "cannot be in the same directory or a subdirectory as that containing the Workload API socket {} ({whence})",
                 quoted(&public.to_string_lossy()),
-            )
-        } else {
-            format!("the admin socket {NOT_HERE}; leave it out")
-        };
-        s.wrong(admin.place, "admin_socket_path", value, message);
+            );
+            s.wrong(admin.place, "admin_socket_path", value, message);
+        }
     }
     if let Some(At { value: true, place }) = s.boolean("disable_workload_api") {
         let message = "the Workload API is the only one in this version, and nothing would be served";

@@ -126,6 +126,36 @@ pub fn authorize(
     if authorized.is_empty() { Err(NoIdentity) } else { Ok(authorized) }
 }
 
+/// An entry that does not match, and what it misses.
+#[derive(Clone, Debug)]
+pub struct Near {
+    /// The entry.
+    pub entry: Arc<Entry>,
+    /// The selectors that were not attested: one or more.
+    pub missing: Vec<Selector>,
+}
+
+/// The `n` entries that match nearly: at least one of their selectors was attested, and the fewest were not. Of equal
+/// ones first those with more that were, then by entry ID. For people: looks at every entry.
+pub fn nearest(index: &EntryIndex, attested: &Selectors, n: usize) -> Vec<Near> {
+    let mut found: Vec<(usize, std::cmp::Reverse<usize>, usize)> = Vec::new();
+    for (at, entry) in index.entries.iter().enumerate() {
+        let has = entry.selectors.intersection(attested).count();
+        let missing = entry.selectors.len() - has;
+        if has > 0 && missing > 0 {
+            found.push((missing, std::cmp::Reverse(has), at));
+        }
+    }
+    found.sort_unstable();
+    let entries = found.into_iter().take(n).filter_map(|(_, _, at)| index.entries.get(at));
+    entries
+        .map(|entry| Near {
+            entry: Arc::clone(entry),
+            missing: entry.selectors.difference(attested).cloned().collect(),
+        })
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
@@ -199,6 +229,36 @@ mod tests {
         let index = EntryIndex::new([entry("a1", "u:1", "first", 0), entry("a1", "u:1", "last", 0)]);
         assert_eq!(index.entries().len(), 1);
         assert_eq!(&*index.get(&EntryId::new("a1")).unwrap().hint, "last");
+    }
+
+    #[test]
+    fn the_nearest_miss_the_fewest() {
+        let index = EntryIndex::new([
+            entry("match", "uid:1000", "", 0),
+            entry("one-of-two", "uid:1000 gid:8", "", 0),
+            entry("one-of-three", "uid:1000 gid:7 path:/x", "", 0),
+            entry("two-of-three", "uid:1000 gid:8 path:/x", "", 0),
+            entry("stranger", "uid:1001", "", 0),
+            entry("unfinished", "", "", 0),
+        ]);
+        let near = nearest(&index, &parse("uid:1000 gid:7"), 5);
+        let told: Vec<String> = near
+            .iter()
+            .map(|near| {
+                let missing: Vec<_> = near.missing.iter().map(ToString::to_string).collect();
+                format!("{} misses {}", near.entry.id, missing.join(" "))
+            })
+            .collect();
+        assert_eq!(
+            told,
+            [
+                "one-of-three misses unix:path:/x",
+                "one-of-two misses unix:gid:8",
+                "two-of-three misses unix:gid:8 unix:path:/x"
+            ]
+        );
+        assert_eq!(nearest(&index, &parse("uid:1000 gid:7"), 1).len(), 1);
+        assert!(nearest(&index, &parse(""), 5).is_empty());
     }
 
     proptest! {

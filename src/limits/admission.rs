@@ -24,7 +24,7 @@ use super::{
     caller::{Caller, CallerKey},
     counters::{Counters, KeyType, Outcome, Reason, Stage},
     policy::{CallerPattern, Choice, Costs, IdPattern, Limit, Policy, Rule},
-    report::{Event, Heavy, Name, Refusing},
+    report::{Event, Heavy, Name, Refusing, Standing},
     slots::{AttestationSlot, Full, Slots},
 };
 use crate::{
@@ -552,24 +552,58 @@ impl Limits {
 
     /// What is left to a caller for a method: tokens and burst. `None` where no bucket limits it.
     pub fn left_to_caller(&self, caller: CallerKey, method: Method) -> Option<(u32, u32)> {
-        let shared = &*self.shared;
-        let plan = shared.plan.load();
-        let choice = plan.caller.choose(&caller, method);
-        let Limit::Quota(quota) = shared.limit(choice.rule) else { return None };
-        let key = shared.caller_key(caller, method, &choice);
-        let left = shared.callers().left(shared.now(), key, quota);
-        Some((left.unwrap_or_else(|| quota.burst()), quota.burst()))
+        self.caller_standing(caller, method).1.tokens()
     }
 
     /// What is left to an identity for a method, as [`Limits::left_to_caller`].
     pub fn left_to_identity(&self, id: &SpiffeId, method: Method) -> Option<(u32, u32)> {
+        self.identity_standing(id, method).1.tokens()
+    }
+
+    /// The bucket that a caller is charged to for a method, and how it stands.
+    pub fn caller_standing(&self, caller: CallerKey, method: Method) -> (Name, Standing) {
+        let shared = &*self.shared;
+        let plan = shared.plan.load();
+        let choice = plan.caller.choose(&caller, method);
+        let key = shared.caller_key(caller, method, &choice);
+        let name = match choice.shared {
+            Some(pattern) => Name::Callers((**pattern).clone()),
+            None => Name::Caller(caller),
+        };
+        (name, shared.caller_bucket(choice.rule, key))
+    }
+
+    /// The bucket that an identity is charged to for a method, and how it stands.
+    pub fn identity_standing(&self, id: &SpiffeId, method: Method) -> (Name, Standing) {
         let shared = &*self.shared;
         let plan = shared.plan.load();
         let choice = plan.identity.choose(id, method);
-        let Limit::Quota(quota) = shared.limit(choice.rule) else { return None };
         let key = shared.identity_key(id, method, &choice);
-        let left = shared.identities().table.left(shared.now(), key, quota);
-        Some((left.unwrap_or_else(|| quota.burst()), quota.burst()))
+        let standing = Standing::under(shared.limit(choice.rule), |quota| {
+            shared.identities().table.left(shared.now(), key, quota)
+        });
+        (identity_name(id, choice.shared), standing)
+    }
+
+    /// How the bucket of a name that [`Limits::heaviest`] told stands; `None` when a reload has taken it away.
+    pub fn standing(&self, name: &Name, method: Method) -> Option<Standing> {
+        match name {
+            Name::Caller(caller) => Some(self.caller_standing(*caller, method).1),
+            Name::Identity(id) | Name::Masked(id, _) => Some(self.identity_standing(id, method).1),
+            Name::Callers(pattern) => {
+                let shared = &*self.shared;
+                let plan = shared.plan.load();
+                let choice = plan.caller.of_shared(pattern, method)?;
+                // The caller does not matter where the bucket is shared.
+                let key = shared.caller_key(CallerKey::Uid(0), method, &choice);
+                Some(shared.caller_bucket(choice.rule, key))
+            }
+        }
+    }
+
+    /// How many calls are being attested.
+    pub fn attestations(&self) -> u32 {
+        self.shared.slots.in_use()
     }
 
     /// What is worth a log line since this was last asked; ask about once a second. Bounded, however many are refused.
@@ -664,6 +698,10 @@ impl Shared {
                 Key { hash, parent: hash[1] | 1 << 63 }
             }
         }
+    }
+
+    fn caller_bucket(&self, rule: &Rule, key: Key) -> Standing {
+        Standing::under(self.limit(rule), |quota| self.callers().left(self.now(), key, quota))
     }
 
     fn identity_key(&self, id: &SpiffeId, method: Method, choice: &Choice<'_, IdPattern>) -> Key {

@@ -105,6 +105,16 @@ pub enum Pressure {
 }
 
 impl Pressure {
+    /// The one of this rank; of one that there is not, the highest.
+    pub(super) fn of_rank(rank: u8) -> Self {
+        match rank {
+            0 => Self::None,
+            1 => Self::ShrinkCaches,
+            2 => Self::RefuseNew,
+            _ => Self::CloseHeaviest,
+        }
+    }
+
     pub(super) fn rank(self) -> u8 {
         match self {
             Self::None => 0,

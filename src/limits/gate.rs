@@ -27,7 +27,7 @@ use super::{
     caller::CallerKey,
     counters::{KeyType, Outcome, Reason, Stage},
     policy::{self, CallerPattern, Limit, Override, Pattern, Share},
-    report::{Heavy, Name},
+    report::{Heavy, Name, Standing},
 };
 
 /// A socket, and the pidfd of the process behind it.
@@ -306,6 +306,20 @@ impl Gate {
     /// The callers that were refused and let in most.
     pub fn report(&self, n: usize) -> Vec<Heavy> {
         self.shared.state().rates.heaviest(n)
+    }
+
+    /// How the rate of new connections of a caller stands.
+    pub fn standing(&self, caller: CallerKey) -> Standing {
+        let shared = &*self.shared;
+        let plan = shared.plan.load();
+        let key = Key { hash: shared.hasher.hash(caller), parent: caller.parent() };
+        let now = shared.limits.now();
+        Standing::under(plan.rules.of(&caller).rate, |quota| shared.state().rates.left(now, key, quota))
+    }
+
+    /// How short memory is, as was last told.
+    pub fn pressure(&self) -> Pressure {
+        Pressure::of_rank(self.shared.pressure.load(Ordering::Relaxed))
     }
 
     /// How many callers' buckets are known. Also sets the gauge.

@@ -671,6 +671,18 @@ impl<P: Pattern> Policy<P> {
     }
 }
 
+impl<P: PartialEq> Policy<P> {
+    /// The rule of the bucket that all keys of `pattern` share, if they do.
+    pub(super) fn of_shared(&self, pattern: &P, method: Method) -> Option<Choice<'_, P>> {
+        let of_method = self.methods.get(method.index()).and_then(Option::as_ref).unwrap_or(&self.default);
+        let same = |it: &&Override<Arc<P>>| {
+            it.share == Share::Together && it.methods.has(method) && *it.pattern == *pattern
+        };
+        let it = self.overrides.iter().find(same)?;
+        Some(Choice { rule: it.rule.as_ref().unwrap_or(of_method), shared: Some(&it.pattern) })
+    }
+}
+
 /// Checks overrides against each other, and sorts them so that the first that matches is the one that is meant.
 ///
 /// # Errors

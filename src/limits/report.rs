@@ -7,9 +7,10 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use super::{
+    bucket::Quota,
     caller::CallerKey,
     counters::Stage,
-    policy::{CallerPattern, IdPattern},
+    policy::{CallerPattern, IdPattern, Limit},
 };
 use crate::identity::SpiffeId;
 
@@ -70,6 +71,46 @@ impl Heavy {
     /// What the heaviest are sorted by.
     pub(super) fn weight(&self) -> (u32, u32) {
         (self.refused, self.used)
+    }
+}
+
+/// How a bucket stands now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// So many tokens are left, of at most so many.
+    Tokens {
+        /// Whole tokens that could be taken now.
+        left: u32,
+        /// The most there can be.
+        burst: u32,
+    },
+    /// No limit of its own.
+    Unlimited,
+    /// No limit at all, the node's neither.
+    Exempt,
+    /// Everything is refused.
+    Blocked,
+}
+
+impl Standing {
+    /// The standing under `limit`; `left` is asked for a quota, and says `None` for a bucket that is not known, which is full.
+    pub(super) fn under(limit: Limit, left: impl FnOnce(Quota) -> Option<u32>) -> Self {
+        match limit {
+            Limit::Quota(quota) => {
+                Self::Tokens { left: left(quota).unwrap_or_else(|| quota.burst()), burst: quota.burst() }
+            }
+            Limit::Unlimited => Self::Unlimited,
+            Limit::Exempt => Self::Exempt,
+            Limit::Block => Self::Blocked,
+        }
+    }
+
+    /// Tokens left and burst, where tokens are counted.
+    pub(super) fn tokens(self) -> Option<(u32, u32)> {
+        match self {
+            Self::Tokens { left, burst } => Some((left, burst)),
+            Self::Unlimited | Self::Exempt | Self::Blocked => None,
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Giving memory back to the kernel.
+//! Giving memory back to the kernel, and how much there is.
 //!
 //! glibc keeps what was freed: after 5,000 connections have come and gone the process stays at their peak for
 //! ever, and each such burst may add to it. `malloc_trim` gives it back. What is absent: any other allocator; the
@@ -20,6 +20,13 @@ pub fn trim() -> bool {
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
 pub fn trim() -> bool {
     false
+}
+
+/// The resident set of this process, in bytes; `None` when `/proc/self/statm` does not say.
+pub fn resident() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = text.split(' ').nth(1)?.parse().ok()?;
+    Some(pages * procfs::page_size())
 }
 
 #[cfg(test)]

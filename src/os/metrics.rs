@@ -111,6 +111,8 @@ closed! {
         NodeConnections = "node_connections",
         /// Memory is short.
         Memory = "memory",
+        /// The admin socket, and neither the agent's user nor root.
+        NotOwner = "not_owner",
     }
 }
 closed! {

@@ -37,7 +37,7 @@ use std::{
 use nix::{
     fcntl::{OFlag, open},
     sys::stat::Mode,
-    unistd::{Pid, read},
+    unistd::{Pid, Uid, read},
 };
 
 use super::credentials::{Credentials, KeyResolver, Process};
@@ -408,6 +408,41 @@ impl PodOrUid {
         let root = self.kubelet.as_ref()?;
         let mut buffer = [0; LIMIT];
         pod_uid(read_cgroup(&self.proc_root, pid, &mut buffer)?, root)
+    }
+}
+
+/// Why a caller key is what it is: for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeySource {
+    /// A line of `/proc/PID/cgroup` names a pod.
+    Pod {
+        /// The line.
+        line: String,
+    },
+    /// Pods are not looked for.
+    NotKubernetes,
+    /// No line names a pod beyond doubt.
+    NoPod,
+    /// `/proc/PID/cgroup` is not there, or too long.
+    Unreadable,
+}
+
+impl PodOrUid {
+    /// The key of a process of this user, and why it is that. As [`Self::pod_of`]: whoever asks must know that it lives.
+    pub fn explain(&self, pid: Pid, user: Uid) -> (CallerKey, KeySource) {
+        let uid = CallerKey::Uid(user.as_raw());
+        let Some(root) = &self.kubelet else { return (uid, KeySource::NotKubernetes) };
+        let mut buffer = [0; LIMIT];
+        match read_cgroup(&self.proc_root, pid, &mut buffer) {
+            None => (uid, KeySource::Unreadable),
+            Some(text) => match find(text, root) {
+                None => (uid, KeySource::NoPod),
+                Some(Found { pod, line }) => {
+                    let line = String::from_utf8_lossy(line).into_owned();
+                    (CallerKey::Pod(pod), KeySource::Pod { line })
+                }
+            },
+        }
     }
 }
 

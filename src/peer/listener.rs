@@ -146,12 +146,14 @@ pub enum Refused {
     NodeConnections,
     /// The memory budget is spent.
     Memory,
+    /// The socket is the owner's, and the peer is another user.
+    NotOwner,
 }
 
 impl Refused {
     /// Every reason.
-    pub const ALL: [Self; 4] =
-        [Self::CallerConnections, Self::CallerRate, Self::NodeConnections, Self::Memory];
+    pub const ALL: [Self; 5] =
+        [Self::CallerConnections, Self::CallerRate, Self::NodeConnections, Self::Memory, Self::NotOwner];
 
     /// The metric label.
     pub fn label(self) -> &'static str {
@@ -160,6 +162,7 @@ impl Refused {
             Self::CallerRate => "caller_rate",
             Self::NodeConnections => "node_connections",
             Self::Memory => "memory",
+            Self::NotOwner => "not_owner",
         }
     }
 }

@@ -34,6 +34,7 @@ use nix::{
         AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket,
         sockopt,
     },
+    unistd::geteuid,
 };
 
 /// The longest path of a socket, in bytes: `sun_path` holds 108 with the ending zero (unix(7)).
@@ -113,6 +114,22 @@ pub enum BindError {
         /// Why.
         source: io::Error,
     },
+    /// Others than the owner could put a socket of their own in the place of a private one.
+    #[error(
+        "the directory of the private socket {} must belong to user {euid} or to root and be writable for its owner \
+         alone; it belongs to user {uid} and has mode {mode:04o}",
+        path.display()
+    )]
+    NotPrivate {
+        /// The socket's path.
+        path: PathBuf,
+        /// Whose the directory should be.
+        euid: u32,
+        /// Whose it is.
+        uid: u32,
+        /// Its mode.
+        mode: u32,
+    },
     /// The lock file cannot be opened.
     #[error("cannot open the lock file {}", path.display())]
     Lock {
@@ -149,7 +166,7 @@ impl Socket {
             return Err(BindError::NoName { path: path.to_owned() });
         };
         if let Some(parent) = path.parent() {
-            make_directory(parent)
+            make_directory(parent, 0o755)
                 .map_err(|source| BindError::Directory { path: parent.to_owned(), source })?;
         }
         free_or_dead(path)?;
@@ -182,6 +199,24 @@ impl Socket {
             failed(source)
         })?;
         Ok(Self { listener, place: Some(Place { path: path.to_owned(), made, _lock: lock }) })
+    }
+
+    /// Binds `path` for this process's user alone: the socket has mode 0600, and its directory, when it is missing, is made with
+    /// mode 0700 (those above it with 0755).
+    ///
+    /// # Errors
+    /// [`BindError`]; [`BindError::NotPrivate`] for a directory that is there, and in which others could write.
+    pub fn bind_private(path: &Path) -> Result<Self, BindError> {
+        // A path without a directory above it is refused below, or is in the working directory.
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let failed = |source| BindError::Directory { path: parent.to_owned(), source };
+        make_directory(parent, 0o700).map_err(failed)?;
+        let directory = fs::metadata(parent).map_err(failed)?;
+        let (euid, uid, mode) = (geteuid().as_raw(), directory.uid(), directory.mode() & 0o7777);
+        if (uid != euid && uid != 0) || mode & 0o022 != 0 {
+            return Err(BindError::NotPrivate { path: path.to_owned(), euid, uid, mode });
+        }
+        Self::bind(path, 0o600)
     }
 
     /// Takes a socket that systemd bound. It is never removed.
@@ -266,13 +301,15 @@ fn same_file(a: &Metadata, b: &Metadata) -> bool {
     (a.dev(), a.ino()) == (b.dev(), b.ino())
 }
 
-/// Makes what is missing of a directory, each with mode 0755 whatever the umask.
-fn make_directory(directory: &Path) -> io::Result<()> {
+/// Makes what is missing of a directory, it with this mode and those above it with 0755, whatever the umask.
+fn make_directory(directory: &Path, mode: u32) -> io::Result<()> {
     let missing: Vec<&Path> =
         directory.ancestors().take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists()).collect();
     for dir in missing.into_iter().rev() {
-        match DirBuilder::new().mode(0o755).create(dir) {
-            Ok(()) => fs::set_permissions(dir, Permissions::from_mode(0o755))?,
+        let mode = if dir == directory { mode } else { 0o755 };
+        // Never wider than it will be, not even for a moment.
+        match DirBuilder::new().mode(mode).create(dir) {
+            Ok(()) => fs::set_permissions(dir, Permissions::from_mode(mode))?,
             Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {}
             Err(err) => return Err(err),
         }

@@ -350,11 +350,6 @@ fn mistakes_in_agent_say_what_would_be_right() {
             "2:1: agent.disable_workload_api true: the Workload API is the only one in this version, and nothing would be served",
         ),
         (
-            "admin socket",
-            "admin_socket_path = \"/run/durward/admin/api.sock\"",
-            "2:1: agent.admin_socket_path \"/run/durward/admin/api.sock\": the admin socket is not in this version; leave it out",
-        ),
-        (
             "admin beside public",
             "admin_socket_path = \"/run/durward/public/a/b.sock\"",
             "2:1: agent.admin_socket_path \"/run/durward/public/a/b.sock\": cannot be in the same directory or a subdirectory as that containing the Workload API socket \"/run/durward/public/api.sock\" (by default)",

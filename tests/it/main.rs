@@ -6,6 +6,7 @@
     reason = "a test may fail by any of them; the lints' own exemption reaches only #[test] functions"
 )]
 
+mod admin;
 mod attest;
 mod cgroup;
 mod cli;

@@ -1,0 +1,327 @@
+//! What the agent tells its owner, on the admin socket: the limits as they stand, and who a process is taken for.
+//!
+//! The listener lets in the agent's own user and root alone ([`Owner`]), so nobody is attested, charged or asked for the
+//! security header here. Nothing is changed by a call, no key or token is in an answer, and an answer is bounded by
+//! [`MOST`] and by the entries that match. It shares nothing with the public socket but the runtime: its listener and its
+//! places are its own, so that it answers while the public one is flooded.
+
+use std::{convert::Infallible, future::Future, pin::Pin, sync::Arc, time::Duration};
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use nix::unistd::{Uid, geteuid};
+use tonic::{Status, body::Body};
+use tower_service::Service as _;
+
+use super::proto::admin::{
+    self as pb,
+    admin_server::{Admin, AdminServer},
+};
+use crate::{
+    attest::{Attestor, inspect::InspectError},
+    error_chain::chain,
+    identity::{Entry, Selectors, authorize, authorize::nearest},
+    limits::{
+        self, CallerKey, Limits, Method, Permit,
+        budget::Pressure,
+        counters::Stage,
+        report::{Heavy, Name, Standing},
+    },
+    os::heap,
+    peer::{
+        self, Peer,
+        cgroup::{KeySource, PodOrUid},
+        listener::Refused,
+    },
+    store::Store,
+};
+
+/// How many of the heaviest are told when nobody says how many.
+const TOP: u32 = 10;
+/// The most of the heaviest that are told.
+pub const MOST: u32 = 1000;
+/// How many of the entries that nearly match are told.
+const NEAREST: usize = 5;
+/// The largest request, in bytes: each holds one number.
+const MAX_REQUEST: usize = 1024;
+
+/// Lets the agent's own user and root connect, by the kernel's word, to places that are kept for them.
+#[derive(Clone, Debug)]
+pub struct Owner {
+    gate: limits::Gate,
+    uid: Uid,
+}
+
+impl Owner {
+    /// The user that this process runs as, with the places of `gate`.
+    pub fn new(gate: limits::Gate) -> Self {
+        Self { gate, uid: geteuid() }
+    }
+}
+
+impl peer::Gate for Owner {
+    type Permit = Permit;
+
+    fn admit_connection(&self, peer: &Peer) -> Result<Permit, Refused> {
+        if peer.uid() != self.uid && !peer.uid().is_root() {
+            return Err(Refused::NotOwner);
+        }
+        self.gate.open_admin().map_err(|_places_are_taken| Refused::NodeConnections)
+    }
+}
+
+/// What bounds an admin connection: few are open, and each asks for little.
+pub fn settings() -> peer::Settings {
+    peer::Settings {
+        handshake_timeout: Duration::from_secs(2),
+        idle_timeout: Some(Duration::from_secs(60)),
+        drain_timeout: Duration::from_secs(1),
+        max_concurrent_streams: 4,
+        max_header_list_size: 4 * 1024,
+        ..peer::Settings::default()
+    }
+}
+
+/// What the answers are made of.
+pub struct Parts {
+    /// The buckets of callers and identities.
+    pub limits: Limits,
+    /// The connections.
+    pub gate: limits::Gate,
+    /// Who a process is.
+    pub attestor: Arc<Attestor>,
+    /// Whom a process is charged as.
+    pub keys: Arc<PodOrUid>,
+    /// Who is who.
+    pub store: Arc<Store>,
+    /// The memory budget in force, in bytes.
+    pub budget: Box<dyn Fn() -> Option<u64> + Send + Sync>,
+}
+
+/// The admin API. Cheap to clone.
+#[derive(Clone)]
+pub struct AdminApi {
+    parts: Arc<Parts>,
+}
+
+/// The one service of the admin socket. Cheap to clone.
+#[derive(Clone)]
+pub struct AdminService(AdminServer<AdminApi>);
+
+type Answer = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+impl AdminService {
+    /// Answers with these parts.
+    pub fn new(parts: Parts) -> Self {
+        let api = AdminApi { parts: Arc::new(parts) };
+        Self(AdminServer::new(api).max_decoding_message_size(MAX_REQUEST))
+    }
+}
+
+impl hyper::service::Service<Request<Incoming>> for AdminService {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Answer;
+
+    fn call(&self, request: Request<Incoming>) -> Answer {
+        if request.uri().path().starts_with("/durward.admin.v1.Admin/") {
+            self.0.clone().call(request)
+        } else {
+            let status = Status::unimplemented("this is the admin socket: it serves durward.admin.v1.Admin");
+            Box::pin(std::future::ready(Ok(status.into_http())))
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Admin for AdminApi {
+    async fn limits(
+        &self,
+        request: tonic::Request<pb::LimitsRequest>,
+    ) -> Result<tonic::Response<pb::LimitsResponse>, Status> {
+        let top = match request.into_inner().top {
+            0 => TOP,
+            top => top.min(MOST),
+        };
+        Ok(tonic::Response::new(self.parts.limits_now(usize::try_from(top).unwrap_or(usize::MAX))))
+    }
+
+    async fn explain(
+        &self,
+        request: tonic::Request<pb::ExplainRequest>,
+    ) -> Result<tonic::Response<pb::ExplainResponse>, Status> {
+        let explained = self.parts.explain(request.into_inner().pid).await;
+        explained.map(tonic::Response::new).map_err(|err| match &err {
+            InspectError::NoProcess(_) => Status::not_found(err.to_string()),
+            InspectError::Pidfd { .. } | InspectError::Attest { .. } => {
+                Status::failed_precondition(chain(&err))
+            }
+        })
+    }
+}
+
+impl Parts {
+    fn limits_now(&self, top: usize) -> pb::LimitsResponse {
+        let mut heaviest = self.limits.heaviest(top);
+        heaviest.extend(self.gate.report(top).into_iter().map(|heavy| (Stage::Gate, heavy)));
+        heaviest.sort_by_key(|(_, heavy)| std::cmp::Reverse((heavy.refused, heavy.used)));
+        heaviest.truncate(top);
+        let (callers, identities) = self.limits.keys();
+        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+        pb::LimitsResponse {
+            heaviest: heaviest.into_iter().map(|(stage, heavy)| self.heavy(stage, &heavy)).collect(),
+            connections: self
+                .gate
+                .heaviest(top)
+                .into_iter()
+                .map(|(caller, open)| pb::Connections { caller: caller.to_string(), open })
+                .collect(),
+            node_connections: self.gate.connections(),
+            attestations_in_flight: self.limits.attestations(),
+            memory: Some(pb::Memory {
+                pressure: pressure(self.gate.pressure()).to_owned(),
+                budget: (self.budget)(),
+                resident: heap::resident(),
+            }),
+            keys: Some(pb::Keys {
+                gate: count(self.gate.keys()),
+                caller: count(callers),
+                identity: count(identities),
+            }),
+        }
+    }
+
+    fn heavy(&self, stage: Stage, heavy: &Heavy) -> pb::Heavy {
+        let standing = match (&heavy.name, stage) {
+            (Name::Caller(caller), Stage::Gate) => Some(self.gate.standing(*caller)),
+            (name, _) => Method::ALL
+                .into_iter()
+                .find(|method| method.rpc() == heavy.what)
+                .and_then(|method| self.limits.standing(name, method)),
+        };
+        pb::Heavy {
+            bucket: Some(bucket(stage, &heavy.name, heavy.what, standing)),
+            used: heavy.used,
+            refused: heavy.refused,
+        }
+    }
+
+    async fn explain(&self, pid: i32) -> Result<pb::ExplainResponse, InspectError> {
+        let process = self.attestor.inspect(pid)?;
+        // Before the attestor, which asks last whether the process still lives.
+        let (caller, source) = self.keys.explain(process.pid(), process.uid());
+        let selectors = self.attestor.describe(&process).await?;
+        let snapshot = self.store.snapshot();
+        let matches = matches(&snapshot.index, &selectors);
+        let near = nearest(&snapshot.index, &selectors, NEAREST);
+        let (uid, gid) = (process.uid().as_raw(), process.gid().as_raw());
+        Ok(pb::ExplainResponse {
+            pid,
+            uid,
+            gid,
+            caller: Some(why(caller, source)),
+            selectors: selectors.iter().map(ToString::to_string).collect(),
+            buckets: self.buckets(caller, &matches),
+            matches: matches.into_iter().map(|(entry, withheld)| entry_of(&entry, withheld)).collect(),
+            nearest: near
+                .into_iter()
+                .map(|near| pb::Near {
+                    missing: near.missing.iter().map(ToString::to_string).collect(),
+                    found: u32::try_from(near.entry.selectors.len() - near.missing.len()).unwrap_or(u32::MAX),
+                    entry: Some(entry_of(&near.entry, String::new())),
+                })
+                .collect(),
+        })
+    }
+
+    /// The buckets of a caller and of what it is served.
+    fn buckets(&self, caller: CallerKey, matches: &[(Arc<Entry>, String)]) -> Vec<pb::Bucket> {
+        let gate =
+            bucket(Stage::Gate, &Name::Caller(caller), "connections", Some(self.gate.standing(caller)));
+        let mut all = vec![gate];
+        for method in Method::ALL {
+            let (name, standing) = self.limits.caller_standing(caller, method);
+            all.push(bucket(Stage::Caller, &name, method.rpc(), Some(standing)));
+        }
+        let mut told: Vec<(String, &'static str)> = Vec::new();
+        for (entry, _) in matches.iter().filter(|(_, withheld)| withheld.is_empty()) {
+            for method in Method::ALL.into_iter().filter(|method| method.has_identity()) {
+                let (name, standing) = self.limits.identity_standing(&entry.spiffe_id, method);
+                // Entries of one SPIFFE ID, or of one mask, have one bucket.
+                let key = (name.to_string(), method.rpc());
+                if !told.contains(&key) {
+                    told.push(key);
+                    all.push(bucket(Stage::Identity, &name, method.rpc(), Some(standing)));
+                }
+            }
+        }
+        all
+    }
+}
+
+/// The entries that match, each with why it is not served if it is not.
+fn matches(index: &crate::identity::EntryIndex, selectors: &Selectors) -> Vec<(Arc<Entry>, String)> {
+    let served = authorize(index, selectors, None).unwrap_or_default();
+    let shadowed = |entry: &Entry| {
+        let first = served.iter().find(|it| it.entry().hint == entry.hint);
+        let first = first.map(|it| it.entry().id.to_string()).unwrap_or_default();
+        format!("an older entry, {first}, has the same hint")
+    };
+    let all = index
+        .entries()
+        .iter()
+        .filter(|entry| !entry.selectors.is_empty() && entry.selectors.is_subset(selectors));
+    all.map(|entry| {
+        let is_served = served.iter().any(|it| it.entry().id == entry.id);
+        (Arc::clone(entry), if is_served { String::new() } else { shadowed(entry) })
+    })
+    .collect()
+}
+
+fn entry_of(entry: &Entry, withheld: String) -> pb::Entry {
+    pb::Entry {
+        spiffe_id: entry.spiffe_id.to_string(),
+        entry_id: entry.id.to_string(),
+        hint: entry.hint.to_string(),
+        withheld,
+    }
+}
+
+fn why(key: CallerKey, source: KeySource) -> pb::Caller {
+    let (why, cgroup_line) = match source {
+        KeySource::Pod { line } => ("its cgroup is a pod's", line),
+        KeySource::NotKubernetes => {
+            ("its user, as pods are not looked for: this is no node of Kubernetes", String::new())
+        }
+        KeySource::NoPod => ("its user, as its cgroup names no pod beyond doubt", String::new()),
+        KeySource::Unreadable => ("its user, as its cgroup cannot be read", String::new()),
+    };
+    pb::Caller { key: key.to_string(), why: why.to_owned(), cgroup_line }
+}
+
+fn bucket(stage: Stage, name: &Name, method: &str, standing: Option<Standing>) -> pb::Bucket {
+    let (limit, left, burst) = match standing {
+        None => (pb::Limit::Unknown, 0, 0),
+        Some(Standing::Tokens { left, burst }) => (pb::Limit::Tokens, left, burst),
+        Some(Standing::Unlimited) => (pb::Limit::Unlimited, 0, 0),
+        Some(Standing::Exempt) => (pb::Limit::Exempt, 0, 0),
+        Some(Standing::Blocked) => (pb::Limit::Blocked, 0, 0),
+    };
+    pb::Bucket {
+        stage: stage.label().to_owned(),
+        key: name.to_string(),
+        method: method.to_owned(),
+        limit: limit.into(),
+        left,
+        burst,
+    }
+}
+
+fn pressure(pressure: Pressure) -> &'static str {
+    match pressure {
+        Pressure::None => "none",
+        Pressure::ShrinkCaches => "shrink_caches",
+        Pressure::RefuseNew => "refuse_new",
+        Pressure::CloseHeaviest => "close_heaviest",
+    }
+}

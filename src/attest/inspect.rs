@@ -1,0 +1,170 @@
+//! A process that its owner asks about by PID, without a connection: what `durward explain` looks at.
+//!
+//! The selectors found here are for display. No [`Admitted`](crate::limits::Admitted) comes of it, nobody is charged or
+//! counted, and nothing is kept. The order is the attestor's: the pidfd first, then everything under `/proc`, and at the
+//! end the pidfd again, so that what was read is of the process that had the PID at the start.
+
+use std::{io, sync::Arc};
+
+use nix::{
+    errno::Errno,
+    unistd::{Gid, Pid, Uid},
+};
+use tokio::time::Instant;
+
+use super::{AttestError, Attestor, Process, unix::ProcDir};
+use crate::{
+    identity::selector::Selectors,
+    os::pidfd::{Owner, Pidfd},
+    peer::attested::LastAttested,
+};
+
+/// A process held by its pidfd.
+#[derive(Debug)]
+pub struct Inspected {
+    pid: Pid,
+    pidfd: Pidfd,
+    owner: Owner,
+    /// Never read: each inspection is one of its own.
+    last: LastAttested,
+}
+
+/// Why a process cannot be inspected.
+#[derive(Debug, thiserror::Error)]
+pub enum InspectError {
+    /// No process has this PID, or it ended while it was looked at.
+    #[error("there is no process {0}")]
+    NoProcess(i32),
+    /// The kernel gives no pidfd: it is a thread, or descriptors are short.
+    #[error("process {pid} cannot be opened (a thread is not a process)")]
+    Pidfd {
+        /// The PID.
+        pid: i32,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// What attestation would say to it as well.
+    #[error("process {pid} cannot be attested")]
+    Attest {
+        /// The PID.
+        pid: i32,
+        /// Why.
+        source: AttestError,
+    },
+}
+
+impl InspectError {
+    fn attest(pid: Pid, source: AttestError) -> Self {
+        match source {
+            AttestError::Gone => Self::NoProcess(pid.as_raw()),
+            source => Self::Attest { pid: pid.as_raw(), source },
+        }
+    }
+}
+
+impl Inspected {
+    /// Its PID.
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// Its effective user.
+    pub fn uid(&self) -> Uid {
+        self.owner.uid
+    }
+
+    /// Its effective group.
+    pub fn gid(&self) -> Gid {
+        self.owner.gid
+    }
+}
+
+impl Process for Inspected {
+    fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    fn owner(&self) -> Owner {
+        self.owner
+    }
+
+    fn is_alive(&self) -> Result<(), AttestError> {
+        match self.pidfd.poll_exited() {
+            Ok(false) => Ok(()),
+            Ok(true) => Err(AttestError::Gone),
+            Err(errno) => Err(AttestError::Unknown { source: errno.into() }),
+        }
+    }
+
+    fn last_attested(&self) -> &LastAttested {
+        &self.last
+    }
+}
+
+impl Attestor {
+    /// The process that has this PID now. What else is read about it counts only if [`Attestor::describe`] succeeds
+    /// afterwards.
+    ///
+    /// # Errors
+    /// [`InspectError`].
+    pub fn inspect(&self, pid: i32) -> Result<Inspected, InspectError> {
+        let no_process = InspectError::NoProcess(pid);
+        if pid <= 0 {
+            return Err(no_process);
+        }
+        let raw = pid;
+        let pid = Pid::from_raw(pid);
+        let pidfd = match Pidfd::open(pid) {
+            Ok(pidfd) => pidfd,
+            Err(Errno::ESRCH) => return Err(no_process),
+            Err(errno) => return Err(InspectError::Pidfd { pid: raw, source: errno.into() }),
+        };
+        let failed = |source| InspectError::attest(pid, source);
+        let status = ProcDir::open(&self.proc_root, pid).and_then(|dir| dir.status()).map_err(failed)?;
+        let owner = Owner { uid: Uid::from_raw(status.uid), gid: Gid::from_raw(status.gid) };
+        let found = Inspected { pid, pidfd, owner, last: LastAttested::default() };
+        found.is_alive().map_err(failed)?;
+        Ok(found)
+    }
+
+    /// The selectors that the process would have as a caller: **for display only**, since no call was admitted. Asks last
+    /// whether it still lives.
+    ///
+    /// # Errors
+    /// [`InspectError`].
+    pub async fn describe(&self, process: &Inspected) -> Result<Arc<Selectors>, InspectError> {
+        let configured = self.configured.load_full();
+        self.attest_anew(Instant::now(), &configured, process)
+            .await
+            .map_err(|source| InspectError::attest(process.pid, source))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+    use crate::attest::unix::Settings;
+
+    #[tokio::test]
+    async fn a_living_process_has_its_selectors_and_a_dead_one_none() {
+        let attestor = Attestor::new(Settings::default());
+        let mut child = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let found = attestor.inspect(pid).unwrap();
+        assert_eq!((found.uid(), found.gid()), (nix::unistd::geteuid(), nix::unistd::getegid()));
+        let selectors = attestor.describe(&found).await.unwrap();
+        let uid = format!("unix:uid:{}", found.uid());
+        assert!(selectors.iter().any(|selector| selector.to_string() == uid), "{selectors:?}");
+
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let gone = attestor.describe(&found).await.unwrap_err();
+        assert!(matches!(gone, InspectError::NoProcess(it) if it == pid), "{gone}");
+        for nobody in [pid, 0, -1, i32::MAX] {
+            let err = attestor.inspect(nobody).unwrap_err();
+            assert_eq!(err.to_string(), format!("there is no process {nobody}"));
+        }
+    }
+}
