@@ -140,7 +140,19 @@ impl Running {
         let admin_socket = admin_socket.context("cannot serve the admin api")?;
         // Last, since clients come as soon as it is there.
         let socket = match handed {
-            Some(listener) => Socket::adopt(listener),
+            Some(listener) => {
+                let socket = Socket::adopt(listener).context("cannot serve the workload api")?;
+                // Else everybody who reads the configuration would look for it in the wrong place.
+                let at = socket.path().unwrap_or_default();
+                anyhow::ensure!(
+                    at == config.socket_path,
+                    "the service manager passed a socket at {}, but socket_path is {}: \
+                     make ListenStream= in the socket unit the same",
+                    at.display(),
+                    config.socket_path.display()
+                );
+                Ok(socket)
+            }
             None => Socket::bind(&config.socket_path, 0o777),
         }
         .context("cannot serve the workload api")?;

@@ -21,5 +21,6 @@ mod mtls;
 mod process;
 mod rotation;
 mod support;
+mod systemd;
 mod tidy;
 mod workload_api;

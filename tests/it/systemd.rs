@@ -1,0 +1,198 @@
+//! The agent as a service manager runs it: what it says over NOTIFY_SOCKET, and the socket it is handed.
+
+use std::{
+    fs,
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::MetadataExt as _,
+            net::{UnixDatagram, UnixListener},
+        },
+    },
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use durward::api::proto::workload as pb;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::support::{client, entry, request, write_config};
+
+/// Longer than anything takes on a busy machine.
+const LONG: Duration = Duration::from_secs(60);
+
+/// The agent, started as systemd does; killed when dropped.
+struct Service(Child);
+
+impl Service {
+    /// `handed` become descriptors 3 and up. The shell is what makes them so, and sets LISTEN_PID to what it becomes.
+    fn start(dir: &Path, handed: Vec<OwnedFd>, environment: &[(&str, &str)]) -> Self {
+        let log = fs::File::options().create(true).append(true).open(dir.join("log")).unwrap();
+        let script = match handed.len() {
+            0 => "exec \"$@\"",
+            1 => "LISTEN_PID=$$ exec \"$@\" 3<&0 </dev/null",
+            2 => "LISTEN_PID=$$ exec \"$@\" 3<&0 4<&1 </dev/null 1>&2",
+            more => panic!("{more} sockets"),
+        };
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", script, "sh", env!("CARGO_BIN_EXE_durward"), "run", "--config"])
+            .arg(dir.join("agent.conf"))
+            .envs(environment.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log);
+        if !handed.is_empty() {
+            command.env("LISTEN_FDS", handed.len().to_string());
+        }
+        let mut handed = handed.into_iter();
+        if let Some(first) = handed.next() {
+            command.stdin(first);
+        }
+        if let Some(second) = handed.next() {
+            command.stdout(second);
+        }
+        Self(command.spawn().unwrap())
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.0.id().cast_signed()), signal).unwrap();
+    }
+
+    fn ends_well(mut self) {
+        assert!(self.0.wait().unwrap().success());
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        if self.0.try_wait().is_ok_and(|ended| ended.is_none()) {
+            self.0.kill().unwrap();
+            self.0.wait().unwrap();
+        }
+    }
+}
+
+/// What systemd is told, one message after the other.
+struct Manager(UnixDatagram);
+
+impl Manager {
+    fn at(path: &Path) -> Self {
+        let socket = UnixDatagram::bind(path).unwrap();
+        socket.set_read_timeout(Some(LONG)).unwrap();
+        Self(socket)
+    }
+
+    /// The next message that is no heartbeat.
+    fn next(&self) -> String {
+        loop {
+            let message = self.any();
+            if message != "WATCHDOG=1" {
+                return message;
+            }
+        }
+    }
+
+    fn any(&self) -> String {
+        let mut buffer = [0; 4096];
+        let len = self.0.recv(&mut buffer).expect("a message in time");
+        String::from_utf8(buffer[..len].to_vec()).unwrap()
+    }
+}
+
+fn configured(blocks: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    write_config(dir.path(), blocks);
+    dir
+}
+
+async fn first_id(socket: &Path) -> String {
+    let mut client = client(socket).await;
+    let stream = client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap();
+    stream.into_inner().message().await.unwrap().unwrap().svids.remove(0).spiffe_id
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_manager_hears_of_every_step() {
+    let dir = configured(&entry("/one", ""));
+    let at = dir.path().join("notify");
+    let manager = Manager::at(&at);
+    let service = Service::start(
+        dir.path(),
+        Vec::new(),
+        &[("NOTIFY_SOCKET", at.to_str().unwrap()), ("WATCHDOG_USEC", "400000")],
+    );
+    assert_eq!(manager.next(), "READY=1\nSTATUS=serving 1 entries");
+    // Ready means that a client that comes now is answered.
+    assert_eq!(first_id(&dir.path().join("api.sock")).await, "spiffe://example.org/one");
+    assert_eq!(manager.any(), "WATCHDOG=1");
+    assert_eq!(manager.any(), "WATCHDOG=1");
+
+    // A reload that succeeds, and one that does not: both begin and end.
+    write_config(dir.path(), &[entry("/one", ""), entry("/two", "")].concat());
+    for (case, end) in [
+        ("good", "READY=1\nSTATUS=serving 2 entries"),
+        ("broken", "READY=1\nSTATUS=serving 2 entries; the last reload failed: see the log"),
+    ] {
+        service.signal(Signal::SIGHUP);
+        let begin = manager.next();
+        let time = begin.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").unwrap_or_else(|| panic!("{begin}"));
+        assert!(time.parse::<u64>().is_ok(), "{case}: {begin}");
+        assert_eq!(manager.next(), end, "{case}");
+        fs::write(dir.path().join("agent.conf"), "agent {").unwrap();
+    }
+
+    service.signal(Signal::SIGTERM);
+    assert_eq!(manager.next(), "STOPPING=1\nSTATUS=draining");
+    service.ends_well();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_keeps_the_inode_of_a_socket_that_systemd_holds() {
+    let dir = configured(&entry("/one", ""));
+    let path = dir.path().join("api.sock");
+    let held = UnixListener::bind(&path).unwrap();
+    let inode = fs::metadata(&path).unwrap().ino();
+    let hand = || vec![OwnedFd::from(held.try_clone().unwrap())];
+
+    for round in 0..2 {
+        let service = Service::start(dir.path(), hand(), &[]);
+        // The connection waits in the queue until the agent is up, as with systemd.
+        assert_eq!(first_id(&path).await, "spiffe://example.org/one", "round {round}");
+        service.signal(Signal::SIGTERM);
+        service.ends_well();
+        assert_eq!(fs::metadata(&path).unwrap().ino(), inode, "round {round}");
+    }
+}
+
+#[test]
+fn what_is_handed_over_wrongly_is_an_error() {
+    let dir = configured(&entry("/one", ""));
+    let listener = |name: &str| OwnedFd::from(UnixListener::bind(dir.path().join(name)).unwrap());
+    for (case, handed, names, expect) in [
+        (
+            "two sockets",
+            vec![listener("a.sock"), listener("b.sock")],
+            "a.socket:b.socket",
+            "2 sockets (a.socket, b.socket)",
+        ),
+        (
+            "TCP",
+            vec![OwnedFd::from(std::net::TcpListener::bind("127.0.0.1:0").unwrap())],
+            "durward.socket",
+            "durward.socket passed by the service manager is not a Unix socket",
+        ),
+        ("another path", vec![listener("other.sock")], "durward.socket", "socket_path"),
+    ] {
+        fs::write(dir.path().join("log"), "").unwrap();
+        let mut service = Service::start(dir.path(), handed, &[("LISTEN_FDNAMES", names)]);
+        let status = service.0.wait().unwrap();
+        let log = fs::read_to_string(dir.path().join("log")).unwrap();
+        assert!(!status.success(), "{case}: {log}");
+        assert!(log.contains(expect), "{case}: {log}");
+    }
+}
