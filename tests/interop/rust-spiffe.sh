@@ -20,7 +20,7 @@ echo "testing with $(basename "$package")"
 start_agent "$socket"
 
 # Its tests of signatures bring OpenSSL in source; the system's saves minutes.
-export OPENSSL_NO_VENDOR=1
+export OPENSSL_NO_VENDOR=1 CARGO_PROFILE_DEV_DEBUG=0 CARGO_PROFILE_TEST_DEBUG=0
 export CARGO_TARGET_DIR=${INTEROP_TARGET:-$root/target/interop}
 cd "$dir/spiffe"
 tests=$(timeout 1200 cargo test --locked --features x509-source,jwt-source,workload-api \
