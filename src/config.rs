@@ -15,6 +15,7 @@ mod entries;
 mod error;
 mod expand;
 mod file;
+mod ratelimit;
 mod reader;
 mod section;
 mod tree;
@@ -181,6 +182,8 @@ pub struct Input<'a> {
     pub expand_env: ExpandEnv<'a>,
     /// Reads the drop-in files of a directory, in the order of their names; `None` when there is no such directory.
     pub drop_ins: &'a dyn Fn(&Path) -> Result<Option<DropIns>, FileError>,
+    /// The UID of a user of this node.
+    pub user_id: &'a dyn Fn(&str) -> Option<u32>,
     /// Reads a bundle file.
     pub read_bundle: &'a dyn Fn(&Path) -> Result<Vec<u8>, FileError>,
 }
@@ -207,6 +210,7 @@ impl Config {
             base: &base,
             expand_env,
             drop_ins: &file::read_drop_ins,
+            user_id: &file::user_id,
             read_bundle: &file::read_bundle,
         })
     }

@@ -9,8 +9,8 @@ use std::{collections::BTreeSet, ops::RangeInclusive, path::PathBuf, time::Durat
 use tracing::Level;
 
 use super::{
-    Config, ConfigErrors, DEFAULT_DATA_DIR, DEFAULT_SOCKET_PATH, Health, HostPort, Input, Log, LogFormat,
-    entries, reader,
+    Config, ConfigErrors, DEFAULT_DATA_DIR, DEFAULT_SOCKET_PATH, Health, HostPort, Input, Kubernetes, Log,
+    LogFormat, entries, ratelimit, reader,
     section::{At, Labelled, Problems, Section, nearest},
     tree::{Node, Place, quoted},
 };
@@ -18,6 +18,7 @@ use crate::{
     attest,
     identity::{KeyType, SpiffeId, TrustDomain},
     issuer::embedded::{CaSource, Settings},
+    peer::cgroup::{KubeletRoot, KubernetesMode},
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -46,7 +47,7 @@ pub(super) fn check(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     let prometheus = root.block("telemetry").and_then(telemetry);
     let health = root.block("health_checks").and_then(health_checks);
     let issuer = Issuer::read(&mut root, input, server);
-    refuse_ratelimit(&mut root);
+    let mut limits = root.block("ratelimit");
 
     let own = trust_domain.as_ref().map(|at| &at.value);
     let (federated, declared) = entries::federation(&mut root, input, own);
@@ -63,9 +64,17 @@ pub(super) fn check(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     for (file, tree) in &drop_ins {
         let mut root = Section::root(problems, *file, tree);
         list.read(root.labelled("entry"));
+        match (&mut limits, root.block("ratelimit")) {
+            (Some(limits), Some(more)) => limits.merge(more),
+            (None, more) => limits = more,
+            (Some(_), None) => {}
+        }
         root.finish();
     }
     let entries = list.finish();
+    let spire_keys = agent.as_ref().map(|agent| agent.spire_limits.clone()).unwrap_or_default();
+    let context = ratelimit::Context { problems, trust_domain: own, user_id: input.user_id };
+    let limits = context.settings(limits, spire_keys);
 
     if let (Some(prometheus), Some(health)) = (&prometheus, &health)
         && prometheus.value == health.value.bind
@@ -108,8 +117,8 @@ pub(super) fn check(input: &Input<'_>, problems: &Problems) -> Option<Config> {
         health: health.map(|at| at.value),
         handshake_timeout: agent.handshake_timeout,
         drain_timeout: agent.drain_timeout,
-        ratelimit: crate::limits::Settings::default(),
-        kubernetes: super::Kubernetes::default(),
+        ratelimit: limits,
+        kubernetes: agent.kubernetes,
     })
 }
 
@@ -187,11 +196,6 @@ fn must_be_absent(section: &mut Section<'_>, key: &'static str, what: &str) {
     }
 }
 
-/// `ratelimit`: limits are decided elsewhere, and not from settings yet.
-fn refuse_ratelimit(section: &mut Section<'_>) {
-    must_be_absent(section, "ratelimit", "setting limits");
-}
-
 /// A path, made absolute from the working directory as spire-agent does.
 fn path(section: &mut Section<'_>, key: &'static str, input: &Input<'_>) -> Option<At<PathBuf>> {
     let good = |text: &str| !text.is_empty() && !text.contains('\0');
@@ -266,6 +270,8 @@ struct Agent {
     jwt_svid_cache_max_size: usize,
     handshake_timeout: Duration,
     drain_timeout: Duration,
+    kubernetes: Kubernetes,
+    spire_limits: Vec<ratelimit::SpireKey>,
 }
 
 impl Agent {
@@ -278,7 +284,7 @@ impl Agent {
         let log = log(s, input);
         let allow_unauthenticated_verifiers = s.boolean("allow_unauthenticated_verifiers");
         let claims = s.strings("allowed_foreign_jwt_claims");
-        let read = Self {
+        let mut read = Self {
             trust_domain,
             data_dir: data_dir.unwrap_or_else(|| PathBuf::from(DEFAULT_DATA_DIR)),
             socket_path,
@@ -297,6 +303,8 @@ impl Agent {
             jwt_svid_cache_max_size: cache_size(s, "jwt_svid_cache_max_size"),
             handshake_timeout,
             drain_timeout,
+            kubernetes: kubernetes(s),
+            spire_limits: Vec::new(),
         };
         for key in
             ["server_address", "join_token", "join_token_file", "trust_bundle_path", "trust_bundle_url"]
@@ -311,7 +319,7 @@ impl Agent {
         server.text(s, "rebootstrap_mode", "never");
         server.text(s, "rebootstrap_delay", "10m");
         not_there(s);
-        experimental(s, server);
+        read.spire_limits = experimental(s, server);
         agent.finish();
         read
     }
@@ -428,8 +436,8 @@ fn not_there(s: &mut Section<'_>) {
     s.strings("profiling_names");
 }
 
-fn experimental(s: &mut Section<'_>, server: &mut Server) {
-    let Some(mut block) = s.block("experimental") else { return };
+fn experimental(s: &mut Section<'_>, server: &mut Server) -> Vec<ratelimit::SpireKey> {
+    let Some(mut block) = s.block("experimental") else { return Vec::new() };
     let x = &mut block;
     server.text(x, "sync_interval", "5s");
     if let Some(At { value: false, place }) = x.boolean("use_sync_authorized_entries") {
@@ -447,8 +455,35 @@ fn experimental(s: &mut Section<'_>, server: &mut Server) {
     }
     must_be_empty(x, "feature_flags", "any feature flag");
     must_be_absent(x, "broker", "the broker API");
-    refuse_ratelimit(x);
+    let limits = x.block("ratelimit").map(|mut block| {
+        let keys = ratelimit::spire_keys(&mut block);
+        block.finish();
+        keys
+    });
     block.finish();
+    limits.unwrap_or_default()
+}
+
+fn kubernetes(s: &mut Section<'_>) -> Kubernetes {
+    let mut read = Kubernetes::default();
+    let Some(mut block) = s.block("kubernetes") else { return read };
+    let mode = |text: &str| match text {
+        "auto" => Some(KubernetesMode::Auto),
+        "on" => Some(KubernetesMode::On),
+        "off" => Some(KubernetesMode::Off),
+        _ => None,
+    };
+    if let Some(mode) = block.parsed("mode", mode, "must be auto, on or off") {
+        read.mode = mode.value;
+    }
+    if let Some(root) = block.string("kubelet_cgroup_root") {
+        match KubeletRoot::parse(root.value) {
+            Ok(parsed) => read.kubelet_root = parsed,
+            Err(err) => block.wrong(root.place, "kubelet_cgroup_root", Some(quoted(root.value)), err),
+        }
+    }
+    block.finish();
+    read
 }
 
 /// `plugins`, as far as it is there: the unix attestor.
@@ -732,6 +767,7 @@ mod tests {
             base: Path::new("/"),
             expand_env: ExpandEnv::No,
             drop_ins: &|_| Ok(Some(Vec::new())),
+            user_id: &|name| (name == "build").then_some(1000),
             read_bundle: &|path| match path.to_str() {
                 Some("/etc/durward/other.example.json") => Ok(BUNDLE.into()),
                 _ => Err(FileError::Missing(path.to_owned())),

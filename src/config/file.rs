@@ -91,6 +91,11 @@ pub(super) fn read_bundle(path: &Path) -> Result<Vec<u8>, FileError> {
     read(path, file, &meta)
 }
 
+/// The UID of a user of this node, from its user database (nsswitch.conf). One that cannot be asked knows nobody.
+pub(super) fn user_id(name: &str) -> Option<u32> {
+    nix::unistd::User::from_name(name).ok().flatten().map(|user| user.uid.as_raw())
+}
+
 /// Drop-in files: the path of each, and its text or why there is none.
 pub type DropIns = Vec<(PathBuf, Result<String, FileError>)>;
 

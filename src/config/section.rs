@@ -298,6 +298,20 @@ impl<'a> Section<'a> {
         value.map(|value| At { value, place: member.place })
     }
 
+    /// A number, with a fraction or without, and as it was written; digits in quotes count too.
+    pub(super) fn number(&mut self, key: &'static str) -> Option<At<(f64, &'a str)>> {
+        let member = self.take(key)?;
+        let (Value::Number(text) | Value::String(text)) = &member.node.value else {
+            return self.wrong_type(member, key, "a number");
+        };
+        let value = text.parse().ok().filter(|value: &f64| value.is_finite());
+        if value.is_none() {
+            let right = "must be a number such as 100 or 0.5";
+            self.wrong(member.place, key, Some(member.node.value.shown()), right);
+        }
+        value.map(|value| At { value: (value, &**text), place: member.place })
+    }
+
     /// A duration in `range`, as Go writes it: `"1h30m"`.
     pub(super) fn duration(
         &mut self,

@@ -129,8 +129,8 @@ pub enum Share {
     Together,
 }
 
-/// A rule for the keys that match.
-#[derive(Clone, Debug, PartialEq)]
+/// A rule for the keys that match. Two that say the same are equal, wherever they were written.
+#[derive(Clone, Debug)]
 pub struct Override<P, R = Rule> {
     /// The keys.
     pub pattern: P,
@@ -142,6 +142,13 @@ pub struct Override<P, R = Rule> {
     pub share: Share,
     /// Where it was written, for errors: `agent.conf:12`.
     pub place: Box<str>,
+}
+
+impl<P: PartialEq, R: PartialEq> PartialEq for Override<P, R> {
+    fn eq(&self, other: &Self) -> bool {
+        let Self { pattern, methods, rule, share, place: _ } = self;
+        *pattern == other.pattern && *methods == other.methods && *rule == other.rule && *share == other.share
+    }
 }
 
 /// The rules of a stage, layer by layer.

@@ -40,6 +40,7 @@ impl Files {
                     .collect();
                 Ok(if found.is_empty() { None } else { Some(found) })
             },
+            user_id: &|name| (name == "build").then_some(1000),
             read_bundle: &|path| {
                 self.0
                     .get(path)
@@ -370,11 +371,6 @@ fn mistakes_in_agent_say_what_would_be_right() {
             "2:1: agent.profiling_enabled true: profiling is not in this version; leave it false",
         ),
         (
-            "ratelimit",
-            "experimental { ratelimit { fetch_jwt_svid = 1 } }",
-            "2:16: agent.experimental.ratelimit: setting limits is not in this version; leave it out",
-        ),
-        (
             "pipes",
             "experimental { named_pipe_name = \"x\" }",
             "2:16: agent.experimental.named_pipe_name \"x\": is not supported in this platform; please use socket_path instead",
@@ -414,7 +410,6 @@ fn mistakes_elsewhere_say_what_would_be_right() {
             "zzzzzzzz { }",
             "3:1: zzzzzzzz: unknown key; known here: agent, plugins, telemetry, health_checks, issuer, ratelimit, federation, entry",
         ),
-        ("limits", "ratelimit { }", "3:1: ratelimit: setting limits is not in this version; leave it out"),
         (
             "other issuer",
             "issuer \"vault\" { }",
@@ -831,7 +826,7 @@ agent.conf:1:1: zzz: unknown key; known here: agent, plugins, telemetry, health_
 agent.conf:3:3: agent.log_level \"1\": must be one of panic, fatal, error, warn, info, debug, trace
 agent.conf:6:3: agent.log_format \"2\": must be text or json
 /base/d/1.conf:1:9: entry 5: must be a block, entry { .. }, not a number
-/base/d/1.conf:2:1: agent: unknown key; known here: entry
+/base/d/1.conf:2:1: agent: unknown key; known here: entry, ratelimit
 /base/d/2.conf:1:7: this text is never closed: \" is missing on the same line
 /base/d/3.json:1:39: entry \"spiffe://example.org/a\".selectors []: an entry without selectors matches nobody; selectors = [\"unix:uid:1000\"]"
     );
