@@ -8,7 +8,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 durward=${DURWARD:-$root/target/debug/durward}
 [ -x "$durward" ] || { echo "no $durward: run 'cargo build' first" >&2; exit 1; }
 
-dir=$(mktemp -d "${TMPDIR:-/tmp}/durward-interop.XXXXXX")
+dir=$(mktemp -d)
 started=()
 
 # Ends every process that `run_in_background` started, by its own id.

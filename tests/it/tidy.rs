@@ -143,3 +143,70 @@ fn the_units_agree_with_the_defaults() {
     assert!(service.lines().any(|l| l == format!("StateDirectory={state}")), "state is in {state}");
     assert!(service.lines().any(|l| l == "User=durward"), "it does not run as root");
 }
+
+/// The commands that a person is told to type, of the shell blocks of a page.
+fn told(page: &str) -> Vec<String> {
+    let text = fs::read_to_string(root().join(page)).expect(page);
+    let mut inside = false;
+    let mut commands = Vec::new();
+    for line in text.lines() {
+        if line.starts_with("```") {
+            inside = line == "```sh";
+        } else if inside {
+            commands.push(line.split('#').next().unwrap_or_default().trim().to_owned());
+        }
+    }
+    commands
+}
+
+#[test]
+fn the_pages_tell_of_flags_that_exist() {
+    let mut seen = 0;
+    for page in ["README.md", "packaging/README.md"] {
+        for command in told(page) {
+            let Some(rest) = command.strip_prefix("durward ") else { continue };
+            let words = rest.split(' ').take_while(|word| !word.starts_with('-'));
+            let help = std::process::Command::new(env!("CARGO_BIN_EXE_durward"))
+                .args(words)
+                .arg("--help")
+                .output()
+                .expect("durward");
+            let help = String::from_utf8_lossy(&help.stdout).into_owned();
+            assert!(help.contains("Usage: durward "), "{page}: {command}: {help}");
+            for flag in rest.split(' ').filter(|word| word.starts_with("--")) {
+                assert!(help.contains(flag), "{page}: {command} has no {flag}");
+                seen += 1;
+            }
+        }
+    }
+    assert!(seen > 3, "{seen} flags were found");
+}
+
+#[test]
+fn what_is_installed_exists() {
+    let mut seen = 0;
+    for command in told("packaging/README.md") {
+        for word in command.split(' ').filter(|w| w.starts_with("systemd/") || w.starts_with("conf/")) {
+            assert!(root().join(word).is_file(), "{word} of: {command}");
+            seen += 1;
+        }
+    }
+    assert!(seen > 3, "{seen} files were found");
+}
+
+#[test]
+fn the_daemon_sets_configuration_is_valid() {
+    let manifest =
+        fs::read_to_string(root().join("packaging/kubernetes/daemonset.yaml")).expect("the manifest");
+    let (_, rest) = manifest.split_once("  agent.conf: |\n").expect("the configuration");
+    let config: Vec<&str> = rest.lines().map_while(|line| line.strip_prefix("    ")).collect();
+    assert!(config.len() > 10, "{config:?}");
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("agent.conf");
+    fs::write(&path, config.join("\n")).expect("written");
+    let config = durward::config::Config::load(&path, durward::config::ExpandEnv::No).expect("valid");
+    assert_eq!(config.socket_path, Path::new(durward::config::DEFAULT_SOCKET_PATH));
+    for port in [config.prometheus.expect("metrics").port, config.health.expect("health").bind.port] {
+        assert!(manifest.contains(&format!("containerPort: {port}}}")), "port {port} is the container's");
+    }
+}
