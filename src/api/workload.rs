@@ -77,9 +77,10 @@ impl WorkloadApi {
         let peer = caller(&request)?;
         let mut admitted = limits.admit_caller(peer, Method::FetchJwtSvid)?;
         let query = JwtQuery::try_from(request.into_inner())?;
-        let selectors = attestor.attest(&admitted).await?;
+        let selectors = attested(attestor, &mut admitted).await?;
         let snapshot = store.snapshot();
-        let entries = identities(&snapshot, &selectors, query.spiffe_id.as_ref())?;
+        let entries = identities(&snapshot, &selectors, query.spiffe_id.as_ref())
+            .inspect_err(|NoIdentity| admitted.attestation_failed())?;
         limits.admit_identities(&mut admitted, &entries)?;
 
         let mut svids = Vec::with_capacity(entries.len());
@@ -137,9 +138,10 @@ impl WorkloadApi {
         let Parts { limits, attestor, store, x509, metrics, .. } = &*self.parts;
         let peer = caller(request)?;
         let mut admitted = limits.admit_caller(peer, Method::FetchX509Svid)?;
-        let selectors = attestor.attest(&admitted).await?;
+        let selectors = attested(attestor, &mut admitted).await?;
         let changes = store.subscribe();
-        let entries = identities(&store.snapshot(), &selectors, None)?;
+        let entries = identities(&store.snapshot(), &selectors, None)
+            .inspect_err(|NoIdentity| admitted.attestation_failed())?;
         limits.admit_identities(&mut admitted, &entries)?;
 
         let mut state = X509Svids {
@@ -161,10 +163,13 @@ impl WorkloadApi {
         let method = request.method;
         let peer = caller_of(request.metadata, request.extensions)?;
         let mut admitted = limits.admit_caller(peer, method)?;
-        let selectors = attestor.attest(&admitted).await?;
+        let selectors = attested(attestor, &mut admitted).await?;
         let changes = store.subscribe();
-        if let Ok(entries) = authorize(&store.snapshot().index, &selectors, None) {
-            limits.admit_identities(&mut admitted, &entries)?;
+        let snapshot = store.snapshot();
+        match authorize(&snapshot.index, &selectors, None) {
+            Ok(entries) => limits.admit_identities(&mut admitted, &entries)?,
+            Err(NoIdentity) if snapshot.policy.allow_unauthenticated_verifiers => {}
+            Err(NoIdentity) => admitted.attestation_failed(),
         }
 
         let parts = Arc::clone(&self.parts);
