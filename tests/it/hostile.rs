@@ -1,0 +1,492 @@
+//! Hostile callers against the whole agent, a process of its own. Each is bounded in count and time, and for each the
+//! agent stays within its memory, and a neighbour is served meanwhile.
+//!
+//! The neighbour is the command, run as another user where the tests run as root. Where they do not, it is the same caller
+//! as the hostile one, and asks once that one is done. What a single connection may do is held in `listener`.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::Shutdown,
+    os::unix::{fs::PermissionsExt as _, net::UnixStream, process::CommandExt as _},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use durward::api::proto::workload as pb;
+use nix::{
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        signal::Signal,
+    },
+    unistd::geteuid,
+};
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
+
+use crate::{
+    frames::{
+        CONTINUATION, Called, DATA, END_HEADERS, END_STREAM, FETCH_JWT, HEADERS, PING, PREFACE, RST_STREAM,
+        SETTINGS, answer, block, call, call_frames, frame, jwt_request, literal, message, settings,
+    },
+    support::{Process, TRUST_DOMAIN, client, request, write_config},
+};
+
+const NEIGHBOUR: u32 = 65_534;
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What the hostile callers of one test may add to the agent's memory, in KiB. The caller's 64 connections at 40 KiB, what
+/// passes through, and twice that for what the allocator keeps.
+const BUDGET: u64 = 6 * 1024;
+
+struct Agent {
+    process: Process,
+    dir: tempfile::TempDir,
+    before: u64,
+    /// What the neighbour's call ends with.
+    expected: &'static str,
+}
+
+impl Agent {
+    /// Starts an agent with an entry for this user and for the neighbour, and one call behind it.
+    fn start(listener: &str) -> Self {
+        let mut text = String::new();
+        for uid in [geteuid().as_raw(), NEIGHBOUR] {
+            text.push_str(&format!(
+                "entry \"spiffe://{TRUST_DOMAIN}/u{uid}\" {{\n  selectors = [\"unix:uid:{uid}\"]\n}}\n"
+            ));
+        }
+        Self::with(listener, &text)
+    }
+
+    /// Starts an agent with these settings in its `listener`, and these blocks.
+    fn with(listener: &str, blocks: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        write_config(dir.path(), blocks);
+        let file = dir.path().join("agent.conf");
+        let text = std::fs::read_to_string(&file).unwrap();
+        let listener = format!("agent {{\n  listener {{ {listener} }}\n");
+        std::fs::write(&file, text.replacen("agent {\n", &listener, 1)).unwrap();
+        let mut process = Process::spawn(dir.path());
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+            process.serving(dir.path()).await;
+        });
+        let mut agent = Self {
+            process,
+            dir,
+            before: 0,
+            expected: if blocks.contains("entry ") { "" } else { "no identity issued" },
+        };
+        agent.served();
+        agent.before = agent.process.memory("VmRSS");
+        agent
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("api.sock")
+    }
+
+    /// The neighbour gets a token, where it has an entry.
+    fn served(&self) {
+        let mut command = self.command();
+        if geteuid().is_root() {
+            command.uid(NEIGHBOUR).gid(NEIGHBOUR);
+        }
+        let out = command.output().unwrap();
+        let text = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.success(), self.expected.is_empty(), "the neighbour: {text}");
+        assert!(text.contains(self.expected), "the neighbour: {text}");
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_durward"));
+        command
+            .args(["api", "fetch", "jwt", "--audience", "neighbour", "--timeout", "60s"])
+            .env("SPIFFE_ENDPOINT_SOCKET", format!("unix://{}", self.socket().display()))
+            .current_dir("/")
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs `hostile`, while the neighbour is served if it is somebody else.
+    fn bear<R: Send>(&self, hostile: impl FnOnce() -> R + Send) -> R {
+        thread::scope(|scope| {
+            let hostile = scope.spawn(hostile);
+            if geteuid().is_root() {
+                self.served();
+                self.served();
+            }
+            hostile.join().unwrap()
+        })
+    }
+
+    /// Holds that memory stayed within the budget, and that this caller too is served again.
+    fn well(&self, case: &str) {
+        let most = self.process.memory("VmHWM");
+        println!("{case}: {} KiB before, {most} KiB at most", self.before);
+        assert!(most <= self.before + BUDGET, "{case}: {most} KiB, {} KiB before", self.before);
+        let began = Instant::now();
+        while call(&self.socket(), FETCH_JWT, &jwt_request("again"), PATIENCE) != Called::Answered {
+            assert!(began.elapsed() < PATIENCE, "{case}: its own calls are answered again");
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Open descriptors of the agent.
+    fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.process.pid())).unwrap().count()
+    }
+}
+
+/// Lets one process hold as many connections as a test opens.
+fn raise_descriptors() {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+}
+
+/// How the agent must end a connection that does this.
+#[derive(Clone, Copy, PartialEq)]
+enum End {
+    /// It closes it.
+    Cut,
+    /// It may keep it: nothing grows.
+    Any,
+}
+
+/// What is sent on one connection: `first`, and then `again` so many times with a pause in between.
+struct Hostile {
+    case: &'static str,
+    first: Vec<u8>,
+    again: Box<dyn Fn(u32) -> Vec<u8> + Sync>,
+    times: u32,
+    pause: Duration,
+    end: End,
+}
+
+impl Hostile {
+    fn new(
+        case: &'static str,
+        first: &[&[u8]],
+        times: u32,
+        again: impl Fn(u32) -> Vec<u8> + Sync + 'static,
+    ) -> Self {
+        let again = Box::new(again);
+        Self { case, first: first.concat(), again, times, pause: Duration::ZERO, end: End::Cut }
+    }
+
+    /// Whether the agent ended it, within a minute.
+    fn run(&self, socket: &Path) -> bool {
+        let mut stream = UnixStream::connect(socket).unwrap();
+        stream.set_write_timeout(Some(Duration::from_secs(5))).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut sent = stream.write_all(&self.first).is_ok();
+        for nth in 0..self.times {
+            if !sent {
+                break;
+            }
+            thread::sleep(self.pause);
+            sent = stream.write_all(&(self.again)(nth)).is_ok();
+        }
+        if self.end == End::Any {
+            return true;
+        }
+        // What it answered is of no interest; the end of it is.
+        let mut buffer = [0; 65_536];
+        loop {
+            match stream.read(&mut buffer) {
+                Ok(0) => return true,
+                Ok(_) => {}
+                Err(error) => return error.kind() != std::io::ErrorKind::WouldBlock,
+            }
+        }
+    }
+}
+
+#[test]
+fn hostile_connections_end_within_budget() {
+    let hello = frame(SETTINGS, 0, 0, &[]);
+    let deaf = settings(4, 0);
+    let long = literal("x-long", &"a".repeat(900));
+    let headers = block(FETCH_JWT);
+    let body = jwt_request("flood");
+    let odd = |nth: u32| 1 + 2 * nth;
+    let slow_preface = Hostile {
+        pause: Duration::from_millis(200),
+        ..Hostile::new("slow preface", &[], 24, |nth| vec![PREFACE[usize::try_from(nth).unwrap()]])
+    };
+    let slow_reader = {
+        let (headers, body) = (headers.clone(), body.clone());
+        let calls = move |nth| {
+            [frame(HEADERS, END_HEADERS, odd(nth), &headers), frame(DATA, END_STREAM, odd(nth), &body)]
+                .concat()
+        };
+        // They hold what they were given for as long as the neighbour asks; `listener` holds that they end.
+        Hostile { end: End::Any, ..Hostile::new("slow reader", &[PREFACE, &deaf], 16, calls) }
+    };
+    let cases = [
+        Hostile::new("silent", &[], 0, |_| Vec::new()),
+        slow_preface,
+        Hostile::new("preface alone", &[PREFACE], 0, |_| Vec::new()),
+        Hostile::new("half a frame", &[PREFACE, &hello[..5]], 0, |_| Vec::new()),
+        Hostile::new("header flood", &[PREFACE, &hello], 500, {
+            let payload = [headers.clone(), long.repeat(15)].concat();
+            move |nth| frame(HEADERS, END_HEADERS | END_STREAM, odd(nth), &payload)
+        }),
+        Hostile::new("continuations", &[PREFACE, &hello, &frame(HEADERS, 0, 1, &headers)], 2_000, {
+            move |_| frame(CONTINUATION, 0, 1, &long)
+        }),
+        Hostile::new("resets", &[PREFACE, &hello], 5_000, {
+            let headers = headers.clone();
+            move |nth| {
+                let reset = frame(RST_STREAM, 0, odd(nth), &8_u32.to_be_bytes());
+                [frame(HEADERS, END_HEADERS, odd(nth), &headers), reset].concat()
+            }
+        }),
+        Hostile::new("pings", &[PREFACE, &hello], 20_000, |_| frame(PING, 0, 0, &[0; 8])),
+        Hostile::new("settings", &[PREFACE, &hello], 20_000, |_| settings(4, 1 << 16)),
+        Hostile::new(
+            "empty data",
+            &[PREFACE, &hello, &frame(HEADERS, END_HEADERS, 1, &headers)],
+            20_000,
+            |_| frame(DATA, 0, 1, &[]),
+        ),
+        Hostile::new("thousands of streams", &[PREFACE, &deaf], 5_000, {
+            let (headers, body) = (headers.clone(), body.clone());
+            move |nth| {
+                let data = frame(DATA, END_STREAM, odd(nth), &body);
+                [frame(HEADERS, END_HEADERS, odd(nth), &headers), data].concat()
+            }
+        }),
+        slow_reader,
+    ];
+    let agent = Agent::start("handshake_timeout = \"2s\"");
+    for hostile in &cases {
+        let socket = agent.socket();
+        let cut = agent.bear(|| {
+            thread::scope(|scope| {
+                let all: Vec<_> = (0..8).map(|_| scope.spawn(|| hostile.run(&socket))).collect();
+                all.into_iter().map(|one| one.join().unwrap()).collect::<Vec<_>>()
+            })
+        });
+        assert!(cut.iter().all(|cut| *cut), "{}: {cut:?}", hostile.case);
+        agent.well(hostile.case);
+    }
+}
+
+#[test]
+fn a_body_that_is_no_message_is_refused_and_the_connection_serves_on() {
+    let agent = Agent::start("");
+    for (case, body) in [
+        ("no frame", vec![]),
+        ("half a frame", vec![0, 0, 0]),
+        ("4 GiB are announced", [&[0, 255, 255, 255, 255][..], b"few"].concat()),
+        ("more than may be", message(&vec![7; 40 * 1024])),
+        ("compressed", [&[1, 0, 0, 0, 1][..], b"x"].concat()),
+        ("no protobuf", message(&[0xff; 64])),
+        ("a field without an end", message(&[0x0a, 0x7f, b'a'])),
+        ("audiences without end", message(&[0x0a, 0x00].repeat(4_000))),
+    ] {
+        let mut stream = UnixStream::connect(agent.socket()).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        let mut begun =
+            [PREFACE, &frame(SETTINGS, 0, 0, &[]), &frame(HEADERS, END_HEADERS, 1, &block(FETCH_JWT))]
+                .concat();
+        let mut parts = body.chunks(16 * 1024).peekable();
+        if parts.peek().is_none() {
+            begun.extend(frame(DATA, END_STREAM, 1, &[]));
+        }
+        while let Some(part) = parts.next() {
+            let flags = if parts.peek().is_none() { END_STREAM } else { 0 };
+            begun.extend(frame(DATA, flags, 1, part));
+        }
+        stream.write_all(&begun).unwrap();
+        let called = answer(&mut stream);
+        assert_ne!(called, Called::Silent, "{case}");
+        assert_ne!(called, Called::Closed, "{case}");
+        agent.well(case);
+    }
+}
+
+/// One caller opens thousands and leaves them, or leaves at once; nothing stays behind.
+#[test]
+fn thousands_of_connections_of_one_caller_are_closed() {
+    const MOST: usize = 64;
+    raise_descriptors();
+    let agent = Agent::start("");
+    let socket = agent.socket();
+    let before = agent.descriptors();
+    agent.bear(|| {
+        let mut open = Vec::new();
+        let mut most = 0;
+        for nth in 0..3_000 {
+            open.extend(UnixStream::connect(&socket));
+            if nth % 500 == 0 {
+                most = most.max(agent.descriptors());
+            }
+        }
+        let closed = |stream: &mut UnixStream| {
+            stream.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
+            matches!(stream.read(&mut [0]), Ok(0)) || stream.peer_addr().is_err()
+        };
+        let left = open.iter_mut().filter_map(|stream| (!closed(stream)).then_some(())).count();
+        assert!(left <= MOST, "{left} are open");
+        // Two descriptors each, and those of the neighbour.
+        assert!(most <= before + 2 * MOST + 16, "{most} descriptors, {before} before");
+    });
+    agent.well("left open");
+
+    agent.bear(|| {
+        for nth in 0..3_000 {
+            let mut stream = UnixStream::connect(&socket).unwrap();
+            // Some say something first; it may be closed already.
+            let _said = match nth % 3 {
+                0 => Ok(()),
+                1 => stream.write_all(PREFACE),
+                _ => {
+                    stream.write_all(&[PREFACE, &call_frames(1, FETCH_JWT, &jwt_request("leaves"))].concat())
+                }
+            };
+            let _half = if nth % 2 == 0 { stream.shutdown(Shutdown::Write) } else { Ok(()) };
+        }
+    });
+    agent.well("left at once");
+    let began = Instant::now();
+    while agent.descriptors() > before + 4 {
+        assert!(began.elapsed() < PATIENCE, "{} descriptors, {before} before", agent.descriptors());
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_process_per_call_leaves_nothing() {
+    let agent = Agent::start("");
+    let before = agent.descriptors();
+    agent.bear(|| {
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..15 {
+                        assert!(agent.command().output().unwrap().status.success());
+                    }
+                });
+            }
+        });
+    });
+    agent.well("a process per call");
+    let began = Instant::now();
+    while agent.descriptors() > before + 4 {
+        assert!(began.elapsed() < PATIENCE, "{} descriptors, {before} before", agent.descriptors());
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// What a refusal says about when to come back.
+fn wait_of(status: &Status) -> Duration {
+    let told = status.get_details_retry_info().unwrap().retry_delay.unwrap();
+    let pushback = status.metadata().get("grpc-retry-pushback-ms").unwrap().to_str().unwrap();
+    let rounded = told.as_nanos().div_ceil(1_000_000).to_string();
+    assert_eq!(pushback, rounded, "both say the same");
+    told
+}
+
+fn jwt() -> tonic::Request<pb::JwtsvidRequest> {
+    request(pb::JwtsvidRequest { audience: vec!["a".to_owned()], spiffe_id: String::new() })
+}
+
+/// What is refused tells the wait that is true: who waits that long passes. A stream that is open stays, and gets its update;
+/// the neighbour sees none of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_tells_when_to_come_back() {
+    let agent = tokio::task::spawn_blocking(|| Agent::start("")).await.unwrap();
+    let mut client = client(&agent.socket()).await;
+    let stream = client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap();
+    let mut stream = stream.into_inner();
+    assert_eq!(stream.message().await.unwrap().unwrap().svids.len(), 1);
+
+    // 200 at once and 100 a second, by default. Two calls, since a token was signed for the first.
+    let began = Instant::now();
+    let (mut passed, mut refused) = (0_u32, None);
+    while refused.is_none() {
+        assert!(began.elapsed() < PATIENCE, "{passed} calls, none refused");
+        let mut calls = tokio::task::JoinSet::new();
+        for _ in 0..8 {
+            let mut client = client.clone();
+            calls.spawn(async move { client.fetch_jwtsvid(jwt()).await });
+        }
+        while let Some(done) = calls.join_next().await {
+            match done.unwrap() {
+                Ok(_) => passed += 1,
+                Err(status) => refused = Some(status),
+            }
+        }
+    }
+    let most = 200.0 + 100.0 * began.elapsed().as_secs_f64() + 1.0;
+    assert!(passed >= 190 && f64::from(passed) <= most, "{passed} passed, at most {most}");
+    let status = refused.unwrap();
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+    let wait = wait_of(&status);
+    assert!(wait > Duration::ZERO && wait <= Duration::from_millis(20), "{wait:?}");
+    tokio::time::sleep(wait).await;
+    client.fetch_jwtsvid(jwt()).await.unwrap();
+
+    // Other methods have buckets of their own, and ValidateJWTSVID has one.
+    client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap();
+    let mut codes = Vec::new();
+    let began = Instant::now();
+    while codes.last() != Some(&Code::ResourceExhausted) {
+        assert!(began.elapsed() < PATIENCE, "ValidateJWTSVID is limited");
+        let mut calls = tokio::task::JoinSet::new();
+        for _ in 0..8 {
+            let mut client = client.clone();
+            let message = pb::ValidateJwtsvidRequest { audience: "a".to_owned(), svid: "none".to_owned() };
+            calls.spawn(async move { client.validate_jwtsvid(request(message)).await.unwrap_err().code() });
+        }
+        codes.extend(calls.join_all().await);
+        codes.sort_by_key(|code| *code == Code::ResourceExhausted);
+    }
+    assert!(codes.iter().all(|code| matches!(code, Code::InvalidArgument | Code::ResourceExhausted)));
+
+    if geteuid().is_root() {
+        agent.served();
+    }
+    write_config(
+        agent.dir.path(),
+        &format!(
+            "entry \"spiffe://{TRUST_DOMAIN}/new\" {{\n  selectors = [\"unix:uid:{}\"]\n}}\n",
+            geteuid()
+        ),
+    );
+    agent.process.signal(Signal::SIGHUP);
+    let update = tokio::time::timeout(PATIENCE, stream.message()).await.unwrap().unwrap().unwrap();
+    assert!(update.svids[0].spiffe_id.ends_with("/new"), "the stream stays, and gets its update");
+    agent.well("over the limit");
+}
+
+/// Who has no identity pays five times for asking: 40 at once and 20 a second in place of 200 and 100.
+#[tokio::test(flavor = "multi_thread")]
+async fn asking_without_an_identity_costs_more() {
+    let agent = tokio::task::spawn_blocking(|| Agent::with("", "")).await.unwrap();
+    let mut client = client(&agent.socket()).await;
+    for method in ["FetchJWTSVID", "FetchX509SVID", "FetchX509Bundles"] {
+        let began = Instant::now();
+        let mut denied = 0_u32;
+        loop {
+            assert!(began.elapsed() < PATIENCE, "{method}: {denied} denied, none refused");
+            let status = match method {
+                "FetchJWTSVID" => client.fetch_jwtsvid(jwt()).await.unwrap_err(),
+                "FetchX509SVID" => client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap_err(),
+                _ => client.fetch_x509_bundles(request(pb::X509BundlesRequest {})).await.unwrap_err(),
+            };
+            if status.code() == Code::ResourceExhausted {
+                break;
+            }
+            assert_eq!(status.code(), Code::PermissionDenied, "{method}: {status:?}");
+            denied += 1;
+        }
+        let most = 40.0 + 20.0 * began.elapsed().as_secs_f64() + 1.0;
+        assert!(denied >= 35 && f64::from(denied) <= most, "{method}: {denied} denied, at most {most}");
+    }
+}
