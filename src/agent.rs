@@ -475,6 +475,8 @@ async fn probe(health: Arc<HealthState>, signer: Arc<Signer>, trust_domain: Trus
             return;
         }
         match signer.jwt(&own, None, &audience).await {
+            // The drain may have begun meanwhile, and has the last word.
+            _ if health.get() == Probe::Draining => return,
             Ok(_) => health.set(Probe::Healthy),
             Err(error) => {
                 if health.get() != Probe::Unavailable {

@@ -220,14 +220,14 @@ impl Server {
     }
 }
 
-/// Configuration for a bench: this user's entry is `/bench`, and it is exempt from the limits.
+/// Configuration for a bench: this user's entry is `/bench`, and nobody is limited.
 pub(crate) fn write_config(dir: &Path, blocks: &str) {
     let (at, uid) = (dir.display(), nix::unistd::geteuid());
     let text = format!(
         "agent {{\n  trust_domain = \"example.org\"\n  data_dir = \"{at}/data\"\n  socket_path = \"{at}/api.sock\"\n}}\n\
          plugins {{\n  WorkloadAttestor \"unix\" {{\n    plugin_data {{ }}\n  }}\n}}\nissuer \"embedded\" {{ }}\n\
-         ratelimit {{\n  gate {{\n    override \"uid:{uid}\" {{ exempt = true }}\n  }}\n  caller {{\n    override \"uid:{uid}\" {{ exempt = true }}\n  }}\n  \
-         identity {{\n    override \"spiffe://example.org/**\" {{ exempt = true }}\n  }}\n}}\n\
+         ratelimit {{\n  gate {{\n    caller {{ unlimited = true }}\n  }}\n  caller {{ unlimited = true }}\n  \
+         identity {{ unlimited = true }}\n  node {{ unlimited = true }}\n}}\n\
          entry \"spiffe://example.org/bench\" {{\n  selectors = [\"unix:uid:{uid}\"]\n}}\n{blocks}\n"
     );
     std::fs::write(dir.join("agent.conf"), text).expect("written");
