@@ -851,6 +851,10 @@ mod tests {
             "{REFERENCE} agent {{ sds {{ }} experimental {{ }} }} telemetry {{ Prometheus {{ port = 1 }} }}
             plugins {{ SVIDStore \"x\" {{ enabled = false }} }}
             entry \"spiffe://example.org/a\" {{ selectors = [\"unix:uid:1\"] }}
+            ratelimit {{ caller {{ override \"uid:7\" {{ share = true rate = 1 burst = 9 costs {{ answer = 1 }}
+                method \"FetchJWTSVID\" {{ schedule \"s\" {{ start {{ hour = 1 }} stop {{ hour = 2 }} block = true }} }} }} }}
+                gate {{ override \"uid:7\" {{ connections = 1 }} }}
+                node {{ method \"FetchJWTSVID\" {{ unlimited = true }} }} }}
             federation \"o\" {{ bundle_path = \"/etc/durward/other.example.json\" bundle_format = \"spiffe\" }}"
         );
         parse(&text, &problems);
