@@ -8,11 +8,14 @@
 //! (`terminal`). A private key is printed in JSON alone and a token by `api fetch jwt` alone. Only this folder and
 //! `os` read the environment. Absent on purpose: deciding anything the agent decides; there is no second rule here.
 
+mod admin;
 mod argv;
 mod client;
+mod explain;
 mod files;
 mod healthcheck;
 mod jwt;
+mod limits;
 mod manual;
 mod quickstart;
 mod run;
@@ -39,7 +42,7 @@ Exit codes:
   0  done
   1  an error, a refused command line or an unhealthy agent
   3  api: the agent has no identity for this process (PermissionDenied)
-  4  api: no agent answers at the socket
+  4  api, limits, explain: no agent answers at the socket
 
 Flags may also be spelled as spire-agent's: -socketPath PATH, -socketPath=PATH, --socketPath PATH.";
 
@@ -70,6 +73,10 @@ enum Command {
     Api(Api),
     /// Ask the agent whether it serves
     Healthcheck(healthcheck::HealthArgs),
+    /// Show who calls most and is refused most, for the agent's owner
+    Limits(limits::LimitsArgs),
+    /// Show who a process is taken for and what it is given, for the agent's owner
+    Explain(explain::ExplainArgs),
     /// Check a configuration file without starting the agent
     Validate(validate::ValidateArgs),
     /// Print the completions of a shell
@@ -242,6 +249,8 @@ fn dispatch(command: Command, terminal: &mut Terminal) -> Result<(), Failure> {
         Command::Completions(args) => manual::completions(&args, terminal),
         Command::Man(args) => manual::man(&args, terminal),
         Command::Healthcheck(args) => client_runtime()?.block_on(healthcheck::check(&args, terminal)),
+        Command::Limits(args) => client_runtime()?.block_on(limits::limits(&args, terminal)),
+        Command::Explain(args) => client_runtime()?.block_on(explain::explain(&args, terminal)),
         Command::Api(api) => client_runtime()?.block_on(async {
             match api {
                 Api::Fetch { what: None, x509 } | Api::Fetch { what: Some(Fetch::X509(x509)), .. } => {

@@ -10,7 +10,7 @@
 //!
 //! | module | what it is for | what it trusts |
 //! |---|---|---|
-//! | [`cli`] | what a person types: `run`, `quickstart`, `api`, `healthcheck`, `validate` | its user |
+//! | [`cli`] | what a person types: `run`, `quickstart`, `api`, `healthcheck`, `limits`, `explain`, `validate` | its user |
 //! | [`agent`] | builds every part from [`config::Config`], binds everything, says ready, reloads, drains | the configuration |
 //! | [`api`] | the gRPC services; [`api::status`] is the one map of errors to codes | nothing a request says but what it asks for |
 //! | [`attest`] | from an [`Admitted`](limits::Admitted) peer to its selectors | the kernel, through `/proc`, while the process lives |

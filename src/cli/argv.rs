@@ -17,10 +17,12 @@ pub(super) enum Takes {
     Value,
     /// `--flag`; Go's `-flag=true` and `-flag=false` too.
     Nothing,
+    /// `--flag` or `--flag=value`; a word after it is its value when clap takes it for one.
+    Maybe,
 }
 
 /// Every flag: our spelling, spire-agent's, and what follows it. A name means the same thing for all commands.
-pub(super) const FLAGS: [(&str, &str, Takes); 25] = [
+pub(super) const FLAGS: [(&str, &str, Takes); 28] = [
     ("allow-unauthenticated-verifiers", "allowUnauthenticatedVerifiers", Takes::Nothing),
     ("audience", "audience", Takes::Value),
     ("config", "config", Takes::Value),
@@ -37,15 +39,18 @@ pub(super) const FLAGS: [(&str, &str, Takes); 25] = [
     ("output", "output", Takes::Value),
     // spire-agent's older name of -output.
     ("output", "format", Takes::Value),
+    ("pid", "pid", Takes::Value),
     ("shallow", "shallow", Takes::Nothing),
     ("silent", "silent", Takes::Nothing),
     ("socket-path", "socketPath", Takes::Value),
     ("spiffe-id", "spiffeID", Takes::Value),
     ("svid", "svid", Takes::Value),
     ("timeout", "timeout", Takes::Value),
+    ("top", "top", Takes::Value),
     ("trust-domain", "trustDomain", Takes::Value),
     ("verbose", "verbose", Takes::Nothing),
     ("version", "version", Takes::Nothing),
+    ("watch", "watch", Takes::Maybe),
     ("write", "write", Takes::Value),
 ];
 
@@ -64,12 +69,13 @@ pub(super) fn normalise(args: impl IntoIterator<Item = OsString>) -> Vec<OsStrin
             continue;
         };
         match (flag.known(), flag.value) {
-            (Some((name, Takes::Value)), Some(value)) => out.push(joined(name, value)),
+            (Some((name, Takes::Value | Takes::Maybe)), Some(value)) => out.push(joined(name, value)),
             // Go takes the next word whatever it looks like; joined with `=`, clap does too.
             (Some((name, Takes::Value)), None) => match args.next() {
                 Some(value) => out.push(joined(name, &value)),
                 None => out.push(format!("--{name}").into()),
             },
+            (Some((name, Takes::Maybe)), None) => out.push(format!("--{name}").into()),
             (Some((name, Takes::Nothing)), value) => match value.map(go_bool) {
                 None | Some(Some(true)) => out.push(format!("--{name}").into()),
                 Some(Some(false)) => {}
@@ -150,7 +156,7 @@ mod tests {
 
     #[test]
     fn every_spelling_becomes_ours() {
-        let cases: [(&str, &[&str], &[&str]); 21] = [
+        let cases: [(&str, &[&str], &[&str]); 24] = [
             ("nothing", &[], &[]),
             ("Go, next word", &["-socketPath", "/a"], &["--socket-path=/a"]),
             ("Go, equals", &["-socketPath=/a"], &["--socket-path=/a"]),
@@ -170,6 +176,9 @@ mod tests {
             ("older name", &["-format", "json"], &["--output=json"]),
             ("unknown, one dash", &["-sokcetPath", "/a"], &["--sokcetPath", "/a"]),
             ("one letter", &["-h", "-V", "-"], &["-h", "-V", "-"]),
+            ("perhaps a value, none", &["-watch", "-output", "json"], &["--watch", "--output=json"]),
+            ("perhaps a value, next word", &["-watch", "2"], &["--watch", "2"]),
+            ("perhaps a value, equals", &["-watch=2"], &["--watch=2"]),
             ("words", &["api", "fetch", "jwt", "-spiffeID", "i"], &["api", "fetch", "jwt", "--spiffe-id=i"]),
             ("after two dashes", &["-silent", "--", "-silent"], &["--silent", "--", "-silent"]),
         ];
@@ -191,7 +200,12 @@ mod tests {
         fn collect(command: &clap::Command, into: &mut BTreeMap<String, Takes>) {
             for arg in command.get_arguments() {
                 let Some(long) = arg.get_long() else { continue };
-                let takes = if arg.get_action().takes_values() { Takes::Value } else { Takes::Nothing };
+                let needs_none = arg.get_num_args().is_some_and(|range| range.min_values() == 0);
+                let takes = match (arg.get_action().takes_values(), needs_none) {
+                    (false, _) => Takes::Nothing,
+                    (true, true) => Takes::Maybe,
+                    (true, false) => Takes::Value,
+                };
                 assert_eq!(*into.entry(long.to_owned()).or_insert(takes), takes, "{long}: one meaning");
             }
             command.get_subcommands().for_each(|sub| collect(sub, into));

@@ -92,12 +92,21 @@ fn said(err: &io::Error) -> String {
 fn connect_advice(socket: &Socket, source: &io::Error) -> String {
     let chosen = format!("The path is {}.", socket.chosen);
     let also = match source.kind() {
+        io::ErrorKind::NotFound if socket.chosen.is_admin() => {
+            "Is the agent running? It has an admin socket only when its configuration sets admin_socket_path."
+        }
+        io::ErrorKind::PermissionDenied if socket.chosen.is_admin() => {
+            "The admin socket answers the agent's own user and root alone."
+        }
         io::ErrorKind::NotFound => "Is the agent running, with this socket_path?",
         io::ErrorKind::ConnectionRefused => "The agent that made this socket is gone: start it again.",
         io::ErrorKind::PermissionDenied => {
             "This user may not open it: look at the modes of the socket and of the directories above it."
         }
         io::ErrorKind::InvalidInput => "The path of a socket holds at most 107 bytes.",
+        _ if socket.chosen.is_admin() => {
+            "An agent that closes the connection answers its own user and root alone."
+        }
         _ => "Is it the socket of an agent?",
     };
     format!("{chosen} {also}")
@@ -106,6 +115,9 @@ fn connect_advice(socket: &Socket, source: &io::Error) -> String {
 fn status_advice(socket: &Socket, status: &Status) -> Option<String> {
     let path = socket.path.display();
     match status.code() {
+        Code::Unavailable | Code::Unknown | Code::Cancelled if socket.chosen.is_admin() => Some(format!(
+            "{path} closed the connection: the admin socket answers the agent's own user and root alone."
+        )),
         Code::PermissionDenied => Some(format!(
             "No registration entry matches this process (user ID {}, group ID {}). An entry is needed whose \
              selectors all fit, for example \"unix:uid:{}\".",

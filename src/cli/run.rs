@@ -89,6 +89,17 @@ pub enum OverrideError {
     /// The kernel takes no longer one.
     #[error("--socket-path must have at most {MAX_SOCKET_PATH} bytes when made absolute; got {}: {}", .0.as_os_str().len(), .0.display())]
     SocketPath(PathBuf),
+    /// The file forbids it too.
+    #[error(
+        "--socket-path {} cannot be in the same directory as the admin socket {} or in one above it",
+        .public.display(), .admin.display()
+    )]
+    BesideAdmin {
+        /// On the command line.
+        public: PathBuf,
+        /// In the file.
+        admin: PathBuf,
+    },
 }
 
 impl CliOverrides {
@@ -117,6 +128,11 @@ impl CliOverrides {
             let path = absolute(path);
             if path.as_os_str().len() > MAX_SOCKET_PATH {
                 return Err(OverrideError::SocketPath(path));
+            }
+            if let (Some(admin), Some(dir)) = (&config.admin_socket_path, path.parent())
+                && admin.starts_with(dir)
+            {
+                return Err(OverrideError::BesideAdmin { public: path, admin: admin.clone() });
             }
             config.socket_path = path;
         }

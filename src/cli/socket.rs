@@ -51,16 +51,27 @@ pub(super) enum Chosen {
     Default,
     /// The agent in this very process.
     Own,
+    /// An admin socket.
+    AdminFlag,
+    /// The admin socket, where it is when nobody says otherwise.
+    AdminDefault,
+}
+
+impl Chosen {
+    /// Whether it is an admin socket.
+    pub(super) fn is_admin(self) -> bool {
+        matches!(self, Self::AdminFlag | Self::AdminDefault)
+    }
 }
 
 impl fmt::Display for Chosen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Flag => f.write_str("given as --socket-path"),
+            Self::Flag | Self::AdminFlag => f.write_str("given as --socket-path"),
             Self::Instance => write!(f, "made of --instance and {TEMPLATE}"),
             Self::Spire => write!(f, "taken from the environment variable {SPIRE}"),
             Self::Spiffe => write!(f, "taken from the environment variable {SPIFFE}"),
-            Self::Default => f.write_str("the default; --socket-path chooses another"),
+            Self::Default | Self::AdminDefault => f.write_str("the default; --socket-path chooses another"),
             Self::Own => f.write_str("the agent's own"),
         }
     }

@@ -47,6 +47,16 @@ impl Terminal {
         })
     }
 
+    /// Prints to stdout in the place of what was printed before, where a person looks at it; elsewhere after it.
+    pub(super) fn redraw(&mut self, text: &str) -> Result<(), PrintError> {
+        if io::stdout().is_terminal() {
+            // Home, and clear to the end of the screen.
+            self.print(&format!("\x1b[H\x1b[J{text}"))
+        } else {
+            self.print(text)
+        }
+    }
+
     /// Writes a line to stderr. If that fails there is nobody left to tell.
     pub(super) fn note(&mut self, text: impl Display) {
         self.wipe();

@@ -2,8 +2,13 @@
 
 use std::{
     fs,
-    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    io::{BufRead as _, BufReader},
+    os::unix::{
+        fs::{MetadataExt as _, PermissionsExt as _},
+        process::CommandExt as _,
+    },
     path::{Path, PathBuf},
+    process::{Command, Stdio},
 };
 
 use durward::{
@@ -14,6 +19,7 @@ use durward::{
     },
     os::clock::Clock,
 };
+use serde_json::Value;
 use tempfile::TempDir;
 use tonic::{Code, transport::Channel};
 
@@ -142,6 +148,116 @@ async fn explain_shows_what_fits_and_what_nearly_does() {
             (Code::NotFound, &*format!("there is no process {pid}"))
         );
     }
+}
+
+/// Runs the command as a person does, and gives what it says: stdout, stderr, exit code.
+fn durward(program: &Path, uid: Option<u32>, line: &[&str], socket: &Path) -> (String, String, Option<i32>) {
+    let mut command = Command::new(program);
+    command.env_clear().args(line).arg("-socketPath").arg(socket).stdin(Stdio::null());
+    if let Some(uid) = uid {
+        command.uid(uid).gid(uid);
+    }
+    // The agent that answers runs on the other threads.
+    let output = tokio::task::block_in_place(|| command.output()).unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (text(output.stdout), text(output.stderr), output.status.code())
+}
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_durward");
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_commands_show_it() {
+    let agent = Agent::start(&entry("/web", "hint = \"front\""));
+    let mut client = agent.agent.client().await;
+    client.fetch_jwtsvid(request(jwt_request())).await.unwrap();
+    let (program, socket) = (Path::new(PROGRAM), agent.admin_socket());
+    let caller = format!("uid:{}", nix::unistd::geteuid());
+
+    let (out, err, code) = durward(program, None, &["limits"], &socket);
+    assert_eq!((&*err, code), ("", Some(0)));
+    let row = out.lines().find(|line| line.starts_with("caller ")).unwrap_or_else(|| panic!("{out}"));
+    let words: Vec<&str> = row.split_whitespace().collect();
+    assert_eq!(words[1..5], [&*caller, "FetchJWTSVID", "1", "0"], "{out}");
+
+    let (out, _, code) = durward(program, None, &["limits", "-top=1", "-output", "json"], &socket);
+    let json: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((json["heaviest"].as_array().unwrap().len(), code), (1, Some(0)));
+    assert_eq!(json["node_connections"], 1);
+
+    let pid = own_pid().to_string();
+    let (out, err, code) = durward(program, None, &["explain", "-pid", &pid], &socket);
+    assert_eq!((&*err, code), ("", Some(0)));
+    for line in [format!("Charged as:  {caller}: "), "  spiffe://example.org/web (entry ".to_owned()] {
+        assert!(out.lines().any(|it| it.starts_with(&line)), "{line} in {out}");
+    }
+    let (out, _, _) = durward(program, None, &["explain", "-pid", &pid, "-output", "json"], &socket);
+    let json: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(json["matches"][0]["hint"], "front");
+
+    let gone = i32::MAX.to_string();
+    let (out, err, code) = durward(program, None, &["explain", "--pid", &gone], &socket);
+    let want = format!("rpc error: code = NotFound desc = there is no process {gone}\n");
+    assert_eq!((&*out, err, code), ("", want, Some(1)));
+
+    let (_, err, code) = durward(program, None, &["limits"], &agent.private.path().join("none.sock"));
+    assert!(err.contains("only when its configuration sets admin_socket_path"), "{err}");
+    assert_eq!(code, Some(4));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_are_watched_until_ctrl_c() {
+    let agent = Agent::start("");
+    let mut child = Command::new(PROGRAM)
+        .args(["limits", "--watch", "1", "--output", "json", "--socket-path"])
+        .arg(agent.admin_socket())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    for _ in 0..2 {
+        let line = tokio::task::block_in_place(|| lines.next()).unwrap().unwrap();
+        assert_eq!(serde_json::from_str::<Value>(&line).unwrap()["node_connections"], 0);
+    }
+    let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    assert_eq!(tokio::task::block_in_place(|| child.wait()).unwrap().code(), Some(0));
+}
+
+/// The modes of the socket and its directory keep others out; so does the kernel's word on who connects.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_user_is_told_nothing() {
+    if !nix::unistd::geteuid().is_root() {
+        // Nobody else can be become then.
+        return;
+    }
+    let agent = Agent::start("");
+    let socket = agent.admin_socket();
+    let base = tempfile::tempdir().unwrap();
+    let open = |path: &Path| fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    open(base.path());
+    // The build directory may be closed to others.
+    let program = base.path().join("durward");
+    fs::copy(PROGRAM, &program).unwrap();
+    let nobody = Some(65_534);
+
+    open(agent.private.path());
+    let (out, err, code) = durward(&program, nobody, &["limits"], &socket);
+    assert_eq!((&*out, code), ("", Some(4)), "{err}");
+    assert!(err.contains("permission denied") && err.contains("own user and root alone"), "{err}");
+
+    // Were the modes open, the connection would be closed unanswered.
+    open(socket.parent().unwrap());
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o777)).unwrap();
+    let pid = own_pid().to_string();
+    for line in [&["limits"][..], &["explain", "--pid", &pid]] {
+        let (out, err, code) = durward(&program, nobody, line, &socket);
+        assert_eq!(out, "", "{line:?}");
+        assert!(err.contains("own user and root alone"), "{line:?}: {err}");
+        assert_ne!(code, Some(0), "{line:?}");
+    }
+    // The owner is still answered.
+    agent.admin().await.limits(pb::LimitsRequest { top: 1 }).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

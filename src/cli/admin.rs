@@ -1,0 +1,179 @@
+//! The way to the admin socket, for `limits` and `explain`.
+//!
+//! It is the owner's: no security header, no identity. There is one default and no variable: who watches an agent should see
+//! in the command which one it is. The agent is trusted with what it says, and its words are cleaned all the same: keys,
+//! hints and selectors are other people's.
+
+use std::{future::Future, path::PathBuf, time::Duration};
+
+use tonic::{Request, Response, Status, transport::Channel};
+
+use super::{
+    client::{CallError, TimeoutArgs, connect, patiently},
+    socket::{Chosen, Socket},
+    terminal::{Terminal, clean},
+};
+use crate::api::proto::admin::{self as pb, admin_client::AdminClient};
+
+/// Where the admin socket is unless the command line says otherwise.
+const DEFAULT: &str = "/run/durward/private/admin.sock";
+
+/// The largest answer that is read: a thousand keys, or the entries of one process.
+const MAX_MESSAGE: usize = 16 * 1024 * 1024;
+
+/// Options of every command that talks to the admin socket.
+#[derive(clap::Args, Clone, Debug)]
+pub(super) struct AdminArgs {
+    /// Path of the agent's admin socket, its admin_socket_path; by default /run/durward/private/admin.sock
+    #[arg(long, value_name = "PATH")]
+    socket_path: Option<PathBuf>,
+    #[command(flatten)]
+    timeout: TimeoutArgs,
+}
+
+impl AdminArgs {
+    pub(super) fn limit(&self) -> Option<Duration> {
+        self.timeout.limit()
+    }
+
+    fn socket(&self) -> Socket {
+        let (path, chosen) = match &self.socket_path {
+            Some(path) => (path.clone(), Chosen::AdminFlag),
+            None => (DEFAULT.into(), Chosen::AdminDefault),
+        };
+        Socket { path: std::path::absolute(&path).unwrap_or(path), chosen }
+    }
+
+    /// Connects, and makes one call.
+    pub(super) async fn call<Q, A, F>(
+        &self,
+        terminal: &mut Terminal,
+        question: Q,
+        call: impl FnOnce(AdminClient<Channel>, Request<Q>) -> F,
+    ) -> Result<A, CallError>
+    where
+        F: Future<Output = Result<Response<A>, Status>>,
+    {
+        let socket = self.socket();
+        let api = AdminClient::new(connect(&socket).await?).max_decoding_message_size(MAX_MESSAGE);
+        let mut request = Request::new(question);
+        if let Some(limit) = self.limit() {
+            request.set_timeout(limit);
+        }
+        patiently(terminal, &socket, self.limit(), call(api, request))
+            .await
+            .map(Response::into_inner)
+            .map_err(|status| CallError::Status { socket, status: Box::new(status) })
+    }
+}
+
+/// The tokens of a bucket: `12/200`, or why there are none.
+pub(super) fn tokens(bucket: &pb::Bucket) -> String {
+    match bucket.limit() {
+        pb::Limit::Tokens => format!("{}/{}", bucket.left, bucket.burst),
+        other => limit_name(other).to_owned(),
+    }
+}
+
+/// The name of a kind of limit, as JSON has it.
+pub(super) fn limit_name(limit: pb::Limit) -> &'static str {
+    match limit {
+        pb::Limit::Unknown => "unknown",
+        pb::Limit::Tokens => "tokens",
+        pb::Limit::Unlimited => "unlimited",
+        pb::Limit::Exempt => "exempt",
+        pb::Limit::Blocked => "blocked",
+    }
+}
+
+/// A bucket as JSON.
+pub(super) fn bucket_json(bucket: &pb::Bucket) -> serde_json::Value {
+    let mut json = serde_json::json!({
+        "stage": bucket.stage,
+        "key": bucket.key,
+        "method": bucket.method,
+        "limit": limit_name(bucket.limit()),
+    });
+    if let (pb::Limit::Tokens, Some(json)) = (bucket.limit(), json.as_object_mut()) {
+        json.insert("left".to_owned(), bucket.left.into());
+        json.insert("burst".to_owned(), bucket.burst.into());
+    }
+    json
+}
+
+/// The widest that a cell of a table gets, in characters.
+const WIDEST: usize = 60;
+
+/// How a column stands.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Column {
+    Left(&'static str),
+    Right(&'static str),
+}
+
+impl Column {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Left(name) | Self::Right(name) => name,
+        }
+    }
+}
+
+/// Rows below their columns' names, each column as wide as its widest cell; what is wider than [`WIDEST`] loses its middle.
+pub(super) fn table<const N: usize>(columns: [Column; N], rows: &[[String; N]]) -> String {
+    let names = columns.map(|column| column.name().to_owned());
+    let rows: Vec<[String; N]> = std::iter::once(names)
+        .chain(rows.iter().map(|row| row.each_ref().map(|cell| shorten(&clean(cell)))))
+        .collect();
+    let widths: [usize; N] = std::array::from_fn(|at| {
+        rows.iter().filter_map(|row| row.get(at)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+    });
+    let mut out = String::new();
+    for row in &rows {
+        let mut line = String::new();
+        for ((cell, width), column) in row.iter().zip(widths).zip(columns) {
+            line.push_str(&match column {
+                Column::Left(_) => format!("{cell:<width$}  "),
+                Column::Right(_) => format!("{cell:>width$}  "),
+            });
+        }
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+    out
+}
+
+/// The beginning and, mostly, the end: of two SPIFFE IDs or paths the ends differ.
+fn shorten(text: &str) -> String {
+    let count = text.chars().count();
+    if count <= WIDEST {
+        return text.to_owned();
+    }
+    let head = WIDEST / 3;
+    let tail = WIDEST - head - 1;
+    let end: String = text.chars().skip(count - tail).collect();
+    text.chars().take(head).chain(['…']).chain(end.chars()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_straight_and_bounded() {
+        let long = format!("spiffe://example.org/{}/end", "x".repeat(3000));
+        let rows = [
+            ["uid:1000".to_owned(), "7".to_owned()],
+            ["\x1b[2Jé".to_owned(), "1000".to_owned()],
+            [long, String::new()],
+        ];
+        let text = table([Column::Left("KEY"), Column::Right("USED")], &rows);
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(lines[0].starts_with("KEY ") && lines[0].ends_with("  USED"), "{text}");
+        assert!(lines[1].starts_with("uid:1000 ") && lines[1].ends_with("     7"), "{text}");
+        assert!(lines[2].starts_with("\\u{1b}[2Jé "), "{text}");
+        assert!(lines[3].starts_with("spiffe://example.org…") && lines[3].ends_with("xxx/end"), "{text}");
+        assert!(lines.iter().all(|line| line.chars().count() <= WIDEST + 2 + 4), "{text}");
+        assert_eq!(lines[0].chars().count(), lines[1].chars().count(), "{text}");
+    }
+}

@@ -1,0 +1,214 @@
+//! `explain`: who a process is taken for, what it is given, and what it misses for more.
+
+use std::fmt::Write as _;
+
+use serde_json::json;
+
+use super::{
+    Failure, Output, OutputArgs,
+    admin::{AdminArgs, Column, bucket_json, table, tokens},
+    terminal::{Terminal, clean},
+};
+use crate::api::proto::admin as pb;
+
+/// `explain`.
+#[derive(clap::Args, Clone, Debug)]
+pub(super) struct ExplainArgs {
+    /// The process, as the agent's PID namespace numbers it
+    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    pid: i32,
+
+    #[command(flatten)]
+    admin: AdminArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Runs `explain`.
+pub(super) async fn explain(args: &ExplainArgs, terminal: &mut Terminal) -> Result<(), Failure> {
+    let question = pb::ExplainRequest { pid: args.pid };
+    let told =
+        args.admin.call(terminal, question, async |mut api, request| api.explain(request).await).await?;
+    Ok(match args.output.output {
+        Output::Pretty => terminal.print(&pretty(&told))?,
+        Output::Json => terminal.print(&format!("{}\n", to_json(&told)))?,
+    })
+}
+
+fn pretty(told: &pb::ExplainResponse) -> String {
+    let mut out = String::new();
+    let caller = told.caller.clone().unwrap_or_default();
+    // Writing to a String does not fail.
+    let _ = writeln!(out, "Process:     {} (user {}, group {})", told.pid, told.uid, told.gid);
+    let _ = writeln!(out, "Charged as:  {}: {}", clean(&caller.key), clean(&caller.why));
+    if !caller.cgroup_line.is_empty() {
+        let _ = writeln!(out, "Cgroup line: {}", clean(&caller.cgroup_line));
+    }
+
+    out.push_str("\nSelectors:\n");
+    for selector in &told.selectors {
+        let _ = writeln!(out, "  {}", clean(selector));
+    }
+
+    out.push_str("\nEntries that match, the default first:\n");
+    if told.matches.is_empty() {
+        out.push_str("  none: this process has no identity\n");
+    }
+    for entry in &told.matches {
+        let _ = writeln!(out, "  {}", entry_text(entry));
+        if !entry.withheld.is_empty() {
+            let _ = writeln!(out, "    not served: {}", clean(&entry.withheld));
+        }
+    }
+
+    if !told.nearest.is_empty() {
+        out.push_str("\nEntries that nearly match:\n");
+    }
+    for near in &told.nearest {
+        let _ = writeln!(out, "  {}", entry_text(&near.entry.clone().unwrap_or_default()));
+        let missing: Vec<String> = near.missing.iter().map(|selector| clean(selector)).collect();
+        let _ = writeln!(out, "    has {} of its selectors, misses {}", near.found, missing.join(", "));
+    }
+
+    out.push_str("\nLimits:\n");
+    let columns =
+        [Column::Left("STAGE"), Column::Left("KEY"), Column::Left("METHOD"), Column::Right("TOKENS LEFT")];
+    out.push_str(&table(columns, &bucket_rows(&told.buckets)));
+    out
+}
+
+fn entry_text(entry: &pb::Entry) -> String {
+    let mut text = format!("{} (entry {}", clean(&entry.spiffe_id), clean(&entry.entry_id));
+    if !entry.hint.is_empty() {
+        let _ = write!(text, ", hint {}", clean(&entry.hint));
+    }
+    text.push(')');
+    text
+}
+
+/// Most methods of a key mostly stand alike: those that do, and are more than two, are one row.
+fn bucket_rows(buckets: &[pb::Bucket]) -> Vec<[String; 4]> {
+    let mut rows = Vec::new();
+    for of_key in buckets.chunk_by(|a, b| (&a.stage, &a.key) == (&b.stage, &b.key)) {
+        let alike = |bucket: &pb::Bucket| of_key.iter().filter(|it| tokens(it) == tokens(bucket)).count();
+        let commonest = of_key.iter().max_by_key(|bucket| alike(bucket)).filter(|bucket| alike(bucket) > 2);
+        let common = commonest.map(tokens);
+        let row = |bucket: &pb::Bucket, method: &str| {
+            [bucket.stage.clone(), bucket.key.clone(), method.to_owned(), tokens(bucket)]
+        };
+        let single = of_key.iter().filter(|bucket| Some(tokens(bucket)) != common);
+        let before = rows.len();
+        rows.extend(single.map(|bucket| row(bucket, &bucket.method)));
+        if let Some(bucket) = commonest {
+            rows.push(row(bucket, if rows.len() == before { "each method" } else { "each other method" }));
+        }
+    }
+    rows
+}
+
+fn to_json(told: &pb::ExplainResponse) -> serde_json::Value {
+    let entry = |entry: &pb::Entry| {
+        json!({
+            "spiffe_id": entry.spiffe_id,
+            "entry_id": entry.entry_id,
+            "hint": entry.hint,
+            "withheld": entry.withheld,
+        })
+    };
+    let near = |near: &pb::Near| {
+        json!({
+            "entry": entry(&near.entry.clone().unwrap_or_default()),
+            "missing": near.missing,
+            "found": near.found,
+        })
+    };
+    let caller = told.caller.clone().unwrap_or_default();
+    json!({
+        "pid": told.pid,
+        "uid": told.uid,
+        "gid": told.gid,
+        "caller": { "key": caller.key, "why": caller.why, "cgroup_line": caller.cgroup_line },
+        "selectors": told.selectors,
+        "matches": told.matches.iter().map(entry).collect::<Vec<_>>(),
+        "nearest": told.nearest.iter().map(near).collect::<Vec<_>>(),
+        "buckets": told.buckets.iter().map(bucket_json).collect::<Vec<_>>(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bucket(stage: &str, key: &str, method: &str, left: u32) -> pb::Bucket {
+        pb::Bucket {
+            stage: stage.to_owned(),
+            key: key.to_owned(),
+            method: method.to_owned(),
+            limit: pb::Limit::Tokens.into(),
+            left,
+            burst: 200,
+        }
+    }
+
+    #[test]
+    fn what_is_told_is_shown() {
+        let entry = |path: &str, hint: &str, withheld: &str| pb::Entry {
+            spiffe_id: format!("spiffe://example.org/{path}"),
+            entry_id: path.to_owned(),
+            hint: hint.to_owned(),
+            withheld: withheld.to_owned(),
+        };
+        let told = pb::ExplainResponse {
+            pid: 7,
+            uid: 1000,
+            gid: 100,
+            caller: Some(pb::Caller {
+                key: "pod:x".to_owned(),
+                why: "its cgroup is a pod's".to_owned(),
+                cgroup_line: "0::/kubepods/\x1b[2J".to_owned(),
+            }),
+            selectors: vec!["unix:uid:1000".to_owned()],
+            matches: vec![entry("web", "public", ""), entry("old", "public", "an older entry, web, has it")],
+            nearest: vec![pb::Near {
+                entry: Some(entry("db", "", "")),
+                missing: vec!["unix:gid:7".to_owned(), "unix:path:/db".to_owned()],
+                found: 1,
+            }],
+            buckets: vec![
+                bucket("gate", "pod:x", "connections", 199),
+                bucket("caller", "pod:x", "FetchX509SVID", 200),
+                bucket("caller", "pod:x", "FetchJWTSVID", 3),
+                bucket("caller", "pod:x", "FetchJWTBundles", 200),
+                bucket("caller", "pod:x", "ValidateJWTSVID", 200),
+            ],
+        };
+        assert_eq!(
+            pretty(&told),
+            "\
+Process:     7 (user 1000, group 100)
+Charged as:  pod:x: its cgroup is a pod's
+Cgroup line: 0::/kubepods/\\u{1b}[2J
+
+Selectors:
+  unix:uid:1000
+
+Entries that match, the default first:
+  spiffe://example.org/web (entry web, hint public)
+  spiffe://example.org/old (entry old, hint public)
+    not served: an older entry, web, has it
+
+Entries that nearly match:
+  spiffe://example.org/db (entry db)
+    has 1 of its selectors, misses unix:gid:7, unix:path:/db
+
+Limits:
+STAGE   KEY    METHOD             TOKENS LEFT
+gate    pod:x  connections            199/200
+caller  pod:x  FetchJWTSVID             3/200
+caller  pod:x  each other method      200/200
+"
+        );
+        assert_eq!(to_json(&told)["nearest"][0]["entry"]["entry_id"], "db");
+        assert!(pretty(&pb::ExplainResponse::default()).contains("no identity"));
+    }
+}

@@ -1,0 +1,212 @@
+//! `limits`: who calls most and is refused most, once or again and again.
+
+use std::{fmt::Write as _, time::Duration};
+
+use serde_json::json;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{
+    Failure, Output, OutputArgs,
+    admin::{AdminArgs, Column, bucket_json, table, tokens},
+    client::CallError,
+    terminal::{Terminal, clean},
+};
+use crate::api::proto::admin as pb;
+
+/// `limits`.
+#[derive(clap::Args, Clone, Debug)]
+pub(super) struct LimitsArgs {
+    /// How many of the heaviest to show, at most 1000
+    #[arg(long, value_name = "N", default_value = "10", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    top: u32,
+
+    /// Show it again every second, or every so many seconds, until Ctrl-C
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        num_args = 0..=1,
+        default_missing_value = "1",
+        value_parser = clap::value_parser!(u32).range(1..=3600)
+    )]
+    watch: Option<u32>,
+
+    #[command(flatten)]
+    admin: AdminArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Runs `limits`.
+pub(super) async fn limits(args: &LimitsArgs, terminal: &mut Terminal) -> Result<(), Failure> {
+    let first = shown(&ask(args, terminal).await?, args.output.output);
+    let Some(seconds) = args.watch else { return Ok(terminal.print(&first)?) };
+    terminal.redraw(&first)?;
+    // Taken once: a Ctrl-C during a call is met at the next wait.
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::Runtime)?;
+    let every = Duration::from_secs(u64::from(seconds));
+    let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = interrupt.recv() => return Ok(()),
+            _ = tick.tick() => {}
+        }
+        match ask(args, terminal).await {
+            Ok(now) => terminal.redraw(&shown(&now, args.output.output))?,
+            // It may be restarting: asked again at the next tick.
+            Err(err @ (CallError::Connect { .. } | CallError::Status { .. })) => terminal.note(&err),
+        }
+    }
+}
+
+async fn ask(args: &LimitsArgs, terminal: &mut Terminal) -> Result<pb::LimitsResponse, CallError> {
+    let question = pb::LimitsRequest { top: args.top };
+    args.admin.call(terminal, question, async |mut api, request| api.limits(request).await).await
+}
+
+fn shown(now: &pb::LimitsResponse, output: Output) -> String {
+    match output {
+        Output::Pretty => pretty(now),
+        Output::Json => format!("{}\n", to_json(now)),
+    }
+}
+
+fn pretty(now: &pb::LimitsResponse) -> String {
+    let keys = now.keys.unwrap_or_default();
+    let mut out = String::new();
+    // Writing to a String does not fail.
+    let _ = writeln!(
+        out,
+        "Connections: {} (attestations in flight: {})",
+        now.node_connections, now.attestations_in_flight
+    );
+    let _ = writeln!(
+        out,
+        "Buckets:     {} of the gate, {} of callers, {} of identities",
+        keys.gate, keys.caller, keys.identity
+    );
+    if let Some(memory) = &now.memory {
+        let resident = memory.resident.map_or_else(|| "unknown".to_owned(), mebibytes);
+        let budget =
+            memory.budget.map_or_else(|| "no budget".to_owned(), |bytes| format!("of {}", mebibytes(bytes)));
+        let _ = writeln!(out, "Memory:      {resident}, {budget}; pressure: {}", clean(&memory.pressure));
+    }
+    out.push('\n');
+    if now.heaviest.is_empty() {
+        out.push_str("Nobody has called yet.\n");
+    } else {
+        let rows: Vec<[String; 6]> = now.heaviest.iter().map(heavy_row).collect();
+        let columns = [
+            Column::Left("STAGE"),
+            Column::Left("KEY"),
+            Column::Left("METHOD"),
+            Column::Right("USED"),
+            Column::Right("REFUSED"),
+            Column::Right("TOKENS LEFT"),
+        ];
+        out.push_str(&table(columns, &rows));
+    }
+    if !now.connections.is_empty() {
+        let rows: Vec<[String; 2]> =
+            now.connections.iter().map(|it| [it.caller.clone(), it.open.to_string()]).collect();
+        out.push('\n');
+        out.push_str(&table([Column::Left("CALLER"), Column::Right("OPEN CONNECTIONS")], &rows));
+    }
+    out
+}
+
+fn heavy_row(heavy: &pb::Heavy) -> [String; 6] {
+    let bucket = heavy.bucket.clone().unwrap_or_default();
+    let tokens = tokens(&bucket);
+    [bucket.stage, bucket.key, bucket.method, heavy.used.to_string(), heavy.refused.to_string(), tokens]
+}
+
+/// With one decimal.
+fn mebibytes(bytes: u64) -> String {
+    let tenths = bytes.saturating_mul(10) >> 20;
+    format!("{}.{} MiB", tenths / 10, tenths % 10)
+}
+
+fn to_json(now: &pb::LimitsResponse) -> serde_json::Value {
+    let heaviest: Vec<_> = now
+        .heaviest
+        .iter()
+        .map(|heavy| {
+            let mut json = bucket_json(&heavy.bucket.clone().unwrap_or_default());
+            if let Some(json) = json.as_object_mut() {
+                json.insert("used".to_owned(), heavy.used.into());
+                json.insert("refused".to_owned(), heavy.refused.into());
+            }
+            json
+        })
+        .collect();
+    let connections: Vec<_> =
+        now.connections.iter().map(|it| json!({ "caller": it.caller, "open": it.open })).collect();
+    let memory = now.memory.clone().unwrap_or_default();
+    let keys = now.keys.unwrap_or_default();
+    json!({
+        "heaviest": heaviest,
+        "connections": connections,
+        "node_connections": now.node_connections,
+        "attestations_in_flight": now.attestations_in_flight,
+        "memory": { "pressure": memory.pressure, "budget": memory.budget, "resident": memory.resident },
+        "keys": { "gate": keys.gate, "caller": keys.caller, "identity": keys.identity },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_shown_as_a_table() {
+        let bucket = pb::Bucket {
+            stage: "caller".to_owned(),
+            key: "uid:1000".to_owned(),
+            method: "FetchJWTSVID".to_owned(),
+            limit: pb::Limit::Tokens.into(),
+            left: 0,
+            burst: 200,
+        };
+        let blocked = pb::Bucket {
+            key: "uid:7\x1b[31m".to_owned(),
+            limit: pb::Limit::Blocked.into(),
+            ..bucket.clone()
+        };
+        let now = pb::LimitsResponse {
+            heaviest: vec![
+                pb::Heavy { bucket: Some(bucket), used: 200, refused: 4321 },
+                pb::Heavy { bucket: Some(blocked), used: 0, refused: 1 },
+            ],
+            connections: vec![pb::Connections { caller: "uid:1000".to_owned(), open: 3 }],
+            node_connections: 3,
+            attestations_in_flight: 1,
+            memory: Some(pb::Memory {
+                pressure: "none".to_owned(),
+                budget: Some(24 << 20),
+                resident: Some((7 << 20) + (1 << 19)),
+            }),
+            keys: Some(pb::Keys { gate: 1, caller: 2, identity: 3 }),
+        };
+        assert_eq!(
+            pretty(&now),
+            "\
+Connections: 3 (attestations in flight: 1)
+Buckets:     1 of the gate, 2 of callers, 3 of identities
+Memory:      7.5 MiB, of 24.0 MiB; pressure: none
+
+STAGE   KEY              METHOD        USED  REFUSED  TOKENS LEFT
+caller  uid:1000         FetchJWTSVID   200     4321        0/200
+caller  uid:7\\u{1b}[31m  FetchJWTSVID     0        1      blocked
+
+CALLER    OPEN CONNECTIONS
+uid:1000                 3
+"
+        );
+        let json = to_json(&now);
+        assert_eq!(json["heaviest"][0]["left"], 0);
+        assert_eq!(json["heaviest"][1]["left"], serde_json::Value::Null);
+        assert_eq!(json["heaviest"][1]["limit"], "blocked");
+        assert!(pretty(&pb::LimitsResponse::default()).ends_with("Nobody has called yet.\n"));
+    }
+}
