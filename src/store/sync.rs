@@ -84,11 +84,12 @@ impl Sync {
         loop {
             let due_changed = self.x509.due_changed.notified();
             let next = self.maintain(&mut failing).await;
-            // Looked at again every ten seconds whatever is due: only so is it seen that the clock was set back, after
-            // which the issuer cannot sign until it has rotated. With nothing due, a look costs microseconds.
-            let look = next.min(clock.now() + LOOK);
             tokio::select! {
-                () = sleep_until(clock, look) => {}
+                () = sleep_until(clock, next) => {}
+                // Looked at again every ten seconds whatever is due, and not by the clock: only so is it seen that
+                // that one was set back, after which the issuer cannot sign until it has rotated. With nothing due,
+                // a look costs microseconds.
+                () = tokio::time::sleep(LOOK) => {}
                 () = due_changed => {}
             }
             // Many SVIDs may be made at once; one look is enough for all of them.
