@@ -433,7 +433,7 @@ impl State for X509Svids {
             }
             svids.push(served);
         }
-        let fresh_until = svids.iter().map(|served| served.renew_at).min();
+        let fresh_until = svids.iter().map(Served::fresh_until).min();
         let answer = x509_answer(&snapshot, &entries, &svids).into_bytes();
         Ok(snapshot.answers.keep(key, answer, fresh_until, now).into())
     }

@@ -42,8 +42,8 @@ struct Inner {
     held: HashMap<EntryId, Held, ahash::RandomState>,
     /// How many open streams hold the SVID of an entry.
     streams: HashMap<EntryId, usize, ahash::RandomState>,
-    /// Who is being made: one at a time per entry.
-    making: HashMap<EntryId, Arc<OnceCell<Served>>, ahash::RandomState>,
+    /// Who is being made: one at a time per entry as it is. After a reload nobody waits for what the entry was.
+    making: HashMap<(EntryId, i64), Arc<OnceCell<Served>>, ahash::RandomState>,
     uses: u64,
     /// An SVID that a stream holds was replaced since [`super::Sync`] last looked.
     replaced: bool,
@@ -69,6 +69,14 @@ pub struct Served {
     pub renew_at: SystemTime,
     /// It was made for this call.
     pub signed: bool,
+}
+
+impl Served {
+    /// Until when an answer made of it may be repeated without asking for it again: also where renewal fails and is
+    /// put off, no longer than it is valid.
+    pub fn fresh_until(&self) -> SystemTime {
+        self.renew_at.min(self.svid.not_after)
+    }
 }
 
 /// How many SVIDs there are.
@@ -190,7 +198,8 @@ impl X509Cache {
 
     /// Makes the SVID of `entry`, once for all who ask meanwhile.
     async fn make(&self, entry: &Arc<Entry>) -> Result<Served, IssuerError> {
-        let cell = Arc::clone(self.lock().making.entry_ref(&entry.id).or_default());
+        let key = (entry.id.clone(), entry.revision);
+        let cell = Arc::clone(self.lock().making.entry(key.clone()).or_default());
         let made = cell
             .get_or_try_init(|| async {
                 let svid = Arc::new(self.signer.x509(Arc::clone(entry)).await?);
@@ -199,8 +208,8 @@ impl X509Cache {
             .await
             .cloned();
         let mut inner = self.lock();
-        if inner.making.get(&entry.id).is_some_and(|current| Arc::ptr_eq(current, &cell)) {
-            inner.making.remove(&entry.id);
+        if inner.making.get(&key).is_some_and(|current| Arc::ptr_eq(current, &cell)) {
+            inner.making.remove(&key);
         }
         made
     }
@@ -353,6 +362,25 @@ mod tests {
             let target = target.map(Duration::from_secs);
             let got = renew_at(born, not_after, target, &mut || random);
             assert_eq!(got, born + Duration::from_secs(want), "{case}");
+        }
+    }
+
+    #[test]
+    fn an_answer_is_not_repeated_beyond_its_end() {
+        let born = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+        for (case, lifetime, renew_in, fresh_for) in [
+            ("renewed in time", 100, 50, 50),
+            ("renewal put off beyond the end", 100, 104, 100),
+        ] {
+            let svid = Arc::new(X509Svid {
+                spiffe_id: crate::identity::SpiffeId::parse("spiffe://td/web").unwrap(),
+                chain: Vec::new(),
+                key: Vec::new().into(),
+                not_before: born,
+                not_after: born + Duration::from_secs(lifetime),
+            });
+            let served = Served { svid, renew_at: born + Duration::from_secs(renew_in), signed: false };
+            assert_eq!(served.fresh_until(), born + Duration::from_secs(fresh_for), "{case}");
         }
     }
 
