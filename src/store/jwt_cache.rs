@@ -51,7 +51,7 @@ type Made = Arc<OnceCell<Arc<JwtSvid>>>;
 struct Slot {
     owner: SpiffeId,
     token: Made,
-    /// When a fresh one is made in the background; `None` until there is a token.
+    /// When a fresh one is made in the background; `None` until there is a token, and while a fresh one is made.
     renew_at: Option<SystemTime>,
     /// Place in the owner's order.
     place: u64,
@@ -146,8 +146,8 @@ impl JwtCache {
                 // `issued_at` lies in the future only when the clock was set back.
                 Some(token) if now < token.expires_at && token.issued_at <= now + Duration::from_secs(60) => {
                     if slot.renew_at.is_some_and(|at| at <= now) {
-                        // This caller renews it; the next ones not before this has failed.
-                        slot.renew_at = Some(now + RETRY);
+                        // This caller renews it; the next ones not before this has failed, however long it takes.
+                        slot.renew_at = None;
                         return Found::Due(Arc::clone(token));
                     }
                     return Found::Fresh(Arc::clone(token));
@@ -212,7 +212,7 @@ impl JwtCache {
     ) {
         let cache = Arc::clone(self);
         self.metrics.jwt_refreshed();
-        // One at a time per key: `find` moved `renew_at` on.
+        // One at a time per key: `find` took `renew_at` away. Should this panic, the token is made again when it ends.
         tokio::spawn(async move {
             match cache.signer.jwt(&id, ttl, &audience).await {
                 Ok(token) => {
@@ -224,6 +224,11 @@ impl JwtCache {
                     }
                 }
                 Err(error) => {
+                    if let Some(slot) = cache.lock().slots.get_mut(&key)
+                        && slot.token.initialized()
+                    {
+                        slot.renew_at.get_or_insert(cache.signer.clock().now() + RETRY);
+                    }
                     tracing::warn!(%error, spiffe_id = %id, "could not renew a jwt-svid; the valid one is served")
                 }
             }
@@ -325,6 +330,11 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::{
+        identity::KeyType,
+        issuer::embedded::{CaSource, Embedded, Settings},
+        os::clock::Clock,
+    };
 
     fn id(n: usize) -> SpiffeId {
         SpiffeId::parse(&format!("spiffe://td/{n}")).unwrap()
@@ -346,6 +356,43 @@ mod tests {
         ] {
             assert_eq!(base == other, same, "{case}");
         }
+    }
+
+    #[tokio::test]
+    async fn one_caller_renews_however_long_it_takes() {
+        let dir = tempfile::tempdir().unwrap();
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+        let clock = Clock::starting_at(now);
+        let ttl = Duration::from_secs(300);
+        let settings = Settings {
+            trust_domain: id(1).trust_domain(),
+            data_dir: dir.path().join("data"),
+            ca: CaSource::SelfSigned,
+            ca_ttl: Duration::from_secs(86400),
+            ca_key_type: KeyType::EcP256,
+            jwt_key_type: KeyType::EcP256,
+            svid_key_type: KeyType::EcP256,
+            jwt_issuer: None,
+            default_x509_svid_ttl: ttl,
+            default_jwt_svid_ttl: ttl,
+        };
+        let issuer = Arc::new(Embedded::open(settings, now).unwrap());
+        let metrics = Arc::new(Metrics::new(clock));
+        let ec = KeyType::EcP256;
+        let signer = Arc::new(Signer::new(issuer, clock, Arc::clone(&metrics), [ec, ec], ec, [ttl, ttl]));
+        let cache = JwtCache::new(signer, metrics, 10);
+        let audience = audience(&["a"]);
+        let key = key(&id(1), None, &audience);
+        let Found::Nothing(made) = cache.find(key, &id(1), now) else { panic!("there is none yet") };
+        cache.make(key, &made, &id(1), None, &audience).await.unwrap();
+
+        let due = now + Duration::from_secs(200);
+        assert!(matches!(cache.find(key, &id(1), due), Found::Due(_)));
+        for later in [0, 2, 60] {
+            let found = cache.find(key, &id(1), due + Duration::from_secs(later));
+            assert!(matches!(found, Found::Fresh(_)), "after {later} s");
+        }
+        assert!(matches!(cache.find(key, &id(1), now + ttl), Found::Nothing(_)));
     }
 
     proptest! {
