@@ -146,6 +146,7 @@ impl WorkloadApi {
 
         let mut state = X509Svids {
             parts: Arc::clone(&self.parts),
+            peer: Arc::clone(admitted.peer()),
             selectors,
             hold: x509.hold(&entries),
             signed: Vec::new(),
@@ -173,7 +174,8 @@ impl WorkloadApi {
         }
 
         let parts = Arc::clone(&self.parts);
-        let mut state = BundlesOf { parts, selectors, method, open: Ended::new(metrics, method) };
+        let peer = Arc::clone(admitted.peer());
+        let mut state = BundlesOf { parts, peer, selectors, method, open: Ended::new(metrics, method) };
         let first = state.now().await?;
         Ok(updates(state, changes, first))
     }
@@ -404,6 +406,7 @@ impl Ended {
 /// An open FetchX509SVID.
 struct X509Svids {
     parts: Arc<Parts>,
+    peer: Arc<Peer>,
     selectors: Arc<Selectors>,
     /// Keeps the SVIDs it sent renewed.
     hold: Hold,
@@ -413,6 +416,10 @@ struct X509Svids {
 }
 
 impl State for X509Svids {
+    fn is_orphaned(&self) -> bool {
+        self.peer.process().has_exited()
+    }
+
     async fn now(&mut self) -> Result<Encoded, RequestError> {
         let snapshot = self.parts.store.snapshot();
         let entries = identities(&snapshot, &self.selectors, None)?;
@@ -473,12 +480,17 @@ fn x509_answer(snapshot: &Snapshot, entries: &[AuthorizedEntry], svids: &[Served
 /// An open FetchX509Bundles or FetchJWTBundles.
 struct BundlesOf {
     parts: Arc<Parts>,
+    peer: Arc<Peer>,
     selectors: Arc<Selectors>,
     method: Method,
     open: Ended,
 }
 
 impl State for BundlesOf {
+    fn is_orphaned(&self) -> bool {
+        self.peer.process().has_exited()
+    }
+
     async fn now(&mut self) -> Result<Encoded, RequestError> {
         let snapshot = self.parts.store.snapshot();
         let entries = match identities(&snapshot, &self.selectors, None) {
