@@ -5,6 +5,7 @@
 //! everything. A listener that is configured and cannot be bound is an error at start: a probe that silently
 //! does not exist is worse than an agent that says why it did not start. No TLS here.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -18,11 +19,11 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::watch;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 
 use super::metrics::Metrics;
 
-/// More than these wait in the kernel's queue until one has ended.
+/// The next one takes the place of the oldest: a health check must not wait behind those who say nothing.
 const MOST_CONNECTIONS: usize = 16;
 /// For one connection, from accept to close.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -77,9 +78,15 @@ impl HealthState {
         Self::default()
     }
 
-    /// Tells how the agent is now.
+    /// Tells how the agent is now. One that drains stays so: a probe that was under way says nothing any more.
     pub fn set(&self, probe: Probe) {
-        self.probe.send_replace(probe);
+        self.probe.send_if_modified(|now| {
+            let changes = *now != Probe::Draining && *now != probe;
+            if changes {
+                *now = probe;
+            }
+            changes
+        });
     }
 
     /// How the agent is.
@@ -220,12 +227,9 @@ impl HttpListener {
         let Self { listener, routes } = self;
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let mut connections = JoinSet::new();
+        let mut oldest_first: VecDeque<AbortHandle> = VecDeque::with_capacity(MOST_CONNECTIONS);
         loop {
             while connections.try_join_next().is_some() {}
-            if connections.len() >= MOST_CONNECTIONS {
-                connections.join_next().await;
-                continue;
-            }
             let stream = match listener.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
@@ -234,8 +238,14 @@ impl HttpListener {
                     continue;
                 }
             };
+            oldest_first.retain(|connection| !connection.is_finished());
+            if oldest_first.len() >= MOST_CONNECTIONS
+                && let Some(oldest) = oldest_first.pop_front()
+            {
+                oldest.abort();
+            }
             let routes = routes.clone();
-            connections.spawn(async move {
+            oldest_first.push_back(connections.spawn(async move {
                 let service = service_fn(move |request| {
                     let response = routes.answer(&request);
                     async move { Ok::<_, Infallible>(response) }
@@ -249,7 +259,7 @@ impl HttpListener {
                     .serve_connection(TokioIo::new(stream), service);
                 // A broken or slow peer is its own affair, and logging each would be its lever.
                 drop(tokio::time::timeout(DEADLINE, connection).await);
-            });
+            }));
         }
     }
 }
@@ -347,9 +357,9 @@ mod tests {
         }
     }
 
-    /// Silent connections take every place, and are put out of it by the header timeout.
-    #[tokio::test(start_paused = true)]
-    async fn silent_connections_do_not_stay() {
+    /// Silent connections take every place; the oldest of them gives its place to who comes, the others keep theirs.
+    #[tokio::test]
+    async fn nobody_waits_behind_silent_connections() {
         let address = served(Routes::Metrics(Arc::new(Metrics::new(Clock::SYSTEM))));
         let mut silent = Vec::new();
         for _ in 0..MOST_CONNECTIONS {
@@ -357,6 +367,35 @@ mod tests {
         }
         let answer = ask(address, "GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
         assert_eq!(parts(&answer).0, "200");
+        assert_eq!(silent[0].read(&mut [0]).await.unwrap(), 0, "the oldest is closed");
+        let last = silent.last_mut().unwrap();
+        last.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        last.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(parts(&answer).0, "200", "the latest is still served");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_connection_does_not_stay() {
+        let address = served(Routes::Metrics(Arc::new(Metrics::new(Clock::SYSTEM))));
+        let mut silent = TcpStream::connect(address).await.unwrap();
+        assert_eq!(silent.read(&mut [0]).await.unwrap(), 0);
+    }
+
+    #[test]
+    fn an_agent_that_drains_stays_so() {
+        let state = HealthState::new();
+        let changes = state.subscribe();
+        for (probe, then) in [
+            (Probe::Healthy, Probe::Healthy),
+            (Probe::Unavailable, Probe::Unavailable),
+            (Probe::Draining, Probe::Draining),
+            (Probe::Healthy, Probe::Draining),
+        ] {
+            state.set(probe);
+            assert_eq!(state.get(), then);
+        }
+        assert!(changes.has_changed().unwrap());
     }
 
     #[test]
