@@ -73,7 +73,7 @@ pub struct Running {
     /// The admin socket, where there is one.
     admin: Option<JoinHandle<std::io::Result<peer::listener::Drained>>>,
     /// Ends with the agent.
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
 }
 
 impl std::fmt::Debug for Running {
@@ -258,7 +258,7 @@ impl Running {
             stop,
             serving,
             admin,
-            _tasks: tasks,
+            tasks,
         })
     }
 
@@ -309,12 +309,20 @@ impl Running {
         Ok(changes)
     }
 
-    /// Ends when serving has ended by itself, which is a fault.
+    /// Ends when serving has ended by itself, or a task that goes on for ever has: faults. Without the one that
+    /// rotates, say, the agent would look well until everything has expired.
     pub async fn failed(&mut self) -> anyhow::Error {
-        match (&mut self.serving).await {
-            Ok(Ok(_)) => anyhow::anyhow!("serving ended without having been told to"),
-            Ok(Err(error)) => anyhow::Error::new(error).context("cannot serve the workload api"),
-            Err(panic) => anyhow::Error::new(panic).context("serving ended early"),
+        loop {
+            tokio::select! {
+                ended = &mut self.serving => return match ended {
+                    Ok(Ok(_)) => anyhow::anyhow!("serving ended without having been told to"),
+                    Ok(Err(error)) => anyhow::Error::new(error).context("cannot serve the workload api"),
+                    Err(panic) => anyhow::Error::new(panic).context("serving ended early"),
+                },
+                Some(Err(panic)) = self.tasks.join_next() => {
+                    return anyhow::Error::new(panic).context("a part of the agent ended early");
+                }
+            }
         }
     }
 

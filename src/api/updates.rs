@@ -141,7 +141,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_fault_is_tried_again_though_nothing_changes() {
-        let (sender, mut stream) = opened(&[None, None, Some("second"), Some("second"), Some("third")], false);
+        let (sender, mut stream) =
+            opened(&[None, None, Some("second"), Some("second"), Some("third")], false);
         let first = stream.next().await.unwrap().unwrap();
         assert_eq!(first.into_bytes(), "first");
         sender.send_replace(Change::Generation(2));

@@ -368,10 +368,9 @@ mod tests {
     #[test]
     fn an_answer_is_not_repeated_beyond_its_end() {
         let born = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
-        for (case, lifetime, renew_in, fresh_for) in [
-            ("renewed in time", 100, 50, 50),
-            ("renewal put off beyond the end", 100, 104, 100),
-        ] {
+        for (case, lifetime, renew_in, fresh_for) in
+            [("renewed in time", 100, 50, 50), ("renewal put off beyond the end", 100, 104, 100)]
+        {
             let svid = Arc::new(X509Svid {
                 spiffe_id: crate::identity::SpiffeId::parse("spiffe://td/web").unwrap(),
                 chain: Vec::new(),
