@@ -4,23 +4,17 @@
 //! bytes that were encoded once for many callers ([`super::encoded`]).
 
 #[expect(
+    clippy::allow_attributes,
     clippy::allow_attributes_without_reason,
+    clippy::as_conversions,
+    clippy::clone_on_ref_ptr,
     unused_qualifications,
     reason = "generated"
 )]
 #[rustfmt::skip]
 pub mod admin;
 
-#[expect(
-    clippy::all,
-    clippy::allow_attributes,
-    clippy::allow_attributes_without_reason,
-    clippy::unwrap_used,
-    clippy::use_self,
-    clippy::clone_on_ref_ptr,
-    unused_qualifications,
-    reason = "generated"
-)]
+#[expect(clippy::allow_attributes_without_reason, unused_qualifications, reason = "generated")]
 #[rustfmt::skip]
 pub mod workload;
 

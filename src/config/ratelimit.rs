@@ -801,7 +801,7 @@ fn node(mut block: Section<'_>, node: &mut NodeSettings) {
 fn memory(mut block: Section<'_>, memory: &mut budget::Settings) {
     let s = &mut block;
     let right = "must be \"auto\", or bytes from 8 MiB to 1 TiB: \"24MiB\" (also KiB, GiB), or 25165824";
-    let limit = s.parsed("limit", |text| parse_memory(text), right);
+    let limit = s.parsed("limit", parse_memory, right);
     set(&mut memory.limit, limit.map(|at| at.value));
     let usual = *memory;
     let mut step = |key| s.integer(key, 1..=100);

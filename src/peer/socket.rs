@@ -208,7 +208,8 @@ impl Socket {
     /// [`BindError`]; [`BindError::NotPrivate`] for a directory that is there, and in which others could write.
     pub fn bind_private(path: &Path) -> Result<Self, BindError> {
         // A path without a directory above it is refused below, or is in the working directory.
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let parent =
+            path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
         let failed = |source| BindError::Directory { path: parent.to_owned(), source };
         make_directory(parent, 0o700).map_err(failed)?;
         let directory = fs::metadata(parent).map_err(failed)?;

@@ -4,6 +4,8 @@
 //! The neighbour is the command, run as another user where the tests run as root. Where they do not, it is the same caller
 //! as the hostile one, and asks once that one is done. What a single connection may do is held in `listener`.
 
+#![expect(clippy::disallowed_methods, reason = "its hostile clients are threads, which may sleep")]
+
 use std::{
     io::{Read as _, Write as _},
     net::Shutdown,
@@ -253,7 +255,7 @@ fn hostile_connections_end_within_budget() {
             |_| frame(DATA, 0, 1, &[]),
         ),
         Hostile::new("thousands of streams", &[PREFACE, &deaf], 5_000, {
-            let (headers, body) = (headers.clone(), body.clone());
+            let (headers, body) = (headers.clone(), body);
             move |nth| {
                 let data = frame(DATA, END_STREAM, odd(nth), &body);
                 [frame(HEADERS, END_HEADERS, odd(nth), &headers), data].concat()

@@ -9,7 +9,7 @@ pub struct X509svidResponse {
     /// Certificate revocation lists, DER. Never filled.
     #[prost(bytes = "vec", repeated, tag = "2")]
     pub crl: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
-    /// Bundles of foreign trust domains, by "spiffe://<trust domain>"; concatenated DER certificates.
+    /// Bundles of foreign trust domains, by `spiffe://<trust domain>`; concatenated DER certificates.
     #[prost(btree_map = "string, bytes", tag = "3")]
     pub federated_bundles: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
@@ -39,7 +39,7 @@ pub struct X509BundlesRequest {}
 pub struct X509BundlesResponse {
     #[prost(bytes = "vec", repeated, tag = "1")]
     pub crl: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
-    /// By "spiffe://<trust domain>"; concatenated DER certificates.
+    /// By `spiffe://<trust domain>`; concatenated DER certificates.
     #[prost(btree_map = "string, bytes", tag = "2")]
     pub bundles: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
@@ -74,7 +74,7 @@ pub struct Jwtsvid {
 pub struct JwtBundlesRequest {}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct JwtBundlesResponse {
-    /// By "spiffe://<trust domain>"; JWK sets as JSON.
+    /// By `spiffe://<trust domain>`; JWK sets as JSON.
     #[prost(btree_map = "string, bytes", tag = "1")]
     pub bundles: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
