@@ -19,7 +19,16 @@ mod names;
 pub mod status;
 pub mod unix;
 
-use std::{fs::File, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fs::File,
+    io,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
 use nix::unistd::{Gid, Pid, Uid};
@@ -109,6 +118,9 @@ pub enum AttestError {
         /// Where the agent sees it.
         path: PathBuf,
     },
+    /// The user database does not answer, and there are entries that ask for names.
+    #[error("the user database does not say what the caller's user or one of its groups is called")]
+    NoNames,
     /// Something under `/proc` could not be read.
     #[error("cannot read {}", path.display())]
     Read {
@@ -147,9 +159,11 @@ impl AttestError {
             | Self::Changed { .. }
             | Self::Busy
             | Self::Late { .. } => Blame::Refusal,
-            Self::OtherPidNamespace | Self::Unknown { .. } | Self::Read { .. } | Self::Malformed { .. } => {
-                Blame::Fault
-            }
+            Self::OtherPidNamespace
+            | Self::Unknown { .. }
+            | Self::NoNames
+            | Self::Read { .. }
+            | Self::Malformed { .. } => Blame::Fault,
         }
     }
 
@@ -158,7 +172,7 @@ impl AttestError {
         match self {
             Self::Gone | Self::IdentityChanged { .. } | Self::Unknown { .. } => AttestFault::Gone,
             Self::OtherPidNamespace => AttestFault::Namespace,
-            Self::Busy | Self::Late { .. } => AttestFault::Busy,
+            Self::Busy | Self::Late { .. } | Self::NoNames => AttestFault::Busy,
             Self::TooLarge { .. }
             | Self::TooManyGroups { .. }
             | Self::Changed { .. }
@@ -186,6 +200,8 @@ pub struct Attestor {
     /// Only [`Attestor::reload`] writes.
     configured: ArcSwap<Configured>,
     names: Names,
+    /// Whether an attestation without a name that there may be is a failed one.
+    names_count: AtomicBool,
     digests: Digests,
     /// Whether [`Process::is_alive`] sees a change of user or group.
     kernel_tells_owner: bool,
@@ -220,6 +236,7 @@ impl Attestor {
             proc_root: proc_root.into(),
             configured: ArcSwap::from_pointee(Configured { generation: 0, settings }),
             names: Names::of_system(),
+            names_count: AtomicBool::new(true),
             digests: Digests::default(),
             kernel_tells_owner: kernel_tells_owner(),
             metrics: None,
@@ -235,6 +252,13 @@ impl Attestor {
     /// Attests with other settings from the next call on; nothing that was found out with the old ones is used.
     pub fn reload(&self, settings: Settings) {
         self.configured.rcu(|old| Configured { generation: old.generation + 1, settings });
+    }
+
+    /// Says whether any entry asks for the name of a user or group ([`unix::needs_name`]). If so (as at the start), an
+    /// attestation for which the user database does not answer fails: a selector that is missing would be a smaller
+    /// identity. If not, nobody is to wait for a directory server that is away.
+    pub fn names_count(&self, count: bool) {
+        self.names_count.store(count, Ordering::Relaxed);
     }
 
     /// The selectors of an admitted peer. Reads of `/proc` are made on this thread, as they take microseconds; what
@@ -288,6 +312,11 @@ impl Attestor {
             }
         };
         let names = self.names.find(&unix::ids(&seen.status)).await;
+        if names.iter().any(Result::is_err) && self.names_count.load(Ordering::Relaxed) {
+            process.is_alive()?;
+            return Err(AttestError::NoNames);
+        }
+        let names = names.into_iter().map(Result::unwrap_or_default).collect();
         let selectors = unix::selectors(&seen.status, names, seen.executable.as_ref(), sha256.as_deref());
 
         // Last of all: it lives now, so everything above was read of it.
@@ -490,6 +519,32 @@ mod tests {
             let selectors = attestor(case).selectors(&fixture(pid, owner)).await.unwrap();
             assert_eq!(numbers(&selectors), want.split(' ').collect(), "{case}");
             assert!(selectors.iter().all(|s| s.kind() == "unix"), "{case}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_user_database_that_does_not_answer_makes_no_smaller_identity() {
+        for (case, count, want) in
+            [("entries ask for names", true, None), ("nobody asks for names", false, Some("uid:1000"))]
+        {
+            let names = Names::new(Arc::new(|_| Err(nix::errno::Errno::EIO)), Duration::from_secs(2));
+            let attestor = Attestor { names, ..attestor("user-with-groups") };
+            attestor.names_count(count);
+            match (attestor.selectors(&fixture(4100, (1000, 1001))).await, want) {
+                (Ok(selectors), Some(want)) => assert!(numbers(&selectors).contains(want), "{case}"),
+                (Err(AttestError::NoNames), None) => {}
+                (got, want) => panic!("{case}: {got:?}, not {want:?}"),
+            }
+        }
+        for (selector, needs) in [
+            ("unix:user:web", true),
+            ("unix:group:www", true),
+            ("unix:supplementary_group:adm", true),
+            ("unix:uid:1000", false),
+            ("unix:path:/user:x", false),
+        ] {
+            let selector = crate::identity::Selector::parse(selector).unwrap();
+            assert_eq!(unix::needs_name(&selector), needs, "{selector}");
         }
     }
 

@@ -2,8 +2,9 @@
 //!
 //! A lookup may ask a directory server and hang, so none ever runs on a runtime thread: misses go to the blocking
 //! pool, at most [`WORKERS`] at a time, and a caller waits at most [`PATIENCE`] for all of its names. What was found
-//! is believed for [`LIFETIME`]; that there is no such name likewise, and a failure for [`RETRY`]. As in SPIRE a
-//! name that cannot be found is no error: the selector is missing, and the numeric one beside it is there.
+//! is believed for [`LIFETIME`]; that there is no such name likewise. As in SPIRE that there is no such name is no error:
+//! the selector is missing, and the numeric one beside it is there. That the database does not answer is something else:
+//! what was known before is believed for [`RETRY`] more, and where nothing was, whoever asked is told so.
 //!
 //! Absent on purpose: waking up to refresh. What nobody asks for is not asked again.
 
@@ -57,9 +58,16 @@ struct Tables {
     groups: HashMap<u32, Known>,
 }
 
+/// The database did not say whether there is a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Unanswered;
+
+/// A name, or that there is none.
+pub(super) type Name = Result<Option<Arc<str>>, Unanswered>;
+
 #[derive(Clone)]
 struct Known {
-    name: Option<Arc<str>>,
+    name: Name,
     until: Instant,
 }
 
@@ -69,19 +77,22 @@ impl Names {
         Self::new(Arc::new(system), PATIENCE)
     }
 
-    fn new(database: Arc<Database>, patience: Duration) -> Self {
+    /// Names from this database; a caller waits for it so long at most.
+    pub(super) fn new(database: Arc<Database>, patience: Duration) -> Self {
         let workers = Arc::new(Semaphore::new(WORKERS));
         Self { tables: Arc::default(), workers, database, patience }
     }
 
-    /// The names of `ids`, in their order; `None` for what has none, or whose name could not be found in time.
-    pub(super) async fn find(&self, ids: &[Id]) -> Vec<Option<Arc<str>>> {
+    /// The names of `ids`, in their order.
+    pub(super) async fn find(&self, ids: &[Id]) -> Vec<Name> {
         let (mut names, missing) = self.known(ids);
         if !missing.is_empty() {
             let found = self.look_up(missing).await;
             for (id, name) in ids.iter().zip(&mut names) {
-                if name.is_none() {
-                    *name = found.get(id).cloned().flatten();
+                if name.is_err()
+                    && let Some(found) = found.get(id)
+                {
+                    name.clone_from(found);
                 }
             }
         }
@@ -89,7 +100,7 @@ impl Names {
     }
 
     /// What is known now, without waiting, and what is not.
-    fn known(&self, ids: &[Id]) -> (Vec<Option<Arc<str>>>, Vec<Id>) {
+    fn known(&self, ids: &[Id]) -> (Vec<Name>, Vec<Id>) {
         let now = Instant::now();
         let tables = self.tables();
         let mut missing = Vec::new();
@@ -99,14 +110,14 @@ impl Names {
                 Some(known) => known.name.clone(),
                 None => {
                     missing.push(*id);
-                    None
+                    Err(Unanswered)
                 }
             })
             .collect();
         (names, missing)
     }
 
-    async fn look_up(&self, missing: Vec<Id>) -> HashMap<Id, Option<Arc<str>>> {
+    async fn look_up(&self, missing: Vec<Id>) -> HashMap<Id, Name> {
         let deadline = Instant::now() + self.patience;
         let names = self.clone();
         let asked = missing.clone();
@@ -124,14 +135,14 @@ impl Names {
         match tokio::time::timeout_at(deadline, job).await {
             Ok(found) => found,
             Err(_late) => {
-                tracing::debug!(ids = missing.len(), "user or group lookup takes too long; names left out");
+                tracing::debug!(ids = missing.len(), "user or group lookup takes too long");
                 self.give_up(missing)
             }
         }
     }
 
     /// Asks for each, as long as somebody waits. Runs on a blocking thread.
-    fn ask(&self, ids: Vec<Id>, deadline: Instant) -> HashMap<Id, Option<Arc<str>>> {
+    fn ask(&self, ids: Vec<Id>, deadline: Instant) -> HashMap<Id, Name> {
         let mut found = HashMap::with_capacity(ids.len());
         for id in ids {
             let now = Instant::now();
@@ -144,10 +155,10 @@ impl Names {
                     let answer = (self.database)(id);
                     let now = Instant::now();
                     let (name, until) = match answer {
-                        Ok(name) => (name.map(Arc::from), now + LIFETIME),
+                        Ok(name) => (Ok(name.map(Arc::from)), now + LIFETIME),
                         Err(errno) => {
-                            tracing::debug!(?id, %errno, "user or group lookup failed; name left out");
-                            (None, now + RETRY)
+                            tracing::debug!(?id, %errno, "user or group lookup failed");
+                            (self.tables().last(id), now + RETRY)
                         }
                     };
                     self.tables().insert(id, Known { name: name.clone(), until }, now);
@@ -160,15 +171,16 @@ impl Names {
     }
 
     /// Takes what a late batch has found so far, and lets nobody wait for the rest of it for a while.
-    fn give_up(&self, ids: Vec<Id>) -> HashMap<Id, Option<Arc<str>>> {
+    fn give_up(&self, ids: Vec<Id>) -> HashMap<Id, Name> {
         let now = Instant::now();
         let mut tables = self.tables();
         ids.into_iter()
             .map(|id| match tables.get(id, now).cloned() {
                 Some(known) => (id, known.name),
                 None => {
-                    tables.insert(id, Known { name: None, until: now + RETRY }, now);
-                    (id, None)
+                    let name = tables.last(id);
+                    tables.insert(id, Known { name: name.clone(), until: now + RETRY }, now);
+                    (id, name)
                 }
             })
             .collect()
@@ -181,11 +193,19 @@ impl Names {
 
 impl Tables {
     fn get(&self, id: Id, now: Instant) -> Option<&Known> {
-        let known = match id {
+        self.any(id).filter(|known| now < known.until)
+    }
+
+    /// What was found the last time, however long ago that is.
+    fn last(&self, id: Id) -> Name {
+        self.any(id).map_or(Err(Unanswered), |known| known.name.clone())
+    }
+
+    fn any(&self, id: Id) -> Option<&Known> {
+        match id {
             Id::User(uid) => self.users.get(&uid),
             Id::Group(gid) => self.groups.get(&gid),
-        };
-        known.filter(|known| now < known.until)
+        }
     }
 
     fn insert(&mut self, id: Id, known: Known, now: Instant) {
@@ -227,6 +247,7 @@ mod tests {
             match id {
                 Id::User(404) => Ok(None),
                 Id::User(500) if *times == 1 => Err(Errno::EIO),
+                Id::User(501) if *times == 2 => Err(Errno::EIO),
                 Id::User(n) => Ok(Some(format!("user{n}.{times}"))),
                 Id::Group(n) => Ok(Some(format!("group{n}.{times}"))),
             }
@@ -234,10 +255,15 @@ mod tests {
         Names::new(Arc::new(database), PATIENCE)
     }
 
+    /// `?` for one that the database does not tell.
+    fn text(name: &Name) -> Option<&str> {
+        name.as_ref().map_or(Some("?"), Option::as_deref)
+    }
+
     async fn one(names: &Names, id: Id) -> Option<String> {
         let found = names.find(&[id]).await;
         assert_eq!(found.len(), 1);
-        found.into_iter().next().flatten().map(|name| name.to_string())
+        text(&found[0]).map(str::to_owned)
     }
 
     #[tokio::test(start_paused = true)]
@@ -246,7 +272,7 @@ mod tests {
         let mixed = [Id::User(1), Id::Group(1), Id::User(404), Id::User(1)];
         let want = [Some("user1.1"), Some("group1.1"), None, Some("user1.1")];
         let found: Vec<_> = names.find(&mixed).await;
-        assert_eq!(found.iter().map(Option::as_deref).collect::<Vec<_>>(), want);
+        assert_eq!(found.iter().map(text).collect::<Vec<_>>(), want);
 
         tokio::time::advance(LIFETIME - Duration::from_millis(10)).await;
         assert_eq!(one(&names, Id::User(1)).await.as_deref(), Some("user1.1"), "still believed");
@@ -255,12 +281,18 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_failure_leaves_the_name_out_and_is_tried_again_soon() {
+    async fn a_failure_is_no_answer_and_is_tried_again_soon() {
         let names = counting();
-        assert_eq!(one(&names, Id::User(500)).await, None, "failed");
-        assert_eq!(one(&names, Id::User(500)).await, None, "not asked at once again");
+        assert_eq!(one(&names, Id::User(500)).await.as_deref(), Some("?"), "failed");
+        assert_eq!(one(&names, Id::User(500)).await.as_deref(), Some("?"), "not asked at once again");
         tokio::time::advance(RETRY).await;
         assert_eq!(one(&names, Id::User(500)).await.as_deref(), Some("user500.2"));
+
+        assert_eq!(one(&names, Id::User(501)).await.as_deref(), Some("user501.1"));
+        tokio::time::advance(LIFETIME).await;
+        assert_eq!(one(&names, Id::User(501)).await.as_deref(), Some("user501.1"), "what was known holds");
+        tokio::time::advance(RETRY).await;
+        assert_eq!(one(&names, Id::User(501)).await.as_deref(), Some("user501.3"));
     }
 
     #[tokio::test]
@@ -268,7 +300,8 @@ mod tests {
         let names = counting();
         let many: Vec<_> = (0..4000).flat_map(|n| [Id::User(n), Id::Group(n)]).collect();
         let found = names.find(&many).await;
-        assert_eq!(found.iter().flatten().count(), 2 * 4000 - 2, "all but user 404 and user 500");
+        let told = found.iter().filter(|name| matches!(name, Ok(Some(_)))).count();
+        assert_eq!(told, 2 * 4000 - 2, "all but user 404 and user 500");
         let tables = names.tables();
         assert!((1..=CAPACITY).contains(&tables.users.len()), "{}", tables.users.len());
         assert!((1..=CAPACITY).contains(&tables.groups.len()), "{}", tables.groups.len());
@@ -287,7 +320,7 @@ mod tests {
         };
         let names = Names::new(Arc::new(database), Duration::from_millis(20));
         for uid in 0..16 {
-            assert_eq!(one(&names, Id::User(uid)).await, None, "left out");
+            assert_eq!(one(&names, Id::User(uid)).await.as_deref(), Some("?"), "no answer");
         }
         assert!(*entered.lock().unwrap() <= WORKERS, "threads that hang");
         drop(release);
@@ -299,9 +332,6 @@ mod tests {
     #[tokio::test]
     async fn root_has_a_name_in_the_systems_database() {
         let found = Names::of_system().find(&[Id::User(0), Id::Group(0), Id::User(u32::MAX - 7)]).await;
-        assert_eq!(
-            found.iter().map(Option::as_deref).collect::<Vec<_>>(),
-            [Some("root"), Some("root"), None]
-        );
+        assert_eq!(found.iter().map(text).collect::<Vec<_>>(), [Some("root"), Some("root"), None]);
     }
 }

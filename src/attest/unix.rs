@@ -172,6 +172,12 @@ fn unreadable(path: PathBuf, errno: Errno) -> AttestError {
     }
 }
 
+/// Whether a selector can only be found with a name from the user database.
+pub fn needs_name(selector: &Selector) -> bool {
+    let what = selector.value().split(':').next().unwrap_or_default();
+    selector.kind() == KIND && matches!(what, "user" | "group" | "supplementary_group")
+}
+
 /// Whose names the selectors of a process need, in the order that [`selectors`] takes them.
 pub(super) fn ids(status: &Status) -> Vec<Id> {
     let of_process = [Id::User(status.uid), Id::Group(status.gid)];
