@@ -244,6 +244,7 @@ fn check_config(text: &str, drop_in: &str, expand_env: ExpandEnv<'_>) {
             ];
             assert!(paths.into_iter().flatten().all(|path| path.is_absolute()));
             assert!(diff(config, config).is_empty());
+            assert_eq!(config.ratelimit.check(Some(own)), Ok(()), "what is read can be put in force");
         }
         Err(errors) => {
             assert!(!errors.list().is_empty());

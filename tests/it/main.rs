@@ -21,6 +21,7 @@ mod listener;
 mod metrics;
 mod mtls;
 mod process;
+mod ratelimit_config;
 mod rotation;
 mod support;
 mod systemd;
