@@ -46,7 +46,9 @@ const CONFIG: &str = "agent.conf";
 const ENTRIES: &str = "entries.d";
 const ENTRY: &str = "me.conf";
 const LOG: &str = "agent.log";
-const SOCKET: &str = "api.sock";
+/// Apart from each other: whoever is given the directory of the one is not given the other.
+const SOCKET: &str = "public/api.sock";
+const ADMIN_SOCKET: &str = "private/admin.sock";
 const NAME: &str = "durward-quickstart";
 const DEFAULT_TRUST_DOMAIN: &str = "example.org";
 
@@ -130,7 +132,7 @@ async fn serve(args: &QuickstartArgs, config: Config, terminal: &mut Terminal) -
     }
     let agent = Running::start(config, None, Clock::SYSTEM).map_err(Failure::Agent)?;
     let shown = tokio::select! {
-        shown = show(agent.socket_path(), terminal) => shown.map(|()| !args.exit_after_fetch),
+        shown = show(agent.config(), terminal) => shown.map(|()| !args.exit_after_fetch),
         () = ends.next() => Ok(false),
     };
     let result = match shown {
@@ -151,7 +153,8 @@ async fn serve(args: &QuickstartArgs, config: Config, terminal: &mut Terminal) -
 }
 
 /// Fetches, checks and shows what a workload of this user gets.
-async fn show(path: &Path, terminal: &mut Terminal) -> Result<(), Failure> {
+async fn show(config: &Config, terminal: &mut Terminal) -> Result<(), Failure> {
+    let path = &config.socket_path;
     terminal.print(&format!("  serve {SOCKET:<20} {}\n", path.display()))?;
     let socket = Socket { path: path.to_owned(), chosen: Chosen::Own };
     let client = Client::connect(&socket, Some(LIMIT)).await?;
@@ -165,7 +168,7 @@ async fn show(path: &Path, terminal: &mut Terminal) -> Result<(), Failure> {
     let valid =
         client.validate_jwt_svid(terminal, &audience, &token.svid).await.map_err(Failure::Validate)?;
     terminal.print(&jwt_text(&token.svid, valid, now))?;
-    Ok(terminal.print(&next_steps(path))?)
+    Ok(terminal.print(&next_steps(path, config.admin_socket_path.as_deref()))?)
 }
 
 fn x509_text(answer: &X509Answer, now: SystemTime) -> String {
@@ -234,16 +237,21 @@ fn until(at: OffsetDateTime, now: SystemTime) -> String {
 }
 
 /// Commands to paste into another terminal.
-fn next_steps(socket: &Path) -> String {
+fn next_steps(socket: &Path, admin: Option<&Path>) -> String {
     let durward = shell_word(&program());
     let path = shell_word(&socket.to_string_lossy());
     let uri = shell_word(&format!("unix://{}", socket.display()));
+    let admin = admin.map(|path| {
+        let path = shell_word(&path.to_string_lossy());
+        format!("{durward} limits --watch --socket-path {path}\n  {durward} explain --socket-path {path} --pid $$\n  ")
+    });
+    let admin = admin.unwrap_or_default();
     format!(
         "\nIn another terminal, as this user:\n  \
          {durward} api fetch x509 --socket-path {path}\n  \
          {durward} api fetch jwt --audience my-service --socket-path {path}\n  \
          {durward} api watch --socket-path {path}\n  \
-         {durward} healthcheck --socket-path {path}\n\
+         {admin}{durward} healthcheck --socket-path {path}\n\
          Any SPIFFE client finds the agent by\n  \
          export SPIFFE_ENDPOINT_SOCKET={uri}\n"
     )
@@ -289,8 +297,8 @@ impl Layout {
         let config = dir.join(CONFIG);
         let config_is_new = missing(&config)?;
         if config_is_new {
-            let socket = socket_path(&dir, uid.as_raw(), super::environment)?;
-            put(&dir, CONFIG, &config_text(&dir, &socket, trust_domain)?)?;
+            let sockets = socket_dir(&dir, uid.as_raw(), super::environment)?;
+            put(&dir, CONFIG, &config_text(&dir, &sockets, trust_domain)?)?;
         }
         let entry_is_new = missing(&entries.join(ENTRY))?;
         if entry_is_new {
@@ -366,16 +374,17 @@ fn private_dir(path: &Path) -> Result<(), QuickstartError> {
     Ok(())
 }
 
-/// In the directory; when that path is too long for a socket, in a short one of this user's alone.
-fn socket_path(
+/// The directory below which the sockets are: this one; when its path is too long for them, a short one of this user's alone.
+fn socket_dir(
     dir: &Path,
     uid: u32,
     environment: impl Fn(&str) -> Option<OsString>,
 ) -> Result<PathBuf, QuickstartError> {
-    let fits = |path: &Path| path.as_os_str().len() <= MAX_SOCKET_PATH;
-    let here = dir.join(SOCKET);
-    if fits(&here) {
-        return Ok(here);
+    let fits = |dir: &Path| {
+        [SOCKET, ADMIN_SOCKET].iter().all(|name| dir.join(name).as_os_str().len() <= MAX_SOCKET_PATH)
+    };
+    if fits(dir) {
+        return Ok(dir.to_owned());
     }
     // The same directory always has the same socket.
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, dir.as_os_str().as_encoded_bytes());
@@ -384,15 +393,15 @@ fn socket_path(
         .map(PathBuf::from)
         .filter(|runtime| runtime.is_absolute() && private_dir(runtime).is_ok())
         .map(|runtime| runtime.join(format!("durward-{hash}")))
-        .filter(|short| fits(&short.join(SOCKET)))
+        .filter(|short| fits(short))
         .unwrap_or_else(|| PathBuf::from(format!("/tmp/durward-{uid}-{hash}")));
     private_dir(&short)?;
-    Ok(short.join(SOCKET))
+    Ok(short)
 }
 
-fn config_text(dir: &Path, socket: &Path, trust_domain: &str) -> Result<String, QuickstartError> {
+fn config_text(dir: &Path, sockets: &Path, trust_domain: &str) -> Result<String, QuickstartError> {
     let (data, log) = (quoted(&dir.join("data"))?, quoted(&dir.join(LOG))?);
-    let socket = quoted(socket)?;
+    let (socket, admin_socket) = (quoted(&sockets.join(SOCKET))?, quoted(&sockets.join(ADMIN_SOCKET))?);
     Ok(format!(
         r#"# Durward's configuration, written by "durward quickstart" and yours from now on: it is never overwritten.
 # "durward validate --config THIS_FILE" checks it. An agent that runs reads it again on SIGHUP.
@@ -403,6 +412,9 @@ agent {{
 
     # Where workloads ask for their identity. SPIFFE clients find it by SPIFFE_ENDPOINT_SOCKET=unix://PATH.
     socket_path = {socket}
+
+    # Where you ask who calls how often (durward limits), and who a process is taken for (durward explain).
+    admin_socket_path = {admin_socket}
 
     # Keys and state. Whoever can read this can issue identities: its mode is 0700.
     data_dir = {data}
@@ -538,15 +550,20 @@ mod tests {
         fs::DirBuilder::new().mode(0o700).create(&runtime).unwrap();
         let long = base.path().join("x".repeat(100));
         let none = |_: &str| None;
-        assert_eq!(socket_path(base.path(), 1, none).unwrap(), base.path().join("api.sock"));
+        assert_eq!(socket_dir(base.path(), 1, none).unwrap(), base.path());
 
         let some = |name: &str| (name == "XDG_RUNTIME_DIR").then(|| runtime.clone().into_os_string());
-        let got = socket_path(&long, 1, some).unwrap();
-        assert!(got.starts_with(&runtime) && got.as_os_str().len() <= MAX_SOCKET_PATH, "{}", got.display());
-        assert_eq!(got, socket_path(&long, 1, some).unwrap(), "the same again");
-        let other = socket_path(&base.path().join("y".repeat(100)), 1, some).unwrap();
+        let got = socket_dir(&long, 1, some).unwrap();
+        let longest = got.join(ADMIN_SOCKET);
+        assert!(
+            got.starts_with(&runtime) && longest.as_os_str().len() <= MAX_SOCKET_PATH,
+            "{}",
+            got.display()
+        );
+        assert_eq!(got, socket_dir(&long, 1, some).unwrap(), "the same again");
+        let other = socket_dir(&base.path().join("y".repeat(100)), 1, some).unwrap();
         assert_ne!(got, other, "another directory has another socket");
-        assert_eq!(fs::metadata(got.parent().unwrap()).unwrap().mode() & 0o777, 0o700);
+        assert_eq!(fs::metadata(&got).unwrap().mode() & 0o777, 0o700);
     }
 
     #[test]
@@ -574,7 +591,8 @@ mod tests {
             let config = Config::load(&layout.config, ExpandEnv::No).unwrap();
             assert_eq!(config.trust_domain, domain, "{name}");
             assert_eq!(config.data_dir, dir.join("data"), "{name}");
-            assert_eq!(config.socket_path, dir.join("api.sock"), "{name}");
+            assert_eq!(config.socket_path, dir.join("public/api.sock"), "{name}");
+            assert_eq!(config.admin_socket_path, Some(dir.join("private/admin.sock")), "{name}");
             let ids: Vec<_> = config.entries.iter().map(|entry| entry.spiffe_id.to_string()).collect();
             assert_eq!(ids, ["spiffe://td.test/me"], "{name}");
 

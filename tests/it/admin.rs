@@ -9,6 +9,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::Duration,
 };
 
 use durward::{
@@ -148,6 +149,31 @@ async fn explain_shows_what_fits_and_what_nearly_does() {
             (Code::NotFound, &*format!("there is no process {pid}"))
         );
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_answers_when_the_public_socket_takes_nobody() {
+    let agent = Agent::start("");
+    // More than one caller may have, and silent.
+    let mut open = Vec::new();
+    for _ in 0..300 {
+        open.push(tokio::net::UnixStream::connect(agent.agent.socket()).await.unwrap());
+    }
+    let mut admin = agent.admin().await;
+    let caller = format!("uid:{}", nix::unistd::geteuid());
+    let most = [pb::Connections { caller, open: 64 }];
+    // Connections are taken one after the other, some perhaps after a question.
+    let full = async {
+        while admin.limits(pb::LimitsRequest { top: 1 }).await.unwrap().into_inner().connections != most {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), full).await.expect("as many as one caller may have");
+    // Many of its own, one after the other: they have places for eight.
+    for _ in 0..20 {
+        agent.admin().await.limits(pb::LimitsRequest { top: 1 }).await.unwrap();
+    }
+    drop(open);
 }
 
 /// Runs the command as a person does, and gives what it says: stdout, stderr, exit code.

@@ -934,8 +934,9 @@ fn quickstart_serves_until_it_is_told_to_end() {
         let lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
         let shown: Vec<_> = lines.take_while(|line| !line.starts_with("Serving. ")).collect();
         let commands: Vec<_> = shown.iter().filter(|line| line.contains(" --socket-path ")).collect();
-        assert_eq!(commands.len(), 4, "{shown:?}");
-        for command in commands.into_iter().filter(|line| !line.contains(" api watch ")) {
+        assert_eq!(commands.len(), 6, "{shown:?}");
+        let endless = |line: &str| line.contains(" api watch ") || line.contains(" limits --watch ");
+        for command in commands.into_iter().filter(|line| !endless(line)) {
             let got = Command::new("/bin/sh").args(["-c", command]).output().unwrap();
             assert!(got.status.success(), "{command}: {}", text(&got.stderr));
         }
