@@ -29,10 +29,11 @@ pub(super) async fn explain(args: &ExplainArgs, terminal: &mut Terminal) -> Resu
     let question = pb::ExplainRequest { pid: args.pid };
     let told =
         args.admin.call(terminal, question, async |mut api, request| api.explain(request).await).await?;
-    Ok(match args.output.output {
-        Output::Pretty => terminal.print(&pretty(&told))?,
-        Output::Json => terminal.print(&format!("{}\n", to_json(&told)))?,
-    })
+    let text = match args.output.output {
+        Output::Pretty => pretty(&told),
+        Output::Json => format!("{}\n", to_json(&told)),
+    };
+    Ok(terminal.print(&text)?)
 }
 
 fn pretty(told: &pb::ExplainResponse) -> String {
