@@ -606,6 +606,9 @@ fn state_is_the_owners_alone() {
     let dir = outer.path().join("a/data");
     drop(Embedded::open(settings(&dir), start()).unwrap());
     assert_eq!(mode(&dir), 0o700);
+    // What lies above is as whoever makes directories here would make it.
+    fs::create_dir(outer.path().join("usual")).unwrap();
+    assert_eq!(mode(&outer.path().join("a")), mode(&outer.path().join("usual")) & 0o755);
     let mut names: Vec<_> = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     names.sort();
     assert_eq!(names, ["issuer.json", "issuer.lock"]);

@@ -37,7 +37,11 @@ impl DataDir {
         let unreadable = |cause| IssuerError::Read { path: dir.to_owned(), cause };
         let found = match fs::metadata(dir) {
             Err(err) if err.kind() == io::ErrorKind::NotFound => {
-                let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
+                // Those above it may hold more than keys: the socket, for one, which everybody must reach.
+                let above = dir.parent().filter(|above| !above.as_os_str().is_empty());
+                let made = above
+                    .map_or(Ok(()), |above| DirBuilder::new().recursive(true).mode(0o755).create(above))
+                    .and_then(|()| DirBuilder::new().recursive(true).mode(0o700).create(dir));
                 made.map_err(|cause| IssuerError::Write { path: dir.to_owned(), cause })?;
                 fs::metadata(dir).map_err(unreadable)?
             }
