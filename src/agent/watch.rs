@@ -24,6 +24,10 @@ use crate::{
 
 const EVERY: Duration = Duration::from_millis(250);
 
+/// Caches that were emptied are emptied again after so many looks, or when memory is shorter than then, and not at each look:
+/// what is made anew costs its caller a signature.
+const TICKS_PER_SHRINK: u32 = 40;
+
 /// Log lines about refusals and the gauges are worth a look this often.
 const TICKS_PER_REPORT: u32 = 4;
 
@@ -55,9 +59,16 @@ impl Watch {
         every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut pressure = Pressure::None;
         let mut tick = 0_u32;
+        // When, and how short memory was.
+        let mut emptied: Option<(u32, Pressure)> = None;
         loop {
             every.tick().await;
-            self.relieve(&mut pressure);
+            let emptied_at = emptied.map_or(Pressure::None, |(at, then)| {
+                if tick.wrapping_sub(at) < TICKS_PER_SHRINK { then } else { Pressure::None }
+            });
+            if self.relieve(&mut pressure, emptied_at) {
+                emptied = Some((tick, pressure));
+            }
             tick = tick.wrapping_add(1);
             if tick.is_multiple_of(TICKS_PER_REPORT) {
                 self.report();
@@ -65,17 +76,21 @@ impl Watch {
         }
     }
 
-    /// Does what the budget asks for. Each step does what those before it do.
-    fn relieve(&self, pressure: &mut Pressure) {
+    /// Does what the budget asks for. Each step does what those before it do; caches are emptied when memory is shorter than
+    /// `emptied_at`. Returns whether they were.
+    fn relieve(&self, pressure: &mut Pressure, emptied_at: Pressure) -> bool {
         let Budget { settings, bytes } = *self.memory.borrow();
         let now = match (bytes, heap::resident()) {
             (Some(budget), Some(used)) => settings.step(used, budget),
             _ => Pressure::None,
         };
-        if now >= Pressure::ShrinkCaches {
+        let empty = now > emptied_at;
+        if empty {
             self.jwt.clear();
             self.x509.shrink();
             self.limits.shrink();
+        }
+        if now >= Pressure::ShrinkCaches {
             heap::trim();
         }
         // What shrinking gave back counts.
@@ -105,6 +120,7 @@ impl Watch {
             }
             *pressure = now;
         }
+        empty
     }
 
     fn report(&self) {
