@@ -97,8 +97,8 @@ pub enum Pressure {
     None,
     /// Forget what can be made again: cached SVIDs that nobody holds, full buckets ([`super::Limits::shrink`]).
     ShrinkCaches,
-    /// Callers that hold connections get no more. One that holds none still may have its first: else whoever fills memory
-    /// would lock the others out.
+    /// Callers that hold connections get no more. One that holds none, or one that it may have left already, still gets one: else
+    /// whoever fills memory would lock the others out.
     RefuseNew,
     /// Nobody gets a connection, and those of the heaviest caller ([`super::Gate::heaviest`]) are closed.
     CloseHeaviest,

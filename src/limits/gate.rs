@@ -2,7 +2,7 @@
 //!
 //! A connection costs descriptors and memory before anything was asked for, so the first decision is made here. In this
 //! order: blocked; the caller's open connections; its rate of new ones; the node's connections. Of the last, a part
-//! (`reserve`) is kept for callers that hold none: however many one caller opens, and however many callers do, there is
+//! (`reserve`) is kept for callers that hold none, or one: however many one caller opens, and however many callers do, there is
 //! one for the next that comes. Admin connections have places of their own.
 //!
 //! A decision is a table look-up: it waits for nobody, so no caller's connection stands behind another's. Callers with open
@@ -34,6 +34,10 @@ use super::{
 pub const DESCRIPTORS_PER_CONNECTION: u64 = 2;
 /// Kept for all that is no connection: listeners, logs, files being read.
 pub const OTHER_DESCRIPTORS: u64 = 64;
+
+/// Who holds fewer connections counts as holding none: one that calls anew for each call has left its last one, and the agent may
+/// not have seen that yet.
+const FEW: u32 = 2;
 
 /// What one caller may.
 #[derive(Clone, Debug, PartialEq)]
@@ -67,7 +71,7 @@ pub struct GateSettings {
     /// Connections of the node. Default: what RLIMIT_NOFILE has room for at [`DESCRIPTORS_PER_CONNECTION`] each, and half of
     /// the memory budget at [`budget::CONNECTION`] each; the lower of both.
     pub connections: Option<NonZeroU32>,
-    /// Of which so many are kept for callers that hold none. Default 64; at most half of the connections count.
+    /// Of which so many are kept for callers that hold none, or one. Default 64; at most half of the connections count.
     pub reserve: u32,
     /// Connections to the admin socket, in addition. Default 8.
     pub admin: u32,
@@ -378,7 +382,7 @@ impl Shared {
 
     /// What all share: the last question.
     fn decide_shared(&self, plan: &Plan, total: u32, has: u32, exempt: bool) -> Result<(), GateRefusal> {
-        let newcomer = has == 0 || exempt;
+        let newcomer = has < FEW || exempt;
         let pressure = self.pressure.load(Ordering::Relaxed);
         let short = if newcomer { Pressure::CloseHeaviest } else { Pressure::RefuseNew };
         if pressure >= short.rank() && !exempt {

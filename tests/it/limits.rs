@@ -557,6 +557,27 @@ async fn memory_pressure_stops_those_who_have_first() {
     drop(held);
 }
 
+/// Who calls on a new connection each time still holds the last one, as far as the agent knows.
+#[test]
+fn one_connection_is_as_good_as_none_for_the_reserve() {
+    let gate = gate(GateSettings {
+        default: rule(50, Limit::Unlimited),
+        connections: Some(number(20)),
+        reserve: 10,
+        ..GateSettings::default()
+    });
+    let (greedy, polite) = (CallerKey::Uid(1), CallerKey::Uid(2));
+    let held: Vec<Permit> = (0..20).map_while(|_| gate.open(greedy).ok()).collect();
+    assert_eq!(held.len(), 10);
+    let mut last = gate.open(polite).unwrap();
+    for _ in 0..100 {
+        last = gate.open(polite).unwrap();
+    }
+    let _second = gate.open(polite).unwrap();
+    assert!(gate.open(polite).is_err(), "the reserve is not for a third");
+    drop(last);
+}
+
 #[test]
 fn descriptors_and_memory_bound_the_connections() {
     let settings = open();
@@ -586,8 +607,9 @@ proptest! {
     ) {
         let gate = gate(GateSettings {
             default: rule(15, Limit::Quota(Quota::new(1e6, Per::Second, 1_000_000).unwrap())),
-            connections: Some(number(40)),
-            reserve: 16,
+            connections: Some(number(60)),
+            // Two for each of the six, and one for each newcomer.
+            reserve: 22,
             ..GateSettings::default()
         });
         let mut held: Vec<(u32, Permit)> = vec![];
@@ -599,7 +621,7 @@ proptest! {
                     (true, None) => {}
                     (false, _) => held.extend(gate.open(CallerKey::Uid(uid)).ok().map(|permit| (uid, permit))),
                 }
-                prop_assert!(gate.connections() <= 40);
+                prop_assert!(gate.connections() <= 60);
                 prop_assert_eq!(usize::try_from(gate.connections()).unwrap(), held.len());
                 let own = held.iter().filter(|(owner, _)| *owner == uid).count();
                 prop_assert!(own <= 15);
