@@ -321,9 +321,10 @@ impl Running {
                     Ok(Err(error)) => anyhow::Error::new(error).context("cannot serve the workload api"),
                     Err(panic) => anyhow::Error::new(panic).context("serving ended early"),
                 },
-                Some(Err(panic)) = self.tasks.join_next() => {
+                // One that ended well is no fault, and the others are still to be watched.
+                Some(ended) = self.tasks.join_next() => if let Err(panic) = ended {
                     return anyhow::Error::new(panic).context("a part of the agent ended early");
-                }
+                },
             }
         }
     }

@@ -227,7 +227,7 @@ impl JwtCache {
                     if let Some(slot) = cache.lock().slots.get_mut(&key)
                         && slot.token.initialized()
                     {
-                        slot.renew_at.get_or_insert(cache.signer.clock().now() + RETRY);
+                        slot.renew_at.get_or_insert_with(|| cache.signer.clock().now() + RETRY);
                     }
                     tracing::warn!(%error, spiffe_id = %id, "could not renew a jwt-svid; the valid one is served")
                 }
