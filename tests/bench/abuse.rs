@@ -19,8 +19,6 @@
     clippy::panic,
     clippy::print_stdout,
     clippy::print_stderr,
-    clippy::unwrap_used,
-    clippy::string_slice,
     reason = "a bench, not the agent"
 )]
 #![allow(dead_code, clippy::allow_attributes, reason = "a part of frames is used")]
@@ -384,7 +382,7 @@ impl Agent {
         let enter = "test -z \"$0\" || echo $$ > \"$0/cgroup.procs\"; exec \"$@\"";
         let child = Command::new("/bin/sh")
             .args(["-c", enter])
-            .arg(cgroup.as_ref().map_or(Path::new(""), |cgroup| &cgroup.0))
+            .arg(cgroup.as_ref().map_or_else(|| Path::new(""), |cgroup| &cgroup.0))
             .args([env!("CARGO_BIN_EXE_durward"), "run", "--config"])
             .arg(dir.path().join("agent.conf"))
             .stdin(Stdio::null())
@@ -537,7 +535,7 @@ fn scenario(name: &str, abuse: Abuse, label: &str) {
     tallies.iter().for_each(|tally| all.add(*tally));
 
     // The same processor time, by as many, without calling.
-    let agent = (!killed).then_some(agent).unwrap_or_else(|| Agent::start(blocks));
+    let agent = if killed { Agent::start(blocks) } else { agent };
     let burners = workers * ABUSERS.len() as u64;
     let took_micros = (took.as_micros() as u64).max(1);
     let (part, number) = match abuse {
@@ -562,7 +560,7 @@ fn scenario(name: &str, abuse: Abuse, label: &str) {
         all.silent.to_string(),
         mib(quiet),
         format!("**{}**", mib(highest)),
-        charged.map_or("-".to_owned(), |(most, met)| format!("{} ({met})", mib(most / 1024))),
+        charged.map_or_else(|| "-".to_owned(), |(most, met)| format!("{} ({met})", mib(most / 1024))),
         if killed { "**yes**" } else { "no" }.to_owned(),
         format!("**{}/{}**", polite.answered, polite.asked),
         format!("{}/{}", ms(polite.p50), ms(polite.p99)),
