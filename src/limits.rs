@@ -96,7 +96,7 @@ impl Settings {
     /// # Errors
     /// [`SettingsError`] names the first thing that cannot be meant.
     pub fn check(&self, trust_domain: Option<&TrustDomain>) -> Result<(), SettingsError> {
-        admission::Plan::new(self)?;
+        admission::Plan::new(self, None)?;
         gate::Rules::new(&self.gate)?;
         self.memory.check()?;
         let foreign = |ours: &&TrustDomain| {

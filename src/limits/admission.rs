@@ -7,7 +7,10 @@
 
 use std::{
     num::NonZeroU32,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, UNIX_EPOCH},
 };
 
@@ -234,7 +237,7 @@ impl Charge {
 impl Drop for Charge {
     fn drop(&mut self) {
         if let (Some(shared), Some(held)) = (&self.shared, self.held) {
-            shared.callers().settle(shared.now(), held.key, held.place, held.quota, held.cost, self.pays);
+            shared.callers().settle(held.key, held.place, held.quota, held.cost, self.pays);
         }
     }
 }
@@ -244,7 +247,8 @@ impl Drop for Charge {
 pub(super) struct Plan {
     caller: Policy<CallerPattern>,
     identity: Policy<IdPattern>,
-    node: [Option<Quota>; Method::ALL.len()],
+    node: [Option<Node>; Method::ALL.len()],
+    told: Told,
     node_dry: bool,
     dry: bool,
     status: RejectionStatus,
@@ -252,11 +256,12 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    pub(super) fn new(settings: &Settings) -> Result<Self, SettingsError> {
+    /// A plan of these settings. Of the `old` one it keeps what was spent of the node's buckets.
+    pub(super) fn new(settings: &Settings, old: Option<&Self>) -> Result<Self, SettingsError> {
         let caller = Policy::new(&settings.caller);
         let identity = Policy::new(&settings.identity);
-        let mut node = [None; Method::ALL.len()];
-        for (slot, method) in node.iter_mut().zip(Method::ALL) {
+        let mut quotas = [None; Method::ALL.len()];
+        for (slot, method) in quotas.iter_mut().zip(Method::ALL) {
             let mut rules = settings.node.methods.iter().filter(|(of, _)| *of == method);
             *slot = rules.next().map_or(settings.node.default, |(_, quota)| *quota);
             if rules.next().is_some() {
@@ -266,10 +271,19 @@ impl Plan {
         if !(16..=1 << 24).contains(&settings.keys) {
             return Err(SettingsError::Keys(settings.keys));
         }
+        let caller = caller.map_err(|source| SettingsError::Policy { stage: "caller", source })?;
+        let identity = identity.map_err(|source| SettingsError::Policy { stage: "identity", source })?;
+        // Last, since it empties the old buckets to see what they held: nothing may fail after it.
+        let told = old.map_or_else(Told::default, |old| old.told.clone());
+        let node = std::array::from_fn(|at| {
+            let quota = quotas.get(at).copied().flatten()?;
+            Node::new(quota, old.and_then(|old| old.node.get(at)).and_then(Option::as_ref), &told)
+        });
         Ok(Self {
-            caller: caller.map_err(|source| SettingsError::Policy { stage: "caller", source })?,
-            identity: identity.map_err(|source| SettingsError::Policy { stage: "identity", source })?,
+            caller,
+            identity,
             node,
+            told,
             node_dry: settings.node.dry_run,
             dry: settings.dry_run,
             status: settings.rejection_status,
@@ -278,41 +292,44 @@ impl Plan {
     }
 }
 
-/// Time since the agent started, for `governor`.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Started(Instant);
+/// The time that `governor` goes by: the latest it was told, so that one look at the clock serves a whole decision.
+#[derive(Clone, Debug, Default)]
+struct Told(Arc<AtomicU64>);
 
-impl Started {
-    pub(super) fn nanos(self) -> u64 {
-        u64::try_from(self.0.elapsed().as_nanos()).unwrap_or(u64::MAX / 2)
+impl Told {
+    fn tell(&self, now: u64) {
+        self.0.fetch_max(now, Ordering::Relaxed);
     }
 }
 
-impl GovernorClock for Started {
+impl GovernorClock for Told {
     type Instant = Nanos;
 
     fn now(&self) -> Nanos {
-        Nanos::new(self.nanos())
+        Nanos::new(self.0.load(Ordering::Relaxed))
     }
 }
 
-type NodeBucket = RateLimiter<NotKeyed, InMemoryState, Started, NoOpMiddleware<Nanos>>;
+type NodeBucket = RateLimiter<NotKeyed, InMemoryState, Told, NoOpMiddleware<Nanos>>;
 
 /// The bucket of a method that all share, with the quota it was made for.
 #[derive(Debug)]
 struct Node {
     quota: Quota,
-    bucket: NodeBucket,
+    bucket: Arc<NodeBucket>,
 }
 
 impl Node {
     /// A bucket of `quota` from which as much is spent as from `old`.
-    fn new(quota: Quota, old: Option<&Self>, clock: Started) -> Option<Self> {
+    fn new(quota: Quota, old: Option<&Self>, clock: &Told) -> Option<Self> {
+        if let Some(Self { bucket, .. }) = old.filter(|old| old.quota == quota) {
+            return Some(Self { quota, bucket: Arc::clone(bucket) });
+        }
         let burst = NonZeroU32::new(quota.burst())?;
         let governed = governor::Quota::with_period(quota.per_token())?.allow_burst(burst);
-        let new = Self { quota, bucket: RateLimiter::direct_with_clock(governed, clock) };
+        let new = Self { quota, bucket: Arc::new(RateLimiter::direct_with_clock(governed, clock.clone())) };
         // governor has no way to ask what is left, nor to change a quota. The old bucket is done with: emptying it, in
-        // halves, says what it held.
+        // halves, says what it held. Calls that still see it find it empty for the microseconds until the new plan is there.
         let spent = old.map_or(0, |old| {
             let mut left = 0;
             for tokens in (0..=old.quota.burst().ilog2()).rev().filter_map(|bit| NonZeroU32::new(1 << bit)) {
@@ -344,11 +361,10 @@ struct Shared {
     hasher: Hasher,
     callers: Mutex<Table>,
     identities: Mutex<Identities>,
-    node: ArcSwap<[Option<Node>; Method::ALL.len()]>,
     slots: Arc<Slots>,
     refusing: Mutex<Refusing>,
     counters: Counters,
-    started: Started,
+    started: Instant,
     wall: Clock,
 }
 
@@ -381,10 +397,8 @@ impl Limits {
         recorder: &dyn metrics::Recorder,
     ) -> Result<Self, SettingsError> {
         settings.check(None)?;
-        let plan = Plan::new(settings)?;
+        let plan = Plan::new(settings, None)?;
         let counters = Counters::new(recorder);
-        let started = Started(Instant::now());
-        let node = plan.node.map(|quota| quota.and_then(|quota| Node::new(quota, None, started)));
         let shared = Shared {
             plan: ArcSwap::from_pointee(plan),
             hasher: Hasher::default(),
@@ -393,11 +407,10 @@ impl Limits {
                 table: Table::new(settings.keys, settings.keys),
                 held: Vec::with_capacity(16),
             }),
-            node: ArcSwap::from_pointee(node),
-            slots: Arc::new(Slots::new(&settings.node, counters.in_flight.clone())),
+            slots: Arc::new(Slots::new(&settings.node)),
             refusing: Mutex::default(),
             counters,
-            started,
+            started: Instant::now(),
             wall,
         };
         Ok(Self { shared: Arc::new(shared) })
@@ -409,17 +422,11 @@ impl Limits {
     /// [`SettingsError`], and nothing has changed.
     pub fn reload(&self, settings: &Settings) -> Result<(), SettingsError> {
         settings.check(None)?;
-        let plan = Plan::new(settings)?;
         let shared = &*self.shared;
-        let old = shared.node.load();
-        let node = std::array::from_fn(|at| {
-            let quota = plan.node.get(at).copied().flatten()?;
-            Node::new(quota, old.get(at).and_then(Option::as_ref), shared.started)
-        });
+        let plan = Plan::new(settings, Some(&shared.plan.load()))?;
         shared.callers().resize(settings.keys, settings.keys / PARENT_SHARE);
         shared.identities().table.resize(settings.keys, settings.keys);
         shared.slots.reload(&settings.node);
-        shared.node.store(Arc::new(node));
         shared.plan.store(Arc::new(plan));
         Ok(())
     }
@@ -436,6 +443,7 @@ impl Limits {
             return Ok(Admitted { peer, charge, slot: None });
         }
         let shared = &self.shared;
+        let now = shared.now();
         let plan = shared.plan.load();
         let choice = plan.caller.choose(&caller, method);
         let limit = shared.limit(choice.rule);
@@ -459,13 +467,12 @@ impl Limits {
             Limit::Block => {
                 shared
                     .refuse(&ask, own_type, Reason::Blocked, Duration::MAX)
-                    .inspect_err(|refusal| shared.note(refusal, &who()))?;
+                    .inspect_err(|refusal| shared.note(now, refusal, &who()))?;
             }
             Limit::Quota(quota) => {
                 let key = shared.caller_key(caller, method, &choice);
                 let cost = choice.rule.costs.answer;
-                let done =
-                    shared.callers().hold(shared.now(), key, quota, cost, || Heavy::new(who(), method.rpc()));
+                let done = shared.callers().hold(now, key, quota, cost, || (who(), method.rpc()));
                 match done {
                     Ok((place, level)) => {
                         charge.held = Some(Held { key, place, quota, cost });
@@ -476,7 +483,7 @@ impl Limits {
                     }
                     Err(wait) => shared
                         .refuse(&ask, own_type, Reason::Rate, wait)
-                        .inspect_err(|refusal| shared.note(refusal, &who()))?,
+                        .inspect_err(|refusal| shared.note(now, refusal, &who()))?,
                 }
             }
         }
@@ -496,7 +503,7 @@ impl Limits {
                 match shared.refuse(&ask, key_type, Reason::InFlight, SHORT_WAIT) {
                     Ok(()) => None,
                     Err(refusal) => {
-                        shared.note(&refusal, &Name::Caller(caller));
+                        shared.note(now, &refusal, &Name::Caller(caller));
                         return refund(&mut charge, refusal);
                     }
                 }
@@ -504,7 +511,7 @@ impl Limits {
         };
         if !method.has_identity()
             && !charge.exempt
-            && let Err(refusal) = shared.charge_node(&plan, method)
+            && let Err(refusal) = shared.charge_node(&plan, method, now)
         {
             return refund(&mut charge, refusal);
         }
@@ -625,6 +632,7 @@ impl Limits {
         for (gauge, number) in gauges.iter().skip(1).zip([callers, identities]) {
             gauge.set(u32::try_from(number).map_or(f64::MAX, f64::from));
         }
+        self.shared.counters.in_flight.set(f64::from(self.shared.slots.in_use()));
         (callers, identities)
     }
 
@@ -657,14 +665,15 @@ struct Ask<'a> {
 
 fn type_at(place: Place, own: KeyType) -> KeyType {
     match place {
-        Place::Own => own,
+        Place::Own(_) => own,
         Place::Overflow | Place::Stray => KeyType::Overflow,
     }
 }
 
 impl Shared {
+    /// Nanoseconds since the limits were made.
     fn now(&self) -> u64 {
-        self.started.nanos()
+        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX / 2)
     }
 
     fn callers(&self) -> MutexGuard<'_, Table> {
@@ -733,9 +742,9 @@ impl Shared {
     }
 
     /// Lists a key as being refused. Load shedding lists nobody: it is nobody's doing.
-    fn note(&self, refusal: &Refusal, name: &Name) {
+    fn note(&self, now: u64, refusal: &Refusal, name: &Name) {
         if !refusal.shed {
-            self.refusing().note(self.now(), refusal.stage, name);
+            self.refusing().note(now, refusal.stage, name);
         }
     }
 
@@ -747,18 +756,18 @@ impl Shared {
         }
     }
 
-    fn charge_node(&self, plan: &Plan, method: Method) -> Result<(), Refusal> {
-        let node = self.node.load();
-        let Some(Node { bucket, .. }) = node.get(method.index()).and_then(Option::as_ref) else {
+    fn charge_node(&self, plan: &Plan, method: Method, now: u64) -> Result<(), Refusal> {
+        let Some(Node { bucket, .. }) = plan.node.get(method.index()).and_then(Option::as_ref) else {
             return Ok(());
         };
+        plan.told.tell(now);
         match bucket.check() {
             Ok(()) => {
                 self.counters.count(Stage::Node, Some(method), KeyType::Node, Outcome::Allowed);
                 Ok(())
             }
             Err(not_until) => {
-                let wait = not_until.wait_time_from(Nanos::new(self.now()));
+                let wait = not_until.wait_time_from(plan.told.now());
                 let ask = Ask { plan, stage: Stage::Node, method, dry: plan.dry || plan.node_dry };
                 self.refuse(&ask, KeyType::Node, Reason::Rate, wait)
             }
@@ -797,7 +806,7 @@ impl Shared {
                         continue;
                     }
                     let cost = choice.rule.costs.answer;
-                    let who = || Heavy::new(identity_name(id, choice.shared), method.rpc());
+                    let who = || (identity_name(id, choice.shared), method.rpc());
                     match table.hold(now, key, quota, cost, who) {
                         Ok((place, level)) => {
                             let held_here = Held { key, place, quota, cost };
@@ -819,14 +828,14 @@ impl Shared {
             Some(Worst { wait, reason, key_type, id, mask }) => {
                 let ask = Ask { plan: &plan, stage: Stage::Identity, method, dry: false };
                 self.refuse(&ask, key_type, reason, wait)
-                    .inspect_err(|refusal| self.note(refusal, &identity_name(id, mask)))
+                    .inspect_err(|refusal| self.note(now, refusal, &identity_name(id, mask)))
             }
-            None if node_counts && !caller_exempt => self.charge_node(&plan, method),
+            None if node_counts && !caller_exempt => self.charge_node(&plan, method, now),
             None => Ok(()),
         };
         for (it, level, key_type) in held.drain(..) {
             let pays = if done.is_ok() { it.cost } else { 0 };
-            table.settle(now, it.key, it.place, it.quota, it.cost, pays);
+            table.settle(it.key, it.place, it.quota, it.cost, pays);
             if done.is_ok() {
                 self.counters.count(Stage::Identity, Some(method), key_type, Outcome::Allowed);
                 self.count_soft(&plan, Stage::Identity, level);

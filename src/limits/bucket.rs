@@ -19,7 +19,7 @@ use std::{num::NonZeroU32, time::Duration};
 
 use hashbrown::HashTable;
 
-use super::report::Heavy;
+use super::report::{Heavy, Name};
 
 /// The highest rate, in tokens per second. Above it a bucket is no protection; say `unlimited`.
 pub const MAX_RATE: f64 = 1_000_000.0;
@@ -271,23 +271,29 @@ impl Hasher {
 /// Which bucket a call was charged to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// Its own.
-    Own,
+    /// Its own, which was here; it may have moved since, which is seen.
+    Own(u32),
     /// Its parent's: there was no room.
     Overflow,
     /// The one of last resort: there was no room for another parent either.
     Stray,
 }
 
+/// All that a decision about a known key reads and writes: one line of the processor's cache.
 #[derive(Debug)]
+#[repr(align(64))]
 struct Cell {
     hash: [u64; 2],
     parent: u64,
     bucket: Bucket,
+    used: u32,
+    refused: u32,
     /// Used again since the hand last passed: such a bucket is forgotten a round later than one used once.
     again: bool,
-    seen: Heavy,
 }
+
+/// Whose cell it is, for people.
+type Who = (Name, &'static str);
 
 #[derive(Debug)]
 struct Parent {
@@ -311,6 +317,8 @@ pub struct Table {
     per_parent: usize,
     index: HashTable<u32>,
     cells: Vec<Cell>,
+    /// Of each cell, in the same order.
+    names: Vec<Who>,
     parents: HashTable<Parent>,
     stray: Bucket,
     seed: ahash::RandomState,
@@ -327,6 +335,7 @@ impl Table {
             per_parent: 1,
             index: HashTable::new(),
             cells: Vec::new(),
+            names: Vec::new(),
             parents: HashTable::new(),
             stray: Bucket::default(),
             seed: ahash::RandomState::new(),
@@ -343,6 +352,7 @@ impl Table {
         self.capacity = capacity.clamp(16, 1 << 24);
         self.per_parent = per_parent.clamp(1, self.capacity);
         self.cells.reserve_exact(self.capacity.saturating_sub(self.cells.len()));
+        self.names.reserve_exact(self.capacity.saturating_sub(self.names.len()));
         let more = self.capacity.saturating_sub(self.index.len());
         let cells = &self.cells;
         self.index.reserve(more, |at| hash_at(cells, *at));
@@ -368,17 +378,17 @@ impl Table {
         key: Key,
         quota: Quota,
         cost: u32,
-        who: impl FnOnce() -> Heavy,
+        who: impl FnOnce() -> Who,
     ) -> Result<(Place, Level), Duration> {
         let now = self.tick(now);
-        if let Some(cell) = self.find(key.hash) {
+        if let Some((at, cell)) = self.find(key.hash) {
             cell.again = true;
             let outcome = cell.bucket.hold(now, quota, cost);
             match outcome {
-                Ok(_) => cell.seen.used = cell.seen.used.saturating_add(1),
-                Err(_) => cell.seen.refused = cell.seen.refused.saturating_add(1),
+                Ok(_) => cell.used = cell.used.saturating_add(1),
+                Err(_) => cell.refused = cell.refused.saturating_add(1),
             }
-            return outcome.map(|level| (Place::Own, level));
+            return outcome.map(|level| (Place::Own(at), level));
         }
         let Some(at) = self.has_room(now, key.parent).then(|| u32::try_from(self.cells.len()).ok()).flatten()
         else {
@@ -399,21 +409,26 @@ impl Table {
             hash: key.hash,
             parent: key.parent,
             bucket,
+            used: 1,
+            refused: 0,
             again: false,
-            seen: Heavy { used: 1, ..who() },
         });
+        self.names.push(who());
         let cells = &self.cells;
         self.index.insert_unique(key.hash[0], at, |at| hash_at(cells, *at));
-        Ok((Place::Own, level))
+        Ok((Place::Own(at), level))
     }
 
     /// Ends a call that held tokens; see [`Bucket::settle`]. A bucket with tokens held is never forgotten, so it is there.
-    pub fn settle(&mut self, now: u64, key: Key, place: Place, quota: Quota, held: u32, cost: u32) {
-        let now = self.tick(now);
+    ///
+    /// It counts as ended at the latest time that the table was told. That is not before it began, and saves a look at the
+    /// clock; the tokens begin to flow back no sooner than if they had been taken at once.
+    pub fn settle(&mut self, key: Key, place: Place, quota: Quota, held: u32, cost: u32) {
+        let now = self.latest;
         let refund = u32::from(held > 0 && cost == 0);
         let bucket = match place {
-            Place::Own => self.find(key.hash).map(|cell| {
-                cell.seen.used = cell.seen.used.saturating_sub(refund);
+            Place::Own(at) => self.cell(key.hash, at).map(|cell| {
+                cell.used = cell.used.saturating_sub(refund);
                 &mut cell.bucket
             }),
             Place::Overflow => self.parent(key.parent).map(|parent| &mut parent.overflow),
@@ -427,26 +442,34 @@ impl Table {
     /// Adds to what a known key has spent, as a debt of at most one burst. A key that is not known has a full bucket, and is
     /// left in peace: this is for a cost that shows itself after the call was charged.
     pub fn charge(&mut self, now: u64, key: Key, quota: Quota, cost: u32) {
-        self.settle(now, key, Place::Own, quota, 0, cost);
+        self.tick(now);
+        self.settle(key, Place::Own(u32::MAX), quota, 0, cost);
     }
 
     /// Tokens left to a key, if it is known.
     pub fn left(&mut self, now: u64, key: Key, quota: Quota) -> Option<u32> {
         let now = self.tick(now);
-        self.find(key.hash).map(|cell| cell.bucket.left(now, quota))
+        self.find(key.hash).map(|(_, cell)| cell.bucket.left(now, quota))
     }
 
     /// The `n` keys that were refused most, then those that were served most, since each was last forgotten.
     pub fn heaviest(&self, n: usize) -> Vec<Heavy> {
-        let mut top: Vec<&Heavy> = Vec::with_capacity(n.saturating_add(1).min(self.cells.len() + 1));
-        for cell in &self.cells {
-            let at = top.partition_point(|other| other.weight() >= cell.seen.weight());
+        let weight = |cell: &Cell| (cell.refused, cell.used);
+        let mut top: Vec<(&Cell, &Who)> = Vec::with_capacity(n.min(self.cells.len()).saturating_add(1));
+        for (cell, who) in self.cells.iter().zip(&self.names) {
+            let at = top.partition_point(|(other, _)| weight(other) >= weight(cell));
             if at < n {
-                top.insert(at, &cell.seen);
+                top.insert(at, (cell, who));
                 top.truncate(n);
             }
         }
-        top.into_iter().cloned().collect()
+        let heavy = |(cell, (name, what)): (&Cell, &Who)| Heavy {
+            name: name.clone(),
+            what,
+            used: cell.used,
+            refused: cell.refused,
+        };
+        top.into_iter().map(heavy).collect()
     }
 
     /// Forgets every full bucket and returns memory: for when memory is short. The time it takes grows with the table
@@ -467,10 +490,18 @@ impl Table {
         self.latest
     }
 
-    fn find(&mut self, hash: [u64; 2]) -> Option<&mut Cell> {
+    fn find(&mut self, hash: [u64; 2]) -> Option<(u32, &mut Cell)> {
         let cells = &mut self.cells;
         let at = *self.index.find(hash[0], |at| cell_at(cells, *at).is_some_and(|cell| cell.hash == hash))?;
-        cells.get_mut(usize::try_from(at).ok()?)
+        Some((at, cells.get_mut(usize::try_from(at).ok()?)?))
+    }
+
+    /// The cell of a key that was last seen at a place.
+    fn cell(&mut self, hash: [u64; 2], at: u32) -> Option<&mut Cell> {
+        if cell_at(&self.cells, at).is_some_and(|cell| cell.hash == hash) {
+            return self.cells.get_mut(usize::try_from(at).ok()?);
+        }
+        self.find(hash).map(|(_, cell)| cell)
     }
 
     fn parent(&mut self, id: u64) -> Option<&mut Parent> {
@@ -526,6 +557,7 @@ impl Table {
             *place = to;
         }
         let cell = self.cells.swap_remove(at);
+        drop(self.names.swap_remove(at));
         let hash = self.seed.hash_one(cell.parent);
         if let Ok(mut entry) = self.parents.find_entry(hash, |parent| parent.id == cell.parent) {
             let parent = entry.get_mut();
@@ -597,7 +629,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::limits::{caller::CallerKey, report::Name};
+    use crate::limits::caller::CallerKey;
 
     const SECOND: u64 = 1_000_000_000;
 
@@ -605,8 +637,8 @@ mod tests {
         Quota::new(rate, Per::Second, burst).unwrap()
     }
 
-    fn heavy(uid: u32) -> Heavy {
-        Heavy::new(Name::Caller(CallerKey::Uid(uid)), "test")
+    fn heavy(uid: u32) -> Who {
+        (Name::Caller(CallerKey::Uid(uid)), "test")
     }
 
     #[test]
@@ -684,7 +716,7 @@ mod tests {
             for _ in 0..calls {
                 let key = Key { hash: [u64::from(uid); 2], parent: 0 };
                 if let Ok((place, _)) = table.hold(0, key, quota(1.0, 10), 1, || heavy(uid)) {
-                    table.settle(0, key, place, quota(1.0, 10), 1, 1);
+                    table.settle(key, place, quota(1.0, 10), 1, 1);
                 }
             }
         }
@@ -698,7 +730,8 @@ mod tests {
     fn a_known_key_takes_the_memory_that_is_accounted() {
         let index = 2 * (size_of::<u32>() + 1);
         let parent = 2 * (size_of::<Parent>() + 1);
-        let bytes = u64::try_from(size_of::<Cell>() + index + parent).unwrap();
+        let bytes = u64::try_from(size_of::<Cell>() + size_of::<Who>() + index + parent).unwrap();
+        assert_eq!(size_of::<Cell>(), 64);
         assert!(bytes <= crate::limits::budget::KEY, "{bytes}");
     }
 
@@ -764,7 +797,7 @@ mod tests {
                     for number in first..first + count {
                         let key = flood_key(parent, number);
                         if let Ok((place, _)) = table.hold(now, key, quota, cost, || heavy(number)) {
-                            table.settle(now, key, place, quota, cost, cost);
+                            table.settle(key, place, quota, cost, cost);
                         }
                     }
                 }
@@ -773,7 +806,7 @@ mod tests {
                 Move::End => ended.append(&mut open),
             }
             for (place, cost, refund) in ended {
-                table.settle(now, MINE, place, quota, cost, if refund { 0 } else { cost });
+                table.settle(MINE, place, quota, cost, if refund { 0 } else { cost });
                 if !refund {
                     taken.push((latest, cost));
                 }
@@ -815,7 +848,7 @@ mod tests {
                         for number in first..first + count {
                             let key = flood_key(parent, number);
                             if let Ok((place, _)) = table.hold(now, key, quota, cost, || heavy(number)) {
-                                table.settle(now, key, place, quota, cost, cost);
+                                table.settle(key, place, quota, cost, cost);
                             }
                         }
                     }
@@ -825,7 +858,7 @@ mod tests {
                         prop_assert!(held.is_ok(), "{held:?}");
                         let (place, _) = held.unwrap();
                         prop_assert!(place != Place::Stray);
-                        table.settle(now, mine, place, quota, cost, cost);
+                        table.settle(mine, place, quota, cost, cost);
                         now += u64::from(cost) * quota.per_token;
                     }
                     Move::Wait(time) => now += time,
@@ -844,14 +877,14 @@ mod tests {
                 match step {
                     Move::Call { cost, .. } => {
                         if let Ok((place, _)) = table.hold(now, MINE, quota, cost, || heavy(0)) {
-                            table.settle(now, MINE, place, quota, cost, cost);
+                            table.settle(MINE, place, quota, cost, cost);
                         }
                     }
                     Move::Flood { parent, first, count, cost } => {
                         for number in first..first + count {
                             let key = flood_key(parent, number);
                             if let Ok((place, _)) = table.hold(now, key, quota, cost, || heavy(number)) {
-                                table.settle(now, key, place, quota, cost, cost);
+                                table.settle(key, place, quota, cost, cost);
                             }
                         }
                     }
@@ -910,12 +943,12 @@ mod tests {
                 now += wait / 4;
                 let key = flood_key(parent, number);
                 if let Ok((place, _)) = table.hold(now, key, quota, 1, || heavy(number)) {
-                    table.settle(now, key, place, quota, 1, 1);
+                    table.settle(key, place, quota, 1, 1);
                 }
                 prop_assert_eq!(table.index.len(), table.cells.len());
                 let hashes: Vec<_> = table.cells.iter().map(|cell| (cell.hash, cell.parent)).collect();
                 for (hash, parent) in &hashes {
-                    prop_assert!(table.find(*hash).is_some_and(|cell| cell.hash == *hash));
+                    prop_assert!(table.find(*hash).is_some_and(|(_, cell)| cell.hash == *hash));
                     let owned = hashes.iter().filter(|(_, other)| other == parent).count();
                     prop_assert_eq!(table.parent(*parent).map(|parent| parent.owned), Some(owned));
                     prop_assert!(owned <= 4);

@@ -365,7 +365,7 @@ impl Shared {
         let mut held: Option<(Key, Place, Quota)> = None;
         if let Some(quota) = quota {
             let key = Key { hash: self.hasher.hash(caller), parent: caller.parent() };
-            let who = || Heavy::new(Name::Caller(caller), "connections");
+            let who = || (Name::Caller(caller), "connections");
             let (place, _) = state
                 .rates
                 .hold(now, key, quota, 1, who)
@@ -375,7 +375,7 @@ impl Shared {
         let exempt = rule.rate == Limit::Exempt;
         let shared = self.decide_shared(plan, state.total, has, exempt);
         if let Some((key, place, quota)) = held {
-            state.rates.settle(now, key, place, quota, 1, u32::from(shared.is_ok()));
+            state.rates.settle(key, place, quota, 1, u32::from(shared.is_ok()));
         }
         shared
     }

@@ -63,11 +63,6 @@ pub struct Heavy {
 }
 
 impl Heavy {
-    /// A key that was not seen yet.
-    pub(super) fn new(name: Name, what: &'static str) -> Self {
-        Self { name, what, used: 0, refused: 0 }
-    }
-
     /// What the heaviest are sorted by.
     pub(super) fn weight(&self) -> (u32, u32) {
         (self.refused, self.used)

@@ -6,8 +6,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hashbrown::HashMap;
-use metrics::Gauge;
+use hashbrown::{HashMap, hash_map::Entry};
 
 use super::{NodeSettings, caller::CallerKey};
 
@@ -32,7 +31,6 @@ struct State {
 #[derive(Debug)]
 pub struct Slots {
     state: Mutex<State>,
-    gauge: Gauge,
 }
 
 /// Lets one attestation run; gives the slot back when dropped.
@@ -45,10 +43,9 @@ pub struct AttestationSlot {
 
 impl Slots {
     /// Slots as the settings have them.
-    pub fn new(settings: &NodeSettings, gauge: Gauge) -> Self {
+    pub fn new(settings: &NodeSettings) -> Self {
         let slots = Self {
             state: Mutex::new(State { all: 0, per_caller: 0, in_use: 0, by_caller: HashMap::default() }),
-            gauge,
         };
         slots.reload(settings);
         slots
@@ -72,16 +69,19 @@ impl Slots {
         if state.in_use >= state.all {
             return Err(Full::Node);
         }
-        let has = state.by_caller.get(&caller).copied().unwrap_or(0);
-        let callers = u32::try_from(state.by_caller.len()).unwrap_or(u32::MAX).max(1);
-        let callers = if has == 0 { callers.saturating_add(1) } else { callers };
-        let share = (state.all / callers.saturating_add(1)).clamp(1, state.per_caller);
+        let State { all, per_caller, in_use, by_caller } = &mut *state;
+        let callers = u32::try_from(by_caller.len()).unwrap_or(u32::MAX);
+        let entry = by_caller.entry(caller);
+        let (has, callers) = match &entry {
+            Entry::Occupied(entry) => (*entry.get(), callers),
+            Entry::Vacant(_) => (0, callers.saturating_add(1)),
+        };
+        let share = (*all / callers.saturating_add(1)).clamp(1, *per_caller);
         if has >= share {
             return Err(Full::Share);
         }
-        *state.by_caller.entry(caller).or_insert(0) += 1;
-        state.in_use += 1;
-        self.gauge.set(f64::from(state.in_use));
+        *entry.or_insert(0) += 1;
+        *in_use += 1;
         drop(state);
         Ok(AttestationSlot { slots: Arc::clone(self), caller })
     }
@@ -100,13 +100,12 @@ impl Drop for AttestationSlot {
     fn drop(&mut self) {
         let mut state = self.slots.lock();
         state.in_use = state.in_use.saturating_sub(1);
-        if let hashbrown::hash_map::Entry::Occupied(mut entry) = state.by_caller.entry(self.caller) {
+        if let Entry::Occupied(mut entry) = state.by_caller.entry(self.caller) {
             *entry.get_mut() -= 1;
             if *entry.get() == 0 {
                 entry.remove();
             }
         }
-        self.slots.gauge.set(f64::from(state.in_use));
     }
 }
 
@@ -124,7 +123,7 @@ mod tests {
             attestations_per_caller: NonZeroU32::new(per_caller).unwrap(),
             ..NodeSettings::default()
         };
-        Arc::new(Slots::new(&settings, Gauge::noop()))
+        Arc::new(Slots::new(&settings))
     }
 
     #[test]
