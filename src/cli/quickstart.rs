@@ -130,7 +130,7 @@ async fn serve(args: &QuickstartArgs, config: Config, terminal: &mut Terminal) -
     if UnixStream::connect(&config.socket_path).await.is_ok() {
         return Err(QuickstartError::Running(config.socket_path).into());
     }
-    let agent = Running::start(config, None, Clock::SYSTEM).map_err(Failure::Agent)?;
+    let mut agent = Running::start(config, None, Clock::SYSTEM).map_err(Failure::Agent)?;
     let shown = tokio::select! {
         shown = show(agent.config(), terminal) => shown.map(|()| !args.exit_after_fetch),
         () = ends.next() => Ok(false),
@@ -139,11 +139,17 @@ async fn serve(args: &QuickstartArgs, config: Config, terminal: &mut Terminal) -
         Ok(true) => {
             let said =
                 terminal.print("\nServing. Ctrl-C ends it; run again, and all of it is still there.\n");
-            if said.is_ok() {
-                ends.next().await;
-                terminal.note("\nEnding.");
+            match said {
+                Ok(()) => tokio::select! {
+                    () = ends.next() => {
+                        terminal.note("\nEnding.");
+                        Ok(())
+                    }
+                    // What is left of it ends with this process.
+                    fault = agent.failed() => return Err(Failure::Agent(fault)),
+                },
+                Err(error) => Err(error.into()),
             }
-            said.map_err(Failure::from)
         }
         Ok(false) => Ok(()),
         Err(failure) => Err(failure),
