@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use hyper::{Request, Response, body::Incoming};
+use hyper::{Request, Response};
 use tokio::{
     runtime::Runtime,
     signal::unix::{Signal, SignalKind, signal},
@@ -40,7 +40,7 @@ use crate::{
         metrics::{Metrics, ReloadResult},
         systemd::ServiceManager,
     },
-    peer::{self, Listener, OsUid, Socket, Stats, cgroup::PodOrUid},
+    peer::{self, Listener, OsUid, RequestBody, Socket, Stats, cgroup::PodOrUid},
     store::{JwtCache, Policy, Signer, Sync, X509Cache},
 };
 
@@ -64,6 +64,8 @@ pub struct Running {
     limits: Limits,
     gate: limits::Gate,
     memory: channel::Sender<watch::Budget>,
+    /// What bounds a connection that is accepted from now on.
+    connections: channel::Sender<peer::Settings>,
     means: gate::Means,
     metrics: Arc<Metrics>,
     health: Arc<HealthState>,
@@ -169,14 +171,11 @@ impl Running {
                 clock,
             }),
             Arc::clone(&health),
+            limits.clone(),
         )
         .context("the built-in descriptors cannot be read")?;
         let (stop, stopping) = channel::channel(false);
-        let settings = peer::Settings {
-            handshake_timeout: config.handshake_timeout,
-            drain_timeout: config.drain_timeout,
-            ..peer::Settings::default()
-        };
+        let (connections, settings) = channel::channel(connection_settings(&config));
         let stats = Arc::new(Stats::default());
         let (evicted, evictions) = channel::channel(None);
         let keys = PodOrUid::new(config.kubernetes.mode, in_pod(), config.kubernetes.kubelet_root.clone());
@@ -230,7 +229,7 @@ impl Running {
             });
             let listener = Listener {
                 socket,
-                settings: admin::settings(),
+                settings: channel::channel(admin::settings()).1,
                 gate: Arc::new(admin::Owner::new(gate.clone())),
                 keys: Arc::new(OsUid),
                 stats: admin_stats,
@@ -253,6 +252,7 @@ impl Running {
             limits,
             gate,
             memory,
+            connections,
             means,
             metrics,
             health,
@@ -294,13 +294,13 @@ impl Running {
             anyhow::bail!("{}", all.join("; "));
         }
         let budget = next.ratelimit.memory.budget(self.means.cgroup);
-        // The two that may still refuse come first, the gate last of them: its check does not depend on the other.
+        // What may still refuse is asked before anything changes.
+        limits::Gate::check(&next.ratelimit, self.means.nofile, budget)?;
         self.limits.reload(&next.ratelimit)?;
-        if let Err(error) = self.gate.reload(&next.ratelimit, self.means.nofile, budget) {
-            self.limits.reload(&self.config.ratelimit)?;
-            return Err(error.into());
-        }
+        self.gate.reload(&next.ratelimit, self.means.nofile, budget)?;
         self.memory.send_replace(watch::Budget { settings: next.ratelimit.memory, bytes: budget });
+        let connections = connection_settings(&next);
+        self.connections.send_if_modified(|old| std::mem::replace(old, connections.clone()) != connections);
         self.x509.reconfigure(next.x509_svid_cache_max_size, next.availability_target);
         self.jwt.resize(next.jwt_svid_cache_max_size);
         self.signer.reconfigure(next.issuer.default_x509_svid_ttl, next.issuer.default_jwt_svid_ttl);
@@ -320,6 +320,11 @@ impl Running {
                     Ok(Ok(_)) => anyhow::anyhow!("serving ended without having been told to"),
                     Ok(Err(error)) => anyhow::Error::new(error).context("cannot serve the workload api"),
                     Err(panic) => anyhow::Error::new(panic).context("serving ended early"),
+                },
+                ended = admin_ended(&mut self.admin) => return match ended {
+                    Ok(Ok(_)) => anyhow::anyhow!("serving the admin api ended without having been told to"),
+                    Ok(Err(error)) => anyhow::Error::new(error).context("cannot serve the admin api"),
+                    Err(panic) => anyhow::Error::new(panic).context("serving the admin api ended early"),
                 },
                 // One that ended well is no fault, and the others are still to be watched.
                 Some(ended) = self.tasks.join_next() => if let Err(panic) = ended {
@@ -505,6 +510,16 @@ fn in_pod() -> bool {
     std::env::var("KUBERNETES_SERVICE_HOST").is_ok()
 }
 
+/// Waits for the end of the admin socket; for ever where there is none.
+async fn admin_ended(
+    admin: &mut Option<JoinHandle<std::io::Result<peer::listener::Drained>>>,
+) -> Result<std::io::Result<peer::listener::Drained>, tokio::task::JoinError> {
+    match admin {
+        Some(serving) => serving.await,
+        None => std::future::pending().await,
+    }
+}
+
 async fn stopped(mut stopping: channel::Receiver<bool>) {
     // An error means that the sender is gone, and the agent with it.
     let _told_or_gone = stopping.wait_for(|stop| *stop).await.is_ok();
@@ -512,6 +527,10 @@ async fn stopped(mut stopping: channel::Receiver<bool>) {
 
 fn names_count(config: &Config) -> bool {
     config.entries.iter().flat_map(|entry| &entry.selectors).any(attest::unix::needs_name)
+}
+
+fn connection_settings(config: &Config) -> peer::Settings {
+    peer::Settings::new(&config.ratelimit.gate.connection, config.drain_timeout)
 }
 
 fn policy(config: &Config) -> Policy {
@@ -549,12 +568,12 @@ fn log_settings(config: &Config) -> log::Settings {
 /// One connection's service.
 struct Connection(Services);
 
-impl hyper::service::Service<Request<Incoming>> for Connection {
+impl hyper::service::Service<Request<RequestBody>> for Connection {
     type Response = Response<tonic::body::Body>;
     type Error = Infallible;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
 
-    fn call(&self, request: Request<Incoming>) -> Self::Future {
+    fn call(&self, request: Request<RequestBody>) -> Self::Future {
         self.0.answer(request)
     }
 }

@@ -41,7 +41,7 @@ use self::{
 };
 use crate::{
     identity::selector::Selectors,
-    limits::Admitted,
+    limits::{Admitted, CallerKey},
     os::{
         metrics::{AttestFault, AttestorName, Metrics},
         pidfd::{Owner, Pidfd},
@@ -167,6 +167,12 @@ impl AttestError {
         }
     }
 
+    /// Whether others are in the way, or the file is only large: no more of the caller's doing than that it asked, and no reason
+    /// to charge it more.
+    pub fn is_crowded(&self) -> bool {
+        matches!(self, Self::Busy | Self::Late { .. })
+    }
+
     /// Its metric label.
     fn reason(&self) -> AttestFault {
         match self {
@@ -219,6 +225,8 @@ trait Process: Sync {
     fn pid(&self) -> Pid;
     /// Its owner when it connected.
     fn owner(&self) -> Owner;
+    /// Whose share of the hashing it takes.
+    fn caller(&self) -> CallerKey;
     /// That it still lives, and is of the same owner where the kernel tells.
     fn is_alive(&self) -> Result<(), AttestError>;
     fn last_attested(&self) -> &LastAttested;
@@ -307,7 +315,7 @@ impl Attestor {
             Content::Open { file, stamp, limit, path } => {
                 // A process that is gone already shall not take a place among those that wait.
                 process.is_alive()?;
-                let made = self.digests.make(stamp, file, limit.0, process.owner().uid.as_raw()).await;
+                let made = self.digests.make(stamp, file, limit.0, process.caller()).await;
                 Some(made.map_err(|err| AttestError::no_digest(err, path, limit))?)
             }
         };
@@ -417,6 +425,10 @@ impl Process for Peer {
         Owner { uid: self.uid(), gid: self.gid() }
     }
 
+    fn caller(&self) -> CallerKey {
+        self.caller()
+    }
+
     fn is_alive(&self) -> Result<(), AttestError> {
         self.is_alive().map_err(|gone| match gone {
             PeerGone::Exited | PeerGone::Replaced { .. } => AttestError::Gone,
@@ -477,6 +489,10 @@ mod tests {
 
         fn owner(&self) -> Owner {
             Owner { uid: Uid::from_raw(self.owner.0), gid: Gid::from_raw(self.owner.1) }
+        }
+
+        fn caller(&self) -> CallerKey {
+            CallerKey::Uid(self.owner.0)
         }
 
         fn is_alive(&self) -> Result<(), AttestError> {

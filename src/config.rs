@@ -84,13 +84,10 @@ pub struct Config {
     pub prometheus: Option<HostPort>,
     /// `health_checks`, when `listener_enabled`. Default: none. Restart to change.
     pub health: Option<Health>,
-    /// `agent.listener.handshake_timeout`: from accept to the end of the HTTP/2 preface; 100 ms to 5 min.
-    /// Default 10 s. Restart to change.
-    pub handshake_timeout: Duration,
     /// `agent.listener.drain_timeout`: how long calls in flight may go on after SIGTERM; at most 5 min.
-    /// Default 5 s. Restart to change.
+    /// Default 5 s. Reloads.
     pub drain_timeout: Duration,
-    /// `ratelimit`. Reloads, and keeps what was spent.
+    /// `ratelimit`, and whose subordinate UIDs are whose. Reloads, and keeps what was spent.
     pub ratelimit: limits::Settings,
     /// `agent.kubernetes`. Restart to change.
     pub kubernetes: Kubernetes,
@@ -204,7 +201,7 @@ impl Config {
         let text = file::read_config(path).map_err(|err| whole_file(err.to_string()))?;
         // No working directory (it was removed): only absolute paths are of use then.
         let base = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
-        Self::parse(&Input {
+        let mut config = Self::parse(&Input {
             path,
             text: &text,
             base: &base,
@@ -212,7 +209,9 @@ impl Config {
             drop_ins: &file::read_drop_ins,
             user_id: &file::user_id,
             read_bundle: &file::read_bundle,
-        })
+        })?;
+        config.ratelimit.families = file::families(Path::new("/etc/subuid"));
+        Ok(config)
     }
 
     /// Checks a configuration whose text is at hand. Touches nothing but what `input` reaches.

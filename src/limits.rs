@@ -8,7 +8,7 @@
 //!
 //! | when | asks, in this order | key | settings |
 //! |---|---|---|---|
-//! | accept ([`gate`]) | 1 blocked? 2 its open connections 3 its rate of new ones 4 the node's connections | caller | [`GateSettings`] |
+//! | accept ([`gate`]) | 1 blocked? 2 its open connections, and its family's 3 its rate of new ones 4 the node's connections and memory | caller | [`GateSettings`] |
 //! | before attestation ([`Limits::admit_caller`]) | 1 blocked? 2 the caller's bucket for the method 3 its share of attestations in flight, then all of them 4 for a method without identity, as 7 | caller, method | [`Settings::caller`], [`NodeSettings`] |
 //! | after attestation ([`Limits::admit_identities`]) | 5 blocked? 6 the bucket of each identity: all, or none is charged 7 the node's bucket for the method | SPIFFE ID, method | [`Settings::identity`], [`NodeSettings`] |
 //! | afterwards ([`Admitted`]) | what it cost: the price of an answer, of a signature, of a failed attestation; nothing if refused | as before | [`policy::Costs`] |
@@ -17,8 +17,13 @@
 //! back. What stands between strangers and attestation node-wide is the number in flight, which a caller has a share of
 //! ([`slots`]).
 //!
-//! Bundle calls charge the caller's default identity, the first. ValidateJWTSVID needs none: the caller stage alone. Streams are
-//! charged when they open. The agent's own calls are exempt from everything.
+//! Bundle calls charge the caller's default identity, the first. ValidateJWTSVID needs none: the caller stage alone; nor does what
+//! is no Workload API (health, reflection), which is charged as [`Method::Other`]. Streams are charged when they open. The agent's
+//! own look at its health does not go through the socket, and is charged to nobody. A caller that is exempt is charged nothing at
+//! any stage; `unlimited` frees from the stage's own bucket alone.
+//!
+//! A *family* is a user with all the UIDs that were given to it (subuid(5)): whoever can be many callers is one where places are
+//! counted that all share ([`Families`]).
 //!
 //! Which rule holds: [`policy`] (default < method < override; the most specific override), at a time: [`schedule`]. What an
 //! answer to a refusal says: [`Refusal`]. What people see: [`report`] and [`counters`]. Memory: [`budget`].
@@ -42,8 +47,8 @@ use std::{num::NonZeroU32, time::Duration};
 
 pub use admission::{Admitted, Limits, Method, Refusal};
 use bucket::Quota;
-pub use caller::CallerKey;
-pub use gate::{Gate, GateRefusal, GateRule, GateSettings, Permit};
+pub use caller::{CallerKey, Families};
+pub use gate::{ConnectionSettings, Gate, GateRefusal, GateRule, GateSettings, Permit};
 use policy::{CallerPattern, IdPattern, Layers, Limit, PolicyError};
 
 use crate::identity::TrustDomain;
@@ -71,6 +76,8 @@ pub struct Settings {
     pub soft_limits: SoftLimits,
     /// How much memory the agent may use. Default: from its cgroup.
     pub memory: budget::Settings,
+    /// Which callers are one user's: from the node's `/etc/subuid`, not from the block. Default: none.
+    pub families: Families,
 }
 
 impl Default for Settings {
@@ -85,6 +92,7 @@ impl Default for Settings {
             rejection_status: RejectionStatus::default(),
             soft_limits: SoftLimits::default(),
             memory: budget::Settings::default(),
+            families: Families::default(),
         }
     }
 }

@@ -7,11 +7,13 @@
 
 pub mod attested;
 pub mod cgroup;
+mod connection;
 pub mod credentials;
 pub mod listener;
 pub mod socket;
 pub mod wire;
 
-pub use credentials::{KeyResolver, OsUid, Peer, PeerGone};
+pub use connection::RequestBody;
+pub use credentials::{Arrival, KeyResolver, OsUid, Peer, PeerGone};
 pub use listener::{AdmitAll, Gate, Listener, Settings, Stats};
 pub use socket::{BindError, Socket};

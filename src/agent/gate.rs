@@ -5,19 +5,19 @@ use std::path::Path;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::{
-    limits::{self, Permit, budget, caller::Caller as _, counters::Reason},
-    peer::{self, Peer, listener::Refused},
+    limits::{self, Permit, budget, counters::Reason},
+    peer::{self, Arrival, listener::Refused},
 };
 
-/// [`limits::Gate`], asked with a [`Peer`].
+/// [`limits::Gate`], asked with an [`Arrival`].
 #[derive(Debug)]
 pub(super) struct AtAccept(pub(super) limits::Gate);
 
 impl peer::Gate for AtAccept {
     type Permit = Permit;
 
-    fn admit_connection(&self, peer: &Peer) -> Result<Permit, Refused> {
-        self.0.open(peer.caller_key()).map_err(|refusal| match (refusal.reason, refusal.stage) {
+    fn admit_connection(&self, arrival: &Arrival) -> Result<Permit, Refused> {
+        self.0.open(arrival.caller()).map_err(|refusal| match (refusal.reason, refusal.stage) {
             (Reason::Rate | Reason::Blocked | Reason::InFlight, _) => Refused::CallerRate,
             (Reason::Connections, limits::counters::Stage::Node) => Refused::NodeConnections,
             (Reason::Connections, _) => Refused::CallerConnections,

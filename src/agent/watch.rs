@@ -80,10 +80,12 @@ impl Watch {
     /// `emptied_at`. Returns whether they were.
     fn relieve(&self, pressure: &mut Pressure, emptied_at: Pressure) -> bool {
         let Budget { settings, bytes } = *self.memory.borrow();
-        let now = match (bytes, heap::resident()) {
-            (Some(budget), Some(used)) => settings.step(used, budget),
+        let look = |before| match (bytes, heap::resident()) {
+            (Some(budget), Some(used)) => settings.next(before, used, budget),
             _ => Pressure::None,
         };
+        let before = *pressure;
+        let mut now = look(before);
         let empty = now > emptied_at;
         if empty {
             self.jwt.clear();
@@ -92,17 +94,15 @@ impl Watch {
         }
         if now >= Pressure::ShrinkCaches {
             heap::trim();
+            // What shrinking gave back counts.
+            now = look(before).max(Pressure::ShrinkCaches);
         }
-        // What shrinking gave back counts.
-        let now = match (bytes, heap::resident()) {
-            (Some(budget), Some(used)) if now >= Pressure::ShrinkCaches => {
-                settings.step(used, budget).max(Pressure::ShrinkCaches)
-            }
-            _ => now,
-        };
         self.gate.set_pressure(now);
+        let heavy = |caller: &(CallerKey, u32)| bytes.is_none_or(|budget| budget::is_heavy(caller.1, budget));
         let heaviest = match now {
-            Pressure::CloseHeaviest => self.gate.heaviest(1).first().map(|(caller, _)| *caller),
+            Pressure::CloseHeaviest => {
+                self.gate.heaviest(1).first().filter(|caller| heavy(caller)).map(|(caller, _)| *caller)
+            }
             Pressure::None | Pressure::ShrinkCaches | Pressure::RefuseNew => None,
         };
         self.evicted.send_if_modified(|evicted| std::mem::replace(evicted, heaviest) != heaviest);
@@ -113,6 +113,11 @@ impl Watch {
                 Pressure::ShrinkCaches => tracing::info!("memory runs short: caches are emptied"),
                 Pressure::RefuseNew => {
                     tracing::warn!("memory runs short: callers get no further connections")
+                }
+                Pressure::CloseHeaviest if heaviest.is_none() => {
+                    tracing::warn!(
+                        "memory runs out: nobody gets a connection, and no caller holds enough to be cut off"
+                    )
                 }
                 Pressure::CloseHeaviest => {
                     tracing::warn!(caller, "memory runs out: the heaviest caller is cut off")

@@ -8,7 +8,6 @@
 use std::{convert::Infallible, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use http::{Request, Response};
-use hyper::body::Incoming;
 use nix::unistd::{Uid, geteuid};
 use tonic::{Status, body::Body};
 use tower_service::Service as _;
@@ -29,7 +28,7 @@ use crate::{
     },
     os::heap,
     peer::{
-        self, Peer,
+        self, Arrival, RequestBody,
         cgroup::{KeySource, PodOrUid},
         listener::Refused,
     },
@@ -62,8 +61,9 @@ impl Owner {
 impl peer::Gate for Owner {
     type Permit = Permit;
 
-    fn admit_connection(&self, peer: &Peer) -> Result<Permit, Refused> {
-        if peer.uid() != self.uid && !peer.uid().is_root() {
+    fn admit_connection(&self, arrival: &Arrival) -> Result<Permit, Refused> {
+        let uid = arrival.credentials().uid;
+        if uid != self.uid && !uid.is_root() {
             return Err(Refused::NotOwner);
         }
         self.gate.open_admin().map_err(|_places_are_taken| Refused::NodeConnections)
@@ -118,12 +118,12 @@ impl AdminService {
     }
 }
 
-impl hyper::service::Service<Request<Incoming>> for AdminService {
+impl hyper::service::Service<Request<RequestBody>> for AdminService {
     type Response = Response<Body>;
     type Error = Infallible;
     type Future = Answer;
 
-    fn call(&self, request: Request<Incoming>) -> Answer {
+    fn call(&self, request: Request<RequestBody>) -> Answer {
         if request.uri().path().starts_with("/durward.admin.v1.Admin/") {
             self.0.clone().call(request)
         } else {

@@ -1,12 +1,12 @@
 //! From an HTTP/2 request to the service it is for.
 //!
 //! Three services, told apart by the first part of the path. This is all the routing there is: no middleware stands
-//! in the way of a call.
+//! in the way of a call. The Workload API asks the limits itself; what else is asked here (health, reflection, services that
+//! there are not) is charged to the caller as [`Method::Other`] before anything is done for it.
 
 use std::{convert::Infallible, future::Future, pin::Pin, sync::Arc};
 
 use http::{Request, Response};
-use hyper::body::Incoming;
 use tonic::{Status, body::Body};
 use tonic_health::pb::health_server::HealthServer;
 use tower_service::Service as _;
@@ -14,16 +14,21 @@ use tower_service::Service as _;
 use super::{
     health::HealthService,
     proto::{WORKLOAD_FDS, workload_server::spiffe_workload_api_server::SpiffeWorkloadApiServer},
+    status::RequestError,
     workload::WorkloadApi,
 };
-use crate::os::http::HealthState;
+use crate::{
+    limits::{Limits, Method},
+    os::http::HealthState,
+    peer::{Peer, RequestBody},
+};
 
 /// The largest request message, in bytes. The largest thing a request carries is a token to validate, and a token
 /// that fits no HTTP header is of no use to anybody.
 pub const MAX_REQUEST: usize = 16 * 1024;
 
 type Answer = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
-type Reflection = Arc<dyn Fn(Request<Incoming>) -> Answer + Send + Sync>;
+type Reflection = Arc<dyn Fn(Request<RequestBody>) -> Answer + Send + Sync>;
 
 /// The services of the public socket. Cheap to clone.
 #[derive(Clone)]
@@ -32,7 +37,11 @@ pub struct Services {
     health: HealthServer<HealthService>,
     reflection_v1: Reflection,
     reflection_v1alpha: Reflection,
+    limits: Limits,
 }
+
+/// The largest request to the other services: a name.
+const MAX_NAME: usize = 1024;
 
 impl Services {
     /// Serves `workload`, health from `health`, and reflection (v1 and v1alpha) of both.
@@ -42,6 +51,7 @@ impl Services {
     pub fn new(
         workload: WorkloadApi,
         health: Arc<HealthState>,
+        limits: Limits,
     ) -> Result<Self, tonic_reflection::server::Error> {
         let builder = || {
             tonic_reflection::server::Builder::configure()
@@ -49,23 +59,30 @@ impl Services {
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         };
         // The types of the two servers cannot be named, hence the closures.
-        let v1 = builder().build_v1()?;
-        let v1alpha = builder().build_v1alpha()?;
+        let v1 = builder().build_v1()?.max_decoding_message_size(MAX_NAME);
+        let v1alpha = builder().build_v1alpha()?.max_decoding_message_size(MAX_NAME);
         Ok(Self {
             workload: SpiffeWorkloadApiServer::new(workload)
                 .max_decoding_message_size(MAX_REQUEST)
                 .max_encoding_message_size(usize::MAX),
-            health: HealthServer::new(HealthService::new(health)).max_decoding_message_size(MAX_REQUEST),
+            health: HealthServer::new(HealthService::new(health)).max_decoding_message_size(MAX_NAME),
             reflection_v1: Arc::new(move |request| v1.clone().call(request)),
             reflection_v1alpha: Arc::new(move |request| v1alpha.clone().call(request)),
+            limits,
         })
     }
 
     /// Answers one request.
-    pub fn answer(&self, request: Request<Incoming>) -> Answer {
+    pub fn answer(&self, request: Request<RequestBody>) -> Answer {
         let service = request.uri().path().split('/').nth(1).unwrap_or_default();
+        if service == "SpiffeWorkloadAPI" {
+            return self.workload.clone().call(request);
+        }
+        let peer = request.extensions().get::<Arc<Peer>>().map(Arc::clone).ok_or(RequestError::NoPeer);
+        if let Err(error) = peer.and_then(|peer| Ok(self.limits.admit_caller(peer, Method::Other)?)) {
+            return Box::pin(std::future::ready(Ok(Status::from(error).into_http())));
+        }
         match service {
-            "SpiffeWorkloadAPI" => self.workload.clone().call(request),
             "grpc.health.v1.Health" => self.health.clone().call(request),
             "grpc.reflection.v1.ServerReflection" => (self.reflection_v1)(request),
             "grpc.reflection.v1alpha.ServerReflection" => (self.reflection_v1alpha)(request),

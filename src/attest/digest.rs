@@ -1,7 +1,7 @@
 //! SHA-256 of executables, each content hashed once.
 //!
 //! An executable is its owner's, so everything here is bounded against one who rewrites it for every call: two
-//! hashes at a time and one per user, [`QUEUE`] waiting and [`SHARE`] of one user, and fast refusal beyond that; a
+//! hashes at a time and one per caller, [`QUEUE`] waiting and [`SHARE`] of one caller, and fast refusal beyond that; a
 //! size checked before and while reading, a [`DEADLINE`], and an end as soon as nobody waits for the answer. Callers
 //! of the same file share one hash.
 //!
@@ -21,13 +21,13 @@ use aws_lc_rs::digest::{Context, SHA256};
 use nix::sys::stat::fstat;
 use tokio::sync::watch;
 
-use crate::{os::clock::Clock, peer::attested::Stamp};
+use crate::{limits::CallerKey, os::clock::Clock, peer::attested::Stamp};
 
 /// Hashes at a time.
 const RUNNING: usize = 2;
 /// Files waiting to be hashed.
 const QUEUE: usize = 16;
-/// Files of one user, waiting or being hashed.
+/// Files of one caller, waiting or being hashed.
 const SHARE: usize = 4;
 /// Digests kept.
 const CAPACITY: usize = 256;
@@ -80,7 +80,7 @@ struct Known {
 struct Job {
     stamp: Stamp,
     limit: Option<u64>,
-    owner: u32,
+    owner: CallerKey,
     /// The open file until the job runs; then `None`.
     file: Option<File>,
     /// Has receivers as long as somebody waits.
@@ -99,11 +99,17 @@ impl Digests {
     }
 
     /// Hashes `file`, which was just opened and has this stamp, or waits for the one who does. `limit` is in bytes,
-    /// `None` for any; `owner` is the user whose share is taken.
+    /// `None` for any; `owner` is the caller whose share is taken.
     ///
     /// # Errors
     /// [`DigestError`], [`DigestError::Busy`] at once.
-    pub(super) async fn make(&self, stamp: Stamp, file: File, limit: Option<u64>, owner: u32) -> Outcome {
+    pub(super) async fn make(
+        &self,
+        stamp: Stamp,
+        file: File,
+        limit: Option<u64>,
+        owner: CallerKey,
+    ) -> Outcome {
         let mut done = self.join(stamp, file, limit, owner)?;
         // The sender goes only when its job has ended without an answer, in a panic.
         let outcome = done.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
@@ -115,7 +121,7 @@ impl Digests {
         stamp: Stamp,
         file: File,
         limit: Option<u64>,
-        owner: u32,
+        owner: CallerKey,
     ) -> Result<watch::Receiver<Option<Outcome>>, DigestError> {
         let mut state = self.state();
         if let Some(job) = state.jobs.iter().find(|job| job.stamp == stamp && job.limit == limit) {
@@ -137,7 +143,7 @@ impl Digests {
     fn start(&self, state: &mut State) {
         state.jobs.retain(|job| job.file.is_none() || !job.done.is_closed());
         loop {
-            let busy: Vec<u32> =
+            let busy: Vec<CallerKey> =
                 state.jobs.iter().filter(|job| job.file.is_none()).map(|job| job.owner).collect();
             if busy.len() >= RUNNING {
                 return;
@@ -258,6 +264,10 @@ mod tests {
 
     use super::*;
 
+    fn uid(uid: u32) -> CallerKey {
+        CallerKey::Uid(uid)
+    }
+
     const EMPTY: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
     const ABC: &str = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
 
@@ -277,7 +287,7 @@ mod tests {
             let path = dir.path().join("file");
             fs::write(&path, content).unwrap();
             let (stamp, file) = opened(&path);
-            match (Digests::default().make(stamp, file, limit, 0).await, want) {
+            match (Digests::default().make(stamp, file, limit, uid(0)).await, want) {
                 (Ok(hex), Ok(want)) => assert_eq!(&*hex, want, "{case}"),
                 (Err(DigestError::TooLarge { size }), Err(want)) => assert_eq!(size, want, "{case}"),
                 (other, _) => panic!("{case}: {other:?}"),
@@ -292,7 +302,7 @@ mod tests {
         fs::write(&path, "abc").unwrap();
         let (stamp, file) = opened(&path);
         fs::write(&path, "abcd").unwrap();
-        let outcome = Digests::default().make(stamp, file, None, 0).await;
+        let outcome = Digests::default().make(stamp, file, None, uid(0)).await;
         assert!(matches!(outcome, Err(DigestError::Changed)), "{outcome:?}");
     }
 
@@ -305,12 +315,12 @@ mod tests {
         // A user may set the time of modification, but not the time of change.
         File::options().write(true).open(&path).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
         let (fresh, file) = opened(&path);
-        digests.make(fresh, file, None, 0).await.unwrap();
+        digests.make(fresh, file, None, uid(0)).await.unwrap();
         assert!(digests.known(&fresh).is_none(), "written a moment ago");
 
         let (old, file) = opened(Path::new("/bin/sh"));
         assert!(settled(&old), "the shell was installed a while ago");
-        let made = digests.make(old, file, None, 0).await.unwrap();
+        let made = digests.make(old, file, None, uid(0)).await.unwrap();
         assert_eq!(digests.known(&old), Some(made));
     }
 
@@ -370,7 +380,7 @@ mod tests {
         let mut waiting = Vec::new();
         let mut ask = |slow: &mut Slow, owner| {
             let (stamp, file) = slow.file();
-            let joined = digests.join(stamp, file, None, owner);
+            let joined = digests.join(stamp, file, None, uid(owner));
             let busy = matches!(joined, Err(DigestError::Busy));
             waiting.extend(joined.ok().map(|receiver| (owner, stamp, receiver)));
             !busy
@@ -391,7 +401,7 @@ mod tests {
         // Two who want the same file wait for one hash.
         let (_, stamp, _) = waiting[0];
         let (_, other) = slow.file();
-        assert!(digests.join(stamp, other, None, 9).is_ok(), "joins although the queue is full");
+        assert!(digests.join(stamp, other, None, uid(9)).is_ok(), "joins although the queue is full");
 
         // Whoever waits no longer frees the place, whether his file was being read or not.
         slow.held.clear(); // all readers see the end of their file
@@ -409,7 +419,7 @@ mod tests {
         for n in 0..3 * SHARE {
             let (stamp, file) = slow.file();
             // The first runs and cannot be interrupted; the others give their places back when nobody waits.
-            let joined = digests.join(stamp, file, None, 1000);
+            let joined = digests.join(stamp, file, None, uid(1000));
             assert!(joined.is_ok(), "file {n}");
         }
         let mut first = &slow.held[0];

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use super::{AttestError, Attestor, Process, unix::ProcDir};
 use crate::{
     identity::selector::Selectors,
+    limits::CallerKey,
     os::pidfd::{Owner, Pidfd},
     peer::attested::LastAttested,
 };
@@ -86,6 +87,10 @@ impl Process for Inspected {
 
     fn owner(&self) -> Owner {
         self.owner
+    }
+
+    fn caller(&self) -> CallerKey {
+        CallerKey::Uid(self.owner.uid.as_raw())
     }
 
     fn is_alive(&self) -> Result<(), AttestError> {

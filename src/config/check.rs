@@ -73,7 +73,8 @@ pub(super) fn check(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     }
     let entries = list.finish();
     let spire_keys = agent.as_ref().map(|agent| agent.spire_limits.clone()).unwrap_or_default();
-    let context = ratelimit::Context { problems, trust_domain: own, user_id: input.user_id };
+    let no_pods = agent.as_ref().is_some_and(|agent| agent.kubernetes.mode == KubernetesMode::Off);
+    let context = ratelimit::Context { problems, trust_domain: own, user_id: input.user_id, no_pods };
     let limits = context.settings(limits, spire_keys);
 
     if let (Some(prometheus), Some(health)) = (&prometheus, &health)
@@ -115,7 +116,6 @@ pub(super) fn check(input: &Input<'_>, problems: &Problems) -> Option<Config> {
         jwt_svid_cache_max_size: agent.jwt_svid_cache_max_size,
         prometheus: prometheus.map(|at| at.value),
         health: health.map(|at| at.value),
-        handshake_timeout: agent.handshake_timeout,
         drain_timeout: agent.drain_timeout,
         ratelimit: limits,
         kubernetes: agent.kubernetes,
@@ -268,7 +268,6 @@ struct Agent {
     availability_target: Option<Duration>,
     x509_svid_cache_max_size: usize,
     jwt_svid_cache_max_size: usize,
-    handshake_timeout: Duration,
     drain_timeout: Duration,
     kubernetes: Kubernetes,
     spire_limits: Vec<ratelimit::SpireKey>,
@@ -280,7 +279,7 @@ impl Agent {
         let trust_domain = trust_domain(s);
         let data_dir = path(s, "data_dir", input).map(|at| at.value);
         let (socket_path, admin_socket_path) = sockets(s, input);
-        let (handshake_timeout, drain_timeout) = listener(s);
+        let drain_timeout = listener(s);
         let log = log(s, input);
         let allow_unauthenticated_verifiers = s.boolean("allow_unauthenticated_verifiers");
         let claims = s.strings("allowed_foreign_jwt_claims");
@@ -301,7 +300,6 @@ impl Agent {
                 .map(|at| at.value),
             x509_svid_cache_max_size: cache_size(s, "x509_svid_cache_max_size"),
             jwt_svid_cache_max_size: cache_size(s, "jwt_svid_cache_max_size"),
-            handshake_timeout,
             drain_timeout,
             kubernetes: kubernetes(s),
             spire_limits: Vec::new(),
@@ -372,16 +370,13 @@ fn sockets(s: &mut Section<'_>, input: &Input<'_>) -> (PathBuf, Option<PathBuf>)
     (public, admin.map(|at| at.value))
 }
 
-fn listener(s: &mut Section<'_>) -> (Duration, Duration) {
-    let (mut handshake, mut drain) = (None, None);
+fn listener(s: &mut Section<'_>) -> Duration {
+    let mut drain = None;
     if let Some(mut block) = s.block("listener") {
-        handshake =
-            block.duration("handshake_timeout", Duration::from_millis(100)..=Duration::from_secs(300));
         drain = block.duration("drain_timeout", seconds(0, 300));
         block.finish();
     }
-    let or = |at: Option<At<Duration>>, default| at.map_or(default, |at| at.value);
-    (or(handshake, Duration::from_secs(10)), or(drain, Duration::from_secs(5)))
+    drain.map_or(Duration::from_secs(5), |at| at.value)
 }
 
 fn log(s: &mut Section<'_>, input: &Input<'_>) -> Log {

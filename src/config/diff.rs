@@ -95,7 +95,6 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         jwt_svid_cache_max_size,
         prometheus,
         health,
-        handshake_timeout,
         drain_timeout,
         ratelimit,
         kubernetes,
@@ -121,8 +120,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         at.as_ref().map_or_else(none, address)
     });
     diff_health(&mut c, health.as_ref(), new.health.as_ref());
-    c.restart("agent.listener.handshake_timeout", handshake_timeout, &new.handshake_timeout, duration);
-    c.restart("agent.listener.drain_timeout", drain_timeout, &new.drain_timeout, duration);
+    c.live("agent.listener.drain_timeout", drain_timeout, &new.drain_timeout);
 
     c.live("ratelimit", ratelimit, &new.ratelimit);
     c.restart("agent.kubernetes", kubernetes, &new.kubernetes, |it| format!("{it:?}"));

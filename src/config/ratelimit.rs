@@ -8,16 +8,18 @@
 //! Everything is held against its bounds where it stands, so that each mistake has its place; [`Settings::check`] has the
 //! last word, over the overrides against each other above all.
 
-use std::{collections::HashMap, num::NonZeroU32};
+use std::{collections::HashMap, num::NonZeroU32, time::Duration};
 
 use super::{
+    duration::show_duration,
     section::{At, Labelled, Problems, Section, nearest},
     tree::{Place, abridged, quoted},
 };
 use crate::{
     identity::TrustDomain,
     limits::{
-        GateRule, GateSettings, Method, NodeSettings, RejectionStatus, Settings, SettingsError, SoftLimits,
+        CallerKey, ConnectionSettings, GateRule, GateSettings, Method, NodeSettings, RejectionStatus,
+        Settings, SettingsError, SoftLimits,
         bucket::{MAX_BURST, Per, Quota, QuotaError},
         budget::{self, MemoryLimit},
         policy::{
@@ -138,6 +140,8 @@ pub(super) struct Context<'a> {
     /// `None` when it is wrong itself.
     pub(super) trust_domain: Option<&'a TrustDomain>,
     pub(super) user_id: &'a dyn Fn(&str) -> Option<u32>,
+    /// Whether `agent.kubernetes` says that no caller is a pod.
+    pub(super) no_pods: bool,
 }
 
 impl Context<'_> {
@@ -161,7 +165,7 @@ impl Context<'_> {
                 self.gate(gate, &mut settings.gate, &mut places);
             }
             if let Some(caller) = s.block("caller") {
-                let pattern = |text: &str| CallerPattern::parse(text, self.user_id);
+                let pattern = |text: &str| self.caller_pattern(text);
                 self.stage(caller, Kind::Caller, &mut settings.caller, &pattern, &mut places);
             }
             if let Some(identity) = s.block("identity") {
@@ -200,6 +204,16 @@ impl Context<'_> {
         self.problems.add(key.place, &key.name, Some(key.limit.to_string()), message);
     }
 
+    fn caller_pattern(&self, text: &str) -> Result<CallerPattern, PolicyError> {
+        match CallerPattern::parse(text, self.user_id)? {
+            CallerPattern::AnyPod | CallerPattern::One(CallerKey::Pod(_)) if self.no_pods => {
+                Err(PolicyError::NoPods(text.into()))
+            }
+            CallerPattern::AnyUid if self.no_pods => Err(PolicyError::Everybody(text.into())),
+            pattern => Ok(pattern),
+        }
+    }
+
     fn id_pattern(&self, text: &str) -> Result<IdPattern, PolicyError> {
         let pattern = IdPattern::parse(text)?;
         match self.trust_domain {
@@ -230,6 +244,9 @@ impl Context<'_> {
             }
         }
         set(&mut gate.admin, s.integer("admin", 1..=1024).map(|at| to_u32(at.value)));
+        if let Some(block) = s.block("connection") {
+            connection(block, &mut gate.connection);
+        }
         if let Some(mut caller) = s.block("caller") {
             let rule = gate_rule(&mut caller, &gate.default);
             set(&mut gate.default, rule.ok());
@@ -244,7 +261,8 @@ impl Context<'_> {
                 self.problems.add(place, &section.name(), None, message);
             }
             let rule = gate_rule(&mut section, &gate.default);
-            let pattern = CallerPattern::parse(label, self.user_id)
+            let pattern = self
+                .caller_pattern(label)
                 .map_err(|err| self.problems.add(place, &section.name(), None, err));
             if let (Ok(rule), Ok(pattern), false) = (rule, pattern, empty) {
                 gate.overrides.push(Override {
@@ -756,10 +774,32 @@ fn gate_rule(s: &mut Section<'_>, base: &GateRule) -> Result<GateRule, Reported>
     }
     let connections = connections.and_then(|at| NonZeroU32::new(to_u32(at.value)));
     Ok(GateRule {
-        connections: connections.unwrap_or(base.connections),
+        connections: connections.or(base.connections),
         rate,
         dry_run: dry_run.map_or(base.dry_run, |at| at.value),
     })
+}
+
+fn connection(mut block: Section<'_>, settings: &mut ConnectionSettings) {
+    let s = &mut block;
+    let (second, hour) = (Duration::from_secs(1), Duration::from_secs(3600));
+    let value = |at: Option<At<Duration>>| at.map(|at| at.value);
+    let handshake = s.duration("handshake_timeout", Duration::from_millis(100)..=Duration::from_secs(300));
+    set(&mut settings.handshake_timeout, value(handshake));
+    if let Some(At { value, place }) = s.duration("idle_timeout", Duration::ZERO..=24 * hour) {
+        if !value.is_zero() && value < second {
+            let message = "must be 0 (it may stay for ever), or from 1s to 24h";
+            s.wrong(place, "idle_timeout", Some(format!("\"{}\"", show_duration(value))), message);
+        } else {
+            settings.idle_timeout = Some(value).filter(|value| !value.is_zero());
+        }
+    }
+    set(&mut settings.stall_timeout, value(s.duration("stall_timeout", second..=hour)));
+    let number = |at: Option<At<i64>>| at.map(|at| to_u32(at.value));
+    set(&mut settings.streams, number(s.integer("streams", 1..=1024)));
+    set(&mut settings.header_bytes, number(s.integer("header_bytes", 1024..=65_536)));
+    set(&mut settings.resets, number(s.integer("resets", 1..=1024)));
+    block.finish();
 }
 
 fn node(mut block: Section<'_>, node: &mut NodeSettings) {

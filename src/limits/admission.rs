@@ -24,7 +24,7 @@ use tokio::time::Instant;
 use super::{
     RejectionStatus, SHORT_WAIT, Settings, SettingsError, SoftLimits,
     bucket::{Hasher, Key, Level, Place, Quota, Table},
-    caller::{Caller, CallerKey},
+    caller::{Caller, CallerKey, Families},
     counters::{Counters, KeyType, Outcome, Reason, Stage},
     policy::{CallerPattern, Choice, Costs, IdPattern, Limit, Policy, Rule},
     report::{Event, Heavy, Name, Refusing, Standing},
@@ -56,11 +56,13 @@ pub enum Method {
     StreamSecrets,
     /// `/envoy.service.secret.v3.SecretDiscoveryService/FetchSecrets`
     FetchSecrets,
+    /// What is no Workload API and no SDS: health, reflection, services that are not there.
+    Other,
 }
 
 impl Method {
     /// Every method.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::FetchX509Svid,
         Self::FetchX509Bundles,
         Self::FetchJwtSvid,
@@ -70,6 +72,7 @@ impl Method {
         Self::FetchWitBundles,
         Self::StreamSecrets,
         Self::FetchSecrets,
+        Self::Other,
     ];
 
     /// The name of the RPC: `FetchX509SVID`. Also the metric label.
@@ -84,6 +87,7 @@ impl Method {
             Self::FetchWitBundles => "FetchWITBundles",
             Self::StreamSecrets => "StreamSecrets",
             Self::FetchSecrets => "FetchSecrets",
+            Self::Other => "Other",
         }
     }
 
@@ -98,12 +102,13 @@ impl Method {
             | Self::FetchWitSvid
             | Self::FetchWitBundles => "SpiffeWorkloadAPI",
             Self::StreamSecrets | Self::FetchSecrets => "envoy.service.secret.v3.SecretDiscoveryService",
+            Self::Other => "grpc",
         }
     }
 
-    /// Whether it is charged to identities too. ValidateJWTSVID needs none.
+    /// Whether it is charged to identities too. ValidateJWTSVID needs none, and what is no Workload API has none.
     pub fn has_identity(self) -> bool {
-        self != Self::ValidateJwtSvid
+        !matches!(self, Self::ValidateJwtSvid | Self::Other)
     }
 
     /// Whether it is answered with bundles: then the caller's default identity alone is charged.
@@ -123,6 +128,7 @@ impl Method {
             Self::FetchWitBundles => 6,
             Self::StreamSecrets => 7,
             Self::FetchSecrets => 8,
+            Self::Other => 9,
         }
     }
 }
@@ -197,8 +203,7 @@ impl<P> Admitted<P> {
 /// What a call will pay.
 #[derive(Debug)]
 struct Charge {
-    /// `None` for the agent's own calls.
-    shared: Option<Arc<Shared>>,
+    shared: Arc<Shared>,
     method: Method,
     held: Option<Held>,
     costs: Costs,
@@ -206,6 +211,8 @@ struct Charge {
     pays: u32,
     /// By a rule: not charged to the node either.
     exempt: bool,
+    /// Soft limits are counted.
+    soft: bool,
 }
 
 /// Tokens held in a bucket of a table.
@@ -219,7 +226,7 @@ struct Held {
 
 impl Charge {
     fn signed(&mut self, id: &SpiffeId) {
-        let Some(shared) = &self.shared else { return };
+        let shared = &self.shared;
         let more = self.costs.signature - self.costs.answer;
         self.pays = self.pays.saturating_add(more);
         let plan = shared.plan.load();
@@ -229,15 +236,20 @@ impl Charge {
             && more > 0
         {
             let key = shared.identity_key(id, self.method, &choice);
-            shared.identities().table.charge(shared.now(), key, quota, more);
+            let paid = shared.identities().table.charge(shared.now(), key, quota, more);
+            shared.count_soft(Stage::Identity, paid);
         }
     }
 }
 
 impl Drop for Charge {
     fn drop(&mut self) {
-        if let (Some(shared), Some(held)) = (&self.shared, self.held) {
-            shared.callers().settle(held.key, held.place, held.quota, held.cost, self.pays);
+        if let Some(held) = self.held {
+            let shared = &self.shared;
+            let paid = shared.callers().settle(held.key, held.place, held.quota, held.cost, self.pays);
+            if self.soft {
+                shared.count_soft(Stage::Caller, paid);
+            }
         }
     }
 }
@@ -249,6 +261,7 @@ pub(super) struct Plan {
     identity: Policy<IdPattern>,
     node: [Option<Node>; Method::ALL.len()],
     told: Told,
+    families: Families,
     node_dry: bool,
     dry: bool,
     status: RejectionStatus,
@@ -284,6 +297,7 @@ impl Plan {
             identity,
             node,
             told,
+            families: settings.families.clone(),
             node_dry: settings.node.dry_run,
             dry: settings.dry_run,
             status: settings.rejection_status,
@@ -352,7 +366,7 @@ impl Node {
 struct Identities {
     table: Table,
     /// Kept between calls for its memory alone.
-    held: Vec<(Held, Level, KeyType)>,
+    held: Vec<(Held, KeyType)>,
 }
 
 #[derive(Debug)]
@@ -437,19 +451,20 @@ impl Limits {
     /// [`Refusal`] when the caller has no tokens left, or too many calls are being attested.
     pub fn admit_caller<P: Caller>(&self, peer: P, method: Method) -> Result<Admitted<P>, Refusal> {
         let caller = peer.caller_key();
-        let mut charge =
-            Charge { shared: None, method, held: None, costs: Costs::default(), pays: 0, exempt: true };
-        if peer.is_agent() {
-            return Ok(Admitted { peer, charge, slot: None });
-        }
         let shared = &self.shared;
         let now = shared.now();
         let plan = shared.plan.load();
         let choice = plan.caller.choose(&caller, method);
         let limit = shared.limit(choice.rule);
-        charge.shared = Some(Arc::clone(shared));
-        charge.costs = choice.rule.costs;
-        charge.exempt = limit == Limit::Exempt;
+        let mut charge = Charge {
+            shared: Arc::clone(shared),
+            method,
+            held: None,
+            costs: choice.rule.costs,
+            pays: 0,
+            exempt: limit == Limit::Exempt,
+            soft: plan.soft != SoftLimits::default(),
+        };
         let ask = Ask { plan: &plan, stage: Stage::Caller, method, dry: plan.dry || choice.rule.dry_run };
         let who = || match choice.shared {
             Some(pattern) => Name::Callers((**pattern).clone()),
@@ -460,30 +475,32 @@ impl Limits {
             (None, CallerKey::Uid(_)) => KeyType::Uid,
             (None, CallerKey::Pod(_)) => KeyType::Pod,
         };
+        // Counted as allowed once the last of this stage has let it pass; what a dry run let pass was counted already.
+        let mut allowed = Some(own_type);
         match limit {
-            Limit::Exempt | Limit::Unlimited => {
-                shared.counters.count(Stage::Caller, Some(method), own_type, Outcome::Allowed);
-            }
+            Limit::Exempt | Limit::Unlimited => {}
             Limit::Block => {
+                allowed = None;
                 shared
                     .refuse(&ask, own_type, Reason::Blocked, Duration::MAX)
                     .inspect_err(|refusal| shared.note(now, refusal, &who()))?;
             }
             Limit::Quota(quota) => {
-                let key = shared.caller_key(caller, method, &choice);
+                let key = shared.caller_key(&plan, caller, method, &choice);
                 let cost = choice.rule.costs.answer;
                 let done = shared.callers().hold(now, key, quota, cost, || (who(), method.rpc()));
                 match done {
-                    Ok((place, level)) => {
+                    Ok(place) => {
                         charge.held = Some(Held { key, place, quota, cost });
                         charge.pays = cost;
-                        let outcome = Outcome::Allowed;
-                        shared.counters.count(Stage::Caller, Some(method), type_at(place, own_type), outcome);
-                        shared.count_soft(&plan, Stage::Caller, level);
+                        allowed = Some(type_at(place, own_type));
                     }
-                    Err(wait) => shared
-                        .refuse(&ask, own_type, Reason::Rate, wait)
-                        .inspect_err(|refusal| shared.note(now, refusal, &who()))?,
+                    Err(wait) => {
+                        allowed = None;
+                        shared
+                            .refuse(&ask, own_type, Reason::Rate, wait)
+                            .inspect_err(|refusal| shared.note(now, refusal, &who()))?;
+                    }
                 }
             }
         }
@@ -491,17 +508,21 @@ impl Limits {
             charge.pays = 0;
             Err(refusal)
         };
-        let slot = if charge.exempt { None } else { Some(shared.slots.take(caller)) };
+        let family = plan.families.parent(caller);
+        let slot = if charge.exempt { None } else { Some(shared.slots.take(family)) };
         let slot = match slot.transpose() {
             Ok(slot) => slot,
             Err(full) => {
-                let (stage, key_type) = match full {
-                    Full::Share => (Stage::Caller, own_type),
-                    Full::Node => (Stage::Node, KeyType::Node),
+                let (stage, key_type, dry) = match full {
+                    Full::Share => (Stage::Caller, own_type, ask.dry || plan.node_dry),
+                    Full::Node => (Stage::Node, KeyType::Node, plan.dry || plan.node_dry),
                 };
-                let ask = Ask { stage, dry: plan.dry, ..ask };
+                let ask = Ask { stage, dry, ..ask };
                 match shared.refuse(&ask, key_type, Reason::InFlight, SHORT_WAIT) {
-                    Ok(()) => None,
+                    Ok(()) => {
+                        allowed = allowed.filter(|_| stage != Stage::Caller);
+                        None
+                    }
                     Err(refusal) => {
                         shared.note(now, &refusal, &Name::Caller(caller));
                         return refund(&mut charge, refusal);
@@ -509,6 +530,9 @@ impl Limits {
                 }
             }
         };
+        if let Some(key_type) = allowed {
+            shared.counters.count(Stage::Caller, Some(method), key_type, Outcome::Allowed);
+        }
         if !method.has_identity()
             && !charge.exempt
             && let Err(refusal) = shared.charge_node(&plan, method, now)
@@ -534,7 +558,7 @@ impl Limits {
         admitted.slot = None;
         let charge = &mut admitted.charge;
         let method = charge.method;
-        if charge.shared.is_none() || !method.has_identity() {
+        if !method.has_identity() {
             return Ok(());
         }
         let entries = if method.is_bundles() { entries.get(..1).unwrap_or(entries) } else { entries };
@@ -572,7 +596,7 @@ impl Limits {
         let shared = &*self.shared;
         let plan = shared.plan.load();
         let choice = plan.caller.choose(&caller, method);
-        let key = shared.caller_key(caller, method, &choice);
+        let key = shared.caller_key(&plan, caller, method, &choice);
         let name = match choice.shared {
             Some(pattern) => Name::Callers((**pattern).clone()),
             None => Name::Caller(caller),
@@ -602,7 +626,7 @@ impl Limits {
                 let plan = shared.plan.load();
                 let choice = plan.caller.of_shared(pattern, method)?;
                 // The caller does not matter where the bucket is shared.
-                let key = shared.caller_key(CallerKey::Uid(0), method, &choice);
+                let key = shared.caller_key(&plan, CallerKey::Uid(0), method, &choice);
                 Some(shared.caller_bucket(choice.rule, key))
             }
         }
@@ -646,6 +670,11 @@ impl Limits {
     /// The counters, which the gate shares.
     pub(super) fn counters(&self) -> &Counters {
         &self.shared.counters
+    }
+
+    /// Counts the soft limits that a connection went over.
+    pub(super) fn count_soft_of_gate(&self, paid: Option<Level>) {
+        self.shared.count_soft(Stage::Gate, paid);
     }
 
     /// Time as the buckets have it, which the gate shares.
@@ -698,9 +727,18 @@ impl Shared {
         rule.schedule.at(unix).copied().unwrap_or(rule.limit)
     }
 
-    fn caller_key(&self, caller: CallerKey, method: Method, choice: &Choice<'_, CallerPattern>) -> Key {
+    fn caller_key(
+        &self,
+        plan: &Plan,
+        caller: CallerKey,
+        method: Method,
+        choice: &Choice<'_, CallerPattern>,
+    ) -> Key {
         match choice.shared {
-            None => Key { hash: self.hasher.hash((0, caller, method.index())), parent: caller.parent() },
+            None => {
+                let hash = self.hasher.hash((0, caller, method.index()));
+                Key { hash, parent: plan.families.parent(caller) }
+            }
             // The text and not its place in a list, which a reload may change. It is its own parent: nobody can make more.
             Some(pattern) => {
                 let hash = self.hasher.hash((1, pattern.as_ref(), method.index()));
@@ -748,8 +786,10 @@ impl Shared {
         }
     }
 
-    fn count_soft(&self, plan: &Plan, stage: Stage, level: Level) {
-        for (at, percent) in plan.soft.steps() {
+    /// Counts the soft limits that a call went over when it paid.
+    fn count_soft(&self, stage: Stage, paid: Option<Level>) {
+        let Some(level) = paid else { return };
+        for (at, percent) in self.plan.load().soft.steps() {
             if level.crossed(percent) {
                 self.counters.count_soft(stage, at);
             }
@@ -799,6 +839,11 @@ impl Shared {
                     self.counters.count(Stage::Identity, Some(method), own_type, Outcome::Allowed);
                     continue;
                 }
+                // Exempt is from every bucket; what is blocked is blocked.
+                Limit::Quota(_) if caller_exempt => {
+                    self.counters.count(Stage::Identity, Some(method), own_type, Outcome::Allowed);
+                    continue;
+                }
                 Limit::Block => (Reason::Blocked, Duration::MAX),
                 Limit::Quota(quota) => {
                     let key = self.identity_key(id, method, &choice);
@@ -808,9 +853,8 @@ impl Shared {
                     let cost = choice.rule.costs.answer;
                     let who = || (identity_name(id, choice.shared), method.rpc());
                     match table.hold(now, key, quota, cost, who) {
-                        Ok((place, level)) => {
-                            let held_here = Held { key, place, quota, cost };
-                            held.push((held_here, level, type_at(place, own_type)));
+                        Ok(place) => {
+                            held.push((Held { key, place, quota, cost }, type_at(place, own_type)));
                             continue;
                         }
                         Err(wait) => (Reason::Rate, wait),
@@ -833,12 +877,14 @@ impl Shared {
             None if node_counts && !caller_exempt => self.charge_node(&plan, method, now),
             None => Ok(()),
         };
-        for (it, level, key_type) in held.drain(..) {
+        for (it, key_type) in held.drain(..) {
             let pays = if done.is_ok() { it.cost } else { 0 };
-            table.settle(it.key, it.place, it.quota, it.cost, pays);
+            let paid = table.settle(it.key, it.place, it.quota, it.cost, pays);
             if done.is_ok() {
                 self.counters.count(Stage::Identity, Some(method), key_type, Outcome::Allowed);
-                self.count_soft(&plan, Stage::Identity, level);
+                if plan.soft != SoftLimits::default() {
+                    self.count_soft(Stage::Identity, paid);
+                }
             }
         }
         done

@@ -7,7 +7,8 @@
 //! - A table with no room looks for full buckets, a few per new key, starting where it last stopped. One that finds
 //!   none charges the new key to the overflow bucket of its *parent* (whoever can invent keys), never to a stranger's,
 //!   and no parent may own more than its share of the table. Keys that are known keep their buckets.
-//! - The quota comes with each call. A reload changes it from one call to the next; what was spent stays spent.
+//! - The quota comes with each call. A reload changes it from one call to the next; what was spent stays spent. (In an
+//!   overflow, where each quota has a bucket, a new quota begins with a full one.)
 //! - A call first *holds* tokens, and *settles* when it is known what it cost: nothing (it was refused further on), the
 //!   price of an answer, or more than was held, which is then a debt of at most one burst. Until then nothing has moved,
 //!   so a refund restores exactly what was.
@@ -156,7 +157,7 @@ impl Quota {
     }
 }
 
-/// How full a bucket was before and after tokens were held, for soft limits. In nanoseconds of refill.
+/// How full a bucket was before and after a call was paid, for soft limits. In nanoseconds of refill.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Level {
     before: u64,
@@ -167,9 +168,9 @@ pub struct Level {
 impl Level {
     /// Whether this call took the bucket from below `percent` used to it or above.
     pub fn crossed(self, percent: u8) -> bool {
-        // At most 2 x 3.2e16 x 100: fits.
+        // At most 2 x 3.2e16 x 100: fits, and where a reload has shrunk a bucket that owes more, it saturates.
         let line = self.refill * u64::from(percent);
-        self.before * 100 < line && self.after * 100 >= line
+        self.before.saturating_mul(100) < line && self.after.saturating_mul(100) >= line
     }
 }
 
@@ -202,7 +203,7 @@ impl Bucket {
     ///
     /// # Errors
     /// The time after which the same would succeed, if nobody takes or settles anything meanwhile.
-    pub fn hold(&mut self, now: u64, quota: Quota, cost: u32) -> Result<Level, Duration> {
+    pub fn hold(&mut self, now: u64, quota: Quota, cost: u32) -> Result<(), Duration> {
         let refill = quota.refill();
         let before = self.spent(now, quota) + u64::from(self.held) * quota.per_token;
         let after = before + u64::from(cost) * quota.per_token;
@@ -210,22 +211,29 @@ impl Bucket {
             return Err(Duration::from_nanos(after - refill));
         }
         self.held += cost;
-        Ok(Level { before, after, refill })
+        Ok(())
     }
 
     /// Ends a call: lets go of the `held` tokens and takes `cost`. No cost is a refund; a cost above what was held is
-    /// a debt, of which a bucket carries at most one burst.
-    pub fn settle(&mut self, now: u64, quota: Quota, held: u32, cost: u32) {
+    /// a debt, of which a bucket carries at most one burst. `quota` is the one that the call began with: another one that
+    /// holds meanwhile may have let more be spent, and that stays.
+    pub fn settle(&mut self, now: u64, quota: Quota, held: u32, cost: u32) -> Level {
         self.held = self.held.saturating_sub(held);
         // A reload may have changed the price since the hold; tokens are tokens.
-        let per_token = if self.per_token == 0 { quota.per_token } else { self.per_token };
-        let quota = Quota { per_token, burst: quota.burst };
-        let spent = self.spent(now, quota) + u64::from(cost) * quota.per_token;
-        self.full_at = now + spent.min(2 * quota.refill());
+        if self.per_token == 0 {
+            self.per_token = quota.per_token;
+        }
+        let quota = Quota { per_token: self.per_token, burst: quota.burst };
+        let refill = quota.refill();
+        let before = self.full_at.saturating_sub(now);
+        let after = before.max((before + u64::from(cost) * quota.per_token).min(2 * refill));
+        self.full_at = now + after;
+        Level { before, after, refill }
     }
 
-    /// Spends as much as another bucket has spent, if that is more.
-    fn inherit(&mut self, now: u64, quota: Quota, other: &Self) {
+    /// Spends as much as another bucket of the same quota has spent, if that is more.
+    fn inherit(&mut self, now: u64, quota: Quota, other: Option<&mut Self>) {
+        let Some(other) = other else { return };
         let mut other = *other;
         self.full_at = now + other.spent(now, quota).max(self.spent(now, quota));
     }
@@ -245,6 +253,45 @@ impl Bucket {
         spent = spent.min(2 * quota.refill());
         self.full_at = now + spent;
         spent
+    }
+}
+
+/// Buckets that keys share which have none of their own: one for each quota, since what comes back at two rates cannot be
+/// reckoned in one. A quota that was not seen here before begins with a full bucket.
+#[derive(Clone, Debug, Default)]
+struct Pool(Vec<(Quota, Bucket)>);
+
+/// Quotas of one pool: a caller's methods, and what a reload or a window changed meanwhile.
+const POOL: usize = 16;
+/// When to come back to a pool that has no room for another quota and cannot say when it will.
+const POOL_WAIT: Duration = Duration::from_millis(100);
+
+impl Pool {
+    fn is_full(&self, now: u64) -> bool {
+        self.0.iter().all(|(_, bucket)| bucket.is_full(now))
+    }
+
+    /// Whether it has tokens of calls under way.
+    fn is_held(&self) -> bool {
+        self.0.iter().any(|(_, bucket)| bucket.held > 0)
+    }
+
+    fn get(&mut self, quota: Quota) -> Option<&mut Bucket> {
+        self.0.iter_mut().find(|(of, _)| *of == quota).map(|(_, bucket)| bucket)
+    }
+
+    fn hold(&mut self, now: u64, quota: Quota, cost: u32) -> Result<(), Duration> {
+        if let Some(bucket) = self.get(quota) {
+            return bucket.hold(now, quota, cost);
+        }
+        self.0.retain(|(_, bucket)| !bucket.is_full(now));
+        if self.0.len() >= POOL {
+            return Err(POOL_WAIT);
+        }
+        let mut bucket = Bucket::default();
+        bucket.hold(now, quota, cost)?;
+        self.0.push((quota, bucket));
+        Ok(())
     }
 }
 
@@ -299,11 +346,15 @@ type Who = (Name, &'static str);
 struct Parent {
     id: u64,
     owned: usize,
-    overflow: Bucket,
+    overflow: Pool,
 }
 
 /// How many cells a new key may look at to find room.
 const LOOK: usize = 64;
+/// How many it looks at where there is room, once this part of the table is taken: so that a table which a flood has filled
+/// once shrinks to those who call, and memory follows.
+const LOOK_EARLY: usize = 4;
+const EARLY: usize = 8;
 /// How often, at most, all parents are looked through, in nanoseconds per 16,384 of capacity.
 const PARENTS_PAUSE: u64 = 10_000_000;
 
@@ -320,7 +371,7 @@ pub struct Table {
     /// Of each cell, in the same order.
     names: Vec<Who>,
     parents: HashTable<Parent>,
-    stray: Bucket,
+    stray: Pool,
     seed: ahash::RandomState,
     hand: usize,
     latest: u64,
@@ -337,7 +388,7 @@ impl Table {
             cells: Vec::new(),
             names: Vec::new(),
             parents: HashTable::new(),
-            stray: Bucket::default(),
+            stray: Pool::default(),
             seed: ahash::RandomState::new(),
             hand: 0,
             latest: 0,
@@ -379,7 +430,7 @@ impl Table {
         quota: Quota,
         cost: u32,
         who: impl FnOnce() -> Who,
-    ) -> Result<(Place, Level), Duration> {
+    ) -> Result<Place, Duration> {
         let now = self.tick(now);
         if let Some((at, cell)) = self.find(key.hash) {
             cell.again = true;
@@ -388,7 +439,7 @@ impl Table {
                 Ok(_) => cell.used = cell.used.saturating_add(1),
                 Err(_) => cell.refused = cell.refused.saturating_add(1),
             }
-            return outcome.map(|level| (Place::Own(at), level));
+            return outcome.map(|()| Place::Own(at));
         }
         let Some(at) = self.has_room(now, key.parent).then(|| u32::try_from(self.cells.len()).ok()).flatten()
         else {
@@ -397,13 +448,13 @@ impl Table {
         // Where the key was charged while there was no room, it may have spent all that was spent there. Nobody gets a
         // second burst by coming out of the overflow.
         let mut bucket = Bucket::default();
-        bucket.inherit(now, quota, &self.stray);
+        bucket.inherit(now, quota, self.stray.get(quota));
         if let Some(parent) = self.parent(key.parent) {
-            bucket.inherit(now, quota, &parent.overflow);
+            bucket.inherit(now, quota, parent.overflow.get(quota));
         }
-        let level = bucket.hold(now, quota, cost)?;
-        if !self.own_one_more(now, key.parent, quota) {
-            return self.stray.hold(now, quota, cost).map(|level| (Place::Stray, level));
+        bucket.hold(now, quota, cost)?;
+        if !self.own_one_more(now, key.parent) {
+            return self.stray.hold(now, quota, cost).map(|()| Place::Stray);
         }
         self.cells.push(Cell {
             hash: key.hash,
@@ -416,14 +467,14 @@ impl Table {
         self.names.push(who());
         let cells = &self.cells;
         self.index.insert_unique(key.hash[0], at, |at| hash_at(cells, *at));
-        Ok((Place::Own(at), level))
+        Ok(Place::Own(at))
     }
 
     /// Ends a call that held tokens; see [`Bucket::settle`]. A bucket with tokens held is never forgotten, so it is there.
     ///
     /// It counts as ended at the latest time that the table was told. That is not before it began, and saves a look at the
     /// clock; the tokens begin to flow back no sooner than if they had been taken at once.
-    pub fn settle(&mut self, key: Key, place: Place, quota: Quota, held: u32, cost: u32) {
+    pub fn settle(&mut self, key: Key, place: Place, quota: Quota, held: u32, cost: u32) -> Option<Level> {
         let now = self.latest;
         let refund = u32::from(held > 0 && cost == 0);
         let bucket = match place {
@@ -431,19 +482,25 @@ impl Table {
                 cell.used = cell.used.saturating_sub(refund);
                 &mut cell.bucket
             }),
-            Place::Overflow => self.parent(key.parent).map(|parent| &mut parent.overflow),
-            Place::Stray => Some(&mut self.stray),
+            Place::Overflow => self.parent(key.parent).and_then(|parent| parent.overflow.get(quota)),
+            Place::Stray => self.stray.get(quota),
         };
-        if let Some(bucket) = bucket {
-            bucket.settle(now, quota, held, cost);
-        }
+        bucket.map(|bucket| bucket.settle(now, quota, held, cost))
     }
 
     /// Adds to what a known key has spent, as a debt of at most one burst. A key that is not known has a full bucket, and is
     /// left in peace: this is for a cost that shows itself after the call was charged.
-    pub fn charge(&mut self, now: u64, key: Key, quota: Quota, cost: u32) {
+    pub fn charge(&mut self, now: u64, key: Key, quota: Quota, cost: u32) -> Option<Level> {
         self.tick(now);
-        self.settle(key, Place::Own(u32::MAX), quota, 0, cost);
+        self.settle(key, Place::Own(u32::MAX), quota, 0, cost)
+    }
+
+    /// Counts for people that a key was refused for something else than its tokens, if it is known.
+    pub fn note_refused(&mut self, key: Key) {
+        if let Some((_, cell)) = self.find(key.hash) {
+            cell.again = true;
+            cell.refused = cell.refused.saturating_add(1);
+        }
     }
 
     /// Tokens left to a key, if it is known.
@@ -510,23 +567,27 @@ impl Table {
 
     /// Whether one more key of this parent may have a cell; looks for cells to forget when not.
     fn has_room(&mut self, now: u64, parent: u64) -> bool {
+        if self.cells.len() >= self.capacity / EARLY {
+            self.look_for_full(now, LOOK_EARLY);
+        }
         if self.fits(parent) {
             return true;
         }
-        self.look_for_full(now);
+        self.look_for_full(now, LOOK);
         self.fits(parent)
     }
 
     /// A parent whose overflow holds tokens of calls under way gets no cell either: one of these calls may be of the same key,
     /// and what it will take is not known yet.
     fn fits(&mut self, parent: u64) -> bool {
-        let (owned, held) = self.parent(parent).map_or((0, 0), |parent| (parent.owned, parent.overflow.held));
-        self.cells.len() < self.capacity && owned < self.per_parent && held == 0 && self.stray.held == 0
+        let (owned, held) =
+            self.parent(parent).map_or((0, false), |parent| (parent.owned, parent.overflow.is_held()));
+        self.cells.len() < self.capacity && owned < self.per_parent && !held && !self.stray.is_held()
     }
 
-    /// Moves the hand over [`LOOK`] cells and forgets the full ones among them.
-    fn look_for_full(&mut self, now: u64) {
-        for _ in 0..LOOK {
+    /// Moves the hand over so many cells and forgets the full ones among them.
+    fn look_for_full(&mut self, now: u64, cells: usize) {
+        for _ in 0..cells {
             if self.hand >= self.cells.len() {
                 self.hand = 0;
             }
@@ -568,33 +629,24 @@ impl Table {
         }
     }
 
-    fn hold_overflow(
-        &mut self,
-        now: u64,
-        parent: u64,
-        quota: Quota,
-        cost: u32,
-    ) -> Result<(Place, Level), Duration> {
-        self.make_parent(now, parent, quota);
+    fn hold_overflow(&mut self, now: u64, parent: u64, quota: Quota, cost: u32) -> Result<Place, Duration> {
+        self.make_parent(now, parent);
         match self.parent(parent) {
-            Some(parent) => parent.overflow.hold(now, quota, cost).map(|level| (Place::Overflow, level)),
-            None => self.stray.hold(now, quota, cost).map(|level| (Place::Stray, level)),
+            Some(parent) => parent.overflow.hold(now, quota, cost).map(|()| Place::Overflow),
+            None => self.stray.hold(now, quota, cost).map(|()| Place::Stray),
         }
     }
 
-    fn own_one_more(&mut self, now: u64, id: u64, quota: Quota) -> bool {
-        self.make_parent(now, id, quota);
+    fn own_one_more(&mut self, now: u64, id: u64) -> bool {
+        self.make_parent(now, id);
         let Some(parent) = self.parent(id) else { return false };
         parent.owned += 1;
         true
     }
 
     /// Makes the record of a parent if there is none, unless there are as many as the table has room for keys.
-    fn make_parent(&mut self, now: u64, id: u64, quota: Quota) {
-        if self.parent(id).is_some() {
-            return;
-        }
-        if self.stray.held > 0 {
+    fn make_parent(&mut self, now: u64, id: u64) {
+        if self.parent(id).is_some() || self.stray.is_held() {
             return;
         }
         if self.parents.len() >= self.capacity {
@@ -608,8 +660,9 @@ impl Table {
                 return;
             }
         }
-        let mut overflow = Bucket::default();
-        overflow.inherit(now, quota, &self.stray);
+        // What its keys were charged to while it had no record is spent. It may have been any of the stray buckets.
+        let mut overflow = Pool::default();
+        overflow.0.extend(self.stray.0.iter().filter(|(_, bucket)| !bucket.is_full(now)));
         let seed = &self.seed;
         let parent = Parent { id, owned: 0, overflow };
         self.parents.insert_unique(seed.hash_one(id), parent, |parent| seed.hash_one(parent.id));
@@ -698,6 +751,60 @@ mod tests {
         assert_eq!(bucket.hold(SECOND, quota, 1), Err(Duration::from_secs(11)));
     }
 
+    /// A call that began under a small quota and ends under a large one gives nothing back of what was spent meanwhile.
+    #[test]
+    fn a_call_that_ends_after_a_reload_forgives_nothing() {
+        let (small, large) = (quota(1.0, 10), quota(1.0, 1000));
+        let mut bucket = Bucket::default();
+        bucket.hold(SECOND, small, 1).unwrap();
+        bucket.hold(SECOND, large, 900).unwrap();
+        bucket.settle(SECOND, large, 900, 900);
+        bucket.settle(SECOND, small, 1, 1);
+        assert_eq!(bucket.left(SECOND, large), 100);
+    }
+
+    /// Methods with other quotas than each other's share no bucket, in an overflow neither: the smaller would forgive what the
+    /// larger has spent.
+    #[test]
+    fn quotas_are_not_mixed_in_an_overflow() {
+        let (many, few) = (quota(1.0, 200), quota(0.1, 5));
+        let mut table = Table::new(16, 1);
+        let key = |number| Key { hash: [number; 2], parent: 1 };
+        table.hold(0, key(1), many, 1, || heavy(1)).unwrap();
+        let mut take = |quota: Quota, number| {
+            let held = table.hold(0, key(number), quota, 1, || heavy(2));
+            held.inspect(|place| {
+                assert_eq!(*place, Place::Overflow);
+                table.settle(key(number), *place, quota, 1, 1);
+            })
+            .is_ok()
+        };
+        let (mut of_many, mut of_few) = (0, 0);
+        for round in 0..1000 {
+            of_many += u32::from(take(many, 10 + round));
+            of_few += u32::from(take(few, 5000 + round));
+        }
+        assert_eq!((of_many, of_few), (200, 5));
+    }
+
+    /// After a flood the table shrinks to those who call.
+    #[test]
+    fn a_table_shrinks_to_those_who_call() {
+        let mut table = Table::new(1024, 1024);
+        let quota = quota(10.0, 10);
+        let mut call = |now, number: u64| {
+            let key = Key { hash: [number; 2], parent: number };
+            let place = table.hold(now, key, quota, 1, || heavy(1)).unwrap();
+            table.settle(key, place, quota, 1, 1);
+            table.len()
+        };
+        for number in 0..1024 {
+            call(0, number);
+        }
+        let known: Vec<usize> = (0..1000).map(|nth| call(SECOND * (1 + nth), 10_000 + nth)).collect();
+        assert!(known[999] <= 1024 / EARLY + 2, "{}", known[999]);
+    }
+
     #[test]
     fn a_cost_above_the_burst_never_passes() {
         let quota = quota(1.0, 10);
@@ -715,7 +822,7 @@ mod tests {
         for (uid, calls) in [(1, 3), (2, 30), (3, 12), (4, 1)] {
             for _ in 0..calls {
                 let key = Key { hash: [u64::from(uid); 2], parent: 0 };
-                if let Ok((place, _)) = table.hold(0, key, quota(1.0, 10), 1, || heavy(uid)) {
+                if let Ok(place) = table.hold(0, key, quota(1.0, 10), 1, || heavy(uid)) {
                     table.settle(key, place, quota(1.0, 10), 1, 1);
                 }
             }
@@ -785,7 +892,7 @@ mod tests {
             }
             match step {
                 Move::Call { cost, later, refund } => {
-                    if let Ok((place, _)) = table.hold(now, MINE, quota, cost, || heavy(0)) {
+                    if let Ok(place) = table.hold(now, MINE, quota, cost, || heavy(0)) {
                         if later {
                             open.push((place, cost, refund))
                         } else {
@@ -796,7 +903,7 @@ mod tests {
                 Move::Flood { parent, first, count, cost } => {
                     for number in first..first + count {
                         let key = flood_key(parent, number);
-                        if let Ok((place, _)) = table.hold(now, key, quota, cost, || heavy(number)) {
+                        if let Ok(place) = table.hold(now, key, quota, cost, || heavy(number)) {
                             table.settle(key, place, quota, cost, cost);
                         }
                     }
@@ -847,7 +954,7 @@ mod tests {
                     Move::Flood { parent, first, count, cost } => {
                         for number in first..first + count {
                             let key = flood_key(parent, number);
-                            if let Ok((place, _)) = table.hold(now, key, quota, cost, || heavy(number)) {
+                            if let Ok(place) = table.hold(now, key, quota, cost, || heavy(number)) {
                                 table.settle(key, place, quota, cost, cost);
                             }
                         }
@@ -856,7 +963,7 @@ mod tests {
                     Move::Call { cost, .. } => {
                         let held = table.hold(now, mine, quota, cost, || heavy(0));
                         prop_assert!(held.is_ok(), "{held:?}");
-                        let (place, _) = held.unwrap();
+                        let place = held.unwrap();
                         prop_assert!(place != Place::Stray);
                         table.settle(mine, place, quota, cost, cost);
                         now += u64::from(cost) * quota.per_token;
@@ -876,14 +983,14 @@ mod tests {
             for step in moves {
                 match step {
                     Move::Call { cost, .. } => {
-                        if let Ok((place, _)) = table.hold(now, MINE, quota, cost, || heavy(0)) {
+                        if let Ok(place) = table.hold(now, MINE, quota, cost, || heavy(0)) {
                             table.settle(MINE, place, quota, cost, cost);
                         }
                     }
                     Move::Flood { parent, first, count, cost } => {
                         for number in first..first + count {
                             let key = flood_key(parent, number);
-                            if let Ok((place, _)) = table.hold(now, key, quota, cost, || heavy(number)) {
+                            if let Ok(place) = table.hold(now, key, quota, cost, || heavy(number)) {
                                 table.settle(key, place, quota, cost, cost);
                             }
                         }
@@ -942,7 +1049,7 @@ mod tests {
             for (parent, number, wait) in calls {
                 now += wait / 4;
                 let key = flood_key(parent, number);
-                if let Ok((place, _)) = table.hold(now, key, quota, 1, || heavy(number)) {
+                if let Ok(place) = table.hold(now, key, quota, 1, || heavy(number)) {
                     table.settle(key, place, quota, 1, 1);
                 }
                 prop_assert_eq!(table.index.len(), table.cells.len());

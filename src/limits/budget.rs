@@ -4,6 +4,9 @@
 //! steps by a pure function; whoever asks it acts: caches shrink first, then connections stop growing, then the heaviest
 //! caller loses its own. Established streams of others are never cut. The figures for what things cost are for accounts and for
 //! the number of connections that fit; they were measured, and are rounded up.
+//!
+//! Where memory is held by something else than connections (a hundred thousand entries, say), nobody's are cut: that would take
+//! identity away and give nothing back.
 
 use std::{fs, path::Path};
 
@@ -11,12 +14,25 @@ use super::SettingsError;
 
 /// Live heap of an HTTP/2 connection with one stream (h2's fixed buffers, for the most part).
 pub const CONNECTION: u64 = 40 * 1024;
+/// Bytes of requests that are not complete, of all streams of a connection: one message of the largest size, and some beside
+/// it. More, and what is being sent is refused.
+pub const UPLOADS: u64 = 20 * 1024;
+/// A connection at its worst: all its streams open, each with a request that never ends, and [`UPLOADS`] of them here. By this
+/// the number of connections that fit is reckoned, as nobody has been charged for such a request yet, and it takes
+/// milliseconds to send it. Measured: 75 KiB for the streams, and three times what was sent.
+pub const CONNECTION_AT_MOST: u64 = 128 * 1024;
 /// A known key in the table of a stage, with its share of the index and its parent.
 pub const KEY: u64 = 224;
-/// A cached JWT-SVID with its key, for an audience of ordinary length.
+/// A cached JWT-SVID with its key, for audiences of ordinary length; for the longest that are kept it is twice that.
 pub const CACHED_JWT_SVID: u64 = 2 * 1024;
 /// A cached X.509-SVID with its key, encoded once.
 pub const CACHED_X509_SVID: u64 = 4 * 1024;
+
+/// How far memory must fall below the beginning of a step for the step to end, in percent of the budget.
+const SLACK: u8 = 5;
+/// A caller is only ever cut off for memory when its connections, at [`CONNECTION`] each, are this part of the budget at least:
+/// else it is not they that fill it.
+const HEAVY: u64 = 32;
 
 /// Where the budget comes from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -74,9 +90,18 @@ impl Settings {
         }
     }
 
-    /// How short memory is when `used` bytes of `budget` are used.
-    pub fn step(&self, used: u64, budget: u64) -> Pressure {
-        let reached = |percent: u8| u128::from(used) * 100 >= u128::from(budget) * u128::from(percent);
+    /// How short memory is when `used` bytes of `budget` are used, and it was `before` short the last time. A step is left
+    /// only [`SLACK`] percent below where it began: what comes and goes around a line would else open and shut the door all
+    /// the time.
+    pub fn next(&self, before: Pressure, used: u64, budget: u64) -> Pressure {
+        self.step(used, budget, 0).max(before.min(self.step(used, budget, SLACK)))
+    }
+
+    /// The step that `used` reaches, were each `slack` percent lower.
+    fn step(&self, used: u64, budget: u64, slack: u8) -> Pressure {
+        let reached = |percent: u8| {
+            u128::from(used) * 100 >= u128::from(budget) * u128::from(percent.saturating_sub(slack))
+        };
         if reached(self.close_heaviest_at) {
             Pressure::CloseHeaviest
         } else if reached(self.refuse_new_at) {
@@ -100,7 +125,8 @@ pub enum Pressure {
     /// Callers that hold connections get no more. One that holds none, or one that it may have left already, still gets one: else
     /// whoever fills memory would lock the others out.
     RefuseNew,
-    /// Nobody gets a connection, and those of the heaviest caller ([`super::Gate::heaviest`]) are closed.
+    /// Nobody gets a connection, and those of the heaviest caller ([`super::Gate::heaviest`]) are closed, if they are worth it
+    /// ([`is_heavy`]).
     CloseHeaviest,
 }
 
@@ -123,6 +149,11 @@ impl Pressure {
             Self::CloseHeaviest => 3,
         }
     }
+}
+
+/// Whether cutting off a caller with so many connections would give back memory worth it.
+pub fn is_heavy(connections: u32, budget: u64) -> bool {
+    u64::from(connections).saturating_mul(CONNECTION) >= budget / HEAVY
 }
 
 /// What is there that takes memory.
@@ -210,12 +241,50 @@ mod tests {
             (mib(95), Pressure::CloseHeaviest),
             (u64::MAX, Pressure::CloseHeaviest),
         ] {
-            assert_eq!(settings.step(used, mib(100)), want, "{used}");
+            assert_eq!(settings.next(Pressure::None, used, mib(100)), want, "{used}");
         }
-        assert_eq!(settings.step(1, 0), Pressure::CloseHeaviest, "no budget at all is used up");
+        assert_eq!(
+            settings.next(Pressure::None, 1, 0),
+            Pressure::CloseHeaviest,
+            "no budget at all is used up"
+        );
         assert!(
             Pressure::ShrinkCaches < Pressure::RefuseNew && Pressure::RefuseNew < Pressure::CloseHeaviest
         );
+    }
+
+    #[test]
+    fn a_step_is_left_below_where_it_began() {
+        use Pressure as P;
+        let settings = Settings::default();
+        for (before, percent, want) in [
+            (P::ShrinkCaches, 69, P::ShrinkCaches),
+            (P::ShrinkCaches, 65, P::ShrinkCaches),
+            (P::ShrinkCaches, 64, P::None),
+            (P::RefuseNew, 84, P::RefuseNew),
+            (P::RefuseNew, 79, P::ShrinkCaches),
+            (P::CloseHeaviest, 94, P::CloseHeaviest),
+            (P::CloseHeaviest, 89, P::RefuseNew),
+            (P::CloseHeaviest, 10, P::None),
+            (P::None, 84, P::ShrinkCaches),
+            (P::ShrinkCaches, 96, P::CloseHeaviest),
+        ] {
+            assert_eq!(settings.next(before, percent << 20, 100 << 20), want, "{before:?}, {percent}");
+        }
+    }
+
+    #[test]
+    fn only_who_fills_memory_is_cut_off() {
+        for (connections, budget, heavy) in [
+            (0, 24 << 20, false),
+            (1, 24 << 20, false),
+            (19, 24 << 20, false),
+            (20, 24 << 20, true),
+            (64, 128 << 20, false),
+            (103, 128 << 20, true),
+        ] {
+            assert_eq!(is_heavy(connections, budget), heavy, "{connections} of {budget}");
+        }
     }
 
     #[test]

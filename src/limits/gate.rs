@@ -3,7 +3,9 @@
 //! A connection costs descriptors and memory before anything was asked for, so the first decision is made here. In this
 //! order: blocked; the caller's open connections; its rate of new ones; the node's connections. Of the last, a part
 //! (`reserve`) is kept for callers that hold none, or one: however many one caller opens, and however many callers do, there is
-//! one for the next that comes. Admin connections have places of their own.
+//! one for the next that comes. Whoever can be many callers (a user with subordinate UIDs) counts as one for that, and has a
+//! part of the node's connections at most. Admin connections have places of their own. What one connection may hold, once it was let in,
+//! is in the settings here ([`ConnectionSettings`]) and done where it is served.
 //!
 //! A decision is a table look-up: it waits for nobody, so no caller's connection stands behind another's. Callers with open
 //! connections are counted in a map that cannot have more keys than there are connections, and are never forgotten.
@@ -24,7 +26,7 @@ use super::{
     Limits, Settings, SettingsError,
     bucket::{Hasher, Key, Place, Quota, Table},
     budget::{self, Pressure},
-    caller::CallerKey,
+    caller::{CallerKey, Families},
     counters::{KeyType, Outcome, Reason, Stage},
     policy::{self, CallerPattern, Limit, Override, Pattern, Share},
     report::{Heavy, Name, Standing},
@@ -35,6 +37,15 @@ pub const DESCRIPTORS_PER_CONNECTION: u64 = 2;
 /// Kept for all that is no connection: listeners, logs, files being read.
 pub const OTHER_DESCRIPTORS: u64 = 64;
 
+/// The connections of a caller, by default: so many,
+const CONNECTIONS: u32 = 64;
+/// and no more than this part of the node's, so that a small budget of memory is not one caller's:
+const SHARE: u32 = 10;
+/// but at least so many.
+const AT_LEAST: u32 = 8;
+/// The part of the node's connections that a family may hold ([`Families`]).
+const FAMILY_SHARE: u32 = 4;
+
 /// Who holds fewer connections counts as holding none: one that calls anew for each call has left its last one, and the agent may
 /// not have seen that yet.
 const FEW: u32 = 2;
@@ -42,8 +53,8 @@ const FEW: u32 = 2;
 /// What one caller may.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GateRule {
-    /// Connections at once. Default 64.
-    pub connections: NonZeroU32,
+    /// Connections at once. Default: a tenth of the node's, from 8 to 64.
+    pub connections: Option<NonZeroU32>,
     /// New connections. `Exempt` and `Unlimited` free from the number of connections too, within those of the node. Default: 100 a
     /// second, 200 at once.
     pub rate: Limit,
@@ -53,11 +64,7 @@ pub struct GateRule {
 
 impl Default for GateRule {
     fn default() -> Self {
-        Self {
-            connections: NonZeroU32::MIN.saturating_add(63),
-            rate: Limit::Quota(Quota::constant(100, 200)),
-            dry_run: false,
-        }
+        Self { connections: None, rate: Limit::Quota(Quota::constant(100, 200)), dry_run: false }
     }
 }
 
@@ -69,17 +76,56 @@ pub struct GateSettings {
     /// For callers that match. The methods of an override are not looked at; buckets cannot be shared here.
     pub overrides: Vec<Override<CallerPattern, GateRule>>,
     /// Connections of the node. Default: what RLIMIT_NOFILE has room for at [`DESCRIPTORS_PER_CONNECTION`] each, and half of
-    /// the memory budget at [`budget::CONNECTION`] each; the lower of both.
+    /// the memory budget at [`budget::CONNECTION_AT_MOST`] each; the lower of both.
     pub connections: Option<NonZeroU32>,
     /// Of which so many are kept for callers that hold none, or one. Default 64; at most half of the connections count.
     pub reserve: u32,
     /// Connections to the admin socket, in addition. Default 8.
     pub admin: u32,
+    /// What each connection may hold, and for how long. Holds for connections that come after a change.
+    pub connection: ConnectionSettings,
+}
+
+/// What bounds one connection. Here, as part of the settings, and done where it is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConnectionSettings {
+    /// From accept to the first complete request; 100 ms to 5 min. Default 10 s.
+    pub handshake_timeout: Duration,
+    /// How long it stays without an open request; `None` for ever, else 1 s to 24 h. Default 10 min.
+    pub idle_timeout: Option<Duration>,
+    /// How long a request may wait for its answer, or an answer for its reader; 1 s to 1 h. Default 30 s.
+    pub stall_timeout: Duration,
+    /// Open requests and streams; 1 to 1,024. Default 16.
+    pub streams: u32,
+    /// The headers of a request, in bytes; 1 KiB to 64 KiB. Default 8 KiB.
+    pub header_bytes: u32,
+    /// Streams that the peer reset, or that broke the rules, and that are not yet done with; 1 to 1,024. Default 16.
+    pub resets: u32,
+}
+
+impl Default for ConnectionSettings {
+    fn default() -> Self {
+        Self {
+            handshake_timeout: Duration::from_secs(10),
+            idle_timeout: Some(Duration::from_secs(600)),
+            stall_timeout: Duration::from_secs(30),
+            streams: 16,
+            header_bytes: 8 * 1024,
+            resets: 16,
+        }
+    }
 }
 
 impl Default for GateSettings {
     fn default() -> Self {
-        Self { default: GateRule::default(), overrides: Vec::new(), connections: None, reserve: 64, admin: 8 }
+        Self {
+            default: GateRule::default(),
+            overrides: Vec::new(),
+            connections: None,
+            reserve: 64,
+            admin: 8,
+            connection: ConnectionSettings::default(),
+        }
     }
 }
 
@@ -132,6 +178,7 @@ struct Plan {
     most: u32,
     reserve: u32,
     admin: u32,
+    families: Families,
     dry: bool,
 }
 
@@ -149,7 +196,7 @@ impl Plan {
             }
             Some(most) => most.get(),
             None => {
-                let in_memory = budget.map_or(u64::MAX, |budget| budget / 2 / budget::CONNECTION);
+                let in_memory = budget.map_or(u64::MAX, |budget| budget / 2 / budget::CONNECTION_AT_MOST);
                 u32::try_from(fit.min(in_memory)).unwrap_or(u32::MAX)
             }
         };
@@ -157,7 +204,20 @@ impl Plan {
             return Err(SettingsError::Descriptors { connections: 2, needed: other + 4, limit: nofile });
         }
         let reserve = gate.reserve.min(most / 2);
-        Ok(Self { rules, most, reserve, admin: gate.admin, dry: settings.dry_run })
+        let families = settings.families.clone();
+        Ok(Self { rules, most, reserve, admin: gate.admin, families, dry: settings.dry_run })
+    }
+
+    /// Connections at once of a caller under `rule`.
+    fn connections(&self, rule: &GateRule) -> u32 {
+        let by_default = || (self.most / SHARE).clamp(AT_LEAST, CONNECTIONS);
+        rule.connections.map_or_else(by_default, NonZeroU32::get)
+    }
+
+    /// Connections at once of all callers of a family, whose members are under `rule`: who can be 65,536 callers has no more
+    /// than a part of the node for it.
+    fn connections_of_family(&self, rule: &GateRule) -> u32 {
+        self.connections(rule).max(self.most / FAMILY_SHARE)
     }
 }
 
@@ -165,6 +225,8 @@ impl Plan {
 struct State {
     rates: Table,
     open: HashMap<CallerKey, u32, ahash::RandomState>,
+    /// Of those callers that are of a family, by its first UID.
+    families: HashMap<u32, u32, ahash::RandomState>,
     total: u32,
     admin: u32,
 }
@@ -191,6 +253,17 @@ pub struct Permit {
     shared: Arc<Shared>,
     /// `None` for the admin socket.
     caller: Option<CallerKey>,
+    /// The family that it was counted for.
+    family: Option<u32>,
+}
+
+/// Connections that are open.
+#[derive(Clone, Copy)]
+struct Has {
+    /// Of the caller.
+    caller: u32,
+    /// Of its family, if it is of one: which, and how many.
+    family: Option<(u32, u32)>,
 }
 
 impl Gate {
@@ -209,6 +282,7 @@ impl Gate {
         let state = State {
             rates: Table::new(settings.keys, settings.keys / 8),
             open: HashMap::default(),
+            families: HashMap::default(),
             total: 0,
             admin: 0,
         };
@@ -220,6 +294,14 @@ impl Gate {
             limits: limits.clone(),
         };
         Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Whether these settings could be put in force, without doing it.
+    ///
+    /// # Errors
+    /// As [`Gate::new`].
+    pub fn check(settings: &Settings, nofile: u64, budget: Option<u64>) -> Result<(), SettingsError> {
+        Plan::new(settings, nofile, budget).map(drop)
     }
 
     /// Puts other settings in force. Connections that are open stay.
@@ -251,32 +333,64 @@ impl Gate {
             CallerKey::Pod(_) => KeyType::Pod,
         };
         let now = shared.limits.now();
-        let mut state = shared.state();
-        let decided = shared.decide(&plan, rule, &mut state, caller, now);
         let counters = shared.limits.counters();
-        let key_type_of = |stage| if stage == Stage::Node { KeyType::Node } else { key_type };
-        match decided {
-            Ok(()) => counters.count(Stage::Gate, None, key_type, Outcome::Allowed),
-            // A rehearsal ends where descriptors do: what cannot be taken is not taken.
-            Err(refusal) if (plan.dry || rule.dry_run) && state.total < plan.most => {
-                let outcome = Outcome::WouldRefuse(refusal.reason);
-                counters.count(refusal.stage, None, key_type_of(refusal.stage), outcome);
+        let mut state = shared.state();
+        let has = Has {
+            caller: state.open.get(&caller).copied().unwrap_or(0),
+            family: plan
+                .families
+                .of(caller)
+                .map(|first| (first, state.families.get(&first).copied().unwrap_or(0))),
+        };
+        let mut rehearsed = false;
+        // First what is the caller's own; then, once that lets it pass, what all share.
+        let own = shared.decide_own(&plan, rule, &mut state, caller, has, now);
+        let (held, own) = match own {
+            Ok(held) => (held, Ok(())),
+            Err(refusal) if plan.dry || rule.dry_run => {
+                counters.count(refusal.stage, None, key_type, Outcome::WouldRefuse(refusal.reason));
+                rehearsed = true;
+                (None, Ok(()))
             }
-            Err(refusal) => {
-                drop(state);
-                let outcome = Outcome::Refused(refusal.reason);
-                counters.count(refusal.stage, None, key_type_of(refusal.stage), outcome);
-                if refusal.stage == Stage::Gate {
-                    shared.limits.note_refused_connection(caller);
-                }
-                return Err(refusal);
+            Err(refusal) => (None, Err(refusal)),
+        };
+        let node = own.and_then(|()| shared.decide_node(&plan, state.total, has, rule.rate == Limit::Exempt));
+        let decided = match node {
+            // A rehearsal ends where descriptors do: what cannot be taken is not taken.
+            Err(refusal) if refusal.stage == Stage::Node && plan.dry && state.total < plan.most => {
+                counters.count(Stage::Node, None, KeyType::Node, Outcome::WouldRefuse(refusal.reason));
+                rehearsed = true;
+                Ok(())
+            }
+            decided => decided,
+        };
+        if let Some((key, place, quota)) = held {
+            let paid = state.rates.settle(key, place, quota, 1, u32::from(decided.is_ok()));
+            if decided.is_ok() {
+                shared.limits.count_soft_of_gate(paid);
             }
         }
+        if let Err(refusal) = decided {
+            drop(state);
+            let key_type = if refusal.stage == Stage::Node { KeyType::Node } else { key_type };
+            counters.count(refusal.stage, None, key_type, Outcome::Refused(refusal.reason));
+            if refusal.stage == Stage::Gate {
+                shared.limits.note_refused_connection(caller);
+            }
+            return Err(refusal);
+        }
+        if !rehearsed {
+            counters.count(Stage::Gate, None, key_type, Outcome::Allowed);
+        }
         *state.open.entry(caller).or_insert(0) += 1;
+        let family = has.family.map(|(first, _)| first);
+        if let Some(first) = family {
+            *state.families.entry(first).or_insert(0) += 1;
+        }
         state.total += 1;
         counters.connections.set(f64::from(state.total));
         drop(state);
-        Ok(Permit { shared: Arc::clone(shared), caller: Some(caller) })
+        Ok(Permit { shared: Arc::clone(shared), caller: Some(caller), family })
     }
 
     /// Lets a connection to the admin socket in: these have places of their own.
@@ -290,7 +404,7 @@ impl Gate {
         }
         state.admin += 1;
         drop(state);
-        Ok(Permit { shared: Arc::clone(&self.shared), caller: None })
+        Ok(Permit { shared: Arc::clone(&self.shared), caller: None, family: None })
     }
 
     /// Connections of all callers.
@@ -316,7 +430,7 @@ impl Gate {
     pub fn standing(&self, caller: CallerKey) -> Standing {
         let shared = &*self.shared;
         let plan = shared.plan.load();
-        let key = Key { hash: shared.hasher.hash(caller), parent: caller.parent() };
+        let key = Key { hash: shared.hasher.hash(caller), parent: plan.families.parent(caller) };
         let now = shared.limits.now();
         Standing::under(plan.rules.of(&caller).rate, |quota| shared.state().rates.left(now, key, quota))
     }
@@ -344,45 +458,35 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The order of the module's documentation. Takes a token of the caller's rate if it lets the connection in.
-    fn decide(
+    /// The first three questions of the module's documentation. Holds a token of the caller's rate if they let it pass.
+    fn decide_own(
         &self,
         plan: &Plan,
         rule: &GateRule,
         state: &mut State,
         caller: CallerKey,
+        has: Has,
         now: u64,
-    ) -> Result<(), GateRefusal> {
-        let has = state.open.get(&caller).copied().unwrap_or(0);
+    ) -> Result<Option<(Key, Place, Quota)>, GateRefusal> {
+        let key = Key { hash: self.hasher.hash(caller), parent: plan.families.parent(caller) };
         let quota = match rule.rate {
             Limit::Block => return Err(refused(Stage::Gate, Reason::Blocked, Duration::ZERO)),
-            Limit::Exempt | Limit::Unlimited => None,
-            Limit::Quota(_) if has >= rule.connections.get() => {
-                return Err(refused(Stage::Gate, Reason::Connections, Duration::ZERO));
-            }
-            Limit::Quota(quota) => Some(quota),
+            Limit::Exempt | Limit::Unlimited => return Ok(None),
+            Limit::Quota(quota) => quota,
         };
-        let mut held: Option<(Key, Place, Quota)> = None;
-        if let Some(quota) = quota {
-            let key = Key { hash: self.hasher.hash(caller), parent: caller.parent() };
-            let who = || (Name::Caller(caller), "connections");
-            let (place, _) = state
-                .rates
-                .hold(now, key, quota, 1, who)
-                .map_err(|wait| refused(Stage::Gate, Reason::Rate, wait))?;
-            held = Some((key, place, quota));
+        let full = has.caller >= plan.connections(rule);
+        if full || has.family.is_some_and(|(_, family)| family >= plan.connections_of_family(rule)) {
+            state.rates.note_refused(key);
+            return Err(refused(Stage::Gate, Reason::Connections, Duration::ZERO));
         }
-        let exempt = rule.rate == Limit::Exempt;
-        let shared = self.decide_shared(plan, state.total, has, exempt);
-        if let Some((key, place, quota)) = held {
-            state.rates.settle(key, place, quota, 1, u32::from(shared.is_ok()));
-        }
-        shared
+        let who = || (Name::Caller(caller), "connections");
+        let held = state.rates.hold(now, key, quota, 1, who);
+        held.map(|place| Some((key, place, quota))).map_err(|wait| refused(Stage::Gate, Reason::Rate, wait))
     }
 
     /// What all share: the last question.
-    fn decide_shared(&self, plan: &Plan, total: u32, has: u32, exempt: bool) -> Result<(), GateRefusal> {
-        let newcomer = has < FEW || exempt;
+    fn decide_node(&self, plan: &Plan, total: u32, has: Has, exempt: bool) -> Result<(), GateRefusal> {
+        let newcomer = has.family.map_or(has.caller, |(_, family)| family) < FEW || exempt;
         let pressure = self.pressure.load(Ordering::Relaxed);
         let short = if newcomer { Pressure::CloseHeaviest } else { Pressure::RefuseNew };
         if pressure >= short.rank() && !exempt {
@@ -405,6 +509,12 @@ impl Drop for Permit {
         };
         state.total = state.total.saturating_sub(1);
         if let Entry::Occupied(mut entry) = state.open.entry(caller) {
+            *entry.get_mut() -= 1;
+            if *entry.get() == 0 {
+                entry.remove();
+            }
+        }
+        if let Some(Entry::Occupied(mut entry)) = self.family.map(|first| state.families.entry(first)) {
             *entry.get_mut() -= 1;
             if *entry.get() == 0 {
                 entry.remove();

@@ -178,6 +178,17 @@ pub enum PolicyError {
     /// The range is empty, or holds every UID.
     #[error("\"{0}\" must be a range from a lower to a higher UID, and not of all: that is uid:*")]
     Range(Box<str>),
+    /// (uid_t)-1: the number that the kernel says "no user" with.
+    #[error("\"{0}\" is nobody: 4294967295 is not a UID that a process can have")]
+    Nobody(Box<str>),
+    /// Pods are not looked for.
+    #[error("\"{0}\" matches nothing: agent.kubernetes has mode = \"off\", so no caller is a pod")]
+    NoPods(Box<str>),
+    /// Pods are not looked for.
+    #[error(
+        "\"{0}\" matches every caller, as agent.kubernetes has mode = \"off\": set the limit in the block around it"
+    )]
+    Everybody(Box<str>),
     /// The node has no such user.
     #[error("there is no user \"{0}\" on this node")]
     User(Box<str>),
@@ -310,7 +321,10 @@ impl CallerPattern {
             ("uid", "*") => Ok(Self::AnyUid),
             ("pod", "*") => Ok(Self::AnyPod),
             ("uid", value) => match value.split_once('-') {
-                None => Ok(Self::One(CallerKey::Uid(number(value)?))),
+                None => match number(value)? {
+                    u32::MAX => Err(PolicyError::Nobody(text.into())),
+                    uid => Ok(Self::One(CallerKey::Uid(uid))),
+                },
                 Some((from, to)) => match (number(from)?, number(to)?) {
                     (from, to) if from > to || (from, to) == (0, u32::MAX) => {
                         Err(PolicyError::Range(text.into()))
@@ -780,7 +794,8 @@ mod tests {
             ("pod", &*pod, Ok(&*pod)),
             ("any pod", "pod:*", Ok("pod:*")),
             ("root", "uid:0", Ok("uid:0")),
-            ("highest", "uid:4294967295", Ok("uid:4294967295")),
+            ("highest", "uid:4294967294", Ok("uid:4294967294")),
+            ("no user", "uid:4294967295", Err(PolicyError::Nobody("uid:4294967295".into()))),
             ("too high", "uid:4294967296", Err(PolicyError::Caller("uid:4294967296".into()))),
             ("negative", "uid:-1", Err(PolicyError::Caller("uid:-1".into()))),
             ("plus", "uid:+1", Err(PolicyError::Caller("uid:+1".into()))),

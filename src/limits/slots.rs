@@ -1,14 +1,19 @@
 //! Attestations in flight: a bounded number, shared fairly, and nobody waits in a queue.
 //!
-//! A caller may have `all / (callers that have any, it included, + 1)` of them, so however many one has, there is always one
-//! left for the next that comes: with one caller it is half, with two a third. A caller that has none yet is refused only when
-//! as many callers as there are slots have one each.
+//! A caller may have `all / (callers that have any, it included, + 1)` of them: with one caller it is half, with two a third.
+//! A quarter of all is for callers that have none: of that, each gets one. So however many those who came first have, and
+//! however long their attestations take, a quarter of all slots is left for as many others.
+//!
+//! A caller is its family here ([`Families`](super::caller::Families)): whoever can be many gets no more for it.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hashbrown::{HashMap, hash_map::Entry};
 
-use super::{NodeSettings, caller::CallerKey};
+use super::NodeSettings;
+
+/// Which part of all slots is for callers that have none.
+const RESERVE: u32 = 4;
 
 /// Who is in the way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +29,7 @@ struct State {
     all: u32,
     per_caller: u32,
     in_use: u32,
-    by_caller: HashMap<CallerKey, u32, ahash::RandomState>,
+    by_caller: HashMap<u64, u32, ahash::RandomState>,
 }
 
 /// The slots of a node.
@@ -38,7 +43,7 @@ pub struct Slots {
 #[must_use = "the slot is free again as soon as this is dropped"]
 pub struct AttestationSlot {
     slots: Arc<Slots>,
-    caller: CallerKey,
+    caller: u64,
 }
 
 impl Slots {
@@ -64,7 +69,7 @@ impl Slots {
     ///
     /// # Errors
     /// [`Full`] says whose doing it is.
-    pub fn take(self: &Arc<Self>, caller: CallerKey) -> Result<AttestationSlot, Full> {
+    pub fn take(self: &Arc<Self>, caller: u64) -> Result<AttestationSlot, Full> {
         let mut state = self.lock();
         if state.in_use >= state.all {
             return Err(Full::Node);
@@ -77,7 +82,7 @@ impl Slots {
             Entry::Vacant(_) => (0, callers.saturating_add(1)),
         };
         let share = (*all / callers.saturating_add(1)).clamp(1, *per_caller);
-        if has >= share {
+        if has >= share || has > 0 && *in_use >= *all - *all / RESERVE {
             return Err(Full::Share);
         }
         *entry.or_insert(0) += 1;
@@ -127,13 +132,13 @@ mod tests {
     }
 
     #[test]
-    fn one_caller_has_half_and_the_next_a_third() {
+    fn one_caller_has_half_and_a_quarter_is_for_those_who_have_none() {
         let slots = slots(12, 12);
         let mut held = Vec::new();
-        let mut take_all = |uid| {
+        let mut take_all = |caller| {
             let mut n = 0;
             loop {
-                match slots.take(CallerKey::Uid(uid)) {
+                match slots.take(caller) {
                     Ok(slot) => held.push(slot),
                     Err(full) => return (n, full),
                 }
@@ -141,9 +146,12 @@ mod tests {
             }
         };
         assert_eq!(take_all(1), (6, Full::Share));
-        assert_eq!(take_all(2), (4, Full::Share));
+        assert_eq!(take_all(2), (3, Full::Share), "the last quarter is not for who has some");
         assert_eq!(take_all(1), (0, Full::Share));
-        assert_eq!(take_all(3), (2, Full::Node));
+        for caller in 3..6 {
+            assert_eq!(take_all(caller).0, 1, "{caller} has none");
+        }
+        assert_eq!(take_all(6), (0, Full::Node));
         held.clear();
         assert_eq!(slots.in_use(), 0);
     }
@@ -152,23 +160,23 @@ mod tests {
         #[test]
         fn whoever_has_none_gets_one(
             all in 1..40_u32,
-            moves in prop::collection::vec((0..30_u32, any::<bool>()), 0..200),
+            moves in prop::collection::vec((0..30_u64, any::<bool>()), 0..200),
         ) {
             let slots = slots(all, 16);
             let mut held: Vec<AttestationSlot> = Vec::new();
-            for (uid, back) in moves {
+            for (caller, back) in moves {
                 if back {
-                    held.retain(|slot| slot.caller != CallerKey::Uid(uid));
-                } else if let Ok(slot) = slots.take(CallerKey::Uid(uid)) {
+                    held.retain(|slot| slot.caller != caller);
+                } else if let Ok(slot) = slots.take(caller) {
                     held.push(slot);
                 }
                 prop_assert!(slots.in_use() <= all);
                 prop_assert_eq!(usize::try_from(slots.in_use()).unwrap(), held.len());
             }
-            // Newcomers first find a slot while no other newcomer took the last one.
-            let callers = slots.lock().by_caller.len();
-            let newcomer = slots.take(CallerKey::Uid(1000));
-            if callers <= 1 && all > 1 {
+            // Only as many callers as the quarter has slots, with one each, can be in the way of a newcomer.
+            let callers = u32::try_from(slots.lock().by_caller.len()).unwrap();
+            let newcomer = slots.take(1000);
+            if callers < all / RESERVE {
                 prop_assert!(newcomer.is_ok(), "{callers} callers, {} of {all}", slots.in_use());
             }
         }

@@ -447,11 +447,13 @@ impl PodOrUid {
 }
 
 impl KeyResolver for PodOrUid {
-    fn caller_key(&self, credentials: &Credentials, process: &Process) -> CallerKey {
+    fn key_of_user(&self, credentials: &Credentials) -> Option<CallerKey> {
+        let visible = credentials.pid.as_raw() > 0;
+        (!visible || !self.looks_for_pods()).then(|| CallerKey::Uid(credentials.uid.as_raw()))
+    }
+
+    fn key_of_process(&self, credentials: &Credentials, process: &Process) -> CallerKey {
         let user = CallerKey::Uid(credentials.uid.as_raw());
-        if credentials.pid.as_raw() <= 0 {
-            return user;
-        }
         match self.pod_of(credentials.pid) {
             // Asked after the read: it lives now, so what was read was its own.
             Some(pod) if !process.has_exited() => CallerKey::Pod(pod),

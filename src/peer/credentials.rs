@@ -151,11 +151,14 @@ pub enum PeerGone {
     },
 }
 
-/// Finds out whom a connection is charged to. Called exactly once per connection, at accept.
+/// Finds out whom a connection is charged to. Asked exactly once per connection, at accept.
 pub trait KeyResolver: Send + Sync {
-    /// The key. Must answer fast (it runs in the accept loop) and never fails: every doubt means the OS UID. What
-    /// was read under /proc counts only if [`Process::has_exited`] is still `false` afterwards.
-    fn caller_key(&self, credentials: &Credentials, process: &Process) -> CallerKey;
+    /// The key where the credentials alone decide it. A connection that is refused then costs no pidfd.
+    fn key_of_user(&self, credentials: &Credentials) -> Option<CallerKey>;
+
+    /// The key where they do not. Must answer fast (it runs in the accept loop) and never fails: every doubt means the OS
+    /// UID. What was read under /proc counts only if [`Process::has_exited`] is still `false` afterwards.
+    fn key_of_process(&self, credentials: &Credentials, process: &Process) -> CallerKey;
 }
 
 /// Charges the user: what holds where there is no Kubernetes. Opens nothing.
@@ -163,32 +166,79 @@ pub trait KeyResolver: Send + Sync {
 pub struct OsUid;
 
 impl KeyResolver for OsUid {
-    fn caller_key(&self, credentials: &Credentials, _process: &Process) -> CallerKey {
+    fn key_of_user(&self, credentials: &Credentials) -> Option<CallerKey> {
+        Some(CallerKey::Uid(credentials.uid.as_raw()))
+    }
+
+    fn key_of_process(&self, credentials: &Credentials, _process: &Process) -> CallerKey {
         CallerKey::Uid(credentials.uid.as_raw())
     }
 }
 
+/// Who stands at the door: what the gate decides with. Becomes a [`Peer`] once let in.
+///
+/// Where the user alone says whom to charge, the kernel has not been asked for a pidfd yet: it is most of what a refused
+/// connection would cost.
+#[derive(Debug)]
+pub struct Arrival {
+    credentials: Credentials,
+    caller: CallerKey,
+    /// `None` until it is let in, where the key did not need it.
+    process: Option<Process>,
+}
+
+impl Arrival {
+    /// Asks the kernel who is at the other end of `stream`, and `keys` whom to charge for it.
+    ///
+    /// # Errors
+    /// [`CredentialsError`] when it does not say, or when the key is the process's and it has ended: the connection must be
+    /// closed.
+    pub fn at(stream: &impl AsFd, keys: &dyn KeyResolver) -> Result<Self, CredentialsError> {
+        let credentials = Credentials::of(stream)?;
+        if let Some(caller) = keys.key_of_user(&credentials) {
+            return Ok(Self { credentials, caller, process: None });
+        }
+        let process = Process::of(stream, &credentials)?;
+        let caller = keys.key_of_process(&credentials, &process);
+        // Whose it was cannot be found out any more, and nothing may be answered to it. Charged to its user it would let a pod
+        // spend what the user of that number on the node has.
+        if process.has_exited() {
+            return Err(CredentialsError::Gone { pid: credentials.pid });
+        }
+        Ok(Self { credentials, caller, process: Some(process) })
+    }
+
+    /// Whom the connection is charged to.
+    pub fn caller(&self) -> CallerKey {
+        self.caller
+    }
+
+    /// What the kernel recorded when it connected.
+    pub fn credentials(&self) -> &Credentials {
+        &self.credentials
+    }
+
+    /// Holds on to the process: the connection was let in.
+    ///
+    /// # Errors
+    /// [`CredentialsError`] when there is nothing to hold on to: the connection must be closed.
+    pub fn let_in(self, stream: &impl AsFd) -> Result<Peer, CredentialsError> {
+        let Self { credentials, caller, process } = self;
+        let process = match process {
+            Some(process) => process,
+            None => Process::of(stream, &credentials)?,
+        };
+        Ok(Peer { credentials, caller, process, attested: LastAttested::default() })
+    }
+}
+
 impl Peer {
-    /// Asks the kernel who is at the other end of `stream`.
+    /// Asks the kernel who is at the other end of `stream`, without asking a gate.
     ///
     /// # Errors
     /// [`CredentialsError`] when it does not say: the connection must be closed.
     pub fn from_stream(stream: &impl AsFd, keys: &dyn KeyResolver) -> Result<Self, CredentialsError> {
-        let credentials = Credentials::of(stream)?;
-        let process = if credentials.pid.as_raw() == 0 {
-            Process::OutOfNamespace
-        } else {
-            match getsockopt(stream, sockopt::PeerPidfd) {
-                Ok(fd) => Process::PeerPidfd(Pidfd::new(fd)),
-                Err(Errno::ENOPROTOOPT) => Process::by_pid(credentials.pid)?,
-                // Before 6.16 the kernel makes no pidfd for a process that was reaped.
-                Err(Errno::EINVAL | Errno::ESRCH) => {
-                    return Err(CredentialsError::Gone { pid: credentials.pid });
-                }
-                Err(source) => return Err(CredentialsError::Unreadable { option: "SO_PEERPIDFD", source }),
-            }
-        };
-        Ok(Self::new(credentials, process, keys))
+        Arrival::at(stream, keys)?.let_in(stream)
     }
 
     /// [`Self::from_stream`] as it is on kernels without `SO_PEERPIDFD`, on any kernel: for tests of that path.
@@ -196,23 +246,18 @@ impl Peer {
     /// # Errors
     /// As [`Self::from_stream`].
     pub fn from_stream_by_pid(stream: &impl AsFd, keys: &dyn KeyResolver) -> Result<Self, CredentialsError> {
-        let credentials = Credentials::of(stream)?;
-        let process = if credentials.pid.as_raw() == 0 {
-            Process::OutOfNamespace
-        } else {
-            Process::by_pid(credentials.pid)?
-        };
-        Ok(Self::new(credentials, process, keys))
+        let mut arrival = Arrival::at(stream, keys)?;
+        if arrival.credentials.pid.as_raw() != 0 {
+            arrival.process = Some(Process::by_pid(arrival.credentials.pid)?);
+        }
+        arrival.let_in(stream)
     }
 
-    fn new(credentials: Credentials, process: Process, keys: &dyn KeyResolver) -> Self {
-        let caller = keys.caller_key(&credentials, &process);
-        Self { credentials, caller, process, attested: LastAttested::default() }
-    }
-
-    /// A peer with this PID that the agent cannot see: what a caller of another PID namespace is. For tests.
+    /// A peer with this user and group that the agent cannot see: what a caller of another PID namespace is. For tests.
     pub fn out_of_namespace(uid: Uid, gid: Gid) -> Self {
-        Self::new(Credentials { pid: Pid::from_raw(0), uid, gid }, Process::OutOfNamespace, &OsUid)
+        let credentials = Credentials { pid: Pid::from_raw(0), uid, gid };
+        let caller = CallerKey::Uid(uid.as_raw());
+        Self { credentials, caller, process: Process::OutOfNamespace, attested: LastAttested::default() }
     }
 
     /// Its PID when it connected; 0 when it is in another PID namespace. Worth something only while
@@ -317,6 +362,21 @@ impl Credentials {
 }
 
 impl Process {
+    /// The process at the other end of `stream`.
+    fn of(stream: &impl AsFd, credentials: &Credentials) -> Result<Self, CredentialsError> {
+        let pid = credentials.pid;
+        if pid.as_raw() == 0 {
+            return Ok(Self::OutOfNamespace);
+        }
+        match getsockopt(stream, sockopt::PeerPidfd) {
+            Ok(fd) => Ok(Self::PeerPidfd(Pidfd::new(fd))),
+            Err(Errno::ENOPROTOOPT) => Self::by_pid(pid),
+            // Before 6.16 the kernel makes no pidfd for a process that was reaped.
+            Err(Errno::EINVAL | Errno::ESRCH) => Err(CredentialsError::Gone { pid }),
+            Err(source) => Err(CredentialsError::Unreadable { option: "SO_PEERPIDFD", source }),
+        }
+    }
+
     /// The process that has this PID now.
     fn by_pid(pid: Pid) -> Result<Self, CredentialsError> {
         let pidfd = match Pidfd::open(pid) {

@@ -7,7 +7,7 @@
 //!
 //! Bound: `jwt_svid_cache_max_size` tokens. When it is reached, the identity with the most tokens gives up the one
 //! it has not used for the longest: a caller that asks for ever new audiences pushes out its own tokens, and not
-//! its neighbours'. Keys are digests, so the length of an audience costs nothing here.
+//! its neighbours'. A token holds its audiences, so one for very long ones is not kept ([`MOST_AUDIENCE`]).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -31,6 +31,10 @@ use crate::{
     issuer::embedded::IssuerError,
     os::metrics::{CacheResult, Metrics},
 };
+
+/// Tokens for more text of audiences than this, in bytes, are made for each call and not kept, so that a number of tokens bounds
+/// their bytes.
+const MOST_AUDIENCE: usize = 1024;
 
 /// How long after a failed renewal in the background the next one may start.
 const RETRY: Duration = Duration::from_secs(1);
@@ -116,6 +120,11 @@ impl JwtCache {
         audience: &[String],
     ) -> Result<Fetched, IssuerError> {
         let ttl = entry.entry().jwt_svid_ttl;
+        if audience.iter().map(String::len).sum::<usize>() > MOST_AUDIENCE {
+            self.metrics.jwt_cache(CacheResult::Miss);
+            let svid = Arc::new(self.signer.jwt(entry.spiffe_id(), ttl, audience).await?);
+            return Ok(Fetched { svid, signed: true });
+        }
         let key = key(entry.spiffe_id(), ttl, audience);
         let now = self.signer.clock().now();
         match self.find(key, entry.spiffe_id(), now) {

@@ -139,7 +139,7 @@ async fn explain_shows_what_fits_and_what_nearly_does() {
         ]
     );
     let of = |stage: &str| got.buckets.iter().filter(|bucket| bucket.stage == stage).count();
-    assert_eq!((of("gate"), of("caller"), of("identity")), (1, 9, 8));
+    assert_eq!((of("gate"), of("caller"), of("identity")), (1, 10, 8));
     assert!(got.buckets.iter().all(|it| it.limit() == pb::Limit::Tokens && it.left == it.burst));
 
     for pid in [0, -1, i32::MAX] {

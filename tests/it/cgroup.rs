@@ -10,8 +10,9 @@ use std::{
 use durward::{
     limits::CallerKey,
     peer::{
-        Peer,
+        OsUid, Peer,
         cgroup::{KubeletRoot, KubernetesMode, PodOrUid},
+        credentials::CredentialsError,
     },
 };
 use nix::unistd::{Pid, geteuid};
@@ -164,11 +165,14 @@ fn a_peer_in_a_pods_cgroup_is_charged_as_its_pod() {
     let peer = Peer::from_stream(&stream, &keys).unwrap();
     assert_eq!(peer.caller().to_string(), format!("pod:{POD}"));
 
-    // A process that has ended still has a cgroup as long as nobody waited for it, and is charged as its user.
+    // A process that has ended still has a cgroup as long as nobody waited for it, but whose it was is not to be believed.
     process.0.kill().unwrap();
     while !peer.process().has_exited() {
         std::thread::yield_now();
     }
-    let ended = Peer::from_stream(&stream, &keys).unwrap();
+    let ended = Peer::from_stream(&stream, &keys).unwrap_err();
+    assert!(matches!(ended, CredentialsError::Gone { .. }), "{ended:?}");
+    // Where pods are not looked for, the kernel has said whom to charge.
+    let ended = Peer::from_stream(&stream, &OsUid).unwrap();
     assert_eq!(ended.caller(), CallerKey::Uid(geteuid().as_raw()));
 }

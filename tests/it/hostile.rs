@@ -52,25 +52,27 @@ struct Agent {
 
 impl Agent {
     /// Starts an agent with an entry for this user and for the neighbour, and one call behind it.
-    fn start(listener: &str) -> Self {
+    fn start(connection: &str) -> Self {
+        Self::with(connection, &Self::entries())
+    }
+
+    /// An entry for this user, and one for the neighbour.
+    fn entries() -> String {
         let mut text = String::new();
         for uid in [geteuid().as_raw(), NEIGHBOUR] {
             text.push_str(&format!(
                 "entry \"spiffe://{TRUST_DOMAIN}/u{uid}\" {{\n  selectors = [\"unix:uid:{uid}\"]\n}}\n"
             ));
         }
-        Self::with(listener, &text)
+        text
     }
 
-    /// Starts an agent with these settings in its `listener`, and these blocks.
-    fn with(listener: &str, blocks: &str) -> Self {
+    /// Starts an agent with these settings of a connection, and these blocks.
+    fn with(connection: &str, blocks: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
-        write_config(dir.path(), blocks);
-        let file = dir.path().join("agent.conf");
-        let text = std::fs::read_to_string(&file).unwrap();
-        let listener = format!("agent {{\n  listener {{ {listener} }}\n");
-        std::fs::write(&file, text.replacen("agent {\n", &listener, 1)).unwrap();
+        let limits = format!("ratelimit {{ gate {{ connection {{ {connection} }} }} }}\n");
+        write_config(dir.path(), &[&limits, blocks].concat());
         let mut process = Process::spawn(dir.path());
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
             process.serving(dir.path()).await;
@@ -277,6 +279,45 @@ fn hostile_connections_end_within_budget() {
     }
 }
 
+/// Requests that announce the most there may be, send all of it but a byte, and never end: on every stream of as many
+/// connections as one caller may have. Nobody was charged for what is half-read yet: the number of connections bounds it.
+#[test]
+fn unfinished_requests_take_little() {
+    raise_descriptors();
+    let memory = "ratelimit { memory { limit = \"64MiB\" } }\n";
+    let agent = Agent::with("", &[memory, &Agent::entries()].concat());
+    for (case, path, size) in [
+        ("few bytes of each", FETCH_JWT, 200),
+        ("what a connection may have", FETCH_JWT, 1200),
+        ("all of it but a byte", FETCH_JWT, 16 * 1024),
+        ("reflection", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", 4 << 20),
+        ("health", "/grpc.health.v1.Health/Check", 1024),
+    ] {
+        let socket = agent.socket();
+        agent.bear(|| {
+            let mut open = Vec::new();
+            for _ in 0..64 {
+                let mut stream = UnixStream::connect(&socket).unwrap();
+                stream.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+                let mut sent = stream.write_all(&[PREFACE, &frame(SETTINGS, 0, 0, &[])].concat()).is_ok();
+                let body = message(&vec![7; size]);
+                let body = &body[..body.len().min(20 * 1024) - 6];
+                for nth in 0..16 {
+                    let head = frame(HEADERS, END_HEADERS, 1 + 2 * nth, &block(path));
+                    sent = sent && stream.write_all(&head).is_ok();
+                    for part in body.chunks(16 * 1024) {
+                        sent = sent && stream.write_all(&frame(DATA, 0, 1 + 2 * nth, part)).is_ok();
+                    }
+                }
+                open.push(stream);
+            }
+            // As long as they are there.
+            thread::sleep(Duration::from_millis(300));
+        });
+        agent.well(case);
+    }
+}
+
 #[test]
 fn a_body_that_is_no_message_is_refused_and_the_connection_serves_on() {
     let agent = Agent::start("");
@@ -465,6 +506,45 @@ async fn a_refusal_tells_when_to_come_back() {
     let update = tokio::time::timeout(PATIENCE, stream.message()).await.unwrap().unwrap().unwrap();
     assert!(update.svids[0].spiffe_id.ends_with("/new"), "the stream stays, and gets its update");
     agent.well("over the limit");
+}
+
+/// A health check of a user whose connections the gate refuses finds an agent that is up: whoever restarts it for that takes
+/// identity away from all others.
+#[test]
+fn a_refused_health_check_is_no_dead_agent() {
+    let check = |agent: &Agent| {
+        let out = Command::new(env!("CARGO_BIN_EXE_durward"))
+            .arg("healthcheck")
+            .env("SPIFFE_ENDPOINT_SOCKET", format!("unix://{}", agent.socket().display()))
+            .output()
+            .unwrap();
+        (out.status.code(), String::from_utf8_lossy(&out.stdout).into_owned())
+    };
+    let mut agent = Agent::start("");
+    assert_eq!(check(&agent), (Some(0), "Agent is healthy.\n".to_owned()));
+    let uid = geteuid();
+    for refusal in
+        ["gate { override \"uid:UID\" { block = true } }", "caller { override \"uid:UID\" { block = true } }"]
+    {
+        write_config(
+            agent.dir.path(),
+            &format!("ratelimit {{ {} }}", refusal.replace("UID", &uid.to_string())),
+        );
+        agent.process.signal(Signal::SIGHUP);
+        let began = Instant::now();
+        let refused = (Some(0), "Agent is up, and refuses this user for now: see its limits.\n".to_owned());
+        while check(&agent) != refused {
+            assert!(began.elapsed() < PATIENCE, "{refusal}: {:?}", check(&agent));
+        }
+        write_config(agent.dir.path(), "");
+        agent.process.signal(Signal::SIGHUP);
+        while check(&agent).1 != "Agent is healthy.\n" {
+            assert!(began.elapsed() < PATIENCE, "{refusal}");
+        }
+    }
+    agent.process.signal(Signal::SIGKILL);
+    agent.process.wait();
+    assert_eq!(check(&agent).0, Some(1), "one that is gone is not well");
 }
 
 /// Who has no identity pays five times for asking: 40 at once and 20 a second in place of 200 and 100.

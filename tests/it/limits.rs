@@ -10,8 +10,8 @@ use std::{
 use durward::{
     identity::{AuthorizedEntry, Entry, EntryId, EntryIndex, Selector, Selectors, SpiffeId, authorize},
     limits::{
-        Admitted, CallerKey, Gate, GateRule, GateSettings, Limits, Method, NodeSettings, Permit, Refusal,
-        RejectionStatus, Settings, SettingsError, SoftLimits,
+        Admitted, CallerKey, Families, Gate, GateRule, GateSettings, Limits, Method, NodeSettings, Permit,
+        Refusal, RejectionStatus, Settings, SettingsError, SoftLimits,
         bucket::{Per, Quota},
         budget::Pressure,
         caller::Caller,
@@ -34,19 +34,6 @@ struct Uid(u32);
 impl Caller for Uid {
     fn caller_key(&self) -> CallerKey {
         CallerKey::Uid(self.0)
-    }
-}
-
-#[derive(Debug)]
-struct TheAgent;
-
-impl Caller for TheAgent {
-    fn caller_key(&self) -> CallerKey {
-        CallerKey::Uid(0)
-    }
-
-    fn is_agent(&self) -> bool {
-        true
     }
 }
 
@@ -272,15 +259,19 @@ async fn attestations_in_flight_are_shared() {
     assert_eq!((greedy.len(), refusal.stage, refusal.reason), (6, Stage::Caller, Reason::InFlight));
     assert!(!refusal.shed && refusal.wait().is_some());
     let (other, _) = take(2);
-    assert_eq!(other.len(), 4, "a third, and there is room left");
+    assert_eq!(other.len(), 3, "a quarter is for those who have none");
     let (third, refusal) = take(3);
-    assert_eq!((third.len(), refusal.stage, refusal.shed), (2, Stage::Node, true));
+    assert_eq!((third.len(), refusal.stage, refusal.shed), (1, Stage::Caller, false));
     assert_eq!(
         limits.left_to_caller(CallerKey::Uid(3), JWT),
-        Some((98, 100)),
+        Some((99, 100)),
         "the refused one is given back"
     );
-    drop(other);
+    let more = [take(5), take(6)];
+    assert!(more.iter().all(|(held, _)| held.len() == 1));
+    let (none, refusal) = take(7);
+    assert_eq!((none.len(), refusal.stage, refusal.shed), (0, Stage::Node, true));
+    drop((other, more));
     for mut admitted in third {
         limits.admit_identities(&mut admitted, &entries(&["a"])).unwrap();
         assert!(limits.admit_caller(Uid(4), JWT).is_ok(), "attested: the slot is free though the call lives");
@@ -305,10 +296,85 @@ async fn exempt_unlimited_and_blocked() {
     assert_eq!((refusal.reason, refusal.wait()), (Reason::Blocked, None), "no use in waiting");
     assert_eq!(passes(&limits, 1, JWT, &web), 10_000, "exempt from the node's too");
     assert_eq!(passes(&limits, 2, JWT, &web), 100, "only the node's");
-    for _ in 0..1000 {
-        let mut admitted = limits.admit_caller(TheAgent, JWT).unwrap();
-        limits.admit_identities(&mut admitted, &web).unwrap();
+}
+
+/// Exempt is from the identity's bucket too, and takes nothing from others who have the identity.
+#[tokio::test(start_paused = true)]
+async fn exempt_takes_nothing_from_an_identity() {
+    let mut layers = Layers::new(Limit::Unlimited);
+    layers.overrides = vec![over(CallerPattern::One(CallerKey::Uid(1)), Limit::Exempt, Share::Each)];
+    let limits = limits(&Settings { caller: layers, identity: Layers::new(quota(1.0, 10)), ..open() });
+    let web = entries(&["web"]);
+    assert_eq!(passes(&limits, 1, JWT, &web), 10_000);
+    assert_eq!(passes(&limits, 2, JWT, &web), 10);
+}
+
+/// A rehearsal of one caller's gate rule is of that rule alone: what all share is asked all the same.
+#[tokio::test(start_paused = true)]
+async fn a_rehearsal_at_the_gate_takes_no_places_of_others() {
+    let rehearsed = GateRule { dry_run: true, ..rule(8, quota(1.0, 10)) };
+    let gate = gate(GateSettings {
+        default: rule(8, quota(1.0, 10)),
+        overrides: vec![Override {
+            pattern: CallerPattern::One(CallerKey::Uid(9)),
+            methods: Methods::All,
+            rule: Some(rehearsed),
+            share: Share::Each,
+            place: "test".into(),
+        }],
+        connections: Some(number(100)),
+        reserve: 10,
+        ..GateSettings::default()
+    });
+    let held: Vec<Permit> = std::iter::from_fn(|| gate.open(CallerKey::Uid(9)).ok()).collect();
+    assert_eq!(held.len(), 90, "its own limits are rehearsed, and the reserve is not its own");
+    let others: Vec<Permit> = (100..110).filter_map(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
+    assert_eq!(others.len(), 10);
+    gate.set_pressure(Pressure::RefuseNew);
+    drop(others);
+    assert!(gate.open(CallerKey::Uid(9)).is_err(), "nor is memory");
+}
+
+/// Whoever can be many callers is one for the reserve, for the places and for the attestations.
+#[tokio::test(start_paused = true)]
+async fn a_user_with_subordinate_uids_is_one() {
+    let families = Families::parse("somebody:100000:65536\n");
+    let settings = Settings {
+        families,
+        gate: GateSettings { connections: Some(number(100)), reserve: 10, ..GateSettings::default() },
+        ..Settings::default()
+    };
+    let limits = limits(&settings);
+    let gate = Gate::new(&settings, 20_000, None, &limits).unwrap();
+    let held: Vec<Permit> =
+        (100_000..100_200).filter_map(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
+    assert_eq!(held.len(), 25, "a quarter of the node");
+    let others: Vec<Permit> = (1..200).filter_map(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
+    assert_eq!(others.len(), 75, "users have the rest, the reserve included");
+    drop(others);
+    drop(held);
+    assert!(gate.open(CallerKey::Uid(100_777)).is_ok(), "a place that is given back is free");
+
+    let mut attesting = Vec::new();
+    for uid in 100_000..100_200 {
+        attesting.extend(limits.admit_caller(Uid(uid), JWT).ok());
     }
+    assert_eq!(attesting.len(), 16, "what one caller may have");
+    assert!(limits.admit_caller(Uid(7), JWT).is_ok());
+}
+
+/// A rehearsal of the node's limits is one of the attestations too.
+#[tokio::test(start_paused = true)]
+async fn a_rehearsal_of_the_node_refuses_no_attestation() {
+    let node = NodeSettings {
+        attestations: number(1),
+        attestations_per_caller: number(1),
+        dry_run: true,
+        ..open().node
+    };
+    let limits = limits(&Settings { node, ..open() });
+    let held: Vec<_> = (0..10).map(|uid| limits.admit_caller(Uid(uid % 2), JWT).unwrap()).collect();
+    assert_eq!(held.len(), 10);
 }
 
 #[tokio::test(start_paused = true)]
@@ -501,7 +567,7 @@ fn number(n: u32) -> NonZeroU32 {
 }
 
 fn rule(connections: u32, rate: Limit) -> GateRule {
-    GateRule { connections: number(connections), rate, dry_run: false }
+    GateRule { connections: NonZeroU32::new(connections), rate, dry_run: false }
 }
 
 #[tokio::test(start_paused = true)]
@@ -518,6 +584,7 @@ async fn the_gate_asks_the_caller_first() {
         connections: Some(number(100)),
         reserve: 10,
         admin: 2,
+        ..GateSettings::default()
     });
     let open = |uid| gate.open(CallerKey::Uid(uid)).map_err(|it| (it.stage, it.reason, it.retry_after));
     assert_eq!(open(9).err(), Some((Stage::Gate, Reason::Blocked, Duration::ZERO)));
@@ -526,6 +593,8 @@ async fn the_gate_asks_the_caller_first() {
     assert!(open(2).is_ok(), "another caller");
     drop(held);
     assert_eq!(gate.connections(), 0);
+    let refused = gate.report(1)[0].refused;
+    assert_eq!(refused, 1, "people are shown that it held too many");
     // Seven tokens are left: a refused connection took none.
     for _ in 0..7 {
         drop(open(1).unwrap());
@@ -557,6 +626,18 @@ async fn memory_pressure_stops_those_who_have_first() {
     drop(held);
 }
 
+/// By default no caller has more than a tenth of the places, so that a small budget of memory is not one caller's.
+#[test]
+fn a_caller_has_a_part_of_the_node() {
+    for (node, most) in [(20, 8), (100, 10), (307, 30), (640, 64), (9_000, 64)] {
+        let settings =
+            GateSettings { connections: Some(number(node)), reserve: 0, ..GateSettings::default() };
+        let gate = gate(settings);
+        let held: Vec<Permit> = std::iter::from_fn(|| gate.open(CallerKey::Uid(1)).ok()).collect();
+        assert_eq!(held.len(), most, "of {node}");
+    }
+}
+
 /// Who calls on a new connection each time still holds the last one, as far as the agent knows.
 #[test]
 fn one_connection_is_as_good_as_none_for_the_reserve() {
@@ -583,7 +664,7 @@ fn descriptors_and_memory_bound_the_connections() {
     let settings = open();
     for (case, nofile, budget, most) in [
         ("descriptors", 1024, None, 472),
-        ("memory", 1 << 20, Some(24 << 20), 307),
+        ("memory", 1 << 20, Some(24 << 20), 96),
         ("descriptors are fewer", 1024, Some(1 << 30), 472),
     ] {
         let settings = Settings {

@@ -25,13 +25,13 @@ use bytes::Bytes;
 use durward::{
     limits::CallerKey,
     peer::{
-        BindError, Gate, Listener, OsUid, Peer, PeerGone, Settings, Socket, Stats,
+        Arrival, BindError, Gate, Listener, OsUid, Peer, PeerGone, RequestBody, Settings, Socket, Stats,
         credentials::Process,
         listener::{Closed, Drained, Refused},
     },
 };
 use http_body_util::{BodyExt as _, Full};
-use hyper::{body::Incoming, service::Service};
+use hyper::service::Service;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::UnixStream,
@@ -46,12 +46,12 @@ struct Toy(Arc<Peer>);
 
 type Answer = http::Response<tonic::body::Body>;
 
-impl Service<http::Request<Incoming>> for Toy {
+impl Service<http::Request<RequestBody>> for Toy {
     type Response = Answer;
     type Error = Infallible;
     type Future = Pin<Box<dyn Future<Output = Result<Answer, Infallible>> + Send>>;
 
-    fn call(&self, request: http::Request<Incoming>) -> Self::Future {
+    fn call(&self, request: http::Request<RequestBody>) -> Self::Future {
         let peer = Arc::clone(&self.0);
         Box::pin(async move {
             assert!(Arc::ptr_eq(request.extensions().get::<Arc<Peer>>().unwrap(), &peer));
@@ -413,8 +413,8 @@ impl Drop for Place {
 impl Gate for One {
     type Permit = Place;
 
-    fn admit_connection(&self, peer: &Peer) -> Result<Place, Refused> {
-        assert_eq!(peer.caller(), CallerKey::Uid(nix::unistd::geteuid().as_raw()));
+    fn admit_connection(&self, arrival: &Arrival) -> Result<Place, Refused> {
+        assert_eq!(arrival.caller(), CallerKey::Uid(nix::unistd::geteuid().as_raw()));
         if self.0.fetch_add(1, SeqCst) == 0 {
             Ok(Place(Arc::clone(&self.0)))
         } else {
@@ -431,7 +431,7 @@ async fn the_gate_stands_before_http2() {
     let gate = Arc::new(One::default());
     let listener = Listener {
         socket: Socket::bind(&path, 0o777).unwrap(),
-        settings: Settings::default(),
+        settings: tokio::sync::watch::channel(Settings::default()).1,
         gate: Arc::clone(&gate),
         keys: Arc::new(OsUid),
         stats: Arc::default(),

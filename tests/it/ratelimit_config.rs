@@ -1,11 +1,11 @@
 //! ratelimit { } in agent.conf: what is read, what is refused and with which words.
 
-use std::{num::NonZeroU32, path::Path};
+use std::{num::NonZeroU32, path::Path, time::Duration};
 
 use durward::{
     config::{Config, DropIns, ExpandEnv, FileError, Input, diff},
     limits::{
-        Method, RejectionStatus, Settings, SoftLimits,
+        ConnectionSettings, Method, RejectionStatus, Settings, SoftLimits,
         bucket::{Per, Quota},
         budget::MemoryLimit,
         policy::{CallerPattern, Costs, IdPattern, Limit, Methods, Override, Rule, Share},
@@ -63,7 +63,7 @@ fn hours(start: u8, stop: u8) -> Window {
 #[test]
 fn every_setting_is_read() {
     type Change = fn(&mut Settings);
-    let table: [(&str, &str, Change); 31] = [
+    let table: [(&str, &str, Change); 33] = [
         ("nothing", "", |_| ()),
         ("empty blocks", "gate { caller { } } caller { costs { } } identity { } node { } memory { }", |_| ()),
         ("off", "dry_run = false caller { exempt = false block = false unlimited = false }", |_| ()),
@@ -79,8 +79,25 @@ fn every_setting_is_read() {
             s.gate.connections = Some(number(1000));
             (s.gate.reserve, s.gate.admin) = (10, 2);
         }),
+        (
+            "gate, connection",
+            "gate { connection { handshake_timeout = \"2000ms\" idle_timeout = \"90s\" stall_timeout = \"1h\" streams = 4 header_bytes = 1024 resets = 1024 } }",
+            |s| {
+                s.gate.connection = ConnectionSettings {
+                    handshake_timeout: Duration::from_secs(2),
+                    idle_timeout: Some(Duration::from_secs(90)),
+                    stall_timeout: Duration::from_secs(3600),
+                    streams: 4,
+                    header_bytes: 1024,
+                    resets: 1024,
+                };
+            },
+        ),
+        ("gate, a connection may stay", "gate { connection { idle_timeout = \"0\" } }", |s| {
+            s.gate.connection.idle_timeout = None;
+        }),
         ("gate, caller", "gate { caller { connections = 9 rate = 0.5 burst = 3 dry_run = true } }", |s| {
-            s.gate.default.connections = number(9);
+            s.gate.default.connections = Some(number(9));
             s.gate.default.rate = quota(0.5, Per::Second, 3);
             s.gate.default.dry_run = true;
         }),
@@ -89,7 +106,7 @@ fn every_setting_is_read() {
             "gate { override \"uid:7\" { connections = 9 } override \"pod:*\" { block = true } }",
             |s| {
                 let mut nine = s.gate.default.clone();
-                nine.connections = number(9);
+                nine.connections = Some(number(9));
                 let mut block = s.gate.default.clone();
                 block.rate = Limit::Block;
                 s.gate.overrides = vec![caller("uid:7", Some(nine)), caller("pod:*", Some(block))];
@@ -276,6 +293,26 @@ fn mistakes_say_what_would_be_right() {
             "31: ratelimit.caller.burst 1000001: must be a whole number from 1 to 1000000",
         ),
         (
+            "handshake",
+            "gate { connection { handshake_timeout = \"1ms\" } }",
+            "33: ratelimit.gate.connection.handshake_timeout \"1ms\": must be from 100ms to 5m",
+        ),
+        (
+            "idle",
+            "gate { connection { idle_timeout = \"999ms\" } }",
+            "33: ratelimit.gate.connection.idle_timeout \"999ms\": must be 0 (it may stay for ever), or from 1s to 24h",
+        ),
+        (
+            "no streams",
+            "gate { connection { streams = 0 } }",
+            "33: ratelimit.gate.connection.streams 0: must be a whole number from 1 to 1024",
+        ),
+        (
+            "nobody",
+            "caller { override \"uid:4294967295\" { block = true } }",
+            "31: ratelimit.caller.override \"uid:4294967295\": \"uid:4294967295\" is nobody: 4294967295 is not a UID that a process can have",
+        ),
+        (
             "slow",
             "caller { rate = 1 per = \"day\" burst = 400 }",
             "43: ratelimit.caller.burst 400: takes 400 days to come back at this rate; it must be at most 366",
@@ -353,7 +390,7 @@ fn mistakes_say_what_would_be_right() {
         (
             "method",
             "caller { method \"FetchJwtSvid\" { block = true } }",
-            "29: ratelimit.caller.method \"FetchJwtSvid\": unknown method (did you mean FetchJWTSVID?): must be one of FetchX509SVID, FetchX509Bundles, FetchJWTSVID, FetchJWTBundles, ValidateJWTSVID, FetchWITSVID, FetchWITBundles, StreamSecrets, FetchSecrets",
+            "29: ratelimit.caller.method \"FetchJwtSvid\": unknown method (did you mean FetchJWTSVID?): must be one of FetchX509SVID, FetchX509Bundles, FetchJWTSVID, FetchJWTBundles, ValidateJWTSVID, FetchWITSVID, FetchWITBundles, StreamSecrets, FetchSecrets, Other",
         ),
         (
             "no identity",
@@ -654,6 +691,30 @@ fn json_says_the_same_and_a_reload_is_live() {
     assert!(diff(&hcl, &json).is_empty(), "nor does the place of an override count");
     let changes = diff(&plain, &hcl);
     assert_eq!((changes.live, changes.restart), (vec!["ratelimit"], Vec::new()));
+}
+
+/// Where no caller is a pod, a rule for pods would silently do nothing, and one for all users is the default.
+#[test]
+fn patterns_fit_what_callers_there_can_be() {
+    let off =
+        "issuer \"embedded\" { } agent { trust_domain = \"example.org\" kubernetes { mode = \"off\" } }\n";
+    for (stage, pattern, want) in [
+        ("gate", "pod:*", "matches nothing"),
+        ("caller", "pod:0f9c2a4e-8d31-4b7a-9c55-01e2d3f4a5b6", "matches nothing"),
+        ("caller", "uid:*", "matches every caller"),
+        ("caller", "uid:1000", ""),
+    ] {
+        let block = format!("ratelimit {{ {stage} {{ override \"{pattern}\" {{ block = true }} }} }}");
+        let with = |head: &str| load(&format!("{head}{block}"), &[]).map(drop);
+        assert_eq!(with(LEAST), Ok(()), "{pattern}, where pods may be looked for");
+        match with(off) {
+            Ok(()) => assert_eq!(want, "", "{pattern}"),
+            Err(said) => {
+                let at = format!("agent.conf:2:{}: ratelimit.{stage}.override", 25 + stage.len());
+                assert!(said.contains(want) && said.contains(&at), "{pattern}: {said}");
+            }
+        }
+    }
 }
 
 #[test]

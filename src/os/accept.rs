@@ -1,0 +1,52 @@
+//! A listening socket whose connections are taken one by one without the runtime hearing of them: most connections of a
+//! flood are closed at once, and to register each with epoll and to take it out again would be most of what that costs.
+
+use std::{
+    io,
+    os::unix::net::{UnixListener, UnixStream},
+};
+
+use tokio::io::{
+    Interest,
+    unix::{AsyncFd, AsyncFdReadyGuard},
+};
+
+/// The socket, registered with the runtime once.
+#[derive(Debug)]
+pub struct Acceptor(AsyncFd<UnixListener>);
+
+impl Acceptor {
+    /// Must be called within a runtime.
+    ///
+    /// # Errors
+    /// The socket cannot be registered.
+    #[expect(unsafe_code, reason = "tokio asks for a promise that the descriptor stays open")]
+    pub fn new(listener: UnixListener) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        // SAFETY: the registration owns the listener, so that its descriptor is open, and the same, for as long as the
+        // registration lives; nobody else is given it, and a `UnixListener` never changes its number.
+        let registered = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) };
+        Ok(Self(registered?))
+    }
+
+    /// Waits until somebody may wait to be accepted. May be dropped while it waits.
+    ///
+    /// # Errors
+    /// The runtime has gone.
+    pub async fn ready(&self) -> io::Result<Waiting<'_>> {
+        Ok(Waiting(self.0.readable().await?))
+    }
+}
+
+/// Those who wait, until nobody does any more: a connection each, which blocks, or why there is none.
+#[derive(Debug)]
+pub struct Waiting<'a>(AsyncFdReadyGuard<'a, UnixListener>);
+
+impl Iterator for Waiting<'_> {
+    type Item = io::Result<UnixStream>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let accepted = self.0.try_io(|listener| listener.get_ref().accept());
+        accepted.ok().map(|accepted| accepted.map(|(stream, _nameless)| stream))
+    }
+}
