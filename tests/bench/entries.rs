@@ -24,7 +24,7 @@ use durward::{
     config::{Config, ExpandEnv},
     identity::{EntryIndex, Selector, Selectors, authorize},
 };
-use support::{Client, JWT, Server, floor_process, jwt_request, row, write_config};
+use support::{Client, JWT, NO_LIMITS, Server, floor_process, jwt_request, row, write_config};
 
 fn entries(count: usize) -> String {
     let mut text = String::new();
@@ -74,7 +74,7 @@ fn main() {
             let (started, resident) = start(&blocks).await;
 
             let dir = tempfile::tempdir().expect("a directory");
-            write_config(dir.path(), &blocks);
+            write_config(dir.path(), &blocks, NO_LIMITS);
             let began = Instant::now();
             let config = Config::load(&dir.path().join("agent.conf"), ExpandEnv::No).expect("a good file");
             let loaded = began.elapsed();

@@ -21,7 +21,7 @@ use nix::sys::{
     resource::{Resource, getrlimit, setrlimit},
     signal::{Signal, kill},
 };
-use support::{Client, Server, X509, floor_process, row, write_config};
+use support::{Client, NO_LIMITS, Server, X509, floor_process, row, write_config};
 use tokio::task::JoinSet;
 
 async fn open(server: &Server, count: usize) -> Vec<h2::RecvStream> {
@@ -100,7 +100,7 @@ async fn push(agent: &Server, streams: Vec<h2::RecvStream>) -> Duration {
     let uid = nix::unistd::geteuid();
     let more =
         format!("entry \"spiffe://example.org/more{round}\" {{\n  selectors = [\"unix:uid:{uid}\"]\n}}");
-    write_config(agent.dir.path(), &more);
+    write_config(agent.dir.path(), &more, NO_LIMITS);
     let told = Instant::now();
     kill(nix::unistd::Pid::from_raw(agent.pid().cast_signed()), Signal::SIGHUP).expect("a signal");
     let (mut first, mut last) = (None::<Instant>, told);

@@ -7,7 +7,7 @@
 use std::{
     io::Write as _,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -141,10 +141,12 @@ pub(crate) struct Server {
     pub(crate) name: &'static str,
 }
 
-impl Drop for Server {
+struct Child(std::process::Child);
+
+impl Drop for Child {
     fn drop(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
+        drop(self.0.kill());
+        drop(self.0.wait());
     }
 }
 
@@ -155,39 +157,50 @@ impl Server {
 
     /// Starts the agent, with `blocks` in its configuration beside what every agent needs, and no limits on this caller.
     pub(crate) async fn agent(blocks: &str) -> Self {
+        Self::agent_with(blocks, NO_LIMITS).await
+    }
+
+    /// [`Self::agent`], with these limits.
+    pub(crate) async fn agent_with(blocks: &str, ratelimit: &str) -> Self {
+        Self::start("durward", |dir| {
+            write_config(dir, blocks, ratelimit);
+            let mut command = Command::new(env!("CARGO_BIN_EXE_durward"));
+            command.args(["run", "--config"]).arg(dir.join("agent.conf"));
+            command.stdin(Stdio::null()).stdout(Stdio::null());
+            command
+        })
+        .await
+    }
+
+    /// Starts a server that will listen at `api.sock` in the directory that it is told.
+    pub(crate) async fn start(name: &'static str, command: impl FnOnce(&Path) -> Command) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        write_config(dir.path(), blocks);
-        let child = Command::new(env!("CARGO_BIN_EXE_durward"))
-            .args(["run", "--config"])
-            .arg(dir.path().join("agent.conf"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("the agent");
-        Self { child, dir, name: "durward" }.up().await
+        let child = command(dir.path()).spawn().expect("a server");
+        Self { child: Child(child), dir, name }.up().await
     }
 
     /// Starts the floor with the answers of `agent`.
     pub(crate) async fn floor(agent: &Self) -> Self {
-        let dir = tempfile::tempdir().expect("a directory");
         let mut client = Client::connect(&agent.socket()).await;
+        let mut answers = Vec::new();
         for (name, path, message) in [("jwt", JWT, jwt_request("a")), ("x509", X509, Bytes::new())] {
-            std::fs::write(dir.path().join(name), client.first_message(path, &message).await)
-                .expect("written");
+            answers.push((name, client.first_message(path, &message).await));
         }
-        let child = Command::new(std::env::current_exe().expect("this program"))
-            .env(FLOOR, dir.path())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("the floor");
-        Self { child, dir, name: "floor" }.up().await
+        Self::start("floor", |dir| {
+            for (name, answer) in answers {
+                std::fs::write(dir.join(name), answer).expect("written");
+            }
+            let mut command = Command::new(std::env::current_exe().expect("this program"));
+            command.env(FLOOR, dir).stdin(Stdio::null()).stdout(Stdio::null());
+            command
+        })
+        .await
     }
 
     async fn up(mut self) -> Self {
         let started = Instant::now();
         while UnixStream::connect(self.socket()).await.is_err() {
-            let ended = self.child.try_wait().expect("a state");
+            let ended = self.child.0.try_wait().expect("a state");
             assert!(
                 ended.is_none() && started.elapsed() < Duration::from_secs(60),
                 "{} did not start: {ended:?}",
@@ -199,13 +212,18 @@ impl Server {
     }
 
     pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
+        self.child.0.id()
     }
 
     /// Resident memory, in KiB.
     pub(crate) fn resident(&self) -> u64 {
+        self.memory("VmRSS")
+    }
+
+    /// A line of its status, in KiB.
+    pub(crate) fn memory(&self, name: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("its status");
-        let line = status.lines().find(|line| line.starts_with("VmRSS")).expect("VmRSS");
+        let line = status.lines().find(|line| line.starts_with(name)).expect("the line");
         line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number")
     }
 
@@ -220,14 +238,16 @@ impl Server {
     }
 }
 
-/// Configuration for a bench: this user's entry is `/bench`, and nobody is limited.
-pub(crate) fn write_config(dir: &Path, blocks: &str) {
+/// `ratelimit` for a bench: nobody is limited.
+pub(crate) const NO_LIMITS: &str = "gate {\n    caller { unlimited = true }\n  }\n  caller { unlimited = true }\n  identity { unlimited = true }\n  node { unlimited = true }";
+
+/// Configuration for a bench: this user's entry is `/bench`.
+pub(crate) fn write_config(dir: &Path, blocks: &str, ratelimit: &str) {
     let (at, uid) = (dir.display(), nix::unistd::geteuid());
     let text = format!(
         "agent {{\n  trust_domain = \"example.org\"\n  data_dir = \"{at}/data\"\n  socket_path = \"{at}/api.sock\"\n}}\n\
          plugins {{\n  WorkloadAttestor \"unix\" {{\n    plugin_data {{ }}\n  }}\n}}\nissuer \"embedded\" {{ }}\n\
-         ratelimit {{\n  gate {{\n    caller {{ unlimited = true }}\n  }}\n  caller {{ unlimited = true }}\n  \
-         identity {{ unlimited = true }}\n  node {{ unlimited = true }}\n}}\n\
+         ratelimit {{\n  {ratelimit}\n}}\n\
          entry \"spiffe://example.org/bench\" {{\n  selectors = [\"unix:uid:{uid}\"]\n}}\n{blocks}\n"
     );
     std::fs::write(dir.join("agent.conf"), text).expect("written");
