@@ -163,7 +163,7 @@ pub(super) struct Client {
 /// [`CallError::Connect`] when nobody answers there.
 pub(super) async fn connect(socket: &Socket) -> Result<Channel, CallError> {
     let failed = |source| CallError::Connect { socket: socket.clone(), source };
-    let stream = UnixStream::connect(&socket.path).await.map_err(failed)?;
+    let stream = reach(socket).await.map_err(failed)?;
     let mut stream = Some(TokioIo::new(stream));
     // The one connection that was made; when it breaks the call fails, and the caller decides.
     let connector = tower::service_fn(move |_: http::Uri| {
@@ -173,6 +173,21 @@ pub(super) async fn connect(socket: &Socket) -> Result<Channel, CallError> {
         .connect_with_connector(connector)
         .await
         .map_err(|err| failed(io::Error::other(err)))
+}
+
+/// How often a place in a full queue is tried for, and the pause between: two seconds.
+const TRIES: u32 = 100;
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// A connection. While the queue of those that wait to be accepted is full, as in a flood, the kernel refuses the next.
+async fn reach(socket: &Socket) -> io::Result<UnixStream> {
+    for _ in 1..TRIES {
+        match UnixStream::connect(&socket.path).await {
+            Err(err) if err.kind() == io::ErrorKind::WouldBlock => tokio::time::sleep(PAUSE).await,
+            reached => return reached,
+        }
+    }
+    UnixStream::connect(&socket.path).await
 }
 
 impl Client {

@@ -411,30 +411,40 @@ impl<G: Gate, K: KeyResolver + 'static> Listener<G, K> {
         loop {
             tokio::select! {
                 () = &mut shutdown => break,
-                waiting = listener.ready(), if paused.is_none() => for accepted in waiting?.take(RUN) {
-                    let taken = accepted.map_err(NotTaken::from).and_then(|stream| {
-                        stats.accepted.fetch_add(1, Relaxed);
-                        let arrival = Arrival::at(&stream, &*keys)?;
-                        let permit = gate.admit_connection(&arrival)?;
-                        let peer = arrival.let_in(&stream)?;
-                        stream.set_nonblocking(true)?;
-                        // Only now does the runtime hear of it.
-                        Ok((UnixStream::from_std(stream)?, permit, Arc::new(peer)))
-                    });
-                    match taken {
-                        Ok((stream, permit, peer)) => {
-                            let connection = Connection::new(&bounds, &phases, &stats, Arc::clone(&peer), permit);
-                            connections.spawn(connection.run(stream, bounds.http2.clone(), services(peer)));
-                            heap.grew_to(connections.len());
-                        }
-                        Err(why) => if stats.count_not_taken(&why) {
-                            paused = Some(Instant::now() + ACCEPT_PAUSE);
-                            break;
+                waiting = listener.ready(), if paused.is_none() => {
+                    for accepted in waiting?.take(RUN) {
+                        let taken = accepted.map_err(NotTaken::from).and_then(|stream| {
+                            stats.accepted.fetch_add(1, Relaxed);
+                            let arrival = Arrival::at(&stream, &*keys)?;
+                            let permit = gate.admit_connection(&arrival)?;
+                            let peer = arrival.let_in(&stream)?;
+                            stream.set_nonblocking(true)?;
+                            // Only now does the runtime hear of it.
+                            Ok((UnixStream::from_std(stream)?, permit, Arc::new(peer)))
+                        });
+                        match taken {
+                            Ok((stream, permit, peer)) => {
+                                let connection =
+                                    Connection::new(&bounds, &phases, &stats, Arc::clone(&peer), permit);
+                                connections.spawn(connection.run(stream, bounds.http2.clone(), services(peer)));
+                                heap.grew_to(connections.len());
+                            }
+                            Err(why) => if stats.count_not_taken(&why) {
+                                paused = Some(Instant::now() + ACCEPT_PAUSE);
+                                break;
+                            }
                         }
                     }
-                },
+                    // A socket at which somebody always waits would never let this task rest: then nothing else here ever
+                    // comes about, since the runtime gives a task that does not rest no other event, nor do those tasks
+                    // that share its thread.
+                    tokio::task::yield_now().await;
+                }
                 Some(ended) = connections.join_next() => {
                     note_panic(ended);
+                    while let Some(ended) = connections.try_join_next() {
+                        note_panic(ended);
+                    }
                     heap.fell_to(connections.len());
                 }
                 // An error means that nobody is left who would name one.

@@ -403,6 +403,35 @@ fn thousands_of_connections_of_one_caller_are_closed() {
     }
 }
 
+/// A crowd that always stands at the socket, refused each time, keeps the agent neither from what it has to do meanwhile
+/// (connections that ended are forgotten, a reload counts) nor from ending when it is told to.
+#[test]
+fn a_flood_at_the_socket_keeps_the_agent_from_nothing() {
+    raise_descriptors();
+    let mut agent = Agent::start("");
+    let socket = agent.socket();
+    // However this test ends, they do.
+    let until = Instant::now() + PATIENCE;
+    thread::scope(|scope| {
+        for _ in 0..64 {
+            scope.spawn(|| while Instant::now() < until && UnixStream::connect(&socket).is_ok() {});
+        }
+        thread::sleep(Duration::from_secs(3));
+        let most = agent.process.memory("VmHWM");
+        assert!(most <= agent.before + BUDGET, "{most} KiB, {} before", agent.before);
+        if geteuid().is_root() {
+            agent.served();
+        }
+        agent.process.signal(Signal::SIGTERM);
+        let began = Instant::now();
+        while !agent.process.has_ended() {
+            assert!(began.elapsed() < PATIENCE / 4, "it does not end");
+            thread::sleep(Duration::from_millis(20));
+        }
+    });
+    assert!(agent.process.wait().success());
+}
+
 #[test]
 fn a_process_per_call_leaves_nothing() {
     let agent = Agent::start("");

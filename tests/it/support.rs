@@ -123,6 +123,11 @@ impl Process {
         nix::sys::signal::kill(self.pid(), signal).unwrap();
     }
 
+    /// Whether it has ended.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_some()
+    }
+
     /// Waits for the end.
     pub(crate) fn wait(&mut self) -> std::process::ExitStatus {
         self.0.wait().unwrap()
