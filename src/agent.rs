@@ -339,16 +339,22 @@ impl Running {
         self.health.set(Probe::Draining);
         self.sync.store().drain();
         self.stop.send_replace(true);
-        match self.serving.await {
+        let admin = async {
+            match self.admin {
+                Some(serving) => serving.await.map(|drained| drained.is_ok()),
+                None => Ok(true),
+            }
+        };
+        // Both at once: neither waits for the other's time to be over.
+        let (public, admin) = tokio::join!(self.serving, admin);
+        match public {
             Ok(Ok(drained)) => {
                 tracing::info!(ended = drained.ended, cut = drained.cut, "drained");
             }
             Ok(Err(error)) => tracing::warn!(%error, "the drain ended early"),
             Err(error) => tracing::warn!(%error, "the drain ended early"),
         }
-        if let Some(admin) = self.admin
-            && !matches!(admin.await, Ok(Ok(_)))
-        {
+        if !matches!(admin, Ok(true)) {
             tracing::warn!("the admin socket ended early");
         }
     }

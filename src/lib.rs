@@ -25,9 +25,10 @@
 //! # The way of one FetchJWTSVID
 //!
 //! ```text
-//! peer/listener   accept -> SO_PEERCRED + pidfd, caller key            unreadable: close, count
+//! peer/listener   accept -> SO_PEERCRED, caller key (with pidfd on Kubernetes)  unreadable, or ended: close, count
 //! limits/gate     connections and connection rate of this caller        refused: close at once, count
-//! peer/listener   parked until the first byte: no HTTP/2 state before it
+//! peer/listener   pidfd: the process is held on to; a task of its own    gone: close, count
+//! peer/connection parked until the first byte: no HTTP/2 state before it
 //! peer/wire       what h2 would refuse of a C-core client's :authority; the byte budget between requests
 //! (hyper, tonic)  HTTP/2, decode; the connection carries its Peer
 //! api/workload    1 security header                                     InvalidArgument
@@ -67,6 +68,19 @@
 //!
 //! **No actor.** Requests read a snapshot behind an atomic pointer; one writer publishes the next. A slow stream
 //! skips to the newest and never queues.
+//!
+//! **A refused connection is closed, not answered.** The other way is to wait for the first request and answer it with a fixed
+//! status, which says more to the client. `cargo bench --bench refusal` has both: closing takes about half the processor time
+//! and no memory while the answer is on its way; a crowd that is answered can hold as many places as there are for answers, and
+//! all others are closed anyway. A gRPC client takes the close for `UNAVAILABLE` and backs off; which limit it was stands in
+//! the log and in `durward limits`.
+//!
+//! **Where pods are looked for, a process that has ended is closed and charged to nobody.** Its cgroup is not to be believed any
+//! more, and nothing may be answered to it. Charged to its user, a pod whose processes connect and exit would spend what root has
+//! on the node.
+//!
+//! **No kernel state for whom the gate refuses.** Whom to charge needs no pidfd where pods are not looked for, so the gate is asked
+//! first, and a refused connection is never registered with the runtime: both were most of what a refusal cost.
 //!
 //! **Attestation is reused for at most a second, on one connection.** What could change unseen is only a process's
 //! supplementary groups; that it lives, its user and its group are looked at in every call ([`attest`]).

@@ -8,7 +8,7 @@
 //! one is refused with the others, and the table says so.
 //!
 //! The baseline is the polite caller's p99 while as many processes burn as much processor time as the abusers did, without
-//! calling. Each worker is this program again, told its part in the environment.
+//! calling: spinning, or where the abusers fork, forking. Each worker is this program again, told its part in the environment.
 
 #![expect(
     clippy::disallowed_methods,
@@ -182,34 +182,34 @@ fn worker() {
             }
             latencies.sort_unstable();
             let at = |percent: usize| latencies[(latencies.len() - 1) * percent / 100];
+            if tally.answered < latencies.len() as u64 {
+                eprintln!("the polite caller: {tally:?}");
+            }
             println!("{} {} {} {}", tally.answered, latencies.len(), at(50), at(99));
             std::process::exit(0);
         }
-        "burn" => {
-            // Spins for 0.2 ms, and sleeps so long that `number` millionths of a processor are used.
-            let spin = Duration::from_micros(200);
-            let rest = spin.mul_f64((1e6 / number.max(1) as f64 - 1.0).max(0.0)).min(Duration::from_secs(2));
-            std::thread::sleep(rest.mul_f64(f64::from(std::process::id() % 64) / 64.0));
+        // Work without calling, as greedily as there is work: until it has used its share of the processors, `number`
+        // millionths of one, and again as soon as it has not.
+        "burn" | "fork-burn" => {
+            let me = std::env::current_exe().expect("this program");
+            let share = number.max(1) as f64 / 1e6;
+            let started = (Instant::now(), cpu());
             while now() < until {
-                let began = cpu();
-                while cpu() - began < spin {}
-                std::thread::sleep(rest);
+                let due = (cpu() - started.1).div_f64(share);
+                let ahead = due.saturating_sub(started.0.elapsed());
+                if !ahead.is_zero() {
+                    std::thread::sleep(ahead.min(until.saturating_sub(now())));
+                } else if part == "burn" {
+                    let spun = cpu() + Duration::from_micros(200);
+                    while cpu() < spun {}
+                } else {
+                    Command::new(&me).env(PART, "nothing").status().expect("a process");
+                }
             }
         }
         "storm" => {
             while now() < until {
                 tally.count(call(&socket, FETCH_JWT, &request, PATIENCE));
-            }
-        }
-        // The same processes at the same pace, without calling.
-        "fork-burn" => {
-            let me = std::env::current_exe().expect("this program");
-            let pace = Duration::from_micros(number);
-            let mut due = Instant::now() + pace.mul_f64(f64::from(std::process::id() % 64) / 64.0);
-            while now() < until {
-                std::thread::sleep(due.saturating_duration_since(Instant::now()));
-                Command::new(&me).env(PART, "nothing").status().expect("a process");
-                due = (due + pace).max(Instant::now() - pace);
             }
         }
         "nothing" => std::process::exit(0),
@@ -538,17 +538,16 @@ fn scenario(name: &str, abuse: Abuse, label: &str) {
     let agent = if killed { Agent::start(blocks) } else { agent };
     let burners = workers * ABUSERS.len() as u64;
     let took_micros = (took.as_micros() as u64).max(1);
-    let (part, number) = match abuse {
-        Abuse::Fork => {
-            let calls = all.answered + all.refused + all.closed + all.silent;
-            ("fork-burn", took_micros * burners / calls.max(1))
-        }
-        _ => ("burn", all.cpu.as_micros() as u64 * 1_000_000 / took_micros / burners),
-    };
+    let part = if abuse == Abuse::Fork { "fork-burn" } else { "burn" };
+    let number = all.cpu.as_micros() as u64 * 1_000_000 / took_micros / burners;
     let (burnt, alone) = crowd(&agent, part, workers, number, seconds);
     let mut burnt_cpu = Duration::ZERO;
     burnt.iter().for_each(|tally| burnt_cpu += tally.cpu);
 
+    for line in agent.log().lines().filter(|line| line.contains(" WARN ") || line.contains("ERROR")).take(12)
+    {
+        eprintln!("  {line}");
+    }
     let mib = |kib: u64| format!("{:.1}", kib as f64 / 1024.0);
     let ms = |micros: u64| format!("{:.1}", micros as f64 / 1000.0);
     row(&[

@@ -32,7 +32,7 @@ use crate::{
         CONTINUATION, Called, DATA, END_HEADERS, END_STREAM, FETCH_JWT, HEADERS, PING, PREFACE, RST_STREAM,
         SETTINGS, answer, block, call, call_frames, frame, jwt_request, literal, message, settings,
     },
-    support::{Process, TRUST_DOMAIN, client, request, write_config},
+    support::{Process, TRUST_DOMAIN, TestAgent, client, request, write_config},
 };
 
 const NEIGHBOUR: u32 = 65_534;
@@ -535,6 +535,29 @@ async fn a_refusal_tells_when_to_come_back() {
     let update = tokio::time::timeout(PATIENCE, stream.message()).await.unwrap().unwrap().unwrap();
     assert!(update.svids[0].spiffe_id.ends_with("/new"), "the stream stays, and gets its update");
     agent.well("over the limit");
+}
+
+/// What bounds a connection is read again: it counts for the next one, and those that are open stay as they are.
+#[tokio::test]
+async fn a_reload_changes_what_the_next_connection_may_hold() {
+    let mut agent = TestAgent::start("");
+    let streams = async |agent: &TestAgent| {
+        let stream = tokio::net::UnixStream::connect(agent.socket()).await.unwrap();
+        let (mut send, mut connection) = h2::client::handshake(stream).await.unwrap();
+        let mut ping = connection.ping_pong().unwrap();
+        let kept = tokio::spawn(connection);
+        // The answer to a ping comes after the settings.
+        ping.ping(h2::Ping::opaque()).await.unwrap();
+        send = send.ready().await.unwrap();
+        let most = send.current_max_send_streams();
+        kept.abort();
+        most
+    };
+    assert_eq!(streams(&agent).await, 16);
+    agent.reload("ratelimit { gate { connection { streams = 3 } } }").unwrap();
+    assert_eq!(streams(&agent).await, 3);
+    agent.reload("ratelimit { gate { connection { streams = 0 } } }").unwrap_err();
+    assert_eq!(streams(&agent).await, 3, "a mistake changes nothing");
 }
 
 /// A health check of a user whose connections the gate refuses finds an agent that is up: whoever restarts it for that takes
