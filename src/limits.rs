@@ -4,7 +4,7 @@
 //!
 //! Narrow before wide: what only the caller has is asked first, what all share last, so that a caller over its own limit takes
 //! nothing from the others. What was taken before a refusal is given back: tokens are *held* first and *settled* when the
-//! call's cost is known (see [`bucket`]).
+//! call's cost is known (see [`bucket`]; [`table`] keeps them).
 //!
 //! | when | asks, in this order | key | settings |
 //! |---|---|---|---|
@@ -38,17 +38,20 @@ pub mod budget;
 pub mod caller;
 pub mod counters;
 pub mod gate;
+pub mod method;
 pub mod policy;
 pub mod report;
 pub mod schedule;
 pub mod slots;
+pub mod table;
 
 use std::{num::NonZeroU32, time::Duration};
 
-pub use admission::{Admitted, Limits, Method, Refusal};
+pub use admission::{Admitted, Limits, Refusal};
 use bucket::Quota;
 pub use caller::{CallerKey, Families};
 pub use gate::{ConnectionSettings, Gate, GateRefusal, GateRule, GateSettings, Permit};
+pub use method::Method;
 use policy::{CallerPattern, IdPattern, Layers, Limit, PolicyError};
 
 use crate::identity::TrustDomain;

@@ -2,7 +2,7 @@
 
 use metrics::{Counter, Gauge, Key, KeyName, Label, Level, Metadata, Recorder};
 
-use super::admission::Method;
+use super::method::Method;
 
 /// Where on its way a connection or call was decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

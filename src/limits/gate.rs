@@ -24,12 +24,13 @@ use hashbrown::{HashMap, hash_map::Entry};
 
 use super::{
     Limits, Settings, SettingsError,
-    bucket::{Hasher, Key, Place, Quota, Table},
+    bucket::Quota,
     budget::{self, Pressure},
     caller::{CallerKey, Families},
     counters::{KeyType, Outcome, Reason, Stage},
     policy::{self, CallerPattern, Limit, Override, Pattern, Share},
     report::{Heavy, Name, Standing},
+    table::{Hasher, Key, Place, Table},
 };
 
 /// A socket, and the pidfd of the process behind it.

@@ -11,9 +11,9 @@
 use std::{borrow::Cow, fmt, ops::RangeInclusive, sync::Arc};
 
 use super::{
-    admission::Method,
     bucket::Quota,
     caller::CallerKey,
+    method::Method,
     schedule::{Schedule, ScheduleError},
 };
 use crate::identity::{SpiffeId, TrustDomain};

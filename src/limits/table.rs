@@ -1,0 +1,762 @@
+//! Buckets by key, with a hard bound.
+//!
+//! - A table with no room looks for full buckets, a few per new key, starting where it last stopped. One that finds
+//!   none charges the new key to the overflow bucket of its *parent* (whoever can invent keys), never to a stranger's,
+//!   and no parent may own more than its share of the table. Keys that are known keep their buckets.
+//! - What a key has spent while it had no bucket of its own it has spent when it gets one. (In an overflow each quota has a
+//!   bucket, so a quota that a reload brings begins with a full one there.)
+//!
+//! Keys stand in the table as 128 bits of a seeded hash; nobody outside can choose two that meet. Time is nanoseconds since
+//! the agent started; a `now` before the latest one seen counts as that one.
+
+use std::time::Duration;
+
+use hashbrown::HashTable;
+
+use super::{
+    bucket::{Bucket, Level, Quota},
+    report::{Heavy, Name},
+};
+
+/// Buckets that keys share which have none of their own: one for each quota, since what comes back at two rates cannot be
+/// reckoned in one. A quota that was not seen here before begins with a full bucket.
+#[derive(Clone, Debug, Default)]
+struct Pool(Vec<(Quota, Bucket)>);
+
+/// Quotas of one pool: a caller's methods, and what a reload or a window changed meanwhile.
+const POOL: usize = 16;
+/// When to come back to a pool that has no room for another quota and cannot say when it will.
+const POOL_WAIT: Duration = Duration::from_millis(100);
+
+impl Pool {
+    fn is_full(&self, now: u64) -> bool {
+        self.0.iter().all(|(_, bucket)| bucket.is_full(now))
+    }
+
+    /// Whether it has tokens of calls under way.
+    fn is_held(&self) -> bool {
+        self.0.iter().any(|(_, bucket)| bucket.held > 0)
+    }
+
+    fn get(&mut self, quota: Quota) -> Option<&mut Bucket> {
+        self.0.iter_mut().find(|(of, _)| *of == quota).map(|(_, bucket)| bucket)
+    }
+
+    fn hold(&mut self, now: u64, quota: Quota, cost: u32) -> Result<(), Duration> {
+        if let Some(bucket) = self.get(quota) {
+            return bucket.hold(now, quota, cost);
+        }
+        self.0.retain(|(_, bucket)| !bucket.is_full(now));
+        if self.0.len() >= POOL {
+            return Err(POOL_WAIT);
+        }
+        let mut bucket = Bucket::default();
+        bucket.hold(now, quota, cost)?;
+        self.0.push((quota, bucket));
+        Ok(())
+    }
+}
+
+/// Whose bucket: a seeded hash of the key, and who could invent more keys like it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Key {
+    /// Of everything that tells this bucket from another.
+    pub hash: [u64; 2],
+    /// Who is charged when there is no room for a bucket of its own.
+    pub parent: u64,
+}
+
+/// Makes keys. Seeded at random once per agent.
+#[derive(Debug, Default)]
+pub struct Hasher([ahash::RandomState; 2]);
+
+impl Hasher {
+    /// The hash of `value`.
+    pub fn hash(&self, value: impl std::hash::Hash) -> [u64; 2] {
+        self.0.each_ref().map(|state| state.hash_one(&value))
+    }
+}
+
+/// Which bucket a call was charged to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Its own, which was here; it may have moved since, which is seen.
+    Own(u32),
+    /// Its parent's: there was no room.
+    Overflow,
+    /// The one of last resort: there was no room for another parent either.
+    Stray,
+}
+
+/// All that a decision about a known key reads and writes: one line of the processor's cache.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Cell {
+    hash: [u64; 2],
+    parent: u64,
+    bucket: Bucket,
+    used: u32,
+    refused: u32,
+    /// Used again since the hand last passed: such a bucket is forgotten a round later than one used once.
+    again: bool,
+}
+
+/// Whose cell it is, for people.
+type Who = (Name, &'static str);
+
+#[derive(Debug)]
+struct Parent {
+    id: u64,
+    owned: usize,
+    overflow: Pool,
+}
+
+/// How many cells a new key may look at to find room.
+const LOOK: usize = 64;
+/// How many it looks at where there is room, once this part of the table is taken: so that a table which a flood has filled
+/// once shrinks to those who call, and memory follows.
+const LOOK_EARLY: usize = 4;
+const EARLY: usize = 8;
+/// How often, at most, all parents are looked through, in nanoseconds per 16,384 of capacity.
+const PARENTS_PAUSE: u64 = 10_000_000;
+
+/// Buckets by key: at most `capacity` of them, of which one parent owns at most `per_parent`.
+///
+/// Cells lie densely in the order they were made, so that memory follows the number of known keys; room for the rest
+/// is reserved but untouched, and a decision allocates nothing (a parent never seen before may).
+#[derive(Debug)]
+pub struct Table {
+    capacity: usize,
+    per_parent: usize,
+    index: HashTable<u32>,
+    cells: Vec<Cell>,
+    /// Of each cell, in the same order.
+    names: Vec<Who>,
+    parents: HashTable<Parent>,
+    stray: Pool,
+    seed: ahash::RandomState,
+    hand: usize,
+    latest: u64,
+    parents_seen: u64,
+}
+
+impl Table {
+    /// A table of `capacity` keys (at least 16), of which a parent may own `per_parent` (at least 1).
+    pub fn new(capacity: usize, per_parent: usize) -> Self {
+        let mut table = Self {
+            capacity: 0,
+            per_parent: 1,
+            index: HashTable::new(),
+            cells: Vec::new(),
+            names: Vec::new(),
+            parents: HashTable::new(),
+            stray: Pool::default(),
+            seed: ahash::RandomState::new(),
+            hand: 0,
+            latest: 0,
+            parents_seen: 0,
+        };
+        table.resize(capacity, per_parent);
+        table
+    }
+
+    /// Changes the bounds. A smaller table forgets nothing that is not full: it takes no new keys until it is below.
+    pub fn resize(&mut self, capacity: usize, per_parent: usize) {
+        self.capacity = capacity.clamp(16, 1 << 24);
+        self.per_parent = per_parent.clamp(1, self.capacity);
+        self.cells.reserve_exact(self.capacity.saturating_sub(self.cells.len()));
+        self.names.reserve_exact(self.capacity.saturating_sub(self.names.len()));
+        let more = self.capacity.saturating_sub(self.index.len());
+        let cells = &self.cells;
+        self.index.reserve(more, |at| hash_at(cells, *at));
+    }
+
+    /// How many keys are known.
+    pub fn len(&self) -> usize {
+        self.cells.len()
+    }
+
+    /// Whether no key is known.
+    pub fn is_empty(&self) -> bool {
+        self.cells.is_empty()
+    }
+
+    /// Holds `cost` tokens in the bucket of `key`; `who` is asked only when the key is new.
+    ///
+    /// # Errors
+    /// The wait, as in [`Bucket::hold`].
+    pub fn hold(
+        &mut self,
+        now: u64,
+        key: Key,
+        quota: Quota,
+        cost: u32,
+        who: impl FnOnce() -> Who,
+    ) -> Result<Place, Duration> {
+        let now = self.tick(now);
+        if let Some((at, cell)) = self.find(key.hash) {
+            cell.again = true;
+            let outcome = cell.bucket.hold(now, quota, cost);
+            match outcome {
+                Ok(_) => cell.used = cell.used.saturating_add(1),
+                Err(_) => cell.refused = cell.refused.saturating_add(1),
+            }
+            return outcome.map(|()| Place::Own(at));
+        }
+        let Some(at) = self.has_room(now, key.parent).then(|| u32::try_from(self.cells.len()).ok()).flatten()
+        else {
+            return self.hold_overflow(now, key.parent, quota, cost);
+        };
+        // Where the key was charged while there was no room, it may have spent all that was spent there. Nobody gets a
+        // second burst by coming out of the overflow.
+        let mut bucket = Bucket::default();
+        bucket.inherit(now, quota, self.stray.get(quota));
+        if let Some(parent) = self.parent(key.parent) {
+            bucket.inherit(now, quota, parent.overflow.get(quota));
+        }
+        bucket.hold(now, quota, cost)?;
+        if !self.own_one_more(now, key.parent) {
+            return self.stray.hold(now, quota, cost).map(|()| Place::Stray);
+        }
+        self.cells.push(Cell {
+            hash: key.hash,
+            parent: key.parent,
+            bucket,
+            used: 1,
+            refused: 0,
+            again: false,
+        });
+        self.names.push(who());
+        let cells = &self.cells;
+        self.index.insert_unique(key.hash[0], at, |at| hash_at(cells, *at));
+        Ok(Place::Own(at))
+    }
+
+    /// Ends a call that held tokens; see [`Bucket::settle`]. A bucket with tokens held is never forgotten, so it is there.
+    ///
+    /// It counts as ended at the latest time that the table was told. That is not before it began, and saves a look at the
+    /// clock; the tokens begin to flow back no sooner than if they had been taken at once.
+    pub fn settle(&mut self, key: Key, place: Place, quota: Quota, held: u32, cost: u32) -> Option<Level> {
+        let now = self.latest;
+        let refund = u32::from(held > 0 && cost == 0);
+        let bucket = match place {
+            Place::Own(at) => self.cell(key.hash, at).map(|cell| {
+                cell.used = cell.used.saturating_sub(refund);
+                &mut cell.bucket
+            }),
+            Place::Overflow => self.parent(key.parent).and_then(|parent| parent.overflow.get(quota)),
+            Place::Stray => self.stray.get(quota),
+        };
+        bucket.map(|bucket| bucket.settle(now, quota, held, cost))
+    }
+
+    /// Adds to what a known key has spent, as a debt of at most one burst. A key that is not known has a full bucket, and is
+    /// left in peace: this is for a cost that shows itself after the call was charged.
+    pub fn charge(&mut self, now: u64, key: Key, quota: Quota, cost: u32) -> Option<Level> {
+        self.tick(now);
+        self.settle(key, Place::Own(u32::MAX), quota, 0, cost)
+    }
+
+    /// Counts for people that a key was refused for something else than its tokens, if it is known.
+    pub fn note_refused(&mut self, key: Key) {
+        if let Some((_, cell)) = self.find(key.hash) {
+            cell.again = true;
+            cell.refused = cell.refused.saturating_add(1);
+        }
+    }
+
+    /// Tokens left to a key, if it is known.
+    pub fn left(&mut self, now: u64, key: Key, quota: Quota) -> Option<u32> {
+        let now = self.tick(now);
+        self.find(key.hash).map(|(_, cell)| cell.bucket.left(now, quota))
+    }
+
+    /// The `n` keys that were refused most, then those that were served most, since each was last forgotten.
+    pub fn heaviest(&self, n: usize) -> Vec<Heavy> {
+        let weight = |cell: &Cell| (cell.refused, cell.used);
+        let mut top: Vec<(&Cell, &Who)> = Vec::with_capacity(n.min(self.cells.len()).saturating_add(1));
+        for (cell, who) in self.cells.iter().zip(&self.names) {
+            let at = top.partition_point(|(other, _)| weight(other) >= weight(cell));
+            if at < n {
+                top.insert(at, (cell, who));
+                top.truncate(n);
+            }
+        }
+        let heavy = |(cell, (name, what)): (&Cell, &Who)| Heavy {
+            name: name.clone(),
+            what,
+            used: cell.used,
+            refused: cell.refused,
+        };
+        top.into_iter().map(heavy).collect()
+    }
+
+    /// Forgets every full bucket and returns memory: for when memory is short. The time it takes grows with the table
+    /// (about 10 ns a key).
+    pub fn forget_full(&mut self, now: u64) {
+        let now = self.tick(now);
+        let mut at = 0;
+        while let Some(cell) = self.cells.get(at) {
+            if cell.bucket.is_full(now) { self.forget(now, at) } else { at += 1 }
+        }
+        self.parents.retain(|parent| parent.owned > 0 || !parent.overflow.is_full(now));
+        let seed = &self.seed;
+        self.parents.shrink_to_fit(|parent| seed.hash_one(parent.id));
+    }
+
+    fn tick(&mut self, now: u64) -> u64 {
+        self.latest = self.latest.max(now);
+        self.latest
+    }
+
+    fn find(&mut self, hash: [u64; 2]) -> Option<(u32, &mut Cell)> {
+        let cells = &mut self.cells;
+        let at = *self.index.find(hash[0], |at| cell_at(cells, *at).is_some_and(|cell| cell.hash == hash))?;
+        Some((at, cells.get_mut(usize::try_from(at).ok()?)?))
+    }
+
+    /// The cell of a key that was last seen at a place.
+    fn cell(&mut self, hash: [u64; 2], at: u32) -> Option<&mut Cell> {
+        if cell_at(&self.cells, at).is_some_and(|cell| cell.hash == hash) {
+            return self.cells.get_mut(usize::try_from(at).ok()?);
+        }
+        self.find(hash).map(|(_, cell)| cell)
+    }
+
+    fn parent(&mut self, id: u64) -> Option<&mut Parent> {
+        self.parents.find_mut(self.seed.hash_one(id), |parent| parent.id == id)
+    }
+
+    /// Whether one more key of this parent may have a cell; looks for cells to forget when not.
+    fn has_room(&mut self, now: u64, parent: u64) -> bool {
+        if self.cells.len() >= self.capacity / EARLY {
+            self.look_for_full(now, LOOK_EARLY);
+        }
+        if self.fits(parent) {
+            return true;
+        }
+        self.look_for_full(now, LOOK);
+        self.fits(parent)
+    }
+
+    /// A parent whose overflow holds tokens of calls under way gets no cell either: one of these calls may be of the same key,
+    /// and what it will take is not known yet.
+    fn fits(&mut self, parent: u64) -> bool {
+        let (owned, held) =
+            self.parent(parent).map_or((0, false), |parent| (parent.owned, parent.overflow.is_held()));
+        self.cells.len() < self.capacity && owned < self.per_parent && !held && !self.stray.is_held()
+    }
+
+    /// Moves the hand over so many cells and forgets the full ones among them.
+    fn look_for_full(&mut self, now: u64, cells: usize) {
+        for _ in 0..cells {
+            if self.hand >= self.cells.len() {
+                self.hand = 0;
+            }
+            let Some(cell) = self.cells.get_mut(self.hand) else { return };
+            if !cell.bucket.is_full(now) {
+                self.hand += 1;
+            } else if cell.again {
+                cell.again = false;
+                self.hand += 1;
+            } else {
+                self.forget(now, self.hand);
+            }
+        }
+    }
+
+    /// Takes a cell out; the last one moves into its place.
+    fn forget(&mut self, now: u64, at: usize) {
+        let Some(hash) = self.cells.get(at).map(|cell| cell.hash) else { return };
+        let last = self.cells.len() - 1;
+        let is = |place: u32, wanted: usize| usize::try_from(place).is_ok_and(|place| place == wanted);
+        if let Ok(entry) = self.index.find_entry(hash[0], |place| is(*place, at)) {
+            entry.remove();
+        }
+        if let (Some(moved), Ok(to)) = (self.cells.get(last).map(|cell| cell.hash), u32::try_from(at))
+            && last != at
+            && let Some(place) = self.index.find_mut(moved[0], |place| is(*place, last))
+        {
+            *place = to;
+        }
+        let cell = self.cells.swap_remove(at);
+        drop(self.names.swap_remove(at));
+        let hash = self.seed.hash_one(cell.parent);
+        if let Ok(mut entry) = self.parents.find_entry(hash, |parent| parent.id == cell.parent) {
+            let parent = entry.get_mut();
+            parent.owned = parent.owned.saturating_sub(1);
+            if parent.owned == 0 && parent.overflow.is_full(now) {
+                entry.remove();
+            }
+        }
+    }
+
+    fn hold_overflow(&mut self, now: u64, parent: u64, quota: Quota, cost: u32) -> Result<Place, Duration> {
+        self.make_parent(now, parent);
+        match self.parent(parent) {
+            Some(parent) => parent.overflow.hold(now, quota, cost).map(|()| Place::Overflow),
+            None => self.stray.hold(now, quota, cost).map(|()| Place::Stray),
+        }
+    }
+
+    fn own_one_more(&mut self, now: u64, id: u64) -> bool {
+        self.make_parent(now, id);
+        let Some(parent) = self.parent(id) else { return false };
+        parent.owned += 1;
+        true
+    }
+
+    /// Makes the record of a parent if there is none, unless there are as many as the table has room for keys.
+    fn make_parent(&mut self, now: u64, id: u64) {
+        if self.parent(id).is_some() || self.stray.is_held() {
+            return;
+        }
+        if self.parents.len() >= self.capacity {
+            let scale = u64::try_from(self.capacity / 16_384).unwrap_or(1).max(1);
+            if now < self.parents_seen + PARENTS_PAUSE * scale {
+                return;
+            }
+            self.parents_seen = now;
+            self.parents.retain(|parent| parent.owned > 0 || !parent.overflow.is_full(now));
+            if self.parents.len() >= self.capacity {
+                return;
+            }
+        }
+        // What its keys were charged to while it had no record is spent. It may have been any of the stray buckets.
+        let mut overflow = Pool::default();
+        overflow.0.extend(self.stray.0.iter().filter(|(_, bucket)| !bucket.is_full(now)));
+        let seed = &self.seed;
+        let parent = Parent { id, owned: 0, overflow };
+        self.parents.insert_unique(seed.hash_one(id), parent, |parent| seed.hash_one(parent.id));
+    }
+}
+
+fn cell_at(cells: &[Cell], at: u32) -> Option<&Cell> {
+    cells.get(usize::try_from(at).ok()?)
+}
+
+fn hash_at(cells: &[Cell], at: u32) -> u64 {
+    cell_at(cells, at).map_or(0, |cell| cell.hash[0])
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::limits::{bucket::Per, caller::CallerKey};
+
+    const SECOND: u64 = 1_000_000_000;
+
+    fn quota(rate: f64, burst: u32) -> Quota {
+        Quota::new(rate, Per::Second, burst).unwrap()
+    }
+
+    fn heavy(uid: u32) -> Who {
+        (Name::Caller(CallerKey::Uid(uid)), "test")
+    }
+
+    /// Methods with other quotas than each other's share no bucket, in an overflow neither: the smaller would forgive what the
+    /// larger has spent.
+    #[test]
+    fn quotas_are_not_mixed_in_an_overflow() {
+        let (many, few) = (quota(1.0, 200), quota(0.1, 5));
+        let mut table = Table::new(16, 1);
+        let key = |number| Key { hash: [number; 2], parent: 1 };
+        table.hold(0, key(1), many, 1, || heavy(1)).unwrap();
+        let mut take = |quota: Quota, number| {
+            let held = table.hold(0, key(number), quota, 1, || heavy(2));
+            held.inspect(|place| {
+                assert_eq!(*place, Place::Overflow);
+                table.settle(key(number), *place, quota, 1, 1);
+            })
+            .is_ok()
+        };
+        let (mut of_many, mut of_few) = (0, 0);
+        for round in 0..1000 {
+            of_many += u32::from(take(many, 10 + round));
+            of_few += u32::from(take(few, 5000 + round));
+        }
+        assert_eq!((of_many, of_few), (200, 5));
+    }
+
+    /// After a flood the table shrinks to those who call.
+    #[test]
+    fn a_table_shrinks_to_those_who_call() {
+        let mut table = Table::new(1024, 1024);
+        let quota = quota(10.0, 10);
+        let mut call = |now, number: u64| {
+            let key = Key { hash: [number; 2], parent: number };
+            let place = table.hold(now, key, quota, 1, || heavy(1)).unwrap();
+            table.settle(key, place, quota, 1, 1);
+            table.len()
+        };
+        for number in 0..1024 {
+            call(0, number);
+        }
+        let known: Vec<usize> = (0..1000).map(|nth| call(SECOND * (1 + nth), 10_000 + nth)).collect();
+        assert!(known[999] <= 1024 / EARLY + 2, "{}", known[999]);
+    }
+
+    #[test]
+    fn a_cost_above_the_burst_never_passes() {
+        let quota = quota(1.0, 10);
+        let mut table = Table::new(16, 16);
+        let key = Key { hash: [1, 1], parent: 1 };
+        for now in [0, SECOND, 100 * SECOND] {
+            assert!(table.hold(now, key, quota, 11, || heavy(1)).is_err());
+        }
+        assert!(table.is_empty(), "nothing is kept of it");
+    }
+
+    #[test]
+    fn the_heaviest_come_first() {
+        let mut table = Table::new(64, 64);
+        for (uid, calls) in [(1, 3), (2, 30), (3, 12), (4, 1)] {
+            for _ in 0..calls {
+                let key = Key { hash: [u64::from(uid); 2], parent: 0 };
+                if let Ok(place) = table.hold(0, key, quota(1.0, 10), 1, || heavy(uid)) {
+                    table.settle(key, place, quota(1.0, 10), 1, 1);
+                }
+            }
+        }
+        let seen: Vec<_> =
+            table.heaviest(3).iter().map(|it| (it.name.to_string(), it.used, it.refused)).collect();
+        assert_eq!(seen, [("uid:2".into(), 10, 20), ("uid:3".into(), 10, 2), ("uid:1".into(), 3, 0)]);
+        assert_eq!(table.heaviest(0), []);
+    }
+
+    #[test]
+    fn a_known_key_takes_the_memory_that_is_accounted() {
+        let index = 2 * (size_of::<u32>() + 1);
+        let parent = 2 * (size_of::<Parent>() + 1);
+        let bytes = u64::try_from(size_of::<Cell>() + size_of::<Who>() + index + parent).unwrap();
+        assert_eq!(size_of::<Cell>(), 64);
+        assert!(bytes <= crate::limits::budget::KEY, "{bytes}");
+    }
+
+    /// One step of a game against a small table.
+    #[derive(Clone, Debug)]
+    enum Move {
+        /// A call of the key under test: held, and ended after some more moves with this outcome.
+        Call { cost: u32, later: bool, refund: bool },
+        /// Calls of `count` other keys from `first` on, of some parent.
+        Flood { parent: u64, first: u32, count: u32, cost: u32 },
+        /// Time passes.
+        Wait(u64),
+        /// A clock that is wrong.
+        Back(u64),
+        /// All calls under way end.
+        End,
+    }
+
+    fn moves(parents: u64) -> impl Strategy<Value = Vec<Move>> {
+        let one = prop_oneof![
+            4 => (1..4_u32, any::<bool>(), any::<bool>())
+                .prop_map(|(cost, later, refund)| Move::Call { cost, later, refund }),
+            3 => (0..parents, 0..1_000_000_u32, 1..80_u32, 1..4_u32)
+                .prop_map(|(parent, first, count, cost)| Move::Flood { parent, first, count, cost }),
+            3 => (0..4 * SECOND).prop_map(Move::Wait),
+            1 => (0..4 * SECOND).prop_map(Move::Back),
+            1 => Just(Move::End),
+        ];
+        prop::collection::vec(one, 1..80)
+    }
+
+    const MINE: Key = Key { hash: [u64::MAX, 7], parent: 3 };
+
+    fn flood_key(parent: u64, number: u32) -> Key {
+        // The low half of the hash is what the index looks at: let keys meet there.
+        Key { hash: [u64::from(number % 97), u64::from(number)], parent }
+    }
+
+    /// Plays the game; gives what the key under test took and when.
+    fn play(moves: Vec<Move>, quota: Quota) -> Vec<(u64, u32)> {
+        let mut table = Table::new(16, 4);
+        // The latest time that the table was told: it cannot know of others.
+        let (mut now, mut latest) = (SECOND, 0);
+        let mut taken = Vec::new();
+        let mut open: Vec<(Place, u32, bool)> = Vec::new();
+        for step in moves {
+            let mut ended = Vec::new();
+            if !matches!(step, Move::Wait(_) | Move::Back(_)) {
+                latest = latest.max(now);
+                table.charge(now, flood_key(0, u32::MAX), quota, 0);
+            }
+            match step {
+                Move::Call { cost, later, refund } => {
+                    if let Ok(place) = table.hold(now, MINE, quota, cost, || heavy(0)) {
+                        if later {
+                            open.push((place, cost, refund))
+                        } else {
+                            ended.push((place, cost, refund))
+                        }
+                    }
+                }
+                Move::Flood { parent, first, count, cost } => {
+                    for number in first..first + count {
+                        let key = flood_key(parent, number);
+                        if let Ok(place) = table.hold(now, key, quota, cost, || heavy(number)) {
+                            table.settle(key, place, quota, cost, cost);
+                        }
+                    }
+                }
+                Move::Wait(time) => now += time,
+                Move::Back(time) => now = now.saturating_sub(time),
+                Move::End => ended.append(&mut open),
+            }
+            for (place, cost, refund) in ended {
+                table.settle(MINE, place, quota, cost, if refund { 0 } else { cost });
+                if !refund {
+                    taken.push((latest, cost));
+                }
+            }
+            assert!(table.len() <= 16 && table.parents.len() <= 16);
+        }
+        taken
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+        /// Whatever others do, and in whatever order: in no span of time more than the burst and what flowed in.
+        #[test]
+        fn never_more_than_burst_and_rate(moves in moves(40), burst in 3..12_u32) {
+            let quota = quota(2.0, burst);
+            let taken = play(moves, quota);
+            for (at, (from, _)) in taken.iter().enumerate() {
+                let mut sum = 0;
+                for (to, cost) in taken.iter().skip(at) {
+                    sum += u64::from(*cost);
+                    let allowed = quota.refill() + (to - from);
+                    prop_assert!(sum * quota.per_token <= allowed, "{sum} tokens from {from} to {to}");
+                }
+            }
+        }
+
+        /// A caller within its quota passes each time, known to the table or forgotten meanwhile, while others flood it with
+        /// keys of fewer parents than the table has room for.
+        #[test]
+        fn a_polite_key_is_never_refused(moves in moves(15)) {
+            let quota = quota(2.0, 3);
+            let mut table = Table::new(16, 4);
+            let mut now = SECOND;
+            let mine = Key { parent: 99, ..MINE };
+            for step in moves {
+                match step {
+                    Move::Flood { parent, first, count, cost } => {
+                        for number in first..first + count {
+                            let key = flood_key(parent, number);
+                            if let Ok(place) = table.hold(now, key, quota, cost, || heavy(number)) {
+                                table.settle(key, place, quota, cost, cost);
+                            }
+                        }
+                    }
+                    // Three tokens, and the time in which they come back.
+                    Move::Call { cost, .. } => {
+                        let held = table.hold(now, mine, quota, cost, || heavy(0));
+                        prop_assert!(held.is_ok(), "{held:?}");
+                        let place = held.unwrap();
+                        prop_assert!(place != Place::Stray);
+                        table.settle(mine, place, quota, cost, cost);
+                        now += u64::from(cost) * quota.per_token;
+                    }
+                    Move::Wait(time) => now += time,
+                    Move::Back(_) | Move::End => {}
+                }
+            }
+        }
+
+        /// After the wait that was told, the same call passes.
+        #[test]
+        fn the_wait_is_true(moves in moves(40), cost in 1..4_u32) {
+            let quota = quota(2.0, 3);
+            let mut table = Table::new(16, 4);
+            let mut now = SECOND;
+            for step in moves {
+                match step {
+                    Move::Call { cost, .. } => {
+                        if let Ok(place) = table.hold(now, MINE, quota, cost, || heavy(0)) {
+                            table.settle(MINE, place, quota, cost, cost);
+                        }
+                    }
+                    Move::Flood { parent, first, count, cost } => {
+                        for number in first..first + count {
+                            let key = flood_key(parent, number);
+                            if let Ok(place) = table.hold(now, key, quota, cost, || heavy(number)) {
+                                table.settle(key, place, quota, cost, cost);
+                            }
+                        }
+                    }
+                    Move::Wait(time) => now += time,
+                    Move::Back(_) | Move::End => {}
+                }
+            }
+            if let Err(wait) = table.hold(now, MINE, quota, cost, || heavy(0)) {
+                let wait = u64::try_from(wait.as_nanos()).unwrap();
+                prop_assert!(wait > 0);
+                let early = table.hold(now + wait - 1, MINE, quota, cost, || heavy(0));
+                prop_assert!(early.is_err(), "a nanosecond less is too early");
+                let held = table.hold(now + wait, MINE, quota, cost, || heavy(0));
+                prop_assert!(held.is_ok(), "{held:?}");
+            }
+        }
+
+        /// A call that is refused further on leaves the bucket as if it had never come, whenever it ends.
+        #[test]
+        fn a_refund_restores_exactly(
+            before in prop::collection::vec((0..SECOND, 1..3_u32), 0..10),
+            during in prop::collection::vec((0..SECOND, 1..3_u32), 0..10),
+            cost in 1..4_u32,
+        ) {
+            let quota = quota(2.0, 60);
+            let (mut with, mut without) = (Bucket::default(), Bucket::default());
+            let mut now = 0;
+            let spend = |bucket: &mut Bucket, now, cost| {
+                let held = bucket.hold(now, quota, cost);
+                bucket.settle(now, quota, if held.is_ok() { cost } else { 0 }, if held.is_ok() { cost } else { 0 });
+            };
+            for (wait, cost) in before {
+                now += wait;
+                spend(&mut with, now, cost);
+                spend(&mut without, now, cost);
+            }
+            prop_assert!(with.hold(now, quota, cost).is_ok());
+            for (wait, cost) in during {
+                now += wait;
+                spend(&mut with, now, cost);
+                spend(&mut without, now, cost);
+            }
+            with.settle(now, quota, cost, 0);
+            without.settle(now, quota, 0, 0);
+            prop_assert_eq!(with, without);
+            prop_assert!(with.left(now, quota) <= quota.burst());
+        }
+
+        /// The table agrees with itself: each key it knows is found, and parents own what they own.
+        #[test]
+        fn the_index_and_the_cells_agree(calls in prop::collection::vec((0..8_u64, 0..200_u32, 0..SECOND), 0..300)) {
+            let quota = quota(2.0, 3);
+            let mut table = Table::new(16, 4);
+            let mut now = SECOND;
+            for (parent, number, wait) in calls {
+                now += wait / 4;
+                let key = flood_key(parent, number);
+                if let Ok(place) = table.hold(now, key, quota, 1, || heavy(number)) {
+                    table.settle(key, place, quota, 1, 1);
+                }
+                prop_assert_eq!(table.index.len(), table.cells.len());
+                let hashes: Vec<_> = table.cells.iter().map(|cell| (cell.hash, cell.parent)).collect();
+                for (hash, parent) in &hashes {
+                    prop_assert!(table.find(*hash).is_some_and(|(_, cell)| cell.hash == *hash));
+                    let owned = hashes.iter().filter(|(_, other)| other == parent).count();
+                    prop_assert_eq!(table.parent(*parent).map(|parent| parent.owned), Some(owned));
+                    prop_assert!(owned <= 4);
+                }
+            }
+            now += 100 * SECOND;
+            table.forget_full(now);
+            prop_assert!(table.is_empty() && table.index.is_empty() && table.parents.is_empty());
+        }
+    }
+}
