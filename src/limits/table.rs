@@ -2,7 +2,7 @@
 //!
 //! - A table with no room looks for full buckets, a few per new key, starting where it last stopped. One that finds
 //!   none charges the new key to the overflow bucket of its *parent* (whoever can invent keys), never to a stranger's,
-//!   and no parent may own more than its share of the table. Keys that are known keep their buckets.
+//!   and no parent may own more than its share of the table. Keys that came back keep their buckets for a while, full or not.
 //! - What a key has spent while it had no bucket of its own it has spent when it gets one. (In an overflow each quota has a
 //!   bucket, so a quota that a reload brings begins with a full one there.)
 //!
@@ -99,6 +99,10 @@ struct Cell {
     refused: u32,
     /// Used again since the hand last passed: such a bucket is forgotten a round later than one used once.
     again: bool,
+    /// Used again when there was room for one more regular: such a bucket is kept for [`REGULAR`], full or not.
+    regular: bool,
+    /// When it was last used, in units of about a second.
+    seen: u32,
 }
 
 /// Whose cell it is, for people.
@@ -117,6 +121,12 @@ const LOOK: usize = 64;
 /// once shrinks to those who call, and memory follows.
 const LOOK_EARLY: usize = 4;
 const EARLY: usize = 8;
+/// How long the bucket of a key that came back is kept although it is full, about a minute: else a flood of new keys that leaves
+/// no room would find a polite key forgotten between two calls, and leave no room for it either. [`REGULARS`] of the table
+/// may be kept like this; who came back first stays.
+const REGULAR: u32 = 56;
+/// The part of the table that regulars may have.
+const REGULARS: usize = 2;
 /// How often, at most, all parents are looked through, in nanoseconds per 16,384 of capacity.
 const PARENTS_PAUSE: u64 = 10_000_000;
 
@@ -136,8 +146,15 @@ pub struct Table {
     stray: Pool,
     seed: ahash::RandomState,
     hand: usize,
+    /// Cells of regulars.
+    regulars: usize,
     latest: u64,
     parents_seen: u64,
+}
+
+/// Nanoseconds in units of 2^30, which is about a second and cheaper to reckon.
+fn seconds(now: u64) -> u32 {
+    u32::try_from(now >> 30).unwrap_or(u32::MAX)
 }
 
 impl Table {
@@ -153,6 +170,7 @@ impl Table {
             stray: Pool::default(),
             seed: ahash::RandomState::new(),
             hand: 0,
+            regulars: 0,
             latest: 0,
             parents_seen: 0,
         };
@@ -194,13 +212,18 @@ impl Table {
         who: impl FnOnce() -> Who,
     ) -> Result<Place, Duration> {
         let now = self.tick(now);
+        let room_for_regulars = self.regulars < self.capacity / REGULARS;
         if let Some((at, cell)) = self.find(key.hash) {
             cell.again = true;
+            cell.seen = seconds(now);
+            let becomes_regular = room_for_regulars && !cell.regular;
+            cell.regular |= becomes_regular;
             let outcome = cell.bucket.hold(now, quota, cost);
             match outcome {
                 Ok(_) => cell.used = cell.used.saturating_add(1),
                 Err(_) => cell.refused = cell.refused.saturating_add(1),
             }
+            self.regulars += usize::from(becomes_regular);
             return outcome.map(|()| Place::Own(at));
         }
         let Some(at) = self.has_room(now, key.parent).then(|| u32::try_from(self.cells.len()).ok()).flatten()
@@ -225,6 +248,8 @@ impl Table {
             used: 1,
             refused: 0,
             again: false,
+            regular: false,
+            seen: seconds(now),
         });
         self.names.push(who());
         let cells = &self.cells;
@@ -354,7 +379,8 @@ impl Table {
                 self.hand = 0;
             }
             let Some(cell) = self.cells.get_mut(self.hand) else { return };
-            if !cell.bucket.is_full(now) {
+            let stays = cell.regular && seconds(now).saturating_sub(cell.seen) < REGULAR;
+            if stays || !cell.bucket.is_full(now) {
                 self.hand += 1;
             } else if cell.again {
                 cell.again = false;
@@ -380,6 +406,7 @@ impl Table {
             *place = to;
         }
         let cell = self.cells.swap_remove(at);
+        self.regulars -= usize::from(cell.regular);
         drop(self.names.swap_remove(at));
         let hash = self.seed.hash_one(cell.parent);
         if let Ok(mut entry) = self.parents.find_entry(hash, |parent| parent.id == cell.parent) {
@@ -664,6 +691,43 @@ mod tests {
                     Move::Wait(time) => now += time,
                     Move::Back(_) | Move::End => {}
                 }
+            }
+        }
+
+        /// A polite caller that came back once is never refused, however many parents the keys of a flood have.
+        #[test]
+        fn a_regular_is_never_refused(moves in moves(1000)) {
+            let quota = quota(2.0, 3);
+            let mut table = Table::new(16, 4);
+            let mut now = SECOND;
+            let mine = Key { parent: 5000, ..MINE };
+            for _ in 0..2 {
+                let place = table.hold(now, mine, quota, 1, || heavy(0)).unwrap();
+                table.settle(mine, place, quota, 1, 1);
+            }
+            now += 2 * quota.per_token;
+            for step in moves {
+                match step {
+                    Move::Flood { parent, first, count, cost } => {
+                        for number in first..first + count {
+                            let key = Key { parent: parent.wrapping_mul(31) ^ u64::from(number), ..flood_key(parent, number) };
+                            if let Ok(place) = table.hold(now, key, quota, cost, || heavy(number)) {
+                                table.settle(key, place, quota, cost, cost);
+                            }
+                        }
+                    }
+                    Move::Call { cost, .. } => {
+                        let held = table.hold(now, mine, quota, cost, || heavy(0));
+                        prop_assert!(matches!(held, Ok(Place::Own(_))), "{held:?}");
+                        table.settle(mine, held.unwrap(), quota, cost, cost);
+                        now += u64::from(cost) * quota.per_token;
+                    }
+                    // Never as long as a regular may be away.
+                    Move::Wait(time) => now += time / 4,
+                    Move::Back(_) | Move::End => {}
+                }
+                prop_assert_eq!(table.regulars, table.cells.iter().filter(|cell| cell.regular).count());
+                prop_assert!(table.regulars <= 8);
             }
         }
 
