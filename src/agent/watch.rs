@@ -100,9 +100,7 @@ impl Watch {
         self.gate.set_pressure(now);
         let heavy = |caller: &(CallerKey, u32)| bytes.is_none_or(|budget| budget::is_heavy(caller.1, budget));
         let heaviest = match now {
-            Pressure::CloseHeaviest => {
-                self.gate.heaviest(1).first().filter(|caller| heavy(caller)).map(|(caller, _)| *caller)
-            }
+            Pressure::CloseHeaviest => self.gate.to_cut_off().filter(heavy).map(|(caller, _)| caller),
             Pressure::None | Pressure::ShrinkCaches | Pressure::RefuseNew => None,
         };
         self.evicted.send_if_modified(|evicted| std::mem::replace(evicted, heaviest) != heaviest);

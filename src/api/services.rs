@@ -43,6 +43,48 @@ pub struct Services {
 /// The largest request to the other services: a name.
 const MAX_NAME: usize = 1024;
 
+/// All requests of one reflection stream, in bytes: dozens of questions, as each is answered with kilobytes and the stream was
+/// charged once.
+const MAX_QUESTIONS: u64 = 2 * 1024;
+
+/// The paths that are answered. A request's own path is a part of the buffer it came in.
+const PATHS: [&str; 11] = [
+    "/SpiffeWorkloadAPI/FetchX509SVID",
+    "/SpiffeWorkloadAPI/FetchX509Bundles",
+    "/SpiffeWorkloadAPI/FetchJWTSVID",
+    "/SpiffeWorkloadAPI/FetchJWTBundles",
+    "/SpiffeWorkloadAPI/ValidateJWTSVID",
+    "/SpiffeWorkloadAPI/FetchWITSVID",
+    "/SpiffeWorkloadAPI/FetchWITBundles",
+    "/grpc.health.v1.Health/Check",
+    "/grpc.health.v1.Health/Watch",
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+];
+
+/// The headers that anybody here reads.
+const HEADERS: [&str; 3] = ["workload.spiffe.io", "grpc-encoding", "grpc-accept-encoding"];
+
+/// The request with a head of what is needed, copied: what else was sent, kilobytes perhaps, is not kept as long as the request
+/// takes.
+fn slim(request: Request<RequestBody>) -> Request<RequestBody> {
+    let (mut head, body) = request.into_parts();
+    if let Some(path) = PATHS.into_iter().find(|path| *path == head.uri.path()) {
+        head.uri = http::Uri::from_static(path);
+    }
+    let mut headers = http::HeaderMap::with_capacity(HEADERS.len());
+    for name in HEADERS {
+        // Whether there are more than one counts, but not how many.
+        for value in head.headers.get_all(name).iter().take(2) {
+            if let Ok(value) = http::HeaderValue::from_bytes(value.as_bytes()) {
+                headers.append(name, value);
+            }
+        }
+    }
+    head.headers = headers;
+    Request::from_parts(head, body)
+}
+
 impl Services {
     /// Serves `workload`, health from `health`, and reflection (v1 and v1alpha) of both.
     ///
@@ -74,6 +116,7 @@ impl Services {
 
     /// Answers one request.
     pub fn answer(&self, request: Request<RequestBody>) -> Answer {
+        let request = slim(request);
         let service = request.uri().path().split('/').nth(1).unwrap_or_default();
         if service == "SpiffeWorkloadAPI" {
             return self.workload.clone().call(request);
@@ -84,8 +127,8 @@ impl Services {
         }
         match service {
             "grpc.health.v1.Health" => self.health.clone().call(request),
-            "grpc.reflection.v1.ServerReflection" => (self.reflection_v1)(request),
-            "grpc.reflection.v1alpha.ServerReflection" => (self.reflection_v1alpha)(request),
+            "grpc.reflection.v1.ServerReflection" => (self.reflection_v1)(request.map(asked)),
+            "grpc.reflection.v1alpha.ServerReflection" => (self.reflection_v1alpha)(request.map(asked)),
             _ => {
                 // grpc-go's text for the same.
                 let status = Status::unimplemented(format!("unknown service {}", printable(service)));
@@ -93,6 +136,10 @@ impl Services {
             }
         }
     }
+}
+
+fn asked(body: RequestBody) -> RequestBody {
+    body.at_most(MAX_QUESTIONS)
 }
 
 /// What a stranger sent, made fit to be repeated: at most 64 characters, none of them a control.

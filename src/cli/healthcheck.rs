@@ -8,7 +8,11 @@
 
 use std::time::Duration;
 
-use tonic::{Code, Request};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::UnixStream,
+};
+use tonic::Request;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
@@ -53,17 +57,19 @@ pub(super) async fn check(args: &HealthArgs, terminal: &mut Terminal) -> Result<
     }
     let socket = args.socket.resolve(super::environment)?;
     let mut asked = ask(&socket, args, terminal).await;
+    let mut refused = is_refused(&socket, &asked).await;
     for _ in 1..ATTEMPTS {
-        if !asked.as_ref().is_err_and(is_refusal) {
+        if !refused {
             break;
         }
         tokio::time::sleep(PAUSE).await;
         asked = ask(&socket, args, terminal).await;
+        refused = is_refused(&socket, &asked).await;
+    }
+    if refused {
+        return Ok(terminal.print("Agent is up, and refuses this user for now: see its limits.\n")?);
     }
     match asked {
-        Err(err) if is_refusal(&err) => {
-            Ok(terminal.print("Agent is up, and refuses this user for now: see its limits.\n")?)
-        }
         Ok(ServingStatus::Serving) => Ok(terminal.print("Agent is healthy.\n")?),
         Ok(other) => Err(Unhealthy::Status(other.as_str_name()).into()),
         Err(err) => {
@@ -82,18 +88,32 @@ pub(super) async fn check(args: &HealthArgs, terminal: &mut Terminal) -> Result<
 const ATTEMPTS: u32 = 4;
 /// The pause between.
 const PAUSE: Duration = Duration::from_millis(50);
+/// The longest that a gate takes to close what it refuses.
+const AT_ONCE: Duration = Duration::from_secs(1);
 
-/// Whether there is an agent that takes connections, and closes this one before a word was said, or refuses the call. One that is
-/// gone refuses to be connected to, and one that hangs says nothing at all.
-fn is_refusal(err: &CallError) -> bool {
-    match err {
-        CallError::Connect { .. } => false,
-        CallError::Status { status, .. } => {
-            let closed = matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled)
-                && std::error::Error::source(&**status).is_some();
-            closed || status.code() == Code::ResourceExhausted
+/// Whether the agent is there and holds its limits: it refused the call, and said when to come back; or it takes connections and
+/// closes them at once, before it has said a word. One that is gone refuses to be connected to, and one that hangs closes
+/// nothing.
+async fn is_refused(socket: &Socket, asked: &Result<ServingStatus, CallError>) -> bool {
+    match asked {
+        Ok(_) => false,
+        Err(CallError::Status { status, .. }) if status.metadata().contains_key("grpc-retry-pushback-ms") => {
+            true
         }
+        Err(_) => is_closed_at_once(socket).await,
     }
+}
+
+async fn is_closed_at_once(socket: &Socket) -> bool {
+    /// What every HTTP/2 client begins with (RFC 9113, section 3.4), and empty SETTINGS.
+    const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    let Ok(mut stream) = UnixStream::connect(&socket.path).await else { return false };
+    let closed = async {
+        // Closed already, perhaps: then there is nothing to read either.
+        let _said = stream.write_all(HELLO).await.is_ok();
+        matches!(stream.read(&mut [0]).await, Ok(0) | Err(_))
+    };
+    tokio::time::timeout(AT_ONCE, closed).await.unwrap_or(false)
 }
 
 async fn ask(

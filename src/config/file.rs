@@ -106,7 +106,7 @@ pub(super) fn families(path: &Path) -> Families {
     let mut text = String::new();
     let read = File::open(path).and_then(|file| file.take(MAX_SUBUID).read_to_string(&mut text));
     match read {
-        Ok(_) => Families::parse(&text),
+        Ok(_) => Families::parse(&text, user_id),
         Err(err) => {
             if err.kind() != io::ErrorKind::NotFound {
                 tracing::warn!(path = %path.display(), error = %err, "cannot read whose subordinate UIDs are whose");

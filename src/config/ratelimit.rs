@@ -209,7 +209,6 @@ impl Context<'_> {
             CallerPattern::AnyPod | CallerPattern::One(CallerKey::Pod(_)) if self.no_pods => {
                 Err(PolicyError::NoPods(text.into()))
             }
-            CallerPattern::AnyUid if self.no_pods => Err(PolicyError::Everybody(text.into())),
             pattern => Ok(pattern),
         }
     }
@@ -261,6 +260,9 @@ impl Context<'_> {
                 self.problems.add(place, &section.name(), None, message);
             }
             let rule = gate_rule(&mut section, &gate.default);
+            if self.no_pods && label == "uid:*" {
+                self.problems.add(place, &section.name(), None, PolicyError::Everybody(label.into()));
+            }
             let pattern = self
                 .caller_pattern(label)
                 .map_err(|err| self.problems.add(place, &section.name(), None, err));
@@ -321,13 +323,16 @@ impl Context<'_> {
         pattern: Option<P>,
         places: &mut Places,
     ) -> Vec<Override<P>> {
-        let Labelled { place, section: mut s, .. } = block;
+        let Labelled { place, section: mut s, label: it_label } = block;
         let share = s.boolean("share").is_some_and(|at| at.value);
         let share = if share { Share::Together } else { Share::Each };
         let written_here = written(&mut s, kind, base);
         let limited = written_here.as_ref().is_ok_and(|it| it.limited);
         let has_rules = ["costs", "dry_run"].iter().any(|key| s.has(key));
         let wrong = |message: String| self.problems.add(place, &s.name(), None, message);
+        if kind == Kind::Caller && self.no_pods && it_label == "uid:*" && share == Share::Each {
+            wrong(PolicyError::Everybody(it_label.into()).to_string());
+        }
         if pattern.as_ref().is_some_and(Pattern::has_names) && share == Share::Each {
             wrong("has a {name}, which says what shares a bucket: set share = true, or write *".to_owned());
         }
@@ -797,7 +802,7 @@ fn connection(mut block: Section<'_>, settings: &mut ConnectionSettings) {
     set(&mut settings.stall_timeout, value(s.duration("stall_timeout", second..=hour)));
     let number = |at: Option<At<i64>>| at.map(|at| to_u32(at.value));
     set(&mut settings.streams, number(s.integer("streams", 1..=1024)));
-    set(&mut settings.header_bytes, number(s.integer("header_bytes", 1024..=65_536)));
+    set(&mut settings.header_bytes, number(s.integer("header_bytes", 1024..=16_384)));
     set(&mut settings.resets, number(s.integer("resets", 1..=1024)));
     block.finish();
 }

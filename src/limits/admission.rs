@@ -130,6 +130,9 @@ struct Held {
 
 impl Charge {
     fn signed(&mut self, id: &SpiffeId) {
+        if self.exempt {
+            return;
+        }
         let shared = &self.shared;
         let more = self.costs.signature - self.costs.answer;
         self.pays = self.pays.saturating_add(more);
@@ -412,8 +415,9 @@ impl Limits {
             charge.pays = 0;
             Err(refusal)
         };
-        let family = plan.families.parent(caller);
-        let slot = if charge.exempt { None } else { Some(shared.slots.take(family)) };
+        // Nothing is attested for what is no Workload API.
+        let attests = !charge.exempt && method != Method::Other;
+        let slot = attests.then(|| shared.slots.take(plan.families.group(caller)));
         let slot = match slot.transpose() {
             Ok(slot) => slot,
             Err(full) => {
@@ -437,7 +441,8 @@ impl Limits {
         if let Some(key_type) = allowed {
             shared.counters.count(Stage::Caller, Some(method), key_type, Outcome::Allowed);
         }
-        if !method.has_identity()
+        // A health check is not the first thing to be shed.
+        if method == Method::ValidateJwtSvid
             && !charge.exempt
             && let Err(refusal) = shared.charge_node(&plan, method, now)
         {

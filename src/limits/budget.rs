@@ -17,10 +17,17 @@ pub const CONNECTION: u64 = 40 * 1024;
 /// Bytes of requests that are not complete, of all streams of a connection: one message of the largest size, and some beside
 /// it. More, and what is being sent is refused.
 pub const UPLOADS: u64 = 20 * 1024;
-/// A connection at its worst: all its streams open, each with a request that never ends, and [`UPLOADS`] of them here. By this
+/// A connection at its worst, with 16 streams: see [`connection_at_most`].
+pub const CONNECTION_AT_MOST: u64 = connection_at_most(16);
+
+/// A connection at its worst: so many streams open, each with a request that never ends, and [`UPLOADS`] of them here. By this
 /// the number of connections that fit is reckoned, as nobody has been charged for such a request yet, and it takes
-/// milliseconds to send it. Measured: 75 KiB for the streams, and three times what was sent.
-pub const CONNECTION_AT_MOST: u64 = 128 * 1024;
+/// milliseconds to send it. Measured: 3 KiB for a stream, and three times what was sent.
+pub const fn connection_at_most(streams: u32) -> u64 {
+    #[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
+    let streams = streams as u64;
+    64 * 1024 + streams * 4 * 1024
+}
 /// A known key in the table of a stage, with its share of the index and its parent.
 pub const KEY: u64 = 224;
 /// A cached JWT-SVID with its key, for audiences of ordinary length; for the longest that are kept it is twice that.
@@ -30,9 +37,11 @@ pub const CACHED_X509_SVID: u64 = 4 * 1024;
 
 /// How far memory must fall below the beginning of a step for the step to end, in percent of the budget.
 const SLACK: u8 = 5;
-/// A caller is only ever cut off for memory when its connections, at [`CONNECTION`] each, are this part of the budget at least:
-/// else it is not they that fill it.
+/// A caller is only ever cut off for memory when its connections, at their worst, are this part of the budget at least: else it
+/// is not they that fill it.
 const HEAVY: u64 = 32;
+/// So many connections are enough, however large the budget; fewer than so many never are.
+const HEAVY_FROM: std::ops::RangeInclusive<u64> = 3..=32;
 
 /// Where the budget comes from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -125,7 +134,7 @@ pub enum Pressure {
     /// Callers that hold connections get no more. One that holds none, or one that it may have left already, still gets one: else
     /// whoever fills memory would lock the others out.
     RefuseNew,
-    /// Nobody gets a connection, and those of the heaviest caller ([`super::Gate::heaviest`]) are closed, if they are worth it
+    /// Nobody gets a connection, and those of the heaviest caller ([`super::Gate::to_cut_off`]) are closed, if they are worth it
     /// ([`is_heavy`]).
     CloseHeaviest,
 }
@@ -153,7 +162,8 @@ impl Pressure {
 
 /// Whether cutting off a caller with so many connections would give back memory worth it.
 pub fn is_heavy(connections: u32, budget: u64) -> bool {
-    u64::from(connections).saturating_mul(CONNECTION) >= budget / HEAVY
+    let enough = (budget / HEAVY / CONNECTION_AT_MOST).clamp(*HEAVY_FROM.start(), *HEAVY_FROM.end());
+    u64::from(connections) >= enough
 }
 
 /// What is there that takes memory.
@@ -276,12 +286,15 @@ mod tests {
     #[test]
     fn only_who_fills_memory_is_cut_off() {
         for (connections, budget, heavy) in [
-            (0, 24 << 20, false),
-            (1, 24 << 20, false),
-            (19, 24 << 20, false),
-            (20, 24 << 20, true),
-            (64, 128 << 20, false),
-            (103, 128 << 20, true),
+            (0, 0, false),
+            (2, 8 << 20, false),
+            (3, 8 << 20, true),
+            (5, 24 << 20, false),
+            (6, 24 << 20, true),
+            (31, 128 << 20, false),
+            (32, 128 << 20, true),
+            (31, 64 << 30, false),
+            (32, 64 << 30, true),
         ] {
             assert_eq!(is_heavy(connections, budget), heavy, "{connections} of {budget}");
         }

@@ -1,6 +1,6 @@
 //! Whom the limits charge.
 
-use std::{fmt, ops::RangeInclusive};
+use std::{collections::BTreeMap, fmt, ops::RangeInclusive};
 
 /// Whom a call is charged to: the pod on Kubernetes, else the user. Resolved once per connection, at accept.
 /// Never the PID: every retry of a forking caller has a new one.
@@ -49,35 +49,60 @@ impl CallerKey {
     }
 }
 
-/// Ranges of UIDs of which each belongs to one user, who can run a process under every one of them (subuid(5)): such callers
-/// are one family. Read from `/etc/subuid`; what a directory server hands out is not seen.
+/// Users with the UIDs that were given to them (subuid(5)): each can run a process under every one of its own, and is one
+/// family. Read from `/etc/subuid`; what a directory server hands out is not seen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Families(Vec<RangeInclusive<u32>>);
+pub struct Families(Vec<Member>);
 
-/// Lines of a file that count.
-const FAMILIES: usize = 4096;
+/// UIDs of a family, which goes by the first of all its UIDs that stand in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Member {
+    uids: RangeInclusive<u32>,
+    family: u32,
+}
+
+/// Lines of a file that count: a caller may be looked for in all of them.
+const FAMILIES: usize = 1024;
 
 impl Families {
-    /// Parses a file of lines `user:first:count`. Other lines are passed over, as shadow's own tools do.
-    pub fn parse(text: &str) -> Self {
-        let range = |line: &str| {
-            let mut fields = line.trim().split(':').skip(1);
+    /// Parses a file of lines `user:first:count`; `uid` knows a user's UID, which is of its family too, unless it is root's.
+    /// Other lines are passed over, as shadow's own tools do.
+    pub fn parse(text: &str, uid: impl Fn(&str) -> Option<u32>) -> Self {
+        let range = |line: &str| -> Option<(String, RangeInclusive<u32>)> {
+            let mut fields = line.trim().split(':');
+            let owner = fields.next().filter(|owner| !owner.is_empty() && !owner.starts_with('#'))?;
             let (first, count) = (fields.next()?.parse::<u32>().ok()?, fields.next()?.parse::<u32>().ok()?);
-            // A user of one UID more is no family.
-            let last = first.checked_add(count.checked_sub(1).filter(|more| *more > 0)?)?;
-            fields.next().is_none().then_some(first..=last)
+            let last = first.checked_add(count.checked_sub(1)?)?;
+            fields.next().is_none().then(|| (owner.to_owned(), first..=last))
         };
-        let mut ranges: Vec<_> = text.lines().filter_map(range).take(FAMILIES).collect();
-        ranges.sort_by_key(|range| *range.start());
-        Self(ranges)
+        let mut owners: BTreeMap<String, Vec<RangeInclusive<u32>>> = BTreeMap::new();
+        for (owner, uids) in text.lines().filter_map(range).take(FAMILIES) {
+            owners.entry(owner).or_default().push(uids);
+        }
+        let mut members = Vec::new();
+        for (owner, ranges) in owners {
+            let Some(family) = ranges.iter().map(|uids| *uids.start()).min() else { continue };
+            let own = owner.parse().ok().or_else(|| uid(&owner)).filter(|uid| *uid != 0);
+            let all = own.map(|uid| uid..=uid).into_iter().chain(ranges);
+            members.extend(all.map(|uids| Member { uids, family }));
+        }
+        // Of ranges that overlap the smaller says more.
+        members.sort_by_key(|member| member.uids.end() - member.uids.start());
+        Self(members)
     }
 
-    /// The family of a caller, by the first UID of its range. Of ranges that overlap, the one that begins last.
+    /// The family of a caller.
     pub(super) fn of(&self, caller: CallerKey) -> Option<u32> {
         let CallerKey::Uid(uid) = caller else { return None };
-        let before = self.0.partition_point(|range| *range.start() <= uid);
-        let range = self.0.get(before.checked_sub(1)?)?;
-        range.contains(&uid).then_some(*range.start())
+        self.0.iter().find(|member| member.uids.contains(&uid)).map(|member| member.family)
+    }
+
+    /// What a caller and its family have in common, and nobody else.
+    pub(super) fn group(&self, caller: CallerKey) -> u64 {
+        match (self.of(caller), caller) {
+            (None, CallerKey::Uid(uid)) => u64::from(uid),
+            (Some(_), _) | (None, CallerKey::Pod(_)) => self.parent(caller),
+        }
     }
 
     /// Who could bring more callers like this one into being, and shares an overflow bucket with them for it: its family. Where
@@ -133,19 +158,30 @@ mod tests {
     }
 
     #[test]
-    fn a_range_of_subordinate_uids_is_a_family() {
-        let text = "a:100000:65536\n# b:1:2\nb:165536:65536\nc:5000:1\nd:x:9\ne:4294967295:9\nf:300000:10:x\n\ng:7:0\n";
-        let families = Families::parse(text);
+    fn a_user_and_its_subordinate_uids_are_a_family() {
+        let text = "a:100000:65536\n# b:1:2\nb:165536:65536\nd:x:9\ne:4294967295:9\nf:300000:10:x\n\ng:7:0\n\
+                    a:900000:10\nroot:1000000:1000000000\nh:1165536:65536\n1007:800000:5\n";
+        let families = Families::parse(text, |name| match name {
+            "a" => Some(1001),
+            "root" => Some(0),
+            _ => None,
+        });
         for (uid, of) in [
             (99_999, None),
             (100_000, Some(100_000)),
             (165_535, Some(100_000)),
+            (1001, Some(100_000)),
+            (900_009, Some(100_000)),
             (165_536, Some(165_536)),
             (231_071, Some(165_536)),
             (231_072, None),
-            (5_000, None),
             (300_001, None),
             (7, None),
+            (0, None),
+            (1_000_000, Some(1_000_000)),
+            (1_165_536, Some(1_165_536)),
+            (1_231_072, Some(1_000_000)),
+            (1007, Some(800_000)),
             (u32::MAX, None),
         ] {
             assert_eq!(families.of(CallerKey::Uid(uid)), of, "{uid}");
@@ -154,6 +190,9 @@ mod tests {
         let parent = |uid| families.parent(CallerKey::Uid(uid));
         assert_eq!(parent(100_000), parent(165_535));
         assert_ne!(parent(165_535), parent(165_536), "the next user's, though in the same 65,536");
+        let group = |uid| families.group(CallerKey::Uid(uid));
+        assert_eq!(group(100_000), group(1001));
+        assert_ne!(group(2_000_000_000), group(2_000_000_001), "no family: everybody is one");
     }
 
     #[test]

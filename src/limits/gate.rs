@@ -77,7 +77,7 @@ pub struct GateSettings {
     /// For callers that match. The methods of an override are not looked at; buckets cannot be shared here.
     pub overrides: Vec<Override<CallerPattern, GateRule>>,
     /// Connections of the node. Default: what RLIMIT_NOFILE has room for at [`DESCRIPTORS_PER_CONNECTION`] each, and half of
-    /// the memory budget at [`budget::CONNECTION_AT_MOST`] each; the lower of both.
+    /// the memory budget at [`budget::connection_at_most`] each; the lower of both.
     pub connections: Option<NonZeroU32>,
     /// Of which so many are kept for callers that hold none, or one. Default 64; at most half of the connections count.
     pub reserve: u32,
@@ -90,7 +90,7 @@ pub struct GateSettings {
 /// What bounds one connection. Here, as part of the settings, and done where it is served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConnectionSettings {
-    /// From accept to the first complete request; 100 ms to 5 min. Default 10 s.
+    /// From accept to the first request; 100 ms to 5 min. Default 10 s.
     pub handshake_timeout: Duration,
     /// How long it stays without an open request; `None` for ever, else 1 s to 24 h. Default 10 min.
     pub idle_timeout: Option<Duration>,
@@ -98,7 +98,7 @@ pub struct ConnectionSettings {
     pub stall_timeout: Duration,
     /// Open requests and streams; 1 to 1,024. Default 16.
     pub streams: u32,
-    /// The headers of a request, in bytes; 1 KiB to 64 KiB. Default 8 KiB.
+    /// The headers of a request, in bytes; 1 KiB to 16 KiB. Default 8 KiB.
     pub header_bytes: u32,
     /// Streams that the peer reset, or that broke the rules, and that are not yet done with; 1 to 1,024. Default 16.
     pub resets: u32,
@@ -197,7 +197,9 @@ impl Plan {
             }
             Some(most) => most.get(),
             None => {
-                let in_memory = budget.map_or(u64::MAX, |budget| budget / 2 / budget::CONNECTION_AT_MOST);
+                let in_memory = budget.map_or(u64::MAX, |budget| {
+                    budget / 2 / budget::connection_at_most(gate.connection.streams)
+                });
                 u32::try_from(fit.min(in_memory)).unwrap_or(u32::MAX)
             }
         };
@@ -413,13 +415,28 @@ impl Gate {
         self.shared.state().total
     }
 
-    /// The callers with the most open connections: whose to close first when memory is short.
+    /// The callers with the most open connections.
     pub fn heaviest(&self, n: usize) -> Vec<(CallerKey, u32)> {
         let mut all: Vec<(CallerKey, u32)> =
             self.shared.state().open.iter().map(|(key, n)| (*key, *n)).collect();
         all.sort_by_key(|(_, open)| std::cmp::Reverse(*open));
         all.truncate(n);
         all
+    }
+
+    /// The caller with the most open connections, those of its family counted with it: whose to close first when memory is
+    /// short. And how many they are.
+    pub fn to_cut_off(&self) -> Option<(CallerKey, u32)> {
+        let plan = self.shared.plan.load();
+        let state = self.shared.state();
+        let weight = |caller: CallerKey, open: u32| {
+            plan.families
+                .of(caller)
+                .and_then(|family| state.families.get(&family))
+                .map_or(open, |all| open.max(*all))
+        };
+        let all = state.open.iter().map(|(caller, open)| (*caller, weight(*caller, *open), *open));
+        all.max_by_key(|(_, weight, open)| (*weight, *open)).map(|(caller, weight, _)| (caller, weight))
     }
 
     /// The callers that were refused and let in most.

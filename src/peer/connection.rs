@@ -230,7 +230,11 @@ impl<P: Send> Connection<P> {
                     let now = Instant::now();
                     watched = true;
                     if let Some((why, Some(by))) = ends && now >= by {
-                        return why;
+                        match turns.look() {
+                            Look::Idle { .. } | Look::NoRequestYet => return why,
+                            // A request crossed the farewell: it is served to its end, and the connection ends with it.
+                            Look::Busy { .. } | Look::Open => ends = Some((why, None)),
+                        }
                     }
                     let tell = match turns.look() {
                         Look::NoRequestYet if now >= handshake_by => Some(Closed::HandshakeTimeout),
@@ -502,8 +506,9 @@ where
     type Future = Answering<S::Future>;
 
     fn call(&self, request: http::Request<Incoming>) -> Self::Future {
+        let turns = Arc::clone(&self.turns);
         let mut request =
-            request.map(|body| RequestBody { body, turns: Arc::clone(&self.turns), counted: 0 });
+            request.map(|body| RequestBody { body, turns, came: 0, most: u64::MAX, counted: 0 });
         request.extensions_mut().insert(Arc::clone(&self.peer));
         let turn = Turn::begin(&self.turns);
         Answering { answer: self.service.call(request), turn: Some(turn) }
@@ -516,6 +521,11 @@ where
 pub struct RequestBody {
     body: Incoming,
     turns: Arc<Turns>,
+    /// Bytes that came.
+    came: u64,
+    /// Bytes that may come.
+    most: u64,
+    /// Bytes that count for the connection.
     counted: u64,
 }
 
@@ -528,23 +538,19 @@ impl HttpBody for RequestBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, tonic::Status>>> {
         let this = self.get_mut();
-        let Some(frame) = ready!(Pin::new(&mut this.body).poll_frame(cx)) else { return Poll::Ready(None) };
+        let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) else {
+            // What came so far waits for its rest.
+            return if this.count() { Poll::Pending } else { Poll::Ready(Some(Err(too_much()))) };
+        };
+        let Some(frame) = frame else { return Poll::Ready(None) };
         let frame = frame.map_err(|err| tonic::Status::from_error(err.into()))?;
+        let more = frame.data_ref().map_or(0, Bytes::len);
+        this.came = this.came.saturating_add(u64::try_from(more).unwrap_or(u64::MAX));
+        if this.came > this.most {
+            return Poll::Ready(Some(Err(too_much())));
+        }
         if this.body.is_end_stream() {
             this.uncount();
-        } else if let Some(data) = frame.data_ref() {
-            let more = u64::try_from(data.len()).unwrap_or(u64::MAX);
-            this.counted = this.counted.saturating_add(more);
-            let all = this.turns.with(|turns| {
-                turns.uploads = turns.uploads.saturating_add(more);
-                turns.uploads
-            });
-            if all > UPLOADS {
-                let text = format!(
-                    "more than {UPLOADS} bytes of unfinished requests on one connection: end them, or use another one"
-                );
-                return Poll::Ready(Some(Err(tonic::Status::resource_exhausted(text))));
-            }
         }
         Poll::Ready(Some(Ok(frame)))
     }
@@ -558,7 +564,33 @@ impl HttpBody for RequestBody {
     }
 }
 
+/// A client that waits until its other requests have ended finds room.
+fn too_much() -> tonic::Status {
+    let mut status =
+        tonic::Status::resource_exhausted("too many bytes of requests that are not complete: end them first");
+    status
+        .metadata_mut()
+        .insert("grpc-retry-pushback-ms", tonic::metadata::MetadataValue::from_static("100"));
+    status
+}
+
 impl RequestBody {
+    /// The same, of which no more than so many bytes may come in all: for requests without an end.
+    pub fn at_most(mut self, bytes: u64) -> Self {
+        self.most = bytes;
+        self
+    }
+
+    /// Counts what came. Returns whether there is room for it.
+    fn count(&mut self) -> bool {
+        let more = self.came.saturating_sub(self.counted);
+        self.counted = self.came;
+        self.turns.with(|turns| {
+            turns.uploads = turns.uploads.saturating_add(more);
+            turns.uploads <= UPLOADS
+        })
+    }
+
     fn uncount(&mut self) {
         let counted = std::mem::take(&mut self.counted);
         if counted > 0 {

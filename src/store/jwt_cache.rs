@@ -32,9 +32,15 @@ use crate::{
     os::metrics::{CacheResult, Metrics},
 };
 
-/// Tokens for more text of audiences than this, in bytes, are made for each call and not kept, so that a number of tokens bounds
-/// their bytes.
+/// Tokens for more text of audiences than this, in bytes as JSON has it, are made for each call and not kept, so that a number of
+/// tokens bounds their bytes.
 const MOST_AUDIENCE: usize = 1024;
+
+/// What the audiences take in a token, before it is encoded.
+fn audience_bytes(audience: &[String]) -> usize {
+    let of = |byte: u8| if byte < b' ' || matches!(byte, b'"' | b'\\') { 6 } else { 1 };
+    audience.iter().map(|one| 3 + one.bytes().map(of).sum::<usize>()).sum()
+}
 
 /// How long after a failed renewal in the background the next one may start.
 const RETRY: Duration = Duration::from_secs(1);
@@ -120,7 +126,7 @@ impl JwtCache {
         audience: &[String],
     ) -> Result<Fetched, IssuerError> {
         let ttl = entry.entry().jwt_svid_ttl;
-        if audience.iter().map(String::len).sum::<usize>() > MOST_AUDIENCE {
+        if audience_bytes(audience) > MOST_AUDIENCE {
             self.metrics.jwt_cache(CacheResult::Miss);
             let svid = Arc::new(self.signer.jwt(entry.spiffe_id(), ttl, audience).await?);
             return Ok(Fetched { svid, signed: true });

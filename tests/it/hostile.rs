@@ -286,12 +286,14 @@ fn unfinished_requests_take_little() {
     raise_descriptors();
     let memory = "ratelimit { memory { limit = \"64MiB\" } }\n";
     let agent = Agent::with("", &[memory, &Agent::entries()].concat());
-    for (case, path, size) in [
-        ("few bytes of each", FETCH_JWT, 200),
-        ("what a connection may have", FETCH_JWT, 1200),
-        ("all of it but a byte", FETCH_JWT, 16 * 1024),
-        ("reflection", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", 4 << 20),
-        ("health", "/grpc.health.v1.Health/Check", 1024),
+    let more = literal("x-more", &"a".repeat(120)).repeat(45);
+    for (case, path, size, more) in [
+        ("few bytes of each", FETCH_JWT, 200, &[][..]),
+        ("what a connection may have", FETCH_JWT, 1200, &[]),
+        ("all of it but a byte", FETCH_JWT, 16 * 1024, &[]),
+        ("headers of kilobytes", FETCH_JWT, 1200, &more),
+        ("reflection", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", 4 << 20, &[]),
+        ("health", "/grpc.health.v1.Health/Check", 1024, &[]),
     ] {
         let socket = agent.socket();
         agent.bear(|| {
@@ -303,7 +305,7 @@ fn unfinished_requests_take_little() {
                 let body = message(&vec![7; size]);
                 let body = &body[..body.len().min(20 * 1024) - 6];
                 for nth in 0..16 {
-                    let head = frame(HEADERS, END_HEADERS, 1 + 2 * nth, &block(path));
+                    let head = frame(HEADERS, END_HEADERS, 1 + 2 * nth, &[&block(path), more].concat());
                     sent = sent && stream.write_all(&head).is_ok();
                     for part in body.chunks(16 * 1024) {
                         sent = sent && stream.write_all(&frame(DATA, 0, 1 + 2 * nth, part)).is_ok();
@@ -588,6 +590,10 @@ fn a_refused_health_check_is_no_dead_agent() {
         while check(&agent) != refused {
             assert!(began.elapsed() < PATIENCE, "{refusal}: {:?}", check(&agent));
         }
+        // It is in force: each time from now on.
+        for _ in 0..10 {
+            assert_eq!(check(&agent), refused, "{refusal}");
+        }
         write_config(agent.dir.path(), "");
         agent.process.signal(Signal::SIGHUP);
         while check(&agent).1 != "Agent is healthy.\n" {
@@ -597,6 +603,16 @@ fn a_refused_health_check_is_no_dead_agent() {
     agent.process.signal(Signal::SIGKILL);
     agent.process.wait();
     assert_eq!(check(&agent).0, Some(1), "one that is gone is not well");
+    // Nor is one that hangs: it takes connections and says nothing.
+    std::fs::remove_file(agent.socket()).unwrap();
+    let listener = std::os::unix::net::UnixListener::bind(agent.socket()).unwrap();
+    let hangs = Command::new(env!("CARGO_BIN_EXE_durward"))
+        .args(["healthcheck", "--timeout", "300ms"])
+        .env("SPIFFE_ENDPOINT_SOCKET", format!("unix://{}", agent.socket().display()))
+        .status()
+        .unwrap();
+    assert_eq!(hangs.code(), Some(1));
+    drop(listener);
 }
 
 /// Who has no identity pays five times for asking: 40 at once and 20 a second in place of 200 and 100.

@@ -338,7 +338,7 @@ async fn a_rehearsal_at_the_gate_takes_no_places_of_others() {
 /// Whoever can be many callers is one for the reserve, for the places and for the attestations.
 #[tokio::test(start_paused = true)]
 async fn a_user_with_subordinate_uids_is_one() {
-    let families = Families::parse("somebody:100000:65536\n");
+    let families = Families::parse("somebody:100000:65536\n", |_| None);
     let settings = Settings {
         families,
         gate: GateSettings { connections: Some(number(100)), reserve: 10, ..GateSettings::default() },
