@@ -26,4 +26,7 @@ mod rotation;
 mod support;
 mod systemd;
 mod tidy;
+// What stopped a thread is told in this way on glibc alone.
+#[cfg(target_env = "gnu")]
+mod trace;
 mod workload_api;

@@ -107,6 +107,8 @@ impl Process {
             .arg("run")
             .arg("--config")
             .arg(dir.join("agent.conf"))
+            // Set in every container of Kubernetes, where these tests may run too.
+            .env_remove("KUBERNETES_SERVICE_HOST")
             .stdin(std::process::Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
