@@ -21,14 +21,14 @@ const POD: &str = "2c48913c-b29f-11e7-9350-020968147796";
 const CONTAINER: &str = "9bca8d63d5fa610783847915bcff0ecac1273e5b4bed3f6fa1b07350e0135961";
 
 /// A cgroup tree of the test's own, gone with it. Its name is no kubelet's: a real one is not disturbed.
-struct Tree {
+pub(crate) struct Tree {
     hierarchy: PathBuf,
-    name: String,
+    pub(crate) name: String,
 }
 
 impl Tree {
     /// Below the first hierarchy of cgroups in which this process may make some.
-    fn make(test: &str) -> Option<Self> {
+    pub(crate) fn make(test: &str) -> Option<Self> {
         let name = format!("durward-{test}-{}", std::process::id());
         let hierarchies = hierarchies();
         for hierarchy in &hierarchies {
@@ -43,11 +43,16 @@ impl Tree {
 
     /// A process in the cgroup `below` this tree.
     fn process(&self, below: &str) -> io::Result<Sleeper> {
+        let sleeper = Sleeper(Command::new("sleep").arg("600").stdout(Stdio::null()).spawn()?);
+        self.put(sleeper.0.id(), below)?;
+        Ok(sleeper)
+    }
+
+    /// Puts a process into the cgroup `below` this tree.
+    pub(crate) fn put(&self, pid: u32, below: &str) -> io::Result<()> {
         let dir = self.hierarchy.join(&self.name).join(below);
         fs::create_dir_all(&dir)?;
-        let sleeper = Sleeper(Command::new("sleep").arg("600").stdout(Stdio::null()).spawn()?);
-        fs::write(dir.join("cgroup.procs"), sleeper.0.id().to_string())?;
-        Ok(sleeper)
+        fs::write(dir.join("cgroup.procs"), pid.to_string())
     }
 }
 

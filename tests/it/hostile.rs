@@ -35,14 +35,14 @@ use crate::{
     support::{Process, TRUST_DOMAIN, TestAgent, client, request, write_config},
 };
 
-const NEIGHBOUR: u32 = 65_534;
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const NEIGHBOUR: u32 = 65_534;
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the hostile callers of one test may add to the agent's memory, in KiB. The caller's 64 connections at 40 KiB, what
 /// passes through, and twice that for what the allocator keeps.
 const BUDGET: u64 = 6 * 1024;
 
-struct Agent {
+pub(crate) struct Agent {
     process: Process,
     dir: tempfile::TempDir,
     before: u64,
@@ -52,7 +52,7 @@ struct Agent {
 
 impl Agent {
     /// Starts an agent with an entry for this user and for the neighbour, and one call behind it.
-    fn start(connection: &str) -> Self {
+    pub(crate) fn start(connection: &str) -> Self {
         Self::with(connection, &Self::entries())
     }
 
@@ -68,7 +68,7 @@ impl Agent {
     }
 
     /// Starts an agent with these settings of a connection, and these blocks.
-    fn with(connection: &str, blocks: &str) -> Self {
+    pub(crate) fn with(connection: &str, blocks: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
         let limits = format!("ratelimit {{ gate {{ connection {{ {connection} }} }} }}\n");
@@ -88,7 +88,7 @@ impl Agent {
         agent
     }
 
-    fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.dir.path().join("api.sock")
     }
 
@@ -104,7 +104,7 @@ impl Agent {
         assert!(text.contains(self.expected), "the neighbour: {text}");
     }
 
-    fn command(&self) -> Command {
+    pub(crate) fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_durward"));
         command
             .args(["api", "fetch", "jwt", "--audience", "neighbour", "--timeout", "60s"])
@@ -115,7 +115,7 @@ impl Agent {
     }
 
     /// Runs `hostile`, while the neighbour is served if it is somebody else.
-    fn bear<R: Send>(&self, hostile: impl FnOnce() -> R + Send) -> R {
+    pub(crate) fn bear<R: Send>(&self, hostile: impl FnOnce() -> R + Send) -> R {
         thread::scope(|scope| {
             let hostile = scope.spawn(hostile);
             if geteuid().is_root() {
@@ -127,7 +127,7 @@ impl Agent {
     }
 
     /// Holds that memory stayed within the budget, and that this caller too is served again.
-    fn well(&self, case: &str) {
+    pub(crate) fn well(&self, case: &str) {
         let most = self.process.memory("VmHWM");
         println!("{case}: {} KiB before, {most} KiB at most", self.before);
         assert!(most <= self.before + BUDGET, "{case}: {most} KiB, {} KiB before", self.before);
@@ -139,7 +139,7 @@ impl Agent {
     }
 
     /// Open descriptors of the agent.
-    fn descriptors(&self) -> usize {
+    pub(crate) fn descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.process.pid())).unwrap().count()
     }
 }

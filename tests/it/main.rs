@@ -12,6 +12,7 @@ mod cgroup;
 mod cli;
 mod config;
 mod corpus;
+mod forged;
 mod frames;
 mod generated_code;
 mod hostile;
