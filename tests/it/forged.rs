@@ -1,19 +1,30 @@
-//! Callers that would be taken for others by the name of a cgroup, against the whole agent.
+//! Callers that would be taken for others, against the whole agent: by the name of a cgroup, and by a connection that somebody
+//! else opened.
+
+#![expect(clippy::disallowed_methods, reason = "its callers are threads and processes, which may sleep")]
 
 use std::{
-    io::Write as _,
-    os::unix::process::CommandExt as _,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::{net::UnixStream, process::CommandExt as _},
+    },
     process::{Command, Output, Stdio},
     thread,
+    time::{Duration, Instant},
 };
 
 use durward::api::proto::admin::{self as pb, admin_client::AdminClient};
-use nix::unistd::geteuid;
+use nix::{
+    sys::signal::kill,
+    unistd::{Pid, geteuid},
+};
 use tempfile::TempDir;
 
 use crate::{
     cgroup::Tree,
-    hostile::{Agent, NEIGHBOUR},
+    frames::{Called, FETCH_JWT, PREFACE, SETTINGS, answer, answer_on, call_frames, jwt_request, message},
+    hostile::{Agent, NEIGHBOUR, PATIENCE},
     support::{TRUST_DOMAIN, channel},
 };
 
@@ -172,5 +183,153 @@ fn a_forged_cgroup_name_makes_nobody_a_pod() {
             let sum = |charged: &[(String, u32)]| charged.iter().map(|(_, used)| used).sum::<u32>();
             assert_eq!(sum(&charged), sum(&before) + 3, "{case}: {charged:?}");
         }
+    }
+}
+
+// ---- connections of others ----------------------------------------------------------------------
+
+const PART: &str = "DURWARD_TEST_HEIR_PART";
+const SOCKET: &str = "DURWARD_TEST_HEIR_SOCKET";
+const PARENT: &str = "DURWARD_TEST_HEIR_PARENT";
+
+/// What a connection begins with.
+const HELLO: [&[u8]; 2] = [PREFACE, &[0, 0, 0, SETTINGS, 0, 0, 0, 0, 0]];
+
+/// This test binary again, as a process that plays a part.
+fn play(part: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "forged::part", "--nocapture", "--quiet"]).env(PART, part);
+    command
+}
+
+/// The other side of [`play`]; nothing when the tests run.
+#[test]
+fn part() {
+    let Some(part) = std::env::var_os(PART) else { return };
+    match part.to_str().unwrap() {
+        "heir" => heir(),
+        testator => testator_of(testator),
+    }
+}
+
+/// Connects, does what `kind` says, leaves the connection to a child, and exits.
+fn testator_of(kind: &str) {
+    let mut stream = UnixStream::connect(std::env::var_os(SOCKET).unwrap()).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    match kind {
+        "silent" => {}
+        "served" => {
+            stream
+                .write_all(&[HELLO.concat(), call_frames(1, FETCH_JWT, &jwt_request("testator"))].concat())
+                .unwrap();
+            assert_eq!(answer(&mut stream), Called::Answered);
+        }
+        "streaming" => {
+            let open = call_frames(1, "/SpiffeWorkloadAPI/FetchX509SVID", &message(&[]));
+            stream.write_all(&[HELLO.concat(), open].concat()).unwrap();
+            let mut got = Vec::new();
+            while !got.windows(9).any(|window| window == b"spiffe://") {
+                let mut buffer = [0; 4096];
+                let read = stream.read(&mut buffer).unwrap();
+                assert_ne!(read, 0);
+                got.extend_from_slice(&buffer[..read]);
+            }
+        }
+        other => panic!("no such part: {other}"),
+    }
+    let mut heir = play("heir");
+    heir.env("DURWARD_TEST_HEIR_KIND", kind).env(PARENT, std::process::id().to_string());
+    heir.stdin(OwnedFd::from(stream)).stdout(Stdio::piped());
+    // What it says at its end is for the test.
+    heir.stderr(std::io::stdout().as_fd().try_clone_to_owned().unwrap());
+    let mut heir = heir.spawn().unwrap();
+    // It has called, and the testator may die.
+    let said = BufReader::new(heir.stdout.take().unwrap()).lines().map(Result::unwrap);
+    assert!(said.take_while(|line| line != "called").count() < 10);
+    drop(heir);
+}
+
+/// Calls over the connection that it was left: once while the testator lives, and once after its death.
+fn heir() {
+    let var = |name: &str| std::env::var_os(name).unwrap().into_string().unwrap();
+    let kind = var("DURWARD_TEST_HEIR_KIND");
+    let testator = Pid::from_raw(var(PARENT).parse().unwrap());
+    let mut stream = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
+    let call = |number: u32, stream: &mut UnixStream| {
+        let hello = if number == 1 { HELLO.concat() } else { vec![] };
+        let call = call_frames(number, FETCH_JWT, &jwt_request("heir"));
+        match stream.write_all(&[hello, call].concat()) {
+            Ok(()) => answer_on(number, stream),
+            Err(_) => Called::Closed,
+        }
+    };
+    // The testator used the first stream, or none.
+    let (mut number, mut alive) = (1, None);
+    if kind != "silent" {
+        alive = Some(call(3, &mut stream));
+        number = 5;
+    }
+    println!("\ncalled");
+    // Until nobody has its number any more: it has ended, and the test has waited for it.
+    while kill(testator, None).is_ok() {
+        thread::yield_now();
+    }
+    // Waits for what never comes, so for the end of the connection.
+    let dead = [call(number, &mut stream), answer_on(u32::MAX, &mut stream)];
+    let mut to_test = std::io::stderr().lock();
+    writeln!(to_test, "heir: {alive:?} {dead:?}").unwrap();
+}
+
+/// Processes that connect, die, and leave the connection to a child: it is served for them while they live, and not a
+/// moment longer, and nothing of it stays.
+#[test]
+fn whoever_is_left_a_connection_gets_nothing_of_it() {
+    // So many of each kind are played at once, a few times: within what one caller may hold.
+    const AT_ONCE: usize = 16;
+    const TIMES: usize = 2;
+    // All are one caller, whose limits are not what this is about.
+    let enough = "caller { rate = 100 burst = 2000 }\n  identity { rate = 100 burst = 2000 }\n  node { attestations_per_caller = 64 }\n";
+    let uid = |uid| {
+        format!("entry \"spiffe://{TRUST_DOMAIN}/u{uid}\" {{\n  selectors = [\"unix:uid:{uid}\"]\n}}\n")
+    };
+    let blocks = [uid(geteuid().as_raw()), uid(NEIGHBOUR), format!("ratelimit {{\n  {enough}}}\n")].concat();
+    let agent = Agent::with("", &blocks);
+    let before = agent.descriptors();
+    let socket = agent.socket();
+    let bequeath = |kind: &str| {
+        let mut testator =
+            play(kind).env(SOCKET, &socket).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut said = testator.stdout.take().unwrap();
+        testator.wait().unwrap();
+        let mut text = String::new();
+        said.read_to_string(&mut text).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix("heir: "));
+        line.unwrap_or_else(|| panic!("{kind}: {text}")).to_owned()
+    };
+    let bear = |kind: &str, alive: &str| {
+        for _ in 0..TIMES {
+            let said = bequeath(kind);
+            // Refused first, or closed at once if it was seen in time.
+            let dead = ["[Refused, Closed]", "[Closed, Closed]"].map(|dead| format!("{alive} {dead}"));
+            assert!(dead.contains(&said), "{kind}: {said}");
+        }
+    };
+    agent.bear(|| {
+        thread::scope(|scope| {
+            let served = "Some(Answered)";
+            for (kind, alive) in [("silent", "None"), ("served", served), ("streaming", served)] {
+                let bear = &bear;
+                for _ in 0..AT_ONCE {
+                    scope.spawn(move || bear(kind, alive));
+                }
+            }
+        });
+    });
+    agent.well("connections that were left to others");
+    let began = Instant::now();
+    while agent.descriptors() > before + 4 {
+        assert!(began.elapsed() < PATIENCE, "{} descriptors, {before} before", agent.descriptors());
+        thread::sleep(Duration::from_millis(50));
     }
 }

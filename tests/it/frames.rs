@@ -116,6 +116,11 @@ pub(crate) fn call(socket: &Path, path: &str, body: &[u8], patience: Duration) -
 
 /// Reads to the end of the answer on stream 1.
 pub(crate) fn answer(stream: &mut UnixStream) -> Called {
+    answer_on(1, stream)
+}
+
+/// Reads to the end of the answer on the HTTP/2 stream of this number, and over all that comes on others.
+pub(crate) fn answer_on(number: u32, stream: &mut UnixStream) -> Called {
     let mut got = Vec::new();
     let mut buffer = [0; 8192];
     let mut answered = false;
@@ -126,7 +131,7 @@ pub(crate) fn answer(stream: &mut UnixStream) -> Called {
             if rest.len() < length {
                 break;
             }
-            if u32::from_be_bytes(stream) == 1 {
+            if u32::from_be_bytes(stream) == number {
                 answered |= kind == DATA && length > 5;
                 if kind == RST_STREAM || (flags & END_STREAM != 0 && matches!(kind, HEADERS | DATA)) {
                     return if answered { Called::Answered } else { Called::Refused };
