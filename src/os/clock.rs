@@ -1,31 +1,51 @@
-//! Wall time, which tests can move together with tokio's.
+//! Wall time, which tests can move together with tokio's, or set.
 //!
 //! X.509 and JWT validity is wall time; sleeps and timeouts are monotonic. Both are read here only.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::atomic::{AtomicI64, Ordering},
+    time::{Duration, SystemTime},
+};
 
 /// Where the present comes from.
 #[derive(Clone, Copy, Debug)]
-pub struct Clock {
-    /// `None` reads the system; else wall time is this epoch plus what tokio's clock says has passed.
-    anchor: Option<(SystemTime, tokio::time::Instant)>,
+pub struct Clock(Source);
+
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    System,
+    /// Wall time is this epoch plus what tokio's clock says has passed.
+    Tokio(SystemTime, tokio::time::Instant),
+    /// The system's clock and so many seconds.
+    Set(&'static AtomicI64),
 }
 
 impl Clock {
     /// The system's clock.
-    pub const SYSTEM: Self = Self { anchor: None };
+    pub const SYSTEM: Self = Self(Source::System);
 
     /// A clock that starts at `epoch` and moves with tokio's, which `tokio::time::advance` moves.
     pub fn starting_at(epoch: SystemTime) -> Self {
-        Self { anchor: Some((epoch, tokio::time::Instant::now())) }
+        Self(Source::Tokio(epoch, tokio::time::Instant::now()))
+    }
+
+    /// The system's clock, off by as many seconds as `offset` says: to set it while an agent runs, as somebody may do with the
+    /// system's, and nothing else moves.
+    pub fn set_by(offset: &'static AtomicI64) -> Self {
+        Self(Source::Set(offset))
     }
 
     /// Now.
     #[expect(clippy::disallowed_methods, reason = "the one reader of wall time")]
     pub fn now(self) -> SystemTime {
-        match self.anchor {
-            None => SystemTime::now(),
-            Some((epoch, started)) => epoch + started.elapsed(),
+        match self.0 {
+            Source::System => SystemTime::now(),
+            Source::Tokio(epoch, started) => epoch + started.elapsed(),
+            Source::Set(offset) => {
+                let seconds = offset.load(Ordering::Relaxed);
+                let off = Duration::from_secs(seconds.unsigned_abs());
+                if seconds < 0 { SystemTime::now() - off } else { SystemTime::now() + off }
+            }
         }
     }
 }
@@ -53,5 +73,25 @@ mod tests {
         assert_eq!(clock.now(), born + Duration::from_secs(1800));
         sleep_until(clock, born).await;
         assert_eq!(clock.now(), born + Duration::from_secs(1800), "the past is due at once");
+    }
+
+    #[test]
+    fn is_set_forward_and_back() {
+        static OFFSET: AtomicI64 = AtomicI64::new(0);
+        let clock = Clock::set_by(&OFFSET);
+        for offset in [0, 86_400, -86_400] {
+            let before = Clock::SYSTEM.now();
+            OFFSET.store(offset, Ordering::Relaxed);
+            let set = clock.now();
+            let off = Duration::from_secs(86_400);
+            let system = if offset > 0 {
+                set - off
+            } else if offset < 0 {
+                set + off
+            } else {
+                set
+            };
+            assert!(before <= system && system <= Clock::SYSTEM.now(), "{offset}");
+        }
     }
 }

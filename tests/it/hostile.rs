@@ -458,7 +458,7 @@ fn a_process_per_call_leaves_nothing() {
 }
 
 /// What a refusal says about when to come back.
-fn wait_of(status: &Status) -> Duration {
+pub(crate) fn wait_of(status: &Status) -> Duration {
     let told = status.get_details_retry_info().unwrap().retry_delay.unwrap();
     let pushback = status.metadata().get("grpc-retry-pushback-ms").unwrap().to_str().unwrap();
     let rounded = told.as_nanos().div_ceil(1_000_000).to_string();

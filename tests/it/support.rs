@@ -31,9 +31,14 @@ pub(crate) struct TestAgent {
 impl TestAgent {
     /// Starts an agent whose configuration holds `blocks` beside what every agent needs.
     pub(crate) fn start(blocks: &str) -> Self {
+        Self::with(blocks, Clock::SYSTEM)
+    }
+
+    /// The same, by this clock.
+    pub(crate) fn with(blocks: &str, clock: Clock) -> Self {
         let dir = tempfile::tempdir().unwrap();
         write_config(dir.path(), blocks);
-        let running = Running::start(load(dir.path()).unwrap(), None, Clock::SYSTEM).unwrap();
+        let running = Running::start(load(dir.path()).unwrap(), None, clock).unwrap();
         Self { dir, running }
     }
 
