@@ -23,6 +23,7 @@ mod metrics;
 mod mtls;
 mod process;
 mod ratelimit_config;
+mod refused;
 mod rotation;
 mod stepped;
 mod support;
