@@ -80,9 +80,10 @@ impl Watch {
     /// `emptied_at`. Returns whether they were.
     fn relieve(&self, pressure: &mut Pressure, emptied_at: Pressure) -> bool {
         let Budget { settings, bytes } = *self.memory.borrow();
-        let look = |before| match (bytes, heap::resident()) {
-            (Some(budget), Some(used)) => settings.next(before, used, budget),
-            _ => Pressure::None,
+        // Without a budget there is nothing to look for.
+        let look = |before| match bytes.and_then(|budget| Some((budget, heap::resident()?))) {
+            Some((budget, used)) => settings.next(before, used, budget),
+            None => Pressure::None,
         };
         let before = *pressure;
         let mut now = look(before);

@@ -442,9 +442,9 @@ impl State for X509Svids {
             }
             svids.push(served);
         }
-        let fresh_until = svids.iter().map(Served::fresh_until).min();
+        let fresh = svids.iter().map(Served::fresh).reduce(|a, b| a.start.max(b.start)..a.end.min(b.end));
         let answer = x509_answer(&snapshot, &entries, &svids).into_bytes();
-        Ok(snapshot.answers.keep(key, answer, fresh_until, now).into())
+        Ok(snapshot.answers.keep(key, answer, fresh, now).into())
     }
 
     fn ended(&mut self, code: Code) {

@@ -1,6 +1,7 @@
 //! What one request sees, and how streams learn that there is something newer.
 
 use std::{
+    ops::Range,
     sync::{Arc, Mutex, PoisonError},
     time::SystemTime,
 };
@@ -56,13 +57,14 @@ pub(crate) struct Answers(Mutex<HashMap<AnswerKey, Answer, ahash::RandomState>>)
 #[derive(Debug)]
 struct Answer {
     message: Bytes,
-    /// When something in it is due to be renewed; `None` for never.
-    fresh_until: Option<SystemTime>,
+    /// From when all in it is valid until something in it is due to be renewed; `None` for always. The clock may be set back
+    /// to before it began.
+    fresh: Option<Range<SystemTime>>,
 }
 
 impl Answer {
     fn is_fresh(&self, now: SystemTime) -> bool {
-        self.fresh_until.is_none_or(|until| now < until)
+        self.fresh.as_ref().is_none_or(|fresh| fresh.contains(&now))
     }
 }
 
@@ -80,7 +82,7 @@ impl Answers {
         &self,
         key: AnswerKey,
         message: Bytes,
-        fresh_until: Option<SystemTime>,
+        fresh: Option<Range<SystemTime>>,
         now: SystemTime,
     ) -> Bytes {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -90,7 +92,7 @@ impl Answers {
         if kept.len() >= Self::MAX && !kept.contains_key(&key) {
             kept.clear();
         }
-        kept.insert(key, Answer { message: message.clone(), fresh_until });
+        kept.insert(key, Answer { message: message.clone(), fresh });
         message
     }
 }

@@ -7,6 +7,7 @@
 //! holds are kept, and streams have bounds of their own.
 
 use std::{
+    ops::Range,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -72,10 +73,10 @@ pub struct Served {
 }
 
 impl Served {
-    /// Until when an answer made of it may be repeated without asking for it again: also where renewal fails and is
-    /// put off, no longer than it is valid.
-    pub fn fresh_until(&self) -> SystemTime {
-        self.renew_at.min(self.svid.not_after)
+    /// When an answer made of it may be repeated without asking for it again: not before it is valid, and also where renewal
+    /// fails and is put off, no longer than it is valid.
+    pub fn fresh(&self) -> Range<SystemTime> {
+        self.svid.not_before..self.renew_at.min(self.svid.not_after)
     }
 }
 
@@ -157,8 +158,10 @@ impl X509Cache {
         let due: Vec<EntryId> = {
             let mut inner = self.lock();
             let Inner { held, streams, .. } = &mut *inner;
-            held.retain(|id, held| held.renew_at > now || streams.contains_key(id));
-            held.iter().filter(|(_, held)| held.renew_at <= now).map(|(id, _)| id.clone()).collect()
+            // One that is not valid yet was made before the clock was set back.
+            let due = |held: &Held| held.renew_at <= now || now < held.svid.not_before;
+            held.retain(|id, held| !due(held) || streams.contains_key(id));
+            held.iter().filter(|(_, held)| due(held)).map(|(id, _)| id.clone()).collect()
         };
         let mut renewed = Renewed::default();
         for id in due {
@@ -379,7 +382,7 @@ mod tests {
                 not_after: born + Duration::from_secs(lifetime),
             });
             let served = Served { svid, renew_at: born + Duration::from_secs(renew_in), signed: false };
-            assert_eq!(served.fresh_until(), born + Duration::from_secs(fresh_for), "{case}");
+            assert_eq!(served.fresh(), born..born + Duration::from_secs(fresh_for), "{case}");
         }
     }
 

@@ -36,8 +36,7 @@ const PLACES: usize = 8;
 /// Limits of which everybody has a little; calls of streams come back once in that time, and tokens once a second.
 fn tight(per: &str) -> String {
     format!(
-        "agent {{\n  listener {{ handshake_timeout = \"2m\" }}\n}}\n\
-         ratelimit {{\n  gate {{\n    caller {{ connections = {PLACES} rate = 2 burst = 20 }}\n  }}\n\
+        "ratelimit {{\n  gate {{\n    connection {{ handshake_timeout = \"2m\" }}\n    caller {{ connections = {PLACES} rate = 2 burst = 20 }}\n  }}\n\
          caller {{\n    rate = 1 per = \"{per}\" burst = 5\n\
          method \"FetchJWTSVID\" {{ rate = 1 per = \"second\" burst = 5 }}\n  }}\n}}\n"
     )

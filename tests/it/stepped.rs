@@ -218,4 +218,39 @@ async fn a_clock_that_is_set_gives_no_tokens_and_refuses_nobody() {
     assert!(holds <= now());
     follow("a stream alone", &mut stream, &mut holds).await;
     agent.running.shutdown().await;
+    // There is one clock that can be set, so one comes after the other.
+    after_the_clock_was_set_back_what_is_served_has_begun().await;
+}
+
+/// What was made before the clock was set back begins in the future: neither is its answer, encoded before, found again, nor does
+/// an open stream keep it.
+async fn after_the_clock_was_set_back_what_is_served_has_begun() {
+    fn begin_of(response: &pb::X509svidResponse) -> u64 {
+        use x509_parser::prelude::*;
+        let (_, leaf) = X509Certificate::from_der(&response.svids[0].x509_svid).unwrap();
+        leaf.validity().not_before.timestamp().try_into().unwrap()
+    }
+    set(MORNING);
+    let uid = geteuid();
+    let agent = TestAgent::with(
+        &format!(
+            "entry \"spiffe://{TRUST_DOMAIN}/u\" {{\n  selectors = [\"unix:uid:{uid}\"]\n  x509_svid_ttl = \"30m\"\n}}\n"
+        ),
+        Clock::set_by(&OFFSET),
+    );
+    let mut client = agent.client().await;
+    x509(&mut client).await.unwrap();
+    // The CA was made four hours ago and stays valid; the SVID is new.
+    set(MORNING + 4 * HOUR);
+    let mut stream = client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap().into_inner();
+    while let Ok(message) = tokio::time::timeout(Duration::from_secs(12), stream.message()).await {
+        assert!(begin_of(&message.unwrap().unwrap()) <= now());
+    }
+    set(MORNING + 3 * HOUR);
+    let update = tokio::time::timeout(Duration::from_secs(30), stream.message()).await;
+    let update = update.expect("an update of the open stream").unwrap().unwrap();
+    assert!(begin_of(&update) <= now(), "the stream has what has begun");
+    let mut other = client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap().into_inner();
+    let served = other.message().await.unwrap().unwrap();
+    assert!(begin_of(&served) <= now(), "served {} s before its beginning", begin_of(&served) - now());
 }
