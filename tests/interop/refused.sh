@@ -5,11 +5,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/agent.bash"
 socket="$dir/api.sock"
 # Calls of streams come back once a day here, until the script has the agent reload.
 cat >"$dir/tight.conf" <<'CONF'
-agent {
-  listener { handshake_timeout = "2m" }
-}
 ratelimit {
   gate {
+    connection { handshake_timeout = "2m" }
     caller { connections = 8 rate = 2 burst = 20 }
   }
   caller {
