@@ -175,7 +175,7 @@ impl Running {
         )
         .context("the built-in descriptors cannot be read")?;
         let (stop, stopping) = channel::channel(false);
-        let (connections, settings) = channel::channel(connection_settings(&config));
+        let (connections, settings) = channel::channel(connection_settings(&config, means));
         let stats = Arc::new(Stats::default());
         let (evicted, evictions) = channel::channel(None);
         let keys = PodOrUid::new(config.kubernetes.mode, in_pod(), config.kubernetes.kubelet_root.clone());
@@ -299,7 +299,7 @@ impl Running {
         self.limits.reload(&next.ratelimit)?;
         self.gate.reload(&next.ratelimit, self.means.nofile, budget)?;
         self.memory.send_replace(watch::Budget { settings: next.ratelimit.memory, bytes: budget });
-        let connections = connection_settings(&next);
+        let connections = connection_settings(&next, self.means);
         self.connections.send_if_modified(|old| std::mem::replace(old, connections.clone()) != connections);
         self.x509.reconfigure(next.x509_svid_cache_max_size, next.availability_target);
         self.jwt.resize(next.jwt_svid_cache_max_size);
@@ -535,8 +535,11 @@ fn names_count(config: &Config) -> bool {
     config.entries.iter().flat_map(|entry| &entry.selectors).any(attest::unix::needs_name)
 }
 
-fn connection_settings(config: &Config) -> peer::Settings {
-    peer::Settings::new(&config.ratelimit.gate.connection, config.drain_timeout)
+fn connection_settings(config: &Config, means: gate::Means) -> peer::Settings {
+    peer::Settings {
+        max_lingering: limits::gate::lingering(means.nofile),
+        ..peer::Settings::new(&config.ratelimit.gate.connection, config.drain_timeout)
+    }
 }
 
 fn policy(config: &Config) -> Policy {

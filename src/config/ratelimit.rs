@@ -800,6 +800,7 @@ fn connection(mut block: Section<'_>, settings: &mut ConnectionSettings) {
         }
     }
     set(&mut settings.stall_timeout, value(s.duration("stall_timeout", second..=hour)));
+    set(&mut settings.linger, value(s.duration("linger", Duration::ZERO..=second)));
     let number = |at: Option<At<i64>>| at.map(|at| to_u32(at.value));
     set(&mut settings.streams, number(s.integer("streams", 1..=1024)));
     set(&mut settings.header_bytes, number(s.integer("header_bytes", 1024..=16_384)));

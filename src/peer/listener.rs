@@ -1,8 +1,10 @@
 //! The door: from a bound socket to connections that were let in, and to the end of the last of them.
 //!
 //! For each connection, in this order: credentials and caller key, the [`Gate`], and only then a hold on its process and a
-//! task of its own ([`connection`](super::connection)). A refused connection is closed at once: it has cost an `accept`, a
-//! question to the kernel and a look into a table. Waiting connections are accepted in runs, so that a crowd is through
+//! task of its own ([`connection`](super::connection)). A refused connection has cost an `accept`, a question to the kernel and
+//! a look into a table. One that its caller's own limits refuse is closed a tenth of a second later: connections wait to be
+//! accepted in one queue, first come, first served, and a crowd that is turned away at once stands in it again before anybody
+//! else has moved up. Waiting connections are accepted in runs, so that a crowd is through
 //! before the next round of anything else, and nobody else's connection stands long behind it. Absent: what a request
 //! means; limits (the gate's); TLS.
 //!
@@ -15,9 +17,11 @@
 //! there is nothing to give back, 1 to 3 ms after a burst.
 
 use std::{
+    collections::VecDeque,
     convert::Infallible,
     future::Future,
     io,
+    os::unix::net::UnixStream as StdStream,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -62,6 +66,10 @@ pub struct Settings {
     pub stall_timeout: Duration,
     /// How long a drain waits for open requests.
     pub drain_timeout: Duration,
+    /// How long a connection that its caller's own limits refuse is kept before it is closed.
+    pub linger: Duration,
+    /// How many of these there may be; one more, and the oldest is closed. Default 64.
+    pub max_lingering: u32,
     /// Open requests per connection; a client queues the rest.
     pub max_concurrent_streams: u32,
     /// Bytes of one request that a peer may send before they are read. Default 16 KiB.
@@ -105,6 +113,7 @@ impl Settings {
             stall_timeout,
             streams,
             header_bytes,
+            linger,
             resets,
         } = *connection;
         let resets = usize::try_from(resets).unwrap_or(usize::MAX);
@@ -113,6 +122,8 @@ impl Settings {
             idle_timeout,
             stall_timeout,
             drain_timeout,
+            linger,
+            max_lingering: 64,
             max_concurrent_streams: streams,
             initial_stream_window: 16 * 1024,
             initial_connection_window: 65_535,
@@ -158,6 +169,14 @@ impl Refused {
     /// Every reason.
     pub const ALL: [Self; 5] =
         [Self::CallerConnections, Self::CallerRate, Self::NodeConnections, Self::Memory, Self::NotOwner];
+
+    /// Whether others have no part in it: who comes back at once comes back for nothing.
+    fn is_callers_own(self) -> bool {
+        match self {
+            Self::CallerConnections | Self::CallerRate => true,
+            Self::NodeConnections | Self::Memory | Self::NotOwner => false,
+        }
+    }
 
     /// The metric label.
     pub fn label(self) -> &'static str {
@@ -406,17 +425,28 @@ impl<G: Gate, K: KeyResolver + 'static> Listener<G, K> {
         let mut connections = JoinSet::new();
         let mut paused: Option<Instant> = None;
         let mut heap = Heap::default();
+        let mut lingering = Lingering::default();
         let mut shutdown = std::pin::pin!(shutdown);
 
         loop {
             tokio::select! {
                 () = &mut shutdown => break,
                 waiting = listener.ready(), if paused.is_none() => {
+                    let now = Instant::now();
+                    lingering.close(now);
                     for accepted in waiting?.take(RUN) {
                         let taken = accepted.map_err(NotTaken::from).and_then(|stream| {
                             stats.accepted.fetch_add(1, Relaxed);
                             let arrival = Arrival::at(&stream, &*keys)?;
-                            let permit = gate.admit_connection(&arrival)?;
+                            let permit = match gate.admit_connection(&arrival) {
+                                Ok(permit) => permit,
+                                Err(why) => {
+                                    if why.is_callers_own() {
+                                        lingering.keep(stream, now, &bounds.settings);
+                                    }
+                                    return Err(why.into());
+                                }
+                            };
                             let peer = arrival.let_in(&stream)?;
                             stream.set_nonblocking(true)?;
                             // Only now does the runtime hear of it.
@@ -456,6 +486,7 @@ impl<G: Gate, K: KeyResolver + 'static> Listener<G, K> {
                     bounds = Bounds::new(settings.borrow_and_update().clone(), &stats);
                 }
                 () = at(paused) => paused = None,
+                () = at(lingering.due()) => lingering.close(Instant::now()),
                 () = at(heap.due) => heap.trim(connections.len()),
             }
         }
@@ -463,6 +494,7 @@ impl<G: Gate, K: KeyResolver + 'static> Listener<G, K> {
         // No new connection, and room for the next agent, before the wait for the old ones.
         drop(listener);
         drop(place);
+        drop(lingering);
         let open = connections.len();
         phase.send_modify(|phase| phase.draining = true);
         let over = Instant::now() + bounds.settings.drain_timeout;
@@ -567,6 +599,35 @@ async fn at(when: Option<Instant>) {
     match when {
         Some(when) => sleep_until(when).await,
         None => std::future::pending().await,
+    }
+}
+
+/// Connections that were refused, each with when it is closed: the oldest first. Nothing is read from them, and the runtime does
+/// not know them: a descriptor each, and a bounded number.
+#[derive(Debug, Default)]
+struct Lingering(VecDeque<(Instant, StdStream)>);
+
+impl Lingering {
+    /// Keeps one for as long as the settings say, or for as long as there is room.
+    fn keep(&mut self, stream: StdStream, now: Instant, settings: &Settings) {
+        let most = usize::try_from(settings.max_lingering).unwrap_or(usize::MAX);
+        if settings.linger.is_zero() || most == 0 {
+            return;
+        }
+        while self.0.len() >= most {
+            self.0.pop_front();
+        }
+        self.0.push_back((now + settings.linger, stream));
+    }
+
+    fn due(&self) -> Option<Instant> {
+        self.0.front().map(|(due, _)| *due)
+    }
+
+    fn close(&mut self, now: Instant) {
+        while self.due().is_some_and(|due| due <= now) {
+            self.0.pop_front();
+        }
     }
 }
 

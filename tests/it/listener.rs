@@ -424,6 +424,51 @@ impl Gate for One {
     }
 }
 
+/// Who is refused by its own limits is kept waiting, but no more than so many, and not longer than the agent is there.
+#[tokio::test]
+async fn whom_its_own_limits_refuse_lingers() {
+    for (case, linger, most, open_of_three) in [
+        ("at once", Duration::ZERO, 2, 0),
+        ("none may", Duration::from_secs(3600), 0, 0),
+        ("two may", Duration::from_secs(3600), 2, 2),
+        ("a moment", Duration::from_millis(20), 2, 0),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        let settings = Settings { linger, max_lingering: most, ..Settings::default() };
+        let listener = Listener {
+            socket: Socket::bind(&path, 0o777).unwrap(),
+            settings: tokio::sync::watch::channel(settings).1,
+            gate: Arc::new(One::default()),
+            keys: Arc::new(OsUid),
+            stats: Arc::default(),
+            evicted: tokio::sync::watch::channel(None).1,
+        };
+        let stats = Arc::clone(&listener.stats);
+        let (stop, stopped) = oneshot::channel::<()>();
+        let serving = tokio::spawn(listener.serve(Toy, async {
+            drop(stopped.await);
+        }));
+        let first = UnixStream::connect(&path).await.unwrap();
+        until(case, || stats.open() == 1).await;
+        let mut refused = Vec::new();
+        for nth in 1..4 {
+            refused.push(UnixStream::connect(&path).await.unwrap());
+            until(case, || stats.refused(Refused::CallerConnections) == nth).await;
+        }
+        let open = |refused: &[UnixStream]| {
+            refused.iter().filter(|stream| stream.try_read(&mut [0]).is_err()).count()
+        };
+        // A stream that nothing is heard of yet counts as open: wait until it is known.
+        until(case, || open(&refused) == open_of_three).await;
+        assert_eq!(refused[0].try_read(&mut [0]).ok(), Some(0), "{case}: the oldest is closed");
+        drop(stop);
+        until(case, || open(&refused) == 0).await;
+        drop(first);
+        serving.await.unwrap().unwrap();
+    }
+}
+
 #[tokio::test]
 async fn the_gate_stands_before_http2() {
     let dir = tempfile::tempdir().unwrap();

@@ -81,7 +81,7 @@ fn every_setting_is_read() {
         }),
         (
             "gate, connection",
-            "gate { connection { handshake_timeout = \"2000ms\" idle_timeout = \"90s\" stall_timeout = \"1h\" streams = 4 header_bytes = 1024 resets = 1024 } }",
+            "gate { connection { handshake_timeout = \"2000ms\" idle_timeout = \"90s\" stall_timeout = \"1h\" linger = \"0\" streams = 4 header_bytes = 1024 resets = 1024 } }",
             |s| {
                 s.gate.connection = ConnectionSettings {
                     handshake_timeout: Duration::from_secs(2),
@@ -89,6 +89,7 @@ fn every_setting_is_read() {
                     stall_timeout: Duration::from_secs(3600),
                     streams: 4,
                     header_bytes: 1024,
+                    linger: Duration::ZERO,
                     resets: 1024,
                 };
             },
