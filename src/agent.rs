@@ -536,8 +536,9 @@ fn names_count(config: &Config) -> bool {
 }
 
 fn connection_settings(config: &Config, means: gate::Means) -> peer::Settings {
+    let budget = config.ratelimit.memory.budget(means.cgroup);
     peer::Settings {
-        max_lingering: limits::gate::lingering(means.nofile),
+        max_lingering: limits::gate::lingering(means.nofile, budget),
         ..peer::Settings::new(&config.ratelimit.gate.connection, config.drain_timeout)
     }
 }

@@ -37,12 +37,15 @@ use super::{
 pub const DESCRIPTORS_PER_CONNECTION: u64 = 2;
 /// Kept for all that is no connection: listeners, logs, files being read.
 pub const OTHER_DESCRIPTORS: u64 = 64;
-/// The most refused connections that linger.
-const LINGERING: u64 = 1024;
+/// The most refused connections that linger,
+const LINGERING: u64 = 2048;
+/// and what the kernel keeps for each, in bytes: of a memory budget they have a quarter.
+const LINGERING_BYTES: u64 = 4 * 1024;
 
-/// How many refused connections may linger in a process that may have `nofile` descriptors.
-pub fn lingering(nofile: u64) -> u32 {
-    u32::try_from((nofile / 16).min(LINGERING)).unwrap_or(0)
+/// How many refused connections may linger in a process that may have `nofile` descriptors and `budget` bytes.
+pub fn lingering(nofile: u64, budget: Option<u64>) -> u32 {
+    let in_memory = budget.map_or(u64::MAX, |budget| budget / 4 / LINGERING_BYTES);
+    u32::try_from((nofile / 8).min(LINGERING).min(in_memory)).unwrap_or(0)
 }
 
 /// The connections of a caller, by default: so many,
@@ -199,7 +202,7 @@ impl Plan {
         let gate = &settings.gate;
         let rules = Rules::new(gate)?;
         let other = OTHER_DESCRIPTORS
-            + u64::from(lingering(nofile))
+            + u64::from(lingering(nofile, budget))
             + DESCRIPTORS_PER_CONNECTION * u64::from(gate.admin);
         let fit = nofile.saturating_sub(other) / DESCRIPTORS_PER_CONNECTION;
         let most = match gate.connections {

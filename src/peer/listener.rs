@@ -17,7 +17,7 @@
 //! there is nothing to give back, 1 to 3 ms after a burst.
 
 use std::{
-    collections::VecDeque,
+    collections::BTreeMap,
     convert::Infallible,
     future::Future,
     io,
@@ -68,7 +68,7 @@ pub struct Settings {
     pub drain_timeout: Duration,
     /// How long a connection that its caller's own limits refuse is kept before it is closed.
     pub linger: Duration,
-    /// How many of these there may be; one more, and the oldest is closed. Default 64.
+    /// How many of these there may be; one more, and the one that is due next is closed. Default 64.
     pub max_lingering: u32,
     /// Open requests per connection; a client queues the rest.
     pub max_concurrent_streams: u32,
@@ -602,31 +602,41 @@ async fn at(when: Option<Instant>) {
     }
 }
 
-/// Connections that were refused, each with when it is closed: the oldest first. Nothing is read from them, and the runtime does
-/// not know them: a descriptor each, and a bounded number.
+/// Connections that were refused, by when each is closed. Nothing is read from them, and the runtime does not know them: a
+/// descriptor each, and a bounded number.
 #[derive(Debug, Default)]
-struct Lingering(VecDeque<(Instant, StdStream)>);
+struct Lingering {
+    /// With a number, as many may be due at one time.
+    held: BTreeMap<(Instant, u32), StdStream>,
+    numbered: u32,
+}
 
 impl Lingering {
-    /// Keeps one for as long as the settings say, or for as long as there is room.
+    /// Keeps one for as long as the settings say, or for as long as there is room: between half of that time and one and a half,
+    /// spread evenly, so that those who came together do not come back together.
     fn keep(&mut self, stream: StdStream, now: Instant, settings: &Settings) {
+        /// 2^32 divided by the golden ratio: its multiples fall into the widest gap each time.
+        const STEP: u32 = 2_654_435_769;
         let most = usize::try_from(settings.max_lingering).unwrap_or(usize::MAX);
         if settings.linger.is_zero() || most == 0 {
             return;
         }
-        while self.0.len() >= most {
-            self.0.pop_front();
+        while self.held.len() >= most {
+            self.held.pop_first();
         }
-        self.0.push_back((now + settings.linger, stream));
+        self.numbered = self.numbered.wrapping_add(1);
+        let part = f64::from(self.numbered.wrapping_mul(STEP)) / f64::from(u32::MAX);
+        let due = now + settings.linger.mul_f64(0.5 + part);
+        self.held.insert((due, self.numbered), stream);
     }
 
     fn due(&self) -> Option<Instant> {
-        self.0.front().map(|(due, _)| *due)
+        self.held.first_key_value().map(|((due, _), _)| *due)
     }
 
     fn close(&mut self, now: Instant) {
         while self.due().is_some_and(|due| due <= now) {
-            self.0.pop_front();
+            self.held.pop_first();
         }
     }
 }

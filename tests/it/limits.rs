@@ -663,9 +663,9 @@ fn one_connection_is_as_good_as_none_for_the_reserve() {
 fn descriptors_and_memory_bound_the_connections() {
     let settings = open();
     for (case, nofile, budget, most) in [
-        ("descriptors", 1024, None, 472),
+        ("descriptors", 1024, None, 408),
         ("memory", 1 << 20, Some(24 << 20), 96),
-        ("descriptors are fewer", 1024, Some(1 << 30), 472),
+        ("descriptors are fewer", 1024, Some(1 << 30), 408),
     ] {
         let settings = Settings {
             gate: GateSettings { default: rule(5000, Limit::Unlimited), ..settings.gate.clone() },
