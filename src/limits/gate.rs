@@ -201,9 +201,9 @@ impl Plan {
     fn new(settings: &Settings, nofile: u64, budget: Option<u64>) -> Result<Self, SettingsError> {
         let gate = &settings.gate;
         let rules = Rules::new(gate)?;
-        let other = OTHER_DESCRIPTORS
-            + u64::from(lingering(nofile, budget))
-            + DESCRIPTORS_PER_CONNECTION * u64::from(gate.admin);
+        let linger = if gate.connection.linger.is_zero() { 0 } else { lingering(nofile, budget) };
+        let other =
+            OTHER_DESCRIPTORS + u64::from(linger) + DESCRIPTORS_PER_CONNECTION * u64::from(gate.admin);
         let fit = nofile.saturating_sub(other) / DESCRIPTORS_PER_CONNECTION;
         let most = match gate.connections {
             Some(most) if u64::from(most.get()) > fit => {

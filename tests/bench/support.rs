@@ -239,7 +239,7 @@ impl Server {
 }
 
 /// `ratelimit` for a bench: nobody is limited.
-pub(crate) const NO_LIMITS: &str = "gate {\n    caller { unlimited = true }\n  }\n  caller { unlimited = true }\n  identity { unlimited = true }\n  node { unlimited = true }";
+pub(crate) const NO_LIMITS: &str = "gate {\n    caller { unlimited = true }\n    connection { linger = \"0\" }\n  }\n  caller { unlimited = true }\n  identity { unlimited = true }\n  node { unlimited = true }";
 
 /// Configuration for a bench: this user's entry is `/bench`.
 pub(crate) fn write_config(dir: &Path, blocks: &str, ratelimit: &str) {

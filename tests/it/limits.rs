@@ -554,7 +554,7 @@ fn settings_that_contradict_are_errors() {
     let settings = gate(100, 10);
     let limits = limits(&settings);
     let err = Gate::new(&settings, 100, None, &limits).unwrap_err();
-    assert_eq!(err, SettingsError::Descriptors { connections: 100, needed: 64 + 16 + 200, limit: 100 });
+    assert_eq!(err, SettingsError::Descriptors { connections: 100, needed: 64 + 12 + 16 + 200, limit: 100 });
 }
 
 fn gate(gate: GateSettings) -> Gate {
