@@ -434,7 +434,9 @@ impl<G: Gate, K: KeyResolver + 'static> Listener<G, K> {
                 waiting = listener.ready(), if paused.is_none() => {
                     let now = Instant::now();
                     lingering.close(now);
+                    let mut run = 0;
                     for accepted in waiting?.take(RUN) {
+                        run += 1;
                         let taken = accepted.map_err(NotTaken::from).and_then(|stream| {
                             stats.accepted.fetch_add(1, Relaxed);
                             let arrival = Arrival::at(&stream, &*keys)?;
@@ -467,8 +469,12 @@ impl<G: Gate, K: KeyResolver + 'static> Listener<G, K> {
                     }
                     // A socket at which somebody always waits would never let this task rest: then nothing else here ever
                     // comes about, since the runtime gives a task that does not rest no other event, nor do those tasks
-                    // that share its thread.
-                    tokio::task::yield_now().await;
+                    // that share its thread. So it rests after a whole run, and now and then after others.
+                    if run == RUN {
+                        tokio::task::yield_now().await;
+                    } else {
+                        tokio::task::consume_budget().await;
+                    }
                 }
                 Some(ended) = connections.join_next() => {
                     note_panic(ended);
