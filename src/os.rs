@@ -4,6 +4,7 @@ pub mod accept;
 pub mod clock;
 pub mod heap;
 pub mod http;
+pub mod lock;
 pub mod log;
 pub mod metrics;
 pub mod pidfd;

@@ -270,7 +270,7 @@ impl Lock {
                 .custom_flags(libc::O_NOFOLLOW)
                 .open(&path)
                 .map_err(failed)?;
-            match file.try_lock() {
+            match crate::os::lock::take(&file) {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {
                     return Err(BindError::AnotherAgent { path: socket.to_owned() });

@@ -63,7 +63,7 @@ impl DataDir {
             .custom_flags(OFlag::O_NOFOLLOW.bits())
             .open(&lock_path)
             .map_err(|cause| IssuerError::Write { path: lock_path.clone(), cause })?;
-        match lock.try_lock() {
+        match crate::os::lock::take(&lock) {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(IssuerError::Locked { path: lock_path }),
             Err(TryLockError::Error(cause)) => return Err(IssuerError::Write { path: lock_path, cause }),
