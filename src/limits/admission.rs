@@ -23,7 +23,7 @@ use tokio::time::Instant;
 
 use super::{
     RejectionStatus, SHORT_WAIT, Settings, SettingsError, SoftLimits,
-    bucket::{Level, Quota},
+    bucket::Quota,
     caller::{Caller, CallerKey, Families},
     counters::{Counters, KeyType, Outcome, Reason, Stage},
     method::Method,
@@ -115,8 +115,8 @@ struct Charge {
     pays: u32,
     /// By a rule: not charged to the node either.
     exempt: bool,
-    /// Soft limits are counted.
-    soft: bool,
+    /// Which are counted when it pays.
+    soft: SoftLimits,
 }
 
 /// Tokens held in a bucket of a table.
@@ -144,7 +144,7 @@ impl Charge {
         {
             let key = shared.identity_key(id, self.method, &choice);
             let paid = shared.identities().table.charge(shared.now(), key, quota, more);
-            shared.count_soft(Stage::Identity, paid);
+            shared.counters.count_soft_limits(self.soft, Stage::Identity, paid);
         }
     }
 }
@@ -154,9 +154,7 @@ impl Drop for Charge {
         if let Some(held) = self.held {
             let shared = &self.shared;
             let paid = shared.callers().settle(held.key, held.place, held.quota, held.cost, self.pays);
-            if self.soft {
-                shared.count_soft(Stage::Caller, paid);
-            }
+            shared.counters.count_soft_limits(self.soft, Stage::Caller, paid);
         }
     }
 }
@@ -370,7 +368,7 @@ impl Limits {
             costs: choice.rule.costs,
             pays: 0,
             exempt: limit == Limit::Exempt,
-            soft: plan.soft != SoftLimits::default(),
+            soft: plan.soft,
         };
         let ask = Ask { plan: &plan, stage: Stage::Caller, method, dry: plan.dry || choice.rule.dry_run };
         let who = || match choice.shared {
@@ -581,11 +579,6 @@ impl Limits {
         &self.shared.counters
     }
 
-    /// Counts the soft limits that a connection went over.
-    pub(super) fn count_soft_of_gate(&self, paid: Option<Level>) {
-        self.shared.count_soft(Stage::Gate, paid);
-    }
-
     /// Time as the buckets have it, which the gate shares.
     pub(super) fn now(&self) -> u64 {
         self.shared.now()
@@ -695,16 +688,6 @@ impl Shared {
         }
     }
 
-    /// Counts the soft limits that a call went over when it paid.
-    fn count_soft(&self, stage: Stage, paid: Option<Level>) {
-        let Some(level) = paid else { return };
-        for (at, percent) in self.plan.load().soft.steps() {
-            if level.crossed(percent) {
-                self.counters.count_soft(stage, at);
-            }
-        }
-    }
-
     fn charge_node(&self, plan: &Plan, method: Method, now: u64) -> Result<(), Refusal> {
         let Some(Node { bucket, .. }) = plan.node.get(method.index()).and_then(Option::as_ref) else {
             return Ok(());
@@ -791,9 +774,7 @@ impl Shared {
             let paid = table.settle(it.key, it.place, it.quota, it.cost, pays);
             if done.is_ok() {
                 self.counters.count(Stage::Identity, Some(method), key_type, Outcome::Allowed);
-                if plan.soft != SoftLimits::default() {
-                    self.count_soft(Stage::Identity, paid);
-                }
+                self.counters.count_soft_limits(plan.soft, Stage::Identity, paid);
             }
         }
         done

@@ -2,7 +2,7 @@
 
 use metrics::{Counter, Gauge, Key, KeyName, Label, Level, Metadata, Recorder};
 
-use super::method::Method;
+use super::{SoftLimits, bucket, method::Method};
 
 /// Where on its way a connection or call was decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -197,7 +197,7 @@ impl Counters {
     fn soft(recorder: &dyn Recorder) -> Box<[Counter]> {
         let mut soft = Vec::new();
         for stage in [Stage::Gate, Stage::Caller, Stage::Identity] {
-            for step in super::SoftLimits::STEPS {
+            for step in SoftLimits::STEPS {
                 let labels = vec![
                     Label::from_static_parts("stage", stage.label()),
                     Label::new("step", step.to_string()),
@@ -225,11 +225,16 @@ impl Counters {
         }
     }
 
-    /// Counts that a bucket of `stage` reached step number `step`.
-    pub(super) fn count_soft(&self, stage: Stage, step: usize) {
-        if let Some(counter) =
-            self.soft.get(place(&Stage::ALL, stage) * super::SoftLimits::STEPS.len() + step)
-        {
+    /// Counts the soft limits of a bucket of `stage` that were gone over when it was paid from.
+    pub(super) fn count_soft_limits(&self, limits: SoftLimits, stage: Stage, paid: Option<bucket::Level>) {
+        let Some(level) = paid else { return };
+        for (step, _) in limits.steps().filter(|(_, percent)| level.crossed(*percent)) {
+            self.count_soft(stage, step);
+        }
+    }
+
+    fn count_soft(&self, stage: Stage, step: usize) {
+        if let Some(counter) = self.soft.get(place(&Stage::ALL, stage) * SoftLimits::STEPS.len() + step) {
             counter.increment(1);
         }
     }

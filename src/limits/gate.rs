@@ -23,7 +23,7 @@ use arc_swap::ArcSwap;
 use hashbrown::{HashMap, hash_map::Entry};
 
 use super::{
-    Limits, Settings, SettingsError,
+    Limits, Settings, SettingsError, SoftLimits,
     bucket::Quota,
     budget::{self, Pressure},
     caller::{CallerKey, Families},
@@ -194,6 +194,7 @@ struct Plan {
     reserve: u32,
     admin: u32,
     families: Families,
+    soft: SoftLimits,
     dry: bool,
 }
 
@@ -224,7 +225,8 @@ impl Plan {
         }
         let reserve = gate.reserve.min(most / 2);
         let families = settings.families.clone();
-        Ok(Self { rules, most, reserve, admin: gate.admin, families, dry: settings.dry_run })
+        let (soft, dry) = (settings.soft_limits, settings.dry_run);
+        Ok(Self { rules, most, reserve, admin: gate.admin, families, soft, dry })
     }
 
     /// Connections at once of a caller under `rule`.
@@ -386,7 +388,7 @@ impl Gate {
         if let Some((key, place, quota)) = held {
             let paid = state.rates.settle(key, place, quota, 1, u32::from(decided.is_ok()));
             if decided.is_ok() {
-                shared.limits.count_soft_of_gate(paid);
+                counters.count_soft_limits(plan.soft, Stage::Gate, paid);
             }
         }
         if let Err(refusal) = decided {

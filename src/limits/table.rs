@@ -597,6 +597,15 @@ mod tests {
         Key { hash: [u64::from(number % 97), u64::from(number)], parent }
     }
 
+    /// A call of each of these keys, paid at once where it passes.
+    fn flood(table: &mut Table, now: u64, quota: Quota, cost: u32, keys: impl Iterator<Item = Key>) {
+        for key in keys {
+            if let Ok(place) = table.hold(now, key, quota, cost, || heavy(0)) {
+                table.settle(key, place, quota, cost, cost);
+            }
+        }
+    }
+
     /// Plays the game; gives what the key under test took and when.
     fn play(moves: Vec<Move>, quota: Quota) -> Vec<(u64, u32)> {
         let mut table = Table::new(16, 4);
@@ -621,12 +630,7 @@ mod tests {
                     }
                 }
                 Move::Flood { parent, first, count, cost } => {
-                    for number in first..first + count {
-                        let key = flood_key(parent, number);
-                        if let Ok(place) = table.hold(now, key, quota, cost, || heavy(number)) {
-                            table.settle(key, place, quota, cost, cost);
-                        }
-                    }
+                    flood(&mut table, now, quota, cost, (first..first + count).map(|n| flood_key(parent, n)));
                 }
                 Move::Wait(time) => now += time,
                 Move::Back(time) => now = now.saturating_sub(time),
@@ -672,12 +676,7 @@ mod tests {
             for step in moves {
                 match step {
                     Move::Flood { parent, first, count, cost } => {
-                        for number in first..first + count {
-                            let key = flood_key(parent, number);
-                            if let Ok(place) = table.hold(now, key, quota, cost, || heavy(number)) {
-                                table.settle(key, place, quota, cost, cost);
-                            }
-                        }
+                        flood(&mut table, now, quota, cost, (first..first + count).map(|n| flood_key(parent, n)));
                     }
                     // Three tokens, and the time in which they come back.
                     Move::Call { cost, .. } => {
@@ -709,12 +708,9 @@ mod tests {
             for step in moves {
                 match step {
                     Move::Flood { parent, first, count, cost } => {
-                        for number in first..first + count {
-                            let key = Key { parent: parent.wrapping_mul(31) ^ u64::from(number), ..flood_key(parent, number) };
-                            if let Ok(place) = table.hold(now, key, quota, cost, || heavy(number)) {
-                                table.settle(key, place, quota, cost, cost);
-                            }
-                        }
+                        // Each of a parent of its own.
+                        let key = |n| Key { parent: parent.wrapping_mul(31) ^ u64::from(n), ..flood_key(parent, n) };
+                        flood(&mut table, now, quota, cost, (first..first + count).map(key));
                     }
                     Move::Call { cost, .. } => {
                         let held = table.hold(now, mine, quota, cost, || heavy(0));
@@ -745,12 +741,7 @@ mod tests {
                         }
                     }
                     Move::Flood { parent, first, count, cost } => {
-                        for number in first..first + count {
-                            let key = flood_key(parent, number);
-                            if let Ok(place) = table.hold(now, key, quota, cost, || heavy(number)) {
-                                table.settle(key, place, quota, cost, cost);
-                            }
-                        }
+                        flood(&mut table, now, quota, cost, (first..first + count).map(|n| flood_key(parent, n)));
                     }
                     Move::Wait(time) => now += time,
                     Move::Back(_) | Move::End => {}
