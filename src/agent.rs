@@ -29,19 +29,18 @@ use crate::{
     },
     attest::{self, Attestor},
     config::{self, Config, LogFormat},
-    error_chain::chain,
     identity::{SpiffeId, TrustDomain},
     issuer::embedded::Embedded,
     limits::{self, Limits},
-    os::{
-        clock::Clock,
+    os::{clock::Clock, systemd::ServiceManager},
+    peer::{self, Listener, OsUid, RequestBody, Socket, Stats, cgroup::PodOrUid},
+    store::{JwtCache, Policy, Signer, Sync, X509Cache},
+    telemetry::chain,
+    telemetry::{
         http::{HealthState, HttpListener, Probe, Routes},
         log::{self, Log},
         metrics::{Metrics, ReloadResult},
-        systemd::ServiceManager,
     },
-    peer::{self, Listener, OsUid, RequestBody, Socket, Stats, cgroup::PodOrUid},
-    store::{JwtCache, Policy, Signer, Sync, X509Cache},
 };
 
 /// How often the agent asks itself whether it could serve.
@@ -419,7 +418,7 @@ async fn serve(
     );
     manager.ready(&status(&agent));
     let health = Arc::clone(agent.health());
-    let watchdog = manager.watch(&health);
+    let watchdog = manager.watch(|| health.live());
     tokio::pin!(watchdog);
     loop {
         tokio::select! {

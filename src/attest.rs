@@ -42,14 +42,12 @@ use self::{
 use crate::{
     identity::selector::Selectors,
     limits::{Admitted, CallerKey},
-    os::{
-        metrics::{AttestFault, AttestorName, Metrics},
-        pidfd::{Owner, Pidfd},
-    },
+    os::pidfd::{Owner, Pidfd},
     peer::{
         Peer, PeerGone,
         attested::{Attested, Executable, LastAttested, Stamp},
     },
+    telemetry::metrics::{AttestFault, AttestorName, Metrics},
 };
 
 /// How long a connection's last result may be used.

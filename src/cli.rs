@@ -33,7 +33,7 @@ use tonic::Code;
 
 pub use run::{CliOverrides, OverrideError};
 
-use crate::config::ConfigErrors;
+use crate::hcl::ConfigErrors;
 use terminal::{PrintError, Terminal};
 
 /// Exit codes, in the help of every command.

@@ -10,15 +10,9 @@
 
 mod check;
 mod diff;
-mod duration;
 mod entries;
-mod error;
-mod expand;
 mod file;
 mod ratelimit;
-mod reader;
-mod section;
-mod tree;
 
 use std::{
     borrow::Cow,
@@ -29,12 +23,11 @@ use std::{
 };
 
 pub use diff::{Changes, EntryChanges, RestartOnly, diff};
-pub use duration::{parse_duration, show_duration};
-pub use error::{ConfigError, ConfigErrors};
 pub use file::{DropIns, FileError};
 
 use crate::{
     attest,
+    hcl::{ConfigError, ConfigErrors, expand},
     identity::{Bundle, Entry, TrustDomain},
     issuer, limits,
     peer::cgroup::{KubeletRoot, KubernetesMode},

@@ -11,15 +11,13 @@ use crate::{
         budget::{self, Accounted, Pressure},
         report::Event,
     },
-    os::{
-        heap,
-        metrics::{ConnectionCounts, ConnectionEnd, ConnectionRefusal, Metrics},
-    },
+    os::heap,
     peer::{
         Stats,
         listener::{Closed, Refused},
     },
     store::{JwtCache, X509Cache},
+    telemetry::metrics::{ConnectionCounts, ConnectionEnd, ConnectionRefusal, Metrics},
 };
 
 const EVERY: Duration = Duration::from_millis(250);

@@ -18,7 +18,6 @@ use super::proto::admin::{
 };
 use crate::{
     attest::{Attestor, inspect::InspectError},
-    error_chain::chain,
     identity::{Entry, Selectors, authorize, authorize::nearest},
     limits::{
         self, CallerKey, Limits, Method, Permit,
@@ -33,6 +32,7 @@ use crate::{
         listener::Refused,
     },
     store::Store,
+    telemetry::chain,
 };
 
 /// How many of the heaviest are told when nobody says how many.

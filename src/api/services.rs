@@ -19,8 +19,8 @@ use super::{
 };
 use crate::{
     limits::{Limits, Method},
-    os::http::HealthState,
     peer::{Peer, RequestBody},
+    telemetry::http::HealthState,
 };
 
 /// The largest request message, in bytes. The largest thing a request carries is a token to validate, and a token

@@ -21,15 +21,11 @@ use super::{
 };
 use crate::{
     attest::{Attestor, Blame},
-    error_chain::chain,
     identity::{
         AuthorizedEntry, Bundle, NoIdentity, Selector, Selectors, SpiffeId, TrustDomain, authorize, jwt,
     },
     limits::{Admitted, Limits, Method},
-    os::{
-        clock::Clock,
-        metrics::{Metrics, Open},
-    },
+    os::clock::Clock,
     peer::Peer,
     store::{
         JwtCache, Snapshot, Store, X509Cache,
@@ -37,6 +33,8 @@ use crate::{
         snapshot::AnswerKey,
         x509_cache::{Hold, Served},
     },
+    telemetry::chain,
+    telemetry::{metrics::Metrics, registry::Open},
 };
 
 /// The Workload API. Cheap to clone.

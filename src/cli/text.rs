@@ -5,7 +5,7 @@ use std::{fmt, str::FromStr, time::Duration};
 use time::OffsetDateTime;
 use tonic::Code;
 
-use crate::config::parse_duration;
+use crate::hcl::parse_duration;
 
 /// A duration as Go reads and writes it: `300ms`, `1m30s`, `1.5h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

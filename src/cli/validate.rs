@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{Failure, Output, OutputArgs, run::ConfigArgs, terminal::Terminal};
-use crate::config::{ConfigError, ConfigErrors};
+use crate::hcl::{ConfigError, ConfigErrors};
 
 /// `validate`.
 #[derive(clap::Args, Clone, Debug)]

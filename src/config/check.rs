@@ -9,13 +9,16 @@ use std::{collections::BTreeSet, ops::RangeInclusive, path::PathBuf, time::Durat
 use tracing::Level;
 
 use super::{
-    Config, ConfigErrors, DEFAULT_DATA_DIR, DEFAULT_SOCKET_PATH, Health, HostPort, Input, Kubernetes, Log,
-    LogFormat, entries, ratelimit, reader,
-    section::{At, Labelled, Problems, Section, nearest},
-    tree::{Node, Place, quoted},
+    Config, DEFAULT_DATA_DIR, DEFAULT_SOCKET_PATH, Health, HostPort, Input, Kubernetes, Log, LogFormat,
+    entries, ratelimit,
 };
 use crate::{
     attest,
+    hcl::{
+        ConfigErrors, reader,
+        section::{At, Labelled, Problems, Section, nearest},
+        tree::{Node, Place, quoted},
+    },
     identity::{KeyType, SpiffeId, TrustDomain},
     issuer::embedded::{CaSource, Settings},
     peer::cgroup::{KubeletRoot, KubernetesMode},

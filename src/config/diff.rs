@@ -5,7 +5,8 @@
 
 use std::{collections::HashMap, fmt, path::PathBuf, sync::Arc, time::Duration};
 
-use super::{Config, Health, HostPort, Log, show_duration, tree::quoted};
+use super::{Config, Health, HostPort, Log};
+use crate::hcl::{show_duration, tree::quoted};
 use crate::{
     attest,
     identity::{Entry, EntryId, KeyType, TrustDomain},

@@ -13,16 +13,17 @@ use std::{
 
 use aws_lc_rs::digest;
 
-use super::{
-    Input,
-    check::parse_trust_domain,
-    duration::show_duration,
-    section::{At, Labelled, Problems, Section, nearest},
-    tree::{Place, quoted},
-};
-use crate::identity::{
-    Bundle, Entry, EntryId, Selector, Selectors, SpiffeId, TrustDomain, bundle::BundleError,
-    entry::MAX_HINT_LEN,
+use super::{Input, check::parse_trust_domain};
+use crate::{
+    hcl::{
+        section::{At, Labelled, Problems, Section, nearest},
+        show_duration,
+        tree::{Place, quoted},
+    },
+    identity::{
+        Bundle, Entry, EntryId, Selector, Selectors, SpiffeId, TrustDomain, bundle::BundleError,
+        entry::MAX_HINT_LEN,
+    },
 };
 
 /// More DNS names than this are refused, since each is in the certificate.

@@ -10,12 +10,12 @@
 
 use std::{collections::HashMap, num::NonZeroU32, time::Duration};
 
-use super::{
-    duration::show_duration,
-    section::{At, Labelled, Problems, Section, nearest},
-    tree::{Place, abridged, quoted},
-};
 use crate::{
+    hcl::{
+        section::{At, Labelled, Problems, Section, nearest},
+        show_duration,
+        tree::{Place, abridged, quoted},
+    },
     identity::TrustDomain,
     limits::{
         CallerKey, ConnectionSettings, GateRule, GateSettings, Method, NodeSettings, RejectionStatus,

@@ -22,8 +22,6 @@ use nix::sys::socket::{
 };
 use sd_notify::NotifyState;
 
-use super::http::HealthState;
-
 /// How long one message may wait for the manager's queue.
 const SEND_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -166,7 +164,7 @@ impl ServiceManager {
     /// says that it cannot serve, nothing is sent, and the manager restarts it. Runs for ever.
     ///
     /// A runtime that hangs sends nothing either, since this runs on it.
-    pub async fn watch(&self, health: &HealthState) {
+    pub async fn watch(&self, live: impl Fn() -> bool) {
         let Some(interval) = self.watchdog.filter(|_| self.socket.is_some()) else {
             return std::future::pending().await;
         };
@@ -174,7 +172,7 @@ impl ServiceManager {
         every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             every.tick().await;
-            if health.live() {
+            if live() {
                 self.send(&[NotifyState::Watchdog]);
             }
         }
@@ -250,7 +248,6 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
-    use crate::os::http::Probe;
 
     fn received(socket: &UnixDatagram) -> String {
         let mut buffer = [0; 1024];
@@ -297,16 +294,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_watchdog_is_fed_while_the_agent_is_well() {
         let (_dir, socket, manager) = manager(Some(Duration::from_secs(10)));
-        let health = HealthState::new();
-        for (case, probe, fed) in [
-            ("starting", Probe::Starting, 4),
-            ("healthy", Probe::Healthy, 4),
-            ("unavailable", Probe::Unavailable, 0),
-            ("healthy again", Probe::Healthy, 4),
-        ] {
-            health.set(probe);
+        for (case, live, fed) in [("well", true, 4), ("not well", false, 0), ("well again", true, 4)] {
             // Beats at 0, 5, 10 and 15 seconds.
-            drop(tokio::time::timeout(Duration::from_secs(19), manager.watch(&health)).await);
+            drop(tokio::time::timeout(Duration::from_secs(19), manager.watch(|| live)).await);
             for _ in 0..fed {
                 assert_eq!(received(&socket), "WATCHDOG=1", "{case}");
             }

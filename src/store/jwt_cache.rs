@@ -29,7 +29,7 @@ use super::{
 use crate::{
     identity::{AuthorizedEntry, JwtSvid, SpiffeId},
     issuer::embedded::IssuerError,
-    os::metrics::{CacheResult, Metrics},
+    telemetry::metrics::{CacheResult, Metrics},
 };
 
 /// Tokens for more text of audiences than this, in bytes as JSON has it, are made for each call and not kept, so that a number of

@@ -14,10 +14,8 @@ use tokio::{sync::Semaphore, time::Instant};
 use crate::{
     identity::{Entry, JwtSvid, KeyType, SpiffeId, X509Svid},
     issuer::embedded::{Embedded, IssuerError},
-    os::{
-        clock::Clock,
-        metrics::{Metrics, SvidKind},
-    },
+    os::clock::Clock,
+    telemetry::metrics::{Metrics, SvidKind},
 };
 
 /// How many RSA operations are under way at once; the others wait their turn, each in its own call.

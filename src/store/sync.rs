@@ -16,13 +16,11 @@ use super::{
     x509_cache::X509Cache,
 };
 use crate::{
-    error_chain::chain,
     identity::{Bundle, Bundles, Entry, EntryIndex, TrustDomain},
     issuer::embedded::{IssuerError, ROTATION_RETRY},
-    os::{
-        clock::{Clock, sleep_until},
-        metrics::{Metrics, Rotated, SnapshotSizes, SvidState},
-    },
+    os::clock::{Clock, sleep_until},
+    telemetry::chain,
+    telemetry::metrics::{Metrics, Rotated, SnapshotSizes, SvidState},
 };
 
 /// The longest time between two looks.

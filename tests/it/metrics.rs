@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use durward::os::clock::Clock;
-use durward::os::metrics::Metrics;
+use durward::telemetry::metrics::Metrics;
 
 #[test]
 fn every_series_is_described_and_well_named() {

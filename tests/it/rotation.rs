@@ -14,8 +14,9 @@ use durward::{
         TrustDomain, authorize, jwt,
     },
     issuer::embedded::{CaSource, Embedded, Settings},
-    os::{clock::Clock, metrics::Metrics},
+    os::clock::Clock,
     store::{JwtCache, Policy, Signer, Sync, X509Cache},
+    telemetry::metrics::Metrics,
 };
 use proptest::prelude::*;
 

@@ -6,25 +6,25 @@
 
 /// Where something stands. The file is a number that [`super::section::Problems`] turns into a path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Place {
+pub(crate) struct Place {
     /// Which file, in the order of reading.
-    pub(super) file: u32,
+    pub(crate) file: u32,
     /// From 1.
-    pub(super) line: u32,
+    pub(crate) line: u32,
     /// In characters, from 1.
-    pub(super) column: u32,
+    pub(crate) column: u32,
 }
 
 /// A value and where it begins.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Node {
-    pub(super) place: Place,
-    pub(super) value: Value,
+pub(crate) struct Node {
+    pub(crate) place: Place,
+    pub(crate) value: Value,
 }
 
 /// What a key may be set to.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum Value {
+pub(crate) enum Value {
     /// A block, or a JSON object.
     Object(Vec<Member>),
     List(Vec<Node>),
@@ -37,16 +37,16 @@ pub(super) enum Value {
 
 /// One key of an object, with what it is set to.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Member {
-    pub(super) key: Box<str>,
+pub(crate) struct Member {
+    pub(crate) key: Box<str>,
     /// Of the key.
-    pub(super) place: Place,
-    pub(super) node: Node,
+    pub(crate) place: Place,
+    pub(crate) node: Node,
 }
 
 impl Value {
     /// What it is, for "must be a string, not .."
-    pub(super) fn kind(&self) -> &'static str {
+    pub(crate) fn kind(&self) -> &'static str {
         match self {
             Self::Object(_) => "a block",
             Self::List(_) => "a list",
@@ -58,7 +58,7 @@ impl Value {
     }
 
     /// The value as a message shows it: short, on one line.
-    pub(super) fn shown(&self) -> String {
+    pub(crate) fn shown(&self) -> String {
         match self {
             Self::Object(_) => "{ .. }".to_owned(),
             Self::List(_) => "[ .. ]".to_owned(),
@@ -71,12 +71,12 @@ impl Value {
 }
 
 /// `text` in quotes, on one line, abridged when it is long.
-pub(super) fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     format!("\"{}\"", abridged(text).escape_debug().to_string().replace("\\'", "'"))
 }
 
 /// The beginning of `text`, when it is long.
-pub(super) fn abridged(text: &str) -> String {
+pub(crate) fn abridged(text: &str) -> String {
     const LONGEST: usize = 80;
     if text.chars().nth(LONGEST).is_none() {
         return text.to_owned();

@@ -36,38 +36,38 @@ const MAX_LISTED: usize = 1000;
 
 /// As [`ConfigError`], with a place for a path.
 #[derive(Debug)]
-pub(super) struct Problem {
+pub(crate) struct Problem {
     place: Place,
     key: String,
     value: Option<String>,
-    pub(super) message: String,
+    pub(crate) message: String,
 }
 
 /// What was found wrong so far, in all files.
 #[derive(Debug, Default)]
-pub(super) struct Problems {
+pub(crate) struct Problems {
     files: RefCell<Vec<PathBuf>>,
     list: RefCell<Vec<Problem>>,
     left_out: Cell<usize>,
     /// Every key that was ever asked for, as `agent.log_level`: the tests hold the reference against it.
     #[cfg(test)]
-    pub(super) keys: RefCell<std::collections::BTreeSet<String>>,
+    pub(crate) keys: RefCell<std::collections::BTreeSet<String>>,
 }
 
 impl Problems {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::default()
     }
 
     /// The number that stands for `path` in a [`Place`].
-    pub(super) fn add_file(&self, path: &Path) -> u32 {
+    pub(crate) fn add_file(&self, path: &Path) -> u32 {
         let mut files = self.files.borrow_mut();
         files.push(path.to_owned());
         u32::try_from(files.len() - 1).unwrap_or(u32::MAX)
     }
 
     /// Adds a mistake. `value` is shown as it is given; leave it out for secrets.
-    pub(super) fn add(&self, place: Place, key: &str, value: Option<String>, message: impl fmt::Display) {
+    pub(crate) fn add(&self, place: Place, key: &str, value: Option<String>, message: impl fmt::Display) {
         let mut list = self.list.borrow_mut();
         if list.len() < MAX_LISTED {
             list.push(Problem { place, key: key.to_owned(), value, message: message.to_string() });
@@ -78,12 +78,12 @@ impl Problems {
 
     /// What was added so far.
     #[cfg(test)]
-    pub(super) fn wrongs(&self) -> std::cell::RefMut<'_, Vec<Problem>> {
+    pub(crate) fn wrongs(&self) -> std::cell::RefMut<'_, Vec<Problem>> {
         self.list.borrow_mut()
     }
 
     /// `agent.conf:4:3`, for a message that names a second place.
-    pub(super) fn show(&self, place: Place) -> String {
+    pub(crate) fn show(&self, place: Place) -> String {
         format!("{}:{}:{}", self.file(place).display(), place.line, place.column)
     }
 
@@ -95,7 +95,7 @@ impl Problems {
     }
 
     /// `made`, when there was nothing wrong.
-    pub(super) fn into_result<T>(self, made: Option<T>) -> Result<T, ConfigErrors> {
+    pub(crate) fn into_result<T>(self, made: Option<T>) -> Result<T, ConfigErrors> {
         let mut list = self.list.take();
         if let Some(made) = made
             && list.is_empty()
@@ -117,30 +117,30 @@ impl Problems {
 
 /// A value with the place where it stands, for checks that compare two.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct At<T> {
-    pub(super) value: T,
+pub(crate) struct At<T> {
+    pub(crate) value: T,
     /// Of the key.
-    pub(super) place: Place,
+    pub(crate) place: Place,
 }
 
 impl<T> At<T> {
-    pub(super) fn map<U>(self, f: impl FnOnce(T) -> U) -> At<U> {
+    pub(crate) fn map<U>(self, f: impl FnOnce(T) -> U) -> At<U> {
         At { value: f(self.value), place: self.place }
     }
 }
 
 /// One block under a label: the `"unix" { .. }` of `WorkloadAttestor "unix" { .. }`.
 #[derive(Debug)]
-pub(super) struct Labelled<'a> {
-    pub(super) label: &'a str,
+pub(crate) struct Labelled<'a> {
+    pub(crate) label: &'a str,
     /// Of the label.
-    pub(super) place: Place,
-    pub(super) section: Section<'a>,
+    pub(crate) place: Place,
+    pub(crate) section: Section<'a>,
 }
 
 /// The keys of one block; blocks of the same name are read as one, as in HCL 1.
 #[derive(Debug)]
-pub(super) struct Section<'a> {
+pub(crate) struct Section<'a> {
     problems: &'a Problems,
     /// `agent`; empty for the whole file.
     name: Cow<'static, str>,
@@ -154,7 +154,7 @@ pub(super) struct Section<'a> {
 
 impl<'a> Section<'a> {
     /// A whole file.
-    pub(super) fn root(problems: &'a Problems, file: u32, tree: &'a Node) -> Self {
+    pub(crate) fn root(problems: &'a Problems, file: u32, tree: &'a Node) -> Self {
         let mut root = Self {
             problems,
             name: Cow::Borrowed(""),
@@ -174,17 +174,17 @@ impl<'a> Section<'a> {
     }
 
     /// Where mistakes go.
-    pub(super) fn problems(&self) -> &'a Problems {
+    pub(crate) fn problems(&self) -> &'a Problems {
         self.problems
     }
 
     /// Where the block begins.
-    pub(super) fn place(&self) -> Place {
+    pub(crate) fn place(&self) -> Place {
         self.place
     }
 
     /// The full name of `key`: `agent.log_level`.
-    pub(super) fn path(&self, key: &str) -> String {
+    pub(crate) fn path(&self, key: &str) -> String {
         match (self.name.as_ref(), self.label) {
             ("", _) => key.to_owned(),
             (name, None) => format!("{name}.{key}"),
@@ -193,7 +193,7 @@ impl<'a> Section<'a> {
     }
 
     /// The full name of the block itself.
-    pub(super) fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         match self.label {
             None => self.name.clone().into_owned(),
             Some(label) => format!("{} {}", self.name, quoted(label)),
@@ -201,17 +201,17 @@ impl<'a> Section<'a> {
     }
 
     /// Reports what is wrong with `key`, which stands at `place`.
-    pub(super) fn wrong(&self, place: Place, key: &str, value: Option<String>, message: impl fmt::Display) {
+    pub(crate) fn wrong(&self, place: Place, key: &str, value: Option<String>, message: impl fmt::Display) {
         self.problems.add(place, &self.path(key), value, message);
     }
 
     /// Whether `key` was set, to whatever.
-    pub(super) fn has(&self, key: &str) -> bool {
+    pub(crate) fn has(&self, key: &str) -> bool {
         self.members.iter().any(|(member, _)| member.key.eq_ignore_ascii_case(key))
     }
 
     /// Reports `key` as missing, unless it is there (and then its mistake was reported already).
-    pub(super) fn missing(&self, key: &str, message: impl fmt::Display) {
+    pub(crate) fn missing(&self, key: &str, message: impl fmt::Display) {
         if !self.has(key) {
             self.wrong(self.place, key, None, message);
         }
@@ -230,7 +230,7 @@ impl<'a> Section<'a> {
     }
 
     /// The one member called `key`. Twice is a mistake: spire-agent would take the last, and nobody would know.
-    pub(super) fn take(&mut self, key: &'static str) -> Option<&'a Member> {
+    pub(crate) fn take(&mut self, key: &'static str) -> Option<&'a Member> {
         let all = self.all(key);
         let (first, more) = all.split_first()?;
         for again in more {
@@ -247,7 +247,7 @@ impl<'a> Section<'a> {
     }
 
     /// A string; a number counts as its text, as in spire-agent.
-    pub(super) fn string(&mut self, key: &'static str) -> Option<At<&'a str>> {
+    pub(crate) fn string(&mut self, key: &'static str) -> Option<At<&'a str>> {
         let member = self.take(key)?;
         match &member.node.value {
             Value::String(text) | Value::Number(text) => Some(At { value: text, place: member.place }),
@@ -256,7 +256,7 @@ impl<'a> Section<'a> {
     }
 
     /// A string that `parse` understands; `None` reports `right`.
-    pub(super) fn parsed<T>(
+    pub(crate) fn parsed<T>(
         &mut self,
         key: &'static str,
         parse: impl FnOnce(&'a str) -> Option<T>,
@@ -271,7 +271,7 @@ impl<'a> Section<'a> {
     }
 
     /// `true` or `false`, without quotes.
-    pub(super) fn boolean(&mut self, key: &'static str) -> Option<At<bool>> {
+    pub(crate) fn boolean(&mut self, key: &'static str) -> Option<At<bool>> {
         let member = self.take(key)?;
         match member.node.value {
             Value::Bool(value) => Some(At { value, place: member.place }),
@@ -280,7 +280,7 @@ impl<'a> Section<'a> {
     }
 
     /// A whole number in `range`; digits in quotes count too, as in spire-agent.
-    pub(super) fn integer(&mut self, key: &'static str, range: RangeInclusive<i64>) -> Option<At<i64>> {
+    pub(crate) fn integer(&mut self, key: &'static str, range: RangeInclusive<i64>) -> Option<At<i64>> {
         let member = self.take(key)?;
         let (Value::Number(text) | Value::String(text)) = &member.node.value else {
             return self.wrong_type(member, key, "a whole number");
@@ -299,7 +299,7 @@ impl<'a> Section<'a> {
     }
 
     /// A number, with a fraction or without, and as it was written; digits in quotes count too.
-    pub(super) fn number(&mut self, key: &'static str) -> Option<At<(f64, &'a str)>> {
+    pub(crate) fn number(&mut self, key: &'static str) -> Option<At<(f64, &'a str)>> {
         let member = self.take(key)?;
         let (Value::Number(text) | Value::String(text)) = &member.node.value else {
             return self.wrong_type(member, key, "a number");
@@ -313,7 +313,7 @@ impl<'a> Section<'a> {
     }
 
     /// A duration in `range`, as Go writes it: `"1h30m"`.
-    pub(super) fn duration(
+    pub(crate) fn duration(
         &mut self,
         key: &'static str,
         range: RangeInclusive<Duration>,
@@ -337,7 +337,7 @@ impl<'a> Section<'a> {
     }
 
     /// A list of strings, each with its place; a number counts as its text.
-    pub(super) fn strings(&mut self, key: &'static str) -> Option<At<Vec<At<&'a str>>>> {
+    pub(crate) fn strings(&mut self, key: &'static str) -> Option<At<Vec<At<&'a str>>>> {
         let member = self.take(key)?;
         let Value::List(items) = &member.node.value else {
             return self.wrong_type(member, key, "a list of strings such as [\"a\", \"b\"]");
@@ -390,7 +390,7 @@ impl<'a> Section<'a> {
     }
 
     /// The block called `key`; repetitions are read as one block.
-    pub(super) fn block(&mut self, key: &'static str) -> Option<Self> {
+    pub(crate) fn block(&mut self, key: &'static str) -> Option<Self> {
         let objects = self.objects(key);
         let (place, _) = objects.first()?;
         let mut section = self.inner(self.path(key), *place);
@@ -402,7 +402,7 @@ impl<'a> Section<'a> {
 
     /// The blocks with one label called `key`, in order. Blocks with the same label stay apart: whether they are one,
     /// several or a mistake is for the caller to say.
-    pub(super) fn labelled(&mut self, key: &'static str) -> Vec<Labelled<'a>> {
+    pub(crate) fn labelled(&mut self, key: &'static str) -> Vec<Labelled<'a>> {
         let name = self.path(key);
         let mut found = Vec::new();
         for (place, object) in self.objects(key) {
@@ -446,16 +446,16 @@ impl<'a> Section<'a> {
     }
 
     /// Reads another block with the same label as part of this one.
-    pub(super) fn merge(&mut self, other: Self) {
+    pub(crate) fn merge(&mut self, other: Self) {
         self.members.extend(other.members);
     }
 
     /// Ends a block that was refused as a whole: its keys are not looked at.
     #[expect(clippy::unused_self, reason = "the block is used up, as by `finish`")]
-    pub(super) fn ignore(self) {}
+    pub(crate) fn ignore(self) {}
 
     /// Ends the block: every key that nobody took is reported, with the nearest one that was asked for.
-    pub(super) fn finish(self) {
+    pub(crate) fn finish(self) {
         #[cfg(test)]
         self.problems.keys.borrow_mut().extend(self.known.iter().map(|key| match self.name.as_ref() {
             "" => (*key).to_owned(),
@@ -486,7 +486,7 @@ fn parse_integer(text: &str) -> Option<i64> {
 }
 
 /// The one of `known` that `written` was probably meant to be.
-pub(super) fn nearest<'k>(written: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
+pub(crate) fn nearest<'k>(written: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
     // The distance takes the product of the lengths.
     if written.len() > 64 {
         return None;

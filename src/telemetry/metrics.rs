@@ -7,18 +7,18 @@
 //! There is no global recorder: the agent has one [`Metrics`] and a test has its own. The exporter keeps every
 //! sample of a histogram (16 bytes) until somebody drains it, so [`Metrics::upkeep`] must run, scraped or not.
 
-use std::fmt::Write as _;
-use std::fs;
-use std::marker::PhantomData;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder};
+use metrics::{Counter, Gauge, Histogram, Recorder};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use tonic::Code;
 
-use super::clock::Clock;
-use crate::limits::Method;
+use super::{
+    process::Process,
+    registry::{By, Label, Open, Registry, float, float_u64, labels},
+};
+use crate::{limits::Method, os::clock::Clock};
 
 /// Upper bounds in seconds. From a cached answer (tens of microseconds) to an RSA key made on a busy node.
 const BUCKETS: [f64; 15] = [
@@ -28,39 +28,7 @@ const BUCKETS: [f64; 15] = [
 /// How often samples are drained. At 50,000 calls per second this is 0.8 MB of samples at most.
 const UPKEEP: Duration = Duration::from_secs(1);
 
-/// One of a closed set of label values.
-pub trait Closed: Copy + 'static {
-    /// The label's name.
-    const KEY: &'static str;
-    /// Every value, in the order of [`Closed::at`].
-    const VALUES: &'static [Self];
-    /// The label's value as scraped.
-    fn text(self) -> &'static str;
-    /// Where it stands in [`Closed::VALUES`].
-    fn at(self) -> usize;
-}
-
-macro_rules! closed {
-    ($(#[$doc:meta])* $name:ident, $key:literal { $($(#[$case_doc:meta])* $case:ident = $text:literal,)+ }) => {
-        $(#[$doc])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        pub enum $name { $($(#[$case_doc])* $case,)+ }
-
-        impl Closed for $name {
-            const KEY: &'static str = $key;
-            const VALUES: &'static [Self] = &[$(Self::$case),+];
-            fn text(self) -> &'static str {
-                match self { $(Self::$case => $text,)+ }
-            }
-            #[expect(clippy::as_conversions, reason = "the discriminant of an enum without fields")]
-            fn at(self) -> usize {
-                self as usize
-            }
-        }
-    };
-}
-
-closed! {
+labels! {
     /// What kind of SVID.
     SvidKind, "kind" {
         /// An X.509-SVID.
@@ -69,7 +37,7 @@ closed! {
         Jwt = "jwt",
     }
 }
-closed! {
+labels! {
     /// What is replaced before it expires.
     Rotated, "kind" {
         /// The issuer's CA and JWT key: the next one made, taken into use or dropped.
@@ -78,14 +46,14 @@ closed! {
         X509Svid = "x509_svid",
     }
 }
-closed! {
+labels! {
     /// Who attests.
     AttestorName, "attestor" {
         /// Users, groups and executables.
         Unix = "unix",
     }
 }
-closed! {
+labels! {
     /// Why a peer could not be attested.
     AttestFault, "reason" {
         /// The process ended, or its PID is another process by now.
@@ -98,7 +66,7 @@ closed! {
         Busy = "busy",
     }
 }
-closed! {
+labels! {
     /// Why a connection was not taken.
     ConnectionRefusal, "reason" {
         /// The kernel did not say who connected.
@@ -115,7 +83,7 @@ closed! {
         NotOwner = "not_owner",
     }
 }
-closed! {
+labels! {
     /// How a connection ended.
     ConnectionEnd, "reason" {
         /// The peer closed it.
@@ -144,7 +112,7 @@ closed! {
         Panicked = "panicked",
     }
 }
-closed! {
+labels! {
     /// How a reload ended.
     ReloadResult, "result" {
         /// The new configuration is in force.
@@ -153,7 +121,7 @@ closed! {
         Error = "error",
     }
 }
-closed! {
+labels! {
     /// What the JWT-SVID cache answered.
     CacheResult, "result" {
         /// From memory.
@@ -162,7 +130,7 @@ closed! {
         Miss = "miss",
     }
 }
-closed! {
+labels! {
     /// How an X.509-SVID stands in the store.
     SvidState, "state" {
         /// Ready to be served.
@@ -172,7 +140,7 @@ closed! {
     }
 }
 
-impl Closed for Method {
+impl Label for Method {
     const KEY: &'static str = "method";
     const VALUES: &'static [Self] = &Self::ALL;
     fn text(self) -> &'static str {
@@ -203,47 +171,6 @@ const CODES: [&str; 17] = [
     "DataLoss",
     "Unauthenticated",
 ];
-
-/// One handle for each value of a label.
-struct By<L, H> {
-    handles: Box<[H]>,
-    label: PhantomData<L>,
-}
-
-impl<L: Closed, H> By<L, H> {
-    fn new(register: impl Fn(L) -> H) -> Self {
-        Self { handles: L::VALUES.iter().map(|value| register(*value)).collect(), label: PhantomData }
-    }
-
-    fn with(&self, value: L, act: impl FnOnce(&H)) {
-        if let Some(handle) = self.handles.get(value.at()) {
-            act(handle);
-        }
-    }
-}
-
-/// A value that goes up and down as things open and close; goes down when dropped.
-#[must_use = "what it counts is counted as closed when this is dropped"]
-pub struct Open(Gauge);
-
-impl Open {
-    fn count(gauge: &Gauge) -> Self {
-        gauge.increment(1.0);
-        Self(gauge.clone())
-    }
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.0.decrement(1.0);
-    }
-}
-
-impl std::fmt::Debug for Open {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Open")
-    }
-}
 
 /// Every series of the agent. Shared by `Arc`; all methods are cheap and never block, but for [`Metrics::render`].
 pub struct Metrics {
@@ -295,59 +222,6 @@ impl std::fmt::Debug for Metrics {
     }
 }
 
-/// Registers series with their help text; used only while a [`Metrics`] is made.
-struct Register<'a>(&'a PrometheusRecorder);
-
-const METADATA: Metadata<'static> = Metadata::new("durward", Level::INFO, None);
-
-impl Register<'_> {
-    fn key(name: &'static str, labels: &[(&'static str, &'static str)]) -> Key {
-        Key::from_parts(name, labels.iter().map(|(k, v)| Label::from_static_parts(k, v)).collect::<Vec<_>>())
-    }
-
-    fn counter(
-        &self,
-        name: &'static str,
-        help: &'static str,
-        labels: &[(&'static str, &'static str)],
-    ) -> Counter {
-        self.0.describe_counter(KeyName::from_const_str(name), None, help.into());
-        self.0.register_counter(&Self::key(name, labels), &METADATA)
-    }
-
-    fn gauge(
-        &self,
-        name: &'static str,
-        help: &'static str,
-        labels: &[(&'static str, &'static str)],
-    ) -> Gauge {
-        self.0.describe_gauge(KeyName::from_const_str(name), None, help.into());
-        self.0.register_gauge(&Self::key(name, labels), &METADATA)
-    }
-
-    fn histogram(
-        &self,
-        name: &'static str,
-        help: &'static str,
-        label: (&'static str, &'static str),
-    ) -> Histogram {
-        self.0.describe_histogram(KeyName::from_const_str(name), None, help.into());
-        self.0.register_histogram(&Self::key(name, &[label]), &METADATA)
-    }
-
-    fn counters<L: Closed>(&self, name: &'static str, help: &'static str) -> By<L, Counter> {
-        By::new(|value: L| self.counter(name, help, &[(L::KEY, value.text())]))
-    }
-
-    fn gauges<L: Closed>(&self, name: &'static str, help: &'static str) -> By<L, Gauge> {
-        By::new(|value: L| self.gauge(name, help, &[(L::KEY, value.text())]))
-    }
-
-    fn histograms<L: Closed>(&self, name: &'static str, help: &'static str) -> By<L, Histogram> {
-        By::new(|value: L| self.histogram(name, help, (L::KEY, value.text())))
-    }
-}
-
 impl Metrics {
     /// Registers every series. Made once per agent; tests make as many as they like.
     #[must_use]
@@ -356,7 +230,7 @@ impl Metrics {
             .set_buckets(&BUCKETS)
             .expect("the list of buckets is not empty")
             .build_recorder();
-        let make = Register(&recorder);
+        let make = Registry::new(&recorder);
         make.gauge(
             "durward_build_info",
             "Always 1; the label tells the version that runs.",
@@ -511,9 +385,7 @@ impl Metrics {
 
     /// A call or stream is open while the answer is kept.
     pub fn stream_opened(&self, method: Method) -> Open {
-        let mut open = Open(Gauge::noop());
-        self.streams_open.with(method, |gauge| open = Open::count(gauge));
-        open
+        self.streams_open.with(method, Open::count)
     }
 
     /// A peer's selectors were learnt.
@@ -628,6 +500,11 @@ impl Metrics {
         &self.recorder
     }
 
+    /// Where a room registers its series.
+    pub fn registry(&self) -> Registry<'_> {
+        Registry::new(&self.recorder)
+    }
+
     /// Calls `ask` before each rendering, to set what is counted elsewhere. It must not block, nor call this.
     pub fn before_render(&self, ask: impl Fn(&Self) + Send + 'static) {
         self.ask.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(ask));
@@ -702,76 +579,8 @@ pub struct SnapshotSizes {
     pub federated_bundles: usize,
 }
 
-/// The series that every Prometheus client library has of its own process, under their usual names.
-struct Process {
-    /// Unix time, in seconds.
-    started: Option<f64>,
-    ticks_per_second: f64,
-}
-
-impl Process {
-    fn read() -> Self {
-        let ticks = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok().flatten();
-        let ticks_per_second = ticks.and_then(|t| u32::try_from(t).ok()).map_or(100.0, f64::from);
-        let booted = fs::read_to_string("/proc/stat")
-            .ok()
-            .and_then(|stat| stat.lines().find_map(|l| l.strip_prefix("btime ")?.trim().parse::<f64>().ok()));
-        // Field 22 of stat(5); the fields are counted from the third, after the name in brackets.
-        let started = own_stat().and_then(|stat| stat.get(19).copied());
-        let started = booted.zip(started).map(|(booted, ticks)| booted + ticks / ticks_per_second);
-        Self { started, ticks_per_second }
-    }
-
-    fn write(&self, text: &mut String) {
-        let mut series = |kind: &str, name: &str, help: &str, value: Option<f64>| {
-            // A value that cannot be read is left out: zero would be a lie.
-            let Some(value) = value else { return };
-            // Writing to a String cannot fail.
-            write!(text, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}\n\n")
-                .unwrap_or_default();
-        };
-        // Fields 14 and 15 of stat(5): ticks in user and in kernel mode.
-        let cpu = own_stat().and_then(|stat| Some((stat.get(11)? + stat.get(12)?) / self.ticks_per_second));
-        let resident = fs::read_to_string("/proc/self/status").ok().and_then(|status| {
-            let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
-            Some(line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()? * 1024.0)
-        });
-        // One of them is the directory being read.
-        let open = fs::read_dir("/proc/self/fd").ok().map(|fds| float(fds.count().saturating_sub(1)));
-        let most = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).ok();
-        let most = most.map(|(soft, _hard)| float_u64(soft));
-        series(
-            "gauge",
-            "process_start_time_seconds",
-            "When the process started, as a Unix time.",
-            self.started,
-        );
-        series("counter", "process_cpu_seconds_total", "CPU time used, in user and kernel mode.", cpu);
-        series("gauge", "process_resident_memory_bytes", "Memory that is in RAM.", resident);
-        series("gauge", "process_open_fds", "Open file descriptors.", open);
-        series("gauge", "process_max_fds", "The most file descriptors that may be open.", most);
-    }
-}
-
-/// The numbers of `/proc/self/stat` from the fourth field on, with the third (a letter) as zero.
-fn own_stat() -> Option<Vec<f64>> {
-    let stat = fs::read_to_string("/proc/self/stat").ok()?;
-    // The name may hold spaces and brackets; the last bracket ends it.
-    let (_, rest) = stat.rsplit_once(')')?;
-    Some(rest.split_ascii_whitespace().map(|field| field.parse().unwrap_or_default()).collect())
-}
-
 fn unix(time: SystemTime) -> f64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
-}
-
-fn float(count: usize) -> f64 {
-    float_u64(u64::try_from(count).unwrap_or(u64::MAX))
-}
-
-#[expect(clippy::as_conversions, reason = "there is no From; a count above 2^53 may be off by one")]
-fn float_u64(count: u64) -> f64 {
-    count as f64
 }
 
 #[cfg(test)]

@@ -44,7 +44,7 @@ pub struct ConfigErrors {
 }
 
 impl ConfigErrors {
-    pub(super) fn new(list: Vec<ConfigError>, left_out: usize) -> Self {
+    pub(crate) fn new(list: Vec<ConfigError>, left_out: usize) -> Self {
         Self { list, left_out }
     }
 

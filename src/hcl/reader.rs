@@ -18,13 +18,13 @@ const MAX_DEPTH: usize = 32;
 
 /// The text cannot be read on from here.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct SyntaxError {
-    pub(super) place: Place,
-    pub(super) message: String,
+pub(crate) struct SyntaxError {
+    pub(crate) place: Place,
+    pub(crate) message: String,
 }
 
 /// Reads a whole text: JSON when its first character that is no space is `{`, else HCL.
-pub(super) fn read(file: u32, text: &str) -> Result<Node, SyntaxError> {
+pub(crate) fn read(file: u32, text: &str) -> Result<Node, SyntaxError> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let json = text.trim_start().starts_with('{');
     let mut reader = Reader { json, rest: text, place: Place { file, line: 1, column: 1 } };

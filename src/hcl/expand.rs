@@ -3,7 +3,7 @@
 /// Replaces `$NAME` and `${NAME}`, comments included; `$$` becomes `$`, a variable that is not set becomes nothing.
 ///
 /// As in Go: a `$` before anything else stays, `${}` is dropped, and so is a `${` that is never closed.
-pub(super) fn expand(text: &str, value_of: &dyn Fn(&str) -> Option<String>) -> String {
+pub(crate) fn expand(text: &str, value_of: &dyn Fn(&str) -> Option<String>) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
     while let Some((before, after)) = rest.split_once('$') {

@@ -1,0 +1,15 @@
+//! The language of `agent.conf`: HCL 1 as spire-agent reads it, or the same as JSON, as a tree of keys with their
+//! places.
+//!
+//! Not trusted: the text, which may be wrong in any way. It never panics, and every mistake is kept with its place.
+//! Absent: what a key means, which is for the room whose setting it is.
+
+pub(crate) mod duration;
+mod error;
+pub(crate) mod expand;
+pub(crate) mod reader;
+pub(crate) mod section;
+pub(crate) mod tree;
+
+pub use duration::{parse_duration, show_duration};
+pub use error::{ConfigError, ConfigErrors};

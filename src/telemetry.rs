@@ -1,0 +1,12 @@
+//! What people see of a running agent: metrics, the log, and the endpoints that probes ask.
+//!
+//! Nothing here is secret and nothing may wait: a caller's bytes reach a line or a label only through a closed set.
+
+mod chain;
+pub mod http;
+pub mod log;
+pub mod metrics;
+mod process;
+pub mod registry;
+
+pub(crate) use chain::chain;

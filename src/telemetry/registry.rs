@@ -1,0 +1,161 @@
+//! How series come into being: registered once, under closed sets of labels, by the room whose events they count.
+//!
+//! A room says its own words (`labels!`), registers its series with the [`Registry`] at start, and
+//! keeps the handles. Nothing that a caller or an entry chose can become a label value, since a label's values are
+//! those of an enum.
+
+use std::marker::PhantomData;
+
+use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label as Pair, Level, Metadata, Recorder};
+
+/// One of a closed set of label values.
+pub trait Label: Copy + 'static {
+    /// The label's name.
+    const KEY: &'static str;
+    /// Every value, in the order of [`Label::at`].
+    const VALUES: &'static [Self];
+    /// The label's value as scraped.
+    fn text(self) -> &'static str;
+    /// Where it stands in [`Label::VALUES`].
+    fn at(self) -> usize;
+}
+
+/// Declares an enum as a set of label values: `labels! { /// Doc. Name, "key" { /// Doc. Case = "text", } }`.
+macro_rules! labels {
+    ($(#[$doc:meta])* $name:ident, $key:literal { $($(#[$case_doc:meta])* $case:ident = $text:literal,)+ }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum $name { $($(#[$case_doc])* $case,)+ }
+
+        impl $crate::telemetry::registry::Label for $name {
+            const KEY: &'static str = $key;
+            const VALUES: &'static [Self] = &[$(Self::$case),+];
+            fn text(self) -> &'static str {
+                match self { $(Self::$case => $text,)+ }
+            }
+            #[expect(clippy::as_conversions, reason = "the discriminant of an enum without fields")]
+            fn at(self) -> usize {
+                self as usize
+            }
+        }
+    };
+}
+pub(crate) use labels;
+
+/// One handle for each value of a label.
+pub struct By<L, H> {
+    handles: Box<[H]>,
+    label: PhantomData<L>,
+}
+
+impl<L: Label, H> By<L, H> {
+    /// Registers one for each value.
+    pub fn new(register: impl Fn(L) -> H) -> Self {
+        Self { handles: L::VALUES.iter().map(|value| register(*value)).collect(), label: PhantomData }
+    }
+
+    /// Acts on the handle of `value`.
+    pub fn with<R>(&self, value: L, act: impl FnOnce(&H) -> R) -> R {
+        act(self.handles.get(value.at()).expect("there is a handle for each value"))
+    }
+}
+
+/// A value that goes up and down as things open and close; goes down when dropped.
+#[must_use = "what it counts is counted as closed when this is dropped"]
+pub struct Open(Gauge);
+
+impl Open {
+    /// Counts one more as open.
+    pub fn count(gauge: &Gauge) -> Self {
+        gauge.increment(1.0);
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.decrement(1.0);
+    }
+}
+
+impl std::fmt::Debug for Open {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Open")
+    }
+}
+
+/// Registers series with their help text; used while the agent is built.
+#[derive(Clone, Copy)]
+pub struct Registry<'a>(&'a dyn Recorder);
+
+const METADATA: Metadata<'static> = Metadata::new("durward", Level::INFO, None);
+
+impl<'a> Registry<'a> {
+    /// Registers with `recorder`.
+    pub fn new(recorder: &'a dyn Recorder) -> Self {
+        Self(recorder)
+    }
+
+    fn key(name: &'static str, labels: &[(&'static str, &'static str)]) -> Key {
+        Key::from_parts(name, labels.iter().map(|(k, v)| Pair::from_static_parts(k, v)).collect::<Vec<_>>())
+    }
+
+    /// A counter.
+    pub fn counter(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        labels: &[(&'static str, &'static str)],
+    ) -> Counter {
+        self.0.describe_counter(KeyName::from_const_str(name), None, help.into());
+        self.0.register_counter(&Self::key(name, labels), &METADATA)
+    }
+
+    /// A gauge.
+    pub fn gauge(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        labels: &[(&'static str, &'static str)],
+    ) -> Gauge {
+        self.0.describe_gauge(KeyName::from_const_str(name), None, help.into());
+        self.0.register_gauge(&Self::key(name, labels), &METADATA)
+    }
+
+    /// A histogram of seconds.
+    pub fn histogram(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        label: (&'static str, &'static str),
+    ) -> Histogram {
+        self.0.describe_histogram(KeyName::from_const_str(name), None, help.into());
+        self.0.register_histogram(&Self::key(name, &[label]), &METADATA)
+    }
+
+    /// A counter for each value of a label.
+    pub fn counters<L: Label>(&self, name: &'static str, help: &'static str) -> By<L, Counter> {
+        By::new(|value: L| self.counter(name, help, &[(L::KEY, value.text())]))
+    }
+
+    /// A gauge for each value of a label.
+    pub fn gauges<L: Label>(&self, name: &'static str, help: &'static str) -> By<L, Gauge> {
+        By::new(|value: L| self.gauge(name, help, &[(L::KEY, value.text())]))
+    }
+
+    /// A histogram for each value of a label.
+    pub fn histograms<L: Label>(&self, name: &'static str, help: &'static str) -> By<L, Histogram> {
+        By::new(|value: L| self.histogram(name, help, (L::KEY, value.text())))
+    }
+}
+
+/// A count as metrics have it.
+pub fn float(count: usize) -> f64 {
+    float_u64(u64::try_from(count).unwrap_or(u64::MAX))
+}
+
+/// A count as metrics have it.
+#[expect(clippy::as_conversions, reason = "there is no From; a count above 2^53 may be off by one")]
+pub fn float_u64(count: u64) -> f64 {
+    count as f64
+}
