@@ -79,7 +79,7 @@ impl WorkloadApi {
         let snapshot = store.snapshot();
         let entries = identities(&snapshot, &selectors, query.spiffe_id.as_ref())
             .inspect_err(|NoIdentity| admitted.attestation_failed())?;
-        limits.admit_identities(&mut admitted, &entries)?;
+        limits.admit_identities(&mut admitted, entries.iter().map(AuthorizedEntry::spiffe_id))?;
 
         let mut svids = Vec::with_capacity(entries.len());
         for entry in &entries {
@@ -140,7 +140,7 @@ impl WorkloadApi {
         let changes = store.subscribe();
         let entries = identities(&store.snapshot(), &selectors, None)
             .inspect_err(|NoIdentity| admitted.attestation_failed())?;
-        limits.admit_identities(&mut admitted, &entries)?;
+        limits.admit_identities(&mut admitted, entries.iter().map(AuthorizedEntry::spiffe_id))?;
 
         let mut state = X509Svids {
             parts: Arc::clone(&self.parts),
@@ -166,9 +166,11 @@ impl WorkloadApi {
         let changes = store.subscribe();
         let snapshot = store.snapshot();
         match authorize(&snapshot.index, &selectors, None) {
-            Ok(entries) => limits.admit_identities(&mut admitted, &entries)?,
+            Ok(entries) => {
+                limits.admit_identities(&mut admitted, entries.iter().map(AuthorizedEntry::spiffe_id))?
+            }
             Err(NoIdentity) if snapshot.policy.allow_unauthenticated_verifiers => {
-                limits.admit_identities(&mut admitted, &[])?;
+                limits.admit_identities(&mut admitted, [])?;
             }
             Err(NoIdentity) => admitted.attestation_failed(),
         }

@@ -78,7 +78,7 @@ fn entries(paths: &[&str]) -> Vec<AuthorizedEntry> {
 /// A call to its end: what the handler of a method does.
 fn call(limits: &Limits, uid: u32, method: Method, entries: &[AuthorizedEntry]) -> Result<(), Refusal> {
     let mut admitted = limits.admit_caller(Uid(uid), method)?;
-    limits.admit_identities(&mut admitted, entries)
+    limits.admit_identities(&mut admitted, entries.iter().map(AuthorizedEntry::spiffe_id))
 }
 
 /// How many calls pass before one is refused.
@@ -218,13 +218,13 @@ async fn a_call_pays_what_it_cost() {
     let admit = || limits.admit_caller(Uid(1), JWT).unwrap();
 
     let mut admitted = admit();
-    limits.admit_identities(&mut admitted, &web).unwrap();
+    limits.admit_identities(&mut admitted, [id]).unwrap();
     assert_eq!(left(), (99, 99), "held by the caller, taken from the identity");
     drop(admitted);
     assert_eq!(left(), (99, 99), "an answer from memory");
 
     let mut admitted = admit();
-    limits.admit_identities(&mut admitted, &web).unwrap();
+    limits.admit_identities(&mut admitted, [id]).unwrap();
     admitted.signed(id);
     drop(admitted);
     assert_eq!(left(), (94, 94), "a signature");
@@ -273,7 +273,7 @@ async fn attestations_in_flight_are_shared() {
     assert_eq!((none.len(), refusal.stage, refusal.shed), (0, Stage::Node, true));
     drop((other, more));
     for mut admitted in third {
-        limits.admit_identities(&mut admitted, &entries(&["a"])).unwrap();
+        limits.admit_identities(&mut admitted, [entries(&["a"])[0].spiffe_id()]).unwrap();
         assert!(limits.admit_caller(Uid(4), JWT).is_ok(), "attested: the slot is free though the call lives");
     }
 }
