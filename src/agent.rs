@@ -31,7 +31,7 @@ use crate::{
     config::{self, Config, LogFormat},
     identity::{SpiffeId, TrustDomain},
     issuer::embedded::Embedded,
-    limits::{self, Limits},
+    limits::{self, GatePlan, Limits},
     os::{clock::Clock, systemd::ServiceManager},
     peer::{self, Listener, OsUid, RequestBody, Socket, Stats, cgroup::PodOrUid},
     store::{JwtCache, Policy, Signer, Sync, X509Cache},
@@ -40,6 +40,7 @@ use crate::{
         http::{HealthState, HttpListener, Probe, Routes},
         log::{self, Log},
         metrics::{Metrics, ReloadResult},
+        registry::Registry,
     },
 };
 
@@ -126,8 +127,9 @@ impl Running {
 
         let means = gate::Means::of_this_process();
         let budget = config.ratelimit.memory.budget(means.cgroup);
-        let limits = Limits::new(&config.ratelimit, clock, metrics.recorder())?;
-        let gate = limits::Gate::new(&config.ratelimit, means.nofile, budget, &limits)?;
+        let gate_plan = GatePlan::new(&config.ratelimit, means.nofile, budget)?;
+        let limits = Limits::new(&config.ratelimit, clock, Registry::new(metrics.recorder()));
+        let gate = limits::Gate::new(gate_plan, &limits);
 
         let mut http = Vec::new();
         if let Some(at) = &config.prometheus {
@@ -294,9 +296,9 @@ impl Running {
         }
         let budget = next.ratelimit.memory.budget(self.means.cgroup);
         // What may still refuse is asked before anything changes.
-        limits::Gate::check(&next.ratelimit, self.means.nofile, budget)?;
-        self.limits.reload(&next.ratelimit)?;
-        self.gate.reload(&next.ratelimit, self.means.nofile, budget)?;
+        let gate_plan = GatePlan::new(&next.ratelimit, self.means.nofile, budget)?;
+        self.limits.reload(&next.ratelimit);
+        self.gate.reload(gate_plan);
         self.memory.send_replace(watch::Budget { settings: next.ratelimit.memory, bytes: budget });
         let connections = connection_settings(&next, self.means);
         self.connections.send_if_modified(|old| std::mem::replace(old, connections.clone()) != connections);

@@ -81,7 +81,7 @@ pub struct Config {
     /// Default 5 s. Reloads.
     pub drain_timeout: Duration,
     /// `ratelimit`, and whose subordinate UIDs are whose. Reloads, and keeps what was spent.
-    pub ratelimit: limits::Settings,
+    pub ratelimit: limits::LimitSettings,
     /// `agent.kubernetes`. Restart to change.
     pub kubernetes: Kubernetes,
 }

@@ -13,7 +13,7 @@ use crate::{
     attest::AttestError,
     identity::{NoIdentity, jwt::JwtError, spiffe_id::SpiffeIdError},
     issuer::embedded::IssuerError,
-    limits::Refusal,
+    limits::{Refusal, RejectionStatus},
 };
 
 /// Why a Workload API call got no answer.
@@ -87,7 +87,10 @@ impl RequestError {
             | Self::BadSpiffeId(_)
             | Self::BadToken(_) => Code::InvalidArgument,
             Self::NoIdentity(_) => Code::PermissionDenied,
-            Self::Refused(refusal) => refusal.code(),
+            Self::Refused(refusal) => match refusal.status {
+                RejectionStatus::ResourceExhausted => Code::ResourceExhausted,
+                RejectionStatus::Unavailable => Code::Unavailable,
+            },
             Self::OtherPidNamespace => Code::FailedPrecondition,
             Self::Attestation(_) | Self::JwtSvid(_) | Self::X509Svid(_) | Self::Draining => Code::Unavailable,
             Self::NoWitSvids | Self::NoWitBundles => Code::Unimplemented,
