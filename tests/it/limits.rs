@@ -3,13 +3,12 @@
 use std::{
     collections::BTreeMap,
     num::NonZeroU32,
-    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use durward::{
     api::status::RequestError,
-    identity::{AuthorizedEntry, Entry, EntryId, EntryIndex, Selector, Selectors, SpiffeId, authorize},
+    identity::SpiffeId,
     limits::{
         Admitted, Attestations, CallerKey, ConnectionPermit, ConnectionRefusal, ConnectionSettings, Families,
         Gate, GatePlaces, GatePlan, GateRule, GateRules, GateSettings, LimitSettings, Limits, Method,
@@ -78,34 +77,19 @@ fn limits(settings: &LimitSettings) -> Limits {
     Limits::new(settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder))
 }
 
-/// Authorized entries for `spiffe://td/...`, in this order.
-fn entries(paths: &[&str]) -> Vec<AuthorizedEntry> {
-    let selectors: Selectors = [Selector::parse("unix:uid:1").unwrap()].into_iter().collect();
-    let entries = paths.iter().enumerate().map(|(at, path)| {
-        Arc::new(Entry {
-            id: EntryId::new(&format!("{at:04}")),
-            spiffe_id: SpiffeId::parse(&format!("spiffe://td/{path}")).unwrap(),
-            selectors: selectors.clone(),
-            x509_svid_ttl: None,
-            jwt_svid_ttl: None,
-            hint: "".into(),
-            dns_names: vec![],
-            federates_with: Default::default(),
-            created_at: 0,
-            revision: 0,
-        })
-    });
-    authorize(&EntryIndex::new(entries), &selectors, None).unwrap()
+/// SPIFFE IDs `spiffe://td/...`, in this order.
+fn entries(paths: &[&str]) -> Vec<SpiffeId> {
+    paths.iter().map(|path| SpiffeId::parse(&format!("spiffe://td/{path}")).unwrap()).collect()
 }
 
 /// A call to its end: what the handler of a method does.
-fn call(limits: &Limits, uid: u32, method: Method, entries: &[AuthorizedEntry]) -> Result<(), Refusal> {
+fn call(limits: &Limits, uid: u32, method: Method, entries: &[SpiffeId]) -> Result<(), Refusal> {
     let mut admitted = limits.admit_caller(Uid(uid), method)?;
-    limits.admit_identities(&mut admitted, entries.iter().map(AuthorizedEntry::spiffe_id))
+    limits.admit_identities(&mut admitted, entries)
 }
 
 /// How many calls pass before one is refused.
-fn passes(limits: &Limits, uid: u32, method: Method, entries: &[AuthorizedEntry]) -> u32 {
+fn passes(limits: &Limits, uid: u32, method: Method, entries: &[SpiffeId]) -> u32 {
     (0..10_000).find(|_| call(limits, uid, method, entries).is_err()).unwrap_or(10_000)
 }
 
@@ -227,7 +211,7 @@ async fn a_call_pays_what_it_cost() {
     let (caller, identity) = (Layers::new(rule.clone()), Layers::new(rule));
     let limits = limits(&LimitSettings { caller, identity, ..open() });
     let web = entries(&["web"]);
-    let id = web[0].spiffe_id();
+    let id = &web[0];
     let left = || {
         let of = |left: Option<(u32, u32)>| left.unwrap().0;
         (of(limits.left_to_caller(CallerKey::Uid(1), JWT)), of(limits.left_to_identity(id, JWT)))
@@ -285,7 +269,7 @@ async fn attestations_in_flight_are_shared() {
     assert_eq!((none.len(), refusal.stage, refusal.shed), (0, Stage::Node, true));
     drop((other, more));
     for mut admitted in third {
-        limits.admit_identities(&mut admitted, [entries(&["a"])[0].spiffe_id()]).unwrap();
+        limits.admit_identities(&mut admitted, &entries(&["a"])).unwrap();
         assert!(limits.admit_caller(Uid(4), JWT).is_ok(), "attested: the slot is free though the call lives");
     }
 }
