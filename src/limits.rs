@@ -2,31 +2,36 @@
 //!
 //! # Which bucket is charged, in what order, and why
 //!
-//! Narrow before wide: what only the caller has is asked first, what all share last, so that a caller over its own limit takes
-//! nothing from the others. What was taken before a refusal is given back: tokens are *held* first and *settled* when the
-//! call's cost is known (see [`bucket`]; [`table`] keeps them).
+//! Narrow before wide: what only the caller has is asked first, what all share last, so that a caller over its
+//! own limit takes nothing from the others. What was taken before a refusal is given back: tokens are *held*
+//! first and *settled* when the call's cost is known (see [`bucket`]; [`table`] keeps them).
 //!
-//! | when | asks, in this order | key | settings |
-//! |---|---|---|---|
-//! | accept ([`gate`]) | 1 blocked? 2 its open connections, and its family's 3 its rate of new ones 4 the node's connections and memory | caller | [`GateSettings`] |
-//! | before attestation ([`Limits::admit_caller`]) | 1 blocked? 2 the caller's bucket for the method 3 its share of attestations in flight, then all of them 4 for a method without identity, as 7 | caller, method | [`LimitSettings::caller`], [`NodeSettings`] |
-//! | after attestation ([`Limits::admit_identities`]) | 5 blocked? 6 the bucket of each identity: all, or none is charged 7 the node's bucket for the method | SPIFFE ID, method | [`LimitSettings::identity`], [`NodeSettings`] |
-//! | afterwards ([`Admitted`]) | what it cost: the price of an answer, of a signature, of a failed attestation; nothing if refused | as before | [`rule::Costs`] |
+//! 1. **At accept** ([`gate`], set by [`GateSettings`]), of the caller: is it blocked? its open connections, and its
+//!    family's; its rate of new ones; then the node's connections and memory.
+//! 2. **Before attestation** ([`Limits::admit_caller`], set by [`LimitSettings::caller`] and [`NodeSettings`]), of the
+//!    caller and the method: is it blocked? the caller's bucket for the method; its share of the attestations in
+//!    flight, then all of them; for a method without identity, the node's bucket.
+//! 3. **After attestation** ([`Limits::admit_identities`], set by [`LimitSettings::identity`] and [`NodeSettings`]), of
+//!    each SPIFFE ID and the method: is it blocked? its bucket, where all are charged or none; then the node's bucket.
+//! 4. **Afterwards** ([`Admitted`], set by [`rule::Costs`]): the price of an answer, of a signature or of a failed
+//!    attestation is paid; nothing, if the call was refused.
 //!
-//! The node's bucket comes last of all, after the identities' and not once per stage, as nothing can refuse after it: it never has to give
-//! back. What stands between strangers and attestation node-wide is the number in flight, which a caller has a share of
-//! ([`slots`]).
+//! The node's bucket comes last of all, after the identities' and not once per stage, as nothing can refuse
+//! after it: it never has to give back. What stands between strangers and attestation node-wide is the number
+//! in flight, which a caller has a share of ([`slots`]).
 //!
-//! Bundle calls charge the caller's default identity, the first. ValidateJWTSVID needs none: the caller stage alone; nor does what
-//! is no Workload API (health, reflection), which is charged as [`Method::Other`]. Streams are charged when they open. The agent's
-//! own look at its health does not go through the socket, and is charged to nobody. A caller that is exempt is charged nothing at
-//! any stage; `unlimited` frees from the stage's own bucket alone.
+//! Bundle calls charge the caller's default identity, the first. ValidateJWTSVID needs none: the caller stage
+//! alone; nor does what is no Workload API (health, reflection), which is charged as [`Method::Other`]. Streams
+//! are charged when they open. The agent's own look at its health does not go through the socket, and is
+//! charged to nobody. A caller that is exempt is charged nothing at any stage; `unlimited` frees from the
+//! stage's own bucket alone.
 //!
-//! A *family* is a user with all the UIDs that were given to it (subuid(5)): whoever can be many callers is one where places are
-//! counted that all share ([`Families`]).
+//! A *family* is a user with all the UIDs that were given to it (subuid(5)): whoever can be many callers is one
+//! where places are counted that all share ([`Families`]).
 //!
-//! Which rule holds: [`policy`] (default < method < override; the most specific override), at a time: [`schedule`]. What an
-//! answer to a refusal says: [`Refusal`]. What people see: [`report`] and [`counters`]. Memory: [`budget`].
+//! Which rule holds: [`policy`] (default < method < override; the most specific override), at a time:
+//! [`schedule`]. Why something is refused: [`refusal`]. What people see: [`report`], [`counters`] and
+//! [`standings`]. Memory: [`budget`].
 //!
 //! # Trust
 //!
@@ -47,6 +52,7 @@ pub mod method;
 pub mod pace;
 pub mod pattern;
 pub mod policy;
+mod pool;
 pub mod refusal;
 pub mod report;
 pub mod rule;

@@ -1,12 +1,12 @@
 //! `ratelimit`: from blocks to [`LimitSettings`].
 //!
-//! A limit is written in one way everywhere: `rate`, `per` and `burst`, or one of `exempt`, `block` and `unlimited`. What
-//! a block does not say about costs and dry run is as in the block around it, and a `method` without a limit of its own
-//! takes that one too; in [`LimitSettings`] each rule is whole. Blocks with one label are read as one, across all
-//! files, so whatever is set in two places is an error that names both.
+//! A limit is written in one way everywhere: `rate`, `per` and `burst`, or one of `exempt`, `block` and
+//! `unlimited`. What a block does not say about costs and dry run is as in the block around it, and a `method`
+//! without a limit of its own takes that one too; in [`LimitSettings`] each rule is whole. Blocks with one
+//! label are read as one, across all files, so whatever is set in two places is an error that names both.
 //!
-//! What is right is for the constructors in [`limits`](crate::limits) to say. They are asked here with what was read, so that
-//! each mistake is told with its place.
+//! What is right is for the constructors in [`limits`](crate::limits) to say. They are asked here with what was
+//! read, so that each mistake is told with its place.
 
 mod rule;
 mod stage;

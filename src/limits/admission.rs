@@ -1,9 +1,10 @@
 //! The decisions about a call, before and after attestation.
 //!
-//! [`Limits::admit_caller`] gives an [`Admitted`], without which nobody attests; [`Limits::admit_identities`] is asked with it
-//! once the identities are known. An [`Admitted`] holds the caller's tokens while the call runs, and settles when it is
-//! dropped: so a call that is cancelled half-way is paid, and one that is refused is not. Nothing here waits, and a decision
-//! takes no memory; a lock is held for a table look-up. Which bucket in what order: see [`super`].
+//! [`Limits::admit_caller`] gives an [`Admitted`], without which nobody attests; [`Limits::admit_identities`]
+//! is asked with it once the identities are known. An [`Admitted`] holds the caller's tokens while the call
+//! runs, and settles when it is dropped: so a call that is cancelled half-way is paid, and one that is refused
+//! is not. Nothing here waits, and a decision takes no memory; a lock is held for a table look-up. Which bucket
+//! in what order: see [`super`].
 
 use std::{sync::Arc, time::Duration};
 
@@ -42,8 +43,8 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// Limits as the settings have them. `wall` is what schedules go by; buckets go by the runtime's monotonic clock, which
-    /// tests can move.
+    /// Limits as the settings have them. `wall` is what schedules go by; buckets go by the runtime's monotonic
+    /// clock, which tests can move.
     pub fn new(settings: &LimitSettings, wall: Clock, registry: Registry<'_>) -> Self {
         Self { ledger: Arc::new(Ledger::new(settings, wall, registry)) }
     }
@@ -92,14 +93,15 @@ impl Limits {
         Ok(Admitted::new(peer, charge, slot))
     }
 
-    /// Charges an admitted call to the identities it is answered with: all of them, or none. `ids` in the order in which
-    /// they are served, the default identity first; bundle calls are charged to that one alone. Attestation is over
-    /// then, and its slot is free.
+    /// Charges an admitted call to the identities it is answered with: all of them, or none. `ids` in the order
+    /// in which they are served, the default identity first; bundle calls are charged to that one alone.
+    /// Attestation is over then, and its slot is free.
     ///
     /// Identities that share a bucket (the same SPIFFE ID, or a mask) are charged to it once.
     ///
     /// # Errors
-    /// [`Refusal`] when one of them has no tokens left; nothing was charged then, and the caller's tokens are given back.
+    /// [`Refusal`] when one of them has no tokens left; nothing was charged then, and the caller's tokens are
+    /// given back.
     pub fn admit_identities<'a, P>(
         &self,
         admitted: &mut Admitted<P>,
@@ -145,7 +147,7 @@ struct IdentityCall<'a> {
 }
 
 /// An identity that refuses.
-struct Refusing<'a> {
+struct RefusingId<'a> {
     wait: Duration,
     reason: Reason,
     charged_as: ChargedAs,
@@ -176,8 +178,8 @@ pub(super) fn identity_name(id: &SpiffeId, choice: &Choice<'_, IdPattern>) -> Bu
 }
 
 impl Ledger {
-    /// The caller's own bucket. Returns the tokens it holds, and as whom the call counts as allowed once the last of this
-    /// stage has let it pass; what a dry run let pass is counted here.
+    /// The caller's own bucket. Returns the tokens it holds, and as whom the call counts as allowed once the
+    /// last of this stage has let it pass; what a dry run let pass is counted here.
     fn charge_caller(
         &self,
         call: &CallerCall<'_>,
@@ -206,8 +208,8 @@ impl Ledger {
         Ok((None, None))
     }
 
-    /// A place among the attestations in flight. Where a dry run of the caller's rule lets it pass without one, it does not
-    /// count as allowed.
+    /// A place among the attestations in flight. Where a dry run of the caller's rule lets it pass without one,
+    /// it does not count as allowed.
     fn take_slot(
         &self,
         call: &CallerCall<'_>,
@@ -241,7 +243,7 @@ impl Ledger {
         // Without an identity (a verifier that need not have one) the node alone is charged.
         let (mut node_counts, mut nobody) = (false, true);
         // Of several that refuse, the one to wait for longest.
-        let mut longest: Option<Refusing<'_>> = None;
+        let mut longest: Option<RefusingId<'_>> = None;
         for id in ids {
             nobody = false;
             let choice = plan.identity.choose(id, method);
@@ -256,7 +258,7 @@ impl Ledger {
             }
         }
         let done = match longest {
-            Some(Refusing { wait, reason, charged_as, id, choice }) => {
+            Some(RefusingId { wait, reason, charged_as, id, choice }) => {
                 let question = Question { plan, stage: Stage::Identity, method, dry: false };
                 self.refuse(&question, charged_as, reason, wait)
                     .inspect_err(|refusal| self.note(now, refusal, &identity_name(id, &choice)))
@@ -276,10 +278,10 @@ impl Ledger {
         id: &'a SpiffeId,
         choice: Choice<'a, IdPattern>,
         limit: Limit,
-    ) -> Option<Refusing<'a>> {
+    ) -> Option<RefusingId<'a>> {
         let IdentityCall { method, caller_exempt, now, .. } = *call;
         let own = if choice.shared.is_some() { ChargedAs::Shared } else { ChargedAs::SpiffeId };
-        let refusing = |reason, wait| Some(Refusing { wait, reason, charged_as: own, id, choice });
+        let refusing = |reason, wait| Some(RefusingId { wait, reason, charged_as: own, id, choice });
         let quota = match limit {
             // Exempt is from every bucket; what is blocked is blocked.
             Limit::Quota(quota) if !caller_exempt => quota,

@@ -46,8 +46,8 @@ impl<P> Admitted<P> {
         self.slot = None;
     }
 
-    /// Says that something was signed for this call: the caller and the identity pay [`Costs::signature`] in place of
-    /// [`Costs::answer`].
+    /// Says that something was signed for this call: the caller and the identity pay [`Costs::signature`] in
+    /// place of [`Costs::answer`].
     pub fn signed(&mut self, id: &SpiffeId) {
         self.charge.signed(id);
     }

@@ -1,13 +1,13 @@
 //! A token bucket, and what it is made of.
 //!
-//! A bucket is kept as the moment when it would be full again (the form that ATM's GCRA has), so that a bucket that
-//! is full says so without anybody knowing its quota: that moment is past. **Only such a bucket may be forgotten**
-//! ([`table`](super::table)): a fresh one equals it, so forgetting never gives tokens back.
+//! A bucket is kept as the moment when it would be full again (the form that ATM's GCRA has), so that a bucket
+//! that is full says so without anybody knowing its quota: that moment is past. **Only such a bucket may be
+//! forgotten** ([`table`](super::table)): a fresh one equals it, so forgetting never gives tokens back.
 //!
 //! - The quota comes with each call. A reload changes it from one call to the next; what was spent stays spent.
-//! - A call first *holds* tokens, and *settles* when it is known what it cost: nothing (it was refused further on), the
-//!   price of an answer, or more than was held, which is then a debt of at most one burst. Until then nothing has moved,
-//!   so a refund restores exactly what was.
+//! - A call first *holds* tokens, and *settles* when it is known what it cost: nothing (it was refused further
+//!   on), the price of an answer, or more than was held, which is then a debt of at most one burst. Until then
+//!   nothing has moved, so a refund restores exactly what was.
 
 use std::{num::NonZeroU32, time::Duration};
 
@@ -71,7 +71,10 @@ pub enum QuotaError {
     #[error("burst {0} must be from 1 to {most}", most = MAX_BURST)]
     Burst(u32),
     /// An empty bucket would need more than [`MAX_REFILL_DAYS`].
-    #[error("burst {burst} at this rate takes {days} days to come back; it must be at most {most}", most = MAX_REFILL_DAYS)]
+    #[error(
+        "burst {burst} at this rate takes {days} days to come back; it must be at most {most}",
+        most = MAX_REFILL_DAYS
+    )]
     Refill {
         /// The burst.
         burst: u32,
@@ -83,7 +86,8 @@ pub enum QuotaError {
     Unit(Box<str>),
 }
 
-/// How many tokens a bucket holds and how fast they come back. No part is zero, so that it always admits in the end.
+/// How many tokens a bucket holds and how fast they come back. No part is zero, so that it always admits in the
+/// end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quota {
     /// Nanoseconds until one token is back.
@@ -118,7 +122,8 @@ impl Quota {
         Ok(Self { per_token, burst })
     }
 
-    /// `rate` tokens a second, `burst` at once; for the defaults, and for spire-agent's keys, where both are one number.
+    /// `rate` tokens a second, `burst` at once; for the defaults, and for spire-agent's keys, where both are
+    /// one number.
     ///
     /// # Errors
     /// [`QuotaError`] when a number is above its bound.
@@ -200,9 +205,9 @@ impl Bucket {
         Ok(())
     }
 
-    /// Ends a call: lets go of the `held` tokens and takes `cost`. No cost is a refund; a cost above what was held is
-    /// a debt, of which a bucket carries at most one burst. `quota` is the one that the call began with: another one that
-    /// holds meanwhile may have let more be spent, and that stays.
+    /// Ends a call: lets go of the `held` tokens and takes `cost`. No cost is a refund; a cost above what was
+    /// held is a debt, of which a bucket carries at most one burst. `quota` is the one that the call began
+    /// with: another one that holds meanwhile may have let more be spent, and that stays.
     pub fn settle(&mut self, now: u64, quota: Quota, held: u32, cost: u32) -> Level {
         self.held = self.held.saturating_sub(held);
         // A reload may have changed the price since the hold; tokens are tokens.
@@ -318,7 +323,8 @@ mod tests {
         assert_eq!(bucket.hold(SECOND, quota, 1), Err(Duration::from_secs(11)));
     }
 
-    /// A call that began under a small quota and ends under a large one gives nothing back of what was spent meanwhile.
+    /// A call that began under a small quota and ends under a large one gives nothing back of what was spent
+    /// meanwhile.
     #[test]
     fn a_call_that_ends_after_a_reload_forgives_nothing() {
         let (small, large) = (quota(1.0, 10), quota(1.0, 1000));

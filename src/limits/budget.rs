@@ -1,26 +1,28 @@
 //! How much memory the agent may use, and what it does as that runs out.
 //!
-//! The budget is the cgroup's limit, or what is set. What is used (the resident set, which others read) becomes one of four
-//! steps by a pure function; whoever asks it acts: caches shrink first, then connections stop growing, then the heaviest
-//! caller loses its own. Established streams of others are never cut. The figures for what things cost are for accounts and for
-//! the number of connections that fit; they were measured, and are rounded up.
+//! The budget is the cgroup's limit, or what is set. What is used (the resident set, which others read) becomes
+//! one of four steps by a pure function; whoever asks it acts: caches shrink first, then connections stop
+//! growing, then the heaviest caller loses its own. Established streams of others are never cut. The figures
+//! for what things cost are for accounts and for the number of connections that fit; they were measured, and
+//! are rounded up.
 //!
-//! Where memory is held by something else than connections (a hundred thousand entries, say), nobody's are cut: that would take
-//! identity away and give nothing back.
+//! Where memory is held by something else than connections (a hundred thousand entries, say), nobody's are cut:
+//! that would take identity away and give nothing back.
 
 use std::{fs, ops::RangeInclusive, path::Path};
 
 /// Live heap of an HTTP/2 connection with one stream (h2's fixed buffers, for the most part).
 pub const CONNECTION: u64 = 40 * 1024;
-/// Bytes of requests that are not complete, of all streams of a connection: one message of the largest size, and some beside
-/// it. More, and what is being sent is refused.
+/// Bytes of requests that are not complete, of all streams of a connection: one message of the largest size,
+/// and some beside it. More, and what is being sent is refused.
 pub const UPLOADS: u64 = 20 * 1024;
 /// A connection at its worst, with 16 streams: see [`connection_at_most`].
 pub const CONNECTION_AT_MOST: u64 = connection_at_most(16);
 
-/// A connection at its worst: so many streams open, each with a request that never ends, and [`UPLOADS`] of them here. By this
-/// the number of connections that fit is reckoned, as nobody has been charged for such a request yet, and it takes
-/// milliseconds to send it. Measured: 3 KiB for a stream, and three times what was sent.
+/// A connection at its worst: so many streams open, each with a request that never ends, and [`UPLOADS`] of
+/// them here. By this the number of connections that fit is reckoned, as nobody has been charged for such a
+/// request yet, and it takes milliseconds to send it. Measured: 3 KiB for a stream, and three times what was
+/// sent.
 pub const fn connection_at_most(streams: u32) -> u64 {
     #[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
     let streams = streams as u64;
@@ -28,15 +30,16 @@ pub const fn connection_at_most(streams: u32) -> u64 {
 }
 /// A known key in the table of a stage, with its share of the index and its parent.
 pub const KEY: u64 = 224;
-/// A cached JWT-SVID with its key, for audiences of ordinary length; for the longest that are kept it is twice that.
+/// A cached JWT-SVID with its key, for audiences of ordinary length; for the longest that are kept it is twice
+/// that.
 pub const CACHED_JWT_SVID: u64 = 2 * 1024;
 /// A cached X.509-SVID with its key, encoded once.
 pub const CACHED_X509_SVID: u64 = 4 * 1024;
 
 /// How far memory must fall below the beginning of a step for the step to end, in percent of the budget.
 const SLACK: u8 = 5;
-/// A caller is only ever cut off for memory when its connections, at their worst, are this part of the budget at least: else it
-/// is not they that fill it.
+/// A caller is only ever cut off for memory when its connections, at their worst, are this part of the budget
+/// at least: else it is not they that fill it.
 const HEAVY: u64 = 32;
 /// So many connections are enough, however large the budget; fewer than so many never are.
 const HEAVY_FROM: RangeInclusive<u64> = 3..=32;
@@ -69,7 +72,8 @@ impl MemorySteps {
     /// What a step may be.
     pub const RANGE: RangeInclusive<u8> = 1..=100;
 
-    /// From where on caches shrink, connections do not grow, and the heaviest caller's are closed: 70, 85 and 95 by default.
+    /// From where on caches shrink, connections do not grow, and the heaviest caller's are closed: 70, 85 and
+    /// 95 by default.
     ///
     /// # Errors
     /// [`MemoryStepsError`] for a step outside of [`MemorySteps::RANGE`], or not above the one before it.
@@ -103,7 +107,11 @@ impl Default for MemorySteps {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MemoryStepsError {
     /// Outside of [`MemorySteps::RANGE`].
-    #[error("step {0} must be from {least} to {most} percent", least = MemorySteps::RANGE.start(), most = MemorySteps::RANGE.end())]
+    #[error(
+        "step {0} must be from {least} to {most} percent",
+        least = MemorySteps::RANGE.start(),
+        most = MemorySteps::RANGE.end()
+    )]
     Range(u8),
     /// The step at this place, counted from 0, is not above the one before it.
     #[error("step {step} must be above the one before it")]
@@ -128,9 +136,9 @@ impl MemorySettings {
         self.limit.0.or(cgroup)
     }
 
-    /// How short memory is when `used` bytes of `budget` are used, and it was `before` short the last time. A step is left
-    /// only [`SLACK`] percent below where it began: what comes and goes around a line would else open and shut the door all
-    /// the time.
+    /// How short memory is when `used` bytes of `budget` are used, and it was `before` short the last time. A
+    /// step is left only [`SLACK`] percent below where it began: what comes and goes around a line would else
+    /// open and shut the door all the time.
     pub fn next(&self, before: Pressure, used: u64, budget: u64) -> Pressure {
         self.step(used, budget, 0).max(before.min(self.step(used, budget, SLACK)))
     }
@@ -160,11 +168,11 @@ pub enum Pressure {
     None,
     /// Forget what can be made again: cached SVIDs that nobody holds, full buckets ([`super::Limits::shrink`]).
     ShrinkCaches,
-    /// Callers that hold connections get no more. One that holds none, or one that it may have left already, still gets one: else
-    /// whoever fills memory would lock the others out.
+    /// Callers that hold connections get no more. One that holds none, or one that it may have left already,
+    /// still gets one: else whoever fills memory would lock the others out.
     RefuseNew,
-    /// Nobody gets a connection, and those of the heaviest caller ([`super::Gate::to_cut_off`]) are closed, if they are worth it
-    /// ([`is_heavy`]).
+    /// Nobody gets a connection, and those of the heaviest caller ([`super::Gate::to_cut_off`]) are closed, if
+    /// they are worth it ([`is_heavy`]).
     CloseHeaviest,
 }
 
@@ -218,9 +226,10 @@ impl Accounted {
     }
 }
 
-/// The lowest memory limit of a process's cgroup and of those above it, in bytes: `memory.max` and `memory.high` of version 2,
-/// `memory.limit_in_bytes` of version 1. `membership` is `/proc/self/cgroup`, `mount` is `/sys/fs/cgroup`. `None` where there is
-/// no limit, or nothing can be read: then there is no budget but a set one.
+/// The lowest memory limit of a process's cgroup and of those above it, in bytes: `memory.max` and
+/// `memory.high` of version 2, `memory.limit_in_bytes` of version 1. `membership` is `/proc/self/cgroup`,
+/// `mount` is `/sys/fs/cgroup`. `None` where there is no limit, or nothing can be read: then there is no budget
+/// but a set one.
 pub fn limit_of_cgroup(membership: &Path, mount: &Path) -> Option<u64> {
     let text = fs::read_to_string(membership).ok()?;
     let of_line = |line: &str| {
@@ -237,8 +246,9 @@ pub fn limit_of_cgroup(membership: &Path, mount: &Path) -> Option<u64> {
     text.lines().filter_map(of_line).min()
 }
 
-/// The lowest number in any of `files`, in the directory `path` below each of `roots` and all above it. A container sees
-/// its own cgroup as the root, and perhaps a path that is not there: what is missing has no limit.
+/// The lowest number in any of `files`, in the directory `path` below each of `roots` and all above it. A
+/// container sees its own cgroup as the root, and perhaps a path that is not there: what is missing has no
+/// limit.
 fn lowest(roots: &[std::path::PathBuf], path: &str, files: &[&str]) -> Option<u64> {
     let relative = Path::new(path.trim_start_matches('/'));
     // Version 1 writes "no limit" as a number near 2^63.

@@ -59,8 +59,8 @@ impl CallerKey {
     }
 }
 
-/// Users with the UIDs that were given to them (subuid(5)): each can run a process under every one of its own, and is one
-/// family. Read from `/etc/subuid`; what a directory server hands out is not seen.
+/// Users with the UIDs that were given to them (subuid(5)): each can run a process under every one of its own,
+/// and is one family. Read from `/etc/subuid`; what a directory server hands out is not seen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Families(Vec<UidsOfFamily>);
 
@@ -75,8 +75,8 @@ struct UidsOfFamily {
 const FAMILIES: usize = 1024;
 
 impl Families {
-    /// Parses a file of lines `user:first:count`; `uid` knows a user's UID, which is of its family too, unless it is root's.
-    /// Other lines are passed over, as shadow's own tools do.
+    /// Parses a file of lines `user:first:count`; `uid` knows a user's UID, which is of its family too, unless
+    /// it is root's. Other lines are passed over, as shadow's own tools do.
     pub fn parse(text: &str, uid: impl Fn(&str) -> Option<u32>) -> Self {
         let range = |line: &str| -> Option<(String, RangeInclusive<u32>)> {
             let mut fields = line.trim().split(':');
@@ -115,9 +115,9 @@ impl Families {
         }
     }
 
-    /// Who could bring more callers like this one into being, and shares an overflow bucket with them for it: its family. Where
-    /// none is known, users above 65,535 are taken for one by 65,536; those below, and the pods, are made by the node's and
-    /// the cluster's admins.
+    /// Who could bring more callers like this one into being, and shares an overflow bucket with them for it:
+    /// its family. Where none is known, users above 65,535 are taken for one by 65,536; those below, and the
+    /// pods, are made by the node's and the cluster's admins.
     pub(super) fn parent(&self, caller: CallerKey) -> u64 {
         match (self.of(caller), caller) {
             (Some(first), _) => 1 << 33 | u64::from(first),

@@ -7,8 +7,8 @@ use super::{
     pattern::{Pattern, PatternError},
 };
 
-/// Callers. From the one that says most to the one that says least: `uid:1000` (also written `user:build`) and `pod:UID`;
-/// `uid:1000-1999`, the shorter range before the longer; `uid:*` and `pod:*`.
+/// Callers. From the one that says most to the one that says least: `uid:1000` (also written `user:build`) and
+/// `pod:UID`; `uid:1000-1999`, the shorter range before the longer; `uid:*` and `pod:*`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum CallerPattern {
     /// One UID, or one pod.

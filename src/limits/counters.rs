@@ -1,4 +1,5 @@
-//! What the limits count. Labels come from closed sets ([`refusal`](super::refusal)): never a UID, a pod or a SPIFFE ID.
+//! What the limits count. Labels come from closed sets ([`refusal`](super::refusal)): never a UID, a pod or a
+//! SPIFFE ID.
 
 use metrics::{Counter, Gauge};
 

@@ -1,13 +1,15 @@
 //! The gate at accept: who may hold how many connections, and open how many anew.
 //!
-//! A connection costs descriptors and memory before anything was asked for, so the first decision is made here. In this
-//! order: blocked; the caller's open connections; its rate of new ones; the node's connections. Of the last, a part
-//! (the reserve) is kept for callers that hold none, or one: however many one caller opens, and however many callers do,
-//! there is one for the next that comes. Whoever can be many callers (a user with subordinate UIDs) counts as one for
-//! that, and has a part of the node's connections at most. Admin connections have places of their own.
+//! A connection costs descriptors and memory before anything was asked for, so the first decision is made here.
+//! In this order: blocked; the caller's open connections; its rate of new ones; the node's connections. Of the
+//! last, a part (the reserve) is kept for callers that hold none, or one: however many one caller opens, and
+//! however many callers do, there is one for the next that comes. Whoever can be many callers (a user with
+//! subordinate UIDs) counts as one for that, and has a part of the node's connections at most. Admin
+//! connections have places of their own.
 //!
-//! A decision is a table look-up: it waits for nobody, so no caller's connection stands behind another's. Callers with open
-//! connections are counted in a map that cannot have more keys than there are connections, and are never forgotten.
+//! A decision is a table look-up: it waits for nobody, so no caller's connection stands behind another's.
+//! Callers with open connections are counted in a map that cannot have more keys than there are connections,
+//! and are never forgotten.
 
 use std::{
     num::NonZeroU32,
@@ -42,28 +44,31 @@ pub const DESCRIPTORS_PER_CONNECTION: u64 = 2;
 pub const OTHER_DESCRIPTORS: u64 = 64;
 /// Of a memory budget, connections at their worst have one part in so many.
 const MEMORY_SHARE: u64 = 2;
-/// The most refused connections that linger,
+/// The most refused connections that linger.
 const LINGERING: u64 = 2048;
-/// and what the kernel keeps for each, in bytes: of a memory budget they have a quarter.
+/// What the kernel keeps for a connection that lingers, in bytes.
 const LINGERING_BYTES: u64 = 4 * 1024;
+/// Of a memory budget, they have one part in so many.
+const LINGERING_SHARE: u64 = 4;
 
 /// How many refused connections may linger in a process that may have `nofile` descriptors and `budget` bytes.
 pub fn lingering(nofile: u64, budget: Option<u64>) -> u32 {
-    let in_memory = budget.map_or(u64::MAX, |budget| budget / 4 / LINGERING_BYTES);
+    let in_memory = budget.map_or(u64::MAX, |budget| budget / LINGERING_SHARE / LINGERING_BYTES);
     u32::try_from((nofile / 8).min(LINGERING).min(in_memory)).unwrap_or(0)
 }
 
-/// The connections of a caller, by default: so many,
+/// The most connections of a caller by default.
 const CONNECTIONS: u32 = 64;
-/// and no more than this part of the node's, so that a small budget of memory is not one caller's:
+/// By default a caller has one part in so many of the node's connections, so that a small budget of memory is not
+/// one caller's.
 const SHARE: u32 = 10;
-/// but at least so many.
+/// The fewest connections of a caller by default.
 const AT_LEAST: u32 = 8;
-/// The part of the node's connections that a family may hold ([`Families`]).
+/// A family ([`Families`]) has one part in so many of the node's connections.
 const FAMILY_SHARE: u32 = 4;
 
-/// Who holds fewer connections counts as holding none: one that calls anew for each call has left its last one, and the agent may
-/// not have seen that yet.
+/// Who holds fewer connections counts as holding none: one that calls anew for each call has left its last one,
+/// and the agent may not have seen that yet.
 const FEW: u32 = 2;
 
 /// Why the machine has no room for what is set.
@@ -83,8 +88,8 @@ pub enum NoRoomError {
     },
     /// The memory budget does not suffice for a connection and one in reserve.
     #[error(
-        "memory: a budget of {budget} bytes is too small for {least} connections of {each} bytes at their worst: it must be \
-         at least {needed} bytes, or gate.connection.streams lower",
+        "memory: a budget of {budget} bytes is too small for {least} connections of {each} bytes at their worst: \
+         it must be at least {needed} bytes, or gate.connection.streams lower",
         least = GatePlaces::LEAST
     )]
     Memory {
@@ -158,8 +163,8 @@ impl GatePlan {
         rule.connections.map_or_else(by_default, NonZeroU32::get)
     }
 
-    /// Connections at once of all callers of a family, whose members are under `rule`: who can be 65,536 callers has no more
-    /// than a part of the node for it.
+    /// Connections at once of all callers of a family, whose members are under `rule`: who can be 65,536
+    /// callers has no more than a part of the node for it.
     fn connections_of_family(&self, rule: &GateRule) -> u32 {
         self.connections(rule).max(self.most / FAMILY_SHARE)
     }
@@ -330,8 +335,8 @@ impl Gate {
         all
     }
 
-    /// The caller with the most open connections, those of its family counted with it: whose to close first when memory is
-    /// short. And how many they are.
+    /// The caller with the most open connections, those of its family counted with it: whose to close first
+    /// when memory is short. And how many they are.
     pub fn to_cut_off(&self) -> Option<(CallerKey, u32)> {
         let plan = self.shared.plan.load();
         let state = self.shared.state();
@@ -415,7 +420,8 @@ impl SharedGate {
         decided.map(|()| rehearsed)
     }
 
-    /// The first three questions of the module's documentation. Holds a token of the caller's rate if they let it pass.
+    /// The first three questions of the module's documentation. Holds a token of the caller's rate if they let
+    /// it pass.
     fn decide_own(
         &self,
         it: &Arriving<'_>,

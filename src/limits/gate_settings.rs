@@ -18,8 +18,8 @@ pub const MAX_CONNECTIONS: u32 = 1_000_000;
 pub struct GateRule {
     /// Connections at once. Default: a tenth of the node's, from 8 to 64.
     pub connections: Option<NonZeroU32>,
-    /// New connections. `Exempt` and `Unlimited` free from the number of connections too, within those of the node. Default: 100 a
-    /// second, 200 at once.
+    /// New connections. `Exempt` and `Unlimited` free from the number of connections too, within those of the
+    /// node. Default: 100 a second, 200 at once.
     pub rate: Limit,
     /// Refusals by this rule are counted as `would_exceed`, and let pass.
     pub dry_run: bool,
@@ -39,7 +39,8 @@ pub struct GateRules {
 }
 
 impl GateRules {
-    /// One rule for every caller, and others for those that match. Buckets are not shared here: each caller has its own.
+    /// One rule for every caller, and others for those that match. Buckets are not shared here: each caller has
+    /// its own.
     ///
     /// # Errors
     /// [`OverridesError`] by the places in the list.
@@ -66,7 +67,8 @@ impl GatePlaces {
     /// Kept by default, though never more than half of all.
     pub const RESERVE: u32 = 64;
 
-    /// `connections` in all, or as many as descriptors and memory have room for; of which `reserve` are kept, 64 by default.
+    /// `connections` in all, or as many as descriptors and memory have room for; of which `reserve` are kept,
+    /// 64 by default.
     ///
     /// # Errors
     /// [`GatePlacesError`] when there are too few, or all would be kept.

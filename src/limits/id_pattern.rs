@@ -56,12 +56,14 @@ impl Segment {
     }
 }
 
-/// SPIFFE IDs, as `spiffe://example.org/ns/*/sa/batch`: one pattern per place between slashes, the trust domain written out.
+/// SPIFFE IDs, as `spiffe://example.org/ns/*/sa/batch`: one pattern per place between slashes, the trust domain
+/// written out.
 ///
-/// A place is a text; or a text with `*` for any characters; or `*` alone; or, last, `**` for one or more places. With
-/// [`Share::Together`](super::policy::Share::Together) the pattern is a *mask*: identities that match share one bucket, or one for each text in
-/// the places written `{name}`. Which of two says more is seen at the first place where they differ in kind, from the left: a text, then
-/// text with `*` (of two, the one that gives more characters), then `*` or `{name}`, then `**`.
+/// A place is a text; or a text with `*` for any characters; or `*` alone; or, last, `**` for one or more
+/// places. With [`Share::Together`](super::policy::Share::Together) the pattern is a *mask*: identities that
+/// match share one bucket, or one for each text in the places written `{name}`. Which of two says more is seen
+/// at the first place where they differ in kind, from the left: a text, then text with `*` (of two, the one
+/// that gives more characters), then `*` or `{name}`, then `**`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct IdPattern {
     trust_domain: TrustDomain,
@@ -194,8 +196,8 @@ impl fmt::Display for IdPattern {
     }
 }
 
-/// Whether `text` has the form of `glob`, where `*` stands for any bytes. Remembers the last `*` only: what an earlier one
-/// takes more, the last one can take in its place.
+/// Whether `text` has the form of `glob`, where `*` stands for any bytes. Remembers the last `*` only: what an
+/// earlier one takes more, the last one can take in its place.
 fn glob_matches(glob: &[u8], text: &[u8]) -> bool {
     let (mut g, mut t) = (0, 0);
     let mut star: Option<(usize, usize)> = None;

@@ -77,8 +77,8 @@ pub(super) struct HeldTokens {
     pub(super) cost: u32,
 }
 
-/// The identity stage: its table, and the tokens that the call being decided holds in it. One lock for both, so that several
-/// identities are charged as one.
+/// The identity stage: its table, and the tokens that the call being decided holds in it. One lock for both, so
+/// that several identities are charged as one.
 #[derive(Debug)]
 pub(super) struct Identities {
     pub(super) table: Table,
@@ -177,7 +177,8 @@ impl Ledger {
                 let hash = self.hasher.hash((0, caller, method));
                 BucketKey { hash, parent: plan.families.parent(caller) }
             }
-            // The text and not its place in a list, which a reload may change. It is its own parent: nobody can make more.
+            // The text and not its place in a list, which a reload may change. It is its own parent: nobody can
+            // make more.
             Some(pattern) => {
                 let hash = self.hasher.hash((1, pattern.as_ref(), method));
                 BucketKey { hash, parent: hash[1] | 1 << 63 }

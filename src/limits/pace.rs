@@ -1,7 +1,8 @@
-//! How often this process may do what it does once for all: say a line in the log that calls can cause, ask a server.
+//! How often this process may do what it does once for all: say a line in the log that calls can cause, ask a
+//! server.
 //!
-//! governor's limiter fits where there is one of it and nobody asks what is left; what is kept by key, lent and given back
-//! is a [`Bucket`](super::bucket::Bucket).
+//! governor's limiter fits where there is one of it and nobody asks what is left; what is kept by key, lent and
+//! given back is a [`Bucket`](super::bucket::Bucket).
 
 use std::{
     num::NonZeroU32,

@@ -1,11 +1,11 @@
 //! Which rule holds for a key, and whose bucket it is charged to.
 //!
-//! Three layers, the most specific wins: the stage's default, then its rule for the method, then the override that matches
-//! the key. Of several overrides that match, the one whose pattern says more wins
-//! ([`CallerPattern`](super::caller_pattern::CallerPattern) and [`IdPattern`](super::id_pattern::IdPattern) state the
-//! order); of two with the same pattern, the one that names the method. Two overrides that could both be meant are an
-//! error when they are put together. An override is whole: it takes nothing from the layers below, but for its rule if
-//! it only shares a bucket.
+//! Three layers, the most specific wins: the stage's default, then its rule for the method, then the override
+//! that matches the key. Of several overrides that match, the one whose pattern says more wins
+//! ([`CallerPattern`](super::caller_pattern::CallerPattern) and [`IdPattern`](super::id_pattern::IdPattern)
+//! state the order); of two with the same pattern, the one that names the method. Two overrides that could both
+//! be meant are an error when they are put together. An override is whole: it takes nothing from the layers
+//! below, but for its rule if it only shares a bucket.
 //!
 //! Patterns are matched at each call and allocate nothing; there may be [`MAX_OVERRIDES`] in a stage.
 
@@ -56,8 +56,8 @@ impl Methods {
 pub enum Share<R> {
     /// Each key its own, under this rule.
     Each(R),
-    /// One for all of them; with a mask, one for each text in the places of its `{names}`. Without a rule that of the
-    /// method, or the default, holds.
+    /// One for all of them; with a mask, one for each text in the places of its `{names}`. Without a rule that
+    /// of the method, or the default, holds.
     Together(Option<R>),
 }
 

@@ -1,8 +1,9 @@
 //! What people see: the heaviest keys, and when refusals of a key begin and end.
 //!
-//! Under load a log line per refusal is the attack. So a key that is refused is listed once, and leaves the list when it has
-//! not been refused for [`QUIET`]; both are an [`Event`] for whoever logs. The list holds [`LISTED`] keys: of more only the
-//! number of refusals is told. That bounds the lines to `2 x LISTED` per `QUIET`, whoever calls and how often.
+//! Under load a log line per refusal is the attack. So a key that is refused is listed once, and leaves the
+//! list when it has not been refused for [`QUIET`]; both are an [`Event`] for whoever logs. The list holds
+//! [`LISTED`] keys: of more only the number of refusals is told. That bounds the lines to `2 x LISTED` per
+//! `QUIET`, whoever calls and how often.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -86,7 +87,8 @@ pub enum Standing {
 }
 
 impl Standing {
-    /// The standing under `limit`; `left` is asked for a quota, and says `None` for a bucket that is not known, which is full.
+    /// The standing under `limit`; `left` is asked for a quota, and says `None` for a bucket that is not known,
+    /// which is full.
     pub(super) fn under(limit: Limit, left: impl FnOnce(Quota) -> Option<u32>) -> Self {
         match limit {
             Limit::Quota(quota) => {
@@ -95,14 +97,6 @@ impl Standing {
             Limit::Unlimited => Self::Unlimited,
             Limit::Exempt => Self::Exempt,
             Limit::Block => Self::Blocked,
-        }
-    }
-
-    /// Tokens left and burst, where tokens are counted.
-    pub(super) fn tokens(self) -> Option<(u32, u32)> {
-        match self {
-            Self::Tokens { left, burst } => Some((left, burst)),
-            Self::Unlimited | Self::Exempt | Self::Blocked => None,
         }
     }
 }

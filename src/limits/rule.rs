@@ -32,8 +32,9 @@ impl Costs {
     /// Of calls as spire-agent counts them: 1 token each.
     pub const ONE: Self = Self { answer: 1, signature: 1, failed_attestation: 1 };
 
-    /// Costs of a call that is answered from memory (at least 1), of one for which something was signed, and of one whose
-    /// caller could not be attested (at least as much as an answer). Each is charged in place of the others.
+    /// Costs of a call that is answered from memory (at least 1), of one for which something was signed, and of
+    /// one whose caller could not be attested (at least as much as an answer). Each is charged in place of the
+    /// others.
     ///
     /// # Errors
     /// [`CostsError`] names the first that is too low.

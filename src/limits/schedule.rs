@@ -1,10 +1,11 @@
 //! Windows of time in which another value holds, such as a lower limit in office hours. UTC, to the second.
 //!
-//! A window has a start and a stop (which is outside of it), each a [`Moment`]: the widest field that is given says how often
-//! it comes back. `minute` 0 to 15 is each hour; `hour` 22 to 6 each day, over midnight; `weekday` to `weekday` each
-//! week; `day` each month; `month` each year. A day that a month does not have is the moment after its last one.
-//! Windows of one schedule do not overlap, so that at each moment one value is meant; whether two ever do is reckoned over the
-//! 400 years after which the calendar repeats itself. All functions are pure; time is seconds since 1970.
+//! A window has a start and a stop (which is outside of it), each a [`Moment`]: the widest field that is given
+//! says how often it comes back. `minute` 0 to 15 is each hour; `hour` 22 to 6 each day, over midnight;
+//! `weekday` to `weekday` each week; `day` each month; `month` each year. A day that a month does not have is
+//! the moment after its last one. Windows of one schedule do not overlap, so that at each moment one value is
+//! meant; whether two ever do is reckoned over the 400 years after which the calendar repeats itself. All
+//! functions are pure; time is seconds since 1970.
 
 use std::fmt;
 
@@ -111,7 +112,8 @@ enum Period {
     Year,
 }
 
-/// A moment within a period. Month and day count from 0 and are 0 where the period has none; a `Week` keeps its day in `day`.
+/// A moment within a period. Month and day count from 0 and are 0 where the period has none; a `Week` keeps its
+/// day in `day`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Spot {
     month: u8,

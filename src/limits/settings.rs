@@ -1,5 +1,5 @@
-//! Everything that is set about limits. Each part checks itself when it is made, so all settings there are can be put in force;
-//! what depends on the machine is asked by [`GatePlan::new`](super::gate::GatePlan::new).
+//! Everything that is set about limits. Each part checks itself when it is made, so all settings there are can
+//! be put in force; what depends on the machine is asked by [`GatePlan::new`](super::gate::GatePlan::new).
 
 use super::{
     bucket::Quota,
@@ -23,8 +23,8 @@ pub struct LimitSettings {
     pub gate: GateSettings,
     /// Calls of a caller, before attestation. Default: 100 a second, 200 at once, for each method.
     pub caller: Layers<CallerPattern>,
-    /// Calls for an identity, after attestation. One identity may be many callers, so the default is twice the caller's: 200 a
-    /// second, 400 at once, for each method.
+    /// Calls for an identity, after attestation. One identity may be many callers, so the default is twice the
+    /// caller's: 200 a second, 400 at once, for each method.
     pub identity: Layers<IdPattern>,
     /// What all share.
     pub node: NodeSettings,

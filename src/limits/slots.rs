@@ -1,8 +1,9 @@
 //! Attestations in flight: a bounded number, shared fairly, and nobody waits in a queue.
 //!
-//! A caller may have `all / (callers that have any, it included, + 1)` of them: with one caller it is half, with two a third.
-//! A quarter of all is for callers that have none: of that, each gets one. So however many those who came first have, and
-//! however long their attestations take, a quarter of all slots is left for as many others.
+//! A caller may have `all / (callers that have any, it included, + 1)` of them: with one caller it is half,
+//! with two a third. A quarter of all is for callers that have none: of that, each gets one. So however many
+//! those who came first have, and however long their attestations take, a quarter of all slots is left for as
+//! many others.
 //!
 //! A caller is its family here ([`Families`](super::caller::Families)): whoever can be many gets no more for it.
 
@@ -27,14 +28,14 @@ impl Attestations {
     /// The most there may be.
     pub const MOST: u32 = 1 << 16;
 
-    /// `all` at once (64 if not given), of which one caller has `per_caller` (16, or all if that is less), however idle
-    /// the node is.
+    /// `all` at once (64 if not given), of which one caller has `per_caller` (16, or all if that is less),
+    /// however idle the node is.
     ///
     /// # Errors
     /// [`AttestationsError`] for more than [`Attestations::MOST`], or more of one caller than of all.
     pub fn new(all: Option<NonZeroU32>, per_caller: Option<NonZeroU32>) -> Result<Self, AttestationsError> {
         let all = all.map_or(64, NonZeroU32::get);
-        let per_caller = per_caller.map_or(all.min(16), NonZeroU32::get);
+        let per_caller = per_caller.map_or_else(|| all.min(16), NonZeroU32::get);
         if all > Self::MOST {
             return Err(AttestationsError::TooMany(all));
         }

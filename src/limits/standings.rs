@@ -27,16 +27,6 @@ impl Limits {
         all
     }
 
-    /// What is left to a caller for a method: tokens and burst. `None` where no bucket limits it.
-    pub fn left_to_caller(&self, caller: CallerKey, method: Method) -> Option<(u32, u32)> {
-        self.caller_standing(caller, method).1.tokens()
-    }
-
-    /// What is left to an identity for a method, as [`Limits::left_to_caller`].
-    pub fn left_to_identity(&self, id: &SpiffeId, method: Method) -> Option<(u32, u32)> {
-        self.identity_standing(id, method).1.tokens()
-    }
-
     /// The bucket that a caller is charged to for a method, and how it stands.
     pub fn caller_standing(&self, caller: CallerKey, method: Method) -> (BucketName, Standing) {
         let plan = self.ledger().plan();
@@ -84,7 +74,8 @@ impl Limits {
         self.ledger().slots.in_use()
     }
 
-    /// What is worth a log line since this was last asked; ask about once a second. Bounded, however many are refused.
+    /// What is worth a log line since this was last asked; ask about once a second. Bounded, however many are
+    /// refused.
     pub fn events(&self) -> Vec<Event> {
         self.ledger().refusing().drain(self.ledger().now())
     }

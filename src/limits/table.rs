@@ -1,13 +1,14 @@
 //! Buckets by key, with a hard bound.
 //!
-//! - A table with no room looks for full buckets, a few per new key, starting where it last stopped. One that finds
-//!   none charges the new key to the overflow bucket of its *parent* (whoever can invent keys), never to a stranger's,
-//!   and no parent may own more than its share of the table. Keys that came back keep their buckets for a while, full or not.
-//! - What a key has spent while it had no bucket of its own it has spent when it gets one. (In an overflow each quota has a
-//!   bucket, so a quota that a reload brings begins with a full one there.)
+//! - A table with no room looks for full buckets, a few per new key, starting where it last stopped. One that
+//!   finds none charges the new key to the overflow bucket of its *parent* (whoever can invent keys), never to
+//!   a stranger's, and no parent may own more than its share of the table. Keys that came back keep their
+//!   buckets for a while, full or not.
+//! - What a key has spent while it had no bucket of its own it has spent when it gets one. (In an overflow each
+//!   quota has a bucket, so a quota that a reload brings begins with a full one there.)
 //!
-//! Keys stand in the table as 128 bits of a seeded hash; nobody outside can choose two that meet. Time is nanoseconds since
-//! the agent started; a `now` before the latest one seen counts as that one.
+//! Keys stand in the table as 128 bits of a seeded hash; nobody outside can choose two that meet. Time is
+//! nanoseconds since the agent started; a `now` before the latest one seen counts as that one.
 
 use std::{ops::RangeInclusive, time::Duration};
 
@@ -15,47 +16,9 @@ use hashbrown::HashTable;
 
 use super::{
     bucket::{Bucket, Level, Quota},
+    pool::Pool,
     report::{BucketName, Heavy},
 };
-
-/// Buckets that keys share which have none of their own: one for each quota, since what comes back at two rates cannot be
-/// reckoned in one. A quota that was not seen here before begins with a full bucket.
-#[derive(Clone, Debug, Default)]
-struct Pool(Vec<(Quota, Bucket)>);
-
-/// Quotas of one pool: a caller's methods, and what a reload or a window changed meanwhile.
-const POOL: usize = 16;
-/// When to come back to a pool that has no room for another quota and cannot say when it will.
-const POOL_WAIT: Duration = Duration::from_millis(100);
-
-impl Pool {
-    fn is_full(&self, now: u64) -> bool {
-        self.0.iter().all(|(_, bucket)| bucket.is_full(now))
-    }
-
-    /// Whether it has tokens of calls under way.
-    fn is_held(&self) -> bool {
-        self.0.iter().any(|(_, bucket)| bucket.held > 0)
-    }
-
-    fn get(&mut self, quota: Quota) -> Option<&mut Bucket> {
-        self.0.iter_mut().find(|(of, _)| *of == quota).map(|(_, bucket)| bucket)
-    }
-
-    fn hold(&mut self, now: u64, quota: Quota, cost: u32) -> Result<(), Duration> {
-        if let Some(bucket) = self.get(quota) {
-            return bucket.hold(now, quota, cost);
-        }
-        self.0.retain(|(_, bucket)| !bucket.is_full(now));
-        if self.0.len() >= POOL {
-            return Err(POOL_WAIT);
-        }
-        let mut bucket = Bucket::default();
-        bucket.hold(now, quota, cost)?;
-        self.0.push((quota, bucket));
-        Ok(())
-    }
-}
 
 /// Whose bucket: a seeded hash of the key, and who could invent more keys like it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +29,8 @@ pub(super) struct BucketKey {
     pub(super) parent: u64,
 }
 
-/// How many keys a table may know: from 16 to 16,777,216. A key takes [`budget::KEY`](super::budget::KEY) bytes once known.
+/// How many keys a table may know: from 16 to 16,777,216. A key takes [`budget::KEY`](super::budget::KEY) bytes
+/// once known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TableSize(u32);
 
@@ -150,13 +114,13 @@ struct Parent {
 
 /// How many cells a new key may look at to find room.
 const LOOK: usize = 64;
-/// How many it looks at where there is room, once this part of the table is taken: so that a table which a flood has filled
-/// once shrinks to those who call, and memory follows.
+/// How many it looks at where there is room, once this part of the table is taken: so that a table which a
+/// flood has filled once shrinks to those who call, and memory follows.
 const LOOK_EARLY: usize = 4;
 const EARLY: usize = 8;
-/// How long the bucket of a key that came back is kept although it is full, about a minute: else a flood of new keys that leaves
-/// no room would find a polite key forgotten between two calls, and leave no room for it either. [`REGULARS`] of the table
-/// may be kept like this; who came back first stays.
+/// How long the bucket of a key that came back is kept although it is full, about a minute: else a flood of new
+/// keys that leaves no room would find a polite key forgotten between two calls, and leave no room for it
+/// either. [`REGULARS`] of the table may be kept like this; who came back first stays.
 const REGULAR: u32 = 56;
 /// The part of the table that regulars may have.
 const REGULARS: usize = 2;
@@ -165,8 +129,8 @@ const PARENTS_PAUSE: u64 = 10_000_000;
 
 /// Buckets by key: at most `capacity` of them, of which one parent owns at most `per_parent`.
 ///
-/// Cells lie densely in the order they were made, so that memory follows the number of known keys; room for the rest
-/// is reserved but untouched, and a decision allocates nothing (a parent never seen before may).
+/// Cells lie densely in the order they were made, so that memory follows the number of known keys; room for the
+/// rest is reserved but untouched, and a decision allocates nothing (a parent never seen before may).
 #[derive(Debug)]
 pub(super) struct Table {
     capacity: usize,
@@ -211,7 +175,8 @@ impl Table {
         table
     }
 
-    /// Changes the bounds. A smaller table forgets nothing that is not full: it takes no new keys until it is below.
+    /// Changes the bounds. A smaller table forgets nothing that is not full: it takes no new keys until it is
+    /// below.
     pub(super) fn resize(&mut self, size: TableSize, parts: usize) {
         self.capacity = size.keys();
         self.per_parent = (self.capacity / parts).max(1);
@@ -258,8 +223,8 @@ impl Table {
         else {
             return self.hold_overflow(now, key.parent, quota, cost);
         };
-        // Where the key was charged while there was no room, it may have spent all that was spent there. Nobody gets a
-        // second burst by coming out of the overflow.
+        // Where the key was charged while there was no room, it may have spent all that was spent there. Nobody
+        // gets a second burst by coming out of the overflow.
         let mut bucket = Bucket::default();
         bucket.inherit(now, quota, self.stray.get(quota));
         if let Some(parent) = self.parent(key.parent) {
@@ -285,10 +250,11 @@ impl Table {
         Ok(ChargedTo::Own(at))
     }
 
-    /// Ends a call that held tokens; see [`Bucket::settle`]. A bucket with tokens held is never forgotten, so it is there.
+    /// Ends a call that held tokens; see [`Bucket::settle`]. A bucket with tokens held is never forgotten, so
+    /// it is there.
     ///
-    /// It counts as ended at the latest time that the table was told. That is not before it began, and saves a look at the
-    /// clock; the tokens begin to flow back no sooner than if they had been taken at once.
+    /// It counts as ended at the latest time that the table was told. That is not before it began, and saves a
+    /// look at the clock; the tokens begin to flow back no sooner than if they had been taken at once.
     pub(super) fn settle(
         &mut self,
         key: BucketKey,
@@ -310,8 +276,8 @@ impl Table {
         bucket.map(|bucket| bucket.settle(now, quota, held, cost))
     }
 
-    /// Adds to what a known key has spent, as a debt of at most one burst. A key that is not known has a full bucket, and is
-    /// left in peace: this is for a cost that shows itself after the call was charged.
+    /// Adds to what a known key has spent, as a debt of at most one burst. A key that is not known has a full
+    /// bucket, and is left in peace: this is for a cost that shows itself after the call was charged.
     pub(super) fn charge(&mut self, now: u64, key: BucketKey, quota: Quota, cost: u32) -> Option<Level> {
         self.tick(now);
         self.settle(key, ChargedTo::Own(u32::MAX), quota, 0, cost)
@@ -351,8 +317,8 @@ impl Table {
         top.into_iter().map(heavy).collect()
     }
 
-    /// Forgets every full bucket and returns memory: for when memory is short. The time it takes grows with the table
-    /// (about 10 ns a key).
+    /// Forgets every full bucket and returns memory: for when memory is short. The time it takes grows with the
+    /// table (about 10 ns a key).
     pub(super) fn forget_full(&mut self, now: u64) {
         let now = self.tick(now);
         let mut at = 0;
@@ -399,8 +365,8 @@ impl Table {
         self.fits(parent)
     }
 
-    /// A parent whose overflow holds tokens of calls under way gets no cell either: one of these calls may be of the same key,
-    /// and what it will take is not known yet.
+    /// A parent whose overflow holds tokens of calls under way gets no cell either: one of these calls may be
+    /// of the same key, and what it will take is not known yet.
     fn fits(&mut self, parent: u64) -> bool {
         let (owned, held) =
             self.parent(parent).map_or((0, false), |parent| (parent.owned, parent.overflow.is_held()));
@@ -490,9 +456,9 @@ impl Table {
                 return;
             }
         }
-        // What its keys were charged to while it had no record is spent. It may have been any of the stray buckets.
-        let mut overflow = Pool::default();
-        overflow.0.extend(self.stray.0.iter().filter(|(_, bucket)| !bucket.is_full(now)));
+        // What its keys were charged to while it had no record is spent. It may have been any of the stray
+        // buckets.
+        let overflow = self.stray.spent(now);
         let seed = &self.seed;
         let parent = Parent { id, owned: 0, overflow };
         self.parents.insert_unique(seed.hash_one(id), parent, |parent| seed.hash_one(parent.id));
@@ -528,8 +494,8 @@ mod tests {
         (BucketName::Caller(CallerKey::Uid(uid)), "test")
     }
 
-    /// Methods with other quotas than each other's share no bucket, in an overflow neither: the smaller would forgive what the
-    /// larger has spent.
+    /// Methods with other quotas than each other's share no bucket, in an overflow neither: the smaller would
+    /// forgive what the larger has spent.
     #[test]
     fn quotas_are_not_mixed_in_an_overflow() {
         let (many, few) = (quota(1.0, 200), quota(0.1, 5));
@@ -710,8 +676,8 @@ mod tests {
             }
         }
 
-        /// A caller within its quota passes each time, known to the table or forgotten meanwhile, while others flood it with
-        /// keys of fewer parents than the table has room for.
+        /// A caller within its quota passes each time, known to the table or forgotten meanwhile, while others
+        /// flood it with keys of fewer parents than the table has room for.
         #[test]
         fn a_polite_key_is_never_refused(moves in moves(15)) {
             let quota = quota(2.0, 3);

@@ -176,6 +176,24 @@ async fn it_answers_when_the_public_socket_takes_nobody() {
     drop(open);
 }
 
+/// What a scrape says of connections that were not taken, at either socket.
+#[tokio::test(flavor = "multi_thread")]
+async fn refused_connections_are_counted_by_their_reason() {
+    let agent = Agent::start("ratelimit { gate { admin = 1 caller { block = true } } }");
+    let connect = async |path: &Path| tokio::net::UnixStream::connect(path).await.unwrap();
+    let _blocked = connect(&agent.agent.socket()).await;
+    let _admin = [connect(&agent.admin_socket()).await, connect(&agent.admin_socket()).await];
+    let want = [("blocked", 1), ("admin_connections", 1), ("caller_rate", 0), ("node_connections", 0)];
+    let counted = async {
+        let line = |(reason, n)| format!("durward_connections_refused_total{{reason=\"{reason}\"}} {n}\n");
+        let metrics = agent.agent.running.metrics();
+        while !want.map(line).iter().all(|line| metrics.render().contains(line)) {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), counted).await.expect("each under its reason");
+}
+
 /// Runs the command as a person does, and gives what it says: stdout, stderr, exit code.
 fn durward(program: &Path, uid: Option<u32>, line: &[&str], socket: &Path) -> (String, String, Option<i32>) {
     let mut command = Command::new(program);

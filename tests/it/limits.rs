@@ -24,7 +24,7 @@ use durward::{
         pattern::Pattern,
         policy::{Layers, Methods, Override, Overrides, Share},
         refusal::{ChargedAs, Reason, Stage},
-        report::{Event, LISTED, QUIET},
+        report::{Event, LISTED, QUIET, Standing},
         rule::{Costs, Limit, Rule},
         schedule::{Moment, Schedule, Weekday, Window},
     },
@@ -93,6 +93,21 @@ fn passes(limits: &Limits, uid: u32, method: Method, entries: &[SpiffeId]) -> u3
     (0..10_000).find(|_| call(limits, uid, method, entries).is_err()).unwrap_or(10_000)
 }
 
+fn tokens(standing: Standing) -> Option<(u32, u32)> {
+    match standing {
+        Standing::Tokens { left, burst } => Some((left, burst)),
+        Standing::Unlimited | Standing::Exempt | Standing::Blocked => None,
+    }
+}
+
+fn left_to_caller(limits: &Limits, caller: CallerKey, method: Method) -> Option<(u32, u32)> {
+    tokens(limits.caller_standing(caller, method).1)
+}
+
+fn left_to_identity(limits: &Limits, id: &SpiffeId, method: Method) -> Option<(u32, u32)> {
+    tokens(limits.identity_standing(id, method).1)
+}
+
 fn text_of(recorder: &PrometheusRecorder) -> BTreeMap<String, f64> {
     let text = recorder.handle().render();
     let lines = text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.rsplit_once(' '));
@@ -120,8 +135,8 @@ async fn each_caller_and_method_has_its_own_bucket() {
     assert!(call(&limits, 1, JWT, &web).is_err(), "too early");
     advance(Duration::from_millis(1)).await;
     assert_eq!(call(&limits, 1, JWT, &web), Ok(()), "the wait was true");
-    assert_eq!(limits.left_to_caller(CallerKey::Uid(1), JWT), Some((0, 10)));
-    assert_eq!(limits.left_to_caller(CallerKey::Uid(77), JWT), Some((10, 10)), "never seen");
+    assert_eq!(left_to_caller(&limits, CallerKey::Uid(1), JWT), Some((0, 10)));
+    assert_eq!(left_to_caller(&limits, CallerKey::Uid(77), JWT), Some((10, 10)), "never seen");
 }
 
 #[tokio::test(start_paused = true)]
@@ -135,7 +150,7 @@ async fn several_identities_are_charged_together_or_not_at_all() {
     let (a, b, both) = (entries(&["a"]), entries(&["b"]), entries(&["a", "b"]));
     assert_eq!(passes(&limits, 1, JWT, &a), 10);
     assert_eq!(
-        limits.left_to_caller(CallerKey::Uid(1), JWT),
+        left_to_caller(&limits, CallerKey::Uid(1), JWT),
         Some((990, 1000)),
         "ten passed; the refused one is back"
     );
@@ -144,7 +159,7 @@ async fn several_identities_are_charged_together_or_not_at_all() {
         assert_eq!((refusal.stage, refusal.charged_as), (Stage::Identity, ChargedAs::SpiffeId));
     }
     assert_eq!(
-        limits.left_to_caller(CallerKey::Uid(2), JWT),
+        left_to_caller(&limits, CallerKey::Uid(2), JWT),
         Some((1000, 1000)),
         "the caller's tokens are back"
     );
@@ -161,8 +176,8 @@ async fn bundles_charge_the_default_identity() {
     let id = |name: &str| SpiffeId::parse(&format!("spiffe://td/{name}")).unwrap();
     for method in [Method::FetchX509Bundles, Method::FetchJwtBundles, Method::FetchWitBundles] {
         assert_eq!(passes(&limits, 1, method, &both), 10, "{method:?}");
-        assert_eq!(limits.left_to_identity(&id("a"), method), Some((0, 10)), "{method:?}");
-        assert_eq!(limits.left_to_identity(&id("b"), method), Some((10, 10)), "{method:?}");
+        assert_eq!(left_to_identity(&limits, &id("a"), method), Some((0, 10)), "{method:?}");
+        assert_eq!(left_to_identity(&limits, &id("b"), method), Some((10, 10)), "{method:?}");
     }
     assert_eq!(call(&limits, 1, Method::FetchX509Bundles, &[]), Ok(()), "a caller without identity");
 }
@@ -185,10 +200,10 @@ async fn the_node_is_asked_last_and_sheds() {
             (Stage::Node, ChargedAs::Node, Reason::Rate, true, RejectionStatus::Unavailable)
         );
         assert_eq!(refusal.retry_after, Duration::from_secs(1));
-        assert_eq!(limits.left_to_caller(CallerKey::Uid(1), method), Some((90, 100)), "given back");
+        assert_eq!(left_to_caller(&limits, CallerKey::Uid(1), method), Some((90, 100)), "given back");
     }
     let id = SpiffeId::parse("spiffe://td/a").unwrap();
-    assert_eq!(limits.left_to_identity(&id, JWT), Some((90, 100)), "given back");
+    assert_eq!(left_to_identity(&limits, &id, JWT), Some((90, 100)), "given back");
     // Reload: what was spent stays so, with the same quota and with another.
     for burst in [10, 25] {
         limits.reload(&LimitSettings { node: node(burst), ..settings.clone() });
@@ -214,7 +229,7 @@ async fn a_call_pays_what_it_cost() {
     let id = &web[0];
     let left = || {
         let of = |left: Option<(u32, u32)>| left.unwrap().0;
-        (of(limits.left_to_caller(CallerKey::Uid(1), JWT)), of(limits.left_to_identity(id, JWT)))
+        (of(left_to_caller(&limits, CallerKey::Uid(1), JWT)), of(left_to_identity(&limits, id, JWT)))
     };
     let admit = || limits.admit_caller(Uid(1), JWT).unwrap();
 
@@ -259,7 +274,7 @@ async fn attestations_in_flight_are_shared() {
     let (third, refusal) = take(3);
     assert_eq!((third.len(), refusal.stage, refusal.shed), (1, Stage::Caller, false));
     assert_eq!(
-        limits.left_to_caller(CallerKey::Uid(3), JWT),
+        left_to_caller(&limits, CallerKey::Uid(3), JWT),
         Some((99, 100)),
         "the refused one is given back"
     );
@@ -501,7 +516,7 @@ async fn a_reload_keeps_what_was_spent() {
     let running = limits.admit_caller(Uid(3), JWT).unwrap();
     limits.reload(&with(1.0, 10));
     drop(running);
-    assert_eq!(limits.left_to_caller(CallerKey::Uid(3), JWT), Some((9, 10)));
+    assert_eq!(left_to_caller(&limits, CallerKey::Uid(3), JWT), Some((9, 10)));
     let unavailable = LimitSettings { rejection_status: RejectionStatus::Unavailable, ..with(1.0, 10) };
     limits.reload(&unavailable);
     let refusal = RequestError::from(call(&limits, 1, JWT, &web).unwrap_err());

@@ -79,7 +79,7 @@ pub(super) fn set<T>(setting: &mut T, value: Option<T>) {
 /// A whole number in `range`.
 pub(super) fn number(s: &mut Section<'_>, key: &'static str, range: RangeInclusive<u32>) -> Option<At<u32>> {
     let at = s.integer(key, i64::from(*range.start())..=i64::from(*range.end()))?;
-    Some(at.map(|number| u32::try_from(number).unwrap_or(*range.end())))
+    Some(at.map(|number| u32::try_from(number).unwrap_or_else(|_| *range.end())))
 }
 
 /// The method that a label names.
@@ -148,28 +148,37 @@ pub(super) fn limit(s: &mut Section<'_>, free: &[(&'static str, Limit)]) -> Resu
         s.wrong(place, key, None, format!("must have the other half of a bucket beside it: {missing}"));
         return Err(Reported);
     };
+    let block = if free.len() > 1 { "block = true for none, " } else { "" };
+    bucket(s, rate, per.map_or(Per::Second, |at| at.value), burst, block).map(Some)
+}
+
+/// The bucket of these numbers; `instead` is what else a limit may be.
+fn bucket(
+    s: &Section<'_>,
+    rate: At<(f64, &str)>,
+    per: Per,
+    burst: At<u32>,
+    instead: &str,
+) -> Result<Bound, Reported> {
     let (value, text) = rate.value;
-    let quota = Quota::new(value, per.map_or(Per::Second, |at| at.value), burst.value);
-    match quota {
+    match Quota::new(value, per, burst.value) {
         Ok(quota) => {
             let burst = Some((burst.place, s.path("burst")));
-            Ok(Some(Bound { limit: Limit::Quota(quota), burst }))
+            return Ok(Bound { limit: Limit::Quota(quota), burst });
         }
         Err(QuotaError::Refill { days, .. }) => {
             let message =
                 format!("takes {days} days to come back at this rate; it must be at most {MAX_REFILL_DAYS}");
             s.wrong(burst.place, "burst", Some(burst.value.to_string()), message);
-            Err(Reported)
         }
         Err(QuotaError::Rate(_) | QuotaError::Burst(_) | QuotaError::Unit(_)) => {
-            let block = if free.len() > 1 { "block = true for none, " } else { "" };
             let message = format!(
-                "must be above 0 and at most {MAX_RATE} a second ({block}unlimited = true for no limit)"
+                "must be above 0 and at most {MAX_RATE} a second ({instead}unlimited = true for no limit)"
             );
             s.wrong(rate.place, "rate", Some(abridged(text)), message);
-            Err(Reported)
         }
     }
+    Err(Reported)
 }
 
 /// Everything a block says about calls.
@@ -265,40 +274,22 @@ fn schedule(s: &mut Section<'_>) -> Result<Schedule<Bound>, Reported> {
         let start = moment(&mut section, "start", 23);
         let stop = moment(&mut section, "stop", 24);
         let limit = limit(&mut section, &FREE);
-        let wrong = |place: Place, key: Option<&str>, message: String| {
-            let name = key.map_or_else(|| section.name(), |key| section.path(key));
-            section.problems().add(place, &name, None, message);
-        };
+        let wrong = |message: String| section.problems().add(place, &section.name(), None, message);
         let window = match (start, stop) {
-            (Ok(start), Ok(stop)) => Window::new(start.value, stop.value)
-                .map_err(|err| match err {
-                    ScheduleError::Never(moment)
-                    | ScheduleError::Gap(moment)
-                    | ScheduleError::WeekdayAndDate(moment)
-                        if moment == start.value =>
-                    {
-                        wrong(start.place, Some("start"), err.to_string());
-                    }
-                    ScheduleError::Never(_) | ScheduleError::Gap(_) | ScheduleError::WeekdayAndDate(_) => {
-                        wrong(stop.place, Some("stop"), err.to_string());
-                    }
-                    err => wrong(place, None, err.to_string()),
-                })
-                .ok(),
+            (Ok(start), Ok(stop)) => window(&section, place, start, stop).ok(),
             _ => None,
         };
         if let Ok(None) = limit {
-            wrong(place, None, format!("must say what holds in this window: {A_LIMIT}"));
+            wrong(format!("must say what holds in this window: {A_LIMIT}"));
         }
         if let Some(window) = window {
             for (other, _, other_label, at) in &found {
                 if Schedule::new(vec![(*other, ()), (window, ())]).is_err() {
                     let at = section.problems().show(*at);
-                    wrong(
-                        place,
-                        None,
-                        format!("overlaps {}, at {at}: one limit must hold at a time", quoted(other_label)),
-                    );
+                    wrong(format!(
+                        "overlaps {}, at {at}: one limit must hold at a time",
+                        quoted(other_label)
+                    ));
                     good = false;
                 }
             }
@@ -314,6 +305,24 @@ fn schedule(s: &mut Section<'_>) -> Result<Schedule<Bound>, Reported> {
     }
     let windows = found.into_iter().map(|(window, bound, ..)| (window, bound)).collect();
     Schedule::new(windows).map_err(|_said_above| Reported)
+}
+
+/// The window of a block at `place`, between these moments.
+fn window(s: &Section<'_>, place: Place, start: At<Moment>, stop: At<Moment>) -> Result<Window, Reported> {
+    Window::new(start.value, stop.value).map_err(|err| {
+        let (at, name) = match &err {
+            ScheduleError::Never(moment)
+            | ScheduleError::Gap(moment)
+            | ScheduleError::WeekdayAndDate(moment) => {
+                let (at, key) =
+                    if *moment == start.value { (start.place, "start") } else { (stop.place, "stop") };
+                (at, s.path(key))
+            }
+            _ => (place, s.name()),
+        };
+        s.problems().add(at, &name, None, err);
+        Reported
+    })
 }
 
 /// `start` or `stop`. Whether such a moment comes is for [`Window::new`] to say.

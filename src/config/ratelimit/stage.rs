@@ -94,7 +94,8 @@ impl Context<'_> {
         named
     }
 
-    /// One block for callers or identities: a rule for all methods, if it has a limit, and one for each `method` in it.
+    /// One block for callers or identities: a rule for all methods, if it has a limit, and one for each
+    /// `method` in it.
     fn overrides<P: Pattern>(
         &self,
         block: Labelled<'_>,
@@ -142,10 +143,20 @@ impl Context<'_> {
             }
             section.finish();
         }
-        let name = s.name();
+        let here = Block { place, name: s.name() };
         s.finish();
-        let Some(pattern) = pattern else { return Vec::new() };
-        let each = |(methods, rule, here): (Methods, Option<Rule>, Block)| {
+        pattern.map_or_else(Vec::new, |pattern| self.of_pattern(&pattern, shared, rules, &here))
+    }
+
+    /// An override of `pattern` for each of the rules in the block `here`.
+    fn of_pattern<P: Pattern>(
+        &self,
+        pattern: &P,
+        shared: bool,
+        rules: Vec<(Methods, Option<Rule>, Block)>,
+        here: &Block,
+    ) -> Vec<(Override<P>, Block)> {
+        let each = |(methods, rule, here)| {
             let share = match rule {
                 Some(rule) if !shared => Share::Each(rule),
                 rule => Share::Together(rule),
@@ -153,7 +164,7 @@ impl Context<'_> {
             Ok((Override::new(pattern.clone(), methods, share)?, here))
         };
         rules.into_iter().map(each).collect::<Result<_, MaskWithoutShare>>().unwrap_or_else(|err| {
-            self.problems.add(place, &name, None, err);
+            self.problems.add(here.place, &here.name, None, err);
             Vec::new()
         })
     }
