@@ -5,6 +5,7 @@
 //! no new connections, streams told to come back, a bounded wait, and the socket goes last.
 
 mod gate;
+mod reload;
 mod watch;
 
 use std::{
@@ -28,18 +29,19 @@ use crate::{
         workload::{Parts, WorkloadApi},
     },
     attest::{self, Attestor},
-    config::{self, Config, LogFormat},
+    config::Config,
     identity::{SpiffeId, TrustDomain},
     issuer::embedded::Embedded,
     limits::{self, Limits},
     os::{clock::Clock, systemd::ServiceManager},
     peer::{self, Listener, OsUid, RequestBody, Socket, Stats, cgroup::PodOrUid},
-    store::{JwtCache, Policy, Signer, Sync, X509Cache},
+    store::{JwtCache, Signer, Sync, X509Cache},
     telemetry::chain,
     telemetry::{
+        HealthSettings,
         http::{HealthState, HttpListener, Probe, Routes},
-        log::{self, Log},
-        metrics::{Metrics, ReloadResult},
+        log::Log,
+        metrics::Metrics,
     },
 };
 
@@ -67,6 +69,8 @@ pub struct Running {
     connections: channel::Sender<peer::Settings>,
     means: gate::Means,
     metrics: Arc<Metrics>,
+    /// The log of the process, once it is known.
+    log: Option<Log>,
     health: Arc<HealthState>,
     /// `true` begins the drain.
     stop: channel::Sender<bool>,
@@ -92,9 +96,8 @@ impl Running {
         let metrics = Arc::new(Metrics::new(clock));
         let health = Arc::new(HealthState::new());
 
-        let issuer =
-            Embedded::open(config.issuer.clone(), clock.now()).context("cannot open the embedded issuer")?;
-        let keys = &config.issuer;
+        let keys = config.embedded_issuer();
+        let issuer = Embedded::open(keys.clone(), clock.now()).context("cannot open the embedded issuer")?;
         let signer = Arc::new(Signer::new(
             Arc::new(issuer),
             clock,
@@ -105,13 +108,13 @@ impl Running {
         ));
         let x509 = Arc::new(X509Cache::new(
             Arc::clone(&signer),
-            config.x509_svid_cache_max_size,
-            config.availability_target,
+            config.caches.x509_svids.count(),
+            config.caches.availability_target,
         ));
         let jwt = Arc::new(JwtCache::new(
             Arc::clone(&signer),
             Arc::clone(&metrics),
-            config.jwt_svid_cache_max_size,
+            config.caches.jwt_svids.count(),
         ));
         let sync = Arc::new(Sync::new(
             Arc::clone(&signer),
@@ -119,7 +122,7 @@ impl Running {
             Arc::clone(&metrics),
             config.entries.clone(),
             config.federated.clone(),
-            policy(&config),
+            config.policy.clone(),
         ));
         let attestor = Arc::new(Attestor::new(config.unix).counted_by(Arc::clone(&metrics)));
         attestor.names_count(names_count(&config));
@@ -133,12 +136,12 @@ impl Running {
         if let Some(at) = &config.prometheus {
             http.push(HttpListener::bind(&at.host, at.port, Routes::Metrics(Arc::clone(&metrics)))?);
         }
-        if let Some(at) = &config.health {
-            let config::Health { bind, live_path, ready_path } = at.clone();
+        if config.health.enabled {
+            let HealthSettings { enabled: _, host, port, live_path, ready_path } = config.health.clone();
             let routes = Routes::Health { state: Arc::clone(&health), live_path, ready_path };
-            http.push(HttpListener::bind(&bind.host, bind.port, routes)?);
+            http.push(HttpListener::bind(&host, port, routes)?);
         }
-        let admin_socket = config.admin_socket_path.as_deref().map(Socket::bind_private).transpose();
+        let admin_socket = config.agent.admin_socket_path.as_deref().map(Socket::bind_private).transpose();
         let admin_socket = admin_socket.context("cannot serve the admin api")?;
         // Last, since clients come as soon as it is there.
         let socket = match handed {
@@ -147,15 +150,15 @@ impl Running {
                 // Else everybody who reads the configuration would look for it in the wrong place.
                 let at = socket.path().unwrap_or_default();
                 anyhow::ensure!(
-                    at == config.socket_path,
+                    at == config.agent.socket_path,
                     "the service manager passed a socket at {}, but socket_path is {}: \
                      make ListenStream= in the socket unit the same",
                     at.display(),
-                    config.socket_path.display()
+                    config.agent.socket_path.display()
                 );
                 Ok(socket)
             }
-            None => Socket::bind(&config.socket_path, 0o777),
+            None => Socket::bind(&config.agent.socket_path, 0o777),
         }
         .context("cannot serve the workload api")?;
 
@@ -254,6 +257,7 @@ impl Running {
             connections,
             means,
             metrics,
+            log: None,
             health,
             stop,
             serving,
@@ -264,7 +268,7 @@ impl Running {
 
     /// Where the Workload API is served.
     pub fn socket_path(&self) -> &Path {
-        &self.config.socket_path
+        &self.config.agent.socket_path
     }
 
     /// What is in force.
@@ -282,32 +286,13 @@ impl Running {
         &self.metrics
     }
 
-    /// Puts what `next` says in force, for open streams at once; all of it or nothing.
-    ///
-    /// # Errors
-    /// `next` changes something that only a restart can change; nothing is changed then.
-    pub fn reload(&mut self, next: Config) -> anyhow::Result<config::Changes> {
-        let changes = config::diff(&self.config, &next);
-        if !changes.restart.is_empty() {
-            let all: Vec<String> = changes.restart.iter().map(ToString::to_string).collect();
-            anyhow::bail!("{}", all.join("; "));
-        }
-        let budget = next.ratelimit.memory.budget(self.means.cgroup);
-        // What may still refuse is asked before anything changes.
-        limits::Gate::check(&next.ratelimit, self.means.nofile, budget)?;
-        self.limits.reload(&next.ratelimit)?;
-        self.gate.reload(&next.ratelimit, self.means.nofile, budget)?;
-        self.memory.send_replace(watch::Budget { settings: next.ratelimit.memory, bytes: budget });
-        let connections = connection_settings(&next, self.means);
-        self.connections.send_if_modified(|old| std::mem::replace(old, connections.clone()) != connections);
-        self.x509.reconfigure(next.x509_svid_cache_max_size, next.availability_target);
-        self.jwt.resize(next.jwt_svid_cache_max_size);
-        self.signer.reconfigure(next.issuer.default_x509_svid_ttl, next.issuer.default_jwt_svid_ttl);
-        self.attestor.names_count(names_count(&next));
-        self.attestor.reload(next.unix);
-        self.sync.replace(next.entries.clone(), next.federated.clone(), policy(&next));
-        self.config = next;
-        Ok(changes)
+    /// Lets each reload set the level of `log`, and metrics tell what it lost.
+    #[must_use]
+    pub fn logging(mut self, log: Log) -> Self {
+        let lines = log.clone();
+        self.metrics.before_render(move |metrics| metrics.set_log_lines_lost(lines.lines_lost()));
+        self.log = Some(log);
+        self
     }
 
     /// Ends when serving has ended by itself, or a task that goes on for ever has: faults. Without the one that
@@ -405,9 +390,7 @@ async fn serve(
     log: &Log,
 ) -> anyhow::Result<()> {
     let mut signals = Signals::new()?;
-    let mut agent = Running::start(config.clone(), handed, Clock::SYSTEM)?;
-    let lines = log.clone();
-    agent.metrics.before_render(move |metrics| metrics.set_log_lines_lost(lines.lines_lost()));
+    let mut agent = Running::start(config.clone(), handed, Clock::SYSTEM)?.logging(log.clone());
     let status = |agent: &Running| format!("serving {} entries", agent.config().entries.len());
     tracing::info!(
         socket = %agent.socket_path().display(),
@@ -434,7 +417,7 @@ async fn serve(
                 }
                 Told::Reload => {
                     manager.reloading();
-                    let done = reload(&mut agent, load, log);
+                    let done = reload::on_signal(&mut agent, load);
                     let said = match &done {
                         Ok(()) => status(&agent),
                         Err(_) => format!("{}; the last reload failed: see the log", status(&agent)),
@@ -450,36 +433,6 @@ async fn serve(
             },
             error = agent.failed() => return Err(error),
             () = &mut watchdog => {}
-        }
-    }
-}
-
-fn reload(agent: &mut Running, load: &Load, log: &Log) -> anyhow::Result<()> {
-    // On this thread: the workers serve meanwhile.
-    let done = tokio::task::block_in_place(load).and_then(|next| {
-        let level = next.log.level;
-        let changes = agent.reload(next)?;
-        log.set_level(level);
-        Ok(changes)
-    });
-    match done {
-        Ok(changes) => {
-            agent.metrics.reloaded(ReloadResult::Ok);
-            let config::EntryChanges { added, removed, changed } = changes.entries;
-            tracing::info!(
-                entries_added = added,
-                entries_removed = removed,
-                entries_changed = changed,
-                bundles_changed = changes.federated.len(),
-                settings_changed = changes.live.join(","),
-                "reloaded"
-            );
-            Ok(())
-        }
-        Err(error) => {
-            agent.metrics.reloaded(ReloadResult::Error);
-            tracing::error!(error = format!("{error:#}"), "not reloaded; everything stays as it was");
-            Err(error)
         }
     }
 }
@@ -538,15 +491,7 @@ fn connection_settings(config: &Config, means: gate::Means) -> peer::Settings {
     let budget = config.ratelimit.memory.budget(means.cgroup);
     peer::Settings {
         max_lingering: limits::gate::lingering(means.nofile, budget),
-        ..peer::Settings::new(&config.ratelimit.gate.connection, config.drain_timeout)
-    }
-}
-
-fn policy(config: &Config) -> Policy {
-    Policy {
-        allow_unauthenticated_verifiers: config.allow_unauthenticated_verifiers,
-        allowed_foreign_jwt_claims: config.allowed_foreign_jwt_claims.iter().cloned().collect(),
-        log_selectors: config.log.selectors.clone(),
+        ..peer::Settings::new(&config.ratelimit.gate.connection, config.listener.drain_timeout)
     }
 }
 
@@ -555,23 +500,7 @@ fn policy(config: &Config) -> Policy {
 /// # Errors
 /// The log file cannot be opened.
 pub fn start_log(config: &Config) -> anyhow::Result<Log> {
-    Ok(Log::start(&log_settings(config))?)
-}
-
-fn log_settings(config: &Config) -> log::Settings {
-    log::Settings {
-        level: config.log.level,
-        format: match config.log.format {
-            LogFormat::Text => log::Format::Text,
-            LogFormat::Json => log::Format::Json,
-        },
-        output: config.log.file.clone().map_or(log::Output::Stdout, log::Output::File),
-        source_location: if config.log.source_location {
-            log::SourceLocation::Shown
-        } else {
-            log::SourceLocation::Hidden
-        },
-    }
+    Ok(Log::start(&config.log)?)
 }
 
 /// One connection's service.

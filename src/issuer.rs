@@ -4,3 +4,6 @@
 //! Nothing above this module sees a CA key.
 
 pub mod embedded;
+mod settings;
+
+pub use settings::IssuerSettings;

@@ -10,10 +10,12 @@ pub mod cgroup;
 mod connection;
 pub mod credentials;
 pub mod listener;
+mod settings;
 pub mod socket;
 pub mod wire;
 
 pub use connection::RequestBody;
 pub use credentials::{Arrival, KeyResolver, OsUid, Peer, PeerGone};
 pub use listener::{AdmitAll, Gate, Listener, Settings, Stats};
+pub use settings::{KubernetesSettings, ListenerSettings};
 pub use socket::{BindError, Socket};

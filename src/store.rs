@@ -6,13 +6,15 @@
 //! Nothing here knows gRPC, sockets or processes.
 
 pub mod jwt_cache;
+mod settings;
 pub mod signer;
 pub mod snapshot;
 pub mod sync;
 pub mod x509_cache;
 
 pub use jwt_cache::JwtCache;
+pub use settings::{CacheSettings, CacheSize, Policy};
 pub use signer::Signer;
-pub use snapshot::{Change, Policy, Snapshot, Store};
+pub use snapshot::{Change, Snapshot, Store};
 pub use sync::Sync;
 pub use x509_cache::X509Cache;

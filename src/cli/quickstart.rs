@@ -28,7 +28,7 @@ use super::{
     client::Client,
     files::{Batch, Readers},
     jwt::from_struct,
-    run::{MAX_SOCKET_PATH, trust_domain},
+    run::trust_domain,
     socket::{Chosen, Socket},
     svid::X509Answer,
     terminal::{Terminal, clean},
@@ -40,6 +40,7 @@ use crate::{
     config::{Config, ExpandEnv},
     identity::TrustDomain,
     os::clock::Clock,
+    peer::socket::MAX_PATH_LEN,
 };
 
 const CONFIG: &str = "agent.conf";
@@ -127,8 +128,8 @@ pub(super) fn run(args: &QuickstartArgs, terminal: &mut Terminal) -> Result<(), 
 
 async fn serve(args: &QuickstartArgs, config: Config, terminal: &mut Terminal) -> Result<(), Failure> {
     let mut ends = Ends::new().map_err(QuickstartError::Signals)?;
-    if UnixStream::connect(&config.socket_path).await.is_ok() {
-        return Err(QuickstartError::Running(config.socket_path).into());
+    if UnixStream::connect(&config.agent.socket_path).await.is_ok() {
+        return Err(QuickstartError::Running(config.agent.socket_path).into());
     }
     let mut agent = Running::start(config, None, Clock::SYSTEM).map_err(Failure::Agent)?;
     let shown = tokio::select! {
@@ -160,7 +161,7 @@ async fn serve(args: &QuickstartArgs, config: Config, terminal: &mut Terminal) -
 
 /// Fetches, checks and shows what a workload of this user gets.
 async fn show(config: &Config, terminal: &mut Terminal) -> Result<(), Failure> {
-    let path = &config.socket_path;
+    let path = &config.agent.socket_path;
     terminal.print(&format!("  serve {SOCKET:<20} {}\n", path.display()))?;
     let socket = Socket { path: path.to_owned(), chosen: Chosen::Own };
     let client = Client::connect(&socket, Some(LIMIT)).await?;
@@ -174,7 +175,7 @@ async fn show(config: &Config, terminal: &mut Terminal) -> Result<(), Failure> {
     let valid =
         client.validate_jwt_svid(terminal, &audience, &token.svid).await.map_err(Failure::Validate)?;
     terminal.print(&jwt_text(&token.svid, valid, now))?;
-    Ok(terminal.print(&next_steps(path, config.admin_socket_path.as_deref()))?)
+    Ok(terminal.print(&next_steps(path, config.agent.admin_socket_path.as_deref()))?)
 }
 
 fn x509_text(answer: &X509Answer, now: SystemTime) -> String {
@@ -387,7 +388,7 @@ fn socket_dir(
     environment: impl Fn(&str) -> Option<OsString>,
 ) -> Result<PathBuf, QuickstartError> {
     let fits = |dir: &Path| {
-        [SOCKET, ADMIN_SOCKET].iter().all(|name| dir.join(name).as_os_str().len() <= MAX_SOCKET_PATH)
+        [SOCKET, ADMIN_SOCKET].iter().all(|name| dir.join(name).as_os_str().len() <= MAX_PATH_LEN)
     };
     if fits(dir) {
         return Ok(dir.to_owned());
@@ -561,11 +562,7 @@ mod tests {
         let some = |name: &str| (name == "XDG_RUNTIME_DIR").then(|| runtime.clone().into_os_string());
         let got = socket_dir(&long, 1, some).unwrap();
         let longest = got.join(ADMIN_SOCKET);
-        assert!(
-            got.starts_with(&runtime) && longest.as_os_str().len() <= MAX_SOCKET_PATH,
-            "{}",
-            got.display()
-        );
+        assert!(got.starts_with(&runtime) && longest.as_os_str().len() <= MAX_PATH_LEN, "{}", got.display());
         assert_eq!(got, socket_dir(&long, 1, some).unwrap(), "the same again");
         let other = socket_dir(&base.path().join("y".repeat(100)), 1, some).unwrap();
         assert_ne!(got, other, "another directory has another socket");
@@ -596,9 +593,9 @@ mod tests {
             assert!(layout.files.iter().all(|(_, fresh, _)| *fresh), "{name}");
             let config = Config::load(&layout.config, ExpandEnv::No).unwrap();
             assert_eq!(config.trust_domain, domain, "{name}");
-            assert_eq!(config.data_dir, dir.join("data"), "{name}");
-            assert_eq!(config.socket_path, dir.join("public/api.sock"), "{name}");
-            assert_eq!(config.admin_socket_path, Some(dir.join("private/admin.sock")), "{name}");
+            assert_eq!(config.agent.data_dir, dir.join("data"), "{name}");
+            assert_eq!(config.agent.socket_path, dir.join("public/api.sock"), "{name}");
+            assert_eq!(config.agent.admin_socket_path, Some(dir.join("private/admin.sock")), "{name}");
             let ids: Vec<_> = config.entries.iter().map(|entry| entry.spiffe_id.to_string()).collect();
             assert_eq!(ids, ["spiffe://td.test/me"], "{name}");
 

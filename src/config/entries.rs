@@ -1,11 +1,11 @@
-//! `entry` and `federation`: who is who, and whose bundles are known.
+//! The blocks `entry`: who is who.
 //!
 //! An entry that could never match, or would not mean what it says, is refused: a selector that nobody attests, a
 //! lifetime longer than the CA's, a federated trust domain without a bundle. Work grows with the entries, not with
 //! their square.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap},
     fmt::Write as _,
     sync::Arc,
     time::Duration,
@@ -13,17 +13,14 @@ use std::{
 
 use aws_lc_rs::digest;
 
-use super::{Input, check::parse_trust_domain};
+use super::{issuer::CaTtl, trust_domain};
 use crate::{
     hcl::{
         section::{At, Labelled, Problems, Section, nearest},
-        show_duration,
         tree::{Place, quoted},
     },
-    identity::{
-        Bundle, Entry, EntryId, Selector, Selectors, SpiffeId, TrustDomain, bundle::BundleError,
-        entry::MAX_HINT_LEN,
-    },
+    identity::{Entry, EntryId, Selector, Selectors, SpiffeId, TrustDomain, entry::MAX_HINT_LEN},
+    issuer::embedded::MIN_SVID_TTL,
 };
 
 /// More DNS names than this are refused, since each is in the certificate.
@@ -31,36 +28,9 @@ const MAX_DNS_NAMES: usize = 64;
 /// As long as SPIRE's longest.
 const MAX_ID_LEN: usize = 255;
 
-/// The lifetime of a CA, which no SVID of it can outlive.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct CaTtl {
-    pub(super) value: Duration,
-    /// Where it is set; `None` for the default of a day.
-    place: Option<Place>,
-}
-
-impl CaTtl {
-    pub(super) fn of(set: Option<At<Duration>>) -> Self {
-        let default = Self { value: Duration::from_secs(24 * 3600), place: None };
-        set.map_or(default, |at| Self { value: at.value, place: Some(at.place) })
-    }
-
-    /// Refuses a lifetime that is longer.
-    pub(super) fn check(&self, section: &Section<'_>, key: &str, ttl: Option<At<Duration>>) {
-        if let Some(ttl) = ttl
-            && ttl.value > self.value
-        {
-            let whence = self.place.map_or_else(|| "by default".to_owned(), |at| section.problems().show(at));
-            let message =
-                format!("must be at most ca_ttl, which is {} ({whence})", quoted(&show_duration(self.value)));
-            section.wrong(ttl.place, key, Some(quoted(&show_duration(ttl.value))), message);
-        }
-    }
-}
-
 /// What entries are held against.
 #[derive(Debug)]
-pub(super) struct Rules<'a> {
+pub(super) struct EntryRules<'a> {
     /// `None` when it is wrong itself.
     pub(super) trust_domain: Option<&'a TrustDomain>,
     /// With a `federation` block, whether or not its bundle could be read.
@@ -72,13 +42,13 @@ pub(super) struct Rules<'a> {
 /// The entries read so far.
 #[derive(Debug)]
 pub(super) struct Entries<'a> {
-    rules: Rules<'a>,
+    rules: EntryRules<'a>,
     problems: &'a Problems,
     list: Vec<(Entry, Place)>,
 }
 
 impl<'a> Entries<'a> {
-    pub(super) fn new(rules: Rules<'a>, problems: &'a Problems) -> Self {
+    pub(super) fn new(rules: EntryRules<'a>, problems: &'a Problems) -> Self {
         Self { rules, problems, list: Vec::new() }
     }
 
@@ -116,7 +86,7 @@ impl<'a> Entries<'a> {
     }
 }
 
-impl Rules<'_> {
+impl EntryRules<'_> {
     /// `None` when it has no SPIFFE ID; whatever else is wrong is reported, and the entry is never used.
     fn entry(&self, block: Labelled<'_>, created_at: i64) -> Option<Entry> {
         let Labelled { label, place, mut section } = block;
@@ -237,9 +207,9 @@ impl Rules<'_> {
     }
 
     fn ttl(&self, s: &mut Section<'_>, key: &'static str) -> Option<Duration> {
-        let ttl = s.duration(key, Duration::from_secs(1)..=Duration::MAX);
-        self.ca_ttl.check(s, key, ttl);
-        ttl.map(|at| at.value)
+        let ttl = s.duration(key, MIN_SVID_TTL..=Duration::MAX)?;
+        self.ca_ttl.bounds(s, key, ttl);
+        Some(ttl.value)
     }
 
     fn federates_with(&self, s: &mut Section<'_>) -> BTreeSet<TrustDomain> {
@@ -247,7 +217,7 @@ impl Rules<'_> {
         let mut found = BTreeSet::new();
         for At { value: text, place } in s.strings(KEY).map(|list| list.value).unwrap_or_default() {
             let wrong = |message: String| s.wrong(place, KEY, Some(quoted(text)), message);
-            match parse_trust_domain(text) {
+            match trust_domain::parse(text) {
                 Err(message) => wrong(format!("{message}; right is, say, spiffe://other.example")),
                 Ok(name) if Some(&name) == self.trust_domain => {
                     wrong("is the agent's own trust domain, whose bundle everybody gets".to_owned());
@@ -401,66 +371,4 @@ fn revision(entry: &Entry) -> i64 {
         .texts(dns_names.iter().map(String::as_str))
         .texts(federates_with.iter().map(TrustDomain::name));
     (print.finish() >> 1).cast_signed()
-}
-
-/// `federation`: the bundles, and which trust domains have a block at all.
-pub(super) fn federation(
-    root: &mut Section<'_>,
-    input: &Input<'_>,
-    own: Option<&TrustDomain>,
-) -> (BTreeMap<TrustDomain, Arc<Bundle>>, BTreeSet<TrustDomain>) {
-    let mut bundles = BTreeMap::new();
-    let mut declared: BTreeMap<TrustDomain, Place> = BTreeMap::new();
-    for Labelled { label, place, mut section } in root.labelled("federation") {
-        let wrong = |message: String| section.problems().add(place, &section.name(), None, message);
-        let name = match parse_trust_domain(label) {
-            Err(message) => {
-                wrong(format!("{message}; right is, say, federation \"spiffe://other.example\" {{ .. }}"));
-                None
-            }
-            Ok(name) => {
-                if Some(&name) == own {
-                    wrong("is the agent's own trust domain, whose bundle is the issuer's".to_owned());
-                }
-                if let Some(first) = declared.get(&name) {
-                    wrong(format!("is there twice: first at {}", section.problems().show(*first)));
-                }
-                declared.entry(name.clone()).or_insert(place);
-                Some(name)
-            }
-        };
-        if let Some((name, bundle)) = bundle(&mut section, input, name) {
-            bundles.insert(name, Arc::new(bundle));
-        }
-        section.finish();
-    }
-    (bundles, declared.into_keys().collect())
-}
-
-fn bundle(
-    s: &mut Section<'_>,
-    input: &Input<'_>,
-    name: Option<TrustDomain>,
-) -> Option<(TrustDomain, Bundle)> {
-    type Parse = fn(&TrustDomain, &[u8]) -> Result<Bundle, BundleError>;
-    let pem: Parse = Bundle::parse_pem;
-    let parse = |text: &str| -> Option<Parse> {
-        match text {
-            "pem" => Some(pem),
-            "spiffe" => Some(Bundle::parse_spiffe),
-            _ => None,
-        }
-    };
-    let format = s.parsed("bundle_format", parse, "must be pem or spiffe").map(|at| at.value);
-    let format = format.or_else(|| (!s.has("bundle_format")).then_some(pem));
-    let Some(path) = s.string("bundle_path") else {
-        s.missing("bundle_path", "must be configured: bundle_path = \"/etc/durward/other.example.pem\"");
-        return None;
-    };
-    let wrong = |message: String| s.wrong(path.place, "bundle_path", Some(quoted(path.value)), message);
-    let bytes =
-        (input.read_bundle)(&input.base.join(path.value)).map_err(|err| wrong(err.to_string())).ok()?;
-    let name = name?;
-    let bundle = format?(&name, &bytes).map_err(|err| wrong(err.to_string())).ok()?;
-    Some((name, bundle))
 }

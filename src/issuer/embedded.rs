@@ -48,6 +48,12 @@ use crate::identity::{
 /// The shortest lifetime of a CA: below it, rotation would hardly leave time to learn of a new one.
 pub const MIN_CA_TTL: Duration = Duration::from_secs(60);
 
+/// The longest lifetime of a CA, ten years: beyond lies a mistake.
+pub const MAX_CA_TTL: Duration = Duration::from_secs(87_600 * 3600);
+
+/// The shortest lifetime of an SVID.
+pub const MIN_SVID_TTL: Duration = Duration::from_secs(1);
+
 /// How long to wait after a rotation that failed before trying again.
 pub const ROTATION_RETRY: Duration = Duration::from_secs(10);
 

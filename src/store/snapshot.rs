@@ -11,18 +11,8 @@ use bytes::Bytes;
 use hashbrown::HashMap;
 use tokio::sync::watch;
 
+use super::settings::Policy;
 use crate::identity::{Bundles, EntryId, EntryIndex, TrustDomain};
-
-/// What an admin decides about answers, and may change while streams are open.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Policy {
-    /// `allow_unauthenticated_verifiers`: whether a caller without any identity receives the own bundle.
-    pub allow_unauthenticated_verifiers: bool,
-    /// `allowed_foreign_jwt_claims`: claims of foreign tokens that ValidateJWTSVID hands on, beside sub, exp and aud.
-    pub allowed_foreign_jwt_claims: Vec<String>,
-    /// `log_selectors`: beginnings of selectors that may stand in the log line of a caller without an identity.
-    pub log_selectors: Vec<String>,
-}
 
 /// One state of the world. Never edited.
 #[derive(Debug)]

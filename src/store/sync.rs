@@ -10,11 +10,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::{
-    signer::Signer,
-    snapshot::{Policy, Store},
-    x509_cache::X509Cache,
-};
+use super::{settings::Policy, signer::Signer, snapshot::Store, x509_cache::X509Cache};
 use crate::{
     identity::{Bundle, Bundles, Entry, EntryIndex, TrustDomain},
     issuer::embedded::{IssuerError, ROTATION_RETRY},

@@ -237,9 +237,9 @@ fn check_config(text: &str, drop_in: &str, expand_env: ExpandEnv<'_>) {
                 config.federated.iter().all(|(name, bundle)| name != own && bundle.trust_domain == *name)
             );
             let paths: [Option<&PathBuf>; 4] = [
-                Some(&config.socket_path),
-                Some(&config.data_dir),
-                config.admin_socket_path.as_ref(),
+                Some(&config.agent.socket_path),
+                Some(&config.agent.data_dir),
+                config.agent.admin_socket_path.as_ref(),
                 config.log.file.as_ref(),
             ];
             assert!(paths.into_iter().flatten().all(|path| path.is_absolute()));
