@@ -27,7 +27,7 @@ use crate::{
         admin::{self, AdminService},
         workload::{Parts, WorkloadApi},
     },
-    attest::{self, Attestor},
+    attest::Attestor,
     config::{self, Config, LogFormat},
     identity::{SpiffeId, TrustDomain},
     issuer::embedded::Embedded,
@@ -121,8 +121,8 @@ impl Running {
             config.federated.clone(),
             policy(&config),
         ));
-        let attestor = Arc::new(Attestor::new(config.unix).counted_by(Arc::clone(&metrics)));
-        attestor.names_count(names_count(&config));
+        let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
+        attestor.prepare_for(&config.entries);
 
         let means = gate::Means::of_this_process();
         let budget = config.ratelimit.memory.budget(means.cgroup);
@@ -303,8 +303,8 @@ impl Running {
         self.x509.reconfigure(next.x509_svid_cache_max_size, next.availability_target);
         self.jwt.resize(next.jwt_svid_cache_max_size);
         self.signer.reconfigure(next.issuer.default_x509_svid_ttl, next.issuer.default_jwt_svid_ttl);
-        self.attestor.names_count(names_count(&next));
-        self.attestor.reload(next.unix);
+        self.attestor.prepare_for(&next.entries);
+        self.attestor.reload(next.attest.clone());
         self.sync.replace(next.entries.clone(), next.federated.clone(), policy(&next));
         self.config = next;
         Ok(changes)
@@ -528,10 +528,6 @@ async fn admin_ended(
 async fn stopped(mut stopping: channel::Receiver<bool>) {
     // An error means that the sender is gone, and the agent with it.
     let _told_or_gone = stopping.wait_for(|stop| *stop).await.is_ok();
-}
-
-fn names_count(config: &Config) -> bool {
-    config.entries.iter().flat_map(|entry| &entry.selectors).any(attest::unix::needs_name)
 }
 
 fn connection_settings(config: &Config, means: gate::Means) -> peer::Settings {

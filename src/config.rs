@@ -26,7 +26,7 @@ pub use diff::{Changes, EntryChanges, RestartOnly, diff};
 pub use file::{DropIns, FileError};
 
 use crate::{
-    attest,
+    attest::AttestSettings,
     hcl::{ConfigError, ConfigErrors, expand},
     identity::{Bundle, Entry, TrustDomain},
     issuer, limits,
@@ -60,8 +60,8 @@ pub struct Config {
     pub entries: Vec<Arc<Entry>>,
     /// `federation`. Never holds the own trust domain. Reloads.
     pub federated: BTreeMap<TrustDomain, Arc<Bundle>>,
-    /// `plugins.WorkloadAttestor.unix`. Reloads.
-    pub unix: attest::unix::Settings,
+    /// `plugins.WorkloadAttestor`. Reloads.
+    pub attest: AttestSettings,
     /// `agent.allow_unauthenticated_verifiers`: whether callers without an identity receive bundles. Default false.
     /// Reloads.
     pub allow_unauthenticated_verifiers: bool,

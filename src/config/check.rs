@@ -1,8 +1,6 @@
 //! `agent`, `plugins`, `telemetry`, `health_checks` and `issuer`: from blocks to settings.
 //!
-//! spire-agent's keys that this version does not act on are taken here one by one, and refused as soon as they ask for
-//! something: a setting that silently does nothing is worse than one that is refused. Their off value, which is how
-//! people write "not used", passes.
+//! spire-agent's keys that this version does not act on are taken here one by one ([`crate::hcl::absent`]).
 
 use std::{collections::BTreeSet, ops::RangeInclusive, path::PathBuf, time::Duration};
 
@@ -13,10 +11,12 @@ use super::{
     entries, ratelimit,
 };
 use crate::{
-    attest,
+    attest::{self, AttestSettings},
     hcl::{
-        ConfigErrors, reader,
-        section::{At, Labelled, Problems, Section, nearest},
+        ConfigErrors,
+        absent::{NOT_HERE, must_be_absent, must_be_empty, must_be_off, must_be_text},
+        reader,
+        section::{At, Labelled, Problems, Section},
         tree::{Node, Place, quoted},
     },
     identity::{KeyType, SpiffeId, TrustDomain},
@@ -26,7 +26,6 @@ use crate::{
 
 const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_secs(3600);
-const NOT_HERE: &str = "is not in this version";
 
 /// The longest path of a Unix socket, in bytes (`sun_path` of `unix(7)`, less the closing zero).
 const MAX_SOCKET_PATH: usize = 107;
@@ -46,7 +45,7 @@ pub(super) fn check(input: &Input<'_>, problems: &Problems) -> Option<Config> {
         }
     };
     let trust_domain = agent.as_ref().and_then(|agent| agent.trust_domain.clone());
-    let unix = root.block("plugins").map_or_else(Unix::default, |block| Unix::read(block, server));
+    let attest = root.block("plugins").map(|block| plugins(block, server)).unwrap_or_default();
     let prometheus = root.block("telemetry").and_then(telemetry);
     let health = root.block("health_checks").and_then(health_checks);
     let issuer = Issuer::read(&mut root, input, server);
@@ -54,12 +53,8 @@ pub(super) fn check(input: &Input<'_>, problems: &Problems) -> Option<Config> {
 
     let own = trust_domain.as_ref().map(|at| &at.value);
     let (federated, declared) = entries::federation(&mut root, input, own);
-    let rules = entries::Rules {
-        trust_domain: own,
-        federated: &declared,
-        ca_ttl: issuer.ca_ttl,
-        discover_workload_path: unix.settings.discover_workload_path,
-    };
+    let rules =
+        entries::Rules { trust_domain: own, federated: &declared, ca_ttl: issuer.ca_ttl, attest: &attest };
     let mut list = entries::Entries::new(rules, problems);
     list.read(root.labelled("entry"));
     root.finish();
@@ -111,7 +106,7 @@ pub(super) fn check(input: &Input<'_>, problems: &Problems) -> Option<Config> {
         log: agent.log,
         entries,
         federated,
-        unix: unix.settings,
+        attest,
         allow_unauthenticated_verifiers: agent.allow_unauthenticated_verifiers,
         allowed_foreign_jwt_claims: agent.allowed_foreign_jwt_claims,
         availability_target: agent.availability_target,
@@ -164,39 +159,6 @@ fn drop_ins(input: &Input<'_>, problems: &Problems, dir: Option<&At<PathBuf>>) -
         }
     }
     trees
-}
-
-/// Refuses a boolean that asks for what is not there.
-fn must_be_off(section: &mut Section<'_>, key: &'static str, what: &str) {
-    if let Some(At { value: true, place }) = section.boolean(key) {
-        section.wrong(place, key, Some("true".to_owned()), format!("{what} {NOT_HERE}; leave it false"));
-    }
-}
-
-/// Refuses a text other than `off` (empty is always off).
-fn must_be_text(section: &mut Section<'_>, key: &'static str, off: &str, what: &str) {
-    if let Some(text) = section.string(key)
-        && !text.value.is_empty()
-        && text.value != off
-    {
-        section.wrong(text.place, key, Some(quoted(text.value)), format!("{what} {NOT_HERE}; leave it out"));
-    }
-}
-
-/// Refuses a list that holds anything.
-fn must_be_empty(section: &mut Section<'_>, key: &'static str, what: &str) {
-    if let Some(list) = section.strings(key)
-        && !list.value.is_empty()
-    {
-        section.wrong(list.place, key, Some("[ .. ]".to_owned()), format!("{what} {NOT_HERE}; leave it out"));
-    }
-}
-
-/// Refuses a block that is there.
-fn must_be_absent(section: &mut Section<'_>, key: &'static str, what: &str) {
-    if let Some(block) = section.block(key) {
-        section.wrong(block.place(), key, None, format!("{what} {NOT_HERE}; leave it out"));
-    }
 }
 
 /// A path, made absolute from the working directory as spire-agent does.
@@ -484,99 +446,24 @@ fn kubernetes(s: &mut Section<'_>) -> Kubernetes {
     read
 }
 
-/// `plugins`, as far as it is there: the unix attestor.
-#[derive(Default)]
-struct Unix {
-    settings: attest::unix::Settings,
-}
-
-impl Unix {
-    fn read(mut plugins: Section<'_>, server: &mut Server) -> Self {
-        let mut unix = None;
-        for plugin in plugins.labelled("WorkloadAttestor") {
-            match plugin.label {
-                "unix" => match &unix {
-                    None => unix = Some((plugin.place, Self::plugin(plugin.section))),
-                    Some((first, _)) => declared_twice(plugin, *first),
-                },
-                _ => workload_attestor(plugin),
-            }
-        }
-        for key in ["NodeAttestor", "KeyManager"] {
-            for Labelled { place, section, .. } in plugins.labelled(key) {
-                server.0.push((place, section.name()));
-                section.ignore();
-            }
-        }
-        for Labelled { place, mut section, .. } in plugins.labelled("SVIDStore") {
-            if is_enabled(&mut section) {
-                section.problems().add(
-                    place,
-                    &section.name(),
-                    None,
-                    format!("storing SVIDs {NOT_HERE}; leave it out"),
-                );
-            }
+/// `plugins`, as far as it is there: the workload attestors.
+fn plugins(mut plugins: Section<'_>, server: &mut Server) -> AttestSettings {
+    let attest = AttestSettings::read(&mut plugins);
+    for key in ["NodeAttestor", "KeyManager"] {
+        for Labelled { place, section, .. } in plugins.labelled(key) {
+            server.0.push((place, section.name()));
             section.ignore();
         }
-        plugins.finish();
-        unix.map_or_else(Self::default, |(_, settings)| Self { settings })
     }
-
-    fn plugin(mut plugin: Section<'_>) -> attest::unix::Settings {
-        let mut settings = attest::unix::Settings::default();
-        if let Some(mut data) = plugin.block("plugin_data") {
-            if let Some(at) = data.boolean("discover_workload_path") {
-                settings.discover_workload_path = at.value;
-            }
-            if let Some(at) = data.integer("workload_size_limit", i64::MIN..=i64::MAX) {
-                settings.workload_size_limit = at.value;
-            }
-            data.finish();
+    for Labelled { place, mut section, .. } in plugins.labelled("SVIDStore") {
+        if attest::is_enabled(&mut section) {
+            let message = format!("storing SVIDs {NOT_HERE}; leave it out");
+            section.problems().add(place, &section.name(), None, message);
         }
-        must_be_text(&mut plugin, "plugin_data_file", "", "reading plugin_data from another file");
-        must_be_text(&mut plugin, "plugin_cmd", "", "an external plugin");
-        must_be_empty(&mut plugin, "plugin_args", "an external plugin");
-        must_be_text(&mut plugin, "plugin_checksum", "", "an external plugin");
-        if let Some(At { value: false, place }) = plugin.boolean("enabled") {
-            let message =
-                "unix is the only workload attestor in this version: without it nobody gets an identity";
-            plugin.wrong(place, "enabled", Some("false".to_owned()), message);
-        }
-        plugin.finish();
-        settings
+        section.ignore();
     }
-}
-
-fn is_enabled(plugin: &mut Section<'_>) -> bool {
-    plugin.boolean("enabled").is_none_or(|at| at.value)
-}
-
-fn declared_twice(plugin: Labelled<'_>, first: Place) {
-    let Labelled { place, section, .. } = plugin;
-    let message = format!("declared more than once: first at {}", section.problems().show(first));
-    section.problems().add(place, &section.name(), None, message);
-    section.ignore();
-}
-
-/// Any attestor but `unix`.
-fn workload_attestor(plugin: Labelled<'_>) {
-    let Labelled { label, place, mut section } = plugin;
-    let known = ["docker", "k8s", "slurm", "systemd", "windows"];
-    if is_enabled(&mut section) {
-        let what = if section.has("plugin_cmd") {
-            format!("an external plugin {NOT_HERE}; leave it out")
-        } else if known.contains(&label) {
-            format!("this workload attestor {NOT_HERE}, unix is; leave it out, or set enabled = false")
-        } else {
-            match nearest(label, known.into_iter().chain(["unix"])) {
-                Some(near) => format!("unknown workload attestor: did you mean {near}?"),
-                None => "unknown workload attestor; known is unix".to_owned(),
-            }
-        };
-        section.problems().add(place, &section.name(), None, what);
-    }
-    section.ignore();
+    plugins.finish();
+    attest
 }
 
 fn telemetry(mut telemetry: Section<'_>) -> Option<At<HostPort>> {

@@ -8,7 +8,6 @@ use std::{collections::HashMap, fmt, path::PathBuf, sync::Arc, time::Duration};
 use super::{Config, Health, HostPort, Log};
 use crate::hcl::{show_duration, tree::quoted};
 use crate::{
-    attest,
     identity::{Entry, EntryId, KeyType, TrustDomain},
     issuer::embedded::{CaSource, Settings},
 };
@@ -88,7 +87,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         issuer,
         entries,
         federated,
-        unix,
+        attest,
         allow_unauthenticated_verifiers,
         allowed_foreign_jwt_claims,
         availability_target,
@@ -107,7 +106,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
     c.restart("agent.data_dir", data_dir, &new.data_dir, path);
     diff_log(&mut c, log, &new.log);
     diff_issuer(&mut c, issuer, &new.issuer);
-    diff_unix(&mut c, *unix, new.unix);
+    c.live.extend(attest.changes(&new.attest));
     c.live(
         "agent.allow_unauthenticated_verifiers",
         allow_unauthenticated_verifiers,
@@ -180,20 +179,6 @@ fn diff_log(c: &mut Changes, old: &Log, new: &Log) {
     c.restart("agent.log_file", file, &new.file, maybe_path);
     c.restart("agent.log_source_location", source_location, &new.source_location, bool::to_string);
     c.live("agent.log_selectors", selectors, &new.selectors);
-}
-
-fn diff_unix(c: &mut Changes, old: attest::unix::Settings, new: attest::unix::Settings) {
-    let attest::unix::Settings { discover_workload_path, workload_size_limit } = old;
-    c.live(
-        "plugins.WorkloadAttestor \"unix\".plugin_data.discover_workload_path",
-        &discover_workload_path,
-        &new.discover_workload_path,
-    );
-    c.live(
-        "plugins.WorkloadAttestor \"unix\".plugin_data.workload_size_limit",
-        &workload_size_limit,
-        &new.workload_size_limit,
-    );
 }
 
 fn diff_issuer(c: &mut Changes, old: &Settings, new: &Settings) {
