@@ -28,7 +28,7 @@ use crate::{
         admin::{self, AdminService},
         workload::{Parts, WorkloadApi},
     },
-    attest::{self, Attestor},
+    attest::Attestor,
     config::Config,
     identity::{SpiffeId, TrustDomain},
     issuer::embedded::Embedded,
@@ -124,8 +124,8 @@ impl Running {
             config.federated.clone(),
             config.policy.clone(),
         ));
-        let attestor = Arc::new(Attestor::new(config.unix).counted_by(Arc::clone(&metrics)));
-        attestor.names_count(names_count(&config));
+        let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
+        attestor.prepare_for(&config.entries);
 
         let means = gate::Means::of_this_process();
         let budget = config.ratelimit.memory.budget(means.cgroup);
@@ -481,10 +481,6 @@ async fn admin_ended(
 async fn stopped(mut stopping: channel::Receiver<bool>) {
     // An error means that the sender is gone, and the agent with it.
     let _told_or_gone = stopping.wait_for(|stop| *stop).await.is_ok();
-}
-
-fn names_count(config: &Config) -> bool {
-    config.entries.iter().flat_map(|entry| &entry.selectors).any(attest::unix::needs_name)
 }
 
 fn connection_settings(config: &Config, means: gate::Means) -> peer::Settings {

@@ -4,6 +4,7 @@
 //! Not trusted: the text, which may be wrong in any way. It never panics, and every mistake is kept with its place.
 //! Absent: what a key means. Each room declares its own keys, with [`settings::settings!`].
 
+pub(crate) mod absent;
 pub(crate) mod duration;
 mod error;
 pub(crate) mod expand;

@@ -5,12 +5,12 @@
 //! caller key, gate, first byte, HTTP/2; a connection that is refused has cost no HTTP/2 state, and one that stays
 //! silent costs about 1.5 KiB. Absent: any decision about identities, and any knowledge of gRPC.
 
-pub mod attested;
 pub mod cgroup;
 mod connection;
 pub mod credentials;
 pub mod listener;
 mod settings;
+pub mod slot;
 pub mod socket;
 pub mod wire;
 

@@ -1,6 +1,6 @@
 //! A reload: all of a configuration in force at once, or nothing of it.
 
-use super::{Load, Running, connection_settings, names_count, watch};
+use super::{Load, Running, connection_settings, watch};
 use crate::{
     config::{self, Config, EntryChanges},
     limits,
@@ -31,7 +31,7 @@ impl Running {
             issuer,
             entries,
             federated,
-            unix,
+            attest,
             prometheus: _,
             health: _,
             ratelimit,
@@ -50,8 +50,8 @@ impl Running {
         self.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);
         self.jwt.resize(caches.jwt_svids.count());
         self.signer.reconfigure(issuer.default_x509_svid_ttl, issuer.default_jwt_svid_ttl);
-        self.attestor.names_count(names_count(&next));
-        self.attestor.reload(*unix);
+        self.attestor.prepare_for(entries);
+        self.attestor.reload(attest.clone());
         self.sync.replace(entries.clone(), federated.clone(), policy.clone());
         if let Some(lines) = &self.log {
             lines.set_level(log.level);

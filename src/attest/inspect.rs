@@ -4,19 +4,20 @@
 //! counted, and nothing is kept. The order is the attestor's: the pidfd first, then everything under `/proc`, and at the
 //! end the pidfd again, so that what was read is of the process that had the PID at the start.
 
-use std::io;
+use std::{io, sync::Arc};
 
 use nix::{
     errno::Errno,
     unistd::{Gid, Pid, Uid},
 };
+use procfs::{ProcError, process::Process as ProcProcess};
 use tokio::time::Instant;
 
-use super::{AttestError, Attestor, Process, Subject, unix::ProcDir};
+use super::{AttestError, Attestor, Subject, process::Attestable};
 use crate::{
     limits::CallerKey,
     os::pidfd::{Owner, Pidfd},
-    peer::attested::LastAttested,
+    peer::slot::PeerSlot,
 };
 
 /// A process held by its pidfd.
@@ -25,8 +26,6 @@ pub struct Inspected {
     pid: Pid,
     pidfd: Pidfd,
     owner: Owner,
-    /// Never read: each inspection is one of its own.
-    last: LastAttested,
 }
 
 /// Why a process cannot be inspected.
@@ -42,6 +41,14 @@ pub enum InspectError {
         pid: i32,
         /// The kernel's answer.
         source: io::Error,
+    },
+    /// The kernel does not say whose it is.
+    #[error("cannot read the user and group of process {pid}")]
+    Owner {
+        /// The PID.
+        pid: i32,
+        /// What `/proc` answered.
+        source: ProcError,
     },
     /// What attestation would say to it as well.
     #[error("process {pid} cannot be attested")]
@@ -79,7 +86,7 @@ impl Inspected {
     }
 }
 
-impl Process for Inspected {
+impl Attestable for Inspected {
     fn pid(&self) -> Pid {
         self.pid
     }
@@ -100,8 +107,9 @@ impl Process for Inspected {
         }
     }
 
-    fn last_attested(&self) -> &LastAttested {
-        &self.last
+    /// Each inspection is one of its own.
+    fn slot(&self) -> Option<&PeerSlot> {
+        None
     }
 }
 
@@ -123,11 +131,15 @@ impl Attestor {
             Err(Errno::ESRCH) => return Err(no_process),
             Err(errno) => return Err(InspectError::Pidfd { pid: raw, source: errno.into() }),
         };
-        let failed = |source| InspectError::attest(pid, source);
-        let status = ProcDir::open(&self.proc_root, pid).and_then(|dir| dir.status()).map_err(failed)?;
-        let owner = Owner { uid: Uid::from_raw(status.uid), gid: Gid::from_raw(status.gid) };
-        let found = Inspected { pid, pidfd, owner, last: LastAttested::default() };
-        found.is_alive().map_err(failed)?;
+        let process = ProcProcess::new_with_root(self.proc_root.join(pid.to_string()));
+        let status = match process.and_then(|process| process.status()) {
+            Ok(status) => status,
+            Err(ProcError::NotFound(_)) => return Err(no_process),
+            Err(source) => return Err(InspectError::Owner { pid: raw, source }),
+        };
+        let owner = Owner { uid: Uid::from_raw(status.euid), gid: Gid::from_raw(status.egid) };
+        let found = Inspected { pid, pidfd, owner };
+        found.is_alive().map_err(|source| InspectError::attest(pid, source))?;
         Ok(found)
     }
 
@@ -137,10 +149,10 @@ impl Attestor {
     /// # Errors
     /// [`InspectError`].
     pub async fn describe(&self, process: &Inspected) -> Result<Subject, InspectError> {
-        let configured = self.configured.load_full();
-        self.attest_anew(Instant::now(), &configured, process)
-            .await
-            .map_err(|source| InspectError::attest(process.pid, source))
+        let settings = self.settings.load_full();
+        let attested = self.attest_anew(&settings, process, Instant::now()).await;
+        let attested = attested.map_err(|source| InspectError::attest(process.pid, source))?;
+        Ok(Subject(Arc::new(attested.selectors)))
     }
 }
 
@@ -149,11 +161,11 @@ mod tests {
     use std::process::{Command, Stdio};
 
     use super::*;
-    use crate::attest::unix::Settings;
+    use crate::attest::AttestSettings;
 
     #[tokio::test]
     async fn a_living_process_has_its_selectors_and_a_dead_one_none() {
-        let attestor = Attestor::new(Settings::default());
+        let attestor = Attestor::new(AttestSettings::default());
         let mut child = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
         let found = attestor.inspect(pid).unwrap();

@@ -1,67 +1,10 @@
-//! spire-agent's keys that this version does not act on.
-//!
-//! They are taken one by one, and refused as soon as they ask for something: a setting that silently does nothing is
-//! worse than one that is refused. Their off value, which is how people write "not used", passes.
+//! spire-agent's keys of the block `agent` that this version does not act on.
 
 use crate::hcl::{
+    absent::{Off, asked, refuse},
     section::Section,
-    tree::{Place, quoted},
+    tree::Place,
 };
-
-pub(super) const NOT_HERE: &str = "is not in this version";
-
-/// The type of a key, with the value that asks for nothing.
-#[derive(Clone, Copy)]
-pub(super) enum Off {
-    False,
-    True,
-    /// A whole number.
-    Zero,
-    /// A text; an empty one is always off.
-    Text(&'static str),
-    /// A list.
-    Empty,
-    /// A block.
-    Missing,
-}
-
-/// Takes `key`. Returns where it asks for something, and the value as a message shows it.
-pub(super) fn asked(
-    section: &mut Section<'_>,
-    key: &'static str,
-    off: Off,
-) -> Option<(Place, Option<String>)> {
-    let (place, asks, shown) = match off {
-        Off::False | Off::True => {
-            let at = section.boolean(key)?;
-            (at.place, at.value == matches!(off, Off::False), at.value.to_string())
-        }
-        Off::Zero => {
-            let at = section.integer(key, 0..=u16::MAX)?;
-            (at.place, at.value != 0, at.value.to_string())
-        }
-        Off::Text(off) => {
-            let at = section.string(key)?;
-            (at.place, !at.value.is_empty() && at.value != off, quoted(at.value))
-        }
-        Off::Empty => {
-            let at = section.strings(key)?;
-            (at.place, !at.value.is_empty(), "[ .. ]".to_owned())
-        }
-        Off::Missing => return section.block(key).map(|block| (block.place(), None)),
-    };
-    asks.then_some((place, Some(shown)))
-}
-
-/// Refuses each key of `keys` that asks for something. The last part of each names what is not there.
-pub(super) fn refuse(section: &mut Section<'_>, keys: &[(&'static str, Off, &str)]) {
-    for (key, off, what) in keys {
-        if let Some((place, value)) = asked(section, key, *off) {
-            let right = if matches!(off, Off::False) { "leave it false" } else { "leave it out" };
-            section.wrong(place, key, value, format!("{what} {NOT_HERE}; {right}"));
-        }
-    }
-}
 
 const AGENT: [(&str, Off, &str); 2] = [
     ("authorized_delegates", Off::Empty, "the delegated identity API"),

@@ -10,7 +10,6 @@ use std::{
 
 use super::document::Config;
 use crate::{
-    attest,
     hcl::{
         RestartOnly,
         settings::{KeyChanges, Shown},
@@ -64,7 +63,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         issuer,
         entries,
         federated,
-        unix,
+        attest,
         prometheus,
         health,
         ratelimit,
@@ -78,7 +77,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
     listener.compare(&new.listener, &mut keys);
     kubernetes.compare(&new.kubernetes, &mut keys);
     issuer.compare(&new.issuer, &mut keys);
-    diff_unix(&mut keys, *unix, new.unix);
+    attest.compare(&new.attest, &mut keys);
     keys.needs_restart("telemetry.Prometheus", prometheus, &new.prometheus);
     diff_health(&mut keys, health, &new.health);
     keys.reloads("ratelimit", ratelimit, &new.ratelimit);
@@ -113,20 +112,6 @@ fn diff_entries(old: &[Arc<Entry>], new: &[Arc<Entry>]) -> EntryChanges {
     }
     changes.removed = before.len();
     changes
-}
-
-fn diff_unix(keys: &mut KeyChanges, old: attest::unix::Settings, new: attest::unix::Settings) {
-    let attest::unix::Settings { discover_workload_path, workload_size_limit } = old;
-    keys.reloads(
-        "plugins.WorkloadAttestor \"unix\".plugin_data.discover_workload_path",
-        &discover_workload_path,
-        &new.discover_workload_path,
-    );
-    keys.reloads(
-        "plugins.WorkloadAttestor \"unix\".plugin_data.workload_size_limit",
-        &workload_size_limit,
-        &new.workload_size_limit,
-    );
 }
 
 /// Whether the endpoint is there is told as one; of one that is not, nothing is compared.

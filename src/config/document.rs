@@ -17,7 +17,7 @@ use super::{
     issuer, plugins, ratelimit,
 };
 use crate::{
-    attest,
+    attest::AttestSettings,
     hcl::{
         ConfigError, ConfigErrors,
         section::{Problems, Section},
@@ -54,8 +54,8 @@ pub struct Config {
     pub entries: Vec<Arc<Entry>>,
     /// `federation`. Never holds the own trust domain. Reloads.
     pub federated: BTreeMap<TrustDomain, Arc<Bundle>>,
-    /// `plugins.WorkloadAttestor.unix`. Reloads.
-    pub unix: attest::unix::Settings,
+    /// `plugins.WorkloadAttestor`. Reloads.
+    pub attest: AttestSettings,
     /// `telemetry.Prometheus`. Default: none. Restart to change.
     pub prometheus: Option<HostPort>,
     /// `health_checks`.
@@ -118,17 +118,12 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     let mut server = ServerKeys::default();
     let agent = AgentBlock::read(&mut root, &mut server);
     let own = agent.trust_domain.as_ref();
-    let unix = plugins::read(&mut root, &mut server);
+    let attest = plugins::read(&mut root, &mut server);
     let (prometheus, health) = endpoints::read(&mut root);
     let (issuer, ca_ttl) = issuer::read(&mut root, &server);
     let mut limits = root.block("ratelimit");
     let federation = Federation::read(&mut root, input, own);
-    let rules = EntryRules {
-        trust_domain: own,
-        federated: &federation.declared,
-        ca_ttl,
-        discover_workload_path: unix.discover_workload_path,
-    };
+    let rules = EntryRules { trust_domain: own, federated: &federation.declared, ca_ttl, attest: &attest };
     let mut entries = Entries::new(rules, problems);
     entries.read(root.labelled("entry"));
     root.finish();
@@ -159,7 +154,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
         issuer,
         entries,
         federated: federation.bundles,
-        unix,
+        attest,
         prometheus,
         health,
         ratelimit,
@@ -305,8 +300,12 @@ mod tests {
             let comment = comments.get(*key).unwrap_or_else(|| panic!("{key} is not in the reference"));
             let said = (comment.contains("Reloads"), comment.contains("Restart to change."));
             assert_eq!(said, (*change == "reloads", *change == "needs_restart"), "{key}: {comment}");
-            let free =
-                ["0".to_owned(), i64::MAX.to_string(), format!("\"{}\"", show_duration(Duration::MAX))];
+            let free = [
+                "0".to_owned(),
+                i64::MIN.to_string(),
+                i64::MAX.to_string(),
+                format!("\"{}\"", show_duration(Duration::MAX)),
+            ];
             for bound in bounds.get(*key).into_iter().flatten().filter(|bound| !free.contains(bound)) {
                 assert!(comment.contains(bound.as_str()), "{key}, {bound}: {comment}");
             }

@@ -1,8 +1,8 @@
 //! The blocks `telemetry` and `health_checks`: the two endpoints for people's tools.
 
-use super::absent::{self, Off};
 use crate::{
     hcl::{
+        absent::{self, Off},
         section::{At, Section},
         settings::Shown as _,
         tree::quoted,

@@ -15,8 +15,9 @@ use aws_lc_rs::digest;
 
 use super::{issuer::CaTtl, trust_domain};
 use crate::{
+    attest::AttestSettings,
     hcl::{
-        section::{At, Labelled, Problems, Section, nearest},
+        section::{At, Labelled, Problems, Section},
         tree::{Place, quoted},
     },
     identity::{Entry, EntryId, Selector, Selectors, SpiffeId, TrustDomain, entry::MAX_HINT_LEN},
@@ -36,7 +37,7 @@ pub(super) struct EntryRules<'a> {
     /// With a `federation` block, whether or not its bundle could be read.
     pub(super) federated: &'a BTreeSet<TrustDomain>,
     pub(super) ca_ttl: CaTtl,
-    pub(super) discover_workload_path: bool,
+    pub(super) attest: &'a AttestSettings,
 }
 
 /// The entries read so far.
@@ -157,7 +158,7 @@ impl EntryRules<'_> {
             match Selector::parse(text) {
                 Err(err) => wrong(format!("{err}, such as unix:uid:1000")),
                 Ok(selector) => {
-                    if let Err(message) = self.attestable(&selector) {
+                    if let Err(message) = self.attest.check(&selector) {
                         wrong(message);
                     }
                     if !selectors.insert(selector) {
@@ -167,43 +168,6 @@ impl EntryRules<'_> {
             }
         }
         selectors
-    }
-
-    /// Whether an attestor of this version could ever find `selector` out.
-    fn attestable(&self, selector: &Selector) -> Result<(), String> {
-        const KINDS: [&str; 8] =
-            ["uid", "user", "gid", "group", "supplementary_gid", "supplementary_group", "path", "sha256"];
-        if selector.kind() != "unix" {
-            return Err("nobody attests this: unix is the only workload attestor in this version".to_owned());
-        }
-        let (kind, value) = selector.value().split_once(':').unwrap_or_else(|| (selector.value(), ""));
-        let canonical_number =
-            |value: &str| value.parse::<u32>().is_ok_and(|number| number.to_string() == value);
-        match kind {
-            _ if KINDS.contains(&kind) && value.is_empty() => {
-                Err(format!("must have a value, as unix:{kind}:VALUE"))
-            }
-            "uid" | "gid" | "supplementary_gid" if !canonical_number(value) => {
-                Err(format!("must be a number from 0 to {}, as unix:{kind}:1000", u32::MAX))
-            }
-            "path" | "sha256" if !self.discover_workload_path => {
-                let key = "discover_workload_path = true in plugins.WorkloadAttestor \"unix\".plugin_data";
-                Err(format!("unix:{kind} is only found out with {key}"))
-            }
-            "path" if !value.starts_with('/') => {
-                Err("must be an absolute path, as unix:path:/usr/bin/web".to_owned())
-            }
-            "sha256"
-                if value.len() != 64 || !value.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) =>
-            {
-                Err("must be 64 lower-case hexadecimal digits".to_owned())
-            }
-            _ if KINDS.contains(&kind) => Ok(()),
-            _ => Err(nearest(kind, KINDS).map_or_else(
-                || format!("nobody attests this; unix attests {}", KINDS.join(", ")),
-                |near| format!("nobody attests this: did you mean unix:{near}?"),
-            )),
-        }
     }
 
     fn ttl(&self, s: &mut Section<'_>, key: &'static str) -> Option<Duration> {

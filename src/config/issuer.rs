@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use super::absent::{NOT_HERE, ServerKeys};
+use super::absent::ServerKeys;
 use crate::{
     hcl::{
+        absent::NOT_HERE,
         section::{At, Labelled, Section},
         show_duration,
         tree::quoted,

@@ -47,26 +47,6 @@ labels! {
     }
 }
 labels! {
-    /// Who attests.
-    AttestorName, "attestor" {
-        /// Users, groups and executables.
-        Unix = "unix",
-    }
-}
-labels! {
-    /// Why a peer could not be attested.
-    AttestFault, "reason" {
-        /// The process ended, or its PID is another process by now.
-        Gone = "gone",
-        /// The process lives in a PID namespace that this agent cannot see into.
-        Namespace = "namespace",
-        /// Something under `/proc` could not be read or understood.
-        Unreadable = "unreadable",
-        /// It took too long, or too many others were being attested.
-        Busy = "busy",
-    }
-}
-labels! {
     /// Why a connection was not taken.
     ConnectionRefusal, "reason" {
         /// The kernel did not say who connected.
@@ -185,8 +165,6 @@ pub struct Metrics {
     calls: By<Method, Box<[Counter]>>,
     call_seconds: By<Method, Histogram>,
     streams_open: By<Method, Gauge>,
-    attestation_seconds: By<AttestorName, Histogram>,
-    attestation_failures: By<AttestorName, By<AttestFault, Counter>>,
     signing_seconds: By<SvidKind, Histogram>,
     signing_failures: By<SvidKind, Counter>,
     x509_svids: By<SvidState, Gauge>,
@@ -264,17 +242,6 @@ impl Metrics {
                 "Time from a call's arrival to its answer, or to the first message of a stream.",
             ),
             streams_open: make.gauges("durward_streams_open", "Calls that are being served now."),
-            attestation_seconds: make
-                .histograms("durward_attestation_duration_seconds", "Time to learn a peer's selectors."),
-            attestation_failures: By::new(|attestor: AttestorName| {
-                By::new(|reason: AttestFault| {
-                    make.counter(
-                        "durward_attestation_failures_total",
-                        "Peers that could not be attested.",
-                        &[(AttestorName::KEY, attestor.text()), (AttestFault::KEY, reason.text())],
-                    )
-                })
-            }),
             signing_seconds: make.histograms(
                 "durward_signing_duration_seconds",
                 "Time to make and sign one SVID, its key included.",
@@ -386,16 +353,6 @@ impl Metrics {
     /// A call or stream is open while the answer is kept.
     pub fn stream_opened(&self, method: Method) -> Open {
         self.streams_open.with(method, Open::count)
-    }
-
-    /// A peer's selectors were learnt.
-    pub fn attested(&self, attestor: AttestorName, took: Duration) {
-        self.attestation_seconds.with(attestor, |h| h.record(took));
-    }
-
-    /// A peer could not be attested.
-    pub fn attestation_failed(&self, attestor: AttestorName, reason: AttestFault) {
-        self.attestation_failures.with(attestor, |by| by.with(reason, |c| c.increment(1)));
     }
 
     /// An SVID was signed.
@@ -610,8 +567,6 @@ mod tests {
         metrics.call_ended(Method::FetchJwtSvid, Code::Ok);
         metrics.call_ended(Method::FetchJwtSvid, Code::PermissionDenied);
         metrics.call_answered(Method::FetchJwtSvid, Duration::from_micros(300));
-        metrics.attested(AttestorName::Unix, Duration::from_millis(2));
-        metrics.attestation_failed(AttestorName::Unix, AttestFault::Gone);
         metrics.signed(SvidKind::Jwt, Duration::from_micros(40));
         metrics.signing_failed(SvidKind::X509);
         metrics.set_x509_svids(SvidState::Active, 3);
@@ -642,8 +597,6 @@ mod tests {
             (r#"durward_call_duration_seconds_bucket{method="FetchJWTSVID",le="0.00025"}"#, 0.0),
             (r#"durward_call_duration_seconds_bucket{method="FetchJWTSVID",le="0.0005"}"#, 1.0),
             (r#"durward_call_duration_seconds_count{method="FetchX509SVID"}"#, 0.0),
-            (r#"durward_attestation_duration_seconds_sum{attestor="unix"}"#, 0.002),
-            (r#"durward_attestation_failures_total{attestor="unix",reason="gone"}"#, 1.0),
             (r#"durward_signing_duration_seconds_count{kind="jwt"}"#, 1.0),
             (r#"durward_signing_failures_total{kind="x509"}"#, 1.0),
             (r#"durward_x509_svids{state="active"}"#, 3.0),

@@ -22,7 +22,7 @@ pub trait Label: Copy + 'static {
 
 /// Declares an enum as a set of label values: `labels! { /// Doc. Name, "key" { /// Doc. Case = "text", } }`.
 macro_rules! labels {
-    ($(#[$doc:meta])* $name:ident, $key:literal { $($(#[$case_doc:meta])* $case:ident = $text:literal,)+ }) => {
+    ($(#[$doc:meta])* $name:ident, $key:literal { $($(#[$case_doc:meta])* $case:ident = $text:expr,)+ }) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum $name { $($(#[$case_doc])* $case,)+ }

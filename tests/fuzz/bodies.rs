@@ -310,7 +310,7 @@ fn below_user(line: &[u8]) -> Vec<u8> {
 pub fn status(data: &[u8]) {
     let parsed = status::parse(data);
     if let Ok(status) = &parsed {
-        let status::Status { uid, gid, groups } = status;
+        let status::ProcStatus { uid, gid, groups } = status;
         assert!(groups.len() <= status::MAX_GROUPS);
         let groups: String = groups.iter().map(|group| format!("{group} ")).collect();
         let text = format!("Uid:\t1\t{uid}\t2\t3\nGid:\t4\t{gid}\t5\t6\nGroups:\t{groups}\n");

@@ -88,7 +88,7 @@ fn what_is_not_set_has_its_default() {
     assert_eq!(config.issuer.default_x509_svid_ttl, Duration::from_secs(3600));
     assert_eq!(config.issuer.default_jwt_svid_ttl, Duration::from_secs(300));
     assert!(config.entries.is_empty() && config.federated.is_empty());
-    assert_eq!(config.unix, durward::attest::unix::Settings::default());
+    assert_eq!(config.attest, durward::attest::AttestSettings::default());
     assert!(!config.policy.allow_unauthenticated_verifiers);
     assert!(config.policy.allowed_foreign_jwt_claims.is_empty());
     assert_eq!(config.caches.availability_target, None);
