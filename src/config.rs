@@ -54,7 +54,7 @@ pub struct Config {
     /// `agent.log_*`.
     pub log: Log,
     /// `issuer "embedded"`, with `agent.workload_x509_svid_key_type`.
-    pub issuer: issuer::embedded::Settings,
+    pub issuer: issuer::embedded::EmbeddedSettings,
     /// `entry`, of `agent.conf` first, then of the drop-in files in the order of their names. Unique by
     /// [`Entry::id`]. Reloads.
     pub entries: Vec<Arc<Entry>>,

@@ -20,7 +20,7 @@ use crate::{
         tree::{Node, Place, quoted},
     },
     identity::{KeyType, SpiffeId, TrustDomain},
-    issuer::embedded::{CaSource, Settings},
+    issuer::embedded::{AuthorityTtl, CaSource, EmbeddedSettings, MIN_CA_TTL},
     peer::cgroup::{KubeletRoot, KubernetesMode},
 };
 
@@ -92,11 +92,11 @@ pub(super) fn check(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     let agent = agent?;
     let trust_domain = trust_domain?.value;
     Some(Config {
-        issuer: Settings {
+        issuer: EmbeddedSettings {
             trust_domain: trust_domain.clone(),
             data_dir: agent.data_dir.clone(),
             ca: issuer.ca,
-            ca_ttl: issuer.ca_ttl.value,
+            ca_ttl: AuthorityTtl::new(issuer.ca_ttl.value).expect("it was held against the same bound"),
             ca_key_type: issuer.ca_key_type,
             jwt_key_type: issuer.jwt_key_type,
             svid_key_type: agent.svid_key_type,
@@ -693,7 +693,7 @@ impl Issuer {
         if let Some(mut block) = block {
             let s = &mut block;
             // Ten years: beyond that lies a mistake.
-            ca_ttl = s.duration("ca_ttl", seconds(10, 87_600 * 3600));
+            ca_ttl = s.duration("ca_ttl", MIN_CA_TTL..=87_600 * HOUR);
             ca_key_type = key_type(s, "ca_key_type");
             jwt_key_type = key_type(s, "jwt_key_type");
             jwt_issuer = s.string("jwt_issuer").map(|at| at.value.to_owned()).filter(|text| !text.is_empty());

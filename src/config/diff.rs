@@ -10,7 +10,7 @@ use crate::hcl::{show_duration, tree::quoted};
 use crate::{
     attest,
     identity::{Entry, EntryId, KeyType, TrustDomain},
-    issuer::embedded::{CaSource, Settings},
+    issuer::embedded::{CaSource, EmbeddedSettings},
 };
 
 /// The difference between two configurations.
@@ -196,8 +196,8 @@ fn diff_unix(c: &mut Changes, old: attest::unix::Settings, new: attest::unix::Se
     );
 }
 
-fn diff_issuer(c: &mut Changes, old: &Settings, new: &Settings) {
-    let Settings {
+fn diff_issuer(c: &mut Changes, old: &EmbeddedSettings, new: &EmbeddedSettings) {
+    let EmbeddedSettings {
         trust_domain: _, // agent.trust_domain, compared above
         data_dir: _,     // agent.data_dir, likewise
         ca,
@@ -216,7 +216,7 @@ fn diff_issuer(c: &mut Changes, old: &Settings, new: &Settings) {
     let ((cert, key), (new_cert, new_key)) = (paths(ca).unzip(), paths(&new.ca).unzip());
     c.restart("issuer \"embedded\".ca_cert_path", &cert, &new_cert, maybe_path);
     c.restart("issuer \"embedded\".ca_key_path", &key, &new_key, maybe_path);
-    c.restart("issuer \"embedded\".ca_ttl", ca_ttl, &new.ca_ttl, duration);
+    c.restart("issuer \"embedded\".ca_ttl", &ca_ttl.get(), &new.ca_ttl.get(), duration);
     c.restart("issuer \"embedded\".ca_key_type", ca_key_type, &new.ca_key_type, key_type);
     c.restart("issuer \"embedded\".jwt_key_type", jwt_key_type, &new.jwt_key_type, key_type);
     c.restart("agent.workload_x509_svid_key_type", svid_key_type, &new.svid_key_type, key_type);

@@ -11,7 +11,10 @@ use bytes::Bytes;
 use hashbrown::HashMap;
 use tokio::sync::watch;
 
-use crate::identity::{Bundles, EntryId, EntryIndex, TrustDomain};
+use crate::{
+    identity::{Bundles, EntryId, EntryIndex, TrustDomain},
+    issuer::World,
+};
 
 /// What an admin decides about answers, and may change while streams are open.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -37,6 +40,13 @@ pub struct Snapshot {
     pub policy: Arc<Policy>,
     /// Messages encoded for this snapshot.
     pub(crate) answers: Answers,
+}
+
+impl Snapshot {
+    fn new(generation: u64, world: &World, policy: Arc<Policy>) -> Self {
+        let (index, bundles) = (Arc::clone(&world.index), world.bundles.clone());
+        Self { generation, index, bundles, policy, answers: Answers::default() }
+    }
 }
 
 /// Which message of which content, within one snapshot.
@@ -116,8 +126,8 @@ pub struct Store {
 
 impl Store {
     /// Starts with this content, as generation 1.
-    pub fn new(index: Arc<EntryIndex>, bundles: Bundles, policy: Arc<Policy>) -> Self {
-        let first = Snapshot { generation: 1, index, bundles, policy, answers: Answers::default() };
+    pub fn new(world: &World, policy: Arc<Policy>) -> Self {
+        let first = Snapshot::new(1, world, policy);
         Self { current: ArcSwap::from_pointee(first), changed: watch::Sender::new(Change::Generation(1)) }
     }
 
@@ -141,18 +151,13 @@ impl Store {
         *self.changed.borrow() == Change::Draining
     }
 
-    /// Makes `index`, `bundles` and `policy` the present. Only [`super::Sync`] calls this, one call at a time, hence
-    /// no compare-and-swap loop.
-    pub(super) fn publish(&self, index: Arc<EntryIndex>, bundles: Bundles, policy: Arc<Policy>) {
+    /// Makes `world` and `policy` the present, and returns that. Only [`super::Writer`] calls this, one call at a time,
+    /// hence no compare-and-swap loop.
+    pub(super) fn publish(&self, world: &World, policy: Arc<Policy>) -> Arc<Snapshot> {
         let generation = self.current.load().generation + 1;
+        let snapshot = Arc::new(Snapshot::new(generation, world, policy));
         // Store before notify: a stream that wakes finds it.
-        self.current.store(Arc::new(Snapshot {
-            generation,
-            index,
-            bundles,
-            policy,
-            answers: Answers::default(),
-        }));
+        self.current.store(Arc::clone(&snapshot));
         self.changed.send_if_modified(|change| match change {
             Change::Generation(at) => {
                 *at = generation;
@@ -160,5 +165,6 @@ impl Store {
             }
             Change::Draining => false,
         });
+        snapshot
     }
 }

@@ -7,7 +7,10 @@ use std::{
 };
 
 use super::MIN_CA_TTL;
-use crate::identity::{SpiffeId, TrustDomain};
+use crate::{
+    identity::{SpiffeId, TrustDomain},
+    issuer::MintError,
+};
 
 /// Why the embedded issuer could not do something. No variant holds a key or a token.
 #[derive(Debug, thiserror::Error)]
@@ -140,7 +143,7 @@ pub enum IssuerError {
         ttl: Duration,
     },
     /// The authority that should sign is not valid now: a rotation is due (the agent was suspended, or the clock
-    /// was set). [`rotate`](super::Embedded::rotate) mends it.
+    /// was set). [`rotate`](super::EmbeddedCa::rotate) mends it.
     #[error("the {authority} is valid from {} to {}, and it is {} now: a rotation is due", Utc(*not_before), Utc(*not_after), Utc(*now))]
     NotValidNow {
         /// `CA certificate` or `JWT key`.
@@ -167,6 +170,37 @@ pub enum IssuerError {
     /// A certificate could not be built.
     #[error("cannot build a certificate: {0}")]
     Certificate(rcgen::Error),
+}
+
+impl From<IssuerError> for MintError {
+    fn from(error: IssuerError) -> Self {
+        use IssuerError as E;
+        let reason = match &error {
+            E::Foreign { .. } => "the SPIFFE ID is of another trust domain",
+            E::NoPath(_) => "the SPIFFE ID names no workload",
+            E::DnsName(_) => "a DNS name of the entry cannot stand in a certificate",
+            E::NoAudience => "audience must name at least one recipient",
+            E::Lifetime { .. } => "the lifetime is under a second",
+            E::Read { .. }
+            | E::Write { .. }
+            | E::Owner { .. }
+            | E::Mode { .. }
+            | E::FileType { .. }
+            | E::Locked { .. }
+            | E::TooLarge { .. }
+            | E::Damaged { .. }
+            | E::Version { .. }
+            | E::TrustDomain { .. }
+            | E::SuppliedCa { .. }
+            | E::CaTtl { .. }
+            | E::NotValidNow { .. }
+            | E::TooManyAuthorities(_)
+            | E::Time { .. }
+            | E::Crypto(_)
+            | E::Certificate(_) => return Self::Issuer { retry_after: None, source: error.into() },
+        };
+        Self::Request { reason, source: error.into() }
+    }
 }
 
 /// How a state file is damaged. Says where, never what: the text holds keys.
