@@ -210,17 +210,17 @@ impl Parts {
         let process = self.attestor.inspect(pid)?;
         // Before the attestor, which asks last whether the process still lives.
         let (caller, source) = self.keys.explain(process.pid(), process.uid());
-        let selectors = self.attestor.describe(&process).await?;
+        let subject = self.attestor.describe(&process).await?;
         let snapshot = self.store.snapshot();
-        let matches = matches(&snapshot.index, &selectors);
-        let near = nearest(&snapshot.index, &selectors, NEAREST);
+        let matches = matches(&snapshot.index, &subject);
+        let near = nearest(&snapshot.index, &subject, NEAREST);
         let (uid, gid) = (process.uid().as_raw(), process.gid().as_raw());
         Ok(pb::ExplainResponse {
             pid,
             uid,
             gid,
             caller: Some(why(caller, source)),
-            selectors: selectors.iter().map(ToString::to_string).collect(),
+            selectors: subject.iter().map(ToString::to_string).collect(),
             buckets: self.buckets(caller, &matches),
             matches: matches.into_iter().map(|(entry, withheld)| entry_of(&entry, withheld)).collect(),
             nearest: near

@@ -20,11 +20,11 @@ use super::{
     updates::{State, Updates, updates},
 };
 use crate::{
-    attest::{Attestor, Blame},
+    attest::{Attestor, Blame, Subject},
     identity::{
         AuthorizedEntry, Bundle, NoIdentity, Selector, Selectors, SpiffeId, TrustDomain, authorize, jwt,
     },
-    limits::{Admitted, Limits, Method},
+    limits::{Limits, Method},
     os::clock::Clock,
     peer::Peer,
     store::{
@@ -73,11 +73,11 @@ impl WorkloadApi {
     ) -> Result<pb::JwtsvidResponse, RequestError> {
         let Parts { limits, attestor, store, jwt, .. } = &*self.parts;
         let peer = caller(&request)?;
-        let mut admitted = limits.admit_caller(peer, Method::FetchJwtSvid)?;
+        let admitted = limits.admit_caller(peer, Method::FetchJwtSvid)?;
         let query = JwtQuery::try_from(request.into_inner())?;
-        let selectors = attested(attestor, &mut admitted).await?;
+        let (mut admitted, subject) = attestor.attest(admitted).await?.into_parts();
         let snapshot = store.snapshot();
-        let entries = identities(&snapshot, &selectors, query.spiffe_id.as_ref())
+        let entries = identities(&snapshot, &subject, query.spiffe_id.as_ref())
             .inspect_err(|NoIdentity| admitted.attestation_failed())?;
         limits.admit_identities(&mut admitted, &entries)?;
 
@@ -103,7 +103,7 @@ impl WorkloadApi {
     ) -> Result<pb::ValidateJwtsvidResponse, RequestError> {
         let Parts { limits, attestor, store, clock, .. } = &*self.parts;
         let peer = caller(&request)?;
-        let mut admitted = limits.admit_caller(peer, Method::ValidateJwtSvid)?;
+        let admitted = limits.admit_caller(peer, Method::ValidateJwtSvid)?;
         let pb::ValidateJwtsvidRequest { audience, svid } = request.into_inner();
         if audience.is_empty() {
             return Err(RequestError::NoAudience);
@@ -111,12 +111,12 @@ impl WorkloadApi {
         if svid.is_empty() {
             return Err(RequestError::NoSvid);
         }
-        let selectors = attested(attestor, &mut admitted).await?;
+        let attested = attestor.attest(admitted).await?;
 
         // The own bundle for everybody; foreign ones for whom they are federated with, from the entries that match
         // (spire-agent takes those whose SVID happens to be cached).
         let snapshot = store.snapshot();
-        let entries = authorize(&snapshot.index, &selectors, None).unwrap_or_default();
+        let entries = authorize(&snapshot.index, attested.subject(), None).unwrap_or_default();
         let federated = federated(&entries);
         let bundle_of = |td: &TrustDomain| -> Option<&Bundle> {
             let known = *td == snapshot.bundles.own.trust_domain || federated.contains(td);
@@ -135,17 +135,17 @@ impl WorkloadApi {
     async fn x509_svids(&self, request: &Request<pb::X509svidRequest>) -> Result<Updates, RequestError> {
         let Parts { limits, attestor, store, x509, metrics, .. } = &*self.parts;
         let peer = caller(request)?;
-        let mut admitted = limits.admit_caller(peer, Method::FetchX509Svid)?;
-        let selectors = attested(attestor, &mut admitted).await?;
+        let admitted = limits.admit_caller(peer, Method::FetchX509Svid)?;
+        let (mut admitted, subject) = attestor.attest(admitted).await?.into_parts();
         let changes = store.subscribe();
-        let entries = identities(&store.snapshot(), &selectors, None)
+        let entries = identities(&store.snapshot(), &subject, None)
             .inspect_err(|NoIdentity| admitted.attestation_failed())?;
         limits.admit_identities(&mut admitted, &entries)?;
 
         let mut state = X509Svids {
             parts: Arc::clone(&self.parts),
             peer: Arc::clone(admitted.peer()),
-            selectors,
+            subject,
             hold: x509.hold(&entries),
             signed: Vec::new(),
             open: Ended::new(metrics, Method::FetchX509Svid),
@@ -161,11 +161,11 @@ impl WorkloadApi {
         let Parts { limits, attestor, store, metrics, .. } = &*self.parts;
         let method = request.method;
         let peer = caller_of(request.metadata, request.extensions)?;
-        let mut admitted = limits.admit_caller(peer, method)?;
-        let selectors = attested(attestor, &mut admitted).await?;
+        let admitted = limits.admit_caller(peer, method)?;
+        let (mut admitted, subject) = attestor.attest(admitted).await?.into_parts();
         let changes = store.subscribe();
         let snapshot = store.snapshot();
-        match authorize(&snapshot.index, &selectors, None) {
+        match authorize(&snapshot.index, &subject, None) {
             Ok(entries) => limits.admit_identities(&mut admitted, &entries)?,
             Err(NoIdentity) if snapshot.policy.allow_unauthenticated_verifiers => {
                 limits.admit_identities(&mut admitted, &[])?;
@@ -175,7 +175,7 @@ impl WorkloadApi {
 
         let parts = Arc::clone(&self.parts);
         let peer = Arc::clone(admitted.peer());
-        let mut state = BundlesOf { parts, peer, selectors, method, open: Ended::new(metrics, method) };
+        let mut state = BundlesOf { parts, peer, subject, method, open: Ended::new(metrics, method) };
         let first = state.now().await?;
         Ok(updates(state, changes, first))
     }
@@ -314,19 +314,6 @@ fn caller_of(metadata: &MetadataMap, extensions: &tonic::Extensions) -> Result<A
     extensions.get::<Arc<Peer>>().map(Arc::clone).ok_or(RequestError::NoPeer)
 }
 
-/// Attests an admitted peer; a failure that is the peer's own doing costs it more.
-async fn attested(
-    attestor: &Attestor,
-    admitted: &mut Admitted<Arc<Peer>>,
-) -> Result<Arc<Selectors>, RequestError> {
-    attestor.attest(admitted).await.map_err(|error| {
-        if error.blame() == Blame::Refusal && !error.is_crowded() {
-            admitted.attestation_failed();
-        }
-        error.into()
-    })
-}
-
 fn identities(
     snapshot: &Snapshot,
     selectors: &Selectors,
@@ -407,7 +394,7 @@ impl Ended {
 struct X509Svids {
     parts: Arc<Parts>,
     peer: Arc<Peer>,
-    selectors: Arc<Selectors>,
+    subject: Subject,
     /// Keeps the SVIDs it sent renewed.
     hold: Hold,
     /// For whom the last message took a new SVID.
@@ -422,7 +409,7 @@ impl State for X509Svids {
 
     async fn now(&mut self) -> Result<Encoded, RequestError> {
         let snapshot = self.parts.store.snapshot();
-        let entries = identities(&snapshot, &self.selectors, None)?;
+        let entries = identities(&snapshot, &self.subject, None)?;
         if !self.hold.is_of(&entries) {
             self.hold = self.parts.x509.hold(&entries);
         }
@@ -481,7 +468,7 @@ fn x509_answer(snapshot: &Snapshot, entries: &[AuthorizedEntry], svids: &[Served
 struct BundlesOf {
     parts: Arc<Parts>,
     peer: Arc<Peer>,
-    selectors: Arc<Selectors>,
+    subject: Subject,
     method: Method,
     open: Ended,
 }
@@ -493,7 +480,7 @@ impl State for BundlesOf {
 
     async fn now(&mut self) -> Result<Encoded, RequestError> {
         let snapshot = self.parts.store.snapshot();
-        let entries = match identities(&snapshot, &self.selectors, None) {
+        let entries = match identities(&snapshot, &self.subject, None) {
             Err(NoIdentity) if snapshot.policy.allow_unauthenticated_verifiers => Vec::new(),
             entries => entries?,
         };
