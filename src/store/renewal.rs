@@ -98,7 +98,7 @@ mod tests {
 
         #[test]
         fn random_numbers_are_in_range(_n in 0..8) {
-            let mut random = super::random();
+            let mut random = random();
             for _ in 0..100 {
                 prop_assert!((0.0..1.0).contains(&random()));
             }

@@ -76,7 +76,7 @@ fn what_is_not_set_has_its_default() {
     assert_eq!(config.issuer.trust_domain, config.trust_domain);
     assert_eq!(config.issuer.data_dir, config.data_dir);
     assert_eq!(config.issuer.ca, CaSource::SelfSigned);
-    assert_eq!(config.issuer.ca_ttl, Duration::from_secs(86_400));
+    assert_eq!(config.issuer.ca_ttl.get(), Duration::from_secs(86_400));
     assert_eq!(config.issuer.ca_key_type, KeyType::EcP256);
     assert_eq!(config.issuer.jwt_key_type, KeyType::EcP256);
     assert_eq!(config.issuer.svid_key_type, KeyType::EcP256);
@@ -241,7 +241,7 @@ fn blocks_of_one_name_are_one_block() {
         agent { log_level = \"debug\" } issuer embedded { ca_key_type = \"ec-p384\" }";
     let config = parse(apart).unwrap();
     assert_eq!(config.log.level, tracing::Level::DEBUG);
-    assert_eq!(config.issuer.ca_ttl, Duration::from_secs(172_800));
+    assert_eq!(config.issuer.ca_ttl.get(), Duration::from_secs(172_800));
     assert_eq!(config.issuer.ca_key_type, KeyType::EcP384);
 }
 
@@ -418,8 +418,8 @@ fn mistakes_elsewhere_say_what_would_be_right() {
         ),
         (
             "ca_ttl",
-            "issuer \"embedded\" { ca_ttl = \"1s\" }",
-            "3:21: issuer \"embedded\".ca_ttl \"1s\": must be from 10s to 87600h",
+            "issuer \"embedded\" { ca_ttl = \"59s\" }",
+            "3:21: issuer \"embedded\".ca_ttl \"59s\": must be from 1m to 87600h",
         ),
         (
             "longer than the CA",
