@@ -94,7 +94,7 @@ impl EmbeddedIssuer {
         });
     }
 
-    /// Takes the default lifetimes of `settings` for what is signed from this moment on; all else stays as it was opened with.
+    /// See [`EmbeddedCa::reconfigure`].
     pub fn reconfigure(&self, settings: &EmbeddedSettings) {
         self.ca.reconfigure(settings);
     }

@@ -62,17 +62,17 @@ pub(crate) enum AnswerKey {
 
 /// Encoded messages, each made once per snapshot and shared by all its callers and streams.
 #[derive(Debug, Default)]
-pub(crate) struct Answers(Mutex<HashMap<AnswerKey, Answer, ahash::RandomState>>);
+pub(crate) struct Answers(Mutex<HashMap<AnswerKey, KeptAnswer, ahash::RandomState>>);
 
 #[derive(Debug)]
-struct Answer {
+struct KeptAnswer {
     message: Bytes,
     /// From when all in it is valid until something in it is due to be renewed; `None` for always. The clock may be set back
     /// to before it began.
     fresh: Option<Range<SystemTime>>,
 }
 
-impl Answer {
+impl KeptAnswer {
     fn is_fresh(&self, now: SystemTime) -> bool {
         self.fresh.as_ref().is_none_or(|fresh| fresh.contains(&now))
     }
@@ -102,7 +102,7 @@ impl Answers {
         if kept.len() >= Self::MAX && !kept.contains_key(&key) {
             kept.clear();
         }
-        kept.insert(key, Answer { message: message.clone(), fresh });
+        kept.insert(key, KeptAnswer { message: message.clone(), fresh });
         message
     }
 }

@@ -35,7 +35,7 @@ const RENEWAL_WAIT: Duration = Duration::from_secs(1);
 
 /// An SVID and when it is due.
 #[derive(Debug)]
-struct Held {
+struct HeldSvid {
     svid: Arc<X509Svid>,
     /// Of the entry it was made of.
     revision: i64,
@@ -48,7 +48,7 @@ struct Held {
 
 #[derive(Debug, Default)]
 struct X509Table {
-    held: HashMap<EntryId, Held, ahash::RandomState>,
+    held: HashMap<EntryId, HeldSvid, ahash::RandomState>,
     /// How many open streams hold the SVID of an entry.
     streams: HashMap<EntryId, usize, ahash::RandomState>,
     /// Who is being made: one at a time per entry as it is. After a reload nobody waits for what the entry was.
@@ -179,7 +179,7 @@ impl X509Cache {
         let mut table = self.lock();
         let X509Table { held, streams, .. } = &mut *table;
         // One that is not valid yet was made before the clock was set back.
-        let is_due = |held: &Held| held.renew_at <= now || now < held.svid.not_before;
+        let is_due = |held: &HeldSvid| held.renew_at <= now || now < held.svid.not_before;
         let mut due = Vec::new();
         held.retain(|id, held| {
             if !is_due(held) {
@@ -274,8 +274,13 @@ impl X509Cache {
         if !table.held.contains_key(&entry.id) && table.held.len() >= max {
             table.make_room();
         }
-        let held =
-            Held { svid: Arc::clone(&svid), revision: entry.revision, renew_at, renewing_until: None, used };
+        let held = HeldSvid {
+            svid: Arc::clone(&svid),
+            revision: entry.revision,
+            renew_at,
+            renewing_until: None,
+            used,
+        };
         let before = table.held.insert(entry.id.clone(), held);
         table.replaced |= before.is_some() && table.streams.contains_key(&entry.id);
         drop(table);

@@ -41,24 +41,11 @@ pub const ROTATION_RETRY: Duration = Duration::from_secs(10);
 /// The embedded CA. Any number of threads may sign at once; a signature with an RSA key, and a new RSA key even
 /// more, belong on a thread that may block.
 pub struct EmbeddedCa {
-    settings: EmbeddedSettings,
-    default_ttls: ArcSwap<DefaultTtls>,
+    settings: ArcSwap<EmbeddedSettings>,
     /// What signs and what verifies, as one: who loads it sees both from the same moment.
     signing: ArcSwap<Signing>,
     /// Held while rotating, and by nothing else.
     rotating: Mutex<Rotating>,
-}
-
-/// Of SVIDs whose entry says none.
-struct DefaultTtls {
-    x509: Duration,
-    jwt: Duration,
-}
-
-impl DefaultTtls {
-    fn of(settings: &EmbeddedSettings) -> Self {
-        Self { x509: settings.default_x509_svid_ttl, jwt: settings.default_jwt_svid_ttl }
-    }
 }
 
 struct Signing {
@@ -121,8 +108,7 @@ impl EmbeddedCa {
             .ok_or(IssuerError::Crypto("use the keys that were just made"))?;
         let reported = Arc::clone(&signing.bundle);
         Ok(Self {
-            default_ttls: ArcSwap::from_pointee(DefaultTtls::of(&settings)),
-            settings,
+            settings: ArcSwap::from_pointee(settings),
             signing: ArcSwap::from_pointee(signing),
             rotating: Mutex::new(Rotating { data_dir, state, reported }),
         })
@@ -133,19 +119,21 @@ impl EmbeddedCa {
         Arc::clone(&self.signing.load().bundle)
     }
 
-    /// Takes the default lifetimes of `settings` for what is signed from this moment on; all else stays as it was opened with.
+    /// Takes `settings` for what is made from this moment on. They must be of the same trust domain, directory and source
+    /// of the CA.
     pub fn reconfigure(&self, settings: &EmbeddedSettings) {
-        self.default_ttls.store(Arc::new(DefaultTtls::of(settings)));
+        self.settings.store(Arc::new(settings.clone()));
     }
 
     /// Whether an X.509-SVID takes RSA: up to a tenth of a second of one core for a key.
     pub(super) fn x509_takes_rsa(&self) -> bool {
-        [self.settings.ca_key_type, self.settings.svid_key_type].contains(&KeyType::Rsa2048)
+        let settings = self.settings.load();
+        [settings.ca_key_type, settings.svid_key_type].contains(&KeyType::Rsa2048)
     }
 
     /// Whether a JWT-SVID takes RSA: about a millisecond of one core.
     pub(super) fn jwt_takes_rsa(&self) -> bool {
-        self.settings.jwt_key_type == KeyType::Rsa2048
+        self.settings.load().jwt_key_type == KeyType::Rsa2048
     }
 
     /// Whether what signs is valid at `now`.
@@ -165,11 +153,11 @@ impl EmbeddedCa {
     /// The entry is of another trust domain, has no path, a lifetime under a second, or a DNS name that is not
     /// ASCII; or [`IssuerError::NotValidNow`], after which a rotation helps.
     pub fn mint_x509(&self, entry: &Entry, now: SystemTime) -> Result<X509Svid, IssuerError> {
-        self.check_id(&entry.spiffe_id)?;
-        let signing = self.signing.load();
+        let (settings, signing) = (self.settings.load(), self.signing.load());
+        check_id(&entry.spiffe_id, &settings.trust_domain)?;
         check_term("CA certificate", signing.x509.term, now)?;
-        let ttl = entry.x509_svid_ttl.unwrap_or_else(|| self.default_ttls.load().x509);
-        signing.x509.sign(&entry.spiffe_id, &entry.dns_names, ttl, self.settings.svid_key_type, now)
+        let ttl = entry.x509_svid_ttl.unwrap_or(settings.default_x509_svid_ttl);
+        signing.x509.sign(&entry.spiffe_id, &entry.dns_names, ttl, settings.svid_key_type, now)
     }
 
     /// Signs a JWT-SVID for `audience`, of which empty texts are left out, in their order. `ttl` defaults to the
@@ -185,11 +173,11 @@ impl EmbeddedCa {
         audience: &[String],
         now: SystemTime,
     ) -> Result<JwtSvid, IssuerError> {
-        self.check_id(id)?;
-        let signing = self.signing.load();
+        let (settings, signing) = (self.settings.load(), self.signing.load());
+        check_id(id, &settings.trust_domain)?;
         check_term("JWT key", signing.jwt.term, now)?;
-        let ttl = ttl.unwrap_or_else(|| self.default_ttls.load().jwt);
-        signing.jwt.sign(id, ttl, audience, self.settings.jwt_issuer.as_deref(), now)
+        let ttl = ttl.unwrap_or(settings.default_jwt_svid_ttl);
+        signing.jwt.sign(id, ttl, audience, settings.jwt_issuer.as_deref(), now)
     }
 
     /// Does all that is due: prepares next authorities, puts them to use, retires and forgets old ones. Also mends
@@ -204,16 +192,17 @@ impl EmbeddedCa {
     pub fn rotate(&self, now: SystemTime) -> Result<Rotation, IssuerError> {
         // Nothing in there is changed by halves, so a panic of another thread left it whole.
         let mut rotating = self.rotating.lock().unwrap_or_else(PoisonError::into_inner);
+        let settings = self.settings.load();
         let mut state = rotating.state.clone();
-        let (x509, jwt) = advance(&mut state, &self.settings, now);
+        let (x509, jwt) = advance(&mut state, &settings, now);
         if x509.changed || jwt.changed {
-            let text = state.to_json(&self.settings.trust_domain)?;
+            let text = state.to_json(&settings.trust_domain)?;
             rotating.data_dir.write(&text)?;
         }
         // Only now: what signs is on the disk.
-        let bundle_is_old = *self.signing.load().bundle != bundle(&state, &self.settings.trust_domain, now);
+        let bundle_is_old = *self.signing.load().bundle != bundle(&state, &settings.trust_domain, now);
         if x509.changed || jwt.changed || bundle_is_old {
-            let signing = signing(&state, &self.settings.trust_domain, now)
+            let signing = signing(&state, &settings.trust_domain, now)
                 .ok_or(IssuerError::Crypto("use the keys that were just made"))?;
             self.signing.store(Arc::new(signing));
         }
@@ -227,17 +216,6 @@ impl EmbeddedCa {
         rotating.reported = bundle;
         let next = due.into_iter().flatten().min().unwrap_or(now + ROTATION_RETRY);
         Ok(Rotation { bundle_changed, next, fault })
-    }
-
-    fn check_id(&self, id: &SpiffeId) -> Result<(), IssuerError> {
-        if !id.is_member_of(&self.settings.trust_domain) {
-            let trust_domain = self.settings.trust_domain.clone();
-            return Err(IssuerError::Foreign { id: id.clone(), trust_domain });
-        }
-        if id.path().is_empty() {
-            return Err(IssuerError::NoPath(id.clone()));
-        }
-        Ok(())
     }
 }
 
@@ -283,6 +261,16 @@ fn is_ready(state: &Authorities, now: SystemTime) -> bool {
 
 fn is_usable<T>(records: &[Record<T>], now: SystemTime) -> bool {
     rotation::find(records, AuthoritySlot::Current).is_some_and(|(_, current)| current.is_usable(now))
+}
+
+fn check_id(id: &SpiffeId, trust_domain: &TrustDomain) -> Result<(), IssuerError> {
+    if !id.is_member_of(trust_domain) {
+        return Err(IssuerError::Foreign { id: id.clone(), trust_domain: trust_domain.clone() });
+    }
+    if id.path().is_empty() {
+        return Err(IssuerError::NoPath(id.clone()));
+    }
+    Ok(())
 }
 
 fn check_term(authority: &'static str, term: Term, now: SystemTime) -> Result<(), IssuerError> {
