@@ -5,6 +5,7 @@
 //! streams was renewed. X.509-SVIDs and JWT-SVIDs are made on demand and kept in two caches, each with a bound.
 //! Nothing here knows gRPC, sockets or processes.
 
+pub mod entitlement;
 pub mod jwt_cache;
 pub mod metrics;
 mod renewal;
@@ -12,6 +13,7 @@ pub mod snapshot;
 pub mod writer;
 pub mod x509_cache;
 
+pub use entitlement::{Charged, Entitled, NoIdentity, Purpose, authorize};
 pub use jwt_cache::JwtCache;
 pub use metrics::StoreMetrics;
 pub use snapshot::{Change, Policy, Snapshot, Store};

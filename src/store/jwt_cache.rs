@@ -19,15 +19,17 @@ use std::{
 };
 
 use aws_lc_rs::digest::{Context, SHA256};
+use futures_util::future::join_all;
 use hashbrown::HashMap;
 use tokio::{sync::OnceCell, time::Instant};
 
 use super::{
+    entitlement::Charged,
     metrics::{CacheResult, StoreMetrics},
     renewal,
 };
 use crate::{
-    identity::{AuthorizedEntry, Entry, JwtSvid, SpiffeId},
+    identity::{Entry, JwtSvid, SpiffeId},
     issuer::{self, Issuer, JwtRequest, MintError},
     os::clock::Clock,
     telemetry::{chain, registry::float},
@@ -48,11 +50,11 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// A token, and what it took.
 #[derive(Clone, Debug)]
-pub struct Fetched {
+struct Fetched {
     /// The token.
-    pub svid: Arc<JwtSvid>,
+    svid: Arc<JwtSvid>,
     /// This call made a signature necessary, or waited for one.
-    pub signed: bool,
+    signed: bool,
 }
 
 type TokenKey = [u8; 32];
@@ -119,16 +121,30 @@ impl JwtCache {
         drop(old);
     }
 
-    /// A token for `entry` and `audience`, made now if there is none.
+    /// A token for each entry of the call and `audience`, in the order of the entries; made now where there is none.
     ///
     /// # Errors
     /// What the issuer says, when there is no valid token to serve meanwhile.
     pub async fn fetch(
         self: &Arc<Self>,
-        entry: &AuthorizedEntry,
+        charged: &mut Charged,
+        audience: &[String],
+    ) -> Result<Vec<Arc<JwtSvid>>, MintError> {
+        let Charged { entries, bill, .. } = charged;
+        let fetched = join_all(entries.iter().map(|entry| self.of_entry(entry, audience))).await;
+        for (entry, fetched) in entries.iter().zip(&fetched) {
+            if fetched.as_ref().is_ok_and(|fetched| fetched.signed) {
+                bill.signed(&entry.spiffe_id);
+            }
+        }
+        fetched.into_iter().map(|fetched| Ok(fetched?.svid)).collect()
+    }
+
+    async fn of_entry(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
         audience: &[String],
     ) -> Result<Fetched, MintError> {
-        let entry = entry.shared();
         if audience_bytes(audience) > MOST_AUDIENCE {
             self.metrics.jwt_cache(CacheResult::Miss);
             let svid = self.mint(entry, audience, issuer::deadline()).await?;

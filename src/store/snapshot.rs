@@ -12,7 +12,8 @@ use hashbrown::HashMap;
 use tokio::sync::watch;
 
 use crate::{
-    identity::{Bundles, EntryId, EntryIndex, TrustDomain},
+    attest::Subject,
+    identity::{Bundles, Entry, EntryId, EntryIndex, SpiffeId, TrustDomain},
     issuer::World,
 };
 
@@ -47,6 +48,12 @@ impl Snapshot {
         let (index, bundles) = (Arc::clone(&world.index), world.bundles.clone());
         Self { generation, index, bundles, policy, answers: Answers::default() }
     }
+
+    /// The entries of an attested subject, narrowed to `wanted` when given, the default identity first. To be given
+    /// their SVIDs takes more: see [`authorize`](super::authorize()).
+    pub fn matching(&self, subject: &Subject, wanted: Option<&SpiffeId>) -> Vec<&Arc<Entry>> {
+        self.index.matching(subject, wanted)
+    }
 }
 
 /// Which message of which content, within one snapshot.
@@ -54,10 +61,17 @@ impl Snapshot {
 pub(crate) enum AnswerKey {
     /// X.509-SVIDs of these entries, in this order.
     X509Svids(Vec<EntryId>),
-    /// X.509 bundles of the own and these trust domains.
-    X509Bundles(Vec<TrustDomain>),
-    /// JWT bundles of the own and these trust domains.
-    JwtBundles(Vec<TrustDomain>),
+    /// Bundles of the own and these trust domains.
+    Bundles(BundleForm, Vec<TrustDomain>),
+}
+
+/// Which half of a bundle, in the form in which workloads receive it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum BundleForm {
+    /// X.509 authorities, as DER.
+    X509,
+    /// JWT authorities, as a JWK set.
+    Jwt,
 }
 
 /// Encoded messages, each made once per snapshot and shared by all its callers and streams.

@@ -14,15 +14,16 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use futures_util::future::join_all;
 use hashbrown::HashMap;
 use tokio::{
     sync::{Notify, OnceCell},
     time::{Instant, timeout},
 };
 
-use super::renewal;
+use super::{entitlement::Charged, renewal};
 use crate::{
-    identity::{AuthorizedEntry, Entry, EntryId, X509Svid},
+    identity::{Entry, EntryId, X509Svid},
     issuer::{self, Issuer, MintError},
     os::clock::Clock,
 };
@@ -78,7 +79,7 @@ pub struct Served {
     /// When it is to be renewed; in the past when that has failed so far.
     pub renew_at: SystemTime,
     /// It was made for this call.
-    pub signed: bool,
+    signed: bool,
 }
 
 impl Served {
@@ -122,24 +123,35 @@ impl X509Cache {
         *self.availability_target.lock().unwrap_or_else(PoisonError::into_inner) = availability_target;
     }
 
-    /// The SVID of `entry`: the one that is there, or a new one.
+    /// The SVID of each entry of the call, in their order: the one that is there, or a new one.
     ///
     /// # Errors
     /// What the issuer says, when there is no valid one to serve meanwhile.
-    pub async fn fetch(&self, entry: &AuthorizedEntry) -> Result<Served, MintError> {
-        match self.find(entry.entry(), self.clock.now()) {
+    pub async fn fetch(&self, charged: &mut Charged) -> Result<Vec<Served>, MintError> {
+        let Charged { entries, bill, .. } = charged;
+        let served = join_all(entries.iter().map(|entry| self.of_entry(entry))).await;
+        for (entry, served) in entries.iter().zip(&served) {
+            if served.as_ref().is_ok_and(|served| served.signed) {
+                bill.signed(&entry.spiffe_id);
+            }
+        }
+        served.into_iter().collect()
+    }
+
+    async fn of_entry(&self, entry: &Arc<Entry>) -> Result<Served, MintError> {
+        match self.find(entry, self.clock.now()) {
             FoundX509::Fresh(served) => Ok(served),
-            FoundX509::Due(old) => match timeout(RENEWAL_WAIT, self.make(entry.shared())).await {
+            FoundX509::Due(old) => match timeout(RENEWAL_WAIT, self.make(entry)).await {
                 Ok(Ok(fresh)) => Ok(fresh),
                 Ok(Err(_)) | Err(_) => Ok(old),
             },
-            FoundX509::Nothing => self.make(entry.shared()).await,
+            FoundX509::Nothing => self.make(entry).await,
         }
     }
 
-    /// Counts a stream that holds the SVIDs of these entries until the returned value is dropped.
-    pub fn hold(self: &Arc<Self>, entries: &[AuthorizedEntry]) -> Hold {
-        let ids: Vec<EntryId> = entries.iter().map(|entry| entry.entry().id.clone()).collect();
+    /// Counts a stream that holds the SVIDs of its entries until the returned value is dropped.
+    pub fn hold(self: &Arc<Self>, charged: &Charged) -> Hold {
+        let ids: Vec<EntryId> = charged.entries().iter().map(|entry| entry.id.clone()).collect();
         let mut table = self.lock();
         for id in &ids {
             *table.streams.entry_ref(id).or_default() += 1;
@@ -326,10 +338,9 @@ pub struct Hold {
 }
 
 impl Hold {
-    /// Whether it is a hold on the SVIDs of just these entries.
-    pub fn is_of(&self, entries: &[AuthorizedEntry]) -> bool {
-        self.ids.len() == entries.len()
-            && self.ids.iter().zip(entries).all(|(id, entry)| *id == entry.entry().id)
+    /// Whether it is a hold on the SVIDs of just the call's entries.
+    pub fn is_of(&self, charged: &Charged) -> bool {
+        self.ids.iter().eq(charged.entries().iter().map(|entry| &entry.id))
     }
 }
 

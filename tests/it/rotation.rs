@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    os::unix::net::UnixStream,
     path::Path,
     sync::{
         Arc, Mutex,
@@ -12,17 +13,20 @@ use std::{
 };
 
 use durward::{
+    attest::{Attestor, unix},
     identity::{
-        AuthorizedEntry, Bundle, Bundles, Entry, EntryId, EntryIndex, JwtSvid, KeyType, Selector, Selectors,
-        SpiffeId, TrustDomain, X509Svid, authorize, jwt,
+        Bundle, Bundles, Entry, EntryId, EntryIndex, JwtSvid, KeyType, Selector, Selectors, SpiffeId,
+        TrustDomain, X509Svid, jwt,
     },
     issuer::{
         Issuer, JwtRequest, MintError, World as Published,
         embedded::{AuthorityTtl, CaSource, EmbeddedIssuer, EmbeddedSettings},
         metrics::IssuerMetrics,
     },
+    limits::{Limits, Method},
     os::clock::Clock,
-    store::{JwtCache, Policy, StoreMetrics, Writer, X509Cache},
+    peer::{OsUid, Peer},
+    store::{Charged, JwtCache, Policy, Purpose, StoreMetrics, Writer, X509Cache, authorize},
     telemetry::metrics::Metrics,
 };
 use futures_util::future::{BoxFuture, join_all};
@@ -37,11 +41,11 @@ struct World {
     writer: Arc<Writer>,
     x509: Arc<X509Cache>,
     jwt: Arc<JwtCache>,
-    entries: Vec<AuthorizedEntry>,
 }
 
 fn selectors() -> Selectors {
-    [Selector::parse("unix:uid:1000").unwrap()].into()
+    // Those of this process, which is the caller.
+    [Selector::parse(&format!("unix:uid:{}", nix::unistd::geteuid())).unwrap()].into()
 }
 
 fn entry(name: &str) -> Arc<Entry> {
@@ -98,8 +102,31 @@ impl World {
         let x509 = Arc::new(X509Cache::new(Arc::clone(&issuer), clock, 10, None));
         let jwt = Arc::new(JwtCache::new(Arc::clone(&issuer), clock, Arc::clone(&metrics), jwt_max));
         let writer = Arc::new(Writer::new(issuer, clock, Arc::clone(&x509), metrics, Policy::default()));
-        let entries = authorize(&writer.store().snapshot().index, &selectors(), None).unwrap();
-        Self { _dir: dir, clock, writer, x509, jwt, entries }
+        Self { _dir: dir, clock, writer, x509, jwt }
+    }
+
+    /// A call by this process for one of the entries, on its whole way.
+    async fn charged(&self, name: &str) -> Charged {
+        self.call(Some(&SpiffeId::parse(&format!("spiffe://td/{name}")).unwrap())).await
+    }
+
+    /// A call by this process, on its whole way.
+    async fn call(&self, wanted: Option<&SpiffeId>) -> Charged {
+        let (_ours, theirs) = UnixStream::pair().unwrap();
+        let peer = Arc::new(Peer::from_stream(&theirs, &OsUid).unwrap());
+        let limits = Limits::default();
+        let admitted = limits.admit_caller(peer, Method::FetchJwtSvid).unwrap();
+        let attested = Attestor::new(unix::Settings::default()).attest(admitted).await.unwrap();
+        let snapshot = self.writer.store().snapshot();
+        authorize(&snapshot, attested, Purpose::Svids, wanted).unwrap().charge(&limits).unwrap()
+    }
+
+    async fn x509(&self, call: &mut Charged) -> Arc<X509Svid> {
+        Arc::clone(&self.x509.fetch(call).await.unwrap()[0].svid)
+    }
+
+    async fn jwt(&self, call: &mut Charged, audience: &str) -> Arc<JwtSvid> {
+        Arc::clone(&self.jwt.fetch(call, &[audience.to_owned()]).await.unwrap()[0])
     }
 
     fn bundle(&self) -> Arc<Bundle> {
@@ -135,10 +162,10 @@ impl World {
 async fn a_week_of_rotation_serves_only_what_is_valid() {
     let world = World::new(&["web"], 100);
     let writing = tokio::spawn(Arc::clone(&world.writer).run());
-    let web = &world.entries[0];
+    let web = &mut world.charged("web").await;
     let mut changes = world.writer.store().subscribe();
-    let first = world.x509.fetch(web).await.unwrap().svid;
-    let hold = world.x509.hold(&world.entries);
+    let first = world.x509(web).await;
+    let hold = world.x509.hold(web);
     let (mut streamed, mut renewals, mut authorities) = (first, 0, BTreeSet::new());
     for _ in 0..(7 * 24 * 12) {
         tokio::time::sleep(Duration::from_secs(300)).await;
@@ -147,11 +174,11 @@ async fn a_week_of_rotation_serves_only_what_is_valid() {
         world.assert_verifies(&streamed.chain);
         if changes.has_changed().unwrap() {
             changes.borrow_and_update();
-            let next = world.x509.fetch(web).await.unwrap().svid;
+            let next = world.x509(web).await;
             renewals += usize::from(!Arc::ptr_eq(&next, &streamed));
             streamed = next;
         }
-        let token = world.jwt.fetch(web, &["a".to_owned()]).await.unwrap().svid;
+        let token = world.jwt(web, "a").await;
         let bundle = world.bundle();
         jwt::validate(&token.token, "a", |_| Some(bundle.as_ref()), now).unwrap();
         authorities.extend(bundle.x509_authorities.iter().cloned());
@@ -169,12 +196,13 @@ async fn a_week_of_rotation_serves_only_what_is_valid() {
 async fn what_no_stream_holds_is_forgotten_and_made_again_on_demand() {
     let world = World::new(&["web"], 100);
     let writing = tokio::spawn(Arc::clone(&world.writer).run());
-    let first = world.x509.fetch(&world.entries[0]).await.unwrap().svid;
-    let again = world.x509.fetch(&world.entries[0]).await.unwrap().svid;
+    let web = &mut world.charged("web").await;
+    let first = world.x509(web).await;
+    let again = world.x509(web).await;
     assert!(Arc::ptr_eq(&first, &again), "made once");
     tokio::time::sleep(2 * HOUR).await;
-    let hold = world.x509.hold(&world.entries);
-    let later = world.x509.fetch(&world.entries[0]).await.unwrap().svid;
+    let hold = world.x509.hold(web);
+    let later = world.x509(web).await;
     assert!(!Arc::ptr_eq(&first, &later));
     assert_eq!((world.x509.counts().cached, world.x509.counts().active), (1, 1));
     drop(hold);
@@ -185,22 +213,20 @@ async fn what_no_stream_holds_is_forgotten_and_made_again_on_demand() {
 #[tokio::test(start_paused = true)]
 async fn tokens_are_signed_once_and_renewed_behind_the_callers() {
     let world = World::new(&["web"], 100);
-    let web = &world.entries[0];
-    let audience = ["a".to_owned()];
-    let calls = (0..50).map(|_| world.jwt.fetch(web, &audience));
+    let web = &mut world.charged("web").await;
     let mut tokens = Vec::new();
-    for call in calls {
-        tokens.push(call.await.unwrap().svid);
+    for _ in 0..50 {
+        tokens.push(world.jwt(web, "a").await);
     }
     assert!(tokens.iter().all(|token| Arc::ptr_eq(token, &tokens[0])), "one signature for all");
 
     // In the second half of its life the old one is served, and a fresh one is there for the next.
     tokio::time::sleep(Duration::from_secs(200)).await;
-    let due = world.jwt.fetch(web, &audience).await.unwrap().svid;
+    let due = world.jwt(web, "a").await;
     assert!(Arc::ptr_eq(&due, &tokens[0]));
     let fresh = loop {
         tokio::task::yield_now().await;
-        let next = world.jwt.fetch(web, &audience).await.unwrap().svid;
+        let next = world.jwt(web, "a").await;
         if !Arc::ptr_eq(&next, &due) {
             break next;
         }
@@ -209,20 +235,20 @@ async fn tokens_are_signed_once_and_renewed_behind_the_callers() {
 
     // After its end it is not served.
     tokio::time::sleep(Duration::from_secs(301)).await;
-    let new = world.jwt.fetch(web, &audience).await.unwrap().svid;
+    let new = world.jwt(web, "a").await;
     assert!(!Arc::ptr_eq(&new, &fresh) && new.expires_at > world.clock.now());
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_flood_of_audiences_pushes_out_its_own_tokens_only() {
     let world = World::new(&["flood", "quiet"], 50);
-    let (flood, quiet) = (&world.entries[0], &world.entries[1]);
-    let kept = world.jwt.fetch(quiet, &["a".to_owned()]).await.unwrap().svid;
+    let (flood, quiet) = (&mut world.charged("flood").await, &mut world.charged("quiet").await);
+    let kept = world.jwt(quiet, "a").await;
     for n in 0..500 {
-        world.jwt.fetch(flood, &[n.to_string()]).await.unwrap();
+        world.jwt(flood, &n.to_string()).await;
         assert!(world.jwt.len() <= 50);
     }
-    let again = world.jwt.fetch(quiet, &["a".to_owned()]).await.unwrap().svid;
+    let again = world.jwt(quiet, "a").await;
     assert!(Arc::ptr_eq(&kept, &again), "the neighbour's token is still there");
 }
 
@@ -354,56 +380,50 @@ fn away() -> MintError {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_slow_issuer_renews_side_by_side_and_holds_up_no_caller() {
-    let (fake, world) = Fake::new(&["one", "two", "three"]);
+async fn a_slow_issuer_holds_up_nobody_who_has_a_valid_svid() {
+    let (fake, world) = Fake::new(&["one", "three", "two"]);
     let writing = tokio::spawn(Arc::clone(&world.writer).run());
-    let _hold = world.x509.hold(&world.entries);
-    let mut first = Vec::new();
-    for entry in &world.entries {
-        first.push(world.x509.fetch(entry).await.unwrap());
-    }
-    // As long as that, each waits for another: they are due at different times, within minutes.
+    let all = &mut world.call(None).await;
+    let _hold = world.x509.hold(all);
+    let first = world.x509.fetch(all).await.unwrap();
+    // They are due at different times, within minutes.
     fake.takes(Duration::from_secs(25));
-    tokio::time::sleep(HOUR / 2 - HOUR / 10).await;
-    let asked = fake.asked.load(Relaxed);
-    let mut slept = Duration::ZERO;
-    while slept < HOUR / 5 {
+    let end = world.clock.now() + HOUR * 3 / 5;
+    while world.clock.now() < end {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        slept += Duration::from_secs(1);
-        for entry in &world.entries {
-            let started = Instant::now();
-            let served = world.x509.fetch(entry).await.unwrap();
-            assert!(started.elapsed() <= Duration::from_secs(1), "{:?}", started.elapsed());
-            assert!(world.clock.now() < served.svid.not_after);
-        }
+        let started = Instant::now();
+        let served = world.x509.fetch(all).await.unwrap();
+        assert!(started.elapsed() <= Duration::from_secs(1), "{:?}", started.elapsed());
+        assert!(served.iter().all(|served| world.clock.now() < served.svid.not_after));
     }
-    for (entry, first) in world.entries.iter().zip(&first) {
-        let served = world.x509.fetch(entry).await.unwrap();
-        assert!(served.svid.not_after > first.svid.not_after, "{}", entry.spiffe_id());
+    for (first, later) in first.iter().zip(world.x509.fetch(all).await.unwrap()) {
+        assert!(later.svid.not_after > first.svid.not_after, "{}", later.svid.spiffe_id);
     }
-    assert!(fake.asked.load(Relaxed) - asked >= 3);
     writing.abort();
 }
 
 #[tokio::test(start_paused = true)]
-async fn many_renewals_take_the_time_of_one() {
+async fn many_svids_take_the_time_of_one() {
     let names: Vec<String> = (0..1200).map(|n| format!("{n:04}")).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let (fake, world) = Fake::new(&names);
-    let _hold = world.x509.hold(&world.entries);
-    let first = join_all(world.entries.iter().map(|entry| world.x509.fetch(entry))).await;
+    fake.takes(Duration::from_secs(20));
+    let all = &mut world.call(None).await;
+    let _hold = world.x509.hold(all);
+    let started = Instant::now();
+    let first = world.x509.fetch(all).await.unwrap();
+    assert_eq!((first.len(), started.elapsed().as_secs()), (1200, 20));
     // While nobody renews, all fall due; then it takes three batches, side by side.
     tokio::time::sleep(HOUR * 3 / 5).await;
-    fake.takes(Duration::from_secs(20));
     fake.asked.store(0, Relaxed);
     fake.most_at_once.store(0, Relaxed);
     let writing = tokio::spawn(Arc::clone(&world.writer).run());
     tokio::time::sleep(Duration::from_secs(21)).await;
     assert_eq!((fake.asked.load(Relaxed), fake.most_at_once.load(Relaxed)), (3, 3));
-    for (entry, first) in world.entries.iter().zip(first) {
-        let served = world.x509.fetch(entry).await.unwrap();
-        assert!(!served.signed && served.svid.not_after > first.unwrap().svid.not_after);
+    for (first, later) in first.iter().zip(world.x509.fetch(all).await.unwrap()) {
+        assert!(later.svid.not_after > first.svid.not_after, "{}", later.svid.spiffe_id);
     }
+    assert_eq!(fake.asked.load(Relaxed), 3, "they were there");
     writing.abort();
 }
 
@@ -411,18 +431,19 @@ async fn many_renewals_take_the_time_of_one() {
 async fn an_entry_that_cannot_be_signed_for_delays_no_other() {
     let (fake, world) = Fake::new(&["bad", "good"]);
     let writing = tokio::spawn(Arc::clone(&world.writer).run());
-    let _hold = world.x509.hold(&world.entries);
-    let [bad, good] = &world.entries[..] else { panic!("two entries") };
-    let first = [world.x509.fetch(bad).await.unwrap().svid, world.x509.fetch(good).await.unwrap().svid];
+    let all = &mut world.call(None).await;
+    let _hold = world.x509.hold(all);
+    let first = world.x509.fetch(all).await.unwrap();
     fake.fails(Some(("bad", wrong_name)));
     tokio::time::sleep(HOUR * 9 / 10).await;
-    assert!(Arc::ptr_eq(&world.x509.fetch(bad).await.unwrap().svid, &first[0]), "the valid one is served");
-    assert!(world.x509.fetch(good).await.unwrap().svid.not_after > first[1].not_after);
+    let later = world.x509.fetch(all).await.unwrap();
+    assert!(Arc::ptr_eq(&first[0].svid, &later[0].svid), "the valid one is served");
+    assert!(later[1].svid.not_after > first[1].svid.not_after);
     tokio::time::sleep(HOUR / 10).await;
-    let error = world.x509.fetch(bad).await.unwrap_err();
+    let error = world.x509.fetch(all).await.unwrap_err();
     assert!(matches!(error, MintError::Request { .. }), "never one that has ended: {error}");
     fake.fails(None);
-    world.x509.fetch(bad).await.unwrap();
+    world.x509.fetch(all).await.unwrap();
     writing.abort();
 }
 
@@ -430,17 +451,17 @@ async fn an_entry_that_cannot_be_signed_for_delays_no_other() {
 async fn an_issuer_that_is_away_is_asked_when_it_says_and_what_is_valid_is_served() {
     let (fake, world) = Fake::new(&["web"]);
     let writing = tokio::spawn(Arc::clone(&world.writer).run());
-    let (web, audience) = (&world.entries[0], ["a".to_owned()]);
-    let _hold = world.x509.hold(&world.entries);
-    let first = world.x509.fetch(web).await.unwrap().svid;
-    let token = world.jwt.fetch(web, &audience).await.unwrap().svid;
+    let web = &mut world.charged("web").await;
+    let _hold = world.x509.hold(web);
+    let first = world.x509(web).await;
+    let token = world.jwt(web, "a").await;
 
     // It says when to come again.
     fake.fails(Some(("web", away)));
     tokio::time::sleep(Duration::from_secs(200)).await;
     let asked = fake.asked.load(Relaxed);
     for _ in 0..50 {
-        assert!(Arc::ptr_eq(&world.jwt.fetch(web, &audience).await.unwrap().svid, &token));
+        assert!(Arc::ptr_eq(&world.jwt(web, "a").await, &token));
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
     assert_eq!(fake.asked.load(Relaxed) - asked, 1, "not before its time");
@@ -449,27 +470,27 @@ async fn an_issuer_that_is_away_is_asked_when_it_says_and_what_is_valid_is_serve
     fake.fails(Some(("", away)));
     tokio::time::sleep(HOUR * 3 / 5).await;
     assert_eq!(fake.asked.load(Relaxed) - asked, 1);
-    assert!(Arc::ptr_eq(&world.x509.fetch(web).await.unwrap().svid, &first), "valid, so it is served");
+    assert!(Arc::ptr_eq(&world.x509(web).await, &first), "valid, so it is served");
     let mut changes = world.writer.store().subscribe();
     fake.fails(None);
     tokio::time::timeout(Duration::from_secs(1), changes.changed()).await.unwrap().unwrap();
-    assert!(world.x509.fetch(web).await.unwrap().svid.not_after > first.not_after);
+    assert!(world.x509(web).await.not_after > first.not_after);
     writing.abort();
 }
 
 #[tokio::test(start_paused = true)]
 async fn no_call_waits_beyond_its_deadline() {
-    let (fake, world) = Fake::new(&["web"]);
-    let (web, audience) = (&world.entries[0], ["a".to_owned()]);
+    let (fake, world) = Fake::new(&["db", "web"]);
     fake.takes(HOUR);
     let started = Instant::now();
     // Those that wait for another's signature wait no longer than if it were their own.
     let late = join_all((0..20).map(|n| {
-        let audience = &audience;
         let world = &world;
         async move {
+            let (all, same) = (&mut world.call(None).await, &mut world.call(None).await);
             tokio::time::sleep(Duration::from_millis(n)).await;
-            let (x509, jwt) = tokio::join!(world.x509.fetch(web), world.jwt.fetch(web, audience));
+            let audience = ["a".to_owned()];
+            let (x509, jwt) = tokio::join!(world.x509.fetch(all), world.jwt.fetch(same, &audience));
             (x509.unwrap_err(), jwt.unwrap_err())
         }
     }));
@@ -478,8 +499,9 @@ async fn no_call_waits_beyond_its_deadline() {
     }
     assert!((30_000..30_050).contains(&started.elapsed().as_millis()), "{:?}", started.elapsed());
     fake.takes(Duration::ZERO);
-    world.x509.fetch(web).await.unwrap();
-    world.jwt.fetch(web, &audience).await.unwrap();
+    let all = &mut world.call(None).await;
+    world.x509.fetch(all).await.unwrap();
+    world.jwt(all, "a").await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -518,11 +540,12 @@ proptest! {
         runtime.block_on(async {
             let world = World::new(&["web"], 4);
             let writing = tokio::spawn(Arc::clone(&world.writer).run());
+            let web = &mut world.charged("web").await;
             for step in steps {
                 tokio::time::sleep(Duration::from_secs(step)).await;
-                let token = world.jwt.fetch(&world.entries[0], &[(step % 3).to_string()]).await.unwrap().svid;
+                let token = world.jwt(web, &(step % 3).to_string()).await;
                 assert!(token.expires_at > world.clock.now());
-                let svid = world.x509.fetch(&world.entries[0]).await.unwrap().svid;
+                let svid = world.x509(web).await;
                 assert!(svid.not_after > world.clock.now());
                 world.assert_verifies(&svid.chain);
             }
