@@ -30,12 +30,12 @@ use crate::{
     },
     attest::Attestor,
     config::Config,
-    identity::{SpiffeId, TrustDomain},
-    issuer::embedded::Embedded,
+    identity::EntryIndex,
+    issuer::{Issuer, embedded::EmbeddedIssuer, metrics::IssuerMetrics},
     limits::{self, Limits},
     os::{clock::Clock, systemd::ServiceManager},
     peer::{self, Listener, OsUid, RequestBody, Socket, Stats, cgroup::PodOrUid},
-    store::{JwtCache, Signer, Sync, X509Cache},
+    store::{JwtCache, StoreMetrics, Writer, X509Cache},
     telemetry::chain,
     telemetry::{
         HealthSettings,
@@ -52,13 +52,13 @@ const PROBE: Duration = Duration::from_secs(5);
 const MOST_WORKERS: usize = 4;
 
 /// Where the configuration comes from, at start and at each reload: files, environment and command line.
-pub type Load = Box<dyn Fn() -> anyhow::Result<Config> + Send + std::marker::Sync>;
+pub type Load = Box<dyn Fn() -> anyhow::Result<Config> + Send + Sync>;
 
 /// A running agent.
 pub struct Running {
     config: Config,
-    signer: Arc<Signer>,
-    sync: Arc<Sync>,
+    issuer: Arc<EmbeddedIssuer>,
+    writer: Arc<Writer>,
     x509: Arc<X509Cache>,
     jwt: Arc<JwtCache>,
     attestor: Arc<Attestor>,
@@ -96,34 +96,35 @@ impl Running {
         let metrics = Arc::new(Metrics::new(clock));
         let health = Arc::new(HealthState::new());
 
-        let keys = config.embedded_issuer();
-        let issuer = Embedded::open(keys.clone(), clock.now()).context("cannot open the embedded issuer")?;
-        let signer = Arc::new(Signer::new(
-            Arc::new(issuer),
-            clock,
-            Arc::clone(&metrics),
-            [keys.ca_key_type, keys.svid_key_type],
-            keys.jwt_key_type,
-            [keys.default_x509_svid_ttl, keys.default_jwt_svid_ttl],
-        ));
+        let issuer_metrics = Arc::new(IssuerMetrics::new(metrics.registry()));
+        let store_metrics = Arc::new(StoreMetrics::new(metrics.registry()));
+        let embedded = EmbeddedIssuer::open(config.embedded_issuer(), clock, Arc::clone(&issuer_metrics));
+        let embedded = Arc::new(embedded.context("cannot open the embedded issuer")?);
+        embedded.declare(Arc::new(EntryIndex::new(config.entries.clone())), config.federated.clone());
+        let issuer: Arc<dyn Issuer> = Arc::<EmbeddedIssuer>::clone(&embedded);
         let x509 = Arc::new(X509Cache::new(
-            Arc::clone(&signer),
+            Arc::clone(&issuer),
+            clock,
             config.caches.x509_svids.count(),
             config.caches.availability_target,
         ));
         let jwt = Arc::new(JwtCache::new(
-            Arc::clone(&signer),
-            Arc::clone(&metrics),
+            Arc::clone(&issuer),
+            clock,
+            Arc::clone(&store_metrics),
             config.caches.jwt_svids.count(),
         ));
-        let sync = Arc::new(Sync::new(
-            Arc::clone(&signer),
+        let writer = Arc::new(Writer::new(
+            Arc::clone(&issuer),
+            clock,
             Arc::clone(&x509),
-            Arc::clone(&metrics),
-            config.entries.clone(),
-            config.federated.clone(),
+            Arc::clone(&store_metrics),
             config.policy.clone(),
         ));
+        metrics.before_render(move |_| {
+            issuer_metrics.rotation.refresh(clock.now());
+            store_metrics.renewal.refresh(clock.now());
+        });
         let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
         attestor.prepare_for(&config.entries);
 
@@ -166,7 +167,7 @@ impl Running {
             WorkloadApi::new(Parts {
                 limits: limits.clone(),
                 attestor: Arc::clone(&attestor),
-                store: Arc::clone(sync.store()),
+                store: Arc::clone(writer.store()),
                 x509: Arc::clone(&x509),
                 jwt: Arc::clone(&jwt),
                 metrics: Arc::clone(&metrics),
@@ -203,7 +204,8 @@ impl Running {
                 tracing::error!(%error, "an http listener cannot be served");
             });
         }
-        tasks.spawn(Arc::clone(&sync).run());
+        tasks.spawn(Arc::clone(&issuer).run());
+        tasks.spawn(Arc::clone(&writer).run());
         let kept_up = Arc::clone(&metrics);
         tasks.spawn(async move { kept_up.keep_up().await });
         let (memory, budgets) =
@@ -226,7 +228,7 @@ impl Running {
                 gate: gate.clone(),
                 attestor: Arc::clone(&attestor),
                 keys,
-                store: Arc::clone(sync.store()),
+                store: Arc::clone(writer.store()),
                 budget: Box::new(move || budget.borrow().bytes),
             });
             let listener = Listener {
@@ -240,14 +242,14 @@ impl Running {
             tokio::spawn(listener.serve(move |_peer| service.clone(), stopped(stopping)))
         });
         tasks.spawn(watch.run());
-        tasks.spawn(probe(Arc::clone(&health), Arc::clone(&signer), config.trust_domain.clone()));
+        tasks.spawn(probe(Arc::clone(&health), issuer));
 
         metrics.loaded();
         health.set(Probe::Healthy);
         Ok(Self {
             config,
-            signer,
-            sync,
+            issuer: embedded,
+            writer,
             x509,
             jwt,
             attestor,
@@ -321,7 +323,7 @@ impl Running {
     /// Drains: no new connections, streams told to come back, at most `drain_timeout`.
     pub async fn shutdown(self) {
         self.health.set(Probe::Draining);
-        self.sync.store().drain();
+        self.writer.store().drain();
         self.stop.send_replace(true);
         let admin = async {
             match self.admin {
@@ -437,21 +439,14 @@ async fn serve(
     }
 }
 
-/// Asks every few seconds whether a token could be signed now.
-async fn probe(health: Arc<HealthState>, signer: Arc<Signer>, trust_domain: TrustDomain) {
-    // The ID that SPIRE keeps for itself: nobody can ask for this token, and it is dropped at once.
-    let Ok(own) = SpiffeId::parse(&format!("{}/spire/agent", trust_domain.id_string())) else { return };
-    let audience = ["health".to_owned()];
+/// Asks every few seconds whether the issuer could sign.
+async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
     let mut every = tokio::time::interval(PROBE);
     loop {
         every.tick().await;
-        if health.get() == Probe::Draining {
-            return;
-        }
-        match signer.jwt(&own, None, &audience).await {
-            // The drain may have begun meanwhile, and has the last word.
+        match issuer.can_sign() {
             _ if health.get() == Probe::Draining => return,
-            Ok(_) => health.set(Probe::Healthy),
+            Ok(()) => health.set(Probe::Healthy),
             Err(error) => {
                 if health.get() != Probe::Unavailable {
                     tracing::error!(error = chain(&error), "the agent cannot sign");

@@ -1,8 +1,11 @@
 //! A reload: all of a configuration in force at once, or nothing of it.
 
+use std::sync::Arc;
+
 use super::{Load, Running, connection_settings, watch};
 use crate::{
     config::{self, Config, EntryChanges},
+    identity::EntryIndex,
     limits,
     telemetry::metrics::ReloadResult,
 };
@@ -28,7 +31,7 @@ impl Running {
             caches,
             listener: _,
             kubernetes: _,
-            issuer,
+            issuer: _,
             entries,
             federated,
             attest,
@@ -38,6 +41,8 @@ impl Running {
         } = &next;
         let budget = ratelimit.memory.budget(self.means.cgroup);
         let connections = connection_settings(&next, self.means);
+        let index = Arc::new(EntryIndex::new(entries.clone()));
+        let embedded = next.embedded_issuer();
 
         // What may still refuse is asked before anything changes.
         limits::Gate::check(ratelimit, self.means.nofile, budget)?;
@@ -49,10 +54,10 @@ impl Running {
         self.connections.send_if_modified(|old| std::mem::replace(old, connections.clone()) != connections);
         self.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);
         self.jwt.resize(caches.jwt_svids.count());
-        self.signer.reconfigure(issuer.default_x509_svid_ttl, issuer.default_jwt_svid_ttl);
+        self.issuer.reconfigure(&embedded);
         self.attestor.prepare_for(entries);
         self.attestor.reload(attest.clone());
-        self.sync.replace(entries.clone(), federated.clone(), policy.clone());
+        self.writer.replace(policy.clone(), || self.issuer.declare(index, federated.clone()));
         if let Some(lines) = &self.log {
             lines.set_level(log.level);
         }

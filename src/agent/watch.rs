@@ -140,16 +140,13 @@ impl Watch {
             }
         }
         let (callers, identities) = self.limits.keys();
-        let jwt_svids = self.jwt.len();
-        let x509_svids = self.x509.counts();
         let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
         self.limits.account(Accounted {
             connections: u64::from(self.gate.connections()),
             keys: count(callers + identities + self.gate.keys()),
-            jwt_svids: count(jwt_svids),
-            x509_svids: count(x509_svids.cached),
+            jwt_svids: count(self.jwt.len()),
+            x509_svids: count(self.x509.counts().cached),
         });
-        self.metrics.set_jwt_svids(jwt_svids);
         self.metrics.set_connections(&self.connections());
     }
 

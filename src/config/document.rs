@@ -23,7 +23,7 @@ use crate::{
         section::{Problems, Section},
     },
     identity::{Bundle, Entry, TrustDomain},
-    issuer::{IssuerSettings, embedded},
+    issuer::embedded::{EmbeddedSettings, IssuerSettings},
     limits,
     peer::{KubernetesSettings, ListenerSettings, cgroup::KubernetesMode},
     store::{CacheSettings, Policy},
@@ -104,9 +104,13 @@ impl Config {
     }
 
     /// What the embedded issuer is told.
-    pub fn embedded_issuer(&self) -> embedded::Settings {
-        let AgentSettings { data_dir, svid_key_type, .. } = &self.agent;
-        self.issuer.embedded(self.trust_domain.clone(), data_dir.clone(), *svid_key_type)
+    pub fn embedded_issuer(&self) -> EmbeddedSettings {
+        EmbeddedSettings {
+            trust_domain: self.trust_domain.clone(),
+            data_dir: self.agent.data_dir.clone(),
+            svid_key_type: self.agent.svid_key_type,
+            issuer: self.issuer.clone(),
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use tonic::Code;
 
 use super::{
     process::Process,
-    registry::{By, Label, Open, Registry, float, float_u64, labels},
+    registry::{By, Label, Open, Registry, float_u64, labels},
 };
 use crate::{limits::Method, os::clock::Clock};
 
@@ -28,24 +28,6 @@ const BUCKETS: [f64; 15] = [
 /// How often samples are drained. At 50,000 calls per second this is 0.8 MB of samples at most.
 const UPKEEP: Duration = Duration::from_secs(1);
 
-labels! {
-    /// What kind of SVID.
-    SvidKind, "kind" {
-        /// An X.509-SVID.
-        X509 = "x509",
-        /// A JWT-SVID.
-        Jwt = "jwt",
-    }
-}
-labels! {
-    /// What is replaced before it expires.
-    Rotated, "kind" {
-        /// The issuer's CA and JWT key: the next one made, taken into use or dropped.
-        Issuer = "issuer",
-        /// X.509-SVIDs of entries; the gauge tells of the next one due.
-        X509Svid = "x509_svid",
-    }
-}
 labels! {
     /// Why a connection was not taken.
     ConnectionRefusal, "reason" {
@@ -101,25 +83,6 @@ labels! {
         Error = "error",
     }
 }
-labels! {
-    /// What the JWT-SVID cache answered.
-    CacheResult, "result" {
-        /// From memory.
-        Hit = "hit",
-        /// It had to be signed.
-        Miss = "miss",
-    }
-}
-labels! {
-    /// How an X.509-SVID stands in the store.
-    SvidState, "state" {
-        /// Ready to be served.
-        Cached = "cached",
-        /// Being sent to at least one open stream.
-        Active = "active",
-    }
-}
-
 impl Label for Method {
     const KEY: &'static str = "method";
     const VALUES: &'static [Self] = &Self::ALL;
@@ -158,20 +121,9 @@ pub struct Metrics {
     handle: PrometheusHandle,
     clock: Clock,
     process: Process,
-    /// Written by whoever rotates; turned into "seconds left" when rendered, so that it is never stale.
-    due: Mutex<[Option<SystemTime>; 2]>,
-    rotation_due: By<Rotated, Gauge>,
-    rotations: By<Rotated, Counter>,
     calls: By<Method, Box<[Counter]>>,
     call_seconds: By<Method, Histogram>,
     streams_open: By<Method, Gauge>,
-    signing_seconds: By<SvidKind, Histogram>,
-    signing_failures: By<SvidKind, Counter>,
-    x509_svids: By<SvidState, Gauge>,
-    jwt_svids: Gauge,
-    jwt_cache: By<CacheResult, Counter>,
-    jwt_refreshes: Counter,
-    jwt_evictions: Counter,
     connections_open: Gauge,
     connections_parked: Gauge,
     connections_accepted: Counter,
@@ -180,10 +132,6 @@ pub struct Metrics {
     requests_open: Gauge,
     accept_errors: Counter,
     panics: Counter,
-    entries: Gauge,
-    authorities: By<SvidKind, Gauge>,
-    federated_bundles: Gauge,
-    generation: Gauge,
     reloads: By<ReloadResult, Counter>,
     reload_ok: Gauge,
     reload_time: Gauge,
@@ -215,16 +163,9 @@ impl Metrics {
             &[("version", env!("CARGO_PKG_VERSION"))],
         )
         .set(1.0);
-        let rotation_due = make.gauges(
-            "durward_rotation_due_seconds",
-            "Seconds until the next rotation; negative when overdue, NaN when none is planned.",
-        );
         Self {
             clock,
             process: Process::read(),
-            due: Mutex::new([None; 2]),
-            rotation_due,
-            rotations: make.counters("durward_rotations_total", "Rotations done."),
             calls: By::new(|method: Method| {
                 CODES
                     .iter()
@@ -242,26 +183,6 @@ impl Metrics {
                 "Time from a call's arrival to its answer, or to the first message of a stream.",
             ),
             streams_open: make.gauges("durward_streams_open", "Calls that are being served now."),
-            signing_seconds: make.histograms(
-                "durward_signing_duration_seconds",
-                "Time to make and sign one SVID, its key included.",
-            ),
-            signing_failures: make
-                .counters("durward_signing_failures_total", "SVIDs that could not be signed."),
-            x509_svids: make
-                .gauges("durward_x509_svids", "X.509-SVIDs held, and those that open streams use."),
-            jwt_svids: make.gauge("durward_jwt_svids", "JWT-SVIDs held in the cache.", &[]),
-            jwt_cache: make.counters("durward_jwt_cache_requests_total", "JWT-SVIDs asked of the cache."),
-            jwt_refreshes: make.counter(
-                "durward_jwt_cache_refreshes_total",
-                "JWT-SVIDs replaced in the background while the old one was served.",
-                &[],
-            ),
-            jwt_evictions: make.counter(
-                "durward_jwt_cache_evictions_total",
-                "JWT-SVIDs dropped before their time because the cache was full.",
-                &[],
-            ),
             connections_open: make.gauge(
                 "durward_connections_open",
                 "Connections to the Workload API socket.",
@@ -296,21 +217,6 @@ impl Metrics {
             panics: make.counter(
                 "durward_panics_total",
                 "Calls that ended in a panic, each of which is a defect of the agent.",
-                &[],
-            ),
-            entries: make.gauge("durward_entries", "Registration entries in force.", &[]),
-            authorities: make.gauges(
-                "durward_bundle_authorities",
-                "Authorities in the bundle of the agent's own trust domain.",
-            ),
-            federated_bundles: make.gauge(
-                "durward_federated_bundles",
-                "Bundles of other trust domains held.",
-                &[],
-            ),
-            generation: make.gauge(
-                "durward_snapshot_generation",
-                "Goes up each time that entries, SVIDs or bundles change.",
                 &[],
             ),
             reloads: make.counters("durward_reloads_total", "Reloads of the configuration."),
@@ -355,54 +261,6 @@ impl Metrics {
         self.streams_open.with(method, Open::count)
     }
 
-    /// An SVID was signed.
-    pub fn signed(&self, kind: SvidKind, took: Duration) {
-        self.signing_seconds.with(kind, |h| h.record(took));
-    }
-
-    /// An SVID could not be signed.
-    pub fn signing_failed(&self, kind: SvidKind) {
-        self.signing_failures.with(kind, |c| c.increment(1));
-    }
-
-    /// How many X.509-SVIDs are in this state.
-    pub fn set_x509_svids(&self, state: SvidState, count: usize) {
-        self.x509_svids.with(state, |g| g.set(float(count)));
-    }
-
-    /// How many JWT-SVIDs the cache holds.
-    pub fn set_jwt_svids(&self, count: usize) {
-        self.jwt_svids.set(float(count));
-    }
-
-    /// The JWT-SVID cache was asked.
-    pub fn jwt_cache(&self, result: CacheResult) {
-        self.jwt_cache.with(result, |c| c.increment(1));
-    }
-
-    /// A JWT-SVID was replaced in the background.
-    pub fn jwt_refreshed(&self) {
-        self.jwt_refreshes.increment(1);
-    }
-
-    /// A JWT-SVID was dropped to make room.
-    pub fn jwt_evicted(&self) {
-        self.jwt_evictions.increment(1);
-    }
-
-    /// The next rotation of this kind is due then; `None` when none is planned.
-    pub fn set_rotation_due(&self, kind: Rotated, due: Option<SystemTime>) {
-        let mut all = self.due.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(slot) = all.get_mut(kind.at()) {
-            *slot = due;
-        }
-    }
-
-    /// A rotation was done.
-    pub fn rotated(&self, kind: Rotated) {
-        self.rotations.with(kind, |c| c.increment(1));
-    }
-
     /// What the listener has counted since the start, and has open now.
     pub fn set_connections(&self, counts: &ConnectionCounts) {
         let ConnectionCounts { accepted, open, parked, requests, accept_errors, panics, refused, closed } =
@@ -419,17 +277,6 @@ impl Metrics {
         for (reason, count) in closed {
             self.connections_closed.with(*reason, |c| c.absolute(*count));
         }
-    }
-
-    /// What the newest snapshot holds.
-    pub fn set_snapshot(&self, snapshot: SnapshotSizes) {
-        let SnapshotSizes { generation, entries, x509_authorities, jwt_authorities, federated_bundles } =
-            snapshot;
-        self.generation.set(float_u64(generation));
-        self.entries.set(float(entries));
-        self.authorities.with(SvidKind::X509, |g| g.set(float(x509_authorities)));
-        self.authorities.with(SvidKind::Jwt, |g| g.set(float(jwt_authorities)));
-        self.federated_bundles.set(float(federated_bundles));
     }
 
     /// The configuration was loaded at start.
@@ -488,12 +335,6 @@ impl Metrics {
         for ask in self.ask.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             ask(self);
         }
-        let now = self.clock.now();
-        let due = *self.due.lock().unwrap_or_else(PoisonError::into_inner);
-        for (kind, due) in Rotated::VALUES.iter().zip(due) {
-            let left = due.map_or(f64::NAN, |due| unix(due) - unix(now));
-            self.rotation_due.with(*kind, |g| g.set(left));
-        }
         let mut text = self.handle.render();
         self.process.write(&mut text);
         text
@@ -519,21 +360,6 @@ pub struct ConnectionCounts {
     pub refused: Vec<(ConnectionRefusal, u64)>,
     /// Ended, by reason.
     pub closed: Vec<(ConnectionEnd, u64)>,
-}
-
-/// What [`Metrics::set_snapshot`] tells.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct SnapshotSizes {
-    /// The snapshot's generation.
-    pub generation: u64,
-    /// Registration entries.
-    pub entries: usize,
-    /// X.509 authorities of the own trust domain.
-    pub x509_authorities: usize,
-    /// JWT authorities of the own trust domain.
-    pub jwt_authorities: usize,
-    /// Bundles of other trust domains.
-    pub federated_bundles: usize,
 }
 
 fn unix(time: SystemTime) -> f64 {
@@ -567,23 +393,11 @@ mod tests {
         metrics.call_ended(Method::FetchJwtSvid, Code::Ok);
         metrics.call_ended(Method::FetchJwtSvid, Code::PermissionDenied);
         metrics.call_answered(Method::FetchJwtSvid, Duration::from_micros(300));
-        metrics.signed(SvidKind::Jwt, Duration::from_micros(40));
-        metrics.signing_failed(SvidKind::X509);
-        metrics.set_x509_svids(SvidState::Active, 3);
-        metrics.jwt_cache(CacheResult::Hit);
-        metrics.set_rotation_due(Rotated::Issuer, Some(at(1_000_060)));
-        metrics.rotated(Rotated::Issuer);
         metrics.set_connections(&ConnectionCounts {
             open: 1,
             refused: vec![(ConnectionRefusal::Unidentified, 1)],
             closed: vec![(ConnectionEnd::Flood, 2)],
             ..ConnectionCounts::default()
-        });
-        metrics.set_snapshot(SnapshotSizes {
-            generation: 7,
-            entries: 2,
-            x509_authorities: 1,
-            ..Default::default()
         });
         metrics.reloaded(ReloadResult::Error);
         let stream = metrics.stream_opened(Method::FetchX509Svid);
@@ -597,32 +411,20 @@ mod tests {
             (r#"durward_call_duration_seconds_bucket{method="FetchJWTSVID",le="0.00025"}"#, 0.0),
             (r#"durward_call_duration_seconds_bucket{method="FetchJWTSVID",le="0.0005"}"#, 1.0),
             (r#"durward_call_duration_seconds_count{method="FetchX509SVID"}"#, 0.0),
-            (r#"durward_signing_duration_seconds_count{kind="jwt"}"#, 1.0),
-            (r#"durward_signing_failures_total{kind="x509"}"#, 1.0),
-            (r#"durward_x509_svids{state="active"}"#, 3.0),
-            (r#"durward_jwt_cache_requests_total{result="hit"}"#, 1.0),
-            (r#"durward_rotation_due_seconds{kind="issuer"}"#, 60.0),
-            (r#"durward_rotations_total{kind="issuer"}"#, 1.0),
             (r#"durward_connections_refused_total{reason="unidentified"}"#, 1.0),
             (r#"durward_connections_closed_total{reason="flood"}"#, 2.0),
             ("durward_connections_open", 1.0),
             (r#"durward_streams_open{method="FetchX509SVID"}"#, 1.0),
-            ("durward_entries", 2.0),
-            ("durward_snapshot_generation", 7.0),
-            (r#"durward_bundle_authorities{kind="x509"}"#, 1.0),
             (r#"durward_reloads_total{result="error"}"#, 1.0),
             ("durward_last_reload_successful", 0.0),
         ] {
             assert_eq!(got.get(series).copied(), Some(want), "{series} in:\n{text}");
         }
-        assert!(got[r#"durward_rotation_due_seconds{kind="x509_svid"}"#].is_nan(), "none is planned");
         drop(stream);
-        metrics.set_rotation_due(Rotated::X509Svid, Some(at(999_990)));
         metrics.before_render(|metrics| metrics.set_log_lines_lost(3));
         let text = metrics.render();
         let got = samples(&text);
         assert_eq!(got[r#"durward_streams_open{method="FetchX509SVID"}"#], 0.0);
-        assert_eq!(got[r#"durward_rotation_due_seconds{kind="x509_svid"}"#], -10.0, "overdue");
         assert_eq!(got["durward_log_lines_lost_total"], 3.0);
     }
 

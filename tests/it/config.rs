@@ -10,7 +10,6 @@ use std::{
 use durward::{
     config::{Config, DropIns, ExpandEnv, FileError, Input, diff},
     identity::{Entry, KeyType, TrustDomain},
-    issuer::embedded::CaSource,
     telemetry::{HostPort, LogFormat},
 };
 
@@ -79,8 +78,8 @@ fn what_is_not_set_has_its_default() {
     );
     assert_eq!(config.embedded_issuer().trust_domain, config.trust_domain);
     assert_eq!(config.embedded_issuer().data_dir, config.agent.data_dir);
-    assert_eq!(config.embedded_issuer().ca, CaSource::SelfSigned);
-    assert_eq!(config.issuer.ca_ttl, Duration::from_secs(86_400));
+    assert_eq!((&config.issuer.ca_cert_path, &config.issuer.ca_key_path), (&None, &None), "self-signed");
+    assert_eq!(config.issuer.ca_ttl.get(), Duration::from_secs(86_400));
     assert_eq!(config.issuer.ca_key_type, KeyType::EcP256);
     assert_eq!(config.issuer.jwt_key_type, KeyType::EcP256);
     assert_eq!(config.agent.svid_key_type, KeyType::EcP256);
@@ -210,10 +209,8 @@ fn everything_that_can_be_set_is_set() {
     assert_eq!(config.agent.svid_key_type, KeyType::EcP384);
     assert_eq!(config.issuer.ca_key_type, KeyType::Rsa2048);
     assert_eq!(config.issuer.jwt_key_type, KeyType::Rsa2048, "as the CA");
-    assert_eq!(
-        config.embedded_issuer().ca,
-        CaSource::Supplied { cert: "/base/ca.pem".into(), key: "/ca.key".into() }
-    );
+    let ca = (config.issuer.ca_cert_path.as_deref(), config.issuer.ca_key_path.as_deref());
+    assert_eq!(ca, (Some(Path::new("/base/ca.pem")), Some(Path::new("/ca.key"))));
     assert_eq!(config.caches.jwt_svids.count(), 16);
     assert_eq!(config.prometheus, Some(HostPort { host: "::1".to_owned(), port: 9988 }));
     assert_eq!((config.health.enabled, config.health.port), (true, 8080));
@@ -248,7 +245,7 @@ fn blocks_of_one_name_are_one_block() {
         agent { log_level = \"debug\" } issuer embedded { ca_key_type = \"ec-p384\" }";
     let config = parse(apart).unwrap();
     assert_eq!(config.log.level, tracing::Level::DEBUG);
-    assert_eq!(config.issuer.ca_ttl, Duration::from_secs(172_800));
+    assert_eq!(config.issuer.ca_ttl.get(), Duration::from_secs(172_800));
     assert_eq!(config.issuer.ca_key_type, KeyType::EcP384);
 }
 
