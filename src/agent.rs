@@ -32,7 +32,7 @@ use crate::{
     config::Config,
     identity::EntryIndex,
     issuer::{Issuer, embedded::EmbeddedIssuer, metrics::IssuerMetrics},
-    limits::{self, Limits},
+    limits::{self, GatePlan, Limits},
     os::{clock::Clock, systemd::ServiceManager},
     peer::{self, Listener, OsUid, RequestBody, Socket, Stats, cgroup::PodOrUid},
     store::{JwtCache, StoreMetrics, Writer, X509Cache},
@@ -42,6 +42,7 @@ use crate::{
         http::{HealthState, HttpListener, Probe, Routes},
         log::Log,
         metrics::Metrics,
+        registry::Registry,
     },
 };
 
@@ -130,8 +131,9 @@ impl Running {
 
         let means = gate::Means::of_this_process();
         let budget = config.ratelimit.memory.budget(means.cgroup);
-        let limits = Limits::new(&config.ratelimit, clock, metrics.recorder())?;
-        let gate = limits::Gate::new(&config.ratelimit, means.nofile, budget, &limits)?;
+        let gate_plan = GatePlan::new(&config.ratelimit, means.nofile, budget)?;
+        let limits = Limits::new(&config.ratelimit, clock, Registry::new(metrics.recorder()));
+        let gate = limits::Gate::new(gate_plan, &limits);
 
         let mut http = Vec::new();
         if let Some(at) = &config.prometheus {

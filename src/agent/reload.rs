@@ -6,7 +6,7 @@ use super::{Load, Running, connection_settings, watch};
 use crate::{
     config::{self, Config, EntryChanges},
     identity::EntryIndex,
-    limits,
+    limits::GatePlan,
     telemetry::metrics::ReloadResult,
 };
 
@@ -44,12 +44,11 @@ impl Running {
         let index = Arc::new(EntryIndex::new(entries.clone()));
         let embedded = next.embedded_issuer();
 
-        // What may still refuse is asked before anything changes.
-        limits::Gate::check(ratelimit, self.means.nofile, budget)?;
-        self.limits.reload(ratelimit)?;
-        self.gate.reload(ratelimit, self.means.nofile, budget)?;
+        let gate_plan = GatePlan::new(ratelimit, self.means.nofile, budget)?;
 
         // From here on nothing fails.
+        self.limits.reload(ratelimit);
+        self.gate.reload(gate_plan);
         self.memory.send_replace(watch::Budget { settings: ratelimit.memory, bytes: budget });
         self.connections.send_if_modified(|old| std::mem::replace(old, connections.clone()) != connections);
         self.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);

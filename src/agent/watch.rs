@@ -7,17 +7,17 @@ use tokio::sync::watch;
 
 use crate::{
     limits::{
-        self, CallerKey, Limits,
+        self, CallerKey, ConnectionRefusal, Limits,
         budget::{self, Accounted, Pressure},
         report::Event,
     },
     os::heap,
-    peer::{
-        Stats,
-        listener::{Closed, Refused},
-    },
+    peer::{Stats, listener::Closed},
     store::{JwtCache, X509Cache},
-    telemetry::metrics::{ConnectionCounts, ConnectionEnd, ConnectionRefusal, Metrics},
+    telemetry::{
+        metrics::{ConnectionCounts, ConnectionEnd, Metrics},
+        registry::Label as _,
+    },
 };
 
 const EVERY: Duration = Duration::from_millis(250);
@@ -45,7 +45,7 @@ pub(super) struct Watch {
 /// The memory budget in force.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Budget {
-    pub(super) settings: budget::Settings,
+    pub(super) settings: budget::MemorySettings,
     /// Bytes; `None` for no budget.
     pub(super) bytes: Option<u64>,
 }
@@ -129,10 +129,10 @@ impl Watch {
         for event in self.limits.events() {
             match event {
                 Event::RefusalStarted { stage, name } => {
-                    tracing::warn!(stage = stage.label(), key = %name, "is being refused");
+                    tracing::warn!(stage = stage.text(), key = %name, "is being refused");
                 }
                 Event::RefusalEnded { stage, name, count } => {
-                    tracing::info!(stage = stage.label(), key = %name, count, "is refused no more");
+                    tracing::info!(stage = stage.text(), key = %name, count, "is refused no more");
                 }
                 Event::RefusalsUnlisted { count } => {
                     tracing::warn!(count, "refusals of further keys, which are not listed one by one");
@@ -152,12 +152,8 @@ impl Watch {
 
     fn connections(&self) -> ConnectionCounts {
         let stats = &self.stats;
-        let mut refused: Vec<_> =
-            Refused::ALL.iter().map(|why| (refusal(*why), stats.refused(*why))).collect();
-        // The one thing of the admin socket that is worth a number.
-        refused.retain(|(why, _)| *why != ConnectionRefusal::NotOwner);
-        refused.push((ConnectionRefusal::NotOwner, self.admin_stats.refused(Refused::NotOwner)));
-        refused.push((ConnectionRefusal::Unidentified, stats.unidentified()));
+        // Of the admin socket's connections only those are counted that it does not take.
+        let refused = |why: &ConnectionRefusal| (*why, stats.refused(*why) + self.admin_stats.refused(*why));
         ConnectionCounts {
             accepted: stats.accepted(),
             open: stats.open(),
@@ -165,19 +161,9 @@ impl Watch {
             requests: stats.streams(),
             accept_errors: stats.accept_errors(),
             panics: stats.request_panics(),
-            refused,
+            refused: ConnectionRefusal::VALUES.iter().map(refused).collect(),
             closed: Closed::ALL.iter().map(|why| (end(*why), stats.closed(*why))).collect(),
         }
-    }
-}
-
-fn refusal(why: Refused) -> ConnectionRefusal {
-    match why {
-        Refused::CallerConnections => ConnectionRefusal::CallerConnections,
-        Refused::CallerRate => ConnectionRefusal::CallerRate,
-        Refused::NodeConnections => ConnectionRefusal::NodeConnections,
-        Refused::Memory => ConnectionRefusal::Memory,
-        Refused::NotOwner => ConnectionRefusal::NotOwner,
     }
 }
 

@@ -13,7 +13,7 @@ use crate::{
     attest::AttestError,
     identity::{jwt::JwtError, spiffe_id::SpiffeIdError},
     issuer::MintError,
-    limits::Refusal,
+    limits::{Refusal, RejectionStatus},
     store::NoIdentity,
 };
 
@@ -96,7 +96,10 @@ impl RequestError {
             | Self::BadSpiffeId(_)
             | Self::BadToken(_) => Code::InvalidArgument,
             Self::NoIdentity(_) => Code::PermissionDenied,
-            Self::Refused(refusal) => refusal.code(),
+            Self::Refused(refusal) => match refusal.status {
+                RejectionStatus::ResourceExhausted => Code::ResourceExhausted,
+                RejectionStatus::Unavailable => Code::Unavailable,
+            },
             Self::OtherPidNamespace => Code::FailedPrecondition,
             Self::Attestation(_) | Self::JwtSvid(_) | Self::X509Svid(_) | Self::Draining => Code::Unavailable,
             Self::NoWitSvids | Self::NoWitBundles => Code::Unimplemented,

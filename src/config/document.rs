@@ -24,7 +24,7 @@ use crate::{
     },
     identity::{Bundle, Entry, TrustDomain},
     issuer::embedded::{EmbeddedSettings, IssuerSettings},
-    limits,
+    limits::LimitSettings,
     peer::{KubernetesSettings, ListenerSettings, cgroup::KubernetesMode},
     store::{CacheSettings, Policy},
     telemetry::{HealthSettings, HostPort, LogSettings},
@@ -61,7 +61,7 @@ pub struct Config {
     /// `health_checks`.
     pub health: HealthSettings,
     /// `ratelimit`, and whose subordinate UIDs are whose. Reloads, and keeps what was spent.
-    pub ratelimit: limits::Settings,
+    pub ratelimit: LimitSettings,
 }
 
 impl Config {

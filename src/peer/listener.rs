@@ -45,8 +45,9 @@ use super::{
     wire::Budget,
 };
 use crate::{
-    limits::{CallerKey, ConnectionSettings},
+    limits::{CallerKey, ConnectionRefusal, ConnectionSettings},
     os::{accept::Acceptor, heap},
+    telemetry::registry::Label as _,
 };
 
 /// What bounds a connection: what the configuration says ([`ConnectionSettings`]), and beside it what was measured to bound a
@@ -150,46 +151,6 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 /// How long after the last connection fell memory is given back.
 const TRIM_AFTER: Duration = Duration::from_secs(1);
 
-/// Why the gate refuses a connection. A closed set, since it labels metrics.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Refused {
-    /// The caller has too many connections open.
-    CallerConnections,
-    /// The caller opens connections too fast.
-    CallerRate,
-    /// The node has too many connections open.
-    NodeConnections,
-    /// The memory budget is spent.
-    Memory,
-    /// The socket is the owner's, and the peer is another user.
-    NotOwner,
-}
-
-impl Refused {
-    /// Every reason.
-    pub const ALL: [Self; 5] =
-        [Self::CallerConnections, Self::CallerRate, Self::NodeConnections, Self::Memory, Self::NotOwner];
-
-    /// Whether others have no part in it: who comes back at once comes back for nothing.
-    fn is_callers_own(self) -> bool {
-        match self {
-            Self::CallerConnections | Self::CallerRate => true,
-            Self::NodeConnections | Self::Memory | Self::NotOwner => false,
-        }
-    }
-
-    /// The metric label.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::CallerConnections => "caller_connections",
-            Self::CallerRate => "caller_rate",
-            Self::NodeConnections => "node_connections",
-            Self::Memory => "memory",
-            Self::NotOwner => "not_owner",
-        }
-    }
-}
-
 /// Why a connection ended. A closed set, since it labels metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Closed {
@@ -263,8 +224,8 @@ pub trait Gate: Send + Sync + 'static {
     /// Runs in the accept loop: must answer at once.
     ///
     /// # Errors
-    /// [`Refused`]: the connection is closed and counted.
-    fn admit_connection(&self, arrival: &Arrival) -> Result<Self::Permit, Refused>;
+    /// [`ConnectionRefusal`]: the connection is closed and counted.
+    fn admit_connection(&self, arrival: &Arrival) -> Result<Self::Permit, ConnectionRefusal>;
 }
 
 /// Lets everybody in.
@@ -274,7 +235,7 @@ pub struct AdmitAll;
 impl Gate for AdmitAll {
     type Permit = ();
 
-    fn admit_connection(&self, _arrival: &Arrival) -> Result<(), Refused> {
+    fn admit_connection(&self, _arrival: &Arrival) -> Result<(), ConnectionRefusal> {
         Ok(())
     }
 }
@@ -287,9 +248,8 @@ pub struct Stats {
     pub(super) parked: AtomicU64,
     pub(super) streams: AtomicU64,
     accept_errors: AtomicU64,
-    unidentified: AtomicU64,
     pub(super) request_panics: AtomicU64,
-    refused: [AtomicU64; Refused::ALL.len()],
+    refused: [AtomicU64; ConnectionRefusal::VALUES.len()],
     closed: [AtomicU64; Closed::ALL.len()],
 }
 
@@ -319,19 +279,14 @@ impl Stats {
         self.accept_errors.load(Relaxed)
     }
 
-    /// Connections closed because the kernel did not say who is there.
-    pub fn unidentified(&self) -> u64 {
-        self.unidentified.load(Relaxed)
-    }
-
     /// Requests that ended in a panic: bugs of ours.
     pub fn request_panics(&self) -> u64 {
         self.request_panics.load(Relaxed)
     }
 
-    /// Connections that the gate refused.
-    pub fn refused(&self, why: Refused) -> u64 {
-        Refused::ALL.iter().zip(&self.refused).find(|(w, _)| **w == why).map_or(0, |(_, n)| n.load(Relaxed))
+    /// Connections that were closed at accept.
+    pub fn refused(&self, why: ConnectionRefusal) -> u64 {
+        self.refused.get(why.at()).map_or(0, |n| n.load(Relaxed))
     }
 
     /// Connections that have ended.
@@ -339,8 +294,8 @@ impl Stats {
         Closed::ALL.iter().zip(&self.closed).find(|(w, _)| **w == why).map_or(0, |(_, n)| n.load(Relaxed))
     }
 
-    fn count_refused(&self, why: Refused) {
-        for (_, n) in Refused::ALL.iter().zip(&self.refused).filter(|(w, _)| **w == why) {
+    fn count_refused(&self, why: ConnectionRefusal) {
+        if let Some(n) = self.refused.get(why.at()) {
             n.fetch_add(1, Relaxed);
         }
     }
@@ -529,7 +484,7 @@ enum NotTaken {
     /// The kernel did not say who is there.
     Unidentified(CredentialsError),
     /// The gate refused it.
-    Refused(Refused),
+    Refused(ConnectionRefusal),
 }
 
 impl From<io::Error> for NotTaken {
@@ -544,8 +499,8 @@ impl From<CredentialsError> for NotTaken {
     }
 }
 
-impl From<Refused> for NotTaken {
-    fn from(why: Refused) -> Self {
+impl From<ConnectionRefusal> for NotTaken {
+    fn from(why: ConnectionRefusal) -> Self {
         Self::Refused(why)
     }
 }
@@ -559,7 +514,7 @@ impl Stats {
                 false
             }
             NotTaken::Unidentified(err) => {
-                self.unidentified.fetch_add(1, Relaxed);
+                self.count_refused(ConnectionRefusal::Unidentified);
                 tracing::debug!(error = %err, "closed a connection");
                 let out_of_descriptors = err.out_of_descriptors();
                 if out_of_descriptors {

@@ -18,7 +18,10 @@ use super::{
     process::Process,
     registry::{By, Label, Open, Registry, float_u64, labels},
 };
-use crate::{limits::Method, os::clock::Clock};
+use crate::{
+    limits::{ConnectionRefusal, Method},
+    os::clock::Clock,
+};
 
 /// Upper bounds in seconds. From a cached answer (tens of microseconds) to an RSA key made on a busy node.
 const BUCKETS: [f64; 15] = [
@@ -28,23 +31,6 @@ const BUCKETS: [f64; 15] = [
 /// How often samples are drained. At 50,000 calls per second this is 0.8 MB of samples at most.
 const UPKEEP: Duration = Duration::from_secs(1);
 
-labels! {
-    /// Why a connection was not taken.
-    ConnectionRefusal, "reason" {
-        /// The kernel did not say who connected.
-        Unidentified = "unidentified",
-        /// The caller has as many connections as it may.
-        CallerConnections = "caller_connections",
-        /// The caller connects more often than it may.
-        CallerRate = "caller_rate",
-        /// The node has as many connections as it may.
-        NodeConnections = "node_connections",
-        /// Memory is short.
-        Memory = "memory",
-        /// The admin socket, and neither the agent's user nor root.
-        NotOwner = "not_owner",
-    }
-}
 labels! {
     /// How a connection ended.
     ConnectionEnd, "reason" {
@@ -81,16 +67,6 @@ labels! {
         Ok = "ok",
         /// The old one stays.
         Error = "error",
-    }
-}
-impl Label for Method {
-    const KEY: &'static str = "method";
-    const VALUES: &'static [Self] = &Self::ALL;
-    fn text(self) -> &'static str {
-        self.rpc()
-    }
-    fn at(self) -> usize {
-        Self::ALL.iter().position(|method| *method == self).unwrap_or(usize::MAX)
     }
 }
 

@@ -24,6 +24,7 @@ use durward::{
         jwt,
         spiffe_id::{MAX_LEN, MAX_TRUST_DOMAIN_LEN},
     },
+    limits::GatePlan,
     peer::{
         cgroup::{self, KubeletRoot},
         wire::{Budget, Filter, Flood},
@@ -244,7 +245,10 @@ fn check_config(text: &str, drop_in: &str, expand_env: ExpandEnv<'_>) {
             ];
             assert!(paths.into_iter().flatten().all(|path| path.is_absolute()));
             assert!(diff(config, config).is_empty());
-            assert_eq!(config.ratelimit.check(Some(own)), Ok(()), "what is read can be put in force");
+            let plan = GatePlan::new(&config.ratelimit, 1 << 30, None);
+            assert!(plan.is_ok(), "what is read can be put in force: {plan:?}");
+            let mut patterns = config.ratelimit.identity.overrides.patterns();
+            assert!(patterns.all(|pattern| pattern.trust_domain() == own), "all can match");
         }
         Err(errors) => {
             assert!(!errors.list().is_empty());

@@ -1,6 +1,6 @@
 //! A reload is all or nothing, whatever it fails at.
 
-use std::{num::NonZeroU32, time::Duration};
+use std::time::Duration;
 
 use durward::{
     api::proto::workload as pb,
@@ -12,8 +12,8 @@ use tracing::{Dispatch, Level, dispatcher::with_default};
 use crate::support::{TestAgent, entry, load, request, write_config};
 
 /// What a reload is to bring, besides what makes it fail: a finer log, other times, another entry.
-fn wanted(agent: &TestAgent) -> Config {
-    write_config(agent.dir.path(), &[entry("/web", ""), entry("/web2", "")].concat());
+fn wanted(agent: &TestAgent, more: &str) -> Config {
+    write_config(agent.dir.path(), &[&entry("/web", ""), &entry("/web2", ""), more].concat());
     let mut next = load(agent.dir.path()).unwrap();
     next.log.level = Level::DEBUG;
     next.listener.drain_timeout += Duration::from_secs(1);
@@ -30,18 +30,23 @@ async fn a_reload_that_fails_changes_nothing() {
     let dispatch = Dispatch::new(subscriber);
     agent.running = agent.running.logging(log.clone());
     let before = agent.running.config().clone();
-    for (case, spoil) in [
-        ("what needs a restart", (|next| next.agent.data_dir.push("elsewhere")) as fn(&mut Config)),
-        ("more than the node has", |next| next.ratelimit.gate.connections = NonZeroU32::new(1_000_000)),
+    let elsewhere = agent.dir.path().join("elsewhere");
+    for (case, more, data_dir) in [
+        ("what needs a restart", "", elsewhere),
+        (
+            "more than the node has",
+            "ratelimit { gate { connections = 1000000 } }",
+            before.agent.data_dir.clone(),
+        ),
     ] {
-        let mut next = wanted(&agent);
-        spoil(&mut next);
+        let mut next = wanted(&agent, more);
+        next.agent.data_dir = data_dir;
         agent.running.reload(next).expect_err(case);
         assert_eq!(*agent.running.config(), before, "{case}");
         assert_eq!(served(&agent).await, 1, "{case}");
     }
     with_default(&dispatch, || tracing::debug!(target: "durward", "too fine"));
-    let next = wanted(&agent);
+    let next = wanted(&agent, "");
     agent.running.reload(next.clone()).unwrap();
     assert_eq!(*agent.running.config(), next);
     assert_eq!(served(&agent).await, 2);
