@@ -54,8 +54,8 @@ pub(super) fn read(root: &mut Section<'_>) -> (Option<HostPort>, HealthSettings)
     };
     let health = HealthSettings::read(&mut s);
     if health.live_path == health.ready_path {
-        let place = s.set_at("ready_path").unwrap_or(s.place());
-        let live = s.problems().show(s.set_at("live_path").unwrap_or(s.place()));
+        let place = s.set_at("ready_path").unwrap_or_else(|| s.place());
+        let live = s.problems().show(s.set_at("live_path").unwrap_or_else(|| s.place()));
         let message = format!("live_path is the same, at {live}");
         s.wrong(place, "ready_path", Some(quoted(&health.ready_path)), message);
     }
@@ -65,7 +65,7 @@ pub(super) fn read(root: &mut Section<'_>) -> (Option<HostPort>, HealthSettings)
     {
         let message =
             format!("is also the address of telemetry.Prometheus, at {}", s.problems().show(*place));
-        let here = s.set_at("bind_port").unwrap_or(s.place());
+        let here = s.set_at("bind_port").unwrap_or_else(|| s.place());
         s.wrong(here, "bind_port", Some(value.shown()), message);
     }
     s.finish();
