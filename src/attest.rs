@@ -1,7 +1,8 @@
 //! From an admitted peer to its selectors.
 //!
 //! [`Attestor::attest`] takes nothing but an [`Admitted`] peer, so that no call reads `/proc` before its caller was
-//! charged. Everything is read as [`unix`] says, and the pidfd is asked last: only then is what was read believed.
+//! charged. Everything is read as [`process`] says, and the pidfd is asked last: only then is what was read believed.
+//! What is read, and what it means, is the attestors' own: each is a file or folder here and a line in the list below.
 //!
 //! A connection that calls often does not pay for all of it each time: its last result is kept with the peer and
 //! used for one second, and only if the process lives, is of the same user and group, and executes the same file
