@@ -10,7 +10,7 @@ use std::{
 };
 
 use durward::{
-    attest::{Attestor, unix},
+    attest::{AttestSettings, Attestor},
     identity::{
         Bundle, Entry, EntryId, JwtSvid, KeyType, Selector, Selectors, SpiffeId, TrustDomain, X509Svid, jwt,
     },
@@ -92,7 +92,7 @@ impl World {
         let peer = Arc::new(Peer::from_stream(&theirs, &OsUid).unwrap());
         let limits = Limits::default();
         let admitted = limits.admit_caller(peer, Method::FetchJwtSvid).unwrap();
-        let attested = Attestor::new(unix::Settings::default()).attest(admitted).await.unwrap();
+        let attested = Attestor::new(AttestSettings::default()).attest(admitted).await.unwrap();
         let id = SpiffeId::parse(&format!("spiffe://td/{name}")).unwrap();
         let entitled = authorize(&self.sync.store().snapshot(), attested, Purpose::Svids, Some(&id)).unwrap();
         entitled.charge(&limits).unwrap()
