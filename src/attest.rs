@@ -118,7 +118,7 @@ struct LastResult {
 }
 
 impl Attestor {
-    /// An attestor that reads `/proc`, and that nobody counts.
+    /// An attestor of the processes in `/proc`. Its attestations are not counted.
     pub fn new(settings: AttestSettings) -> Self {
         Self {
             proc_root: PathBuf::from("/proc"),
@@ -129,7 +129,7 @@ impl Attestor {
         }
     }
 
-    /// Counts attestations and their failures there.
+    /// Registers its series with `registry` and counts attestations and their failures.
     #[must_use]
     pub fn counted_by(self, registry: Registry<'_>) -> Self {
         Self { metrics: AttestMetrics::new(registry), ..self }
@@ -140,7 +140,7 @@ impl Attestor {
         self.settings.store(Arc::new(settings));
     }
 
-    /// Says which entries there are: what none of them asks for need not be found out, and its failure is none.
+    /// Looks what the entries ask for: what none of them asks for may stay unknown without failing an attestation.
     pub fn prepare_for(&self, entries: &[Arc<Entry>]) {
         self.attestors.prepare_for(entries);
     }

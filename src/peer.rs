@@ -9,7 +9,7 @@ pub mod cgroup;
 mod connection;
 pub mod credentials;
 pub mod listener;
-pub mod slot;
+pub(crate) mod slot;
 pub mod socket;
 pub mod wire;
 
