@@ -1,7 +1,8 @@
 //! From an admitted peer to its selectors.
 //!
 //! [`Attestor::attest`] takes nothing but an [`Admitted`] peer, so that no call reads `/proc` before its caller was
-//! charged. Everything is read as [`unix`] says, and the pidfd is asked last: only then is what was read believed.
+//! charged. Everything is read as [`process`] says, and the pidfd is asked last: only then is what was read believed.
+//! What is read, and what it means, is the attestors' own: each is a file or folder here and a line in the list below.
 //!
 //! A connection that calls often does not pay for all of it each time: its last result is kept with the peer and
 //! used for one second, and only if the process lives, is of the same user and group, and executes the same file
@@ -117,7 +118,7 @@ struct LastResult {
 }
 
 impl Attestor {
-    /// An attestor that reads `/proc`, and that nobody counts.
+    /// An attestor of the processes in `/proc`. Its attestations are not counted.
     pub fn new(settings: AttestSettings) -> Self {
         Self {
             proc_root: PathBuf::from("/proc"),
@@ -128,7 +129,7 @@ impl Attestor {
         }
     }
 
-    /// Counts attestations and their failures there.
+    /// Registers its series with `registry` and counts attestations and their failures.
     #[must_use]
     pub fn counted_by(self, registry: Registry<'_>) -> Self {
         Self { metrics: AttestMetrics::new(registry), ..self }
@@ -139,7 +140,7 @@ impl Attestor {
         self.settings.store(Arc::new(settings));
     }
 
-    /// Says which entries there are: what none of them asks for need not be found out, and its failure is none.
+    /// Looks what the entries ask for: what none of them asks for may stay unknown without failing an attestation.
     pub fn prepare_for(&self, entries: &[Arc<Entry>]) {
         self.attestors.prepare_for(entries);
     }

@@ -10,7 +10,7 @@ mod connection;
 pub mod credentials;
 pub mod listener;
 mod settings;
-pub mod slot;
+pub(crate) mod slot;
 pub mod socket;
 pub mod wire;
 

@@ -152,7 +152,7 @@ impl Admin for AdminApi {
         let explained = self.parts.explain(request.into_inner().pid).await;
         explained.map(tonic::Response::new).map_err(|err| match &err {
             InspectError::NoProcess(_) => Status::not_found(err.to_string()),
-            InspectError::Pidfd { .. } | InspectError::Owner { .. } | InspectError::Attest { .. } => {
+            InspectError::Pidfd { .. } | InspectError::Attest { .. } => {
                 Status::failed_precondition(chain(&err))
             }
         })

@@ -26,7 +26,7 @@ pub(super) trait WorkloadAttestor: Default {
     /// Says what is wrong with it, and what is right.
     fn check(value: &str, settings: &Self::Settings) -> Result<(), String>;
 
-    /// Looks what the entries ask for.
+    /// Looks what the entries ask for: what none of them does may stay unknown.
     fn prepare_for(&self, entries: &[Arc<Entry>]);
 
     /// Finds out what it can of a process. What may take long must not keep a thread of the runtime.

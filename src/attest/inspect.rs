@@ -1,8 +1,11 @@
 //! A process that its owner asks about by PID, without a connection: what `durward explain` looks at.
 //!
-//! The selectors found here are for display. No [`Admitted`](crate::limits::Admitted) comes of it, nobody is charged or
-//! counted, and nothing is kept. The order is the attestor's: the pidfd first, then everything under `/proc`, and at the
-//! end the pidfd again, so that what was read is of the process that had the PID at the start.
+//! The selectors found here are for display. No [`Admitted`](crate::limits::Admitted) comes of it, nobody is charged
+//! or counted, and nothing is kept. The order is the attestor's: the pidfd first, then everything under `/proc`, and
+//! at the end the pidfd again, so that what was read is of the process that had the PID at the start.
+//!
+//! Read with [`ProcDir`] as calls are, and not with the `procfs` crate: that one does not read the `status` of a
+//! process whose name is no UTF-8, and the name is the process's own choice.
 
 use std::{io, sync::Arc};
 
@@ -10,10 +13,12 @@ use nix::{
     errno::Errno,
     unistd::{Gid, Pid, Uid},
 };
-use procfs::{ProcError, process::Process as ProcProcess};
 use tokio::time::Instant;
 
-use super::{AttestError, Attestor, Subject, process::Attestable};
+use super::{
+    AttestError, Attestor, Subject,
+    process::{Attestable, ProcDir},
+};
 use crate::{
     limits::CallerKey,
     os::pidfd::{Owner, Pidfd},
@@ -41,14 +46,6 @@ pub enum InspectError {
         pid: i32,
         /// The kernel's answer.
         source: io::Error,
-    },
-    /// The kernel does not say whose it is.
-    #[error("cannot read the user and group of process {pid}")]
-    Owner {
-        /// The PID.
-        pid: i32,
-        /// What `/proc` answered.
-        source: ProcError,
     },
     /// What attestation would say to it as well.
     #[error("process {pid} cannot be attested")]
@@ -131,20 +128,17 @@ impl Attestor {
             Err(Errno::ESRCH) => return Err(no_process),
             Err(errno) => return Err(InspectError::Pidfd { pid: raw, source: errno.into() }),
         };
-        let process = ProcProcess::new_with_root(self.proc_root.join(pid.to_string()));
-        let status = match process.and_then(|process| process.status()) {
-            Ok(status) => status,
-            Err(ProcError::NotFound(_)) => return Err(no_process),
-            Err(source) => return Err(InspectError::Owner { pid: raw, source }),
-        };
-        let owner = Owner { uid: Uid::from_raw(status.euid), gid: Gid::from_raw(status.egid) };
+        let failed = |source| InspectError::attest(pid, source);
+        let status = ProcDir::open(&self.proc_root, pid).and_then(|dir| dir.status());
+        let status = status.map_err(|error| failed(error.into()))?;
+        let owner = Owner { uid: Uid::from_raw(status.uid), gid: Gid::from_raw(status.gid) };
         let found = Inspected { pid, pidfd, owner };
-        found.is_alive().map_err(|source| InspectError::attest(pid, source))?;
+        found.is_alive().map_err(failed)?;
         Ok(found)
     }
 
-    /// What would be attested of the process as a caller: **for display only**, since no call was admitted. Asks last whether
-    /// it still lives.
+    /// What would be attested of the process as a caller: **for display only**, since no call was admitted. Asks last
+    /// whether it still lives.
     ///
     /// # Errors
     /// [`InspectError`].
@@ -158,7 +152,11 @@ impl Attestor {
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Command, Stdio};
+    use std::{
+        ffi::OsStr,
+        os::unix::{ffi::OsStrExt as _, fs::symlink},
+        process::Command,
+    };
 
     use super::*;
     use crate::attest::AttestSettings;
@@ -166,7 +164,11 @@ mod tests {
     #[tokio::test]
     async fn a_living_process_has_its_selectors_and_a_dead_one_none() {
         let attestor = Attestor::new(AttestSettings::default());
-        let mut child = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        // Its name, which stands in the first line that is read, is no UTF-8.
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join(OsStr::from_bytes(b"\xff"));
+        symlink("/bin/sleep", &program).unwrap();
+        let mut child = Command::new(program).arg("600").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
         let found = attestor.inspect(pid).unwrap();
         assert_eq!((found.uid(), found.gid()), (nix::unistd::geteuid(), nix::unistd::getegid()));

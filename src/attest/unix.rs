@@ -25,7 +25,7 @@ use self::{
 };
 use super::{
     AttestFault, Blame,
-    attestors::{Findings, WorkloadAttestor},
+    attestors::{Evidence, Findings, WorkloadAttestor},
     process::{ProcReadError, Seen},
     status::ProcStatus,
 };
@@ -196,7 +196,7 @@ impl WorkloadAttestor for UnixAttestor {
         let names = names.into_iter().map(Result::unwrap_or_default).collect();
         Ok(Findings {
             selectors: selectors(&seen.status, names, executable.as_ref(), sha256.as_deref()),
-            evidence: executable.map(|executable| Box::new(executable) as _),
+            evidence: executable.map(|executable| -> Box<dyn Evidence> { Box::new(executable) }),
         })
     }
 }

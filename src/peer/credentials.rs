@@ -286,7 +286,7 @@ impl Peer {
     }
 
     /// Where the attestor keeps what it found out the last time.
-    pub fn slot(&self) -> &PeerSlot {
+    pub(crate) fn slot(&self) -> &PeerSlot {
         &self.slot
     }
 

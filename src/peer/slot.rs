@@ -10,17 +10,17 @@ use std::{
 
 /// Holds one value of any type, or none; it is dropped with the peer.
 #[derive(Debug, Default)]
-pub struct PeerSlot(Mutex<Option<Arc<dyn Any + Send + Sync>>>);
+pub(crate) struct PeerSlot(Mutex<Option<Arc<dyn Any + Send + Sync>>>);
 
 impl PeerSlot {
     /// The value, if there is one of this type.
-    pub fn load<T: Any + Send + Sync>(&self) -> Option<Arc<T>> {
+    pub(crate) fn load<T: Any + Send + Sync>(&self) -> Option<Arc<T>> {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
         kept.downcast().ok()
     }
 
     /// Replaces the value; `None` drops it.
-    pub fn store<T: Any + Send + Sync>(&self, next: Option<T>) {
+    pub(crate) fn store<T: Any + Send + Sync>(&self, next: Option<T>) {
         let next = next.map(|next| -> Arc<dyn Any + Send + Sync> { Arc::new(next) });
         let old = {
             let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -317,6 +317,27 @@ async fn an_executable_has_a_path_and_a_digest() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_failure_of_the_callers_own_doing_costs_it_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let process = Process::start(&dir);
+    let unseen = Arc::new(Peer::out_of_namespace(Uid::from_raw(USER), Gid::from_raw(GROUP)));
+    for (case, settings, peer, succeeds, cost) in [
+        ("attested", AttestSettings::default(), &process.peer, true, 1),
+        ("its executable is too large", discovering(1), &process.peer, false, 5),
+        ("the agent cannot see it", AttestSettings::default(), &unseen, false, 1),
+    ] {
+        let limits = Limits::default();
+        let left = || limits.left_to_caller(peer.caller(), Method::FetchX509Svid).unwrap().0;
+        let before = left();
+        let admitted = limits.admit_caller(Arc::clone(peer), Method::FetchX509Svid).unwrap();
+        let attested = Attestor::new(settings).attest(admitted).await;
+        assert_eq!(attested.is_ok(), succeeds, "{case}: {attested:?}");
+        drop(attested);
+        assert_eq!(before - left(), cost, "{case}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn another_executable_is_seen_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let (one, two) = (sleeper(&dir, "one"), dir.path().join("two"));

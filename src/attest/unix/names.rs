@@ -2,9 +2,9 @@
 //!
 //! A lookup may ask a directory server and hang, so none ever runs on a runtime thread: misses go to the blocking
 //! pool, at most [`WORKERS`] at a time, and a caller waits at most [`PATIENCE`] for all of its names. What was found
-//! is believed for [`LIFETIME`]; that there is no such name likewise. As in SPIRE that there is no such name is no error:
-//! the selector is missing, and the numeric one beside it is there. That the database does not answer is something else:
-//! what was known before is believed for [`RETRY`] more, and where nothing was, whoever asked is told so.
+//! is believed for [`LIFETIME`]; that there is no such name likewise. That there is no such name is no error, as in
+//! SPIRE: the selector is missing, and the numeric one beside it is there. That the database does not answer is
+//! something else: what was known before is believed for [`RETRY`] more, and where nothing was, whoever asked is told.
 //!
 //! Absent on purpose: waking up to refresh. What nobody asks for is not asked again.
 
