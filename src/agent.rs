@@ -30,7 +30,7 @@ use crate::{
     attest::{self, Attestor},
     config::{self, Config, LogFormat},
     identity::EntryIndex,
-    issuer::{Issuer, embedded::EmbeddedIssuer, metrics::IssuerMetrics},
+    issuer::{Issuer, SvidKind, embedded::EmbeddedIssuer, metrics::IssuerMetrics},
     limits::{self, Limits},
     os::{clock::Clock, systemd::ServiceManager},
     peer::{self, Listener, OsUid, RequestBody, Socket, Stats, cgroup::PodOrUid},
@@ -40,6 +40,7 @@ use crate::{
         http::{HealthState, HttpListener, Probe, Routes},
         log::{self, Log},
         metrics::{Metrics, ReloadResult},
+        registry::Label as _,
     },
 };
 
@@ -486,12 +487,12 @@ fn reload(agent: &mut Running, load: &Load, log: &Log) -> anyhow::Result<()> {
     }
 }
 
-/// Asks every few seconds whether the issuer could sign.
+/// Asks every few seconds whether the issuer could sign SVIDs of each kind.
 async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
     let mut every = tokio::time::interval(PROBE);
     loop {
         every.tick().await;
-        match issuer.can_sign() {
+        match SvidKind::VALUES.iter().try_for_each(|kind| issuer.can_sign(*kind)) {
             _ if health.get() == Probe::Draining => return,
             Ok(()) => health.set(Probe::Healthy),
             Err(error) => {
