@@ -225,10 +225,11 @@ impl Issuer for EmbeddedIssuer {
 
     fn can_sign(&self, kind: SvidKind) -> Result<(), MintError> {
         let now = self.clock.now();
-        Ok(match kind {
-            SvidKind::X509 => self.ca.can_sign_x509(now)?,
-            SvidKind::Jwt => self.ca.can_sign_jwt(now)?,
-        })
+        let can = match kind {
+            SvidKind::X509 => self.ca.can_sign_x509(now),
+            SvidKind::Jwt => self.ca.can_sign_jwt(now),
+        };
+        can.map_err(MintError::from)
     }
 
     fn run(self: Arc<Self>) -> BoxFuture<'static, ()> {
