@@ -31,7 +31,7 @@ use crate::{
     attest::Attestor,
     config::Config,
     identity::EntryIndex,
-    issuer::{Issuer, embedded::EmbeddedIssuer, metrics::IssuerMetrics},
+    issuer::{Issuer, SvidKind, embedded::EmbeddedIssuer, metrics::IssuerMetrics},
     limits::{self, GatePlan, Limits},
     os::{clock::Clock, systemd::ServiceManager},
     peer::{self, Listener, OsUid, RequestBody, Socket, Stats, cgroup::PodOrUid},
@@ -42,7 +42,7 @@ use crate::{
         http::{HealthState, HttpListener, Probe, Routes},
         log::Log,
         metrics::Metrics,
-        registry::Registry,
+        registry::{Label as _, Registry},
     },
 };
 
@@ -441,12 +441,12 @@ async fn serve(
     }
 }
 
-/// Asks every few seconds whether the issuer could sign.
+/// Asks every few seconds whether the issuer could sign SVIDs of each kind.
 async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
     let mut every = tokio::time::interval(PROBE);
     loop {
         every.tick().await;
-        match issuer.can_sign() {
+        match SvidKind::VALUES.iter().try_for_each(|kind| issuer.can_sign(*kind)) {
             _ if health.get() == Probe::Draining => return,
             Ok(()) => health.set(Probe::Healthy),
             Err(error) => {

@@ -15,6 +15,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
+pub use self::metrics::SvidKind;
 use crate::identity::{Bundles, Entry, EntryIndex, JwtSvid, X509Svid};
 
 /// The longest that a call waits for an SVID: as long as spire-agent waits for its server.
@@ -40,11 +41,11 @@ pub trait Issuer: fmt::Debug + Send + Sync + 'static {
         deadline: Instant,
     ) -> BoxFuture<'a, Result<JwtSvid, MintError>>;
 
-    /// Whether it could sign at present. Signs nothing and does not wait.
+    /// Whether it could sign SVIDs of this kind at present. Signs nothing and does not wait.
     ///
     /// # Errors
     /// Why it could not.
-    fn can_sign(&self) -> Result<(), MintError>;
+    fn can_sign(&self, kind: SvidKind) -> Result<(), MintError>;
 
     /// Does in the background what the issuer needs to go on signing, for ever.
     fn run(self: Arc<Self>) -> BoxFuture<'static, ()>;

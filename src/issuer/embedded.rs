@@ -36,10 +36,7 @@ pub use self::{
     error::{Damage, IssuerError, SuppliedCaFault},
     settings::{AuthorityTtl, EmbeddedSettings, IssuerSettings, MIN_CA_TTL, MIN_SVID_TTL},
 };
-use super::{
-    Issuer, JwtRequest, MintError, World, by,
-    metrics::{IssuerMetrics, SvidKind},
-};
+use super::{Issuer, JwtRequest, MintError, SvidKind, World, by, metrics::IssuerMetrics};
 use crate::{
     identity::{Bundle, Bundles, Entry, EntryIndex, JwtSvid, TrustDomain, X509Svid},
     os::clock::{Clock, sleep_until},
@@ -226,8 +223,13 @@ impl Issuer for EmbeddedIssuer {
         })
     }
 
-    fn can_sign(&self) -> Result<(), MintError> {
-        Ok(self.ca.can_sign(self.clock.now())?)
+    fn can_sign(&self, kind: SvidKind) -> Result<(), MintError> {
+        let now = self.clock.now();
+        let can = match kind {
+            SvidKind::X509 => self.ca.can_sign_x509(now),
+            SvidKind::Jwt => self.ca.can_sign_jwt(now),
+        };
+        can.map_err(MintError::from)
     }
 
     fn run(self: Arc<Self>) -> BoxFuture<'static, ()> {
@@ -350,16 +352,24 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn readiness_is_told_without_a_signature() {
         let (_dir, issuer) = issuer(KeyType::EcP256);
-        issuer.can_sign().unwrap();
+        let both = [(SvidKind::X509, "CA certificate"), (SvidKind::Jwt, "JWT key")];
+        for (kind, _) in both {
+            issuer.can_sign(kind).unwrap();
+        }
         tokio::time::sleep(Duration::from_secs(24 * 3600)).await;
-        let error = issuer.can_sign().unwrap_err();
-        assert_eq!(error.to_string(), "the issuer cannot sign");
-        assert!(
-            chain(&error).starts_with("the issuer cannot sign: the CA certificate is valid from "),
-            "{error:?}"
-        );
+        for (kind, what) in both {
+            let error = issuer.can_sign(kind).unwrap_err();
+            assert_eq!(error.to_string(), "the issuer cannot sign");
+            let told = chain(&error);
+            assert!(
+                told.starts_with(&format!("the issuer cannot sign: the {what} is valid from ")),
+                "{told}"
+            );
+        }
         issuer.rotate(&mut false).await;
-        issuer.can_sign().unwrap();
+        for (kind, _) in both {
+            issuer.can_sign(kind).unwrap();
+        }
     }
 
     #[tokio::test(start_paused = true)]

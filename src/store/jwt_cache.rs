@@ -147,7 +147,8 @@ impl JwtCache {
     ) -> Result<Fetched, MintError> {
         if audience_bytes(audience) > MOST_AUDIENCE {
             self.metrics.jwt_cache(CacheResult::Miss);
-            let svid = self.mint(entry, audience, issuer::deadline()).await?;
+            let deadline = issuer::deadline();
+            let svid = issuer::by(deadline, self.mint(entry, audience, deadline)).await?;
             return Ok(Fetched { svid, signed: true });
         }
         let key = key(&entry.spiffe_id, entry.jwt_svid_ttl, audience);
@@ -175,8 +176,7 @@ impl JwtCache {
         audience: &[String],
         deadline: Instant,
     ) -> Result<Arc<JwtSvid>, MintError> {
-        let minting = self.issuer.mint_jwt(JwtRequest { entry, audience }, deadline);
-        issuer::by(deadline, minting).await.map(Arc::new)
+        self.issuer.mint_jwt(JwtRequest { entry, audience }, deadline).await.map(Arc::new)
     }
 
     fn find(&self, key: TokenKey, owner: &SpiffeId, now: SystemTime) -> FoundJwt {
@@ -250,7 +250,8 @@ impl JwtCache {
         self.metrics.jwt_refreshes.increment(1);
         // One at a time per key: `find` took `renew_at` away. Should this panic, the token is made again when it ends.
         tokio::spawn(async move {
-            let made = cache.mint(&entry, &audience, issuer::deadline()).await;
+            let deadline = issuer::deadline();
+            let made = issuer::by(deadline, cache.mint(&entry, &audience, deadline)).await;
             let mut table = cache.lock();
             let slot = table.slots.get_mut(&key);
             match (made, slot) {

@@ -13,7 +13,7 @@ use tokio::{sync::watch, task::JoinSet};
 
 use super::{StoreMetrics, settings::Policy, snapshot::Store, x509_cache::X509Cache};
 use crate::{
-    issuer::{Issuer, World},
+    issuer::{Issuer, SvidKind, World},
     os::clock::{Clock, sleep_until},
     telemetry::chain,
 };
@@ -127,7 +127,7 @@ impl Writer {
     /// again at the next look.
     fn start_renewals(&self, running: &mut JoinSet<()>) {
         let room = BATCHES_AT_ONCE.saturating_sub(running.len());
-        if room == 0 || self.issuer.can_sign().is_err() {
+        if room == 0 || self.issuer.can_sign(SvidKind::X509).is_err() {
             return;
         }
         let snapshot = self.store.snapshot();

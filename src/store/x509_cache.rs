@@ -18,7 +18,7 @@ use futures_util::future::join_all;
 use hashbrown::HashMap;
 use tokio::{
     sync::{Notify, OnceCell},
-    time::{Instant, timeout},
+    time::Instant,
 };
 
 use super::{entitlement::Charged, renewal};
@@ -141,11 +141,8 @@ impl X509Cache {
     async fn of_entry(&self, entry: &Arc<Entry>) -> Result<Served, MintError> {
         match self.find(entry, self.clock.now()) {
             FoundX509::Fresh(served) => Ok(served),
-            FoundX509::Due(old) => match timeout(RENEWAL_WAIT, self.make(entry)).await {
-                Ok(Ok(fresh)) => Ok(fresh),
-                Ok(Err(_)) | Err(_) => Ok(old),
-            },
-            FoundX509::Nothing => self.make(entry).await,
+            FoundX509::Due(old) => Ok(self.make(entry, Instant::now() + RENEWAL_WAIT).await.unwrap_or(old)),
+            FoundX509::Nothing => self.make(entry, issuer::deadline()).await,
         }
     }
 
@@ -259,10 +256,9 @@ impl X509Cache {
     }
 
     /// Makes the SVID of `entry`, once for all who ask meanwhile.
-    async fn make(&self, entry: &Arc<Entry>) -> Result<Served, MintError> {
+    async fn make(&self, entry: &Arc<Entry>, deadline: Instant) -> Result<Served, MintError> {
         let key = (entry.id.clone(), entry.revision);
         let cell = Arc::clone(self.lock().making.entry(key.clone()).or_default());
-        let deadline = issuer::deadline();
         let making = cell.get_or_try_init(|| async {
             let mut made = self.issuer.mint_x509(std::slice::from_ref(entry), deadline).await;
             let svid = made.pop().unwrap_or(Err(MintError::Late))?;

@@ -19,7 +19,7 @@ use durward::{
         TrustDomain, X509Svid, jwt,
     },
     issuer::{
-        Issuer, JwtRequest, MintError, World as Published,
+        Issuer, JwtRequest, MintError, SvidKind, World as Published,
         embedded::{EmbeddedIssuer, EmbeddedSettings, IssuerSettings},
         metrics::IssuerMetrics,
     },
@@ -246,6 +246,9 @@ async fn a_flood_of_audiences_pushes_out_its_own_tokens_only() {
     assert!(Arc::ptr_eq(&kept, &again), "the neighbour's token is still there");
 }
 
+/// For whom an issuer cannot sign (everybody where nobody is named), and why.
+type Failure = (&'static str, fn() -> MintError);
+
 /// An issuer that takes its time, or refuses.
 #[derive(Debug)]
 struct Fake {
@@ -253,8 +256,7 @@ struct Fake {
     world: watch::Sender<Arc<Published>>,
     /// How long a batch or a token takes.
     takes: Mutex<Duration>,
-    /// Why it cannot sign for whom; everybody where nobody is named.
-    fails: Mutex<Option<(&'static str, fn() -> MintError)>>,
+    fails: Mutex<Option<Failure>>,
     asked: AtomicUsize,
     at_once: AtomicUsize,
     most_at_once: AtomicUsize,
@@ -286,7 +288,7 @@ impl Fake {
         *self.takes.lock().unwrap() = time;
     }
 
-    fn fails(&self, why: Option<(&'static str, fn() -> MintError)>) {
+    fn fails(&self, why: Option<Failure>) {
         *self.fails.lock().unwrap() = why;
     }
 
@@ -298,7 +300,7 @@ impl Fake {
         let takes = *self.takes.lock().unwrap();
         let done = tokio::time::timeout_at(deadline, tokio::time::sleep(takes)).await;
         self.at_once.fetch_sub(1, Relaxed);
-        done.map_err(|_| MintError::Late)
+        done.map_err(|_elapsed| MintError::Late)
     }
 
     fn failure(&self, entry: &Entry) -> Option<MintError> {
@@ -353,7 +355,7 @@ impl Issuer for Fake {
         })
     }
 
-    fn can_sign(&self) -> Result<(), MintError> {
+    fn can_sign(&self, _kind: SvidKind) -> Result<(), MintError> {
         match *self.fails.lock().unwrap() {
             Some(("", why)) => Err(why()),
             _ => Ok(()),

@@ -136,14 +136,14 @@ impl EmbeddedCa {
         self.settings.load().issuer.jwt_key_type == KeyType::Rsa2048
     }
 
-    /// Whether what signs is valid at `now`.
-    ///
-    /// # Errors
-    /// [`IssuerError::NotValidNow`], after which a rotation helps.
-    pub fn can_sign(&self, now: SystemTime) -> Result<(), IssuerError> {
-        let signing = self.signing.load();
-        check_term("CA certificate", signing.x509.term, now)?;
-        check_term("JWT key", signing.jwt.term, now)
+    /// Whether the CA certificate is valid at `now`; else a rotation helps.
+    pub(super) fn can_sign_x509(&self, now: SystemTime) -> Result<(), IssuerError> {
+        check_term("CA certificate", self.signing.load().x509.term, now)
+    }
+
+    /// Whether the JWT key is valid at `now`; else a rotation helps.
+    pub(super) fn can_sign_jwt(&self, now: SystemTime) -> Result<(), IssuerError> {
+        check_term("JWT key", self.signing.load().jwt.term, now)
     }
 
     /// Makes a key and an X.509-SVID of the entry. Its lifetime is the entry's or the default, and ends with the
