@@ -9,6 +9,7 @@ pub mod authorize;
 pub mod bundle;
 pub mod entry;
 mod json;
+mod jwk;
 pub mod jwt;
 pub mod selector;
 pub mod spiffe_id;
