@@ -9,13 +9,12 @@ use crate::{
     agent,
     config::{Config, ExpandEnv, LogFormat},
     identity::{TrustDomain, spiffe_id::SpiffeIdError},
+    peer::socket::MAX_PATH_LEN,
+    telemetry::log::parse_level,
 };
 
 /// Where the configuration is unless the command line says otherwise (spire-agent: `conf/agent/agent.conf`).
 pub(super) const DEFAULT_CONFIG: &str = "/etc/durward/agent.conf";
-
-/// The longest path that a Unix socket can have, in bytes (`sockaddr_un`, with its closing NUL).
-pub(super) const MAX_SOCKET_PATH: usize = 107;
 
 /// `run`.
 #[derive(clap::Args, Clone, Debug)]
@@ -87,7 +86,7 @@ pub enum OverrideError {
         configured: TrustDomain,
     },
     /// The kernel takes no longer one.
-    #[error("--socket-path must have at most {MAX_SOCKET_PATH} bytes when made absolute; got {}: {}", .0.as_os_str().len(), .0.display())]
+    #[error("--socket-path must have at most {MAX_PATH_LEN} bytes when made absolute; got {}: {}", .0.as_os_str().len(), .0.display())]
     SocketPath(PathBuf),
     /// The file forbids it too.
     #[error(
@@ -126,7 +125,7 @@ impl CliOverrides {
         }
         if let Some(path) = socket_path {
             let path = absolute(path);
-            if path.as_os_str().len() > MAX_SOCKET_PATH {
+            if path.as_os_str().len() > MAX_PATH_LEN {
                 return Err(OverrideError::SocketPath(path));
             }
             if let (Some(admin), Some(dir)) = (&config.admin_socket_path, path.parent())
@@ -175,16 +174,8 @@ pub(super) fn trust_domain(text: &str) -> Result<TrustDomain, SpiffeIdError> {
     TrustDomain::parse(text)
 }
 
-/// logrus's names, as spire-agent takes them; the two that end a Go program are `error`.
 fn log_level(text: &str) -> Result<Level, &'static str> {
-    match text.to_ascii_lowercase().as_str() {
-        "panic" | "fatal" | "error" => Ok(Level::ERROR),
-        "warn" | "warning" => Ok(Level::WARN),
-        "info" => Ok(Level::INFO),
-        "debug" => Ok(Level::DEBUG),
-        "trace" => Ok(Level::TRACE),
-        _ => Err("must be error, warn, info, debug or trace"),
-    }
+    parse_level(text).map_err(|_unknown| "must be error, warn, info, debug or trace")
 }
 
 fn log_format(text: &str) -> Result<LogFormat, &'static str> {
