@@ -6,14 +6,14 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::{
     limits::{self, Permit, budget, counters::Reason},
-    peer::{self, Arrival, listener::Refused},
+    peer::{AcceptGate, Arrival, Refused},
 };
 
 /// [`limits::Gate`], asked with an [`Arrival`].
 #[derive(Debug)]
 pub(super) struct AtAccept(pub(super) limits::Gate);
 
-impl peer::Gate for AtAccept {
+impl AcceptGate for AtAccept {
     type Permit = Permit;
 
     fn admit_connection(&self, arrival: &Arrival) -> Result<Permit, Refused> {

@@ -1,23 +1,21 @@
-//! What the agent does every quarter of a second: looks how much memory it uses and acts on it, says in the log who is
-//! being refused, and carries the listener's counts to the metrics.
+//! What the agent does every quarter of a second: looks how much memory it uses and acts on it, and says in the log who is
+//! being refused.
 
 use std::{sync::Arc, time::Duration};
 
 use tokio::sync::watch;
 
+use super::gate::Means;
 use crate::{
+    config::Config,
     limits::{
         self, CallerKey, Limits,
         budget::{self, Accounted, Pressure},
         report::Event,
     },
     os::heap,
-    peer::{
-        Stats,
-        listener::{Closed, Refused},
-    },
     store::{JwtCache, X509Cache},
-    telemetry::metrics::{ConnectionCounts, ConnectionEnd, ConnectionRefusal, Metrics},
+    telemetry::metrics::Metrics,
 };
 
 const EVERY: Duration = Duration::from_millis(250);
@@ -37,8 +35,6 @@ pub(super) struct Watch {
     pub(super) evicted: watch::Sender<Option<CallerKey>>,
     pub(super) x509: Arc<X509Cache>,
     pub(super) jwt: Arc<JwtCache>,
-    pub(super) stats: Arc<Stats>,
-    pub(super) admin_stats: Arc<Stats>,
     pub(super) metrics: Arc<Metrics>,
 }
 
@@ -48,6 +44,14 @@ pub(super) struct Budget {
     pub(super) settings: budget::Settings,
     /// Bytes; `None` for no budget.
     pub(super) bytes: Option<u64>,
+}
+
+impl Budget {
+    /// What `config` says, of what the machine gives.
+    pub(super) fn of(config: &Config, means: Means) -> Self {
+        let settings = config.ratelimit.memory;
+        Self { settings, bytes: settings.budget(means.cgroup) }
+    }
 }
 
 impl Watch {
@@ -150,53 +154,5 @@ impl Watch {
             x509_svids: count(x509_svids.cached),
         });
         self.metrics.set_jwt_svids(jwt_svids);
-        self.metrics.set_connections(&self.connections());
-    }
-
-    fn connections(&self) -> ConnectionCounts {
-        let stats = &self.stats;
-        let mut refused: Vec<_> =
-            Refused::ALL.iter().map(|why| (refusal(*why), stats.refused(*why))).collect();
-        // The one thing of the admin socket that is worth a number.
-        refused.retain(|(why, _)| *why != ConnectionRefusal::NotOwner);
-        refused.push((ConnectionRefusal::NotOwner, self.admin_stats.refused(Refused::NotOwner)));
-        refused.push((ConnectionRefusal::Unidentified, stats.unidentified()));
-        ConnectionCounts {
-            accepted: stats.accepted(),
-            open: stats.open(),
-            parked: stats.parked(),
-            requests: stats.streams(),
-            accept_errors: stats.accept_errors(),
-            panics: stats.request_panics(),
-            refused,
-            closed: Closed::ALL.iter().map(|why| (end(*why), stats.closed(*why))).collect(),
-        }
-    }
-}
-
-fn refusal(why: Refused) -> ConnectionRefusal {
-    match why {
-        Refused::CallerConnections => ConnectionRefusal::CallerConnections,
-        Refused::CallerRate => ConnectionRefusal::CallerRate,
-        Refused::NodeConnections => ConnectionRefusal::NodeConnections,
-        Refused::Memory => ConnectionRefusal::Memory,
-        Refused::NotOwner => ConnectionRefusal::NotOwner,
-    }
-}
-
-fn end(why: Closed) -> ConnectionEnd {
-    match why {
-        Closed::ByPeer => ConnectionEnd::Peer,
-        Closed::PeerExited => ConnectionEnd::PeerExited,
-        Closed::HandshakeTimeout => ConnectionEnd::HandshakeTimeout,
-        Closed::Idle => ConnectionEnd::Idle,
-        Closed::Stalled => ConnectionEnd::Stalled,
-        Closed::KeepAlive => ConnectionEnd::KeepAlive,
-        Closed::Flood => ConnectionEnd::Flood,
-        Closed::Protocol => ConnectionEnd::Protocol,
-        Closed::Evicted => ConnectionEnd::Evicted,
-        Closed::Drained => ConnectionEnd::Drained,
-        Closed::Aborted => ConnectionEnd::Aborted,
-        Closed::Panicked => ConnectionEnd::Panicked,
     }
 }

@@ -7,6 +7,7 @@
 use std::{convert::Infallible, future::Future, pin::Pin, sync::Arc};
 
 use http::{Request, Response};
+use http_body_util::{BodyExt as _, combinators::MapErr};
 use tonic::{Status, body::Body};
 use tonic_health::pb::health_server::HealthServer;
 use tower_service::Service as _;
@@ -19,16 +20,21 @@ use super::{
 };
 use crate::{
     limits::{Limits, Method},
-    peer::{Peer, RequestBody},
-    telemetry::http::HealthState,
+    peer::{BodyError, Peer, RequestBody},
+    telemetry::health::HealthState,
 };
 
 /// The largest request message, in bytes. The largest thing a request carries is a token to validate, and a token
 /// that fits no HTTP header is of no use to anybody.
 pub const MAX_REQUEST: usize = 16 * 1024;
 
-type Answer = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
-type Reflection = Arc<dyn Fn(Request<RequestBody>) -> Answer + Send + Sync>;
+/// The answer to a request, in the making.
+pub type GrpcAnswer = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+/// The body of a request, with its errors as gRPC has them.
+type GrpcBody = MapErr<RequestBody, fn(BodyError) -> Status>;
+
+type Reflection = Arc<dyn Fn(Request<GrpcBody>) -> GrpcAnswer + Send + Sync>;
 
 /// The services of the public socket. Cheap to clone.
 #[derive(Clone)]
@@ -113,33 +119,43 @@ impl Services {
             limits,
         })
     }
+}
 
-    /// Answers one request.
-    pub fn answer(&self, request: Request<RequestBody>) -> Answer {
+impl hyper::service::Service<Request<RequestBody>> for Services {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = GrpcAnswer;
+
+    fn call(&self, request: Request<RequestBody>) -> GrpcAnswer {
         let request = slim(request);
         let service = request.uri().path().split('/').nth(1).unwrap_or_default();
         if service == "SpiffeWorkloadAPI" {
-            return self.workload.clone().call(request);
+            return self.workload.clone().call(request.map(grpc_body));
         }
         let peer = request.extensions().get::<Arc<Peer>>().map(Arc::clone).ok_or(RequestError::NoPeer);
         if let Err(error) = peer.and_then(|peer| Ok(self.limits.admit_caller(peer, Method::Other)?)) {
-            return Box::pin(std::future::ready(Ok(Status::from(error).into_http())));
+            return answered(Status::from(error));
         }
+        let asked = |body: RequestBody| grpc_body(body.at_most(MAX_QUESTIONS));
         match service {
-            "grpc.health.v1.Health" => self.health.clone().call(request),
+            "grpc.health.v1.Health" => self.health.clone().call(request.map(grpc_body)),
             "grpc.reflection.v1.ServerReflection" => (self.reflection_v1)(request.map(asked)),
             "grpc.reflection.v1alpha.ServerReflection" => (self.reflection_v1alpha)(request.map(asked)),
-            _ => {
-                // grpc-go's text for the same.
-                let status = Status::unimplemented(format!("unknown service {}", printable(service)));
-                Box::pin(std::future::ready(Ok(status.into_http())))
-            }
+            // grpc-go's text for the same.
+            _ => answered(Status::unimplemented(format!("unknown service {}", printable(service)))),
         }
     }
 }
 
-fn asked(body: RequestBody) -> RequestBody {
-    body.at_most(MAX_QUESTIONS)
+/// The body with its errors as gRPC has them.
+pub(super) fn grpc_body(body: RequestBody) -> GrpcBody {
+    let as_status: fn(BodyError) -> Status = Status::from;
+    body.map_err(as_status)
+}
+
+/// An answer that is known at once.
+pub(super) fn answered(status: Status) -> GrpcAnswer {
+    Box::pin(std::future::ready(Ok(status.into_http())))
 }
 
 /// What a stranger sent, made fit to be repeated: at most 64 characters, none of them a control.

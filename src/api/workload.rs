@@ -15,6 +15,7 @@ use tonic::{Code, Request, Response, Status, metadata::MetadataMap};
 use super::{
     claims::claims_to_struct,
     encoded::Encoded,
+    metrics::ApiMetrics,
     proto::{workload as pb, workload_server::spiffe_workload_api_server::SpiffeWorkloadApi},
     status::RequestError,
     updates::{State, Updates, updates},
@@ -34,7 +35,7 @@ use crate::{
         x509_cache::{Hold, Served},
     },
     telemetry::chain,
-    telemetry::{metrics::Metrics, registry::Open},
+    telemetry::registry::Open,
 };
 
 /// The Workload API. Cheap to clone.
@@ -55,8 +56,8 @@ pub struct Parts {
     pub x509: Arc<X509Cache>,
     /// Stage 7 of FetchJWTSVID.
     pub jwt: Arc<JwtCache>,
-    /// Counts.
-    pub metrics: Arc<Metrics>,
+    /// Counts calls.
+    pub metrics: Arc<ApiMetrics>,
     /// Against which tokens are validated.
     pub clock: Clock,
 }
@@ -388,13 +389,13 @@ impl<'a> BundleRequest<'a> {
 
 /// Counts an open stream, and how it ended.
 struct Ended {
-    metrics: Arc<Metrics>,
+    metrics: Arc<ApiMetrics>,
     method: Method,
     _open: Open,
 }
 
 impl Ended {
-    fn new(metrics: &Arc<Metrics>, method: Method) -> Self {
+    fn new(metrics: &Arc<ApiMetrics>, method: Method) -> Self {
         Self { metrics: Arc::clone(metrics), method, _open: metrics.stream_opened(method) }
     }
 

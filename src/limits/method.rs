@@ -1,5 +1,7 @@
 //! The methods that limits are set for.
 
+use crate::telemetry::registry::Label;
+
 /// A method that the limits tell apart. A closed set, since it labels metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Method {
@@ -95,5 +97,18 @@ impl Method {
             Self::FetchSecrets => 8,
             Self::Other => 9,
         }
+    }
+}
+
+impl Label for Method {
+    const KEY: &'static str = "method";
+    const VALUES: &'static [Self] = &Self::ALL;
+
+    fn text(self) -> &'static str {
+        self.rpc()
+    }
+
+    fn at(self) -> usize {
+        self.index()
     }
 }
