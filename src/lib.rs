@@ -6,21 +6,24 @@
 //!
 //! # The map
 //!
-//! A folder is a station on the way of a request, and a folder only uses folders below it in this list.
+//! A room is a module of this crate, and uses only rooms below it in this list. No two files of a room use each other. A test
+//! reads both off the imports (`tests/it/house.rs`).
 //!
-//! | module | what it is for | what it trusts |
+//! | room | what it is for | what it trusts |
 //! |---|---|---|
 //! | [`cli`] | what a person types: `run`, `quickstart`, `api`, `healthcheck`, `limits`, `explain`, `validate` | its user |
 //! | [`agent`] | builds every part from [`config::Config`], binds everything, says ready, reloads, drains | the configuration |
-//! | [`api`] | the gRPC services; [`api::status`] is the one map of errors to codes | nothing a request says but what it asks for |
-//! | [`attest`] | from an [`Admitted`](limits::Admitted) peer to its selectors | the kernel, through `/proc`, while the process lives |
-//! | [`store`] | the [`Snapshot`](store::Snapshot) a request sees, its only writer, and the caches of SVIDs | the issuer and the configuration |
 //! | [`config`] | `agent.conf`: the file as written, then checked in full; what a reload changes | whoever may write these files |
+//! | [`api`] | the gRPC services; [`api::status`] is the one map of errors to codes | nothing a request says but what it asks for |
+//! | [`store`] | the [`Snapshot`](store::Snapshot) a request sees, its only writer, and the caches of SVIDs | the issuer and the configuration |
+//! | [`attest`] | from an [`Admitted`](limits::Admitted) peer to its selectors | the kernel, through `/proc`, while the process lives |
 //! | [`peer`] | accept, park, HTTP/2, drain; who is at the other end | SO_PEERCRED and SO_PEERPIDFD, not a byte that is sent |
 //! | [`issuer`] | who signs: the embedded CA | its own files, once their owner and mode were checked |
-//! | [`limits`] | who may call how often | the caller key that was resolved at accept |
+//! | [`limits`] | who may connect and call how often | the caller key that was resolved at accept |
 //! | [`identity`] | words and rules without I/O: SPIFFE IDs, selectors, entries, SVIDs, bundles, [`authorize`](identity::authorize()) | nothing |
-//! | [`os`] | the edge: clock, memory, metrics, logs, systemd; the only place where `unsafe` may stand | the kernel |
+//! | [`telemetry`] | what people see of an agent: the registry of metrics, the log, HTTP for probes | nothing that a caller chose |
+//! | [`hcl`] | the language of `agent.conf`, for every room to read its own settings with | nothing |
+//! | [`os`] | the operating system: clock, memory, descriptors, systemd; the only place where `unsafe` may stand | the kernel |
 //!
 //! # The way of one FetchJWTSVID
 //!
@@ -29,7 +32,7 @@
 //! limits/gate     connections and connection rate of this caller        refused: count, close a moment later
 //! peer/listener   pidfd: the process is held on to; a task of its own    gone: close, count
 //! peer/connection parked until the first byte: no HTTP/2 state before it
-//! peer/wire       what h2 would refuse of a C-core client's :authority; the byte budget between requests
+//! peer/wire       what h2 would refuse of a C-core client's :authority; the budget of frames between requests
 //! (hyper, tonic)  HTTP/2, decode; the connection carries its Peer
 //! api/workload    1 security header                                     InvalidArgument
 //!                 2 limits.admit_caller(peer, method) -> Admitted       ResourceExhausted

@@ -41,7 +41,7 @@ impl Running {
     /// What could not be opened, bound or made, with its cause. Nothing is left behind then but what `data_dir` holds.
     pub fn start(config: Config, handed: Option<UnixListener>, clock: Clock) -> anyhow::Result<Self> {
         let built = Built::of(&config, clock)?;
-        let bound = Bound::of(&config, handed, &built)?;
+        let bound = BoundPlaces::of(&config, handed, &built)?;
         built.serve(config, bound)
     }
 }
@@ -107,8 +107,8 @@ impl Built {
     }
 
     /// Serves at what is bound, and starts the tasks that go on for ever.
-    fn serve(self, config: Config, bound: Bound) -> anyhow::Result<Running> {
-        let Bound { http, admin, socket } = bound;
+    fn serve(self, config: Config, bound: BoundPlaces) -> anyhow::Result<Running> {
+        let BoundPlaces { http, admin, socket } = bound;
         let services = self.services()?;
         let (stop, stopping) = channel::channel(false);
         let (connections, bounds) = channel::channel(connection_bounds(&config, self.means));
@@ -233,13 +233,13 @@ impl Built {
 }
 
 /// Every place where the agent is asked, bound. Nobody is answered yet.
-struct Bound {
+struct BoundPlaces {
     http: Vec<HttpListener>,
     admin: Option<Socket>,
     socket: Socket,
 }
 
-impl Bound {
+impl BoundPlaces {
     fn of(config: &Config, handed: Option<UnixListener>, built: &Built) -> anyhow::Result<Self> {
         let mut http = Vec::new();
         if let Some(at) = &config.prometheus {
