@@ -6,6 +6,8 @@
 //! never logged.
 
 pub mod admin;
+mod answers;
+pub mod call;
 pub mod claims;
 pub mod codec;
 pub mod encoded;

@@ -22,6 +22,7 @@ pub mod unix;
 use std::{
     fs::File,
     io,
+    ops::Deref,
     path::PathBuf,
     sync::{
         Arc,
@@ -45,7 +46,7 @@ use crate::{
     os::pidfd::{Owner, Pidfd},
     peer::{
         Peer, PeerGone,
-        attested::{Attested, Executable, LastAttested, Stamp},
+        attested::{Executable, LastAttested, LastResult, Stamp},
     },
     telemetry::metrics::{AttestFault, AttestorName, Metrics},
 };
@@ -198,6 +199,42 @@ impl AttestError {
     }
 }
 
+/// What was attested of a process: whose identities are asked for. Only the attestor makes one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subject(Arc<Selectors>);
+
+impl Deref for Subject {
+    type Target = Selectors;
+
+    fn deref(&self) -> &Selectors {
+        &self.0
+    }
+}
+
+/// A call whose caller was admitted and attested.
+#[derive(Debug)]
+pub struct Attested {
+    admitted: Admitted<Arc<Peer>>,
+    subject: Subject,
+}
+
+impl Attested {
+    /// The caller.
+    pub fn peer(&self) -> &Arc<Peer> {
+        self.admitted.peer()
+    }
+
+    /// What was attested of it.
+    pub fn subject(&self) -> &Subject {
+        &self.subject
+    }
+
+    /// The admission, and what was attested.
+    pub fn into_parts(self) -> (Admitted<Arc<Peer>>, Subject) {
+        (self.admitted, self.subject)
+    }
+}
+
 /// Finds out who peers are.
 pub struct Attestor {
     proc_root: PathBuf,
@@ -267,16 +304,25 @@ impl Attestor {
         self.names_count.store(count, Ordering::Relaxed);
     }
 
-    /// The selectors of an admitted peer. Reads of `/proc` are made on this thread, as they take microseconds; what
-    /// may take longer (an executable's content, names from a directory server) is not.
+    /// Attests an admitted peer. Reads of `/proc` are made on this thread, as they take microseconds; what may take
+    /// longer (an executable's content, names from a directory server) is not. A failure that is the peer's own doing
+    /// costs it more.
     ///
     /// # Errors
     /// [`AttestError`]: the peer is gone, or what it is cannot be told. Never a sign that it has no identity.
-    pub async fn attest(&self, admitted: &Admitted<Arc<Peer>>) -> Result<Arc<Selectors>, AttestError> {
-        self.selectors(admitted.peer().as_ref()).await
+    pub async fn attest(&self, mut admitted: Admitted<Arc<Peer>>) -> Result<Attested, AttestError> {
+        match self.subject(admitted.peer().as_ref()).await {
+            Ok(subject) => Ok(Attested { admitted, subject }),
+            Err(error) => {
+                if error.blame() == Blame::Refusal && !error.is_crowded() {
+                    admitted.attestation_failed();
+                }
+                Err(error)
+            }
+        }
     }
 
-    async fn selectors<P: Process>(&self, process: &P) -> Result<Arc<Selectors>, AttestError> {
+    async fn subject<P: Process>(&self, process: &P) -> Result<Subject, AttestError> {
         if process.pid().as_raw() == 0 {
             let err = AttestError::OtherPidNamespace;
             self.count(Instant::now(), Some(&err));
@@ -297,7 +343,7 @@ impl Attestor {
         at: Instant,
         configured: &Configured,
         process: &P,
-    ) -> Result<Arc<Selectors>, AttestError> {
+    ) -> Result<Subject, AttestError> {
         let seen = match self.look(configured.settings, process) {
             Ok(seen) => seen,
             Err(err) => {
@@ -327,25 +373,21 @@ impl Attestor {
 
         // Last of all: it lives now, so everything above was read of it.
         process.is_alive()?;
-        let selectors = Arc::new(selectors);
+        let subject = Subject(Arc::new(selectors));
         if self.kernel_tells_owner {
-            let keep = selectors.len() <= KEPT_SELECTORS;
-            process.last_attested().store(keep.then(|| Attested {
+            let keep = subject.len() <= KEPT_SELECTORS;
+            process.last_attested().store(keep.then(|| LastResult {
                 at,
                 generation: configured.generation,
                 executable: seen.executable,
-                selectors: Arc::clone(&selectors),
+                selectors: Arc::clone(&subject.0),
             }));
         }
-        Ok(selectors)
+        Ok(subject)
     }
 
     /// The connection's last result, if it may be used once more.
-    fn kept<P: Process>(
-        &self,
-        configured: &Configured,
-        process: &P,
-    ) -> Result<Option<Arc<Selectors>>, AttestError> {
+    fn kept<P: Process>(&self, configured: &Configured, process: &P) -> Result<Option<Subject>, AttestError> {
         let Some(last) = process.last_attested().load() else { return Ok(None) };
         if last.generation != configured.generation || last.at.elapsed() >= REUSE {
             return Ok(None);
@@ -356,7 +398,7 @@ impl Attestor {
             return Ok(None);
         }
         process.is_alive()?;
-        Ok(Some(last.selectors))
+        Ok(Some(Subject(last.selectors)))
     }
 
     /// The one place where attestation meets metrics. A kept result is no attestation.
@@ -511,6 +553,11 @@ mod tests {
         Attestor { kernel_tells_owner: true, ..Attestor::reading(root, Settings::default()) }
     }
 
+    /// Whether the second is the first once more.
+    fn same(first: &Subject, second: &Subject) -> bool {
+        Arc::ptr_eq(&first.0, &second.0)
+    }
+
     /// Numeric selectors alone: the fixtures' names are whatever this machine calls them.
     fn numbers(selectors: &Selectors) -> BTreeSet<&str> {
         let numeric = ["uid:", "gid:", "supplementary_gid:"];
@@ -530,7 +577,7 @@ mod tests {
             ("hostile-name", 4102, (1000, 1000), "gid:1000 supplementary_gid:1000 uid:1000"),
             ("effective-differs", 4103, (21, 11), "gid:11 supplementary_gid:7 uid:21"),
         ] {
-            let selectors = attestor(case).selectors(&fixture(pid, owner)).await.unwrap();
+            let selectors = attestor(case).subject(&fixture(pid, owner)).await.unwrap();
             assert_eq!(numbers(&selectors), want.split(' ').collect(), "{case}");
             assert!(selectors.iter().all(|s| s.kind() == "unix"), "{case}");
         }
@@ -544,7 +591,7 @@ mod tests {
             let names = Names::new(Arc::new(|_| Err(nix::errno::Errno::EIO)), Duration::from_secs(2));
             let attestor = Attestor { names, ..attestor("user-with-groups") };
             attestor.names_count(count);
-            match (attestor.selectors(&fixture(4100, (1000, 1001))).await, want) {
+            match (attestor.subject(&fixture(4100, (1000, 1001))).await, want) {
                 (Ok(selectors), Some(want)) => assert!(numbers(&selectors).contains(want), "{case}"),
                 (Err(AttestError::NoNames), None) => {}
                 (got, want) => panic!("{case}: {got:?}, not {want:?}"),
@@ -616,7 +663,7 @@ mod tests {
                 Blame::Fault,
             ),
         ] {
-            let err = attestor(case).selectors(&fixture(pid, owner)).await.unwrap_err();
+            let err = attestor(case).subject(&fixture(pid, owner)).await.unwrap_err();
             let root = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/proc");
             assert_eq!(err.to_string(), want.replace("{root}", root), "{case}");
             assert_eq!(err.blame(), blame, "{case}");
@@ -628,41 +675,41 @@ mod tests {
         let attestor = attestor("user-with-groups");
         let gone = fixture(4100, (1000, 1001));
         gone.fates.lock().unwrap().push(AttestError::Gone);
-        assert!(matches!(attestor.selectors(&gone).await, Err(AttestError::Gone)));
+        assert!(matches!(attestor.subject(&gone).await, Err(AttestError::Gone)));
         assert!(gone.last.load().is_none(), "and nothing is kept");
 
         // What is read in place of a process that is gone may be anything; the reason is that it is gone.
         let replaced = fixture(4100, (0, 0));
         replaced.fates.lock().unwrap().push(AttestError::Gone);
-        assert!(matches!(attestor.selectors(&replaced).await, Err(AttestError::Gone)));
+        assert!(matches!(attestor.subject(&replaced).await, Err(AttestError::Gone)));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_result_is_kept_for_a_second() {
         let attestor = attestor("user-with-groups");
         let process = fixture(4100, (1000, 1001));
-        let first = attestor.selectors(&process).await.unwrap();
+        let first = attestor.subject(&process).await.unwrap();
         tokio::time::advance(REUSE - Duration::from_millis(2)).await;
-        assert!(Arc::ptr_eq(&first, &attestor.selectors(&process).await.unwrap()), "within the second");
+        assert!(same(&first, &attestor.subject(&process).await.unwrap()), "within the second");
         tokio::time::advance(Duration::from_millis(4)).await;
-        let second = attestor.selectors(&process).await.unwrap();
-        assert!(!Arc::ptr_eq(&first, &second), "after it: use does not prolong it");
+        let second = attestor.subject(&process).await.unwrap();
+        assert!(!same(&first, &second), "after it: use does not prolong it");
         assert_eq!(first, second);
 
         attestor.reload(Settings::default());
-        let third = attestor.selectors(&process).await.unwrap();
-        assert!(!Arc::ptr_eq(&second, &third), "nothing of the old settings is used");
+        let third = attestor.subject(&process).await.unwrap();
+        assert!(!same(&second, &third), "nothing of the old settings is used");
 
         process.fates.lock().unwrap().push(AttestError::Gone);
-        assert!(matches!(attestor.selectors(&process).await, Err(AttestError::Gone)), "alive for every use");
+        assert!(matches!(attestor.subject(&process).await, Err(AttestError::Gone)), "alive for every use");
     }
 
     #[tokio::test]
     async fn nothing_is_kept_where_the_kernel_does_not_tell_owners() {
         let attestor = Attestor { kernel_tells_owner: false, ..attestor("user-with-groups") };
         let process = fixture(4100, (1000, 1001));
-        let first = attestor.selectors(&process).await.unwrap();
-        assert!(!Arc::ptr_eq(&first, &attestor.selectors(&process).await.unwrap()));
+        let first = attestor.subject(&process).await.unwrap();
+        assert!(!same(&first, &attestor.subject(&process).await.unwrap()));
     }
 
     #[test]

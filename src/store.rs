@@ -5,12 +5,14 @@
 //! streams was renewed. X.509-SVIDs and JWT-SVIDs are made on demand and kept in two caches, each with a bound.
 //! Nothing here knows gRPC, sockets or processes.
 
+pub mod entitlement;
 pub mod jwt_cache;
 pub mod signer;
 pub mod snapshot;
 pub mod sync;
 pub mod x509_cache;
 
+pub use entitlement::{Charged, Entitled, NoIdentity, Purpose, authorize};
 pub use jwt_cache::JwtCache;
 pub use signer::Signer;
 pub use snapshot::{Change, Policy, Snapshot, Store};

@@ -20,8 +20,8 @@ use super::{
     services::{GrpcAnswer, answered, grpc_body},
 };
 use crate::{
-    attest::{Attestor, inspect::InspectError},
-    identity::{Entry, Selectors, authorize, authorize::nearest},
+    attest::{Attestor, Subject, inspect::InspectError},
+    identity::Entry,
     limits::{
         self, CallerKey, Limits, Method, Permit,
         budget::Pressure,
@@ -33,7 +33,7 @@ use crate::{
         AcceptGate, Arrival, ConnectionBounds, Refused, RequestBody,
         cgroup::{KeySource, PodOrUid},
     },
-    store::Store,
+    store::{Snapshot, Store},
     telemetry::chain,
 };
 
@@ -209,17 +209,17 @@ impl Parts {
         let process = self.attestor.inspect(pid)?;
         // Before the attestor, which asks last whether the process still lives.
         let (caller, source) = self.keys.explain(process.pid(), process.uid());
-        let selectors = self.attestor.describe(&process).await?;
+        let subject = self.attestor.describe(&process).await?;
         let snapshot = self.store.snapshot();
-        let matches = matches(&snapshot.index, &selectors);
-        let near = nearest(&snapshot.index, &selectors, NEAREST);
+        let matches = matches(&snapshot, &subject);
+        let near = snapshot.index.nearest(&subject, NEAREST);
         let (uid, gid) = (process.uid().as_raw(), process.gid().as_raw());
         Ok(pb::ExplainResponse {
             pid,
             uid,
             gid,
             caller: Some(why(caller, source)),
-            selectors: selectors.iter().map(ToString::to_string).collect(),
+            selectors: subject.iter().map(ToString::to_string).collect(),
             buckets: self.buckets(caller, &matches),
             matches: matches.into_iter().map(|(entry, withheld)| entry_of(&entry, withheld)).collect(),
             nearest: near
@@ -259,22 +259,16 @@ impl Parts {
 }
 
 /// The entries that match, each with why it is not served if it is not.
-fn matches(index: &crate::identity::EntryIndex, selectors: &Selectors) -> Vec<(Arc<Entry>, String)> {
-    let served = authorize(index, selectors, None).unwrap_or_default();
-    let shadowed = |entry: &Entry| {
-        let first = served.iter().find(|it| it.entry().hint == entry.hint);
-        let first = first.map(|it| it.entry().id.to_string()).unwrap_or_default();
-        format!("an older entry, {first}, has the same hint")
+fn matches(snapshot: &Snapshot, subject: &Subject) -> Vec<(Arc<Entry>, String)> {
+    let served = snapshot.matching(subject, None);
+    let withheld = |entry: &Arc<Entry>| match served.iter().find(|it| it.hint == entry.hint) {
+        _ if served.iter().any(|it| it.id == entry.id) => String::new(),
+        Some(first) => format!("an older entry, {}, has the same hint", first.id),
+        None => String::new(),
     };
-    let all = index
-        .entries()
-        .iter()
-        .filter(|entry| !entry.selectors.is_empty() && entry.selectors.is_subset(selectors));
-    all.map(|entry| {
-        let is_served = served.iter().any(|it| it.entry().id == entry.id);
-        (Arc::clone(entry), if is_served { String::new() } else { shadowed(entry) })
-    })
-    .collect()
+    let all = snapshot.index.entries().iter();
+    let matching = all.filter(|entry| !entry.selectors.is_empty() && entry.selectors.is_subset(subject));
+    matching.map(|entry| (Arc::clone(entry), withheld(entry))).collect()
 }
 
 fn entry_of(entry: &Entry, withheld: String) -> pb::Entry {

@@ -13,14 +13,14 @@ use tonic_health::pb::health_server::HealthServer;
 use tower_service::Service as _;
 
 use super::{
+    call::Call,
     health::HealthService,
     proto::{WORKLOAD_FDS, workload_server::spiffe_workload_api_server::SpiffeWorkloadApiServer},
-    status::RequestError,
     workload::WorkloadApi,
 };
 use crate::{
     limits::{Limits, Method},
-    peer::{BodyError, Peer, RequestBody},
+    peer::{BodyError, RequestBody},
     telemetry::health::HealthState,
 };
 
@@ -132,8 +132,8 @@ impl hyper::service::Service<Request<RequestBody>> for Services {
         if service == "SpiffeWorkloadAPI" {
             return self.workload.clone().call(request.map(grpc_body));
         }
-        let peer = request.extensions().get::<Arc<Peer>>().map(Arc::clone).ok_or(RequestError::NoPeer);
-        if let Err(error) = peer.and_then(|peer| Ok(self.limits.admit_caller(peer, Method::Other)?)) {
+        let call = Call::without_header(request.extensions().get(), Method::Other);
+        if let Err(error) = call.and_then(|call| Ok(call.admit(&self.limits)?)) {
             return answered(Status::from(error));
         }
         let asked = |body: RequestBody| grpc_body(body.at_most(MAX_QUESTIONS));

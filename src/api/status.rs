@@ -11,10 +11,11 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::{
     attest::AttestError,
-    identity::{NoIdentity, jwt::JwtError, spiffe_id::SpiffeIdError},
+    identity::{jwt::JwtError, spiffe_id::SpiffeIdError},
     issuer::embedded::IssuerError,
     limits::Refusal,
     peer::BodyError,
+    store::NoIdentity,
 };
 
 /// Why a Workload API call got no answer.

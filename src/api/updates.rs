@@ -4,20 +4,19 @@ use std::{future::Future, pin::Pin, time::Duration};
 
 use futures_util::stream;
 use tokio::sync::watch;
-use tokio_stream::Stream;
 use tonic::{Code, Status};
 
 use super::{encoded::Encoded, status::RequestError};
 use crate::{attest::AttestError, store::Change};
 
 /// The response stream of a Workload API call.
-pub type Updates = Pin<Box<dyn Stream<Item = Result<Encoded, Status>> + Send>>;
+pub type Updates = Pin<Box<dyn tokio_stream::Stream<Item = Result<Encoded, Status>> + Send>>;
 
 /// How long after a fault on our side the state is asked for again, if nothing changes before.
 const RETRY: Duration = Duration::from_secs(5);
 
 /// What a stream sends now.
-pub trait State: Send + 'static {
+pub trait Update: Send + 'static {
     /// Whether whom the stream is for has ended: nothing is sent any more then. The connection ends too, but only
     /// soon; and somebody else may hold it.
     fn is_orphaned(&self) -> bool;
@@ -29,7 +28,7 @@ pub trait State: Send + 'static {
     fn ended(&mut self, code: Code);
 }
 
-struct Open<S: State> {
+struct Stream<S: Update> {
     state: S,
     changes: watch::Receiver<Change>,
     sent: Encoded,
@@ -38,7 +37,7 @@ struct Open<S: State> {
     code: Code,
 }
 
-impl<S: State> Drop for Open<S> {
+impl<S: Update> Drop for Stream<S> {
     fn drop(&mut self) {
         self.state.ended(self.code);
     }
@@ -48,12 +47,12 @@ impl<S: State> Drop for Open<S> {
 ///
 /// A fault on our side does not end the stream: what was sent stays valid, and it is tried again after [`RETRY`] and at
 /// the next change. A refusal does: the caller has no identity any more.
-pub fn updates<S: State>(state: S, mut changes: watch::Receiver<Change>, first: Encoded) -> Updates {
+pub fn updates<S: Update>(state: S, mut changes: watch::Receiver<Change>, first: Encoded) -> Updates {
     // A stream that was opened while the agent drains ends after its first message, as the others did.
     if *changes.borrow() == Change::Draining {
         changes.mark_changed();
     }
-    let open = Open { state, changes, sent: first, first: true, code: Code::Ok };
+    let open = Stream { state, changes, sent: first, first: true, code: Code::Ok };
     Box::pin(stream::unfold(Some(open), |open| async {
         let mut open = open?;
         let item = open.next().await;
@@ -67,7 +66,7 @@ pub fn updates<S: State>(state: S, mut changes: watch::Receiver<Change>, first: 
     }))
 }
 
-impl<S: State> Open<S> {
+impl<S: Update> Stream<S> {
     async fn next(&mut self) -> Result<Encoded, RequestError> {
         if std::mem::take(&mut self.first) {
             return Ok(self.sent.clone());
@@ -118,7 +117,7 @@ mod tests {
         orphaned: bool,
     }
 
-    impl State for Scripted {
+    impl Update for Scripted {
         fn is_orphaned(&self) -> bool {
             self.orphaned
         }

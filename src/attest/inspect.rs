@@ -4,7 +4,7 @@
 //! counted, and nothing is kept. The order is the attestor's: the pidfd first, then everything under `/proc`, and at the
 //! end the pidfd again, so that what was read is of the process that had the PID at the start.
 
-use std::{io, sync::Arc};
+use std::io;
 
 use nix::{
     errno::Errno,
@@ -12,9 +12,8 @@ use nix::{
 };
 use tokio::time::Instant;
 
-use super::{AttestError, Attestor, Process, unix::ProcDir};
+use super::{AttestError, Attestor, Process, Subject, unix::ProcDir};
 use crate::{
-    identity::selector::Selectors,
     limits::CallerKey,
     os::pidfd::{Owner, Pidfd},
     peer::attested::LastAttested,
@@ -132,12 +131,12 @@ impl Attestor {
         Ok(found)
     }
 
-    /// The selectors that the process would have as a caller: **for display only**, since no call was admitted. Asks last
-    /// whether it still lives.
+    /// What would be attested of the process as a caller: **for display only**, since no call was admitted. Asks last whether
+    /// it still lives.
     ///
     /// # Errors
     /// [`InspectError`].
-    pub async fn describe(&self, process: &Inspected) -> Result<Arc<Selectors>, InspectError> {
+    pub async fn describe(&self, process: &Inspected) -> Result<Subject, InspectError> {
         let configured = self.configured.load_full();
         self.attest_anew(Instant::now(), &configured, process)
             .await
@@ -159,9 +158,9 @@ mod tests {
         let pid = i32::try_from(child.id()).unwrap();
         let found = attestor.inspect(pid).unwrap();
         assert_eq!((found.uid(), found.gid()), (nix::unistd::geteuid(), nix::unistd::getegid()));
-        let selectors = attestor.describe(&found).await.unwrap();
+        let subject = attestor.describe(&found).await.unwrap();
         let uid = format!("unix:uid:{}", found.uid());
-        assert!(selectors.iter().any(|selector| selector.to_string() == uid), "{selectors:?}");
+        assert!(subject.iter().any(|selector| selector.to_string() == uid), "{subject:?}");
 
         child.kill().unwrap();
         child.wait().unwrap();

@@ -32,10 +32,7 @@ use super::{
     slots::{AttestationSlot, Full, Slots},
     table::{Hasher, Key, Place, Table},
 };
-use crate::{
-    identity::{AuthorizedEntry, SpiffeId},
-    os::clock::Clock,
-};
+use crate::{identity::SpiffeId, os::clock::Clock};
 
 /// A call that was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -88,6 +85,11 @@ impl<P> Admitted<P> {
     /// The peer that was admitted.
     pub fn peer(&self) -> &P {
         &self.peer
+    }
+
+    /// What it called.
+    pub fn method(&self) -> Method {
+        self.charge.method
     }
 
     /// Says that the caller could not be attested, or has no identity: it pays [`Costs::failed_attestation`]. Not
@@ -449,18 +451,18 @@ impl Limits {
         Ok(Admitted { peer, charge, slot })
     }
 
-    /// Charges an admitted call to the identities it is answered with: all of them, or none. `entries` in the order
-    /// in which they are served, the default identity first; bundle calls are charged to that one alone. Attestation is over
+    /// Charges an admitted call to the identities it is answered with: all of them, or none. `ids` in the order in which
+    /// they are served, the default identity first; bundle calls are charged to that one alone. Attestation is over
     /// then, and its slot is free.
     ///
-    /// Entries that share a bucket (the same SPIFFE ID, or a mask) are charged to it once.
+    /// Identities that share a bucket (the same SPIFFE ID, or a mask) are charged to it once.
     ///
     /// # Errors
     /// [`Refusal`] when one of them has no tokens left; nothing was charged then, and the caller's tokens are given back.
-    pub fn admit_identities<P>(
+    pub fn admit_identities<'a, P>(
         &self,
         admitted: &mut Admitted<P>,
-        entries: &[AuthorizedEntry],
+        ids: impl IntoIterator<Item = &'a SpiffeId>,
     ) -> Result<(), Refusal> {
         admitted.slot = None;
         let charge = &mut admitted.charge;
@@ -468,8 +470,8 @@ impl Limits {
         if !method.has_identity() {
             return Ok(());
         }
-        let entries = if method.is_bundles() { entries.get(..1).unwrap_or(entries) } else { entries };
-        let done = self.shared.charge_identities(method, entries, charge.exempt);
+        let charged = if method.is_bundles() { 1 } else { usize::MAX };
+        let done = self.shared.charge_identities(method, ids.into_iter().take(charged), charge.exempt);
         if done.is_err() {
             charge.pays = 0;
         }
@@ -706,10 +708,10 @@ impl Shared {
         }
     }
 
-    fn charge_identities(
+    fn charge_identities<'a>(
         &self,
         method: Method,
-        entries: &[AuthorizedEntry],
+        ids: impl Iterator<Item = &'a SpiffeId>,
         caller_exempt: bool,
     ) -> Result<(), Refusal> {
         let plan = self.plan.load();
@@ -717,11 +719,12 @@ impl Shared {
         let mut guard = self.identities();
         let Identities { table, held } = &mut *guard;
         held.clear();
-        let mut node_counts = entries.is_empty();
+        // Without an identity (a verifier that need not have one) the node alone is charged.
+        let (mut node_counts, mut nobody) = (false, true);
         // Of several that refuse, the one to wait for longest.
         let mut worst: Option<Worst<'_>> = None;
-        for entry in entries {
-            let id = entry.spiffe_id();
+        for id in ids {
+            nobody = false;
             let choice = plan.identity.choose(id, method);
             let own_type = if choice.shared.is_some() { KeyType::Shared } else { KeyType::SpiffeId };
             let limit = self.limit(choice.rule);
@@ -766,7 +769,7 @@ impl Shared {
                 self.refuse(&ask, key_type, reason, wait)
                     .inspect_err(|refusal| self.note(now, refusal, &identity_name(id, mask)))
             }
-            None if node_counts && !caller_exempt => self.charge_node(&plan, method, now),
+            None if (node_counts || nobody) && !caller_exempt => self.charge_node(&plan, method, now),
             None => Ok(()),
         };
         for (it, key_type) in held.drain(..) {

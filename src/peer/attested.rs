@@ -59,7 +59,7 @@ pub struct Executable {
 
 /// One finished attestation.
 #[derive(Clone, Debug)]
-pub struct Attested {
+pub struct LastResult {
     /// When its reads began.
     pub at: Instant,
     /// Of the settings it was made with.
@@ -72,16 +72,16 @@ pub struct Attested {
 
 /// The last attestation of one peer, or none yet.
 #[derive(Debug, Default)]
-pub struct LastAttested(Mutex<Option<Attested>>);
+pub struct LastAttested(Mutex<Option<LastResult>>);
 
 impl LastAttested {
     /// The last one.
-    pub fn load(&self) -> Option<Attested> {
+    pub fn load(&self) -> Option<LastResult> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Replaces it; `None` forgets it.
-    pub fn store(&self, next: Option<Attested>) {
+    pub fn store(&self, next: Option<LastResult>) {
         let old = {
             let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             std::mem::replace(&mut *last, next)

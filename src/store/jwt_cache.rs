@@ -23,11 +23,12 @@ use hashbrown::HashMap;
 use tokio::sync::OnceCell;
 
 use super::{
+    entitlement::Charged,
     signer::Signer,
     x509_cache::{ahash_random, renew_at},
 };
 use crate::{
-    identity::{AuthorizedEntry, JwtSvid, SpiffeId},
+    identity::{Entry, JwtSvid, SpiffeId},
     issuer::embedded::IssuerError,
     telemetry::metrics::{CacheResult, Metrics},
 };
@@ -47,11 +48,11 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// A token, and what it took.
 #[derive(Clone, Debug)]
-pub struct Fetched {
+struct Fetched {
     /// The token.
-    pub svid: Arc<JwtSvid>,
+    svid: Arc<JwtSvid>,
     /// This call made a signature necessary, or waited for one.
-    pub signed: bool,
+    signed: bool,
 }
 
 type Key = [u8; 32];
@@ -116,36 +117,50 @@ impl JwtCache {
         drop(old);
     }
 
-    /// A token for `entry` and `audience`, made now if there is none.
+    /// A token for each entry of the call and `audience`, in the order of the entries; made now where there is none.
     ///
     /// # Errors
     /// What the issuer says, when there is no valid token to serve meanwhile.
     pub async fn fetch(
         self: &Arc<Self>,
-        entry: &AuthorizedEntry,
+        charged: &mut Charged,
         audience: &[String],
-    ) -> Result<Fetched, IssuerError> {
-        let ttl = entry.entry().jwt_svid_ttl;
+    ) -> Result<Vec<Arc<JwtSvid>>, IssuerError> {
+        let Charged { entries, bill, .. } = charged;
+        let mut svids = Vec::with_capacity(entries.len());
+        for entry in entries.iter() {
+            let Fetched { svid, signed } = self.of_entry(entry, audience).await?;
+            if signed {
+                bill.signed(&entry.spiffe_id);
+            }
+            svids.push(svid);
+        }
+        Ok(svids)
+    }
+
+    async fn of_entry(self: &Arc<Self>, entry: &Entry, audience: &[String]) -> Result<Fetched, IssuerError> {
+        let Entry { spiffe_id: id, jwt_svid_ttl: ttl, .. } = entry;
+        let ttl = *ttl;
         if audience_bytes(audience) > MOST_AUDIENCE {
             self.metrics.jwt_cache(CacheResult::Miss);
-            let svid = Arc::new(self.signer.jwt(entry.spiffe_id(), ttl, audience).await?);
+            let svid = Arc::new(self.signer.jwt(id, ttl, audience).await?);
             return Ok(Fetched { svid, signed: true });
         }
-        let key = key(entry.spiffe_id(), ttl, audience);
+        let key = key(id, ttl, audience);
         let now = self.signer.clock().now();
-        match self.find(key, entry.spiffe_id(), now) {
+        match self.find(key, id, now) {
             Found::Fresh(token) => {
                 self.metrics.jwt_cache(CacheResult::Hit);
                 Ok(Fetched { svid: token, signed: false })
             }
             Found::Due(token) => {
                 self.metrics.jwt_cache(CacheResult::Hit);
-                self.renew_in_background(key, entry.spiffe_id().clone(), ttl, audience.to_vec());
+                self.renew_in_background(key, id.clone(), ttl, audience.to_vec());
                 Ok(Fetched { svid: token, signed: true })
             }
             Found::Nothing(made) => {
                 self.metrics.jwt_cache(CacheResult::Miss);
-                let svid = self.make(key, &made, entry.spiffe_id(), ttl, audience).await?;
+                let svid = self.make(key, &made, id, ttl, audience).await?;
                 Ok(Fetched { svid, signed: true })
             }
         }

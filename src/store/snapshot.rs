@@ -11,7 +11,10 @@ use bytes::Bytes;
 use hashbrown::HashMap;
 use tokio::sync::watch;
 
-use crate::identity::{Bundles, EntryId, EntryIndex, TrustDomain};
+use crate::{
+    attest::Subject,
+    identity::{Bundles, Entry, EntryId, EntryIndex, SpiffeId, TrustDomain},
+};
 
 /// What an admin decides about answers, and may change while streams are open.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -39,15 +42,30 @@ pub struct Snapshot {
     pub(crate) answers: Answers,
 }
 
+impl Snapshot {
+    /// The entries of an attested subject, narrowed to `wanted` when given, the default identity first. To be given
+    /// their SVIDs takes more: see [`authorize`](super::authorize()).
+    pub fn matching(&self, subject: &Subject, wanted: Option<&SpiffeId>) -> Vec<&Arc<Entry>> {
+        self.index.matching(subject, wanted)
+    }
+}
+
 /// Which message of which content, within one snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum AnswerKey {
     /// X.509-SVIDs of these entries, in this order.
     X509Svids(Vec<EntryId>),
-    /// X.509 bundles of the own and these trust domains.
-    X509Bundles(Vec<TrustDomain>),
-    /// JWT bundles of the own and these trust domains.
-    JwtBundles(Vec<TrustDomain>),
+    /// Bundles of the own and these trust domains.
+    Bundles(BundleForm, Vec<TrustDomain>),
+}
+
+/// Which half of a bundle, in the form in which workloads receive it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum BundleForm {
+    /// X.509 authorities, as DER.
+    X509,
+    /// JWT authorities, as a JWK set.
+    Jwt,
 }
 
 /// Encoded messages, each made once per snapshot and shared by all its callers and streams.

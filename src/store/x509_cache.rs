@@ -18,9 +18,9 @@ use std::{
 use hashbrown::HashMap;
 use tokio::sync::{Notify, OnceCell};
 
-use super::signer::Signer;
+use super::{entitlement::Charged, signer::Signer};
 use crate::{
-    identity::{AuthorizedEntry, Entry, EntryId, X509Svid},
+    identity::{Entry, EntryId, X509Svid},
     issuer::embedded::IssuerError,
 };
 
@@ -69,7 +69,7 @@ pub struct Served {
     /// When it is to be renewed; in the past when that has failed so far.
     pub renew_at: SystemTime,
     /// It was made for this call.
-    pub signed: bool,
+    signed: bool,
 }
 
 impl Served {
@@ -107,22 +107,35 @@ impl X509Cache {
         *self.availability_target.lock().unwrap_or_else(PoisonError::into_inner) = availability_target;
     }
 
-    /// The SVID of `entry`: the one that is there, or a new one.
+    /// The SVID of each entry of the call, in their order: the one that is there, or a new one.
     ///
     /// # Errors
     /// What the issuer says, when there is no valid one to serve meanwhile.
-    pub async fn fetch(&self, entry: &AuthorizedEntry) -> Result<Served, IssuerError> {
+    pub async fn fetch(&self, charged: &mut Charged) -> Result<Vec<Served>, IssuerError> {
+        let Charged { entries, bill, .. } = charged;
+        let mut svids = Vec::with_capacity(entries.len());
+        for entry in entries.iter() {
+            let served = self.of_entry(entry).await?;
+            if served.signed {
+                bill.signed(&entry.spiffe_id);
+            }
+            svids.push(served);
+        }
+        Ok(svids)
+    }
+
+    async fn of_entry(&self, entry: &Arc<Entry>) -> Result<Served, IssuerError> {
         let now = self.signer.clock().now();
-        match self.find(entry.entry(), now) {
+        match self.find(entry, now) {
             Found::Fresh(served) => Ok(served),
-            Found::Due(old) => Ok(self.make(entry.shared()).await.unwrap_or(old)),
-            Found::Nothing => self.make(entry.shared()).await,
+            Found::Due(old) => Ok(self.make(entry).await.unwrap_or(old)),
+            Found::Nothing => self.make(entry).await,
         }
     }
 
-    /// Counts a stream that holds the SVIDs of these entries until the returned value is dropped.
-    pub fn hold(self: &Arc<Self>, entries: &[AuthorizedEntry]) -> Hold {
-        let ids: Vec<EntryId> = entries.iter().map(|entry| entry.entry().id.clone()).collect();
+    /// Counts a stream that holds the SVIDs of its entries until the returned value is dropped.
+    pub fn hold(self: &Arc<Self>, charged: &Charged) -> Hold {
+        let ids: Vec<EntryId> = charged.entries().iter().map(|entry| entry.id.clone()).collect();
         let mut inner = self.lock();
         for id in &ids {
             *inner.streams.entry_ref(id).or_default() += 1;
@@ -282,10 +295,9 @@ pub struct Hold {
 }
 
 impl Hold {
-    /// Whether it is a hold on the SVIDs of just these entries.
-    pub fn is_of(&self, entries: &[AuthorizedEntry]) -> bool {
-        self.ids.len() == entries.len()
-            && self.ids.iter().zip(entries).all(|(id, entry)| *id == entry.entry().id)
+    /// Whether it is a hold on the SVIDs of just the call's entries.
+    pub fn is_of(&self, charged: &Charged) -> bool {
+        self.ids.iter().eq(charged.entries().iter().map(|entry| &entry.id))
     }
 }
 

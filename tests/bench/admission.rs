@@ -3,7 +3,7 @@
 //!
 //! `cargo bench --bench admission` prints the table. Times are CPU time of the thread, the lowest and the median of several
 //! rounds over keys in random order, so that most look-ups miss the caches of the processor, as they do between calls that do
-//! real work. The entries were read just before, as in a call that was just authorized.
+//! real work. The SPIFFE IDs were read just before, as in a call that was just authorized.
 
 #![expect(
     clippy::disallowed_methods,
@@ -18,15 +18,12 @@ use std::{
     alloc::{GlobalAlloc, Layout, System},
     hint::black_box,
     os::unix::net::{UnixListener, UnixStream},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
 
 use durward::{
-    identity::{AuthorizedEntry, Entry, EntryId, EntryIndex, Selector, Selectors, SpiffeId, authorize},
+    identity::SpiffeId,
     limits::{
         CallerKey, Gate, GateRule, GateSettings, Limits, Method, Settings,
         bucket::{Per, Quota},
@@ -92,24 +89,9 @@ fn order(n: u32) -> Vec<u32> {
     order
 }
 
-fn entries(n: u32) -> Vec<Vec<AuthorizedEntry>> {
-    let selectors: Selectors = [Selector::parse("unix:uid:1").unwrap()].into_iter().collect();
-    let all = (0..n).map(|at| {
-        Arc::new(Entry {
-            id: EntryId::new(&format!("{at:06}")),
-            spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/ns/production/sa/service-{at:06}"))
-                .unwrap(),
-            selectors: selectors.clone(),
-            x509_svid_ttl: None,
-            jwt_svid_ttl: None,
-            hint: "".into(),
-            dns_names: vec![],
-            federates_with: Default::default(),
-            created_at: 0,
-            revision: 0,
-        })
-    });
-    authorize(&EntryIndex::new(all), &selectors, None).unwrap().into_iter().map(|entry| vec![entry]).collect()
+fn identities(n: u32) -> Vec<SpiffeId> {
+    let id = |at| format!("spiffe://example.org/ns/production/sa/service-{at:06}");
+    (0..n).map(|at| SpiffeId::parse(&id(at)).unwrap()).collect()
 }
 
 /// Prints the lowest and the median of the rounds, per decision, and the allocations of all of them.
@@ -166,13 +148,14 @@ fn main() {
     let mut settings = settings;
     settings.node.default = Some(Quota::new(1e6, Per::Second, 1_000_000).unwrap());
 
-    let entries = entries(KEYS);
+    let identities = identities(KEYS);
     let all = order(KEYS);
     let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
     println!("| {:<58} | {:>7} | {:>7} | {:>11} |", "decision", "ns", "median", "allocations");
     println!("|{:-<60}|{:-<8}:|{:-<8}:|{:-<12}:|", "", "", "", "");
+    let ids = |at: u32| [&identities[at as usize]];
     let read = |at: u32| {
-        black_box(entries[at as usize][0].spiffe_id().as_str().bytes().map(u64::from).sum::<u64>());
+        black_box(identities[at as usize].as_str().bytes().map(u64::from).sum::<u64>());
     };
     measure("(a look at the runtime's clock)", &all, |_| {
         black_box(tokio::time::Instant::now());
@@ -183,12 +166,12 @@ fn main() {
         let limits = Limits::new(&settings, Clock::SYSTEM, recorder).unwrap();
         for at in 0..KEYS {
             let mut admitted = limits.admit_caller(Uid(at), METHOD).unwrap();
-            limits.admit_identities(&mut admitted, &entries[at as usize]).unwrap();
+            limits.admit_identities(&mut admitted, ids(at)).unwrap();
         }
         assert_eq!(limits.keys(), (KEYS as usize, KEYS as usize));
         let both = |at: u32| {
             let mut admitted = limits.admit_caller(Uid(at), METHOD).unwrap();
-            black_box(limits.admit_identities(&mut admitted, &entries[at as usize])).unwrap();
+            black_box(limits.admit_identities(&mut admitted, ids(at))).unwrap();
         };
         let case = |keys: &str| format!("both stages, 100,000 keys known, {keys}, {counted}");
         measure_after(read, &case("all in turn"), &all, both);

@@ -22,7 +22,7 @@ use std::{
 
 use durward::{
     config::{Config, ExpandEnv},
-    identity::{EntryIndex, Selector, Selectors, authorize},
+    identity::{EntryIndex, Selector, Selectors},
 };
 use support::{Client, JWT, NO_LIMITS, Server, floor_process, jwt_request, row, write_config};
 
@@ -89,7 +89,7 @@ fn main() {
                     .collect();
             let (began, looks) = (Instant::now(), 200_000_u32);
             for _ in 0..looks {
-                black_box(authorize(&index, black_box(&attested), None)).expect("its own entry");
+                assert!(!black_box(index.matching(black_box(&attested), None)).is_empty(), "its own entry");
             }
             let found = began.elapsed().as_nanos() / u128::from(looks);
             row(&[

@@ -23,7 +23,7 @@ use std::{
 
 use aws_lc_rs::digest::{SHA256, digest};
 use durward::{
-    attest::{AttestError, Attestor, Blame, unix::Settings},
+    attest::{AttestError, Attestor, Blame, Subject, unix::Settings},
     identity::selector::Selectors,
     limits::{Limits, Method},
     peer::{OsUid, Peer},
@@ -150,9 +150,9 @@ impl Drop for Process {
     }
 }
 
-async fn attest(attestor: &Attestor, peer: &Arc<Peer>) -> Result<Arc<Selectors>, AttestError> {
+async fn attest(attestor: &Attestor, peer: &Arc<Peer>) -> Result<Subject, AttestError> {
     let admitted = Limits::default().admit_caller(Arc::clone(peer), Method::FetchX509Svid).unwrap();
-    attestor.attest(&admitted).await
+    Ok(attestor.attest(admitted).await?.into_parts().1)
 }
 
 fn texts(selectors: &Selectors) -> BTreeSet<String> {

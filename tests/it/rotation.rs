@@ -3,19 +3,22 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    os::unix::net::UnixStream,
     path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use durward::{
+    attest::{Attestor, unix},
     identity::{
-        AuthorizedEntry, Bundle, Entry, EntryId, EntryIndex, KeyType, Selector, Selectors, SpiffeId,
-        TrustDomain, authorize, jwt,
+        Bundle, Entry, EntryId, JwtSvid, KeyType, Selector, Selectors, SpiffeId, TrustDomain, X509Svid, jwt,
     },
     issuer::embedded::{CaSource, Embedded, Settings},
+    limits::{Limits, Method},
     os::clock::Clock,
-    store::{JwtCache, Policy, Signer, Sync, X509Cache},
+    peer::{OsUid, Peer},
+    store::{Charged, JwtCache, Policy, Purpose, Signer, Sync, X509Cache, authorize},
     telemetry::metrics::Metrics,
 };
 use proptest::prelude::*;
@@ -28,11 +31,11 @@ struct World {
     sync: Arc<Sync>,
     x509: Arc<X509Cache>,
     jwt: Arc<JwtCache>,
-    entries: Vec<AuthorizedEntry>,
 }
 
 fn selectors() -> Selectors {
-    [Selector::parse("unix:uid:1000").unwrap()].into()
+    // Those of this process, which is the caller.
+    [Selector::parse(&format!("unix:uid:{}", nix::unistd::geteuid())).unwrap()].into()
 }
 
 fn entry(name: &str) -> Arc<Entry> {
@@ -78,10 +81,29 @@ impl World {
         let x509 = Arc::new(X509Cache::new(Arc::clone(&signer), 10, None));
         let jwt = Arc::new(JwtCache::new(Arc::clone(&signer), Arc::clone(&metrics), jwt_max));
         let all: Vec<_> = names.iter().map(|name| entry(name)).collect();
-        let entries = authorize(&EntryIndex::new(all.clone()), &selectors(), None).unwrap();
         let sync =
             Arc::new(Sync::new(signer, Arc::clone(&x509), metrics, all, BTreeMap::new(), Policy::default()));
-        Self { _dir: dir, clock, sync, x509, jwt, entries }
+        Self { _dir: dir, clock, sync, x509, jwt }
+    }
+
+    /// A call by this process for one of the entries, on its whole way.
+    async fn charged(&self, name: &str) -> Charged {
+        let (_ours, theirs) = UnixStream::pair().unwrap();
+        let peer = Arc::new(Peer::from_stream(&theirs, &OsUid).unwrap());
+        let limits = Limits::default();
+        let admitted = limits.admit_caller(peer, Method::FetchJwtSvid).unwrap();
+        let attested = Attestor::new(unix::Settings::default()).attest(admitted).await.unwrap();
+        let id = SpiffeId::parse(&format!("spiffe://td/{name}")).unwrap();
+        let entitled = authorize(&self.sync.store().snapshot(), attested, Purpose::Svids, Some(&id)).unwrap();
+        entitled.charge(&limits).unwrap()
+    }
+
+    async fn x509(&self, call: &mut Charged) -> Arc<X509Svid> {
+        Arc::clone(&self.x509.fetch(call).await.unwrap()[0].svid)
+    }
+
+    async fn jwt(&self, call: &mut Charged, audience: &str) -> Arc<JwtSvid> {
+        Arc::clone(&self.jwt.fetch(call, &[audience.to_owned()]).await.unwrap()[0])
     }
 
     fn bundle(&self) -> Arc<Bundle> {
@@ -117,10 +139,10 @@ impl World {
 async fn a_week_of_rotation_serves_only_what_is_valid() {
     let world = World::new(&["web"], 100);
     let syncing = tokio::spawn(Arc::clone(&world.sync).run());
-    let web = &world.entries[0];
+    let web = &mut world.charged("web").await;
     let mut changes = world.sync.store().subscribe();
-    let first = world.x509.fetch(web).await.unwrap().svid;
-    let hold = world.x509.hold(&world.entries);
+    let first = world.x509(web).await;
+    let hold = world.x509.hold(web);
     let (mut streamed, mut renewals, mut authorities) = (first, 0, BTreeSet::new());
     for _ in 0..(7 * 24 * 12) {
         tokio::time::sleep(Duration::from_secs(300)).await;
@@ -129,11 +151,11 @@ async fn a_week_of_rotation_serves_only_what_is_valid() {
         world.assert_verifies(&streamed.chain);
         if changes.has_changed().unwrap() {
             changes.borrow_and_update();
-            let next = world.x509.fetch(web).await.unwrap().svid;
+            let next = world.x509(web).await;
             renewals += usize::from(!Arc::ptr_eq(&next, &streamed));
             streamed = next;
         }
-        let token = world.jwt.fetch(web, &["a".to_owned()]).await.unwrap().svid;
+        let token = world.jwt(web, "a").await;
         let bundle = world.bundle();
         jwt::validate(&token.token, "a", |_| Some(bundle.as_ref()), now).unwrap();
         authorities.extend(bundle.x509_authorities.iter().cloned());
@@ -151,12 +173,13 @@ async fn a_week_of_rotation_serves_only_what_is_valid() {
 async fn what_no_stream_holds_is_forgotten_and_made_again_on_demand() {
     let world = World::new(&["web"], 100);
     let syncing = tokio::spawn(Arc::clone(&world.sync).run());
-    let first = world.x509.fetch(&world.entries[0]).await.unwrap().svid;
-    let again = world.x509.fetch(&world.entries[0]).await.unwrap().svid;
+    let web = &mut world.charged("web").await;
+    let first = world.x509(web).await;
+    let again = world.x509(web).await;
     assert!(Arc::ptr_eq(&first, &again), "made once");
     tokio::time::sleep(2 * HOUR).await;
-    let hold = world.x509.hold(&world.entries);
-    let later = world.x509.fetch(&world.entries[0]).await.unwrap().svid;
+    let hold = world.x509.hold(web);
+    let later = world.x509(web).await;
     assert!(!Arc::ptr_eq(&first, &later));
     assert_eq!((world.x509.counts().cached, world.x509.counts().active), (1, 1));
     drop(hold);
@@ -167,22 +190,20 @@ async fn what_no_stream_holds_is_forgotten_and_made_again_on_demand() {
 #[tokio::test(start_paused = true)]
 async fn tokens_are_signed_once_and_renewed_behind_the_callers() {
     let world = World::new(&["web"], 100);
-    let web = &world.entries[0];
-    let audience = ["a".to_owned()];
-    let calls = (0..50).map(|_| world.jwt.fetch(web, &audience));
+    let web = &mut world.charged("web").await;
     let mut tokens = Vec::new();
-    for call in calls {
-        tokens.push(call.await.unwrap().svid);
+    for _ in 0..50 {
+        tokens.push(world.jwt(web, "a").await);
     }
     assert!(tokens.iter().all(|token| Arc::ptr_eq(token, &tokens[0])), "one signature for all");
 
     // In the second half of its life the old one is served, and a fresh one is there for the next.
     tokio::time::sleep(Duration::from_secs(200)).await;
-    let due = world.jwt.fetch(web, &audience).await.unwrap().svid;
+    let due = world.jwt(web, "a").await;
     assert!(Arc::ptr_eq(&due, &tokens[0]));
     let fresh = loop {
         tokio::task::yield_now().await;
-        let next = world.jwt.fetch(web, &audience).await.unwrap().svid;
+        let next = world.jwt(web, "a").await;
         if !Arc::ptr_eq(&next, &due) {
             break next;
         }
@@ -191,20 +212,20 @@ async fn tokens_are_signed_once_and_renewed_behind_the_callers() {
 
     // After its end it is not served.
     tokio::time::sleep(Duration::from_secs(301)).await;
-    let new = world.jwt.fetch(web, &audience).await.unwrap().svid;
+    let new = world.jwt(web, "a").await;
     assert!(!Arc::ptr_eq(&new, &fresh) && new.expires_at > world.clock.now());
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_flood_of_audiences_pushes_out_its_own_tokens_only() {
     let world = World::new(&["flood", "quiet"], 50);
-    let (flood, quiet) = (&world.entries[0], &world.entries[1]);
-    let kept = world.jwt.fetch(quiet, &["a".to_owned()]).await.unwrap().svid;
+    let (flood, quiet) = (&mut world.charged("flood").await, &mut world.charged("quiet").await);
+    let kept = world.jwt(quiet, "a").await;
     for n in 0..500 {
-        world.jwt.fetch(flood, &[n.to_string()]).await.unwrap();
+        world.jwt(flood, &n.to_string()).await;
         assert!(world.jwt.len() <= 50);
     }
-    let again = world.jwt.fetch(quiet, &["a".to_owned()]).await.unwrap().svid;
+    let again = world.jwt(quiet, "a").await;
     assert!(Arc::ptr_eq(&kept, &again), "the neighbour's token is still there");
 }
 
@@ -219,11 +240,12 @@ proptest! {
         runtime.block_on(async {
             let world = World::new(&["web"], 4);
             let syncing = tokio::spawn(Arc::clone(&world.sync).run());
+            let web = &mut world.charged("web").await;
             for step in steps {
                 tokio::time::sleep(Duration::from_secs(step)).await;
-                let token = world.jwt.fetch(&world.entries[0], &[(step % 3).to_string()]).await.unwrap().svid;
+                let token = world.jwt(web, &(step % 3).to_string()).await;
                 assert!(token.expires_at > world.clock.now());
-                let svid = world.x509.fetch(&world.entries[0]).await.unwrap().svid;
+                let svid = world.x509(web).await;
                 assert!(svid.not_after > world.clock.now());
                 world.assert_verifies(&svid.chain);
             }

@@ -1,39 +1,13 @@
-//! The one rule that says who may have what: an entry is its caller's when every selector it asks for was attested.
+//! The one rule that says who may have what: an entry matches when every selector that it asks for was attested.
 //!
-//! [`AuthorizedEntry`] is made here and nowhere else; an SVID is handed out for nothing else. The index makes a look
-//! cost what the caller's own selectors cost, however many entries there are.
+//! The index makes a look cost what the selectors at hand cost, however many entries there are. That the selectors
+//! were attested is not known here: `store::authorize` asks with nothing else.
 
 use std::sync::Arc;
 
 use hashbrown::HashMap;
 
 use super::{Entry, EntryId, Selector, Selectors, SpiffeId};
-
-/// An entry that matched a caller's selectors. Only [`authorize`] makes one.
-#[derive(Clone, Debug)]
-pub struct AuthorizedEntry(Arc<Entry>);
-
-impl AuthorizedEntry {
-    /// The entry.
-    pub fn entry(&self) -> &Entry {
-        &self.0
-    }
-
-    /// The entry, shared.
-    pub fn shared(&self) -> &Arc<Entry> {
-        &self.0
-    }
-
-    /// Whom its SVIDs name.
-    pub fn spiffe_id(&self) -> &SpiffeId {
-        &self.0.spiffe_id
-    }
-}
-
-/// No entry matches the caller, or none has the SPIFFE ID it asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no identity issued")]
-pub struct NoIdentity;
 
 /// All entries, found by selector.
 ///
@@ -82,48 +56,59 @@ impl EntryIndex {
         let at = self.entries.binary_search_by(|entry| entry.id.cmp(id)).ok()?;
         self.entries.get(at)
     }
-}
 
-/// Returns the entries whose every selector was attested, narrowed to `wanted` when given, sorted by entry ID.
-///
-/// Of several with the same hint the oldest stays (SPIRE: `pkg/agent/common/hintsfilter`), before narrowing, so that
-/// a caller is never given by name what it is not given in full. An entry without selectors matches nobody: an empty
-/// list is a mistake, not a wildcard.
-///
-/// # Errors
-/// [`NoIdentity`] when none is left.
-pub fn authorize(
-    index: &EntryIndex,
-    attested: &Selectors,
-    wanted: Option<&SpiffeId>,
-) -> Result<Vec<AuthorizedEntry>, NoIdentity> {
-    let mut at: Vec<usize> = attested
-        .iter()
-        .filter_map(|selector| index.by_selector.get(selector))
-        .flatten()
-        .copied()
-        .filter(|at| index.entries.get(*at).is_some_and(|entry| entry.selectors.is_subset(attested)))
-        .collect();
-    // An entry stands under one selector only, so no place comes twice.
-    at.sort_unstable();
-    let matched: Vec<&Arc<Entry>> = at.iter().filter_map(|at| index.entries.get(*at)).collect();
+    /// The entries whose every selector is among `selectors`, narrowed to `wanted` when given, sorted by entry ID.
+    ///
+    /// Of several with the same hint the oldest stays (SPIRE: `pkg/agent/common/hintsfilter`), before narrowing, so
+    /// that nobody is given by name what it is not given in full. An entry without selectors matches nobody: an empty
+    /// list is a mistake, not a wildcard.
+    pub fn matching(&self, selectors: &Selectors, wanted: Option<&SpiffeId>) -> Vec<&Arc<Entry>> {
+        let mut at: Vec<usize> = selectors
+            .iter()
+            .filter_map(|selector| self.by_selector.get(selector))
+            .flatten()
+            .copied()
+            .filter(|at| self.entries.get(*at).is_some_and(|entry| entry.selectors.is_subset(selectors)))
+            .collect();
+        // An entry stands under one selector only, so no place comes twice.
+        at.sort_unstable();
+        let mut matched: Vec<&Arc<Entry>> = at.iter().filter_map(|at| self.entries.get(*at)).collect();
 
-    let age = |entry: &Entry| (entry.created_at, entry.id.clone());
-    let mut oldest: HashMap<&str, &Entry, ahash::RandomState> = HashMap::default();
-    for entry in matched.iter().filter(|entry| !entry.hint.is_empty()) {
-        let first = oldest.entry(&entry.hint).or_insert(entry);
-        if age(entry) < age(first) {
-            *first = entry;
+        let age = |entry: &Entry| (entry.created_at, entry.id.clone());
+        let mut oldest: HashMap<&str, &Entry, ahash::RandomState> = HashMap::default();
+        for entry in matched.iter().filter(|entry| !entry.hint.is_empty()) {
+            let first = oldest.entry(&entry.hint).or_insert(entry);
+            if age(entry) < age(first) {
+                *first = entry;
+            }
         }
+        matched.retain(|entry| {
+            oldest.get(&*entry.hint).is_none_or(|first| first.id == entry.id)
+                && wanted.is_none_or(|id| entry.spiffe_id == *id)
+        });
+        matched
     }
-    let keeps_hint = |entry: &Entry| oldest.get(&*entry.hint).is_none_or(|first| first.id == entry.id);
-    let authorized: Vec<AuthorizedEntry> = matched
-        .iter()
-        .filter(|entry| keeps_hint(entry))
-        .filter(|entry| wanted.is_none_or(|id| entry.spiffe_id == *id))
-        .map(|entry| AuthorizedEntry(Arc::clone(entry)))
-        .collect();
-    if authorized.is_empty() { Err(NoIdentity) } else { Ok(authorized) }
+
+    /// The `n` entries that match nearly: at least one of their selectors was attested, and the fewest were not. Of equal
+    /// ones first those with more that were, then by entry ID. For people: looks at every entry.
+    pub fn nearest(&self, attested: &Selectors, n: usize) -> Vec<Near> {
+        let mut found: Vec<(usize, std::cmp::Reverse<usize>, usize)> = Vec::new();
+        for (at, entry) in self.entries.iter().enumerate() {
+            let has = entry.selectors.intersection(attested).count();
+            let missing = entry.selectors.len() - has;
+            if has > 0 && missing > 0 {
+                found.push((missing, std::cmp::Reverse(has), at));
+            }
+        }
+        found.sort_unstable();
+        let entries = found.into_iter().take(n).filter_map(|(_, _, at)| self.entries.get(at));
+        entries
+            .map(|entry| Near {
+                entry: Arc::clone(entry),
+                missing: entry.selectors.difference(attested).cloned().collect(),
+            })
+            .collect()
+    }
 }
 
 /// An entry that does not match, and what it misses.
@@ -133,27 +118,6 @@ pub struct Near {
     pub entry: Arc<Entry>,
     /// The selectors that were not attested: one or more.
     pub missing: Vec<Selector>,
-}
-
-/// The `n` entries that match nearly: at least one of their selectors was attested, and the fewest were not. Of equal
-/// ones first those with more that were, then by entry ID. For people: looks at every entry.
-pub fn nearest(index: &EntryIndex, attested: &Selectors, n: usize) -> Vec<Near> {
-    let mut found: Vec<(usize, std::cmp::Reverse<usize>, usize)> = Vec::new();
-    for (at, entry) in index.entries.iter().enumerate() {
-        let has = entry.selectors.intersection(attested).count();
-        let missing = entry.selectors.len() - has;
-        if has > 0 && missing > 0 {
-            found.push((missing, std::cmp::Reverse(has), at));
-        }
-    }
-    found.sort_unstable();
-    let entries = found.into_iter().take(n).filter_map(|(_, _, at)| index.entries.get(at));
-    entries
-        .map(|entry| Near {
-            entry: Arc::clone(entry),
-            missing: entry.selectors.difference(attested).cloned().collect(),
-        })
-        .collect()
 }
 
 #[cfg(test)]
@@ -184,12 +148,12 @@ mod tests {
         selectors.split_whitespace().map(|s| Selector::parse(&format!("unix:{s}")).unwrap()).collect()
     }
 
-    fn ids(found: Result<Vec<AuthorizedEntry>, NoIdentity>) -> Result<String, NoIdentity> {
-        found.map(|all| all.iter().map(|e| e.entry().id.as_str()).collect::<Vec<_>>().join(" "))
+    fn ids(found: &[&Arc<Entry>]) -> String {
+        found.iter().map(|entry| entry.id.as_str()).collect::<Vec<_>>().join(" ")
     }
 
     #[test]
-    fn authorize_needs_every_selector() {
+    fn a_match_needs_every_selector() {
         let index = EntryIndex::new([
             entry("web", "uid:1000", "", 0),
             entry("db", "uid:1000 gid:7", "", 0),
@@ -197,16 +161,15 @@ mod tests {
             entry("other", "uid:1001", "", 0),
         ]);
         for (case, attested, wanted, want) in [
-            ("nothing attested", "", None, Err(NoIdentity)),
-            ("one selector", "uid:1000", None, Ok("web")),
-            ("both selectors, sorted by entry id", "uid:1000 gid:7", None, Ok("db web")),
-            ("half of two", "gid:7", None, Err(NoIdentity)),
-            ("asking narrows", "uid:1000 gid:7", Some("db"), Ok("db")),
-            ("asking never widens", "uid:1000", Some("db"), Err(NoIdentity)),
+            ("nothing attested", "", None, ""),
+            ("one selector", "uid:1000", None, "web"),
+            ("both selectors, sorted by entry id", "uid:1000 gid:7", None, "db web"),
+            ("half of two", "gid:7", None, ""),
+            ("asking narrows", "uid:1000 gid:7", Some("db"), "db"),
+            ("asking never widens", "uid:1000", Some("db"), ""),
         ] {
             let wanted = wanted.map(|path| SpiffeId::parse(&format!("spiffe://td/{path}")).unwrap());
-            let got = ids(authorize(&index, &parse(attested), wanted.as_ref()));
-            assert_eq!(got.as_deref(), want.as_ref().map(|s| *s), "{case}");
+            assert_eq!(ids(&index.matching(&parse(attested), wanted.as_ref())), want, "{case}");
         }
     }
 
@@ -219,9 +182,9 @@ mod tests {
             entry("d", "u:1", "", 1),
             entry("e", "u:1", "x", 2),
         ]);
-        assert_eq!(ids(authorize(&index, &parse("u:1"), None)).as_deref(), Ok("b c d"));
+        assert_eq!(ids(&index.matching(&parse("u:1"), None)), "b c d");
         let lost = SpiffeId::parse("spiffe://td/a").unwrap();
-        assert_eq!(ids(authorize(&index, &parse("u:1"), Some(&lost))), Err(NoIdentity));
+        assert_eq!(ids(&index.matching(&parse("u:1"), Some(&lost))), "");
     }
 
     #[test]
@@ -241,7 +204,7 @@ mod tests {
             entry("stranger", "uid:1001", "", 0),
             entry("unfinished", "", "", 0),
         ]);
-        let near = nearest(&index, &parse("uid:1000 gid:7"), 5);
+        let near = index.nearest(&parse("uid:1000 gid:7"), 5);
         let told: Vec<String> = near
             .iter()
             .map(|near| {
@@ -257,8 +220,8 @@ mod tests {
                 "two-of-three misses unix:gid:8 unix:path:/x"
             ]
         );
-        assert_eq!(nearest(&index, &parse("uid:1000 gid:7"), 1).len(), 1);
-        assert!(nearest(&index, &parse(""), 5).is_empty());
+        assert_eq!(index.nearest(&parse("uid:1000 gid:7"), 1).len(), 1);
+        assert!(index.nearest(&parse(""), 5).is_empty());
     }
 
     proptest! {
@@ -277,8 +240,8 @@ mod tests {
                 .filter(|e| !e.selectors.is_empty() && e.selectors.is_subset(&attested))
                 .map(|e| e.id.to_string())
                 .collect();
-            let found = ids(authorize(&EntryIndex::new(entries), &attested, None)).unwrap_or_default();
-            prop_assert_eq!(found, scan.join(" "));
+            let index = EntryIndex::new(entries);
+            prop_assert_eq!(ids(&index.matching(&attested, None)), scan.join(" "));
         }
     }
 }

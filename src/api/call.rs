@@ -1,0 +1,69 @@
+//! The typed way of a call: [`Call`] -> `Admitted` -> `Attested` -> `Entitled` -> `Charged`.
+//!
+//! Each state is made in one place and takes the one before it, so that a handler cannot leave a step out:
+//!
+//! | state | made by | proves |
+//! |---|---|---|
+//! | [`Call`] | [`Call::of`] | the request shows the security header, and the kernel said who sends it |
+//! | [`Admitted`] | [`Call::admit`] | its caller has tokens for the method, and a place to be attested |
+//! | [`Attested`](crate::attest::Attested) | [`Attestor::attest`](crate::attest::Attestor::attest) | its selectors are the kernel's word on a living process |
+//! | [`Entitled`](crate::store::Entitled) | [`authorize`](crate::store::authorize()) | entries match these selectors |
+//! | [`Charged`](crate::store::Charged) | [`Entitled::charge`](crate::store::Entitled::charge) | their identities have tokens too; the caches of SVIDs take nothing else |
+
+use std::sync::Arc;
+
+use tonic::{Request, metadata::MetadataMap};
+
+use super::status::RequestError;
+use crate::{
+    limits::{Admitted, Limits, Method, Refusal},
+    peer::Peer,
+};
+
+/// A call, and the process that made it.
+#[derive(Debug)]
+pub struct Call {
+    caller: Arc<Peer>,
+    method: Method,
+}
+
+impl Call {
+    /// The call that `request` makes, once it has shown that it means to: the header keeps a browser or a proxy that
+    /// was tricked into calling from being answered (SPIFFE Workload Endpoint, section 6).
+    ///
+    /// # Errors
+    /// [`RequestError::NoSecurityHeader`]; [`RequestError::NoPeer`], which is a mistake of ours.
+    pub fn of<T>(request: &Request<T>, method: Method) -> Result<Self, RequestError> {
+        require_header(request.metadata())?;
+        Self::without_header(request.extensions().get(), method)
+    }
+
+    /// A call of a service that asks for no security header: health and reflection.
+    ///
+    /// # Errors
+    /// [`RequestError::NoPeer`], which is a mistake of ours.
+    pub fn without_header(caller: Option<&Arc<Peer>>, method: Method) -> Result<Self, RequestError> {
+        Ok(Self { caller: Arc::clone(caller.ok_or(RequestError::NoPeer)?), method })
+    }
+
+    /// What is called.
+    pub fn method(&self) -> Method {
+        self.method
+    }
+
+    /// Charges the caller, before anything is read about it.
+    ///
+    /// # Errors
+    /// [`Refusal`] when it has no tokens, or too many calls are being attested.
+    pub fn admit(self, limits: &Limits) -> Result<Admitted<Arc<Peer>>, Refusal> {
+        limits.admit_caller(self.caller, self.method)
+    }
+}
+
+fn require_header(metadata: &MetadataMap) -> Result<(), RequestError> {
+    let mut values = metadata.get_all("workload.spiffe.io").iter();
+    match (values.next(), values.next()) {
+        (Some(value), None) if value == "true" => Ok(()),
+        _ => Err(RequestError::NoSecurityHeader),
+    }
+}

@@ -1,0 +1,140 @@
+//! From an attested call to what it may be given: the entries that match, and proof that they were charged.
+//!
+//! The states of a call are types, each made in one place. [`authorize`] alone makes an [`Entitled`], of nothing but
+//! an [`Attested`]; [`Entitled::charge`] alone makes a [`Charged`]; and the caches of SVIDs take nothing but a
+//! [`Charged`]. So no SVID is made for a caller that was not admitted, attested, entitled and charged, in this order.
+
+use std::sync::Arc;
+
+use super::Snapshot;
+use crate::{
+    attest::{Attested, Subject},
+    identity::{Entry, SpiffeId},
+    limits::{Admitted, Limits, Refusal},
+    peer::Peer,
+};
+
+/// No entry matches, or none has the SPIFFE ID that was asked for. The text is spire-agent's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no identity issued")]
+pub struct NoIdentity;
+
+/// What a call wants entries for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To be given their SVIDs.
+    Svids,
+    /// To be given bundles. Where `allow_unauthenticated_verifiers` says so, this takes no entry.
+    Bundles,
+}
+
+/// A call with the entries that match. Nothing is made for them yet.
+#[derive(Debug)]
+pub struct Entitled {
+    admitted: Admitted<Arc<Peer>>,
+    subject: Subject,
+    purpose: Purpose,
+    entries: Vec<Arc<Entry>>,
+}
+
+/// A call whose entries were charged: the only key to an SVID.
+///
+/// It holds the caller's tokens until [`Charged::pay`] or until it is dropped, whichever is first.
+#[derive(Debug)]
+pub struct Charged {
+    peer: Arc<Peer>,
+    subject: Subject,
+    purpose: Purpose,
+    pub(super) entries: Vec<Arc<Entry>>,
+    pub(super) bill: Bill,
+}
+
+/// What the call pays in the end; nothing more once it has paid.
+#[derive(Debug)]
+pub(super) struct Bill(Option<Admitted<Arc<Peer>>>);
+
+impl Bill {
+    /// Says that something was signed for this identity: it costs more.
+    pub(super) fn signed(&mut self, id: &SpiffeId) {
+        if let Some(admitted) = &mut self.0 {
+            admitted.signed(id);
+        }
+    }
+}
+
+/// Finds the entries of an attested caller in `snapshot`, narrowed to `wanted` when given. In the order of
+/// [`EntryIndex::matching`](crate::identity::EntryIndex::matching): the default identity comes first.
+///
+/// # Errors
+/// [`NoIdentity`], for which the caller pays as for a failed attestation.
+pub fn authorize(
+    snapshot: &Snapshot,
+    attested: Attested,
+    purpose: Purpose,
+    wanted: Option<&SpiffeId>,
+) -> Result<Entitled, NoIdentity> {
+    let (mut admitted, subject) = attested.into_parts();
+    let entries = entries_of(snapshot, &subject, purpose, wanted)
+        .inspect_err(|NoIdentity| admitted.attestation_failed())?;
+    Ok(Entitled { admitted, subject, purpose, entries })
+}
+
+impl Entitled {
+    /// Charges the call to the identities of its entries: to all of them, or to none.
+    ///
+    /// # Errors
+    /// [`Refusal`]; the caller's own tokens are given back then.
+    pub fn charge(mut self, limits: &Limits) -> Result<Charged, Refusal> {
+        limits.admit_identities(&mut self.admitted, self.entries.iter().map(|entry| &entry.spiffe_id))?;
+        let Self { admitted, subject, purpose, entries } = self;
+        let peer = Arc::clone(admitted.peer());
+        Ok(Charged { peer, subject, purpose, entries, bill: Bill(Some(admitted)) })
+    }
+}
+
+impl Charged {
+    /// The caller.
+    pub fn peer(&self) -> &Arc<Peer> {
+        &self.peer
+    }
+
+    /// The entries, the default identity first. Empty only for [`Purpose::Bundles`].
+    pub fn entries(&self) -> &[Arc<Entry>] {
+        &self.entries
+    }
+
+    /// Ends the charge. A stream does so with its first message: it is charged when it opens, and not for its updates.
+    pub fn pay(&mut self) {
+        self.bill.0 = None;
+    }
+
+    /// Takes the entries that match the same subject in a newer snapshot.
+    ///
+    /// # Errors
+    /// [`NoIdentity`] when there are none any more.
+    pub fn follow(&mut self, snapshot: &Snapshot) -> Result<(), NoIdentity> {
+        self.entries = entries_of(snapshot, &self.subject, self.purpose, None)?;
+        Ok(())
+    }
+}
+
+fn entries_of(
+    snapshot: &Snapshot,
+    subject: &Subject,
+    purpose: Purpose,
+    wanted: Option<&SpiffeId>,
+) -> Result<Vec<Arc<Entry>>, NoIdentity> {
+    let entries: Vec<_> = snapshot.matching(subject, wanted).into_iter().map(Arc::clone).collect();
+    if !entries.is_empty() || purpose == Purpose::Bundles && snapshot.policy.allow_unauthenticated_verifiers {
+        return Ok(entries);
+    }
+    if tracing::enabled!(tracing::Level::DEBUG) {
+        // Selectors tell much about a workload: those only that the admin chose.
+        let chosen = |text: &String| {
+            snapshot.policy.log_selectors.iter().any(|prefix| text.starts_with(prefix.as_str()))
+        };
+        let selectors: Vec<String> = subject.iter().map(ToString::to_string).filter(chosen).collect();
+        tracing::debug!(?selectors, "no identity issued");
+    }
+    Err(NoIdentity)
+}
