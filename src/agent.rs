@@ -1,8 +1,9 @@
 //! Builds every part from the configuration, binds everything, says ready; reloads; drains.
 //!
-//! Nothing is served before everything is there: a setting that cannot be put in force keeps the agent from starting.
-//! A reload reads, checks and compares before it changes anything; an error keeps all as it was. The order of the end:
-//! no new connections, streams told to come back, a bounded wait, and the socket goes last.
+//! Nothing is served before everything is there: a setting that cannot be put in force keeps the agent from
+//! starting. A reload reads, checks and compares before it changes anything; an error keeps all as it was.
+//! The order of the end: no new connections, streams told to come back, a bounded wait, and the socket goes
+//! last.
 
 mod gate;
 mod metrics;

@@ -1,4 +1,5 @@
-//! The start: every part is built from the configuration, every place where the agent is asked is bound, and then served.
+//! The start: every part is built from the configuration, every place where the agent is asked is bound, and
+//! then served.
 
 use std::{os::unix::net::UnixListener, sync::Arc};
 
@@ -38,7 +39,8 @@ impl Running {
     /// Builds and binds everything, and serves. `handed` is the socket that a service manager keeps for the agent.
     ///
     /// # Errors
-    /// What could not be opened, bound or made, with its cause. Nothing is left behind then but what `data_dir` holds.
+    /// What could not be opened, bound or made, with its cause. Nothing is left behind then but what
+    /// `data_dir` holds.
     pub fn start(config: Config, handed: Option<UnixListener>, clock: Clock) -> anyhow::Result<Self> {
         let built = Built::of(&config, clock)?;
         let bound = BoundPlaces::of(&config, handed, &built)?;
@@ -113,8 +115,7 @@ impl Built {
         let (stop, stopping) = channel::channel(false);
         let (connections, bounds) = channel::channel(connection_bounds(&config, self.means));
         let (evicted, evictions) = channel::channel(None);
-        let budget = Budget::of(&config, self.means);
-        let (memory, budgets) = channel::channel(budget);
+        let (memory, budgets) = channel::channel(Budget::of(&config, self.means));
         let keys =
             Arc::new(PodOrUid::new(config.kubernetes.mode, in_pod(), config.kubernetes.kubelet_root.clone()));
         let (stats, admin_stats) = (Arc::<ConnectionStats>::default(), Arc::<ConnectionStats>::default());
@@ -134,16 +135,7 @@ impl Built {
         let public = Serving::begin("the workload api", serving);
         let admin = admin.map(|socket| {
             let service = self.admin_service(keys, memory.subscribe());
-            let listener = Listener {
-                socket,
-                bounds: channel::channel(admin::connection_bounds()).1,
-                gate: Arc::new(admin::Owner::new(self.gate.clone())),
-                keys: Arc::new(OsUid),
-                stats: admin_stats,
-                evicted: channel::channel(None).1,
-            };
-            let serving = listener.serve(move |_peer| service.clone(), stopped(stopping));
-            Serving::begin("the admin api", serving)
+            self.serve_admin(socket, service, admin_stats, stopping)
         });
         let tasks = self.tasks(&config, http, budgets, evicted);
 
@@ -171,6 +163,25 @@ impl Built {
             admin,
             tasks,
         })
+    }
+
+    fn serve_admin(
+        &self,
+        socket: Socket,
+        service: AdminService,
+        stats: Arc<ConnectionStats>,
+        stopping: channel::Receiver<bool>,
+    ) -> Serving {
+        let listener = Listener {
+            socket,
+            bounds: channel::channel(admin::connection_bounds()).1,
+            gate: Arc::new(admin::Owner::new(self.gate.clone())),
+            keys: Arc::new(OsUid),
+            stats,
+            evicted: channel::channel(None).1,
+        };
+        let serving = listener.serve(move |_peer| service.clone(), stopped(stopping));
+        Serving::begin("the admin api", serving)
     }
 
     fn services(&self) -> anyhow::Result<Services> {

@@ -1,5 +1,5 @@
-//! What the agent does every quarter of a second: looks how much memory it uses and acts on it, and says in the log who is
-//! being refused.
+//! What the agent does every quarter of a second: looks how much memory it uses and acts on it, and says in
+//! the log who is being refused.
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,8 +20,8 @@ use crate::{
 
 const EVERY: Duration = Duration::from_millis(250);
 
-/// Caches that were emptied are emptied again after so many looks, or when memory is shorter than then, and not at each look:
-/// what is made anew costs its caller a signature.
+/// Caches that were emptied are emptied again after so many looks, or when memory is shorter than then, and
+/// not at each look: what is made anew costs its caller a signature.
 const TICKS_PER_SHRINK: u32 = 40;
 
 /// Log lines about refusals and the gauges are worth a look this often.
@@ -78,8 +78,8 @@ impl Watch {
         }
     }
 
-    /// Does what the budget asks for. Each step does what those before it do; caches are emptied when memory is shorter than
-    /// `emptied_at`. Returns whether they were.
+    /// Does what the budget asks for. Each step does what those before it do; caches are emptied when memory
+    /// is shorter than `emptied_at`. Returns whether they were.
     fn relieve(&self, pressure: &mut Pressure, emptied_at: Pressure) -> bool {
         let Budget { settings, bytes } = *self.memory.borrow();
         // Without a budget there is nothing to look for.

@@ -1,8 +1,9 @@
 //! From an HTTP/2 request to the service it is for.
 //!
-//! Three services, told apart by the first part of the path. This is all the routing there is: no middleware stands
-//! in the way of a call. The Workload API asks the limits itself; what else is asked here (health, reflection, services that
-//! there are not) is charged to the caller as [`Method::Other`] before anything is done for it.
+//! Three services, told apart by the first part of the path. This is all the routing there is: no middleware
+//! stands in the way of a call. The Workload API asks the limits itself; what else is asked here (health,
+//! reflection, services that there are not) is charged to the caller as [`Method::Other`] before anything is
+//! done for it.
 
 use std::{convert::Infallible, future::Future, pin::Pin, sync::Arc};
 
@@ -49,8 +50,8 @@ pub struct Services {
 /// The largest request to the other services: a name.
 const MAX_NAME: usize = 1024;
 
-/// All requests of one reflection stream, in bytes: dozens of questions, as each is answered with kilobytes and the stream was
-/// charged once.
+/// All requests of one reflection stream, in bytes: dozens of questions, as each is answered with kilobytes
+/// and the stream was charged once.
 const MAX_QUESTIONS: u64 = 2 * 1024;
 
 /// The paths that are answered. A request's own path is a part of the buffer it came in.
@@ -71,8 +72,8 @@ const PATHS: [&str; 11] = [
 /// The headers that anybody here reads.
 const HEADERS: [&str; 3] = ["workload.spiffe.io", "grpc-encoding", "grpc-accept-encoding"];
 
-/// The request with a head of what is needed, copied: what else was sent, kilobytes perhaps, is not kept as long as the request
-/// takes.
+/// The request with a head of what is needed, copied: what else was sent, kilobytes perhaps, is not kept as
+/// long as the request takes.
 fn slim(request: Request<RequestBody>) -> Request<RequestBody> {
     let (mut head, body) = request.into_parts();
     if let Some(path) = PATHS.into_iter().find(|path| *path == head.uri.path()) {

@@ -11,8 +11,8 @@ use super::{
 };
 use crate::limits::ConnectionSettings;
 
-/// What bounds a connection: what the configuration says ([`ConnectionSettings`]), and beside it what was measured to bound a
-/// hostile peer's memory without slowing an honest one.
+/// What bounds a connection: what the configuration says ([`ConnectionSettings`]), and beside it what was
+/// measured to bound a hostile peer's memory without slowing an honest one.
 ///
 /// hyper does not expose h2's `max_concurrent_reset_streams`, `reset_stream_duration` and `data_frame_budget`:
 /// those keep h2's defaults (50 streams, 30 s, and its own bound on empty DATA frames).
@@ -134,8 +134,8 @@ impl InForce {
     }
 }
 
-/// Runs the streams of all connections, and counts them. They end when their connection does: h2 then tells each that it
-/// was reset.
+/// Runs the streams of all connections, and counts them. They end when their connection does: h2 then tells
+/// each that it was reset.
 #[derive(Clone, Debug)]
 pub(super) struct Spawner(Arc<ConnectionStats>);
 

@@ -428,7 +428,8 @@ pub enum KeySource {
 }
 
 impl PodOrUid {
-    /// The key of a process of this user, and why it is that. As [`Self::pod_of`]: whoever asks must know that it lives.
+    /// The key of a process of this user, and why it is that. As [`Self::pod_of`]: whoever asks must know
+    /// that it lives.
     pub fn explain(&self, pid: Pid, user: Uid) -> (CallerKey, KeySource) {
         let uid = CallerKey::Uid(user.as_raw());
         let Some(root) = &self.kubelet else { return (uid, KeySource::NotKubernetes) };

@@ -1,9 +1,9 @@
 //! The life of one connection that was let in: parked until its first byte, then HTTP/2, to its end.
 //!
-//! A silent connection is parked without any HTTP/2 state. Not trusted: that a peer sends, reads, finishes or leaves. Every
-//! wait has an end: the handshake (up to the first complete request), a request without an answer, an answer that is not
-//! read, a connection without a request, a dead process, the drain. What a connection may hold is bounded by
-//! [`ConnectionBounds`].
+//! A silent connection is parked without any HTTP/2 state. Not trusted: that a peer sends, reads, finishes or
+//! leaves. Every wait has an end: the handshake (up to the first complete request), a request without an
+//! answer, an answer that is not read, a connection without a request, a dead process, the drain. What a
+//! connection may hold is bounded by [`ConnectionBounds`].
 
 use std::{io, os::fd::AsRawFd as _, sync::Arc};
 

@@ -1,5 +1,5 @@
-//! What becomes of a connection that speaks HTTP/2: how long it may wait for what, and what it was told. No I/O here, and
-//! the time is an argument.
+//! What becomes of a connection that speaks HTTP/2: how long it may wait for what, and what it was told. No
+//! I/O here, and the time is an argument.
 
 use std::{sync::Arc, time::Duration};
 

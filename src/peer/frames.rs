@@ -1,7 +1,8 @@
 //! The frames of a peer, walked byte by byte as they arrive, before HTTP/2 sees them.
 //!
-//! Frames that ask for nothing (PING, SETTINGS, WINDOW_UPDATE, empty DATA, unknown ones) are held to a [`FrameBudget`],
-//! since h2 answers them for ever. Header blocks are handed to [`hpack`](super::hpack), which mends `:authority`.
+//! Frames that ask for nothing (PING, SETTINGS, WINDOW_UPDATE, empty DATA, unknown ones) are held to a
+//! [`FrameBudget`], since h2 answers them for ever. Header blocks are handed to [`hpack`](super::hpack),
+//! which mends `:authority`.
 //!
 //! Nothing is trusted and nothing is judged: what is not HTTP/2, or breaks its rules, passes as it is, and h2 refuses
 //! it. The state is a few dozen bytes per connection; nothing is buffered, copied or delayed.

@@ -1,9 +1,9 @@
 //! Header blocks, walked byte by byte (RFC 7541), so that h2 takes the `:authority` of every gRPC client.
 //!
-//! Clients on gRPC C-core (Python, C++, Ruby, PHP) name the socket's path there (`run%2Fagent.sock`), which h2 refuses.
-//! The characters that an authority may not hold are overwritten, each with one that it may hold, so that no length and
-//! no HPACK table changes. Absent: Huffman-coded values and names, and names from the dynamic table. C-core sends a
-//! plain literal, or an index to one that passed here before.
+//! Clients on gRPC C-core (Python, C++, Ruby, PHP) name the socket's path there (`run%2Fagent.sock`), which
+//! h2 refuses. The characters that an authority may not hold are overwritten, each with one that it may hold,
+//! so that no length and no HPACK table changes. Absent: Huffman-coded values and names, and names from the
+//! dynamic table. C-core sends a plain literal, or an index to one that passed here before.
 
 /// Where in a header block (RFC 7541, section 6). Carries over from frame to frame.
 #[derive(Clone, Copy, Debug)]

@@ -1,7 +1,7 @@
 //! Refused connections that are kept a moment before they are closed.
 //!
-//! Connections wait to be accepted in one queue, first come, first served: a crowd that is turned away at once stands in it
-//! again before anybody else has moved up.
+//! Connections wait to be accepted in one queue, first come, first served: a crowd that is turned away at
+//! once stands in it again before anybody else has moved up.
 
 use std::{collections::BTreeMap, os::unix::net::UnixStream};
 
@@ -9,8 +9,8 @@ use tokio::time::Instant;
 
 use super::bounds::ConnectionBounds;
 
-/// Connections that were refused, by when each is closed. Nothing is read from them, and the runtime does not know them: a
-/// descriptor each, and a bounded number.
+/// Connections that were refused, by when each is closed. Nothing is read from them, and the runtime does not
+/// know them: a descriptor each, and a bounded number.
 #[derive(Debug, Default)]
 pub(super) struct Lingering {
     /// With a number, as many may be due at one time.
@@ -19,8 +19,8 @@ pub(super) struct Lingering {
 }
 
 impl Lingering {
-    /// Keeps one for as long as the bounds say, or for as long as there is room: between half of that time and one and a half,
-    /// spread evenly, so that those who came together do not come back together.
+    /// Keeps one for as long as the bounds say, or for as long as there is room: between half of that time
+    /// and one and a half, spread evenly, so that those who came together do not come back together.
     pub(super) fn keep(&mut self, stream: UnixStream, now: Instant, bounds: &ConnectionBounds) {
         /// 2^32 divided by the golden ratio: its multiples fall into the widest gap each time.
         const STEP: u32 = 2_654_435_769;

@@ -1,11 +1,11 @@
 //! The door: from a bound socket to connections that were let in, and to the end of the last of them.
 //!
-//! For each connection, in this order: credentials and caller key, the [`AcceptGate`], and only then a hold on its process
-//! and a task of its own ([`connection`](super::connection)). A refused connection has cost an `accept`, a question to the
-//! kernel and a look into a table. One that its caller's own limits refuse is closed a moment later
-//! ([`lingering`](super::lingering)). Waiting connections are accepted in runs, so that a crowd is through before the next
-//! round of anything else, and nobody else's connection stands long behind it. Absent: what a request means; limits (the
-//! gate's); TLS.
+//! For each connection, in this order: credentials and caller key, the [`AcceptGate`], and only then a hold
+//! on its process and a task of its own ([`connection`](super::connection)). A refused connection has cost an
+//! `accept`, a question to the kernel and a look into a table. One that its caller's own limits refuse is
+//! closed a moment later ([`lingering`](super::lingering)). Waiting connections are accepted in runs, so that
+//! a crowd is through before the next round of anything else, and nobody else's connection stands long behind
+//! it. Absent: what a request means; limits (the gate's); TLS.
 //!
 //! # Decisions
 //! Our own accept loop and not tonic's: that one spins at the descriptor limit, waits for ever in a drain for
@@ -100,9 +100,10 @@ impl Listener {
 }
 
 impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
-    /// Accepts and serves until `shutdown` is ready, then drains: the socket is removed, parked connections are
-    /// closed, the others get a GOAWAY and [`ConnectionBounds::drain_timeout`] to finish. Streams that the server never ends
-    /// by itself should be ended by whoever serves them when `shutdown` becomes ready, or they are cut.
+    /// Accepts and serves until `shutdown` is ready, then drains: the socket is removed, parked connections
+    /// are closed, the others get a GOAWAY and [`ConnectionBounds::drain_timeout`] to finish. Streams that
+    /// the server never ends by itself should be ended by whoever serves them when `shutdown` becomes ready,
+    /// or they are cut.
     ///
     /// `services` makes the service of a connection. Each request carries its `Arc<Peer>` in its extensions too.
     /// Must be called within a tokio runtime.
@@ -226,9 +227,9 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
     }
 }
 
-/// A socket at which somebody always waits would never let the accept loop's task rest: then nothing else in it ever comes
-/// about, since the runtime gives a task that does not rest no other event, nor do those tasks that share its thread. So it
-/// rests after a whole run, and now and then after others.
+/// A socket at which somebody always waits would never let the accept loop's task rest: then nothing else in
+/// it ever comes about, since the runtime gives a task that does not rest no other event, nor do those tasks
+/// that share its thread. So it rests after a whole run, and now and then after others.
 async fn rest(run: usize) {
     if run == RUN {
         tokio::task::yield_now().await;
@@ -286,7 +287,8 @@ impl NotTaken {
             }
             Self::Accept(err) => {
                 stats.count_accept_error();
-                // A peer that left before it was accepted is no reason to pause; nothing else passes by itself at once.
+                // A peer that left before it was accepted is no reason to pause; nothing else passes by
+                // itself at once.
                 let passes = err.kind() == io::ErrorKind::ConnectionAborted;
                 if !passes {
                     tracing::debug!(error = %err, "cannot accept");

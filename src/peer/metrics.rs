@@ -57,7 +57,8 @@ impl ConnectionMetrics {
         }
     }
 
-    /// Carries over what the listener of the public socket has counted; of the admin socket only whom it does not belong to.
+    /// Carries over what the listener of the public socket has counted; of the admin socket only whom it does
+    /// not belong to.
     pub fn set(&self, public: &ConnectionStats, admin: &ConnectionStats) {
         self.open.set(float_u64(public.open()));
         self.parked.set(float_u64(public.parked()));

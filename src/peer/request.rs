@@ -12,9 +12,9 @@ use hyper::body::Incoming;
 
 use super::turns::Turns;
 
-/// The body of a request. As long as it is not complete, its bytes count against what its connection may send without ending
-/// a request ([`UPLOADS`](crate::limits::budget::UPLOADS)): what is half-read is kept by somebody, and has been charged to
-/// nobody yet.
+/// The body of a request. As long as it is not complete, its bytes count against what its connection may send
+/// without ending a request ([`UPLOADS`](crate::limits::budget::UPLOADS)): what is half-read is kept by
+/// somebody, and has been charged to nobody yet.
 #[derive(Debug)]
 pub struct RequestBody {
     body: Incoming,
@@ -30,8 +30,8 @@ pub struct RequestBody {
 /// Why the body of a request cannot be read to its end.
 #[derive(Debug, thiserror::Error)]
 pub enum BodyError {
-    /// The connection holds too many bytes of requests that are not complete, or this request is too long. A client that
-    /// waits until its other requests have ended finds room.
+    /// The connection holds too many bytes of requests that are not complete, or this request is too long. A
+    /// client that waits until its other requests have ended finds room.
     #[error("too many bytes of requests that are not complete: end them first")]
     TooMuch,
     /// The peer reset the request, or the connection ended.

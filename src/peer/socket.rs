@@ -201,8 +201,8 @@ impl Socket {
         Ok(Self { listener, place: Some(BoundPath { path: path.to_owned(), made, _lock: lock }) })
     }
 
-    /// Binds `path` for this process's user alone: the socket has mode 0600, and its directory, when it is missing, is made with
-    /// mode 0700 (those above it with 0755).
+    /// Binds `path` for this process's user alone: the socket has mode 0600, and its directory, when it is
+    /// missing, is made with mode 0700 (those above it with 0755).
     ///
     /// # Errors
     /// [`BindError`]; [`BindError::NotPrivate`] for a directory that is there, and in which others could write.

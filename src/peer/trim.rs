@@ -1,9 +1,9 @@
 //! When the memory of connections that have gone is given back to the kernel.
 //!
 //! # Decisions
-//! `malloc_trim` runs inline and not on the blocking pool: it holds the heap's locks, so a second thread would only
-//! move the wait, and would cost a stack and an arena of its own. It runs at most once a second and takes 0.03 ms when
-//! there is nothing to give back, 1 to 3 ms after a burst.
+//! `malloc_trim` runs inline and not on the blocking pool: it holds the heap's locks, so a second thread
+//! would only move the wait, and would cost a stack and an arena of its own. It runs at most once a second
+//! and takes 0.03 ms when there is nothing to give back, 1 to 3 ms after a burst.
 
 use std::time::Duration;
 

@@ -16,7 +16,7 @@ pub(super) struct Turns {
 
 #[derive(Debug, Default)]
 struct TurnSlots {
-    /// Bounded by [`ConnectionBounds::max_concurrent_streams`](super::bounds::ConnectionBounds::max_concurrent_streams) and what h2 has reset but not forgotten.
+    /// As many as streams may be open at once, and those that h2 has reset but not forgotten.
     slots: Vec<TurnSlot>,
     open: usize,
     last_ended: Option<Instant>,

@@ -1,8 +1,9 @@
 //! What operators count: every series is registered at start, and the request path only touches handles it holds.
 //!
-//! Each room registers its own. Names are `durward_*` in base units (seconds, bytes), counters end in `_total`. Labels come
-//! from closed enums ([`registry`](super::registry)): nothing that a caller or an entry chose (SPIFFE ID, UID, PID, selector, trust domain) can
-//! become one, so the number of series is fixed when the agent starts.
+//! Each room registers its own. Names are `durward_*` in base units (seconds, bytes), counters end in
+//! `_total`. Labels come from closed enums ([`registry`](super::registry)): nothing that a caller or an entry
+//! chose (SPIFFE ID, UID, PID, selector, trust domain) can become one, so the number of series is fixed when
+//! the agent starts.
 //!
 //! There is no global recorder: the agent has one [`Metrics`] and a test has its own. The exporter keeps every
 //! sample of a histogram (16 bytes) until somebody drains it, so [`Metrics::upkeep`] must run, scraped or not.

@@ -23,8 +23,8 @@ pub trait Label: Copy + 'static {
     fn at(self) -> usize;
 }
 
-/// Declares an enum as a set of label values: `labels! { /// Doc. Name, "key" { /// Doc. Case = "text", } }`. It is `pub`,
-/// unless `pub(super) enum` or the like stands before the name.
+/// Declares an enum as a set of label values: `labels! { /// Doc. Name, "key" { /// Doc. Case = "text", } }`.
+/// It is `pub`, unless `pub(super) enum` or the like stands before the name.
 macro_rules! labels {
     ($(#[$doc:meta])* $name:ident, $($rest:tt)+) => {
         $crate::telemetry::registry::labels! { $(#[$doc])* pub enum $name, $($rest)+ }

@@ -182,7 +182,8 @@ fn a_room_uses_only_rooms_below_it() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// What a file passes on from its parts (`pub use part::Thing`), by the path it then has, with the path it is declared at.
+/// What a file passes on from its parts (`pub use part::Thing`), by the path it then has, with the path it is
+/// declared at.
 fn passed_on(sources: &[Source]) -> BTreeMap<Vec<String>, Vec<String>> {
     let mut all = BTreeMap::new();
     for source in sources {
@@ -190,10 +191,11 @@ fn passed_on(sources: &[Source]) -> BTreeMap<Vec<String>, Vec<String>> {
         for (at, pair) in tokens.windows(2).enumerate() {
             if ["pub", ")"].contains(&pair[0]) && pair[1] == "use" {
                 let mut paths = Vec::new();
-                spread(&tokens[at + 2..], &source.module, &mut paths);
+                spread(&tokens[at + 2..], &[], &mut paths);
                 for path in paths {
                     let name = path.last().into_iter().cloned();
-                    all.insert(source.module.iter().cloned().chain(name).collect(), path);
+                    let here = source.module.iter().cloned().chain(name).collect();
+                    all.insert(here, from_root(&source.module, &path));
                 }
             }
         }
@@ -201,8 +203,8 @@ fn passed_on(sources: &[Source]) -> BTreeMap<Vec<String>, Vec<String>> {
     all
 }
 
-/// Who takes something that a file passes on uses the part that declares it. A file and its parts may use each other: what
-/// it declares itself is for all of them.
+/// Who takes something that a file passes on uses the part that declares it. A file and its parts may use
+/// each other: what it declares itself is for all of them.
 #[test]
 fn no_two_files_of_a_room_use_each_other() {
     let sources = sources();
