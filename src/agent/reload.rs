@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use super::{Load, Running, connection_settings, watch};
+use super::{Load, Running, connection_bounds, metrics::ReloadResult, watch};
 use crate::{
     config::{self, Config, EntryChanges},
     identity::EntryIndex,
     limits::GatePlan,
-    telemetry::metrics::ReloadResult,
 };
 
 impl Running {
@@ -40,7 +39,7 @@ impl Running {
             ratelimit,
         } = &next;
         let budget = ratelimit.memory.budget(self.means.cgroup);
-        let connections = connection_settings(&next, self.means);
+        let connections = connection_bounds(&next, self.means);
         let index = Arc::new(EntryIndex::new(entries.clone()));
         let embedded = next.embedded_issuer();
 
@@ -71,7 +70,7 @@ pub(super) fn on_signal(agent: &mut Running, load: &Load) -> anyhow::Result<()> 
     let done = tokio::task::block_in_place(load).and_then(|next| agent.reload(next));
     match done {
         Ok(changes) => {
-            agent.metrics.reloaded(ReloadResult::Ok);
+            agent.series.reloaded(ReloadResult::Ok);
             let EntryChanges { added, removed, changed } = changes.entries;
             tracing::info!(
                 entries_added = added,
@@ -84,7 +83,7 @@ pub(super) fn on_signal(agent: &mut Running, load: &Load) -> anyhow::Result<()> 
             Ok(())
         }
         Err(error) => {
-            agent.metrics.reloaded(ReloadResult::Error);
+            agent.series.reloaded(ReloadResult::Error);
             tracing::error!(error = format!("{error:#}"), "not reloaded; everything stays as it was");
             Err(error)
         }
