@@ -8,6 +8,7 @@
 mod gate;
 mod metrics;
 mod probe;
+mod reload;
 mod run;
 mod serving;
 mod signals;
@@ -22,11 +23,12 @@ use tokio::{sync::watch as channel, task::JoinSet};
 pub use self::run::{Load, run, runtime, start_log};
 use self::{metrics::AgentMetrics, serving::Serving};
 use crate::{
-    attest::{self, Attestor},
-    config::{self, Config},
+    attest::Attestor,
+    config::Config,
+    issuer::embedded::EmbeddedIssuer,
     limits::{self, Limits},
     peer::ConnectionBounds,
-    store::{JwtCache, Policy, Signer, Sync, X509Cache},
+    store::{JwtCache, Writer, X509Cache},
     telemetry::{
         health::{HealthState, Probe},
         log::Log,
@@ -37,8 +39,8 @@ use crate::{
 /// A running agent.
 pub struct Running {
     config: Config,
-    signer: Arc<Signer>,
-    sync: Arc<Sync>,
+    issuer: Arc<EmbeddedIssuer>,
+    writer: Arc<Writer>,
     x509: Arc<X509Cache>,
     jwt: Arc<JwtCache>,
     attestor: Arc<Attestor>,
@@ -49,7 +51,9 @@ pub struct Running {
     connections: channel::Sender<ConnectionBounds>,
     means: gate::Means,
     metrics: Arc<Metrics>,
-    series: Arc<AgentMetrics>,
+    series: AgentMetrics,
+    /// The log of the process, once it is known.
+    log: Option<Log>,
     health: Arc<HealthState>,
     /// `true` begins the drain.
     stop: channel::Sender<bool>,
@@ -69,7 +73,7 @@ impl std::fmt::Debug for Running {
 impl Running {
     /// Where the Workload API is served.
     pub fn socket_path(&self) -> &Path {
-        &self.config.socket_path
+        &self.config.agent.socket_path
     }
 
     /// What is in force.
@@ -87,38 +91,13 @@ impl Running {
         &self.metrics
     }
 
-    /// Tells of the lines that `log` loses.
-    fn count_lost_lines(&self, log: &Log) {
-        let (log, counter) = (log.clone(), self.series.log_lines_lost.clone());
-        self.metrics.before_render(move || counter.absolute(log.lines_lost()));
-    }
-
-    /// Puts what `next` says in force, for open streams at once; all of it or nothing.
-    ///
-    /// # Errors
-    /// `next` changes something that only a restart can change; nothing is changed then.
-    pub fn reload(&mut self, next: Config) -> anyhow::Result<config::Changes> {
-        let changes = config::diff(&self.config, &next);
-        if !changes.restart.is_empty() {
-            let all: Vec<String> = changes.restart.iter().map(ToString::to_string).collect();
-            anyhow::bail!("{}", all.join("; "));
-        }
-        let budget = next.ratelimit.memory.budget(self.means.cgroup);
-        // What may still refuse is asked before anything changes.
-        limits::Gate::check(&next.ratelimit, self.means.nofile, budget)?;
-        self.limits.reload(&next.ratelimit)?;
-        self.gate.reload(&next.ratelimit, self.means.nofile, budget)?;
-        self.memory.send_replace(watch::Budget { settings: next.ratelimit.memory, bytes: budget });
-        let connections = connection_bounds(&next, self.means);
-        self.connections.send_if_modified(|old| std::mem::replace(old, connections.clone()) != connections);
-        self.x509.reconfigure(next.x509_svid_cache_max_size, next.availability_target);
-        self.jwt.resize(next.jwt_svid_cache_max_size);
-        self.signer.reconfigure(next.issuer.default_x509_svid_ttl, next.issuer.default_jwt_svid_ttl);
-        self.attestor.names_count(names_count(&next));
-        self.attestor.reload(next.unix);
-        self.sync.replace(next.entries.clone(), next.federated.clone(), policy(&next));
-        self.config = next;
-        Ok(changes)
+    /// Lets each reload set the level of `log`, and metrics tell what it lost.
+    #[must_use]
+    pub fn logging(mut self, log: Log) -> Self {
+        let (lines, counter) = (log.clone(), self.series.log_lines_lost.clone());
+        self.metrics.before_render(move || counter.absolute(lines.lines_lost()));
+        self.log = Some(log);
+        self
     }
 
     /// Ends when serving has ended by itself, or a task that goes on for ever has: faults. Without the one that
@@ -139,7 +118,7 @@ impl Running {
     /// Drains: no new connections, streams told to come back, at most `drain_timeout`.
     pub async fn shutdown(self) {
         self.health.set(Probe::Draining);
-        self.sync.store().drain();
+        self.writer.store().drain();
         self.stop.send_replace(true);
         // Both at once: neither waits for the other's time to be over.
         let admin = OptionFuture::from(self.admin.map(Serving::drained));
@@ -150,22 +129,10 @@ impl Running {
     }
 }
 
-fn names_count(config: &Config) -> bool {
-    config.entries.iter().flat_map(|entry| &entry.selectors).any(attest::unix::needs_name)
-}
-
 fn connection_bounds(config: &Config, means: gate::Means) -> ConnectionBounds {
     let budget = config.ratelimit.memory.budget(means.cgroup);
     ConnectionBounds {
         max_lingering: limits::gate::lingering(means.nofile, budget),
-        ..ConnectionBounds::new(&config.ratelimit.gate.connection, config.drain_timeout)
-    }
-}
-
-fn policy(config: &Config) -> Policy {
-    Policy {
-        allow_unauthenticated_verifiers: config.allow_unauthenticated_verifiers,
-        allowed_foreign_jwt_claims: config.allowed_foreign_jwt_claims.iter().cloned().collect(),
-        log_selectors: config.log.selectors.clone(),
+        ..ConnectionBounds::new(&config.ratelimit.gate.connection, config.listener.drain_timeout)
     }
 }

@@ -5,7 +5,6 @@
 //! caller key, gate, first byte, HTTP/2; a connection that is refused has cost no HTTP/2 state, and one that stays
 //! silent costs about 1.5 KiB. Absent: any decision about identities, and any knowledge of gRPC.
 
-pub mod attested;
 mod bounds;
 pub mod cgroup;
 mod connection;
@@ -19,9 +18,10 @@ mod lingering;
 mod listener;
 mod metrics;
 mod phase;
-mod refused;
 mod request;
 mod service;
+mod settings;
+pub(crate) mod slot;
 pub mod socket;
 mod stats;
 mod trim;
@@ -34,8 +34,8 @@ pub use drain::Drained;
 pub use end::ConnectionEnd;
 pub use listener::{AcceptGate, AdmitAll, Listener};
 pub use metrics::ConnectionMetrics;
-pub use refused::Refused;
 pub use request::{BodyError, RequestBody};
 pub use service::ConnectionService;
+pub use settings::{KubernetesSettings, ListenerSettings};
 pub use socket::{BindError, Socket};
 pub use stats::ConnectionStats;

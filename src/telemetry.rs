@@ -9,5 +9,7 @@ pub mod log;
 pub mod metrics;
 mod process;
 pub mod registry;
+mod settings;
 
 pub(crate) use chain::chain;
+pub use settings::{HealthSettings, HostPort, LogFormat, LogSettings, parse_level};

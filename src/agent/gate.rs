@@ -5,8 +5,8 @@ use std::path::Path;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::{
-    limits::{self, Permit, budget, counters::Reason},
-    peer::{AcceptGate, Arrival, Refused},
+    limits::{self, ConnectionPermit, ConnectionRefusal, budget},
+    peer::{AcceptGate, Arrival},
 };
 
 /// [`limits::Gate`], asked with an [`Arrival`].
@@ -14,15 +14,10 @@ use crate::{
 pub(super) struct AtAccept(pub(super) limits::Gate);
 
 impl AcceptGate for AtAccept {
-    type Permit = Permit;
+    type Permit = ConnectionPermit;
 
-    fn admit_connection(&self, arrival: &Arrival) -> Result<Permit, Refused> {
-        self.0.open(arrival.caller()).map_err(|refusal| match (refusal.reason, refusal.stage) {
-            (Reason::Rate | Reason::Blocked | Reason::InFlight, _) => Refused::CallerRate,
-            (Reason::Connections, limits::counters::Stage::Node) => Refused::NodeConnections,
-            (Reason::Connections, _) => Refused::CallerConnections,
-            (Reason::Memory, _) => Refused::Memory,
-        })
+    fn admit_connection(&self, arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {
+        self.0.open(arrival.caller())
     }
 }
 

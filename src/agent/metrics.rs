@@ -82,7 +82,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn tells_of_reloads() {
         let clock = Clock::starting_at(UNIX_EPOCH + Duration::from_secs(1_000_000));
-        let metrics = Metrics::new(clock);
+        let metrics = Metrics::default();
         let agent = AgentMetrics::new(metrics.registry(), clock);
         let has = |line: &str| metrics.render().lines().any(|l| l == line);
         agent.loaded();

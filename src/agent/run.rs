@@ -6,17 +6,13 @@ use anyhow::Context as _;
 use tokio::runtime::Runtime;
 
 use super::{
-    Running,
-    metrics::ReloadResult,
+    Running, reload,
     signals::{Signalled, Signals},
 };
 use crate::{
-    config::{self, Config, LogFormat},
+    config::Config,
     os::{clock::Clock, systemd::ServiceManager},
-    telemetry::{
-        chain,
-        log::{self, Log},
-    },
+    telemetry::{chain, log::Log},
 };
 
 /// The most worker threads. Two serve some ten thousand calls a second; more would only take from the node.
@@ -71,8 +67,7 @@ async fn serve(
     log: &Log,
 ) -> anyhow::Result<()> {
     let mut signals = Signals::new()?;
-    let mut agent = Running::start(config.clone(), handed, Clock::SYSTEM)?;
-    agent.count_lost_lines(log);
+    let mut agent = Running::start(config.clone(), handed, Clock::SYSTEM)?.logging(log.clone());
     let status = |agent: &Running| format!("serving {} entries", agent.config().entries.len());
     tracing::info!(
         socket = %agent.socket_path().display(),
@@ -99,7 +94,7 @@ async fn serve(
                 }
                 Signalled::Reload => {
                     manager.reloading();
-                    let done = reload(&mut agent, load, log);
+                    let done = reload::on_signal(&mut agent, load);
                     let said = match &done {
                         Ok(()) => status(&agent),
                         Err(_) => format!("{}; the last reload failed: see the log", status(&agent)),
@@ -119,56 +114,10 @@ async fn serve(
     }
 }
 
-fn reload(agent: &mut Running, load: &Load, log: &Log) -> anyhow::Result<()> {
-    // On this thread: the workers serve meanwhile.
-    let done = tokio::task::block_in_place(load).and_then(|next| {
-        let level = next.log.level;
-        let changes = agent.reload(next)?;
-        log.set_level(level);
-        Ok(changes)
-    });
-    match done {
-        Ok(changes) => {
-            agent.series.reloaded(ReloadResult::Ok);
-            let config::EntryChanges { added, removed, changed } = changes.entries;
-            tracing::info!(
-                entries_added = added,
-                entries_removed = removed,
-                entries_changed = changed,
-                bundles_changed = changes.federated.len(),
-                settings_changed = changes.live.join(","),
-                "reloaded"
-            );
-            Ok(())
-        }
-        Err(error) => {
-            agent.series.reloaded(ReloadResult::Error);
-            tracing::error!(error = format!("{error:#}"), "not reloaded; everything stays as it was");
-            Err(error)
-        }
-    }
-}
-
 /// Sets up the log as `config` says. Once in the life of a process.
 ///
 /// # Errors
 /// The log file cannot be opened.
 pub fn start_log(config: &Config) -> anyhow::Result<Log> {
-    Ok(Log::start(&log_settings(config))?)
-}
-
-fn log_settings(config: &Config) -> log::Settings {
-    log::Settings {
-        level: config.log.level,
-        format: match config.log.format {
-            LogFormat::Text => log::Format::Text,
-            LogFormat::Json => log::Format::Json,
-        },
-        output: config.log.file.clone().map_or(log::Output::Stdout, log::Output::File),
-        source_location: if config.log.source_location {
-            log::SourceLocation::Shown
-        } else {
-            log::SourceLocation::Hidden
-        },
-    }
+    Ok(Log::start(&config.log)?)
 }

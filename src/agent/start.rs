@@ -10,7 +10,6 @@ use super::{
     Running, connection_bounds,
     gate::{AtAccept, Means},
     metrics::AgentMetrics,
-    names_count, policy,
     probe::probe,
     serving::Serving,
     watch::{Budget, Watch},
@@ -18,17 +17,19 @@ use super::{
 use crate::{
     api::{
         ApiMetrics, Services,
-        admin::{self, AdminService},
+        admin::{self, AdminService, OwnerGate},
         workload::{Parts, WorkloadApi},
     },
     attest::Attestor,
-    config::{self, Config},
-    issuer::embedded::Embedded,
-    limits::{self, Limits},
+    config::Config,
+    identity::EntryIndex,
+    issuer::{Issuer, embedded::EmbeddedIssuer, metrics::IssuerMetrics},
+    limits::{self, GatePlan, Limits},
     os::clock::Clock,
     peer::{ConnectionMetrics, ConnectionStats, Listener, OsUid, Socket, cgroup::PodOrUid},
-    store::{JwtCache, Signer, Sync, X509Cache},
+    store::{JwtCache, StoreMetrics, Writer, X509Cache},
     telemetry::{
+        HealthSettings,
         health::{HealthState, Probe},
         http::{HttpListener, Routes},
         metrics::Metrics,
@@ -52,12 +53,12 @@ impl Running {
 struct Built {
     clock: Clock,
     metrics: Arc<Metrics>,
-    series: Arc<AgentMetrics>,
+    series: AgentMetrics,
     health: Arc<HealthState>,
-    signer: Arc<Signer>,
+    issuer: Arc<EmbeddedIssuer>,
+    writer: Arc<Writer>,
     x509: Arc<X509Cache>,
     jwt: Arc<JwtCache>,
-    sync: Arc<Sync>,
     attestor: Arc<Attestor>,
     means: Means,
     limits: Limits,
@@ -66,46 +67,47 @@ struct Built {
 
 impl Built {
     fn of(config: &Config, clock: Clock) -> anyhow::Result<Self> {
-        let metrics = Arc::new(Metrics::new(clock));
-        let series = Arc::new(AgentMetrics::new(metrics.registry(), clock));
-        let issuer =
-            Embedded::open(config.issuer.clone(), clock.now()).context("cannot open the embedded issuer")?;
-        let keys = &config.issuer;
-        let signer = Arc::new(Signer::new(
-            Arc::new(issuer),
-            clock,
-            Arc::clone(&metrics),
-            [keys.ca_key_type, keys.svid_key_type],
-            keys.jwt_key_type,
-            [keys.default_x509_svid_ttl, keys.default_jwt_svid_ttl],
-        ));
-        let x509 = Arc::new(X509Cache::new(
-            Arc::clone(&signer),
-            config.x509_svid_cache_max_size,
-            config.availability_target,
-        ));
-        let jwt = Arc::new(JwtCache::new(
-            Arc::clone(&signer),
-            Arc::clone(&metrics),
-            config.jwt_svid_cache_max_size,
-        ));
-        let sync = Arc::new(Sync::new(
-            Arc::clone(&signer),
-            Arc::clone(&x509),
-            Arc::clone(&metrics),
-            config.entries.clone(),
-            config.federated.clone(),
-            policy(config),
-        ));
-        let attestor = Arc::new(Attestor::new(config.unix).counted_by(Arc::clone(&metrics)));
-        attestor.names_count(names_count(config));
+        let metrics = Arc::new(Metrics::default());
+        let series = AgentMetrics::new(metrics.registry(), clock);
+        let issuer_series = Arc::new(IssuerMetrics::new(metrics.registry()));
+        let store_series = Arc::new(StoreMetrics::new(metrics.registry()));
+        let embedded = EmbeddedIssuer::open(config.embedded_issuer(), clock, Arc::clone(&issuer_series));
+        let embedded = Arc::new(embedded.context("cannot open the embedded issuer")?);
+        embedded.declare(Arc::new(EntryIndex::new(config.entries.clone())), config.federated.clone());
+        let issuer: Arc<dyn Issuer> = Arc::<EmbeddedIssuer>::clone(&embedded);
+        let caches = &config.caches;
+        let (x509_svids, jwt_svids) = (caches.x509_svids.count(), caches.jwt_svids.count());
+        let x509 = X509Cache::new(Arc::clone(&issuer), clock, x509_svids, caches.availability_target);
+        let x509 = Arc::new(x509);
+        let jwt = JwtCache::new(Arc::clone(&issuer), clock, Arc::clone(&store_series), jwt_svids);
+        let writer =
+            Writer::new(issuer, clock, Arc::clone(&x509), Arc::clone(&store_series), config.policy.clone());
+        metrics.before_render(move || {
+            issuer_series.rotation.refresh(clock.now());
+            store_series.renewal.refresh(clock.now());
+        });
+        let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
+        attestor.prepare_for(&config.entries);
 
         let means = Means::of_this_process();
-        let limits = Limits::new(&config.ratelimit, clock, metrics.recorder())?;
         let budget = config.ratelimit.memory.budget(means.cgroup);
-        let gate = limits::Gate::new(&config.ratelimit, means.nofile, budget, &limits)?;
-        let health = Arc::new(HealthState::new());
-        Ok(Self { clock, metrics, series, health, signer, x509, jwt, sync, attestor, means, limits, gate })
+        let gate_plan = GatePlan::new(&config.ratelimit, means.nofile, budget)?;
+        let limits = Limits::new(&config.ratelimit, clock, metrics.registry());
+        let gate = limits::Gate::new(gate_plan, &limits);
+        Ok(Self {
+            clock,
+            metrics,
+            series,
+            health: Arc::new(HealthState::new()),
+            issuer: embedded,
+            writer: Arc::new(writer),
+            x509,
+            jwt: Arc::new(jwt),
+            attestor,
+            means,
+            limits,
+            gate,
+        })
     }
 
     /// Serves at what is bound, and starts the tasks that go on for ever.
@@ -137,16 +139,17 @@ impl Built {
             let service = self.admin_service(keys, memory.subscribe());
             self.serve_admin(socket, service, admin_stats, stopping)
         });
-        let tasks = self.tasks(&config, http, budgets, evicted);
+        let tasks = self.tasks(http, budgets, evicted);
 
         self.series.loaded();
         self.health.set(Probe::Healthy);
-        let Self { metrics, series, health, signer, x509, jwt, sync, attestor, means, limits, gate, .. } =
-            self;
+        let Self {
+            metrics, series, health, issuer, writer, x509, jwt, attestor, means, limits, gate, ..
+        } = self;
         Ok(Running {
             config,
-            signer,
-            sync,
+            issuer,
+            writer,
             x509,
             jwt,
             attestor,
@@ -157,6 +160,7 @@ impl Built {
             means,
             metrics,
             series,
+            log: None,
             health,
             stop,
             public,
@@ -175,7 +179,7 @@ impl Built {
         let listener = Listener {
             socket,
             bounds: channel::channel(admin::connection_bounds()).1,
-            gate: Arc::new(admin::Owner::new(self.gate.clone())),
+            gate: Arc::new(OwnerGate::new(self.gate.clone())),
             keys: Arc::new(OsUid),
             stats,
             evicted: channel::channel(None).1,
@@ -188,7 +192,7 @@ impl Built {
         let workload = WorkloadApi::new(Parts {
             limits: self.limits.clone(),
             attestor: Arc::clone(&self.attestor),
-            store: Arc::clone(self.sync.store()),
+            store: Arc::clone(self.writer.store()),
             x509: Arc::clone(&self.x509),
             jwt: Arc::clone(&self.jwt),
             metrics: Arc::new(ApiMetrics::new(self.metrics.registry())),
@@ -204,7 +208,7 @@ impl Built {
             gate: self.gate.clone(),
             attestor: Arc::clone(&self.attestor),
             keys,
-            store: Arc::clone(self.sync.store()),
+            store: Arc::clone(self.writer.store()),
             budget: Box::new(move || budget.borrow().bytes),
         })
     }
@@ -212,7 +216,6 @@ impl Built {
     /// What goes on for ever.
     fn tasks(
         &self,
-        config: &Config,
         http: Vec<HttpListener>,
         memory: channel::Receiver<Budget>,
         evicted: channel::Sender<Option<limits::CallerKey>>,
@@ -225,7 +228,8 @@ impl Built {
                 tracing::error!(%error, "an http listener cannot be served");
             });
         }
-        tasks.spawn(Arc::clone(&self.sync).run());
+        tasks.spawn(Arc::clone(&self.issuer).run());
+        tasks.spawn(Arc::clone(&self.writer).run());
         let metrics = Arc::clone(&self.metrics);
         tasks.spawn(async move { metrics.keep_up().await });
         let watch = Watch {
@@ -235,10 +239,10 @@ impl Built {
             evicted,
             x509: Arc::clone(&self.x509),
             jwt: Arc::clone(&self.jwt),
-            metrics: Arc::clone(&self.metrics),
         };
         tasks.spawn(watch.run());
-        tasks.spawn(probe(Arc::clone(&self.health), Arc::clone(&self.signer), config.trust_domain.clone()));
+        let issuer: Arc<dyn Issuer> = Arc::<EmbeddedIssuer>::clone(&self.issuer);
+        tasks.spawn(probe(Arc::clone(&self.health), issuer));
         tasks
     }
 }
@@ -257,12 +261,12 @@ impl BoundPlaces {
             let routes = Routes::Metrics(Arc::clone(&built.metrics));
             http.push(HttpListener::bind(&at.host, at.port, routes)?);
         }
-        if let Some(at) = &config.health {
-            let config::Health { bind, live_path, ready_path } = at.clone();
+        if config.health.enabled {
+            let HealthSettings { enabled: _, host, port, live_path, ready_path } = config.health.clone();
             let routes = Routes::Health { state: Arc::clone(&built.health), live_path, ready_path };
-            http.push(HttpListener::bind(&bind.host, bind.port, routes)?);
+            http.push(HttpListener::bind(&host, port, routes)?);
         }
-        let admin = config.admin_socket_path.as_deref().map(Socket::bind_private).transpose();
+        let admin = config.agent.admin_socket_path.as_deref().map(Socket::bind_private).transpose();
         let admin = admin.context("cannot serve the admin api")?;
         // Last, since clients come as soon as it is there.
         let socket = public_socket(config, handed).context("cannot serve the workload api")?;
@@ -271,16 +275,16 @@ impl BoundPlaces {
 }
 
 fn public_socket(config: &Config, handed: Option<UnixListener>) -> anyhow::Result<Socket> {
-    let Some(listener) = handed else { return Ok(Socket::bind(&config.socket_path, 0o777)?) };
+    let Some(listener) = handed else { return Ok(Socket::bind(&config.agent.socket_path, 0o777)?) };
     let socket = Socket::adopt(listener)?;
     // Else everybody who reads the configuration would look for it in the wrong place.
     let at = socket.path().unwrap_or_default();
     anyhow::ensure!(
-        at == config.socket_path,
+        at == config.agent.socket_path,
         "the service manager passed a socket at {}, but socket_path is {}: \
          make ListenStream= in the socket unit the same",
         at.display(),
-        config.socket_path.display()
+        config.agent.socket_path.display()
     );
     Ok(socket)
 }

@@ -15,7 +15,7 @@ use crate::{
     },
     os::heap,
     store::{JwtCache, X509Cache},
-    telemetry::metrics::Metrics,
+    telemetry::registry::Label as _,
 };
 
 const EVERY: Duration = Duration::from_millis(250);
@@ -35,13 +35,12 @@ pub(super) struct Watch {
     pub(super) evicted: watch::Sender<Option<CallerKey>>,
     pub(super) x509: Arc<X509Cache>,
     pub(super) jwt: Arc<JwtCache>,
-    pub(super) metrics: Arc<Metrics>,
 }
 
 /// The memory budget in force.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Budget {
-    pub(super) settings: budget::Settings,
+    pub(super) settings: budget::MemorySettings,
     /// Bytes; `None` for no budget.
     pub(super) bytes: Option<u64>,
 }
@@ -133,10 +132,10 @@ impl Watch {
         for event in self.limits.events() {
             match event {
                 Event::RefusalStarted { stage, name } => {
-                    tracing::warn!(stage = stage.label(), key = %name, "is being refused");
+                    tracing::warn!(stage = stage.text(), key = %name, "is being refused");
                 }
                 Event::RefusalEnded { stage, name, count } => {
-                    tracing::info!(stage = stage.label(), key = %name, count, "is refused no more");
+                    tracing::info!(stage = stage.text(), key = %name, count, "is refused no more");
                 }
                 Event::RefusalsUnlisted { count } => {
                     tracing::warn!(count, "refusals of further keys, which are not listed one by one");
@@ -144,15 +143,12 @@ impl Watch {
             }
         }
         let (callers, identities) = self.limits.keys();
-        let jwt_svids = self.jwt.len();
-        let x509_svids = self.x509.counts();
         let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
         self.limits.account(Accounted {
             connections: u64::from(self.gate.connections()),
             keys: count(callers + identities + self.gate.keys()),
-            jwt_svids: count(jwt_svids),
-            x509_svids: count(x509_svids.cached),
+            jwt_svids: count(self.jwt.len()),
+            x509_svids: count(self.x509.counts().cached),
         });
-        self.metrics.set_jwt_svids(jwt_svids);
     }
 }

@@ -1,6 +1,6 @@
 //! What the agent tells its owner, on the admin socket: the limits as they stand, and who a process is taken for.
 //!
-//! The listener lets in the agent's own user and root alone ([`Owner`]), so nobody is attested, charged or asked for the
+//! The listener lets in the agent's own user and root alone ([`OwnerGate`]), so nobody is attested, charged or asked for the
 //! security header here. Nothing is changed by a call, no key or token is in an answer, and an answer is bounded by
 //! [`MOST`] and by the entries that match. It shares nothing with the public socket but the runtime: its listener and its
 //! places are its own, so that it answers while the public one is flooded.
@@ -23,18 +23,18 @@ use crate::{
     attest::{Attestor, Subject, inspect::InspectError},
     identity::Entry,
     limits::{
-        self, CallerKey, Limits, Method, Permit,
+        self, CallerKey, ConnectionPermit, ConnectionRefusal, Limits, Method,
         budget::Pressure,
-        counters::Stage,
-        report::{Heavy, Name, Standing},
+        refusal::Stage,
+        report::{BucketName, Heavy, Standing},
     },
     os::heap,
     peer::{
-        AcceptGate, Arrival, ConnectionBounds, Refused, RequestBody,
+        AcceptGate, Arrival, ConnectionBounds, RequestBody,
         cgroup::{KeySource, PodOrUid},
     },
     store::{Snapshot, Store},
-    telemetry::chain,
+    telemetry::{chain, registry::Label as _},
 };
 
 /// How many of the heaviest are told when nobody says how many.
@@ -48,27 +48,27 @@ const MAX_REQUEST: usize = 1024;
 
 /// Lets the agent's own user and root connect, by the kernel's word, to places that are kept for them.
 #[derive(Clone, Debug)]
-pub struct Owner {
+pub struct OwnerGate {
     gate: limits::Gate,
     uid: Uid,
 }
 
-impl Owner {
+impl OwnerGate {
     /// The user that this process runs as, with the places of `gate`.
     pub fn new(gate: limits::Gate) -> Self {
         Self { gate, uid: geteuid() }
     }
 }
 
-impl AcceptGate for Owner {
-    type Permit = Permit;
+impl AcceptGate for OwnerGate {
+    type Permit = ConnectionPermit;
 
-    fn admit_connection(&self, arrival: &Arrival) -> Result<Permit, Refused> {
+    fn admit_connection(&self, arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {
         let uid = arrival.credentials().uid;
         if uid != self.uid && !uid.is_root() {
-            return Err(Refused::NotOwner);
+            return Err(ConnectionRefusal::NotOwner);
         }
-        self.gate.open_admin().map_err(|_places_are_taken| Refused::NodeConnections)
+        self.gate.open_admin()
     }
 }
 
@@ -192,7 +192,7 @@ impl Parts {
 
     fn heavy(&self, stage: Stage, heavy: &Heavy) -> pb::Heavy {
         let standing = match (&heavy.name, stage) {
-            (Name::Caller(caller), Stage::Gate) => Some(self.gate.standing(*caller)),
+            (BucketName::Caller(caller), Stage::Gate) => Some(self.gate.standing(*caller)),
             (name, _) => Method::ALL
                 .into_iter()
                 .find(|method| method.rpc() == heavy.what)
@@ -236,7 +236,7 @@ impl Parts {
     /// The buckets of a caller and of what it is served.
     fn buckets(&self, caller: CallerKey, matches: &[(Arc<Entry>, String)]) -> Vec<pb::Bucket> {
         let gate =
-            bucket(Stage::Gate, &Name::Caller(caller), "connections", Some(self.gate.standing(caller)));
+            bucket(Stage::Gate, &BucketName::Caller(caller), "connections", Some(self.gate.standing(caller)));
         let mut all = vec![gate];
         for method in Method::ALL {
             let (name, standing) = self.limits.caller_standing(caller, method);
@@ -292,7 +292,7 @@ fn why(key: CallerKey, source: KeySource) -> pb::Caller {
     pb::Caller { key: key.to_string(), why: why.to_owned(), cgroup_line }
 }
 
-fn bucket(stage: Stage, name: &Name, method: &str, standing: Option<Standing>) -> pb::Bucket {
+fn bucket(stage: Stage, name: &BucketName, method: &str, standing: Option<Standing>) -> pb::Bucket {
     let (limit, left, burst) = match standing {
         None => (pb::Limit::Unknown, 0, 0),
         Some(Standing::Tokens { left, burst }) => (pb::Limit::Tokens, left, burst),
@@ -301,7 +301,7 @@ fn bucket(stage: Stage, name: &Name, method: &str, standing: Option<Standing>) -
         Some(Standing::Blocked) => (pb::Limit::Blocked, 0, 0),
     };
     pb::Bucket {
-        stage: stage.label().to_owned(),
+        stage: stage.text().to_owned(),
         key: name.to_string(),
         method: method.to_owned(),
         limit: limit.into(),

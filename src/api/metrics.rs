@@ -94,7 +94,7 @@ mod tests {
 
     #[test]
     fn counts_calls_and_streams() {
-        let metrics = Metrics::new(Clock::SYSTEM);
+        let metrics = Metrics::default();
         let calls = ApiMetrics::new(metrics.registry());
         calls.call_ended(Method::FetchJwtSvid, Code::Ok);
         calls.call_ended(Method::FetchJwtSvid, Code::PermissionDenied);
@@ -118,7 +118,7 @@ mod tests {
 
     #[test]
     fn the_series_are_the_same_however_much_happens() {
-        let metrics = Metrics::new(Clock::SYSTEM);
+        let metrics = Metrics::default();
         let calls = ApiMetrics::new(metrics.registry());
         let before: Vec<String> = samples(&metrics).into_keys().collect();
         for method in Method::ALL {

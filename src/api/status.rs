@@ -12,8 +12,8 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 use crate::{
     attest::AttestError,
     identity::{jwt::JwtError, spiffe_id::SpiffeIdError},
-    issuer::embedded::IssuerError,
-    limits::Refusal,
+    issuer::MintError,
+    limits::{Refusal, RejectionStatus},
     peer::BodyError,
     store::NoIdentity,
 };
@@ -51,11 +51,11 @@ pub enum RequestError {
     #[error("workload attestation failed")]
     Attestation(#[source] AttestError),
     /// No JWT-SVID could be made.
-    #[error("could not fetch JWT-SVID: {0}")]
-    JwtSvid(#[source] IssuerError),
+    #[error("could not fetch JWT-SVID{}", refused_for(.0))]
+    JwtSvid(MintError),
     /// No X.509-SVID could be made.
-    #[error("could not fetch X.509-SVID: {0}")]
-    X509Svid(#[source] IssuerError),
+    #[error("could not fetch X.509-SVID{}", refused_for(.0))]
+    X509Svid(MintError),
     /// The agent stops.
     #[error("the agent is shutting down; connect again")]
     Draining,
@@ -68,6 +68,14 @@ pub enum RequestError {
     /// The connection carries no peer: a mistake of ours.
     #[error("the connection has no peer")]
     NoPeer,
+}
+
+/// The reason, where the request is at fault. What the issuer has to say of itself is for the log.
+fn refused_for(error: &MintError) -> String {
+    match error {
+        MintError::Request { reason, .. } => format!(": {reason}"),
+        MintError::Issuer { .. } | MintError::Late => String::new(),
+    }
 }
 
 impl From<AttestError> for RequestError {
@@ -89,7 +97,10 @@ impl RequestError {
             | Self::BadSpiffeId(_)
             | Self::BadToken(_) => Code::InvalidArgument,
             Self::NoIdentity(_) => Code::PermissionDenied,
-            Self::Refused(refusal) => refusal.code(),
+            Self::Refused(refusal) => match refusal.status {
+                RejectionStatus::ResourceExhausted => Code::ResourceExhausted,
+                RejectionStatus::Unavailable => Code::Unavailable,
+            },
             Self::OtherPidNamespace => Code::FailedPrecondition,
             Self::Attestation(_) | Self::JwtSvid(_) | Self::X509Svid(_) | Self::Draining => Code::Unavailable,
             Self::NoWitSvids | Self::NoWitBundles => Code::Unimplemented,

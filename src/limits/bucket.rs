@@ -15,8 +15,9 @@ use std::{num::NonZeroU32, time::Duration};
 pub const MAX_RATE: f64 = 1_000_000.0;
 /// The largest burst, in tokens.
 pub const MAX_BURST: u32 = 1_000_000;
-/// The longest that an empty bucket may take to fill: 366 days. It keeps all sums of this module far from overflow.
-pub const MAX_REFILL: Duration = Duration::from_secs(366 * 86_400);
+/// The longest that an empty bucket may take to fill, in days. It keeps all sums of this module far from overflow.
+pub const MAX_REFILL_DAYS: u32 = 366;
+const DAY: f64 = 86_400e9;
 
 /// The unit of a rate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -62,14 +63,15 @@ impl Per {
 pub enum QuotaError {
     /// Zero, negative, NaN or infinite, or more than [`MAX_RATE`].
     #[error(
-        "rate {0} must be above 0 and at most 1000000 per second (use \"block\" for none, \"unlimited\" for no limit)"
+        "rate {0} must be above 0 and at most {most} per second (use \"block\" for none, \"unlimited\" for no limit)",
+        most = MAX_RATE
     )]
     Rate(f64),
     /// Zero, or more than [`MAX_BURST`].
-    #[error("burst {0} must be from 1 to 1000000")]
+    #[error("burst {0} must be from 1 to {most}", most = MAX_BURST)]
     Burst(u32),
-    /// An empty bucket would need more than [`MAX_REFILL`].
-    #[error("burst {burst} at this rate takes {days} days to come back; it must be at most 366")]
+    /// An empty bucket would need more than [`MAX_REFILL_DAYS`].
+    #[error("burst {burst} at this rate takes {days} days to come back; it must be at most {most}", most = MAX_REFILL_DAYS)]
     Refill {
         /// The burst.
         burst: u32,
@@ -106,9 +108,9 @@ impl Quota {
         // Rounded up: never more than was asked for.
         let price = (1e9 / per_second).ceil();
         let refill = price * f64::from(burst);
-        if refill > MAX_REFILL.as_secs_f64() * 1e9 {
+        if refill > f64::from(MAX_REFILL_DAYS) * DAY {
             #[expect(clippy::as_conversions, reason = "saturates, which is what an error message may do")]
-            let days = (refill / 86_400e9).ceil() as u64;
+            let days = (refill / DAY).ceil() as u64;
             return Err(QuotaError::Refill { burst, days });
         }
         #[expect(clippy::as_conversions, reason = "1e3 ..= 3.2e16 was checked above, and it has no fraction")]
@@ -127,11 +129,6 @@ impl Quota {
     /// The most tokens at once.
     pub fn burst(self) -> u32 {
         self.burst
-    }
-
-    /// How long until one token is back.
-    pub fn per_token(self) -> Duration {
-        Duration::from_nanos(self.per_token)
     }
 
     /// Nanoseconds from empty to full.
@@ -220,6 +217,16 @@ impl Bucket {
         Level { before, after, refill }
     }
 
+    /// Takes `cost` tokens of a call that is over at once.
+    ///
+    /// # Errors
+    /// As [`Bucket::hold`].
+    pub fn take(&mut self, now: u64, quota: Quota, cost: u32) -> Result<(), Duration> {
+        self.hold(now, quota, cost)?;
+        self.settle(now, quota, cost, cost);
+        Ok(())
+    }
+
     /// Spends as much as another bucket of the same quota has spent, if that is more.
     pub(super) fn inherit(&mut self, now: u64, quota: Quota, other: Option<&mut Self>) {
         let Some(other) = other else { return };
@@ -258,7 +265,7 @@ mod tests {
     #[test]
     fn numbers_become_a_quota_or_an_error() {
         use QuotaError as E;
-        let price = |rate, per, burst| Quota::new(rate, per, burst).map(|quota| quota.per_token().as_nanos());
+        let price = |rate, per, burst| Quota::new(rate, per, burst).map(|quota| quota.per_token);
         for (case, rate, per, burst, want) in [
             ("plain", 100.0, Per::Second, 200, Ok(10_000_000)),
             ("fraction", 0.5, Per::Second, 3, Ok(2_000_000_000)),
@@ -294,8 +301,7 @@ mod tests {
             ("the same", quota(1.0, 10), 4, quota(1.0, 10), 6),
         ] {
             let mut bucket = Bucket::default();
-            bucket.hold(SECOND, old, spent).unwrap();
-            bucket.settle(SECOND, old, spent, spent);
+            bucket.take(SECOND, old, spent).unwrap();
             assert_eq!(bucket.left(SECOND, new), left, "{case}");
             assert!(bucket.hold(SECOND, new, left + 1).is_err(), "{case}");
             assert!(left == 0 || bucket.hold(SECOND, new, left).is_ok(), "{case}");

@@ -8,9 +8,7 @@
 //! Where memory is held by something else than connections (a hundred thousand entries, say), nobody's are cut: that would take
 //! identity away and give nothing back.
 
-use std::{fs, path::Path};
-
-use super::SettingsError;
+use std::{fs, ops::RangeInclusive, path::Path};
 
 /// Live heap of an HTTP/2 connection with one stream (h2's fixed buffers, for the most part).
 pub const CONNECTION: u64 = 40 * 1024;
@@ -41,62 +39,93 @@ const SLACK: u8 = 5;
 /// is not they that fill it.
 const HEAVY: u64 = 32;
 /// So many connections are enough, however large the budget; fewer than so many never are.
-const HEAVY_FROM: std::ops::RangeInclusive<u64> = 3..=32;
+const HEAVY_FROM: RangeInclusive<u64> = 3..=32;
 
-/// Where the budget comes from.
+/// Where the budget comes from. Default: [`MemoryLimit::CGROUP`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum MemoryLimit {
+pub struct MemoryLimit(Option<u64>);
+
+impl MemoryLimit {
     /// The lowest limit of the agent's cgroup and those above it; no budget where there is none.
-    #[default]
-    Cgroup,
-    /// So many bytes; at least 8 MiB.
-    Bytes(u64),
+    pub const CGROUP: Self = Self(None);
+    /// What may be set, in bytes.
+    pub const RANGE: RangeInclusive<u64> = 8 << 20..=1 << 40;
+
+    /// So many bytes; `None` outside of [`MemoryLimit::RANGE`].
+    pub fn bytes(bytes: u64) -> Option<Self> {
+        Self::RANGE.contains(&bytes).then_some(Self(Some(bytes)))
+    }
 }
 
 /// When memory is short, in percent of the budget used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Settings {
+pub struct MemorySteps {
+    shrink_caches_at: u8,
+    refuse_new_at: u8,
+    close_heaviest_at: u8,
+}
+
+impl MemorySteps {
+    /// What a step may be.
+    pub const RANGE: RangeInclusive<u8> = 1..=100;
+
+    /// From where on caches shrink, connections do not grow, and the heaviest caller's are closed: 70, 85 and 95 by default.
+    ///
+    /// # Errors
+    /// [`MemoryStepsError`] for a step outside of [`MemorySteps::RANGE`], or not above the one before it.
+    pub fn new(percents: [u8; 3]) -> Result<Self, MemoryStepsError> {
+        if let Some(percent) = percents.into_iter().find(|percent| !Self::RANGE.contains(percent)) {
+            return Err(MemoryStepsError::Range(percent));
+        }
+        let [shrink_caches_at, refuse_new_at, close_heaviest_at] = percents;
+        if shrink_caches_at >= refuse_new_at {
+            return Err(MemoryStepsError::Falling { step: 1 });
+        }
+        if refuse_new_at >= close_heaviest_at {
+            return Err(MemoryStepsError::Falling { step: 2 });
+        }
+        Ok(Self { shrink_caches_at, refuse_new_at, close_heaviest_at })
+    }
+
+    /// The steps, in percent.
+    pub fn percents(self) -> [u8; 3] {
+        [self.shrink_caches_at, self.refuse_new_at, self.close_heaviest_at]
+    }
+}
+
+impl Default for MemorySteps {
+    fn default() -> Self {
+        Self { shrink_caches_at: 70, refuse_new_at: 85, close_heaviest_at: 95 }
+    }
+}
+
+/// Why percents make no steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MemoryStepsError {
+    /// Outside of [`MemorySteps::RANGE`].
+    #[error("step {0} must be from {least} to {most} percent", least = MemorySteps::RANGE.start(), most = MemorySteps::RANGE.end())]
+    Range(u8),
+    /// The step at this place, counted from 0, is not above the one before it.
+    #[error("step {step} must be above the one before it")]
+    Falling {
+        /// Its place.
+        step: usize,
+    },
+}
+
+/// How much memory the agent may use, and when it is short of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemorySettings {
     /// The budget.
     pub limit: MemoryLimit,
-    /// From here on caches shrink. Default 70.
-    pub shrink_caches_at: u8,
-    /// From here on connections do not grow. Default 85.
-    pub refuse_new_at: u8,
-    /// From here on the heaviest caller's connections are closed. Default 95.
-    pub close_heaviest_at: u8,
+    /// When it is short.
+    pub steps: MemorySteps,
 }
 
-impl Default for Settings {
-    fn default() -> Self {
-        Self { limit: MemoryLimit::Cgroup, shrink_caches_at: 70, refuse_new_at: 85, close_heaviest_at: 95 }
-    }
-}
-
-impl Settings {
-    pub(super) fn check(&self) -> Result<(), SettingsError> {
-        if let MemoryLimit::Bytes(bytes) = self.limit
-            && bytes < 8 << 20
-        {
-            return Err(SettingsError::Memory { what: "limit", bound: "at least 8 MiB" });
-        }
-        let steps = [self.shrink_caches_at, self.refuse_new_at, self.close_heaviest_at];
-        if !steps.is_sorted_by(|a, b| a < b) || !(1..=100).contains(&self.shrink_caches_at) || steps[2] > 100
-        {
-            let bound = "rising, and from 1 to 100 (percent)";
-            return Err(SettingsError::Memory {
-                what: "shrink_caches_at, refuse_new_at, close_heaviest_at",
-                bound,
-            });
-        }
-        Ok(())
-    }
-
+impl MemorySettings {
     /// The budget in bytes, given the cgroup's limit.
     pub fn budget(&self, cgroup: Option<u64>) -> Option<u64> {
-        match self.limit {
-            MemoryLimit::Cgroup => cgroup,
-            MemoryLimit::Bytes(bytes) => Some(bytes),
-        }
+        self.limit.0.or(cgroup)
     }
 
     /// How short memory is when `used` bytes of `budget` are used, and it was `before` short the last time. A step is left
@@ -111,11 +140,11 @@ impl Settings {
         let reached = |percent: u8| {
             u128::from(used) * 100 >= u128::from(budget) * u128::from(percent.saturating_sub(slack))
         };
-        if reached(self.close_heaviest_at) {
+        if reached(self.steps.close_heaviest_at) {
             Pressure::CloseHeaviest
-        } else if reached(self.refuse_new_at) {
+        } else if reached(self.steps.refuse_new_at) {
             Pressure::RefuseNew
-        } else if reached(self.shrink_caches_at) {
+        } else if reached(self.steps.shrink_caches_at) {
             Pressure::ShrinkCaches
         } else {
             Pressure::None
@@ -189,14 +218,6 @@ impl Accounted {
     }
 }
 
-impl super::Limits {
-    /// Sets the gauge of accounted memory.
-    pub fn account(&self, accounted: Accounted) {
-        let kib = u32::try_from(accounted.bytes() / 1024).unwrap_or(u32::MAX);
-        self.counters().accounted.set(f64::from(kib) * 1024.0);
-    }
-}
-
 /// The lowest memory limit of a process's cgroup and of those above it, in bytes: `memory.max` and `memory.high` of version 2,
 /// `memory.limit_in_bytes` of version 1. `membership` is `/proc/self/cgroup`, `mount` is `/sys/fs/cgroup`. `None` where there is
 /// no limit, or nothing can be read: then there is no budget but a set one.
@@ -240,7 +261,7 @@ mod tests {
 
     #[test]
     fn memory_runs_short_step_by_step() {
-        let settings = Settings::default();
+        let settings = MemorySettings::default();
         let mib = |n: u64| n << 20;
         for (used, want) in [
             (0, Pressure::None),
@@ -266,7 +287,7 @@ mod tests {
     #[test]
     fn a_step_is_left_below_where_it_began() {
         use Pressure as P;
-        let settings = Settings::default();
+        let settings = MemorySettings::default();
         for (before, percent, want) in [
             (P::ShrinkCaches, 69, P::ShrinkCaches),
             (P::ShrinkCaches, 65, P::ShrinkCaches),
@@ -302,19 +323,20 @@ mod tests {
 
     #[test]
     fn settings_that_contradict_are_errors() {
-        let usual = Settings::default();
-        for (case, settings, fits) in [
-            ("usual", usual, true),
-            ("falling", Settings { refuse_new_at: 60, ..usual }, false),
-            ("equal", Settings { refuse_new_at: 70, ..usual }, false),
-            ("over 100", Settings { close_heaviest_at: 101, ..usual }, false),
-            ("zero", Settings { shrink_caches_at: 0, ..usual }, false),
-            ("small", Settings { limit: MemoryLimit::Bytes(1), ..usual }, false),
-            ("set", Settings { limit: MemoryLimit::Bytes(24 << 20), ..usual }, true),
+        for (case, percents, fits) in [
+            ("usual", [70, 85, 95], true),
+            ("falling", [70, 60, 95], false),
+            ("equal", [70, 70, 95], false),
+            ("falling at the end", [70, 85, 80], false),
+            ("over 100", [70, 85, 101], false),
+            ("zero", [0, 85, 95], false),
         ] {
-            assert_eq!(settings.check().is_ok(), fits, "{case}");
+            assert_eq!(MemorySteps::new(percents).is_ok(), fits, "{case}");
         }
-        let set = Settings { limit: MemoryLimit::Bytes(24 << 20), ..usual };
+        assert_eq!(MemorySteps::new([70, 85, 95]), Ok(MemorySteps::default()));
+        assert_eq!(MemoryLimit::bytes(1), None, "small");
+        let usual = MemorySettings::default();
+        let set = MemorySettings { limit: MemoryLimit::bytes(24 << 20).unwrap(), ..usual };
         assert_eq!(
             (set.budget(Some(1)), usual.budget(Some(1)), usual.budget(None)),
             (Some(24 << 20), Some(1), None)

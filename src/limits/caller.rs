@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeMap, fmt, ops::RangeInclusive};
 
+use super::refusal::ChargedAs;
+
 /// Whom a call is charged to: the pod on Kubernetes, else the user. Resolved once per connection, at accept.
 /// Never the PID: every retry of a forking caller has a new one.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -37,6 +39,14 @@ impl fmt::Debug for CallerKey {
 }
 
 impl CallerKey {
+    /// What kind of key it is, in counts.
+    pub(super) fn charged_as(self) -> ChargedAs {
+        match self {
+            Self::Uid(_) => ChargedAs::Uid,
+            Self::Pod(_) => ChargedAs::Pod,
+        }
+    }
+
     /// Parses the UID of a pod as Kubernetes writes it, with dashes; also with underscores, or with neither.
     pub fn parse_pod(text: &str) -> Option<Self> {
         let mut uid = [0; 16];
@@ -52,11 +62,11 @@ impl CallerKey {
 /// Users with the UIDs that were given to them (subuid(5)): each can run a process under every one of its own, and is one
 /// family. Read from `/etc/subuid`; what a directory server hands out is not seen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Families(Vec<Member>);
+pub struct Families(Vec<UidsOfFamily>);
 
 /// UIDs of a family, which goes by the first of all its UIDs that stand in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Member {
+struct UidsOfFamily {
     uids: RangeInclusive<u32>,
     family: u32,
 }
@@ -84,7 +94,7 @@ impl Families {
             let Some(family) = ranges.iter().map(|uids| *uids.start()).min() else { continue };
             let own = owner.parse().ok().or_else(|| uid(&owner)).filter(|uid| *uid != 0);
             let all = own.map(|uid| uid..=uid).into_iter().chain(ranges);
-            members.extend(all.map(|uids| Member { uids, family }));
+            members.extend(all.map(|uids| UidsOfFamily { uids, family }));
         }
         // Of ranges that overlap the smaller says more.
         members.sort_by_key(|member| member.uids.end() - member.uids.start());

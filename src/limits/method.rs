@@ -1,61 +1,40 @@
 //! The methods that limits are set for.
 
-use crate::telemetry::registry::Label;
+use crate::telemetry::registry::{Label, labels};
 
-/// A method that the limits tell apart. A closed set, since it labels metrics.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Method {
-    /// `/SpiffeWorkloadAPI/FetchX509SVID`
-    FetchX509Svid,
-    /// `/SpiffeWorkloadAPI/FetchX509Bundles`
-    FetchX509Bundles,
-    /// `/SpiffeWorkloadAPI/FetchJWTSVID`
-    FetchJwtSvid,
-    /// `/SpiffeWorkloadAPI/FetchJWTBundles`
-    FetchJwtBundles,
-    /// `/SpiffeWorkloadAPI/ValidateJWTSVID`
-    ValidateJwtSvid,
-    /// `/SpiffeWorkloadAPI/FetchWITSVID`
-    FetchWitSvid,
-    /// `/SpiffeWorkloadAPI/FetchWITBundles`
-    FetchWitBundles,
-    /// `/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets`
-    StreamSecrets,
-    /// `/envoy.service.secret.v3.SecretDiscoveryService/FetchSecrets`
-    FetchSecrets,
-    /// What is no Workload API and no SDS: health, reflection, services that are not there.
-    Other,
+labels! {
+    /// A method that the limits tell apart.
+    Method, "method" {
+        /// `/SpiffeWorkloadAPI/FetchX509SVID`
+        FetchX509Svid = "FetchX509SVID",
+        /// `/SpiffeWorkloadAPI/FetchX509Bundles`
+        FetchX509Bundles = "FetchX509Bundles",
+        /// `/SpiffeWorkloadAPI/FetchJWTSVID`
+        FetchJwtSvid = "FetchJWTSVID",
+        /// `/SpiffeWorkloadAPI/FetchJWTBundles`
+        FetchJwtBundles = "FetchJWTBundles",
+        /// `/SpiffeWorkloadAPI/ValidateJWTSVID`
+        ValidateJwtSvid = "ValidateJWTSVID",
+        /// `/SpiffeWorkloadAPI/FetchWITSVID`
+        FetchWitSvid = "FetchWITSVID",
+        /// `/SpiffeWorkloadAPI/FetchWITBundles`
+        FetchWitBundles = "FetchWITBundles",
+        /// `/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets`
+        StreamSecrets = "StreamSecrets",
+        /// `/envoy.service.secret.v3.SecretDiscoveryService/FetchSecrets`
+        FetchSecrets = "FetchSecrets",
+        /// What is no Workload API and no SDS: health, reflection, services that are not there.
+        Other = "Other",
+    }
 }
 
 impl Method {
     /// Every method.
-    pub const ALL: [Self; 10] = [
-        Self::FetchX509Svid,
-        Self::FetchX509Bundles,
-        Self::FetchJwtSvid,
-        Self::FetchJwtBundles,
-        Self::ValidateJwtSvid,
-        Self::FetchWitSvid,
-        Self::FetchWitBundles,
-        Self::StreamSecrets,
-        Self::FetchSecrets,
-        Self::Other,
-    ];
+    pub const ALL: [Self; Self::VALUES.len()] = *Self::VALUES.first_chunk().expect("it is as long as it is");
 
     /// The name of the RPC: `FetchX509SVID`. Also the metric label.
     pub fn rpc(self) -> &'static str {
-        match self {
-            Self::FetchX509Svid => "FetchX509SVID",
-            Self::FetchX509Bundles => "FetchX509Bundles",
-            Self::FetchJwtSvid => "FetchJWTSVID",
-            Self::FetchJwtBundles => "FetchJWTBundles",
-            Self::ValidateJwtSvid => "ValidateJWTSVID",
-            Self::FetchWitSvid => "FetchWITSVID",
-            Self::FetchWitBundles => "FetchWITBundles",
-            Self::StreamSecrets => "StreamSecrets",
-            Self::FetchSecrets => "FetchSecrets",
-            Self::Other => "Other",
-        }
+        self.text()
     }
 
     /// The name of its service.
@@ -82,33 +61,30 @@ impl Method {
     pub(super) fn is_bundles(self) -> bool {
         matches!(self, Self::FetchX509Bundles | Self::FetchJwtBundles | Self::FetchWitBundles)
     }
-
-    /// Its place in [`Method::ALL`].
-    pub(super) fn index(self) -> usize {
-        match self {
-            Self::FetchX509Svid => 0,
-            Self::FetchX509Bundles => 1,
-            Self::FetchJwtSvid => 2,
-            Self::FetchJwtBundles => 3,
-            Self::ValidateJwtSvid => 4,
-            Self::FetchWitSvid => 5,
-            Self::FetchWitBundles => 6,
-            Self::StreamSecrets => 7,
-            Self::FetchSecrets => 8,
-            Self::Other => 9,
-        }
-    }
 }
 
-impl Label for Method {
-    const KEY: &'static str = "method";
-    const VALUES: &'static [Self] = &Self::ALL;
+/// A value for each method.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PerMethod<T>([T; Method::ALL.len()]);
 
-    fn text(self) -> &'static str {
-        self.rpc()
+impl<T> PerMethod<T> {
+    /// The same for all.
+    pub fn all(value: T) -> Self
+    where
+        T: Copy,
+    {
+        Self([value; Method::ALL.len()])
     }
 
-    fn at(self) -> usize {
-        self.index()
+    /// The one of a method.
+    pub fn get(&self, method: Method) -> &T {
+        self.0.get(method.at()).expect("there is one for each method")
+    }
+
+    /// Puts another in the place of a method's.
+    pub fn set(&mut self, method: Method, value: T) {
+        if let Some(of_method) = self.0.get_mut(method.at()) {
+            *of_method = value;
+        }
     }
 }

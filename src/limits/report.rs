@@ -7,10 +7,8 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use super::{
-    bucket::Quota,
-    caller::CallerKey,
-    counters::Stage,
-    policy::{CallerPattern, IdPattern, Limit},
+    bucket::Quota, caller::CallerKey, caller_pattern::CallerPattern, id_pattern::IdPattern, refusal::Stage,
+    rule::Limit,
 };
 use crate::identity::SpiffeId;
 
@@ -21,7 +19,7 @@ pub const QUIET: Duration = Duration::from_secs(30);
 
 /// The key of a bucket as people know it. Never a metric label.
 #[derive(Clone, PartialEq, Eq)]
-pub enum Name {
+pub enum BucketName {
     /// A caller.
     Caller(CallerKey),
     /// All callers that an override with a shared bucket matches.
@@ -32,7 +30,7 @@ pub enum Name {
     Masked(SpiffeId, Arc<IdPattern>),
 }
 
-impl fmt::Display for Name {
+impl fmt::Display for BucketName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Caller(caller) => write!(f, "{caller}"),
@@ -43,7 +41,7 @@ impl fmt::Display for Name {
     }
 }
 
-impl fmt::Debug for Name {
+impl fmt::Debug for BucketName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{self}")
     }
@@ -53,7 +51,7 @@ impl fmt::Debug for Name {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Heavy {
     /// Whose bucket.
-    pub name: Name,
+    pub name: BucketName,
     /// What the bucket is for: the name of an RPC, or `connections`.
     pub what: &'static str,
     /// Calls that passed.
@@ -117,14 +115,14 @@ pub enum Event {
         /// Where.
         stage: Stage,
         /// Whom.
-        name: Name,
+        name: BucketName,
     },
     /// A key has not been refused for [`QUIET`].
     RefusalEnded {
         /// Where.
         stage: Stage,
         /// Whom.
-        name: Name,
+        name: BucketName,
         /// How often it was refused.
         count: u64,
     },
@@ -146,7 +144,7 @@ pub(super) struct Refusing {
 #[derive(Debug)]
 struct Listed {
     stage: Stage,
-    name: Name,
+    name: BucketName,
     told: bool,
     count: u64,
     last: u64,
@@ -154,7 +152,7 @@ struct Listed {
 
 impl Refusing {
     /// Notes a refusal. `name` is asked only when it is listed.
-    pub(super) fn note(&mut self, now: u64, stage: Stage, name: &Name) {
+    pub(super) fn note(&mut self, now: u64, stage: Stage, name: &BucketName) {
         if let Some(listed) = self.listed.iter_mut().find(|it| it.stage == stage && it.name == *name) {
             listed.count += 1;
             listed.last = now;
@@ -190,8 +188,8 @@ mod tests {
 
     const SECOND: u64 = 1_000_000_000;
 
-    fn name(uid: u32) -> Name {
-        Name::Caller(CallerKey::Uid(uid))
+    fn name(uid: u32) -> BucketName {
+        BucketName::Caller(CallerKey::Uid(uid))
     }
 
     #[test]

@@ -8,44 +8,21 @@
 
 use std::fmt;
 
+pub use time::Weekday;
+use time::{Date, Month, OffsetDateTime};
+
 const MINUTE: i64 = 60;
 const HOUR: i64 = 3_600;
 const DAY: i64 = 86_400;
 const WEEK: i64 = 7 * DAY;
 
-/// A day of the week.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[expect(missing_docs, reason = "they are the days of the week")]
-pub enum Weekday {
-    Monday,
-    Tuesday,
-    Wednesday,
-    Thursday,
-    Friday,
-    Saturday,
-    Sunday,
-}
-
-impl Weekday {
-    const ALL: [(Self, &'static str); 7] = [
-        (Self::Monday, "monday"),
-        (Self::Tuesday, "tuesday"),
-        (Self::Wednesday, "wednesday"),
-        (Self::Thursday, "thursday"),
-        (Self::Friday, "friday"),
-        (Self::Saturday, "saturday"),
-        (Self::Sunday, "sunday"),
-    ];
-
-    /// Parses the English name in lower case, or its first three letters.
-    pub fn parse(text: &str) -> Option<Self> {
-        let named = |(_, name): &&(Self, &str)| *name == text || name.get(..3) == Some(text);
-        Self::ALL.iter().find(named).map(|(day, _)| *day)
-    }
-
-    fn number(self) -> i64 {
-        Self::ALL.iter().zip(0..).find(|((day, _), _)| *day == self).map_or(0, |(_, number)| number)
-    }
+/// Parses the English name of a day of the week in lower case, or its first three letters.
+pub fn parse_weekday(text: &str) -> Option<Weekday> {
+    let mut days = std::iter::successors(Some(Weekday::Monday), |day| Some(day.next())).take(7);
+    days.find(|day| {
+        let name = day.to_string().to_lowercase();
+        name == text || name.get(..3) == Some(text)
+    })
 }
 
 /// Start or stop of a window, as written: any field may be absent.
@@ -67,12 +44,7 @@ pub struct Moment {
 
 impl fmt::Display for Moment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let weekday = self.weekday.map(|day| {
-            (
-                "weekday",
-                Weekday::ALL.get(usize::try_from(day.number()).unwrap_or(0)).map_or("", |it| it.1).to_owned(),
-            )
-        });
+        let weekday = self.weekday.map(|day| ("weekday", day.to_string().to_lowercase()));
         let number = |name, value: Option<u8>| value.map(|value| (name, value.to_string()));
         let fields = [
             number("month", self.month),
@@ -121,7 +93,7 @@ pub enum ScheduleError {
     #[error("the windows \"{}\" and \"{}\" overlap", .0.0, .0.1)]
     Overlap(Box<(Window, Window)>),
     /// More than [`MAX_WINDOWS`].
-    #[error("{0} windows must be at most 32")]
+    #[error("{0} windows must be at most {most}", most = MAX_WINDOWS)]
     TooMany(usize),
 }
 
@@ -142,8 +114,8 @@ enum Period {
 /// A moment within a period. Month and day count from 0 and are 0 where the period has none; a `Week` keeps its day in `day`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Spot {
-    month: i64,
-    day: i64,
+    month: u8,
+    day: u8,
     second: i64,
 }
 
@@ -215,7 +187,7 @@ impl Window {
             Period::Week => WEEK,
             Period::Month | Period::Year => return None,
         };
-        let second = |spot: Spot| spot.day * DAY + spot.second;
+        let second = |spot: Spot| i64::from(spot.day) * DAY + spot.second;
         // 1970 began on a Thursday, weeks begin on Monday.
         let shift = if self.period == Period::Week { 4 * DAY } else { 0 };
         let length = (second(self.stop) - second(self.start)).rem_euclid(period);
@@ -241,7 +213,7 @@ impl Window {
                 };
                 let at = |spot: Spot| {
                     let month = month + spot.month;
-                    (month_start(year, month) + spot.day * DAY + spot.second)
+                    (month_start(year, month) + i64::from(spot.day) * DAY + spot.second)
                         .min(month_start(year, month + 1))
                         .min(end)
                 };
@@ -258,7 +230,7 @@ impl Window {
     }
 }
 
-/// Values that hold in windows, which do not overlap once [`Schedule::check`] has said so.
+/// Values that hold in windows, of which no two are ever open at once.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Schedule<V>(Vec<(Window, V)>);
 
@@ -270,22 +242,24 @@ impl<V> Default for Schedule<V> {
 
 impl<V> Schedule<V> {
     /// A value for each window.
-    pub fn new(windows: Vec<(Window, V)>) -> Self {
-        Self(windows)
-    }
-
+    ///
     /// # Errors
-    /// [`ScheduleError::Overlap`] names two windows that are ever open at once.
-    pub fn check(&self) -> Result<(), ScheduleError> {
-        if self.0.len() > MAX_WINDOWS {
-            return Err(ScheduleError::TooMany(self.0.len()));
+    /// [`ScheduleError`] for too many windows, or names two that are ever open at once.
+    pub fn new(windows: Vec<(Window, V)>) -> Result<Self, ScheduleError> {
+        if windows.len() > MAX_WINDOWS {
+            return Err(ScheduleError::TooMany(windows.len()));
         }
-        for (at, (window, _)) in self.0.iter().enumerate() {
-            if let Some((other, _)) = self.0.iter().take(at).find(|(other, _)| other.meets(window)) {
+        for (at, (window, _)) in windows.iter().enumerate() {
+            if let Some((other, _)) = windows.iter().take(at).find(|(other, _)| other.meets(window)) {
                 return Err(ScheduleError::Overlap(Box::new((*other, *window))));
             }
         }
-        Ok(())
+        Ok(Self(windows))
+    }
+
+    /// Other values in the same windows.
+    pub fn map<U>(&self, value: impl Fn(&V) -> U) -> Schedule<U> {
+        Schedule(self.0.iter().map(|(window, of)| (*window, value(of))).collect())
     }
 
     /// Whether there is no window.
@@ -330,59 +304,41 @@ fn spot(moment: &Moment, last_hour: u8) -> Result<(Period, Spot), ScheduleError>
     let in_range = clock.iter().all(|(field, most)| field.is_none_or(|it| it <= *most));
     let after_midnight = hour == 24 && minute + second > 0;
     let (month, day) = (month.unwrap_or(1), day.unwrap_or(1));
-    let longest = match month {
-        4 | 6 | 9 | 11 => 30,
-        2 if period == Period::Year => 29,
-        _ => 31,
-    };
-    if !in_range || after_midnight || !(1..=12).contains(&month) || !(1..=longest).contains(&day) {
+    // Of a leap year. Where no month is given, some month has 31 days.
+    let longest = Month::try_from(month).map_or(0, |month| month.length(2000));
+    if !in_range || after_midnight || !(1..=longest).contains(&day) {
         return Err(ScheduleError::Never(*moment));
     }
-    let day = weekday.map_or_else(|| i64::from(day) - 1, Weekday::number);
+    let day = weekday.map_or(day - 1, Weekday::number_days_from_monday);
     let second = hour * HOUR + minute * MINUTE + second;
-    Ok((period, Spot { month: i64::from(month) - 1, day, second }))
+    Ok((period, Spot { month: month - 1, day, second }))
 }
 
 /// Where in its period a second lies.
 fn spot_of(period: Period, unix: i64) -> Spot {
-    let days = unix.div_euclid(DAY);
     let flat = |second| Spot { month: 0, day: 0, second };
+    // Beyond the year 9999 nobody looks.
+    let date = || OffsetDateTime::from_unix_timestamp(unix).unwrap_or(OffsetDateTime::UNIX_EPOCH).date();
     let second = unix.rem_euclid(DAY);
     match period {
         Period::Minute => flat(unix.rem_euclid(MINUTE)),
         Period::Hour => flat(unix.rem_euclid(HOUR)),
         Period::Day => flat(second),
-        Period::Week => Spot { month: 0, day: (days + 3).rem_euclid(7), second },
-        Period::Month => Spot { month: 0, day: date(days).2, second },
+        Period::Week => Spot { month: 0, day: date().weekday().number_days_from_monday(), second },
+        Period::Month => Spot { month: 0, day: date().day() - 1, second },
         Period::Year => {
-            let (_, month, day) = date(days);
-            Spot { month, day, second }
+            let date = date();
+            Spot { month: u8::from(date.month()) - 1, day: date.day() - 1, second }
         }
     }
 }
 
-/// Year, month and day (both from 0) of a day counted from 1970-01-01, in the Gregorian calendar.
-///
-/// Reckoned in years that begin in March, so that the day of a leap year comes last (H. Hinnant, "chrono-compatible
-/// low-level date algorithms").
-fn date(days: i64) -> (i64, i64, i64) {
-    let days = days + 719_468;
-    let (era, day_of_era) = (days.div_euclid(146_097), days.rem_euclid(146_097));
-    let year = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year + year / 4 - year / 100);
-    let from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * from_march + 2) / 5;
-    let month = if from_march < 10 { from_march + 2 } else { from_march - 10 };
-    (era * 400 + year + i64::from(month < 2), month, day)
-}
-
 /// When a month begins; `month` counts from 0, and 12 is January of the next year.
-fn month_start(year: i64, month: i64) -> i64 {
-    let (year, month) = (year + month.div_euclid(12), month.rem_euclid(12));
-    let (year, from_march) = if month < 2 { (year - 1, month + 10) } else { (year, month - 2) };
-    let (era, year) = (year.div_euclid(400), year.rem_euclid(400));
-    let day_of_era = 365 * year + year / 4 - year / 100 + (153 * from_march + 2) / 5;
-    (era * 146_097 + day_of_era - 719_468) * DAY
+fn month_start(year: i32, month: u8) -> i64 {
+    let first = Month::try_from(month % 12 + 1)
+        .ok()
+        .and_then(|of_year| Date::from_calendar_date(year + i32::from(month / 12), of_year, 1).ok());
+    first.map_or(i64::MAX, |first| first.midnight().assume_utc().unix_timestamp())
 }
 
 /// Whether a window with this start, length and period is open at some time in `from..to`.
@@ -402,7 +358,7 @@ mod tests {
         for field in text.split_whitespace() {
             let (kind, value) = field.split_at(1);
             if kind == "w" {
-                moment.weekday = Weekday::parse(value);
+                moment.weekday = parse_weekday(value);
                 continue;
             }
             let value = Some(value.parse().unwrap());
@@ -511,9 +467,9 @@ mod tests {
         ] {
             let (a, b) = (window(a).unwrap(), window(b).unwrap());
             assert_eq!((a.meets(&b), b.meets(&a)), (meets, meets), "{case}");
-            let schedule = Schedule::new(vec![(a, ()), (b, ())]);
+            let schedule = Schedule::new(vec![(a, ()), (b, ())]).map(drop);
             let want = if meets { Err(ScheduleError::Overlap(Box::new((a, b)))) } else { Ok(()) };
-            assert_eq!(schedule.check(), want, "{case}");
+            assert_eq!(schedule, want, "{case}");
         }
     }
 
@@ -540,11 +496,14 @@ mod tests {
     #[test]
     fn the_calendar_is_right_for_500_years() {
         let mut begins = 0;
+        let mut year = 1969;
         for (days, (month, day, weekday)) in (0..).zip(calendar(500 * 366)) {
-            let (year, m, d) = date(days);
-            assert_eq!((m, d), (month, day), "day {days}");
-            assert_eq!(spot_of(Period::Week, days * DAY).day, weekday, "day {days}");
+            year += i32::from((month, day) == (0, 0));
+            let spot = spot_of(Period::Year, days * DAY);
+            assert_eq!((i64::from(spot.month), i64::from(spot.day)), (month, day), "day {days}");
+            assert_eq!(i64::from(spot_of(Period::Week, days * DAY).day), weekday, "day {days}");
             if day == 0 {
+                let month = u8::try_from(month).unwrap();
                 assert_eq!(month_start(year, month), days * DAY, "day {days}");
                 begins += 1;
             }
@@ -555,10 +514,10 @@ mod tests {
     /// Windows to the hour, so that an oracle can try each hour.
     fn any_window() -> impl Strategy<Value = Window> {
         let hour = || 0..24_u8;
-        let day = |weekday: usize| Weekday::ALL[weekday].0;
+        let day = |weekday: u8| Weekday::Monday.nth_next(weekday);
         let daily = (hour(), hour())
             .prop_map(|(a, b)| [a, b].map(|hour| Moment { hour: Some(hour), ..Moment::default() }));
-        let weekly = (0..7_usize, 0..7_usize, hour(), hour()).prop_map(move |(a, b, c, d)| {
+        let weekly = (0..7_u8, 0..7_u8, hour(), hour()).prop_map(move |(a, b, c, d)| {
             [(a, c), (b, d)].map(|(weekday, hour)| Moment {
                 weekday: Some(day(weekday)),
                 hour: Some(hour),
@@ -587,7 +546,7 @@ mod tests {
             match (moment.month, moment.day, moment.weekday) {
                 (Some(month), day, _) => (i64::from(month) * 100 + number(day, 1)) * 100 + hour,
                 (None, Some(day), _) => i64::from(day) * 100 + hour,
-                (None, None, Some(weekday)) => weekday.number() * 100 + hour,
+                (None, None, Some(weekday)) => i64::from(weekday.number_days_from_monday()) * 100 + hour,
                 (None, None, None) => hour,
             }
         };

@@ -6,18 +6,70 @@
 //!
 //! A caller is its family here ([`Families`](super::caller::Families)): whoever can be many gets no more for it.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    num::NonZeroU32,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use hashbrown::{HashMap, hash_map::Entry};
-
-use super::NodeSettings;
 
 /// Which part of all slots is for callers that have none.
 const RESERVE: u32 = 4;
 
+/// How many attestations may run at once, and how many of one caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attestations {
+    all: u32,
+    per_caller: u32,
+}
+
+impl Attestations {
+    /// The most there may be.
+    pub const MOST: u32 = 1 << 16;
+
+    /// `all` at once (64 if not given), of which one caller has `per_caller` (16, or all if that is less), however idle
+    /// the node is.
+    ///
+    /// # Errors
+    /// [`AttestationsError`] for more than [`Attestations::MOST`], or more of one caller than of all.
+    pub fn new(all: Option<NonZeroU32>, per_caller: Option<NonZeroU32>) -> Result<Self, AttestationsError> {
+        let all = all.map_or(64, NonZeroU32::get);
+        let per_caller = per_caller.map_or(all.min(16), NonZeroU32::get);
+        if all > Self::MOST {
+            return Err(AttestationsError::TooMany(all));
+        }
+        if per_caller > all {
+            return Err(AttestationsError::OfOneCaller { per_caller, all });
+        }
+        Ok(Self { all, per_caller })
+    }
+}
+
+impl Default for Attestations {
+    fn default() -> Self {
+        Self { all: 64, per_caller: 16 }
+    }
+}
+
+/// Why so many attestations cannot run at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AttestationsError {
+    /// More than [`Attestations::MOST`].
+    #[error("attestations {0} must be at most {most}", most = Attestations::MOST)]
+    TooMany(u32),
+    /// One caller would have more than there are.
+    #[error("attestations_per_caller {per_caller} must be at most attestations, which is {all}")]
+    OfOneCaller {
+        /// Of one caller.
+        per_caller: u32,
+        /// Of all.
+        all: u32,
+    },
+}
+
 /// Who is in the way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Full {
+pub(super) enum Full {
     /// The caller itself.
     Share,
     /// All together.
@@ -25,56 +77,51 @@ pub enum Full {
 }
 
 #[derive(Debug)]
-struct State {
-    all: u32,
-    per_caller: u32,
+struct SlotsState {
+    most: Attestations,
     in_use: u32,
     by_caller: HashMap<u64, u32, ahash::RandomState>,
 }
 
 /// The slots of a node.
 #[derive(Debug)]
-pub struct Slots {
-    state: Mutex<State>,
+pub(super) struct Slots {
+    state: Mutex<SlotsState>,
 }
 
 /// Lets one attestation run; gives the slot back when dropped.
 #[derive(Debug)]
 #[must_use = "the slot is free again as soon as this is dropped"]
-pub struct AttestationSlot {
+pub(super) struct AttestationSlot {
     slots: Arc<Slots>,
     caller: u64,
 }
 
 impl Slots {
-    /// Slots as the settings have them.
-    pub fn new(settings: &NodeSettings) -> Self {
-        let slots = Self {
-            state: Mutex::new(State { all: 0, per_caller: 0, in_use: 0, by_caller: HashMap::default() }),
-        };
-        slots.reload(settings);
+    /// So many slots.
+    pub(super) fn new(most: Attestations) -> Self {
+        let slots = Self { state: Mutex::new(SlotsState { most, in_use: 0, by_caller: HashMap::default() }) };
+        slots.resize(most);
         slots
     }
 
     /// Changes how many there are. Those that are out stay out.
-    pub fn reload(&self, settings: &NodeSettings) {
+    pub(super) fn resize(&self, most: Attestations) {
         let mut state = self.lock();
-        state.all = settings.attestations.get();
-        state.per_caller = settings.attestations_per_caller.get();
-        let room = usize::try_from(state.all.min(1 << 16)).unwrap_or(0);
-        state.by_caller.reserve(room);
+        state.most = most;
+        state.by_caller.reserve(usize::try_from(most.all).unwrap_or(0));
     }
 
     /// A slot, at once or not at all.
     ///
     /// # Errors
     /// [`Full`] says whose doing it is.
-    pub fn take(self: &Arc<Self>, caller: u64) -> Result<AttestationSlot, Full> {
+    pub(super) fn take(self: &Arc<Self>, caller: u64) -> Result<AttestationSlot, Full> {
         let mut state = self.lock();
-        if state.in_use >= state.all {
+        let SlotsState { most: Attestations { all, per_caller }, in_use, by_caller } = &mut *state;
+        if *in_use >= *all {
             return Err(Full::Node);
         }
-        let State { all, per_caller, in_use, by_caller } = &mut *state;
         let callers = u32::try_from(by_caller.len()).unwrap_or(u32::MAX);
         let entry = by_caller.entry(caller);
         let (has, callers) = match &entry {
@@ -92,11 +139,11 @@ impl Slots {
     }
 
     /// How many are out.
-    pub fn in_use(&self) -> u32 {
+    pub(super) fn in_use(&self) -> u32 {
         self.lock().in_use
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, SlotsState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -116,19 +163,12 @@ impl Drop for AttestationSlot {
 
 #[cfg(test)]
 mod tests {
-    use std::num::NonZeroU32;
-
     use proptest::prelude::*;
 
     use super::*;
 
     fn slots(all: u32, per_caller: u32) -> Arc<Slots> {
-        let settings = NodeSettings {
-            attestations: NonZeroU32::new(all).unwrap(),
-            attestations_per_caller: NonZeroU32::new(per_caller).unwrap(),
-            ..NodeSettings::default()
-        };
-        Arc::new(Slots::new(&settings))
+        Arc::new(Slots::new(Attestations { all, per_caller }))
     }
 
     #[test]

@@ -9,13 +9,13 @@
 //! Keys stand in the table as 128 bits of a seeded hash; nobody outside can choose two that meet. Time is nanoseconds since
 //! the agent started; a `now` before the latest one seen counts as that one.
 
-use std::time::Duration;
+use std::{ops::RangeInclusive, time::Duration};
 
 use hashbrown::HashTable;
 
 use super::{
     bucket::{Bucket, Level, Quota},
-    report::{Heavy, Name},
+    report::{BucketName, Heavy},
 };
 
 /// Buckets that keys share which have none of their own: one for each quota, since what comes back at two rates cannot be
@@ -59,27 +59,60 @@ impl Pool {
 
 /// Whose bucket: a seeded hash of the key, and who could invent more keys like it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Key {
+pub(super) struct BucketKey {
     /// Of everything that tells this bucket from another.
-    pub hash: [u64; 2],
+    pub(super) hash: [u64; 2],
     /// Who is charged when there is no room for a bucket of its own.
-    pub parent: u64,
+    pub(super) parent: u64,
 }
+
+/// How many keys a table may know: from 16 to 16,777,216. A key takes [`budget::KEY`](super::budget::KEY) bytes once known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TableSize(u32);
+
+impl TableSize {
+    /// The bounds.
+    pub const RANGE: RangeInclusive<u32> = 16..=1 << 24;
+
+    /// So many keys.
+    ///
+    /// # Errors
+    /// [`TableSizeError`] outside of [`TableSize::RANGE`].
+    pub fn new(keys: u32) -> Result<Self, TableSizeError> {
+        if Self::RANGE.contains(&keys) { Ok(Self(keys)) } else { Err(TableSizeError(keys)) }
+    }
+
+    /// The number of keys.
+    pub(super) fn keys(self) -> usize {
+        usize::try_from(self.0).unwrap_or(usize::MAX)
+    }
+}
+
+impl Default for TableSize {
+    fn default() -> Self {
+        Self(16_384)
+    }
+}
+
+/// A table that would be too small, or too large.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("keys {0} must be from {least} to {most}", least = TableSize::RANGE.start(), most = TableSize::RANGE.end())]
+pub struct TableSizeError(u32);
 
 /// Makes keys. Seeded at random once per agent.
 #[derive(Debug, Default)]
-pub struct Hasher([ahash::RandomState; 2]);
+pub(super) struct Hasher([ahash::RandomState; 2]);
 
 impl Hasher {
     /// The hash of `value`.
-    pub fn hash(&self, value: impl std::hash::Hash) -> [u64; 2] {
+    pub(super) fn hash(&self, value: impl std::hash::Hash) -> [u64; 2] {
         self.0.each_ref().map(|state| state.hash_one(&value))
     }
 }
 
 /// Which bucket a call was charged to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub(super) enum ChargedTo {
     /// Its own, which was here; it may have moved since, which is seen.
     Own(u32),
     /// Its parent's: there was no room.
@@ -106,7 +139,7 @@ struct Cell {
 }
 
 /// Whose cell it is, for people.
-type Who = (Name, &'static str);
+type Who = (BucketName, &'static str);
 
 #[derive(Debug)]
 struct Parent {
@@ -135,7 +168,7 @@ const PARENTS_PAUSE: u64 = 10_000_000;
 /// Cells lie densely in the order they were made, so that memory follows the number of known keys; room for the rest
 /// is reserved but untouched, and a decision allocates nothing (a parent never seen before may).
 #[derive(Debug)]
-pub struct Table {
+pub(super) struct Table {
     capacity: usize,
     per_parent: usize,
     index: HashTable<u32>,
@@ -158,8 +191,8 @@ fn seconds(now: u64) -> u32 {
 }
 
 impl Table {
-    /// A table of `capacity` keys (at least 16), of which a parent may own `per_parent` (at least 1).
-    pub fn new(capacity: usize, per_parent: usize) -> Self {
+    /// A table of which a parent may own one part in `parts`.
+    pub(super) fn new(size: TableSize, parts: usize) -> Self {
         let mut table = Self {
             capacity: 0,
             per_parent: 1,
@@ -174,14 +207,14 @@ impl Table {
             latest: 0,
             parents_seen: 0,
         };
-        table.resize(capacity, per_parent);
+        table.resize(size, parts);
         table
     }
 
     /// Changes the bounds. A smaller table forgets nothing that is not full: it takes no new keys until it is below.
-    pub fn resize(&mut self, capacity: usize, per_parent: usize) {
-        self.capacity = capacity.clamp(16, 1 << 24);
-        self.per_parent = per_parent.clamp(1, self.capacity);
+    pub(super) fn resize(&mut self, size: TableSize, parts: usize) {
+        self.capacity = size.keys();
+        self.per_parent = (self.capacity / parts).max(1);
         self.cells.reserve_exact(self.capacity.saturating_sub(self.cells.len()));
         self.names.reserve_exact(self.capacity.saturating_sub(self.names.len()));
         let more = self.capacity.saturating_sub(self.index.len());
@@ -190,27 +223,22 @@ impl Table {
     }
 
     /// How many keys are known.
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.cells.len()
-    }
-
-    /// Whether no key is known.
-    pub fn is_empty(&self) -> bool {
-        self.cells.is_empty()
     }
 
     /// Holds `cost` tokens in the bucket of `key`; `who` is asked only when the key is new.
     ///
     /// # Errors
     /// The wait, as in [`Bucket::hold`].
-    pub fn hold(
+    pub(super) fn hold(
         &mut self,
         now: u64,
-        key: Key,
+        key: BucketKey,
         quota: Quota,
         cost: u32,
         who: impl FnOnce() -> Who,
-    ) -> Result<Place, Duration> {
+    ) -> Result<ChargedTo, Duration> {
         let now = self.tick(now);
         let room_for_regulars = self.regulars < self.capacity / REGULARS;
         if let Some((at, cell)) = self.find(key.hash) {
@@ -224,7 +252,7 @@ impl Table {
                 Err(_) => cell.refused = cell.refused.saturating_add(1),
             }
             self.regulars += usize::from(becomes_regular);
-            return outcome.map(|()| Place::Own(at));
+            return outcome.map(|()| ChargedTo::Own(at));
         }
         let Some(at) = self.has_room(now, key.parent).then(|| u32::try_from(self.cells.len()).ok()).flatten()
         else {
@@ -239,7 +267,7 @@ impl Table {
         }
         bucket.hold(now, quota, cost)?;
         if !self.own_one_more(now, key.parent) {
-            return self.stray.hold(now, quota, cost).map(|()| Place::Stray);
+            return self.stray.hold(now, quota, cost).map(|()| ChargedTo::Stray);
         }
         self.cells.push(Cell {
             hash: key.hash,
@@ -254,36 +282,43 @@ impl Table {
         self.names.push(who());
         let cells = &self.cells;
         self.index.insert_unique(key.hash[0], at, |at| hash_at(cells, *at));
-        Ok(Place::Own(at))
+        Ok(ChargedTo::Own(at))
     }
 
     /// Ends a call that held tokens; see [`Bucket::settle`]. A bucket with tokens held is never forgotten, so it is there.
     ///
     /// It counts as ended at the latest time that the table was told. That is not before it began, and saves a look at the
     /// clock; the tokens begin to flow back no sooner than if they had been taken at once.
-    pub fn settle(&mut self, key: Key, place: Place, quota: Quota, held: u32, cost: u32) -> Option<Level> {
+    pub(super) fn settle(
+        &mut self,
+        key: BucketKey,
+        place: ChargedTo,
+        quota: Quota,
+        held: u32,
+        cost: u32,
+    ) -> Option<Level> {
         let now = self.latest;
         let refund = u32::from(held > 0 && cost == 0);
         let bucket = match place {
-            Place::Own(at) => self.cell(key.hash, at).map(|cell| {
+            ChargedTo::Own(at) => self.cell(key.hash, at).map(|cell| {
                 cell.used = cell.used.saturating_sub(refund);
                 &mut cell.bucket
             }),
-            Place::Overflow => self.parent(key.parent).and_then(|parent| parent.overflow.get(quota)),
-            Place::Stray => self.stray.get(quota),
+            ChargedTo::Overflow => self.parent(key.parent).and_then(|parent| parent.overflow.get(quota)),
+            ChargedTo::Stray => self.stray.get(quota),
         };
         bucket.map(|bucket| bucket.settle(now, quota, held, cost))
     }
 
     /// Adds to what a known key has spent, as a debt of at most one burst. A key that is not known has a full bucket, and is
     /// left in peace: this is for a cost that shows itself after the call was charged.
-    pub fn charge(&mut self, now: u64, key: Key, quota: Quota, cost: u32) -> Option<Level> {
+    pub(super) fn charge(&mut self, now: u64, key: BucketKey, quota: Quota, cost: u32) -> Option<Level> {
         self.tick(now);
-        self.settle(key, Place::Own(u32::MAX), quota, 0, cost)
+        self.settle(key, ChargedTo::Own(u32::MAX), quota, 0, cost)
     }
 
     /// Counts for people that a key was refused for something else than its tokens, if it is known.
-    pub fn note_refused(&mut self, key: Key) {
+    pub(super) fn note_refused(&mut self, key: BucketKey) {
         if let Some((_, cell)) = self.find(key.hash) {
             cell.again = true;
             cell.refused = cell.refused.saturating_add(1);
@@ -291,13 +326,13 @@ impl Table {
     }
 
     /// Tokens left to a key, if it is known.
-    pub fn left(&mut self, now: u64, key: Key, quota: Quota) -> Option<u32> {
+    pub(super) fn left(&mut self, now: u64, key: BucketKey, quota: Quota) -> Option<u32> {
         let now = self.tick(now);
         self.find(key.hash).map(|(_, cell)| cell.bucket.left(now, quota))
     }
 
     /// The `n` keys that were refused most, then those that were served most, since each was last forgotten.
-    pub fn heaviest(&self, n: usize) -> Vec<Heavy> {
+    pub(super) fn heaviest(&self, n: usize) -> Vec<Heavy> {
         let weight = |cell: &Cell| (cell.refused, cell.used);
         let mut top: Vec<(&Cell, &Who)> = Vec::with_capacity(n.min(self.cells.len()).saturating_add(1));
         for (cell, who) in self.cells.iter().zip(&self.names) {
@@ -318,7 +353,7 @@ impl Table {
 
     /// Forgets every full bucket and returns memory: for when memory is short. The time it takes grows with the table
     /// (about 10 ns a key).
-    pub fn forget_full(&mut self, now: u64) {
+    pub(super) fn forget_full(&mut self, now: u64) {
         let now = self.tick(now);
         let mut at = 0;
         while let Some(cell) = self.cells.get(at) {
@@ -418,11 +453,17 @@ impl Table {
         }
     }
 
-    fn hold_overflow(&mut self, now: u64, parent: u64, quota: Quota, cost: u32) -> Result<Place, Duration> {
+    fn hold_overflow(
+        &mut self,
+        now: u64,
+        parent: u64,
+        quota: Quota,
+        cost: u32,
+    ) -> Result<ChargedTo, Duration> {
         self.make_parent(now, parent);
         match self.parent(parent) {
-            Some(parent) => parent.overflow.hold(now, quota, cost).map(|()| Place::Overflow),
-            None => self.stray.hold(now, quota, cost).map(|()| Place::Stray),
+            Some(parent) => parent.overflow.hold(now, quota, cost).map(|()| ChargedTo::Overflow),
+            None => self.stray.hold(now, quota, cost).map(|()| ChargedTo::Stray),
         }
     }
 
@@ -479,8 +520,12 @@ mod tests {
         Quota::new(rate, Per::Second, burst).unwrap()
     }
 
+    fn a_table(keys: u32, parts: usize) -> Table {
+        Table::new(TableSize::new(keys).unwrap(), parts)
+    }
+
     fn heavy(uid: u32) -> Who {
-        (Name::Caller(CallerKey::Uid(uid)), "test")
+        (BucketName::Caller(CallerKey::Uid(uid)), "test")
     }
 
     /// Methods with other quotas than each other's share no bucket, in an overflow neither: the smaller would forgive what the
@@ -488,13 +533,13 @@ mod tests {
     #[test]
     fn quotas_are_not_mixed_in_an_overflow() {
         let (many, few) = (quota(1.0, 200), quota(0.1, 5));
-        let mut table = Table::new(16, 1);
-        let key = |number| Key { hash: [number; 2], parent: 1 };
+        let mut table = a_table(16, 16);
+        let key = |number| BucketKey { hash: [number; 2], parent: 1 };
         table.hold(0, key(1), many, 1, || heavy(1)).unwrap();
         let mut take = |quota: Quota, number| {
             let held = table.hold(0, key(number), quota, 1, || heavy(2));
             held.inspect(|place| {
-                assert_eq!(*place, Place::Overflow);
+                assert_eq!(*place, ChargedTo::Overflow);
                 table.settle(key(number), *place, quota, 1, 1);
             })
             .is_ok()
@@ -510,10 +555,10 @@ mod tests {
     /// After a flood the table shrinks to those who call.
     #[test]
     fn a_table_shrinks_to_those_who_call() {
-        let mut table = Table::new(1024, 1024);
+        let mut table = a_table(1024, 1);
         let quota = quota(10.0, 10);
         let mut call = |now, number: u64| {
-            let key = Key { hash: [number; 2], parent: number };
+            let key = BucketKey { hash: [number; 2], parent: number };
             let place = table.hold(now, key, quota, 1, || heavy(1)).unwrap();
             table.settle(key, place, quota, 1, 1);
             table.len()
@@ -528,20 +573,20 @@ mod tests {
     #[test]
     fn a_cost_above_the_burst_never_passes() {
         let quota = quota(1.0, 10);
-        let mut table = Table::new(16, 16);
-        let key = Key { hash: [1, 1], parent: 1 };
+        let mut table = a_table(16, 1);
+        let key = BucketKey { hash: [1, 1], parent: 1 };
         for now in [0, SECOND, 100 * SECOND] {
             assert!(table.hold(now, key, quota, 11, || heavy(1)).is_err());
         }
-        assert!(table.is_empty(), "nothing is kept of it");
+        assert!(table.len() == 0, "nothing is kept of it");
     }
 
     #[test]
     fn the_heaviest_come_first() {
-        let mut table = Table::new(64, 64);
+        let mut table = a_table(64, 1);
         for (uid, calls) in [(1, 3), (2, 30), (3, 12), (4, 1)] {
             for _ in 0..calls {
-                let key = Key { hash: [u64::from(uid); 2], parent: 0 };
+                let key = BucketKey { hash: [u64::from(uid); 2], parent: 0 };
                 if let Ok(place) = table.hold(0, key, quota(1.0, 10), 1, || heavy(uid)) {
                     table.settle(key, place, quota(1.0, 10), 1, 1);
                 }
@@ -590,15 +635,15 @@ mod tests {
         prop::collection::vec(one, 1..80)
     }
 
-    const MINE: Key = Key { hash: [u64::MAX, 7], parent: 3 };
+    const MINE: BucketKey = BucketKey { hash: [u64::MAX, 7], parent: 3 };
 
-    fn flood_key(parent: u64, number: u32) -> Key {
+    fn flood_key(parent: u64, number: u32) -> BucketKey {
         // The low half of the hash is what the index looks at: let keys meet there.
-        Key { hash: [u64::from(number % 97), u64::from(number)], parent }
+        BucketKey { hash: [u64::from(number % 97), u64::from(number)], parent }
     }
 
     /// A call of each of these keys, paid at once where it passes.
-    fn flood(table: &mut Table, now: u64, quota: Quota, cost: u32, keys: impl Iterator<Item = Key>) {
+    fn flood(table: &mut Table, now: u64, quota: Quota, cost: u32, keys: impl Iterator<Item = BucketKey>) {
         for key in keys {
             if let Ok(place) = table.hold(now, key, quota, cost, || heavy(0)) {
                 table.settle(key, place, quota, cost, cost);
@@ -608,11 +653,11 @@ mod tests {
 
     /// Plays the game; gives what the key under test took and when.
     fn play(moves: Vec<Move>, quota: Quota) -> Vec<(u64, u32)> {
-        let mut table = Table::new(16, 4);
+        let mut table = a_table(16, 4);
         // The latest time that the table was told: it cannot know of others.
         let (mut now, mut latest) = (SECOND, 0);
         let mut taken = Vec::new();
-        let mut open: Vec<(Place, u32, bool)> = Vec::new();
+        let mut open: Vec<(ChargedTo, u32, bool)> = Vec::new();
         for step in moves {
             let mut ended = Vec::new();
             if !matches!(step, Move::Wait(_) | Move::Back(_)) {
@@ -670,9 +715,9 @@ mod tests {
         #[test]
         fn a_polite_key_is_never_refused(moves in moves(15)) {
             let quota = quota(2.0, 3);
-            let mut table = Table::new(16, 4);
+            let mut table = a_table(16, 4);
             let mut now = SECOND;
-            let mine = Key { parent: 99, ..MINE };
+            let mine = BucketKey { parent: 99, ..MINE };
             for step in moves {
                 match step {
                     Move::Flood { parent, first, count, cost } => {
@@ -683,7 +728,7 @@ mod tests {
                         let held = table.hold(now, mine, quota, cost, || heavy(0));
                         prop_assert!(held.is_ok(), "{held:?}");
                         let place = held.unwrap();
-                        prop_assert!(place != Place::Stray);
+                        prop_assert!(place != ChargedTo::Stray);
                         table.settle(mine, place, quota, cost, cost);
                         now += u64::from(cost) * quota.per_token;
                     }
@@ -697,9 +742,9 @@ mod tests {
         #[test]
         fn a_regular_is_never_refused(moves in moves(1000)) {
             let quota = quota(2.0, 3);
-            let mut table = Table::new(16, 4);
+            let mut table = a_table(16, 4);
             let mut now = SECOND;
-            let mine = Key { parent: 5000, ..MINE };
+            let mine = BucketKey { parent: 5000, ..MINE };
             for _ in 0..2 {
                 let place = table.hold(now, mine, quota, 1, || heavy(0)).unwrap();
                 table.settle(mine, place, quota, 1, 1);
@@ -709,12 +754,12 @@ mod tests {
                 match step {
                     Move::Flood { parent, first, count, cost } => {
                         // Each of a parent of its own.
-                        let key = |n| Key { parent: parent.wrapping_mul(31) ^ u64::from(n), ..flood_key(parent, n) };
+                        let key = |n| BucketKey { parent: parent.wrapping_mul(31) ^ u64::from(n), ..flood_key(parent, n) };
                         flood(&mut table, now, quota, cost, (first..first + count).map(key));
                     }
                     Move::Call { cost, .. } => {
                         let held = table.hold(now, mine, quota, cost, || heavy(0));
-                        prop_assert!(matches!(held, Ok(Place::Own(_))), "{held:?}");
+                        prop_assert!(matches!(held, Ok(ChargedTo::Own(_))), "{held:?}");
                         table.settle(mine, held.unwrap(), quota, cost, cost);
                         now += u64::from(cost) * quota.per_token;
                     }
@@ -731,7 +776,7 @@ mod tests {
         #[test]
         fn the_wait_is_true(moves in moves(40), cost in 1..4_u32) {
             let quota = quota(2.0, 3);
-            let mut table = Table::new(16, 4);
+            let mut table = a_table(16, 4);
             let mut now = SECOND;
             for step in moves {
                 match step {
@@ -792,7 +837,7 @@ mod tests {
         #[test]
         fn the_index_and_the_cells_agree(calls in prop::collection::vec((0..8_u64, 0..200_u32, 0..SECOND), 0..300)) {
             let quota = quota(2.0, 3);
-            let mut table = Table::new(16, 4);
+            let mut table = a_table(16, 4);
             let mut now = SECOND;
             for (parent, number, wait) in calls {
                 now += wait / 4;
@@ -811,7 +856,7 @@ mod tests {
             }
             now += 100 * SECOND;
             table.forget_full(now);
-            prop_assert!(table.is_empty() && table.index.is_empty() && table.parents.is_empty());
+            prop_assert!(table.len() == 0 && table.index.is_empty() && table.parents.is_empty());
         }
     }
 }

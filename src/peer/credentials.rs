@@ -25,7 +25,7 @@ use procfs::{ProcError, process::Process as ProcProcess};
 use crate::{
     limits::caller::{Caller, CallerKey},
     os::pidfd::{Owner, Pidfd},
-    peer::attested::LastAttested,
+    peer::slot::PeerSlot,
 };
 
 /// What the kernel recorded when the peer called `connect()` (`SO_PEERCRED`), as seen from the agent's namespaces.
@@ -45,8 +45,7 @@ pub struct Peer {
     credentials: Credentials,
     caller: CallerKey,
     process: Process,
-    /// Only the attestor writes.
-    attested: LastAttested,
+    slot: PeerSlot,
 }
 
 /// How the agent holds on to the process.
@@ -229,7 +228,7 @@ impl Arrival {
             Some(process) => process,
             None => Process::of(stream, &credentials)?,
         };
-        Ok(Peer { credentials, caller, process, attested: LastAttested::default() })
+        Ok(Peer { credentials, caller, process, slot: PeerSlot::default() })
     }
 }
 
@@ -259,7 +258,7 @@ impl Peer {
     pub fn out_of_namespace(uid: Uid, gid: Gid) -> Self {
         let credentials = Credentials { pid: Pid::from_raw(0), uid, gid };
         let caller = CallerKey::Uid(uid.as_raw());
-        Self { credentials, caller, process: Process::OutOfNamespace, attested: LastAttested::default() }
+        Self { credentials, caller, process: Process::OutOfNamespace, slot: PeerSlot::default() }
     }
 
     /// Its PID when it connected; 0 when it is in another PID namespace. Worth something only while
@@ -288,9 +287,9 @@ impl Peer {
         &self.process
     }
 
-    /// What attestation found out the last time.
-    pub fn last_attested(&self) -> &LastAttested {
-        &self.attested
+    /// Where the attestor keeps what it found out the last time.
+    pub(crate) fn slot(&self) -> &PeerSlot {
+        &self.slot
     }
 
     /// Whether the process that connected still runs, as the same user and group. To be asked once per call, after

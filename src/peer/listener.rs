@@ -27,14 +27,13 @@ use super::{
     drain::{Drained, drain, note_panic},
     lingering::Lingering,
     phase::Phase,
-    refused::Refused,
     service::ConnectionService,
     socket::Socket,
     stats::ConnectionStats,
     trim::HeapTrim,
 };
 use crate::{
-    limits::CallerKey,
+    limits::{CallerKey, ConnectionRefusal},
     os::accept::{Acceptor, Waiting},
 };
 
@@ -52,8 +51,8 @@ pub trait AcceptGate: Send + Sync + 'static {
     /// Runs in the accept loop: must answer at once.
     ///
     /// # Errors
-    /// [`Refused`]: the connection is closed and counted.
-    fn admit_connection(&self, arrival: &Arrival) -> Result<Self::Permit, Refused>;
+    /// [`ConnectionRefusal`]: the connection is closed and counted.
+    fn admit_connection(&self, arrival: &Arrival) -> Result<Self::Permit, ConnectionRefusal>;
 }
 
 /// Lets everybody in.
@@ -63,7 +62,7 @@ pub struct AdmitAll;
 impl AcceptGate for AdmitAll {
     type Permit = ();
 
-    fn admit_connection(&self, _arrival: &Arrival) -> Result<(), Refused> {
+    fn admit_connection(&self, _arrival: &Arrival) -> Result<(), ConnectionRefusal> {
         Ok(())
     }
 }
@@ -253,7 +252,7 @@ enum NotTaken {
     /// The kernel did not say who is there.
     Unidentified(CredentialsError),
     /// The gate refused it.
-    Refused(Refused),
+    Refused(ConnectionRefusal),
 }
 
 impl From<io::Error> for NotTaken {
@@ -277,7 +276,7 @@ impl NotTaken {
                 false
             }
             Self::Unidentified(err) => {
-                stats.count_unidentified();
+                stats.count_refused(ConnectionRefusal::Unidentified);
                 tracing::debug!(error = %err, "closed a connection");
                 let out_of_descriptors = err.out_of_descriptors();
                 if out_of_descriptors {

@@ -2,16 +2,18 @@
 
 use metrics::{Counter, Gauge};
 
-use super::{end::ConnectionEnd, refused::Refused, stats::ConnectionStats};
-use crate::telemetry::registry::{By, Label, Registry, float_u64};
+use super::{end::ConnectionEnd, stats::ConnectionStats};
+use crate::{
+    limits::ConnectionRefusal,
+    telemetry::registry::{By, Label as _, Registry, float_u64},
+};
 
 /// The series of connections, set from what the listeners count.
 pub struct ConnectionMetrics {
     open: Gauge,
     parked: Gauge,
     accepted: Counter,
-    refused: By<Refused, Counter>,
-    unidentified: Counter,
+    refused: By<ConnectionRefusal, Counter>,
     closed: By<ConnectionEnd, Counter>,
     requests: Gauge,
     accept_errors: Counter,
@@ -21,8 +23,6 @@ pub struct ConnectionMetrics {
 impl ConnectionMetrics {
     /// Registers every series.
     pub fn new(make: Registry<'_>) -> Self {
-        const REFUSED: &str = "durward_connections_refused_total";
-        const REFUSED_HELP: &str = "Connections closed at accept, before any HTTP/2 state.";
         Self {
             open: make.gauge("durward_connections_open", "Connections to the Workload API socket.", &[]),
             parked: make.gauge(
@@ -35,8 +35,10 @@ impl ConnectionMetrics {
                 "Connections accepted, those refused later included.",
                 &[],
             ),
-            refused: make.counters(REFUSED, REFUSED_HELP),
-            unidentified: make.counter(REFUSED, REFUSED_HELP, &[(Refused::KEY, "unidentified")]),
+            refused: make.counters(
+                "durward_connections_refused_total",
+                "Connections closed at accept, before any HTTP/2 state.",
+            ),
             closed: make
                 .counters("durward_connections_closed_total", "Connections that were served and have ended."),
             requests: make.gauge(
@@ -57,17 +59,16 @@ impl ConnectionMetrics {
         }
     }
 
-    /// Carries over what the listener of the public socket has counted; of the admin socket only whom it does
-    /// not belong to.
+    /// Carries over what the listener of the public socket has counted; of the admin socket's connections only those
+    /// that it did not take.
     pub fn set(&self, public: &ConnectionStats, admin: &ConnectionStats) {
         self.open.set(float_u64(public.open()));
         self.parked.set(float_u64(public.parked()));
         self.accepted.absolute(public.accepted());
-        for why in Refused::VALUES {
-            let stats = if *why == Refused::NotOwner { admin } else { public };
-            self.refused.with(*why, |counter| counter.absolute(stats.refused(*why)));
+        for why in ConnectionRefusal::VALUES {
+            let count = public.refused(*why) + admin.refused(*why);
+            self.refused.with(*why, |counter| counter.absolute(count));
         }
-        self.unidentified.absolute(public.unidentified());
         for why in ConnectionEnd::VALUES {
             self.closed.with(*why, |counter| counter.absolute(public.closed(*why)));
         }
@@ -83,14 +84,13 @@ mod tests {
 
     use super::*;
     use crate::{
-        os::clock::Clock,
         peer::stats::{OpenConnection, Parked},
         telemetry::metrics::Metrics,
     };
 
     #[test]
     fn carries_over_what_was_counted() {
-        let metrics = Metrics::new(Clock::SYSTEM);
+        let metrics = Metrics::default();
         let series = ConnectionMetrics::new(metrics.registry());
         let (public, admin) = (Arc::<ConnectionStats>::default(), ConnectionStats::default());
         let open = OpenConnection::count(&public);
@@ -98,10 +98,10 @@ mod tests {
         for _ in 0..2 {
             OpenConnection::count(&public).why = ConnectionEnd::ByPeer;
         }
-        public.count_unidentified();
-        public.count_refused(Refused::Memory);
-        admin.count_refused(Refused::NotOwner);
-        admin.count_refused(Refused::Memory);
+        public.count_refused(ConnectionRefusal::Unidentified);
+        public.count_refused(ConnectionRefusal::Memory);
+        admin.count_refused(ConnectionRefusal::NotOwner);
+        admin.count_refused(ConnectionRefusal::AdminConnections);
         series.set(&public, &admin);
         let text = metrics.render();
         for line in [
@@ -110,6 +110,7 @@ mod tests {
             r#"durward_connections_refused_total{reason="unidentified"} 1"#,
             r#"durward_connections_refused_total{reason="memory"} 1"#,
             r#"durward_connections_refused_total{reason="not_owner"} 1"#,
+            r#"durward_connections_refused_total{reason="admin_connections"} 1"#,
             r#"durward_connections_refused_total{reason="caller_rate"} 0"#,
             r#"durward_connections_closed_total{reason="peer"} 2"#,
             r#"durward_connections_closed_total{reason="flood"} 0"#,

@@ -5,8 +5,8 @@ use std::sync::{
     atomic::{AtomicU64, Ordering::Relaxed},
 };
 
-use super::{end::ConnectionEnd, refused::Refused};
-use crate::telemetry::registry::By;
+use super::end::ConnectionEnd;
+use crate::{limits::ConnectionRefusal, telemetry::registry::By};
 
 /// What a listener has counted. Read at any time, from any thread.
 #[derive(Debug, Default)]
@@ -16,9 +16,8 @@ pub struct ConnectionStats {
     parked: AtomicU64,
     streams: AtomicU64,
     accept_errors: AtomicU64,
-    unidentified: AtomicU64,
     request_panics: AtomicU64,
-    refused: By<Refused, AtomicU64>,
+    refused: By<ConnectionRefusal, AtomicU64>,
     closed: By<ConnectionEnd, AtomicU64>,
 }
 
@@ -48,18 +47,13 @@ impl ConnectionStats {
         self.accept_errors.load(Relaxed)
     }
 
-    /// Connections closed because the kernel did not say who is there.
-    pub fn unidentified(&self) -> u64 {
-        self.unidentified.load(Relaxed)
-    }
-
     /// Requests that ended in a panic: bugs of the agent's.
     pub fn request_panics(&self) -> u64 {
         self.request_panics.load(Relaxed)
     }
 
-    /// Connections that the gate refused.
-    pub fn refused(&self, why: Refused) -> u64 {
+    /// Connections that were closed at accept.
+    pub fn refused(&self, why: ConnectionRefusal) -> u64 {
         self.refused.with(why, |n| n.load(Relaxed))
     }
 
@@ -76,11 +70,7 @@ impl ConnectionStats {
         self.accept_errors.fetch_add(1, Relaxed);
     }
 
-    pub(super) fn count_unidentified(&self) {
-        self.unidentified.fetch_add(1, Relaxed);
-    }
-
-    pub(super) fn count_refused(&self, why: Refused) {
+    pub(super) fn count_refused(&self, why: ConnectionRefusal) {
         self.refused.with(why, |n| n.fetch_add(1, Relaxed));
     }
 }

@@ -243,7 +243,7 @@ mod tests {
 
     #[tokio::test]
     async fn metrics_at_every_path_for_readers_only() {
-        let address = served(Routes::Metrics(Arc::new(Metrics::new(Clock::SYSTEM))));
+        let address = served(Routes::Metrics(Arc::new(Metrics::default())));
         for path in ["/", "/metrics", "/any/thing?at=all"] {
             let answer = ask(address, &format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n")).await;
             let (status, kind, body) = parts(&answer);
@@ -259,7 +259,7 @@ mod tests {
 
     #[tokio::test]
     async fn hostile_peers_get_little() {
-        let address = served(Routes::Metrics(Arc::new(Metrics::new(Clock::SYSTEM))));
+        let address = served(Routes::Metrics(Arc::new(Metrics::default())));
         for (case, request, status) in [
             ("no HTTP", "\x16\x03\x01\x02\x00\r\n\r\n".to_owned(), "400"),
             ("a huge head", format!("GET / HTTP/1.1\r\nHost: {}\r\n", "a".repeat(9000)), "431"),
@@ -279,7 +279,7 @@ mod tests {
     /// Silent connections take every place; the oldest of them gives its place to who comes, the others keep theirs.
     #[tokio::test]
     async fn nobody_waits_behind_silent_connections() {
-        let address = served(Routes::Metrics(Arc::new(Metrics::new(Clock::SYSTEM))));
+        let address = served(Routes::Metrics(Arc::new(Metrics::default())));
         let mut silent = Vec::new();
         for _ in 0..MOST_CONNECTIONS {
             silent.push(TcpStream::connect(address).await.unwrap());
@@ -296,7 +296,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_silent_connection_does_not_stay() {
-        let address = served(Routes::Metrics(Arc::new(Metrics::new(Clock::SYSTEM))));
+        let address = served(Routes::Metrics(Arc::new(Metrics::default())));
         let mut silent = TcpStream::connect(address).await.unwrap();
         assert_eq!(silent.read(&mut [0]).await.unwrap(), 0);
     }
@@ -321,7 +321,7 @@ mod tests {
     fn a_taken_port_is_an_error() {
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = taken.local_addr().unwrap().port();
-        let routes = || Routes::Metrics(Arc::new(Metrics::new(Clock::SYSTEM)));
+        let routes = || Routes::Metrics(Arc::new(Metrics::default()));
         let error = HttpListener::bind("127.0.0.1", port, routes()).unwrap_err();
         assert_eq!(error.to_string(), format!("cannot listen for metrics on 127.0.0.1:{port}"));
         HttpListener::bind("no such host.invalid", 1, routes()).unwrap_err();

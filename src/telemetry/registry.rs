@@ -30,7 +30,7 @@ macro_rules! labels {
         $crate::telemetry::registry::labels! { $(#[$doc])* pub enum $name, $($rest)+ }
     };
     ($(#[$doc:meta])* $vis:vis enum $name:ident, $key:literal {
-        $($(#[$case_doc:meta])* $case:ident = $text:literal,)+
+        $($(#[$case_doc:meta])* $case:ident = $text:expr,)+
     }) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

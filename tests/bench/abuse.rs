@@ -35,7 +35,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use durward::limits::{self, CallerKey, Gate, Limits, Method, caller::Caller};
+use durward::limits::{CallerKey, Gate, GatePlan, LimitSettings, Limits, Method, caller::Caller};
 use frames::{Called, FETCH_JWT, PREFACE, call, call_frames, jwt_request, settings};
 use nix::{
     sys::resource::{Resource, UsageWho, getrlimit, getrusage, setrlimit},
@@ -594,7 +594,8 @@ impl Caller for Key {
 /// second.
 fn table(callers: u64) {
     let limits = Limits::default();
-    let gate = Gate::new(&limits::Settings::default(), 20_000, None, &limits).expect("a gate");
+    let plan = GatePlan::new(&LimitSettings::default(), 20_000, None).expect("a plan");
+    let gate = Gate::new(plan, &limits);
     let resident = || {
         let text = fs::read_to_string("/proc/self/statm").expect("its memory");
         text.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).expect("pages") * 4

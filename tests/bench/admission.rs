@@ -25,16 +25,21 @@ use std::{
 use durward::{
     identity::SpiffeId,
     limits::{
-        CallerKey, Gate, GateRule, GateSettings, Limits, Method, Settings,
+        CallerKey, Gate, GatePlan, GateRule, GateRules, GateSettings, LimitSettings, Limits, Method,
+        TableSize,
         bucket::{Per, Quota},
         caller::Caller,
-        policy::{Layers, Limit},
+        method::PerMethod,
+        policy::Layers,
+        rule::{Costs, Limit, Rule},
+        schedule::Schedule,
     },
     os::clock::Clock,
     peer::{
         Arrival,
         cgroup::{KubeletRoot, KubernetesMode, PodOrUid},
     },
+    telemetry::registry::Registry,
 };
 
 struct Counting;
@@ -135,18 +140,18 @@ fn cpu_nanos() -> f64 {
 fn main() {
     // Large enough for the whole bench, and so slow that no bucket is full again and forgotten meanwhile.
     let large = Limit::Quota(Quota::new(1.0, Per::Second, 1_000_000).unwrap());
-    let settings = Settings {
-        caller: Layers::new(large),
-        identity: Layers::new(large),
-        keys: 131_072,
+    let rule = |limit| Rule::new(limit, Costs::OF_CALLERS, Schedule::default()).unwrap();
+    let mut settings = LimitSettings {
+        caller: Layers::new(rule(large)),
+        identity: Layers::new(rule(large)),
+        keys: TableSize::new(131_072).unwrap(),
         gate: GateSettings {
-            default: GateRule { rate: large, ..GateRule::default() },
+            rules: GateRules::new(GateRule { rate: large, ..GateRule::default() }, vec![]).unwrap(),
             ..GateSettings::default()
         },
-        ..Settings::default()
+        ..LimitSettings::default()
     };
-    let mut settings = settings;
-    settings.node.default = Some(Quota::new(1e6, Per::Second, 1_000_000).unwrap());
+    settings.node.quotas = PerMethod::all(Some(Quota::new(1e6, Per::Second, 1_000_000).unwrap()));
 
     let identities = identities(KEYS);
     let all = order(KEYS);
@@ -163,7 +168,7 @@ fn main() {
     for (counted, recorder) in
         [("counted", &recorder as &dyn metrics::Recorder), ("uncounted", &metrics::NoopRecorder)]
     {
-        let limits = Limits::new(&settings, Clock::SYSTEM, recorder).unwrap();
+        let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(recorder));
         for at in 0..KEYS {
             let mut admitted = limits.admit_caller(Uid(at), METHOD).unwrap();
             limits.admit_identities(&mut admitted, ids(at)).unwrap();
@@ -185,9 +190,9 @@ fn main() {
     }
 
     let mut strict = settings.clone();
-    strict.caller = Layers::new(Limit::Quota(Quota::new(1.0, Per::Day, 5).unwrap()));
-    strict.keys = 16_384;
-    let limits = Limits::new(&strict, Clock::SYSTEM, &recorder).unwrap();
+    strict.caller = Layers::new(rule(Limit::Quota(Quota::new(1.0, Per::Day, 5).unwrap())));
+    strict.keys = TableSize::default();
+    let limits = Limits::new(&strict, Clock::SYSTEM, Registry::new(&recorder));
     for _ in 0..6 {
         drop(limits.admit_caller(Uid(7), METHOD));
     }
@@ -214,7 +219,7 @@ fn main() {
         });
     }
 
-    let gate = Gate::new(&settings, 1 << 20, None, &limits).unwrap();
+    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, None).unwrap(), &limits);
     for at in &all {
         drop(gate.open(Uid(*at).caller_key()));
     }

@@ -35,8 +35,9 @@ use std::{
 };
 
 use durward::{
-    limits::{Gate, GateRule, GateSettings, Limits, Settings, policy::Limit},
+    limits::{Gate, GatePlan, GateRule, GateRules, GateSettings, LimitSettings, Limits, rule::Limit},
     peer::{Arrival, OsUid},
+    telemetry::registry::Registry,
 };
 use frames::{Called, END_HEADERS, END_STREAM, FETCH_JWT, HEADERS, PREFACE, SETTINGS, call, frame, literal};
 use support::{Server, floor_process, median, row};
@@ -58,16 +59,17 @@ const ANSWERED: u32 = 128;
 /// The prototype's process ends here; any other goes on.
 fn answering_process() {
     let Some(dir) = std::env::var_os(ANSWER).map(PathBuf::from) else { return };
-    let settings = Settings {
+    let settings = LimitSettings {
         gate: GateSettings {
-            default: GateRule { rate: Limit::Block, ..GateRule::default() },
+            rules: GateRules::new(GateRule { rate: Limit::Block, ..GateRule::default() }, vec![])
+                .expect("one rule"),
             ..GateSettings::default()
         },
-        ..Settings::default()
+        ..LimitSettings::default()
     };
-    let limits = Limits::new(&settings, durward::os::clock::Clock::SYSTEM, &metrics::NoopRecorder);
-    let limits = limits.expect("limits");
-    let gate = Gate::new(&settings, 20_000, None, &limits).expect("a gate");
+    let registry = Registry::new(&metrics::NoopRecorder);
+    let limits = Limits::new(&settings, durward::os::clock::Clock::SYSTEM, registry);
+    let gate = Gate::new(GatePlan::new(&settings, 20_000, None).expect("a plan"), &limits);
     durward::agent::runtime().expect("a runtime").block_on(async {
         let listener = UnixListener::bind(dir.join("api.sock")).expect("a socket");
         let open = Arc::new(AtomicU32::new(0));

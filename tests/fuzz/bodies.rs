@@ -24,6 +24,7 @@ use durward::{
         jwt,
         spiffe_id::{MAX_LEN, MAX_TRUST_DOMAIN_LEN},
     },
+    limits::GatePlan,
     peer::{
         cgroup::{self, KubeletRoot},
         frames::{Filter, Flood, FrameBudget},
@@ -237,14 +238,17 @@ fn check_config(text: &str, drop_in: &str, expand_env: ExpandEnv<'_>) {
                 config.federated.iter().all(|(name, bundle)| name != own && bundle.trust_domain == *name)
             );
             let paths: [Option<&PathBuf>; 4] = [
-                Some(&config.socket_path),
-                Some(&config.data_dir),
-                config.admin_socket_path.as_ref(),
+                Some(&config.agent.socket_path),
+                Some(&config.agent.data_dir),
+                config.agent.admin_socket_path.as_ref(),
                 config.log.file.as_ref(),
             ];
             assert!(paths.into_iter().flatten().all(|path| path.is_absolute()));
             assert!(diff(config, config).is_empty());
-            assert_eq!(config.ratelimit.check(Some(own)), Ok(()), "what is read can be put in force");
+            let plan = GatePlan::new(&config.ratelimit, 1 << 30, None);
+            assert!(plan.is_ok(), "what is read can be put in force: {plan:?}");
+            let mut patterns = config.ratelimit.identity.overrides.patterns();
+            assert!(patterns.all(|pattern| pattern.trust_domain() == own), "all can match");
         }
         Err(errors) => {
             assert!(!errors.list().is_empty());
@@ -310,7 +314,7 @@ fn below_user(line: &[u8]) -> Vec<u8> {
 pub fn status(data: &[u8]) {
     let parsed = status::parse(data);
     if let Ok(status) = &parsed {
-        let status::Status { uid, gid, groups } = status;
+        let status::ProcStatus { uid, gid, groups } = status;
         assert!(groups.len() <= status::MAX_GROUPS);
         let groups: String = groups.iter().map(|group| format!("{group} ")).collect();
         let text = format!("Uid:\t1\t{uid}\t2\t3\nGid:\t4\t{gid}\t5\t6\nGroups:\t{groups}\n");

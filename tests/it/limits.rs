@@ -7,19 +7,29 @@ use std::{
 };
 
 use durward::{
+    api::status::RequestError,
     identity::SpiffeId,
     limits::{
-        Admitted, CallerKey, Families, Gate, GateRule, GateSettings, Limits, Method, NodeSettings, Permit,
-        Refusal, RejectionStatus, Settings, SettingsError, SoftLimits,
+        Admitted, Attestations, CallerKey, ConnectionPermit, ConnectionRefusal, ConnectionSettings, Families,
+        Gate, GatePlaces, GatePlan, GateRule, GateRules, GateSettings, LimitSettings, Limits, Method,
+        NodeSettings, Refusal, RejectionStatus, SoftLimits, TableSize,
         bucket::{Per, Quota},
         budget::Pressure,
         caller::Caller,
-        counters::{KeyType, Reason, Stage},
-        policy::{CallerPattern, IdPattern, Layers, Limit, Methods, Override, Rule, Share},
+        caller_pattern::CallerPattern,
+        gate::NoRoomError,
+        gate_settings::GatePlacesError,
+        id_pattern::IdPattern,
+        method::PerMethod,
+        pattern::Pattern,
+        policy::{Layers, Methods, Override, Overrides, Share},
+        refusal::{ChargedAs, Reason, Stage},
         report::{Event, LISTED, QUIET},
+        rule::{Costs, Limit, Rule},
         schedule::{Moment, Schedule, Weekday, Window},
     },
     os::clock::Clock,
+    telemetry::registry::{Label as _, Registry},
 };
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusRecorder};
 use proptest::prelude::*;
@@ -40,18 +50,31 @@ fn quota(rate: f64, burst: u32) -> Limit {
     Limit::Quota(Quota::new(rate, Per::Second, burst).unwrap())
 }
 
+fn rule(limit: Limit) -> Rule {
+    Rule::new(limit, Costs::OF_CALLERS, Schedule::default()).unwrap()
+}
+
+fn layers<P>(limit: Limit) -> Layers<P> {
+    Layers::new(rule(limit))
+}
+
+/// The same bucket of the node for each method.
+fn node(quota: Option<Quota>) -> NodeSettings {
+    NodeSettings { quotas: PerMethod::all(quota), ..NodeSettings::default() }
+}
+
 /// No limit anywhere, for a test to set one.
-fn open() -> Settings {
-    Settings {
-        caller: Layers::new(Limit::Unlimited),
-        identity: Layers::new(Limit::Unlimited),
-        node: NodeSettings { default: None, ..NodeSettings::default() },
-        ..Settings::default()
+fn open() -> LimitSettings {
+    LimitSettings {
+        caller: layers(Limit::Unlimited),
+        identity: layers(Limit::Unlimited),
+        node: node(None),
+        ..LimitSettings::default()
     }
 }
 
-fn limits(settings: &Settings) -> Limits {
-    Limits::new(settings, Clock::SYSTEM, &metrics::NoopRecorder).unwrap()
+fn limits(settings: &LimitSettings) -> Limits {
+    Limits::new(settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder))
 }
 
 /// SPIFFE IDs `spiffe://td/...`, in this order.
@@ -79,15 +102,9 @@ fn text_of(recorder: &PrometheusRecorder) -> BTreeMap<String, f64> {
         .collect()
 }
 
-#[test]
-fn the_defaults_are_in_order() {
-    assert_eq!(Settings::default().check(None), Ok(()));
-    drop(Limits::default());
-}
-
 #[tokio::test(start_paused = true)]
 async fn each_caller_and_method_has_its_own_bucket() {
-    let limits = limits(&Settings { caller: Layers::new(quota(1.0, 10)), ..open() });
+    let limits = limits(&LimitSettings { caller: layers(quota(1.0, 10)), ..open() });
     let web = entries(&["web"]);
     assert_eq!(passes(&limits, 1, JWT, &web), 10);
     assert_eq!(passes(&limits, 1, Method::FetchX509Svid, &web), 10, "another method");
@@ -95,8 +112,8 @@ async fn each_caller_and_method_has_its_own_bucket() {
     assert_eq!(passes(&limits, 2, JWT, &web), 10, "another caller");
     let refusal = call(&limits, 1, JWT, &web).unwrap_err();
     assert_eq!(
-        (refusal.stage, refusal.key_type, refusal.reason, refusal.shed, refusal.status),
-        (Stage::Caller, KeyType::Uid, Reason::Rate, false, RejectionStatus::ResourceExhausted)
+        (refusal.stage, refusal.charged_as, refusal.reason, refusal.shed, refusal.status),
+        (Stage::Caller, ChargedAs::Uid, Reason::Rate, false, RejectionStatus::ResourceExhausted)
     );
     assert_eq!(refusal.to_string(), "rate limit exceeded for /SpiffeWorkloadAPI/FetchJWTSVID");
     advance(refusal.retry_after - Duration::from_millis(1)).await;
@@ -109,13 +126,10 @@ async fn each_caller_and_method_has_its_own_bucket() {
 
 #[tokio::test(start_paused = true)]
 async fn several_identities_are_charged_together_or_not_at_all() {
-    let limits = limits(&Settings {
-        caller: Layers::new(quota(1.0, 1000)),
-        identity: Layers::new(quota(1.0, 10)),
-        node: NodeSettings {
-            default: Some(Quota::new(1.0, Per::Second, 100).unwrap()),
-            ..NodeSettings::default()
-        },
+    let limits = limits(&LimitSettings {
+        caller: layers(quota(1.0, 1000)),
+        identity: layers(quota(1.0, 10)),
+        node: node(Some(Quota::new(1.0, Per::Second, 100).unwrap())),
         ..open()
     });
     let (a, b, both) = (entries(&["a"]), entries(&["b"]), entries(&["a", "b"]));
@@ -127,7 +141,7 @@ async fn several_identities_are_charged_together_or_not_at_all() {
     );
     for _ in 0..500 {
         let refusal = call(&limits, 2, JWT, &both).unwrap_err();
-        assert_eq!((refusal.stage, refusal.key_type), (Stage::Identity, KeyType::SpiffeId));
+        assert_eq!((refusal.stage, refusal.charged_as), (Stage::Identity, ChargedAs::SpiffeId));
     }
     assert_eq!(
         limits.left_to_caller(CallerKey::Uid(2), JWT),
@@ -142,7 +156,7 @@ async fn several_identities_are_charged_together_or_not_at_all() {
 
 #[tokio::test(start_paused = true)]
 async fn bundles_charge_the_default_identity() {
-    let limits = limits(&Settings { identity: Layers::new(quota(1.0, 10)), ..open() });
+    let limits = limits(&LimitSettings { identity: layers(quota(1.0, 10)), ..open() });
     let both = entries(&["a", "b"]);
     let id = |name: &str| SpiffeId::parse(&format!("spiffe://td/{name}")).unwrap();
     for method in [Method::FetchX509Bundles, Method::FetchJwtBundles, Method::FetchWitBundles] {
@@ -155,13 +169,10 @@ async fn bundles_charge_the_default_identity() {
 
 #[tokio::test(start_paused = true)]
 async fn the_node_is_asked_last_and_sheds() {
-    let node = |burst| NodeSettings {
-        default: Some(Quota::new(1.0, Per::Second, burst).unwrap()),
-        ..NodeSettings::default()
-    };
-    let settings = Settings {
-        caller: Layers::new(quota(1.0, 100)),
-        identity: Layers::new(quota(1.0, 100)),
+    let node = |burst| node(Some(Quota::new(1.0, Per::Second, burst).unwrap()));
+    let settings = LimitSettings {
+        caller: layers(quota(1.0, 100)),
+        identity: layers(quota(1.0, 100)),
         node: node(10),
         ..open()
     };
@@ -170,8 +181,8 @@ async fn the_node_is_asked_last_and_sheds() {
         assert_eq!(passes(&limits, 1, method, &entries), 10);
         let refusal = call(&limits, 1, method, &entries).unwrap_err();
         assert_eq!(
-            (refusal.stage, refusal.key_type, refusal.reason, refusal.shed, refusal.status),
-            (Stage::Node, KeyType::Node, Reason::Rate, true, RejectionStatus::Unavailable)
+            (refusal.stage, refusal.charged_as, refusal.reason, refusal.shed, refusal.status),
+            (Stage::Node, ChargedAs::Node, Reason::Rate, true, RejectionStatus::Unavailable)
         );
         assert_eq!(refusal.retry_after, Duration::from_secs(1));
         assert_eq!(limits.left_to_caller(CallerKey::Uid(1), method), Some((90, 100)), "given back");
@@ -180,19 +191,25 @@ async fn the_node_is_asked_last_and_sheds() {
     assert_eq!(limits.left_to_identity(&id, JWT), Some((90, 100)), "given back");
     // Reload: what was spent stays so, with the same quota and with another.
     for burst in [10, 25] {
-        limits.reload(&Settings { node: node(burst), ..settings.clone() }).unwrap();
+        limits.reload(&LimitSettings { node: node(burst), ..settings.clone() });
         assert_eq!(passes(&limits, 1, JWT, &entries(&["a"])), burst - 10);
-        limits.reload(&settings).unwrap();
+        limits.reload(&settings);
+    }
+    // Nor does a reload there and back bring tokens, whatever the quota was meanwhile.
+    limits.reload(&LimitSettings { node: node(40), ..settings.clone() });
+    assert_eq!(passes(&limits, 1, JWT, &entries(&["a"])), 15, "25 of 40 were spent");
+    for meanwhile in [node(10), self::node(None), node(40)] {
+        limits.reload(&LimitSettings { node: meanwhile, ..settings.clone() });
+        limits.reload(&LimitSettings { node: node(40), ..settings.clone() });
+        assert_eq!(passes(&limits, 1, JWT, &entries(&["a"])), 0);
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_call_pays_what_it_cost() {
-    let mut rule = Rule::new(quota(1.0, 100));
-    (rule.costs.answer, rule.costs.signature, rule.costs.failed_attestation) = (1, 5, 20);
-    let layers = Layers { default: rule, methods: vec![], overrides: vec![] };
-    let identity = Layers { default: layers.default.clone(), methods: vec![], overrides: vec![] };
-    let limits = limits(&Settings { caller: layers, identity, ..open() });
+    let rule = Rule::new(quota(1.0, 100), Costs::new(1, 5, 20).unwrap(), Schedule::default()).unwrap();
+    let (caller, identity) = (Layers::new(rule.clone()), Layers::new(rule));
+    let limits = limits(&LimitSettings { caller, identity, ..open() });
     let web = entries(&["web"]);
     let id = &web[0];
     let left = || {
@@ -222,14 +239,9 @@ async fn a_call_pays_what_it_cost() {
 
 #[tokio::test(start_paused = true)]
 async fn attestations_in_flight_are_shared() {
-    let number = |n| NonZeroU32::new(n).unwrap();
-    let node = NodeSettings {
-        default: None,
-        attestations: number(12),
-        attestations_per_caller: number(12),
-        ..NodeSettings::default()
-    };
-    let limits = limits(&Settings { caller: Layers::new(quota(1.0, 100)), node, ..open() });
+    let attestations = Attestations::new(Some(number(12)), Some(number(12))).unwrap();
+    let node = NodeSettings { attestations, ..node(None) };
+    let limits = limits(&LimitSettings { caller: layers(quota(1.0, 100)), node, ..open() });
     let take = |uid| {
         let mut held: Vec<Admitted<Uid>> = vec![];
         loop {
@@ -262,18 +274,20 @@ async fn attestations_in_flight_are_shared() {
     }
 }
 
-fn over<P>(pattern: P, limit: Limit, share: Share) -> Override<P> {
-    Override { pattern, methods: Methods::All, rule: Some(Rule::new(limit)), share, place: "test".into() }
+/// Layers with these overrides, for all methods.
+fn over<P: Pattern>(limit: Limit, overrides: Vec<(P, Share<Rule>)>) -> Layers<P> {
+    let each = |(pattern, share)| Override::new(pattern, Methods::All, share).unwrap();
+    let overrides = Overrides::new(overrides.into_iter().map(each).collect()).unwrap();
+    Layers { overrides, ..layers(limit) }
 }
 
 #[tokio::test(start_paused = true)]
 async fn exempt_unlimited_and_blocked() {
-    let caller = |uid, limit| over(CallerPattern::One(CallerKey::Uid(uid)), limit, Share::Each);
-    let mut layers = Layers::new(quota(1.0, 10));
-    layers.overrides = vec![caller(1, Limit::Exempt), caller(2, Limit::Unlimited), caller(3, Limit::Block)];
-    let node =
-        NodeSettings { default: Some(Quota::new(1.0, Per::Second, 100).unwrap()), ..NodeSettings::default() };
-    let limits = limits(&Settings { caller: layers, node, ..open() });
+    let caller = |uid, limit| (CallerPattern::One(CallerKey::Uid(uid)), Share::Each(rule(limit)));
+    let overrides = vec![caller(1, Limit::Exempt), caller(2, Limit::Unlimited), caller(3, Limit::Block)];
+    let caller = over(quota(1.0, 10), overrides);
+    let node = node(Some(Quota::new(1.0, Per::Second, 100).unwrap()));
+    let limits = limits(&LimitSettings { caller, node, ..open() });
     let web = entries(&["web"]);
     assert_eq!(passes(&limits, 3, JWT, &web), 0);
     let refusal = call(&limits, 3, JWT, &web).unwrap_err();
@@ -285,9 +299,9 @@ async fn exempt_unlimited_and_blocked() {
 /// Exempt is from the identity's bucket too, and takes nothing from others who have the identity.
 #[tokio::test(start_paused = true)]
 async fn exempt_takes_nothing_from_an_identity() {
-    let mut layers = Layers::new(Limit::Unlimited);
-    layers.overrides = vec![over(CallerPattern::One(CallerKey::Uid(1)), Limit::Exempt, Share::Each)];
-    let limits = limits(&Settings { caller: layers, identity: Layers::new(quota(1.0, 10)), ..open() });
+    let exempt = (CallerPattern::One(CallerKey::Uid(1)), Share::Each(rule(Limit::Exempt)));
+    let caller = over(Limit::Unlimited, vec![exempt]);
+    let limits = limits(&LimitSettings { caller, identity: layers(quota(1.0, 10)), ..open() });
     let web = entries(&["web"]);
     assert_eq!(passes(&limits, 1, JWT, &web), 10_000);
     assert_eq!(passes(&limits, 2, JWT, &web), 10);
@@ -296,23 +310,17 @@ async fn exempt_takes_nothing_from_an_identity() {
 /// A rehearsal of one caller's gate rule is of that rule alone: what all share is asked all the same.
 #[tokio::test(start_paused = true)]
 async fn a_rehearsal_at_the_gate_takes_no_places_of_others() {
-    let rehearsed = GateRule { dry_run: true, ..rule(8, quota(1.0, 10)) };
+    let rehearsed = GateRule { dry_run: true, ..gate_rule(8, quota(1.0, 10)) };
+    let rehearsed = (CallerPattern::One(CallerKey::Uid(9)), rehearsed);
     let gate = gate(GateSettings {
-        default: rule(8, quota(1.0, 10)),
-        overrides: vec![Override {
-            pattern: CallerPattern::One(CallerKey::Uid(9)),
-            methods: Methods::All,
-            rule: Some(rehearsed),
-            share: Share::Each,
-            place: "test".into(),
-        }],
-        connections: Some(number(100)),
-        reserve: 10,
+        rules: GateRules::new(gate_rule(8, quota(1.0, 10)), vec![rehearsed]).unwrap(),
+        places: places(100, 10),
         ..GateSettings::default()
     });
-    let held: Vec<Permit> = std::iter::from_fn(|| gate.open(CallerKey::Uid(9)).ok()).collect();
+    let held: Vec<ConnectionPermit> = std::iter::from_fn(|| gate.open(CallerKey::Uid(9)).ok()).collect();
     assert_eq!(held.len(), 90, "its own limits are rehearsed, and the reserve is not its own");
-    let others: Vec<Permit> = (100..110).filter_map(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
+    let others: Vec<ConnectionPermit> =
+        (100..110).filter_map(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
     assert_eq!(others.len(), 10);
     gate.set_pressure(Pressure::RefuseNew);
     drop(others);
@@ -323,17 +331,18 @@ async fn a_rehearsal_at_the_gate_takes_no_places_of_others() {
 #[tokio::test(start_paused = true)]
 async fn a_user_with_subordinate_uids_is_one() {
     let families = Families::parse("somebody:100000:65536\n", |_| None);
-    let settings = Settings {
+    let settings = LimitSettings {
         families,
-        gate: GateSettings { connections: Some(number(100)), reserve: 10, ..GateSettings::default() },
-        ..Settings::default()
+        gate: GateSettings { places: places(100, 10), ..GateSettings::default() },
+        ..LimitSettings::default()
     };
     let limits = limits(&settings);
-    let gate = Gate::new(&settings, 20_000, None, &limits).unwrap();
-    let held: Vec<Permit> =
+    let gate = Gate::new(GatePlan::new(&settings, 20_000, None).unwrap(), &limits);
+    let held: Vec<ConnectionPermit> =
         (100_000..100_200).filter_map(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
     assert_eq!(held.len(), 25, "a quarter of the node");
-    let others: Vec<Permit> = (1..200).filter_map(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
+    let others: Vec<ConnectionPermit> =
+        (1..200).filter_map(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
     assert_eq!(others.len(), 75, "users have the rest, the reserve included");
     drop(others);
     drop(held);
@@ -350,27 +359,21 @@ async fn a_user_with_subordinate_uids_is_one() {
 /// A rehearsal of the node's limits is one of the attestations too.
 #[tokio::test(start_paused = true)]
 async fn a_rehearsal_of_the_node_refuses_no_attestation() {
-    let node = NodeSettings {
-        attestations: number(1),
-        attestations_per_caller: number(1),
-        dry_run: true,
-        ..open().node
-    };
-    let limits = limits(&Settings { node, ..open() });
+    let attestations = Attestations::new(Some(number(1)), None).unwrap();
+    let node = NodeSettings { attestations, dry_run: true, ..node(None) };
+    let limits = limits(&LimitSettings { node, ..open() });
     let held: Vec<_> = (0..10).map(|uid| limits.admit_caller(Uid(uid % 2), JWT).unwrap()).collect();
     assert_eq!(held.len(), 10);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_mask_makes_one_bucket_of_many() {
-    let mut layers = Layers::new(quota(1.0, 10));
     let pattern = |text: &str| IdPattern::parse(text).unwrap();
-    layers.overrides = vec![
-        over(pattern("spiffe://td/ns/{ns}/**"), quota(1.0, 5), Share::Together),
-        over(pattern("spiffe://td/ns/prod/sa/big"), quota(1.0, 7), Share::Each),
+    let overrides = vec![
+        (pattern("spiffe://td/ns/{ns}/**"), Share::Together(None)),
+        (pattern("spiffe://td/ns/prod/sa/big"), Share::Each(rule(quota(1.0, 7)))),
     ];
-    layers.overrides[0].rule = None;
-    let limits = limits(&Settings { identity: layers, ..open() });
+    let limits = limits(&LimitSettings { identity: over(quota(1.0, 10), overrides), ..open() });
     assert_eq!(passes(&limits, 1, JWT, &entries(&["ns/prod/sa/a"])), 10);
     assert_eq!(passes(&limits, 2, JWT, &entries(&["ns/prod/sa/b"])), 0, "the same bucket");
     assert_eq!(passes(&limits, 1, JWT, &entries(&["ns/prod/sa/big"])), 7, "a rule that says more");
@@ -380,25 +383,24 @@ async fn a_mask_makes_one_bucket_of_many() {
     let names: Vec<_> = limits.heaviest(10).iter().map(|(_, heavy)| heavy.name.to_string()).collect();
     assert!(names.contains(&"spiffe://td/ns/prod/**".to_owned()), "{names:?}");
 
-    let mut layers = Layers::new(quota(1.0, 10));
-    layers.overrides = vec![over(CallerPattern::Uids(1000..=1999), quota(1.0, 5), Share::Together)];
-    let limits = self::limits(&Settings { caller: layers, ..open() });
+    let together = (CallerPattern::Uids(1000..=1999), Share::Together(Some(rule(quota(1.0, 5)))));
+    let caller = over(quota(1.0, 10), vec![together]);
+    let limits = self::limits(&LimitSettings { caller, ..open() });
     assert_eq!(passes(&limits, 1000, JWT, &entries(&["a"])), 5);
     let refusal = call(&limits, 1999, JWT, &entries(&["a"])).unwrap_err();
-    assert_eq!(refusal.key_type, KeyType::Shared);
+    assert_eq!(refusal.charged_as, ChargedAs::Shared);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_dry_run_counts_and_refuses_nothing() {
-    let mut dry = Rule::new(quota(1.0, 10));
-    dry.dry_run = true;
-    let dry_layers = Layers { default: dry, methods: vec![], overrides: vec![] };
+    let mut dry_layers = layers(quota(1.0, 10));
+    dry_layers.default.dry_run = true;
     for (case, settings) in [
-        ("one rule", Settings { caller: dry_layers, ..open() }),
-        ("whole", Settings { caller: Layers::new(quota(1.0, 10)), dry_run: true, ..open() }),
+        ("one rule", LimitSettings { caller: dry_layers, ..open() }),
+        ("whole", LimitSettings { caller: layers(quota(1.0, 10)), dry_run: true, ..open() }),
     ] {
         let recorder = PrometheusBuilder::new().build_recorder();
-        let limits = Limits::new(&settings, Clock::SYSTEM, &recorder).unwrap();
+        let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&recorder));
         assert_eq!(passes(&limits, 1, JWT, &entries(&["a"])), 10_000, "{case}");
         let seen = text_of(&recorder);
         let of = |name: &str| {
@@ -417,12 +419,12 @@ async fn a_dry_run_counts_and_refuses_nothing() {
 #[tokio::test(start_paused = true)]
 async fn counters_hold_no_name_of_a_caller() {
     let recorder = PrometheusBuilder::new().build_recorder();
-    let settings = Settings {
-        caller: Layers::new(quota(1.0, 10)),
+    let settings = LimitSettings {
+        caller: layers(quota(1.0, 10)),
         soft_limits: SoftLimits::new(&[50, 90]).unwrap(),
         ..open()
     };
-    let limits = Limits::new(&settings, Clock::SYSTEM, &recorder).unwrap();
+    let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&recorder));
     assert_eq!(passes(&limits, 424_242, JWT, &entries(&["secret-name"])), 10);
     limits.keys();
     let seen = text_of(&recorder);
@@ -443,14 +445,14 @@ async fn counters_hold_no_name_of_a_caller() {
 
 #[tokio::test(start_paused = true)]
 async fn refusals_are_told_when_they_begin_and_end() {
-    let limits = limits(&Settings { caller: Layers::new(quota(1.0, 10)), ..open() });
+    let limits = limits(&LimitSettings { caller: layers(quota(1.0, 10)), ..open() });
     let web = entries(&["web"]);
     for _ in 0..100 {
         let _ = call(&limits, 1, JWT, &web);
     }
     let name = |event: &Event| match event {
-        Event::RefusalStarted { stage, name } => format!("start {} {name}", stage.label()),
-        Event::RefusalEnded { stage, name, count } => format!("end {} {name} {count}", stage.label()),
+        Event::RefusalStarted { stage, name } => format!("start {} {name}", stage.text()),
+        Event::RefusalEnded { stage, name, count } => format!("end {} {name} {count}", stage.text()),
         Event::RefusalsUnlisted { count } => format!("unlisted {count}"),
     };
     let told = || limits.events().iter().map(name).collect::<Vec<_>>();
@@ -476,11 +478,10 @@ async fn a_window_brings_another_limit() {
         Clock::starting_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_795_392_000 + 9 * 3600 - 10));
     let at = |hour| Moment { weekday: Some(Weekday::Monday), hour: Some(hour), ..Moment::default() };
     let window = Window::new(at(9), at(17)).unwrap();
-    let mut rule = Rule::new(quota(1.0, 10));
-    rule.schedule = Schedule::new(vec![(window, Limit::Block)]);
-    let settings =
-        Settings { caller: Layers { default: rule, methods: vec![], overrides: vec![] }, ..open() };
-    let limits = Limits::new(&settings, clock, &metrics::NoopRecorder).unwrap();
+    let schedule = Schedule::new(vec![(window, Limit::Block)]).unwrap();
+    let rule = Rule::new(quota(1.0, 10), Costs::OF_CALLERS, schedule).unwrap();
+    let settings = LimitSettings { caller: Layers::new(rule), ..open() };
+    let limits = Limits::new(&settings, clock, Registry::new(&metrics::NoopRecorder));
     assert_eq!(passes(&limits, 1, JWT, &entries(&["a"])), 10);
     advance(Duration::from_secs(10)).await;
     assert_eq!(passes(&limits, 1, JWT, &entries(&["a"])), 0, "nine o'clock");
@@ -489,91 +490,152 @@ async fn a_window_brings_another_limit() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_reload_keeps_what_was_spent_and_takes_all_or_nothing() {
-    let with = |rate, burst| Settings { caller: Layers::new(quota(rate, burst)), ..open() };
+async fn a_reload_keeps_what_was_spent() {
+    let with = |rate, burst| LimitSettings { caller: layers(quota(rate, burst)), ..open() };
     let limits = limits(&with(1.0, 10));
     let web = entries(&["web"]);
     assert_eq!(passes(&limits, 1, JWT, &web), 10);
-    limits.reload(&with(1000.0, 25)).unwrap();
+    limits.reload(&with(1000.0, 25));
     assert_eq!(passes(&limits, 1, JWT, &web), 15, "ten of twenty-five are spent");
-    let wrong = Settings { keys: 3, ..with(1.0, 1000) };
-    assert_eq!(limits.reload(&wrong), Err(SettingsError::Keys(3)));
-    assert_eq!(passes(&limits, 2, JWT, &web), 25, "nothing has changed");
+    assert_eq!(passes(&limits, 2, JWT, &web), 25);
     let running = limits.admit_caller(Uid(3), JWT).unwrap();
-    limits.reload(&with(1.0, 10)).unwrap();
+    limits.reload(&with(1.0, 10));
     drop(running);
     assert_eq!(limits.left_to_caller(CallerKey::Uid(3), JWT), Some((9, 10)));
-    let unavailable = Settings { rejection_status: RejectionStatus::Unavailable, ..with(1.0, 10) };
-    limits.reload(&unavailable).unwrap();
-    assert_eq!(call(&limits, 1, JWT, &web).unwrap_err().code(), tonic::Code::Unavailable);
+    let unavailable = LimitSettings { rejection_status: RejectionStatus::Unavailable, ..with(1.0, 10) };
+    limits.reload(&unavailable);
+    let refusal = RequestError::from(call(&limits, 1, JWT, &web).unwrap_err());
+    assert_eq!(refusal.code(), tonic::Code::Unavailable);
 }
 
 #[test]
 fn settings_that_contradict_are_errors() {
-    let foreign = {
-        let mut layers = Layers::new(Limit::Unlimited);
-        layers.overrides =
-            vec![over(IdPattern::parse("spiffe://other/a").unwrap(), Limit::Block, Share::Each)];
-        Settings { identity: layers, ..open() }
-    };
-    let node_twice = NodeSettings { methods: vec![(JWT, None); 2], ..NodeSettings::default() };
-    let gate = |connections, reserve| Settings {
-        gate: GateSettings { connections: NonZeroU32::new(connections), reserve, ..GateSettings::default() },
+    let text = |err: &dyn std::error::Error| err.to_string();
+    for (case, err, want) in [
+        ("few keys", text(&TableSize::new(15).unwrap_err()), "keys 15 must be from 16 to 16777216"),
+        (
+            "reserve",
+            text(&GatePlaces::new(Some(10), Some(10)).unwrap_err()),
+            "reserve 10 must be below connections, which is 10",
+        ),
+        (
+            "one connection",
+            text(&GatePlaces::new(Some(1), Some(0)).unwrap_err()),
+            "connections 1 must be from 2 to 1000000",
+        ),
+        (
+            "step",
+            text(&SoftLimits::new(&[80, 81]).unwrap_err()),
+            "soft limit 81 must be one of 50, 60, 70, 75, 80, 90, 95, 100 (percent of a burst)",
+        ),
+        (
+            "attestations",
+            text(&Attestations::new(Some(number(4)), Some(number(5))).unwrap_err()),
+            "attestations_per_caller 5 must be at most attestations, which is 4",
+        ),
+    ] {
+        assert_eq!(err, want, "{case}");
+    }
+    assert_eq!(
+        GatePlaces::new(Some(64), None),
+        Err(GatePlacesError::Reserve { reserve: 64, connections: 64 })
+    );
+}
+
+/// What is short is named, and what would do.
+#[test]
+fn settings_that_the_machine_has_no_room_for_are_errors() {
+    let with = |places, streams| LimitSettings {
+        gate: GateSettings {
+            places,
+            connection: ConnectionSettings { streams, ..ConnectionSettings::default() },
+            ..GateSettings::default()
+        },
         ..open()
     };
-    let ours = durward::identity::TrustDomain::parse("td").unwrap();
-    for (case, settings, want) in [
+    let usual = with(GatePlaces::default(), 16);
+    let many_streams = with(GatePlaces::default(), 1024);
+    for (case, settings, nofile, budget, want) in [
         (
-            "foreign pattern",
-            foreign,
-            "identity: \"spiffe://other/a\" matches nothing: the trust domain is td",
+            "descriptors",
+            &with(places(100, 10), 16),
+            100,
+            None,
+            NoRoomError::Descriptors { connections: 100, needed: 64 + 12 + 16 + 200, limit: 100 },
         ),
-        ("few keys", Settings { keys: 15, ..open() }, "keys 15 must be from 16 to 16777216"),
-        ("node twice", Settings { node: node_twice, ..open() }, "node: FetchJWTSVID has two rules"),
-        ("reserve", gate(10, 10), "gate: reserve 10 must be below connections"),
+        (
+            "descriptors for two",
+            &usual,
+            80,
+            Some(24 << 20),
+            NoRoomError::Descriptors { connections: 2, needed: 64 + 10 + 16 + 4, limit: 80 },
+        ),
+        (
+            "memory",
+            &usual,
+            20_000,
+            Some(500_000),
+            NoRoomError::Memory { budget: 500_000, each: 128 << 10, needed: 512 << 10 },
+        ),
+        (
+            "memory, many streams",
+            &many_streams,
+            20_000,
+            Some(8 << 20),
+            NoRoomError::Memory { budget: 8 << 20, each: 4160 << 10, needed: 16640 << 10 },
+        ),
     ] {
-        assert_eq!(settings.check(Some(&ours)).map_err(|err| err.to_string()), Err(want.into()), "{case}");
+        let err = GatePlan::new(settings, nofile, budget).unwrap_err();
+        assert_eq!(err, want, "{case}");
+        if let NoRoomError::Memory { needed, .. } = err {
+            assert!(GatePlan::new(settings, nofile, Some(needed)).is_ok(), "{case}: what is told would do");
+            assert!(GatePlan::new(settings, nofile, Some(needed - 1)).is_err(), "{case}: and no less");
+        }
     }
-    assert_eq!(SoftLimits::new(&[80, 81]), Err(SettingsError::Step(81)));
-    let settings = gate(100, 10);
-    let limits = limits(&settings);
-    let err = Gate::new(&settings, 100, None, &limits).unwrap_err();
-    assert_eq!(err, SettingsError::Descriptors { connections: 100, needed: 64 + 12 + 16 + 200, limit: 100 });
+    let said = GatePlan::new(&usual, 20_000, Some(500_000)).unwrap_err().to_string();
+    assert_eq!(
+        said,
+        "memory: a budget of 500000 bytes is too small for 2 connections of 131072 bytes at their worst: it must be at \
+         least 524288 bytes, or gate.connection.streams lower"
+    );
 }
 
 fn gate(gate: GateSettings) -> Gate {
-    let settings = Settings { gate, ..open() };
-    Gate::new(&settings, 1 << 20, None, &limits(&settings)).unwrap()
+    let settings = LimitSettings { gate, ..open() };
+    Gate::new(GatePlan::new(&settings, 1 << 20, None).unwrap(), &limits(&settings))
+}
+
+fn places(connections: u32, reserve: u32) -> GatePlaces {
+    GatePlaces::new(Some(connections), Some(reserve)).unwrap()
+}
+
+/// One rule for all.
+fn rules(rule: GateRule) -> GateRules {
+    GateRules::new(rule, vec![]).unwrap()
 }
 
 fn number(n: u32) -> NonZeroU32 {
     NonZeroU32::new(n).unwrap()
 }
 
-fn rule(connections: u32, rate: Limit) -> GateRule {
+fn gate_rule(connections: u32, rate: Limit) -> GateRule {
     GateRule { connections: NonZeroU32::new(connections), rate, dry_run: false }
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_gate_asks_the_caller_first() {
+    use ConnectionRefusal as R;
+    let blocked = (CallerPattern::One(CallerKey::Uid(9)), gate_rule(1, Limit::Block));
     let gate = gate(GateSettings {
-        default: rule(3, quota(1.0, 10)),
-        overrides: vec![Override {
-            pattern: CallerPattern::One(CallerKey::Uid(9)),
-            methods: Methods::All,
-            rule: Some(rule(1, Limit::Block)),
-            share: Share::Each,
-            place: "test".into(),
-        }],
-        connections: Some(number(100)),
-        reserve: 10,
+        rules: GateRules::new(gate_rule(3, quota(1.0, 10)), vec![blocked]).unwrap(),
+        places: places(100, 10),
         admin: 2,
         ..GateSettings::default()
     });
-    let open = |uid| gate.open(CallerKey::Uid(uid)).map_err(|it| (it.stage, it.reason, it.retry_after));
-    assert_eq!(open(9).err(), Some((Stage::Gate, Reason::Blocked, Duration::ZERO)));
-    let held: Vec<Permit> = (0..3).map(|_| open(1).unwrap()).collect();
-    assert_eq!(open(1).err(), Some((Stage::Gate, Reason::Connections, Duration::ZERO)));
+    let open = |uid| gate.open(CallerKey::Uid(uid));
+    assert_eq!(open(9).err(), Some(R::Blocked));
+    let held: Vec<ConnectionPermit> = (0..3).map(|_| open(1).unwrap()).collect();
+    assert_eq!(open(1).err(), Some(R::CallerConnections));
     assert!(open(2).is_ok(), "another caller");
     drop(held);
     assert_eq!(gate.connections(), 0);
@@ -583,20 +645,23 @@ async fn the_gate_asks_the_caller_first() {
     for _ in 0..7 {
         drop(open(1).unwrap());
     }
-    assert_eq!(open(1).err(), Some((Stage::Gate, Reason::Rate, Duration::from_secs(1))));
-    advance(Duration::from_secs(1)).await;
+    assert_eq!(open(1).err(), Some(R::CallerRate));
+    advance(Duration::from_millis(999)).await;
+    assert_eq!(open(1).err(), Some(R::CallerRate), "too early");
+    advance(Duration::from_millis(1)).await;
     assert!(open(1).is_ok());
     let admin: Vec<_> = (0..2).map(|_| gate.open_admin().unwrap()).collect();
-    assert!(gate.open_admin().is_err());
+    assert_eq!(gate.open_admin().err(), Some(R::AdminConnections));
     drop(admin);
     assert!(gate.open_admin().is_ok());
 }
 
 #[tokio::test(start_paused = true)]
 async fn memory_pressure_stops_those_who_have_first() {
-    let gate = gate(GateSettings { default: rule(50, Limit::Unlimited), ..GateSettings::default() });
+    let rules = rules(gate_rule(50, Limit::Unlimited));
+    let gate = gate(GateSettings { rules, ..GateSettings::default() });
     let (one, two) = (CallerKey::Uid(1), CallerKey::Uid(2));
-    let held: Vec<Permit> = (0..5).map(|_| gate.open(one).unwrap()).collect();
+    let held: Vec<ConnectionPermit> = (0..5).map(|_| gate.open(one).unwrap()).collect();
     for (pressure, has, new) in [
         (Pressure::None, true, true),
         (Pressure::ShrinkCaches, true, true),
@@ -604,7 +669,10 @@ async fn memory_pressure_stops_those_who_have_first() {
         (Pressure::CloseHeaviest, false, false),
     ] {
         gate.set_pressure(pressure);
-        assert_eq!((gate.open(one).is_ok(), gate.open(two).is_ok()), (has, new), "{pressure:?}");
+        let of = |caller| gate.open(caller).map(drop).map_err(|why| (why, why.is_callers_own()));
+        let memory = Err((ConnectionRefusal::Memory, false));
+        let want = [has, new].map(|passes| if passes { Ok(()) } else { memory });
+        assert_eq!([of(one), of(two)], want, "{pressure:?}");
     }
     assert_eq!(gate.heaviest(1), [(one, 5)]);
     drop(held);
@@ -614,10 +682,8 @@ async fn memory_pressure_stops_those_who_have_first() {
 #[test]
 fn a_caller_has_a_part_of_the_node() {
     for (node, most) in [(20, 8), (100, 10), (307, 30), (640, 64), (9_000, 64)] {
-        let settings =
-            GateSettings { connections: Some(number(node)), reserve: 0, ..GateSettings::default() };
-        let gate = gate(settings);
-        let held: Vec<Permit> = std::iter::from_fn(|| gate.open(CallerKey::Uid(1)).ok()).collect();
+        let gate = gate(GateSettings { places: places(node, 0), ..GateSettings::default() });
+        let held: Vec<ConnectionPermit> = std::iter::from_fn(|| gate.open(CallerKey::Uid(1)).ok()).collect();
         assert_eq!(held.len(), most, "of {node}");
     }
 }
@@ -626,20 +692,20 @@ fn a_caller_has_a_part_of_the_node() {
 #[test]
 fn one_connection_is_as_good_as_none_for_the_reserve() {
     let gate = gate(GateSettings {
-        default: rule(50, Limit::Unlimited),
-        connections: Some(number(20)),
-        reserve: 10,
+        rules: rules(gate_rule(50, Limit::Unlimited)),
+        places: places(20, 10),
         ..GateSettings::default()
     });
     let (greedy, polite) = (CallerKey::Uid(1), CallerKey::Uid(2));
-    let held: Vec<Permit> = (0..20).map_while(|_| gate.open(greedy).ok()).collect();
+    let held: Vec<ConnectionPermit> = (0..20).map_while(|_| gate.open(greedy).ok()).collect();
     assert_eq!(held.len(), 10);
     let mut last = gate.open(polite).unwrap();
     for _ in 0..100 {
         last = gate.open(polite).unwrap();
     }
     let _second = gate.open(polite).unwrap();
-    assert!(gate.open(polite).is_err(), "the reserve is not for a third");
+    let refused = gate.open(polite).err();
+    assert_eq!(refused, Some(ConnectionRefusal::NodeConnections), "the reserve is not for a third");
     drop(last);
 }
 
@@ -651,12 +717,13 @@ fn descriptors_and_memory_bound_the_connections() {
         ("memory", 1 << 20, Some(24 << 20), 96),
         ("descriptors are fewer", 1024, Some(1 << 30), 408),
     ] {
-        let settings = Settings {
-            gate: GateSettings { default: rule(5000, Limit::Unlimited), ..settings.gate.clone() },
+        let settings = LimitSettings {
+            gate: GateSettings { rules: rules(gate_rule(5000, Limit::Unlimited)), ..settings.gate.clone() },
             ..settings.clone()
         };
-        let gate = Gate::new(&settings, nofile, budget, &limits(&settings)).unwrap();
-        let held: Vec<Permit> = (0..5000).map_while(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
+        let gate = Gate::new(GatePlan::new(&settings, nofile, budget).unwrap(), &limits(&settings));
+        let held: Vec<ConnectionPermit> =
+            (0..5000).map_while(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
         assert_eq!(held.len(), most, "{case}");
     }
 }
@@ -671,13 +738,12 @@ proptest! {
         newcomers in 1..10_u32,
     ) {
         let gate = gate(GateSettings {
-            default: rule(15, Limit::Quota(Quota::new(1e6, Per::Second, 1_000_000).unwrap())),
-            connections: Some(number(60)),
+            rules: rules(gate_rule(15, quota(1e6, 1_000_000))),
             // Two for each of the six, and one for each newcomer.
-            reserve: 22,
+            places: places(60, 22),
             ..GateSettings::default()
         });
-        let mut held: Vec<(u32, Permit)> = vec![];
+        let mut held: Vec<(u32, ConnectionPermit)> = vec![];
         for (uid, close, times) in moves {
             for _ in 0..times {
                 let at = held.iter().position(|(owner, _)| *owner == uid);

@@ -23,10 +23,10 @@ use std::{
 
 use bytes::Bytes;
 use durward::{
-    limits::CallerKey,
+    limits::{CallerKey, ConnectionRefusal},
     peer::{
         AcceptGate, Arrival, BindError, ConnectionBounds, ConnectionEnd, ConnectionStats, Drained, Listener,
-        OsUid, Peer, PeerGone, Refused, RequestBody, Socket, credentials::Process,
+        OsUid, Peer, PeerGone, RequestBody, Socket, credentials::Process,
     },
 };
 use http_body_util::{BodyExt as _, Full};
@@ -415,13 +415,13 @@ impl Drop for Place {
 impl AcceptGate for One {
     type Permit = Place;
 
-    fn admit_connection(&self, arrival: &Arrival) -> Result<Place, Refused> {
+    fn admit_connection(&self, arrival: &Arrival) -> Result<Place, ConnectionRefusal> {
         assert_eq!(arrival.caller(), CallerKey::Uid(nix::unistd::geteuid().as_raw()));
         if self.0.fetch_add(1, SeqCst) == 0 {
             Ok(Place(Arc::clone(&self.0)))
         } else {
             self.0.fetch_sub(1, SeqCst);
-            Err(Refused::CallerConnections)
+            Err(ConnectionRefusal::CallerConnections)
         }
     }
 }
@@ -456,7 +456,7 @@ async fn whom_its_own_limits_refuse_lingers() {
         let mut refused = Vec::new();
         for nth in 1..4 {
             refused.push(UnixStream::connect(&path).await.unwrap());
-            until(case, || stats.refused(Refused::CallerConnections) == nth).await;
+            until(case, || stats.refused(ConnectionRefusal::CallerConnections) == nth).await;
         }
         let open = |refused: &[UnixStream]| {
             refused.iter().filter(|stream| stream.try_read(&mut [0]).is_err()).count()
@@ -489,7 +489,10 @@ async fn the_gate_stands_before_http2() {
     assert!(get(&mut first, "/a").await.is_ok());
     let mut second = UnixStream::connect(&path).await.unwrap();
     assert_eq!(read_to_end(&mut second).await, b"", "closed without a byte of HTTP/2");
-    assert_eq!((stats.refused(Refused::CallerConnections), stats.accepted(), stats.open()), (1, 2, 1));
+    assert_eq!(
+        (stats.refused(ConnectionRefusal::CallerConnections), stats.accepted(), stats.open()),
+        (1, 2, 1)
+    );
     drop(first);
     drop(connection.await.unwrap());
     until("the place is given back", || gate.0.load(SeqCst) == 0).await;

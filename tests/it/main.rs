@@ -25,6 +25,7 @@ mod mtls;
 mod process;
 mod ratelimit_config;
 mod refused;
+mod reload;
 mod rotation;
 mod stepped;
 mod support;

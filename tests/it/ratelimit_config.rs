@@ -5,13 +5,21 @@ use std::{num::NonZeroU32, path::Path, time::Duration};
 use durward::{
     config::{Config, DropIns, ExpandEnv, FileError, Input, diff},
     limits::{
-        ConnectionSettings, Method, RejectionStatus, Settings, SoftLimits,
+        Attestations, ConnectionSettings, Gate, GatePlaces, GatePlan, GateRule, GateRules, LimitSettings,
+        Limits, Method, RejectionStatus, SoftLimits, TableSize,
         bucket::{Per, Quota},
-        budget::MemoryLimit,
-        policy::{CallerPattern, Costs, IdPattern, Limit, Methods, Override, Rule, Share},
+        budget::{MemoryLimit, MemorySteps},
+        caller_pattern::CallerPattern,
+        id_pattern::IdPattern,
+        method::PerMethod,
+        pattern::Pattern,
+        policy::{Layers, Methods, Override, Overrides, Share},
+        rule::{Costs, Limit, Rule},
         schedule::{Moment, Schedule, Weekday, Window},
     },
+    os::clock::Clock,
     peer::cgroup::{KubeletRoot, KubernetesMode},
+    telemetry::registry::Registry,
 };
 
 const LEAST: &str = "issuer \"embedded\" { } agent { trust_domain = \"example.org\" }\n";
@@ -33,7 +41,7 @@ fn load(text: &str, files: &[(&str, &str)]) -> Result<Config, String> {
 }
 
 /// What `ratelimit { inner }` says, on the second line.
-fn settings(inner: &str) -> Result<Settings, String> {
+fn settings(inner: &str) -> Result<LimitSettings, String> {
     load(&format!("{LEAST}ratelimit {{ {inner} }}"), &[]).map(|config| config.ratelimit)
 }
 
@@ -45,14 +53,34 @@ fn number(number: u32) -> NonZeroU32 {
     NonZeroU32::new(number).unwrap()
 }
 
-fn caller<R>(pattern: &str, rule: Option<R>) -> Override<CallerPattern, R> {
-    let pattern = CallerPattern::parse(pattern, |_| None).unwrap();
-    Override { pattern, methods: Methods::All, rule, share: Share::Each, place: "".into() }
+fn caller(pattern: &str) -> CallerPattern {
+    CallerPattern::parse(pattern, |_| None).unwrap()
 }
 
-fn identity(pattern: &str, rule: Option<Rule>) -> Override<IdPattern> {
-    let pattern = IdPattern::parse(pattern).unwrap();
-    Override { pattern, methods: Methods::All, rule, share: Share::Together, place: "".into() }
+/// A rule of callers.
+fn rule(limit: Limit) -> Rule {
+    Rule::new(limit, Costs::OF_CALLERS, Schedule::default()).unwrap()
+}
+
+fn with_window(limit: Limit, window: Window, instead: Limit) -> Rule {
+    let schedule = Schedule::new(vec![(window, instead)]).unwrap();
+    Rule::new(limit, Costs::OF_CALLERS, schedule).unwrap()
+}
+
+/// The usual limit of callers.
+fn usual() -> Limit {
+    LimitSettings::default().caller.default.limit()
+}
+
+fn dry(mut rule: Rule) -> Rule {
+    rule.dry_run = true;
+    rule
+}
+
+/// Sets these overrides, for all methods.
+fn over<P: Pattern>(layers: &mut Layers<P>, overrides: Vec<(P, Share<Rule>)>) {
+    let each = |(pattern, share)| Override::new(pattern, Methods::All, share).unwrap();
+    layers.overrides = Overrides::new(overrides.into_iter().map(each).collect()).unwrap();
 }
 
 fn hours(start: u8, stop: u8) -> Window {
@@ -62,7 +90,7 @@ fn hours(start: u8, stop: u8) -> Window {
 
 #[test]
 fn every_setting_is_read() {
-    type Change = fn(&mut Settings);
+    type Change = fn(&mut LimitSettings);
     let table: [(&str, &str, Change); 33] = [
         ("nothing", "", |_| ()),
         ("empty blocks", "gate { caller { } } caller { costs { } } identity { } node { } memory { }", |_| ()),
@@ -71,13 +99,13 @@ fn every_setting_is_read() {
         ("status", "rejection_status = \"unavailable\"", |s| {
             s.rejection_status = RejectionStatus::Unavailable;
         }),
-        ("keys", "keys = 16", |s| s.keys = 16),
+        ("keys", "keys = 16", |s| s.keys = TableSize::new(16).unwrap()),
         ("soft limits", "soft_limits = [80, \"95\"]", |s| {
             s.soft_limits = SoftLimits::new(&[80, 95]).unwrap()
         }),
         ("gate", "gate { connections = 1000 reserve = 10 admin = 2 }", |s| {
-            s.gate.connections = Some(number(1000));
-            (s.gate.reserve, s.gate.admin) = (10, 2);
+            s.gate.places = GatePlaces::new(Some(1000), Some(10)).unwrap();
+            s.gate.admin = 2;
         }),
         (
             "gate, connection",
@@ -98,73 +126,75 @@ fn every_setting_is_read() {
             s.gate.connection.idle_timeout = None;
         }),
         ("gate, caller", "gate { caller { connections = 9 rate = 0.5 burst = 3 dry_run = true } }", |s| {
-            s.gate.default.connections = Some(number(9));
-            s.gate.default.rate = quota(0.5, Per::Second, 3);
-            s.gate.default.dry_run = true;
+            let rate = quota(0.5, Per::Second, 3);
+            let rule = GateRule { connections: Some(number(9)), rate, dry_run: true };
+            s.gate.rules = GateRules::new(rule, vec![]).unwrap();
         }),
         (
             "gate, overrides",
             "gate { override \"uid:7\" { connections = 9 } override \"pod:*\" { block = true } }",
             |s| {
-                let mut nine = s.gate.default.clone();
-                nine.connections = Some(number(9));
-                let mut block = s.gate.default.clone();
-                block.rate = Limit::Block;
-                s.gate.overrides = vec![caller("uid:7", Some(nine)), caller("pod:*", Some(block))];
+                let nine = GateRule { connections: Some(number(9)), ..GateRule::default() };
+                let block = GateRule { rate: Limit::Block, ..GateRule::default() };
+                let overrides = vec![(caller("uid:7"), nine), (caller("pod:*"), block)];
+                s.gate.rules = GateRules::new(GateRule::default(), overrides).unwrap();
             },
         ),
         ("caller", "caller { rate = 1.5 per = \"hour\" burst = 7 }", |s| {
-            s.caller.default.limit = quota(1.5, Per::Hour, 7);
+            s.caller.default = rule(quota(1.5, Per::Hour, 7));
         }),
         ("quoted numbers", "caller { rate = \"1.5\" per = \"day\" burst = \"7\" }", |s| {
-            s.caller.default.limit = quota(1.5, Per::Day, 7);
+            s.caller.default = rule(quota(1.5, Per::Day, 7));
         }),
-        ("unlimited", "caller { unlimited = true }", |s| s.caller.default.limit = Limit::Unlimited),
-        ("costs", "caller { costs { signature = 3 } }", |s| s.caller.default.costs.signature = 3),
+        ("unlimited", "caller { unlimited = true }", |s| s.caller.default = rule(Limit::Unlimited)),
+        ("costs", "caller { costs { signature = 3 } }", |s| {
+            let costs = Costs::new(1, 3, 5).unwrap();
+            s.caller.default = Rule::new(usual(), costs, Schedule::default()).unwrap();
+        }),
         ("method", "caller { method \"ValidateJWTSVID\" { exempt = true } }", |s| {
-            s.caller.methods = vec![(Method::ValidateJwtSvid, Rule::new(Limit::Exempt))];
+            s.caller.methods.set(Method::ValidateJwtSvid, Some(rule(Limit::Exempt)));
         }),
         (
             "method takes the limit around it",
             "caller { rate = 9 burst = 9 method \"FetchJWTSVID\" { dry_run = true } }",
             |s| {
-                s.caller.default.limit = quota(9.0, Per::Second, 9);
-                let rule = Rule { dry_run: true, ..s.caller.default.clone() };
-                s.caller.methods = vec![(Method::FetchJwtSvid, rule)];
+                s.caller.default = rule(quota(9.0, Per::Second, 9));
+                s.caller.methods.set(Method::FetchJwtSvid, Some(dry(s.caller.default.clone())));
             },
         ),
         (
             "costs and dry run go inwards",
             "caller { dry_run = true costs { answer = 2 } override \"uid:7\" { rate = 9 burst = 9 method \"FetchSecrets\" { rate = 8 burst = 8 dry_run = false } } }",
             |s| {
-                let costs = Costs { answer: 2, ..Costs::default() };
-                (s.caller.default.dry_run, s.caller.default.costs) = (true, costs);
-                let rule = Rule { dry_run: true, costs, ..Rule::new(quota(9.0, Per::Second, 9)) };
-                let inner = Rule { dry_run: false, limit: quota(8.0, Per::Second, 8), ..rule.clone() };
-                let mut of_method = caller("uid:7", Some(inner));
-                of_method.methods = Methods::only(&[Method::FetchSecrets]);
-                s.caller.overrides = vec![caller("uid:7", Some(rule)), of_method];
+                let costs = Costs::new(2, 2, 5).unwrap();
+                let rule = |limit| Rule::new(limit, costs, Schedule::default()).unwrap();
+                s.caller.default = dry(rule(usual()));
+                let each =
+                    |methods, rule| Override::new(caller("uid:7"), methods, Share::Each(rule)).unwrap();
+                let outer = each(Methods::All, dry(rule(quota(9.0, Per::Second, 9))));
+                let inner = each(Methods::only(&[Method::FetchSecrets]), rule(quota(8.0, Per::Second, 8)));
+                s.caller.overrides = Overrides::new(vec![outer, inner]).unwrap();
             },
         ),
         ("user", "caller { override \"user:build\" { block = true } }", |s| {
-            s.caller.overrides = vec![caller("uid:1000", Some(Rule::new(Limit::Block)))];
+            over(&mut s.caller, vec![(caller("uid:1000"), Share::Each(rule(Limit::Block)))]);
         }),
         (
             "the same block twice is one",
             "caller { override \"uid:7\" { rate = 9 } override \"uid:7\" { burst = 9 } }",
             |s| {
-                s.caller.overrides = vec![caller("uid:7", Some(Rule::new(quota(9.0, Per::Second, 9))))];
+                let nine = rule(quota(9.0, Per::Second, 9));
+                over(&mut s.caller, vec![(caller("uid:7"), Share::Each(nine))]);
             },
         ),
         ("share", "caller { override \"uid:1-9\" { share = true } }", |s| {
-            s.caller.overrides = vec![caller("uid:1-9", None)];
-            s.caller.overrides[0].share = Share::Together;
+            over(&mut s.caller, vec![(caller("uid:1-9"), Share::Together(None))]);
         }),
         (
             "schedule",
             "caller { schedule \"night\" { start { hour = 22 } stop { hour = 6 } unlimited = true } }",
             |s| {
-                s.caller.default.schedule = Schedule::new(vec![(hours(22, 6), Limit::Unlimited)]);
+                s.caller.default = with_window(usual(), hours(22, 6), Limit::Unlimited);
             },
         ),
         (
@@ -173,74 +203,70 @@ fn every_setting_is_read() {
             |s| {
                 let day = |weekday| Moment { weekday: Some(weekday), ..Moment::default() };
                 let window = Window::new(day(Weekday::Saturday), day(Weekday::Monday)).unwrap();
-                s.caller.default.schedule = Schedule::new(vec![(window, quota(9.0, Per::Second, 9))]);
+                s.caller.default = with_window(usual(), window, quota(9.0, Per::Second, 9));
             },
         ),
         (
             "a method's own limit has its own schedule",
             "caller { schedule \"n\" { start { hour = 1 } stop { hour = 2 } block = true } method \"FetchSecrets\" { rate = 9 burst = 9 } method \"StreamSecrets\" { dry_run = true } }",
             |s| {
-                s.caller.default.schedule = Schedule::new(vec![(hours(1, 2), Limit::Block)]);
-                let taken = Rule { dry_run: true, ..s.caller.default.clone() };
-                let own = Rule::new(quota(9.0, Per::Second, 9));
-                s.caller.methods = vec![(Method::FetchSecrets, own), (Method::StreamSecrets, taken)];
+                s.caller.default = with_window(usual(), hours(1, 2), Limit::Block);
+                s.caller.methods.set(Method::FetchSecrets, Some(rule(quota(9.0, Per::Second, 9))));
+                s.caller.methods.set(Method::StreamSecrets, Some(dry(s.caller.default.clone())));
             },
         ),
         ("mask", "identity { override \"spiffe://example.org/ns/{ns}/**\" { share = true } }", |s| {
-            s.identity.overrides = vec![identity("spiffe://example.org/ns/{ns}/**", None)];
+            let mask = IdPattern::parse("spiffe://example.org/ns/{ns}/**").unwrap();
+            over(&mut s.identity, vec![(mask, Share::Together(None))]);
         }),
         ("small bursts of identities", "identity { rate = 2 burst = 2 }", |s| {
-            s.identity.default.limit = quota(2.0, Per::Second, 2);
-            s.identity.default.costs.failed_attestation = 2;
+            let limit = quota(2.0, Per::Second, 2);
+            s.identity.default = Rule::new(limit, Costs::OF_IDENTITIES, Schedule::default()).unwrap();
         }),
         (
             "node",
             "node { rate = 9 burst = 9 dry_run = true attestations = 8 attestations_per_caller = 3 method \"FetchSecrets\" { unlimited = true } }",
             |s| {
-                s.node.default = Some(Quota::new(9.0, Per::Second, 9).unwrap());
+                s.node.quotas = PerMethod::all(Some(Quota::new(9.0, Per::Second, 9).unwrap()));
+                s.node.quotas.set(Method::FetchSecrets, None);
                 s.node.dry_run = true;
-                (s.node.attestations, s.node.attestations_per_caller) = (number(8), number(3));
-                s.node.methods = vec![(Method::FetchSecrets, None)];
+                s.node.attestations = Attestations::new(Some(number(8)), Some(number(3))).unwrap();
             },
         ),
         ("no more of one than of all", "node { unlimited = true attestations = 2 }", |s| {
-            s.node.default = None;
-            (s.node.attestations, s.node.attestations_per_caller) = (number(2), number(2));
+            s.node.quotas = PerMethod::all(None);
+            s.node.attestations = Attestations::new(Some(number(2)), Some(number(2))).unwrap();
         }),
         (
             "memory",
             "memory { limit = \"24MiB\" shrink_caches_at = 1 refuse_new_at = 2 close_heaviest_at = 100 }",
             |s| {
-                s.memory.limit = MemoryLimit::Bytes(24 << 20);
-                (s.memory.shrink_caches_at, s.memory.refuse_new_at, s.memory.close_heaviest_at) = (1, 2, 100);
+                s.memory.limit = MemoryLimit::bytes(24 << 20).unwrap();
+                s.memory.steps = MemorySteps::new([1, 2, 100]).unwrap();
             },
         ),
-        ("memory in bytes", "memory { limit = 25165824 }", |s| s.memory.limit = MemoryLimit::Bytes(24 << 20)),
+        ("memory in bytes", "memory { limit = 25165824 }", |s| {
+            s.memory.limit = MemoryLimit::bytes(24 << 20).unwrap();
+        }),
         ("spire-agent's keys", "fetch_x509_svid = 1 fetch_secrets = 0", |s| {
-            let costs = Costs { answer: 1, signature: 1, failed_attestation: 1 };
-            let rule = |limit| Rule { costs, ..Rule::new(limit) };
-            s.identity.methods = vec![
-                (Method::FetchX509Svid, rule(quota(1.0, Per::Second, 1))),
-                (Method::FetchSecrets, rule(Limit::Unlimited)),
-            ];
+            let rule = |limit| Rule::new(limit, Costs::ONE, Schedule::default()).ok();
+            s.identity.methods.set(Method::FetchX509Svid, rule(quota(1.0, Per::Second, 1)));
+            s.identity.methods.set(Method::FetchSecrets, rule(Limit::Unlimited));
         }),
         (
             "spire-agent's keys beside other methods",
             "fetch_secrets = 0 identity { method \"FetchJWTSVID\" { block = true } }",
             |s| {
-                let costs = Costs { answer: 1, signature: 1, failed_attestation: 1 };
-                s.identity.methods = vec![
-                    (Method::FetchJwtSvid, Rule::new(Limit::Block)),
-                    (Method::FetchSecrets, Rule { costs, ..Rule::new(Limit::Unlimited) }),
-                ];
+                let rule = |limit, costs| Rule::new(limit, costs, Schedule::default()).ok();
+                s.identity.methods.set(Method::FetchJwtSvid, rule(Limit::Block, Costs::OF_IDENTITIES));
+                s.identity.methods.set(Method::FetchSecrets, rule(Limit::Unlimited, Costs::ONE));
             },
         ),
     ];
     for (case, inner, change) in table {
-        let mut want = Settings::default();
+        let mut want = LimitSettings::default();
         change(&mut want);
-        assert_eq!(settings(inner), Ok(want.clone()), "{case}");
-        assert_eq!(want.check(None), Ok(()), "{case}");
+        assert_eq!(settings(inner), Ok(want), "{case}");
     }
 }
 
@@ -606,11 +632,13 @@ fn drop_in_files_merge_and_conflicts_name_both_places() {
     );
     let text = format!("{LEAST}ratelimit {{ keys = 99 }}");
     let merged = load(&text, &[one, two]).unwrap().ratelimit;
-    let mut want = Settings { keys: 99, dry_run: true, ..Settings::default() };
-    want.caller.overrides =
-        vec![caller("uid:7", Some(Rule::new(Limit::Block))), caller("uid:8", Some(Rule::new(Limit::Exempt)))];
+    let keys = TableSize::new(99).unwrap();
+    let mut want = LimitSettings { keys, dry_run: true, ..LimitSettings::default() };
+    let each = |uid, limit| (caller(uid), Share::Each(rule(limit)));
+    over(&mut want.caller, vec![each("uid:7", Limit::Block), each("uid:8", Limit::Exempt)]);
     assert_eq!(merged, want);
-    assert_eq!(load(LEAST, &[one, two]).unwrap().ratelimit, Settings { keys: 16_384, ..want });
+    let keys = TableSize::new(16_384).unwrap();
+    assert_eq!(load(LEAST, &[one, two]).unwrap().ratelimit, LimitSettings { keys, ..want });
 
     for (case, file, said) in [
         (
@@ -751,9 +779,9 @@ fn kubernetes_is_found_as_it_is_set() {
 }
 
 proptest::proptest! {
-    /// Whatever is accepted can be put in force.
+    /// Whatever is accepted can be put in force: it was made by the constructors in `limits`.
     #[test]
-    fn what_is_accepted_passes_the_check(
+    fn what_is_accepted_can_be_put_in_force(
         block in proptest::sample::select(&["@", "caller { @ }", "identity { @ }", "gate { @ }", "gate { caller { @ } }", "node { @ }", "memory { @ }", "caller { override \"uid:7\" { @ } }", "identity { method \"FetchJWTSVID\" { @ } }", "caller { costs { @ } }", "caller { schedule \"s\" { start { hour = 1 } stop { hour = 2 } @ } }"][..]),
         settings in proptest::collection::vec((
             proptest::sample::select(&["rate", "per", "burst", "exempt", "block", "unlimited", "dry_run", "costs", "answer", "signature", "connections", "reserve", "attestations", "limit", "keys", "share", "fetch_jwt_svid", "method", "override", "start", "shrink_caches_at"][..]),
@@ -762,7 +790,10 @@ proptest::proptest! {
     ) {
         let inner: Vec<String> = settings.iter().map(|(key, value)| format!("{key} = {value}")).collect();
         if let Ok(settings) = self::settings(&block.replace('@', &inner.join(" "))) {
-            proptest::prop_assert_eq!(settings.check(None), Ok(()));
+            let plan = GatePlan::new(&settings, 1 << 30, None);
+            proptest::prop_assert!(plan.is_ok(), "{plan:?}");
+            let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder));
+            drop(Gate::new(plan.unwrap(), &limits));
         }
     }
 }

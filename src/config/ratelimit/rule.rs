@@ -1,0 +1,351 @@
+//! What a block says about calls: a limit, its windows, what calls cost.
+
+use std::{collections::HashMap, ops::RangeInclusive};
+
+use crate::{
+    hcl::{
+        section::{At, Labelled, Section, nearest},
+        tree::{Place, abridged, quoted},
+    },
+    limits::{
+        Method,
+        bucket::{MAX_BURST, MAX_RATE, MAX_REFILL_DAYS, Per, Quota, QuotaError},
+        refusal::Stage,
+        rule::{CostAboveBurst, Costs, Limit, Rule},
+        schedule::{MAX_WINDOWS, Moment, Schedule, ScheduleError, Window, parse_weekday},
+    },
+};
+
+pub(super) const FREE: [(&str, Limit); 3] =
+    [("exempt", Limit::Exempt), ("block", Limit::Block), ("unlimited", Limit::Unlimited)];
+
+pub(super) const A_LIMIT: &str = "rate with burst, or one of exempt, block, unlimited";
+
+/// What was wrong was said.
+#[derive(Debug)]
+pub(super) struct Reported;
+
+/// A limit, and where its burst is written: `None` by default.
+#[derive(Clone, Debug)]
+pub(super) struct Bound {
+    pub(super) limit: Limit,
+    burst: Option<(Place, String)>,
+}
+
+/// What a block says, with what it takes from the one around it.
+#[derive(Clone, Debug)]
+pub(super) struct Written {
+    pub(super) rule: Rule,
+    /// Whether the limit is its own.
+    pub(super) limited: bool,
+    limit: Bound,
+    windows: Schedule<Bound>,
+}
+
+impl Written {
+    pub(super) fn of(rule: &Rule) -> Self {
+        let bound = |limit| Bound { limit, burst: None };
+        Self {
+            rule: rule.clone(),
+            limited: false,
+            limit: bound(rule.limit()),
+            windows: rule.schedule().map(|limit| bound(*limit)),
+        }
+    }
+}
+
+/// Blocks with one label as one, in the order of the first of each.
+pub(super) fn merged(blocks: Vec<Labelled<'_>>) -> Vec<Labelled<'_>> {
+    let mut seen: HashMap<&str, usize> = HashMap::new();
+    let mut merged: Vec<Labelled<'_>> = Vec::new();
+    for block in blocks {
+        match seen.get(block.label).and_then(|at| merged.get_mut(*at)) {
+            Some(first) => first.section.merge(block.section),
+            None => {
+                seen.insert(block.label, merged.len());
+                merged.push(block);
+            }
+        }
+    }
+    merged
+}
+
+pub(super) fn set<T>(setting: &mut T, value: Option<T>) {
+    if let Some(value) = value {
+        *setting = value;
+    }
+}
+
+/// A whole number in `range`.
+pub(super) fn number(s: &mut Section<'_>, key: &'static str, range: RangeInclusive<u32>) -> Option<At<u32>> {
+    let at = s.integer(key, i64::from(*range.start())..=i64::from(*range.end()))?;
+    Some(at.map(|number| u32::try_from(number).unwrap_or(*range.end())))
+}
+
+/// The method that a label names.
+pub(super) fn method(
+    section: &Section<'_>,
+    label: &str,
+    place: Place,
+    stage: Stage,
+) -> Result<Method, Reported> {
+    let wrong = |message: String| {
+        section.problems().add(place, &section.name(), None, message);
+        Reported
+    };
+    let names = Method::ALL.map(Method::rpc);
+    let Some(found) = Method::ALL.into_iter().find(|method| method.rpc() == label) else {
+        let near = nearest(label, names).map_or_else(String::new, |near| format!(" (did you mean {near}?)"));
+        return Err(wrong(format!("unknown method{near}: must be one of {}", names.join(", "))));
+    };
+    if stage == Stage::Identity && !found.has_identity() {
+        return Err(wrong(
+            "needs no identity, and is not charged to any: limit it in caller or node".to_owned(),
+        ));
+    }
+    Ok(found)
+}
+
+/// A limit, if the block has one: a bucket, or one of `free`.
+pub(super) fn limit(s: &mut Section<'_>, free: &[(&'static str, Limit)]) -> Result<Option<Bound>, Reported> {
+    let rate = s.number("rate");
+    let per = s.parsed("per", |text| Per::parse(text).ok(), "must be second, minute, hour or day");
+    let burst = number(s, "burst", 1..=MAX_BURST);
+    let mut given: Vec<(&str, Place, Option<Limit>)> = Vec::new();
+    let of_bucket = [
+        ("rate", rate.map(|at| at.place)),
+        ("burst", burst.map(|at| at.place)),
+        ("per", per.map(|at| at.place)),
+    ];
+    let first = of_bucket.into_iter().find_map(|(key, place)| place.map(|place| (key, place, None)));
+    given.extend(first);
+    let mut good = of_bucket.into_iter().all(|(key, place)| place.is_some() || !s.has(key));
+    for (key, limit) in free {
+        match s.boolean(key) {
+            Some(At { value: true, place }) => given.push((key, place, Some(*limit))),
+            Some(_) => {}
+            None => good &= !s.has(key),
+        }
+    }
+    given.sort_by_key(|(_, place, _)| *place);
+    if let [(first, at, _), (key, place, _), ..] = given.as_slice() {
+        let others = free.iter().map(|(key, _)| *key).collect::<Vec<_>>().join(", ");
+        let at = s.problems().show(*at);
+        let message =
+            format!("contradicts {first}, at {at}: a limit is either rate with burst, or one of {others}");
+        s.wrong(*place, key, None, message);
+        return Err(Reported);
+    }
+    if !good {
+        return Err(Reported);
+    }
+    let Some((key, place, instead)) = given.pop() else { return Ok(None) };
+    if let Some(limit) = instead {
+        return Ok(Some(Bound { limit, burst: None }));
+    }
+    let (Some(rate), Some(burst)) = (rate, burst) else {
+        let missing = if rate.is_none() { "rate = 100" } else { "burst = 200" };
+        s.wrong(place, key, None, format!("must have the other half of a bucket beside it: {missing}"));
+        return Err(Reported);
+    };
+    let (value, text) = rate.value;
+    let quota = Quota::new(value, per.map_or(Per::Second, |at| at.value), burst.value);
+    match quota {
+        Ok(quota) => {
+            let burst = Some((burst.place, s.path("burst")));
+            Ok(Some(Bound { limit: Limit::Quota(quota), burst }))
+        }
+        Err(QuotaError::Refill { days, .. }) => {
+            let message =
+                format!("takes {days} days to come back at this rate; it must be at most {MAX_REFILL_DAYS}");
+            s.wrong(burst.place, "burst", Some(burst.value.to_string()), message);
+            Err(Reported)
+        }
+        Err(QuotaError::Rate(_) | QuotaError::Burst(_) | QuotaError::Unit(_)) => {
+            let block = if free.len() > 1 { "block = true for none, " } else { "" };
+            let message = format!(
+                "must be above 0 and at most {MAX_RATE} a second ({block}unlimited = true for no limit)"
+            );
+            s.wrong(rate.place, "rate", Some(abridged(text)), message);
+            Err(Reported)
+        }
+    }
+}
+
+/// Everything a block says about calls.
+pub(super) fn written(s: &mut Section<'_>, stage: Stage, base: &Written) -> Result<Written, Reported> {
+    let limit = limit(s, &FREE);
+    let windows = schedule(s);
+    let (costs, costs_place) = costs(s, stage, base.rule.costs());
+    let dry_run = s.boolean("dry_run");
+    let mut good = dry_run.is_some() || !s.has("dry_run");
+    let (limit, windows, costs) = (limit?, windows?, costs?);
+    let limited = limit.is_some();
+    let limit = limit.unwrap_or_else(|| base.limit.clone());
+    let own_windows = limited || !windows.is_empty();
+    let windows = if own_windows { windows } else { base.windows.clone() };
+    let bounds = std::iter::once((&limit, limited)).chain(windows.values().map(|it| (it, own_windows)));
+    for (bound, own) in bounds {
+        let Err(CostAboveBurst { which, cost, burst }) = costs.fit(bound.limit) else { continue };
+        good = false;
+        match (&bound.burst, own, costs_place) {
+            (Some((place, key)), true, _) => {
+                let message =
+                    format!("must be at least {cost}, which is what a call can cost (costs.{which})");
+                s.problems().add(*place, key, Some(burst.to_string()), message);
+            }
+            (written, _, Some(place)) => {
+                let whence = written.as_ref().map(|(place, _)| s.problems().show(*place));
+                let whence = whence.unwrap_or_else(|| "by default".to_owned());
+                let message =
+                    format!("{which} {cost} must be at most the burst, which is {burst} ({whence})");
+                s.wrong(place, "costs", None, message);
+            }
+            // Said where they were set.
+            (_, _, None) => {}
+        }
+    }
+    let mut rule =
+        Rule::new(limit.limit, costs, windows.map(|it| it.limit)).map_err(|_said_above| Reported)?;
+    rule.dry_run = dry_run.map_or(base.rule.dry_run, |at| at.value);
+    if good { Ok(Written { rule, limited, limit, windows }) } else { Err(Reported) }
+}
+
+/// What calls cost, and where that is set, if it is.
+fn costs(s: &mut Section<'_>, stage: Stage, base: Costs) -> (Result<Costs, Reported>, Option<Place>) {
+    let Some(mut block) = s.block("costs") else { return (Ok(base), None) };
+    let place = block.place();
+    let mut read = |key| number(&mut block, key, 1..=MAX_BURST);
+    let (answer, signature) = (read("answer"), read("signature"));
+    let of_caller = stage == Stage::Caller;
+    let failed = if of_caller { read("failed_attestation") } else { None };
+    let keys = [("answer", answer), ("signature", signature), ("failed_attestation", failed)];
+    let mut good = keys.iter().all(|(key, at)| at.is_some() || !block.has(key));
+    let or = |at: Option<At<u32>>, base| at.map_or(base, |at| at.value);
+    let least = or(answer, base.answer());
+    let signature_cost = or(signature, base.signature());
+    let failed_cost = if of_caller { or(failed, base.failed_attestation()) } else { least };
+    for (key, at, cost) in
+        [("signature", signature, signature_cost), ("failed_attestation", failed, failed_cost)]
+    {
+        // Each for itself, so that both are told.
+        if Costs::new(least, cost, cost).is_ok() {
+            continue;
+        }
+        good = false;
+        match (at, answer) {
+            (Some(at), _) => {
+                let message = format!("must be at least answer, which is {least}");
+                block.wrong(at.place, key, Some(cost.to_string()), message);
+            }
+            (None, Some(answer)) => {
+                let message = format!("must be at most {key}, which is {cost} unless it is set too");
+                block.wrong(answer.place, "answer", Some(least.to_string()), message);
+            }
+            (None, None) => {}
+        }
+    }
+    block.finish();
+    let costs = Costs::new(least, signature_cost, failed_cost).map_err(|_said_above| Reported);
+    (if good { costs } else { Err(Reported) }, Some(place))
+}
+
+/// The windows of a limit, which do not overlap.
+fn schedule(s: &mut Section<'_>) -> Result<Schedule<Bound>, Reported> {
+    let blocks = merged(s.labelled("schedule"));
+    if let Some(last) = blocks.get(MAX_WINDOWS) {
+        let message = format!("{} windows must be at most {MAX_WINDOWS}", blocks.len());
+        s.problems().add(last.place, &last.section.name(), None, message);
+        blocks.into_iter().for_each(|block| block.section.ignore());
+        return Err(Reported);
+    }
+    let mut good = true;
+    let mut found: Vec<(Window, Bound, &str, Place)> = Vec::new();
+    for Labelled { label, place, mut section } in blocks {
+        let start = moment(&mut section, "start", 23);
+        let stop = moment(&mut section, "stop", 24);
+        let limit = limit(&mut section, &FREE);
+        let wrong = |place: Place, key: Option<&str>, message: String| {
+            let name = key.map_or_else(|| section.name(), |key| section.path(key));
+            section.problems().add(place, &name, None, message);
+        };
+        let window = match (start, stop) {
+            (Ok(start), Ok(stop)) => Window::new(start.value, stop.value)
+                .map_err(|err| match err {
+                    ScheduleError::Never(moment)
+                    | ScheduleError::Gap(moment)
+                    | ScheduleError::WeekdayAndDate(moment)
+                        if moment == start.value =>
+                    {
+                        wrong(start.place, Some("start"), err.to_string());
+                    }
+                    ScheduleError::Never(_) | ScheduleError::Gap(_) | ScheduleError::WeekdayAndDate(_) => {
+                        wrong(stop.place, Some("stop"), err.to_string());
+                    }
+                    err => wrong(place, None, err.to_string()),
+                })
+                .ok(),
+            _ => None,
+        };
+        if let Ok(None) = limit {
+            wrong(place, None, format!("must say what holds in this window: {A_LIMIT}"));
+        }
+        if let Some(window) = window {
+            for (other, _, other_label, at) in &found {
+                if Schedule::new(vec![(*other, ()), (window, ())]).is_err() {
+                    let at = section.problems().show(*at);
+                    wrong(
+                        place,
+                        None,
+                        format!("overlaps {}, at {at}: one limit must hold at a time", quoted(other_label)),
+                    );
+                    good = false;
+                }
+            }
+        }
+        section.finish();
+        match (window, limit) {
+            (Some(window), Ok(Some(bound))) => found.push((window, bound, label, place)),
+            _ => good = false,
+        }
+    }
+    if !good {
+        return Err(Reported);
+    }
+    let windows = found.into_iter().map(|(window, bound, ..)| (window, bound)).collect();
+    Schedule::new(windows).map_err(|_said_above| Reported)
+}
+
+/// `start` or `stop`. Whether such a moment comes is for [`Window::new`] to say.
+fn moment(s: &mut Section<'_>, key: &'static str, last_hour: u8) -> Result<At<Moment>, Reported> {
+    let Some(mut block) = s.block(key) else {
+        s.missing(key, format_args!("must be set, in UTC: {key} {{ hour = 22 }}"));
+        return Err(Reported);
+    };
+    let mut field = |key, least: u8, most: u8| {
+        let at = block.integer(key, i64::from(least)..=i64::from(most));
+        at.and_then(|at| u8::try_from(at.value).ok())
+    };
+    let mut moment = Moment {
+        second: field("second", 0, 59),
+        minute: field("minute", 0, 59),
+        hour: field("hour", 0, last_hour),
+        day: field("day", 1, 31),
+        month: field("month", 1, 12),
+        weekday: None,
+    };
+    let weekday = block.parsed("weekday", parse_weekday, "must be a day such as monday or mon");
+    moment.weekday = weekday.map(|at| at.value);
+    let place = block.place();
+    let fields = [
+        ("second", moment.second.is_some()),
+        ("minute", moment.minute.is_some()),
+        ("hour", moment.hour.is_some()),
+        ("day", moment.day.is_some()),
+        ("month", moment.month.is_some()),
+        ("weekday", moment.weekday.is_some()),
+    ];
+    let good = fields.iter().all(|(key, is)| *is || !block.has(key));
+    block.finish();
+    if good { Ok(At { value: moment, place }) } else { Err(Reported) }
+}

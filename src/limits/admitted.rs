@@ -1,0 +1,130 @@
+//! The proof that a call passed the caller stage, and what the call will pay.
+
+use std::sync::Arc;
+
+use super::{
+    ledger::{HeldTokens, Ledger},
+    method::Method,
+    refusal::Stage,
+    rule::{Costs, Limit},
+    settings::SoftLimits,
+    slots::AttestationSlot,
+};
+use crate::identity::SpiffeId;
+
+/// Proof that a peer's call passed the caller stage: attestation takes nothing else. Made by
+/// [`Limits::admit_caller`](super::Limits::admit_caller) alone.
+///
+/// It holds the caller's tokens; when it is dropped they are paid, or given back if the call was refused.
+#[derive(Debug)]
+pub struct Admitted<P> {
+    peer: P,
+    pub(super) charge: Charge,
+    /// Until attestation is over.
+    pub(super) slot: Option<AttestationSlot>,
+}
+
+impl<P> Admitted<P> {
+    pub(super) fn new(peer: P, charge: Charge, slot: Option<AttestationSlot>) -> Self {
+        Self { peer, charge, slot }
+    }
+
+    /// The peer that was admitted.
+    pub fn peer(&self) -> &P {
+        &self.peer
+    }
+
+    /// What it called.
+    pub fn method(&self) -> Method {
+        self.charge.method
+    }
+
+    /// Says that the caller could not be attested, or has no identity: it pays [`Costs::failed_attestation`]. Not
+    /// for what is no doing of the caller's.
+    pub fn attestation_failed(&mut self) {
+        self.charge.pays = self.charge.pays.max(self.charge.costs.failed_attestation());
+        self.slot = None;
+    }
+
+    /// Says that something was signed for this call: the caller and the identity pay [`Costs::signature`] in place of
+    /// [`Costs::answer`].
+    pub fn signed(&mut self, id: &SpiffeId) {
+        self.charge.signed(id);
+    }
+}
+
+/// What a call will pay.
+#[derive(Debug)]
+pub(super) struct Charge {
+    ledger: Arc<Ledger>,
+    pub(super) method: Method,
+    held: Option<HeldTokens>,
+    costs: Costs,
+    /// Tokens to take when the call ends.
+    pays: u32,
+    /// By a rule: not charged to the node either.
+    pub(super) exempt: bool,
+    /// Which are counted when it pays.
+    soft: SoftLimits,
+}
+
+impl Charge {
+    /// Nothing yet, for a call of a caller under this limit.
+    pub(super) fn new(
+        ledger: &Arc<Ledger>,
+        method: Method,
+        costs: Costs,
+        limit: Limit,
+        soft: SoftLimits,
+    ) -> Self {
+        Self {
+            ledger: Arc::clone(ledger),
+            method,
+            held: None,
+            costs,
+            pays: 0,
+            exempt: limit == Limit::Exempt,
+            soft,
+        }
+    }
+
+    /// The price of an answer, which is held.
+    pub(super) fn hold(&mut self, held: Option<HeldTokens>) {
+        self.held = held;
+        self.pays = held.map_or(0, |held| held.cost);
+    }
+
+    /// The call is refused further on, and costs nothing.
+    pub(super) fn refund(&mut self) {
+        self.pays = 0;
+    }
+
+    fn signed(&mut self, id: &SpiffeId) {
+        if self.exempt {
+            return;
+        }
+        let more = |costs: Costs| costs.signature() - costs.answer();
+        self.pays = self.pays.saturating_add(more(self.costs));
+        let ledger = &self.ledger;
+        let plan = ledger.plan();
+        let choice = plan.identity.choose(id, self.method);
+        let more = more(choice.rule.costs());
+        if let Limit::Quota(quota) = ledger.limit(choice.rule)
+            && more > 0
+        {
+            let key = ledger.identity_key(id, self.method, &choice);
+            let paid = ledger.identities().table.charge(ledger.now(), key, quota, more);
+            ledger.counters.count_soft_limits(self.soft, Stage::Identity, paid);
+        }
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        if let Some(held) = self.held {
+            let ledger = &self.ledger;
+            let paid = ledger.callers().settle(held.key, held.place, held.quota, held.cost, self.pays);
+            ledger.counters.count_soft_limits(self.soft, Stage::Caller, paid);
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! What calls are decided with, and what was spent: the rules in force, the tables of buckets, the counters.
+//!
+//! One ledger is shared by all who charge: [`Limits`](super::Limits), the calls under way, and the gate.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, UNIX_EPOCH},
+};
+
+use arc_swap::ArcSwap;
+use tokio::time::Instant;
+
+use super::{
+    bucket::{Bucket, Quota},
+    caller::{CallerKey, Families},
+    caller_pattern::CallerPattern,
+    counters::{Counters, Decision},
+    id_pattern::IdPattern,
+    method::{Method, PerMethod},
+    policy::{Choice, Layers},
+    refusal::{ChargedAs, Reason, Refusal, RejectionStatus, Stage},
+    report::{BucketName, Refusing},
+    rule::{Limit, Rule},
+    settings::{LimitSettings, SoftLimits},
+    slots::Slots,
+    table::{BucketKey, ChargedTo, Hasher, Table},
+};
+use crate::{identity::SpiffeId, os::clock::Clock, telemetry::registry::Registry};
+
+/// The keys of one parent may fill one part of a table in so many.
+pub(super) const PARENT_PARTS: usize = 8;
+
+/// What is decided with, made of settings and never changed: a reload puts another in its place.
+#[derive(Debug)]
+pub(super) struct CallPlan {
+    pub(super) caller: Layers<CallerPattern>,
+    pub(super) identity: Layers<IdPattern>,
+    node: PerMethod<Option<Quota>>,
+    pub(super) families: Families,
+    pub(super) node_dry: bool,
+    pub(super) dry: bool,
+    status: RejectionStatus,
+    pub(super) soft: SoftLimits,
+}
+
+impl CallPlan {
+    fn new(settings: &LimitSettings) -> Self {
+        Self {
+            caller: settings.caller.clone(),
+            identity: settings.identity.clone(),
+            node: settings.node.quotas,
+            families: settings.families.clone(),
+            node_dry: settings.node.dry_run,
+            dry: settings.dry_run,
+            status: settings.rejection_status,
+            soft: settings.soft_limits,
+        }
+    }
+}
+
+/// A question of a stage about a call.
+#[derive(Clone, Copy)]
+pub(super) struct Question<'a> {
+    pub(super) plan: &'a CallPlan,
+    pub(super) stage: Stage,
+    pub(super) method: Method,
+    /// A refusal is only counted.
+    pub(super) dry: bool,
+}
+
+/// Tokens held in a bucket of a table.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct HeldTokens {
+    pub(super) key: BucketKey,
+    pub(super) place: ChargedTo,
+    pub(super) quota: Quota,
+    pub(super) cost: u32,
+}
+
+/// The identity stage: its table, and the tokens that the call being decided holds in it. One lock for both, so that several
+/// identities are charged as one.
+#[derive(Debug)]
+pub(super) struct Identities {
+    pub(super) table: Table,
+    /// Kept between calls for its memory alone.
+    pub(super) held: Vec<(HeldTokens, ChargedAs)>,
+}
+
+#[derive(Debug)]
+pub(super) struct Ledger {
+    plan: ArcSwap<CallPlan>,
+    hasher: Hasher,
+    callers: Mutex<Table>,
+    identities: Mutex<Identities>,
+    /// Of each method, shared by all. Known whatever the settings say, so that what was spent stays spent.
+    node: PerMethod<Mutex<Bucket>>,
+    pub(super) slots: Arc<Slots>,
+    refusing: Mutex<Refusing>,
+    pub(super) counters: Counters,
+    started: Instant,
+    wall: Clock,
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Ledger {
+    pub(super) fn new(settings: &LimitSettings, wall: Clock, registry: Registry<'_>) -> Self {
+        Self {
+            plan: ArcSwap::from_pointee(CallPlan::new(settings)),
+            hasher: Hasher::default(),
+            callers: Mutex::new(Table::new(settings.keys, PARENT_PARTS)),
+            identities: Mutex::new(Identities {
+                table: Table::new(settings.keys, 1),
+                held: Vec::with_capacity(16),
+            }),
+            node: PerMethod::default(),
+            slots: Arc::new(Slots::new(settings.node.attestations)),
+            refusing: Mutex::default(),
+            counters: Counters::new(registry),
+            started: Instant::now(),
+            wall,
+        }
+    }
+
+    /// Decides by other settings. Buckets stay as they are.
+    pub(super) fn reload(&self, settings: &LimitSettings) {
+        self.callers().resize(settings.keys, PARENT_PARTS);
+        self.identities().table.resize(settings.keys, 1);
+        self.slots.resize(settings.node.attestations);
+        self.plan.store(Arc::new(CallPlan::new(settings)));
+    }
+
+    /// Nanoseconds since the limits were made.
+    pub(super) fn now(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX / 2)
+    }
+
+    pub(super) fn plan(&self) -> arc_swap::Guard<Arc<CallPlan>> {
+        self.plan.load()
+    }
+
+    pub(super) fn callers(&self) -> MutexGuard<'_, Table> {
+        lock(&self.callers)
+    }
+
+    pub(super) fn identities(&self) -> MutexGuard<'_, Identities> {
+        lock(&self.identities)
+    }
+
+    /// The keys that are being refused.
+    pub(super) fn refusing(&self) -> MutexGuard<'_, Refusing> {
+        lock(&self.refusing)
+    }
+
+    /// The limit that holds now. Reads the time of day only for a rule that has windows.
+    pub(super) fn limit(&self, rule: &Rule) -> Limit {
+        if rule.schedule().is_empty() {
+            return rule.limit();
+        }
+        let since = self.wall.now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let unix = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
+        rule.schedule().at(unix).copied().unwrap_or_else(|| rule.limit())
+    }
+
+    /// The bucket of a caller for a method, or the one that it shares.
+    pub(super) fn caller_key(
+        &self,
+        plan: &CallPlan,
+        caller: CallerKey,
+        method: Method,
+        choice: &Choice<'_, CallerPattern>,
+    ) -> BucketKey {
+        match choice.shared {
+            None => {
+                let hash = self.hasher.hash((0, caller, method));
+                BucketKey { hash, parent: plan.families.parent(caller) }
+            }
+            // The text and not its place in a list, which a reload may change. It is its own parent: nobody can make more.
+            Some(pattern) => {
+                let hash = self.hasher.hash((1, pattern.as_ref(), method));
+                BucketKey { hash, parent: hash[1] | 1 << 63 }
+            }
+        }
+    }
+
+    /// The bucket of an identity for a method, or the one that it shares.
+    pub(super) fn identity_key(
+        &self,
+        id: &SpiffeId,
+        method: Method,
+        choice: &Choice<'_, IdPattern>,
+    ) -> BucketKey {
+        let hash = match choice.shared {
+            None => self.hasher.hash((0, id, method)),
+            Some(mask) => self.hasher.hash((1, Masked { mask, id, method })),
+        };
+        // Identities are the admin's to make: overflow is parted at random, in 256.
+        BucketKey { hash, parent: hash[1] >> 56 }
+    }
+
+    /// Counts a refusal, and says it: or lets the call pass when it is only a rehearsal.
+    pub(super) fn refuse(
+        &self,
+        question: &Question<'_>,
+        charged_as: ChargedAs,
+        reason: Reason,
+        retry_after: Duration,
+    ) -> Result<(), Refusal> {
+        let Question { plan, stage, method, dry } = *question;
+        if dry {
+            self.counters.count(stage, Some(method), charged_as, Decision::WouldRefuse(reason));
+            return Ok(());
+        }
+        self.counters.count(stage, Some(method), charged_as, Decision::Refused(reason));
+        let shed = stage == Stage::Node;
+        let status = if shed { RejectionStatus::Unavailable } else { plan.status };
+        Err(Refusal { method, stage, charged_as, reason, retry_after, shed, status })
+    }
+
+    /// Lists a key as being refused. Load shedding lists nobody: it is nobody's doing.
+    pub(super) fn note(&self, now: u64, refusal: &Refusal, name: &BucketName) {
+        if !refusal.shed {
+            self.refusing().note(now, refusal.stage, name);
+        }
+    }
+
+    /// Charges a call to what all share.
+    pub(super) fn charge_node(&self, plan: &CallPlan, method: Method, now: u64) -> Result<(), Refusal> {
+        let Some(quota) = *plan.node.get(method) else { return Ok(()) };
+        match lock(self.node.get(method)).take(now, quota, 1) {
+            Ok(()) => {
+                self.counters.count(Stage::Node, Some(method), ChargedAs::Node, Decision::Allowed);
+                Ok(())
+            }
+            Err(wait) => {
+                let question = Question { plan, stage: Stage::Node, method, dry: plan.dry || plan.node_dry };
+                self.refuse(&question, ChargedAs::Node, Reason::Rate, wait)
+            }
+        }
+    }
+}
+
+/// A key that is the same for all identities that share a bucket.
+struct Masked<'a> {
+    mask: &'a IdPattern,
+    id: &'a SpiffeId,
+    method: Method,
+}
+
+impl std::hash::Hash for Masked<'_> {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.mask.hash(state);
+        self.method.hash(state);
+        for text in self.mask.names(self.id) {
+            text.hash(state);
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! What patterns of callers and of SPIFFE IDs have in common.
+
+use std::{cmp::Ordering, fmt};
+
+use crate::identity::TrustDomain;
+
+/// Why a text is no pattern.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum PatternError {
+    /// Not one of the forms of [`CallerPattern`](super::caller_pattern::CallerPattern).
+    #[error("\"{0}\" names no caller: it must be uid:N, uid:N-M, uid:*, user:NAME, pod:UID or pod:*")]
+    Caller(Box<str>),
+    /// The range is empty, or holds every UID.
+    #[error("\"{0}\" must be a range from a lower to a higher UID, and not of all: that is uid:*")]
+    Range(Box<str>),
+    /// (uid_t)-1: the number that the kernel says "no user" with.
+    #[error("\"{0}\" is nobody: 4294967295 is not a UID that a process can have")]
+    Nobody(Box<str>),
+    /// Pods are not looked for.
+    #[error("\"{0}\" matches nothing: agent.kubernetes has mode = \"off\", so no caller is a pod")]
+    NoPods(Box<str>),
+    /// Pods are not looked for.
+    #[error(
+        "\"{0}\" matches every caller, as agent.kubernetes has mode = \"off\": set the limit in the block around it"
+    )]
+    Everybody(Box<str>),
+    /// The node has no such user.
+    #[error("there is no user \"{0}\" on this node")]
+    User(Box<str>),
+    /// Not one of the forms of [`IdPattern`](super::id_pattern::IdPattern).
+    #[error("\"{pattern}\" is no pattern of SPIFFE IDs: {why}")]
+    Id {
+        /// The pattern.
+        pattern: Box<str>,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// The pattern is of another trust domain than the agent's.
+    #[error("\"{pattern}\" matches nothing: the trust domain is {trust_domain}")]
+    Foreign {
+        /// The pattern.
+        pattern: Box<str>,
+        /// The trust domain of the agent.
+        trust_domain: TrustDomain,
+    },
+}
+
+/// Matches the subjects of a stage: callers, or SPIFFE IDs.
+pub trait Pattern: Clone + fmt::Display {
+    /// What it matches.
+    type Subject: ?Sized;
+    /// Whether this one is meant.
+    fn matches(&self, subject: &Self::Subject) -> bool;
+    /// Whether some subject is meant by both.
+    fn meets(&self, other: &Self) -> bool;
+    /// Sorts the pattern that says more before the one that says less.
+    fn compare(&self, other: &Self) -> Ordering;
+    /// Whether it has places that part a shared bucket.
+    fn has_names(&self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,139 @@
+//! Why a connection or a call is refused, in the words that metrics, logs, the admin socket and callers are told.
+//!
+//! Each reason is named once, where it arises; whoever tells of it takes the label from here.
+
+use std::time::Duration;
+
+use super::method::Method;
+use crate::telemetry::registry::labels;
+
+labels! {
+    /// Where on its way a connection or a call was decided.
+    Stage, "stage" {
+        /// At accept.
+        Gate = "gate",
+        /// Before attestation.
+        Caller = "caller",
+        /// After attestation.
+        Identity = "identity",
+        /// By what all share: connections, attestations in flight, the bucket of a method.
+        Node = "node",
+    }
+}
+labels! {
+    /// What kind of key was charged.
+    ChargedAs, "key_type" {
+        /// A user.
+        Uid = "uid",
+        /// A pod.
+        Pod = "pod",
+        /// A SPIFFE ID.
+        SpiffeId = "spiffe_id",
+        /// A bucket that an override shares out: one of many callers or identities.
+        Shared = "shared",
+        /// There was no room for a bucket of its own: that of its parent.
+        Overflow = "overflow",
+        /// All callers of the node together.
+        Node = "node",
+    }
+}
+labels! {
+    /// Why a stage refused.
+    Reason, "reason" {
+        /// The bucket has too few tokens: of calls, or at the gate of new connections.
+        Rate = "rate",
+        /// The settings say `block`.
+        Blocked = "blocked",
+        /// As many connections are open as may be.
+        Connections = "connections",
+        /// As many attestations are under way as may be.
+        InFlight = "in_flight",
+        /// Memory is short.
+        Memory = "memory",
+    }
+}
+labels! {
+    /// Why a connection was not taken.
+    ConnectionRefusal, "reason" {
+        /// The kernel did not say who connected.
+        Unidentified = "unidentified",
+        /// The settings block the caller.
+        Blocked = "blocked",
+        /// The caller, or its family, has as many connections as it may.
+        CallerConnections = "caller_connections",
+        /// The caller connects more often than it may.
+        CallerRate = "caller_rate",
+        /// The node has as many connections as it may.
+        NodeConnections = "node_connections",
+        /// Memory is short.
+        Memory = "memory",
+        /// The socket is the admin's, and the peer is neither the agent's user nor root.
+        NotOwner = "not_owner",
+        /// The admin socket has as many connections as it may.
+        AdminConnections = "admin_connections",
+    }
+}
+
+impl ConnectionRefusal {
+    /// Whether it is by limits that are the caller's own: who comes back at once comes back for nothing.
+    pub fn is_callers_own(self) -> bool {
+        match self {
+            Self::Blocked | Self::CallerConnections | Self::CallerRate => true,
+            Self::Unidentified
+            | Self::NodeConnections
+            | Self::Memory
+            | Self::NotOwner
+            | Self::AdminConnections => false,
+        }
+    }
+
+    /// What the rate limits' own series say of it: by which stage, and why. `None` where no stage was asked.
+    pub(super) fn by_stage(self) -> Option<(Stage, Reason)> {
+        match self {
+            Self::Blocked => Some((Stage::Gate, Reason::Blocked)),
+            Self::CallerConnections => Some((Stage::Gate, Reason::Connections)),
+            Self::CallerRate => Some((Stage::Gate, Reason::Rate)),
+            Self::NodeConnections => Some((Stage::Node, Reason::Connections)),
+            Self::Memory => Some((Stage::Node, Reason::Memory)),
+            Self::Unidentified | Self::NotOwner | Self::AdminConnections => None,
+        }
+    }
+}
+
+/// What a refused caller is told. Load shedding says `Unavailable` whatever is set here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RejectionStatus {
+    /// `RESOURCE_EXHAUSTED`: this caller asked too much.
+    #[default]
+    ResourceExhausted,
+    /// `UNAVAILABLE`, for clients that retry nothing else.
+    Unavailable,
+}
+
+/// A call that was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("rate limit exceeded for /{}/{}", method.service(), method.rpc())]
+pub struct Refusal {
+    /// What was called.
+    pub method: Method,
+    /// Which stage refused.
+    pub stage: Stage,
+    /// What kind of key was charged.
+    pub charged_as: ChargedAs,
+    /// Why.
+    pub reason: Reason,
+    /// When the same call would pass if nobody else took anything. [`Duration::MAX`] when waiting does not help:
+    /// [`Refusal::wait`] tells.
+    pub retry_after: Duration,
+    /// The node sheds load: not this caller's doing.
+    pub shed: bool,
+    /// What the caller is told.
+    pub status: RejectionStatus,
+}
+
+impl Refusal {
+    /// How long to wait; `None` when a blocked caller need not come back.
+    pub fn wait(&self) -> Option<Duration> {
+        (self.retry_after != Duration::MAX).then_some(self.retry_after)
+    }
+}
