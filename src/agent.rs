@@ -51,7 +51,7 @@ pub struct Running {
     connections: channel::Sender<ConnectionBounds>,
     means: gate::Means,
     metrics: Arc<Metrics>,
-    series: Arc<AgentMetrics>,
+    series: AgentMetrics,
     /// The log of the process, once it is known.
     log: Option<Log>,
     health: Arc<HealthState>,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Load, Running, connection_bounds, metrics::ReloadResult, watch};
+use super::{Load, Running, connection_bounds, metrics::ReloadResult, watch::Budget};
 use crate::{
     config::{self, Config, EntryChanges},
     identity::EntryIndex,
@@ -38,17 +38,17 @@ impl Running {
             health: _,
             ratelimit,
         } = &next;
-        let budget = ratelimit.memory.budget(self.means.cgroup);
+        let budget = Budget::of(&next, self.means);
         let connections = connection_bounds(&next, self.means);
         let index = Arc::new(EntryIndex::new(entries.clone()));
         let embedded = next.embedded_issuer();
 
-        let gate_plan = GatePlan::new(ratelimit, self.means.nofile, budget)?;
+        let gate_plan = GatePlan::new(ratelimit, self.means.nofile, budget.bytes)?;
 
         // From here on nothing fails.
         self.limits.reload(ratelimit);
         self.gate.reload(gate_plan);
-        self.memory.send_replace(watch::Budget { settings: ratelimit.memory, bytes: budget });
+        self.memory.send_replace(budget);
         self.connections.send_if_modified(|old| std::mem::replace(old, connections.clone()) != connections);
         self.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);
         self.jwt.resize(caches.jwt_svids.count());

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     api::{
         ApiMetrics, Services,
-        admin::{self, AdminService},
+        admin::{self, AdminService, OwnerGate},
         workload::{Parts, WorkloadApi},
     },
     attest::Attestor,
@@ -53,12 +53,12 @@ impl Running {
 struct Built {
     clock: Clock,
     metrics: Arc<Metrics>,
-    series: Arc<AgentMetrics>,
+    series: AgentMetrics,
     health: Arc<HealthState>,
     issuer: Arc<EmbeddedIssuer>,
+    writer: Arc<Writer>,
     x509: Arc<X509Cache>,
     jwt: Arc<JwtCache>,
-    writer: Arc<Writer>,
     attestor: Arc<Attestor>,
     means: Means,
     limits: Limits,
@@ -68,26 +68,25 @@ struct Built {
 impl Built {
     fn of(config: &Config, clock: Clock) -> anyhow::Result<Self> {
         let metrics = Arc::new(Metrics::default());
-        let series = Arc::new(AgentMetrics::new(metrics.registry(), clock));
-        let issuer_metrics = Arc::new(IssuerMetrics::new(metrics.registry()));
-        let store_metrics = Arc::new(StoreMetrics::new(metrics.registry()));
-        let issuer = EmbeddedIssuer::open(config.embedded_issuer(), clock, Arc::clone(&issuer_metrics));
-        let issuer = Arc::new(issuer.context("cannot open the embedded issuer")?);
-        issuer.declare(Arc::new(EntryIndex::new(config.entries.clone())), config.federated.clone());
-        let signs: Arc<dyn Issuer> = Arc::<EmbeddedIssuer>::clone(&issuer);
+        let series = AgentMetrics::new(metrics.registry(), clock);
+        let issuer_series = Arc::new(IssuerMetrics::new(metrics.registry()));
+        let store_series = Arc::new(StoreMetrics::new(metrics.registry()));
+        let embedded = EmbeddedIssuer::open(config.embedded_issuer(), clock, Arc::clone(&issuer_series));
+        let embedded = Arc::new(embedded.context("cannot open the embedded issuer")?);
+        embedded.declare(Arc::new(EntryIndex::new(config.entries.clone())), config.federated.clone());
+        let issuer: Arc<dyn Issuer> = Arc::<EmbeddedIssuer>::clone(&embedded);
         let caches = &config.caches;
-        let x509 =
-            X509Cache::new(Arc::clone(&signs), clock, caches.x509_svids.count(), caches.availability_target);
+        let (x509_svids, jwt_svids) = (caches.x509_svids.count(), caches.jwt_svids.count());
+        let x509 = X509Cache::new(Arc::clone(&issuer), clock, x509_svids, caches.availability_target);
         let x509 = Arc::new(x509);
-        let jwt =
-            JwtCache::new(Arc::clone(&signs), clock, Arc::clone(&store_metrics), caches.jwt_svids.count());
+        let jwt = JwtCache::new(Arc::clone(&issuer), clock, Arc::clone(&store_series), jwt_svids);
         let writer =
-            Writer::new(signs, clock, Arc::clone(&x509), Arc::clone(&store_metrics), config.policy.clone());
+            Writer::new(issuer, clock, Arc::clone(&x509), Arc::clone(&store_series), config.policy.clone());
         metrics.before_render(move || {
-            issuer_metrics.rotation.refresh(clock.now());
-            store_metrics.renewal.refresh(clock.now());
+            issuer_series.rotation.refresh(clock.now());
+            store_series.renewal.refresh(clock.now());
         });
-        let attestor = Attestor::new(config.attest.clone()).counted_by(metrics.registry());
+        let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
         attestor.prepare_for(&config.entries);
 
         let means = Means::of_this_process();
@@ -100,11 +99,11 @@ impl Built {
             metrics,
             series,
             health: Arc::new(HealthState::new()),
-            issuer,
+            issuer: embedded,
+            writer: Arc::new(writer),
             x509,
             jwt: Arc::new(jwt),
-            writer: Arc::new(writer),
-            attestor: Arc::new(attestor),
+            attestor,
             means,
             limits,
             gate,
@@ -145,7 +144,7 @@ impl Built {
         self.series.loaded();
         self.health.set(Probe::Healthy);
         let Self {
-            metrics, series, health, issuer, x509, jwt, writer, attestor, means, limits, gate, ..
+            metrics, series, health, issuer, writer, x509, jwt, attestor, means, limits, gate, ..
         } = self;
         Ok(Running {
             config,
@@ -180,7 +179,7 @@ impl Built {
         let listener = Listener {
             socket,
             bounds: channel::channel(admin::connection_bounds()).1,
-            gate: Arc::new(admin::Owner::new(self.gate.clone())),
+            gate: Arc::new(OwnerGate::new(self.gate.clone())),
             keys: Arc::new(OsUid),
             stats,
             evicted: channel::channel(None).1,
@@ -229,8 +228,7 @@ impl Built {
                 tracing::error!(%error, "an http listener cannot be served");
             });
         }
-        let issuer: Arc<dyn Issuer> = Arc::<EmbeddedIssuer>::clone(&self.issuer);
-        tasks.spawn(Arc::clone(&issuer).run());
+        tasks.spawn(Arc::clone(&self.issuer).run());
         tasks.spawn(Arc::clone(&self.writer).run());
         let metrics = Arc::clone(&self.metrics);
         tasks.spawn(async move { metrics.keep_up().await });
@@ -243,6 +241,7 @@ impl Built {
             jwt: Arc::clone(&self.jwt),
         };
         tasks.spawn(watch.run());
+        let issuer: Arc<dyn Issuer> = Arc::<EmbeddedIssuer>::clone(&self.issuer);
         tasks.spawn(probe(Arc::clone(&self.health), issuer));
         tasks
     }

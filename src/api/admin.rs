@@ -1,6 +1,6 @@
 //! What the agent tells its owner, on the admin socket: the limits as they stand, and who a process is taken for.
 //!
-//! The listener lets in the agent's own user and root alone ([`Owner`]), so nobody is attested, charged or asked for the
+//! The listener lets in the agent's own user and root alone ([`OwnerGate`]), so nobody is attested, charged or asked for the
 //! security header here. Nothing is changed by a call, no key or token is in an answer, and an answer is bounded by
 //! [`MOST`] and by the entries that match. It shares nothing with the public socket but the runtime: its listener and its
 //! places are its own, so that it answers while the public one is flooded.
@@ -48,19 +48,19 @@ const MAX_REQUEST: usize = 1024;
 
 /// Lets the agent's own user and root connect, by the kernel's word, to places that are kept for them.
 #[derive(Clone, Debug)]
-pub struct Owner {
+pub struct OwnerGate {
     gate: limits::Gate,
     uid: Uid,
 }
 
-impl Owner {
+impl OwnerGate {
     /// The user that this process runs as, with the places of `gate`.
     pub fn new(gate: limits::Gate) -> Self {
         Self { gate, uid: geteuid() }
     }
 }
 
-impl AcceptGate for Owner {
+impl AcceptGate for OwnerGate {
     type Permit = ConnectionPermit;
 
     fn admit_connection(&self, arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {

@@ -34,7 +34,7 @@ enum Farewell {
 }
 
 /// What is to be done with a connection.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// Nothing.
     GoesOn,
@@ -142,6 +142,39 @@ impl Course {
             (Err(err), _) if err.is_timeout() => ConnectionEnd::KeepAlive,
             (Err(_), _) if ending.by_peer() => ConnectionEnd::ByPeer,
             (Err(_), _) => ConnectionEnd::Protocol,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::peer::turns::Turn;
+
+    #[test]
+    fn a_farewell_is_said_once_and_a_request_that_crosses_it_is_served() {
+        let bounds = Arc::new(ConnectionBounds::default());
+        let turns = Arc::new(Turns::default());
+        let start = Instant::now();
+        let by = start + bounds.handshake_timeout;
+        let cut = by + FAREWELL;
+        for (case, crosses, then) in [
+            ("silent", false, Verdict::Cut(ConnectionEnd::HandshakeTimeout)),
+            ("a request crosses it", true, Verdict::GoesOn),
+        ] {
+            let mut course = Course::new(&bounds, &turns, by);
+            assert_eq!(course.look(start), Verdict::GoesOn, "{case}");
+            assert_eq!(course.next_look(start), by, "{case}");
+            assert_eq!(course.look(by), Verdict::SayFarewell, "{case}");
+            assert_eq!(course.next_look(by), cut, "{case}");
+            assert_eq!(course.look(by), Verdict::GoesOn, "{case}");
+            let request = crosses.then(|| Turn::begin(&turns));
+            assert_eq!(course.look(cut), then, "{case}");
+            assert_eq!(course.told(), Some(ConnectionEnd::HandshakeTimeout), "{case}");
+            if crosses {
+                assert_eq!(course.next_look(cut), cut + TICK, "{case}");
+            }
+            drop(request);
         }
     }
 }

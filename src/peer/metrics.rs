@@ -5,7 +5,7 @@ use metrics::{Counter, Gauge};
 use super::{end::ConnectionEnd, stats::ConnectionStats};
 use crate::{
     limits::ConnectionRefusal,
-    telemetry::registry::{By, Label, Registry, float_u64},
+    telemetry::registry::{By, Label as _, Registry, float_u64},
 };
 
 /// The series of connections, set from what the listeners count.
@@ -59,8 +59,8 @@ impl ConnectionMetrics {
         }
     }
 
-    /// Carries over what the listener of the public socket has counted; of the admin socket only
-    /// whom it does not let in.
+    /// Carries over what the listener of the public socket has counted; of the admin socket's connections only those
+    /// that it did not take.
     pub fn set(&self, public: &ConnectionStats, admin: &ConnectionStats) {
         self.open.set(float_u64(public.open()));
         self.parked.set(float_u64(public.parked()));
@@ -101,6 +101,7 @@ mod tests {
         public.count_refused(ConnectionRefusal::Unidentified);
         public.count_refused(ConnectionRefusal::Memory);
         admin.count_refused(ConnectionRefusal::NotOwner);
+        admin.count_refused(ConnectionRefusal::AdminConnections);
         series.set(&public, &admin);
         let text = metrics.render();
         for line in [
@@ -109,6 +110,7 @@ mod tests {
             r#"durward_connections_refused_total{reason="unidentified"} 1"#,
             r#"durward_connections_refused_total{reason="memory"} 1"#,
             r#"durward_connections_refused_total{reason="not_owner"} 1"#,
+            r#"durward_connections_refused_total{reason="admin_connections"} 1"#,
             r#"durward_connections_refused_total{reason="caller_rate"} 0"#,
             r#"durward_connections_closed_total{reason="peer"} 2"#,
             r#"durward_connections_closed_total{reason="flood"} 0"#,

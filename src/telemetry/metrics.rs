@@ -1,15 +1,16 @@
 //! What operators count: every series is registered at start, and the request path only touches handles it holds.
 //!
-//! Each room registers its own. Names are `durward_*` in base units (seconds, bytes), counters end in
-//! `_total`. Labels come from closed enums ([`registry`](super::registry)): nothing that a caller or an entry
-//! chose (SPIFFE ID, UID, PID, selector, trust domain) can become one, so the number of series is fixed when
-//! the agent starts.
+//! Each room registers its own. Names are `durward_*` in base units (seconds, bytes), counters end in `_total`.
+//! Labels come from closed enums ([`registry`](super::registry)): nothing that a caller or an entry chose (SPIFFE
+//! ID, UID, PID, selector, trust domain) can become one, so the number of series is fixed when the agent starts.
 //!
 //! There is no global recorder: the agent has one [`Metrics`] and a test has its own. The exporter keeps every
 //! sample of a histogram (16 bytes) until somebody drains it, so [`Metrics::upkeep`] must run, scraped or not.
 
-use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
@@ -23,7 +24,7 @@ const BUCKETS: [f64; 15] = [
 /// How often samples are drained. At 50,000 calls per second this is 0.8 MB of samples at most.
 const UPKEEP: Duration = Duration::from_secs(1);
 
-/// Every series of the agent. Shared by `Arc`; all methods are cheap and never block, but for [`Metrics::render`].
+/// Every series of the agent. Made once per agent; tests make as many as they like.
 pub struct Metrics {
     recorder: PrometheusRecorder,
     handle: PrometheusHandle,
@@ -39,14 +40,12 @@ impl std::fmt::Debug for Metrics {
 }
 
 impl Default for Metrics {
-    /// A registry without any series but those of the process. Made once per agent; tests make as many as they like.
     fn default() -> Self {
         let recorder = PrometheusBuilder::new()
             .set_buckets(&BUCKETS)
             .expect("the list of buckets is not empty")
             .build_recorder();
-        let (handle, process) = (recorder.handle(), ProcessSeries::read());
-        Self { recorder, handle, process, ask: Mutex::default() }
+        Self { handle: recorder.handle(), recorder, process: ProcessSeries::read(), ask: Mutex::default() }
     }
 }
 
@@ -90,39 +89,32 @@ impl Metrics {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
     use crate::{os::clock::Clock, telemetry::registry::unix_time};
 
-    /// `name{labels}` -> value.
-    fn samples(text: &str) -> BTreeMap<&str, f64> {
-        text.lines()
-            .filter(|l| !l.is_empty() && !l.starts_with('#'))
-            .map(|l| {
-                let (key, value) = l.rsplit_once(' ').unwrap();
-                (key, value.parse().unwrap())
-            })
-            .collect()
+    /// The value of the series of this name, which has no labels.
+    fn value(text: &str, name: &str) -> f64 {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("{name} in:\n{text}")).parse().unwrap()
     }
 
     #[test]
-    fn asks_what_is_counted_elsewhere_before_it_renders() {
+    fn asks_for_what_is_counted_elsewhere() {
         let metrics = Metrics::default();
         let counter = metrics.registry().counter("durward_elsewhere_total", "Counted elsewhere.", &[]);
         metrics.before_render(move || counter.absolute(3));
-        let text = metrics.render();
-        assert_eq!(samples(&text)["durward_elsewhere_total"], 3.0, "in:\n{text}");
+        assert_eq!(value(&metrics.render(), "durward_elsewhere_total"), 3.0);
     }
 
     #[test]
     fn tells_of_its_process() {
         let text = Metrics::default().render();
-        let got = samples(&text);
-        let started = got["process_start_time_seconds"];
-        assert!(started > 1.6e9 && started <= unix_time(Clock::SYSTEM.now()) + 1.0, "started at {started}");
-        assert!(got["process_resident_memory_bytes"] > 1e6);
-        assert!(got["process_open_fds"] >= 3.0 && got["process_open_fds"] <= got["process_max_fds"]);
-        assert!(got["process_cpu_seconds_total"] >= 0.0);
+        let started = value(&text, "process_start_time_seconds");
+        let now = unix_time(Clock::SYSTEM.now());
+        assert!(started > 1.6e9 && started <= now + 1.0, "started at {started}");
+        assert!(value(&text, "process_resident_memory_bytes") > 1e6);
+        let (open, most) = (value(&text, "process_open_fds"), value(&text, "process_max_fds"));
+        assert!(open >= 3.0 && open <= most, "{open} of {most}");
+        assert!(value(&text, "process_cpu_seconds_total") >= 0.0);
     }
 }

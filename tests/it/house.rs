@@ -255,8 +255,8 @@ fn one_thing_has_one_name() {
                 .or_else(|| Some(words).filter(|words| in_labels && !words.is_empty()));
             in_labels = line.starts_with("labels! {") || in_labels && declared.is_none();
             if let Some(declared) = declared {
-                let end = declared.find(|c: char| !c.is_alphanumeric()).unwrap_or(declared.len());
-                names.entry(declared[..end].to_owned()).or_default().push(source.name.clone());
+                let name = declared.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default();
+                names.entry(name.to_owned()).or_default().push(source.name.clone());
             }
         }
     }
