@@ -6,7 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use durward::{
     attest::{AttestSettings, Attestor},
+    issuer::metrics::IssuerMetrics,
     os::clock::Clock,
+    store::StoreMetrics,
     telemetry::metrics::Metrics,
 };
 
@@ -14,6 +16,7 @@ use durward::{
 fn scraped() -> String {
     let metrics = Metrics::new(Clock::SYSTEM);
     drop(Attestor::new(AttestSettings::default()).counted_by(metrics.registry()));
+    drop((IssuerMetrics::new(metrics.registry()), StoreMetrics::new(metrics.registry())));
     metrics.render()
 }
 
