@@ -93,7 +93,7 @@ enum Api {
         #[command(subcommand)]
         what: Option<Fetch>,
         #[command(flatten)]
-        x509: x509::FetchArgs,
+        x509: x509::FetchX509Args,
     },
     /// Validate a token
     #[command(subcommand)]
@@ -105,15 +105,15 @@ enum Api {
 #[derive(Subcommand, Debug)]
 enum Fetch {
     /// Fetch X.509-SVIDs
-    X509(x509::FetchArgs),
+    X509(x509::FetchX509Args),
     /// Fetch JWT-SVIDs and print the tokens
-    Jwt(jwt::FetchArgs),
+    Jwt(jwt::FetchJwtArgs),
 }
 
 #[derive(Subcommand, Debug)]
 enum Validate {
     /// Validate a JWT-SVID
-    Jwt(jwt::ValidateArgs),
+    Jwt(jwt::ValidateJwtArgs),
 }
 
 /// `--output`.
@@ -121,11 +121,11 @@ enum Validate {
 struct OutputArgs {
     /// For people or for programs
     #[arg(long, value_name = "FORMAT", default_value = "pretty")]
-    output: Output,
+    output: OutputFormat,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-enum Output {
+enum OutputFormat {
     Pretty,
     Json,
 }
@@ -142,28 +142,30 @@ enum Failure {
     #[error(transparent)]
     Answer(#[from] svid::AnswerError),
     #[error(transparent)]
-    File(#[from] files::FileError),
+    File(#[from] files::BatchError),
     #[error("SVID is not valid: {0}")]
     NotValid(String),
     #[error("unable to validate JWT SVID: {0}")]
-    Validate(#[source] client::CallError),
-    #[error("Agent is unhealthy: {0}")]
+    Validate(client::CallError),
+    #[error(transparent)]
     Unhealthy(#[from] healthcheck::Unhealthy),
     #[error(transparent)]
     Config(#[from] ConfigErrors),
     #[error("Durward configuration file is invalid:\n{0}")]
-    Invalid(#[source] ConfigErrors),
+    Invalid(ConfigErrors),
     #[error(transparent)]
     Override(#[from] OverrideError),
     #[error(transparent)]
     Quickstart(#[from] quickstart::QuickstartError),
+    #[error(transparent)]
+    Layout(#[from] quickstart::LayoutError),
     /// With all its causes: whoever starts an agent needs them.
     #[error("{0:#}")]
     Agent(anyhow::Error),
     #[error("starting the runtime: {0}")]
-    Runtime(#[source] io::Error),
+    Runtime(io::Error),
     #[error("making the manual: {0}")]
-    Man(#[source] io::Error),
+    Man(io::Error),
     #[error(transparent)]
     Print(#[from] PrintError),
     /// All is said already; only the exit code is left.

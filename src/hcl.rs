@@ -2,14 +2,17 @@
 //! places.
 //!
 //! Not trusted: the text, which may be wrong in any way. It never panics, and every mistake is kept with its place.
-//! Absent: what a key means, which is for the room whose setting it is.
+//! Absent: what a key means. Each room declares its own keys, with [`settings::settings!`].
 
+pub(crate) mod absent;
 pub(crate) mod duration;
 mod error;
 pub(crate) mod expand;
 pub(crate) mod reader;
 pub(crate) mod section;
+pub(crate) mod settings;
 pub(crate) mod tree;
 
 pub use duration::{parse_duration, show_duration};
 pub use error::{ConfigError, ConfigErrors};
+pub use settings::RestartOnly;

@@ -9,6 +9,7 @@ pub mod bundle;
 pub mod entry;
 pub mod index;
 mod json;
+mod jwk;
 pub mod jwt;
 pub mod selector;
 pub mod spiffe_id;

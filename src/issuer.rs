@@ -1,6 +1,118 @@
-//! Who signs: the embedded CA, or a SPIRE Server.
+//! Who signs, and where entries and bundles come from: the embedded CA, or a SPIRE Server.
 //!
-//! An issuer is told whom to sign for; that the caller may have the SVID was decided before, by `identity::authorize`.
-//! Nothing above this module sees a CA key.
+//! An [`Issuer`] is told whom to sign for; that the caller may have the SVID was decided before, by
+//! `identity::authorize`. Nothing above this module sees a CA key, or an error of a certain issuer: what could not
+//! be signed is a [`MintError`], which says whose fault it is.
 
 pub mod embedded;
+pub mod metrics;
+
+use std::{error::Error, fmt, sync::Arc, time::Duration};
+
+use futures_util::future::BoxFuture;
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout_at},
+};
+
+pub use self::metrics::SvidKind;
+use crate::identity::{Bundles, Entry, EntryIndex, JwtSvid, X509Svid};
+
+/// The longest that a call waits for an SVID: as long as spire-agent waits for its server.
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+
+/// Makes SVIDs, and publishes the entries and bundles that they are made of and verified with.
+pub trait Issuer: fmt::Debug + Send + Sync + 'static {
+    /// What this issuer publishes, and each change of it.
+    fn world(&self) -> watch::Receiver<Arc<World>>;
+
+    /// Makes an X.509-SVID with a new key for each of `entries`: one result each, in their order. An entry that cannot
+    /// be signed for holds up no other. What is not made by `deadline` is [`MintError::Late`].
+    fn mint_x509<'a>(
+        &'a self,
+        entries: &'a [Arc<Entry>],
+        deadline: Instant,
+    ) -> BoxFuture<'a, Vec<Result<X509Svid, MintError>>>;
+
+    /// Makes a JWT-SVID by `deadline`.
+    fn mint_jwt<'a>(
+        &'a self,
+        request: JwtRequest<'a>,
+        deadline: Instant,
+    ) -> BoxFuture<'a, Result<JwtSvid, MintError>>;
+
+    /// Whether it could sign SVIDs of this kind at present. Signs nothing and does not wait.
+    ///
+    /// # Errors
+    /// Why it could not.
+    fn can_sign(&self, kind: SvidKind) -> Result<(), MintError>;
+
+    /// Does in the background what the issuer needs to go on signing, for ever.
+    fn run(self: Arc<Self>) -> BoxFuture<'static, ()>;
+}
+
+/// The entries and bundles that an issuer publishes. Never edited: a change is another world.
+#[derive(Debug)]
+pub struct World {
+    /// Which process is which workload.
+    pub index: Arc<EntryIndex>,
+    /// What verifies the SVIDs of this trust domain and of those it is federated with.
+    pub bundles: Bundles,
+}
+
+/// What a JWT-SVID is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct JwtRequest<'a> {
+    /// Whom it names, and how long it lives.
+    pub entry: &'a Arc<Entry>,
+    /// For whom it is. Empty texts are left out.
+    pub audience: &'a [String],
+}
+
+/// Why no SVID was made. The text is short and holds nothing of the issuer's, so that it may be sent to callers; the
+/// source is for the log.
+#[derive(Debug, thiserror::Error)]
+pub enum MintError {
+    /// The request's fault: it fails as often as it comes.
+    #[error("{reason}")]
+    Request {
+        /// What is wrong with it.
+        reason: &'static str,
+        /// The issuer's own error.
+        source: Box<dyn Error + Send + Sync>,
+    },
+    /// The issuer's fault: the same request may pass later.
+    #[error("the issuer cannot sign")]
+    Issuer {
+        /// When to come again, if the issuer knows.
+        retry_after: Option<Duration>,
+        /// The issuer's own error.
+        source: Box<dyn Error + Send + Sync>,
+    },
+    /// The issuer's fault: there was no answer by the deadline. The same request may pass later.
+    #[error("the issuer did not answer in time")]
+    Late,
+}
+
+impl MintError {
+    /// When to come again, if the issuer knows.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Issuer { retry_after, .. } => *retry_after,
+            Self::Request { .. } | Self::Late => None,
+        }
+    }
+}
+
+/// Until when a call that begins at this moment waits for an SVID.
+pub fn deadline() -> Instant {
+    Instant::now() + LONGEST_WAIT
+}
+
+/// What `work` gives by `deadline`. Free of a timer where `work` need not wait.
+pub(crate) async fn by<T>(
+    deadline: Instant,
+    work: impl Future<Output = Result<T, MintError>>,
+) -> Result<T, MintError> {
+    timeout_at(deadline, work).await.unwrap_or(Err(MintError::Late))
+}

@@ -12,8 +12,9 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 use crate::{
     attest::AttestError,
     identity::{jwt::JwtError, spiffe_id::SpiffeIdError},
-    issuer::embedded::IssuerError,
+    issuer::MintError,
     limits::{Refusal, RejectionStatus},
+    peer::BodyError,
     store::NoIdentity,
 };
 
@@ -50,11 +51,11 @@ pub enum RequestError {
     #[error("workload attestation failed")]
     Attestation(#[source] AttestError),
     /// No JWT-SVID could be made.
-    #[error("could not fetch JWT-SVID: {0}")]
-    JwtSvid(#[source] IssuerError),
+    #[error("could not fetch JWT-SVID{}", refused_for(.0))]
+    JwtSvid(MintError),
     /// No X.509-SVID could be made.
-    #[error("could not fetch X.509-SVID: {0}")]
-    X509Svid(#[source] IssuerError),
+    #[error("could not fetch X.509-SVID{}", refused_for(.0))]
+    X509Svid(MintError),
     /// The agent stops.
     #[error("the agent is shutting down; connect again")]
     Draining,
@@ -67,6 +68,14 @@ pub enum RequestError {
     /// The connection carries no peer: a mistake of ours.
     #[error("the connection has no peer")]
     NoPeer,
+}
+
+/// The reason, where the request is at fault. What the issuer has to say of itself is for the log.
+fn refused_for(error: &MintError) -> String {
+    match error {
+        MintError::Request { reason, .. } => format!(": {reason}"),
+        MintError::Issuer { .. } | MintError::Late => String::new(),
+    }
 }
 
 impl From<AttestError> for RequestError {
@@ -109,8 +118,28 @@ impl From<RequestError> for Status {
     }
 }
 
+impl From<BodyError> for Status {
+    fn from(error: BodyError) -> Self {
+        match error {
+            // A client that waits until its other requests have ended finds room.
+            BodyError::TooMuch => {
+                let mut status = Self::resource_exhausted(error.to_string());
+                status.metadata_mut().insert(PUSHBACK, MetadataValue::from(TOO_MUCH_PUSHBACK));
+                status
+            }
+            BodyError::Broken(error) => Self::from_error(error.into()),
+        }
+    }
+}
+
+/// The trailer that gRPC's own retries obey (gRFC A6).
+const PUSHBACK: &str = "grpc-retry-pushback-ms";
+
+/// When to come back after too many bytes of unfinished requests, in milliseconds.
+const TOO_MUCH_PUSHBACK: i64 = 100;
+
 /// A refusal tells when to come back, twice: as `google.rpc.RetryInfo` for those who read details, and as the
-/// `grpc-retry-pushback-ms` trailer that gRPC's own retries obey (gRFC A6; a negative one means: do not). Rounded up, so that who
+/// [`PUSHBACK`] trailer (a negative one means: do not). Rounded up, so that who
 /// comes back then passes.
 fn refused(code: Code, text: &str, wait: Option<Duration>) -> Status {
     let mut status = match wait {
@@ -119,6 +148,6 @@ fn refused(code: Code, text: &str, wait: Option<Duration>) -> Status {
     };
     let pushback =
         wait.map_or(-1, |wait| i64::try_from(wait.as_nanos().div_ceil(1_000_000)).unwrap_or(i64::MAX));
-    status.metadata_mut().insert("grpc-retry-pushback-ms", MetadataValue::from(pushback));
+    status.metadata_mut().insert(PUSHBACK, MetadataValue::from(pushback));
     status
 }

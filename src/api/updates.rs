@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tonic::{Code, Status};
 
 use super::{encoded::Encoded, status::RequestError};
-use crate::{attest::AttestError, store::Change};
+use crate::{attest::AttestError, store::Change, telemetry::chain};
 
 /// The response stream of a Workload API call.
 pub type Updates = Pin<Box<dyn tokio_stream::Stream<Item = Result<Encoded, Status>> + Send>>;
@@ -90,9 +90,12 @@ impl<S: Update> Stream<S> {
                     self.sent = message.clone();
                     return Ok(message);
                 }
-                Err(error @ RequestError::X509Svid(_)) => {
+                Err(RequestError::X509Svid(error)) => {
                     if !std::mem::replace(&mut behind, true) {
-                        tracing::warn!(%error, "a stream keeps what it sent; it is tried again");
+                        tracing::warn!(
+                            error = chain(&error),
+                            "a stream keeps what it sent; it is tried again"
+                        );
                     }
                 }
                 Err(error) => return Err(error),
@@ -109,7 +112,7 @@ mod tests {
     use tokio_stream::StreamExt as _;
 
     use super::*;
-    use crate::issuer::embedded::IssuerError;
+    use crate::issuer::MintError;
 
     /// Answers one after the other: a message, or a fault.
     struct Scripted {
@@ -125,7 +128,7 @@ mod tests {
         async fn now(&mut self) -> Result<Encoded, RequestError> {
             match self.answers.pop_front().expect("asked no more often than the test says") {
                 Some(text) => Ok(Bytes::from_static(text.as_bytes()).into()),
-                None => Err(RequestError::X509Svid(IssuerError::NoAudience)),
+                None => Err(RequestError::X509Svid(MintError::Late)),
             }
         }
 

@@ -1,10 +1,13 @@
 //! A process that its owner asks about by PID, without a connection: what `durward explain` looks at.
 //!
-//! The selectors found here are for display. No [`Admitted`](crate::limits::Admitted) comes of it, nobody is charged or
-//! counted, and nothing is kept. The order is the attestor's: the pidfd first, then everything under `/proc`, and at the
-//! end the pidfd again, so that what was read is of the process that had the PID at the start.
+//! The selectors found here are for display. No [`Admitted`](crate::limits::Admitted) comes of it, nobody is charged
+//! or counted, and nothing is kept. The order is the attestor's: the pidfd first, then everything under `/proc`, and
+//! at the end the pidfd again, so that what was read is of the process that had the PID at the start.
+//!
+//! Read with [`ProcDir`] as calls are, and not with the `procfs` crate: that one does not read the `status` of a
+//! process whose name is no UTF-8, and the name is the process's own choice.
 
-use std::io;
+use std::{io, sync::Arc};
 
 use nix::{
     errno::Errno,
@@ -12,11 +15,14 @@ use nix::{
 };
 use tokio::time::Instant;
 
-use super::{AttestError, Attestor, Process, Subject, unix::ProcDir};
+use super::{
+    AttestError, Attestor, Subject,
+    process::{Attestable, ProcDir},
+};
 use crate::{
     limits::CallerKey,
     os::pidfd::{Owner, Pidfd},
-    peer::attested::LastAttested,
+    peer::slot::PeerSlot,
 };
 
 /// A process held by its pidfd.
@@ -25,8 +31,6 @@ pub struct Inspected {
     pid: Pid,
     pidfd: Pidfd,
     owner: Owner,
-    /// Never read: each inspection is one of its own.
-    last: LastAttested,
 }
 
 /// Why a process cannot be inspected.
@@ -79,7 +83,7 @@ impl Inspected {
     }
 }
 
-impl Process for Inspected {
+impl Attestable for Inspected {
     fn pid(&self) -> Pid {
         self.pid
     }
@@ -100,8 +104,9 @@ impl Process for Inspected {
         }
     }
 
-    fn last_attested(&self) -> &LastAttested {
-        &self.last
+    /// Each inspection is one of its own.
+    fn slot(&self) -> Option<&PeerSlot> {
+        None
     }
 }
 
@@ -124,37 +129,46 @@ impl Attestor {
             Err(errno) => return Err(InspectError::Pidfd { pid: raw, source: errno.into() }),
         };
         let failed = |source| InspectError::attest(pid, source);
-        let status = ProcDir::open(&self.proc_root, pid).and_then(|dir| dir.status()).map_err(failed)?;
+        let status = ProcDir::open(&self.proc_root, pid).and_then(|dir| dir.status());
+        let status = status.map_err(|error| failed(error.into()))?;
         let owner = Owner { uid: Uid::from_raw(status.uid), gid: Gid::from_raw(status.gid) };
-        let found = Inspected { pid, pidfd, owner, last: LastAttested::default() };
+        let found = Inspected { pid, pidfd, owner };
         found.is_alive().map_err(failed)?;
         Ok(found)
     }
 
-    /// What would be attested of the process as a caller: **for display only**, since no call was admitted. Asks last whether
-    /// it still lives.
+    /// What would be attested of the process as a caller: **for display only**, since no call was admitted. Asks last
+    /// whether it still lives.
     ///
     /// # Errors
     /// [`InspectError`].
     pub async fn describe(&self, process: &Inspected) -> Result<Subject, InspectError> {
-        let configured = self.configured.load_full();
-        self.attest_anew(Instant::now(), &configured, process)
-            .await
-            .map_err(|source| InspectError::attest(process.pid, source))
+        let settings = self.settings.load_full();
+        let attested = self.attest_anew(&settings, process, Instant::now()).await;
+        let attested = attested.map_err(|source| InspectError::attest(process.pid, source))?;
+        Ok(Subject(Arc::new(attested.selectors)))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Command, Stdio};
+    use std::{
+        ffi::OsStr,
+        os::unix::{ffi::OsStrExt as _, fs::symlink},
+        process::Command,
+    };
 
     use super::*;
-    use crate::attest::unix::Settings;
+    use crate::attest::AttestSettings;
 
     #[tokio::test]
     async fn a_living_process_has_its_selectors_and_a_dead_one_none() {
-        let attestor = Attestor::new(Settings::default());
-        let mut child = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        let attestor = Attestor::new(AttestSettings::default());
+        // Its name, which stands in the first line that is read, is no UTF-8.
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join(OsStr::from_bytes(b"\xff"));
+        symlink("/bin/sleep", &program).unwrap();
+        let mut child = Command::new(program).arg("600").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
         let found = attestor.inspect(pid).unwrap();
         assert_eq!((found.uid(), found.gid()), (nix::unistd::geteuid(), nix::unistd::getegid()));

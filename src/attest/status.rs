@@ -12,7 +12,7 @@ pub const MAX_GROUPS: usize = 1024;
 
 /// Who a process is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Status {
+pub struct ProcStatus {
     /// The effective user ID.
     pub uid: u32,
     /// The effective group ID.
@@ -42,7 +42,7 @@ pub enum StatusError {
 ///
 /// # Errors
 /// [`StatusError`]; [`StatusError::Missing`] where reading on may help.
-pub fn parse(text: &[u8]) -> Result<Status, StatusError> {
+pub fn parse(text: &[u8]) -> Result<ProcStatus, StatusError> {
     let (mut uid, mut gid, mut groups) = (None, None, None);
     for line in text.split_inclusive(|b| *b == b'\n') {
         let Some(line) = line.strip_suffix(b"\n") else { break };
@@ -54,7 +54,7 @@ pub fn parse(text: &[u8]) -> Result<Status, StatusError> {
             once(&mut groups, "Groups", list(ids)?)?;
         }
     }
-    Ok(Status {
+    Ok(ProcStatus {
         uid: uid.ok_or(StatusError::Missing("Uid"))?,
         gid: gid.ok_or(StatusError::Missing("Gid"))?,
         groups: groups.ok_or(StatusError::Missing("Groups"))?,
@@ -124,7 +124,7 @@ mod tests {
     #[test]
     fn parse_takes_effective_ids_and_groups() {
         let before = |what| REAL.split_once(what).unwrap().0.to_owned();
-        let is = |uid, gid, groups: &[u32]| Ok(Status { uid, gid, groups: groups.to_vec() });
+        let is = |uid, gid, groups: &[u32]| Ok(ProcStatus { uid, gid, groups: groups.to_vec() });
         for (case, text, want) in [
             ("a real one", REAL.to_owned(), is(1001, 101, &[4, 24, 100])),
             ("no groups, 6.x", REAL.replace("\t4 24 100 ", "\t "), is(1001, 101, &[])),
@@ -191,7 +191,7 @@ mod tests {
             let four = |ids: [u32; 4]| ids.map(|id| format!("\t{id}")).concat();
             let list: String = groups.iter().map(|id| format!("{id} ")).collect();
             let text = format!("Name:\tx\nUid:{}\nGid:{}\nGroups:\t{list}\n", four(uids), four(gids));
-            prop_assert_eq!(parse(text.as_bytes()), Ok(Status { uid: uids[1], gid: gids[1], groups }));
+            prop_assert_eq!(parse(text.as_bytes()), Ok(ProcStatus { uid: uids[1], gid: gids[1], groups }));
         }
 
         #[test]

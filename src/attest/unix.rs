@@ -1,192 +1,258 @@
-//! The `unix` attestor: what `/proc/PID` tells of a process, read so that it cannot be another's.
+//! The `unix` attestor: a process's user, its groups, and the file that it executes.
 //!
 //! Trusted: the lines of `status` and the links that the kernel writes. Not trusted: the process's name, its
-//! executable's path and content, and that a PID still means what it meant. The order is the safety: open the
-//! directory `/proc/PID` once, read everything relative to it, and ask the pidfd last; a process that lives then had
-//! its PID all the while. The effective user and group must be those that connected.
+//! executable's path and content.
 //!
 //! The path is the one the process sees in its own mount namespace, as SPIRE's is: whoever may make containers may
 //! choose it. The digest is of the file that the kernel executes, whatever its path says.
 
+mod digest;
+mod executable;
+mod names;
+
 use std::{
-    fs::File,
-    io,
-    os::fd::OwnedFd,
-    path::{Path, PathBuf},
-    sync::Arc,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
-use nix::{
-    errno::Errno,
-    fcntl::{AtFlags, OFlag, open, openat, readlinkat},
-    sys::stat::{Mode, fstat, fstatat},
-    unistd::{Pid, read},
+use self::{
+    digest::{DigestError, Digests, Hex},
+    executable::Executable,
+    names::{NameId, Names},
 };
-
 use super::{
-    AttestError,
-    names::Id,
-    status::{self, Status, StatusError},
+    AttestFault, Blame,
+    attestors::{Evidence, Findings, WorkloadAttestor},
+    process::{ProcReadError, Seen},
+    status::ProcStatus,
 };
 use crate::{
-    identity::selector::{Selector, Selectors},
-    peer::attested::{Executable, Stamp},
+    hcl::{section::nearest, settings::settings},
+    identity::{
+        Entry,
+        selector::{Selector, Selectors},
+    },
 };
 
-/// The selectors' type.
-const KIND: &str = "unix";
-/// As much of `status` as is read: the lines that count end before it with [`status::MAX_GROUPS`] groups.
-const STATUS_LIMIT: usize = 16 * 1024;
+/// What its selectors are of, in the order that messages name them.
+const KINDS: [&str; 8] =
+    ["uid", "user", "gid", "group", "supplementary_gid", "supplementary_group", "path", "sha256"];
 
-/// Its settings, with SPIRE's names.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Settings {
-    /// `discover_workload_path`: whether `unix:path` and `unix:sha256` are found out. Default false.
-    pub discover_workload_path: bool,
-    /// `workload_size_limit`: the largest executable to hash, in bytes; 0 for any, negative never to hash.
-    pub workload_size_limit: i64,
+settings! {
+    /// What spire-agent's attestor of this name can be told.
+    #[derive(Copy)]
+    pub struct UnixSettings in "plugins.WorkloadAttestor \"unix\".plugin_data" {
+        /// Whether `unix:path` and `unix:sha256` are found out.
+        "discover_workload_path" discover_workload_path: bool = false, boolean(), reloads;
+        /// The largest executable to hash, in bytes; 0 for any, negative never to hash.
+        "workload_size_limit" workload_size_limit: i64 = 0, integer(i64::MIN..=i64::MAX), reloads;
+    }
 }
 
-impl Settings {
+impl UnixSettings {
     /// Whether executables are hashed, and up to which size.
-    pub(super) fn hashing(self) -> Option<Limit> {
+    fn hashing(self) -> Option<SizeLimit> {
         match (self.discover_workload_path, self.workload_size_limit) {
             (false, _) | (true, ..0) => None,
-            (true, 0) => Some(Limit(None)),
-            (true, bytes @ 1..) => Some(Limit(u64::try_from(bytes).ok())),
+            (true, 0) => Some(SizeLimit(None)),
+            (true, bytes @ 1..) => Some(SizeLimit(u64::try_from(bytes).ok())),
         }
     }
 }
 
 /// The size up to which executables are hashed, in bytes; `None` for any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Limit(pub(super) Option<u64>);
+struct SizeLimit(Option<u64>);
 
-/// An open `/proc/PID`. It stays the directory of the process that had the PID when it was opened.
-pub(super) struct ProcDir {
-    fd: OwnedFd,
-    path: PathBuf,
+/// Why it could not find out who a process is.
+#[derive(Debug, thiserror::Error)]
+pub enum UnixError {
+    /// The executable is larger than `workload_size_limit`. The text is SPIRE's.
+    #[error("SHA256 digest: workload {} exceeds size limit ({size} > {limit})", path.display())]
+    TooLarge {
+        /// Where the agent sees it.
+        path: PathBuf,
+        /// Its size in bytes, or how many were read of one that grew.
+        size: u64,
+        /// `workload_size_limit`.
+        limit: u64,
+    },
+    /// The executable was replaced or written while it was attested.
+    #[error("{} changed while it was attested", path.display())]
+    Changed {
+        /// Where the agent sees it.
+        path: PathBuf,
+    },
+    /// Too many executables wait to be hashed, of this user or of all.
+    #[error("too many executables wait to be hashed")]
+    Busy,
+    /// Hashing the executable took too long.
+    #[error("hashing {} took too long", path.display())]
+    Late {
+        /// Where the agent sees it.
+        path: PathBuf,
+    },
+    /// The user database does not answer, and there are entries that ask for names.
+    #[error("the user database does not say what the caller's user or one of its groups is called")]
+    NoNames,
+    /// The executable could not be read.
+    #[error(transparent)]
+    Executable(#[from] ProcReadError),
 }
 
-impl ProcDir {
-    /// Opens the directory of the process that has this PID now.
-    ///
-    /// # Errors
-    /// [`AttestError::Gone`] when there is none, else [`AttestError::Read`].
-    pub(super) fn open(root: &Path, pid: Pid) -> Result<Self, AttestError> {
-        let path = root.join(pid.to_string());
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        match open(&path, flags, Mode::empty()) {
-            Ok(fd) => Ok(Self { fd, path }),
-            Err(errno) => Err(unreadable(path, errno)),
+impl UnixError {
+    /// Whose doing it is, and how it is counted.
+    pub(super) fn class(&self) -> (Blame, AttestFault) {
+        match self {
+            Self::TooLarge { .. } | Self::Changed { .. } => (Blame::Refusal, AttestFault::Unreadable),
+            Self::Busy | Self::Late { .. } => (Blame::Crowd, AttestFault::Busy),
+            Self::NoNames => (Blame::Fault, AttestFault::Busy),
+            Self::Executable(error) => error.class(),
         }
     }
 
-    /// Who the process is.
-    ///
-    /// # Errors
-    /// [`AttestError::Gone`], [`AttestError::Read`], [`AttestError::Malformed`], [`AttestError::TooManyGroups`].
-    pub(super) fn status(&self) -> Result<Status, AttestError> {
-        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        let file = openat(&self.fd, "status", flags, Mode::empty())
-            .map_err(|errno| self.unreadable("status", errno))?;
-        let mut buffer = [0; STATUS_LIMIT];
-        let mut filled = 0;
-        loop {
-            // The kernel makes the whole file for one read; a second is for file systems that do not.
-            let rest = buffer.get_mut(filled..).unwrap_or_default();
-            let n = read(&file, rest).map_err(|errno| self.unreadable("status", errno))?;
-            filled += n;
-            match status::parse(buffer.get(..filled).unwrap_or_default()) {
-                Err(StatusError::Missing(_)) if filled == STATUS_LIMIT => {
-                    return Err(self.not_understood(StatusError::TooManyGroups));
-                }
-                Err(StatusError::Missing(_)) if n > 0 => {}
-                answer => return answer.map_err(|err| self.not_understood(err)),
+    fn no_digest(error: DigestError, path: PathBuf, limit: SizeLimit) -> Self {
+        match error {
+            DigestError::Busy => Self::Busy,
+            DigestError::TooLarge { size } => {
+                Self::TooLarge { path, size, limit: limit.0.unwrap_or(u64::MAX) }
             }
-        }
-    }
-
-    /// What the process executes.
-    ///
-    /// # Errors
-    /// [`AttestError::Gone`], or [`AttestError::Read`]: a kernel thread has none, and only root and the user's own
-    /// processes may look.
-    pub(super) fn executable(&self) -> Result<Executable, AttestError> {
-        let stamp = self.executable_stamp()?;
-        let path = readlinkat(&self.fd, "exe").map_err(|errno| self.unreadable("exe", errno))?;
-        Ok(Executable { stamp, path })
-    }
-
-    /// Which content the process executes.
-    ///
-    /// # Errors
-    /// As [`Self::executable`].
-    pub(super) fn executable_stamp(&self) -> Result<Stamp, AttestError> {
-        let stat =
-            fstatat(&self.fd, "exe", AtFlags::empty()).map_err(|errno| self.unreadable("exe", errno))?;
-        Ok(Stamp::of(&stat))
-    }
-
-    /// The executable, open for reading, which must still be the one with this stamp.
-    ///
-    /// # Errors
-    /// As [`Self::executable`], and [`AttestError::Changed`].
-    pub(super) fn open_executable(&self, stamp: &Stamp) -> Result<File, AttestError> {
-        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
-        let fd =
-            openat(&self.fd, "exe", flags, Mode::empty()).map_err(|errno| self.unreadable("exe", errno))?;
-        let opened = fstat(&fd).map_err(|errno| self.unreadable("exe", errno))?;
-        if Stamp::of(&opened) != *stamp {
-            return Err(AttestError::Changed { path: self.executable_path() });
-        }
-        Ok(File::from(fd))
-    }
-
-    /// The name under which the agent reaches the executable: for messages.
-    pub(super) fn executable_path(&self) -> PathBuf {
-        self.path.join("exe")
-    }
-
-    fn unreadable(&self, name: &str, errno: Errno) -> AttestError {
-        unreadable(self.path.join(name), errno)
-    }
-
-    fn not_understood(&self, err: StatusError) -> AttestError {
-        let path = self.path.join("status");
-        match err {
-            StatusError::TooManyGroups => AttestError::TooManyGroups { limit: status::MAX_GROUPS },
-            StatusError::Missing(_) | StatusError::Twice(_) | StatusError::Malformed(_) => {
-                AttestError::Malformed { path, why: err.to_string() }
+            DigestError::Changed => Self::Changed { path },
+            DigestError::Late => Self::Late { path },
+            DigestError::Read(error) => {
+                let source = std::io::Error::new(error.kind(), error);
+                Self::Executable(ProcReadError::Read { path, source })
             }
         }
     }
 }
 
-/// ENOENT for a `/proc/PID` that is not there, ESRCH for one that went away while it was open.
-fn unreadable(path: PathBuf, errno: Errno) -> AttestError {
-    match errno {
-        Errno::ESRCH => AttestError::Gone,
-        Errno::ENOENT if path.file_name().is_some_and(|name| name != "exe") => AttestError::Gone,
-        _ => AttestError::Read { path, source: io::Error::from(errno) },
+/// What it keeps between attestations.
+pub(super) struct UnixAttestor {
+    names: Names,
+    /// Whether an entry asks for the name of a user or group. If so (as at the start), an attestation for which the
+    /// user database does not answer fails: a selector that is missing would be a smaller identity. If not, nobody is
+    /// to wait for a directory server that is away.
+    names_asked: AtomicBool,
+    digests: Digests,
+}
+
+impl Default for UnixAttestor {
+    fn default() -> Self {
+        Self { names: Names::of_system(), names_asked: AtomicBool::new(true), digests: Digests::default() }
+    }
+}
+
+impl WorkloadAttestor for UnixAttestor {
+    const NAME: &'static str = "unix";
+    type Settings = UnixSettings;
+    type Error = UnixError;
+
+    fn check(value: &str, settings: &UnixSettings) -> Result<(), String> {
+        let (kind, of) = value.split_once(':').unwrap_or((value, ""));
+        if !KINDS.contains(&kind) {
+            return Err(nearest(kind, KINDS).map_or_else(
+                || format!("nobody attests this; unix attests {}", KINDS.join(", ")),
+                |near| format!("nobody attests this: did you mean unix:{near}?"),
+            ));
+        }
+        let is_number = || of.parse::<u32>().is_ok_and(|number| number.to_string() == of);
+        let is_sha256 = || of.len() == 64 && of.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        match kind {
+            _ if of.is_empty() => Err(format!("must have a value, as unix:{kind}:VALUE")),
+            "uid" | "gid" | "supplementary_gid" if !is_number() => {
+                Err(format!("must be a number from 0 to {}, as unix:{kind}:1000", u32::MAX))
+            }
+            "path" | "sha256" if !settings.discover_workload_path => {
+                let key = "discover_workload_path = true in plugins.WorkloadAttestor \"unix\".plugin_data";
+                Err(format!("unix:{kind} is only found out with {key}"))
+            }
+            "path" if !of.starts_with('/') => {
+                Err("must be an absolute path, as unix:path:/usr/bin/web".to_owned())
+            }
+            "sha256" if !is_sha256() => Err("must be 64 lower-case hexadecimal digits".to_owned()),
+            _ => Ok(()),
+        }
+    }
+
+    fn prepare_for(&self, entries: &[Arc<Entry>]) {
+        let asked = entries.iter().flat_map(|entry| &entry.selectors).any(needs_name);
+        self.names_asked.store(asked, Ordering::Relaxed);
+    }
+
+    async fn attest(&self, settings: &UnixSettings, seen: &Seen<'_>) -> Result<Findings, UnixError> {
+        let (executable, sha256) = if settings.discover_workload_path {
+            self.executable(*settings, seen).await?
+        } else {
+            (None, None)
+        };
+        let names = self.names.find(&ids(&seen.status)).await;
+        if names.iter().any(Result::is_err) && self.names_asked.load(Ordering::Relaxed) {
+            return Err(UnixError::NoNames);
+        }
+        let names = names.into_iter().map(Result::unwrap_or_default).collect();
+        Ok(Findings {
+            selectors: selectors(&seen.status, names, executable.as_ref(), sha256.as_deref()),
+            evidence: executable.map(|executable| -> Box<dyn Evidence> { Box::new(executable) }),
+        })
+    }
+}
+
+impl UnixAttestor {
+    /// What the process executes, and the digest of it where that is asked for.
+    async fn executable(
+        &self,
+        settings: UnixSettings,
+        seen: &Seen<'_>,
+    ) -> Result<(Option<Executable>, Option<Hex>), UnixError> {
+        let executable = Executable::of(&seen.dir)?;
+        let path = || seen.dir.path_of(executable::NAME);
+        let stamp = executable.stamp;
+        let limit = settings.hashing();
+        if let Some(SizeLimit(Some(limit))) = limit
+            && stamp.size() > limit
+        {
+            return Err(UnixError::TooLarge { path: path(), size: stamp.size(), limit });
+        }
+        let known = limit.and_then(|_| self.digests.known(&stamp));
+        let file = match (limit, &known) {
+            (Some(limit), None) => Some((executable::open(&seen.dir, &stamp)?, limit)),
+            _ => None,
+        };
+        // Between two looks at the same file lie its path and its content, so they are of one program even if the
+        // process executes another meanwhile.
+        if executable::stamp(&seen.dir)? != stamp {
+            return Err(UnixError::Changed { path: path() });
+        }
+        let Some((file, limit)) = file else { return Ok((Some(executable), known)) };
+        // A process that is gone already shall not take a place among those that wait.
+        if seen.process.is_alive().is_err() {
+            return Err(ProcReadError::Gone.into());
+        }
+        let made = self.digests.make(stamp, file, limit.0, seen.process.caller()).await;
+        let sha256 = made.map_err(|error| UnixError::no_digest(error, path(), limit))?;
+        Ok((Some(executable), Some(sha256)))
     }
 }
 
 /// Whether a selector can only be found with a name from the user database.
-pub fn needs_name(selector: &Selector) -> bool {
+fn needs_name(selector: &Selector) -> bool {
     let what = selector.value().split(':').next().unwrap_or_default();
-    selector.kind() == KIND && matches!(what, "user" | "group" | "supplementary_group")
+    selector.kind() == UnixAttestor::NAME && matches!(what, "user" | "group" | "supplementary_group")
 }
 
 /// Whose names the selectors of a process need, in the order that [`selectors`] takes them.
-pub(super) fn ids(status: &Status) -> Vec<Id> {
-    let of_process = [Id::User(status.uid), Id::Group(status.gid)];
-    of_process.into_iter().chain(status.groups.iter().map(|gid| Id::Group(*gid))).collect()
+fn ids(status: &ProcStatus) -> Vec<NameId> {
+    let of_process = [NameId::User(status.uid), NameId::Group(status.gid)];
+    of_process.into_iter().chain(status.groups.iter().map(|gid| NameId::Group(*gid))).collect()
 }
 
 /// The selectors of a process; `names` are those of [`ids`].
-pub(super) fn selectors(
-    status: &Status,
+fn selectors(
+    status: &ProcStatus,
     names: Vec<Option<Arc<str>>>,
     executable: Option<&Executable>,
     sha256: Option<&str>,
@@ -194,7 +260,7 @@ pub(super) fn selectors(
     let mut found = Selectors::new();
     let mut names = names.into_iter();
     let mut add = |what: &str, value: &str| {
-        found.insert(Selector::new(KIND, format!("{what}:{value}")));
+        found.insert(Selector::new(UnixAttestor::NAME, format!("{what}:{value}")));
     };
     let mut both = |what: &str, number: u32, named: &str| {
         add(what, &number.to_string());
@@ -216,4 +282,48 @@ pub(super) fn selectors(
         add("sha256", sha256);
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    impl UnixAttestor {
+        /// With a user database that does not answer.
+        pub(in crate::attest) fn nameless() -> Self {
+            let names = Names::new(Arc::new(|_| Err(nix::errno::Errno::EIO)), Duration::from_secs(2));
+            Self { names, ..Self::default() }
+        }
+    }
+
+    #[test]
+    fn settings_say_what_is_hashed() {
+        for (discover, limit, want) in [
+            (false, 0, None),
+            (false, 10, None),
+            (true, 0, Some(SizeLimit(None))),
+            (true, 1, Some(SizeLimit(Some(1)))),
+            (true, i64::MAX, Some(SizeLimit(Some(i64::MAX.unsigned_abs())))),
+            (true, -1, None),
+            (true, i64::MIN, None),
+        ] {
+            let settings = UnixSettings { discover_workload_path: discover, workload_size_limit: limit };
+            assert_eq!(settings.hashing(), want, "{settings:?}");
+        }
+    }
+
+    #[test]
+    fn names_are_asked_for_by_selectors_of_names() {
+        for (selector, needs) in [
+            ("unix:user:web", true),
+            ("unix:group:www", true),
+            ("unix:supplementary_group:adm", true),
+            ("unix:uid:1000", false),
+            ("unix:path:/user:x", false),
+        ] {
+            assert_eq!(needs_name(&Selector::parse(selector).unwrap()), needs, "{selector}");
+        }
+    }
 }

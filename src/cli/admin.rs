@@ -1,8 +1,8 @@
 //! The way to the admin socket, for `limits` and `explain`.
 //!
-//! It is the owner's: no security header, no identity. There is one default and no variable: who watches an agent should see
-//! in the command which one it is. The agent is trusted with what it says, and its words are cleaned all the same: keys,
-//! hints and selectors are other people's.
+//! It is the owner's: no security header, no identity. There is one default and no environment variable: who watches
+//! an agent should see in the command which one it is. The agent is trusted, and its words are cleaned all the same:
+//! keys, hints and selectors are other people's.
 
 use std::{future::Future, path::PathBuf, time::Duration};
 
@@ -10,7 +10,7 @@ use tonic::{Request, Response, Status, transport::Channel};
 
 use super::{
     client::{CallError, TimeoutArgs, connect, patiently},
-    socket::{Chosen, Socket},
+    socket::{AgentSocket, Chosen},
     terminal::{Terminal, clean},
 };
 use crate::api::proto::admin::{self as pb, admin_client::AdminClient};
@@ -36,12 +36,12 @@ impl AdminArgs {
         self.timeout.limit()
     }
 
-    fn socket(&self) -> Socket {
+    fn socket(&self) -> AgentSocket {
         let (path, chosen) = match &self.socket_path {
             Some(path) => (path.clone(), Chosen::AdminFlag),
             None => (DEFAULT.into(), Chosen::AdminDefault),
         };
-        Socket { path: std::path::absolute(&path).unwrap_or(path), chosen }
+        AgentSocket { path: std::path::absolute(&path).unwrap_or(path), chosen }
     }
 
     /// Connects, and makes one call.
@@ -119,7 +119,8 @@ impl Column {
     }
 }
 
-/// Rows below their columns' names, each column as wide as its widest cell; what is wider than [`WIDEST`] loses its middle.
+/// Rows below their columns' names, each column as wide as its widest cell. What is wider than [`WIDEST`] loses its
+/// middle; crates for tables cut the end, which is where two SPIFFE IDs differ.
 pub(super) fn table<const N: usize>(columns: [Column; N], rows: &[[String; N]]) -> String {
     let names = columns.map(|column| column.name().to_owned());
     let rows: Vec<[String; N]> = std::iter::once(names)

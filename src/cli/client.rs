@@ -22,11 +22,14 @@ use tonic::{
 use tonic_types::StatusExt as _;
 
 use super::{
-    socket::Socket,
+    socket::AgentSocket,
     terminal::{Terminal, clean},
     text::{GoDuration, code_name},
 };
-use crate::api::proto::workload::{self as pb, spiffe_workload_api_client::SpiffeWorkloadApiClient};
+use crate::{
+    api::proto::workload::{self as pb, spiffe_workload_api_client::SpiffeWorkloadApiClient},
+    peer::socket::MAX_PATH_LEN,
+};
 
 /// The largest message that is read: thousands of identities with their keys.
 const MAX_MESSAGE: usize = 16 * 1024 * 1024;
@@ -55,12 +58,12 @@ pub(super) enum CallError {
     /// Nobody answers at the socket.
     #[error(
         "rpc error: code = Unavailable desc = no agent answers at {}: {}",
-        socket.path.display(), said(source)
+        socket.path.display(), said(cause)
     )]
-    Connect { socket: Socket, source: io::Error },
+    Connect { socket: AgentSocket, cause: io::Error },
     /// The agent answered with an error, or stopped in the middle of one.
     #[error("rpc error: code = {} desc = {}", code_name(status.code()), clean(status.message()))]
-    Status { socket: Socket, status: Box<Status> },
+    Status { socket: AgentSocket, status: Box<Status> },
 }
 
 impl CallError {
@@ -74,7 +77,7 @@ impl CallError {
     /// What a person can do about it, if that is known.
     pub(super) fn advice(&self) -> Option<String> {
         match self {
-            Self::Connect { socket, source } => Some(connect_advice(socket, source)),
+            Self::Connect { socket, cause } => Some(connect_advice(socket, cause)),
             Self::Status { socket, status } => status_advice(socket, status),
         }
     }
@@ -89,9 +92,9 @@ fn said(err: &io::Error) -> String {
     }
 }
 
-fn connect_advice(socket: &Socket, source: &io::Error) -> String {
+fn connect_advice(socket: &AgentSocket, cause: &io::Error) -> String {
     let chosen = format!("The path is {}.", socket.chosen);
-    let also = match source.kind() {
+    let also = match cause.kind() {
         io::ErrorKind::NotFound if socket.chosen.is_admin() => {
             "Is the agent running? It has an admin socket only when its configuration sets admin_socket_path."
         }
@@ -103,7 +106,9 @@ fn connect_advice(socket: &Socket, source: &io::Error) -> String {
         io::ErrorKind::PermissionDenied => {
             "This user may not open it: look at the modes of the socket and of the directories above it."
         }
-        io::ErrorKind::InvalidInput => "The path of a socket holds at most 107 bytes.",
+        io::ErrorKind::InvalidInput => {
+            return format!("{chosen} The path of a socket holds at most {MAX_PATH_LEN} bytes.");
+        }
         _ if socket.chosen.is_admin() => {
             "An agent that closes the connection answers its own user and root alone."
         }
@@ -112,7 +117,7 @@ fn connect_advice(socket: &Socket, source: &io::Error) -> String {
     format!("{chosen} {also}")
 }
 
-fn status_advice(socket: &Socket, status: &Status) -> Option<String> {
+fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
     let path = socket.path.display();
     match status.code() {
         Code::Unavailable | Code::Unknown | Code::Cancelled if socket.chosen.is_admin() => Some(format!(
@@ -152,7 +157,7 @@ fn retry_delay(status: &Status) -> Option<Duration> {
 #[derive(Debug)]
 pub(super) struct Client {
     api: SpiffeWorkloadApiClient<Channel>,
-    socket: Socket,
+    socket: AgentSocket,
     /// Of each call; `None` waits for ever.
     limit: Option<Duration>,
 }
@@ -161,8 +166,8 @@ pub(super) struct Client {
 ///
 /// # Errors
 /// [`CallError::Connect`] when nobody answers there.
-pub(super) async fn connect(socket: &Socket) -> Result<Channel, CallError> {
-    let failed = |source| CallError::Connect { socket: socket.clone(), source };
+pub(super) async fn connect(socket: &AgentSocket) -> Result<Channel, CallError> {
+    let failed = |cause| CallError::Connect { socket: socket.clone(), cause };
     let stream = reach(socket).await.map_err(failed)?;
     let mut stream = Some(TokioIo::new(stream));
     // The one connection that was made; when it breaks the call fails, and the caller decides.
@@ -180,7 +185,7 @@ const TRIES: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// A connection. While the queue of those that wait to be accepted is full, as in a flood, the kernel refuses the next.
-async fn reach(socket: &Socket) -> io::Result<UnixStream> {
+async fn reach(socket: &AgentSocket) -> io::Result<UnixStream> {
     for _ in 1..TRIES {
         match UnixStream::connect(&socket.path).await {
             Err(err) if err.kind() == io::ErrorKind::WouldBlock => tokio::time::sleep(PAUSE).await,
@@ -195,7 +200,7 @@ impl Client {
     ///
     /// # Errors
     /// [`CallError::Connect`] when nobody answers there.
-    pub(super) async fn connect(socket: &Socket, limit: Option<Duration>) -> Result<Self, CallError> {
+    pub(super) async fn connect(socket: &AgentSocket, limit: Option<Duration>) -> Result<Self, CallError> {
         let channel = connect(socket).await?;
         let api = SpiffeWorkloadApiClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
         Ok(Self { api, socket: socket.clone(), limit })
@@ -286,7 +291,7 @@ impl Client {
 /// Waits for `call` for at most `limit`, and says that it waits when that takes a second or more.
 pub(super) async fn patiently<T>(
     terminal: &mut Terminal,
-    socket: &Socket,
+    socket: &AgentSocket,
     limit: Option<Duration>,
     call: impl Future<Output = Result<T, Status>>,
 ) -> Result<T, Status> {

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use serde_json::json;
 
 use super::{
-    Failure, Output, OutputArgs,
+    Failure, OutputArgs, OutputFormat,
     admin::{AdminArgs, Column, bucket_json, table, tokens},
     terminal::{Terminal, clean},
 };
@@ -30,8 +30,8 @@ pub(super) async fn explain(args: &ExplainArgs, terminal: &mut Terminal) -> Resu
     let told =
         args.admin.call(terminal, question, async |mut api, request| api.explain(request).await).await?;
     let text = match args.output.output {
-        Output::Pretty => pretty(&told),
-        Output::Json => format!("{}\n", to_json(&told)),
+        OutputFormat::Pretty => pretty(&told),
+        OutputFormat::Json => format!("{}\n", to_json(&told)),
     };
     Ok(terminal.print(&text)?)
 }

@@ -4,6 +4,7 @@
 //! name, created by us alone (`O_EXCL`) and readable by its owner alone, brought to disk, and renamed over the old
 //! one when all of them are written: a reader never sees half a file, a key is at no moment readable by others, and
 //! a symbolic link at the place is replaced, never followed. What fails in between is removed again.
+//! `tempfile` is not used: it works by path, and a path can be turned aside between two files.
 
 use std::{
     fs::File,
@@ -38,11 +39,11 @@ impl Readers {
 
 /// Why a file is not there.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum FileError {
-    #[error("{} must be a directory that exists: {source}", path.display())]
-    Directory { path: PathBuf, source: io::Error },
-    #[error("writing {}: {source}", path.display())]
-    Write { path: PathBuf, source: io::Error },
+pub(super) enum BatchError {
+    #[error("{} must be a directory that exists: {cause}", path.display())]
+    Directory { path: PathBuf, cause: io::Error },
+    #[error("writing {}: {cause}", path.display())]
+    Write { path: PathBuf, cause: io::Error },
 }
 
 /// A directory and the files that are to appear in it.
@@ -59,10 +60,10 @@ impl Batch {
     ///
     /// # Errors
     /// When it does not exist, is no directory, or may not be opened.
-    pub(super) fn open(path: &Path) -> Result<Self, FileError> {
+    pub(super) fn open(path: &Path) -> Result<Self, BatchError> {
         let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
         let dir = open(path, flags, Mode::empty())
-            .map_err(|errno| FileError::Directory { path: path.to_owned(), source: errno.into() })?;
+            .map_err(|errno| BatchError::Directory { path: path.to_owned(), cause: errno.into() })?;
         Ok(Self { path: path.to_owned(), dir, staged: Vec::new() })
     }
 
@@ -70,12 +71,12 @@ impl Batch {
     ///
     /// # Errors
     /// When it cannot be written in full.
-    pub(super) fn stage(&mut self, name: &str, contents: &[u8], readers: Readers) -> Result<(), FileError> {
-        let failed = |source| FileError::Write { path: self.path.join(name), source };
+    pub(super) fn stage(&mut self, name: &str, contents: &[u8], readers: Readers) -> Result<(), BatchError> {
+        let failed = |cause| BatchError::Write { path: self.path.join(name), cause };
         let temporary = format!(".{name}.{}.new", std::process::id());
         let fd = self.create(&temporary).map_err(failed)?;
         self.staged.push((temporary, name.to_owned()));
-        let failed = |source| FileError::Write { path: self.path.join(name), source };
+        let failed = |cause| BatchError::Write { path: self.path.join(name), cause };
         let mut file = File::from(fd);
         file.write_all(contents).map_err(failed)?;
         // After the write: until then it is the owner's alone. Not subject to the umask.
@@ -87,18 +88,18 @@ impl Batch {
     ///
     /// # Errors
     /// When one cannot be put in place (a directory of that name, say): those before it are, the rest is removed.
-    pub(super) fn commit(mut self) -> Result<(), FileError> {
+    pub(super) fn commit(mut self) -> Result<(), BatchError> {
         let mut staged = std::mem::take(&mut self.staged).into_iter();
         while let Some((temporary, name)) = staged.next() {
             if let Err(errno) =
                 renameat(self.dir.as_fd(), temporary.as_str(), self.dir.as_fd(), name.as_str())
             {
                 self.staged = std::iter::once((temporary, name.clone())).chain(staged).collect();
-                return Err(FileError::Write { path: self.path.join(name), source: errno.into() });
+                return Err(BatchError::Write { path: self.path.join(name), cause: errno.into() });
             }
         }
         fsync(self.dir.as_fd())
-            .map_err(|errno| FileError::Write { path: self.path.clone(), source: errno.into() })
+            .map_err(|errno| BatchError::Write { path: self.path.clone(), cause: errno.into() })
     }
 
     fn create(&self, name: &str) -> io::Result<OwnedFd> {

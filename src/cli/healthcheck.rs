@@ -3,8 +3,8 @@
 //! Texts and exit codes are spire-agent's: 0 and `Agent is healthy.`, or 1 and the reason on stderr. What exactly
 //! went wrong is said with `--verbose`.
 //!
-//! An agent that takes no connection of this user, or no call, is one that holds its limits: it is up, and whoever restarts it
-//! for that takes identity away from the whole node. So that is 0 too, and said.
+//! An agent that takes no connection of this user, or no call, is one that holds its limits: it is up, and whoever
+//! restarts it for that takes identity away from the whole node. So that is 0 too, and said.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ use tonic_health::pb::{
 use super::{
     Failure,
     client::{CallError, TimeoutArgs, connect, patiently},
-    socket::{Socket, SocketArgs},
+    socket::{AgentSocket, SocketArgs},
     terminal::Terminal,
 };
 
@@ -44,9 +44,9 @@ pub(super) struct HealthArgs {
 /// Why the agent is not healthy.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Unhealthy {
-    #[error("unable to determine health")]
+    #[error("Agent is unhealthy: unable to determine health")]
     Unknown,
-    #[error("agent returned status \"{0}\"")]
+    #[error("Agent is unhealthy: agent returned status \"{0}\"")]
     Status(&'static str),
 }
 
@@ -91,10 +91,10 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// The longest that a gate takes to close what it refuses.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
-/// Whether the agent is there and holds its limits: it refused the call, and said when to come back; or it takes connections and
-/// closes them at once, before it has said a word. One that is gone refuses to be connected to, and one that hangs closes
-/// nothing.
-async fn is_refused(socket: &Socket, asked: &Result<ServingStatus, CallError>) -> bool {
+/// Whether the agent is there and holds its limits: it refused the call and said when to come back, or it takes
+/// connections and closes them at once, before it has said a word. One that is gone refuses to be connected to, and
+/// one that hangs closes nothing.
+async fn is_refused(socket: &AgentSocket, asked: &Result<ServingStatus, CallError>) -> bool {
     match asked {
         Ok(_) => false,
         Err(CallError::Status { status, .. }) if status.metadata().contains_key("grpc-retry-pushback-ms") => {
@@ -104,7 +104,7 @@ async fn is_refused(socket: &Socket, asked: &Result<ServingStatus, CallError>) -
     }
 }
 
-async fn is_closed_at_once(socket: &Socket) -> bool {
+async fn is_closed_at_once(socket: &AgentSocket) -> bool {
     /// What every HTTP/2 client begins with (RFC 9113, section 3.4), and empty SETTINGS.
     const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
     let Ok(mut stream) = UnixStream::connect(&socket.path).await else { return false };
@@ -117,7 +117,7 @@ async fn is_closed_at_once(socket: &Socket) -> bool {
 }
 
 async fn ask(
-    socket: &Socket,
+    socket: &AgentSocket,
     args: &HealthArgs,
     terminal: &mut Terminal,
 ) -> Result<ServingStatus, CallError> {

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use tonic::Code;
 
 use super::{
-    Failure, Output, OutputArgs,
+    Failure, OutputArgs, OutputFormat,
     client::{CallError, Client, TimeoutArgs},
     socket::SocketArgs,
     terminal::{Terminal, clean},
@@ -19,7 +19,7 @@ use crate::api::proto::workload as pb;
 
 /// `api fetch jwt`.
 #[derive(clap::Args, Clone, Debug)]
-pub(super) struct FetchArgs {
+pub(super) struct FetchJwtArgs {
     /// Whom the token is for; several are separated by commas (required)
     #[arg(long, value_name = "NAME[,NAME]", value_delimiter = ',')]
     audience: Vec<String>,
@@ -38,7 +38,7 @@ pub(super) struct FetchArgs {
 
 /// `api validate jwt`.
 #[derive(clap::Args, Clone, Debug)]
-pub(super) struct ValidateArgs {
+pub(super) struct ValidateJwtArgs {
     /// The audience that the token must be for (required)
     #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
     audience: String,
@@ -56,7 +56,7 @@ pub(super) struct ValidateArgs {
 }
 
 /// Runs `api fetch jwt`: the bundles first, as spire-agent does, then the tokens.
-pub(super) async fn fetch(args: &FetchArgs, terminal: &mut Terminal) -> Result<(), Failure> {
+pub(super) async fn fetch(args: &FetchJwtArgs, terminal: &mut Terminal) -> Result<(), Failure> {
     if args.audience.is_empty() {
         return Err(Failure::Missing("audience"));
     }
@@ -65,14 +65,14 @@ pub(super) async fn fetch(args: &FetchArgs, terminal: &mut Terminal) -> Result<(
     let bundles = client.fetch_jwt_bundles(terminal).await?;
     let svids = client.fetch_jwt_svid(terminal, &args.audience, &args.spiffe_id).await?;
     match args.output.output {
-        Output::Pretty => terminal.print(&describe(&svids, &bundles))?,
-        Output::Json => terminal.print(&format!("{}\n", to_json(&svids, &bundles)))?,
+        OutputFormat::Pretty => terminal.print(&describe(&svids, &bundles))?,
+        OutputFormat::Json => terminal.print(&format!("{}\n", to_json(&svids, &bundles)))?,
     }
     Ok(())
 }
 
 /// Runs `api validate jwt`.
-pub(super) async fn validate(args: &ValidateArgs, terminal: &mut Terminal) -> Result<(), Failure> {
+pub(super) async fn validate(args: &ValidateJwtArgs, terminal: &mut Terminal) -> Result<(), Failure> {
     for (value, name) in [(&args.audience, "audience"), (&args.svid, "svid")] {
         if value.is_empty() {
             return Err(Failure::Missing(name));
@@ -89,12 +89,12 @@ pub(super) async fn validate(args: &ValidateArgs, terminal: &mut Terminal) -> Re
         })?;
     let claims = response.claims.map(from_struct);
     match args.output.output {
-        Output::Pretty => terminal.print(&format!(
+        OutputFormat::Pretty => terminal.print(&format!(
             "SVID is valid.\nSPIFFE ID : {}\nClaims    : {}\n",
             clean(&response.spiffe_id),
             Value::Object(claims.unwrap_or_default())
         ))?,
-        Output::Json => {
+        OutputFormat::Json => {
             let mut out = Map::from_iter([("spiffe_id".to_owned(), response.spiffe_id.into())]);
             if let Some(claims) = claims {
                 out.insert("claims".to_owned(), without_nulls(Value::Object(claims)));
@@ -135,7 +135,8 @@ fn to_json(svids: &pb::JwtsvidResponse, bundles: &pb::JwtBundlesResponse) -> Val
     json!([{ "svids": svids }, { "bundles": bundles }])
 }
 
-/// The claims as the JSON they were made of; whole numbers stay whole.
+/// The claims as the JSON they were made of; whole numbers stay whole. pbjson-types does this for a `Struct` of its
+/// own, not for the one in the generated code.
 pub(super) fn from_struct(claims: prost_types::Struct) -> Map<String, Value> {
     claims.fields.into_iter().map(|(name, value)| (name, from_value(value))).collect()
 }

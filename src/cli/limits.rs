@@ -6,7 +6,7 @@ use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{
-    Failure, Output, OutputArgs,
+    Failure, OutputArgs, OutputFormat,
     admin::{AdminArgs, Column, bucket_json, table, tokens},
     client::CallError,
     terminal::{Terminal, clean},
@@ -64,10 +64,10 @@ async fn ask(args: &LimitsArgs, terminal: &mut Terminal) -> Result<pb::LimitsRes
     args.admin.call(terminal, question, async |mut api, request| api.limits(request).await).await
 }
 
-fn shown(now: &pb::LimitsResponse, output: Output) -> String {
+fn shown(now: &pb::LimitsResponse, output: OutputFormat) -> String {
     match output {
-        Output::Pretty => pretty(now),
-        Output::Json => format!("{}\n", to_json(now)),
+        OutputFormat::Pretty => pretty(now),
+        OutputFormat::Json => format!("{}\n", to_json(now)),
     }
 }
 

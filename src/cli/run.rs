@@ -7,15 +7,14 @@ use tracing::Level;
 use super::Failure;
 use crate::{
     agent,
-    config::{Config, ExpandEnv, LogFormat},
-    identity::{TrustDomain, spiffe_id::SpiffeIdError},
+    config::{Config, ExpandEnv},
+    identity::TrustDomain,
+    peer::socket::MAX_PATH_LEN,
+    telemetry::{LogFormat, parse_level},
 };
 
 /// Where the configuration is unless the command line says otherwise (spire-agent: `conf/agent/agent.conf`).
 pub(super) const DEFAULT_CONFIG: &str = "/etc/durward/agent.conf";
-
-/// The longest path that a Unix socket can have, in bytes (`sockaddr_un`, with its closing NUL).
-pub(super) const MAX_SOCKET_PATH: usize = 107;
 
 /// `run`.
 #[derive(clap::Args, Clone, Debug)]
@@ -51,7 +50,7 @@ pub struct CliOverrides {
     pub data_dir: Option<PathBuf>,
 
     /// The trust domain; must be the one in the configuration file
-    #[arg(long, value_name = "NAME", value_parser = trust_domain)]
+    #[arg(long, value_name = "NAME", value_parser = TrustDomain::parse)]
     pub trust_domain: Option<TrustDomain>,
 
     /// Log this and what is worse: error, warn, info, debug or trace
@@ -87,7 +86,7 @@ pub enum OverrideError {
         configured: TrustDomain,
     },
     /// The kernel takes no longer one.
-    #[error("--socket-path must have at most {MAX_SOCKET_PATH} bytes when made absolute; got {}: {}", .0.as_os_str().len(), .0.display())]
+    #[error("--socket-path must have at most {MAX_PATH_LEN} bytes when made absolute; got {}: {}", .0.as_os_str().len(), .0.display())]
     SocketPath(PathBuf),
     /// The file forbids it too.
     #[error(
@@ -126,19 +125,18 @@ impl CliOverrides {
         }
         if let Some(path) = socket_path {
             let path = absolute(path);
-            if path.as_os_str().len() > MAX_SOCKET_PATH {
+            if path.as_os_str().len() > MAX_PATH_LEN {
                 return Err(OverrideError::SocketPath(path));
             }
-            if let (Some(admin), Some(dir)) = (&config.admin_socket_path, path.parent())
+            if let (Some(admin), Some(dir)) = (&config.agent.admin_socket_path, path.parent())
                 && admin.starts_with(dir)
             {
                 return Err(OverrideError::BesideAdmin { public: path, admin: admin.clone() });
             }
-            config.socket_path = path;
+            config.agent.socket_path = path;
         }
         if let Some(dir) = data_dir {
-            config.data_dir = absolute(dir);
-            config.issuer.data_dir.clone_from(&config.data_dir);
+            config.agent.data_dir = absolute(dir);
         }
         if let Some(level) = log_level {
             config.log.level = *level;
@@ -150,7 +148,7 @@ impl CliOverrides {
             config.log.file = Some(absolute(file));
         }
         config.log.source_location |= log_source_location;
-        config.allow_unauthenticated_verifiers |= allow_unauthenticated_verifiers;
+        config.policy.allow_unauthenticated_verifiers |= allow_unauthenticated_verifiers;
         Ok(())
     }
 }
@@ -171,28 +169,12 @@ impl ConfigArgs {
     }
 }
 
-pub(super) fn trust_domain(text: &str) -> Result<TrustDomain, SpiffeIdError> {
-    TrustDomain::parse(text)
-}
-
-/// logrus's names, as spire-agent takes them; the two that end a Go program are `error`.
 fn log_level(text: &str) -> Result<Level, &'static str> {
-    match text.to_ascii_lowercase().as_str() {
-        "panic" | "fatal" | "error" => Ok(Level::ERROR),
-        "warn" | "warning" => Ok(Level::WARN),
-        "info" => Ok(Level::INFO),
-        "debug" => Ok(Level::DEBUG),
-        "trace" => Ok(Level::TRACE),
-        _ => Err("must be error, warn, info, debug or trace"),
-    }
+    parse_level(text).ok_or("must be error, warn, info, debug or trace")
 }
 
 fn log_format(text: &str) -> Result<LogFormat, &'static str> {
-    match text.to_ascii_lowercase().as_str() {
-        "" | "text" => Ok(LogFormat::Text),
-        "json" => Ok(LogFormat::Json),
-        _ => Err("must be text or json"),
-    }
+    LogFormat::parse(text).ok_or("must be text or json")
 }
 
 /// Runs the agent until it is told to stop. The command line wins on every reload too.

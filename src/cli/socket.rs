@@ -35,7 +35,7 @@ pub(super) struct SocketArgs {
 
 /// A socket and where its path came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Socket {
+pub(super) struct AgentSocket {
     /// Absolute, unless the working directory is gone.
     pub(super) path: PathBuf,
     pub(super) chosen: Chosen,
@@ -95,7 +95,7 @@ impl SocketArgs {
     pub(super) fn resolve(
         &self,
         environment: impl Fn(&str) -> Option<OsString>,
-    ) -> Result<Socket, SocketError> {
+    ) -> Result<AgentSocket, SocketError> {
         let set = |name: &str| environment(name).filter(|value| !value.is_empty());
         // spire-agent refuses a bad template even when the flag wins: a wrong --instance is never ignored.
         let from_instance = match self.instance.as_deref().filter(|name| !name.is_empty()) {
@@ -116,7 +116,7 @@ impl SocketArgs {
         } else {
             (DEFAULT.into(), Chosen::Default)
         };
-        Ok(Socket { path: std::path::absolute(&path).unwrap_or(path), chosen })
+        Ok(AgentSocket { path: std::path::absolute(&path).unwrap_or(path), chosen })
     }
 }
 
@@ -191,7 +191,7 @@ mod tests {
             let got = args.resolve(|name| {
                 environment.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value))
             });
-            assert_eq!(got, want.map(|(path, chosen)| Socket { path: path.into(), chosen }), "{case}");
+            assert_eq!(got, want.map(|(path, chosen)| AgentSocket { path: path.into(), chosen }), "{case}");
         }
     }
 

@@ -65,26 +65,26 @@ pub(super) enum AnswerError {
     #[error("workload response contains no svids")]
     NoSvids,
     #[error("failed to parse bundle for federated domain {0:?}: {1}")]
-    Federated(String, #[source] CertificateError),
-    #[error("failed to parse svid entry {at} for spiffe id {id:?}: {source}")]
-    Parse { at: usize, id: String, source: PartError },
-    #[error("{id:?} SVID failed verification against bundle: {source}")]
-    Verify { id: String, source: VerifyError },
+    Federated(String, CertificateError),
+    #[error("failed to parse svid entry {at} for spiffe id {id:?}: {cause}")]
+    Parse { at: usize, id: String, cause: PartError },
+    #[error("{id:?} SVID failed verification against bundle: {cause}")]
+    Verify { id: String, cause: VerifyError },
 }
 
 /// Which part of an SVID cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum PartError {
     #[error("spiffe id: {0}")]
-    Id(#[source] SpiffeIdError),
+    Id(SpiffeIdError),
     #[error("certificates: {0}")]
-    Chain(#[source] CertificateError),
+    Chain(CertificateError),
     #[error("failed to parse private key: {0}")]
-    Key(#[source] rustls::Error),
+    Key(rustls::Error),
     #[error("the private key does not belong to the certificate")]
     OtherKey,
     #[error("failed to parse trust bundle: {0}")]
-    Bundle(#[source] CertificateError),
+    Bundle(CertificateError),
 }
 
 /// Why bytes are no certificates.
@@ -104,7 +104,7 @@ pub(super) enum VerifyError {
     #[error("leaf certificate names {0:?}")]
     OtherId(String),
     #[error("{0}")]
-    Path(#[source] webpki::Error),
+    Path(webpki::Error),
 }
 
 impl X509Answer {
@@ -130,12 +130,12 @@ impl X509Answer {
             .enumerate()
             .map(|(at, svid)| {
                 let id = svid.spiffe_id.clone();
-                let svid = VerifiedSvid::parse(svid).map_err(|source| AnswerError::Parse {
+                let svid = VerifiedSvid::parse(svid).map_err(|cause| AnswerError::Parse {
                     at,
                     id: id.clone(),
-                    source,
+                    cause,
                 })?;
-                svid.check(now).map_err(|source| AnswerError::Verify { id, source })?;
+                svid.check(now).map_err(|cause| AnswerError::Verify { id, cause })?;
                 Ok(svid)
             })
             .collect::<Result<_, _>>()?;
@@ -274,7 +274,8 @@ pub(super) fn pem_of<'a>(certificates: impl IntoIterator<Item = &'a Certificate>
     certificates.into_iter().map(|cert| pem("CERTIFICATE", &cert.der).as_str().to_owned()).collect()
 }
 
-/// RFC 7468, with lines of 64 characters. Made of the key itself: every buffer is zeroised.
+/// RFC 7468, with lines of 64 characters. By hand, since the crates for PEM leave copies of the key behind: here every
+/// buffer is zeroised.
 fn pem(label: &str, der: &[u8]) -> Zeroizing<String> {
     let mut out = Zeroizing::new(String::with_capacity(der.len() * 3 / 2 + 2 * label.len() + 64));
     out.push_str(&format!("-----BEGIN {label}-----\n"));

@@ -18,7 +18,7 @@ pub(super) enum PrintError {
     Closed,
     /// Nothing can be written there.
     #[error("writing to stdout: {0}")]
-    Write(#[source] io::Error),
+    Write(io::Error),
 }
 
 /// Stdout and stderr.

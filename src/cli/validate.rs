@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Failure, Output, OutputArgs, run::ConfigArgs, terminal::Terminal};
+use super::{Failure, OutputArgs, OutputFormat, run::ConfigArgs, terminal::Terminal};
 use crate::hcl::{ConfigError, ConfigErrors};
 
 /// `validate`.
@@ -17,15 +17,15 @@ pub(super) struct ValidateArgs {
 /// Runs `validate`.
 pub(super) fn validate(args: &ValidateArgs, terminal: &mut Terminal) -> Result<(), Failure> {
     match (args.config.load(), args.output.output) {
-        (Ok(_), Output::Pretty) => Ok(terminal.print("Durward configuration file is valid.\n")?),
-        (Ok(_), Output::Json) => {
+        (Ok(_), OutputFormat::Pretty) => Ok(terminal.print("Durward configuration file is valid.\n")?),
+        (Ok(_), OutputFormat::Json) => {
             Ok(terminal.print(&format!("{}\n", json!({ "valid": true, "errors": [] })))?)
         }
-        (Err(Failure::Config(errors)), Output::Json) => {
+        (Err(Failure::Config(errors)), OutputFormat::Json) => {
             terminal.print(&format!("{}\n", to_json(&errors)))?;
             Err(Failure::Said)
         }
-        (Err(Failure::Config(errors)), Output::Pretty) => Err(Failure::Invalid(errors)),
+        (Err(Failure::Config(errors)), OutputFormat::Pretty) => Err(Failure::Invalid(errors)),
         (Err(other), _) => Err(other),
     }
 }

@@ -11,10 +11,10 @@ use time::OffsetDateTime;
 use tonic::Code;
 
 use super::{
-    Failure, Output,
+    Failure, OutputFormat,
     client::{Client, TimeoutArgs},
     files::{Batch, Readers},
-    socket::{Socket, SocketArgs},
+    socket::{AgentSocket, SocketArgs},
     svid::{Certificate, VerifiedSvid, X509Answer, pem_of},
     terminal::{Terminal, clean},
     text::{GoDuration, go_time},
@@ -23,7 +23,7 @@ use crate::{api::proto::workload as pb, os::clock::Clock};
 
 /// `api fetch x509`.
 #[derive(clap::Args, Clone, Debug)]
-pub(super) struct FetchArgs {
+pub(super) struct FetchX509Args {
     #[command(flatten)]
     socket: SocketArgs,
     #[command(flatten)]
@@ -52,7 +52,7 @@ pub(super) struct WatchArgs {
 }
 
 /// Runs `api fetch x509`.
-pub(super) async fn fetch(args: &FetchArgs, terminal: &mut Terminal) -> Result<(), Failure> {
+pub(super) async fn fetch(args: &FetchX509Args, terminal: &mut Terminal) -> Result<(), Failure> {
     let socket = args.socket.resolve(super::environment)?;
     // Before the call: an SVID that cannot be written need not be fetched.
     let batch = args.write.as_deref().map(Batch::open).transpose()?;
@@ -61,7 +61,7 @@ pub(super) async fn fetch(args: &FetchArgs, terminal: &mut Terminal) -> Result<(
     let response = client.fetch_x509_svid(terminal).await?;
     let took = started.elapsed();
 
-    let json = matches!(args.output.output, Output::Json).then(|| to_json(&response));
+    let json = matches!(args.output.output, OutputFormat::Json).then(|| to_json(&response));
     let answer = X509Answer::verify(response, Clock::SYSTEM.now())?;
     match (&json, args.silent) {
         (_, true) => {}
@@ -103,7 +103,7 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 async fn watch_once(
-    socket: &Socket,
+    socket: &AgentSocket,
     terminal: &mut Terminal,
     seen_any: &mut bool,
     pause: &mut Duration,

@@ -1,11 +1,11 @@
-//! `entry` and `federation`: who is who, and whose bundles are known.
+//! The blocks `entry`: who is who.
 //!
 //! An entry that could never match, or would not mean what it says, is refused: a selector that nobody attests, a
 //! lifetime longer than the CA's, a federated trust domain without a bundle. Work grows with the entries, not with
 //! their square.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap},
     fmt::Write as _,
     sync::Arc,
     time::Duration,
@@ -13,17 +13,15 @@ use std::{
 
 use aws_lc_rs::digest;
 
-use super::{Input, check::parse_trust_domain};
+use super::{issuer::CaTtl, trust_domain};
 use crate::{
+    attest::AttestSettings,
     hcl::{
-        section::{At, Labelled, Problems, Section, nearest},
-        show_duration,
+        section::{At, Labelled, Problems, Section},
         tree::{Place, quoted},
     },
-    identity::{
-        Bundle, Entry, EntryId, Selector, Selectors, SpiffeId, TrustDomain, bundle::BundleError,
-        entry::MAX_HINT_LEN,
-    },
+    identity::{Entry, EntryId, Selector, Selectors, SpiffeId, TrustDomain, entry::MAX_HINT_LEN},
+    issuer::embedded::MIN_SVID_TTL,
 };
 
 /// More DNS names than this are refused, since each is in the certificate.
@@ -31,54 +29,27 @@ const MAX_DNS_NAMES: usize = 64;
 /// As long as SPIRE's longest.
 const MAX_ID_LEN: usize = 255;
 
-/// The lifetime of a CA, which no SVID of it can outlive.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct CaTtl {
-    pub(super) value: Duration,
-    /// Where it is set; `None` for the default of a day.
-    place: Option<Place>,
-}
-
-impl CaTtl {
-    pub(super) fn of(set: Option<At<Duration>>) -> Self {
-        let default = Self { value: Duration::from_secs(24 * 3600), place: None };
-        set.map_or(default, |at| Self { value: at.value, place: Some(at.place) })
-    }
-
-    /// Refuses a lifetime that is longer.
-    pub(super) fn check(&self, section: &Section<'_>, key: &str, ttl: Option<At<Duration>>) {
-        if let Some(ttl) = ttl
-            && ttl.value > self.value
-        {
-            let whence = self.place.map_or_else(|| "by default".to_owned(), |at| section.problems().show(at));
-            let message =
-                format!("must be at most ca_ttl, which is {} ({whence})", quoted(&show_duration(self.value)));
-            section.wrong(ttl.place, key, Some(quoted(&show_duration(ttl.value))), message);
-        }
-    }
-}
-
 /// What entries are held against.
 #[derive(Debug)]
-pub(super) struct Rules<'a> {
+pub(super) struct EntryRules<'a> {
     /// `None` when it is wrong itself.
     pub(super) trust_domain: Option<&'a TrustDomain>,
     /// With a `federation` block, whether or not its bundle could be read.
     pub(super) federated: &'a BTreeSet<TrustDomain>,
     pub(super) ca_ttl: CaTtl,
-    pub(super) discover_workload_path: bool,
+    pub(super) attest: &'a AttestSettings,
 }
 
 /// The entries read so far.
 #[derive(Debug)]
 pub(super) struct Entries<'a> {
-    rules: Rules<'a>,
+    rules: EntryRules<'a>,
     problems: &'a Problems,
     list: Vec<(Entry, Place)>,
 }
 
 impl<'a> Entries<'a> {
-    pub(super) fn new(rules: Rules<'a>, problems: &'a Problems) -> Self {
+    pub(super) fn new(rules: EntryRules<'a>, problems: &'a Problems) -> Self {
         Self { rules, problems, list: Vec::new() }
     }
 
@@ -116,7 +87,7 @@ impl<'a> Entries<'a> {
     }
 }
 
-impl Rules<'_> {
+impl EntryRules<'_> {
     /// `None` when it has no SPIFFE ID; whatever else is wrong is reported, and the entry is never used.
     fn entry(&self, block: Labelled<'_>, created_at: i64) -> Option<Entry> {
         let Labelled { label, place, mut section } = block;
@@ -187,7 +158,7 @@ impl Rules<'_> {
             match Selector::parse(text) {
                 Err(err) => wrong(format!("{err}, such as unix:uid:1000")),
                 Ok(selector) => {
-                    if let Err(message) = self.attestable(&selector) {
+                    if let Err(message) = self.attest.check(&selector) {
                         wrong(message);
                     }
                     if !selectors.insert(selector) {
@@ -199,47 +170,10 @@ impl Rules<'_> {
         selectors
     }
 
-    /// Whether an attestor of this version could ever find `selector` out.
-    fn attestable(&self, selector: &Selector) -> Result<(), String> {
-        const KINDS: [&str; 8] =
-            ["uid", "user", "gid", "group", "supplementary_gid", "supplementary_group", "path", "sha256"];
-        if selector.kind() != "unix" {
-            return Err("nobody attests this: unix is the only workload attestor in this version".to_owned());
-        }
-        let (kind, value) = selector.value().split_once(':').unwrap_or_else(|| (selector.value(), ""));
-        let canonical_number =
-            |value: &str| value.parse::<u32>().is_ok_and(|number| number.to_string() == value);
-        match kind {
-            _ if KINDS.contains(&kind) && value.is_empty() => {
-                Err(format!("must have a value, as unix:{kind}:VALUE"))
-            }
-            "uid" | "gid" | "supplementary_gid" if !canonical_number(value) => {
-                Err(format!("must be a number from 0 to {}, as unix:{kind}:1000", u32::MAX))
-            }
-            "path" | "sha256" if !self.discover_workload_path => {
-                let key = "discover_workload_path = true in plugins.WorkloadAttestor \"unix\".plugin_data";
-                Err(format!("unix:{kind} is only found out with {key}"))
-            }
-            "path" if !value.starts_with('/') => {
-                Err("must be an absolute path, as unix:path:/usr/bin/web".to_owned())
-            }
-            "sha256"
-                if value.len() != 64 || !value.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) =>
-            {
-                Err("must be 64 lower-case hexadecimal digits".to_owned())
-            }
-            _ if KINDS.contains(&kind) => Ok(()),
-            _ => Err(nearest(kind, KINDS).map_or_else(
-                || format!("nobody attests this; unix attests {}", KINDS.join(", ")),
-                |near| format!("nobody attests this: did you mean unix:{near}?"),
-            )),
-        }
-    }
-
     fn ttl(&self, s: &mut Section<'_>, key: &'static str) -> Option<Duration> {
-        let ttl = s.duration(key, Duration::from_secs(1)..=Duration::MAX);
-        self.ca_ttl.check(s, key, ttl);
-        ttl.map(|at| at.value)
+        let ttl = s.duration(key, MIN_SVID_TTL..=Duration::MAX)?;
+        self.ca_ttl.bounds(s, key, ttl);
+        Some(ttl.value)
     }
 
     fn federates_with(&self, s: &mut Section<'_>) -> BTreeSet<TrustDomain> {
@@ -247,7 +181,7 @@ impl Rules<'_> {
         let mut found = BTreeSet::new();
         for At { value: text, place } in s.strings(KEY).map(|list| list.value).unwrap_or_default() {
             let wrong = |message: String| s.wrong(place, KEY, Some(quoted(text)), message);
-            match parse_trust_domain(text) {
+            match trust_domain::parse(text) {
                 Err(message) => wrong(format!("{message}; right is, say, spiffe://other.example")),
                 Ok(name) if Some(&name) == self.trust_domain => {
                     wrong("is the agent's own trust domain, whose bundle everybody gets".to_owned());
@@ -401,66 +335,4 @@ fn revision(entry: &Entry) -> i64 {
         .texts(dns_names.iter().map(String::as_str))
         .texts(federates_with.iter().map(TrustDomain::name));
     (print.finish() >> 1).cast_signed()
-}
-
-/// `federation`: the bundles, and which trust domains have a block at all.
-pub(super) fn federation(
-    root: &mut Section<'_>,
-    input: &Input<'_>,
-    own: Option<&TrustDomain>,
-) -> (BTreeMap<TrustDomain, Arc<Bundle>>, BTreeSet<TrustDomain>) {
-    let mut bundles = BTreeMap::new();
-    let mut declared: BTreeMap<TrustDomain, Place> = BTreeMap::new();
-    for Labelled { label, place, mut section } in root.labelled("federation") {
-        let wrong = |message: String| section.problems().add(place, &section.name(), None, message);
-        let name = match parse_trust_domain(label) {
-            Err(message) => {
-                wrong(format!("{message}; right is, say, federation \"spiffe://other.example\" {{ .. }}"));
-                None
-            }
-            Ok(name) => {
-                if Some(&name) == own {
-                    wrong("is the agent's own trust domain, whose bundle is the issuer's".to_owned());
-                }
-                if let Some(first) = declared.get(&name) {
-                    wrong(format!("is there twice: first at {}", section.problems().show(*first)));
-                }
-                declared.entry(name.clone()).or_insert(place);
-                Some(name)
-            }
-        };
-        if let Some((name, bundle)) = bundle(&mut section, input, name) {
-            bundles.insert(name, Arc::new(bundle));
-        }
-        section.finish();
-    }
-    (bundles, declared.into_keys().collect())
-}
-
-fn bundle(
-    s: &mut Section<'_>,
-    input: &Input<'_>,
-    name: Option<TrustDomain>,
-) -> Option<(TrustDomain, Bundle)> {
-    type Parse = fn(&TrustDomain, &[u8]) -> Result<Bundle, BundleError>;
-    let pem: Parse = Bundle::parse_pem;
-    let parse = |text: &str| -> Option<Parse> {
-        match text {
-            "pem" => Some(pem),
-            "spiffe" => Some(Bundle::parse_spiffe),
-            _ => None,
-        }
-    };
-    let format = s.parsed("bundle_format", parse, "must be pem or spiffe").map(|at| at.value);
-    let format = format.or_else(|| (!s.has("bundle_format")).then_some(pem));
-    let Some(path) = s.string("bundle_path") else {
-        s.missing("bundle_path", "must be configured: bundle_path = \"/etc/durward/other.example.pem\"");
-        return None;
-    };
-    let wrong = |message: String| s.wrong(path.place, "bundle_path", Some(quoted(path.value)), message);
-    let bytes =
-        (input.read_bundle)(&input.base.join(path.value)).map_err(|err| wrong(err.to_string())).ok()?;
-    let name = name?;
-    let bundle = format?(&name, &bytes).map_err(|err| wrong(err.to_string())).ok()?;
-    Some((name, bundle))
 }

@@ -19,11 +19,15 @@
 use std::{
     borrow::Cow,
     cell::{Cell, RefCell},
+    collections::BTreeSet,
     fmt,
     ops::RangeInclusive,
     path::{Path, PathBuf},
     time::Duration,
 };
+
+#[cfg(test)]
+use std::collections::BTreeMap;
 
 use super::{
     ConfigError, ConfigErrors,
@@ -43,20 +47,34 @@ pub(crate) struct Problem {
     pub(crate) message: String,
 }
 
-/// What was found wrong so far, in all files.
+/// The files that are read, and what was found wrong so far in all of them.
 #[derive(Debug, Default)]
 pub(crate) struct Problems {
+    /// Where relative paths start.
+    base: PathBuf,
     files: RefCell<Vec<PathBuf>>,
     list: RefCell<Vec<Problem>>,
     left_out: Cell<usize>,
     /// Every key that was ever asked for, as `agent.log_level`: the tests hold the reference against it.
     #[cfg(test)]
-    pub(crate) keys: RefCell<std::collections::BTreeSet<String>>,
+    pub(crate) keys: RefCell<BTreeSet<String>>,
+    /// Every key that [`settings!`](super::settings) declares, and how it changes.
+    #[cfg(test)]
+    pub(crate) declared: RefCell<BTreeMap<&'static str, &'static str>>,
+    /// The least and the most that every key with bounds may be set to.
+    #[cfg(test)]
+    pub(crate) bounds: RefCell<BTreeMap<String, [String; 2]>>,
 }
 
 impl Problems {
-    pub(crate) fn new() -> Self {
-        Self::default()
+    /// Relative paths start at `base`.
+    pub(crate) fn new(base: &Path) -> Self {
+        Self { base: base.to_owned(), ..Self::default() }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn declare(&self, keys: &[(&'static str, &'static str)]) {
+        self.declared.borrow_mut().extend(keys.iter().copied());
     }
 
     /// The number that stands for `path` in a [`Place`].
@@ -210,6 +228,18 @@ impl<'a> Section<'a> {
         self.members.iter().any(|(member, _)| member.key.eq_ignore_ascii_case(key))
     }
 
+    /// Where `key` is set, to a value with which nothing was found wrong.
+    pub(crate) fn set_at(&self, key: &str) -> Option<Place> {
+        let (member, _) = self.members.iter().find(|(member, _)| member.key.eq_ignore_ascii_case(key))?;
+        let is_wrong = self.problems.list.borrow().iter().any(|problem| problem.place == member.place);
+        (!is_wrong).then_some(member.place)
+    }
+
+    /// Where `key` is set, for a message that names a second place; `by default` when it is not.
+    pub(crate) fn whence(&self, key: &str) -> String {
+        self.set_at(key).map_or_else(|| "by default".to_owned(), |place| self.problems.show(place))
+    }
+
     /// Reports `key` as missing, unless it is there (and then its mistake was reported already).
     pub(crate) fn missing(&self, key: &str, message: impl fmt::Display) {
         if !self.has(key) {
@@ -255,6 +285,12 @@ impl<'a> Section<'a> {
         }
     }
 
+    /// A string; an empty one counts as not set.
+    pub(crate) fn text(&mut self, key: &'static str) -> Option<At<String>> {
+        let text = self.string(key)?;
+        (!text.value.is_empty()).then(|| text.map(str::to_owned))
+    }
+
     /// A string that `parse` understands; `None` reports `right`.
     pub(crate) fn parsed<T>(
         &mut self,
@@ -270,6 +306,43 @@ impl<'a> Section<'a> {
         parsed.map(|value| At { value, place: text.place })
     }
 
+    /// A string that `parse` understands; its error says what would be right.
+    pub(crate) fn checked<T, E: fmt::Display>(
+        &mut self,
+        key: &'static str,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Option<At<T>> {
+        let text = self.string(key)?;
+        match parse(text.value) {
+            Ok(value) => Some(At { value, place: text.place }),
+            Err(err) => {
+                self.wrong(text.place, key, Some(quoted(text.value)), err);
+                None
+            }
+        }
+    }
+
+    /// A path, made absolute from the working directory as spire-agent does.
+    pub(crate) fn absolute(&mut self, key: &'static str) -> Option<At<PathBuf>> {
+        let good = |text: &str| !text.is_empty() && !text.contains('\0');
+        let text = self.parsed(key, |text| good(text).then_some(text), "must be a path")?;
+        Some(text.map(|text| self.problems.base.join(text)))
+    }
+
+    /// A path with which `check`, once it is absolute, finds nothing wrong.
+    pub(crate) fn absolute_that<E: fmt::Display>(
+        &mut self,
+        key: &'static str,
+        check: impl FnOnce(&Path) -> Result<(), E>,
+    ) -> Option<At<PathBuf>> {
+        let path = self.absolute(key)?;
+        let wrong = check(&path.value).err();
+        if let Some(err) = &wrong {
+            self.wrong(path.place, key, Some(quoted(&path.value.to_string_lossy())), err);
+        }
+        wrong.is_none().then_some(path)
+    }
+
     /// `true` or `false`, without quotes.
     pub(crate) fn boolean(&mut self, key: &'static str) -> Option<At<bool>> {
         let member = self.take(key)?;
@@ -280,15 +353,22 @@ impl<'a> Section<'a> {
     }
 
     /// A whole number in `range`; digits in quotes count too, as in spire-agent.
-    pub(crate) fn integer(&mut self, key: &'static str, range: RangeInclusive<i64>) -> Option<At<i64>> {
+    pub(crate) fn integer<T>(&mut self, key: &'static str, range: RangeInclusive<T>) -> Option<At<T>>
+    where
+        T: TryFrom<i64> + TryInto<i64>,
+    {
+        let (least, most) = range.into_inner();
+        let (least, most) = (least.try_into().unwrap_or(i64::MIN), most.try_into().unwrap_or(i64::MAX));
+        #[cfg(test)]
+        self.problems.bounds.borrow_mut().insert(self.path(key), [least.to_string(), most.to_string()]);
         let member = self.take(key)?;
         let (Value::Number(text) | Value::String(text)) = &member.node.value else {
             return self.wrong_type(member, key, "a whole number");
         };
-        let value = parse_integer(text).filter(|value| range.contains(value));
+        let value = parse_integer(text).filter(|value| (least..=most).contains(value));
+        let value = value.and_then(|value| T::try_from(value).ok());
         if value.is_none() {
-            let (least, most) = (range.start(), range.end());
-            let right = match (*least, *most) {
+            let right = match (least, most) {
                 (i64::MIN, i64::MAX) => "must be a whole number".to_owned(),
                 (least, i64::MAX) => format!("must be a whole number of at least {least}"),
                 (least, most) => format!("must be a whole number from {least} to {most}"),
@@ -318,6 +398,11 @@ impl<'a> Section<'a> {
         key: &'static str,
         range: RangeInclusive<Duration>,
     ) -> Option<At<Duration>> {
+        #[cfg(test)]
+        self.problems.bounds.borrow_mut().insert(
+            self.path(key),
+            [*range.start(), *range.end()].map(|bound| format!("\"{}\"", show_duration(bound))),
+        );
         let member = self.take(key)?;
         let (Value::String(text) | Value::Number(text)) = &member.node.value else {
             return self.wrong_type(member, key, "a duration in quotes such as \"1h30m\"");
@@ -334,6 +419,23 @@ impl<'a> Section<'a> {
         };
         self.wrong(member.place, key, Some(member.node.value.shown()), right);
         None
+    }
+
+    /// A duration in `range`, as what `make` makes of it.
+    pub(crate) fn duration_as<T, E: fmt::Display>(
+        &mut self,
+        key: &'static str,
+        range: RangeInclusive<Duration>,
+        make: impl FnOnce(Duration) -> Result<T, E>,
+    ) -> Option<At<T>> {
+        let at = self.duration(key, range)?;
+        match make(at.value) {
+            Ok(value) => Some(At { value, place: at.place }),
+            Err(err) => {
+                self.wrong(at.place, key, Some(quoted(&show_duration(at.value))), err);
+                None
+            }
+        }
     }
 
     /// A list of strings, each with its place; a number counts as its text.
@@ -355,6 +457,13 @@ impl<'a> Section<'a> {
             }
         }
         Some(At { value: texts, place: member.place })
+    }
+
+    /// A list of strings, sorted and each once: for lists of which the order means nothing.
+    pub(crate) fn texts(&mut self, key: &'static str) -> Option<At<Vec<String>>> {
+        let list = self.strings(key)?;
+        let texts: BTreeSet<&str> = list.value.iter().map(|text| text.value).collect();
+        Some(At { value: texts.into_iter().map(str::to_owned).collect(), place: list.place })
     }
 
     /// The objects under `key`: of every repetition, and of lists of objects, which is how JSON repeats a block.

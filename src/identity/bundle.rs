@@ -6,21 +6,19 @@
 //! refused as a whole, and the error names the key. Nothing here says whether a certificate is still valid: whoever
 //! verifies a chain does.
 
-use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+use std::{borrow::Cow, collections::BTreeMap, sync::Arc, time::SystemTime};
 
-use aws_lc_rs::signature::{
-    ECDSA_P256_SHA256_FIXED, ECDSA_P384_SHA384_FIXED, ECDSA_P521_SHA512_FIXED, EcdsaVerificationAlgorithm,
-    ParsedPublicKey,
-};
-use base64::{
-    Engine as _,
-    engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
-};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::Serialize;
 use serde_json::{Map, Value};
-use x509_parser::{pem::Pem, prelude::FromDer as _, public_key::PublicKey, x509::SubjectPublicKeyInfo};
+use x509_parser::{certificate::X509Certificate, pem::Pem};
 
-use super::{TrustDomain, json, json::Quoted};
+pub use super::jwk::{JwtPublicKey, KeyError};
+use super::{
+    TrustDomain,
+    json::{self, Quoted},
+    jwk::{Jwk, text},
+};
 
 /// The longest bundle that is parsed, in bytes.
 pub const MAX_LEN: usize = 1 << 20;
@@ -43,13 +41,13 @@ pub enum BundleError {
     /// A PEM text without a certificate.
     #[error("bundle holds no PEM block of type CERTIFICATE")]
     NoCertificate,
-    /// Something is wrong with the PEM block at this index (from zero).
+    /// A PEM block that is no authority.
     #[error("PEM block {at}: {reason}")]
     PemBlock {
         /// Its index, from zero.
         at: usize,
         /// What is wrong.
-        reason: KeyError,
+        reason: AuthorityError,
     },
     /// Not JSON, or JSON that names a member of an object twice.
     #[error("bundle is not valid JSON: {0}")]
@@ -57,13 +55,13 @@ pub enum BundleError {
     /// No `keys`, or not an array.
     #[error("bundle must be a JSON object with an array \"keys\"")]
     NoKeys,
-    /// Something is wrong with the key at this index.
+    /// A key that is no authority.
     #[error("keys[{at}]: {reason}")]
     Key {
         /// Its index, from zero.
         at: usize,
         /// What is wrong.
-        reason: KeyError,
+        reason: AuthorityError,
     },
     /// A certificate of the bundle cannot be shown as a JWK.
     #[error("certificate {at}: {reason}")]
@@ -71,13 +69,13 @@ pub enum BundleError {
         /// Its index, from zero.
         at: usize,
         /// What is wrong.
-        reason: KeyError,
+        reason: AuthorityError,
     },
 }
 
 /// What is wrong with one key or certificate of a bundle.
 #[derive(Debug, thiserror::Error)]
-pub enum KeyError {
+pub enum AuthorityError {
     /// Not a PEM block: no end, a broken header, or not base64.
     #[error("not a PEM block: {0}")]
     Pem(x509_parser::error::PEMError),
@@ -90,12 +88,6 @@ pub enum KeyError {
     /// A certificate that says it is not a CA's, or does not say that it is.
     #[error("not a CA certificate: basic constraints must say CA")]
     NotCa,
-    /// A member that must be there, and is not.
-    #[error("\"{0}\" is missing")]
-    Missing(&'static str),
-    /// A member of another JSON type.
-    #[error("\"{0}\" must be a text that is not empty")]
-    NotText(&'static str),
     /// The key is no JSON object.
     #[error("must be a JSON object")]
     NotObject,
@@ -105,39 +97,12 @@ pub enum KeyError {
     /// `x5c` is no array.
     #[error("\"x5c\" must be an array with exactly one certificate")]
     X5cType,
-    /// Not base64 (`x5c`), or not base64url without padding (the others).
-    #[error("\"{0}\" is not base64: {1}")]
-    Base64(&'static str, base64::DecodeError),
-    /// A curve that no JWT-SVID algorithm uses.
-    #[error("\"crv\" is {}, but must be P-256, P-384 or P-521", Quoted(.0))]
-    Curve(String),
-    /// A coordinate that is not as long as its curve asks for (RFC 7518, section 6.2.1.2).
-    #[error("\"{name}\" has {got} bytes, but a coordinate of {curve} has {want}")]
-    Coordinate {
-        /// `x` or `y`.
-        name: &'static str,
-        /// Its length, in bytes.
-        got: usize,
-        /// The curve.
-        curve: &'static str,
-        /// What its length must be, in bytes.
-        want: usize,
-    },
-    /// Coordinates of no point of the curve.
-    #[error("\"x\" and \"y\" are no point of {0}")]
-    NotOnCurve(&'static str),
-    /// A modulus that is too short to be safe or too long to be quick.
-    #[error("RSA modulus has {0} bits, but must have 2048 to 8192 and be odd")]
-    Modulus(usize),
-    /// An exponent that no sound key has.
-    #[error("RSA exponent must be odd, at least 3 and less than 2^33")]
-    Exponent,
     /// Two different keys under one name.
     #[error("another key has the same \"kid\" {}", Quoted(.0))]
     DuplicateKid(String),
-    /// A public key that a JWK cannot hold.
-    #[error("public key must be RSA, or EC on P-256, P-384 or P-521")]
-    KeyType,
+    /// The public key or its JWK.
+    #[error(transparent)]
+    Key(#[from] KeyError),
 }
 
 /// A public key that signs JWT-SVIDs, as its JWK has it.
@@ -149,142 +114,6 @@ pub struct JwtAuthority {
     pub key: JwtPublicKey,
     /// When it stops to be valid, if that is known (never for a key read from a JWK set).
     pub not_after: Option<SystemTime>,
-}
-
-/// The members of a JWK (RFC 7518, section 6), each base64url without padding.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum JwtPublicKey {
-    /// `kty` EC; `crv` is `P-256`, `P-384` or `P-521`; coordinates are padded to the size of the curve.
-    Ec {
-        /// `crv`.
-        crv: Box<str>,
-        /// `x`.
-        x: Box<str>,
-        /// `y`.
-        y: Box<str>,
-    },
-    /// `kty` RSA.
-    Rsa {
-        /// `n`.
-        n: Box<str>,
-        /// `e`.
-        e: Box<str>,
-    },
-}
-
-/// A curve of RFC 7518, section 6.2.1.1.
-#[derive(Clone, Copy)]
-struct Curve {
-    name: &'static str,
-    /// Bytes of a coordinate.
-    len: usize,
-    /// Its object identifier in a certificate.
-    oid: &'static str,
-    verification: &'static EcdsaVerificationAlgorithm,
-}
-
-const CURVES: [Curve; 3] = [
-    Curve { name: "P-256", len: 32, oid: "1.2.840.10045.3.1.7", verification: &ECDSA_P256_SHA256_FIXED },
-    Curve { name: "P-384", len: 48, oid: "1.3.132.0.34", verification: &ECDSA_P384_SHA384_FIXED },
-    Curve { name: "P-521", len: 66, oid: "1.3.132.0.35", verification: &ECDSA_P521_SHA512_FIXED },
-];
-
-impl JwtPublicKey {
-    /// Reads a public key in DER: a SubjectPublicKeyInfo, as a certificate or a `PUBLIC KEY` PEM block holds it.
-    ///
-    /// # Errors
-    /// [`KeyError`] when it is none of the keys that JWT-SVIDs are signed with.
-    pub fn from_spki(der: &[u8]) -> Result<Self, KeyError> {
-        let Ok(([], spki)) = SubjectPublicKeyInfo::from_der(der) else { return Err(KeyError::KeyType) };
-        Self::of_spki(&spki)
-    }
-
-    fn of_spki(spki: &SubjectPublicKeyInfo<'_>) -> Result<Self, KeyError> {
-        match spki.parsed() {
-            Ok(PublicKey::EC(point)) => {
-                let oid = spki.algorithm.parameters.as_ref().and_then(|any| any.as_oid().ok());
-                let oid = oid.map(|oid| oid.to_id_string());
-                let curve = CURVES.iter().find(|curve| Some(curve.oid) == oid.as_deref());
-                let curve = curve.ok_or(KeyError::KeyType)?;
-                let Some((4, coordinates)) = point.data().split_first() else {
-                    return Err(KeyError::KeyType);
-                };
-                let (x, y) = coordinates.split_at_checked(curve.len).ok_or(KeyError::KeyType)?;
-                Self::ec(curve, x, y)
-            }
-            Ok(PublicKey::RSA(key)) => Self::rsa(key.modulus, key.exponent),
-            _ => Err(KeyError::KeyType),
-        }
-    }
-
-    fn ec(curve: &Curve, x: &[u8], y: &[u8]) -> Result<Self, KeyError> {
-        for (name, coordinate) in [("x", x), ("y", y)] {
-            if coordinate.len() != curve.len {
-                return Err(KeyError::Coordinate {
-                    name,
-                    got: coordinate.len(),
-                    curve: curve.name,
-                    want: curve.len,
-                });
-            }
-        }
-        let point = [&[4], x, y].concat();
-        if ParsedPublicKey::new(curve.verification, &point).is_err() {
-            return Err(KeyError::NotOnCurve(curve.name));
-        }
-        Ok(Self::Ec {
-            crv: curve.name.into(),
-            x: URL_SAFE_NO_PAD.encode(x).into(),
-            y: URL_SAFE_NO_PAD.encode(y).into(),
-        })
-    }
-
-    fn rsa(n: &[u8], e: &[u8]) -> Result<Self, KeyError> {
-        let (n, e) = (without_leading_zeros(n), without_leading_zeros(e));
-        let unused = n.first().map_or(0, |first| first.leading_zeros());
-        let bits = n.len() * 8 - usize::try_from(unused).unwrap_or_default();
-        let odd = |bytes: &[u8]| bytes.last().is_some_and(|last| last % 2 == 1);
-        if !(2048..=8192).contains(&bits) || !odd(n) {
-            return Err(KeyError::Modulus(bits));
-        }
-        let exponent = e.iter().take(9).fold(0_u128, |value, byte| value << 8 | u128::from(*byte));
-        if !odd(e) || !(3..1 << 33).contains(&exponent) {
-            return Err(KeyError::Exponent);
-        }
-        Ok(Self::Rsa { n: URL_SAFE_NO_PAD.encode(n).into(), e: URL_SAFE_NO_PAD.encode(e).into() })
-    }
-
-    /// Reads the members of a JWK; `None` when its `kty` is unknown (section 4.2.1 of the standard).
-    fn of_jwk(jwk: &Map<String, Value>) -> Result<Option<Self>, KeyError> {
-        let decoded = |name: &'static str| {
-            let value = URL_SAFE_NO_PAD.decode(text(jwk, name)?);
-            value.map_err(|reason| KeyError::Base64(name, reason))
-        };
-        match text(jwk, "kty")? {
-            "EC" => {
-                let crv = text(jwk, "crv")?;
-                let curve = CURVES.iter().find(|curve| curve.name == crv);
-                let curve = curve.ok_or_else(|| KeyError::Curve(crv.to_owned()))?;
-                Self::ec(curve, &decoded("x")?, &decoded("y")?).map(Some)
-            }
-            "RSA" => Self::rsa(&decoded("n")?, &decoded("e")?).map(Some),
-            _ => Ok(None),
-        }
-    }
-}
-
-fn without_leading_zeros(number: &[u8]) -> &[u8] {
-    let zeros = number.iter().take_while(|byte| **byte == 0).count();
-    number.get(zeros..).unwrap_or_default()
-}
-
-/// The member `name` of a JWK, which must be a text with characters.
-fn text<'a>(jwk: &'a Map<String, Value>, name: &'static str) -> Result<&'a str, KeyError> {
-    match jwk.get(name) {
-        None => Err(KeyError::Missing(name)),
-        Some(Value::String(text)) if !text.is_empty() => Ok(text),
-        Some(_) => Err(KeyError::NotText(name)),
-    }
 }
 
 /// What verifies the members of one trust domain.
@@ -313,9 +142,9 @@ impl Bundle {
             if at >= MAX_KEYS {
                 return Err(BundleError::TooManyKeys);
             }
-            let block = block.map_err(|reason| wrong(KeyError::Pem(reason)))?;
+            let block = block.map_err(|reason| wrong(AuthorityError::Pem(reason)))?;
             if block.label != "CERTIFICATE" {
-                return Err(wrong(KeyError::PemType(block.label)));
+                return Err(wrong(AuthorityError::PemType(block.label)));
             }
             check_ca(&block.contents).map_err(wrong)?;
             if !x509_authorities.contains(&block.contents) {
@@ -349,7 +178,7 @@ impl Bundle {
         let mut jwt_keys = BTreeMap::new();
         for (at, jwk) in keys.iter().enumerate() {
             let wrong = |reason| BundleError::Key { at, reason };
-            let jwk = jwk.as_object().ok_or_else(|| wrong(KeyError::NotObject))?;
+            let jwk = jwk.as_object().ok_or_else(|| wrong(AuthorityError::NotObject))?;
             match jwk.get("use").and_then(Value::as_str) {
                 Some("x509-svid") => {
                     let Some(der) = certificate(jwk).map_err(wrong)? else { continue };
@@ -358,10 +187,9 @@ impl Bundle {
                     }
                 }
                 Some("jwt-svid") => {
-                    let Some(key) = JwtPublicKey::of_jwk(jwk).map_err(wrong)? else { continue };
-                    let kid = text(jwk, "kid").map_err(wrong)?;
+                    let Some((kid, key)) = jwt_key(jwk).map_err(wrong)? else { continue };
                     if *jwt_keys.entry(kid).or_insert_with(|| key.clone()) != key {
-                        return Err(wrong(KeyError::DuplicateKid(kid.to_owned())));
+                        return Err(wrong(AuthorityError::DuplicateKid(kid.to_owned())));
                     }
                 }
                 _ => {}
@@ -400,27 +228,21 @@ impl Bundle {
     pub fn to_spiffe_json(&self) -> Result<String, BundleError> {
         let mut keys = Vec::with_capacity(self.x509_authorities.len() + self.jwt_authorities.len());
         for (at, der) in self.x509_authorities.iter().enumerate() {
-            let wrong = |reason| BundleError::Certificate { at, reason };
-            let Ok(([], certificate)) = x509_parser::parse_x509_certificate(der) else {
-                return Err(wrong(KeyError::NotCertificate));
-            };
-            let key = JwtPublicKey::of_spki(certificate.public_key()).map_err(wrong)?;
-            let x5c = Some([STANDARD.encode(der)]);
-            keys.push(Jwk { key_use: Some("x509-svid"), kid: None, x5c, ..Jwk::of(&key) });
+            let key = public_key(der).map_err(|reason| BundleError::Certificate { at, reason })?;
+            let (key, x5c) = (Cow::Owned(key), Some(STANDARD.encode(der)));
+            keys.push(Jwk { key_use: Some("x509-svid"), kid: None, key, x5c });
         }
         keys.extend(self.jwt_jwks(Some("jwt-svid")));
         Ok(pretty(&JwkSet { keys }))
     }
 
-    fn jwt_jwks(&self, key_use: Option<&'static str>) -> Vec<Jwk> {
+    fn jwt_jwks(&self, key_use: Option<&'static str>) -> Vec<Jwk<'_>> {
         let mut sorted: Vec<&JwtAuthority> = self.jwt_authorities.iter().collect();
         sorted.sort_by(|a, b| a.kid.cmp(&b.kid));
-        let jwk = |authority: &JwtAuthority| Jwk {
-            key_use,
-            kid: Some(authority.kid.clone()),
-            ..Jwk::of(&authority.key)
-        };
-        sorted.into_iter().map(jwk).collect()
+        sorted
+            .into_iter()
+            .map(|it| Jwk { key_use, kid: Some(&it.kid), key: Cow::Borrowed(&it.key), x5c: None })
+            .collect()
     }
 }
 
@@ -428,22 +250,37 @@ fn check_len(bundle: &[u8]) -> Result<(), BundleError> {
     if bundle.len() > MAX_LEN { Err(BundleError::TooLong(bundle.len())) } else { Ok(()) }
 }
 
+/// The one certificate that `der` is.
+fn parse_certificate(der: &[u8]) -> Result<X509Certificate<'_>, AuthorityError> {
+    match x509_parser::parse_x509_certificate(der) {
+        Ok(([], certificate)) => Ok(certificate),
+        _ => Err(AuthorityError::NotCertificate),
+    }
+}
+
 /// Checks that `der` is one certificate, and a CA's (X509-SVID, section 4.1).
-fn check_ca(der: &[u8]) -> Result<(), KeyError> {
-    let Ok(([], certificate)) = x509_parser::parse_x509_certificate(der) else {
-        return Err(KeyError::NotCertificate);
-    };
-    if certificate.is_ca() { Ok(()) } else { Err(KeyError::NotCa) }
+fn check_ca(der: &[u8]) -> Result<(), AuthorityError> {
+    if parse_certificate(der)?.is_ca() { Ok(()) } else { Err(AuthorityError::NotCa) }
+}
+
+fn public_key(der: &[u8]) -> Result<JwtPublicKey, AuthorityError> {
+    Ok(JwtPublicKey::of_spki(parse_certificate(der)?.public_key())?)
+}
+
+/// `kid` and key of a `jwt-svid` key; `None` when its `kty` is unknown.
+fn jwt_key(jwk: &Map<String, Value>) -> Result<Option<(&str, JwtPublicKey)>, AuthorityError> {
+    let Some(key) = JwtPublicKey::of_jwk(jwk)? else { return Ok(None) };
+    Ok(Some((text(jwk, "kid")?, key)))
 }
 
 /// The certificate of an `x509-svid` key; `None` when its `kty` is unknown. OKP is known here: an Ed25519 authority
 /// is passed on to workloads, which may know how to use it.
-fn certificate(jwk: &Map<String, Value>) -> Result<Option<Vec<u8>>, KeyError> {
+fn certificate(jwk: &Map<String, Value>) -> Result<Option<Vec<u8>>, AuthorityError> {
     if !matches!(text(jwk, "kty")?, "EC" | "RSA" | "OKP") {
         return Ok(None);
     }
-    let x5c = jwk.get("x5c").ok_or(KeyError::Missing("x5c"))?.as_array().ok_or(KeyError::X5cType)?;
-    let [x5c] = x5c.as_slice() else { return Err(KeyError::X5cLen(x5c.len())) };
+    let x5c = jwk.get("x5c").ok_or(KeyError::Missing("x5c"))?.as_array().ok_or(AuthorityError::X5cType)?;
+    let [x5c] = x5c.as_slice() else { return Err(AuthorityError::X5cLen(x5c.len())) };
     let x5c = x5c.as_str().ok_or(KeyError::NotText("x5c"))?;
     let der = STANDARD.decode(x5c).map_err(|reason| KeyError::Base64("x5c", reason))?;
     check_ca(&der)?;
@@ -451,44 +288,11 @@ fn certificate(jwk: &Map<String, Value>) -> Result<Option<Vec<u8>>, KeyError> {
 }
 
 #[derive(Serialize)]
-struct JwkSet {
-    keys: Vec<Jwk>,
+struct JwkSet<'a> {
+    keys: Vec<Jwk<'a>>,
 }
 
-/// Members in the order in which go-jose writes them.
-#[derive(Default, Serialize)]
-struct Jwk {
-    #[serde(rename = "use", skip_serializing_if = "Option::is_none")]
-    key_use: Option<&'static str>,
-    kty: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    kid: Option<Box<str>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    crv: Option<Box<str>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    x: Option<Box<str>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    y: Option<Box<str>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    n: Option<Box<str>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    e: Option<Box<str>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    x5c: Option<[String; 1]>,
-}
-
-impl Jwk {
-    fn of(key: &JwtPublicKey) -> Self {
-        match key.clone() {
-            JwtPublicKey::Ec { crv, x, y } => {
-                Self { kty: "EC", crv: Some(crv), x: Some(x), y: Some(y), ..Self::default() }
-            }
-            JwtPublicKey::Rsa { n, e } => Self { kty: "RSA", n: Some(n), e: Some(e), ..Self::default() },
-        }
-    }
-}
-
-fn pretty(set: &JwkSet) -> String {
+fn pretty(set: &JwkSet<'_>) -> String {
     let mut text = Vec::new();
     let indent = serde_json::ser::PrettyFormatter::with_indent(b"    ");
     set.serialize(&mut serde_json::Serializer::with_formatter(&mut text, indent))
@@ -523,6 +327,7 @@ mod tests {
         rsa,
         signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _},
     };
+    use base64::engine::general_purpose::URL_SAFE_NO_PAD;
     use proptest::prelude::*;
     use rcgen::PublicKeyData as _;
     use serde_json::json;
@@ -550,11 +355,9 @@ mod tests {
     }
 
     fn jwk(key_use: &str, kid: Option<&str>, key: &JwtPublicKey) -> Value {
-        let mut jwk = serde_json::to_value(Jwk::of(key)).unwrap();
+        let mut jwk =
+            serde_json::to_value(Jwk { key_use: None, kid, key: Cow::Borrowed(key), x5c: None }).unwrap();
         jwk["use"] = json!(key_use);
-        if let Some(kid) = kid {
-            jwk["kid"] = json!(kid);
-        }
         jwk
     }
 

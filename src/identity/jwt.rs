@@ -2,39 +2,34 @@
 //!
 //! A token is text from a stranger. At most [`MAX_LEN`] bytes of it are looked at, and only the compact form: what
 //! base64url, JSON or JWS would let two readers see differently (padding, stray bits, white space, a member named
-//! twice, `crit`) is refused. The key comes from the bundle of the trust domain that `sub` names and from nowhere
-//! else; what the header says of keys (`jwk`, `x5c`, `jku`) is not looked at. Until the signature is verified, the
-//! claims are used for nothing but to find that key.
+//! twice, `crit`) is refused before jsonwebtoken reads it and verifies its signature. The key comes from the bundle of
+//! the trust domain that `sub` names and from nowhere else; what the header says of keys (`jwk`, `x5c`, `jku`) is not
+//! used. Until the signature is verified, the claims are used for nothing but to find that key.
 //!
 //! Order and texts are spire-agent's (`pkg/common/jwtsvid/validate.go`, go-jose), since people search for them. As
-//! there, `typ` is not looked at, `kid` is needed though JWT-SVID, section 2.2, calls it optional, and the time
-//! checks have [`LEEWAY`]. What a text repeats of the token is cut short.
+//! there, the value of `typ` is not looked at, `kid` is needed though JWT-SVID, section 2.2, calls it optional, and
+//! the time checks have [`LEEWAY`]. What a text repeats of the token is cut short.
 //!
 //! # Decisions
-//! Signatures are verified by aws-lc-rs itself: jsonwebtoken does not know ES512, and has a validation of its own that
-//! would have to be switched off check by check.
+//! The rules on claims are ours: jsonwebtoken reads the clock itself, checks in another order, and takes a token
+//! without `aud`. ES512, which it does not know, is verified by aws-lc-rs.
 
 use std::{
-    fmt::{self, Write as _},
+    collections::HashSet,
+    fmt::Write as _,
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use aws_lc_rs::{
-    rsa::PublicKeyComponents,
-    signature::{
-        ECDSA_P256_SHA256_FIXED, ECDSA_P384_SHA384_FIXED, ECDSA_P521_SHA512_FIXED,
-        EcdsaVerificationAlgorithm, RSA_PKCS1_2048_8192_SHA256, RSA_PKCS1_2048_8192_SHA384,
-        RSA_PKCS1_2048_8192_SHA512, RSA_PSS_2048_8192_SHA256, RSA_PSS_2048_8192_SHA384,
-        RSA_PSS_2048_8192_SHA512, RsaParameters, UnparsedPublicKey,
-    },
-};
+use aws_lc_rs::signature::{ECDSA_P521_SHA512_FIXED, UnparsedPublicKey};
 use base64::{DecodeError, Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use jsonwebtoken::{Algorithm, DecodingKey, Validation, errors::ErrorKind};
 use serde_json::{Map, Value};
 
 use super::{
     Bundle, SpiffeId, TrustDomain,
-    bundle::JwtPublicKey,
     json::{self, Quoted},
+    jwk::JwtPublicKey,
     spiffe_id::SpiffeIdError,
 };
 
@@ -144,9 +139,9 @@ pub enum ParseError {
     /// A part is not base64url without padding, or its last character has bits that mean nothing.
     #[error("illegal base64 data at input byte {0}")]
     Base64(usize),
-    /// The header is not JSON, or names a member twice.
+    /// The header is not JSON, names a member twice, or has one of another type than RFC 7515 asks for.
     #[error("header is not valid JSON: {0}")]
-    HeaderJson(serde_json::Error),
+    HeaderJson(Arc<serde_json::Error>),
     /// The header is JSON, but no object.
     #[error("header must be a JSON object")]
     HeaderNotObject,
@@ -157,42 +152,13 @@ pub enum ParseError {
     #[error("failed to unmarshal key ID: must be a text")]
     KeyIdNotText,
     /// `none`, an HMAC, or anything else that JWT-SVID does not allow.
-    #[error("unexpected signature algorithm {}; expected [{Allowed}]", Quoted(.0))]
+    #[error("unexpected signature algorithm {}; expected [\"{}\"]", Quoted(.0), ALGORITHMS.join("\" \""))]
     Algorithm(String),
 }
 
-/// How an `alg` verifies.
-#[derive(Clone, Copy)]
-enum Scheme {
-    Ecdsa { crv: &'static str, verification: &'static EcdsaVerificationAlgorithm },
-    Rsa(&'static RsaParameters),
-}
-
 /// JWT-SVID, section 2.1, in SPIRE's order.
-const ALGORITHMS: [(&str, Scheme); 9] = [
-    ("ES256", Scheme::Ecdsa { crv: "P-256", verification: &ECDSA_P256_SHA256_FIXED }),
-    ("ES384", Scheme::Ecdsa { crv: "P-384", verification: &ECDSA_P384_SHA384_FIXED }),
-    ("ES512", Scheme::Ecdsa { crv: "P-521", verification: &ECDSA_P521_SHA512_FIXED }),
-    ("RS256", Scheme::Rsa(&RSA_PKCS1_2048_8192_SHA256)),
-    ("RS384", Scheme::Rsa(&RSA_PKCS1_2048_8192_SHA384)),
-    ("RS512", Scheme::Rsa(&RSA_PKCS1_2048_8192_SHA512)),
-    ("PS256", Scheme::Rsa(&RSA_PSS_2048_8192_SHA256)),
-    ("PS384", Scheme::Rsa(&RSA_PSS_2048_8192_SHA384)),
-    ("PS512", Scheme::Rsa(&RSA_PSS_2048_8192_SHA512)),
-];
-
-/// Shows [`ALGORITHMS`] as Go shows a list of strings.
-struct Allowed;
-
-impl fmt::Display for Allowed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (at, (name, _)) in ALGORITHMS.iter().enumerate() {
-            let space = if at == 0 { "" } else { " " };
-            write!(f, "{space}\"{name}\"")?;
-        }
-        Ok(())
-    }
-}
+const ALGORITHMS: [&str; 9] =
+    ["ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"];
 
 /// Validates `token` for `audience` at the time `now`.
 ///
@@ -231,9 +197,7 @@ pub fn validate<'a>(
     if jws.critical {
         return Err(JwtError::Critical);
     }
-    if !is_signed(jws.signed, &jws.signature, jws.scheme, key) {
-        return Err(JwtError::Signature);
-    }
+    let claims = verified_claims(token, &jws, key)?;
 
     if !registered.aud.contains(&audience) {
         return Err(JwtError::Audience { want: audience.to_owned(), got: shown(&registered.aud) });
@@ -263,7 +227,8 @@ pub fn restrict_foreign(claims: &mut Map<String, Value>, allowed: &[String]) {
 struct Jws<'a> {
     /// What the signature is over.
     signed: &'a str,
-    scheme: Scheme,
+    /// One of [`ALGORITHMS`].
+    alg: &'static str,
     kid: String,
     critical: bool,
     payload: Vec<u8>,
@@ -293,10 +258,10 @@ impl<'a> Jws<'a> {
         };
         let kid = member("kid").ok_or(ParseError::KeyIdNotText)?.to_owned();
         let alg = member("alg").ok_or(ParseError::AlgorithmNotText)?;
-        let scheme = ALGORITHMS.iter().find(|(name, _)| *name == alg).map(|(_, scheme)| *scheme);
-        let scheme = scheme.ok_or_else(|| ParseError::Algorithm(alg.to_owned()))?;
+        let allowed = ALGORITHMS.into_iter().find(|name| *name == alg);
+        let alg = allowed.ok_or_else(|| ParseError::Algorithm(alg.to_owned()))?;
         let critical = header.get("crit").is_some_and(|crit| !crit.is_null());
-        Ok(Self { signed, scheme, kid, critical, payload, signature })
+        Ok(Self { signed, alg, kid, critical, payload, signature })
     }
 }
 
@@ -309,26 +274,43 @@ fn decode(part: &str) -> Result<Vec<u8>, ParseError> {
 }
 
 fn parse_header(header: &[u8]) -> Result<Value, ParseError> {
-    json::parse(header, MAX_VALUES).map_err(ParseError::HeaderJson)
+    json::parse(header, MAX_VALUES).map_err(|error| ParseError::HeaderJson(Arc::new(error)))
 }
 
-/// Whether `signature` over `signed` was made with the private key of `key`. A key of another kind or curve than
-/// the algorithm asks for has made no such signature.
-fn is_signed(signed: &str, signature: &[u8], scheme: Scheme, key: &JwtPublicKey) -> bool {
-    let decoded = |member: &str| URL_SAFE_NO_PAD.decode(member).unwrap_or_default();
-    match (scheme, key) {
-        (Scheme::Ecdsa { crv, verification }, JwtPublicKey::Ec { crv: key_crv, x, y })
-            if *crv == **key_crv =>
-        {
-            let point = [&[4], decoded(x).as_slice(), decoded(y).as_slice()].concat();
-            UnparsedPublicKey::new(verification, point).verify(signed.as_bytes(), signature).is_ok()
-        }
-        (Scheme::Rsa(parameters), JwtPublicKey::Rsa { n, e }) => {
-            let key = PublicKeyComponents { n: decoded(n), e: decoded(e) };
-            key.verify(parameters, signed.as_bytes(), signature).is_ok()
-        }
-        (Scheme::Ecdsa { .. } | Scheme::Rsa(_), JwtPublicKey::Ec { .. } | JwtPublicKey::Rsa { .. }) => false,
-    }
+/// The claims of `token`, which was signed with the private key of `key`. A key of another kind or curve than the
+/// algorithm asks for has signed nothing.
+fn verified_claims(token: &str, jws: &Jws<'_>, key: &JwtPublicKey) -> Result<Map<String, Value>, JwtError> {
+    let wrong = |error: jsonwebtoken::errors::Error| match error.into_kind() {
+        // Of the header: the claims were parsed before.
+        ErrorKind::Json(error) => JwtError::Parse(ParseError::HeaderJson(error)),
+        _ => JwtError::Signature,
+    };
+    let Ok(algorithm) = jws.alg.parse::<Algorithm>() else {
+        verify_es512(jws, key)?;
+        return jsonwebtoken::dangerous::insecure_decode_claims(token).map_err(wrong);
+    };
+    let key = match key {
+        JwtPublicKey::Ec { x, y, .. } => DecodingKey::from_ec_components(x, y),
+        JwtPublicKey::Rsa { n, e } => DecodingKey::from_rsa_components(n, e),
+    };
+    // The signature alone: the rules on claims are those of `validate`, by its clock.
+    let validation = Validation {
+        required_spec_claims: HashSet::new(),
+        validate_exp: false,
+        validate_aud: false,
+        ..Validation::new(algorithm)
+    };
+    let token = jsonwebtoken::decode(token, &key.map_err(wrong)?, &validation).map_err(wrong)?;
+    Ok(token.claims)
+}
+
+fn verify_es512(jws: &Jws<'_>, key: &JwtPublicKey) -> Result<(), JwtError> {
+    let JwtPublicKey::Ec { x, y, .. } = key else { return Err(JwtError::Signature) };
+    let decoded = |coordinate: &str| URL_SAFE_NO_PAD.decode(coordinate).unwrap_or_default();
+    let point = [&[4], decoded(x).as_slice(), decoded(y).as_slice()].concat();
+    UnparsedPublicKey::new(&ECDSA_P521_SHA512_FIXED, point)
+        .verify(jws.signed.as_bytes(), &jws.signature)
+        .map_err(|_unspecified| JwtError::Signature)
 }
 
 /// The claims that decide. A `null` is a claim that is not there.
@@ -536,7 +518,7 @@ mod tests {
         let keys =
             [("ec256", &world.ec256), ("ec384", &world.ec384), ("ec521", &world.ec521), ("rsa", &world.rsa)];
         let claims = good_claims();
-        for (alg, _) in ALGORITHMS {
+        for alg in ALGORITHMS {
             let fitting = match alg {
                 "ES256" => "ec256",
                 "ES384" => "ec384",
@@ -596,13 +578,15 @@ mod tests {
             ),
         ] {
             let key = JwtPublicKey::Ec { crv: key.0.into(), x: key.1.into(), y: key.2.into() };
-            let (_, scheme) = ALGORITHMS.into_iter().find(|(name, _)| *name == alg).unwrap();
-            let signature = URL_SAFE_NO_PAD.decode(signature).unwrap();
-            assert!(is_signed(signed, &signature, scheme, &key), "{case}");
-            assert!(
-                !is_signed(signed.trim_start_matches('e'), &signature, scheme, &key),
-                "{case}, another message"
-            );
+            // The payload of A.4 is no JSON, so that it has no claims even when it is signed.
+            let is_signed = |token: &str| {
+                let jws = Jws::parse(token).unwrap();
+                assert_eq!(jws.alg, alg, "{case}");
+                !matches!(verified_claims(token, &jws, &key), Err(JwtError::Signature))
+            };
+            assert!(is_signed(&format!("{signed}.{signature}")), "{case}");
+            let (header, _) = signed.split_once('.').unwrap();
+            assert!(!is_signed(&format!("{header}.e30.{signature}")), "{case}, another message");
         }
     }
 
@@ -698,6 +682,13 @@ mod tests {
                 "unknown header",
                 ec(r#"{"alg":"ES256","kid":"ec256","jku":"https://x","typ":"at+jwt"}"#),
                 Ok(()),
+            ),
+            (
+                "typ number",
+                ec(r#"{"alg":"ES256","kid":"ec256","typ":1}"#),
+                Err(
+                    "unable to parse JWT token: header is not valid JSON: invalid type: integer `1`, expected a string",
+                ),
             ),
             ("no kid", ec(r#"{"alg":"ES256"}"#), Err("token header missing key id")),
             ("empty kid", ec(r#"{"alg":"ES256","kid":""}"#), Err("token header missing key id")),

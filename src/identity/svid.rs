@@ -5,6 +5,7 @@ use std::{fmt, time::SystemTime};
 use zeroize::Zeroizing;
 
 use super::SpiffeId;
+use crate::hcl::settings::Shown;
 
 /// The algorithm of a key pair. The names are SPIRE's (`workload_x509_svid_key_type`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -19,6 +20,9 @@ pub enum KeyType {
 }
 
 impl KeyType {
+    /// What a text must be for [`KeyType::parse`].
+    pub(crate) const NAMES: &str = "must be one of ec-p256, ec-p384, rsa-2048";
+
     /// Parses `ec-p256`, `ec-p384` or `rsa-2048`, in any case as SPIRE does.
     pub fn parse(text: &str) -> Option<Self> {
         [Self::EcP256, Self::EcP384, Self::Rsa2048].into_iter().find(|k| k.name().eq_ignore_ascii_case(text))
@@ -31,6 +35,12 @@ impl KeyType {
             Self::EcP384 => "ec-p384",
             Self::Rsa2048 => "rsa-2048",
         }
+    }
+}
+
+impl Shown for KeyType {
+    fn shown(&self) -> String {
+        self.name().to_owned()
     }
 }
 

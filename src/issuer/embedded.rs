@@ -1,392 +1,390 @@
-//! The embedded issuer: a CA and a JWT key of one node, in a directory of its own.
+//! The embedded issuer: a CA of this node, and the entries and federated bundles of the configuration.
 //!
-//! It signs what it is told to: who may have which SVID was decided before. It trusts its data directory only after
-//! seeing that nobody else can write there, and the clock not at all (see `rotation`).
+//! An ECDSA signature takes some tens of microseconds and is made on the thread that asks; a hop to another thread
+//! would cost as much. RSA takes up to a tenth of a second (a new key) and goes to the blocking pool, with a bound on
+//! how many are under way.
 //!
-//! Invariants: an authority is on the disk and in the bundle before it signs; a private CA or JWT key leaves this
-//! module only into the state file; nothing that still verifies an unexpired SVID leaves the bundle; an error leaves
-//! everything as it was. Signing takes no lock and touches no file. Absent: a background task. The caller rotates
-//! when [`Rotation::next`] says so.
-//!
-//! # Decisions
-//! Settings take effect on what is made after them: another `ca_ttl` or key type at the next rotation. Only another
-//! source of the CA (self-signed, or other supplied files) takes effect at once, since the admin who changes it no
-//! longer wants the old one to sign; the old root stays in the bundle until what it signed is expired.
+//! Its background work is rotation. What fails is tried again soon, said once when it begins and once when it ends, and
+//! changes nothing meanwhile: the issuer signs with what it has.
 
+mod ca;
 mod disk;
 mod error;
 mod jwt;
 mod keys;
 mod rotation;
+mod settings;
 mod state;
 mod supplied;
 mod x509;
 
 use std::{
+    collections::BTreeMap,
     fmt,
-    path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use arc_swap::ArcSwap;
-
-pub use self::error::{Damage, IssuerError, SuppliedCaFault};
-use self::{
-    disk::DataDir,
-    jwt::{JwtKey, JwtSigner},
-    keys::{KeyPair, SignatureForm},
-    rotation::{Advanced, Record, Slot, Term},
-    state::{State, StateError},
-    supplied::SuppliedCa,
-    x509::{CaIssuer, X509Authority, X509Signer},
-};
-use crate::identity::{
-    Bundle, Entry, JwtSvid, KeyType, SpiffeId, TrustDomain, X509Svid, bundle::JwtAuthority,
+use futures_util::future::{BoxFuture, join_all};
+use tokio::{
+    sync::{Semaphore, watch},
+    time::Instant,
 };
 
-/// The shortest lifetime of a CA: below it, rotation would hardly leave time to learn of a new one.
-pub const MIN_CA_TTL: Duration = Duration::from_secs(60);
+pub use self::{
+    ca::{EmbeddedCa, ROTATION_RETRY, Rotation},
+    error::{Damage, IssuerError, SuppliedCaFault},
+    settings::{AuthorityTtl, EmbeddedSettings, IssuerSettings, MIN_CA_TTL, MIN_SVID_TTL},
+};
+use super::{Issuer, JwtRequest, MintError, SvidKind, World, by, metrics::IssuerMetrics};
+use crate::{
+    identity::{Bundle, Bundles, Entry, EntryIndex, JwtSvid, TrustDomain, X509Svid},
+    os::clock::{Clock, sleep_until},
+    telemetry::chain,
+};
 
-/// How long to wait after a rotation that failed before trying again.
-pub const ROTATION_RETRY: Duration = Duration::from_secs(10);
+/// How many RSA operations are under way at once; the others wait their turn, each in its own call.
+const HEAVY_AT_ONCE: usize = 2;
 
-/// What the embedded issuer is told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Settings {
-    /// For whom it signs.
-    pub trust_domain: TrustDomain,
-    /// Where its keys and state lie; made with mode 0700 when missing.
-    pub data_dir: PathBuf,
-    /// Where its CA comes from.
-    pub ca: CaSource,
-    /// Lifetime of a CA certificate and of a JWT key it makes. Default 24 h; at least [`MIN_CA_TTL`].
-    pub ca_ttl: Duration,
-    /// Key type of the CA. Default `ec-p256`.
-    pub ca_key_type: KeyType,
-    /// Key type of the JWT keys. Default: as the CA.
-    pub jwt_key_type: KeyType,
-    /// Key type of the X.509-SVIDs (`workload_x509_svid_key_type`). Default `ec-p256`.
-    pub svid_key_type: KeyType,
-    /// `iss` of JWT-SVIDs, if any.
-    pub jwt_issuer: Option<String>,
-    /// Lifetime of an X.509-SVID whose entry says none. Default 1 h.
-    pub default_x509_svid_ttl: Duration,
-    /// Lifetime of a JWT-SVID whose entry says none. Default 5 min.
-    pub default_jwt_svid_ttl: Duration,
+/// The longest time between two looks at what is due for rotation.
+const LOOK: Duration = Duration::from_secs(10);
+
+/// The shortest time between two looks.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// The embedded CA as an [`Issuer`].
+pub struct EmbeddedIssuer {
+    ca: Arc<EmbeddedCa>,
+    clock: Clock,
+    metrics: Arc<IssuerMetrics>,
+    world: watch::Sender<Arc<World>>,
+    heavy: Arc<Semaphore>,
 }
 
-/// Where the CA comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum CaSource {
-    /// Made here, self-signed, rotated.
-    SelfSigned,
-    /// An upstream CA certificate and key of the admin's, both PEM files: it signs an intermediate that is made
-    /// here and rotated; the supplied root is what the bundle holds.
-    Supplied {
-        /// The CA certificate; further certificates in the file are its chain up to the root.
-        cert: PathBuf,
-        /// Its private key; its mode may not let others read it.
-        key: PathBuf,
-    },
-}
-
-/// The embedded issuer. Any number of threads may sign at once; a signature with an RSA key, and a new RSA key even
-/// more, belong on a thread that may block.
-pub struct Embedded {
-    settings: Settings,
-    /// What signs and what verifies, as one: who loads it sees both from the same moment.
-    signing: ArcSwap<Signing>,
-    /// Held while rotating, and by nothing else.
-    rotating: Mutex<Rotating>,
-}
-
-struct Signing {
-    bundle: Arc<Bundle>,
-    x509: X509Signer,
-    jwt: JwtSigner,
-}
-
-struct Rotating {
-    data_dir: DataDir,
-    /// As it is on the disk.
-    state: State,
-    /// The bundle that the caller was last told of.
-    reported: Arc<Bundle>,
-}
-
-/// What [`Embedded::rotate`] did.
-#[derive(Debug)]
-pub struct Rotation {
-    /// Whether [`Embedded::bundle`] is another than after the last call that succeeded (or after opening).
-    pub bundle_changed: bool,
-    /// When to call again: always after the `now` of this call, and soon if there is a `fault`. If the clock may
-    /// be set, or the machine suspended, look at it in between: a call with nothing to do costs microseconds.
-    pub next: SystemTime,
-    /// A part that could not be done, while the rest was: a next authority could not be made.
-    pub fault: Option<IssuerError>,
-}
-
-impl Embedded {
-    /// Opens the data directory, takes its lock, and makes what is missing or due, so that the issuer can sign.
+impl EmbeddedIssuer {
+    /// Opens the CA; until [`EmbeddedIssuer::declare`] is called there are no entries.
     ///
     /// # Errors
-    /// Whatever makes signing impossible or unsafe: the directory or a file in it is not the agent's alone, is
-    /// locked by another agent, or cannot be read; the state is damaged or another trust domain's; the supplied CA
-    /// cannot be used; a first state cannot be written. Nothing that was there is overwritten. A rotation that is
-    /// due but fails, while what is there can sign, is no error: [`Embedded::rotate`] will tell.
-    pub fn open(settings: Settings, now: SystemTime) -> Result<Self, IssuerError> {
-        if settings.ca_ttl < MIN_CA_TTL {
-            return Err(IssuerError::CaTtl { found: settings.ca_ttl });
-        }
-        let data_dir = DataDir::open(&settings.data_dir)?;
-        let mut state = match data_dir.read()? {
-            Some(text) => parse(&text, &data_dir, &settings.trust_domain)?,
-            None => State::default(),
-        };
-        dismiss_other_sources(&mut state, &settings, now)?;
-
-        let on_disk = state.clone();
-        let (x509, jwt) = advance(&mut state, &settings, now);
-        if !can_sign(&state, now) {
-            let unknown = IssuerError::Crypto("use the keys that were just made");
-            return Err(x509.fault.or(jwt.fault).unwrap_or(unknown));
-        }
-        if x509.changed || jwt.changed {
-            let written = state.to_json(&settings.trust_domain).and_then(|text| data_dir.write(&text));
-            match written {
-                Ok(()) => {}
-                Err(_) if can_sign(&on_disk, now) => state = on_disk,
-                Err(err) => return Err(err),
-            }
-        }
-        let signing = signing(&state, &settings.trust_domain, now)
-            .ok_or(IssuerError::Crypto("use the keys that were just made"))?;
-        let reported = Arc::clone(&signing.bundle);
+    /// Those of [`EmbeddedCa::open`].
+    pub fn open(
+        settings: EmbeddedSettings,
+        clock: Clock,
+        metrics: Arc<IssuerMetrics>,
+    ) -> Result<Self, IssuerError> {
+        let ca = EmbeddedCa::open(settings, clock.now())?;
+        let bundles = Bundles { own: ca.bundle(), federated: BTreeMap::new() };
+        let world = World { index: Arc::default(), bundles };
         Ok(Self {
-            settings,
-            signing: ArcSwap::from_pointee(signing),
-            rotating: Mutex::new(Rotating { data_dir, state, reported }),
+            ca: Arc::new(ca),
+            clock,
+            metrics,
+            world: watch::Sender::new(Arc::new(world)),
+            heavy: Arc::new(Semaphore::new(HEAVY_AT_ONCE)),
         })
     }
 
-    /// What verifies everything that this issuer signed and that is not expired. Cheap.
-    pub fn bundle(&self) -> Arc<Bundle> {
-        Arc::clone(&self.signing.load().bundle)
+    /// Publishes what the configuration declares.
+    pub fn declare(&self, index: Arc<EntryIndex>, federated: BTreeMap<TrustDomain, Arc<Bundle>>) {
+        self.world.send_modify(|world| {
+            let bundles = Bundles { own: Arc::clone(&world.bundles.own), federated };
+            *world = Arc::new(World { index, bundles });
+        });
     }
 
-    /// Makes a key and an X.509-SVID of the entry. Its lifetime is the entry's or the default, and ends with the
-    /// CA at the latest.
-    ///
-    /// # Errors
-    /// The entry is of another trust domain, has no path, a lifetime under a second, or a DNS name that is not
-    /// ASCII; or [`IssuerError::NotValidNow`], after which a rotation helps.
-    pub fn mint_x509(&self, entry: &Entry, now: SystemTime) -> Result<X509Svid, IssuerError> {
-        self.check_id(&entry.spiffe_id)?;
-        let signing = self.signing.load();
-        check_term("CA certificate", signing.x509.term, now)?;
-        let ttl = entry.x509_svid_ttl.unwrap_or(self.settings.default_x509_svid_ttl);
-        signing.x509.sign(&entry.spiffe_id, &entry.dns_names, ttl, self.settings.svid_key_type, now)
+    /// See [`EmbeddedCa::reconfigure`].
+    pub fn reconfigure(&self, settings: &EmbeddedSettings) {
+        self.ca.reconfigure(settings);
     }
 
-    /// Signs a JWT-SVID for `audience`, of which empty texts are left out, in their order. `ttl` defaults to the
-    /// setting; it ends with the key at the latest.
-    ///
-    /// # Errors
-    /// No audience is left; the ID is of another trust domain or has no path; the lifetime is under a second; or
-    /// [`IssuerError::NotValidNow`], after which a rotation helps.
-    pub fn mint_jwt(
+    /// Mints on this thread.
+    fn mint<T>(
         &self,
-        id: &SpiffeId,
-        ttl: Option<Duration>,
-        audience: &[String],
-        now: SystemTime,
-    ) -> Result<JwtSvid, IssuerError> {
-        self.check_id(id)?;
-        let signing = self.signing.load();
-        check_term("JWT key", signing.jwt.term, now)?;
-        let ttl = ttl.unwrap_or(self.settings.default_jwt_svid_ttl);
-        signing.jwt.sign(id, ttl, audience, self.settings.jwt_issuer.as_deref(), now)
+        kind: SvidKind,
+        deadline: Instant,
+        work: impl FnOnce(&EmbeddedCa, SystemTime) -> Result<T, IssuerError>,
+    ) -> Result<T, MintError> {
+        let started = Instant::now();
+        let made = if started < deadline {
+            work(&self.ca, self.clock.now()).map_err(MintError::from)
+        } else {
+            Err(MintError::Late)
+        };
+        self.count(kind, started, made)
     }
 
-    /// Does all that is due: prepares next authorities, puts them to use, retires and forgets old ones. Also mends
-    /// what a long sleep or a clock that was set has left: an authority that is not valid now is replaced at once,
-    /// by one that is kept if there is such a one.
-    ///
-    /// Blocks on the disk, and for a tenth of a second or more when an RSA key is made. Callers wait for each other.
-    ///
-    /// # Errors
-    /// The new state could not be written. Everything is as before, in memory too; call again after
-    /// [`ROTATION_RETRY`].
-    pub fn rotate(&self, now: SystemTime) -> Result<Rotation, IssuerError> {
-        // Nothing in there is changed by halves, so a panic of another thread left it whole.
-        let mut rotating = self.rotating.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut state = rotating.state.clone();
-        let (x509, jwt) = advance(&mut state, &self.settings, now);
-        if x509.changed || jwt.changed {
-            let text = state.to_json(&self.settings.trust_domain)?;
-            rotating.data_dir.write(&text)?;
-        }
-        // Only now: what signs is on the disk.
-        let bundle_is_old = *self.signing.load().bundle != bundle(&state, &self.settings.trust_domain, now);
-        if x509.changed || jwt.changed || bundle_is_old {
-            let signing = signing(&state, &self.settings.trust_domain, now)
-                .ok_or(IssuerError::Crypto("use the keys that were just made"))?;
-            self.signing.store(Arc::new(signing));
-        }
-        let fault = x509.fault.or(jwt.fault);
-        let retry = fault.as_ref().and_then(|_| now.checked_add(ROTATION_RETRY));
-        let due = [rotation::next_due(&state.x509, now), rotation::next_due(&state.jwt, now), retry];
-        rotating.state = state;
-
-        let bundle = self.bundle();
-        let bundle_changed = *rotating.reported != *bundle;
-        rotating.reported = bundle;
-        let next = due.into_iter().flatten().min().unwrap_or(now + ROTATION_RETRY);
-        Ok(Rotation { bundle_changed, next, fault })
-    }
-
-    fn check_id(&self, id: &SpiffeId) -> Result<(), IssuerError> {
-        if !id.is_member_of(&self.settings.trust_domain) {
-            let trust_domain = self.settings.trust_domain.clone();
-            return Err(IssuerError::Foreign { id: id.clone(), trust_domain });
-        }
-        if id.path().is_empty() {
-            return Err(IssuerError::NoPath(id.clone()));
-        }
-        Ok(())
-    }
-}
-
-impl fmt::Debug for Embedded {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Embedded").field("settings", &self.settings).finish_non_exhaustive()
-    }
-}
-
-fn parse(text: &[u8], data_dir: &DataDir, trust_domain: &TrustDomain) -> Result<State, IssuerError> {
-    let path = data_dir.state_path();
-    State::parse(text, trust_domain).map_err(|err| match err {
-        StateError::Damaged(damage) => IssuerError::Damaged { path, damage },
-        StateError::Version(found) => IssuerError::Version { path, found, known: state::VERSION },
-        StateError::TrustDomain(found) => {
-            IssuerError::TrustDomain { path, found, want: trust_domain.clone() }
-        }
-    })
-}
-
-/// Takes the keys of CAs that do not come from where the settings say, so that they never sign again.
-fn dismiss_other_sources(state: &mut State, settings: &Settings, now: SystemTime) -> Result<(), IssuerError> {
-    let chain = match &settings.ca {
-        CaSource::SelfSigned => Vec::new(),
-        CaSource::Supplied { cert, key } => SuppliedCa::load(cert, key, &settings.trust_domain, now)?.chain,
-    };
-    for record in state.x509.iter_mut().filter(|record| record.public.above != chain) {
-        record.key = None;
-        if record.slot == Slot::Next {
-            record.slot = Slot::Old;
-        }
-    }
-    Ok(())
-}
-
-fn can_sign(state: &State, now: SystemTime) -> bool {
-    is_usable(&state.x509, now) && is_usable(&state.jwt, now)
-}
-
-fn is_usable<T>(records: &[Record<T>], now: SystemTime) -> bool {
-    rotation::find(records, Slot::Current).is_some_and(|(_, current)| current.is_usable(now))
-}
-
-fn check_term(authority: &'static str, term: Term, now: SystemTime) -> Result<(), IssuerError> {
-    if term.holds(now) {
-        return Ok(());
-    }
-    Err(IssuerError::NotValidNow { authority, not_before: term.not_before, not_after: term.not_after, now })
-}
-
-fn advance(state: &mut State, settings: &Settings, now: SystemTime) -> (Advanced, Advanced) {
-    let x509 = rotation::advance(&mut state.x509, now, |outlive| make_ca(settings, outlive, now));
-    let jwt = rotation::advance(&mut state.jwt, now, |_| make_jwt_key(settings, now));
-    (x509, jwt)
-}
-
-fn make_ca(
-    settings: &Settings,
-    outlive: Option<SystemTime>,
-    now: SystemTime,
-) -> Result<Record<X509Authority>, IssuerError> {
-    let out_of_time = IssuerError::Time { time: now };
-    let key_type = settings.ca_key_type;
-    let trust_domain = &settings.trust_domain;
-    let key = KeyPair::generate(key_type, SignatureForm::Certificate)?;
-    let (term, public) = match &settings.ca {
-        CaSource::SelfSigned => {
-            let term = Term::new(now, settings.ca_ttl, None).ok_or(out_of_time)?;
-            let certificate = x509::ca_certificate(trust_domain, term, &key, CaIssuer::Itself)?;
-            (term, X509Authority { certificate, above: Vec::new() })
-        }
-        CaSource::Supplied { cert, key: key_path } => {
-            let supplied = SuppliedCa::load(cert, key_path, trust_domain, now)?;
-            let refuse = |fault| IssuerError::SuppliedCa { path: cert.clone(), fault };
-            let not_after = supplied.not_after;
-            if outlive.is_some_and(|outlive| not_after <= outlive) {
-                return Err(refuse(SuppliedCaFault::Expiring { not_after }));
+    /// Mints on the blocking pool. What has begun when the deadline comes is finished for nobody.
+    async fn mint_heavy<T: Send + 'static>(
+        &self,
+        kind: SvidKind,
+        deadline: Instant,
+        work: impl FnOnce(&EmbeddedCa, SystemTime) -> Result<T, IssuerError> + Send + 'static,
+    ) -> Result<T, MintError> {
+        let started = Instant::now();
+        let made = by(deadline, async {
+            // The semaphore is never closed.
+            let permit = Arc::clone(&self.heavy).acquire_owned().await;
+            let (ca, now) = (Arc::clone(&self.ca), self.clock.now());
+            let working = tokio::task::spawn_blocking(move || {
+                let _permit = permit;
+                work(&ca, now)
+            });
+            match working.await {
+                Ok(made) => made.map_err(MintError::from),
+                Err(panic) => Err(MintError::Issuer { retry_after: None, source: panic.into() }),
             }
-            let term = Term::new(now, settings.ca_ttl, Some(not_after)).ok_or(out_of_time)?;
-            let issuer = CaIssuer::Supplied(&supplied);
-            let certificate = x509::ca_certificate(trust_domain, term, &key, issuer)?;
-            let public = X509Authority { certificate, above: supplied.chain };
-            x509::try_out(&public, term, key_type, &key.pkcs8()?, trust_domain, now)?
-                .map_err(|err| refuse(SuppliedCaFault::Refused(err)))?;
-            (term, public)
+        });
+        let made = made.await;
+        self.count(kind, started, made)
+    }
+
+    fn count<T>(&self, kind: SvidKind, started: Instant, made: Result<T, MintError>) -> Result<T, MintError> {
+        match &made {
+            Ok(_) => self.metrics.signed(kind, started.elapsed()),
+            Err(_) => self.metrics.signing_failed(kind),
         }
-    };
-    let key = Some(Arc::new(key.pkcs8()?));
-    Ok(Record { slot: Slot::Current, term, key_type, key, public: Arc::new(public) })
-}
+        made
+    }
 
-fn make_jwt_key(settings: &Settings, now: SystemTime) -> Result<Record<JwtKey>, IssuerError> {
-    let key_type = settings.jwt_key_type;
-    let term = Term::new(now, settings.ca_ttl, None).ok_or(IssuerError::Time { time: now })?;
-    let key = KeyPair::generate(key_type, SignatureForm::Jws)?;
-    let public = JwtKey { kid: jwt::random_kid()?, public_key: key.public_key().to_vec() };
-    let key = Some(Arc::new(key.pkcs8()?));
-    Ok(Record { slot: Slot::Current, term, key_type, key, public: Arc::new(public) })
-}
-
-/// `None` when one of the two kinds has nothing that could sign, now or ever.
-fn signing(state: &State, trust_domain: &TrustDomain, now: SystemTime) -> Option<Signing> {
-    let (_, ca) = rotation::find(&state.x509, Slot::Current)?;
-    let (_, jwt_key) = rotation::find(&state.jwt, Slot::Current)?;
-    Some(Signing {
-        bundle: Arc::new(bundle(state, trust_domain, now)),
-        x509: X509Signer::new(&ca.public, ca.term, ca.key_type, ca.key.as_ref()?)?,
-        jwt: JwtSigner::new(&jwt_key.public, jwt_key.term, jwt_key.key_type, jwt_key.key.as_ref()?)?,
-    })
-}
-
-/// The bundle at `now`: CAs in the order in which they were made, a root once; JWT keys by their ID.
-fn bundle(state: &State, trust_domain: &TrustDomain, now: SystemTime) -> Bundle {
-    let mut x509_authorities: Vec<Vec<u8>> = Vec::with_capacity(state.x509.len());
-    for record in state.x509.iter().filter(|record| record.is_published(now)) {
-        let root = record.public.root();
-        if !x509_authorities.iter().any(|known| known == root) {
-            x509_authorities.push(root.to_vec());
+    /// Rotates what is due; returns when to look again.
+    async fn rotate(&self, failing: &mut bool) -> SystemTime {
+        let (ca, now) = (Arc::clone(&self.ca), self.clock.now());
+        // It may write to the disk, and make an RSA key.
+        let done = tokio::task::spawn_blocking(move || ca.rotate(now)).await;
+        match done {
+            Ok(Ok(rotation)) => {
+                if rotation.bundle_changed {
+                    self.metrics.rotation.rotated();
+                    let own = self.ca.bundle();
+                    self.world.send_modify(|world| {
+                        let bundles = Bundles { own, federated: world.bundles.federated.clone() };
+                        *world = Arc::new(World { index: Arc::clone(&world.index), bundles });
+                    });
+                }
+                say(failing, rotation.fault.as_ref());
+                rotation.next
+            }
+            Ok(Err(error)) => {
+                say(failing, Some(&error));
+                now + ROTATION_RETRY
+            }
+            Err(panic) => {
+                tracing::error!(%panic, "rotation of the issuer's keys ended early");
+                now + ROTATION_RETRY
+            }
         }
     }
-    let mut jwt_authorities: Vec<_> = state
-        .jwt
-        .iter()
-        .filter(|record| record.is_published(now))
-        .filter_map(|record| {
-            Some(JwtAuthority {
-                kid: record.public.kid.as_str().into(),
-                key: keys::jwk(record.key_type, &record.public.public_key)?,
-                not_after: Some(record.term.not_after),
+}
+
+impl Issuer for EmbeddedIssuer {
+    fn world(&self) -> watch::Receiver<Arc<World>> {
+        self.world.subscribe()
+    }
+
+    fn mint_x509<'a>(
+        &'a self,
+        entries: &'a [Arc<Entry>],
+        deadline: Instant,
+    ) -> BoxFuture<'a, Vec<Result<X509Svid, MintError>>> {
+        if self.ca.x509_takes_rsa() {
+            return Box::pin(join_all(entries.iter().map(move |entry| {
+                let entry = Arc::clone(entry);
+                self.mint_heavy(SvidKind::X509, deadline, move |ca, now| ca.mint_x509(&entry, now))
+            })));
+        }
+        Box::pin(async move {
+            let mut made = Vec::with_capacity(entries.len());
+            for entry in entries {
+                if !made.is_empty() {
+                    // Others want this thread too.
+                    tokio::task::yield_now().await;
+                }
+                made.push(self.mint(SvidKind::X509, deadline, |ca, now| ca.mint_x509(entry, now)));
+            }
+            made
+        })
+    }
+
+    fn mint_jwt<'a>(
+        &'a self,
+        request: JwtRequest<'a>,
+        deadline: Instant,
+    ) -> BoxFuture<'a, Result<JwtSvid, MintError>> {
+        let JwtRequest { entry, audience } = request;
+        if self.ca.jwt_takes_rsa() {
+            let (entry, audience) = (Arc::clone(entry), audience.to_vec());
+            return Box::pin(self.mint_heavy(SvidKind::Jwt, deadline, move |ca, now| {
+                ca.mint_jwt(&entry.spiffe_id, entry.jwt_svid_ttl, &audience, now)
+            }));
+        }
+        Box::pin(async move {
+            self.mint(SvidKind::Jwt, deadline, |ca, now| {
+                ca.mint_jwt(&entry.spiffe_id, entry.jwt_svid_ttl, audience, now)
             })
         })
-        .collect();
-    jwt_authorities.sort_by(|one, other| one.kid.cmp(&other.kid));
-    Bundle { trust_domain: trust_domain.clone(), x509_authorities, jwt_authorities }
+    }
+
+    fn can_sign(&self, kind: SvidKind) -> Result<(), MintError> {
+        let now = self.clock.now();
+        let can = match kind {
+            SvidKind::X509 => self.ca.can_sign_x509(now),
+            SvidKind::Jwt => self.ca.can_sign_jwt(now),
+        };
+        can.map_err(MintError::from)
+    }
+
+    fn run(self: Arc<Self>) -> BoxFuture<'static, ()> {
+        Box::pin(async move {
+            let mut failing = false;
+            loop {
+                let next = self.rotate(&mut failing).await;
+                self.metrics.rotation.set_due(Some(next));
+                tokio::select! {
+                    () = sleep_until(self.clock, next) => {}
+                    // Looked at again every ten seconds whatever is due, and not by the clock: only so is it seen that
+                    // that one was set back, after which the issuer cannot sign until it has rotated. With nothing due,
+                    // a look costs microseconds.
+                    () = tokio::time::sleep(LOOK) => {}
+                }
+                tokio::time::sleep(PAUSE).await;
+            }
+        })
+    }
+}
+
+/// Says once that rotation fails, and once that it does no more.
+fn say(failing: &mut bool, fault: Option<&IssuerError>) {
+    match (fault, std::mem::replace(failing, fault.is_some())) {
+        (Some(error), false) => {
+            tracing::error!(error = chain(error), "the issuer cannot rotate its keys; it is tried again");
+        }
+        (None, true) => tracing::info!("the issuer rotates its keys again"),
+        (Some(_), true) | (None, false) => {}
+    }
+}
+
+impl fmt::Debug for EmbeddedIssuer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EmbeddedIssuer").field("ca", &self.ca).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        identity::{EntryId, KeyType, Selectors, SpiffeId},
+        telemetry::metrics::Metrics,
+    };
+
+    fn entry(path: &str, dns_name: &str) -> Arc<Entry> {
+        Arc::new(Entry {
+            id: EntryId::new(path),
+            spiffe_id: SpiffeId::parse(&format!("spiffe://td{path}")).unwrap(),
+            selectors: Selectors::default(),
+            x509_svid_ttl: None,
+            jwt_svid_ttl: None,
+            hint: "".into(),
+            dns_names: vec![dns_name.to_owned()],
+            federates_with: Default::default(),
+            created_at: 0,
+            revision: 0,
+        })
+    }
+
+    fn issuer(key_type: KeyType) -> (tempfile::TempDir, EmbeddedIssuer) {
+        let dir = tempfile::tempdir().unwrap();
+        let settings = EmbeddedSettings {
+            trust_domain: TrustDomain::parse("td").unwrap(),
+            data_dir: dir.path().join("data"),
+            svid_key_type: key_type,
+            issuer: IssuerSettings { jwt_key_type: key_type, ..IssuerSettings::default() },
+        };
+        let clock = Clock::starting_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
+        let metrics = Arc::new(IssuerMetrics::new(Metrics::default().registry()));
+        (dir, EmbeddedIssuer::open(settings, clock, metrics).unwrap())
+    }
+
+    #[tokio::test]
+    async fn one_bad_entry_spoils_no_batch() {
+        for key_type in [KeyType::EcP256, KeyType::Rsa2048] {
+            let (_dir, issuer) = issuer(key_type);
+            let batch = [entry("/a", "a"), entry("/b", "b\u{e9}"), entry("", "c"), entry("/d", "d")];
+            let made = issuer.mint_x509(&batch, crate::issuer::deadline()).await;
+            let told: Vec<_> = made
+                .iter()
+                .map(|made| made.as_ref().map(|svid| svid.spiffe_id.as_str()).map_err(ToString::to_string))
+                .collect();
+            assert_eq!(
+                told,
+                [
+                    Ok("spiffe://td/a"),
+                    Err("a DNS name of the entry cannot stand in a certificate".to_owned()),
+                    Err("the SPIFFE ID names no workload".to_owned()),
+                    Ok("spiffe://td/d"),
+                ],
+                "{key_type:?}"
+            );
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_the_blocking_pool_is_told_at_the_deadline() {
+        let (_dir, issuer) = issuer(KeyType::Rsa2048);
+        let busy = issuer.heavy.acquire_many(2).await.unwrap();
+        let started = Instant::now();
+        let deadline = started + Duration::from_secs(7);
+        let web = entry("/web", "web");
+        let audience = ["a".to_owned()];
+        let batch = [Arc::clone(&web), Arc::clone(&web)];
+        let (svids, token) = tokio::join!(
+            issuer.mint_x509(&batch, deadline),
+            issuer.mint_jwt(JwtRequest { entry: &web, audience: &audience }, deadline),
+        );
+        assert!(matches!(svids[..], [Err(MintError::Late), Err(MintError::Late)]), "{svids:?}");
+        assert!(matches!(token, Err(MintError::Late)), "{token:?}");
+        assert_eq!(started.elapsed().as_secs(), 7);
+        drop(busy);
+        assert!(issuer.mint_jwt(JwtRequest { entry: &web, audience: &audience }, deadline).await.is_err());
+        let later = crate::issuer::deadline();
+        issuer.mint_jwt(JwtRequest { entry: &web, audience: &audience }, later).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn readiness_is_told_without_a_signature() {
+        let (_dir, issuer) = issuer(KeyType::EcP256);
+        let both = [(SvidKind::X509, "CA certificate"), (SvidKind::Jwt, "JWT key")];
+        for (kind, _) in both {
+            issuer.can_sign(kind).unwrap();
+        }
+        tokio::time::sleep(Duration::from_secs(24 * 3600)).await;
+        for (kind, what) in both {
+            let error = issuer.can_sign(kind).unwrap_err();
+            assert_eq!(error.to_string(), "the issuer cannot sign");
+            let told = chain(&error);
+            assert!(
+                told.starts_with(&format!("the issuer cannot sign: the {what} is valid from ")),
+                "{told}"
+            );
+        }
+        issuer.rotate(&mut false).await;
+        for (kind, _) in both {
+            issuer.can_sign(kind).unwrap();
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_declared_stays_over_a_rotation() {
+        let (_dir, issuer) = issuer(KeyType::EcP256);
+        let mut world = issuer.world();
+        let index = Arc::new(EntryIndex::new([entry("/web", "web")]));
+        issuer.declare(Arc::clone(&index), BTreeMap::new());
+        assert!(world.has_changed().unwrap());
+        assert_eq!(world.borrow_and_update().bundles.own.x509_authorities.len(), 1);
+        tokio::time::sleep(Duration::from_secs(13 * 3600)).await;
+        issuer.rotate(&mut false).await;
+        assert!(world.has_changed().unwrap());
+        let world = world.borrow_and_update();
+        assert_eq!(world.bundles.own.x509_authorities.len(), 2);
+        assert!(Arc::ptr_eq(&world.index, &index));
+    }
 }

@@ -19,18 +19,20 @@ use std::{
 };
 
 use aws_lc_rs::digest::{Context, SHA256};
+use futures_util::future::join_all;
 use hashbrown::HashMap;
-use tokio::sync::OnceCell;
+use tokio::{sync::OnceCell, time::Instant};
 
 use super::{
     entitlement::Charged,
-    signer::Signer,
-    x509_cache::{ahash_random, renew_at},
+    metrics::{CacheResult, StoreMetrics},
+    renewal,
 };
 use crate::{
     identity::{Entry, JwtSvid, SpiffeId},
-    issuer::embedded::IssuerError,
-    telemetry::metrics::{CacheResult, Metrics},
+    issuer::{self, Issuer, JwtRequest, MintError},
+    os::clock::Clock,
+    telemetry::{chain, registry::float},
 };
 
 /// Tokens for more text of audiences than this, in bytes as JSON has it, are made for each call and not kept, so that a number of
@@ -55,13 +57,13 @@ struct Fetched {
     signed: bool,
 }
 
-type Key = [u8; 32];
-type Made = Arc<OnceCell<Arc<JwtSvid>>>;
+type TokenKey = [u8; 32];
+type MadeToken = Arc<OnceCell<Arc<JwtSvid>>>;
 
 #[derive(Debug)]
-struct Slot {
+struct JwtSlot {
     owner: SpiffeId,
-    token: Made,
+    token: MadeToken,
     /// When a fresh one is made in the background; `None` until there is a token, and while a fresh one is made.
     renew_at: Option<SystemTime>,
     /// Place in the owner's order.
@@ -71,10 +73,10 @@ struct Slot {
 }
 
 #[derive(Debug, Default)]
-struct Inner {
-    slots: HashMap<Key, Slot, ahash::RandomState>,
+struct JwtTable {
+    slots: HashMap<TokenKey, JwtSlot, ahash::RandomState>,
     /// The slots of an identity, oldest place first.
-    owners: HashMap<SpiffeId, BTreeMap<u64, Key>, ahash::RandomState>,
+    owners: HashMap<SpiffeId, BTreeMap<u64, TokenKey>, ahash::RandomState>,
     /// Who has how many; the last has the most.
     by_count: BTreeSet<(usize, SpiffeId)>,
     places: u64,
@@ -83,16 +85,17 @@ struct Inner {
 /// The JWT-SVIDs that were made.
 #[derive(Debug)]
 pub struct JwtCache {
-    signer: Arc<Signer>,
-    metrics: Arc<Metrics>,
-    inner: Mutex<Inner>,
+    issuer: Arc<dyn Issuer>,
+    clock: Clock,
+    metrics: Arc<StoreMetrics>,
+    table: Mutex<JwtTable>,
     max: AtomicUsize,
 }
 
 impl JwtCache {
     /// Keeps at most `max` tokens (at least one).
-    pub fn new(signer: Arc<Signer>, metrics: Arc<Metrics>, max: usize) -> Self {
-        Self { signer, metrics, inner: Mutex::default(), max: AtomicUsize::new(max.max(1)) }
+    pub fn new(issuer: Arc<dyn Issuer>, clock: Clock, metrics: Arc<StoreMetrics>, max: usize) -> Self {
+        Self { issuer, clock, metrics, table: Mutex::default(), max: AtomicUsize::new(max.max(1)) }
     }
 
     /// Takes a new bound; tokens beyond it are forgotten at once.
@@ -114,6 +117,7 @@ impl JwtCache {
     /// Forgets all tokens: memory is short.
     pub fn clear(&self) {
         let old = std::mem::take(&mut *self.lock());
+        self.metrics.jwt_svids.set(0.0);
         drop(old);
     }
 
@@ -125,166 +129,174 @@ impl JwtCache {
         self: &Arc<Self>,
         charged: &mut Charged,
         audience: &[String],
-    ) -> Result<Vec<Arc<JwtSvid>>, IssuerError> {
+    ) -> Result<Vec<Arc<JwtSvid>>, MintError> {
         let Charged { entries, bill, .. } = charged;
-        let mut svids = Vec::with_capacity(entries.len());
-        for entry in entries.iter() {
-            let Fetched { svid, signed } = self.of_entry(entry, audience).await?;
-            if signed {
+        let fetched = join_all(entries.iter().map(|entry| self.of_entry(entry, audience))).await;
+        for (entry, fetched) in entries.iter().zip(&fetched) {
+            if fetched.as_ref().is_ok_and(|fetched| fetched.signed) {
                 bill.signed(&entry.spiffe_id);
             }
-            svids.push(svid);
         }
-        Ok(svids)
+        fetched.into_iter().map(|fetched| Ok(fetched?.svid)).collect()
     }
 
-    async fn of_entry(self: &Arc<Self>, entry: &Entry, audience: &[String]) -> Result<Fetched, IssuerError> {
-        let Entry { spiffe_id: id, jwt_svid_ttl: ttl, .. } = entry;
-        let ttl = *ttl;
+    async fn of_entry(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        audience: &[String],
+    ) -> Result<Fetched, MintError> {
         if audience_bytes(audience) > MOST_AUDIENCE {
             self.metrics.jwt_cache(CacheResult::Miss);
-            let svid = Arc::new(self.signer.jwt(id, ttl, audience).await?);
+            let deadline = issuer::deadline();
+            let svid = issuer::by(deadline, self.mint(entry, audience, deadline)).await?;
             return Ok(Fetched { svid, signed: true });
         }
-        let key = key(id, ttl, audience);
-        let now = self.signer.clock().now();
-        match self.find(key, id, now) {
-            Found::Fresh(token) => {
+        let key = key(&entry.spiffe_id, entry.jwt_svid_ttl, audience);
+        match self.find(key, &entry.spiffe_id, self.clock.now()) {
+            FoundJwt::Fresh(token) => {
                 self.metrics.jwt_cache(CacheResult::Hit);
                 Ok(Fetched { svid: token, signed: false })
             }
-            Found::Due(token) => {
+            FoundJwt::Due(token) => {
                 self.metrics.jwt_cache(CacheResult::Hit);
-                self.renew_in_background(key, id.clone(), ttl, audience.to_vec());
+                self.renew_in_background(key, Arc::clone(entry), audience.to_vec());
                 Ok(Fetched { svid: token, signed: true })
             }
-            Found::Nothing(made) => {
+            FoundJwt::Nothing(made) => {
                 self.metrics.jwt_cache(CacheResult::Miss);
-                let svid = self.make(key, &made, id, ttl, audience).await?;
+                let svid = self.make(key, &made, entry, audience).await?;
                 Ok(Fetched { svid, signed: true })
             }
         }
     }
 
-    fn find(&self, key: Key, owner: &SpiffeId, now: SystemTime) -> Found {
-        let mut inner = self.lock();
-        if let Some(slot) = inner.slots.get_mut(&key) {
+    async fn mint(
+        &self,
+        entry: &Arc<Entry>,
+        audience: &[String],
+        deadline: Instant,
+    ) -> Result<Arc<JwtSvid>, MintError> {
+        self.issuer.mint_jwt(JwtRequest { entry, audience }, deadline).await.map(Arc::new)
+    }
+
+    fn find(&self, key: TokenKey, owner: &SpiffeId, now: SystemTime) -> FoundJwt {
+        let mut table = self.lock();
+        if let Some(slot) = table.slots.get_mut(&key) {
             slot.used = true;
             match slot.token.get() {
                 // Being made; wait for it with the others.
-                None => return Found::Nothing(Arc::clone(&slot.token)),
+                None => return FoundJwt::Nothing(Arc::clone(&slot.token)),
                 // `issued_at` lies in the future only when the clock was set back.
                 Some(token) if now < token.expires_at && token.issued_at <= now + Duration::from_secs(60) => {
                     if slot.renew_at.is_some_and(|at| at <= now) {
                         // This caller renews it; the next ones not before this has failed, however long it takes.
                         slot.renew_at = None;
-                        return Found::Due(Arc::clone(token));
+                        return FoundJwt::Due(Arc::clone(token));
                     }
-                    return Found::Fresh(Arc::clone(token));
+                    return FoundJwt::Fresh(Arc::clone(token));
                 }
                 Some(_) => {
-                    slot.token = Made::default();
+                    slot.token = MadeToken::default();
                     slot.renew_at = None;
-                    return Found::Nothing(Arc::clone(&slot.token));
+                    return FoundJwt::Nothing(Arc::clone(&slot.token));
                 }
             }
         }
-        let made = Made::default();
-        inner.insert(key, owner, Arc::clone(&made));
-        drop(inner);
+        let made = MadeToken::default();
+        table.insert(key, owner, Arc::clone(&made));
+        drop(table);
         self.trim(self.max.load(Ordering::Relaxed));
-        Found::Nothing(made)
+        FoundJwt::Nothing(made)
     }
 
     async fn make(
         &self,
-        key: Key,
-        made: &Made,
-        id: &SpiffeId,
-        ttl: Option<Duration>,
+        key: TokenKey,
+        made: &MadeToken,
+        entry: &Arc<Entry>,
         audience: &[String],
-    ) -> Result<Arc<JwtSvid>, IssuerError> {
-        let token = made
-            .get_or_try_init(|| async { Ok(Arc::new(self.signer.jwt(id, ttl, audience).await?)) })
-            .await
-            .cloned();
-        let mut inner = self.lock();
+    ) -> Result<Arc<JwtSvid>, MintError> {
+        let deadline = issuer::deadline();
+        let making = made.get_or_try_init(|| self.mint(entry, audience, deadline));
+        // It may wait for another call that makes the token.
+        let token = issuer::by(deadline, making).await.cloned();
+        let mut table = self.lock();
         match &token {
             Ok(token) => {
-                if let Some(slot) = inner.slots.get_mut(&key)
+                if let Some(slot) = table.slots.get_mut(&key)
                     && Arc::ptr_eq(&slot.token, made)
                     && slot.renew_at.is_none()
                 {
-                    slot.renew_at =
-                        Some(renew_at(token.issued_at, token.expires_at, None, &mut ahash_random()));
+                    slot.renew_at = Some(renewal::draw(token.issued_at, token.expires_at, None));
                 }
             }
             // Nothing was made: keep no empty slot, unless somebody else is at it.
             Err(_) => {
-                if inner.slots.get(&key).is_some_and(|slot| {
+                if table.slots.get(&key).is_some_and(|slot| {
                     Arc::ptr_eq(&slot.token, made)
                         && slot.token.get().is_none()
                         && Arc::strong_count(made) <= 2
                 }) {
-                    inner.remove(&key);
+                    table.remove(&key);
+                    self.metrics.jwt_svids.set(float(table.slots.len()));
                 }
             }
         }
         token
     }
 
-    fn renew_in_background(
-        self: &Arc<Self>,
-        key: Key,
-        id: SpiffeId,
-        ttl: Option<Duration>,
-        audience: Vec<String>,
-    ) {
+    fn renew_in_background(self: &Arc<Self>, key: TokenKey, entry: Arc<Entry>, audience: Vec<String>) {
         let cache = Arc::clone(self);
-        self.metrics.jwt_refreshed();
+        self.metrics.jwt_refreshes.increment(1);
         // One at a time per key: `find` took `renew_at` away. Should this panic, the token is made again when it ends.
         tokio::spawn(async move {
-            match cache.signer.jwt(&id, ttl, &audience).await {
-                Ok(token) => {
-                    let renew_at = renew_at(token.issued_at, token.expires_at, None, &mut ahash_random());
-                    let mut inner = cache.lock();
-                    if let Some(slot) = inner.slots.get_mut(&key) {
-                        slot.token = Arc::new(OnceCell::new_with(Some(Arc::new(token))));
-                        slot.renew_at = Some(renew_at);
-                    }
+            let deadline = issuer::deadline();
+            let made = issuer::by(deadline, cache.mint(&entry, &audience, deadline)).await;
+            let mut table = cache.lock();
+            let slot = table.slots.get_mut(&key);
+            match (made, slot) {
+                (Ok(token), Some(slot)) => {
+                    slot.renew_at = Some(renewal::draw(token.issued_at, token.expires_at, None));
+                    slot.token = Arc::new(OnceCell::new_with(Some(token)));
                 }
-                Err(error) => {
-                    if let Some(slot) = cache.lock().slots.get_mut(&key)
-                        && slot.token.initialized()
-                    {
-                        slot.renew_at.get_or_insert_with(|| cache.signer.clock().now() + RETRY);
+                (Ok(_), None) => {}
+                (Err(error), slot) => {
+                    if let Some(slot) = slot.filter(|slot| slot.token.initialized()) {
+                        let retry = error.retry_after().unwrap_or(RETRY);
+                        slot.renew_at.get_or_insert_with(|| cache.clock.now() + retry);
                     }
-                    tracing::warn!(%error, spiffe_id = %id, "could not renew a jwt-svid; the valid one is served")
+                    drop(table);
+                    tracing::warn!(
+                        error = chain(&error),
+                        spiffe_id = %entry.spiffe_id,
+                        "could not renew a jwt-svid; the valid one is served"
+                    );
                 }
             }
         });
     }
 
     fn trim(&self, max: usize) {
-        let mut inner = self.lock();
-        while inner.slots.len() > max {
-            if !inner.evict() {
+        let mut table = self.lock();
+        while table.slots.len() > max {
+            if !table.evict() {
                 break;
             }
-            self.metrics.jwt_evicted();
+            self.metrics.jwt_evictions.increment(1);
         }
+        self.metrics.jwt_svids.set(float(table.slots.len()));
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, JwtTable> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Inner {
-    fn insert(&mut self, key: Key, owner: &SpiffeId, token: Made) {
+impl JwtTable {
+    fn insert(&mut self, key: TokenKey, owner: &SpiffeId, token: MadeToken) {
         self.places += 1;
         let place = self.places;
-        self.slots.insert(key, Slot { owner: owner.clone(), token, renew_at: None, place, used: false });
+        self.slots.insert(key, JwtSlot { owner: owner.clone(), token, renew_at: None, place, used: false });
         let of_owner = self.owners.entry_ref(owner).or_default();
         let before = of_owner.len();
         of_owner.insert(place, key);
@@ -292,7 +304,7 @@ impl Inner {
         self.by_count.insert((before + 1, owner.clone()));
     }
 
-    fn remove(&mut self, key: &Key) {
+    fn remove(&mut self, key: &TokenKey) {
         let Some(slot) = self.slots.remove(key) else { return };
         let Some(of_owner) = self.owners.get_mut(&slot.owner) else { return };
         let before = of_owner.len();
@@ -327,17 +339,17 @@ impl Inner {
     }
 }
 
-enum Found {
+enum FoundJwt {
     Fresh(Arc<JwtSvid>),
     /// Valid; the caller is the one to have it renewed.
     Due(Arc<JwtSvid>),
     /// To be made, or being made by another caller, in this cell.
-    Nothing(Made),
+    Nothing(MadeToken),
 }
 
 /// The order of audiences carries no meaning (RFC 7519, section 4.1.3); each text is followed by a byte that no text
 /// holds, so that no two lists run together.
-fn key(id: &SpiffeId, ttl: Option<Duration>, audience: &[String]) -> Key {
+fn key(id: &SpiffeId, ttl: Option<Duration>, audience: &[String]) -> TokenKey {
     let mut sorted: Vec<&str> = audience.iter().map(String::as_str).collect();
     sorted.sort_unstable();
     let mut context = Context::new(&SHA256);
@@ -350,7 +362,7 @@ fn key(id: &SpiffeId, ttl: Option<Duration>, audience: &[String]) -> Key {
     for audience in sorted {
         part(audience.as_bytes());
     }
-    let mut key = Key::default();
+    let mut key = TokenKey::default();
     key.copy_from_slice(context.finish().as_ref());
     key
 }
@@ -361,9 +373,12 @@ mod tests {
 
     use super::*;
     use crate::{
-        identity::KeyType,
-        issuer::embedded::{CaSource, Embedded, Settings},
-        os::clock::Clock,
+        identity::{EntryId, KeyType, Selectors},
+        issuer::{
+            embedded::{EmbeddedIssuer, EmbeddedSettings, IssuerSettings},
+            metrics::IssuerMetrics,
+        },
+        telemetry::metrics::Metrics,
     };
 
     fn id(n: usize) -> SpiffeId {
@@ -394,35 +409,40 @@ mod tests {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
         let clock = Clock::starting_at(now);
         let ttl = Duration::from_secs(300);
-        let settings = Settings {
+        let settings = EmbeddedSettings {
             trust_domain: id(1).trust_domain(),
             data_dir: dir.path().join("data"),
-            ca: CaSource::SelfSigned,
-            ca_ttl: Duration::from_secs(86400),
-            ca_key_type: KeyType::EcP256,
-            jwt_key_type: KeyType::EcP256,
             svid_key_type: KeyType::EcP256,
-            jwt_issuer: None,
-            default_x509_svid_ttl: ttl,
-            default_jwt_svid_ttl: ttl,
+            issuer: IssuerSettings { default_jwt_svid_ttl: ttl, ..IssuerSettings::default() },
         };
-        let issuer = Arc::new(Embedded::open(settings, now).unwrap());
-        let metrics = Arc::new(Metrics::new(clock));
-        let ec = KeyType::EcP256;
-        let signer = Arc::new(Signer::new(issuer, clock, Arc::clone(&metrics), [ec, ec], ec, [ttl, ttl]));
-        let cache = JwtCache::new(signer, metrics, 10);
+        let entry = Arc::new(Entry {
+            id: EntryId::new("1"),
+            spiffe_id: id(1),
+            selectors: Selectors::default(),
+            x509_svid_ttl: None,
+            jwt_svid_ttl: None,
+            hint: "".into(),
+            dns_names: Vec::new(),
+            federates_with: Default::default(),
+            created_at: 0,
+            revision: 0,
+        });
+        let metrics = Metrics::default();
+        let counted = Arc::new(IssuerMetrics::new(metrics.registry()));
+        let issuer = Arc::new(EmbeddedIssuer::open(settings, clock, counted).unwrap());
+        let cache = JwtCache::new(issuer, clock, Arc::new(StoreMetrics::new(metrics.registry())), 10);
         let audience = audience(&["a"]);
         let key = key(&id(1), None, &audience);
-        let Found::Nothing(made) = cache.find(key, &id(1), now) else { panic!("there is none yet") };
-        cache.make(key, &made, &id(1), None, &audience).await.unwrap();
+        let FoundJwt::Nothing(made) = cache.find(key, &id(1), now) else { panic!("there is none yet") };
+        cache.make(key, &made, &entry, &audience).await.unwrap();
 
         let due = now + Duration::from_secs(200);
-        assert!(matches!(cache.find(key, &id(1), due), Found::Due(_)));
+        assert!(matches!(cache.find(key, &id(1), due), FoundJwt::Due(_)));
         for later in [0, 2, 60] {
             let found = cache.find(key, &id(1), due + Duration::from_secs(later));
-            assert!(matches!(found, Found::Fresh(_)), "after {later} s");
+            assert!(matches!(found, FoundJwt::Fresh(_)), "after {later} s");
         }
-        assert!(matches!(cache.find(key, &id(1), now + ttl), Found::Nothing(_)));
+        assert!(matches!(cache.find(key, &id(1), now + ttl), FoundJwt::Nothing(_)));
     }
 
     proptest! {
@@ -433,31 +453,31 @@ mod tests {
             asks in proptest::collection::vec((0usize..4, 0u8..40, any::<bool>()), 1..200),
             max in 1usize..20,
         ) {
-            let mut inner = Inner::default();
+            let mut table = JwtTable::default();
             for (owner, name, uses) in asks {
                 let key = key(&id(owner), None, &[name.to_string()]);
-                if let Some(slot) = inner.slots.get_mut(&key) {
+                if let Some(slot) = table.slots.get_mut(&key) {
                     slot.used = uses;
                 } else {
-                    inner.insert(key, &id(owner), Made::default());
+                    table.insert(key, &id(owner), MadeToken::default());
                 }
-                while inner.slots.len() > max {
-                    let most = inner.owners.values().map(BTreeMap::len).max().unwrap();
+                while table.slots.len() > max {
+                    let most = table.owners.values().map(BTreeMap::len).max().unwrap();
                     let before: Vec<(SpiffeId, usize)> =
-                        inner.owners.iter().map(|(id, slots)| (id.clone(), slots.len())).collect();
-                    prop_assert!(inner.evict());
+                        table.owners.iter().map(|(id, slots)| (id.clone(), slots.len())).collect();
+                    prop_assert!(table.evict());
                     for (id, had) in before {
                         if had < most {
-                            prop_assert_eq!(inner.owners[&id].len(), had);
+                            prop_assert_eq!(table.owners[&id].len(), had);
                         }
                     }
                 }
-                prop_assert!(inner.slots.len() <= max);
-                let owned: usize = inner.owners.values().map(BTreeMap::len).sum();
-                prop_assert_eq!(owned, inner.slots.len());
+                prop_assert!(table.slots.len() <= max);
+                let owned: usize = table.owners.values().map(BTreeMap::len).sum();
+                prop_assert_eq!(owned, table.slots.len());
                 let counted: BTreeSet<(usize, SpiffeId)> =
-                    inner.owners.iter().map(|(id, slots)| (slots.len(), id.clone())).collect();
-                prop_assert_eq!(&counted, &inner.by_count);
+                    table.owners.iter().map(|(id, slots)| (slots.len(), id.clone())).collect();
+                prop_assert_eq!(&counted, &table.by_count);
             }
         }
     }

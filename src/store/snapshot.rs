@@ -11,21 +11,12 @@ use bytes::Bytes;
 use hashbrown::HashMap;
 use tokio::sync::watch;
 
+use super::settings::Policy;
 use crate::{
     attest::Subject,
     identity::{Bundles, Entry, EntryId, EntryIndex, SpiffeId, TrustDomain},
+    issuer::World,
 };
-
-/// What an admin decides about answers, and may change while streams are open.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Policy {
-    /// `allow_unauthenticated_verifiers`: whether a caller without any identity receives the own bundle.
-    pub allow_unauthenticated_verifiers: bool,
-    /// `allowed_foreign_jwt_claims`: claims of foreign tokens that ValidateJWTSVID hands on, beside sub, exp and aud.
-    pub allowed_foreign_jwt_claims: Vec<String>,
-    /// `log_selectors`: beginnings of selectors that may stand in the log line of a caller without an identity.
-    pub log_selectors: Vec<String>,
-}
 
 /// One state of the world. Never edited.
 #[derive(Debug)]
@@ -43,6 +34,11 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
+    fn new(generation: u64, world: &World, policy: Arc<Policy>) -> Self {
+        let (index, bundles) = (Arc::clone(&world.index), world.bundles.clone());
+        Self { generation, index, bundles, policy, answers: Answers::default() }
+    }
+
     /// The entries of an attested subject, narrowed to `wanted` when given, the default identity first. To be given
     /// their SVIDs takes more: see [`authorize`](super::authorize()).
     pub fn matching(&self, subject: &Subject, wanted: Option<&SpiffeId>) -> Vec<&Arc<Entry>> {
@@ -70,17 +66,17 @@ pub(crate) enum BundleForm {
 
 /// Encoded messages, each made once per snapshot and shared by all its callers and streams.
 #[derive(Debug, Default)]
-pub(crate) struct Answers(Mutex<HashMap<AnswerKey, Answer, ahash::RandomState>>);
+pub(crate) struct Answers(Mutex<HashMap<AnswerKey, KeptAnswer, ahash::RandomState>>);
 
 #[derive(Debug)]
-struct Answer {
+struct KeptAnswer {
     message: Bytes,
     /// From when all in it is valid until something in it is due to be renewed; `None` for always. The clock may be set back
     /// to before it began.
     fresh: Option<Range<SystemTime>>,
 }
 
-impl Answer {
+impl KeptAnswer {
     fn is_fresh(&self, now: SystemTime) -> bool {
         self.fresh.as_ref().is_none_or(|fresh| fresh.contains(&now))
     }
@@ -110,7 +106,7 @@ impl Answers {
         if kept.len() >= Self::MAX && !kept.contains_key(&key) {
             kept.clear();
         }
-        kept.insert(key, Answer { message: message.clone(), fresh });
+        kept.insert(key, KeptAnswer { message: message.clone(), fresh });
         message
     }
 }
@@ -134,8 +130,8 @@ pub struct Store {
 
 impl Store {
     /// Starts with this content, as generation 1.
-    pub fn new(index: Arc<EntryIndex>, bundles: Bundles, policy: Arc<Policy>) -> Self {
-        let first = Snapshot { generation: 1, index, bundles, policy, answers: Answers::default() };
+    pub fn new(world: &World, policy: Arc<Policy>) -> Self {
+        let first = Snapshot::new(1, world, policy);
         Self { current: ArcSwap::from_pointee(first), changed: watch::Sender::new(Change::Generation(1)) }
     }
 
@@ -159,18 +155,13 @@ impl Store {
         *self.changed.borrow() == Change::Draining
     }
 
-    /// Makes `index`, `bundles` and `policy` the present. Only [`super::Sync`] calls this, one call at a time, hence
-    /// no compare-and-swap loop.
-    pub(super) fn publish(&self, index: Arc<EntryIndex>, bundles: Bundles, policy: Arc<Policy>) {
+    /// Makes `world` and `policy` the present, and returns that. Only [`super::Writer`] calls this, one call at a time,
+    /// hence no compare-and-swap loop.
+    pub(super) fn publish(&self, world: &World, policy: Arc<Policy>) -> Arc<Snapshot> {
         let generation = self.current.load().generation + 1;
+        let snapshot = Arc::new(Snapshot::new(generation, world, policy));
         // Store before notify: a stream that wakes finds it.
-        self.current.store(Arc::new(Snapshot {
-            generation,
-            index,
-            bundles,
-            policy,
-            answers: Answers::default(),
-        }));
+        self.current.store(Arc::clone(&snapshot));
         self.changed.send_if_modified(|change| match change {
             Change::Generation(at) => {
                 *at = generation;
@@ -178,5 +169,6 @@ impl Store {
             }
             Change::Draining => false,
         });
+        snapshot
     }
 }

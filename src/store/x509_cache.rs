@@ -1,10 +1,9 @@
 //! X.509-SVIDs: one per entry, made when somebody first asks, shared by all its callers and streams.
 //!
-//! An SVID is renewed around half of its life, at a moment drawn once when it was made (SPIRE draws anew at each
-//! check, which moves the moment early: `pkg/common/rotationutil`). Those that an open stream holds are renewed by
-//! [`super::Sync`]; the others when they are next asked for. While renewal fails the old one is served until it
-//! expires, and never after. Bound: `x509_svid_cache_max_size` SVIDs, beyond which only those that an open stream
-//! holds are kept, and streams have bounds of their own.
+//! Those that an open stream holds are renewed by [`super::Writer`] when they are due (`renewal`); the others when they
+//! are next asked for. While renewal fails the old one is served until it expires, and never after. Bound:
+//! `x509_svid_cache_max_size` SVIDs, beyond which only those that an open stream holds are kept, and streams have bounds
+//! of their own.
 
 use std::{
     ops::Range,
@@ -15,49 +14,60 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use futures_util::future::join_all;
 use hashbrown::HashMap;
-use tokio::sync::{Notify, OnceCell};
-
-use super::{entitlement::Charged, signer::Signer};
-use crate::{
-    identity::{Entry, EntryId, X509Svid},
-    issuer::embedded::IssuerError,
+use tokio::{
+    sync::{Notify, OnceCell},
+    time::Instant,
 };
 
-/// The longest wait before a failed renewal is tried again.
+use super::{entitlement::Charged, renewal};
+use crate::{
+    identity::{Entry, EntryId, X509Svid},
+    issuer::{self, Issuer, MintError},
+    os::clock::Clock,
+};
+
+/// How long after a failed renewal the next one may start, if the issuer does not say.
 const RETRY: Duration = Duration::from_secs(5);
+
+/// How long a call waits for a fresh SVID while there is a valid one.
+const RENEWAL_WAIT: Duration = Duration::from_secs(1);
 
 /// An SVID and when it is due.
 #[derive(Debug)]
-struct Held {
+struct HeldSvid {
     svid: Arc<X509Svid>,
     /// Of the entry it was made of.
     revision: i64,
     renew_at: SystemTime,
+    /// Until when [`X509Cache::renew`] may be at it.
+    renewing_until: Option<Instant>,
     /// Grows with each use: the smallest is the one that nobody has asked for the longest.
     used: u64,
 }
 
 #[derive(Debug, Default)]
-struct Inner {
-    held: HashMap<EntryId, Held, ahash::RandomState>,
+struct X509Table {
+    held: HashMap<EntryId, HeldSvid, ahash::RandomState>,
     /// How many open streams hold the SVID of an entry.
     streams: HashMap<EntryId, usize, ahash::RandomState>,
     /// Who is being made: one at a time per entry as it is. After a reload nobody waits for what the entry was.
     making: HashMap<(EntryId, i64), Arc<OnceCell<Served>>, ahash::RandomState>,
     uses: u64,
-    /// An SVID that a stream holds was replaced since [`super::Sync`] last looked.
+    /// An SVID that a stream holds was replaced since [`super::Writer`] last looked.
     replaced: bool,
 }
 
 /// The X.509-SVIDs that were made.
 #[derive(Debug)]
 pub struct X509Cache {
-    signer: Arc<Signer>,
-    inner: Mutex<Inner>,
+    issuer: Arc<dyn Issuer>,
+    clock: Clock,
+    table: Mutex<X509Table>,
     max: AtomicUsize,
     availability_target: Mutex<Option<Duration>>,
-    /// Wakes [`super::Sync`] when a due date came nearer.
+    /// Wakes [`super::Writer`] when a due date came nearer.
     pub(super) due_changed: Notify,
 }
 
@@ -91,10 +101,16 @@ pub struct X509Counts {
 
 impl X509Cache {
     /// Keeps about `max` SVIDs.
-    pub fn new(signer: Arc<Signer>, max: usize, availability_target: Option<Duration>) -> Self {
+    pub fn new(
+        issuer: Arc<dyn Issuer>,
+        clock: Clock,
+        max: usize,
+        availability_target: Option<Duration>,
+    ) -> Self {
         Self {
-            signer,
-            inner: Mutex::default(),
+            issuer,
+            clock,
+            table: Mutex::default(),
             max: AtomicUsize::new(max),
             availability_target: Mutex::new(availability_target),
             due_changed: Notify::new(),
@@ -111,149 +127,181 @@ impl X509Cache {
     ///
     /// # Errors
     /// What the issuer says, when there is no valid one to serve meanwhile.
-    pub async fn fetch(&self, charged: &mut Charged) -> Result<Vec<Served>, IssuerError> {
+    pub async fn fetch(&self, charged: &mut Charged) -> Result<Vec<Served>, MintError> {
         let Charged { entries, bill, .. } = charged;
-        let mut svids = Vec::with_capacity(entries.len());
-        for entry in entries.iter() {
-            let served = self.of_entry(entry).await?;
-            if served.signed {
+        let served = join_all(entries.iter().map(|entry| self.of_entry(entry))).await;
+        for (entry, served) in entries.iter().zip(&served) {
+            if served.as_ref().is_ok_and(|served| served.signed) {
                 bill.signed(&entry.spiffe_id);
             }
-            svids.push(served);
         }
-        Ok(svids)
+        served.into_iter().collect()
     }
 
-    async fn of_entry(&self, entry: &Arc<Entry>) -> Result<Served, IssuerError> {
-        let now = self.signer.clock().now();
-        match self.find(entry, now) {
-            Found::Fresh(served) => Ok(served),
-            Found::Due(old) => Ok(self.make(entry).await.unwrap_or(old)),
-            Found::Nothing => self.make(entry).await,
+    async fn of_entry(&self, entry: &Arc<Entry>) -> Result<Served, MintError> {
+        match self.find(entry, self.clock.now()) {
+            FoundX509::Fresh(served) => Ok(served),
+            FoundX509::Due(old) => Ok(self.make(entry, Instant::now() + RENEWAL_WAIT).await.unwrap_or(old)),
+            FoundX509::Nothing => self.make(entry, issuer::deadline()).await,
         }
     }
 
     /// Counts a stream that holds the SVIDs of its entries until the returned value is dropped.
     pub fn hold(self: &Arc<Self>, charged: &Charged) -> Hold {
         let ids: Vec<EntryId> = charged.entries().iter().map(|entry| entry.id.clone()).collect();
-        let mut inner = self.lock();
+        let mut table = self.lock();
         for id in &ids {
-            *inner.streams.entry_ref(id).or_default() += 1;
+            *table.streams.entry_ref(id).or_default() += 1;
         }
-        drop(inner);
+        drop(table);
         Hold { cache: Arc::clone(self), ids }
     }
 
     /// How many there are.
     pub fn counts(&self) -> X509Counts {
-        let inner = self.lock();
-        X509Counts { cached: inner.held.len(), active: inner.streams.len() }
+        let table = self.lock();
+        X509Counts { cached: table.held.len(), active: table.streams.len() }
     }
 
     /// Forgets what no stream holds: memory is short.
     pub fn shrink(&self) {
-        let mut inner = self.lock();
-        let Inner { held, streams, .. } = &mut *inner;
+        let mut table = self.lock();
+        let X509Table { held, streams, .. } = &mut *table;
         held.retain(|id, _| streams.contains_key(id));
         held.shrink_to_fit();
     }
 
     /// When the next SVID that a stream holds is due.
     pub(super) fn next_due(&self) -> Option<SystemTime> {
-        let inner = self.lock();
-        inner.streams.keys().filter_map(|id| inner.held.get(id)).map(|held| held.renew_at).min()
+        let table = self.lock();
+        table.streams.keys().filter_map(|id| table.held.get(id)).map(|held| held.renew_at).min()
     }
 
-    /// Renews what is due and held by a stream, and forgets what is due and held by none. `current` finds an entry as
-    /// it is now.
-    pub(super) async fn renew(&self, current: impl Fn(&EntryId) -> Option<Arc<Entry>>) -> Renewed {
-        let now = self.signer.clock().now();
-        let due: Vec<EntryId> = {
-            let mut inner = self.lock();
-            let Inner { held, streams, .. } = &mut *inner;
-            // One that is not valid yet was made before the clock was set back.
-            let due = |held: &Held| held.renew_at <= now || now < held.svid.not_before;
-            held.retain(|id, held| !due(held) || streams.contains_key(id));
-            held.iter().filter(|(_, held)| due(held)).map(|(id, _)| id.clone()).collect()
-        };
-        let mut renewed = Renewed::default();
-        for id in due {
-            match current(&id) {
-                // The entry is gone; its streams are told by the snapshot without it.
-                None => drop(self.lock().held.remove(&id)),
-                Some(entry) => match self.make(&entry).await {
-                    Ok(_) => {}
-                    Err(error) => {
-                        if let Some(held) = self.lock().held.get_mut(&id) {
-                            held.renew_at = now + RETRY;
-                        }
-                        renewed.failed = Some(error);
+    /// At most `most` entries whose SVID is due and held by a stream, to be renewed; what is due and held by none is
+    /// forgotten. `current` finds an entry as it is at present.
+    pub(super) fn due(
+        &self,
+        most: usize,
+        current: impl Fn(&EntryId) -> Option<Arc<Entry>>,
+    ) -> Vec<Arc<Entry>> {
+        let (now, instant) = (self.clock.now(), Instant::now());
+        let mut table = self.lock();
+        let X509Table { held, streams, .. } = &mut *table;
+        // One that is not valid yet was made before the clock was set back.
+        let is_due = |held: &HeldSvid| held.renew_at <= now || now < held.svid.not_before;
+        let mut due = Vec::new();
+        held.retain(|id, held| {
+            if !is_due(held) {
+                return true;
+            }
+            if !streams.contains_key(id) {
+                return false;
+            }
+            if due.len() == most || held.renewing_until.is_some_and(|until| instant < until) {
+                return true;
+            }
+            // Where the entry is gone, its streams are told by the snapshot without it.
+            let Some(entry) = current(id) else { return false };
+            held.renewing_until = Some(issuer::deadline());
+            due.push(entry);
+            true
+        });
+        due
+    }
+
+    /// Renews the SVIDs of `entries`. What fails is due again soon.
+    ///
+    /// # Errors
+    /// The last failure, if there was one. It held up none of the others.
+    pub(super) async fn renew(&self, entries: &[Arc<Entry>]) -> Result<(), MintError> {
+        let deadline = issuer::deadline();
+        let made = issuer::by(deadline, async { Ok(self.issuer.mint_x509(entries, deadline).await) }).await;
+        let mut made = made.unwrap_or_default().into_iter();
+        let mut result = Ok(());
+        for entry in entries {
+            match made.next().unwrap_or(Err(MintError::Late)) {
+                Ok(svid) => drop(self.keep(entry, Arc::new(svid))),
+                Err(error) => {
+                    if let Some(held) = self.lock().held.get_mut(&entry.id) {
+                        held.renew_at = self.clock.now() + error.retry_after().unwrap_or(RETRY);
+                        held.renewing_until = None;
                     }
-                },
+                    result = Err(error);
+                }
             }
         }
-        renewed.replaced = std::mem::take(&mut self.lock().replaced);
-        renewed
+        result
     }
 
-    fn find(&self, entry: &Entry, now: SystemTime) -> Found {
-        let mut inner = self.lock();
-        inner.uses += 1;
-        let uses = inner.uses;
-        let Some(held) = inner.held.get_mut(&entry.id) else { return Found::Nothing };
+    /// Whether an SVID that a stream holds was replaced since this was last asked.
+    pub(super) fn take_replaced(&self) -> bool {
+        std::mem::take(&mut self.lock().replaced)
+    }
+
+    fn find(&self, entry: &Entry, now: SystemTime) -> FoundX509 {
+        let mut table = self.lock();
+        table.uses += 1;
+        let uses = table.uses;
+        let Some(held) = table.held.get_mut(&entry.id) else { return FoundX509::Nothing };
         held.used = uses;
         // `not_before` lies in the future only when the clock was set back.
         let valid = held.svid.not_before <= now && now < held.svid.not_after;
         let served = Served { svid: Arc::clone(&held.svid), renew_at: held.renew_at, signed: false };
-        match (held.revision == entry.revision && valid, now < held.renew_at) {
-            (false, _) => Found::Nothing,
-            (true, true) => Found::Fresh(served),
-            (true, false) => Found::Due(served),
+        let renewing = held.renewing_until.is_some_and(|until| Instant::now() < until);
+        match (held.revision == entry.revision && valid, now < held.renew_at || renewing) {
+            (false, _) => FoundX509::Nothing,
+            (true, true) => FoundX509::Fresh(served),
+            (true, false) => FoundX509::Due(served),
         }
     }
 
     /// Makes the SVID of `entry`, once for all who ask meanwhile.
-    async fn make(&self, entry: &Arc<Entry>) -> Result<Served, IssuerError> {
+    async fn make(&self, entry: &Arc<Entry>, deadline: Instant) -> Result<Served, MintError> {
         let key = (entry.id.clone(), entry.revision);
         let cell = Arc::clone(self.lock().making.entry(key.clone()).or_default());
-        let made = cell
-            .get_or_try_init(|| async {
-                let svid = Arc::new(self.signer.x509(Arc::clone(entry)).await?);
-                Ok(self.keep(entry, svid))
-            })
-            .await
-            .cloned();
-        let mut inner = self.lock();
-        if inner.making.get(&key).is_some_and(|current| Arc::ptr_eq(current, &cell)) {
-            inner.making.remove(&key);
+        let making = cell.get_or_try_init(|| async {
+            let mut made = self.issuer.mint_x509(std::slice::from_ref(entry), deadline).await;
+            let svid = made.pop().unwrap_or(Err(MintError::Late))?;
+            Ok(self.keep(entry, Arc::new(svid)))
+        });
+        let made = issuer::by(deadline, making).await.cloned();
+        let mut table = self.lock();
+        if table.making.get(&key).is_some_and(|current| Arc::ptr_eq(current, &cell)) {
+            table.making.remove(&key);
         }
         made
     }
 
     fn keep(&self, entry: &Entry, svid: Arc<X509Svid>) -> Served {
         let target = *self.availability_target.lock().unwrap_or_else(PoisonError::into_inner);
-        let renew_at = renew_at(svid.not_before, svid.not_after, target, &mut ahash_random());
+        let renew_at = renewal::draw(svid.not_before, svid.not_after, target);
         let max = self.max.load(Ordering::Relaxed);
-        let mut inner = self.lock();
-        inner.uses += 1;
-        let used = inner.uses;
-        if !inner.held.contains_key(&entry.id) && inner.held.len() >= max {
-            inner.make_room();
+        let mut table = self.lock();
+        table.uses += 1;
+        let used = table.uses;
+        if !table.held.contains_key(&entry.id) && table.held.len() >= max {
+            table.make_room();
         }
-        let held = Held { svid: Arc::clone(&svid), revision: entry.revision, renew_at, used };
-        let before = inner.held.insert(entry.id.clone(), held);
-        inner.replaced |= before.is_some() && inner.streams.contains_key(&entry.id);
-        drop(inner);
+        let held = HeldSvid {
+            svid: Arc::clone(&svid),
+            revision: entry.revision,
+            renew_at,
+            renewing_until: None,
+            used,
+        };
+        let before = table.held.insert(entry.id.clone(), held);
+        table.replaced |= before.is_some() && table.streams.contains_key(&entry.id);
+        drop(table);
         self.due_changed.notify_one();
         Served { svid, renew_at, signed: true }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, X509Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Inner {
+impl X509Table {
     /// Forgets the tenth that nobody has asked for the longest and no stream holds, so that the search for it is paid
     /// by many.
     fn make_room(&mut self) {
@@ -271,20 +319,11 @@ impl Inner {
     }
 }
 
-enum Found {
+enum FoundX509 {
     Fresh(Served),
     /// Valid, and due for renewal.
     Due(Served),
     Nothing,
-}
-
-/// What [`X509Cache::renew`] did.
-#[derive(Debug, Default)]
-pub(super) struct Renewed {
-    /// An SVID that a stream holds was replaced, here or by a call that asked for it.
-    pub(super) replaced: bool,
-    /// The last failure, if there was one; it is tried again within [`RETRY`].
-    pub(super) failed: Option<IssuerError>,
 }
 
 /// A stream's hold on the SVIDs it sent.
@@ -303,82 +342,21 @@ impl Hold {
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        let mut inner = self.cache.lock();
+        let mut table = self.cache.lock();
         for id in &self.ids {
-            if let Some(streams) = inner.streams.get_mut(id) {
+            if let Some(streams) = table.streams.get_mut(id) {
                 *streams -= 1;
                 if *streams == 0 {
-                    inner.streams.remove(id);
+                    table.streams.remove(id);
                 }
             }
         }
     }
 }
 
-/// When to renew: at half of the lifetime, give or take a tenth of that half; earlier by `availability_target` when
-/// that leaves at least 12 hours of rotation (SPIRE: `pkg/common/rotationutil/rotationutil.go`). `random` gives
-/// numbers in 0..1.
-pub(super) fn renew_at(
-    not_before: SystemTime,
-    not_after: SystemTime,
-    availability_target: Option<Duration>,
-    random: &mut impl FnMut() -> f64,
-) -> SystemTime {
-    const MIN_GRACE: Duration = Duration::from_secs(12 * 3600);
-    const MAX_JITTER: Duration = Duration::from_secs(600);
-    let lifetime = not_after.duration_since(not_before).unwrap_or_default();
-    let half_life = not_after - lifetime.mul_f64(0.5 * (0.9 + 0.2 * random()));
-    match availability_target {
-        Some(target) if lifetime.checked_sub(target).is_some_and(|grace| grace > MIN_GRACE) => {
-            let for_target = not_after - target - MAX_JITTER.mul_f64(random());
-            for_target.min(half_life).max(not_before)
-        }
-        _ => half_life,
-    }
-}
-
-/// Numbers in 0..1 that spread work over time; nothing secret depends on them.
-pub(super) fn ahash_random() -> impl FnMut() -> f64 {
-    use std::hash::{BuildHasher as _, Hasher as _};
-    let state = ahash::RandomState::new();
-    let mut at = 0_u64;
-    move || {
-        at += 1;
-        let mut hasher = state.build_hasher();
-        hasher.write_u64(at);
-        // 32 bits are plenty, and convert without loss.
-        let bits = u32::try_from(hasher.finish() >> 32).unwrap_or(u32::MAX);
-        f64::from(bits) / (f64::from(u32::MAX) + 1.0)
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
-
-    const HOUR: u64 = 3600;
-
-    #[test]
-    fn renewal_is_due_where_spire_has_it() {
-        let born = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
-        for (case, lifetime, target, random, want) in [
-            ("middle", 2 * HOUR, None, 0.5, HOUR),
-            ("early edge", 2 * HOUR, None, 1.0, HOUR - HOUR / 10),
-            ("late edge", 2 * HOUR, None, 0.0, HOUR + HOUR / 10),
-            ("target", 48 * HOUR, Some(30 * HOUR), 0.0, 18 * HOUR),
-            ("target, jitter", 48 * HOUR, Some(30 * HOUR), 0.5, 18 * HOUR - 300),
-            ("half life is nearer than the target", 96 * HOUR, Some(24 * HOUR), 0.5, 48 * HOUR),
-            ("too short for the target", 30 * HOUR, Some(24 * HOUR), 0.5, 15 * HOUR),
-            ("no lifetime", 0, None, 0.5, 0),
-        ] {
-            let not_after = born + Duration::from_secs(lifetime);
-            let target = target.map(Duration::from_secs);
-            let got = renew_at(born, not_after, target, &mut || random);
-            assert_eq!(got, born + Duration::from_secs(want), "{case}");
-        }
-    }
 
     #[test]
     fn an_answer_is_not_repeated_beyond_its_end() {
@@ -395,31 +373,6 @@ mod tests {
             });
             let served = Served { svid, renew_at: born + Duration::from_secs(renew_in), signed: false };
             assert_eq!(served.fresh(), born..born + Duration::from_secs(fresh_for), "{case}");
-        }
-    }
-
-    proptest! {
-        /// Whatever is drawn, renewal lies within the validity and leaves at least 45 % of it.
-        #[test]
-        fn renewal_lies_within_validity(
-            lifetime in 1u64..10_000_000,
-            target in proptest::option::of(0u64..10_000_000),
-            draws in proptest::collection::vec(0.0f64..1.0, 2),
-        ) {
-            let born = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
-            let not_after = born + Duration::from_secs(lifetime);
-            let mut at = 0;
-            let got = renew_at(born, not_after, target.map(Duration::from_secs), &mut || { at += 1; draws[at - 1] });
-            prop_assert!(got >= born);
-            prop_assert!(not_after.duration_since(got).unwrap() >= Duration::from_secs(lifetime).mul_f64(0.449));
-        }
-
-        #[test]
-        fn random_numbers_are_in_range(_n in 0..8) {
-            let mut random = ahash_random();
-            for _ in 0..100 {
-                prop_assert!((0.0..1.0).contains(&random()));
-            }
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The agent's log: text or JSON lines to standard output, standard error or a file, at a level that can change.
+//! The agent's log: text or JSON lines to standard output or a file, at a level that can change.
 //!
 //! A log must never take identity away: a reader that stops reading (a full pipe, a stuck disk) stops one thread
 //! of this module and no other. Lines wait in a buffer of [`MOST_WAITING`] bytes; what does not fit is dropped and
@@ -22,94 +22,16 @@ use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::{Layer, Registry, reload};
 
+use super::settings::{LogFormat, LogSettings};
+
 /// The most bytes that wait for the writer: some thousand lines.
 pub const MOST_WAITING: usize = 1024 * 1024;
 /// A buffer that grew beyond this in a burst is given back.
 const KEPT: usize = 64 * 1024;
 
-/// A level that does not exist.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("log level {got:?} must be one of panic, fatal, error, warn, info, debug, trace")]
-pub struct UnknownLevel {
-    /// As written.
-    pub got: String,
-}
-
-/// Reads a level by spire-agent's names (`log_level`); case does not matter. `panic` and `fatal` are `error` here,
-/// since this agent does not log and die.
-///
-/// # Errors
-/// [`UnknownLevel`].
-pub fn parse_level(text: &str) -> Result<Level, UnknownLevel> {
-    Ok(match text.to_ascii_lowercase().as_str() {
-        "panic" | "fatal" | "error" => Level::ERROR,
-        "warn" | "warning" => Level::WARN,
-        "info" => Level::INFO,
-        "debug" => Level::DEBUG,
-        "trace" => Level::TRACE,
-        _ => return Err(UnknownLevel { got: text.to_owned() }),
-    })
-}
-
 fn targets(level: Level) -> Targets {
     let own = LevelFilter::from_level(level);
     Targets::new().with_default(own.min(LevelFilter::WARN)).with_target("durward", own)
-}
-
-/// How a line looks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Format {
-    /// For people; in colours on a terminal.
-    #[default]
-    Text,
-    /// One JSON object per line.
-    Json,
-}
-
-/// Where lines go.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Output {
-    /// Standard output, as spire-agent by default.
-    #[default]
-    Stdout,
-    /// Standard error.
-    Stderr,
-    /// A file, made with mode 0640 if it is not there.
-    File(PathBuf),
-}
-
-/// Whether lines name the source file and line that wrote them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum SourceLocation {
-    /// They do not.
-    #[default]
-    Hidden,
-    /// They do (`log_source_location`).
-    Shown,
-}
-
-/// How to log.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Settings {
-    /// From which level on; INFO by default. Can change while running.
-    pub level: Level,
-    /// How a line looks.
-    pub format: Format,
-    /// Where lines go.
-    pub output: Output,
-    /// Whether lines say where they come from.
-    pub source_location: SourceLocation,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            level: Level::INFO,
-            format: Format::default(),
-            output: Output::default(),
-            source_location: SourceLocation::default(),
-        }
-    }
 }
 
 /// Why there is no log.
@@ -136,12 +58,13 @@ pub enum LogError {
 pub struct Log {
     level: reload::Handle<Targets, Registry>,
     queue: Arc<Queue>,
-    output: Output,
+    /// `None` for standard output.
+    file: Option<PathBuf>,
 }
 
 impl std::fmt::Debug for Log {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Log").field("output", &self.output).finish_non_exhaustive()
+        f.debug_struct("Log").field("file", &self.file).finish_non_exhaustive()
     }
 }
 
@@ -150,7 +73,7 @@ impl Log {
     ///
     /// # Errors
     /// See [`LogError`]; nothing is set up then.
-    pub fn start(settings: &Settings) -> Result<Self, LogError> {
+    pub fn start(settings: &LogSettings) -> Result<Self, LogError> {
         let (subscriber, log) = Self::build(settings)?;
         tracing::subscriber::set_global_default(subscriber).map_err(|_already| LogError::Twice)?;
         Ok(log)
@@ -161,14 +84,10 @@ impl Log {
     /// # Errors
     /// See [`LogError`].
     pub fn build(
-        settings: &Settings,
+        settings: &LogSettings,
     ) -> Result<(impl tracing::Subscriber + Send + Sync + use<>, Self), LogError> {
-        let sink = Sink::open(&settings.output)?;
-        let colours = match settings.output {
-            Output::Stdout => io::stdout().is_terminal(),
-            Output::Stderr => io::stderr().is_terminal(),
-            Output::File(_) => false,
-        };
+        let sink = Sink::open(settings.file.as_deref())?;
+        let colours = settings.file.is_none() && io::stdout().is_terminal();
         let queue = Arc::new(Queue::default());
         let writer = Arc::clone(&queue);
         std::thread::Builder::new()
@@ -176,19 +95,19 @@ impl Log {
             .spawn(move || writer.write_out(sink))
             .map_err(LogError::Thread)?;
 
-        let shown = settings.source_location == SourceLocation::Shown;
+        let shown = settings.source_location;
         let lines = tracing_subscriber::fmt::layer()
             .with_writer(ToQueue(Arc::clone(&queue)))
             .with_file(shown)
             .with_line_number(shown)
             .log_internal_errors(false);
         let lines: Box<dyn Layer<_> + Send + Sync> = match settings.format {
-            Format::Text => Box::new(lines.with_ansi(colours)),
-            Format::Json => Box::new(lines.json().flatten_event(true).with_current_span(false)),
+            LogFormat::Text => Box::new(lines.with_ansi(colours)),
+            LogFormat::Json => Box::new(lines.json().flatten_event(true).with_current_span(false)),
         };
         let (filter, level) = reload::Layer::new(targets(settings.level));
         let subscriber = Registry::default().with(filter).with(lines);
-        Ok((subscriber, Self { level, queue, output: settings.output.clone() }))
+        Ok((subscriber, Self { level, queue, file: settings.file.clone() }))
     }
 
     /// Logs from this level on, from now on.
@@ -202,10 +121,8 @@ impl Log {
     /// # Errors
     /// [`LogError::Open`]; the old file stays in use.
     pub fn reopen(&self) -> Result<(), LogError> {
-        let sink = match self.output {
-            Output::Stdout | Output::Stderr => return Ok(()),
-            Output::File(_) => Sink::open(&self.output)?,
-        };
+        let Some(path) = &self.file else { return Ok(()) };
+        let sink = Sink::File(append(path)?);
         self.queue.lock().next_sink = Some(sink);
         self.queue.changed.notify_all();
         Ok(())
@@ -233,13 +150,13 @@ impl Log {
 /// What has been logged and not yet been written.
 #[derive(Default)]
 struct Queue {
-    state: Mutex<State>,
+    state: Mutex<QueueState>,
     /// Rings at every change of the state.
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct QueueState {
     waiting: Vec<u8>,
     /// The writer holds lines that it has taken and not yet written.
     writing: bool,
@@ -250,7 +167,7 @@ struct State {
 }
 
 impl Queue {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, QueueState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -330,23 +247,17 @@ impl Write for Line<'_> {
 
 enum Sink {
     Stdout,
-    Stderr,
     File(File),
 }
 
 impl Sink {
-    fn open(output: &Output) -> Result<Self, LogError> {
-        Ok(match output {
-            Output::Stdout => Self::Stdout,
-            Output::Stderr => Self::Stderr,
-            Output::File(path) => Self::File(append(path)?),
-        })
+    fn open(file: Option<&Path>) -> Result<Self, LogError> {
+        Ok(file.map(append).transpose()?.map_or(Self::Stdout, Self::File))
     }
 
     fn write(&mut self, lines: &[u8], lost: u64) -> io::Result<()> {
         match self {
             Self::Stdout => write_all(&mut io::stdout().lock(), lines, lost),
-            Self::Stderr => write_all(&mut io::stderr().lock(), lines, lost),
             Self::File(file) => write_all(file, lines, lost),
         }
     }
@@ -379,40 +290,16 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
-    fn to_file(dir: &tempfile::TempDir, format: Format, level: Level) -> (Settings, PathBuf) {
+    fn to_file(dir: &tempfile::TempDir, format: LogFormat, level: Level) -> (LogSettings, PathBuf) {
         let path = dir.path().join("agent.log");
-        let settings = Settings { level, format, output: Output::File(path.clone()), ..Default::default() };
+        let settings = LogSettings { level, format, file: Some(path.clone()), ..Default::default() };
         (settings, path)
-    }
-
-    #[test]
-    fn levels_have_spires_names() {
-        for (case, want) in [
-            ("panic", Some(Level::ERROR)),
-            ("fatal", Some(Level::ERROR)),
-            ("ERROR", Some(Level::ERROR)),
-            ("warn", Some(Level::WARN)),
-            ("Warning", Some(Level::WARN)),
-            ("INFO", Some(Level::INFO)),
-            ("debug", Some(Level::DEBUG)),
-            ("trace", Some(Level::TRACE)),
-            ("", None),
-            ("verbose", None),
-            (" info", None),
-        ] {
-            assert_eq!(parse_level(case).ok(), want, "{case}");
-        }
-        let err = parse_level("verbose").unwrap_err().to_string();
-        assert_eq!(
-            err,
-            r#"log level "verbose" must be one of panic, fatal, error, warn, info, debug, trace"#
-        );
     }
 
     #[test]
     fn the_level_holds_and_changes_live() {
         let dir = tempfile::tempdir().unwrap();
-        let (settings, path) = to_file(&dir, Format::Text, Level::INFO);
+        let (settings, path) = to_file(&dir, LogFormat::Text, Level::INFO);
         let (subscriber, log) = Log::build(&settings).unwrap();
         tracing::subscriber::with_default(subscriber, || {
             tracing::info!(target: "durward::api", "first");
@@ -437,8 +324,8 @@ mod tests {
     #[test]
     fn json_lines_are_objects() {
         let dir = tempfile::tempdir().unwrap();
-        let (mut settings, path) = to_file(&dir, Format::Json, Level::INFO);
-        settings.source_location = SourceLocation::Shown;
+        let (mut settings, path) = to_file(&dir, LogFormat::Json, Level::INFO);
+        settings.source_location = true;
         let (subscriber, log) = Log::build(&settings).unwrap();
         tracing::subscriber::with_default(subscriber, || {
             tracing::info!(target: "durward", uid = 1000, "two\nlines \"quoted\"");
@@ -457,7 +344,7 @@ mod tests {
     #[test]
     fn a_moved_file_is_made_anew_and_a_failed_reopen_keeps_the_old() {
         let dir = tempfile::tempdir().unwrap();
-        let (settings, path) = to_file(&dir, Format::Text, Level::INFO);
+        let (settings, path) = to_file(&dir, LogFormat::Text, Level::INFO);
         let (subscriber, log) = Log::build(&settings).unwrap();
         let moved = dir.path().join("agent.log.1");
         let guard = tracing::subscriber::set_default(subscriber);
@@ -485,7 +372,7 @@ mod tests {
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
         // Reading and writing at once, or opening a pipe waits for the other side.
         let reader = OpenOptions::new().read(true).write(true).open(&path).unwrap();
-        let settings = Settings { output: Output::File(path), ..Default::default() };
+        let settings = LogSettings { file: Some(path), ..Default::default() };
         let (subscriber, log) = Log::build(&settings).unwrap();
         let line = "x".repeat(1000);
         tracing::subscriber::with_default(subscriber, || {

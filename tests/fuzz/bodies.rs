@@ -27,7 +27,7 @@ use durward::{
     limits::GatePlan,
     peer::{
         cgroup::{self, KubeletRoot},
-        wire::{Budget, Filter, Flood},
+        frames::{Filter, Flood, FrameBudget},
     },
 };
 use serde_json::{Map, Value};
@@ -238,9 +238,9 @@ fn check_config(text: &str, drop_in: &str, expand_env: ExpandEnv<'_>) {
                 config.federated.iter().all(|(name, bundle)| name != own && bundle.trust_domain == *name)
             );
             let paths: [Option<&PathBuf>; 4] = [
-                Some(&config.socket_path),
-                Some(&config.data_dir),
-                config.admin_socket_path.as_ref(),
+                Some(&config.agent.socket_path),
+                Some(&config.agent.data_dir),
+                config.agent.admin_socket_path.as_ref(),
                 config.log.file.as_ref(),
             ];
             assert!(paths.into_iter().flatten().all(|path| path.is_absolute()));
@@ -314,7 +314,7 @@ fn below_user(line: &[u8]) -> Vec<u8> {
 pub fn status(data: &[u8]) {
     let parsed = status::parse(data);
     if let Ok(status) = &parsed {
-        let status::Status { uid, gid, groups } = status;
+        let status::ProcStatus { uid, gid, groups } = status;
         assert!(groups.len() <= status::MAX_GROUPS);
         let groups: String = groups.iter().map(|group| format!("{group} ")).collect();
         let text = format!("Uid:\t1\t{uid}\t2\t3\nGid:\t4\t{gid}\t5\t6\nGroups:\t{groups}\n");
@@ -359,7 +359,7 @@ pub fn wire(data: &[u8]) {
 /// What passes of `bytes` when they arrive in chunks of this length, and how it ends. Time stands still.
 fn pass(bytes: &[u8], chunk: usize) -> (Vec<u8>, Result<(), Flood>) {
     let now = Instant::now();
-    let mut filter = Filter::new(Budget::DEFAULT, now);
+    let mut filter = Filter::new(FrameBudget::DEFAULT, now);
     let mut bytes = bytes.to_vec();
     let mut end = Ok(());
     for chunk in bytes.chunks_mut(chunk) {

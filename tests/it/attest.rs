@@ -23,9 +23,9 @@ use std::{
 
 use aws_lc_rs::digest::{SHA256, digest};
 use durward::{
-    attest::{AttestError, Attestor, Blame, Subject, unix::Settings},
+    attest::{AttestError, AttestSettings, Attestor, Blame, Subject, unix::UnixSettings},
     identity::selector::Selectors,
-    limits::{Limits, Method},
+    limits::{Limits, Method, report::Standing},
     peer::{OsUid, Peer},
 };
 use nix::{
@@ -174,8 +174,8 @@ fn may_be_others(test: &str) -> bool {
     root
 }
 
-fn discovering(workload_size_limit: i64) -> Settings {
-    Settings { discover_workload_path: true, workload_size_limit }
+fn discovering(workload_size_limit: i64) -> AttestSettings {
+    AttestSettings { unix: UnixSettings { discover_workload_path: true, workload_size_limit } }
 }
 
 /// A program of our own that does nothing for a long time.
@@ -188,7 +188,7 @@ fn sleeper(dir: &TempDir, name: &str) -> PathBuf {
 #[tokio::test]
 async fn a_process_is_its_user_and_its_groups() {
     let dir = tempfile::tempdir().unwrap();
-    let attestor = Attestor::new(Settings::default());
+    let attestor = Attestor::new(AttestSettings::default());
 
     let ours = Process::start(&dir);
     let (uid, gid) = (geteuid(), getegid());
@@ -221,7 +221,7 @@ async fn a_process_that_changes_its_user_gets_nothing_more() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let attestor = Attestor::new(Settings::default());
+    let attestor = Attestor::new(AttestSettings::default());
     for (case, attested_before) in [("its first call", false), ("a result is kept", true)] {
         let mut process = Process::start_as_user(&dir);
         if attested_before {
@@ -240,7 +240,7 @@ async fn supplementary_groups_are_those_of_the_last_second() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let attestor = Attestor::new(Settings::default());
+    let attestor = Attestor::new(AttestSettings::default());
     let mut process = Process::start_as_user(&dir);
     assert_eq!(attest(&attestor, &process.peer).await.unwrap().len(), 4);
     process.order("groups none");
@@ -251,7 +251,7 @@ async fn supplementary_groups_are_those_of_the_last_second() {
 #[tokio::test(start_paused = true)]
 async fn an_heir_of_the_socket_is_not_the_process() {
     let dir = tempfile::tempdir().unwrap();
-    let attestor = Attestor::new(Settings::default());
+    let attestor = Attestor::new(AttestSettings::default());
     for (case, attested_before) in [("its first call", false), ("a result is kept", true)] {
         let mut process = Process::start(&dir);
         if attested_before {
@@ -269,7 +269,7 @@ async fn an_heir_of_the_socket_is_not_the_process() {
 
 #[tokio::test]
 async fn a_process_in_another_pid_namespace_is_told_what_to_do() {
-    let attestor = Attestor::new(Settings::default());
+    let attestor = Attestor::new(AttestSettings::default());
     let peer = Arc::new(Peer::out_of_namespace(Uid::from_raw(USER), Gid::from_raw(GROUP)));
     let err = attest(&attestor, &peer).await.unwrap_err();
     assert!(matches!(err, AttestError::OtherPidNamespace), "{err}");
@@ -287,18 +287,18 @@ async fn an_executable_has_a_path_and_a_digest() {
     let (path, hash) = (format!("unix:path:{}", program.display()), sha256(&program));
 
     for (case, settings, want) in [
-        ("not asked", Settings::default(), vec![]),
+        ("not asked", AttestSettings::default(), vec![]),
         ("both", discovering(0), vec![&path, &hash]),
         ("never hashed", discovering(-1), vec![&path]),
         ("as large as allowed", discovering(limit), vec![&path, &hash]),
     ] {
-        let attestor = Attestor::new(settings);
+        let attestor = Attestor::new(settings.clone());
         for call in ["the first", "the second", "after a reload"] {
             let got = texts(&attest(&attestor, &process.peer).await.unwrap());
             let of_file = |text: &&String| text.starts_with("unix:path:") || text.starts_with("unix:sha256:");
             assert_eq!(got.iter().filter(of_file).collect::<Vec<_>>(), want, "{case}, {call}");
             if call == "the second" {
-                attestor.reload(settings);
+                attestor.reload(settings.clone());
             }
         }
     }
@@ -314,6 +314,30 @@ async fn an_executable_has_a_path_and_a_digest() {
     let got = texts(&attest(&Attestor::new(discovering(0)), &process.peer).await.unwrap());
     assert!(got.contains(&format!("{path} (deleted)")), "{got:?}");
     assert!(got.contains(&hash), "{got:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failure_of_the_callers_own_doing_costs_it_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let process = Process::start(&dir);
+    let unseen = Arc::new(Peer::out_of_namespace(Uid::from_raw(USER), Gid::from_raw(GROUP)));
+    for (case, settings, peer, succeeds, cost) in [
+        ("attested", AttestSettings::default(), &process.peer, true, 1),
+        ("its executable is too large", discovering(1), &process.peer, false, 5),
+        ("the agent cannot see it", AttestSettings::default(), &unseen, false, 1),
+    ] {
+        let limits = Limits::default();
+        let left = || match limits.caller_standing(peer.caller(), Method::FetchX509Svid).1 {
+            Standing::Tokens { left, .. } => left,
+            other => panic!("{other:?}"),
+        };
+        let before = left();
+        let admitted = limits.admit_caller(Arc::clone(peer), Method::FetchX509Svid).unwrap();
+        let attested = Attestor::new(settings).attest(admitted).await;
+        assert_eq!(attested.is_ok(), succeeds, "{case}: {attested:?}");
+        drop(attested);
+        assert_eq!(before - left(), cost, "{case}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -8,9 +8,9 @@ use std::{
 };
 
 use durward::{
-    config::{Config, DropIns, ExpandEnv, FileError, HostPort, Input, LogFormat, diff},
+    config::{Config, DropIns, ExpandEnv, FileError, Input, diff},
     identity::{Entry, KeyType, TrustDomain},
-    issuer::embedded::CaSource,
+    telemetry::{HostPort, LogFormat},
 };
 
 const ROOT: &str = include_str!("../fixtures/config/root.pem");
@@ -67,31 +67,34 @@ fn with_agent(inner: &str) -> String {
 fn what_is_not_set_has_its_default() {
     let config = parse(LEAST).unwrap();
     assert_eq!(config.trust_domain.name(), "example.org");
-    assert_eq!(config.socket_path, Path::new("/run/durward/public/api.sock"));
-    assert_eq!(config.admin_socket_path, None);
-    assert_eq!(config.data_dir, Path::new("/var/lib/durward"));
+    assert_eq!(config.agent.socket_path, Path::new("/run/durward/public/api.sock"));
+    assert_eq!(config.agent.admin_socket_path, None);
+    assert_eq!(config.agent.data_dir, Path::new("/var/lib/durward"));
     assert_eq!(config.log.level, tracing::Level::INFO);
     assert_eq!(config.log.format, LogFormat::Text);
-    assert_eq!((&config.log.file, config.log.source_location, config.log.selectors.len()), (&None, false, 0));
-    assert_eq!(config.issuer.trust_domain, config.trust_domain);
-    assert_eq!(config.issuer.data_dir, config.data_dir);
-    assert_eq!(config.issuer.ca, CaSource::SelfSigned);
-    assert_eq!(config.issuer.ca_ttl, Duration::from_secs(86_400));
+    assert_eq!(
+        (&config.log.file, config.log.source_location, config.policy.log_selectors.len()),
+        (&None, false, 0)
+    );
+    assert_eq!(config.embedded_issuer().trust_domain, config.trust_domain);
+    assert_eq!(config.embedded_issuer().data_dir, config.agent.data_dir);
+    assert_eq!((&config.issuer.ca_cert_path, &config.issuer.ca_key_path), (&None, &None), "self-signed");
+    assert_eq!(config.issuer.ca_ttl.get(), Duration::from_secs(86_400));
     assert_eq!(config.issuer.ca_key_type, KeyType::EcP256);
     assert_eq!(config.issuer.jwt_key_type, KeyType::EcP256);
-    assert_eq!(config.issuer.svid_key_type, KeyType::EcP256);
+    assert_eq!(config.agent.svid_key_type, KeyType::EcP256);
     assert_eq!(config.issuer.jwt_issuer, None);
     assert_eq!(config.issuer.default_x509_svid_ttl, Duration::from_secs(3600));
     assert_eq!(config.issuer.default_jwt_svid_ttl, Duration::from_secs(300));
     assert!(config.entries.is_empty() && config.federated.is_empty());
-    assert_eq!(config.unix, durward::attest::unix::Settings::default());
-    assert!(!config.allow_unauthenticated_verifiers);
-    assert!(config.allowed_foreign_jwt_claims.is_empty());
-    assert_eq!(config.availability_target, None);
-    assert_eq!((config.x509_svid_cache_max_size, config.jwt_svid_cache_max_size), (1000, 1000));
-    assert_eq!((&config.prometheus, &config.health), (&None, &None));
+    assert_eq!(config.attest, durward::attest::AttestSettings::default());
+    assert!(!config.policy.allow_unauthenticated_verifiers);
+    assert!(config.policy.allowed_foreign_jwt_claims.is_empty());
+    assert_eq!(config.caches.availability_target, None);
+    assert_eq!((config.caches.x509_svids.count(), config.caches.jwt_svids.count()), (1000, 1000));
+    assert_eq!((&config.prometheus, config.health.enabled), (&None, false));
     assert_eq!(config.ratelimit.gate.connection.handshake_timeout, Duration::from_secs(10));
-    assert_eq!(config.drain_timeout, Duration::from_secs(5));
+    assert_eq!(config.listener.drain_timeout, Duration::from_secs(5));
 }
 
 const FULL: &str = r#"
@@ -199,18 +202,19 @@ fn full_files() -> Files {
 #[test]
 fn everything_that_can_be_set_is_set() {
     let config = full_files().parse(FULL, ExpandEnv::No).unwrap();
-    assert_eq!(config.data_dir, Path::new("/base/data"));
-    assert_eq!(config.issuer.data_dir, config.data_dir);
+    assert_eq!(config.agent.data_dir, Path::new("/base/data"));
+    assert_eq!(config.embedded_issuer().data_dir, config.agent.data_dir);
     assert_eq!(config.log.file.as_deref(), Some(Path::new("/base/agent.log")));
     assert_eq!(config.log.level, tracing::Level::WARN);
-    assert_eq!(config.issuer.svid_key_type, KeyType::EcP384);
+    assert_eq!(config.agent.svid_key_type, KeyType::EcP384);
     assert_eq!(config.issuer.ca_key_type, KeyType::Rsa2048);
     assert_eq!(config.issuer.jwt_key_type, KeyType::Rsa2048, "as the CA");
-    assert_eq!(config.issuer.ca, CaSource::Supplied { cert: "/base/ca.pem".into(), key: "/ca.key".into() });
-    assert_eq!(config.jwt_svid_cache_max_size, 16);
+    let ca = (config.issuer.ca_cert_path.as_deref(), config.issuer.ca_key_path.as_deref());
+    assert_eq!(ca, (Some(Path::new("/base/ca.pem")), Some(Path::new("/ca.key"))));
+    assert_eq!(config.caches.jwt_svids.count(), 16);
     assert_eq!(config.prometheus, Some(HostPort { host: "::1".to_owned(), port: 9988 }));
-    assert_eq!(config.health.as_ref().map(|health| health.bind.port), Some(8080));
-    assert_eq!(config.drain_timeout, Duration::ZERO);
+    assert_eq!((config.health.enabled, config.health.port), (true, 8080));
+    assert_eq!(config.listener.drain_timeout, Duration::ZERO);
     let other = TrustDomain::parse("other.example").unwrap();
     assert_eq!(config.federated[&other].x509_authorities.len(), 1);
     let entries: Vec<String> = config
@@ -241,7 +245,7 @@ fn blocks_of_one_name_are_one_block() {
         agent { log_level = \"debug\" } issuer embedded { ca_key_type = \"ec-p384\" }";
     let config = parse(apart).unwrap();
     assert_eq!(config.log.level, tracing::Level::DEBUG);
-    assert_eq!(config.issuer.ca_ttl, Duration::from_secs(172_800));
+    assert_eq!(config.issuer.ca_ttl.get(), Duration::from_secs(172_800));
     assert_eq!(config.issuer.ca_key_type, KeyType::EcP384);
 }
 
@@ -251,7 +255,7 @@ fn variables_are_expanded_only_when_asked_for() {
     let variable = |name: &str| (name == "TD").then(|| "example.org".to_owned());
     let config = Files::default().parse(text, ExpandEnv::With(&variable)).unwrap();
     assert_eq!(config.trust_domain.name(), "example.org");
-    assert_eq!(config.data_dir, Path::new("/base/$x"));
+    assert_eq!(config.agent.data_dir, Path::new("/base/$x"));
     let refused = parse(text).unwrap_err();
     assert!(refused.starts_with("agent.conf:1:9: agent.trust_domain \"${TD}\": "), "{refused}");
 }
@@ -418,8 +422,8 @@ fn mistakes_elsewhere_say_what_would_be_right() {
         ),
         (
             "ca_ttl",
-            "issuer \"embedded\" { ca_ttl = \"1s\" }",
-            "3:21: issuer \"embedded\".ca_ttl \"1s\": must be from 10s to 87600h",
+            "issuer \"embedded\" { ca_ttl = \"59s\" }",
+            "3:21: issuer \"embedded\".ca_ttl \"59s\": must be from 1m to 87600h",
         ),
         (
             "longer than the CA",

@@ -25,7 +25,7 @@ use durward::{
         Bundle, Entry, EntryId, JwtSvid, KeyType, Selectors, SpiffeId, TrustDomain, X509Svid,
         bundle::JwtPublicKey,
     },
-    issuer::embedded::{CaSource, Embedded, Settings},
+    issuer::embedded::{AuthorityTtl, EmbeddedCa, EmbeddedSettings, IssuerSettings, MIN_CA_TTL},
 };
 use proptest::prelude::*;
 use rustls_pki_types::{CertificateDer, UnixTime};
@@ -42,19 +42,17 @@ fn temp_dir() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
-fn settings(data_dir: &Path) -> Settings {
-    Settings {
+fn settings(data_dir: &Path) -> EmbeddedSettings {
+    EmbeddedSettings {
         trust_domain: TrustDomain::parse("example.org").unwrap(),
         data_dir: data_dir.to_owned(),
-        ca: CaSource::SelfSigned,
-        ca_ttl: 24 * HOUR,
-        ca_key_type: KeyType::EcP256,
-        jwt_key_type: KeyType::EcP256,
         svid_key_type: KeyType::EcP256,
-        jwt_issuer: None,
-        default_x509_svid_ttl: HOUR,
-        default_jwt_svid_ttl: Duration::from_secs(300),
+        issuer: IssuerSettings::default(),
     }
+}
+
+fn settings_with(issuer: IssuerSettings, data_dir: &Path) -> EmbeddedSettings {
+    EmbeddedSettings { issuer, ..settings(data_dir) }
 }
 
 fn entry(id: &str) -> Entry {
@@ -127,15 +125,18 @@ fn signs_what_its_bundle_verifies() {
         ("ec-p384", KeyType::EcP384, "ES384"),
         ("rsa-2048", KeyType::Rsa2048, "RS256"),
     ] {
-        let settings = Settings {
-            ca_key_type: key_type,
-            jwt_key_type: key_type,
+        let settings = EmbeddedSettings {
             svid_key_type: key_type,
+            issuer: IssuerSettings {
+                ca_key_type: key_type,
+                jwt_key_type: key_type,
+                ..IssuerSettings::default()
+            },
             ..settings(&dir.path().join(name))
         };
         // Once as made, once as read again.
         for case in [format!("{name}, made"), format!("{name}, read")] {
-            let issuer = Embedded::open(settings.clone(), start()).unwrap();
+            let issuer = EmbeddedCa::open(settings.clone(), start()).unwrap();
             let bundle = issuer.bundle();
             assert_eq!((bundle.x509_authorities.len(), bundle.jwt_authorities.len()), (1, 1), "{case}");
             let svid = issuer.mint_x509(&entry("spiffe://example.org/web"), start()).unwrap();
@@ -252,7 +253,7 @@ fn certificates_have_the_profile_of_a_spire_server() {
     let dir = tempfile::tempdir().unwrap();
     // Half a second: certificates know only whole ones.
     let now = start() + Duration::from_millis(500);
-    let issuer = Embedded::open(settings(dir.path()), now).unwrap();
+    let issuer = EmbeddedCa::open(settings(dir.path()), now).unwrap();
 
     let (extensions, ca) = describe(&issuer.bundle().x509_authorities[0]);
     assert_eq!(
@@ -343,8 +344,10 @@ fn tokens_have_the_profile_of_a_spire_server() {
             r#"{"aud":["a"],"exp":1767312000,"iat":1767225600,"sub":"spiffe://example.org/web"}"#,
         ),
     ] {
-        let settings = Settings { jwt_issuer: jwt_issuer.map(str::to_owned), ..settings(dir.path()) };
-        let issuer = Embedded::open(settings, start()).unwrap();
+        let issuer =
+            IssuerSettings { jwt_issuer: jwt_issuer.map(str::to_owned), ..IssuerSettings::default() };
+        let settings = settings_with(issuer, dir.path());
+        let issuer = EmbeddedCa::open(settings, start()).unwrap();
         let svid = issuer.mint_jwt(&web(), ttl.map(Duration::from_secs), &audience, now).unwrap();
         let (_, claims) = verify_jwt(&svid, &issuer.bundle()).expect(case);
         assert_eq!(claims, want, "{case}");
@@ -357,7 +360,7 @@ fn tokens_have_the_profile_of_a_spire_server() {
 #[test]
 fn refuses_what_it_may_not_sign() {
     let dir = temp_dir();
-    let issuer = Embedded::open(settings(dir.path()), start()).unwrap();
+    let issuer = EmbeddedCa::open(settings(dir.path()), start()).unwrap();
     let jwt = |id: &str, ttl, audience: &[&str], now| {
         let audience: Vec<_> = audience.iter().map(|text| (*text).to_owned()).collect();
         issuer.mint_jwt(&SpiffeId::parse(id).unwrap(), ttl, &audience, now).unwrap_err().to_string()
@@ -430,7 +433,7 @@ fn refuses_what_it_may_not_sign() {
 #[test]
 fn rotates_on_time() {
     let dir = temp_dir();
-    let issuer = Embedded::open(settings(dir.path()), start()).unwrap();
+    let issuer = EmbeddedCa::open(settings(dir.path()), start()).unwrap();
     let first = issuer.bundle();
     let signer = |now| {
         let svid = issuer.mint_x509(&entry("spiffe://example.org/web"), now).unwrap();
@@ -508,12 +511,13 @@ proptest! {
     fn no_clock_makes_it_lose_what_verifies(steps in steps(), ttl_hours in 1..48_u32) {
         let dir = temp_dir();
         let mut now = start();
-        let settings = Settings {
-            ca_ttl: ttl_hours * HOUR,
+        let issuer = IssuerSettings {
+            ca_ttl: AuthorityTtl::new(ttl_hours * HOUR).unwrap(),
             default_jwt_svid_ttl: 3 * HOUR,
-            ..settings(dir.path())
+            ..IssuerSettings::default()
         };
-        let mut issuer = Embedded::open(settings.clone(), now).unwrap();
+        let settings = settings_with(issuer, dir.path());
+        let mut issuer = EmbeddedCa::open(settings.clone(), now).unwrap();
         let mut reported = issuer.bundle();
         let mut x509 = Vec::new();
         let mut jwt = Vec::new();
@@ -523,7 +527,7 @@ proptest! {
                 Step::Back(by) => now -= by,
                 Step::Restart => {
                     drop(issuer);
-                    issuer = Embedded::open(settings.clone(), now).unwrap();
+                    issuer = EmbeddedCa::open(settings.clone(), now).unwrap();
                     reported = issuer.bundle();
                 }
             }
@@ -553,7 +557,7 @@ proptest! {
 #[test]
 fn a_clock_set_often_ends_in_an_error_and_not_in_a_loss() {
     let dir = temp_dir();
-    let issuer = Embedded::open(settings(dir.path()), start()).unwrap();
+    let issuer = EmbeddedCa::open(settings(dir.path()), start()).unwrap();
     let first = issuer.mint_jwt(&web(), None, &db(), start()).unwrap();
     // Each time before all that was made: nothing of it is ever expired.
     let mut faults = Vec::new();
@@ -575,7 +579,7 @@ fn a_clock_set_often_ends_in_an_error_and_not_in_a_loss() {
 #[test]
 fn a_month_asleep_is_mended_at_once() {
     let dir = temp_dir();
-    let issuer = Embedded::open(settings(dir.path()), start()).unwrap();
+    let issuer = EmbeddedCa::open(settings(dir.path()), start()).unwrap();
     let before = issuer.bundle();
     let now = start() + 30 * 24 * HOUR;
     assert!(issuer.mint_x509(&entry("spiffe://example.org/web"), now).is_err());
@@ -604,7 +608,7 @@ fn mode(path: &Path) -> u32 {
 fn state_is_the_owners_alone() {
     let outer = temp_dir();
     let dir = outer.path().join("a/data");
-    drop(Embedded::open(settings(&dir), start()).unwrap());
+    drop(EmbeddedCa::open(settings(&dir), start()).unwrap());
     assert_eq!(mode(&dir), 0o700);
     // What lies above is as whoever makes directories here would make it.
     fs::create_dir(outer.path().join("usual")).unwrap();
@@ -614,7 +618,7 @@ fn state_is_the_owners_alone() {
     assert_eq!(names, ["issuer.json", "issuer.lock"]);
     assert_eq!((mode(&state_file(&dir)), mode(&dir.join("issuer.lock"))), (0o600, 0o600));
 
-    let open = || Embedded::open(settings(&dir), start()).map(drop).map_err(|err| err.to_string());
+    let open = || EmbeddedCa::open(settings(&dir), start()).map(drop).map_err(|err| err.to_string());
     let dir_text = dir.display();
     for bad in [0o640, 0o604, 0o660, 0o777] {
         chmod(&state_file(&dir), bad);
@@ -644,14 +648,14 @@ fn state_is_the_owners_alone() {
 
     let file = outer.path().join("file");
     fs::write(&file, "").unwrap();
-    let err = Embedded::open(settings(&file), start()).unwrap_err().to_string();
+    let err = EmbeddedCa::open(settings(&file), start()).unwrap_err().to_string();
     assert_eq!(err, format!("{} is not a directory", file.display()));
 }
 
 #[test]
 fn many_threads_sign_while_one_rotates() {
     let dir = temp_dir();
-    let issuer = Embedded::open(settings(dir.path()), start()).unwrap();
+    let issuer = EmbeddedCa::open(settings(dir.path()), start()).unwrap();
     std::thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
@@ -671,18 +675,18 @@ fn many_threads_sign_while_one_rotates() {
 #[test]
 fn two_agents_do_not_share_a_directory() {
     let dir = temp_dir();
-    let first = Embedded::open(settings(dir.path()), start()).unwrap();
-    let err = Embedded::open(settings(dir.path()), start()).unwrap_err().to_string();
+    let first = EmbeddedCa::open(settings(dir.path()), start()).unwrap();
+    let err = EmbeddedCa::open(settings(dir.path()), start()).unwrap_err().to_string();
     let lock = dir.path().join("issuer.lock");
     assert_eq!(err, format!("{} is locked: another agent uses this data_dir", lock.display()));
     drop(first);
-    assert!(Embedded::open(settings(dir.path()), start()).is_ok());
+    assert!(EmbeddedCa::open(settings(dir.path()), start()).is_ok());
 }
 
 #[test]
 fn a_damaged_state_is_named_and_left_alone() {
     let dir = temp_dir();
-    drop(Embedded::open(settings(dir.path()), start()).unwrap());
+    drop(EmbeddedCa::open(settings(dir.path()), start()).unwrap());
     let good = fs::read_to_string(state_file(dir.path())).unwrap();
     let value: serde_json::Value = serde_json::from_str(&good).unwrap();
     let key = value["x509"][0]["key"].as_str().unwrap().to_owned();
@@ -714,7 +718,7 @@ fn a_damaged_state_is_named_and_left_alone() {
         ("too many", edited(&|v| { let mut one = v["jwt"][0].clone(); one["slot"] = "old".into(); v["jwt"] = vec![one; 65].into() }), damaged("more than 64 jwt authorities")),
     ] {
         fs::write(state_file(dir.path()), &text).unwrap();
-        let err = Embedded::open(settings(dir.path()), start()).unwrap_err();
+        let err = EmbeddedCa::open(settings(dir.path()), start()).unwrap_err();
         let shown = err.to_string();
         assert!(shown.contains(&want), "{case}: {shown}");
         assert!(shown.contains("issuer.json"), "{case}: {shown}");
@@ -722,13 +726,13 @@ fn a_damaged_state_is_named_and_left_alone() {
         assert_eq!(fs::read_to_string(state_file(dir.path())).unwrap(), text, "{case}: left as it is");
     }
     fs::write(state_file(dir.path()), &good).unwrap();
-    assert!(Embedded::open(settings(dir.path()), start()).is_ok(), "the good one is good");
+    assert!(EmbeddedCa::open(settings(dir.path()), start()).is_ok(), "the good one is good");
 }
 
 #[test]
 fn debug_shows_no_secret() {
     let dir = temp_dir();
-    let issuer = Embedded::open(settings(dir.path()), start()).unwrap();
+    let issuer = EmbeddedCa::open(settings(dir.path()), start()).unwrap();
     let state: serde_json::Value =
         serde_json::from_slice(&fs::read(state_file(dir.path())).unwrap()).unwrap();
     let svid = issuer.mint_x509(&entry("spiffe://example.org/web"), start()).unwrap();
@@ -762,7 +766,7 @@ fn child_dir() -> Option<PathBuf> {
 #[test]
 fn a_failed_write_changes_nothing() {
     let dir = temp_dir();
-    drop(Embedded::open(settings(dir.path()), start()).unwrap());
+    drop(EmbeddedCa::open(settings(dir.path()), start()).unwrap());
     let output = child("issuer::child_without_space", dir.path()).output().unwrap();
     let shown = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success() && shown.contains("the child got there"), "{shown}");
@@ -773,7 +777,7 @@ fn a_failed_write_changes_nothing() {
 fn child_without_space() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let Some(dir) = child_dir() else { return };
-    let issuer = Embedded::open(settings(&dir), start()).unwrap();
+    let issuer = EmbeddedCa::open(settings(&dir), start()).unwrap();
     let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).unwrap();
     let before = fs::read(state_file(&dir)).unwrap();
     let bundle = issuer.bundle();
@@ -791,11 +795,11 @@ fn child_without_space() {
         assert_eq!(verify_x509(&svid, &bundle, due), Ok(()), "{case}");
         // A due rotation that cannot be written does not keep an agent from starting; nothing to sign with does.
         let other = dir.join("other");
-        let err = Embedded::open(settings(&other), start()).unwrap_err().to_string();
+        let err = EmbeddedCa::open(settings(&other), start()).unwrap_err().to_string();
         assert!(err.ends_with("other/issuer.json.new: File too large (os error 27)"), "{case}: {err}");
     }
     drop(issuer);
-    let issuer = Embedded::open(settings(&dir), due).unwrap();
+    let issuer = EmbeddedCa::open(settings(&dir), due).unwrap();
     assert_eq!(*issuer.bundle(), *bundle);
     setrlimit(Resource::RLIMIT_FSIZE, hard, hard).unwrap();
     assert!(issuer.rotate(due).unwrap().bundle_changed, "made up for once there is space");
@@ -834,7 +838,7 @@ fn a_kill_at_any_moment_loses_nothing() {
                 _ => panic!("{line}"),
             }
         }
-        let issuer = Embedded::open(settings(dir.path()), now).unwrap();
+        let issuer = EmbeddedCa::open(settings(dir.path()), now).unwrap();
         let bundle = issuer.bundle();
         let known = kids(&bundle);
         for kid in &published {
@@ -870,7 +874,7 @@ fn child_that_rotates() {
     let Some(now) = std::env::var_os("DURWARD_TEST_NOW") else { return };
     let now: u64 = now.to_str().unwrap().parse().unwrap();
     let mut now = SystemTime::UNIX_EPOCH + Duration::from_secs(now);
-    let issuer = Embedded::open(settings(&dir), now).unwrap();
+    let issuer = EmbeddedCa::open(settings(&dir), now).unwrap();
     loop {
         println!("published {} .", kids(&issuer.bundle()).join(","));
         now += 4 * HOUR;
@@ -886,8 +890,9 @@ struct AdminCa {
 }
 
 impl AdminCa {
-    fn source(&self) -> CaSource {
-        CaSource::Supplied { cert: self.cert.clone(), key: self.key.clone() }
+    fn source(&self) -> IssuerSettings {
+        let (cert, key) = (self.cert.clone(), self.key.clone());
+        IssuerSettings { ca_cert_path: Some(cert), ca_key_path: Some(key), ..IssuerSettings::default() }
     }
 
     fn write(dir: &Path, name: &str, certificates: &[&str], key_pem: &str) -> Self {
@@ -942,8 +947,8 @@ fn a_supplied_ca_signs_an_intermediate() {
         let key = signer.key().serialize_pem();
         let texts: Vec<_> = certificates.iter().map(String::as_str).collect();
         let admin = AdminCa::write(dir.path(), case, &texts, &key);
-        let settings = Settings { ca: admin.source(), ..settings(&dir.path().join(case)) };
-        let issuer = Embedded::open(settings.clone(), start()).unwrap();
+        let settings = settings_with(admin.source(), &dir.path().join(case));
+        let issuer = EmbeddedCa::open(settings.clone(), start()).unwrap();
         let bundle = issuer.bundle();
         assert_eq!(bundle.x509_authorities, [root.der().to_vec()], "{case}: the root is the bundle");
 
@@ -972,7 +977,7 @@ fn a_supplied_ca_signs_an_intermediate() {
         assert_eq!(verify_x509(&other, &bundle, later), Ok(()), "{case}");
 
         drop(issuer);
-        let issuer = Embedded::open(settings, later).unwrap();
+        let issuer = EmbeddedCa::open(settings, later).unwrap();
         let again = issuer.mint_x509(&entry("spiffe://example.org/web"), later).unwrap();
         assert_eq!(again.chain[1..], other.chain[1..], "{case}: kept over a restart");
     }
@@ -986,13 +991,13 @@ fn another_source_signs_at_once_and_the_old_root_stays_known() {
     let data = dir.path().join("data");
     let mut old = Vec::new();
     for (case, ca, roots) in [
-        ("self-signed", CaSource::SelfSigned, 1),
+        ("self-signed", IssuerSettings::default(), 1),
         ("supplied", admin.source(), 2),
-        ("self-signed again", CaSource::SelfSigned, 3),
+        ("self-signed again", IssuerSettings::default(), 3),
     ] {
-        let issuer = Embedded::open(Settings { ca: ca.clone(), ..settings(&data) }, start()).unwrap();
+        let issuer = EmbeddedCa::open(settings_with(ca.clone(), &data), start()).unwrap();
         let svid = issuer.mint_x509(&entry("spiffe://example.org/web"), start()).unwrap();
-        assert_eq!(svid.chain.len() > 1, ca != CaSource::SelfSigned, "{case}");
+        assert_eq!(svid.chain.len() > 1, ca != IssuerSettings::default(), "{case}");
         old.push(svid);
         let bundle = issuer.bundle();
         assert_eq!(bundle.x509_authorities.len(), roots, "{case}");
@@ -1009,9 +1014,7 @@ fn a_supplied_ca_near_its_end_is_a_fault_until_renewed() {
     let pem = key.serialize_pem();
     let short = admin_params("root", 20 * HOUR).self_signed(&key).unwrap();
     let admin = AdminCa::write(dir.path(), "ca", &[&short.pem()], &pem);
-    let issuer =
-        Embedded::open(Settings { ca: admin.source(), ..settings(&dir.path().join("data")) }, start())
-            .unwrap();
+    let issuer = EmbeddedCa::open(settings_with(admin.source(), &dir.path().join("data")), start()).unwrap();
     let svid = issuer.mint_x509(&entry("spiffe://example.org/web"), start()).unwrap();
     assert_eq!(describe(&svid.chain[1]).1.not_after, seconds(start() + 20 * HOUR), "not beyond its root");
 
@@ -1182,7 +1185,7 @@ fn a_supplied_ca_that_cannot_serve_is_refused_with_the_reason() {
     ] {
         let admin = AdminCa::write(dir.path(), "ca", certificates, key);
         let data = dir.path().join(case);
-        let opened = Embedded::open(Settings { ca: admin.source(), ..settings(&data) }, start());
+        let opened = EmbeddedCa::open(settings_with(admin.source(), &data), start());
         let found = opened.map(drop).map_err(|err| err.to_string());
         match want {
             None => assert_eq!(found, Ok(()), "{case}"),
@@ -1197,7 +1200,7 @@ fn a_supplied_ca_that_cannot_serve_is_refused_with_the_reason() {
     let admin = AdminCa::write(dir.path(), "ca", &[&root.pem()], &root_key);
     chmod(&admin.key, 0o640);
     let data = dir.path().join("mode");
-    let err = Embedded::open(Settings { ca: admin.source(), ..settings(&data) }, start()).unwrap_err();
+    let err = EmbeddedCa::open(settings_with(admin.source(), &data), start()).unwrap_err();
     let key = admin.key.display();
     let want = format!("{key} has mode 0640, which is open to others; it must be 0600 (chmod 600 {key})");
     assert_eq!(err.to_string(), want);
@@ -1206,12 +1209,14 @@ fn a_supplied_ca_that_cannot_serve_is_refused_with_the_reason() {
 #[test]
 fn a_ca_without_time_to_learn_of_it_is_refused() {
     let dir = temp_dir();
-    let short = Settings { ca_ttl: Duration::from_secs(59), ..settings(dir.path()) };
-    let err = Embedded::open(short, start()).unwrap_err().to_string();
+    let err = AuthorityTtl::new(Duration::from_secs(59)).unwrap_err().to_string();
     assert_eq!(err, "ca_ttl is 59 s, but must be at least 60 s");
     // The shortest one, for an hour: more authorities than are kept, and never one too few.
-    let settings = Settings { ca_ttl: Duration::from_secs(60), ..settings(dir.path()) };
-    let issuer = Embedded::open(settings, start()).unwrap();
+    let settings = settings_with(
+        IssuerSettings { ca_ttl: AuthorityTtl::new(MIN_CA_TTL).unwrap(), ..IssuerSettings::default() },
+        dir.path(),
+    );
+    let issuer = EmbeddedCa::open(settings, start()).unwrap();
     let mut now = start();
     while now < start() + HOUR {
         let rotation = issuer.rotate(now).unwrap();
@@ -1226,9 +1231,13 @@ fn a_ca_without_time_to_learn_of_it_is_refused() {
 #[test]
 fn a_shorter_setting_takes_effect_at_the_next_rotation() {
     let dir = temp_dir();
-    drop(Embedded::open(settings(dir.path()), start()).unwrap());
-    let shorter = Settings { ca_ttl: HOUR, ca_key_type: KeyType::EcP384, ..settings(dir.path()) };
-    let issuer = Embedded::open(shorter, start()).unwrap();
+    drop(EmbeddedCa::open(settings(dir.path()), start()).unwrap());
+    let shorter = IssuerSettings {
+        ca_ttl: AuthorityTtl::new(HOUR).unwrap(),
+        ca_key_type: KeyType::EcP384,
+        ..IssuerSettings::default()
+    };
+    let issuer = EmbeddedCa::open(settings_with(shorter, dir.path()), start()).unwrap();
     let mut now = start();
     let mut lives = Vec::new();
     while now < start() + 14 * HOUR {

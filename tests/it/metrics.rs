@@ -4,12 +4,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use durward::os::clock::Clock;
-use durward::telemetry::metrics::Metrics;
+use crate::support::{TestAgent, entry};
 
-#[test]
-fn every_series_is_described_and_well_named() {
-    let text = Metrics::new(Clock::SYSTEM).render();
+/// What a running agent tells.
+fn scraped() -> String {
+    TestAgent::start(&entry("/web", "")).running.metrics().render()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_series_is_described_and_well_named() {
+    let text = scraped();
     let mut help = BTreeSet::new();
     let mut kinds = BTreeMap::new();
     let mut families = BTreeSet::new();
@@ -30,7 +34,7 @@ fn every_series_is_described_and_well_named() {
             families.insert(family);
         }
     }
-    assert!(families.len() > 25, "{families:?}");
+    assert!(families.len() > 40, "{families:?}");
     assert_eq!(families, help, "each has a help text");
     for (name, kind) in kinds {
         assert!(families.contains(name), "{name} is described but not there");
@@ -43,9 +47,9 @@ fn every_series_is_described_and_well_named() {
     }
 }
 
-#[test]
-fn labels_come_from_closed_sets() {
-    let text = Metrics::new(Clock::SYSTEM).render();
+#[tokio::test(flavor = "multi_thread")]
+async fn labels_come_from_closed_sets() {
+    let text = scraped();
     let mut labels = BTreeSet::new();
     for line in text.lines().filter(|l| !l.starts_with('#')) {
         if let Some((_, rest)) = line.split_once('{') {
@@ -53,8 +57,11 @@ fn labels_come_from_closed_sets() {
             labels.extend(inside.split("\",").filter_map(|pair| Some(pair.split_once('=')?.0)));
         }
     }
-    let known = ["attestor", "code", "kind", "le", "method", "reason", "result", "state", "version"]
-        .into_iter()
-        .collect();
+    let known = [
+        "attestor", "code", "key_type", "kind", "le", "method", "reason", "result", "stage", "state", "step",
+        "version",
+    ]
+    .into_iter()
+    .collect();
     assert_eq!(labels, known, "a new label must be a closed set of words that no caller chose");
 }

@@ -5,30 +5,40 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     os::unix::net::UnixStream,
     path::Path,
-    sync::Arc,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     time::{Duration, SystemTime},
 };
 
 use durward::{
-    attest::{Attestor, unix},
+    attest::{AttestSettings, Attestor},
     identity::{
-        Bundle, Entry, EntryId, JwtSvid, KeyType, Selector, Selectors, SpiffeId, TrustDomain, X509Svid, jwt,
+        Bundle, Bundles, Entry, EntryId, EntryIndex, JwtSvid, KeyType, Selector, Selectors, SpiffeId,
+        TrustDomain, X509Svid, jwt,
     },
-    issuer::embedded::{CaSource, Embedded, Settings},
+    issuer::{
+        Issuer, JwtRequest, MintError, SvidKind, World as Published,
+        embedded::{EmbeddedIssuer, EmbeddedSettings, IssuerSettings},
+        metrics::IssuerMetrics,
+    },
     limits::{Limits, Method},
     os::clock::Clock,
     peer::{OsUid, Peer},
-    store::{Charged, JwtCache, Policy, Purpose, Signer, Sync, X509Cache, authorize},
+    store::{Charged, JwtCache, Policy, Purpose, StoreMetrics, Writer, X509Cache, authorize},
     telemetry::metrics::Metrics,
 };
+use futures_util::future::{BoxFuture, join_all};
 use proptest::prelude::*;
+use tokio::{sync::watch, time::Instant};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
 struct World {
     _dir: tempfile::TempDir,
     clock: Clock,
-    sync: Arc<Sync>,
+    writer: Arc<Writer>,
     x509: Arc<X509Cache>,
     jwt: Arc<JwtCache>,
 }
@@ -53,49 +63,56 @@ fn entry(name: &str) -> Arc<Entry> {
     })
 }
 
-fn settings(dir: &Path) -> Settings {
-    Settings {
+fn settings(dir: &Path) -> EmbeddedSettings {
+    EmbeddedSettings {
         trust_domain: TrustDomain::parse("td").unwrap(),
         data_dir: dir.join("data"),
-        ca: CaSource::SelfSigned,
-        ca_ttl: 24 * HOUR,
-        ca_key_type: KeyType::EcP256,
-        jwt_key_type: KeyType::EcP256,
         svid_key_type: KeyType::EcP256,
-        jwt_issuer: None,
-        default_x509_svid_ttl: HOUR,
-        default_jwt_svid_ttl: Duration::from_secs(300),
+        issuer: IssuerSettings::default(),
     }
+}
+
+fn born() -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)
+}
+
+fn index(names: &[&str]) -> Arc<EntryIndex> {
+    Arc::new(EntryIndex::new(names.iter().map(|name| entry(name))))
 }
 
 impl World {
     fn new(names: &[&str], jwt_max: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let clock = Clock::starting_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
-        let settings = settings(dir.path());
-        let issuer = Arc::new(Embedded::open(settings, clock.now()).unwrap());
-        let metrics = Arc::new(Metrics::new(clock));
-        let ttls = [HOUR, Duration::from_secs(300)];
-        let ec = KeyType::EcP256;
-        let signer = Arc::new(Signer::new(issuer, clock, Arc::clone(&metrics), [ec, ec], ec, ttls));
-        let x509 = Arc::new(X509Cache::new(Arc::clone(&signer), 10, None));
-        let jwt = Arc::new(JwtCache::new(Arc::clone(&signer), Arc::clone(&metrics), jwt_max));
-        let all: Vec<_> = names.iter().map(|name| entry(name)).collect();
-        let sync =
-            Arc::new(Sync::new(signer, Arc::clone(&x509), metrics, all, BTreeMap::new(), Policy::default()));
-        Self { _dir: dir, clock, sync, x509, jwt }
+        let clock = Clock::starting_at(born());
+        let counted = Arc::new(IssuerMetrics::new(Metrics::default().registry()));
+        let issuer = Arc::new(EmbeddedIssuer::open(settings(dir.path()), clock, counted).unwrap());
+        issuer.declare(index(names), BTreeMap::new());
+        tokio::spawn(Arc::<EmbeddedIssuer>::clone(&issuer).run());
+        Self::of(dir, clock, issuer, jwt_max)
+    }
+
+    fn of(dir: tempfile::TempDir, clock: Clock, issuer: Arc<dyn Issuer>, jwt_max: usize) -> Self {
+        let metrics = Arc::new(StoreMetrics::new(Metrics::default().registry()));
+        let x509 = Arc::new(X509Cache::new(Arc::clone(&issuer), clock, 10, None));
+        let jwt = Arc::new(JwtCache::new(Arc::clone(&issuer), clock, Arc::clone(&metrics), jwt_max));
+        let writer = Arc::new(Writer::new(issuer, clock, Arc::clone(&x509), metrics, Policy::default()));
+        Self { _dir: dir, clock, writer, x509, jwt }
     }
 
     /// A call by this process for one of the entries, on its whole way.
     async fn charged(&self, name: &str) -> Charged {
+        self.call(Some(&SpiffeId::parse(&format!("spiffe://td/{name}")).unwrap())).await
+    }
+
+    /// A call by this process, on its whole way.
+    async fn call(&self, wanted: Option<&SpiffeId>) -> Charged {
         let (_ours, theirs) = UnixStream::pair().unwrap();
         let peer = Arc::new(Peer::from_stream(&theirs, &OsUid).unwrap());
         let limits = Limits::default();
         let admitted = limits.admit_caller(peer, Method::FetchJwtSvid).unwrap();
-        let attested = Attestor::new(unix::Settings::default()).attest(admitted).await.unwrap();
-        let id = SpiffeId::parse(&format!("spiffe://td/{name}")).unwrap();
-        let entitled = authorize(&self.sync.store().snapshot(), attested, Purpose::Svids, Some(&id)).unwrap();
-        entitled.charge(&limits).unwrap()
+        let attested = Attestor::new(AttestSettings::default()).attest(admitted).await.unwrap();
+        let snapshot = self.writer.store().snapshot();
+        authorize(&snapshot, attested, Purpose::Svids, wanted).unwrap().charge(&limits).unwrap()
     }
 
     async fn x509(&self, call: &mut Charged) -> Arc<X509Svid> {
@@ -107,7 +124,7 @@ impl World {
     }
 
     fn bundle(&self) -> Arc<Bundle> {
-        Arc::clone(&self.sync.store().snapshot().bundles.own)
+        Arc::clone(&self.writer.store().snapshot().bundles.own)
     }
 
     fn assert_verifies(&self, chain: &[Vec<u8>]) {
@@ -138,9 +155,9 @@ impl World {
 #[tokio::test(start_paused = true)]
 async fn a_week_of_rotation_serves_only_what_is_valid() {
     let world = World::new(&["web"], 100);
-    let syncing = tokio::spawn(Arc::clone(&world.sync).run());
+    let writing = tokio::spawn(Arc::clone(&world.writer).run());
     let web = &mut world.charged("web").await;
-    let mut changes = world.sync.store().subscribe();
+    let mut changes = world.writer.store().subscribe();
     let first = world.x509(web).await;
     let hold = world.x509.hold(web);
     let (mut streamed, mut renewals, mut authorities) = (first, 0, BTreeSet::new());
@@ -166,13 +183,13 @@ async fn a_week_of_rotation_serves_only_what_is_valid() {
     assert!((7 * 24..=7 * 24 * 3).contains(&renewals), "{renewals}");
     assert!(authorities.len() >= 7, "a CA of 24 hours is replaced each day: {}", authorities.len());
     drop(hold);
-    syncing.abort();
+    writing.abort();
 }
 
 #[tokio::test(start_paused = true)]
 async fn what_no_stream_holds_is_forgotten_and_made_again_on_demand() {
     let world = World::new(&["web"], 100);
-    let syncing = tokio::spawn(Arc::clone(&world.sync).run());
+    let writing = tokio::spawn(Arc::clone(&world.writer).run());
     let web = &mut world.charged("web").await;
     let first = world.x509(web).await;
     let again = world.x509(web).await;
@@ -184,7 +201,7 @@ async fn what_no_stream_holds_is_forgotten_and_made_again_on_demand() {
     assert_eq!((world.x509.counts().cached, world.x509.counts().active), (1, 1));
     drop(hold);
     assert_eq!(world.x509.counts().active, 0);
-    syncing.abort();
+    writing.abort();
 }
 
 #[tokio::test(start_paused = true)]
@@ -229,6 +246,285 @@ async fn a_flood_of_audiences_pushes_out_its_own_tokens_only() {
     assert!(Arc::ptr_eq(&kept, &again), "the neighbour's token is still there");
 }
 
+/// For whom an issuer cannot sign (everybody where nobody is named), and why.
+type Failure = (&'static str, fn() -> MintError);
+
+/// An issuer that takes its time, or refuses.
+#[derive(Debug)]
+struct Fake {
+    clock: Clock,
+    world: watch::Sender<Arc<Published>>,
+    /// How long a batch or a token takes.
+    takes: Mutex<Duration>,
+    fails: Mutex<Option<Failure>>,
+    asked: AtomicUsize,
+    at_once: AtomicUsize,
+    most_at_once: AtomicUsize,
+}
+
+impl Fake {
+    fn new(names: &[&str]) -> (Arc<Self>, World) {
+        let clock = Clock::starting_at(born());
+        let own = Bundle {
+            trust_domain: TrustDomain::parse("td").unwrap(),
+            x509_authorities: Vec::new(),
+            jwt_authorities: Vec::new(),
+        };
+        let bundles = Bundles { own: Arc::new(own), federated: BTreeMap::new() };
+        let fake = Arc::new(Self {
+            clock,
+            world: watch::Sender::new(Arc::new(Published { index: index(names), bundles })),
+            takes: Mutex::default(),
+            fails: Mutex::default(),
+            asked: AtomicUsize::new(0),
+            at_once: AtomicUsize::new(0),
+            most_at_once: AtomicUsize::new(0),
+        });
+        let world = World::of(tempfile::tempdir().unwrap(), clock, Arc::<Self>::clone(&fake), 100);
+        (fake, world)
+    }
+
+    fn takes(&self, time: Duration) {
+        *self.takes.lock().unwrap() = time;
+    }
+
+    fn fails(&self, why: Option<Failure>) {
+        *self.fails.lock().unwrap() = why;
+    }
+
+    /// Works for as long as it takes, or to the deadline.
+    async fn work(&self, deadline: Instant) -> Result<(), MintError> {
+        self.asked.fetch_add(1, Relaxed);
+        let at_once = self.at_once.fetch_add(1, Relaxed) + 1;
+        self.most_at_once.fetch_max(at_once, Relaxed);
+        let takes = *self.takes.lock().unwrap();
+        let done = tokio::time::timeout_at(deadline, tokio::time::sleep(takes)).await;
+        self.at_once.fetch_sub(1, Relaxed);
+        done.map_err(|_elapsed| MintError::Late)
+    }
+
+    fn failure(&self, entry: &Entry) -> Option<MintError> {
+        let (who, why) = (*self.fails.lock().unwrap())?;
+        (who.is_empty() || who == entry.id.as_str()).then(why)
+    }
+}
+
+impl Issuer for Fake {
+    fn world(&self) -> watch::Receiver<Arc<Published>> {
+        self.world.subscribe()
+    }
+
+    fn mint_x509<'a>(
+        &'a self,
+        entries: &'a [Arc<Entry>],
+        deadline: Instant,
+    ) -> BoxFuture<'a, Vec<Result<X509Svid, MintError>>> {
+        Box::pin(async move {
+            let done = self.work(deadline).await.is_ok();
+            let mint = |entry: &Arc<Entry>| match self.failure(entry) {
+                Some(error) => Err(error),
+                None if !done => Err(MintError::Late),
+                None => Ok(X509Svid {
+                    spiffe_id: entry.spiffe_id.clone(),
+                    chain: Vec::new(),
+                    key: Vec::new().into(),
+                    not_before: self.clock.now(),
+                    not_after: self.clock.now() + HOUR,
+                }),
+            };
+            entries.iter().map(mint).collect()
+        })
+    }
+
+    fn mint_jwt<'a>(
+        &'a self,
+        request: JwtRequest<'a>,
+        deadline: Instant,
+    ) -> BoxFuture<'a, Result<JwtSvid, MintError>> {
+        Box::pin(async move {
+            self.work(deadline).await?;
+            match self.failure(request.entry) {
+                Some(error) => Err(error),
+                None => Ok(JwtSvid {
+                    spiffe_id: request.entry.spiffe_id.clone(),
+                    token: String::new().into(),
+                    issued_at: self.clock.now(),
+                    expires_at: self.clock.now() + Duration::from_secs(300),
+                }),
+            }
+        })
+    }
+
+    fn can_sign(&self, _kind: SvidKind) -> Result<(), MintError> {
+        match *self.fails.lock().unwrap() {
+            Some(("", why)) => Err(why()),
+            _ => Ok(()),
+        }
+    }
+
+    fn run(self: Arc<Self>) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::pending())
+    }
+}
+
+fn wrong_name() -> MintError {
+    MintError::Request { reason: "a name is wrong", source: "it is".into() }
+}
+
+fn away() -> MintError {
+    MintError::Issuer { retry_after: Some(Duration::from_secs(60)), source: "the server is away".into() }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_issuer_holds_up_nobody_who_has_a_valid_svid() {
+    let (fake, world) = Fake::new(&["one", "three", "two"]);
+    let writing = tokio::spawn(Arc::clone(&world.writer).run());
+    let all = &mut world.call(None).await;
+    let _hold = world.x509.hold(all);
+    let first = world.x509.fetch(all).await.unwrap();
+    // They are due at different times, within minutes.
+    fake.takes(Duration::from_secs(25));
+    let end = world.clock.now() + HOUR * 3 / 5;
+    while world.clock.now() < end {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let started = Instant::now();
+        let served = world.x509.fetch(all).await.unwrap();
+        assert!(started.elapsed() <= Duration::from_secs(1), "{:?}", started.elapsed());
+        assert!(served.iter().all(|served| world.clock.now() < served.svid.not_after));
+    }
+    for (first, later) in first.iter().zip(world.x509.fetch(all).await.unwrap()) {
+        assert!(later.svid.not_after > first.svid.not_after, "{}", later.svid.spiffe_id);
+    }
+    writing.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_svids_take_the_time_of_one() {
+    let names: Vec<String> = (0..1200).map(|n| format!("{n:04}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let (fake, world) = Fake::new(&names);
+    fake.takes(Duration::from_secs(20));
+    let all = &mut world.call(None).await;
+    let _hold = world.x509.hold(all);
+    let started = Instant::now();
+    let first = world.x509.fetch(all).await.unwrap();
+    assert_eq!((first.len(), started.elapsed().as_secs()), (1200, 20));
+    // While nobody renews, all fall due; then it takes three batches, side by side.
+    tokio::time::sleep(HOUR * 3 / 5).await;
+    fake.asked.store(0, Relaxed);
+    fake.most_at_once.store(0, Relaxed);
+    let writing = tokio::spawn(Arc::clone(&world.writer).run());
+    tokio::time::sleep(Duration::from_secs(21)).await;
+    assert_eq!((fake.asked.load(Relaxed), fake.most_at_once.load(Relaxed)), (3, 3));
+    for (first, later) in first.iter().zip(world.x509.fetch(all).await.unwrap()) {
+        assert!(later.svid.not_after > first.svid.not_after, "{}", later.svid.spiffe_id);
+    }
+    assert_eq!(fake.asked.load(Relaxed), 3, "they were there");
+    writing.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_entry_that_cannot_be_signed_for_delays_no_other() {
+    let (fake, world) = Fake::new(&["bad", "good"]);
+    let writing = tokio::spawn(Arc::clone(&world.writer).run());
+    let all = &mut world.call(None).await;
+    let _hold = world.x509.hold(all);
+    let first = world.x509.fetch(all).await.unwrap();
+    fake.fails(Some(("bad", wrong_name)));
+    tokio::time::sleep(HOUR * 9 / 10).await;
+    let later = world.x509.fetch(all).await.unwrap();
+    assert!(Arc::ptr_eq(&first[0].svid, &later[0].svid), "the valid one is served");
+    assert!(later[1].svid.not_after > first[1].svid.not_after);
+    tokio::time::sleep(HOUR / 10).await;
+    let error = world.x509.fetch(all).await.unwrap_err();
+    assert!(matches!(error, MintError::Request { .. }), "never one that has ended: {error}");
+    fake.fails(None);
+    world.x509.fetch(all).await.unwrap();
+    writing.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_issuer_that_is_away_is_asked_when_it_says_and_what_is_valid_is_served() {
+    let (fake, world) = Fake::new(&["web"]);
+    let writing = tokio::spawn(Arc::clone(&world.writer).run());
+    let web = &mut world.charged("web").await;
+    let _hold = world.x509.hold(web);
+    let first = world.x509(web).await;
+    let token = world.jwt(web, "a").await;
+
+    // It says when to come again.
+    fake.fails(Some(("web", away)));
+    tokio::time::sleep(Duration::from_secs(200)).await;
+    let asked = fake.asked.load(Relaxed);
+    for _ in 0..50 {
+        assert!(Arc::ptr_eq(&world.jwt(web, "a").await, &token));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    assert_eq!(fake.asked.load(Relaxed) - asked, 1, "not before its time");
+
+    // It could sign nothing: it is not even asked, and does so at once when it can again.
+    fake.fails(Some(("", away)));
+    tokio::time::sleep(HOUR * 3 / 5).await;
+    assert_eq!(fake.asked.load(Relaxed) - asked, 1);
+    assert!(Arc::ptr_eq(&world.x509(web).await, &first), "valid, so it is served");
+    let mut changes = world.writer.store().subscribe();
+    fake.fails(None);
+    tokio::time::timeout(Duration::from_secs(1), changes.changed()).await.unwrap().unwrap();
+    assert!(world.x509(web).await.not_after > first.not_after);
+    writing.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_call_waits_beyond_its_deadline() {
+    let (fake, world) = Fake::new(&["db", "web"]);
+    fake.takes(HOUR);
+    let started = Instant::now();
+    // Those that wait for another's signature wait no longer than if it were their own.
+    let late = join_all((0..20).map(|n| {
+        let world = &world;
+        async move {
+            let (all, same) = (&mut world.call(None).await, &mut world.call(None).await);
+            tokio::time::sleep(Duration::from_millis(n)).await;
+            let audience = ["a".to_owned()];
+            let (x509, jwt) = tokio::join!(world.x509.fetch(all), world.jwt.fetch(same, &audience));
+            (x509.unwrap_err(), jwt.unwrap_err())
+        }
+    }));
+    for (x509, jwt) in late.await {
+        assert!(matches!((&x509, &jwt), (MintError::Late, MintError::Late)), "{x509}, {jwt}");
+    }
+    assert!((30_000..30_050).contains(&started.elapsed().as_millis()), "{:?}", started.elapsed());
+    fake.takes(Duration::ZERO);
+    let all = &mut world.call(None).await;
+    world.x509.fetch(all).await.unwrap();
+    world.jwt(all, "a").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_issuer_publishes_is_what_requests_see() {
+    let (fake, world) = Fake::new(&["web"]);
+    let writing = tokio::spawn(Arc::clone(&world.writer).run());
+    let mut changes = world.writer.store().subscribe();
+    fake.world.send_modify(|published| {
+        *published = Arc::new(Published { index: index(&["web", "db"]), bundles: published.bundles.clone() });
+    });
+    changes.changed().await.unwrap();
+    assert_eq!(world.writer.store().snapshot().index.entries().len(), 2);
+    // With another policy, as one change.
+    let before = world.writer.store().snapshot().generation;
+    let policy = Policy { allow_unauthenticated_verifiers: true, ..Policy::default() };
+    world.writer.replace(policy, || {
+        fake.world.send_modify(|published| {
+            *published = Arc::new(Published { index: index(&["db"]), bundles: published.bundles.clone() });
+        });
+    });
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let after = world.writer.store().snapshot();
+    assert_eq!((after.generation, after.index.entries().len()), (before + 1, 1));
+    assert!(after.policy.allow_unauthenticated_verifiers);
+    writing.abort();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
 
@@ -239,7 +535,7 @@ proptest! {
             tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
         runtime.block_on(async {
             let world = World::new(&["web"], 4);
-            let syncing = tokio::spawn(Arc::clone(&world.sync).run());
+            let writing = tokio::spawn(Arc::clone(&world.writer).run());
             let web = &mut world.charged("web").await;
             for step in steps {
                 tokio::time::sleep(Duration::from_secs(step)).await;
@@ -249,7 +545,7 @@ proptest! {
                 assert!(svid.not_after > world.clock.now());
                 world.assert_verifies(&svid.chain);
             }
-            syncing.abort();
+            writing.abort();
         });
     }
 }

@@ -30,7 +30,7 @@ fn files(dir: &str) -> Vec<PathBuf> {
     found
 }
 
-fn rust(dir: &str) -> Vec<(String, String)> {
+pub(crate) fn rust(dir: &str) -> Vec<(String, String)> {
     files(dir)
         .into_iter()
         .filter(|path| path.extension().is_some_and(|end| end == "rs"))
@@ -42,7 +42,7 @@ fn rust(dir: &str) -> Vec<(String, String)> {
 }
 
 /// Generated from `proto/`; another test compares them.
-fn generated(name: &str) -> bool {
+pub(crate) fn generated(name: &str) -> bool {
     name.starts_with("src/api/proto")
 }
 
@@ -205,8 +205,9 @@ fn the_daemon_sets_configuration_is_valid() {
     let path = dir.path().join("agent.conf");
     fs::write(&path, config.join("\n")).expect("written");
     let config = durward::config::Config::load(&path, durward::config::ExpandEnv::No).expect("valid");
-    assert_eq!(config.socket_path, Path::new(durward::config::DEFAULT_SOCKET_PATH));
-    for port in [config.prometheus.expect("metrics").port, config.health.expect("health").bind.port] {
+    assert_eq!(config.agent.socket_path, Path::new(durward::config::DEFAULT_SOCKET_PATH));
+    assert!(config.health.enabled);
+    for port in [config.prometheus.expect("metrics").port, config.health.port] {
         assert!(manifest.contains(&format!("containerPort: {port}}}")), "port {port} is the container's");
     }
 }

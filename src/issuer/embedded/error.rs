@@ -7,121 +7,58 @@ use std::{
 };
 
 use super::MIN_CA_TTL;
-use crate::identity::{SpiffeId, TrustDomain};
+use crate::{
+    identity::{SpiffeId, TrustDomain},
+    issuer::MintError,
+};
 
 /// Why the embedded issuer could not do something. No variant holds a key or a token.
 #[derive(Debug, thiserror::Error)]
 pub enum IssuerError {
     /// Reading failed.
     #[error("cannot read {}: {cause}", path.display())]
-    Read {
-        /// What was to be read.
-        path: PathBuf,
-        /// Why it could not be.
-        cause: io::Error,
-    },
-    /// Writing failed: what was there before is still there and in force.
+    Read { path: PathBuf, cause: io::Error },
+    /// Writing failed (no space, a read-only file system, no permission): what was there before is still there and in
+    /// force.
     #[error("cannot write {}: {cause}", path.display())]
-    Write {
-        /// What was to be written.
-        path: PathBuf,
-        /// Why it could not be: no space, a read-only file system, no permission.
-        cause: io::Error,
-    },
-    /// A file or directory belongs to another user.
+    Write { path: PathBuf, cause: io::Error },
+    /// A file or directory belongs to another user than `ours`, which is the agent's effective uid.
     #[error("{} belongs to uid {found}, but the agent runs as uid {ours} (chown {ours} {})", path.display(), path.display())]
-    Owner {
-        /// Which.
-        path: PathBuf,
-        /// The owner's uid.
-        found: u32,
-        /// The agent's effective uid.
-        ours: u32,
-    },
+    Owner { path: PathBuf, found: u32, ours: u32 },
     /// Others than the owner may read or write a file, or write to a directory.
     #[error("{} has mode {found:04o}, which is open to others; it must be {want:04o} (chmod {} {})", path.display(), ChmodArgument(*want), path.display())]
-    Mode {
-        /// Which.
-        path: PathBuf,
-        /// The mode it has.
-        found: u32,
-        /// The mode that would be right.
-        want: u32,
-    },
+    Mode { path: PathBuf, found: u32, want: u32 },
     /// Something else stands where a file or directory should be.
     #[error("{} is not a {want}", path.display())]
     FileType {
-        /// Where.
         path: PathBuf,
         /// `directory` or `regular file`.
         want: &'static str,
     },
     /// Another agent uses the directory.
     #[error("{} is locked: another agent uses this data_dir", path.display())]
-    Locked {
-        /// The lock file.
-        path: PathBuf,
-    },
+    Locked { path: PathBuf },
     /// The state file is larger than any that is written here.
     #[error("{} has {found} bytes, more than the {most} that a state file can have", path.display())]
-    TooLarge {
-        /// The file.
-        path: PathBuf,
-        /// Its size.
-        found: u64,
-        /// The bound.
-        most: u64,
-    },
+    TooLarge { path: PathBuf, found: u64, most: u64 },
     /// The state file cannot be understood. It is left as it is.
     #[error("{} is damaged: {damage}; restore it from a backup, or move it away to start with new keys", path.display())]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// How it is damaged.
-        damage: Damage,
-    },
+    Damaged { path: PathBuf, damage: Damage },
     /// The state file is of another version of the agent.
     #[error("{} has version {found}, but this agent knows only version {known}", path.display())]
-    Version {
-        /// The file.
-        path: PathBuf,
-        /// Its version.
-        found: u64,
-        /// What this agent writes.
-        known: u64,
-    },
+    Version { path: PathBuf, found: u64, known: u64 },
     /// The state file is of another trust domain.
     #[error("{} holds the keys of trust domain {found:?}, but the agent is configured for {want:?}: correct trust_domain, or choose another data_dir", path.display())]
-    TrustDomain {
-        /// The file.
-        path: PathBuf,
-        /// Whose keys it holds.
-        found: String,
-        /// What is configured.
-        want: TrustDomain,
-    },
+    TrustDomain { path: PathBuf, found: String, want: TrustDomain },
     /// The CA that the admin supplied cannot be used.
     #[error("supplied CA {}: {fault}", path.display())]
-    SuppliedCa {
-        /// The certificate or the key file.
-        path: PathBuf,
-        /// Why not.
-        fault: SuppliedCaFault,
-    },
+    SuppliedCa { path: PathBuf, fault: SuppliedCaFault },
     /// A CA that would expire before anybody had learnt of it.
     #[error("ca_ttl is {} s, but must be at least {} s", found.as_secs(), MIN_CA_TTL.as_secs())]
-    CaTtl {
-        /// The setting.
-        found: Duration,
-    },
+    CaTtl { found: Duration },
     /// An SVID for another trust domain was asked for.
     #[error("{id} is not in trust domain {trust_domain}")]
-    Foreign {
-        /// For whom.
-        id: SpiffeId,
-        /// Where this issuer may sign.
-        trust_domain: TrustDomain,
-    },
+    Foreign { id: SpiffeId, trust_domain: TrustDomain },
     /// An SVID for a trust domain itself was asked for.
     #[error("{0} has no path, so it names no workload")]
     NoPath(SpiffeId),
@@ -133,23 +70,15 @@ pub enum IssuerError {
     NoAudience,
     /// An SVID that would be expired when it is made.
     #[error("an SVID for {id} with a lifetime of {} s would be expired at once", ttl.as_secs())]
-    Lifetime {
-        /// For whom.
-        id: SpiffeId,
-        /// The lifetime asked for.
-        ttl: Duration,
-    },
+    Lifetime { id: SpiffeId, ttl: Duration },
     /// The authority that should sign is not valid now: a rotation is due (the agent was suspended, or the clock
-    /// was set). [`rotate`](super::Embedded::rotate) mends it.
+    /// was set). [`rotate`](super::EmbeddedCa::rotate) mends it.
     #[error("the {authority} is valid from {} to {}, and it is {} now: a rotation is due", Utc(*not_before), Utc(*not_after), Utc(*now))]
     NotValidNow {
         /// `CA certificate` or `JWT key`.
         authority: &'static str,
-        /// Since when it is valid.
         not_before: SystemTime,
-        /// Until when.
         not_after: SystemTime,
-        /// When it should have signed.
         now: SystemTime,
     },
     /// So many authorities are unexpired that no more can be kept: the clock was set very often.
@@ -157,10 +86,7 @@ pub enum IssuerError {
     TooManyAuthorities(usize),
     /// The clock, or a lifetime added to it, gives a time before 1970 or after 9999.
     #[error("{} cannot stand in a certificate: is the clock right, and no lifetime too long?", Utc(*time))]
-    Time {
-        /// Which.
-        time: SystemTime,
-    },
+    Time { time: SystemTime },
     /// The cryptographic library refused.
     #[error("cannot {0}")]
     Crypto(&'static str),
@@ -169,46 +95,41 @@ pub enum IssuerError {
     Certificate(rcgen::Error),
 }
 
-/// How a state file is damaged. Says where, never what: the text holds keys.
+impl From<IssuerError> for MintError {
+    fn from(error: IssuerError) -> Self {
+        use IssuerError as E;
+        let reason = match &error {
+            E::Foreign { .. } => "the SPIFFE ID is of another trust domain",
+            E::NoPath(_) => "the SPIFFE ID names no workload",
+            E::DnsName(_) => "a DNS name of the entry cannot stand in a certificate",
+            E::NoAudience => "audience must name at least one recipient",
+            E::Lifetime { .. } => "the lifetime is under a second",
+            // Files, clock, library: none of it was chosen by who asks.
+            _ => return Self::Issuer { retry_after: None, source: error.into() },
+        };
+        Self::Request { reason, source: error.into() }
+    }
+}
+
+/// How a state file is damaged. Says where, never what: the text holds keys. `kind` is `x509` or `jwt`; lines and columns
+/// count from 1, authorities from 0.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Damage {
     /// Not JSON, or not the members expected.
     #[error("not the JSON expected at line {line}, column {column}")]
-    Json {
-        /// Line, from 1.
-        line: usize,
-        /// Column, from 1.
-        column: usize,
-    },
+    Json { line: usize, column: usize },
     /// A member holds what it should not.
     #[error("{member} of {kind} authority {index} is not what was written")]
-    Member {
-        /// `x509` or `jwt`.
-        kind: &'static str,
-        /// Which, from 0.
-        index: usize,
-        /// The member.
-        member: &'static str,
-    },
+    Member { kind: &'static str, index: usize, member: &'static str },
     /// Two authorities claim the same place.
     #[error("two {kind} authorities are marked {slot}")]
-    Slots {
-        /// `x509` or `jwt`.
-        kind: &'static str,
-        /// `current` or `next`.
-        slot: &'static str,
-    },
+    Slots { kind: &'static str, slot: &'static str },
     /// More authorities than are ever kept.
     #[error("more than {most} {kind} authorities")]
-    TooMany {
-        /// `x509` or `jwt`.
-        kind: &'static str,
-        /// The bound.
-        most: usize,
-    },
+    TooMany { kind: &'static str, most: usize },
 }
 
-/// Why a CA that the admin supplied cannot be used.
+/// Why a CA that the admin supplied cannot be used. `index` tells which certificate of the file, from 1.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SuppliedCaFault {
     /// The file has no certificate, or something that is none.
@@ -221,105 +142,49 @@ pub enum SuppliedCaFault {
     NoKey,
     /// More certificates than a chain has.
     #[error("it holds {found} certificates, more than the {most} that a chain may have")]
-    TooLong {
-        /// How many.
-        found: usize,
-        /// The bound.
-        most: usize,
-    },
+    TooLong { found: usize, most: usize },
     /// A certificate that is not DER or not X.509.
     #[error("certificate {index} is malformed")]
-    Malformed {
-        /// Which in the file, from 1.
-        index: usize,
-    },
+    Malformed { index: usize },
     /// The key is not the first certificate's.
     #[error("the private key does not belong to its first certificate, which must be the CA that signs")]
     KeyMismatch,
     /// Not a CA certificate.
     #[error("certificate {index} ({subject}) is not a CA: basicConstraints must say CA:TRUE")]
-    NotCa {
-        /// Which in the file, from 1.
-        index: usize,
-        /// Its subject.
-        subject: String,
-    },
+    NotCa { index: usize, subject: String },
     /// A CA that may not sign certificates.
     #[error("certificate {index} ({subject}) may not sign certificates: its keyUsage lacks keyCertSign")]
-    MayNotSign {
-        /// Which in the file, from 1.
-        index: usize,
-        /// Its subject.
-        subject: String,
-    },
+    MayNotSign { index: usize, subject: String },
     /// A CA that allows too few CAs below it.
     #[error(
         "certificate {index} ({subject}) allows {allowed} CAs below it, but {needed} are needed: the agent makes an intermediate of its own"
     )]
-    PathLength {
-        /// Which in the file, from 1.
-        index: usize,
-        /// Its subject.
-        subject: String,
-        /// Its pathLenConstraint.
-        allowed: u32,
-        /// What the chain needs.
-        needed: u32,
-    },
+    PathLength { index: usize, subject: String, allowed: u32, needed: u32 },
     /// Not valid at the moment.
     #[error("certificate {index} ({subject}) is valid from {} to {}, and it is {} now", Utc(*not_before), Utc(*not_after), Utc(*now))]
     NotValidNow {
-        /// Which in the file, from 1.
         index: usize,
-        /// Its subject.
         subject: String,
-        /// Since when it is valid.
         not_before: SystemTime,
-        /// Until when.
         not_after: SystemTime,
-        /// The present.
         now: SystemTime,
     },
     /// The chain ends too soon to make a next intermediate that lives longer than the current one.
     #[error("its chain expires at {}, as does the intermediate in use: supply a renewed CA", Utc(*not_after))]
-    Expiring {
-        /// When.
-        not_after: SystemTime,
-    },
+    Expiring { not_after: SystemTime },
     /// A CA of another trust domain.
     #[error("certificate {index} ({subject}) has URI name {found:?}, but {want:?} is configured")]
-    ForeignTrustDomain {
-        /// Which in the file, from 1.
-        index: usize,
-        /// Its subject.
-        subject: String,
-        /// Its URI SAN.
-        found: String,
-        /// The trust domain's ID.
-        want: String,
-    },
+    ForeignTrustDomain { index: usize, subject: String, found: String, want: String },
     /// A certificate is not followed by the one that issued it.
     #[error(
         "certificate {index} was issued by {issuer}, but is followed by {next}: order them from the CA that signs up to the root"
     )]
-    Order {
-        /// Which in the file, from 1.
-        index: usize,
-        /// Its issuer.
-        issuer: String,
-        /// The subject of the next.
-        next: String,
-    },
+    Order { index: usize, issuer: String, next: String },
     /// The chain does not end in a root.
     #[error(
         "its last certificate ({subject}) was issued by {issuer}: append the chain up to the self-signed root, which becomes the bundle"
     )]
-    NoRoot {
-        /// Its subject.
-        subject: String,
-        /// Its issuer.
-        issuer: String,
-    },
+    NoRoot { subject: String, issuer: String },
     /// A verifier would refuse what the CA signs.
     #[error("a verifier would refuse its SVIDs: {0}")]
     Refused(webpki::Error),

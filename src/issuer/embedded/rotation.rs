@@ -103,7 +103,7 @@ impl Term {
 /// What an authority is for at the moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Slot {
+pub(super) enum AuthoritySlot {
     /// Signs.
     Current,
     /// Is in the bundle and will sign.
@@ -114,7 +114,7 @@ pub(super) enum Slot {
 
 /// An authority: its term, its key, and what others see of it.
 pub(super) struct Record<T> {
-    pub(super) slot: Slot,
+    pub(super) slot: AuthoritySlot,
     pub(super) term: Term,
     pub(super) key_type: KeyType,
     /// PKCS#8. Gone once it has been handed over from, or is long expired.
@@ -142,7 +142,7 @@ impl<T> Record<T> {
 
     /// Whether it belongs into the bundle: until a day after its end, and as long as it signs or will sign.
     pub(super) fn is_published(&self, now: SystemTime) -> bool {
-        self.slot != Slot::Old || !self.term.is_forgotten(now)
+        self.slot != AuthoritySlot::Old || !self.term.is_forgotten(now)
     }
 }
 
@@ -161,18 +161,18 @@ pub(super) fn advance<T>(
 ) -> Advanced {
     let mut changed = false;
     for record in records.iter_mut() {
-        if record.slot == Slot::Next && record.term.not_after <= now {
-            record.slot = Slot::Old;
+        if record.slot == AuthoritySlot::Next && record.term.not_after <= now {
+            record.slot = AuthoritySlot::Old;
             changed = true;
         }
-        if record.slot == Slot::Old && record.key.is_some() && record.term.is_forgotten(now) {
+        if record.slot == AuthoritySlot::Old && record.key.is_some() && record.term.is_forgotten(now) {
             record.key = None;
             changed = true;
         }
     }
 
     // The current one cannot sign: there is none yet, the agent was down for long, or the clock was set.
-    if !find(records, Slot::Current).is_some_and(|(_, current)| current.is_usable(now)) {
+    if !find(records, AuthoritySlot::Current).is_some_and(|(_, current)| current.is_usable(now)) {
         let stand_in = match stand_in(records, now) {
             Some(at) => at,
             None => match room(records, now).and_then(|()| make(None)) {
@@ -184,32 +184,33 @@ pub(super) fn advance<T>(
             },
         };
         // Its key stays: if the clock is set once more, it may be the valid one again.
-        if let Some((at, _)) = find(records, Slot::Current) {
-            set(records, at, Slot::Old);
+        if let Some((at, _)) = find(records, AuthoritySlot::Current) {
+            set(records, at, AuthoritySlot::Old);
         }
-        set(records, stand_in, Slot::Current);
+        set(records, stand_in, AuthoritySlot::Current);
         changed = true;
     }
 
     if let (Some((old, current)), Some((new, next))) =
-        (find(records, Slot::Current), find(records, Slot::Next))
+        (find(records, AuthoritySlot::Current), find(records, AuthoritySlot::Next))
         && next.is_usable(now)
         && current.term.hand_over_at(&next.term) <= now
     {
-        set(records, old, Slot::Old);
+        set(records, old, AuthoritySlot::Old);
         if let Some(record) = records.get_mut(old) {
             record.key = None;
         }
-        set(records, new, Slot::Current);
+        set(records, new, AuthoritySlot::Current);
         changed = true;
     }
 
-    if let (Some((_, current)), None) = (find(records, Slot::Current), find(records, Slot::Next))
+    if let (Some((_, current)), None) =
+        (find(records, AuthoritySlot::Current), find(records, AuthoritySlot::Next))
         && current.term.prepare_at() <= now
     {
         let outlive = current.term.not_after;
         match room(records, now).and_then(|()| make(Some(outlive))) {
-            Ok(record) => records.push(Record { slot: Slot::Next, ..record }),
+            Ok(record) => records.push(Record { slot: AuthoritySlot::Next, ..record }),
             Err(fault) => return Advanced { changed, fault: Some(fault) },
         }
         changed = true;
@@ -219,8 +220,8 @@ pub(super) fn advance<T>(
 
 /// When [`advance`] or the bundle has something new to say, at the earliest; always after `now`.
 pub(super) fn next_due<T>(records: &[Record<T>], now: SystemTime) -> Option<SystemTime> {
-    let current = find(records, Slot::Current).map(|(_, record)| record.term);
-    let next = find(records, Slot::Next).map(|(_, record)| record.term);
+    let current = find(records, AuthoritySlot::Current).map(|(_, record)| record.term);
+    let next = find(records, AuthoritySlot::Next).map(|(_, record)| record.term);
     let hand_over = match (current, next) {
         (Some(current), Some(next)) => Some(current.hand_over_at(&next)),
         (Some(current), None) => Some(current.prepare_at()),
@@ -236,10 +237,10 @@ pub(super) fn next_due<T>(records: &[Record<T>], now: SystemTime) -> Option<Syst
 /// the clock was set and has most of its life before it.
 fn stand_in<T>(records: &[Record<T>], now: SystemTime) -> Option<usize> {
     let usable = || records.iter().enumerate().filter(|(_, record)| record.is_usable(now));
-    let next = usable().find(|(_, record)| record.slot == Slot::Next);
+    let next = usable().find(|(_, record)| record.slot == AuthoritySlot::Next);
     let old = || {
         usable()
-            .filter(|(_, record)| record.slot == Slot::Old && now < record.term.activate_at())
+            .filter(|(_, record)| record.slot == AuthoritySlot::Old && now < record.term.activate_at())
             .max_by_key(|(_, record)| record.term.not_after)
     };
     next.or_else(old).map(|(at, _)| at)
@@ -251,7 +252,7 @@ fn room<T>(records: &mut Vec<Record<T>>, now: SystemTime) -> Result<(), IssuerEr
         let oldest = records
             .iter()
             .enumerate()
-            .filter(|(_, record)| record.slot == Slot::Old && record.term.not_after <= now)
+            .filter(|(_, record)| record.slot == AuthoritySlot::Old && record.term.not_after <= now)
             .min_by_key(|(_, record)| record.term.not_after);
         match oldest {
             Some((at, _)) => drop(records.remove(at)),
@@ -261,11 +262,11 @@ fn room<T>(records: &mut Vec<Record<T>>, now: SystemTime) -> Result<(), IssuerEr
     Ok(())
 }
 
-pub(super) fn find<T>(records: &[Record<T>], slot: Slot) -> Option<(usize, &Record<T>)> {
+pub(super) fn find<T>(records: &[Record<T>], slot: AuthoritySlot) -> Option<(usize, &Record<T>)> {
     records.iter().enumerate().find(|(_, record)| record.slot == slot)
 }
 
-fn set<T>(records: &mut [Record<T>], at: usize, slot: Slot) {
+fn set<T>(records: &mut [Record<T>], at: usize, slot: AuthoritySlot) {
     if let Some(record) = records.get_mut(at) {
         record.slot = slot;
     }

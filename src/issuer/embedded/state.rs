@@ -13,7 +13,7 @@ use super::{
     Damage, IssuerError,
     jwt::{JwtKey, JwtSigner, KID_LEN},
     keys,
-    rotation::{MAX_RECORDS, Record, Slot, Term, find, from_unix, unix},
+    rotation::{AuthoritySlot, MAX_RECORDS, Record, Term, find, from_unix, unix},
     x509::{X509Authority, X509Signer},
 };
 use crate::identity::{KeyType, TrustDomain};
@@ -23,7 +23,7 @@ pub(super) const VERSION: u64 = 1;
 
 /// All authorities of the issuer.
 #[derive(Clone, Default)]
-pub(super) struct State {
+pub(super) struct Authorities {
     /// In the order in which they were made.
     pub(super) x509: Vec<Record<X509Authority>>,
     /// In the order in which they were made.
@@ -38,8 +38,8 @@ pub(super) enum StateError {
     TrustDomain(String),
 }
 
-impl State {
-    /// Reads what [`State::to_json`] wrote for `trust_domain`.
+impl Authorities {
+    /// Reads what [`Authorities::to_json`] wrote for `trust_domain`.
     pub(super) fn parse(text: &[u8], trust_domain: &TrustDomain) -> Result<Self, StateError> {
         // First what every later version will have too, so that it is named and not called damaged.
         let head: Head = serde_json::from_slice(text).map_err(|err| not_json(&err))?;
@@ -49,7 +49,7 @@ impl State {
         if head.trust_domain != trust_domain.name() {
             return Err(StateError::TrustDomain(head.trust_domain));
         }
-        let file: File<'_> = serde_json::from_slice(text).map_err(|err| not_json(&err))?;
+        let file: StateFile<'_> = serde_json::from_slice(text).map_err(|err| not_json(&err))?;
         Ok(Self {
             x509: read_all("x509", &file.x509).map_err(StateError::Damaged)?,
             jwt: read_all("jwt", &file.jwt).map_err(StateError::Damaged)?,
@@ -58,7 +58,7 @@ impl State {
 
     /// The state as text, in a buffer that is wiped.
     pub(super) fn to_json(&self, trust_domain: &TrustDomain) -> Result<Zeroizing<Vec<u8>>, IssuerError> {
-        let file = File {
+        let file = StateFile {
             version: VERSION,
             trust_domain: trust_domain.name().to_owned(),
             x509: write_all(&self.x509)?,
@@ -87,7 +87,7 @@ struct Head {
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File<'a> {
+struct StateFile<'a> {
     version: u64,
     trust_domain: String,
     #[serde(borrow)]
@@ -100,7 +100,7 @@ struct File<'a> {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct AuthorityFile<'a, P> {
-    slot: Slot,
+    slot: AuthoritySlot,
     issued_at: u64,
     not_before: u64,
     not_after: u64,
@@ -139,13 +139,13 @@ impl Drop for SecretText<'_> {
 }
 
 /// What differs between the kinds of authority.
-trait Public: Sized {
-    type File;
+trait PublicPart: Sized {
+    type Form;
 
-    fn to_file(&self) -> Self::File;
+    fn to_file(&self) -> Self::Form;
 
     /// The name of the first member that is wrong is the error.
-    fn from_file(file: &Self::File) -> Result<Self, &'static str>;
+    fn from_file(file: &Self::Form) -> Result<Self, &'static str>;
 
     /// Whether the key is this authority's, and, where it says so itself, the term too.
     fn owns(&self, term: Term, key_type: KeyType, key: &[u8]) -> bool;
@@ -154,8 +154,8 @@ trait Public: Sized {
     fn agrees(&self, term: Term, key_type: KeyType) -> bool;
 }
 
-impl Public for X509Authority {
-    type File = X509AuthorityFile;
+impl PublicPart for X509Authority {
+    type Form = X509AuthorityFile;
 
     fn to_file(&self) -> X509AuthorityFile {
         X509AuthorityFile {
@@ -191,8 +191,8 @@ impl Public for X509Authority {
     }
 }
 
-impl Public for JwtKey {
-    type File = JwtKeyFile;
+impl PublicPart for JwtKey {
+    type Form = JwtKeyFile;
 
     fn to_file(&self) -> JwtKeyFile {
         JwtKeyFile { kid: self.kid.clone(), public_key: STANDARD.encode(&self.public_key) }
@@ -216,7 +216,9 @@ impl Public for JwtKey {
     }
 }
 
-fn write_all<T: Public>(records: &[Record<T>]) -> Result<Vec<AuthorityFile<'static, T::File>>, IssuerError> {
+fn write_all<T: PublicPart>(
+    records: &[Record<T>],
+) -> Result<Vec<AuthorityFile<'static, T::Form>>, IssuerError> {
     let seconds = |time| unix(time).ok_or(IssuerError::Time { time });
     records
         .iter()
@@ -235,9 +237,9 @@ fn write_all<T: Public>(records: &[Record<T>]) -> Result<Vec<AuthorityFile<'stat
         .collect()
 }
 
-fn read_all<T: Public>(
+fn read_all<T: PublicPart>(
     kind: &'static str,
-    files: &[AuthorityFile<'_, T::File>],
+    files: &[AuthorityFile<'_, T::Form>],
 ) -> Result<Vec<Record<T>>, Damage> {
     if files.len() > MAX_RECORDS {
         return Err(Damage::TooMany { kind, most: MAX_RECORDS });
@@ -247,7 +249,7 @@ fn read_all<T: Public>(
         .enumerate()
         .map(|(index, file)| read(file).map_err(|member| Damage::Member { kind, index, member }))
         .collect::<Result<Vec<_>, _>>()?;
-    for (slot, name) in [(Slot::Current, "current"), (Slot::Next, "next")] {
+    for (slot, name) in [(AuthoritySlot::Current, "current"), (AuthoritySlot::Next, "next")] {
         if let Some((at, _)) = find(&records, slot)
             && records.iter().skip(at + 1).any(|record| record.slot == slot)
         {
@@ -257,7 +259,7 @@ fn read_all<T: Public>(
     Ok(records)
 }
 
-fn read<T: Public>(file: &AuthorityFile<'_, T::File>) -> Result<Record<T>, &'static str> {
+fn read<T: PublicPart>(file: &AuthorityFile<'_, T::Form>) -> Result<Record<T>, &'static str> {
     let term = Term {
         issued_at: from_unix(file.issued_at).ok_or("issued_at")?,
         not_before: from_unix(file.not_before).ok_or("not_before")?,
@@ -298,9 +300,9 @@ impl io::Write for Size {
     }
 }
 
-impl fmt::Debug for State {
+impl fmt::Debug for Authorities {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("State")
+        f.debug_struct("Authorities")
             .field("x509", &self.x509.len())
             .field("jwt", &self.jwt.len())
             .finish_non_exhaustive()

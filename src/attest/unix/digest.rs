@@ -10,7 +10,6 @@
 //! stamp: its digest is answered and not kept. A file that changes while it is read has no digest.
 
 use std::{
-    collections::HashMap,
     fs::File,
     io::{self, Read},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -21,7 +20,12 @@ use aws_lc_rs::digest::{Context, SHA256};
 use nix::sys::stat::fstat;
 use tokio::sync::watch;
 
-use crate::{limits::CallerKey, os::clock::Clock, peer::attested::Stamp};
+use super::executable::Stamp;
+use crate::{
+    attest::kept::{Kept, KeptAnswers},
+    limits::CallerKey,
+    os::clock::Clock,
+};
 
 /// Hashes at a time.
 const RUNNING: usize = 2;
@@ -57,45 +61,38 @@ pub(super) enum DigestError {
     Read(Arc<io::Error>),
 }
 
-type Outcome = Result<Hex, DigestError>;
+type DigestResult = Result<Hex, DigestError>;
 
 /// The digests that are known and being made. Cheap to clone, all clones are one.
-#[derive(Clone, Default)]
-pub(super) struct Digests(Arc<Mutex<State>>);
+#[derive(Clone)]
+pub(super) struct Digests(Arc<Mutex<HashQueue>>);
 
-#[derive(Default)]
-struct State {
-    known: HashMap<Stamp, Known>,
-    /// Counts uses: the entry of `known` with the lowest was not used for the longest time.
-    uses: u64,
+impl Default for Digests {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(HashQueue { known: KeptAnswers::new(CAPACITY), jobs: Vec::new() })))
+    }
+}
+
+struct HashQueue {
+    known: KeptAnswers<Stamp, Hex>,
     /// Waiting and running, oldest first; never more than `QUEUE + RUNNING`.
-    jobs: Vec<Job>,
+    jobs: Vec<HashJob>,
 }
 
-struct Known {
-    hex: Hex,
-    used: u64,
-}
-
-struct Job {
+struct HashJob {
     stamp: Stamp,
     limit: Option<u64>,
     owner: CallerKey,
     /// The open file until the job runs; then `None`.
     file: Option<File>,
     /// Has receivers as long as somebody waits.
-    done: Arc<watch::Sender<Option<Outcome>>>,
+    done: Arc<watch::Sender<Option<DigestResult>>>,
 }
 
 impl Digests {
     /// The digest of a file's content, if it is known.
     pub(super) fn known(&self, stamp: &Stamp) -> Option<Hex> {
-        let mut state = self.state();
-        state.uses += 1;
-        let used = state.uses;
-        let known = state.known.get_mut(stamp)?;
-        known.used = used;
-        Some(Arc::clone(&known.hex))
+        self.queue().known.find(*stamp).map(|kept| Arc::clone(kept.last()))
     }
 
     /// Hashes `file`, which was just opened and has this stamp, or waits for the one who does. `limit` is in bytes,
@@ -109,7 +106,7 @@ impl Digests {
         file: File,
         limit: Option<u64>,
         owner: CallerKey,
-    ) -> Outcome {
+    ) -> DigestResult {
         let mut done = self.join(stamp, file, limit, owner)?;
         // The sender goes only when its job has ended without an answer, in a panic.
         let outcome = done.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
@@ -122,37 +119,37 @@ impl Digests {
         file: File,
         limit: Option<u64>,
         owner: CallerKey,
-    ) -> Result<watch::Receiver<Option<Outcome>>, DigestError> {
-        let mut state = self.state();
-        if let Some(job) = state.jobs.iter().find(|job| job.stamp == stamp && job.limit == limit) {
+    ) -> Result<watch::Receiver<Option<DigestResult>>, DigestError> {
+        let mut queue = self.queue();
+        if let Some(job) = queue.jobs.iter().find(|job| job.stamp == stamp && job.limit == limit) {
             return Ok(job.done.subscribe());
         }
-        state.jobs.retain(|job| job.file.is_none() || !job.done.is_closed());
-        let of_owner = state.jobs.iter().filter(|job| job.owner == owner).count();
-        if state.jobs.len() >= QUEUE + RUNNING || of_owner >= SHARE {
+        queue.jobs.retain(|job| job.file.is_none() || !job.done.is_closed());
+        let of_owner = queue.jobs.iter().filter(|job| job.owner == owner).count();
+        if queue.jobs.len() >= QUEUE + RUNNING || of_owner >= SHARE {
             return Err(DigestError::Busy);
         }
         let (done, receiver) = watch::channel(None);
-        state.jobs.push(Job { stamp, limit, owner, file: Some(file), done: Arc::new(done) });
-        self.start(&mut state);
+        queue.jobs.push(HashJob { stamp, limit, owner, file: Some(file), done: Arc::new(done) });
+        self.start(&mut queue);
         Ok(receiver)
     }
 
     /// Starts what may run: the oldest first, but one of a user at a time, so that one with huge files leaves a
     /// worker to the others.
-    fn start(&self, state: &mut State) {
-        state.jobs.retain(|job| job.file.is_none() || !job.done.is_closed());
+    fn start(&self, queue: &mut HashQueue) {
+        queue.jobs.retain(|job| job.file.is_none() || !job.done.is_closed());
         loop {
             let busy: Vec<CallerKey> =
-                state.jobs.iter().filter(|job| job.file.is_none()).map(|job| job.owner).collect();
+                queue.jobs.iter().filter(|job| job.file.is_none()).map(|job| job.owner).collect();
             if busy.len() >= RUNNING {
                 return;
             }
-            let next = state.jobs.iter_mut().find(|job| job.file.is_some() && !busy.contains(&job.owner));
+            let next = queue.jobs.iter_mut().find(|job| job.file.is_some() && !busy.contains(&job.owner));
             let Some((job, file)) = next.and_then(|job| job.file.take().map(|file| (job, file))) else {
                 return;
             };
-            let turn = Turn { digests: self.clone(), stamp: job.stamp, done: Arc::clone(&job.done) };
+            let turn = HashTurn { digests: self.clone(), stamp: job.stamp, done: Arc::clone(&job.done) };
             let limit = job.limit;
             tokio::task::spawn_blocking(move || {
                 let outcome = hash(file, &turn.stamp, limit, || turn.done.is_closed());
@@ -161,48 +158,34 @@ impl Digests {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn queue(&self) -> MutexGuard<'_, HashQueue> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// A job that runs. However it ends, its place is given to the next.
-struct Turn {
+struct HashTurn {
     digests: Digests,
     stamp: Stamp,
-    done: Arc<watch::Sender<Option<Outcome>>>,
+    done: Arc<watch::Sender<Option<DigestResult>>>,
 }
 
-impl Turn {
-    fn finish(self, outcome: Outcome) {
+impl HashTurn {
+    fn finish(self, outcome: DigestResult) {
         if let Ok(hex) = &outcome
             && settled(&self.stamp)
         {
-            self.digests.state().keep(self.stamp, Arc::clone(hex));
+            self.digests.queue().known.keep(self.stamp, Kept::for_good(Arc::clone(hex)));
         }
         self.done.send_replace(Some(outcome));
     }
 }
 
-impl Drop for Turn {
+impl Drop for HashTurn {
     fn drop(&mut self) {
-        let mut state = self.digests.state();
-        state.jobs.retain(|job| !Arc::ptr_eq(&job.done, &self.done));
-        self.digests.start(&mut state);
-    }
-}
-
-impl State {
-    fn keep(&mut self, stamp: Stamp, hex: Hex) {
-        if self.known.len() >= CAPACITY
-            && let Some(oldest) =
-                self.known.iter().min_by_key(|(_, known)| known.used).map(|(stamp, _)| *stamp)
-        {
-            self.known.remove(&oldest);
-        }
-        self.uses += 1;
-        let used = self.uses;
-        self.known.insert(stamp, Known { hex, used });
+        let mut queue = self.digests.queue();
+        queue.jobs.retain(|job| !Arc::ptr_eq(&job.done, &self.done));
+        self.digests.start(&mut queue);
     }
 }
 
@@ -213,7 +196,7 @@ fn settled(stamp: &Stamp) -> bool {
 }
 
 /// Reads and hashes all of `file`. Runs on a blocking thread; the one reader of `file`.
-fn hash(mut file: File, stamp: &Stamp, limit: Option<u64>, abandoned: impl Fn() -> bool) -> Outcome {
+fn hash(mut file: File, stamp: &Stamp, limit: Option<u64>, abandoned: impl Fn() -> bool) -> DigestResult {
     let read = |e| DigestError::Read(Arc::new(e));
     let started = Instant::now();
     let mut context = Context::new(&SHA256);
@@ -336,11 +319,11 @@ mod tests {
             })
             .collect();
         for stamp in &stamps[..CAPACITY] {
-            digests.state().keep(*stamp, EMPTY.into());
+            digests.queue().known.keep(*stamp, Kept::for_good(EMPTY.into()));
         }
         assert!(digests.known(&stamps[0]).is_some(), "used again");
-        digests.state().keep(stamps[CAPACITY], EMPTY.into());
-        assert_eq!(digests.state().known.len(), CAPACITY);
+        digests.queue().known.keep(stamps[CAPACITY], Kept::for_good(EMPTY.into()));
+        assert_eq!(digests.queue().known.len(), CAPACITY);
         assert!(digests.known(&stamps[0]).is_some(), "just used");
         assert!(digests.known(&stamps[1]).is_none(), "the oldest use");
         assert!(digests.known(&stamps[CAPACITY]).is_some(), "the newest");
@@ -388,7 +371,7 @@ mod tests {
         for n in 0..SHARE + 2 {
             assert_eq!(ask(&mut slow, 1000), n < SHARE, "file {n} of one user");
         }
-        let running = || digests.state().jobs.iter().filter(|job| job.file.is_none()).count();
+        let running = || digests.queue().jobs.iter().filter(|job| job.file.is_none()).count();
         assert_eq!(running(), 1, "one at a time for one user");
         assert!(ask(&mut slow, 1001));
         assert_eq!(running(), 2, "the other worker is for others");
@@ -409,7 +392,7 @@ mod tests {
             let outcome = receiver.wait_for(Option::is_some).await.unwrap().clone().unwrap();
             assert!(matches!(&outcome, Ok(hex) if &**hex == EMPTY), "{owner}: {outcome:?}");
         }
-        until(|| digests.state().jobs.is_empty()).await;
+        until(|| digests.queue().jobs.is_empty()).await;
     }
 
     #[tokio::test]
@@ -424,7 +407,7 @@ mod tests {
         }
         let mut first = &slow.held[0];
         first.write_all(b"abc").unwrap(); // its reader wakes, and sees that it is alone
-        until(|| digests.state().jobs.is_empty()).await;
+        until(|| digests.queue().jobs.is_empty()).await;
     }
 
     #[tokio::test]

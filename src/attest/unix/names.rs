@@ -2,9 +2,9 @@
 //!
 //! A lookup may ask a directory server and hang, so none ever runs on a runtime thread: misses go to the blocking
 //! pool, at most [`WORKERS`] at a time, and a caller waits at most [`PATIENCE`] for all of its names. What was found
-//! is believed for [`LIFETIME`]; that there is no such name likewise. As in SPIRE that there is no such name is no error:
-//! the selector is missing, and the numeric one beside it is there. That the database does not answer is something else:
-//! what was known before is believed for [`RETRY`] more, and where nothing was, whoever asked is told so.
+//! is believed for [`LIFETIME`]; that there is no such name likewise. That there is no such name is no error, as in
+//! SPIRE: the selector is missing, and the numeric one beside it is there. That the database does not answer is
+//! something else: what was known before is believed for [`RETRY`] more, and where nothing was, whoever asked is told.
 //!
 //! Absent on purpose: waking up to refresh. What nobody asks for is not asked again.
 
@@ -20,6 +20,8 @@ use nix::{
 };
 use tokio::{sync::Semaphore, time::Instant};
 
+use crate::attest::kept::{Kept, KeptAnswers};
+
 /// How long a name, or its absence, is believed.
 const LIFETIME: Duration = Duration::from_secs(60);
 /// How long a lookup that failed is not repeated.
@@ -28,12 +30,12 @@ const RETRY: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Lookups at a time, those that hang included.
 const WORKERS: usize = 4;
-/// Names kept, of users and of groups each.
-const CAPACITY: usize = 1024;
+/// Names kept, of users and groups together.
+const CAPACITY: usize = 2048;
 
 /// Whose name is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Id {
+pub(super) enum NameId {
     /// A user's.
     User(u32),
     /// A group's.
@@ -41,21 +43,15 @@ pub(super) enum Id {
 }
 
 /// A user or group database.
-pub(super) type Database = dyn Fn(Id) -> Result<Option<String>, Errno> + Send + Sync;
+pub(super) type Database = dyn Fn(NameId) -> Result<Option<String>, Errno> + Send + Sync;
 
 /// The cached names. Cheap to clone, all clones are one.
 #[derive(Clone)]
 pub(super) struct Names {
-    tables: Arc<Mutex<Tables>>,
+    known: Arc<Mutex<KnownNames>>,
     workers: Arc<Semaphore>,
     database: Arc<Database>,
     patience: Duration,
-}
-
-#[derive(Default)]
-struct Tables {
-    users: HashMap<u32, Known>,
-    groups: HashMap<u32, Known>,
 }
 
 /// The database did not say whether there is a name.
@@ -63,13 +59,9 @@ struct Tables {
 pub(super) struct Unanswered;
 
 /// A name, or that there is none.
-pub(super) type Name = Result<Option<Arc<str>>, Unanswered>;
+pub(super) type NameAnswer = Result<Option<Arc<str>>, Unanswered>;
 
-#[derive(Clone)]
-struct Known {
-    name: Name,
-    until: Instant,
-}
+type KnownNames = KeptAnswers<NameId, NameAnswer>;
 
 impl Names {
     /// Names from the system's database.
@@ -80,11 +72,12 @@ impl Names {
     /// Names from this database; a caller waits for it so long at most.
     pub(super) fn new(database: Arc<Database>, patience: Duration) -> Self {
         let workers = Arc::new(Semaphore::new(WORKERS));
-        Self { tables: Arc::default(), workers, database, patience }
+        let known = Arc::new(Mutex::new(KeptAnswers::new(CAPACITY)));
+        Self { known, workers, database, patience }
     }
 
     /// The names of `ids`, in their order.
-    pub(super) async fn find(&self, ids: &[Id]) -> Vec<Name> {
+    pub(super) async fn find(&self, ids: &[NameId]) -> Vec<NameAnswer> {
         let (mut names, missing) = self.known(ids);
         if !missing.is_empty() {
             let found = self.look_up(missing).await;
@@ -100,14 +93,14 @@ impl Names {
     }
 
     /// What is known now, without waiting, and what is not.
-    fn known(&self, ids: &[Id]) -> (Vec<Name>, Vec<Id>) {
+    fn known(&self, ids: &[NameId]) -> (Vec<NameAnswer>, Vec<NameId>) {
         let now = Instant::now();
-        let tables = self.tables();
+        let mut table = self.table();
         let mut missing = Vec::new();
         let names = ids
             .iter()
-            .map(|id| match tables.get(*id, now) {
-                Some(known) => known.name.clone(),
+            .map(|id| match believed(&mut table, *id, now) {
+                Some(name) => name,
                 None => {
                     missing.push(*id);
                     Err(Unanswered)
@@ -117,7 +110,7 @@ impl Names {
         (names, missing)
     }
 
-    async fn look_up(&self, missing: Vec<Id>) -> HashMap<Id, Name> {
+    async fn look_up(&self, missing: Vec<NameId>) -> HashMap<NameId, NameAnswer> {
         let deadline = Instant::now() + self.patience;
         let names = self.clone();
         let asked = missing.clone();
@@ -142,28 +135,27 @@ impl Names {
     }
 
     /// Asks for each, as long as somebody waits. Runs on a blocking thread.
-    fn ask(&self, ids: Vec<Id>, deadline: Instant) -> HashMap<Id, Name> {
+    fn ask(&self, ids: Vec<NameId>, deadline: Instant) -> HashMap<NameId, NameAnswer> {
         let mut found = HashMap::with_capacity(ids.len());
         for id in ids {
             let now = Instant::now();
             // Another caller may have found it while this one waited for its worker.
-            let known = self.tables().get(id, now).cloned();
+            let known = believed(&mut self.table(), id, now);
             let name = match known {
-                Some(known) => known.name,
+                Some(name) => name,
                 None if now > deadline => break,
-                None => {
-                    let answer = (self.database)(id);
-                    let now = Instant::now();
-                    let (name, until) = match answer {
-                        Ok(name) => (Ok(name.map(Arc::from)), now + LIFETIME),
-                        Err(errno) => {
-                            tracing::debug!(?id, %errno, "user or group lookup failed");
-                            (self.tables().last(id), now + RETRY)
-                        }
-                    };
-                    self.tables().insert(id, Known { name: name.clone(), until }, now);
-                    name
-                }
+                None => match (self.database)(id) {
+                    Ok(name) => {
+                        let name = Ok(name.map(Arc::from));
+                        let until = Instant::now() + LIFETIME;
+                        self.table().keep(id, Kept::until(until, name.clone()));
+                        name
+                    }
+                    Err(errno) => {
+                        tracing::debug!(?id, %errno, "user or group lookup failed");
+                        put_off(&mut self.table(), id, Instant::now())
+                    }
+                },
             };
             found.insert(id, name);
         }
@@ -171,64 +163,33 @@ impl Names {
     }
 
     /// Takes what a late batch has found so far, and lets nobody wait for the rest of it for a while.
-    fn give_up(&self, ids: Vec<Id>) -> HashMap<Id, Name> {
+    fn give_up(&self, ids: Vec<NameId>) -> HashMap<NameId, NameAnswer> {
         let now = Instant::now();
-        let mut tables = self.tables();
-        ids.into_iter()
-            .map(|id| match tables.get(id, now).cloned() {
-                Some(known) => (id, known.name),
-                None => {
-                    let name = tables.last(id);
-                    tables.insert(id, Known { name: name.clone(), until: now + RETRY }, now);
-                    (id, name)
-                }
-            })
-            .collect()
+        let mut table = self.table();
+        let mut answer = |id| believed(&mut table, id, now).unwrap_or_else(|| put_off(&mut table, id, now));
+        ids.into_iter().map(|id| (id, answer(id))).collect()
     }
 
-    fn tables(&self) -> MutexGuard<'_, Tables> {
-        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
+    fn table(&self) -> MutexGuard<'_, KnownNames> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Tables {
-    fn get(&self, id: Id, now: Instant) -> Option<&Known> {
-        self.any(id).filter(|known| now < known.until)
-    }
-
-    /// What was found the last time, however long ago that is.
-    fn last(&self, id: Id) -> Name {
-        self.any(id).map_or(Err(Unanswered), |known| known.name.clone())
-    }
-
-    fn any(&self, id: Id) -> Option<&Known> {
-        match id {
-            Id::User(uid) => self.users.get(&uid),
-            Id::Group(gid) => self.groups.get(&gid),
-        }
-    }
-
-    fn insert(&mut self, id: Id, known: Known, now: Instant) {
-        let (table, number) = match id {
-            Id::User(uid) => (&mut self.users, uid),
-            Id::Group(gid) => (&mut self.groups, gid),
-        };
-        if table.len() >= CAPACITY && !table.contains_key(&number) {
-            table.retain(|_, known| now < known.until);
-            // Still full: forget all. To look a name up again costs microseconds where it matters, and a process
-            // with a thousand groups may not make others scan for a victim.
-            if table.len() >= CAPACITY {
-                table.clear();
-            }
-        }
-        table.insert(number, known);
-    }
+fn believed(table: &mut KnownNames, id: NameId, now: Instant) -> Option<NameAnswer> {
+    table.find(id).and_then(|kept| kept.believed(now)).cloned()
 }
 
-fn system(id: Id) -> Result<Option<String>, Errno> {
+/// Believes what was found the last time, however long ago that is, until the lookup that failed is repeated.
+fn put_off(table: &mut KnownNames, id: NameId, now: Instant) -> NameAnswer {
+    let last = table.find(id).map_or(Err(Unanswered), |kept| kept.last().clone());
+    table.keep(id, Kept::until(now + RETRY, last.clone()));
+    last
+}
+
+fn system(id: NameId) -> Result<Option<String>, Errno> {
     match id {
-        Id::User(uid) => User::from_uid(Uid::from_raw(uid)).map(|user| user.map(|user| user.name)),
-        Id::Group(gid) => Group::from_gid(Gid::from_raw(gid)).map(|group| group.map(|group| group.name)),
+        NameId::User(uid) => User::from_uid(Uid::from_raw(uid)).map(|user| user.map(|user| user.name)),
+        NameId::Group(gid) => Group::from_gid(Gid::from_raw(gid)).map(|group| group.map(|group| group.name)),
     }
 }
 
@@ -240,27 +201,27 @@ mod tests {
 
     /// A database that counts: every answer names the ID and how often it was asked.
     fn counting() -> Names {
-        let asked = Mutex::new(HashMap::<Id, u32>::new());
+        let asked = Mutex::new(HashMap::<NameId, u32>::new());
         let database = move |id| {
             let mut asked = asked.lock().unwrap();
             let times = asked.entry(id).and_modify(|n| *n += 1).or_insert(1);
             match id {
-                Id::User(404) => Ok(None),
-                Id::User(500) if *times == 1 => Err(Errno::EIO),
-                Id::User(501) if *times == 2 => Err(Errno::EIO),
-                Id::User(n) => Ok(Some(format!("user{n}.{times}"))),
-                Id::Group(n) => Ok(Some(format!("group{n}.{times}"))),
+                NameId::User(404) => Ok(None),
+                NameId::User(500) if *times == 1 => Err(Errno::EIO),
+                NameId::User(501) if *times == 2 => Err(Errno::EIO),
+                NameId::User(n) => Ok(Some(format!("user{n}.{times}"))),
+                NameId::Group(n) => Ok(Some(format!("group{n}.{times}"))),
             }
         };
         Names::new(Arc::new(database), PATIENCE)
     }
 
     /// `?` for one that the database does not tell.
-    fn text(name: &Name) -> Option<&str> {
+    fn text(name: &NameAnswer) -> Option<&str> {
         name.as_ref().map_or(Some("?"), Option::as_deref)
     }
 
-    async fn one(names: &Names, id: Id) -> Option<String> {
+    async fn one(names: &Names, id: NameId) -> Option<String> {
         let found = names.find(&[id]).await;
         assert_eq!(found.len(), 1);
         text(&found[0]).map(str::to_owned)
@@ -269,42 +230,44 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_name_is_believed_for_its_lifetime() {
         let names = counting();
-        let mixed = [Id::User(1), Id::Group(1), Id::User(404), Id::User(1)];
+        let mixed = [NameId::User(1), NameId::Group(1), NameId::User(404), NameId::User(1)];
         let want = [Some("user1.1"), Some("group1.1"), None, Some("user1.1")];
         let found: Vec<_> = names.find(&mixed).await;
         assert_eq!(found.iter().map(text).collect::<Vec<_>>(), want);
 
         tokio::time::advance(LIFETIME - Duration::from_millis(10)).await;
-        assert_eq!(one(&names, Id::User(1)).await.as_deref(), Some("user1.1"), "still believed");
+        assert_eq!(one(&names, NameId::User(1)).await.as_deref(), Some("user1.1"), "still believed");
         tokio::time::advance(Duration::from_millis(20)).await;
-        assert_eq!(one(&names, Id::User(1)).await.as_deref(), Some("user1.2"), "asked again");
+        assert_eq!(one(&names, NameId::User(1)).await.as_deref(), Some("user1.2"), "asked again");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_failure_is_no_answer_and_is_tried_again_soon() {
         let names = counting();
-        assert_eq!(one(&names, Id::User(500)).await.as_deref(), Some("?"), "failed");
-        assert_eq!(one(&names, Id::User(500)).await.as_deref(), Some("?"), "not asked at once again");
+        assert_eq!(one(&names, NameId::User(500)).await.as_deref(), Some("?"), "failed");
+        assert_eq!(one(&names, NameId::User(500)).await.as_deref(), Some("?"), "not asked at once again");
         tokio::time::advance(RETRY).await;
-        assert_eq!(one(&names, Id::User(500)).await.as_deref(), Some("user500.2"));
+        assert_eq!(one(&names, NameId::User(500)).await.as_deref(), Some("user500.2"));
 
-        assert_eq!(one(&names, Id::User(501)).await.as_deref(), Some("user501.1"));
+        assert_eq!(one(&names, NameId::User(501)).await.as_deref(), Some("user501.1"));
         tokio::time::advance(LIFETIME).await;
-        assert_eq!(one(&names, Id::User(501)).await.as_deref(), Some("user501.1"), "what was known holds");
+        assert_eq!(
+            one(&names, NameId::User(501)).await.as_deref(),
+            Some("user501.1"),
+            "what was known holds"
+        );
         tokio::time::advance(RETRY).await;
-        assert_eq!(one(&names, Id::User(501)).await.as_deref(), Some("user501.3"));
+        assert_eq!(one(&names, NameId::User(501)).await.as_deref(), Some("user501.3"));
     }
 
     #[tokio::test]
     async fn the_tables_have_a_bound() {
         let names = counting();
-        let many: Vec<_> = (0..4000).flat_map(|n| [Id::User(n), Id::Group(n)]).collect();
+        let many: Vec<_> = (0..4000).flat_map(|n| [NameId::User(n), NameId::Group(n)]).collect();
         let found = names.find(&many).await;
         let told = found.iter().filter(|name| matches!(name, Ok(Some(_)))).count();
         assert_eq!(told, 2 * 4000 - 2, "all but user 404 and user 500");
-        let tables = names.tables();
-        assert!((1..=CAPACITY).contains(&tables.users.len()), "{}", tables.users.len());
-        assert!((1..=CAPACITY).contains(&tables.groups.len()), "{}", tables.groups.len());
+        assert_eq!(names.table().len(), CAPACITY);
     }
 
     #[tokio::test]
@@ -320,7 +283,7 @@ mod tests {
         };
         let names = Names::new(Arc::new(database), Duration::from_millis(20));
         for uid in 0..16 {
-            assert_eq!(one(&names, Id::User(uid)).await.as_deref(), Some("?"), "no answer");
+            assert_eq!(one(&names, NameId::User(uid)).await.as_deref(), Some("?"), "no answer");
         }
         assert!(*entered.lock().unwrap() <= WORKERS, "threads that hang");
         drop(release);
@@ -331,7 +294,8 @@ mod tests {
 
     #[tokio::test]
     async fn root_has_a_name_in_the_systems_database() {
-        let found = Names::of_system().find(&[Id::User(0), Id::Group(0), Id::User(u32::MAX - 7)]).await;
+        let found =
+            Names::of_system().find(&[NameId::User(0), NameId::Group(0), NameId::User(u32::MAX - 7)]).await;
         assert_eq!(found.iter().map(text).collect::<Vec<_>>(), [Some("root"), Some("root"), None]);
     }
 }

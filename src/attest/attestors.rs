@@ -1,0 +1,150 @@
+//! What an attestor is to the rest of the agent, and what the list of them is made into.
+//!
+//! An attestor has one file or folder, which holds its selectors, its settings, its errors and what it reads of the
+//! host. It implements [`WorkloadAttestor`] and stands in the list at the top of [`super`]; nothing else names it.
+
+use std::{sync::Arc, time::Duration};
+
+use super::{
+    AttestorName,
+    process::{ProcDir, ProcReadError, Seen},
+};
+use crate::identity::{Entry, selector::Selectors};
+
+/// One source of selectors. Made once, when the agent starts; whatever it keeps between attestations is bounded.
+pub(super) trait WorkloadAttestor: Default {
+    /// Its name in `plugins { WorkloadAttestor "NAME" }`, which is the type of its selectors too.
+    const NAME: &'static str;
+    /// What `plugin_data` says: declared with [`settings!`](crate::hcl::settings).
+    type Settings;
+    /// Why it could not find something out.
+    type Error;
+
+    /// Whether a process could ever have a selector of this value.
+    ///
+    /// # Errors
+    /// Says what is wrong with it, and what is right.
+    fn check(value: &str, settings: &Self::Settings) -> Result<(), String>;
+
+    /// Looks what the entries ask for: what none of them does may stay unknown.
+    fn prepare_for(&self, entries: &[Arc<Entry>]);
+
+    /// Finds out what it can of a process. What may take long must not keep a thread of the runtime.
+    ///
+    /// # Errors
+    /// It could not find out all: a selector that is missing would be a smaller identity.
+    async fn attest(&self, settings: &Self::Settings, seen: &Seen<'_>) -> Result<Findings, Self::Error>;
+}
+
+/// What one attestor found.
+#[derive(Default)]
+pub(super) struct Findings {
+    pub(super) selectors: Selectors,
+    /// What must still hold when these are used again for a later call of the same connection.
+    pub(super) evidence: Option<Box<dyn Evidence>>,
+}
+
+/// What findings rest on, as far as it may change while the process lives.
+pub(super) trait Evidence: Send + Sync {
+    /// Whether it is as it was; `open` opens the directory of the process.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    fn holds(&self, open: &dyn Fn() -> Result<ProcDir, ProcReadError>) -> Result<bool, ProcReadError>;
+}
+
+/// What all attestors found of one process.
+#[derive(Default)]
+pub(super) struct Attestation {
+    pub(super) selectors: Selectors,
+    pub(super) evidence: Vec<Box<dyn Evidence>>,
+    /// How long each took.
+    pub(super) took: Vec<(AttestorName, Duration)>,
+}
+
+impl Attestation {
+    pub(super) fn add(&mut self, attestor: AttestorName, took: Duration, findings: Findings) {
+        let Findings { mut selectors, evidence } = findings;
+        self.selectors.append(&mut selectors);
+        self.evidence.extend(evidence);
+        self.took.push((attestor, took));
+    }
+}
+
+/// Makes of the list of attestors what the rest of the agent sees: their names, their settings, their errors, and all
+/// of them as one.
+macro_rules! attestors {
+    ($($(#[$doc:meta])* $case:ident, $field:ident: $attestor:ty, $settings:ty, $error:ty;)+) => {
+        $crate::telemetry::registry::labels! {
+            /// Who attests.
+            AttestorName, "attestor" { $($(#[$doc])* $case = <$attestor as WorkloadAttestor>::NAME,)+ }
+        }
+
+        /// The settings of every attestor.
+        #[derive(Clone, Debug, Default, PartialEq, Eq)]
+        pub struct AttestSettings { $($(#[$doc])* pub $field: $settings,)+ }
+
+        impl AttestSettings {
+            /// Every attestor's name.
+            pub(crate) const NAMES: &'static [&'static str] = &[$(<$attestor as WorkloadAttestor>::NAME),+];
+
+            /// Adds the keys that are others in `next`.
+            pub(crate) fn compare(&self, next: &Self, changes: &mut $crate::hcl::settings::KeyChanges) {
+                $(self.$field.compare(&next.$field, changes);)+
+            }
+
+            fn read_data(&mut self, attestor: &str, data: &mut Section<'_>) {
+                $(if attestor == <$attestor as WorkloadAttestor>::NAME { self.$field = <$settings>::read(data); })+
+            }
+
+            fn check_value(&self, attestor: &str, value: &str) -> Option<Result<(), String>> {
+                $(if attestor == <$attestor as WorkloadAttestor>::NAME {
+                    return Some(<$attestor>::check(value, &self.$field));
+                })+
+                None
+            }
+        }
+
+        /// Why one attestor could not find out what it should.
+        #[derive(Debug, thiserror::Error)]
+        pub enum AttestorError { $($(#[$doc])* #[error(transparent)] $case(#[from] $error),)+ }
+
+        impl AttestorError {
+            fn attestor(&self) -> AttestorName {
+                match self { $(Self::$case(_) => AttestorName::$case,)+ }
+            }
+
+            fn class(&self) -> (Blame, AttestFault) {
+                match self { $(Self::$case(error) => error.class(),)+ }
+            }
+        }
+
+        #[derive(Default)]
+        struct Attestors { $($field: $attestor,)+ }
+
+        impl Attestors {
+            fn prepare_for(&self, entries: &[Arc<Entry>]) {
+                $(self.$field.prepare_for(entries);)+
+            }
+
+            /// Asks all of them, side by side; the first failure ends it.
+            async fn attest(
+                &self,
+                settings: &AttestSettings,
+                seen: &Seen<'_>,
+                since: Instant,
+            ) -> Result<Attestation, AttestorError> {
+                let ($($field,)+) = tokio::try_join!($(async {
+                    let findings = self.$field.attest(&settings.$field, seen).await?;
+                    Ok::<_, AttestorError>((AttestorName::$case, since.elapsed(), findings))
+                }),+)?;
+                let mut all = Attestation::default();
+                for (attestor, took, findings) in [$($field),+] {
+                    all.add(attestor, took, findings);
+                }
+                Ok(all)
+            }
+        }
+    };
+}
+pub(super) use attestors;

@@ -1,0 +1,121 @@
+//! Why a process could not be attested, whose doing that is, and how it is counted.
+
+use std::io;
+
+use nix::unistd::{Gid, Pid, Uid};
+
+use super::{AttestorError, AttestorName, process::ProcReadError};
+use crate::telemetry::registry::labels;
+
+/// Why a peer could not be attested. None of these means that it has no identity.
+#[derive(Debug, thiserror::Error)]
+pub enum AttestError {
+    /// The process has ended: whoever holds its socket now is another.
+    #[error("the process that opened the connection has exited")]
+    Gone,
+    /// The process is another user's or group's than it was when it connected.
+    #[error(
+        "process {pid} changed its user or group after it connected as {uid}:{gid}: it must connect again"
+    )]
+    IdentityChanged {
+        /// Its PID.
+        pid: Pid,
+        /// Its effective user when it connected.
+        uid: Uid,
+        /// Its effective group then.
+        gid: Gid,
+    },
+    /// The kernel does not say whether the process lives.
+    #[error("cannot tell whether the process that opened the connection lives")]
+    Unknown {
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The process cannot be seen.
+    #[error(
+        "the caller is in another PID namespace, so the agent cannot see its process: run the agent in the host's \
+         PID namespace (in Kubernetes: hostPID: true), or in the caller's"
+    )]
+    OtherPidNamespace,
+    /// Who the process is could not be read.
+    #[error(transparent)]
+    Status(ProcReadError),
+    /// One attestor could not find out what it should.
+    #[error(transparent)]
+    Attestor(#[from] AttestorError),
+}
+
+/// Whose doing a failure is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blame {
+    /// The caller's own: it is charged more for it, and the log has it at `debug`.
+    Refusal,
+    /// Nobody's: others are in the way, or the work is only large. It is logged at `debug`.
+    Crowd,
+    /// Ours or the node's: an admin should know.
+    Fault,
+}
+
+labels! {
+    /// Why a peer could not be attested.
+    AttestFault, "reason" {
+        /// The process ended, or its PID is another process by now.
+        Gone = "gone",
+        /// The process lives in a PID namespace that this agent cannot see into.
+        Namespace = "namespace",
+        /// Something under `/proc` could not be read or understood.
+        Unreadable = "unreadable",
+        /// It took too long, or too many others were being attested.
+        Busy = "busy",
+    }
+}
+
+impl AttestError {
+    /// Whose doing it is.
+    pub fn blame(&self) -> Blame {
+        self.class().0
+    }
+
+    /// The label that it is counted under.
+    pub(super) fn fault(&self) -> AttestFault {
+        self.class().1
+    }
+
+    /// Whether it is counted for this attestor: its own failure is, and what keeps every attestor from its work.
+    pub(super) fn concerns(&self, attestor: AttestorName) -> bool {
+        match self {
+            Self::Attestor(error) => error.attestor() == attestor,
+            _ => true,
+        }
+    }
+
+    fn class(&self) -> (Blame, AttestFault) {
+        match self {
+            Self::Gone | Self::IdentityChanged { .. } => (Blame::Refusal, AttestFault::Gone),
+            Self::Unknown { .. } => (Blame::Fault, AttestFault::Gone),
+            Self::OtherPidNamespace => (Blame::Fault, AttestFault::Namespace),
+            Self::Status(error) => error.class(),
+            Self::Attestor(error) => error.class(),
+        }
+    }
+}
+
+impl ProcReadError {
+    /// Whose doing it is, and how it is counted.
+    pub(super) fn class(&self) -> (Blame, AttestFault) {
+        match self {
+            Self::Gone => (Blame::Refusal, AttestFault::Gone),
+            Self::TooManyGroups => (Blame::Refusal, AttestFault::Unreadable),
+            Self::Read { .. } | Self::Malformed { .. } => (Blame::Fault, AttestFault::Unreadable),
+        }
+    }
+}
+
+impl From<ProcReadError> for AttestError {
+    fn from(error: ProcReadError) -> Self {
+        match error {
+            ProcReadError::Gone => Self::Gone,
+            error => Self::Status(error),
+        }
+    }
+}

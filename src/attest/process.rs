@@ -1,0 +1,210 @@
+//! What attestors may know of a process: who connected, and what is read in its `/proc/PID`.
+//!
+//! The order is the safety. The directory `/proc/PID` is opened once and everything is read relative to it; the
+//! process's effective user and group must be those that connected; and [`super::Attestor`] asks last whether the
+//! process lives. One that does had its PID all the while.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, open, openat},
+    sys::stat::Mode,
+    unistd::{Gid, Pid, Uid, read},
+};
+
+use super::{
+    AttestError,
+    status::{self, ProcStatus, StatusError},
+};
+use crate::{
+    limits::CallerKey,
+    os::pidfd::Owner,
+    peer::{Peer, PeerGone, slot::PeerSlot},
+};
+
+/// As much of `status` as is read: the lines that count end before it with [`status::MAX_GROUPS`] groups.
+const STATUS_LIMIT: usize = 16 * 1024;
+
+/// Something under `/proc/PID` that cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcReadError {
+    /// No process has this PID.
+    #[error("the process has exited")]
+    Gone,
+    /// The kernel refuses, or the file is not there.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The file is not as the kernel writes it.
+    #[error("cannot understand {}: {why}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: StatusError,
+    },
+    /// The process has more supplementary groups than are attested.
+    #[error("the caller has more than {} supplementary groups", status::MAX_GROUPS)]
+    TooManyGroups,
+}
+
+/// What attestation needs of a process.
+pub(super) trait Attestable: Sync {
+    fn pid(&self) -> Pid;
+    /// Its owner when it connected.
+    fn owner(&self) -> Owner;
+    /// Whose share of the hashing it takes.
+    fn caller(&self) -> CallerKey;
+    /// That it still lives, and is of the same owner where the kernel tells.
+    fn is_alive(&self) -> Result<(), AttestError>;
+    /// Where its last result is kept, if anywhere.
+    fn slot(&self) -> Option<&PeerSlot>;
+}
+
+impl Attestable for Peer {
+    fn pid(&self) -> Pid {
+        self.pid()
+    }
+
+    fn owner(&self) -> Owner {
+        Owner { uid: self.uid(), gid: self.gid() }
+    }
+
+    fn caller(&self) -> CallerKey {
+        self.caller()
+    }
+
+    fn is_alive(&self) -> Result<(), AttestError> {
+        self.is_alive().map_err(|gone| match gone {
+            PeerGone::Exited | PeerGone::Replaced { .. } => AttestError::Gone,
+            PeerGone::CredentialsChanged { uid, gid } => {
+                AttestError::IdentityChanged { pid: self.pid(), uid, gid }
+            }
+            PeerGone::OutOfNamespace => AttestError::OtherPidNamespace,
+            PeerGone::Unknown { source } => AttestError::Unknown { source },
+        })
+    }
+
+    fn slot(&self) -> Option<&PeerSlot> {
+        Some(self.slot())
+    }
+}
+
+/// A process whose `/proc/PID` is open and who is of the user and group that connected.
+pub(super) struct Seen<'a> {
+    pub(super) process: &'a dyn Attestable,
+    pub(super) dir: ProcDir,
+    pub(super) status: ProcStatus,
+}
+
+impl<'a> Seen<'a> {
+    /// Opens the directory of `process` and reads who it is.
+    ///
+    /// # Errors
+    /// [`AttestError`]: it is gone, cannot be seen, or is another's by now.
+    pub(super) fn open(root: &Path, process: &'a dyn Attestable) -> Result<Self, AttestError> {
+        let pid = process.pid();
+        if pid.as_raw() == 0 {
+            return Err(AttestError::OtherPidNamespace);
+        }
+        let dir = ProcDir::open(root, pid)?;
+        let status = dir.status()?;
+        let now = Owner { uid: Uid::from_raw(status.uid), gid: Gid::from_raw(status.gid) };
+        let Owner { uid, gid } = process.owner();
+        if now != (Owner { uid, gid }) {
+            return Err(AttestError::IdentityChanged { pid, uid, gid });
+        }
+        Ok(Self { process, dir, status })
+    }
+}
+
+/// An open `/proc/PID`. It stays the directory of the process that had the PID when it was opened.
+pub(super) struct ProcDir {
+    pub(super) fd: OwnedFd,
+    path: PathBuf,
+}
+
+impl ProcDir {
+    /// Opens the directory of the process that has this PID now.
+    ///
+    /// # Errors
+    /// [`ProcReadError::Gone`] when there is none, else [`ProcReadError::Read`].
+    pub(super) fn open(root: &Path, pid: Pid) -> Result<Self, ProcReadError> {
+        let path = root.join(pid.to_string());
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        match open(&path, flags, Mode::empty()) {
+            Ok(fd) => Ok(Self { fd, path }),
+            Err(Errno::ENOENT) => Err(ProcReadError::Gone),
+            Err(errno) => Err(unreadable(path, errno)),
+        }
+    }
+
+    /// Opens one of its files for reading.
+    ///
+    /// # Errors
+    /// [`ProcReadError::Gone`], [`ProcReadError::Read`].
+    pub(super) fn file(&self, name: &str) -> Result<File, ProcReadError> {
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
+        let fd =
+            openat(&self.fd, name, flags, Mode::empty()).map_err(|errno| self.unreadable(name, errno))?;
+        Ok(File::from(fd))
+    }
+
+    /// Who the process is.
+    ///
+    /// # Errors
+    /// [`ProcReadError`].
+    pub(super) fn status(&self) -> Result<ProcStatus, ProcReadError> {
+        const NAME: &str = "status";
+        let file = self.file(NAME)?;
+        let mut buffer = [0; STATUS_LIMIT];
+        let mut filled = 0;
+        loop {
+            // The kernel makes the whole file for one read; a second is for file systems that do not.
+            let rest = buffer.get_mut(filled..).unwrap_or_default();
+            let n = read(&file, rest).map_err(|errno| self.unreadable(NAME, errno))?;
+            filled += n;
+            match status::parse(buffer.get(..filled).unwrap_or_default()) {
+                Err(StatusError::TooManyGroups) => return Err(ProcReadError::TooManyGroups),
+                Err(StatusError::Missing(_)) if filled == STATUS_LIMIT => {
+                    return Err(ProcReadError::TooManyGroups);
+                }
+                Err(StatusError::Missing(_)) if n > 0 => {}
+                Err(why) => return Err(ProcReadError::Malformed { path: self.path_of(NAME), why }),
+                Ok(status) => return Ok(status),
+            }
+        }
+    }
+
+    /// The path under which the agent reaches one of its files: for messages.
+    pub(super) fn path_of(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Why one of its files cannot be read. A file that every process has is not there once the process is gone;
+    /// `exe` is not there for a kernel thread.
+    pub(super) fn unreadable(&self, name: &str, errno: Errno) -> ProcReadError {
+        match errno {
+            Errno::ENOENT if name != "exe" => ProcReadError::Gone,
+            errno => unreadable(self.path_of(name), errno),
+        }
+    }
+}
+
+/// ESRCH for a process that went away while its directory was open.
+fn unreadable(path: PathBuf, errno: Errno) -> ProcReadError {
+    match errno {
+        Errno::ESRCH => ProcReadError::Gone,
+        errno => ProcReadError::Read { path, source: errno.into() },
+    }
+}

@@ -1,0 +1,363 @@
+//! What `quickstart` writes, and where: a configuration, an entry for the current user, and the directories of both.
+//!
+//! What is there already is kept as it is, whoever edited it. The directory, and the one of the sockets when the path
+//! would be too long, are the user's alone: a directory of somebody else's, or one that others may write to, is
+//! refused, since who writes there decides who is who.
+
+use std::{
+    ffi::OsString,
+    fs, io,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+};
+
+use nix::unistd::{Uid, geteuid};
+
+use crate::{
+    cli::{
+        environment,
+        files::{Batch, BatchError, Readers},
+    },
+    config::{Config, ExpandEnv},
+    hcl::ConfigErrors,
+    identity::TrustDomain,
+    peer::socket::MAX_PATH_LEN,
+};
+
+const CONFIG: &str = "agent.conf";
+const ENTRIES: &str = "entries.d";
+const ENTRY: &str = "me.conf";
+const LOG: &str = "agent.log";
+/// Apart from each other: whoever is given the directory of the one is not given the other.
+pub(super) const SOCKET: &str = "public/api.sock";
+const ADMIN_SOCKET: &str = "private/admin.sock";
+/// Of the directory, and the audience of the token that is shown.
+pub(super) const NAME: &str = "durward-quickstart";
+const DEFAULT_TRUST_DOMAIN: &str = "example.org";
+
+/// Why the directories and files are not as they must be.
+#[derive(Debug, thiserror::Error)]
+pub(in crate::cli) enum LayoutError {
+    #[error("neither XDG_STATE_HOME nor HOME is an absolute path: say where to write with --dir")]
+    NoHome,
+    #[error("{}: {cause}", path.display())]
+    Directory { path: PathBuf, cause: io::Error },
+    #[error("{} must be a directory, not a file or a link", .0.display())]
+    NoDirectory(PathBuf),
+    #[error("{} belongs to user ID {owner}, this is user ID {}: choose another with --dir", path.display(), geteuid())]
+    Owner { path: PathBuf, owner: u32 },
+    #[error("{} may be written to by other users (mode {mode:04o}): chmod go-w it, or choose another with --dir", path.display())]
+    Mode { path: PathBuf, mode: u32 },
+    #[error("{} must be text without control characters", .0.display())]
+    Name(PathBuf),
+    #[error(transparent)]
+    File(#[from] BatchError),
+    #[error(transparent)]
+    Config(#[from] ConfigErrors),
+}
+
+/// What lies where.
+pub(super) struct Layout {
+    pub(super) config: PathBuf,
+    /// Name below the directory, whether it was written just now, and what it is.
+    pub(super) files: [(String, bool, String); 2],
+}
+
+impl Layout {
+    /// Makes `dir` and what is missing in it.
+    ///
+    /// # Errors
+    /// [`LayoutError`]; what was made before stays.
+    pub(super) fn prepare(dir: &Path, trust_domain: Option<&TrustDomain>) -> Result<Self, LayoutError> {
+        private_dir(dir)?;
+        let entries = dir.join(ENTRIES);
+        private_dir(&entries)?;
+        let trust_domain = trust_domain.map_or(DEFAULT_TRUST_DOMAIN, TrustDomain::name);
+        let uid = geteuid();
+
+        let config = dir.join(CONFIG);
+        let config_is_new = write_if_missing(dir, CONFIG, || {
+            let sockets = socket_dir(dir, uid.as_raw(), environment)?;
+            config_text(dir, &sockets, trust_domain)
+        })?;
+        let entry_is_new = write_if_missing(&entries, ENTRY, || {
+            // The trust domain of the configuration that is there, which need not be a new one's.
+            let config = Config::load(&config, ExpandEnv::No)?;
+            Ok(entry_text(config.trust_domain.name(), uid.as_raw()))
+        })?;
+        Ok(Self {
+            config,
+            files: [
+                (CONFIG.to_owned(), config_is_new, "the agent's configuration".to_owned()),
+                (format!("{ENTRIES}/{ENTRY}"), entry_is_new, format!("who user ID {uid} is")),
+            ],
+        })
+    }
+}
+
+/// Whether it was missing.
+fn write_if_missing(
+    dir: &Path,
+    name: &str,
+    text: impl FnOnce() -> Result<String, LayoutError>,
+) -> Result<bool, LayoutError> {
+    let path = dir.join(name);
+    match fs::symlink_metadata(&path) {
+        Ok(_) => Ok(false),
+        Err(err) if err.kind() == io::ErrorKind::NotFound => {
+            let mut batch = Batch::open(dir)?;
+            batch.stage(name, text()?.as_bytes(), Readers::Owner)?;
+            batch.commit()?;
+            Ok(true)
+        }
+        Err(cause) => Err(LayoutError::Directory { path, cause }),
+    }
+}
+
+/// Where everything goes: `asked`, or this user's own directory for state.
+///
+/// # Errors
+/// [`LayoutError::NoHome`] when nothing says where that is.
+pub(super) fn dir(asked: Option<&Path>) -> Result<PathBuf, LayoutError> {
+    match asked {
+        Some(dir) => {
+            std::path::absolute(dir).map_err(|cause| LayoutError::Directory { path: dir.to_owned(), cause })
+        }
+        None => default_dir(geteuid(), environment).ok_or(LayoutError::NoHome),
+    }
+}
+
+/// XDG Base Directory Specification: a relative path there is to be ignored.
+fn default_dir(user: Uid, environment: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    let dir = |name: &str| environment(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let state = if user.is_root() {
+        PathBuf::from("/var/lib")
+    } else {
+        dir("XDG_STATE_HOME").or_else(|| dir("HOME").map(|home| home.join(".local/state")))?
+    };
+    Some(state.join(NAME))
+}
+
+/// Makes `path` with mode 0700 if it is missing, and its parents as the umask has them. What is there must be this
+/// user's, and nobody else may write to it.
+fn private_dir(path: &Path) -> Result<(), LayoutError> {
+    let failed = |cause| LayoutError::Directory { path: path.to_owned(), cause };
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).map_err(failed)?;
+    }
+    match fs::DirBuilder::new().mode(0o700).create(path) {
+        Err(err) if err.kind() != io::ErrorKind::AlreadyExists => return Err(failed(err)),
+        Ok(()) | Err(_) => {}
+    }
+    // Not through a link: in /tmp that could be anybody's.
+    let found = fs::symlink_metadata(path).map_err(failed)?;
+    if !found.is_dir() {
+        return Err(LayoutError::NoDirectory(path.to_owned()));
+    }
+    if found.uid() != geteuid().as_raw() {
+        return Err(LayoutError::Owner { path: path.to_owned(), owner: found.uid() });
+    }
+    let mode = found.mode() & 0o7777;
+    if mode & 0o022 != 0 {
+        return Err(LayoutError::Mode { path: path.to_owned(), mode });
+    }
+    Ok(())
+}
+
+/// The directory below which the sockets are: `dir`, or a short one of this user's alone when the path of `dir` is too
+/// long for them.
+fn socket_dir(
+    dir: &Path,
+    uid: u32,
+    environment: impl Fn(&str) -> Option<OsString>,
+) -> Result<PathBuf, LayoutError> {
+    let fits = |dir: &Path| {
+        [SOCKET, ADMIN_SOCKET].iter().all(|name| dir.join(name).as_os_str().len() <= MAX_PATH_LEN)
+    };
+    if fits(dir) {
+        return Ok(dir.to_owned());
+    }
+    // The same directory always has the same socket.
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, dir.as_os_str().as_encoded_bytes());
+    let hash: String = digest.as_ref().iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+    let short = environment("XDG_RUNTIME_DIR")
+        .map(PathBuf::from)
+        .filter(|runtime| runtime.is_absolute() && private_dir(runtime).is_ok())
+        .map(|runtime| runtime.join(format!("durward-{hash}")))
+        .filter(|short| fits(short))
+        .unwrap_or_else(|| PathBuf::from(format!("/tmp/durward-{uid}-{hash}")));
+    private_dir(&short)?;
+    Ok(short)
+}
+
+fn config_text(dir: &Path, sockets: &Path, trust_domain: &str) -> Result<String, LayoutError> {
+    let (data, log) = (quoted(&dir.join("data"))?, quoted(&dir.join(LOG))?);
+    let (socket, admin_socket) = (quoted(&sockets.join(SOCKET))?, quoted(&sockets.join(ADMIN_SOCKET))?);
+    Ok(format!(
+        r#"# Durward's configuration, written by "durward quickstart" and yours from now on: it is never overwritten.
+# "durward validate --config THIS_FILE" checks it. An agent that runs reads it again on SIGHUP.
+
+agent {{
+    # The name under which identities are issued: spiffe://{trust_domain}/...
+    trust_domain = "{trust_domain}"
+
+    # Where workloads ask for their identity. SPIFFE clients find it by SPIFFE_ENDPOINT_SOCKET=unix://PATH.
+    socket_path = {socket}
+
+    # Where you ask who calls how often (durward limits), and who a process is taken for (durward explain).
+    admin_socket_path = {admin_socket}
+
+    # Keys and state. Whoever can read this can issue identities: its mode is 0700.
+    data_dir = {data}
+
+    # error, warn, info, debug or trace.
+    log_level = "info"
+    log_file = {log}
+}}
+
+# Who signs: the agent's own CA, made on first start and rotated by itself.
+issuer "embedded" {{
+    # How long a CA certificate is valid.
+    # ca_ttl = "24h"
+}}
+
+plugins {{
+    # Tells workloads apart by user, group and, if asked to, executable.
+    WorkloadAttestor "unix" {{
+        plugin_data {{
+            # Also find out unix:path and unix:sha256.
+            # discover_workload_path = true
+        }}
+    }}
+}}
+
+# Who gets which identity is said in {ENTRIES}/*.conf beside this file, or here in the same form.
+"#
+    ))
+}
+
+fn entry_text(trust_domain: &str, uid: u32) -> String {
+    format!(
+        r#"# A registration entry: a process that has all of these selectors is this workload.
+# SIGHUP makes a running agent read it again; open streams learn of a change at once.
+
+entry "spiffe://{trust_domain}/me" {{
+    # Processes of user ID {uid}.
+    selectors = ["unix:uid:{uid}"]
+
+    # How long certificates and tokens are valid.
+    # x509_svid_ttl = "1h"
+    # jwt_svid_ttl = "5m"
+}}
+"#
+    )
+}
+
+/// A path as an HCL string.
+fn quoted(path: &Path) -> Result<String, LayoutError> {
+    let text = path
+        .to_str()
+        .filter(|text| !text.chars().any(char::is_control))
+        .ok_or_else(|| LayoutError::Name(path.to_owned()))?;
+    let text = text.replace('\\', r"\\").replace('"', "\\\"");
+    Ok(format!("\"{text}\""))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn the_default_directory_is_the_users() {
+        let both = [("XDG_STATE_HOME", "/state"), ("HOME", "/home/a")];
+        type Case<'a> = (&'a str, bool, &'a [(&'a str, &'a str)], Option<&'a str>);
+        let cases: [Case<'_>; 5] = [
+            ("root", true, &both, Some("/var/lib/durward-quickstart")),
+            ("xdg", false, &both, Some("/state/durward-quickstart")),
+            ("home", false, &[("HOME", "/home/a")], Some("/home/a/.local/state/durward-quickstart")),
+            (
+                "relative xdg",
+                false,
+                &[("XDG_STATE_HOME", "x"), ("HOME", "/h")],
+                Some("/h/.local/state/durward-quickstart"),
+            ),
+            ("nothing", false, &[], None),
+        ];
+        for (case, root, environment, want) in cases {
+            let user = Uid::from_raw(if root { 0 } else { 1000 });
+            let got = default_dir(user, |name| {
+                environment.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value))
+            });
+            assert_eq!(got, want.map(PathBuf::from), "{case}");
+        }
+    }
+
+    #[test]
+    fn directories_of_others_are_refused() {
+        let base = tempfile::tempdir().unwrap();
+        let set = |name: &str, mode| {
+            let path = base.path().join(name);
+            fs::create_dir(&path).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            path
+        };
+        private_dir(&base.path().join("new/below")).unwrap();
+        assert_eq!(fs::metadata(base.path().join("new/below")).unwrap().mode() & 0o777, 0o700);
+        private_dir(&set("readable", 0o755)).unwrap();
+        let writable = set("writable", 0o777);
+        assert!(matches!(private_dir(&writable), Err(LayoutError::Mode { mode: 0o777, .. })));
+        let link = base.path().join("link");
+        std::os::unix::fs::symlink(base.path(), &link).unwrap();
+        assert!(matches!(private_dir(&link), Err(LayoutError::NoDirectory(_))));
+        let file = base.path().join("file");
+        fs::write(&file, "").unwrap();
+        assert!(matches!(private_dir(&file), Err(LayoutError::NoDirectory(_))));
+    }
+
+    #[test]
+    fn a_long_path_gets_a_short_socket() {
+        let base = tempfile::tempdir().unwrap();
+        let runtime = base.path().join("run");
+        fs::DirBuilder::new().mode(0o700).create(&runtime).unwrap();
+        let long = base.path().join("x".repeat(100));
+        let none = |_: &str| None;
+        assert_eq!(socket_dir(base.path(), 1, none).unwrap(), base.path());
+
+        let some = |name: &str| (name == "XDG_RUNTIME_DIR").then(|| runtime.clone().into_os_string());
+        let got = socket_dir(&long, 1, some).unwrap();
+        let longest = got.join(ADMIN_SOCKET);
+        assert!(got.starts_with(&runtime) && longest.as_os_str().len() <= MAX_PATH_LEN, "{}", got.display());
+        assert_eq!(got, socket_dir(&long, 1, some).unwrap(), "the same again");
+        let other = socket_dir(&base.path().join("y".repeat(100)), 1, some).unwrap();
+        assert_ne!(got, other, "another directory has another socket");
+        assert_eq!(fs::metadata(&got).unwrap().mode() & 0o777, 0o700);
+    }
+
+    /// What is written is read, whatever the directory is called.
+    #[test]
+    fn the_configuration_that_is_written_is_valid() {
+        for name in ["plain", "with space", "quote\"d", "back\\slash", "do${ll}ar", "per%{ce}nt", "héllo"] {
+            let base = tempfile::tempdir().unwrap();
+            let dir = base.path().join(name);
+            let domain = TrustDomain::parse("td.test").unwrap();
+            let layout = Layout::prepare(&dir, Some(&domain)).unwrap();
+            assert!(layout.files.iter().all(|(_, fresh, _)| *fresh), "{name}");
+            let config = Config::load(&layout.config, ExpandEnv::No).unwrap();
+            assert_eq!(config.trust_domain, domain, "{name}");
+            assert_eq!(config.agent.data_dir, dir.join("data"), "{name}");
+            assert_eq!(config.agent.socket_path, dir.join("public/api.sock"), "{name}");
+            assert_eq!(config.agent.admin_socket_path, Some(dir.join("private/admin.sock")), "{name}");
+            let ids: Vec<_> = config.entries.iter().map(|entry| entry.spiffe_id.to_string()).collect();
+            assert_eq!(ids, ["spiffe://td.test/me"], "{name}");
+
+            fs::write(dir.join(ENTRIES).join(ENTRY), "# edited\n").unwrap();
+            let again = Layout::prepare(&dir, None).unwrap();
+            assert!(again.files.iter().all(|(_, fresh, _)| !*fresh), "{name}");
+            assert_eq!(fs::read_to_string(dir.join(ENTRIES).join(ENTRY)).unwrap(), "# edited\n", "{name}");
+        }
+        let odd = LayoutError::Name(PathBuf::from("/a\nb"));
+        assert_eq!(quoted(Path::new("/a\nb")).unwrap_err().to_string(), odd.to_string());
+    }
+}

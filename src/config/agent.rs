@@ -1,0 +1,127 @@
+//! The block `agent`.
+
+use std::path::{Path, PathBuf};
+
+use super::{
+    absent::{self, ServerKeys},
+    ratelimit, trust_domain,
+};
+use crate::{
+    hcl::{
+        section::{At, Section},
+        settings::settings,
+        tree::quoted,
+    },
+    identity::{KeyType, TrustDomain},
+    peer::{KubernetesSettings, ListenerSettings, socket::MAX_PATH_LEN},
+    store::{CacheSettings, Policy},
+    telemetry::LogSettings,
+};
+
+/// Where the Workload API is served when `socket_path` is not set (spire-agent: `/tmp/spire-agent/public/api.sock`).
+pub const DEFAULT_SOCKET_PATH: &str = "/run/durward/public/api.sock";
+
+/// Where keys and state lie when `data_dir` is not set (spire-agent: the working directory).
+pub const DEFAULT_DATA_DIR: &str = "/var/lib/durward";
+
+settings! {
+    /// Where the agent is found, and what it makes.
+    pub struct AgentSettings in "agent" {
+        /// Where the CA's keys and certificates lie; absolute.
+        "data_dir" data_dir: PathBuf = DEFAULT_DATA_DIR.into(), absolute(), needs_restart;
+        /// The socket of the Workload API; absolute, at most [`MAX_PATH_LEN`] bytes.
+        "socket_path" socket_path: PathBuf = DEFAULT_SOCKET_PATH.into(), absolute_that(fits_a_socket), needs_restart;
+        /// The socket for the agent's user and root alone, if any; not in or below the directory of `socket_path`.
+        "admin_socket_path" admin_socket_path: Option<PathBuf> = None, absolute_that(fits_a_socket), needs_restart;
+        /// The type of the keys in X.509-SVIDs.
+        "workload_x509_svid_key_type" svid_key_type: KeyType = KeyType::EcP256,
+            parsed(KeyType::parse, KeyType::NAMES), needs_restart;
+    }
+}
+
+/// What the block says.
+#[derive(Debug, Default)]
+pub(super) struct AgentBlock {
+    /// `None` when it is missing or wrong, which was reported.
+    pub(super) trust_domain: Option<TrustDomain>,
+    pub(super) entries_dir: Option<At<PathBuf>>,
+    pub(super) settings: AgentSettings,
+    pub(super) log: LogSettings,
+    pub(super) policy: Policy,
+    pub(super) caches: CacheSettings,
+    pub(super) listener: ListenerSettings,
+    pub(super) kubernetes: KubernetesSettings,
+    pub(super) spire_limits: Vec<ratelimit::SpireKey>,
+}
+
+impl AgentBlock {
+    pub(super) fn read(root: &mut Section<'_>, server: &mut ServerKeys) -> Self {
+        let Some(mut agent) = root.block("agent") else {
+            root.missing("agent", "section must be configured: agent { trust_domain = \"example.org\" }");
+            return Self::default();
+        };
+        let s = &mut agent;
+        let read = Self {
+            trust_domain: own_name(s),
+            entries_dir: s.absolute("entries_dir"),
+            settings: AgentSettings::read(s),
+            log: LogSettings::read(s),
+            policy: Policy::read(s),
+            caches: CacheSettings::read(s),
+            listener: within(s, "listener", ListenerSettings::read).unwrap_or_default(),
+            kubernetes: within(s, "kubernetes", KubernetesSettings::read).unwrap_or_default(),
+            spire_limits: within(s, "experimental", |s| experimental(s, server)).unwrap_or_default(),
+        };
+        sockets_apart(s, &read.settings);
+        absent::agent(s, server);
+        agent.finish();
+        read
+    }
+}
+
+/// Reads the whole of a block, if it is there.
+fn within<T>(s: &mut Section<'_>, key: &'static str, read: impl FnOnce(&mut Section<'_>) -> T) -> Option<T> {
+    let mut block = s.block(key)?;
+    let read = read(&mut block);
+    block.finish();
+    Some(read)
+}
+
+fn own_name(s: &mut Section<'_>) -> Option<TrustDomain> {
+    let parse =
+        |text: &str| trust_domain::parse(text).map_err(|err| format!("{err}; right is, say, example.org"));
+    let name = s.checked("trust_domain", parse);
+    if name.is_none() {
+        s.missing("trust_domain", "must be configured: trust_domain = \"example.org\"");
+    }
+    name.map(|at| at.value)
+}
+
+fn fits_a_socket(path: &Path) -> Result<(), String> {
+    match path.as_os_str().len() {
+        ..=MAX_PATH_LEN => Ok(()),
+        length => {
+            Err(format!("a socket's path can have at most {MAX_PATH_LEN} bytes, and this has {length}"))
+        }
+    }
+}
+
+/// Whoever may open the public socket may look for others beside it.
+fn sockets_apart(s: &Section<'_>, AgentSettings { socket_path, admin_socket_path, .. }: &AgentSettings) {
+    const KEY: &str = "admin_socket_path";
+    if let (Some(admin), Some(place)) = (admin_socket_path, s.set_at(KEY))
+        && socket_path.parent().is_some_and(|dir| admin.starts_with(dir))
+    {
+        let message = format!(
+            "cannot be in the same directory or a subdirectory as that containing the Workload API socket {} ({})",
+            quoted(&socket_path.to_string_lossy()),
+            s.whence("socket_path"),
+        );
+        s.wrong(place, KEY, Some(quoted(&admin.to_string_lossy())), message);
+    }
+}
+
+fn experimental(s: &mut Section<'_>, server: &mut ServerKeys) -> Vec<ratelimit::SpireKey> {
+    absent::experimental(s, server);
+    within(s, "ratelimit", ratelimit::spire_keys).unwrap_or_default()
+}

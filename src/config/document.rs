@@ -1,0 +1,341 @@
+//! A whole configuration: its blocks, in all files, and what they say about each other.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use super::{
+    absent::ServerKeys,
+    agent::{AgentBlock, AgentSettings},
+    endpoints,
+    entries::{Entries, EntryRules},
+    federation::Federation,
+    file,
+    input::{ExpandEnv, Input},
+    issuer, plugins, ratelimit,
+};
+use crate::{
+    attest::AttestSettings,
+    hcl::{
+        ConfigError, ConfigErrors,
+        section::{Problems, Section},
+    },
+    identity::{Bundle, Entry, TrustDomain},
+    issuer::embedded::{EmbeddedSettings, IssuerSettings},
+    limits::LimitSettings,
+    peer::{KubernetesSettings, ListenerSettings, cgroup::KubernetesMode},
+    store::{CacheSettings, Policy},
+    telemetry::{HealthSettings, HostPort, LogSettings},
+};
+
+/// Everything the agent is told, checked. Each key is documented in `conf/agent.conf`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// `agent.trust_domain`. Required. Restart to change.
+    pub trust_domain: TrustDomain,
+    /// `agent`: sockets, directories, keys.
+    pub agent: AgentSettings,
+    /// `agent.log_*`.
+    pub log: LogSettings,
+    /// `agent`: what callers are given.
+    pub policy: Policy,
+    /// `agent`: what is kept.
+    pub caches: CacheSettings,
+    /// `agent.listener`.
+    pub listener: ListenerSettings,
+    /// `agent.kubernetes`.
+    pub kubernetes: KubernetesSettings,
+    /// `issuer "embedded"`.
+    pub issuer: IssuerSettings,
+    /// `entry`, of `agent.conf` first, then of the drop-in files in the order of their names. Unique by
+    /// [`Entry::id`]. Reloads.
+    pub entries: Vec<Arc<Entry>>,
+    /// `federation`. Never holds the own trust domain. Reloads.
+    pub federated: BTreeMap<TrustDomain, Arc<Bundle>>,
+    /// `plugins.WorkloadAttestor`. Reloads.
+    pub attest: AttestSettings,
+    /// `telemetry.Prometheus`. Default: none. Restart to change.
+    pub prometheus: Option<HostPort>,
+    /// `health_checks`.
+    pub health: HealthSettings,
+    /// `ratelimit`, and whose subordinate UIDs are whose. Reloads, and keeps what was spent.
+    pub ratelimit: LimitSettings,
+}
+
+impl Config {
+    /// Reads `path`, the drop-in files and the bundle files that it names, and checks all of it.
+    ///
+    /// Relative paths, here and in the file, start at the working directory, as in spire-agent.
+    ///
+    /// # Errors
+    /// Every mistake that was found, in all files.
+    pub fn load(path: &Path, expand_env: ExpandEnv<'_>) -> Result<Self, ConfigErrors> {
+        let whole_file = |message: String| {
+            let file = path.to_owned();
+            let error = ConfigError { file, line: 0, column: 0, key: String::new(), value: None, message };
+            ConfigErrors::new(vec![error], 0)
+        };
+        let text = file::read_config(path).map_err(|err| whole_file(err.to_string()))?;
+        // No working directory (it was removed): only absolute paths are of use then.
+        let base = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
+        let mut config = Self::parse(&Input {
+            path,
+            text: &text,
+            base: &base,
+            expand_env,
+            drop_ins: &file::read_drop_ins,
+            user_id: &file::user_id,
+            read_bundle: &file::read_bundle,
+        })?;
+        config.ratelimit.families = file::families(Path::new("/etc/subuid"));
+        Ok(config)
+    }
+
+    /// Checks a configuration whose text is at hand. Touches nothing but what `input` reaches.
+    ///
+    /// # Errors
+    /// Every mistake that was found, in all files.
+    pub fn parse(input: &Input<'_>) -> Result<Self, ConfigErrors> {
+        let problems = Problems::new(input.base);
+        let config = read(input, &problems);
+        problems.into_result(config)
+    }
+
+    /// What the embedded issuer is told.
+    pub fn embedded_issuer(&self) -> EmbeddedSettings {
+        EmbeddedSettings {
+            trust_domain: self.trust_domain.clone(),
+            data_dir: self.agent.data_dir.clone(),
+            svid_key_type: self.agent.svid_key_type,
+            issuer: self.issuer.clone(),
+        }
+    }
+}
+
+/// Reads and checks everything. `None` when what cannot be left out is missing, which was reported.
+fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
+    let file = problems.add_file(input.path);
+    let main = input.tree(problems, file, input.text)?;
+    let mut root = Section::root(problems, file, &main);
+    let mut server = ServerKeys::default();
+    let agent = AgentBlock::read(&mut root, &mut server);
+    let own = agent.trust_domain.as_ref();
+    let attest = plugins::read(&mut root, &mut server);
+    let (prometheus, health) = endpoints::read(&mut root);
+    let (issuer, ca_ttl) = issuer::read(&mut root, &server);
+    let mut limits = root.block("ratelimit");
+    let federation = Federation::read(&mut root, input, own);
+    let rules = EntryRules { trust_domain: own, federated: &federation.declared, ca_ttl, attest: &attest };
+    let mut entries = Entries::new(rules, problems);
+    entries.read(root.labelled("entry"));
+    root.finish();
+
+    let drop_ins = input.drop_in_trees(problems, agent.entries_dir.as_ref());
+    for (file, tree) in &drop_ins {
+        let mut root = Section::root(problems, *file, tree);
+        entries.read(root.labelled("entry"));
+        match (&mut limits, root.block("ratelimit")) {
+            (Some(limits), Some(more)) => limits.merge(more),
+            (None, more) => limits = more,
+            (Some(_), None) => {}
+        }
+        root.finish();
+    }
+    let entries = entries.finish();
+    let no_pods = agent.kubernetes.mode == KubernetesMode::Off;
+    let context = ratelimit::Context { problems, trust_domain: own, user_id: input.user_id, no_pods };
+    let ratelimit = context.settings(limits, agent.spire_limits);
+    Some(Config {
+        trust_domain: agent.trust_domain?,
+        agent: agent.settings,
+        log: agent.log,
+        policy: agent.policy,
+        caches: agent.caches,
+        listener: agent.listener,
+        kubernetes: agent.kubernetes,
+        issuer,
+        entries,
+        federated: federation.bundles,
+        attest,
+        prometheus,
+        health,
+        ratelimit,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, time::Duration};
+
+    use super::*;
+    use crate::{
+        config::{FileError, diff},
+        hcl::show_duration,
+    };
+
+    const REFERENCE: &str = include_str!("../../conf/agent.conf");
+    const BUNDLE: &str = "{\"keys\": []}";
+
+    fn problems() -> Problems {
+        Problems::new(Path::new("/"))
+    }
+
+    fn parse(text: &str, problems: &Problems) -> Config {
+        let input = Input {
+            path: Path::new("agent.conf"),
+            text,
+            base: Path::new("/"),
+            expand_env: ExpandEnv::No,
+            drop_ins: &|_| Ok(Some(Vec::new())),
+            user_id: &|name| (name == "build").then_some(1000),
+            read_bundle: &|path| match path.to_str() {
+                Some("/etc/durward/other.example.json") => Ok(BUNDLE.into()),
+                _ => Err(FileError::Missing(path.to_owned())),
+            },
+        };
+        let config = read(&input, problems);
+        let result = std::mem::take(&mut *problems.wrongs()).into_iter().map(|p| p.message);
+        assert_eq!(result.collect::<Vec<_>>(), [""; 0], "{text}");
+        config.unwrap()
+    }
+
+    fn defaults() -> Config {
+        let text = "agent { trust_domain = \"example.org\" } issuer \"embedded\" { }";
+        parse(text, &problems())
+    }
+
+    /// Runs of lines for which `take` gives a text, each with the comment above it, as (comment, lines to change).
+    fn runs(take: fn(&str) -> Option<String>) -> Vec<(String, BTreeMap<usize, String>)> {
+        let mut runs: Vec<(String, BTreeMap<usize, String>)> = Vec::new();
+        let (mut comment, mut open) = (String::new(), false);
+        for (at, line) in REFERENCE.lines().enumerate() {
+            match take(line) {
+                Some(text) if open => drop(runs.last_mut().unwrap().1.insert(at, text)),
+                Some(text) => {
+                    runs.push((comment.clone(), BTreeMap::from([(at, text)])));
+                    open = true;
+                }
+                None => {
+                    open = false;
+                    if line.trim().is_empty() {
+                        comment.clear();
+                    } else {
+                        comment.push_str(line);
+                    }
+                }
+            }
+        }
+        runs
+    }
+
+    fn changed(lines: &BTreeMap<usize, String>) -> String {
+        let line =
+            |(at, line): (usize, &str)| lines.get(&at).cloned().unwrap_or_else(|| line.to_owned()) + "\n";
+        REFERENCE.lines().enumerate().map(line).collect()
+    }
+
+    #[test]
+    fn the_reference_is_the_defaults() {
+        assert_eq!(parse(REFERENCE, &problems()), defaults());
+        let shown = runs(|line| {
+            let setting = line.trim_start().strip_prefix("# ")?;
+            let (key, _) = setting.split_once(" = ")?;
+            key.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_').then(|| setting.to_owned())
+        });
+        assert!(shown.len() > 20, "{shown:?}");
+        for (_, lines) in &shown {
+            for (at, setting) in lines {
+                let alone = BTreeMap::from([(*at, setting.clone())]);
+                assert_eq!(parse(&changed(&alone), &problems()), defaults(), "{setting}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_examples_are_no_defaults_and_reload_as_they_say() {
+        let examples = runs(|line| Some(line.trim_start().strip_prefix("#+ ")?.to_owned()));
+        assert!(examples.len() >= 7, "{examples:?}");
+        for (comment, lines) in &examples {
+            let changes = diff(&defaults(), &parse(&changed(lines), &problems()));
+            assert!(!changes.is_empty(), "{lines:?}");
+            let reloads = comment.contains("Reloads");
+            assert!(reloads != comment.contains("Restart to change."), "{comment}");
+            assert_eq!(changes.restart.is_empty(), reloads, "{comment}");
+        }
+    }
+
+    /// The comment above each key, by its full name. A line counts whether or not it is commented out.
+    fn comments() -> BTreeMap<String, String> {
+        let mut found = BTreeMap::new();
+        let mut blocks: Vec<&str> = Vec::new();
+        let mut comment = String::new();
+        for line in REFERENCE.lines().map(str::trim) {
+            let (example, prose) = (line.strip_prefix("#+ "), line.strip_prefix("# "));
+            let setting = example.or(prose).unwrap_or(line);
+            if let Some((block, _)) = setting.split_once(" {")
+                && prose.is_none()
+            {
+                found.insert([&blocks.join("."), block].join("."), comment.clone());
+                blocks.extend(example.is_none().then_some(block));
+            } else if let Some((_, _)) = setting.split_once(" = ") {
+                for key in setting.split(" = ").filter_map(|text| text.rsplit(' ').next()) {
+                    found.insert([&blocks.join("."), key].join("."), comment.clone());
+                }
+            } else if line == "}" {
+                blocks.pop();
+            } else if line.is_empty() {
+                comment.clear();
+            }
+            comment.push_str(prose.unwrap_or_default());
+        }
+        found
+    }
+
+    #[test]
+    fn each_declared_key_is_in_the_reference_and_changes_as_it_says() {
+        let problems = problems();
+        parse(REFERENCE, &problems);
+        let declared = problems.declared.borrow();
+        assert!(declared.len() > 25, "{declared:?}");
+        let (comments, bounds) = (comments(), problems.bounds.borrow());
+        for (key, change) in declared.iter() {
+            let comment = comments.get(*key).unwrap_or_else(|| panic!("{key} is not in the reference"));
+            let said = (comment.contains("Reloads"), comment.contains("Restart to change."));
+            assert_eq!(said, (*change == "reloads", *change == "needs_restart"), "{key}: {comment}");
+            let free = [
+                "0".to_owned(),
+                i64::MIN.to_string(),
+                i64::MAX.to_string(),
+                format!("\"{}\"", show_duration(Duration::MAX)),
+            ];
+            for bound in bounds.get(*key).into_iter().flatten().filter(|bound| !free.contains(bound)) {
+                assert!(comment.contains(bound.as_str()), "{key}, {bound}: {comment}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_key_is_in_the_reference() {
+        let problems = problems();
+        let text = format!(
+            "{REFERENCE} agent {{ sds {{ }} experimental {{ }} }} telemetry {{ Prometheus {{ port = 1 }} }}
+            plugins {{ SVIDStore \"x\" {{ enabled = false }} }}
+            entry \"spiffe://example.org/a\" {{ selectors = [\"unix:uid:1\"] }}
+            ratelimit {{ caller {{ override \"uid:7\" {{ share = true rate = 1 burst = 9 costs {{ answer = 1 }}
+                method \"FetchJWTSVID\" {{ schedule \"s\" {{ start {{ hour = 1 }} stop {{ hour = 2 }} block = true }} }} }} }}
+                gate {{ override \"uid:7\" {{ connections = 1 }} }}
+                node {{ method \"FetchJWTSVID\" {{ unlimited = true }} }} }}
+            federation \"o\" {{ bundle_path = \"/etc/durward/other.example.json\" bundle_format = \"spiffe\" }}"
+        );
+        parse(&text, &problems);
+        let keys = problems.keys.borrow();
+        assert!(keys.contains("agent.trust_domain") && keys.contains("entry.selectors"), "{keys:?}");
+        let words: BTreeSet<&str> =
+            REFERENCE.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).collect();
+        let missing: Vec<&String> =
+            keys.iter().filter(|key| !words.contains(key.rsplit('.').next().unwrap_or_default())).collect();
+        assert_eq!(missing, [""; 0]);
+    }
+}

@@ -1,0 +1,84 @@
+//! The blocks `federation`: whose bundles are known.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use super::{input::Input, trust_domain};
+use crate::{
+    hcl::{
+        section::{Labelled, Section},
+        tree::{Place, quoted},
+    },
+    identity::{Bundle, TrustDomain, bundle::BundleError},
+};
+
+/// What the blocks say.
+#[derive(Debug)]
+pub(super) struct Federation {
+    pub(super) bundles: BTreeMap<TrustDomain, Arc<Bundle>>,
+    /// Trust domains that have a block, whether or not their bundle could be read.
+    pub(super) declared: BTreeSet<TrustDomain>,
+}
+
+impl Federation {
+    pub(super) fn read(root: &mut Section<'_>, input: &Input<'_>, own: Option<&TrustDomain>) -> Self {
+        let mut bundles = BTreeMap::new();
+        let mut declared: BTreeMap<TrustDomain, Place> = BTreeMap::new();
+        for Labelled { label, place, mut section } in root.labelled("federation") {
+            let wrong = |message: String| section.problems().add(place, &section.name(), None, message);
+            let name = match trust_domain::parse(label) {
+                Err(message) => {
+                    wrong(format!(
+                        "{message}; right is, say, federation \"spiffe://other.example\" {{ .. }}"
+                    ));
+                    None
+                }
+                Ok(name) => {
+                    if Some(&name) == own {
+                        wrong("is the agent's own trust domain, whose bundle is the issuer's".to_owned());
+                    }
+                    if let Some(first) = declared.get(&name) {
+                        wrong(format!("is there twice: first at {}", section.problems().show(*first)));
+                    }
+                    declared.entry(name.clone()).or_insert(place);
+                    Some(name)
+                }
+            };
+            if let Some((name, bundle)) = bundle(&mut section, input, name) {
+                bundles.insert(name, Arc::new(bundle));
+            }
+            section.finish();
+        }
+        Self { bundles, declared: declared.into_keys().collect() }
+    }
+}
+
+fn bundle(
+    s: &mut Section<'_>,
+    input: &Input<'_>,
+    name: Option<TrustDomain>,
+) -> Option<(TrustDomain, Bundle)> {
+    type Parse = fn(&TrustDomain, &[u8]) -> Result<Bundle, BundleError>;
+    let pem: Parse = Bundle::parse_pem;
+    let parse = |text: &str| -> Option<Parse> {
+        match text {
+            "pem" => Some(pem),
+            "spiffe" => Some(Bundle::parse_spiffe),
+            _ => None,
+        }
+    };
+    let format = s.parsed("bundle_format", parse, "must be pem or spiffe").map(|at| at.value);
+    let format = format.or_else(|| (!s.has("bundle_format")).then_some(pem));
+    let Some(path) = s.string("bundle_path") else {
+        s.missing("bundle_path", "must be configured: bundle_path = \"/etc/durward/other.example.pem\"");
+        return None;
+    };
+    let wrong = |message: String| s.wrong(path.place, "bundle_path", Some(quoted(path.value)), message);
+    let bytes =
+        (input.read_bundle)(&input.base.join(path.value)).map_err(|err| wrong(err.to_string())).ok()?;
+    let name = name?;
+    let bundle = format?(&name, &bytes).map_err(|err| wrong(err.to_string())).ok()?;
+    Some((name, bundle))
+}

@@ -1,0 +1,107 @@
+//! When an SVID is renewed: around half of its life, at a moment that is drawn once, when it was made.
+//!
+//! SPIRE draws anew at each check, which moves the moment early (`pkg/common/rotationutil`).
+
+use std::{
+    hash::{BuildHasher as _, Hasher as _},
+    time::{Duration, SystemTime},
+};
+
+/// Draws when to renew an SVID of this validity.
+pub(super) fn draw(
+    not_before: SystemTime,
+    not_after: SystemTime,
+    availability_target: Option<Duration>,
+) -> SystemTime {
+    renew_at(not_before, not_after, availability_target, &mut random())
+}
+
+/// When to renew: at half of the lifetime, give or take a tenth of that half; earlier by `availability_target` when
+/// that leaves at least 12 hours of rotation (SPIRE: `pkg/common/rotationutil/rotationutil.go`). `random` gives
+/// numbers in 0..1.
+fn renew_at(
+    not_before: SystemTime,
+    not_after: SystemTime,
+    availability_target: Option<Duration>,
+    random: &mut impl FnMut() -> f64,
+) -> SystemTime {
+    const MIN_GRACE: Duration = Duration::from_secs(12 * 3600);
+    const MAX_JITTER: Duration = Duration::from_secs(600);
+    let lifetime = not_after.duration_since(not_before).unwrap_or_default();
+    let half_life = not_after - lifetime.mul_f64(0.5 * (0.9 + 0.2 * random()));
+    match availability_target {
+        Some(target) if lifetime.checked_sub(target).is_some_and(|grace| grace > MIN_GRACE) => {
+            let for_target = not_after - target - MAX_JITTER.mul_f64(random());
+            for_target.min(half_life).max(not_before)
+        }
+        _ => half_life,
+    }
+}
+
+/// Numbers in 0..1 that spread work over time; nothing secret depends on them.
+fn random() -> impl FnMut() -> f64 {
+    let state = ahash::RandomState::new();
+    let mut at = 0_u64;
+    move || {
+        at += 1;
+        let mut hasher = state.build_hasher();
+        hasher.write_u64(at);
+        // 32 bits are plenty, and convert without loss.
+        let bits = u32::try_from(hasher.finish() >> 32).unwrap_or(u32::MAX);
+        f64::from(bits) / (f64::from(u32::MAX) + 1.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const HOUR: u64 = 3600;
+
+    #[test]
+    fn renewal_is_due_where_spire_has_it() {
+        let born = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+        for (case, lifetime, target, random, want) in [
+            ("middle", 2 * HOUR, None, 0.5, HOUR),
+            ("early edge", 2 * HOUR, None, 1.0, HOUR - HOUR / 10),
+            ("late edge", 2 * HOUR, None, 0.0, HOUR + HOUR / 10),
+            ("target", 48 * HOUR, Some(30 * HOUR), 0.0, 18 * HOUR),
+            ("target, jitter", 48 * HOUR, Some(30 * HOUR), 0.5, 18 * HOUR - 300),
+            ("half life is nearer than the target", 96 * HOUR, Some(24 * HOUR), 0.5, 48 * HOUR),
+            ("too short for the target", 30 * HOUR, Some(24 * HOUR), 0.5, 15 * HOUR),
+            ("no lifetime", 0, None, 0.5, 0),
+        ] {
+            let not_after = born + Duration::from_secs(lifetime);
+            let target = target.map(Duration::from_secs);
+            let got = renew_at(born, not_after, target, &mut || random);
+            assert_eq!(got, born + Duration::from_secs(want), "{case}");
+        }
+    }
+
+    proptest! {
+        /// Whatever is drawn, renewal lies within the validity and leaves at least 45 % of it.
+        #[test]
+        fn renewal_lies_within_validity(
+            lifetime in 1u64..10_000_000,
+            target in proptest::option::of(0u64..10_000_000),
+            draws in proptest::collection::vec(0.0f64..1.0, 2),
+        ) {
+            let born = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+            let not_after = born + Duration::from_secs(lifetime);
+            let mut at = 0;
+            let got = renew_at(born, not_after, target.map(Duration::from_secs), &mut || { at += 1; draws[at - 1] });
+            prop_assert!(got >= born);
+            prop_assert!(not_after.duration_since(got).unwrap() >= Duration::from_secs(lifetime).mul_f64(0.449));
+        }
+
+        #[test]
+        fn random_numbers_are_in_range(_n in 0..8) {
+            let mut random = random();
+            for _ in 0..100 {
+                prop_assert!((0.0..1.0).contains(&random()));
+            }
+        }
+    }
+}

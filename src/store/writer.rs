@@ -1,0 +1,154 @@
+//! The only writer of the store: follows the issuer's world and the configuration's policy, and renews the SVIDs that are
+//! streamed.
+//!
+//! Writers take turns (a mutex that is never held across an await), each publishes one whole snapshot, and readers
+//! never wait for them. A renewal that fails is tried again soon and changes nothing meanwhile: the valid SVID is served.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::{sync::watch, task::JoinSet};
+
+use super::{StoreMetrics, settings::Policy, snapshot::Store, x509_cache::X509Cache};
+use crate::{
+    issuer::{Issuer, SvidKind, World},
+    os::clock::{Clock, sleep_until},
+    telemetry::chain,
+};
+
+/// The most SVIDs that the issuer is asked to renew in one batch: a SPIRE Server signs as many for one address in a second.
+const BATCH: usize = 500;
+
+/// How many batches are under way at once.
+const BATCHES_AT_ONCE: usize = 4;
+
+/// The longest time between two looks at what is due for renewal.
+const LOOK: Duration = Duration::from_secs(10);
+
+/// The shortest time between two looks. What was renewed in between is published as one.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// Writes the store.
+#[derive(Debug)]
+pub struct Writer {
+    store: Arc<Store>,
+    issuer: Arc<dyn Issuer>,
+    world: watch::Receiver<Arc<World>>,
+    clock: Clock,
+    x509: Arc<X509Cache>,
+    metrics: Arc<StoreMetrics>,
+    /// Held while writing: the world that was published last.
+    published: Mutex<Arc<World>>,
+}
+
+impl Writer {
+    /// Builds the store from the issuer's world and this policy.
+    pub fn new(
+        issuer: Arc<dyn Issuer>,
+        clock: Clock,
+        x509: Arc<X509Cache>,
+        metrics: Arc<StoreMetrics>,
+        policy: Policy,
+    ) -> Self {
+        let world = issuer.world();
+        let first = Arc::clone(&world.borrow());
+        let store = Arc::new(Store::new(&first, Arc::new(policy)));
+        metrics.set_snapshot(&store.snapshot());
+        Self { store, issuer, world, clock, x509, metrics, published: Mutex::new(first) }
+    }
+
+    /// What requests read.
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// Puts `policy` in force, together with what `declare` makes the issuer publish.
+    pub fn replace(&self, policy: Policy, declare: impl FnOnce()) {
+        let mut published = self.turn();
+        declare();
+        self.publish(&mut published, Arc::new(policy));
+    }
+
+    /// Publishes what changes and renews what falls due, for ever.
+    pub async fn run(self: Arc<Self>) {
+        tokio::join!(self.follow(), self.renew());
+    }
+
+    async fn follow(&self) {
+        let mut world = self.world.clone();
+        // The sender lives as long as the issuer, and the issuer as long as this.
+        while world.changed().await.is_ok() {
+            let mut published = self.turn();
+            // `replace` may have been first.
+            if !Arc::ptr_eq(&published, &self.world.borrow()) {
+                self.publish(&mut published, Arc::clone(&self.store.snapshot().policy));
+            }
+        }
+    }
+
+    async fn renew(&self) {
+        let mut running = JoinSet::new();
+        loop {
+            let due_changed = self.x509.due_changed.notified();
+            while let Some(ended) = running.try_join_next() {
+                if let Err(panic) = ended {
+                    tracing::error!(%panic, "a renewal of x509-svids ended early");
+                }
+            }
+            self.start_renewals(&mut running);
+            if self.x509.take_replaced() {
+                self.metrics.renewal.rotated();
+                let mut published = self.turn();
+                self.publish(&mut published, Arc::clone(&self.store.snapshot().policy));
+            }
+            let next = self.x509.next_due();
+            self.metrics.renewal.set_due(next);
+            self.metrics.set_x509_svids(self.x509.counts());
+            let due = async {
+                match next {
+                    Some(next) => sleep_until(self.clock, next).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = due => {}
+                // Whatever is due, and not by the clock: only so is it seen that that one was set back.
+                () = tokio::time::sleep(LOOK) => {}
+                () = due_changed => {}
+            }
+            // Many SVIDs may be made at once; one look is enough for all of them.
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// Has the issuer renew what is due, in batches side by side. While it cannot sign, nothing is put off: it is asked
+    /// again at the next look.
+    fn start_renewals(&self, running: &mut JoinSet<()>) {
+        let room = BATCHES_AT_ONCE.saturating_sub(running.len());
+        if room == 0 || self.issuer.can_sign(SvidKind::X509).is_err() {
+            return;
+        }
+        let snapshot = self.store.snapshot();
+        let due = self.x509.due(room * BATCH, |id| snapshot.index.get(id).cloned());
+        for batch in due.chunks(BATCH) {
+            let (x509, batch) = (Arc::clone(&self.x509), batch.to_vec());
+            running.spawn(async move {
+                if let Err(error) = x509.renew(&batch).await {
+                    let error = chain(&error);
+                    tracing::warn!(error, "could not renew x509-svids; the valid ones are served");
+                }
+            });
+        }
+    }
+
+    fn turn(&self) -> std::sync::MutexGuard<'_, Arc<World>> {
+        self.published.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn publish(&self, published: &mut Arc<World>, policy: Arc<Policy>) {
+        *published = Arc::clone(&self.world.borrow());
+        self.metrics.set_snapshot(&self.store.publish(published, policy));
+    }
+}
