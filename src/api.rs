@@ -12,10 +12,12 @@ pub mod claims;
 pub mod codec;
 pub mod encoded;
 pub mod health;
+mod metrics;
 pub mod proto;
 pub mod services;
 pub mod status;
 pub mod updates;
 pub mod workload;
 
+pub use metrics::ApiMetrics;
 pub use services::Services;

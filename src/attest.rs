@@ -234,7 +234,7 @@ mod tests {
     use crate::{
         identity::{EntryId, Selector, SpiffeId},
         limits::CallerKey,
-        os::{clock::Clock, pidfd::Owner},
+        os::pidfd::Owner,
         peer::slot::PeerSlot,
         telemetry::metrics::Metrics,
     };
@@ -447,7 +447,7 @@ mod tests {
 
     #[tokio::test]
     async fn attestations_are_counted_and_kept_results_are_not() {
-        let metrics = Metrics::new(Clock::SYSTEM);
+        let metrics = Metrics::default();
         let attestor = attestor("user-with-groups").counted_by(metrics.registry());
         let process = fixture(4100, (1000, 1001));
         for _ in 0..2 {

@@ -157,6 +157,8 @@ enum Failure {
     Override(#[from] OverrideError),
     #[error(transparent)]
     Quickstart(#[from] quickstart::QuickstartError),
+    #[error(transparent)]
+    Layout(#[from] quickstart::LayoutError),
     /// With all its causes: whoever starts an agent needs them.
     #[error("{0:#}")]
     Agent(anyhow::Error),

@@ -6,21 +6,24 @@
 //!
 //! # The map
 //!
-//! A folder is a station on the way of a request, and a folder only uses folders below it in this list.
+//! A room is a module of this crate, and uses only rooms below it in this list. No two files of a room use
+//! each other. A test reads both off the imports (`tests/it/house.rs`).
 //!
-//! | module | what it is for | what it trusts |
+//! | room | what it is for | what it trusts |
 //! |---|---|---|
 //! | [`cli`] | what a person types: `run`, `quickstart`, `api`, `healthcheck`, `limits`, `explain`, `validate` | its user |
 //! | [`agent`] | builds every part from [`config::Config`], binds everything, says ready, reloads, drains | the configuration |
-//! | [`api`] | the gRPC services; [`api::status`] is the one map of errors to codes | nothing a request says but what it asks for |
-//! | [`attest`] | from an [`Admitted`](limits::Admitted) peer to its selectors | the kernel, through `/proc`, while the process lives |
-//! | [`store`] | the [`Snapshot`](store::Snapshot) a request sees, its only writer, and the caches of SVIDs | the issuer and the configuration |
 //! | [`config`] | `agent.conf`: the file as written, then checked in full; what a reload changes | whoever may write these files |
+//! | [`api`] | the gRPC services; [`api::status`] is the one map of errors to codes | nothing a request says but what it asks for |
+//! | [`store`] | the [`Snapshot`](store::Snapshot) a request sees, its only writer, and the caches of SVIDs | the issuer and the configuration |
+//! | [`attest`] | from an [`Admitted`](limits::Admitted) peer to its selectors | the kernel, through `/proc`, while the process lives |
 //! | [`peer`] | accept, park, HTTP/2, drain; who is at the other end | SO_PEERCRED and SO_PEERPIDFD, not a byte that is sent |
 //! | [`issuer`] | who signs: the embedded CA | its own files, once their owner and mode were checked |
-//! | [`limits`] | who may call how often | the caller key that was resolved at accept |
+//! | [`limits`] | who may connect and call how often | the caller key that was resolved at accept |
 //! | [`identity`] | words and rules without I/O: SPIFFE IDs, selectors, entries, SVIDs, bundles, [`authorize`](identity::authorize()) | nothing |
-//! | [`os`] | the edge: clock, memory, metrics, logs, systemd; the only place where `unsafe` may stand | the kernel |
+//! | [`telemetry`] | what people see of an agent: the registry of metrics, the log, HTTP for probes | nothing that a caller chose |
+//! | [`hcl`] | the language of `agent.conf`, for every room to read its own settings with | nothing |
+//! | [`os`] | the operating system: clock, memory, descriptors, systemd; the only place where `unsafe` may stand | the kernel |
 //!
 //! # The way of one FetchJWTSVID
 //!
@@ -29,7 +32,7 @@
 //! limits/gate     connections and connection rate of this caller        refused: count, close a moment later
 //! peer/listener   pidfd: the process is held on to; a task of its own    gone: close, count
 //! peer/connection parked until the first byte: no HTTP/2 state before it
-//! peer/wire       what h2 would refuse of a C-core client's :authority; the byte budget between requests
+//! peer/wire       what h2 would refuse of a C-core client's :authority; the budget of frames between requests
 //! (hyper, tonic)  HTTP/2, decode; the connection carries its Peer
 //! api/workload    1 security header                                     InvalidArgument
 //!                 2 limits.admit_caller(peer, method) -> Admitted       ResourceExhausted
@@ -40,14 +43,16 @@
 //!                 7 jwt.fetch(entry, audience).await                    Unavailable
 //! ```
 //!
-//! One function reads top to bottom ([`api::workload`]). [`limits::Admitted`] and [`identity::AuthorizedEntry`] can be
-//! made nowhere else than in their modules, so the compiler keeps the order: nothing is read about a peer that was not
-//! admitted, and no SVID is made for an entry that was not authorized. Streams run 1 to 6, then wait for a new snapshot
-//! or the death of their process, and send only when what they would send has changed ([`api::updates`]).
+//! One function reads top to bottom ([`api::workload`]). [`limits::Admitted`] and
+//! [`identity::AuthorizedEntry`] can be made nowhere else than in their modules, so the compiler keeps the
+//! order: nothing is read about a peer that was not admitted, and no SVID is made for an entry that was not
+//! authorized. Streams run 1 to 6, then wait for a new snapshot or the death of their process, and send only
+//! when what they would send has changed ([`api::updates`]).
 //!
 //! # Invariants
 //!
-//! 1. No map, queue or cache grows without a bound, and the bound is in `conf/agent.conf` or at the top of its module.
+//! 1. No map, queue or cache grows without a bound, and the bound is in `conf/agent.conf` or at the top of
+//!    its module.
 //! 2. Forgetting a key never gives tokens back: only a bucket that is full again may be dropped.
 //! 3. Narrow before wide: the caller's own bucket is charged first, shared buckets last; a refusal refunds what the
 //!    call took before it.
@@ -62,30 +67,33 @@
 //!
 //! # Decisions
 //!
-//! **X.509-SVIDs on demand.** spire-agent makes the SVID of every entry ahead, since its server is far away. The
-//! embedded issuer makes one in about 75 microseconds, so an entry that nobody asks for costs no key and no memory, and
-//! 100,000 entries start as fast as one.
+//! **X.509-SVIDs on demand.** spire-agent makes the SVID of every entry ahead, since its server is far away.
+//! The embedded issuer makes one in about 75 microseconds, so an entry that nobody asks for costs no key and
+//! no memory, and 100,000 entries start as fast as one.
 //!
 //! **No actor.** Requests read a snapshot behind an atomic pointer; one writer publishes the next. A slow stream
 //! skips to the newest and never queues.
 //!
-//! **A refused connection is closed, not answered.** The other way is to wait for the first request and answer it with a fixed
-//! status, which says more to the client. `cargo bench --bench refusal` has both: closing takes about half the processor time
-//! and no memory while the answer is on its way; a crowd that is answered can hold as many places as there are for answers, and
-//! all others are closed anyway. A gRPC client takes the close for `UNAVAILABLE` and backs off; which limit it was stands in
-//! the log and in `durward limits`.
+//! **A refused connection is closed, not answered.** The other way is to wait for the first request and
+//! answer it with a fixed status, which says more to the client. `cargo bench --bench refusal` has both:
+//! closing takes about half the processor time and no memory while the answer is on its way; a crowd that is
+//! answered can hold as many places as there are for answers, and all others are closed anyway. A gRPC client
+//! takes the close for `UNAVAILABLE` and backs off; which limit it was stands in the log and in `durward
+//! limits`.
 //!
-//! **Where pods are looked for, a process that has ended is closed and charged to nobody.** Its cgroup is not to be believed any
-//! more, and nothing may be answered to it. Charged to its user, a pod whose processes connect and exit would spend what root has
-//! on the node.
+//! **Where pods are looked for, a process that has ended is closed and charged to nobody.** Its cgroup is not
+//! to be believed any more, and nothing may be answered to it. Charged to its user, a pod whose processes
+//! connect and exit would spend what root has on the node.
 //!
-//! **Whom its own limits refuse is closed a tenth of a second later.** Connections wait in one queue of the kernel's, first come,
-//! first served. With 1,200 processes that connect again as soon as they are closed, a neighbour waited behind all of them:
-//! 34 ms in the middle. Kept a moment, each a descriptor and no more, spread so that they do not come back together, it is half a
-//! millisecond, and the crowd takes less than half of the processor time from the node (`cargo bench --bench abuse storm`).
+//! **Whom its own limits refuse is closed a tenth of a second later.** Connections wait in one queue of the
+//! kernel's, first come, first served. With 1,200 processes that connect again as soon as they are closed, a
+//! neighbour waited behind all of them: 34 ms in the middle. Kept a moment, each a descriptor and no more,
+//! spread so that they do not come back together, it is half a millisecond, and the crowd takes less than
+//! half of the processor time from the node (`cargo bench --bench abuse storm`).
 //!
-//! **No kernel state for whom the gate refuses.** Whom to charge needs no pidfd where pods are not looked for, so the gate is asked
-//! first, and a refused connection is never registered with the runtime: both were most of what a refusal cost.
+//! **No kernel state for whom the gate refuses.** Whom to charge needs no pidfd where pods are not looked
+//! for, so the gate is asked first, and a refused connection is never registered with the runtime: both were
+//! most of what a refusal cost.
 //!
 //! **Attestation is reused for at most a second, on one connection.** What could change unseen is only a process's
 //! supplementary groups; that it lives, its user and its group are looked at in every call ([`attest`]).

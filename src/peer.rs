@@ -5,17 +5,37 @@
 //! caller key, gate, first byte, HTTP/2; a connection that is refused has cost no HTTP/2 state, and one that stays
 //! silent costs about 1.5 KiB. Absent: any decision about identities, and any knowledge of gRPC.
 
+mod bounds;
 pub mod cgroup;
 mod connection;
+mod course;
 pub mod credentials;
-pub mod listener;
+mod drain;
+mod end;
+pub mod frames;
+mod hpack;
+mod lingering;
+mod listener;
+mod metrics;
+mod phase;
+mod request;
+mod service;
 mod settings;
 pub(crate) mod slot;
 pub mod socket;
-pub mod wire;
+mod stats;
+mod trim;
+mod turns;
+mod wire;
 
-pub use connection::RequestBody;
+pub use bounds::ConnectionBounds;
 pub use credentials::{Arrival, KeyResolver, OsUid, Peer, PeerGone};
-pub use listener::{AdmitAll, Gate, Listener, Settings, Stats};
+pub use drain::Drained;
+pub use end::ConnectionEnd;
+pub use listener::{AcceptGate, AdmitAll, Listener};
+pub use metrics::ConnectionMetrics;
+pub use request::{BodyError, RequestBody};
+pub use service::ConnectionService;
 pub use settings::{KubernetesSettings, ListenerSettings};
 pub use socket::{BindError, Socket};
+pub use stats::ConnectionStats;

@@ -3,6 +3,7 @@
 //! Nothing here is secret and nothing may wait: a caller's bytes reach a line or a label only through a closed set.
 
 mod chain;
+pub mod health;
 pub mod http;
 pub mod log;
 pub mod metrics;

@@ -6,14 +6,14 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::{
     limits::{self, ConnectionPermit, ConnectionRefusal, budget},
-    peer::{self, Arrival},
+    peer::{AcceptGate, Arrival},
 };
 
 /// [`limits::Gate`], asked with an [`Arrival`].
 #[derive(Debug)]
 pub(super) struct AtAccept(pub(super) limits::Gate);
 
-impl peer::Gate for AtAccept {
+impl AcceptGate for AtAccept {
     type Permit = ConnectionPermit;
 
     fn admit_connection(&self, arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {

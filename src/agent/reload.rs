@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use super::{Load, Running, connection_settings, watch};
+use super::{Load, Running, connection_bounds, metrics::ReloadResult, watch::Budget};
 use crate::{
     config::{self, Config, EntryChanges},
     identity::EntryIndex,
     limits::GatePlan,
-    telemetry::metrics::ReloadResult,
 };
 
 impl Running {
@@ -39,17 +38,17 @@ impl Running {
             health: _,
             ratelimit,
         } = &next;
-        let budget = ratelimit.memory.budget(self.means.cgroup);
-        let connections = connection_settings(&next, self.means);
+        let budget = Budget::of(&next, self.means);
+        let connections = connection_bounds(&next, self.means);
         let index = Arc::new(EntryIndex::new(entries.clone()));
         let embedded = next.embedded_issuer();
 
-        let gate_plan = GatePlan::new(ratelimit, self.means.nofile, budget)?;
+        let gate_plan = GatePlan::new(ratelimit, self.means.nofile, budget.bytes)?;
 
         // From here on nothing fails.
         self.limits.reload(ratelimit);
         self.gate.reload(gate_plan);
-        self.memory.send_replace(watch::Budget { settings: ratelimit.memory, bytes: budget });
+        self.memory.send_replace(budget);
         self.connections.send_if_modified(|old| std::mem::replace(old, connections.clone()) != connections);
         self.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);
         self.jwt.resize(caches.jwt_svids.count());
@@ -71,7 +70,7 @@ pub(super) fn on_signal(agent: &mut Running, load: &Load) -> anyhow::Result<()> 
     let done = tokio::task::block_in_place(load).and_then(|next| agent.reload(next));
     match done {
         Ok(changes) => {
-            agent.metrics.reloaded(ReloadResult::Ok);
+            agent.series.reloaded(ReloadResult::Ok);
             let EntryChanges { added, removed, changed } = changes.entries;
             tracing::info!(
                 entries_added = added,
@@ -84,7 +83,7 @@ pub(super) fn on_signal(agent: &mut Running, load: &Load) -> anyhow::Result<()> 
             Ok(())
         }
         Err(error) => {
-            agent.metrics.reloaded(ReloadResult::Error);
+            agent.series.reloaded(ReloadResult::Error);
             tracing::error!(error = format!("{error:#}"), "not reloaded; everything stays as it was");
             Err(error)
         }

@@ -1,29 +1,27 @@
-//! What the agent does every quarter of a second: looks how much memory it uses and acts on it, says in the log who is
-//! being refused, and carries the listener's counts to the metrics.
+//! What the agent does every quarter of a second: looks how much memory it uses and acts on it, and says in
+//! the log who is being refused.
 
 use std::{sync::Arc, time::Duration};
 
 use tokio::sync::watch;
 
+use super::gate::Means;
 use crate::{
+    config::Config,
     limits::{
-        self, CallerKey, ConnectionRefusal, Limits,
+        self, CallerKey, Limits,
         budget::{self, Accounted, Pressure},
         report::Event,
     },
     os::heap,
-    peer::{Stats, listener::Closed},
     store::{JwtCache, X509Cache},
-    telemetry::{
-        metrics::{ConnectionCounts, ConnectionEnd, Metrics},
-        registry::Label as _,
-    },
+    telemetry::registry::Label as _,
 };
 
 const EVERY: Duration = Duration::from_millis(250);
 
-/// Caches that were emptied are emptied again after so many looks, or when memory is shorter than then, and not at each look:
-/// what is made anew costs its caller a signature.
+/// Caches that were emptied are emptied again after so many looks, or when memory is shorter than then, and
+/// not at each look: what is made anew costs its caller a signature.
 const TICKS_PER_SHRINK: u32 = 40;
 
 /// Log lines about refusals and the gauges are worth a look this often.
@@ -37,9 +35,6 @@ pub(super) struct Watch {
     pub(super) evicted: watch::Sender<Option<CallerKey>>,
     pub(super) x509: Arc<X509Cache>,
     pub(super) jwt: Arc<JwtCache>,
-    pub(super) stats: Arc<Stats>,
-    pub(super) admin_stats: Arc<Stats>,
-    pub(super) metrics: Arc<Metrics>,
 }
 
 /// The memory budget in force.
@@ -48,6 +43,14 @@ pub(super) struct Budget {
     pub(super) settings: budget::MemorySettings,
     /// Bytes; `None` for no budget.
     pub(super) bytes: Option<u64>,
+}
+
+impl Budget {
+    /// What `config` says, of what the machine gives.
+    pub(super) fn of(config: &Config, means: Means) -> Self {
+        let settings = config.ratelimit.memory;
+        Self { settings, bytes: settings.budget(means.cgroup) }
+    }
 }
 
 impl Watch {
@@ -74,8 +77,8 @@ impl Watch {
         }
     }
 
-    /// Does what the budget asks for. Each step does what those before it do; caches are emptied when memory is shorter than
-    /// `emptied_at`. Returns whether they were.
+    /// Does what the budget asks for. Each step does what those before it do; caches are emptied when memory
+    /// is shorter than `emptied_at`. Returns whether they were.
     fn relieve(&self, pressure: &mut Pressure, emptied_at: Pressure) -> bool {
         let Budget { settings, bytes } = *self.memory.borrow();
         // Without a budget there is nothing to look for.
@@ -147,39 +150,5 @@ impl Watch {
             jwt_svids: count(self.jwt.len()),
             x509_svids: count(self.x509.counts().cached),
         });
-        self.metrics.set_connections(&self.connections());
-    }
-
-    fn connections(&self) -> ConnectionCounts {
-        let stats = &self.stats;
-        // Of the admin socket's connections only those are counted that it does not take.
-        let refused = |why: &ConnectionRefusal| (*why, stats.refused(*why) + self.admin_stats.refused(*why));
-        ConnectionCounts {
-            accepted: stats.accepted(),
-            open: stats.open(),
-            parked: stats.parked(),
-            requests: stats.streams(),
-            accept_errors: stats.accept_errors(),
-            panics: stats.request_panics(),
-            refused: ConnectionRefusal::VALUES.iter().map(refused).collect(),
-            closed: Closed::ALL.iter().map(|why| (end(*why), stats.closed(*why))).collect(),
-        }
-    }
-}
-
-fn end(why: Closed) -> ConnectionEnd {
-    match why {
-        Closed::ByPeer => ConnectionEnd::Peer,
-        Closed::PeerExited => ConnectionEnd::PeerExited,
-        Closed::HandshakeTimeout => ConnectionEnd::HandshakeTimeout,
-        Closed::Idle => ConnectionEnd::Idle,
-        Closed::Stalled => ConnectionEnd::Stalled,
-        Closed::KeepAlive => ConnectionEnd::KeepAlive,
-        Closed::Flood => ConnectionEnd::Flood,
-        Closed::Protocol => ConnectionEnd::Protocol,
-        Closed::Evicted => ConnectionEnd::Evicted,
-        Closed::Drained => ConnectionEnd::Drained,
-        Closed::Aborted => ConnectionEnd::Aborted,
-        Closed::Panicked => ConnectionEnd::Panicked,
     }
 }

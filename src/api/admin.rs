@@ -1,20 +1,23 @@
 //! What the agent tells its owner, on the admin socket: the limits as they stand, and who a process is taken for.
 //!
-//! The listener lets in the agent's own user and root alone ([`Owner`]), so nobody is attested, charged or asked for the
+//! The listener lets in the agent's own user and root alone ([`OwnerGate`]), so nobody is attested, charged or asked for the
 //! security header here. Nothing is changed by a call, no key or token is in an answer, and an answer is bounded by
 //! [`MOST`] and by the entries that match. It shares nothing with the public socket but the runtime: its listener and its
 //! places are its own, so that it answers while the public one is flooded.
 
-use std::{convert::Infallible, future::Future, pin::Pin, sync::Arc, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use http::{Request, Response};
 use nix::unistd::{Uid, geteuid};
 use tonic::{Status, body::Body};
 use tower_service::Service as _;
 
-use super::proto::admin::{
-    self as pb,
-    admin_server::{Admin, AdminServer},
+use super::{
+    proto::admin::{
+        self as pb,
+        admin_server::{Admin, AdminServer},
+    },
+    services::{GrpcAnswer, answered, grpc_body},
 };
 use crate::{
     attest::{Attestor, Subject, inspect::InspectError},
@@ -27,7 +30,7 @@ use crate::{
     },
     os::heap,
     peer::{
-        self, Arrival, RequestBody,
+        AcceptGate, Arrival, ConnectionBounds, RequestBody,
         cgroup::{KeySource, PodOrUid},
     },
     store::{Snapshot, Store},
@@ -45,19 +48,19 @@ const MAX_REQUEST: usize = 1024;
 
 /// Lets the agent's own user and root connect, by the kernel's word, to places that are kept for them.
 #[derive(Clone, Debug)]
-pub struct Owner {
+pub struct OwnerGate {
     gate: limits::Gate,
     uid: Uid,
 }
 
-impl Owner {
+impl OwnerGate {
     /// The user that this process runs as, with the places of `gate`.
     pub fn new(gate: limits::Gate) -> Self {
         Self { gate, uid: geteuid() }
     }
 }
 
-impl peer::Gate for Owner {
+impl AcceptGate for OwnerGate {
     type Permit = ConnectionPermit;
 
     fn admit_connection(&self, arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {
@@ -70,14 +73,14 @@ impl peer::Gate for Owner {
 }
 
 /// What bounds an admin connection: few are open, and each asks for little.
-pub fn settings() -> peer::Settings {
-    peer::Settings {
+pub fn connection_bounds() -> ConnectionBounds {
+    ConnectionBounds {
         handshake_timeout: Duration::from_secs(2),
         idle_timeout: Some(Duration::from_secs(60)),
         drain_timeout: Duration::from_secs(1),
         max_concurrent_streams: 4,
         max_header_list_size: 4 * 1024,
-        ..peer::Settings::default()
+        ..ConnectionBounds::default()
     }
 }
 
@@ -107,8 +110,6 @@ pub struct AdminApi {
 #[derive(Clone)]
 pub struct AdminService(AdminServer<AdminApi>);
 
-type Answer = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
-
 impl AdminService {
     /// Answers with these parts.
     pub fn new(parts: Parts) -> Self {
@@ -120,14 +121,13 @@ impl AdminService {
 impl hyper::service::Service<Request<RequestBody>> for AdminService {
     type Response = Response<Body>;
     type Error = Infallible;
-    type Future = Answer;
+    type Future = GrpcAnswer;
 
-    fn call(&self, request: Request<RequestBody>) -> Answer {
+    fn call(&self, request: Request<RequestBody>) -> GrpcAnswer {
         if request.uri().path().starts_with("/durward.admin.v1.Admin/") {
-            self.0.clone().call(request)
+            self.0.clone().call(request.map(grpc_body))
         } else {
-            let status = Status::unimplemented("this is the admin socket: it serves durward.admin.v1.Admin");
-            Box::pin(std::future::ready(Ok(status.into_http())))
+            answered(Status::unimplemented("this is the admin socket: it serves durward.admin.v1.Admin"))
         }
     }
 }

@@ -9,7 +9,7 @@ use tonic_health::pb::{
     HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus, health_server::Health,
 };
 
-use crate::telemetry::http::HealthState;
+use crate::telemetry::health::HealthState;
 
 /// Answers health checks.
 #[derive(Debug, Clone)]

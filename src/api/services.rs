@@ -1,12 +1,14 @@
 //! From an HTTP/2 request to the service it is for.
 //!
-//! Three services, told apart by the first part of the path. This is all the routing there is: no middleware stands
-//! in the way of a call. The Workload API asks the limits itself; what else is asked here (health, reflection, services that
-//! there are not) is charged to the caller as [`Method::Other`] before anything is done for it.
+//! Three services, told apart by the first part of the path. This is all the routing there is: no middleware
+//! stands in the way of a call. The Workload API asks the limits itself; what else is asked here (health,
+//! reflection, services that there are not) is charged to the caller as [`Method::Other`] before anything is
+//! done for it.
 
 use std::{convert::Infallible, future::Future, pin::Pin, sync::Arc};
 
 use http::{Request, Response};
+use http_body_util::{BodyExt as _, combinators::MapErr};
 use tonic::{Status, body::Body};
 use tonic_health::pb::health_server::HealthServer;
 use tower_service::Service as _;
@@ -19,16 +21,21 @@ use super::{
 };
 use crate::{
     limits::{Limits, Method},
-    peer::RequestBody,
-    telemetry::http::HealthState,
+    peer::{BodyError, RequestBody},
+    telemetry::health::HealthState,
 };
 
 /// The largest request message, in bytes. The largest thing a request carries is a token to validate, and a token
 /// that fits no HTTP header is of no use to anybody.
 pub const MAX_REQUEST: usize = 16 * 1024;
 
-type Answer = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
-type Reflection = Arc<dyn Fn(Request<RequestBody>) -> Answer + Send + Sync>;
+/// The answer to a request, in the making.
+pub type GrpcAnswer = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+/// The body of a request, with its errors as gRPC has them.
+type GrpcBody = MapErr<RequestBody, fn(BodyError) -> Status>;
+
+type Reflection = Arc<dyn Fn(Request<GrpcBody>) -> GrpcAnswer + Send + Sync>;
 
 /// The services of the public socket. Cheap to clone.
 #[derive(Clone)]
@@ -43,8 +50,8 @@ pub struct Services {
 /// The largest request to the other services: a name.
 const MAX_NAME: usize = 1024;
 
-/// All requests of one reflection stream, in bytes: dozens of questions, as each is answered with kilobytes and the stream was
-/// charged once.
+/// All requests of one reflection stream, in bytes: dozens of questions, as each is answered with kilobytes
+/// and the stream was charged once.
 const MAX_QUESTIONS: u64 = 2 * 1024;
 
 /// The paths that are answered. A request's own path is a part of the buffer it came in.
@@ -65,8 +72,8 @@ const PATHS: [&str; 11] = [
 /// The headers that anybody here reads.
 const HEADERS: [&str; 3] = ["workload.spiffe.io", "grpc-encoding", "grpc-accept-encoding"];
 
-/// The request with a head of what is needed, copied: what else was sent, kilobytes perhaps, is not kept as long as the request
-/// takes.
+/// The request with a head of what is needed, copied: what else was sent, kilobytes perhaps, is not kept as
+/// long as the request takes.
 fn slim(request: Request<RequestBody>) -> Request<RequestBody> {
     let (mut head, body) = request.into_parts();
     if let Some(path) = PATHS.into_iter().find(|path| *path == head.uri.path()) {
@@ -113,33 +120,43 @@ impl Services {
             limits,
         })
     }
+}
 
-    /// Answers one request.
-    pub fn answer(&self, request: Request<RequestBody>) -> Answer {
+impl hyper::service::Service<Request<RequestBody>> for Services {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = GrpcAnswer;
+
+    fn call(&self, request: Request<RequestBody>) -> GrpcAnswer {
         let request = slim(request);
         let service = request.uri().path().split('/').nth(1).unwrap_or_default();
         if service == "SpiffeWorkloadAPI" {
-            return self.workload.clone().call(request);
+            return self.workload.clone().call(request.map(grpc_body));
         }
         let call = Call::without_header(request.extensions().get(), Method::Other);
         if let Err(error) = call.and_then(|call| Ok(call.admit(&self.limits)?)) {
-            return Box::pin(std::future::ready(Ok(Status::from(error).into_http())));
+            return answered(Status::from(error));
         }
+        let asked = |body: RequestBody| grpc_body(body.at_most(MAX_QUESTIONS));
         match service {
-            "grpc.health.v1.Health" => self.health.clone().call(request),
+            "grpc.health.v1.Health" => self.health.clone().call(request.map(grpc_body)),
             "grpc.reflection.v1.ServerReflection" => (self.reflection_v1)(request.map(asked)),
             "grpc.reflection.v1alpha.ServerReflection" => (self.reflection_v1alpha)(request.map(asked)),
-            _ => {
-                // grpc-go's text for the same.
-                let status = Status::unimplemented(format!("unknown service {}", printable(service)));
-                Box::pin(std::future::ready(Ok(status.into_http())))
-            }
+            // grpc-go's text for the same.
+            _ => answered(Status::unimplemented(format!("unknown service {}", printable(service)))),
         }
     }
 }
 
-fn asked(body: RequestBody) -> RequestBody {
-    body.at_most(MAX_QUESTIONS)
+/// The body with its errors as gRPC has them.
+pub(super) fn grpc_body(body: RequestBody) -> GrpcBody {
+    let as_status: fn(BodyError) -> Status = Status::from;
+    body.map_err(as_status)
+}
+
+/// An answer that is known at once.
+pub(super) fn answered(status: Status) -> GrpcAnswer {
+    Box::pin(std::future::ready(Ok(status.into_http())))
 }
 
 /// What a stranger sent, made fit to be repeated: at most 64 characters, none of them a control.

@@ -14,6 +14,7 @@ use crate::{
     identity::{jwt::JwtError, spiffe_id::SpiffeIdError},
     issuer::MintError,
     limits::{Refusal, RejectionStatus},
+    peer::BodyError,
     store::NoIdentity,
 };
 
@@ -117,8 +118,28 @@ impl From<RequestError> for Status {
     }
 }
 
+impl From<BodyError> for Status {
+    fn from(error: BodyError) -> Self {
+        match error {
+            // A client that waits until its other requests have ended finds room.
+            BodyError::TooMuch => {
+                let mut status = Self::resource_exhausted(error.to_string());
+                status.metadata_mut().insert(PUSHBACK, MetadataValue::from(TOO_MUCH_PUSHBACK));
+                status
+            }
+            BodyError::Broken(error) => Self::from_error(error.into()),
+        }
+    }
+}
+
+/// The trailer that gRPC's own retries obey (gRFC A6).
+const PUSHBACK: &str = "grpc-retry-pushback-ms";
+
+/// When to come back after too many bytes of unfinished requests, in milliseconds.
+const TOO_MUCH_PUSHBACK: i64 = 100;
+
 /// A refusal tells when to come back, twice: as `google.rpc.RetryInfo` for those who read details, and as the
-/// `grpc-retry-pushback-ms` trailer that gRPC's own retries obey (gRFC A6; a negative one means: do not). Rounded up, so that who
+/// [`PUSHBACK`] trailer (a negative one means: do not). Rounded up, so that who
 /// comes back then passes.
 fn refused(code: Code, text: &str, wait: Option<Duration>) -> Status {
     let mut status = match wait {
@@ -127,6 +148,6 @@ fn refused(code: Code, text: &str, wait: Option<Duration>) -> Status {
     };
     let pushback =
         wait.map_or(-1, |wait| i64::try_from(wait.as_nanos().div_ceil(1_000_000)).unwrap_or(i64::MAX));
-    status.metadata_mut().insert("grpc-retry-pushback-ms", MetadataValue::from(pushback));
+    status.metadata_mut().insert(PUSHBACK, MetadataValue::from(pushback));
     status
 }

@@ -13,6 +13,7 @@ use super::{
     call::Call,
     claims::claims_to_struct,
     encoded::Encoded,
+    metrics::ApiMetrics,
     proto::{workload as pb, workload_server::spiffe_workload_api_server::SpiffeWorkloadApi},
     status::RequestError,
     updates::{Update, Updates, updates},
@@ -27,7 +28,7 @@ use crate::{
         snapshot::{AnswerKey, BundleForm},
         x509_cache::{Hold, Served},
     },
-    telemetry::{chain, metrics::Metrics, registry::Open},
+    telemetry::{chain, registry::Open},
 };
 
 /// The Workload API. Cheap to clone.
@@ -48,8 +49,8 @@ pub struct Parts {
     pub x509: Arc<X509Cache>,
     /// Stage 7 of FetchJWTSVID.
     pub jwt: Arc<JwtCache>,
-    /// Counts.
-    pub metrics: Arc<Metrics>,
+    /// Counts calls.
+    pub metrics: Arc<ApiMetrics>,
     /// Against which tokens are validated.
     pub clock: Clock,
 }
@@ -296,13 +297,13 @@ impl TryFrom<pb::JwtsvidRequest> for JwtQuery {
 
 /// Counts an open stream, and how it ended.
 struct Ended {
-    metrics: Arc<Metrics>,
+    metrics: Arc<ApiMetrics>,
     method: Method,
     _open: Open,
 }
 
 impl Ended {
-    fn new(metrics: &Arc<Metrics>, method: Method) -> Self {
+    fn new(metrics: &Arc<ApiMetrics>, method: Method) -> Self {
         Self { metrics: Arc::clone(metrics), method, _open: metrics.stream_opened(method) }
     }
 

@@ -3,8 +3,8 @@
 //! Texts and exit codes are spire-agent's: 0 and `Agent is healthy.`, or 1 and the reason on stderr. What exactly
 //! went wrong is said with `--verbose`.
 //!
-//! An agent that takes no connection of this user, or no call, is one that holds its limits: it is up, and whoever restarts it
-//! for that takes identity away from the whole node. So that is 0 too, and said.
+//! An agent that takes no connection of this user, or no call, is one that holds its limits: it is up, and whoever
+//! restarts it for that takes identity away from the whole node. So that is 0 too, and said.
 
 use std::time::Duration;
 
@@ -91,9 +91,9 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// The longest that a gate takes to close what it refuses.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
-/// Whether the agent is there and holds its limits: it refused the call, and said when to come back; or it takes connections and
-/// closes them at once, before it has said a word. One that is gone refuses to be connected to, and one that hangs closes
-/// nothing.
+/// Whether the agent is there and holds its limits: it refused the call and said when to come back, or it takes
+/// connections and closes them at once, before it has said a word. One that is gone refuses to be connected to, and
+/// one that hangs closes nothing.
 async fn is_refused(socket: &AgentSocket, asked: &Result<ServingStatus, CallError>) -> bool {
     match asked {
         Ok(_) => false,

@@ -25,7 +25,6 @@ use super::{
     Failure,
     client::Client,
     jwt::from_struct,
-    run::trust_domain,
     socket::{AgentSocket, Chosen},
     svid::X509Answer,
     terminal::{Terminal, clean},
@@ -38,7 +37,9 @@ use crate::{
     identity::TrustDomain,
     os::clock::Clock,
 };
-use layout::{Layout, LayoutError, NAME, SOCKET};
+use layout::{Layout, NAME, SOCKET};
+
+pub(super) use layout::LayoutError;
 
 /// How long the agent, which is this process, may take to answer.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -54,7 +55,7 @@ pub(super) struct QuickstartArgs {
     dir: Option<PathBuf>,
 
     /// The trust domain of a new configuration [default: example.org]
-    #[arg(long, value_name = "NAME", value_parser = trust_domain)]
+    #[arg(long, value_name = "NAME", value_parser = TrustDomain::parse)]
     trust_domain: Option<TrustDomain>,
 
     /// End once the identities are shown, instead of serving until Ctrl-C
@@ -65,8 +66,6 @@ pub(super) struct QuickstartArgs {
 /// Why there is nothing to see.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum QuickstartError {
-    #[error(transparent)]
-    Layout(#[from] LayoutError),
     #[error("--trust-domain {asked} contradicts {}, where it is {configured}: change it there, or choose another --dir", path.display())]
     TrustDomain { asked: TrustDomain, configured: TrustDomain, path: PathBuf },
     #[error("an agent serves at {} already: end it, or choose another directory with --dir", .0.display())]
@@ -79,9 +78,9 @@ pub(super) enum QuickstartError {
 
 /// Runs `quickstart`.
 pub(super) fn run(args: &QuickstartArgs, terminal: &mut Terminal) -> Result<(), Failure> {
-    let dir = layout::dir(args.dir.as_deref()).map_err(QuickstartError::Layout)?;
+    let dir = layout::dir(args.dir.as_deref())?;
     terminal.print(&format!("Setting up in {}\n", dir.display()))?;
-    let layout = Layout::prepare(&dir, args.trust_domain.as_ref()).map_err(QuickstartError::Layout)?;
+    let layout = Layout::prepare(&dir, args.trust_domain.as_ref())?;
     for (path, fresh, what) in &layout.files {
         let done = if *fresh { "wrote" } else { "kept " };
         terminal.print(&format!("  {done} {path:<20} {what}\n"))?;

@@ -8,7 +8,7 @@ use super::Failure;
 use crate::{
     agent,
     config::{Config, ExpandEnv},
-    identity::{TrustDomain, spiffe_id::SpiffeIdError},
+    identity::TrustDomain,
     peer::socket::MAX_PATH_LEN,
     telemetry::{LogFormat, parse_level},
 };
@@ -50,7 +50,7 @@ pub struct CliOverrides {
     pub data_dir: Option<PathBuf>,
 
     /// The trust domain; must be the one in the configuration file
-    #[arg(long, value_name = "NAME", value_parser = trust_domain)]
+    #[arg(long, value_name = "NAME", value_parser = TrustDomain::parse)]
     pub trust_domain: Option<TrustDomain>,
 
     /// Log this and what is worse: error, warn, info, debug or trace
@@ -167,10 +167,6 @@ impl ConfigArgs {
         self.overrides.apply(&mut config)?;
         Ok(config)
     }
-}
-
-pub(super) fn trust_domain(text: &str) -> Result<TrustDomain, SpiffeIdError> {
-    TrustDomain::parse(text)
 }
 
 fn log_level(text: &str) -> Result<Level, &'static str> {

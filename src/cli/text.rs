@@ -7,8 +7,7 @@ use tonic::Code;
 
 use crate::hcl::parse_duration;
 
-/// A duration as Go reads and writes it: `300ms`, `1m30s`, `1.5h`. The crates for durations write
-/// other forms.
+/// A duration as Go reads and writes it: `300ms`, `1m30s`, `1.5h`. The crates for durations write other forms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct GoDuration(pub(super) Duration);
 
@@ -50,25 +49,17 @@ impl fmt::Display for GoDuration {
 
 /// `value / scale` with all its digits and no trailing zero.
 fn decimal(value: u128, scale: u128) -> String {
-    let (whole, mut rest) = (value / scale, value % scale);
-    let mut out = whole.to_string();
-    let mut place = scale / 10;
-    if rest > 0 {
-        out.push('.');
-    }
-    while rest > 0 && place > 0 {
-        out.push_str(&(rest / place).to_string());
-        rest %= place;
-        place /= 10;
-    }
-    out
+    let places = usize::try_from(scale.ilog10()).unwrap_or_default();
+    let text = format!("{}.{:0places$}", value / scale, value % scale);
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 const GO_TIME: &str = "[year]-[month]-[day] [hour]:[minute]:[second] +0000 UTC";
 
 /// A time as Go's `%v` writes one in UTC: `2026-01-01 00:00:00 +0000 UTC`.
 pub(super) fn go_time(at: OffsetDateTime) -> String {
-    let form = time::format_description::parse_borrowed::<2>(GO_TIME).expect("a form that a test has seen");
+    let form =
+        time::format_description::parse_borrowed::<2>(GO_TIME).expect("a constant, which a test parses");
     at.to_offset(time::UtcOffset::UTC).format(&form).unwrap_or_default()
 }
 

@@ -17,7 +17,8 @@ use super::{issuer::CaTtl, trust_domain};
 use crate::{
     attest::AttestSettings,
     hcl::{
-        section::{At, Labelled, Problems, Section},
+        problems::Problems,
+        section::{At, Labelled, Section},
         tree::{Place, quoted},
     },
     identity::{Entry, EntryId, Selector, Selectors, SpiffeId, TrustDomain, entry::MAX_HINT_LEN},

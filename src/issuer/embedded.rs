@@ -300,7 +300,7 @@ mod tests {
             issuer: IssuerSettings { jwt_key_type: key_type, ..IssuerSettings::default() },
         };
         let clock = Clock::starting_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
-        let metrics = Arc::new(IssuerMetrics::new(Metrics::new(clock).registry()));
+        let metrics = Arc::new(IssuerMetrics::new(Metrics::default().registry()));
         (dir, EmbeddedIssuer::open(settings, clock, metrics).unwrap())
     }
 

@@ -112,12 +112,12 @@ impl RotationMetrics {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{os::clock::Clock, telemetry::metrics::Metrics};
+    use crate::telemetry::metrics::Metrics;
 
     #[test]
     fn counts_signatures_and_rotations() {
         let at = |seconds| UNIX_EPOCH + Duration::from_secs(seconds);
-        let all = Metrics::new(Clock::SYSTEM);
+        let all = Metrics::default();
         let issuer = IssuerMetrics::new(all.registry());
         let svids = RotationMetrics::new(all.registry(), Rotated::X509Svid);
         issuer.signed(SvidKind::Jwt, Duration::from_micros(40));

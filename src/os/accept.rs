@@ -1,5 +1,6 @@
-//! A listening socket whose connections are taken one by one without the runtime hearing of them: most connections of a
-//! flood are closed at once, and to register each with epoll and to take it out again would be most of what that costs.
+//! A listening socket whose connections are taken one by one without the runtime hearing of them: most
+//! connections of a flood are closed at once, and to register each with epoll and to take it out again would
+//! be most of what that costs.
 
 use std::{
     io,
@@ -23,8 +24,9 @@ impl Acceptor {
     #[expect(unsafe_code, reason = "tokio asks for a promise that the descriptor stays open")]
     pub fn new(listener: UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        // SAFETY: the registration owns the listener, so that its descriptor is open, and the same, for as long as the
-        // registration lives; nobody else is given it, and a `UnixListener` never changes its number.
+        // SAFETY: the registration owns the listener, so that its descriptor is open, and the same, for as
+        // long as the registration lives; nobody else is given it, and a `UnixListener` never changes its
+        // number.
         let registered = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) };
         Ok(Self(registered?))
     }

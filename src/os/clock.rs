@@ -1,6 +1,7 @@
 //! Wall time, which tests can move together with tokio's, or set.
 //!
-//! X.509 and JWT validity is wall time; sleeps and timeouts are monotonic. Both are read here only.
+//! The validity of SVIDs is wall time, which is read here only; sleeps and timeouts are monotonic, by tokio's
+//! `Instant`.
 
 use std::{
     sync::atomic::{AtomicI64, Ordering},
@@ -29,8 +30,8 @@ impl Clock {
         Self(Source::Tokio(epoch, tokio::time::Instant::now()))
     }
 
-    /// The system's clock, off by as many seconds as `offset` says: to set it while an agent runs, as somebody may do with the
-    /// system's, and nothing else moves.
+    /// The system's clock, off by as many seconds as `offset` says: to set it while an agent runs, as
+    /// somebody may do with the system's, and nothing else moves.
     pub fn set_by(offset: &'static AtomicI64) -> Self {
         Self(Source::Set(offset))
     }

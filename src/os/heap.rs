@@ -24,9 +24,8 @@ pub fn trim() -> bool {
 
 /// The resident set of this process, in bytes; `None` when `/proc/self/statm` does not say.
 pub fn resident() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/self/statm").ok()?;
-    let pages: u64 = text.split(' ').nth(1)?.parse().ok()?;
-    Some(pages * procfs::page_size())
+    let sizes = procfs::process::Process::myself().and_then(|own| own.statm()).ok()?;
+    Some(sizes.resident * procfs::page_size())
 }
 
 #[cfg(test)]

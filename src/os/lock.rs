@@ -10,8 +10,9 @@ use std::{
 const TRIES: u32 = 25;
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Takes the lock on `file`, or finds that somebody keeps it. Whoever has just let go may have started a process that shares the
-/// lock for the moment until it runs its program: that is waited for. Blocks for half a second at most, and only then.
+/// Takes the lock on `file`, or finds that somebody keeps it. Whoever has just let go may have started a
+/// process that shares the lock for the moment until it runs its program: that is waited for. Blocks for half
+/// a second at most, and only then.
 ///
 /// # Errors
 /// `WouldBlock` when somebody keeps it; else what the system says.

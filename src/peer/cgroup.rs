@@ -142,7 +142,7 @@ impl fmt::Display for KubeletRoot {
 
 /// A pod, and the line that names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Found<'a> {
+pub struct FoundPod<'a> {
     /// The pod's UID.
     pub pod: PodUid,
     /// The first line that names it, as it stands in the file: for people.
@@ -155,9 +155,9 @@ pub fn pod_uid(text: &[u8], root: &KubeletRoot) -> Option<PodUid> {
 }
 
 /// [`pod_uid`], and where it stands.
-pub fn find<'a>(text: &'a [u8], root: &KubeletRoot) -> Option<Found<'a>> {
+pub fn find<'a>(text: &'a [u8], root: &KubeletRoot) -> Option<FoundPod<'a>> {
     let text = text.strip_suffix(b"\n").unwrap_or(text);
-    let mut found: Option<Found<'a>> = None;
+    let mut found: Option<FoundPod<'a>> = None;
     let mut last = None;
     for line in text.split(|b| *b == b'\n') {
         // hierarchy ID : controllers : path, which may hold colons itself.
@@ -172,7 +172,7 @@ pub fn find<'a>(text: &'a [u8], root: &KubeletRoot) -> Option<Found<'a>> {
         }
         let Some(pod) = pod_of_path(path.strip_prefix(b"/")?, root) else { continue };
         match found {
-            None => found = Some(Found { pod, line }),
+            None => found = Some(FoundPod { pod, line }),
             Some(first) if first.pod == pod => {}
             Some(_) => return None,
         }
@@ -428,7 +428,8 @@ pub enum KeySource {
 }
 
 impl PodOrUid {
-    /// The key of a process of this user, and why it is that. As [`Self::pod_of`]: whoever asks must know that it lives.
+    /// The key of a process of this user, and why it is that. As [`Self::pod_of`]: whoever asks must know
+    /// that it lives.
     pub fn explain(&self, pid: Pid, user: Uid) -> (CallerKey, KeySource) {
         let uid = CallerKey::Uid(user.as_raw());
         let Some(root) = &self.kubelet else { return (uid, KeySource::NotKubernetes) };
@@ -437,7 +438,7 @@ impl PodOrUid {
             None => (uid, KeySource::Unreadable),
             Some(text) => match find(text, root) {
                 None => (uid, KeySource::NoPod),
-                Some(Found { pod, line }) => {
+                Some(FoundPod { pod, line }) => {
                     let line = String::from_utf8_lossy(line).into_owned();
                     (CallerKey::Pod(pod), KeySource::Pod { line })
                 }

@@ -155,8 +155,9 @@ pub trait KeyResolver: Send + Sync {
     /// The key where the credentials alone decide it. A connection that is refused then costs no pidfd.
     fn key_of_user(&self, credentials: &Credentials) -> Option<CallerKey>;
 
-    /// The key where they do not. Must answer fast (it runs in the accept loop) and never fails: every doubt means the OS
-    /// UID. What was read under /proc counts only if [`Process::has_exited`] is still `false` afterwards.
+    /// The key where they do not. Must answer fast (it runs in the accept loop) and never fails: every doubt
+    /// means the OS UID. What was read under /proc counts only if [`Process::has_exited`] is still `false`
+    /// afterwards.
     fn key_of_process(&self, credentials: &Credentials, process: &Process) -> CallerKey;
 }
 
@@ -176,8 +177,8 @@ impl KeyResolver for OsUid {
 
 /// Who stands at the door: what the gate decides with. Becomes a [`Peer`] once let in.
 ///
-/// Where the user alone says whom to charge, the kernel has not been asked for a pidfd yet: it is most of what a refused
-/// connection would cost.
+/// Where the user alone says whom to charge, the kernel has not been asked for a pidfd yet: it is most of
+/// what a refused connection would cost.
 #[derive(Debug)]
 pub struct Arrival {
     credentials: Credentials,
@@ -190,8 +191,8 @@ impl Arrival {
     /// Asks the kernel who is at the other end of `stream`, and `keys` whom to charge for it.
     ///
     /// # Errors
-    /// [`CredentialsError`] when it does not say, or when the key is the process's and it has ended: the connection must be
-    /// closed.
+    /// [`CredentialsError`] when it does not say, or when the key is the process's and it has ended: the
+    /// connection must be closed.
     pub fn at(stream: &impl AsFd, keys: &dyn KeyResolver) -> Result<Self, CredentialsError> {
         let credentials = Credentials::of(stream)?;
         if let Some(caller) = keys.key_of_user(&credentials) {
@@ -199,8 +200,8 @@ impl Arrival {
         }
         let process = Process::of(stream, &credentials)?;
         let caller = keys.key_of_process(&credentials, &process);
-        // Whose it was cannot be found out any more, and nothing may be answered to it. Charged to its user it would let a pod
-        // spend what the user of that number on the node has.
+        // Whose it was cannot be found out any more, and nothing may be answered to it. Charged to its user
+        // it would let a pod spend what the user of that number on the node has.
         if process.has_exited() {
             return Err(CredentialsError::Gone { pid: credentials.pid });
         }
@@ -252,7 +253,8 @@ impl Peer {
         arrival.let_in(stream)
     }
 
-    /// A peer with this user and group that the agent cannot see: what a caller of another PID namespace is. For tests.
+    /// A peer with this user and group that the agent cannot see: what a caller of another PID namespace is.
+    /// For tests.
     pub fn out_of_namespace(uid: Uid, gid: Gid) -> Self {
         let credentials = Credentials { pid: Pid::from_raw(0), uid, gid };
         let caller = CallerKey::Uid(uid.as_raw());

@@ -47,12 +47,12 @@ const BACKLOG: i32 = 4096;
 #[derive(Debug)]
 pub struct Socket {
     listener: UnixListener,
-    place: Option<Place>,
+    place: Option<BoundPath>,
 }
 
 /// The path of a socket that we made. Its drop removes the socket, if it is still ours, and then the lock.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct BoundPath {
     path: PathBuf,
     /// Device and inode.
     made: (u64, u64),
@@ -198,11 +198,11 @@ impl Socket {
             let _unlinked_or_not: io::Result<()> = fs::remove_file(&other);
             failed(source)
         })?;
-        Ok(Self { listener, place: Some(Place { path: path.to_owned(), made, _lock: lock }) })
+        Ok(Self { listener, place: Some(BoundPath { path: path.to_owned(), made, _lock: lock }) })
     }
 
-    /// Binds `path` for this process's user alone: the socket has mode 0600, and its directory, when it is missing, is made with
-    /// mode 0700 (those above it with 0755).
+    /// Binds `path` for this process's user alone: the socket has mode 0600, and its directory, when it is
+    /// missing, is made with mode 0700 (those above it with 0755).
     ///
     /// # Errors
     /// [`BindError`]; [`BindError::NotPrivate`] for a directory that is there, and in which others could write.
@@ -240,12 +240,12 @@ impl Socket {
     }
 
     /// The listener, and what removes its path.
-    pub(super) fn into_parts(self) -> (UnixListener, Option<Place>) {
+    pub(super) fn into_parts(self) -> (UnixListener, Option<BoundPath>) {
         (self.listener, self.place)
     }
 }
 
-impl Drop for Place {
+impl Drop for BoundPath {
     fn drop(&mut self) {
         if fs::symlink_metadata(&self.path).is_ok_and(|now| (now.dev(), now.ino()) == self.made)
             && let Err(err) = fs::remove_file(&self.path)

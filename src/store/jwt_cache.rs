@@ -427,7 +427,7 @@ mod tests {
             created_at: 0,
             revision: 0,
         });
-        let metrics = Metrics::new(clock);
+        let metrics = Metrics::default();
         let counted = Arc::new(IssuerMetrics::new(metrics.registry()));
         let issuer = Arc::new(EmbeddedIssuer::open(settings, clock, counted).unwrap());
         let cache = JwtCache::new(issuer, clock, Arc::new(StoreMetrics::new(metrics.registry())), 10);

@@ -18,10 +18,9 @@ use http_body_util::Full;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 
-use super::metrics::Metrics;
+use super::{health::HealthState, metrics::Metrics};
 
 /// The next one takes the place of the oldest: a health check must not wait behind those who say nothing.
 const MOST_CONNECTIONS: usize = 16;
@@ -49,86 +48,6 @@ pub enum HttpError {
         /// What the kernel or the resolver said.
         source: std::io::Error,
     },
-}
-
-/// How the agent is, as its own probe found it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Probe {
-    /// Not everything is bound yet; nothing was probed.
-    #[default]
-    Starting,
-    /// Everything is served.
-    Healthy,
-    /// The Workload API cannot be served.
-    Unavailable,
-    /// Everything is served to the end, but nothing new: the agent is about to stop.
-    Draining,
-}
-
-/// What the health endpoints and the watchdog look at; the agent's probe writes it.
-#[derive(Debug, Default)]
-pub struct HealthState {
-    probe: watch::Sender<Probe>,
-}
-
-impl HealthState {
-    /// Starting.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Tells how the agent is now. One that drains stays so: a probe that was under way says nothing any more.
-    pub fn set(&self, probe: Probe) {
-        self.probe.send_if_modified(|now| {
-            let changes = *now != Probe::Draining && *now != probe;
-            if changes {
-                *now = probe;
-            }
-            changes
-        });
-    }
-
-    /// How the agent is.
-    #[must_use]
-    pub fn get(&self) -> Probe {
-        *self.probe.borrow()
-    }
-
-    /// Wakes at each change.
-    #[must_use]
-    pub fn subscribe(&self) -> watch::Receiver<Probe> {
-        self.probe.subscribe()
-    }
-
-    /// A restart would not help: false only when the agent was up and cannot serve.
-    #[must_use]
-    pub fn live(&self) -> bool {
-        match self.get() {
-            Probe::Starting | Probe::Healthy | Probe::Draining => true,
-            Probe::Unavailable => false,
-        }
-    }
-
-    /// Workloads may be sent here.
-    #[must_use]
-    pub fn ready(&self) -> bool {
-        match self.get() {
-            Probe::Healthy => true,
-            Probe::Starting | Probe::Unavailable | Probe::Draining => false,
-        }
-    }
-
-    /// spire-agent's bodies, so that whoever parses them need not change (`pkg/common/health`).
-    fn body(&self) -> &'static str {
-        match self.get() {
-            Probe::Starting => "{\"agent\":null}\n",
-            Probe::Healthy => "{\"agent\":{}}\n",
-            Probe::Unavailable | Probe::Draining => {
-                "{\"agent\":{\"make_new_x509_err\":\"workload api is unavailable\"}}\n"
-            }
-        }
-    }
 }
 
 /// What a listener answers.
@@ -270,7 +189,7 @@ mod tests {
     use tokio::net::TcpStream;
 
     use super::*;
-    use crate::os::clock::Clock;
+    use crate::telemetry::health::Probe;
 
     /// A served listener, and its address. It ends with the test's runtime.
     fn served(routes: Routes) -> SocketAddr {
@@ -324,12 +243,12 @@ mod tests {
 
     #[tokio::test]
     async fn metrics_at_every_path_for_readers_only() {
-        let address = served(Routes::Metrics(Arc::new(Metrics::new(Clock::SYSTEM))));
+        let address = served(Routes::Metrics(Arc::new(Metrics::default())));
         for path in ["/", "/metrics", "/any/thing?at=all"] {
             let answer = ask(address, &format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n")).await;
             let (status, kind, body) = parts(&answer);
             assert_eq!((status, kind), ("200", "text/plain; version=0.0.4; charset=utf-8"), "{path}");
-            assert!(body.contains("durward_build_info{version="), "{path}: {body}");
+            assert!(body.contains("\nprocess_start_time_seconds "), "{path}: {body}");
         }
         let answer = ask(address, "HEAD /metrics HTTP/1.0\r\n\r\n").await;
         assert_eq!((parts(&answer).0, parts(&answer).2), ("200", ""));
@@ -340,7 +259,7 @@ mod tests {
 
     #[tokio::test]
     async fn hostile_peers_get_little() {
-        let address = served(Routes::Metrics(Arc::new(Metrics::new(Clock::SYSTEM))));
+        let address = served(Routes::Metrics(Arc::new(Metrics::default())));
         for (case, request, status) in [
             ("no HTTP", "\x16\x03\x01\x02\x00\r\n\r\n".to_owned(), "400"),
             ("a huge head", format!("GET / HTTP/1.1\r\nHost: {}\r\n", "a".repeat(9000)), "431"),
@@ -360,7 +279,7 @@ mod tests {
     /// Silent connections take every place; the oldest of them gives its place to who comes, the others keep theirs.
     #[tokio::test]
     async fn nobody_waits_behind_silent_connections() {
-        let address = served(Routes::Metrics(Arc::new(Metrics::new(Clock::SYSTEM))));
+        let address = served(Routes::Metrics(Arc::new(Metrics::default())));
         let mut silent = Vec::new();
         for _ in 0..MOST_CONNECTIONS {
             silent.push(TcpStream::connect(address).await.unwrap());
@@ -377,7 +296,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_silent_connection_does_not_stay() {
-        let address = served(Routes::Metrics(Arc::new(Metrics::new(Clock::SYSTEM))));
+        let address = served(Routes::Metrics(Arc::new(Metrics::default())));
         let mut silent = TcpStream::connect(address).await.unwrap();
         assert_eq!(silent.read(&mut [0]).await.unwrap(), 0);
     }
@@ -402,7 +321,7 @@ mod tests {
     fn a_taken_port_is_an_error() {
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = taken.local_addr().unwrap().port();
-        let routes = || Routes::Metrics(Arc::new(Metrics::new(Clock::SYSTEM)));
+        let routes = || Routes::Metrics(Arc::new(Metrics::default()));
         let error = HttpListener::bind("127.0.0.1", port, routes()).unwrap_err();
         assert_eq!(error.to_string(), format!("cannot listen for metrics on 127.0.0.1:{port}"));
         HttpListener::bind("no such host.invalid", 1, routes()).unwrap_err();

@@ -4,7 +4,10 @@
 //! keeps the handles. Nothing that a caller or an entry chose can become a label value, since a label's values are
 //! those of an enum.
 
-use std::marker::PhantomData;
+use std::{
+    marker::PhantomData,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label as Pair, Level, Metadata, Recorder};
 
@@ -21,11 +24,17 @@ pub trait Label: Copy + 'static {
 }
 
 /// Declares an enum as a set of label values: `labels! { /// Doc. Name, "key" { /// Doc. Case = "text", } }`.
+/// It is `pub`, unless `pub(super) enum` or the like stands before the name.
 macro_rules! labels {
-    ($(#[$doc:meta])* $name:ident, $key:literal { $($(#[$case_doc:meta])* $case:ident = $text:expr,)+ }) => {
+    ($(#[$doc:meta])* $name:ident, $($rest:tt)+) => {
+        $crate::telemetry::registry::labels! { $(#[$doc])* pub enum $name, $($rest)+ }
+    };
+    ($(#[$doc:meta])* $vis:vis enum $name:ident, $key:literal {
+        $($(#[$case_doc:meta])* $case:ident = $text:expr,)+
+    }) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        pub enum $name { $($(#[$case_doc])* $case,)+ }
+        $vis enum $name { $($(#[$case_doc])* $case,)+ }
 
         impl $crate::telemetry::registry::Label for $name {
             const KEY: &'static str = $key;
@@ -43,6 +52,7 @@ macro_rules! labels {
 pub(crate) use labels;
 
 /// One handle for each value of a label.
+#[derive(Debug)]
 pub struct By<L, H> {
     handles: Box<[H]>,
     label: PhantomData<L>,
@@ -57,6 +67,12 @@ impl<L: Label, H> By<L, H> {
     /// Acts on the handle of `value`.
     pub fn with<R>(&self, value: L, act: impl FnOnce(&H) -> R) -> R {
         act(self.handles.get(value.at()).expect("there is a handle for each value"))
+    }
+}
+
+impl<L: Label, H: Default> Default for By<L, H> {
+    fn default() -> Self {
+        Self::new(|_| H::default())
     }
 }
 
@@ -122,7 +138,7 @@ impl<'a> Registry<'a> {
         self.0.register_gauge(&Self::key(name, labels), &METADATA)
     }
 
-    /// A histogram of seconds.
+    /// A histogram, of seconds.
     pub fn histogram(
         &self,
         name: &'static str,
@@ -158,4 +174,9 @@ pub fn float(count: usize) -> f64 {
 #[expect(clippy::as_conversions, reason = "there is no From; a count above 2^53 may be off by one")]
 pub fn float_u64(count: u64) -> f64 {
     count as f64
+}
+
+/// A time as metrics have it: seconds since 1970.
+pub fn unix_time(time: SystemTime) -> f64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }

@@ -113,19 +113,19 @@ pub(crate) fn floor_process() {
     };
     durward::agent::runtime().expect("a runtime").block_on(async {
         let listener = tokio::net::UnixListener::bind(dir.join("api.sock")).expect("a socket");
-        let settings = durward::peer::Settings::default();
+        let bounds = durward::peer::ConnectionBounds::default();
         let incoming = Box::pin(futures_util::stream::unfold(listener, |listener| async {
             let accepted = listener.accept().await.map(|(stream, _)| stream);
             Some((accepted, listener))
         }));
         tonic::transport::Server::builder()
-            .max_concurrent_streams(settings.max_concurrent_streams)
-            .initial_stream_window_size(settings.initial_stream_window)
-            .initial_connection_window_size(settings.initial_connection_window)
-            .max_frame_size(settings.max_frame_size)
-            .http2_max_header_list_size(settings.max_header_list_size)
-            .http2_keepalive_interval(Some(settings.keep_alive_interval))
-            .http2_keepalive_timeout(Some(settings.keep_alive_timeout))
+            .max_concurrent_streams(bounds.max_concurrent_streams)
+            .initial_stream_window_size(bounds.initial_stream_window)
+            .initial_connection_window_size(bounds.initial_connection_window)
+            .max_frame_size(bounds.max_frame_size)
+            .http2_max_header_list_size(bounds.max_header_list_size)
+            .http2_keepalive_interval(Some(bounds.keep_alive_interval))
+            .http2_keepalive_timeout(Some(bounds.keep_alive_timeout))
             .add_service(SpiffeWorkloadApiServer::new(floor))
             .serve_with_incoming(incoming)
             .await

@@ -27,7 +27,7 @@ use durward::{
     limits::GatePlan,
     peer::{
         cgroup::{self, KubeletRoot},
-        wire::{Budget, Filter, Flood},
+        frames::{Filter, Flood, FrameBudget},
     },
 };
 use serde_json::{Map, Value};
@@ -359,7 +359,7 @@ pub fn wire(data: &[u8]) {
 /// What passes of `bytes` when they arrive in chunks of this length, and how it ends. Time stands still.
 fn pass(bytes: &[u8], chunk: usize) -> (Vec<u8>, Result<(), Flood>) {
     let now = Instant::now();
-    let mut filter = Filter::new(Budget::DEFAULT, now);
+    let mut filter = Filter::new(FrameBudget::DEFAULT, now);
     let mut bytes = bytes.to_vec();
     let mut end = Ok(());
     for chunk in bytes.chunks_mut(chunk) {

@@ -25,9 +25,8 @@ use bytes::Bytes;
 use durward::{
     limits::{CallerKey, ConnectionRefusal},
     peer::{
-        Arrival, BindError, Gate, Listener, OsUid, Peer, PeerGone, RequestBody, Settings, Socket, Stats,
-        credentials::Process,
-        listener::{Closed, Drained},
+        AcceptGate, Arrival, BindError, ConnectionBounds, ConnectionEnd, ConnectionStats, Drained, Listener,
+        OsUid, Peer, PeerGone, RequestBody, Socket, credentials::Process,
     },
 };
 use http_body_util::{BodyExt as _, Full};
@@ -98,16 +97,16 @@ impl http_body::Body for Endless {
 struct Server {
     _dir: tempfile::TempDir,
     path: PathBuf,
-    stats: Arc<Stats>,
+    stats: Arc<ConnectionStats>,
     stop: oneshot::Sender<()>,
     task: JoinHandle<std::io::Result<Drained>>,
 }
 
 impl Server {
-    fn start(settings: Settings) -> Self {
+    fn start(bounds: ConnectionBounds) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
-        let listener = Listener::new(Socket::bind(&path, 0o777).unwrap(), settings);
+        let listener = Listener::new(Socket::bind(&path, 0o777).unwrap(), bounds);
         let stats = Arc::clone(&listener.stats);
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(listener.serve(Toy, async move { drop(stopped.await) }));
@@ -145,7 +144,7 @@ async fn get(send: &mut h2::client::SendRequest<Bytes>, path: &str) -> Result<St
 
 #[tokio::test]
 async fn serves_a_request() {
-    let server = Server::start(Settings::default());
+    let server = Server::start(ConnectionBounds::default());
     let (mut send, connection) = client(server.connect().await).await;
     let uid = nix::unistd::geteuid();
     assert_eq!(get(&mut send, "/a").await.unwrap(), format!("/a localhost uid:{uid} 0"));
@@ -153,7 +152,7 @@ async fn serves_a_request() {
     assert_eq!(get(&mut send, "/alive").await.unwrap(), "Ok(())");
     drop(send);
     connection.await.unwrap().unwrap();
-    until("the connection has ended", || server.stats.closed(Closed::ByPeer) == 1).await;
+    until("the connection has ended", || server.stats.closed(ConnectionEnd::ByPeer) == 1).await;
     assert_eq!(server.drain().await, Drained { ended: 0, cut: 0 });
 }
 
@@ -205,7 +204,8 @@ fn contains(bytes: &[u8], text: &str) -> bool {
 #[tokio::test]
 async fn c_core_authorities_are_served() {
     for table in [0, 4096] {
-        let server = Server::start(Settings { header_table_size: table, ..Settings::default() });
+        let server =
+            Server::start(ConnectionBounds { header_table_size: table, ..ConnectionBounds::default() });
         for (case, authority, seen) in [
             ("percent-encoded path", "tmp%2Fx.sock", "tmp-2Fx.sock"),
             ("bare path", "/run/durward/agent.sock", "-run-durward-agent.sock"),
@@ -244,13 +244,13 @@ async fn every_silence_ends() {
         ("settings only", &[PREFACE, SETTINGS].concat(), 0),
         ("headers without an end", &unfinished, 0),
     ] {
-        let server = Server::start(Settings::default());
+        let server = Server::start(ConnectionBounds::default());
         let mut stream = server.connect().await;
         stream.write_all(sent).await.unwrap();
         until(case, || server.stats.open() == 1 && server.stats.parked() == parked).await;
         read_to_end(&mut stream).await;
         until(case, || server.stats.open() == 0).await;
-        assert_eq!(server.stats.closed(Closed::HandshakeTimeout), 1, "{case}: {:?}", server.stats);
+        assert_eq!(server.stats.closed(ConnectionEnd::HandshakeTimeout), 1, "{case}: {:?}", server.stats);
         assert_eq!(server.stats.parked(), 0, "{case}");
         server.drain().await;
     }
@@ -258,7 +258,7 @@ async fn every_silence_ends() {
 
 #[tokio::test]
 async fn what_is_not_http2_is_closed_at_once() {
-    let server = Server::start(Settings::default());
+    let server = Server::start(ConnectionBounds::default());
     for (n, garbage) in
         [b"GET / HTTP/1.1\r\n\r\n".as_slice(), &[0x16, 3, 1, 0, 100], &[0; 100]].iter().enumerate()
     {
@@ -266,7 +266,7 @@ async fn what_is_not_http2_is_closed_at_once() {
         stream.write_all(garbage).await.unwrap();
         read_to_end(&mut stream).await;
         let closed = u64::try_from(n).unwrap() + 1;
-        until("closed", || server.stats.closed(Closed::Protocol) == closed).await;
+        until("closed", || server.stats.closed(ConnectionEnd::Protocol) == closed).await;
     }
     server.drain().await;
 }
@@ -275,7 +275,7 @@ async fn what_is_not_http2_is_closed_at_once() {
 async fn floods_are_cut_and_a_neighbour_is_served() {
     let ping: &[u8] = &[0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
     let window: &[u8] = &[0, 0, 4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 1];
-    let server = Server::start(Settings::default());
+    let server = Server::start(ConnectionBounds::default());
     let (mut neighbour, _connection) = client(server.connect().await).await;
     let floods: [(&str, &[u8]); 4] = [
         ("PING", ping),
@@ -298,7 +298,7 @@ async fn floods_are_cut_and_a_neighbour_is_served() {
         }
         assert!(sent < 3_200_000, "{case}");
         drained.await.unwrap();
-        until(case, || server.stats.closed(Closed::Flood) == cut).await;
+        until(case, || server.stats.closed(ConnectionEnd::Flood) == cut).await;
         assert!(get(&mut neighbour, "/a").await.is_ok(), "{case}");
     }
     server.drain().await;
@@ -311,7 +311,7 @@ async fn what_makes_no_progress_is_closed() {
         ("a part of it read", "/big", 100),
         ("no answer", "/hang", 65_535),
     ] {
-        let server = Server::start(Settings::default());
+        let server = Server::start(ConnectionBounds::default());
         let (mut send, connection) = h2::client::Builder::new()
             .initial_window_size(window)
             .handshake::<_, Bytes>(server.connect().await)
@@ -328,7 +328,7 @@ async fn what_makes_no_progress_is_closed() {
         });
         drop(connection.await.unwrap());
         until(case, || server.stats.open() == 0 && server.stats.streams() == 0).await;
-        assert_eq!(server.stats.closed(Closed::Stalled), 1, "{case}: {:?}", server.stats);
+        assert_eq!(server.stats.closed(ConnectionEnd::Stalled), 1, "{case}: {:?}", server.stats);
         kept.abort();
         server.drain().await;
     }
@@ -336,8 +336,10 @@ async fn what_makes_no_progress_is_closed() {
 
 #[tokio::test(start_paused = true)]
 async fn a_stream_that_waits_for_news_stays() {
-    let server =
-        Server::start(Settings { idle_timeout: Some(Duration::from_secs(60)), ..Settings::default() });
+    let server = Server::start(ConnectionBounds {
+        idle_timeout: Some(Duration::from_secs(60)),
+        ..ConnectionBounds::default()
+    });
     let (mut send, connection) = client(server.connect().await).await;
     let request = http::Request::post("http://localhost/stream").body(()).unwrap();
     let (answer, _) = send.send_request(request, true).unwrap();
@@ -353,14 +355,14 @@ async fn a_stream_that_waits_for_news_stays() {
     idle_connection.await.unwrap().unwrap();
     drop(connection.await.unwrap());
     until("closed", || server.stats.open() == 0).await;
-    assert_eq!(server.stats.closed(Closed::Idle), 1, "{:?}", server.stats);
+    assert_eq!(server.stats.closed(ConnectionEnd::Idle), 1, "{:?}", server.stats);
     drop(idle);
     server.drain().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_drain_ends() {
-    let server = Server::start(Settings::default());
+    let server = Server::start(ConnectionBounds::default());
     let mut silent = server.connect().await;
     let mut preface_only = server.connect().await;
     preface_only.write_all(PREFACE).await.unwrap();
@@ -377,8 +379,8 @@ async fn a_drain_ends() {
     assert_eq!(drained.ended + drained.cut, 4);
     assert!(drained.cut >= 1, "the stream never ends by itself");
     assert_eq!(stats.open(), 0);
-    assert_eq!(stats.closed(Closed::Aborted), u64::try_from(drained.cut).unwrap());
-    assert_eq!(stats.closed(Closed::Drained), u64::try_from(drained.ended).unwrap());
+    assert_eq!(stats.closed(ConnectionEnd::Aborted), u64::try_from(drained.cut).unwrap());
+    assert_eq!(stats.closed(ConnectionEnd::Drained), u64::try_from(drained.ended).unwrap());
     assert!(!path.exists());
     read_to_end(&mut silent).await;
     read_to_end(&mut preface_only).await;
@@ -389,7 +391,7 @@ async fn a_drain_ends() {
 
 #[tokio::test]
 async fn a_panic_ends_only_its_request() {
-    let server = Server::start(Settings::default());
+    let server = Server::start(ConnectionBounds::default());
     let (mut send, _connection) = client(server.connect().await).await;
     assert!(get(&mut send, "/panic").await.is_err());
     assert!(get(&mut send, "/a").await.is_ok());
@@ -410,7 +412,7 @@ impl Drop for Place {
     }
 }
 
-impl Gate for One {
+impl AcceptGate for One {
     type Permit = Place;
 
     fn admit_connection(&self, arrival: &Arrival) -> Result<Place, ConnectionRefusal> {
@@ -435,10 +437,10 @@ async fn whom_its_own_limits_refuse_lingers() {
     ] {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
-        let settings = Settings { linger, max_lingering: most, ..Settings::default() };
+        let bounds = ConnectionBounds { linger, max_lingering: most, ..ConnectionBounds::default() };
         let listener = Listener {
             socket: Socket::bind(&path, 0o777).unwrap(),
-            settings: tokio::sync::watch::channel(settings).1,
+            bounds: tokio::sync::watch::channel(bounds).1,
             gate: Arc::new(One::default()),
             keys: Arc::new(OsUid),
             stats: Arc::default(),
@@ -475,7 +477,7 @@ async fn the_gate_stands_before_http2() {
     let gate = Arc::new(One::default());
     let listener = Listener {
         socket: Socket::bind(&path, 0o777).unwrap(),
-        settings: tokio::sync::watch::channel(Settings::default()).1,
+        bounds: tokio::sync::watch::channel(ConnectionBounds::default()).1,
         gate: Arc::clone(&gate),
         keys: Arc::new(OsUid),
         stats: Arc::default(),
@@ -592,13 +594,13 @@ async fn a_child_that_inherits_the_socket_is_not_its_parent() {
 
 #[tokio::test]
 async fn a_connection_ends_with_its_process() {
-    let server = Server::start(Settings::default());
+    let server = Server::start(ConnectionBounds::default());
     let mut parent = play("parent", &server.path);
     until("its stream is open", || server.stats.streams() == 1).await;
     parent.stdin.take().unwrap().write_all(b"x").unwrap();
     parent.wait().unwrap();
     until("closed", || server.stats.open() == 0 && server.stats.streams() == 0).await;
-    assert_eq!(server.stats.closed(Closed::PeerExited), 1, "{:?}", server.stats);
+    assert_eq!(server.stats.closed(ConnectionEnd::PeerExited), 1, "{:?}", server.stats);
     server.drain().await;
 }
 
@@ -654,8 +656,10 @@ fn without_descriptors_the_accept_loop_rests() {
 
 /// In a process of its own with 40 descriptors, on tokio's paused clock.
 async fn few_descriptors() {
-    let server =
-        Server::start(Settings { handshake_timeout: Duration::from_secs(3600), ..Settings::default() });
+    let server = Server::start(ConnectionBounds {
+        handshake_timeout: Duration::from_secs(3600),
+        ..ConnectionBounds::default()
+    });
     let mut clients = Vec::new();
     while let Ok(stream) = UnixStream::connect(&server.path).await {
         clients.push(stream);

@@ -16,6 +16,7 @@ mod forged;
 mod frames;
 mod generated_code;
 mod hostile;
+mod house;
 mod issuer;
 mod limits;
 mod listener;

@@ -4,21 +4,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use durward::{
-    attest::{AttestSettings, Attestor},
-    os::clock::Clock,
-    telemetry::metrics::Metrics,
-};
+use crate::support::{TestAgent, entry};
 
-/// What is scraped, with the series of every room.
+/// What a running agent tells.
 fn scraped() -> String {
-    let metrics = Metrics::new(Clock::SYSTEM);
-    drop(Attestor::new(AttestSettings::default()).counted_by(metrics.registry()));
-    metrics.render()
+    TestAgent::start(&entry("/web", "")).running.metrics().render()
 }
 
-#[test]
-fn every_series_is_described_and_well_named() {
+#[tokio::test(flavor = "multi_thread")]
+async fn every_series_is_described_and_well_named() {
     let text = scraped();
     let mut help = BTreeSet::new();
     let mut kinds = BTreeMap::new();
@@ -40,7 +34,7 @@ fn every_series_is_described_and_well_named() {
             families.insert(family);
         }
     }
-    assert!(families.len() > 25, "{families:?}");
+    assert!(families.len() > 40, "{families:?}");
     assert_eq!(families, help, "each has a help text");
     for (name, kind) in kinds {
         assert!(families.contains(name), "{name} is described but not there");
@@ -53,8 +47,8 @@ fn every_series_is_described_and_well_named() {
     }
 }
 
-#[test]
-fn labels_come_from_closed_sets() {
+#[tokio::test(flavor = "multi_thread")]
+async fn labels_come_from_closed_sets() {
     let text = scraped();
     let mut labels = BTreeSet::new();
     for line in text.lines().filter(|l| !l.starts_with('#')) {
@@ -63,8 +57,11 @@ fn labels_come_from_closed_sets() {
             labels.extend(inside.split("\",").filter_map(|pair| Some(pair.split_once('=')?.0)));
         }
     }
-    let known = ["attestor", "code", "kind", "le", "method", "reason", "result", "state", "version"]
-        .into_iter()
-        .collect();
+    let known = [
+        "attestor", "code", "key_type", "kind", "le", "method", "reason", "result", "stage", "state", "step",
+        "version",
+    ]
+    .into_iter()
+    .collect();
     assert_eq!(labels, known, "a new label must be a closed set of words that no caller chose");
 }

@@ -84,7 +84,7 @@ impl World {
     fn new(names: &[&str], jwt_max: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let clock = Clock::starting_at(born());
-        let counted = Arc::new(IssuerMetrics::new(Metrics::new(clock).registry()));
+        let counted = Arc::new(IssuerMetrics::new(Metrics::default().registry()));
         let issuer = Arc::new(EmbeddedIssuer::open(settings(dir.path()), clock, counted).unwrap());
         issuer.declare(index(names), BTreeMap::new());
         tokio::spawn(Arc::<EmbeddedIssuer>::clone(&issuer).run());
@@ -92,7 +92,7 @@ impl World {
     }
 
     fn of(dir: tempfile::TempDir, clock: Clock, issuer: Arc<dyn Issuer>, jwt_max: usize) -> Self {
-        let metrics = Arc::new(StoreMetrics::new(Metrics::new(clock).registry()));
+        let metrics = Arc::new(StoreMetrics::new(Metrics::default().registry()));
         let x509 = Arc::new(X509Cache::new(Arc::clone(&issuer), clock, 10, None));
         let jwt = Arc::new(JwtCache::new(Arc::clone(&issuer), clock, Arc::clone(&metrics), jwt_max));
         let writer = Arc::new(Writer::new(issuer, clock, Arc::clone(&x509), metrics, Policy::default()));

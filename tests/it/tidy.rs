@@ -30,7 +30,7 @@ fn files(dir: &str) -> Vec<PathBuf> {
     found
 }
 
-fn rust(dir: &str) -> Vec<(String, String)> {
+pub(crate) fn rust(dir: &str) -> Vec<(String, String)> {
     files(dir)
         .into_iter()
         .filter(|path| path.extension().is_some_and(|end| end == "rs"))
@@ -42,7 +42,7 @@ fn rust(dir: &str) -> Vec<(String, String)> {
 }
 
 /// Generated from `proto/`; another test compares them.
-fn generated(name: &str) -> bool {
+pub(crate) fn generated(name: &str) -> bool {
     name.starts_with("src/api/proto")
 }
 

@@ -1,0 +1,98 @@
+//! The series of the agent as a whole: its version, its reloads, its log.
+
+use metrics::{Counter, Gauge};
+
+use crate::{
+    os::clock::Clock,
+    telemetry::registry::{By, Registry, labels, unix_time},
+};
+
+labels! {
+    /// How a reload ended.
+    pub(super) enum ReloadResult, "result" {
+        /// The new configuration is in force.
+        Ok = "ok",
+        /// The old one stays.
+        Error = "error",
+    }
+}
+
+/// The series of the agent as a whole.
+pub(super) struct AgentMetrics {
+    clock: Clock,
+    reloads: By<ReloadResult, Counter>,
+    reload_ok: Gauge,
+    reload_time: Gauge,
+    pub(super) log_lines_lost: Counter,
+}
+
+impl AgentMetrics {
+    /// Registers every series.
+    pub(super) fn new(make: Registry<'_>, clock: Clock) -> Self {
+        make.gauge(
+            "durward_build_info",
+            "Always 1; the label tells the version that runs.",
+            &[("version", env!("CARGO_PKG_VERSION"))],
+        )
+        .set(1.0);
+        Self {
+            clock,
+            reloads: make.counters("durward_reloads_total", "Reloads of the configuration."),
+            reload_ok: make.gauge(
+                "durward_last_reload_successful",
+                "1 when the last reload was taken, or none was asked for; 0 when it was refused.",
+                &[],
+            ),
+            reload_time: make.gauge(
+                "durward_last_reload_timestamp_seconds",
+                "When the configuration in force was loaded, as a Unix time.",
+                &[],
+            ),
+            log_lines_lost: make.counter(
+                "durward_log_lines_lost_total",
+                "Log lines dropped because nobody took them from the agent in time.",
+                &[],
+            ),
+        }
+    }
+
+    /// The configuration was loaded at start.
+    pub(super) fn loaded(&self) {
+        self.reload_ok.set(1.0);
+        self.reload_time.set(unix_time(self.clock.now()));
+    }
+
+    /// A reload ended.
+    pub(super) fn reloaded(&self, result: ReloadResult) {
+        self.reloads.with(result, |counter| counter.increment(1));
+        match result {
+            ReloadResult::Ok => self.loaded(),
+            ReloadResult::Error => self.reload_ok.set(0.0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use super::*;
+    use crate::telemetry::metrics::Metrics;
+
+    #[tokio::test(start_paused = true)]
+    async fn tells_of_reloads() {
+        let clock = Clock::starting_at(UNIX_EPOCH + Duration::from_secs(1_000_000));
+        let metrics = Metrics::default();
+        let agent = AgentMetrics::new(metrics.registry(), clock);
+        let has = |line: &str| metrics.render().lines().any(|l| l == line);
+        agent.loaded();
+        assert!(has("durward_last_reload_successful 1"));
+        agent.reloaded(ReloadResult::Error);
+        assert!(has("durward_last_reload_successful 0"));
+        assert!(has(r#"durward_reloads_total{result="error"} 1"#));
+        assert!(has("durward_last_reload_timestamp_seconds 1000000"), "of the one in force");
+        agent.reloaded(ReloadResult::Ok);
+        assert!(has("durward_last_reload_successful 1"));
+        assert!(has(r#"durward_reloads_total{result="ok"} 1"#));
+    }
+}

@@ -1,0 +1,301 @@
+//! The start: every part is built from the configuration, every place where the agent is asked is bound, and
+//! then served.
+
+use std::{os::unix::net::UnixListener, sync::Arc};
+
+use anyhow::Context as _;
+use tokio::{sync::watch as channel, task::JoinSet};
+
+use super::{
+    Running, connection_bounds,
+    gate::{AtAccept, Means},
+    metrics::AgentMetrics,
+    probe::probe,
+    serving::Serving,
+    watch::{Budget, Watch},
+};
+use crate::{
+    api::{
+        ApiMetrics, Services,
+        admin::{self, AdminService, OwnerGate},
+        workload::{Parts, WorkloadApi},
+    },
+    attest::Attestor,
+    config::Config,
+    identity::EntryIndex,
+    issuer::{Issuer, embedded::EmbeddedIssuer, metrics::IssuerMetrics},
+    limits::{self, GatePlan, Limits},
+    os::clock::Clock,
+    peer::{ConnectionMetrics, ConnectionStats, Listener, OsUid, Socket, cgroup::PodOrUid},
+    store::{JwtCache, StoreMetrics, Writer, X509Cache},
+    telemetry::{
+        HealthSettings,
+        health::{HealthState, Probe},
+        http::{HttpListener, Routes},
+        metrics::Metrics,
+    },
+};
+
+impl Running {
+    /// Builds and binds everything, and serves. `handed` is the socket that a service manager keeps for the agent.
+    ///
+    /// # Errors
+    /// What could not be opened, bound or made, with its cause. Nothing is left behind then but what
+    /// `data_dir` holds.
+    pub fn start(config: Config, handed: Option<UnixListener>, clock: Clock) -> anyhow::Result<Self> {
+        let built = Built::of(&config, clock)?;
+        let bound = BoundPlaces::of(&config, handed, &built)?;
+        built.serve(config, bound)
+    }
+}
+
+/// Every part of an agent. None of them runs yet.
+struct Built {
+    clock: Clock,
+    metrics: Arc<Metrics>,
+    series: AgentMetrics,
+    health: Arc<HealthState>,
+    issuer: Arc<EmbeddedIssuer>,
+    writer: Arc<Writer>,
+    x509: Arc<X509Cache>,
+    jwt: Arc<JwtCache>,
+    attestor: Arc<Attestor>,
+    means: Means,
+    limits: Limits,
+    gate: limits::Gate,
+}
+
+impl Built {
+    fn of(config: &Config, clock: Clock) -> anyhow::Result<Self> {
+        let metrics = Arc::new(Metrics::default());
+        let series = AgentMetrics::new(metrics.registry(), clock);
+        let issuer_series = Arc::new(IssuerMetrics::new(metrics.registry()));
+        let store_series = Arc::new(StoreMetrics::new(metrics.registry()));
+        let embedded = EmbeddedIssuer::open(config.embedded_issuer(), clock, Arc::clone(&issuer_series));
+        let embedded = Arc::new(embedded.context("cannot open the embedded issuer")?);
+        embedded.declare(Arc::new(EntryIndex::new(config.entries.clone())), config.federated.clone());
+        let issuer: Arc<dyn Issuer> = Arc::<EmbeddedIssuer>::clone(&embedded);
+        let caches = &config.caches;
+        let (x509_svids, jwt_svids) = (caches.x509_svids.count(), caches.jwt_svids.count());
+        let x509 = X509Cache::new(Arc::clone(&issuer), clock, x509_svids, caches.availability_target);
+        let x509 = Arc::new(x509);
+        let jwt = JwtCache::new(Arc::clone(&issuer), clock, Arc::clone(&store_series), jwt_svids);
+        let writer =
+            Writer::new(issuer, clock, Arc::clone(&x509), Arc::clone(&store_series), config.policy.clone());
+        metrics.before_render(move || {
+            issuer_series.rotation.refresh(clock.now());
+            store_series.renewal.refresh(clock.now());
+        });
+        let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
+        attestor.prepare_for(&config.entries);
+
+        let means = Means::of_this_process();
+        let budget = config.ratelimit.memory.budget(means.cgroup);
+        let gate_plan = GatePlan::new(&config.ratelimit, means.nofile, budget)?;
+        let limits = Limits::new(&config.ratelimit, clock, metrics.registry());
+        let gate = limits::Gate::new(gate_plan, &limits);
+        Ok(Self {
+            clock,
+            metrics,
+            series,
+            health: Arc::new(HealthState::new()),
+            issuer: embedded,
+            writer: Arc::new(writer),
+            x509,
+            jwt: Arc::new(jwt),
+            attestor,
+            means,
+            limits,
+            gate,
+        })
+    }
+
+    /// Serves at what is bound, and starts the tasks that go on for ever.
+    fn serve(self, config: Config, bound: BoundPlaces) -> anyhow::Result<Running> {
+        let BoundPlaces { http, admin, socket } = bound;
+        let services = self.services()?;
+        let (stop, stopping) = channel::channel(false);
+        let (connections, bounds) = channel::channel(connection_bounds(&config, self.means));
+        let (evicted, evictions) = channel::channel(None);
+        let (memory, budgets) = channel::channel(Budget::of(&config, self.means));
+        let keys =
+            Arc::new(PodOrUid::new(config.kubernetes.mode, in_pod(), config.kubernetes.kubelet_root.clone()));
+        let (stats, admin_stats) = (Arc::<ConnectionStats>::default(), Arc::<ConnectionStats>::default());
+        let series = ConnectionMetrics::new(self.metrics.registry());
+        let counted = (Arc::clone(&stats), Arc::clone(&admin_stats));
+        self.metrics.before_render(move || series.set(&counted.0, &counted.1));
+
+        let listener = Listener {
+            socket,
+            bounds,
+            gate: Arc::new(AtAccept(self.gate.clone())),
+            keys: Arc::clone(&keys),
+            stats,
+            evicted: evictions,
+        };
+        let serving = listener.serve(move |_peer| services.clone(), stopped(stopping.clone()));
+        let public = Serving::begin("the workload api", serving);
+        let admin = admin.map(|socket| {
+            let service = self.admin_service(keys, memory.subscribe());
+            self.serve_admin(socket, service, admin_stats, stopping)
+        });
+        let tasks = self.tasks(http, budgets, evicted);
+
+        self.series.loaded();
+        self.health.set(Probe::Healthy);
+        let Self {
+            metrics, series, health, issuer, writer, x509, jwt, attestor, means, limits, gate, ..
+        } = self;
+        Ok(Running {
+            config,
+            issuer,
+            writer,
+            x509,
+            jwt,
+            attestor,
+            limits,
+            gate,
+            memory,
+            connections,
+            means,
+            metrics,
+            series,
+            log: None,
+            health,
+            stop,
+            public,
+            admin,
+            tasks,
+        })
+    }
+
+    fn serve_admin(
+        &self,
+        socket: Socket,
+        service: AdminService,
+        stats: Arc<ConnectionStats>,
+        stopping: channel::Receiver<bool>,
+    ) -> Serving {
+        let listener = Listener {
+            socket,
+            bounds: channel::channel(admin::connection_bounds()).1,
+            gate: Arc::new(OwnerGate::new(self.gate.clone())),
+            keys: Arc::new(OsUid),
+            stats,
+            evicted: channel::channel(None).1,
+        };
+        let serving = listener.serve(move |_peer| service.clone(), stopped(stopping));
+        Serving::begin("the admin api", serving)
+    }
+
+    fn services(&self) -> anyhow::Result<Services> {
+        let workload = WorkloadApi::new(Parts {
+            limits: self.limits.clone(),
+            attestor: Arc::clone(&self.attestor),
+            store: Arc::clone(self.writer.store()),
+            x509: Arc::clone(&self.x509),
+            jwt: Arc::clone(&self.jwt),
+            metrics: Arc::new(ApiMetrics::new(self.metrics.registry())),
+            clock: self.clock,
+        });
+        Services::new(workload, Arc::clone(&self.health), self.limits.clone())
+            .context("the built-in descriptors cannot be read")
+    }
+
+    fn admin_service(&self, keys: Arc<PodOrUid>, budget: channel::Receiver<Budget>) -> AdminService {
+        AdminService::new(admin::Parts {
+            limits: self.limits.clone(),
+            gate: self.gate.clone(),
+            attestor: Arc::clone(&self.attestor),
+            keys,
+            store: Arc::clone(self.writer.store()),
+            budget: Box::new(move || budget.borrow().bytes),
+        })
+    }
+
+    /// What goes on for ever.
+    fn tasks(
+        &self,
+        http: Vec<HttpListener>,
+        memory: channel::Receiver<Budget>,
+        evicted: channel::Sender<Option<limits::CallerKey>>,
+    ) -> JoinSet<()> {
+        let mut tasks = JoinSet::new();
+        for listener in http {
+            tasks.spawn(async move {
+                // It serves for ever, or cannot begin.
+                let Err(error) = listener.serve().await;
+                tracing::error!(%error, "an http listener cannot be served");
+            });
+        }
+        tasks.spawn(Arc::clone(&self.issuer).run());
+        tasks.spawn(Arc::clone(&self.writer).run());
+        let metrics = Arc::clone(&self.metrics);
+        tasks.spawn(async move { metrics.keep_up().await });
+        let watch = Watch {
+            limits: self.limits.clone(),
+            gate: self.gate.clone(),
+            memory,
+            evicted,
+            x509: Arc::clone(&self.x509),
+            jwt: Arc::clone(&self.jwt),
+        };
+        tasks.spawn(watch.run());
+        let issuer: Arc<dyn Issuer> = Arc::<EmbeddedIssuer>::clone(&self.issuer);
+        tasks.spawn(probe(Arc::clone(&self.health), issuer));
+        tasks
+    }
+}
+
+/// Every place where the agent is asked, bound. Nobody is answered yet.
+struct BoundPlaces {
+    http: Vec<HttpListener>,
+    admin: Option<Socket>,
+    socket: Socket,
+}
+
+impl BoundPlaces {
+    fn of(config: &Config, handed: Option<UnixListener>, built: &Built) -> anyhow::Result<Self> {
+        let mut http = Vec::new();
+        if let Some(at) = &config.prometheus {
+            let routes = Routes::Metrics(Arc::clone(&built.metrics));
+            http.push(HttpListener::bind(&at.host, at.port, routes)?);
+        }
+        if config.health.enabled {
+            let HealthSettings { enabled: _, host, port, live_path, ready_path } = config.health.clone();
+            let routes = Routes::Health { state: Arc::clone(&built.health), live_path, ready_path };
+            http.push(HttpListener::bind(&host, port, routes)?);
+        }
+        let admin = config.agent.admin_socket_path.as_deref().map(Socket::bind_private).transpose();
+        let admin = admin.context("cannot serve the admin api")?;
+        // Last, since clients come as soon as it is there.
+        let socket = public_socket(config, handed).context("cannot serve the workload api")?;
+        Ok(Self { http, admin, socket })
+    }
+}
+
+fn public_socket(config: &Config, handed: Option<UnixListener>) -> anyhow::Result<Socket> {
+    let Some(listener) = handed else { return Ok(Socket::bind(&config.agent.socket_path, 0o777)?) };
+    let socket = Socket::adopt(listener)?;
+    // Else everybody who reads the configuration would look for it in the wrong place.
+    let at = socket.path().unwrap_or_default();
+    anyhow::ensure!(
+        at == config.agent.socket_path,
+        "the service manager passed a socket at {}, but socket_path is {}: \
+         make ListenStream= in the socket unit the same",
+        at.display(),
+        config.agent.socket_path.display()
+    );
+    Ok(socket)
+}
+
+/// Whether Kubernetes started this process: it gives every container this variable.
+#[expect(clippy::disallowed_methods, reason = "the one variable that tells; read at start")]
+fn in_pod() -> bool {
+    std::env::var("KUBERNETES_SERVICE_HOST").is_ok()
+}
+
+async fn stopped(mut stopping: channel::Receiver<bool>) {
+    // An error means that the sender is gone, and the agent with it.
+    let _told_or_gone = stopping.wait_for(|stop| *stop).await.is_ok();
+}

@@ -1,0 +1,133 @@
+//! The series of calls.
+
+use std::time::Duration;
+
+use metrics::{Counter, Gauge, Histogram};
+use tonic::Code;
+
+use crate::{
+    limits::Method,
+    telemetry::registry::{By, Label, Open, Registry},
+};
+
+/// The names of gRPC's codes as grpc-go writes them, in the order of their numbers.
+const CODES: [&str; 17] = [
+    "OK",
+    "Canceled",
+    "Unknown",
+    "InvalidArgument",
+    "DeadlineExceeded",
+    "NotFound",
+    "AlreadyExists",
+    "PermissionDenied",
+    "ResourceExhausted",
+    "FailedPrecondition",
+    "Aborted",
+    "OutOfRange",
+    "Unimplemented",
+    "Internal",
+    "Unavailable",
+    "DataLoss",
+    "Unauthenticated",
+];
+
+/// The series of calls. All methods are cheap and never block.
+pub struct ApiMetrics {
+    calls: By<Method, Box<[Counter]>>,
+    seconds: By<Method, Histogram>,
+    open: By<Method, Gauge>,
+}
+
+impl ApiMetrics {
+    /// Registers every series.
+    pub fn new(make: Registry<'_>) -> Self {
+        let counter = |method: Method, code| {
+            make.counter(
+                "durward_calls_total",
+                "Workload API calls that ended, by gRPC code; a stream counts when it ends.",
+                &[(Method::KEY, method.text()), ("code", code)],
+            )
+        };
+        Self {
+            calls: By::new(|method| CODES.iter().map(|code| counter(method, code)).collect()),
+            seconds: make.histograms(
+                "durward_call_duration_seconds",
+                "Time from a call's arrival to its answer, or to the first message of a stream.",
+            ),
+            open: make.gauges("durward_streams_open", "Calls that are being served now."),
+        }
+    }
+
+    /// A Workload API call was answered, or a stream's first message (or its refusal) was.
+    pub fn call_answered(&self, method: Method, took: Duration) {
+        self.seconds.with(method, |histogram| histogram.record(took));
+    }
+
+    /// A Workload API call or stream ended.
+    pub fn call_ended(&self, method: Method, code: Code) {
+        let Ok(at) = usize::try_from(i32::from(code)) else { return };
+        self.calls.with(method, |codes| {
+            if let Some(counter) = codes.get(at) {
+                counter.increment(1);
+            }
+        });
+    }
+
+    /// A call or stream is open while the answer is kept.
+    pub fn stream_opened(&self, method: Method) -> Open {
+        self.open.with(method, Open::count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::telemetry::metrics::Metrics;
+
+    fn samples(metrics: &Metrics) -> BTreeMap<String, String> {
+        let text = metrics.render();
+        let samples = text.lines().filter(|line| !line.starts_with('#')).filter_map(|l| l.rsplit_once(' '));
+        samples.map(|(series, value)| (series.to_owned(), value.to_owned())).collect()
+    }
+
+    #[test]
+    fn counts_calls_and_streams() {
+        let metrics = Metrics::default();
+        let calls = ApiMetrics::new(metrics.registry());
+        calls.call_ended(Method::FetchJwtSvid, Code::Ok);
+        calls.call_ended(Method::FetchJwtSvid, Code::PermissionDenied);
+        calls.call_answered(Method::FetchJwtSvid, Duration::from_micros(300));
+        let stream = calls.stream_opened(Method::FetchX509Svid);
+        let got = samples(&metrics);
+        for (series, want) in [
+            (r#"durward_calls_total{method="FetchJWTSVID",code="OK"}"#, "1"),
+            (r#"durward_calls_total{method="FetchJWTSVID",code="PermissionDenied"}"#, "1"),
+            (r#"durward_calls_total{method="FetchX509SVID",code="OK"}"#, "0"),
+            (r#"durward_call_duration_seconds_bucket{method="FetchJWTSVID",le="0.00025"}"#, "0"),
+            (r#"durward_call_duration_seconds_bucket{method="FetchJWTSVID",le="0.0005"}"#, "1"),
+            (r#"durward_call_duration_seconds_count{method="FetchX509SVID"}"#, "0"),
+            (r#"durward_streams_open{method="FetchX509SVID"}"#, "1"),
+        ] {
+            assert_eq!(got.get(series).map(String::as_str), Some(want), "{series} in {got:#?}");
+        }
+        drop(stream);
+        assert_eq!(samples(&metrics)[r#"durward_streams_open{method="FetchX509SVID"}"#], "0");
+    }
+
+    #[test]
+    fn the_series_are_the_same_however_much_happens() {
+        let metrics = Metrics::default();
+        let calls = ApiMetrics::new(metrics.registry());
+        let before: Vec<String> = samples(&metrics).into_keys().collect();
+        for method in Method::ALL {
+            for code in 0..20 {
+                calls.call_ended(method, Code::from_i32(code));
+            }
+            calls.call_answered(method, Duration::from_secs(1));
+            drop(calls.stream_opened(method));
+        }
+        assert_eq!(before, samples(&metrics).into_keys().collect::<Vec<_>>());
+    }
+}

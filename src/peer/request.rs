@@ -1,0 +1,107 @@
+//! The body of a request, whose bytes are counted for its connection until it is complete.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+
+use super::turns::Turns;
+
+/// The body of a request. As long as it is not complete, its bytes count against what its connection may send
+/// without ending a request ([`UPLOADS`](crate::limits::budget::UPLOADS)): what is half-read is kept by
+/// somebody, and has been charged to nobody yet.
+#[derive(Debug)]
+pub struct RequestBody {
+    body: Incoming,
+    turns: Arc<Turns>,
+    /// Bytes that came.
+    came: u64,
+    /// Bytes that may come.
+    most: u64,
+    /// Bytes that count for the connection.
+    counted: u64,
+}
+
+/// Why the body of a request cannot be read to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum BodyError {
+    /// The connection holds too many bytes of requests that are not complete, or this request is too long. A
+    /// client that waits until its other requests have ended finds room.
+    #[error("too many bytes of requests that are not complete: end them first")]
+    TooMuch,
+    /// The peer reset the request, or the connection ended.
+    #[error("the body of a request ended early")]
+    Broken(#[from] hyper::Error),
+}
+
+impl RequestBody {
+    pub(super) fn new(body: Incoming, turns: Arc<Turns>) -> Self {
+        Self { body, turns, came: 0, most: u64::MAX, counted: 0 }
+    }
+
+    /// The same, of which no more than so many bytes may come in all: for requests without an end.
+    #[must_use]
+    pub fn at_most(mut self, bytes: u64) -> Self {
+        self.most = bytes;
+        self
+    }
+
+    /// Counts what came. Returns whether there is room for it.
+    fn count(&mut self) -> bool {
+        let more = self.came.saturating_sub(self.counted);
+        self.counted = self.came;
+        self.turns.upload(more)
+    }
+
+    fn uncount(&mut self) {
+        let counted = std::mem::take(&mut self.counted);
+        if counted > 0 {
+            self.turns.end_upload(counted);
+        }
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = self.get_mut();
+        let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) else {
+            // What came so far waits for its rest.
+            return if this.count() { Poll::Pending } else { Poll::Ready(Some(Err(BodyError::TooMuch))) };
+        };
+        let Some(frame) = frame.transpose()? else { return Poll::Ready(None) };
+        let more = frame.data_ref().map_or(0, Bytes::len);
+        this.came = this.came.saturating_add(u64::try_from(more).unwrap_or(u64::MAX));
+        if this.came > this.most {
+            return Poll::Ready(Some(Err(BodyError::TooMuch)));
+        }
+        if this.body.is_end_stream() {
+            this.uncount();
+        }
+        Poll::Ready(Some(Ok(frame)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for RequestBody {
+    fn drop(&mut self) {
+        self.uncount();
+    }
+}

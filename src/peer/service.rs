@@ -1,0 +1,113 @@
+//! The service of a connection, watched: each request gets its peer, and its answer a [`Turn`].
+
+use std::{
+    convert::Infallible,
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::{Body, Frame, SizeHint};
+use hyper::{body::Incoming, service::Service};
+
+use super::{
+    credentials::Peer,
+    request::RequestBody,
+    turns::{Part, Turn, Turns},
+};
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// What answers the requests of one connection.
+pub trait ConnectionService:
+    Service<
+        Request<RequestBody>,
+        Response = Response<Self::Body>,
+        Error = Infallible,
+        Future: Unpin + Send + 'static,
+    > + Send
+    + 'static
+{
+    /// The body of an answer.
+    type Body: Body<Data = Bytes, Error: Into<BoxError>> + Unpin + Send + 'static;
+}
+
+impl<S, B> ConnectionService for S
+where
+    S: Service<Request<RequestBody>, Response = Response<B>, Error = Infallible> + Send + 'static,
+    S::Future: Unpin + Send + 'static,
+    B: Body<Data = Bytes, Error: Into<BoxError>> + Unpin + Send + 'static,
+{
+    type Body = B;
+}
+
+/// Gives each request its peer, and keeps its [`Turn`].
+pub(super) struct WatchedService<S> {
+    pub(super) service: S,
+    pub(super) peer: Arc<Peer>,
+    pub(super) turns: Arc<Turns>,
+}
+
+impl<S: ConnectionService> Service<Request<Incoming>> for WatchedService<S> {
+    type Response = Response<WatchedBody<S::Body>>;
+    type Error = Infallible;
+    type Future = Answering<S::Future>;
+
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        let mut request = request.map(|body| RequestBody::new(body, Arc::clone(&self.turns)));
+        request.extensions_mut().insert(Arc::clone(&self.peer));
+        let turn = Turn::begin(&self.turns);
+        Answering { answer: self.service.call(request), turn: Some(turn) }
+    }
+}
+
+pub(super) struct Answering<F> {
+    answer: F,
+    turn: Option<Turn>,
+}
+
+impl<F, B> Future for Answering<F>
+where
+    F: Future<Output = Result<Response<B>, Infallible>> + Unpin,
+{
+    type Output = Result<Response<WatchedBody<B>>, Infallible>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.get_mut();
+        let Ok(response) = ready!(Pin::new(&mut this.answer).poll(cx));
+        // Nothing more comes after the answer.
+        let Some(turn) = this.turn.take() else { return Poll::Pending };
+        Poll::Ready(Ok(response.map(|body| WatchedBody { body, turn })))
+    }
+}
+
+/// The body of an answer: it is the peer's turn while a part of it is on its way, and nobody's when it has none yet.
+pub(super) struct WatchedBody<B> {
+    body: B,
+    turn: Turn,
+}
+
+impl<B: Body<Data = Bytes> + Unpin> Body for WatchedBody<B> {
+    type Data = Part;
+    type Error = B::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Part>, B::Error>>> {
+        let this = self.get_mut();
+        let next = Pin::new(&mut this.body).poll_frame(cx);
+        if next.is_pending() {
+            this.turn.rests();
+        }
+        next.map_ok(|frame| frame.map_data(|bytes| this.turn.part(bytes)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
