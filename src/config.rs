@@ -6,9 +6,9 @@
 //! reported at once with its place. Nothing is left out silently: an unknown key, and a key of spire-agent that this
 //! version does not act on, are errors. A field of [`Config`] is final: no default is left to be applied elsewhere.
 //!
-//! Where a key is declared: in the `settings` of the room that acts on it (`telemetry`, `store`, `peer`, `issuer`), with
-//! [`settings!`](crate::hcl::settings); the agent's own in [`agent`]; limits in `ratelimit`; entries in `entries`. A file
-//! here reads a block: it takes the keys from there, and checks what several keys say together.
+//! Where a key is declared: with `settings!`, in `settings.rs` of the room that acts on it (`telemetry`, `store`, `peer`,
+//! `issuer::embedded`) or in the attestor's file; the agent's own in `agent`. `ratelimit` and `entries` read their blocks
+//! key by key. A file here reads a block: it takes the keys, and checks what several keys say together.
 //!
 //! Absent on purpose: command line flags (`cli`), the environment (a function gives it), opening sockets.
 

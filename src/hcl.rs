@@ -8,10 +8,12 @@ pub(crate) mod absent;
 pub(crate) mod duration;
 mod error;
 pub(crate) mod expand;
+pub(crate) mod problems;
 pub(crate) mod reader;
 pub(crate) mod section;
 pub(crate) mod settings;
 pub(crate) mod tree;
+mod values;
 
 pub use duration::{parse_duration, show_duration};
 pub use error::{ConfigError, ConfigErrors};

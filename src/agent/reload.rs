@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Load, Running, connection_bounds, metrics::ReloadResult, watch::Budget};
+use super::{Running, connection_bounds, metrics::ReloadResult, watch::Budget};
 use crate::{
     config::{self, Config, EntryChanges},
     identity::EntryIndex,
@@ -65,7 +65,10 @@ impl Running {
 }
 
 /// Reads the configuration again, as a signal asked for, and says in log and metrics how it went.
-pub(super) fn on_signal(agent: &mut Running, load: &Load) -> anyhow::Result<()> {
+pub(super) fn on_signal(
+    agent: &mut Running,
+    load: impl FnOnce() -> anyhow::Result<Config>,
+) -> anyhow::Result<()> {
     // On this thread: the workers serve meanwhile.
     let done = tokio::task::block_in_place(load).and_then(|next| agent.reload(next));
     match done {

@@ -18,10 +18,7 @@ use super::{
 };
 use crate::{
     attest::AttestSettings,
-    hcl::{
-        ConfigError, ConfigErrors,
-        section::{Problems, Section},
-    },
+    hcl::{ConfigError, ConfigErrors, problems::Problems, section::Section},
     identity::{Bundle, Entry, TrustDomain},
     issuer::embedded::{EmbeddedSettings, IssuerSettings},
     limits::LimitSettings,
@@ -297,10 +294,10 @@ mod tests {
     fn each_declared_key_is_in_the_reference_and_changes_as_it_says() {
         let problems = problems();
         parse(REFERENCE, &problems);
-        let declared = problems.declared.borrow();
-        assert!(declared.len() > 25, "{declared:?}");
-        let (comments, bounds) = (comments(), problems.bounds.borrow());
-        for (key, change) in declared.iter() {
+        let asked = problems.asked.borrow();
+        assert!(asked.declared.len() > 25, "{:?}", asked.declared);
+        let comments = comments();
+        for (key, change) in &asked.declared {
             let comment = comments.get(*key).unwrap_or_else(|| panic!("{key} is not in the reference"));
             let said = (comment.contains("Reloads"), comment.contains("Restart to change."));
             assert_eq!(said, (*change == "reloads", *change == "needs_restart"), "{key}: {comment}");
@@ -310,7 +307,7 @@ mod tests {
                 i64::MAX.to_string(),
                 format!("\"{}\"", show_duration(Duration::MAX)),
             ];
-            for bound in bounds.get(*key).into_iter().flatten().filter(|bound| !free.contains(bound)) {
+            for bound in asked.bounds.get(*key).into_iter().flatten().filter(|bound| !free.contains(bound)) {
                 assert!(comment.contains(bound.as_str()), "{key}, {bound}: {comment}");
             }
         }
@@ -330,7 +327,7 @@ mod tests {
             federation \"o\" {{ bundle_path = \"/etc/durward/other.example.json\" bundle_format = \"spiffe\" }}"
         );
         parse(&text, &problems);
-        let keys = problems.keys.borrow();
+        let keys = &problems.asked.borrow().keys;
         assert!(keys.contains("agent.trust_domain") && keys.contains("entry.selectors"), "{keys:?}");
         let words: BTreeSet<&str> =
             REFERENCE.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).collect();

@@ -17,7 +17,8 @@ use super::{issuer::CaTtl, trust_domain};
 use crate::{
     attest::AttestSettings,
     hcl::{
-        section::{At, Labelled, Problems, Section},
+        problems::Problems,
+        section::{At, Labelled, Section},
         tree::{Place, quoted},
     },
     identity::{Entry, EntryId, Selector, Selectors, SpiffeId, TrustDomain, entry::MAX_HINT_LEN},
@@ -294,7 +295,8 @@ impl Fingerprint {
     }
 }
 
-/// The ID of an entry that has none: `/web#0123456789abcdef`, of its path and a hash over SPIFFE ID, selectors and hint.
+/// The ID of an entry that has none: `/web#0123456789abcdef`, of its path and a hash over SPIFFE ID, selectors and
+/// hint.
 ///
 /// It stays the same over restarts and other entries' changes, and puts entries in the order of their paths. An `id`
 /// that is set cannot look like it, since it has no slash.

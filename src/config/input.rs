@@ -7,8 +7,10 @@ use std::{
 
 use super::file::{DropIns, FileError};
 use crate::hcl::{
-    expand, reader,
-    section::{At, Problems},
+    expand,
+    problems::Problems,
+    reader,
+    section::At,
     tree::{Node, Place, quoted},
 };
 

@@ -1,4 +1,4 @@
-//! Reading one block of a configuration, key by key, and gathering what is wrong.
+//! Reading one block of a configuration, key by key.
 //!
 //! The way of every block: take a [`Section`] from the one around it ([`Section::block`], [`Section::labelled`]), take
 //! each key with its type ([`Section::string`], [`Section::duration`] ..), then [`Section::finish`], which reports
@@ -16,122 +16,12 @@
 //! }
 //! ```
 
-use std::{
-    borrow::Cow,
-    cell::{Cell, RefCell},
-    collections::BTreeSet,
-    fmt,
-    ops::RangeInclusive,
-    path::{Path, PathBuf},
-    time::Duration,
-};
-
-#[cfg(test)]
-use std::collections::BTreeMap;
+use std::{borrow::Cow, fmt};
 
 use super::{
-    ConfigError, ConfigErrors,
-    duration::{parse_duration, show_duration},
+    problems::Problems,
     tree::{Member, Node, Place, Value, abridged, quoted},
 };
-
-/// More mistakes than this are counted, not listed.
-const MAX_LISTED: usize = 1000;
-
-/// As [`ConfigError`], with a place for a path.
-#[derive(Debug)]
-pub(crate) struct Problem {
-    place: Place,
-    key: String,
-    value: Option<String>,
-    pub(crate) message: String,
-}
-
-/// The files that are read, and what was found wrong so far in all of them.
-#[derive(Debug, Default)]
-pub(crate) struct Problems {
-    /// Where relative paths start.
-    base: PathBuf,
-    files: RefCell<Vec<PathBuf>>,
-    list: RefCell<Vec<Problem>>,
-    left_out: Cell<usize>,
-    /// Every key that was ever asked for, as `agent.log_level`: the tests hold the reference against it.
-    #[cfg(test)]
-    pub(crate) keys: RefCell<BTreeSet<String>>,
-    /// Every key that [`settings!`](super::settings) declares, and how it changes.
-    #[cfg(test)]
-    pub(crate) declared: RefCell<BTreeMap<&'static str, &'static str>>,
-    /// The least and the most that every key with bounds may be set to.
-    #[cfg(test)]
-    pub(crate) bounds: RefCell<BTreeMap<String, [String; 2]>>,
-}
-
-impl Problems {
-    /// Relative paths start at `base`.
-    pub(crate) fn new(base: &Path) -> Self {
-        Self { base: base.to_owned(), ..Self::default() }
-    }
-
-    #[cfg(test)]
-    pub(crate) fn declare(&self, keys: &[(&'static str, &'static str)]) {
-        self.declared.borrow_mut().extend(keys.iter().copied());
-    }
-
-    /// The number that stands for `path` in a [`Place`].
-    pub(crate) fn add_file(&self, path: &Path) -> u32 {
-        let mut files = self.files.borrow_mut();
-        files.push(path.to_owned());
-        u32::try_from(files.len() - 1).unwrap_or(u32::MAX)
-    }
-
-    /// Adds a mistake. `value` is shown as it is given; leave it out for secrets.
-    pub(crate) fn add(&self, place: Place, key: &str, value: Option<String>, message: impl fmt::Display) {
-        let mut list = self.list.borrow_mut();
-        if list.len() < MAX_LISTED {
-            list.push(Problem { place, key: key.to_owned(), value, message: message.to_string() });
-        } else {
-            self.left_out.set(self.left_out.get().saturating_add(1));
-        }
-    }
-
-    /// What was added so far.
-    #[cfg(test)]
-    pub(crate) fn wrongs(&self) -> std::cell::RefMut<'_, Vec<Problem>> {
-        self.list.borrow_mut()
-    }
-
-    /// `agent.conf:4:3`, for a message that names a second place.
-    pub(crate) fn show(&self, place: Place) -> String {
-        format!("{}:{}:{}", self.file(place).display(), place.line, place.column)
-    }
-
-    fn file(&self, place: Place) -> PathBuf {
-        usize::try_from(place.file)
-            .ok()
-            .and_then(|at| self.files.borrow().get(at).cloned())
-            .unwrap_or_default()
-    }
-
-    /// `made`, when there was nothing wrong.
-    pub(crate) fn into_result<T>(self, made: Option<T>) -> Result<T, ConfigErrors> {
-        let mut list = self.list.take();
-        if let Some(made) = made
-            && list.is_empty()
-        {
-            return Ok(made);
-        }
-        list.sort_by_key(|problem| problem.place);
-        let list = list.into_iter().map(|Problem { place, key, value, message }| ConfigError {
-            file: self.file(place),
-            line: place.line,
-            column: place.column,
-            key,
-            value,
-            message,
-        });
-        Err(ConfigErrors::new(list.collect(), self.left_out.get()))
-    }
-}
 
 /// A value with the place where it stands, for checks that compare two.
 #[derive(Clone, Copy, Debug)]
@@ -231,8 +121,7 @@ impl<'a> Section<'a> {
     /// Where `key` is set, to a value with which nothing was found wrong.
     pub(crate) fn set_at(&self, key: &str) -> Option<Place> {
         let (member, _) = self.members.iter().find(|(member, _)| member.key.eq_ignore_ascii_case(key))?;
-        let is_wrong = self.problems.list.borrow().iter().any(|problem| problem.place == member.place);
-        (!is_wrong).then_some(member.place)
+        (!self.problems.is_wrong(member.place)).then_some(member.place)
     }
 
     /// Where `key` is set, for a message that names a second place; `by default` when it is not.
@@ -268,202 +157,6 @@ impl<'a> Section<'a> {
             self.wrong(again.place, key, Some(again.node.value.shown()), message);
         }
         Some(first)
-    }
-
-    fn wrong_type<T>(&self, member: &Member, key: &str, want: &str) -> Option<T> {
-        let got = member.node.value.kind();
-        self.wrong(member.place, key, Some(member.node.value.shown()), format!("must be {want}, not {got}"));
-        None
-    }
-
-    /// A string; a number counts as its text, as in spire-agent.
-    pub(crate) fn string(&mut self, key: &'static str) -> Option<At<&'a str>> {
-        let member = self.take(key)?;
-        match &member.node.value {
-            Value::String(text) | Value::Number(text) => Some(At { value: text, place: member.place }),
-            _ => self.wrong_type(member, key, "a string"),
-        }
-    }
-
-    /// A string; an empty one counts as not set.
-    pub(crate) fn text(&mut self, key: &'static str) -> Option<At<String>> {
-        let text = self.string(key)?;
-        (!text.value.is_empty()).then(|| text.map(str::to_owned))
-    }
-
-    /// A string that `parse` understands; `None` reports `right`.
-    pub(crate) fn parsed<T>(
-        &mut self,
-        key: &'static str,
-        parse: impl FnOnce(&'a str) -> Option<T>,
-        right: impl fmt::Display,
-    ) -> Option<At<T>> {
-        let text = self.string(key)?;
-        let parsed = parse(text.value);
-        if parsed.is_none() {
-            self.wrong(text.place, key, Some(quoted(text.value)), right);
-        }
-        parsed.map(|value| At { value, place: text.place })
-    }
-
-    /// A string that `parse` understands; its error says what would be right.
-    pub(crate) fn checked<T, E: fmt::Display>(
-        &mut self,
-        key: &'static str,
-        parse: impl FnOnce(&str) -> Result<T, E>,
-    ) -> Option<At<T>> {
-        let text = self.string(key)?;
-        match parse(text.value) {
-            Ok(value) => Some(At { value, place: text.place }),
-            Err(err) => {
-                self.wrong(text.place, key, Some(quoted(text.value)), err);
-                None
-            }
-        }
-    }
-
-    /// A path, made absolute from the working directory as spire-agent does.
-    pub(crate) fn absolute(&mut self, key: &'static str) -> Option<At<PathBuf>> {
-        let good = |text: &str| !text.is_empty() && !text.contains('\0');
-        let text = self.parsed(key, |text| good(text).then_some(text), "must be a path")?;
-        Some(text.map(|text| self.problems.base.join(text)))
-    }
-
-    /// A path with which `check`, once it is absolute, finds nothing wrong.
-    pub(crate) fn absolute_that<E: fmt::Display>(
-        &mut self,
-        key: &'static str,
-        check: impl FnOnce(&Path) -> Result<(), E>,
-    ) -> Option<At<PathBuf>> {
-        let path = self.absolute(key)?;
-        let wrong = check(&path.value).err();
-        if let Some(err) = &wrong {
-            self.wrong(path.place, key, Some(quoted(&path.value.to_string_lossy())), err);
-        }
-        wrong.is_none().then_some(path)
-    }
-
-    /// `true` or `false`, without quotes.
-    pub(crate) fn boolean(&mut self, key: &'static str) -> Option<At<bool>> {
-        let member = self.take(key)?;
-        match member.node.value {
-            Value::Bool(value) => Some(At { value, place: member.place }),
-            _ => self.wrong_type(member, key, "true or false, without quotes"),
-        }
-    }
-
-    /// A whole number in `range`; digits in quotes count too, as in spire-agent.
-    pub(crate) fn integer<T>(&mut self, key: &'static str, range: RangeInclusive<T>) -> Option<At<T>>
-    where
-        T: TryFrom<i64> + TryInto<i64>,
-    {
-        let (least, most) = range.into_inner();
-        let (least, most) = (least.try_into().unwrap_or(i64::MIN), most.try_into().unwrap_or(i64::MAX));
-        #[cfg(test)]
-        self.problems.bounds.borrow_mut().insert(self.path(key), [least.to_string(), most.to_string()]);
-        let member = self.take(key)?;
-        let (Value::Number(text) | Value::String(text)) = &member.node.value else {
-            return self.wrong_type(member, key, "a whole number");
-        };
-        let value = parse_integer(text).filter(|value| (least..=most).contains(value));
-        let value = value.and_then(|value| T::try_from(value).ok());
-        if value.is_none() {
-            let right = match (least, most) {
-                (i64::MIN, i64::MAX) => "must be a whole number".to_owned(),
-                (least, i64::MAX) => format!("must be a whole number of at least {least}"),
-                (least, most) => format!("must be a whole number from {least} to {most}"),
-            };
-            self.wrong(member.place, key, Some(member.node.value.shown()), right);
-        }
-        value.map(|value| At { value, place: member.place })
-    }
-
-    /// A number, with a fraction or without, and as it was written; digits in quotes count too.
-    pub(crate) fn number(&mut self, key: &'static str) -> Option<At<(f64, &'a str)>> {
-        let member = self.take(key)?;
-        let (Value::Number(text) | Value::String(text)) = &member.node.value else {
-            return self.wrong_type(member, key, "a number");
-        };
-        let value = text.parse().ok().filter(|value: &f64| value.is_finite());
-        if value.is_none() {
-            let right = "must be a number such as 100 or 0.5";
-            self.wrong(member.place, key, Some(member.node.value.shown()), right);
-        }
-        value.map(|value| At { value: (value, &**text), place: member.place })
-    }
-
-    /// A duration in `range`, as Go writes it: `"1h30m"`.
-    pub(crate) fn duration(
-        &mut self,
-        key: &'static str,
-        range: RangeInclusive<Duration>,
-    ) -> Option<At<Duration>> {
-        #[cfg(test)]
-        self.problems.bounds.borrow_mut().insert(
-            self.path(key),
-            [*range.start(), *range.end()].map(|bound| format!("\"{}\"", show_duration(bound))),
-        );
-        let member = self.take(key)?;
-        let (Value::String(text) | Value::Number(text)) = &member.node.value else {
-            return self.wrong_type(member, key, "a duration in quotes such as \"1h30m\"");
-        };
-        let right = match parse_duration(text) {
-            None => "must be a duration such as \"1h30m\", \"10s\" or \"500ms\"".to_owned(),
-            Some(value) if range.contains(&value) => return Some(At { value, place: member.place }),
-            Some(_) if *range.end() == Duration::MAX => {
-                format!("must be at least {}", show_duration(*range.start()))
-            }
-            Some(_) => {
-                format!("must be from {} to {}", show_duration(*range.start()), show_duration(*range.end()))
-            }
-        };
-        self.wrong(member.place, key, Some(member.node.value.shown()), right);
-        None
-    }
-
-    /// A duration in `range`, as what `make` makes of it.
-    pub(crate) fn duration_as<T, E: fmt::Display>(
-        &mut self,
-        key: &'static str,
-        range: RangeInclusive<Duration>,
-        make: impl FnOnce(Duration) -> Result<T, E>,
-    ) -> Option<At<T>> {
-        let at = self.duration(key, range)?;
-        match make(at.value) {
-            Ok(value) => Some(At { value, place: at.place }),
-            Err(err) => {
-                self.wrong(at.place, key, Some(quoted(&show_duration(at.value))), err);
-                None
-            }
-        }
-    }
-
-    /// A list of strings, each with its place; a number counts as its text.
-    pub(crate) fn strings(&mut self, key: &'static str) -> Option<At<Vec<At<&'a str>>>> {
-        let member = self.take(key)?;
-        let Value::List(items) = &member.node.value else {
-            return self.wrong_type(member, key, "a list of strings such as [\"a\", \"b\"]");
-        };
-        let mut texts = Vec::with_capacity(items.len());
-        for item in items {
-            match &item.value {
-                Value::String(text) | Value::Number(text) => {
-                    texts.push(At { value: &**text, place: item.place });
-                }
-                other => {
-                    let message = format!("must be a list of strings, and holds {}", other.kind());
-                    self.wrong(item.place, key, Some(other.shown()), message);
-                }
-            }
-        }
-        Some(At { value: texts, place: member.place })
-    }
-
-    /// A list of strings, sorted and each once: for lists of which the order means nothing.
-    pub(crate) fn texts(&mut self, key: &'static str) -> Option<At<Vec<String>>> {
-        let list = self.strings(key)?;
-        let texts: BTreeSet<&str> = list.value.iter().map(|text| text.value).collect();
-        Some(At { value: texts.into_iter().map(str::to_owned).collect(), place: list.place })
     }
 
     /// The objects under `key`: of every repetition, and of lists of objects, which is how JSON repeats a block.
@@ -566,7 +259,7 @@ impl<'a> Section<'a> {
     /// Ends the block: every key that nobody took is reported, with the nearest one that was asked for.
     pub(crate) fn finish(self) {
         #[cfg(test)]
-        self.problems.keys.borrow_mut().extend(self.known.iter().map(|key| match self.name.as_ref() {
+        self.problems.asked.borrow_mut().keys.extend(self.known.iter().map(|key| match self.name.as_ref() {
             "" => (*key).to_owned(),
             name => format!("{name}.{key}"),
         }));
@@ -578,19 +271,6 @@ impl<'a> Section<'a> {
             );
             self.wrong(member.place, &abridged(&member.key), None, message);
         }
-    }
-}
-
-/// A whole number as written: decimal, or hexadecimal with `0x`.
-fn parse_integer(text: &str) -> Option<i64> {
-    let (sign, digits) = text.strip_prefix('-').map_or(("", text), |digits| ("-", digits));
-    if digits.starts_with(['+', '-']) {
-        return None;
-    }
-    match digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X")) {
-        Some(hex) if !hex.starts_with(['+', '-']) => i64::from_str_radix(&format!("{sign}{hex}"), 16).ok(),
-        Some(_) => None,
-        None => text.parse().ok(),
     }
 }
 

@@ -11,7 +11,8 @@ use super::{duration::show_duration, tree::quoted};
 ///     /// `agent.listener`.
 ///     pub struct ListenerSettings in "agent.listener" {
 ///         /// How long calls in flight may go on after SIGTERM.
-///         "drain_timeout" drain_timeout: Duration = Duration::from_secs(5), duration(Duration::ZERO..=MAX_DRAIN), reloads;
+///         "drain_timeout" drain_timeout: Duration = Duration::from_secs(5),
+///             duration(Duration::ZERO..=MAX_DRAIN), reloads;
 ///     }
 /// }
 /// ```
@@ -56,7 +57,12 @@ macro_rules! settings {
             /// Reads the keys; each that is not set or wrong has its default.
             pub(crate) fn read(section: &mut $crate::hcl::section::Section<'_>) -> Self {
                 #[cfg(test)]
-                section.problems().declare(&[$((concat!($block, ".", $key), stringify!($change))),*]);
+                section
+                    .problems()
+                    .asked
+                    .borrow_mut()
+                    .declared
+                    .extend([$((concat!($block, ".", $key), stringify!($change))),*]);
                 $(
                     let read = section.$read($key, $($bound),*);
                     let $field = read.map_or_else(|| $default, |at| <$type>::from(at.value));

@@ -34,7 +34,7 @@ use tokio::{
 pub use self::{
     ca::{EmbeddedCa, ROTATION_RETRY, Rotation},
     error::{Damage, IssuerError, SuppliedCaFault},
-    settings::{AuthorityTtl, EmbeddedSettings, IssuerSettings, MIN_CA_TTL, MIN_SVID_TTL},
+    settings::{AuthorityTtl, EmbeddedSettings, IssuerSettings, MIN_CA_TTL, MIN_SVID_TTL, ShortCaTtl},
 };
 use super::{Issuer, JwtRequest, MintError, SvidKind, World, by, metrics::IssuerMetrics};
 use crate::{

@@ -24,7 +24,8 @@ settings! {
         "mode" mode: KubernetesMode = KubernetesMode::Auto,
             parsed(KubernetesMode::parse, "must be auto, on or off"), needs_restart;
         /// The cgroup in which the kubelet keeps pods; by default those where it puts them by itself.
-        "kubelet_cgroup_root" kubelet_root: KubeletRoot = KubeletRoot::default(), checked(KubeletRoot::parse), needs_restart;
+        "kubelet_cgroup_root" kubelet_root: KubeletRoot = KubeletRoot::default(),
+            checked(KubeletRoot::parse), needs_restart;
     }
 }
 

@@ -16,7 +16,8 @@ settings! {
         /// The least severe lines that are written.
         "log_level" level: Level = Level::INFO, parsed(parse_level, LEVELS), reloads;
         /// How a line looks.
-        "log_format" format: LogFormat = LogFormat::Text, parsed(LogFormat::parse, "must be text or json"), needs_restart;
+        "log_format" format: LogFormat = LogFormat::Text,
+            parsed(LogFormat::parse, "must be text or json"), needs_restart;
         /// The file to write to, made with mode 0640 when it is missing; `None` is standard output.
         "log_file" file: Option<PathBuf> = None, absolute(), needs_restart;
         /// Whether a line names the source file and line that wrote it.

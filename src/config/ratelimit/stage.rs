@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use super::rule::{A_LIMIT, Written, merged, method, set, written};
 use crate::{
     hcl::{
-        section::{Labelled, Problems, Section},
+        problems::Problems,
+        section::{Labelled, Section},
         tree::{Place, quoted},
     },
     identity::TrustDomain,

@@ -5,7 +5,6 @@ use std::{
     time::Duration,
 };
 
-use super::IssuerError;
 use crate::{
     hcl::settings::{Shown, settings},
     identity::{KeyType, TrustDomain},
@@ -29,14 +28,16 @@ settings! {
         "ca_ttl" ca_ttl: AuthorityTtl = AuthorityTtl::DEFAULT,
             duration_as(MIN_CA_TTL..=MAX_CA_TTL, AuthorityTtl::new), needs_restart;
         /// The type of the CA's key.
-        "ca_key_type" ca_key_type: KeyType = KeyType::EcP256, parsed(KeyType::parse, KeyType::NAMES), needs_restart;
+        "ca_key_type" ca_key_type: KeyType = KeyType::EcP256,
+            parsed(KeyType::parse, KeyType::NAMES), needs_restart;
         /// The type of the keys that sign JWT-SVIDs.
-        "jwt_key_type" jwt_key_type: KeyType = ca_key_type, parsed(KeyType::parse, KeyType::NAMES), needs_restart;
+        "jwt_key_type" jwt_key_type: KeyType = ca_key_type,
+            parsed(KeyType::parse, KeyType::NAMES), needs_restart;
         /// The `iss` claim of JWT-SVIDs, if any.
         "jwt_issuer" jwt_issuer: Option<String> = None, text(), needs_restart;
-        /// The certificate, PEM, of an admin's CA, with the chain up to the root behind it: it signs an intermediate that is
-        /// made here and rotated, and its root is what the bundle holds. Set together with its key; without both, the CA
-        /// is made here and self-signed.
+        /// The certificate, PEM, of an admin's CA, with the chain up to the root behind it: it signs an intermediate
+        /// that is made here and rotated, and its root is what the bundle holds. Set together with its key; without
+        /// both, the CA is made here and self-signed.
         "ca_cert_path" ca_cert_path: Option<PathBuf> = None, absolute(), needs_restart;
         /// Its private key, PEM, which nobody else may read.
         "ca_key_path" ca_key_path: Option<PathBuf> = None, absolute(), needs_restart;
@@ -69,6 +70,13 @@ impl IssuerSettings {
     }
 }
 
+/// A CA that would expire before anybody had learnt of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("ca_ttl is {} s, but must be at least {} s", found.as_secs(), MIN_CA_TTL.as_secs())]
+pub struct ShortCaTtl {
+    found: Duration,
+}
+
 /// Lifetime of a CA certificate and of a JWT key (`ca_ttl`): at least [`MIN_CA_TTL`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AuthorityTtl(Duration);
@@ -80,9 +88,9 @@ impl AuthorityTtl {
     /// Takes `ttl`.
     ///
     /// # Errors
-    /// [`IssuerError::CaTtl`]: it is too short.
-    pub fn new(ttl: Duration) -> Result<Self, IssuerError> {
-        if ttl < MIN_CA_TTL { Err(IssuerError::CaTtl { found: ttl }) } else { Ok(Self(ttl)) }
+    /// It is too short.
+    pub fn new(ttl: Duration) -> Result<Self, ShortCaTtl> {
+        if ttl < MIN_CA_TTL { Err(ShortCaTtl { found: ttl }) } else { Ok(Self(ttl)) }
     }
 
     /// As a duration.
