@@ -2,12 +2,15 @@
 
 use std::sync::Arc;
 
-use super::{Load, Running, connection_bounds, metrics::ReloadResult, watch::Budget};
+use super::{Running, connection_bounds, metrics::ReloadResult, watch::Budget};
 use crate::{
     config::{self, Config, EntryChanges},
     identity::EntryIndex,
     limits::GatePlan,
 };
+
+/// Where the configuration comes from, at start and at each reload: files, environment and command line.
+pub type Load = Box<dyn Fn() -> anyhow::Result<Config> + Send + Sync>;
 
 impl Running {
     /// Puts what `next` says in force, for open streams at once; all of it or nothing.

@@ -84,7 +84,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::{os::clock::Clock, telemetry::metrics::Metrics};
+    use crate::telemetry::metrics::Metrics;
 
     fn samples(metrics: &Metrics) -> BTreeMap<String, String> {
         let text = metrics.render();

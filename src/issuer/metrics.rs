@@ -112,7 +112,7 @@ impl RotationMetrics {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{os::clock::Clock, telemetry::metrics::Metrics};
+    use crate::telemetry::metrics::Metrics;
 
     #[test]
     fn counts_signatures_and_rotations() {

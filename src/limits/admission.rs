@@ -145,7 +145,7 @@ struct IdentityCall<'a> {
 }
 
 /// An identity that refuses.
-struct Refusing<'a> {
+struct RefusingIdentity<'a> {
     wait: Duration,
     reason: Reason,
     charged_as: ChargedAs,
@@ -241,7 +241,7 @@ impl Ledger {
         // Without an identity (a verifier that need not have one) the node alone is charged.
         let (mut node_counts, mut nobody) = (false, true);
         // Of several that refuse, the one to wait for longest.
-        let mut longest: Option<Refusing<'_>> = None;
+        let mut longest: Option<RefusingIdentity<'_>> = None;
         for id in ids {
             nobody = false;
             let choice = plan.identity.choose(id, method);
@@ -256,7 +256,7 @@ impl Ledger {
             }
         }
         let done = match longest {
-            Some(Refusing { wait, reason, charged_as, id, choice }) => {
+            Some(RefusingIdentity { wait, reason, charged_as, id, choice }) => {
                 let question = Question { plan, stage: Stage::Identity, method, dry: false };
                 self.refuse(&question, charged_as, reason, wait)
                     .inspect_err(|refusal| self.note(now, refusal, &identity_name(id, &choice)))
@@ -276,10 +276,10 @@ impl Ledger {
         id: &'a SpiffeId,
         choice: Choice<'a, IdPattern>,
         limit: Limit,
-    ) -> Option<Refusing<'a>> {
+    ) -> Option<RefusingIdentity<'a>> {
         let IdentityCall { method, caller_exempt, now, .. } = *call;
         let own = if choice.shared.is_some() { ChargedAs::Shared } else { ChargedAs::SpiffeId };
-        let refusing = |reason, wait| Some(Refusing { wait, reason, charged_as: own, id, choice });
+        let refusing = |reason, wait| Some(RefusingIdentity { wait, reason, charged_as: own, id, choice });
         let quota = match limit {
             // Exempt is from every bucket; what is blocked is blocked.
             Limit::Quota(quota) if !caller_exempt => quota,

@@ -34,7 +34,7 @@ impl Attestations {
     /// [`AttestationsError`] for more than [`Attestations::MOST`], or more of one caller than of all.
     pub fn new(all: Option<NonZeroU32>, per_caller: Option<NonZeroU32>) -> Result<Self, AttestationsError> {
         let all = all.map_or(64, NonZeroU32::get);
-        let per_caller = per_caller.map_or(all.min(16), NonZeroU32::get);
+        let per_caller = per_caller.map_or_else(|| all.min(16), NonZeroU32::get);
         if all > Self::MOST {
             return Err(AttestationsError::TooMany(all));
         }

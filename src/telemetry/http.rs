@@ -189,7 +189,7 @@ mod tests {
     use tokio::net::TcpStream;
 
     use super::*;
-    use crate::{os::clock::Clock, telemetry::health::Probe};
+    use crate::telemetry::health::Probe;
 
     /// A served listener, and its address. It ends with the test's runtime.
     fn served(routes: Routes) -> SocketAddr {

@@ -6,7 +6,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::MIN_CA_TTL;
 use crate::{
     identity::{SpiffeId, TrustDomain},
     issuer::MintError,
@@ -54,8 +53,8 @@ pub enum IssuerError {
     #[error("supplied CA {}: {fault}", path.display())]
     SuppliedCa { path: PathBuf, fault: SuppliedCaFault },
     /// A CA that would expire before anybody had learnt of it.
-    #[error("ca_ttl is {} s, but must be at least {} s", found.as_secs(), MIN_CA_TTL.as_secs())]
-    CaTtl { found: Duration },
+    #[error("ca_ttl is {} s, but must be at least {} s", found.as_secs(), least.as_secs())]
+    CaTtl { found: Duration, least: Duration },
     /// An SVID for another trust domain was asked for.
     #[error("{id} is not in trust domain {trust_domain}")]
     Foreign { id: SpiffeId, trust_domain: TrustDomain },

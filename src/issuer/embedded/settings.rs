@@ -82,7 +82,11 @@ impl AuthorityTtl {
     /// # Errors
     /// [`IssuerError::CaTtl`]: it is too short.
     pub fn new(ttl: Duration) -> Result<Self, IssuerError> {
-        if ttl < MIN_CA_TTL { Err(IssuerError::CaTtl { found: ttl }) } else { Ok(Self(ttl)) }
+        if ttl < MIN_CA_TTL {
+            Err(IssuerError::CaTtl { found: ttl, least: MIN_CA_TTL })
+        } else {
+            Ok(Self(ttl))
+        }
     }
 
     /// As a duration.
