@@ -79,7 +79,7 @@ pub(super) fn set<T>(setting: &mut T, value: Option<T>) {
 /// A whole number in `range`.
 pub(super) fn number(s: &mut Section<'_>, key: &'static str, range: RangeInclusive<u32>) -> Option<At<u32>> {
     let at = s.integer(key, i64::from(*range.start())..=i64::from(*range.end()))?;
-    Some(at.map(|number| u32::try_from(number).unwrap_or_else(|_beyond| *range.end())))
+    Some(at.map(|number| u32::try_from(number).unwrap_or_else(|_| *range.end())))
 }
 
 /// The method that a label names.
