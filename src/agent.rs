@@ -20,8 +20,11 @@ use std::{path::Path, sync::Arc};
 use futures_util::future::OptionFuture;
 use tokio::{sync::watch as channel, task::JoinSet};
 
-pub use self::run::{Load, run, runtime, start_log};
 use self::{metrics::AgentMetrics, serving::Serving};
+pub use self::{
+    reload::Load,
+    run::{run, runtime, start_log},
+};
 use crate::{
     attest::Attestor,
     config::Config,

@@ -30,6 +30,7 @@ use arc_swap::ArcSwap;
 use nix::unistd::Pid;
 use tokio::time::Instant;
 
+pub use self::error::{AttestError, AttestFault, Blame, ProcReadError};
 pub(crate) use self::settings::is_enabled;
 use self::{
     attestors::{Attestation, Evidence, WorkloadAttestor, attestors},
@@ -37,10 +38,6 @@ use self::{
     metrics::AttestMetrics,
     process::{Attestable, ProcDir, Seen},
     unix::{UnixAttestor, UnixError, UnixSettings},
-};
-pub use self::{
-    error::{AttestError, AttestFault, Blame},
-    process::ProcReadError,
 };
 use crate::{
     hcl::section::Section,

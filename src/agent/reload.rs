@@ -9,6 +9,9 @@ use crate::{
     limits::GatePlan,
 };
 
+/// Where the configuration comes from, at start and at each reload: files, environment and command line.
+pub type Load = Box<dyn Fn() -> anyhow::Result<Config> + Send + Sync>;
+
 impl Running {
     /// Puts what `next` says in force, for open streams at once; all of it or nothing.
     ///

@@ -6,7 +6,8 @@ use anyhow::Context as _;
 use tokio::runtime::Runtime;
 
 use super::{
-    Running, reload,
+    Running,
+    reload::{self, Load},
     signals::{Signalled, Signals},
 };
 use crate::{
@@ -17,9 +18,6 @@ use crate::{
 
 /// The most worker threads. Two serve some ten thousand calls a second; more would only take from the node.
 const MOST_WORKERS: usize = 4;
-
-/// Where the configuration comes from, at start and at each reload: files, environment and command line.
-pub type Load = Box<dyn Fn() -> anyhow::Result<Config> + Send + Sync>;
 
 /// The `run` command: runs until a signal ends it.
 ///

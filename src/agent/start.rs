@@ -203,7 +203,7 @@ impl Built {
     }
 
     fn admin_service(&self, keys: Arc<PodOrUid>, budget: channel::Receiver<Budget>) -> AdminService {
-        AdminService::new(admin::Parts {
+        AdminService::new(admin::AdminParts {
             limits: self.limits.clone(),
             gate: self.gate.clone(),
             attestor: Arc::clone(&self.attestor),

@@ -85,7 +85,7 @@ pub fn connection_bounds() -> ConnectionBounds {
 }
 
 /// What the answers are made of.
-pub struct Parts {
+pub struct AdminParts {
     /// The buckets of callers and identities.
     pub limits: Limits,
     /// The connections.
@@ -103,7 +103,7 @@ pub struct Parts {
 /// The admin API. Cheap to clone.
 #[derive(Clone)]
 pub struct AdminApi {
-    parts: Arc<Parts>,
+    parts: Arc<AdminParts>,
 }
 
 /// The one service of the admin socket. Cheap to clone.
@@ -112,7 +112,7 @@ pub struct AdminService(AdminServer<AdminApi>);
 
 impl AdminService {
     /// Answers with these parts.
-    pub fn new(parts: Parts) -> Self {
+    pub fn new(parts: AdminParts) -> Self {
         let api = AdminApi { parts: Arc::new(parts) };
         Self(AdminServer::new(api).max_decoding_message_size(MAX_REQUEST))
     }
@@ -159,7 +159,7 @@ impl Admin for AdminApi {
     }
 }
 
-impl Parts {
+impl AdminParts {
     fn limits_now(&self, top: usize) -> pb::LimitsResponse {
         let mut heaviest = self.limits.heaviest(top);
         heaviest.extend(self.gate.report(top).into_iter().map(|heavy| (Stage::Gate, heavy)));

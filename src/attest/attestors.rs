@@ -7,7 +7,8 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     AttestorName,
-    process::{ProcDir, ProcReadError, Seen},
+    error::ProcReadError,
+    process::{ProcDir, Seen},
 };
 use crate::identity::{Entry, selector::Selectors};
 

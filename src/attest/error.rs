@@ -1,10 +1,13 @@
 //! Why a process could not be attested, whose doing that is, and how it is counted.
 
-use std::io;
+use std::{io, path::PathBuf};
 
 use nix::unistd::{Gid, Pid, Uid};
 
-use super::{AttestorError, AttestorName, process::ProcReadError};
+use super::{
+    AttestorError, AttestorName,
+    status::{MAX_GROUPS, StatusError},
+};
 use crate::telemetry::registry::labels;
 
 /// Why a peer could not be attested. None of these means that it has no identity.
@@ -98,6 +101,33 @@ impl AttestError {
             Self::Attestor(error) => error.class(),
         }
     }
+}
+
+/// Something under `/proc/PID` that cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcReadError {
+    /// No process has this PID.
+    #[error("the process has exited")]
+    Gone,
+    /// The kernel refuses, or the file is not there.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The file is not as the kernel writes it.
+    #[error("cannot understand {}: {why}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: StatusError,
+    },
+    /// The process has more supplementary groups than are attested.
+    #[error("the caller has more than {} supplementary groups", MAX_GROUPS)]
+    TooManyGroups,
 }
 
 impl ProcReadError {

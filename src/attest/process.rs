@@ -6,7 +6,6 @@
 
 use std::{
     fs::File,
-    io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
@@ -19,7 +18,7 @@ use nix::{
 };
 
 use super::{
-    AttestError,
+    error::{AttestError, ProcReadError},
     status::{self, ProcStatus, StatusError},
 };
 use crate::{
@@ -30,33 +29,6 @@ use crate::{
 
 /// As much of `status` as is read: the lines that count end before it with [`status::MAX_GROUPS`] groups.
 const STATUS_LIMIT: usize = 16 * 1024;
-
-/// Something under `/proc/PID` that cannot be read.
-#[derive(Debug, thiserror::Error)]
-pub enum ProcReadError {
-    /// No process has this PID.
-    #[error("the process has exited")]
-    Gone,
-    /// The kernel refuses, or the file is not there.
-    #[error("cannot read {}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// The kernel's answer.
-        source: io::Error,
-    },
-    /// The file is not as the kernel writes it.
-    #[error("cannot understand {}: {why}", path.display())]
-    Malformed {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        why: StatusError,
-    },
-    /// The process has more supplementary groups than are attested.
-    #[error("the caller has more than {} supplementary groups", status::MAX_GROUPS)]
-    TooManyGroups,
-}
 
 /// What attestation needs of a process.
 pub(super) trait Attestable: Sync {

@@ -26,7 +26,8 @@ use self::{
 use super::{
     AttestFault, Blame,
     attestors::{Evidence, Findings, WorkloadAttestor},
-    process::{ProcReadError, Seen},
+    error::ProcReadError,
+    process::Seen,
     status::ProcStatus,
 };
 use crate::{

@@ -8,10 +8,7 @@ use nix::{
 };
 
 use super::UnixError;
-use crate::attest::{
-    attestors::Evidence,
-    process::{ProcDir, ProcReadError},
-};
+use crate::attest::{attestors::Evidence, error::ProcReadError, process::ProcDir};
 
 /// Its name in `/proc/PID`. A kernel thread has none, and only root and the user's own processes may look.
 pub(super) const NAME: &str = "exe";
