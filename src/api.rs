@@ -12,6 +12,7 @@ pub mod claims;
 pub mod codec;
 pub mod encoded;
 pub mod health;
+mod journal;
 mod metrics;
 pub mod proto;
 pub mod services;
@@ -19,5 +20,5 @@ pub mod status;
 pub mod updates;
 pub mod workload;
 
-pub use metrics::ApiMetrics;
+pub use journal::Journal;
 pub use services::Services;

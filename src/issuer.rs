@@ -1,7 +1,7 @@
 //! Who signs, and where entries and bundles come from: the embedded CA, or a SPIRE Server.
 //!
 //! An [`Issuer`] is told whom to sign for; that the caller may have the SVID was decided before, by
-//! `identity::authorize`. Nothing above this module sees a CA key, or an error of a certain issuer: what could not
+//! `store::authorize`. Nothing above this module sees a CA key, or an error of a certain issuer: what could not
 //! be signed is a [`MintError`], which says whose fault it is.
 
 pub mod embedded;
@@ -34,10 +34,12 @@ pub trait Issuer: fmt::Debug + Send + Sync + 'static {
         deadline: Instant,
     ) -> BoxFuture<'a, Vec<Result<X509Svid, MintError>>>;
 
-    /// Makes a JWT-SVID by `deadline`.
+    /// Makes a JWT-SVID of the entry for `audience`, of which empty texts are left out. What is not made by
+    /// `deadline` is [`MintError::Late`].
     fn mint_jwt<'a>(
         &'a self,
-        request: JwtRequest<'a>,
+        entry: &'a Arc<Entry>,
+        audience: &'a [String],
         deadline: Instant,
     ) -> BoxFuture<'a, Result<JwtSvid, MintError>>;
 
@@ -58,15 +60,6 @@ pub struct World {
     pub index: Arc<EntryIndex>,
     /// What verifies the SVIDs of this trust domain and of those it is federated with.
     pub bundles: Bundles,
-}
-
-/// What a JWT-SVID is asked for.
-#[derive(Clone, Copy, Debug)]
-pub struct JwtRequest<'a> {
-    /// Whom it names, and how long it lives.
-    pub entry: &'a Arc<Entry>,
-    /// For whom it is. Empty texts are left out.
-    pub audience: &'a [String],
 }
 
 /// Why no SVID was made. The text is short and holds nothing of the issuer's, so that it may be sent to callers; the

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     api::{
-        ApiMetrics, Services,
+        Journal, Services,
         admin::{self, AdminService, OwnerGate},
         workload::{Parts, WorkloadApi},
     },
@@ -195,7 +195,7 @@ impl Built {
             store: Arc::clone(self.writer.store()),
             x509: Arc::clone(&self.x509),
             jwt: Arc::clone(&self.jwt),
-            metrics: Arc::new(ApiMetrics::new(self.metrics.registry())),
+            journal: Arc::new(Journal::new(self.metrics.registry())),
             clock: self.clock,
         });
         Services::new(workload, Arc::clone(&self.health), self.limits.clone())

@@ -260,7 +260,7 @@ impl AdminParts {
 
 /// The entries that match, each with why it is not served if it is not.
 fn matches(snapshot: &Snapshot, subject: &Subject) -> Vec<(Arc<Entry>, String)> {
-    let served = snapshot.matching(subject, None);
+    let served = snapshot.index.matching(subject, None);
     let withheld = |entry: &Arc<Entry>| match served.iter().find(|it| it.hint == entry.hint) {
         _ if served.iter().any(|it| it.id == entry.id) => String::new(),
         Some(first) => format!("an older entry, {}, has the same hint", first.id),

@@ -32,7 +32,7 @@ const CODES: [&str; 17] = [
 ];
 
 /// The series of calls. All methods are cheap and never block.
-pub struct ApiMetrics {
+pub(super) struct ApiMetrics {
     calls: By<Method, Box<[Counter]>>,
     seconds: By<Method, Histogram>,
     open: By<Method, Gauge>,
@@ -40,7 +40,7 @@ pub struct ApiMetrics {
 
 impl ApiMetrics {
     /// Registers every series.
-    pub fn new(make: Registry<'_>) -> Self {
+    pub(super) fn new(make: Registry<'_>) -> Self {
         let counter = |method: Method, code| {
             make.counter(
                 "durward_calls_total",
@@ -59,12 +59,12 @@ impl ApiMetrics {
     }
 
     /// A Workload API call was answered, or a stream's first message (or its refusal) was.
-    pub fn call_answered(&self, method: Method, took: Duration) {
+    pub(super) fn call_answered(&self, method: Method, took: Duration) {
         self.seconds.with(method, |histogram| histogram.record(took));
     }
 
     /// A Workload API call or stream ended.
-    pub fn call_ended(&self, method: Method, code: Code) {
+    pub(super) fn call_ended(&self, method: Method, code: Code) {
         let Ok(at) = usize::try_from(i32::from(code)) else { return };
         self.calls.with(method, |codes| {
             if let Some(counter) = codes.get(at) {
@@ -74,7 +74,7 @@ impl ApiMetrics {
     }
 
     /// A call or stream is open while the answer is kept.
-    pub fn stream_opened(&self, method: Method) -> Open {
+    pub(super) fn stream_opened(&self, method: Method) -> Open {
         self.open.with(method, Open::count)
     }
 }

@@ -6,8 +6,8 @@ use futures_util::stream;
 use tokio::sync::watch;
 use tonic::{Code, Status};
 
-use super::{encoded::Encoded, status::RequestError};
-use crate::{attest::AttestError, store::Change, telemetry::chain};
+use super::{encoded::Encoded, journal::OpenCall, status::RequestError};
+use crate::{attest::AttestError, store::Change};
 
 /// The response stream of a Workload API call.
 pub type Updates = Pin<Box<dyn tokio_stream::Stream<Item = Result<Encoded, Status>> + Send>>;
@@ -16,20 +16,18 @@ pub type Updates = Pin<Box<dyn tokio_stream::Stream<Item = Result<Encoded, Statu
 const RETRY: Duration = Duration::from_secs(5);
 
 /// What a stream sends now.
-pub trait Update: Send + 'static {
+pub(super) trait Update: Send + 'static {
     /// Whether whom the stream is for has ended: nothing is sent any more then. The connection ends too, but only
     /// soon; and somebody else may hold it.
     fn is_orphaned(&self) -> bool;
 
     /// The message for the newest snapshot.
     fn now(&mut self) -> impl Future<Output = Result<Encoded, RequestError>> + Send;
-
-    /// The stream ended with this code: [`Code::Ok`] when the client went away.
-    fn ended(&mut self, code: Code);
 }
 
 struct Stream<S: Update> {
     state: S,
+    open: OpenCall,
     changes: watch::Receiver<Change>,
     sent: Encoded,
     /// What to send next, when that is known already.
@@ -39,7 +37,7 @@ struct Stream<S: Update> {
 
 impl<S: Update> Drop for Stream<S> {
     fn drop(&mut self) {
-        self.state.ended(self.code);
+        self.open.ended(self.code);
     }
 }
 
@@ -47,19 +45,23 @@ impl<S: Update> Drop for Stream<S> {
 ///
 /// A fault on our side does not end the stream: what was sent stays valid, and it is tried again after [`RETRY`] and at
 /// the next change. A refusal does: the caller has no identity any more.
-pub fn updates<S: Update>(state: S, mut changes: watch::Receiver<Change>, first: Encoded) -> Updates {
+pub(super) fn updates<S: Update>(
+    state: S,
+    open: OpenCall,
+    mut changes: watch::Receiver<Change>,
+    first: Encoded,
+) -> Updates {
     // A stream that was opened while the agent drains ends after its first message, as the others did.
     if *changes.borrow() == Change::Draining {
         changes.mark_changed();
     }
-    let open = Stream { state, changes, sent: first, first: true, code: Code::Ok };
-    Box::pin(stream::unfold(Some(open), |open| async {
-        let mut open = open?;
-        let item = open.next().await;
-        match item {
-            Ok(message) => Some((Ok(message), Some(open))),
+    let stream = Stream { state, open, changes, sent: first, first: true, code: Code::Ok };
+    Box::pin(stream::unfold(Some(stream), |stream| async {
+        let mut stream = stream?;
+        match stream.next().await {
+            Ok(message) => Some((Ok(message), Some(stream))),
             Err(error) => {
-                open.code = error.code();
+                stream.code = error.code();
                 Some((Err(error.into()), None))
             }
         }
@@ -92,10 +94,7 @@ impl<S: Update> Stream<S> {
                 }
                 Err(RequestError::X509Svid(error)) => {
                     if !std::mem::replace(&mut behind, true) {
-                        tracing::warn!(
-                            error = chain(&error),
-                            "a stream keeps what it sent; it is tried again"
-                        );
+                        self.open.is_behind(&error);
                     }
                 }
                 Err(error) => return Err(error),
@@ -106,13 +105,13 @@ impl<S: Update> Stream<S> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::VecDeque;
+    use std::{collections::VecDeque, sync::Arc};
 
     use bytes::Bytes;
     use tokio_stream::StreamExt as _;
 
     use super::*;
-    use crate::issuer::MintError;
+    use crate::{api::journal::Journal, issuer::MintError, limits::Method, telemetry::metrics::Metrics};
 
     /// Answers one after the other: a message, or a fault.
     struct Scripted {
@@ -131,14 +130,13 @@ mod tests {
                 None => Err(RequestError::X509Svid(MintError::Late)),
             }
         }
-
-        fn ended(&mut self, _code: Code) {}
     }
 
     fn opened(answers: &[Option<&'static str>], orphaned: bool) -> (watch::Sender<Change>, Updates) {
         let (sender, changes) = watch::channel(Change::Generation(1));
         let state = Scripted { answers: answers.iter().copied().collect(), orphaned };
-        (sender, updates(state, changes, Bytes::from_static(b"first").into()))
+        let open = Arc::new(Journal::new(Metrics::default().registry())).opened(Method::FetchX509Svid);
+        (sender, updates(state, open, changes, Bytes::from_static(b"first").into()))
     }
 
     #[tokio::test(start_paused = true)]

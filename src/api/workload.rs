@@ -1,34 +1,33 @@
 //! The SPIFFE Workload API. Each function is the way of one call.
 //!
-//! The order is fixed by types ([`call`](super::call)). An answer is whole or it is an error: never a part of the caller's identities, since leaving
-//! out the first would make another one its default.
+//! The order is fixed by types ([`call`](super::call)). An answer is whole or it is an error: never a part of the
+//! caller's identities, since leaving out the first would make another one its default.
 
 use std::sync::Arc;
 
-use tokio::time::Instant;
-use tonic::{Code, Request, Response, Status};
+use tokio::{sync::watch, time::Instant};
+use tonic::{Request, Response, Status};
 
 use super::{
     answers::{bundles, federated, x509_svids},
     call::Call,
     claims::claims_to_struct,
     encoded::Encoded,
-    metrics::ApiMetrics,
+    journal::Journal,
     proto::{workload as pb, workload_server::spiffe_workload_api_server::SpiffeWorkloadApi},
     status::RequestError,
     updates::{Update, Updates, updates},
 };
 use crate::{
-    attest::{Attestor, Blame},
+    attest::Attestor,
     identity::{Bundle, SpiffeId, TrustDomain, jwt},
     limits::{Limits, Method},
     os::clock::Clock,
     store::{
-        Charged, JwtCache, Purpose, Store, X509Cache, authorize,
+        Change, Charged, JwtCache, Purpose, Store, X509Cache, authorize,
         snapshot::{AnswerKey, BundleForm},
         x509_cache::{Hold, Served},
     },
-    telemetry::{chain, registry::Open},
 };
 
 /// The Workload API. Cheap to clone.
@@ -49,8 +48,8 @@ pub struct Parts {
     pub x509: Arc<X509Cache>,
     /// Stage 7 of FetchJWTSVID.
     pub jwt: Arc<JwtCache>,
-    /// Counts calls.
-    pub metrics: Arc<ApiMetrics>,
+    /// Counts calls, and logs what fails.
+    pub journal: Arc<Journal>,
     /// Against which tokens are validated.
     pub clock: Clock,
 }
@@ -101,7 +100,7 @@ impl WorkloadApi {
         // The own bundle for everybody; foreign ones for whom they are federated with, from the entries that match
         // (spire-agent takes those whose SVID happens to be cached).
         let snapshot = store.snapshot();
-        let entries = snapshot.matching(attested.subject(), None);
+        let entries = snapshot.index.matching(attested.subject(), None);
         let federated = federated(entries);
         let bundle_of = |td: &TrustDomain| -> Option<&Bundle> {
             let known = *td == snapshot.bundles.own.trust_domain || federated.contains(td);
@@ -117,22 +116,27 @@ impl WorkloadApi {
         })
     }
 
-    async fn x509_svids(&self, call: Result<Call, RequestError>) -> Result<Updates, RequestError> {
-        let Parts { limits, attestor, store, x509, metrics, .. } = &*self.parts;
-        let attested = attestor.attest(call?.admit(limits)?).await?;
+    /// The way of a stream: subscribed before the snapshot is taken, so that no change after it is missed.
+    async fn charged(
+        &self,
+        call: Call,
+        purpose: Purpose,
+    ) -> Result<(Charged, watch::Receiver<Change>), RequestError> {
+        let Parts { limits, attestor, store, .. } = &*self.parts;
+        let attested = attestor.attest(call.admit(limits)?).await?;
         let changes = store.subscribe();
-        let entitled = authorize(&store.snapshot(), attested, Purpose::Svids, None)?;
-        let charged = entitled.charge(limits)?;
+        let entitled = authorize(&store.snapshot(), attested, purpose, None)?;
+        Ok((entitled.charge(limits)?, changes))
+    }
 
-        let mut stream = X509Svids {
-            parts: Arc::clone(&self.parts),
-            hold: x509.hold(&charged),
-            charged,
-            open: Ended::new(metrics, Method::FetchX509Svid),
-        };
-        let first = stream.now().await?;
-        stream.charged.pay();
-        Ok(updates(stream, changes, first))
+    async fn x509_svids(&self, call: Result<Call, RequestError>) -> Result<Updates, RequestError> {
+        let (charged, changes) = self.charged(call?, Purpose::Svids).await?;
+        let parts = Arc::clone(&self.parts);
+        let open = parts.journal.opened(Method::FetchX509Svid);
+        let mut state = X509Svids { hold: parts.x509.hold(&charged), parts, charged };
+        let first = state.now().await?;
+        state.charged.pay();
+        Ok(updates(state, open, changes, first))
     }
 
     async fn bundles(
@@ -140,63 +144,14 @@ impl WorkloadApi {
         call: Result<Call, RequestError>,
         form: BundleForm,
     ) -> Result<Updates, RequestError> {
-        let Parts { limits, attestor, store, metrics, .. } = &*self.parts;
         let call = call?;
         let method = call.method();
-        let attested = attestor.attest(call.admit(limits)?).await?;
-        let changes = store.subscribe();
-        let entitled = authorize(&store.snapshot(), attested, Purpose::Bundles, None)?;
-        let charged = entitled.charge(limits)?;
-
-        let mut stream =
-            BundlesOf { parts: Arc::clone(&self.parts), charged, form, open: Ended::new(metrics, method) };
-        let first = stream.now().await?;
-        stream.charged.pay();
-        Ok(updates(stream, changes, first))
-    }
-
-    /// Counts a call that is answered as a whole.
-    fn unary<T>(
-        &self,
-        method: Method,
-        started: Instant,
-        done: Result<T, RequestError>,
-    ) -> Result<Response<T>, Status> {
-        if done.is_ok() {
-            self.parts.metrics.call_ended(method, Code::Ok);
-        }
-        self.answered(method, started, done)
-    }
-
-    /// Counts the first answer of a call. The end of a stream that was opened is counted by [`Ended`].
-    fn answered<T>(
-        &self,
-        method: Method,
-        started: Instant,
-        done: Result<T, RequestError>,
-    ) -> Result<Response<T>, Status> {
-        let metrics = &self.parts.metrics;
-        metrics.call_answered(method, started.elapsed());
-        done.map(Response::new).map_err(|error| {
-            metrics.call_ended(method, error.code());
-            self.refused(method, error)
-        })
-    }
-
-    /// Our faults are logged with their cause. What the caller did wrong is counted, and seen at debug only.
-    #[expect(clippy::unused_self, reason = "reads as a step of the call")]
-    fn refused(&self, method: Method, error: RequestError) -> Status {
-        match &error {
-            RequestError::Attestation(cause) if cause.blame() == Blame::Fault => {
-                tracing::warn!(method = method.rpc(), error = chain(cause), "workload attestation failed");
-            }
-            RequestError::JwtSvid(cause) | RequestError::X509Svid(cause) => {
-                tracing::warn!(method = method.rpc(), error = chain(cause), "could not make an SVID");
-            }
-            RequestError::NoPeer => tracing::error!(method = method.rpc(), "a call came without its peer"),
-            other => tracing::debug!(method = method.rpc(), reason = %other, "refused"),
-        }
-        error.into()
+        let (charged, changes) = self.charged(call, Purpose::Bundles).await?;
+        let open = self.parts.journal.opened(method);
+        let mut state = BundlesOf { parts: Arc::clone(&self.parts), charged, form };
+        let first = state.now().await?;
+        state.charged.pay();
+        Ok(updates(state, open, changes, first))
     }
 }
 
@@ -214,7 +169,7 @@ impl SpiffeWorkloadApi for WorkloadApi {
     ) -> Result<Response<Updates>, Status> {
         let (method, started) = (Method::FetchX509Svid, Instant::now());
         let done = self.x509_svids(Call::of(&request, method)).await;
-        self.answered(method, started, done)
+        self.parts.journal.first(method, started, done)
     }
 
     async fn fetch_x509_bundles(
@@ -223,7 +178,7 @@ impl SpiffeWorkloadApi for WorkloadApi {
     ) -> Result<Response<Updates>, Status> {
         let (method, started) = (Method::FetchX509Bundles, Instant::now());
         let done = self.bundles(Call::of(&request, method), BundleForm::X509).await;
-        self.answered(method, started, done)
+        self.parts.journal.first(method, started, done)
     }
 
     async fn fetch_jwtsvid(
@@ -232,7 +187,7 @@ impl SpiffeWorkloadApi for WorkloadApi {
     ) -> Result<Response<pb::JwtsvidResponse>, Status> {
         let (method, started) = (Method::FetchJwtSvid, Instant::now());
         let done = self.jwt_svids(Call::of(&request, method), request.into_inner()).await;
-        self.unary(method, started, done)
+        self.parts.journal.whole(method, started, done)
     }
 
     async fn fetch_jwt_bundles(
@@ -241,7 +196,7 @@ impl SpiffeWorkloadApi for WorkloadApi {
     ) -> Result<Response<Updates>, Status> {
         let (method, started) = (Method::FetchJwtBundles, Instant::now());
         let done = self.bundles(Call::of(&request, method), BundleForm::Jwt).await;
-        self.answered(method, started, done)
+        self.parts.journal.first(method, started, done)
     }
 
     async fn validate_jwtsvid(
@@ -250,7 +205,7 @@ impl SpiffeWorkloadApi for WorkloadApi {
     ) -> Result<Response<pb::ValidateJwtsvidResponse>, Status> {
         let (method, started) = (Method::ValidateJwtSvid, Instant::now());
         let done = self.validate(Call::of(&request, method), request.into_inner()).await;
-        self.unary(method, started, done)
+        self.parts.journal.whole(method, started, done)
     }
 
     async fn fetch_witsvid(
@@ -259,7 +214,7 @@ impl SpiffeWorkloadApi for WorkloadApi {
     ) -> Result<Response<Self::FetchWITSVIDStream>, Status> {
         let (method, started) = (Method::FetchWitSvid, Instant::now());
         let admitted = Call::of(&request, method).and_then(|call| Ok(call.admit(&self.parts.limits)?));
-        self.unary(method, started, admitted.and(Err(RequestError::NoWitSvids)))
+        self.parts.journal.whole(method, started, admitted.and(Err(RequestError::NoWitSvids)))
     }
 
     async fn fetch_wit_bundles(
@@ -268,7 +223,7 @@ impl SpiffeWorkloadApi for WorkloadApi {
     ) -> Result<Response<Self::FetchWITBundlesStream>, Status> {
         let (method, started) = (Method::FetchWitBundles, Instant::now());
         let admitted = Call::of(&request, method).and_then(|call| Ok(call.admit(&self.parts.limits)?));
-        self.unary(method, started, admitted.and(Err(RequestError::NoWitBundles)))
+        self.parts.journal.whole(method, started, admitted.and(Err(RequestError::NoWitBundles)))
     }
 }
 
@@ -295,30 +250,12 @@ impl TryFrom<pb::JwtsvidRequest> for JwtQuery {
     }
 }
 
-/// Counts an open stream, and how it ended.
-struct Ended {
-    metrics: Arc<ApiMetrics>,
-    method: Method,
-    _open: Open,
-}
-
-impl Ended {
-    fn new(metrics: &Arc<ApiMetrics>, method: Method) -> Self {
-        Self { metrics: Arc::clone(metrics), method, _open: metrics.stream_opened(method) }
-    }
-
-    fn with(&self, code: Code) {
-        self.metrics.call_ended(self.method, code);
-    }
-}
-
 /// An open FetchX509SVID.
 struct X509Svids {
     parts: Arc<Parts>,
     charged: Charged,
     /// Keeps the SVIDs it sent renewed.
     hold: Hold,
-    open: Ended,
 }
 
 impl Update for X509Svids {
@@ -343,10 +280,6 @@ impl Update for X509Svids {
         let answer = x509_svids(&snapshot, charged.entries(), &svids).into_bytes();
         Ok(snapshot.answers.keep(key, answer, fresh, now).into())
     }
-
-    fn ended(&mut self, code: Code) {
-        self.open.with(code);
-    }
 }
 
 /// An open FetchX509Bundles or FetchJWTBundles.
@@ -354,7 +287,6 @@ struct BundlesOf {
     parts: Arc<Parts>,
     charged: Charged,
     form: BundleForm,
-    open: Ended,
 }
 
 impl Update for BundlesOf {
@@ -373,9 +305,5 @@ impl Update for BundlesOf {
         }
         let answer = bundles(&snapshot, self.form, &federated).into_bytes();
         Ok(snapshot.answers.keep(key, answer, None, now).into())
-    }
-
-    fn ended(&mut self, code: Code) {
-        self.open.with(code);
     }
 }

@@ -76,7 +76,7 @@ pub(super) fn read(root: &mut Section<'_>, server: &ServerKeys) -> (IssuerSettin
     embedded.map_or_else(
         || {
             let settings = IssuerSettings::default();
-            let ca_ttl = CaTtl { ttl: settings.ca_ttl.get(), whence: "by default".to_owned() };
+            let ca_ttl = CaTtl { ttl: settings.ca_ttl, whence: "by default".to_owned() };
             (settings, ca_ttl)
         },
         read_embedded,
@@ -85,7 +85,7 @@ pub(super) fn read(root: &mut Section<'_>, server: &ServerKeys) -> (IssuerSettin
 
 fn read_embedded(mut s: Section<'_>) -> (IssuerSettings, CaTtl) {
     let settings = IssuerSettings::read(&mut s);
-    let ca_ttl = CaTtl { ttl: settings.ca_ttl.get(), whence: s.whence("ca_ttl") };
+    let ca_ttl = CaTtl { ttl: settings.ca_ttl, whence: s.whence("ca_ttl") };
     for (key, value) in [
         ("default_x509_svid_ttl", settings.default_x509_svid_ttl),
         ("default_jwt_svid_ttl", settings.default_jwt_svid_ttl),

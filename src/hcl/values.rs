@@ -170,23 +170,6 @@ impl<'a> Section<'a> {
         None
     }
 
-    /// A duration in `range`, as what `make` makes of it.
-    pub(crate) fn duration_as<T, E: fmt::Display>(
-        &mut self,
-        key: &'static str,
-        range: RangeInclusive<Duration>,
-        make: impl FnOnce(Duration) -> Result<T, E>,
-    ) -> Option<At<T>> {
-        let at = self.duration(key, range)?;
-        match make(at.value) {
-            Ok(value) => Some(At { value, place: at.place }),
-            Err(err) => {
-                self.wrong(at.place, key, Some(quoted(&show_duration(at.value))), err);
-                None
-            }
-        }
-    }
-
     /// A list of strings, each with its place; a number counts as its text.
     pub(crate) fn strings(&mut self, key: &'static str) -> Option<At<Vec<At<&'a str>>>> {
         let member = self.take(key)?;

@@ -34,9 +34,9 @@ use tokio::{
 pub use self::{
     ca::{EmbeddedCa, ROTATION_RETRY, Rotation},
     error::{Damage, IssuerError, SuppliedCaFault},
-    settings::{AuthorityTtl, EmbeddedSettings, IssuerSettings, MIN_CA_TTL, MIN_SVID_TTL, ShortCaTtl},
+    settings::{EmbeddedSettings, IssuerSettings, MIN_CA_TTL, MIN_SVID_TTL},
 };
-use super::{Issuer, JwtRequest, MintError, SvidKind, World, by, metrics::IssuerMetrics};
+use super::{Issuer, MintError, SvidKind, World, by, metrics::IssuerMetrics};
 use crate::{
     identity::{Bundle, Bundles, Entry, EntryIndex, JwtSvid, TrustDomain, X509Svid},
     os::clock::{Clock, sleep_until},
@@ -206,10 +206,10 @@ impl Issuer for EmbeddedIssuer {
 
     fn mint_jwt<'a>(
         &'a self,
-        request: JwtRequest<'a>,
+        entry: &'a Arc<Entry>,
+        audience: &'a [String],
         deadline: Instant,
     ) -> BoxFuture<'a, Result<JwtSvid, MintError>> {
-        let JwtRequest { entry, audience } = request;
         if self.ca.jwt_takes_rsa() {
             let (entry, audience) = (Arc::clone(entry), audience.to_vec());
             return Box::pin(self.mint_heavy(SvidKind::Jwt, deadline, move |ca, now| {
@@ -336,17 +336,15 @@ mod tests {
         let web = entry("/web", "web");
         let audience = ["a".to_owned()];
         let batch = [Arc::clone(&web), Arc::clone(&web)];
-        let (svids, token) = tokio::join!(
-            issuer.mint_x509(&batch, deadline),
-            issuer.mint_jwt(JwtRequest { entry: &web, audience: &audience }, deadline),
-        );
+        let (svids, token) =
+            tokio::join!(issuer.mint_x509(&batch, deadline), issuer.mint_jwt(&web, &audience, deadline),);
         assert!(matches!(svids[..], [Err(MintError::Late), Err(MintError::Late)]), "{svids:?}");
         assert!(matches!(token, Err(MintError::Late)), "{token:?}");
         assert_eq!(started.elapsed().as_secs(), 7);
         drop(busy);
-        assert!(issuer.mint_jwt(JwtRequest { entry: &web, audience: &audience }, deadline).await.is_err());
+        assert!(issuer.mint_jwt(&web, &audience, deadline).await.is_err());
         let later = crate::issuer::deadline();
-        issuer.mint_jwt(JwtRequest { entry: &web, audience: &audience }, later).await.unwrap();
+        issuer.mint_jwt(&web, &audience, later).await.unwrap();
     }
 
     #[tokio::test(start_paused = true)]

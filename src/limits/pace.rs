@@ -1,11 +1,11 @@
-//! How often this process may do what it does once for all: say a line in the log that calls can cause, ask a
+//! How often this process may do what it does once for all: write a line in the log that calls can cause, ask a
 //! server.
 //!
 //! governor's limiter fits where there is one of it and nobody asks what is left; what is kept by key, lent and
 //! given back is a [`Bucket`](super::bucket::Bucket).
 
 use std::{
-    num::NonZeroU32,
+    num::{NonZeroU32, NonZeroU64},
     sync::atomic::{AtomicU64, Ordering},
 };
 
@@ -16,17 +16,20 @@ use governor::{
     state::{InMemoryState, NotKeyed},
 };
 
-/// Paces what happens at one place.
+/// How many lines of one kind there are in a minute, and at once.
+const LINES_A_MINUTE: u32 = 60;
+
+/// Paces what happens at one place. The default is for a line in the log: 60 a minute.
 #[derive(Debug)]
 pub struct Pace<C: Clock = DefaultClock> {
     limiter: RateLimiter<NotKeyed, InMemoryState, C, NoOpMiddleware<C::Instant>>,
     left_out: AtomicU64,
 }
 
-impl Pace {
-    /// So often a minute, and as often at once.
-    pub fn per_minute(times: NonZeroU32) -> Self {
-        Self::by_clock(times, DefaultClock::default())
+impl Default for Pace {
+    fn default() -> Self {
+        let lines = NonZeroU32::new(LINES_A_MINUTE).unwrap_or(NonZeroU32::MIN);
+        Self::by_clock(lines, DefaultClock::default())
     }
 }
 
@@ -36,13 +39,13 @@ impl<C: Clock> Pace<C> {
         Self { limiter, left_out: AtomicU64::new(0) }
     }
 
-    /// Asks for one. Returns how many got none since the last that got one, or `None` when this gets none.
-    pub fn line(&self) -> Option<u64> {
+    /// Has `line` say what happened, unless it is too soon; it is told how often it was too soon since the last line.
+    pub fn say(&self, line: impl FnOnce(Option<NonZeroU64>)) {
         if self.limiter.check().is_ok() {
-            return Some(self.left_out.swap(0, Ordering::Relaxed));
+            line(NonZeroU64::new(self.left_out.swap(0, Ordering::Relaxed)));
+        } else {
+            self.left_out.fetch_add(1, Ordering::Relaxed);
         }
-        self.left_out.fetch_add(1, Ordering::Relaxed);
-        None
     }
 }
 
@@ -58,12 +61,14 @@ mod tests {
     fn a_flood_is_a_few_lines_that_tell_its_size() {
         let clock = FakeRelativeClock::default();
         let pace = Pace::by_clock(NonZeroU32::new(6).unwrap(), clock.clone());
-        let lines: Vec<u64> = (0..1000).filter_map(|_| pace.line()).collect();
-        assert_eq!(lines, [0; 6]);
+        let mut lines = Vec::new();
+        let mut flood = |times| (0..times).for_each(|_| pace.say(|left_out| lines.push(left_out)));
+        flood(1000);
         clock.advance(Duration::from_secs(9));
-        assert_eq!(pace.line(), None);
+        flood(1);
         clock.advance(Duration::from_secs(1));
-        assert_eq!(pace.line(), Some(995), "994 of the flood, and one before its time");
-        assert_eq!(pace.line(), None);
+        flood(2);
+        // 994 of the flood, and one before its time.
+        assert_eq!(lines, [[None; 6].as_slice(), &[NonZeroU64::new(995)]].concat());
     }
 }

@@ -45,21 +45,9 @@ pub struct Charged {
     peer: Arc<Peer>,
     subject: Subject,
     purpose: Purpose,
-    pub(super) entries: Vec<Arc<Entry>>,
-    pub(super) bill: Bill,
-}
-
-/// What the call pays in the end; nothing more once it has paid.
-#[derive(Debug)]
-pub(super) struct Bill(Option<Admitted<Arc<Peer>>>);
-
-impl Bill {
-    /// Says that something was signed for this identity: it costs more.
-    pub(super) fn signed(&mut self, id: &SpiffeId) {
-        if let Some(admitted) = &mut self.0 {
-            admitted.signed(id);
-        }
-    }
+    entries: Vec<Arc<Entry>>,
+    /// Until it has paid.
+    admitted: Option<Admitted<Arc<Peer>>>,
 }
 
 /// Finds the entries of an attested caller in `snapshot`, narrowed to `wanted` when given. In the order of
@@ -88,7 +76,7 @@ impl Entitled {
         limits.admit_identities(&mut self.admitted, self.entries.iter().map(|entry| &entry.spiffe_id))?;
         let Self { admitted, subject, purpose, entries } = self;
         let peer = Arc::clone(admitted.peer());
-        Ok(Charged { peer, subject, purpose, entries, bill: Bill(Some(admitted)) })
+        Ok(Charged { peer, subject, purpose, entries, admitted: Some(admitted) })
     }
 }
 
@@ -105,7 +93,15 @@ impl Charged {
 
     /// Ends the charge. A stream does so with its first message: it is charged when it opens, and not for its updates.
     pub fn pay(&mut self) {
-        self.bill.0 = None;
+        self.admitted = None;
+    }
+
+    /// Says for each entry whether something was signed for it, which costs more.
+    pub(super) fn signed(&mut self, which: impl Iterator<Item = bool>) {
+        let Some(admitted) = &mut self.admitted else { return };
+        for (entry, _) in self.entries.iter().zip(which).filter(|(_, signed)| *signed) {
+            admitted.signed(&entry.spiffe_id);
+        }
     }
 
     /// Takes the entries that match the same subject in a newer snapshot.
@@ -124,7 +120,7 @@ fn entries_of(
     purpose: Purpose,
     wanted: Option<&SpiffeId>,
 ) -> Result<Vec<Arc<Entry>>, NoIdentity> {
-    let entries: Vec<_> = snapshot.matching(subject, wanted).into_iter().map(Arc::clone).collect();
+    let entries: Vec<_> = snapshot.index.matching(subject, wanted).into_iter().map(Arc::clone).collect();
     if !entries.is_empty() || purpose == Purpose::Bundles && snapshot.policy.allow_unauthenticated_verifiers {
         return Ok(entries);
     }

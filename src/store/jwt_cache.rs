@@ -30,7 +30,8 @@ use super::{
 };
 use crate::{
     identity::{Entry, JwtSvid, SpiffeId},
-    issuer::{self, Issuer, JwtRequest, MintError},
+    issuer::{self, Issuer, MintError},
+    limits::pace::Pace,
     os::clock::Clock,
     telemetry::{chain, registry::float},
 };
@@ -90,12 +91,21 @@ pub struct JwtCache {
     metrics: Arc<StoreMetrics>,
     table: Mutex<JwtTable>,
     max: AtomicUsize,
+    /// Of the lines about renewals that failed.
+    failures: Pace,
 }
 
 impl JwtCache {
     /// Keeps at most `max` tokens (at least one).
     pub fn new(issuer: Arc<dyn Issuer>, clock: Clock, metrics: Arc<StoreMetrics>, max: usize) -> Self {
-        Self { issuer, clock, metrics, table: Mutex::default(), max: AtomicUsize::new(max.max(1)) }
+        Self {
+            issuer,
+            clock,
+            metrics,
+            table: Mutex::default(),
+            max: AtomicUsize::new(max.max(1)),
+            failures: Pace::default(),
+        }
     }
 
     /// Takes a new bound; tokens beyond it are forgotten at once.
@@ -130,13 +140,8 @@ impl JwtCache {
         charged: &mut Charged,
         audience: &[String],
     ) -> Result<Vec<Arc<JwtSvid>>, MintError> {
-        let Charged { entries, bill, .. } = charged;
-        let fetched = join_all(entries.iter().map(|entry| self.of_entry(entry, audience))).await;
-        for (entry, fetched) in entries.iter().zip(&fetched) {
-            if fetched.as_ref().is_ok_and(|fetched| fetched.signed) {
-                bill.signed(&entry.spiffe_id);
-            }
-        }
+        let fetched = join_all(charged.entries().iter().map(|entry| self.of_entry(entry, audience))).await;
+        charged.signed(fetched.iter().map(|fetched| fetched.as_ref().is_ok_and(|fetched| fetched.signed)));
         fetched.into_iter().map(|fetched| Ok(fetched?.svid)).collect()
     }
 
@@ -147,8 +152,7 @@ impl JwtCache {
     ) -> Result<Fetched, MintError> {
         if audience_bytes(audience) > MOST_AUDIENCE {
             self.metrics.jwt_cache(CacheResult::Miss);
-            let deadline = issuer::deadline();
-            let svid = issuer::by(deadline, self.mint(entry, audience, deadline)).await?;
+            let svid = self.mint(entry, audience, issuer::deadline()).await?;
             return Ok(Fetched { svid, signed: true });
         }
         let key = key(&entry.spiffe_id, entry.jwt_svid_ttl, audience);
@@ -176,7 +180,7 @@ impl JwtCache {
         audience: &[String],
         deadline: Instant,
     ) -> Result<Arc<JwtSvid>, MintError> {
-        self.issuer.mint_jwt(JwtRequest { entry, audience }, deadline).await.map(Arc::new)
+        self.issuer.mint_jwt(entry, audience, deadline).await.map(Arc::new)
     }
 
     fn find(&self, key: TokenKey, owner: &SpiffeId, now: SystemTime) -> FoundJwt {
@@ -250,8 +254,7 @@ impl JwtCache {
         self.metrics.jwt_refreshes.increment(1);
         // One at a time per key: `find` took `renew_at` away. Should this panic, the token is made again when it ends.
         tokio::spawn(async move {
-            let deadline = issuer::deadline();
-            let made = issuer::by(deadline, cache.mint(&entry, &audience, deadline)).await;
+            let made = cache.mint(&entry, &audience, issuer::deadline()).await;
             let mut table = cache.lock();
             let slot = table.slots.get_mut(&key);
             match (made, slot) {
@@ -266,11 +269,15 @@ impl JwtCache {
                         slot.renew_at.get_or_insert_with(|| cache.clock.now() + retry);
                     }
                     drop(table);
-                    tracing::warn!(
-                        error = chain(&error),
-                        spiffe_id = %entry.spiffe_id,
-                        "could not renew a jwt-svid; the valid one is served"
-                    );
+                    let (error, spiffe_id) = (chain(&error), &entry.spiffe_id);
+                    cache.failures.say(|left_out| {
+                        tracing::warn!(
+                            error,
+                            %spiffe_id,
+                            left_out,
+                            "could not renew a jwt-svid; the valid one is served"
+                        );
+                    });
                 }
             }
         });

@@ -13,8 +13,7 @@ use tokio::sync::watch;
 
 use super::settings::Policy;
 use crate::{
-    attest::Subject,
-    identity::{Bundles, Entry, EntryId, EntryIndex, SpiffeId, TrustDomain},
+    identity::{Bundles, EntryId, EntryIndex, TrustDomain},
     issuer::World,
 };
 
@@ -37,12 +36,6 @@ impl Snapshot {
     fn new(generation: u64, world: &World, policy: Arc<Policy>) -> Self {
         let (index, bundles) = (Arc::clone(&world.index), world.bundles.clone());
         Self { generation, index, bundles, policy, answers: Answers::default() }
-    }
-
-    /// The entries of an attested subject, narrowed to `wanted` when given, the default identity first. To be given
-    /// their SVIDs takes more: see [`authorize`](super::authorize()).
-    pub fn matching(&self, subject: &Subject, wanted: Option<&SpiffeId>) -> Vec<&Arc<Entry>> {
-        self.index.matching(subject, wanted)
     }
 }
 

@@ -128,13 +128,8 @@ impl X509Cache {
     /// # Errors
     /// What the issuer says, when there is no valid one to serve meanwhile.
     pub async fn fetch(&self, charged: &mut Charged) -> Result<Vec<Served>, MintError> {
-        let Charged { entries, bill, .. } = charged;
-        let served = join_all(entries.iter().map(|entry| self.of_entry(entry))).await;
-        for (entry, served) in entries.iter().zip(&served) {
-            if served.as_ref().is_ok_and(|served| served.signed) {
-                bill.signed(&entry.spiffe_id);
-            }
-        }
+        let served = join_all(charged.entries().iter().map(|entry| self.of_entry(entry))).await;
+        charged.signed(served.iter().map(|served| served.as_ref().is_ok_and(|served| served.signed)));
         served.into_iter().collect()
     }
 
@@ -186,6 +181,8 @@ impl X509Cache {
     ) -> Vec<Arc<Entry>> {
         let (now, instant) = (self.clock.now(), Instant::now());
         let mut table = self.lock();
+        // Of calls that went away before the end.
+        table.making.retain(|_, making| Arc::strong_count(making) > 1);
         let X509Table { held, streams, .. } = &mut *table;
         // One that is not valid yet was made before the clock was set back.
         let is_due = |held: &HeldSvid| held.renew_at <= now || now < held.svid.not_before;
@@ -214,9 +211,7 @@ impl X509Cache {
     /// # Errors
     /// The last failure, if there was one. It held up none of the others.
     pub(super) async fn renew(&self, entries: &[Arc<Entry>]) -> Result<(), MintError> {
-        let deadline = issuer::deadline();
-        let made = issuer::by(deadline, async { Ok(self.issuer.mint_x509(entries, deadline).await) }).await;
-        let mut made = made.unwrap_or_default().into_iter();
+        let mut made = self.issuer.mint_x509(entries, issuer::deadline()).await.into_iter();
         let mut result = Ok(());
         for entry in entries {
             match made.next().unwrap_or(Err(MintError::Late)) {

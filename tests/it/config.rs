@@ -79,7 +79,7 @@ fn what_is_not_set_has_its_default() {
     assert_eq!(config.embedded_issuer().trust_domain, config.trust_domain);
     assert_eq!(config.embedded_issuer().data_dir, config.agent.data_dir);
     assert_eq!((&config.issuer.ca_cert_path, &config.issuer.ca_key_path), (&None, &None), "self-signed");
-    assert_eq!(config.issuer.ca_ttl.get(), Duration::from_secs(86_400));
+    assert_eq!(config.issuer.ca_ttl, Duration::from_secs(86_400));
     assert_eq!(config.issuer.ca_key_type, KeyType::EcP256);
     assert_eq!(config.issuer.jwt_key_type, KeyType::EcP256);
     assert_eq!(config.agent.svid_key_type, KeyType::EcP256);
@@ -245,7 +245,7 @@ fn blocks_of_one_name_are_one_block() {
         agent { log_level = \"debug\" } issuer embedded { ca_key_type = \"ec-p384\" }";
     let config = parse(apart).unwrap();
     assert_eq!(config.log.level, tracing::Level::DEBUG);
-    assert_eq!(config.issuer.ca_ttl.get(), Duration::from_secs(172_800));
+    assert_eq!(config.issuer.ca_ttl, Duration::from_secs(172_800));
     assert_eq!(config.issuer.ca_key_type, KeyType::EcP384);
 }
 

@@ -25,7 +25,7 @@ use durward::{
         Bundle, Entry, EntryId, JwtSvid, KeyType, Selectors, SpiffeId, TrustDomain, X509Svid,
         bundle::JwtPublicKey,
     },
-    issuer::embedded::{AuthorityTtl, EmbeddedCa, EmbeddedSettings, IssuerSettings, MIN_CA_TTL},
+    issuer::embedded::{EmbeddedCa, EmbeddedSettings, IssuerSettings},
 };
 use proptest::prelude::*;
 use rustls_pki_types::{CertificateDer, UnixTime};
@@ -512,7 +512,7 @@ proptest! {
         let dir = temp_dir();
         let mut now = start();
         let issuer = IssuerSettings {
-            ca_ttl: AuthorityTtl::new(ttl_hours * HOUR).unwrap(),
+            ca_ttl: ttl_hours * HOUR,
             default_jwt_svid_ttl: 3 * HOUR,
             ..IssuerSettings::default()
         };
@@ -1209,14 +1209,14 @@ fn a_supplied_ca_that_cannot_serve_is_refused_with_the_reason() {
 #[test]
 fn a_ca_without_time_to_learn_of_it_is_refused() {
     let dir = temp_dir();
-    let err = AuthorityTtl::new(Duration::from_secs(59)).unwrap_err().to_string();
+    let lasting = |seconds| {
+        let ca_ttl = Duration::from_secs(seconds);
+        settings_with(IssuerSettings { ca_ttl, ..IssuerSettings::default() }, dir.path())
+    };
+    let err = EmbeddedCa::open(lasting(59), start()).unwrap_err().to_string();
     assert_eq!(err, "ca_ttl is 59 s, but must be at least 60 s");
     // The shortest one, for an hour: more authorities than are kept, and never one too few.
-    let settings = settings_with(
-        IssuerSettings { ca_ttl: AuthorityTtl::new(MIN_CA_TTL).unwrap(), ..IssuerSettings::default() },
-        dir.path(),
-    );
-    let issuer = EmbeddedCa::open(settings, start()).unwrap();
+    let issuer = EmbeddedCa::open(lasting(60), start()).unwrap();
     let mut now = start();
     while now < start() + HOUR {
         let rotation = issuer.rotate(now).unwrap();
@@ -1232,11 +1232,7 @@ fn a_ca_without_time_to_learn_of_it_is_refused() {
 fn a_shorter_setting_takes_effect_at_the_next_rotation() {
     let dir = temp_dir();
     drop(EmbeddedCa::open(settings(dir.path()), start()).unwrap());
-    let shorter = IssuerSettings {
-        ca_ttl: AuthorityTtl::new(HOUR).unwrap(),
-        ca_key_type: KeyType::EcP384,
-        ..IssuerSettings::default()
-    };
+    let shorter = IssuerSettings { ca_ttl: HOUR, ca_key_type: KeyType::EcP384, ..IssuerSettings::default() };
     let issuer = EmbeddedCa::open(settings_with(shorter, dir.path()), start()).unwrap();
     let mut now = start();
     let mut lives = Vec::new();

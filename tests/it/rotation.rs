@@ -19,7 +19,7 @@ use durward::{
         TrustDomain, X509Svid, jwt,
     },
     issuer::{
-        Issuer, JwtRequest, MintError, SvidKind, World as Published,
+        Issuer, MintError, SvidKind, World as Published,
         embedded::{EmbeddedIssuer, EmbeddedSettings, IssuerSettings},
         metrics::IssuerMetrics,
     },
@@ -338,15 +338,16 @@ impl Issuer for Fake {
 
     fn mint_jwt<'a>(
         &'a self,
-        request: JwtRequest<'a>,
+        entry: &'a Arc<Entry>,
+        _audience: &'a [String],
         deadline: Instant,
     ) -> BoxFuture<'a, Result<JwtSvid, MintError>> {
         Box::pin(async move {
             self.work(deadline).await?;
-            match self.failure(request.entry) {
+            match self.failure(entry) {
                 Some(error) => Err(error),
                 None => Ok(JwtSvid {
-                    spiffe_id: request.entry.spiffe_id.clone(),
+                    spiffe_id: entry.spiffe_id.clone(),
                     token: String::new().into(),
                     issued_at: self.clock.now(),
                     expires_at: self.clock.now() + Duration::from_secs(300),

@@ -22,7 +22,7 @@ use std::{
 use arc_swap::ArcSwap;
 
 use super::{
-    EmbeddedSettings, IssuerError, SuppliedCaFault,
+    EmbeddedSettings, IssuerError, MIN_CA_TTL, SuppliedCaFault,
     disk::DataDir,
     jwt::{self, JwtKey, JwtSigner},
     keys::{self, KeyPair, SignatureForm},
@@ -83,6 +83,9 @@ impl EmbeddedCa {
     /// cannot be used; a first state cannot be written. Nothing that was there is overwritten. A rotation that is
     /// due but fails, while what is there can sign, is no error: [`EmbeddedCa::rotate`] will tell.
     pub fn open(settings: EmbeddedSettings, now: SystemTime) -> Result<Self, IssuerError> {
+        if settings.issuer.ca_ttl < MIN_CA_TTL {
+            return Err(IssuerError::CaTtl { found: settings.issuer.ca_ttl });
+        }
         let data_dir = DataDir::open(&settings.data_dir)?;
         let mut state = match data_dir.read()? {
             Some(text) => parse(&text, &data_dir, &settings.trust_domain)?,
@@ -297,7 +300,7 @@ fn make_ca(
     let key = KeyPair::generate(key_type, SignatureForm::Certificate)?;
     let (term, public) = match settings.issuer.supplied_ca() {
         None => {
-            let term = Term::new(now, settings.issuer.ca_ttl.get(), None).ok_or(out_of_time)?;
+            let term = Term::new(now, settings.issuer.ca_ttl, None).ok_or(out_of_time)?;
             let certificate = x509::ca_certificate(trust_domain, term, &key, CaIssuer::Itself)?;
             (term, X509Authority { certificate, above: Vec::new() })
         }
@@ -308,7 +311,7 @@ fn make_ca(
             if outlive.is_some_and(|outlive| not_after <= outlive) {
                 return Err(refuse(SuppliedCaFault::Expiring { not_after }));
             }
-            let term = Term::new(now, settings.issuer.ca_ttl.get(), Some(not_after)).ok_or(out_of_time)?;
+            let term = Term::new(now, settings.issuer.ca_ttl, Some(not_after)).ok_or(out_of_time)?;
             let issuer = CaIssuer::Supplied(&supplied);
             let certificate = x509::ca_certificate(trust_domain, term, &key, issuer)?;
             let public = X509Authority { certificate, above: supplied.chain };
@@ -323,7 +326,7 @@ fn make_ca(
 
 fn make_jwt_key(settings: &EmbeddedSettings, now: SystemTime) -> Result<Record<JwtKey>, IssuerError> {
     let key_type = settings.issuer.jwt_key_type;
-    let term = Term::new(now, settings.issuer.ca_ttl.get(), None).ok_or(IssuerError::Time { time: now })?;
+    let term = Term::new(now, settings.issuer.ca_ttl, None).ok_or(IssuerError::Time { time: now })?;
     let key = KeyPair::generate(key_type, SignatureForm::Jws)?;
     let public = JwtKey { kid: jwt::random_kid()?, public_key: key.public_key().to_vec() };
     let key = Some(Arc::new(key.pkcs8()?));

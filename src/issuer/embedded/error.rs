@@ -6,6 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use super::MIN_CA_TTL;
 use crate::{
     identity::{SpiffeId, TrustDomain},
     issuer::MintError,
@@ -52,6 +53,9 @@ pub enum IssuerError {
     /// The CA that the admin supplied cannot be used.
     #[error("supplied CA {}: {fault}", path.display())]
     SuppliedCa { path: PathBuf, fault: SuppliedCaFault },
+    /// A CA that would expire before anybody had learnt of it.
+    #[error("ca_ttl is {} s, but must be at least {} s", found.as_secs(), MIN_CA_TTL.as_secs())]
+    CaTtl { found: Duration },
     /// An SVID for another trust domain was asked for.
     #[error("{id} is not in trust domain {trust_domain}")]
     Foreign { id: SpiffeId, trust_domain: TrustDomain },

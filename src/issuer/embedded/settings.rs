@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    hcl::settings::{Shown, settings},
+    hcl::settings::settings,
     identity::{KeyType, TrustDomain},
 };
 
@@ -25,8 +25,7 @@ settings! {
     /// `issuer "embedded"`: a CA on this node, for this node alone.
     pub struct IssuerSettings in "issuer \"embedded\"" {
         /// The lifetime of a CA certificate and of a JWT key that it makes.
-        "ca_ttl" ca_ttl: AuthorityTtl = AuthorityTtl::DEFAULT,
-            duration_as(MIN_CA_TTL..=MAX_CA_TTL, AuthorityTtl::new), needs_restart;
+        "ca_ttl" ca_ttl: Duration = 24 * HOUR, duration(MIN_CA_TTL..=MAX_CA_TTL), needs_restart;
         /// The type of the CA's key.
         "ca_key_type" ca_key_type: KeyType = KeyType::EcP256,
             parsed(KeyType::parse, KeyType::NAMES), needs_restart;
@@ -42,10 +41,10 @@ settings! {
         /// Its private key, PEM, which nobody else may read.
         "ca_key_path" ca_key_path: Option<PathBuf> = None, absolute(), needs_restart;
         /// The lifetime of an X.509-SVID whose entry says none; at most `ca_ttl`.
-        "default_x509_svid_ttl" default_x509_svid_ttl: Duration = HOUR.min(ca_ttl.get()),
+        "default_x509_svid_ttl" default_x509_svid_ttl: Duration = HOUR.min(ca_ttl),
             duration(MIN_SVID_TTL..=Duration::MAX), reloads;
         /// The lifetime of a JWT-SVID whose entry says none; at most `ca_ttl`.
-        "default_jwt_svid_ttl" default_jwt_svid_ttl: Duration = Duration::from_secs(300).min(ca_ttl.get()),
+        "default_jwt_svid_ttl" default_jwt_svid_ttl: Duration = Duration::from_secs(300).min(ca_ttl),
             duration(MIN_SVID_TTL..=Duration::MAX), reloads;
     }
 }
@@ -67,40 +66,5 @@ impl IssuerSettings {
     /// The certificate and the key of the admin's CA; `None` when the CA is self-signed.
     pub(super) fn supplied_ca(&self) -> Option<(&Path, &Path)> {
         self.ca_cert_path.as_deref().zip(self.ca_key_path.as_deref())
-    }
-}
-
-/// A CA that would expire before anybody had learnt of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("ca_ttl is {} s, but must be at least {} s", found.as_secs(), MIN_CA_TTL.as_secs())]
-pub struct ShortCaTtl {
-    found: Duration,
-}
-
-/// Lifetime of a CA certificate and of a JWT key (`ca_ttl`): at least [`MIN_CA_TTL`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AuthorityTtl(Duration);
-
-impl AuthorityTtl {
-    /// A day.
-    pub const DEFAULT: Self = Self(Duration::from_secs(24 * 60 * 60));
-
-    /// Takes `ttl`.
-    ///
-    /// # Errors
-    /// It is too short.
-    pub fn new(ttl: Duration) -> Result<Self, ShortCaTtl> {
-        if ttl < MIN_CA_TTL { Err(ShortCaTtl { found: ttl }) } else { Ok(Self(ttl)) }
-    }
-
-    /// As a duration.
-    pub fn get(self) -> Duration {
-        self.0
-    }
-}
-
-impl Shown for AuthorityTtl {
-    fn shown(&self) -> String {
-        self.0.shown()
     }
 }
