@@ -1,8 +1,8 @@
 //! What the agent knows, and who may change it.
 //!
-//! A request takes one [`Snapshot`] and ends in the world it began in. [`Writer`] is the only writer: it publishes a new
-//! snapshot when the issuer's entries or bundles change, when the configuration does, and when an SVID that somebody
-//! streams was renewed. X.509-SVIDs and JWT-SVIDs are made on demand and kept in two caches, each with a bound.
+//! A request takes one [`Snapshot`] and ends in the world it began in. [`Writer`] is the only writer: it publishes a
+//! new snapshot when the issuer's entries or bundles change, when the configuration does, and when an SVID that
+//! somebody streams was renewed. X.509-SVIDs and JWT-SVIDs are made on demand and kept in two caches, each with a bound.
 //! Nothing here knows gRPC, sockets or processes.
 
 pub mod entitlement;

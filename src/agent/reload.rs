@@ -55,7 +55,7 @@ impl Running {
         self.connections.send_if_modified(|old| std::mem::replace(old, connections.clone()) != connections);
         self.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);
         self.jwt.resize(caches.jwt_svids.count());
-        self.issuer.reconfigure(&embedded);
+        self.issuer.reconfigure(embedded);
         self.attestor.prepare_for(entries);
         self.attestor.reload(attest.clone());
         self.writer.replace(policy.clone(), || self.issuer.declare(index, federated.clone()));

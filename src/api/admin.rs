@@ -1,9 +1,9 @@
 //! What the agent tells its owner, on the admin socket: the limits as they stand, and who a process is taken for.
 //!
-//! The listener lets in the agent's own user and root alone ([`OwnerGate`]), so nobody is attested, charged or asked for the
-//! security header here. Nothing is changed by a call, no key or token is in an answer, and an answer is bounded by
-//! [`MOST`] and by the entries that match. It shares nothing with the public socket but the runtime: its listener and its
-//! places are its own, so that it answers while the public one is flooded.
+//! The listener lets in the agent's own user and root alone ([`OwnerGate`]), so nobody is attested, charged or asked
+//! for the security header here. Nothing is changed by a call, no key or token is in an answer, and an answer is
+//! bounded by [`MOST`] and by the entries that match. It shares nothing with the public socket but the runtime: its
+//! listener and its places are its own, so that it answers while the public one is flooded.
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 

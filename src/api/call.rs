@@ -6,9 +6,16 @@
 //! |---|---|---|
 //! | [`Call`] | [`Call::of`] | the request shows the security header, and the kernel said who sends it |
 //! | [`Admitted`] | [`Call::admit`] | its caller has tokens for the method, and a place to be attested |
-//! | [`Attested`](crate::attest::Attested) | [`Attestor::attest`](crate::attest::Attestor::attest) | its selectors are the kernel's word on a living process |
-//! | [`Entitled`](crate::store::Entitled) | [`authorize`](crate::store::authorize()) | entries match these selectors |
-//! | [`Charged`](crate::store::Charged) | [`Entitled::charge`](crate::store::Entitled::charge) | their identities have tokens too; the caches of SVIDs take nothing else |
+//! | [`Attested`] | [`Attestor::attest`] | its selectors are the kernel's word on a living process |
+//! | [`Entitled`] | [`authorize`] | entries match these selectors |
+//! | [`Charged`] | [`Entitled::charge`] | their identities have tokens too; the caches of SVIDs take nothing else |
+//!
+//! [`Attested`]: crate::attest::Attested
+//! [`Attestor::attest`]: crate::attest::Attestor::attest
+//! [`Entitled`]: crate::store::Entitled
+//! [`authorize`]: crate::store::authorize()
+//! [`Charged`]: crate::store::Charged
+//! [`Entitled::charge`]: crate::store::Entitled::charge
 
 use std::sync::Arc;
 

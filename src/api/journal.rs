@@ -1,7 +1,7 @@
 //! What is counted of calls, and what the log says of them.
 //!
-//! Our faults are logged with their cause; what a caller did wrong is counted, and seen at debug only. Each kind of line
-//! has its pace: a crowd of calls that fail cannot flood the log.
+//! Our faults are logged with their cause; what a caller did wrong is counted, and seen at debug only. Each kind of
+//! line has its pace: a crowd of calls that fail cannot flood the log.
 
 use std::sync::Arc;
 

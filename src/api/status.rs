@@ -139,8 +139,7 @@ const PUSHBACK: &str = "grpc-retry-pushback-ms";
 const TOO_MUCH_PUSHBACK: i64 = 100;
 
 /// A refusal tells when to come back, twice: as `google.rpc.RetryInfo` for those who read details, and as the
-/// [`PUSHBACK`] trailer (a negative one means: do not). Rounded up, so that who
-/// comes back then passes.
+/// [`PUSHBACK`] trailer (a negative one means: do not). Rounded up, so that whoever comes back then passes.
 fn refused(code: Code, text: &str, wait: Option<Duration>) -> Status {
     let mut status = match wait {
         Some(wait) => Status::with_error_details(code, text, ErrorDetails::with_retry_info(Some(wait))),

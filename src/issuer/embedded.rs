@@ -25,7 +25,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use futures_util::future::{BoxFuture, join_all};
+use futures_util::{StreamExt as _, future::BoxFuture, stream};
 use tokio::{
     sync::{Semaphore, watch},
     time::Instant,
@@ -92,7 +92,7 @@ impl EmbeddedIssuer {
     }
 
     /// See [`EmbeddedCa::reconfigure`].
-    pub fn reconfigure(&self, settings: &EmbeddedSettings) {
+    pub fn reconfigure(&self, settings: EmbeddedSettings) {
         self.ca.reconfigure(settings);
     }
 
@@ -185,11 +185,13 @@ impl Issuer for EmbeddedIssuer {
         entries: &'a [Arc<Entry>],
         deadline: Instant,
     ) -> BoxFuture<'a, Vec<Result<X509Svid, MintError>>> {
-        if self.ca.x509_takes_rsa() {
-            return Box::pin(join_all(entries.iter().map(move |entry| {
+        if self.ca.takes_rsa(SvidKind::X509) {
+            // No more of them wait at once than can be made, so that calls do not wait behind a whole batch.
+            let made = stream::iter(entries).map(move |entry| {
                 let entry = Arc::clone(entry);
                 self.mint_heavy(SvidKind::X509, deadline, move |ca, now| ca.mint_x509(&entry, now))
-            })));
+            });
+            return Box::pin(made.buffered(HEAVY_AT_ONCE).collect());
         }
         Box::pin(async move {
             let mut made = Vec::with_capacity(entries.len());
@@ -210,7 +212,7 @@ impl Issuer for EmbeddedIssuer {
         audience: &'a [String],
         deadline: Instant,
     ) -> BoxFuture<'a, Result<JwtSvid, MintError>> {
-        if self.ca.jwt_takes_rsa() {
+        if self.ca.takes_rsa(SvidKind::Jwt) {
             let (entry, audience) = (Arc::clone(entry), audience.to_vec());
             return Box::pin(self.mint_heavy(SvidKind::Jwt, deadline, move |ca, now| {
                 ca.mint_jwt(&entry.spiffe_id, entry.jwt_svid_ttl, &audience, now)
@@ -224,12 +226,7 @@ impl Issuer for EmbeddedIssuer {
     }
 
     fn can_sign(&self, kind: SvidKind) -> Result<(), MintError> {
-        let now = self.clock.now();
-        let can = match kind {
-            SvidKind::X509 => self.ca.can_sign_x509(now),
-            SvidKind::Jwt => self.ca.can_sign_jwt(now),
-        };
-        can.map_err(MintError::from)
+        self.ca.can_sign(kind, self.clock.now()).map_err(MintError::from)
     }
 
     fn run(self: Arc<Self>) -> BoxFuture<'static, ()> {
@@ -345,6 +342,19 @@ mod tests {
         assert!(issuer.mint_jwt(&web, &audience, deadline).await.is_err());
         let later = crate::issuer::deadline();
         issuer.mint_jwt(&web, &audience, later).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_batch_lets_calls_pass() {
+        let (_dir, issuer) = issuer(KeyType::Rsa2048);
+        let batch: Vec<_> = (0..20).map(|n| entry(&format!("/{n}"), "a")).collect();
+        let (web, audience) = (entry("/web", "web"), ["a".to_owned()]);
+        let deadline = crate::issuer::deadline();
+        tokio::select! {
+            biased;
+            _ = issuer.mint_x509(&batch, deadline) => panic!("the call came last"),
+            token = issuer.mint_jwt(&web, &audience, deadline) => drop(token.unwrap()),
+        }
     }
 
     #[tokio::test(start_paused = true)]

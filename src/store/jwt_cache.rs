@@ -36,8 +36,8 @@ use crate::{
     telemetry::{chain, registry::float},
 };
 
-/// Tokens for more text of audiences than this, in bytes as JSON has it, are made for each call and not kept, so that a number of
-/// tokens bounds their bytes.
+/// Tokens for more text of audiences than this, in bytes as JSON has it, are made for each call and not kept, so that
+/// a number of tokens bounds their bytes.
 const MOST_AUDIENCE: usize = 1024;
 
 /// What the audiences take in a token, before it is encoded.

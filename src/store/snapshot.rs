@@ -64,8 +64,8 @@ pub(crate) struct Answers(Mutex<HashMap<AnswerKey, KeptAnswer, ahash::RandomStat
 #[derive(Debug)]
 struct KeptAnswer {
     message: Bytes,
-    /// From when all in it is valid until something in it is due to be renewed; `None` for always. The clock may be set back
-    /// to before it began.
+    /// From when all in it is valid until something in it is due to be renewed; `None` for always. The clock may be
+    /// set back to before it began.
     fresh: Option<Range<SystemTime>>,
 }
 

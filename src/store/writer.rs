@@ -1,8 +1,9 @@
-//! The only writer of the store: follows the issuer's world and the configuration's policy, and renews the SVIDs that are
-//! streamed.
+//! The only writer of the store: follows the issuer's world and the configuration's policy, and renews the SVIDs that
+//! are streamed.
 //!
 //! Writers take turns (a mutex that is never held across an await), each publishes one whole snapshot, and readers
-//! never wait for them. A renewal that fails is tried again soon and changes nothing meanwhile: the valid SVID is served.
+//! never wait for them. A renewal that fails is tried again soon and changes nothing meanwhile: the valid SVID is
+//! served.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -18,7 +19,8 @@ use crate::{
     telemetry::chain,
 };
 
-/// The most SVIDs that the issuer is asked to renew in one batch: a SPIRE Server signs as many for one address in a second.
+/// The most SVIDs that the issuer is asked to renew in one batch: a SPIRE Server signs as many for one address in a
+/// second.
 const BATCH: usize = 500;
 
 /// How many batches are under way at once.

@@ -1,9 +1,9 @@
 //! X.509-SVIDs: one per entry, made when somebody first asks, shared by all its callers and streams.
 //!
-//! Those that an open stream holds are renewed by [`super::Writer`] when they are due (`renewal`); the others when they
-//! are next asked for. While renewal fails the old one is served until it expires, and never after. Bound:
-//! `x509_svid_cache_max_size` SVIDs, beyond which only those that an open stream holds are kept, and streams have bounds
-//! of their own.
+//! Those that an open stream holds are renewed by [`super::Writer`] when they are due (`renewal`); the others when
+//! they are next asked for. While renewal fails the old one is served until it expires, and never after. Bound:
+//! `x509_svid_cache_max_size` SVIDs, beyond which only those that an open stream holds are kept, and streams have
+//! bounds of their own.
 
 use std::{
     ops::Range,
@@ -83,8 +83,8 @@ pub struct Served {
 }
 
 impl Served {
-    /// When an answer made of it may be repeated without asking for it again: not before it is valid, and also where renewal
-    /// fails and is put off, no longer than it is valid.
+    /// When an answer made of it may be repeated without asking for it again: not before it is valid, and also where
+    /// renewal fails and is put off, no longer than it is valid.
     pub fn fresh(&self) -> Range<SystemTime> {
         self.svid.not_before..self.renew_at.min(self.svid.not_after)
     }
@@ -269,7 +269,7 @@ impl X509Cache {
 
     fn keep(&self, entry: &Entry, svid: Arc<X509Svid>) -> Served {
         let target = *self.availability_target.lock().unwrap_or_else(PoisonError::into_inner);
-        let renew_at = renewal::draw(svid.not_before, svid.not_after, target);
+        let renew_at = renewal::draw(self.clock.now(), svid.not_after, target);
         let max = self.max.load(Ordering::Relaxed);
         let mut table = self.lock();
         table.uses += 1;

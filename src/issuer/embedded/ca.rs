@@ -31,8 +31,9 @@ use super::{
     supplied::SuppliedCa,
     x509::{self, CaIssuer, X509Authority, X509Signer},
 };
-use crate::identity::{
-    Bundle, Entry, JwtSvid, KeyType, SpiffeId, TrustDomain, X509Svid, bundle::JwtAuthority,
+use crate::{
+    identity::{Bundle, Entry, JwtSvid, KeyType, SpiffeId, TrustDomain, X509Svid, bundle::JwtAuthority},
+    issuer::metrics::SvidKind,
 };
 
 /// How long to wait after a rotation that failed before trying again.
@@ -52,6 +53,24 @@ struct Signing {
     bundle: Arc<Bundle>,
     x509: X509Signer,
     jwt: JwtSigner,
+}
+
+impl Signing {
+    fn check_term(&self, kind: SvidKind, now: SystemTime) -> Result<(), IssuerError> {
+        let (authority, term) = match kind {
+            SvidKind::X509 => ("CA certificate", self.x509.term),
+            SvidKind::Jwt => ("JWT key", self.jwt.term),
+        };
+        if term.holds(now) {
+            return Ok(());
+        }
+        Err(IssuerError::NotValidNow {
+            authority,
+            not_before: term.not_before,
+            not_after: term.not_after,
+            now,
+        })
+    }
 }
 
 struct Rotating {
@@ -122,31 +141,25 @@ impl EmbeddedCa {
         Arc::clone(&self.signing.load().bundle)
     }
 
-    /// Takes `settings` for what is made from this moment on. They must be of the same trust domain, directory and source
-    /// of the CA.
-    pub fn reconfigure(&self, settings: &EmbeddedSettings) {
-        self.settings.store(Arc::new(settings.clone()));
+    /// Takes `settings` for what is made from this moment on. They must be of the same trust domain, directory and
+    /// source of the CA.
+    pub fn reconfigure(&self, settings: EmbeddedSettings) {
+        self.settings.store(Arc::new(settings));
     }
 
-    /// Whether an X.509-SVID takes RSA: up to a tenth of a second of one core for a key.
-    pub(super) fn x509_takes_rsa(&self) -> bool {
+    /// Whether an SVID takes RSA: about a millisecond of one core for a signature, up to a tenth of a second for a key.
+    pub(super) fn takes_rsa(&self, kind: SvidKind) -> bool {
         let settings = self.settings.load();
-        [settings.issuer.ca_key_type, settings.svid_key_type].contains(&KeyType::Rsa2048)
+        let types = match kind {
+            SvidKind::X509 => [settings.issuer.ca_key_type, settings.svid_key_type],
+            SvidKind::Jwt => [settings.issuer.jwt_key_type; 2],
+        };
+        types.contains(&KeyType::Rsa2048)
     }
 
-    /// Whether a JWT-SVID takes RSA: about a millisecond of one core.
-    pub(super) fn jwt_takes_rsa(&self) -> bool {
-        self.settings.load().issuer.jwt_key_type == KeyType::Rsa2048
-    }
-
-    /// Whether the CA certificate is valid at `now`; else a rotation helps.
-    pub(super) fn can_sign_x509(&self, now: SystemTime) -> Result<(), IssuerError> {
-        check_term("CA certificate", self.signing.load().x509.term, now)
-    }
-
-    /// Whether the JWT key is valid at `now`; else a rotation helps.
-    pub(super) fn can_sign_jwt(&self, now: SystemTime) -> Result<(), IssuerError> {
-        check_term("JWT key", self.signing.load().jwt.term, now)
+    /// Whether what signs is valid at `now`; else a rotation helps.
+    pub(super) fn can_sign(&self, kind: SvidKind, now: SystemTime) -> Result<(), IssuerError> {
+        self.signing.load().check_term(kind, now)
     }
 
     /// Makes a key and an X.509-SVID of the entry. Its lifetime is the entry's or the default, and ends with the
@@ -158,7 +171,7 @@ impl EmbeddedCa {
     pub fn mint_x509(&self, entry: &Entry, now: SystemTime) -> Result<X509Svid, IssuerError> {
         let (settings, signing) = (self.settings.load(), self.signing.load());
         check_id(&entry.spiffe_id, &settings.trust_domain)?;
-        check_term("CA certificate", signing.x509.term, now)?;
+        signing.check_term(SvidKind::X509, now)?;
         let ttl = entry.x509_svid_ttl.unwrap_or(settings.issuer.default_x509_svid_ttl);
         signing.x509.sign(&entry.spiffe_id, &entry.dns_names, ttl, settings.svid_key_type, now)
     }
@@ -178,7 +191,7 @@ impl EmbeddedCa {
     ) -> Result<JwtSvid, IssuerError> {
         let (settings, signing) = (self.settings.load(), self.signing.load());
         check_id(id, &settings.trust_domain)?;
-        check_term("JWT key", signing.jwt.term, now)?;
+        signing.check_term(SvidKind::Jwt, now)?;
         let ttl = ttl.unwrap_or(settings.issuer.default_jwt_svid_ttl);
         signing.jwt.sign(id, ttl, audience, settings.issuer.jwt_issuer.as_deref(), now)
     }
@@ -274,13 +287,6 @@ fn check_id(id: &SpiffeId, trust_domain: &TrustDomain) -> Result<(), IssuerError
         return Err(IssuerError::NoPath(id.clone()));
     }
     Ok(())
-}
-
-fn check_term(authority: &'static str, term: Term, now: SystemTime) -> Result<(), IssuerError> {
-    if term.holds(now) {
-        return Ok(());
-    }
-    Err(IssuerError::NotValidNow { authority, not_before: term.not_before, not_after: term.not_after, now })
 }
 
 fn advance(state: &mut Authorities, settings: &EmbeddedSettings, now: SystemTime) -> (Advanced, Advanced) {

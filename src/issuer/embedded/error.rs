@@ -111,8 +111,8 @@ impl From<IssuerError> for MintError {
     }
 }
 
-/// How a state file is damaged. Says where, never what: the text holds keys. `kind` is `x509` or `jwt`; lines and columns
-/// count from 1, authorities from 0.
+/// How a state file is damaged. Says where, never what: the text holds keys. `kind` is `x509` or `jwt`; lines and
+/// columns count from 1, authorities from 0.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Damage {
     /// Not JSON, or not the members expected.

@@ -34,11 +34,7 @@ pub(super) enum SignatureForm {
 }
 
 /// A key pair, ready to sign.
-pub(super) struct KeyPair {
-    pair: AlgorithmKey,
-}
-
-enum AlgorithmKey {
+pub(super) enum KeyPair {
     EcP256(EcdsaKeyPair),
     EcP384(EcdsaKeyPair),
     /// 2048 bits when made here; a supplied CA's may be longer.
@@ -55,22 +51,20 @@ impl KeyPair {
     /// Makes a key. RSA takes about a tenth of a second of one core.
     pub(super) fn generate(key_type: KeyType, form: SignatureForm) -> Result<Self, IssuerError> {
         let failed = |_| IssuerError::Crypto("make a key");
-        let pair = match key_type {
-            KeyType::EcP256 => AlgorithmKey::EcP256(EcdsaKeyPair::generate(p256(form)).map_err(failed)?),
-            KeyType::EcP384 => AlgorithmKey::EcP384(EcdsaKeyPair::generate(p384(form)).map_err(failed)?),
-            KeyType::Rsa2048 => AlgorithmKey::Rsa(RsaKeyPair::generate(KeySize::Rsa2048).map_err(failed)?),
-        };
-        Ok(Self { pair })
+        Ok(match key_type {
+            KeyType::EcP256 => Self::EcP256(EcdsaKeyPair::generate(p256(form)).map_err(failed)?),
+            KeyType::EcP384 => Self::EcP384(EcdsaKeyPair::generate(p384(form)).map_err(failed)?),
+            KeyType::Rsa2048 => Self::Rsa(RsaKeyPair::generate(KeySize::Rsa2048).map_err(failed)?),
+        })
     }
 
     /// Parses what [`KeyPair::pkcs8`] gave. `None` when it is no such key.
     pub(super) fn from_pkcs8(key_type: KeyType, form: SignatureForm, pkcs8: &[u8]) -> Option<Self> {
-        let pair = match key_type {
-            KeyType::EcP256 => AlgorithmKey::EcP256(EcdsaKeyPair::from_pkcs8(p256(form), pkcs8).ok()?),
-            KeyType::EcP384 => AlgorithmKey::EcP384(EcdsaKeyPair::from_pkcs8(p384(form), pkcs8).ok()?),
-            KeyType::Rsa2048 => AlgorithmKey::Rsa(RsaKeyPair::from_pkcs8(pkcs8).ok()?),
-        };
-        Some(Self { pair })
+        Some(match key_type {
+            KeyType::EcP256 => Self::EcP256(EcdsaKeyPair::from_pkcs8(p256(form), pkcs8).ok()?),
+            KeyType::EcP384 => Self::EcP384(EcdsaKeyPair::from_pkcs8(p384(form), pkcs8).ok()?),
+            KeyType::Rsa2048 => Self::Rsa(RsaKeyPair::from_pkcs8(pkcs8).ok()?),
+        })
     }
 
     /// Parses an admin's CA key: PKCS#8, SEC 1 or PKCS#1; P-256, P-384 or RSA. `None` when it is none of these.
@@ -81,37 +75,36 @@ impl KeyPair {
             _ => RsaKeyPair::from_pkcs8(bytes).ok(),
         };
         let ec = |algorithm| EcdsaKeyPair::from_private_key_der(algorithm, bytes).ok();
-        let pair = ec(&ECDSA_P256_SHA256_ASN1_SIGNING)
-            .map(AlgorithmKey::EcP256)
-            .or_else(|| ec(&ECDSA_P384_SHA384_ASN1_SIGNING).map(AlgorithmKey::EcP384))
-            .or_else(|| rsa().map(AlgorithmKey::Rsa))?;
-        Some(Self { pair })
+        ec(&ECDSA_P256_SHA256_ASN1_SIGNING)
+            .map(Self::EcP256)
+            .or_else(|| ec(&ECDSA_P384_SHA384_ASN1_SIGNING).map(Self::EcP384))
+            .or_else(|| rsa().map(Self::Rsa))
     }
 
     /// The private key as PKCS#8 DER.
     pub(super) fn pkcs8(&self) -> Result<Zeroizing<Vec<u8>>, IssuerError> {
         let failed = |_| IssuerError::Crypto("encode a key");
-        match &self.pair {
-            AlgorithmKey::EcP256(pair) | AlgorithmKey::EcP384(pair) => {
+        match self {
+            Self::EcP256(pair) | Self::EcP384(pair) => {
                 Ok(Zeroizing::new(pair.to_pkcs8v1().map_err(failed)?.as_ref().to_vec()))
             }
-            AlgorithmKey::Rsa(pair) => Ok(Zeroizing::new(pair.as_der().map_err(failed)?.as_ref().to_vec())),
+            Self::Rsa(pair) => Ok(Zeroizing::new(pair.as_der().map_err(failed)?.as_ref().to_vec())),
         }
     }
 
     pub(super) fn key_type(&self) -> KeyType {
-        match self.pair {
-            AlgorithmKey::EcP256(_) => KeyType::EcP256,
-            AlgorithmKey::EcP384(_) => KeyType::EcP384,
-            AlgorithmKey::Rsa(_) => KeyType::Rsa2048,
+        match self {
+            Self::EcP256(_) => KeyType::EcP256,
+            Self::EcP384(_) => KeyType::EcP384,
+            Self::Rsa(_) => KeyType::Rsa2048,
         }
     }
 
     /// The contents of the `subjectPublicKey` bit string: a point, or an `RSAPublicKey`.
     pub(super) fn public_key(&self) -> &[u8] {
-        match &self.pair {
-            AlgorithmKey::EcP256(pair) | AlgorithmKey::EcP384(pair) => pair.public_key().as_ref(),
-            AlgorithmKey::Rsa(pair) => pair.public_key().as_ref(),
+        match self {
+            Self::EcP256(pair) | Self::EcP384(pair) => pair.public_key().as_ref(),
+            Self::Rsa(pair) => pair.public_key().as_ref(),
         }
     }
 
@@ -119,11 +112,11 @@ impl KeyPair {
     pub(super) fn sign(&self, message: &[u8]) -> Result<Vec<u8>, IssuerError> {
         let failed = |_| IssuerError::Crypto("sign");
         let random = SystemRandom::new();
-        match &self.pair {
-            AlgorithmKey::EcP256(pair) | AlgorithmKey::EcP384(pair) => {
+        match self {
+            Self::EcP256(pair) | Self::EcP384(pair) => {
                 Ok(pair.sign(&random, message).map_err(failed)?.as_ref().to_vec())
             }
-            AlgorithmKey::Rsa(pair) => {
+            Self::Rsa(pair) => {
                 let mut signature = vec![0; pair.public_modulus_len()];
                 pair.sign(&RSA_PKCS1_SHA256, &random, message, &mut signature).map_err(failed)?;
                 Ok(signature)
@@ -133,10 +126,10 @@ impl KeyPair {
 
     /// `alg` of a JWS signed with it.
     pub(super) fn jws_algorithm(&self) -> &'static str {
-        match self.pair {
-            AlgorithmKey::EcP256(_) => "ES256",
-            AlgorithmKey::EcP384(_) => "ES384",
-            AlgorithmKey::Rsa(_) => "RS256",
+        match self {
+            Self::EcP256(_) => "ES256",
+            Self::EcP384(_) => "ES384",
+            Self::Rsa(_) => "RS256",
         }
     }
 }
@@ -168,10 +161,10 @@ impl rcgen::PublicKeyData for KeyPair {
     }
 
     fn algorithm(&self) -> &'static rcgen::SignatureAlgorithm {
-        match self.pair {
-            AlgorithmKey::EcP256(_) => &rcgen::PKCS_ECDSA_P256_SHA256,
-            AlgorithmKey::EcP384(_) => &rcgen::PKCS_ECDSA_P384_SHA384,
-            AlgorithmKey::Rsa(_) => &rcgen::PKCS_RSA_SHA256,
+        match self {
+            Self::EcP256(_) => &rcgen::PKCS_ECDSA_P256_SHA256,
+            Self::EcP384(_) => &rcgen::PKCS_ECDSA_P384_SHA384,
+            Self::Rsa(_) => &rcgen::PKCS_RSA_SHA256,
         }
     }
 }
