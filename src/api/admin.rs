@@ -100,21 +100,14 @@ pub struct AdminParts {
     pub budget: Box<dyn Fn() -> Option<u64> + Send + Sync>,
 }
 
-/// The admin API. Cheap to clone.
-#[derive(Clone)]
-pub struct AdminApi {
-    parts: Arc<AdminParts>,
-}
-
 /// The one service of the admin socket. Cheap to clone.
 #[derive(Clone)]
-pub struct AdminService(AdminServer<AdminApi>);
+pub struct AdminService(AdminServer<AdminParts>);
 
 impl AdminService {
     /// Answers with these parts.
     pub fn new(parts: AdminParts) -> Self {
-        let api = AdminApi { parts: Arc::new(parts) };
-        Self(AdminServer::new(api).max_decoding_message_size(MAX_REQUEST))
+        Self(AdminServer::new(parts).max_decoding_message_size(MAX_REQUEST))
     }
 }
 
@@ -133,7 +126,7 @@ impl hyper::service::Service<Request<RequestBody>> for AdminService {
 }
 
 #[tonic::async_trait]
-impl Admin for AdminApi {
+impl Admin for AdminParts {
     async fn limits(
         &self,
         request: tonic::Request<pb::LimitsRequest>,
@@ -142,15 +135,14 @@ impl Admin for AdminApi {
             0 => TOP,
             top => top.min(MOST),
         };
-        Ok(tonic::Response::new(self.parts.limits_now(usize::try_from(top).unwrap_or(usize::MAX))))
+        Ok(tonic::Response::new(self.limits_now(usize::try_from(top).unwrap_or(usize::MAX))))
     }
 
     async fn explain(
         &self,
         request: tonic::Request<pb::ExplainRequest>,
     ) -> Result<tonic::Response<pb::ExplainResponse>, Status> {
-        let explained = self.parts.explain(request.into_inner().pid).await;
-        explained.map(tonic::Response::new).map_err(|err| match &err {
+        self.explained(request.into_inner().pid).await.map(tonic::Response::new).map_err(|err| match &err {
             InspectError::NoProcess(_) => Status::not_found(err.to_string()),
             InspectError::Pidfd { .. } | InspectError::Attest { .. } => {
                 Status::failed_precondition(chain(&err))
@@ -205,7 +197,7 @@ impl AdminParts {
         }
     }
 
-    async fn explain(&self, pid: i32) -> Result<pb::ExplainResponse, InspectError> {
+    async fn explained(&self, pid: i32) -> Result<pb::ExplainResponse, InspectError> {
         let process = self.attestor.inspect(pid)?;
         // Before the attestor, which asks last whether the process still lives.
         let (caller, source) = self.keys.explain(process.pid(), process.uid());

@@ -19,7 +19,7 @@
 
 use std::sync::Arc;
 
-use tonic::{Request, metadata::MetadataMap};
+use tonic::Request;
 
 use super::status::RequestError;
 use crate::{
@@ -41,7 +41,11 @@ impl Call {
     /// # Errors
     /// [`RequestError::NoSecurityHeader`]; [`RequestError::NoPeer`], which is a mistake of ours.
     pub fn of<T>(request: &Request<T>, method: Method) -> Result<Self, RequestError> {
-        require_header(request.metadata())?;
+        let mut values = request.metadata().get_all("workload.spiffe.io").iter();
+        match (values.next(), values.next()) {
+            (Some(value), None) if value == "true" => {}
+            _ => return Err(RequestError::NoSecurityHeader),
+        }
         Self::without_header(request.extensions().get(), method)
     }
 
@@ -64,13 +68,5 @@ impl Call {
     /// [`Refusal`] when it has no tokens, or too many calls are being attested.
     pub fn admit(self, limits: &Limits) -> Result<Admitted<Arc<Peer>>, Refusal> {
         limits.admit_caller(self.caller, self.method)
-    }
-}
-
-fn require_header(metadata: &MetadataMap) -> Result<(), RequestError> {
-    let mut values = metadata.get_all("workload.spiffe.io").iter();
-    match (values.next(), values.next()) {
-        (Some(value), None) if value == "true" => Ok(()),
-        _ => Err(RequestError::NoSecurityHeader),
     }
 }

@@ -32,16 +32,6 @@ impl Encoded {
     pub fn into_bytes(self) -> Bytes {
         self.0
     }
-
-    /// Length in bytes.
-    pub fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    /// Whether there are no bytes, which encodes a message whose every field has its default.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
 }
 
 // The bytes hold private keys.
@@ -98,7 +88,7 @@ mod tests {
         assert!(!format!("{encoded:?}").contains("secret"));
         let mut copy = encoded.clone();
         copy.clear();
-        assert!(copy.is_empty());
-        assert!(!encoded.is_empty());
+        assert_eq!(copy, Encoded::default());
+        assert_ne!(encoded, copy);
     }
 }

@@ -3,12 +3,12 @@
 use std::{
     fmt,
     sync::{Mutex, PoisonError},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime},
 };
 
 use metrics::{Counter, Gauge, Histogram};
 
-use crate::telemetry::registry::{By, Label as _, Registry, labels};
+use crate::telemetry::registry::{By, Label as _, Registry, labels, unix_time};
 
 labels! {
     /// What kind of SVID.
@@ -103,9 +103,8 @@ impl RotationMetrics {
 
     /// Sets the gauge, before it is read, to what is left at `now`.
     pub fn refresh(&self, now: SystemTime) {
-        let unix = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         let due = *self.due.lock().unwrap_or_else(PoisonError::into_inner);
-        self.seconds_left.set(due.map_or(f64::NAN, |due| unix(due) - unix(now)));
+        self.seconds_left.set(due.map_or(f64::NAN, |due| unix_time(due) - unix_time(now)));
     }
 }
 
@@ -116,7 +115,7 @@ mod tests {
 
     #[test]
     fn counts_signatures_and_rotations() {
-        let at = |seconds| UNIX_EPOCH + Duration::from_secs(seconds);
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
         let all = Metrics::default();
         let issuer = IssuerMetrics::new(all.registry());
         let svids = RotationMetrics::new(all.registry(), Rotated::X509Svid);

@@ -143,11 +143,6 @@ impl Store {
         self.changed.send_replace(Change::Draining);
     }
 
-    /// Whether [`Store::drain`] was called.
-    pub fn is_draining(&self) -> bool {
-        *self.changed.borrow() == Change::Draining
-    }
-
     /// Makes `world` and `policy` the present, and returns that. Only [`super::Writer`] calls this, one call at a time,
     /// hence no compare-and-swap loop.
     pub(super) fn publish(&self, world: &World, policy: Arc<Policy>) -> Arc<Snapshot> {

@@ -27,7 +27,7 @@ use super::{
     jwt::{self, JwtKey, JwtSigner},
     keys::{self, KeyPair, SignatureForm},
     rotation::{self, Advanced, AuthoritySlot, Record, Term},
-    state::{self, Authorities, StateError},
+    state::Authorities,
     supplied::SuppliedCa,
     x509::{self, CaIssuer, X509Authority, X509Signer},
 };
@@ -107,7 +107,7 @@ impl EmbeddedCa {
         }
         let data_dir = DataDir::open(&settings.data_dir)?;
         let mut state = match data_dir.read()? {
-            Some(text) => parse(&text, &data_dir, &settings.trust_domain)?,
+            Some(text) => Authorities::parse(&text, &data_dir.state_path(), &settings.trust_domain)?,
             None => Authorities::default(),
         };
         dismiss_other_sources(&mut state, &settings, now)?;
@@ -239,17 +239,6 @@ impl fmt::Debug for EmbeddedCa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("EmbeddedCa").field("settings", &self.settings).finish_non_exhaustive()
     }
-}
-
-fn parse(text: &[u8], data_dir: &DataDir, trust_domain: &TrustDomain) -> Result<Authorities, IssuerError> {
-    let path = data_dir.state_path();
-    Authorities::parse(text, trust_domain).map_err(|err| match err {
-        StateError::Damaged(damage) => IssuerError::Damaged { path, damage },
-        StateError::Version(found) => IssuerError::Version { path, found, known: state::VERSION },
-        StateError::TrustDomain(found) => {
-            IssuerError::TrustDomain { path, found, want: trust_domain.clone() }
-        }
-    })
 }
 
 /// Takes the keys of CAs that do not come from where the settings say, so that they never sign again.

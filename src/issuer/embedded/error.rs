@@ -26,7 +26,7 @@ pub enum IssuerError {
     #[error("{} belongs to uid {found}, but the agent runs as uid {ours} (chown {ours} {})", path.display(), path.display())]
     Owner { path: PathBuf, found: u32, ours: u32 },
     /// Others than the owner may read or write a file, or write to a directory.
-    #[error("{} has mode {found:04o}, which is open to others; it must be {want:04o} (chmod {} {})", path.display(), ChmodArgument(*want), path.display())]
+    #[error("{} has mode {found:04o}, which is open to others; it must be {want:04o} (chmod {want:o} {})", path.display(), path.display())]
     Mode { path: PathBuf, found: u32, want: u32 },
     /// Something else stands where a file or directory should be.
     #[error("{} is not a {want}", path.display())]
@@ -206,14 +206,5 @@ impl std::fmt::Display for Utc {
             Some(Ok(text)) => f.write_str(&text),
             _ => write!(f, "second {} of 1970", i128::from(sign) * i128::from(seconds)),
         }
-    }
-}
-
-/// A mode as `chmod` takes it.
-struct ChmodArgument(u32);
-
-impl std::fmt::Display for ChmodArgument {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:o}", self.0)
     }
 }

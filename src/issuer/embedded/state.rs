@@ -3,7 +3,7 @@
 //! Read strictly: what this version would not have written is damage, and is never overwritten. Keys are decoded
 //! from the wiped buffer of the file and encoded into another; no copy of them stays behind.
 
-use std::{borrow::Cow, fmt, io, sync::Arc};
+use std::{borrow::Cow, fmt, io, path::Path, sync::Arc};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::{Deserialize, Serialize};
@@ -19,7 +19,7 @@ use super::{
 use crate::identity::{KeyType, TrustDomain};
 
 /// What is written into the file, and the only one that is read.
-pub(super) const VERSION: u64 = 1;
+const VERSION: u64 = 1;
 
 /// All authorities of the issuer.
 #[derive(Clone, Default)]
@@ -30,29 +30,27 @@ pub(super) struct Authorities {
     pub(super) jwt: Vec<Record<JwtKey>>,
 }
 
-/// Why a text is no state of this agent.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum StateError {
-    Damaged(Damage),
-    Version(u64),
-    TrustDomain(String),
-}
-
 impl Authorities {
-    /// Reads what [`Authorities::to_json`] wrote for `trust_domain`.
-    pub(super) fn parse(text: &[u8], trust_domain: &TrustDomain) -> Result<Self, StateError> {
+    /// Reads what [`Authorities::to_json`] wrote for `trust_domain` to the file at `path`.
+    pub(super) fn parse(text: &[u8], path: &Path, trust_domain: &TrustDomain) -> Result<Self, IssuerError> {
+        let path = || path.to_owned();
+        let damaged = |damage| IssuerError::Damaged { path: path(), damage };
+        // Only where: the text of a JSON error may quote a key.
+        let not_json =
+            |err: serde_json::Error| damaged(Damage::Json { line: err.line(), column: err.column() });
         // First what every later version will have too, so that it is named and not called damaged.
-        let head: Head = serde_json::from_slice(text).map_err(|err| not_json(&err))?;
+        let head: Head = serde_json::from_slice(text).map_err(not_json)?;
         if head.version != VERSION {
-            return Err(StateError::Version(head.version));
+            return Err(IssuerError::Version { path: path(), found: head.version, known: VERSION });
         }
         if head.trust_domain != trust_domain.name() {
-            return Err(StateError::TrustDomain(head.trust_domain));
+            let (found, want) = (head.trust_domain, trust_domain.clone());
+            return Err(IssuerError::TrustDomain { path: path(), found, want });
         }
-        let file: StateFile<'_> = serde_json::from_slice(text).map_err(|err| not_json(&err))?;
+        let file: StateFile<'_> = serde_json::from_slice(text).map_err(not_json)?;
         Ok(Self {
-            x509: read_all("x509", &file.x509).map_err(StateError::Damaged)?,
-            jwt: read_all("jwt", &file.jwt).map_err(StateError::Damaged)?,
+            x509: read_all("x509", &file.x509).map_err(damaged)?,
+            jwt: read_all("jwt", &file.jwt).map_err(damaged)?,
         })
     }
 
@@ -72,11 +70,6 @@ impl Authorities {
         serde_json::to_writer_pretty(&mut *text, &file).map_err(failed)?;
         Ok(text)
     }
-}
-
-/// Only where: the text of a JSON error may quote a key.
-fn not_json(err: &serde_json::Error) -> StateError {
-    StateError::Damaged(Damage::Json { line: err.line(), column: err.column() })
 }
 
 #[derive(Deserialize)]
