@@ -23,7 +23,7 @@ use durward::{
         embedded::{EmbeddedIssuer, EmbeddedSettings, IssuerSettings, MIN_CA_TTL},
         metrics::IssuerMetrics,
     },
-    limits::{Limits, Method},
+    limits::{CallerKey, Limits, Method, report::Standing},
     os::clock::Clock,
     peer::{OsUid, Peer},
     store::{Charged, JwtCache, Policy, Purpose, StoreMetrics, Writer, X509Cache, authorize},
@@ -116,13 +116,16 @@ impl World {
 
     /// A call by this process, on its whole way.
     async fn call(&self, wanted: Option<&SpiffeId>) -> Charged {
+        self.call_under(&Limits::default(), wanted).await
+    }
+
+    async fn call_under(&self, limits: &Limits, wanted: Option<&SpiffeId>) -> Charged {
         let (_ours, theirs) = UnixStream::pair().unwrap();
         let peer = Arc::new(Peer::from_stream(&theirs, &OsUid).unwrap());
-        let limits = Limits::default();
         let admitted = limits.admit_caller(peer, Method::FetchJwtSvid).unwrap();
         let attested = Attestor::new(AttestSettings::default()).attest(admitted).await.unwrap();
         let snapshot = self.writer.store().snapshot();
-        authorize(&snapshot, attested, Purpose::Svids, wanted).unwrap().charge(&limits).unwrap()
+        authorize(&snapshot, attested, Purpose::Svids, wanted).unwrap().charge(limits).unwrap()
     }
 
     async fn x509(&self, call: &mut Charged) -> Arc<X509Svid> {
@@ -266,6 +269,34 @@ async fn tokens_are_signed_once_and_renewed_behind_the_callers() {
     tokio::time::sleep(Duration::from_secs(301)).await;
     let new = world.jwt(web, "a").await;
     assert!(!Arc::ptr_eq(&new, &fresh) && new.expires_at > world.clock.now());
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_has_something_signed_pays_for_it_until_it_has_paid() {
+    let world = World::new(&["web"], 100);
+    let limits = Limits::default();
+    let caller = CallerKey::Uid(nix::unistd::geteuid().as_raw());
+    let web = SpiffeId::parse("spiffe://td/web").unwrap();
+    let spent = || {
+        let caller = limits.caller_standing(caller, Method::FetchJwtSvid).1;
+        [caller, limits.identity_standing(&web, Method::FetchJwtSvid).1].map(|standing| match standing {
+            Standing::Tokens { left, burst } => burst - left,
+            other => panic!("{other:?}"),
+        })
+    };
+    let mut taken = [0, 0];
+    for (case, audience, pays_first, costs) in
+        [("signed", "a", false, 2), ("kept", "a", false, 1), ("signed, but paid before", "b", true, 1)]
+    {
+        let mut call = world.call_under(&limits, None).await;
+        if pays_first {
+            call.pay();
+        }
+        world.jwt(&mut call, audience).await;
+        drop(call);
+        taken = taken.map(|taken| taken + costs);
+        assert_eq!(spent(), taken, "{case}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
