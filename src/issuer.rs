@@ -1,6 +1,6 @@
-//! Who signs, and where entries and bundles come from: the embedded CA, or a SPIRE Server.
+//! Who signs, and where entries and bundles come from: an [`Issuer`], of which the embedded CA is one.
 //!
-//! An [`Issuer`] is told whom to sign for; that the caller may have the SVID was decided before, by
+//! It is told whom to sign for; that the caller may have the SVID was decided before, by
 //! `store::authorize`. Nothing above this module sees a CA key, or an error of a certain issuer: what could not
 //! be signed is a [`MintError`], which says whose fault it is.
 

@@ -124,9 +124,9 @@ mod tests {
     #[test]
     fn a_crowd_of_calls_that_fail_is_a_few_lines() {
         let dir = tempfile::tempdir().unwrap();
-        let file = Some(dir.path().join("agent.log"));
+        let path = dir.path().join("agent.log");
         let (subscriber, log) =
-            Log::build(&LogSettings { file: file.clone(), ..Default::default() }).unwrap();
+            Log::build(&LogSettings { file: Some(path.clone()), ..Default::default() }).unwrap();
         tracing::subscriber::with_default(subscriber, || {
             let journal = Journal::new(Metrics::default().registry());
             let late = || Err::<(), _>(RequestError::X509Svid(MintError::Late));
@@ -143,7 +143,7 @@ mod tests {
             journal.whole(Method::FetchX509Svid, Instant::now(), late()).unwrap_err();
         });
         assert!(log.flush(Duration::from_secs(60)));
-        let text = fs::read_to_string(file.unwrap()).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
         let svids: Vec<&str> = text.lines().filter(|line| line.contains("could not make an SVID")).collect();
         // One more may pass for each second that this takes.
         assert!((61..100).contains(&svids.len()), "{}", svids.len());

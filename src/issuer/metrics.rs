@@ -1,7 +1,6 @@
 //! What issuers count: signatures, and rotations of what signs.
 
 use std::{
-    fmt,
     sync::{Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -30,6 +29,7 @@ labels! {
 }
 
 /// The series of an issuer.
+#[derive(Debug)]
 pub struct IssuerMetrics {
     signing_seconds: By<SvidKind, Histogram>,
     signing_failures: By<SvidKind, Counter>,
@@ -62,13 +62,8 @@ impl IssuerMetrics {
     }
 }
 
-impl fmt::Debug for IssuerMetrics {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("IssuerMetrics")
-    }
-}
-
 /// The series of what is replaced before it expires.
+#[derive(Debug)]
 pub struct RotationMetrics {
     done: Counter,
     seconds_left: Gauge,

@@ -1,7 +1,5 @@
 //! What the store counts: what a snapshot holds, and what the caches of SVIDs do.
 
-use std::fmt;
-
 use metrics::{Counter, Gauge};
 
 use super::{snapshot::Snapshot, x509_cache::X509Counts};
@@ -30,6 +28,7 @@ labels! {
 }
 
 /// The series of the store.
+#[derive(Debug)]
 pub struct StoreMetrics {
     x509_svids: By<SvidState, Gauge>,
     pub(super) jwt_svids: Gauge,
@@ -100,11 +99,5 @@ impl StoreMetrics {
         self.authorities.with(SvidKind::X509, |g| g.set(float(bundles.own.x509_authorities.len())));
         self.authorities.with(SvidKind::Jwt, |g| g.set(float(bundles.own.jwt_authorities.len())));
         self.federated_bundles.set(float(bundles.federated.len()));
-    }
-}
-
-impl fmt::Debug for StoreMetrics {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("StoreMetrics")
     }
 }

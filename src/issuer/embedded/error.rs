@@ -102,7 +102,7 @@ impl From<IssuerError> for MintError {
             E::Foreign { .. } => "the SPIFFE ID is of another trust domain",
             E::NoPath(_) => "the SPIFFE ID names no workload",
             E::DnsName(_) => "a DNS name of the entry cannot stand in a certificate",
-            E::NoAudience => "audience must name at least one recipient",
+            E::NoAudience => "the audience is empty",
             E::Lifetime { .. } => "the lifetime is under a second",
             // Files, clock, library: none of it was chosen by who asks.
             _ => return Self::Issuer { retry_after: None, source: error.into() },
