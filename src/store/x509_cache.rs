@@ -352,6 +352,34 @@ impl Drop for Hold {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        identity::{KeyType, TrustDomain},
+        issuer::{
+            embedded::{EmbeddedIssuer, EmbeddedSettings, IssuerSettings},
+            metrics::IssuerMetrics,
+        },
+        telemetry::metrics::Metrics,
+    };
+
+    #[tokio::test]
+    async fn what_calls_that_went_away_began_is_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let settings = EmbeddedSettings {
+            trust_domain: TrustDomain::parse("td").unwrap(),
+            data_dir: dir.path().join("data"),
+            svid_key_type: KeyType::EcP256,
+            issuer: IssuerSettings::default(),
+        };
+        let counted = Arc::new(IssuerMetrics::new(Metrics::default().registry()));
+        let issuer = Arc::new(EmbeddedIssuer::open(settings, Clock::SYSTEM, counted).unwrap());
+        let cache = X509Cache::new(issuer, Clock::SYSTEM, 10, None);
+        let begin = |id| Arc::clone(cache.lock().making.entry((EntryId::new(id), 0)).or_default());
+        let _waited_for = begin("waited for");
+        drop(begin("left"));
+        cache.due(1, |_| None);
+        let left: Vec<String> = cache.lock().making.keys().map(|(id, _)| id.to_string()).collect();
+        assert_eq!(left, ["waited for"]);
+    }
 
     #[test]
     fn an_answer_is_not_repeated_beyond_its_end() {
