@@ -205,10 +205,12 @@ impl Attestor {
         };
         let last = kept.believed(Instant::now()).filter(|last| Arc::ptr_eq(&last.settings, settings));
         let Some(last) = last else { return Ok(None) };
-        let open = || ProcDir::open(&self.proc_root, process.pid());
-        for evidence in &last.evidence {
-            if !evidence.holds(&open)? {
-                return Ok(None);
+        if !last.evidence.is_empty() {
+            let dir = ProcDir::open(&self.proc_root, process.pid())?;
+            for evidence in &last.evidence {
+                if !evidence.holds(&dir)? {
+                    return Ok(None);
+                }
             }
         }
         process.is_alive()?;

@@ -47,11 +47,11 @@ pub(super) struct Findings {
 
 /// What findings rest on, as far as it may change while the process lives.
 pub(super) trait Evidence: Send + Sync {
-    /// Whether it is as it was; `open` opens the directory of the process.
+    /// Whether it is as it was; `dir` is the directory of the process.
     ///
     /// # Errors
     /// It cannot be read.
-    fn holds(&self, open: &dyn Fn() -> Result<ProcDir, ProcReadError>) -> Result<bool, ProcReadError>;
+    fn holds(&self, dir: &ProcDir) -> Result<bool, ProcReadError>;
 }
 
 /// What all attestors found of one process.

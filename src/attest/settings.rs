@@ -38,7 +38,6 @@ impl AttestSettings {
                 let message =
                     format!("declared more than once: first at {}", section.problems().show(*first));
                 section.problems().add(place, &section.name(), None, message);
-                section.ignore();
             } else {
                 declared.insert(label, place);
                 settings.read_plugin(label, section);
@@ -95,5 +94,4 @@ fn absent(label: &str, place: Place, mut plugin: Section<'_>) {
         };
         plugin.problems().add(place, &plugin.name(), None, what);
     }
-    plugin.ignore();
 }

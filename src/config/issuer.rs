@@ -47,7 +47,6 @@ pub(super) fn read(root: &mut Section<'_>, server: &ServerKeys) -> (IssuerSettin
                 _ => "unknown issuer: must be \"embedded\"".to_owned(),
             };
             section.problems().add(place, &section.name(), None, message);
-            section.ignore();
         } else if let Some(first) = &mut embedded {
             first.merge(section);
         } else {

@@ -15,7 +15,7 @@ use std::{collections::HashMap, num::NonZeroU32, time::Duration};
 
 pub(super) use self::stage::Context;
 use self::{
-    rule::{A_LIMIT, FREE, Reported, limit, merged, method, number, set},
+    rule::{A_LIMIT, FREE, Reported, limit, merged, method, set},
     stage::Block,
 };
 use crate::{
@@ -66,7 +66,7 @@ pub(super) struct SpireKey {
 pub(super) fn spire_keys(s: &mut Section<'_>) -> Vec<SpireKey> {
     let mut keys = Vec::new();
     for (key, method) in SPIRE_KEYS {
-        if let Some(at) = number(s, key, 0..=MAX_BURST) {
+        if let Some(at) = s.integer(key, 0..=MAX_BURST) {
             keys.push(SpireKey { name: s.path(key), place: at.place, method, limit: at.value });
         }
     }
@@ -132,7 +132,7 @@ impl Context<'_> {
     fn gate(&self, mut block: Section<'_>, gate: &mut GateSettings) {
         let s = &mut block;
         places(s, gate);
-        set(&mut gate.admin, number(s, "admin", GateSettings::ADMIN).map(|at| at.value));
+        set(&mut gate.admin, s.integer("admin", GateSettings::ADMIN).map(|at| at.value));
         if let Some(block) = s.block("connection") {
             connection(block, &mut gate.connection);
         }
@@ -179,7 +179,7 @@ fn whole(s: &mut Section<'_>, settings: &mut LimitSettings) {
     };
     let status = s.parsed("rejection_status", status, "must be resource_exhausted or unavailable");
     set(&mut settings.rejection_status, status.map(|at| at.value));
-    let keys = number(s, "keys", TableSize::RANGE);
+    let keys = s.integer("keys", TableSize::RANGE);
     set(&mut settings.keys, keys.and_then(|at| TableSize::new(at.value).ok()));
     let mut steps = Vec::new();
     for At { value: text, place } in s.strings("soft_limits").map(|list| list.value).unwrap_or_default() {
@@ -209,7 +209,7 @@ fn as_spire(key: &SpireKey, default: &Rule) -> Option<Rule> {
 
 /// What one caller may at the gate; what is not said is as in `base`.
 fn gate_rule(s: &mut Section<'_>, base: &GateRule) -> Result<GateRule, Reported> {
-    let connections = number(s, "connections", 1..=MAX_CONNECTIONS);
+    let connections = s.integer("connections", 1..=MAX_CONNECTIONS);
     let rate = limit(s, &FREE);
     let dry_run = s.boolean("dry_run");
     let good = (connections.is_some() || !s.has("connections")) && (dry_run.is_some() || !s.has("dry_run"));
@@ -232,8 +232,8 @@ fn gate_rule(s: &mut Section<'_>, base: &GateRule) -> Result<GateRule, Reported>
 
 /// How many connections there are for all.
 fn places(s: &mut Section<'_>, gate: &mut GateSettings) {
-    let connections = number(s, "connections", GatePlaces::LEAST..=MAX_CONNECTIONS);
-    let reserve = number(s, "reserve", 0..=MAX_CONNECTIONS);
+    let connections = s.integer("connections", GatePlaces::LEAST..=MAX_CONNECTIONS);
+    let reserve = s.integer("reserve", 0..=MAX_CONNECTIONS);
     let value = |at: Option<At<u32>>| at.map(|at| at.value);
     match GatePlaces::new(value(connections), value(reserve)) {
         Ok(places) => gate.places = places,
@@ -271,9 +271,9 @@ fn connection(mut block: Section<'_>, settings: &mut ConnectionSettings) {
     set(&mut settings.stall_timeout, value(s.duration("stall_timeout", C::STALL_TIMEOUT)));
     set(&mut settings.linger, value(s.duration("linger", C::LINGER)));
     let value = |at: Option<At<u32>>| at.map(|at| at.value);
-    set(&mut settings.streams, value(number(s, "streams", C::STREAMS)));
-    set(&mut settings.header_bytes, value(number(s, "header_bytes", C::HEADER_BYTES)));
-    set(&mut settings.resets, value(number(s, "resets", C::STREAMS)));
+    set(&mut settings.streams, value(s.integer("streams", C::STREAMS)));
+    set(&mut settings.header_bytes, value(s.integer("header_bytes", C::HEADER_BYTES)));
+    set(&mut settings.resets, value(s.integer("resets", C::STREAMS)));
     block.finish();
 }
 
@@ -289,8 +289,8 @@ fn node(mut block: Section<'_>, node: &mut NodeSettings) {
         node.quotas = PerMethod::all(default);
     }
     set(&mut node.dry_run, s.boolean("dry_run").map(|at| at.value));
-    let all = number(s, "attestations", 1..=Attestations::MOST);
-    let each = number(s, "attestations_per_caller", 1..=Attestations::MOST);
+    let all = s.integer("attestations", 1..=Attestations::MOST);
+    let each = s.integer("attestations_per_caller", 1..=Attestations::MOST);
     let value = |at: Option<At<u32>>| at.and_then(|at| NonZeroU32::new(at.value));
     match (Attestations::new(value(all), value(each)), each) {
         (Ok(attestations), _) => node.attestations = attestations,
@@ -326,13 +326,11 @@ fn memory(mut block: Section<'_>, memory: &mut MemorySettings) {
     );
     let limit = s.parsed("limit", parse_memory, right);
     set(&mut memory.limit, limit.map(|at| at.value));
-    let (least, most) = MemorySteps::RANGE.into_inner();
-    let mut step = |key| number(s, key, u32::from(least)..=u32::from(most));
     let keys = ["shrink_caches_at", "refuse_new_at", "close_heaviest_at"];
-    let written = keys.map(&mut step);
+    let written = keys.map(|key| s.integer(key, MemorySteps::RANGE));
     let mut percents = memory.steps.percents();
     for (percent, at) in percents.iter_mut().zip(written) {
-        set(percent, at.and_then(|at| u8::try_from(at.value).ok()));
+        set(percent, at.map(|at| at.value));
     }
     match MemorySteps::new(percents) {
         Ok(steps) => memory.steps = steps,

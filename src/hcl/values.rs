@@ -43,19 +43,14 @@ impl<'a> Section<'a> {
         parse: impl FnOnce(&'a str) -> Option<T>,
         right: impl fmt::Display,
     ) -> Option<At<T>> {
-        let text = self.string(key)?;
-        let parsed = parse(text.value);
-        if parsed.is_none() {
-            self.wrong(text.place, key, Some(quoted(text.value)), right);
-        }
-        parsed.map(|value| At { value, place: text.place })
+        self.checked(key, |text| parse(text).ok_or(right))
     }
 
     /// A string that `parse` understands; its error says what would be right.
     pub(crate) fn checked<T, E: fmt::Display>(
         &mut self,
         key: &'static str,
-        parse: impl FnOnce(&str) -> Result<T, E>,
+        parse: impl FnOnce(&'a str) -> Result<T, E>,
     ) -> Option<At<T>> {
         let text = self.string(key)?;
         match parse(text.value) {

@@ -1,6 +1,6 @@
 //! What a block says about calls: a limit, its windows, what calls cost.
 
-use std::{collections::HashMap, ops::RangeInclusive};
+use std::collections::HashMap;
 
 use crate::{
     hcl::{
@@ -76,12 +76,6 @@ pub(super) fn set<T>(setting: &mut T, value: Option<T>) {
     }
 }
 
-/// A whole number in `range`.
-pub(super) fn number(s: &mut Section<'_>, key: &'static str, range: RangeInclusive<u32>) -> Option<At<u32>> {
-    let at = s.integer(key, i64::from(*range.start())..=i64::from(*range.end()))?;
-    Some(at.map(|number| u32::try_from(number).unwrap_or_else(|_| *range.end())))
-}
-
 /// The method that a label names.
 pub(super) fn method(
     section: &Section<'_>,
@@ -110,7 +104,7 @@ pub(super) fn method(
 pub(super) fn limit(s: &mut Section<'_>, free: &[(&'static str, Limit)]) -> Result<Option<Bound>, Reported> {
     let rate = s.number("rate");
     let per = s.parsed("per", |text| Per::parse(text).ok(), "must be second, minute, hour or day");
-    let burst = number(s, "burst", 1..=MAX_BURST);
+    let burst = s.integer("burst", 1..=MAX_BURST);
     let mut given: Vec<(&str, Place, Option<Limit>)> = Vec::new();
     let of_bucket = [
         ("rate", rate.map(|at| at.place)),
@@ -224,7 +218,7 @@ pub(super) fn written(s: &mut Section<'_>, stage: Stage, base: &Written) -> Resu
 fn costs(s: &mut Section<'_>, stage: Stage, base: Costs) -> (Result<Costs, Reported>, Option<Place>) {
     let Some(mut block) = s.block("costs") else { return (Ok(base), None) };
     let place = block.place();
-    let mut read = |key| number(&mut block, key, 1..=MAX_BURST);
+    let mut read = |key| block.integer(key, 1..=MAX_BURST);
     let (answer, signature) = (read("answer"), read("signature"));
     let of_caller = stage == Stage::Caller;
     let failed = if of_caller { read("failed_attestation") } else { None };
@@ -265,7 +259,6 @@ fn schedule(s: &mut Section<'_>) -> Result<Schedule<Bound>, Reported> {
     if let Some(last) = blocks.get(MAX_WINDOWS) {
         let message = format!("{} windows must be at most {MAX_WINDOWS}", blocks.len());
         s.problems().add(last.place, &last.section.name(), None, message);
-        blocks.into_iter().for_each(|block| block.section.ignore());
         return Err(Reported);
     }
     let mut good = true;
@@ -331,10 +324,7 @@ fn moment(s: &mut Section<'_>, key: &'static str, last_hour: u8) -> Result<At<Mo
         s.missing(key, format_args!("must be set, in UTC: {key} {{ hour = 22 }}"));
         return Err(Reported);
     };
-    let mut field = |key, least: u8, most: u8| {
-        let at = block.integer(key, i64::from(least)..=i64::from(most));
-        at.and_then(|at| u8::try_from(at.value).ok())
-    };
+    let mut field = |key, least: u8, most: u8| block.integer(key, least..=most).map(|at| at.value);
     let mut moment = Moment {
         second: field("second", 0, 59),
         minute: field("minute", 0, 59),
