@@ -14,13 +14,13 @@
 //! | [`cli`] | what a person types: `run`, `quickstart`, `api`, `healthcheck`, `limits`, `explain`, `validate` | its user |
 //! | [`agent`] | builds every part from [`config::Config`], binds everything, says ready, reloads, drains | the configuration |
 //! | [`config`] | `agent.conf`: the file as written, then checked in full; what a reload changes | whoever may write these files |
-//! | [`api`] | the gRPC services; [`api::status`] is the one map of errors to codes | nothing a request says but what it asks for |
-//! | [`store`] | the [`Snapshot`](store::Snapshot) a request sees, its only writer, and the caches of SVIDs | the issuer and the configuration |
-//! | [`attest`] | from an [`Admitted`](limits::Admitted) peer to its selectors | the kernel, through `/proc`, while the process lives |
+//! | [`api`] | the gRPC services: the typed way of a call, and the one map of errors to codes | nothing a request says but what it asks for |
+//! | [`store`] | the [`Snapshot`](store::Snapshot) a request sees, its only writer, who is entitled to what, and the caches of SVIDs | the issuer and the configuration |
+//! | [`attest`] | from an [`Admitted`](limits::Admitted) caller to its selectors | the kernel, through `/proc`, while the process lives |
 //! | [`peer`] | accept, park, HTTP/2, drain; who is at the other end | SO_PEERCRED and SO_PEERPIDFD, not a byte that is sent |
-//! | [`issuer`] | who signs: the embedded CA | its own files, once their owner and mode were checked |
+//! | [`issuer`] | who signs, and where entries and bundles come from: the embedded CA | its own files, once their owner and mode were checked |
 //! | [`limits`] | who may connect and call how often | the caller key that was resolved at accept |
-//! | [`identity`] | words and rules without I/O: SPIFFE IDs, selectors, entries, SVIDs, bundles, [`authorize`](identity::authorize()) | nothing |
+//! | [`identity`] | words and rules without I/O: SPIFFE IDs, selectors, entries and which of them match, SVIDs, bundles | nothing |
 //! | [`telemetry`] | what people see of an agent: the registry of metrics, the log, HTTP for probes | nothing that a caller chose |
 //! | [`hcl`] | the language of `agent.conf`, for every room to read its own settings with | nothing |
 //! | [`os`] | the operating system: clock, memory, descriptors, systemd; the only place where `unsafe` may stand | the kernel |
@@ -34,20 +34,30 @@
 //! peer/connection parked until the first byte: no HTTP/2 state before it
 //! peer/wire       what h2 would refuse of a C-core client's :authority; the budget of frames between requests
 //! (hyper, tonic)  HTTP/2, decode; the connection carries its Peer
-//! api/workload    1 security header                                     InvalidArgument
-//!                 2 limits.admit_caller(peer, method) -> Admitted       ResourceExhausted
-//!                 3 query: audience, SPIFFE ID                          InvalidArgument
-//!                 4 attestor.attest(admitted).await -> Selectors        Unavailable
-//!                 5 authorize(snapshot, selectors) -> AuthorizedEntry   PermissionDenied
-//!                 6 limits.admit_identities(entries, method)            ResourceExhausted
-//!                 7 jwt.fetch(entry, audience).await                    Unavailable
+//! api/call        1 security header -> Call                              InvalidArgument
+//!                 2 call.admit(limits) -> Admitted                       ResourceExhausted
+//! api/workload    3 query: audience, SPIFFE ID                           InvalidArgument
+//! attest          4 attestor.attest(admitted).await -> Attested          Unavailable
+//! store           5 authorize(snapshot, attested) -> Entitled            PermissionDenied
+//!                 6 entitled.charge(limits) -> Charged                   ResourceExhausted
+//!                 7 jwt.fetch(charged, audience).await                   Unavailable
 //! ```
 //!
-//! One function reads top to bottom ([`api::workload`]). [`limits::Admitted`] and
-//! [`identity::AuthorizedEntry`] can be made nowhere else than in their modules, so the compiler keeps the
-//! order: nothing is read about a peer that was not admitted, and no SVID is made for an entry that was not
-//! authorized. Streams run 1 to 6, then wait for a new snapshot or the death of their process, and send only
-//! when what they would send has changed ([`api::updates`]).
+//! One function reads top to bottom ([`api::workload`]). Each state is made in one place, of the state before it
+//! ([`api::call`]), so the compiler keeps the order: nothing is read about a peer that was not admitted, and no SVID is
+//! made for a call whose identities were not charged. Streams run 1 to 7, then wait for a new snapshot or the death of
+//! their process, and send only when what they would send has changed ([`api::updates`]).
+//!
+//! # Where things are
+//!
+//! | to find or add | look at |
+//! |---|---|
+//! | why a connection or a call is refused | [`limits::refusal`]; the gRPC code is chosen in [`api::status`] |
+//! | a setting | the `settings!` of the room that acts on it, and its paragraph in `conf/agent.conf` |
+//! | an attestor | a file in `attest`, and its line in the list of [`attest`] |
+//! | an issuer | the trait [`issuer::Issuer`], beside [`issuer::embedded`] |
+//! | a service | a handler in `api` that starts with a [`Call`](api::call::Call) |
+//! | a series | the `metrics` of the room whose events it counts |
 //!
 //! # Invariants
 //!
