@@ -18,12 +18,7 @@ use super::{
 };
 use crate::{
     attest::{self, AttestSettings},
-    hcl::{
-        ConfigError, ConfigErrors,
-        absent::NOT_HERE,
-        problems::Problems,
-        section::{Labelled, Section},
-    },
+    hcl::{ConfigError, ConfigErrors, absent::NOT_HERE, problems::Problems, section::Section},
     identity::{Bundle, Entry, TrustDomain},
     issuer::embedded::{EmbeddedSettings, IssuerSettings},
     limits::LimitSettings,
@@ -172,12 +167,11 @@ fn plugins(root: &mut Section<'_>, server: &mut ServerKeys) -> AttestSettings {
     let Some(mut plugins) = root.block("plugins") else { return AttestSettings::default() };
     let attest = AttestSettings::read(&mut plugins);
     for key in ["NodeAttestor", "KeyManager"] {
-        server.0.extend(plugins.labelled(key).iter().map(|plugin| (plugin.place, plugin.section.name())));
+        server.0.extend(plugins.labelled(key).iter().map(|plugin| (plugin.place(), plugin.name())));
     }
-    for Labelled { place, mut section, .. } in plugins.labelled("SVIDStore") {
-        if attest::is_enabled(&mut section) {
-            let message = format!("storing SVIDs {NOT_HERE}; leave it out");
-            section.problems().add(place, &section.name(), None, message);
+    for mut store in plugins.labelled("SVIDStore") {
+        if attest::is_enabled(&mut store) {
+            store.wrong_block(format_args!("storing SVIDs {NOT_HERE}; leave it out"));
         }
     }
     plugins.finish();

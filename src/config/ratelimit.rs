@@ -20,7 +20,7 @@ use self::{
 };
 use crate::{
     hcl::{
-        section::{At, Labelled, Section},
+        section::{At, Section},
         show_duration,
         tree::{Place, abridged, quoted},
     },
@@ -143,23 +143,23 @@ impl Context<'_> {
             caller.finish();
         }
         let mut overrides = Vec::new();
-        for Labelled { label, place, mut section } in merged(s.labelled("override")) {
+        for mut section in merged(s.labelled("override")) {
             let empty = !["connections", "rate", "per", "burst", "exempt", "block", "unlimited", "dry_run"]
                 .iter()
                 .any(|key| section.has(key));
             if empty {
-                let message = format!("changes nothing: it must have connections, or a limit: {A_LIMIT}");
-                self.problems.add(place, &section.name(), None, message);
+                let message =
+                    format_args!("changes nothing: it must have connections, or a limit: {A_LIMIT}");
+                section.wrong_block(message);
             }
             let rule = gate_rule(&mut section, &default);
+            let label = section.label();
             if self.no_pods && label == "uid:*" {
-                self.problems.add(place, &section.name(), None, PatternError::Everybody(label.into()));
+                section.wrong_block(PatternError::Everybody(label.into()));
             }
-            let pattern = self
-                .caller_pattern(label)
-                .map_err(|err| self.problems.add(place, &section.name(), None, err));
+            let pattern = self.caller_pattern(label).map_err(|err| section.wrong_block(err));
             if let (Ok(rule), Ok(pattern), false) = (rule, pattern, empty) {
-                overrides.push(((pattern, rule), Block { place, name: section.name() }));
+                overrides.push(((pattern, rule), Block::of(&section)));
             }
             section.finish();
         }
@@ -301,13 +301,10 @@ fn node(mut block: Section<'_>, node: &mut NodeSettings) {
         // Said when it was read.
         (Err(AttestationsError::TooMany(_) | AttestationsError::OfOneCaller { .. }), _) => {}
     }
-    for Labelled { label, place, mut section } in merged(s.labelled("method")) {
-        let method = method(&section, label, place, Stage::Node);
+    for mut section in merged(s.labelled("method")) {
+        let method = method(&section, Stage::Node);
         match (method, shared_bucket(&mut section)) {
-            (_, Ok(None)) => {
-                let message = "must have a limit: rate with burst, or unlimited";
-                section.problems().add(place, &section.name(), None, message);
-            }
+            (_, Ok(None)) => section.wrong_block("must have a limit: rate with burst, or unlimited"),
             (Ok(method), Ok(Some(quota))) => node.quotas.set(method, quota),
             (Err(Reported), Ok(Some(_))) | (_, Err(Reported)) => {}
         }

@@ -38,22 +38,13 @@ impl<T> At<T> {
     }
 }
 
-/// One block under a label: the `"unix" { .. }` of `WorkloadAttestor "unix" { .. }`.
-#[derive(Debug)]
-pub(crate) struct Labelled<'a> {
-    pub(crate) label: &'a str,
-    /// Of the label.
-    pub(crate) place: Place,
-    pub(crate) section: Section<'a>,
-}
-
 /// The keys of one block; blocks of the same name are read as one, as in HCL 1.
 #[derive(Debug)]
 pub(crate) struct Section<'a> {
     problems: &'a Problems,
     /// `agent`; empty for the whole file.
     name: Cow<'static, str>,
-    /// Shown behind the name: the label of an entry.
+    /// Shown behind the name: the SPIFFE ID of an entry.
     label: Option<&'a str>,
     place: Place,
     /// And whether it was taken.
@@ -89,9 +80,14 @@ impl<'a> Section<'a> {
         self.problems
     }
 
-    /// Where the block begins.
+    /// Where the block begins: its label, if it has one.
     pub(crate) fn place(&self) -> Place {
         self.place
+    }
+
+    /// The `unix` of `WorkloadAttestor "unix" { .. }`; empty for a block without a label.
+    pub(crate) fn label(&self) -> &'a str {
+        self.label.unwrap_or_default()
     }
 
     /// The full name of `key`: `agent.log_level`.
@@ -114,6 +110,11 @@ impl<'a> Section<'a> {
     /// Reports what is wrong with `key`, which stands at `place`.
     pub(crate) fn wrong(&self, place: Place, key: &str, value: Option<String>, message: impl fmt::Display) {
         self.problems.add(place, &self.path(key), value, message);
+    }
+
+    /// Reports what is wrong with the block as a whole.
+    pub(crate) fn wrong_block(&self, message: impl fmt::Display) {
+        self.problems.add(self.place, &self.name(), None, message);
     }
 
     /// Whether `key` was set, to whatever.
@@ -193,7 +194,7 @@ impl<'a> Section<'a> {
 
     /// The blocks with one label called `key`, in order. Blocks with the same label stay apart: whether they are one,
     /// several or a mistake is for the caller to say.
-    pub(crate) fn labelled(&mut self, key: &'static str) -> Vec<Labelled<'a>> {
+    pub(crate) fn labelled(&mut self, key: &'static str) -> Vec<Self> {
         let path = self.path(key);
         // Most files with many blocks have many entries, which stand at the top.
         let name = if self.name.is_empty() { Cow::Borrowed(key) } else { Cow::Owned(path.clone()) };
@@ -210,8 +211,7 @@ impl<'a> Section<'a> {
                         self.problems.add(*place, &path, Some(quoted(label)), message);
                         continue;
                     };
-                    let section = Self::new(self.problems, name.clone(), Some(label), *place, members);
-                    found.push(Labelled { label, place: *place, section });
+                    found.push(Self::new(self.problems, name.clone(), Some(label), *place, members));
                 }
             }
         }
