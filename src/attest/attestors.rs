@@ -63,15 +63,6 @@ pub(super) struct Attestation {
     pub(super) took: Vec<(AttestorName, Duration)>,
 }
 
-impl Attestation {
-    pub(super) fn add(&mut self, attestor: AttestorName, took: Duration, findings: Findings) {
-        let Findings { mut selectors, evidence } = findings;
-        self.selectors.append(&mut selectors);
-        self.evidence.extend(evidence);
-        self.took.push((attestor, took));
-    }
-}
-
 /// Makes of the list of attestors what the rest of the agent sees: their names, their settings, their errors, and all
 /// of them as one.
 macro_rules! attestors {
@@ -140,8 +131,10 @@ macro_rules! attestors {
                     Ok::<_, AttestorError>((AttestorName::$case, since.elapsed(), findings))
                 }),+)?;
                 let mut all = Attestation::default();
-                for (attestor, took, findings) in [$($field),+] {
-                    all.add(attestor, took, findings);
+                for (attestor, took, Findings { mut selectors, evidence }) in [$($field),+] {
+                    all.selectors.append(&mut selectors);
+                    all.evidence.extend(evidence);
+                    all.took.push((attestor, took));
                 }
                 Ok(all)
             }

@@ -32,6 +32,7 @@ impl Federation {
                     "{err}; right is, say, federation \"spiffe://other.example\" {{ .. }}"
                 ));
             });
+            let place = section.place();
             let name = name.ok().inspect(|name| {
                 if Some(name) == own {
                     section.wrong_block("is the agent's own trust domain, whose bundle is the issuer's");
@@ -40,7 +41,7 @@ impl Federation {
                     let first = section.problems().show(*first);
                     section.wrong_block(format_args!("is there twice: first at {first}"));
                 }
-                declared.entry(name.clone()).or_insert(section.place());
+                declared.entry(name.clone()).or_insert(place);
             });
             if let Some((name, bundle)) = bundle(&mut section, input, name) {
                 bundles.insert(name, Arc::new(bundle));
