@@ -78,11 +78,6 @@ pub struct Attested {
 }
 
 impl Attested {
-    /// The caller.
-    pub fn peer(&self) -> &Arc<Peer> {
-        self.admitted.peer()
-    }
-
     /// What was attested of it.
     pub fn subject(&self) -> &Subject {
         &self.subject

@@ -49,6 +49,7 @@ impl fmt::Display for ConfigError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigErrors {
     list: Vec<ConfigError>,
+    /// How many more there were, when there were too many to list.
     left_out: usize,
 }
 
@@ -60,11 +61,6 @@ impl ConfigErrors {
     /// The mistakes, by place.
     pub fn list(&self) -> &[ConfigError] {
         &self.list
-    }
-
-    /// How many more there were, when there were too many to list.
-    pub fn left_out(&self) -> usize {
-        self.left_out
     }
 }
 

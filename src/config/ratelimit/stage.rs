@@ -125,12 +125,11 @@ impl Context<'_> {
                 ));
             }
         }
-        let here = Block::of(&s);
         let mut rules = Vec::new();
         if let Ok(written) = &written_here
             && (limited || shared)
         {
-            rules.push((Methods::All, limited.then(|| written.rule.clone()), here.clone()));
+            rules.push((Methods::All, limited.then(|| written.rule.clone()), Block::of(&s)));
         }
         let base = written_here.as_ref().unwrap_or(base);
         for mut section in merged(s.labelled("method")) {
@@ -146,29 +145,13 @@ impl Context<'_> {
             }
             section.finish();
         }
-        s.finish();
-        pattern.map_or_else(Vec::new, |pattern| self.of_pattern(&pattern, shared, rules, &here))
-    }
-
-    /// An override of `pattern` for each of the rules in the block `here`.
-    fn of_pattern<P: Pattern>(
-        &self,
-        pattern: &P,
-        shared: bool,
-        rules: Vec<(Methods, Option<Rule>, Block)>,
-        here: &Block,
-    ) -> Vec<(Override<P>, Block)> {
-        let each = |(methods, rule, here)| {
-            let share = match rule {
-                Some(rule) if !shared => Share::Each(rule),
-                rule => Share::Together(rule),
-            };
-            Ok((Override::new(pattern.clone(), methods, share)?, here))
-        };
-        rules.into_iter().map(each).collect::<Result<_, MaskWithoutShare>>().unwrap_or_else(|err| {
-            self.problems.add(here.place, &here.name, None, err);
+        let found = pattern.map_or(Ok(Vec::new()), |pattern| of_pattern(&pattern, shared, rules));
+        let found = found.unwrap_or_else(|err| {
+            s.wrong_block(err);
             Vec::new()
-        })
+        });
+        s.finish();
+        found
     }
 
     /// Puts overrides together. Of two that contradict each other the second is named, and left out.
@@ -195,4 +178,20 @@ impl Context<'_> {
         }
         None
     }
+}
+
+/// An override of `pattern` for each of the rules, with the place of each.
+fn of_pattern<P: Pattern>(
+    pattern: &P,
+    shared: bool,
+    rules: Vec<(Methods, Option<Rule>, Block)>,
+) -> Result<Vec<(Override<P>, Block)>, MaskWithoutShare> {
+    let each = |(methods, rule, here)| {
+        let share = match rule {
+            Some(rule) if !shared => Share::Each(rule),
+            rule => Share::Together(rule),
+        };
+        Ok((Override::new(pattern.clone(), methods, share)?, here))
+    };
+    rules.into_iter().map(each).collect()
 }
