@@ -6,7 +6,7 @@ use metrics::{Counter, Gauge};
 use super::{
     bucket::Level,
     method::Method,
-    refusal::{ChargedAs, Reason, Stage},
+    refusal::{ChargedAs, ConnectionRefusal, Reason, Stage},
     settings::SoftLimits,
 };
 use crate::telemetry::registry::{Label, Registry};
@@ -137,6 +137,11 @@ impl std::fmt::Debug for Counters {
     }
 }
 
+/// Whether a connection can be refused by this stage and for this reason.
+fn of_connections(stage: Stage, reason: Reason) -> bool {
+    ConnectionRefusal::VALUES.iter().any(|refusal| refusal.by_stage() == Some((stage, reason)))
+}
+
 fn happens(stage: Stage, method: Option<Method>, key: ChargedAs, reason: Option<Reason>) -> bool {
     use ChargedAs as K;
     use Reason as R;
@@ -153,10 +158,11 @@ fn happens(stage: Stage, method: Option<Method>, key: ChargedAs, reason: Option<
     };
     let reason_fits = match (stage, reason) {
         (_, None) => true,
-        (Stage::Gate, Some(why)) => matches!(why, R::Rate | R::Blocked | R::Connections),
+        (_, Some(why)) if method.is_none() => of_connections(stage, why),
+        // It knows no method.
+        (Stage::Gate, Some(_)) => false,
         (Stage::Caller, Some(why)) => matches!(why, R::Rate | R::Blocked | R::InFlight),
         (Stage::Identity, Some(why)) => matches!(why, R::Rate | R::Blocked),
-        (Stage::Node, Some(why)) if method.is_none() => matches!(why, R::Connections | R::Memory),
         (Stage::Node, Some(why)) => matches!(why, R::Rate | R::InFlight),
     };
     method_fits && key_fits && reason_fits
