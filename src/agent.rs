@@ -136,6 +136,6 @@ fn connection_bounds(config: &Config, means: gate::Means) -> ConnectionBounds {
     let budget = config.ratelimit.memory.budget(means.cgroup);
     ConnectionBounds {
         max_lingering: limits::gate::lingering(means.nofile, budget),
-        ..ConnectionBounds::new(&config.ratelimit.gate.connection, config.listener.drain_timeout)
+        ..ConnectionBounds::new(&config.ratelimit.gate.connection, &config.listener)
     }
 }

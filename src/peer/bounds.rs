@@ -7,6 +7,7 @@ use hyper_util::rt::TokioTimer;
 
 use super::{
     frames::FrameBudget,
+    settings::ListenerSettings,
     stats::{ConnectionStats, OpenStream},
 };
 use crate::limits::ConnectionSettings;
@@ -62,13 +63,15 @@ pub struct ConnectionBounds {
 
 impl Default for ConnectionBounds {
     fn default() -> Self {
-        Self::new(&ConnectionSettings::default(), Duration::from_secs(5))
+        Self::new(&ConnectionSettings::default(), &ListenerSettings::default())
     }
 }
 
 impl ConnectionBounds {
     /// What the configuration says, with what it does not: those were measured, and fit each other.
-    pub fn new(connection: &ConnectionSettings, drain_timeout: Duration) -> Self {
+    // Destructured without `..`: what is added must bound something.
+    pub fn new(connection: &ConnectionSettings, listener: &ListenerSettings) -> Self {
+        let ListenerSettings { drain_timeout } = *listener;
         let ConnectionSettings {
             handshake_timeout,
             idle_timeout,
