@@ -55,8 +55,9 @@
 //! | why a connection or a call is refused | [`limits::refusal`]; the gRPC code is chosen in [`api::status`] |
 //! | a setting | the `settings!` of the room that acts on it, and its paragraph in `conf/agent.conf` |
 //! | an attestor | a file in `attest`, and its line in the list of [`attest`] |
-//! | an issuer | the trait [`issuer::Issuer`], beside [`issuer::embedded`] |
-//! | a service | a handler in `api` that starts with a [`Call`](api::call::Call) |
+//! | a kind of selector | the file of its attestor, as [`attest::unix`]: its name, what it must look like, how it is found |
+//! | an issuer | the trait [`issuer::Issuer`], beside [`issuer::embedded`]; chosen in `config/issuer.rs`, opened in `agent/start.rs`, told of reloads in `agent/reload.rs` |
+//! | a service | a handler in `api` that starts with a [`Call`](api::call::Call); its paths in [`api::services`] |
 //! | a series | the `metrics` of the room whose events it counts |
 //!
 //! # Invariants
