@@ -17,7 +17,6 @@ mod hpack;
 mod lingering;
 mod listener;
 mod metrics;
-mod phase;
 mod request;
 mod service;
 mod settings;

@@ -13,14 +13,10 @@
 
 use std::{
     num::NonZeroU32,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU8, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use arc_swap::ArcSwap;
-use hashbrown::{HashMap, hash_map::Entry};
 
 use super::{
     admission::Limits,
@@ -35,6 +31,7 @@ use super::{
     rule::Limit,
     settings::{LimitSettings, SoftLimits},
     table::{BucketKey, ChargedTo, Hasher, Table, TableSize},
+    tally::Tally,
 };
 use crate::telemetry::registry::float;
 
@@ -173,20 +170,18 @@ impl GatePlan {
 #[derive(Debug)]
 struct GateState {
     rates: Table,
-    open: HashMap<CallerKey, u32, ahash::RandomState>,
+    open: Tally<CallerKey>,
     /// Of those callers that are of a family, by its first UID.
-    families: HashMap<u32, u32, ahash::RandomState>,
+    families: Tally<u32>,
     total: u32,
     admin: u32,
+    pressure: Pressure,
 }
 
 impl GateState {
     fn holdings(&self, caller: CallerKey, families: &Families) -> Holdings {
-        let of_family = |first| (first, self.families.get(&first).copied().unwrap_or(0));
-        Holdings {
-            caller: self.open.get(&caller).copied().unwrap_or(0),
-            family: families.of(caller).map(of_family),
-        }
+        let of_family = |first| (first, self.families.of(&first));
+        Holdings { caller: self.open.of(&caller), family: families.of(caller).map(of_family) }
     }
 }
 
@@ -204,7 +199,6 @@ struct SharedGate {
     plan: ArcSwap<GatePlan>,
     hasher: Hasher,
     state: Mutex<GateState>,
-    pressure: AtomicU8,
     ledger: Arc<Ledger>,
 }
 
@@ -243,16 +237,16 @@ impl Gate {
     pub fn new(plan: GatePlan, limits: &Limits) -> Self {
         let state = GateState {
             rates: Table::new(plan.keys, PARENT_PARTS),
-            open: HashMap::default(),
-            families: HashMap::default(),
+            open: Tally::default(),
+            families: Tally::default(),
             total: 0,
             admin: 0,
+            pressure: Pressure::None,
         };
         let shared = SharedGate {
             plan: ArcSwap::from_pointee(plan),
             hasher: Hasher::default(),
             state: Mutex::new(state),
-            pressure: AtomicU8::new(0),
             ledger: Arc::clone(limits.ledger()),
         };
         Self { shared: Arc::new(shared) }
@@ -266,7 +260,7 @@ impl Gate {
 
     /// Tells how short memory is: see [`Pressure`].
     pub fn set_pressure(&self, pressure: Pressure) {
-        self.shared.pressure.store(pressure.rank(), Ordering::Relaxed);
+        self.shared.state().pressure = pressure;
     }
 
     /// Lets a connection of `caller` in, or not; at once.
@@ -296,10 +290,10 @@ impl Gate {
         if !rehearsed {
             counters.count(Stage::Gate, None, caller.charged_as(), Decision::Allowed);
         }
-        *state.open.entry(caller).or_insert(0) += 1;
+        state.open.add(caller);
         let family = has.family.map(|(first, _)| first);
         if let Some(first) = family {
-            *state.families.entry(first).or_insert(0) += 1;
+            state.families.add(first);
         }
         state.total += 1;
         counters.connections.set(f64::from(state.total));
@@ -328,8 +322,7 @@ impl Gate {
 
     /// The callers with the most open connections.
     pub fn heaviest(&self, n: usize) -> Vec<(CallerKey, u32)> {
-        let mut all: Vec<(CallerKey, u32)> =
-            self.shared.state().open.iter().map(|(key, n)| (*key, *n)).collect();
+        let mut all: Vec<(CallerKey, u32)> = self.shared.state().open.iter().collect();
         all.sort_by_key(|(_, open)| std::cmp::Reverse(*open));
         all.truncate(n);
         all
@@ -341,12 +334,9 @@ impl Gate {
         let plan = self.shared.plan.load();
         let state = self.shared.state();
         let weight = |caller: CallerKey, open: u32| {
-            plan.families
-                .of(caller)
-                .and_then(|family| state.families.get(&family))
-                .map_or(open, |all| open.max(*all))
+            plan.families.of(caller).map_or(open, |family| open.max(state.families.of(&family)))
         };
-        let all = state.open.iter().map(|(caller, open)| (*caller, weight(*caller, *open), *open));
+        let all = state.open.iter().map(|(caller, open)| (caller, weight(caller, open), open));
         all.max_by_key(|(_, weight, open)| (*weight, *open)).map(|(caller, weight, _)| (caller, weight))
     }
 
@@ -367,7 +357,7 @@ impl Gate {
 
     /// How short memory is, as was last told.
     pub fn pressure(&self) -> Pressure {
-        Pressure::of_rank(self.shared.pressure.load(Ordering::Relaxed))
+        self.shared.state().pressure
     }
 
     /// How many callers' buckets are known. Also sets the gauge.
@@ -403,7 +393,7 @@ impl SharedGate {
             }
             decided => decided?,
         };
-        let decided = match self.decide_node(it, state.total) {
+        let decided = match self.decide_node(it, state) {
             // A rehearsal ends where descriptors do: what cannot be taken is not taken.
             Err(refusal) if it.plan.dry && state.total < it.plan.most => {
                 rehearse(refusal);
@@ -446,17 +436,16 @@ impl SharedGate {
     }
 
     /// What all share: the last question.
-    fn decide_node(&self, it: &Arriving<'_>, total: u32) -> Result<(), ConnectionRefusal> {
+    fn decide_node(&self, it: &Arriving<'_>, state: &GateState) -> Result<(), ConnectionRefusal> {
         let Arriving { plan, rule, has, .. } = *it;
         let exempt = rule.rate == Limit::Exempt;
         let newcomer = has.family.map_or(has.caller, |(_, family)| family) < FEW || exempt;
-        let pressure = self.pressure.load(Ordering::Relaxed);
         let short = if newcomer { Pressure::CloseHeaviest } else { Pressure::RefuseNew };
-        if pressure >= short.rank() && !exempt {
+        if state.pressure >= short && !exempt {
             return Err(ConnectionRefusal::Memory);
         }
         let most = if newcomer { plan.most } else { plan.most - plan.reserve };
-        if total >= most {
+        if state.total >= most {
             return Err(ConnectionRefusal::NodeConnections);
         }
         Ok(())
@@ -478,17 +467,9 @@ impl Drop for ConnectionPermit {
             return;
         };
         state.total = state.total.saturating_sub(1);
-        if let Entry::Occupied(mut entry) = state.open.entry(caller) {
-            *entry.get_mut() -= 1;
-            if *entry.get() == 0 {
-                entry.remove();
-            }
-        }
-        if let Some(Entry::Occupied(mut entry)) = self.family.map(|first| state.families.entry(first)) {
-            *entry.get_mut() -= 1;
-            if *entry.get() == 0 {
-                entry.remove();
-            }
+        state.open.take(caller);
+        if let Some(first) = self.family {
+            state.families.take(first);
         }
         self.shared.ledger.counters.connections.set(f64::from(state.total));
     }

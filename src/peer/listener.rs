@@ -25,8 +25,8 @@ use super::{
     connection::Connection,
     credentials::{Arrival, CredentialsError, KeyResolver, OsUid, Peer},
     drain::{Drained, drain, note_panic},
+    end::Phase,
     lingering::Lingering,
-    phase::Phase,
     service::ConnectionService,
     socket::Socket,
     stats::ConnectionStats,
@@ -35,6 +35,7 @@ use super::{
 use crate::{
     limits::{CallerKey, ConnectionRefusal},
     os::accept::{Acceptor, Waiting},
+    telemetry::registry::Label as _,
 };
 
 /// The most connections that are accepted in one run, before anything else is looked at.
@@ -245,26 +246,17 @@ async fn at(when: Option<Instant>) {
 }
 
 /// Why a connection was not taken.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 enum NotTaken {
     /// `accept` failed.
-    Accept(io::Error),
+    #[error(transparent)]
+    Accept(#[from] io::Error),
     /// The kernel did not say who is there.
-    Unidentified(CredentialsError),
+    #[error(transparent)]
+    Unidentified(#[from] CredentialsError),
     /// The gate refused it.
+    #[error("refused: {}", .0.text())]
     Refused(ConnectionRefusal),
-}
-
-impl From<io::Error> for NotTaken {
-    fn from(err: io::Error) -> Self {
-        Self::Accept(err)
-    }
-}
-
-impl From<CredentialsError> for NotTaken {
-    fn from(err: CredentialsError) -> Self {
-        Self::Unidentified(err)
-    }
 }
 
 impl NotTaken {

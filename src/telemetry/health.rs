@@ -23,12 +23,6 @@ pub struct HealthState {
 }
 
 impl HealthState {
-    /// Starting.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
-    }
-
     /// Tells how the agent is now. One that drains stays so: a probe that was under way says nothing any more.
     pub fn set(&self, probe: Probe) {
         self.probe.send_if_modified(|now| {
@@ -55,19 +49,13 @@ impl HealthState {
     /// A restart would not help: false only when the agent was up and cannot serve.
     #[must_use]
     pub fn live(&self) -> bool {
-        match self.get() {
-            Probe::Starting | Probe::Healthy | Probe::Draining => true,
-            Probe::Unavailable => false,
-        }
+        self.get() != Probe::Unavailable
     }
 
     /// Workloads may be sent here.
     #[must_use]
     pub fn ready(&self) -> bool {
-        match self.get() {
-            Probe::Healthy => true,
-            Probe::Starting | Probe::Unavailable | Probe::Draining => false,
-        }
+        self.get() == Probe::Healthy
     }
 
     /// spire-agent's bodies, so that whoever parses them need not change (`pkg/common/health`).

@@ -218,7 +218,7 @@ mod tests {
     async fn health_answers_as_spire_agents() {
         const UP: &str = "{\"agent\":{}}\n";
         const DOWN: &str = "{\"agent\":{\"make_new_x509_err\":\"workload api is unavailable\"}}\n";
-        let state = Arc::new(HealthState::new());
+        let state = Arc::new(HealthState::default());
         let address = served(Routes::Health {
             state: Arc::clone(&state),
             live_path: "/live".to_owned(),
@@ -303,7 +303,7 @@ mod tests {
 
     #[test]
     fn an_agent_that_drains_stays_so() {
-        let state = HealthState::new();
+        let state = HealthState::default();
         let changes = state.subscribe();
         for (probe, then) in [
             (Probe::Healthy, Probe::Healthy),
