@@ -22,7 +22,7 @@ use tokio::{sync::watch as channel, task::JoinSet};
 
 pub use self::{
     reload::Load,
-    run::{run, runtime, start_log},
+    run::{run, runtime},
 };
 use self::{serving::Serving, start::AgentParts};
 use crate::{
