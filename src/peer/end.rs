@@ -55,9 +55,7 @@ impl Phase {
 
 /// Waits until connections of `caller` are told to end, and says why.
 pub(super) async fn told(phases: &mut watch::Receiver<Phase>, caller: CallerKey) -> ConnectionEnd {
-    match phases.wait_for(|phase| phase.ends(caller).is_some()).await {
-        Ok(phase) => phase.ends(caller).unwrap_or(ConnectionEnd::Drained),
-        // The listener is gone.
-        Err(_) => ConnectionEnd::Drained,
-    }
+    let told = phases.wait_for(|phase| phase.ends(caller).is_some()).await;
+    // Without a phase the listener is gone.
+    told.ok().and_then(|phase| phase.ends(caller)).unwrap_or(ConnectionEnd::Drained)
 }

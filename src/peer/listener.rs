@@ -29,7 +29,7 @@ use super::{
     lingering::Lingering,
     service::ConnectionService,
     socket::Socket,
-    stats::ConnectionStats,
+    stats::{ConnectionStats, OpenConnection},
     trim::HeapTrim,
 };
 use crate::{
@@ -211,8 +211,13 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         // Only now does the runtime hear of it.
         let stream = UnixStream::from_std(stream)?;
         let InForce { bounds, http2 } = &self.in_force;
-        let connection =
-            Connection::new(bounds, self.phase.subscribe(), &self.stats, Arc::clone(&peer), permit);
+        let connection = Connection {
+            peer: Arc::clone(&peer),
+            bounds: Arc::clone(bounds),
+            phases: self.phase.subscribe(),
+            open: OpenConnection::count(&self.stats),
+            permit,
+        };
         self.connections.spawn(connection.run(stream, http2.clone(), (self.services)(peer)));
         self.heap.grew_to(self.connections.len());
         Ok(())
