@@ -4,7 +4,7 @@
 //! nested objects, as in HCL 1: `entry "x" { .. }` is `entry { x { .. } }`. Keys may stand several times; whether
 //! that is a repeated block or a mistake is known where the key is read ([`super::section`]).
 
-/// Where something stands. The file is a number that [`super::section::Problems`] turns into a path.
+/// Where something stands. The file is a number that [`super::problems::Problems`] turns into a path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Place {
     /// Which file, in the order of reading.

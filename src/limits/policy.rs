@@ -2,7 +2,7 @@
 //!
 //! Three layers, the most specific wins: the stage's default, then its rule for the method, then the override
 //! that matches the key. Of several overrides that match, the one whose pattern says more wins
-//! ([`CallerPattern`](super::caller_pattern::CallerPattern) and [`IdPattern`](super::id_pattern::IdPattern)
+//! ([`CallerPattern`] and [`IdPattern`](super::id_pattern::IdPattern)
 //! state the order); of two with the same pattern, the one that names the method. Two overrides that could both
 //! be meant are an error when they are put together. An override is whole: it takes nothing from the layers
 //! below, but for its rule if it only shares a bucket.

@@ -7,32 +7,35 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-/// Draws when to renew an SVID of this validity.
+/// Draws when to renew an SVID that was made at `made_at`.
+///
+/// That is where its life begins here: `not_before` lies some seconds earlier, for verifiers whose clocks are slow, and
+/// an SVID of a few seconds would be due as soon as it is made.
 pub(super) fn draw(
-    not_before: SystemTime,
+    made_at: SystemTime,
     not_after: SystemTime,
     availability_target: Option<Duration>,
 ) -> SystemTime {
-    renew_at(not_before, not_after, availability_target, &mut random())
+    renew_at(made_at, not_after, availability_target, &mut random())
 }
 
 /// When to renew: at half of the lifetime, give or take a tenth of that half; earlier by `availability_target` when
 /// that leaves at least 12 hours of rotation (SPIRE: `pkg/common/rotationutil/rotationutil.go`). `random` gives
 /// numbers in 0..1.
 fn renew_at(
-    not_before: SystemTime,
+    made_at: SystemTime,
     not_after: SystemTime,
     availability_target: Option<Duration>,
     random: &mut impl FnMut() -> f64,
 ) -> SystemTime {
     const MIN_GRACE: Duration = Duration::from_secs(12 * 3600);
     const MAX_JITTER: Duration = Duration::from_secs(600);
-    let lifetime = not_after.duration_since(not_before).unwrap_or_default();
+    let lifetime = not_after.duration_since(made_at).unwrap_or_default();
     let half_life = not_after - lifetime.mul_f64(0.5 * (0.9 + 0.2 * random()));
     match availability_target {
         Some(target) if lifetime.checked_sub(target).is_some_and(|grace| grace > MIN_GRACE) => {
             let for_target = not_after - target - MAX_JITTER.mul_f64(random());
-            for_target.min(half_life).max(not_before)
+            for_target.min(half_life).max(made_at)
         }
         _ => half_life,
     }

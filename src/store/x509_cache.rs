@@ -274,7 +274,7 @@ impl X509Cache {
 
     fn keep(&self, entry: &Entry, svid: Arc<X509Svid>) -> Served {
         let target = *self.availability_target.lock().unwrap_or_else(PoisonError::into_inner);
-        let renew_at = renewal::draw(svid.not_before, svid.not_after, target);
+        let renew_at = renewal::draw(self.clock.now(), svid.not_after, target);
         let max = self.max.load(Ordering::Relaxed);
         let mut table = self.lock();
         table.uses += 1;

@@ -20,7 +20,7 @@ use durward::{
     },
     issuer::{
         Issuer, JwtRequest, MintError, SvidKind, World as Published,
-        embedded::{EmbeddedIssuer, EmbeddedSettings, IssuerSettings},
+        embedded::{AuthorityTtl, EmbeddedIssuer, EmbeddedSettings, IssuerSettings, MIN_CA_TTL},
         metrics::IssuerMetrics,
     },
     limits::{Limits, Method},
@@ -83,10 +83,20 @@ fn index(names: &[&str]) -> Arc<EntryIndex> {
 impl World {
     fn new(names: &[&str], jwt_max: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
+        let settings = settings(dir.path());
+        Self::signed_by(settings, dir, index(names), jwt_max)
+    }
+
+    fn signed_by(
+        settings: EmbeddedSettings,
+        dir: tempfile::TempDir,
+        index: Arc<EntryIndex>,
+        jwt_max: usize,
+    ) -> Self {
         let clock = Clock::starting_at(born());
         let counted = Arc::new(IssuerMetrics::new(Metrics::default().registry()));
-        let issuer = Arc::new(EmbeddedIssuer::open(settings(dir.path()), clock, counted).unwrap());
-        issuer.declare(index(names), BTreeMap::new());
+        let issuer = Arc::new(EmbeddedIssuer::open(settings, clock, counted).unwrap());
+        issuer.declare(index, BTreeMap::new());
         tokio::spawn(Arc::<EmbeddedIssuer>::clone(&issuer).run());
         Self::of(dir, clock, issuer, jwt_max)
     }
@@ -183,6 +193,31 @@ async fn a_week_of_rotation_serves_only_what_is_valid() {
     assert!((7 * 24..=7 * 24 * 3).contains(&renewals), "{renewals}");
     assert!(authorities.len() >= 7, "a CA of 24 hours is replaced each day: {}", authorities.len());
     drop(hold);
+    writing.abort();
+}
+
+/// SVIDs of four seconds, over the life of a CA of a minute and its replacement.
+#[tokio::test(start_paused = true)]
+async fn an_svid_of_seconds_is_renewed_at_half_of_its_life() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut settings = settings(dir.path());
+    settings.issuer.ca_ttl = AuthorityTtl::new(MIN_CA_TTL).unwrap();
+    let ttl = Duration::from_secs(4);
+    let short = Arc::new(Entry { x509_svid_ttl: Some(ttl), ..Entry::clone(&entry("web")) });
+    let world = World::signed_by(settings, dir, Arc::new(EntryIndex::new([short])), 1);
+    let writing = tokio::spawn(Arc::clone(&world.writer).run());
+    let web = &mut world.charged("web").await;
+    let _held = world.x509.hold(web);
+    let (mut held, mut renewals) = (world.x509(web).await, 0);
+    for _ in 0..70 * 20 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let next = world.x509(web).await;
+        assert!(world.clock.now() < next.not_after, "an expired SVID is served");
+        renewals += u32::from(!Arc::ptr_eq(&held, &next));
+        held = next;
+    }
+    // Every two seconds, give or take a tenth, and a quarter of a second until it is looked at.
+    assert!((28..=40).contains(&renewals), "{renewals} in 70 s");
     writing.abort();
 }
 
