@@ -30,11 +30,6 @@ impl<P> Admitted<P> {
         &self.peer
     }
 
-    /// What it called.
-    pub fn method(&self) -> Method {
-        self.charge.method
-    }
-
     /// Says that the caller could not be attested, or has no identity: it pays [`Costs::failed_attestation`]. Not
     /// for what is no doing of the caller's.
     pub fn attestation_failed(&mut self) {
