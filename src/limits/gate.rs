@@ -178,22 +178,6 @@ struct GateState {
     pressure: Pressure,
 }
 
-impl GateState {
-    fn holdings(&self, caller: CallerKey, families: &Families) -> Holdings {
-        let of_family = |first| (first, self.families.of(&first));
-        Holdings { caller: self.open.of(&caller), family: families.of(caller).map(of_family) }
-    }
-}
-
-/// Connections that are open.
-#[derive(Clone, Copy, Debug)]
-struct Holdings {
-    /// Of the caller.
-    caller: u32,
-    /// Of its family, if it is of one: which, and how many.
-    family: Option<(u32, u32)>,
-}
-
 #[derive(Debug)]
 struct SharedGate {
     plan: ArcSwap<GatePlan>,
@@ -225,7 +209,10 @@ struct Arriving<'a> {
     plan: &'a GatePlan,
     rule: &'a GateRule,
     caller: CallerKey,
-    has: Holdings,
+    /// Its open connections.
+    open: u32,
+    /// Those of its family, if it is of one.
+    family_open: Option<u32>,
     now: u64,
 }
 
@@ -273,8 +260,9 @@ impl Gate {
         let rule = plan.rules.of(&caller);
         let now = shared.ledger.now();
         let mut state = shared.state();
-        let has = state.holdings(caller, &plan.families);
-        let arriving = Arriving { plan: &plan, rule, caller, has, now };
+        let family = plan.families.of(caller);
+        let family_open = family.map(|first| state.families.of(&first));
+        let arriving = Arriving { plan: &plan, rule, caller, open: state.open.of(&caller), family_open, now };
         let rehearsed = match shared.decide(&arriving, &mut state) {
             Ok(rehearsed) => rehearsed,
             Err(refusal) => {
@@ -291,7 +279,6 @@ impl Gate {
             counters.count(Stage::Gate, None, caller.charged_as(), Decision::Allowed);
         }
         state.open.add(caller);
-        let family = has.family.map(|(first, _)| first);
         if let Some(first) = family {
             state.families.add(first);
         }
@@ -417,15 +404,15 @@ impl SharedGate {
         it: &Arriving<'_>,
         state: &mut GateState,
     ) -> Result<Option<HeldRate>, ConnectionRefusal> {
-        let Arriving { plan, rule, caller, has, now } = *it;
+        let Arriving { plan, rule, caller, open, family_open, now } = *it;
         let quota = match rule.rate {
             Limit::Block => return Err(ConnectionRefusal::Blocked),
             Limit::Exempt | Limit::Unlimited => return Ok(None),
             Limit::Quota(quota) => quota,
         };
         let key = self.key(plan, caller);
-        let full = has.caller >= plan.connections(rule);
-        if full || has.family.is_some_and(|(_, family)| family >= plan.connections_of_family(rule)) {
+        let full = open >= plan.connections(rule);
+        if full || family_open.is_some_and(|open| open >= plan.connections_of_family(rule)) {
             state.rates.note_refused(key);
             return Err(ConnectionRefusal::CallerConnections);
         }
@@ -437,9 +424,9 @@ impl SharedGate {
 
     /// What all share: the last question.
     fn decide_node(&self, it: &Arriving<'_>, state: &GateState) -> Result<(), ConnectionRefusal> {
-        let Arriving { plan, rule, has, .. } = *it;
+        let Arriving { plan, rule, open, family_open, .. } = *it;
         let exempt = rule.rate == Limit::Exempt;
-        let newcomer = has.family.map_or(has.caller, |(_, family)| family) < FEW || exempt;
+        let newcomer = family_open.unwrap_or(open) < FEW || exempt;
         let short = if newcomer { Pressure::CloseHeaviest } else { Pressure::RefuseNew };
         if state.pressure >= short && !exempt {
             return Err(ConnectionRefusal::Memory);
