@@ -18,7 +18,6 @@ mod attestors;
 mod error;
 pub mod inspect;
 mod kept;
-mod metrics;
 mod process;
 mod settings;
 pub mod status;
@@ -27,15 +26,15 @@ pub mod unix;
 use std::{ops::Deref, path::PathBuf, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
+use metrics::{Counter, Histogram};
 use nix::unistd::Pid;
 use tokio::time::Instant;
 
 pub use self::error::{AttestError, AttestFault, Blame, ProcReadError};
 pub(crate) use self::settings::is_enabled;
 use self::{
-    attestors::{Attestation, Evidence, WorkloadAttestor, attestors},
+    attestors::{Attestation, Evidence, Findings, WorkloadAttestor, attestors},
     kept::Kept,
-    metrics::AttestMetrics,
     process::{Attestable, ProcDir, Seen},
     unix::{UnixAttestor, UnixError, UnixSettings},
 };
@@ -45,7 +44,7 @@ use crate::{
     limits::Admitted,
     os::pidfd::Pidfd,
     peer::Peer,
-    telemetry::registry::Registry,
+    telemetry::registry::{By, Label as _, Registry},
 };
 
 // Every attestor: how it is called in metrics, then its field, its type, and its settings and errors.
@@ -79,11 +78,6 @@ pub struct Attested {
 }
 
 impl Attested {
-    /// The caller.
-    pub fn peer(&self) -> &Arc<Peer> {
-        self.admitted.peer()
-    }
-
     /// What was attested of it.
     pub fn subject(&self) -> &Subject {
         &self.subject
@@ -122,7 +116,7 @@ impl Attestor {
             settings: ArcSwap::from_pointee(settings),
             attestors: Attestors::default(),
             kernel_tells_owner: kernel_tells_owner(),
-            metrics: AttestMetrics::new(Registry::new(&::metrics::NoopRecorder)),
+            metrics: AttestMetrics::new(Registry::new(&metrics::NoopRecorder)),
         }
     }
 
@@ -205,14 +199,56 @@ impl Attestor {
         };
         let last = kept.believed(Instant::now()).filter(|last| Arc::ptr_eq(&last.settings, settings));
         let Some(last) = last else { return Ok(None) };
-        let open = || ProcDir::open(&self.proc_root, process.pid());
-        for evidence in &last.evidence {
-            if !evidence.holds(&open)? {
-                return Ok(None);
+        if !last.evidence.is_empty() {
+            let dir = ProcDir::open(&self.proc_root, process.pid())?;
+            for evidence in &last.evidence {
+                if !evidence.holds(&dir)? {
+                    return Ok(None);
+                }
             }
         }
         process.is_alive()?;
         Ok(Some(last.subject.clone()))
+    }
+}
+
+/// The series of attestation.
+struct AttestMetrics {
+    seconds: By<AttestorName, Histogram>,
+    failures: By<AttestorName, By<AttestFault, Counter>>,
+}
+
+impl AttestMetrics {
+    fn new(make: Registry<'_>) -> Self {
+        Self {
+            seconds: make
+                .histograms("durward_attestation_duration_seconds", "Time to learn a peer's selectors."),
+            failures: By::new(|attestor: AttestorName| {
+                By::new(|reason: AttestFault| {
+                    make.counter(
+                        "durward_attestation_failures_total",
+                        "Peers that could not be attested.",
+                        &[(AttestorName::KEY, attestor.text()), (AttestFault::KEY, reason.text())],
+                    )
+                })
+            }),
+        }
+    }
+
+    /// Counts an attestation that ended. A kept result that is used once more is none.
+    fn count(&self, attested: &Result<Attestation, AttestError>) {
+        match attested {
+            Ok(attestation) => {
+                for (attestor, took) in &attestation.took {
+                    self.seconds.with(*attestor, |seconds| seconds.record(*took));
+                }
+            }
+            Err(error) => {
+                for attestor in AttestorName::VALUES.iter().filter(|attestor| error.concerns(**attestor)) {
+                    self.failures.with(*attestor, |by| by.with(error.fault(), |n| n.increment(1)));
+                }
+            }
+        }
     }
 }
 

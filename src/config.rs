@@ -22,7 +22,6 @@ mod federation;
 mod file;
 mod input;
 mod issuer;
-mod plugins;
 mod ratelimit;
 mod trust_domain;
 

@@ -6,7 +6,6 @@
 
 pub(crate) mod absent;
 pub(crate) mod duration;
-mod error;
 pub(crate) mod expand;
 pub(crate) mod problems;
 pub(crate) mod reader;
@@ -16,5 +15,5 @@ pub(crate) mod tree;
 mod values;
 
 pub use duration::{parse_duration, show_duration};
-pub use error::{ConfigError, ConfigErrors};
+pub use problems::{ConfigError, ConfigErrors};
 pub use settings::RestartOnly;

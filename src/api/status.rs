@@ -32,7 +32,7 @@ pub enum RequestError {
     NoSvid,
     /// The SPIFFE ID asked for is none.
     #[error("invalid requested SPIFFE ID: {0}")]
-    BadSpiffeId(#[source] SpiffeIdError),
+    BadSpiffeId(SpiffeIdError),
     /// The token does not validate.
     #[error(transparent)]
     BadToken(#[from] JwtError),

@@ -47,11 +47,11 @@ pub(super) struct Findings {
 
 /// What findings rest on, as far as it may change while the process lives.
 pub(super) trait Evidence: Send + Sync {
-    /// Whether it is as it was; `open` opens the directory of the process.
+    /// Whether it is as it was; `dir` is the directory of the process.
     ///
     /// # Errors
     /// It cannot be read.
-    fn holds(&self, open: &dyn Fn() -> Result<ProcDir, ProcReadError>) -> Result<bool, ProcReadError>;
+    fn holds(&self, dir: &ProcDir) -> Result<bool, ProcReadError>;
 }
 
 /// What all attestors found of one process.
@@ -61,15 +61,6 @@ pub(super) struct Attestation {
     pub(super) evidence: Vec<Box<dyn Evidence>>,
     /// How long each took.
     pub(super) took: Vec<(AttestorName, Duration)>,
-}
-
-impl Attestation {
-    pub(super) fn add(&mut self, attestor: AttestorName, took: Duration, findings: Findings) {
-        let Findings { mut selectors, evidence } = findings;
-        self.selectors.append(&mut selectors);
-        self.evidence.extend(evidence);
-        self.took.push((attestor, took));
-    }
 }
 
 /// Makes of the list of attestors what the rest of the agent sees: their names, their settings, their errors, and all
@@ -140,8 +131,10 @@ macro_rules! attestors {
                     Ok::<_, AttestorError>((AttestorName::$case, since.elapsed(), findings))
                 }),+)?;
                 let mut all = Attestation::default();
-                for (attestor, took, findings) in [$($field),+] {
-                    all.add(attestor, took, findings);
+                for (attestor, took, Findings { mut selectors, evidence }) in [$($field),+] {
+                    all.selectors.append(&mut selectors);
+                    all.evidence.extend(evidence);
+                    all.took.push((attestor, took));
                 }
                 Ok(all)
             }

@@ -92,8 +92,9 @@ impl<'a> Seen<'a> {
         let dir = ProcDir::open(root, pid)?;
         let status = dir.status()?;
         let now = Owner { uid: Uid::from_raw(status.uid), gid: Gid::from_raw(status.gid) };
-        let Owner { uid, gid } = process.owner();
-        if now != (Owner { uid, gid }) {
+        let owner = process.owner();
+        if now != owner {
+            let Owner { uid, gid } = owner;
             return Err(AttestError::IdentityChanged { pid, uid, gid });
         }
         Ok(Self { process, dir, status })

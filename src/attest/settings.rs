@@ -6,7 +6,7 @@ use super::AttestSettings;
 use crate::{
     hcl::{
         absent::{NOT_HERE, Off, asked, refuse},
-        section::{Labelled, Section, nearest},
+        section::{Section, nearest},
         tree::Place,
     },
     identity::Selector,
@@ -31,25 +31,23 @@ impl AttestSettings {
         let mut settings = Self::default();
         let mut declared: HashMap<&str, Place> = HashMap::new();
         for plugin in plugins.labelled("WorkloadAttestor") {
-            let Labelled { label, place, section } = plugin;
+            let label = plugin.label();
             if !Self::NAMES.contains(&label) {
-                absent(label, place, section);
+                absent(plugin);
             } else if let Some(first) = declared.get(label) {
-                let message =
-                    format!("declared more than once: first at {}", section.problems().show(*first));
-                section.problems().add(place, &section.name(), None, message);
-                section.ignore();
+                let first = plugin.problems().show(*first);
+                plugin.wrong_block(format_args!("declared more than once: first at {first}"));
             } else {
-                declared.insert(label, place);
-                settings.read_plugin(label, section);
+                declared.insert(label, plugin.place());
+                settings.read_plugin(plugin);
             }
         }
         settings
     }
 
-    fn read_plugin(&mut self, label: &str, mut plugin: Section<'_>) {
+    fn read_plugin(&mut self, mut plugin: Section<'_>) {
         if let Some(mut data) = plugin.block("plugin_data") {
-            self.read_data(label, &mut data);
+            self.read_data(plugin.label(), &mut data);
             data.finish();
         }
         refuse(&mut plugin, &OTHER_PLUGINS);
@@ -80,7 +78,8 @@ fn only() -> String {
 }
 
 /// Refuses an attestor that this version does not have, unless it is off.
-fn absent(label: &str, place: Place, mut plugin: Section<'_>) {
+fn absent(mut plugin: Section<'_>) {
+    let label = plugin.label();
     if is_enabled(&mut plugin) {
         let here = AttestSettings::NAMES.join(", ");
         let what = if plugin.has("plugin_cmd") {
@@ -93,7 +92,6 @@ fn absent(label: &str, place: Place, mut plugin: Section<'_>) {
                 None => format!("unknown workload attestor; known is {here}"),
             }
         };
-        plugin.problems().add(place, &plugin.name(), None, what);
+        plugin.wrong_block(what);
     }
-    plugin.ignore();
 }

@@ -54,19 +54,15 @@ settings! {
 }
 
 impl UnixSettings {
-    /// Whether executables are hashed, and up to which size.
-    fn hashing(self) -> Option<SizeLimit> {
+    /// The size up to which executables are hashed, in bytes; `None` where none is.
+    fn hashing(self) -> Option<u64> {
         match (self.discover_workload_path, self.workload_size_limit) {
             (false, _) | (true, ..0) => None,
-            (true, 0) => Some(SizeLimit(None)),
-            (true, bytes @ 1..) => Some(SizeLimit(u64::try_from(bytes).ok())),
+            (true, 0) => Some(u64::MAX),
+            (true, bytes @ 1..) => u64::try_from(bytes).ok(),
         }
     }
 }
-
-/// The size up to which executables are hashed, in bytes; `None` for any.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct SizeLimit(Option<u64>);
 
 /// Why it could not find out who a process is.
 #[derive(Debug, thiserror::Error)]
@@ -115,12 +111,10 @@ impl UnixError {
         }
     }
 
-    fn no_digest(error: DigestError, path: PathBuf, limit: SizeLimit) -> Self {
+    fn no_digest(error: DigestError, path: PathBuf, limit: u64) -> Self {
         match error {
             DigestError::Busy => Self::Busy,
-            DigestError::TooLarge { size } => {
-                Self::TooLarge { path, size, limit: limit.0.unwrap_or(u64::MAX) }
-            }
+            DigestError::TooLarge { size } => Self::TooLarge { path, size, limit },
             DigestError::Changed => Self::Changed { path },
             DigestError::Late => Self::Late { path },
             DigestError::Read(error) => {
@@ -212,16 +206,15 @@ impl UnixAttestor {
         let executable = Executable::of(&seen.dir)?;
         let path = || seen.dir.path_of(executable::NAME);
         let stamp = executable.stamp;
-        let limit = settings.hashing();
-        if let Some(SizeLimit(Some(limit))) = limit
-            && stamp.size() > limit
-        {
-            return Err(UnixError::TooLarge { path: path(), size: stamp.size(), limit });
-        }
-        let known = limit.and_then(|_| self.digests.known(&stamp));
-        let file = match (limit, &known) {
-            (Some(limit), None) => Some((executable::open(&seen.dir, &stamp)?, limit)),
-            _ => None,
+        let (known, file) = match settings.hashing() {
+            None => (None, None),
+            Some(limit) if stamp.size() > limit => {
+                return Err(UnixError::TooLarge { path: path(), size: stamp.size(), limit });
+            }
+            Some(limit) => match self.digests.known(&stamp) {
+                Some(known) => (Some(known), None),
+                None => (None, Some((executable::open(&seen.dir, &stamp)?, limit))),
+            },
         };
         // Between two looks at the same file lie its path and its content, so they are of one program even if the
         // process executes another meanwhile.
@@ -233,7 +226,7 @@ impl UnixAttestor {
         if seen.process.is_alive().is_err() {
             return Err(ProcReadError::Gone.into());
         }
-        let made = self.digests.make(stamp, file, limit.0, seen.process.caller()).await;
+        let made = self.digests.make(stamp, file, limit, seen.process.caller()).await;
         let sha256 = made.map_err(|error| UnixError::no_digest(error, path(), limit))?;
         Ok((Some(executable), Some(sha256)))
     }
@@ -304,9 +297,9 @@ mod tests {
         for (discover, limit, want) in [
             (false, 0, None),
             (false, 10, None),
-            (true, 0, Some(SizeLimit(None))),
-            (true, 1, Some(SizeLimit(Some(1)))),
-            (true, i64::MAX, Some(SizeLimit(Some(i64::MAX.unsigned_abs())))),
+            (true, 0, Some(u64::MAX)),
+            (true, 1, Some(1)),
+            (true, i64::MAX, Some(i64::MAX.unsigned_abs())),
             (true, -1, None),
             (true, i64::MIN, None),
         ] {

@@ -128,12 +128,10 @@ impl CliOverrides {
             if path.as_os_str().len() > MAX_PATH_LEN {
                 return Err(OverrideError::SocketPath(path));
             }
-            if let (Some(admin), Some(dir)) = (&config.agent.admin_socket_path, path.parent())
-                && admin.starts_with(dir)
-            {
-                return Err(OverrideError::BesideAdmin { public: path, admin: admin.clone() });
+            config.agent.socket_path.clone_from(&path);
+            if let Some(admin) = config.agent.admin_socket_beside() {
+                return Err(OverrideError::BesideAdmin { public: path, admin: admin.to_owned() });
             }
-            config.agent.socket_path = path;
         }
         if let Some(dir) = data_dir {
             config.agent.data_dir = absolute(dir);

@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr, time::Duration};
 
-use time::OffsetDateTime;
+use time::{OffsetDateTime, macros::format_description};
 use tonic::Code;
 
 use crate::hcl::parse_duration;
@@ -54,13 +54,10 @@ fn decimal(value: u128, scale: u128) -> String {
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
-const GO_TIME: &str = "[year]-[month]-[day] [hour]:[minute]:[second] +0000 UTC";
-
 /// A time as Go's `%v` writes one in UTC: `2026-01-01 00:00:00 +0000 UTC`.
 pub(super) fn go_time(at: OffsetDateTime) -> String {
-    let form =
-        time::format_description::parse_borrowed::<2>(GO_TIME).expect("a constant, which a test parses");
-    at.to_offset(time::UtcOffset::UTC).format(&form).unwrap_or_default()
+    let form = format_description!("[year]-[month]-[day] [hour]:[minute]:[second] +0000 UTC");
+    at.to_offset(time::UtcOffset::UTC).format(form).unwrap_or_default()
 }
 
 /// The name of a code as grpc-go writes it.

@@ -39,6 +39,15 @@ settings! {
     }
 }
 
+impl AgentSettings {
+    /// The admin socket, if it is in or below the directory of the other one: whoever may open that one may look for
+    /// others beside it.
+    pub(crate) fn admin_socket_beside(&self) -> Option<&Path> {
+        let dir = self.socket_path.parent()?;
+        self.admin_socket_path.as_deref().filter(|admin| admin.starts_with(dir))
+    }
+}
+
 /// What the block says.
 #[derive(Debug, Default)]
 pub(super) struct AgentBlock {
@@ -106,15 +115,12 @@ fn fits_a_socket(path: &Path) -> Result<(), String> {
     }
 }
 
-/// Whoever may open the public socket may look for others beside it.
-fn sockets_apart(s: &Section<'_>, AgentSettings { socket_path, admin_socket_path, .. }: &AgentSettings) {
+fn sockets_apart(s: &Section<'_>, settings: &AgentSettings) {
     const KEY: &str = "admin_socket_path";
-    if let (Some(admin), Some(place)) = (admin_socket_path, s.set_at(KEY))
-        && socket_path.parent().is_some_and(|dir| admin.starts_with(dir))
-    {
+    if let (Some(admin), Some(place)) = (settings.admin_socket_beside(), s.set_at(KEY)) {
         let message = format!(
             "cannot be in the same directory or a subdirectory as that containing the Workload API socket {} ({})",
-            quoted(&socket_path.to_string_lossy()),
+            quoted(&settings.socket_path.to_string_lossy()),
             s.whence("socket_path"),
         );
         s.wrong(place, KEY, Some(quoted(&admin.to_string_lossy())), message);

@@ -14,11 +14,11 @@ use super::{
     federation::Federation,
     file,
     input::{ExpandEnv, Input},
-    issuer, plugins, ratelimit,
+    issuer, ratelimit,
 };
 use crate::{
-    attest::AttestSettings,
-    hcl::{ConfigError, ConfigErrors, problems::Problems, section::Section},
+    attest::{self, AttestSettings},
+    hcl::{ConfigError, ConfigErrors, absent::NOT_HERE, problems::Problems, section::Section},
     identity::{Bundle, Entry, TrustDomain},
     issuer::embedded::{EmbeddedSettings, IssuerSettings},
     limits::LimitSettings,
@@ -119,7 +119,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     let mut server = ServerKeys::default();
     let agent = AgentBlock::read(&mut root, &mut server);
     let own = agent.trust_domain.as_ref();
-    let attest = plugins::read(&mut root, &mut server);
+    let attest = plugins(&mut root, &mut server);
     let (prometheus, health) = endpoints::read(&mut root);
     let (issuer, ca_ttl) = issuer::read(&mut root, &server);
     let mut limits = root.block("ratelimit");
@@ -162,6 +162,22 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     })
 }
 
+/// Reads the block `plugins`, as far as it is there: the workload attestors.
+fn plugins(root: &mut Section<'_>, server: &mut ServerKeys) -> AttestSettings {
+    let Some(mut plugins) = root.block("plugins") else { return AttestSettings::default() };
+    let attest = AttestSettings::read(&mut plugins);
+    for key in ["NodeAttestor", "KeyManager"] {
+        server.0.extend(plugins.labelled(key).iter().map(|plugin| (plugin.place(), plugin.name())));
+    }
+    for mut store in plugins.labelled("SVIDStore") {
+        if attest::is_enabled(&mut store) {
+            store.wrong_block(format_args!("storing SVIDs {NOT_HERE}; leave it out"));
+        }
+    }
+    plugins.finish();
+    attest
+}
+
 #[cfg(test)]
 mod tests {
     use std::{collections::BTreeSet, time::Duration};
@@ -193,7 +209,7 @@ mod tests {
             },
         };
         let config = read(&input, problems);
-        let result = std::mem::take(&mut *problems.wrongs()).into_iter().map(|p| p.message);
+        let result = std::mem::take(&mut *problems.wrongs()).into_iter().map(|(_, error)| error.message);
         assert_eq!(result.collect::<Vec<_>>(), [""; 0], "{text}");
         config.unwrap()
     }

@@ -18,7 +18,7 @@ use crate::{
     attest::AttestSettings,
     hcl::{
         problems::Problems,
-        section::{At, Labelled, Section},
+        section::{At, Section},
         tree::{Place, quoted},
     },
     identity::{Entry, EntryId, Selector, Selectors, SpiffeId, TrustDomain, entry::MAX_HINT_LEN},
@@ -55,9 +55,9 @@ impl<'a> Entries<'a> {
     }
 
     /// Reads the blocks of one file.
-    pub(super) fn read(&mut self, blocks: Vec<Labelled<'_>>) {
+    pub(super) fn read(&mut self, blocks: Vec<Section<'_>>) {
         for block in blocks {
-            let place = block.place;
+            let place = block.place();
             let created_at = i64::try_from(self.list.len()).unwrap_or(i64::MAX);
             if let Some(entry) = self.rules.entry(block, created_at) {
                 self.list.push((entry, place));
@@ -90,10 +90,9 @@ impl<'a> Entries<'a> {
 
 impl EntryRules<'_> {
     /// `None` when it has no SPIFFE ID; whatever else is wrong is reported, and the entry is never used.
-    fn entry(&self, block: Labelled<'_>, created_at: i64) -> Option<Entry> {
-        let Labelled { label, place, mut section } = block;
-        let s = &mut section;
-        let spiffe_id = self.spiffe_id(s, label, place);
+    fn entry(&self, mut block: Section<'_>, created_at: i64) -> Option<Entry> {
+        let s = &mut block;
+        let spiffe_id = self.spiffe_id(s);
         let selectors = self.selectors(s);
         let x509_svid_ttl = self.ttl(s, "x509_svid_ttl");
         let jwt_svid_ttl = self.ttl(s, "jwt_svid_ttl");
@@ -109,7 +108,7 @@ impl EntryRules<'_> {
             },
             format_args!("must be 1 to {MAX_ID_LEN} letters, digits, dots, dashes or underscores"),
         );
-        section.finish();
+        block.finish();
         let spiffe_id = spiffe_id?;
         let mut entry = Entry {
             id: EntryId::new(""),
@@ -128,8 +127,8 @@ impl EntryRules<'_> {
         Some(entry)
     }
 
-    fn spiffe_id(&self, s: &Section<'_>, label: &str, place: Place) -> Option<SpiffeId> {
-        let message = match (SpiffeId::parse_workload(label), self.trust_domain) {
+    fn spiffe_id(&self, s: &Section<'_>) -> Option<SpiffeId> {
+        let message = match (SpiffeId::parse_workload(s.label()), self.trust_domain) {
             (Err(err), _) => format!("{err}; right is, say, \"spiffe://example.org/web\""),
             (Ok(id), Some(own)) if !id.is_member_of(own) => {
                 format!("must be in the trust domain {own}, not in {}", id.trust_domain_name())
@@ -139,7 +138,7 @@ impl EntryRules<'_> {
             }
             (Ok(id), _) => return Some(id),
         };
-        s.problems().add(place, &s.name(), None, message);
+        s.wrong_block(message);
         None
     }
 

@@ -8,7 +8,7 @@ use std::{
 use super::{input::Input, trust_domain};
 use crate::{
     hcl::{
-        section::{Labelled, Section},
+        section::Section,
         tree::{Place, quoted},
     },
     identity::{Bundle, TrustDomain, bundle::BundleError},
@@ -26,26 +26,23 @@ impl Federation {
     pub(super) fn read(root: &mut Section<'_>, input: &Input<'_>, own: Option<&TrustDomain>) -> Self {
         let mut bundles = BTreeMap::new();
         let mut declared: BTreeMap<TrustDomain, Place> = BTreeMap::new();
-        for Labelled { label, place, mut section } in root.labelled("federation") {
-            let wrong = |message: String| section.problems().add(place, &section.name(), None, message);
-            let name = match trust_domain::parse(label) {
-                Err(message) => {
-                    wrong(format!(
-                        "{message}; right is, say, federation \"spiffe://other.example\" {{ .. }}"
-                    ));
-                    None
+        for mut section in root.labelled("federation") {
+            let name = trust_domain::parse(section.label()).map_err(|err| {
+                section.wrong_block(format_args!(
+                    "{err}; right is, say, federation \"spiffe://other.example\" {{ .. }}"
+                ));
+            });
+            let place = section.place();
+            let name = name.ok().inspect(|name| {
+                if Some(name) == own {
+                    section.wrong_block("is the agent's own trust domain, whose bundle is the issuer's");
                 }
-                Ok(name) => {
-                    if Some(&name) == own {
-                        wrong("is the agent's own trust domain, whose bundle is the issuer's".to_owned());
-                    }
-                    if let Some(first) = declared.get(&name) {
-                        wrong(format!("is there twice: first at {}", section.problems().show(*first)));
-                    }
-                    declared.entry(name.clone()).or_insert(place);
-                    Some(name)
+                if let Some(first) = declared.get(name) {
+                    let first = section.problems().show(*first);
+                    section.wrong_block(format_args!("is there twice: first at {first}"));
                 }
-            };
+                declared.entry(name.clone()).or_insert(place);
+            });
             if let Some((name, bundle)) = bundle(&mut section, input, name) {
                 bundles.insert(name, Arc::new(bundle));
             }

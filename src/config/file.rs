@@ -27,12 +27,12 @@ pub enum FileError {
     #[error("could not find config file {}: please use the -config flag", .0.display())]
     Missing(PathBuf),
     /// The system did not let us.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}: {cause}", path.display())]
     Read {
         /// What was to be read.
         path: PathBuf,
         /// Why not.
-        source: io::Error,
+        cause: io::Error,
     },
     /// A directory, a pipe, a device.
     #[error("{} is not a regular file", .0.display())]
@@ -121,7 +121,7 @@ pub type DropIns = Vec<(PathBuf, Result<String, FileError>)>;
 
 /// Reads the drop-in files of `dir` in the order of their names; `None` when there is no such directory.
 pub(super) fn read_drop_ins(dir: &Path) -> Result<Option<DropIns>, FileError> {
-    let failed = |source| FileError::Read { path: dir.to_owned(), source };
+    let failed = |cause| FileError::Read { path: dir.to_owned(), cause };
     let opened = match File::open(dir) {
         Ok(opened) => opened,
         Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -154,9 +154,9 @@ pub(super) fn read_drop_ins(dir: &Path) -> Result<Option<DropIns>, FileError> {
 
 /// Opens without waiting: a pipe without a writer would keep us forever.
 fn open(path: &Path) -> Result<(File, Metadata), FileError> {
-    let failed = |source: io::Error| match source.kind() {
+    let failed = |cause: io::Error| match cause.kind() {
         io::ErrorKind::NotFound => FileError::Missing(path.to_owned()),
-        _ => FileError::Read { path: path.to_owned(), source },
+        _ => FileError::Read { path: path.to_owned(), cause },
     };
     let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
     let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path).map_err(failed)?;
@@ -168,7 +168,7 @@ fn read(path: &Path, file: File, meta: &Metadata) -> Result<Vec<u8>, FileError> 
     let mut bytes = Vec::with_capacity(usize::try_from(meta.len().min(MAX_LEN)).unwrap_or_default());
     // One byte more than may be: the file may have grown since.
     let mut file = file.take(MAX_LEN + 1);
-    file.read_to_end(&mut bytes).map_err(|source| FileError::Read { path: path.to_owned(), source })?;
+    file.read_to_end(&mut bytes).map_err(|cause| FileError::Read { path: path.to_owned(), cause })?;
     let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX).max(meta.len());
     if length > MAX_LEN { Err(FileError::TooLong { path: path.to_owned(), length }) } else { Ok(bytes) }
 }

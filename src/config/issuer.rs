@@ -6,7 +6,7 @@ use super::absent::ServerKeys;
 use crate::{
     hcl::{
         absent::NOT_HERE,
-        section::{At, Labelled, Section},
+        section::{At, Section},
         show_duration,
         tree::quoted,
     },
@@ -37,17 +37,16 @@ impl CaTtl {
 pub(super) fn read(root: &mut Section<'_>, server: &ServerKeys) -> (IssuerSettings, CaTtl) {
     let mut embedded: Option<Section<'_>> = None;
     let mut other = false;
-    for Labelled { label, place, section } in root.labelled("issuer") {
-        if label != "embedded" {
+    for section in root.labelled("issuer") {
+        if section.label() != "embedded" {
             other = true;
-            let message = match label {
+            let message = match section.label() {
                 "spire" | "server" | "spire-server" | "spire_server" => {
                     format!("the SPIRE Server issuer {NOT_HERE}: issuer \"embedded\" {{ }} is")
                 }
                 _ => "unknown issuer: must be \"embedded\"".to_owned(),
             };
-            section.problems().add(place, &section.name(), None, message);
-            section.ignore();
+            section.wrong_block(message);
         } else if let Some(first) = &mut embedded {
             first.merge(section);
         } else {

@@ -15,12 +15,12 @@ use std::{collections::HashMap, num::NonZeroU32, time::Duration};
 
 pub(super) use self::stage::Context;
 use self::{
-    rule::{A_LIMIT, FREE, Reported, limit, merged, method, number, set},
+    rule::{A_LIMIT, FREE, Reported, limit, merged, method, set},
     stage::Block,
 };
 use crate::{
     hcl::{
-        section::{At, Labelled, Section},
+        section::{At, Section},
         show_duration,
         tree::{Place, abridged, quoted},
     },
@@ -66,7 +66,7 @@ pub(super) struct SpireKey {
 pub(super) fn spire_keys(s: &mut Section<'_>) -> Vec<SpireKey> {
     let mut keys = Vec::new();
     for (key, method) in SPIRE_KEYS {
-        if let Some(at) = number(s, key, 0..=MAX_BURST) {
+        if let Some(at) = s.integer(key, 0..=MAX_BURST) {
             keys.push(SpireKey { name: s.path(key), place: at.place, method, limit: at.value });
         }
     }
@@ -132,7 +132,7 @@ impl Context<'_> {
     fn gate(&self, mut block: Section<'_>, gate: &mut GateSettings) {
         let s = &mut block;
         places(s, gate);
-        set(&mut gate.admin, number(s, "admin", GateSettings::ADMIN).map(|at| at.value));
+        set(&mut gate.admin, s.integer("admin", GateSettings::ADMIN).map(|at| at.value));
         if let Some(block) = s.block("connection") {
             connection(block, &mut gate.connection);
         }
@@ -143,23 +143,23 @@ impl Context<'_> {
             caller.finish();
         }
         let mut overrides = Vec::new();
-        for Labelled { label, place, mut section } in merged(s.labelled("override")) {
+        for mut section in merged(s.labelled("override")) {
             let empty = !["connections", "rate", "per", "burst", "exempt", "block", "unlimited", "dry_run"]
                 .iter()
                 .any(|key| section.has(key));
             if empty {
-                let message = format!("changes nothing: it must have connections, or a limit: {A_LIMIT}");
-                self.problems.add(place, &section.name(), None, message);
+                let message =
+                    format_args!("changes nothing: it must have connections, or a limit: {A_LIMIT}");
+                section.wrong_block(message);
             }
             let rule = gate_rule(&mut section, &default);
+            let label = section.label();
             if self.no_pods && label == "uid:*" {
-                self.problems.add(place, &section.name(), None, PatternError::Everybody(label.into()));
+                section.wrong_block(PatternError::Everybody(label.into()));
             }
-            let pattern = self
-                .caller_pattern(label)
-                .map_err(|err| self.problems.add(place, &section.name(), None, err));
+            let pattern = self.caller_pattern(label).map_err(|err| section.wrong_block(err));
             if let (Ok(rule), Ok(pattern), false) = (rule, pattern, empty) {
-                overrides.push(((pattern, rule), Block { place, name: section.name() }));
+                overrides.push(((pattern, rule), Block::of(&section)));
             }
             section.finish();
         }
@@ -179,7 +179,7 @@ fn whole(s: &mut Section<'_>, settings: &mut LimitSettings) {
     };
     let status = s.parsed("rejection_status", status, "must be resource_exhausted or unavailable");
     set(&mut settings.rejection_status, status.map(|at| at.value));
-    let keys = number(s, "keys", TableSize::RANGE);
+    let keys = s.integer("keys", TableSize::RANGE);
     set(&mut settings.keys, keys.and_then(|at| TableSize::new(at.value).ok()));
     let mut steps = Vec::new();
     for At { value: text, place } in s.strings("soft_limits").map(|list| list.value).unwrap_or_default() {
@@ -209,7 +209,7 @@ fn as_spire(key: &SpireKey, default: &Rule) -> Option<Rule> {
 
 /// What one caller may at the gate; what is not said is as in `base`.
 fn gate_rule(s: &mut Section<'_>, base: &GateRule) -> Result<GateRule, Reported> {
-    let connections = number(s, "connections", 1..=MAX_CONNECTIONS);
+    let connections = s.integer("connections", 1..=MAX_CONNECTIONS);
     let rate = limit(s, &FREE);
     let dry_run = s.boolean("dry_run");
     let good = (connections.is_some() || !s.has("connections")) && (dry_run.is_some() || !s.has("dry_run"));
@@ -232,8 +232,8 @@ fn gate_rule(s: &mut Section<'_>, base: &GateRule) -> Result<GateRule, Reported>
 
 /// How many connections there are for all.
 fn places(s: &mut Section<'_>, gate: &mut GateSettings) {
-    let connections = number(s, "connections", GatePlaces::LEAST..=MAX_CONNECTIONS);
-    let reserve = number(s, "reserve", 0..=MAX_CONNECTIONS);
+    let connections = s.integer("connections", GatePlaces::LEAST..=MAX_CONNECTIONS);
+    let reserve = s.integer("reserve", 0..=MAX_CONNECTIONS);
     let value = |at: Option<At<u32>>| at.map(|at| at.value);
     match GatePlaces::new(value(connections), value(reserve)) {
         Ok(places) => gate.places = places,
@@ -271,9 +271,9 @@ fn connection(mut block: Section<'_>, settings: &mut ConnectionSettings) {
     set(&mut settings.stall_timeout, value(s.duration("stall_timeout", C::STALL_TIMEOUT)));
     set(&mut settings.linger, value(s.duration("linger", C::LINGER)));
     let value = |at: Option<At<u32>>| at.map(|at| at.value);
-    set(&mut settings.streams, value(number(s, "streams", C::STREAMS)));
-    set(&mut settings.header_bytes, value(number(s, "header_bytes", C::HEADER_BYTES)));
-    set(&mut settings.resets, value(number(s, "resets", C::STREAMS)));
+    set(&mut settings.streams, value(s.integer("streams", C::STREAMS)));
+    set(&mut settings.header_bytes, value(s.integer("header_bytes", C::HEADER_BYTES)));
+    set(&mut settings.resets, value(s.integer("resets", C::STREAMS)));
     block.finish();
 }
 
@@ -289,8 +289,8 @@ fn node(mut block: Section<'_>, node: &mut NodeSettings) {
         node.quotas = PerMethod::all(default);
     }
     set(&mut node.dry_run, s.boolean("dry_run").map(|at| at.value));
-    let all = number(s, "attestations", 1..=Attestations::MOST);
-    let each = number(s, "attestations_per_caller", 1..=Attestations::MOST);
+    let all = s.integer("attestations", 1..=Attestations::MOST);
+    let each = s.integer("attestations_per_caller", 1..=Attestations::MOST);
     let value = |at: Option<At<u32>>| at.and_then(|at| NonZeroU32::new(at.value));
     match (Attestations::new(value(all), value(each)), each) {
         (Ok(attestations), _) => node.attestations = attestations,
@@ -301,13 +301,10 @@ fn node(mut block: Section<'_>, node: &mut NodeSettings) {
         // Said when it was read.
         (Err(AttestationsError::TooMany(_) | AttestationsError::OfOneCaller { .. }), _) => {}
     }
-    for Labelled { label, place, mut section } in merged(s.labelled("method")) {
-        let method = method(&section, label, place, Stage::Node);
+    for mut section in merged(s.labelled("method")) {
+        let method = method(&section, Stage::Node);
         match (method, shared_bucket(&mut section)) {
-            (_, Ok(None)) => {
-                let message = "must have a limit: rate with burst, or unlimited";
-                section.problems().add(place, &section.name(), None, message);
-            }
+            (_, Ok(None)) => section.wrong_block("must have a limit: rate with burst, or unlimited"),
             (Ok(method), Ok(Some(quota))) => node.quotas.set(method, quota),
             (Err(Reported), Ok(Some(_))) | (_, Err(Reported)) => {}
         }
@@ -326,13 +323,11 @@ fn memory(mut block: Section<'_>, memory: &mut MemorySettings) {
     );
     let limit = s.parsed("limit", parse_memory, right);
     set(&mut memory.limit, limit.map(|at| at.value));
-    let (least, most) = MemorySteps::RANGE.into_inner();
-    let mut step = |key| number(s, key, u32::from(least)..=u32::from(most));
     let keys = ["shrink_caches_at", "refuse_new_at", "close_heaviest_at"];
-    let written = keys.map(&mut step);
+    let written = keys.map(|key| s.integer(key, MemorySteps::RANGE));
     let mut percents = memory.steps.percents();
     for (percent, at) in percents.iter_mut().zip(written) {
-        set(percent, at.and_then(|at| u8::try_from(at.value).ok()));
+        set(percent, at.map(|at| at.value));
     }
     match MemorySteps::new(percents) {
         Ok(steps) => memory.steps = steps,

@@ -6,19 +6,80 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{ConfigError, ConfigErrors, tree::Place};
+use super::tree::Place;
 
 /// More mistakes than this are counted, not listed.
 const MAX_LISTED: usize = 1000;
 
-/// As [`ConfigError`], with a place for a path.
-#[derive(Debug)]
-pub(crate) struct Problem {
-    place: Place,
-    key: String,
-    value: Option<String>,
-    pub(crate) message: String,
+/// One mistake.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    /// The file it stands in.
+    pub file: PathBuf,
+    /// Line, from 1; 0 when the mistake is the file itself.
+    pub line: u32,
+    /// Column in characters, from 1; 0 when the mistake is the file itself.
+    pub column: u32,
+    /// The key, with the blocks around it: `agent.log_level`. Empty when the text could not be read so far.
+    pub key: String,
+    /// The value as written, abridged; `None` where there is none, or where it is a secret.
+    pub value: Option<String>,
+    /// What is wrong, and what would be right.
+    pub message: String,
 }
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { file, line, column, key, value, message } = self;
+        write!(f, "{}:", file.display())?;
+        if *line > 0 {
+            write!(f, "{line}:{column}:")?;
+        }
+        for part in [Some(key).filter(|key| !key.is_empty()), value.as_ref()].into_iter().flatten() {
+            write!(f, " {part}")?;
+        }
+        if !key.is_empty() || value.is_some() {
+            f.write_str(":")?;
+        }
+        write!(f, " {message}")
+    }
+}
+
+/// All mistakes of a configuration: never empty, by place, one a line when shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigErrors {
+    list: Vec<ConfigError>,
+    /// How many more there were, when there were too many to list.
+    left_out: usize,
+}
+
+impl ConfigErrors {
+    pub(crate) fn new(list: Vec<ConfigError>, left_out: usize) -> Self {
+        Self { list, left_out }
+    }
+
+    /// The mistakes, by place.
+    pub fn list(&self) -> &[ConfigError] {
+        &self.list
+    }
+}
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (at, error) in self.list.iter().enumerate() {
+            if at > 0 {
+                f.write_str("\n")?;
+            }
+            error.fmt(f)?;
+        }
+        if self.left_out > 0 {
+            write!(f, "\nand {} more", self.left_out)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for ConfigErrors {}
 
 /// The files that are read, and what was found wrong so far in all of them.
 #[derive(Debug, Default)]
@@ -26,7 +87,7 @@ pub(crate) struct Problems {
     /// Where relative paths start.
     pub(super) base: PathBuf,
     files: RefCell<Vec<PathBuf>>,
-    list: RefCell<Vec<Problem>>,
+    list: RefCell<Vec<(Place, ConfigError)>>,
     left_out: Cell<usize>,
     #[cfg(test)]
     pub(crate) asked: RefCell<Asked>,
@@ -61,7 +122,15 @@ impl Problems {
     pub(crate) fn add(&self, place: Place, key: &str, value: Option<String>, message: impl fmt::Display) {
         let mut list = self.list.borrow_mut();
         if list.len() < MAX_LISTED {
-            list.push(Problem { place, key: key.to_owned(), value, message: message.to_string() });
+            let error = ConfigError {
+                file: self.file(place),
+                line: place.line,
+                column: place.column,
+                key: key.to_owned(),
+                value,
+                message: message.to_string(),
+            };
+            list.push((place, error));
         } else {
             self.left_out.set(self.left_out.get().saturating_add(1));
         }
@@ -69,12 +138,12 @@ impl Problems {
 
     /// Whether something is wrong with what stands at `place`.
     pub(super) fn is_wrong(&self, place: Place) -> bool {
-        self.list.borrow().iter().any(|problem| problem.place == place)
+        self.list.borrow().iter().any(|(at, _)| *at == place)
     }
 
     /// What was added so far.
     #[cfg(test)]
-    pub(crate) fn wrongs(&self) -> std::cell::RefMut<'_, Vec<Problem>> {
+    pub(crate) fn wrongs(&self) -> std::cell::RefMut<'_, Vec<(Place, ConfigError)>> {
         self.list.borrow_mut()
     }
 
@@ -98,15 +167,8 @@ impl Problems {
         {
             return Ok(made);
         }
-        list.sort_by_key(|problem| problem.place);
-        let list = list.into_iter().map(|Problem { place, key, value, message }| ConfigError {
-            file: self.file(place),
-            line: place.line,
-            column: place.column,
-            key,
-            value,
-            message,
-        });
-        Err(ConfigErrors::new(list.collect(), self.left_out.get()))
+        list.sort_by_key(|(place, _)| *place);
+        let list = list.into_iter().map(|(_, error)| error).collect();
+        Err(ConfigErrors::new(list, self.left_out.get()))
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! The way of every block: take a [`Section`] from the one around it ([`Section::block`], [`Section::labelled`]), take
 //! each key with its type ([`Section::string`], [`Section::duration`] ..), then [`Section::finish`], which reports
-//! every key that nobody took, with the nearest that somebody asked for. A mistake goes to [`Problems`] and the key
+//! every key that nobody took, with the nearest that somebody asked for; of a block that is refused as a whole no key is
+//! looked at, and it is dropped. A mistake goes to [`Problems`] and the key
 //! then counts as not set, so that one run finds them all; whoever needs a key asks with [`Section::has`] before
 //! reporting it missing.
 //!
@@ -37,22 +38,13 @@ impl<T> At<T> {
     }
 }
 
-/// One block under a label: the `"unix" { .. }` of `WorkloadAttestor "unix" { .. }`.
-#[derive(Debug)]
-pub(crate) struct Labelled<'a> {
-    pub(crate) label: &'a str,
-    /// Of the label.
-    pub(crate) place: Place,
-    pub(crate) section: Section<'a>,
-}
-
 /// The keys of one block; blocks of the same name are read as one, as in HCL 1.
 #[derive(Debug)]
 pub(crate) struct Section<'a> {
     problems: &'a Problems,
     /// `agent`; empty for the whole file.
     name: Cow<'static, str>,
-    /// Shown behind the name: the label of an entry.
+    /// Shown behind the name: the SPIFFE ID of an entry.
     label: Option<&'a str>,
     place: Place,
     /// And whether it was taken.
@@ -61,24 +53,26 @@ pub(crate) struct Section<'a> {
 }
 
 impl<'a> Section<'a> {
-    /// A whole file.
-    pub(crate) fn root(problems: &'a Problems, file: u32, tree: &'a Node) -> Self {
-        let mut root = Self {
-            problems,
-            name: Cow::Borrowed(""),
-            label: None,
-            place: Place { file, line: 1, column: 1 },
-            members: Vec::new(),
-            known: Vec::new(),
-        };
-        root.add(&tree.value);
-        root
+    fn new(
+        problems: &'a Problems,
+        name: Cow<'static, str>,
+        label: Option<&'a str>,
+        place: Place,
+        members: &'a [Member],
+    ) -> Self {
+        let mut section = Self { problems, name, label, place, members: Vec::new(), known: Vec::new() };
+        section.add(members);
+        section
     }
 
-    fn add(&mut self, value: &'a Value) {
-        if let Value::Object(members) = value {
-            self.members.extend(members.iter().map(|member| (member, false)));
-        }
+    /// A whole file.
+    pub(crate) fn root(problems: &'a Problems, file: u32, tree: &'a Node) -> Self {
+        let members = if let Value::Object(members) = &tree.value { members.as_slice() } else { &[] };
+        Self::new(problems, Cow::Borrowed(""), None, Place { file, line: 1, column: 1 }, members)
+    }
+
+    fn add(&mut self, members: &'a [Member]) {
+        self.members.extend(members.iter().map(|member| (member, false)));
     }
 
     /// Where mistakes go.
@@ -86,9 +80,14 @@ impl<'a> Section<'a> {
         self.problems
     }
 
-    /// Where the block begins.
+    /// Where the block begins: its label, if it has one.
     pub(crate) fn place(&self) -> Place {
         self.place
+    }
+
+    /// The `unix` of `WorkloadAttestor "unix" { .. }`; empty for a block without a label.
+    pub(crate) fn label(&self) -> &'a str {
+        self.label.unwrap_or_default()
     }
 
     /// The full name of `key`: `agent.log_level`.
@@ -111,6 +110,11 @@ impl<'a> Section<'a> {
     /// Reports what is wrong with `key`, which stands at `place`.
     pub(crate) fn wrong(&self, place: Place, key: &str, value: Option<String>, message: impl fmt::Display) {
         self.problems.add(place, &self.path(key), value, message);
+    }
+
+    /// Reports what is wrong with the block as a whole.
+    pub(crate) fn wrong_block(&self, message: impl fmt::Display) {
+        self.problems.add(self.place, &self.name(), None, message);
     }
 
     /// Whether `key` was set, to whatever.
@@ -159,88 +163,55 @@ impl<'a> Section<'a> {
         Some(first)
     }
 
-    /// The objects under `key`: of every repetition, and of lists of objects, which is how JSON repeats a block.
-    fn objects(&mut self, key: &'static str) -> Vec<(Place, &'a Value)> {
+    /// The members of each object under `key`: of every repetition, and of lists of objects, which is how JSON repeats
+    /// a block.
+    fn objects(&mut self, key: &'static str) -> Vec<(Place, &'a [Member])> {
         let mut found = Vec::new();
         for member in self.all(key) {
-            let mut object = |node: &'a Node| match &node.value {
-                Value::Object(_) => found.push((member.place, &node.value)),
-                other => self.wrong(
-                    node.place,
-                    key,
-                    Some(other.shown()),
-                    format!("must be a block, {key} {{ .. }}, not {}", other.kind()),
-                ),
-            };
-            match &member.node.value {
-                Value::List(items) => items.iter().for_each(&mut object),
-                _ => object(&member.node),
+            for node in member.node.each() {
+                match &node.value {
+                    Value::Object(members) => found.push((member.place, members.as_slice())),
+                    other => self.wrong(
+                        node.place,
+                        key,
+                        Some(other.shown()),
+                        format!("must be a block, {key} {{ .. }}, not {}", other.kind()),
+                    ),
+                }
             }
         }
         found
     }
 
-    fn inner(&self, name: String, place: Place) -> Self {
-        Self {
-            problems: self.problems,
-            name: Cow::Owned(name),
-            label: None,
-            place,
-            members: Vec::new(),
-            known: Vec::new(),
-        }
-    }
-
     /// The block called `key`; repetitions are read as one block.
     pub(crate) fn block(&mut self, key: &'static str) -> Option<Self> {
-        let objects = self.objects(key);
-        let (place, _) = objects.first()?;
-        let mut section = self.inner(self.path(key), *place);
-        for (_, value) in objects {
-            section.add(value);
-        }
+        let mut objects = self.objects(key).into_iter();
+        let (place, members) = objects.next()?;
+        let mut section = Self::new(self.problems, Cow::Owned(self.path(key)), None, place, members);
+        objects.for_each(|(_, members)| section.add(members));
         Some(section)
     }
 
     /// The blocks with one label called `key`, in order. Blocks with the same label stay apart: whether they are one,
     /// several or a mistake is for the caller to say.
-    pub(crate) fn labelled(&mut self, key: &'static str) -> Vec<Labelled<'a>> {
-        let name = self.path(key);
+    pub(crate) fn labelled(&mut self, key: &'static str) -> Vec<Self> {
+        let path = self.path(key);
+        // Most files with many blocks have many entries, which stand at the top.
+        let name = if self.name.is_empty() { Cow::Borrowed(key) } else { Cow::Owned(path.clone()) };
         let mut found = Vec::new();
-        for (place, object) in self.objects(key) {
-            let Value::Object(members) = object else { continue };
-            if members.is_empty() {
+        for (place, labels) in self.objects(key) {
+            if labels.is_empty() {
                 self.wrong(place, key, None, format!("must have a name, {key} \"name\" {{ .. }}"));
             }
-            for member in members {
-                let mut body = |node: &'a Node| {
+            for Member { key: label, place, node } in labels {
+                for node in node.each() {
                     let Value::Object(members) = &node.value else {
                         let message =
                             format!("must have a name, {key} \"name\" {{ .. }}, and a block as its value");
-                        self.problems.add(member.place, &name, Some(quoted(&member.key)), message);
-                        return;
+                        self.problems.add(*place, &path, Some(quoted(label)), message);
+                        continue;
                     };
-                    found.push(Labelled {
-                        label: &member.key,
-                        place: member.place,
-                        section: Section {
-                            problems: self.problems,
-                            // Most files with many blocks have many entries, which stand at the top.
-                            name: if self.name.is_empty() {
-                                Cow::Borrowed(key)
-                            } else {
-                                Cow::Owned(name.clone())
-                            },
-                            label: Some(&member.key),
-                            place: member.place,
-                            members: members.iter().map(|member| (member, false)).collect(),
-                            known: Vec::new(),
-                        },
-                    });
-                };
-                match &member.node.value {
-                    Value::List(items) => items.iter().for_each(body),
-                    _ => body(&member.node),
+                    found.push(Self::new(self.problems, name.clone(), Some(label), *place, members));
                 }
             }
         }
@@ -251,10 +222,6 @@ impl<'a> Section<'a> {
     pub(crate) fn merge(&mut self, other: Self) {
         self.members.extend(other.members);
     }
-
-    /// Ends a block that was refused as a whole: its keys are not looked at.
-    #[expect(clippy::unused_self, reason = "the block is used up, as by `finish`")]
-    pub(crate) fn ignore(self) {}
 
     /// Ends the block: every key that nobody took is reported, with the nearest one that was asked for.
     pub(crate) fn finish(self) {

@@ -44,6 +44,16 @@ pub(crate) struct Member {
     pub(crate) node: Node,
 }
 
+impl Node {
+    /// The nodes of a list, or this one: JSON repeats a block as a list of objects.
+    pub(super) fn each(&self) -> &[Self] {
+        match &self.value {
+            Value::List(items) => items,
+            _ => std::slice::from_ref(self),
+        }
+    }
+}
+
 impl Value {
     /// What it is, for "must be a string, not .."
     pub(crate) fn kind(&self) -> &'static str {

@@ -11,7 +11,7 @@ use std::{
 use super::{
     duration::{parse_duration, show_duration},
     section::{At, Section},
-    tree::{Member, Value, quoted},
+    tree::{Member, Place, Value, quoted},
 };
 
 impl<'a> Section<'a> {
@@ -19,6 +19,18 @@ impl<'a> Section<'a> {
         let got = member.node.value.kind();
         self.wrong(member.place, key, Some(member.node.value.shown()), format!("must be {want}, not {got}"));
         None
+    }
+
+    /// What was made of the value at `place`, which a message shows as `shown`; an error is reported.
+    fn made<T, E: fmt::Display>(
+        &self,
+        key: &str,
+        place: Place,
+        shown: &str,
+        made: Result<T, E>,
+    ) -> Option<At<T>> {
+        let made = made.map_err(|err| self.wrong(place, key, Some(quoted(shown)), err));
+        made.ok().map(|value| At { value, place })
     }
 
     /// A string; a number counts as its text, as in spire-agent.
@@ -43,28 +55,17 @@ impl<'a> Section<'a> {
         parse: impl FnOnce(&'a str) -> Option<T>,
         right: impl fmt::Display,
     ) -> Option<At<T>> {
-        let text = self.string(key)?;
-        let parsed = parse(text.value);
-        if parsed.is_none() {
-            self.wrong(text.place, key, Some(quoted(text.value)), right);
-        }
-        parsed.map(|value| At { value, place: text.place })
+        self.checked(key, |text| parse(text).ok_or(right))
     }
 
     /// A string that `parse` understands; its error says what would be right.
     pub(crate) fn checked<T, E: fmt::Display>(
         &mut self,
         key: &'static str,
-        parse: impl FnOnce(&str) -> Result<T, E>,
+        parse: impl FnOnce(&'a str) -> Result<T, E>,
     ) -> Option<At<T>> {
         let text = self.string(key)?;
-        match parse(text.value) {
-            Ok(value) => Some(At { value, place: text.place }),
-            Err(err) => {
-                self.wrong(text.place, key, Some(quoted(text.value)), err);
-                None
-            }
-        }
+        self.made(key, text.place, text.value, parse(text.value))
     }
 
     /// A path, made absolute from the working directory as spire-agent does.
@@ -81,11 +82,8 @@ impl<'a> Section<'a> {
         check: impl FnOnce(&Path) -> Result<(), E>,
     ) -> Option<At<PathBuf>> {
         let path = self.absolute(key)?;
-        let wrong = check(&path.value).err();
-        if let Some(err) = &wrong {
-            self.wrong(path.place, key, Some(quoted(&path.value.to_string_lossy())), err);
-        }
-        wrong.is_none().then_some(path)
+        let checked = check(&path.value).map(|()| path.value.clone());
+        self.made(key, path.place, &path.value.to_string_lossy(), checked)
     }
 
     /// `true` or `false`, without quotes.
@@ -178,13 +176,7 @@ impl<'a> Section<'a> {
         make: impl FnOnce(Duration) -> Result<T, E>,
     ) -> Option<At<T>> {
         let at = self.duration(key, range)?;
-        match make(at.value) {
-            Ok(value) => Some(At { value, place: at.place }),
-            Err(err) => {
-                self.wrong(at.place, key, Some(quoted(&show_duration(at.value))), err);
-                None
-            }
-        }
+        self.made(key, at.place, &show_duration(at.value), make(at.value))
     }
 
     /// A list of strings, each with its place; a number counts as its text.

@@ -81,7 +81,7 @@ struct HashQueue {
 
 struct HashJob {
     stamp: Stamp,
-    limit: Option<u64>,
+    limit: u64,
     owner: CallerKey,
     /// The open file until the job runs; then `None`.
     file: Option<File>,
@@ -95,18 +95,12 @@ impl Digests {
         self.queue().known.find(*stamp).map(|kept| Arc::clone(kept.last()))
     }
 
-    /// Hashes `file`, which was just opened and has this stamp, or waits for the one who does. `limit` is in bytes,
-    /// `None` for any; `owner` is the caller whose share is taken.
+    /// Hashes `file`, which was just opened and has this stamp, or waits for the one who does. `limit` is in bytes;
+    /// `owner` is the caller whose share is taken.
     ///
     /// # Errors
     /// [`DigestError`], [`DigestError::Busy`] at once.
-    pub(super) async fn make(
-        &self,
-        stamp: Stamp,
-        file: File,
-        limit: Option<u64>,
-        owner: CallerKey,
-    ) -> DigestResult {
+    pub(super) async fn make(&self, stamp: Stamp, file: File, limit: u64, owner: CallerKey) -> DigestResult {
         let mut done = self.join(stamp, file, limit, owner)?;
         // The sender goes only when its job has ended without an answer, in a panic.
         let outcome = done.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
@@ -117,7 +111,7 @@ impl Digests {
         &self,
         stamp: Stamp,
         file: File,
-        limit: Option<u64>,
+        limit: u64,
         owner: CallerKey,
     ) -> Result<watch::Receiver<Option<DigestResult>>, DigestError> {
         let mut queue = self.queue();
@@ -196,7 +190,7 @@ fn settled(stamp: &Stamp) -> bool {
 }
 
 /// Reads and hashes all of `file`. Runs on a blocking thread; the one reader of `file`.
-fn hash(mut file: File, stamp: &Stamp, limit: Option<u64>, abandoned: impl Fn() -> bool) -> DigestResult {
+fn hash(mut file: File, stamp: &Stamp, limit: u64, abandoned: impl Fn() -> bool) -> DigestResult {
     let read = |e| DigestError::Read(Arc::new(e));
     let started = Instant::now();
     let mut context = Context::new(&SHA256);
@@ -211,7 +205,7 @@ fn hash(mut file: File, stamp: &Stamp, limit: Option<u64>, abandoned: impl Fn() 
         };
         let chunk = buffer.get(..n).unwrap_or_default();
         size = size.saturating_add(u64::try_from(n).unwrap_or(u64::MAX));
-        if limit.is_some_and(|limit| size > limit) {
+        if size > limit {
             return Err(DigestError::TooLarge { size });
         }
         if started.elapsed() > DEADLINE || abandoned() {
@@ -262,10 +256,10 @@ mod tests {
     async fn digests_are_sha256() {
         let dir = tempfile::tempdir().unwrap();
         for (case, content, limit, want) in [
-            ("empty", &b""[..], None, Ok(EMPTY)),
-            ("short", b"abc", None, Ok(ABC)),
-            ("as large as allowed", b"abc", Some(3), Ok(ABC)),
-            ("grew after it was looked at", b"abc", Some(2), Err(3)),
+            ("empty", &b""[..], u64::MAX, Ok(EMPTY)),
+            ("short", b"abc", u64::MAX, Ok(ABC)),
+            ("as large as allowed", b"abc", 3, Ok(ABC)),
+            ("grew after it was looked at", b"abc", 2, Err(3)),
         ] {
             let path = dir.path().join("file");
             fs::write(&path, content).unwrap();
@@ -285,7 +279,7 @@ mod tests {
         fs::write(&path, "abc").unwrap();
         let (stamp, file) = opened(&path);
         fs::write(&path, "abcd").unwrap();
-        let outcome = Digests::default().make(stamp, file, None, uid(0)).await;
+        let outcome = Digests::default().make(stamp, file, u64::MAX, uid(0)).await;
         assert!(matches!(outcome, Err(DigestError::Changed)), "{outcome:?}");
     }
 
@@ -298,12 +292,12 @@ mod tests {
         // A user may set the time of modification, but not the time of change.
         File::options().write(true).open(&path).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
         let (fresh, file) = opened(&path);
-        digests.make(fresh, file, None, uid(0)).await.unwrap();
+        digests.make(fresh, file, u64::MAX, uid(0)).await.unwrap();
         assert!(digests.known(&fresh).is_none(), "written a moment ago");
 
         let (old, file) = opened(Path::new("/bin/sh"));
         assert!(settled(&old), "the shell was installed a while ago");
-        let made = digests.make(old, file, None, uid(0)).await.unwrap();
+        let made = digests.make(old, file, u64::MAX, uid(0)).await.unwrap();
         assert_eq!(digests.known(&old), Some(made));
     }
 
@@ -363,7 +357,7 @@ mod tests {
         let mut waiting = Vec::new();
         let mut ask = |slow: &mut Slow, owner| {
             let (stamp, file) = slow.file();
-            let joined = digests.join(stamp, file, None, uid(owner));
+            let joined = digests.join(stamp, file, u64::MAX, uid(owner));
             let busy = matches!(joined, Err(DigestError::Busy));
             waiting.extend(joined.ok().map(|receiver| (owner, stamp, receiver)));
             !busy
@@ -384,7 +378,7 @@ mod tests {
         // Two who want the same file wait for one hash.
         let (_, stamp, _) = waiting[0];
         let (_, other) = slow.file();
-        assert!(digests.join(stamp, other, None, uid(9)).is_ok(), "joins although the queue is full");
+        assert!(digests.join(stamp, other, u64::MAX, uid(9)).is_ok(), "joins although the queue is full");
 
         // Whoever waits no longer frees the place, whether his file was being read or not.
         slow.held.clear(); // all readers see the end of their file
@@ -402,7 +396,7 @@ mod tests {
         for n in 0..3 * SHARE {
             let (stamp, file) = slow.file();
             // The first runs and cannot be interrupted; the others give their places back when nobody waits.
-            let joined = digests.join(stamp, file, None, uid(1000));
+            let joined = digests.join(stamp, file, u64::MAX, uid(1000));
             assert!(joined.is_ok(), "file {n}");
         }
         let mut first = &slow.held[0];

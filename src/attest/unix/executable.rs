@@ -64,8 +64,8 @@ impl Executable {
 }
 
 impl Evidence for Executable {
-    fn holds(&self, open: &dyn Fn() -> Result<ProcDir, ProcReadError>) -> Result<bool, ProcReadError> {
-        Ok(*self == Self::of(&open()?)?)
+    fn holds(&self, dir: &ProcDir) -> Result<bool, ProcReadError> {
+        Ok(*self == Self::of(dir)?)
     }
 }
 

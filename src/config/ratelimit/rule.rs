@@ -1,10 +1,10 @@
 //! What a block says about calls: a limit, its windows, what calls cost.
 
-use std::{collections::HashMap, ops::RangeInclusive};
+use std::collections::HashMap;
 
 use crate::{
     hcl::{
-        section::{At, Labelled, Section, nearest},
+        section::{At, Section, nearest},
         tree::{Place, abridged, quoted},
     },
     limits::{
@@ -55,14 +55,14 @@ impl Written {
 }
 
 /// Blocks with one label as one, in the order of the first of each.
-pub(super) fn merged(blocks: Vec<Labelled<'_>>) -> Vec<Labelled<'_>> {
+pub(super) fn merged(blocks: Vec<Section<'_>>) -> Vec<Section<'_>> {
     let mut seen: HashMap<&str, usize> = HashMap::new();
-    let mut merged: Vec<Labelled<'_>> = Vec::new();
+    let mut merged: Vec<Section<'_>> = Vec::new();
     for block in blocks {
-        match seen.get(block.label).and_then(|at| merged.get_mut(*at)) {
-            Some(first) => first.section.merge(block.section),
+        match seen.get(block.label()).and_then(|at| merged.get_mut(*at)) {
+            Some(first) => first.merge(block),
             None => {
-                seen.insert(block.label, merged.len());
+                seen.insert(block.label(), merged.len());
                 merged.push(block);
             }
         }
@@ -76,23 +76,13 @@ pub(super) fn set<T>(setting: &mut T, value: Option<T>) {
     }
 }
 
-/// A whole number in `range`.
-pub(super) fn number(s: &mut Section<'_>, key: &'static str, range: RangeInclusive<u32>) -> Option<At<u32>> {
-    let at = s.integer(key, i64::from(*range.start())..=i64::from(*range.end()))?;
-    Some(at.map(|number| u32::try_from(number).unwrap_or_else(|_| *range.end())))
-}
-
-/// The method that a label names.
-pub(super) fn method(
-    section: &Section<'_>,
-    label: &str,
-    place: Place,
-    stage: Stage,
-) -> Result<Method, Reported> {
+/// The method that the label of a block names.
+pub(super) fn method(section: &Section<'_>, stage: Stage) -> Result<Method, Reported> {
     let wrong = |message: String| {
-        section.problems().add(place, &section.name(), None, message);
+        section.wrong_block(message);
         Reported
     };
+    let label = section.label();
     let names = Method::ALL.map(Method::rpc);
     let Some(found) = Method::ALL.into_iter().find(|method| method.rpc() == label) else {
         let near = nearest(label, names).map_or_else(String::new, |near| format!(" (did you mean {near}?)"));
@@ -110,7 +100,7 @@ pub(super) fn method(
 pub(super) fn limit(s: &mut Section<'_>, free: &[(&'static str, Limit)]) -> Result<Option<Bound>, Reported> {
     let rate = s.number("rate");
     let per = s.parsed("per", |text| Per::parse(text).ok(), "must be second, minute, hour or day");
-    let burst = number(s, "burst", 1..=MAX_BURST);
+    let burst = s.integer("burst", 1..=MAX_BURST);
     let mut given: Vec<(&str, Place, Option<Limit>)> = Vec::new();
     let of_bucket = [
         ("rate", rate.map(|at| at.place)),
@@ -224,7 +214,7 @@ pub(super) fn written(s: &mut Section<'_>, stage: Stage, base: &Written) -> Resu
 fn costs(s: &mut Section<'_>, stage: Stage, base: Costs) -> (Result<Costs, Reported>, Option<Place>) {
     let Some(mut block) = s.block("costs") else { return (Ok(base), None) };
     let place = block.place();
-    let mut read = |key| number(&mut block, key, 1..=MAX_BURST);
+    let mut read = |key| block.integer(key, 1..=MAX_BURST);
     let (answer, signature) = (read("answer"), read("signature"));
     let of_caller = stage == Stage::Caller;
     let failed = if of_caller { read("failed_attestation") } else { None };
@@ -263,32 +253,29 @@ fn costs(s: &mut Section<'_>, stage: Stage, base: Costs) -> (Result<Costs, Repor
 fn schedule(s: &mut Section<'_>) -> Result<Schedule<Bound>, Reported> {
     let blocks = merged(s.labelled("schedule"));
     if let Some(last) = blocks.get(MAX_WINDOWS) {
-        let message = format!("{} windows must be at most {MAX_WINDOWS}", blocks.len());
-        s.problems().add(last.place, &last.section.name(), None, message);
-        blocks.into_iter().for_each(|block| block.section.ignore());
+        last.wrong_block(format_args!("{} windows must be at most {MAX_WINDOWS}", blocks.len()));
         return Err(Reported);
     }
     let mut good = true;
     let mut found: Vec<(Window, Bound, &str, Place)> = Vec::new();
-    for Labelled { label, place, mut section } in blocks {
+    for mut section in blocks {
+        let (label, place) = (section.label(), section.place());
         let start = moment(&mut section, "start", 23);
         let stop = moment(&mut section, "stop", 24);
         let limit = limit(&mut section, &FREE);
-        let wrong = |message: String| section.problems().add(place, &section.name(), None, message);
         let window = match (start, stop) {
-            (Ok(start), Ok(stop)) => window(&section, place, start, stop).ok(),
+            (Ok(start), Ok(stop)) => window(&section, start, stop).ok(),
             _ => None,
         };
         if let Ok(None) = limit {
-            wrong(format!("must say what holds in this window: {A_LIMIT}"));
+            section.wrong_block(format_args!("must say what holds in this window: {A_LIMIT}"));
         }
         if let Some(window) = window {
             for (other, _, other_label, at) in &found {
                 if Schedule::new(vec![(*other, ()), (window, ())]).is_err() {
-                    let at = section.problems().show(*at);
-                    wrong(format!(
-                        "overlaps {}, at {at}: one limit must hold at a time",
-                        quoted(other_label)
+                    let (other, at) = (quoted(other_label), section.problems().show(*at));
+                    section.wrong_block(format_args!(
+                        "overlaps {other}, at {at}: one limit must hold at a time"
                     ));
                     good = false;
                 }
@@ -307,20 +294,19 @@ fn schedule(s: &mut Section<'_>) -> Result<Schedule<Bound>, Reported> {
     Schedule::new(windows).map_err(|_said_above| Reported)
 }
 
-/// The window of a block at `place`, between these moments.
-fn window(s: &Section<'_>, place: Place, start: At<Moment>, stop: At<Moment>) -> Result<Window, Reported> {
+/// The window of a block, between these moments.
+fn window(s: &Section<'_>, start: At<Moment>, stop: At<Moment>) -> Result<Window, Reported> {
     Window::new(start.value, stop.value).map_err(|err| {
-        let (at, name) = match &err {
+        match &err {
             ScheduleError::Never(moment)
             | ScheduleError::Gap(moment)
             | ScheduleError::WeekdayAndDate(moment) => {
                 let (at, key) =
                     if *moment == start.value { (start.place, "start") } else { (stop.place, "stop") };
-                (at, s.path(key))
+                s.wrong(at, key, None, err);
             }
-            _ => (place, s.name()),
-        };
-        s.problems().add(at, &name, None, err);
+            _ => s.wrong_block(err),
+        }
         Reported
     })
 }
@@ -331,10 +317,7 @@ fn moment(s: &mut Section<'_>, key: &'static str, last_hour: u8) -> Result<At<Mo
         s.missing(key, format_args!("must be set, in UTC: {key} {{ hour = 22 }}"));
         return Err(Reported);
     };
-    let mut field = |key, least: u8, most: u8| {
-        let at = block.integer(key, i64::from(least)..=i64::from(most));
-        at.and_then(|at| u8::try_from(at.value).ok())
-    };
+    let mut field = |key, least: u8, most: u8| block.integer(key, least..=most).map(|at| at.value);
     let mut moment = Moment {
         second: field("second", 0, 59),
         minute: field("minute", 0, 59),

@@ -6,7 +6,7 @@ use super::rule::{A_LIMIT, Written, merged, method, set, written};
 use crate::{
     hcl::{
         problems::Problems,
-        section::{Labelled, Section},
+        section::Section,
         tree::{Place, quoted},
     },
     identity::TrustDomain,
@@ -39,6 +39,12 @@ pub(in crate::config) struct Context<'a> {
 pub(super) struct Block {
     pub(super) place: Place,
     pub(super) name: String,
+}
+
+impl Block {
+    pub(super) fn of(section: &Section<'_>) -> Self {
+        Self { place: section.place(), name: section.name() }
+    }
 }
 
 impl Context<'_> {
@@ -76,18 +82,17 @@ impl Context<'_> {
             base = written;
         }
         let mut named = HashMap::new();
-        for Labelled { label, place, mut section } in merged(s.labelled("method")) {
-            let method = method(&section, label, place, stage);
+        for mut section in merged(s.labelled("method")) {
+            let method = method(&section, stage);
             if let (Ok(written), Ok(method)) = (written(&mut section, stage, &base), method) {
-                named.insert(method, place);
+                named.insert(method, section.place());
                 layers.methods.set(method, Some(written.rule));
             }
             section.finish();
         }
         let mut found = Vec::new();
         for it in merged(s.labelled("override")) {
-            let parsed =
-                pattern(it.label).map_err(|err| self.problems.add(it.place, &it.section.name(), None, err));
+            let parsed = pattern(it.label()).map_err(|err| it.wrong_block(err));
             found.extend(self.overrides(it, stage, &base, parsed.ok()));
         }
         set(&mut layers.overrides, self.together(found, |it| it.pattern().to_string(), Overrides::new));
@@ -99,25 +104,23 @@ impl Context<'_> {
     /// `method` in it.
     fn overrides<P: Pattern>(
         &self,
-        block: Labelled<'_>,
+        mut s: Section<'_>,
         stage: Stage,
         base: &Written,
         pattern: Option<P>,
     ) -> Vec<(Override<P>, Block)> {
-        let Labelled { place, section: mut s, label: it_label } = block;
         let shared = s.boolean("share").is_some_and(|at| at.value);
         let written_here = written(&mut s, stage, base);
         let limited = written_here.as_ref().is_ok_and(|it| it.limited);
         let has_rules = ["costs", "dry_run"].iter().any(|key| s.has(key));
-        let wrong = |message: String| self.problems.add(place, &s.name(), None, message);
-        if stage == Stage::Caller && self.no_pods && it_label == "uid:*" && !shared {
-            wrong(PatternError::Everybody(it_label.into()).to_string());
+        if stage == Stage::Caller && self.no_pods && s.label() == "uid:*" && !shared {
+            s.wrong_block(PatternError::Everybody(s.label().into()));
         }
         if written_here.is_ok() && !limited {
             if s.has("schedule") || (has_rules && !s.has("method")) {
-                wrong(format!("must have a limit for all the time: {A_LIMIT}"));
+                s.wrong_block(format_args!("must have a limit for all the time: {A_LIMIT}"));
             } else if !shared && !s.has("method") {
-                wrong(format!(
+                s.wrong_block(format_args!(
                     "changes nothing: it must have a limit ({A_LIMIT}), share = true, or a method"
                 ));
             }
@@ -126,48 +129,29 @@ impl Context<'_> {
         if let Ok(written) = &written_here
             && (limited || shared)
         {
-            let here = Block { place, name: s.name() };
-            rules.push((Methods::All, limited.then(|| written.rule.clone()), here));
+            rules.push((Methods::All, limited.then(|| written.rule.clone()), Block::of(&s)));
         }
         let base = written_here.as_ref().unwrap_or(base);
-        for Labelled { label, place, mut section } in merged(s.labelled("method")) {
-            let method = method(&section, label, place, stage);
+        for mut section in merged(s.labelled("method")) {
+            let method = method(&section, stage);
             let written = written(&mut section, stage, base);
             if let (Ok(written), Ok(method)) = (written, method) {
                 if written.limited || limited {
-                    let here = Block { place, name: section.name() };
-                    rules.push((Methods::only(&[method]), Some(written.rule), here));
+                    rules.push((Methods::only(&[method]), Some(written.rule), Block::of(&section)));
                 } else if written_here.is_ok() {
-                    let message = format!("must have a limit, here or in the block around it: {A_LIMIT}");
-                    self.problems.add(place, &section.name(), None, message);
+                    let message = "must have a limit, here or in the block around it";
+                    section.wrong_block(format_args!("{message}: {A_LIMIT}"));
                 }
             }
             section.finish();
         }
-        let here = Block { place, name: s.name() };
-        s.finish();
-        pattern.map_or_else(Vec::new, |pattern| self.of_pattern(&pattern, shared, rules, &here))
-    }
-
-    /// An override of `pattern` for each of the rules in the block `here`.
-    fn of_pattern<P: Pattern>(
-        &self,
-        pattern: &P,
-        shared: bool,
-        rules: Vec<(Methods, Option<Rule>, Block)>,
-        here: &Block,
-    ) -> Vec<(Override<P>, Block)> {
-        let each = |(methods, rule, here)| {
-            let share = match rule {
-                Some(rule) if !shared => Share::Each(rule),
-                rule => Share::Together(rule),
-            };
-            Ok((Override::new(pattern.clone(), methods, share)?, here))
-        };
-        rules.into_iter().map(each).collect::<Result<_, MaskWithoutShare>>().unwrap_or_else(|err| {
-            self.problems.add(here.place, &here.name, None, err);
+        let found = pattern.map_or(Ok(Vec::new()), |pattern| of_pattern(&pattern, shared, rules));
+        let found = found.unwrap_or_else(|err| {
+            s.wrong_block(err);
             Vec::new()
-        })
+        });
+        s.finish();
+        found
     }
 
     /// Puts overrides together. Of two that contradict each other the second is named, and left out.
@@ -194,4 +178,20 @@ impl Context<'_> {
         }
         None
     }
+}
+
+/// An override of `pattern` for each of the rules, with the place of each.
+fn of_pattern<P: Pattern>(
+    pattern: &P,
+    shared: bool,
+    rules: Vec<(Methods, Option<Rule>, Block)>,
+) -> Result<Vec<(Override<P>, Block)>, MaskWithoutShare> {
+    let each = |(methods, rule, here)| {
+        let share = match rule {
+            Some(rule) if !shared => Share::Each(rule),
+            rule => Share::Together(rule),
+        };
+        Ok((Override::new(pattern.clone(), methods, share)?, here))
+    };
+    rules.into_iter().map(each).collect()
 }
