@@ -20,18 +20,15 @@ use std::{path::Path, sync::Arc};
 use futures_util::future::OptionFuture;
 use tokio::{sync::watch as channel, task::JoinSet};
 
-use self::{metrics::AgentMetrics, serving::Serving};
 pub use self::{
     reload::Load,
-    run::{run, runtime, start_log},
+    run::{run, runtime},
 };
+use self::{serving::Serving, start::AgentParts};
 use crate::{
-    attest::Attestor,
     config::Config,
-    issuer::embedded::EmbeddedIssuer,
-    limits::{self, Limits},
+    limits::gate::lingering,
     peer::ConnectionBounds,
-    store::{JwtCache, Writer, X509Cache},
     telemetry::{
         health::{HealthState, Probe},
         log::Log,
@@ -42,22 +39,12 @@ use crate::{
 /// A running agent.
 pub struct Running {
     config: Config,
-    issuer: Arc<EmbeddedIssuer>,
-    writer: Arc<Writer>,
-    x509: Arc<X509Cache>,
-    jwt: Arc<JwtCache>,
-    attestor: Arc<Attestor>,
-    limits: Limits,
-    gate: limits::Gate,
+    parts: AgentParts,
     memory: channel::Sender<watch::Budget>,
     /// What bounds a connection that is accepted from now on.
     connections: channel::Sender<ConnectionBounds>,
-    means: gate::Means,
-    metrics: Arc<Metrics>,
-    series: AgentMetrics,
     /// The log of the process, once it is known.
     log: Option<Log>,
-    health: Arc<HealthState>,
     /// `true` begins the drain.
     stop: channel::Sender<bool>,
     public: Serving,
@@ -86,19 +73,19 @@ impl Running {
 
     /// Whether the agent can serve.
     pub fn health(&self) -> &Arc<HealthState> {
-        &self.health
+        &self.parts.health
     }
 
     /// What it counts.
     pub fn metrics(&self) -> &Arc<Metrics> {
-        &self.metrics
+        &self.parts.metrics
     }
 
     /// Lets each reload set the level of `log`, and metrics tell what it lost.
     #[must_use]
     pub fn logging(mut self, log: Log) -> Self {
-        let (lines, counter) = (log.clone(), self.series.log_lines_lost.clone());
-        self.metrics.before_render(move || counter.absolute(lines.lines_lost()));
+        let (lines, counter) = (log.clone(), self.parts.series.log_lines_lost.clone());
+        self.parts.metrics.before_render(move || counter.absolute(lines.lines_lost()));
         self.log = Some(log);
         self
     }
@@ -120,8 +107,8 @@ impl Running {
 
     /// Drains: no new connections, streams told to come back, at most `drain_timeout`.
     pub async fn shutdown(self) {
-        self.health.set(Probe::Draining);
-        self.writer.store().drain();
+        self.parts.health.set(Probe::Draining);
+        self.parts.writer.store().drain();
         self.stop.send_replace(true);
         // Both at once: neither waits for the other's time to be over.
         let admin = OptionFuture::from(self.admin.map(Serving::drained));
@@ -135,7 +122,7 @@ impl Running {
 fn connection_bounds(config: &Config, means: gate::Means) -> ConnectionBounds {
     let budget = config.ratelimit.memory.budget(means.cgroup);
     ConnectionBounds {
-        max_lingering: limits::gate::lingering(means.nofile, budget),
+        max_lingering: lingering(means.nofile, budget),
         ..ConnectionBounds::new(&config.ratelimit.gate.connection, &config.listener)
     }
 }

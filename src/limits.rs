@@ -61,6 +61,7 @@ pub mod settings;
 mod slots;
 mod standings;
 mod table;
+mod tally;
 
 pub use admission::Limits;
 pub use admitted::Admitted;

@@ -3,7 +3,8 @@
 //! Trusted: the kernel's word on a peer (`SO_PEERCRED`, `SO_PEERPIDFD`), given once at accept. Not trusted: every
 //! byte a peer sends, how fast it sends and reads, and how long it stays. The order is fixed: accept, credentials,
 //! caller key, gate, first byte, HTTP/2; a connection that is refused has cost no HTTP/2 state, and one that stays
-//! silent costs about 1.5 KiB. Absent: any decision about identities, and any knowledge of gRPC.
+//! silent costs about 1.5 KiB. Absent: any decision about identities, and what a request
+//! means, gRPC's words included.
 
 mod bounds;
 pub mod cgroup;
@@ -17,7 +18,6 @@ mod hpack;
 mod lingering;
 mod listener;
 mod metrics;
-mod phase;
 mod request;
 mod service;
 mod settings;

@@ -2,7 +2,6 @@
 //!
 //! Nothing here is secret and nothing may wait: a caller's bytes reach a line or a label only through a closed set.
 
-mod chain;
 pub mod health;
 pub mod http;
 pub mod log;
@@ -11,5 +10,16 @@ mod process;
 pub mod registry;
 mod settings;
 
-pub(crate) use chain::chain;
 pub use settings::{HealthSettings, HostPort, LogFormat, LogSettings, parse_level};
+
+/// The error's text, then that of each cause, with `: ` between.
+pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

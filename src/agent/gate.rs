@@ -1,4 +1,4 @@
-//! The limits' gate as the listener asks it, and the descriptors and memory it has to divide.
+//! How the listener asks the limits' gate, and the descriptors and memory it has to divide.
 
 use std::path::Path;
 
@@ -9,15 +9,11 @@ use crate::{
     peer::{AcceptGate, Arrival},
 };
 
-/// [`limits::Gate`], asked with an [`Arrival`].
-#[derive(Debug)]
-pub(super) struct AtAccept(pub(super) limits::Gate);
-
-impl AcceptGate for AtAccept {
+impl AcceptGate for limits::Gate {
     type Permit = ConnectionPermit;
 
     fn admit_connection(&self, arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {
-        self.0.open(arrival.caller())
+        self.open(arrival.caller())
     }
 }
 

@@ -41,24 +41,24 @@ impl Running {
             health: _,
             ratelimit,
         } = &next;
-        let budget = Budget::of(&next, self.means);
-        let connections = connection_bounds(&next, self.means);
+        let parts = &self.parts;
+        let budget = Budget::of(&next, parts.means);
+        let connections = connection_bounds(&next, parts.means);
         let index = Arc::new(EntryIndex::new(entries.clone()));
         let embedded = next.embedded_issuer();
-
-        let gate_plan = GatePlan::new(ratelimit, self.means.nofile, budget.bytes)?;
+        let gate_plan = GatePlan::new(ratelimit, parts.means.nofile, budget.bytes)?;
 
         // From here on nothing fails.
-        self.limits.reload(ratelimit);
-        self.gate.reload(gate_plan);
+        parts.limits.reload(ratelimit);
+        parts.gate.reload(gate_plan);
         self.memory.send_replace(budget);
         self.connections.send_if_modified(|old| std::mem::replace(old, connections.clone()) != connections);
-        self.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);
-        self.jwt.resize(caches.jwt_svids.count());
-        self.issuer.reconfigure(embedded);
-        self.attestor.prepare_for(entries);
-        self.attestor.reload(attest.clone());
-        self.writer.replace(policy.clone(), || self.issuer.declare(index, federated.clone()));
+        parts.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);
+        parts.jwt.resize(caches.jwt_svids.count());
+        parts.issuer.reconfigure(embedded);
+        parts.attestor.prepare_for(entries);
+        parts.attestor.reload(attest.clone());
+        parts.writer.replace(policy.clone(), || parts.issuer.declare(index, federated.clone()));
         if let Some(lines) = &self.log {
             lines.set_level(log.level);
         }
@@ -76,7 +76,7 @@ pub(super) fn on_signal(
     let done = tokio::task::block_in_place(load).and_then(|next| agent.reload(next));
     match done {
         Ok(changes) => {
-            agent.series.reloaded(ReloadResult::Ok);
+            agent.parts.series.reloaded(ReloadResult::Ok);
             let EntryChanges { added, removed, changed } = changes.entries;
             tracing::info!(
                 entries_added = added,
@@ -89,7 +89,7 @@ pub(super) fn on_signal(
             Ok(())
         }
         Err(error) => {
-            agent.series.reloaded(ReloadResult::Error);
+            agent.parts.series.reloaded(ReloadResult::Error);
             tracing::error!(error = format!("{error:#}"), "not reloaded; everything stays as it was");
             Err(error)
         }

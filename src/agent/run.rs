@@ -30,7 +30,7 @@ pub fn run(load: Load) -> anyhow::Result<()> {
     // First, while there is one thread: it changes the environment.
     let (manager, handed) = ServiceManager::from_environment()?;
     let config = load()?;
-    let log = start_log(&config)?;
+    let log = Log::start(&config.log)?;
     let runtime = runtime()?;
     let ended = runtime.block_on(serve(&config, handed, manager, &load, &log));
     // What a blocking task still does (hashing a file) is not worth waiting for.
@@ -110,12 +110,4 @@ async fn serve(
             () = &mut watchdog => {}
         }
     }
-}
-
-/// Sets up the log as `config` says. Once in the life of a process.
-///
-/// # Errors
-/// The log file cannot be opened.
-pub fn start_log(config: &Config) -> anyhow::Result<Log> {
-    Ok(Log::start(&config.log)?)
 }

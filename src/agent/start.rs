@@ -8,7 +8,7 @@ use tokio::{sync::watch as channel, task::JoinSet};
 
 use super::{
     Running, connection_bounds,
-    gate::{AtAccept, Means},
+    gate::Means,
     metrics::AgentMetrics,
     probe::probe,
     serving::Serving,
@@ -43,29 +43,29 @@ impl Running {
     /// What could not be opened, bound or made, with its cause. Nothing is left behind then but what
     /// `data_dir` holds.
     pub fn start(config: Config, handed: Option<UnixListener>, clock: Clock) -> anyhow::Result<Self> {
-        let built = Built::of(&config, clock)?;
-        let bound = BoundPlaces::of(&config, handed, &built)?;
-        built.serve(config, bound)
+        let parts = AgentParts::of(&config, clock)?;
+        let bound = BoundPlaces::of(&config, handed, &parts)?;
+        parts.serve(config, bound)
     }
 }
 
-/// Every part of an agent. None of them runs yet.
-struct Built {
+/// Every part of an agent. None of them runs by itself.
+pub(super) struct AgentParts {
     clock: Clock,
-    metrics: Arc<Metrics>,
-    series: AgentMetrics,
-    health: Arc<HealthState>,
-    issuer: Arc<EmbeddedIssuer>,
-    writer: Arc<Writer>,
-    x509: Arc<X509Cache>,
-    jwt: Arc<JwtCache>,
-    attestor: Arc<Attestor>,
-    means: Means,
-    limits: Limits,
-    gate: limits::Gate,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) series: AgentMetrics,
+    pub(super) health: Arc<HealthState>,
+    pub(super) issuer: Arc<EmbeddedIssuer>,
+    pub(super) writer: Arc<Writer>,
+    pub(super) x509: Arc<X509Cache>,
+    pub(super) jwt: Arc<JwtCache>,
+    pub(super) attestor: Arc<Attestor>,
+    pub(super) means: Means,
+    pub(super) limits: Limits,
+    pub(super) gate: limits::Gate,
 }
 
-impl Built {
+impl AgentParts {
     fn of(config: &Config, clock: Clock) -> anyhow::Result<Self> {
         let metrics = Arc::new(Metrics::default());
         let series = AgentMetrics::new(metrics.registry(), clock);
@@ -98,7 +98,7 @@ impl Built {
             clock,
             metrics,
             series,
-            health: Arc::new(HealthState::new()),
+            health: Arc::default(),
             issuer: embedded,
             writer: Arc::new(writer),
             x509,
@@ -128,7 +128,7 @@ impl Built {
         let listener = Listener {
             socket,
             bounds,
-            gate: Arc::new(AtAccept(self.gate.clone())),
+            gate: Arc::new(self.gate.clone()),
             keys: Arc::clone(&keys),
             stats,
             evicted: evictions,
@@ -143,30 +143,7 @@ impl Built {
 
         self.series.loaded();
         self.health.set(Probe::Healthy);
-        let Self {
-            metrics, series, health, issuer, writer, x509, jwt, attestor, means, limits, gate, ..
-        } = self;
-        Ok(Running {
-            config,
-            issuer,
-            writer,
-            x509,
-            jwt,
-            attestor,
-            limits,
-            gate,
-            memory,
-            connections,
-            means,
-            metrics,
-            series,
-            log: None,
-            health,
-            stop,
-            public,
-            admin,
-            tasks,
-        })
+        Ok(Running { config, parts: self, memory, connections, log: None, stop, public, admin, tasks })
     }
 
     fn serve_admin(
@@ -255,15 +232,15 @@ struct BoundPlaces {
 }
 
 impl BoundPlaces {
-    fn of(config: &Config, handed: Option<UnixListener>, built: &Built) -> anyhow::Result<Self> {
+    fn of(config: &Config, handed: Option<UnixListener>, parts: &AgentParts) -> anyhow::Result<Self> {
         let mut http = Vec::new();
         if let Some(at) = &config.prometheus {
-            let routes = Routes::Metrics(Arc::clone(&built.metrics));
+            let routes = Routes::Metrics(Arc::clone(&parts.metrics));
             http.push(HttpListener::bind(&at.host, at.port, routes)?);
         }
         if config.health.enabled {
             let HealthSettings { enabled: _, host, port, live_path, ready_path } = config.health.clone();
-            let routes = Routes::Health { state: Arc::clone(&built.health), live_path, ready_path };
+            let routes = Routes::Health { state: Arc::clone(&parts.health), live_path, ready_path };
             http.push(HttpListener::bind(&host, port, routes)?);
         }
         let admin = config.agent.admin_socket_path.as_deref().map(Socket::bind_private).transpose();

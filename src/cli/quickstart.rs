@@ -36,6 +36,7 @@ use crate::{
     config::{Config, ExpandEnv},
     identity::TrustDomain,
     os::clock::Clock,
+    telemetry::log::Log,
 };
 use layout::{Layout, NAME, SOCKET};
 
@@ -91,7 +92,7 @@ pub(super) fn run(args: &QuickstartArgs, terminal: &mut Terminal) -> Result<(), 
         return Err(QuickstartError::TrustDomain { asked, configured, path }.into());
     }
     let runtime = agent::runtime().map_err(Failure::Agent)?;
-    let log = agent::start_log(&config).map_err(Failure::Agent)?;
+    let log = Log::start(&config.log).map_err(|error| Failure::Agent(error.into()))?;
     let result = runtime.block_on(serve(args, config, terminal));
     runtime.shutdown_timeout(Duration::from_millis(100));
     // What is not written by then is not worth waiting for.

@@ -76,9 +76,16 @@ impl Limits {
             choice,
             now,
         };
-        let mut charge = Charge::new(ledger, method, choice.rule.costs(), limit, plan.soft);
         let (held, mut allowed) = ledger.charge_caller(&call, limit)?;
-        charge.hold(held);
+        let mut charge = Charge {
+            ledger: Arc::clone(ledger),
+            method,
+            held,
+            costs: choice.rule.costs(),
+            pays: held.map_or(0, |held| held.cost),
+            exempt: limit == Limit::Exempt,
+            soft: plan.soft,
+        };
         // Nothing is attested for what is no Workload API.
         let attests = !charge.exempt && method != Method::Other;
         let slot = if attests { ledger.take_slot(&call, &mut allowed) } else { Ok(None) };
@@ -90,7 +97,7 @@ impl Limits {
         if method == Method::ValidateJwtSvid && !charge.exempt {
             ledger.charge_node(&plan, method, now).inspect_err(|_| charge.refund())?;
         }
-        Ok(Admitted::new(peer, charge, slot))
+        Ok(Admitted { peer, charge, slot })
     }
 
     /// Charges an admitted call to the identities it is answered with: all of them, or none. `ids` in the order

@@ -18,25 +18,16 @@ use crate::identity::SpiffeId;
 /// It holds the caller's tokens; when it is dropped they are paid, or given back if the call was refused.
 #[derive(Debug)]
 pub struct Admitted<P> {
-    peer: P,
+    pub(super) peer: P,
     pub(super) charge: Charge,
     /// Until attestation is over.
     pub(super) slot: Option<AttestationSlot>,
 }
 
 impl<P> Admitted<P> {
-    pub(super) fn new(peer: P, charge: Charge, slot: Option<AttestationSlot>) -> Self {
-        Self { peer, charge, slot }
-    }
-
     /// The peer that was admitted.
     pub fn peer(&self) -> &P {
         &self.peer
-    }
-
-    /// What it called.
-    pub fn method(&self) -> Method {
-        self.charge.method
     }
 
     /// Says that the caller could not be attested, or has no identity: it pays [`Costs::failed_attestation`]. Not
@@ -56,44 +47,19 @@ impl<P> Admitted<P> {
 /// What a call will pay.
 #[derive(Debug)]
 pub(super) struct Charge {
-    ledger: Arc<Ledger>,
+    pub(super) ledger: Arc<Ledger>,
     pub(super) method: Method,
-    held: Option<HeldTokens>,
-    costs: Costs,
+    pub(super) held: Option<HeldTokens>,
+    pub(super) costs: Costs,
     /// Tokens to take when the call ends.
-    pays: u32,
+    pub(super) pays: u32,
     /// By a rule: not charged to the node either.
     pub(super) exempt: bool,
     /// Which are counted when it pays.
-    soft: SoftLimits,
+    pub(super) soft: SoftLimits,
 }
 
 impl Charge {
-    /// Nothing yet, for a call of a caller under this limit.
-    pub(super) fn new(
-        ledger: &Arc<Ledger>,
-        method: Method,
-        costs: Costs,
-        limit: Limit,
-        soft: SoftLimits,
-    ) -> Self {
-        Self {
-            ledger: Arc::clone(ledger),
-            method,
-            held: None,
-            costs,
-            pays: 0,
-            exempt: limit == Limit::Exempt,
-            soft,
-        }
-    }
-
-    /// The price of an answer, which is held.
-    pub(super) fn hold(&mut self, held: Option<HeldTokens>) {
-        self.held = held;
-        self.pays = held.map_or(0, |held| held.cost);
-    }
-
     /// The call is refused further on, and costs nothing.
     pub(super) fn refund(&mut self) {
         self.pays = 0;

@@ -62,11 +62,7 @@ impl MemoryLimit {
 
 /// When memory is short, in percent of the budget used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MemorySteps {
-    shrink_caches_at: u8,
-    refuse_new_at: u8,
-    close_heaviest_at: u8,
-}
+pub struct MemorySteps([u8; 3]);
 
 impl MemorySteps {
     /// What a step may be.
@@ -81,25 +77,21 @@ impl MemorySteps {
         if let Some(percent) = percents.into_iter().find(|percent| !Self::RANGE.contains(percent)) {
             return Err(MemoryStepsError::Range(percent));
         }
-        let [shrink_caches_at, refuse_new_at, close_heaviest_at] = percents;
-        if shrink_caches_at >= refuse_new_at {
-            return Err(MemoryStepsError::Falling { step: 1 });
+        match percents.windows(2).position(|pair| !pair.is_sorted_by(|a, b| a < b)) {
+            Some(before) => Err(MemoryStepsError::Falling { step: before + 1 }),
+            None => Ok(Self(percents)),
         }
-        if refuse_new_at >= close_heaviest_at {
-            return Err(MemoryStepsError::Falling { step: 2 });
-        }
-        Ok(Self { shrink_caches_at, refuse_new_at, close_heaviest_at })
     }
 
     /// The steps, in percent.
     pub fn percents(self) -> [u8; 3] {
-        [self.shrink_caches_at, self.refuse_new_at, self.close_heaviest_at]
+        self.0
     }
 }
 
 impl Default for MemorySteps {
     fn default() -> Self {
-        Self { shrink_caches_at: 70, refuse_new_at: 85, close_heaviest_at: 95 }
+        Self([70, 85, 95])
     }
 }
 
@@ -148,14 +140,11 @@ impl MemorySettings {
         let reached = |percent: u8| {
             u128::from(used) * 100 >= u128::from(budget) * u128::from(percent.saturating_sub(slack))
         };
-        if reached(self.steps.close_heaviest_at) {
-            Pressure::CloseHeaviest
-        } else if reached(self.steps.refuse_new_at) {
-            Pressure::RefuseNew
-        } else if reached(self.steps.shrink_caches_at) {
-            Pressure::ShrinkCaches
-        } else {
-            Pressure::None
+        match self.steps.percents().map(reached) {
+            [_, _, true] => Pressure::CloseHeaviest,
+            [_, true, _] => Pressure::RefuseNew,
+            [true, ..] => Pressure::ShrinkCaches,
+            [false, ..] => Pressure::None,
         }
     }
 }
@@ -174,27 +163,6 @@ pub enum Pressure {
     /// Nobody gets a connection, and those of the heaviest caller ([`super::Gate::to_cut_off`]) are closed, if
     /// they are worth it ([`is_heavy`]).
     CloseHeaviest,
-}
-
-impl Pressure {
-    /// The one of this rank; of one that there is not, the highest.
-    pub(super) fn of_rank(rank: u8) -> Self {
-        match rank {
-            0 => Self::None,
-            1 => Self::ShrinkCaches,
-            2 => Self::RefuseNew,
-            _ => Self::CloseHeaviest,
-        }
-    }
-
-    pub(super) fn rank(self) -> u8 {
-        match self {
-            Self::None => 0,
-            Self::ShrinkCaches => 1,
-            Self::RefuseNew => 2,
-            Self::CloseHeaviest => 3,
-        }
-    }
 }
 
 /// Whether cutting off a caller with so many connections would give back memory worth it.

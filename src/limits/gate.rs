@@ -13,14 +13,10 @@
 
 use std::{
     num::NonZeroU32,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU8, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use arc_swap::ArcSwap;
-use hashbrown::{HashMap, hash_map::Entry};
 
 use super::{
     admission::Limits,
@@ -35,6 +31,7 @@ use super::{
     rule::Limit,
     settings::{LimitSettings, SoftLimits},
     table::{BucketKey, ChargedTo, Hasher, Table, TableSize},
+    tally::Tally,
 };
 use crate::telemetry::registry::float;
 
@@ -173,30 +170,12 @@ impl GatePlan {
 #[derive(Debug)]
 struct GateState {
     rates: Table,
-    open: HashMap<CallerKey, u32, ahash::RandomState>,
+    open: Tally<CallerKey>,
     /// Of those callers that are of a family, by its first UID.
-    families: HashMap<u32, u32, ahash::RandomState>,
+    families: Tally<u32>,
     total: u32,
     admin: u32,
-}
-
-impl GateState {
-    fn holdings(&self, caller: CallerKey, families: &Families) -> Holdings {
-        let of_family = |first| (first, self.families.get(&first).copied().unwrap_or(0));
-        Holdings {
-            caller: self.open.get(&caller).copied().unwrap_or(0),
-            family: families.of(caller).map(of_family),
-        }
-    }
-}
-
-/// Connections that are open.
-#[derive(Clone, Copy, Debug)]
-struct Holdings {
-    /// Of the caller.
-    caller: u32,
-    /// Of its family, if it is of one: which, and how many.
-    family: Option<(u32, u32)>,
+    pressure: Pressure,
 }
 
 #[derive(Debug)]
@@ -204,7 +183,6 @@ struct SharedGate {
     plan: ArcSwap<GatePlan>,
     hasher: Hasher,
     state: Mutex<GateState>,
-    pressure: AtomicU8,
     ledger: Arc<Ledger>,
 }
 
@@ -231,7 +209,10 @@ struct Arriving<'a> {
     plan: &'a GatePlan,
     rule: &'a GateRule,
     caller: CallerKey,
-    has: Holdings,
+    /// Its open connections.
+    open: u32,
+    /// Those of its family, if it is of one.
+    family_open: Option<u32>,
     now: u64,
 }
 
@@ -243,16 +224,16 @@ impl Gate {
     pub fn new(plan: GatePlan, limits: &Limits) -> Self {
         let state = GateState {
             rates: Table::new(plan.keys, PARENT_PARTS),
-            open: HashMap::default(),
-            families: HashMap::default(),
+            open: Tally::default(),
+            families: Tally::default(),
             total: 0,
             admin: 0,
+            pressure: Pressure::None,
         };
         let shared = SharedGate {
             plan: ArcSwap::from_pointee(plan),
             hasher: Hasher::default(),
             state: Mutex::new(state),
-            pressure: AtomicU8::new(0),
             ledger: Arc::clone(limits.ledger()),
         };
         Self { shared: Arc::new(shared) }
@@ -266,7 +247,7 @@ impl Gate {
 
     /// Tells how short memory is: see [`Pressure`].
     pub fn set_pressure(&self, pressure: Pressure) {
-        self.shared.pressure.store(pressure.rank(), Ordering::Relaxed);
+        self.shared.state().pressure = pressure;
     }
 
     /// Lets a connection of `caller` in, or not; at once.
@@ -279,8 +260,9 @@ impl Gate {
         let rule = plan.rules.of(&caller);
         let now = shared.ledger.now();
         let mut state = shared.state();
-        let has = state.holdings(caller, &plan.families);
-        let arriving = Arriving { plan: &plan, rule, caller, has, now };
+        let family = plan.families.of(caller);
+        let family_open = family.map(|first| state.families.of(&first));
+        let arriving = Arriving { plan: &plan, rule, caller, open: state.open.of(&caller), family_open, now };
         let rehearsed = match shared.decide(&arriving, &mut state) {
             Ok(rehearsed) => rehearsed,
             Err(refusal) => {
@@ -296,10 +278,9 @@ impl Gate {
         if !rehearsed {
             counters.count(Stage::Gate, None, caller.charged_as(), Decision::Allowed);
         }
-        *state.open.entry(caller).or_insert(0) += 1;
-        let family = has.family.map(|(first, _)| first);
+        state.open.add(caller);
         if let Some(first) = family {
-            *state.families.entry(first).or_insert(0) += 1;
+            state.families.add(first);
         }
         state.total += 1;
         counters.connections.set(f64::from(state.total));
@@ -328,8 +309,7 @@ impl Gate {
 
     /// The callers with the most open connections.
     pub fn heaviest(&self, n: usize) -> Vec<(CallerKey, u32)> {
-        let mut all: Vec<(CallerKey, u32)> =
-            self.shared.state().open.iter().map(|(key, n)| (*key, *n)).collect();
+        let mut all: Vec<(CallerKey, u32)> = self.shared.state().open.iter().collect();
         all.sort_by_key(|(_, open)| std::cmp::Reverse(*open));
         all.truncate(n);
         all
@@ -341,12 +321,9 @@ impl Gate {
         let plan = self.shared.plan.load();
         let state = self.shared.state();
         let weight = |caller: CallerKey, open: u32| {
-            plan.families
-                .of(caller)
-                .and_then(|family| state.families.get(&family))
-                .map_or(open, |all| open.max(*all))
+            plan.families.of(caller).map_or(open, |family| open.max(state.families.of(&family)))
         };
-        let all = state.open.iter().map(|(caller, open)| (*caller, weight(*caller, *open), *open));
+        let all = state.open.iter().map(|(caller, open)| (caller, weight(caller, open), open));
         all.max_by_key(|(_, weight, open)| (*weight, *open)).map(|(caller, weight, _)| (caller, weight))
     }
 
@@ -367,7 +344,7 @@ impl Gate {
 
     /// How short memory is, as was last told.
     pub fn pressure(&self) -> Pressure {
-        Pressure::of_rank(self.shared.pressure.load(Ordering::Relaxed))
+        self.shared.state().pressure
     }
 
     /// How many callers' buckets are known. Also sets the gauge.
@@ -403,7 +380,7 @@ impl SharedGate {
             }
             decided => decided?,
         };
-        let decided = match self.decide_node(it, state.total) {
+        let decided = match self.decide_node(it, state) {
             // A rehearsal ends where descriptors do: what cannot be taken is not taken.
             Err(refusal) if it.plan.dry && state.total < it.plan.most => {
                 rehearse(refusal);
@@ -427,15 +404,15 @@ impl SharedGate {
         it: &Arriving<'_>,
         state: &mut GateState,
     ) -> Result<Option<HeldRate>, ConnectionRefusal> {
-        let Arriving { plan, rule, caller, has, now } = *it;
+        let Arriving { plan, rule, caller, open, family_open, now } = *it;
         let quota = match rule.rate {
             Limit::Block => return Err(ConnectionRefusal::Blocked),
             Limit::Exempt | Limit::Unlimited => return Ok(None),
             Limit::Quota(quota) => quota,
         };
         let key = self.key(plan, caller);
-        let full = has.caller >= plan.connections(rule);
-        if full || has.family.is_some_and(|(_, family)| family >= plan.connections_of_family(rule)) {
+        let full = open >= plan.connections(rule);
+        if full || family_open.is_some_and(|open| open >= plan.connections_of_family(rule)) {
             state.rates.note_refused(key);
             return Err(ConnectionRefusal::CallerConnections);
         }
@@ -446,17 +423,16 @@ impl SharedGate {
     }
 
     /// What all share: the last question.
-    fn decide_node(&self, it: &Arriving<'_>, total: u32) -> Result<(), ConnectionRefusal> {
-        let Arriving { plan, rule, has, .. } = *it;
+    fn decide_node(&self, it: &Arriving<'_>, state: &GateState) -> Result<(), ConnectionRefusal> {
+        let Arriving { plan, rule, open, family_open, .. } = *it;
         let exempt = rule.rate == Limit::Exempt;
-        let newcomer = has.family.map_or(has.caller, |(_, family)| family) < FEW || exempt;
-        let pressure = self.pressure.load(Ordering::Relaxed);
+        let newcomer = family_open.unwrap_or(open) < FEW || exempt;
         let short = if newcomer { Pressure::CloseHeaviest } else { Pressure::RefuseNew };
-        if pressure >= short.rank() && !exempt {
+        if state.pressure >= short && !exempt {
             return Err(ConnectionRefusal::Memory);
         }
         let most = if newcomer { plan.most } else { plan.most - plan.reserve };
-        if total >= most {
+        if state.total >= most {
             return Err(ConnectionRefusal::NodeConnections);
         }
         Ok(())
@@ -478,17 +454,9 @@ impl Drop for ConnectionPermit {
             return;
         };
         state.total = state.total.saturating_sub(1);
-        if let Entry::Occupied(mut entry) = state.open.entry(caller) {
-            *entry.get_mut() -= 1;
-            if *entry.get() == 0 {
-                entry.remove();
-            }
-        }
-        if let Some(Entry::Occupied(mut entry)) = self.family.map(|first| state.families.entry(first)) {
-            *entry.get_mut() -= 1;
-            if *entry.get() == 0 {
-                entry.remove();
-            }
+        state.open.take(caller);
+        if let Some(first) = self.family {
+            state.families.take(first);
         }
         self.shared.ledger.counters.connections.set(f64::from(state.total));
     }

@@ -250,7 +250,7 @@ fn globs_meet(a: &[u8], b: &[u8]) -> bool {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use proptest::prelude::*;
 
     use super::*;
@@ -309,11 +309,18 @@ pub(super) mod tests {
             .prop_filter("** is another thing", |text| !text.contains("**"))
     }
 
-    pub(in crate::limits) fn pattern() -> impl Strategy<Value = IdPattern> {
-        (prop::collection::vec(segment(), 1..3), any::<bool>()).prop_filter_map("all", |(places, rest)| {
-            let rest = if rest { "/**" } else { "" };
-            IdPattern::parse(&format!("spiffe://td/{}{rest}", places.join("/"))).ok()
-        })
+    impl Arbitrary for IdPattern {
+        type Parameters = ();
+        type Strategy = BoxedStrategy<Self>;
+
+        fn arbitrary_with((): ()) -> BoxedStrategy<Self> {
+            let all = (prop::collection::vec(segment(), 1..3), any::<bool>());
+            all.prop_filter_map("matches all", |(places, rest)| {
+                let rest = if rest { "/**" } else { "" };
+                Self::parse(&format!("spiffe://td/{}{rest}", places.join("/"))).ok()
+            })
+            .boxed()
+        }
     }
 
     proptest! {
@@ -339,7 +346,7 @@ pub(super) mod tests {
         }
 
         #[test]
-        fn a_pattern_is_its_own_text(pattern in pattern()) {
+        fn a_pattern_is_its_own_text(pattern in any::<IdPattern>()) {
             prop_assert_eq!(IdPattern::parse(&pattern.to_string()).unwrap(), pattern);
         }
 

@@ -77,14 +77,7 @@ labels! {
 impl ConnectionRefusal {
     /// Whether it is by limits that are the caller's own: who comes back at once comes back for nothing.
     pub fn is_callers_own(self) -> bool {
-        match self {
-            Self::Blocked | Self::CallerConnections | Self::CallerRate => true,
-            Self::Unidentified
-            | Self::NodeConnections
-            | Self::Memory
-            | Self::NotOwner
-            | Self::AdminConnections => false,
-        }
+        self.by_stage().is_some_and(|(stage, _)| stage == Stage::Gate)
     }
 
     /// What the rate limits' own series say of it: by which stage, and why. `None` where no stage was asked.

@@ -154,7 +154,7 @@ impl Window {
     }
 
     /// Whether `unix` lies in the window.
-    pub fn is_open(&self, unix: i64) -> bool {
+    fn is_open(&self, unix: i64) -> bool {
         let now = spot_of(self.period, unix);
         if self.start < self.stop {
             self.start <= now && now < self.stop

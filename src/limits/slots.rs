@@ -12,7 +12,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use hashbrown::{HashMap, hash_map::Entry};
+use super::tally::Tally;
 
 /// Which part of all slots is for callers that have none.
 const RESERVE: u32 = 4;
@@ -81,7 +81,7 @@ pub(super) enum Full {
 struct SlotsState {
     most: Attestations,
     in_use: u32,
-    by_caller: HashMap<u64, u32, ahash::RandomState>,
+    by_caller: Tally<u64>,
 }
 
 /// The slots of a node.
@@ -101,7 +101,7 @@ pub(super) struct AttestationSlot {
 impl Slots {
     /// So many slots.
     pub(super) fn new(most: Attestations) -> Self {
-        let slots = Self { state: Mutex::new(SlotsState { most, in_use: 0, by_caller: HashMap::default() }) };
+        let slots = Self { state: Mutex::new(SlotsState { most, in_use: 0, by_caller: Tally::default() }) };
         slots.resize(most);
         slots
     }
@@ -123,17 +123,14 @@ impl Slots {
         if *in_use >= *all {
             return Err(Full::Node);
         }
-        let callers = u32::try_from(by_caller.len()).unwrap_or(u32::MAX);
-        let entry = by_caller.entry(caller);
-        let (has, callers) = match &entry {
-            Entry::Occupied(entry) => (*entry.get(), callers),
-            Entry::Vacant(_) => (0, callers.saturating_add(1)),
-        };
+        let has = by_caller.of(&caller);
+        let others = by_caller.len() - usize::from(has > 0);
+        let callers = u32::try_from(others).unwrap_or(u32::MAX).saturating_add(1);
         let share = (*all / callers.saturating_add(1)).clamp(1, *per_caller);
         if has >= share || has > 0 && *in_use >= *all - *all / RESERVE {
             return Err(Full::Share);
         }
-        *entry.or_insert(0) += 1;
+        by_caller.add(caller);
         *in_use += 1;
         drop(state);
         Ok(AttestationSlot { slots: Arc::clone(self), caller })
@@ -153,12 +150,7 @@ impl Drop for AttestationSlot {
     fn drop(&mut self) {
         let mut state = self.slots.lock();
         state.in_use = state.in_use.saturating_sub(1);
-        if let Entry::Occupied(mut entry) = state.by_caller.entry(self.caller) {
-            *entry.get_mut() -= 1;
-            if *entry.get() == 0 {
-                entry.remove();
-            }
-        }
+        state.by_caller.take(self.caller);
     }
 }
 

@@ -86,12 +86,6 @@ pub struct ServiceManager {
 }
 
 impl ServiceManager {
-    /// Nobody: for a start by hand, and for tests.
-    #[must_use]
-    pub fn absent() -> Self {
-        Self::default()
-    }
-
     /// Reads the environment and removes what was for this process only. Must be called before any thread is
     /// started. The listener, if one was passed, is non-blocking and closed on exec.
     ///
@@ -123,15 +117,8 @@ impl ServiceManager {
         Ok((Self { socket, watchdog }, listener))
     }
 
-    /// A manager that listens at `path` (`@` first: an abstract address).
-    ///
-    /// # Errors
-    /// [`SystemdError::Notify`].
-    pub fn at(path: &OsStr, watchdog: Option<Duration>) -> Result<Self, SystemdError> {
-        Ok(Self { socket: Some(connect(path)?), watchdog })
-    }
-
-    /// Everything is bound and answers.
+    /// Everything is bound and answers. `status` is a word for `systemctl status`, never an identity or a secret: the
+    /// journal keeps it.
     pub fn ready(&self, status: &str) {
         self.send(&[NotifyState::Ready, NotifyState::Status(&one_line(status))]);
     }
@@ -153,11 +140,6 @@ impl ServiceManager {
     /// The agent drains and stops.
     pub fn stopping(&self, status: &str) {
         self.send(&[NotifyState::Stopping, NotifyState::Status(&one_line(status))]);
-    }
-
-    /// A word for `systemctl status`. Never an identity or a secret: the journal keeps it.
-    pub fn status(&self, status: &str) {
-        self.send(&[NotifyState::Status(&one_line(status))]);
     }
 
     /// Tells the manager twice per interval that the agent lives, as long as it does: when the agent's own probe
@@ -208,6 +190,7 @@ fn forget() -> Result<(), SystemdError> {
     Ok(())
 }
 
+/// `@` first: an abstract address.
 fn connect(path: &OsStr) -> Result<UnixDatagram, SystemdError> {
     let connected = || {
         let address = match path.as_bytes().strip_prefix(b"@") {
@@ -261,8 +244,7 @@ mod tests {
         let path = dir.path().join("notify");
         let socket = UnixDatagram::bind(&path).unwrap();
         socket.set_nonblocking(true).unwrap();
-        let manager = ServiceManager::at(path.as_os_str(), watchdog).unwrap();
-        (dir, socket, manager)
+        (dir, socket, ServiceManager { socket: Some(connect(path.as_os_str()).unwrap()), watchdog })
     }
 
     #[test]
@@ -278,16 +260,17 @@ mod tests {
         assert_eq!(received(&socket), "READY=1\nSTATUS=reload refused: see the log");
         manager.stopping("draining");
         assert_eq!(received(&socket), "STOPPING=1\nSTATUS=draining");
-        ServiceManager::absent().ready("nobody hears it");
+        ServiceManager::default().ready("nobody hears it");
     }
 
     #[test]
     fn an_abstract_socket_is_a_socket_too() {
         let name = format!("durward-test-{}", std::process::id());
         let socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
-        ServiceManager::at(OsStr::new(&format!("@{name}")), None).unwrap().status("here");
-        assert_eq!(received(&socket), "STATUS=here");
-        let missing = ServiceManager::at(OsStr::new("/nowhere/notify"), None).unwrap_err();
+        let connected = connect(OsStr::new(&format!("@{name}"))).unwrap();
+        ServiceManager { socket: Some(connected), watchdog: None }.stopping("here");
+        assert_eq!(received(&socket), "STOPPING=1\nSTATUS=here");
+        let missing = connect(OsStr::new("/nowhere/notify")).unwrap_err();
         assert_eq!(missing.to_string(), r#"cannot connect to NOTIFY_SOCKET "/nowhere/notify""#);
     }
 

@@ -399,7 +399,7 @@ impl PodOrUid {
     }
 
     /// Whether pods are looked for.
-    pub fn looks_for_pods(&self) -> bool {
+    fn looks_for_pods(&self) -> bool {
         self.kubelet.is_some()
     }
 

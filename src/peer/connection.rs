@@ -24,35 +24,23 @@ use super::{
     bounds::{ConnectionBounds, Spawner},
     course::{Course, Verdict},
     credentials::Peer,
-    end::ConnectionEnd,
-    phase::{Phase, told},
+    end::{ConnectionEnd, Phase, told},
     service::{ConnectionService, WatchedService},
-    stats::{ConnectionStats, OpenConnection, Parked},
+    stats::{OpenConnection, Parked},
     turns::Turns,
     wire::{Ending, Wire},
 };
 
 /// What the task of a connection holds beside its stream.
 pub(super) struct Connection<P> {
-    peer: Arc<Peer>,
-    bounds: Arc<ConnectionBounds>,
-    phases: watch::Receiver<Phase>,
-    open: OpenConnection,
-    permit: P,
+    pub(super) peer: Arc<Peer>,
+    pub(super) bounds: Arc<ConnectionBounds>,
+    pub(super) phases: watch::Receiver<Phase>,
+    pub(super) open: OpenConnection,
+    pub(super) permit: P,
 }
 
 impl<P: Send> Connection<P> {
-    /// A connection that counts as open from now on.
-    pub(super) fn new(
-        bounds: &Arc<ConnectionBounds>,
-        phases: watch::Receiver<Phase>,
-        stats: &Arc<ConnectionStats>,
-        peer: Arc<Peer>,
-        permit: P,
-    ) -> Self {
-        Self { peer, bounds: Arc::clone(bounds), phases, open: OpenConnection::count(stats), permit }
-    }
-
     /// Serves it to its end, and counts why it ended.
     pub(super) async fn run(
         mut self,

@@ -1,6 +1,8 @@
-//! The words for how a connection ends.
+//! How a connection ends: the words for it, and what all connections of a listener are told.
 
-use crate::telemetry::registry::labels;
+use tokio::sync::watch;
+
+use crate::{limits::CallerKey, telemetry::registry::labels};
 
 labels! {
     /// Why a connection ended.
@@ -30,4 +32,30 @@ labels! {
         /// A bug of the agent's.
         Panicked = "panicked",
     }
+}
+
+/// What all connections are told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Phase {
+    pub(super) draining: bool,
+    /// The connections of this caller end at once.
+    pub(super) evicted: Option<CallerKey>,
+}
+
+impl Phase {
+    /// Why a connection of `caller` has to end, if it has to.
+    fn ends(&self, caller: CallerKey) -> Option<ConnectionEnd> {
+        if self.evicted == Some(caller) {
+            Some(ConnectionEnd::Evicted)
+        } else {
+            self.draining.then_some(ConnectionEnd::Drained)
+        }
+    }
+}
+
+/// Waits until connections of `caller` are told to end, and says why.
+pub(super) async fn told(phases: &mut watch::Receiver<Phase>, caller: CallerKey) -> ConnectionEnd {
+    let told = phases.wait_for(|phase| phase.ends(caller).is_some()).await;
+    // Without a phase the listener is gone.
+    told.ok().and_then(|phase| phase.ends(caller)).unwrap_or(ConnectionEnd::Drained)
 }

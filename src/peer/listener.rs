@@ -25,16 +25,17 @@ use super::{
     connection::Connection,
     credentials::{Arrival, CredentialsError, KeyResolver, OsUid, Peer},
     drain::{Drained, drain, note_panic},
+    end::Phase,
     lingering::Lingering,
-    phase::Phase,
     service::ConnectionService,
     socket::Socket,
-    stats::ConnectionStats,
+    stats::{ConnectionStats, OpenConnection},
     trim::HeapTrim,
 };
 use crate::{
     limits::{CallerKey, ConnectionRefusal},
     os::accept::{Acceptor, Waiting},
+    telemetry::registry::Label as _,
 };
 
 /// The most connections that are accepted in one run, before anything else is looked at.
@@ -210,8 +211,13 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         // Only now does the runtime hear of it.
         let stream = UnixStream::from_std(stream)?;
         let InForce { bounds, http2 } = &self.in_force;
-        let connection =
-            Connection::new(bounds, self.phase.subscribe(), &self.stats, Arc::clone(&peer), permit);
+        let connection = Connection {
+            peer: Arc::clone(&peer),
+            bounds: Arc::clone(bounds),
+            phases: self.phase.subscribe(),
+            open: OpenConnection::count(&self.stats),
+            permit,
+        };
         self.connections.spawn(connection.run(stream, http2.clone(), (self.services)(peer)));
         self.heap.grew_to(self.connections.len());
         Ok(())
@@ -245,26 +251,17 @@ async fn at(when: Option<Instant>) {
 }
 
 /// Why a connection was not taken.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 enum NotTaken {
     /// `accept` failed.
-    Accept(io::Error),
+    #[error(transparent)]
+    Accept(#[from] io::Error),
     /// The kernel did not say who is there.
-    Unidentified(CredentialsError),
+    #[error(transparent)]
+    Unidentified(#[from] CredentialsError),
     /// The gate refused it.
+    #[error("refused: {}", .0.text())]
     Refused(ConnectionRefusal),
-}
-
-impl From<io::Error> for NotTaken {
-    fn from(err: io::Error) -> Self {
-        Self::Accept(err)
-    }
-}
-
-impl From<CredentialsError> for NotTaken {
-    fn from(err: CredentialsError) -> Self {
-        Self::Unidentified(err)
-    }
 }
 
 impl NotTaken {

@@ -1,6 +1,6 @@
 //! How the agent is, as its own probe found it.
 
-use tokio::sync::watch;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// How the agent is, as its own probe found it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,56 +18,37 @@ pub enum Probe {
 
 /// What the health endpoints and the watchdog look at; the agent's probe writes it.
 #[derive(Debug, Default)]
-pub struct HealthState {
-    probe: watch::Sender<Probe>,
-}
+pub struct HealthState(Mutex<Probe>);
 
 impl HealthState {
-    /// Starting.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
-    }
-
     /// Tells how the agent is now. One that drains stays so: a probe that was under way says nothing any more.
     pub fn set(&self, probe: Probe) {
-        self.probe.send_if_modified(|now| {
-            let changes = *now != Probe::Draining && *now != probe;
-            if changes {
-                *now = probe;
-            }
-            changes
-        });
+        let mut now = self.lock();
+        if *now != Probe::Draining {
+            *now = probe;
+        }
     }
 
     /// How the agent is.
     #[must_use]
     pub fn get(&self) -> Probe {
-        *self.probe.borrow()
+        *self.lock()
     }
 
-    /// Wakes at each change.
-    #[must_use]
-    pub fn subscribe(&self) -> watch::Receiver<Probe> {
-        self.probe.subscribe()
+    fn lock(&self) -> MutexGuard<'_, Probe> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A restart would not help: false only when the agent was up and cannot serve.
+    /// Whether it is well, or on its way: `false` only when it was up and cannot serve, as a restart may help then.
     #[must_use]
     pub fn live(&self) -> bool {
-        match self.get() {
-            Probe::Starting | Probe::Healthy | Probe::Draining => true,
-            Probe::Unavailable => false,
-        }
+        self.get() != Probe::Unavailable
     }
 
-    /// Workloads may be sent here.
+    /// Whether workloads may be sent here.
     #[must_use]
     pub fn ready(&self) -> bool {
-        match self.get() {
-            Probe::Healthy => true,
-            Probe::Starting | Probe::Unavailable | Probe::Draining => false,
-        }
+        self.get() == Probe::Healthy
     }
 
     /// spire-agent's bodies, so that whoever parses them need not change (`pkg/common/health`).

@@ -5,7 +5,7 @@
 //! ID, UID, PID, selector, trust domain) can become one, so the number of series is fixed when the agent starts.
 //!
 //! There is no global recorder: the agent has one [`Metrics`] and a test has its own. The exporter keeps every
-//! sample of a histogram (16 bytes) until somebody drains it, so [`Metrics::upkeep`] must run, scraped or not.
+//! sample of a histogram (16 bytes) until somebody drains it, so [`Metrics::keep_up`] must run, scraped or not.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -60,18 +60,13 @@ impl Metrics {
         self.ask.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(ask));
     }
 
-    /// Moves the samples of the histograms into their buckets. To be called every second; see the module's top.
-    pub fn upkeep(&self) {
-        self.handle.run_upkeep();
-    }
-
-    /// Runs [`Metrics::upkeep`] every second, for ever.
+    /// Moves the samples of the histograms into their buckets every second, for ever; see the module's top.
     pub async fn keep_up(&self) {
         let mut every = tokio::time::interval(UPKEEP);
         every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         loop {
             every.tick().await;
-            self.upkeep();
+            self.handle.run_upkeep();
         }
     }
 

@@ -31,9 +31,8 @@ impl ProcessSeries {
         };
         let cpu = own_stat().map(|stat| seconds(stat.utime + stat.stime));
         let resident = heap::resident().map(float_u64);
-        // One of them is the directory of /proc that is read.
-        let open = Process::myself().and_then(|own| own.fd_count()).ok();
-        let open = open.map(|count| float(count.saturating_sub(1)));
+        // One of them is the directory that is read. Not procfs: before Linux 6.2 it counts its own, and `.` and `..`.
+        let open = std::fs::read_dir("/proc/self/fd").ok().map(|fds| float(fds.count().saturating_sub(1)));
         let most = getrlimit(Resource::RLIMIT_NOFILE).ok().map(|(soft, _hard)| float_u64(soft));
         series(
             "gauge",
