@@ -4,10 +4,11 @@
 //! `store::authorize`. Nothing above this module sees a CA key, or an error of a certain issuer: what could not
 //! be signed is a [`MintError`], which says whose fault it is.
 
+pub mod choice;
 pub mod embedded;
 pub mod metrics;
 
-use std::{error::Error, fmt, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, error::Error, fmt, sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
 use tokio::{
@@ -15,8 +16,9 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
+use self::embedded::EmbeddedSettings;
 pub use self::metrics::SvidKind;
-use crate::identity::{Bundles, Entry, EntryIndex, JwtSvid, X509Svid};
+use crate::identity::{Bundle, Bundles, Entry, EntryIndex, JwtSvid, TrustDomain, X509Svid};
 
 /// The longest that a call waits for an SVID: as long as spire-agent waits for its server.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
@@ -49,8 +51,30 @@ pub trait Issuer: fmt::Debug + Send + Sync + 'static {
     /// Why it could not.
     fn can_sign(&self, kind: SvidKind) -> Result<(), MintError>;
 
+    /// Takes what a reload of the configuration tells it, for what is made from then on. Cannot fail: what only a
+    /// restart can change is the same as before.
+    fn reload(&self, told: IssuerInput);
+
     /// Does in the background what the issuer needs to go on signing, for ever.
     fn run(self: Arc<Self>) -> BoxFuture<'static, ()>;
+}
+
+/// What the configuration tells an issuer.
+#[derive(Clone, Debug)]
+pub struct IssuerInput {
+    /// Which issuer signs, and how.
+    pub choice: IssuerChoice,
+    /// The entries that the configuration declares.
+    pub index: Arc<EntryIndex>,
+    /// The bundles of other trust domains that it names.
+    pub federated: BTreeMap<TrustDomain, Arc<Bundle>>,
+}
+
+/// Which issuer signs, with its settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum IssuerChoice {
+    /// A CA of this node.
+    Embedded(EmbeddedSettings),
 }
 
 /// The entries and bundles that an issuer publishes. Never edited: a change is another world.

@@ -56,7 +56,7 @@
 //! | a setting | the `settings!` of the room that acts on it, and its paragraph in `conf/agent.conf` |
 //! | an attestor | a file in `attest`, and its line in the list of [`attest`] |
 //! | a kind of selector | the file of its attestor, as [`attest::unix`]: its name, what it must look like, how it is found |
-//! | an issuer | the trait [`issuer::Issuer`], beside [`issuer::embedded`]; chosen in `config/issuer.rs`, opened in `agent/start.rs`, told of reloads in `agent/reload.rs` |
+//! | an issuer | a folder beside [`issuer::embedded`], its line in [`issuer::choice`], and its block in `config/issuer.rs` |
 //! | a service | a handler in `api` that starts with a [`Call`](api::call::Call); its paths in [`api::services`] |
 //! | a series | the `metrics` of the room whose events it counts |
 //!

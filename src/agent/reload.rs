@@ -1,11 +1,8 @@
 //! A reload: all of a configuration in force at once, or nothing of it.
 
-use std::sync::Arc;
-
 use super::{Running, connection_bounds, metrics::ReloadResult, watch::Budget};
 use crate::{
     config::{self, Config, EntryChanges},
-    identity::EntryIndex,
     limits::GatePlan,
 };
 
@@ -35,7 +32,7 @@ impl Running {
             kubernetes: _,
             issuer: _,
             entries,
-            federated,
+            federated: _,
             attest,
             prometheus: _,
             health: _,
@@ -44,8 +41,7 @@ impl Running {
         let parts = &self.parts;
         let budget = Budget::of(&next, parts.means);
         let connections = connection_bounds(&next, parts.means);
-        let index = Arc::new(EntryIndex::new(entries.clone()));
-        let embedded = next.embedded_issuer();
+        let told = next.issuer_input();
         let gate_plan = GatePlan::new(ratelimit, parts.means.nofile, budget.bytes)?;
 
         // From here on nothing fails.
@@ -55,10 +51,9 @@ impl Running {
         self.connections.send_if_modified(|old| std::mem::replace(old, connections.clone()) != connections);
         parts.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);
         parts.jwt.resize(caches.jwt_svids.count());
-        parts.issuer.reconfigure(embedded);
         parts.attestor.prepare_for(entries);
         parts.attestor.reload(attest.clone());
-        parts.writer.replace(policy.clone(), || parts.issuer.declare(index, federated.clone()));
+        parts.writer.replace(policy.clone(), || parts.issuer.reload(told));
         if let Some(lines) = &self.log {
             lines.set_level(log.level);
         }

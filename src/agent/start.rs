@@ -22,8 +22,7 @@ use crate::{
     },
     attest::Attestor,
     config::Config,
-    identity::EntryIndex,
-    issuer::{Issuer, embedded::EmbeddedIssuer, metrics::IssuerMetrics},
+    issuer::{self, Issuer, metrics::IssuerMetrics},
     limits::{self, GatePlan, Limits},
     os::clock::Clock,
     peer::{ConnectionMetrics, ConnectionStats, Listener, OsUid, Socket, cgroup::PodOrUid},
@@ -55,7 +54,7 @@ pub(super) struct AgentParts {
     pub(super) metrics: Arc<Metrics>,
     pub(super) series: AgentMetrics,
     pub(super) health: Arc<HealthState>,
-    pub(super) issuer: Arc<EmbeddedIssuer>,
+    pub(super) issuer: Arc<dyn Issuer>,
     pub(super) writer: Arc<Writer>,
     pub(super) x509: Arc<X509Cache>,
     pub(super) jwt: Arc<JwtCache>,
@@ -71,17 +70,20 @@ impl AgentParts {
         let series = AgentMetrics::new(metrics.registry(), clock);
         let issuer_series = Arc::new(IssuerMetrics::new(metrics.registry()));
         let store_series = Arc::new(StoreMetrics::new(metrics.registry()));
-        let embedded = EmbeddedIssuer::open(config.embedded_issuer(), clock, Arc::clone(&issuer_series));
-        let embedded = Arc::new(embedded.context("cannot open the embedded issuer")?);
-        embedded.declare(Arc::new(EntryIndex::new(config.entries.clone())), config.federated.clone());
-        let issuer: Arc<dyn Issuer> = Arc::<EmbeddedIssuer>::clone(&embedded);
+        let issuer = issuer::choice::open(config.issuer_input(), clock, Arc::clone(&issuer_series))
+            .context("cannot open the issuer")?;
         let caches = &config.caches;
         let (x509_svids, jwt_svids) = (caches.x509_svids.count(), caches.jwt_svids.count());
         let x509 = X509Cache::new(Arc::clone(&issuer), clock, x509_svids, caches.availability_target);
         let x509 = Arc::new(x509);
         let jwt = JwtCache::new(Arc::clone(&issuer), clock, Arc::clone(&store_series), jwt_svids);
-        let writer =
-            Writer::new(issuer, clock, Arc::clone(&x509), Arc::clone(&store_series), config.policy.clone());
+        let writer = Writer::new(
+            Arc::clone(&issuer),
+            clock,
+            Arc::clone(&x509),
+            Arc::clone(&store_series),
+            config.policy.clone(),
+        );
         metrics.before_render(move || {
             issuer_series.rotation.refresh(clock.now());
             store_series.renewal.refresh(clock.now());
@@ -99,7 +101,7 @@ impl AgentParts {
             metrics,
             series,
             health: Arc::default(),
-            issuer: embedded,
+            issuer,
             writer: Arc::new(writer),
             x509,
             jwt: Arc::new(jwt),
@@ -218,8 +220,7 @@ impl AgentParts {
             jwt: Arc::clone(&self.jwt),
         };
         tasks.spawn(watch.run());
-        let issuer: Arc<dyn Issuer> = Arc::<EmbeddedIssuer>::clone(&self.issuer);
-        tasks.spawn(probe(Arc::clone(&self.health), issuer));
+        tasks.spawn(probe(Arc::clone(&self.health), Arc::clone(&self.issuer)));
         tasks
     }
 }

@@ -19,8 +19,11 @@ use super::{
 use crate::{
     attest::{self, AttestSettings},
     hcl::{ConfigError, ConfigErrors, absent::NOT_HERE, problems::Problems, section::Section},
-    identity::{Bundle, Entry, TrustDomain},
-    issuer::embedded::{EmbeddedSettings, IssuerSettings},
+    identity::{Bundle, Entry, EntryIndex, TrustDomain},
+    issuer::{
+        IssuerChoice, IssuerInput,
+        embedded::{EmbeddedSettings, IssuerSettings},
+    },
     limits::LimitSettings,
     peer::{KubernetesSettings, ListenerSettings, cgroup::KubernetesMode},
     store::{CacheSettings, Policy},
@@ -100,13 +103,17 @@ impl Config {
         problems.into_result(config)
     }
 
-    /// What the embedded issuer is told.
-    pub fn embedded_issuer(&self) -> EmbeddedSettings {
-        EmbeddedSettings {
-            trust_domain: self.trust_domain.clone(),
-            data_dir: self.agent.data_dir.clone(),
-            svid_key_type: self.agent.svid_key_type,
-            issuer: self.issuer.clone(),
+    /// What the issuer is told.
+    pub fn issuer_input(&self) -> IssuerInput {
+        IssuerInput {
+            choice: IssuerChoice::Embedded(EmbeddedSettings {
+                trust_domain: self.trust_domain.clone(),
+                data_dir: self.agent.data_dir.clone(),
+                svid_key_type: self.agent.svid_key_type,
+                issuer: self.issuer.clone(),
+            }),
+            index: Arc::new(EntryIndex::new(self.entries.clone())),
+            federated: self.federated.clone(),
         }
     }
 }

@@ -36,7 +36,7 @@ pub use self::{
     error::{Damage, IssuerError, SuppliedCaFault},
     settings::{EmbeddedSettings, IssuerSettings, MIN_CA_TTL, MIN_SVID_TTL},
 };
-use super::{Issuer, MintError, SvidKind, World, by, metrics::IssuerMetrics};
+use super::{Issuer, IssuerChoice, IssuerInput, MintError, SvidKind, World, by, metrics::IssuerMetrics};
 use crate::{
     identity::{Bundle, Bundles, Entry, EntryIndex, JwtSvid, TrustDomain, X509Svid},
     os::clock::{Clock, sleep_until},
@@ -89,11 +89,6 @@ impl EmbeddedIssuer {
             let bundles = Bundles { own: Arc::clone(&world.bundles.own), federated };
             *world = Arc::new(World { index, bundles });
         });
-    }
-
-    /// See [`EmbeddedCa::reconfigure`].
-    pub fn reconfigure(&self, settings: EmbeddedSettings) {
-        self.ca.reconfigure(settings);
     }
 
     /// Mints on this thread.
@@ -227,6 +222,12 @@ impl Issuer for EmbeddedIssuer {
 
     fn can_sign(&self, kind: SvidKind) -> Result<(), MintError> {
         self.ca.can_sign(kind, self.clock.now()).map_err(MintError::from)
+    }
+
+    fn reload(&self, told: IssuerInput) {
+        let IssuerInput { choice: IssuerChoice::Embedded(settings), index, federated } = told;
+        self.ca.reconfigure(settings);
+        self.declare(index, federated);
     }
 
     fn run(self: Arc<Self>) -> BoxFuture<'static, ()> {
