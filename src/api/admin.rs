@@ -88,13 +88,11 @@ pub fn connection_bounds() -> ConnectionBounds {
 pub struct AdminParts {
     /// The buckets of callers and identities.
     pub limits: Limits,
-    /// The connections.
     pub gate: limits::Gate,
     /// Who a process is.
     pub attestor: Arc<Attestor>,
     /// Whom a process is charged as.
     pub keys: Arc<PodOrUid>,
-    /// Who is who.
     pub store: Arc<Store>,
     /// The memory budget in force, in bytes.
     pub budget: Box<dyn Fn() -> Option<u64> + Send + Sync>,

@@ -21,7 +21,6 @@ pub enum AttestError {
         "process {pid} changed its user or group after it connected as {uid}:{gid}: it must connect again"
     )]
     IdentityChanged {
-        /// Its PID.
         pid: Pid,
         /// Its effective user when it connected.
         uid: Uid,
@@ -30,10 +29,7 @@ pub enum AttestError {
     },
     /// The kernel does not say whether the process lives.
     #[error("cannot tell whether the process that opened the connection lives")]
-    Unknown {
-        /// The kernel's answer.
-        source: io::Error,
-    },
+    Unknown { source: io::Error },
     /// The process cannot be seen.
     #[error(
         "the caller is in another PID namespace, so the agent cannot see its process: run the agent in the host's \
@@ -111,16 +107,10 @@ pub enum ProcReadError {
     Gone,
     /// The kernel refuses, or the file is not there.
     #[error("cannot read {}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// The kernel's answer.
-        source: io::Error,
-    },
+    Read { path: PathBuf, source: io::Error },
     /// The file is not as the kernel writes it.
     #[error("cannot understand {}: {why}", path.display())]
     Malformed {
-        /// The file.
         path: PathBuf,
         /// What is wrong with it.
         why: StatusError,

@@ -41,20 +41,10 @@ pub enum InspectError {
     NoProcess(i32),
     /// The kernel gives no pidfd: it is a thread, or descriptors are short.
     #[error("process {pid} cannot be opened (a thread is not a process)")]
-    Pidfd {
-        /// The PID.
-        pid: i32,
-        /// The kernel's answer.
-        source: io::Error,
-    },
+    Pidfd { pid: i32, source: io::Error },
     /// What attestation would say to it as well.
     #[error("process {pid} cannot be attested")]
-    Attest {
-        /// The PID.
-        pid: i32,
-        /// Why.
-        source: AttestError,
-    },
+    Attest { pid: i32, source: AttestError },
 }
 
 impl InspectError {

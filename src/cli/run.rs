@@ -82,7 +82,6 @@ pub enum OverrideError {
     TrustDomain {
         /// On the command line.
         asked: TrustDomain,
-        /// In the file.
         configured: TrustDomain,
     },
     /// The kernel takes no longer one.
@@ -96,7 +95,6 @@ pub enum OverrideError {
     BesideAdmin {
         /// On the command line.
         public: PathBuf,
-        /// In the file.
         admin: PathBuf,
     },
 }

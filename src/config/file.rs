@@ -31,7 +31,6 @@ pub enum FileError {
     Read {
         /// What was to be read.
         path: PathBuf,
-        /// Why not.
         cause: io::Error,
     },
     /// A directory, a pipe, a device.
@@ -42,19 +41,13 @@ pub enum FileError {
     NotADirectory(PathBuf),
     /// Too large to be meant.
     #[error("{} has {length} bytes, and can have at most {MAX_LEN}", path.display())]
-    TooLong {
-        /// The file.
-        path: PathBuf,
-        /// Its length.
-        length: u64,
-    },
+    TooLong { path: PathBuf, length: u64 },
     /// Too many to be meant.
     #[error("{} holds more than {MAX_FILES} files", .0.display())]
     TooMany(PathBuf),
     /// Not text.
     #[error("{}:{line}: is not UTF-8 text", path.display())]
     NotText {
-        /// The file.
         path: PathBuf,
         /// Where it ceases to be.
         line: usize,
@@ -65,9 +58,7 @@ pub enum FileError {
         path.display()
     )]
     WorldWritable {
-        /// File or directory.
         path: PathBuf,
-        /// Its mode.
         mode: u32,
         /// The mode that is right.
         right: u32,

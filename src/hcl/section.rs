@@ -28,7 +28,6 @@ use super::{
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct At<T> {
     pub(crate) value: T,
-    /// Of the key.
     pub(crate) place: Place,
 }
 

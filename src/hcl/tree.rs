@@ -39,7 +39,6 @@ pub(crate) enum Value {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Member {
     pub(crate) key: Box<str>,
-    /// Of the key.
     pub(crate) place: Place,
     pub(crate) node: Node,
 }

@@ -46,7 +46,6 @@ pub enum BundleError {
     PemBlock {
         /// Its index, from zero.
         at: usize,
-        /// What is wrong.
         reason: AuthorityError,
     },
     /// Not JSON, or JSON that names a member of an object twice.
@@ -60,7 +59,6 @@ pub enum BundleError {
     Key {
         /// Its index, from zero.
         at: usize,
-        /// What is wrong.
         reason: AuthorityError,
     },
     /// A certificate of the bundle cannot be shown as a JWK.
@@ -68,7 +66,6 @@ pub enum BundleError {
     Certificate {
         /// Its index, from zero.
         at: usize,
-        /// What is wrong.
         reason: AuthorityError,
     },
 }
@@ -110,7 +107,6 @@ pub enum AuthorityError {
 pub struct JwtAuthority {
     /// Key ID; unique within its trust domain.
     pub kid: Box<str>,
-    /// The key.
     pub key: JwtPublicKey,
     /// When it stops to be valid, if that is known (never for a key read from a JWK set).
     pub not_after: Option<SystemTime>,
@@ -119,7 +115,6 @@ pub struct JwtAuthority {
 /// What verifies the members of one trust domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bundle {
-    /// Whose it is.
     pub trust_domain: TrustDomain,
     /// CA certificates, DER, in the issuer's order.
     pub x509_authorities: Vec<Vec<u8>>,

@@ -114,7 +114,6 @@ impl EntryIndex {
 /// An entry that does not match, and what it misses.
 #[derive(Clone, Debug)]
 pub struct Near {
-    /// The entry.
     pub entry: Arc<Entry>,
     /// The selectors that were not attested: one or more.
     pub missing: Vec<Selector>,

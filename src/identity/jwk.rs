@@ -38,7 +38,6 @@ pub enum KeyError {
         name: &'static str,
         /// Its length, in bytes.
         got: usize,
-        /// The curve.
         curve: &'static str,
         /// What its length must be, in bytes.
         want: usize,

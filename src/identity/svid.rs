@@ -46,7 +46,6 @@ impl Shown for KeyType {
 
 /// An X.509-SVID with its private key.
 pub struct X509Svid {
-    /// Whom it names.
     pub spiffe_id: SpiffeId,
     /// DER certificates: the leaf, then intermediates; never the root.
     pub chain: Vec<Vec<u8>>,
@@ -69,7 +68,6 @@ impl fmt::Debug for X509Svid {
 
 /// A JWT-SVID. The token is a bearer's: zeroised on drop, never printed.
 pub struct JwtSvid {
-    /// Whom it names.
     pub spiffe_id: SpiffeId,
     /// JWS compact serialization.
     pub token: Zeroizing<String>,

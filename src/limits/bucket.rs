@@ -76,7 +76,6 @@ pub enum QuotaError {
         most = MAX_REFILL_DAYS
     )]
     Refill {
-        /// The burst.
         burst: u32,
         /// How long it takes.
         days: u64,

@@ -107,16 +107,12 @@ pub enum MemoryStepsError {
     Range(u8),
     /// The step at this place, counted from 0, is not above the one before it.
     #[error("step {step} must be above the one before it")]
-    Falling {
-        /// Its place.
-        step: usize,
-    },
+    Falling { step: usize },
 }
 
 /// How much memory the agent may use, and when it is short of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemorySettings {
-    /// The budget.
     pub limit: MemoryLimit,
     /// When it is short.
     pub steps: MemorySteps,
@@ -174,7 +170,6 @@ pub fn is_heavy(connections: u32, budget: u64) -> bool {
 /// What is there that takes memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Accounted {
-    /// Connections.
     pub connections: u64,
     /// Keys in all tables.
     pub keys: u64,

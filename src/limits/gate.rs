@@ -76,11 +76,9 @@ pub enum NoRoomError {
         "gate: {connections} connections take {needed} descriptors, and the limit is {limit} (LimitNOFILE)"
     )]
     Descriptors {
-        /// Asked for.
         connections: u32,
         /// What they take, with those kept for other uses.
         needed: u64,
-        /// RLIMIT_NOFILE.
         limit: u64,
     },
     /// The memory budget does not suffice for a connection and one in reserve.
@@ -209,7 +207,6 @@ struct Arriving<'a> {
     plan: &'a GatePlan,
     rule: &'a GateRule,
     caller: CallerKey,
-    /// Its open connections.
     open: u32,
     /// Those of its family, if it is of one.
     family_open: Option<u32>,

@@ -111,7 +111,6 @@ pub enum GatePlacesError {
     Reserve {
         /// Those that are kept.
         reserve: u32,
-        /// All.
         connections: u32,
     },
 }

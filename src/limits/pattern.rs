@@ -30,7 +30,6 @@ pub enum PatternError {
     /// Not one of the forms of [`IdPattern`](super::id_pattern::IdPattern).
     #[error("\"{pattern}\" is no pattern of SPIFFE IDs: {why}")]
     Id {
-        /// The pattern.
         pattern: Box<str>,
         /// What is wrong with it.
         why: &'static str,
@@ -38,7 +37,6 @@ pub enum PatternError {
     /// The pattern is of another trust domain than the agent's.
     #[error("\"{pattern}\" matches nothing: the trust domain is {trust_domain}")]
     Foreign {
-        /// The pattern.
         pattern: Box<str>,
         /// The trust domain of the agent.
         trust_domain: TrustDomain,

@@ -187,7 +187,6 @@ pub struct Layers<P> {
 /// What holds for a call.
 #[derive(Debug)]
 pub(super) struct Choice<'a, P> {
-    /// The rule.
     pub(super) rule: &'a Rule,
     /// The pattern whose keys share a bucket, if the key's are so.
     pub(super) shared: Option<&'a Arc<P>>,

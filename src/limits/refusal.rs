@@ -107,13 +107,11 @@ pub enum RejectionStatus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("rate limit exceeded for /{}/{}", method.service(), method.rpc())]
 pub struct Refusal {
-    /// What was called.
     pub method: Method,
     /// Which stage refused.
     pub stage: Stage,
     /// What kind of key was charged.
     pub charged_as: ChargedAs,
-    /// Why.
     pub reason: Reason,
     /// When the same call would pass if nobody else took anything. [`Duration::MAX`] when waiting does not help:
     /// [`Refusal::wait`] tells.

@@ -51,7 +51,6 @@ impl fmt::Debug for BucketName {
 /// A key with what it used and was refused since its bucket was last forgotten.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Heavy {
-    /// Whose bucket.
     pub name: BucketName,
     /// What the bucket is for: the name of an RPC, or `connections`.
     pub what: &'static str,
@@ -105,26 +104,16 @@ impl Standing {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A key is being refused.
-    RefusalStarted {
-        /// Where.
-        stage: Stage,
-        /// Whom.
-        name: BucketName,
-    },
+    RefusalStarted { stage: Stage, name: BucketName },
     /// A key has not been refused for [`QUIET`].
     RefusalEnded {
-        /// Where.
         stage: Stage,
-        /// Whom.
         name: BucketName,
         /// How often it was refused.
         count: u64,
     },
     /// Refusals of keys that found the list full, since this was last said.
-    RefusalsUnlisted {
-        /// How many.
-        count: u64,
-    },
+    RefusalsUnlisted { count: u64 },
 }
 
 /// The keys that are being refused now.

@@ -93,7 +93,6 @@ impl Costs {
 pub struct CostsError {
     /// `answer`, `signature` or `failed_attestation`.
     pub which: &'static str,
-    /// What it is.
     pub cost: u32,
     /// What it must be at least.
     pub least: u32,
@@ -105,7 +104,6 @@ pub struct CostsError {
 pub struct CostAboveBurst {
     /// `signature` or `failed_attestation`.
     pub which: &'static str,
-    /// What it is.
     pub cost: u32,
     /// The burst of the bucket.
     pub burst: u32,

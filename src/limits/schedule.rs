@@ -81,12 +81,7 @@ pub enum ScheduleError {
     WeekdayAndDate(Moment),
     /// Start and stop come back at different times.
     #[error("start \"{start}\" and stop \"{stop}\" must have the same widest field")]
-    Periods {
-        /// The start.
-        start: Moment,
-        /// The stop.
-        stop: Moment,
-    },
+    Periods { start: Moment, stop: Moment },
     /// Start and stop are the same.
     #[error("a window from \"{0}\" to the same moment is none; for all the time set the limit itself")]
     Nothing(Moment),

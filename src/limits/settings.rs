@@ -19,14 +19,12 @@ use super::{
 /// What the `ratelimit` block says. All of it reloads; what was spent stays spent.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LimitSettings {
-    /// Connections.
     pub gate: GateSettings,
     /// Calls of a caller, before attestation. Default: 100 a second, 200 at once, for each method.
     pub caller: Layers<CallerPattern>,
     /// Calls for an identity, after attestation. One identity may be many callers, so the default is twice the
     /// caller's: 200 a second, 400 at once, for each method.
     pub identity: Layers<IdPattern>,
-    /// What all share.
     pub node: NodeSettings,
     /// How many keys have a bucket, in the table of each stage. Default 16,384.
     pub keys: TableSize,

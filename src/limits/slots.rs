@@ -60,12 +60,7 @@ pub enum AttestationsError {
     TooMany(u32),
     /// One caller would have more than there are.
     #[error("attestations_per_caller {per_caller} must be at most attestations, which is {all}")]
-    OfOneCaller {
-        /// Of one caller.
-        per_caller: u32,
-        /// Of all.
-        all: u32,
-    },
+    OfOneCaller { per_caller: u32, all: u32 },
 }
 
 /// Who is in the way.

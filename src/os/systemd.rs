@@ -54,7 +54,6 @@ pub enum SystemdError {
              set ListenStream= to an absolute path and Accept=no in the socket unit"
     )]
     WrongSocket {
-        /// Its name.
         name: String,
         /// What it is instead.
         found: &'static str,
@@ -62,7 +61,6 @@ pub enum SystemdError {
     /// The socket cannot be used.
     #[error("cannot use {name} passed by the service manager")]
     Unusable {
-        /// Its name.
         name: String,
         /// What the kernel said.
         source: io::Error,
@@ -70,7 +68,6 @@ pub enum SystemdError {
     /// NOTIFY_SOCKET does not lead anywhere.
     #[error("cannot connect to NOTIFY_SOCKET {path:?}")]
     Notify {
-        /// As set.
         path: OsString,
         /// What the kernel said.
         source: io::Error,

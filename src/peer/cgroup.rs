@@ -83,16 +83,10 @@ pub enum KubeletRootError {
     #[error(
         "kubelet_cgroup_root must be an absolute path below / without empty, . and .. parts, not {got:?}"
     )]
-    NotAbsolute {
-        /// What stood there.
-        got: String,
-    },
+    NotAbsolute { got: String },
     /// Users make cgroups there.
     #[error("kubelet_cgroup_root cannot be in /user.slice, where every user makes cgroups, but is {got:?}")]
-    UserSlice {
-        /// What stood there.
-        got: String,
-    },
+    UserSlice { got: String },
 }
 
 impl Default for KubeletRoot {
@@ -143,7 +137,6 @@ impl fmt::Display for KubeletRoot {
 /// A pod, and the line that names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FoundPod<'a> {
-    /// The pod's UID.
     pub pod: PodUid,
     /// The first line that names it, as it stands in the file: for people.
     pub line: &'a [u8],
@@ -415,10 +408,7 @@ impl PodOrUid {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KeySource {
     /// A line of `/proc/PID/cgroup` names a pod.
-    Pod {
-        /// The line.
-        line: String,
-    },
+    Pod { line: String },
     /// Pods are not looked for.
     NotKubernetes,
     /// No line names a pod beyond doubt.

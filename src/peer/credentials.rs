@@ -73,27 +73,17 @@ pub enum CredentialsError {
     Unreadable {
         /// What was asked for.
         option: &'static str,
-        /// The kernel's answer.
         source: Errno,
     },
     /// The process ended before it was accepted.
     #[error("process {pid} ended before its connection was accepted")]
-    Gone {
-        /// Its PID then.
-        pid: Pid,
-    },
+    Gone { pid: Pid },
     /// No pidfd: without descriptors left, or Linux before 5.3.
     #[error("cannot open a pidfd of process {pid}")]
-    Pidfd {
-        /// Its PID.
-        pid: Pid,
-        /// The kernel's answer.
-        source: Errno,
-    },
+    Pidfd { pid: Pid, source: Errno },
     /// Fallback for older kernels: `/proc/PID/stat` does not tell the start time.
     #[error("cannot read the start time of process {pid}")]
     StartTime {
-        /// Its PID.
         pid: Pid,
         /// What /proc answered.
         source: ProcError,
@@ -132,10 +122,7 @@ pub enum PeerGone {
     },
     /// Fallback for older kernels: another process has its PID.
     #[error("PID {pid} belongs to another process now")]
-    Replaced {
-        /// The PID.
-        pid: Pid,
-    },
+    Replaced { pid: Pid },
     /// It cannot be seen at all.
     #[error(
         "the caller is in another PID namespace, so the agent cannot see its process: run the agent in the host's \
@@ -144,10 +131,7 @@ pub enum PeerGone {
     OutOfNamespace,
     /// The kernel did not say: taken for gone.
     #[error("cannot tell whether the process that opened the connection lives")]
-    Unknown {
-        /// What went wrong.
-        source: io::Error,
-    },
+    Unknown { source: io::Error },
 }
 
 /// Finds out whom a connection is charged to. Asked exactly once per connection, at accept.

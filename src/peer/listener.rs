@@ -71,15 +71,12 @@ impl AcceptGate for AdmitAll {
 /// Everything that [`Listener::serve`] needs but the services.
 #[derive(Debug)]
 pub struct Listener<G = AdmitAll, K = OsUid> {
-    /// Where to accept.
     pub socket: Socket,
     /// What bounds a connection. A change counts for those that come after it.
     pub bounds: watch::Receiver<ConnectionBounds>,
-    /// Who may connect.
     pub gate: Arc<G>,
     /// Whom a connection is charged to.
     pub keys: Arc<K>,
-    /// Where to count.
     pub stats: Arc<ConnectionStats>,
     /// Whose connections end at once while it is named here: memory is short, and it has the most.
     pub evicted: watch::Receiver<Option<CallerKey>>,

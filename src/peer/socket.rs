@@ -74,46 +74,22 @@ pub enum BindError {
         "socket path {} has {} bytes, and a Unix socket's path can have {MAX_PATH_LEN} at most",
         path.display(), path.as_os_str().len()
     )]
-    TooLong {
-        /// The path.
-        path: PathBuf,
-    },
+    TooLong { path: PathBuf },
     /// Such as `/` or `/run/..`.
     #[error("socket path {} does not end in a file name", path.display())]
-    NoName {
-        /// The path.
-        path: PathBuf,
-    },
+    NoName { path: PathBuf },
     /// Something else stands there; it is left alone.
     #[error("{} is a {kind}, not a stream socket: remove it or choose another socket path", path.display())]
-    NotASocket {
-        /// The path.
-        path: PathBuf,
-        /// What it is.
-        kind: &'static str,
-    },
+    NotASocket { path: PathBuf, kind: &'static str },
     /// Somebody answers there, or is about to.
     #[error("another agent is listening at {}: stop it or choose another socket path", path.display())]
-    AnotherAgent {
-        /// The path.
-        path: PathBuf,
-    },
+    AnotherAgent { path: PathBuf },
     /// It cannot be told whether an agent is listening there.
     #[error("cannot tell whether an agent is listening at {}", path.display())]
-    Probe {
-        /// The path.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    Probe { path: PathBuf, source: io::Error },
     /// The directory is missing and cannot be made.
     #[error("cannot make the socket's directory {}", path.display())]
-    Directory {
-        /// The directory.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    Directory { path: PathBuf, source: io::Error },
     /// Others than the owner could put a socket of their own in the place of a private one.
     #[error(
         "the directory of the private socket {} must belong to user {euid} or to root and be writable for its owner \
@@ -121,29 +97,20 @@ pub enum BindError {
         path.display()
     )]
     NotPrivate {
-        /// The socket's path.
         path: PathBuf,
         /// Whose the directory should be.
         euid: u32,
-        /// Whose it is.
         uid: u32,
-        /// Its mode.
         mode: u32,
     },
     /// The lock file cannot be opened.
     #[error("cannot open the lock file {}", path.display())]
-    Lock {
-        /// The lock file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    Lock { path: PathBuf, source: io::Error },
     /// The kernel or the file system refused.
     #[error("cannot bind the socket {}", path.display())]
     Bind {
         /// The path that was bound.
         path: PathBuf,
-        /// Why.
         source: io::Error,
     },
     /// What systemd handed over does not accept connections.

@@ -52,7 +52,6 @@ const RETRY: Duration = Duration::from_secs(1);
 /// A token, and what it took.
 #[derive(Clone, Debug)]
 struct Fetched {
-    /// The token.
     svid: Arc<JwtSvid>,
     /// This call made a signature necessary, or waited for one.
     signed: bool,

@@ -22,7 +22,6 @@ use crate::{
 pub struct Snapshot {
     /// Grows by one with each snapshot.
     pub generation: u64,
-    /// Who is who.
     pub index: Arc<EntryIndex>,
     /// Who is verified with what.
     pub bundles: Bundles,

@@ -74,7 +74,6 @@ pub struct X509Cache {
 /// An SVID to serve, and when the next one is due.
 #[derive(Clone, Debug)]
 pub struct Served {
-    /// The SVID.
     pub svid: Arc<X509Svid>,
     /// When it is to be renewed; in the past when that has failed so far.
     pub renew_at: SystemTime,
@@ -93,7 +92,6 @@ impl Served {
 /// How many SVIDs there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct X509Counts {
-    /// All.
     pub cached: usize,
     /// Those that an open stream holds.
     pub active: usize,

@@ -50,7 +50,6 @@ pub enum Routes {
     Metrics(Arc<Metrics>),
     /// The health checks.
     Health {
-        /// What to tell.
         state: Arc<HealthState>,
         /// Path of the liveness check; spire-agent's is `/live`.
         live_path: String,

@@ -40,7 +40,6 @@ pub enum LogError {
     /// The file cannot be opened.
     #[error("cannot open log file {}", path.display())]
     Open {
-        /// As configured.
         path: PathBuf,
         /// What the kernel said.
         source: io::Error,

@@ -10,6 +10,7 @@ use std::{
 use durward::{
     config::{Config, DropIns, ExpandEnv, FileError, Input, diff},
     identity::{Entry, KeyType, TrustDomain},
+    issuer::{IssuerChoice, embedded::EmbeddedSettings},
     telemetry::{HostPort, LogFormat},
 };
 
@@ -63,6 +64,12 @@ fn with_agent(inner: &str) -> String {
     format!("agent {{ trust_domain = \"example.org\"\n{inner}\n}}\nissuer \"embedded\" {{ }}")
 }
 
+/// What the embedded issuer is told.
+fn embedded(config: &Config) -> EmbeddedSettings {
+    let IssuerChoice::Embedded(settings) = config.issuer_input().choice;
+    settings
+}
+
 #[test]
 fn what_is_not_set_has_its_default() {
     let config = parse(LEAST).unwrap();
@@ -76,8 +83,8 @@ fn what_is_not_set_has_its_default() {
         (&config.log.file, config.log.source_location, config.policy.log_selectors.len()),
         (&None, false, 0)
     );
-    assert_eq!(config.embedded_issuer().trust_domain, config.trust_domain);
-    assert_eq!(config.embedded_issuer().data_dir, config.agent.data_dir);
+    assert_eq!(embedded(&config).trust_domain, config.trust_domain);
+    assert_eq!(embedded(&config).data_dir, config.agent.data_dir);
     assert_eq!((&config.issuer.ca_cert_path, &config.issuer.ca_key_path), (&None, &None), "self-signed");
     assert_eq!(config.issuer.ca_ttl, Duration::from_secs(86_400));
     assert_eq!(config.issuer.ca_key_type, KeyType::EcP256);
@@ -203,7 +210,7 @@ fn full_files() -> Files {
 fn everything_that_can_be_set_is_set() {
     let config = full_files().parse(FULL, ExpandEnv::No).unwrap();
     assert_eq!(config.agent.data_dir, Path::new("/base/data"));
-    assert_eq!(config.embedded_issuer().data_dir, config.agent.data_dir);
+    assert_eq!(embedded(&config).data_dir, config.agent.data_dir);
     assert_eq!(config.log.file.as_deref(), Some(Path::new("/base/agent.log")));
     assert_eq!(config.log.level, tracing::Level::WARN);
     assert_eq!(config.agent.svid_key_type, KeyType::EcP384);

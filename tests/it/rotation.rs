@@ -19,7 +19,7 @@ use durward::{
         TrustDomain, X509Svid, jwt,
     },
     issuer::{
-        Issuer, MintError, SvidKind, World as Published,
+        Issuer, IssuerInput, MintError, SvidKind, World as Published,
         embedded::{EmbeddedIssuer, EmbeddedSettings, IssuerSettings, MIN_CA_TTL},
         metrics::IssuerMetrics,
     },
@@ -427,6 +427,13 @@ impl Issuer for Fake {
             Some(("", why)) => Err(why()),
             _ => Ok(()),
         }
+    }
+
+    fn reload(&self, told: IssuerInput) {
+        self.world.send_modify(|world| {
+            let bundles = Bundles { own: Arc::clone(&world.bundles.own), federated: told.federated };
+            *world = Arc::new(Published { index: told.index, bundles });
+        });
     }
 
     fn run(self: Arc<Self>) -> BoxFuture<'static, ()> {

@@ -58,7 +58,6 @@ pub struct EmbeddedSettings {
     pub data_dir: PathBuf,
     /// Key type of the X.509-SVIDs.
     pub svid_key_type: KeyType,
-    /// Its own block.
     pub issuer: IssuerSettings,
 }
 
