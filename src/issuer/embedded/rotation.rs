@@ -159,17 +159,7 @@ pub(super) fn advance<T>(
     now: SystemTime,
     mut make: impl FnMut(Option<SystemTime>) -> Result<Record<T>, IssuerError>,
 ) -> Advanced {
-    let mut changed = false;
-    for record in records.iter_mut() {
-        if record.slot == AuthoritySlot::Next && record.term.not_after <= now {
-            record.slot = AuthoritySlot::Old;
-            changed = true;
-        }
-        if record.slot == AuthoritySlot::Old && record.key.is_some() && record.term.is_forgotten(now) {
-            record.key = None;
-            changed = true;
-        }
-    }
+    let mut changed = retire(records, now);
 
     // The current one cannot sign: there is none yet, the agent was down for long, or the clock was set.
     if !find(records, AuthoritySlot::Current).is_some_and(|(_, current)| current.is_usable(now)) {
@@ -216,6 +206,22 @@ pub(super) fn advance<T>(
         changed = true;
     }
     Advanced { changed, fault: None }
+}
+
+/// Lets go of what will not sign any more; tells whether there was any.
+fn retire<T>(records: &mut [Record<T>], now: SystemTime) -> bool {
+    let mut changed = false;
+    for record in records {
+        if record.slot == AuthoritySlot::Next && record.term.not_after <= now {
+            record.slot = AuthoritySlot::Old;
+            changed = true;
+        }
+        if record.slot == AuthoritySlot::Old && record.key.is_some() && record.term.is_forgotten(now) {
+            record.key = None;
+            changed = true;
+        }
+    }
+    changed
 }
 
 /// When [`advance`] or the bundle has something new to say, at the earliest; always after `now`.

@@ -116,45 +116,8 @@ fn check(
     trust_domain: &TrustDomain,
     now: SystemTime,
 ) -> Result<(), SuppliedCaFault> {
-    for ((index, needed), certificate) in (1..).zip(1_u32..).zip(chain) {
-        let subject = || certificate.subject().to_string();
-        let malformed = |_| SuppliedCaFault::Malformed { index };
-        let constraints = certificate.basic_constraints().map_err(malformed)?;
-        let Some(constraints) = constraints.map(|extension| extension.value).filter(|value| value.ca) else {
-            return Err(SuppliedCaFault::NotCa { index, subject: subject() });
-        };
-        if let Some(usage) = certificate.key_usage().map_err(malformed)?
-            && !usage.value.key_cert_sign()
-        {
-            return Err(SuppliedCaFault::MayNotSign { index, subject: subject() });
-        }
-        if let Some(allowed) = constraints.path_len_constraint
-            && allowed < needed
-        {
-            return Err(SuppliedCaFault::PathLength { index, subject: subject(), allowed, needed });
-        }
-        let (Some(not_before), Some(not_after)) = (not_before(certificate), not_after(certificate)) else {
-            return Err(SuppliedCaFault::Malformed { index });
-        };
-        if now < not_before || not_after <= now {
-            return Err(SuppliedCaFault::NotValidNow {
-                index,
-                subject: subject(),
-                not_before,
-                not_after,
-                now,
-            });
-        }
-        let names = certificate.subject_alternative_name().map_err(malformed)?;
-        for name in names.iter().flat_map(|names| &names.value.general_names) {
-            let want = trust_domain.id_string();
-            if let GeneralName::URI(found) = name
-                && *found != want
-            {
-                let found = (*found).to_owned();
-                return Err(SuppliedCaFault::ForeignTrustDomain { index, subject: subject(), found, want });
-            }
-        }
+    for ((index, needed), certificate) in (1..).zip(1..).zip(chain) {
+        check_one(index, needed, certificate, trust_domain, now)?;
     }
     for ((index, certificate), above) in (1..).zip(chain).zip(chain.iter().skip(1)) {
         if certificate.issuer().as_raw() != above.subject().as_raw() {
@@ -172,6 +135,49 @@ fn check(
             subject: last.subject().to_string(),
             issuer: last.issuer().to_string(),
         });
+    }
+    Ok(())
+}
+
+/// Checks the certificate that stands at `index`, with `needed` CAs below it.
+fn check_one(
+    index: usize,
+    needed: u32,
+    certificate: &X509Certificate<'_>,
+    trust_domain: &TrustDomain,
+    now: SystemTime,
+) -> Result<(), SuppliedCaFault> {
+    let subject = || certificate.subject().to_string();
+    let malformed = |_| SuppliedCaFault::Malformed { index };
+    let constraints = certificate.basic_constraints().map_err(malformed)?;
+    let Some(constraints) = constraints.map(|extension| extension.value).filter(|value| value.ca) else {
+        return Err(SuppliedCaFault::NotCa { index, subject: subject() });
+    };
+    if let Some(usage) = certificate.key_usage().map_err(malformed)?
+        && !usage.value.key_cert_sign()
+    {
+        return Err(SuppliedCaFault::MayNotSign { index, subject: subject() });
+    }
+    if let Some(allowed) = constraints.path_len_constraint
+        && allowed < needed
+    {
+        return Err(SuppliedCaFault::PathLength { index, subject: subject(), allowed, needed });
+    }
+    let (Some(not_before), Some(not_after)) = (not_before(certificate), not_after(certificate)) else {
+        return Err(SuppliedCaFault::Malformed { index });
+    };
+    if now < not_before || not_after <= now {
+        return Err(SuppliedCaFault::NotValidNow { index, subject: subject(), not_before, not_after, now });
+    }
+    let names = certificate.subject_alternative_name().map_err(malformed)?;
+    for name in names.iter().flat_map(|names| &names.value.general_names) {
+        let want = trust_domain.id_string();
+        if let GeneralName::URI(found) = name
+            && *found != want
+        {
+            let found = (*found).to_owned();
+            return Err(SuppliedCaFault::ForeignTrustDomain { index, subject: subject(), found, want });
+        }
     }
     Ok(())
 }
