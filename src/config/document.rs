@@ -77,7 +77,7 @@ impl Config {
             let error = ConfigError { file, line: 0, column: 0, key: String::new(), value: None, message };
             ConfigErrors::new(vec![error], 0)
         };
-        let text = file::read_config(path).map_err(|err| whole_file(err.to_string()))?;
+        let text = file::read_main(path).map_err(|err| whole_file(err.to_string()))?;
         // No working directory (it was removed): only absolute paths are of use then.
         let base = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
         let mut config = Self::parse(&Input {

@@ -65,8 +65,18 @@ pub enum FileError {
     },
 }
 
+/// Reads `agent.conf`. Where there is none, the error says what spire-agent's says.
+pub(super) fn read_main(path: &Path) -> Result<String, FileError> {
+    read_config(path).map_err(|err| match err {
+        FileError::Read { path, cause } if cause.kind() == io::ErrorKind::NotFound => {
+            FileError::Missing(path)
+        }
+        err => err,
+    })
+}
+
 /// Reads the text of a configuration file.
-pub(super) fn read_config(path: &Path) -> Result<String, FileError> {
+fn read_config(path: &Path) -> Result<String, FileError> {
     let (file, meta) = open(path)?;
     refuse_world_writable(path, &file, &meta, 0o644)?;
     let bytes = read(path, file, &meta)?;
@@ -145,10 +155,7 @@ pub(super) fn read_drop_ins(dir: &Path) -> Result<Option<DropIns>, FileError> {
 
 /// Opens without waiting: a pipe without a writer would keep us forever.
 fn open(path: &Path) -> Result<(File, Metadata), FileError> {
-    let failed = |cause: io::Error| match cause.kind() {
-        io::ErrorKind::NotFound => FileError::Missing(path.to_owned()),
-        _ => FileError::Read { path: path.to_owned(), cause },
-    };
+    let failed = |cause: io::Error| FileError::Read { path: path.to_owned(), cause };
     let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
     let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path).map_err(failed)?;
     let meta = file.metadata().map_err(failed)?;

@@ -6,6 +6,8 @@
 
 use std::sync::Arc;
 
+use futures_util::future::join_all;
+
 use super::Snapshot;
 use crate::{
     attest::{Attested, Subject},
@@ -84,6 +86,15 @@ impl Charged {
     /// The caller.
     pub fn peer(&self) -> &Arc<Peer> {
         &self.peer
+    }
+
+    /// What `of` gives for each entry, in their order, side by side. Most calls have one entry: for these no list of
+    /// futures is made.
+    pub(super) async fn each<'a, F: Future>(&'a self, of: impl Fn(&'a Arc<Entry>) -> F) -> Vec<F::Output> {
+        match self.entries.as_slice() {
+            [entry] => vec![of(entry).await],
+            entries => join_all(entries.iter().map(of)).await,
+        }
     }
 
     /// The entries, the default identity first. Empty only for [`Purpose::Bundles`].

@@ -19,7 +19,6 @@ use std::{
 };
 
 use aws_lc_rs::digest::{Context, SHA256};
-use futures_util::future::join_all;
 use hashbrown::HashMap;
 use tokio::{sync::OnceCell, time::Instant};
 
@@ -139,7 +138,7 @@ impl JwtCache {
         charged: &mut Charged,
         audience: &[String],
     ) -> Result<Vec<Arc<JwtSvid>>, MintError> {
-        let fetched = join_all(charged.entries().iter().map(|entry| self.of_entry(entry, audience))).await;
+        let fetched = charged.each(|entry| self.of_entry(entry, audience)).await;
         charged.signed(fetched.iter().map(|fetched| fetched.as_ref().is_ok_and(|fetched| fetched.signed)));
         fetched.into_iter().map(|fetched| Ok(fetched?.svid)).collect()
     }

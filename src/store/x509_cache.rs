@@ -14,7 +14,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use futures_util::future::join_all;
 use hashbrown::HashMap;
 use tokio::{
     sync::{Notify, OnceCell},
@@ -126,7 +125,7 @@ impl X509Cache {
     /// # Errors
     /// What the issuer says, when there is no valid one to serve meanwhile.
     pub async fn fetch(&self, charged: &mut Charged) -> Result<Vec<Served>, MintError> {
-        let served = join_all(charged.entries().iter().map(|entry| self.of_entry(entry))).await;
+        let served = charged.each(|entry| self.of_entry(entry)).await;
         charged.signed(served.iter().map(|served| served.as_ref().is_ok_and(|served| served.signed)));
         served.into_iter().collect()
     }

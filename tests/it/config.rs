@@ -3,6 +3,7 @@
 use std::{
     cell::RefCell,
     collections::BTreeMap,
+    io::ErrorKind,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -43,10 +44,10 @@ impl Files {
             },
             user_id: &|name| (name == "build").then_some(1000),
             read_bundle: &|path| {
-                self.0
-                    .get(path)
-                    .map(|text| text.clone().into_bytes())
-                    .ok_or_else(|| FileError::Missing(path.to_owned()))
+                self.0.get(path).map(|text| text.clone().into_bytes()).ok_or_else(|| FileError::Read {
+                    path: path.to_owned(),
+                    cause: ErrorKind::NotFound.into(),
+                })
             },
         })
         .map_err(|errors| errors.to_string())
@@ -531,7 +532,7 @@ fn mistakes_elsewhere_say_what_would_be_right() {
             "federation",
             "federation \"Other\" { bundle_path = \"x\" }",
             "3:12: federation \"Other\": trust domain characters are limited to lowercase letters, numbers, dots, dashes, and underscores; right is, say, federation \"spiffe://other.example\" { .. }\n\
-             agent.conf:3:22: federation \"Other\".bundle_path \"x\": could not find config file /base/x: please use the -config flag",
+             agent.conf:3:22: federation \"Other\".bundle_path \"x\": cannot read /base/x: entity not found",
         ),
         (
             "own bundle",
