@@ -215,7 +215,7 @@ mod tests {
             ("pipe", Err("DIR/pipe is not a regular file")),
             ("", Err("DIR/ is not a regular file")),
         ] {
-            let got = read_config(&at(name)).map_err(|err| err.to_string());
+            let got = read_main(&at(name)).map_err(|err| err.to_string());
             let want =
                 want.map(str::to_owned).map_err(|err| err.replace("DIR", dir.path().to_str().unwrap()));
             assert_eq!(got, want, "{name}");

@@ -181,12 +181,12 @@ impl Issuer for EmbeddedIssuer {
         deadline: Instant,
     ) -> BoxFuture<'a, Vec<Result<X509Svid, MintError>>> {
         if self.ca.takes_rsa(SvidKind::X509) {
-            // No more of them wait at once than can be made, so that calls do not wait behind a whole batch.
+            // One of them waits at a time, so that calls, which take turns with it, do not wait behind a whole batch.
             let made = stream::iter(entries).map(move |entry| {
                 let entry = Arc::clone(entry);
                 self.mint_heavy(SvidKind::X509, deadline, move |ca, now| ca.mint_x509(&entry, now))
             });
-            return Box::pin(made.buffered(HEAVY_AT_ONCE).collect());
+            return Box::pin(made.buffered(1).collect());
         }
         Box::pin(async move {
             let mut made = Vec::with_capacity(entries.len());

@@ -11,7 +11,7 @@ use futures_util::future::join_all;
 use super::Snapshot;
 use crate::{
     attest::{Attested, Subject},
-    identity::{Entry, SpiffeId},
+    identity::{Entry, Selector, SpiffeId},
     limits::{Admitted, Limits, Refusal},
     peer::Peer,
 };
@@ -137,10 +137,14 @@ fn entries_of(
     }
     if tracing::enabled!(tracing::Level::DEBUG) {
         // Selectors tell much about a workload: those only that the admin chose.
-        let chosen = |text: &String| {
-            snapshot.policy.log_selectors.iter().any(|prefix| text.starts_with(prefix.as_str()))
+        let chosen = |selector: &&Selector| {
+            snapshot
+                .policy
+                .log_selectors
+                .iter()
+                .any(|prefix| selector.to_string().starts_with(prefix.as_str()))
         };
-        let selectors: Vec<String> = subject.iter().map(ToString::to_string).filter(chosen).collect();
+        let selectors: Vec<&Selector> = subject.iter().filter(chosen).collect();
         tracing::debug!(?selectors, "no identity issued");
     }
     Err(NoIdentity)
