@@ -144,6 +144,13 @@ impl Quota {
         self.per_token.saturating_mul(u64::from(self.burst))
     }
 
+    /// What one of so many has of this quota; at least enough for one call that costs so much.
+    pub(super) fn part(self, of: u32, cost: u32) -> Self {
+        let of = of.max(1);
+        let per_token = self.per_token.saturating_mul(u64::from(of)).min(LONGEST);
+        Self { per_token, burst: (self.burst / of).max(cost).max(1) }
+    }
+
     pub(super) const fn constant(per_second: u32, burst: u32) -> Self {
         #[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
         let rate = per_second as u64;
@@ -198,7 +205,25 @@ impl Bucket {
     /// # Errors
     /// The time after which the same would succeed, if nobody takes or settles anything meanwhile.
     pub fn hold(&mut self, now: u64, quota: Quota, cost: u32) -> Result<(), Duration> {
-        let refill = quota.refill();
+        self.hold_leaving(now, quota, cost, 0)
+    }
+
+    /// [`Bucket::hold`] that holds nothing: whether it would succeed.
+    pub(super) fn try_hold(&mut self, now: u64, quota: Quota, cost: u32) -> Result<(), Duration> {
+        self.hold(now, quota, cost)?;
+        self.held -= cost;
+        Ok(())
+    }
+
+    /// [`Bucket::hold`] where so many tokens must be left.
+    pub(super) fn hold_leaving(
+        &mut self,
+        now: u64,
+        quota: Quota,
+        cost: u32,
+        leaves: u32,
+    ) -> Result<(), Duration> {
+        let refill = quota.refill().saturating_sub(price(leaves, quota));
         let before = self.spent(now, quota).saturating_add(price(self.held, quota));
         let after = before.saturating_add(price(cost, quota));
         if after > refill {
