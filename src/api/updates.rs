@@ -218,8 +218,12 @@ mod tests {
 
     use super::*;
     use crate::{
-        api::journal::Journal, attest::AttestError, issuer::MintError, limits::Method, store::NoIdentity,
-        telemetry::metrics::Metrics,
+        api::journal::Journal,
+        attest::AttestError,
+        issuer::MintError,
+        limits::Method,
+        store::NoIdentity,
+        telemetry::{LogSettings, log::Log, metrics::Metrics},
     };
 
     /// What one look at the state finds.
@@ -364,12 +368,20 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_text_says_to_connect_again() {
+    async fn the_caller_and_the_log_are_told_that_it_must_connect_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("agent.log");
+        let settings = LogSettings { file: Some(file.clone()), ..LogSettings::default() };
+        let (subscriber, log) = Log::build(&settings).unwrap();
+        let _guard = tracing::subscriber::set_default(subscriber);
         let mut opened = Opened::new(&Arc::default()).await;
         opened.finds.lock().unwrap().push_back(Found::NotAttested(changed));
         opened.change();
         let status = opened.stream.next().await.unwrap().unwrap_err();
         assert!(status.message().contains("it must connect again"), "{status}");
+        assert!(log.flush(Duration::from_secs(60)));
+        let text = std::fs::read_to_string(file).unwrap();
+        assert!(text.contains("process 7 changed its user or group after it connected as 1:1"), "{text}");
     }
 
     #[tokio::test(start_paused = true)]
