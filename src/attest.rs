@@ -107,11 +107,6 @@ impl AttestedPeer {
     pub fn is_alive(&self) -> Result<(), AttestError> {
         Attestable::is_alive(&*self.0)
     }
-
-    /// Whether its process has ended, or cannot be asked after.
-    pub fn has_exited(&self) -> bool {
-        self.0.process().has_exited()
-    }
 }
 
 /// Finds out who peers are.

@@ -1,4 +1,8 @@
 //! A stream of whole states: the first at once, a further one when, and only when, what would be sent has changed.
+//!
+//! Who called is not who is sent the next state: a process becomes another user, drops groups, executes another program.
+//! So it is attested again right before, and where that cannot be done nothing is sent. What a stream keeps meanwhile is
+//! what it sent, its entries, and some hundred bytes.
 
 use std::{
     future::{Future, poll_fn},
