@@ -8,7 +8,8 @@
 //! to root or to the agent's user, links too. On a read-only mount write bits do not matter: the directories of Kubernetes'
 //! ConfigMaps have mode 0777. With a POSIX ACL the bits of the group are its mask, the most that anybody is given by it. A
 //! FUSE file system says of itself what it likes: its mounter must be root or the agent's user. Who owns `/` could put
-//! anything in any place, this program too, and is as root: in a user namespace root has another number.
+//! anything in any place, this program too, and is as root: in a user namespace root may have another number, and is then
+//! not told apart from the users who have none there.
 //!
 //! Absent on purpose: `openat2(2)`, which would not say who owns what on the way.
 
@@ -202,7 +203,7 @@ impl Trust {
             .map_err(|cause| cannot_open(&path, cause))?;
         let meta = file.metadata().map_err(|cause| cannot_open(&path, cause))?;
         // With a second name it may be a file that is of importance elsewhere.
-        if shared && (!meta.is_file() || meta.nlink() != 1 || !self.owns(meta.uid(), None)) {
+        if shared && (!meta.is_file() || meta.nlink() != 1 || !self.owns(meta.uid(), here.root)) {
             return Err(self.untrusted(path, &meta));
         }
         // Whoever writes may wait.
@@ -237,25 +238,25 @@ impl Trust {
     }
 
     fn open_end(self, end: End) -> Result<File, PathError> {
-        let (here, shared, name, found, how) = match end {
+        let (here, name, found, how) = match end {
             End::Directory(here) => return Err(PathError::Kind { path: here.path, want: "regular file" }),
             End::Nothing { here, names, .. } => return Err(nothing(here.path.join(names))),
-            End::Other { here, shared, name, found } => (here, shared, name, found, OFlag::O_NOFOLLOW),
+            End::Other { here, name, found, .. } => (here, name, found, OFlag::O_NOFOLLOW),
             End::Descriptor { here, name } => {
                 let found = self.look(&here, &name, OFlag::empty())?;
-                (here, false, name, found, OFlag::empty())
+                (here, name, found, OFlag::empty())
             }
         };
         let path = here.path.join(&name);
-        let root = (!shared).then_some(here.root);
-        self.check_file(&path, &found.file, &found.meta, root)?;
+        // A pipe, say, is not opened at all.
+        self.check_file(&path, &found.file, &found.meta, here.root)?;
         let open = || {
             let file = here.open(&name, OFlag::O_RDONLY | how, 0)?;
             let meta = file.metadata()?;
             Ok((file, meta))
         };
         let (file, meta) = open().map_err(|cause| cannot_open(&path, cause))?;
-        self.check_file(&path, &file, &meta, root)?;
+        self.check_file(&path, &file, &meta, here.root)?;
         Ok(file)
     }
 
@@ -289,7 +290,7 @@ impl Trust {
                 (found, _) => found?,
             };
             if found.meta.is_dir() {
-                here = here.below(&name, found, shared);
+                here = here.below(&name, found);
             } else if found.meta.is_symlink() {
                 links += 1;
                 if links > MOST_LINKS {
@@ -328,7 +329,7 @@ impl Trust {
         let mount = mount::id(&file).map_err(|cause| cannot_open(&at(), cause))?;
         if let Some(id) = mount.filter(|_| mount != here.mount) {
             match mount::fuse_mounter(id).map_err(|cause| cannot_open(&at(), cause))? {
-                Some(mounter) if !self.owns(mounter, Some(here.root)) => {
+                Some(mounter) if !self.owns(mounter, here.root) => {
                     return Err(PathError::Mounted { path: at(), mounter });
                 }
                 Some(_) | None => {}
@@ -348,7 +349,7 @@ impl Trust {
     ) -> Result<Option<PathBuf>, PathError> {
         let at = here.path.join(name);
         let sticky = here.meta.mode() & STICKY != 0;
-        if shared && !(sticky && self.owns(found.meta.uid(), None)) {
+        if shared && !(sticky && self.owns(found.meta.uid(), here.root)) {
             return Err(self.untrusted(at, &found.meta));
         }
         let read = || -> Result<_, Errno> {
@@ -356,14 +357,14 @@ impl Trust {
         };
         let (text, in_proc) = read().map_err(|errno| cannot_open(&at, errno.into()))?;
         // /proc/self says 4711, and /proc/mounts says self/mounts; those of descriptors say /tmp/x, or pipe:[5].
-        let honest = !text.as_bytes().iter().any(|byte| *byte == b':') && !text.as_bytes().starts_with(b"/");
+        let honest = !text.as_bytes().contains(&b':') && !text.as_bytes().starts_with(b"/");
         Ok((honest || !in_proc).then(|| text.into()))
     }
 
     /// Whether others may put things in it.
     fn check_directory(self, here: &Here) -> Result<bool, PathError> {
         let (uid, mode) = (here.meta.uid(), here.meta.mode());
-        let owned = self.owns(uid, (!here.in_shared).then_some(here.root));
+        let owned = self.owns(uid, here.root);
         if owned && (mode & OTHERS_WRITE == 0 || read_only(&here.dir)) {
             return Ok(false);
         }
@@ -374,13 +375,7 @@ impl Trust {
         Err(self.untrusted(here.path.clone(), &here.meta))
     }
 
-    fn check_file(
-        self,
-        path: &Path,
-        file: &File,
-        meta: &Metadata,
-        root: Option<u32>,
-    ) -> Result<(), PathError> {
+    fn check_file(self, path: &Path, file: &File, meta: &Metadata, root: u32) -> Result<(), PathError> {
         if !meta.is_file() {
             return Err(PathError::Kind { path: path.to_owned(), want: "regular file" });
         }
@@ -390,17 +385,16 @@ impl Trust {
         Err(self.untrusted(path.to_owned(), meta))
     }
 
-    /// `root`: who owns `/`, where that is to be believed: in a sticky directory, what belongs to a user without a number in
-    /// this user namespace may be anybody's.
-    fn owns(self, uid: u32, root: Option<u32>) -> bool {
-        uid == 0 || uid == self.ours || Some(uid) == root
+    /// `root` is who owns `/`.
+    fn owns(self, uid: u32, root: u32) -> bool {
+        uid == 0 || uid == self.ours || uid == root
     }
 
     fn untrusted(self, path: PathBuf, meta: &Metadata) -> PathError {
         let (uid, mode, ours) = (meta.uid(), meta.mode() & 0o7777, self.ours);
         let at = path.display();
         let chown = if meta.is_symlink() { "chown -h" } else { "chown" };
-        let remedy = match (self.owns(uid, None), mode & OTHERS_WRITE == 0 || meta.is_symlink()) {
+        let remedy = match (self.owns(uid, 0), mode & OTHERS_WRITE == 0 || meta.is_symlink()) {
             (false, true) => format!("{chown} {ours} {at}"),
             (false, false) => format!("{chown} {ours} {at} and chmod go-w {at}"),
             (true, _) => format!("chmod go-w {at}"),
@@ -743,14 +737,15 @@ mod tests {
         }
         if geteuid().is_root() {
             // As /var/log is, with some distributions.
-            for (case, change) in [
-                ("its group may write", (|_| {}) as Change),
-                ("and has put a link there", |at| symlink("f", at.join("d/log")).unwrap()),
-            ] {
+            let group: [(&str, Change, bool); 2] = [
+                ("its group may write", |_| {}, true),
+                ("and has put a link there", |at| symlink("f", at.join("d/log")).unwrap(), false),
+            ];
+            for (case, change, well) in group {
                 let base = tree(change);
                 chmod(&base.path().join("d"), 0o775);
                 let got = Trust::own().to_append().append(&base.path().join("d/log"), 0o640);
-                assert_eq!(got.is_ok(), case == "its group may write", "{case}: {got:?}");
+                assert_eq!(got.is_ok(), well, "{case}: {got:?}");
             }
         }
     }

@@ -21,7 +21,10 @@ use durward::{
     api::proto::workload as pb,
     peer::{Socket, socket::BindError},
 };
-use nix::{sys::signal::Signal, unistd::geteuid};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::{Pid, geteuid},
+};
 
 use crate::{
     hostile::{NEIGHBOUR, PATIENCE},
@@ -244,34 +247,56 @@ fn ordinary_layouts_are_valid() {
     chmod(dir.path(), 0o755);
 }
 
+/// Runs `script` in a mount namespace of its own, with the directory as $1 and the program as $2. `None` where nothing can
+/// be mounted.
+fn mounted(dir: &Path, script: &str) -> Option<Output> {
+    if !geteuid().is_root() {
+        println!("nothing can be mounted: left out");
+        return None;
+    }
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script, "sh"]).args([dir, Path::new(PROGRAM)]);
+    let got = command.output().unwrap();
+    let said = text(&got.stderr);
+    if got.status.code() == Some(77) || said.contains("unshare failed") {
+        println!("nothing can be mounted: left out: {said}");
+        return None;
+    }
+    Some(got)
+}
+
 /// A ConfigMap's directory has mode 0777, and is mounted read-only.
 #[test]
 fn what_is_mounted_read_only_may_have_any_mode() {
-    if !geteuid().is_root() {
-        println!("nothing can be mounted: left out");
-        return;
-    }
     let dir = layout_dir();
     chmod(&dir.path().join("etc"), 0o777);
     chmod(&dir.path().join("etc/entries.d"), 0o777);
     let script = "mount --bind \"$1/etc\" \"$1/etc\" && mount -o remount,bind,ro \"$1/etc\" || exit 77; \
                   exec \"$2\" validate --config \"$1/etc/agent.conf\"";
-    let got = Command::new("unshare")
-        .args(["--mount", "sh", "-c", script, "sh"])
-        .args([dir.path(), Path::new(PROGRAM)])
-        .output()
-        .unwrap();
-    let said = text(&got.stderr);
-    if got.status.code() == Some(77) || said.contains("unshare failed") {
-        println!("nothing can be mounted: left out: {said}");
-        return;
+    if let Some(got) = mounted(dir.path(), script) {
+        assert!(got.status.success(), "{}", text(&got.stderr));
     }
-    assert!(got.status.success(), "{said}");
     assert_eq!(
         validate(&dir.path().join("etc/agent.conf")).status.code(),
         Some(1),
         "writable, it is refused"
     );
+}
+
+/// Nobody answers for this one: it is refused without having been asked.
+#[test]
+fn a_file_system_of_somebody_elses_is_not_asked() {
+    let dir = layout_dir();
+    let script = format!(
+        "exec 3<>/dev/fuse && mount -i -t fuse -o \
+         fd=3,rootmode=40000,user_id={NEIGHBOUR},group_id={NEIGHBOUR},allow_other none \"$1/etc\" || exit 77; \
+         timeout --signal=KILL 20 \"$2\" validate --config \"$1/etc/agent.conf\""
+    );
+    if let Some(got) = mounted(dir.path(), &script) {
+        let said = text(&got.stderr);
+        assert_eq!(got.status.code(), Some(1), "{said}");
+        assert!(said.contains(&format!("etc is on a FUSE file system of user {NEIGHBOUR}")), "{said}");
+    }
 }
 
 #[test]
@@ -333,7 +358,7 @@ impl Turner {
 impl Drop for Turner {
     fn drop(&mut self) {
         // `timeout` passes it on.
-        drop(nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.0.id().cast_signed()), Signal::SIGTERM));
+        let _ = kill(Pid::from_raw(self.0.id().cast_signed()), Signal::SIGTERM);
         drop(self.0.wait());
     }
 }

@@ -43,8 +43,6 @@ pub(super) struct Here {
     pub(super) closed: Vec<ClosedDir>,
     /// Who owns `/`.
     pub(super) root: u32,
-    /// It lies in a directory where others may put things.
-    pub(super) in_shared: bool,
 }
 
 /// What stands under a name: open for nothing, so that a pipe does not wait and a device does nothing.
@@ -60,11 +58,11 @@ impl Here {
         let (dir, meta, mount) =
             looked_at(open(&path, DIRECTORY, Mode::empty())).map_err(|cause| cannot_open(&path, cause))?;
         let root = meta.uid();
-        Ok(Self { path, dir, meta, mount, closed: Vec::new(), root, in_shared: false })
+        Ok(Self { path, dir, meta, mount, closed: Vec::new(), root })
     }
 
-    /// The directory that was found in it under this name. Whether others may put things in this one is `in_shared`.
-    pub(super) fn below(mut self, name: &OsStr, found: Named, in_shared: bool) -> Self {
+    /// The directory that was found in it under this name.
+    pub(super) fn below(mut self, name: &OsStr, found: Named) -> Self {
         let Named { file: dir, meta, mount } = found;
         let same_mount = if mount.is_some() { mount == self.mount } else { meta.dev() == self.meta.dev() };
         if same_mount {
@@ -73,7 +71,7 @@ impl Here {
             self.closed.clear();
         }
         self.path.push(name);
-        Self { dir, meta, mount, in_shared, ..self }
+        Self { dir, meta, mount, ..self }
     }
 
     pub(super) fn above(mut self) -> Result<Self, PathError> {
@@ -82,13 +80,13 @@ impl Here {
             .map_err(|cause| cannot_open(&self.path, cause))?;
         // It is looked at again on the way down.
         self.closed.retain(|closed| closed.path != self.path);
-        Ok(Self { dir, meta, mount, in_shared: false, ..self })
+        Ok(Self { dir, meta, mount, ..self })
     }
 
     pub(super) fn again(&self) -> Result<Self, PathError> {
         let dir = self.dir.try_clone().map_err(|cause| cannot_open(&self.path, cause))?;
         let (path, meta, closed) = (self.path.clone(), self.meta.clone(), Vec::new());
-        Ok(Self { path, dir, meta, mount: self.mount, closed, root: self.root, in_shared: self.in_shared })
+        Ok(Self { path, dir, meta, mount: self.mount, closed, root: self.root })
     }
 
     /// Never waits for what is opened, and no terminal becomes ours.
