@@ -1,8 +1,6 @@
 //! The directories and files that an agent is told of, where others than its user could change them; and that ordinary
 //! layouts are served.
 
-#![expect(clippy::disallowed_methods, reason = "the user who plants links is a process of the shell's")]
-
 use std::{
     fs,
     io::{Read as _, Write as _},
