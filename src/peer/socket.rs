@@ -105,11 +105,10 @@ pub enum BindError {
     #[error("cannot tell whether an agent is listening at {}", path.display())]
     Probe { path: PathBuf, source: io::Error },
     /// The directory is not to be trusted, or is missing and cannot be made.
-    #[error("the directory of the socket {}: {source}", path.display())]
+    #[error("cannot use the directory of the socket {}", path.display())]
     Directory {
         /// The socket.
         path: PathBuf,
-        #[source]
         source: PathError,
     },
     /// The lock file cannot be opened.
@@ -171,23 +170,24 @@ impl Socket {
         stands_dead(&dir, path, name)?;
         let lock = Lock::take(&dir, path, name)?;
         let failed = |source| BindError::Bind { path: path.to_owned(), source };
-        let bound = (|| {
+        let listening = || {
             // Again, now that no other agent can be on its way.
             if stands_dead(&dir, path, name)? {
                 dir.remove(name).map_err(failed)?;
             }
-            bound(path, mode, umask).map_err(|errno| failed(errno.into()))
-        })();
-        let listening = bound.and_then(|socket| {
-            let made = dir.set_mode(name, mode).map_err(failed)?;
-            let listening = Backlog::new(BACKLOG).and_then(|backlog| listen(&socket, backlog));
-            if let Err(errno) = listening {
+            let socket = bound(path, mode, umask).map_err(|errno| failed(errno.into()))?;
+            let listening = || -> io::Result<_> {
+                let made = dir.set_mode(name, mode)?;
+                listen(&socket, Backlog::new(BACKLOG)?)?;
+                Ok((made.dev(), made.ino()))
+            };
+            let made = listening().map_err(|source| {
                 let _removed_or_not: io::Result<()> = dir.remove(name);
-                return Err(failed(errno.into()));
-            }
-            Ok((socket.into(), (made.dev(), made.ino())))
-        });
-        match listening {
+                failed(source)
+            })?;
+            Ok((UnixListener::from(socket), made))
+        };
+        match listening() {
             Ok((listener, made)) => {
                 let (path, name) = (path.to_owned(), name.to_owned());
                 Ok(Self { listener, place: Some(BoundPath { path, name, dir, made, lock }) })

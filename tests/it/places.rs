@@ -197,6 +197,30 @@ async fn a_reload_looks_at_every_directory_again() {
     assert_eq!(next.unwrap().unwrap().svids.len(), 2, "put right, it is done");
 }
 
+/// Root validates for the user whom the service manager gave `data_dir`, and says so. An agent of root's own does not start.
+#[test]
+fn root_validates_as_the_agent_would() {
+    if !geteuid().is_root() {
+        println!("nothing can be given to anybody: left out");
+        return;
+    }
+    let dir = layout_dir();
+    let config = dir.path().join("etc/agent.conf");
+    for place in ["data", "run", "log"] {
+        fs::create_dir_all(dir.path().join(place)).unwrap();
+        chown(dir.path().join(place), Some(NEIGHBOUR), None).unwrap();
+    }
+    let got = validate(&config);
+    assert!(got.status.success(), "{}", text(&got.stderr));
+    assert!(text(&got.stderr).contains(&format!("an agent of user {NEIGHBOUR}")), "{}", text(&got.stderr));
+    assert_eq!(run(Path::new(PROGRAM), &config, |_| {}).status.code(), Some(1));
+
+    // Who can make directories there could have made this one himself.
+    chmod(dir.path(), 0o1777);
+    let got = validate(&config);
+    assert_eq!(got.status.code(), Some(1), "{}", text(&got.stderr));
+}
+
 /// What people have: links, dots, names that start at the working directory, closed homes, the umask of a closed shop.
 #[test]
 fn ordinary_layouts_are_valid() {
@@ -204,8 +228,10 @@ fn ordinary_layouts_are_valid() {
     let config = dir.path().join("etc/agent.conf");
     let at = |name: &str| dir.path().join(name);
     symlink("etc", at("link")).unwrap();
-    symlink("../fed/bundle.json", at("etc/entries.d/b.conf")).unwrap();
-    fs::remove_file(at("etc/entries.d/b.conf")).unwrap();
+    // A drop-in file of a package's, elsewhere.
+    fs::create_dir(at("package")).unwrap();
+    fs::write(at("package/b.conf"), entry("/package", "")).unwrap();
+    symlink("../../package/b.conf", at("etc/entries.d/b.conf")).unwrap();
     // As a ConfigMap is mounted, but for the mode.
     fs::create_dir_all(at("cm/..2026")).unwrap();
     fs::copy(&config, at("cm/..2026/agent.conf")).unwrap();

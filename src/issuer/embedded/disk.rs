@@ -1,8 +1,9 @@
 //! The data directory: who may see it, one agent at a time, and writes that are all or nothing.
 //!
 //! It holds keys, so nothing in it is believed until its owner and mode were seen, and those of every directory above it: a
-//! file that others could have written is refused, not mended, since its keys may be known. A write goes to a new file, which takes the place of
-//! the old one only when every byte is on the disk: whenever the agent is killed, one whole state is there.
+//! file that others could have written is refused, not mended, since its keys may be known. A write goes to a new file, which
+//! takes the place of the old one only when every byte is on the disk: whenever the agent is killed, one whole state is
+//! there.
 
 use std::{
     ffi::OsStr,
