@@ -73,15 +73,15 @@ impl Config {
         places
     }
 
-    /// The user that an agent with this configuration runs as, as far as this process can tell: its own, but for root the
-    /// owner of `data_dir`, which service managers make for the agent's user. Not one who could have made it himself.
+    /// The user that an agent with this configuration runs as, as far as can be told: the one who owns `data_dir`, which
+    /// service managers make for him, unless he could have put it there himself; else the user of this process.
     pub fn agent_user(&self) -> u32 {
         let ours = geteuid().as_raw();
-        let data_dir = &self.agent.data_dir;
-        let above = Trust::of(ours).directory(parent(data_dir)).and_then(TrustedDir::for_us_alone);
-        match Trust::of(ours).directory_unchecked(data_dir) {
-            Ok(dir) if ours == 0 && above.is_ok() => dir.metadata().uid(),
-            Ok(_) | Err(_) => ours,
+        let (trust, data_dir) = (Trust::of(ours), &self.agent.data_dir);
+        let above = trust.directory(parent(data_dir)).and_then(TrustedDir::for_us_alone);
+        match above.and_then(|_| trust.directory_unchecked(data_dir)) {
+            Ok(dir) => dir.metadata().uid(),
+            Err(_) => ours,
         }
     }
 }

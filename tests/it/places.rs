@@ -197,9 +197,10 @@ async fn a_reload_looks_at_every_directory_again() {
     assert_eq!(next.unwrap().unwrap().svids.len(), 2, "put right, it is done");
 }
 
-/// Root validates for the user whom the service manager gave `data_dir`, and says so. An agent of root's own does not start.
+/// Who validates does it for the user whom the service manager gave `data_dir`, and is told so. An agent of root's own does
+/// not start.
 #[test]
-fn root_validates_as_the_agent_would() {
+fn a_configuration_is_validated_as_the_agent_would() {
     if !geteuid().is_root() {
         println!("nothing can be given to anybody: left out");
         return;
