@@ -21,7 +21,7 @@ use std::{
     fs::{File, Metadata},
     io,
     os::unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
 };
 
 use nix::{
@@ -31,7 +31,6 @@ use nix::{
     sys::{
         stat::Mode,
         statfs::{PROC_SUPER_MAGIC, fstatfs},
-        statvfs::{FsFlags, fstatvfs},
     },
     unistd::{UnlinkatFlags, geteuid, unlinkat},
 };
@@ -39,7 +38,7 @@ use nix::{
 pub use self::{error::PathError, here::ClosedDir};
 use self::{
     error::{MOST_LINKS, cannot_open, nothing},
-    here::{Here, Named, closed_dir},
+    here::{Here, Named, closed_dir, put_first, read_only},
 };
 use super::mount;
 
@@ -223,7 +222,8 @@ impl Trust {
         };
         let mut closed = here.closed;
         closed.extend(closed_dir(&here.path, &here.meta));
-        let path = if names.as_os_str().is_empty() { here.path } else { here.path.join(names) };
+        // Nothing joined would be a slash.
+        let path = here.path.join(names).components().collect();
         Ok(Route { path, closed })
     }
 
@@ -490,19 +490,6 @@ impl TrustedDir {
         let dir = Dir::from_fd(self.here.open(OsStr::new("."), OFlag::O_DIRECTORY, 0)?.into())?;
         Ok(dir.into_iter().map(|entry| Ok(OsStr::from_bytes(entry?.file_name().to_bytes()).to_owned())))
     }
-}
-
-/// The path's names, the first of them last.
-fn put_first(left: &mut Vec<OsString>, path: &Path) {
-    left.extend(path.components().rev().filter_map(|part| match part {
-        Component::Normal(_) | Component::ParentDir => Some(part.as_os_str().to_owned()),
-        Component::Prefix(_) | Component::RootDir | Component::CurDir => None,
-    }));
-}
-
-/// Unknown counts as writable.
-fn read_only(file: &File) -> bool {
-    fstatvfs(file).is_ok_and(|fs| fs.flags().contains(FsFlags::ST_RDONLY))
 }
 
 #[cfg(test)]

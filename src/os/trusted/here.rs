@@ -1,20 +1,23 @@
 //! A directory on the way of a path, by its descriptor.
 
 use std::{
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     fs::{File, Metadata},
     io,
     os::{
         fd::{AsRawFd as _, OwnedFd},
         unix::fs::MetadataExt as _,
     },
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use nix::{
     errno::Errno,
     fcntl::{AT_FDCWD, OFlag, open, openat},
-    sys::stat::{FchmodatFlags, Mode, fchmodat, mkdirat},
+    sys::{
+        stat::{FchmodatFlags, Mode, fchmodat, mkdirat},
+        statvfs::{FsFlags, fstatvfs},
+    },
 };
 
 use super::{
@@ -131,4 +134,17 @@ fn looked_at(opened: nix::Result<OwnedFd>) -> io::Result<(File, Metadata, Option
 pub(super) fn closed_dir(path: &Path, meta: &Metadata) -> Option<ClosedDir> {
     let (uid, mode) = (meta.uid(), meta.mode() & 0o7777);
     (mode & 0o001 == 0).then(|| ClosedDir { path: path.to_owned(), uid, mode })
+}
+
+/// Unknown counts as writable.
+pub(super) fn read_only(file: &File) -> bool {
+    fstatvfs(file).is_ok_and(|fs| fs.flags().contains(FsFlags::ST_RDONLY))
+}
+
+/// The path's names, the first of them last.
+pub(super) fn put_first(left: &mut Vec<OsString>, path: &Path) {
+    left.extend(path.components().rev().filter_map(|part| match part {
+        Component::Normal(_) | Component::ParentDir => Some(part.as_os_str().to_owned()),
+        Component::Prefix(_) | Component::RootDir | Component::CurDir => None,
+    }));
 }
