@@ -1,10 +1,11 @@
 //! `agent.conf`: from text to a [`Config`] that is checked in full.
 //!
 //! The form is spire-agent's (HCL, or the same as JSON), with Durward's own blocks beside it: `issuer`, `entry`,
-//! `federation`. Whoever may write these files decides who is who on this node, so files that everybody may write are
-//! refused. What is read here is text by an admin: it may be wrong in any way, never panics, and every mistake is
-//! reported at once with its place. Nothing is left out silently: an unknown key, and a key of spire-agent that this
-//! version does not act on, are errors. A field of [`Config`] is final: no default is left to be applied elsewhere.
+//! `federation`. Whoever may write these files decides who is who on this node, so files that others than root and the
+//! agent's user could change or replace are refused. What is read here is text by an admin: it may be wrong in any way,
+//! never panics, and every mistake is reported at once with its place. Nothing is left out silently: an unknown key, and
+//! a key of spire-agent that this version does not act on, are errors. A field of [`Config`] is final: no default is left to
+//! be applied elsewhere.
 //!
 //! Where a key is declared: with `settings!`, in `settings.rs` of the room that acts on it (`telemetry`, `store`, `peer`,
 //! `issuer::embedded`) or in the attestor's file; the agent's own in `agent`. `ratelimit` and `entries` read their blocks
@@ -22,6 +23,7 @@ mod federation;
 mod file;
 mod input;
 mod issuer;
+mod places;
 mod ratelimit;
 mod trust_domain;
 
@@ -30,3 +32,4 @@ pub use diff::{Changes, EntryChanges, diff};
 pub use document::Config;
 pub use file::{DropIns, FileError};
 pub use input::{ExpandEnv, Input};
+pub use places::{Places, WrongPlace};

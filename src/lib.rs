@@ -13,17 +13,17 @@
 //! |---|---|---|
 //! | [`cli`] | what a person types: `run`, `quickstart`, `api`, `healthcheck`, `limits`, `explain`, `validate` | its user |
 //! | [`agent`] | builds every part from [`config::Config`], binds everything, says ready, reloads, drains | the configuration |
-//! | [`config`] | `agent.conf`: the file as written, then checked in full; what a reload changes | whoever may write these files |
+//! | [`config`] | `agent.conf`: the file as written, then checked in full; what a reload changes | its files, where only root and the agent's user can have put them |
 //! | [`api`] | the gRPC services: the typed way of a call, and the one map of errors to codes | nothing a request says but what it asks for |
 //! | [`store`] | the [`Snapshot`](store::Snapshot) a request sees, its only writer, who is entitled to what, and the caches of SVIDs | the issuer and the configuration |
 //! | [`attest`] | from an [`Admitted`](limits::Admitted) caller to its selectors | the kernel, through `/proc`, while the process lives |
 //! | [`peer`] | accept, park, HTTP/2, drain; who is at the other end | SO_PEERCRED and SO_PEERPIDFD, not a byte that is sent |
-//! | [`issuer`] | who signs, and where entries and bundles come from: the embedded CA | its own files, once their owner and mode were checked |
+//! | [`issuer`] | who signs, and where entries and bundles come from: the embedded CA | its own files, once their owner and mode were checked, and who owns the directories above |
 //! | [`limits`] | who may connect and call how often | the caller key that was resolved at accept |
 //! | [`identity`] | words and rules without I/O: SPIFFE IDs, selectors, entries and which of them match, SVIDs, bundles | nothing |
 //! | [`telemetry`] | what people see of an agent: the registry of metrics, the log, HTTP for probes | nothing that a caller chose |
 //! | [`hcl`] | the language of `agent.conf`, for every room to read its own settings with | nothing |
-//! | [`os`] | the operating system: clock, memory, descriptors, systemd; the only place where `unsafe` may stand | the kernel |
+//! | [`os`] | the operating system: clock, memory, descriptors, paths, systemd; the only place where `unsafe` may stand | the kernel |
 //!
 //! # The way of one FetchJWTSVID
 //!
@@ -57,6 +57,7 @@
 //! | a setting | the `settings!` of the room that acts on it, and its paragraph in `conf/agent.conf` |
 //! | an attestor | a file in `attest`, and its line in the list of [`attest`] |
 //! | a kind of selector | the file of its attestor, as [`attest::unix`]: its name, what it must look like, how it is found |
+//! | why a file or directory is refused | [`os::trusted`]; the places that are looked at before the start, `config/places.rs` |
 //! | an issuer | a folder beside [`issuer::embedded`], its line in [`issuer::choice`], and its block in `config/issuer.rs` |
 //! | a service | a handler in `api` that starts with a [`Call`](api::call::Call); its paths in [`api::services`] |
 //! | a series | the `metrics` of the room whose events it counts |

@@ -1,8 +1,13 @@
-//! The edge to the operating system: the clock, memory, descriptors, systemd. The only place where `unsafe` may stand.
+//! The edge to the operating system: the clock, memory, descriptors, paths, systemd. The only place where `unsafe` may
+//! stand.
 
 pub mod accept;
 pub mod clock;
 pub mod heap;
 pub mod lock;
+mod mount;
 pub mod pidfd;
+pub mod secrecy;
 pub mod systemd;
+pub mod trusted;
+pub mod umask;

@@ -4,6 +4,7 @@
 use std::{os::unix::net::UnixListener, sync::Arc};
 
 use anyhow::Context as _;
+use nix::unistd::geteuid;
 use tokio::{sync::watch as channel, task::JoinSet};
 
 use super::{
@@ -24,7 +25,7 @@ use crate::{
     config::Config,
     issuer::{self, Issuer, metrics::IssuerMetrics},
     limits::{self, GatePlan, Limits},
-    os::clock::Clock,
+    os::{clock::Clock, trusted::ClosedDir},
     peer::{ConnectionMetrics, ConnectionStats, Listener, OsUid, Socket, cgroup::PodOrUid},
     store::{JwtCache, StoreMetrics, Writer, X509Cache},
     telemetry::{
@@ -248,6 +249,14 @@ impl BoundPlaces {
         let admin = admin.context("cannot serve the admin api")?;
         // Last, since clients come as soon as it is there.
         let socket = public_socket(config, handed).context("cannot serve the workload api")?;
+        for ClosedDir { path, uid, mode } in config.places(geteuid().as_raw()).closed {
+            tracing::warn!(
+                directory = %path.display(),
+                owner = uid,
+                mode = format!("{mode:04o}"),
+                "others than its owner and group do not pass here, and do not reach the workload api"
+            );
+        }
         Ok(Self { http, admin, socket })
     }
 }

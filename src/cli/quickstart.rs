@@ -15,6 +15,7 @@ use std::{
 };
 
 use jsonwebtoken::Algorithm;
+use nix::unistd::geteuid;
 use time::OffsetDateTime;
 use tokio::{
     net::UnixStream,
@@ -25,6 +26,7 @@ use super::{
     Failure,
     client::Client,
     jwt::from_struct,
+    run::wrong_places,
     socket::{AgentSocket, Chosen},
     svid::X509Answer,
     terminal::{Terminal, clean},
@@ -35,7 +37,7 @@ use crate::{
     api::proto::workload as pb,
     config::{Config, ExpandEnv},
     identity::TrustDomain,
-    os::clock::Clock,
+    os::{clock::Clock, secrecy},
     telemetry::log::Log,
 };
 use layout::{Layout, NAME, SOCKET};
@@ -79,6 +81,8 @@ pub(super) enum QuickstartError {
 
 /// Runs `quickstart`.
 pub(super) fn run(args: &QuickstartArgs, terminal: &mut Terminal) -> Result<(), Failure> {
+    // Before there is a key to be seen.
+    secrecy::keep().map_err(|error| Failure::Agent(error.into()))?;
     let dir = layout::dir(args.dir.as_deref())?;
     terminal.print(&format!("Setting up in {}\n", dir.display()))?;
     let layout = Layout::prepare(&dir, args.trust_domain.as_ref())?;
@@ -90,6 +94,10 @@ pub(super) fn run(args: &QuickstartArgs, terminal: &mut Terminal) -> Result<(), 
     if let Some(asked) = args.trust_domain.clone().filter(|asked| *asked != config.trust_domain) {
         let (configured, path) = (config.trust_domain, layout.config);
         return Err(QuickstartError::TrustDomain { asked, configured, path }.into());
+    }
+    let wrong = config.places(geteuid().as_raw()).wrong;
+    if !wrong.is_empty() {
+        return Err(wrong_places(&layout.config, wrong).into());
     }
     let runtime = agent::runtime().map_err(Failure::Agent)?;
     let log = Log::start(&config.log).map_err(|error| Failure::Agent(error.into()))?;

@@ -1,14 +1,17 @@
 //! `run`: from the command line to the agent.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use nix::unistd::geteuid;
 use tracing::Level;
 
 use super::Failure;
 use crate::{
     agent,
-    config::{Config, ExpandEnv},
+    config::{Config, ExpandEnv, Places, WrongPlace},
+    hcl::{ConfigError, ConfigErrors},
     identity::TrustDomain,
+    os::{secrecy, trusted::ClosedDir},
     peer::socket::MAX_PATH_LEN,
     telemetry::{LogFormat, parse_level},
 };
@@ -150,19 +153,48 @@ impl CliOverrides {
 }
 
 /// A working directory that is gone leaves a path as it is: using it will say so.
-fn absolute(path: &std::path::Path) -> PathBuf {
+fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_err| path.to_owned())
 }
 
 impl ConfigArgs {
-    /// Reads and checks the configuration as `run` would.
+    /// Reads and checks the configuration, and the places that it names for an agent of this process's user.
     pub(super) fn load(&self) -> Result<Config, Failure> {
+        let config = self.read()?;
+        self.places(&config, geteuid().as_raw())?;
+        Ok(config)
+    }
+
+    /// Looks at the places as an agent of user `ours` would. Returns what may be meant.
+    pub(super) fn places(&self, config: &Config, ours: u32) -> Result<Vec<ClosedDir>, Failure> {
+        let Places { wrong, closed } = config.places(ours);
+        if wrong.is_empty() {
+            return Ok(closed);
+        }
+        Err(wrong_places(&self.config, wrong).into())
+    }
+
+    /// Reads and checks the configuration, and not the places that it names.
+    pub(super) fn read(&self) -> Result<Config, Failure> {
         let variable = |name: &str| super::environment(name).and_then(|value| value.into_string().ok());
         let expand = if self.expand_env { ExpandEnv::With(&variable) } else { ExpandEnv::No };
         let mut config = Config::load(&self.config, expand)?;
         self.overrides.apply(&mut config)?;
         Ok(config)
     }
+}
+
+/// As errors of the configuration file.
+pub(super) fn wrong_places(file: &Path, wrong: Vec<WrongPlace>) -> ConfigErrors {
+    let error = |WrongPlace { key, value, message }| ConfigError {
+        file: file.to_owned(),
+        line: 0,
+        column: 0,
+        key: key.to_owned(),
+        value: Some(format!("{:?}", value.to_string_lossy())),
+        message,
+    };
+    ConfigErrors::new(wrong.into_iter().map(error).collect(), 0)
 }
 
 fn log_level(text: &str) -> Result<Level, &'static str> {
@@ -175,6 +207,8 @@ fn log_format(text: &str) -> Result<LogFormat, &'static str> {
 
 /// Runs the agent until it is told to stop. The command line wins on every reload too.
 pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
+    // Before there is a key to be seen.
+    secrecy::keep().map_err(|error| Failure::Agent(error.into()))?;
     let config = args.config.clone();
     agent::run(Box::new(move || Ok(config.load()?))).map_err(Failure::Agent)
 }

@@ -1,18 +1,20 @@
-//! The files of a configuration on disk: read whole, within a bound, and only where not everybody may write.
+//! The files of a configuration on disk: read whole, within a bound, and only where nobody but root and the agent's user
+//! could have put them.
 //!
-//! An entry says who is who, so whoever may write the file of one may be anybody. What is checked is the file that
-//! was opened, not its name. A read-only mount (a Kubernetes ConfigMap has mode 0777) is as good as a safe mode.
+//! An entry says who is who, so whoever may write the file of one, or a directory on the way to it, may be anybody
+//! ([`crate::os::trusted`]). What is checked is what was opened, not its name.
 
 use std::{
-    fs::{File, Metadata, OpenOptions},
+    ffi::OsString,
+    fs::File,
     io::{self, Read as _},
-    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
-use nix::{fcntl::OFlag, sys::statvfs::FsFlags, sys::statvfs::fstatvfs};
-
-use crate::limits::Families;
+use crate::{
+    limits::Families,
+    os::trusted::{PathError, Trust, TrustedDir},
+};
 
 /// The largest file that is read, in bytes.
 const MAX_LEN: u64 = 64 << 20;
@@ -52,17 +54,21 @@ pub enum FileError {
         /// Where it ceases to be.
         line: usize,
     },
-    /// Everybody may write it.
-    #[error(
-        "{} has mode {mode:04o}: everybody could give themselves an identity; make it {right:04o} or stricter",
-        path.display()
-    )]
-    WorldWritable {
-        path: PathBuf,
-        mode: u32,
-        /// The mode that is right.
-        right: u32,
-    },
+    /// Others could give themselves an identity.
+    #[error(transparent)]
+    Path(PathError),
+}
+
+impl FileError {
+    /// As errors of a file that was asked for as `path`.
+    fn of(path: &Path) -> impl FnOnce(PathError) -> Self {
+        |error| match error {
+            PathError::Open { cause, .. } => Self::Read { path: path.to_owned(), cause },
+            PathError::Kind { path, want: "directory" } => Self::NotADirectory(path),
+            PathError::Kind { .. } => Self::NotAFile(path.to_owned()),
+            error => Self::Path(error),
+        }
+    }
 }
 
 /// Reads `agent.conf`. Where there is none, the error says what spire-agent's says.
@@ -77,21 +83,12 @@ pub(super) fn read_main(path: &Path) -> Result<String, FileError> {
 
 /// Reads the text of a configuration file.
 fn read_config(path: &Path) -> Result<String, FileError> {
-    let (file, meta) = open(path)?;
-    refuse_world_writable(path, &file, &meta, 0o644)?;
-    let bytes = read(path, file, &meta)?;
-    String::from_utf8(bytes).map_err(|err| {
-        let valid = err.as_bytes().get(..err.utf8_error().valid_up_to()).unwrap_or_default();
-        let line = valid.iter().filter(|byte| **byte == b'\n').count().saturating_add(1);
-        FileError::NotText { path: path.to_owned(), line }
-    })
+    text(path, Trust::own().open(path).map_err(FileError::of(path))?)
 }
 
 /// Reads a bundle.
 pub(super) fn read_bundle(path: &Path) -> Result<Vec<u8>, FileError> {
-    let (file, meta) = open(path)?;
-    refuse_world_writable(path, &file, &meta, 0o644)?;
-    read(path, file, &meta)
+    read(path, Trust::own().open(path).map_err(FileError::of(path))?)
 }
 
 /// The UID of a user of this node, from its user database (nsswitch.conf). One that cannot be asked knows nobody.
@@ -123,62 +120,49 @@ pub type DropIns = Vec<(PathBuf, Result<String, FileError>)>;
 /// Reads the drop-in files of `dir` in the order of their names; `None` when there is no such directory.
 pub(super) fn read_drop_ins(dir: &Path) -> Result<Option<DropIns>, FileError> {
     let failed = |cause| FileError::Read { path: dir.to_owned(), cause };
-    let opened = match File::open(dir) {
+    // Sticky or not: who may put a file there may be anybody.
+    let opened = match Trust::own().directory(dir).and_then(TrustedDir::for_us_alone) {
         Ok(opened) => opened,
-        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(err) => return Err(failed(err)),
+        Err(err) if err.is_missing() => return Ok(None),
+        Err(err) => return Err(FileError::of(dir)(err)),
     };
-    let meta = opened.metadata().map_err(failed)?;
-    if !meta.is_dir() {
-        return Err(FileError::NotADirectory(dir.to_owned()));
-    }
-    refuse_world_writable(dir, &opened, &meta, 0o755)?;
-    let mut paths = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(failed)? {
-        let name = entry.map_err(failed)?.file_name();
+    let mut names = Vec::new();
+    for name in opened.names().map_err(failed)? {
+        let name = name.map_err(failed)?;
         let text = name.to_string_lossy();
         // A hidden file is an editor's, or the machinery of a ConfigMap.
         if !text.starts_with('.') && (text.ends_with(".conf") || text.ends_with(".json")) {
-            paths.push(dir.join(&name));
+            names.push(name);
         }
-        if paths.len() > MAX_FILES {
+        if names.len() > MAX_FILES {
             return Err(FileError::TooMany(dir.to_owned()));
         }
     }
-    paths.sort();
-    let read = |path: PathBuf| {
-        let text = read_config(&path);
+    names.sort();
+    let read = |name: OsString| {
+        let path = dir.join(&name);
+        let text = opened.open(&name).map_err(FileError::of(&path)).and_then(|file| text(&path, file));
         (path, text)
     };
-    Ok(Some(paths.into_iter().map(read).collect()))
+    Ok(Some(names.into_iter().map(read).collect()))
 }
 
-/// Opens without waiting: a pipe without a writer would keep us forever.
-fn open(path: &Path) -> Result<(File, Metadata), FileError> {
-    let failed = |cause: io::Error| FileError::Read { path: path.to_owned(), cause };
-    let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
-    let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path).map_err(failed)?;
-    let meta = file.metadata().map_err(failed)?;
-    if meta.is_file() { Ok((file, meta)) } else { Err(FileError::NotAFile(path.to_owned())) }
+fn text(path: &Path, file: File) -> Result<String, FileError> {
+    String::from_utf8(read(path, file)?).map_err(|err| {
+        let valid = err.as_bytes().get(..err.utf8_error().valid_up_to()).unwrap_or_default();
+        let line = valid.iter().filter(|byte| **byte == b'\n').count().saturating_add(1);
+        FileError::NotText { path: path.to_owned(), line }
+    })
 }
 
-fn read(path: &Path, file: File, meta: &Metadata) -> Result<Vec<u8>, FileError> {
-    let mut bytes = Vec::with_capacity(usize::try_from(meta.len().min(MAX_LEN)).unwrap_or_default());
+fn read(path: &Path, file: File) -> Result<Vec<u8>, FileError> {
+    let failed = |cause| FileError::Read { path: path.to_owned(), cause };
+    let found = file.metadata().map_err(failed)?.len();
+    let mut bytes = Vec::with_capacity(usize::try_from(found.min(MAX_LEN)).unwrap_or_default());
     // One byte more than may be: the file may have grown since.
-    let mut file = file.take(MAX_LEN + 1);
-    file.read_to_end(&mut bytes).map_err(|cause| FileError::Read { path: path.to_owned(), cause })?;
-    let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX).max(meta.len());
+    file.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(failed)?;
+    let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX).max(found);
     if length > MAX_LEN { Err(FileError::TooLong { path: path.to_owned(), length }) } else { Ok(bytes) }
-}
-
-fn refuse_world_writable(path: &Path, file: &File, meta: &Metadata, right: u32) -> Result<(), FileError> {
-    let mode = meta.mode() & 0o7777;
-    if mode & 0o002 == 0 {
-        return Ok(());
-    }
-    // Unknown counts as writable.
-    let read_only = fstatvfs(file).is_ok_and(|fs| fs.flags().contains(FsFlags::ST_RDONLY));
-    if read_only { Ok(()) } else { Err(FileError::WorldWritable { path: path.to_owned(), mode, right }) }
 }
 
 #[cfg(test)]
@@ -207,7 +191,8 @@ mod tests {
             (
                 "writable",
                 Err(
-                    "DIR/writable has mode 0666: everybody could give themselves an identity; make it 0644 or stricter",
+                    "DIR/writable belongs to user UID and has mode 0666: it must belong to user UID or to root, and nobody \
+                     else may write to it (chmod go-w DIR/writable, or choose another place)",
                 ),
             ),
             ("bytes", Err("DIR/bytes:3: is not UTF-8 text")),
@@ -216,8 +201,9 @@ mod tests {
             ("", Err("DIR/ is not a regular file")),
         ] {
             let got = read_main(&at(name)).map_err(|err| err.to_string());
-            let want =
-                want.map(str::to_owned).map_err(|err| err.replace("DIR", dir.path().to_str().unwrap()));
+            let uid = nix::unistd::geteuid().to_string();
+            let here = |err: &str| err.replace("DIR", dir.path().to_str().unwrap()).replace("UID", &uid);
+            let want = want.map(str::to_owned).map_err(here);
             assert_eq!(got, want, "{name}");
         }
     }
@@ -243,10 +229,12 @@ mod tests {
         }
         fs::create_dir(dir.path().join("30.conf")).unwrap();
         assert_eq!(names(dir.path()), Ok(Some("10-a.json 20-b.conf 30.conf!".to_owned())));
-        chmod(dir.path(), 0o777);
-        let refused =
-            "DIR has mode 0777: everybody could give themselves an identity; make it 0755 or stricter";
-        assert_eq!(names(dir.path()), Err(refused.to_owned()));
+        for mode in [0o777, 0o1777, 0o775] {
+            chmod(dir.path(), mode);
+            let refused = names(dir.path()).unwrap_err();
+            assert!(refused.contains("(chmod go-w DIR, or choose"), "{mode:o}: {refused}");
+        }
+        chmod(dir.path(), 0o755);
         assert_eq!(names(&dir.path().join("README")), Err("DIR is not a directory".to_owned()));
     }
 }

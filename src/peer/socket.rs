@@ -1,27 +1,24 @@
-//! A bound Unix socket: there is never a moment without one, and never two agents at one.
+//! A bound Unix socket: in a directory where nobody else can put another, and never two agents at one.
 //!
-//! Trusted: the directory, which must be writable for the agent alone (or sticky). Not trusted: what stands at the
-//! path. A regular file, a directory or a symbolic link is refused by name, and so is the socket of a living agent; a
-//! dead one's is replaced. The new socket is bound under another name, gets its mode, listens, and only then is
-//! renamed over the path: a client finds the old one or the new one, and no other mode is ever seen at the path.
-//! `PATH.lock`, held as long as the socket, keeps two starting agents apart. A socket that systemd made is never
-//! removed, one that is not ours any more neither. Absent: abstract sockets, which have no mode.
+//! Trusted: a directory that [`Trust`] lets pass, by its descriptor. Not trusted: what stands at the path. A regular
+//! file, a directory or a symbolic link is refused by name, and so is the socket of a living agent; a dead one's is
+//! removed. The socket is bound under its own name, which is what `ss -xl` and the errors of clients show, and has its mode
+//! from the first moment; nobody can connect before it listens. `PATH.lock`, held as long as the socket, keeps two
+//! starting agents apart. A socket that systemd made is never removed, one that is not ours any more neither. Absent:
+//! abstract sockets, which have no mode.
 //!
 //! # Decisions
-//! The mode is set by `chmod` under the other name and not by the umask around `bind()`: the umask belongs to the
-//! whole process, and other threads make files meanwhile. The price is cosmetic: `ss -xl` shows the name that was
-//! bound, `PATH.new`.
+//! A dead socket is removed before the new one is bound: there is a moment without. The other way, bound under another
+//! name and renamed, shows that other name for ever, and needs room for it.
 
 use std::{
-    fs::{self, DirBuilder, File, FileType, Metadata, OpenOptions, Permissions, TryLockError},
+    ffi::{OsStr, OsString},
+    fs::{File, FileType, TryLockError},
     io,
     os::{
-        fd::AsRawFd as _,
+        fd::{AsRawFd as _, OwnedFd},
         unix::{
-            fs::{
-                DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _,
-                PermissionsExt as _,
-            },
+            fs::{FileTypeExt as _, MetadataExt as _},
             net::UnixListener,
         },
     },
@@ -30,11 +27,20 @@ use std::{
 
 use nix::{
     errno::Errno,
-    sys::socket::{
-        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket,
-        sockopt,
+    fcntl::OFlag,
+    sys::{
+        socket::{
+            AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket,
+            sockopt,
+        },
+        stat::{Mode, fchmod},
     },
-    unistd::geteuid,
+};
+
+use crate::os::{
+    lock,
+    trusted::{PathError, Trust, TrustedDir},
+    umask,
 };
 
 /// The longest path of a socket, in bytes: `sun_path` holds 108 with the ending zero (unix(7)).
@@ -54,16 +60,27 @@ pub struct Socket {
 #[derive(Debug)]
 pub(super) struct BoundPath {
     path: PathBuf,
+    name: OsString,
+    dir: TrustedDir,
     /// Device and inode.
     made: (u64, u64),
-    _lock: Lock,
+    lock: Lock,
 }
 
 /// Held by the one agent that may be at a path.
 #[derive(Debug)]
 struct Lock {
-    path: PathBuf,
+    name: OsString,
     file: File,
+}
+
+/// The umask under which a socket is bound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Umask {
+    /// None, in a thread of its own; where there can be no such thread, that of the process.
+    Own,
+    /// That of the process: the socket is bound with less than its mode, and given the rest before it listens.
+    OfProcess,
 }
 
 /// Why there is no socket.
@@ -87,21 +104,12 @@ pub enum BindError {
     /// It cannot be told whether an agent is listening there.
     #[error("cannot tell whether an agent is listening at {}", path.display())]
     Probe { path: PathBuf, source: io::Error },
-    /// The directory is missing and cannot be made.
-    #[error("cannot make the socket's directory {}", path.display())]
-    Directory { path: PathBuf, source: io::Error },
-    /// Others than the owner could put a socket of their own in the place of a private one.
-    #[error(
-        "the directory of the private socket {} must belong to user {euid} or to root and be writable for its owner \
-         alone; it belongs to user {uid} and has mode {mode:04o}",
-        path.display()
-    )]
-    NotPrivate {
+    /// The directory is not to be trusted, or is missing and cannot be made.
+    #[error("cannot use the directory of the socket {}", path.display())]
+    Directory {
+        /// The socket.
         path: PathBuf,
-        /// Whose the directory should be.
-        euid: u32,
-        uid: u32,
-        mode: u32,
+        source: PathError,
     },
     /// The lock file cannot be opened.
     #[error("cannot open the lock file {}", path.display())]
@@ -119,72 +127,76 @@ pub enum BindError {
 }
 
 impl Socket {
-    /// Binds `path` and listens, with these permissions (0o777: everybody on the node may connect).
+    /// Binds `path` and listens, with these permissions (0o777: everybody on the node may connect), whatever the umask.
     ///
-    /// Makes missing directories above it with mode 0755, whatever the umask.
+    /// Makes missing directories above it with mode 0755.
     ///
     /// # Errors
-    /// [`BindError`]; whatever stood at the path still stands there then.
+    /// [`BindError`]; what stood at the path still stands there then, unless it was a dead socket.
     pub fn bind(path: &Path, mode: u32) -> Result<Self, BindError> {
-        if path.as_os_str().len() > MAX_PATH_LEN {
-            return Err(BindError::TooLong { path: path.to_owned() });
-        }
-        let Some(name) = path.file_name() else {
-            return Err(BindError::NoName { path: path.to_owned() });
-        };
-        if let Some(parent) = path.parent() {
-            make_directory(parent, 0o755)
-                .map_err(|source| BindError::Directory { path: parent.to_owned(), source })?;
-        }
-        free_or_dead(path)?;
-        let lock = Lock::take(path)?;
-        // Again, now that no other agent can be on its way.
-        free_or_dead(path)?;
+        let name = fitting(path)?;
+        let dir = Trust::own().make_directory(parent(path), 0o755).map_err(refused(path))?;
+        Self::bind_in(dir, path, name, mode, Umask::Own)
+    }
 
-        let mut longer = name.to_owned();
-        longer.push(".new");
-        let mut other = path.with_file_name(longer);
-        if other.as_os_str().len() > MAX_PATH_LEN {
-            other = path.with_file_name(if name == "~" { "^" } else { "~" });
-        }
-        // Left by an agent that died while it started.
-        free_or_dead(&other)?;
-        let failed = |source| BindError::Bind { path: other.clone(), source };
-        match fs::remove_file(&other) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(failed(source)),
-            Ok(()) | Err(_) => {}
-        }
-        let listener = listening(&other).map_err(|errno| failed(errno.into()))?;
-        let made = (|| {
-            fs::set_permissions(&other, Permissions::from_mode(mode))?;
-            let made = fs::symlink_metadata(&other)?;
-            fs::rename(&other, path)?;
-            Ok((made.dev(), made.ino()))
-        })()
-        .map_err(|source| {
-            let _unlinked_or_not: io::Result<()> = fs::remove_file(&other);
-            failed(source)
-        })?;
-        Ok(Self { listener, place: Some(BoundPath { path: path.to_owned(), made, _lock: lock }) })
+    /// The same, as where no thread can have a umask of its own: under Docker's seccomp filter, say.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    pub fn bind_under_umask(path: &Path, mode: u32) -> Result<Self, BindError> {
+        let name = fitting(path)?;
+        let dir = Trust::own().make_directory(parent(path), 0o755).map_err(refused(path))?;
+        Self::bind_in(dir, path, name, mode, Umask::OfProcess)
     }
 
     /// Binds `path` for this process's user alone: the socket has mode 0600, and its directory, when it is
     /// missing, is made with mode 0700 (those above it with 0755).
     ///
     /// # Errors
-    /// [`BindError`]; [`BindError::NotPrivate`] for a directory that is there, and in which others could write.
+    /// [`BindError`]; [`BindError::Directory`] also for a directory in which others may put something, sticky or not.
     pub fn bind_private(path: &Path) -> Result<Self, BindError> {
-        // A path without a directory above it is refused below, or is in the working directory.
-        let parent =
-            path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
-        let failed = |source| BindError::Directory { path: parent.to_owned(), source };
-        make_directory(parent, 0o700).map_err(failed)?;
-        let directory = fs::metadata(parent).map_err(failed)?;
-        let (euid, uid, mode) = (geteuid().as_raw(), directory.uid(), directory.mode() & 0o7777);
-        if (uid != euid && uid != 0) || mode & 0o022 != 0 {
-            return Err(BindError::NotPrivate { path: path.to_owned(), euid, uid, mode });
+        let name = fitting(path)?;
+        let dir = Trust::own().make_directory(parent(path), 0o700).and_then(TrustedDir::for_us_alone);
+        Self::bind_in(dir.map_err(refused(path))?, path, name, 0o600, Umask::Own)
+    }
+
+    fn bind_in(
+        dir: TrustedDir,
+        path: &Path,
+        name: &OsStr,
+        mode: u32,
+        umask: Umask,
+    ) -> Result<Self, BindError> {
+        stands_dead(&dir, path, name)?;
+        let lock = Lock::take(&dir, path, name)?;
+        let failed = |source| BindError::Bind { path: path.to_owned(), source };
+        let listening = || {
+            // Again, now that no other agent can be on its way.
+            if stands_dead(&dir, path, name)? {
+                dir.remove(name).map_err(failed)?;
+            }
+            let socket = bound(path, mode, umask).map_err(|errno| failed(errno.into()))?;
+            let listening = || -> io::Result<_> {
+                let made = dir.set_mode(name, mode)?;
+                listen(&socket, Backlog::new(BACKLOG)?)?;
+                Ok((made.dev(), made.ino()))
+            };
+            let made = listening().map_err(|source| {
+                let _removed_or_not: io::Result<()> = dir.remove(name);
+                failed(source)
+            })?;
+            Ok((UnixListener::from(socket), made))
+        };
+        match listening() {
+            Ok((listener, made)) => {
+                let (path, name) = (path.to_owned(), name.to_owned());
+                Ok(Self { listener, place: Some(BoundPath { path, name, dir, made, lock }) })
+            }
+            Err(error) => {
+                lock.release(&dir);
+                Err(error)
+            }
         }
-        Self::bind(path, 0o600)
     }
 
     /// Takes a socket that systemd bound. It is never removed.
@@ -214,100 +226,88 @@ impl Socket {
 
 impl Drop for BoundPath {
     fn drop(&mut self) {
-        if fs::symlink_metadata(&self.path).is_ok_and(|now| (now.dev(), now.ino()) == self.made)
-            && let Err(err) = fs::remove_file(&self.path)
+        if self.dir.look_at(&self.name).is_ok_and(|now| (now.dev(), now.ino()) == self.made)
+            && let Err(err) = self.dir.remove(&self.name)
         {
             tracing::warn!(path = %self.path.display(), error = %err, "cannot remove the socket");
         }
+        self.lock.release(&self.dir);
     }
 }
 
 impl Lock {
-    fn take(socket: &Path) -> Result<Self, BindError> {
-        let mut path = socket.as_os_str().to_owned();
-        path.push(".lock");
-        let path = PathBuf::from(path);
-        let failed = |source| BindError::Lock { path: path.clone(), source };
+    fn take(dir: &TrustedDir, socket: &Path, of: &OsStr) -> Result<Self, BindError> {
+        let mut name = of.to_owned();
+        name.push(".lock");
+        let failed = |source| BindError::Lock { path: socket.with_file_name(&name), source };
         loop {
-            let file = OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .custom_flags(libc::O_NOFOLLOW)
-                .open(&path)
-                .map_err(failed)?;
-            match crate::os::lock::take(&file) {
+            let file = dir.open_as(&name, OFlag::O_WRONLY | OFlag::O_CREAT, 0o600).map_err(failed)?;
+            match lock::take(&file) {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {
                     return Err(BindError::AnotherAgent { path: socket.to_owned() });
                 }
                 Err(TryLockError::Error(source)) => return Err(failed(source)),
             }
+            let lock = Self { name: name.clone(), file };
             // The one who held it before removes it before letting go: what we locked may have no name any more.
-            let ours = file.metadata().map_err(failed)?;
-            if fs::symlink_metadata(&path).is_ok_and(|now| same_file(&now, &ours)) {
-                return Ok(Self { path, file });
+            if lock.has_its_name(dir) {
+                return Ok(lock);
             }
         }
     }
-}
 
-impl Drop for Lock {
-    fn drop(&mut self) {
-        // Removed while still held, see `take`. What cannot be removed is free all the same.
-        if let Ok(ours) = self.file.metadata()
-            && fs::symlink_metadata(&self.path).is_ok_and(|now| same_file(&now, &ours))
-            && let Err(err) = fs::remove_file(&self.path)
+    fn has_its_name(&self, dir: &TrustedDir) -> bool {
+        self.file.metadata().is_ok_and(|ours| {
+            dir.look_at(&self.name).is_ok_and(|now| (now.dev(), now.ino()) == (ours.dev(), ours.ino()))
+        })
+    }
+
+    /// Removes it while it is still held, see [`Lock::take`]. What cannot be removed is free all the same.
+    fn release(&self, dir: &TrustedDir) {
+        if self.has_its_name(dir)
+            && let Err(err) = dir.remove(&self.name)
         {
-            tracing::debug!(path = %self.path.display(), error = %err, "cannot remove the lock file");
+            tracing::debug!(name = %self.name.display(), error = %err, "cannot remove the lock file");
         }
     }
 }
 
-fn same_file(a: &Metadata, b: &Metadata) -> bool {
-    (a.dev(), a.ino()) == (b.dev(), b.ino())
-}
-
-/// Makes what is missing of a directory, it with this mode and those above it with 0755, whatever the umask.
-fn make_directory(directory: &Path, mode: u32) -> io::Result<()> {
-    let missing: Vec<&Path> =
-        directory.ancestors().take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists()).collect();
-    for dir in missing.into_iter().rev() {
-        let mode = if dir == directory { mode } else { 0o755 };
-        // Never wider than it will be, not even for a moment.
-        match DirBuilder::new().mode(mode).create(dir) {
-            Ok(()) => fs::set_permissions(dir, Permissions::from_mode(mode))?,
-            Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(err) => return Err(err),
-        }
+/// The name at the end of a path that a socket can have.
+fn fitting(path: &Path) -> Result<&OsStr, BindError> {
+    if path.as_os_str().len() > MAX_PATH_LEN {
+        return Err(BindError::TooLong { path: path.to_owned() });
     }
-    Ok(())
+    path.file_name().ok_or_else(|| BindError::NoName { path: path.to_owned() })
 }
 
-/// Checks that `path` is free, or a socket at which nobody listens.
-fn free_or_dead(path: &Path) -> Result<(), BindError> {
+/// The directory of a path with a name at its end: the working directory, if it names none.
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."))
+}
+
+fn refused(path: &Path) -> impl FnOnce(PathError) -> BindError {
+    |source| BindError::Directory { path: path.to_owned(), source }
+}
+
+/// Whether a socket stands at `path` at which nobody listens. Anything else that stands there is an error.
+fn stands_dead(dir: &TrustedDir, path: &Path, name: &OsStr) -> Result<bool, BindError> {
     let probe = |source| BindError::Probe { path: path.to_owned(), source };
-    let there = match fs::symlink_metadata(path) {
+    let there = match dir.look_at(name) {
         Ok(there) => there.file_type(),
-        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(source) => return Err(probe(source)),
     };
     if !there.is_socket() {
         return Err(BindError::NotASocket { path: path.to_owned(), kind: kind(there) });
     }
-    let client = socket(
-        AddressFamily::Unix,
-        SockType::Stream,
-        // A living agent whose backlog is full must not make us wait.
-        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-        None,
-    )
-    .map_err(|errno| probe(errno.into()))?;
+    // A living agent whose backlog is full must not make us wait.
+    let client = unbound().map_err(|errno| probe(errno.into()))?;
     let address = UnixAddr::new(path).map_err(|errno| probe(errno.into()))?;
     match connect(client.as_raw_fd(), &address) {
         Ok(()) | Err(Errno::EAGAIN) => Err(BindError::AnotherAgent { path: path.to_owned() }),
-        Err(Errno::ECONNREFUSED | Errno::ENOENT) => Ok(()),
+        Err(Errno::ECONNREFUSED) => Ok(true),
+        Err(Errno::ENOENT) => Ok(false),
         Err(Errno::EPROTOTYPE) => {
             Err(BindError::NotASocket { path: path.to_owned(), kind: "datagram socket" })
         }
@@ -329,14 +329,23 @@ fn kind(file: FileType) -> &'static str {
     }
 }
 
-fn listening(path: &Path) -> Result<UnixListener, Errno> {
-    let made = socket(
-        AddressFamily::Unix,
-        SockType::Stream,
-        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-        None,
-    )?;
-    bind(made.as_raw_fd(), &UnixAddr::new(path)?)?;
-    listen(&made, Backlog::new(BACKLOG)?)?;
-    Ok(made.into())
+/// A socket that does not wait.
+fn unbound() -> Result<OwnedFd, Errno> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    socket(AddressFamily::Unix, SockType::Stream, flags, None)
+}
+
+/// A socket at `path` that does not listen. It has this mode, or, under the umask of the process, less.
+fn bound(path: &Path, mode: u32, umask: Umask) -> Result<OwnedFd, Errno> {
+    let address = UnixAddr::new(path)?;
+    let socket = unbound()?;
+    // What is bound gets the mode of the socket itself, less the umask.
+    fchmod(&socket, Mode::from_bits_truncate(mode))?;
+    let bind = || bind(socket.as_raw_fd(), &address);
+    let unmasked = match umask {
+        Umask::Own => umask::zero(&bind),
+        Umask::OfProcess => None,
+    };
+    unmasked.unwrap_or_else(bind)?;
+    Ok(socket)
 }

@@ -3,14 +3,14 @@
 //! A log must never take identity away: a reader that stops reading (a full pipe, a stuck disk) stops one thread
 //! of this module and no other. Lines wait in a buffer of [`MOST_WAITING`] bytes; what does not fit is dropped and
 //! counted, and the count is the next line that gets through. A file is opened for appending, readable by its
-//! owner and group, and opened anew when asked ([`Log::reopen`], on SIGUSR2), so that logrotate can move it away.
+//! owner and group, and opened anew when asked ([`Log::reopen`], on SIGUSR2), so that logrotate can move it away. No
+//! link that others could have put there is followed to it, and opening it never waits.
 //!
 //! Only the agent's own lines follow the level; libraries speak from warnings up: their debug lines are per frame
 //! and may show what callers sent. There are no filter expressions here.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, IsTerminal as _, Write};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -23,6 +23,7 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::{Layer, Registry, reload};
 
 use super::settings::{LogFormat, LogSettings};
+use crate::os::trusted::{PathError, Trust};
 
 /// The most bytes that wait for the writer: some thousand lines.
 pub const MOST_WAITING: usize = 1024 * 1024;
@@ -39,11 +40,7 @@ fn targets(level: Level) -> Targets {
 pub enum LogError {
     /// The file cannot be opened.
     #[error("cannot open log file {}", path.display())]
-    Open {
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
+    Open { path: PathBuf, source: PathError },
     /// The writer's thread cannot be started.
     #[error("cannot start the thread that writes the log")]
     Thread(#[source] io::Error),
@@ -272,17 +269,13 @@ fn write_all(to: &mut impl Write, lines: &[u8], lost: u64) -> io::Result<()> {
 }
 
 fn append(path: &Path) -> Result<File, LogError> {
-    OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o640)
-        .open(path)
-        .map_err(|source| LogError::Open { path: path.to_owned(), source })
+    let opened = Trust::own().to_append().append(path, 0o640);
+    opened.map_err(|source| LogError::Open { path: path.to_owned(), source })
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::fs::{self, OpenOptions};
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;

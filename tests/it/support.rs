@@ -107,11 +107,15 @@ pub(crate) struct Process(std::process::Child);
 impl Process {
     /// Starts `durward run` with the configuration in `dir`; what it says goes to `log` in there.
     pub(crate) fn spawn(dir: &Path) -> Self {
-        let log = std::fs::File::options().create(true).append(true).open(dir.join("log")).unwrap();
-        let child = std::process::Command::new(env!("CARGO_BIN_EXE_durward"))
-            .arg("run")
-            .arg("--config")
-            .arg(dir.join("agent.conf"))
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_durward"));
+        command.arg("run").arg("--config").arg(dir.join("agent.conf"));
+        Self::of(command, &dir.join("log"))
+    }
+
+    /// Starts this command; what it says goes to `log`.
+    pub(crate) fn of(mut command: std::process::Command, log: &Path) -> Self {
+        let log = std::fs::File::options().create(true).append(true).open(log).unwrap();
+        let child = command
             // Set in every container of Kubernetes, where these tests may run too.
             .env_remove("KUBERNETES_SERVICE_HOST")
             .stdin(std::process::Stdio::null())
@@ -142,17 +146,21 @@ impl Process {
 
     /// Waits until the agent answers at the socket in `dir`, or panics with what it said.
     pub(crate) async fn serving(&mut self, dir: &Path) -> SpiffeWorkloadApiClient<Channel> {
-        let socket = dir.join("api.sock");
+        self.serving_at(&dir.join("api.sock"), &dir.join("log")).await
+    }
+
+    /// The same, with a socket and a log elsewhere.
+    pub(crate) async fn serving_at(&mut self, socket: &Path, log: &Path) -> SpiffeWorkloadApiClient<Channel> {
         for _ in 0..600 {
             if let Some(status) = self.0.try_wait().unwrap() {
-                panic!("{status}: {}", std::fs::read_to_string(dir.join("log")).unwrap());
+                panic!("{status}: {}", std::fs::read_to_string(log).unwrap());
             }
-            if UnixStream::connect(&socket).await.is_ok() {
-                return client(&socket).await;
+            if UnixStream::connect(socket).await.is_ok() {
+                return client(socket).await;
             }
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         }
-        panic!("no agent: {}", std::fs::read_to_string(dir.join("log")).unwrap());
+        panic!("no agent: {}", std::fs::read_to_string(log).unwrap());
     }
 
     /// A field of `/proc/PID/status` in KiB, such as `VmRSS`.

@@ -7,7 +7,7 @@
 use std::{
     ffi::OsString,
     fs, io,
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
@@ -21,6 +21,7 @@ use crate::{
     config::{Config, ExpandEnv},
     hcl::ConfigErrors,
     identity::TrustDomain,
+    os::trusted::{PathError, Trust},
     peer::socket::MAX_PATH_LEN,
 };
 
@@ -50,6 +51,8 @@ pub(in crate::cli) enum LayoutError {
     Mode { path: PathBuf, mode: u32 },
     #[error("{} must be text without control characters", .0.display())]
     Name(PathBuf),
+    #[error(transparent)]
+    Path(#[from] PathError),
     #[error(transparent)]
     File(#[from] BatchError),
     #[error(transparent)]
@@ -138,22 +141,21 @@ fn default_dir(user: Uid, environment: impl Fn(&str) -> Option<OsString>) -> Opt
     Some(state.join(NAME))
 }
 
-/// Makes `path` with mode 0700 if it is missing, and its parents as the umask has them. What is there must be this
-/// user's, and nobody else may write to it.
+/// Makes `path` with mode 0700 if it is missing, and its parents with 0755. What is there must be this user's, and
+/// nobody else may write to it, or to what is above it.
 fn private_dir(path: &Path) -> Result<(), LayoutError> {
-    let failed = |cause| LayoutError::Directory { path: path.to_owned(), cause };
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).map_err(failed)?;
+    match fs::symlink_metadata(path) {
+        // Not through a link: in /tmp that could be anybody's.
+        Ok(found) if !found.is_dir() => return Err(LayoutError::NoDirectory(path.to_owned())),
+        Ok(found) => for_us_alone(path, &found)?,
+        Err(err) if err.kind() == io::ErrorKind::NotFound => {}
+        Err(cause) => return Err(LayoutError::Directory { path: path.to_owned(), cause }),
     }
-    match fs::DirBuilder::new().mode(0o700).create(path) {
-        Err(err) if err.kind() != io::ErrorKind::AlreadyExists => return Err(failed(err)),
-        Ok(()) | Err(_) => {}
-    }
-    // Not through a link: in /tmp that could be anybody's.
-    let found = fs::symlink_metadata(path).map_err(failed)?;
-    if !found.is_dir() {
-        return Err(LayoutError::NoDirectory(path.to_owned()));
-    }
+    let made = Trust::own().make_directory_unchecked(path, 0o700)?;
+    for_us_alone(path, made.metadata())
+}
+
+fn for_us_alone(path: &Path, found: &fs::Metadata) -> Result<(), LayoutError> {
     if found.uid() != geteuid().as_raw() {
         return Err(LayoutError::Owner { path: path.to_owned(), owner: found.uid() });
     }
@@ -265,7 +267,7 @@ fn quoted(path: &Path) -> Result<String, LayoutError> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 
     use super::*;
 

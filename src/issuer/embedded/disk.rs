@@ -1,13 +1,15 @@
 //! The data directory: who may see it, one agent at a time, and writes that are all or nothing.
 //!
-//! It holds keys, so nothing in it is believed until its owner and mode were seen: a file that others could have
-//! written is refused, not mended, since its keys may be known. A write goes to a new file, which takes the place of
-//! the old one only when every byte is on the disk: whenever the agent is killed, one whole state is there.
+//! It holds keys, so nothing in it is believed until its owner and mode were seen, and those of every directory above it: a
+//! file that others could have written is refused, not mended, since its keys may be known. A write goes to a new file, which
+//! takes the place of the old one only when every byte is on the disk: whenever the agent is killed, one whole state is
+//! there.
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions, TryLockError},
+    ffi::OsStr,
+    fs::{File, Metadata, TryLockError},
     io::{self, Read as _, Write as _},
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
@@ -15,6 +17,7 @@ use nix::{fcntl::OFlag, unistd::geteuid};
 use zeroize::Zeroizing;
 
 use super::IssuerError;
+use crate::os::trusted::{PathError, Trust, TrustedDir};
 
 const STATE: &str = "issuer.json";
 const NEW_STATE: &str = "issuer.json.new";
@@ -25,7 +28,8 @@ const MAX_STATE_LEN: u64 = 16 * 1024 * 1024;
 
 /// The data directory, locked for as long as this lives.
 pub(super) struct DataDir {
-    dir: PathBuf,
+    path: PathBuf,
+    dir: TrustedDir,
     /// Holds the lock; the kernel releases it when the process ends, however it ends.
     _lock: File,
 }
@@ -34,108 +38,112 @@ impl DataDir {
     /// Opens the directory, which is made when missing, and locks it. Removes what a killed agent left half
     /// written.
     pub(super) fn open(dir: &Path) -> Result<Self, IssuerError> {
-        let unreadable = |cause| IssuerError::Read { path: dir.to_owned(), cause };
-        let found = match fs::metadata(dir) {
-            Err(err) if err.kind() == io::ErrorKind::NotFound => {
-                // Those above it may hold more than keys: the socket, for one, which everybody must reach.
-                let above = dir.parent().filter(|above| !above.as_os_str().is_empty());
-                let made = above
-                    .map_or(Ok(()), |above| DirBuilder::new().recursive(true).mode(0o755).create(above))
-                    .and_then(|()| DirBuilder::new().recursive(true).mode(0o700).create(dir));
-                made.map_err(|cause| IssuerError::Write { path: dir.to_owned(), cause })?;
-                fs::metadata(dir).map_err(unreadable)?
-            }
-            found => found.map_err(unreadable)?,
-        };
-        if !found.is_dir() {
-            return Err(IssuerError::FileType { path: dir.to_owned(), want: "directory" });
-        }
-        // Others may look at the names in it (kubelet and systemd make such directories), but not put files there.
-        check_owner(dir, &found)?;
-        check_mode(dir, &found, 0o022, 0o700)?;
+        // Those above it may hold more than keys: the socket, for one, which everybody must reach.
+        let path = dir;
+        let dir = Trust::own().make_directory_unchecked(path, 0o700).map_err(refused(path))?;
+        check_directory(path, &dir, geteuid().as_raw())?;
 
-        let lock_path = dir.join(LOCK);
-        let lock = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(OFlag::O_NOFOLLOW.bits())
-            .open(&lock_path)
+        let lock_path = path.join(LOCK);
+        let lock = dir
+            .open_as(OsStr::new(LOCK), OFlag::O_WRONLY | OFlag::O_CREAT, 0o600)
             .map_err(|cause| IssuerError::Write { path: lock_path.clone(), cause })?;
         match crate::os::lock::take(&lock) {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(IssuerError::Locked { path: lock_path }),
             Err(TryLockError::Error(cause)) => return Err(IssuerError::Write { path: lock_path, cause }),
         }
-        let opened = Self { dir: dir.to_owned(), _lock: lock };
+        let opened = Self { path: path.to_owned(), dir, _lock: lock };
         opened.remove_unfinished()?;
         Ok(opened)
     }
 
     /// The state file.
     pub(super) fn state_path(&self) -> PathBuf {
-        self.dir.join(STATE)
+        self.path.join(STATE)
     }
 
     /// Reads the state. `None` when there is none yet.
     pub(super) fn read(&self) -> Result<Option<Zeroizing<Vec<u8>>>, IssuerError> {
         let path = self.state_path();
         let failed = |cause| IssuerError::Read { path: path.clone(), cause };
-        let file = match open_to_read(&path, OFlag::O_NOFOLLOW) {
+        let file = match self.dir.open_as(OsStr::new(STATE), OFlag::O_RDONLY, 0) {
             Ok(file) => file,
             Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(cause) => return Err(failed(cause)),
         };
-        check_owner(&path, &file.metadata().map_err(failed)?)?;
+        check_owner(&path, &file.metadata().map_err(failed)?, geteuid().as_raw())?;
         read_secret(&path, file, MAX_STATE_LEN).map(Some)
     }
 
     /// Writes the state. On any error the state of before is in its place.
     pub(super) fn write(&self, text: &[u8]) -> Result<(), IssuerError> {
         self.remove_unfinished()?;
-        let new = self.dir.join(NEW_STATE);
-        let written = write_new(&new, text).and_then(|()| {
-            let state = self.state_path();
-            fs::rename(&new, &state).map_err(|cause| IssuerError::Write { path: state, cause })
+        let (new, state) = (OsStr::new(NEW_STATE), OsStr::new(STATE));
+        let written = self.write_new(text).and_then(|()| {
+            let failed = |cause| IssuerError::Write { path: self.state_path(), cause };
+            self.dir.rename(new, state).map_err(failed)
         });
         if written.is_err() {
             // The first error is the one to tell; the file is also removed before the next try.
-            drop(fs::remove_file(&new));
+            drop(self.dir.remove(new));
             return written;
         }
         // Until the directory is on the disk, a power cut may bring the old state back, whose bundle would lack
         // what the new one signs with.
-        File::open(&self.dir)
-            .and_then(|dir| dir.sync_all())
-            .map_err(|cause| IssuerError::Write { path: self.dir.clone(), cause })
+        self.dir.sync().map_err(|cause| IssuerError::Write { path: self.path.clone(), cause })
+    }
+
+    fn write_new(&self, text: &[u8]) -> Result<(), IssuerError> {
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
+        self.dir
+            .open_as(OsStr::new(NEW_STATE), flags, 0o600)
+            .and_then(|mut file| {
+                file.write_all(text)?;
+                file.sync_all()
+            })
+            .map_err(|cause| IssuerError::Write { path: self.path.join(NEW_STATE), cause })
     }
 
     fn remove_unfinished(&self) -> Result<(), IssuerError> {
-        let path = self.dir.join(NEW_STATE);
-        match fs::remove_file(&path) {
-            Err(err) if err.kind() != io::ErrorKind::NotFound => Err(IssuerError::Write { path, cause: err }),
+        match self.dir.remove(OsStr::new(NEW_STATE)) {
+            Err(err) if err.kind() != io::ErrorKind::NotFound => {
+                Err(IssuerError::Write { path: self.path.join(NEW_STATE), cause: err })
+            }
             _ => Ok(()),
         }
     }
 }
 
-fn write_new(path: &Path, text: &[u8]) -> Result<(), IssuerError> {
-    OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)
-        .and_then(|mut file| {
-            file.write_all(text)?;
-            file.sync_all()
-        })
-        .map_err(|cause| IssuerError::Write { path: path.to_owned(), cause })
+/// Looks at a data directory as an agent of user `ours` would. One that is missing is well: it is made.
+///
+/// # Errors
+/// Its owner or mode, or those of a directory above it, are not what they must be; or it is none.
+pub fn check_data_dir(path: &Path, ours: u32) -> Result<(), IssuerError> {
+    match Trust::of(ours).directory_unchecked(path) {
+        Ok(dir) => check_directory(path, &dir, ours),
+        Err(error) if error.is_missing() => Ok(()),
+        Err(error) => Err(refused(path)(error)),
+    }
 }
 
-/// Opens without waiting: a FIFO in place of the file must not hold the agent up.
-pub(super) fn open_to_read(path: &Path, more: OFlag) -> io::Result<File> {
-    OpenOptions::new().read(true).custom_flags((OFlag::O_NONBLOCK | more).bits()).open(path)
+fn check_directory(path: &Path, dir: &TrustedDir, ours: u32) -> Result<(), IssuerError> {
+    // Others may look at the names in it (kubelet and systemd make such directories), but not put files there.
+    check_owner(path, dir.metadata(), ours)?;
+    check_mode(path, dir.metadata(), 0o022, 0o700)
+}
+
+/// Opens a file of the admin's to read it, where nobody else could have put another.
+pub(super) fn open_to_read(path: &Path) -> Result<File, IssuerError> {
+    Trust::own().open(path).map_err(refused(path))
+}
+
+fn refused(path: &Path) -> impl FnOnce(PathError) -> IssuerError {
+    |error| match error {
+        PathError::Open { cause, .. } => IssuerError::Read { path: path.to_owned(), cause },
+        PathError::Make { path, cause } => IssuerError::Write { path, cause },
+        PathError::Kind { path, want } => IssuerError::FileType { path, want },
+        error => IssuerError::Path(error),
+    }
 }
 
 /// Reads a file that nobody but its owner may read. It is looked at by its descriptor, so what was checked is what
@@ -167,15 +175,14 @@ pub(super) fn read_file(path: &Path, file: File, most: u64) -> Result<Zeroizing<
     Ok(text)
 }
 
-fn check_owner(path: &Path, found: &fs::Metadata) -> Result<(), IssuerError> {
-    let ours = geteuid().as_raw();
+fn check_owner(path: &Path, found: &Metadata, ours: u32) -> Result<(), IssuerError> {
     if found.uid() == ours {
         return Ok(());
     }
     Err(IssuerError::Owner { path: path.to_owned(), found: found.uid(), ours })
 }
 
-fn check_mode(path: &Path, found: &fs::Metadata, forbidden: u32, want: u32) -> Result<(), IssuerError> {
+fn check_mode(path: &Path, found: &Metadata, forbidden: u32, want: u32) -> Result<(), IssuerError> {
     let mode = found.mode() & 0o7777;
     if mode & forbidden == 0 {
         return Ok(());

@@ -10,6 +10,7 @@ use super::MIN_CA_TTL;
 use crate::{
     identity::{SpiffeId, TrustDomain},
     issuer::MintError,
+    os::trusted::PathError,
 };
 
 /// Why the embedded issuer could not do something. No variant holds a key or a token.
@@ -35,6 +36,9 @@ pub enum IssuerError {
         /// `directory` or `regular file`.
         want: &'static str,
     },
+    /// Others could put something else in the place of a file or directory.
+    #[error(transparent)]
+    Path(PathError),
     /// Another agent uses the directory.
     #[error("{} is locked: another agent uses this data_dir", path.display())]
     Locked { path: PathBuf },

@@ -2,14 +2,13 @@
 //!
 //! The files are read again for each intermediate, so that a renewed CA is taken up at the next rotation without a
 //! restart. Everything a verifier would later trip over is looked for here and named: an SVID is signed for trial and
-//! verified against the root before an intermediate is used.
+//! verified against the root before an intermediate is used. Only root and the agent's user may be able to change the files.
 
 use std::{
     path::Path,
     time::{Duration, SystemTime},
 };
 
-use nix::fcntl::OFlag;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject as _};
 use webpki::{ALL_VERIFICATION_ALGS, EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 use x509_parser::{
@@ -72,8 +71,7 @@ impl SuppliedCa {
 }
 
 fn read_certificates(path: &Path) -> Result<Vec<Vec<u8>>, IssuerError> {
-    let failed = |cause| IssuerError::Read { path: path.to_owned(), cause };
-    let file = disk::open_to_read(path, OFlag::empty()).map_err(failed)?;
+    let file = disk::open_to_read(path)?;
     let text = disk::read_file(path, file, MAX_FILE_LEN)?;
     CertificateDer::pem_slice_iter(&text)
         .map(|certificate| certificate.map(|der| der.as_ref().to_vec()))
@@ -86,8 +84,7 @@ fn read_certificates(path: &Path) -> Result<Vec<Vec<u8>>, IssuerError> {
 
 /// `None` when the file holds no key that can be used.
 fn read_key(path: &Path) -> Result<Option<KeyPair>, IssuerError> {
-    let failed = |cause| IssuerError::Read { path: path.to_owned(), cause };
-    let file = disk::open_to_read(path, OFlag::empty()).map_err(failed)?;
+    let file = disk::open_to_read(path)?;
     let text = disk::read_secret(path, file, MAX_FILE_LEN)?;
     let Ok(mut der) = PrivateKeyDer::from_pem_slice(&text) else { return Ok(None) };
     let key = KeyPair::from_foreign(&der);

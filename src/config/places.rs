@@ -1,0 +1,152 @@
+//! The places that a configuration names: whether nobody but root and the agent's user can change what is there, and
+//! whether workloads can reach the socket. Looked at before anything is made, and again at each reload.
+
+use std::{
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use nix::unistd::geteuid;
+
+use super::document::Config;
+use crate::{
+    issuer::embedded::check_data_dir,
+    os::trusted::{ClosedDir, PathError, Trust, TrustedDir},
+};
+
+/// What was found.
+#[derive(Debug, Default)]
+pub struct Places {
+    /// What keeps the agent from starting.
+    pub wrong: Vec<WrongPlace>,
+    /// Directories above the socket through which others than their owner and group do not pass, which may be meant.
+    pub closed: Vec<ClosedDir>,
+}
+
+/// A key whose value names a place that will not do.
+#[derive(Debug)]
+pub struct WrongPlace {
+    /// Its full name.
+    pub key: &'static str,
+    pub value: PathBuf,
+    /// What is wrong, and what would be right.
+    pub message: String,
+}
+
+impl Places {
+    fn note(&mut self, key: &'static str, value: &Path, found: Result<(), impl ToString>) {
+        if let Err(error) = found {
+            self.wrong.push(WrongPlace { key, value: value.to_owned(), message: error.to_string() });
+        }
+    }
+}
+
+impl Config {
+    /// Looks at the places as an agent of user `ours` would. What is missing is not wrong. Makes nothing.
+    pub fn places(&self, ours: u32) -> Places {
+        let trust = Trust::of(ours);
+        let mut places = Places::default();
+        let data_dir = &self.agent.data_dir;
+        places.note("agent.data_dir", data_dir, check_data_dir(data_dir, ours));
+        let socket = &self.agent.socket_path;
+        places.note("agent.socket_path", socket, there(trust.directory(parent(socket))));
+        if let Some(admin) = &self.agent.admin_socket_path {
+            let dir = trust.directory(parent(admin)).and_then(TrustedDir::for_us_alone);
+            places.note("agent.admin_socket_path", admin, there(dir));
+        }
+        if let Some(file) = &self.log.file {
+            places.note("agent.log_file", file, there(trust.to_append().route(file)));
+        }
+        let ca_files = [
+            ("issuer \"embedded\".ca_cert_path", &self.issuer.ca_cert_path),
+            ("issuer \"embedded\".ca_key_path", &self.issuer.ca_key_path),
+        ];
+        for (key, file) in ca_files {
+            if let Some(file) = file {
+                places.note(key, file, there(trust.open(file)));
+            }
+        }
+        match below_data_dir(trust, socket, data_dir) {
+            Some(message) => places.note("agent.socket_path", socket, Err::<(), _>(message)),
+            None => places.closed = trust.route(parent(socket)).map(|way| way.closed).unwrap_or_default(),
+        }
+        places
+    }
+
+    /// The user that an agent with this configuration runs as, as far as can be told: the one who owns `data_dir`, which
+    /// service managers make for him, unless he could have put it there himself; else the user of this process.
+    pub fn agent_user(&self) -> u32 {
+        let ours = geteuid().as_raw();
+        let (trust, data_dir) = (Trust::of(ours), &self.agent.data_dir);
+        let above = trust.directory(parent(data_dir)).and_then(TrustedDir::for_us_alone);
+        match above.and_then(|_| trust.directory_unchecked(data_dir)) {
+            Ok(dir) => dir.metadata().uid(),
+            Err(_) => ours,
+        }
+    }
+}
+
+/// Where a name stands: the working directory, if the path says none.
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."))
+}
+
+/// What cannot be opened is said by whoever needs it: it may be made first, or not be asked for any more.
+fn there<T>(found: Result<T, PathError>) -> Result<(), PathError> {
+    match found {
+        Ok(_) | Err(PathError::Open { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// What is wrong with a socket that lies below `data_dir`, which the agent makes for its user alone. A file system that is
+/// mounted between the two may be reached another way.
+fn below_data_dir(trust: Trust, socket: &Path, data_dir: &Path) -> Option<String> {
+    let (way, data) = (trust.route(parent(socket)).ok()?, trust.route(data_dir).ok()?);
+    if !way.path.starts_with(&data.path) {
+        return None;
+    }
+    let (ours, mode) = match trust.directory_unchecked(data_dir) {
+        Ok(dir) => (dir.metadata().uid(), way.closed.iter().find(|dir| dir.path == data.path)?.mode),
+        Err(error) if error.is_missing() => (trust.user(), 0o700),
+        Err(_) => return None,
+    };
+    Some(format!(
+        "is below data_dir {}, which belongs to user {ours} and has mode {mode:04o}: workloads could not reach it; move \
+         one of them",
+        data_dir.display()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt as _};
+
+    use super::*;
+
+    #[test]
+    fn a_socket_below_data_dir_must_be_reachable() {
+        let base = tempfile::tempdir().unwrap();
+        let at = |name: &str| base.path().join(name);
+        for (name, mode) in [("closed", 0o700), ("group", 0o750), ("open", 0o711)] {
+            fs::create_dir_all(at(name).join("pub")).unwrap();
+            fs::set_permissions(at(name), fs::Permissions::from_mode(mode)).unwrap();
+        }
+        std::os::unix::fs::symlink(at("closed/pub"), at("link")).unwrap();
+        for (case, data_dir, socket, wrong) in [
+            ("missing", "none", "none/pub/api.sock", true),
+            ("missing, beside", "none", "none2/api.sock", false),
+            ("the same", "closed", "closed/api.sock", true),
+            ("below", "closed", "closed/pub/api.sock", true),
+            ("below, not there yet", "closed", "closed/a/b/api.sock", true),
+            ("by a link", "closed", "link/api.sock", true),
+            ("by dots", "closed", "open/../closed/api.sock", true),
+            ("for the group", "group", "group/pub/api.sock", true),
+            ("passable", "open", "open/pub/api.sock", false),
+            ("above", "closed/pub", "closed/api.sock", false),
+        ] {
+            let said = below_data_dir(Trust::own(), &at(socket), &at(data_dir));
+            assert_eq!(said.is_some(), wrong, "{case}: {said:?}");
+        }
+    }
+}

@@ -1,0 +1,529 @@
+//! The directories and files that an agent is told of, where others than its user could change them; and that ordinary
+//! layouts are served.
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::{TcpListener, TcpStream},
+    os::unix::{
+        fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, chown, symlink},
+        net::UnixStream,
+        process::CommandExt as _,
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    time::Duration,
+};
+
+use durward::{
+    api::proto::workload as pb,
+    peer::{Socket, socket::BindError},
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::{Pid, geteuid},
+};
+
+use crate::{
+    hostile::{NEIGHBOUR, PATIENCE},
+    support::{Process, TRUST_DOMAIN, entry, request, write_config},
+};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_durward");
+
+fn chmod(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::symlink_metadata(path).unwrap().mode() & 0o7777
+}
+
+/// Ends by itself where it must not start: bounded, since one that starts serves for ever.
+fn run(program: &Path, config: &Path, set: impl FnOnce(&mut Command)) -> Output {
+    let mut command = Command::new("timeout");
+    command.args(["--signal=TERM", "20"]).arg(program).args(["run", "--config"]).arg(config);
+    set(&mut command);
+    command.stdin(Stdio::null()).output().unwrap()
+}
+
+fn validate(config: &Path) -> Output {
+    Command::new(PROGRAM).args(["validate", "--config"]).arg(config).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A configuration of its own in `at`, with everything in directories that can be told apart.
+fn layout(at: &Path) -> PathBuf {
+    for dir in ["etc", "etc/entries.d", "fed", "run", "log"] {
+        fs::create_dir(at.join(dir)).unwrap();
+        chmod(&at.join(dir), 0o755);
+    }
+    let here = at.display();
+    let config = format!(
+        "agent {{\n  trust_domain = \"{TRUST_DOMAIN}\"\n  data_dir = \"{here}/data\"\n  socket_path = \"{here}/run/api.sock\"\n  \
+         log_file = \"{here}/log/agent.log\"\n  log_level = \"warn\"\n}}\n\
+         plugins {{\n  WorkloadAttestor \"unix\" {{\n    plugin_data {{ }}\n  }}\n}}\nissuer \"embedded\" {{ }}\n\
+         federation \"other.example\" {{\n  bundle_path = \"{here}/fed/bundle.json\"\n  bundle_format = \"spiffe\"\n}}\n"
+    );
+    for (name, text) in [
+        ("etc/agent.conf", &*config),
+        ("etc/entries.d/a.conf", &entry("/web", "")),
+        ("fed/bundle.json", "{\"keys\": []}"),
+    ] {
+        fs::write(at.join(name), text).unwrap();
+        chmod(&at.join(name), 0o644);
+    }
+    at.join("etc/agent.conf")
+}
+
+fn layout_dir() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    chmod(dir.path(), 0o755);
+    layout(dir.path());
+    dir
+}
+
+/// What of the layout somebody else could change, and how.
+fn writable_places() -> Vec<(&'static str, u32)> {
+    vec![
+        ("etc", 0o777),
+        ("etc", 0o775),
+        ("etc/agent.conf", 0o666),
+        ("etc/agent.conf", 0o664),
+        ("etc/entries.d", 0o777),
+        ("etc/entries.d", 0o1777),
+        ("etc/entries.d/a.conf", 0o646),
+        ("fed", 0o777),
+        ("fed/bundle.json", 0o664),
+        ("run", 0o777),
+        ("run", 0o775),
+        ("log", 0o777),
+    ]
+}
+
+/// Root's agent believes nobody's directories.
+fn foreign_places() -> Vec<&'static str> {
+    if geteuid().is_root() {
+        vec![
+            "etc",
+            "etc/agent.conf",
+            "etc/entries.d",
+            "etc/entries.d/a.conf",
+            "fed",
+            "fed/bundle.json",
+            "run",
+            "log",
+        ]
+    } else {
+        Vec::new()
+    }
+}
+
+#[test]
+fn nothing_starts_where_others_can_change_what_it_reads() {
+    let refused = |case: &str, dir: &Path, place: &str| {
+        let config = dir.join("etc/agent.conf");
+        for (what, got) in
+            [("run", run(Path::new(PROGRAM), &config, |_| {})), ("validate", validate(&config))]
+        {
+            let said = text(&got.stderr) + &text(&got.stdout);
+            let place = dir.join(place);
+            assert_eq!(got.status.code(), Some(1), "{what}, {case}: {said}");
+            assert!(
+                said.contains(&format!("{} belongs to user ", place.display())),
+                "{what}, {case}: {said}"
+            );
+            assert!(
+                said.contains(&format!(" {}, or choose another place)", place.display())),
+                "{what}, {case}: {said}"
+            );
+        }
+        assert!(
+            !dir.join("run/api.sock").exists() && !dir.join("data").exists(),
+            "{case}: something was made"
+        );
+    };
+    for (place, mode) in writable_places() {
+        let dir = layout_dir();
+        chmod(&dir.path().join(place), mode);
+        refused(&format!("{place} with mode {mode:04o}"), dir.path(), place);
+    }
+    for place in foreign_places() {
+        let dir = layout_dir();
+        chown(dir.path().join(place), Some(NEIGHBOUR), None).unwrap();
+        refused(&format!("{place} of somebody else"), dir.path(), place);
+    }
+    let dir = layout_dir();
+    let valid = validate(&dir.path().join("etc/agent.conf"));
+    assert!(valid.status.success(), "{}", text(&valid.stderr));
+}
+
+/// Each in turn: the reload is refused, says why, and nothing has changed; put right, it is done.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_looks_at_every_directory_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = layout(dir.path());
+    let mut command = Command::new(PROGRAM);
+    command.args(["run", "--config"]).arg(&config);
+    let mut agent = Process::of(command, &dir.path().join("out"));
+    let socket = dir.path().join("run/api.sock");
+    let mut client = agent.serving_at(&socket, &dir.path().join("out")).await;
+    let log = || fs::read_to_string(dir.path().join("log/agent.log")).unwrap_or_default();
+    let mut refused = 0;
+    for (place, open) in writable_places() {
+        let path = dir.path().join(place);
+        let right = mode(&path);
+        chmod(&path, open);
+        agent.signal(Signal::SIGHUP);
+        refused += 1;
+        let until = tokio::time::Instant::now() + PATIENCE;
+        while log().matches("not reloaded").count() < refused {
+            assert!(tokio::time::Instant::now() < until, "{place} {open:o}: {}", log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let last = log().lines().last().unwrap().to_owned();
+        assert!(last.contains(&format!("{} belongs to user ", path.display())), "{place} {open:o}: {last}");
+        chmod(&path, right);
+    }
+    let mut stream = client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap().into_inner();
+    assert_eq!(stream.message().await.unwrap().unwrap().svids.len(), 1, "what was in force still is");
+    fs::write(dir.path().join("etc/entries.d/a.conf"), [entry("/web", ""), entry("/two", "")].concat())
+        .unwrap();
+    agent.signal(Signal::SIGHUP);
+    let next = tokio::time::timeout(PATIENCE, stream.message()).await.unwrap();
+    assert_eq!(next.unwrap().unwrap().svids.len(), 2, "put right, it is done");
+}
+
+/// Who validates does it for the user whom the service manager gave `data_dir`, and is told so. An agent of root's own does
+/// not start.
+#[test]
+fn a_configuration_is_validated_as_the_agent_would() {
+    if !geteuid().is_root() {
+        println!("nothing can be given to anybody: left out");
+        return;
+    }
+    let dir = layout_dir();
+    let config = dir.path().join("etc/agent.conf");
+    for place in ["data", "run", "log"] {
+        fs::create_dir_all(dir.path().join(place)).unwrap();
+        chown(dir.path().join(place), Some(NEIGHBOUR), None).unwrap();
+    }
+    let got = validate(&config);
+    assert!(got.status.success(), "{}", text(&got.stderr));
+    assert!(text(&got.stderr).contains(&format!("an agent of user {NEIGHBOUR}")), "{}", text(&got.stderr));
+    assert_eq!(run(Path::new(PROGRAM), &config, |_| {}).status.code(), Some(1));
+
+    // Who can make directories there could have made this one himself.
+    chmod(dir.path(), 0o1777);
+    let got = validate(&config);
+    assert_eq!(got.status.code(), Some(1), "{}", text(&got.stderr));
+}
+
+/// What people have: links, dots, names that start at the working directory, closed homes, the umask of a closed shop.
+#[test]
+fn ordinary_layouts_are_valid() {
+    let dir = layout_dir();
+    let config = dir.path().join("etc/agent.conf");
+    let at = |name: &str| dir.path().join(name);
+    symlink("etc", at("link")).unwrap();
+    // A drop-in file of a package's, elsewhere.
+    fs::create_dir(at("package")).unwrap();
+    fs::write(at("package/b.conf"), entry("/package", "")).unwrap();
+    symlink("../../package/b.conf", at("etc/entries.d/b.conf")).unwrap();
+    // As a ConfigMap is mounted, but for the mode.
+    fs::create_dir_all(at("cm/..2026")).unwrap();
+    fs::copy(&config, at("cm/..2026/agent.conf")).unwrap();
+    symlink("..2026", at("cm/..data")).unwrap();
+    symlink("..data/agent.conf", at("cm/agent.conf")).unwrap();
+    for (case, path) in [
+        ("plain", "etc/agent.conf"),
+        ("a link to the directory", "link/agent.conf"),
+        ("dots", "run/../etc/./agent.conf"),
+        ("dots behind a link", "link/../etc/agent.conf"),
+        ("a ConfigMap", "cm/agent.conf"),
+    ] {
+        let got = validate(&at(path));
+        assert!(got.status.success(), "{case}: {}", text(&got.stderr));
+        let relative = Command::new(PROGRAM)
+            .args(["validate", "--config", path])
+            .current_dir(dir.path())
+            .output()
+            .unwrap();
+        assert!(relative.status.success(), "{case}: {}", text(&relative.stderr));
+    }
+    for (place, mode) in
+        [("etc", 0o700), ("etc", 0o750), ("etc/agent.conf", 0o600), ("run", 0o711), ("run", 0o1777)]
+    {
+        chmod(&at(place), mode);
+        let got = validate(&config);
+        assert!(got.status.success(), "{place} {mode:o}: {}", text(&got.stderr));
+    }
+    // The working directory is on the way of a relative path.
+    chmod(dir.path(), 0o777);
+    let got = Command::new(PROGRAM)
+        .args(["validate", "--config", "etc/agent.conf"])
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    assert_eq!(got.status.code(), Some(1), "{}", text(&got.stdout));
+    chmod(dir.path(), 0o755);
+}
+
+/// Runs `script` in a mount namespace of its own, with the directory as $1 and the program as $2. `None` where nothing can
+/// be mounted.
+fn mounted(dir: &Path, script: &str) -> Option<Output> {
+    if !geteuid().is_root() {
+        println!("nothing can be mounted: left out");
+        return None;
+    }
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script, "sh"]).args([dir, Path::new(PROGRAM)]);
+    let got = command.output().unwrap();
+    let said = text(&got.stderr);
+    if got.status.code() == Some(77) || said.contains("unshare failed") {
+        println!("nothing can be mounted: left out: {said}");
+        return None;
+    }
+    Some(got)
+}
+
+/// A ConfigMap's directory has mode 0777, and is mounted read-only.
+#[test]
+fn what_is_mounted_read_only_may_have_any_mode() {
+    let dir = layout_dir();
+    chmod(&dir.path().join("etc"), 0o777);
+    chmod(&dir.path().join("etc/entries.d"), 0o777);
+    let script = "mount --bind \"$1/etc\" \"$1/etc\" && mount -o remount,bind,ro \"$1/etc\" || exit 77; \
+                  exec \"$2\" validate --config \"$1/etc/agent.conf\"";
+    if let Some(got) = mounted(dir.path(), script) {
+        assert!(got.status.success(), "{}", text(&got.stderr));
+    }
+    assert_eq!(
+        validate(&dir.path().join("etc/agent.conf")).status.code(),
+        Some(1),
+        "writable, it is refused"
+    );
+}
+
+/// Nobody answers for this one: it is refused without having been asked.
+#[test]
+fn a_file_system_of_somebody_elses_is_not_asked() {
+    let dir = layout_dir();
+    let script = format!(
+        "exec 3<>/dev/fuse && mount -i -t fuse -o \
+         fd=3,rootmode=40000,user_id={NEIGHBOUR},group_id={NEIGHBOUR},allow_other none \"$1/etc\" || exit 77; \
+         timeout --signal=KILL 20 \"$2\" validate --config \"$1/etc/agent.conf\""
+    );
+    if let Some(got) = mounted(dir.path(), &script) {
+        let said = text(&got.stderr);
+        assert_eq!(got.status.code(), Some(1), "{said}");
+        assert!(said.contains(&format!("etc is on a FUSE file system of user {NEIGHBOUR}")), "{said}");
+    }
+}
+
+#[test]
+fn a_socket_that_workloads_cannot_reach_is_said_before_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    chmod(dir.path(), 0o755);
+    let config = dir.path().join("agent.conf");
+    let set = |data: &str, socket: &str| {
+        write_config(dir.path(), &entry("/web", ""));
+        let at = dir.path().display();
+        let text = fs::read_to_string(&config).unwrap();
+        let text = text.replace(&format!("{at}/data"), &format!("{at}/{data}"));
+        fs::write(&config, text.replace(&format!("{at}/api.sock"), &format!("{at}/{socket}"))).unwrap();
+    };
+    set("spire", "spire/sockets/agent.sock");
+    for (what, got) in [("run", run(Path::new(PROGRAM), &config, |_| {})), ("validate", validate(&config))] {
+        let said = text(&got.stderr);
+        assert_eq!(got.status.code(), Some(1), "{what}: {said}");
+        assert!(
+            said.contains("spire/sockets/agent.sock") && said.contains("move one of them"),
+            "{what}: {said}"
+        );
+        assert!(!dir.path().join("spire").exists(), "{what}: something was made");
+    }
+    // The command line is asked too.
+    set("data", "api.sock");
+    let below = dir.path().join("data/api.sock");
+    let got = Command::new(PROGRAM)
+        .args(["validate", "--socket-path"])
+        .arg(&below)
+        .arg("--config")
+        .arg(&config)
+        .output();
+    assert_eq!(got.unwrap().status.code(), Some(1));
+
+    // A directory that an admin has closed may be meant: it is told, and no mistake.
+    fs::create_dir(dir.path().join("closed")).unwrap();
+    chmod(&dir.path().join("closed"), 0o750);
+    set("data", "closed/pub/api.sock");
+    let got = validate(&config);
+    assert!(got.status.success(), "{}", text(&got.stderr));
+    let hint = format!("chmod o+x {} if others should", dir.path().join("closed").display());
+    assert!(text(&got.stderr).contains(&hint), "{}", text(&got.stderr));
+}
+
+/// A process of somebody else's that turns `name` in `dir` into a link, a directory and nothing, as fast as it can.
+struct Turner(Child);
+
+impl Turner {
+    fn start(dir: &Path, name: &str, target: &Path) -> Self {
+        let script = "cd \"$1\" || exit 1; while :; do ln -s \"$3\" \"$2\"; rm -f \"$2\"; mkdir \"$2\"; rmdir \"$2\"; done";
+        let mut command = Command::new("timeout");
+        command.args(["300", "sh", "-c", script, "sh"]).arg(dir).arg(name).arg(target);
+        command.stdout(Stdio::null()).stderr(Stdio::null()).uid(NEIGHBOUR).gid(NEIGHBOUR);
+        Self(command.spawn().unwrap())
+    }
+}
+
+impl Drop for Turner {
+    fn drop(&mut self) {
+        // `timeout` passes it on.
+        let _ = kill(Pid::from_raw(self.0.id().cast_signed()), Signal::SIGTERM);
+        drop(self.0.wait());
+    }
+}
+
+#[test]
+fn no_link_makes_a_file_of_ours_everybodys() {
+    if !geteuid().is_root() {
+        println!("nobody else can be become: left out");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    chmod(dir.path(), 0o755);
+    let (secret, private) = (dir.path().join("secret"), dir.path().join("private"));
+    fs::write(&secret, "").unwrap();
+    chmod(&secret, 0o600);
+    fs::create_dir(&private).unwrap();
+    chmod(&private, 0o700);
+
+    // In a directory of theirs nothing is made at all.
+    let theirs = dir.path().join("theirs");
+    fs::create_dir(&theirs).unwrap();
+    chown(&theirs, Some(NEIGHBOUR), Some(NEIGHBOUR)).unwrap();
+    for name in ["api.sock.new", "api.sock.lock", "api.sock", "sub"] {
+        let _turning = Turner::start(&theirs, name, &secret);
+        for _ in 0..50 {
+            let refused = Socket::bind(&theirs.join("api.sock"), 0o777).unwrap_err();
+            assert!(matches!(refused, BindError::Directory { .. }), "{name}: {refused}");
+            let refused = Socket::bind(&theirs.join("sub/api.sock"), 0o777).unwrap_err();
+            assert!(matches!(refused, BindError::Directory { .. }), "{name}: {refused}");
+        }
+    }
+
+    // Where everybody may make directories, one of ours is made, or theirs is refused.
+    let everybodys = dir.path().join("everybodys");
+    fs::create_dir(&everybodys).unwrap();
+    chmod(&everybodys, 0o1777);
+    let (mut served, mut refused) = (0, 0);
+    let turning = Turner::start(&everybodys, "sub", &private);
+    let until = std::time::Instant::now() + PATIENCE;
+    while served + refused < 300 && std::time::Instant::now() < until {
+        match Socket::bind(&everybodys.join("sub/api.sock"), 0o777) {
+            Ok(socket) => {
+                served += 1;
+                let sub = fs::symlink_metadata(everybodys.join("sub")).unwrap();
+                assert!(sub.is_dir() && sub.uid() == 0, "{sub:?}");
+                drop(socket);
+                fs::remove_dir(everybodys.join("sub")).unwrap();
+            }
+            Err(BindError::Directory { .. }) => refused += 1,
+            Err(other) => panic!("{other}"),
+        }
+    }
+    drop(turning);
+    println!("served {served} times, refused {refused} times");
+    assert_eq!((mode(&secret), mode(&private)), (0o600, 0o700));
+    assert_eq!(fs::read_dir(&private).unwrap().count(), 0, "nothing was put where a link led");
+}
+
+/// A dead agent's socket is replaced; a link that somebody put in its place is not followed, and not removed.
+#[test]
+fn what_is_planted_at_the_socket_stays_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, secret) = (dir.path().join("api.sock"), dir.path().join("secret"));
+    fs::write(&secret, "").unwrap();
+    chmod(&secret, 0o600);
+    for name in ["api.sock", "api.sock.lock", "api.sock.new"] {
+        symlink(&secret, dir.path().join(name)).unwrap();
+        let got = Socket::bind(&path, 0o777);
+        assert_eq!(got.is_ok(), name == "api.sock.new", "{name}: {got:?}");
+        drop(got);
+        assert!(fs::symlink_metadata(dir.path().join(name)).unwrap().is_symlink(), "{name}");
+        fs::remove_file(dir.path().join(name)).unwrap();
+    }
+    assert_eq!((mode(&secret), fs::read(&secret).unwrap()), (0o600, Vec::new()));
+}
+
+/// The kernel shows the path that a socket was bound under: `ss -xl` reads it, and clients' errors are about it.
+#[test]
+fn the_socket_has_its_own_name_and_mode_whatever_the_umask() {
+    type Bind = fn(&Path, u32) -> Result<Socket, BindError>;
+    let ways: [(&str, Bind); 2] =
+        [("a thread's umask", Socket::bind), ("the process's umask", Socket::bind_under_umask)];
+    for (case, bind) in ways {
+        for want in [0o777, 0o770, 0o600] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("api.sock");
+            let socket = bind(&path, want).unwrap();
+            let there = fs::symlink_metadata(&path).unwrap();
+            assert!(there.file_type().is_socket(), "{case}");
+            assert_eq!(there.mode() & 0o7777, want, "{case}");
+            let listed = fs::read_to_string("/proc/net/unix").unwrap();
+            assert!(listed.contains(&format!(" {}\n", path.display())), "{case}");
+            drop(UnixStream::connect(&path).unwrap());
+            drop(socket);
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "{case}: nothing is left");
+        }
+    }
+}
+
+/// An agent keeps its memory to itself, whoever starts it, and serves all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_agent_closes_itself_to_others() {
+    let dir = tempfile::tempdir().unwrap();
+    chmod(dir.path(), 0o755);
+    let home = dir.path().join("home");
+    fs::create_dir(&home).unwrap();
+    // The build directory may be closed to others.
+    let program = dir.path().join("durward");
+    fs::copy(PROGRAM, &program).unwrap();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    write_config(&home, &format!("telemetry {{ Prometheus {{ host = \"127.0.0.1\" port = {port} }} }}"));
+    let user = if geteuid().is_root() { NEIGHBOUR } else { geteuid().as_raw() };
+    for file in [&home, &home.join("agent.conf")] {
+        chown(file, Some(user), None).unwrap();
+    }
+    let mut command = Command::new(&program);
+    command.args(["run", "--config"]).arg(home.join("agent.conf")).stdin(Stdio::null());
+    if geteuid().is_root() {
+        command.uid(NEIGHBOUR).gid(NEIGHBOUR);
+    }
+    let mut agent = Process::of(command, &dir.path().join("out"));
+    agent.serving_at(&home.join("api.sock"), &dir.path().join("out")).await;
+    let proc = PathBuf::from(format!("/proc/{}", agent.pid()));
+    let limits = fs::read_to_string(proc.join("limits")).unwrap();
+    let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+    assert_eq!(core.split_whitespace().skip(4).collect::<Vec<_>>(), ["0", "0", "bytes"]);
+    let status = fs::read_to_string(proc.join("status")).unwrap();
+    assert!(status.lines().any(|line| line == "NoNewPrivs:\t1"), "{status}");
+    // So the kernel shows whom it lets look: not the process's own user.
+    assert_eq!(fs::metadata(proc.join("environ")).unwrap().uid(), 0);
+    // It still sees itself.
+    let mut metrics = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    metrics.write_all(b"GET /metrics HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").unwrap();
+    let mut text = String::new();
+    metrics.read_to_string(&mut text).unwrap();
+    for series in ["process_open_fds ", "process_resident_memory_bytes "] {
+        let line =
+            text.lines().find(|line| line.starts_with(series)).unwrap_or_else(|| panic!("{series}: {text}"));
+        assert!(!line.ends_with(" 0"), "{line}");
+    }
+    agent.signal(Signal::SIGTERM);
+    assert!(agent.wait().success());
+}
