@@ -63,7 +63,7 @@ mod standings;
 mod table;
 mod tally;
 
-pub use admission::Limits;
+pub use admission::{Limits, UpdatePlace};
 pub use admitted::Admitted;
 pub use caller::{CallerKey, Families};
 pub use gate::{ConnectionPermit, Gate, GatePlan};

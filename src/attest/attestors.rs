@@ -3,7 +3,12 @@
 //! An attestor has one file or folder, which holds its selectors, its settings, its errors and what it reads of the
 //! host. It implements [`WorkloadAttestor`] and stands in the list at the top of [`super`]; nothing else names it.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant as StdInstant},
+};
+
+use tokio::sync::watch;
 
 use super::{
     AttestorError, AttestorName, Questions,
@@ -13,8 +18,11 @@ use super::{
 };
 use crate::identity::{Entry, selector::Selectors};
 
+/// Counts what attestors learnt apart from any call: after each, what was prepared for the entries may be otherwise.
+pub(super) type News = Arc<watch::Sender<u64>>;
+
 /// One source of selectors. Made once, when the agent starts; whatever it keeps between attestations is bounded.
-pub(super) trait WorkloadAttestor: Default {
+pub(super) trait WorkloadAttestor: Sized {
     /// Its name in `plugins { WorkloadAttestor "NAME" }`, which is the type of its selectors too.
     const NAME: &'static str;
     /// What `plugin_data` says: declared with [`settings!`](crate::hcl::settings).
@@ -23,6 +31,9 @@ pub(super) trait WorkloadAttestor: Default {
     type Error;
     /// What the entries ask it for, with what is known of that ahead. The default is that of no entries.
     type Questions: Default;
+
+    /// One that counts in `news` what it learns apart from any call.
+    fn new(news: &News) -> Self;
 
     /// Whether a process could ever have a selector of this value.
     ///
@@ -33,6 +44,14 @@ pub(super) trait WorkloadAttestor: Default {
     /// Looks what the entries ask for. Does not wait for anything.
     fn prepare_for(&self, entries: &[Arc<Entry>]) -> Self::Questions;
 
+    /// Waits until all that was asked for was looked for once, or until `deadline`. Blocks this thread.
+    fn wait(&self, deadline: StdInstant) {
+        let _nothing_to_wait_for = deadline;
+    }
+
+    /// Why no process of this node has a selector of this value, for a person; `None` where one may have it.
+    fn absent(questions: &Self::Questions, value: &str) -> Option<String>;
+
     /// The kind of a selector of this value, if [`Findings::untold`] may name it: its first word.
     fn untellable(questions: &Self::Questions, value: &str) -> Option<&'static str>;
 
@@ -42,6 +61,17 @@ pub(super) trait WorkloadAttestor: Default {
     /// # Errors
     /// It could find out nothing. Where only some kinds of selectors could not be told, it says so in its findings.
     async fn attest(
+        &self,
+        settings: &Self::Settings,
+        questions: &Questions,
+        seen: &Seen<'_>,
+    ) -> Result<Findings<Self::Error>, Self::Error>;
+
+    /// Finds out also what no entry asks for, within moments: for a person to read.
+    ///
+    /// # Errors
+    /// As [`WorkloadAttestor::attest`].
+    async fn describe(
         &self,
         settings: &Self::Settings,
         questions: &Questions,
@@ -82,6 +112,15 @@ pub(super) struct Attestation {
     pub(super) untold: Vec<(SelectorKind, AttestorError)>,
     /// How long each took.
     pub(super) took: Vec<(AttestorName, Duration)>,
+}
+
+/// Who reads what is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AttestFor {
+    /// The agent, for a call: what entries ask for is enough.
+    Call,
+    /// A person: all that can be found out.
+    Person,
 }
 
 /// Makes of the list of attestors what the rest of the agent sees: their names, their settings, their errors, and all
@@ -151,12 +190,27 @@ macro_rules! attestors {
                 })+
                 None
             }
+
+            /// Why no process of this node has this selector, which an entry asks for; `None` where one may have it.
+            pub fn absent(&self, selector: &Selector) -> Option<String> {
+                $(if selector.kind() == <$attestor as WorkloadAttestor>::NAME {
+                    return <$attestor>::absent(&self.$field, selector.value());
+                })+
+                None
+            }
         }
 
-        #[derive(Default)]
         struct Attestors { $($field: $attestor,)+ }
 
         impl Attestors {
+            fn new(news: &News) -> Self {
+                Self { $($field: <$attestor as WorkloadAttestor>::new(news),)+ }
+            }
+
+            fn wait(&self, deadline: std::time::Instant) {
+                $(self.$field.wait(deadline);)+
+            }
+
             fn prepare_for(&self, entries: &[Arc<Entry>], number: u64) -> Questions {
                 let mut questions =
                     Questions { number, $($field: self.$field.prepare_for(entries),)+ doubts: Doubts::default() };
@@ -167,13 +221,18 @@ macro_rules! attestors {
             /// Asks all of them, side by side; the first failure ends it.
             async fn attest(
                 &self,
+                purpose: AttestFor,
                 settings: &AttestSettings,
                 questions: &Questions,
                 seen: &Seen<'_>,
                 since: Instant,
             ) -> Result<Attestation, AttestorError> {
                 let ($($field,)+) = tokio::try_join!($(async {
-                    let findings = self.$field.attest(&settings.$field, questions, seen).await?;
+                    let (attestor, settings) = (&self.$field, &settings.$field);
+                    let findings = match purpose {
+                        AttestFor::Call => attestor.attest(settings, questions, seen).await,
+                        AttestFor::Person => attestor.describe(settings, questions, seen).await,
+                    }?;
                     let Findings { selectors, evidence, untold } = findings;
                     let attestor = <$attestor as WorkloadAttestor>::NAME;
                     let kind = |word| SelectorKind { attestor, word };

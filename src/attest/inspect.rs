@@ -17,6 +17,7 @@ use tokio::time::Instant;
 
 use super::{
     AttestError, Attestor, Questions, Subject,
+    attestors::AttestFor,
     process::{Attestable, ProcDir},
 };
 use crate::{
@@ -138,7 +139,8 @@ impl Attestor {
         questions: &Questions,
     ) -> Result<Subject, InspectError> {
         let settings = self.settings.load_full();
-        let attested = self.attest_anew(&settings, questions, process, Instant::now()).await;
+        let attested =
+            self.attest_anew(AttestFor::Person, &settings, questions, process, Instant::now()).await;
         let attested = attested.map_err(|source| InspectError::attest(process.pid, source))?;
         Ok(Subject(Arc::new(attested.selectors)))
     }

@@ -1,7 +1,7 @@
 //! Answers that are kept: each is believed for a while, and a table holds so many at most.
 //!
 //! All that attestation remembers is kept so. What is about one connection is a [`Kept`] in the slot of its peer; what
-//! is about something that many connections share (a user's name, a file's content) is in a [`KeptAnswers`].
+//! is about something that many connections share (a file's content) is in a [`KeptAnswers`].
 
 use std::{
     collections::{BTreeMap, HashMap},
