@@ -4,5 +4,6 @@ pub mod accept;
 pub mod clock;
 pub mod heap;
 pub mod lock;
+pub mod namespace;
 pub mod pidfd;
 pub mod systemd;
