@@ -10,11 +10,16 @@
 //! process needs `CAP_SETGID` to change it, and one second is what a stream that was just opened has anyway. Where
 //! the kernel does not say whose a process is (before Linux 6.13), nothing is kept.
 //!
+//! Attestors find out what the entries of a [`Questions`] ask for. These stand in the snapshot that a call is answered
+//! from, so that no call meets an entry whose selectors nobody looked for.
+//!
 //! # Decisions
 //! SPIRE drops the selectors of an attestor that fails and goes on with the rest, so that a passing trouble ends as
-//! `PermissionDenied` or as a wrong identity. Here any failure is an [`AttestError`], and the call `Unavailable`.
+//! `PermissionDenied` or as a wrong identity. Here a call is `Unavailable` when an entry may be its caller's by what
+//! could not be told ([`doubt`]), and no other call suffers.
 
 mod attestors;
+mod doubt;
 mod error;
 pub mod inspect;
 mod kept;
@@ -23,7 +28,12 @@ mod settings;
 pub mod status;
 pub mod unix;
 
-use std::{ops::Deref, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    ops::Deref,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
 use metrics::{Counter, Histogram};
@@ -33,14 +43,18 @@ use tokio::time::Instant;
 pub use self::error::{AttestError, AttestFault, Blame, ProcReadError};
 pub(crate) use self::settings::is_enabled;
 use self::{
-    attestors::{Attestation, Evidence, Findings, WorkloadAttestor, attestors},
+    attestors::{Attestation, Evidence, Findings, Untold, WorkloadAttestor, attestors},
+    doubt::{Doubts, SelectorKind},
     kept::Kept,
     process::{Attestable, ProcDir, Seen},
     unix::{UnixAttestor, UnixError, UnixSettings},
 };
 use crate::{
     hcl::section::Section,
-    identity::{Entry, selector::Selectors},
+    identity::{
+        Entry, EntryIndex,
+        selector::{Selector, Selectors},
+    },
     limits::Admitted,
     os::pidfd::Pidfd,
     peer::Peer,
@@ -95,6 +109,8 @@ pub struct Attestor {
     /// Only [`Attestor::reload`] writes.
     settings: ArcSwap<AttestSettings>,
     attestors: Attestors,
+    /// What was prepared last, and for which entries.
+    prepared: Mutex<(Arc<EntryIndex>, Arc<Questions>)>,
     /// Whether [`Attestable::is_alive`] sees a change of user or group.
     kernel_tells_owner: bool,
     metrics: AttestMetrics,
@@ -104,6 +120,8 @@ pub struct Attestor {
 struct LastResult {
     /// It was made with these settings, and is of no use with others.
     settings: Arc<AttestSettings>,
+    /// It was made for these questions, and is of no use for others.
+    questions: u64,
     evidence: Vec<Box<dyn Evidence>>,
     subject: Subject,
 }
@@ -115,6 +133,7 @@ impl Attestor {
             proc_root: PathBuf::from("/proc"),
             settings: ArcSwap::from_pointee(settings),
             attestors: Attestors::default(),
+            prepared: Mutex::default(),
             kernel_tells_owner: kernel_tells_owner(),
             metrics: AttestMetrics::new(Registry::new(&metrics::NoopRecorder)),
         }
@@ -131,19 +150,30 @@ impl Attestor {
         self.settings.store(Arc::new(settings));
     }
 
-    /// Looks what the entries ask for: what none of them asks for may stay unknown without failing an attestation.
-    pub fn prepare_for(&self, entries: &[Arc<Entry>]) {
-        self.attestors.prepare_for(entries);
+    /// Looks what the entries ask for. Does not wait: what is not known yet stays untold. For the same entries it costs
+    /// nothing until something else is known.
+    pub fn prepare_for(&self, index: &Arc<EntryIndex>) -> Arc<Questions> {
+        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        let (last, questions) = &*prepared;
+        if questions.number == 0 || !Arc::ptr_eq(last, index) {
+            let next = self.attestors.prepare_for(index.entries(), questions.number + 1);
+            *prepared = (Arc::clone(index), Arc::new(next));
+        }
+        Arc::clone(&prepared.1)
     }
 
-    /// Attests an admitted peer. Reads of `/proc` are made on this thread, as they take microseconds; what may take
+    /// Attests an admitted peer, as far as `questions` go: those of the snapshot that the call is answered from. Reads of `/proc` are made on this thread, as they take microseconds; what may take
     /// longer (an executable's content, names from a directory server) is not. A failure that is the peer's own doing
     /// costs it more.
     ///
     /// # Errors
     /// [`AttestError`]: the peer is gone, or what it is cannot be told. Never a sign that it has no identity.
-    pub async fn attest(&self, mut admitted: Admitted<Arc<Peer>>) -> Result<Attested, AttestError> {
-        match self.subject(admitted.peer().as_ref()).await {
+    pub async fn attest(
+        &self,
+        mut admitted: Admitted<Arc<Peer>>,
+        questions: &Questions,
+    ) -> Result<Attested, AttestError> {
+        match self.subject(admitted.peer().as_ref(), questions).await {
             Ok(subject) => Ok(Attested { admitted, subject }),
             Err(error) => {
                 if error.blame() == Blame::Refusal {
@@ -154,19 +184,22 @@ impl Attestor {
         }
     }
 
-    async fn subject(&self, process: &dyn Attestable) -> Result<Subject, AttestError> {
+    async fn subject(&self, process: &dyn Attestable, questions: &Questions) -> Result<Subject, AttestError> {
         let settings = self.settings.load_full();
-        if let Some(kept) = self.kept(&settings, process)? {
+        if let Some(kept) = self.kept(&settings, questions, process)? {
             return Ok(kept);
         }
         let at = Instant::now();
-        let attested = self.attest_anew(&settings, process, at).await;
+        let attested = self.attest_anew(&settings, questions, process, at).await;
+        let attested = attested.and_then(|attestation| without_doubt(attestation, questions));
         self.metrics.count(&attested);
-        let Attestation { selectors, evidence, .. } = attested?;
+        let Attestation { selectors, evidence, untold, took: _ } = attested?;
         let subject = Subject(Arc::new(selectors));
         if let Some(slot) = process.slot().filter(|_| self.kernel_tells_owner) {
-            let last = LastResult { settings, evidence, subject: subject.clone() };
-            let keep = subject.len() <= KEPT_SELECTORS;
+            let questions = questions.number;
+            let last = LastResult { settings, questions, evidence, subject: subject.clone() };
+            // What could not be told may be told by the next call.
+            let keep = subject.len() <= KEPT_SELECTORS && untold.is_empty();
             slot.store(keep.then(|| Kept::until(at + REUSE, last)));
         }
         Ok(subject)
@@ -175,11 +208,14 @@ impl Attestor {
     async fn attest_anew(
         &self,
         settings: &AttestSettings,
+        questions: &Questions,
         process: &dyn Attestable,
         at: Instant,
     ) -> Result<Attestation, AttestError> {
         let found = match Seen::open(&self.proc_root, process) {
-            Ok(seen) => self.attestors.attest(settings, &seen, at).await.map_err(AttestError::from),
+            Ok(seen) => {
+                self.attestors.attest(settings, questions, &seen, at).await.map_err(AttestError::from)
+            }
             Err(error) => Err(error),
         };
         // Last of all: it lives now, so everything above was read of it. Of a process that is gone anything may be
@@ -192,12 +228,15 @@ impl Attestor {
     fn kept(
         &self,
         settings: &Arc<AttestSettings>,
+        questions: &Questions,
         process: &dyn Attestable,
     ) -> Result<Option<Subject>, AttestError> {
         let Some(kept) = process.slot().and_then(|slot| slot.load::<Kept<LastResult>>()) else {
             return Ok(None);
         };
-        let last = kept.believed(Instant::now()).filter(|last| Arc::ptr_eq(&last.settings, settings));
+        let fits =
+            |last: &&LastResult| Arc::ptr_eq(&last.settings, settings) && last.questions == questions.number;
+        let last = kept.believed(Instant::now()).filter(fits);
         let Some(last) = last else { return Ok(None) };
         if !last.evidence.is_empty() {
             let dir = ProcDir::open(&self.proc_root, process.pid())?;
@@ -210,6 +249,20 @@ impl Attestor {
         process.is_alive()?;
         Ok(Some(last.subject.clone()))
     }
+}
+
+/// The attestation, unless an entry may be the process's by what could not be told.
+fn without_doubt(mut attestation: Attestation, questions: &Questions) -> Result<Attestation, AttestError> {
+    if attestation.untold.is_empty() {
+        return Ok(attestation);
+    }
+    let untold: Vec<SelectorKind> = attestation.untold.iter().map(|(kind, _)| *kind).collect();
+    let kind_of = |selector: &Selector| questions.untellable(selector);
+    let Some(kind) = questions.doubts.first(&attestation.selectors, &untold, kind_of) else {
+        return Ok(attestation);
+    };
+    let at = untold.iter().position(|it| *it == kind).unwrap_or_default();
+    Err(attestation.untold.swap_remove(at).1.into())
 }
 
 /// The series of attestation.
@@ -328,6 +381,11 @@ mod tests {
         })
     }
 
+    /// What no entries ask for.
+    fn nothing() -> Questions {
+        Questions::default()
+    }
+
     /// Whether the second is the first once more.
     fn same(first: &Subject, second: &Subject) -> bool {
         Arc::ptr_eq(&first.0, &second.0)
@@ -352,7 +410,8 @@ mod tests {
             ("hostile-name", 4102, (1000, 1000), "gid:1000 supplementary_gid:1000 uid:1000"),
             ("effective-differs", 4103, (21, 11), "gid:11 supplementary_gid:7 uid:21"),
         ] {
-            let selectors = attestor(case).subject(&fixture(pid, owner)).await.unwrap();
+            let selectors =
+                attestor(case).subject(&fixture(pid, owner), &Questions::default()).await.unwrap();
             assert_eq!(numbers(&selectors), want.split(' ').collect(), "{case}");
             assert!(selectors.iter().all(|s| s.kind() == "unix"), "{case}");
         }
@@ -366,8 +425,8 @@ mod tests {
         ] {
             let attestors = Attestors { unix: UnixAttestor::nameless() };
             let attestor = Attestor { attestors, ..attestor("user-with-groups") };
-            attestor.prepare_for(&[entry(selector)]);
-            match (attestor.subject(&fixture(4100, (1000, 1001))).await, want) {
+            let questions = attestor.prepare_for(&Arc::new(EntryIndex::new([entry(selector)])));
+            match (attestor.subject(&fixture(4100, (1000, 1001)), &questions).await, want) {
                 (Ok(selectors), Some(want)) => assert!(numbers(&selectors).contains(want), "{case}"),
                 (Err(AttestError::Attestor(AttestorError::Unix(UnixError::NoNames))), None) => {}
                 (got, want) => panic!("{case}: {got:?}, not {want:?}"),
@@ -429,7 +488,7 @@ mod tests {
                 Blame::Fault,
             ),
         ] {
-            let err = attestor(case).subject(&fixture(pid, owner)).await.unwrap_err();
+            let err = attestor(case).subject(&fixture(pid, owner), &nothing()).await.unwrap_err();
             let root = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/proc");
             assert_eq!(err.to_string(), want.replace("{root}", root), "{case}");
             assert_eq!(err.blame(), blame, "{case}");
@@ -441,41 +500,44 @@ mod tests {
         let attestor = attestor("user-with-groups");
         let gone = fixture(4100, (1000, 1001));
         gone.fates.lock().unwrap().push(AttestError::Gone);
-        assert!(matches!(attestor.subject(&gone).await, Err(AttestError::Gone)));
+        assert!(matches!(attestor.subject(&gone, &nothing()).await, Err(AttestError::Gone)));
         assert!(gone.slot.load::<Kept<LastResult>>().is_none(), "and nothing is kept");
 
         // What is read in place of a process that is gone may be anything; the reason is that it is gone.
         let replaced = fixture(4100, (0, 0));
         replaced.fates.lock().unwrap().push(AttestError::Gone);
-        assert!(matches!(attestor.subject(&replaced).await, Err(AttestError::Gone)));
+        assert!(matches!(attestor.subject(&replaced, &nothing()).await, Err(AttestError::Gone)));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_result_is_kept_for_a_second() {
         let attestor = attestor("user-with-groups");
         let process = fixture(4100, (1000, 1001));
-        let first = attestor.subject(&process).await.unwrap();
+        let first = attestor.subject(&process, &nothing()).await.unwrap();
         tokio::time::advance(REUSE - Duration::from_millis(2)).await;
-        assert!(same(&first, &attestor.subject(&process).await.unwrap()), "within the second");
+        assert!(same(&first, &attestor.subject(&process, &nothing()).await.unwrap()), "within the second");
         tokio::time::advance(Duration::from_millis(4)).await;
-        let second = attestor.subject(&process).await.unwrap();
+        let second = attestor.subject(&process, &nothing()).await.unwrap();
         assert!(!same(&first, &second), "after it: use does not prolong it");
         assert_eq!(first, second);
 
         attestor.reload(AttestSettings::default());
-        let third = attestor.subject(&process).await.unwrap();
+        let third = attestor.subject(&process, &nothing()).await.unwrap();
         assert!(!same(&second, &third), "nothing of the old settings is used");
 
         process.fates.lock().unwrap().push(AttestError::Gone);
-        assert!(matches!(attestor.subject(&process).await, Err(AttestError::Gone)), "alive for every use");
+        assert!(
+            matches!(attestor.subject(&process, &nothing()).await, Err(AttestError::Gone)),
+            "alive for every use"
+        );
     }
 
     #[tokio::test]
     async fn nothing_is_kept_where_the_kernel_does_not_tell_owners() {
         let attestor = Attestor { kernel_tells_owner: false, ..attestor("user-with-groups") };
         let process = fixture(4100, (1000, 1001));
-        let first = attestor.subject(&process).await.unwrap();
-        assert!(!same(&first, &attestor.subject(&process).await.unwrap()));
+        let first = attestor.subject(&process, &nothing()).await.unwrap();
+        assert!(!same(&first, &attestor.subject(&process, &nothing()).await.unwrap()));
     }
 
     #[tokio::test]
@@ -484,9 +546,9 @@ mod tests {
         let attestor = attestor("user-with-groups").counted_by(metrics.registry());
         let process = fixture(4100, (1000, 1001));
         for _ in 0..2 {
-            attestor.subject(&process).await.unwrap();
+            attestor.subject(&process, &nothing()).await.unwrap();
         }
-        attestor.subject(&fixture(4099, (1000, 1001))).await.unwrap_err();
+        attestor.subject(&fixture(4099, (1000, 1001)), &nothing()).await.unwrap_err();
         let text = metrics.render();
         for line in [
             r#"durward_attestation_duration_seconds_count{attestor="unix"} 1"#,

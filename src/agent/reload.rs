@@ -31,7 +31,7 @@ impl Running {
             listener: _,
             kubernetes: _,
             issuer: _,
-            entries,
+            entries: _,
             federated: _,
             attest,
             prometheus: _,
@@ -51,7 +51,6 @@ impl Running {
         self.connections.send_if_modified(|old| std::mem::replace(old, connections.clone()) != connections);
         parts.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);
         parts.jwt.resize(caches.jwt_svids.count());
-        parts.attestor.prepare_for(entries);
         parts.attestor.reload(attest.clone());
         parts.writer.replace(policy.clone(), || parts.issuer.reload(told));
         if let Some(lines) = &self.log {

@@ -77,8 +77,10 @@ impl AgentParts {
         let x509 = X509Cache::new(Arc::clone(&issuer), clock, x509_svids, caches.availability_target);
         let x509 = Arc::new(x509);
         let jwt = JwtCache::new(Arc::clone(&issuer), clock, Arc::clone(&store_series), jwt_svids);
+        let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
         let writer = Writer::new(
             Arc::clone(&issuer),
+            Arc::clone(&attestor),
             clock,
             Arc::clone(&x509),
             Arc::clone(&store_series),
@@ -88,9 +90,6 @@ impl AgentParts {
             issuer_series.rotation.refresh(clock.now());
             store_series.renewal.refresh(clock.now());
         });
-        let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
-        attestor.prepare_for(&config.entries);
-
         let means = Means::of_this_process();
         let budget = config.ratelimit.memory.budget(means.cgroup);
         let gate_plan = GatePlan::new(&config.ratelimit, means.nofile, budget)?;

@@ -199,8 +199,8 @@ impl AdminParts {
         let process = self.attestor.inspect(pid)?;
         // Before the attestor, which asks last whether the process still lives.
         let (caller, source) = self.keys.explain(process.pid(), process.uid());
-        let subject = self.attestor.describe(&process).await?;
         let snapshot = self.store.snapshot();
+        let subject = self.attestor.describe(&process, &snapshot.questions).await?;
         let matches = matches(&snapshot, &subject);
         let near = snapshot.index.nearest(&subject, NEAREST);
         let (uid, gid) = (process.uid().as_raw(), process.gid().as_raw());

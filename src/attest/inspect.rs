@@ -16,7 +16,7 @@ use nix::{
 use tokio::time::Instant;
 
 use super::{
-    AttestError, Attestor, Subject,
+    AttestError, Attestor, Questions, Subject,
     process::{Attestable, ProcDir},
 };
 use crate::{
@@ -132,9 +132,13 @@ impl Attestor {
     ///
     /// # Errors
     /// [`InspectError`].
-    pub async fn describe(&self, process: &Inspected) -> Result<Subject, InspectError> {
+    pub async fn describe(
+        &self,
+        process: &Inspected,
+        questions: &Questions,
+    ) -> Result<Subject, InspectError> {
         let settings = self.settings.load_full();
-        let attested = self.attest_anew(&settings, process, Instant::now()).await;
+        let attested = self.attest_anew(&settings, questions, process, Instant::now()).await;
         let attested = attested.map_err(|source| InspectError::attest(process.pid, source))?;
         Ok(Subject(Arc::new(attested.selectors)))
     }
@@ -162,13 +166,13 @@ mod tests {
         let pid = i32::try_from(child.id()).unwrap();
         let found = attestor.inspect(pid).unwrap();
         assert_eq!((found.uid(), found.gid()), (nix::unistd::geteuid(), nix::unistd::getegid()));
-        let subject = attestor.describe(&found).await.unwrap();
+        let subject = attestor.describe(&found, &Questions::default()).await.unwrap();
         let uid = format!("unix:uid:{}", found.uid());
         assert!(subject.iter().any(|selector| selector.to_string() == uid), "{subject:?}");
 
         child.kill().unwrap();
         child.wait().unwrap();
-        let gone = attestor.describe(&found).await.unwrap_err();
+        let gone = attestor.describe(&found, &Questions::default()).await.unwrap_err();
         assert!(matches!(gone, InspectError::NoProcess(it) if it == pid), "{gone}");
         for nobody in [pid, 0, -1, i32::MAX] {
             let err = attestor.inspect(nobody).unwrap_err();

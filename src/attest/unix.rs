@@ -10,13 +10,7 @@ mod digest;
 mod executable;
 mod names;
 
-use std::{
-    path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use std::{path::PathBuf, sync::Arc};
 
 use self::{
     digest::{DigestError, Digests, Hex},
@@ -24,8 +18,8 @@ use self::{
     names::{NameId, Names},
 };
 use super::{
-    AttestFault, Blame,
-    attestors::{Evidence, Findings, WorkloadAttestor},
+    AttestFault, Blame, Questions,
+    attestors::{Evidence, Findings, Untold, WorkloadAttestor},
     error::ProcReadError,
     process::Seen,
     status::ProcStatus,
@@ -125,19 +119,29 @@ impl UnixError {
     }
 }
 
+/// What entries ask for.
+#[derive(Debug, Default)]
+pub struct UnixQuestions {
+    /// The kinds of selectors that may stay untold, as far as an entry asks for one: [`NAMES`], [`PATH`], [`SHA256`].
+    asked: Vec<&'static str>,
+}
+
+impl UnixQuestions {
+    /// Whether an entry asks for a selector of this kind.
+    fn ask_for(&self, word: &str) -> bool {
+        self.asked.contains(&word)
+    }
+}
+
 /// What it keeps between attestations.
 pub(super) struct UnixAttestor {
     names: Names,
-    /// Whether an entry asks for the name of a user or group. If so (as at the start), an attestation for which the
-    /// user database does not answer fails: a selector that is missing would be a smaller identity. If not, nobody is
-    /// to wait for a directory server that is away.
-    names_asked: AtomicBool,
     digests: Digests,
 }
 
 impl Default for UnixAttestor {
     fn default() -> Self {
-        Self { names: Names::of_system(), names_asked: AtomicBool::new(true), digests: Digests::default() }
+        Self { names: Names::of_system(), digests: Digests::default() }
     }
 }
 
@@ -145,6 +149,7 @@ impl WorkloadAttestor for UnixAttestor {
     const NAME: &'static str = "unix";
     type Settings = UnixSettings;
     type Error = UnixError;
+    type Questions = UnixQuestions;
 
     fn check(value: &str, settings: &UnixSettings) -> Result<(), String> {
         let (kind, of) = value.split_once(':').unwrap_or((value, ""));
@@ -173,25 +178,42 @@ impl WorkloadAttestor for UnixAttestor {
         }
     }
 
-    fn prepare_for(&self, entries: &[Arc<Entry>]) {
-        let asked = entries.iter().flat_map(|entry| &entry.selectors).any(needs_name);
-        self.names_asked.store(asked, Ordering::Relaxed);
+    fn prepare_for(&self, entries: &[Arc<Entry>]) -> UnixQuestions {
+        let mut questions = UnixQuestions::default();
+        let selectors = entries.iter().flat_map(|entry| &entry.selectors);
+        for word in selectors.filter(|it| it.kind() == Self::NAME).filter_map(|it| kind(it.value())) {
+            if !questions.ask_for(word) {
+                questions.asked.push(word);
+            }
+        }
+        questions
     }
 
-    async fn attest(&self, settings: &UnixSettings, seen: &Seen<'_>) -> Result<Findings, UnixError> {
+    fn untellable(_questions: &UnixQuestions, value: &str) -> Option<&'static str> {
+        kind(value)
+    }
+
+    async fn attest(
+        &self,
+        settings: &UnixSettings,
+        questions: &Questions,
+        seen: &Seen<'_>,
+    ) -> Result<Findings<UnixError>, UnixError> {
+        let mut untold = Vec::new();
         let (executable, sha256) = if settings.discover_workload_path {
             self.executable(*settings, seen).await?
         } else {
             (None, None)
         };
-        let names = self.names.find(&ids(&seen.status)).await;
-        if names.iter().any(Result::is_err) && self.names_asked.load(Ordering::Relaxed) {
-            return Err(UnixError::NoNames);
+        let names: Result<Vec<_>, _> = self.names.find(&ids(&seen.status)).await.into_iter().collect();
+        if names.is_err() && questions.unix.ask_for(NAMES) {
+            untold.push(Untold { word: NAMES, why: UnixError::NoNames });
         }
-        let names = names.into_iter().map(Result::unwrap_or_default).collect();
+        let names = names.unwrap_or_default();
         Ok(Findings {
             selectors: selectors(&seen.status, names, executable.as_ref(), sha256.as_deref()),
             evidence: executable.map(|executable| -> Box<dyn Evidence> { Box::new(executable) }),
+            untold,
         })
     }
 }
@@ -232,10 +254,18 @@ impl UnixAttestor {
     }
 }
 
-/// Whether a selector can only be found with a name from the user database.
-fn needs_name(selector: &Selector) -> bool {
-    let what = selector.value().split(':').next().unwrap_or_default();
-    selector.kind() == UnixAttestor::NAME && matches!(what, "user" | "group" | "supplementary_group")
+const NAMES: &str = "user";
+const PATH: &str = "path";
+const SHA256: &str = "sha256";
+
+/// The kind of a selector that may stay untold; names are one.
+fn kind(value: &str) -> Option<&'static str> {
+    match value.split(':').next() {
+        Some("user" | "group" | "supplementary_group") => Some(NAMES),
+        Some("path") => Some(PATH),
+        Some("sha256") => Some(SHA256),
+        _ => None,
+    }
 }
 
 /// Whose names the selectors of a process need, in the order that [`selectors`] takes them.
@@ -305,19 +335,6 @@ mod tests {
         ] {
             let settings = UnixSettings { discover_workload_path: discover, workload_size_limit: limit };
             assert_eq!(settings.hashing(), want, "{settings:?}");
-        }
-    }
-
-    #[test]
-    fn names_are_asked_for_by_selectors_of_names() {
-        for (selector, needs) in [
-            ("unix:user:web", true),
-            ("unix:group:www", true),
-            ("unix:supplementary_group:adm", true),
-            ("unix:uid:1000", false),
-            ("unix:path:/user:x", false),
-        ] {
-            assert_eq!(needs_name(&Selector::parse(selector).unwrap()), needs, "{selector}");
         }
     }
 }

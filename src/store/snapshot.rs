@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use super::settings::Policy;
 use crate::{
+    attest::Questions,
     identity::{Bundles, EntryId, EntryIndex, TrustDomain},
     issuer::World,
 };
@@ -23,6 +24,8 @@ pub struct Snapshot {
     /// Grows by one with each snapshot.
     pub generation: u64,
     pub index: Arc<EntryIndex>,
+    /// What these entries ask of a caller: whoever is attested for this snapshot is asked this.
+    pub questions: Arc<Questions>,
     /// Who is verified with what.
     pub bundles: Bundles,
     /// What the admin decided.
@@ -32,9 +35,9 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    fn new(generation: u64, world: &World, policy: Arc<Policy>) -> Self {
+    fn new(generation: u64, world: &World, questions: Arc<Questions>, policy: Arc<Policy>) -> Self {
         let (index, bundles) = (Arc::clone(&world.index), world.bundles.clone());
-        Self { generation, index, bundles, policy, answers: Answers::default() }
+        Self { generation, index, questions, bundles, policy, answers: Answers::default() }
     }
 }
 
@@ -122,8 +125,8 @@ pub struct Store {
 
 impl Store {
     /// Starts with this content, as generation 1.
-    pub fn new(world: &World, policy: Arc<Policy>) -> Self {
-        let first = Snapshot::new(1, world, policy);
+    pub(super) fn new(world: &World, questions: Arc<Questions>, policy: Arc<Policy>) -> Self {
+        let first = Snapshot::new(1, world, questions, policy);
         Self { current: ArcSwap::from_pointee(first), changed: watch::Sender::new(Change::Generation(1)) }
     }
 
@@ -142,11 +145,16 @@ impl Store {
         self.changed.send_replace(Change::Draining);
     }
 
-    /// Makes `world` and `policy` the present, and returns that. Only [`super::Writer`] calls this, one call at a time,
-    /// hence no compare-and-swap loop.
-    pub(super) fn publish(&self, world: &World, policy: Arc<Policy>) -> Arc<Snapshot> {
+    /// Makes `world`, with the `questions` of its entries, and `policy` the present, and returns that. Only
+    /// [`super::Writer`] calls this, one call at a time, hence no compare-and-swap loop.
+    pub(super) fn publish(
+        &self,
+        world: &World,
+        questions: Arc<Questions>,
+        policy: Arc<Policy>,
+    ) -> Arc<Snapshot> {
         let generation = self.current.load().generation + 1;
-        let snapshot = Arc::new(Snapshot::new(generation, world, policy));
+        let snapshot = Arc::new(Snapshot::new(generation, world, questions, policy));
         // Store before notify: a stream that wakes finds it.
         self.current.store(Arc::clone(&snapshot));
         self.changed.send_if_modified(|change| match change {

@@ -14,6 +14,7 @@ use tokio::{sync::watch, task::JoinSet};
 
 use super::{StoreMetrics, settings::Policy, snapshot::Store, x509_cache::X509Cache};
 use crate::{
+    attest::Attestor,
     issuer::{Issuer, SvidKind, World},
     os::clock::{Clock, sleep_until},
     telemetry::chain,
@@ -33,9 +34,9 @@ const LOOK: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(250);
 
 /// Writes the store.
-#[derive(Debug)]
 pub struct Writer {
     store: Arc<Store>,
+    attestor: Arc<Attestor>,
     issuer: Arc<dyn Issuer>,
     world: watch::Receiver<Arc<World>>,
     clock: Clock,
@@ -46,9 +47,11 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Builds the store from the issuer's world and this policy.
+    /// Builds the store from the issuer's world and this policy. `attestor` is told what the entries of each snapshot
+    /// ask for.
     pub fn new(
         issuer: Arc<dyn Issuer>,
+        attestor: Arc<Attestor>,
         clock: Clock,
         x509: Arc<X509Cache>,
         metrics: Arc<StoreMetrics>,
@@ -56,9 +59,10 @@ impl Writer {
     ) -> Self {
         let world = issuer.world();
         let first = Arc::clone(&world.borrow());
-        let store = Arc::new(Store::new(&first, Arc::new(policy)));
+        let questions = attestor.prepare_for(&first.index);
+        let store = Arc::new(Store::new(&first, questions, Arc::new(policy)));
         metrics.set_snapshot(&store.snapshot());
-        Self { store, issuer, world, clock, x509, metrics, published: Mutex::new(first) }
+        Self { store, attestor, issuer, world, clock, x509, metrics, published: Mutex::new(first) }
     }
 
     /// What requests read.
@@ -151,6 +155,7 @@ impl Writer {
 
     fn publish(&self, published: &mut Arc<World>, policy: Arc<Policy>) {
         *published = Arc::clone(&self.world.borrow());
-        self.metrics.set_snapshot(&self.store.publish(published, policy));
+        let questions = self.attestor.prepare_for(&published.index);
+        self.metrics.set_snapshot(&self.store.publish(published, questions, policy));
     }
 }

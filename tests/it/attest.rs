@@ -23,7 +23,7 @@ use std::{
 
 use aws_lc_rs::digest::{SHA256, digest};
 use durward::{
-    attest::{AttestError, AttestSettings, Attestor, Blame, Subject, unix::UnixSettings},
+    attest::{AttestError, AttestSettings, Attestor, Blame, Questions, Subject, unix::UnixSettings},
     identity::selector::Selectors,
     limits::{Limits, Method, report::Standing},
     peer::{OsUid, Peer},
@@ -152,7 +152,7 @@ impl Drop for Process {
 
 async fn attest(attestor: &Attestor, peer: &Arc<Peer>) -> Result<Subject, AttestError> {
     let admitted = Limits::default().admit_caller(Arc::clone(peer), Method::FetchX509Svid).unwrap();
-    Ok(attestor.attest(admitted).await?.into_parts().1)
+    Ok(attestor.attest(admitted, &Questions::default()).await?.into_parts().1)
 }
 
 fn texts(selectors: &Selectors) -> BTreeSet<String> {
@@ -333,7 +333,7 @@ async fn a_failure_of_the_callers_own_doing_costs_it_more() {
         };
         let before = left();
         let admitted = limits.admit_caller(Arc::clone(peer), Method::FetchX509Svid).unwrap();
-        let attested = Attestor::new(settings).attest(admitted).await;
+        let attested = Attestor::new(settings).attest(admitted, &Questions::default()).await;
         assert_eq!(attested.is_ok(), succeeds, "{case}: {attested:?}");
         drop(attested);
         assert_eq!(before - left(), cost, "{case}");
