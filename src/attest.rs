@@ -55,7 +55,7 @@ use crate::{
         Entry, EntryIndex,
         selector::{Selector, Selectors},
     },
-    limits::Admitted,
+    limits::{Admitted, Families},
     os::pidfd::Pidfd,
     peer::Peer,
     telemetry::registry::{By, Label as _, Registry},
@@ -108,6 +108,8 @@ pub struct Attestor {
     proc_root: PathBuf,
     /// Only [`Attestor::reload`] writes.
     settings: ArcSwap<AttestSettings>,
+    /// Only [`Attestor::share_by`] writes.
+    families: ArcSwap<Families>,
     attestors: Attestors,
     /// What was prepared last, and for which entries.
     prepared: Mutex<(Arc<EntryIndex>, Arc<Questions>)>,
@@ -129,10 +131,13 @@ struct LastResult {
 impl Attestor {
     /// An attestor of the processes in `/proc`. Its attestations are not counted.
     pub fn new(settings: AttestSettings) -> Self {
+        let attestors = Attestors::default();
+        attestors.begin(&settings);
         Self {
             proc_root: PathBuf::from("/proc"),
             settings: ArcSwap::from_pointee(settings),
-            attestors: Attestors::default(),
+            families: ArcSwap::default(),
+            attestors,
             prepared: Mutex::default(),
             kernel_tells_owner: kernel_tells_owner(),
             metrics: AttestMetrics::new(Registry::new(&metrics::NoopRecorder)),
@@ -147,7 +152,13 @@ impl Attestor {
 
     /// Attests with other settings from the next call on; nothing that was found out with the old ones is used.
     pub fn reload(&self, settings: AttestSettings) {
+        self.attestors.begin(&settings);
         self.settings.store(Arc::new(settings));
+    }
+
+    /// Shares what callers wait for by these families from the next call on.
+    pub fn share_by(&self, families: Families) {
+        self.families.store(Arc::new(families));
     }
 
     /// Looks what the entries ask for. Does not wait: what is not known yet stays untold. For the same entries it costs
@@ -186,7 +197,7 @@ impl Attestor {
 
     async fn subject(&self, process: &dyn Attestable, questions: &Questions) -> Result<Subject, AttestError> {
         let settings = self.settings.load_full();
-        if let Some(kept) = self.kept(&settings, questions, process)? {
+        if let Some(kept) = self.kept(&settings, questions, process).await? {
             return Ok(kept);
         }
         let at = Instant::now();
@@ -212,7 +223,8 @@ impl Attestor {
         process: &dyn Attestable,
         at: Instant,
     ) -> Result<Attestation, AttestError> {
-        let found = match Seen::open(&self.proc_root, process) {
+        let seen = Seen::open(&self.proc_root, &self.families.load(), process);
+        let found = match seen {
             Ok(seen) => {
                 self.attestors.attest(settings, questions, &seen, at).await.map_err(AttestError::from)
             }
@@ -225,7 +237,7 @@ impl Attestor {
     }
 
     /// The connection's last result, if it may be used once more.
-    fn kept(
+    async fn kept(
         &self,
         settings: &Arc<AttestSettings>,
         questions: &Questions,
@@ -241,13 +253,21 @@ impl Attestor {
         if !last.evidence.is_empty() {
             let dir = ProcDir::open(&self.proc_root, process.pid())?;
             for evidence in &last.evidence {
-                if !evidence.holds(&dir)? {
+                if !evidence.holds(&dir).await {
                     return Ok(None);
                 }
             }
         }
         process.is_alive()?;
         Ok(Some(last.subject.clone()))
+    }
+}
+
+impl Questions {
+    /// Whether an entry may be a process's that asks for nothing but what was `found` and selectors of these kinds.
+    fn may_ask(&self, attestor: &'static str, found: &Selectors, words: &[&'static str]) -> bool {
+        let kinds: Vec<SelectorKind> = words.iter().map(|word| SelectorKind { attestor, word }).collect();
+        self.doubts.first(found, &kinds, |selector| self.untellable(selector)).is_some()
     }
 }
 

@@ -72,4 +72,5 @@ pub use method::Method;
 pub use refusal::{ConnectionRefusal, Refusal, RejectionStatus};
 pub use settings::{LimitSettings, NodeSettings, SoftLimits};
 pub use slots::{Attestations, AttestationsError};
+pub(crate) use slots::{AttestationSlot, Slots};
 pub use table::{TableSize, TableSizeError};

@@ -5,10 +5,11 @@
 
 use std::{sync::Arc, time::Duration};
 
+use futures_util::future::BoxFuture;
+
 use super::{
     AttestorError, AttestorName, Questions,
     doubt::SelectorKind,
-    error::ProcReadError,
     process::{ProcDir, Seen},
 };
 use crate::identity::{Entry, selector::Selectors};
@@ -29,6 +30,9 @@ pub(super) trait WorkloadAttestor: Default {
     /// # Errors
     /// Says what is wrong with it, and what is right.
     fn check(value: &str, settings: &Self::Settings) -> Result<(), String>;
+
+    /// Gets ready for these settings, which are in force from now on. Does not wait for anything.
+    fn begin(&self, _settings: &Self::Settings) {}
 
     /// Looks what the entries ask for. Does not wait for anything.
     fn prepare_for(&self, entries: &[Arc<Entry>]) -> Self::Questions;
@@ -67,11 +71,8 @@ pub(super) struct Untold<E> {
 
 /// What findings rest on, as far as it may change while the process lives.
 pub(super) trait Evidence: Send + Sync {
-    /// Whether it is as it was; `dir` is the directory of the process.
-    ///
-    /// # Errors
-    /// It cannot be read.
-    fn holds(&self, dir: &ProcDir) -> Result<bool, ProcReadError>;
+    /// Whether it is certainly as it was; `dir` is the directory of the process.
+    fn holds<'a>(&'a self, dir: &'a ProcDir) -> BoxFuture<'a, bool>;
 }
 
 /// What all attestors found of one process.
@@ -157,6 +158,10 @@ macro_rules! attestors {
         struct Attestors { $($field: $attestor,)+ }
 
         impl Attestors {
+            fn begin(&self, settings: &AttestSettings) {
+                $(self.$field.begin(&settings.$field);)+
+            }
+
             fn prepare_for(&self, entries: &[Arc<Entry>], number: u64) -> Questions {
                 let mut questions =
                     Questions { number, $($field: self.$field.prepare_for(entries),)+ doubts: Doubts::default() };

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use super::{
     AttestError, Attestor, Questions, Subject,
-    process::{Attestable, ProcDir},
+    process::{Attestable, Extent, ProcDir},
 };
 use crate::{
     limits::CallerKey,
@@ -92,6 +92,10 @@ impl Attestable for Inspected {
             Ok(true) => Err(AttestError::Gone),
             Err(errno) => Err(AttestError::Unknown { source: errno.into() }),
         }
+    }
+
+    fn extent(&self) -> Extent {
+        Extent::All
     }
 
     /// Each inspection is one of its own.

@@ -1,7 +1,7 @@
 //! Answers that are kept: each is believed for a while, and a table holds so many at most.
 //!
 //! All that attestation remembers is kept so. What is about one connection is a [`Kept`] in the slot of its peer; what
-//! is about something that many connections share (a user's name, a file's content) is in a [`KeptAnswers`].
+//! is about something that many connections share (a user's name) is in a [`KeptAnswers`].
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -14,24 +14,18 @@ use tokio::time::Instant;
 #[derive(Debug)]
 pub(super) struct Kept<V> {
     answer: V,
-    /// `None` where what it is about cannot change.
-    until: Option<Instant>,
+    until: Instant,
 }
 
 impl<V> Kept<V> {
     /// An answer that is believed until then.
     pub(super) fn until(until: Instant, answer: V) -> Self {
-        Self { answer, until: Some(until) }
-    }
-
-    /// An answer that stays true.
-    pub(super) fn for_good(answer: V) -> Self {
-        Self { answer, until: None }
+        Self { answer, until }
     }
 
     /// The answer, if it is still believed.
     pub(super) fn believed(&self, now: Instant) -> Option<&V> {
-        self.until.is_none_or(|until| now < until).then_some(&self.answer)
+        (now < self.until).then_some(&self.answer)
     }
 
     /// The answer, however old it is.

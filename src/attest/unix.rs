@@ -3,25 +3,28 @@
 //! Trusted: the lines of `status` and the links that the kernel writes. Not trusted: the process's name, its
 //! executable's path and content.
 //!
-//! The path is the one the process sees in its own mount namespace, as SPIRE's is: whoever may make containers may
-//! choose it. The digest is of the file that the kernel executes, whatever its path says.
+//! The path is the one the process sees in its own mount namespace, as SPIRE's is, and the digest is of the file that the
+//! kernel executes, whatever its path says. Both are told only where nobody but the node's root chooses what is mounted
+//! ([`executable`]): whoever may make containers may choose the path.
 
 mod digest;
+mod discovery;
 mod executable;
+pub mod mounts;
 mod names;
+mod threads;
 
-use std::{path::PathBuf, sync::Arc};
+use std::sync::Arc;
 
+pub use self::executable::ExecutableError;
 use self::{
-    digest::{DigestError, Digests, Hex},
-    executable::Executable,
+    discovery::Discovery,
     names::{NameId, Names},
 };
 use super::{
     AttestFault, Blame, Questions,
-    attestors::{Evidence, Findings, Untold, WorkloadAttestor},
-    error::ProcReadError,
-    process::Seen,
+    attestors::{Findings, Untold, WorkloadAttestor},
+    process::{Extent, Seen},
     status::ProcStatus,
 };
 use crate::{
@@ -43,7 +46,7 @@ settings! {
         /// Whether `unix:path` and `unix:sha256` are found out.
         "discover_workload_path" discover_workload_path: bool = false, boolean(), reloads;
         /// The largest executable to hash, in bytes; 0 for any, negative never to hash.
-        "workload_size_limit" workload_size_limit: i64 = 0, integer(i64::MIN..=i64::MAX), reloads;
+        "workload_size_limit" workload_size_limit: i64 = 268_435_456, integer(i64::MIN..=i64::MAX), reloads;
     }
 }
 
@@ -61,60 +64,20 @@ impl UnixSettings {
 /// Why it could not find out who a process is.
 #[derive(Debug, thiserror::Error)]
 pub enum UnixError {
-    /// The executable is larger than `workload_size_limit`. The text is SPIRE's.
-    #[error("SHA256 digest: workload {} exceeds size limit ({size} > {limit})", path.display())]
-    TooLarge {
-        /// Where the agent sees it.
-        path: PathBuf,
-        /// Its size in bytes, or how many were read of one that grew.
-        size: u64,
-        /// `workload_size_limit`.
-        limit: u64,
-    },
-    /// The executable was replaced or written while it was attested.
-    #[error("{} changed while it was attested", path.display())]
-    Changed {
-        /// Where the agent sees it.
-        path: PathBuf,
-    },
-    /// Too many executables wait to be hashed, of this user or of all.
-    #[error("too many executables wait to be hashed")]
-    Busy,
-    /// Hashing the executable took too long.
-    #[error("hashing {} took too long", path.display())]
-    Late {
-        /// Where the agent sees it.
-        path: PathBuf,
-    },
     /// The user database does not answer, and there are entries that ask for names.
     #[error("the user database does not say what the caller's user or one of its groups is called")]
     NoNames,
-    /// The executable could not be read.
+    /// What it executes cannot be told.
     #[error(transparent)]
-    Executable(#[from] ProcReadError),
+    Executable(#[from] ExecutableError),
 }
 
 impl UnixError {
     /// Whose doing it is, and how it is counted.
     pub(super) fn class(&self) -> (Blame, AttestFault) {
         match self {
-            Self::TooLarge { .. } | Self::Changed { .. } => (Blame::Refusal, AttestFault::Unreadable),
-            Self::Busy | Self::Late { .. } => (Blame::Crowd, AttestFault::Busy),
             Self::NoNames => (Blame::Fault, AttestFault::Busy),
             Self::Executable(error) => error.class(),
-        }
-    }
-
-    fn no_digest(error: DigestError, path: PathBuf, limit: u64) -> Self {
-        match error {
-            DigestError::Busy => Self::Busy,
-            DigestError::TooLarge { size } => Self::TooLarge { path, size, limit },
-            DigestError::Changed => Self::Changed { path },
-            DigestError::Late => Self::Late { path },
-            DigestError::Read(error) => {
-                let source = std::io::Error::new(error.kind(), error);
-                Self::Executable(ProcReadError::Read { path, source })
-            }
         }
     }
 }
@@ -136,12 +99,12 @@ impl UnixQuestions {
 /// What it keeps between attestations.
 pub(super) struct UnixAttestor {
     names: Names,
-    digests: Digests,
+    discovery: Discovery,
 }
 
 impl Default for UnixAttestor {
     fn default() -> Self {
-        Self { names: Names::of_system(), digests: Digests::default() }
+        Self { names: Names::of_system(), discovery: Discovery::default() }
     }
 }
 
@@ -178,6 +141,10 @@ impl WorkloadAttestor for UnixAttestor {
         }
     }
 
+    fn begin(&self, settings: &UnixSettings) {
+        self.discovery.begin(settings);
+    }
+
     fn prepare_for(&self, entries: &[Arc<Entry>]) -> UnixQuestions {
         let mut questions = UnixQuestions::default();
         let selectors = entries.iter().flat_map(|entry| &entry.selectors);
@@ -200,57 +167,16 @@ impl WorkloadAttestor for UnixAttestor {
         seen: &Seen<'_>,
     ) -> Result<Findings<UnixError>, UnixError> {
         let mut untold = Vec::new();
-        let (executable, sha256) = if settings.discover_workload_path {
-            self.executable(*settings, seen).await?
-        } else {
-            (None, None)
-        };
         let names: Result<Vec<_>, _> = self.names.find(&ids(&seen.status)).await.into_iter().collect();
         if names.is_err() && questions.unix.ask_for(NAMES) {
             untold.push(Untold { word: NAMES, why: UnixError::NoNames });
         }
         let names = names.unwrap_or_default();
-        Ok(Findings {
-            selectors: selectors(&seen.status, names, executable.as_ref(), sha256.as_deref()),
-            evidence: executable.map(|executable| -> Box<dyn Evidence> { Box::new(executable) }),
-            untold,
-        })
-    }
-}
-
-impl UnixAttestor {
-    /// What the process executes, and the digest of it where that is asked for.
-    async fn executable(
-        &self,
-        settings: UnixSettings,
-        seen: &Seen<'_>,
-    ) -> Result<(Option<Executable>, Option<Hex>), UnixError> {
-        let executable = Executable::of(&seen.dir)?;
-        let path = || seen.dir.path_of(executable::NAME);
-        let stamp = executable.stamp;
-        let (known, file) = match settings.hashing() {
-            None => (None, None),
-            Some(limit) if stamp.size() > limit => {
-                return Err(UnixError::TooLarge { path: path(), size: stamp.size(), limit });
-            }
-            Some(limit) => match self.digests.known(&stamp) {
-                Some(known) => (Some(known), None),
-                None => (None, Some((executable::open(&seen.dir, &stamp)?, limit))),
-            },
-        };
-        // Between two looks at the same file lie its path and its content, so they are of one program even if the
-        // process executes another meanwhile.
-        if executable::stamp(&seen.dir)? != stamp {
-            return Err(UnixError::Changed { path: path() });
-        }
-        let Some((file, limit)) = file else { return Ok((Some(executable), known)) };
-        // A process that is gone already shall not take a place among those that wait.
-        if seen.process.is_alive().is_err() {
-            return Err(ProcReadError::Gone.into());
-        }
-        let made = self.digests.make(stamp, file, limit, seen.process.caller()).await;
-        let sha256 = made.map_err(|error| UnixError::no_digest(error, path(), limit))?;
-        Ok((Some(executable), Some(sha256)))
+        let mut findings = Findings { selectors: selectors(&seen.status, names), evidence: None, untold };
+        let all = seen.extent() == Extent::All;
+        let wanted = |found: &Selectors, words: &[_]| all || questions.may_ask(Self::NAME, found, words);
+        self.discovery.find(*settings, seen, wanted, &mut findings).await;
+        Ok(findings)
     }
 }
 
@@ -278,8 +204,6 @@ fn ids(status: &ProcStatus) -> Vec<NameId> {
 fn selectors(
     status: &ProcStatus,
     names: Vec<Option<Arc<str>>>,
-    executable: Option<&Executable>,
-    sha256: Option<&str>,
 ) -> Selectors {
     let mut found = Selectors::new();
     let mut names = names.into_iter();
@@ -296,14 +220,6 @@ fn selectors(
     both("gid", status.gid, "group");
     for gid in &status.groups {
         both("supplementary_gid", *gid, "supplementary_group");
-    }
-    // An entry cannot name a path that is no UTF-8: without the selector nothing is lost, and a path with characters
-    // replaced would be another file's.
-    if let Some(path) = executable.and_then(|executable| executable.path.to_str()) {
-        add("path", path);
-    }
-    if let Some(sha256) = sha256 {
-        add("sha256", sha256);
     }
     found
 }

@@ -12,6 +12,7 @@
 //! Time is the machine's, not the runtime's: what is waited for here are threads.
 
 use std::{
+    num::NonZeroU32,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError},
     thread,
@@ -33,9 +34,9 @@ const OF_FAMILY: usize = 4;
 /// Steps on one file system that may hang before none is begun there.
 const OF_DEVICE: usize = 2;
 /// Tasks of all families, waiting or running.
-const PLACES: u32 = 256;
+const PLACES: Option<NonZeroU32> = NonZeroU32::new(256);
 /// Tasks of one family, if nobody else has any.
-const PLACES_OF_FAMILY: u32 = 128;
+const PLACES_OF_FAMILY: Option<NonZeroU32> = NonZeroU32::new(128);
 /// How often it is looked for who has waited too long.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -113,6 +114,19 @@ impl GivenUp {
     }
 }
 
+/// A place that was taken for a task.
+pub(super) struct TaskTicket {
+    place: TaskPlace,
+    hold: TaskHold,
+}
+
+impl TaskTicket {
+    pub(super) fn given_up(&self) -> GivenUp {
+        let sender = self.hold.waited_for.as_ref();
+        GivenUp(sender.map_or_else(|| watch::Sender::new(()).subscribe(), watch::Sender::subscribe))
+    }
+}
+
 /// The threads. They end when this is dropped, as soon as what they do ends.
 pub(super) struct FileThreads {
     shared: Arc<SharedTasks>,
@@ -173,7 +187,7 @@ impl Default for FileThreads {
 
 impl FileThreads {
     fn with(patience: Duration, stuck: Duration) -> Self {
-        let places = Attestations { all: PLACES, per_caller: PLACES_OF_FAMILY };
+        let places = Attestations::new(PLACES, PLACES_OF_FAMILY).unwrap_or_default();
         let shared = SharedTasks {
             tasks: Mutex::default(),
             work: Condvar::new(),
@@ -211,7 +225,9 @@ impl FileThreads {
         look: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, NotDone> {
         let (answer, answered) = oneshot::channel();
-        let given_up = self.begin(place, Box::new(OneStep { look: Some(look), answer: Some(answer) }))?;
+        let ticket = self.take(place)?;
+        let given_up = ticket.given_up();
+        self.begin(ticket, Box::new(OneStep { look: Some(look), answer: Some(answer) }));
         tokio::select! {
             biased;
             // The sender goes unused only in a panic.
@@ -220,17 +236,24 @@ impl FileThreads {
         }
     }
 
-    /// Has a task done. The answer is the task's own doing; it may come together with the end of [`GivenUp`], and counts
-    /// first.
+    /// A place for a task.
     ///
     /// # Errors
     /// [`NotDone::Busy`].
-    pub(super) fn begin(&self, place: TaskPlace, task: Box<dyn FileTask>) -> Result<GivenUp, NotDone> {
-        self.start();
+    pub(super) fn take(&self, place: TaskPlace) -> Result<TaskTicket, NotDone> {
         let slot = self.shared.places.take(place.family).map_err(|_full| NotDone::Busy)?;
-        let (sender, receiver) = watch::channel(());
-        let hold =
-            TaskHold { deadline: Instant::now() + self.shared.patience, waited_for: Some(sender), _slot: slot };
+        let deadline = Instant::now() + self.shared.patience;
+        Ok(TaskTicket {
+            place,
+            hold: TaskHold { deadline, waited_for: Some(watch::Sender::new(())), _slot: slot },
+        })
+    }
+
+    /// Has a task done. The answer is the task's own doing; it may come together with the end of [`GivenUp`], and counts
+    /// first.
+    pub(super) fn begin(&self, ticket: TaskTicket, task: Box<dyn FileTask>) {
+        self.start();
+        let TaskTicket { place, hold } = ticket;
         let mut tasks = self.shared.lock();
         tasks.number += 1;
         let number = tasks.number;
@@ -243,7 +266,6 @@ impl FileThreads {
         }
         drop(tasks);
         self.shared.work.notify_one();
-        Ok(GivenUp(receiver))
     }
 }
 
@@ -265,6 +287,14 @@ impl SharedTasks {
     fn work(&self) {
         let mut tasks = self.lock();
         while !tasks.over {
+            let unwanted = tasks.unwanted();
+            if !unwanted.is_empty() {
+                // Not under the lock: what a task does when it goes is its own.
+                drop(tasks);
+                drop(unwanted);
+                tasks = self.lock();
+                continue;
+            }
             let next = tasks.next(self.stuck);
             let Some(WaitingTask { number, place, mut task, turn: _, hold }) = next else {
                 tasks = self.work.wait(tasks).unwrap_or_else(PoisonError::into_inner);
@@ -303,9 +333,14 @@ impl SharedTasks {
 }
 
 impl Tasks {
+    /// Takes out what nobody waits for. What has a file open is let go of in its turn.
+    fn unwanted(&mut self) -> Vec<WaitingTask> {
+        let is_wanted = |it: &WaitingTask| it.hold.waited_for.is_some() && it.task.is_wanted();
+        self.waiting.extract_if(.., |it| !it.task.is_begun() && !is_wanted(it)).collect()
+    }
+
     /// Takes the task that is to be done next.
     fn next(&mut self, stuck: Duration) -> Option<WaitingTask> {
-        self.waiting.retain(|it| it.task.is_begun() || it.hold.waited_for.is_some() && it.task.is_wanted());
         let now = Instant::now();
         let hangs = |it: &RunningTask| now.saturating_duration_since(it.since) >= stuck;
         let may_begin = |place: &TaskPlace| {
