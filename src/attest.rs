@@ -25,7 +25,6 @@ mod attestors;
 mod doubt;
 mod error;
 pub mod inspect;
-mod kept;
 mod process;
 mod settings;
 pub mod status;
@@ -45,7 +44,7 @@ use tokio::{sync::watch, time::Instant};
 pub use self::error::{AttestError, AttestFault, Blame, ProcReadError};
 pub(crate) use self::settings::is_enabled;
 use self::{
-    attestors::{AttestFor, Attestation, Evidence, Findings, News, Untold, WorkloadAttestor, attestors},
+    attestors::{Attestation, Evidence, Findings, News, Untold, WorkloadAttestor, attestors},
     doubt::{Doubts, SelectorKind},
     process::{Attestable, ProcDir, Seen},
     unix::{UnixAttestor, UnixError, UnixSettings},
@@ -56,7 +55,7 @@ use crate::{
         Entry, EntryIndex,
         selector::{Selector, Selectors},
     },
-    limits::{Admitted, Limits},
+    limits::{Admitted, Families, Limits},
     peer::Peer,
     telemetry::registry::{By, Label as _, Registry},
 };
@@ -133,6 +132,8 @@ pub struct Attestor {
     proc_root: PathBuf,
     /// Only [`Attestor::reload`] writes.
     settings: ArcSwap<AttestSettings>,
+    /// Only [`Attestor::share_by`] writes.
+    families: ArcSwap<Families>,
     attestors: Attestors,
     news: News,
     prepared: Mutex<Prepared>,
@@ -161,10 +162,13 @@ impl Attestor {
     /// An attestor of the processes in `/proc`. Its attestations are not counted.
     pub fn new(settings: AttestSettings) -> Self {
         let news = News::default();
+        let attestors = Attestors::new(&news);
+        attestors.begin(&settings);
         Self {
             proc_root: PathBuf::from("/proc"),
             settings: ArcSwap::from_pointee(settings),
-            attestors: Attestors::new(&news),
+            families: ArcSwap::default(),
+            attestors,
             news,
             prepared: Mutex::default(),
             metrics: AttestMetrics::new(Registry::new(&metrics::NoopRecorder)),
@@ -179,7 +183,13 @@ impl Attestor {
 
     /// Attests with other settings from the next call on; nothing that was found out with the old ones is used.
     pub fn reload(&self, settings: AttestSettings) {
+        self.attestors.begin(&settings);
         self.settings.store(Arc::new(settings));
+    }
+
+    /// Shares what callers wait for by these families from the next call on.
+    pub fn share_by(&self, families: Families) {
+        self.families.store(Arc::new(families));
     }
 
     /// Looks what the entries ask for. Does not wait: what is not known yet stays untold. For the same entries it costs
@@ -250,11 +260,11 @@ impl Attestor {
 
     async fn subject(&self, process: &dyn Attestable, questions: &Questions) -> Result<Subject, AttestError> {
         let settings = self.settings.load_full();
-        if let Some(kept) = self.kept(&settings, questions, process)? {
+        if let Some(kept) = self.kept(&settings, questions, process).await? {
             return Ok(kept);
         }
         let at = Instant::now();
-        let attested = self.attest_anew(AttestFor::Call, &settings, questions, process, at).await;
+        let attested = self.attest_anew(&settings, questions, process, at).await;
         let attested = attested.and_then(|attestation| without_doubt(attestation, questions));
         self.metrics.count(&attested);
         let Attestation { selectors, evidence, untold, took: _ } = attested?;
@@ -276,18 +286,16 @@ impl Attestor {
 
     async fn attest_anew(
         &self,
-        purpose: AttestFor,
         settings: &AttestSettings,
         questions: &Questions,
         process: &dyn Attestable,
         at: Instant,
     ) -> Result<Attestation, AttestError> {
-        let found = match Seen::open(&self.proc_root, process) {
-            Ok(seen) => self
-                .attestors
-                .attest(purpose, settings, questions, &seen, at)
-                .await
-                .map_err(AttestError::from),
+        let seen = Seen::open(&self.proc_root, &self.families.load(), process);
+        let found = match seen {
+            Ok(seen) => {
+                self.attestors.attest(settings, questions, &seen, at).await.map_err(AttestError::from)
+            }
             Err(error) => Err(error),
         };
         // Last of all: it lives now, so everything above was read of it. Of a process that is gone anything may be
@@ -297,7 +305,7 @@ impl Attestor {
     }
 
     /// The connection's last result, if it may be used once more.
-    fn kept(
+    async fn kept(
         &self,
         settings: &Arc<AttestSettings>,
         questions: &Questions,
@@ -311,13 +319,21 @@ impl Attestor {
         if !last.evidence.is_empty() {
             let dir = ProcDir::open(&self.proc_root, process.pid())?;
             for evidence in &last.evidence {
-                if !evidence.holds(&dir)? {
+                if !evidence.holds(&dir).await {
                     return Ok(None);
                 }
             }
         }
         process.is_alive()?;
         Ok(Some(last.subject.clone()))
+    }
+}
+
+impl Questions {
+    /// Whether an entry may be a process's that asks for nothing but what was `found` and selectors of these kinds.
+    fn may_ask(&self, attestor: &'static str, found: &Selectors, words: &[&'static str]) -> bool {
+        let kinds: Vec<SelectorKind> = words.iter().map(|word| SelectorKind { attestor, word }).collect();
+        self.doubts.first(found, &kinds, |selector| self.untellable(selector)).is_some()
     }
 }
 

@@ -5,6 +5,7 @@ pub mod accounts;
 pub mod clock;
 pub mod heap;
 pub mod lock;
+pub mod namespace;
 pub mod pidfd;
 pub mod proc_owner;
 pub mod systemd;

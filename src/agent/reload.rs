@@ -53,6 +53,7 @@ impl Running {
         self.connections.send_if_modified(|old| std::mem::replace(old, connections.clone()) != connections);
         parts.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);
         parts.jwt.resize(caches.jwt_svids.count());
+        parts.attestor.share_by(ratelimit.families.clone());
         parts.attestor.reload(attest.clone());
         parts.writer.replace(policy.clone(), || parts.issuer.reload(told));
         if let Some(lines) = &self.log {

@@ -78,6 +78,7 @@ impl AgentParts {
         let x509 = Arc::new(x509);
         let jwt = JwtCache::new(Arc::clone(&issuer), clock, Arc::clone(&store_series), jwt_svids);
         let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
+        attestor.share_by(config.ratelimit.families.clone());
         attestor.prepare_for(&Arc::clone(&issuer.world().borrow().index));
         attestor.wait(ANSWERS_WITHIN);
         let writer = Writer::new(

@@ -10,10 +10,11 @@ use std::{
 
 use tokio::sync::watch;
 
+use futures_util::future::BoxFuture;
+
 use super::{
     AttestorError, AttestorName, Questions,
     doubt::SelectorKind,
-    error::ProcReadError,
     process::{ProcDir, Seen},
 };
 use crate::identity::{Entry, selector::Selectors};
@@ -41,6 +42,9 @@ pub(super) trait WorkloadAttestor: Sized {
     /// Says what is wrong with it, and what is right.
     fn check(value: &str, settings: &Self::Settings) -> Result<(), String>;
 
+    /// Gets ready for these settings, which are in force from now on. Does not wait for anything.
+    fn begin(&self, _settings: &Self::Settings) {}
+
     /// Looks what the entries ask for. Does not wait for anything.
     fn prepare_for(&self, entries: &[Arc<Entry>]) -> Self::Questions;
 
@@ -66,17 +70,6 @@ pub(super) trait WorkloadAttestor: Sized {
         questions: &Questions,
         seen: &Seen<'_>,
     ) -> Result<Findings<Self::Error>, Self::Error>;
-
-    /// Finds out also what no entry asks for, within moments: for a person to read.
-    ///
-    /// # Errors
-    /// As [`WorkloadAttestor::attest`].
-    async fn describe(
-        &self,
-        settings: &Self::Settings,
-        questions: &Questions,
-        seen: &Seen<'_>,
-    ) -> Result<Findings<Self::Error>, Self::Error>;
 }
 
 /// What one attestor found.
@@ -97,11 +90,8 @@ pub(super) struct Untold<E> {
 
 /// What findings rest on, as far as it may change while the process lives.
 pub(super) trait Evidence: Send + Sync {
-    /// Whether it is as it was; `dir` is the directory of the process.
-    ///
-    /// # Errors
-    /// It cannot be read.
-    fn holds(&self, dir: &ProcDir) -> Result<bool, ProcReadError>;
+    /// Whether it is certainly as it was; `dir` is the directory of the process.
+    fn holds<'a>(&'a self, dir: &'a ProcDir) -> BoxFuture<'a, bool>;
 }
 
 /// What all attestors found of one process.
@@ -112,15 +102,6 @@ pub(super) struct Attestation {
     pub(super) untold: Vec<(SelectorKind, AttestorError)>,
     /// How long each took.
     pub(super) took: Vec<(AttestorName, Duration)>,
-}
-
-/// Who reads what is found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum AttestFor {
-    /// The agent, for a call: what entries ask for is enough.
-    Call,
-    /// A person: all that can be found out.
-    Person,
 }
 
 /// Makes of the list of attestors what the rest of the agent sees: their names, their settings, their errors, and all
@@ -207,6 +188,10 @@ macro_rules! attestors {
                 Self { $($field: <$attestor as WorkloadAttestor>::new(news),)+ }
             }
 
+            fn begin(&self, settings: &AttestSettings) {
+                $(self.$field.begin(&settings.$field);)+
+            }
+
             fn wait(&self, deadline: std::time::Instant) {
                 $(self.$field.wait(deadline);)+
             }
@@ -221,18 +206,13 @@ macro_rules! attestors {
             /// Asks all of them, side by side; the first failure ends it.
             async fn attest(
                 &self,
-                purpose: AttestFor,
                 settings: &AttestSettings,
                 questions: &Questions,
                 seen: &Seen<'_>,
                 since: Instant,
             ) -> Result<Attestation, AttestorError> {
                 let ($($field,)+) = tokio::try_join!($(async {
-                    let (attestor, settings) = (&self.$field, &settings.$field);
-                    let findings = match purpose {
-                        AttestFor::Call => attestor.attest(settings, questions, seen).await,
-                        AttestFor::Person => attestor.describe(settings, questions, seen).await,
-                    }?;
+                    let findings = self.$field.attest(&settings.$field, questions, seen).await?;
                     let Findings { selectors, evidence, untold } = findings;
                     let attestor = <$attestor as WorkloadAttestor>::NAME;
                     let kind = |word| SelectorKind { attestor, word };

@@ -17,8 +17,7 @@ use tokio::time::Instant;
 
 use super::{
     AttestError, Attestor, Questions, Subject,
-    attestors::AttestFor,
-    process::{Attestable, ProcDir},
+    process::{Attestable, Extent, ProcDir},
 };
 use crate::{
     limits::CallerKey,
@@ -95,6 +94,10 @@ impl Attestable for Inspected {
         }
     }
 
+    fn extent(&self) -> Extent {
+        Extent::All
+    }
+
     /// Each inspection is one of its own.
     fn slot(&self) -> Option<&PeerSlot> {
         None
@@ -139,8 +142,7 @@ impl Attestor {
         questions: &Questions,
     ) -> Result<Subject, InspectError> {
         let settings = self.settings.load_full();
-        let attested =
-            self.attest_anew(AttestFor::Person, &settings, questions, process, Instant::now()).await;
+        let attested = self.attest_anew(&settings, questions, process, Instant::now()).await;
         let attested = attested.map_err(|source| InspectError::attest(process.pid, source))?;
         Ok(Subject(Arc::new(attested.selectors)))
     }

@@ -3,28 +3,27 @@
 //! Trusted: the lines of `status` and the links that the kernel writes. Not trusted: the process's name, its
 //! executable's path and content.
 //!
-//! The path is the one the process sees in its own mount namespace, as SPIRE's is: whoever may make containers may
-//! choose it. The digest is of the file that the kernel executes, whatever its path says.
+//! The path is the one the process sees in its own mount namespace, as SPIRE's is, and the digest is of the file that the
+//! kernel executes, whatever its path says. Both are told only where nobody but the node's root chooses what is mounted
+//! ([`executable`]): whoever may make containers may choose the path.
 
 mod digest;
+mod discovery;
 mod display;
 mod executable;
+pub mod mounts;
 mod names;
 mod questions;
+mod threads;
 
-use std::{path::PathBuf, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Instant};
 
-pub use self::questions::UnixQuestions;
-use self::{
-    digest::{DigestError, Digests, Hex},
-    executable::Executable,
-    names::Names,
-};
+use self::{discovery::Discovery, names::Names};
+pub use self::{executable::ExecutableError, questions::UnixQuestions};
 use super::{
     AttestFault, Blame, Questions,
-    attestors::{Evidence, Findings, News, Untold, WorkloadAttestor},
-    error::ProcReadError,
-    process::Seen,
+    attestors::{Findings, News, Untold, WorkloadAttestor},
+    process::{Extent, Seen},
     status::ProcStatus,
 };
 use crate::{
@@ -51,7 +50,7 @@ settings! {
         /// Whether `unix:path` and `unix:sha256` are found out.
         "discover_workload_path" discover_workload_path: bool = false, boolean(), reloads;
         /// The largest executable to hash, in bytes; 0 for any, negative never to hash.
-        "workload_size_limit" workload_size_limit: i64 = 0, integer(i64::MIN..=i64::MAX), reloads;
+        "workload_size_limit" workload_size_limit: i64 = 268_435_456, integer(i64::MIN..=i64::MAX), reloads;
     }
 }
 
@@ -69,60 +68,20 @@ impl UnixSettings {
 /// Why it could not find out who a process is.
 #[derive(Debug, thiserror::Error)]
 pub enum UnixError {
-    /// The executable is larger than `workload_size_limit`. The text is SPIRE's.
-    #[error("SHA256 digest: workload {} exceeds size limit ({size} > {limit})", path.display())]
-    TooLarge {
-        /// Where the agent sees it.
-        path: PathBuf,
-        /// Its size in bytes, or how many were read of one that grew.
-        size: u64,
-        /// `workload_size_limit`.
-        limit: u64,
-    },
-    /// The executable was replaced or written while it was attested.
-    #[error("{} changed while it was attested", path.display())]
-    Changed {
-        /// Where the agent sees it.
-        path: PathBuf,
-    },
-    /// Too many executables wait to be hashed, of this user or of all.
-    #[error("too many executables wait to be hashed")]
-    Busy,
-    /// Hashing the executable took too long.
-    #[error("hashing {} took too long", path.display())]
-    Late {
-        /// Where the agent sees it.
-        path: PathBuf,
-    },
     /// The user database does not answer.
     #[error("the user database does not say whose a name is that an entry asks for")]
     NoNames,
-    /// The executable could not be read.
+    /// What it executes cannot be told.
     #[error(transparent)]
-    Executable(#[from] ProcReadError),
+    Executable(#[from] ExecutableError),
 }
 
 impl UnixError {
     /// Whose doing it is, and how it is counted.
     pub(super) fn class(&self) -> (Blame, AttestFault) {
         match self {
-            Self::TooLarge { .. } | Self::Changed { .. } => (Blame::Refusal, AttestFault::Unreadable),
-            Self::Busy | Self::Late { .. } => (Blame::Crowd, AttestFault::Busy),
             Self::NoNames => (Blame::Fault, AttestFault::Busy),
             Self::Executable(error) => error.class(),
-        }
-    }
-
-    fn no_digest(error: DigestError, path: PathBuf, limit: u64) -> Self {
-        match error {
-            DigestError::Busy => Self::Busy,
-            DigestError::TooLarge { size } => Self::TooLarge { path, size, limit },
-            DigestError::Changed => Self::Changed { path },
-            DigestError::Late => Self::Late { path },
-            DigestError::Read(error) => {
-                let source = std::io::Error::new(error.kind(), error);
-                Self::Executable(ProcReadError::Read { path, source })
-            }
         }
     }
 }
@@ -130,7 +89,7 @@ impl UnixError {
 /// What it keeps between attestations.
 pub(super) struct UnixAttestor {
     names: Names,
-    digests: Digests,
+    discovery: Discovery,
 }
 
 impl WorkloadAttestor for UnixAttestor {
@@ -140,7 +99,7 @@ impl WorkloadAttestor for UnixAttestor {
     type Questions = UnixQuestions;
 
     fn new(news: &News) -> Self {
-        Self { names: Names::of_node(Arc::clone(news)), digests: Digests::default() }
+        Self { names: Names::of_node(Arc::clone(news)), discovery: Discovery::default() }
     }
 
     fn check(value: &str, settings: &UnixSettings) -> Result<(), String> {
@@ -170,6 +129,10 @@ impl WorkloadAttestor for UnixAttestor {
         }
     }
 
+    fn begin(&self, settings: &UnixSettings) {
+        self.discovery.begin(settings);
+    }
+
     fn prepare_for(&self, entries: &[Arc<Entry>]) -> UnixQuestions {
         UnixQuestions::of(entries, &self.names)
     }
@@ -197,75 +160,22 @@ impl WorkloadAttestor for UnixAttestor {
         questions: &Questions,
         seen: &Seen<'_>,
     ) -> Result<Findings<UnixError>, UnixError> {
-        let questions = &questions.unix;
-        let (executable, sha256) = if settings.discover_workload_path {
-            self.executable(*settings, seen).await?
-        } else {
-            (None, None)
-        };
-        let no_name = |word| Untold { word, why: UnixError::NoNames };
-        Ok(Findings {
-            selectors: selectors(&seen.status, questions, executable.as_ref(), sha256.as_deref()),
-            evidence: executable.map(|executable| -> Box<dyn Evidence> { Box::new(executable) }),
-            untold: questions.unanswered().map(no_name).collect(),
-        })
-    }
-
-    async fn describe(
-        &self,
-        settings: &UnixSettings,
-        questions: &Questions,
-        seen: &Seen<'_>,
-    ) -> Result<Findings<UnixError>, UnixError> {
-        let mut findings = self.attest(settings, questions, seen).await?;
-        display::add(&seen.status, &questions.unix, &mut findings.selectors).await;
+        let untold = questions.unix.unanswered();
+        let untold = untold.map(|word| Untold { word, why: UnixError::NoNames }).collect();
+        let mut findings =
+            Findings { selectors: selectors(&seen.status, &questions.unix), evidence: None, untold };
+        let all = seen.extent() == Extent::All;
+        let wanted = |found: &Selectors, words: &[_]| all || questions.may_ask(NAME, found, words);
+        self.discovery.find(*settings, seen, wanted, &mut findings).await;
+        if all {
+            display::add(&seen.status, &questions.unix, &mut findings.selectors).await;
+        }
         Ok(findings)
     }
 }
 
-impl UnixAttestor {
-    /// What the process executes, and the digest of it where that is asked for.
-    async fn executable(
-        &self,
-        settings: UnixSettings,
-        seen: &Seen<'_>,
-    ) -> Result<(Option<Executable>, Option<Hex>), UnixError> {
-        let executable = Executable::of(&seen.dir)?;
-        let path = || seen.dir.path_of(executable::NAME);
-        let stamp = executable.stamp;
-        let (known, file) = match settings.hashing() {
-            None => (None, None),
-            Some(limit) if stamp.size() > limit => {
-                return Err(UnixError::TooLarge { path: path(), size: stamp.size(), limit });
-            }
-            Some(limit) => match self.digests.known(&stamp) {
-                Some(known) => (Some(known), None),
-                None => (None, Some((executable::open(&seen.dir, &stamp)?, limit))),
-            },
-        };
-        // Between two looks at the same file lie its path and its content, so they are of one program even if the
-        // process executes another meanwhile.
-        if executable::stamp(&seen.dir)? != stamp {
-            return Err(UnixError::Changed { path: path() });
-        }
-        let Some((file, limit)) = file else { return Ok((Some(executable), known)) };
-        // A process that is gone already shall not take a place among those that wait.
-        if seen.process.is_alive().is_err() {
-            return Err(ProcReadError::Gone.into());
-        }
-        let made = self.digests.make(stamp, file, limit, seen.process.caller()).await;
-        let sha256 = made.map_err(|error| UnixError::no_digest(error, path(), limit))?;
-        Ok((Some(executable), Some(sha256)))
-    }
-}
-
 /// The selectors of a process: its user and its group, and what else entries ask for.
-fn selectors(
-    status: &ProcStatus,
-    questions: &UnixQuestions,
-    executable: Option<&Executable>,
-    sha256: Option<&str>,
-) -> Selectors {
+fn selectors(status: &ProcStatus, questions: &UnixQuestions) -> Selectors {
     let mut found = Selectors::new();
     found.extend(questions.of_user(status.uid).iter().cloned());
     found.extend(questions.of_group(status.gid).iter().cloned());
@@ -274,14 +184,6 @@ fn selectors(
     };
     add("uid", &status.uid.to_string());
     add("gid", &status.gid.to_string());
-    // An entry cannot name a path that is no UTF-8: without the selector nothing is lost, and a path with characters
-    // replaced would be another file's.
-    if let Some(path) = executable.and_then(|executable| executable.path.to_str()) {
-        add("path", path);
-    }
-    if let Some(sha256) = sha256 {
-        add("sha256", sha256);
-    }
     if questions.ask_for_groups() {
         for gid in &status.groups {
             let (names, by_number) = questions.of_supplementary_group(*gid);

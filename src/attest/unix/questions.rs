@@ -21,8 +21,6 @@ type ByNumber = HashMap<u32, Vec<Selector>, RandomState>;
 /// What entries ask for.
 #[derive(Debug, Default)]
 pub struct UnixQuestions {
-    /// The kinds of selectors among these that an entry asks for: `path`, `sha256`.
-    executables: Vec<&'static str>,
     answers: HashMap<AccountName, NameAnswer, RandomState>,
     users: ByNumber,
     groups: ByNumber,
@@ -41,13 +39,10 @@ impl UnixQuestions {
         let mut named: BTreeSet<&Selector> = BTreeSet::new();
         let selectors = entries.iter().flat_map(|entry| &entry.selectors);
         for selector in selectors.filter(|selector| selector.kind() == super::NAME) {
-            match (executable(selector.value()), selector.value().split_once(':')) {
-                (Some(word), _) if !questions.executables.contains(&word) => questions.executables.push(word),
-                (None, Some(("supplementary_gid", number))) => {
-                    questions.supplementary_gids.extend(number.parse::<u32>());
-                }
-                (None, _) if name(selector.value()).is_some() => drop(named.insert(selector)),
-                (Some(_) | None, _) => {}
+            if let Some(number) = selector.value().strip_prefix("supplementary_gid:") {
+                questions.supplementary_gids.extend(number.parse::<u32>());
+            } else if name(selector.value()).is_some() {
+                named.insert(selector);
             }
         }
         let asked: BTreeSet<AccountName> = named.iter().filter_map(|it| Some(name(it.value())?.1)).collect();
@@ -70,11 +65,6 @@ impl UnixQuestions {
             }
         }
         questions
-    }
-
-    /// Whether an entry asks for a selector of this kind: `path` or `sha256`.
-    pub(super) fn ask_for(&self, word: &str) -> bool {
-        self.executables.contains(&word)
     }
 
     /// The names that entries ask for and that this user has.
