@@ -5,6 +5,7 @@
 //! deadline ([`by`]). While that thread hangs, everybody who asks it is told that there is no answer.
 
 use std::{
+    path::Path,
     sync::{
         Arc, OnceLock,
         mpsc::{SyncSender, sync_channel},
@@ -16,6 +17,11 @@ use nix::{
     errno::Errno,
     unistd::{Gid, Group, Uid, User},
 };
+
+/// The node's own users.
+pub const PASSWD: &str = "/etc/passwd";
+/// The node's own groups.
+pub const GROUP: &str = "/etc/group";
 
 /// A longer name is nobody's: no system has a larger LOGIN_NAME_MAX.
 const MAX_NAME_LEN: usize = 256;
@@ -66,10 +72,19 @@ impl AccountName {
         if self.text().len() > MAX_NAME_LEN {
             return Ok(None);
         }
-        let found = match self {
-            Self::User(name) => User::from_name(name).map(|user| user.map(|user| user.uid.as_raw())),
-            Self::Group(name) => Group::from_name(name).map(|group| group.map(|group| group.gid.as_raw())),
-        }?;
+        let (found, file) = match self {
+            Self::User(name) => {
+                (User::from_name(name).map(|user| user.map(|user| user.uid.as_raw())), PASSWD)
+            }
+            Self::Group(name) => {
+                (Group::from_name(name).map(|group| group.map(|group| group.gid.as_raw())), GROUP)
+            }
+        };
+        let found = match found {
+            // As in a container without the file: nobody is known by a name there.
+            Err(Errno::ENOENT | Errno::ESRCH) if !Path::new(file).exists() => None,
+            found => found?,
+        };
         // With -1 the kernel says "no user".
         Ok(found.filter(|number| *number != u32::MAX))
     }

@@ -16,7 +16,6 @@ use std::{
     fs::{self, File},
     io::Read as _,
     os::unix::fs::MetadataExt as _,
-    path::Path,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
     time::Instant,
@@ -26,7 +25,11 @@ use nix::errno::Errno;
 
 pub(super) use self::table::NameAnswer;
 use self::table::{NameNews, NameTable, NameTask, NameTrouble, OwnFiles};
-use crate::{attest::attestors::News, limits::pace::Pace, os::accounts::AccountName};
+use crate::{
+    attest::attestors::News,
+    limits::pace::Pace,
+    os::accounts::{AccountName, GROUP, PASSWD},
+};
 
 /// Threads that look up, those that hang included. One of them is kept for names in the node's own files.
 const WORKERS: usize = 3;
@@ -35,7 +38,7 @@ const WORKERS: usize = 3;
 const MAX_FILE: u64 = 8 << 20;
 
 /// The files of the database: a change of one is seen within seconds.
-const FILES: [&str; 3] = ["/etc/passwd", "/etc/group", "/etc/nsswitch.conf"];
+const FILES: [&str; 3] = [PASSWD, GROUP, "/etc/nsswitch.conf"];
 
 /// A database of users and groups.
 pub(super) trait Database: Send + Sync + 'static {
@@ -60,13 +63,7 @@ struct NodeDatabase;
 
 impl Database for NodeDatabase {
     fn number(&self, name: &AccountName) -> Result<Option<u32>, Errno> {
-        let [users, groups, _] = FILES;
-        let file = if matches!(name, AccountName::User(_)) { users } else { groups };
-        match name.number() {
-            // A container without the file: then these mean that nobody is known by a name.
-            Err(Errno::ENOENT | Errno::ESRCH) if !Path::new(file).exists() => Ok(None),
-            answer => answer,
-        }
+        name.number()
     }
 
     fn stamp(&self) -> FilesStamp {
@@ -85,9 +82,8 @@ impl Database for NodeDatabase {
     }
 
     fn own_names(&self) -> BTreeSet<AccountName> {
-        let [users, groups, _] = FILES;
-        let mut names = names_in(users, AccountName::User);
-        names.append(&mut names_in(groups, AccountName::Group));
+        let mut names = names_in(PASSWD, AccountName::User);
+        names.append(&mut names_in(GROUP, AccountName::Group));
         names
     }
 }
