@@ -82,6 +82,9 @@ impl Journal {
             RequestError::NoPeer => self.no_peer.say(|left_out| {
                 tracing::error!(method, left_out, "a call came without its peer");
             }),
+            RequestError::Attestation(cause) => {
+                tracing::debug!(method, reason = chain(cause), "refused");
+            }
             other => tracing::debug!(method, reason = %other, "refused"),
         }
     }
