@@ -17,7 +17,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::Arc,
+    sync::{Arc, LazyLock},
     time::Duration,
 };
 
@@ -30,7 +30,7 @@ use durward::{
 };
 use nix::{
     fcntl::{FcntlArg, FdFlag, fcntl},
-    unistd::{Gid, Group, Uid, User, getegid, geteuid, getgroups, setgroups, setresgid, setresuid},
+    unistd::{Gid, Group, Uid, User, chroot, getegid, geteuid, getgroups, setgroups, setresgid, setresuid},
 };
 use tempfile::TempDir;
 
@@ -63,6 +63,7 @@ fn as_peer() {
                 let uid = Uid::from_raw(uid.parse().unwrap());
                 setresuid(uid, uid, uid).unwrap();
             }
+            ("chroot", dir) => chroot(dir).unwrap(),
             ("groups", _none) => {
                 setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0)).unwrap();
                 setgroups(&[]).unwrap();
@@ -92,34 +93,46 @@ fn as_peer() {
 }
 
 /// A process that connected, as the agent sees it.
-struct Process {
-    child: Child,
+pub(crate) struct Process {
+    pub(crate) child: Child,
     stream: UnixStream,
-    peer: Arc<Peer>,
+    pub(crate) peer: Arc<Peer>,
 }
 
 impl Process {
     /// As the user who runs the test.
-    fn start(dir: &TempDir) -> Self {
+    pub(crate) fn start(dir: &TempDir) -> Self {
         Self::with(dir, |_| {})
     }
 
     /// As [`USER`].
-    fn start_as_user(dir: &TempDir) -> Self {
+    pub(crate) fn start_as_user(dir: &TempDir) -> Self {
         Self::with(dir, |command| {
             command.env(OWNER, "");
         })
     }
 
+    /// As the user who runs the test, started by these words of a shell's, which end with `exec "$@"`.
+    pub(crate) fn start_by(dir: &TempDir, start: &[&str], script: &str) -> Self {
+        let own = std::env::current_exe().unwrap();
+        let mut command = Command::new(start[0]);
+        command.args(&start[1..]).args(["sh", "-c", script, "sh"]).arg(own);
+        Self::begin(dir, command)
+    }
+
     fn with(dir: &TempDir, set: impl FnOnce(&mut Command)) -> Self {
+        let mut command = Command::new("/proc/self/exe");
+        set(&mut command);
+        Self::begin(dir, command)
+    }
+
+    fn begin(dir: &TempDir, mut command: Command) -> Self {
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let socket = dir.path().join("peer.sock");
         drop(fs::remove_file(&socket));
         let listener = UnixListener::bind(&socket).unwrap();
         fs::set_permissions(&socket, fs::Permissions::from_mode(0o777)).unwrap();
-        let mut command = Command::new("/proc/self/exe");
         command.args(["--exact", "attest::as_peer"]).env(SOCKET, &socket).stdout(Stdio::null());
-        set(&mut command);
         let child = command.spawn().unwrap();
         let (stream, _) = listener.accept().unwrap();
         let peer = Arc::new(Peer::from_stream(&stream, &OsUid).unwrap());
@@ -127,14 +140,19 @@ impl Process {
     }
 
     /// Has it do something, and waits until it is done.
-    fn order(&mut self, order: &str) {
+    pub(crate) fn order(&mut self, order: &str) {
         writeln!(self.stream, "{order}").unwrap();
         self.stream.read_exact(&mut [0]).unwrap();
     }
 
     /// Has it execute another program, and waits until it does.
-    fn execute(&mut self, program: &Path) {
-        self.order(&format!("execute {}", program.display()));
+    pub(crate) fn execute(&mut self, program: &Path) {
+        self.execute_as(program, program);
+    }
+
+    /// The same, with a program whose path is another than the one it is reached by.
+    pub(crate) fn execute_as(&mut self, reached_by: &Path, program: &Path) {
+        self.order(&format!("execute {}", reached_by.display()));
         // For a moment there is none, as a thread other than the first executes.
         while fs::read_link(format!("/proc/{}/exe", self.child.id())).ok().as_deref() != Some(program) {
             assert!(self.child.try_wait().unwrap().is_none(), "{} was not executed", program.display());
@@ -150,8 +168,8 @@ impl Drop for Process {
     }
 }
 
-async fn attest(attestor: &Attestor, peer: &Arc<Peer>) -> Result<Subject, AttestError> {
-    attest_for(attestor, peer, &Questions::default()).await
+pub(crate) async fn attest(attestor: &Attestor, peer: &Arc<Peer>) -> Result<Subject, AttestError> {
+    attest_for(attestor, peer, &everything(attestor)).await
 }
 
 async fn attest_for(
@@ -163,40 +181,51 @@ async fn attest_for(
     Ok(attestor.attest(admitted, questions).await?.into_parts().1)
 }
 
-/// What entries ask for that ask for one of these each.
+/// What entries ask for that ask for one of these each, once all of it was looked for.
 fn asking(attestor: &Attestor, selectors: impl IntoIterator<Item = String>) -> Arc<Questions> {
-    let entry = |text: String| {
-        Arc::new(Entry {
-            id: EntryId::new(&text),
-            spiffe_id: SpiffeId::parse("spiffe://example.org/x").unwrap(),
-            selectors: Selectors::from([Selector::parse(&text).unwrap()]),
-            x509_svid_ttl: None,
-            jwt_svid_ttl: None,
-            hint: Box::default(),
-            dns_names: Vec::new(),
-            federates_with: BTreeSet::new(),
-            created_at: 0,
-            revision: 0,
-        })
-    };
-    let index = Arc::new(EntryIndex::new(selectors.into_iter().map(entry)));
+    let index = Arc::new(EntryIndex::new(selectors.into_iter().map(|it| entry_for(&it))));
     let _asked_until_then = attestor.prepare_for(&index);
     attestor.wait(Duration::from_secs(60));
     attestor.prepare_for(&index)
 }
 
-fn texts(selectors: &Selectors) -> BTreeSet<String> {
+/// The questions of entries that may be anybody's by its executable.
+pub(crate) fn everything(attestor: &Attestor) -> Arc<Questions> {
+    static ENTRIES: LazyLock<Arc<EntryIndex>> = LazyLock::new(|| {
+        let digest = format!("unix:sha256:{}", "0".repeat(64));
+        Arc::new(EntryIndex::new([entry_for("unix:path:/nobody"), entry_for(&digest)]))
+    });
+    attestor.prepare_for(&ENTRIES)
+}
+
+/// An entry for who has these selectors.
+pub(crate) fn entry_for(selectors: &str) -> Arc<Entry> {
+    Arc::new(Entry {
+        id: EntryId::new(selectors),
+        spiffe_id: SpiffeId::parse("spiffe://example.org/e").unwrap(),
+        selectors: selectors.split(' ').map(|selector| Selector::parse(selector).unwrap()).collect(),
+        x509_svid_ttl: None,
+        jwt_svid_ttl: None,
+        hint: Box::default(),
+        dns_names: Vec::new(),
+        federates_with: BTreeSet::new(),
+        created_at: 0,
+        revision: 0,
+    })
+}
+
+pub(crate) fn texts(selectors: &Selectors) -> BTreeSet<String> {
     selectors.iter().map(ToString::to_string).collect()
 }
 
-fn sha256(path: &Path) -> String {
+pub(crate) fn sha256(path: &Path) -> String {
     let hash = digest(&SHA256, &fs::read(path).unwrap());
     let hex: String = hash.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
     format!("unix:sha256:{hex}")
 }
 
 /// Whether a test may make processes of other users; says so if not.
-fn may_be_others(test: &str) -> bool {
+pub(crate) fn may_be_others(test: &str) -> bool {
     let root = geteuid().is_root();
     if !root {
         println!("{test}: the part with another user's process was left out, as it needs root");
@@ -204,12 +233,12 @@ fn may_be_others(test: &str) -> bool {
     root
 }
 
-fn discovering(workload_size_limit: i64) -> AttestSettings {
+pub(crate) fn discovering(workload_size_limit: i64) -> AttestSettings {
     AttestSettings { unix: UnixSettings { discover_workload_path: true, workload_size_limit } }
 }
 
 /// A program of our own that does nothing for a long time.
-fn sleeper(dir: &TempDir, name: &str) -> PathBuf {
+pub(crate) fn sleeper(dir: &TempDir, name: &str) -> PathBuf {
     let path = dir.path().join(name);
     fs::copy("/bin/sleep", &path).unwrap();
     path
@@ -231,7 +260,7 @@ async fn a_process_is_its_user_and_its_groups() {
         want.extend(named.map(|group| format!("unix:supplementary_group:{}", group.name)));
     }
     // Entries ask for more than it is.
-    let others = ["user:no such user", "supplementary_group:no such group", "supplementary_gid:3912005"];
+    let others = ["user:no-such-user", "supplementary_group:no-such-group", "supplementary_gid:3912005"];
     let asked = want.iter().cloned().chain(others.map(|it| format!("unix:{it}")));
     let asked = asking(&attestor, asked);
     assert_eq!(texts(&attest_for(&attestor, &ours.peer, &asked).await.unwrap()), want, "our own user");
@@ -371,7 +400,8 @@ async fn a_failure_of_the_callers_own_doing_costs_it_more() {
         };
         let before = left();
         let admitted = limits.admit_caller(Arc::clone(peer), Method::FetchX509Svid).unwrap();
-        let attested = Attestor::new(settings).attest(admitted, &Questions::default()).await;
+        let attestor = Attestor::new(settings);
+        let attested = attestor.attest(admitted, &everything(&attestor)).await;
         assert_eq!(attested.is_ok(), succeeds, "{case}: {attested:?}");
         drop(attested);
         assert_eq!(before - left(), cost, "{case}");

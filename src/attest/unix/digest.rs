@@ -269,3 +269,132 @@ fn hex(bytes: &[u8]) -> Hex {
     let digit = |nibble: u8| char::from_digit(u32::from(nibble), 16).unwrap_or('0');
     bytes.iter().flat_map(|b| [digit(b >> 4), digit(b & 15)]).collect::<String>().into()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs,
+        os::unix::fs::PermissionsExt as _,
+        path::Path,
+        process::{Child, Command},
+    };
+
+    use aws_lc_rs::digest::digest;
+    use nix::sys::stat::stat;
+
+    use super::*;
+
+    /// A process that executes a file.
+    struct Sleeper(Child);
+
+    impl Sleeper {
+        fn start(program: &Path) -> Self {
+            loop {
+                // A process that another test starts just now may hold the copy open for a moment.
+                match Command::new(program).arg("600").spawn() {
+                    Ok(child) => return Self(child),
+                    Err(e) => assert_eq!(e.kind(), io::ErrorKind::ExecutableFileBusy, "{e}"),
+                }
+            }
+        }
+
+        fn file(&self, limit: u64) -> Hashed {
+            let process = PathBuf::from(format!("/proc/{}", self.0.id()));
+            let dir = ProcDir::at(process.clone()).unwrap();
+            let executable = Executable::of(&dir).unwrap();
+            let stamp = executable.stamp(&dir).unwrap();
+            Hashed { executable, stamp, process, limit, family: 1 }
+        }
+    }
+
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            drop(self.0.kill());
+            drop(self.0.wait());
+        }
+    }
+
+    fn copy(dir: &tempfile::TempDir) -> PathBuf {
+        let path = dir.path().join("program");
+        fs::copy("/bin/sleep", &path).unwrap();
+        path
+    }
+
+    #[tokio::test]
+    async fn digests_are_sha256_of_what_settled() {
+        let (digests, threads) = (Digests::default(), FileThreads::default());
+        let dir = tempfile::tempdir().unwrap();
+        let want = hex(digest(&SHA256, &fs::read("/bin/sleep").unwrap()).as_ref());
+
+        let process = Sleeper::start(&copy(&dir));
+        let fresh = process.file(u64::MAX);
+        assert_eq!(digests.make(&threads, fresh.clone()).await.unwrap(), want);
+        assert!(digests.known(&fresh.stamp).is_none(), "written a moment ago");
+
+        let old = Sleeper::start(Path::new("/bin/sleep"));
+        let file = old.file(u64::MAX);
+        assert!(settled(&file.stamp), "it was installed a while ago");
+        assert_eq!(digests.make(&threads, file.clone()).await.unwrap(), want);
+        assert_eq!(digests.known(&file.stamp), Some(want));
+        // A thread lets go of it just after it has answered.
+        while !digests.table().made.is_empty() {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_not_as_it_was_has_no_digest() {
+        let (digests, threads) = (Digests::default(), FileThreads::default());
+        let dir = tempfile::tempdir().unwrap();
+        let program = copy(&dir);
+        let process = Sleeper::start(&program);
+        let size = fs::metadata(&program).unwrap().len();
+
+        let grown = digests.make(&threads, process.file(size - 1)).await;
+        assert!(
+            matches!(grown, Err(ExecutableError::TooLarge { size: read, limit, .. }) if read > limit),
+            "it grew after it was looked at: {grown:?}"
+        );
+        let before = process.file(size);
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
+        let changed = digests.make(&threads, before.clone()).await;
+        assert!(matches!(changed, Err(ExecutableError::Changed { .. })), "{changed:?}");
+        drop(process);
+        let gone = digests.make(&threads, before).await;
+        assert!(matches!(gone, Err(ExecutableError::Gone)), "{gone:?}");
+    }
+
+    #[tokio::test]
+    async fn callers_of_one_file_share_one_hash() {
+        let (digests, threads) = (Digests::default(), FileThreads::default());
+        let process = Sleeper::start(Path::new("/bin/sleep"));
+        let file = process.file(u64::MAX);
+        let waiting: Vec<_> = (0..1000).map(|_| digests.join(&threads, &file)).collect();
+        assert!(waiting.iter().all(Result::is_ok), "they take one place together");
+        for (mut done, _) in waiting.into_iter().flatten() {
+            assert!(done.wait_for(Option::is_some).await.unwrap().clone().unwrap().is_ok());
+        }
+    }
+
+    #[test]
+    fn one_family_does_not_wash_out_what_another_has() {
+        let some = Stamp::of(&stat("/bin/sleep").unwrap());
+        let stamp = |n: usize| some.with_inode(u64::try_from(n).unwrap());
+        let mut table = DigestTable::default();
+        table.keep(stamp(0), "a".into(), 1);
+        for n in 1..3 * CAPACITY {
+            table.keep(stamp(n), "b".into(), 2);
+        }
+        assert_eq!(table.known.len(), CAPACITY);
+        assert!(table.known.contains_key(&stamp(0)), "the only one of its family");
+        assert!(!table.known.contains_key(&stamp(1)), "the oldest of the family with the most");
+
+        // Of one's own the one that was not used for longest goes.
+        let digests = Digests(Arc::new(Mutex::new(table)));
+        let oldest = 2 * CAPACITY + 1;
+        assert!(digests.known(&stamp(oldest)).is_some());
+        digests.table().keep(stamp(3 * CAPACITY), "b".into(), 2);
+        assert!(digests.known(&stamp(oldest)).is_some(), "just used");
+        assert!(digests.known(&stamp(oldest + 1)).is_none(), "the next oldest");
+    }
+}

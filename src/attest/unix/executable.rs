@@ -350,3 +350,46 @@ pub(super) static MAY_TRACE: LazyLock<bool> = LazyLock::new(|| {
     let status = Process::myself().and_then(|it| it.status());
     status.is_ok_and(|status| status.capeff >> CAP_SYS_PTRACE & 1 != 0)
 });
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    impl Stamp {
+        /// The stamp of another file.
+        pub(in crate::attest::unix) fn with_inode(self, inode: u64) -> Self {
+            Self { inode, ..self }
+        }
+    }
+
+    #[test]
+    fn what_the_caller_did_is_not_the_nodes_fault() {
+        for (errno, want) in [
+            (Errno::EACCES, (Blame::Refusal, AttestFault::Unreadable)),
+            (Errno::ENOENT, (Blame::Refusal, AttestFault::Unreadable)),
+            (Errno::ENAMETOOLONG, (Blame::Refusal, AttestFault::Unreadable)),
+            (Errno::ESTALE, (Blame::Refusal, AttestFault::Unreadable)),
+            (Errno::ESRCH, (Blame::Refusal, AttestFault::Gone)),
+            (Errno::EMFILE, (Blame::Fault, AttestFault::Unreadable)),
+            (Errno::EIO, (Blame::Fault, AttestFault::Unreadable)),
+        ] {
+            assert_eq!(ExecutableError::unreadable(PathBuf::new(), errno).class(), want, "{errno}");
+        }
+    }
+
+    #[test]
+    fn a_stamp_tells_contents_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        let stamp = || Stamp::of(&stat(&path).unwrap());
+        std::fs::write(&path, "abc").unwrap();
+        let before = stamp();
+        assert_eq!(before, stamp());
+        std::fs::write(&path, "longer").unwrap();
+        assert_ne!(before, stamp(), "another size");
+        let of_size = stamp();
+        std::fs::rename(&path, dir.path().join("other")).unwrap();
+        std::fs::write(&path, "longer").unwrap();
+        assert_ne!(of_size, stamp(), "another file");
+    }
+}

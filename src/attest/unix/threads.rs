@@ -24,13 +24,15 @@ use tokio::sync::{oneshot, watch};
 use crate::limits::{AttestationSlot, Attestations, Slots};
 
 /// Threads in all, those that hang included.
-const THREADS: usize = 16;
+const THREADS: usize = 24;
+/// Threads that only read what the kernel tells.
+const FOR_TEXT: usize = 4;
 /// Their stack, in bytes: what they call is shallow.
 const STACK: usize = 256 * 1024;
 /// A step that takes longer hangs.
 const STUCK: Duration = Duration::from_secs(2);
-/// Threads of one family, those that hang included.
-const OF_FAMILY: usize = 4;
+/// Threads of one family that ask file systems, those that hang included; and as many that do not.
+const OF_FAMILY: usize = 5;
 /// Steps on one file system that may hang before none is begun there.
 const OF_DEVICE: usize = 2;
 /// Tasks of all families, waiting or running.
@@ -346,10 +348,14 @@ impl Tasks {
         let may_begin = |place: &TaskPlace| {
             let running = |is: &dyn Fn(&RunningTask) -> bool| self.running.iter().filter(|it| is(it)).count();
             let same_kind = |it: &RunningTask| it.place.kind == place.kind && !hangs(it);
+            let same_family = |it: &RunningTask| it.place.family == place.family;
+            let asks_files = |it: &RunningTask| it.place.kind != TaskKind::Text;
+            let asks = place.kind != TaskKind::Text;
             let reads = place.kind == TaskKind::Content;
-            running(&|it| it.place.family == place.family) < OF_FAMILY
+            running(&|it| same_family(it) && asks_files(it) == asks) < OF_FAMILY
+                && !(asks && running(&asks_files) >= THREADS - FOR_TEXT)
                 && running(&same_kind) < place.kind.at_once()
-                && !(reads && running(&|it| same_kind(it) && it.place.family == place.family) > 0)
+                && !(reads && running(&|it| same_kind(it) && same_family(it)) > 0)
                 && (place.device.is_none()
                     || running(&|it| it.place.device == place.device && hangs(it)) < OF_DEVICE)
         };
@@ -417,5 +423,194 @@ impl<T: Send, F: FnOnce() -> T + Send> FileTask for OneStep<F, T> {
             drop(answer.send(look()));
         }
         TaskStep::Done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::poll_fn, sync::mpsc, task::Poll};
+
+    use super::*;
+
+    /// So long nothing here takes that is not held up.
+    const PLENTY: Duration = Duration::from_secs(60);
+    /// Steps that hang do so after this.
+    const SOON: Duration = Duration::from_millis(20);
+
+    fn place(kind: TaskKind, family: u64, device: u64) -> TaskPlace {
+        TaskPlace { kind, family, device: Some(device) }
+    }
+
+    /// Waits until `is`, which threads bring about.
+    fn until(is: impl Fn() -> bool) {
+        let began = Instant::now();
+        while !is() {
+            assert!(began.elapsed() < PLENTY, "it never was");
+            thread::yield_now();
+        }
+    }
+
+    /// A task that says what it is, and waits at each step until it may go on or nobody keeps it waiting.
+    struct Told {
+        name: &'static str,
+        left: u64,
+        steps: usize,
+        says: mpsc::Sender<&'static str>,
+        go: Option<mpsc::Receiver<()>>,
+    }
+
+    impl FileTask for Told {
+        fn left(&self) -> u64 {
+            self.left
+        }
+
+        fn is_wanted(&self) -> bool {
+            true
+        }
+
+        fn is_begun(&self) -> bool {
+            false
+        }
+
+        fn step(&mut self) -> TaskStep {
+            self.says.send(self.name).unwrap();
+            if let Some(go) = &self.go {
+                let _goes_on = go.recv().is_ok();
+            }
+            self.steps -= 1;
+            if self.steps == 0 { TaskStep::Done } else { TaskStep::Again }
+        }
+    }
+
+    #[tokio::test]
+    async fn families_take_turns_and_the_smallest_of_each_is_next() {
+        let threads = FileThreads::with(PLENTY, PLENTY);
+        let (says, said) = mpsc::channel();
+        let begin = |family, name, left, steps, go| {
+            let ticket = threads.take(place(TaskKind::Content, family, 0)).unwrap();
+            threads.begin(ticket, Box::new(Told { name, left, steps, says: says.clone(), go }));
+        };
+        // Two run at a time: one of them to the end of this test, one until all others wait.
+        let (stay, stays) = mpsc::channel();
+        let (go, goes) = mpsc::channel();
+        begin(8, "stays", 1, 1, Some(stays));
+        begin(9, "goes", 1, 1, Some(goes));
+        let mut first = [said.recv_timeout(PLENTY).unwrap(), said.recv_timeout(PLENTY).unwrap()];
+        first.sort_unstable();
+        assert_eq!(first, ["goes", "stays"]);
+        for (family, name, left, steps) in
+            [(1, "a30", 30, 1), (1, "a10", 10, 1), (2, "b99", 99, 3), (1, "a20", 20, 1), (3, "c50", 50, 1)]
+        {
+            begin(family, name, left, steps, None);
+        }
+        assert!(said.try_recv().is_err(), "no more than two at a time");
+        drop(go);
+        let rest: Vec<_> = (0..7).map(|_| said.recv_timeout(PLENTY).unwrap()).collect();
+        assert_eq!(rest, ["a10", "b99", "c50", "a20", "b99", "a30", "b99"]);
+        drop(stay);
+    }
+
+    #[tokio::test]
+    async fn what_hangs_holds_only_its_own() {
+        let threads = Arc::new(FileThreads::with(PLENTY, SOON));
+        let (release, released) = mpsc::channel::<()>();
+        let released = Arc::new(Mutex::new(released));
+        let hangs: Vec<_> = (0..20)
+            .map(|n| {
+                let (threads, released) = (Arc::clone(&threads), Arc::clone(&released));
+                // Half of one family, half of ten.
+                let family = if n % 2 == 0 { 1 } else { 100 + n };
+                tokio::spawn(async move {
+                    let wait = move || drop(released.lock().map(|it| it.recv()));
+                    threads.run(place(TaskKind::Status, family, 7), wait).await
+                })
+            })
+            .collect();
+        let hang = |tasks: &Tasks| {
+            let now = Instant::now();
+            tasks.running.iter().filter(|it| now.duration_since(it.since) > SOON).count()
+        };
+        while hang(&threads.shared.lock()) < OF_DEVICE {
+            tokio::task::yield_now().await;
+        }
+        for family in [2, 3, 4] {
+            for kind in [TaskKind::Text, TaskKind::Status, TaskKind::Content] {
+                assert_eq!(threads.run(place(kind, family, 8), || 5).await, Ok(5), "{family} {kind:?}");
+            }
+        }
+        let most = threads.shared.lock().running.len();
+        assert!(most <= OF_DEVICE + TaskKind::Status.at_once(), "{most} threads of one file system");
+        let text = TaskPlace { kind: TaskKind::Text, family: 1, device: None };
+        assert_eq!(threads.run(text, || 6).await, Ok(6), "what asks no file system, even of the family");
+
+        drop(release);
+        for hang in hangs {
+            assert_eq!(hang.await.unwrap(), Ok(()), "served after all");
+        }
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_longer_than_his_patience() {
+        let threads = FileThreads::with(SOON, PLENTY);
+        let (release, released) = mpsc::channel::<()>();
+        let running = place(TaskKind::Text, 1, 7);
+        assert_eq!(threads.run(running, move || released.recv().is_ok()).await, Err(NotDone::Late));
+        assert_eq!(threads.shared.lock().running.len(), 1, "nothing can end it");
+        drop(release);
+        until(|| threads.shared.lock().running.is_empty());
+        assert_eq!(threads.run(running, || 5).await, Ok(5), "its thread is back");
+    }
+
+    #[tokio::test]
+    async fn places_have_a_bound_and_a_share() {
+        let threads = FileThreads::with(PLENTY, PLENTY);
+        let take = |family| threads.take(place(TaskKind::Content, family, 0));
+        let mut taken = Vec::new();
+        while let Ok(ticket) = take(1) {
+            taken.push(ticket);
+        }
+        assert_eq!(u32::try_from(taken.len()).ok(), PLACES_OF_FAMILY.map(NonZeroU32::get));
+        assert_eq!(take(1).err(), Some(NotDone::Busy));
+        let others: Vec<_> = (2..30).map(|family| take(family).unwrap()).collect();
+        drop(taken);
+        take(1).unwrap();
+        drop(others);
+    }
+
+    #[tokio::test]
+    async fn what_nobody_waits_for_is_not_done() {
+        let threads = FileThreads::with(PLENTY, PLENTY);
+        let (release, released) = mpsc::channel::<()>();
+        let (says, said) = mpsc::channel();
+        let ticket = threads.take(place(TaskKind::Content, 1, 0)).unwrap();
+        threads.begin(ticket, Box::new(Told { name: "first", left: 1, steps: 1, says, go: Some(released) }));
+        said.recv_timeout(PLENTY).unwrap();
+        let mut behind = Box::pin(threads.run(place(TaskKind::Content, 1, 0), || panic!("nobody waits")));
+        let waits = poll_fn(|context| Poll::Ready(behind.as_mut().poll(context).is_pending()));
+        assert!(waits.await);
+        assert_eq!(threads.shared.lock().waiting.len(), 1);
+        drop(behind);
+        drop(release);
+        until(|| threads.shared.lock().waiting.is_empty() && threads.shared.lock().running.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_end_and_takes_no_thread() {
+        let threads = FileThreads::with(PLENTY, PLENTY);
+        for _ in 0..2 * THREADS {
+            let panics = || panic!("as tests do");
+            let failed: Result<(), _> = threads.run(place(TaskKind::Text, 1, 0), panics).await;
+            assert_eq!(failed, Err(NotDone::Late));
+        }
+        assert_eq!(threads.run(place(TaskKind::Text, 1, 0), || 5).await, Ok(5));
+    }
+
+    #[test]
+    fn threads_end_with_their_owner() {
+        let threads = FileThreads::default();
+        threads.start();
+        let shared = Arc::downgrade(&threads.shared);
+        drop(threads);
+        until(|| shared.strong_count() == 0);
     }
 }
