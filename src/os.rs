@@ -7,5 +7,4 @@ pub mod heap;
 pub mod lock;
 pub mod namespace;
 pub mod pidfd;
-pub mod proc_owner;
 pub mod systemd;

@@ -163,7 +163,7 @@ impl WorkloadApi {
         changes: watch::Receiver<Change>,
     ) -> Result<Updates, RequestError> {
         let open = self.parts.journal.opened(method);
-        let mut state = OpenStream { parts: Arc::clone(&self.parts), charged, content };
+        let mut state = Subscription { parts: Arc::clone(&self.parts), charged, content };
         let first = match state.expected().await? {
             Some(first) => first,
             // Published while it was attested. Boxed, as few calls need the room for it.
@@ -268,13 +268,13 @@ impl TryFrom<pb::JwtsvidRequest> for JwtQuery {
 }
 
 /// An open stream.
-struct OpenStream<C> {
+struct Subscription<C> {
     parts: Arc<Parts>,
     charged: Charged,
     content: C,
 }
 
-impl<C: Content> Update for OpenStream<C> {
+impl<C: Content> Update for Subscription<C> {
     async fn expected(&mut self) -> Result<Option<Encoded>, RequestError> {
         let Self { parts, charged, content } = self;
         let snapshot = parts.store.snapshot();

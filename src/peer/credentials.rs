@@ -4,8 +4,8 @@
 //! by itself (it is reused), and that whoever writes to the socket is who connected (a child inherits it): hence
 //! [`Peer::is_alive`] before every answer. A [`Peer`] is made once, at accept, with its caller key, and lives as
 //! long as its connection; there is no map of peers anywhere. A kernel whose pidfds say whose a process is (6.13) is
-//! asked for nothing else; before that it is read in `/proc/PID/status`, and before `SO_PEERPIDFD` (6.5) the start time
-//! in `/proc/PID/stat` stands in for it.
+//! asked for nothing else; before that the owner of `/proc/PID` says it, which is always the effective one, and before
+//! `SO_PEERPIDFD` (6.5) the start time in `/proc/PID/stat` stands in for it.
 //!
 //! # Decisions
 //! A peer of another PID namespace (PID 0) is a [`Peer`] and not an error: spire-agent closes such a connection
@@ -16,7 +16,10 @@
 //! keeps a way back to root, and a program that is setuid, have others all along. One that switches its effective IDs
 //! to and fro gets nothing while they are others', and is told to connect again.
 
-use std::{io, os::fd::AsFd};
+use std::{
+    fs, io,
+    os::{fd::AsFd, unix::fs::MetadataExt as _},
+};
 
 use nix::{
     errno::Errno,
@@ -27,10 +30,7 @@ use procfs::{ProcError, process::Process as ProcProcess};
 
 use crate::{
     limits::caller::{Caller, CallerKey},
-    os::{
-        pidfd::{Owner, Pidfd},
-        proc_owner,
-    },
+    os::pidfd::{Owner, Pidfd},
     peer::slot::PeerSlot,
 };
 
@@ -60,8 +60,8 @@ pub struct Peer {
 enum OwnerFrom {
     /// The pidfd, or what stands in for it where that cannot say.
     Pidfd,
-    /// `/proc/PID/status`, on any kernel.
-    Status,
+    /// `/proc/PID`, on any kernel.
+    Proc,
 }
 
 /// How the agent holds on to the process.
@@ -262,12 +262,9 @@ impl Peer {
     ///
     /// # Errors
     /// As [`Self::from_stream`].
-    pub fn from_stream_by_status(
-        stream: &impl AsFd,
-        keys: &dyn KeyResolver,
-    ) -> Result<Self, CredentialsError> {
+    pub fn from_stream_by_proc(stream: &impl AsFd, keys: &dyn KeyResolver) -> Result<Self, CredentialsError> {
         let peer = Self::from_stream(stream, keys)?;
-        Ok(Self { owner_from: OwnerFrom::Status, ..peer })
+        Ok(Self { owner_from: OwnerFrom::Proc, ..peer })
     }
 
     /// A peer with this user and group that the agent cannot see: what a caller of another PID namespace is.
@@ -311,7 +308,7 @@ impl Peer {
 
     /// Whether the process that connected still runs, as the same user and group. To be asked once per call, after
     /// everything that was read about the process: if it still lives then, all that was read was its own. A zombie
-    /// is not alive. Costs less than a microsecond, and about ten before Linux 6.13.
+    /// is not alive. Takes about a microsecond, and some more before Linux 6.13.
     ///
     /// # Errors
     /// [`PeerGone`]: the call must get nothing.
@@ -323,18 +320,18 @@ impl Peer {
                 runs(pidfd)?;
                 let told = match self.owner_from {
                     OwnerFrom::Pidfd => pidfd.owner(),
-                    OwnerFrom::Status => Ok(None),
+                    OwnerFrom::Proc => Ok(None),
                 };
                 match told {
                     Ok(Some(owner)) => owner,
-                    Ok(None) => owner_by_status(pid, pidfd)?,
+                    Ok(None) => owner_by_proc(pid, pidfd)?,
                     Err(Errno::ESRCH) => return Err(PeerGone::Exited),
                     Err(errno) => return Err(PeerGone::Unknown { source: errno.into() }),
                 }
             }
             Process::OpenedPidfd { pidfd, start_time } => {
                 let now = start_time_of(pid);
-                let owner = owner_by_status(pid, pidfd)?;
+                let owner = owner_by_proc(pid, pidfd)?;
                 match now {
                     Ok(now) if now != *start_time => return Err(PeerGone::Replaced { pid }),
                     Ok(_) => owner,
@@ -425,11 +422,12 @@ fn runs(pidfd: &Pidfd) -> Result<(), PeerGone> {
 }
 
 /// Whose the process of `pidfd` is, which has the number `pid` while it lives.
-fn owner_by_status(pid: Pid, pidfd: &Pidfd) -> Result<Owner, PeerGone> {
-    let owner = proc_owner::owner(pid);
+fn owner_by_proc(pid: Pid, pidfd: &Pidfd) -> Result<Owner, PeerGone> {
+    let dir = fs::metadata(format!("/proc/{pid}"));
     // Asked last: it lives now, so what was read before was read of it.
     runs(pidfd)?;
-    owner.map_err(|source| PeerGone::Unknown { source })
+    let dir = dir.map_err(|source| PeerGone::Unknown { source })?;
+    Ok(Owner { uid: Uid::from_raw(dir.uid()), gid: Gid::from_raw(dir.gid()) })
 }
 
 fn start_time_of(pid: Pid) -> Result<u64, ProcError> {

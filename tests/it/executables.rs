@@ -80,8 +80,7 @@ async fn a_path_is_not_believed_where_its_user_mounts() {
         ("its own asks for a digest", format!("unix:uid:{uid} {}", sha256(Path::new("/bin/sh"))), false),
     ] {
         let questions = attestor.prepare_for(&Arc::new(EntryIndex::new([entry_for(&selectors)])));
-        let admitted =
-            Limits::default().admit_caller(Arc::clone(&liar.peer), Method::FetchX509Svid).unwrap();
+        let admitted = Limits::default().admit_caller(Arc::clone(&liar.peer), Method::FetchX509Svid).unwrap();
         let attested = attestor.attest(admitted, &questions).await;
         assert_eq!(attested.is_ok(), served, "{case}: {attested:?}");
     }
@@ -171,9 +170,8 @@ async fn a_file_without_end_stops_nobody() {
     }
 
     // By default such a file is not read at all.
-    let standing = AttestSettings {
-        unix: UnixSettings { discover_workload_path: true, ..UnixSettings::default() },
-    };
+    let standing =
+        AttestSettings { unix: UnixSettings { discover_workload_path: true, ..UnixSettings::default() } };
     let refused = attest(&Attestor::new(standing), &hostile[0].peer).await.unwrap_err();
     assert!(refused.to_string().contains("exceeds size limit"), "{refused}");
 

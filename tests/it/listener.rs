@@ -568,10 +568,12 @@ fn part() {
     }
 }
 
+type Made = fn(&StdStream) -> Peer;
+
 /// How a peer is made, on any kernel.
-const WAYS: [(&str, fn(&StdStream) -> Peer); 3] = [
+const WAYS: [(&str, Made); 3] = [
     ("as this kernel can", |stream| Peer::from_stream(stream, &OsUid).unwrap()),
-    ("as before Linux 6.13", |stream| Peer::from_stream_by_status(stream, &OsUid).unwrap()),
+    ("as before Linux 6.13", |stream| Peer::from_stream_by_proc(stream, &OsUid).unwrap()),
     ("as before Linux 6.5", |stream| Peer::from_stream_by_pid(stream, &OsUid).unwrap()),
 ];
 
@@ -639,7 +641,7 @@ fn a_process_that_changes_its_user_is_not_alive() {
     }
 }
 
-/// A daemon that started as root: its directory in /proc is root's.
+/// A daemon that started as root: much of what /proc has of it is root's.
 #[test]
 fn a_process_that_became_somebody_else_before_it_connected_is_alive() {
     if !nix::unistd::geteuid().is_root() {
