@@ -218,7 +218,7 @@ impl Attestor {
     }
 
     /// Attests an admitted peer, as far as `questions` go: those of the snapshot that the call is answered from. Reads of `/proc` are made on this thread, as they take microseconds; what may take
-    /// longer (an executable's content, names from a directory server) is not. A failure that is the peer's own doing
+    /// longer (an executable's content) is not. A failure that is the peer's own doing
     /// costs it more.
     ///
     /// # Errors
@@ -339,16 +339,21 @@ impl Questions {
 
 /// The attestation, unless an entry may be the process's by what could not be told.
 fn without_doubt(mut attestation: Attestation, questions: &Questions) -> Result<Attestation, AttestError> {
+    match doubted(&attestation, questions) {
+        Some(at) => Err(attestation.untold.swap_remove(at).1.into()),
+        None => Ok(attestation),
+    }
+}
+
+/// The place in `untold` of what keeps an entry from being the process's, or from not being it.
+fn doubted(attestation: &Attestation, questions: &Questions) -> Option<usize> {
     if attestation.untold.is_empty() {
-        return Ok(attestation);
+        return None;
     }
     let untold: Vec<SelectorKind> = attestation.untold.iter().map(|(kind, _)| *kind).collect();
     let kind_of = |selector: &Selector| questions.untellable(selector);
-    let Some(kind) = questions.doubts.first(&attestation.selectors, &untold, kind_of) else {
-        return Ok(attestation);
-    };
-    let at = untold.iter().position(|it| *it == kind).unwrap_or_default();
-    Err(attestation.untold.swap_remove(at).1.into())
+    let kind = questions.doubts.first(&attestation.selectors, &untold, kind_of)?;
+    untold.iter().position(|it| *it == kind)
 }
 
 /// The series of attestation.

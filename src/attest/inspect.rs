@@ -16,7 +16,7 @@ use nix::{
 use tokio::time::Instant;
 
 use super::{
-    AttestError, Attestor, Questions, Subject,
+    AttestError, Attestor, AttestorError, Questions, Subject, doubted,
     process::{Attestable, Extent, ProcDir},
 };
 use crate::{
@@ -54,6 +54,24 @@ impl InspectError {
             source => Self::Attest { pid: pid.as_raw(), source },
         }
     }
+}
+
+/// What would be attested of a process.
+#[derive(Debug)]
+pub struct Description {
+    pub subject: Subject,
+    /// What could not be told.
+    pub untold: Vec<UntoldKind>,
+}
+
+/// A kind of selectors of which it could not be told whether a process has them.
+#[derive(Debug)]
+pub struct UntoldKind {
+    /// As `unix:path`.
+    pub kind: String,
+    pub why: AttestorError,
+    /// Whether its calls fail for it.
+    pub decides: bool,
 }
 
 impl Inspected {
@@ -140,11 +158,18 @@ impl Attestor {
         &self,
         process: &Inspected,
         questions: &Questions,
-    ) -> Result<Subject, InspectError> {
+    ) -> Result<Description, InspectError> {
         let settings = self.settings.load_full();
         let attested = self.attest_anew(&settings, questions, process, Instant::now()).await;
         let attested = attested.map_err(|source| InspectError::attest(process.pid, source))?;
-        Ok(Subject(Arc::new(attested.selectors)))
+        let decides = doubted(&attested, questions);
+        let untold = attested.untold.into_iter().enumerate();
+        let untold = untold.map(|(at, (kind, why))| UntoldKind {
+            kind: kind.to_string(),
+            why,
+            decides: decides == Some(at),
+        });
+        Ok(Description { untold: untold.collect(), subject: Subject(Arc::new(attested.selectors)) })
     }
 }
 
@@ -170,7 +195,7 @@ mod tests {
         let pid = i32::try_from(child.id()).unwrap();
         let found = attestor.inspect(pid).unwrap();
         assert_eq!((found.uid(), found.gid()), (nix::unistd::geteuid(), nix::unistd::getegid()));
-        let subject = attestor.describe(&found, &Questions::default()).await.unwrap();
+        let subject = attestor.describe(&found, &Questions::default()).await.unwrap().subject;
         let uid = format!("unix:uid:{}", found.uid());
         assert!(subject.iter().any(|selector| selector.to_string() == uid), "{subject:?}");
 

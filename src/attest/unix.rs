@@ -6,6 +6,10 @@
 //! The path is the one the process sees in its own mount namespace, as SPIRE's is, and the digest is of the file that the
 //! kernel executes, whatever its path says. Both are told only where nobody but the node's root chooses what is mounted
 //! ([`executable`]): whoever may make containers may choose the path.
+//!
+//! A name is another's word for a number, and is looked up ahead, for the entries that ask for it ([`names`]): whoever
+//! has the number has the name. SPIRE asks for the name of the number, which is one: here a process also has the other
+//! names of its number, and of two users with one name only the first in the database has it.
 
 mod digest;
 mod discovery;

@@ -24,6 +24,7 @@ mod limits;
 mod listener;
 mod metrics;
 mod mtls;
+mod names;
 mod process;
 mod ratelimit_config;
 mod refused;

@@ -107,8 +107,15 @@ pub(crate) struct Process(std::process::Child);
 impl Process {
     /// Starts `durward run` with the configuration in `dir`; what it says goes to `log` in there.
     pub(crate) fn spawn(dir: &Path) -> Self {
+        Self::with(dir, |_| {})
+    }
+
+    /// The same, with what `set` changes.
+    pub(crate) fn with(dir: &Path, set: impl FnOnce(&mut std::process::Command)) -> Self {
         let log = std::fs::File::options().create(true).append(true).open(dir.join("log")).unwrap();
-        let child = std::process::Command::new(env!("CARGO_BIN_EXE_durward"))
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_durward"));
+        set(&mut command);
+        let child = command
             .arg("run")
             .arg("--config")
             .arg(dir.join("agent.conf"))
