@@ -3,6 +3,10 @@
 
 use std::{
     fs::{self, File},
+    os::unix::{
+        fs::{PermissionsExt as _, chown},
+        process::CommandExt as _,
+    },
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
@@ -22,6 +26,7 @@ use tokio::time::timeout;
 use crate::{
     attest::{Process, attest, discovering, entry_for, may_be_others, sha256, sleeper, texts},
     fuse::Fuse,
+    support::{self as agent, TRUST_DOMAIN, write_config},
 };
 
 /// So long nothing here takes that is not held up by somebody else.
@@ -191,5 +196,70 @@ async fn a_file_without_end_stops_nobody() {
         biased;
         ended = endless => panic!("{ended:?}"),
         () = others => {}
+    }
+}
+
+const AGENT: u32 = 65_534;
+const UNREADABLE: u32 = 65_533;
+const OTHER: u32 = 65_532;
+
+/// An agent of a user without privileges but these, which looks at executables; and its directory.
+fn unprivileged_agent(capabilities: &str) -> (agent::Process, TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let entry = |uid: u32, more: &str| {
+        format!(
+            "entry \"spiffe://{TRUST_DOMAIN}/u{uid}\" {{\n  selectors = [\"unix:uid:{uid}\"{more}]\n}}\n"
+        )
+    };
+    let digest = format!(", \"unix:sha256:{}\"", "0".repeat(64));
+    write_config(dir.path(), &[entry(UNREADABLE, &digest), entry(OTHER, "")].concat());
+    let at = dir.path().join("agent.conf");
+    let discovering = "plugin_data { discover_workload_path = true }";
+    let text = fs::read_to_string(&at).unwrap().replace("plugin_data { }", discovering);
+    fs::write(&at, text).unwrap();
+    chown(dir.path(), Some(AGENT), Some(AGENT)).unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let uid = AGENT.to_string();
+    let keep = [
+        "setpriv", "--reuid", &uid, "--regid", &uid, "--clear-groups", "--inh-caps", capabilities,
+        "--ambient-caps", capabilities,
+    ];
+    (agent::Process::spawn_by(&keep, dir.path()), dir)
+}
+
+/// A call of a user by this program; how it ends.
+fn call(program: &Path, uid: u32, dir: &TempDir) -> (bool, String) {
+    let out = Command::new(program)
+        .args(["api", "fetch", "jwt", "--audience", "here", "--timeout", "60s"])
+        .env("SPIFFE_ENDPOINT_SOCKET", format!("unix://{}/api.sock", dir.path().display()))
+        .current_dir("/")
+        .uid(uid)
+        .gid(uid)
+        .output()
+        .unwrap();
+    (out.status.success(), String::from_utf8_lossy(&out.stderr).into_owned())
+}
+
+#[tokio::test]
+async fn an_unreadable_executable_is_no_line_for_each_call() {
+    if !may_be_others("an_unreadable_executable_is_no_line_for_each_call") {
+        return;
+    }
+    let own = Path::new(env!("CARGO_BIN_EXE_durward"));
+    for (case, capabilities, lines) in [("it may trace", "-all,+sys_ptrace", 0), ("it may not", "-all", 1)] {
+        let (mut agent, dir) = unprivileged_agent(capabilities);
+        drop(agent.serving(dir.path()).await);
+        let unreadable = dir.path().join("unreadable");
+        fs::copy(own, &unreadable).unwrap();
+        fs::set_permissions(&unreadable, fs::Permissions::from_mode(0o711)).unwrap();
+        for _ in 0..5 {
+            let (served, text) = call(&unreadable, UNREADABLE, &dir);
+            assert!(!served && text.contains("attestation failed"), "{case}: {text}");
+        }
+        let (served, text) = call(own, OTHER, &dir);
+        assert!(served, "{case}: {text}");
+        let log = fs::read_to_string(dir.path().join("log")).unwrap();
+        assert_eq!(log.matches("CAP_SYS_PTRACE").count(), lines, "{case}: {log}");
+        assert!(!log.contains("attestation failed"), "{case}: {log}");
     }
 }
