@@ -6,9 +6,12 @@
 //!
 //! A connection that calls often does not pay for all of it each time: its last result is kept with the peer and
 //! used for one second, and only if the process lives, is of the same user and group, and executes the same file
-//! (asked anew for every call). What could change unseen within that second is the list of supplementary groups: a
-//! process needs `CAP_SETGID` to change it, and one second is what a stream that was just opened has anyway. Where
-//! the kernel does not say whose a process is (before Linux 6.13), nothing is kept.
+//! (asked anew for every call). What could change unseen within that second is the list of supplementary groups, for
+//! which a process needs `CAP_SETGID`.
+//!
+//! The process of an open stream is attested again before it is sent anything more ([`Attestor::attest_again`]): a
+//! program that is executed, and groups that are changed, are other selectors of the same process. It is paid for by
+//! nobody, and so has places of its own, as many as calls have: neither takes the other's.
 //!
 //! Attestors find out what the entries of a [`Questions`] ask for. These stand in the snapshot that a call is answered
 //! from, so that no call meets an entry whose selectors nobody looked for.
@@ -22,7 +25,6 @@ mod attestors;
 mod doubt;
 mod error;
 pub mod inspect;
-mod kept;
 mod process;
 mod settings;
 pub mod status;
@@ -37,15 +39,13 @@ use std::{
 
 use arc_swap::ArcSwap;
 use metrics::{Counter, Histogram};
-use nix::unistd::Pid;
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 
 pub use self::error::{AttestError, AttestFault, Blame, ProcReadError};
 pub(crate) use self::settings::is_enabled;
 use self::{
-    attestors::{Attestation, Evidence, Findings, Untold, WorkloadAttestor, attestors},
+    attestors::{Attestation, Evidence, Findings, News, Untold, WorkloadAttestor, attestors},
     doubt::{Doubts, SelectorKind},
-    kept::Kept,
     process::{Attestable, ProcDir, Seen},
     unix::{UnixAttestor, UnixError, UnixSettings},
 };
@@ -55,8 +55,7 @@ use crate::{
         Entry, EntryIndex,
         selector::{Selector, Selectors},
     },
-    limits::{Admitted, Families},
-    os::pidfd::Pidfd,
+    limits::{Admitted, Families, Limits},
     peer::Peer,
     telemetry::registry::{By, Label as _, Registry},
 };
@@ -101,6 +100,31 @@ impl Attested {
     pub fn into_parts(self) -> (Admitted<Arc<Peer>>, Subject) {
         (self.admitted, self.subject)
     }
+
+    /// Who may be attested again for as long as its stream is open.
+    pub fn peer(&self) -> AttestedPeer {
+        AttestedPeer(Arc::clone(self.admitted.peer()))
+    }
+}
+
+/// A peer that was admitted and attested, for an open stream. Only the attestor makes one.
+#[derive(Debug)]
+pub struct AttestedPeer(Arc<Peer>);
+
+impl AttestedPeer {
+    /// Whether its process still lives, and is of the user and group that connected. To be asked right before it is
+    /// sent something.
+    ///
+    /// # Errors
+    /// [`AttestError`]: nothing may be sent to it.
+    pub fn is_alive(&self) -> Result<(), AttestError> {
+        Attestable::is_alive(&*self.0)
+    }
+
+    /// Whether its process has ended, or cannot be asked after.
+    pub fn has_exited(&self) -> bool {
+        self.0.process().has_exited()
+    }
 }
 
 /// Finds out who peers are.
@@ -111,11 +135,17 @@ pub struct Attestor {
     /// Only [`Attestor::share_by`] writes.
     families: ArcSwap<Families>,
     attestors: Attestors,
-    /// What was prepared last, and for which entries.
-    prepared: Mutex<(Arc<EntryIndex>, Arc<Questions>)>,
-    /// Whether [`Attestable::is_alive`] sees a change of user or group.
-    kernel_tells_owner: bool,
+    news: News,
+    prepared: Mutex<Prepared>,
     metrics: AttestMetrics,
+}
+
+/// What was prepared last, for which entries, and after how many news.
+#[derive(Default)]
+struct Prepared {
+    index: Arc<EntryIndex>,
+    news: u64,
+    questions: Arc<Questions>,
 }
 
 /// A connection's last result, as its peer keeps it.
@@ -131,15 +161,16 @@ struct LastResult {
 impl Attestor {
     /// An attestor of the processes in `/proc`. Its attestations are not counted.
     pub fn new(settings: AttestSettings) -> Self {
-        let attestors = Attestors::default();
+        let news = News::default();
+        let attestors = Attestors::new(&news);
         attestors.begin(&settings);
         Self {
             proc_root: PathBuf::from("/proc"),
             settings: ArcSwap::from_pointee(settings),
             families: ArcSwap::default(),
             attestors,
+            news,
             prepared: Mutex::default(),
-            kernel_tells_owner: kernel_tells_owner(),
             metrics: AttestMetrics::new(Registry::new(&metrics::NoopRecorder)),
         }
     }
@@ -165,12 +196,25 @@ impl Attestor {
     /// nothing until something else is known.
     pub fn prepare_for(&self, index: &Arc<EntryIndex>) -> Arc<Questions> {
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        let (last, questions) = &*prepared;
-        if questions.number == 0 || !Arc::ptr_eq(last, index) {
-            let next = self.attestors.prepare_for(index.entries(), questions.number + 1);
-            *prepared = (Arc::clone(index), Arc::new(next));
+        // Read first: what comes to be known from here on is either in it, or makes it be prepared again.
+        let news = *self.news.borrow();
+        let number = prepared.questions.number;
+        if number == 0 || news != prepared.news || !Arc::ptr_eq(&prepared.index, index) {
+            let questions = Arc::new(self.attestors.prepare_for(index.entries(), number + 1));
+            *prepared = Prepared { index: Arc::clone(index), news, questions };
         }
-        Arc::clone(&prepared.1)
+        Arc::clone(&prepared.questions)
+    }
+
+    /// Waits until all that was asked for with [`Attestor::prepare_for`] was looked for once; so long at most. Blocks
+    /// this thread.
+    pub fn wait(&self, patience: Duration) {
+        self.attestors.wait(std::time::Instant::now() + patience);
+    }
+
+    /// Tells when [`Attestor::prepare_for`] may give something else for the same entries.
+    pub fn news(&self) -> watch::Receiver<u64> {
+        self.news.subscribe()
     }
 
     /// Attests an admitted peer, as far as `questions` go: those of the snapshot that the call is answered from. Reads of `/proc` are made on this thread, as they take microseconds; what may take
@@ -195,6 +239,25 @@ impl Attestor {
         }
     }
 
+    /// Attests the process of an open stream anew, as far as `questions` go: those of the snapshot that the update is
+    /// made of. It costs its caller nothing.
+    ///
+    /// # Errors
+    /// [`AttestError`]: nothing may be sent to it now. Whose doing that is says whether it may be later.
+    pub async fn attest_again(
+        &self,
+        peer: &AttestedPeer,
+        questions: &Questions,
+        limits: &Limits,
+    ) -> Result<Subject, AttestError> {
+        let AttestedPeer(peer) = peer;
+        let Some(_place) = limits.place_for_update(peer.caller()) else {
+            self.metrics.failed(&AttestError::Crowded);
+            return Err(AttestError::Crowded);
+        };
+        self.subject(peer.as_ref(), questions).await
+    }
+
     async fn subject(&self, process: &dyn Attestable, questions: &Questions) -> Result<Subject, AttestError> {
         let settings = self.settings.load_full();
         if let Some(kept) = self.kept(&settings, questions, process).await? {
@@ -206,12 +269,17 @@ impl Attestor {
         self.metrics.count(&attested);
         let Attestation { selectors, evidence, untold, took: _ } = attested?;
         let subject = Subject(Arc::new(selectors));
-        if let Some(slot) = process.slot().filter(|_| self.kernel_tells_owner) {
-            let questions = questions.number;
-            let last = LastResult { settings, questions, evidence, subject: subject.clone() };
+        if let Some(slot) = process.slot() {
             // What could not be told may be told by the next call.
-            let keep = subject.len() <= KEPT_SELECTORS && untold.is_empty();
-            slot.store(keep.then(|| Kept::until(at + REUSE, last)));
+            if subject.len() <= KEPT_SELECTORS && untold.is_empty() {
+                let questions = questions.number;
+                slot.store(
+                    at + REUSE,
+                    LastResult { settings, questions, evidence, subject: subject.clone() },
+                );
+            } else {
+                slot.clear();
+            }
         }
         Ok(subject)
     }
@@ -243,13 +311,11 @@ impl Attestor {
         questions: &Questions,
         process: &dyn Attestable,
     ) -> Result<Option<Subject>, AttestError> {
-        let Some(kept) = process.slot().and_then(|slot| slot.load::<Kept<LastResult>>()) else {
-            return Ok(None);
+        let last = process.slot().and_then(|slot| slot.load::<LastResult>(Instant::now()));
+        let fits = |last: &Arc<LastResult>| {
+            Arc::ptr_eq(&last.settings, settings) && last.questions == questions.number
         };
-        let fits =
-            |last: &&LastResult| Arc::ptr_eq(&last.settings, settings) && last.questions == questions.number;
-        let last = kept.believed(Instant::now()).filter(fits);
-        let Some(last) = last else { return Ok(None) };
+        let Some(last) = last.filter(fits) else { return Ok(None) };
         if !last.evidence.is_empty() {
             let dir = ProcDir::open(&self.proc_root, process.pid())?;
             for evidence in &last.evidence {
@@ -316,25 +382,22 @@ impl AttestMetrics {
                     self.seconds.with(*attestor, |seconds| seconds.record(*took));
                 }
             }
-            Err(error) => {
-                for attestor in AttestorName::VALUES.iter().filter(|attestor| error.concerns(**attestor)) {
-                    self.failures.with(*attestor, |by| by.with(error.fault(), |n| n.increment(1)));
-                }
-            }
+            Err(error) => self.failed(error),
         }
     }
-}
 
-/// Whether this kernel says by a pidfd whose a process is.
-fn kernel_tells_owner() -> bool {
-    Pidfd::open(Pid::this()).is_ok_and(|this| matches!(this.owner(), Ok(Some(_))))
+    fn failed(&self, error: &AttestError) {
+        for attestor in AttestorName::VALUES.iter().filter(|attestor| error.concerns(**attestor)) {
+            self.failures.with(*attestor, |by| by.with(error.fault(), |n| n.increment(1)));
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::{collections::BTreeSet, sync::Mutex};
 
-    use nix::unistd::{Gid, Uid};
+    use nix::unistd::{Gid, Pid, Uid};
 
     use super::*;
     use crate::{
@@ -382,15 +445,15 @@ mod tests {
 
     fn attestor(case: &str) -> Attestor {
         let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/proc").join(case);
-        Attestor { proc_root: root, kernel_tells_owner: true, ..Attestor::new(AttestSettings::default()) }
+        Attestor { proc_root: root, ..Attestor::new(AttestSettings::default()) }
     }
 
-    /// An entry that asks for one selector.
-    fn entry(selector: &str) -> Arc<Entry> {
+    /// An entry that asks for these selectors.
+    fn entry(selectors: &str) -> Arc<Entry> {
         Arc::new(Entry {
-            id: EntryId::new("e"),
+            id: EntryId::new(selectors),
             spiffe_id: SpiffeId::parse("spiffe://example.org/e").unwrap(),
-            selectors: Selectors::from([Selector::parse(selector).unwrap()]),
+            selectors: selectors.split_whitespace().map(|it| Selector::parse(it).unwrap()).collect(),
             x509_svid_ttl: None,
             jwt_svid_ttl: None,
             hint: Box::default(),
@@ -411,47 +474,91 @@ mod tests {
         Arc::ptr_eq(&first.0, &second.0)
     }
 
-    /// Numeric selectors alone: the fixtures' names are whatever this machine calls them.
-    fn numbers(selectors: &Selectors) -> BTreeSet<&str> {
-        let numeric = ["uid:", "gid:", "supplementary_gid:"];
-        selectors.iter().map(|s| s.value()).filter(|v| numeric.iter().any(|n| v.starts_with(n))).collect()
-    }
-
     #[tokio::test]
     async fn status_becomes_selectors() {
         for (case, pid, owner, want) in [
-            (
-                "user-with-groups",
-                4100,
-                (1000, 1001),
-                "gid:1001 supplementary_gid:1001 supplementary_gid:24 supplementary_gid:4 uid:1000",
-            ),
+            ("user-with-groups", 4100, (1000, 1001), "gid:1001 supplementary_gid:24 uid:1000"),
             ("root-without-groups", 4101, (0, 0), "gid:0 uid:0"),
-            ("hostile-name", 4102, (1000, 1000), "gid:1000 supplementary_gid:1000 uid:1000"),
+            ("hostile-name", 4102, (1000, 1000), "gid:1000 uid:1000"),
             ("effective-differs", 4103, (21, 11), "gid:11 supplementary_gid:7 uid:21"),
         ] {
-            let selectors =
-                attestor(case).subject(&fixture(pid, owner), &Questions::default()).await.unwrap();
-            assert_eq!(numbers(&selectors), want.split(' ').collect(), "{case}");
+            let attestor = attestor(case);
+            // It is in groups that nobody asks for, and an entry asks for one that it is not in.
+            let entries = ["unix:supplementary_gid:24 unix:supplementary_gid:7", "unix:supplementary_gid:9"];
+            let questions = attestor.prepare_for(&Arc::new(EntryIndex::new(entries.map(entry))));
+            let selectors = attestor.subject(&fixture(pid, owner), &questions).await.unwrap();
+            let values: BTreeSet<&str> = selectors.iter().map(|s| s.value()).collect();
+            assert_eq!(values, want.split(' ').collect(), "{case}");
             assert!(selectors.iter().all(|s| s.kind() == "unix"), "{case}");
         }
     }
 
+    /// An attestor with a user database that knows the user `web` as 1000, nobody called `gone`, and nothing of others.
+    fn with_names(case: &str) -> Attestor {
+        let mut attestor = attestor(case);
+        attestor.attestors.unix = UnixAttestor::knowing(&attestor.news, |name| match name.text() {
+            "web" => Ok(Some(1000)),
+            "gone" => Ok(None),
+            _ => Err(nix::errno::Errno::EIO),
+        });
+        attestor
+    }
+
     #[tokio::test]
-    async fn a_user_database_that_does_not_answer_makes_no_smaller_identity() {
-        for (case, selector, want) in [
-            ("entries ask for names", "unix:user:web", None),
-            ("nobody asks for names", "unix:uid:1000", Some("uid:1000")),
+    async fn names_are_those_that_entries_ask_for() {
+        const NO_NAMES: &str = "the user database does not say whose a name is that an entry asks for";
+        for (case, entries, want) in [
+            ("nobody asks for a name", "unix:uid:1000", Ok("")),
+            ("its own", "unix:user:web", Ok("user:web")),
+            ("its own, beside another's", "unix:user:web / unix:user:gone", Ok("user:web")),
+            ("nobody's", "unix:user:gone", Ok("")),
+            ("a user's and not a group's", "unix:group:web", Ok("")),
+            ("its group's and not its user's", "unix:supplementary_group:web", Ok("")),
+            ("not answered, and all of an entry", "unix:user:x", Err(NO_NAMES)),
+            ("not answered, and the rest fits", "unix:user:x unix:uid:1000", Err(NO_NAMES)),
+            ("not answered, and the rest is another's", "unix:user:x unix:uid:7", Ok("")),
+            ("not answered, and the rest is nobody's", "unix:user:x unix:group:gone", Ok("")),
+            ("not answered, beside its own", "unix:user:web / unix:group:x unix:uid:7", Ok("user:web")),
+            ("a group that is not answered", "unix:group:x unix:gid:1001", Err(NO_NAMES)),
+            ("one of its groups that is not answered", "unix:supplementary_group:x", Err(NO_NAMES)),
         ] {
-            let attestors = Attestors { unix: UnixAttestor::nameless() };
-            let attestor = Attestor { attestors, ..attestor("user-with-groups") };
-            let questions = attestor.prepare_for(&Arc::new(EntryIndex::new([entry(selector)])));
-            match (attestor.subject(&fixture(4100, (1000, 1001)), &questions).await, want) {
-                (Ok(selectors), Some(want)) => assert!(numbers(&selectors).contains(want), "{case}"),
-                (Err(AttestError::Attestor(AttestorError::Unix(UnixError::NoNames))), None) => {}
-                (got, want) => panic!("{case}: {got:?}, not {want:?}"),
-            }
+            let attestor = with_names("user-with-groups");
+            let entries: Vec<_> = entries.split('/').map(entry).collect();
+            let index = Arc::new(EntryIndex::new(entries));
+            attestor.prepare_for(&index);
+            attestor.wait(Duration::from_secs(60));
+            let questions = attestor.prepare_for(&index);
+            let got = attestor.subject(&fixture(4100, (1000, 1001)), &questions).await;
+            let named = |subject: Subject| {
+                let named = subject.iter().map(|it| it.value()).filter(|value| !value.contains("id:"));
+                named.collect::<Vec<_>>().join(" ")
+            };
+            let want = want.map(str::to_owned).map_err(str::to_owned);
+            assert_eq!(got.map(named).map_err(|error| error.to_string()), want, "{case}");
         }
+    }
+
+    #[tokio::test]
+    async fn what_comes_to_be_known_is_asked_from_the_next_snapshot_on() {
+        let attestor = with_names("user-with-groups");
+        let index = Arc::new(EntryIndex::new([entry("unix:user:web")]));
+        let mut news = attestor.news();
+        news.mark_unchanged();
+        let first = attestor.prepare_for(&index);
+        attestor.wait(Duration::from_secs(60));
+        assert!(news.has_changed().unwrap());
+        let second = attestor.prepare_for(&index);
+        assert!(!Arc::ptr_eq(&first, &second));
+        assert!(Arc::ptr_eq(&second, &attestor.prepare_for(&index)), "and stays until there is more");
+
+        // A kept result is of use for the questions that it was found for.
+        let process = fixture(4100, (1000, 1001));
+        let of_second = attestor.subject(&process, &second).await.unwrap();
+        assert!(same(&of_second, &attestor.subject(&process, &second).await.unwrap()));
+        let other = attestor.prepare_for(&Arc::new(EntryIndex::new([entry("unix:uid:1")])));
+        assert!(!same(&of_second, &attestor.subject(&process, &other).await.unwrap()));
+        let of_second = attestor.subject(&process, &second).await.unwrap();
+        assert!(of_second.iter().any(|it| it.value() == "user:web"), "those of an older snapshot hold on");
     }
 
     #[tokio::test]
@@ -521,7 +628,7 @@ mod tests {
         let gone = fixture(4100, (1000, 1001));
         gone.fates.lock().unwrap().push(AttestError::Gone);
         assert!(matches!(attestor.subject(&gone, &nothing()).await, Err(AttestError::Gone)));
-        assert!(gone.slot.load::<Kept<LastResult>>().is_none(), "and nothing is kept");
+        assert!(gone.slot.load::<LastResult>(Instant::now()).is_none(), "and nothing is kept");
 
         // What is read in place of a process that is gone may be anything; the reason is that it is gone.
         let replaced = fixture(4100, (0, 0));
@@ -550,14 +657,6 @@ mod tests {
             matches!(attestor.subject(&process, &nothing()).await, Err(AttestError::Gone)),
             "alive for every use"
         );
-    }
-
-    #[tokio::test]
-    async fn nothing_is_kept_where_the_kernel_does_not_tell_owners() {
-        let attestor = Attestor { kernel_tells_owner: false, ..attestor("user-with-groups") };
-        let process = fixture(4100, (1000, 1001));
-        let first = attestor.subject(&process, &nothing()).await.unwrap();
-        assert!(!same(&first, &attestor.subject(&process, &nothing()).await.unwrap()));
     }
 
     #[tokio::test]

@@ -24,6 +24,7 @@ mod input;
 mod issuer;
 mod ratelimit;
 mod trust_domain;
+mod users;
 
 pub use agent::{AgentSettings, DEFAULT_DATA_DIR, DEFAULT_SOCKET_PATH};
 pub use diff::{Changes, EntryChanges, diff};

@@ -1,9 +1,11 @@
 //! The edge to the operating system: the clock, memory, descriptors, systemd. The only place where `unsafe` may stand.
 
 pub mod accept;
+pub mod accounts;
 pub mod clock;
 pub mod heap;
 pub mod lock;
 pub mod namespace;
 pub mod pidfd;
+pub mod proc_owner;
 pub mod systemd;

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use tokio::{sync::watch as channel, task::JoinSet};
 
 use super::{
-    Running, connection_bounds,
+    ANSWERS_WITHIN, Running, connection_bounds,
     gate::Means,
     metrics::AgentMetrics,
     probe::probe,
@@ -79,6 +79,8 @@ impl AgentParts {
         let jwt = JwtCache::new(Arc::clone(&issuer), clock, Arc::clone(&store_series), jwt_svids);
         let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
         attestor.share_by(config.ratelimit.families.clone());
+        attestor.prepare_for(&Arc::clone(&issuer.world().borrow().index));
+        attestor.wait(ANSWERS_WITHIN);
         let writer = Writer::new(
             Arc::clone(&issuer),
             Arc::clone(&attestor),

@@ -11,11 +11,11 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::{
     attest::AttestError,
-    identity::{jwt::JwtError, spiffe_id::SpiffeIdError},
+    identity::{audience::AudienceError, jwt::JwtError, spiffe_id::SpiffeIdError},
     issuer::MintError,
     limits::{Refusal, RejectionStatus},
     peer::BodyError,
-    store::NoIdentity,
+    store::{NoIdentity, NotEntitled},
 };
 
 /// Why a Workload API call got no answer.
@@ -24,9 +24,9 @@ pub enum RequestError {
     /// The metadata `workload.spiffe.io: true` is not there exactly once (SPIFFE Workload Endpoint, section 6).
     #[error("security header missing from request")]
     NoSecurityHeader,
-    /// No audience was given.
-    #[error("audience must be specified")]
-    NoAudience,
+    /// No audience was given, or one that no token can have.
+    #[error(transparent)]
+    BadAudience(#[from] AudienceError),
     /// No token was given to validate.
     #[error("svid must be specified")]
     NoSvid,
@@ -48,7 +48,7 @@ pub enum RequestError {
     )]
     OtherPidNamespace,
     /// The caller could not be attested.
-    #[error("workload attestation failed")]
+    #[error("workload attestation failed{}", reconnect(.0))]
     Attestation(#[source] AttestError),
     /// No JWT-SVID could be made.
     #[error("could not fetch JWT-SVID{}", refused_for(.0))]
@@ -78,6 +78,30 @@ fn refused_for(error: &MintError) -> String {
     }
 }
 
+/// What the caller can do about it, where it can.
+fn reconnect(error: &AttestError) -> &'static str {
+    match error {
+        AttestError::IdentityChanged { .. } => {
+            ": the process changed its user or group after it connected: it must connect again"
+        }
+        AttestError::Gone
+        | AttestError::Unknown { .. }
+        | AttestError::OtherPidNamespace
+        | AttestError::Crowded
+        | AttestError::Status(_)
+        | AttestError::Attestor(_) => "",
+    }
+}
+
+impl From<NotEntitled> for RequestError {
+    fn from(error: NotEntitled) -> Self {
+        match error {
+            NotEntitled::NotAttested(error) => error.into(),
+            NotEntitled::NoIdentity(error) => error.into(),
+        }
+    }
+}
+
 impl From<AttestError> for RequestError {
     fn from(error: AttestError) -> Self {
         match error {
@@ -92,7 +116,7 @@ impl RequestError {
     pub fn code(&self) -> Code {
         match self {
             Self::NoSecurityHeader
-            | Self::NoAudience
+            | Self::BadAudience(_)
             | Self::NoSvid
             | Self::BadSpiffeId(_)
             | Self::BadToken(_) => Code::InvalidArgument,

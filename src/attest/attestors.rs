@@ -3,7 +3,12 @@
 //! An attestor has one file or folder, which holds its selectors, its settings, its errors and what it reads of the
 //! host. It implements [`WorkloadAttestor`] and stands in the list at the top of [`super`]; nothing else names it.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant as StdInstant},
+};
+
+use tokio::sync::watch;
 
 use futures_util::future::BoxFuture;
 
@@ -14,8 +19,11 @@ use super::{
 };
 use crate::identity::{Entry, selector::Selectors};
 
+/// Counts what attestors learnt apart from any call: after each, what was prepared for the entries may be otherwise.
+pub(super) type News = Arc<watch::Sender<u64>>;
+
 /// One source of selectors. Made once, when the agent starts; whatever it keeps between attestations is bounded.
-pub(super) trait WorkloadAttestor: Default {
+pub(super) trait WorkloadAttestor: Sized {
     /// Its name in `plugins { WorkloadAttestor "NAME" }`, which is the type of its selectors too.
     const NAME: &'static str;
     /// What `plugin_data` says: declared with [`settings!`](crate::hcl::settings).
@@ -24,6 +32,9 @@ pub(super) trait WorkloadAttestor: Default {
     type Error;
     /// What the entries ask it for, with what is known of that ahead. The default is that of no entries.
     type Questions: Default;
+
+    /// One that counts in `news` what it learns apart from any call.
+    fn new(news: &News) -> Self;
 
     /// Whether a process could ever have a selector of this value.
     ///
@@ -36,6 +47,14 @@ pub(super) trait WorkloadAttestor: Default {
 
     /// Looks what the entries ask for. Does not wait for anything.
     fn prepare_for(&self, entries: &[Arc<Entry>]) -> Self::Questions;
+
+    /// Waits until all that was asked for was looked for once, or until `deadline`. Blocks this thread.
+    fn wait(&self, deadline: StdInstant) {
+        let _nothing_to_wait_for = deadline;
+    }
+
+    /// Why no process of this node has a selector of this value, for a person; `None` where one may have it.
+    fn absent(questions: &Self::Questions, value: &str) -> Option<String>;
 
     /// The kind of a selector of this value, if [`Findings::untold`] may name it: its first word.
     fn untellable(questions: &Self::Questions, value: &str) -> Option<&'static str>;
@@ -152,14 +171,29 @@ macro_rules! attestors {
                 })+
                 None
             }
+
+            /// Why no process of this node has this selector, which an entry asks for; `None` where one may have it.
+            pub fn absent(&self, selector: &Selector) -> Option<String> {
+                $(if selector.kind() == <$attestor as WorkloadAttestor>::NAME {
+                    return <$attestor>::absent(&self.$field, selector.value());
+                })+
+                None
+            }
         }
 
-        #[derive(Default)]
         struct Attestors { $($field: $attestor,)+ }
 
         impl Attestors {
+            fn new(news: &News) -> Self {
+                Self { $($field: <$attestor as WorkloadAttestor>::new(news),)+ }
+            }
+
             fn begin(&self, settings: &AttestSettings) {
                 $(self.$field.begin(&settings.$field);)+
+            }
+
+            fn wait(&self, deadline: std::time::Instant) {
+                $(self.$field.wait(deadline);)+
             }
 
             fn prepare_for(&self, entries: &[Arc<Entry>], number: u64) -> Questions {

@@ -4,7 +4,7 @@
 //! backslashes there (`fs/proc/array.c`), so a name cannot make a line; all the same, a line that appears twice is
 //! an error here and not a choice. Everything else in the file is skipped unread.
 
-use std::str;
+use crate::os::proc_owner;
 
 /// More supplementary groups than this are not attested: the kernel allows 65536, and with a user namespace an
 /// ordinary user can have them, each of them two selectors.
@@ -68,21 +68,9 @@ fn once<T>(slot: &mut Option<T>, line: &'static str, value: T) -> Result<(), Sta
     }
 }
 
-/// The second of exactly four numbers, each after one tab: real, effective, saved, file system.
+/// The effective ID of such a line.
 fn effective(ids: &[u8], line: &'static str) -> Result<u32, StatusError> {
-    let mut fields = ids.split(|b| *b == b'\t');
-    let malformed = StatusError::Malformed(line);
-    if fields.next() != Some(b"") {
-        return Err(malformed);
-    }
-    let mut four = [0; 4];
-    for slot in &mut four {
-        *slot = fields.next().and_then(number).ok_or(malformed)?;
-    }
-    match fields.next() {
-        None => Ok(four[1]),
-        Some(_) => Err(malformed),
-    }
+    proc_owner::effective(ids).ok_or(StatusError::Malformed(line))
 }
 
 /// A tab, then numbers with a space after each; one space alone when there are none (older kernels: nothing).
@@ -98,17 +86,9 @@ fn list(ids: &[u8]) -> Result<Vec<u32>, StatusError> {
         if groups.len() == MAX_GROUPS {
             return Err(StatusError::TooManyGroups);
         }
-        groups.push(number(field).ok_or(malformed)?);
+        groups.push(proc_owner::number(field).ok_or(malformed)?);
     }
     Ok(groups)
-}
-
-/// Digits alone: `u32`'s own parser would take a sign.
-fn number(field: &[u8]) -> Option<u32> {
-    if !field.iter().all(u8::is_ascii_digit) {
-        return None;
-    }
-    str::from_utf8(field).ok()?.parse().ok()
 }
 
 #[cfg(test)]

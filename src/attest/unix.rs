@@ -9,21 +9,20 @@
 
 mod digest;
 mod discovery;
+mod display;
 mod executable;
 pub mod mounts;
 mod names;
+mod questions;
 mod threads;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
-pub use self::executable::ExecutableError;
-use self::{
-    discovery::Discovery,
-    names::{NameId, Names},
-};
+use self::{discovery::Discovery, names::Names};
+pub use self::{executable::ExecutableError, questions::UnixQuestions};
 use super::{
     AttestFault, Blame, Questions,
-    attestors::{Findings, Untold, WorkloadAttestor},
+    attestors::{Findings, News, Untold, WorkloadAttestor},
     process::{Extent, Seen},
     status::ProcStatus,
 };
@@ -34,6 +33,11 @@ use crate::{
         selector::{Selector, Selectors},
     },
 };
+
+/// Its name, which is the type of its selectors.
+const NAME: &str = "unix";
+const PATH: &str = "path";
+const SHA256: &str = "sha256";
 
 /// What its selectors are of, in the order that messages name them.
 const KINDS: [&str; 8] =
@@ -64,8 +68,8 @@ impl UnixSettings {
 /// Why it could not find out who a process is.
 #[derive(Debug, thiserror::Error)]
 pub enum UnixError {
-    /// The user database does not answer, and there are entries that ask for names.
-    #[error("the user database does not say what the caller's user or one of its groups is called")]
+    /// The user database does not answer.
+    #[error("the user database does not say whose a name is that an entry asks for")]
     NoNames,
     /// What it executes cannot be told.
     #[error(transparent)]
@@ -82,37 +86,21 @@ impl UnixError {
     }
 }
 
-/// What entries ask for.
-#[derive(Debug, Default)]
-pub struct UnixQuestions {
-    /// The kinds of selectors that may stay untold, as far as an entry asks for one: [`NAMES`], [`PATH`], [`SHA256`].
-    asked: Vec<&'static str>,
-}
-
-impl UnixQuestions {
-    /// Whether an entry asks for a selector of this kind.
-    fn ask_for(&self, word: &str) -> bool {
-        self.asked.contains(&word)
-    }
-}
-
 /// What it keeps between attestations.
 pub(super) struct UnixAttestor {
     names: Names,
     discovery: Discovery,
 }
 
-impl Default for UnixAttestor {
-    fn default() -> Self {
-        Self { names: Names::of_system(), discovery: Discovery::default() }
-    }
-}
-
 impl WorkloadAttestor for UnixAttestor {
-    const NAME: &'static str = "unix";
+    const NAME: &'static str = NAME;
     type Settings = UnixSettings;
     type Error = UnixError;
     type Questions = UnixQuestions;
+
+    fn new(news: &News) -> Self {
+        Self { names: Names::of_node(Arc::clone(news)), discovery: Discovery::default() }
+    }
 
     fn check(value: &str, settings: &UnixSettings) -> Result<(), String> {
         let (kind, of) = value.split_once(':').unwrap_or((value, ""));
@@ -146,18 +134,24 @@ impl WorkloadAttestor for UnixAttestor {
     }
 
     fn prepare_for(&self, entries: &[Arc<Entry>]) -> UnixQuestions {
-        let mut questions = UnixQuestions::default();
-        let selectors = entries.iter().flat_map(|entry| &entry.selectors);
-        for word in selectors.filter(|it| it.kind() == Self::NAME).filter_map(|it| kind(it.value())) {
-            if !questions.ask_for(word) {
-                questions.asked.push(word);
-            }
-        }
-        questions
+        UnixQuestions::of(entries, &self.names)
     }
 
-    fn untellable(_questions: &UnixQuestions, value: &str) -> Option<&'static str> {
-        kind(value)
+    fn wait(&self, deadline: Instant) {
+        let untold = self.names.wait(deadline);
+        if untold > 0 {
+            let what =
+                "the user database does not answer; whoever may have these names is told to come again";
+            tracing::warn!(names = untold, what);
+        }
+    }
+
+    fn absent(questions: &UnixQuestions, value: &str) -> Option<String> {
+        questions.absent(value)
+    }
+
+    fn untellable(questions: &UnixQuestions, value: &str) -> Option<&'static str> {
+        questions.untellable(value)
     }
 
     async fn attest(
@@ -166,75 +160,55 @@ impl WorkloadAttestor for UnixAttestor {
         questions: &Questions,
         seen: &Seen<'_>,
     ) -> Result<Findings<UnixError>, UnixError> {
-        let mut untold = Vec::new();
-        let names: Result<Vec<_>, _> = self.names.find(&ids(&seen.status)).await.into_iter().collect();
-        if names.is_err() && questions.unix.ask_for(NAMES) {
-            untold.push(Untold { word: NAMES, why: UnixError::NoNames });
-        }
-        let names = names.unwrap_or_default();
-        let mut findings = Findings { selectors: selectors(&seen.status, names), evidence: None, untold };
+        let untold = questions.unix.unanswered();
+        let untold = untold.map(|word| Untold { word, why: UnixError::NoNames }).collect();
+        let mut findings =
+            Findings { selectors: selectors(&seen.status, &questions.unix), evidence: None, untold };
         let all = seen.extent() == Extent::All;
-        let wanted = |found: &Selectors, words: &[_]| all || questions.may_ask(Self::NAME, found, words);
+        let wanted = |found: &Selectors, words: &[_]| all || questions.may_ask(NAME, found, words);
         self.discovery.find(*settings, seen, wanted, &mut findings).await;
+        if all {
+            display::add(&seen.status, &questions.unix, &mut findings.selectors).await;
+        }
         Ok(findings)
     }
 }
 
-const NAMES: &str = "user";
-const PATH: &str = "path";
-const SHA256: &str = "sha256";
-
-/// The kind of a selector that may stay untold; names are one.
-fn kind(value: &str) -> Option<&'static str> {
-    match value.split(':').next() {
-        Some("user" | "group" | "supplementary_group") => Some(NAMES),
-        Some("path") => Some(PATH),
-        Some("sha256") => Some(SHA256),
-        _ => None,
-    }
-}
-
-/// Whose names the selectors of a process need, in the order that [`selectors`] takes them.
-fn ids(status: &ProcStatus) -> Vec<NameId> {
-    let of_process = [NameId::User(status.uid), NameId::Group(status.gid)];
-    of_process.into_iter().chain(status.groups.iter().map(|gid| NameId::Group(*gid))).collect()
-}
-
-/// The selectors of a process; `names` are those of [`ids`].
-fn selectors(
-    status: &ProcStatus,
-    names: Vec<Option<Arc<str>>>,
-) -> Selectors {
+/// The selectors of a process: its user and its group, and what else entries ask for.
+fn selectors(status: &ProcStatus, questions: &UnixQuestions) -> Selectors {
     let mut found = Selectors::new();
-    let mut names = names.into_iter();
+    found.extend(questions.of_user(status.uid).iter().cloned());
+    found.extend(questions.of_group(status.gid).iter().cloned());
     let mut add = |what: &str, value: &str| {
-        found.insert(Selector::new(UnixAttestor::NAME, format!("{what}:{value}")));
+        found.insert(Selector::new(NAME, format!("{what}:{value}")));
     };
-    let mut both = |what: &str, number: u32, named: &str| {
-        add(what, &number.to_string());
-        if let Some(name) = names.next().flatten() {
-            add(named, &name);
+    add("uid", &status.uid.to_string());
+    add("gid", &status.gid.to_string());
+    if questions.ask_for_groups() {
+        for gid in &status.groups {
+            let (names, by_number) = questions.of_supplementary_group(*gid);
+            found.extend(names.iter().cloned());
+            found.extend(by_number.then(|| Selector::new(NAME, format!("supplementary_gid:{gid}"))));
         }
-    };
-    both("uid", status.uid, "user");
-    both("gid", status.gid, "group");
-    for gid in &status.groups {
-        both("supplementary_gid", *gid, "supplementary_group");
     }
     found
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use nix::errno::Errno;
 
-    use super::*;
+    use super::{names::tests::FakeDatabase, *};
+    use crate::os::accounts::AccountName;
 
     impl UnixAttestor {
-        /// With a user database that does not answer.
-        pub(in crate::attest) fn nameless() -> Self {
-            let names = Names::new(Arc::new(|_| Err(nix::errno::Errno::EIO)), Duration::from_secs(2));
-            Self { names, ..Self::default() }
+        /// With a user database that answers so.
+        pub(in crate::attest) fn knowing(
+            news: &News,
+            answer: impl Fn(&AccountName) -> Result<Option<u32>, Errno> + Send + Sync + 'static,
+        ) -> Self {
+            let database = Box::new(FakeDatabase::new(answer));
+            Self { names: Names::of(database, Arc::clone(news)), ..Self::new(news) }
         }
     }
 

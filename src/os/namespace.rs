@@ -31,7 +31,9 @@ mod tests {
         let ours = stat("/proc/self/ns/user").unwrap();
         match owning_user_namespace(File::open("/proc/self/ns/mnt").unwrap()) {
             Ok(owner) => assert_eq!(fstat(&owner).unwrap().st_dev, ours.st_dev, "both are namespaces"),
-            Err(errno) => assert_eq!(errno, Errno::EPERM, "the tests run in a user namespace below its owner"),
+            Err(errno) => {
+                assert_eq!(errno, Errno::EPERM, "the tests run in a user namespace below its owner")
+            }
         }
         assert_eq!(owning_user_namespace(File::open("/dev/null").unwrap()).unwrap_err(), Errno::ENOTTY);
     }

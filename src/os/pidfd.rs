@@ -1,7 +1,7 @@
 //! What the kernel says about a process by its pidfd: the calls that nix does not have.
 //!
-//! A pidfd names one process for ever; a PID names whoever has the number now. Nothing here reads /proc. What is
-//! absent: `SO_PEERPIDFD`, which nix has.
+//! A pidfd names one process for ever; a PID names whoever has the number now. Nothing here reads /proc
+//! ([`super::proc_owner`] does). What is absent: `SO_PEERPIDFD`, which nix has.
 
 use std::{
     os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},

@@ -23,6 +23,9 @@ use crate::{
 pub struct Snapshot {
     /// Grows by one with each snapshot.
     pub generation: u64,
+    /// The generation since which the entries, what is known of what they ask for, and the policy are these: a process
+    /// that is the same has had the same entries since then.
+    pub entitled_since: u64,
     pub index: Arc<EntryIndex>,
     /// What these entries ask of a caller: whoever is attested for this snapshot is asked this.
     pub questions: Arc<Questions>,
@@ -37,7 +40,24 @@ pub struct Snapshot {
 impl Snapshot {
     fn new(generation: u64, world: &World, questions: Arc<Questions>, policy: Arc<Policy>) -> Self {
         let (index, bundles) = (Arc::clone(&world.index), world.bundles.clone());
-        Self { generation, index, questions, bundles, policy, answers: Answers::default() }
+        Self {
+            generation,
+            entitled_since: generation,
+            index,
+            questions,
+            bundles,
+            policy,
+            answers: Answers::default(),
+        }
+    }
+
+    /// The one that follows.
+    fn next(&self, world: &World, questions: Arc<Questions>, policy: Arc<Policy>) -> Self {
+        let next = Self::new(self.generation + 1, world, questions, policy);
+        let same = Arc::ptr_eq(&self.index, &next.index)
+            && Arc::ptr_eq(&self.questions, &next.questions)
+            && Arc::ptr_eq(&self.policy, &next.policy);
+        Self { entitled_since: if same { self.entitled_since } else { next.generation }, ..next }
     }
 }
 
@@ -153,8 +173,8 @@ impl Store {
         questions: Arc<Questions>,
         policy: Arc<Policy>,
     ) -> Arc<Snapshot> {
-        let generation = self.current.load().generation + 1;
-        let snapshot = Arc::new(Snapshot::new(generation, world, questions, policy));
+        let snapshot = Arc::new(self.current.load().next(world, questions, policy));
+        let generation = snapshot.generation;
         // Store before notify: a stream that wakes finds it.
         self.current.store(Arc::clone(&snapshot));
         self.changed.send_if_modified(|change| match change {

@@ -1,5 +1,5 @@
-//! The only writer of the store: follows the issuer's world and the configuration's policy, and renews the SVIDs that
-//! are streamed.
+//! The only writer of the store: follows the issuer's world, what attestors learn and the configuration's policy, and
+//! renews the SVIDs that are streamed.
 //!
 //! Writers take turns (a mutex that is never held across an await), each publishes one whole snapshot, and readers
 //! never wait for them. A renewal that fails is tried again soon and changes nothing meanwhile: the valid SVID is
@@ -83,14 +83,30 @@ impl Writer {
     }
 
     async fn follow(&self) {
-        let mut world = self.world.clone();
-        // The sender lives as long as the issuer, and the issuer as long as this.
-        while world.changed().await.is_ok() {
-            let mut published = self.turn();
-            // `replace` may have been first.
-            if !Arc::ptr_eq(&published, &self.world.borrow()) {
-                self.publish(&mut published, Arc::clone(&self.store.snapshot().policy));
+        let (mut world, mut news) = (self.world.clone(), self.attestor.news());
+        loop {
+            // The senders live as long as the issuer and the attestor, and these as long as this.
+            let (lives, pause) = tokio::select! {
+                changed = world.changed() => (changed.is_ok(), Duration::ZERO),
+                // Attestors may learn a lot at once, as at a start: one snapshot is enough for all of it.
+                learnt = news.changed() => (learnt.is_ok(), PAUSE),
+            };
+            if !lives {
+                return;
             }
+            self.catch_up();
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// Publishes what is not published yet: [`Writer::replace`] may have been first, and what was learnt may be of no
+    /// entry.
+    fn catch_up(&self) {
+        let mut published = self.turn();
+        let snapshot = self.store.snapshot();
+        let is_other_world = !Arc::ptr_eq(&published, &self.world.borrow());
+        if is_other_world || !Arc::ptr_eq(&snapshot.questions, &self.attestor.prepare_for(&published.index)) {
+            self.publish(&mut published, Arc::clone(&snapshot.policy));
         }
     }
 

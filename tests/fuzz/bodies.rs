@@ -225,7 +225,7 @@ fn check_config(text: &str, drop_in: &str, expand_env: ExpandEnv<'_>) {
         base: Path::new("/srv"),
         expand_env,
         drop_ins: &drop_ins,
-        user_id: &|name| (name == "build").then_some(1000),
+        user_id: &|name| Ok((name == "build").then_some(1000)),
         read_bundle: &read_bundle,
     };
     let parsed = Config::parse(&input);

@@ -24,7 +24,7 @@ use std::{
 use aws_lc_rs::digest::{SHA256, digest};
 use durward::{
     attest::{AttestError, AttestSettings, Attestor, Blame, Questions, Subject, unix::UnixSettings},
-    identity::{Entry, EntryId, EntryIndex, Selector, SpiffeId, selector::Selectors},
+    identity::{Entry, EntryId, EntryIndex, Selector, Selectors, SpiffeId},
     limits::{Limits, Method, report::Standing},
     peer::{OsUid, Peer},
 };
@@ -169,8 +169,24 @@ impl Drop for Process {
 }
 
 pub(crate) async fn attest(attestor: &Attestor, peer: &Arc<Peer>) -> Result<Subject, AttestError> {
+    attest_for(attestor, peer, &everything(attestor)).await
+}
+
+async fn attest_for(
+    attestor: &Attestor,
+    peer: &Arc<Peer>,
+    questions: &Questions,
+) -> Result<Subject, AttestError> {
     let admitted = Limits::default().admit_caller(Arc::clone(peer), Method::FetchX509Svid).unwrap();
-    Ok(attestor.attest(admitted, &everything(attestor)).await?.into_parts().1)
+    Ok(attestor.attest(admitted, questions).await?.into_parts().1)
+}
+
+/// What entries ask for that ask for one of these each, once all of it was looked for.
+fn asking(attestor: &Attestor, selectors: impl IntoIterator<Item = String>) -> Arc<Questions> {
+    let index = Arc::new(EntryIndex::new(selectors.into_iter().map(|it| entry_for(&it))));
+    let _asked_until_then = attestor.prepare_for(&index);
+    attestor.wait(Duration::from_secs(60));
+    attestor.prepare_for(&index)
 }
 
 /// The questions of entries that may be anybody's by its executable.
@@ -243,7 +259,13 @@ async fn a_process_is_its_user_and_its_groups() {
         let named = Group::from_gid(gid).unwrap();
         want.extend(named.map(|group| format!("unix:supplementary_group:{}", group.name)));
     }
-    assert_eq!(texts(&attest(&attestor, &ours.peer).await.unwrap()), want, "our own user");
+    // Entries ask for more than it is.
+    let others = ["user:no-such-user", "supplementary_group:no-such-group", "supplementary_gid:3912005"];
+    let asked = want.iter().cloned().chain(others.map(|it| format!("unix:{it}")));
+    let asked = asking(&attestor, asked);
+    assert_eq!(texts(&attest_for(&attestor, &ours.peer, &asked).await.unwrap()), want, "our own user");
+    let numbers = BTreeSet::from([format!("unix:uid:{uid}"), format!("unix:gid:{gid}")]);
+    assert_eq!(texts(&attest(&attestor, &ours.peer).await.unwrap()), numbers, "nobody asks for more");
 
     if may_be_others("a_process_is_its_user_and_its_groups") {
         let other = Process::start_as_user(&dir);
@@ -253,7 +275,8 @@ async fn a_process_is_its_user_and_its_groups() {
             format!("unix:supplementary_gid:{}", GROUPS[0]),
             format!("unix:supplementary_gid:{}", GROUPS[1]),
         ];
-        let got = texts(&attest(&attestor, &other.peer).await.unwrap());
+        let asked = asking(&attestor, want.clone());
+        let got = texts(&attest_for(&attestor, &other.peer, &asked).await.unwrap());
         assert_eq!(got, want.into_iter().collect(), "a user without a name has numbers");
     }
 }
@@ -285,10 +308,11 @@ async fn supplementary_groups_are_those_of_the_last_second() {
     let dir = tempfile::tempdir().unwrap();
     let attestor = Attestor::new(AttestSettings::default());
     let mut process = Process::start_as_user(&dir);
-    assert_eq!(attest(&attestor, &process.peer).await.unwrap().len(), 4);
+    let asked = asking(&attestor, GROUPS.map(|gid| format!("unix:supplementary_gid:{gid}")));
+    assert_eq!(attest_for(&attestor, &process.peer, &asked).await.unwrap().len(), 4);
     process.order("groups none");
     tokio::time::advance(Duration::from_secs(1)).await;
-    assert_eq!(attest(&attestor, &process.peer).await.unwrap().len(), 2);
+    assert_eq!(attest_for(&attestor, &process.peer, &asked).await.unwrap().len(), 2);
 }
 
 #[tokio::test(start_paused = true)]

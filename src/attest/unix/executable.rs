@@ -318,7 +318,9 @@ impl From<ProcReadError> for ExecutableError {
     fn from(error: ProcReadError) -> Self {
         match error {
             ProcReadError::Read { path, source } => node(path, errno_of(&source)),
-            ProcReadError::Gone | ProcReadError::Malformed { .. } | ProcReadError::TooManyGroups => Self::Gone,
+            ProcReadError::Gone | ProcReadError::Malformed { .. } | ProcReadError::TooManyGroups => {
+                Self::Gone
+            }
         }
     }
 }

@@ -17,8 +17,20 @@ const LONGEST_LINE: usize = 64 * 1024;
 /// In-kernel file systems on a disk or in memory of this machine. What asks about them does not wait for another
 /// machine or program.
 const LOCAL: [&[u8]; 14] = [
-    b"ext2", b"ext3", b"ext4", b"xfs", b"btrfs", b"f2fs", b"bcachefs", b"tmpfs", b"ramfs", b"rootfs", b"squashfs",
-    b"erofs", b"vfat", b"iso9660",
+    b"ext2",
+    b"ext3",
+    b"ext4",
+    b"xfs",
+    b"btrfs",
+    b"f2fs",
+    b"bcachefs",
+    b"tmpfs",
+    b"ramfs",
+    b"rootfs",
+    b"squashfs",
+    b"erofs",
+    b"vfat",
+    b"iso9660",
 ];
 
 /// Who answers for the files of a file system.
