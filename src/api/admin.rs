@@ -20,7 +20,10 @@ use super::{
     services::{GrpcAnswer, answered, grpc_body},
 };
 use crate::{
-    attest::{Attestor, Subject, inspect::InspectError},
+    attest::{
+        Attestor, Subject,
+        inspect::{Described, InspectError},
+    },
     identity::Entry,
     limits::{
         self, CallerKey, ConnectionPermit, ConnectionRefusal, Limits, Method,
@@ -202,7 +205,8 @@ impl AdminParts {
         // Before the attestor, which asks last whether the process still lives.
         let (caller, source) = self.keys.explain(process.pid(), process.uid());
         let snapshot = self.store.snapshot();
-        let subject = self.attestor.describe(&process, &snapshot.questions).await?;
+        let Described { subject, untold } = self.attestor.describe(&process, &snapshot.questions).await?;
+        let untold = untold.into_iter().map(|(kind, why)| pb::Untold { kind, why: chain(&why) });
         let matches = matches(&snapshot, &subject);
         let near = snapshot.index.nearest(&subject, NEAREST);
         let (uid, gid) = (process.uid().as_raw(), process.gid().as_raw());
@@ -212,6 +216,7 @@ impl AdminParts {
             gid,
             caller: Some(why(caller, source)),
             selectors: subject.iter().map(ToString::to_string).collect(),
+            untold: untold.collect(),
             buckets: self.buckets(caller, &matches),
             matches: matches.into_iter().map(|(entry, withheld)| entry_of(&entry, withheld)).collect(),
             nearest: near

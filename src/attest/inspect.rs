@@ -16,7 +16,7 @@ use nix::{
 use tokio::time::Instant;
 
 use super::{
-    AttestError, Attestor, Questions, Subject,
+    AttestError, Attestor, AttestorError, Questions, Subject,
     process::{Attestable, Extent, ProcDir},
 };
 use crate::{
@@ -31,6 +31,14 @@ pub struct Inspected {
     pid: Pid,
     pidfd: Pidfd,
     owner: Owner,
+}
+
+/// What would be attested of a process.
+#[derive(Debug)]
+pub struct Described {
+    pub subject: Subject,
+    /// The kinds of selectors that could not be told, as `unix:path`, and why.
+    pub untold: Vec<(String, AttestorError)>,
 }
 
 /// Why a process cannot be inspected.
@@ -140,11 +148,15 @@ impl Attestor {
         &self,
         process: &Inspected,
         questions: &Questions,
-    ) -> Result<Subject, InspectError> {
+    ) -> Result<Described, InspectError> {
         let settings = self.settings.load_full();
         let attested = self.attest_anew(&settings, questions, process, Instant::now()).await;
         let attested = attested.map_err(|source| InspectError::attest(process.pid, source))?;
-        Ok(Subject(Arc::new(attested.selectors)))
+        let untold = attested.untold.into_iter();
+        Ok(Described {
+            subject: Subject(Arc::new(attested.selectors)),
+            untold: untold.map(|(kind, why)| (kind.to_string(), why)).collect(),
+        })
     }
 }
 
@@ -170,7 +182,7 @@ mod tests {
         let pid = i32::try_from(child.id()).unwrap();
         let found = attestor.inspect(pid).unwrap();
         assert_eq!((found.uid(), found.gid()), (nix::unistd::geteuid(), nix::unistd::getegid()));
-        let subject = attestor.describe(&found, &Questions::default()).await.unwrap();
+        let subject = attestor.describe(&found, &Questions::default()).await.unwrap().subject;
         let uid = format!("unix:uid:{}", found.uid());
         assert!(subject.iter().any(|selector| selector.to_string() == uid), "{subject:?}");
 

@@ -50,6 +50,9 @@ fn pretty(told: &pb::ExplainResponse) -> String {
     for selector in &told.selectors {
         let _ = writeln!(out, "  {}", clean(selector));
     }
+    for untold in &told.untold {
+        let _ = writeln!(out, "  {} cannot be told: {}", clean(&untold.kind), clean(&untold.why));
+    }
 
     out.push_str("\nEntries that match, the default first:\n");
     if told.matches.is_empty() {
@@ -123,6 +126,7 @@ fn to_json(told: &pb::ExplainResponse) -> serde_json::Value {
             "found": near.found,
         })
     };
+    let untold = |untold: &pb::Untold| json!({ "kind": untold.kind, "why": untold.why });
     let caller = told.caller.clone().unwrap_or_default();
     json!({
         "pid": told.pid,
@@ -130,6 +134,7 @@ fn to_json(told: &pb::ExplainResponse) -> serde_json::Value {
         "gid": told.gid,
         "caller": { "key": caller.key, "why": caller.why, "cgroup_line": caller.cgroup_line },
         "selectors": told.selectors,
+        "untold": told.untold.iter().map(untold).collect::<Vec<_>>(),
         "matches": told.matches.iter().map(entry).collect::<Vec<_>>(),
         "nearest": told.nearest.iter().map(near).collect::<Vec<_>>(),
         "buckets": told.buckets.iter().map(bucket_json).collect::<Vec<_>>(),
@@ -169,6 +174,7 @@ mod tests {
                 cgroup_line: "0::/kubepods/\x1b[2J".to_owned(),
             }),
             selectors: vec!["unix:uid:1000".to_owned()],
+            untold: vec![pb::Untold { kind: "unix:path".to_owned(), why: "it is on FUSE".to_owned() }],
             matches: vec![entry("web", "public", ""), entry("old", "public", "an older entry, web, has it")],
             nearest: vec![pb::Near {
                 entry: Some(entry("db", "", "")),
@@ -192,6 +198,7 @@ Cgroup line: 0::/kubepods/\\u{1b}[2J
 
 Selectors:
   unix:uid:1000
+  unix:path cannot be told: it is on FUSE
 
 Entries that match, the default first:
   spiffe://example.org/web (entry web, hint public)
@@ -209,6 +216,7 @@ caller  pod:x  FetchJWTSVID             3/200
 caller  pod:x  each other method      200/200
 "
         );
+        assert_eq!(to_json(&told)["untold"][0]["kind"], "unix:path");
         assert_eq!(to_json(&told)["nearest"][0]["entry"]["entry_id"], "db");
         assert!(pretty(&pb::ExplainResponse::default()).contains("no identity"));
     }

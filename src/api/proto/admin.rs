@@ -129,6 +129,19 @@ pub struct ExplainResponse {
     /// The buckets that calls of this process are charged to.
     #[prost(message, repeated, tag = "8")]
     pub buckets: ::prost::alloc::vec::Vec<Bucket>,
+    /// What could not be told. A call is unavailable if an entry asks for it and everything else was found.
+    #[prost(message, repeated, tag = "9")]
+    pub untold: ::prost::alloc::vec::Vec<Untold>,
+}
+/// A kind of selectors of which it could not be told whether a process has one.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Untold {
+    /// As type:kind, for example unix:path.
+    #[prost(string, tag = "1")]
+    pub kind: ::prost::alloc::string::String,
+    /// The reason.
+    #[prost(string, tag = "2")]
+    pub why: ::prost::alloc::string::String,
 }
 /// Whom calls are charged to.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
