@@ -5,9 +5,9 @@
 //! What is read, and what it means, is the attestors' own: each is a file or folder here and a line in the list below.
 //!
 //! A connection that calls often does not pay for all of it each time: its last result is kept with the peer and
-//! used for one second, and only if the process lives, is of the same user and group, and executes the same file
-//! (asked anew for every call). What could change unseen within that second is the list of supplementary groups, for
-//! which a process needs `CAP_SETGID`.
+//! used for one second, and only if the process lives, is of the same user and group, and, where an entry asks what it
+//! executes, executes the same file (asked anew for every call). What could change unseen within that second is the list
+//! of supplementary groups, for which a process needs `CAP_SETGID`.
 //!
 //! The process of an open stream is attested again before it is sent anything more ([`Attestor::attest_again`]): a
 //! program that is executed, and groups that are changed, are other selectors of the same process. It is paid for by
@@ -217,9 +217,9 @@ impl Attestor {
         self.news.subscribe()
     }
 
-    /// Attests an admitted peer, as far as `questions` go: those of the snapshot that the call is answered from. Reads of `/proc` are made on this thread, as they take microseconds; what may take
-    /// longer (an executable's content) is not. A failure that is the peer's own doing
-    /// costs it more.
+    /// Attests an admitted peer, as far as `questions` go: those of the snapshot that the call is answered from. What
+    /// the kernel says of a process in microseconds is read on this thread; what its user may make longer, or hang
+    /// (all that is about its executable), is not. A failure that is the peer's own doing costs it more.
     ///
     /// # Errors
     /// [`AttestError`]: the peer is gone, or what it is cannot be told. Never a sign that it has no identity.

@@ -33,6 +33,14 @@ pub struct Inspected {
     owner: Owner,
 }
 
+/// What would be attested of a process.
+#[derive(Debug)]
+pub struct Described {
+    pub subject: Subject,
+    /// The kinds of selectors that could not be told, as `unix:path`, and why.
+    pub untold: Vec<(String, AttestorError)>,
+}
+
 /// Why a process cannot be inspected.
 #[derive(Debug, thiserror::Error)]
 pub enum InspectError {

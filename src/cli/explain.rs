@@ -50,12 +50,8 @@ fn pretty(told: &pb::ExplainResponse) -> String {
     for selector in &told.selectors {
         let _ = writeln!(out, "  {}", clean(selector));
     }
-
-    if !told.untold.is_empty() {
-        out.push_str("\nSelectors that could not be told:\n");
-    }
     for untold in &told.untold {
-        let _ = writeln!(out, "  {}: {}", clean(&untold.kind), clean(&untold.why));
+        let _ = writeln!(out, "  {} cannot be told: {}", clean(&untold.kind), clean(&untold.why));
         if untold.decides {
             out.push_str("    calls fail for this: an entry asks for one, and everything else of it fits\n");
         }
@@ -214,9 +210,7 @@ Cgroup line: 0::/kubepods/\\u{1b}[2J
 
 Selectors:
   unix:uid:1000
-
-Selectors that could not be told:
-  unix:path: it hangs
+  unix:path cannot be told: it hangs
     calls fail for this: an entry asks for one, and everything else of it fits
 
 Entries that match, the default first:
@@ -236,6 +230,7 @@ caller  pod:x  FetchJWTSVID             3/200
 caller  pod:x  each other method      200/200
 "
         );
+        assert_eq!(to_json(&told)["untold"][0]["kind"], "unix:path");
         assert_eq!(to_json(&told)["nearest"][0]["entry"]["entry_id"], "db");
         assert!(pretty(&pb::ExplainResponse::default()).contains("no identity"));
     }

@@ -139,6 +139,10 @@ impl Process {
         Self { child, stream, peer }
     }
 
+    pub(crate) fn pid(&self) -> i32 {
+        self.child.id().cast_signed()
+    }
+
     /// Has it do something, and waits until it is done.
     pub(crate) fn order(&mut self, order: &str) {
         writeln!(self.stream, "{order}").unwrap();

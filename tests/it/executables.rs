@@ -3,6 +3,10 @@
 
 use std::{
     fs::{self, File},
+    os::unix::{
+        fs::{PermissionsExt as _, chown},
+        process::CommandExt as _,
+    },
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
@@ -10,7 +14,7 @@ use std::{
 };
 
 use durward::{
-    attest::{AttestSettings, Attestor, Blame, unix::UnixSettings},
+    attest::{AttestSettings, Attestor, Blame, Questions, unix::UnixSettings},
     identity::EntryIndex,
     limits::{Limits, Method},
 };
@@ -22,6 +26,7 @@ use tokio::time::timeout;
 use crate::{
     attest::{Process, attest, discovering, entry_for, may_be_others, sha256, sleeper, texts},
     fuse::Fuse,
+    support::{self, TRUST_DOMAIN, write_config},
 };
 
 /// So long nothing here takes that is not held up by somebody else.
@@ -61,6 +66,15 @@ async fn a_path_is_not_believed_where_its_user_mounts() {
     let refused = attest(&attestor, &liar.peer).await.unwrap_err();
     assert_eq!(refused.to_string(), "the executable is in a mount namespace that the caller made");
     assert_eq!(refused.blame(), Blame::Refusal);
+
+    let told =
+        attestor.describe(&attestor.inspect(liar.pid()).unwrap(), &Questions::default()).await.unwrap();
+    let told: Vec<_> = told.untold.iter().map(|it| (it.kind.as_str(), it.why.to_string())).collect();
+    assert_eq!(
+        told,
+        ["unix:path", "unix:sha256"].map(|kind| (kind, refused.to_string())),
+        "and people are told"
+    );
 
     // From outside of the namespace, the same file has the same path.
     let through = format!("/proc/{}/root{}", liar.child.id(), name.display());
@@ -190,4 +204,94 @@ async fn a_file_without_end_stops_nobody() {
         ended = endless => panic!("{ended:?}"),
         () = others => {}
     }
+}
+
+const OWN: &str = env!("CARGO_BIN_EXE_durward");
+const AGENT: u32 = 65_534;
+const UNREADABLE: u32 = 65_533;
+const OTHER: u32 = 65_532;
+
+/// An agent that looks at executables, and its directory. It is started by these words, with an entry for each of these
+/// users, which may ask for something more.
+async fn agent(dir: TempDir, words: &[&str], entries: &[(u32, String)]) -> (support::Process, TempDir) {
+    let entry = |(uid, more): &(u32, String)| {
+        format!("entry \"spiffe://{TRUST_DOMAIN}/u{uid}\" {{\n  selectors = [\"unix:uid:{uid}\"{more}]\n}}\n")
+    };
+    write_config(dir.path(), &entries.iter().map(entry).collect::<String>());
+    let at = dir.path().join("agent.conf");
+    let discovering = "plugin_data { discover_workload_path = true }";
+    let text = fs::read_to_string(&at).unwrap().replace("plugin_data { }", discovering);
+    fs::write(&at, text).unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let mut agent = support::Process::spawn_by(words, dir.path());
+    drop(agent.serving(dir.path()).await);
+    (agent, dir)
+}
+
+/// A call of a user, by a command that ends in this program; how it ends.
+fn call(command: &[&str], uid: u32, dir: &TempDir) -> (bool, String) {
+    let out = Command::new(command[0])
+        .args(&command[1..])
+        .args(["api", "fetch", "jwt", "--audience", "here", "--timeout", "60s"])
+        .env("SPIFFE_ENDPOINT_SOCKET", format!("unix://{}/api.sock", dir.path().display()))
+        .current_dir("/")
+        .uid(uid)
+        .gid(uid)
+        .output()
+        .unwrap();
+    (out.status.success(), String::from_utf8_lossy(&out.stderr).into_owned())
+}
+
+#[tokio::test]
+async fn an_unreadable_executable_is_no_line_for_each_call() {
+    if !may_be_others("an_unreadable_executable_is_no_line_for_each_call") {
+        return;
+    }
+    let entries = [(UNREADABLE, format!(", \"unix:sha256:{}\"", "0".repeat(64))), (OTHER, String::new())];
+    for (case, capabilities, lines) in [("it may trace", "-all,+sys_ptrace", 0), ("it may not", "-all", 1)] {
+        let dir = tempfile::tempdir().unwrap();
+        chown(dir.path(), Some(AGENT), Some(AGENT)).unwrap();
+        let uid = AGENT.to_string();
+        let words = ["setpriv", "--reuid", &uid, "--regid", &uid, "--clear-groups"];
+        let words = [&words[..], &["--inh-caps", capabilities, "--ambient-caps", capabilities]].concat();
+        let (_agent, dir) = agent(dir, &words, &entries).await;
+        let unreadable = dir.path().join("unreadable");
+        fs::copy(OWN, &unreadable).unwrap();
+        fs::set_permissions(&unreadable, fs::Permissions::from_mode(0o711)).unwrap();
+        for _ in 0..5 {
+            let (served, text) = call(&[unreadable.to_str().unwrap()], UNREADABLE, &dir);
+            assert!(!served && text.contains("attestation failed"), "{case}: {text}");
+        }
+        let (served, text) = call(&[OWN], OTHER, &dir);
+        assert!(served, "{case}: {text}");
+        let log = fs::read_to_string(dir.path().join("log")).unwrap();
+        assert_eq!(log.matches("CAP_SYS_PTRACE").count(), lines, "{case}: {log}");
+        assert!(!log.contains("attestation failed"), "{case}: {log}");
+    }
+}
+
+#[tokio::test]
+async fn a_path_is_no_identity_for_who_mounts_over_it() {
+    let (Some(start), true) =
+        (own_namespace(), may_be_others("a_path_is_no_identity_for_who_mounts_over_it"))
+    else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let name = dir.path().join("name");
+    File::create(&name).unwrap();
+    let asks = format!(", \"{}\"", path_of(&name));
+    let (_agent, dir) = agent(dir, &[], &[(UNREADABLE, asks), (OTHER, String::new())]).await;
+    let bind = format!("mount --bind {OWN} {0} && exec {0} \"$@\"", name.display());
+    let liar = [&start[..], &["sh", "-c", &bind, "sh"]].concat();
+    let (served, text) = call(&liar, UNREADABLE, &dir);
+    assert!(!served && text.contains("attestation failed"), "{text}");
+    let (served, text) = call(&liar, OTHER, &dir);
+    assert!(served, "who has an entry without a path: {text}");
+    // Root's doing is believed.
+    let uid = UNREADABLE.to_string();
+    let change = format!("exec setpriv --reuid {uid} --regid {uid} --clear-groups {} \"$@\"", name.display());
+    let bind = format!("mount --bind {OWN} {} && {change}", name.display());
+    let (served, text) = call(&["unshare", "--mount", "sh", "-c", &bind, "sh"], 0, &dir);
+    assert!(served, "{text}");
 }

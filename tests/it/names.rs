@@ -91,9 +91,9 @@ impl NamedAgent {
         let config = dir.path().join("agent.conf");
         let text = fs::read_to_string(&config).unwrap();
         fs::write(&config, text.replace("log_level = \"warn\"", "log_level = \"info\"")).unwrap();
-        let mut agent = Process::with(dir.path(), |command| {
-            command.env("LD_PRELOAD", &library).env("DURWARD_TEST_ACCOUNTS", dir.path());
-        });
+        let preload = format!("LD_PRELOAD={}", library.display());
+        let accounts = format!("DURWARD_TEST_ACCOUNTS={}", dir.path().display());
+        let mut agent = Process::spawn_by(&["env", &preload, &accounts], dir.path());
         agent.serving(dir.path()).await;
         Self { dir, agent }
     }

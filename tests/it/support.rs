@@ -107,16 +107,15 @@ pub(crate) struct Process(std::process::Child);
 impl Process {
     /// Starts `durward run` with the configuration in `dir`; what it says goes to `log` in there.
     pub(crate) fn spawn(dir: &Path) -> Self {
-        Self::with(dir, |_| {})
+        Self::spawn_by(&[], dir)
     }
 
-    /// The same, with what `set` changes.
-    pub(crate) fn with(dir: &Path, set: impl FnOnce(&mut std::process::Command)) -> Self {
+    /// The same, started by another command, whose words these are.
+    pub(crate) fn spawn_by(words: &[&str], dir: &Path) -> Self {
         let log = std::fs::File::options().create(true).append(true).open(dir.join("log")).unwrap();
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_durward"));
-        set(&mut command);
-        let child = command
-            .arg("run")
+        let words = [words, &[env!("CARGO_BIN_EXE_durward"), "run"]].concat();
+        let child = std::process::Command::new(words[0])
+            .args(&words[1..])
             .arg("--config")
             .arg(dir.join("agent.conf"))
             // Set in every container of Kubernetes, where these tests may run too.

@@ -7,7 +7,7 @@
 //!
 //! Believed is a namespace that belongs to the agent's own user namespace: only root there can mount in it, or move into
 //! it, so that container runtimes are believed, and users who unshare are not. That the executable is on one of its
-//! mounts is asked since a descriptor from another namespace can be executed too. FUSE is not believed anywhere: setuid
+//! mounts is asked since a file of another namespace can be executed too. FUSE is not believed anywhere: setuid
 //! helpers mount it for every user. What only root mounts is believed, an overlay over FUSE included.
 //!
 //! What is not asked: whether the process still does what its executable says. Who may execute a file may also trace
@@ -289,19 +289,19 @@ fn own_link(file: BorrowedFd<'_>, what: &str) -> String {
     format!("/proc/self/{what}/{}", file.as_raw_fd())
 }
 
-/// What a mount of the process's namespace shows, if it is one of its mounts. A process is told of those below its root
-/// only: where its root is not that of its namespace, others of the same namespace may know more.
+/// What a mount shows, if it is one of the process's namespace, or of the node's first, or of the agent's own. A process
+/// is told of the mounts below its root alone, and may have left the namespace in which it executed its program.
 fn mounted_on(dir: &ProcDir, mount: u64) -> Result<Option<MountedOn>, ExecutableError> {
     const MOUNTS: &str = "mountinfo";
     let find = |file| mounts::find(file, mount).map_err(|error| unreadable(dir, errno_of(&error)));
     if let Some(found) = find(dir.file(MOUNTS)?)? {
         return Ok(Some(found));
     }
-    let namespace = |path: &str| stat(path).map(|it| (it.st_dev, it.st_ino)).ok();
-    let of_process = fstat(&mount_namespace(dir)?).map_err(|errno| unreadable(dir, errno))?;
     for other in ["/proc/1", "/proc/self"] {
-        if namespace(&format!("{other}/ns/mnt")) == Some((of_process.st_dev, of_process.st_ino))
-            && let Ok(file) = File::open(format!("{other}/{MOUNTS}"))
+        // What cannot be looked at is not believed.
+        if let Ok(other) = ProcDir::at(other.into())
+            && in_our_namespace(&other).is_ok()
+            && let Ok(file) = other.file(MOUNTS)
             && let Some(found) = find(file)?
         {
             return Ok(Some(found));
