@@ -27,7 +27,9 @@ use nix::{
 use prost::Message as _;
 
 use crate::{
-    frames::{DATA, END_STREAM, HEADERS, PREFACE, RST_STREAM, SETTINGS, call_frames, frame, message},
+    frames::{
+        DATA, END_STREAM, HEADERS, PREFACE, RST_STREAM, SETTINGS, call_frames, frame, message, settings,
+    },
     hostile::{Agent, NEIGHBOUR, PATIENCE},
     support::{TRUST_DOMAIN, TestAgent, load, write_config},
 };
@@ -72,6 +74,7 @@ fn as_holder() {
                 let call = call_frames(number.parse().unwrap(), path, &message(&[]));
                 connection.write_all(&call).unwrap();
             }
+            ("window", size) => connection.write_all(&settings(4, size.parse().unwrap())).unwrap(),
             ("user", uid) => become_user(uid.parse().unwrap()),
             ("group", gid) => {
                 let user = geteuid();
@@ -318,6 +321,32 @@ async fn a_process_that_became_somebody_else_is_sent_nothing_more() {
         }
         agent.reload(&entries).unwrap();
         assert_eq!(ids(&some(staying.next(PATIENCE))), ["user"], "{case}");
+    }
+}
+
+/// Streams whose peer takes no more of them, more than make an update at the same time.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_does_not_read_keeps_nobody_from_an_update() {
+    let own = geteuid();
+    let entries = entry("own", &format!("uid:{own}"), "");
+    let mut agent = TestAgent::start(&entries);
+    let mut deaf = [Holder::start(&agent.socket(), As::Us), Holder::start(&agent.socket(), As::Us)];
+    for (process, reads_the_first) in deaf.iter_mut().zip([false, true]) {
+        process.order(if reads_the_first { "window 65535" } else { "window 0" });
+        for number in 0..16 {
+            process.order(&format!("open {} {X509_SVID}", 1 + 2 * number));
+            if reads_the_first {
+                some(process.next(PATIENCE));
+            }
+        }
+        process.order("window 0");
+    }
+    let mut reading = Holder::start(&agent.socket(), As::Us);
+    assert_eq!(ids(&reading.open(X509_SVID)), ["own"]);
+    for more in ["a", "b", "c"] {
+        let more = entry(more, &format!("uid:{own}"), "");
+        agent.reload(&[entries.as_str(), &more].concat()).unwrap();
+        assert_eq!(ids(&some(reading.next(PATIENCE))).len(), 2);
     }
 }
 

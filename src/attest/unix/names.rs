@@ -319,8 +319,7 @@ pub(super) mod tests {
         let asked = Arc::clone(&database.asked);
         let news = News::default();
         let names = Names::of(Box::new(database), Arc::clone(&news));
-        let group = AccountName::Group("x".into());
-        let first = names.ask(vec![user("x"), group.clone()]);
+        let first = names.ask(vec![user("x"), AccountName::Group("x".into())]);
         assert_eq!(names.wait(Instant::now() + PATIENCE), 0);
         assert_eq!(answers(&first), [NameAnswer::Number(7), NameAnswer::Nobody]);
         assert_eq!(*news.borrow(), 2);
