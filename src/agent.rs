@@ -15,7 +15,7 @@ mod signals;
 mod start;
 mod watch;
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use futures_util::future::OptionFuture;
 use tokio::{sync::watch as channel, task::JoinSet};
@@ -35,6 +35,10 @@ use crate::{
         metrics::Metrics,
     },
 };
+
+/// How long a start or a reload waits for what attestors have to ask others: the numbers of names. Who needs what is not
+/// there by then is told to come again.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(2);
 
 /// A running agent.
 pub struct Running {

@@ -5,44 +5,57 @@
 //! What is read, and what it means, is the attestors' own: each is a file or folder here and a line in the list below.
 //!
 //! A connection that calls often does not pay for all of it each time: its last result is kept with the peer and
-//! used for one second, and only if the process lives, is of the same user and group, and executes the same file
-//! (asked anew for every call). What could change unseen within that second is the list of supplementary groups, for
-//! which a process needs `CAP_SETGID`.
+//! used for one second, and only if the process lives, is of the same user and group, and, where an entry asks what it
+//! executes, executes the same file (asked anew for every call). What could change unseen within that second is the list
+//! of supplementary groups, for which a process needs `CAP_SETGID`.
 //!
 //! The process of an open stream is attested again before it is sent anything more ([`Attestor::attest_again`]): a
 //! program that is executed, and groups that are changed, are other selectors of the same process. It is paid for by
 //! nobody, and so has places of its own, as many as calls have: neither takes the other's.
 //!
+//! Attestors find out what the entries of a [`Questions`] ask for. These stand in the snapshot that a call is answered
+//! from, so that no call meets an entry whose selectors nobody looked for.
+//!
 //! # Decisions
 //! SPIRE drops the selectors of an attestor that fails and goes on with the rest, so that a passing trouble ends as
-//! `PermissionDenied` or as a wrong identity. Here any failure is an [`AttestError`], and the call `Unavailable`.
+//! `PermissionDenied` or as a wrong identity. Here a call is `Unavailable` when an entry may be its caller's by what
+//! could not be told ([`doubt`]), and no other call suffers.
 
 mod attestors;
+mod doubt;
 mod error;
 pub mod inspect;
-mod kept;
 mod process;
 mod settings;
 pub mod status;
 pub mod unix;
 
-use std::{ops::Deref, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    ops::Deref,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
 use metrics::{Counter, Histogram};
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 
 pub use self::error::{AttestError, AttestFault, Blame, ProcReadError};
 pub(crate) use self::settings::is_enabled;
 use self::{
-    attestors::{Attestation, Evidence, Findings, WorkloadAttestor, attestors},
+    attestors::{Attestation, Evidence, Findings, News, Untold, WorkloadAttestor, attestors},
+    doubt::{Doubts, SelectorKind},
     process::{Attestable, ProcDir, Seen},
     unix::{UnixAttestor, UnixError, UnixSettings},
 };
 use crate::{
     hcl::section::Section,
-    identity::{Entry, selector::Selectors},
-    limits::{Admitted, Limits},
+    identity::{
+        Entry, EntryIndex,
+        selector::{Selector, Selectors},
+    },
+    limits::{Admitted, Families, Limits},
     peer::Peer,
     telemetry::registry::{By, Label as _, Registry},
 };
@@ -114,14 +127,28 @@ pub struct Attestor {
     proc_root: PathBuf,
     /// Only [`Attestor::reload`] writes.
     settings: ArcSwap<AttestSettings>,
+    /// Only [`Attestor::share_by`] writes.
+    families: ArcSwap<Families>,
     attestors: Attestors,
+    news: News,
+    prepared: Mutex<Prepared>,
     metrics: AttestMetrics,
+}
+
+/// What was prepared last, for which entries, and after how many news.
+#[derive(Default)]
+struct Prepared {
+    index: Arc<EntryIndex>,
+    news: u64,
+    questions: Arc<Questions>,
 }
 
 /// A connection's last result, as its peer keeps it.
 struct LastResult {
     /// It was made with these settings, and is of no use with others.
     settings: Arc<AttestSettings>,
+    /// It was made for these questions, and is of no use for others.
+    questions: u64,
     evidence: Vec<Box<dyn Evidence>>,
     subject: Subject,
 }
@@ -129,10 +156,16 @@ struct LastResult {
 impl Attestor {
     /// An attestor of the processes in `/proc`. Its attestations are not counted.
     pub fn new(settings: AttestSettings) -> Self {
+        let news = News::default();
+        let attestors = Attestors::new(&news);
+        attestors.begin(&settings);
         Self {
             proc_root: PathBuf::from("/proc"),
             settings: ArcSwap::from_pointee(settings),
-            attestors: Attestors::default(),
+            families: ArcSwap::default(),
+            attestors,
+            news,
+            prepared: Mutex::default(),
             metrics: AttestMetrics::new(Registry::new(&metrics::NoopRecorder)),
         }
     }
@@ -145,22 +178,52 @@ impl Attestor {
 
     /// Attests with other settings from the next call on; nothing that was found out with the old ones is used.
     pub fn reload(&self, settings: AttestSettings) {
+        self.attestors.begin(&settings);
         self.settings.store(Arc::new(settings));
     }
 
-    /// Looks what the entries ask for: what none of them asks for may stay unknown without failing an attestation.
-    pub fn prepare_for(&self, entries: &[Arc<Entry>]) {
-        self.attestors.prepare_for(entries);
+    /// Shares what callers wait for by these families from the next call on.
+    pub fn share_by(&self, families: Families) {
+        self.families.store(Arc::new(families));
     }
 
-    /// Attests an admitted peer. Reads of `/proc` are made on this thread, as they take microseconds; what may take
-    /// longer (an executable's content, names from a directory server) is not. A failure that is the peer's own doing
-    /// costs it more.
+    /// Looks what the entries ask for. Does not wait: what is not known yet stays untold. For the same entries it costs
+    /// nothing until something else is known.
+    pub fn prepare_for(&self, index: &Arc<EntryIndex>) -> Arc<Questions> {
+        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        // Read first: what comes to be known from here on is either in it, or makes it be prepared again.
+        let news = *self.news.borrow();
+        let number = prepared.questions.number;
+        if number == 0 || news != prepared.news || !Arc::ptr_eq(&prepared.index, index) {
+            let questions = Arc::new(self.attestors.prepare_for(index.entries(), number + 1));
+            *prepared = Prepared { index: Arc::clone(index), news, questions };
+        }
+        Arc::clone(&prepared.questions)
+    }
+
+    /// Waits until all that was asked for with [`Attestor::prepare_for`] was looked for once; so long at most. Blocks
+    /// this thread.
+    pub fn wait(&self, patience: Duration) {
+        self.attestors.wait(std::time::Instant::now() + patience);
+    }
+
+    /// Tells when [`Attestor::prepare_for`] may give something else for the same entries.
+    pub fn news(&self) -> watch::Receiver<u64> {
+        self.news.subscribe()
+    }
+
+    /// Attests an admitted peer, as far as `questions` go: those of the snapshot that the call is answered from. What
+    /// the kernel says of a process in microseconds is read on this thread; what its user may make longer, or hang
+    /// (all that is about its executable), is not. A failure that is the peer's own doing costs it more.
     ///
     /// # Errors
     /// [`AttestError`]: the peer is gone, or what it is cannot be told. Never a sign that it has no identity.
-    pub async fn attest(&self, mut admitted: Admitted<Arc<Peer>>) -> Result<Attested, AttestError> {
-        match self.subject(admitted.peer().as_ref()).await {
+    pub async fn attest(
+        &self,
+        mut admitted: Admitted<Arc<Peer>>,
+        questions: &Questions,
+    ) -> Result<Attested, AttestError> {
+        match self.subject(admitted.peer().as_ref(), questions).await {
             Ok(subject) => Ok(Attested { admitted, subject }),
             Err(error) => {
                 if error.blame() == Blame::Refusal {
@@ -171,32 +234,44 @@ impl Attestor {
         }
     }
 
-    /// Attests the process of an open stream anew. It costs its caller nothing.
+    /// Attests the process of an open stream anew, as far as `questions` go: those of the snapshot that the update is
+    /// made of. It costs its caller nothing.
     ///
     /// # Errors
     /// [`AttestError`]: nothing may be sent to it now. Whose doing that is says whether it may be later.
-    pub async fn attest_again(&self, peer: &AttestedPeer, limits: &Limits) -> Result<Subject, AttestError> {
+    pub async fn attest_again(
+        &self,
+        peer: &AttestedPeer,
+        questions: &Questions,
+        limits: &Limits,
+    ) -> Result<Subject, AttestError> {
         let AttestedPeer(peer) = peer;
         let Some(_place) = limits.place_for_update(peer.caller()) else {
             self.metrics.failed(&AttestError::Crowded);
             return Err(AttestError::Crowded);
         };
-        self.subject(peer.as_ref()).await
+        self.subject(peer.as_ref(), questions).await
     }
 
-    async fn subject(&self, process: &dyn Attestable) -> Result<Subject, AttestError> {
+    async fn subject(&self, process: &dyn Attestable, questions: &Questions) -> Result<Subject, AttestError> {
         let settings = self.settings.load_full();
-        if let Some(kept) = self.kept(&settings, process)? {
+        if let Some(kept) = self.kept(&settings, questions, process).await? {
             return Ok(kept);
         }
         let at = Instant::now();
-        let attested = self.attest_anew(&settings, process, at).await;
+        let attested = self.attest_anew(&settings, questions, process, at).await;
+        let attested = attested.and_then(|attestation| without_doubt(attestation, questions));
         self.metrics.count(&attested);
-        let Attestation { selectors, evidence, .. } = attested?;
+        let Attestation { selectors, evidence, untold, took: _ } = attested?;
         let subject = Subject(Arc::new(selectors));
         if let Some(slot) = process.slot() {
-            if subject.len() <= KEPT_SELECTORS {
-                slot.store(at + REUSE, LastResult { settings, evidence, subject: subject.clone() });
+            // What could not be told may be told by the next call.
+            if subject.len() <= KEPT_SELECTORS && untold.is_empty() {
+                let questions = questions.number;
+                slot.store(
+                    at + REUSE,
+                    LastResult { settings, questions, evidence, subject: subject.clone() },
+                );
             } else {
                 slot.clear();
             }
@@ -207,11 +282,15 @@ impl Attestor {
     async fn attest_anew(
         &self,
         settings: &AttestSettings,
+        questions: &Questions,
         process: &dyn Attestable,
         at: Instant,
     ) -> Result<Attestation, AttestError> {
-        let found = match Seen::open(&self.proc_root, process) {
-            Ok(seen) => self.attestors.attest(settings, &seen, at).await.map_err(AttestError::from),
+        let seen = Seen::open(&self.proc_root, &self.families.load(), process);
+        let found = match seen {
+            Ok(seen) => {
+                self.attestors.attest(settings, questions, &seen, at).await.map_err(AttestError::from)
+            }
             Err(error) => Err(error),
         };
         // Last of all: it lives now, so everything above was read of it. Of a process that is gone anything may be
@@ -221,17 +300,21 @@ impl Attestor {
     }
 
     /// The connection's last result, if it may be used once more.
-    fn kept(
+    async fn kept(
         &self,
         settings: &Arc<AttestSettings>,
+        questions: &Questions,
         process: &dyn Attestable,
     ) -> Result<Option<Subject>, AttestError> {
         let last = process.slot().and_then(|slot| slot.load::<LastResult>(Instant::now()));
-        let Some(last) = last.filter(|last| Arc::ptr_eq(&last.settings, settings)) else { return Ok(None) };
+        let fits = |last: &Arc<LastResult>| {
+            Arc::ptr_eq(&last.settings, settings) && last.questions == questions.number
+        };
+        let Some(last) = last.filter(fits) else { return Ok(None) };
         if !last.evidence.is_empty() {
             let dir = ProcDir::open(&self.proc_root, process.pid())?;
             for evidence in &last.evidence {
-                if !evidence.holds(&dir)? {
+                if !evidence.holds(&dir).await {
                     return Ok(None);
                 }
             }
@@ -239,6 +322,33 @@ impl Attestor {
         process.is_alive()?;
         Ok(Some(last.subject.clone()))
     }
+}
+
+impl Questions {
+    /// Whether an entry may be a process's that asks for nothing but what was `found` and selectors of these kinds.
+    fn may_ask(&self, attestor: &'static str, found: &Selectors, words: &[&'static str]) -> bool {
+        let kinds: Vec<SelectorKind> = words.iter().map(|word| SelectorKind { attestor, word }).collect();
+        self.doubts.first(found, &kinds, |selector| self.untellable(selector)).is_some()
+    }
+}
+
+/// The attestation, unless an entry may be the process's by what could not be told.
+fn without_doubt(mut attestation: Attestation, questions: &Questions) -> Result<Attestation, AttestError> {
+    match doubted(&attestation, questions) {
+        Some(at) => Err(attestation.untold.swap_remove(at).1.into()),
+        None => Ok(attestation),
+    }
+}
+
+/// The place in `untold` of what keeps an entry from being the process's, or from not being it.
+fn doubted(attestation: &Attestation, questions: &Questions) -> Option<usize> {
+    if attestation.untold.is_empty() {
+        return None;
+    }
+    let untold: Vec<SelectorKind> = attestation.untold.iter().map(|(kind, _)| *kind).collect();
+    let kind_of = |selector: &Selector| questions.untellable(selector);
+    let kind = questions.doubts.first(&attestation.selectors, &untold, kind_of)?;
+    untold.iter().position(|it| *it == kind)
 }
 
 /// The series of attestation.
@@ -338,12 +448,12 @@ mod tests {
         Attestor { proc_root: root, ..Attestor::new(AttestSettings::default()) }
     }
 
-    /// An entry that asks for one selector.
-    fn entry(selector: &str) -> Arc<Entry> {
+    /// An entry that asks for these selectors.
+    fn entry(selectors: &str) -> Arc<Entry> {
         Arc::new(Entry {
-            id: EntryId::new("e"),
+            id: EntryId::new(selectors),
             spiffe_id: SpiffeId::parse("spiffe://example.org/e").unwrap(),
-            selectors: Selectors::from([Selector::parse(selector).unwrap()]),
+            selectors: selectors.split_whitespace().map(|it| Selector::parse(it).unwrap()).collect(),
             x509_svid_ttl: None,
             jwt_svid_ttl: None,
             hint: Box::default(),
@@ -354,51 +464,101 @@ mod tests {
         })
     }
 
+    /// What no entries ask for.
+    fn nothing() -> Questions {
+        Questions::default()
+    }
+
     /// Whether the second is the first once more.
     fn same(first: &Subject, second: &Subject) -> bool {
         Arc::ptr_eq(&first.0, &second.0)
     }
 
-    /// Numeric selectors alone: the fixtures' names are whatever this machine calls them.
-    fn numbers(selectors: &Selectors) -> BTreeSet<&str> {
-        let numeric = ["uid:", "gid:", "supplementary_gid:"];
-        selectors.iter().map(|s| s.value()).filter(|v| numeric.iter().any(|n| v.starts_with(n))).collect()
-    }
-
     #[tokio::test]
     async fn status_becomes_selectors() {
         for (case, pid, owner, want) in [
-            (
-                "user-with-groups",
-                4100,
-                (1000, 1001),
-                "gid:1001 supplementary_gid:1001 supplementary_gid:24 supplementary_gid:4 uid:1000",
-            ),
+            ("user-with-groups", 4100, (1000, 1001), "gid:1001 supplementary_gid:24 uid:1000"),
             ("root-without-groups", 4101, (0, 0), "gid:0 uid:0"),
-            ("hostile-name", 4102, (1000, 1000), "gid:1000 supplementary_gid:1000 uid:1000"),
+            ("hostile-name", 4102, (1000, 1000), "gid:1000 uid:1000"),
             ("effective-differs", 4103, (21, 11), "gid:11 supplementary_gid:7 uid:21"),
         ] {
-            let selectors = attestor(case).subject(&fixture(pid, owner)).await.unwrap();
-            assert_eq!(numbers(&selectors), want.split(' ').collect(), "{case}");
+            let attestor = attestor(case);
+            // It is in groups that nobody asks for, and an entry asks for one that it is not in.
+            let entries = ["unix:supplementary_gid:24 unix:supplementary_gid:7", "unix:supplementary_gid:9"];
+            let questions = attestor.prepare_for(&Arc::new(EntryIndex::new(entries.map(entry))));
+            let selectors = attestor.subject(&fixture(pid, owner), &questions).await.unwrap();
+            let values: BTreeSet<&str> = selectors.iter().map(|s| s.value()).collect();
+            assert_eq!(values, want.split(' ').collect(), "{case}");
             assert!(selectors.iter().all(|s| s.kind() == "unix"), "{case}");
         }
     }
 
+    /// An attestor with a user database that knows the user `web` as 1000, nobody called `gone`, and nothing of others.
+    fn with_names(case: &str) -> Attestor {
+        let mut attestor = attestor(case);
+        attestor.attestors.unix = UnixAttestor::knowing(&attestor.news, |name| match name.text() {
+            "web" => Ok(Some(1000)),
+            "gone" => Ok(None),
+            _ => Err(nix::errno::Errno::EIO),
+        });
+        attestor
+    }
+
     #[tokio::test]
-    async fn a_user_database_that_does_not_answer_makes_no_smaller_identity() {
-        for (case, selector, want) in [
-            ("entries ask for names", "unix:user:web", None),
-            ("nobody asks for names", "unix:uid:1000", Some("uid:1000")),
+    async fn names_are_those_that_entries_ask_for() {
+        const NO_NAMES: &str = "the user database does not say whose a name is that an entry asks for";
+        for (case, entries, want) in [
+            ("nobody asks for a name", "unix:uid:1000", Ok("")),
+            ("its own", "unix:user:web", Ok("user:web")),
+            ("its own, beside another's", "unix:user:web / unix:user:gone", Ok("user:web")),
+            ("nobody's", "unix:user:gone", Ok("")),
+            ("a user's and not a group's", "unix:group:web", Ok("")),
+            ("its group's and not its user's", "unix:supplementary_group:web", Ok("")),
+            ("not answered, and all of an entry", "unix:user:x", Err(NO_NAMES)),
+            ("not answered, and the rest fits", "unix:user:x unix:uid:1000", Err(NO_NAMES)),
+            ("not answered, and the rest is another's", "unix:user:x unix:uid:7", Ok("")),
+            ("not answered, and the rest is nobody's", "unix:user:x unix:group:gone", Ok("")),
+            ("not answered, beside its own", "unix:user:web / unix:group:x unix:uid:7", Ok("user:web")),
+            ("a group that is not answered", "unix:group:x unix:gid:1001", Err(NO_NAMES)),
+            ("one of its groups that is not answered", "unix:supplementary_group:x", Err(NO_NAMES)),
         ] {
-            let attestors = Attestors { unix: UnixAttestor::nameless() };
-            let attestor = Attestor { attestors, ..attestor("user-with-groups") };
-            attestor.prepare_for(&[entry(selector)]);
-            match (attestor.subject(&fixture(4100, (1000, 1001))).await, want) {
-                (Ok(selectors), Some(want)) => assert!(numbers(&selectors).contains(want), "{case}"),
-                (Err(AttestError::Attestor(AttestorError::Unix(UnixError::NoNames))), None) => {}
-                (got, want) => panic!("{case}: {got:?}, not {want:?}"),
-            }
+            let attestor = with_names("user-with-groups");
+            let entries: Vec<_> = entries.split('/').map(entry).collect();
+            let index = Arc::new(EntryIndex::new(entries));
+            attestor.prepare_for(&index);
+            attestor.wait(Duration::from_secs(60));
+            let questions = attestor.prepare_for(&index);
+            let got = attestor.subject(&fixture(4100, (1000, 1001)), &questions).await;
+            let named = |subject: Subject| {
+                let named = subject.iter().map(|it| it.value()).filter(|value| !value.contains("id:"));
+                named.collect::<Vec<_>>().join(" ")
+            };
+            let want = want.map(str::to_owned).map_err(str::to_owned);
+            assert_eq!(got.map(named).map_err(|error| error.to_string()), want, "{case}");
         }
+    }
+
+    #[tokio::test]
+    async fn what_comes_to_be_known_is_asked_from_the_next_snapshot_on() {
+        let attestor = with_names("user-with-groups");
+        let index = Arc::new(EntryIndex::new([entry("unix:user:web")]));
+        let mut news = attestor.news();
+        news.mark_unchanged();
+        let first = attestor.prepare_for(&index);
+        attestor.wait(Duration::from_secs(60));
+        assert!(news.has_changed().unwrap());
+        let second = attestor.prepare_for(&index);
+        assert!(!Arc::ptr_eq(&first, &second));
+        assert!(Arc::ptr_eq(&second, &attestor.prepare_for(&index)), "and stays until there is more");
+
+        // A kept result is of use for the questions that it was found for.
+        let process = fixture(4100, (1000, 1001));
+        let of_second = attestor.subject(&process, &second).await.unwrap();
+        assert!(same(&of_second, &attestor.subject(&process, &second).await.unwrap()));
+        let other = attestor.prepare_for(&Arc::new(EntryIndex::new([entry("unix:uid:1")])));
+        assert!(!same(&of_second, &attestor.subject(&process, &other).await.unwrap()));
+        let of_second = attestor.subject(&process, &second).await.unwrap();
+        assert!(of_second.iter().any(|it| it.value() == "user:web"), "those of an older snapshot hold on");
     }
 
     #[tokio::test]
@@ -455,7 +615,7 @@ mod tests {
                 Blame::Fault,
             ),
         ] {
-            let err = attestor(case).subject(&fixture(pid, owner)).await.unwrap_err();
+            let err = attestor(case).subject(&fixture(pid, owner), &nothing()).await.unwrap_err();
             let root = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/proc");
             assert_eq!(err.to_string(), want.replace("{root}", root), "{case}");
             assert_eq!(err.blame(), blame, "{case}");
@@ -467,33 +627,36 @@ mod tests {
         let attestor = attestor("user-with-groups");
         let gone = fixture(4100, (1000, 1001));
         gone.fates.lock().unwrap().push(AttestError::Gone);
-        assert!(matches!(attestor.subject(&gone).await, Err(AttestError::Gone)));
+        assert!(matches!(attestor.subject(&gone, &nothing()).await, Err(AttestError::Gone)));
         assert!(gone.slot.load::<LastResult>(Instant::now()).is_none(), "and nothing is kept");
 
         // What is read in place of a process that is gone may be anything; the reason is that it is gone.
         let replaced = fixture(4100, (0, 0));
         replaced.fates.lock().unwrap().push(AttestError::Gone);
-        assert!(matches!(attestor.subject(&replaced).await, Err(AttestError::Gone)));
+        assert!(matches!(attestor.subject(&replaced, &nothing()).await, Err(AttestError::Gone)));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_result_is_kept_for_a_second() {
         let attestor = attestor("user-with-groups");
         let process = fixture(4100, (1000, 1001));
-        let first = attestor.subject(&process).await.unwrap();
+        let first = attestor.subject(&process, &nothing()).await.unwrap();
         tokio::time::advance(REUSE - Duration::from_millis(2)).await;
-        assert!(same(&first, &attestor.subject(&process).await.unwrap()), "within the second");
+        assert!(same(&first, &attestor.subject(&process, &nothing()).await.unwrap()), "within the second");
         tokio::time::advance(Duration::from_millis(4)).await;
-        let second = attestor.subject(&process).await.unwrap();
+        let second = attestor.subject(&process, &nothing()).await.unwrap();
         assert!(!same(&first, &second), "after it: use does not prolong it");
         assert_eq!(first, second);
 
         attestor.reload(AttestSettings::default());
-        let third = attestor.subject(&process).await.unwrap();
+        let third = attestor.subject(&process, &nothing()).await.unwrap();
         assert!(!same(&second, &third), "nothing of the old settings is used");
 
         process.fates.lock().unwrap().push(AttestError::Gone);
-        assert!(matches!(attestor.subject(&process).await, Err(AttestError::Gone)), "alive for every use");
+        assert!(
+            matches!(attestor.subject(&process, &nothing()).await, Err(AttestError::Gone)),
+            "alive for every use"
+        );
     }
 
     #[tokio::test]
@@ -502,9 +665,9 @@ mod tests {
         let attestor = attestor("user-with-groups").counted_by(metrics.registry());
         let process = fixture(4100, (1000, 1001));
         for _ in 0..2 {
-            attestor.subject(&process).await.unwrap();
+            attestor.subject(&process, &nothing()).await.unwrap();
         }
-        attestor.subject(&fixture(4099, (1000, 1001))).await.unwrap_err();
+        attestor.subject(&fixture(4099, (1000, 1001)), &nothing()).await.unwrap_err();
         let text = metrics.render();
         for line in [
             r#"durward_attestation_duration_seconds_count{attestor="unix"} 1"#,

@@ -26,6 +26,7 @@ mod issuer;
 mod places;
 mod ratelimit;
 mod trust_domain;
+mod users;
 
 pub use agent::{AgentSettings, DEFAULT_DATA_DIR, DEFAULT_SOCKET_PATH};
 pub use diff::{Changes, EntryChanges, diff};

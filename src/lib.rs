@@ -37,7 +37,7 @@
 //! api/call        1 security header -> Call                              InvalidArgument
 //!                 2 call.admit(limits) -> Admitted                       ResourceExhausted
 //! api/workload    3 query: audience, SPIFFE ID                           InvalidArgument
-//! attest          4 attestor.attest(admitted).await -> Attested          Unavailable
+//! attest          4 attestor.attest(admitted, questions).await -> Attested   Unavailable
 //! store           5 authorize(snapshot, attested) -> Entitled            PermissionDenied
 //!                 6 entitled.charge(limits) -> Charged                   ResourceExhausted
 //!                 7 jwt.fetch(charged, audience).await                   Unavailable
@@ -45,7 +45,8 @@
 //!
 //! One function reads top to bottom ([`api::workload`]). Each state is made in one place, of the state before it
 //! ([`api::call`]), so the compiler keeps the order: nothing is read about a peer that was not admitted, and no SVID is
-//! made for a call whose identities were not charged. Streams run 1 to 7, then wait for a new snapshot or the death of
+//! made for a call whose identities were not charged. The snapshot is taken before 4: attestors find out what its
+//! entries ask for ([`attest::Questions`]). Streams run 1 to 7, then wait for a new snapshot or the death of
 //! their process, and send only when what they would send has changed. Before they do, they run 4 and 5 once more, for
 //! what their process is by then ([`api::updates`]).
 //!

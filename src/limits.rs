@@ -77,5 +77,6 @@ pub use gate_settings::{ConnectionSettings, GatePlaces, GateRule, GateRules, Gat
 pub use method::Method;
 pub use refusal::{ConnectionRefusal, Refusal, RejectionStatus};
 pub use settings::{LimitSettings, NodeSettings, SoftLimits};
+pub(crate) use slots::{AttestationSlot, Slots};
 pub use slots::{Attestations, AttestationsError};
 pub use table_size::{TableSize, TableSizeError};

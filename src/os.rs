@@ -2,10 +2,12 @@
 //! stand.
 
 pub mod accept;
+pub mod accounts;
 pub mod clock;
 pub mod heap;
 pub mod lock;
 mod mount;
+pub mod namespace;
 pub mod pidfd;
 pub mod secrecy;
 pub mod systemd;

@@ -1,6 +1,6 @@
 //! A reload: all of a configuration in force at once, or nothing of it.
 
-use super::{Running, connection_bounds, metrics::ReloadResult, watch::Budget};
+use super::{ANSWERS_WITHIN, Running, connection_bounds, metrics::ReloadResult, watch::Budget};
 use crate::{
     config::{self, Config, EntryChanges},
     limits::GatePlan,
@@ -31,7 +31,7 @@ impl Running {
             listener: _,
             kubernetes: _,
             issuer: _,
-            entries,
+            entries: _,
             federated: _,
             attest,
             prometheus: _,
@@ -44,14 +44,16 @@ impl Running {
         let told = next.issuer_input();
         let gate_plan = GatePlan::new(ratelimit, parts.means.nofile, budget.bytes)?;
 
-        // From here on nothing fails.
+        // From here on nothing fails. What the entries ask for is looked for before they are there.
+        let _asked_until_then = parts.attestor.prepare_for(&told.index);
+        parts.attestor.wait(ANSWERS_WITHIN);
         parts.limits.reload(ratelimit);
         parts.gate.reload(gate_plan);
         self.memory.send_replace(budget);
         self.connections.send_if_modified(|old| std::mem::replace(old, connections.clone()) != connections);
         parts.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);
         parts.jwt.resize(caches.jwt_svids.count());
-        parts.attestor.prepare_for(entries);
+        parts.attestor.share_by(ratelimit.families.clone());
         parts.attestor.reload(attest.clone());
         parts.writer.replace(policy.clone(), || parts.issuer.reload(told));
         if let Some(lines) = &self.log {

@@ -8,7 +8,7 @@ use nix::unistd::geteuid;
 use tokio::{sync::watch as channel, task::JoinSet};
 
 use super::{
-    Running, connection_bounds,
+    ANSWERS_WITHIN, Running, connection_bounds,
     gate::Means,
     metrics::AgentMetrics,
     probe::probe,
@@ -78,8 +78,13 @@ impl AgentParts {
         let x509 = X509Cache::new(Arc::clone(&issuer), clock, x509_svids, caches.availability_target);
         let x509 = Arc::new(x509);
         let jwt = JwtCache::new(Arc::clone(&issuer), clock, Arc::clone(&store_series), jwt_svids);
+        let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
+        attestor.share_by(config.ratelimit.families.clone());
+        attestor.prepare_for(&Arc::clone(&issuer.world().borrow().index));
+        attestor.wait(ANSWERS_WITHIN);
         let writer = Writer::new(
             Arc::clone(&issuer),
+            Arc::clone(&attestor),
             clock,
             Arc::clone(&x509),
             Arc::clone(&store_series),
@@ -89,9 +94,6 @@ impl AgentParts {
             issuer_series.rotation.refresh(clock.now());
             store_series.renewal.refresh(clock.now());
         });
-        let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
-        attestor.prepare_for(&config.entries);
-
         let means = Means::of_this_process();
         let budget = config.ratelimit.memory.budget(means.cgroup);
         let gate_plan = GatePlan::new(&config.ratelimit, means.nofile, budget)?;

@@ -20,8 +20,11 @@ use super::{
     services::{GrpcAnswer, answered, grpc_body},
 };
 use crate::{
-    attest::{Attestor, Subject, inspect::InspectError},
-    identity::Entry,
+    attest::{
+        Attestor, Questions, Subject,
+        inspect::{Description, InspectError, UntoldKind},
+    },
+    identity::{Entry, Selector},
     limits::{
         self, CallerKey, ConnectionPermit, ConnectionRefusal, Limits, Method,
         budget::Pressure,
@@ -201,8 +204,8 @@ impl AdminParts {
         let process = self.attestor.inspect(pid)?;
         // Before the attestor, which asks last whether the process still lives.
         let (caller, source) = self.keys.explain(process.pid(), process.uid());
-        let subject = self.attestor.describe(&process).await?;
         let snapshot = self.store.snapshot();
+        let Description { subject, untold } = self.attestor.describe(&process, &snapshot.questions).await?;
         let matches = matches(&snapshot, &subject);
         let near = snapshot.index.nearest(&subject, NEAREST);
         let (uid, gid) = (process.uid().as_raw(), process.gid().as_raw());
@@ -218,9 +221,14 @@ impl AdminParts {
                 .into_iter()
                 .map(|near| pb::Near {
                     missing: near.missing.iter().map(ToString::to_string).collect(),
+                    absent: absent(&near.missing, &snapshot.questions),
                     found: u32::try_from(near.entry.selectors.len() - near.missing.len()).unwrap_or(u32::MAX),
                     entry: Some(entry_of(&near.entry, String::new())),
                 })
+                .collect(),
+            untold: untold
+                .into_iter()
+                .map(|UntoldKind { kind, why, decides }| pb::Untold { kind, why: chain(&why), decides })
                 .collect(),
         })
     }
@@ -261,6 +269,11 @@ fn matches(snapshot: &Snapshot, subject: &Subject) -> Vec<(Arc<Entry>, String)> 
     let all = snapshot.index.entries().iter();
     let matching = all.filter(|entry| !entry.selectors.is_empty() && entry.selectors.is_subset(subject));
     matching.map(|entry| (Arc::clone(entry), withheld(entry))).collect()
+}
+
+/// Those of the selectors that no process of this node can have, each with why.
+fn absent(selectors: &[Selector], questions: &Questions) -> Vec<String> {
+    selectors.iter().filter_map(|it| questions.absent(it).map(|why| format!("{it}: {why}"))).collect()
 }
 
 fn entry_of(entry: &Entry, withheld: String) -> pb::Entry {

@@ -73,8 +73,9 @@ impl WorkloadApi {
         let Parts { limits, attestor, store, jwt, .. } = &*self.parts;
         let admitted = call?.admit(limits)?;
         let query = JwtQuery::try_from(request)?;
-        let attested = attestor.attest(admitted).await?;
-        let entitled = authorize(&store.snapshot(), attested, Purpose::Svids, query.spiffe_id.as_ref())?;
+        let snapshot = store.snapshot();
+        let attested = attestor.attest(admitted, &snapshot.questions).await?;
+        let entitled = authorize(&snapshot, attested, Purpose::Svids, query.spiffe_id.as_ref())?;
         let mut charged = entitled.charge(limits)?;
 
         let svids = jwt.fetch(&mut charged, &query.audience).await.map_err(RequestError::JwtSvid)?;
@@ -100,11 +101,11 @@ impl WorkloadApi {
         if svid.is_empty() {
             return Err(RequestError::NoSvid);
         }
-        let attested = attestor.attest(admitted).await?;
+        let snapshot = store.snapshot();
+        let attested = attestor.attest(admitted, &snapshot.questions).await?;
 
         // The own bundle for everybody; foreign ones for whom they are federated with, from the entries that match
         // (spire-agent takes those whose SVID happens to be cached).
-        let snapshot = store.snapshot();
         let entries = snapshot.index.matching(attested.subject(), None);
         let federated = federated(entries);
         let bundle_of = |td: &TrustDomain| -> Option<&Bundle> {
@@ -128,9 +129,11 @@ impl WorkloadApi {
         purpose: Purpose,
     ) -> Result<(Charged, watch::Receiver<Change>), RequestError> {
         let Parts { limits, attestor, store, .. } = &*self.parts;
-        let attested = attestor.attest(call.admit(limits)?).await?;
+        let admitted = call.admit(limits)?;
         let changes = store.subscribe();
-        let entitled = authorize(&store.snapshot(), attested, purpose, None)?;
+        let snapshot = store.snapshot();
+        let attested = attestor.attest(admitted, &snapshot.questions).await?;
+        let entitled = authorize(&snapshot, attested, purpose, None)?;
         Ok((entitled.charge(limits)?, changes))
     }
 

@@ -3,23 +3,38 @@
 //! An attestor has one file or folder, which holds its selectors, its settings, its errors and what it reads of the
 //! host. It implements [`WorkloadAttestor`] and stands in the list at the top of [`super`]; nothing else names it.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant as StdInstant},
+};
+
+use tokio::sync::watch;
+
+use futures_util::future::BoxFuture;
 
 use super::{
-    AttestorName,
-    error::ProcReadError,
+    AttestorError, AttestorName, Questions,
+    doubt::SelectorKind,
     process::{ProcDir, Seen},
 };
 use crate::identity::{Entry, selector::Selectors};
 
+/// Counts what attestors learnt apart from any call: after each, what was prepared for the entries may be otherwise.
+pub(super) type News = Arc<watch::Sender<u64>>;
+
 /// One source of selectors. Made once, when the agent starts; whatever it keeps between attestations is bounded.
-pub(super) trait WorkloadAttestor: Default {
+pub(super) trait WorkloadAttestor: Sized {
     /// Its name in `plugins { WorkloadAttestor "NAME" }`, which is the type of its selectors too.
     const NAME: &'static str;
     /// What `plugin_data` says: declared with [`settings!`](crate::hcl::settings).
     type Settings;
     /// Why it could not find something out.
     type Error;
+    /// What the entries ask it for, with what is known of that ahead. The default is that of no entries.
+    type Questions: Default;
+
+    /// One that counts in `news` what it learns apart from any call.
+    fn new(news: &News) -> Self;
 
     /// Whether a process could ever have a selector of this value.
     ///
@@ -27,31 +42,56 @@ pub(super) trait WorkloadAttestor: Default {
     /// Says what is wrong with it, and what is right.
     fn check(value: &str, settings: &Self::Settings) -> Result<(), String>;
 
-    /// Looks what the entries ask for: what none of them does may stay unknown.
-    fn prepare_for(&self, entries: &[Arc<Entry>]);
+    /// Gets ready for these settings, which are in force from now on. Does not wait for anything.
+    fn begin(&self, _settings: &Self::Settings) {}
 
-    /// Finds out what it can of a process. What may take long must not keep a thread of the runtime.
+    /// Looks what the entries ask for. Does not wait for anything.
+    fn prepare_for(&self, entries: &[Arc<Entry>]) -> Self::Questions;
+
+    /// Waits until all that was asked for was looked for once, or until `deadline`. Blocks this thread.
+    fn wait(&self, deadline: StdInstant) {
+        let _nothing_to_wait_for = deadline;
+    }
+
+    /// Why no process of this node has a selector of this value, for a person; `None` where one may have it.
+    fn absent(questions: &Self::Questions, value: &str) -> Option<String>;
+
+    /// The kind of a selector of this value, if [`Findings::untold`] may name it: its first word.
+    fn untellable(questions: &Self::Questions, value: &str) -> Option<&'static str>;
+
+    /// Finds out what it can of a process, as far as an entry asks for it. What may take long must not keep a thread
+    /// of the runtime.
     ///
     /// # Errors
-    /// It could not find out all: a selector that is missing would be a smaller identity.
-    async fn attest(&self, settings: &Self::Settings, seen: &Seen<'_>) -> Result<Findings, Self::Error>;
+    /// It could find out nothing. Where only some kinds of selectors could not be told, it says so in its findings.
+    async fn attest(
+        &self,
+        settings: &Self::Settings,
+        questions: &Questions,
+        seen: &Seen<'_>,
+    ) -> Result<Findings<Self::Error>, Self::Error>;
 }
 
 /// What one attestor found.
-#[derive(Default)]
-pub(super) struct Findings {
+pub(super) struct Findings<E> {
     pub(super) selectors: Selectors,
     /// What must still hold when these are used again for a later call of the same connection.
     pub(super) evidence: Option<Box<dyn Evidence>>,
+    pub(super) untold: Vec<Untold<E>>,
+}
+
+/// Whether a process has selectors of this kind could not be told. A call fails for this reason if an entry asks for
+/// one and all its other selectors are there; no other call suffers.
+pub(super) struct Untold<E> {
+    /// As [`WorkloadAttestor::untellable`] names it. None of its selectors are among those that were found.
+    pub(super) word: &'static str,
+    pub(super) why: E,
 }
 
 /// What findings rest on, as far as it may change while the process lives.
 pub(super) trait Evidence: Send + Sync {
-    /// Whether it is as it was; `dir` is the directory of the process.
-    ///
-    /// # Errors
-    /// It cannot be read.
-    fn holds(&self, dir: &ProcDir) -> Result<bool, ProcReadError>;
+    /// Whether it is certainly as it was; `dir` is the directory of the process.
+    fn holds<'a>(&'a self, dir: &'a ProcDir) -> BoxFuture<'a, bool>;
 }
 
 /// What all attestors found of one process.
@@ -59,6 +99,7 @@ pub(super) trait Evidence: Send + Sync {
 pub(super) struct Attestation {
     pub(super) selectors: Selectors,
     pub(super) evidence: Vec<Box<dyn Evidence>>,
+    pub(super) untold: Vec<(SelectorKind, AttestorError)>,
     /// How long each took.
     pub(super) took: Vec<(AttestorName, Duration)>,
 }
@@ -111,29 +152,81 @@ macro_rules! attestors {
             }
         }
 
-        #[derive(Default)]
+        /// What the entries of one snapshot ask for, and what is known of that ahead of any call. Never edited. The
+        /// default is that of no entries.
+        #[derive(Debug, Default)]
+        pub struct Questions {
+            /// No two have the same, but for the default, which has 0.
+            number: u64,
+            $($field: <$attestor as WorkloadAttestor>::Questions,)+
+            doubts: Doubts,
+        }
+
+        impl Questions {
+            /// The kind of a selector that may stay untold.
+            fn untellable(&self, selector: &Selector) -> Option<SelectorKind> {
+                $(if selector.kind() == <$attestor as WorkloadAttestor>::NAME {
+                    let word = <$attestor>::untellable(&self.$field, selector.value())?;
+                    return Some(SelectorKind { attestor: <$attestor as WorkloadAttestor>::NAME, word });
+                })+
+                None
+            }
+
+            /// Why no process of this node has this selector, which an entry asks for; `None` where one may have it.
+            pub fn absent(&self, selector: &Selector) -> Option<String> {
+                $(if selector.kind() == <$attestor as WorkloadAttestor>::NAME {
+                    return <$attestor>::absent(&self.$field, selector.value());
+                })+
+                None
+            }
+        }
+
         struct Attestors { $($field: $attestor,)+ }
 
         impl Attestors {
-            fn prepare_for(&self, entries: &[Arc<Entry>]) {
-                $(self.$field.prepare_for(entries);)+
+            fn new(news: &News) -> Self {
+                Self { $($field: <$attestor as WorkloadAttestor>::new(news),)+ }
+            }
+
+            fn begin(&self, settings: &AttestSettings) {
+                $(self.$field.begin(&settings.$field);)+
+            }
+
+            fn wait(&self, deadline: std::time::Instant) {
+                $(self.$field.wait(deadline);)+
+            }
+
+            fn prepare_for(&self, entries: &[Arc<Entry>], number: u64) -> Questions {
+                let mut questions =
+                    Questions { number, $($field: self.$field.prepare_for(entries),)+ doubts: Doubts::default() };
+                questions.doubts = Doubts::of(entries, |selector| questions.untellable(selector));
+                questions
             }
 
             /// Asks all of them, side by side; the first failure ends it.
             async fn attest(
                 &self,
                 settings: &AttestSettings,
+                questions: &Questions,
                 seen: &Seen<'_>,
                 since: Instant,
             ) -> Result<Attestation, AttestorError> {
                 let ($($field,)+) = tokio::try_join!($(async {
-                    let findings = self.$field.attest(&settings.$field, seen).await?;
-                    Ok::<_, AttestorError>((AttestorName::$case, since.elapsed(), findings))
+                    let findings = self.$field.attest(&settings.$field, questions, seen).await?;
+                    let Findings { selectors, evidence, untold } = findings;
+                    let attestor = <$attestor as WorkloadAttestor>::NAME;
+                    let kind = |word| SelectorKind { attestor, word };
+                    let untold: Vec<_> = untold
+                        .into_iter()
+                        .map(|Untold { word, why }| (kind(word), AttestorError::from(why)))
+                        .collect();
+                    Ok::<_, AttestorError>((AttestorName::$case, since.elapsed(), selectors, evidence, untold))
                 }),+)?;
                 let mut all = Attestation::default();
-                for (attestor, took, Findings { mut selectors, evidence }) in [$($field),+] {
+                for (attestor, took, mut selectors, evidence, untold) in [$($field),+] {
                     all.selectors.append(&mut selectors);
                     all.evidence.extend(evidence);
+                    all.untold.extend(untold);
                     all.took.push((attestor, took));
                 }
                 Ok(all)

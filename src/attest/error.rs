@@ -52,6 +52,8 @@ pub enum AttestError {
 pub enum Blame {
     /// The caller's own: it is charged more for it, and the log has it at `debug`.
     Refusal,
+    /// The node's, and the log had it when the agent started. It is logged at `debug`.
+    Known,
     /// Nobody's: others are in the way, or the work is only large. It is logged at `debug`.
     Crowd,
     /// Ours or the node's: an admin should know.
@@ -67,6 +69,8 @@ labels! {
         Namespace = "namespace",
         /// Something under `/proc` could not be read or understood.
         Unreadable = "unreadable",
+        /// What the process executes is where its user mounts what it likes.
+        Untrusted = "untrusted",
         /// It took too long, or too many others were being attested.
         Busy = "busy",
     }

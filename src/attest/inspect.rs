@@ -16,8 +16,8 @@ use nix::{
 use tokio::time::Instant;
 
 use super::{
-    AttestError, Attestor, Subject,
-    process::{Attestable, ProcDir},
+    AttestError, Attestor, AttestorError, Questions, Subject, doubted,
+    process::{Attestable, Extent, ProcDir},
 };
 use crate::{
     limits::CallerKey,
@@ -31,6 +31,14 @@ pub struct Inspected {
     pid: Pid,
     pidfd: Pidfd,
     owner: Owner,
+}
+
+/// What would be attested of a process.
+#[derive(Debug)]
+pub struct Described {
+    pub subject: Subject,
+    /// The kinds of selectors that could not be told, as `unix:path`, and why.
+    pub untold: Vec<(String, AttestorError)>,
 }
 
 /// Why a process cannot be inspected.
@@ -54,6 +62,24 @@ impl InspectError {
             source => Self::Attest { pid: pid.as_raw(), source },
         }
     }
+}
+
+/// What would be attested of a process.
+#[derive(Debug)]
+pub struct Description {
+    pub subject: Subject,
+    /// What could not be told.
+    pub untold: Vec<UntoldKind>,
+}
+
+/// A kind of selectors of which it could not be told whether a process has them.
+#[derive(Debug)]
+pub struct UntoldKind {
+    /// As `unix:path`.
+    pub kind: String,
+    pub why: AttestorError,
+    /// Whether its calls fail for it.
+    pub decides: bool,
 }
 
 impl Inspected {
@@ -94,6 +120,10 @@ impl Attestable for Inspected {
         }
     }
 
+    fn extent(&self) -> Extent {
+        Extent::All
+    }
+
     /// Each inspection is one of its own.
     fn slot(&self) -> Option<&PeerSlot> {
         None
@@ -132,11 +162,22 @@ impl Attestor {
     ///
     /// # Errors
     /// [`InspectError`].
-    pub async fn describe(&self, process: &Inspected) -> Result<Subject, InspectError> {
+    pub async fn describe(
+        &self,
+        process: &Inspected,
+        questions: &Questions,
+    ) -> Result<Description, InspectError> {
         let settings = self.settings.load_full();
-        let attested = self.attest_anew(&settings, process, Instant::now()).await;
+        let attested = self.attest_anew(&settings, questions, process, Instant::now()).await;
         let attested = attested.map_err(|source| InspectError::attest(process.pid, source))?;
-        Ok(Subject(Arc::new(attested.selectors)))
+        let decides = doubted(&attested, questions);
+        let untold = attested.untold.into_iter().enumerate();
+        let untold = untold.map(|(at, (kind, why))| UntoldKind {
+            kind: kind.to_string(),
+            why,
+            decides: decides == Some(at),
+        });
+        Ok(Description { untold: untold.collect(), subject: Subject(Arc::new(attested.selectors)) })
     }
 }
 
@@ -162,13 +203,13 @@ mod tests {
         let pid = i32::try_from(child.id()).unwrap();
         let found = attestor.inspect(pid).unwrap();
         assert_eq!((found.uid(), found.gid()), (nix::unistd::geteuid(), nix::unistd::getegid()));
-        let subject = attestor.describe(&found).await.unwrap();
+        let subject = attestor.describe(&found, &Questions::default()).await.unwrap().subject;
         let uid = format!("unix:uid:{}", found.uid());
         assert!(subject.iter().any(|selector| selector.to_string() == uid), "{subject:?}");
 
         child.kill().unwrap();
         child.wait().unwrap();
-        let gone = attestor.describe(&found).await.unwrap_err();
+        let gone = attestor.describe(&found, &Questions::default()).await.unwrap_err();
         assert!(matches!(gone, InspectError::NoProcess(it) if it == pid), "{gone}");
         for nobody in [pid, 0, -1, i32::MAX] {
             let err = attestor.inspect(nobody).unwrap_err();

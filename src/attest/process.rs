@@ -22,7 +22,7 @@ use super::{
     status::{self, ProcStatus, StatusError},
 };
 use crate::{
-    limits::CallerKey,
+    limits::{CallerKey, Families},
     os::pidfd::Owner,
     peer::{Peer, PeerGone, slot::PeerSlot},
 };
@@ -41,6 +41,19 @@ pub(super) trait Attestable: Sync {
     fn is_alive(&self) -> Result<(), AttestError>;
     /// Where its last result is kept, if anywhere.
     fn slot(&self) -> Option<&PeerSlot>;
+    /// How much is to be found out of it.
+    fn extent(&self) -> Extent {
+        Extent::Asked
+    }
+}
+
+/// How much is found out of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Extent {
+    /// What an entry asks for that may be its own.
+    Asked,
+    /// All that can be: people ask.
+    All,
 }
 
 impl Attestable for Peer {
@@ -75,16 +88,27 @@ impl Attestable for Peer {
 /// A process whose `/proc/PID` is open and who is of the user and group that connected.
 pub(super) struct Seen<'a> {
     pub(super) process: &'a dyn Attestable,
+    /// The process and whoever shares its places: what is shared by all is shared by families.
+    pub(super) family: u64,
     pub(super) dir: ProcDir,
     pub(super) status: ProcStatus,
 }
 
 impl<'a> Seen<'a> {
+    /// How much is to be found out.
+    pub(super) fn extent(&self) -> Extent {
+        self.process.extent()
+    }
+
     /// Opens the directory of `process` and reads who it is.
     ///
     /// # Errors
     /// [`AttestError`]: it is gone, cannot be seen, or is another's by now.
-    pub(super) fn open(root: &Path, process: &'a dyn Attestable) -> Result<Self, AttestError> {
+    pub(super) fn open(
+        root: &Path,
+        families: &Families,
+        process: &'a dyn Attestable,
+    ) -> Result<Self, AttestError> {
         let pid = process.pid();
         if pid.as_raw() == 0 {
             return Err(AttestError::OtherPidNamespace);
@@ -97,7 +121,7 @@ impl<'a> Seen<'a> {
             let Owner { uid, gid } = owner;
             return Err(AttestError::IdentityChanged { pid, uid, gid });
         }
-        Ok(Self { process, dir, status })
+        Ok(Self { process, family: families.group(process.caller()), dir, status })
     }
 }
 
@@ -113,7 +137,14 @@ impl ProcDir {
     /// # Errors
     /// [`ProcReadError::Gone`] when there is none, else [`ProcReadError::Read`].
     pub(super) fn open(root: &Path, pid: Pid) -> Result<Self, ProcReadError> {
-        let path = root.join(pid.to_string());
+        Self::at(root.join(pid.to_string()))
+    }
+
+    /// Opens this directory, which is that of the process that has its PID now.
+    ///
+    /// # Errors
+    /// [`ProcReadError::Gone`] when there is none, else [`ProcReadError::Read`].
+    pub(super) fn at(path: PathBuf) -> Result<Self, ProcReadError> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         match open(&path, flags, Mode::empty()) {
             Ok(fd) => Ok(Self { fd, path }),
@@ -159,16 +190,20 @@ impl ProcDir {
         }
     }
 
+    /// Its path.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The path under which the agent reaches one of its files: for messages.
     pub(super) fn path_of(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
 
-    /// Why one of its files cannot be read. A file that every process has is not there once the process is gone;
-    /// `exe` is not there for a kernel thread.
-    pub(super) fn unreadable(&self, name: &str, errno: Errno) -> ProcReadError {
+    /// Why one of its files cannot be read. A file that every process has is not there once the process is gone.
+    fn unreadable(&self, name: &str, errno: Errno) -> ProcReadError {
         match errno {
-            Errno::ENOENT if name != "exe" => ProcReadError::Gone,
+            Errno::ENOENT => ProcReadError::Gone,
             errno => unreadable(self.path_of(name), errno),
         }
     }

@@ -3,31 +3,31 @@
 //! Trusted: the lines of `status` and the links that the kernel writes. Not trusted: the process's name, its
 //! executable's path and content.
 //!
-//! The path is the one the process sees in its own mount namespace, as SPIRE's is: whoever may make containers may
-//! choose it. The digest is of the file that the kernel executes, whatever its path says.
+//! The path is the one the process sees in its own mount namespace, as SPIRE's is, and the digest is of the file that the
+//! kernel executes, whatever its path says. Both are told only where nobody but the node's root chooses what is mounted
+//! ([`executable`]): whoever may make containers may choose the path.
+//!
+//! A name is another's word for a number, and is looked up ahead, for the entries that ask for it ([`names`]): whoever
+//! has the number has the name. SPIRE asks for the name of the number, which is one: here a process also has the other
+//! names of its number, and of two users with one name only the first in the database has it.
 
 mod digest;
+mod discovery;
+mod display;
 mod executable;
+pub mod mounts;
 mod names;
+mod questions;
+mod threads;
 
-use std::{
-    path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use std::{sync::Arc, time::Instant};
 
-use self::{
-    digest::{DigestError, Digests, Hex},
-    executable::Executable,
-    names::{NameId, Names},
-};
+use self::{discovery::Discovery, names::Names};
+pub use self::{executable::ExecutableError, questions::UnixQuestions};
 use super::{
-    AttestFault, Blame,
-    attestors::{Evidence, Findings, WorkloadAttestor},
-    error::ProcReadError,
-    process::Seen,
+    AttestFault, Blame, Questions,
+    attestors::{Findings, News, Untold, WorkloadAttestor},
+    process::{Extent, Seen},
     status::ProcStatus,
 };
 use crate::{
@@ -37,6 +37,11 @@ use crate::{
         selector::{Selector, Selectors},
     },
 };
+
+/// Its name, which is the type of its selectors.
+const NAME: &str = "unix";
+const PATH: &str = "path";
+const SHA256: &str = "sha256";
 
 /// What its selectors are of, in the order that messages name them.
 const KINDS: [&str; 8] =
@@ -49,7 +54,7 @@ settings! {
         /// Whether `unix:path` and `unix:sha256` are found out.
         "discover_workload_path" discover_workload_path: bool = false, boolean(), reloads;
         /// The largest executable to hash, in bytes; 0 for any, negative never to hash.
-        "workload_size_limit" workload_size_limit: i64 = 0, integer(i64::MIN..=i64::MAX), reloads;
+        "workload_size_limit" workload_size_limit: i64 = 268_435_456, integer(i64::MIN..=i64::MAX), reloads;
     }
 }
 
@@ -67,60 +72,20 @@ impl UnixSettings {
 /// Why it could not find out who a process is.
 #[derive(Debug, thiserror::Error)]
 pub enum UnixError {
-    /// The executable is larger than `workload_size_limit`. The text is SPIRE's.
-    #[error("SHA256 digest: workload {} exceeds size limit ({size} > {limit})", path.display())]
-    TooLarge {
-        /// Where the agent sees it.
-        path: PathBuf,
-        /// Its size in bytes, or how many were read of one that grew.
-        size: u64,
-        /// `workload_size_limit`.
-        limit: u64,
-    },
-    /// The executable was replaced or written while it was attested.
-    #[error("{} changed while it was attested", path.display())]
-    Changed {
-        /// Where the agent sees it.
-        path: PathBuf,
-    },
-    /// Too many executables wait to be hashed, of this user or of all.
-    #[error("too many executables wait to be hashed")]
-    Busy,
-    /// Hashing the executable took too long.
-    #[error("hashing {} took too long", path.display())]
-    Late {
-        /// Where the agent sees it.
-        path: PathBuf,
-    },
-    /// The user database does not answer, and there are entries that ask for names.
-    #[error("the user database does not say what the caller's user or one of its groups is called")]
+    /// The user database does not answer.
+    #[error("the user database does not say whose a name is that an entry asks for")]
     NoNames,
-    /// The executable could not be read.
+    /// What it executes cannot be told.
     #[error(transparent)]
-    Executable(#[from] ProcReadError),
+    Executable(#[from] ExecutableError),
 }
 
 impl UnixError {
     /// Whose doing it is, and how it is counted.
     pub(super) fn class(&self) -> (Blame, AttestFault) {
         match self {
-            Self::TooLarge { .. } | Self::Changed { .. } => (Blame::Refusal, AttestFault::Unreadable),
-            Self::Busy | Self::Late { .. } => (Blame::Crowd, AttestFault::Busy),
             Self::NoNames => (Blame::Fault, AttestFault::Busy),
             Self::Executable(error) => error.class(),
-        }
-    }
-
-    fn no_digest(error: DigestError, path: PathBuf, limit: u64) -> Self {
-        match error {
-            DigestError::Busy => Self::Busy,
-            DigestError::TooLarge { size } => Self::TooLarge { path, size, limit },
-            DigestError::Changed => Self::Changed { path },
-            DigestError::Late => Self::Late { path },
-            DigestError::Read(error) => {
-                let source = std::io::Error::new(error.kind(), error);
-                Self::Executable(ProcReadError::Read { path, source })
-            }
         }
     }
 }
@@ -128,23 +93,18 @@ impl UnixError {
 /// What it keeps between attestations.
 pub(super) struct UnixAttestor {
     names: Names,
-    /// Whether an entry asks for the name of a user or group. If so (as at the start), an attestation for which the
-    /// user database does not answer fails: a selector that is missing would be a smaller identity. If not, nobody is
-    /// to wait for a directory server that is away.
-    names_asked: AtomicBool,
-    digests: Digests,
-}
-
-impl Default for UnixAttestor {
-    fn default() -> Self {
-        Self { names: Names::of_system(), names_asked: AtomicBool::new(true), digests: Digests::default() }
-    }
+    discovery: Discovery,
 }
 
 impl WorkloadAttestor for UnixAttestor {
-    const NAME: &'static str = "unix";
+    const NAME: &'static str = NAME;
     type Settings = UnixSettings;
     type Error = UnixError;
+    type Questions = UnixQuestions;
+
+    fn new(news: &News) -> Self {
+        Self { names: Names::of_node(Arc::clone(news)), discovery: Discovery::default() }
+    }
 
     fn check(value: &str, settings: &UnixSettings) -> Result<(), String> {
         let (kind, of) = value.split_once(':').unwrap_or((value, ""));
@@ -173,122 +133,86 @@ impl WorkloadAttestor for UnixAttestor {
         }
     }
 
-    fn prepare_for(&self, entries: &[Arc<Entry>]) {
-        let asked = entries.iter().flat_map(|entry| &entry.selectors).any(needs_name);
-        self.names_asked.store(asked, Ordering::Relaxed);
+    fn begin(&self, settings: &UnixSettings) {
+        self.discovery.begin(settings);
     }
 
-    async fn attest(&self, settings: &UnixSettings, seen: &Seen<'_>) -> Result<Findings, UnixError> {
-        let (executable, sha256) = if settings.discover_workload_path {
-            self.executable(*settings, seen).await?
-        } else {
-            (None, None)
-        };
-        let names = self.names.find(&ids(&seen.status)).await;
-        if names.iter().any(Result::is_err) && self.names_asked.load(Ordering::Relaxed) {
-            return Err(UnixError::NoNames);
+    fn prepare_for(&self, entries: &[Arc<Entry>]) -> UnixQuestions {
+        UnixQuestions::of(entries, &self.names)
+    }
+
+    fn wait(&self, deadline: Instant) {
+        let untold = self.names.wait(deadline);
+        if untold > 0 {
+            let what =
+                "the user database does not answer; whoever may have these names is told to come again";
+            tracing::warn!(names = untold, what);
         }
-        let names = names.into_iter().map(Result::unwrap_or_default).collect();
-        Ok(Findings {
-            selectors: selectors(&seen.status, names, executable.as_ref(), sha256.as_deref()),
-            evidence: executable.map(|executable| -> Box<dyn Evidence> { Box::new(executable) }),
-        })
     }
-}
 
-impl UnixAttestor {
-    /// What the process executes, and the digest of it where that is asked for.
-    async fn executable(
+    fn absent(questions: &UnixQuestions, value: &str) -> Option<String> {
+        questions.absent(value)
+    }
+
+    fn untellable(questions: &UnixQuestions, value: &str) -> Option<&'static str> {
+        questions.untellable(value)
+    }
+
+    async fn attest(
         &self,
-        settings: UnixSettings,
+        settings: &UnixSettings,
+        questions: &Questions,
         seen: &Seen<'_>,
-    ) -> Result<(Option<Executable>, Option<Hex>), UnixError> {
-        let executable = Executable::of(&seen.dir)?;
-        let path = || seen.dir.path_of(executable::NAME);
-        let stamp = executable.stamp;
-        let (known, file) = match settings.hashing() {
-            None => (None, None),
-            Some(limit) if stamp.size() > limit => {
-                return Err(UnixError::TooLarge { path: path(), size: stamp.size(), limit });
-            }
-            Some(limit) => match self.digests.known(&stamp) {
-                Some(known) => (Some(known), None),
-                None => (None, Some((executable::open(&seen.dir, &stamp)?, limit))),
-            },
-        };
-        // Between two looks at the same file lie its path and its content, so they are of one program even if the
-        // process executes another meanwhile.
-        if executable::stamp(&seen.dir)? != stamp {
-            return Err(UnixError::Changed { path: path() });
+    ) -> Result<Findings<UnixError>, UnixError> {
+        let untold = questions.unix.unanswered();
+        let untold = untold.map(|word| Untold { word, why: UnixError::NoNames }).collect();
+        let mut findings =
+            Findings { selectors: selectors(&seen.status, &questions.unix), evidence: None, untold };
+        let all = seen.extent() == Extent::All;
+        let wanted = |found: &Selectors, words: &[_]| all || questions.may_ask(NAME, found, words);
+        self.discovery.find(*settings, seen, wanted, &mut findings).await;
+        if all {
+            display::add(&seen.status, &questions.unix, &mut findings.selectors).await;
         }
-        let Some((file, limit)) = file else { return Ok((Some(executable), known)) };
-        // A process that is gone already shall not take a place among those that wait.
-        if seen.process.is_alive().is_err() {
-            return Err(ProcReadError::Gone.into());
-        }
-        let made = self.digests.make(stamp, file, limit, seen.process.caller()).await;
-        let sha256 = made.map_err(|error| UnixError::no_digest(error, path(), limit))?;
-        Ok((Some(executable), Some(sha256)))
+        Ok(findings)
     }
 }
 
-/// Whether a selector can only be found with a name from the user database.
-fn needs_name(selector: &Selector) -> bool {
-    let what = selector.value().split(':').next().unwrap_or_default();
-    selector.kind() == UnixAttestor::NAME && matches!(what, "user" | "group" | "supplementary_group")
-}
-
-/// Whose names the selectors of a process need, in the order that [`selectors`] takes them.
-fn ids(status: &ProcStatus) -> Vec<NameId> {
-    let of_process = [NameId::User(status.uid), NameId::Group(status.gid)];
-    of_process.into_iter().chain(status.groups.iter().map(|gid| NameId::Group(*gid))).collect()
-}
-
-/// The selectors of a process; `names` are those of [`ids`].
-fn selectors(
-    status: &ProcStatus,
-    names: Vec<Option<Arc<str>>>,
-    executable: Option<&Executable>,
-    sha256: Option<&str>,
-) -> Selectors {
+/// The selectors of a process: its user and its group, and what else entries ask for.
+fn selectors(status: &ProcStatus, questions: &UnixQuestions) -> Selectors {
     let mut found = Selectors::new();
-    let mut names = names.into_iter();
+    found.extend(questions.of_user(status.uid).iter().cloned());
+    found.extend(questions.of_group(status.gid).iter().cloned());
     let mut add = |what: &str, value: &str| {
-        found.insert(Selector::new(UnixAttestor::NAME, format!("{what}:{value}")));
+        found.insert(Selector::new(NAME, format!("{what}:{value}")));
     };
-    let mut both = |what: &str, number: u32, named: &str| {
-        add(what, &number.to_string());
-        if let Some(name) = names.next().flatten() {
-            add(named, &name);
+    add("uid", &status.uid.to_string());
+    add("gid", &status.gid.to_string());
+    if questions.ask_for_groups() {
+        for gid in &status.groups {
+            let (names, by_number) = questions.of_supplementary_group(*gid);
+            found.extend(names.iter().cloned());
+            found.extend(by_number.then(|| Selector::new(NAME, format!("supplementary_gid:{gid}"))));
         }
-    };
-    both("uid", status.uid, "user");
-    both("gid", status.gid, "group");
-    for gid in &status.groups {
-        both("supplementary_gid", *gid, "supplementary_group");
-    }
-    // An entry cannot name a path that is no UTF-8: without the selector nothing is lost, and a path with characters
-    // replaced would be another file's.
-    if let Some(path) = executable.and_then(|executable| executable.path.to_str()) {
-        add("path", path);
-    }
-    if let Some(sha256) = sha256 {
-        add("sha256", sha256);
     }
     found
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use nix::errno::Errno;
 
-    use super::*;
+    use super::{names::tests::FakeDatabase, *};
+    use crate::os::accounts::AccountName;
 
     impl UnixAttestor {
-        /// With a user database that does not answer.
-        pub(in crate::attest) fn nameless() -> Self {
-            let names = Names::new(Arc::new(|_| Err(nix::errno::Errno::EIO)), Duration::from_secs(2));
-            Self { names, ..Self::default() }
+        /// With a user database that answers so.
+        pub(in crate::attest) fn knowing(
+            news: &News,
+            answer: impl Fn(&AccountName) -> Result<Option<u32>, Errno> + Send + Sync + 'static,
+        ) -> Self {
+            let database = Box::new(FakeDatabase::new(answer));
+            Self { names: Names::of(database, Arc::clone(news)), ..Self::new(news) }
         }
     }
 
@@ -305,19 +229,6 @@ mod tests {
         ] {
             let settings = UnixSettings { discover_workload_path: discover, workload_size_limit: limit };
             assert_eq!(settings.hashing(), want, "{settings:?}");
-        }
-    }
-
-    #[test]
-    fn names_are_asked_for_by_selectors_of_names() {
-        for (selector, needs) in [
-            ("unix:user:web", true),
-            ("unix:group:www", true),
-            ("unix:supplementary_group:adm", true),
-            ("unix:uid:1000", false),
-            ("unix:path:/user:x", false),
-        ] {
-            assert_eq!(needs_name(&Selector::parse(selector).unwrap()), needs, "{selector}");
         }
     }
 }

@@ -50,6 +50,12 @@ fn pretty(told: &pb::ExplainResponse) -> String {
     for selector in &told.selectors {
         let _ = writeln!(out, "  {}", clean(selector));
     }
+    for untold in &told.untold {
+        let _ = writeln!(out, "  {} cannot be told: {}", clean(&untold.kind), clean(&untold.why));
+        if untold.decides {
+            out.push_str("    calls fail for this: an entry asks for one, and everything else of it fits\n");
+        }
+    }
 
     out.push_str("\nEntries that match, the default first:\n");
     if told.matches.is_empty() {
@@ -69,6 +75,9 @@ fn pretty(told: &pb::ExplainResponse) -> String {
         let _ = writeln!(out, "  {}", entry_text(&near.entry.clone().unwrap_or_default()));
         let missing: Vec<String> = near.missing.iter().map(|selector| clean(selector)).collect();
         let _ = writeln!(out, "    has {} of its selectors, misses {}", near.found, missing.join(", "));
+        for absent in &near.absent {
+            let _ = writeln!(out, "    {}", clean(absent));
+        }
     }
 
     out.push_str("\nLimits:\n");
@@ -121,8 +130,10 @@ fn to_json(told: &pb::ExplainResponse) -> serde_json::Value {
             "entry": entry(&near.entry.clone().unwrap_or_default()),
             "missing": near.missing,
             "found": near.found,
+            "absent": near.absent,
         })
     };
+    let untold = |it: &pb::Untold| json!({ "kind": it.kind, "why": it.why, "decides": it.decides });
     let caller = told.caller.clone().unwrap_or_default();
     json!({
         "pid": told.pid,
@@ -130,6 +141,7 @@ fn to_json(told: &pb::ExplainResponse) -> serde_json::Value {
         "gid": told.gid,
         "caller": { "key": caller.key, "why": caller.why, "cgroup_line": caller.cgroup_line },
         "selectors": told.selectors,
+        "untold": told.untold.iter().map(untold).collect::<Vec<_>>(),
         "matches": told.matches.iter().map(entry).collect::<Vec<_>>(),
         "nearest": told.nearest.iter().map(near).collect::<Vec<_>>(),
         "buckets": told.buckets.iter().map(bucket_json).collect::<Vec<_>>(),
@@ -169,11 +181,17 @@ mod tests {
                 cgroup_line: "0::/kubepods/\x1b[2J".to_owned(),
             }),
             selectors: vec!["unix:uid:1000".to_owned()],
+            untold: vec![pb::Untold {
+                kind: "unix:path".to_owned(),
+                why: "it hangs".to_owned(),
+                decides: true,
+            }],
             matches: vec![entry("web", "public", ""), entry("old", "public", "an older entry, web, has it")],
             nearest: vec![pb::Near {
                 entry: Some(entry("db", "", "")),
-                missing: vec!["unix:gid:7".to_owned(), "unix:path:/db".to_owned()],
+                missing: vec!["unix:user:db".to_owned(), "unix:path:/db".to_owned()],
                 found: 1,
+                absent: vec!["unix:user:db: there is no such user on this node".to_owned()],
             }],
             buckets: vec![
                 bucket("gate", "pod:x", "connections", 199),
@@ -192,6 +210,8 @@ Cgroup line: 0::/kubepods/\\u{1b}[2J
 
 Selectors:
   unix:uid:1000
+  unix:path cannot be told: it hangs
+    calls fail for this: an entry asks for one, and everything else of it fits
 
 Entries that match, the default first:
   spiffe://example.org/web (entry web, hint public)
@@ -200,7 +220,8 @@ Entries that match, the default first:
 
 Entries that nearly match:
   spiffe://example.org/db (entry db)
-    has 1 of its selectors, misses unix:gid:7, unix:path:/db
+    has 1 of its selectors, misses unix:user:db, unix:path:/db
+    unix:user:db: there is no such user on this node
 
 Limits:
 STAGE   KEY    METHOD             TOKENS LEFT
@@ -209,6 +230,7 @@ caller  pod:x  FetchJWTSVID             3/200
 caller  pod:x  each other method      200/200
 "
         );
+        assert_eq!(to_json(&told)["untold"][0]["kind"], "unix:path");
         assert_eq!(to_json(&told)["nearest"][0]["entry"]["entry_id"], "db");
         assert!(pretty(&pb::ExplainResponse::default()).contains("no identity"));
     }

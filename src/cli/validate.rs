@@ -1,13 +1,28 @@
 //! `validate`: everything that is wrong with a configuration, without starting anything.
 
+use std::{sync::Arc, time::Duration};
+
 use nix::unistd::geteuid;
 use serde_json::{Value, json};
 
-use super::{Failure, OutputArgs, OutputFormat, run::ConfigArgs, terminal::Terminal};
+use super::{
+    Failure, OutputArgs, OutputFormat,
+    run::ConfigArgs,
+    terminal::{Terminal, clean},
+};
 use crate::{
+    attest::{AttestSettings, Attestor},
+    config::Config,
     hcl::{ConfigError, ConfigErrors},
+    identity::EntryIndex,
     os::trusted::ClosedDir,
 };
+
+/// How long the node's databases of users and groups may take for all names.
+const NAMES_WITHIN: Duration = Duration::from_secs(5);
+
+/// More warnings than this are counted, not listed.
+const MOST_WARNINGS: usize = 100;
 
 /// `validate`.
 #[derive(clap::Args, Clone, Debug)]
@@ -21,9 +36,28 @@ pub(super) struct ValidateArgs {
 /// Runs `validate`.
 pub(super) fn validate(args: &ValidateArgs, terminal: &mut Terminal) -> Result<(), Failure> {
     match (check(&args.config, terminal), args.output.output) {
-        (Ok(_), OutputFormat::Pretty) => Ok(terminal.print("Durward configuration file is valid.\n")?),
-        (Ok(_), OutputFormat::Json) => {
-            Ok(terminal.print(&format!("{}\n", json!({ "valid": true, "errors": [] })))?)
+        (Ok(config), OutputFormat::Pretty) => {
+            let absent = absent(&config);
+            for AbsentSelector { entry, selector, why } in absent.iter().take(MOST_WARNINGS) {
+                terminal.note(format_args!(
+                    "Warning: entry \"{}\" asks for {}: {why}.",
+                    clean(entry),
+                    clean(selector)
+                ));
+            }
+            if absent.len() > MOST_WARNINGS {
+                terminal.note(format_args!("and {} more", absent.len() - MOST_WARNINGS));
+            }
+            Ok(terminal.print("Durward configuration file is valid.\n")?)
+        }
+        (Ok(config), OutputFormat::Json) => {
+            let warning = |AbsentSelector { entry, selector, why }| json!({ "entry": entry, "selector": selector, "message": why });
+            let warnings: Vec<_> = absent(&config).into_iter().map(warning).collect();
+            let mut answer = json!({ "valid": true, "errors": [] });
+            if let Some(answer) = answer.as_object_mut().filter(|_| !warnings.is_empty()) {
+                answer.insert("warnings".to_owned(), warnings.into());
+            }
+            Ok(terminal.print(&format!("{answer}\n"))?)
         }
         (Err(Failure::Config(errors)), OutputFormat::Json) => {
             terminal.print(&format!("{}\n", to_json(&errors)))?;
@@ -35,7 +69,7 @@ pub(super) fn validate(args: &ValidateArgs, terminal: &mut Terminal) -> Result<(
 }
 
 /// Notes what an admin should know, and looks at everything as the agent would that this configuration is for.
-fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<(), Failure> {
+fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<Config, Failure> {
     let read = config.read()?;
     let user = read.agent_user();
     if user != geteuid().as_raw() {
@@ -48,7 +82,31 @@ fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<(), Failure> {
             "Only user {uid} and the group of {path} (mode {mode:04o}) can reach {socket}: chmod o+x {path} if others should."
         ));
     }
-    Ok(())
+    Ok(read)
+}
+
+/// A selector that an entry asks for and that no process of this node can have.
+struct AbsentSelector {
+    entry: String,
+    selector: String,
+    why: String,
+}
+
+/// The names that entries ask for and that nobody has here, or that the user database does not answer for. No mistake:
+/// the file may be for another node, or the user may come yet.
+fn absent(config: &Config) -> Vec<AbsentSelector> {
+    let attestor = Attestor::new(AttestSettings::default());
+    let index = Arc::new(EntryIndex::new(config.entries.clone()));
+    let _asked_until_then = attestor.prepare_for(&index);
+    attestor.wait(NAMES_WITHIN);
+    let questions = attestor.prepare_for(&index);
+    let entries = index.entries().iter();
+    let all = entries.flat_map(|entry| entry.selectors.iter().map(move |selector| (entry, selector)));
+    all.filter_map(|(entry, selector)| {
+        let why = questions.absent(selector)?;
+        Some(AbsentSelector { entry: entry.spiffe_id.to_string(), selector: selector.to_string(), why })
+    })
+    .collect()
 }
 
 fn to_json(errors: &ConfigErrors) -> Value {

@@ -15,6 +15,7 @@ use super::{
     file,
     input::{ExpandEnv, Input},
     issuer, ratelimit,
+    users::NodeUsers,
 };
 use crate::{
     attest::{self, AttestSettings},
@@ -80,16 +81,17 @@ impl Config {
         let text = file::read_main(path).map_err(|err| whole_file(err.to_string()))?;
         // No working directory (it was removed): only absolute paths are of use then.
         let base = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
+        let users = NodeUsers::default();
         let mut config = Self::parse(&Input {
             path,
             text: &text,
             base: &base,
             expand_env,
             drop_ins: &file::read_drop_ins,
-            user_id: &file::user_id,
+            user_id: &|name| users.uid(name),
             read_bundle: &file::read_bundle,
         })?;
-        config.ratelimit.families = file::families(Path::new("/etc/subuid"));
+        config.ratelimit.families = users.families(Path::new("/etc/subuid"));
         Ok(config)
     }
 
@@ -209,7 +211,7 @@ mod tests {
             base: Path::new("/"),
             expand_env: ExpandEnv::No,
             drop_ins: &|_| Ok(Some(Vec::new())),
-            user_id: &|name| (name == "build").then_some(1000),
+            user_id: &|name| Ok((name == "build").then_some(1000)),
             read_bundle: &|path| match path.to_str() {
                 Some("/etc/durward/other.example.json") => Ok(BUNDLE.into()),
                 _ => Err(FileError::Missing(path.to_owned())),

@@ -11,10 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{
-    limits::Families,
-    os::trusted::{PathError, Trust, TrustedDir},
-};
+use crate::os::trusted::{PathError, Trust, TrustedDir};
 
 /// The largest file that is read, in bytes.
 const MAX_LEN: u64 = 64 << 20;
@@ -89,29 +86,6 @@ fn read_config(path: &Path) -> Result<String, FileError> {
 /// Reads a bundle.
 pub(super) fn read_bundle(path: &Path) -> Result<Vec<u8>, FileError> {
     read(path, Trust::own().open(path).map_err(FileError::of(path))?)
-}
-
-/// The UID of a user of this node, from its user database (nsswitch.conf). One that cannot be asked knows nobody.
-pub(super) fn user_id(name: &str) -> Option<u32> {
-    nix::unistd::User::from_name(name).ok().flatten().map(|user| user.uid.as_raw())
-}
-
-/// The longest `/etc/subuid` that is read, in bytes.
-const MAX_SUBUID: u64 = 1024 * 1024;
-
-/// Whose subordinate UIDs are whose (subuid(5)). Without the file nobody has any.
-pub(super) fn families(path: &Path) -> Families {
-    let mut text = String::new();
-    let read = File::open(path).and_then(|file| file.take(MAX_SUBUID).read_to_string(&mut text));
-    match read {
-        Ok(_) => Families::parse(&text, user_id),
-        Err(err) => {
-            if err.kind() != io::ErrorKind::NotFound {
-                tracing::warn!(path = %path.display(), error = %err, "cannot read whose subordinate UIDs are whose");
-            }
-            Families::default()
-        }
-    }
 }
 
 /// Drop-in files: the path of each, and its text or why there is none.

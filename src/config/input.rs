@@ -6,12 +6,15 @@ use std::{
 };
 
 use super::file::{DropIns, FileError};
-use crate::hcl::{
-    expand,
-    problems::Problems,
-    reader,
-    section::At,
-    tree::{Node, Place, quoted},
+use crate::{
+    hcl::{
+        expand,
+        problems::Problems,
+        reader,
+        section::At,
+        tree::{Node, Place, quoted},
+    },
+    limits::pattern::NoAnswer,
 };
 
 /// Whether `$VAR` and `${VAR}` are replaced in the whole text before it is read (`-expandEnv`).
@@ -45,8 +48,8 @@ pub struct Input<'a> {
     pub expand_env: ExpandEnv<'a>,
     /// Reads the drop-in files of a directory, in the order of their names; `None` when there is no such directory.
     pub drop_ins: &'a dyn Fn(&Path) -> Result<Option<DropIns>, FileError>,
-    /// The UID of a user of this node.
-    pub user_id: &'a dyn Fn(&str) -> Option<u32>,
+    /// The UID of a user of this node, or that there is no such user.
+    pub user_id: &'a dyn Fn(&str) -> Result<Option<u32>, NoAnswer>,
     /// Reads a bundle file.
     pub read_bundle: &'a dyn Fn(&Path) -> Result<Vec<u8>, FileError>,
 }

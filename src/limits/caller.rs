@@ -108,7 +108,7 @@ impl Families {
     }
 
     /// What a caller and its family have in common, and nobody else.
-    pub(super) fn group(&self, caller: CallerKey) -> u64 {
+    pub(crate) fn group(&self, caller: CallerKey) -> u64 {
         match (self.of(caller), caller) {
             (None, CallerKey::Uid(uid)) => u64::from(uid),
             (Some(_), _) | (None, CallerKey::Pod(_)) => self.parent(caller),

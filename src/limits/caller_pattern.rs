@@ -4,7 +4,7 @@ use std::{cmp::Ordering, fmt, ops::RangeInclusive};
 
 use super::{
     caller::CallerKey,
-    pattern::{Pattern, PatternError},
+    pattern::{NoAnswer, Pattern, PatternError},
 };
 
 /// Callers. From the one that says most to the one that says least: `uid:1000` (also written `user:build`) and
@@ -26,7 +26,10 @@ impl CallerPattern {
     ///
     /// # Errors
     /// [`PatternError`] when the text has another form or means nobody.
-    pub fn parse(text: &str, user: impl FnOnce(&str) -> Option<u32>) -> Result<Self, PatternError> {
+    pub fn parse(
+        text: &str,
+        user: impl FnOnce(&str) -> Result<Option<u32>, NoAnswer>,
+    ) -> Result<Self, PatternError> {
         let none = || PatternError::Caller(text.into());
         let (kind, value) = text.split_once(':').ok_or_else(none)?;
         // Digits alone: `parse` would take a plus sign.
@@ -50,10 +53,11 @@ impl CallerPattern {
                     (from, to) => Ok(Self::Uids(from..=to)),
                 },
             },
-            ("user", name) => {
-                let uid = user(name).ok_or_else(|| PatternError::User(name.into()))?;
-                Ok(Self::One(CallerKey::Uid(uid)))
-            }
+            ("user", name) => match user(name) {
+                Ok(Some(uid)) => Ok(Self::One(CallerKey::Uid(uid))),
+                Ok(None) => Err(PatternError::User(name.into())),
+                Err(NoAnswer) => Err(PatternError::UserUnknown(name.into())),
+            },
             ("pod", uid) => CallerKey::parse_pod(uid).map(Self::One).ok_or_else(none),
             _ => Err(none()),
         }
@@ -124,7 +128,11 @@ mod tests {
 
     #[test]
     fn callers_are_written_in_six_ways() {
-        let parse = |text: &str| CallerPattern::parse(text, |name| (name == "build").then_some(1001));
+        let parse = |text: &str| {
+            CallerPattern::parse(text, |name| {
+                if name == "away" { Err(NoAnswer) } else { Ok((name == "build").then_some(1001)) }
+            })
+        };
         let pod = format!("pod:{POD}");
         for (case, text, want) in [
             ("uid", "uid:1000", Ok("uid:1000")),
@@ -136,6 +144,7 @@ mod tests {
             ("any pod", "pod:*", Ok("pod:*")),
             ("root", "uid:0", Ok("uid:0")),
             ("highest", "uid:4294967294", Ok("uid:4294967294")),
+            ("user not answered", "user:away", Err(PatternError::UserUnknown("away".into()))),
             ("no user", "uid:4294967295", Err(PatternError::Nobody("uid:4294967295".into()))),
             ("too high", "uid:4294967296", Err(PatternError::Caller("uid:4294967296".into()))),
             ("negative", "uid:-1", Err(PatternError::Caller("uid:-1".into()))),
@@ -155,7 +164,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_text_is_answered(text in "\\PC{0,40}") {
-            let _ = CallerPattern::parse(&text, |_| None).is_ok();
+            let _ = CallerPattern::parse(&text, |_| Ok(None)).is_ok();
         }
     }
 }

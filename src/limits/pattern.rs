@@ -27,6 +27,9 @@ pub enum PatternError {
     /// The node has no such user.
     #[error("there is no user \"{0}\" on this node")]
     User(Box<str>),
+    /// Whether the node has such a user is not known.
+    #[error("the user database of this node does not say who the user \"{0}\" is: try again, or write uid:N")]
+    UserUnknown(Box<str>),
     /// Not one of the forms of [`IdPattern`](super::id_pattern::IdPattern).
     #[error("\"{pattern}\" is no pattern of SPIFFE IDs: {why}")]
     Id {
@@ -42,6 +45,10 @@ pub enum PatternError {
         trust_domain: TrustDomain,
     },
 }
+
+/// The user database did not say who a user is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoAnswer;
 
 /// Matches the subjects of a stage: callers, or SPIFFE IDs.
 pub trait Pattern: Clone + fmt::Display {

@@ -258,7 +258,7 @@ mod tests {
     }
 
     fn caller(text: &str) -> CallerPattern {
-        CallerPattern::parse(text, |name| (name == "build").then_some(1001)).unwrap()
+        CallerPattern::parse(text, |name| Ok((name == "build").then_some(1001))).unwrap()
     }
 
     fn over<P: Pattern>(pattern: P, rate: u32) -> Override<P> {

@@ -65,7 +65,7 @@ pub enum AttestationsError {
 
 /// Who is in the way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Full {
+pub(crate) enum Full {
     /// The caller itself.
     Share,
     /// All together.
@@ -81,21 +81,21 @@ struct SlotsState {
 
 /// The slots of a node.
 #[derive(Debug)]
-pub(super) struct Slots {
+pub(crate) struct Slots {
     state: Mutex<SlotsState>,
 }
 
 /// Lets one attestation run; gives the slot back when dropped.
 #[derive(Debug)]
 #[must_use = "the slot is free again as soon as this is dropped"]
-pub(super) struct AttestationSlot {
+pub(crate) struct AttestationSlot {
     slots: Arc<Slots>,
     caller: u64,
 }
 
 impl Slots {
     /// So many slots.
-    pub(super) fn new(most: Attestations) -> Self {
+    pub(crate) fn new(most: Attestations) -> Self {
         let slots = Self { state: Mutex::new(SlotsState { most, in_use: 0, by_caller: Tally::default() }) };
         slots.resize(most);
         slots
@@ -112,7 +112,7 @@ impl Slots {
     ///
     /// # Errors
     /// [`Full`] says whose doing it is.
-    pub(super) fn take(self: &Arc<Self>, caller: u64) -> Result<AttestationSlot, Full> {
+    pub(crate) fn take(self: &Arc<Self>, caller: u64) -> Result<AttestationSlot, Full> {
         let mut state = self.lock();
         let SlotsState { most: Attestations { all, per_caller }, in_use, by_caller } = &mut *state;
         if *in_use >= *all {

@@ -141,8 +141,8 @@ impl Charged {
         limits: &Limits,
         store: &Store,
     ) -> Result<Arc<Snapshot>, NotEntitled> {
-        let subject = attestor.attest_again(&self.peer, limits).await?;
         let snapshot = store.snapshot();
+        let subject = attestor.attest_again(&self.peer, &snapshot.questions, limits).await?;
         self.grant = Grant::of(&snapshot, &subject, self.purpose, None)?;
         Ok(snapshot)
     }

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use super::settings::Policy;
 use crate::{
+    attest::Questions,
     identity::{Bundles, Entry, EntryId, EntryIndex, TrustDomain},
     issuer::World,
 };
@@ -22,10 +23,12 @@ use crate::{
 pub struct Snapshot {
     /// Grows by one with each snapshot.
     pub generation: u64,
-    /// The generation since which the entries and the policy are these: a process with the same selectors has had the
-    /// same entries since then.
+    /// The generation since which the entries, what is known of what they ask for, and the policy are these: a process
+    /// that is the same has had the same entries since then.
     pub entitled_since: u64,
     pub index: Arc<EntryIndex>,
+    /// What these entries ask of a caller: whoever is attested for this snapshot is asked this.
+    pub questions: Arc<Questions>,
     /// Who is verified with what.
     pub bundles: Bundles,
     /// What the admin decided.
@@ -35,15 +38,25 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    fn new(generation: u64, world: &World, policy: Arc<Policy>) -> Self {
+    fn new(generation: u64, world: &World, questions: Arc<Questions>, policy: Arc<Policy>) -> Self {
         let (index, bundles) = (Arc::clone(&world.index), world.bundles.clone());
-        Self { generation, entitled_since: generation, index, bundles, policy, answers: Answers::default() }
+        Self {
+            generation,
+            entitled_since: generation,
+            index,
+            questions,
+            bundles,
+            policy,
+            answers: Answers::default(),
+        }
     }
 
     /// The one that follows.
-    fn next(&self, world: &World, policy: Arc<Policy>) -> Self {
-        let next = Self::new(self.generation + 1, world, policy);
-        let same = Arc::ptr_eq(&self.index, &next.index) && Arc::ptr_eq(&self.policy, &next.policy);
+    fn next(&self, world: &World, questions: Arc<Questions>, policy: Arc<Policy>) -> Self {
+        let next = Self::new(self.generation + 1, world, questions, policy);
+        let same = Arc::ptr_eq(&self.index, &next.index)
+            && Arc::ptr_eq(&self.questions, &next.questions)
+            && Arc::ptr_eq(&self.policy, &next.policy);
         Self { entitled_since: if same { self.entitled_since } else { next.generation }, ..next }
     }
 }
@@ -139,8 +152,8 @@ pub struct Store {
 
 impl Store {
     /// Starts with this content, as generation 1.
-    pub fn new(world: &World, policy: Arc<Policy>) -> Self {
-        let first = Snapshot::new(1, world, policy);
+    pub(super) fn new(world: &World, questions: Arc<Questions>, policy: Arc<Policy>) -> Self {
+        let first = Snapshot::new(1, world, questions, policy);
         Self { current: ArcSwap::from_pointee(first), changed: watch::Sender::new(Change::Generation(1)) }
     }
 
@@ -159,10 +172,15 @@ impl Store {
         self.changed.send_replace(Change::Draining);
     }
 
-    /// Makes `world` and `policy` the present, and returns that. Only [`super::Writer`] calls this, one call at a time,
-    /// hence no compare-and-swap loop.
-    pub(super) fn publish(&self, world: &World, policy: Arc<Policy>) -> Arc<Snapshot> {
-        let snapshot = Arc::new(self.current.load().next(world, policy));
+    /// Makes `world`, with the `questions` of its entries, and `policy` the present, and returns that. Only
+    /// [`super::Writer`] calls this, one call at a time, hence no compare-and-swap loop.
+    pub(super) fn publish(
+        &self,
+        world: &World,
+        questions: Arc<Questions>,
+        policy: Arc<Policy>,
+    ) -> Arc<Snapshot> {
+        let snapshot = Arc::new(self.current.load().next(world, questions, policy));
         let generation = snapshot.generation;
         // Store before notify: a stream that wakes finds it.
         self.current.store(Arc::clone(&snapshot));

@@ -1,5 +1,5 @@
-//! The only writer of the store: follows the issuer's world and the configuration's policy, and renews the SVIDs that
-//! are streamed.
+//! The only writer of the store: follows the issuer's world, what attestors learn and the configuration's policy, and
+//! renews the SVIDs that are streamed.
 //!
 //! Writers take turns (a mutex that is never held across an await), each publishes one whole snapshot, and readers
 //! never wait for them. A renewal that fails is tried again soon and changes nothing meanwhile: the valid SVID is
@@ -14,6 +14,7 @@ use tokio::{sync::watch, task::JoinSet};
 
 use super::{StoreMetrics, settings::Policy, snapshot::Store, x509_cache::X509Cache};
 use crate::{
+    attest::Attestor,
     issuer::{Issuer, SvidKind, World},
     os::clock::{Clock, sleep_until},
     telemetry::chain,
@@ -33,9 +34,9 @@ const LOOK: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(250);
 
 /// Writes the store.
-#[derive(Debug)]
 pub struct Writer {
     store: Arc<Store>,
+    attestor: Arc<Attestor>,
     issuer: Arc<dyn Issuer>,
     world: watch::Receiver<Arc<World>>,
     clock: Clock,
@@ -46,9 +47,11 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Builds the store from the issuer's world and this policy.
+    /// Builds the store from the issuer's world and this policy. `attestor` is told what the entries of each snapshot
+    /// ask for.
     pub fn new(
         issuer: Arc<dyn Issuer>,
+        attestor: Arc<Attestor>,
         clock: Clock,
         x509: Arc<X509Cache>,
         metrics: Arc<StoreMetrics>,
@@ -56,9 +59,10 @@ impl Writer {
     ) -> Self {
         let world = issuer.world();
         let first = Arc::clone(&world.borrow());
-        let store = Arc::new(Store::new(&first, Arc::new(policy)));
+        let questions = attestor.prepare_for(&first.index);
+        let store = Arc::new(Store::new(&first, questions, Arc::new(policy)));
         metrics.set_snapshot(&store.snapshot());
-        Self { store, issuer, world, clock, x509, metrics, published: Mutex::new(first) }
+        Self { store, attestor, issuer, world, clock, x509, metrics, published: Mutex::new(first) }
     }
 
     /// What requests read.
@@ -79,14 +83,30 @@ impl Writer {
     }
 
     async fn follow(&self) {
-        let mut world = self.world.clone();
-        // The sender lives as long as the issuer, and the issuer as long as this.
-        while world.changed().await.is_ok() {
-            let mut published = self.turn();
-            // `replace` may have been first.
-            if !Arc::ptr_eq(&published, &self.world.borrow()) {
-                self.publish(&mut published, Arc::clone(&self.store.snapshot().policy));
+        let (mut world, mut news) = (self.world.clone(), self.attestor.news());
+        loop {
+            // The senders live as long as the issuer and the attestor, and these as long as this.
+            let (lives, pause) = tokio::select! {
+                changed = world.changed() => (changed.is_ok(), Duration::ZERO),
+                // Attestors may learn a lot at once, as at a start: one snapshot is enough for all of it.
+                learnt = news.changed() => (learnt.is_ok(), PAUSE),
+            };
+            if !lives {
+                return;
             }
+            self.catch_up();
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// Publishes what is not published yet: [`Writer::replace`] may have been first, and what was learnt may be of no
+    /// entry.
+    fn catch_up(&self) {
+        let mut published = self.turn();
+        let snapshot = self.store.snapshot();
+        let is_other_world = !Arc::ptr_eq(&published, &self.world.borrow());
+        if is_other_world || !Arc::ptr_eq(&snapshot.questions, &self.attestor.prepare_for(&published.index)) {
+            self.publish(&mut published, Arc::clone(&snapshot.policy));
         }
     }
 
@@ -151,6 +171,7 @@ impl Writer {
 
     fn publish(&self, published: &mut Arc<World>, policy: Arc<Policy>) {
         *published = Arc::clone(&self.world.borrow());
-        self.metrics.set_snapshot(&self.store.publish(published, policy));
+        let questions = self.attestor.prepare_for(&published.index);
+        self.metrics.set_snapshot(&self.store.publish(published, questions, policy));
     }
 }

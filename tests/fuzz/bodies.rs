@@ -16,7 +16,10 @@ use aws_lc_rs::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use durward::{
     api::claims::claims_to_struct,
-    attest::status,
+    attest::{
+        status,
+        unix::mounts::{self, ServedBy},
+    },
     config::{Config, ExpandEnv, FileError, Input, diff},
     identity::{
         Bundle, Selector, SpiffeId, TrustDomain,
@@ -42,6 +45,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("cgroup", cgroup),
     ("config", config),
     ("jwt", jwt),
+    ("mounts", mounts),
     ("selector", selector),
     ("spiffe_id", spiffe_id),
     ("status", status),
@@ -221,7 +225,7 @@ fn check_config(text: &str, drop_in: &str, expand_env: ExpandEnv<'_>) {
         base: Path::new("/srv"),
         expand_env,
         drop_ins: &drop_ins,
-        user_id: &|name| (name == "build").then_some(1000),
+        user_id: &|name| Ok((name == "build").then_some(1000)),
         read_bundle: &read_bundle,
     };
     let parsed = Config::parse(&input);
@@ -366,4 +370,39 @@ fn pass(bytes: &[u8], chunk: usize) -> (Vec<u8>, Result<(), Flood>) {
         end = end.and_then(|()| filter.pass(chunk, || now));
     }
     (bytes, end)
+}
+
+/// The first line with a mount's number and the fields that the kernel writes says what it shows; how the text is cut into
+/// pieces makes no difference.
+pub fn mounts(data: &[u8]) {
+    const LONG: usize = 16 * 1024;
+    let Some((number, text)) = data.split_first() else { return };
+    if text.split(|b| *b == b'\n').any(|line| line.len() > LONG) {
+        return;
+    }
+    let id = u64::from(*number);
+    let found = mounts::find(text, id).expect("no error of its own");
+    let whole_lines = text.split_inclusive(|b| *b == b'\n').filter_map(|line| line.strip_suffix(b"\n"));
+    let expected = whole_lines.filter_map(|line| shows(line)).find(|(it, _)| *it == id);
+    assert_eq!(found.is_some(), expected.is_some(), "{}", String::from_utf8_lossy(text));
+    if let (Some(found), Some((_, fs_type))) = (found, expected) {
+        let fuse = fs_type.strip_prefix(b"fuse".as_slice());
+        let fuse = fuse.map(|rest| rest.strip_prefix(b"blk".as_slice()).unwrap_or(rest));
+        let is_fuse = fuse.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"."));
+        assert_eq!(found.served_by == ServedBy::Program, is_fuse);
+    }
+    let halves = text.split_at(text.len() / 2);
+    assert_eq!(mounts::find(std::io::Read::chain(halves.0, halves.1), id).ok(), Some(found));
+}
+
+/// The number and the type of a line of mountinfo, by proc_pid_mountinfo(5).
+fn shows(line: &[u8]) -> Option<(u64, &[u8])> {
+    let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
+    let number = |field: &[u8]| std::str::from_utf8(field).ok()?.parse::<u64>().ok();
+    let (id, _parent) = (number(fields.first()?)?, number(fields.get(1)?)?);
+    let (major, minor) = std::str::from_utf8(fields.get(2)?).ok()?.split_once(':')?;
+    let _device = (number(major.as_bytes())?, number(minor.as_bytes())?);
+    let dash = fields.iter().skip(6).position(|field| *field == b"-")? + 6;
+    let fs_type = fields.get(dash + 1).filter(|name| !name.is_empty())?;
+    Some((id, fs_type))
 }

@@ -138,6 +138,10 @@ async fn explain_shows_what_fits_and_what_nearly_does() {
             (id("/two-missing"), "unix:gid:4000000001 unix:user:no-such-user".to_owned(), 1),
         ]
     );
+    let absent: Vec<_> = got.nearest.iter().flat_map(|near| &near.absent).collect();
+    let why = "unix:user:no-such-user: there is no such user on this node";
+    assert_eq!(absent.iter().filter(|it| it.starts_with(why)).count(), 2, "of each: {absent:?}");
+    assert_eq!(got.untold, []);
     let of = |stage: &str| got.buckets.iter().filter(|bucket| bucket.stage == stage).count();
     assert_eq!((of("gate"), of("caller"), of("identity")), (1, 10, 8));
     assert!(got.buckets.iter().all(|it| it.limit() == pb::Limit::Tokens && it.left == it.burst));

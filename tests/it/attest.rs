@@ -17,21 +17,21 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::Arc,
+    sync::{Arc, LazyLock},
     time::Duration,
 };
 
 use aws_lc_rs::digest::{SHA256, digest};
 use durward::{
-    attest::{AttestError, AttestSettings, Attestor, Blame, Subject, unix::UnixSettings},
-    identity::selector::Selectors,
+    attest::{AttestError, AttestSettings, Attestor, Blame, Questions, Subject, unix::UnixSettings},
+    identity::{Entry, EntryId, EntryIndex, Selector, Selectors, SpiffeId},
     limits::{CallerKey, Limits, Method, report::Standing},
     peer::{OsUid, Peer},
     telemetry::metrics::Metrics,
 };
 use nix::{
     fcntl::{FcntlArg, FdFlag, fcntl},
-    unistd::{Gid, Group, Uid, User, getegid, geteuid, getgroups, setgroups, setresgid, setresuid},
+    unistd::{Gid, Group, Uid, User, chroot, getegid, geteuid, getgroups, setgroups, setresgid, setresuid},
 };
 use tempfile::TempDir;
 
@@ -64,6 +64,7 @@ fn as_peer() {
                 let uid = Uid::from_raw(uid.parse().unwrap());
                 setresuid(uid, uid, uid).unwrap();
             }
+            ("chroot", dir) => chroot(dir).unwrap(),
             ("groups", _none) => {
                 setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0)).unwrap();
                 setgroups(&[]).unwrap();
@@ -93,49 +94,70 @@ fn as_peer() {
 }
 
 /// A process that connected, as the agent sees it.
-struct Process {
-    child: Child,
+pub(crate) struct Process {
+    pub(crate) child: Child,
     stream: UnixStream,
-    peer: Arc<Peer>,
+    pub(crate) peer: Arc<Peer>,
 }
 
 impl Process {
     /// As the user who runs the test.
-    fn start(dir: &TempDir) -> Self {
+    pub(crate) fn start(dir: &TempDir) -> Self {
         Self::with(dir, |_| {})
     }
 
     /// As [`USER`].
-    fn start_as_user(dir: &TempDir) -> Self {
+    pub(crate) fn start_as_user(dir: &TempDir) -> Self {
         Self::with(dir, |command| {
             command.env(OWNER, "");
         })
     }
 
+    /// As the user who runs the test, started by these words of a shell's, which end with `exec "$@"`.
+    pub(crate) fn start_by(dir: &TempDir, start: &[&str], script: &str) -> Self {
+        let own = std::env::current_exe().unwrap();
+        let mut command = Command::new(start[0]);
+        command.args(&start[1..]).args(["sh", "-c", script, "sh"]).arg(own);
+        Self::begin(dir, command)
+    }
+
     fn with(dir: &TempDir, set: impl FnOnce(&mut Command)) -> Self {
+        let mut command = Command::new("/proc/self/exe");
+        set(&mut command);
+        Self::begin(dir, command)
+    }
+
+    fn begin(dir: &TempDir, mut command: Command) -> Self {
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let socket = dir.path().join("peer.sock");
         drop(fs::remove_file(&socket));
         let listener = UnixListener::bind(&socket).unwrap();
         fs::set_permissions(&socket, fs::Permissions::from_mode(0o777)).unwrap();
-        let mut command = Command::new("/proc/self/exe");
         command.args(["--exact", "attest::as_peer"]).env(SOCKET, &socket).stdout(Stdio::null());
-        set(&mut command);
         let child = command.spawn().unwrap();
         let (stream, _) = listener.accept().unwrap();
         let peer = Arc::new(Peer::from_stream(&stream, &OsUid).unwrap());
         Self { child, stream, peer }
     }
 
+    pub(crate) fn pid(&self) -> i32 {
+        self.child.id().cast_signed()
+    }
+
     /// Has it do something, and waits until it is done.
-    fn order(&mut self, order: &str) {
+    pub(crate) fn order(&mut self, order: &str) {
         writeln!(self.stream, "{order}").unwrap();
         self.stream.read_exact(&mut [0]).unwrap();
     }
 
     /// Has it execute another program, and waits until it does.
-    fn execute(&mut self, program: &Path) {
-        self.order(&format!("execute {}", program.display()));
+    pub(crate) fn execute(&mut self, program: &Path) {
+        self.execute_as(program, program);
+    }
+
+    /// The same, with a program whose path is another than the one it is reached by.
+    pub(crate) fn execute_as(&mut self, reached_by: &Path, program: &Path) {
+        self.order(&format!("execute {}", reached_by.display()));
         // For a moment there is none, as a thread other than the first executes.
         while fs::read_link(format!("/proc/{}/exe", self.child.id())).ok().as_deref() != Some(program) {
             assert!(self.child.try_wait().unwrap().is_none(), "{} was not executed", program.display());
@@ -151,23 +173,64 @@ impl Drop for Process {
     }
 }
 
-async fn attest(attestor: &Attestor, peer: &Arc<Peer>) -> Result<Subject, AttestError> {
-    let admitted = Limits::default().admit_caller(Arc::clone(peer), Method::FetchX509Svid).unwrap();
-    Ok(attestor.attest(admitted).await?.into_parts().1)
+pub(crate) async fn attest(attestor: &Attestor, peer: &Arc<Peer>) -> Result<Subject, AttestError> {
+    attest_for(attestor, peer, &everything(attestor)).await
 }
 
-fn texts(selectors: &Selectors) -> BTreeSet<String> {
+async fn attest_for(
+    attestor: &Attestor,
+    peer: &Arc<Peer>,
+    questions: &Questions,
+) -> Result<Subject, AttestError> {
+    let admitted = Limits::default().admit_caller(Arc::clone(peer), Method::FetchX509Svid).unwrap();
+    Ok(attestor.attest(admitted, questions).await?.into_parts().1)
+}
+
+/// What entries ask for that ask for one of these each, once all of it was looked for.
+fn asking(attestor: &Attestor, selectors: impl IntoIterator<Item = String>) -> Arc<Questions> {
+    let index = Arc::new(EntryIndex::new(selectors.into_iter().map(|it| entry_for(&it))));
+    let _asked_until_then = attestor.prepare_for(&index);
+    attestor.wait(Duration::from_secs(60));
+    attestor.prepare_for(&index)
+}
+
+/// The questions of entries that may be anybody's by its executable.
+pub(crate) fn everything(attestor: &Attestor) -> Arc<Questions> {
+    static ENTRIES: LazyLock<Arc<EntryIndex>> = LazyLock::new(|| {
+        let digest = format!("unix:sha256:{}", "0".repeat(64));
+        Arc::new(EntryIndex::new([entry_for("unix:path:/nobody"), entry_for(&digest)]))
+    });
+    attestor.prepare_for(&ENTRIES)
+}
+
+/// An entry for who has these selectors.
+pub(crate) fn entry_for(selectors: &str) -> Arc<Entry> {
+    Arc::new(Entry {
+        id: EntryId::new(selectors),
+        spiffe_id: SpiffeId::parse("spiffe://example.org/e").unwrap(),
+        selectors: selectors.split(' ').map(|selector| Selector::parse(selector).unwrap()).collect(),
+        x509_svid_ttl: None,
+        jwt_svid_ttl: None,
+        hint: Box::default(),
+        dns_names: Vec::new(),
+        federates_with: BTreeSet::new(),
+        created_at: 0,
+        revision: 0,
+    })
+}
+
+pub(crate) fn texts(selectors: &Selectors) -> BTreeSet<String> {
     selectors.iter().map(ToString::to_string).collect()
 }
 
-fn sha256(path: &Path) -> String {
+pub(crate) fn sha256(path: &Path) -> String {
     let hash = digest(&SHA256, &fs::read(path).unwrap());
     let hex: String = hash.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
     format!("unix:sha256:{hex}")
 }
 
 /// Whether a test may make processes of other users; says so if not.
-fn may_be_others(test: &str) -> bool {
+pub(crate) fn may_be_others(test: &str) -> bool {
     let root = geteuid().is_root();
     if !root {
         println!("{test}: the part with another user's process was left out, as it needs root");
@@ -175,12 +238,12 @@ fn may_be_others(test: &str) -> bool {
     root
 }
 
-fn discovering(workload_size_limit: i64) -> AttestSettings {
+pub(crate) fn discovering(workload_size_limit: i64) -> AttestSettings {
     AttestSettings { unix: UnixSettings { discover_workload_path: true, workload_size_limit } }
 }
 
 /// A program of our own that does nothing for a long time.
-fn sleeper(dir: &TempDir, name: &str) -> PathBuf {
+pub(crate) fn sleeper(dir: &TempDir, name: &str) -> PathBuf {
     let path = dir.path().join(name);
     fs::copy("/bin/sleep", &path).unwrap();
     path
@@ -201,7 +264,13 @@ async fn a_process_is_its_user_and_its_groups() {
         let named = Group::from_gid(gid).unwrap();
         want.extend(named.map(|group| format!("unix:supplementary_group:{}", group.name)));
     }
-    assert_eq!(texts(&attest(&attestor, &ours.peer).await.unwrap()), want, "our own user");
+    // Entries ask for more than it is.
+    let others = ["user:no-such-user", "supplementary_group:no-such-group", "supplementary_gid:3912005"];
+    let asked = want.iter().cloned().chain(others.map(|it| format!("unix:{it}")));
+    let asked = asking(&attestor, asked);
+    assert_eq!(texts(&attest_for(&attestor, &ours.peer, &asked).await.unwrap()), want, "our own user");
+    let numbers = BTreeSet::from([format!("unix:uid:{uid}"), format!("unix:gid:{gid}")]);
+    assert_eq!(texts(&attest(&attestor, &ours.peer).await.unwrap()), numbers, "nobody asks for more");
 
     if may_be_others("a_process_is_its_user_and_its_groups") {
         let other = Process::start_as_user(&dir);
@@ -211,7 +280,8 @@ async fn a_process_is_its_user_and_its_groups() {
             format!("unix:supplementary_gid:{}", GROUPS[0]),
             format!("unix:supplementary_gid:{}", GROUPS[1]),
         ];
-        let got = texts(&attest(&attestor, &other.peer).await.unwrap());
+        let asked = asking(&attestor, want.clone());
+        let got = texts(&attest_for(&attestor, &other.peer, &asked).await.unwrap());
         assert_eq!(got, want.into_iter().collect(), "a user without a name has numbers");
     }
 }
@@ -251,10 +321,11 @@ async fn supplementary_groups_are_those_of_the_last_second() {
     let dir = tempfile::tempdir().unwrap();
     let attestor = Attestor::new(AttestSettings::default());
     let mut process = Process::start_as_user(&dir);
-    assert_eq!(attest(&attestor, &process.peer).await.unwrap().len(), 4);
+    let asked = asking(&attestor, GROUPS.map(|gid| format!("unix:supplementary_gid:{gid}")));
+    assert_eq!(attest_for(&attestor, &process.peer, &asked).await.unwrap().len(), 4);
     process.order("groups none");
     tokio::time::advance(Duration::from_secs(1)).await;
-    assert_eq!(attest(&attestor, &process.peer).await.unwrap().len(), 2);
+    assert_eq!(attest_for(&attestor, &process.peer, &asked).await.unwrap().len(), 2);
 }
 
 #[tokio::test(start_paused = true)]
@@ -265,21 +336,22 @@ async fn what_streams_wait_for_keeps_nobody_from_calling() {
     let process = Process::start(&dir);
     let limits = Limits::default();
     let call = || limits.admit_caller(Arc::clone(&process.peer), Method::FetchX509Svid);
-    let attested = attestor.attest(call().unwrap()).await.unwrap();
+    let nothing = Questions::default();
+    let attested = attestor.attest(call().unwrap(), &nothing).await.unwrap();
     let stream = attested.peer();
-    let again = attestor.attest_again(&stream, &limits).await.unwrap();
+    let again = attestor.attest_again(&stream, &nothing, &limits).await.unwrap();
     assert_eq!(texts(&again), texts(attested.subject()));
 
     let caller = process.peer.caller();
     let places: Vec<_> = std::iter::from_fn(|| limits.place_for_update(caller)).take(100).collect();
     assert_eq!(places.len(), 16, "so many of one caller");
     assert!(limits.place_for_update(CallerKey::Uid(USER)).is_some(), "another has its own");
-    let err = attestor.attest_again(&stream, &limits).await.unwrap_err();
+    let err = attestor.attest_again(&stream, &nothing, &limits).await.unwrap_err();
     assert!(matches!(err, AttestError::Crowded), "{err}");
     assert_eq!(err.blame(), Blame::Crowd);
-    attestor.attest(call().unwrap()).await.unwrap();
+    attestor.attest(call().unwrap(), &nothing).await.unwrap();
     drop(places);
-    attestor.attest_again(&stream, &limits).await.unwrap();
+    attestor.attest_again(&stream, &nothing, &limits).await.unwrap();
     let busy = r#"durward_attestation_failures_total{attestor="unix",reason="busy"} 1"#;
     assert!(metrics.render().lines().any(|line| line == busy), "{}", metrics.render());
 }
@@ -369,7 +441,8 @@ async fn a_failure_of_the_callers_own_doing_costs_it_more() {
         };
         let before = left();
         let admitted = limits.admit_caller(Arc::clone(peer), Method::FetchX509Svid).unwrap();
-        let attested = Attestor::new(settings).attest(admitted).await;
+        let attestor = Attestor::new(settings);
+        let attested = attestor.attest(admitted, &everything(&attestor)).await;
         assert_eq!(attested.is_ok(), succeeds, "{case}: {attested:?}");
         drop(attested);
         assert_eq!(before - left(), cost, "{case}");

@@ -1054,6 +1054,7 @@ fn a_configuration_is_checked_without_starting() {
     let valid = "Durward configuration file is valid.\n";
     let good = AGENT_CONF.replace("${NAME}", "web");
     let bad = good.replace("trust_domain", "trust_domian");
+    let nameless = good.replace("uid:4294967294", "user:no-such-user");
     for (case, written, line, stdout, stderr, code) in [
         ("valid", &good, [""; 0].as_slice(), valid, "", 0),
         ("json", &good, &["-output", "json"], "{\"errors\":[],\"valid\":true}\n", "", 0),
@@ -1065,6 +1066,15 @@ fn a_configuration_is_checked_without_starting() {
             "",
             "--trust-domain td.test contradicts the configuration file, whose trust_domain is example.org\n",
             1,
+        ),
+        (
+            "a user whom this node does not have",
+            &nameless,
+            &[],
+            valid,
+            "Warning: entry \"spiffe://example.org/web\" asks for unix:user:no-such-user: there is no such user on this \
+             node: add it, correct the name, or ask for its number, as unix:uid:1000.\n",
+            0,
         ),
         ("misspelt", &bad, &[], "", "Durward configuration file is invalid:\n", 1),
     ] {
@@ -1081,6 +1091,11 @@ fn a_configuration_is_checked_without_starting() {
         said["errors"].as_array().unwrap().iter().find(|error| error["key"] == "agent.trust_domian");
     let misspelt = misspelt.unwrap_or_else(|| panic!("{said}"));
     assert_eq!((misspelt["file"].clone(), misspelt["line"].clone()), (json!(path), json!(3)));
+    fs::write(&config, &nameless).unwrap();
+    let got = durward(&["validate", "-config", path, "-output", "json"]).output().unwrap();
+    let said: Value = serde_json::from_slice(&got.stdout).unwrap();
+    assert_eq!((said["valid"].clone(), got.status.code()), (json!(true), Some(0)));
+    assert_eq!(said["warnings"][0]["selector"], "unix:user:no-such-user", "{said}");
     let got = durward(&["validate", "-config", "/nowhere/agent.conf"]).output().unwrap();
     assert!(text(&got.stderr).contains("/nowhere/agent.conf"), "{}", text(&got.stderr));
     assert_eq!(got.status.code(), Some(1));

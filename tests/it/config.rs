@@ -42,7 +42,7 @@ impl Files {
                     .collect();
                 Ok(if found.is_empty() { None } else { Some(found) })
             },
-            user_id: &|name| (name == "build").then_some(1000),
+            user_id: &|name| Ok((name == "build").then_some(1000)),
             read_bundle: &|path| {
                 self.0.get(path).map(|text| text.clone().into_bytes()).ok_or_else(|| FileError::Read {
                     path: path.to_owned(),

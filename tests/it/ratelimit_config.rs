@@ -34,7 +34,7 @@ fn load(text: &str, files: &[(&str, &str)]) -> Result<Config, String> {
             let files = files.iter().map(|(path, text)| (Path::new(path).to_owned(), Ok((*text).to_owned())));
             Ok(Some(files.collect::<DropIns>()))
         },
-        user_id: &|name| (name == "build").then_some(1000),
+        user_id: &|name| Ok((name == "build").then_some(1000)),
         read_bundle: &|path| Err(FileError::Missing(path.to_owned())),
     })
     .map_err(|errors| errors.to_string())
@@ -54,7 +54,7 @@ fn number(number: u32) -> NonZeroU32 {
 }
 
 fn caller(pattern: &str) -> CallerPattern {
-    CallerPattern::parse(pattern, |_| None).unwrap()
+    CallerPattern::parse(pattern, |_| Ok(None)).unwrap()
 }
 
 /// A rule of callers.

@@ -105,7 +105,9 @@ impl World {
         let metrics = Arc::new(StoreMetrics::new(Metrics::default().registry()));
         let x509 = Arc::new(X509Cache::new(Arc::clone(&issuer), clock, 10, None));
         let jwt = Arc::new(JwtCache::new(Arc::clone(&issuer), clock, Arc::clone(&metrics), jwt_max));
-        let writer = Arc::new(Writer::new(issuer, clock, Arc::clone(&x509), metrics, Policy::default()));
+        let attestor = Arc::new(Attestor::new(AttestSettings::default()));
+        let writer = Writer::new(issuer, attestor, clock, Arc::clone(&x509), metrics, Policy::default());
+        let writer = Arc::new(writer);
         Self { _dir: dir, clock, writer, x509, jwt }
     }
 
@@ -123,8 +125,9 @@ impl World {
         let (_ours, theirs) = UnixStream::pair().unwrap();
         let peer = Arc::new(Peer::from_stream(&theirs, &OsUid).unwrap());
         let admitted = limits.admit_caller(peer, Method::FetchJwtSvid).unwrap();
-        let attested = Attestor::new(AttestSettings::default()).attest(admitted).await.unwrap();
         let snapshot = self.writer.store().snapshot();
+        let attestor = Attestor::new(AttestSettings::default());
+        let attested = attestor.attest(admitted, &snapshot.questions).await.unwrap();
         authorize(&snapshot, attested, Purpose::Svids, wanted).unwrap().charge(limits).unwrap()
     }
 

@@ -107,8 +107,14 @@ pub(crate) struct Process(std::process::Child);
 impl Process {
     /// Starts `durward run` with the configuration in `dir`; what it says goes to `log` in there.
     pub(crate) fn spawn(dir: &Path) -> Self {
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_durward"));
-        command.arg("run").arg("--config").arg(dir.join("agent.conf"));
+        Self::spawn_by(&[], dir)
+    }
+
+    /// The same, started by another command, whose words these are.
+    pub(crate) fn spawn_by(words: &[&str], dir: &Path) -> Self {
+        let words = [words, &[env!("CARGO_BIN_EXE_durward"), "run"]].concat();
+        let mut command = std::process::Command::new(words[0]);
+        command.args(&words[1..]).arg("--config").arg(dir.join("agent.conf"));
         Self::of(command, &dir.join("log"))
     }
 

@@ -129,6 +129,22 @@ pub struct ExplainResponse {
     /// The buckets that calls of this process are charged to.
     #[prost(message, repeated, tag = "8")]
     pub buckets: ::prost::alloc::vec::Vec<Bucket>,
+    /// What could not be told of it.
+    #[prost(message, repeated, tag = "9")]
+    pub untold: ::prost::alloc::vec::Vec<Untold>,
+}
+/// A kind of selectors of which it could not be told whether the process has them.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Untold {
+    /// As unix:path.
+    #[prost(string, tag = "1")]
+    pub kind: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub why: ::prost::alloc::string::String,
+    /// Whether its calls are Unavailable for it: an entry asks for a selector of this kind, and for nothing else that
+    /// the process is not.
+    #[prost(bool, tag = "3")]
+    pub decides: bool,
 }
 /// Whom calls are charged to.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -164,6 +180,9 @@ pub struct Near {
     /// How many were.
     #[prost(uint32, tag = "3")]
     pub found: u32,
+    /// Of those that no process of this node can have: each, and why.
+    #[prost(string, repeated, tag = "4")]
+    pub absent: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]

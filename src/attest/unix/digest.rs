@@ -1,17 +1,20 @@
 //! SHA-256 of executables, each content hashed once.
 //!
-//! An executable is its owner's, so everything here is bounded against one who rewrites it for every call: two
-//! hashes at a time and one per caller, [`QUEUE`] waiting and [`SHARE`] of one caller, and fast refusal beyond that; a
-//! size checked before and while reading, a [`DEADLINE`], and an end as soon as nobody waits for the answer. Callers
-//! of the same file share one hash.
+//! An executable is its owner's, so everything here is bounded against one who rewrites it for every call, or has one of
+//! a size that nobody can read: files are read on the [`FileThreads`] in steps of [`STEP`], in which families take
+//! turns, a size is checked before and while reading, and a file that nobody waits for is let go. Callers of the
+//! same file share one hash.
 //!
 //! A digest is kept by the file's [`Stamp`], of which no user can set the time of change. File systems count that
 //! time in steps of milliseconds, so a file that changed in the last [`SETTLED`] may change again under the same
-//! stamp: its digest is answered and not kept. A file that changes while it is read has no digest.
+//! stamp: its digest is answered and not kept. A file that changes while it is read has no digest. Of a file system
+//! that a user wrote byte by byte and had mounted, a stamp says nothing: mounting such is for root to allow.
 
 use std::{
+    collections::HashMap,
     fs::File,
     io::{self, Read},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -20,166 +23,239 @@ use aws_lc_rs::digest::{Context, SHA256};
 use nix::sys::stat::fstat;
 use tokio::sync::watch;
 
-use super::executable::Stamp;
-use crate::{
-    attest::kept::{Kept, KeptAnswers},
-    limits::CallerKey,
-    os::clock::Clock,
+use super::{
+    executable::{self, Executable, ExecutableError, Stamp},
+    threads::{FileTask, FileThreads, GivenUp, TaskKind, TaskPlace, TaskStep},
 };
+use crate::{attest::process::ProcDir, os::clock::Clock};
 
-/// Hashes at a time.
-const RUNNING: usize = 2;
-/// Files waiting to be hashed.
-const QUEUE: usize = 16;
-/// Files of one caller, waiting or being hashed.
-const SHARE: usize = 4;
 /// Digests kept.
 const CAPACITY: usize = 256;
-/// How long one file may take.
-const DEADLINE: Duration = Duration::from_secs(30);
-/// How long a file must have been unchanged for its digest to be kept.
+/// How long a file is read before it is another's turn.
+const STEP: Duration = Duration::from_millis(50);
+/// How much is read at a time.
+const CHUNK: usize = 64 * 1024;
+/// How long a file must have been unchanged for its digest to be kept, in seconds.
 const SETTLED: i64 = 2;
 
 /// The digest in lower-case hexadecimal.
 pub(super) type Hex = Arc<str>;
 
-/// Why there is no digest.
-#[derive(Clone, Debug)]
-pub(super) enum DigestError {
-    /// Too many files are waiting, of this user or of all.
-    Busy,
-    /// The file is larger than allowed.
-    TooLarge {
-        /// Its size, or how much of it was read until that was clear.
-        size: u64,
-    },
-    /// The file changed meanwhile.
-    Changed,
-    /// It took longer than [`DEADLINE`].
-    Late,
-    /// It could not be read.
-    Read(Arc<io::Error>),
-}
+type DigestResult = Result<Hex, ExecutableError>;
 
-type DigestResult = Result<Hex, DigestError>;
+/// A file to hash.
+#[derive(Clone, Debug)]
+pub(super) struct Hashed {
+    pub(super) executable: Executable,
+    pub(super) stamp: Stamp,
+    /// The directory of a process that executes it.
+    pub(super) process: PathBuf,
+    /// The most that is hashed, in bytes.
+    pub(super) limit: u64,
+    /// Whose share of the threads and of what is kept it takes.
+    pub(super) family: u64,
+}
 
 /// The digests that are known and being made. Cheap to clone, all clones are one.
-#[derive(Clone)]
-pub(super) struct Digests(Arc<Mutex<HashQueue>>);
+#[derive(Clone, Default)]
+pub(super) struct Digests(Arc<Mutex<DigestTable>>);
 
-impl Default for Digests {
-    fn default() -> Self {
-        Self(Arc::new(Mutex::new(HashQueue { known: KeptAnswers::new(CAPACITY), jobs: Vec::new() })))
-    }
+#[derive(Default)]
+struct DigestTable {
+    known: HashMap<Stamp, KnownDigest>,
+    uses: u64,
+    /// Being made. As many as there are tasks on the threads.
+    made: HashMap<(Stamp, u64), Making>,
 }
 
-struct HashQueue {
-    known: KeptAnswers<Stamp, Hex>,
-    /// Waiting and running, oldest first; never more than `QUEUE + RUNNING`.
-    jobs: Vec<HashJob>,
+struct KnownDigest {
+    hex: Hex,
+    /// Whose room it takes.
+    family: u64,
+    /// The number of its last use.
+    used: u64,
 }
 
-struct HashJob {
-    stamp: Stamp,
-    limit: u64,
-    owner: CallerKey,
-    /// The open file until the job runs; then `None`.
-    file: Option<File>,
+/// A digest that is being made.
+struct Making {
     /// Has receivers as long as somebody waits.
     done: Arc<watch::Sender<Option<DigestResult>>>,
+    given_up: GivenUp,
+}
+
+impl Hashed {
+    /// Where the agent sees it: for messages.
+    fn path(&self) -> PathBuf {
+        self.process.join(executable::NAME)
+    }
 }
 
 impl Digests {
     /// The digest of a file's content, if it is known.
     pub(super) fn known(&self, stamp: &Stamp) -> Option<Hex> {
-        self.queue().known.find(*stamp).map(|kept| Arc::clone(kept.last()))
+        let mut table = self.table();
+        table.uses += 1;
+        let uses = table.uses;
+        let known = table.known.get_mut(stamp)?;
+        known.used = uses;
+        Some(Arc::clone(&known.hex))
     }
 
-    /// Hashes `file`, which was just opened and has this stamp, or waits for the one who does. `limit` is in bytes;
-    /// `owner` is the caller whose share is taken.
+    /// Hashes a file, or waits for the one who does.
     ///
     /// # Errors
-    /// [`DigestError`], [`DigestError::Busy`] at once.
-    pub(super) async fn make(&self, stamp: Stamp, file: File, limit: u64, owner: CallerKey) -> DigestResult {
-        let mut done = self.join(stamp, file, limit, owner)?;
-        // The sender goes only when its job has ended without an answer, in a panic.
-        let outcome = done.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
-        outcome.ok().flatten().unwrap_or(Err(DigestError::Late))
+    /// [`ExecutableError`]; [`ExecutableError::Busy`] at once.
+    pub(super) async fn make(&self, threads: &FileThreads, file: Hashed) -> DigestResult {
+        // A second time, should it have been let go of just when this one joined.
+        for _ in 0..2 {
+            let (mut done, given_up) = self.join(threads, &file)?;
+            let answered = async {
+                let outcome = done.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
+                outcome.ok().flatten()
+            };
+            tokio::select! {
+                biased;
+                Some(outcome) = answered => return outcome,
+                () = given_up.wait() => {}
+            }
+        }
+        Err(ExecutableError::Late { path: file.path() })
     }
 
     fn join(
         &self,
-        stamp: Stamp,
-        file: File,
-        limit: u64,
-        owner: CallerKey,
-    ) -> Result<watch::Receiver<Option<DigestResult>>, DigestError> {
-        let mut queue = self.queue();
-        if let Some(job) = queue.jobs.iter().find(|job| job.stamp == stamp && job.limit == limit) {
-            return Ok(job.done.subscribe());
-        }
-        queue.jobs.retain(|job| job.file.is_none() || !job.done.is_closed());
-        let of_owner = queue.jobs.iter().filter(|job| job.owner == owner).count();
-        if queue.jobs.len() >= QUEUE + RUNNING || of_owner >= SHARE {
-            return Err(DigestError::Busy);
+        threads: &FileThreads,
+        file: &Hashed,
+    ) -> Result<(watch::Receiver<Option<DigestResult>>, GivenUp), ExecutableError> {
+        let key = (file.stamp, file.limit);
+        let mut table = self.table();
+        if let Some(making) = table.made.get(&key) {
+            return Ok((making.done.subscribe(), making.given_up.clone()));
         }
         let (done, receiver) = watch::channel(None);
-        queue.jobs.push(HashJob { stamp, limit, owner, file: Some(file), done: Arc::new(done) });
-        self.start(&mut queue);
-        Ok(receiver)
+        let done = Arc::new(done);
+        let device = Some(file.executable.on.device);
+        let place = TaskPlace { kind: TaskKind::Content, family: file.family, device };
+        let ticket = threads.take(place).map_err(|_busy| ExecutableError::Busy)?;
+        let given_up = ticket.given_up();
+        table.made.insert(key, Making { done: Arc::clone(&done), given_up: given_up.clone() });
+        drop(table);
+        let task = HashTask { digests: self.clone(), file: file.clone(), done, open: None };
+        threads.begin(ticket, Box::new(task));
+        Ok((receiver, given_up))
     }
 
-    /// Starts what may run: the oldest first, but one of a user at a time, so that one with huge files leaves a
-    /// worker to the others.
-    fn start(&self, queue: &mut HashQueue) {
-        queue.jobs.retain(|job| job.file.is_none() || !job.done.is_closed());
-        loop {
-            let busy: Vec<CallerKey> =
-                queue.jobs.iter().filter(|job| job.file.is_none()).map(|job| job.owner).collect();
-            if busy.len() >= RUNNING {
-                return;
-            }
-            let next = queue.jobs.iter_mut().find(|job| job.file.is_some() && !busy.contains(&job.owner));
-            let Some((job, file)) = next.and_then(|job| job.file.take().map(|file| (job, file))) else {
-                return;
-            };
-            let turn = HashTurn { digests: self.clone(), stamp: job.stamp, done: Arc::clone(&job.done) };
-            let limit = job.limit;
-            tokio::task::spawn_blocking(move || {
-                let outcome = hash(file, &turn.stamp, limit, || turn.done.is_closed());
-                turn.finish(outcome);
-            });
-        }
-    }
-
-    fn queue(&self) -> MutexGuard<'_, HashQueue> {
+    fn table(&self) -> MutexGuard<'_, DigestTable> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A job that runs. However it ends, its place is given to the next.
-struct HashTurn {
-    digests: Digests,
-    stamp: Stamp,
-    done: Arc<watch::Sender<Option<DigestResult>>>,
-}
-
-impl HashTurn {
-    fn finish(self, outcome: DigestResult) {
-        if let Ok(hex) = &outcome
-            && settled(&self.stamp)
-        {
-            self.digests.queue().known.keep(self.stamp, Kept::for_good(Arc::clone(hex)));
+impl DigestTable {
+    /// Keeps a digest. When there are too many, one makes room that is of the family with the most: the one that was
+    /// not used for longest. So one user's files never take the place of another's who has fewer.
+    fn keep(&mut self, stamp: Stamp, hex: Hex, family: u64) {
+        self.uses += 1;
+        self.known.insert(stamp, KnownDigest { hex, family, used: self.uses });
+        if self.known.len() <= CAPACITY {
+            return;
         }
-        self.done.send_replace(Some(outcome));
+        let mut of_family: HashMap<u64, usize> = HashMap::new();
+        for known in self.known.values() {
+            *of_family.entry(known.family).or_default() += 1;
+        }
+        let most = of_family.values().max().copied();
+        let heavy = self.known.iter().filter(|(_, it)| of_family.get(&it.family).copied() == most);
+        let unused = heavy.min_by_key(|(_, it)| it.used).map(|(stamp, _)| *stamp);
+        if let Some(unused) = unused {
+            self.known.remove(&unused);
+        }
     }
 }
 
-impl Drop for HashTurn {
+/// A file that is being hashed. However that ends, it is no longer among those that are being made.
+struct HashTask {
+    digests: Digests,
+    file: Hashed,
+    done: Arc<watch::Sender<Option<DigestResult>>>,
+    /// From the first step on.
+    open: Option<OpenFile>,
+}
+
+struct OpenFile {
+    file: File,
+    context: Context,
+    read: u64,
+}
+
+impl FileTask for HashTask {
+    fn left(&self) -> u64 {
+        self.file.stamp.size().saturating_sub(self.open.as_ref().map_or(0, |open| open.read))
+    }
+
+    fn is_wanted(&self) -> bool {
+        !self.done.is_closed()
+    }
+
+    fn is_begun(&self) -> bool {
+        self.open.is_some()
+    }
+
+    fn step(&mut self) -> TaskStep {
+        let outcome = match self.read_on() {
+            Ok(None) => return TaskStep::Again,
+            Ok(Some(hex)) => Ok(hex),
+            Err(error) => Err(error),
+        };
+        if let Ok(hex) = &outcome
+            && settled(&self.file.stamp)
+        {
+            self.digests.table().keep(self.file.stamp, Arc::clone(hex), self.file.family);
+        }
+        self.done.send_replace(Some(outcome));
+        TaskStep::Done
+    }
+}
+
+impl HashTask {
+    /// Reads for a [`STEP`]; the digest, when that was all.
+    fn read_on(&mut self) -> Result<Option<Hex>, ExecutableError> {
+        let Self { file: wanted, open, .. } = self;
+        let path = wanted.path();
+        if open.is_none() {
+            let dir = ProcDir::at(wanted.process.clone())?;
+            let file = wanted.executable.open(&dir, &wanted.stamp)?;
+            *open = Some(OpenFile { file, context: Context::new(&SHA256), read: 0 });
+        }
+        let Some(open) = open else { return Ok(None) };
+        let failed = |errno| ExecutableError::unreadable(path.clone(), errno);
+        let began = Instant::now();
+        let mut buffer = vec![0; CHUNK];
+        while began.elapsed() < STEP {
+            let n = match open.file.read(&mut buffer) {
+                Ok(0) => {
+                    let after = fstat(&open.file).map_err(failed)?;
+                    if Stamp::of(&after) != wanted.stamp {
+                        return Err(ExecutableError::Changed { path });
+                    }
+                    return Ok(Some(hex(open.context.clone().finish().as_ref())));
+                }
+                Ok(n) => n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(failed(executable::errno_of(&e))),
+            };
+            open.read = open.read.saturating_add(u64::try_from(n).unwrap_or(u64::MAX));
+            if open.read > wanted.limit {
+                return Err(ExecutableError::TooLarge { path, size: open.read, limit: wanted.limit });
+            }
+            open.context.update(buffer.get(..n).unwrap_or_default());
+        }
+        Ok(None)
+    }
+}
+
+impl Drop for HashTask {
     fn drop(&mut self) {
-        let mut queue = self.digests.queue();
-        queue.jobs.retain(|job| !Arc::ptr_eq(&job.done, &self.done));
-        self.digests.start(&mut queue);
+        self.digests.table().made.remove(&(self.file.stamp, self.file.limit));
     }
 }
 
@@ -187,37 +263,6 @@ impl Drop for HashTurn {
 fn settled(stamp: &Stamp) -> bool {
     let now = Clock::SYSTEM.now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     i64::try_from(now).is_ok_and(|now| stamp.changed() < now.saturating_sub(SETTLED))
-}
-
-/// Reads and hashes all of `file`. Runs on a blocking thread; the one reader of `file`.
-fn hash(mut file: File, stamp: &Stamp, limit: u64, abandoned: impl Fn() -> bool) -> DigestResult {
-    let read = |e| DigestError::Read(Arc::new(e));
-    let started = Instant::now();
-    let mut context = Context::new(&SHA256);
-    let mut buffer = vec![0; 64 * 1024];
-    let mut size = 0u64;
-    loop {
-        let n = match file.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(n) => n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            Err(e) => return Err(read(e)),
-        };
-        let chunk = buffer.get(..n).unwrap_or_default();
-        size = size.saturating_add(u64::try_from(n).unwrap_or(u64::MAX));
-        if size > limit {
-            return Err(DigestError::TooLarge { size });
-        }
-        if started.elapsed() > DEADLINE || abandoned() {
-            return Err(DigestError::Late);
-        }
-        context.update(chunk);
-    }
-    let after = fstat(&file).map_err(|errno| read(errno.into()))?;
-    if Stamp::of(&after) != *stamp {
-        return Err(DigestError::Changed);
-    }
-    Ok(hex(context.finish().as_ref()))
 }
 
 fn hex(bytes: &[u8]) -> Hex {
@@ -229,194 +274,127 @@ fn hex(bytes: &[u8]) -> Hex {
 mod tests {
     use std::{
         fs,
-        io::{Seek, Write},
+        os::unix::fs::PermissionsExt as _,
         path::Path,
-        time::SystemTime,
+        process::{Child, Command},
     };
 
-    use nix::{
-        sys::stat::{Mode, stat},
-        unistd::mkfifo,
-    };
+    use aws_lc_rs::digest::digest;
+    use nix::sys::stat::stat;
 
     use super::*;
 
-    fn uid(uid: u32) -> CallerKey {
-        CallerKey::Uid(uid)
-    }
+    /// A process that executes a file.
+    struct Sleeper(Child);
 
-    const EMPTY: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
-    const ABC: &str = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-
-    fn opened(path: &Path) -> (Stamp, File) {
-        (Stamp::of(&stat(path).unwrap()), File::open(path).unwrap())
-    }
-
-    #[tokio::test]
-    async fn digests_are_sha256() {
-        let dir = tempfile::tempdir().unwrap();
-        for (case, content, limit, want) in [
-            ("empty", &b""[..], u64::MAX, Ok(EMPTY)),
-            ("short", b"abc", u64::MAX, Ok(ABC)),
-            ("as large as allowed", b"abc", 3, Ok(ABC)),
-            ("grew after it was looked at", b"abc", 2, Err(3)),
-        ] {
-            let path = dir.path().join("file");
-            fs::write(&path, content).unwrap();
-            let (stamp, file) = opened(&path);
-            match (Digests::default().make(stamp, file, limit, uid(0)).await, want) {
-                (Ok(hex), Ok(want)) => assert_eq!(&*hex, want, "{case}"),
-                (Err(DigestError::TooLarge { size }), Err(want)) => assert_eq!(size, want, "{case}"),
-                (other, _) => panic!("{case}: {other:?}"),
+    impl Sleeper {
+        fn start(program: &Path) -> Self {
+            loop {
+                // A process that another test starts just now may hold the copy open for a moment.
+                match Command::new(program).arg("600").spawn() {
+                    Ok(child) => return Self(child),
+                    Err(e) => assert_eq!(e.kind(), io::ErrorKind::ExecutableFileBusy, "{e}"),
+                }
             }
         }
+
+        fn file(&self, limit: u64) -> Hashed {
+            let process = PathBuf::from(format!("/proc/{}", self.0.id()));
+            let dir = ProcDir::at(process.clone()).unwrap();
+            let executable = Executable::of(&dir).unwrap();
+            let stamp = executable.stamp(&dir).unwrap();
+            Hashed { executable, stamp, process, limit, family: 1 }
+        }
+    }
+
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            drop(self.0.kill());
+            drop(self.0.wait());
+        }
+    }
+
+    fn copy(dir: &tempfile::TempDir) -> PathBuf {
+        let path = dir.path().join("program");
+        fs::copy("/bin/sleep", &path).unwrap();
+        path
     }
 
     #[tokio::test]
-    async fn a_file_that_changes_has_no_digest() {
+    async fn digests_are_sha256_of_what_settled() {
+        let (digests, threads) = (Digests::default(), FileThreads::default());
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("file");
-        fs::write(&path, "abc").unwrap();
-        let (stamp, file) = opened(&path);
-        fs::write(&path, "abcd").unwrap();
-        let outcome = Digests::default().make(stamp, file, u64::MAX, uid(0)).await;
-        assert!(matches!(outcome, Err(DigestError::Changed)), "{outcome:?}");
-    }
+        let want = hex(digest(&SHA256, &fs::read("/bin/sleep").unwrap()).as_ref());
 
-    #[tokio::test]
-    async fn only_what_has_settled_is_kept() {
-        let digests = Digests::default();
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("file");
-        fs::write(&path, "abc").unwrap();
-        // A user may set the time of modification, but not the time of change.
-        File::options().write(true).open(&path).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
-        let (fresh, file) = opened(&path);
-        digests.make(fresh, file, u64::MAX, uid(0)).await.unwrap();
-        assert!(digests.known(&fresh).is_none(), "written a moment ago");
+        let process = Sleeper::start(&copy(&dir));
+        let fresh = process.file(u64::MAX);
+        assert_eq!(digests.make(&threads, fresh.clone()).await.unwrap(), want);
+        assert!(digests.known(&fresh.stamp).is_none(), "written a moment ago");
 
-        let (old, file) = opened(Path::new("/bin/sh"));
-        assert!(settled(&old), "the shell was installed a while ago");
-        let made = digests.make(old, file, u64::MAX, uid(0)).await.unwrap();
-        assert_eq!(digests.known(&old), Some(made));
-    }
-
-    #[test]
-    fn the_digest_unused_for_longest_makes_room() {
-        let dir = tempfile::tempdir().unwrap();
-        let digests = Digests::default();
-        let stamps: Vec<_> = (0..=CAPACITY)
-            .map(|n| {
-                let path = dir.path().join(n.to_string());
-                fs::write(&path, "").unwrap();
-                opened(&path).0
-            })
-            .collect();
-        for stamp in &stamps[..CAPACITY] {
-            digests.queue().known.keep(*stamp, Kept::for_good(EMPTY.into()));
-        }
-        assert!(digests.known(&stamps[0]).is_some(), "used again");
-        digests.queue().known.keep(stamps[CAPACITY], Kept::for_good(EMPTY.into()));
-        assert_eq!(digests.queue().known.len(), CAPACITY);
-        assert!(digests.known(&stamps[0]).is_some(), "just used");
-        assert!(digests.known(&stamps[1]).is_none(), "the oldest use");
-        assert!(digests.known(&stamps[CAPACITY]).is_some(), "the newest");
-    }
-
-    /// Files whose reading waits for the test: pipes, held open for writing.
-    struct Slow {
-        dir: tempfile::TempDir,
-        held: Vec<File>,
-    }
-
-    impl Slow {
-        fn new() -> Self {
-            Self { dir: tempfile::tempdir().unwrap(), held: Vec::new() }
-        }
-
-        fn file(&mut self) -> (Stamp, File) {
-            let path = self.dir.path().join(self.held.len().to_string());
-            mkfifo(&path, Mode::S_IRWXU).unwrap();
-            let both = File::options().read(true).write(true).open(&path).unwrap();
-            let reader = File::open(&path).unwrap();
-            self.held.push(both);
-            (Stamp::of(&fstat(&reader).unwrap()), reader)
-        }
-    }
-
-    async fn until(mut is: impl FnMut() -> bool) {
-        while !is() {
+        let old = Sleeper::start(Path::new("/bin/sleep"));
+        let file = old.file(u64::MAX);
+        assert!(settled(&file.stamp), "it was installed a while ago");
+        assert_eq!(digests.make(&threads, file.clone()).await.unwrap(), want);
+        assert_eq!(digests.known(&file.stamp), Some(want));
+        // A thread lets go of it just after it has answered.
+        while !digests.table().made.is_empty() {
             tokio::task::yield_now().await;
         }
     }
 
     #[tokio::test]
-    async fn one_user_cannot_take_all_places() {
-        let digests = Digests::default();
-        let mut slow = Slow::new();
-        let mut waiting = Vec::new();
-        let mut ask = |slow: &mut Slow, owner| {
-            let (stamp, file) = slow.file();
-            let joined = digests.join(stamp, file, u64::MAX, uid(owner));
-            let busy = matches!(joined, Err(DigestError::Busy));
-            waiting.extend(joined.ok().map(|receiver| (owner, stamp, receiver)));
-            !busy
-        };
-        for n in 0..SHARE + 2 {
-            assert_eq!(ask(&mut slow, 1000), n < SHARE, "file {n} of one user");
-        }
-        let running = || digests.queue().jobs.iter().filter(|job| job.file.is_none()).count();
-        assert_eq!(running(), 1, "one at a time for one user");
-        assert!(ask(&mut slow, 1001));
-        assert_eq!(running(), 2, "the other worker is for others");
-        for owner in 2000..2000 + u32::try_from(QUEUE + RUNNING - SHARE - 1).unwrap() {
-            assert!(ask(&mut slow, owner), "{owner}");
-        }
-        assert!(!ask(&mut slow, 3000), "full for everybody, at once");
-        assert_eq!(running(), 2);
-
-        // Two who want the same file wait for one hash.
-        let (_, stamp, _) = waiting[0];
-        let (_, other) = slow.file();
-        assert!(digests.join(stamp, other, u64::MAX, uid(9)).is_ok(), "joins although the queue is full");
-
-        // Whoever waits no longer frees the place, whether his file was being read or not.
-        slow.held.clear(); // all readers see the end of their file
-        for (owner, _, mut receiver) in waiting {
-            let outcome = receiver.wait_for(Option::is_some).await.unwrap().clone().unwrap();
-            assert!(matches!(&outcome, Ok(hex) if &**hex == EMPTY), "{owner}: {outcome:?}");
-        }
-        until(|| digests.queue().jobs.is_empty()).await;
-    }
-
-    #[tokio::test]
-    async fn what_nobody_waits_for_is_not_hashed() {
-        let digests = Digests::default();
-        let mut slow = Slow::new();
-        for n in 0..3 * SHARE {
-            let (stamp, file) = slow.file();
-            // The first runs and cannot be interrupted; the others give their places back when nobody waits.
-            let joined = digests.join(stamp, file, u64::MAX, uid(1000));
-            assert!(joined.is_ok(), "file {n}");
-        }
-        let mut first = &slow.held[0];
-        first.write_all(b"abc").unwrap(); // its reader wakes, and sees that it is alone
-        until(|| digests.queue().jobs.is_empty()).await;
-    }
-
-    #[tokio::test]
-    async fn a_stamp_tells_contents_apart() {
+    async fn a_file_that_is_not_as_it_was_has_no_digest() {
+        let (digests, threads) = (Digests::default(), FileThreads::default());
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("file");
-        let mut file = File::create(&path).unwrap();
-        file.write_all(b"abc").unwrap();
-        let before = opened(&path).0;
-        assert_eq!(before, opened(&path).0);
-        file.rewind().unwrap();
-        file.write_all(b"longer").unwrap();
-        assert_ne!(before, opened(&path).0, "another size");
-        let other = dir.path().join("other");
-        fs::write(&other, "longer").unwrap();
-        assert_ne!(opened(&path).0, opened(&other).0, "another file");
+        let program = copy(&dir);
+        let process = Sleeper::start(&program);
+        let size = fs::metadata(&program).unwrap().len();
+
+        let grown = digests.make(&threads, process.file(size - 1)).await;
+        assert!(
+            matches!(grown, Err(ExecutableError::TooLarge { size: read, limit, .. }) if read > limit),
+            "it grew after it was looked at: {grown:?}"
+        );
+        let before = process.file(size);
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
+        let changed = digests.make(&threads, before.clone()).await;
+        assert!(matches!(changed, Err(ExecutableError::Changed { .. })), "{changed:?}");
+        drop(process);
+        let gone = digests.make(&threads, before).await;
+        assert!(matches!(gone, Err(ExecutableError::Gone)), "{gone:?}");
+    }
+
+    #[tokio::test]
+    async fn callers_of_one_file_share_one_hash() {
+        let (digests, threads) = (Digests::default(), FileThreads::default());
+        let process = Sleeper::start(Path::new("/bin/sleep"));
+        let file = process.file(u64::MAX);
+        let waiting: Vec<_> = (0..1000).map(|_| digests.join(&threads, &file)).collect();
+        assert!(waiting.iter().all(Result::is_ok), "they take one place together");
+        for (mut done, _) in waiting.into_iter().flatten() {
+            assert!(done.wait_for(Option::is_some).await.unwrap().clone().unwrap().is_ok());
+        }
+    }
+
+    #[test]
+    fn one_family_does_not_wash_out_what_another_has() {
+        let some = Stamp::of(&stat("/bin/sleep").unwrap());
+        let stamp = |n: usize| some.with_inode(u64::try_from(n).unwrap());
+        let mut table = DigestTable::default();
+        table.keep(stamp(0), "a".into(), 1);
+        for n in 1..3 * CAPACITY {
+            table.keep(stamp(n), "b".into(), 2);
+        }
+        assert_eq!(table.known.len(), CAPACITY);
+        assert!(table.known.contains_key(&stamp(0)), "the only one of its family");
+        assert!(!table.known.contains_key(&stamp(1)), "the oldest of the family with the most");
+
+        // Of one's own the one that was not used for longest goes.
+        let digests = Digests(Arc::new(Mutex::new(table)));
+        let oldest = 2 * CAPACITY + 1;
+        assert!(digests.known(&stamp(oldest)).is_some());
+        digests.table().keep(stamp(3 * CAPACITY), "b".into(), 2);
+        assert!(digests.known(&stamp(oldest)).is_some(), "just used");
+        assert!(digests.known(&stamp(oldest + 1)).is_none(), "the next oldest");
     }
 }

@@ -1,301 +1,375 @@
-//! Names of users and groups, from the agent's own user database (NSS).
+//! The numbers of the names that entries ask for, from the node's databases of users and groups (NSS).
 //!
-//! A lookup may ask a directory server and hang, so none ever runs on a runtime thread: misses go to the blocking
-//! pool, at most [`WORKERS`] at a time, and a caller waits at most [`PATIENCE`] for all of its names. What was found
-//! is believed for [`LIFETIME`]; that there is no such name likewise. That there is no such name is no error, as in
-//! SPIRE: the selector is missing, and the numeric one beside it is there. That the database does not answer is
-//! something else: what was known before is believed for [`RETRY`] more, and where nothing was, whoever asked is told.
+//! Nothing that a caller brings is looked up. The question is turned round: the names that entries ask for are looked
+//! up when they are asked for, when the databases change, and now and then; whoever has such a number then has the
+//! name. So a call looks up nothing, however many groups its process has, and there are no more lookups than entries
+//! have names. A name's number is its first in the database: of several names of one number, each is the caller's.
 //!
-//! Absent on purpose: waking up to refresh. What nobody asks for is not asked again.
+//! A lookup may ask a directory server and hang, so each is made by one of [`WORKERS`] threads that do nothing else
+//! and are there from the start. Nobody waits for them but the start and a reload, and these for a moment only
+//! ([`Names::wait`]). What is known of each name, and when it is looked up again: [`table`].
+
+mod table;
 
 use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    collections::BTreeSet,
+    fs::{self, File},
+    io::Read as _,
+    os::unix::fs::MetadataExt as _,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Instant,
 };
 
-use nix::{
-    errno::Errno,
-    unistd::{Gid, Group, Uid, User},
+use nix::errno::Errno;
+
+pub(super) use self::table::NameAnswer;
+use self::table::{NameNews, NameTable, NameTask, NameTrouble, OwnFiles};
+use crate::{
+    attest::attestors::News,
+    limits::pace::Pace,
+    os::accounts::{AccountName, GROUP, PASSWD},
 };
-use tokio::{sync::Semaphore, time::Instant};
 
-use crate::attest::kept::{Kept, KeptAnswers};
+/// Threads that look up, those that hang included. One of them is kept for names in the node's own files.
+const WORKERS: usize = 3;
 
-/// How long a name, or its absence, is believed.
-const LIFETIME: Duration = Duration::from_secs(60);
-/// How long a lookup that failed is not repeated.
-const RETRY: Duration = Duration::from_secs(5);
-/// How long an attestation waits for its names.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// Lookups at a time, those that hang included.
-const WORKERS: usize = 4;
-/// Names kept, of users and groups together.
-const CAPACITY: usize = 2048;
+/// How much of a file of the database is read, in bytes, to see which names stand there.
+const MAX_FILE: u64 = 8 << 20;
 
-/// Whose name is asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum NameId {
-    /// A user's.
-    User(u32),
-    /// A group's.
-    Group(u32),
+/// The files of the database: a change of one is seen within seconds.
+const FILES: [&str; 3] = [PASSWD, GROUP, "/etc/nsswitch.conf"];
+
+/// A database of users and groups.
+pub(super) trait Database: Send + Sync + 'static {
+    /// The number of a name, or that nobody has it. May hang.
+    ///
+    /// # Errors
+    /// It cannot say.
+    fn number(&self, name: &AccountName) -> Result<Option<u32>, Errno>;
+
+    /// Tells one state of its files from another.
+    fn stamp(&self) -> FilesStamp;
+
+    /// The names that stand in its files.
+    fn own_names(&self) -> BTreeSet<AccountName>;
 }
 
-/// A user or group database.
-pub(super) type Database = dyn Fn(NameId) -> Result<Option<String>, Errno> + Send + Sync;
+/// Device, inode, size, and times of change and modification of each file; `None` where there is none.
+pub(super) type FilesStamp = Vec<Option<[i128; 5]>>;
 
-/// The cached names. Cheap to clone, all clones are one.
-#[derive(Clone)]
-pub(super) struct Names {
-    known: Arc<Mutex<KnownNames>>,
-    workers: Arc<Semaphore>,
-    database: Arc<Database>,
-    patience: Duration,
-}
+/// The database of this node.
+struct NodeDatabase;
 
-/// The database did not say whether there is a name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Unanswered;
-
-/// A name, or that there is none.
-pub(super) type NameAnswer = Result<Option<Arc<str>>, Unanswered>;
-
-type KnownNames = KeptAnswers<NameId, NameAnswer>;
-
-impl Names {
-    /// Names from the system's database.
-    pub(super) fn of_system() -> Self {
-        Self::new(Arc::new(system), PATIENCE)
+impl Database for NodeDatabase {
+    fn number(&self, name: &AccountName) -> Result<Option<u32>, Errno> {
+        name.number()
     }
 
-    /// Names from this database; a caller waits for it so long at most.
-    pub(super) fn new(database: Arc<Database>, patience: Duration) -> Self {
-        let workers = Arc::new(Semaphore::new(WORKERS));
-        let known = Arc::new(Mutex::new(KeptAnswers::new(CAPACITY)));
-        Self { known, workers, database, patience }
+    fn stamp(&self) -> FilesStamp {
+        let stamp = |path| {
+            let meta = fs::metadata(path).ok()?;
+            let time = |seconds: i64, nanos: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
+            Some([
+                meta.dev().into(),
+                meta.ino().into(),
+                meta.len().into(),
+                time(meta.ctime(), meta.ctime_nsec()),
+                time(meta.mtime(), meta.mtime_nsec()),
+            ])
+        };
+        FILES.into_iter().map(stamp).collect()
     }
 
-    /// The names of `ids`, in their order.
-    pub(super) async fn find(&self, ids: &[NameId]) -> Vec<NameAnswer> {
-        let (mut names, missing) = self.known(ids);
-        if !missing.is_empty() {
-            let found = self.look_up(missing).await;
-            for (id, name) in ids.iter().zip(&mut names) {
-                if name.is_err()
-                    && let Some(found) = found.get(id)
-                {
-                    name.clone_from(found);
-                }
-            }
-        }
+    fn own_names(&self) -> BTreeSet<AccountName> {
+        let mut names = names_in(PASSWD, AccountName::User);
+        names.append(&mut names_in(GROUP, AccountName::Group));
         names
     }
+}
 
-    /// What is known now, without waiting, and what is not.
-    fn known(&self, ids: &[NameId]) -> (Vec<NameAnswer>, Vec<NameId>) {
-        let now = Instant::now();
-        let mut table = self.table();
-        let mut missing = Vec::new();
-        let names = ids
-            .iter()
-            .map(|id| match believed(&mut table, *id, now) {
-                Some(name) => name,
-                None => {
-                    missing.push(*id);
-                    Err(Unanswered)
-                }
-            })
-            .collect();
-        (names, missing)
+/// What stands before the first colon of each line (passwd(5), group(5)). A file that cannot be read has no names: then
+/// they are looked up like all others.
+fn names_in(path: &str, name: fn(Arc<str>) -> AccountName) -> BTreeSet<AccountName> {
+    let mut text = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(MAX_FILE).read_to_end(&mut text));
+    if read.is_err() {
+        return BTreeSet::new();
+    }
+    let lines = text.split(|byte| *byte == b'\n');
+    let first = lines.filter_map(|line| str::from_utf8(line.split(|byte| *byte == b':').next()?).ok());
+    first.map(|text| name(text.into())).collect()
+}
+
+/// Looks up names for as long as it lives.
+pub(super) struct Names(Arc<NamesShared>);
+
+struct NamesShared {
+    table: Mutex<NameTable<FilesStamp>>,
+    /// There is more to do.
+    wake: Condvar,
+    /// A name was looked up for the first time.
+    tried: Condvar,
+    database: Box<dyn Database>,
+    news: News,
+    /// For lines about single names: a directory server may know thousands of them.
+    pace: Pace,
+}
+
+impl Names {
+    /// Names from the node's database; `news` is told when one of them is another's.
+    pub(super) fn of_node(news: News) -> Self {
+        Self::of(Box::new(NodeDatabase), news)
     }
 
-    async fn look_up(&self, missing: Vec<NameId>) -> HashMap<NameId, NameAnswer> {
-        let deadline = Instant::now() + self.patience;
-        let names = self.clone();
-        let asked = missing.clone();
-        let job = async move {
-            let Ok(worker) = Arc::clone(&names.workers).acquire_owned().await else { return HashMap::new() };
-            let batch = tokio::task::spawn_blocking(move || {
-                // The worker goes back when the lookup returns, not when the caller gives up: a database that
-                // hangs holds at most WORKERS threads.
-                let found = names.ask(asked, deadline);
-                drop(worker);
-                found
-            });
-            batch.await.unwrap_or_default()
-        };
-        match tokio::time::timeout_at(deadline, job).await {
-            Ok(found) => found,
-            Err(_late) => {
-                tracing::debug!(ids = missing.len(), "user or group lookup takes too long");
-                self.give_up(missing)
+    /// The same, from this database.
+    pub(super) fn of(database: Box<dyn Database>, news: News) -> Self {
+        let shared = Arc::new(NamesShared {
+            table: Mutex::new(NameTable::new(Instant::now())),
+            wake: Condvar::new(),
+            tried: Condvar::new(),
+            database,
+            news,
+            pace: Pace::default(),
+        });
+        for n in 1..=WORKERS {
+            let worker = Arc::clone(&shared);
+            let made = thread::Builder::new().name(format!("names-{n}")).spawn(move || worker.work());
+            if let Err(error) = made {
+                // What is not looked up is not answered: nobody loses an identity in silence.
+                tracing::error!(%error, "no thread to look up the names of users and groups");
+            }
+        }
+        Self(shared)
+    }
+
+    /// Has these names, each of which stands there once, looked up for as long as what is returned lives.
+    pub(super) fn ask(&self, names: Vec<AccountName>) -> AskedNames {
+        self.0.table().ask(&names, Instant::now());
+        self.0.wake.notify_all();
+        AskedNames { names, shared: Arc::clone(&self.0) }
+    }
+
+    /// Waits until each name was looked up once, or until `deadline`. Returns how many were not. Blocks this thread.
+    pub(super) fn wait(&self, deadline: Instant) -> usize {
+        let mut table = self.0.table();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if table.untried() == 0 || left.is_zero() {
+                return table.untried();
+            }
+            table = match self.0.tried.wait_timeout(table, left) {
+                Ok((table, _)) => table,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+    }
+}
+
+impl Drop for Names {
+    fn drop(&mut self) {
+        self.0.table().end();
+        self.0.wake.notify_all();
+    }
+}
+
+/// Names that are looked up while this lives.
+pub(super) struct AskedNames {
+    names: Vec<AccountName>,
+    shared: Arc<NamesShared>,
+}
+
+impl std::fmt::Debug for AskedNames {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(&self.names).finish()
+    }
+}
+
+impl AskedNames {
+    /// What is known of each now. Does not wait.
+    pub(super) fn answers(&self) -> impl Iterator<Item = (&AccountName, NameAnswer)> {
+        let table = self.shared.table();
+        let answers: Vec<NameAnswer> = self.names.iter().map(|name| table.answer(name)).collect();
+        drop(table);
+        self.names.iter().zip(answers)
+    }
+}
+
+impl Drop for AskedNames {
+    fn drop(&mut self) {
+        self.shared.table().release(&self.names);
+    }
+}
+
+impl NamesShared {
+    fn table(&self) -> MutexGuard<'_, NameTable<FilesStamp>> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a worker does, to the end.
+    fn work(&self) {
+        loop {
+            let mut table = self.table();
+            match table.next(Instant::now()) {
+                NameTask::End => return,
+                NameTask::Wait(None) => drop(self.wake.wait(table)),
+                NameTask::Wait(Some(long)) => drop(self.wake.wait_timeout(table, long)),
+                NameTask::LookUp(name, whence) => {
+                    drop(table);
+                    let answer = self.database.number(&name);
+                    let mut table = self.table();
+                    let news = table.answered(&name, whence, answer, Instant::now());
+                    if news.is_other {
+                        // Before anybody can see that it was answered.
+                        self.news.send_modify(|count| *count += 1);
+                    }
+                    drop(table);
+                    self.tried.notify_all();
+                    self.say(&name, &news);
+                }
+                NameTask::LookAtFiles => {
+                    drop(table);
+                    let stamp = self.database.stamp();
+                    let is_unread = self.table().is_unread(&stamp);
+                    let names = is_unread.then(|| self.database.own_names());
+                    self.table().looked(OwnFiles { stamp, names }, Instant::now());
+                    self.wake.notify_all();
+                }
             }
         }
     }
 
-    /// Asks for each, as long as somebody waits. Runs on a blocking thread.
-    fn ask(&self, ids: Vec<NameId>, deadline: Instant) -> HashMap<NameId, NameAnswer> {
-        let mut found = HashMap::with_capacity(ids.len());
-        for id in ids {
-            let now = Instant::now();
-            // Another caller may have found it while this one waited for its worker.
-            let known = believed(&mut self.table(), id, now);
-            let name = match known {
-                Some(name) => name,
-                None if now > deadline => break,
-                None => match (self.database)(id) {
-                    Ok(name) => {
-                        let name = Ok(name.map(Arc::from));
-                        let until = Instant::now() + LIFETIME;
-                        self.table().keep(id, Kept::until(until, name.clone()));
-                        name
-                    }
-                    Err(errno) => {
-                        tracing::debug!(?id, %errno, "user or group lookup failed");
-                        put_off(&mut self.table(), id, Instant::now())
-                    }
-                },
-            };
-            found.insert(id, name);
-        }
-        found
-    }
-
-    /// Takes what a late batch has found so far, and lets nobody wait for the rest of it for a while.
-    fn give_up(&self, ids: Vec<NameId>) -> HashMap<NameId, NameAnswer> {
-        let now = Instant::now();
-        let mut table = self.table();
-        let mut answer = |id| believed(&mut table, id, now).unwrap_or_else(|| put_off(&mut table, id, now));
-        ids.into_iter().map(|id| (id, answer(id))).collect()
-    }
-
-    fn table(&self) -> MutexGuard<'_, KnownNames> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn believed(table: &mut KnownNames, id: NameId, now: Instant) -> Option<NameAnswer> {
-    table.find(id).and_then(|kept| kept.believed(now)).cloned()
-}
-
-/// Believes what was found the last time, however long ago that is, until the lookup that failed is repeated.
-fn put_off(table: &mut KnownNames, id: NameId, now: Instant) -> NameAnswer {
-    let last = table.find(id).map_or(Err(Unanswered), |kept| kept.last().clone());
-    table.keep(id, Kept::until(now + RETRY, last.clone()));
-    last
-}
-
-fn system(id: NameId) -> Result<Option<String>, Errno> {
-    match id {
-        NameId::User(uid) => User::from_uid(Uid::from_raw(uid)).map(|user| user.map(|user| user.name)),
-        NameId::Group(gid) => Group::from_gid(Gid::from_raw(gid)).map(|group| group.map(|group| group.name)),
+    fn say(&self, name: &AccountName, news: &NameNews) {
+        let Some(said) = news.said else { return };
+        let (kind, name) = (name.word(), name.text());
+        self.pace.say(|left_out| match said {
+            Some(NameTrouble::Nobody) => tracing::warn!(
+                kind,
+                name,
+                left_out,
+                "entries ask for a name that nobody on this node has: they match no process"
+            ),
+            Some(NameTrouble::Unanswered(errno)) => tracing::warn!(
+                kind,
+                name,
+                error = %errno,
+                left_out,
+                "the user database does not answer for a name that entries ask for"
+            ),
+            None => tracing::info!(kind, name, left_out, "the user database tells the number of this name"),
+        });
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::mpsc;
+pub(super) mod tests {
+    use std::{sync::mpsc, time::Duration};
 
     use super::*;
 
-    /// A database that counts: every answer names the ID and how often it was asked.
-    fn counting() -> Names {
-        let asked = Mutex::new(HashMap::<NameId, u32>::new());
-        let database = move |id| {
-            let mut asked = asked.lock().unwrap();
-            let times = asked.entry(id).and_modify(|n| *n += 1).or_insert(1);
-            match id {
-                NameId::User(404) => Ok(None),
-                NameId::User(500) if *times == 1 => Err(Errno::EIO),
-                NameId::User(501) if *times == 2 => Err(Errno::EIO),
-                NameId::User(n) => Ok(Some(format!("user{n}.{times}"))),
-                NameId::Group(n) => Ok(Some(format!("group{n}.{times}"))),
-            }
-        };
-        Names::new(Arc::new(database), PATIENCE)
+    /// More than anything here takes.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// A database that answers as a function does, and says which names it was asked for.
+    pub(in crate::attest::unix) struct FakeDatabase<F> {
+        answer: F,
+        own: BTreeSet<AccountName>,
+        asked: Arc<Mutex<Vec<AccountName>>>,
     }
 
-    /// `?` for one that the database does not tell.
-    fn text(name: &NameAnswer) -> Option<&str> {
-        name.as_ref().map_or(Some("?"), Option::as_deref)
-    }
-
-    async fn one(names: &Names, id: NameId) -> Option<String> {
-        let found = names.find(&[id]).await;
-        assert_eq!(found.len(), 1);
-        text(&found[0]).map(str::to_owned)
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_name_is_believed_for_its_lifetime() {
-        let names = counting();
-        let mixed = [NameId::User(1), NameId::Group(1), NameId::User(404), NameId::User(1)];
-        let want = [Some("user1.1"), Some("group1.1"), None, Some("user1.1")];
-        let found: Vec<_> = names.find(&mixed).await;
-        assert_eq!(found.iter().map(text).collect::<Vec<_>>(), want);
-
-        tokio::time::advance(LIFETIME - Duration::from_millis(10)).await;
-        assert_eq!(one(&names, NameId::User(1)).await.as_deref(), Some("user1.1"), "still believed");
-        tokio::time::advance(Duration::from_millis(20)).await;
-        assert_eq!(one(&names, NameId::User(1)).await.as_deref(), Some("user1.2"), "asked again");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_failure_is_no_answer_and_is_tried_again_soon() {
-        let names = counting();
-        assert_eq!(one(&names, NameId::User(500)).await.as_deref(), Some("?"), "failed");
-        assert_eq!(one(&names, NameId::User(500)).await.as_deref(), Some("?"), "not asked at once again");
-        tokio::time::advance(RETRY).await;
-        assert_eq!(one(&names, NameId::User(500)).await.as_deref(), Some("user500.2"));
-
-        assert_eq!(one(&names, NameId::User(501)).await.as_deref(), Some("user501.1"));
-        tokio::time::advance(LIFETIME).await;
-        assert_eq!(
-            one(&names, NameId::User(501)).await.as_deref(),
-            Some("user501.1"),
-            "what was known holds"
-        );
-        tokio::time::advance(RETRY).await;
-        assert_eq!(one(&names, NameId::User(501)).await.as_deref(), Some("user501.3"));
-    }
-
-    #[tokio::test]
-    async fn the_tables_have_a_bound() {
-        let names = counting();
-        let many: Vec<_> = (0..4000).flat_map(|n| [NameId::User(n), NameId::Group(n)]).collect();
-        let found = names.find(&many).await;
-        let told = found.iter().filter(|name| matches!(name, Ok(Some(_)))).count();
-        assert_eq!(told, 2 * 4000 - 2, "all but user 404 and user 500");
-        assert_eq!(names.table().len(), CAPACITY);
-    }
-
-    #[tokio::test]
-    async fn a_database_that_hangs_holds_no_caller_and_few_threads() {
-        let (release, hung) = mpsc::channel::<()>();
-        let (hung, entered) = (Mutex::new(hung), Arc::new(Mutex::new(0)));
-        let count = Arc::clone(&entered);
-        let database = move |id| {
-            *count.lock().unwrap() += 1;
-            let gone = hung.lock().unwrap().recv(); // until the test lets go of its end
-            assert!(gone.is_err());
-            Ok(Some(format!("{id:?}")))
-        };
-        let names = Names::new(Arc::new(database), Duration::from_millis(20));
-        for uid in 0..16 {
-            assert_eq!(one(&names, NameId::User(uid)).await.as_deref(), Some("?"), "no answer");
+    impl<F: Fn(&AccountName) -> Result<Option<u32>, Errno> + Send + Sync + 'static> FakeDatabase<F> {
+        pub(in crate::attest::unix) fn new(answer: F) -> Self {
+            Self { answer, own: BTreeSet::new(), asked: Arc::default() }
         }
-        assert!(*entered.lock().unwrap() <= WORKERS, "threads that hang");
-        drop(release);
-        // All workers come back once the database answers.
-        let back = names.workers.acquire_many(u32::try_from(WORKERS).unwrap()).await;
-        assert!(back.is_ok());
     }
 
-    #[tokio::test]
-    async fn root_has_a_name_in_the_systems_database() {
-        let found =
-            Names::of_system().find(&[NameId::User(0), NameId::Group(0), NameId::User(u32::MAX - 7)]).await;
-        assert_eq!(found.iter().map(text).collect::<Vec<_>>(), [Some("root"), Some("root"), None]);
+    impl<F: Fn(&AccountName) -> Result<Option<u32>, Errno> + Send + Sync + 'static> Database for FakeDatabase<F> {
+        fn number(&self, name: &AccountName) -> Result<Option<u32>, Errno> {
+            self.asked.lock().unwrap().push(name.clone());
+            (self.answer)(name)
+        }
+
+        fn stamp(&self) -> FilesStamp {
+            Vec::new()
+        }
+
+        fn own_names(&self) -> BTreeSet<AccountName> {
+            self.own.clone()
+        }
+    }
+
+    fn user(name: &str) -> AccountName {
+        AccountName::User(name.into())
+    }
+
+    fn answers(asked: &AskedNames) -> Vec<NameAnswer> {
+        asked.answers().map(|(_, answer)| answer).collect()
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(20)
+    }
+
+    #[test]
+    fn names_are_looked_up_while_somebody_asks_for_them() {
+        let database = FakeDatabase::new(|name: &AccountName| match name {
+            AccountName::User(_) => Ok(Some(7)),
+            AccountName::Group(_) => Ok(None),
+        });
+        let asked = Arc::clone(&database.asked);
+        let news = News::default();
+        let names = Names::of(Box::new(database), Arc::clone(&news));
+        let first = names.ask(vec![user("x"), AccountName::Group("x".into())]);
+        assert_eq!(names.wait(Instant::now() + PATIENCE), 0);
+        assert_eq!(answers(&first), [NameAnswer::Number(7), NameAnswer::Nobody]);
+        assert_eq!(*news.borrow(), 2);
+        let second = names.ask(vec![user("x")]);
+        drop(first);
+        assert_eq!(answers(&second), [NameAnswer::Number(7)], "another asks for it too");
+        assert_eq!(asked.lock().unwrap().len(), 2, "it is known");
+        drop(second);
+        assert_eq!(names.0.table().answer(&user("x")), NameAnswer::Unanswered, "forgotten");
+    }
+
+    #[test]
+    fn a_directory_that_hangs_holds_up_no_name_of_the_node() {
+        let (let_go, held) = mpsc::channel::<()>();
+        let held = Mutex::new(held);
+        let mut database = FakeDatabase::new(move |name: &AccountName| {
+            if name.text().starts_with("far") {
+                let gone = held.lock().unwrap().recv(); // until the test lets go of its end
+                assert!(gone.is_err());
+            }
+            Ok(Some(7))
+        });
+        // Later in the order of their names than those that hang.
+        database.own = ["near1", "near2", "near3"].map(user).into();
+        let asked = Arc::clone(&database.asked);
+        let names = Names::of(Box::new(database), News::default());
+        let far = names.ask((0..100).map(|n| user(&format!("far{n}"))).collect());
+        let near = names.ask(["near1", "near2", "near3"].map(user).into());
+        let until = Instant::now() + PATIENCE;
+        while answers(&near) != [NameAnswer::Number(7); 3] {
+            assert!(Instant::now() < until, "{:?}", answers(&near));
+            thread::yield_now();
+        }
+        assert_eq!(names.wait(soon()), 100, "nobody waits for the others for ever");
+        assert_eq!(answers(&far), [NameAnswer::Unanswered; 100]);
+        let hung = asked.lock().unwrap().iter().filter(|name| name.text().starts_with("far")).count();
+        assert!(hung < WORKERS, "{hung} hang");
+        drop(let_go);
+        assert_eq!(names.wait(Instant::now() + PATIENCE), 0);
+        assert_eq!(answers(&far), [NameAnswer::Number(7); 100], "all are answered when it answers");
+    }
+
+    #[test]
+    fn the_node_knows_root() {
+        let names = Names::of_node(News::default());
+        let asked = names.ask(vec![user("root"), AccountName::Group("root".into()), user("no such user")]);
+        assert_eq!(names.wait(Instant::now() + PATIENCE), 0);
+        assert_eq!(answers(&asked), [NameAnswer::Number(0), NameAnswer::Number(0), NameAnswer::Nobody]);
+        let own = NodeDatabase.own_names();
+        assert!(own.contains(&user("root")) && own.contains(&AccountName::Group("root".into())), "{own:?}");
+        assert!(names_in("/etc/no-such-file", AccountName::User).is_empty());
     }
 }

@@ -14,7 +14,7 @@ use crate::{
         CallerKey, Method,
         caller_pattern::CallerPattern,
         id_pattern::IdPattern,
-        pattern::{Pattern, PatternError},
+        pattern::{NoAnswer, Pattern, PatternError},
         policy::{Layers, MaskWithoutShare, Methods, Override, Overrides, OverridesError, Share},
         refusal::Stage,
         rule::Rule,
@@ -29,7 +29,7 @@ pub(in crate::config) struct Context<'a> {
     pub(in crate::config) problems: &'a Problems,
     /// `None` when it is wrong itself.
     pub(in crate::config) trust_domain: Option<&'a TrustDomain>,
-    pub(in crate::config) user_id: &'a dyn Fn(&str) -> Option<u32>,
+    pub(in crate::config) user_id: &'a dyn Fn(&str) -> Result<Option<u32>, NoAnswer>,
     /// Whether `agent.kubernetes` says that no caller is a pod.
     pub(in crate::config) no_pods: bool,
 }

@@ -1,0 +1,152 @@
+//! What entries ask of the unix attestor, and the numbers of the names among it.
+//!
+//! Made for the entries of one snapshot and never edited: an answer that changes makes another one.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    sync::Arc,
+};
+
+use ahash::RandomState;
+
+use super::names::{AskedNames, NameAnswer, Names};
+use crate::{
+    identity::{Entry, selector::Selector},
+    os::accounts::AccountName,
+};
+
+/// The selectors of each number.
+type ByNumber = HashMap<u32, Vec<Selector>, RandomState>;
+
+/// What entries ask for.
+#[derive(Debug, Default)]
+pub struct UnixQuestions {
+    answers: HashMap<AccountName, NameAnswer, RandomState>,
+    users: ByNumber,
+    groups: ByNumber,
+    supplementary_groups: ByNumber,
+    supplementary_gids: HashSet<u32, RandomState>,
+    /// The kinds of the names that are not answered.
+    unanswered: BTreeSet<&'static str>,
+    /// Has the names looked up while these questions are asked.
+    _asked: Option<AskedNames>,
+}
+
+impl UnixQuestions {
+    /// What these entries ask for, with what `names` knows of it.
+    pub(super) fn of(entries: &[Arc<Entry>], names: &Names) -> Self {
+        let mut questions = Self::default();
+        let mut named: BTreeSet<&Selector> = BTreeSet::new();
+        let selectors = entries.iter().flat_map(|entry| &entry.selectors);
+        for selector in selectors.filter(|selector| selector.kind() == super::NAME) {
+            if let Some(number) = selector.value().strip_prefix("supplementary_gid:") {
+                questions.supplementary_gids.extend(number.parse::<u32>());
+            } else if name(selector.value()).is_some() {
+                named.insert(selector);
+            }
+        }
+        let asked: BTreeSet<AccountName> = named.iter().filter_map(|it| Some(name(it.value())?.1)).collect();
+        let asked = names.ask(asked.into_iter().collect());
+        questions.answers = asked.answers().map(|(name, answer)| (name.clone(), answer)).collect();
+        questions._asked = Some(asked);
+        for selector in named {
+            let Some((word, name)) = name(selector.value()) else { continue };
+            match questions.answers.get(&name) {
+                Some(NameAnswer::Number(number)) => {
+                    let by_number = match word {
+                        USER => &mut questions.users,
+                        GROUP => &mut questions.groups,
+                        _ => &mut questions.supplementary_groups,
+                    };
+                    by_number.entry(*number).or_default().push(selector.clone());
+                }
+                Some(NameAnswer::Unanswered) => drop(questions.unanswered.insert(word)),
+                Some(NameAnswer::Nobody) | None => {}
+            }
+        }
+        questions
+    }
+
+    /// The names that entries ask for and that this user has.
+    pub(super) fn of_user(&self, uid: u32) -> &[Selector] {
+        self.users.get(&uid).map_or(&[], Vec::as_slice)
+    }
+
+    /// The names that entries ask for and that a process of this group has.
+    pub(super) fn of_group(&self, gid: u32) -> &[Selector] {
+        self.groups.get(&gid).map_or(&[], Vec::as_slice)
+    }
+
+    /// The same of a supplementary group, and whether an entry asks for its number.
+    pub(super) fn of_supplementary_group(&self, gid: u32) -> (&[Selector], bool) {
+        let names = self.supplementary_groups.get(&gid).map_or(&[][..], Vec::as_slice);
+        (names, self.supplementary_gids.contains(&gid))
+    }
+
+    /// Whether a supplementary group can have a selector that an entry asks for.
+    pub(super) fn ask_for_groups(&self) -> bool {
+        !(self.supplementary_groups.is_empty() && self.supplementary_gids.is_empty())
+    }
+
+    /// The kinds of the names that the database said nothing of.
+    pub(super) fn unanswered(&self) -> impl Iterator<Item = &'static str> {
+        self.unanswered.iter().copied()
+    }
+
+    /// Whether an entry asks for a name of this selector.
+    pub(super) fn ask_for_name(&self, value: &str) -> bool {
+        name(value).is_some_and(|(_, name)| self.answers.contains_key(&name))
+    }
+
+    /// The kind of a selector that may stay untold.
+    pub(super) fn untellable(&self, value: &str) -> Option<&'static str> {
+        if let Some(word) = executable(value) {
+            return Some(word);
+        }
+        if self.unanswered.is_empty() {
+            return None;
+        }
+        let (word, name) = name(value)?;
+        (self.answers.get(&name) == Some(&NameAnswer::Unanswered)).then_some(word)
+    }
+
+    /// Why no process has the selector.
+    pub(super) fn absent(&self, value: &str) -> Option<String> {
+        let (_, name) = name(value)?;
+        let word = name.word();
+        match self.answers.get(&name)? {
+            NameAnswer::Number(_) => None,
+            NameAnswer::Nobody => Some(format!(
+                "there is no such {word} on this node: add it, correct the name, or ask for its number, as unix:{}",
+                if word == USER { "uid:1000" } else { "gid:1000" }
+            )),
+            NameAnswer::Unanswered => {
+                Some(format!("the user database of this node does not say whether there is such a {word}"))
+            }
+        }
+    }
+}
+
+const USER: &str = "user";
+const GROUP: &str = "group";
+const SUPPLEMENTARY_GROUP: &str = "supplementary_group";
+
+/// The kind of a selector of an executable.
+fn executable(value: &str) -> Option<&'static str> {
+    match value.split(':').next() {
+        Some("path") => Some(super::PATH),
+        Some("sha256") => Some(super::SHA256),
+        _ => None,
+    }
+}
+
+/// The kind of a selector that names a user or a group, and whom.
+fn name(value: &str) -> Option<(&'static str, AccountName)> {
+    let (word, name) = value.split_once(':')?;
+    match word {
+        "user" => Some((USER, AccountName::User(name.into()))),
+        "group" => Some((GROUP, AccountName::Group(name.into()))),
+        "supplementary_group" => Some((SUPPLEMENTARY_GROUP, AccountName::Group(name.into()))),
+        _ => None,
+    }
+}

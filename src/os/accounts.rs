@@ -1,0 +1,182 @@
+//! Users and groups of this node, as its databases name them (nsswitch.conf).
+//!
+//! A lookup may ask a directory server and hang for as long as that likes, so none is made on a thread that others
+//! need. Who asks once in a while hands a lookup to the one thread that is kept for that, and stops waiting at a
+//! deadline ([`by`]). While that thread hangs, everybody who asks it is told that there is no answer.
+
+use std::{
+    path::Path,
+    sync::{
+        Arc, OnceLock,
+        mpsc::{SyncSender, sync_channel},
+    },
+    time::Instant,
+};
+
+use nix::{
+    errno::Errno,
+    unistd::{Gid, Group, Uid, User},
+};
+
+/// The node's own users.
+pub const PASSWD: &str = "/etc/passwd";
+/// The node's own groups.
+pub const GROUP: &str = "/etc/group";
+
+/// A longer name is nobody's: no system has a larger LOGIN_NAME_MAX.
+const MAX_NAME_LEN: usize = 256;
+
+/// So many lookups wait for the thread at most.
+const QUEUE: usize = 8;
+
+/// The name of a user or of a group. Cheap to clone.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum AccountName {
+    /// A user's.
+    User(Arc<str>),
+    /// A group's.
+    Group(Arc<str>),
+}
+
+/// The number of a user or of a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccountNumber {
+    /// A UID.
+    User(u32),
+    /// A GID.
+    Group(u32),
+}
+
+impl AccountName {
+    /// `user` or `group`.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::User(_) => "user",
+            Self::Group(_) => "group",
+        }
+    }
+
+    /// The name alone.
+    pub fn text(&self) -> &str {
+        match self {
+            Self::User(name) | Self::Group(name) => name,
+        }
+    }
+
+    /// Its number, or that nobody has this name. **May hang.** Where the database answers with another name (one in
+    /// other letters, where they do not matter), the number is the answer all the same.
+    ///
+    /// # Errors
+    /// The database cannot say.
+    pub fn number(&self) -> Result<Option<u32>, Errno> {
+        if self.text().len() > MAX_NAME_LEN {
+            return Ok(None);
+        }
+        let (found, file) = match self {
+            Self::User(name) => {
+                (User::from_name(name).map(|user| user.map(|user| user.uid.as_raw())), PASSWD)
+            }
+            Self::Group(name) => {
+                (Group::from_name(name).map(|group| group.map(|group| group.gid.as_raw())), GROUP)
+            }
+        };
+        let found = match found {
+            // As in a container without the file: nobody is known by a name there.
+            Err(Errno::ENOENT | Errno::ESRCH) if !Path::new(file).exists() => None,
+            found => found?,
+        };
+        // With -1 the kernel says "no user".
+        Ok(found.filter(|number| *number != u32::MAX))
+    }
+}
+
+impl AccountNumber {
+    /// The name of it, or that it has none. **May hang.**
+    ///
+    /// # Errors
+    /// The database cannot say.
+    pub fn name(self) -> Result<Option<String>, Errno> {
+        match self {
+            Self::User(uid) => User::from_uid(Uid::from_raw(uid)).map(|user| user.map(|user| user.name)),
+            Self::Group(gid) => {
+                Group::from_gid(Gid::from_raw(gid)).map(|group| group.map(|group| group.name))
+            }
+        }
+    }
+}
+
+/// What `lookup` gives, if it does by `deadline`. Blocks this thread until then.
+pub fn by<T: Send + 'static>(deadline: Instant, lookup: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let (answer, answered) = sync_channel(1);
+    hand_in(deadline, move || drop(answer.send(lookup())))?;
+    answered.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok()
+}
+
+/// What `lookup` gives, if it does by `deadline`.
+pub async fn awaited_by<T: Send + 'static>(
+    deadline: Instant,
+    lookup: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
+    let (answer, answered) = tokio::sync::oneshot::channel();
+    hand_in(deadline, move || drop(answer.send(lookup())))?;
+    tokio::time::timeout_at(deadline.into(), answered).await.ok()?.ok()
+}
+
+type Lookup = (Instant, Box<dyn FnOnce() + Send>);
+
+/// `None` where the thread has too much to do, or could not be made.
+fn hand_in(deadline: Instant, lookup: impl FnOnce() + Send + 'static) -> Option<()> {
+    static THREAD: OnceLock<Option<SyncSender<Lookup>>> = OnceLock::new();
+    let thread = THREAD.get_or_init(|| {
+        let (sender, lookups) = sync_channel::<Lookup>(QUEUE);
+        let look_up = move || {
+            for (deadline, lookup) in lookups {
+                // Nobody waits any more otherwise.
+                if Instant::now() < deadline {
+                    lookup();
+                }
+            }
+        };
+        std::thread::Builder::new().name("accounts".to_owned()).spawn(look_up).ok().map(|_thread| sender)
+    });
+    thread.as_ref()?.try_send((deadline, Box::new(lookup))).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc::channel, time::Duration};
+
+    use super::*;
+
+    #[test]
+    fn root_is_zero_and_strange_names_are_nobodys() {
+        assert_eq!(AccountName::User("root".into()).number(), Ok(Some(0)));
+        assert_eq!(AccountName::Group("root".into()).number(), Ok(Some(0)));
+        assert_eq!(AccountNumber::User(0).name(), Ok(Some("root".to_owned())));
+        for name in
+            ["", "0", "root\0x", "root:x", "ro\not", "\u{202e}root", "+", "-root", &"r".repeat(100_000)]
+        {
+            assert_eq!(AccountName::User(name.into()).number(), Ok(None), "{name:?}");
+            assert_eq!(AccountName::Group(name.into()).number(), Ok(None), "{name:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_beyond_a_deadline() {
+        let soon = || Instant::now() + Duration::from_millis(20);
+        let late = || Instant::now() + Duration::from_secs(600);
+        assert_eq!(by(late(), || 7), Some(7));
+        let (let_go, held) = channel::<()>();
+        assert_eq!(by(soon(), move || held.recv().is_err()), None, "it hangs");
+        assert_eq!(awaited_by(soon(), || 7).await, None, "the one behind it");
+        for _ in 0..QUEUE + 2 {
+            // The first few find a place, the others are told at once.
+            assert_eq!(by(soon(), || unreachable!("nobody waits for it")), None);
+        }
+        drop(let_go);
+        // It answers again, once it has left out those that nobody waits for.
+        while awaited_by(late(), || 7).await != Some(7) {
+            tokio::task::yield_now().await;
+        }
+    }
+}
