@@ -5,6 +5,7 @@
 //! The order of the end: no new connections, streams told to come back, a bounded wait, and the socket goes
 //! last.
 
+mod errands;
 mod gate;
 mod metrics;
 mod probe;
@@ -15,16 +16,17 @@ mod signals;
 mod start;
 mod watch;
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use futures_util::future::OptionFuture;
 use tokio::{sync::watch as channel, task::JoinSet};
 
+use self::{reload::InForce, serving::Serving};
 pub use self::{
     reload::Load,
     run::{run, runtime},
+    signals::{Signalled, Signals},
 };
-use self::{serving::Serving, start::AgentParts};
 use crate::{
     config::Config,
     limits::gate::lingering,
@@ -38,13 +40,8 @@ use crate::{
 
 /// A running agent.
 pub struct Running {
-    config: Config,
-    parts: AgentParts,
-    memory: channel::Sender<watch::Budget>,
-    /// What bounds a connection that is accepted from now on.
-    connections: channel::Sender<ConnectionBounds>,
-    /// The log of the process, once it is known.
-    log: Option<Log>,
+    config: Arc<Config>,
+    in_force: InForce,
     /// `true` begins the drain.
     stop: channel::Sender<bool>,
     public: Serving,
@@ -73,20 +70,21 @@ impl Running {
 
     /// Whether the agent can serve.
     pub fn health(&self) -> &Arc<HealthState> {
-        &self.parts.health
+        &self.in_force.parts.health
     }
 
     /// What it counts.
     pub fn metrics(&self) -> &Arc<Metrics> {
-        &self.parts.metrics
+        &self.in_force.parts.metrics
     }
 
     /// Lets each reload set the level of `log`, and metrics tell what it lost.
     #[must_use]
     pub fn logging(mut self, log: Log) -> Self {
-        let (lines, counter) = (log.clone(), self.parts.series.log_lines_lost.clone());
-        self.parts.metrics.before_render(move || counter.absolute(lines.lines_lost()));
-        self.log = Some(log);
+        let parts = &self.in_force.parts;
+        let (lines, counter) = (log.clone(), parts.series.log_lines_lost.clone());
+        parts.metrics.before_render(move || counter.absolute(lines.lines_lost()));
+        self.in_force.log = Some(log);
         self
     }
 
@@ -105,10 +103,16 @@ impl Running {
         }
     }
 
+    /// How long a drain may take, by what is in force.
+    fn drain_timeout(&self) -> Duration {
+        self.in_force.connections.borrow().drain_timeout
+    }
+
     /// Drains: no new connections, streams told to come back, at most `drain_timeout`.
     pub async fn shutdown(self) {
-        self.parts.health.set(Probe::Draining);
-        self.parts.writer.store().drain();
+        let parts = &self.in_force.parts;
+        parts.health.set(Probe::Draining);
+        parts.writer.store().drain();
         self.stop.send_replace(true);
         // Both at once: neither waits for the other's time to be over.
         let admin = OptionFuture::from(self.admin.map(Serving::drained));

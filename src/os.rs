@@ -5,4 +5,5 @@ pub mod clock;
 pub mod heap;
 pub mod lock;
 pub mod pidfd;
+pub mod signals;
 pub mod systemd;

@@ -52,7 +52,7 @@ pub struct Socket {
 
 /// The path of a socket that we made. Its drop removes the socket, if it is still ours, and then the lock.
 #[derive(Debug)]
-pub(super) struct BoundPath {
+pub(crate) struct BoundPath {
     path: PathBuf,
     /// Device and inode.
     made: (u64, u64),
@@ -207,7 +207,7 @@ impl Socket {
     }
 
     /// The listener, and what removes its path.
-    pub(super) fn into_parts(self) -> (UnixListener, Option<BoundPath>) {
+    pub(crate) fn into_parts(self) -> (UnixListener, Option<BoundPath>) {
         (self.listener, self.place)
     }
 }
