@@ -21,12 +21,12 @@ use std::{path::Path, sync::Arc, time::Duration};
 use futures_util::future::OptionFuture;
 use tokio::{sync::watch as channel, task::JoinSet};
 
-use self::{reload::InForce, serving::Serving};
 pub use self::{
     reload::Load,
     run::{run, runtime},
     signals::{Signalled, Signals},
 };
+use self::{serving::Serving, start::Adjustable};
 use crate::{
     config::Config,
     limits::gate::lingering,
@@ -41,7 +41,7 @@ use crate::{
 /// A running agent.
 pub struct Running {
     config: Arc<Config>,
-    in_force: InForce,
+    adjustable: Adjustable,
     /// `true` begins the drain.
     stop: channel::Sender<bool>,
     public: Serving,
@@ -70,21 +70,21 @@ impl Running {
 
     /// Whether the agent can serve.
     pub fn health(&self) -> &Arc<HealthState> {
-        &self.in_force.parts.health
+        &self.adjustable.parts.health
     }
 
     /// What it counts.
     pub fn metrics(&self) -> &Arc<Metrics> {
-        &self.in_force.parts.metrics
+        &self.adjustable.parts.metrics
     }
 
     /// Lets each reload set the level of `log`, and metrics tell what it lost.
     #[must_use]
     pub fn logging(mut self, log: Log) -> Self {
-        let parts = &self.in_force.parts;
+        let parts = &self.adjustable.parts;
         let (lines, counter) = (log.clone(), parts.series.log_lines_lost.clone());
         parts.metrics.before_render(move || counter.absolute(lines.lines_lost()));
-        self.in_force.log = Some(log);
+        self.adjustable.log = Some(log);
         self
     }
 
@@ -105,12 +105,12 @@ impl Running {
 
     /// How long a drain may take, by what is in force.
     fn drain_timeout(&self) -> Duration {
-        self.in_force.connections.borrow().drain_timeout
+        self.adjustable.connections.borrow().drain_timeout
     }
 
     /// Drains: no new connections, streams told to come back, at most `drain_timeout`.
     pub async fn shutdown(self) {
-        let parts = &self.in_force.parts;
+        let parts = &self.adjustable.parts;
         parts.health.set(Probe::Draining);
         parts.writer.store().drain();
         self.stop.send_replace(true);

@@ -2,34 +2,19 @@
 
 use std::sync::Arc;
 
-use tokio::sync::watch as channel;
-
-use super::{Running, connection_bounds, metrics::ReloadResult, start::AgentParts, watch::Budget};
+use super::{Running, connection_bounds, metrics::ReloadResult, start::Adjustable, watch::Budget};
 use crate::{
     config::{self, Changes, Config, EntryChanges},
     limits::GatePlan,
-    peer::ConnectionBounds,
-    telemetry::log::Log,
 };
 
 /// Where the configuration comes from, at start and at each reload: files, environment and command line.
 pub type Load = Box<dyn Fn() -> anyhow::Result<Config> + Send + Sync>;
 
-/// What a reload changes of a running agent. Cheap to clone; all clones are one.
-#[derive(Clone)]
-pub(super) struct InForce {
-    pub(super) parts: Arc<AgentParts>,
-    pub(super) memory: channel::Sender<Budget>,
-    /// What bounds a connection that is accepted from now on.
-    pub(super) connections: channel::Sender<ConnectionBounds>,
-    /// The log of the process, once it is known.
-    pub(super) log: Option<Log>,
-}
-
 /// A configuration that is about to be replaced. May be sent to another thread for it: that takes a moment where there
 /// are many entries.
 pub(super) struct Replacing {
-    in_force: InForce,
+    adjustable: Adjustable,
     old: Arc<Config>,
 }
 
@@ -62,7 +47,7 @@ impl Replacing {
             health: _,
             ratelimit,
         } = next;
-        let InForce { parts, memory, connections, log: lines } = &self.in_force;
+        let Adjustable { parts, memory, connections, log: lines } = &self.adjustable;
         let budget = Budget::of(next, parts.means);
         let bounds = connection_bounds(next, parts.means);
         let told = next.issuer_input();
@@ -99,13 +84,13 @@ impl Running {
 
     /// What is in force now, to be replaced.
     pub(super) fn replacing(&self) -> Replacing {
-        Replacing { in_force: self.in_force.clone(), old: Arc::clone(&self.config) }
+        Replacing { adjustable: self.adjustable.clone(), old: Arc::clone(&self.config) }
     }
 }
 
 /// Takes note of the end of a reload that a signal asked for, and says in log and metrics how it went.
 pub(super) fn finish(agent: &mut Running, done: anyhow::Result<(Config, Changes)>) -> anyhow::Result<()> {
-    let series = &agent.in_force.parts.series;
+    let series = &agent.adjustable.parts.series;
     match done {
         Ok((next, changes)) => {
             series.reloaded(ReloadResult::Ok);

@@ -11,7 +11,6 @@ use super::{
     gate::Means,
     metrics::AgentMetrics,
     probe::probe,
-    reload::InForce,
     serving::Serving,
     watch::{Budget, Watch},
 };
@@ -26,12 +25,13 @@ use crate::{
     issuer::{self, Issuer, metrics::IssuerMetrics},
     limits::{self, GatePlan, Limits},
     os::clock::Clock,
-    peer::{ConnectionMetrics, ConnectionStats, Listener, OsUid, Socket, cgroup::PodOrUid},
+    peer::{ConnectionBounds, ConnectionMetrics, ConnectionStats, Listener, OsUid, Socket, cgroup::PodOrUid},
     store::{JwtCache, StoreMetrics, Writer, X509Cache},
     telemetry::{
         HealthSettings,
         health::{HealthState, Probe},
         http::{HttpListener, Routes},
+        log::Log,
         metrics::Metrics,
     },
 };
@@ -75,6 +75,17 @@ pub(super) struct AgentParts {
     pub(super) means: Means,
     pub(super) limits: Limits,
     pub(super) gate: limits::Gate,
+}
+
+/// What a reload changes of a running agent. Cheap to clone; all clones are one.
+#[derive(Clone)]
+pub(super) struct Adjustable {
+    pub(super) parts: Arc<AgentParts>,
+    pub(super) memory: channel::Sender<Budget>,
+    /// What bounds a connection that is accepted from now on.
+    pub(super) connections: channel::Sender<ConnectionBounds>,
+    /// The log of the process, once it is known.
+    pub(super) log: Option<Log>,
 }
 
 impl AgentParts {
@@ -166,8 +177,8 @@ impl AgentParts {
 
         self.series.loaded();
         self.health.set(Probe::Healthy);
-        let in_force = InForce { parts: Arc::new(self), memory, connections, log: None };
-        Ok(Running { config: Arc::new(config), in_force, stop, public, admin, tasks })
+        let adjustable = Adjustable { parts: Arc::new(self), memory, connections, log: None };
+        Ok(Running { config: Arc::new(config), adjustable, stop, public, admin, tasks })
     }
 
     fn serve_admin(
