@@ -6,9 +6,12 @@
 //!
 //! A connection that calls often does not pay for all of it each time: its last result is kept with the peer and
 //! used for one second, and only if the process lives, is of the same user and group, and executes the same file
-//! (asked anew for every call). What could change unseen within that second is the list of supplementary groups: a
-//! process needs `CAP_SETGID` to change it, and one second is what a stream that was just opened has anyway. Where
-//! the kernel does not say whose a process is (before Linux 6.13), nothing is kept.
+//! (asked anew for every call). What could change unseen within that second is the list of supplementary groups, for
+//! which a process needs `CAP_SETGID`.
+//!
+//! The process of an open stream is attested again before it is sent anything more ([`Attestor::attest_again`]): a
+//! program that is executed, and groups that are changed, are other selectors of the same process. It is paid for by
+//! nobody, and so has places of its own, as many as calls have: neither takes the other's.
 //!
 //! # Decisions
 //! SPIRE drops the selectors of an attestor that fails and goes on with the rest, so that a passing trouble ends as
@@ -27,22 +30,19 @@ use std::{ops::Deref, path::PathBuf, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use metrics::{Counter, Histogram};
-use nix::unistd::Pid;
 use tokio::time::Instant;
 
 pub use self::error::{AttestError, AttestFault, Blame, ProcReadError};
 pub(crate) use self::settings::is_enabled;
 use self::{
     attestors::{Attestation, Evidence, Findings, WorkloadAttestor, attestors},
-    kept::Kept,
     process::{Attestable, ProcDir, Seen},
     unix::{UnixAttestor, UnixError, UnixSettings},
 };
 use crate::{
     hcl::section::Section,
     identity::{Entry, selector::Selectors},
-    limits::Admitted,
-    os::pidfd::Pidfd,
+    limits::{Admitted, Limits},
     peer::Peer,
     telemetry::registry::{By, Label as _, Registry},
 };
@@ -87,6 +87,31 @@ impl Attested {
     pub fn into_parts(self) -> (Admitted<Arc<Peer>>, Subject) {
         (self.admitted, self.subject)
     }
+
+    /// Who may be attested again for as long as its stream is open.
+    pub fn peer(&self) -> AttestedPeer {
+        AttestedPeer(Arc::clone(self.admitted.peer()))
+    }
+}
+
+/// A peer that was admitted and attested, for an open stream. Only the attestor makes one.
+#[derive(Debug)]
+pub struct AttestedPeer(Arc<Peer>);
+
+impl AttestedPeer {
+    /// Whether its process still lives, and is of the user and group that connected. To be asked right before it is
+    /// sent something.
+    ///
+    /// # Errors
+    /// [`AttestError`]: nothing may be sent to it.
+    pub fn is_alive(&self) -> Result<(), AttestError> {
+        Attestable::is_alive(&*self.0)
+    }
+
+    /// Whether its process has ended, or cannot be asked after.
+    pub fn has_exited(&self) -> bool {
+        self.0.process().has_exited()
+    }
 }
 
 /// Finds out who peers are.
@@ -95,8 +120,6 @@ pub struct Attestor {
     /// Only [`Attestor::reload`] writes.
     settings: ArcSwap<AttestSettings>,
     attestors: Attestors,
-    /// Whether [`Attestable::is_alive`] sees a change of user or group.
-    kernel_tells_owner: bool,
     metrics: AttestMetrics,
 }
 
@@ -115,7 +138,6 @@ impl Attestor {
             proc_root: PathBuf::from("/proc"),
             settings: ArcSwap::from_pointee(settings),
             attestors: Attestors::default(),
-            kernel_tells_owner: kernel_tells_owner(),
             metrics: AttestMetrics::new(Registry::new(&metrics::NoopRecorder)),
         }
     }
@@ -154,6 +176,19 @@ impl Attestor {
         }
     }
 
+    /// Attests the process of an open stream anew. It costs its caller nothing.
+    ///
+    /// # Errors
+    /// [`AttestError`]: nothing may be sent to it now. Whose doing that is says whether it may be later.
+    pub async fn attest_again(&self, peer: &AttestedPeer, limits: &Limits) -> Result<Subject, AttestError> {
+        let AttestedPeer(peer) = peer;
+        let Some(_place) = limits.place_for_update(peer.caller()) else {
+            self.metrics.failed(&AttestError::Crowded);
+            return Err(AttestError::Crowded);
+        };
+        self.subject(peer.as_ref()).await
+    }
+
     async fn subject(&self, process: &dyn Attestable) -> Result<Subject, AttestError> {
         let settings = self.settings.load_full();
         if let Some(kept) = self.kept(&settings, process)? {
@@ -164,10 +199,12 @@ impl Attestor {
         self.metrics.count(&attested);
         let Attestation { selectors, evidence, .. } = attested?;
         let subject = Subject(Arc::new(selectors));
-        if let Some(slot) = process.slot().filter(|_| self.kernel_tells_owner) {
-            let last = LastResult { settings, evidence, subject: subject.clone() };
-            let keep = subject.len() <= KEPT_SELECTORS;
-            slot.store(keep.then(|| Kept::until(at + REUSE, last)));
+        if let Some(slot) = process.slot() {
+            if subject.len() <= KEPT_SELECTORS {
+                slot.store(at + REUSE, LastResult { settings, evidence, subject: subject.clone() });
+            } else {
+                slot.clear();
+            }
         }
         Ok(subject)
     }
@@ -194,11 +231,8 @@ impl Attestor {
         settings: &Arc<AttestSettings>,
         process: &dyn Attestable,
     ) -> Result<Option<Subject>, AttestError> {
-        let Some(kept) = process.slot().and_then(|slot| slot.load::<Kept<LastResult>>()) else {
-            return Ok(None);
-        };
-        let last = kept.believed(Instant::now()).filter(|last| Arc::ptr_eq(&last.settings, settings));
-        let Some(last) = last else { return Ok(None) };
+        let last = process.slot().and_then(|slot| slot.load::<LastResult>(Instant::now()));
+        let Some(last) = last.filter(|last| Arc::ptr_eq(&last.settings, settings)) else { return Ok(None) };
         if !last.evidence.is_empty() {
             let dir = ProcDir::open(&self.proc_root, process.pid())?;
             for evidence in &last.evidence {
@@ -243,25 +277,22 @@ impl AttestMetrics {
                     self.seconds.with(*attestor, |seconds| seconds.record(*took));
                 }
             }
-            Err(error) => {
-                for attestor in AttestorName::VALUES.iter().filter(|attestor| error.concerns(**attestor)) {
-                    self.failures.with(*attestor, |by| by.with(error.fault(), |n| n.increment(1)));
-                }
-            }
+            Err(error) => self.failed(error),
         }
     }
-}
 
-/// Whether this kernel says by a pidfd whose a process is.
-fn kernel_tells_owner() -> bool {
-    Pidfd::open(Pid::this()).is_ok_and(|this| matches!(this.owner(), Ok(Some(_))))
+    fn failed(&self, error: &AttestError) {
+        for attestor in AttestorName::VALUES.iter().filter(|attestor| error.concerns(**attestor)) {
+            self.failures.with(*attestor, |by| by.with(error.fault(), |n| n.increment(1)));
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::{collections::BTreeSet, sync::Mutex};
 
-    use nix::unistd::{Gid, Uid};
+    use nix::unistd::{Gid, Pid, Uid};
 
     use super::*;
     use crate::{
@@ -309,7 +340,7 @@ mod tests {
 
     fn attestor(case: &str) -> Attestor {
         let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/proc").join(case);
-        Attestor { proc_root: root, kernel_tells_owner: true, ..Attestor::new(AttestSettings::default()) }
+        Attestor { proc_root: root, ..Attestor::new(AttestSettings::default()) }
     }
 
     /// An entry that asks for one selector.
@@ -442,7 +473,7 @@ mod tests {
         let gone = fixture(4100, (1000, 1001));
         gone.fates.lock().unwrap().push(AttestError::Gone);
         assert!(matches!(attestor.subject(&gone).await, Err(AttestError::Gone)));
-        assert!(gone.slot.load::<Kept<LastResult>>().is_none(), "and nothing is kept");
+        assert!(gone.slot.load::<LastResult>(Instant::now()).is_none(), "and nothing is kept");
 
         // What is read in place of a process that is gone may be anything; the reason is that it is gone.
         let replaced = fixture(4100, (0, 0));
@@ -468,14 +499,6 @@ mod tests {
 
         process.fates.lock().unwrap().push(AttestError::Gone);
         assert!(matches!(attestor.subject(&process).await, Err(AttestError::Gone)), "alive for every use");
-    }
-
-    #[tokio::test]
-    async fn nothing_is_kept_where_the_kernel_does_not_tell_owners() {
-        let attestor = Attestor { kernel_tells_owner: false, ..attestor("user-with-groups") };
-        let process = fixture(4100, (1000, 1001));
-        let first = attestor.subject(&process).await.unwrap();
-        assert!(!same(&first, &attestor.subject(&process).await.unwrap()));
     }
 
     #[tokio::test]

@@ -69,7 +69,7 @@ mod table;
 mod table_size;
 mod tally;
 
-pub use admission::Limits;
+pub use admission::{Limits, UpdatePlace};
 pub use admitted::Admitted;
 pub use caller::{CallerKey, Families};
 pub use gate::{ConnectionPermit, Gate, GatePlan};

@@ -15,7 +15,7 @@ use crate::{
     issuer::MintError,
     limits::{Refusal, RejectionStatus},
     peer::BodyError,
-    store::NoIdentity,
+    store::{NoIdentity, NotEntitled},
 };
 
 /// Why a Workload API call got no answer.
@@ -48,7 +48,7 @@ pub enum RequestError {
     )]
     OtherPidNamespace,
     /// The caller could not be attested.
-    #[error("workload attestation failed")]
+    #[error("workload attestation failed{}", reconnect(.0))]
     Attestation(#[source] AttestError),
     /// No JWT-SVID could be made.
     #[error("could not fetch JWT-SVID{}", refused_for(.0))]
@@ -75,6 +75,30 @@ fn refused_for(error: &MintError) -> String {
     match error {
         MintError::Request { reason, .. } => format!(": {reason}"),
         MintError::Issuer { .. } | MintError::Late => String::new(),
+    }
+}
+
+/// What the caller can do about it, where it can.
+fn reconnect(error: &AttestError) -> &'static str {
+    match error {
+        AttestError::IdentityChanged { .. } => {
+            ": the process changed its user or group after it connected: it must connect again"
+        }
+        AttestError::Gone
+        | AttestError::Unknown { .. }
+        | AttestError::OtherPidNamespace
+        | AttestError::Crowded
+        | AttestError::Status(_)
+        | AttestError::Attestor(_) => "",
+    }
+}
+
+impl From<NotEntitled> for RequestError {
+    fn from(error: NotEntitled) -> Self {
+        match error {
+            NotEntitled::NotAttested(error) => error.into(),
+            NotEntitled::NoIdentity(error) => error.into(),
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use super::{
     journal::Journal,
     proto::{workload as pb, workload_server::spiffe_workload_api_server::SpiffeWorkloadApi},
     status::RequestError,
-    updates::{Update, Updates, updates},
+    updates::{Update, UpdateQueue, Updates, updates},
 };
 use crate::{
     attest::Attestor,
@@ -28,7 +28,7 @@ use crate::{
     limits::{Limits, Method},
     os::clock::Clock,
     store::{
-        Change, Charged, JwtCache, Purpose, Store, X509Cache, authorize,
+        Change, Charged, JwtCache, Purpose, Snapshot, Store, X509Cache, authorize,
         snapshot::{AnswerKey, BundleForm},
         x509_cache::{Hold, Served},
     },
@@ -38,6 +38,7 @@ use crate::{
 #[derive(Clone)]
 pub struct WorkloadApi {
     parts: Arc<Parts>,
+    queue: Arc<UpdateQueue>,
 }
 
 /// What a call passes on its way.
@@ -61,7 +62,7 @@ pub struct Parts {
 impl WorkloadApi {
     /// Answers with these parts.
     pub fn new(parts: Parts) -> Self {
-        Self { parts: Arc::new(parts) }
+        Self { parts: Arc::new(parts), queue: Arc::default() }
     }
 
     async fn jwt_svids(
@@ -135,12 +136,8 @@ impl WorkloadApi {
 
     async fn x509_svids(&self, call: Result<Call, RequestError>) -> Result<Updates, RequestError> {
         let (charged, changes) = self.charged(call?, Purpose::Svids).await?;
-        let parts = Arc::clone(&self.parts);
-        let open = parts.journal.opened(Method::FetchX509Svid);
-        let mut state = X509Svids { hold: parts.x509.hold(&charged), parts, charged };
-        let first = state.now().await?;
-        state.charged.pay();
-        Ok(updates(state, open, changes, first))
+        let hold = self.parts.x509.hold(&charged);
+        self.opened(Method::FetchX509Svid, charged, hold, changes).await
     }
 
     async fn bundles(
@@ -151,11 +148,26 @@ impl WorkloadApi {
         let call = call?;
         let method = call.method();
         let (charged, changes) = self.charged(call, Purpose::Bundles).await?;
+        self.opened(method, charged, form, changes).await
+    }
+
+    /// A stream that begins with what there is now, and has paid for it.
+    async fn opened<C: Content>(
+        &self,
+        method: Method,
+        charged: Charged,
+        content: C,
+        changes: watch::Receiver<Change>,
+    ) -> Result<Updates, RequestError> {
         let open = self.parts.journal.opened(method);
-        let mut state = BundlesOf { parts: Arc::clone(&self.parts), charged, form };
-        let first = state.now().await?;
+        let mut state = Subscription { parts: Arc::clone(&self.parts), charged, content };
+        let first = match state.expected().await? {
+            Some(first) => first,
+            // Published while it was attested. Boxed, as few calls need the room for it.
+            None => Box::pin(state.now()).await?,
+        };
         state.charged.pay();
-        Ok(updates(state, open, changes, first))
+        Ok(updates(state, open, changes, first, Arc::clone(&self.queue)))
     }
 }
 
@@ -252,25 +264,55 @@ impl TryFrom<pb::JwtsvidRequest> for JwtQuery {
     }
 }
 
-/// An open FetchX509SVID.
-struct X509Svids {
+/// An open stream.
+struct Subscription<C> {
     parts: Arc<Parts>,
     charged: Charged,
-    /// Keeps the SVIDs it sent renewed.
-    hold: Hold,
+    content: C,
 }
 
-impl Update for X509Svids {
-    fn is_orphaned(&self) -> bool {
-        self.charged.peer().process().has_exited()
+impl<C: Content> Update for Subscription<C> {
+    async fn expected(&mut self) -> Result<Option<Encoded>, RequestError> {
+        let Self { parts, charged, content } = self;
+        let snapshot = parts.store.snapshot();
+        if !charged.is_of(&snapshot) {
+            return Ok(None);
+        }
+        content.message(parts, charged, &snapshot).await.map(Some)
     }
 
     async fn now(&mut self) -> Result<Encoded, RequestError> {
-        let Self { parts, charged, hold, .. } = self;
-        let snapshot = parts.store.snapshot();
-        charged.follow(&snapshot)?;
-        if !hold.is_of(charged) {
-            *hold = parts.x509.hold(charged);
+        let Self { parts, charged, content } = self;
+        let snapshot = charged.follow(&parts.attestor, &parts.limits, &parts.store).await?;
+        content.message(parts, charged, &snapshot).await
+    }
+
+    fn is_alive(&self) -> Result<(), RequestError> {
+        Ok(self.charged.peer().is_alive()?)
+    }
+}
+
+/// What a stream is sent.
+trait Content: Send + 'static {
+    /// The message for the entries of the call.
+    fn message(
+        &mut self,
+        parts: &Parts,
+        charged: &mut Charged,
+        snapshot: &Snapshot,
+    ) -> impl Future<Output = Result<Encoded, RequestError>> + Send;
+}
+
+/// FetchX509SVID sends SVIDs, which are renewed while they are held.
+impl Content for Hold {
+    async fn message(
+        &mut self,
+        parts: &Parts,
+        charged: &mut Charged,
+        snapshot: &Snapshot,
+    ) -> Result<Encoded, RequestError> {
+        if !self.is_of(charged) {
+            *self = parts.x509.hold(charged);
         }
         let key = AnswerKey::X509Svids(charged.entries().iter().map(|entry| entry.id.clone()).collect());
         let now = parts.clock.now();
@@ -279,33 +321,26 @@ impl Update for X509Svids {
         }
         let svids = parts.x509.fetch(charged).await.map_err(RequestError::X509Svid)?;
         let fresh = svids.iter().map(Served::fresh).reduce(|a, b| a.start.max(b.start)..a.end.min(b.end));
-        let answer = x509_svids(&snapshot, charged.entries(), &svids).into_bytes();
+        let answer = x509_svids(snapshot, charged.entries(), &svids).into_bytes();
         Ok(snapshot.answers.keep(key, answer, fresh, now).into())
     }
 }
 
-/// An open FetchX509Bundles or FetchJWTBundles.
-struct BundlesOf {
-    parts: Arc<Parts>,
-    charged: Charged,
-    form: BundleForm,
-}
-
-impl Update for BundlesOf {
-    fn is_orphaned(&self) -> bool {
-        self.charged.peer().process().has_exited()
-    }
-
-    async fn now(&mut self) -> Result<Encoded, RequestError> {
-        let snapshot = self.parts.store.snapshot();
-        self.charged.follow(&snapshot)?;
-        let federated: Vec<TrustDomain> = federated(self.charged.entries()).into_iter().cloned().collect();
-        let key = AnswerKey::Bundles(self.form, federated.clone());
-        let now = self.parts.clock.now();
+/// FetchX509Bundles and FetchJWTBundles send bundles.
+impl Content for BundleForm {
+    async fn message(
+        &mut self,
+        parts: &Parts,
+        charged: &mut Charged,
+        snapshot: &Snapshot,
+    ) -> Result<Encoded, RequestError> {
+        let federated: Vec<TrustDomain> = federated(charged.entries()).into_iter().cloned().collect();
+        let key = AnswerKey::Bundles(*self, federated.clone());
+        let now = parts.clock.now();
         if let Some(answer) = snapshot.answers.find(&key, now) {
             return Ok(answer.into());
         }
-        let answer = bundles(&snapshot, self.form, &federated).into_bytes();
+        let answer = bundles(snapshot, *self, &federated).into_bytes();
         Ok(snapshot.answers.keep(key, answer, None, now).into())
     }
 }

@@ -36,6 +36,9 @@ pub enum AttestError {
          PID namespace (in Kubernetes: hostPID: true), or in the caller's"
     )]
     OtherPidNamespace,
+    /// As many streams are having their processes attested as may at once, of this caller or of all.
+    #[error("too many open streams wait for their processes to be attested")]
+    Crowded,
     /// Who the process is could not be read.
     #[error(transparent)]
     Status(ProcReadError),
@@ -92,6 +95,7 @@ impl AttestError {
         match self {
             Self::Gone | Self::IdentityChanged { .. } => (Blame::Refusal, AttestFault::Gone),
             Self::Unknown { .. } => (Blame::Fault, AttestFault::Gone),
+            Self::Crowded => (Blame::Crowd, AttestFault::Busy),
             Self::OtherPidNamespace => (Blame::Fault, AttestFault::Namespace),
             Self::Status(error) => error.class(),
             Self::Attestor(error) => error.class(),

@@ -37,7 +37,7 @@ pub(super) trait Attestable: Sync {
     fn owner(&self) -> Owner;
     /// Whose share of the hashing it takes.
     fn caller(&self) -> CallerKey;
-    /// That it still lives, and is of the same owner where the kernel tells.
+    /// That it still lives, and is of the same owner.
     fn is_alive(&self) -> Result<(), AttestError>;
     /// Where its last result is kept, if anywhere.
     fn slot(&self) -> Option<&PeerSlot>;

@@ -44,6 +44,13 @@ impl Default for Limits {
     }
 }
 
+/// A place among the attestations that updates of streams wait for; free again when it is dropped.
+#[derive(Debug)]
+#[must_use = "the place is free again as soon as this is dropped"]
+pub struct UpdatePlace {
+    _slot: AttestationSlot,
+}
+
 impl Limits {
     /// Limits as the settings have them. `wall` is what schedules go by; buckets go by the runtime's monotonic
     /// clock, which tests can move.
@@ -101,6 +108,15 @@ impl Limits {
             ledger.charge_node(&plan, method, charge.taker, now).inspect_err(|_| charge.refund())?;
         }
         Ok(Admitted { peer, charge, slot })
+    }
+
+    /// A place for an attestation before an update of an open stream of `caller`, at once or not at all. There are as
+    /// many as for calls and they are shared in the same way, but they are others: whatever streams wait for, calls are
+    /// attested. It costs no tokens, and is no refusal: the update is only later.
+    pub fn place_for_update(&self, caller: CallerKey) -> Option<UpdatePlace> {
+        let family = self.ledger.plan().families.group(caller);
+        let slot = self.ledger.update_slots.take(family).ok()?;
+        Some(UpdatePlace { _slot: slot })
     }
 
     /// Charges an admitted call to the identities it is answered with: all of them, or none. `ids` in the order

@@ -95,6 +95,8 @@ pub(super) struct Ledger {
     /// Of each method, shared by all. Known whatever the settings say, so that what was spent stays spent.
     node: PerMethod<Mutex<SharedBucket>>,
     pub(super) slots: Arc<Slots>,
+    /// For updates of streams, as many again.
+    pub(super) update_slots: Arc<Slots>,
     refusing: Mutex<Refusing>,
     pub(super) counters: Counters,
     started: Instant,
@@ -117,6 +119,7 @@ impl Ledger {
             }),
             node: PerMethod::default(),
             slots: Arc::new(Slots::new(settings.node.attestations)),
+            update_slots: Arc::new(Slots::new(settings.node.attestations)),
             refusing: Mutex::default(),
             counters: Counters::new(registry),
             started: Instant::now(),
@@ -129,6 +132,7 @@ impl Ledger {
         self.callers().resize(settings.keys, PARENT_PARTS);
         self.identities().table.resize(settings.keys, 1);
         self.slots.resize(settings.node.attestations);
+        self.update_slots.resize(settings.node.attestations);
         self.plan.store(Arc::new(CallPlan::new(settings)));
     }
 

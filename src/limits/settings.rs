@@ -65,7 +65,7 @@ pub struct NodeSettings {
     pub quotas: PerMethod<Option<Quota>>,
     /// Refusals by these buckets are counted as `would_exceed`, and let pass.
     pub dry_run: bool,
-    /// Calls being attested at once.
+    /// Calls being attested at once, and as many updates of streams.
     pub attestations: Attestations,
 }
 

@@ -118,6 +118,7 @@ impl<P: Send> Connection<P> {
                 () = look.as_mut() => {
                     watched = true;
                     let now = Instant::now();
+                    peer.slot().forget_old(now);
                     match course.look(now) {
                         Verdict::GoesOn => {}
                         Verdict::SayFarewell => http2.as_mut().graceful_shutdown(),

@@ -3,12 +3,18 @@
 //! Trusted: `SO_PEERCRED` and `SO_PEERPIDFD`, the kernel's record of who called `connect()`. Not trusted: the PID
 //! by itself (it is reused), and that whoever writes to the socket is who connected (a child inherits it): hence
 //! [`Peer::is_alive`] before every answer. A [`Peer`] is made once, at accept, with its caller key, and lives as
-//! long as its connection; there is no map of peers anywhere. On a kernel with `SO_PEERPIDFD` (6.5) nothing under
-//! /proc is opened here; before that, the start time in `/proc/PID/stat` stands in.
+//! long as its connection; there is no map of peers anywhere. A kernel whose pidfds say whose a process is (6.13) is
+//! asked for nothing else; before that the owner of `/proc/PID` says it, which is always the effective one, and before
+//! `SO_PEERPIDFD` (6.5) the start time in `/proc/PID/stat` stands in for it.
 //!
 //! # Decisions
 //! A peer of another PID namespace (PID 0) is a [`Peer`] and not an error: spire-agent closes such a connection
 //! without a word, and the admin learns nothing; here the API can answer with what to do.
+//!
+//! A process is who it was while its *effective* user and group are those of `connect()`: they are what the kernel
+//! recorded then, what selectors are made of, and what it may do by. Its real and saved IDs are no sign: a daemon that
+//! keeps a way back to root, and a program that is setuid, have others all along. One that switches its effective IDs
+//! to and fro gets nothing while they are others', and is told to connect again.
 
 use std::{
     fs, io,
@@ -45,7 +51,17 @@ pub struct Peer {
     credentials: Credentials,
     caller: CallerKey,
     process: Process,
+    owner_from: OwnerFrom,
     slot: PeerSlot,
+}
+
+/// Where it is asked whose a process is now, if the kernel gave its pidfd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum OwnerFrom {
+    /// The pidfd, or what stands in for it where that cannot say.
+    Pidfd,
+    /// `/proc/PID`, on any kernel.
+    Proc,
 }
 
 /// How the agent holds on to the process.
@@ -212,11 +228,15 @@ impl Arrival {
             Some(process) => process,
             None => Process::of(stream, &credentials)?,
         };
-        Ok(Peer { credentials, caller, process, slot: PeerSlot::default() })
+        Ok(Peer::new(credentials, caller, process))
     }
 }
 
 impl Peer {
+    fn new(credentials: Credentials, caller: CallerKey, process: Process) -> Self {
+        Self { credentials, caller, process, owner_from: OwnerFrom::Pidfd, slot: PeerSlot::default() }
+    }
+
     /// Asks the kernel who is at the other end of `stream`, without asking a gate.
     ///
     /// # Errors
@@ -237,12 +257,22 @@ impl Peer {
         arrival.let_in(stream)
     }
 
+    /// [`Self::from_stream`] as it is on kernels whose pidfds do not say whose a process is, on any kernel: for tests
+    /// of that path.
+    ///
+    /// # Errors
+    /// As [`Self::from_stream`].
+    pub fn from_stream_by_proc(stream: &impl AsFd, keys: &dyn KeyResolver) -> Result<Self, CredentialsError> {
+        let peer = Self::from_stream(stream, keys)?;
+        Ok(Self { owner_from: OwnerFrom::Proc, ..peer })
+    }
+
     /// A peer with this user and group that the agent cannot see: what a caller of another PID namespace is.
     /// For tests.
     pub fn out_of_namespace(uid: Uid, gid: Gid) -> Self {
         let credentials = Credentials { pid: Pid::from_raw(0), uid, gid };
         let caller = CallerKey::Uid(uid.as_raw());
-        Self { credentials, caller, process: Process::OutOfNamespace, slot: PeerSlot::default() }
+        Self::new(credentials, caller, Process::OutOfNamespace)
     }
 
     /// Its PID when it connected; 0 when it is in another PID namespace. Worth something only while
@@ -278,10 +308,7 @@ impl Peer {
 
     /// Whether the process that connected still runs, as the same user and group. To be asked once per call, after
     /// everything that was read about the process: if it still lives then, all that was read was its own. A zombie
-    /// is not alive.
-    ///
-    /// A change of user or group is seen on Linux 6.13 and newer, and before 6.5; between them only /proc would
-    /// say, and the attestor, which reads it, sees.
+    /// is not alive. Takes about a microsecond, and some more before Linux 6.13.
     ///
     /// # Errors
     /// [`PeerGone`]: the call must get nothing.
@@ -291,30 +318,28 @@ impl Peer {
             Process::OutOfNamespace => return Err(PeerGone::OutOfNamespace),
             Process::PeerPidfd(pidfd) => {
                 runs(pidfd)?;
-                match pidfd.owner() {
-                    Ok(owner) => owner,
+                let told = match self.owner_from {
+                    OwnerFrom::Pidfd => pidfd.owner(),
+                    OwnerFrom::Proc => Ok(None),
+                };
+                match told {
+                    Ok(Some(owner)) => owner,
+                    Ok(None) => owner_by_proc(pid, pidfd)?,
                     Err(Errno::ESRCH) => return Err(PeerGone::Exited),
                     Err(errno) => return Err(PeerGone::Unknown { source: errno.into() }),
                 }
             }
             Process::OpenedPidfd { pidfd, start_time } => {
-                let read = (start_time_of(pid), fs::metadata(format!("/proc/{pid}")));
-                // Asked last: it lives now, so what was read before was read of it.
-                runs(pidfd)?;
-                match read {
-                    (Ok(now), Ok(_)) if now != *start_time => return Err(PeerGone::Replaced { pid }),
-                    (Ok(_), Ok(dir)) => {
-                        Some(Owner { uid: Uid::from_raw(dir.uid()), gid: Gid::from_raw(dir.gid()) })
-                    }
-                    (Err(err), _) => return Err(PeerGone::Unknown { source: io::Error::other(err) }),
-                    (Ok(_), Err(source)) => return Err(PeerGone::Unknown { source }),
+                let now = start_time_of(pid);
+                let owner = owner_by_proc(pid, pidfd)?;
+                match now {
+                    Ok(now) if now != *start_time => return Err(PeerGone::Replaced { pid }),
+                    Ok(_) => owner,
+                    Err(err) => return Err(PeerGone::Unknown { source: io::Error::other(err) }),
                 }
             }
         };
-        match owner {
-            Some(owner) if owner != (Owner { uid, gid }) => Err(PeerGone::CredentialsChanged { uid, gid }),
-            Some(_) | None => Ok(()),
-        }
+        if owner == (Owner { uid, gid }) { Ok(()) } else { Err(PeerGone::CredentialsChanged { uid, gid }) }
     }
 
     /// Waits until the process has ended; for ever when the agent cannot see it. Watching costs an epoll
@@ -394,6 +419,15 @@ fn runs(pidfd: &Pidfd) -> Result<(), PeerGone> {
         Ok(true) => Err(PeerGone::Exited),
         Err(errno) => Err(PeerGone::Unknown { source: errno.into() }),
     }
+}
+
+/// Whose the process of `pidfd` is, which has the number `pid` while it lives.
+fn owner_by_proc(pid: Pid, pidfd: &Pidfd) -> Result<Owner, PeerGone> {
+    let dir = fs::metadata(format!("/proc/{pid}"));
+    // Asked last: it lives now, so what was read before was read of it.
+    runs(pidfd)?;
+    let dir = dir.map_err(|source| PeerGone::Unknown { source })?;
+    Ok(Owner { uid: Uid::from_raw(dir.uid()), gid: Gid::from_raw(dir.gid()) })
 }
 
 fn start_time_of(pid: Pid) -> Result<u64, ProcError> {

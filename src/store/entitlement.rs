@@ -3,14 +3,16 @@
 //! The states of a call are types, each made in one place. [`authorize`] alone makes an [`Entitled`], of nothing but
 //! an [`Attested`]; [`Entitled::charge`] alone makes a [`Charged`]; and the caches of SVIDs take nothing but a
 //! [`Charged`]. So no SVID is made for a caller that was not admitted, attested, entitled and charged, in this order.
+//! That of an open stream lives on, and takes other entries only from another attestation of the same process
+//! ([`Charged::follow`]). What was attested is not kept: a process may have thousands of selectors.
 
 use std::sync::Arc;
 
 use futures_util::future::join_all;
 
-use super::Snapshot;
+use super::{Snapshot, snapshot::Store};
 use crate::{
-    attest::{Attested, Subject},
+    attest::{AttestError, Attested, AttestedPeer, Attestor, Subject},
     identity::{Entry, Selector, SpiffeId},
     limits::{Admitted, Limits, Refusal},
     peer::Peer,
@@ -34,9 +36,17 @@ pub enum Purpose {
 #[derive(Debug)]
 pub struct Entitled {
     admitted: Admitted<Arc<Peer>>,
-    subject: Subject,
+    peer: AttestedPeer,
     purpose: Purpose,
+    grant: Grant,
+}
+
+/// What a snapshot entitles a caller to.
+#[derive(Debug)]
+struct Grant {
     entries: Vec<Arc<Entry>>,
+    /// Of the snapshot.
+    entitled_since: u64,
 }
 
 /// A call whose entries were charged: the only key to an SVID.
@@ -44,10 +54,9 @@ pub struct Entitled {
 /// It holds the caller's tokens until [`Charged::pay`] or until it is dropped, whichever is first.
 #[derive(Debug)]
 pub struct Charged {
-    peer: Arc<Peer>,
-    subject: Subject,
+    peer: AttestedPeer,
     purpose: Purpose,
-    entries: Vec<Arc<Entry>>,
+    grant: Grant,
     /// Until it has paid.
     admitted: Option<Admitted<Arc<Peer>>>,
 }
@@ -63,10 +72,11 @@ pub fn authorize(
     purpose: Purpose,
     wanted: Option<&SpiffeId>,
 ) -> Result<Entitled, NoIdentity> {
+    let peer = attested.peer();
     let (mut admitted, subject) = attested.into_parts();
-    let entries = entries_of(snapshot, &subject, purpose, wanted)
+    let grant = Grant::of(snapshot, &subject, purpose, wanted)
         .inspect_err(|NoIdentity| admitted.attestation_failed())?;
-    Ok(Entitled { admitted, subject, purpose, entries })
+    Ok(Entitled { admitted, peer, purpose, grant })
 }
 
 impl Entitled {
@@ -75,23 +85,23 @@ impl Entitled {
     /// # Errors
     /// [`Refusal`]; the caller's own tokens are given back then.
     pub fn charge(mut self, limits: &Limits) -> Result<Charged, Refusal> {
-        limits.admit_identities(&mut self.admitted, self.entries.iter().map(|entry| &entry.spiffe_id))?;
-        let Self { admitted, subject, purpose, entries } = self;
-        let peer = Arc::clone(admitted.peer());
-        Ok(Charged { peer, subject, purpose, entries, admitted: Some(admitted) })
+        limits
+            .admit_identities(&mut self.admitted, self.grant.entries.iter().map(|entry| &entry.spiffe_id))?;
+        let Self { admitted, peer, purpose, grant } = self;
+        Ok(Charged { peer, purpose, grant, admitted: Some(admitted) })
     }
 }
 
 impl Charged {
     /// The caller.
-    pub fn peer(&self) -> &Arc<Peer> {
+    pub fn peer(&self) -> &AttestedPeer {
         &self.peer
     }
 
     /// What `of` gives for each entry, in their order, side by side. Most calls have one entry: for these no list of
     /// futures is made.
     pub(super) async fn each<'a, F: Future>(&'a self, of: impl Fn(&'a Arc<Entry>) -> F) -> Vec<F::Output> {
-        match self.entries.as_slice() {
+        match self.grant.entries.as_slice() {
             [entry] => vec![of(entry).await],
             entries => join_all(entries.iter().map(of)).await,
         }
@@ -99,7 +109,7 @@ impl Charged {
 
     /// The entries, the default identity first. Empty only for [`Purpose::Bundles`].
     pub fn entries(&self) -> &[Arc<Entry>] {
-        &self.entries
+        &self.grant.entries
     }
 
     /// Ends the charge. A stream does so with its first message: it is charged when it opens, and not for its updates.
@@ -110,31 +120,64 @@ impl Charged {
     /// Says for each entry whether something was signed for it, which costs more.
     pub(super) fn signed(&mut self, which: impl Iterator<Item = bool>) {
         let Some(admitted) = &mut self.admitted else { return };
-        for (entry, _) in self.entries.iter().zip(which).filter(|(_, signed)| *signed) {
+        for (entry, _) in self.grant.entries.iter().zip(which).filter(|(_, signed)| *signed) {
             admitted.signed(&entry.spiffe_id);
         }
     }
 
-    /// Takes the entries that match the same subject in a newer snapshot.
+    /// Whether the entries are those that `snapshot` has for the process if it is what it was when they were found.
+    pub fn is_of(&self, snapshot: &Snapshot) -> bool {
+        self.grant.entitled_since == snapshot.entitled_since
+    }
+
+    /// Attests the process of an open stream anew, and takes the entries that match what it is now in the newest
+    /// snapshot, which is returned. A failure leaves those that were there.
     ///
     /// # Errors
-    /// [`NoIdentity`] when there are none any more.
-    pub fn follow(&mut self, snapshot: &Snapshot) -> Result<(), NoIdentity> {
-        self.entries = entries_of(snapshot, &self.subject, self.purpose, None)?;
-        Ok(())
+    /// [`NotEntitled`]: nothing may be sent to it now.
+    pub async fn follow(
+        &mut self,
+        attestor: &Attestor,
+        limits: &Limits,
+        store: &Store,
+    ) -> Result<Arc<Snapshot>, NotEntitled> {
+        let subject = attestor.attest_again(&self.peer, limits).await?;
+        let snapshot = store.snapshot();
+        self.grant = Grant::of(&snapshot, &subject, self.purpose, None)?;
+        Ok(snapshot)
     }
 }
 
-fn entries_of(
-    snapshot: &Snapshot,
-    subject: &Subject,
-    purpose: Purpose,
-    wanted: Option<&SpiffeId>,
-) -> Result<Vec<Arc<Entry>>, NoIdentity> {
-    let entries: Vec<_> = snapshot.index.matching(subject, wanted).into_iter().map(Arc::clone).collect();
-    if !entries.is_empty() || purpose == Purpose::Bundles && snapshot.policy.allow_unauthenticated_verifiers {
-        return Ok(entries);
+/// Why an open stream may not be sent anything now.
+#[derive(Debug, thiserror::Error)]
+pub enum NotEntitled {
+    /// It cannot be told what its process is.
+    #[error(transparent)]
+    NotAttested(#[from] AttestError),
+    /// No entry matches any more.
+    #[error(transparent)]
+    NoIdentity(#[from] NoIdentity),
+}
+
+impl Grant {
+    fn of(
+        snapshot: &Snapshot,
+        subject: &Subject,
+        purpose: Purpose,
+        wanted: Option<&SpiffeId>,
+    ) -> Result<Self, NoIdentity> {
+        let entries = snapshot.index.matching(subject, wanted).into_iter().map(Arc::clone).collect();
+        let grant = Self { entries, entitled_since: snapshot.entitled_since };
+        let verifies = purpose == Purpose::Bundles && snapshot.policy.allow_unauthenticated_verifiers;
+        if !grant.entries.is_empty() || verifies {
+            return Ok(grant);
+        }
+        log_no_identity(snapshot, subject);
+        Err(NoIdentity)
     }
+}
+
+fn log_no_identity(snapshot: &Snapshot, subject: &Subject) {
     if tracing::enabled!(tracing::Level::DEBUG) {
         // Selectors tell much about a workload: those only that the admin chose.
         let chosen = |selector: &&Selector| {
@@ -147,5 +190,4 @@ fn entries_of(
         let selectors: Vec<&Selector> = subject.iter().filter(chosen).collect();
         tracing::debug!(?selectors, "no identity issued");
     }
-    Err(NoIdentity)
 }

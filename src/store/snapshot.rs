@@ -22,6 +22,9 @@ use crate::{
 pub struct Snapshot {
     /// Grows by one with each snapshot.
     pub generation: u64,
+    /// The generation since which the entries and the policy are these: a process with the same selectors has had the
+    /// same entries since then.
+    pub entitled_since: u64,
     pub index: Arc<EntryIndex>,
     /// Who is verified with what.
     pub bundles: Bundles,
@@ -34,7 +37,14 @@ pub struct Snapshot {
 impl Snapshot {
     fn new(generation: u64, world: &World, policy: Arc<Policy>) -> Self {
         let (index, bundles) = (Arc::clone(&world.index), world.bundles.clone());
-        Self { generation, index, bundles, policy, answers: Answers::default() }
+        Self { generation, entitled_since: generation, index, bundles, policy, answers: Answers::default() }
+    }
+
+    /// The one that follows.
+    fn next(&self, world: &World, policy: Arc<Policy>) -> Self {
+        let next = Self::new(self.generation + 1, world, policy);
+        let same = Arc::ptr_eq(&self.index, &next.index) && Arc::ptr_eq(&self.policy, &next.policy);
+        Self { entitled_since: if same { self.entitled_since } else { next.generation }, ..next }
     }
 }
 
@@ -145,8 +155,8 @@ impl Store {
     /// Makes `world` and `policy` the present, and returns that. Only [`super::Writer`] calls this, one call at a time,
     /// hence no compare-and-swap loop.
     pub(super) fn publish(&self, world: &World, policy: Arc<Policy>) -> Arc<Snapshot> {
-        let generation = self.current.load().generation + 1;
-        let snapshot = Arc::new(Snapshot::new(generation, world, policy));
+        let snapshot = Arc::new(self.current.load().next(world, policy));
+        let generation = snapshot.generation;
         // Store before notify: a stream that wakes finds it.
         self.current.store(Arc::clone(&snapshot));
         self.changed.send_if_modified(|change| match change {

@@ -138,6 +138,11 @@ impl Agent {
         }
     }
 
+    /// The most memory that it had, in KiB.
+    pub(crate) fn most_memory(&self) -> u64 {
+        self.process.memory("VmHWM")
+    }
+
     /// Open descriptors of the agent.
     pub(crate) fn descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.process.pid())).unwrap().count()

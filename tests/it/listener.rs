@@ -26,7 +26,7 @@ use durward::{
     limits::{CallerKey, ConnectionRefusal},
     peer::{
         AcceptGate, Arrival, BindError, ConnectionBounds, ConnectionEnd, ConnectionStats, Drained, Listener,
-        OsUid, Peer, PeerGone, RequestBody, Socket, credentials::Process,
+        OsUid, Peer, PeerGone, RequestBody, Socket,
     },
 };
 use http_body_util::{BodyExt as _, Full};
@@ -548,6 +548,13 @@ fn part() {
             println!("done");
             wait();
         }
+        // Becomes somebody else before it connects, and may not be dumped from then on.
+        "settled" => {
+            nix::unistd::setresgid(65534.into(), 65534.into(), 65534.into()).unwrap();
+            nix::unistd::setresuid(65534.into(), 65534.into(), 65534.into()).unwrap();
+            let _stream = StdStream::connect(path).unwrap();
+            wait();
+        }
         "few descriptors" => {
             nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, 40, 40).unwrap();
             let runtime = tokio::runtime::Builder::new_current_thread()
@@ -561,14 +568,16 @@ fn part() {
     }
 }
 
+/// How a peer is made, on any kernel.
+const WAYS: [(&str, fn(&StdStream) -> Peer); 3] = [
+    ("as this kernel can", |stream| Peer::from_stream(stream, &OsUid).unwrap()),
+    ("as before Linux 6.13", |stream| Peer::from_stream_by_proc(stream, &OsUid).unwrap()),
+    ("as before Linux 6.5", |stream| Peer::from_stream_by_pid(stream, &OsUid).unwrap()),
+];
+
 #[tokio::test]
 async fn a_child_that_inherits_the_socket_is_not_its_parent() {
-    type Made = fn(&StdStream) -> Peer;
-    let ways: [(&str, Made); 2] = [
-        ("as this kernel can", |stream| Peer::from_stream(stream, &OsUid).unwrap()),
-        ("as before Linux 6.5", |stream| Peer::from_stream_by_pid(stream, &OsUid).unwrap()),
-    ];
-    for (case, made) in ways {
+    for (case, made) in WAYS {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
         let listener = StdListener::bind(&path).unwrap();
@@ -610,32 +619,47 @@ fn a_process_that_changes_its_user_is_not_alive() {
         // Only root can become somebody else.
         return;
     }
-    for (case, by_pid) in [("as this kernel can", false), ("as before Linux 6.5", true)] {
+    for (case, made) in WAYS {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
         let listener = StdListener::bind(&path).unwrap();
         let mut turncoat = play("turncoat", &path);
         let (stream, _) = listener.accept().unwrap();
-        let peer = if by_pid {
-            Peer::from_stream_by_pid(&stream, &OsUid).unwrap()
-        } else {
-            Peer::from_stream(&stream, &OsUid).unwrap()
-        };
+        let peer = made(&stream);
         peer.is_alive().unwrap();
-        let sees = match peer.process() {
-            Process::PeerPidfd(pidfd) => pidfd.owner().unwrap().is_some(),
-            Process::OpenedPidfd { .. } => true,
-            Process::OutOfNamespace => panic!("{case}"),
-        };
         let mut tell = turncoat.stdin.take().unwrap();
         tell.write_all(b"x").unwrap();
         let mut changed = false;
-        while sees && !changed {
+        while !changed {
             changed = matches!(peer.is_alive(), Err(PeerGone::CredentialsChanged { .. }));
             assert_eq!(turncoat.try_wait().unwrap(), None, "{case}");
         }
         tell.write_all(b"x").unwrap();
         turncoat.wait().unwrap();
+    }
+}
+
+/// A daemon that started as root: much of what /proc has of it is root's.
+#[test]
+fn a_process_that_became_somebody_else_before_it_connected_is_alive() {
+    if !nix::unistd::geteuid().is_root() {
+        // Only root can become somebody else.
+        return;
+    }
+    for (case, made) in WAYS {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        let listener = StdListener::bind(&path).unwrap();
+        for (of, mode) in [(dir.path(), 0o755), (path.as_path(), 0o777)] {
+            std::fs::set_permissions(of, std::fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let mut settled = play("settled", &path);
+        let (stream, _) = listener.accept().unwrap();
+        let peer = made(&stream);
+        assert_eq!((peer.uid(), peer.gid()), (65534.into(), 65534.into()), "{case}");
+        peer.is_alive().unwrap_or_else(|gone| panic!("{case}: {gone}"));
+        settled.stdin.take().unwrap().write_all(b"x").unwrap();
+        settled.wait().unwrap();
     }
 }
 

@@ -28,6 +28,7 @@ mod refused;
 mod reload;
 mod rotation;
 mod stepped;
+mod streams;
 mod support;
 mod systemd;
 mod tidy;
