@@ -112,6 +112,11 @@ impl AttestedPeer {
     pub fn has_exited(&self) -> bool {
         self.0.process().has_exited()
     }
+
+    /// Who connected, for the log.
+    pub fn connected(&self) -> &Peer {
+        &self.0
+    }
 }
 
 /// Finds out who peers are.

@@ -72,6 +72,7 @@ pub(super) struct AgentParts {
     pub(super) x509: Arc<X509Cache>,
     pub(super) jwt: Arc<JwtCache>,
     pub(super) attestor: Arc<Attestor>,
+    journal: Arc<Journal>,
     pub(super) means: Means,
     pub(super) limits: Limits,
     pub(super) gate: limits::Gate,
@@ -115,6 +116,7 @@ impl AgentParts {
         let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
         attestor.prepare_for(&config.entries);
 
+        let journal = Arc::new(Journal::new(metrics.registry()));
         let means = Means::of_this_process(http_listeners(config));
         let budget = config.ratelimit.memory.budget(means.cgroup);
         let gate_plan = GatePlan::new(&config.ratelimit, means.nofile, budget)?;
@@ -130,6 +132,7 @@ impl AgentParts {
             x509,
             jwt: Arc::new(jwt),
             attestor,
+            journal,
             means,
             limits,
             gate,
@@ -207,7 +210,7 @@ impl AgentParts {
             store: Arc::clone(self.writer.store()),
             x509: Arc::clone(&self.x509),
             jwt: Arc::clone(&self.jwt),
-            journal: Arc::new(Journal::new(self.metrics.registry())),
+            journal: Arc::clone(&self.journal),
             clock: self.clock,
         });
         Services::new(workload, Arc::clone(&self.health), self.limits.clone())
@@ -243,6 +246,7 @@ impl AgentParts {
             evicted,
             x509: Arc::clone(&self.x509),
             jwt: Arc::clone(&self.jwt),
+            journal: Arc::clone(&self.journal),
         };
         tasks.spawn(watch.run());
         tasks.spawn(probe(Arc::clone(&self.health), Arc::clone(&self.issuer)));
