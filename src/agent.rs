@@ -19,7 +19,7 @@ mod watch;
 use std::{path::Path, sync::Arc, time::Duration};
 
 use futures_util::future::OptionFuture;
-use tokio::{sync::watch as channel, task::JoinSet};
+use tokio::{sync::watch as channel, task::JoinSet, time::timeout};
 
 pub use self::{
     reload::Load,
@@ -37,6 +37,9 @@ use crate::{
         metrics::Metrics,
     },
 };
+
+/// How much longer than its time a drain may take, until it is taken for one that hangs.
+const DRAIN_GRACE: Duration = Duration::from_millis(500);
 
 /// A running agent.
 pub struct Running {
@@ -103,13 +106,16 @@ impl Running {
         }
     }
 
-    /// How long a drain may take, by what is in force.
-    fn drain_timeout(&self) -> Duration {
-        self.adjustable.connections.borrow().drain_timeout
+    /// Drains: no new connections, streams told to come back, at most `drain_timeout`, and half a second more where no
+    /// thread is there to do it.
+    pub async fn shutdown(self) {
+        let most = self.adjustable.connections.borrow().drain_timeout.saturating_add(DRAIN_GRACE);
+        if timeout(most, self.drain()).await.is_err() {
+            tracing::error!("the drain takes longer than its time: ending without waiting");
+        }
     }
 
-    /// Drains: no new connections, streams told to come back, at most `drain_timeout`.
-    pub async fn shutdown(self) {
+    async fn drain(self) {
         let parts = &self.adjustable.parts;
         parts.health.set(Probe::Draining);
         parts.writer.store().drain();

@@ -16,7 +16,6 @@ use tokio::{
     runtime::{Builder, Handle, Runtime},
     sync::oneshot,
     task::JoinSet,
-    time::timeout,
 };
 
 use super::{
@@ -41,8 +40,6 @@ const THREADS_WITHIN: Duration = Duration::from_secs(10);
 /// A thread that is there stays: when it is needed again there may be none to be had.
 const FOR_EVER: Duration = Duration::from_secs(10 * 365 * 86_400);
 
-/// How much longer than its time a drain may take, until it is taken for one that hangs.
-const DRAIN_GRACE: Duration = Duration::from_millis(500);
 /// How long threads that serve may take to end. What one still does (hashing a file) is not worth waiting for.
 const THREADS_END_WITHIN: Duration = Duration::from_millis(100);
 /// How long the last lines of the log are waited for.
@@ -218,15 +215,11 @@ impl Control<'_> {
         }));
     }
 
-    /// Drains, for no longer than that takes where there is a thread for it.
     async fn drain(&self, agent: Running, signals: &mut Signals, signal: &str) {
         tracing::info!(signal, "draining");
         self.manager.stopping("draining");
-        let most = agent.drain_timeout().saturating_add(DRAIN_GRACE);
         tokio::select! {
-            drained = timeout(most, agent.shutdown()) => if drained.is_err() {
-                tracing::error!("the drain takes longer than its time: ending without waiting");
-            },
+            () = agent.shutdown() => {}
             _ = signals.stop() => tracing::warn!("told twice: ending without waiting"),
         }
     }
@@ -241,5 +234,73 @@ async fn done(reloading: &mut Option<Reloading>) -> anyhow::Result<(Config, Chan
     match reloading {
         Some(reloading) => reloading.await.context("the reload ended early")?,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::{config::ExpandEnv, telemetry::health::Probe};
+
+    /// An agent, all of whose threads that serve callers are blocked: what it is controlled by goes on, and says so.
+    #[test]
+    fn an_agent_whose_threads_are_blocked_is_not_live_and_ends_when_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let (at, path) = (dir.path().display(), dir.path().join("agent.conf"));
+        let text = format!(
+            "agent {{ trust_domain = \"example.org\" data_dir = \"{at}/data\" socket_path = \"{at}/api.sock\"\n\
+             listener {{ drain_timeout = \"0s\" }} }}\nissuer \"embedded\" {{ }}\n\
+             health_checks {{ socket_path = \"{at}/health.sock\" }}\n"
+        );
+        std::fs::write(&path, text).unwrap();
+        let config = Config::load(&path, ExpandEnv::No).unwrap();
+
+        let serving = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let control = Builder::new_current_thread().enable_all().build().unwrap();
+        let blocked = Arc::new(Mutex::new(()));
+        let held = blocked.lock().unwrap();
+        control.block_on(async {
+            let within = serving.enter();
+            let agent = Running::start_apart(config, None, Clock::SYSTEM, &Handle::current()).unwrap();
+            drop(within);
+            let (tell, told) = mpsc::channel();
+            for _ in 0..2 {
+                let (blocked, tell) = (Arc::clone(&blocked), tell.clone());
+                drop(serving.spawn(async move {
+                    tell.send(()).unwrap();
+                    drop(blocked.lock());
+                }));
+            }
+            told.recv().unwrap();
+            told.recv().unwrap();
+            let health = Arc::clone(agent.health());
+            let feeling = tokio::spawn(feel_pulse(Arc::clone(&health), serving.handle().clone()));
+            assert_eq!((health.get(), health.live()), (Probe::Healthy, true));
+            let socket = dir.path().join("health.sock");
+            let asked = async {
+                loop {
+                    if ask(&socket).await.starts_with("HTTP/1.1 500") {
+                        break;
+                    }
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(60), asked).await.expect("/live says so");
+            agent.shutdown().await;
+            feeling.abort();
+        });
+        serving.shutdown_background();
+        drop(held);
+    }
+
+    async fn ask(socket: &std::path::Path) -> String {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let mut stream = tokio::net::UnixStream::connect(socket).await.unwrap();
+        stream.write_all(b"GET /live HTTP/1.1\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
     }
 }

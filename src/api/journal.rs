@@ -121,20 +121,20 @@ impl Journal {
         match error {
             RequestError::OtherPidNamespace => {
                 self.complain(by, Complaint::NotAttested(AttestFault::Namespace), |line| {
-                    let Line { caller, pid, reason, times } = line;
+                    let AboutCaller { caller, pid, reason, times } = line;
                     tracing::warn!(method = rpc, caller, pid, reason, %error, times, "{NOT_ATTESTED}");
                 });
             }
             RequestError::Attestation(cause) => match cause.blame() {
                 Blame::Fault => self.complain(by, Complaint::NotAttested(cause.fault()), |line| {
-                    let Line { caller, pid, reason, times } = line;
+                    let AboutCaller { caller, pid, reason, times } = line;
                     let error = chain(cause);
                     tracing::warn!(method = rpc, caller, pid, reason, error, times, "{NOT_ATTESTED}");
                 }),
                 // That a process ends right after it has asked is nothing to tell anybody.
                 Blame::Refusal if !matches!(cause, AttestError::Gone) => {
                     self.complain(by, Complaint::NotAttested(cause.fault()), |line| {
-                        let Line { caller, pid, reason, times } = line;
+                        let AboutCaller { caller, pid, reason, times } = line;
                         let error = chain(cause);
                         tracing::info!(method = rpc, caller, pid, reason, error, times, "{NOT_ATTESTED}");
                     });
@@ -145,7 +145,7 @@ impl Journal {
             },
             RequestError::JwtSvid(cause) | RequestError::X509Svid(cause) => {
                 self.complain(by, Complaint::NoSvid, |line| {
-                    let Line { caller, pid, reason, times } = line;
+                    let AboutCaller { caller, pid, reason, times } = line;
                     let error = chain(cause);
                     tracing::warn!(method = rpc, caller, pid, reason, error, times, "could not make an SVID");
                 });
@@ -158,12 +158,12 @@ impl Journal {
     }
 
     /// Writes a line, unless there was one of this caller for this reason in the last minute.
-    fn complain(&self, by: Option<Whom>, what: Complaint, write: impl FnOnce(Line)) {
+    fn complain(&self, by: Option<Whom>, what: Complaint, write: impl FnOnce(AboutCaller)) {
         // Of a call without a peer nothing is attested and nothing made.
         let Some(Whom { caller, pid }) = by else { return };
         if let Some(times) = self.complaints.note(caller, what, Instant::now()) {
             let times = Some(times).filter(|times| times.get() > 1);
-            write(Line { caller: caller.to_string(), pid, reason: what.text(), times });
+            write(AboutCaller { caller: caller.to_string(), pid, reason: what.text(), times });
         }
     }
 
@@ -189,7 +189,7 @@ impl Journal {
 }
 
 /// What is the same in every line about a caller.
-struct Line {
+struct AboutCaller {
     caller: String,
     pid: i32,
     reason: &'static str,
@@ -219,7 +219,7 @@ impl OpenCall {
             other => (chain(other), Complaint::NoUpdate),
         };
         self.journal.complain(self.by, what, |line| {
-            let Line { caller, pid, reason, times } = line;
+            let AboutCaller { caller, pid, reason, times } = line;
             tracing::warn!(caller, pid, reason, error = cause, times, "{TEXT}");
         });
     }

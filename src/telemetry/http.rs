@@ -315,7 +315,9 @@ impl Visitor {
             let answer = self.attempt(Interest::READABLE, || {
                 let mut sent = [0; MOST_HEAD];
                 let length = self.receive(&mut sent, MsgFlags::MSG_PEEK)?;
-                routes.answer(sent.get(..length).unwrap_or_default()).ok_or(io::ErrorKind::WouldBlock.into())
+                routes
+                    .answer(sent.get(..length).unwrap_or_default())
+                    .ok_or_else(|| io::ErrorKind::WouldBlock.into())
             });
             match answer {
                 // What is not complete by now never will be.

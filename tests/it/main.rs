@@ -22,6 +22,7 @@ mod limits;
 mod listener;
 mod metrics;
 mod mtls;
+mod operators;
 mod process;
 mod ratelimit_config;
 mod refused;
