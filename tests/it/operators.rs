@@ -66,7 +66,8 @@ fn log(dir: &Path) -> String {
     fs::read_to_string(dir.join("log")).unwrap()
 }
 
-/// One user holds a thousand connections, silent, or with a request that is not whole; each probe is answered.
+/// One user holds a thousand connections, silent, or with a request that is not whole, and opens others in their
+/// place all the time. Each probe is answered, and none is thrown out for who came after it.
 #[test]
 fn a_thousand_connections_of_one_user_keep_no_probe_from_its_answer() {
     const HELD: usize = 1_000;
@@ -95,7 +96,13 @@ fn a_thousand_connections_of_one_user_keep_no_probe_from_its_answer() {
             open.push(stream);
         }
         for nth in 0..50 {
-            let said = probe(port);
+            let probe = TcpStream::connect(("127.0.0.1", port)).unwrap();
+            probe.set_read_timeout(Some(PATIENCE)).unwrap();
+            for _ in 0..32 {
+                drop(open.remove(0));
+                open.push(TcpStream::connect(("127.0.0.1", port)).unwrap());
+            }
+            let said = answer(probe);
             assert!(said.starts_with("HTTP/1.1 200"), "{case}, probe {nth}: {said}");
         }
     }
@@ -129,15 +136,16 @@ async fn signals_in_the_first_moments_end_no_agent() {
     let config = dir.path().join("agent.conf");
     let text = fs::read_to_string(&config).unwrap();
     fs::write(&config, text.replace("log_level = \"warn\"", "log_level = \"info\"")).unwrap();
-    for round in 0..40_u64 {
+    for _ in 0..40 {
         let mut agent = Process::spawn(dir.path());
-        // Not before it is this program: until then the disposition is its parent's.
-        wait_for("it is executed", || {
-            let of = |what: &str| fs::read_link(format!("/proc/{}/{what}", agent.pid())).ok();
-            of("exe").is_some_and(|exe| exe.ends_with("durward"))
+        // Not while it is still another program, or the dynamic linker runs: its own first instructions.
+        wait_for("SIGHUP does not end it", || {
+            let status = fs::read_to_string(format!("/proc/{}/status", agent.pid())).unwrap_or_default();
+            ["SigBlk:", "SigCgt:"].iter().any(|field| {
+                let set = status.lines().find_map(|line| line.strip_prefix(field)).unwrap_or("0");
+                u64::from_str_radix(set.trim(), 16).unwrap() & 1 == 1
+            })
         });
-        // The dynamic linker runs first.
-        thread::sleep(Duration::from_millis(20 + round));
         for signal in [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2] {
             agent.signal(signal);
         }
@@ -152,6 +160,12 @@ async fn signals_in_the_first_moments_end_no_agent() {
 
 /// A process that is killed when dropped.
 struct Killed(Child);
+
+impl Killed {
+    fn signal(&self, signal: Signal) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.0.id().cast_signed()), signal).unwrap();
+    }
+}
 
 impl Drop for Killed {
     fn drop(&mut self) {
@@ -170,14 +184,13 @@ fn quickstart_reads_its_files_again_on_sighup() {
     command.args(["quickstart", "--dir"]).arg(&place);
     command.env_remove("KUBERNETES_SERVICE_HOST").stdin(Stdio::null()).stdout(out).stderr(Stdio::null());
     let mut agent = Killed(command.spawn().unwrap());
-    let pid = nix::unistd::Pid::from_raw(agent.0.id().cast_signed());
     let says = |text: &str| fs::read_to_string(&said).unwrap().contains(text);
     wait_for("it serves", || says("Serving."));
     for signal in [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGHUP] {
-        nix::sys::signal::kill(pid, signal).unwrap();
+        agent.signal(signal);
     }
     wait_for("it reads its files", || says("Read again."));
-    nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
+    agent.signal(Signal::SIGTERM);
     assert!(agent.0.wait().unwrap().success());
 }
 
@@ -214,51 +227,116 @@ async fn a_pipe_that_nobody_reads_is_a_log_like_any_other() {
     }
 }
 
-/// The user database does not answer while the configuration is read again: signals are answered, and probes.
+/// A user database in which everybody has UID 7, and which answers nobody as long as a file is there.
+struct SlowUsers {
+    dir: tempfile::TempDir,
+    /// Of the health checks.
+    port: u16,
+}
+
+impl SlowUsers {
+    /// `None` where there is no C compiler.
+    fn build() -> Option<Self> {
+        const SOURCE: &str = "#include <fcntl.h>\n#include <pwd.h>\n#include <stdlib.h>\n#include <unistd.h>\n\
+            int getpwnam_r(const char *n, struct passwd *p, char *b, size_t l, struct passwd **r) {\n\
+            close(open(getenv(\"ASKED\"), O_CREAT | O_WRONLY, 0600));\n\
+            while (!access(getenv(\"HELD\"), F_OK)) usleep(10000);\n\
+            *b = 0; p->pw_name = p->pw_passwd = p->pw_gecos = p->pw_dir = p->pw_shell = b;\n\
+            p->pw_uid = p->pw_gid = 7; *r = p; return 0; }\n";
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().join("slow.c");
+        fs::write(&source, SOURCE).unwrap();
+        let mut compiler = Command::new("cc");
+        compiler.args(["-shared", "-fPIC", "-o"]).args([&dir.path().join("slow.so"), &source]);
+        let built = compiler.status().is_ok_and(|status| status.success());
+        if !built {
+            println!("there is no C compiler: not tried");
+        }
+        built.then(|| Self { dir, port: port() })
+    }
+
+    /// An agent with this database.
+    fn agent(&self) -> Killed {
+        let at = |name: &str| self.dir.path().join(name);
+        let log = fs::File::options().create(true).append(true).open(at("log")).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_durward"));
+        command.args(["run", "--config"]).arg(at("agent.conf")).env_remove("KUBERNETES_SERVICE_HOST");
+        command.env("LD_PRELOAD", at("slow.so")).env("HELD", at("held")).env("ASKED", at("asked"));
+        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        Killed(command.spawn().unwrap())
+    }
+
+    fn hold(&self) {
+        fs::write(self.dir.path().join("held"), "").unwrap();
+    }
+
+    fn release(&self) {
+        fs::remove_file(self.dir.path().join("held")).unwrap();
+    }
+
+    /// Waits until it is asked, and does not answer.
+    fn asked(&self) {
+        wait_for("the database is asked", || self.dir.path().join("asked").exists());
+    }
+
+    /// Writes a configuration in which `who`, a caller, has limits of its own.
+    fn configure(&self, who: &str) {
+        let blocks = format!(
+            "health_checks {{ listener_enabled = true bind_address = \"127.0.0.1\" bind_port = {} }}\n\
+             ratelimit {{ caller {{ override \"{who}\" {{ rate = 10 burst = 20 }} }} }}\n",
+            self.port
+        );
+        write_config(self.dir.path(), &blocks);
+    }
+
+    fn live(&self) -> bool {
+        probe(self.port).starts_with("HTTP/1.1 200")
+    }
+}
+
+#[test]
+fn a_start_that_waits_takes_signals() {
+    let Some(users) = SlowUsers::build() else { return };
+    users.configure("user:root");
+    users.hold();
+    let mut agent = users.agent();
+    users.asked();
+    for signal in [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2] {
+        agent.signal(signal);
+    }
+    agent.signal(Signal::SIGTERM);
+    wait_for("it ends", || agent.0.try_wait().unwrap().is_some());
+    assert!(agent.0.wait().unwrap().success(), "it was told to");
+
+    // And one that is not told to end starts as soon as it can.
+    fs::remove_file(users.dir.path().join("asked")).unwrap();
+    let agent = users.agent();
+    users.asked();
+    for signal in [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2] {
+        agent.signal(signal);
+    }
+    users.release();
+    wait_for("it is live", || users.live());
+}
+
 #[test]
 fn a_reload_that_waits_keeps_no_signal_waiting() {
-    const SLOW: &str = "#include <pwd.h>\n#include <stdlib.h>\n#include <unistd.h>\n\
-        int getpwnam_r(const char *n, struct passwd *p, char *b, size_t l, struct passwd **r) {\n\
-        const char *held = getenv(\"HELD\"); while (held && !access(held, F_OK)) usleep(10000);\n\
-        *r = 0; return 0; }\n";
-    let dir = tempfile::tempdir().unwrap();
-    let (source, library, held) =
-        (dir.path().join("slow.c"), dir.path().join("slow.so"), dir.path().join("held"));
-    fs::write(&source, SLOW).unwrap();
-    let built = Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&library, &source]).status();
-    if !built.is_ok_and(|status| status.success()) {
-        println!("there is no C compiler: not tried");
-        return;
-    }
-    let health = dir.path().join("health.sock");
-    let override_of = |user: &str| {
-        format!(
-            "health_checks {{ socket_path = \"{}\" }}\n\
-             ratelimit {{ caller {{ override \"user:{user}\" {{ rate = 10 burst = 20 }} }} }}\n",
-            health.display()
-        )
-    };
-    // Numbers are not looked up: it starts without the database.
-    write_config(dir.path(), &override_of("none").replace("user:none", "uid:7"));
-    let mut command = Command::new(env!("CARGO_BIN_EXE_durward"));
-    command.args(["run", "--config"]).arg(dir.path().join("agent.conf")).stdin(Stdio::null());
-    command.env("LD_PRELOAD", &library).env("HELD", &held).env_remove("KUBERNETES_SERVICE_HOST");
-    command.stdout(fs::File::create(dir.path().join("log")).unwrap()).stderr(Stdio::null());
-    let mut agent = Killed(command.spawn().unwrap());
-    let pid = nix::unistd::Pid::from_raw(agent.0.id().cast_signed());
-    let live = || UnixStream::connect(&health).map(answer).unwrap_or_default().starts_with("HTTP/1.1 200");
-    wait_for("it is live", live);
-
-    fs::write(&held, "").unwrap();
-    write_config(dir.path(), &override_of("none"));
+    let Some(users) = SlowUsers::build() else { return };
+    // Numbers are not looked up.
+    users.configure("uid:7");
+    let mut agent = users.agent();
+    wait_for("it is live", || users.live());
+    users.hold();
+    users.configure("user:root");
+    agent.signal(Signal::SIGHUP);
+    users.asked();
     for _ in 0..20 {
-        nix::sys::signal::kill(pid, Signal::SIGHUP).unwrap();
-        nix::sys::signal::kill(pid, Signal::SIGUSR1).unwrap();
-        assert!(live());
+        agent.signal(Signal::SIGHUP);
+        agent.signal(Signal::SIGUSR1);
+        assert!(users.live());
     }
-    nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
+    agent.signal(Signal::SIGTERM);
     wait_for("it ends", || agent.0.try_wait().unwrap().is_some());
-    assert!(held.exists());
 }
 
 /// When a thread is needed, there may be none to be had: so they are there from the start, and no work makes more.
