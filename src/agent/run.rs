@@ -14,7 +14,7 @@ use std::{
 use anyhow::Context as _;
 use tokio::{
     runtime::{Builder, Handle, Runtime},
-    sync::oneshot,
+    sync::oneshot::{self, error::TryRecvError},
     task::JoinSet,
 };
 
@@ -172,6 +172,7 @@ impl Control<'_> {
 
         let mut reloading: Option<Reloading> = None;
         let mut once_more = false;
+        let mut reopening = Vec::new();
         loop {
             tokio::select! {
                 signal = signals.next() => match signal {
@@ -181,7 +182,7 @@ impl Control<'_> {
                     }
                     Signalled::Reload if reloading.is_some() => once_more = true,
                     Signalled::Reload => reloading = Some(self.reload(&agent)),
-                    Signalled::ReopenLog => self.reopen(log.clone()),
+                    Signalled::ReopenLog => self.reopen(log.clone(), &mut reopening),
                     Signalled::Nothing => tracing::info!("SIGUSR1 does nothing here; SIGHUP reloads"),
                 },
                 done = done(&mut reloading) => {
@@ -207,12 +208,16 @@ impl Control<'_> {
         })
     }
 
-    fn reopen(&self, log: Log) {
-        drop(self.errands.begin(move || {
-            if let Err(error) = log.reopen() {
-                tracing::error!(error = chain(&error), "the log goes on in the old file");
-            }
-        }));
+    /// Opens the log anew, unless that is about to be done anyway: at most once while it is being done.
+    fn reopen(&self, log: Log, under_way: &mut Vec<oneshot::Receiver<()>>) {
+        under_way.retain_mut(|done| done.try_recv() == Err(TryRecvError::Empty));
+        if under_way.len() < 2 {
+            under_way.push(self.errands.begin(move || {
+                if let Err(error) = log.reopen() {
+                    tracing::error!(error = chain(&error), "the log goes on in the old file");
+                }
+            }));
+        }
     }
 
     async fn drain(&self, agent: Running, signals: &mut Signals, signal: &str) {

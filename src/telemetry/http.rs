@@ -60,8 +60,10 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 const CLOSE_WITHIN: Duration = Duration::from_secs(1);
 /// How much is thrown away, in bytes.
 const MOST_THROWN_AWAY: usize = 256 * 1024;
-/// What the kernel keeps of a connection in each direction, in bytes (it doubles that).
-const KERNEL_BUFFER: usize = 16 * 1024;
+/// What the kernel keeps of what was sent here, in bytes (it doubles that): a head, and no more.
+const RECEIVE_BUFFER: usize = 2 * MOST_HEAD;
+/// And of an answer that is not read (it doubles that too).
+const SEND_BUFFER: usize = 4 * 1024;
 /// Connections that wait to be accepted; the kernel lowers it to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 /// After a failed accept (no descriptors): long enough not to spin, short enough not to miss a scrape.
@@ -167,8 +169,8 @@ impl HttpListener {
         let bound = TcpListener::bind((bare, port)).and_then(|listener| {
             listener.set_nonblocking(true)?;
             // Connections inherit the buffers; the standard library's backlog is short.
-            setsockopt(&listener, sockopt::RcvBuf, &KERNEL_BUFFER)?;
-            setsockopt(&listener, sockopt::SndBuf, &KERNEL_BUFFER)?;
+            setsockopt(&listener, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
+            setsockopt(&listener, sockopt::SndBuf, &SEND_BUFFER)?;
             listen(&listener, Backlog::new(BACKLOG)?)?;
             Ok(listener)
         });

@@ -11,8 +11,9 @@ use time::{OffsetDateTime, format_description::BorrowedFormatItem, macros::forma
 
 use crate::os::clock::Clock;
 
-/// The longest head that is read, in bytes: more than any scraper sends.
-pub(super) const MOST_HEAD: usize = 8 * 1024;
+/// The longest head that is read, in bytes: more than any scraper sends, a bearer token of Kubernetes' included. As
+/// much as that the kernel keeps for each that is not complete.
+pub(super) const MOST_HEAD: usize = 4 * 1024;
 /// The most fields of a head.
 const MOST_FIELDS: usize = 32;
 
