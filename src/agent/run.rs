@@ -263,12 +263,13 @@ mod tests {
         let config = Config::load(&path, ExpandEnv::No).unwrap();
 
         let serving = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        let control = Builder::new_current_thread().enable_all().build().unwrap();
+        let control = Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
         let blocked = Arc::new(Mutex::new(()));
         let held = blocked.lock().unwrap();
         control.block_on(async {
+            let here = Handle::current();
             let within = serving.enter();
-            let agent = Running::start_apart(config, None, Clock::SYSTEM, &Handle::current()).unwrap();
+            let agent = Running::start_apart(config, None, Clock::SYSTEM, &here).unwrap();
             drop(within);
             let (tell, told) = mpsc::channel();
             for _ in 0..2 {
