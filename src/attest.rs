@@ -108,11 +108,6 @@ impl AttestedPeer {
         Attestable::is_alive(&*self.0)
     }
 
-    /// Whether its process has ended, or cannot be asked after.
-    pub fn has_exited(&self) -> bool {
-        self.0.process().has_exited()
-    }
-
     /// Who connected, for the log.
     pub fn connected(&self) -> &Peer {
         &self.0

@@ -1,4 +1,8 @@
 //! A stream of whole states: the first at once, a further one when, and only when, what would be sent has changed.
+//!
+//! Who called is not who is sent the next state: a process becomes another user, drops groups, executes another program.
+//! So it is attested again right before, and where that cannot be done nothing is sent. What a stream keeps meanwhile is
+//! what it sent, its entries, and some hundred bytes.
 
 use std::{
     future::{Future, poll_fn},
@@ -35,8 +39,9 @@ const AT_ONCE: usize = 16;
 /// What a stream sends now.
 pub(super) trait Update: Send + 'static {
     /// The message for the newest snapshot if the process is what it was when it was last attested: to see whether
-    /// there is anything to send, and never to be sent. `None` where only attestation can tell.
-    fn expected(&mut self) -> impl Future<Output = Result<Option<Encoded>, RequestError>> + Send;
+    /// there is anything to send, and never to be sent. `None` where that cannot be told without attesting it, or
+    /// without making something.
+    fn expected(&self) -> Option<Encoded>;
 
     /// The message for what the process is now, which is attested first, in the newest snapshot.
     fn now(&mut self) -> impl Future<Output = Result<Encoded, RequestError>> + Send;
@@ -49,7 +54,8 @@ pub(super) trait Update: Send + 'static {
 /// Where streams wait to make an update, first come first served.
 ///
 /// Ten thousand of them learn of a change at the same moment. Each takes some tens of microseconds, and calls are
-/// answered in between.
+/// answered in between. A stream that waits here is polled when its turn comes, though its peer may have no room for
+/// more: hyper asks a body for its next part first, and for room when it has one.
 #[derive(Debug)]
 pub(super) struct UpdateQueue(Semaphore);
 
@@ -190,12 +196,12 @@ impl<S: Update> Stream<S> {
         }
     }
 
-    /// What to send, if it is something else than what was sent. Every future is boxed only while it runs: an open
-    /// stream would hold the room for it all the time.
+    /// What to send, if it is something else than what was sent. The future that makes it is boxed while it runs: an
+    /// open stream would hold the room for it all the time.
     async fn update(&mut self) -> Result<Option<Encoded>, RequestError> {
         let Self { state, queue, sent, .. } = self;
         // Every renewal of any SVID wakes every stream: a process is only looked at if there is something for it.
-        if Box::pin(state.expected()).await?.is_some_and(|message| message == *sent) {
+        if state.expected().is_some_and(|message| message == *sent) {
             return Ok(None);
         }
         let message = queue.run(|| Box::pin(state.now())).await?;
@@ -218,8 +224,12 @@ mod tests {
 
     use super::*;
     use crate::{
-        api::journal::Journal, attest::AttestError, issuer::MintError, limits::Method, store::NoIdentity,
-        telemetry::metrics::Metrics,
+        api::journal::Journal,
+        attest::AttestError,
+        issuer::MintError,
+        limits::Method,
+        store::NoIdentity,
+        telemetry::{LogSettings, log::Log, metrics::Metrics},
     };
 
     /// What one look at the state finds.
@@ -250,15 +260,15 @@ mod tests {
     }
 
     impl Update for Scripted {
-        async fn expected(&mut self) -> Result<Option<Encoded>, RequestError> {
+        fn expected(&self) -> Option<Encoded> {
             let mut finds = self.finds.lock().unwrap();
             match finds.front().expect("another look") {
                 Found::Same => {
                     finds.pop_front();
-                    Ok(Some(encoded(self.sent)))
+                    Some(encoded(self.sent))
                 }
-                Found::SameInTheEnd => Ok(None),
-                _ => Ok(Some(encoded("not attested for this"))),
+                Found::SameInTheEnd => None,
+                _ => Some(encoded("not attested for this")),
             }
         }
 
@@ -365,12 +375,20 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_text_says_to_connect_again() {
+    async fn the_caller_and_the_log_are_told_that_it_must_connect_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("agent.log");
+        let settings = LogSettings { file: Some(file.clone()), ..LogSettings::default() };
+        let (subscriber, log) = Log::build(&settings).unwrap();
+        let _guard = tracing::subscriber::set_default(subscriber);
         let mut opened = Opened::new(&Arc::default()).await;
         opened.finds.lock().unwrap().push_back(Found::NotAttested(changed));
         opened.change();
         let status = opened.stream.next().await.unwrap().unwrap_err();
         assert!(status.message().contains("it must connect again"), "{status}");
+        assert!(log.flush(Duration::from_secs(60)));
+        let text = std::fs::read_to_string(file).unwrap();
+        assert!(text.contains("process 7 changed its user or group after it connected as 1:1"), "{text}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -3,7 +3,7 @@
 //! The order is fixed by types ([`call`](super::call)). An answer is whole or it is an error: never a part of the
 //! caller's identities, since leaving out the first would make another one its default.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::SystemTime};
 
 use tokio::sync::watch;
 use tonic::{Request, Response, Status};
@@ -161,10 +161,13 @@ impl WorkloadApi {
     ) -> Result<Updates, RequestError> {
         let open = self.parts.journal.opened(method, Some(Whom::from(charged.peer().connected())));
         let mut state = Subscription { parts: Arc::clone(&self.parts), charged, content };
-        let first = match state.expected().await? {
-            Some(first) => first,
-            // Published while it was attested. Boxed, as few calls need the room for it.
-            None => Box::pin(state.now()).await?,
+        let Subscription { parts, charged, content } = &mut state;
+        let snapshot = parts.store.snapshot();
+        let first = if charged.is_of(&snapshot) {
+            content.message(parts, charged, &snapshot).await?
+        } else {
+            // Published since it was attested. Boxed, as few calls need the room for it.
+            Box::pin(state.now()).await?
         };
         state.charged.pay();
         Ok(updates(state, open, changes, first, Arc::clone(&self.queue)))
@@ -279,13 +282,10 @@ struct Subscription<C> {
 }
 
 impl<C: Content> Update for Subscription<C> {
-    async fn expected(&mut self) -> Result<Option<Encoded>, RequestError> {
+    fn expected(&self) -> Option<Encoded> {
         let Self { parts, charged, content } = self;
         let snapshot = parts.store.snapshot();
-        if !charged.is_of(&snapshot) {
-            return Ok(None);
-        }
-        content.message(parts, charged, &snapshot).await.map(Some)
+        if charged.is_of(&snapshot) { content.at_hand(parts, charged, &snapshot) } else { None }
     }
 
     async fn now(&mut self) -> Result<Encoded, RequestError> {
@@ -301,6 +301,9 @@ impl<C: Content> Update for Subscription<C> {
 
 /// What a stream is sent.
 trait Content: Send + 'static {
+    /// The message for the entries of the call, if all that it takes is there.
+    fn at_hand(&self, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> Option<Encoded>;
+
     /// The message for the entries of the call.
     fn message(
         &mut self,
@@ -312,6 +315,16 @@ trait Content: Send + 'static {
 
 /// FetchX509SVID sends SVIDs, which are renewed while they are held.
 impl Content for Hold {
+    fn at_hand(&self, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> Option<Encoded> {
+        let now = parts.clock.now();
+        let key = AnswerKey::x509_svids(charged.entries());
+        if let Some(answer) = snapshot.answers.find(&key, now) {
+            return Some(answer.into());
+        }
+        let svids = parts.x509.at_hand(charged)?;
+        Some(answer_of(snapshot, key, charged, &svids, now))
+    }
+
     async fn message(
         &mut self,
         parts: &Parts,
@@ -321,33 +334,53 @@ impl Content for Hold {
         if !self.is_of(charged) {
             *self = parts.x509.hold(charged);
         }
-        let key = AnswerKey::X509Svids(charged.entries().iter().map(|entry| entry.id.clone()).collect());
         let now = parts.clock.now();
+        let key = AnswerKey::x509_svids(charged.entries());
         if let Some(answer) = snapshot.answers.find(&key, now) {
             return Ok(answer.into());
         }
         let svids = parts.x509.fetch(charged).await.map_err(RequestError::X509Svid)?;
-        let fresh = svids.iter().map(Served::fresh).reduce(|a, b| a.start.max(b.start)..a.end.min(b.end));
-        let answer = x509_svids(snapshot, charged.entries(), &svids).into_bytes();
-        Ok(snapshot.answers.keep(key, answer, fresh, now).into())
+        Ok(answer_of(snapshot, key, charged, &svids, now))
     }
+}
+
+/// The answer with these SVIDs, kept for all whose entries are the same.
+fn answer_of(
+    snapshot: &Snapshot,
+    key: AnswerKey,
+    charged: &Charged,
+    svids: &[Served],
+    now: SystemTime,
+) -> Encoded {
+    let fresh = svids.iter().map(Served::fresh).reduce(|a, b| a.start.max(b.start)..a.end.min(b.end));
+    let answer = x509_svids(snapshot, charged.entries(), svids).into_bytes();
+    snapshot.answers.keep(key, answer, fresh, now).into()
 }
 
 /// FetchX509Bundles and FetchJWTBundles send bundles.
 impl Content for BundleForm {
+    fn at_hand(&self, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> Option<Encoded> {
+        Some(bundles_of(*self, parts, charged, snapshot))
+    }
+
     async fn message(
         &mut self,
         parts: &Parts,
         charged: &mut Charged,
         snapshot: &Snapshot,
     ) -> Result<Encoded, RequestError> {
-        let federated: Vec<TrustDomain> = federated(charged.entries()).into_iter().cloned().collect();
-        let key = AnswerKey::Bundles(*self, federated.clone());
-        let now = parts.clock.now();
-        if let Some(answer) = snapshot.answers.find(&key, now) {
-            return Ok(answer.into());
-        }
-        let answer = bundles(snapshot, *self, &federated).into_bytes();
-        Ok(snapshot.answers.keep(key, answer, None, now).into())
+        Ok(bundles_of(*self, parts, charged, snapshot))
     }
+}
+
+/// The answer with the bundles that callers of these entries receive, kept for all who receive the same.
+fn bundles_of(form: BundleForm, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> Encoded {
+    let federated: Vec<TrustDomain> = federated(charged.entries()).into_iter().cloned().collect();
+    let key = AnswerKey::Bundles(form, federated.clone());
+    let now = parts.clock.now();
+    if let Some(answer) = snapshot.answers.find(&key, now) {
+        return answer.into();
+    }
+    let answer = bundles(snapshot, form, &federated).into_bytes();
+    snapshot.answers.keep(key, answer, None, now).into()
 }

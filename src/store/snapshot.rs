@@ -13,7 +13,7 @@ use tokio::sync::watch;
 
 use super::settings::Policy;
 use crate::{
-    identity::{Bundles, EntryId, EntryIndex, TrustDomain},
+    identity::{Bundles, Entry, EntryId, EntryIndex, TrustDomain},
     issuer::World,
 };
 
@@ -55,6 +55,13 @@ pub(crate) enum AnswerKey {
     X509Svids(Vec<EntryId>),
     /// Bundles of the own and these trust domains.
     Bundles(BundleForm, Vec<TrustDomain>),
+}
+
+impl AnswerKey {
+    /// The answer to FetchX509SVID for these entries.
+    pub(crate) fn x509_svids(entries: &[Arc<Entry>]) -> Self {
+        Self::X509Svids(entries.iter().map(|entry| entry.id.clone()).collect())
+    }
 }
 
 /// Which half of a bundle, in the form in which workloads receive it.

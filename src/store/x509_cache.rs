@@ -130,6 +130,16 @@ impl X509Cache {
         served.into_iter().collect()
     }
 
+    /// The SVIDs of the call's entries as they are, valid and perhaps due: nothing is made. `None` where one is not there.
+    pub fn at_hand(&self, charged: &Charged) -> Option<Vec<Served>> {
+        let now = self.clock.now();
+        let of_entry = |entry: &Arc<Entry>| match self.find(entry, now) {
+            FoundX509::Fresh(served) | FoundX509::Due(served) => Some(served),
+            FoundX509::Nothing => None,
+        };
+        charged.entries().iter().map(of_entry).collect()
+    }
+
     async fn of_entry(&self, entry: &Arc<Entry>) -> Result<Served, MintError> {
         match self.find(entry, self.clock.now()) {
             FoundX509::Fresh(served) => Ok(served),

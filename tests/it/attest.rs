@@ -25,8 +25,9 @@ use aws_lc_rs::digest::{SHA256, digest};
 use durward::{
     attest::{AttestError, AttestSettings, Attestor, Blame, Subject, unix::UnixSettings},
     identity::selector::Selectors,
-    limits::{Limits, Method, report::Standing},
+    limits::{CallerKey, Limits, Method, report::Standing},
     peer::{OsUid, Peer},
+    telemetry::metrics::Metrics,
 };
 use nix::{
     fcntl::{FcntlArg, FdFlag, fcntl},
@@ -222,8 +223,16 @@ async fn a_process_that_changes_its_user_gets_nothing_more() {
     }
     let dir = tempfile::tempdir().unwrap();
     let attestor = Attestor::new(AttestSettings::default());
-    for (case, attested_before) in [("its first call", false), ("a result is kept", true)] {
+    for (case, attested_before, tells) in [
+        ("its first call", false, true),
+        ("a result is kept", true, true),
+        ("before Linux 6.13", false, false),
+        ("before Linux 6.13, a result is kept", true, false),
+    ] {
         let mut process = Process::start_as_user(&dir);
+        if !tells {
+            process.peer = Arc::new(Peer::from_stream_by_proc(&process.stream, &OsUid).unwrap());
+        }
         if attested_before {
             attest(&attestor, &process.peer).await.unwrap();
         }
@@ -246,6 +255,33 @@ async fn supplementary_groups_are_those_of_the_last_second() {
     process.order("groups none");
     tokio::time::advance(Duration::from_secs(1)).await;
     assert_eq!(attest(&attestor, &process.peer).await.unwrap().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_streams_wait_for_keeps_nobody_from_calling() {
+    let metrics = Metrics::default();
+    let attestor = Attestor::new(AttestSettings::default()).counted_by(metrics.registry());
+    let dir = tempfile::tempdir().unwrap();
+    let process = Process::start(&dir);
+    let limits = Limits::default();
+    let call = || limits.admit_caller(Arc::clone(&process.peer), Method::FetchX509Svid);
+    let attested = attestor.attest(call().unwrap()).await.unwrap();
+    let stream = attested.peer();
+    let again = attestor.attest_again(&stream, &limits).await.unwrap();
+    assert_eq!(texts(&again), texts(attested.subject()));
+
+    let caller = process.peer.caller();
+    let places: Vec<_> = std::iter::from_fn(|| limits.place_for_update(caller)).take(100).collect();
+    assert_eq!(places.len(), 16, "so many of one caller");
+    assert!(limits.place_for_update(CallerKey::Uid(USER)).is_some(), "another has its own");
+    let err = attestor.attest_again(&stream, &limits).await.unwrap_err();
+    assert!(matches!(err, AttestError::Crowded), "{err}");
+    assert_eq!(err.blame(), Blame::Crowd);
+    attestor.attest(call().unwrap()).await.unwrap();
+    drop(places);
+    attestor.attest_again(&stream, &limits).await.unwrap();
+    let busy = r#"durward_attestation_failures_total{attestor="unix",reason="busy"} 1"#;
+    assert!(metrics.render().lines().any(|line| line == busy), "{}", metrics.render());
 }
 
 #[tokio::test(start_paused = true)]

@@ -568,8 +568,10 @@ fn part() {
     }
 }
 
+type Made = fn(&StdStream) -> Peer;
+
 /// How a peer is made, on any kernel.
-const WAYS: [(&str, fn(&StdStream) -> Peer); 3] = [
+const WAYS: [(&str, Made); 3] = [
     ("as this kernel can", |stream| Peer::from_stream(stream, &OsUid).unwrap()),
     ("as before Linux 6.13", |stream| Peer::from_stream_by_proc(stream, &OsUid).unwrap()),
     ("as before Linux 6.5", |stream| Peer::from_stream_by_pid(stream, &OsUid).unwrap()),
