@@ -5,6 +5,7 @@
 //! The order of the end: no new connections, streams told to come back, a bounded wait, and the socket goes
 //! last.
 
+mod errands;
 mod gate;
 mod metrics;
 mod probe;
@@ -18,13 +19,14 @@ mod watch;
 use std::{path::Path, sync::Arc, time::Duration};
 
 use futures_util::future::OptionFuture;
-use tokio::{sync::watch as channel, task::JoinSet};
+use tokio::{sync::watch as channel, task::JoinSet, time::timeout};
 
 pub use self::{
     reload::Load,
     run::{run, runtime},
+    signals::{Signalled, Signals},
 };
-use self::{serving::Serving, start::AgentParts};
+use self::{serving::Serving, start::Adjustable};
 use crate::{
     config::Config,
     limits::gate::lingering,
@@ -40,15 +42,13 @@ use crate::{
 /// there by then is told to come again.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(2);
 
+/// How much longer than its time a drain may take, until it is taken for one that hangs.
+const DRAIN_GRACE: Duration = Duration::from_millis(500);
+
 /// A running agent.
 pub struct Running {
-    config: Config,
-    parts: AgentParts,
-    memory: channel::Sender<watch::Budget>,
-    /// What bounds a connection that is accepted from now on.
-    connections: channel::Sender<ConnectionBounds>,
-    /// The log of the process, once it is known.
-    log: Option<Log>,
+    config: Arc<Config>,
+    adjustable: Adjustable,
     /// `true` begins the drain.
     stop: channel::Sender<bool>,
     public: Serving,
@@ -77,20 +77,21 @@ impl Running {
 
     /// Whether the agent can serve.
     pub fn health(&self) -> &Arc<HealthState> {
-        &self.parts.health
+        &self.adjustable.parts.health
     }
 
     /// What it counts.
     pub fn metrics(&self) -> &Arc<Metrics> {
-        &self.parts.metrics
+        &self.adjustable.parts.metrics
     }
 
     /// Lets each reload set the level of `log`, and metrics tell what it lost.
     #[must_use]
     pub fn logging(mut self, log: Log) -> Self {
-        let (lines, counter) = (log.clone(), self.parts.series.log_lines_lost.clone());
-        self.parts.metrics.before_render(move || counter.absolute(lines.lines_lost()));
-        self.log = Some(log);
+        let parts = &self.adjustable.parts;
+        let (lines, counter) = (log.clone(), parts.series.log_lines_lost.clone());
+        parts.metrics.before_render(move || counter.absolute(lines.lines_lost()));
+        self.adjustable.log = Some(log);
         self
     }
 
@@ -109,10 +110,19 @@ impl Running {
         }
     }
 
-    /// Drains: no new connections, streams told to come back, at most `drain_timeout`.
+    /// Drains: no new connections, streams told to come back, at most `drain_timeout`, and half a second more where no
+    /// thread is there to do it.
     pub async fn shutdown(self) {
-        self.parts.health.set(Probe::Draining);
-        self.parts.writer.store().drain();
+        let most = self.adjustable.connections.borrow().drain_timeout.saturating_add(DRAIN_GRACE);
+        if timeout(most, self.drain()).await.is_err() {
+            tracing::error!("the drain takes longer than its time: ending without waiting");
+        }
+    }
+
+    async fn drain(self) {
+        let parts = &self.adjustable.parts;
+        parts.health.set(Probe::Draining);
+        parts.writer.store().drain();
         self.stop.send_replace(true);
         // Both at once: neither waits for the other's time to be over.
         let admin = OptionFuture::from(self.admin.map(Serving::drained));

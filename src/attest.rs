@@ -120,6 +120,11 @@ impl AttestedPeer {
     pub fn is_alive(&self) -> Result<(), AttestError> {
         Attestable::is_alive(&*self.0)
     }
+
+    /// Who connected, for the log.
+    pub fn connected(&self) -> &Peer {
+        &self.0
+    }
 }
 
 /// Finds out who peers are.

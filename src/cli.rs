@@ -33,7 +33,7 @@ use tonic::Code;
 
 pub use run::{CliOverrides, OverrideError};
 
-use crate::hcl::ConfigErrors;
+use crate::{hcl::ConfigErrors, os::signals};
 use terminal::{PrintError, Terminal};
 
 /// Exit codes, in the help of every command.
@@ -207,6 +207,8 @@ impl Failure {
 
 /// Runs the command that `args` (the program's name first) says, and gives the exit code.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    // First of all: an agent is sent them as soon as it has a PID.
+    signals::hold();
     let mut terminal = Terminal::new();
     let parsed = command()
         .try_get_matches_from(argv::normalise(args))
@@ -244,6 +246,10 @@ fn command() -> clap::Command {
 }
 
 fn dispatch(command: Command, terminal: &mut Terminal) -> Result<(), Failure> {
+    // Agents take them when they can; any other command ends by them.
+    if !matches!(command, Command::Run(_) | Command::Quickstart(_)) {
+        signals::release();
+    }
     match command {
         Command::Run(args) => run::run(&args),
         Command::Quickstart(args) => quickstart::run(&args, terminal),

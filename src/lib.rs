@@ -86,6 +86,11 @@
 //! The embedded issuer makes one in about 75 microseconds, so an entry that nobody asks for costs no key and
 //! no memory, and 100,000 entries start as fast as one.
 //!
+//! **What controls an agent does not run where callers are served.** Signals, the watchdog and the HTTP endpoints are on
+//! the main thread, on a runtime of their own that waits for nobody; it asks the other one for a sign of life. What may wait
+//! (files, the user database, opening the log) is an errand of one thread ([`agent`]). Every thread is there from the start: one
+//! that is made when it is needed may be one that the node has not any more.
+//!
 //! **No actor.** Requests read a snapshot behind an atomic pointer; one writer publishes the next. A slow stream
 //! skips to the newest and never queues.
 //!

@@ -10,6 +10,7 @@ mod mount;
 pub mod namespace;
 pub mod pidfd;
 pub mod secrecy;
+pub mod signals;
 pub mod systemd;
 pub mod trusted;
 pub mod umask;

@@ -7,6 +7,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::{
     limits::{self, ConnectionPermit, ConnectionRefusal, budget},
     peer::{AcceptGate, Arrival},
+    telemetry::http,
 };
 
 impl AcceptGate for limits::Gate {
@@ -20,15 +21,17 @@ impl AcceptGate for limits::Gate {
 /// What the machine gives this process.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Means {
-    /// Descriptors: the soft limit, once raised to the hard one.
+    /// Descriptors for callers: the soft limit, once raised to the hard one, without what HTTP listeners may hold.
     pub(super) nofile: u64,
+    /// The most connections of each HTTP listener.
+    pub(super) http_places: usize,
     /// Bytes, as the cgroup has them.
     pub(super) cgroup: Option<u64>,
 }
 
 impl Means {
-    /// Raises the soft limit of descriptors to the hard one, and looks at both.
-    pub(super) fn of_this_process() -> Self {
+    /// Raises the soft limit of descriptors to the hard one, and divides them; there are so many HTTP listeners.
+    pub(super) fn of_this_process(http_listeners: usize) -> Self {
         let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1024, 1024));
         let nofile = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
             Ok(()) => hard,
@@ -37,8 +40,11 @@ impl Means {
                 soft
             }
         };
+        let http_places = http::places(nofile);
+        let held = u64::try_from(http_places.saturating_mul(http_listeners)).unwrap_or(u64::MAX);
         Self {
-            nofile,
+            nofile: nofile.saturating_sub(held),
+            http_places,
             cgroup: budget::limit_of_cgroup(Path::new("/proc/self/cgroup"), Path::new("/sys/fs/cgroup")),
         }
     }

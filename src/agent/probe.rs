@@ -2,17 +2,24 @@
 
 use std::{sync::Arc, time::Duration};
 
+use tokio::{runtime::Handle, time::timeout};
+
 use crate::{
     issuer::{Issuer, SvidKind},
     telemetry::{
         chain,
-        health::{HealthState, Probe},
+        health::{HealthState, Probe, Pulse},
         registry::Label as _,
     },
 };
 
 /// How often the agent asks itself whether it could serve.
 const PROBE: Duration = Duration::from_secs(5);
+
+/// How often the threads that serve callers are asked for a sign of life.
+const BEAT: Duration = Duration::from_secs(1);
+/// How long they may take for it. A node that is short of processors for so long is no better off with this agent.
+const BEAT_WITHIN: Duration = Duration::from_secs(10);
 
 /// Asks every few seconds whether the issuer could sign SVIDs of each kind.
 pub(super) async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
@@ -29,5 +36,64 @@ pub(super) async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
                 health.set(Probe::Unavailable);
             }
         }
+    }
+}
+
+/// Asks the runtime that serves callers for a sign of life, for ever, from another one: when every thread of it is
+/// blocked, it can say nothing itself.
+pub(super) async fn feel_pulse(health: Arc<HealthState>, serving: Handle) {
+    loop {
+        let mut beat = serving.spawn(async {});
+        if timeout(BEAT_WITHIN, &mut beat).await.is_err() {
+            health.felt(Pulse::Missed);
+            tracing::error!(
+                seconds = BEAT_WITHIN.as_secs(),
+                "nobody is served: every thread that could is blocked"
+            );
+            // However it ends, there is a thread that did it.
+            drop(beat.await);
+            health.felt(Pulse::Beats);
+            tracing::warn!("callers are served again");
+        }
+        tokio::time::sleep(BEAT).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use super::*;
+
+    /// A runtime whose only thread is blocked, seen from another one.
+    #[test]
+    fn blocked_threads_are_seen_and_so_is_their_return() {
+        let serving =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let control =
+            tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+        let health = Arc::<HealthState>::default();
+        health.set(Probe::Healthy);
+        let gate = Arc::new(Barrier::new(2));
+        let held = Arc::clone(&gate);
+        let (blocks, blocked) = std::sync::mpsc::channel();
+        drop(serving.spawn(async move {
+            blocks.send(()).unwrap();
+            held.wait();
+        }));
+        blocked.recv().unwrap();
+        control.block_on(async {
+            let feeling = tokio::spawn(feel_pulse(Arc::clone(&health), serving.handle().clone()));
+            while health.live() {
+                tokio::time::sleep(BEAT).await;
+            }
+            assert!(!health.ready());
+            gate.wait();
+            while !health.live() {
+                tokio::time::sleep(BEAT).await;
+            }
+            assert!(health.ready());
+            feeling.abort();
+        });
     }
 }

@@ -1,22 +1,32 @@
 //! A reload: all of a configuration in force at once, or nothing of it.
 
-use super::{ANSWERS_WITHIN, Running, connection_bounds, metrics::ReloadResult, watch::Budget};
+use std::sync::Arc;
+
+use super::{
+    ANSWERS_WITHIN, Running, connection_bounds, metrics::ReloadResult, start::Adjustable, watch::Budget,
+};
 use crate::{
-    config::{self, Config, EntryChanges},
+    config::{self, Changes, Config, EntryChanges},
     limits::GatePlan,
 };
 
 /// Where the configuration comes from, at start and at each reload: files, environment and command line.
 pub type Load = Box<dyn Fn() -> anyhow::Result<Config> + Send + Sync>;
 
-impl Running {
-    /// Puts what `next` says in force, for open streams at once; all of it or nothing.
+/// A configuration that is about to be replaced. May be sent to another thread for it: that takes a moment where there
+/// are many entries.
+pub(super) struct Replacing {
+    adjustable: Adjustable,
+    old: Arc<Config>,
+}
+
+impl Replacing {
+    /// Puts `next` in force; all of it or nothing.
     ///
     /// # Errors
-    /// `next` changes something that only a restart can change, or asks for more than the node has; nothing is
-    /// changed then.
-    pub fn reload(&mut self, next: Config) -> anyhow::Result<config::Changes> {
-        let changes = config::diff(&self.config, &next);
+    /// As [`Running::reload`].
+    pub(super) fn by(&self, next: &Config) -> anyhow::Result<Changes> {
+        let changes = config::diff(&self.old, next);
         if !changes.restart.is_empty() {
             let all: Vec<String> = changes.restart.iter().map(ToString::to_string).collect();
             anyhow::bail!("{}", all.join("; "));
@@ -35,12 +45,13 @@ impl Running {
             federated: _,
             attest,
             prometheus: _,
+            metrics_socket: _,
             health: _,
             ratelimit,
-        } = &next;
-        let parts = &self.parts;
-        let budget = Budget::of(&next, parts.means);
-        let connections = connection_bounds(&next, parts.means);
+        } = next;
+        let Adjustable { parts, memory, connections, log: lines } = &self.adjustable;
+        let budget = Budget::of(next, parts.means);
+        let bounds = connection_bounds(next, parts.means);
         let told = next.issuer_input();
         let gate_plan = GatePlan::new(ratelimit, parts.means.nofile, budget.bytes)?;
 
@@ -49,31 +60,45 @@ impl Running {
         parts.attestor.wait(ANSWERS_WITHIN);
         parts.limits.reload(ratelimit);
         parts.gate.reload(gate_plan);
-        self.memory.send_replace(budget);
-        self.connections.send_if_modified(|old| std::mem::replace(old, connections.clone()) != connections);
+        memory.send_replace(budget);
+        connections.send_if_modified(|old| std::mem::replace(old, bounds.clone()) != bounds);
         parts.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);
         parts.jwt.resize(caches.jwt_svids.count());
         parts.attestor.share_by(ratelimit.families.clone());
         parts.attestor.reload(attest.clone());
         parts.writer.replace(policy.clone(), || parts.issuer.reload(told));
-        if let Some(lines) = &self.log {
+        if let Some(lines) = lines {
             lines.set_level(log.level);
         }
-        self.config = next;
         Ok(changes)
     }
 }
 
-/// Reads the configuration again, as a signal asked for, and says in log and metrics how it went.
-pub(super) fn on_signal(
-    agent: &mut Running,
-    load: impl FnOnce() -> anyhow::Result<Config>,
-) -> anyhow::Result<()> {
-    // On this thread: the workers serve meanwhile.
-    let done = tokio::task::block_in_place(load).and_then(|next| agent.reload(next));
+impl Running {
+    /// Puts what `next` says in force, for open streams at once; all of it or nothing.
+    ///
+    /// # Errors
+    /// `next` changes something that only a restart can change, or asks for more than the node has; nothing is
+    /// changed then.
+    pub fn reload(&mut self, next: Config) -> anyhow::Result<Changes> {
+        let changes = self.replacing().by(&next)?;
+        self.config = Arc::new(next);
+        Ok(changes)
+    }
+
+    /// What is in force now, to be replaced.
+    pub(super) fn replacing(&self) -> Replacing {
+        Replacing { adjustable: self.adjustable.clone(), old: Arc::clone(&self.config) }
+    }
+}
+
+/// Takes note of the end of a reload that a signal asked for, and says in log and metrics how it went.
+pub(super) fn finish(agent: &mut Running, done: anyhow::Result<(Config, Changes)>) -> anyhow::Result<()> {
+    let series = &agent.adjustable.parts.series;
     match done {
-        Ok(changes) => {
-            agent.parts.series.reloaded(ReloadResult::Ok);
+        Ok((next, changes)) => {
+            series.reloaded(ReloadResult::Ok);
+            agent.config = Arc::new(next);
             let EntryChanges { added, removed, changed } = changes.entries;
             tracing::info!(
                 entries_added = added,
@@ -86,7 +111,7 @@ pub(super) fn on_signal(
             Ok(())
         }
         Err(error) => {
-            agent.parts.series.reloaded(ReloadResult::Error);
+            series.reloaded(ReloadResult::Error);
             tracing::error!(error = format!("{error:#}"), "not reloaded; everything stays as it was");
             Err(error)
         }

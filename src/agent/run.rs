@@ -1,23 +1,49 @@
-//! The `run` command: an agent with its log, its runtime, its signals and its service manager.
+//! The `run` command: an agent with its log, its runtimes, its signals and its service manager.
+//!
+//! Two runtimes. Callers are served by one of several threads. What an agent is controlled by (signals, the
+//! watchdog, the HTTP endpoints) is on another, on the main thread, where nothing waits for anybody: whatever blocks
+//! all threads of the first, the second goes on, says that the agent does not live, and ends it when it is told to.
+//! What may wait is an errand ([`errands`](super::errands)).
 
-use std::{os::unix::net::UnixListener, sync::Arc, time::Duration};
+use std::{
+    os::unix::net::UnixListener,
+    sync::{Arc, mpsc},
+    time::Duration,
+};
 
 use anyhow::Context as _;
-use tokio::runtime::Runtime;
+use tokio::{
+    runtime::{Builder, Handle, Runtime},
+    sync::oneshot::{self, error::TryRecvError},
+    task::JoinSet,
+};
 
 use super::{
     Running,
+    errands::Errands,
+    probe::feel_pulse,
     reload::{self, Load},
     signals::{Signalled, Signals},
 };
 use crate::{
-    config::Config,
+    config::{Changes, Config},
     os::{clock::Clock, systemd::ServiceManager},
     telemetry::{chain, log::Log},
 };
 
 /// The most worker threads. Two serve some ten thousand calls a second; more would only take from the node.
 const MOST_WORKERS: usize = 4;
+/// Threads for what computes long or may block: RSA keys, files of the issuer.
+const BLOCKING_THREADS: usize = 8;
+/// How long a thread takes to be there, at most.
+const THREADS_WITHIN: Duration = Duration::from_secs(10);
+/// A thread that is there stays: when it is needed again there may be none to be had.
+const FOR_EVER: Duration = Duration::from_secs(10 * 365 * 86_400);
+
+/// How long threads that serve may take to end. What one still does (hashing a file) is not worth waiting for.
+const THREADS_END_WITHIN: Duration = Duration::from_millis(100);
+/// How long the last lines of the log are waited for.
+const LOG_ENDS_WITHIN: Duration = Duration::from_millis(300);
 
 /// The `run` command: runs until a signal ends it.
 ///
@@ -27,87 +53,260 @@ const MOST_WORKERS: usize = 4;
 /// # Errors
 /// Why the agent could not start, or had to end.
 pub fn run(load: Load) -> anyhow::Result<()> {
-    // First, while there is one thread: it changes the environment.
+    let control = Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
+    let mut signals = control.block_on(async { Signals::new() })?;
+    // While there is one thread: it changes the environment.
     let (manager, handed) = ServiceManager::from_environment()?;
-    let config = load()?;
-    let log = Log::start(&config.log)?;
-    let runtime = runtime()?;
-    let ended = runtime.block_on(serve(&config, handed, manager, &load, &log));
-    // What a blocking task still does (hashing a file) is not worth waiting for.
-    runtime.shutdown_timeout(Duration::from_millis(100));
-    if let Err(error) = &ended {
-        tracing::error!(error = format!("{error:#}"), "the agent ends");
+    let errands = Errands::new().context("cannot start a thread")?;
+    let serving = runtime()?;
+    let mut log = None;
+    let ended = control.block_on(async {
+        let control =
+            Control { manager: Arc::new(manager), errands, load: load.into(), serving: serving.handle() };
+        match control.start(&mut signals, handed, &mut log).await? {
+            Some((agent, log)) => control.attend(agent, &mut signals, log).await,
+            None => Ok(()),
+        }
+    });
+    serving.shutdown_timeout(THREADS_END_WITHIN);
+    if let Some(log) = log {
+        if let Err(error) = &ended {
+            tracing::error!(error = format!("{error:#}"), "the agent ends");
+        }
+        let _all_written = log.flush(LOG_ENDS_WITHIN);
     }
-    let _all_written = log.flush(Duration::from_secs(1));
     ended
 }
 
-/// The runtime of an agent: as many workers as the machine has processors, at most four.
+/// The runtime that serves callers: as many workers as the machine has processors, at most four, and the threads for
+/// what takes long. All of them are there when this returns, and stay.
 ///
 /// # Errors
 /// Threads or descriptors are short.
 pub fn runtime() -> anyhow::Result<Runtime> {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    tokio::runtime::Builder::new_multi_thread()
+    let runtime = Builder::new_multi_thread()
         .worker_threads(processors.min(MOST_WORKERS))
-        .max_blocking_threads(8)
-        .thread_keep_alive(Duration::from_secs(2))
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_keep_alive(FOR_EVER)
         .enable_all()
         .build()
-        .context("cannot start the runtime")
+        .context("cannot start the runtime")?;
+    // A thread comes into being for a task that finds no other: so each waits until all are there.
+    let (arrive, arrived) = mpsc::channel();
+    let (_leave, left) = mpsc::channel::<()>();
+    let left = Arc::new(std::sync::Mutex::new(left));
+    for _ in 0..BLOCKING_THREADS {
+        let (arrive, left) = (arrive.clone(), Arc::clone(&left));
+        drop(runtime.spawn_blocking(move || {
+            let _told = arrive.send(()).is_ok();
+            // Nothing is ever sent: it waits for the end of the sender.
+            let _all_there = left.lock().map(|left| left.recv());
+        }));
+    }
+    for _ in 0..BLOCKING_THREADS {
+        arrived.recv_timeout(THREADS_WITHIN).context("cannot start the threads of the runtime")?;
+    }
+    Ok(runtime)
 }
 
-async fn serve(
-    config: &Config,
-    handed: Option<UnixListener>,
-    manager: ServiceManager,
-    load: &Load,
-    log: &Log,
-) -> anyhow::Result<()> {
-    let mut signals = Signals::new()?;
-    let mut agent = Running::start(config.clone(), handed, Clock::SYSTEM)?.logging(log.clone());
-    let status = |agent: &Running| format!("serving {} entries", agent.config().entries.len());
-    tracing::info!(
-        socket = %agent.socket_path().display(),
-        trust_domain = %config.trust_domain,
-        entries = config.entries.len(),
-        version = env!("CARGO_PKG_VERSION"),
-        "the workload api is served"
-    );
-    manager.ready(&status(&agent));
-    let health = Arc::clone(agent.health());
-    let watchdog = manager.watch(|| health.live());
-    tokio::pin!(watchdog);
-    loop {
-        tokio::select! {
-            signal = signals.next() => match signal {
-                Signalled::Stop(name) => {
-                    tracing::info!(signal = name, "draining");
-                    manager.stopping("draining");
-                    tokio::select! {
-                        () = agent.shutdown() => {}
-                        () = signals.stop_again() => tracing::warn!("told twice: ending without waiting"),
+/// What an agent is controlled with, on the main thread.
+struct Control<'a> {
+    manager: Arc<ServiceManager>,
+    errands: Errands,
+    load: Arc<dyn Fn() -> anyhow::Result<Config> + Send + Sync>,
+    serving: &'a Handle,
+}
+
+/// A reload that is under way.
+type Reloading = oneshot::Receiver<anyhow::Result<(Config, Changes)>>;
+
+impl Control<'_> {
+    /// Starts the agent; `None` when a signal said to end before it was there. `known` is the log, as soon as there is
+    /// one.
+    async fn start(
+        &self,
+        signals: &mut Signals,
+        handed: Option<UnixListener>,
+        known: &mut Option<Log>,
+    ) -> anyhow::Result<Option<(Running, Log)>> {
+        const PANICKED: &str = "the start ended early";
+        let load = Arc::clone(&self.load);
+        let loading = self.errands.begin(move || -> anyhow::Result<_> {
+            let config = load()?;
+            let log = Log::start(&config.log)?;
+            Ok((config, log))
+        });
+        let (config, log) = tokio::select! {
+            _ = signals.stop() => return Ok(None),
+            loaded = loading => loaded.context(PANICKED)??,
+        };
+        *known = Some(log.clone());
+        let (serving, control) = (self.serving.clone(), Handle::current());
+        let starting = self.errands.begin(move || {
+            let _within = serving.enter();
+            Running::start_apart(config, handed, Clock::SYSTEM, &control)
+        });
+        let agent = tokio::select! {
+            _ = signals.stop() => return Ok(None),
+            started = starting => started.context(PANICKED)??,
+        };
+        Ok(Some((agent.logging(log.clone()), log)))
+    }
+
+    /// Looks after a running agent until a signal ends it.
+    async fn attend(&self, mut agent: Running, signals: &mut Signals, log: Log) -> anyhow::Result<()> {
+        let config = agent.config();
+        tracing::info!(
+            socket = %agent.socket_path().display(),
+            trust_domain = %config.trust_domain,
+            entries = config.entries.len(),
+            version = env!("CARGO_PKG_VERSION"),
+            "the workload api is served"
+        );
+        self.manager.ready(&status(&agent));
+        let mut watching = JoinSet::new();
+        let (manager, health) = (Arc::clone(&self.manager), Arc::clone(agent.health()));
+        watching.spawn(feel_pulse(Arc::clone(&health), self.serving.clone()));
+        watching.spawn(async move { manager.watch(|| health.live()).await });
+
+        let mut reloading: Option<Reloading> = None;
+        let mut once_more = false;
+        let mut reopening = Vec::new();
+        loop {
+            tokio::select! {
+                signal = signals.next() => match signal {
+                    Signalled::Stop(name) => {
+                        self.drain(agent, signals, name).await;
+                        return Ok(());
                     }
-                    return Ok(());
-                }
-                Signalled::Reload => {
-                    manager.reloading();
-                    let done = reload::on_signal(&mut agent, load);
-                    let said = match &done {
+                    Signalled::Reload if reloading.is_some() => once_more = true,
+                    Signalled::Reload => reloading = Some(self.reload(&agent)),
+                    Signalled::ReopenLog => self.reopen(log.clone(), &mut reopening),
+                    Signalled::Nothing => tracing::info!("SIGUSR1 does nothing here; SIGHUP reloads"),
+                },
+                done = done(&mut reloading) => {
+                    let said = match reload::finish(&mut agent, done) {
                         Ok(()) => status(&agent),
                         Err(_) => format!("{}; the last reload failed: see the log", status(&agent)),
                     };
-                    manager.reloaded(&said);
+                    self.manager.reloaded(&said);
+                    reloading = std::mem::take(&mut once_more).then(|| self.reload(&agent));
                 }
-                Signalled::ReopenLog => {
-                    if let Err(error) = log.reopen() {
-                        tracing::error!(error = chain(&error), "the log goes on in the old file");
-                    }
-                }
-                Signalled::Nothing => tracing::info!("SIGUSR1 does nothing here; SIGHUP reloads"),
-            },
-            error = agent.failed() => return Err(error),
-            () = &mut watchdog => {}
+                error = agent.failed() => return Err(error),
+            }
         }
+    }
+
+    fn reload(&self, agent: &Running) -> Reloading {
+        self.manager.reloading();
+        let (load, replacing) = (Arc::clone(&self.load), agent.replacing());
+        self.errands.begin(move || {
+            let next = load()?;
+            let changes = replacing.by(&next)?;
+            Ok((next, changes))
+        })
+    }
+
+    /// Opens the log anew, unless that is about to be done anyway: at most once while it is being done.
+    fn reopen(&self, log: Log, under_way: &mut Vec<oneshot::Receiver<()>>) {
+        under_way.retain_mut(|done| done.try_recv() == Err(TryRecvError::Empty));
+        if under_way.len() < 2 {
+            under_way.push(self.errands.begin(move || {
+                if let Err(error) = log.reopen() {
+                    tracing::error!(error = chain(&error), "the log goes on in the old file");
+                }
+            }));
+        }
+    }
+
+    async fn drain(&self, agent: Running, signals: &mut Signals, signal: &str) {
+        tracing::info!(signal, "draining");
+        self.manager.stopping("draining");
+        tokio::select! {
+            () = agent.shutdown() => {}
+            _ = signals.stop() => tracing::warn!("told twice: ending without waiting"),
+        }
+    }
+}
+
+fn status(agent: &Running) -> String {
+    format!("serving {} entries", agent.config().entries.len())
+}
+
+/// How a reload ended, once it has; never when there is none.
+async fn done(reloading: &mut Option<Reloading>) -> anyhow::Result<(Config, Changes)> {
+    match reloading {
+        Some(reloading) => reloading.await.context("the reload ended early")?,
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::{config::ExpandEnv, telemetry::health::Probe};
+
+    /// An agent, all of whose threads that serve callers are blocked: what it is controlled by goes on, and says so.
+    #[test]
+    fn an_agent_whose_threads_are_blocked_is_not_live_and_ends_when_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let (at, path) = (dir.path().display(), dir.path().join("agent.conf"));
+        let text = format!(
+            "agent {{ trust_domain = \"example.org\" data_dir = \"{at}/data\" socket_path = \"{at}/api.sock\"\n\
+             listener {{ drain_timeout = \"0s\" }} }}\nissuer \"embedded\" {{ }}\n\
+             health_checks {{ socket_path = \"{at}/health.sock\" }}\n"
+        );
+        std::fs::write(&path, text).unwrap();
+        let config = Config::load(&path, ExpandEnv::No).unwrap();
+
+        let serving = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let control = Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+        let blocked = Arc::new(Mutex::new(()));
+        let held = blocked.lock().unwrap();
+        control.block_on(async {
+            let here = Handle::current();
+            let within = serving.enter();
+            let agent = Running::start_apart(config, None, Clock::SYSTEM, &here).unwrap();
+            drop(within);
+            let (tell, told) = mpsc::channel();
+            for _ in 0..2 {
+                let (blocked, tell) = (Arc::clone(&blocked), tell.clone());
+                drop(serving.spawn(async move {
+                    tell.send(()).unwrap();
+                    drop(blocked.lock());
+                }));
+            }
+            told.recv().unwrap();
+            told.recv().unwrap();
+            let health = Arc::clone(agent.health());
+            let feeling = tokio::spawn(feel_pulse(Arc::clone(&health), serving.handle().clone()));
+            assert_eq!((health.get(), health.live()), (Probe::Healthy, true));
+            let socket = dir.path().join("health.sock");
+            let asked = async {
+                loop {
+                    if ask(&socket).await.starts_with("HTTP/1.1 500") {
+                        break;
+                    }
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(60), asked).await.expect("/live says so");
+            agent.shutdown().await;
+            feeling.abort();
+        });
+        serving.shutdown_background();
+        drop(held);
+    }
+
+    async fn ask(socket: &std::path::Path) -> String {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let mut stream = tokio::net::UnixStream::connect(socket).await.unwrap();
+        stream.write_all(b"GET /live HTTP/1.1\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
     }
 }

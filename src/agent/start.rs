@@ -1,11 +1,11 @@
 //! The start: every part is built from the configuration, every place where the agent is asked is bound, and
 //! then served.
 
-use std::{os::unix::net::UnixListener, sync::Arc};
+use std::{os::unix::net::UnixListener, path::Path, sync::Arc};
 
 use anyhow::Context as _;
 use nix::unistd::geteuid;
-use tokio::{sync::watch as channel, task::JoinSet};
+use tokio::{runtime::Handle, sync::watch as channel, task::JoinSet};
 
 use super::{
     ANSWERS_WITHIN, Running, connection_bounds,
@@ -26,26 +26,39 @@ use crate::{
     issuer::{self, Issuer, metrics::IssuerMetrics},
     limits::{self, GatePlan, Limits},
     os::{clock::Clock, trusted::ClosedDir},
-    peer::{ConnectionMetrics, ConnectionStats, Listener, OsUid, Socket, cgroup::PodOrUid},
+    peer::{ConnectionBounds, ConnectionMetrics, ConnectionStats, Listener, OsUid, Socket, cgroup::PodOrUid},
     store::{JwtCache, StoreMetrics, Writer, X509Cache},
     telemetry::{
         HealthSettings,
         health::{HealthState, Probe},
         http::{HttpListener, Routes},
+        log::Log,
         metrics::Metrics,
     },
 };
 
 impl Running {
     /// Builds and binds everything, and serves. `handed` is the socket that a service manager keeps for the agent.
+    /// Must be called within a runtime.
     ///
     /// # Errors
     /// What could not be opened, bound or made, with its cause. Nothing is left behind then but what
     /// `data_dir` holds.
     pub fn start(config: Config, handed: Option<UnixListener>, clock: Clock) -> anyhow::Result<Self> {
+        Self::start_apart(config, handed, clock, &Handle::current())
+    }
+
+    /// As [`Running::start`], and the HTTP endpoints are served by `control`, another runtime: they answer whatever
+    /// happens to the one that serves callers.
+    pub(super) fn start_apart(
+        config: Config,
+        handed: Option<UnixListener>,
+        clock: Clock,
+        control: &Handle,
+    ) -> anyhow::Result<Self> {
         let parts = AgentParts::of(&config, clock)?;
         let bound = BoundPlaces::of(&config, handed, &parts)?;
-        parts.serve(config, bound)
+        parts.serve(config, bound, control)
     }
 }
 
@@ -60,9 +73,21 @@ pub(super) struct AgentParts {
     pub(super) x509: Arc<X509Cache>,
     pub(super) jwt: Arc<JwtCache>,
     pub(super) attestor: Arc<Attestor>,
+    journal: Arc<Journal>,
     pub(super) means: Means,
     pub(super) limits: Limits,
     pub(super) gate: limits::Gate,
+}
+
+/// What a reload changes of a running agent. Cheap to clone; all clones are one.
+#[derive(Clone)]
+pub(super) struct Adjustable {
+    pub(super) parts: Arc<AgentParts>,
+    pub(super) memory: channel::Sender<Budget>,
+    /// What bounds a connection that is accepted from now on.
+    pub(super) connections: channel::Sender<ConnectionBounds>,
+    /// The log of the process, once it is known.
+    pub(super) log: Option<Log>,
 }
 
 impl AgentParts {
@@ -94,7 +119,8 @@ impl AgentParts {
             issuer_series.rotation.refresh(clock.now());
             store_series.renewal.refresh(clock.now());
         });
-        let means = Means::of_this_process();
+        let journal = Arc::new(Journal::new(metrics.registry()));
+        let means = Means::of_this_process(http_listeners(config));
         let budget = config.ratelimit.memory.budget(means.cgroup);
         let gate_plan = GatePlan::new(&config.ratelimit, means.nofile, budget)?;
         let limits = Limits::new(&config.ratelimit, clock, metrics.registry());
@@ -109,6 +135,7 @@ impl AgentParts {
             x509,
             jwt: Arc::new(jwt),
             attestor,
+            journal,
             means,
             limits,
             gate,
@@ -116,7 +143,7 @@ impl AgentParts {
     }
 
     /// Serves at what is bound, and starts the tasks that go on for ever.
-    fn serve(self, config: Config, bound: BoundPlaces) -> anyhow::Result<Running> {
+    fn serve(self, config: Config, bound: BoundPlaces, control: &Handle) -> anyhow::Result<Running> {
         let BoundPlaces { http, admin, socket } = bound;
         let services = self.services()?;
         let (stop, stopping) = channel::channel(false);
@@ -144,11 +171,20 @@ impl AgentParts {
             let service = self.admin_service(keys, memory.subscribe());
             self.serve_admin(socket, service, admin_stats, stopping)
         });
-        let tasks = self.tasks(http, budgets, evicted);
+        let mut tasks = self.tasks(budgets, evicted);
+        for listener in http {
+            let serving = async move {
+                // It serves for ever, or cannot begin.
+                let Err(error) = listener.serve().await;
+                tracing::error!(%error, "an http listener cannot be served");
+            };
+            tasks.spawn_on(serving, control);
+        }
 
         self.series.loaded();
         self.health.set(Probe::Healthy);
-        Ok(Running { config, parts: self, memory, connections, log: None, stop, public, admin, tasks })
+        let adjustable = Adjustable { parts: Arc::new(self), memory, connections, log: None };
+        Ok(Running { config: Arc::new(config), adjustable, stop, public, admin, tasks })
     }
 
     fn serve_admin(
@@ -177,7 +213,7 @@ impl AgentParts {
             store: Arc::clone(self.writer.store()),
             x509: Arc::clone(&self.x509),
             jwt: Arc::clone(&self.jwt),
-            journal: Arc::new(Journal::new(self.metrics.registry())),
+            journal: Arc::clone(&self.journal),
             clock: self.clock,
         });
         Services::new(workload, Arc::clone(&self.health), self.limits.clone())
@@ -198,18 +234,10 @@ impl AgentParts {
     /// What goes on for ever.
     fn tasks(
         &self,
-        http: Vec<HttpListener>,
         memory: channel::Receiver<Budget>,
         evicted: channel::Sender<Option<limits::CallerKey>>,
     ) -> JoinSet<()> {
         let mut tasks = JoinSet::new();
-        for listener in http {
-            tasks.spawn(async move {
-                // It serves for ever, or cannot begin.
-                let Err(error) = listener.serve().await;
-                tracing::error!(%error, "an http listener cannot be served");
-            });
-        }
         tasks.spawn(Arc::clone(&self.issuer).run());
         tasks.spawn(Arc::clone(&self.writer).run());
         let metrics = Arc::clone(&self.metrics);
@@ -221,6 +249,7 @@ impl AgentParts {
             evicted,
             x509: Arc::clone(&self.x509),
             jwt: Arc::clone(&self.jwt),
+            journal: Arc::clone(&self.journal),
         };
         tasks.spawn(watch.run());
         tasks.spawn(probe(Arc::clone(&self.health), Arc::clone(&self.issuer)));
@@ -237,15 +266,26 @@ struct BoundPlaces {
 
 impl BoundPlaces {
     fn of(config: &Config, handed: Option<UnixListener>, parts: &AgentParts) -> anyhow::Result<Self> {
+        let places = parts.means.http_places;
         let mut http = Vec::new();
+        let metrics = || Routes::Metrics(Arc::clone(&parts.metrics));
         if let Some(at) = &config.prometheus {
-            let routes = Routes::Metrics(Arc::clone(&parts.metrics));
-            http.push(HttpListener::bind(&at.host, at.port, routes)?);
+            http.push(HttpListener::bind(&at.host, at.port, metrics(), places)?);
         }
-        if config.health.enabled {
-            let HealthSettings { enabled: _, host, port, live_path, ready_path } = config.health.clone();
-            let routes = Routes::Health { state: Arc::clone(&parts.health), live_path, ready_path };
-            http.push(HttpListener::bind(&host, port, routes)?);
+        if let Some(path) = &config.metrics_socket {
+            http.push(at_socket(path, metrics(), places).context("cannot serve metrics")?);
+        }
+        let HealthSettings { enabled, host, port, live_path, ready_path, socket_path } = &config.health;
+        let health = || Routes::Health {
+            state: Arc::clone(&parts.health),
+            live_path: live_path.clone(),
+            ready_path: ready_path.clone(),
+        };
+        if *enabled {
+            http.push(HttpListener::bind(host, *port, health(), places)?);
+        }
+        if let Some(path) = socket_path {
+            http.push(at_socket(path, health(), places).context("cannot serve health checks")?);
         }
         let admin = config.agent.admin_socket_path.as_deref().map(Socket::bind_private).transpose();
         let admin = admin.context("cannot serve the admin api")?;
@@ -261,6 +301,25 @@ impl BoundPlaces {
         }
         Ok(Self { http, admin, socket })
     }
+}
+
+/// How many HTTP listeners `config` asks for.
+fn http_listeners(config: &Config) -> usize {
+    [
+        config.prometheus.is_some(),
+        config.metrics_socket.is_some(),
+        config.health.enabled,
+        config.health.socket_path.is_some(),
+    ]
+    .into_iter()
+    .filter(|asked| *asked)
+    .count()
+}
+
+/// An HTTP listener at a Unix socket for the agent's user and group.
+fn at_socket(path: &Path, routes: Routes, places: usize) -> anyhow::Result<HttpListener> {
+    let (listener, place) = Socket::bind(path, 0o660)?.into_parts();
+    Ok(HttpListener::at_socket(listener, place, routes, places))
 }
 
 fn public_socket(config: &Config, handed: Option<UnixListener>) -> anyhow::Result<Socket> {

@@ -7,6 +7,7 @@ use tokio::sync::watch;
 
 use super::gate::Means;
 use crate::{
+    api::Journal,
     config::Config,
     limits::{
         self, CallerKey, Limits,
@@ -35,6 +36,7 @@ pub(super) struct Watch {
     pub(super) evicted: watch::Sender<Option<CallerKey>>,
     pub(super) x509: Arc<X509Cache>,
     pub(super) jwt: Arc<JwtCache>,
+    pub(super) journal: Arc<Journal>,
 }
 
 /// The memory budget in force.
@@ -129,6 +131,7 @@ impl Watch {
     }
 
     fn report(&self) {
+        self.journal.settle();
         for event in self.limits.events() {
             match event {
                 Event::RefusalStarted { stage, name } => {

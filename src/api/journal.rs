@@ -1,31 +1,81 @@
 //! What is counted of calls, and what the log says of them.
 //!
-//! Our faults are logged with their cause; what a caller did wrong is counted, and seen at debug only. Each kind of
-//! line has its pace: a crowd of calls that fail cannot flood the log.
+//! Our faults are logged with their cause; what a caller did wrong is counted, and seen at debug only, but for what it
+//! cannot find out itself: why it was not attested. Lines that a caller can bring about are told apart by caller and
+//! reason, each with a pace of its own ([`Complaints`]): the first says who it was, later ones how often, the last that it
+//! is over. No caller floods the log, and none hides what another one meets. Nothing is read about a caller for it.
 
-use std::sync::Arc;
+use std::{num::NonZeroU64, sync::Arc};
 
 use tokio::time::Instant;
-use tonic::{Code, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use super::{metrics::ApiMetrics, status::RequestError};
 use crate::{
-    attest::{AttestError, Blame},
-    limits::{Method, pace::Pace},
+    attest::{AttestError, AttestFault, Blame},
+    limits::{
+        CallerKey, Method,
+        pace::{Complaints, Pace, Settled},
+    },
+    peer::Peer,
     telemetry::{
         chain,
-        registry::{Open, Registry},
+        registry::{Label as _, Open, Registry},
     },
 };
 
 /// Counts and logs calls.
 pub struct Journal {
     metrics: ApiMetrics,
-    not_attested: Pace,
-    no_svid: Pace,
-    no_update: Pace,
+    complaints: Complaints<Complaint>,
     no_peer: Pace,
-    must_reconnect: Pace,
+}
+
+/// What a line about a caller is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Complaint {
+    NotAttested(AttestFault),
+    NoSvid,
+    NoUpdate,
+}
+
+impl Complaint {
+    fn text(self) -> &'static str {
+        match self {
+            Self::NotAttested(fault) => fault.text(),
+            Self::NoSvid => "no_svid",
+            Self::NoUpdate => "no_update",
+        }
+    }
+}
+
+/// Who a line is about. All of it was known when it connected.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Whom {
+    caller: CallerKey,
+    pid: i32,
+}
+
+impl From<&Peer> for Whom {
+    fn from(peer: &Peer) -> Self {
+        Self { caller: peer.caller(), pid: peer.pid().as_raw() }
+    }
+}
+
+/// A call that has begun.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Begun {
+    method: Method,
+    at: Instant,
+    by: Option<Whom>,
+}
+
+impl Begun {
+    /// At this moment, by whoever sent `request`.
+    pub(super) fn by<T>(request: &Request<T>, method: Method) -> Self {
+        let peer = request.extensions().get::<Arc<Peer>>();
+        Self { method, at: Instant::now(), by: peer.map(|peer| Whom::from(&**peer)) }
+    }
 }
 
 impl Journal {
@@ -33,78 +83,125 @@ impl Journal {
     pub fn new(registry: Registry<'_>) -> Self {
         Self {
             metrics: ApiMetrics::new(registry),
-            not_attested: Pace::default(),
-            no_svid: Pace::default(),
-            no_update: Pace::default(),
+            complaints: Complaints::default(),
             no_peer: Pace::default(),
-            must_reconnect: Pace::default(),
         }
     }
 
     /// A call was answered as a whole.
     pub(super) fn whole<T>(
         &self,
-        method: Method,
-        started: Instant,
+        begun: Begun,
         done: Result<T, RequestError>,
     ) -> Result<Response<T>, Status> {
         if done.is_ok() {
-            self.metrics.call_ended(method, Code::Ok);
+            self.metrics.call_ended(begun.method, Code::Ok);
         }
-        self.first(method, started, done)
+        self.first(begun, done)
     }
 
     /// A call had its first answer. The end of a stream that was opened is counted by [`OpenCall`].
     pub(super) fn first<T>(
         &self,
-        method: Method,
-        started: Instant,
+        begun: Begun,
         done: Result<T, RequestError>,
     ) -> Result<Response<T>, Status> {
-        self.metrics.call_answered(method, started.elapsed());
+        let Begun { method, at, by } = begun;
+        self.metrics.call_answered(method, at.elapsed());
         done.map(Response::new).map_err(|error| {
             self.metrics.call_ended(method, error.code());
-            self.refused(method, &error);
+            self.refused(method, by, &error);
             error.into()
         })
     }
 
-    fn refused(&self, method: Method, error: &RequestError) {
-        let method = method.rpc();
+    fn refused(&self, method: Method, by: Option<Whom>, error: &RequestError) {
+        const NOT_ATTESTED: &str = "workload attestation failed";
+        let rpc = method.rpc();
         match error {
-            RequestError::Attestation(cause) if cause.blame() == Blame::Fault => {
-                self.not_attested.say(|left_out| {
-                    tracing::warn!(method, error = chain(cause), left_out, "workload attestation failed");
+            RequestError::OtherPidNamespace => {
+                self.complain(by, Complaint::NotAttested(AttestFault::Namespace), |line| {
+                    let AboutCaller { caller, pid, reason, times } = line;
+                    tracing::warn!(method = rpc, caller, pid, reason, %error, times, "{NOT_ATTESTED}");
                 });
             }
-            RequestError::JwtSvid(cause) | RequestError::X509Svid(cause) => self.no_svid.say(|left_out| {
-                tracing::warn!(method, error = chain(cause), left_out, "could not make an SVID");
-            }),
+            RequestError::Attestation(cause) => match cause.blame() {
+                Blame::Fault => self.complain(by, Complaint::NotAttested(cause.fault()), |line| {
+                    let AboutCaller { caller, pid, reason, times } = line;
+                    let error = chain(cause);
+                    tracing::warn!(method = rpc, caller, pid, reason, error, times, "{NOT_ATTESTED}");
+                }),
+                // That a process ends right after it has asked is nothing to tell anybody.
+                Blame::Refusal if !matches!(cause, AttestError::Gone) => {
+                    self.complain(by, Complaint::NotAttested(cause.fault()), |line| {
+                        let AboutCaller { caller, pid, reason, times } = line;
+                        let error = chain(cause);
+                        tracing::info!(method = rpc, caller, pid, reason, error, times, "{NOT_ATTESTED}");
+                    });
+                }
+                Blame::Refusal | Blame::Crowd => {
+                    tracing::debug!(method = rpc, error = chain(cause), "{NOT_ATTESTED}");
+                }
+            },
+            RequestError::JwtSvid(cause) | RequestError::X509Svid(cause) => {
+                self.complain(by, Complaint::NoSvid, |line| {
+                    let AboutCaller { caller, pid, reason, times } = line;
+                    let error = chain(cause);
+                    tracing::warn!(method = rpc, caller, pid, reason, error, times, "could not make an SVID");
+                });
+            }
             RequestError::NoPeer => self.no_peer.say(|left_out| {
-                tracing::error!(method, left_out, "a call came without its peer");
+                tracing::error!(method = rpc, left_out, "a call came without its peer");
             }),
-            RequestError::Attestation(cause @ AttestError::IdentityChanged { .. }) => {
-                self.must_reconnect.say(|left_out| {
-                    tracing::info!(method, error = chain(cause), left_out, "workload attestation failed");
-                });
+            other => tracing::debug!(method = rpc, reason = %other, "refused"),
+        }
+    }
+
+    /// Writes a line, unless there was one of this caller for this reason in the last minute.
+    fn complain(&self, by: Option<Whom>, what: Complaint, write: impl FnOnce(AboutCaller)) {
+        // Of a call without a peer nothing is attested and nothing made.
+        let Some(Whom { caller, pid }) = by else { return };
+        if let Some(times) = self.complaints.note(caller, what, Instant::now()) {
+            let times = Some(times).filter(|times| times.get() > 1);
+            write(AboutCaller { caller: caller.to_string(), pid, reason: what.text(), times });
+        }
+    }
+
+    /// Tells which complaints are over. To be called now and then.
+    pub fn settle(&self) {
+        for settled in self.complaints.settle(Instant::now()) {
+            match settled {
+                Settled::Over { caller, reason, count } => {
+                    let reason = reason.text();
+                    tracing::info!(%caller, reason, count, "calls fail no more");
+                }
+                Settled::Unlisted { count } => {
+                    tracing::warn!(count, "calls of further callers failed, which are not listed one by one");
+                }
             }
-            RequestError::Attestation(cause) => {
-                tracing::debug!(method, error = chain(cause), "workload attestation failed");
-            }
-            other => tracing::debug!(method, reason = %other, "refused"),
         }
     }
 
     /// A call is open while the answer is kept.
-    pub(super) fn opened(self: &Arc<Self>, method: Method) -> OpenCall {
-        OpenCall { journal: Arc::clone(self), method, _open: self.metrics.stream_opened(method) }
+    pub(super) fn opened(self: &Arc<Self>, method: Method, by: Option<Whom>) -> OpenCall {
+        OpenCall { journal: Arc::clone(self), method, by, _open: self.metrics.stream_opened(method) }
     }
+}
+
+/// What is the same in every line about a caller.
+struct AboutCaller {
+    caller: String,
+    pid: i32,
+    reason: &'static str,
+    /// How often since the last line, where this is not the first.
+    times: Option<NonZeroU64>,
 }
 
 /// A stream that is open.
 pub(super) struct OpenCall {
     journal: Arc<Journal>,
     method: Method,
+    by: Option<Whom>,
     _open: Open,
 }
 
@@ -112,21 +209,24 @@ impl OpenCall {
     /// Its next message cannot be made at present.
     pub(super) fn is_behind(&self, error: &RequestError) {
         const TEXT: &str = "a stream keeps what it sent; it is tried again";
-        let cause = match error {
+        let (cause, what) = match error {
             RequestError::Attestation(cause) if cause.blame() == Blame::Crowd => {
                 tracing::debug!(error = chain(cause), "{TEXT}");
                 return;
             }
-            RequestError::Attestation(cause) => chain(cause),
-            RequestError::X509Svid(cause) => chain(cause),
-            other => chain(other),
+            RequestError::Attestation(cause) => (chain(cause), Complaint::NotAttested(cause.fault())),
+            RequestError::X509Svid(cause) => (chain(cause), Complaint::NoUpdate),
+            other => (chain(other), Complaint::NoUpdate),
         };
-        self.journal.no_update.say(|left_out| tracing::warn!(error = cause, left_out, "{TEXT}"));
+        self.journal.complain(self.by, what, |line| {
+            let AboutCaller { caller, pid, reason, times } = line;
+            tracing::warn!(caller, pid, reason, error = cause, times, "{TEXT}");
+        });
     }
 
     /// It ends by this error, as far as the agent is concerned.
     pub(super) fn is_refused(&self, error: &RequestError) {
-        self.journal.refused(self.method, error);
+        self.journal.refused(self.method, self.by, error);
     }
 
     /// It ended with this code: [`Code::Ok`] when the client went away.
@@ -145,34 +245,84 @@ mod tests {
         telemetry::{LogSettings, log::Log, metrics::Metrics},
     };
 
-    #[test]
-    fn a_crowd_of_calls_that_fail_is_a_few_lines() {
+    /// What `act` has the log say, line by line.
+    async fn said<F: Future<Output = ()>>(act: impl FnOnce(Journal) -> F) -> Vec<String> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("agent.log");
-        let (subscriber, log) =
-            Log::build(&LogSettings { file: Some(path.clone()), ..Default::default() }).unwrap();
-        tracing::subscriber::with_default(subscriber, || {
-            let journal = Journal::new(Metrics::default().registry());
-            let late = || Err::<(), _>(RequestError::X509Svid(MintError::Late));
-            for _ in 0..1000 {
-                journal.whole(Method::FetchX509Svid, Instant::now(), late()).unwrap_err();
-            }
-            // Another kind of line has a pace of its own.
-            let no_peer = Err::<(), _>(RequestError::NoPeer);
-            journal.whole(Method::FetchX509Svid, Instant::now(), no_peer).unwrap_err();
-            let flooded = Instant::now();
-            while flooded.elapsed() < Duration::from_millis(1100) {
-                std::thread::yield_now();
-            }
-            journal.whole(Method::FetchX509Svid, Instant::now(), late()).unwrap_err();
-        });
+        let settings = LogSettings { file: Some(path.clone()), ..Default::default() };
+        let (subscriber, log) = Log::build(&settings).unwrap();
+        let held = tracing::subscriber::set_default(subscriber);
+        act(Journal::new(Metrics::default().registry())).await;
+        drop(held);
         assert!(log.flush(Duration::from_secs(60)));
         let text = fs::read_to_string(&path).unwrap();
-        let svids: Vec<&str> = text.lines().filter(|line| line.contains("could not make an SVID")).collect();
-        // One more may pass for each second that this takes.
-        assert!((61..100).contains(&svids.len()), "{}", svids.len());
-        assert!(svids.last().unwrap().contains("left_out=9"), "{svids:#?}");
-        assert!(!svids[0].contains("left_out"), "{svids:#?}");
-        assert!(text.contains("a call came without its peer"));
+        text.lines().map(|line| line.split_once(": ").unwrap().1.to_owned()).collect()
+    }
+
+    fn begun(uid: u32, pid: i32) -> Begun {
+        let by = Some(Whom { caller: CallerKey::Uid(uid), pid });
+        Begun { method: Method::FetchX509Svid, at: Instant::now(), by }
+    }
+
+    fn fail(journal: &Journal, begun: Begun, error: impl Into<RequestError>) {
+        journal.whole(begun, Err::<(), _>(error.into())).unwrap_err();
+    }
+
+    fn late() -> RequestError {
+        RequestError::X509Svid(MintError::Late)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_caller_whose_calls_fail_is_a_line_a_minute_and_hides_nobody() {
+        let lines = said(async |journal| {
+            for _ in 0..3 {
+                for pid in 1..=1000 {
+                    fail(&journal, begun(7, pid), late());
+                    tokio::time::advance(Duration::from_millis(30)).await;
+                }
+            }
+            fail(&journal, begun(8, 5), late());
+            let unseen = AttestError::Unknown { source: std::io::ErrorKind::PermissionDenied.into() };
+            fail(&journal, begun(7, 6), unseen);
+            for _ in 0..200 {
+                tokio::time::advance(Duration::from_secs(1)).await;
+                journal.settle();
+            }
+        })
+        .await;
+        let svid = "could not make an SVID method=\"FetchX509SVID\"";
+        let error = "error=\"the issuer did not answer in time\"";
+        let want = [
+            format!("{svid} caller=\"uid:7\" pid=1 reason=\"no_svid\" {error}"),
+            format!("{svid} caller=\"uid:7\" pid=1 reason=\"no_svid\" {error} times=2000"),
+            format!("{svid} caller=\"uid:8\" pid=5 reason=\"no_svid\" {error}"),
+        ];
+        assert_eq!(lines[..3], want, "{lines:#?}");
+        assert!(lines[3].contains("caller=\"uid:7\" pid=6 reason=\"gone\""), "another reason: {lines:#?}");
+        let over = "calls fail no more caller=uid:7 reason=\"no_svid\" count=3000";
+        assert_eq!(lines[4..], [over], "what came once is over without a word");
+    }
+
+    /// Processes that end, or wait behind others, are no news; one that became another user's is, in its caller's name.
+    #[tokio::test(start_paused = true)]
+    async fn what_callers_do_is_told_where_they_cannot_know_it() {
+        let lines = said(async |journal| {
+            for _ in 0..1000 {
+                fail(&journal, begun(7, 1), AttestError::Gone);
+                fail(&journal, begun(7, 1), AttestError::Crowded);
+                fail(&journal, begun(7, 1), RequestError::NoSvid);
+            }
+            fail(&journal, begun(7, 1), RequestError::OtherPidNamespace);
+            let (uid, gid) = (nix::unistd::Uid::from_raw(7), nix::unistd::Gid::from_raw(7));
+            let changed = AttestError::IdentityChanged { pid: nix::unistd::Pid::from_raw(1), uid, gid };
+            fail(&journal, begun(7, 1), changed);
+            // Another kind of line has a pace of its own.
+            fail(&journal, Begun { by: None, ..begun(7, 1) }, RequestError::NoPeer);
+        })
+        .await;
+        assert_eq!(lines.len(), 3, "{lines:#?}");
+        assert!(lines[0].contains("reason=\"namespace\""), "{lines:#?}");
+        assert!(lines[1].contains("must connect again"), "{lines:#?}");
+        assert!(lines[2].contains("a call came without its peer"), "{lines:#?}");
     }
 }

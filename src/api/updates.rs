@@ -304,7 +304,8 @@ mod tests {
             let (sender, changes) = watch::channel(Change::Generation(1));
             let finds = Arc::default();
             let state = Scripted { finds: Arc::clone(&finds), sent: "first", ended: false };
-            let open = Arc::new(Journal::new(Metrics::default().registry())).opened(Method::FetchX509Svid);
+            let open =
+                Arc::new(Journal::new(Metrics::default().registry())).opened(Method::FetchX509Svid, None);
             let mut stream = updates(state, open, changes, encoded("first"), Arc::clone(queue));
             assert_eq!(stream.next().await.unwrap().unwrap(), encoded("first"));
             Self { sender, stream, finds, generation: 1 }

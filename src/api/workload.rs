@@ -5,7 +5,7 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use tokio::{sync::watch, time::Instant};
+use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 
 use super::{
@@ -13,7 +13,7 @@ use super::{
     call::Call,
     claims::claims_to_struct,
     encoded::Encoded,
-    journal::Journal,
+    journal::{Begun, Journal, Whom},
     proto::{workload as pb, workload_server::spiffe_workload_api_server::SpiffeWorkloadApi},
     status::RequestError,
     updates::{Update, UpdateQueue, Updates, updates},
@@ -162,7 +162,7 @@ impl WorkloadApi {
         content: C,
         changes: watch::Receiver<Change>,
     ) -> Result<Updates, RequestError> {
-        let open = self.parts.journal.opened(method);
+        let open = self.parts.journal.opened(method, Some(Whom::from(charged.peer().connected())));
         let mut state = Subscription { parts: Arc::clone(&self.parts), charged, content };
         let Subscription { parts, charged, content } = &mut state;
         let snapshot = parts.store.snapshot();
@@ -189,63 +189,70 @@ impl SpiffeWorkloadApi for WorkloadApi {
         &self,
         request: Request<pb::X509svidRequest>,
     ) -> Result<Response<Updates>, Status> {
-        let (method, started) = (Method::FetchX509Svid, Instant::now());
+        let method = Method::FetchX509Svid;
+        let begun = Begun::by(&request, method);
         let done = self.x509_svids(Call::of(&request, method)).await;
-        self.parts.journal.first(method, started, done)
+        self.parts.journal.first(begun, done)
     }
 
     async fn fetch_x509_bundles(
         &self,
         request: Request<pb::X509BundlesRequest>,
     ) -> Result<Response<Updates>, Status> {
-        let (method, started) = (Method::FetchX509Bundles, Instant::now());
+        let method = Method::FetchX509Bundles;
+        let begun = Begun::by(&request, method);
         let done = self.bundles(Call::of(&request, method), BundleForm::X509).await;
-        self.parts.journal.first(method, started, done)
+        self.parts.journal.first(begun, done)
     }
 
     async fn fetch_jwtsvid(
         &self,
         request: Request<pb::JwtsvidRequest>,
     ) -> Result<Response<pb::JwtsvidResponse>, Status> {
-        let (method, started) = (Method::FetchJwtSvid, Instant::now());
+        let method = Method::FetchJwtSvid;
+        let begun = Begun::by(&request, method);
         let done = self.jwt_svids(Call::of(&request, method), request.into_inner()).await;
-        self.parts.journal.whole(method, started, done)
+        self.parts.journal.whole(begun, done)
     }
 
     async fn fetch_jwt_bundles(
         &self,
         request: Request<pb::JwtBundlesRequest>,
     ) -> Result<Response<Updates>, Status> {
-        let (method, started) = (Method::FetchJwtBundles, Instant::now());
+        let method = Method::FetchJwtBundles;
+        let begun = Begun::by(&request, method);
         let done = self.bundles(Call::of(&request, method), BundleForm::Jwt).await;
-        self.parts.journal.first(method, started, done)
+        self.parts.journal.first(begun, done)
     }
 
     async fn validate_jwtsvid(
         &self,
         request: Request<pb::ValidateJwtsvidRequest>,
     ) -> Result<Response<pb::ValidateJwtsvidResponse>, Status> {
-        let (method, started) = (Method::ValidateJwtSvid, Instant::now());
+        let method = Method::ValidateJwtSvid;
+        let begun = Begun::by(&request, method);
         let done = self.validate(Call::of(&request, method), request.into_inner()).await;
-        self.parts.journal.whole(method, started, done)
+        self.parts.journal.whole(begun, done)
     }
 
     async fn fetch_witsvid(
         &self,
         request: Request<pb::WitsvidRequest>,
     ) -> Result<Response<Self::FetchWITSVIDStream>, Status> {
-        let (method, started) = (Method::FetchWitSvid, Instant::now());
+        let method = Method::FetchWitSvid;
+        let begun = Begun::by(&request, method);
         let admitted = Call::of(&request, method).and_then(|call| Ok(call.admit(&self.parts.limits)?));
-        self.parts.journal.whole(method, started, admitted.and(Err(RequestError::NoWitSvids)))
+        self.parts.journal.whole(begun, admitted.and(Err(RequestError::NoWitSvids)))
     }
 
     async fn fetch_wit_bundles(
         &self,
         request: Request<pb::WitBundlesRequest>,
     ) -> Result<Response<Self::FetchWITBundlesStream>, Status> {
-        let (method, started) = (Method::FetchWitBundles, Instant::now());
+        let method = Method::FetchWitBundles;
+        let begun = Begun::by(&request, method);
         let admitted = Call::of(&request, method).and_then(|call| Ok(call.admit(&self.parts.limits)?));
-        self.parts.journal.whole(method, started, admitted.and(Err(RequestError::NoWitBundles)))
+        self.parts.journal.whole(begun, admitted.and(Err(RequestError::NoWitBundles)))
     }
 }
 

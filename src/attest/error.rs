@@ -50,7 +50,7 @@ pub enum AttestError {
 /// Whose doing a failure is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Blame {
-    /// The caller's own: it is charged more for it, and the log has it at `debug`.
+    /// The caller's own: it is charged more for it, and the log has it at `info`, or at `debug` when it has ended.
     Refusal,
     /// The node's, and the log had it when the agent started. It is logged at `debug`.
     Known,
@@ -83,7 +83,7 @@ impl AttestError {
     }
 
     /// The label that it is counted under.
-    pub(super) fn fault(&self) -> AttestFault {
+    pub fn fault(&self) -> AttestFault {
         self.class().1
     }
 

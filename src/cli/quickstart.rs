@@ -9,7 +9,6 @@ mod layout;
 use std::{
     ffi::OsString,
     fmt::Write as _,
-    io,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
@@ -17,10 +16,7 @@ use std::{
 use jsonwebtoken::Algorithm;
 use nix::unistd::geteuid;
 use time::OffsetDateTime;
-use tokio::{
-    net::UnixStream,
-    signal::unix::{Signal, SignalKind, signal},
-};
+use tokio::net::UnixStream;
 
 use super::{
     Failure,
@@ -33,7 +29,7 @@ use super::{
     text::{GoDuration, go_time},
 };
 use crate::{
-    agent::{self, Running},
+    agent::{self, Running, Signalled, Signals},
     api::proto::workload as pb,
     config::{Config, ExpandEnv},
     identity::TrustDomain,
@@ -73,8 +69,6 @@ pub(super) enum QuickstartError {
     TrustDomain { asked: TrustDomain, configured: TrustDomain, path: PathBuf },
     #[error("an agent serves at {} already: end it, or choose another directory with --dir", .0.display())]
     Running(PathBuf),
-    #[error("waiting for signals: {0}")]
-    Signals(io::Error),
     #[error("the agent issued no JWT-SVID")]
     NoToken,
 }
@@ -101,44 +95,72 @@ pub(super) fn run(args: &QuickstartArgs, terminal: &mut Terminal) -> Result<(), 
     }
     let runtime = agent::runtime().map_err(Failure::Agent)?;
     let log = Log::start(&config.log).map_err(|error| Failure::Agent(error.into()))?;
-    let result = runtime.block_on(serve(args, config, terminal));
+    let result = runtime.block_on(serve(args, &layout, config, terminal));
     runtime.shutdown_timeout(Duration::from_millis(100));
     // What is not written by then is not worth waiting for.
     let _all_written = log.flush(Duration::from_secs(1));
     result
 }
 
-async fn serve(args: &QuickstartArgs, config: Config, terminal: &mut Terminal) -> Result<(), Failure> {
-    let mut ends = Ends::new().map_err(QuickstartError::Signals)?;
+async fn serve(
+    args: &QuickstartArgs,
+    paths: &Layout,
+    config: Config,
+    terminal: &mut Terminal,
+) -> Result<(), Failure> {
+    let mut signals = Signals::new().map_err(Failure::Agent)?;
     if UnixStream::connect(&config.agent.socket_path).await.is_ok() {
         return Err(QuickstartError::Running(config.agent.socket_path).into());
     }
     let mut agent = Running::start(config, None, Clock::SYSTEM).map_err(Failure::Agent)?;
     let shown = tokio::select! {
         shown = show(agent.config(), terminal) => shown.map(|()| !args.exit_after_fetch),
-        () = ends.next() => Ok(false),
+        () = told_to_end(&mut signals) => Ok(false),
     };
     let result = match shown {
-        Ok(true) => {
-            let said =
-                terminal.print("\nServing. Ctrl-C ends it; run again, and all of it is still there.\n");
-            match said {
-                Ok(()) => tokio::select! {
-                    () = ends.next() => {
-                        terminal.note("\nEnding.");
-                        Ok(())
-                    }
-                    // What is left of it ends with this process.
-                    fault = agent.failed() => return Err(Failure::Agent(fault)),
-                },
-                Err(error) => Err(error.into()),
-            }
-        }
+        Ok(true) => attend(&mut agent, paths, &mut signals, terminal).await,
         Ok(false) => Ok(()),
         Err(failure) => Err(failure),
     };
     agent.shutdown().await;
     result
+}
+
+async fn told_to_end(signals: &mut Signals) {
+    while !matches!(signals.next().await, Signalled::Stop(_)) {}
+}
+
+/// Goes on serving until a signal ends it. SIGHUP reloads, as the files that were written say.
+async fn attend(
+    agent: &mut Running,
+    paths: &Layout,
+    signals: &mut Signals,
+    terminal: &mut Terminal,
+) -> Result<(), Failure> {
+    terminal.print("\nServing. Ctrl-C ends it; run again, and all of it is still there.\n")?;
+    loop {
+        let signal = tokio::select! {
+            signal = signals.next() => signal,
+            fault = agent.failed() => return Err(Failure::Agent(fault)),
+        };
+        match signal {
+            Signalled::Stop(_) => {
+                terminal.note("\nEnding.");
+                return Ok(());
+            }
+            Signalled::Reload => {
+                let loaded = Config::load(&paths.config, ExpandEnv::No).map_err(anyhow::Error::new);
+                // Printing fails, and this ends, when the signal said that the terminal is gone.
+                match loaded.and_then(|next| agent.reload(next)) {
+                    Ok(_changes) => terminal.print("Read again.\n")?,
+                    Err(error) => {
+                        terminal.print(&format!("Not read again, all stays as it was: {error:#}\n"))?
+                    }
+                }
+            }
+            Signalled::ReopenLog | Signalled::Nothing => {}
+        }
+    }
 }
 
 /// Fetches, checks and shows what a workload of this user gets.
@@ -257,25 +279,6 @@ fn shell_word(text: &str) -> String {
         text.to_owned()
     } else {
         format!("'{}'", text.replace('\'', r"'\''"))
-    }
-}
-
-/// Ctrl-C and SIGTERM.
-struct Ends {
-    interrupt: Signal,
-    terminate: Signal,
-}
-
-impl Ends {
-    fn new() -> io::Result<Self> {
-        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
-    }
-
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
     }
 }
 

@@ -106,7 +106,8 @@ fn own_name(s: &mut Section<'_>) -> Option<TrustDomain> {
     name.map(|at| at.value)
 }
 
-fn fits_a_socket(path: &Path) -> Result<(), String> {
+/// Whether a socket's address has room for `path`.
+pub(super) fn fits_a_socket(path: &Path) -> Result<(), String> {
     match path.as_os_str().len() {
         ..=MAX_PATH_LEN => Ok(()),
         length => {

@@ -65,6 +65,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         federated,
         attest,
         prometheus,
+        metrics_socket,
         health,
         ratelimit,
     } = old;
@@ -79,6 +80,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
     issuer.compare(&new.issuer, &mut keys);
     attest.compare(&new.attest, &mut keys);
     keys.needs_restart("telemetry.Prometheus", prometheus, &new.prometheus);
+    keys.needs_restart("telemetry.Prometheus.socket_path", metrics_socket, &new.metrics_socket);
     diff_health(&mut keys, health, &new.health);
     keys.reloads("ratelimit", ratelimit, &new.ratelimit);
     let KeyChanges { restart, live } = keys;
@@ -116,10 +118,10 @@ fn diff_entries(old: &[Arc<Entry>], new: &[Arc<Entry>]) -> EntryChanges {
 
 /// Whether the endpoint is there is told as one; of one that is not, nothing is compared.
 fn diff_health(keys: &mut KeyChanges, old: &HealthSettings, new: &HealthSettings) {
-    if old.enabled && new.enabled {
+    if old.is_served() && new.is_served() {
         old.compare(new, keys);
-    } else if old.enabled != new.enabled {
-        let is = |health: &HealthSettings| if health.enabled { "on" } else { "off" }.to_owned();
+    } else if old.is_served() != new.is_served() {
+        let is = |health: &HealthSettings| if health.is_served() { "on" } else { "off" }.to_owned();
         keys.restart.push(RestartOnly { key: "health_checks", old: is(old), new: is(new) });
     }
 }

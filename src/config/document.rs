@@ -57,8 +57,10 @@ pub struct Config {
     pub federated: BTreeMap<TrustDomain, Arc<Bundle>>,
     /// `plugins.WorkloadAttestor`. Reloads.
     pub attest: AttestSettings,
-    /// `telemetry.Prometheus`. Default: none. Restart to change.
+    /// `telemetry.Prometheus`: host and port. Default: none. Restart to change.
     pub prometheus: Option<HostPort>,
+    /// `telemetry.Prometheus.socket_path`, absolute. Default: none. Restart to change.
+    pub metrics_socket: Option<PathBuf>,
     /// `health_checks`.
     pub health: HealthSettings,
     /// `ratelimit`, and whose subordinate UIDs are whose. Reloads, and keeps what was spent.
@@ -129,7 +131,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     let agent = AgentBlock::read(&mut root, &mut server);
     let own = agent.trust_domain.as_ref();
     let attest = plugins(&mut root, &mut server);
-    let (prometheus, health) = endpoints::read(&mut root);
+    let endpoints = endpoints::read(&mut root, &agent.settings);
     let (issuer, ca_ttl) = issuer::read(&mut root, &server);
     let mut limits = root.block("ratelimit");
     let federation = Federation::read(&mut root, input, own);
@@ -165,8 +167,9 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
         entries,
         federated: federation.bundles,
         attest,
-        prometheus,
-        health,
+        prometheus: endpoints.prometheus,
+        metrics_socket: endpoints.metrics_socket,
+        health: endpoints.health,
         ratelimit,
     })
 }

@@ -1,11 +1,14 @@
 //! The blocks `telemetry` and `health_checks`: the two endpoints for people's tools.
 
+use std::path::{Path, PathBuf};
+
+use super::agent::{AgentSettings, fits_a_socket};
 use crate::{
     hcl::{
         absent::{self, Off},
         section::{At, Section},
         settings::Shown as _,
-        tree::quoted,
+        tree::{Place, quoted},
     },
     telemetry::{HealthSettings, HostPort},
 };
@@ -27,31 +30,62 @@ const TELEMETRY: [(&str, Off, &str); 11] = [
     ("BlockedLabels", Off::Empty, CHOICE),
 ];
 
-/// Reads `telemetry`: where metrics are, if anywhere.
-fn telemetry(root: &mut Section<'_>) -> Option<At<HostPort>> {
+/// Where metrics are, if anywhere.
+#[derive(Default)]
+struct MetricsPlaces {
+    tcp: Option<At<HostPort>>,
+    socket: Option<At<PathBuf>>,
+}
+
+/// What both blocks say.
+#[derive(Debug, Default)]
+pub(super) struct Endpoints {
+    pub(super) prometheus: Option<HostPort>,
+    pub(super) metrics_socket: Option<PathBuf>,
+    pub(super) health: HealthSettings,
+}
+
+/// Reads `telemetry`.
+fn telemetry(root: &mut Section<'_>) -> Option<MetricsPlaces> {
     let mut s = root.block("telemetry")?;
-    let prometheus = s.block("Prometheus").and_then(|mut block| {
+    let prometheus = s.block("Prometheus").map(|mut block| {
         let host = block.string("host").map_or("localhost", |at| at.value);
         let port = block.integer("port", 1..=u16::MAX);
-        if port.is_none() {
+        let socket = block.absolute_that("socket_path", fits_a_socket);
+        if port.is_none() && !block.has("socket_path") {
             block.missing("port", "must be configured: port = 9988");
         }
         absent::refuse(&mut block, &[("tls", Off::Missing, "TLS for metrics")]);
         let place = block.place();
         block.finish();
-        Some(At { value: HostPort::new(host, port?.value), place })
+        let tcp = port.map(|port| At { value: HostPort::new(host, port.value), place });
+        MetricsPlaces { tcp, socket }
     });
     absent::refuse(&mut s, &TELEMETRY);
     s.finish();
     prometheus
 }
 
-/// Reads both. They cannot be at one address.
-pub(super) fn read(root: &mut Section<'_>) -> (Option<HostPort>, HealthSettings) {
-    let prometheus = telemetry(root);
-    let Some(mut s) = root.block("health_checks") else {
-        return (prometheus.map(|at| at.value), HealthSettings::default());
-    };
+/// Reads both. No two sockets can be at one address, those of the block `agent` included.
+pub(super) fn read(root: &mut Section<'_>, agent: &AgentSettings) -> Endpoints {
+    let MetricsPlaces { tcp, socket } = telemetry(root).unwrap_or_default();
+    if let Some(At { value, place }) = &socket {
+        apart(root, "telemetry.Prometheus.socket_path", *place, value, &own_sockets(agent));
+    }
+    let health = root.block("health_checks").map(|s| health_checks(s, agent, tcp.as_ref(), socket.as_ref()));
+    Endpoints {
+        prometheus: tcp.map(|at| at.value),
+        metrics_socket: socket.map(|at| at.value),
+        health: health.unwrap_or_default(),
+    }
+}
+
+fn health_checks(
+    mut s: Section<'_>,
+    agent: &AgentSettings,
+    metrics: Option<&At<HostPort>>,
+    metrics_socket: Option<&At<PathBuf>>,
+) -> HealthSettings {
     let health = HealthSettings::read(&mut s);
     if health.live_path == health.ready_path {
         let place = s.set_at("ready_path").unwrap_or_else(|| s.place());
@@ -59,7 +93,7 @@ pub(super) fn read(root: &mut Section<'_>) -> (Option<HostPort>, HealthSettings)
         let message = format!("live_path is the same, at {live}");
         s.wrong(place, "ready_path", Some(quoted(&health.ready_path)), message);
     }
-    if let Some(At { value, place }) = &prometheus
+    if let Some(At { value, place }) = metrics
         && health.enabled
         && *value == HostPort::new(&health.host, health.port)
     {
@@ -68,6 +102,26 @@ pub(super) fn read(root: &mut Section<'_>) -> (Option<HostPort>, HealthSettings)
         let here = s.set_at("bind_port").unwrap_or_else(|| s.place());
         s.wrong(here, "bind_port", Some(value.shown()), message);
     }
+    if let (Some(path), Some(place)) = (&health.socket_path, s.set_at("socket_path")) {
+        let mut others = own_sockets(agent);
+        others.extend(metrics_socket.map(|at| ("telemetry.Prometheus.socket_path", at.value.as_path())));
+        match fits_a_socket(path) {
+            Ok(()) => apart(&s, "socket_path", place, path, &others),
+            Err(message) => s.wrong(place, "socket_path", Some(quoted(&path.to_string_lossy())), message),
+        }
+    }
     s.finish();
-    (prometheus.map(|at| at.value), health)
+    health
+}
+
+fn own_sockets(agent: &AgentSettings) -> Vec<(&'static str, &Path)> {
+    let admin = agent.admin_socket_path.as_deref().map(|path| ("agent.admin_socket_path", path));
+    [("agent.socket_path", agent.socket_path.as_path())].into_iter().chain(admin).collect()
+}
+
+/// Reports a socket that is at the path of another one.
+fn apart(s: &Section<'_>, key: &str, place: Place, path: &Path, others: &[(&str, &Path)]) {
+    if let Some((other, _)) = others.iter().find(|(_, at)| *at == path) {
+        s.wrong(place, key, Some(quoted(&path.to_string_lossy())), format!("is also {other}"));
+    }
 }

@@ -142,7 +142,7 @@ impl ServiceManager {
     /// Tells the manager twice per interval that the agent lives, as long as it does: when the agent's own probe
     /// says that it cannot serve, nothing is sent, and the manager restarts it. Runs for ever.
     ///
-    /// A runtime that hangs sends nothing either, since this runs on it.
+    /// So `live` must say `false` when the runtime that serves hangs, if this runs on another one.
     pub async fn watch(&self, live: impl Fn() -> bool) {
         let Some(interval) = self.watchdog.filter(|_| self.socket.is_some()) else {
             return std::future::pending().await;

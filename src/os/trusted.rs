@@ -181,7 +181,7 @@ impl Trust {
     }
 
     /// Opens a file for appending, and makes it with this mode, less the umask, when it is missing. It may be a device, or
-    /// a pipe that somebody reads: opening never waits.
+    /// a pipe, which is opened for reading too, so that it need not have a reader yet: opening never waits.
     ///
     /// # Errors
     /// [`PathError`].
@@ -197,9 +197,13 @@ impl Trust {
             End::Nothing { here, names, .. } => return Err(nothing(here.path.join(names))),
         };
         let path = here.path.join(&name);
-        let file = here
-            .open(&name, OFlag::O_WRONLY | OFlag::O_APPEND | how, mode)
-            .map_err(|cause| cannot_open(&path, cause))?;
+        let opened = here.open(&name, OFlag::O_WRONLY | OFlag::O_APPEND | how, mode);
+        let is_pipe = match &opened {
+            Ok(file) => file.metadata().is_ok_and(|meta| meta.file_type().is_fifo()),
+            Err(cause) => cause.raw_os_error() == Some(libc::ENXIO),
+        };
+        let opened = if is_pipe { here.open(&name, OFlag::O_RDWR | (how - OFlag::O_CREAT), mode) } else { opened };
+        let file = opened.map_err(|cause| cannot_open(&path, cause))?;
         let meta = file.metadata().map_err(|cause| cannot_open(&path, cause))?;
         // With a second name it may be a file that is of importance elsewhere.
         if shared && (!meta.is_file() || meta.nlink() != 1 || !self.owns(meta.uid(), here.root)) {
@@ -710,7 +714,7 @@ mod tests {
                 "a pipe that nobody reads",
                 |at| nix::unistd::mkfifo(&at.join("d/log"), Mode::S_IRWXU).unwrap(),
                 "d/log",
-                false,
+                true,
             ),
             ("no directory", |_| {}, "none/log", false),
         ];

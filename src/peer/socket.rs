@@ -58,7 +58,7 @@ pub struct Socket {
 
 /// The path of a socket that we made. Its drop removes the socket, if it is still ours, and then the lock.
 #[derive(Debug)]
-pub(super) struct BoundPath {
+pub(crate) struct BoundPath {
     path: PathBuf,
     name: OsString,
     dir: TrustedDir,
@@ -219,7 +219,7 @@ impl Socket {
     }
 
     /// The listener, and what removes its path.
-    pub(super) fn into_parts(self) -> (UnixListener, Option<BoundPath>) {
+    pub(crate) fn into_parts(self) -> (UnixListener, Option<BoundPath>) {
         (self.listener, self.place)
     }
 }

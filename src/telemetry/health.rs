@@ -16,49 +16,111 @@ pub enum Probe {
     Draining,
 }
 
+/// Whether the threads that serve callers do so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pulse {
+    /// They answer.
+    #[default]
+    Beats,
+    /// None of them has answered for longer than anything takes that they do.
+    Missed,
+}
+
 /// What the health endpoints and the watchdog look at; the agent's probe writes it.
 #[derive(Debug, Default)]
-pub struct HealthState(Mutex<Probe>);
+pub struct HealthState(Mutex<Vitals>);
+
+#[derive(Debug, Default)]
+struct Vitals {
+    probe: Probe,
+    pulse: Pulse,
+}
 
 impl HealthState {
     /// Tells how the agent is now. One that drains stays so: a probe that was under way says nothing any more.
     pub fn set(&self, probe: Probe) {
         let mut now = self.lock();
-        if *now != Probe::Draining {
-            *now = probe;
+        if now.probe != Probe::Draining {
+            now.probe = probe;
         }
     }
 
-    /// How the agent is.
-    #[must_use]
-    pub fn get(&self) -> Probe {
-        *self.lock()
+    /// Tells whether the threads that serve callers answer. They are asked from outside: they could not say that
+    /// they do not.
+    pub fn felt(&self, pulse: Pulse) {
+        self.lock().pulse = pulse;
     }
 
-    fn lock(&self) -> MutexGuard<'_, Probe> {
+    /// How the agent is. Whether its threads answer does not show here.
+    #[must_use]
+    pub fn get(&self) -> Probe {
+        self.lock().probe
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vitals> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether it is well, or on its way: `false` only when it was up and cannot serve, as a restart may help then.
     #[must_use]
     pub fn live(&self) -> bool {
-        self.get() != Probe::Unavailable
+        let Vitals { probe, pulse } = *self.lock();
+        probe != Probe::Unavailable && pulse == Pulse::Beats
     }
 
     /// Whether workloads may be sent here.
     #[must_use]
     pub fn ready(&self) -> bool {
-        self.get() == Probe::Healthy
+        let Vitals { probe, pulse } = *self.lock();
+        probe == Probe::Healthy && pulse == Pulse::Beats
     }
 
     /// spire-agent's bodies, so that whoever parses them need not change (`pkg/common/health`).
     pub(super) fn body(&self) -> &'static str {
-        match self.get() {
-            Probe::Starting => "{\"agent\":null}\n",
-            Probe::Healthy => "{\"agent\":{}}\n",
-            Probe::Unavailable | Probe::Draining => {
+        let Vitals { probe, pulse } = *self.lock();
+        match (probe, pulse) {
+            (Probe::Starting, Pulse::Beats) => "{\"agent\":null}\n",
+            (Probe::Healthy, Pulse::Beats) => "{\"agent\":{}}\n",
+            (Probe::Unavailable | Probe::Draining, _) | (_, Pulse::Missed) => {
                 "{\"agent\":{\"make_new_x509_err\":\"workload api is unavailable\"}}\n"
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_that_drains_stays_so() {
+        let state = HealthState::default();
+        for (probe, then) in [
+            (Probe::Healthy, Probe::Healthy),
+            (Probe::Unavailable, Probe::Unavailable),
+            (Probe::Draining, Probe::Draining),
+            (Probe::Healthy, Probe::Draining),
+        ] {
+            state.set(probe);
+            assert_eq!(state.get(), then);
+        }
+    }
+
+    #[test]
+    fn one_whose_threads_do_not_answer_is_neither_live_nor_ready() {
+        let state = HealthState::default();
+        for (probe, live, ready) in [
+            (Probe::Starting, true, false),
+            (Probe::Healthy, true, true),
+            (Probe::Unavailable, false, false),
+            (Probe::Draining, true, false),
+        ] {
+            state.set(probe);
+            assert_eq!((state.live(), state.ready()), (live, ready), "{probe:?}");
+            state.felt(Pulse::Missed);
+            assert_eq!((state.live(), state.ready()), (false, false), "{probe:?}");
+            state.felt(Pulse::Beats);
+            assert_eq!((state.live(), state.ready()), (live, ready), "{probe:?}");
         }
     }
 }

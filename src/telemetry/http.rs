@@ -1,37 +1,78 @@
 //! The two small HTTP/1 listeners for operators: Prometheus' endpoint and the health checks.
 //!
-//! Whoever can connect may read them, so they tell counts and one word, never who called. A peer here can do
-//! little: one request per connection, [`MOST_CONNECTIONS`] connections, small buffers, and ten seconds for
-//! everything. A listener that is configured and cannot be bound is an error at start: a probe that silently
-//! does not exist is worse than an agent that says why it did not start. No TLS here.
+//! Whoever can connect may read them, so they tell counts and one word, never who called. A connection is good
+//! for one request. What was accepted keeps its place until it is answered or its time is over; nobody who
+//! comes later takes it away. So there are places for more than one user can hold ([`MOST_PLACES`]), and each
+//! is cheap: a descriptor and a small task, no byte of a head that is not complete. The time for a head is
+//! short, and shorter while places are ([`HEAD_WITHIN`]). At a Unix socket, where the kernel tells who is there, one
+//! user has a part of the places at most.
+//!
+//! A listener that is configured and cannot be bound is an error at start: a probe that silently does not exist
+//! is worse than an agent that says why it did not start. No TLS here.
+//!
+//! # Decisions
+//! Not hyper: it holds 8 KiB for a connection from its first byte on, which is what a thousand halves of a request
+//! would cost each; of HTTP/1 a probe needs one line (`http/page.rs`).
 
-use std::collections::VecDeque;
-use std::convert::Infallible;
-use std::net::TcpListener;
-use std::sync::Arc;
-use std::time::Duration;
+mod page;
+
+use std::{
+    any::Any,
+    collections::HashMap,
+    convert::Infallible,
+    io,
+    net::TcpListener,
+    os::{
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd},
+        unix::net::UnixListener,
+    },
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use bytes::Bytes;
-use http::header::{ALLOW, CONTENT_TYPE};
-use http::{HeaderValue, Method, Request, Response, StatusCode};
-use http_body_util::Full;
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::task::{AbortHandle, JoinSet};
+use http::StatusCode;
+use nix::sys::socket::{Backlog, MsgFlags, listen, recv, send, setsockopt, shutdown, sockopt};
+use tokio::{
+    io::{Interest, Ready},
+    net,
+    sync::Semaphore,
+    task::JoinSet,
+    time::timeout,
+};
 
+use self::page::{AskedPage, MOST_HEAD, Page, RequestHead, TEXT};
 use super::{health::HealthState, metrics::Metrics};
 
-/// The next one takes the place of the oldest: a health check must not wait behind those who say nothing.
-const MOST_CONNECTIONS: usize = 16;
-/// For one connection, from accept to close.
-const DEADLINE: Duration = Duration::from_secs(10);
-/// For the head of the request.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
-/// The least that hyper takes, and far more than a scraper sends.
-const BUFFER: usize = 8 * 1024;
+/// The most connections of a listener: twice what one local user may hold without being in anybody's way.
+pub const MOST_PLACES: usize = 2048;
+/// A process that may have few descriptors spends one part in so many of them on each listener.
+const DESCRIPTOR_SHARE: u64 = 8;
+/// At a Unix socket one user has one part in so many of the places.
+const USER_SHARE: usize = 8;
+/// For the head of the request, from accept on.
+const HEAD_WITHIN: Duration = Duration::from_secs(5);
+/// The same, for who comes when half of the places are taken.
+const HEAD_WITHIN_CROWDED: Duration = Duration::from_secs(1);
+/// For taking the answer.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+/// For closing after the answer, while what else was sent is thrown away: closed before, the answer could be lost.
+const CLOSE_WITHIN: Duration = Duration::from_secs(1);
+/// How much is thrown away, in bytes.
+const MOST_THROWN_AWAY: usize = 256 * 1024;
+/// What the kernel keeps of what was sent here, in bytes (it doubles that): a head, and no more.
+const RECEIVE_BUFFER: usize = 2 * MOST_HEAD;
+/// And of an answer that is not read (it doubles that too).
+const SEND_BUFFER: usize = 4 * 1024;
+/// Connections that wait to be accepted; the kernel lowers it to `net.core.somaxconn`.
+const BACKLOG: i32 = 4096;
 /// After a failed accept (no descriptors): long enough not to spin, short enough not to miss a scrape.
 const AFTER_ACCEPT_ERROR: Duration = Duration::from_secs(1);
+
+/// How many connections each listener may hold in a process that may have `nofile` descriptors.
+pub fn places(nofile: u64) -> usize {
+    usize::try_from(nofile / DESCRIPTOR_SHARE).unwrap_or(MOST_PLACES).min(MOST_PLACES)
+}
 
 /// Why a listener could not be bound.
 #[derive(Debug, thiserror::Error)]
@@ -40,7 +81,7 @@ pub struct HttpError {
     what: &'static str,
     host: String,
     port: u16,
-    source: std::io::Error,
+    source: io::Error,
 }
 
 /// What a listener answers.
@@ -66,103 +107,286 @@ impl Routes {
         }
     }
 
-    fn answer<B>(&self, request: &Request<B>) -> Response<Full<Bytes>> {
+    fn page(&self, asked: AskedPage<'_>) -> Page {
         match self {
-            Self::Metrics(metrics) => match *request.method() {
-                Method::GET | Method::HEAD => {
-                    respond(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", metrics.render())
+            Self::Metrics(metrics) => match asked.method {
+                "GET" | "HEAD" => {
+                    Page::new(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", metrics.latest())
                 }
-                _ => {
-                    let mut refusal =
-                        respond(StatusCode::METHOD_NOT_ALLOWED, "text/plain; charset=utf-8", "use GET\n");
-                    refusal.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
-                    refusal
-                }
+                _ => Page {
+                    more: "allow: GET, HEAD\r\n",
+                    ..Page::new(StatusCode::METHOD_NOT_ALLOWED, TEXT, "use GET\n")
+                },
             },
             // Any method, as spire-agent: some probes send POST.
             Self::Health { state, live_path, ready_path } => {
-                let path = request.uri().path();
-                let good = match path {
-                    _ if path == live_path => state.live(),
-                    _ if path == ready_path => state.ready(),
-                    _ => return respond(StatusCode::NOT_FOUND, "text/plain; charset=utf-8", "not found\n"),
+                let good = match asked.path {
+                    path if path == live_path => state.live(),
+                    path if path == ready_path => state.ready(),
+                    _ => return Page::new(StatusCode::NOT_FOUND, TEXT, "not found\n"),
                 };
                 let status = if good { StatusCode::OK } else { StatusCode::INTERNAL_SERVER_ERROR };
-                respond(status, "application/json", state.body())
+                Page::new(status, "application/json", state.body())
             }
         }
     }
-}
 
-fn respond(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(body.into()));
-    *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
-    response
+    /// RequestHead and body of the answer to what was sent so far; `None` while more is to come.
+    fn answer(&self, sent: &[u8]) -> Option<(String, Bytes)> {
+        let (page, bodiless) = match RequestHead::read(sent) {
+            RequestHead::Begun => return None,
+            RequestHead::Complete(asked) => (self.page(asked), asked.method == "HEAD"),
+            RequestHead::Malformed => (Page::refusal(StatusCode::BAD_REQUEST), false),
+            RequestHead::TooLarge => (Page::refusal(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE), false),
+        };
+        Some((page.head(), if bodiless { Bytes::new() } else { page.body }))
+    }
 }
 
 /// A bound listener; nobody is answered until [`HttpListener::serve`].
 #[derive(Debug)]
 pub struct HttpListener {
-    listener: TcpListener,
+    at: BoundAt,
     routes: Routes,
+    places: usize,
+}
+
+#[derive(Debug)]
+enum BoundAt {
+    Tcp(TcpListener),
+    /// And what removes the socket when it is dropped.
+    Unix(UnixListener, Box<dyn Any + Send + Sync>),
 }
 
 impl HttpListener {
     /// Binds `host` (a name or an address, IPv6 with or without brackets) and `port`; the first address of a name
-    /// that can be bound is taken.
+    /// that can be bound is taken. It holds at most `places` connections.
     ///
     /// # Errors
     /// [`HttpError`], for the agent not to start with.
-    pub fn bind(host: &str, port: u16, routes: Routes) -> Result<Self, HttpError> {
+    pub fn bind(host: &str, port: u16, routes: Routes, places: usize) -> Result<Self, HttpError> {
         let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
-        let listener = TcpListener::bind((bare, port))
-            .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
-            .map_err(|source| HttpError { what: routes.what(), host: host.to_owned(), port, source })?;
-        Ok(Self { listener, routes })
+        let bound = TcpListener::bind((bare, port)).and_then(|listener| {
+            listener.set_nonblocking(true)?;
+            // Connections inherit the buffers; the standard library's backlog is short.
+            setsockopt(&listener, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
+            setsockopt(&listener, sockopt::SndBuf, &SEND_BUFFER)?;
+            listen(&listener, Backlog::new(BACKLOG)?)?;
+            Ok(listener)
+        });
+        let listener =
+            bound.map_err(|source| HttpError { what: routes.what(), host: host.to_owned(), port, source })?;
+        Ok(Self { at: BoundAt::Tcp(listener), routes, places })
+    }
+
+    /// The same at a Unix socket that listens and does not block. `place` is kept as long as the listener.
+    pub fn at_socket(
+        listener: UnixListener,
+        place: impl Send + Sync + 'static,
+        routes: Routes,
+        places: usize,
+    ) -> Self {
+        Self { at: BoundAt::Unix(listener, Box::new(place)), routes, places }
     }
 
     /// Answers for ever. Dropping the future closes the listener and every connection.
     ///
     /// # Errors
     /// When the runtime cannot watch the socket; never later.
-    pub async fn serve(self) -> std::io::Result<Infallible> {
-        let Self { listener, routes } = self;
-        let listener = tokio::net::TcpListener::from_std(listener)?;
-        let mut connections = JoinSet::new();
-        let mut oldest_first: VecDeque<AbortHandle> = VecDeque::with_capacity(MOST_CONNECTIONS);
+    pub async fn serve(self) -> io::Result<Infallible> {
+        let Self { at, routes, places } = self;
+        let (listener, _place) = match at {
+            BoundAt::Tcp(listener) => (Listening::Tcp(net::TcpListener::from_std(listener)?), None),
+            BoundAt::Unix(listener, place) => {
+                (Listening::Unix(net::UnixListener::from_std(listener)?), Some(place))
+            }
+        };
+        let free = Arc::new(Semaphore::new(places));
+        let shares = UserPlaces { held: Arc::default(), most: (places / USER_SHARE).max(1) };
+        let mut visits = JoinSet::new();
         loop {
-            while connections.try_join_next().is_some() {}
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
+            while visits.try_join_next().is_some() {}
+            // Who comes while there is no place waits in the kernel's queue. The semaphore is never closed.
+            let place = Arc::clone(&free).acquire_owned().await;
+            let accepted = listener.accept().await;
+            let (stream, share) = match accepted.map(|stream| (shares.take(&stream), stream)) {
+                Ok((Ok(share), stream)) => (stream, share),
+                Ok((Err(TooMany), _)) => continue,
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection for {}", routes.what());
                     tokio::time::sleep(AFTER_ACCEPT_ERROR).await;
                     continue;
                 }
             };
-            oldest_first.retain(|connection| !connection.is_finished());
-            if oldest_first.len() >= MOST_CONNECTIONS
-                && let Some(oldest) = oldest_first.pop_front()
-            {
-                oldest.abort();
-            }
+            let crowded = free.available_permits() < places / 2;
+            let within = if crowded { HEAD_WITHIN_CROWDED } else { HEAD_WITHIN };
             let routes = routes.clone();
-            oldest_first.push_back(connections.spawn(async move {
-                let service = service_fn(move |request| {
-                    let response = routes.answer(&request);
-                    async move { Ok::<_, Infallible>(response) }
-                });
-                let connection = http1::Builder::new()
-                    .timer(TokioTimer::new())
-                    .header_read_timeout(HEADER_TIMEOUT)
-                    .keep_alive(false)
-                    .max_buf_size(BUFFER)
-                    .max_headers(32)
-                    .serve_connection(TokioIo::new(stream), service);
+            visits.spawn(async move {
+                let _held = (place, share);
                 // A broken or slow peer is its own affair, and logging each would be its lever.
-                drop(tokio::time::timeout(DEADLINE, connection).await);
-            }));
+                drop(stream.visit(&routes, within).await);
+            });
+        }
+    }
+}
+
+/// A listener that the runtime watches.
+#[derive(Debug)]
+enum Listening {
+    Tcp(net::TcpListener),
+    Unix(net::UnixListener),
+}
+
+impl Listening {
+    async fn accept(&self) -> io::Result<Visitor> {
+        match self {
+            Self::Tcp(listener) => listener.accept().await.map(|(stream, _)| Visitor::Tcp(stream)),
+            Self::Unix(listener) => listener.accept().await.map(|(stream, _)| Visitor::Unix(stream)),
+        }
+    }
+}
+
+/// How many places each user holds who came to a Unix socket: never more users than there are places.
+struct UserPlaces {
+    held: Arc<Mutex<HashMap<u32, usize>>>,
+    most: usize,
+}
+
+/// A place that is charged to a user, until this is dropped.
+struct UserPlace {
+    held: Arc<Mutex<HashMap<u32, usize>>>,
+    uid: u32,
+}
+
+/// The user holds all that it may.
+struct TooMany;
+
+impl UserPlaces {
+    /// Charges the user of `stream`; nobody where the kernel does not say who it is, which is so over TCP.
+    fn take(&self, stream: &Visitor) -> Result<Option<UserPlace>, TooMany> {
+        let Visitor::Unix(stream) = stream else { return Ok(None) };
+        let Ok(peer) = nix::sys::socket::getsockopt(stream, sockopt::PeerCredentials) else {
+            return Ok(None);
+        };
+        let uid = peer.uid();
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_user = held.entry(uid).or_default();
+        if *of_user >= self.most {
+            return Err(TooMany);
+        }
+        *of_user += 1;
+        Ok(Some(UserPlace { held: Arc::clone(&self.held), uid }))
+    }
+}
+
+impl Drop for UserPlace {
+    fn drop(&mut self) {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(of_user) = held.get_mut(&self.uid) {
+            *of_user -= 1;
+            if *of_user == 0 {
+                held.remove(&self.uid);
+            }
+        }
+    }
+}
+
+/// Somebody who came to ask.
+#[derive(Debug)]
+enum Visitor {
+    Tcp(net::TcpStream),
+    Unix(net::UnixStream),
+}
+
+impl Visitor {
+    async fn visit(self, routes: &Routes, within: Duration) -> io::Result<()> {
+        let (head, body) = timeout(within, self.asks(routes)).await??;
+        timeout(ANSWER_WITHIN, async {
+            self.send(head.as_bytes()).await?;
+            self.send(&body).await
+        })
+        .await??;
+        shutdown(self.descriptor().as_raw_fd(), nix::sys::socket::Shutdown::Write)?;
+        timeout(CLOSE_WITHIN, self.throw_away()).await?
+    }
+
+    /// Waits for the head of a request, which stays where it is, and says what to answer.
+    async fn asks(&self, routes: &Routes) -> io::Result<(String, Bytes)> {
+        loop {
+            let ready = self.ready(Interest::READABLE).await?;
+            let answer = self.attempt(Interest::READABLE, || {
+                let mut sent = [0; MOST_HEAD];
+                let length = self.receive(&mut sent, MsgFlags::MSG_PEEK)?;
+                routes
+                    .answer(sent.get(..length).unwrap_or_default())
+                    .ok_or_else(|| io::ErrorKind::WouldBlock.into())
+            });
+            match answer {
+                // What is not complete by now never will be.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && ready.is_read_closed() => {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                done => return done,
+            }
+        }
+    }
+
+    async fn send(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            self.ready(Interest::WRITABLE).await?;
+            let sent = self.attempt(Interest::WRITABLE, || {
+                let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+                Ok(send(self.descriptor().as_raw_fd(), bytes, flags)?)
+            });
+            match sent {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                sent => bytes = bytes.get(sent?..).unwrap_or_default(),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads until the peer closes, or has sent too much to wait for that.
+    async fn throw_away(&self) -> io::Result<()> {
+        let mut left = MOST_THROWN_AWAY;
+        while left > 0 {
+            self.ready(Interest::READABLE).await?;
+            let thrown =
+                self.attempt(Interest::READABLE, || self.receive(&mut [0; MOST_HEAD], MsgFlags::empty()));
+            match thrown {
+                Ok(0) => break,
+                Ok(length) => left = left.saturating_sub(length),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn receive(&self, into: &mut [u8], flags: MsgFlags) -> io::Result<usize> {
+        Ok(recv(self.descriptor().as_raw_fd(), into, flags | MsgFlags::MSG_DONTWAIT)?)
+    }
+
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(stream) => stream.as_fd(),
+            Self::Unix(stream) => stream.as_fd(),
+        }
+    }
+
+    async fn ready(&self, interest: Interest) -> io::Result<Ready> {
+        match self {
+            Self::Tcp(stream) => stream.ready(interest).await,
+            Self::Unix(stream) => stream.ready(interest).await,
+        }
+    }
+
+    /// Does what may not be possible yet; then the runtime waits for that it is.
+    fn attempt<T>(&self, interest: Interest, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        match self {
+            Self::Tcp(stream) => stream.try_io(interest, act),
+            Self::Unix(stream) => stream.try_io(interest, act),
         }
     }
 }
@@ -171,26 +395,37 @@ impl HttpListener {
 mod tests {
     use std::net::SocketAddr;
 
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    use tokio::net::TcpStream;
+    use tokio::{
+        io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+        net::{TcpStream, UnixStream},
+    };
 
     use super::*;
     use crate::telemetry::health::Probe;
 
     /// A served listener, and its address. It ends with the test's runtime.
-    fn served(routes: Routes) -> SocketAddr {
-        let listener = HttpListener::bind("127.0.0.1", 0, routes).unwrap();
-        let address = listener.listener.local_addr().unwrap();
+    fn served(routes: Routes, places: usize) -> SocketAddr {
+        let listener = HttpListener::bind("127.0.0.1", 0, routes, places).unwrap();
+        let BoundAt::Tcp(bound) = &listener.at else { panic!("{listener:?}") };
+        let address = bound.local_addr().unwrap();
         drop(tokio::spawn(listener.serve()));
         address
     }
 
-    async fn ask(address: SocketAddr, request: &str) -> String {
-        let mut stream = TcpStream::connect(address).await.unwrap();
+    fn health(state: &Arc<HealthState>) -> Routes {
+        let (live_path, ready_path) = ("/live".to_owned(), "/ready".to_owned());
+        Routes::Health { state: Arc::clone(state), live_path, ready_path }
+    }
+
+    async fn ask_on(mut stream: impl AsyncRead + AsyncWrite + Unpin, request: &str) -> String {
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
         answer
+    }
+
+    async fn ask(address: SocketAddr, request: &str) -> String {
+        ask_on(TcpStream::connect(address).await.unwrap(), request).await
     }
 
     /// Status, content type and body.
@@ -205,11 +440,7 @@ mod tests {
         const UP: &str = "{\"agent\":{}}\n";
         const DOWN: &str = "{\"agent\":{\"make_new_x509_err\":\"workload api is unavailable\"}}\n";
         let state = Arc::new(HealthState::default());
-        let address = served(Routes::Health {
-            state: Arc::clone(&state),
-            live_path: "/live".to_owned(),
-            ready_path: "/ready".to_owned(),
-        });
+        let address = served(health(&state), 16);
         for (case, probe, live, ready, body) in [
             ("starting", Probe::Starting, "200", "500", "{\"agent\":null}\n"),
             ("healthy", Probe::Healthy, "200", "200", UP),
@@ -219,8 +450,12 @@ mod tests {
             state.set(probe);
             let answer = ask(address, "GET /live HTTP/1.1\r\nHost: a\r\n\r\n").await;
             assert_eq!(parts(&answer), (live, "application/json", body), "{case}, live");
-            let answer =
-                ask(address, "POST /ready?x=1 HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n").await;
+            // Its body is of no interest, and must not take the answer away.
+            let post = format!(
+                "POST /ready?x=1 HTTP/1.1\r\nHost: a\r\nContent-Length: 9000\r\n\r\n{}",
+                "x".repeat(9000)
+            );
+            let answer = ask(address, &post).await;
             assert_eq!(parts(&answer), (ready, "application/json", body), "{case}, ready");
         }
         let answer = ask(address, "GET /other HTTP/1.1\r\nHost: a\r\n\r\n").await;
@@ -229,12 +464,14 @@ mod tests {
 
     #[tokio::test]
     async fn metrics_at_every_path_for_readers_only() {
-        let address = served(Routes::Metrics(Arc::new(Metrics::default())));
+        let address = served(Routes::Metrics(Arc::new(Metrics::default())), 16);
         for path in ["/", "/metrics", "/any/thing?at=all"] {
             let answer = ask(address, &format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n")).await;
             let (status, kind, body) = parts(&answer);
             assert_eq!((status, kind), ("200", "text/plain; version=0.0.4; charset=utf-8"), "{path}");
             assert!(body.contains("\nprocess_start_time_seconds "), "{path}: {body}");
+            assert!(answer.contains(&format!("content-length: {}\r\n", body.len())), "{answer}");
+            assert!(answer.contains(" GMT\r\n"), "{answer}");
         }
         let answer = ask(address, "HEAD /metrics HTTP/1.0\r\n\r\n").await;
         assert_eq!((parts(&answer).0, parts(&answer).2), ("200", ""));
@@ -245,7 +482,7 @@ mod tests {
 
     #[tokio::test]
     async fn hostile_peers_get_little() {
-        let address = served(Routes::Metrics(Arc::new(Metrics::default())));
+        let address = served(Routes::Metrics(Arc::new(Metrics::default())), 16);
         for (case, request, status) in [
             ("no HTTP", "\x16\x03\x01\x02\x00\r\n\r\n".to_owned(), "400"),
             ("a huge head", format!("GET / HTTP/1.1\r\nHost: {}\r\n", "a".repeat(9000)), "431"),
@@ -262,42 +499,91 @@ mod tests {
         }
     }
 
-    /// Silent connections take every place; the oldest of them gives its place to who comes, the others keep theirs.
+    /// A head that comes byte by byte, and one whose sender says no more but keeps the connection half open.
     #[tokio::test]
-    async fn nobody_waits_behind_silent_connections() {
-        let address = served(Routes::Metrics(Arc::new(Metrics::default())));
+    async fn a_head_may_come_in_pieces() {
+        let address = served(health(&Arc::default()), 16);
+        let mut slow = TcpStream::connect(address).await.unwrap();
+        slow.set_nodelay(true).unwrap();
+        let (last, rest) = b"GET /live HTTP/1.1\r\n\r\n".split_last().unwrap();
+        for byte in rest {
+            slow.write_all(&[*byte]).await.unwrap();
+            tokio::task::yield_now().await;
+        }
+        slow.write_all(&[*last]).await.unwrap();
+        slow.shutdown().await.unwrap();
+        let mut answer = String::new();
+        slow.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(parts(&answer).0, "200");
+
+        let mut half = TcpStream::connect(address).await.unwrap();
+        half.write_all(b"GET /live HTTP/1.1\r\n").await.unwrap();
+        half.shutdown().await.unwrap();
+        let closed = half.read(&mut [0]).await;
+        assert!(matches!(closed, Ok(0) | Err(_)), "it is not waited for: {closed:?}");
+    }
+
+    /// Nobody's place is taken away: who comes when there is none waits for one, the others are served.
+    #[tokio::test(start_paused = true)]
+    async fn a_place_is_kept_until_its_time_is_over() {
+        let state = Arc::default();
+        let address = served(health(&state), 4);
         let mut silent = Vec::new();
-        for _ in 0..MOST_CONNECTIONS {
+        for _ in 0..4 {
             silent.push(TcpStream::connect(address).await.unwrap());
         }
-        let answer = ask(address, "GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
-        assert_eq!(parts(&answer).0, "200");
-        assert_eq!(silent[0].read(&mut [0]).await.unwrap(), 0, "the oldest is closed");
-        let last = silent.last_mut().unwrap();
-        last.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+        silent[0].write_all(b"GET /live HTTP/1.1\r\n").await.unwrap();
+        let next = tokio::spawn(ask(address, "GET /live HTTP/1.1\r\n\r\n"));
+        silent[0].write_all(b"\r\n").await.unwrap();
         let mut answer = String::new();
-        last.read_to_string(&mut answer).await.unwrap();
-        assert_eq!(parts(&answer).0, "200", "the latest is still served");
+        silent[0].read_to_string(&mut answer).await.unwrap();
+        assert_eq!(parts(&answer).0, "200", "the first is served, whoever came later");
+        assert_eq!(parts(&next.await.unwrap()).0, "200");
+        for silent in &mut silent[1..] {
+            assert_eq!(silent.read(&mut [0]).await.unwrap(), 0, "and is closed in time");
+        }
+    }
+
+    #[tokio::test]
+    async fn one_user_has_a_part_of_the_places_of_a_unix_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("health.sock");
+        let bound = UnixListener::bind(&path).unwrap();
+        bound.set_nonblocking(true).unwrap();
+        let listener = HttpListener::at_socket(bound, (), health(&Arc::default()), 16);
+        drop(tokio::spawn(listener.serve()));
+        let connect = || UnixStream::connect(&path);
+        let held = [connect().await.unwrap(), connect().await.unwrap()];
+        let mut third = connect().await.unwrap();
+        assert_eq!(third.read(&mut [0]).await.unwrap(), 0, "it is closed");
+        for stream in held {
+            let answer = ask_on(stream, "GET /live HTTP/1.1\r\n\r\n").await;
+            assert_eq!(parts(&answer).0, "200");
+        }
+        // A place is free as soon as the agent has seen that its holder is gone.
+        let mut last = String::new();
+        while !last.starts_with("HTTP/1.1 200") {
+            let mut stream = connect().await.unwrap();
+            // It may be closed before it has asked.
+            if stream.write_all(b"GET /live HTTP/1.1\r\n\r\n").await.is_ok() {
+                drop(stream.read_to_string(&mut last).await);
+            }
+        }
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_silent_connection_does_not_stay() {
-        let address = served(Routes::Metrics(Arc::new(Metrics::default())));
+        let address = served(Routes::Metrics(Arc::new(Metrics::default())), 16);
         let mut silent = TcpStream::connect(address).await.unwrap();
         assert_eq!(silent.read(&mut [0]).await.unwrap(), 0);
     }
 
     #[test]
-    fn an_agent_that_drains_stays_so() {
-        let state = HealthState::default();
-        for (probe, then) in [
-            (Probe::Healthy, Probe::Healthy),
-            (Probe::Unavailable, Probe::Unavailable),
-            (Probe::Draining, Probe::Draining),
-            (Probe::Healthy, Probe::Draining),
-        ] {
-            state.set(probe);
-            assert_eq!(state.get(), then);
+    fn places_are_a_part_of_the_descriptors() {
+        for (nofile, want) in
+            [(65_536, MOST_PLACES), (20_000, MOST_PLACES), (1024, 128), (u64::MAX, MOST_PLACES)]
+        {
+            assert_eq!(places(nofile), want, "{nofile}");
         }
     }
 
@@ -306,13 +592,13 @@ mod tests {
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = taken.local_addr().unwrap().port();
         let routes = || Routes::Metrics(Arc::new(Metrics::default()));
-        let error = HttpListener::bind("127.0.0.1", port, routes()).unwrap_err();
+        let error = HttpListener::bind("127.0.0.1", port, routes(), 16).unwrap_err();
         assert_eq!(error.to_string(), format!("cannot listen for metrics on 127.0.0.1:{port}"));
-        HttpListener::bind("no such host.invalid", 1, routes()).unwrap_err();
+        HttpListener::bind("no such host.invalid", 1, routes(), 16).unwrap_err();
         // A machine may have no IPv6 at all; then there is nothing to bracket.
         if TcpListener::bind("[::1]:0").is_ok() {
-            let bound = HttpListener::bind("[::1]", 0, routes()).unwrap();
-            assert!(bound.listener.local_addr().unwrap().is_ipv6());
+            let bound = HttpListener::bind("[::1]", 0, routes(), 16).unwrap();
+            assert!(matches!(bound.at, BoundAt::Tcp(at) if at.local_addr().unwrap().is_ipv6()));
         }
     }
 }

@@ -1,14 +1,17 @@
 //! The agent's log: text or JSON lines to standard output or a file, at a level that can change.
 //!
 //! A log must never take identity away: a reader that stops reading (a full pipe, a stuck disk) stops one thread
-//! of this module and no other. Lines wait in a buffer of [`MOST_WAITING`] bytes; what does not fit is dropped and
+//! of this module and no other. That thread opens the file, too, which a disk can hold up as long as a write; a named pipe is
+//! opened without waiting for a reader. Lines wait in a buffer of [`MOST_WAITING`] bytes; what does not fit is dropped and
 //! counted, and the count is the next line that gets through. A file is opened for appending, readable by its
 //! owner and group, and opened anew when asked ([`Log::reopen`], on SIGUSR2), so that logrotate can move it away. No
 //! link that others could have put there is followed to it, and opening it never waits.
 //!
-//! Only the agent's own lines follow the level; libraries speak from warnings up: their debug lines are per frame
-//! and may show what callers sent. There are no filter expressions here.
+//! Only the agent's own lines follow the level. Of libraries only errors are heard: their warnings are of what a peer
+//! did, and a peer could fill the log with them; their debug lines are per frame and may show what callers sent.
+//! There are no filter expressions here.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, IsTerminal as _, Write};
 use std::path::{Path, PathBuf};
@@ -16,9 +19,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tracing::Level;
+use tracing::field::Field;
 use tracing::level_filters::LevelFilter;
+use tracing_subscriber::field::MakeExt as _;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::format::{Writer, debug_fn};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::{Layer, Registry, reload};
 
@@ -29,10 +35,12 @@ use crate::os::trusted::{PathError, Trust};
 pub const MOST_WAITING: usize = 1024 * 1024;
 /// A buffer that grew beyond this in a burst is given back.
 const KEPT: usize = 64 * 1024;
+/// How long opening the file is waited for.
+const OPEN_WITHIN: Duration = Duration::from_secs(5);
 
 fn targets(level: Level) -> Targets {
     let own = LevelFilter::from_level(level);
-    Targets::new().with_default(own.min(LevelFilter::WARN)).with_target("durward", own)
+    Targets::new().with_default(own.min(LevelFilter::ERROR)).with_target("durward", own)
 }
 
 /// Why there is no log.
@@ -41,6 +49,9 @@ pub enum LogError {
     /// The file cannot be opened.
     #[error("cannot open log file {}", path.display())]
     Open { path: PathBuf, source: PathError },
+    /// The file could not be opened so soon: it is still tried, and the old one is in use as long.
+    #[error("opening log file {} takes longer than {} seconds", .0.display(), OPEN_WITHIN.as_secs())]
+    Slow(PathBuf),
     /// The writer's thread cannot be started.
     #[error("cannot start the thread that writes the log")]
     Thread(#[source] io::Error),
@@ -58,14 +69,14 @@ pub struct Log {
     file: Option<PathBuf>,
 }
 
-impl std::fmt::Debug for Log {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Log {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Log").field("file", &self.file).finish_non_exhaustive()
     }
 }
 
 impl Log {
-    /// Sets up the log of the process.
+    /// Sets up the log of the process. A file that takes long to open is no error: lines wait for it.
     ///
     /// # Errors
     /// See [`LogError`]; nothing is set up then.
@@ -82,14 +93,20 @@ impl Log {
     pub fn build(
         settings: &LogSettings,
     ) -> Result<(impl tracing::Subscriber + Send + Sync + use<>, Self), LogError> {
-        let sink = Sink::open(settings.file.as_deref())?;
         let colours = settings.file.is_none() && io::stdout().is_terminal();
         let queue = Arc::new(Queue::default());
-        let writer = Arc::clone(&queue);
+        let (writer, file) = (Arc::clone(&queue), settings.file.clone());
         std::thread::Builder::new()
             .name("log".to_owned())
-            .spawn(move || writer.write_out(sink))
+            .spawn(move || writer.write_out(file.as_deref()))
             .map_err(LogError::Thread)?;
+        if let Some(path) = &settings.file {
+            match queue.open(path) {
+                // Callers are served meanwhile.
+                Ok(()) | Err(LogError::Slow(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
 
         let shown = settings.source_location;
         let lines = tracing_subscriber::fmt::layer()
@@ -98,7 +115,9 @@ impl Log {
             .with_line_number(shown)
             .log_internal_errors(false);
         let lines: Box<dyn Layer<_> + Send + Sync> = match settings.format {
-            LogFormat::Text => Box::new(lines.with_ansi(colours)),
+            LogFormat::Text => {
+                Box::new(lines.with_ansi(colours).fmt_fields(debug_fn(write_field).delimited(" ")))
+            }
             LogFormat::Json => Box::new(lines.json().flatten_event(true).with_current_span(false)),
         };
         let (filter, level) = reload::Layer::new(targets(settings.level));
@@ -112,16 +131,13 @@ impl Log {
         self.level.reload(targets(level)).unwrap_or_default();
     }
 
-    /// Opens the log file anew, for logrotate. Does nothing when the log is not a file.
+    /// Opens the log file anew, for logrotate. Does nothing when the log is not a file. Blocks, for some seconds at
+    /// most.
     ///
     /// # Errors
-    /// [`LogError::Open`]; the old file stays in use.
+    /// [`LogError::Open`]: the old file stays in use. [`LogError::Slow`]: it does for now.
     pub fn reopen(&self) -> Result<(), LogError> {
-        let Some(path) = &self.file else { return Ok(()) };
-        let sink = Sink::File(append(path)?);
-        self.queue.lock().next_sink = Some(sink);
-        self.queue.changed.notify_all();
-        Ok(())
+        self.file.as_deref().map_or(Ok(()), |path| self.queue.open(path))
     }
 
     /// Waits until what was logged is written, or `most` has passed: for the end of the process.
@@ -159,12 +175,30 @@ struct QueueState {
     lost: u64,
     /// How many of the lost the log has already told of.
     told: u64,
-    next_sink: Option<Sink>,
+    /// The file is to be opened (again).
+    open: bool,
+    /// How that went, until somebody has asked.
+    opened: Option<Result<(), PathError>>,
 }
 
 impl Queue {
     fn lock(&self) -> MutexGuard<'_, QueueState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the writer's thread open the file, and waits for it.
+    fn open(&self, path: &Path) -> Result<(), LogError> {
+        let mut state = self.lock();
+        (state.open, state.opened) = (true, None);
+        self.changed.notify_all();
+        let (mut state, _) = self
+            .changed
+            .wait_timeout_while(state, OPEN_WITHIN, |state| state.opened.is_none())
+            .unwrap_or_else(PoisonError::into_inner);
+        match state.opened.take() {
+            None => Err(LogError::Slow(path.to_owned())),
+            Some(opened) => opened.map_err(|source| LogError::Open { path: path.to_owned(), source }),
+        }
     }
 
     /// Takes one line, or drops it when it does not fit. Held locks: this one, for a copy of the line.
@@ -180,17 +214,24 @@ impl Queue {
     }
 
     /// The writer's thread: the only one that may wait for whoever reads the log. It ends with the process.
-    fn write_out(&self, mut sink: Sink) {
+    fn write_out(&self, file: Option<&Path>) {
+        let mut sink = if file.is_none() { Some(Sink::Stdout) } else { None };
         let mut taken = Vec::new();
         let mut state = self.lock();
         loop {
-            if let Some(next) = state.next_sink.take() {
-                sink = next;
+            if std::mem::take(&mut state.open)
+                && let Some(path) = file
+            {
+                drop(state);
+                let opened = append(path).map(|file| sink = Some(Sink::File(file)));
+                state = self.lock();
+                state.opened = Some(opened);
+                self.changed.notify_all();
             }
-            if state.waiting.is_empty() {
+            let Some(sink) = sink.as_mut().filter(|_| !state.waiting.is_empty()) else {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
-            }
+            };
             std::mem::swap(&mut taken, &mut state.waiting);
             let lost = state.lost - state.told;
             state.told = state.lost;
@@ -247,10 +288,6 @@ enum Sink {
 }
 
 impl Sink {
-    fn open(file: Option<&Path>) -> Result<Self, LogError> {
-        Ok(file.map(append).transpose()?.map_or(Self::Stdout, Self::File))
-    }
-
     fn write(&mut self, lines: &[u8], lost: u64) -> io::Result<()> {
         match self {
             Self::Stdout => write_all(&mut io::stdout().lock(), lines, lost),
@@ -268,9 +305,27 @@ fn write_all(to: &mut impl Write, lines: &[u8], lost: u64) -> io::Result<()> {
     to.flush()
 }
 
-fn append(path: &Path) -> Result<File, LogError> {
-    let opened = Trust::own().to_append().append(path, 0o640);
-    opened.map_err(|source| LogError::Open { path: path.to_owned(), source })
+fn append(path: &Path) -> Result<File, PathError> {
+    Trust::own().to_append().append(path, 0o640)
+}
+
+/// A field of a line of text: one word, or in quotes. What was said is not, but has no line's end nor anything that
+/// drives a terminal in it.
+fn write_field(to: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
+    let text = format!("{value:?}");
+    if field.name() == "message" {
+        return text.chars().try_for_each(|c| {
+            if c.is_control() { write!(to, "{}", c.escape_default()) } else { to.write_char(c) }
+        });
+    }
+    // Strings come quoted, what is shown as it is does not.
+    let quoted = text.starts_with('"') && text.ends_with('"') && text.len() > 1;
+    let word = !text.is_empty() && text.chars().all(|c| c.is_ascii_graphic() && c != '"' && c != '=');
+    if quoted || word {
+        write!(to, "{}={text}", field.name())
+    } else {
+        write!(to, "{}={text:?}", field.name())
+    }
 }
 
 #[cfg(test)]
@@ -299,7 +354,8 @@ mod tests {
             log.set_level(Level::DEBUG);
             tracing::debug!(target: "durward::api", answer = 42, "second");
             tracing::info!(target: "h2::codec", "a library's chatter");
-            tracing::warn!(target: "h2::codec", "a library's worry");
+            tracing::warn!(target: "h2::codec", "a library's worry, of what a peer did");
+            tracing::error!(target: "hyper", "a library's fault");
             log.set_level(Level::ERROR);
             tracing::warn!(target: "durward", "unheard");
             tracing::warn!(target: "h2", "unheard");
@@ -308,9 +364,53 @@ mod tests {
         assert!(log.flush(LONG));
         let text = fs::read_to_string(&path).unwrap();
         let said: Vec<&str> = text.lines().map(|l| l.split_once(": ").unwrap().1).collect();
-        assert_eq!(said, ["first", "second answer=42", "a library's worry", "third"], "{text}");
+        assert_eq!(said, ["first", "second answer=42", "a library's fault", "third"], "{text}");
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
         assert!(!text.contains('\x1b'), "no colours in a file");
+    }
+
+    #[test]
+    fn a_field_is_one_word_or_quoted() {
+        let dir = tempfile::tempdir().unwrap();
+        let (settings, path) = to_file(&dir, LogFormat::Text, Level::INFO);
+        let (subscriber, log) = Log::build(&settings).unwrap();
+        tracing::subscriber::with_default(subscriber, || {
+            let reason = format_args!("no identity issued");
+            tracing::info!(target: "durward", %reason, key = "a b", "refused");
+            let (word, path) = (format_args!("uid:1000"), Path::new("/a b"));
+            tracing::info!(target: "durward", %word, ?path, n = 1, "words");
+            let (odd, empty) = (format_args!("a\"=\n\x1b[1m"), format_args!(""));
+            tracing::info!(target: "durward", %odd, %empty, none = Option::<u8>::None, "{}", "two\nlines\x1b");
+        });
+        assert!(log.flush(LONG));
+        let text = fs::read_to_string(&path).unwrap();
+        let said: Vec<&str> = text.lines().map(|l| l.split_once(": ").unwrap().1).collect();
+        let want = [
+            r#"refused reason="no identity issued" key="a b""#,
+            r#"words word=uid:1000 path="/a b" n=1"#,
+            r#"two\nlines\u{1b} odd="a\"=\n\u{1b}[1m" empty="""#,
+        ];
+        assert_eq!(said, want, "{text}");
+    }
+
+    /// Opening a pipe waits for somebody who reads it, unless it is done with care. What is logged before there is
+    /// anybody is there for whoever comes.
+    #[test]
+    fn a_pipe_without_a_reader_is_opened_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (settings, path) = to_file(&dir, LogFormat::Text, Level::INFO);
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+        let (subscriber, log) = Log::build(&settings).unwrap();
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::info!(target: "durward", "before");
+            log.reopen().unwrap();
+            tracing::info!(target: "durward", "after");
+        });
+        let mut lines = io::BufRead::lines(io::BufReader::new(File::open(&path).unwrap()));
+        for said in ["before", "after"] {
+            let line = lines.next().unwrap().unwrap();
+            assert!(line.ends_with(said), "{line}");
+        }
     }
 
     #[test]

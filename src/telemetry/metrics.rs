@@ -12,7 +12,9 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use tokio::time::Instant;
 
 use super::{process::ProcessSeries, registry::Registry};
 
@@ -24,6 +26,9 @@ const BUCKETS: [f64; 15] = [
 /// How often samples are drained. At 50,000 calls per second this is 0.8 MB of samples at most.
 const UPKEEP: Duration = Duration::from_secs(1);
 
+/// How long a text is good for, whoever asks and how often.
+const GOOD_FOR: Duration = Duration::from_secs(1);
+
 /// Every series of the agent. Made once per agent; tests make as many as they like.
 pub struct Metrics {
     recorder: PrometheusRecorder,
@@ -31,6 +36,8 @@ pub struct Metrics {
     process: ProcessSeries,
     /// Each sets what is counted elsewhere.
     ask: Mutex<Vec<Box<dyn Fn() + Send>>>,
+    /// What was made last, and when. Held while it is made: who asks meanwhile gets that one too.
+    latest: Mutex<Option<(Instant, Bytes)>>,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -45,7 +52,13 @@ impl Default for Metrics {
             .set_buckets(&BUCKETS)
             .expect("the list of buckets is not empty")
             .build_recorder();
-        Self { handle: recorder.handle(), recorder, process: ProcessSeries::read(), ask: Mutex::default() }
+        Self {
+            handle: recorder.handle(),
+            recorder,
+            process: ProcessSeries::read(),
+            ask: Mutex::default(),
+            latest: Mutex::default(),
+        }
     }
 }
 
@@ -67,6 +80,21 @@ impl Metrics {
         loop {
             every.tick().await;
             self.handle.run_upkeep();
+        }
+    }
+
+    /// What [`Metrics::render`] gives, made once a second at most: scraping costs the node the same, whoever does it.
+    #[must_use]
+    pub fn latest(&self) -> Bytes {
+        let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        match &*latest {
+            Some((made, text)) if now.duration_since(*made) < GOOD_FOR => text.clone(),
+            _ => {
+                let text = Bytes::from(self.render());
+                *latest = Some((now, text.clone()));
+                text
+            }
         }
     }
 
@@ -99,6 +127,23 @@ mod tests {
         let counter = metrics.registry().counter("durward_elsewhere_total", "Counted elsewhere.", &[]);
         metrics.before_render(move || counter.absolute(3));
         assert_eq!(value(&metrics.render(), "durward_elsewhere_total"), 3.0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_text_is_made_once_a_second() {
+        let metrics = Metrics::default();
+        let made = metrics.registry().counter("durward_made_total", "Texts that were made.", &[]);
+        metrics.before_render(move || made.increment(1));
+        for second in 1..=3 {
+            for _ in 0..1000 {
+                let text = metrics.latest();
+                assert_eq!(
+                    value(std::str::from_utf8(&text).unwrap(), "durward_made_total"),
+                    f64::from(second)
+                );
+            }
+            tokio::time::advance(GOOD_FOR).await;
+        }
     }
 
     #[test]

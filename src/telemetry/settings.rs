@@ -28,7 +28,7 @@ settings! {
 settings! {
     /// `health_checks`: where a supervisor can ask over HTTP whether the agent is well.
     pub struct HealthSettings in "health_checks" {
-        /// Whether it can.
+        /// Whether it can over TCP.
         "listener_enabled" enabled: bool = false, boolean(), needs_restart;
         /// A name or an IP address, without brackets.
         "bind_address" host: String = "localhost".to_owned(), checked(bare_host), needs_restart;
@@ -38,6 +38,16 @@ settings! {
         "live_path" live_path: String = "/live".to_owned(), parsed(url_path, URL_PATH), needs_restart;
         /// The path that says whether it serves.
         "ready_path" ready_path: String = "/ready".to_owned(), parsed(url_path, URL_PATH), needs_restart;
+        /// A Unix socket where it can too, for the agent's user and group; absolute.
+        "socket_path" socket_path: Option<PathBuf> = None, absolute(), needs_restart;
+    }
+}
+
+impl HealthSettings {
+    /// Whether it can ask anywhere.
+    #[must_use]
+    pub fn is_served(&self) -> bool {
+        self.enabled || self.socket_path.is_some()
     }
 }
 

@@ -25,6 +25,7 @@ mod listener;
 mod metrics;
 mod mtls;
 mod names;
+mod operators;
 mod places;
 mod process;
 mod ratelimit_config;
