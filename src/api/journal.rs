@@ -10,8 +10,7 @@ use tonic::{Code, Response, Status};
 
 use super::{metrics::ApiMetrics, status::RequestError};
 use crate::{
-    attest::Blame,
-    issuer::MintError,
+    attest::{AttestError, Blame},
     limits::{Method, pace::Pace},
     telemetry::{
         chain,
@@ -26,6 +25,7 @@ pub struct Journal {
     no_svid: Pace,
     no_update: Pace,
     no_peer: Pace,
+    must_reconnect: Pace,
 }
 
 impl Journal {
@@ -37,6 +37,7 @@ impl Journal {
             no_svid: Pace::default(),
             no_update: Pace::default(),
             no_peer: Pace::default(),
+            must_reconnect: Pace::default(),
         }
     }
 
@@ -82,6 +83,14 @@ impl Journal {
             RequestError::NoPeer => self.no_peer.say(|left_out| {
                 tracing::error!(method, left_out, "a call came without its peer");
             }),
+            RequestError::Attestation(cause @ AttestError::IdentityChanged { .. }) => {
+                self.must_reconnect.say(|left_out| {
+                    tracing::info!(method, error = chain(cause), left_out, "workload attestation failed");
+                });
+            }
+            RequestError::Attestation(cause) => {
+                tracing::debug!(method, error = chain(cause), "workload attestation failed");
+            }
             other => tracing::debug!(method, reason = %other, "refused"),
         }
     }
@@ -100,12 +109,24 @@ pub(super) struct OpenCall {
 }
 
 impl OpenCall {
-    /// Its next message could not be made.
-    pub(super) fn is_behind(&self, error: &MintError) {
-        self.journal.no_update.say(|left_out| {
-            let error = chain(error);
-            tracing::warn!(error, left_out, "a stream keeps what it sent; it is tried again");
-        });
+    /// Its next message cannot be made at present.
+    pub(super) fn is_behind(&self, error: &RequestError) {
+        const TEXT: &str = "a stream keeps what it sent; it is tried again";
+        let cause = match error {
+            RequestError::Attestation(cause) if cause.blame() == Blame::Crowd => {
+                tracing::debug!(error = chain(cause), "{TEXT}");
+                return;
+            }
+            RequestError::Attestation(cause) => chain(cause),
+            RequestError::X509Svid(cause) => chain(cause),
+            other => chain(other),
+        };
+        self.journal.no_update.say(|left_out| tracing::warn!(error = cause, left_out, "{TEXT}"));
+    }
+
+    /// It ends by this error, as far as the agent is concerned.
+    pub(super) fn is_refused(&self, error: &RequestError) {
+        self.journal.refused(self.method, error);
     }
 
     /// It ended with this code: [`Code::Ok`] when the client went away.
@@ -119,7 +140,10 @@ mod tests {
     use std::{fs, time::Duration};
 
     use super::*;
-    use crate::telemetry::{LogSettings, log::Log, metrics::Metrics};
+    use crate::{
+        issuer::MintError,
+        telemetry::{LogSettings, log::Log, metrics::Metrics},
+    };
 
     #[test]
     fn a_crowd_of_calls_that_fail_is_a_few_lines() {
