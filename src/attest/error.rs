@@ -52,9 +52,8 @@ pub enum AttestError {
 pub enum Blame {
     /// The caller's own: it is charged more for it, and the log has it at `info`, or at `debug` when it has ended.
     Refusal,
-    /// The node's, and the log had it when the agent started. It is logged at `debug`.
-    Known,
-    /// Nobody's: others are in the way, or the work is only large. It is logged at `debug`.
+    /// Nobody's who calls: others are in the way, the work is only large, or the log had it when the agent started. It is
+    /// logged at `debug`.
     Crowd,
     /// Ours or the node's: an admin should know.
     Fault,

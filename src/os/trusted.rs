@@ -20,7 +20,10 @@ use std::{
     ffi::{OsStr, OsString},
     fs::{File, Metadata},
     io,
-    os::unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
+    os::unix::{
+        ffi::OsStrExt as _,
+        fs::{FileTypeExt as _, MetadataExt as _},
+    },
     path::{Path, PathBuf},
 };
 

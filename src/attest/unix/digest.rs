@@ -25,7 +25,7 @@ use tokio::sync::watch;
 
 use super::{
     executable::{self, Executable, ExecutableError, Stamp},
-    threads::{FileTask, FileThreads, GivenUp, TaskKind, TaskPlace, TaskStep},
+    threads::{FileTask, FileThreads, GivenUp, PATIENCE, TaskKind, TaskPlace, TaskStep},
 };
 use crate::{attest::process::ProcDir, os::clock::Clock};
 
@@ -33,6 +33,8 @@ use crate::{attest::process::ProcDir, os::clock::Clock};
 const CAPACITY: usize = 256;
 /// How long a file is read before it is another's turn.
 const STEP: Duration = Duration::from_millis(50);
+/// How often a file is begun for one who waits.
+const TRIES: usize = 3;
 /// How much is read at a time.
 const CHUNK: usize = 64 * 1024;
 /// How long a file must have been unchanged for its digest to be kept, in seconds.
@@ -81,6 +83,15 @@ struct Making {
     /// Has receivers as long as somebody waits.
     done: Arc<watch::Sender<Option<DigestResult>>>,
     given_up: GivenUp,
+    /// The directory of the process by way of which the file is opened.
+    whose: PathBuf,
+}
+
+/// The same, for one who waits.
+struct Joined {
+    done: watch::Receiver<Option<DigestResult>>,
+    given_up: GivenUp,
+    whose: PathBuf,
 }
 
 impl Hashed {
@@ -106,31 +117,37 @@ impl Digests {
     /// # Errors
     /// [`ExecutableError`]; [`ExecutableError::Busy`] at once.
     pub(super) async fn make(&self, threads: &FileThreads, file: Hashed) -> DigestResult {
-        // A second time, should it have been let go of just when this one joined.
-        for _ in 0..2 {
-            let (mut done, given_up) = self.join(threads, &file)?;
+        let until = Instant::now() + PATIENCE;
+        for _ in 0..TRIES {
+            let Joined { mut done, given_up, whose } = self.join(threads, &file)?;
             let answered = async {
                 let outcome = done.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
                 outcome.ok().flatten()
             };
-            tokio::select! {
+            let outcome = tokio::select! {
                 biased;
-                Some(outcome) = answered => return outcome,
-                () = given_up.wait() => {}
+                Some(outcome) = answered => Some(outcome),
+                () = given_up.wait() => None,
+            };
+            match outcome {
+                // It was looked for by way of another process, which may have ended.
+                Some(Err(_)) if whose != file.process => {}
+                Some(outcome) => return outcome,
+                // Late, unless it was let go of just when this one joined.
+                None if Instant::now() >= until => break,
+                None => {}
             }
         }
         Err(ExecutableError::Late { path: file.path() })
     }
 
-    fn join(
-        &self,
-        threads: &FileThreads,
-        file: &Hashed,
-    ) -> Result<(watch::Receiver<Option<DigestResult>>, GivenUp), ExecutableError> {
+    fn join(&self, threads: &FileThreads, file: &Hashed) -> Result<Joined, ExecutableError> {
         let key = (file.stamp, file.limit);
         let mut table = self.table();
         if let Some(making) = table.made.get(&key) {
-            return Ok((making.done.subscribe(), making.given_up.clone()));
+            let Making { done, given_up, whose } = making;
+            let (done, given_up, whose) = (done.subscribe(), given_up.clone(), whose.clone());
+            return Ok(Joined { done, given_up, whose });
         }
         let (done, receiver) = watch::channel(None);
         let done = Arc::new(done);
@@ -138,11 +155,13 @@ impl Digests {
         let place = TaskPlace { kind: TaskKind::Content, family: file.family, device };
         let ticket = threads.take(place).map_err(|_busy| ExecutableError::Busy)?;
         let given_up = ticket.given_up();
-        table.made.insert(key, Making { done: Arc::clone(&done), given_up: given_up.clone() });
+        let whose = file.process.clone();
+        let making = Making { done: Arc::clone(&done), given_up: given_up.clone(), whose: whose.clone() };
+        table.made.insert(key, making);
         drop(table);
         let task = HashTask { digests: self.clone(), file: file.clone(), done, open: None };
         threads.begin(ticket, Box::new(task));
-        Ok((receiver, given_up))
+        Ok(Joined { done: receiver, given_up, whose })
     }
 
     fn table(&self) -> MutexGuard<'_, DigestTable> {
@@ -211,12 +230,23 @@ impl FileTask for HashTask {
         {
             self.digests.table().keep(self.file.stamp, Arc::clone(hex), self.file.family);
         }
+        // First it is let go of: who comes from here on begins anew.
+        self.leave();
         self.done.send_replace(Some(outcome));
         TaskStep::Done
     }
 }
 
 impl HashTask {
+    /// It is no longer among those that are being made.
+    fn leave(&self) {
+        let key = (self.file.stamp, self.file.limit);
+        let mut table = self.digests.table();
+        if table.made.get(&key).is_some_and(|making| Arc::ptr_eq(&making.done, &self.done)) {
+            table.made.remove(&key);
+        }
+    }
+
     /// Reads for a [`STEP`]; the digest, when that was all.
     fn read_on(&mut self) -> Result<Option<Hex>, ExecutableError> {
         let Self { file: wanted, open, .. } = self;
@@ -255,7 +285,7 @@ impl HashTask {
 
 impl Drop for HashTask {
     fn drop(&mut self) {
-        self.digests.table().made.remove(&(self.file.stamp, self.file.limit));
+        self.leave();
     }
 }
 
@@ -336,10 +366,7 @@ mod tests {
         assert!(settled(&file.stamp), "it was installed a while ago");
         assert_eq!(digests.make(&threads, file.clone()).await.unwrap(), want);
         assert_eq!(digests.known(&file.stamp), Some(want));
-        // A thread lets go of it just after it has answered.
-        while !digests.table().made.is_empty() {
-            tokio::task::yield_now().await;
-        }
+        assert!(digests.table().made.is_empty());
     }
 
     #[tokio::test]
@@ -371,9 +398,22 @@ mod tests {
         let file = process.file(u64::MAX);
         let waiting: Vec<_> = (0..1000).map(|_| digests.join(&threads, &file)).collect();
         assert!(waiting.iter().all(Result::is_ok), "they take one place together");
-        for (mut done, _) in waiting.into_iter().flatten() {
-            assert!(done.wait_for(Option::is_some).await.unwrap().clone().unwrap().is_ok());
+        for mut joined in waiting.into_iter().flatten() {
+            assert!(joined.done.wait_for(Option::is_some).await.unwrap().clone().unwrap().is_ok());
         }
+    }
+
+    #[tokio::test]
+    async fn who_shares_a_hash_is_none_the_worse_when_the_other_ends() {
+        let (digests, threads) = (Digests::default(), FileThreads::default());
+        let (first, second) =
+            (Sleeper::start(Path::new("/bin/sleep")), Sleeper::start(Path::new("/bin/sleep")));
+        let (of_first, of_second) = (first.file(u64::MAX), second.file(u64::MAX));
+        assert_eq!(of_first.stamp, of_second.stamp);
+        drop(first);
+        let (gone, made) = tokio::join!(digests.make(&threads, of_first), digests.make(&threads, of_second));
+        assert!(matches!(gone, Err(ExecutableError::Gone)), "{gone:?}");
+        made.unwrap();
     }
 
     #[test]

@@ -120,7 +120,7 @@ impl ExecutableError {
             Self::Unreadable { .. } | Self::TooLarge { .. } | Self::Changed { .. } => {
                 (Blame::Refusal, AttestFault::Unreadable)
             }
-            Self::NoPrivilege { .. } => (Blame::Known, AttestFault::Unreadable),
+            Self::NoPrivilege { .. } => (Blame::Crowd, AttestFault::Unreadable),
             Self::Node { .. } => (Blame::Fault, AttestFault::Unreadable),
             Self::Busy | Self::Late { .. } => (Blame::Crowd, AttestFault::Busy),
         }

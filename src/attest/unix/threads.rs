@@ -166,6 +166,12 @@ struct WaitingTask {
     hold: TaskHold,
 }
 
+impl WaitingTask {
+    fn is_wanted(&self) -> bool {
+        self.hold.waited_for.is_some() && self.task.is_wanted()
+    }
+}
+
 struct RunningTask {
     number: u64,
     place: TaskPlace,
@@ -328,7 +334,9 @@ impl SharedTasks {
                 continue;
             }
             tasks.give_up_late(Instant::now());
-            self.work.notify_all();
+            if !tasks.waiting.is_empty() {
+                self.work.notify_all();
+            }
             tasks = self.watched.wait_timeout(tasks, LOOK).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
@@ -337,8 +345,7 @@ impl SharedTasks {
 impl Tasks {
     /// Takes out what nobody waits for. What has a file open is let go of in its turn.
     fn unwanted(&mut self) -> Vec<WaitingTask> {
-        let is_wanted = |it: &WaitingTask| it.hold.waited_for.is_some() && it.task.is_wanted();
-        self.waiting.extract_if(.., |it| !it.task.is_begun() && !is_wanted(it)).collect()
+        self.waiting.extract_if(.., |it| !it.task.is_begun() && !it.is_wanted()).collect()
     }
 
     /// Takes the task that is to be done next.
@@ -363,7 +370,9 @@ impl Tasks {
         // What is short goes before what is long, whoever's it is; the long ones take turns.
         let first = |it: &WaitingTask| match it.place.kind {
             TaskKind::Text | TaskKind::Status => (0, it.turn, 0, it.number),
-            TaskKind::Content => (1, it.turn, it.task.left(), it.number),
+            TaskKind::Content if it.is_wanted() => (1, it.turn, it.task.left(), it.number),
+            // To let go of a file is short.
+            TaskKind::Content => (1, it.turn, 0, it.number),
         };
         let (at, _) = ready.min_by_key(|(_, it)| first(it))?;
         let next = self.waiting.swap_remove(at);
