@@ -3,6 +3,9 @@
 pub mod accept;
 pub mod clock;
 pub mod heap;
+pub mod interrupt;
 pub mod lock;
+pub mod passing;
 pub mod pidfd;
+pub mod receive;
 pub mod systemd;

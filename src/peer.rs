@@ -6,8 +6,10 @@
 //! silent costs about 1.5 KiB. Absent: any decision about identities, and what a request
 //! means, gRPC's words included.
 
+mod accepted;
 mod bounds;
 pub mod cgroup;
+mod closing;
 mod connection;
 mod course;
 pub mod credentials;
@@ -15,6 +17,7 @@ mod drain;
 mod end;
 pub mod frames;
 mod hpack;
+mod last_word;
 mod lingering;
 mod listener;
 mod metrics;
@@ -27,6 +30,7 @@ mod stats;
 mod trim;
 mod turns;
 mod wire;
+mod writer;
 
 pub use bounds::ConnectionBounds;
 pub use credentials::{Arrival, KeyResolver, OsUid, Peer, PeerGone};

@@ -37,6 +37,8 @@ use nix::{
     unistd::geteuid,
 };
 
+use crate::os::passing::{self, Passing};
+
 /// The longest path of a socket, in bytes: `sun_path` holds 108 with the ending zero (unix(7)).
 pub const MAX_PATH_LEN: usize = 107;
 
@@ -198,6 +200,15 @@ impl Socket {
         }
     }
 
+    /// The same, to which descriptors can be passed, as on kernels before Linux 6.16: for tests of that path.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn before_linux_6_16(self) -> Result<Self, Errno> {
+        Passing::allow(&self.listener)?;
+        Ok(self)
+    }
+
     /// Where clients find it; `None` for a socket that was handed over and has no path.
     pub fn path(&self) -> Option<PathBuf> {
         match &self.place {
@@ -337,6 +348,8 @@ fn listening(path: &Path) -> Result<UnixListener, Errno> {
         None,
     )?;
     bind(made.as_raw_fd(), &UnixAddr::new(path)?)?;
+    // Before the first connection, which has what the listener has then.
+    passing::prepare(&made)?;
     listen(&made, Backlog::new(BACKLOG)?)?;
     Ok(made.into())
 }
