@@ -2,7 +2,7 @@
 //!
 //! Trusted: `SO_PEERCRED` and `SO_PEERPIDFD`, the kernel's record of who called `connect()`. Not trusted: the PID
 //! by itself (it is reused), and that whoever writes to the socket is who connected (a child inherits it): hence
-//! [`Peer::is_alive`] before every answer. A [`Peer`] is made once, at accept, with its caller key, and lives as
+//! [`Peer::is_alive`] before every answer, and [`writer`](super::writer) at every byte. A [`Peer`] is made once, at accept, with its caller key, and lives as
 //! long as its connection; there is no map of peers anywhere. On a kernel with `SO_PEERPIDFD` (6.5) nothing under
 //! /proc is opened here; before that, the start time in `/proc/PID/stat` stands in.
 //!

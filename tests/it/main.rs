@@ -15,6 +15,7 @@ mod corpus;
 mod forged;
 mod frames;
 mod generated_code;
+mod handed_over;
 mod hostile;
 mod house;
 mod issuer;
@@ -35,3 +36,4 @@ mod tidy;
 #[cfg(target_env = "gnu")]
 mod trace;
 mod workload_api;
+mod writers;
