@@ -1,11 +1,6 @@
 //! Who writes on a connection: nobody but the process that opened it, as the user it was, is heard. What was asked before
 //! is answered, and the client learns which of its calls were heard.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "its clients are processes, which are told things one after the other"
-)]
-
 use std::{
     fs,
     io::{Read as _, Write as _},
