@@ -1,13 +1,15 @@
 //! The socket side: from a bound path to a served HTTP/2 connection that knows who is at its other end.
 //!
-//! Trusted: the kernel's word on a peer (`SO_PEERCRED`, `SO_PEERPIDFD`), given once at accept. Not trusted: every
-//! byte a peer sends, how fast it sends and reads, and how long it stays. The order is fixed: accept, credentials,
-//! caller key, gate, first byte, HTTP/2; a connection that is refused has cost no HTTP/2 state, and one that stays
-//! silent costs about 1.5 KiB. Absent: any decision about identities, and what a request
-//! means, gRPC's words included.
+//! Trusted: the kernel's word on a peer (`SO_PEERCRED`, `SO_PEERPIDFD`), given once at accept, and on the writer of each
+//! byte (`SCM_CREDENTIALS`). Not trusted: every byte a peer sends, what it passes with them, how fast it sends and reads,
+//! and how long it stays. The order is fixed: accept, credentials, caller key, gate, first byte, HTTP/2; a connection that
+//! is refused has cost no HTTP/2 state, and one that stays silent costs about 1.5 KiB. Absent: any decision about
+//! identities, and what a request means, gRPC's words included.
 
+mod accepted;
 mod bounds;
 pub mod cgroup;
+mod closing;
 mod connection;
 mod course;
 pub mod credentials;
@@ -15,6 +17,7 @@ mod drain;
 mod end;
 pub mod frames;
 mod hpack;
+mod last_word;
 mod lingering;
 mod listener;
 mod metrics;
@@ -27,6 +30,7 @@ mod stats;
 mod trim;
 mod turns;
 mod wire;
+mod writer;
 
 pub use bounds::ConnectionBounds;
 pub use credentials::{Arrival, KeyResolver, OsUid, Peer, PeerGone};

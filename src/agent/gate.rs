@@ -16,6 +16,10 @@ impl AcceptGate for limits::Gate {
     fn admit_connection(&self, arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {
         self.open(arrival.caller())
     }
+
+    fn family(&self, arrival: &Arrival) -> u64 {
+        self.family_of(arrival.caller())
+    }
 }
 
 /// What the machine gives this process.

@@ -74,6 +74,10 @@ impl AcceptGate for OwnerGate {
         }
         self.gate.open_admin()
     }
+
+    fn family(&self, arrival: &Arrival) -> u64 {
+        self.gate.family_of(arrival.caller())
+    }
 }
 
 /// What bounds an admin connection: few are open, and each asks for little.

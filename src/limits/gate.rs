@@ -300,6 +300,11 @@ impl Gate {
         Ok(ConnectionPermit { shared: Arc::clone(&self.shared), caller: None, family: None })
     }
 
+    /// What a caller and its family have in common, and nobody else.
+    pub fn family_of(&self, caller: CallerKey) -> u64 {
+        self.shared.plan.load().families.group(caller)
+    }
+
     /// Connections of all callers.
     pub fn connections(&self) -> u32 {
         self.shared.state().total

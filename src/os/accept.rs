@@ -38,6 +38,11 @@ impl Acceptor {
     pub async fn ready(&self) -> io::Result<Waiting<'_>> {
         Ok(Waiting(self.0.readable().await?))
     }
+
+    /// The socket, of which the runtime hears no more.
+    pub fn into_inner(self) -> UnixListener {
+        self.0.into_inner()
+    }
 }
 
 /// Those who wait, until nobody does any more: a connection each, which blocks, or why there is none.

@@ -205,7 +205,8 @@ impl Trust {
             Ok(file) => file.metadata().is_ok_and(|meta| meta.file_type().is_fifo()),
             Err(cause) => cause.raw_os_error() == Some(libc::ENXIO),
         };
-        let opened = if is_pipe { here.open(&name, OFlag::O_RDWR | (how - OFlag::O_CREAT), mode) } else { opened };
+        let opened =
+            if is_pipe { here.open(&name, OFlag::O_RDWR | (how - OFlag::O_CREAT), mode) } else { opened };
         let file = opened.map_err(|cause| cannot_open(&path, cause))?;
         let meta = file.metadata().map_err(|cause| cannot_open(&path, cause))?;
         // With a second name it may be a file that is of importance elsewhere.

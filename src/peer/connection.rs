@@ -21,8 +21,9 @@ use tokio::{
 };
 
 use super::{
+    accepted::Accepted,
     bounds::{ConnectionBounds, Spawner},
-    course::{Course, Verdict},
+    course::{Course, READ_AGAIN_AFTER, Verdict, WATCH_AFTER},
     credentials::Peer,
     end::{ConnectionEnd, Phase, told},
     service::{ConnectionService, WatchedService},
@@ -32,29 +33,27 @@ use super::{
 };
 
 /// What the task of a connection holds beside its stream.
-pub(super) struct Connection<P> {
+pub(super) struct Connection {
     pub(super) peer: Arc<Peer>,
     pub(super) bounds: Arc<ConnectionBounds>,
     pub(super) phases: watch::Receiver<Phase>,
     pub(super) open: OpenConnection,
-    pub(super) permit: P,
 }
 
-impl<P: Send> Connection<P> {
-    /// Serves it to its end, and counts why it ended.
-    pub(super) async fn run(
+impl Connection {
+    /// Serves it to its end, and counts why it ended. Its place at the gate goes with the stream.
+    pub(super) async fn run<P: Send + Unpin + 'static>(
         mut self,
-        stream: UnixStream,
+        stream: Accepted<UnixStream, P>,
         http2: http2::Builder<Spawner>,
         service: impl ConnectionService,
     ) {
         let handshake_by = Instant::now() + self.bounds.handshake_timeout;
-        self.open.why = match self.park(&stream, handshake_by).await {
+        self.open.why = match self.park(stream.socket(), handshake_by).await {
             // Boxed only now: a parked connection must not carry the room for HTTP/2 in its task.
             Ok(()) => Box::pin(self.serve(stream, handshake_by, http2, service)).await,
             Err(why) => why,
         };
-        drop(self.permit);
     }
 
     /// Waits for the first byte, and leaves it where it is.
@@ -83,9 +82,9 @@ impl<P: Send> Connection<P> {
         }
     }
 
-    async fn serve(
+    async fn serve<P: Send + Unpin + 'static>(
         &mut self,
-        stream: UnixStream,
+        stream: Accepted<UnixStream, P>,
         handshake_by: Instant,
         http2: http2::Builder<Spawner>,
         service: impl ConnectionService,
@@ -97,17 +96,18 @@ impl<P: Send> Connection<P> {
         }
         let ending = Arc::new(Ending::default());
         let turns = Arc::new(Turns::default());
-        let wire = Wire::new(stream, bounds.budget, Arc::clone(&ending));
+        let wire = Wire::new(stream, Arc::clone(peer), bounds.budget, Arc::clone(&ending));
         let mut course = Course::new(bounds, &turns, handshake_by);
         let service = WatchedService { service, peer: Arc::clone(peer), turns };
         let mut http2 = std::pin::pin!(http2.serve_connection(TokioIo::new(wire), service));
-        let mut look = std::pin::pin!(sleep_until(course.first_look(Instant::now())));
-        let mut watched = false;
+        let born = Instant::now();
+        let mut look = std::pin::pin!(sleep_until(course.first_look(born)));
+        let (mut watched, mut looks_soon) = (false, true);
         loop {
             tokio::select! {
                 biased;
                 done = http2.as_mut() => return course.ended(done, &ending),
-                why = told(phases, peer.caller()), if !course.drains() => {
+                why = told(phases, peer.caller()), if !course.drains() && !course.is_unheard() => {
                     if why == ConnectionEnd::Evicted {
                         return why;
                     }
@@ -115,8 +115,21 @@ impl<P: Send> Connection<P> {
                     course.finish(why);
                 }
                 () = peer.exited(), if watched => return ConnectionEnd::PeerExited,
+                () = ending.another_writer(), if !course.is_unheard() => {
+                    let now = Instant::now();
+                    course.unheard(now);
+                    look.as_mut().reset(course.next_look(now));
+                }
+                () = ending.read_short(), if !looks_soon => {
+                    looks_soon = true;
+                    let soon = Instant::now() + READ_AGAIN_AFTER;
+                    if soon < look.deadline() {
+                        look.as_mut().reset(soon);
+                    }
+                }
                 () = look.as_mut() => {
-                    watched = true;
+                    looks_soon = false;
+                    ending.read_again();
                     let now = Instant::now();
                     peer.slot().forget_old(now);
                     match course.look(now) {
@@ -124,7 +137,13 @@ impl<P: Send> Connection<P> {
                         Verdict::SayFarewell => http2.as_mut().graceful_shutdown(),
                         Verdict::Cut(why) => return why,
                     }
-                    look.as_mut().reset(course.next_look(now));
+                    let mut next = course.next_look(now);
+                    let watch_at = born + WATCH_AFTER;
+                    watched |= now >= watch_at;
+                    if !watched {
+                        next = next.min(watch_at);
+                    }
+                    look.as_mut().reset(next);
                 }
             }
         }

@@ -17,7 +17,11 @@ pub(super) const TICK: Duration = Duration::from_secs(10);
 
 /// How long a connection lives before the agent watches its process: one that is opened for a single call is gone
 /// by then and never pays for the watch.
-const WATCH_AFTER: Duration = Duration::from_secs(1);
+pub(super) const WATCH_AFTER: Duration = Duration::from_secs(1);
+
+/// How long after a read that was short what is there is looked at again, heard of or not: bytes of another writer may
+/// stand behind it.
+pub(super) const READ_AGAIN_AFTER: Duration = Duration::from_millis(50);
 
 /// How long a connection that was told to end may take for it.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -31,6 +35,8 @@ enum Farewell {
     Said { why: ConnectionEnd, cut_at: Instant },
     /// To end with the last of its requests. It is not cut here: a drain cuts what is left of it.
     Final { why: ConnectionEnd },
+    /// That it is not heard any more, and to end. At `cut_at` it is cut, whatever it has then.
+    Unheard { cut_at: Instant },
 }
 
 /// What is to be done with a connection.
@@ -62,14 +68,17 @@ impl Course {
         }
     }
 
-    /// When to look for the first time, and to begin to watch its process.
+    /// When to look for the first time.
     pub(super) fn first_look(&self, born: Instant) -> Instant {
-        (born + WATCH_AFTER).min(self.handshake_by)
+        (born + READ_AGAIN_AFTER).min(self.handshake_by)
     }
 
     /// Looks at what the connection waits for.
     pub(super) fn look(&mut self, now: Instant) -> Verdict {
         let look = self.turns.look();
+        if let Farewell::Unheard { cut_at } = self.farewell {
+            return if now >= cut_at { Verdict::Cut(ConnectionEnd::AnotherWriter) } else { Verdict::GoesOn };
+        }
         if let Farewell::Said { why, cut_at } = self.farewell
             && now >= cut_at
         {
@@ -109,7 +118,7 @@ impl Course {
             _ => {}
         }
         match self.farewell {
-            Farewell::Said { cut_at, .. } => next.min(cut_at),
+            Farewell::Said { cut_at, .. } | Farewell::Unheard { cut_at } => next.min(cut_at),
             Farewell::Unsaid | Farewell::Final { .. } => next,
         }
     }
@@ -117,6 +126,17 @@ impl Course {
     /// The connection is told to end with the last of its requests.
     pub(super) fn finish(&mut self, why: ConnectionEnd) {
         self.farewell = Farewell::Final { why };
+    }
+
+    /// Somebody else has written on it: its client was told so, and what it was asked before is answered for as long
+    /// as a farewell takes.
+    pub(super) fn unheard(&mut self, now: Instant) {
+        self.farewell = Farewell::Unheard { cut_at: now + FAREWELL };
+    }
+
+    /// Whether it is not heard any more.
+    pub(super) fn is_unheard(&self) -> bool {
+        matches!(self.farewell, Farewell::Unheard { .. })
     }
 
     /// Whether it was told that the agent drains.
@@ -128,6 +148,7 @@ impl Course {
         match self.farewell {
             Farewell::Unsaid => None,
             Farewell::Said { why, .. } | Farewell::Final { why } => Some(why),
+            Farewell::Unheard { .. } => Some(ConnectionEnd::AnotherWriter),
         }
     }
 
@@ -135,6 +156,7 @@ impl Course {
     pub(super) fn ended(&self, done: Result<(), hyper::Error>, ending: &Ending) -> ConnectionEnd {
         match (done, self.told()) {
             _ if ending.flooded() => ConnectionEnd::Flood,
+            _ if ending.descriptors() => ConnectionEnd::Descriptors,
             // Told to end, and it did; that the peer then closed its side first is the same.
             (Ok(()), Some(why)) => why,
             (Err(_), Some(why)) if ending.by_peer() => why,

@@ -2,10 +2,10 @@
 //!
 //! Trusted: `SO_PEERCRED` and `SO_PEERPIDFD`, the kernel's record of who called `connect()`. Not trusted: the PID
 //! by itself (it is reused), and that whoever writes to the socket is who connected (a child inherits it): hence
-//! [`Peer::is_alive`] before every answer. A [`Peer`] is made once, at accept, with its caller key, and lives as
-//! long as its connection; there is no map of peers anywhere. A kernel whose pidfds say whose a process is (6.13) is
-//! asked for nothing else; before that the owner of `/proc/PID` says it, which is always the effective one, and before
-//! `SO_PEERPIDFD` (6.5) the start time in `/proc/PID/stat` stands in for it.
+//! [`Peer::is_alive`] before every answer, and [`writer`](super::writer) at every byte. A [`Peer`] is made once, at
+//! accept, with its caller key, and lives as long as its connection; there is no map of peers anywhere. A kernel whose
+//! pidfds say whose a process is (6.13) is asked for nothing else; before that the owner of `/proc/PID` says it, which is
+//! always the effective one, and before `SO_PEERPIDFD` (6.5) the start time in `/proc/PID/stat` stands in for it.
 //!
 //! # Decisions
 //! A peer of another PID namespace (PID 0) is a [`Peer`] and not an error: spire-agent closes such a connection

@@ -23,6 +23,10 @@ labels! {
         Flood = "flood",
         /// What arrived was not HTTP/2, or broke its rules.
         Protocol = "protocol",
+        /// A descriptor was passed in.
+        Descriptors = "descriptors",
+        /// Another process wrote on it, or its own with another user or group.
+        AnotherWriter = "another_writer",
         /// Memory was short, and its caller held the most.
         Evicted = "evicted",
         /// The agent drained.

@@ -58,6 +58,10 @@ pub struct Filter {
     in_block: bool,
     hpack: Hpack,
     last_stream: u32,
+    /// The stream whose request ends with the frame that is passing, or with its header block.
+    ends: Option<u32>,
+    /// The highest stream whose request has passed to its end.
+    last_whole: u32,
     budget: FrameBudget,
     left: u32,
     filled_at: Instant,
@@ -91,6 +95,8 @@ impl Filter {
             in_block: false,
             hpack: Hpack::Start,
             last_stream: 0,
+            ends: None,
+            last_whole: 0,
             budget,
             left: budget.burst,
             filled_at: now,
@@ -159,11 +165,28 @@ impl Filter {
         Ok(())
     }
 
+    /// The highest stream whose request has passed to its end; 0 for none.
+    pub fn last_whole(&mut self) -> u32 {
+        self.note_whole();
+        self.last_whole
+    }
+
+    /// At a frame's head: the one before it is complete.
+    fn note_whole(&mut self) {
+        if !self.in_block
+            && matches!(self.at, Position::Head { .. })
+            && let Some(stream) = self.ends.take()
+        {
+            self.last_whole = self.last_whole.max(stream);
+        }
+    }
+
     /// A frame's head is complete.
     fn begin(&mut self, head: [u8; 9], now: &impl Fn() -> Instant) -> Result<(), Flood> {
         const DATA: u8 = 0;
         const HEADERS: u8 = 1;
         const CONTINUATION: u8 = 9;
+        const END_STREAM: u8 = 0x1;
         const END_HEADERS: u8 = 0x4;
         const PADDED: u8 = 0x8;
         const PRIORITY: u8 = 0x20;
@@ -171,6 +194,10 @@ impl Filter {
         let [l0, l1, l2, kind, flags, s0, s1, s2, s3] = head;
         let length = u32::from_be_bytes([0, l0, l1, l2]);
         let stream = u32::from_be_bytes([s0 & 0x7f, s1, s2, s3]);
+        self.note_whole();
+        if matches!(kind, DATA | HEADERS) && flags & END_STREAM != 0 {
+            self.ends = Some(stream);
+        }
         match kind {
             DATA if length > 0 => self.charge(FRAME_HEAD + DATA_COST, now)?,
             // A stream begins: its number is higher than any before (RFC 9113, section 5.1.1).
@@ -338,6 +365,37 @@ mod tests {
         }
         let all: Vec<usize> = (0..bytes.len()).collect();
         assert_eq!(through(bytes, RICH, &all).0, expect, "{case}, byte by byte");
+    }
+
+    #[test]
+    fn a_request_is_whole_with_the_last_of_its_bytes() {
+        let headers = by_index(0x40, 0x3f, 4, b"/x");
+        let frames = [
+            ("without a body", 1, frame(1, 5, 1, &headers)),
+            ("its head", 1, frame(1, 4, 3, &headers)),
+            ("a part of its body", 1, frame(0, 0, 3, b"part")),
+            ("another one", 5, frame(1, 5, 5, &headers)),
+            ("the rest of its body", 5, frame(0, 1, 3, b"rest")),
+            ("half of a head", 5, frame(1, 1, 7, &headers)),
+            ("a frame in between", 5, frame(9, 0, 7, b"")),
+            ("the other half", 7, frame(9, 4, 7, &headers)),
+            ("an empty end", 7, frame(1, 4, 9, &headers)),
+            ("of it", 9, frame(0, 1, 9, b"")),
+            ("a ping", 9, frame(6, 1, 0, &[0; 8])),
+        ];
+        let now = Instant::now();
+        let mut filter = Filter::new(RICH, now);
+        let mut begun = connection(&[]);
+        filter.pass(&mut begun, || now).unwrap();
+        let mut whole = 0;
+        for (case, then, mut frame) in frames {
+            for byte in &mut frame {
+                assert_eq!(filter.last_whole(), whole, "{case}");
+                filter.pass(std::slice::from_mut(byte), || now).unwrap();
+            }
+            whole = then;
+            assert_eq!(filter.last_whole(), whole, "{case}");
+        }
     }
 
     #[test]

@@ -7,21 +7,21 @@ use std::{collections::BTreeMap, os::unix::net::UnixStream};
 
 use tokio::time::Instant;
 
-use super::bounds::ConnectionBounds;
+use super::{accepted::Accepted, bounds::ConnectionBounds};
 
 /// Connections that were refused, by when each is closed. Nothing is read from them, and the runtime does not
 /// know them: a descriptor each, and a bounded number.
 #[derive(Debug, Default)]
 pub(super) struct Lingering {
     /// With a number, as many may be due at one time.
-    held: BTreeMap<(Instant, u32), UnixStream>,
+    held: BTreeMap<(Instant, u32), Accepted<UnixStream>>,
     numbered: u32,
 }
 
 impl Lingering {
     /// Keeps one for as long as the bounds say, or for as long as there is room: between half of that time
     /// and one and a half, spread evenly, so that those who came together do not come back together.
-    pub(super) fn keep(&mut self, stream: UnixStream, now: Instant, bounds: &ConnectionBounds) {
+    pub(super) fn keep(&mut self, stream: Accepted<UnixStream>, now: Instant, bounds: &ConnectionBounds) {
         /// 2^32 divided by the golden ratio: its multiples fall into the widest gap each time.
         const STEP: u32 = 2_654_435_769;
         let most = usize::try_from(bounds.max_lingering).unwrap_or(usize::MAX);

@@ -11,35 +11,48 @@
 //! Our own accept loop and not tonic's: that one spins at the descriptor limit, waits for ever in a drain for
 //! peers that are silent, has no handshake timeout, and hides settings that bound a hostile peer.
 
-use std::{future::Future, io, os::unix::net::UnixStream as StdStream, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    io,
+    os::{fd::AsFd, unix::net::UnixStream as StdStream},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
-    net::UnixStream,
     sync::watch,
     task::JoinSet,
     time::{Instant, sleep_until},
 };
 
 use super::{
+    accepted::{Accepted, Closing},
     bounds::{ConnectionBounds, InForce},
+    closing::Closers,
     connection::Connection,
     credentials::{Arrival, CredentialsError, KeyResolver, OsUid, Peer},
     drain::{Drained, drain, note_panic},
     end::Phase,
     lingering::Lingering,
     service::ConnectionService,
-    socket::Socket,
+    socket::{BoundPath, Socket},
     stats::{ConnectionStats, OpenConnection},
     trim::HeapTrim,
 };
 use crate::{
     limits::{CallerKey, ConnectionRefusal},
-    os::accept::{Acceptor, Waiting},
+    os::{
+        accept::{Acceptor, Waiting},
+        passing::{self, Passing},
+    },
     telemetry::registry::Label as _,
 };
 
 /// The most connections that are accepted in one run, before anything else is looked at.
 const RUN: usize = 64;
+
+/// The family that the listener itself is closed for: no user's.
+const AGENT: u64 = u64::MAX - 1;
 
 /// How long the accept loop pauses when there are no descriptors left, instead of spinning.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
@@ -47,13 +60,19 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 /// Decides at accept, before any HTTP/2 state exists.
 pub trait AcceptGate: Send + Sync + 'static {
     /// Lives as long as the connection; its drop gives the place back.
-    type Permit: Send + 'static;
+    type Permit: Send + Unpin + 'static;
 
     /// Runs in the accept loop: must answer at once.
     ///
     /// # Errors
     /// [`ConnectionRefusal`]: the connection is closed and counted.
     fn admit_connection(&self, arrival: &Arrival) -> Result<Self::Permit, ConnectionRefusal>;
+
+    /// Of whom the connection is one: they share the threads that close what is left in a connection. By default its
+    /// user. Must answer at once.
+    fn family(&self, arrival: &Arrival) -> u64 {
+        u64::from(arrival.credentials().uid.as_raw())
+    }
 }
 
 /// Lets everybody in.
@@ -114,6 +133,7 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
     ) -> io::Result<Drained> {
         let Self { socket, mut bounds, gate, keys, stats, mut evicted } = self;
         let (listener, path) = socket.into_parts();
+        let closing = closing(&listener, path.as_ref())?;
         let listener = Acceptor::new(listener)?;
         let in_force = InForce::new(bounds.borrow_and_update().clone(), &stats);
         let mut door = Door {
@@ -125,6 +145,7 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
             phase: watch::Sender::default(),
             connections: JoinSet::new(),
             lingering: Lingering::default(),
+            closing,
             heap: HeapTrim::default(),
             paused: None,
         };
@@ -149,12 +170,26 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
         }
 
         // No new connection, and room for the next agent, before the wait for the old ones.
-        drop(listener);
+        door.leave(listener);
         drop(path);
-        drop(door.lingering);
+        drop(std::mem::take(&mut door.lingering));
         door.phase.send_modify(|phase| phase.draining = true);
         Ok(drain(door.connections, door.in_force.bounds.drain_timeout).await)
     }
+}
+
+/// How the connections of this listener are closed. One that was handed over may have been connected to before anything
+/// was barred.
+fn closing(listener: &impl AsFd, made: Option<&BoundPath>) -> io::Result<Closing> {
+    let passing = match (Passing::of(listener), made) {
+        (Passing::Barred, Some(_)) => return Ok(Closing::Plain),
+        (passing, Some(_)) => {
+            // Tests make it as older kernels do.
+            if passing == Passing::Possible { Passing::Always } else { passing }
+        }
+        (_, None) => passing::prepare(listener)?,
+    };
+    Ok(Closing::Careful(Arc::new(Closers::start()?), passing))
 }
 
 /// What the accept loop works with.
@@ -167,6 +202,7 @@ struct Door<G, K, F> {
     phase: watch::Sender<Phase>,
     connections: JoinSet<()>,
     lingering: Lingering,
+    closing: Closing,
     heap: HeapTrim,
     /// Until then nobody is accepted.
     paused: Option<Instant>,
@@ -177,6 +213,11 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
     fn take_run(&mut self, waiting: Waiting<'_>) -> usize {
         let now = Instant::now();
         self.lingering.close(now);
+        if self.closing.is_full() {
+            self.stats.count_accept_error();
+            self.paused = Some(now + ACCEPT_PAUSE);
+            return 0;
+        }
         let mut run = 0;
         for accepted in waiting.take(RUN) {
             run += 1;
@@ -193,7 +234,9 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
     /// Lets one in, or not.
     fn take(&mut self, stream: StdStream, now: Instant) -> Result<(), NotTaken> {
         self.stats.count_accepted();
+        let mut stream = Accepted::new(stream, &self.closing)?;
         let arrival = Arrival::at(&stream, &*self.keys)?;
+        stream.belongs_to(|| self.gate.family(&arrival));
         let permit = match self.gate.admit_connection(&arrival) {
             Ok(permit) => permit,
             Err(why) => {
@@ -204,20 +247,26 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
             }
         };
         let peer = Arc::new(arrival.let_in(&stream)?);
-        stream.set_nonblocking(true)?;
         // Only now does the runtime hear of it.
-        let stream = UnixStream::from_std(stream)?;
+        let stream = stream.admit(permit)?;
         let InForce { bounds, http2 } = &self.in_force;
         let connection = Connection {
             peer: Arc::clone(&peer),
             bounds: Arc::clone(bounds),
             phases: self.phase.subscribe(),
             open: OpenConnection::count(&self.stats),
-            permit,
         };
         self.connections.spawn(connection.run(stream, http2.clone(), (self.services)(peer)));
         self.heap.grew_to(self.connections.len());
         Ok(())
+    }
+
+    /// Lets go of the listener; of one that others hold too, those who wait at it stay.
+    fn leave(&self, listener: Acceptor) {
+        let listener = listener.into_inner();
+        if let Closing::Careful(closers, _) = &self.closing {
+            closers.close(listener.into(), AGENT, None);
+        }
     }
 
     fn ended(&mut self, ended: Result<(), tokio::task::JoinError>) {

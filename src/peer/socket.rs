@@ -39,6 +39,7 @@ use nix::{
 
 use crate::os::{
     lock,
+    passing::{self, Passing},
     trusted::{PathError, Trust, TrustedDir},
     umask,
 };
@@ -210,6 +211,15 @@ impl Socket {
         }
     }
 
+    /// The same, to which descriptors can be passed, as on kernels before Linux 6.16: for tests of that path.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn before_linux_6_16(self) -> Result<Self, Errno> {
+        Passing::allow(&self.listener)?;
+        Ok(self)
+    }
+
     /// Where clients find it; `None` for a socket that was handed over and has no path.
     pub fn path(&self) -> Option<PathBuf> {
         match &self.place {
@@ -347,5 +357,7 @@ fn bound(path: &Path, mode: u32, umask: Umask) -> Result<OwnedFd, Errno> {
         Umask::OfProcess => None,
     };
     unmasked.unwrap_or_else(bind)?;
+    // Before the first connection, which has what the listener has then.
+    passing::prepare(&socket)?;
     Ok(socket)
 }

@@ -1,7 +1,13 @@
-//! The stream of a connection as HTTP/2 reads it: what arrives passes a [`Filter`] first.
+//! The stream of a connection as HTTP/2 reads it: what arrives is of one writer, and passes a [`Filter`].
+//!
+//! Bytes of another process, or of the same under another user, never reach HTTP/2. From then on nothing is read, and
+//! the client is told by a GOAWAY which of its calls were heard; those are answered. What comes with a descriptor
+//! ends the connection at once.
 
 use std::{
+    future::poll_fn,
     io,
+    os::fd::AsFd as _,
     pin::Pin,
     sync::{
         Arc,
@@ -11,17 +17,30 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
+    net::UnixStream,
     time::Instant,
 };
 
-use super::frames::{Filter, FrameBudget};
+use super::{
+    accepted::Accepted,
+    credentials::Peer,
+    frames::{Filter, FrameBudget},
+    last_word::{LastWord, NextBytes},
+    writer::SoleWriter,
+};
+use crate::os::receive::{Received, receive};
 
 /// How a connection ended, as far as its bytes tell. Shared with the task that serves it.
 #[derive(Debug, Default)]
 pub(super) struct Ending {
     flooded: AtomicBool,
     by_peer: AtomicBool,
+    descriptors: AtomicBool,
+    another_writer: AtomicBool,
+    /// A read did not fill its buffer.
+    read_short: AtomicBool,
+    read_again: AtomicBool,
 }
 
 impl Ending {
@@ -34,20 +53,53 @@ impl Ending {
     pub(super) fn by_peer(&self) -> bool {
         self.by_peer.load(Relaxed)
     }
+
+    /// A descriptor was passed in.
+    pub(super) fn descriptors(&self) -> bool {
+        self.descriptors.load(Relaxed)
+    }
+
+    /// Waits until somebody else has written. To be polled after the connection, whose task is woken for it.
+    pub(super) async fn another_writer(&self) {
+        poll_fn(|_| if self.another_writer.load(Relaxed) { Poll::Ready(()) } else { Poll::Pending }).await;
+    }
+
+    /// Waits until a read has been short, in the same way. A short read tells that nothing more is there, and so
+    /// saves another one, but for bytes of another writer, which the kernel keeps apart: [`Self::read_again`] has
+    /// to be called some time later.
+    pub(super) async fn read_short(&self) {
+        poll_fn(|_| if self.read_short.load(Relaxed) { Poll::Ready(()) } else { Poll::Pending }).await;
+    }
+
+    /// If a read has been short since the last time: lets the next one look at what is there, whether something was
+    /// heard of or not.
+    pub(super) fn read_again(&self) {
+        if self.read_short.swap(false, Relaxed) {
+            self.read_again.store(true, Relaxed);
+        }
+    }
 }
 
 /// A stream whose incoming bytes pass a [`Filter`].
 #[derive(Debug)]
-pub(super) struct Wire<T> {
-    stream: T,
+pub(super) struct Wire<P: Send + 'static> {
+    stream: Accepted<UnixStream, P>,
+    writer: SoleWriter,
     filter: Filter,
+    last_word: LastWord,
     ending: Arc<Ending>,
 }
 
-impl<T> Wire<T> {
-    /// From the first byte of `stream` on.
-    pub(super) fn new(stream: T, budget: FrameBudget, ending: Arc<Ending>) -> Self {
-        Self { stream, filter: Filter::new(budget, Instant::now()), ending }
+impl<P: Send + 'static> Wire<P> {
+    /// From the first byte of `stream` on, which `peer` opened.
+    pub(super) fn new(
+        stream: Accepted<UnixStream, P>,
+        peer: Arc<Peer>,
+        budget: FrameBudget,
+        ending: Arc<Ending>,
+    ) -> Self {
+        let (writer, filter) = (SoleWriter::new(peer), Filter::new(budget, Instant::now()));
+        Self { stream, writer, filter, last_word: LastWord::default(), ending }
     }
 
     fn noted<R>(&self, result: io::Result<R>) -> io::Result<R> {
@@ -56,18 +108,86 @@ impl<T> Wire<T> {
         }
         result
     }
+
+    /// Receives behind what fills `buf`: one system call, where no descriptor can come.
+    fn poll_receive(&self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<Received>> {
+        let (stream, care) = (self.stream.socket(), self.stream.care());
+        if self.ending.read_again.swap(false, Relaxed) {
+            match receive(self.stream.as_fd(), buf, care) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                received => return Poll::Ready(received),
+            }
+        }
+        loop {
+            ready!(stream.poll_read_ready(cx))?;
+            let mut received = None;
+            let tried = stream.try_io(Interest::READABLE, || {
+                let got = receive(self.stream.as_fd(), buf, care)?;
+                let short = matches!(got, Received::Bytes { len, .. } if 0 < len && len < buf.remaining());
+                received = Some(got);
+                if short {
+                    self.ending.read_short.store(true, Relaxed);
+                    // Tells the runtime that nothing more is there.
+                    return Err(io::ErrorKind::WouldBlock.into());
+                }
+                Ok(())
+            });
+            match (received, tried) {
+                (Some(received), _) => return Poll::Ready(Ok(received)),
+                (None, Err(error)) if error.kind() != io::ErrorKind::WouldBlock => {
+                    return Poll::Ready(Err(error));
+                }
+                (None, _) => {}
+            }
+        }
+    }
+
+    /// Nothing more is read: these bytes were not the peer's.
+    fn end_with(&mut self, cx: &mut Context<'_>) {
+        self.ending.another_writer.store(true, Relaxed);
+        self.last_word.say(self.filter.last_whole());
+        // What cannot be written now is written before whatever HTTP/2 writes next.
+        drop(self.poll_last_word(cx));
+    }
+
+    /// Writes what is to be said, if this is the place for it. Ready with how many bytes of HTTP/2 may follow.
+    fn poll_last_word(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        loop {
+            match self.last_word.next() {
+                NextBytes::Theirs(most) => return Poll::Ready(Ok(most)),
+                NextBytes::Ours(bytes) => {
+                    let stream = Pin::new(self.stream.socket_mut());
+                    let said = ready!(stream.poll_write(cx, bytes));
+                    self.last_word.said(self.noted(said)?);
+                }
+            }
+        }
+    }
 }
 
-impl<T: AsyncRead + Unpin> AsyncRead for Wire<T> {
+impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        let before = buf.filled().len();
-        let result = ready!(Pin::new(&mut this.stream).poll_read(cx, buf));
-        this.noted(result)?;
-        let new = buf.filled_mut().get_mut(before..).unwrap_or_default();
-        if new.is_empty() {
-            this.ending.by_peer.store(true, Relaxed);
+        if this.ending.another_writer.load(Relaxed) {
+            drop(this.poll_last_word(cx));
+            return Poll::Pending;
         }
+        let received = ready!(this.poll_receive(cx, buf));
+        let Received::Bytes { len, writer } = this.noted(received)? else {
+            this.ending.descriptors.store(true, Relaxed);
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionAborted, PassedIn)));
+        };
+        if len == 0 {
+            this.ending.by_peer.store(true, Relaxed);
+            return Poll::Ready(Ok(()));
+        }
+        if !this.writer.wrote(writer) {
+            this.end_with(cx);
+            return Poll::Pending;
+        }
+        let before = buf.filled().len();
+        buf.advance(len);
+        let new = buf.filled_mut().get_mut(before..).unwrap_or_default();
         Poll::Ready(this.filter.pass(new, Instant::now).map_err(|flood| {
             this.ending.flooded.store(true, Relaxed);
             io::Error::new(io::ErrorKind::ConnectionAborted, flood)
@@ -75,10 +195,20 @@ impl<T: AsyncRead + Unpin> AsyncRead for Wire<T> {
     }
 }
 
-impl<T: AsyncWrite + Unpin> AsyncWrite for Wire<T> {
+/// Descriptors came with the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a descriptor was passed in")]
+struct PassedIn;
+
+impl<P: Send + Unpin + 'static> AsyncWrite for Wire<P> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let result = ready!(Pin::new(&mut this.stream).poll_write(cx, buf));
+        let most = ready!(this.poll_last_word(cx))?;
+        let buf = buf.get(..most.min(buf.len())).unwrap_or_default();
+        let result = ready!(Pin::new(this.stream.socket_mut()).poll_write(cx, buf));
+        if let Ok(written) = result {
+            this.last_word.passed(buf.get(..written).unwrap_or_default());
+        }
         Poll::Ready(this.noted(result))
     }
 
@@ -88,19 +218,31 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Wire<T> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let result = ready!(Pin::new(&mut this.stream).poll_write_vectored(cx, bufs));
+        if ready!(this.poll_last_word(cx))? < usize::MAX {
+            let first = bufs.iter().find(|buf| !buf.is_empty()).map_or(&[][..], |buf| buf);
+            return Pin::new(this).poll_write(cx, first);
+        }
+        let result = ready!(Pin::new(this.stream.socket_mut()).poll_write_vectored(cx, bufs));
+        if let Ok(written) = result {
+            let mut left = written;
+            for buf in bufs {
+                let part = buf.get(..left.min(buf.len())).unwrap_or_default();
+                this.last_word.passed(part);
+                left -= part.len();
+            }
+        }
         Poll::Ready(this.noted(result))
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        self.stream.socket().is_write_vectored()
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+        Pin::new(self.get_mut().stream.socket_mut()).poll_flush(cx)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+        Pin::new(self.get_mut().stream.socket_mut()).poll_shutdown(cx)
     }
 }

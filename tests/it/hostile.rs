@@ -143,6 +143,39 @@ impl Agent {
         self.process.memory("VmHWM")
     }
 
+    /// Sends the agent a signal.
+    pub(crate) fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
+    }
+
+    /// Adds these blocks to the entries, and waits until they count for this user.
+    pub(crate) fn reload(&self, blocks: &str) {
+        write_config(self.dir.path(), &[&Self::entries(), blocks].concat());
+        self.process.signal(Signal::SIGHUP);
+        let began = Instant::now();
+        while call(&self.socket(), FETCH_JWT, &jwt_request("reload"), PATIENCE) == Called::Answered {
+            assert!(began.elapsed() < PATIENCE, "the reload counts");
+        }
+    }
+
+    /// The neighbour is served, where it is another user.
+    pub(crate) fn neighbour_is_served(&self) {
+        if geteuid().is_root() {
+            self.served();
+        }
+    }
+
+    /// Tells the agent to end, and holds that it does.
+    pub(crate) fn ends(mut self) {
+        self.process.signal(Signal::SIGTERM);
+        let began = Instant::now();
+        while !self.process.has_ended() {
+            assert!(began.elapsed() < PATIENCE, "it does not end");
+            thread::sleep(Duration::from_millis(20));
+        }
+        assert!(self.process.wait().success());
+    }
+
     /// Open descriptors of the agent.
     pub(crate) fn descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.process.pid())).unwrap().count()

@@ -41,7 +41,13 @@ use tokio::{
 /// Answers by path: `/hang` never, `/stream` with one message and then nothing, `/big` with 64 KiB, all others with
 /// the path and the caller.
 #[derive(Clone)]
-struct Toy(Arc<Peer>);
+pub(crate) struct Toy(Arc<Peer>);
+
+impl Toy {
+    pub(crate) fn of(peer: Arc<Peer>) -> Self {
+        Self(peer)
+    }
+}
 
 type Answer = http::Response<tonic::body::Body>;
 

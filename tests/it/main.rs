@@ -17,6 +17,7 @@ mod forged;
 mod frames;
 mod fuse;
 mod generated_code;
+mod handed_over;
 mod hostile;
 mod house;
 mod issuer;
@@ -41,3 +42,4 @@ mod tidy;
 #[cfg(target_env = "gnu")]
 mod trace;
 mod workload_api;
+mod writers;

@@ -26,11 +26,11 @@ use crate::support::{client, entry, request, write_config};
 const LONG: Duration = Duration::from_secs(60);
 
 /// The agent, started as systemd does; killed when dropped.
-struct Service(Child);
+pub(crate) struct Service(pub(crate) Child);
 
 impl Service {
     /// `handed` become descriptors 3 and up. The shell is what makes them so, and sets LISTEN_PID to what it becomes.
-    fn start(dir: &Path, handed: Vec<OwnedFd>, environment: &[(&str, &str)]) -> Self {
+    pub(crate) fn start(dir: &Path, handed: Vec<OwnedFd>, environment: &[(&str, &str)]) -> Self {
         let log = fs::File::options().create(true).append(true).open(dir.join("log")).unwrap();
         let script = match handed.len() {
             0 => "exec \"$@\"",
@@ -59,7 +59,7 @@ impl Service {
         Self(command.spawn().unwrap())
     }
 
-    fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.0.id().cast_signed()), signal).unwrap();
     }
 

@@ -1,0 +1,181 @@
+//! The socket of a connection, from accept to close: what a caller has passed in and nobody took is never closed by the
+//! thread that happens to be done with the connection.
+//!
+//! There is no other way to hold an accepted socket, and none to close it but to drop this. Where descriptors can have
+//! come in, the drop first shuts it for reading, so that nothing more can come, and looks through what is in its queue:
+//! without a descriptor in it, it is closed, else [`Closers`] do that. A drop never blocks.
+
+use std::{
+    io,
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+        unix::net::UnixStream as StdStream,
+    },
+    sync::Arc,
+};
+
+use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
+use tokio::{io::ReadBuf, net::UnixStream};
+
+use super::closing::{Closers, HeldPlace};
+use crate::os::{
+    passing::{Passing, prepare},
+    receive::{Care, Received, receive},
+};
+
+/// The family of whom nobody could tell who it is.
+const UNKNOWN: u64 = u64::MAX;
+/// How often a queue is looked at, 4 KiB at a time, before it is left to the threads. An ordinary one is empty, or
+/// through with the first look.
+const LOOKS: u32 = 64;
+
+/// How the connections of a listener are closed.
+#[derive(Clone, Debug)]
+pub(super) enum Closing {
+    /// By whoever is done with them: nothing can be passed in, from the first of them on.
+    Plain,
+    /// With care. Descriptors are barred from accept on, if the kernel can.
+    Careful(Arc<Closers>, Passing),
+}
+
+impl Closing {
+    /// Whether so much waits to be closed that nobody may be accepted.
+    pub(super) fn is_full(&self) -> bool {
+        match self {
+            Self::Plain => false,
+            Self::Careful(closers, _) => closers.are_full(),
+        }
+    }
+}
+
+/// An accepted socket, and its place at the gate, once it has one.
+#[derive(Debug)]
+pub(super) struct Accepted<S: AcceptedSocket, P: Send + 'static = ()> {
+    /// Taken only by the drop, and by what makes another of this.
+    socket: Option<S>,
+    closers: Option<Arc<Closers>>,
+    family: u64,
+    place: Option<P>,
+}
+
+/// A connected Unix socket.
+pub(super) trait AcceptedSocket: AsFd {
+    /// `None` when it is closed already.
+    fn into_fd(self) -> Option<OwnedFd>;
+}
+
+impl AcceptedSocket for StdStream {
+    fn into_fd(self) -> Option<OwnedFd> {
+        Some(self.into())
+    }
+}
+
+impl AcceptedSocket for UnixStream {
+    fn into_fd(self) -> Option<OwnedFd> {
+        self.into_std().ok().map(OwnedFd::from)
+    }
+}
+
+impl Accepted<StdStream> {
+    /// Takes what `accept` gave.
+    ///
+    /// # Errors
+    /// The socket does not do what it is told: it is closed.
+    pub(super) fn new(socket: StdStream, closing: &Closing) -> io::Result<Self> {
+        let Closing::Careful(closers, passing) = closing else {
+            return Ok(Self { socket: Some(socket), closers: None, family: UNKNOWN, place: None });
+        };
+        let this =
+            Self { socket: Some(socket), closers: Some(Arc::clone(closers)), family: UNKNOWN, place: None };
+        // What is sent out of band would be thrown away by a read that comes past it, with its descriptors.
+        setsockopt(this.socket(), sockopt::OobInline, &true)?;
+        if *passing != Passing::Always {
+            prepare(this.socket())?;
+        }
+        Ok(this)
+    }
+
+    /// Says whose it is. Families share the threads that close.
+    pub(super) fn belongs_to(&mut self, family: impl FnOnce() -> u64) {
+        if self.closers.is_some() {
+            self.family = family();
+        }
+    }
+
+    /// Registers it with the runtime; it has a place at the gate.
+    ///
+    /// # Errors
+    /// It cannot be registered.
+    pub(super) fn admit<P: Send + 'static>(mut self, place: P) -> io::Result<Accepted<UnixStream, P>> {
+        self.socket().set_nonblocking(true)?;
+        if self.closers.is_some() {
+            // A failure below would close it here.
+            let second = self.socket().try_clone()?;
+            let first = self.socket.replace(second);
+            let registered = first.map(UnixStream::from_std).transpose()?;
+            // Not the last of it.
+            drop(self.socket.take());
+            return Ok(self.with(registered, place));
+        }
+        let registered = self.socket.take().map(UnixStream::from_std).transpose()?;
+        Ok(self.with(registered, place))
+    }
+
+    fn with<P: Send + 'static>(mut self, socket: Option<UnixStream>, place: P) -> Accepted<UnixStream, P> {
+        Accepted { socket, closers: self.closers.take(), family: self.family, place: Some(place) }
+    }
+}
+
+impl<S: AcceptedSocket, P: Send + 'static> Accepted<S, P> {
+    pub(super) fn socket(&self) -> &S {
+        self.socket.as_ref().expect("only a drop takes it")
+    }
+
+    pub(super) fn socket_mut(&mut self) -> &mut S {
+        self.socket.as_mut().expect("only a drop takes it")
+    }
+
+    /// How to receive from it.
+    pub(super) fn care(&self) -> Care {
+        if self.closers.is_some() { Care::LookFirst } else { Care::TakeAtOnce }
+    }
+}
+
+impl<S: AcceptedSocket, P: Send + 'static> AsFd for Accepted<S, P> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket().as_fd()
+    }
+}
+
+impl<S: AcceptedSocket, P: Send + 'static> Drop for Accepted<S, P> {
+    fn drop(&mut self) {
+        let Some(closers) = self.closers.take() else { return };
+        let Some(socket) = self.socket.take() else { return };
+        // Who sends from now on gets EPIPE.
+        if shutdown(socket.as_fd().as_raw_fd(), Shutdown::Read).is_ok() && is_drained(socket.as_fd()) {
+            return;
+        }
+        let place = self.place.take().map(|place| -> HeldPlace { Box::new(place) });
+        if let Some(socket) = socket.into_fd() {
+            closers.close(socket, self.family, place);
+        }
+    }
+}
+
+/// Takes what is left in a socket that is shut for reading, up to the first descriptor. Returns whether that was all.
+fn is_drained(socket: BorrowedFd<'_>) -> bool {
+    let mut bytes = [MaybeUninit::uninit(); 4096];
+    for _ in 0..LOOKS {
+        match receive(socket, &mut ReadBuf::uninit(&mut bytes), Care::LookFirst) {
+            Ok(Received::Bytes { len: 0, .. }) => return true,
+            Ok(Received::Bytes { .. }) => {}
+            Ok(Received::Descriptors) => return false,
+            // Told only where nothing is left in the queue.
+            Err(error) => {
+                return matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::WouldBlock);
+            }
+        }
+    }
+    false
+}
