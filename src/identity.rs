@@ -5,6 +5,7 @@
 //! text (an ID asked for by a workload, a token to validate, a bundle from a file) is parsed here into a type that
 //! cannot hold anything else. A private key appears only in [`svid::X509Svid`], zeroised on drop and never printed.
 
+pub mod audience;
 pub mod bundle;
 pub mod entry;
 pub mod index;

@@ -20,6 +20,9 @@
 //! after it: it never has to give back. What stands between strangers and attestation node-wide is the number
 //! in flight, which a caller has a share of ([`slots`]).
 //!
+//! A bucket that several callers share (an identity's, a mask's, the node's) is shared fairly: half of it is kept for
+//! those who took less than the limit divided by the callers ([`shares`]). A refusal by it counts for the caller too.
+//!
 //! Bundle calls charge the caller's default identity, the first. ValidateJWTSVID needs none: the caller stage
 //! alone; nor does what is no Workload API (health, reflection), which is charged as [`Method::Other`]. Streams
 //! are charged when they open. The agent's own look at its health does not go through the socket, and is
@@ -39,6 +42,7 @@
 
 mod admission;
 mod admitted;
+mod ask;
 pub mod bucket;
 pub mod budget;
 pub mod caller;
@@ -58,9 +62,11 @@ pub mod report;
 pub mod rule;
 pub mod schedule;
 pub mod settings;
+pub mod shares;
 mod slots;
 mod standings;
 mod table;
+mod table_size;
 mod tally;
 
 pub use admission::Limits;
@@ -72,4 +78,4 @@ pub use method::Method;
 pub use refusal::{ConnectionRefusal, Refusal, RejectionStatus};
 pub use settings::{LimitSettings, NodeSettings, SoftLimits};
 pub use slots::{Attestations, AttestationsError};
-pub use table::{TableSize, TableSizeError};
+pub use table_size::{TableSize, TableSizeError};

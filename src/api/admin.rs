@@ -27,6 +27,7 @@ use crate::{
         budget::Pressure,
         refusal::Stage,
         report::{BucketName, Heavy, Standing},
+        shares::Taking,
     },
     os::heap,
     peer::{
@@ -192,6 +193,7 @@ impl AdminParts {
             bucket: Some(bucket(stage, &heavy.name, heavy.what, standing)),
             used: heavy.used,
             refused: heavy.refused,
+            takings: heavy.takings.iter().map(taking).collect(),
         }
     }
 
@@ -280,6 +282,11 @@ fn why(key: CallerKey, source: KeySource) -> pb::Caller {
         KeySource::Unreadable => ("its user, as its cgroup cannot be read", String::new()),
     };
     pb::Caller { key: key.to_string(), why: why.to_owned(), cgroup_line }
+}
+
+fn taking(taking: &Taking) -> pb::Taking {
+    let caller = taking.caller.map(|caller| caller.to_string()).unwrap_or_default();
+    pb::Taking { caller, used: taking.used, refused: taking.refused }
 }
 
 fn bucket(stage: Stage, name: &BucketName, method: &str, standing: Option<Standing>) -> pb::Bucket {

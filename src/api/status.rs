@@ -11,7 +11,7 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::{
     attest::AttestError,
-    identity::{jwt::JwtError, spiffe_id::SpiffeIdError},
+    identity::{audience::AudienceError, jwt::JwtError, spiffe_id::SpiffeIdError},
     issuer::MintError,
     limits::{Refusal, RejectionStatus},
     peer::BodyError,
@@ -24,9 +24,9 @@ pub enum RequestError {
     /// The metadata `workload.spiffe.io: true` is not there exactly once (SPIFFE Workload Endpoint, section 6).
     #[error("security header missing from request")]
     NoSecurityHeader,
-    /// No audience was given.
-    #[error("audience must be specified")]
-    NoAudience,
+    /// No audience was given, or one that no token can have.
+    #[error(transparent)]
+    BadAudience(#[from] AudienceError),
     /// No token was given to validate.
     #[error("svid must be specified")]
     NoSvid,
@@ -92,7 +92,7 @@ impl RequestError {
     pub fn code(&self) -> Code {
         match self {
             Self::NoSecurityHeader
-            | Self::NoAudience
+            | Self::BadAudience(_)
             | Self::NoSvid
             | Self::BadSpiffeId(_)
             | Self::BadToken(_) => Code::InvalidArgument,

@@ -20,7 +20,11 @@ use super::{
 };
 use crate::{
     attest::Attestor,
-    identity::{Bundle, SpiffeId, TrustDomain, jwt},
+    identity::{
+        Bundle, SpiffeId, TrustDomain,
+        audience::{self, AudienceError},
+        jwt,
+    },
     limits::{Limits, Method},
     os::clock::Clock,
     store::{
@@ -90,7 +94,7 @@ impl WorkloadApi {
         let admitted = call?.admit(limits)?;
         let pb::ValidateJwtsvidRequest { audience, svid } = request;
         if audience.is_empty() {
-            return Err(RequestError::NoAudience);
+            return Err(AudienceError::Missing.into());
         }
         if svid.is_empty() {
             return Err(RequestError::NoSvid);
@@ -239,9 +243,7 @@ impl TryFrom<pb::JwtsvidRequest> for JwtQuery {
     fn try_from(request: pb::JwtsvidRequest) -> Result<Self, RequestError> {
         let pb::JwtsvidRequest { audience, spiffe_id } = request;
         // spire-agent lets `[""]` pass, and its server refuses it after 30 seconds of trying.
-        if audience.iter().all(String::is_empty) {
-            return Err(RequestError::NoAudience);
-        }
+        audience::check(&audience)?;
         let spiffe_id = match spiffe_id.as_str() {
             "" => None,
             text => Some(SpiffeId::parse(text).map_err(RequestError::BadSpiffeId)?),

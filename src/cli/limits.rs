@@ -95,7 +95,7 @@ fn pretty(now: &pb::LimitsResponse) -> String {
     if now.heaviest.is_empty() {
         out.push_str("Nobody has called yet.\n");
     } else {
-        let rows: Vec<[String; 6]> = now.heaviest.iter().map(heavy_row).collect();
+        let rows: Vec<[String; 6]> = now.heaviest.iter().flat_map(heavy_rows).collect();
         let columns = [
             Column::Left("STAGE"),
             Column::Left("KEY"),
@@ -115,16 +115,28 @@ fn pretty(now: &pb::LimitsResponse) -> String {
     out
 }
 
-fn heavy_row(heavy: &pb::Heavy) -> [String; 6] {
+/// A bucket, and below it those who take from it.
+fn heavy_rows(heavy: &pb::Heavy) -> Vec<[String; 6]> {
     let bucket = heavy.bucket.clone().unwrap_or_default();
     let tokens = tokens(&bucket);
-    [bucket.stage, bucket.key, bucket.method, heavy.used.to_string(), heavy.refused.to_string(), tokens]
+    let (used, refused) = (heavy.used.to_string(), heavy.refused.to_string());
+    let mut rows = vec![[bucket.stage, bucket.key, bucket.method, used, refused, tokens]];
+    rows.extend(heavy.takings.iter().map(|taking| {
+        let key = format!("  {}", if taking.caller.is_empty() { "others" } else { &taking.caller });
+        let (used, refused) = (taking.used.to_string(), taking.refused.to_string());
+        [String::new(), key, String::new(), used, refused, String::new()]
+    }));
+    rows
 }
 
 /// With one decimal.
 fn mebibytes(bytes: u64) -> String {
     let tenths = bytes.saturating_mul(10) >> 20;
     format!("{}.{} MiB", tenths / 10, tenths % 10)
+}
+
+fn taking_json(taking: &pb::Taking) -> serde_json::Value {
+    json!({ "caller": taking.caller, "used": taking.used, "refused": taking.refused })
 }
 
 fn to_json(now: &pb::LimitsResponse) -> serde_json::Value {
@@ -136,6 +148,7 @@ fn to_json(now: &pb::LimitsResponse) -> serde_json::Value {
             if let Some(json) = json.as_object_mut() {
                 json.insert("used".to_owned(), heavy.used.into());
                 json.insert("refused".to_owned(), heavy.refused.into());
+                json.insert("takings".to_owned(), heavy.takings.iter().map(taking_json).collect());
             }
             json
         })
@@ -175,8 +188,13 @@ mod tests {
         };
         let now = pb::LimitsResponse {
             heaviest: vec![
-                pb::Heavy { bucket: Some(bucket), used: 200, refused: 4321 },
-                pb::Heavy { bucket: Some(blocked), used: 0, refused: 1 },
+                pb::Heavy { bucket: Some(bucket), used: 200, refused: 4321, takings: Vec::new() },
+                pb::Heavy {
+                    bucket: Some(blocked),
+                    used: 0,
+                    refused: 1,
+                    takings: vec![pb::Taking { caller: "uid:8".to_owned(), used: 5, refused: 6 }],
+                },
             ],
             connections: vec![pb::Connections { caller: "uid:1000".to_owned(), open: 3 }],
             node_connections: 3,
@@ -198,6 +216,7 @@ Memory:      7.5 MiB, of 24.0 MiB; pressure: none
 STAGE   KEY              METHOD        USED  REFUSED  TOKENS LEFT
 caller  uid:1000         FetchJWTSVID   200     4321        0/200
 caller  uid:7\\u{1b}[31m  FetchJWTSVID     0        1      blocked
+          uid:8                           5        6
 
 CALLER    OPEN CONNECTIONS
 uid:1000                 3

@@ -10,6 +10,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     admitted::{Admitted, Charge},
+    ask::Ask,
     caller::{Caller, CallerKey},
     caller_pattern::CallerPattern,
     counters::Decision,
@@ -21,6 +22,7 @@ use super::{
     report::BucketName,
     rule::Limit,
     settings::LimitSettings,
+    shares::Taker,
     slots::{AttestationSlot, Full},
     table::ChargedTo,
 };
@@ -72,7 +74,7 @@ impl Limits {
         let dry = plan.dry || choice.rule.dry_run;
         let call = CallerCall {
             question: Question { plan: &plan, stage: Stage::Caller, method, dry },
-            caller,
+            taker: Taker { caller, group: plan.families.group(caller) },
             choice,
             now,
         };
@@ -82,7 +84,8 @@ impl Limits {
             method,
             held,
             costs: choice.rule.costs(),
-            pays: held.map_or(0, |held| held.cost),
+            taker: call.taker,
+            pays: held.map_or(0, |held| held.ask.cost),
             exempt: limit == Limit::Exempt,
             soft: plan.soft,
         };
@@ -95,7 +98,7 @@ impl Limits {
         }
         // A health check is not the first thing to be shed.
         if method == Method::ValidateJwtSvid && !charge.exempt {
-            ledger.charge_node(&plan, method, now).inspect_err(|_| charge.refund())?;
+            ledger.charge_node(&plan, method, charge.taker, now).inspect_err(|_| charge.refund())?;
         }
         Ok(Admitted { peer, charge, slot })
     }
@@ -122,7 +125,8 @@ impl Limits {
         }
         let charged = if method.is_bundles() { 1 } else { usize::MAX };
         let plan = self.ledger.plan();
-        let call = IdentityCall { plan: &plan, method, caller_exempt: charge.exempt, now: self.ledger.now() };
+        let (taker, caller_exempt) = (charge.taker, charge.exempt);
+        let call = IdentityCall { plan: &plan, method, taker, caller_exempt, now: self.ledger.now() };
         self.ledger.charge_identities(&call, ids.into_iter().take(charged)).inspect_err(|_| charge.refund())
     }
 }
@@ -130,18 +134,18 @@ impl Limits {
 /// A call at the caller stage.
 struct CallerCall<'a> {
     question: Question<'a>,
-    caller: CallerKey,
+    taker: Taker,
     choice: Choice<'a, CallerPattern>,
     now: u64,
 }
 
 impl CallerCall<'_> {
     fn charged_as(&self) -> ChargedAs {
-        if self.choice.shared.is_some() { ChargedAs::Shared } else { self.caller.charged_as() }
+        if self.choice.shared.is_some() { ChargedAs::Shared } else { self.taker.caller.charged_as() }
     }
 
     fn name(&self) -> BucketName {
-        caller_name(self.caller, &self.choice)
+        caller_name(self.taker.caller, &self.choice)
     }
 }
 
@@ -149,6 +153,7 @@ impl CallerCall<'_> {
 struct IdentityCall<'a> {
     plan: &'a CallPlan,
     method: Method,
+    taker: Taker,
     caller_exempt: bool,
     now: u64,
 }
@@ -198,12 +203,13 @@ impl Ledger {
             Limit::Exempt | Limit::Unlimited => return Ok((None, Some(own))),
             Limit::Block => (Reason::Blocked, Duration::MAX),
             Limit::Quota(quota) => {
-                let key = self.caller_key(plan, call.caller, method, &call.choice);
+                let key = self.caller_key(plan, call.taker.caller, method, &call.choice);
                 let cost = call.choice.rule.costs().answer();
-                let held = self.callers().hold(call.now, key, quota, cost, || (call.name(), method.rpc()));
-                match held {
+                let taker = call.choice.shared.map(|_| call.taker);
+                let ask = Ask { key, quota, cost, taker };
+                match self.callers().hold(call.now, &ask, || (call.name(), method.rpc())) {
                     Ok(place) => {
-                        let held = HeldTokens { key, place, quota, cost };
+                        let held = HeldTokens { ask, place };
                         return Ok((Some(held), Some(charged_as(place, own))));
                     }
                     Err(wait) => (Reason::Rate, wait),
@@ -224,13 +230,13 @@ impl Ledger {
     ) -> Result<Option<AttestationSlot>, Refusal> {
         let question = call.question;
         let plan = question.plan;
-        let (stage, charged_as, dry) = match self.slots.take(plan.families.group(call.caller)) {
+        let (stage, charged_as, dry) = match self.slots.take(call.taker.group) {
             Ok(slot) => return Ok(Some(slot)),
             Err(Full::Share) => (Stage::Caller, call.charged_as(), question.dry || plan.node_dry),
             Err(Full::Node) => (Stage::Node, ChargedAs::Node, plan.dry || plan.node_dry),
         };
         self.refuse(&Question { stage, dry, ..question }, charged_as, Reason::InFlight, SHORT_WAIT)
-            .inspect_err(|refusal| self.note(call.now, refusal, &BucketName::Caller(call.caller)))?;
+            .inspect_err(|refusal| self.note(call.now, refusal, &BucketName::Caller(call.taker.caller)))?;
         if stage == Stage::Caller {
             *allowed = None;
         }
@@ -243,7 +249,7 @@ impl Ledger {
         call: &IdentityCall<'p>,
         ids: impl Iterator<Item = &'a SpiffeId>,
     ) -> Result<(), Refusal> {
-        let IdentityCall { plan, method, caller_exempt, now } = *call;
+        let IdentityCall { plan, method, taker, caller_exempt, now } = *call;
         let mut guard = self.identities();
         let identities = &mut *guard;
         identities.held.clear();
@@ -270,7 +276,7 @@ impl Ledger {
                 self.refuse(&question, charged_as, reason, wait)
                     .inspect_err(|refusal| self.note(now, refusal, &identity_name(id, &choice)))
             }
-            None if (node_counts || nobody) && !caller_exempt => self.charge_node(plan, method, now),
+            None if (node_counts || nobody) && !caller_exempt => self.charge_node(plan, method, taker, now),
             None => Ok(()),
         };
         self.settle_identities(call, identities, done.is_ok());
@@ -286,7 +292,7 @@ impl Ledger {
         choice: Choice<'a, IdPattern>,
         limit: Limit,
     ) -> Option<RefusingId<'a>> {
-        let IdentityCall { method, caller_exempt, now, .. } = *call;
+        let IdentityCall { method, taker, caller_exempt, now, .. } = *call;
         let own = if choice.shared.is_some() { ChargedAs::Shared } else { ChargedAs::SpiffeId };
         let refusing = |reason, wait| Some(RefusingId { wait, reason, charged_as: own, id, choice });
         let quota = match limit {
@@ -300,13 +306,14 @@ impl Ledger {
         };
         let key = self.identity_key(id, method, &choice);
         let Identities { table, held } = identities;
-        if held.iter().any(|(other, _)| other.key.hash == key.hash) {
+        if held.iter().any(|(other, _)| other.ask.key.hash == key.hash) {
             return None;
         }
         let cost = choice.rule.costs().answer();
-        match table.hold(now, key, quota, cost, || (identity_name(id, &choice), method.rpc())) {
+        let ask = Ask { key, quota, cost, taker: Some(taker) };
+        match table.hold(now, &ask, || (identity_name(id, &choice), method.rpc())) {
             Ok(place) => {
-                held.push((HeldTokens { key, place, quota, cost }, charged_as(place, own)));
+                held.push((HeldTokens { ask, place }, charged_as(place, own)));
                 None
             }
             Err(wait) => refusing(Reason::Rate, wait),
@@ -317,7 +324,7 @@ impl Ledger {
     fn settle_identities(&self, call: &IdentityCall<'_>, identities: &mut Identities, passed: bool) {
         let Identities { table, held } = identities;
         for (it, charged_as) in held.drain(..) {
-            let paid = table.settle(it.key, it.place, it.quota, it.cost, if passed { it.cost } else { 0 });
+            let paid = table.settle(&it.ask, it.place, if passed { it.ask.cost } else { 0 });
             if passed {
                 self.counters.count(Stage::Identity, Some(call.method), charged_as, Decision::Allowed);
                 self.counters.count_soft_limits(call.plan.soft, Stage::Identity, paid);

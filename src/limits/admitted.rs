@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use super::{
+    ask::Ask,
     ledger::{HeldTokens, Ledger},
     method::Method,
     refusal::Stage,
     rule::{Costs, Limit},
     settings::SoftLimits,
+    shares::Taker,
     slots::AttestationSlot,
 };
 use crate::identity::SpiffeId;
@@ -50,6 +52,8 @@ pub(super) struct Charge {
     pub(super) ledger: Arc<Ledger>,
     pub(super) method: Method,
     pub(super) held: Option<HeldTokens>,
+    /// Whose share of what all share it takes.
+    pub(super) taker: Taker,
     pub(super) costs: Costs,
     /// Tokens to take when the call ends.
     pub(super) pays: u32,
@@ -60,9 +64,12 @@ pub(super) struct Charge {
 }
 
 impl Charge {
-    /// The call is refused further on, and costs nothing.
+    /// The call is refused further on, by what others share: it costs nothing, and counts as refused for the caller.
     pub(super) fn refund(&mut self) {
         self.pays = 0;
+        if let Some(held) = self.held {
+            self.ledger.callers().note_refused(held.ask.key);
+        }
     }
 
     fn signed(&mut self, id: &SpiffeId) {
@@ -79,7 +86,8 @@ impl Charge {
             && more > 0
         {
             let key = ledger.identity_key(id, self.method, &choice);
-            let paid = ledger.identities().table.charge(ledger.now(), key, quota, more);
+            let ask = Ask { key, quota, cost: more, taker: Some(self.taker) };
+            let paid = ledger.identities().table.charge(ledger.now(), &ask);
             ledger.counters.count_soft_limits(self.soft, Stage::Identity, paid);
         }
     }
@@ -89,7 +97,7 @@ impl Drop for Charge {
     fn drop(&mut self) {
         if let Some(held) = self.held {
             let ledger = &self.ledger;
-            let paid = ledger.callers().settle(held.key, held.place, held.quota, held.cost, self.pays);
+            let paid = ledger.callers().settle(&held.ask, held.place, self.pays);
             ledger.counters.count_soft_limits(self.soft, Stage::Caller, paid);
         }
     }

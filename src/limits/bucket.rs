@@ -18,6 +18,9 @@ pub const MAX_BURST: u32 = 1_000_000;
 /// The longest that an empty bucket may take to fill, in days. It keeps all sums of this module far from overflow.
 pub const MAX_REFILL_DAYS: u32 = 366;
 const DAY: f64 = 86_400e9;
+/// The most that a bucket may owe, in nanoseconds of refill: about 146 years. Reached only by what was spent at more than
+/// a hundred times the price of now.
+const LONGEST: u64 = u64::MAX / 4;
 
 /// The unit of a rate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -137,7 +140,15 @@ impl Quota {
 
     /// Nanoseconds from empty to full.
     pub(super) fn refill(self) -> u64 {
-        self.per_token * u64::from(self.burst)
+        // Only a bucket whose calls began at another price is asked for more than a quota may be.
+        self.per_token.saturating_mul(u64::from(self.burst))
+    }
+
+    /// What one of so many has of this quota; at least enough for one call that costs so much.
+    pub(super) fn part(self, of: u32, cost: u32) -> Self {
+        let of = of.max(1);
+        let per_token = self.per_token.saturating_mul(u64::from(of)).min(LONGEST);
+        Self { per_token, burst: (self.burst / of).max(cost).max(1) }
     }
 
     pub(super) const fn constant(per_second: u32, burst: u32) -> Self {
@@ -159,7 +170,7 @@ impl Level {
     /// Whether this call took the bucket from below `percent` used to it or above.
     pub fn crossed(self, percent: u8) -> bool {
         // At most 2 x 3.2e16 x 100: fits, and where a reload has shrunk a bucket that owes more, it saturates.
-        let line = self.refill * u64::from(percent);
+        let line = self.refill.saturating_mul(u64::from(percent));
         self.before.saturating_mul(100) < line && self.after.saturating_mul(100) >= line
     }
 }
@@ -184,7 +195,7 @@ impl Bucket {
     /// Tokens that could be taken now, whole ones.
     pub fn left(&self, now: u64, quota: Quota) -> u32 {
         let mut copy = *self;
-        let used = copy.spent(now, quota) + u64::from(copy.held) * quota.per_token;
+        let used = copy.spent(now, quota).saturating_add(price(copy.held, quota));
         let left = quota.refill().saturating_sub(used) / quota.per_token;
         u32::try_from(left).unwrap_or(quota.burst)
     }
@@ -194,9 +205,27 @@ impl Bucket {
     /// # Errors
     /// The time after which the same would succeed, if nobody takes or settles anything meanwhile.
     pub fn hold(&mut self, now: u64, quota: Quota, cost: u32) -> Result<(), Duration> {
-        let refill = quota.refill();
-        let before = self.spent(now, quota) + u64::from(self.held) * quota.per_token;
-        let after = before + u64::from(cost) * quota.per_token;
+        self.hold_leaving(now, quota, cost, 0)
+    }
+
+    /// [`Bucket::hold`] that holds nothing: whether it would succeed.
+    pub(super) fn try_hold(&mut self, now: u64, quota: Quota, cost: u32) -> Result<(), Duration> {
+        self.hold(now, quota, cost)?;
+        self.held -= cost;
+        Ok(())
+    }
+
+    /// [`Bucket::hold`] where so many tokens must be left.
+    pub(super) fn hold_leaving(
+        &mut self,
+        now: u64,
+        quota: Quota,
+        cost: u32,
+        leaves: u32,
+    ) -> Result<(), Duration> {
+        let refill = quota.refill().saturating_sub(price(leaves, quota));
+        let before = self.spent(now, quota).saturating_add(price(self.held, quota));
+        let after = before.saturating_add(price(cost, quota));
         if after > refill {
             return Err(Duration::from_nanos(after - refill));
         }
@@ -216,7 +245,8 @@ impl Bucket {
         let quota = Quota { per_token: self.per_token, burst: quota.burst };
         let refill = quota.refill();
         let before = self.full_at.saturating_sub(now);
-        let after = before.max((before + u64::from(cost) * quota.per_token).min(2 * refill));
+        let after =
+            before.max(before.saturating_add(price(cost, quota)).min(refill.saturating_mul(2)).min(LONGEST));
         self.full_at = now + after;
         Level { before, after, refill }
     }
@@ -239,25 +269,31 @@ impl Bucket {
     }
 
     /// What is spent now, in nanoseconds of refill. Reckons anew when the price has changed, so that the number of
-    /// tokens spent stays, and no bucket owes more than one burst beyond empty.
+    /// tokens spent stays: also where a window or a reload makes the bucket smaller than that for a while.
     fn spent(&mut self, now: u64, quota: Quota) -> u64 {
         let mut spent = self.full_at.saturating_sub(now);
         if self.per_token != quota.per_token {
             if spent > 0 {
                 let tokens_to_new_price = u128::from(spent) * u128::from(quota.per_token);
                 let converted = tokens_to_new_price.div_ceil(u128::from(self.per_token.max(1)));
-                spent = u64::try_from(converted).unwrap_or(u64::MAX);
+                spent = u64::try_from(converted).unwrap_or(LONGEST).min(LONGEST);
             }
             self.per_token = quota.per_token;
         }
-        spent = spent.min(2 * quota.refill());
         self.full_at = now + spent;
         spent
     }
 }
 
+/// What so many tokens cost, in nanoseconds of refill. Tokens that are held may be of a larger quota than this one.
+fn price(tokens: u32, quota: Quota) -> u64 {
+    u64::from(tokens).saturating_mul(quota.per_token)
+}
+
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const SECOND: u64 = 1_000_000_000;
@@ -310,6 +346,120 @@ mod tests {
             assert!(bucket.hold(SECOND, new, left + 1).is_err(), "{case}");
             assert!(left == 0 || bucket.hold(SECOND, new, left).is_ok(), "{case}");
         }
+    }
+
+    /// Quotas that windows and reloads might put in force one after the other.
+    fn quotas() -> impl Strategy<Value = Quota> {
+        let unit = prop::sample::select(vec![Per::Second, Per::Minute, Per::Hour]);
+        (1..=1000_u32, unit, 1..=200_u32)
+            .prop_map(|(rate, per, burst)| Quota::new(rate.into(), per, burst).unwrap())
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Pass(u64),
+        Take(u32),
+        /// Held, and given back.
+        Refund(u32),
+        /// Held, and paid more for than was held.
+        Overdraw(u32),
+        Change(Quota),
+    }
+
+    fn steps() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            (0..20 * SECOND).prop_map(Step::Pass),
+            (1..=50_u32).prop_map(Step::Take),
+            (1..=50_u32).prop_map(Step::Refund),
+            (1..=50_u32).prop_map(Step::Overdraw),
+            quotas().prop_map(Step::Change),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+
+        /// Windows that come and go, and reloads there and back, give no token back and take none.
+        #[test]
+        fn another_quota_for_a_while_changes_nothing(
+            first in quotas(),
+            taken in 0..=200_u32,
+            others in prop::collection::vec(quotas(), 1..6),
+        ) {
+            let mut bucket = Bucket::default();
+            let taken = taken.min(first.burst());
+            bucket.take(SECOND, first, taken).unwrap();
+            for other in others {
+                // Asked for, which reckons anew, and given back.
+                if bucket.hold(SECOND, other, 1).is_ok() {
+                    bucket.settle(SECOND, other, 1, 0);
+                }
+            }
+            let left = bucket.left(SECOND, first);
+            let want = first.burst() - taken;
+            prop_assert!(left <= want && left + 1 >= want, "{left} left, not {want}");
+        }
+
+        /// Whatever comes: never more than the largest burst, and what has come back at the highest rate meanwhile.
+        #[test]
+        fn no_way_leads_to_more_than_burst_and_rate(
+            first in quotas(),
+            steps in prop::collection::vec(steps(), 1..60),
+        ) {
+            let (mut bucket, mut quota, mut now) = (Bucket::default(), first, SECOND);
+            let (mut burst, mut back, mut given) = (u64::from(first.burst()), 0.0, 0_u64);
+            let mut fastest = first.per_token;
+            for step in steps {
+                match step {
+                    Step::Pass(time) => {
+                        now += time;
+                        #[expect(clippy::as_conversions, reason = "a bound of a test")]
+                        let tokens = time as f64 / fastest as f64;
+                        back += tokens;
+                    }
+                    Step::Take(n) => given += bucket.take(now, quota, n).map_or(0, |()| u64::from(n)),
+                    Step::Refund(n) => {
+                        if bucket.hold(now, quota, n).is_ok() {
+                            bucket.settle(now, quota, n, 0);
+                        }
+                    }
+                    Step::Overdraw(n) => {
+                        if bucket.hold(now, quota, 1).is_ok() {
+                            bucket.settle(now, quota, 1, n);
+                            // What is owed is had already, one burst of it at most.
+                            given += 1;
+                        }
+                    }
+                    Step::Change(next) => {
+                        quota = next;
+                        burst = burst.max(u64::from(next.burst()));
+                        fastest = fastest.min(next.per_token);
+                    }
+                }
+                #[expect(clippy::as_conversions, reason = "a bound of a test")]
+                let most = burst as f64 + back + 1.0;
+                #[expect(clippy::as_conversions, reason = "a bound of a test")]
+                let had = given as f64;
+                prop_assert!(had <= most, "{had} given, at most {most}");
+            }
+            // And all of it comes back.
+            let slow = Quota::new(1.0, Per::Hour, 200).unwrap();
+            let later = now + 2 * 3_600 * SECOND * 400;
+            prop_assert_eq!(bucket.left(later, quota), quota.burst());
+            prop_assert_eq!(bucket.left(later, slow), 200);
+        }
+    }
+
+    #[test]
+    fn a_quota_that_costs_far_more_overflows_nothing() {
+        let (cheap, dear) = (quota(1e6, MAX_BURST), Quota::new(1.0, Per::Day, 366).unwrap());
+        let mut bucket = Bucket::default();
+        bucket.hold(SECOND, cheap, MAX_BURST / 2).unwrap();
+        assert_eq!(bucket.left(SECOND, dear), 0);
+        bucket.hold(SECOND, dear, 1).unwrap_err();
+        bucket.settle(SECOND, cheap, MAX_BURST / 2, MAX_BURST / 2);
+        bucket.hold(SECOND, dear, 1).unwrap_err();
+        assert_eq!(bucket.left(SECOND, dear), 0);
     }
 
     #[test]

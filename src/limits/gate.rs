@@ -20,7 +20,7 @@ use arc_swap::ArcSwap;
 
 use super::{
     admission::Limits,
-    bucket::Quota,
+    ask::{Ask, BucketKey, Hasher},
     budget::{self, Pressure},
     caller::{CallerKey, Families},
     counters::Decision,
@@ -30,7 +30,8 @@ use super::{
     report::{BucketName, Heavy, Standing},
     rule::Limit,
     settings::{LimitSettings, SoftLimits},
-    table::{BucketKey, ChargedTo, Hasher, Table, TableSize},
+    table::{ChargedTo, Table},
+    table_size::TableSize,
     tally::Tally,
 };
 use crate::telemetry::registry::float;
@@ -214,7 +215,7 @@ struct Arriving<'a> {
 }
 
 /// A token of a caller's rate, until it is known whether all others let its connection in.
-type HeldRate = (BucketKey, ChargedTo, Quota);
+type HeldRate = (Ask, ChargedTo);
 
 impl Gate {
     /// A gate that decides with `plan`. It counts and tells through `limits`.
@@ -385,8 +386,8 @@ impl SharedGate {
             }
             decided => decided,
         };
-        if let Some((key, place, quota)) = held {
-            let paid = state.rates.settle(key, place, quota, 1, u32::from(decided.is_ok()));
+        if let Some((ask, place)) = held {
+            let paid = state.rates.settle(&ask, place, u32::from(decided.is_ok()));
             if decided.is_ok() {
                 self.ledger.counters.count_soft_limits(it.plan.soft, Stage::Gate, paid);
             }
@@ -413,8 +414,9 @@ impl SharedGate {
             state.rates.note_refused(key);
             return Err(ConnectionRefusal::CallerConnections);
         }
-        match state.rates.hold(now, key, quota, 1, || (BucketName::Caller(caller), "connections")) {
-            Ok(place) => Ok(Some((key, place, quota))),
+        let ask = Ask { key, quota, cost: 1, taker: None };
+        match state.rates.hold(now, &ask, || (BucketName::Caller(caller), "connections")) {
+            Ok(place) => Ok(Some((ask, place))),
             Err(_wait) => Err(ConnectionRefusal::CallerRate),
         }
     }

@@ -11,7 +11,8 @@ use arc_swap::ArcSwap;
 use tokio::time::Instant;
 
 use super::{
-    bucket::{Bucket, Quota},
+    ask::{Ask, BucketKey, Hasher},
+    bucket::Quota,
     caller::{CallerKey, Families},
     caller_pattern::CallerPattern,
     counters::{Counters, Decision},
@@ -22,8 +23,9 @@ use super::{
     report::{BucketName, Refusing},
     rule::{Limit, Rule},
     settings::{LimitSettings, SoftLimits},
+    shares::{SharedBucket, Taker},
     slots::Slots,
-    table::{BucketKey, ChargedTo, Hasher, Table},
+    table::{ChargedTo, Table},
 };
 use crate::{identity::SpiffeId, os::clock::Clock, telemetry::registry::Registry};
 
@@ -71,10 +73,8 @@ pub(super) struct Question<'a> {
 /// Tokens held in a bucket of a table.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct HeldTokens {
-    pub(super) key: BucketKey,
+    pub(super) ask: Ask,
     pub(super) place: ChargedTo,
-    pub(super) quota: Quota,
-    pub(super) cost: u32,
 }
 
 /// The identity stage: its table, and the tokens that the call being decided holds in it. One lock for both, so
@@ -93,7 +93,7 @@ pub(super) struct Ledger {
     callers: Mutex<Table>,
     identities: Mutex<Identities>,
     /// Of each method, shared by all. Known whatever the settings say, so that what was spent stays spent.
-    node: PerMethod<Mutex<Bucket>>,
+    node: PerMethod<Mutex<SharedBucket>>,
     pub(super) slots: Arc<Slots>,
     refusing: Mutex<Refusing>,
     pub(super) counters: Counters,
@@ -228,9 +228,15 @@ impl Ledger {
     }
 
     /// Charges a call to what all share.
-    pub(super) fn charge_node(&self, plan: &CallPlan, method: Method, now: u64) -> Result<(), Refusal> {
+    pub(super) fn charge_node(
+        &self,
+        plan: &CallPlan,
+        method: Method,
+        taker: Taker,
+        now: u64,
+    ) -> Result<(), Refusal> {
         let Some(quota) = *plan.node.get(method) else { return Ok(()) };
-        match lock(self.node.get(method)).take(now, quota, 1) {
+        match lock(self.node.get(method)).take(now, quota, 1, taker) {
             Ok(()) => {
                 self.counters.count(Stage::Node, Some(method), ChargedAs::Node, Decision::Allowed);
                 Ok(())

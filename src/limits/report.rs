@@ -9,7 +9,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use super::{
     bucket::Quota, caller::CallerKey, caller_pattern::CallerPattern, id_pattern::IdPattern, refusal::Stage,
-    rule::Limit,
+    rule::Limit, shares::Taking,
 };
 use crate::identity::SpiffeId;
 
@@ -58,6 +58,8 @@ pub struct Heavy {
     pub used: u32,
     /// Calls that did not, or in a dry run would not have.
     pub refused: u32,
+    /// Who takes from it, where several callers do; those first that were refused most.
+    pub takings: Vec<Taking>,
 }
 
 impl Heavy {

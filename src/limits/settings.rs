@@ -13,7 +13,7 @@ use super::{
     refusal::RejectionStatus,
     rule::{Costs, Limit, Rule},
     slots::Attestations,
-    table::TableSize,
+    table_size::TableSize,
 };
 
 /// What the `ratelimit` block says. All of it reloads; what was spent stays spent.

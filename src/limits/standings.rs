@@ -2,13 +2,13 @@
 
 use super::{
     admission::{Limits, caller_name, identity_name},
+    ask::BucketKey,
     budget::Accounted,
     caller::CallerKey,
     method::Method,
     refusal::Stage,
     report::{BucketName, Event, Heavy, Standing},
     rule::Rule,
-    table::BucketKey,
 };
 use crate::{
     identity::SpiffeId,

@@ -10,69 +10,18 @@
 //! Keys stand in the table as 128 bits of a seeded hash; nobody outside can choose two that meet. Time is
 //! nanoseconds since the agent started; a `now` before the latest one seen counts as that one.
 
-use std::{ops::RangeInclusive, time::Duration};
+use std::time::Duration;
 
 use hashbrown::HashTable;
 
 use super::{
+    ask::{Ask, BucketKey},
     bucket::{Bucket, Level, Quota},
     pool::Pool,
     report::{BucketName, Heavy},
+    shares::{SharedBuckets, Shares, Taker},
+    table_size::TableSize,
 };
-
-/// Whose bucket: a seeded hash of the key, and who could invent more keys like it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct BucketKey {
-    /// Of everything that tells this bucket from another.
-    pub(super) hash: [u64; 2],
-    /// Who is charged when there is no room for a bucket of its own.
-    pub(super) parent: u64,
-}
-
-/// How many keys a table may know: from 16 to 16,777,216. A key takes [`budget::KEY`](super::budget::KEY) bytes
-/// once known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TableSize(u32);
-
-impl TableSize {
-    /// The bounds.
-    pub const RANGE: RangeInclusive<u32> = 16..=1 << 24;
-
-    /// So many keys.
-    ///
-    /// # Errors
-    /// [`TableSizeError`] outside of [`TableSize::RANGE`].
-    pub fn new(keys: u32) -> Result<Self, TableSizeError> {
-        if Self::RANGE.contains(&keys) { Ok(Self(keys)) } else { Err(TableSizeError(keys)) }
-    }
-
-    /// The number of keys.
-    pub(super) fn keys(self) -> usize {
-        usize::try_from(self.0).unwrap_or(usize::MAX)
-    }
-}
-
-impl Default for TableSize {
-    fn default() -> Self {
-        Self(16_384)
-    }
-}
-
-/// A table that would be too small, or too large.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("keys {0} must be from {least} to {most}", least = TableSize::RANGE.start(), most = TableSize::RANGE.end())]
-pub struct TableSizeError(u32);
-
-/// Makes keys. Seeded at random once per agent.
-#[derive(Debug, Default)]
-pub(super) struct Hasher([ahash::RandomState; 2]);
-
-impl Hasher {
-    /// The hash of `value`.
-    pub(super) fn hash(&self, value: impl std::hash::Hash) -> [u64; 2] {
-        self.0.each_ref().map(|state| state.hash_one(&value))
-    }
-}
 
 /// Which bucket a call was charged to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,7 +49,14 @@ struct Cell {
     regular: bool,
     /// When it was last used, in units of about a second.
     seen: u32,
+    /// A mark of the one caller that has taken from it; [`NOBODY`], or [`SEVERAL`].
+    taker: u16,
 }
+
+/// No caller has taken from a bucket that is shared, or it is not.
+const NOBODY: u16 = 0;
+/// More than one has: each has a share of it ([`shares`](super::shares)).
+const SEVERAL: u16 = u16::MAX;
 
 /// Whose cell it is, for people.
 type Who = (BucketName, &'static str);
@@ -141,6 +97,8 @@ pub(super) struct Table {
     names: Vec<Who>,
     parents: HashTable<Parent>,
     stray: Pool,
+    /// Of the buckets that several callers take from.
+    shared: SharedBuckets,
     seed: ahash::RandomState,
     hand: usize,
     /// Cells of regulars.
@@ -165,6 +123,7 @@ impl Table {
             names: Vec::new(),
             parents: HashTable::new(),
             stray: Pool::default(),
+            shared: SharedBuckets::default(),
             seed: ahash::RandomState::new(),
             hand: 0,
             regulars: 0,
@@ -192,33 +151,60 @@ impl Table {
         self.cells.len()
     }
 
-    /// Holds `cost` tokens in the bucket of `key`; `who` is asked only when the key is new.
+    /// Holds tokens in a bucket; `who` is asked only when its key is new.
     ///
     /// # Errors
     /// The wait, as in [`Bucket::hold`].
     pub(super) fn hold(
         &mut self,
         now: u64,
-        key: BucketKey,
-        quota: Quota,
-        cost: u32,
+        ask: &Ask,
         who: impl FnOnce() -> Who,
     ) -> Result<ChargedTo, Duration> {
         let now = self.tick(now);
-        let room_for_regulars = self.regulars < self.capacity / REGULARS;
-        if let Some((at, cell)) = self.find(key.hash) {
-            cell.again = true;
-            cell.seen = seconds(now);
-            let becomes_regular = room_for_regulars && !cell.regular;
-            cell.regular |= becomes_regular;
-            let outcome = cell.bucket.hold(now, quota, cost);
-            match outcome {
-                Ok(_) => cell.used = cell.used.saturating_add(1),
-                Err(_) => cell.refused = cell.refused.saturating_add(1),
-            }
-            self.regulars += usize::from(becomes_regular);
-            return outcome.map(|()| ChargedTo::Own(at));
+        match self.hold_known(now, ask) {
+            Some(outcome) => outcome,
+            None => self.hold_new(now, ask, who),
         }
+    }
+
+    /// In the bucket of a key that is known.
+    fn hold_known(&mut self, now: u64, ask: &Ask) -> Option<Result<ChargedTo, Duration>> {
+        let Ask { key, quota, cost, .. } = *ask;
+        let room_for_regulars = self.regulars < self.capacity / REGULARS;
+        let mark = ask.taker.map(|taker| (taker, self.mark(taker)));
+        let Self { index, cells, shared, .. } = self;
+        let at = find(index, cells, key.hash)?;
+        let cell = cells.get_mut(usize::try_from(at).ok()?)?;
+        cell.again = true;
+        cell.seen = seconds(now);
+        let becomes_regular = room_for_regulars && !cell.regular;
+        cell.regular |= becomes_regular;
+        self.regulars += usize::from(becomes_regular);
+        let shares = mark.filter(|(_, mark)| cell.is_shared_with(*mark)).and_then(|(taker, _)| {
+            let shares = shared.of(key.hash)?;
+            let claim = shares.claim(now, quota, cost, taker);
+            Some((shares, claim))
+        });
+        let leaves = shares.as_ref().map_or(0, |(_, claim)| claim.leaves);
+        let outcome = cell.bucket.hold_leaving(now, quota, cost, leaves);
+        let passes = outcome.is_ok();
+        let outcome = match shares {
+            Some((shares, claim)) if passes => {
+                shares.passed(claim, cost);
+                Ok(())
+            }
+            Some((shares, claim)) => outcome.map_err(|wait| shares.refused(claim, wait)),
+            None => outcome,
+        };
+        let count = if passes { &mut cell.used } else { &mut cell.refused };
+        *count = count.saturating_add(1);
+        Some(outcome.map(|()| ChargedTo::Own(at)))
+    }
+
+    /// In a bucket of its own for a key that is not known, or in its parent's.
+    fn hold_new(&mut self, now: u64, ask: &Ask, who: impl FnOnce() -> Who) -> Result<ChargedTo, Duration> {
+        let Ask { key, quota, cost, taker } = *ask;
         let Some(at) = self.has_room(now, key.parent).then(|| u32::try_from(self.cells.len()).ok()).flatten()
         else {
             return self.hold_overflow(now, key.parent, quota, cost);
@@ -243,6 +229,7 @@ impl Table {
             again: false,
             regular: false,
             seen: seconds(now),
+            taker: taker.map_or(NOBODY, |taker| self.mark(taker)),
         });
         self.names.push(who());
         let cells = &self.cells;
@@ -250,42 +237,52 @@ impl Table {
         Ok(ChargedTo::Own(at))
     }
 
-    /// Ends a call that held tokens; see [`Bucket::settle`]. A bucket with tokens held is never forgotten, so
-    /// it is there.
+    /// A mark of a taker, small enough for a cell. Two that meet are taken for one, until a third comes.
+    fn mark(&self, taker: Taker) -> u16 {
+        let [low, high, ..] = self.seed.hash_one(taker.group).to_le_bytes();
+        u16::from_le_bytes([low, high]).clamp(NOBODY + 1, SEVERAL - 1)
+    }
+
+    /// Ends a call that held tokens, and takes `cost`; see [`Bucket::settle`]. A bucket with tokens held is never
+    /// forgotten, so it is there.
     ///
     /// It counts as ended at the latest time that the table was told. That is not before it began, and saves a
     /// look at the clock; the tokens begin to flow back no sooner than if they had been taken at once.
-    pub(super) fn settle(
-        &mut self,
-        key: BucketKey,
-        place: ChargedTo,
-        quota: Quota,
-        held: u32,
-        cost: u32,
-    ) -> Option<Level> {
+    pub(super) fn settle(&mut self, held: &Ask, place: ChargedTo, cost: u32) -> Option<Level> {
         let now = self.latest;
+        let Ask { key, quota, cost: held, taker } = *held;
         let refund = u32::from(held > 0 && cost == 0);
+        let Self { index, cells, shared, parents, stray, seed, .. } = self;
         let bucket = match place {
-            ChargedTo::Own(at) => self.cell(key.hash, at).map(|cell| {
+            ChargedTo::Own(at) => cell(index, cells, key.hash, at).map(|cell| {
                 cell.used = cell.used.saturating_sub(refund);
+                if let Some(taker) = taker
+                    && cell.taker == SEVERAL
+                    && let Some(shares) = shared.of(key.hash)
+                {
+                    shares.settle(now, quota, taker, held, cost);
+                }
                 &mut cell.bucket
             }),
-            ChargedTo::Overflow => self.parent(key.parent).and_then(|parent| parent.overflow.get(quota)),
-            ChargedTo::Stray => self.stray.get(quota),
+            ChargedTo::Overflow => {
+                let parent = parents.find_mut(seed.hash_one(key.parent), |parent| parent.id == key.parent);
+                parent.and_then(|parent| parent.overflow.get(quota))
+            }
+            ChargedTo::Stray => stray.get(quota),
         };
         bucket.map(|bucket| bucket.settle(now, quota, held, cost))
     }
 
     /// Adds to what a known key has spent, as a debt of at most one burst. A key that is not known has a full
     /// bucket, and is left in peace: this is for a cost that shows itself after the call was charged.
-    pub(super) fn charge(&mut self, now: u64, key: BucketKey, quota: Quota, cost: u32) -> Option<Level> {
+    pub(super) fn charge(&mut self, now: u64, ask: &Ask) -> Option<Level> {
         self.tick(now);
-        self.settle(key, ChargedTo::Own(u32::MAX), quota, 0, cost)
+        self.settle(&Ask { cost: 0, ..*ask }, ChargedTo::Own(u32::MAX), ask.cost)
     }
 
     /// Counts for people that a key was refused for something else than its tokens, if it is known.
     pub(super) fn note_refused(&mut self, key: BucketKey) {
-        if let Some((_, cell)) = self.find(key.hash) {
+        if let Some(cell) = self.find(key.hash) {
             cell.again = true;
             cell.refused = cell.refused.saturating_add(1);
         }
@@ -294,7 +291,7 @@ impl Table {
     /// Tokens left to a key, if it is known.
     pub(super) fn left(&mut self, now: u64, key: BucketKey, quota: Quota) -> Option<u32> {
         let now = self.tick(now);
-        self.find(key.hash).map(|(_, cell)| cell.bucket.left(now, quota))
+        self.find(key.hash).map(|cell| cell.bucket.left(now, quota))
     }
 
     /// The `n` keys that were refused most, then those that were served most, since each was last forgotten.
@@ -313,6 +310,7 @@ impl Table {
             what,
             used: cell.used,
             refused: cell.refused,
+            takings: self.shared.known(cell.hash).map(Shares::takings).unwrap_or_default(),
         };
         top.into_iter().map(heavy).collect()
     }
@@ -335,18 +333,9 @@ impl Table {
         self.latest
     }
 
-    fn find(&mut self, hash: [u64; 2]) -> Option<(u32, &mut Cell)> {
-        let cells = &mut self.cells;
-        let at = *self.index.find(hash[0], |at| cell_at(cells, *at).is_some_and(|cell| cell.hash == hash))?;
-        Some((at, cells.get_mut(usize::try_from(at).ok()?)?))
-    }
-
-    /// The cell of a key that was last seen at a place.
-    fn cell(&mut self, hash: [u64; 2], at: u32) -> Option<&mut Cell> {
-        if cell_at(&self.cells, at).is_some_and(|cell| cell.hash == hash) {
-            return self.cells.get_mut(usize::try_from(at).ok()?);
-        }
-        self.find(hash).map(|(_, cell)| cell)
+    fn find(&mut self, hash: [u64; 2]) -> Option<&mut Cell> {
+        let at = find(&self.index, &self.cells, hash)?;
+        self.cells.get_mut(usize::try_from(at).ok()?)
     }
 
     fn parent(&mut self, id: u64) -> Option<&mut Parent> {
@@ -407,6 +396,9 @@ impl Table {
             *place = to;
         }
         let cell = self.cells.swap_remove(at);
+        if cell.taker == SEVERAL {
+            self.shared.forget(cell.hash);
+        }
         self.regulars -= usize::from(cell.regular);
         drop(self.names.swap_remove(at));
         let hash = self.seed.hash_one(cell.parent);
@@ -465,6 +457,30 @@ impl Table {
     }
 }
 
+impl Cell {
+    /// Whether callers have shares of it, now that the one with this mark takes too.
+    fn is_shared_with(&mut self, mark: u16) -> bool {
+        match self.taker {
+            NOBODY => self.taker = mark,
+            known if known != mark => self.taker = SEVERAL,
+            _ => {}
+        }
+        self.taker == SEVERAL
+    }
+}
+
+/// Where the cell of a key is.
+fn find(index: &HashTable<u32>, cells: &[Cell], hash: [u64; 2]) -> Option<u32> {
+    index.find(hash[0], |at| cell_at(cells, *at).is_some_and(|cell| cell.hash == hash)).copied()
+}
+
+/// The cell of a key that was last seen at a place.
+fn cell<'a>(index: &HashTable<u32>, cells: &'a mut [Cell], hash: [u64; 2], at: u32) -> Option<&'a mut Cell> {
+    let is_there = cell_at(cells, at).is_some_and(|cell| cell.hash == hash);
+    let at = if is_there { at } else { find(index, cells, hash)? };
+    cells.get_mut(usize::try_from(at).ok()?)
+}
+
 fn cell_at(cells: &[Cell], at: u32) -> Option<&Cell> {
     cells.get(usize::try_from(at).ok()?)
 }
@@ -490,6 +506,11 @@ mod tests {
         Table::new(TableSize::new(keys).unwrap(), parts)
     }
 
+    /// A call that shares its bucket with nobody.
+    fn ask(key: BucketKey, quota: Quota, cost: u32) -> Ask {
+        Ask { key, quota, cost, taker: None }
+    }
+
     fn heavy(uid: u32) -> Who {
         (BucketName::Caller(CallerKey::Uid(uid)), "test")
     }
@@ -501,12 +522,12 @@ mod tests {
         let (many, few) = (quota(1.0, 200), quota(0.1, 5));
         let mut table = a_table(16, 16);
         let key = |number| BucketKey { hash: [number; 2], parent: 1 };
-        table.hold(0, key(1), many, 1, || heavy(1)).unwrap();
+        table.hold(0, &ask(key(1), many, 1), || heavy(1)).unwrap();
         let mut take = |quota: Quota, number| {
-            let held = table.hold(0, key(number), quota, 1, || heavy(2));
+            let held = table.hold(0, &ask(key(number), quota, 1), || heavy(2));
             held.inspect(|place| {
                 assert_eq!(*place, ChargedTo::Overflow);
-                table.settle(key(number), *place, quota, 1, 1);
+                table.settle(&ask(key(number), quota, 1), *place, 1);
             })
             .is_ok()
         };
@@ -525,8 +546,8 @@ mod tests {
         let quota = quota(10.0, 10);
         let mut call = |now, number: u64| {
             let key = BucketKey { hash: [number; 2], parent: number };
-            let place = table.hold(now, key, quota, 1, || heavy(1)).unwrap();
-            table.settle(key, place, quota, 1, 1);
+            let place = table.hold(now, &ask(key, quota, 1), || heavy(1)).unwrap();
+            table.settle(&ask(key, quota, 1), place, 1);
             table.len()
         };
         for number in 0..1024 {
@@ -542,7 +563,7 @@ mod tests {
         let mut table = a_table(16, 1);
         let key = BucketKey { hash: [1, 1], parent: 1 };
         for now in [0, SECOND, 100 * SECOND] {
-            assert!(table.hold(now, key, quota, 11, || heavy(1)).is_err());
+            assert!(table.hold(now, &ask(key, quota, 11), || heavy(1)).is_err());
         }
         assert!(table.len() == 0, "nothing is kept of it");
     }
@@ -553,8 +574,8 @@ mod tests {
         for (uid, calls) in [(1, 3), (2, 30), (3, 12), (4, 1)] {
             for _ in 0..calls {
                 let key = BucketKey { hash: [u64::from(uid); 2], parent: 0 };
-                if let Ok(place) = table.hold(0, key, quota(1.0, 10), 1, || heavy(uid)) {
-                    table.settle(key, place, quota(1.0, 10), 1, 1);
+                if let Ok(place) = table.hold(0, &ask(key, quota(1.0, 10), 1), || heavy(uid)) {
+                    table.settle(&ask(key, quota(1.0, 10), 1), place, 1);
                 }
             }
         }
@@ -611,8 +632,8 @@ mod tests {
     /// A call of each of these keys, paid at once where it passes.
     fn flood(table: &mut Table, now: u64, quota: Quota, cost: u32, keys: impl Iterator<Item = BucketKey>) {
         for key in keys {
-            if let Ok(place) = table.hold(now, key, quota, cost, || heavy(0)) {
-                table.settle(key, place, quota, cost, cost);
+            if let Ok(place) = table.hold(now, &ask(key, quota, cost), || heavy(0)) {
+                table.settle(&ask(key, quota, cost), place, cost);
             }
         }
     }
@@ -628,11 +649,11 @@ mod tests {
             let mut ended = Vec::new();
             if !matches!(step, Move::Wait(_) | Move::Back(_)) {
                 latest = latest.max(now);
-                table.charge(now, flood_key(0, u32::MAX), quota, 0);
+                table.charge(now, &ask(flood_key(0, u32::MAX), quota, 0));
             }
             match step {
                 Move::Call { cost, later, refund } => {
-                    if let Ok(place) = table.hold(now, MINE, quota, cost, || heavy(0)) {
+                    if let Ok(place) = table.hold(now, &ask(MINE, quota, cost), || heavy(0)) {
                         if later {
                             open.push((place, cost, refund))
                         } else {
@@ -648,7 +669,7 @@ mod tests {
                 Move::End => ended.append(&mut open),
             }
             for (place, cost, refund) in ended {
-                table.settle(MINE, place, quota, cost, if refund { 0 } else { cost });
+                table.settle(&ask(MINE, quota, cost), place, if refund { 0 } else { cost });
                 if !refund {
                     taken.push((latest, cost));
                 }
@@ -691,11 +712,11 @@ mod tests {
                     }
                     // Three tokens, and the time in which they come back.
                     Move::Call { cost, .. } => {
-                        let held = table.hold(now, mine, quota, cost, || heavy(0));
+                        let held = table.hold(now, &ask(mine, quota, cost), || heavy(0));
                         prop_assert!(held.is_ok(), "{held:?}");
                         let place = held.unwrap();
                         prop_assert!(place != ChargedTo::Stray);
-                        table.settle(mine, place, quota, cost, cost);
+                        table.settle(&ask(mine, quota, cost), place, cost);
                         now += u64::from(cost) * quota.per_token;
                     }
                     Move::Wait(time) => now += time,
@@ -712,8 +733,8 @@ mod tests {
             let mut now = SECOND;
             let mine = BucketKey { parent: 5000, ..MINE };
             for _ in 0..2 {
-                let place = table.hold(now, mine, quota, 1, || heavy(0)).unwrap();
-                table.settle(mine, place, quota, 1, 1);
+                let place = table.hold(now, &ask(mine, quota, 1), || heavy(0)).unwrap();
+                table.settle(&ask(mine, quota, 1), place, 1);
             }
             now += 2 * quota.per_token;
             for step in moves {
@@ -724,9 +745,9 @@ mod tests {
                         flood(&mut table, now, quota, cost, (first..first + count).map(key));
                     }
                     Move::Call { cost, .. } => {
-                        let held = table.hold(now, mine, quota, cost, || heavy(0));
+                        let held = table.hold(now, &ask(mine, quota, cost), || heavy(0));
                         prop_assert!(matches!(held, Ok(ChargedTo::Own(_))), "{held:?}");
-                        table.settle(mine, held.unwrap(), quota, cost, cost);
+                        table.settle(&ask(mine, quota, cost), held.unwrap(), cost);
                         now += u64::from(cost) * quota.per_token;
                     }
                     // Never as long as a regular may be away.
@@ -747,8 +768,8 @@ mod tests {
             for step in moves {
                 match step {
                     Move::Call { cost, .. } => {
-                        if let Ok(place) = table.hold(now, MINE, quota, cost, || heavy(0)) {
-                            table.settle(MINE, place, quota, cost, cost);
+                        if let Ok(place) = table.hold(now, &ask(MINE, quota, cost), || heavy(0)) {
+                            table.settle(&ask(MINE, quota, cost), place, cost);
                         }
                     }
                     Move::Flood { parent, first, count, cost } => {
@@ -758,12 +779,12 @@ mod tests {
                     Move::Back(_) | Move::End => {}
                 }
             }
-            if let Err(wait) = table.hold(now, MINE, quota, cost, || heavy(0)) {
+            if let Err(wait) = table.hold(now, &ask(MINE, quota, cost), || heavy(0)) {
                 let wait = u64::try_from(wait.as_nanos()).unwrap();
                 prop_assert!(wait > 0);
-                let early = table.hold(now + wait - 1, MINE, quota, cost, || heavy(0));
+                let early = table.hold(now + wait - 1, &ask(MINE, quota, cost), || heavy(0));
                 prop_assert!(early.is_err(), "a nanosecond less is too early");
-                let held = table.hold(now + wait, MINE, quota, cost, || heavy(0));
+                let held = table.hold(now + wait, &ask(MINE, quota, cost), || heavy(0));
                 prop_assert!(held.is_ok(), "{held:?}");
             }
         }
@@ -808,13 +829,13 @@ mod tests {
             for (parent, number, wait) in calls {
                 now += wait / 4;
                 let key = flood_key(parent, number);
-                if let Ok(place) = table.hold(now, key, quota, 1, || heavy(number)) {
-                    table.settle(key, place, quota, 1, 1);
+                if let Ok(place) = table.hold(now, &ask(key, quota, 1), || heavy(number)) {
+                    table.settle(&ask(key, quota, 1), place, 1);
                 }
                 prop_assert_eq!(table.index.len(), table.cells.len());
                 let hashes: Vec<_> = table.cells.iter().map(|cell| (cell.hash, cell.parent)).collect();
                 for (hash, parent) in &hashes {
-                    prop_assert!(table.find(*hash).is_some_and(|(_, cell)| cell.hash == *hash));
+                    prop_assert!(table.find(*hash).is_some_and(|cell| cell.hash == *hash));
                     let owned = hashes.iter().filter(|(_, other)| other == parent).count();
                     prop_assert_eq!(table.parent(*parent).map(|parent| parent.owned), Some(owned));
                     prop_assert!(owned <= 4);

@@ -24,7 +24,7 @@ use durward::{
         pattern::Pattern,
         policy::{Layers, Methods, Override, Overrides, Share},
         refusal::{ChargedAs, Reason, Stage},
-        report::{Event, LISTED, QUIET, Standing},
+        report::{BucketName, Event, LISTED, QUIET, Standing},
         rule::{Costs, Limit, Rule},
         schedule::{Moment, Schedule, Weekday, Window},
     },
@@ -406,6 +406,56 @@ async fn a_mask_makes_one_bucket_of_many() {
     assert_eq!(refusal.charged_as, ChargedAs::Shared);
 }
 
+/// Four callers without end, and one that asks ten times a second, share an identity, then a mask, then the node.
+#[tokio::test(start_paused = true)]
+async fn what_callers_share_is_shared_fairly() {
+    let of_all = Quota::new(50.0, Per::Second, 100).unwrap();
+    let mask = (IdPattern::parse("spiffe://td/{any}").unwrap(), Share::Together(None));
+    for (case, settings, stage) in [
+        ("identity", LimitSettings { identity: layers(Limit::Quota(of_all)), ..open() }, Stage::Identity),
+        (
+            "mask",
+            LimitSettings { identity: over(Limit::Quota(of_all), vec![mask]), ..open() },
+            Stage::Identity,
+        ),
+        ("node", LimitSettings { node: node(Some(of_all)), ..open() }, Stage::Node),
+    ] {
+        let caller = layers(quota(10_000.0, 10_000));
+        let limits = limits(&LimitSettings { caller, ..settings });
+        let web = entries(&["web"]);
+        let (mut loud, mut polite) = (0, 0);
+        for tick in 0..3000 {
+            advance(Duration::from_millis(10)).await;
+            for uid in 1..=4 {
+                loud += u32::from((0..5).filter(|_| call(&limits, uid, JWT, &web).is_ok()).count() > 0);
+            }
+            if tick % 10 == 0 {
+                polite += u32::from(call(&limits, 5, JWT, &web).is_ok());
+            }
+        }
+        assert_eq!(polite, 300, "{case}: whoever asks for less than its share is served");
+        assert!(loud >= 100 + 40 * 30 - 300, "{case}: the others have what it leaves: {loud}");
+        let refusal = call(&limits, 1, JWT, &web).unwrap_err();
+        assert_eq!(refusal.stage, stage, "{case}");
+
+        // Who takes, and who goes without.
+        let heaviest = limits.heaviest(10);
+        if stage == Stage::Identity {
+            let shared =
+                heaviest.iter().find(|(of, _)| *of == stage).map(|(_, heavy)| heavy.takings.clone()).unwrap();
+            let polite = shared.iter().find(|taking| taking.caller == Some(CallerKey::Uid(5))).unwrap();
+            assert_eq!((polite.used, polite.refused), (300, 0), "{case}");
+            assert!(shared[0].refused > 1000, "{case}: {shared:?}");
+        }
+        let refused = |uid| {
+            let own =
+                heaviest.iter().find(|(_, heavy)| heavy.name == BucketName::Caller(CallerKey::Uid(uid)));
+            own.map_or(0, |(_, heavy)| heavy.refused)
+        };
+        assert!(refused(1) > 1000 && refused(5) == 0, "{case}: a refusal counts for its caller");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_dry_run_counts_and_refuses_nothing() {
     let mut dry_layers = layers(quota(1.0, 10));
@@ -502,6 +552,25 @@ async fn a_window_brings_another_limit() {
     assert_eq!(passes(&limits, 1, JWT, &entries(&["a"])), 0, "nine o'clock");
     advance(Duration::from_secs(8 * 3600)).await;
     assert_eq!(passes(&limits, 1, JWT, &entries(&["a"])), 10, "seventeen o'clock");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_window_gives_no_tokens_back() {
+    let clock = Clock::starting_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_795_392_000));
+    let at = |second| Moment { second: Some(second), ..Moment::default() };
+    let few = Limit::Quota(Quota::new(1.0, Per::Hour, 5).unwrap());
+    let schedule = Schedule::new(vec![(Window::new(at(30), at(33)).unwrap(), few)]).unwrap();
+    let hourly = Limit::Quota(Quota::new(1.0, Per::Hour, 100).unwrap());
+    let rule = Rule::new(hourly, Costs::OF_CALLERS, schedule).unwrap();
+    let settings = LimitSettings { caller: Layers::new(rule), ..open() };
+    let limits = Limits::new(&settings, clock, Registry::new(&metrics::NoopRecorder));
+    assert_eq!(passes(&limits, 1, JWT, &entries(&["a"])), 100);
+    for _ in 0..3 {
+        advance(Duration::from_secs(30)).await;
+        assert_eq!(passes(&limits, 1, JWT, &entries(&["a"])), 0, "in the window");
+        advance(Duration::from_secs(30)).await;
+        assert_eq!(passes(&limits, 1, JWT, &entries(&["a"])), 0, "after it");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -65,10 +65,23 @@ async fn jwt_svids_are_refused_with_spires_words() {
     let mut client = agent.client().await;
     let many: Vec<String> = (0..1000).map(|n| format!("a{n}")).collect();
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    let quotes = "\"".repeat(9000);
     for (case, audience, id, want) in [
         ("plain", &["a"][..], "", Ok(1)),
         ("thousand audiences", &many[..], "", Ok(1)),
         ("by name", &["a"][..], "spiffe://example.org/web", Ok(1)),
+        (
+            "control characters",
+            &["a", "b\u{1}"][..],
+            "",
+            Err((Code::InvalidArgument, "audience must have no control characters, and has '\\u{1}'")),
+        ),
+        (
+            "quotes",
+            &[quotes.as_str()][..],
+            "",
+            Err((Code::InvalidArgument, "audience has 18004 bytes as JSON, and can have at most 16384")),
+        ),
         ("no audience", &[][..], "", Err((Code::InvalidArgument, "audience must be specified"))),
         ("empty audience", &[""][..], "", Err((Code::InvalidArgument, "audience must be specified"))),
         (

@@ -25,7 +25,7 @@ pub struct LimitsResponse {
     pub keys: ::core::option::Option<Keys>,
 }
 /// What a bucket was asked for since it was last full and forgotten.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Heavy {
     #[prost(message, optional, tag = "1")]
     pub bucket: ::core::option::Option<Bucket>,
@@ -33,6 +33,22 @@ pub struct Heavy {
     #[prost(uint32, tag = "2")]
     pub used: u32,
     /// Those that did not, or in a dry run would not have.
+    #[prost(uint32, tag = "3")]
+    pub refused: u32,
+    /// Who takes from it, where several callers do: those first that were refused most.
+    #[prost(message, repeated, tag = "4")]
+    pub takings: ::prost::alloc::vec::Vec<Taking>,
+}
+/// What one caller did in a bucket that several share.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Taking {
+    /// Empty for all those together that have no share of their own.
+    #[prost(string, tag = "1")]
+    pub caller: ::prost::alloc::string::String,
+    /// Calls that passed.
+    #[prost(uint32, tag = "2")]
+    pub used: u32,
+    /// Those that did not.
     #[prost(uint32, tag = "3")]
     pub refused: u32,
 }

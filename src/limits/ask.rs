@@ -1,0 +1,34 @@
+//! What a call asks of a table of buckets: whose, how much, and on whose behalf.
+
+use super::{bucket::Quota, shares::Taker};
+
+/// Whose bucket: a seeded hash of the key, and who could invent more keys like it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct BucketKey {
+    /// Of everything that tells this bucket from another.
+    pub(super) hash: [u64; 2],
+    /// Who is charged when there is no room for a bucket of its own.
+    pub(super) parent: u64,
+}
+
+/// Makes keys. Seeded at random once per agent.
+#[derive(Debug, Default)]
+pub(super) struct Hasher([ahash::RandomState; 2]);
+
+impl Hasher {
+    /// The hash of `value`.
+    pub(super) fn hash(&self, value: impl std::hash::Hash) -> [u64; 2] {
+        self.0.each_ref().map(|state| state.hash_one(&value))
+    }
+}
+
+/// What a call asks of a bucket.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ask {
+    pub(super) key: BucketKey,
+    pub(super) quota: Quota,
+    /// Tokens.
+    pub(super) cost: u32,
+    /// Who asks, where several callers share the bucket.
+    pub(super) taker: Option<Taker>,
+}
