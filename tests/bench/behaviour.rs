@@ -13,7 +13,6 @@
 #![expect(
     clippy::disallowed_methods,
     clippy::expect_used,
-    clippy::exit,
     clippy::indexing_slicing,
     clippy::print_stdout,
     clippy::print_stderr,
@@ -26,6 +25,8 @@ mod action;
 mod agent;
 #[path = "behaviour/caller.rs"]
 mod caller;
+#[path = "confined.rs"]
+mod confined;
 #[path = "behaviour/connection.rs"]
 mod connection;
 #[allow(dead_code, clippy::allow_attributes, reason = "a part of it is used")]
@@ -71,7 +72,8 @@ fn main() {
     let time =
         Duration::from_secs(setting("DURWARD_BEHAVIOUR_SECONDS").unwrap_or(if is_bench { 60 } else { 600 }));
     let mib = setting("DURWARD_BEHAVIOUR_MIB").unwrap_or(if cfg!(debug_assertions) { 96 } else { 24 });
-    let binary = std::env::var_os("DURWARD_BIN").map_or(env!("CARGO_BIN_EXE_durward").into(), PathBuf::from);
+    let binary =
+        std::env::var_os("DURWARD_BIN").map_or_else(|| env!("CARGO_BIN_EXE_durward").into(), PathBuf::from);
     println!("behaviour: seed {seed}, {} with {mib} MiB", binary.display());
     let without = std::env::var("DURWARD_BEHAVIOUR_WITHOUT").unwrap_or_default();
     let without = without.split_whitespace().map(str::to_owned).collect();

@@ -75,6 +75,10 @@ pub(crate) enum Passed {
     Nested,
 }
 
+impl Passed {
+    const ALL: [Self; 5] = [Self::Lingering, Self::Pipe, Self::File, Self::Itself, Self::Nested];
+}
+
 /// Bytes that are no call.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) enum Noise {
@@ -147,8 +151,10 @@ pub(crate) enum Action {
     Close {
         at: usize,
     },
+    /// Connections that are closed at once.
     Storm {
         times: usize,
+        what: Option<Passed>,
     },
     Leave(Leave),
     /// A call on a connection of its own, to the end: what a polite caller does.
@@ -181,10 +187,7 @@ impl Action {
             }
             51..54 => Self::Stall { at },
             54..57 => Self::Listen { at },
-            57..63 => {
-                let all = [Passed::Lingering, Passed::Pipe, Passed::File, Passed::Itself, Passed::Nested];
-                Self::Pass { at, what: chance.of(&all), times: 1 + chance.below(4) }
-            }
+            57..63 => Self::Pass { at, what: chance.of(&Passed::ALL), times: 1 + chance.below(4) },
             63..71 => Self::Become(Guise::choose(chance)),
             71..77 => Self::Fork { at, guise: Guise::choose(chance) },
             77..81 => Self::Exec { program: chance.below(PROGRAMS.len()) },
@@ -192,7 +195,8 @@ impl Action {
             86..89 => Self::Threads { at },
             89..91 => Self::Shut { at, how: chance.below(3) },
             91..94 => Self::Close { at },
-            94..98 => Self::Storm { times: 1 + chance.below(30) },
+            94..96 => Self::Storm { times: 1 + chance.below(30), what: None },
+            96..98 => Self::Storm { times: 1 + chance.below(4), what: Some(chance.of(&Passed::ALL)) },
             _ => Self::Leave(chance.of(&[Leave::Exit, Leave::Killed])),
         }
     }

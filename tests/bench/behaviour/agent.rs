@@ -4,9 +4,8 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream},
-    os::unix::{fs::PermissionsExt as _, net::UnixStream},
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -16,51 +15,17 @@ use nix::{
 };
 
 use super::{
-    PATIENCE, now,
+    PATIENCE,
+    confined::Confined,
+    now,
     oracle::{CONFIGURATIONS, Entry, PROGRAMS, configuration},
 };
 
 /// How long calls have at SIGTERM (`drain_timeout`), and a second.
 const DRAIN: Duration = Duration::from_secs(3);
 
-/// A memory cgroup of the fuzzer's own.
-struct Cgroup(PathBuf);
-
-impl Cgroup {
-    fn make(limit: u64) -> Option<Self> {
-        let name = format!("durward-behaviour-{}", std::process::id());
-        let roots = [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")];
-        roots.into_iter().find_map(|(root, file)| {
-            let at = Path::new(root).join(&name);
-            fs::create_dir(&at).ok()?;
-            let made = Self(at);
-            fs::write(made.0.join(file), limit.to_string()).is_ok().then_some(made)
-        })
-    }
-
-    /// The most that was charged, in bytes.
-    fn highest(&self) -> Option<u64> {
-        let names = ["memory.max_usage_in_bytes", "memory.peak"];
-        names.iter().find_map(|name| fs::read_to_string(self.0.join(name)).ok()?.trim().parse().ok())
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        for _ in 0..100 {
-            if fs::remove_dir(&self.0).is_ok() {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        eprintln!("{} is left behind", self.0.display());
-    }
-}
-
 pub(crate) struct Agent {
-    child: Child,
-    cgroup: Option<Cgroup>,
-    pub(crate) dir: tempfile::TempDir,
+    pub(crate) confined: Confined,
     /// What it may use, in bytes.
     limit: u64,
     health_port: u16,
@@ -69,13 +34,6 @@ pub(crate) struct Agent {
     since_taken: Vec<(u8, u64)>,
     /// Bytes of the log that were looked at.
     seen: usize,
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
 }
 
 impl Agent {
@@ -88,79 +46,32 @@ impl Agent {
             fs::copy(own, dir.path().join(program)).expect("a copy");
         }
         let free = TcpListener::bind(("127.0.0.1", 0)).and_then(|it| it.local_addr()).expect("a port");
-        let config = dir.path().join("agent.conf");
-        fs::write(&config, configuration(dir.path(), 0, free.port())).expect("written");
-        let cgroup = Cgroup::make(limit);
-        let log = fs::File::create(dir.path().join("log")).expect("a log");
-        // The shell enters the cgroup and becomes the agent.
-        let enter = "test -z \"$0\" || echo $$ > \"$0/cgroup.procs\"; exec \"$@\"";
-        let child = Command::new("/bin/sh")
-            .args(["-c", enter])
-            .arg(cgroup.as_ref().map_or_else(|| Path::new(""), |cgroup| &cgroup.0))
-            .arg(binary)
-            .args(["run", "--config"])
-            .arg(config)
-            .env_remove("KUBERNETES_SERVICE_HOST")
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().expect("a log"))
-            .stderr(log)
-            .spawn()
-            .expect("the agent");
         let health_port = free.port();
-        let mut agent = Self {
-            child,
-            cgroup,
-            dir,
-            limit,
-            health_port,
-            configuration: 0,
-            since_taken: Vec::new(),
-            seen: 0,
-        };
-        let started = Instant::now();
-        while UnixStream::connect(agent.dir.path().join("api.sock")).is_err() {
-            let up = agent.ended().is_none() && started.elapsed() < Duration::from_secs(60);
-            assert!(up, "it did not start: {}", agent.log());
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        agent
+        fs::write(dir.path().join("agent.conf"), configuration(dir.path(), 0, health_port)).expect("written");
+        let confined = Confined::start(binary, dir, limit);
+        Self { confined, limit, health_port, configuration: 0, since_taken: Vec::new(), seen: 0 }
     }
 
-    fn log(&self) -> String {
-        String::from_utf8_lossy(&fs::read(self.dir.path().join("log")).unwrap_or_default()).into_owned()
-    }
-
-    pub(crate) fn ended(&mut self) -> Option<String> {
-        self.child.try_wait().expect("a state").map(|status| format!("the agent ended: {status}"))
-    }
-
-    fn proc(&self, name: &str) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/{name}", self.child.id()))
-    }
-
-    /// A line of its status: KiB, or a number.
-    fn status(&self, line: &str) -> u64 {
-        let status = fs::read_to_string(self.proc("status")).unwrap_or_default();
-        let line = status.lines().find_map(|it| it.strip_prefix(line)).unwrap_or_default();
-        line.trim_start_matches(':').split_whitespace().next().and_then(|it| it.parse().ok()).unwrap_or(0)
+    pub(crate) fn dir(&self) -> &Path {
+        self.confined.dir.path()
     }
 
     /// Open descriptors and threads.
     pub(crate) fn holds(&self) -> (u64, u64) {
-        let descriptors = fs::read_dir(self.proc("fd")).map_or(0, Iterator::count);
-        (u64::try_from(descriptors).expect("64 bits"), self.status("Threads"))
+        let descriptors = fs::read_dir(format!("/proc/{}/fd", self.pid())).map_or(0, Iterator::count);
+        (u64::try_from(descriptors).expect("64 bits"), self.confined.status("Threads").unwrap_or(0))
     }
 
     /// What is wrong with it, seen from outside.
     pub(crate) fn ails(&mut self) -> Option<String> {
-        if let Some(ended) = self.ended() {
-            return Some(ended);
+        if let Some(status) = self.confined.ended() {
+            return Some(format!("the agent ended: {status}"));
         }
-        let resident = self.status("VmRSS") * 1024;
+        let resident = self.confined.status("VmRSS").unwrap_or(0) * 1024;
         if resident > self.limit {
             return Some(format!("{resident} bytes resident, {} allowed", self.limit));
         }
-        let log = self.log();
+        let log = self.confined.log();
         let new = log.get(self.seen..).unwrap_or_default();
         self.seen = log.len();
         let bad = new.lines().find(|line| line.contains("ERROR") || line.contains("panicked"));
@@ -182,10 +93,10 @@ impl Agent {
 
     /// Reloads with another configuration, and waits until it is in force. `false` where that is not said.
     pub(crate) fn reload(&mut self, next: u8) -> bool {
-        let done = || self.log().matches(" reloaded").count();
+        let done = || self.confined.log().matches(" reloaded").count();
         let (before, began) = (done(), Instant::now());
-        let config = configuration(self.dir.path(), next, self.health_port);
-        fs::write(self.dir.path().join("agent.conf"), config).expect("written");
+        let config = configuration(self.dir(), next, self.health_port);
+        fs::write(self.dir().join("agent.conf"), config).expect("written");
         kill(self.pid(), Signal::SIGHUP).expect("a signal");
         while done() == before {
             if began.elapsed() > PATIENCE {
@@ -214,24 +125,24 @@ impl Agent {
     }
 
     fn pid(&self) -> Pid {
-        Pid::from_raw(self.child.id().cast_signed())
+        Pid::from_raw(self.confined.child.id().cast_signed())
     }
 
     /// Ends it with SIGTERM. What is wrong with how it ended, and what it took at most.
     pub(crate) fn end(mut self) -> (Option<String>, String) {
-        let log = self.log();
+        let log = self.confined.log();
         let warnings = log.lines().filter(|line| line.contains("WARN")).count();
-        let charged = self.cgroup.as_ref().and_then(Cgroup::highest).map_or(0, |bytes| bytes / 1024);
+        let charged = self.confined.cgroup.as_ref().map_or(0, |cgroup| cgroup.highest().0 / 1024);
         let said = format!(
             "{} KiB resident at most, {charged} KiB charged; {} lines in the log, {warnings} warnings",
-            self.status("VmHWM"),
+            self.confined.status("VmHWM").unwrap_or(0),
             log.lines().count(),
         );
         let began = Instant::now();
         kill(self.pid(), Signal::SIGTERM).expect("a signal");
         let patience = if cfg!(debug_assertions) { PATIENCE } else { DRAIN };
         loop {
-            match self.child.try_wait().expect("a state") {
+            match self.confined.ended() {
                 Some(status) if status.success() => return (None, said),
                 Some(status) => return (Some(format!("the agent ended with {status}")), said),
                 None if began.elapsed() > patience => {

@@ -71,8 +71,11 @@ pub(crate) enum Report {
     Asked(bool, u64),
 }
 
-/// Receives a message, with the descriptor that came with it. `None`: the end.
-pub(crate) fn receive(control: RawFd, flags: MsgFlags) -> Result<Option<(Vec<u8>, Option<RawFd>)>, Errno> {
+/// A message, and the descriptor that came with it.
+type Message = (Vec<u8>, Option<RawFd>);
+
+/// Receives a message. `None`: the end.
+pub(crate) fn receive(control: RawFd, flags: MsgFlags) -> Result<Option<Message>, Errno> {
     let mut bytes = vec![0; LONGEST * 2];
     let mut space = nix::cmsg_space!(RawFd);
     let mut parts = [IoSliceMut::new(&mut bytes)];
@@ -204,7 +207,7 @@ impl Caller {
                 handed.shortened_if(LONGEST);
                 self.report(&Report::Given(Box::new(handed), to), Some(fd));
             }
-            Action::Storm { times } => self.storm(times),
+            Action::Storm { times, what } => self.storm(times, what),
             Action::Leave(leave) => {
                 self.report(&Report::Done, None);
                 if matches!(leave, Leave::Killed) {
@@ -214,7 +217,11 @@ impl Caller {
             }
             Action::Ask => self.ask(),
             Action::Pass { at, what, times } => {
-                (0..times).for_each(|_| self.pass(at, what));
+                let Some(fd) = self.connection(at).map(|it| it.fd) else { return };
+                let sent = (0..times).filter(|_| self.pass(fd, what)).count();
+                if let Some(connection) = self.connection(at).filter(|_| sent > 0) {
+                    connection.first_wrote.get_or_insert_with(now);
+                }
             }
             Action::Call { .. }
             | Action::Finish { .. }
@@ -345,11 +352,13 @@ impl Caller {
         std::process::exit(1);
     }
 
-    fn storm(&self, times: usize) {
+    /// Connections that are closed at once, some with something passed.
+    fn storm(&mut self, times: usize, what: Option<Passed>) {
         let path = self.part.dir.join("api.sock");
         for nth in 0..times {
             let Ok(mut stream) = UnixStream::connect(&path) else { break };
             drop(stream.write_all(&PREFACE[..nth.min(PREFACE.len())]));
+            what.into_iter().for_each(|what| _ = self.pass(stream.as_raw_fd(), what));
         }
     }
 
@@ -373,23 +382,21 @@ impl Caller {
         self.report(&Report::Asked(answered, micros), None);
     }
 
-    /// Passes a descriptor to the agent and keeps none of it.
-    fn pass(&mut self, at: usize, what: Passed) {
-        let Some(fd) = self.connection(at).map(|it| it.fd) else { return };
-        let Ok(passed) = self.passed(fd, what) else { return };
-        let number = passed.as_ref().map_or(fd, OwnedFd::as_raw_fd);
+    /// Passes a descriptor to the agent and keeps none of it. Whether that was possible.
+    fn pass(&mut self, connection: RawFd, what: Passed) -> bool {
+        let Ok(passed) = self.passed(connection, what) else { return false };
+        let number = passed.as_ref().map_or(connection, OwnedFd::as_raw_fd);
         let rights = [ControlMessage::ScmRights(&[number])];
         let bytes = frame(PING, 0, 0, &[0; 8]);
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        let sent = sendmsg::<()>(fd, &[IoSlice::new(&bytes)], &rights, flags, None);
-        if let Some(connection) = self.connection(at).filter(|_| sent.is_ok()) {
-            connection.first_wrote.get_or_insert_with(now);
-        } else if let Some(socket) = passed.as_ref().filter(|_| matches!(what, Passed::Lingering)) {
+        let sent = sendmsg::<()>(connection, &[IoSlice::new(&bytes)], &rights, flags, None).is_ok();
+        if let Some(socket) = passed.as_ref().filter(|_| !sent && matches!(what, Passed::Lingering)) {
             _ = setsockopt(socket, sockopt::Linger, &linger(0));
         }
         // Should the agent have closed its own already, this is the close that lingers.
         std::thread::spawn(move || drop(passed));
         self.bound();
+        sent
     }
 
     /// `None` is the connection.

@@ -136,7 +136,7 @@ impl Run {
     pub(crate) fn start(agent: Agent, seed: u64, without: Vec<String>) -> Self {
         let uid = neighbour();
         let guise = Guise { uid, gid: uid, groups: Vec::new(), way_back: WayBack::Lost };
-        let neighbour = Told::start(NEIGHBOUR.to_owned(), agent.dir.path(), 0, guise);
+        let neighbour = Told::start(NEIGHBOUR.to_owned(), agent.dir(), 0, guise);
         let mut run = Self {
             agent,
             chance: Chance(seed),
@@ -169,7 +169,7 @@ impl Run {
             let due = Instant::now() + PACE;
             self.step();
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
-            if self.outcome.steps % CALM_AFTER == 0 {
+            if self.outcome.steps.is_multiple_of(CALM_AFTER) {
                 self.calm();
             }
         }
@@ -211,12 +211,42 @@ impl Run {
         {
             self.named += 1;
             let (program, guise) = (self.chance.below(PROGRAMS.len()), Guise::choose(&mut self.chance));
-            self.callers.push(Told::start(self.named.to_string(), self.agent.dir.path(), program, guise));
+            self.callers.push(Told::start(self.named.to_string(), self.agent.dir(), program, guise));
         }
-        let (mut born, mut leaving) = (Vec::new(), Vec::new());
+        self.neighbour.tell(step, &Action::Ask, None);
+        let (born, leaving) = self.tell_some();
+        if self.chance.one_in(30) {
+            let next = self.agent.other_configuration(self.chance.below(64));
+            if !self.agent.reload(next) {
+                self.end_with("a reload is not done");
+            }
+        }
+        if !self.agent.is_live() {
+            self.end_with("/live does not answer");
+        }
+        self.collect();
+        leaving.into_iter().rev().for_each(|at| self.left.extend(self.callers.remove(at).child));
+        // Until then they are zombies.
+        let old = self.left.len().saturating_sub(MOST_CALLERS);
+        self.left.drain(..old).for_each(|mut child| drop(child.wait()));
+        self.callers.extend(born);
+        if let Some(ailing) = self.agent.ails() {
+            self.end_with(&ailing);
+        }
+        // The stream would have been sent the next one at half of that.
+        let patience = if cfg!(debug_assertions) { PATIENCE } else { Duration::from_secs(2) };
+        if u128::from(now()) > u128::from(self.renewed + X509_TTL) + patience.as_millis() {
+            self.end_with("the neighbour's stream was not sent the next SVID");
+        }
+    }
+
+    /// Those who were born, and the places of those who leave, rising.
+    fn tell_some(&mut self) -> (Vec<Told>, BTreeSet<usize>) {
+        let step = self.outcome.steps;
+        let (mut born, mut leaving) = (Vec::new(), BTreeSet::new());
         for _ in 0..1 + self.chance.below(4) {
             let at = self.chance.below(self.callers.len());
-            if !is_active(&self.callers[at]) || leaving.contains(&at) {
+            if self.callers[at].quiet_until > step || leaving.contains(&at) {
                 continue;
             }
             let action = Action::choose(&mut self.chance, self.callers.len());
@@ -232,39 +262,12 @@ impl Run {
                 Action::Fork { .. } => born.push(self.fork(at, &action)),
                 Action::Leave(_) => {
                     self.callers[at].tell(step, &action, None);
-                    leaving.push(at);
+                    leaving.insert(at);
                 }
                 action => self.callers[at].tell(step, &action, None),
             }
         }
-        self.neighbour.tell(step, &Action::Ask, None);
-        if self.chance.one_in(30) {
-            let next = self.agent.other_configuration(self.chance.below(64));
-            if !self.agent.reload(next) {
-                self.end_with("a reload is not done");
-            }
-        }
-        if !self.agent.is_live() {
-            self.end_with("/live does not answer");
-        }
-        self.collect();
-        leaving.sort_unstable();
-        leaving.into_iter().rev().for_each(|at| {
-            let gone = self.callers.remove(at);
-            self.left.extend(gone.child);
-        });
-        // Until then they are zombies.
-        let old = self.left.len().saturating_sub(MOST_CALLERS);
-        self.left.drain(..old).for_each(|mut child| drop(child.wait()));
-        self.callers.extend(born);
-        if let Some(ailing) = self.agent.ails() {
-            self.end_with(&ailing);
-        }
-        // The stream would have been sent the next one at half of that.
-        let patience = if cfg!(debug_assertions) { PATIENCE.as_millis() } else { 2_000 };
-        if u128::from(now()) > u128::from(self.renewed + X509_TTL) + patience {
-            self.end_with("the neighbour's stream was not sent the next SVID");
-        }
+        (born, leaving)
     }
 
     fn fork(&mut self, at: usize, action: &Action) -> Told {
