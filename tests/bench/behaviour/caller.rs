@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     PATIENCE,
     action::{Action, Guise, Leave, Noise, Passed, WayBack},
-    connection::Connection,
+    connection::{Connection, first_stream},
     frames::{FETCH_JWT, PING, PREFACE, RST_STREAM, SETTINGS, call_frames, frame, jwt_request, message},
     now,
     oracle::{Entry, Got, Ids, PROGRAMS},
@@ -114,6 +114,7 @@ impl Caller {
         part.close.into_iter().for_each(|fd| _ = nix::unistd::close(fd));
         let mut caller = Self { part, children: Vec::new(), kept: Vec::new() };
         if let Some(guise) = caller.part.guise.take() {
+            caller.part.connections.iter_mut().for_each(|it| it.next = first_stream());
             caller.become_other(&guise);
         }
         loop {
@@ -192,6 +193,7 @@ impl Caller {
             Action::Exec { program } => self.exec(program),
             Action::Take(mut connection) => {
                 connection.fd = passed.expect("a connection");
+                connection.next = first_stream();
                 self.part.connections.push(*connection);
                 self.bound();
             }

@@ -83,7 +83,7 @@ impl Connection {
         setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::milliseconds(20)).ok()?;
         connect(fd.as_raw_fd(), &UnixAddr::new(path).ok()?).ok()?;
         let fd = fd.into_raw_fd();
-        let mut opened = Self { fd, next: 1, reads: true, ..Self::default() };
+        let mut opened = Self { fd, next: first_stream(), reads: true, ..Self::default() };
         let hello = [PREFACE, &settings(INITIAL_WINDOW, if deaf { 0 } else { ROOM }), &more_room()].concat();
         opened.write(hello, None);
         Some(opened)
@@ -219,6 +219,11 @@ impl Connection {
             }
         }
     }
+}
+
+/// Processes that write on one connection number their streams apart, so that no answer is taken for another's.
+pub(crate) fn first_stream() -> u32 {
+    (std::process::id() << 7) | 1
 }
 
 fn more_room() -> Vec<u8> {
