@@ -23,6 +23,8 @@
 )]
 #![allow(dead_code, clippy::allow_attributes, reason = "a part of frames is used")]
 
+#[path = "confined.rs"]
+mod confined;
 #[path = "../it/frames.rs"]
 mod frames;
 
@@ -35,6 +37,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use confined::{Cgroup, Confined};
 use durward::limits::{CallerKey, Gate, GatePlan, LimitSettings, Limits, Method, caller::Caller};
 use frames::{Called, FETCH_JWT, PREFACE, call, call_frames, jwt_request, settings};
 use nix::{
@@ -298,63 +301,10 @@ fn still_open(stream: &UnixStream) -> bool {
     poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready == 0)
 }
 
-/// A memory cgroup of the bench's own.
-struct Cgroup(PathBuf);
-
-impl Cgroup {
-    fn make() -> Option<Self> {
-        let name = format!("durward-abuse-{}", std::process::id());
-        for (root, file) in
-            [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")]
-        {
-            let at = Path::new(root).join(&name);
-            if fs::create_dir(&at).is_ok() {
-                let made = Self(at);
-                if fs::write(made.0.join(file), CGROUP_LIMIT.to_string()).is_ok() {
-                    return Some(made);
-                }
-            }
-        }
-        None
-    }
-
-    /// The most that was charged, in bytes, and how often the limit was met.
-    fn highest(&self) -> (u64, u64) {
-        let number = |names: [&str; 2]| {
-            names.iter().find_map(|name| fs::read_to_string(self.0.join(name)).ok()?.trim().parse().ok())
-        };
-        (
-            number(["memory.max_usage_in_bytes", "memory.peak"]).unwrap_or(0),
-            number(["memory.failcnt", "memory.failcnt"]).unwrap_or(0),
-        )
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        for _ in 0..100 {
-            if fs::remove_dir(&self.0).is_ok() {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        eprintln!("{} is left behind", self.0.display());
-    }
-}
-
 /// The agent, with nothing in it yet.
 struct Agent {
-    child: Child,
-    cgroup: Option<Cgroup>,
-    dir: tempfile::TempDir,
+    confined: Confined,
     me: PathBuf,
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
 }
 
 impl Agent {
@@ -377,53 +327,13 @@ impl Agent {
             ));
         }
         fs::write(dir.path().join("agent.conf"), text).expect("written");
-        let cgroup = Cgroup::make();
-        // The shell enters the cgroup and becomes the agent.
-        let enter = "test -z \"$0\" || echo $$ > \"$0/cgroup.procs\"; exec \"$@\"";
-        let child = Command::new("/bin/sh")
-            .args(["-c", enter])
-            .arg(cgroup.as_ref().map_or_else(|| Path::new(""), |cgroup| &cgroup.0))
-            .args([env!("CARGO_BIN_EXE_durward"), "run", "--config"])
-            .arg(dir.path().join("agent.conf"))
-            .stdin(Stdio::null())
-            .stdout(fs::File::create(dir.path().join("log")).expect("a log"))
-            .spawn()
-            .expect("the agent");
-        let mut agent = Self { child, cgroup, dir, me };
-        let started = Instant::now();
-        while UnixStream::connect(agent.socket()).is_err() {
-            assert!(
-                !agent.ended() && started.elapsed() < Duration::from_secs(60),
-                "it did not start: {}",
-                agent.log()
-            );
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        agent
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.dir.path().join("api.sock")
-    }
-
-    fn log(&self) -> String {
-        fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
-    }
-
-    fn ended(&mut self) -> bool {
-        self.child.try_wait().expect("a state").is_some()
-    }
-
-    /// A line of its status, in KiB.
-    fn memory(&self, line: &str) -> Option<u64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;
-        let line = status.lines().find_map(|it| it.strip_prefix(line))?;
-        line.trim_start_matches(':').split_whitespace().next()?.parse().ok()
+        let confined = Confined::start(Path::new(env!("CARGO_BIN_EXE_durward")), dir, CGROUP_LIMIT);
+        Self { confined, me }
     }
 
     /// Processor time of all its threads.
     fn cpu(&self) -> Duration {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.confined.child.id())).unwrap_or_default();
         let ticks: u64 = stat
             .rsplit(')')
             .next()
@@ -434,7 +344,7 @@ impl Agent {
     /// A process that plays `part` as `uid`, where the bench may choose.
     fn worker(&self, part: &str, uid: Option<u32>, until: Duration) -> Command {
         let mut command = Command::new(&self.me);
-        command.env(PART, part).env(SOCKET, self.socket()).env(UNTIL, until.as_millis().to_string());
+        command.env(PART, part).env(SOCKET, self.confined.socket()).env(UNTIL, until.as_millis().to_string());
         if let Some(uid) = uid.filter(|_| geteuid().is_root()) {
             command.uid(uid).gid(uid);
         }
@@ -522,15 +432,15 @@ fn scenario(name: &str, abuse: Abuse, label: &str) {
         _ => "",
     };
     let mut agent = Agent::start(blocks);
-    let quiet = agent.memory("VmRSS").unwrap_or(0);
+    let quiet = agent.confined.status("VmRSS").unwrap_or(0);
     let began = Instant::now();
     let cpu = agent.cpu();
     let (tallies, polite) = crowd(&agent, name, workers, number, seconds);
     let took = began.elapsed();
     let agent_cpu = agent.cpu() - cpu;
-    let killed = agent.ended();
-    let highest = agent.memory("VmHWM").unwrap_or(0);
-    let charged = agent.cgroup.as_ref().map(Cgroup::highest);
+    let killed = agent.confined.ended().is_some();
+    let highest = agent.confined.status("VmHWM").unwrap_or(0);
+    let charged = agent.confined.cgroup.as_ref().map(Cgroup::highest);
     let mut all = Tally::default();
     tallies.iter().for_each(|tally| all.add(*tally));
 
@@ -544,7 +454,8 @@ fn scenario(name: &str, abuse: Abuse, label: &str) {
     let mut burnt_cpu = Duration::ZERO;
     burnt.iter().for_each(|tally| burnt_cpu += tally.cpu);
 
-    for line in agent.log().lines().filter(|line| line.contains(" WARN ") || line.contains("ERROR")).take(12)
+    for line in
+        agent.confined.log().lines().filter(|line| line.contains(" WARN ") || line.contains("ERROR")).take(12)
     {
         eprintln!("  {line}");
     }
@@ -641,7 +552,7 @@ fn main() {
     if !geteuid().is_root() {
         println!("not root: all callers are one user, so the polite one shares the abusers' fate");
     }
-    match Cgroup::make() {
+    match Cgroup::make(CGROUP_LIMIT) {
         Some(_) => println!("the agent is in a memory cgroup of {} MiB", CGROUP_LIMIT >> 20),
         None => println!("no memory cgroup can be made here: nothing kills the agent"),
     }

@@ -1,0 +1,490 @@
+//! A caller: a process that does what it is told over its control socket, reads whatever arrives on its connections, and
+//! reports each SVID with who it is.
+
+use std::{
+    fs::File,
+    io::{IoSlice, IoSliceMut, Write as _},
+    net::{TcpListener, TcpStream},
+    os::{
+        fd::{AsRawFd as _, OwnedFd, RawFd},
+        unix::{net::UnixStream, process::CommandExt as _},
+    },
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    sys::{
+        signal::{Signal, kill},
+        socket::{
+            ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, recvmsg, sendmsg, setsockopt, shutdown,
+            sockopt,
+        },
+    },
+    unistd::{Gid, Uid, getegid, geteuid, getgroups, getpid, seteuid, setgroups, setresgid, setresuid},
+};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    PATIENCE,
+    action::{Action, Guise, Leave, Noise, Passed, WayBack},
+    connection::{Connection, first_stream},
+    frames::{FETCH_JWT, PING, PREFACE, RST_STREAM, SETTINGS, call_frames, frame, jwt_request, message},
+    now,
+    oracle::{Entry, Got, Ids, PROGRAMS},
+};
+
+/// What a caller's process begins with, as JSON in its environment.
+pub(crate) const PART: &str = "DURWARD_BEHAVIOUR_PART";
+/// Connections of one caller, and what it keeps beside them.
+const MOST: usize = 12;
+/// The longest message on a control socket.
+const LONGEST: usize = 100_000;
+/// How long the closing of a lingering socket lasts, in seconds.
+const LINGER: i32 = 60;
+
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Part {
+    pub(crate) control: RawFd,
+    /// What it inherited and has no use for.
+    pub(crate) close: Option<RawFd>,
+    pub(crate) dir: PathBuf,
+    pub(crate) program: usize,
+    pub(crate) guise: Option<Guise>,
+    pub(crate) connections: Vec<Connection>,
+    /// Who it was, until when.
+    pub(crate) past: Vec<(Ids, u64)>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub(crate) enum Report {
+    Done,
+    Got(Got),
+    /// The agent ended the connection of this place.
+    Ended(usize),
+    /// The connection that comes with it is for another caller.
+    Given(Box<Connection>, usize),
+    /// Whether it was answered with an SVID, and after how many microseconds.
+    Asked(bool, u64),
+}
+
+/// A message, and the descriptor that came with it.
+type Message = (Vec<u8>, Option<RawFd>);
+
+/// Receives a message. `None`: the end.
+pub(crate) fn receive(control: RawFd, flags: MsgFlags) -> Result<Option<Message>, Errno> {
+    let mut bytes = vec![0; LONGEST * 2];
+    let mut space = nix::cmsg_space!(RawFd);
+    let mut parts = [IoSliceMut::new(&mut bytes)];
+    let received = recvmsg::<()>(control, &mut parts, Some(&mut space), flags)?;
+    let mut passed = None;
+    for message in received.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(fds) = message {
+            passed = fds.first().copied();
+        }
+    }
+    let length = received.bytes;
+    bytes.truncate(length);
+    Ok((length > 0).then_some((bytes, passed)))
+}
+
+pub(crate) fn transmit(control: RawFd, message: &impl Serialize, passed: Option<RawFd>) -> Result<(), Errno> {
+    let bytes = serde_json::to_vec(message).expect("JSON");
+    let fds: Vec<RawFd> = passed.into_iter().collect();
+    let rights = [ControlMessage::ScmRights(&fds)];
+    let rights = if fds.is_empty() { &[][..] } else { &rights };
+    sendmsg::<()>(control, &[IoSlice::new(&bytes)], rights, MsgFlags::MSG_NOSIGNAL, None).map(drop)
+}
+
+pub(crate) struct Caller {
+    part: Part,
+    children: Vec<Child>,
+    /// Other ends of sockets that linger.
+    kept: Vec<TcpStream>,
+}
+
+impl Caller {
+    /// A caller's process ends here; any other goes on.
+    pub(crate) fn run_if_told() {
+        let Ok(part) = std::env::var(PART) else { return };
+        let part: Part = serde_json::from_str(&part).expect("a part");
+        part.close.into_iter().for_each(|fd| _ = nix::unistd::close(fd));
+        let mut caller = Self { part, children: Vec::new(), kept: Vec::new() };
+        if let Some(guise) = caller.part.guise.take() {
+            caller.part.connections.iter_mut().for_each(|it| it.next = first_stream());
+            caller.become_other(&guise);
+        }
+        loop {
+            match receive(caller.part.control, MsgFlags::empty()) {
+                Ok(Some((told, passed))) => {
+                    let action = serde_json::from_slice(&told).expect("an action");
+                    caller.act(action, passed);
+                    caller.report(&Report::Done, None);
+                }
+                Ok(None) => std::process::exit(0),
+                Err(Errno::EAGAIN | Errno::EINTR) => {}
+                Err(_) => std::process::exit(1),
+            }
+            caller.read();
+            caller.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        }
+    }
+
+    fn ids(&self) -> Ids {
+        let groups = getgroups().expect("groups").into_iter().map(Gid::as_raw).collect();
+        let program = PROGRAMS[self.part.program].to_owned();
+        Ids { uid: geteuid().as_raw(), gid: getegid().as_raw(), groups, program }
+    }
+
+    fn report(&self, report: &Report, passed: Option<RawFd>) {
+        // Nobody is there to hear it any more.
+        if transmit(self.part.control, report, passed).is_err() {
+            std::process::exit(0);
+        }
+    }
+
+    fn read(&mut self) {
+        let mut at = 0;
+        while at < self.part.connections.len() {
+            let ended = self.part.connections[at].reads && self.read_one(at, MsgFlags::MSG_DONTWAIT).1;
+            if ended {
+                self.part.connections.remove(at).close();
+                self.report(&Report::Ended(at), None);
+            } else {
+                at += 1;
+            }
+        }
+    }
+
+    /// How many SVIDs arrived, and whether that is the end.
+    fn read_one(&mut self, at: usize, flags: MsgFlags) -> (usize, bool) {
+        let connection = &mut self.part.connections[at];
+        let (arrived, ended) = connection.read(flags);
+        let (first_wrote, ids) = (connection.first_wrote, self.ids());
+        let count = arrived.len();
+        for svid in arrived {
+            let entry = Entry::named(&svid.name);
+            let was = |ids: &Ids| entry.is_some_and(|entry| entry.fits(ids));
+            let past = self.part.past.iter().rev().find(|(ids, _)| was(ids)).map(|(_, until)| *until);
+            let entitled = if was(&ids) { Some(now()) } else { past };
+            let (name, made, called) = (svid.name, svid.made, svid.called);
+            self.report(
+                &Report::Got(Got { name, made, called, first_wrote, entitled, ids: ids.clone() }),
+                None,
+            );
+        }
+        (count, ended)
+    }
+
+    fn connection(&mut self, at: usize) -> Option<&mut Connection> {
+        let all = &mut self.part.connections;
+        let at = at.checked_rem(all.len())?;
+        all.get_mut(at)
+    }
+
+    fn act(&mut self, action: Action, passed: Option<RawFd>) {
+        match action {
+            Action::Open { deaf } => self.open(deaf),
+            Action::Become(guise) => self.become_other(&guise),
+            Action::Fork { at, guise } => self.fork(at, guise, passed.expect("a control socket")),
+            Action::Exec { program } => self.exec(program),
+            Action::Take(mut connection) => {
+                connection.fd = passed.expect("a connection");
+                connection.next = first_stream();
+                self.part.connections.push(*connection);
+                self.bound();
+            }
+            Action::Close { at } => {
+                if let Some(at) = at.checked_rem(self.part.connections.len()) {
+                    self.part.connections.remove(at).close();
+                }
+            }
+            Action::Give { at, to } => {
+                let Some(connection) = self.connection(at) else { return };
+                let mut handed = connection.handed_over();
+                let fd = handed.fd;
+                handed.shortened_if(LONGEST);
+                self.report(&Report::Given(Box::new(handed), to), Some(fd));
+            }
+            Action::Storm { times, what } => self.storm(times, what),
+            Action::Leave(leave) => {
+                self.report(&Report::Done, None);
+                if matches!(leave, Leave::Killed) {
+                    kill(getpid(), Signal::SIGKILL).expect("the end");
+                }
+                std::process::exit(0)
+            }
+            Action::Ask => self.ask(),
+            Action::Pass { at, what, times } => {
+                let Some(fd) = self.connection(at).map(|it| it.fd) else { return };
+                let sent = (0..times).filter(|_| self.pass(fd, what)).count();
+                if let Some(connection) = self.connection(at).filter(|_| sent > 0) {
+                    connection.first_wrote.get_or_insert_with(now);
+                }
+            }
+            Action::Call { .. }
+            | Action::Finish { .. }
+            | Action::Noise { .. }
+            | Action::Stall { .. }
+            | Action::Listen { .. }
+            | Action::Threads { .. }
+            | Action::Shut { .. } => self.act_on_one(&action),
+        }
+    }
+
+    fn act_on_one(&mut self, action: &Action) {
+        let (Action::Call { at, .. }
+        | Action::Finish { at }
+        | Action::Noise { at, .. }
+        | Action::Stall { at }
+        | Action::Listen { at }
+        | Action::Threads { at }
+        | Action::Shut { at, .. }) = *action
+        else {
+            return;
+        };
+        let Some(connection) = self.connection(at) else { return };
+        match *action {
+            Action::Call { method, cut, .. } => call(connection, method, cut),
+            Action::Finish { .. } => {
+                if let Some((rest, stream)) = connection.rest.take() {
+                    connection.write(rest, Some(stream));
+                }
+            }
+            Action::Noise { noise, .. } => make_noise(connection, noise),
+            Action::Stall { .. } => connection.reads = false,
+            Action::Listen { .. } => {
+                connection.reads = true;
+                connection.listen();
+            }
+            Action::Threads { .. } => threads(connection),
+            Action::Shut { how, .. } => {
+                let how = [Shutdown::Read, Shutdown::Write, Shutdown::Both][how];
+                _ = shutdown(connection.fd, how);
+            }
+            _ => {}
+        }
+    }
+
+    /// The oldest go.
+    fn bound(&mut self) {
+        if self.part.connections.len() > MOST {
+            self.part.connections.remove(0).close();
+        }
+        if self.kept.len() > MOST {
+            self.kept.remove(0);
+        }
+    }
+
+    fn open(&mut self, deaf: bool) {
+        self.part.connections.extend(Connection::open(&self.part.dir.join("api.sock"), deaf));
+        self.bound();
+    }
+
+    /// One who cannot stays who it is.
+    fn become_other(&mut self, guise: &Guise) {
+        let before = self.ids();
+        // Each may fail, and what it is then is asked of the kernel.
+        if seteuid(Uid::from_raw(0)).is_ok() {
+            let groups: Vec<Gid> = guise.groups.iter().copied().map(Gid::from_raw).collect();
+            let [uid, gid] = [guise.uid, guise.gid];
+            let (real, saved) = match guise.way_back {
+                WayBack::Saved => (uid, 0),
+                WayBack::Real => (0, uid),
+                WayBack::Lost => (uid, uid),
+            };
+            _ = setgroups(&groups);
+            _ = setresgid(Gid::from_raw(gid), Gid::from_raw(gid), Gid::from_raw(gid));
+            _ = setresuid(Uid::from_raw(real), Uid::from_raw(uid), Uid::from_raw(saved));
+        }
+        self.was(before);
+    }
+
+    fn was(&mut self, ids: Ids) {
+        self.part.past.push((ids, now()));
+        if self.part.past.len() > 32 {
+            self.part.past.remove(0);
+        }
+    }
+
+    fn fork(&mut self, at: usize, guise: Guise, control: RawFd) {
+        let (own, dir, program) = (self.part.control, self.part.dir.clone(), self.part.program);
+        let mut connections: Vec<Connection> =
+            self.connection(at).map(Connection::handed_over).into_iter().collect();
+        connections.iter_mut().for_each(|it| it.shortened_if(LONGEST));
+        let part = Part {
+            control,
+            close: (own != 0).then_some(own),
+            dir,
+            program,
+            guise: Some(guise),
+            connections,
+            past: Vec::new(),
+        };
+        // For a moment this process is root, so that its child can become who it is to be.
+        let ids = self.ids();
+        let raised = seteuid(Uid::from_raw(0)).is_ok();
+        self.children.extend(self.command(&part, program).stdin(Stdio::null()).spawn());
+        if raised {
+            seteuid(Uid::from_raw(ids.uid)).expect("its own");
+        }
+        _ = nix::unistd::close(control);
+    }
+
+    fn command(&self, part: &Part, program: usize) -> Command {
+        let mut command = Command::new(self.part.dir.join(PROGRAMS[program]));
+        command.env(PART, serde_json::to_string(part).expect("JSON"));
+        command
+    }
+
+    /// Goes on as another program, with all connections.
+    fn exec(&mut self, program: usize) {
+        let mut connections = std::mem::take(&mut self.part.connections);
+        connections.iter_mut().for_each(|it| it.shortened_if(LONGEST / MOST));
+        let (control, dir, mut past) =
+            (self.part.control, self.part.dir.clone(), std::mem::take(&mut self.part.past));
+        past.push((self.ids(), now()));
+        let part = Part { control, close: None, dir, program, guise: None, connections, past };
+        self.report(&Report::Done, None);
+        let error = self.command(&part, program).exec();
+        eprintln!("a caller cannot execute {}: {error}", PROGRAMS[program]);
+        std::process::exit(1);
+    }
+
+    /// Connections that are closed at once, some with something passed.
+    fn storm(&mut self, times: usize, what: Option<Passed>) {
+        let path = self.part.dir.join("api.sock");
+        for nth in 0..times {
+            let Ok(mut stream) = UnixStream::connect(&path) else { break };
+            drop(stream.write_all(&PREFACE[..nth.min(PREFACE.len())]));
+            what.into_iter().for_each(|what| _ = self.pass(stream.as_raw_fd(), what));
+        }
+    }
+
+    fn ask(&mut self) {
+        let began = Instant::now();
+        let mut answered = false;
+        if let Some(opened) = Connection::open(&self.part.dir.join("api.sock"), false) {
+            self.part.connections.push(opened);
+            let at = self.part.connections.len() - 1;
+            call(&mut self.part.connections[at], 0, None);
+            while began.elapsed() < PATIENCE {
+                let (count, ended) = self.read_one(at, MsgFlags::empty());
+                answered = count > 0;
+                if answered || ended {
+                    break;
+                }
+            }
+            self.part.connections.remove(at).close();
+        }
+        let micros = u64::try_from(began.elapsed().as_micros()).expect("a short time");
+        self.report(&Report::Asked(answered, micros), None);
+    }
+
+    /// Passes a descriptor to the agent and keeps none of it. Whether that was possible.
+    fn pass(&mut self, connection: RawFd, what: Passed) -> bool {
+        let Ok(passed) = self.passed(connection, what) else { return false };
+        let number = passed.as_ref().map_or(connection, OwnedFd::as_raw_fd);
+        let rights = [ControlMessage::ScmRights(&[number])];
+        let bytes = frame(PING, 0, 0, &[0; 8]);
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        let sent = sendmsg::<()>(connection, &[IoSlice::new(&bytes)], &rights, flags, None).is_ok();
+        if let Some(socket) = passed.as_ref().filter(|_| !sent && matches!(what, Passed::Lingering)) {
+            _ = setsockopt(socket, sockopt::Linger, &linger(0));
+        }
+        // Should the agent have closed its own already, this is the close that lingers.
+        std::thread::spawn(move || drop(passed));
+        self.bound();
+        sent
+    }
+
+    /// `None` is the connection.
+    fn passed(&mut self, connection: RawFd, what: Passed) -> std::io::Result<Option<OwnedFd>> {
+        Ok(Some(match what {
+            Passed::Itself => return Ok(None),
+            Passed::Pipe => std::io::pipe()?.0.into(),
+            Passed::File => File::open(self.part.dir.join(PROGRAMS[0]))?.into(),
+            Passed::Nested => {
+                let (one, other) = UnixStream::pair()?;
+                let fds = [other.as_raw_fd(), connection];
+                let rights = [ControlMessage::ScmRights(&fds)];
+                sendmsg::<()>(one.as_raw_fd(), &[IoSlice::new(b"x")], &rights, MsgFlags::MSG_DONTWAIT, None)?;
+                other.into()
+            }
+            Passed::Lingering => {
+                let listener = TcpListener::bind(("127.0.0.1", 0))?;
+                let mut socket = TcpStream::connect(listener.local_addr()?)?;
+                self.kept.push(listener.accept()?.0);
+                socket.set_nonblocking(true)?;
+                while socket.write(&[0; 64 * 1024]).is_ok() {}
+                socket.set_nonblocking(false)?;
+                setsockopt(&socket, sockopt::Linger, &linger(LINGER))?;
+                socket.into()
+            }
+        }))
+    }
+}
+
+fn linger(seconds: i32) -> libc::linger {
+    libc::linger { l_onoff: 1, l_linger: seconds }
+}
+
+/// Calls one of all methods, or the start of it.
+fn call(connection: &mut Connection, method: usize, cut: Option<usize>) {
+    let Some(stream) = connection.new_stream() else { return };
+    let name = |method: &str| format!("/SpiffeWorkloadAPI/{method}");
+    let token = message(b"\x0a\x01a\x12\x03x.y");
+    let (path, body) = match method {
+        0..4 => (FETCH_JWT.to_owned(), jwt_request(["a", "b", "c", "d"][method])),
+        4..8 => (name("FetchX509SVID"), message(&[])),
+        8 => (name("FetchX509Bundles"), message(&[])),
+        9 => (name("FetchJWTBundles"), message(&[])),
+        10 => (name("ValidateJWTSVID"), token),
+        _ => ("/grpc.health.v1.Health/Check".to_owned(), message(&[])),
+    };
+    let mut bytes = call_frames(stream, &path, &body);
+    match cut.filter(|at| *at < bytes.len()) {
+        Some(at) => {
+            connection.rest = Some((bytes.split_off(at), stream));
+            connection.write(bytes, None);
+        }
+        None => connection.write(bytes, Some(stream)),
+    }
+}
+
+fn make_noise(connection: &mut Connection, noise: Noise) {
+    let last = connection.next.saturating_sub(2);
+    let bytes = match noise {
+        Noise::Ping => frame(PING, 0, 0, &[7; 8]),
+        Noise::Settings => frame(SETTINGS, 0, 0, &[]),
+        Noise::Reset => frame(RST_STREAM, 0, last, &8_u32.to_be_bytes()),
+        Noise::HalfFrame => frame(PING, 0, 0, &[7; 8])[..5].to_vec(),
+        Noise::Rubbish(bytes) => bytes.to_be_bytes().to_vec(),
+    };
+    connection.write(bytes, None);
+}
+
+/// Calls from many threads at once.
+fn threads(connection: &mut Connection) {
+    let (fd, next) = (connection.fd, AtomicU32::new(connection.next));
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..3 {
+                    let bytes = call_frames(next.fetch_add(2, Relaxed), FETCH_JWT, &jwt_request("a"));
+                    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+                    if nix::sys::socket::send(fd, &bytes, flags).is_ok_and(|written| written < bytes.len()) {
+                        _ = shutdown(fd, Shutdown::Write);
+                    }
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            });
+        }
+    });
+    let first = std::mem::replace(&mut connection.next, next.into_inner());
+    (first..connection.next).step_by(2).for_each(|stream| connection.called(stream));
+    connection.first_wrote.get_or_insert_with(now);
+}
