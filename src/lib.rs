@@ -124,6 +124,11 @@
 //! **Attestation is reused for at most a second, on one connection.** What could change unseen is only a process's
 //! supplementary groups; that it lives, its user and its group are looked at in every call and update ([`attest`]).
 //!
+//! **Names are looked up for entries, not for callers.** A caller may bring a thousand groups, and each lookup may ask a
+//! server that hangs. Names that entries ask for are few and an admin's; what is known of them stands in the snapshot
+//! ([`attest::unix`]). While nothing was ever answered for a name, an entry that asks for it may be anybody's whom
+//! everything else of it fits: these callers are `Unavailable`, since a smaller set of identities would be a wrong one.
+//!
 //! **A stream keeps no selectors.** Each update attests anew, so they would be of no use: what one stream of a process
 //! with 1,000 groups would keep is 157 KB. It keeps its entries, which are shared, and the bytes that it sent last.
 //!

@@ -8,9 +8,8 @@ use std::{
     time::{Duration, Instant as StdInstant},
 };
 
-use tokio::sync::watch;
-
 use futures_util::future::BoxFuture;
+use tokio::sync::watch;
 
 use super::{
     AttestorError, AttestorName, Questions,
