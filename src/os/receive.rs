@@ -53,6 +53,16 @@ pub enum Care {
 /// The most bytes that are looked at, and so copied twice, at once.
 const LOOK: usize = 16 * 1024;
 
+impl Care {
+    /// How many bytes are received at once, where there is room for so many.
+    pub fn at_once(self, room: usize) -> usize {
+        match self {
+            Self::TakeAtOnce => room,
+            Self::LookFirst => room.min(LOOK),
+        }
+    }
+}
+
 /// Receives what is there, without waiting. The socket must have `SO_PASSCRED`.
 ///
 /// # Errors

@@ -123,7 +123,8 @@ impl<P: Send + 'static> Wire<P> {
             let mut received = None;
             let tried = stream.try_io(Interest::READABLE, || {
                 let got = receive(self.stream.as_fd(), buf, care)?;
-                let short = matches!(got, Received::Bytes { len, .. } if 0 < len && len < buf.remaining());
+                let room = care.at_once(buf.remaining());
+                let short = matches!(got, Received::Bytes { len, .. } if 0 < len && len < room);
                 received = Some(got);
                 if short {
                     self.ending.read_short.store(true, Relaxed);

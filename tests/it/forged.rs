@@ -281,8 +281,8 @@ fn heir() {
     writeln!(to_test, "heir: {alive:?} {dead:?}").unwrap();
 }
 
-/// Processes that connect, die, and leave the connection to a child: it is served for them while they live, and not a
-/// moment longer, and nothing of it stays.
+/// Processes that connect, die, and leave the connection to a child: it is not served for them while they live, nor
+/// afterwards, and nothing of it stays.
 #[test]
 fn whoever_is_left_a_connection_gets_nothing_of_it() {
     // So many of each kind are played at once, a few times: within what one caller may hold.
@@ -317,8 +317,8 @@ fn whoever_is_left_a_connection_gets_nothing_of_it() {
     };
     agent.bear(|| {
         thread::scope(|scope| {
-            let served = "Some(Answered)";
-            for (kind, alive) in [("silent", "None"), ("served", served), ("streaming", served)] {
+            let unheard = "Some(Closed)";
+            for (kind, alive) in [("silent", "None"), ("served", unheard), ("streaming", unheard)] {
                 let bear = &bear;
                 for _ in 0..AT_ONCE {
                     scope.spawn(move || bear(kind, alive));
