@@ -61,7 +61,7 @@ impl Signals {
     }
 
     /// The next one that says to stop; the others wait for [`Signals::next`].
-    pub(super) async fn stop(&mut self) -> &'static str {
+    pub async fn stop(&mut self) -> &'static str {
         tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",

@@ -52,8 +52,8 @@ impl Complaint {
 /// Who a line is about. All of it was known when it connected.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Whom {
-    caller: CallerKey,
-    pid: i32,
+    pub(super) caller: CallerKey,
+    pub(super) pid: i32,
 }
 
 impl From<&Peer> for Whom {

@@ -224,10 +224,10 @@ mod tests {
 
     use super::*;
     use crate::{
-        api::journal::Journal,
+        api::journal::{Journal, Whom},
         attest::AttestError,
         issuer::MintError,
-        limits::Method,
+        limits::{CallerKey, Method},
         store::NoIdentity,
         telemetry::{LogSettings, log::Log, metrics::Metrics},
     };
@@ -304,8 +304,9 @@ mod tests {
             let (sender, changes) = watch::channel(Change::Generation(1));
             let finds = Arc::default();
             let state = Scripted { finds: Arc::clone(&finds), sent: "first", ended: false };
-            let open =
-                Arc::new(Journal::new(Metrics::default().registry())).opened(Method::FetchX509Svid, None);
+            let whom = Whom { caller: CallerKey::Uid(1), pid: 7 };
+            let journal = Arc::new(Journal::new(Metrics::default().registry()));
+            let open = journal.opened(Method::FetchX509Svid, Some(whom));
             let mut stream = updates(state, open, changes, encoded("first"), Arc::clone(queue));
             assert_eq!(stream.next().await.unwrap().unwrap(), encoded("first"));
             Self { sender, stream, finds, generation: 1 }

@@ -115,7 +115,7 @@ async fn serve(
     let mut agent = Running::start(config, None, Clock::SYSTEM).map_err(Failure::Agent)?;
     let shown = tokio::select! {
         shown = show(agent.config(), terminal) => shown.map(|()| !args.exit_after_fetch),
-        () = told_to_end(&mut signals) => Ok(false),
+        _ = signals.stop() => Ok(false),
     };
     let result = match shown {
         Ok(true) => attend(&mut agent, paths, &mut signals, terminal).await,
@@ -124,10 +124,6 @@ async fn serve(
     };
     agent.shutdown().await;
     result
-}
-
-async fn told_to_end(signals: &mut Signals) {
-    while !matches!(signals.next().await, Signalled::Stop(_)) {}
 }
 
 /// Goes on serving until a signal ends it. SIGHUP reloads, as the files that were written say.
