@@ -5,7 +5,11 @@
 //! answer, an answer that is not read, a connection without a request, a dead process, the drain. What a
 //! connection may hold is bounded by [`ConnectionBounds`].
 
-use std::{io, os::fd::AsRawFd as _, sync::Arc};
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd as _},
+    sync::Arc,
+};
 
 use hyper::server::conn::http2;
 use hyper_util::rt::TokioIo;
@@ -90,10 +94,7 @@ impl Connection {
         service: impl ConnectionService,
     ) -> ConnectionEnd {
         let Self { peer, bounds, phases, .. } = self;
-        // Bounds what the kernel keeps for a peer that does not read. Without it only that bound is lost.
-        if let Err(errno) = setsockopt(&stream, sockopt::SndBuf, &bounds.send_buffer) {
-            tracing::debug!(error = %errno, "cannot set SO_SNDBUF");
-        }
+        bound_send_buffer(&stream, bounds);
         let ending = Arc::new(Ending::default());
         let turns = Arc::new(Turns::default());
         let wire = Wire::new(stream, Arc::clone(peer), bounds.budget, Arc::clone(&ending));
@@ -102,7 +103,7 @@ impl Connection {
         let mut http2 = std::pin::pin!(http2.serve_connection(TokioIo::new(wire), service));
         let born = Instant::now();
         let mut look = std::pin::pin!(sleep_until(course.first_look(born)));
-        let (mut watched, mut looks_soon) = (false, true);
+        let (watch_at, mut watched, mut looks_soon) = (born + WATCH_AFTER, false, true);
         loop {
             tokio::select! {
                 biased;
@@ -137,16 +138,19 @@ impl Connection {
                         Verdict::SayFarewell => http2.as_mut().graceful_shutdown(),
                         Verdict::Cut(why) => return why,
                     }
-                    let mut next = course.next_look(now);
-                    let watch_at = born + WATCH_AFTER;
                     watched |= now >= watch_at;
-                    if !watched {
-                        next = next.min(watch_at);
-                    }
-                    look.as_mut().reset(next);
+                    let next = course.next_look(now);
+                    look.as_mut().reset(if watched { next } else { next.min(watch_at) });
                 }
             }
         }
+    }
+}
+
+/// Bounds what the kernel keeps for a peer that does not read. Without it only that bound is lost.
+fn bound_send_buffer(stream: &impl AsFd, bounds: &ConnectionBounds) {
+    if let Err(errno) = setsockopt(stream, sockopt::SndBuf, &bounds.send_buffer) {
+        tracing::debug!(error = %errno, "cannot set SO_SNDBUF");
     }
 }
 

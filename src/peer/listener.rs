@@ -3,7 +3,8 @@
 //! For each connection, in this order: credentials and caller key, the [`AcceptGate`], and only then a hold
 //! on its process and a task of its own ([`connection`](super::connection)). A refused connection has cost an
 //! `accept`, a question to the kernel and a look into a table. One that its caller's own limits refuse is
-//! closed a moment later ([`lingering`](super::lingering)). Waiting connections are accepted in runs, so that
+//! closed a moment later ([`lingering`](super::lingering)). None is closed where what a caller left in it could keep
+//! the door ([`accepted`](super::accepted)). Waiting connections are accepted in runs, so that
 //! a crowd is through before the next round of anything else, and nobody else's connection stands long behind
 //! it. Absent: what a request means; limits (the gate's); TLS.
 //!

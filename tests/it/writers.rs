@@ -5,7 +5,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     os::{
-        fd::OwnedFd,
+        fd::{AsFd as _, OwnedFd},
         unix::{fs::PermissionsExt as _, net::UnixStream, process::CommandExt as _},
     },
     path::{Path, PathBuf},
@@ -13,6 +13,8 @@ use std::{
     thread,
 };
 
+use durward::api::proto::workload::{self as pb, spiffe_workload_api_client::SpiffeWorkloadApiClient};
+use hyper_util::rt::TokioIo;
 use nix::{
     sys::signal::Signal,
     unistd::{Gid, Uid, geteuid, setresgid, setresuid},
@@ -24,6 +26,7 @@ use crate::{
         frame, jwt_request, message,
     },
     hostile::{Agent, NEIGHBOUR, PATIENCE},
+    support::request,
 };
 
 const FETCH_X509: &str = "/SpiffeWorkloadAPI/FetchX509SVID";
@@ -201,6 +204,41 @@ fn a_child_that_writes_nothing_and_threads_that_do_change_nothing() {
     holder.kill().unwrap();
     holder.wait().unwrap();
     agent.well("threads");
+}
+
+/// A client that was not written here loses no call: it learns that the connection ends, and opens another.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_ordinary_client_goes_on_with_another_connection() {
+    let agent = tokio::task::spawn_blocking(|| Agent::start("")).await.unwrap();
+    let socket = agent.socket();
+    let (tell, opened) = std::sync::mpsc::channel();
+    let connector = tower::service_fn(move |_: tonic::transport::Uri| {
+        let stream = UnixStream::connect(&socket).unwrap();
+        stream.set_nonblocking(true).unwrap();
+        tell.send(stream.try_clone().unwrap()).unwrap();
+        async move { tokio::net::UnixStream::from_std(stream).map(TokioIo::new) }
+    });
+    let endpoint = tonic::transport::Endpoint::from_static("http://localhost");
+    let channel = endpoint.connect_with_connector(connector).await.unwrap();
+    let mut client = SpiffeWorkloadApiClient::new(channel);
+    let jwt = || request(pb::JwtsvidRequest { audience: vec!["a".to_owned()], spiffe_id: String::new() });
+    for nth in 0..5 {
+        client.fetch_jwtsvid(jwt()).await.unwrap_or_else(|status| panic!("{nth}: {status:?}"));
+        let stream = opened.try_recv().unwrap_or_else(|_| panic!("{nth}: another connection"));
+        let mut ended = stream.try_clone().unwrap();
+        another_writes(&stream, &jwt_call(101));
+        drop(stream);
+        // Its own task reads the GOAWAY, and ends.
+        tokio::task::spawn_blocking(move || {
+            let gone = nix::poll::PollFlags::POLLHUP;
+            let mut fds = [nix::poll::PollFd::new(ended.as_fd(), gone)];
+            assert_eq!(nix::poll::poll(&mut fds, 60_000u16), Ok(1), "it ends");
+            let _end: std::io::Result<usize> = ended.read(&mut [0]);
+        })
+        .await
+        .unwrap();
+    }
+    tokio::task::spawn_blocking(move || agent.well("an ordinary client")).await.unwrap();
 }
 
 // ---- processes that become somebody else -----------------------------------------------------------
