@@ -164,7 +164,8 @@ impl WorkloadAttestor for UnixAttestor {
         questions: &Questions,
         seen: &Seen<'_>,
     ) -> Result<Findings<UnixError>, UnixError> {
-        let untold = questions.unix.unanswered();
+        let own = self.names.own();
+        let untold = questions.unix.unanswered(&own, &seen.status);
         let untold = untold.map(|word| Untold { word, why: UnixError::NoNames }).collect();
         let mut findings =
             Findings { selectors: selectors(&seen.status, &questions.unix), evidence: None, untold };

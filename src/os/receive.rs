@@ -115,7 +115,7 @@ struct Answer {
 
 /// Room for the name of the writer and for nothing else: a message of `SCM_CREDENTIALS`, as `cmsg(3)` lays it out.
 #[repr(C, align(8))]
-struct Control {
+struct ControlBuffer {
     head: libc::cmsghdr,
     writer: libc::ucred,
 }
@@ -137,12 +137,12 @@ fn recvmsg(
 ) -> Result<Answer, Errno> {
     // SAFETY: structures of integers and pointers, for which all zeros is a valid value.
     let (mut control, mut message) =
-        unsafe { (std::mem::zeroed::<Control>(), std::mem::zeroed::<libc::msghdr>()) };
+        unsafe { (std::mem::zeroed::<ControlBuffer>(), std::mem::zeroed::<libc::msghdr>()) };
     let mut bytes = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
     message.msg_iov = &raw mut bytes;
     message.msg_iovlen = 1;
     message.msg_control = (&raw mut control).cast();
-    message.msg_controllen = length(size_of::<Control>());
+    message.msg_controllen = length(size_of::<ControlBuffer>());
     // SAFETY: the descriptor is borrowed and so open. `message` points to one `iovec`, that to a slice which is borrowed
     // mutably for as long as the call takes, and `control` is ours; of each the kernel is told the size. Every bit
     // pattern is valid for what it writes.
@@ -156,7 +156,7 @@ fn recvmsg(
     let len = usize::try_from(Errno::result(answer)?).unwrap_or(0);
     let named =
         control.head.cmsg_level == libc::SOL_SOCKET && control.head.cmsg_type == libc::SCM_CREDENTIALS;
-    let Control { writer: libc::ucred { pid, uid, gid }, .. } = control;
+    let ControlBuffer { writer: libc::ucred { pid, uid, gid }, .. } = control;
     Ok(Answer {
         len,
         writer: named.then(|| WrittenBy {

@@ -21,6 +21,7 @@ use std::{
     time::Instant,
 };
 
+use arc_swap::ArcSwap;
 use nix::errno::Errno;
 
 pub(super) use self::table::NameAnswer;
@@ -51,8 +52,40 @@ pub(super) trait Database: Send + Sync + 'static {
     /// Tells one state of its files from another.
     fn stamp(&self) -> FilesStamp;
 
-    /// The names that stand in its files.
-    fn own_names(&self) -> BTreeSet<AccountName>;
+    /// What stands in its files.
+    fn own_accounts(&self) -> OwnAccounts;
+}
+
+/// What stands in the node's own files of users and groups.
+#[derive(Clone, Debug, Default)]
+pub(in crate::attest::unix) struct OwnAccounts {
+    names: BTreeSet<AccountName>,
+    /// Sorted.
+    users: Vec<u32>,
+    /// Sorted.
+    groups: Vec<u32>,
+}
+
+impl OwnAccounts {
+    #[cfg(test)]
+    pub(in crate::attest::unix) fn of(names: &[AccountName], users: &[u32], groups: &[u32]) -> Self {
+        Self { names: names.iter().cloned().collect(), users: users.to_vec(), groups: groups.to_vec() }
+    }
+
+    /// Whether an entry asks for this name, and it stands there.
+    pub(in crate::attest::unix) fn has(&self, name: &AccountName) -> bool {
+        self.names.contains(name)
+    }
+
+    /// Whether this is a user of the node's own, and so nobody whom a directory server has another name for.
+    pub(in crate::attest::unix) fn has_user(&self, uid: u32) -> bool {
+        self.users.binary_search(&uid).is_ok()
+    }
+
+    /// The same of a group.
+    pub(in crate::attest::unix) fn has_group(&self, gid: u32) -> bool {
+        self.groups.binary_search(&gid).is_ok()
+    }
 }
 
 /// Device, inode, size, and times of change and modification of each file; `None` where there is none.
@@ -81,24 +114,36 @@ impl Database for NodeDatabase {
         FILES.into_iter().map(stamp).collect()
     }
 
-    fn own_names(&self) -> BTreeSet<AccountName> {
-        let mut names = names_in(PASSWD, AccountName::User);
-        names.append(&mut names_in(GROUP, AccountName::Group));
-        names
+    fn own_accounts(&self) -> OwnAccounts {
+        let mut own = OwnAccounts::default();
+        for (name, number) in accounts_in(PASSWD) {
+            own.names.insert(AccountName::User(name));
+            own.users.extend(number);
+        }
+        for (name, number) in accounts_in(GROUP) {
+            own.names.insert(AccountName::Group(name));
+            own.groups.extend(number);
+        }
+        own.users.sort_unstable();
+        own.groups.sort_unstable();
+        own
     }
 }
 
-/// What stands before the first colon of each line (passwd(5), group(5)). A file that cannot be read has no names: then
-/// they are looked up like all others.
-fn names_in(path: &str, name: fn(Arc<str>) -> AccountName) -> BTreeSet<AccountName> {
+/// The first and the third field of each line (passwd(5), group(5)). A file that cannot be read has none: then all
+/// names are looked up alike.
+fn accounts_in(path: &str) -> Vec<(Arc<str>, Option<u32>)> {
     let mut text = Vec::new();
     let read = File::open(path).and_then(|file| file.take(MAX_FILE).read_to_end(&mut text));
     if read.is_err() {
-        return BTreeSet::new();
+        return Vec::new();
     }
-    let lines = text.split(|byte| *byte == b'\n');
-    let first = lines.filter_map(|line| str::from_utf8(line.split(|byte| *byte == b':').next()?).ok());
-    first.map(|text| name(text.into())).collect()
+    let account = |line: &[u8]| {
+        let mut fields = str::from_utf8(line).ok()?.split(':');
+        let name = fields.next()?;
+        Some((name.into(), fields.nth(1).and_then(|number| number.parse().ok())))
+    };
+    text.split(|byte| *byte == b'\n').filter_map(account).collect()
 }
 
 /// Looks up names for as long as it lives.
@@ -111,6 +156,8 @@ struct NamesShared {
     /// A name was looked up for the first time.
     tried: Condvar,
     database: Box<dyn Database>,
+    /// Of the names, those alone that are asked for.
+    own: ArcSwap<OwnAccounts>,
     news: News,
     /// For lines about single names: a directory server may know thousands of them.
     pace: Pace,
@@ -129,6 +176,7 @@ impl Names {
             wake: Condvar::new(),
             tried: Condvar::new(),
             database,
+            own: ArcSwap::default(),
             news,
             pace: Pace::default(),
         });
@@ -148,6 +196,11 @@ impl Names {
         self.0.table().ask(&names, Instant::now());
         self.0.wake.notify_all();
         AskedNames { names, shared: Arc::clone(&self.0) }
+    }
+
+    /// The node's own files, as they last looked.
+    pub(super) fn own(&self) -> Arc<OwnAccounts> {
+        self.0.own.load_full()
     }
 
     /// Waits until each name was looked up once, or until `deadline`. Returns how many were not. Blocks this thread.
@@ -231,7 +284,13 @@ impl NamesShared {
                     drop(table);
                     let stamp = self.database.stamp();
                     let is_unread = self.table().is_unread(&stamp);
-                    let names = is_unread.then(|| self.database.own_names());
+                    let names = is_unread.then(|| {
+                        let mut own = self.database.own_accounts();
+                        let names = self.table().asked_of(std::mem::take(&mut own.names));
+                        own.names.clone_from(&names);
+                        self.own.store(Arc::new(own));
+                        names
+                    });
                     self.table().looked(OwnFiles { stamp, names }, Instant::now());
                     self.wake.notify_all();
                 }
@@ -273,13 +332,13 @@ pub(super) mod tests {
     /// A database that answers as a function does, and says which names it was asked for.
     pub(in crate::attest::unix) struct FakeDatabase<F> {
         answer: F,
-        own: BTreeSet<AccountName>,
+        own: OwnAccounts,
         asked: Arc<Mutex<Vec<AccountName>>>,
     }
 
     impl<F: Fn(&AccountName) -> Result<Option<u32>, Errno> + Send + Sync + 'static> FakeDatabase<F> {
         pub(in crate::attest::unix) fn new(answer: F) -> Self {
-            Self { answer, own: BTreeSet::new(), asked: Arc::default() }
+            Self { answer, own: OwnAccounts::default(), asked: Arc::default() }
         }
     }
 
@@ -293,7 +352,7 @@ pub(super) mod tests {
             Vec::new()
         }
 
-        fn own_names(&self) -> BTreeSet<AccountName> {
+        fn own_accounts(&self) -> OwnAccounts {
             self.own.clone()
         }
     }
@@ -343,7 +402,7 @@ pub(super) mod tests {
             Ok(Some(7))
         });
         // Later in the order of their names than those that hang.
-        database.own = ["near1", "near2", "near3"].map(user).into();
+        database.own.names = ["near1", "near2", "near3"].map(user).into();
         let asked = Arc::clone(&database.asked);
         let names = Names::of(Box::new(database), News::default());
         let far = names.ask((0..100).map(|n| user(&format!("far{n}"))).collect());
@@ -368,8 +427,9 @@ pub(super) mod tests {
         let asked = names.ask(vec![user("root"), AccountName::Group("root".into()), user("no such user")]);
         assert_eq!(names.wait(Instant::now() + PATIENCE), 0);
         assert_eq!(answers(&asked), [NameAnswer::Number(0), NameAnswer::Number(0), NameAnswer::Nobody]);
-        let own = NodeDatabase.own_names();
-        assert!(own.contains(&user("root")) && own.contains(&AccountName::Group("root".into())), "{own:?}");
-        assert!(names_in("/etc/no-such-file", AccountName::User).is_empty());
+        let own = NodeDatabase.own_accounts();
+        assert!(own.has(&user("root")) && own.has(&AccountName::Group("root".into())), "{own:?}");
+        assert!(own.has_user(0) && own.has_group(0) && !own.has_user(u32::MAX), "{own:?}");
+        assert!(accounts_in("/etc/no-such-file").is_empty());
     }
 }

@@ -9,8 +9,9 @@ use std::{
 
 use ahash::RandomState;
 
-use super::names::{AskedNames, NameAnswer, Names};
+use super::names::{AskedNames, NameAnswer, Names, OwnAccounts};
 use crate::{
+    attest::status::ProcStatus,
     identity::{Entry, selector::Selector},
     os::accounts::AccountName,
 };
@@ -88,9 +89,23 @@ impl UnixQuestions {
         !(self.supplementary_groups.is_empty() && self.supplementary_gids.is_empty())
     }
 
-    /// The kinds of the names that the database said nothing of.
-    pub(super) fn unanswered(&self) -> impl Iterator<Item = &'static str> {
-        self.unanswered.iter().copied()
+    /// The kinds of the names that the database said nothing of, and that a process may have. Whose number stands in the
+    /// node's own files has no name but those that stand there.
+    pub(super) fn unanswered(
+        &self,
+        own: &OwnAccounts,
+        status: &ProcStatus,
+    ) -> impl Iterator<Item = &'static str> {
+        self.unanswered.iter().copied().filter(|word| {
+            let is_of_node = match *word {
+                USER => own.has_user(status.uid),
+                GROUP => own.has_group(status.gid),
+                _ => status.groups.iter().all(|gid| own.has_group(*gid)),
+            };
+            let of_kind = |name: &AccountName| (*word == USER) == matches!(name, AccountName::User(_));
+            let mut missing = self.answers.iter().filter(|(_, answer)| **answer == NameAnswer::Unanswered);
+            !is_of_node || missing.any(|(name, _)| of_kind(name) && own.has(name))
+        })
     }
 
     /// Whether an entry asks for a name of this selector.
@@ -148,5 +163,61 @@ fn name(value: &str) -> Option<(&'static str, AccountName)> {
         "group" => Some((GROUP, AccountName::Group(name.into()))),
         "supplementary_group" => Some((SUPPLEMENTARY_GROUP, AccountName::Group(name.into()))),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        attest::{attestors::News, unix::names::tests::FakeDatabase},
+        identity::{EntryId, SpiffeId},
+    };
+
+    fn status(uid: u32, gid: u32, groups: &[u32]) -> ProcStatus {
+        ProcStatus { uid, gid, groups: groups.to_vec() }
+    }
+
+    /// A directory server that is away is in doubt for its own users, and for nobody of the node's.
+    #[test]
+    fn who_stands_in_the_files_of_the_node_is_nobody_else() {
+        let names = Names::of(
+            Box::new(FakeDatabase::new(|_: &AccountName| Err(nix::errno::Errno::EIO))),
+            News::default(),
+        );
+        let entry = |selector: &str| {
+            Arc::new(Entry {
+                id: EntryId::new(selector),
+                spiffe_id: SpiffeId::parse("spiffe://td/x").unwrap(),
+                selectors: [Selector::parse(selector).unwrap()].into(),
+                x509_svid_ttl: None,
+                jwt_svid_ttl: None,
+                hint: Box::default(),
+                dns_names: Vec::new(),
+                federates_with: BTreeSet::new(),
+                created_at: 0,
+                revision: 0,
+            })
+        };
+        let entries = ["unix:user:far", "unix:group:farm", "unix:supplementary_group:farm"].map(entry);
+        let questions = UnixQuestions::of(&entries, &names);
+        let words =
+            |own: &OwnAccounts, status: &ProcStatus| questions.unanswered(own, status).collect::<Vec<_>>();
+        let own = OwnAccounts::of(&[], &[0, 1000], &[0, 4, 1000]);
+        for (case, status, want) in [
+            ("of the node", status(1000, 1000, &[4]), &[][..]),
+            ("no groups", status(1000, 1000, &[]), &[]),
+            ("a user of the server's", status(70_000, 1000, &[4]), &["user"]),
+            ("a group of the server's", status(1000, 70_000, &[4]), &["group"]),
+            ("one of its groups", status(1000, 1000, &[4, 70_000]), &["supplementary_group"]),
+        ] {
+            assert_eq!(words(&own, &status), want, "{case}");
+        }
+        let own = OwnAccounts::of(&[AccountName::User("far".into())], &[0, 1000], &[0]);
+        assert_eq!(
+            words(&own, &status(1000, 0, &[])),
+            ["user"],
+            "a name of the node's own that is not answered"
+        );
     }
 }

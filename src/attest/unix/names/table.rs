@@ -181,6 +181,12 @@ impl<S: PartialEq> NameTable<S> {
         self.names.get(name).map_or(NameAnswer::Unanswered, |record| record.answer)
     }
 
+    /// Those of these names that somebody asks for.
+    pub(super) fn asked_of(&self, mut names: BTreeSet<AccountName>) -> BTreeSet<AccountName> {
+        names.retain(|name| self.names.contains_key(name));
+        names
+    }
+
     /// How many names were never looked up, or are for the first time.
     pub(super) fn untried(&self) -> usize {
         self.untried
