@@ -18,7 +18,7 @@ use super::{
     PATIENCE,
     confined::Confined,
     now,
-    oracle::{CONFIGURATIONS, Entry, PROGRAMS, configuration},
+    oracle::{CONFIGURATIONS, EVERYTHING, Entry, PROGRAMS, configuration},
 };
 
 /// How long calls have at SIGTERM (`drain_timeout`), and a second.
@@ -47,9 +47,10 @@ impl Agent {
         }
         let free = TcpListener::bind(("127.0.0.1", 0)).and_then(|it| it.local_addr()).expect("a port");
         let health_port = free.port();
-        fs::write(dir.path().join("agent.conf"), configuration(dir.path(), 0, health_port)).expect("written");
+        fs::write(dir.path().join("agent.conf"), configuration(dir.path(), EVERYTHING, health_port))
+            .expect("written");
         let confined = Confined::start(binary, dir, limit);
-        Self { confined, limit, health_port, configuration: 0, since_taken: Vec::new(), seen: 0 }
+        Self { confined, limit, health_port, configuration: EVERYTHING, since_taken: Vec::new(), seen: 0 }
     }
 
     pub(crate) fn dir(&self) -> &Path {

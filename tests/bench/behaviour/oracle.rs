@@ -38,6 +38,8 @@ pub(crate) struct Entry {
 
 /// How many configurations there are: each of the parts 1, 2 and 4 is there or not.
 pub(crate) const CONFIGURATIONS: usize = 8;
+/// All parts: what it starts with, so that whatever is made once for a part is there before the callers.
+pub(crate) const EVERYTHING: u8 = 7;
 /// The part with entries for programs, and `discover_workload_path`.
 const PATHS: u8 = 4;
 
