@@ -26,6 +26,8 @@ pub struct SecrecyError {
 /// # Errors
 /// What the kernel refused: it refuses none of this to any process, but a seccomp filter may.
 pub fn keep() -> Result<(), SecrecyError> {
+    // Before Linux 6.4 these are read from /proc/self/auxv once, which from here on is root's to open.
+    let _known_from_here_on = (procfs::page_size(), procfs::ticks_per_second());
     let failed = |what| move |errno: Errno| SecrecyError { what, source: errno.into() };
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(failed("forbid core dumps (RLIMIT_CORE)"))?;
     set_dumpable(false).map_err(failed("close this process's memory to others (PR_SET_DUMPABLE)"))?;
