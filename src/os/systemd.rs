@@ -74,6 +74,9 @@ pub enum SystemdError {
     },
 }
 
+/// How often a message that signals interrupt is sent again.
+const MOST_INTERRUPTS: u32 = 16;
+
 /// The service manager, if there is one.
 #[derive(Debug, Default)]
 pub struct ServiceManager {
@@ -160,8 +163,13 @@ impl ServiceManager {
     fn send(&self, states: &[NotifyState<'_>]) {
         let Some(socket) = &self.socket else { return };
         let message: Vec<String> = states.iter().map(ToString::to_string).collect();
-        if let Err(error) = socket.send(message.join("\n").as_bytes()) {
-            tracing::warn!(%error, message = %message.join(" "), "the service manager does not take a message");
+        // A full queue is waited for, and a signal ends the wait.
+        let sent = (0..MOST_INTERRUPTS).find_map(|_| match socket.send(message.join("\n").as_bytes()) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => None,
+            sent => Some(sent),
+        });
+        if let Err(error) = sent.unwrap_or_else(|| Err(io::ErrorKind::Interrupted.into())) {
+            tracing::warn!(%error, message = message.join(" "), "the service manager does not take a message");
         }
     }
 }

@@ -40,7 +40,8 @@ impl Discovery {
         if !*executable::MAY_TRACE {
             tracing::warn!(
                 "discover_workload_path is true, but the agent has no CAP_SYS_PTRACE: it cannot tell what the \
-                 processes of other users execute"
+                 processes of other users execute, and calls for which an entry asks for unix:path or unix:sha256 are \
+                 Unavailable; with systemd, discover-workload-path.conf gives it the capability"
             );
         }
     }
