@@ -6,9 +6,11 @@
 //! connection may hold is bounded by [`ConnectionBounds`].
 
 use std::{
+    future::poll_fn,
     io,
     os::fd::{AsFd, AsRawFd as _},
     sync::Arc,
+    task::Poll,
 };
 
 use hyper::server::conn::http2;
@@ -116,6 +118,14 @@ impl Connection {
                     course.finish(why);
                 }
                 () = peer.exited(), if watched => return ConnectionEnd::PeerExited,
+                // Effective ids alone: the next call would be refused as this one was. Polled after the connection, which
+                // is woken for the answer that said so.
+                () = changed(peer), if !course.is_ending() => {
+                    http2.as_mut().graceful_shutdown();
+                    let now = Instant::now();
+                    course.outdated(now);
+                    look.as_mut().reset(course.next_look(now));
+                }
                 () = ending.another_writer(), if !course.is_unheard() => {
                     let now = Instant::now();
                     course.unheard(now);
@@ -145,6 +155,11 @@ impl Connection {
             }
         }
     }
+}
+
+/// Waits until the peer was found to be another user or group than it connected as.
+async fn changed(peer: &Peer) {
+    poll_fn(|_| if peer.has_changed() { Poll::Ready(()) } else { Poll::Pending }).await;
 }
 
 /// Bounds what the kernel keeps for a peer that does not read. Without it only that bound is lost.

@@ -19,6 +19,7 @@
 use std::{
     fs, io,
     os::{fd::AsFd, unix::fs::MetadataExt as _},
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
 };
 
 use nix::{
@@ -52,6 +53,8 @@ pub struct Peer {
     caller: CallerKey,
     process: Process,
     owner_from: OwnerFrom,
+    /// It was seen as another user or group than it connected as.
+    changed: AtomicBool,
     slot: PeerSlot,
 }
 
@@ -234,7 +237,14 @@ impl Arrival {
 
 impl Peer {
     fn new(credentials: Credentials, caller: CallerKey, process: Process) -> Self {
-        Self { credentials, caller, process, owner_from: OwnerFrom::Pidfd, slot: PeerSlot::default() }
+        Self {
+            credentials,
+            caller,
+            process,
+            owner_from: OwnerFrom::Pidfd,
+            changed: AtomicBool::new(false),
+            slot: PeerSlot::default(),
+        }
     }
 
     /// Asks the kernel who is at the other end of `stream`, without asking a gate.
@@ -339,7 +349,17 @@ impl Peer {
                 }
             }
         };
-        if owner == (Owner { uid, gid }) { Ok(()) } else { Err(PeerGone::CredentialsChanged { uid, gid }) }
+        if owner == (Owner { uid, gid }) {
+            return Ok(());
+        }
+        self.changed.store(true, Relaxed);
+        Err(PeerGone::CredentialsChanged { uid, gid })
+    }
+
+    /// Whether [`Self::is_alive`] has ever found it to be another user or group: its connection has to end then, since
+    /// nothing is answered on it but that.
+    pub(super) fn has_changed(&self) -> bool {
+        self.changed.load(Relaxed)
     }
 
     /// Waits until the process has ended; for ever when the agent cannot see it. Watching costs an epoll

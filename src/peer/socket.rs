@@ -112,6 +112,12 @@ pub enum BindError {
         path: PathBuf,
         source: PathError,
     },
+    /// In a directory where everybody may put something, somebody has put the lock there, and holds it.
+    #[error(
+        "{} belongs to user {owner}, who holds it: remove it, or choose a directory that others cannot write to",
+        path.display()
+    )]
+    LockOfAnother { path: PathBuf, owner: u32 },
     /// The lock file cannot be opened.
     #[error("cannot open the lock file {}", path.display())]
     Lock { path: PathBuf, source: io::Error },
@@ -255,7 +261,13 @@ impl Lock {
             match lock::take(&file) {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {
-                    return Err(BindError::AnotherAgent { path: socket.to_owned() });
+                    let path = socket.to_owned();
+                    let owner = file.metadata().map_or(0, |meta| meta.uid());
+                    return Err(if [0, nix::unistd::geteuid().as_raw()].contains(&owner) {
+                        BindError::AnotherAgent { path }
+                    } else {
+                        BindError::LockOfAnother { path: socket.with_file_name(&name), owner }
+                    });
                 }
                 Err(TryLockError::Error(source)) => return Err(failed(source)),
             }

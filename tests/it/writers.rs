@@ -296,6 +296,18 @@ fn part() {
             assert!(said.answered.is_empty(), "{said:?}");
             assert_eq!(answered(), Called::Answered, "as what it is now");
         }
+        "drops its effective user alone" => {
+            let mut stream = connect();
+            stream.write_all(&[hello(), jwt_call(1)].concat()).unwrap();
+            assert_eq!(answer_on(1, &mut stream), Called::Answered);
+            let (gid, uid) = (Gid::from_raw(NEIGHBOUR), Uid::from_raw(NEIGHBOUR));
+            nix::unistd::setegid(gid).unwrap();
+            nix::unistd::seteuid(uid).unwrap();
+            stream.write_all(&jwt_call(3)).unwrap();
+            let said = said(&mut stream);
+            assert!(said.answered.is_empty() && !said.goaways.is_empty(), "{said:?}");
+            assert_eq!(answered(), Called::Answered, "as what it is now");
+        }
         "is a setuid program" => {
             become_neighbour(0, NEIGHBOUR);
             assert_eq!(answered(), Called::Answered);
@@ -315,9 +327,13 @@ fn a_process_is_heard_as_what_it_is_now() {
         return;
     }
     let agent = Agent::start("");
-    for part in
-        ["drops after a call", "drops before a word", "is a setuid program", "is a setuid program of root's"]
-    {
+    for part in [
+        "drops after a call",
+        "drops before a word",
+        "drops its effective user alone",
+        "is a setuid program",
+        "is a setuid program of root's",
+    ] {
         play(part, &agent.socket());
     }
     agent.well("other users");
