@@ -109,7 +109,9 @@
 //! **Nothing a caller passes in is taken.** Where descriptors cannot be barred, the queue is looked at before it is read,
 //! for a system call more (0.9 of some 50 microseconds). The other way is to take them and to close them elsewhere: then
 //! they count against the agent's own, and a file of FUSE is flushed by that close, which nothing ends, not even the end
-//! of the process. One that was never taken is released without that.
+//! of the process. One that was never taken is released without that, unless its user has mapped it and keeps pages of it
+//! unwritten: then a closing thread, and the end of the process, wait for that user's server. Only a kernel that bars
+//! descriptors (6.16) is safe from it.
 //!
 //! **Whom its own limits refuse is closed a tenth of a second later.** Connections wait in one queue of the
 //! kernel's, first come, first served. With 1,200 processes that connect again as soon as they are closed, a

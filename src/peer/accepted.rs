@@ -40,11 +40,12 @@ pub(super) enum Closing {
 }
 
 impl Closing {
-    /// Whether so much waits to be closed that nobody may be accepted.
-    pub(super) fn is_full(&self) -> bool {
+    /// Whether so much waits to be closed that nobody may be accepted: then the family that most of it is of, or
+    /// [`UNKNOWN`].
+    pub(super) fn full_by(&self) -> Option<u64> {
         match self {
-            Self::Plain => false,
-            Self::Careful(closers, _) => closers.are_full(),
+            Self::Plain => None,
+            Self::Careful(closers, _) => closers.are_full().then(|| closers.longest().unwrap_or(UNKNOWN)),
         }
     }
 }

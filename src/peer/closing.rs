@@ -104,6 +104,13 @@ impl Closers {
     pub(super) fn are_full(&self) -> bool {
         self.0.lock().placeless >= PLACELESS
     }
+
+    /// The family with the most sockets here.
+    pub(super) fn longest(&self) -> Option<u64> {
+        let state = self.0.lock();
+        let longest = state.lines.iter().max_by_key(|(_, line)| line.waiting.len() + line.busy);
+        longest.map(|(family, _)| *family)
+    }
 }
 
 impl Drop for Closers {

@@ -41,7 +41,7 @@ use super::{
     trim::HeapTrim,
 };
 use crate::{
-    limits::{CallerKey, ConnectionRefusal},
+    limits::{CallerKey, ConnectionRefusal, pace::Pace},
     os::{
         accept::{Acceptor, Waiting},
         passing::{self, Passing},
@@ -54,6 +54,9 @@ const RUN: usize = 64;
 
 /// The family that the listener itself is closed for: no user's.
 const AGENT: u64 = u64::MAX - 1;
+
+/// How long nobody is accepted, for what waits to be closed, before the log has it.
+const TOLD_AFTER: Duration = Duration::from_secs(1);
 
 /// How long the accept loop pauses when there are no descriptors left, instead of spinning.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
@@ -149,6 +152,8 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
             closing,
             heap: HeapTrim::default(),
             paused: None,
+            full_since: None,
+            full: Pace::default(),
         };
         let mut shutdown = std::pin::pin!(shutdown);
         loop {
@@ -207,6 +212,9 @@ struct Door<G, K, F> {
     heap: HeapTrim,
     /// Until then nobody is accepted.
     paused: Option<Instant>,
+    /// Since when so much waits to be closed that nobody is.
+    full_since: Option<Instant>,
+    full: Pace,
 }
 
 impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S> Door<G, K, F> {
@@ -214,11 +222,22 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
     fn take_run(&mut self, waiting: Waiting<'_>) -> usize {
         let now = Instant::now();
         self.lingering.close(now);
-        if self.closing.is_full() {
+        if let Some(family) = self.closing.full_by() {
             self.stats.count_accept_error();
+            if now.duration_since(*self.full_since.get_or_insert(now)) >= TOLD_AFTER {
+                self.full.say(|left_out| {
+                    tracing::warn!(
+                        family,
+                        left_out,
+                        "nobody is accepted: what callers passed in takes too long to close (before Linux 6.16 nothing \
+                         bars it); end the processes of the user who holds it up"
+                    );
+                });
+            }
             self.paused = Some(now + ACCEPT_PAUSE);
             return 0;
         }
+        self.full_since = None;
         let mut run = 0;
         for accepted in waiting.take(RUN) {
             run += 1;
