@@ -64,6 +64,8 @@ labels! {
     AttestFault, "reason" {
         /// The process ended, or its PID is another process by now.
         Gone = "gone",
+        /// The process is another user's or group's than it was when it connected.
+        Changed = "changed",
         /// The process lives in a PID namespace that this agent cannot see into.
         Namespace = "namespace",
         /// Something under `/proc` could not be read or understood.
@@ -96,7 +98,8 @@ impl AttestError {
 
     fn class(&self) -> (Blame, AttestFault) {
         match self {
-            Self::Gone | Self::IdentityChanged { .. } => (Blame::Refusal, AttestFault::Gone),
+            Self::Gone => (Blame::Refusal, AttestFault::Gone),
+            Self::IdentityChanged { .. } => (Blame::Refusal, AttestFault::Changed),
             Self::Unknown { .. } => (Blame::Fault, AttestFault::Gone),
             Self::Crowded => (Blame::Crowd, AttestFault::Busy),
             Self::OtherPidNamespace => (Blame::Fault, AttestFault::Namespace),

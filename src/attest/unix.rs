@@ -144,9 +144,10 @@ impl WorkloadAttestor for UnixAttestor {
     fn wait(&self, deadline: Instant) {
         let untold = self.names.wait(deadline);
         if untold > 0 {
-            let what =
-                "the user database does not answer; whoever may have these names is told to come again";
-            tracing::warn!(names = untold, what);
+            tracing::warn!(
+                names = untold,
+                "the user database does not answer; whoever may have these names is told to come again, for a minute"
+            );
         }
     }
 

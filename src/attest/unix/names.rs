@@ -5,6 +5,9 @@
 //! name. So a call looks up nothing, however many groups its process has, and there are no more lookups than entries
 //! have names. A name's number is its first in the database: of several names of one number, each is the caller's.
 //!
+//! A name that is not answered may be anybody's, whose call is told to come again then: but not that of a user of the
+//! node's own, and not for longer than a minute, or a directory that is away would take the identities of all.
+//!
 //! A lookup may ask a directory server and hang, so each is made by one of [`WORKERS`] threads that do nothing else
 //! and are there from the start. Nobody waits for them but the start and a reload, and these for a moment only
 //! ([`Names::wait`]). What is known of each name, and when it is looked up again: [`table`].
@@ -239,6 +242,11 @@ impl std::fmt::Debug for AskedNames {
 }
 
 impl AskedNames {
+    /// Until when those that are not answered may yet be anybody's; `None` where all are.
+    pub(super) fn doubted_until(&self) -> Option<Instant> {
+        self.shared.table().doubted_until(&self.names)
+    }
+
     /// What is known of each now. Does not wait.
     pub(super) fn answers(&self) -> impl Iterator<Item = (&AccountName, NameAnswer)> {
         let table = self.shared.table();

@@ -5,6 +5,7 @@
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
     sync::Arc,
+    time::Instant,
 };
 
 use ahash::RandomState;
@@ -29,6 +30,8 @@ pub struct UnixQuestions {
     supplementary_gids: HashSet<u32, RandomState>,
     /// The kinds of the names that are not answered.
     unanswered: BTreeSet<&'static str>,
+    /// Until when these may be anybody's.
+    doubted_until: Option<Instant>,
     /// Has the names looked up while these questions are asked.
     _asked: Option<AskedNames>,
 }
@@ -49,6 +52,7 @@ impl UnixQuestions {
         let asked: BTreeSet<AccountName> = named.iter().filter_map(|it| Some(name(it.value())?.1)).collect();
         let asked = names.ask(asked.into_iter().collect());
         questions.answers = asked.answers().map(|(name, answer)| (name.clone(), answer)).collect();
+        questions.doubted_until = asked.doubted_until();
         questions._asked = Some(asked);
         for selector in named {
             let Some((word, name)) = name(selector.value()) else { continue };
@@ -90,16 +94,20 @@ impl UnixQuestions {
     }
 
     /// The kinds of the names that the database said nothing of, and that a process may have. Whose number stands in the
-    /// node's own files has no name but those that stand there.
+    /// node's own files, or has a name that was told, has no other; and nobody is kept waiting for ever.
     pub(super) fn unanswered(
         &self,
         own: &OwnAccounts,
         status: &ProcStatus,
     ) -> impl Iterator<Item = &'static str> {
-        self.unanswered.iter().copied().filter(|word| {
+        let doubted = self.doubted_until.is_some_and(|until| Instant::now() < until);
+        self.unanswered.iter().copied().filter(move |word| {
+            if !doubted {
+                return false;
+            }
             let is_of_node = match *word {
-                USER => own.has_user(status.uid),
-                GROUP => own.has_group(status.gid),
+                USER => own.has_user(status.uid) || !self.of_user(status.uid).is_empty(),
+                GROUP => own.has_group(status.gid) || !self.of_group(status.gid).is_empty(),
                 _ => status.groups.iter().all(|gid| own.has_group(*gid)),
             };
             let of_kind = |name: &AccountName| (*word == USER) == matches!(name, AccountName::User(_));

@@ -25,6 +25,9 @@ pub(super) const REFRESH: Duration = Duration::from_secs(60);
 pub(super) const FIRST_RETRY: Duration = Duration::from_secs(5);
 /// When it is asked again whether a name is gone.
 pub(super) const CONFIRM: Duration = Duration::from_secs(2);
+/// How long a name that was never answered makes calls wait for it. A directory that is away for longer takes the
+/// identities that need it, and no others.
+pub(super) const DOUBT: Duration = Duration::from_secs(60);
 /// How often the database's files are looked at.
 pub(super) const LOOK: Duration = Duration::from_secs(5);
 
@@ -90,6 +93,8 @@ pub(super) struct OwnFiles<S> {
 #[derive(Debug)]
 struct NameRecord {
     askers: usize,
+    /// When it was first asked for.
+    since: Instant,
     answer: NameAnswer,
     whence: Whence,
     /// Whether it was looked up at all.
@@ -146,6 +151,7 @@ impl<S: PartialEq> NameTable<S> {
             }
             let record = NameRecord {
                 askers: 1,
+                since: now,
                 answer: NameAnswer::Unanswered,
                 whence: Whence::Elsewhere,
                 tried: false,
@@ -179,6 +185,17 @@ impl<S: PartialEq> NameTable<S> {
     /// What is known of this name.
     pub(super) fn answer(&self, name: &AccountName) -> NameAnswer {
         self.names.get(name).map_or(NameAnswer::Unanswered, |record| record.answer)
+    }
+
+    /// Until when those of these names that are not answered may yet be anybody's: [`DOUBT`] after the last of them was
+    /// first asked for.
+    pub(super) fn doubted_until<'a>(
+        &self,
+        names: impl IntoIterator<Item = &'a AccountName>,
+    ) -> Option<Instant> {
+        let records = names.into_iter().filter_map(|name| self.names.get(name));
+        let unanswered = records.filter(|record| record.answer == NameAnswer::Unanswered);
+        unanswered.map(|record| record.since + DOUBT).max()
     }
 
     /// Those of these names that somebody asks for.
