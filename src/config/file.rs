@@ -165,8 +165,7 @@ mod tests {
             (
                 "writable",
                 Err(
-                    "DIR/writable belongs to user UID and has mode 0666: it must belong to user UID or to root, and nobody \
-                     else may write to it (chmod go-w DIR/writable, or choose another place)",
+                    "DIR/writable belongs to user UID and has mode 0666: nobody else may write to it (chmod go-w DIR/writable, or choose another place)",
                 ),
             ),
             ("bytes", Err("DIR/bytes:3: is not UTF-8 text")),

@@ -6,7 +6,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream},
     os::unix::{
-        fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, chown, symlink},
+        fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, chown, lchown, symlink},
         net::UnixStream,
         process::CommandExt as _,
     },
@@ -136,10 +136,11 @@ fn nothing_starts_where_others_can_change_what_it_reads() {
                 said.contains(&format!("{} belongs to user ", place.display())),
                 "{what}, {case}: {said}"
             );
-            assert!(
-                said.contains(&format!(" {}, or choose another place)", place.display())),
-                "{what}, {case}: {said}"
-            );
+            // What a stranger owns may be his home: only what was asked for by its name is worth a command.
+            let command = format!(" {}, or choose another place)", place.display());
+            let copy = ["etc", "fed", "log"].iter().any(|dir| case == format!("{dir} of somebody else"));
+            assert_eq!(said.contains(&command), !copy, "{what}, {case}: {said}");
+            assert_eq!(said.contains("such as /etc/durward, or"), copy, "{what}, {case}: {said}");
         }
         assert!(
             !dir.join("run/api.sock").exists() && !dir.join("data").exists(),
@@ -272,6 +273,46 @@ fn ordinary_layouts_are_valid() {
     chmod(dir.path(), 0o755);
 }
 
+/// Where each user has a group of his own, his umask is 002 (Debian, Fedora), and what he makes his group may write to.
+#[test]
+fn a_users_private_group_is_the_user() {
+    if !geteuid().is_root() {
+        println!("nobody else can be become: left out");
+        return;
+    }
+    let base = tempfile::tempdir().unwrap();
+    chmod(base.path(), 0o755);
+    // The build directory may be closed to others.
+    let program = base.path().join("durward");
+    fs::copy(PROGRAM, &program).unwrap();
+    for (case, owner, group, gid, valid) in [
+        ("private", NEIGHBOUR, NEIGHBOUR, NEIGHBOUR, true),
+        ("a group of many", NEIGHBOUR, 100, 100, false),
+        ("his private group, and he has another", NEIGHBOUR, NEIGHBOUR, 100, false),
+        ("another group than his", NEIGHBOUR, 100, NEIGHBOUR, false),
+        ("root's", 0, NEIGHBOUR, NEIGHBOUR, false),
+    ] {
+        let clone = base.path().join(case);
+        fs::create_dir(&clone).unwrap();
+        let made = layout(&clone);
+        for place in
+            ["", "etc", "etc/agent.conf", "etc/entries.d", "etc/entries.d/a.conf", "fed", "run", "log"]
+        {
+            chown(clone.join(place), Some(owner), Some(group)).unwrap();
+            chmod(&clone.join(place), if place.ends_with("conf") { 0o664 } else { 0o775 });
+        }
+        let command = |args: &[&str], at: &Path| {
+            let mut command = Command::new("timeout");
+            command.args(["20"]).arg(&program).args(args).arg(at).uid(NEIGHBOUR).gid(gid);
+            command.current_dir(base.path()).output().unwrap()
+        };
+        let got = command(&["validate", "--config"], &made);
+        assert_eq!(got.status.success(), valid, "{case}: {}", text(&got.stderr));
+        let got = command(&["quickstart", "--exit-after-fetch", "--dir"], &clone.join("quick"));
+        assert_eq!(got.status.success(), valid, "{case}: {}", text(&got.stderr));
+    }
+}
+
 /// Runs `script` in a mount namespace of its own, with the directory as $1 and the program as $2. `None` where nothing can
 /// be mounted.
 fn mounted(dir: &Path, script: &str) -> Option<Output> {
@@ -290,22 +331,91 @@ fn mounted(dir: &Path, script: &str) -> Option<Output> {
     Some(got)
 }
 
-/// A ConfigMap's directory has mode 0777, and is mounted read-only.
+/// A ConfigMap's directory has mode 0777, and is mounted read-only. What is below it has modes that count.
 #[test]
-fn what_is_mounted_read_only_may_have_any_mode() {
+fn the_top_of_what_is_mounted_read_only_may_have_any_mode() {
+    let mount = "mount --bind \"$1/etc\" \"$1/etc\" && mount -o remount,bind,ro \"$1/etc\" || exit 77; \
+                 exec \"$2\" validate --config \"$1/etc/agent.conf\"";
+    let cases: [(&str, fn(&Path), Result<(), &str>); 6] = [
+        ("plain", |_| {}, Ok(())),
+        ("as a Secret", |at| chmod(&at.join("etc"), 0o1777), Ok(())),
+        ("a link of root's", |at| relink(at, None), Ok(())),
+        (
+            "a link of somebody else's",
+            |at| relink(at, Some(NEIGHBOUR)),
+            Err("/etc/agent.conf belongs to user "),
+        ),
+        (
+            "a directory in it",
+            |at| chmod(&at.join("etc/entries.d"), 0o777),
+            Err(
+                "/etc/entries.d belongs to user 0 and has mode 0777: nobody else may write to it (it is mounted",
+            ),
+        ),
+        (
+            "a file in it",
+            |at| chmod(&at.join("etc/agent.conf"), 0o666),
+            Err("/etc/agent.conf belongs to user 0"),
+        ),
+    ];
+    for (case, change, want) in cases {
+        let dir = layout_dir();
+        chmod(&dir.path().join("etc"), 0o777);
+        change(dir.path());
+        let Some(got) = mounted(dir.path(), mount) else { return };
+        let said = text(&got.stderr);
+        assert_eq!(got.status.success(), want.is_ok(), "{case}: {said}");
+        assert!(said.contains(want.err().unwrap_or_default()), "{case}: {said}");
+        assert!(!said.contains("(chmod"), "{case}: it cannot be done: {said}");
+    }
     let dir = layout_dir();
     chmod(&dir.path().join("etc"), 0o777);
-    chmod(&dir.path().join("etc/entries.d"), 0o777);
-    let script = "mount --bind \"$1/etc\" \"$1/etc\" && mount -o remount,bind,ro \"$1/etc\" || exit 77; \
-                  exec \"$2\" validate --config \"$1/etc/agent.conf\"";
-    if let Some(got) = mounted(dir.path(), script) {
-        assert!(got.status.success(), "{}", text(&got.stderr));
+    let writable = validate(&dir.path().join("etc/agent.conf"));
+    assert_eq!(writable.status.code(), Some(1), "writable, it is refused");
+}
+
+/// `agent.conf` by a link, as in a ConfigMap.
+fn relink(at: &Path, owner: Option<u32>) {
+    fs::rename(at.join("etc/agent.conf"), at.join("etc/real")).unwrap();
+    symlink("real", at.join("etc/agent.conf")).unwrap();
+    lchown(at.join("etc/agent.conf"), owner, None).unwrap();
+}
+
+/// As a service manager mounts everything read-only for the agent alone (ProtectSystem=strict): others still write.
+#[test]
+fn what_is_read_only_for_the_agent_alone_is_no_volume() {
+    let mount = "mount --bind \"$1/run\" \"$1/run\" && mount -o remount,bind,ro / || exit 77; \
+                 exec timeout --signal=TERM 20 \"$2\" run --config \"$1/etc/agent.conf\"";
+    for (place, mode) in
+        [("etc/agent.conf", 0o666), ("etc", 0o777), ("etc/entries.d", 0o777), ("fed/bundle.json", 0o646)]
+    {
+        // Not below /tmp, which may be mounted apart.
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        chmod(dir.path(), 0o755);
+        layout(dir.path());
+        chmod(&dir.path().join(place), mode);
+        let Some(got) = mounted(dir.path(), mount) else { return };
+        let said = text(&got.stderr);
+        assert_eq!(got.status.code(), Some(1), "{place}: {said}");
+        let want = format!("{} belongs to user ", dir.path().join(place).display());
+        assert!(said.contains(&want), "{place}: {said}");
     }
-    assert_eq!(
-        validate(&dir.path().join("etc/agent.conf")).status.code(),
-        Some(1),
-        "writable, it is refused"
-    );
+}
+
+/// Who starts a program chooses the bytes of this file, which belongs to whom the program runs as.
+#[test]
+fn no_file_of_the_kernels_is_believed() {
+    let dir = layout_dir();
+    let config = dir.path().join("etc/agent.conf");
+    let words = fs::read_to_string(&config).unwrap();
+    let mut sleeping = Command::new("sleep").arg0(words).arg("60").spawn().unwrap();
+    fs::remove_file(&config).unwrap();
+    symlink(format!("/proc/{}/cmdline", sleeping.id()), &config).unwrap();
+    let got = validate(&config);
+    assert_eq!(got.status.code(), Some(1));
+    assert!(text(&got.stderr).contains("agent.conf is not a regular file"), "{}", text(&got.stderr));
+    sleeping.kill().unwrap();
+    sleeping.wait().unwrap();
 }
 
 /// Nobody answers for this one: it is refused without having been asked.
