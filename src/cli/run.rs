@@ -11,7 +11,10 @@ use crate::{
     config::{Config, ExpandEnv, Places, WrongPlace},
     hcl::{ConfigError, ConfigErrors},
     identity::TrustDomain,
-    os::{secrecy, trusted::ClosedDir},
+    os::{
+        secrecy,
+        trusted::{ClosedDir, Trust},
+    },
     peer::socket::MAX_PATH_LEN,
     telemetry::{LogFormat, parse_level},
 };
@@ -160,7 +163,7 @@ fn absolute(path: &Path) -> PathBuf {
 impl ConfigArgs {
     /// Reads and checks the configuration, and the places that it names for an agent of this process's user.
     pub(super) fn load(&self) -> Result<Config, Failure> {
-        let config = self.read()?;
+        let config = self.read(Trust::own())?;
         self.places(&config, geteuid().as_raw())?;
         Ok(config)
     }
@@ -174,11 +177,15 @@ impl ConfigArgs {
         Err(wrong_places(&self.config, wrong).into())
     }
 
-    /// Reads and checks the configuration, and not the places that it names.
-    pub(super) fn read(&self) -> Result<Config, Failure> {
+    pub(super) fn path(&self) -> &Path {
+        &self.config
+    }
+
+    /// Reads and checks the configuration from files of these owners, and not the places that it names.
+    pub(super) fn read(&self, trust: Trust) -> Result<Config, Failure> {
         let variable = |name: &str| super::environment(name).and_then(|value| value.into_string().ok());
         let expand = if self.expand_env { ExpandEnv::With(&variable) } else { ExpandEnv::No };
-        let mut config = Config::load(&self.config, expand)?;
+        let mut config = Config::load_as(trust, &self.config, expand)?;
         self.overrides.apply(&mut config)?;
         Ok(config)
     }

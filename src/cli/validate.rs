@@ -7,15 +7,15 @@ use serde_json::{Value, json};
 
 use super::{
     Failure, OutputArgs, OutputFormat,
-    run::ConfigArgs,
+    run::{ConfigArgs, wrong_places},
     terminal::{Terminal, clean},
 };
 use crate::{
     attest::{AttestSettings, Attestor},
-    config::Config,
+    config::{AgentUser, Config},
     hcl::{ConfigError, ConfigErrors},
     identity::EntryIndex,
-    os::trusted::ClosedDir,
+    os::trusted::{ClosedDir, Trust},
 };
 
 /// How long the node's databases of users and groups may take for all names.
@@ -70,11 +70,16 @@ pub(super) fn validate(args: &ValidateArgs, terminal: &mut Terminal) -> Result<(
 
 /// Notes what an admin should know, and looks at everything as the agent would that this configuration is for.
 fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<Config, Failure> {
-    let read = config.read()?;
-    let user = read.agent_user();
+    // Only to find out for whom it is.
+    let AgentUser { uid: user, owns } = config.read(Trust::anybody())?.agent_user();
     if user != geteuid().as_raw() {
-        let data_dir = read.agent.data_dir.display();
-        terminal.note(format_args!("Looked at as by an agent of user {user}, who owns {data_dir}."));
+        terminal.note(format_args!("Looked at as by an agent of user {user}, who owns {}.", owns.display()));
+    }
+    let trust = Trust::of(user);
+    let read = config.read(trust)?;
+    let missing = read.missing_places(trust);
+    if !missing.is_empty() {
+        return Err(wrong_places(config.path(), missing).into());
     }
     for ClosedDir { path, uid, mode } in config.places(&read, user)? {
         let (path, socket) = (path.display(), read.agent.socket_path.display());

@@ -42,7 +42,11 @@ use nix::{
     unistd::{UnlinkatFlags, unlinkat},
 };
 
-pub use self::{error::PathError, here::ClosedDir, rule::Trust};
+pub use self::{
+    error::PathError,
+    here::{ClosedDir, is_read_only},
+    rule::Trust,
+};
 use self::{
     error::{MOST_LINKS, cannot_open, nothing},
     here::{Here, Named, closed_dir, put_first},

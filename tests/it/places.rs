@@ -223,6 +223,189 @@ fn a_configuration_is_validated_as_the_agent_would() {
     assert_eq!(got.status.code(), Some(1), "{}", text(&got.stderr));
 }
 
+/// Files of the agent's user are his, whoever validates; and those of who validates are not the agent's.
+#[test]
+fn who_validates_is_not_who_is_trusted() {
+    if !geteuid().is_root() {
+        println!("nothing can be given to anybody: left out");
+        return;
+    }
+    let program = tempfile::tempdir().unwrap();
+    chmod(program.path(), 0o755);
+    fs::copy(PROGRAM, program.path().join("durward")).unwrap();
+    let by = |user: u32, config: &Path| {
+        let mut command = Command::new(program.path().join("durward"));
+        command.args(["validate", "--config"]).arg(config).current_dir("/");
+        command.uid(user).gid(user).output().unwrap()
+    };
+    let all = [
+        "etc",
+        "etc/agent.conf",
+        "etc/entries.d",
+        "etc/entries.d/a.conf",
+        "fed",
+        "fed/bundle.json",
+        "run",
+        "log",
+    ];
+    let given = |owners: u32, data: u32| {
+        let dir = layout_dir();
+        fs::create_dir(dir.path().join("data")).unwrap();
+        for (place, owner) in all.into_iter().map(|place| (place, owners)).chain([("data", data)]) {
+            chown(dir.path().join(place), Some(owner), Some(owner)).unwrap();
+        }
+        dir
+    };
+    for (case, owners, data, user, valid) in [
+        ("the agent's, by root", NEIGHBOUR, NEIGHBOUR, 0, true),
+        ("the agent's, by himself", NEIGHBOUR, NEIGHBOUR, NEIGHBOUR, true),
+        ("root's, by somebody", 0, 0, NEIGHBOUR, true),
+        ("somebody's, by himself, the agent is root's", NEIGHBOUR, 0, NEIGHBOUR, false),
+        ("somebody's, by root, the agent is root's", NEIGHBOUR, 0, 0, false),
+    ] {
+        let dir = given(owners, data);
+        let got = by(user, &dir.path().join("etc/agent.conf"));
+        assert_eq!(got.status.success(), valid, "{case}: {}", text(&got.stderr));
+    }
+    // Without data_dir the directory tells in which it would be made.
+    let dir = given(NEIGHBOUR, 0);
+    fs::remove_dir(dir.path().join("data")).unwrap();
+    let config = dir.path().join("etc/agent.conf");
+    assert!(!by(NEIGHBOUR, &config).status.success());
+    chown(dir.path(), Some(NEIGHBOUR), None).unwrap();
+    let got = by(0, &config);
+    assert!(got.status.success(), "{}", text(&got.stderr));
+
+    // Root reads everything, the agent does not.
+    for (place, mode) in [("etc/agent.conf", 0o600), ("etc", 0o700), ("etc/entries.d/a.conf", 0o640)] {
+        let dir = given(NEIGHBOUR, NEIGHBOUR);
+        chown(dir.path().join(place), Some(0), Some(0)).unwrap();
+        chmod(&dir.path().join(place), mode);
+        let got = by(0, &dir.path().join("etc/agent.conf"));
+        let said = text(&got.stderr);
+        assert!(!got.status.success() && said.contains("Permission denied"), "{place}: {said}");
+    }
+}
+
+/// Each would keep the agent from starting.
+#[test]
+fn validate_looks_at_every_place_that_a_start_needs() {
+    type Change = fn(&Path);
+    let cases: [(&str, &str, Change, &str); 9] = [
+        ("all is well", "", |_| {}, ""),
+        (
+            "metrics in everybody's directory",
+            "telemetry { Prometheus { socket_path = \"HERE/open/m.sock\" } }",
+            |at| {
+                fs::create_dir(at.join("open")).unwrap();
+                chmod(&at.join("open"), 0o777);
+            },
+            "telemetry.Prometheus.socket_path",
+        ),
+        (
+            "health in everybody's directory",
+            "health_checks { socket_path = \"HERE/open/h.sock\" }",
+            |at| {
+                fs::create_dir(at.join("open")).unwrap();
+                chmod(&at.join("open"), 0o777);
+            },
+            "health_checks.socket_path",
+        ),
+        (
+            "a file at the socket of metrics",
+            "telemetry { Prometheus { socket_path = \"HERE/run/m.sock\" } }",
+            |at| fs::write(at.join("run/m.sock"), "").unwrap(),
+            "m.sock is there and is no socket",
+        ),
+        (
+            "the lock of the other",
+            "health_checks { socket_path = \"HERE/run/api.sock.lock\" }",
+            |_| {},
+            "is the lock file of agent.socket_path",
+        ),
+        (
+            "the other, by a link",
+            "health_checks { socket_path = \"HERE/link/api.sock\" }",
+            |at| symlink("run", at.join("link")).unwrap(),
+            "is also agent.socket_path",
+        ),
+        ("no directory for the log", "", |at| fs::remove_dir(at.join("log")).unwrap(), "agent.log_file"),
+        ("no CA", "CA", |_| {}, "ca_cert_path"),
+        ("no key", "CA", |at| fs::write(at.join("etc/ca.pem"), "").unwrap(), "ca_key_path"),
+    ];
+    for (case, block, change, want) in cases {
+        let dir = layout_dir();
+        let config = dir.path().join("etc/agent.conf");
+        configure(&config, block);
+        change(dir.path());
+        let got = validate(&config);
+        let said = text(&got.stderr);
+        assert_eq!(got.status.success(), want.is_empty(), "{case}: {said}");
+        assert!(said.contains(want), "{case}: {said}");
+    }
+}
+
+/// Adds a block, or a CA that is supplied, to what the layout has.
+fn configure(config: &Path, block: &str) {
+    let here = config.ancestors().nth(2).unwrap().display().to_string();
+    let text = fs::read_to_string(config).unwrap();
+    let ca = format!(
+        "issuer \"embedded\" {{\n  ca_cert_path = \"{here}/etc/ca.pem\"\n  ca_key_path = \"{here}/etc/ca.key\"\n}}"
+    );
+    let text = match block {
+        "CA" => text.replace("issuer \"embedded\" { }", &ca),
+        block => text + &block.replace("HERE", &here) + "\n",
+    };
+    fs::write(config, text).unwrap();
+}
+
+/// A Secret with `fsGroup` has mode 0440, root, and a group of the agent's.
+#[test]
+fn the_agents_own_group_may_read_its_key() {
+    if !geteuid().is_root() {
+        println!("nothing can be given to anybody: left out");
+        return;
+    }
+    let ours = nix::unistd::getegid().as_raw();
+    for (mode, group, well) in [
+        (0o600, ours, true),
+        (0o400, ours, true),
+        (0o440, ours, true),
+        (0o640, ours, true),
+        (0o440, NEIGHBOUR, false),
+        (0o444, ours, false),
+        (0o644, ours, false),
+        (0o404, ours, false),
+    ] {
+        let dir = layout_dir();
+        let config = dir.path().join("etc/agent.conf");
+        configure(&config, "CA");
+        let key = dir.path().join("etc/ca.key");
+        for file in [&key, &dir.path().join("etc/ca.pem")] {
+            fs::write(file, "").unwrap();
+        }
+        chown(&key, None, Some(group)).unwrap();
+        chmod(&key, mode);
+        let (valid, started) = (validate(&config), run(Path::new(PROGRAM), &config, |_| {}));
+        assert_eq!(valid.status.success(), well, "{mode:o} {group}: {}", text(&valid.stderr));
+        // The key is none, which is said when it may be read.
+        let said = text(&started.stderr);
+        assert_eq!(!said.contains("others can read it"), well, "{mode:o} {group}: {said}");
+        if !well {
+            assert!(text(&valid.stderr).contains(&format!("(chmod 600 {})", key.display())), "{mode:o}");
+            let mount = "mount --bind \"$1/etc\" \"$1/etc\" && mount -o remount,bind,ro \"$1/etc\" || exit 77; \
+                         exec \"$2\" validate --config \"$1/etc/agent.conf\"";
+            if let Some(got) = mounted(dir.path(), mount) {
+                let said = text(&got.stderr);
+                assert!(
+                    said.contains("set defaultMode: 0400") && !said.contains("chmod"),
+                    "{mode:o}: {said}"
+                );
+            }
+        }
+    }
+}
+
 /// What people have: links, dots, names that start at the working directory, closed homes, the umask of a closed shop.
 #[test]
 fn ordinary_layouts_are_valid() {

@@ -144,8 +144,8 @@ pub(super) fn closed_dir(path: &Path, meta: &Metadata) -> Option<ClosedDir> {
     (mode & 0o001 == 0).then(|| ClosedDir { path: path.to_owned(), uid, mode })
 }
 
-/// Unknown counts as writable.
-pub(super) fn is_read_only(file: &File) -> bool {
+/// Whether the mount that it is on is read-only. Unknown counts as writable.
+pub fn is_read_only(file: &File) -> bool {
     fstatvfs(file).is_ok_and(|fs| fs.flags().contains(FsFlags::ST_RDONLY))
 }
 

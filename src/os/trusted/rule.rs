@@ -1,6 +1,7 @@
 //! Who may own what is on the way of a path, and who may write to it.
 
 use std::{
+    ffi::CString,
     fs::{File, Metadata},
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -8,11 +9,12 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     sys::statfs::{
         CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, DEBUGFS_MAGIC, FsType, PROC_SUPER_MAGIC, SECURITYFS_MAGIC,
         SYSFS_MAGIC, TRACEFS_MAGIC, fstatfs,
     },
-    unistd::{Gid, Uid, User, getegid, geteuid, getgroups},
+    unistd::{Gid, Uid, User, getegid, geteuid, getgrouplist, getgroups},
 };
 
 use super::{
@@ -65,7 +67,7 @@ enum Owners {
 
 /// What of a path it is that will not do.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Part {
+enum WayPart {
     /// A directory on the way, which may be there for others.
     Above,
     /// A directory that was asked for by its name.
@@ -105,22 +107,48 @@ impl Trust {
 
     /// Whether nobody but the user and root reads what has this owner, group and mode: its group may only where it is
     /// the user's own, or one that the user was put in, as `fsGroup` does.
-    pub fn alone_reads(self, meta: &Metadata) -> bool {
+    pub fn alone_reads(self, file: &File, meta: &Metadata) -> bool {
         let mode = meta.mode() & 0o077;
-        mode == 0
-            || mode == 0o040 && (meta.uid() == 0 || meta.uid() == self.ours) && self.is_in_group(meta.gid())
+        let owned = meta.uid() == 0 || meta.uid() == self.ours;
+        mode == 0 || mode == 0o040 && owned && self.is_in_group(meta.gid()) && !mount::has_acl(file)
     }
 
     fn is_in_group(self, gid: u32) -> bool {
         if self.ours != geteuid().as_raw() {
-            return primary_group(self.ours) == Some(gid);
+            return groups_of(self.ours).contains(&Gid::from_raw(gid));
         }
         getegid().as_raw() == gid || getgroups().is_ok_and(|all| all.contains(&Gid::from_raw(gid)))
     }
 
+    /// That the user may do this (4: read, 1: pass), as far as modes say: what the kernel lets this process do says
+    /// nothing about another user.
+    fn check_access(self, bit: u32, path: &Path, file: &File, meta: &Metadata) -> Result<(), PathError> {
+        let mode = meta.mode();
+        let (owner, group, other) = (mode & bit << 6 != 0, mode & bit << 3 != 0, mode & bit != 0);
+        let nothing_to_say = self.ours == 0
+            || self.ours == geteuid().as_raw()
+            || self.owners == Owners::Anybody
+            || (owner && group && other);
+        let may = || {
+            if meta.uid() == self.ours {
+                owner
+            } else if group == other || !self.is_in_group(meta.gid()) {
+                other
+            } else {
+                group
+            }
+        };
+        if nothing_to_say || may() || mount::has_acl(file) {
+            return Ok(());
+        }
+        Err(cannot_open(path, Errno::EACCES.into()))
+    }
+
     /// Whether others may put things in it.
     pub(super) fn check_directory(self, here: &Here) -> Result<bool, PathError> {
-        self.shared(here).ok_or_else(|| self.refused_directory(here, Part::Above))
+        let shared = self.shared(here).ok_or_else(|| self.refused_directory(here, WayPart::Above))?;
+        self.check_access(1, &here.path, &here.dir, &here.meta)?;
+        Ok(shared)
     }
 
     /// The same, of the directory that was asked for.
@@ -130,10 +158,10 @@ impl Trust {
 
     /// Why the directory that was asked for will not do.
     pub(super) fn refused(self, here: &Here) -> PathError {
-        self.refused_directory(here, Part::Directory)
+        self.refused_directory(here, WayPart::Directory)
     }
 
-    fn refused_directory(self, here: &Here, part: Part) -> PathError {
+    fn refused_directory(self, here: &Here, part: WayPart) -> PathError {
         self.untrusted(part, here.path.clone(), &here.dir, &here.meta)
     }
 
@@ -170,7 +198,7 @@ impl Trust {
         if (sticky || !shared) && self.owns(meta.uid(), here.root) {
             return Ok(());
         }
-        Err(self.untrusted(Part::File, path, link, meta))
+        Err(self.untrusted(WayPart::File, path, link, meta))
     }
 
     pub(super) fn check_file(
@@ -186,7 +214,7 @@ impl Trust {
         }
         let ours = self.owns(meta.uid(), root) && !self.others_write(file, meta);
         if ours || self.owners == Owners::Anybody {
-            return Ok(());
+            return self.check_access(4, path, file, meta);
         }
         Err(self.untrusted_file(path.to_owned(), file, meta))
     }
@@ -208,10 +236,10 @@ impl Trust {
     }
 
     pub(super) fn untrusted_file(self, path: PathBuf, file: &File, meta: &Metadata) -> PathError {
-        self.untrusted(Part::File, path, file, meta)
+        self.untrusted(WayPart::File, path, file, meta)
     }
 
-    fn untrusted(self, part: Part, path: PathBuf, file: &File, meta: &Metadata) -> PathError {
+    fn untrusted(self, part: WayPart, path: PathBuf, file: &File, meta: &Metadata) -> PathError {
         let (uid, mode, ours) = (meta.uid(), meta.mode() & 0o7777, self.ours);
         let (owned, open) = (self.owns(uid, 0), !meta.is_symlink() && mode & (GROUP_WRITES | ALL_WRITE) != 0);
         let owner = if ours == 0 { "root".to_owned() } else { format!("user {ours} or to root") };
@@ -233,11 +261,11 @@ impl Trust {
         } else {
             match part {
                 // It may be somebody's home.
-                Part::Above if !owned => {
+                WayPart::Above if !owned => {
                     "copy what is meant to a directory of root's, such as /etc/durward".to_owned()
                 }
-                Part::Directory if !owned => format!("if nothing else is kept there, {command}"),
-                Part::Above | Part::Directory | Part::File => command,
+                WayPart::Directory if !owned => format!("if nothing else is kept there, {command}"),
+                WayPart::Above | WayPart::Directory | WayPart::File => command,
             }
         };
         PathError::Untrusted { path, uid, mode, demand, remedy }
@@ -256,4 +284,13 @@ fn primary_group(uid: u32) -> Option<u32> {
     }
     let found = accounts::by(Instant::now() + GROUP_WITHIN, move || User::from_uid(Uid::from_raw(uid)));
     found?.ok()?.map(|user| user.gid.as_raw())
+}
+
+/// The groups of another user; none if nobody can say.
+fn groups_of(uid: u32) -> Vec<Gid> {
+    let groups = move || {
+        let user = User::from_uid(Uid::from_raw(uid)).ok()??;
+        getgrouplist(&CString::new(user.name).ok()?, user.gid).ok()
+    };
+    accounts::by(Instant::now() + GROUP_WITHIN, groups).flatten().unwrap_or_default()
 }
