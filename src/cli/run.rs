@@ -8,13 +8,10 @@ use tracing::Level;
 use super::Failure;
 use crate::{
     agent,
-    config::{Config, ExpandEnv, Places, WrongPlace},
+    config::{Config, ExpandEnv, WrongPlace},
     hcl::{ConfigError, ConfigErrors},
     identity::TrustDomain,
-    os::{
-        secrecy,
-        trusted::{ClosedDir, Trust},
-    },
+    os::{secrecy, trusted::Trust},
     peer::socket::MAX_PATH_LEN,
     telemetry::{LogFormat, parse_level},
 };
@@ -164,17 +161,8 @@ impl ConfigArgs {
     /// Reads and checks the configuration, and the places that it names for an agent of this process's user.
     pub(super) fn load(&self) -> Result<Config, Failure> {
         let config = self.read(Trust::own())?;
-        self.places(&config, geteuid().as_raw())?;
-        Ok(config)
-    }
-
-    /// Looks at the places as an agent of user `ours` would. Returns what may be meant.
-    pub(super) fn places(&self, config: &Config, ours: u32) -> Result<Vec<ClosedDir>, Failure> {
-        let Places { wrong, closed } = config.places(ours);
-        if wrong.is_empty() {
-            return Ok(closed);
-        }
-        Err(wrong_places(&self.config, wrong).into())
+        let wrong = config.places(geteuid().as_raw()).wrong;
+        if wrong.is_empty() { Ok(config) } else { Err(wrong_places(&self.config, wrong).into()) }
     }
 
     pub(super) fn path(&self) -> &Path {

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     attest::{AttestSettings, Attestor},
-    config::{AgentUser, Config},
+    config::{AgentUser, Config, Places},
     hcl::{ConfigError, ConfigErrors},
     identity::EntryIndex,
     os::trusted::{ClosedDir, Trust},
@@ -71,17 +71,24 @@ pub(super) fn validate(args: &ValidateArgs, terminal: &mut Terminal) -> Result<(
 /// Notes what an admin should know, and looks at everything as the agent would that this configuration is for.
 fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<Config, Failure> {
     // Only to find out for whom it is.
-    let AgentUser { uid: user, owns } = config.read(Trust::anybody())?.agent_user();
+    let first = config.read(Trust::anybody())?;
+    let AgentUser { uid: user, owns } = first.agent_user();
     if user != geteuid().as_raw() {
         terminal.note(format_args!("Looked at as by an agent of user {user}, who owns {}.", owns.display()));
     }
     let trust = Trust::of(user);
-    let read = config.read(trust)?;
-    let missing = read.missing_places(trust);
-    if !missing.is_empty() {
-        return Err(wrong_places(config.path(), missing).into());
-    }
-    for ClosedDir { path, uid, mode } in config.places(&read, user)? {
+    let read = config.read(trust);
+    let looked_at = read.as_ref().unwrap_or(&first);
+    let Places { mut wrong, closed } = looked_at.places(user);
+    wrong.extend(looked_at.missing_places(trust));
+    let wrong = wrong_places(config.path(), wrong);
+    let read = match read {
+        Ok(read) if wrong.list().is_empty() => read,
+        Ok(_) => return Err(wrong.into()),
+        Err(Failure::Config(errors)) => return Err(Failure::Config(errors.and(wrong))),
+        Err(other) => return Err(other),
+    };
+    for ClosedDir { path, uid, mode } in closed {
         let (path, socket) = (path.display(), read.agent.socket_path.display());
         terminal.note(format_args!(
             "Only user {uid} and the group of {path} (mode {mode:04o}) can reach {socket}: chmod o+x {path} if others should."

@@ -114,7 +114,7 @@ impl Config {
             match check_ca_key(file, trust) {
                 Err(IssuerError::Read { cause, .. }) if !tells(&cause) => {}
                 // Places says it.
-                Err(IssuerError::Path(_)) => {}
+                Err(IssuerError::Path(_) | IssuerError::FileType { .. }) => {}
                 checked => found.note("issuer \"embedded\".ca_key_path", file, checked),
             }
         }

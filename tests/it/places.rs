@@ -51,6 +51,11 @@ fn validate(config: &Path) -> Output {
     Command::new(PROGRAM).args(["validate", "--config"]).arg(config).output().unwrap()
 }
 
+/// By another process: a child of another test's that has this file open to write would keep it from being run.
+fn copy_program(to: &Path) {
+    assert!(Command::new("cp").arg(PROGRAM).arg(to).status().unwrap().success());
+}
+
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
@@ -232,7 +237,7 @@ fn who_validates_is_not_who_is_trusted() {
     }
     let program = tempfile::tempdir().unwrap();
     chmod(program.path(), 0o755);
-    fs::copy(PROGRAM, program.path().join("durward")).unwrap();
+    copy_program(&program.path().join("durward"));
     let by = |user: u32, config: &Path| {
         let mut command = Command::new(program.path().join("durward"));
         command.args(["validate", "--config"]).arg(config).current_dir("/");
@@ -342,6 +347,21 @@ fn validate_looks_at_every_place_that_a_start_needs() {
         let said = text(&got.stderr);
         assert_eq!(got.status.success(), want.is_empty(), "{case}: {said}");
         assert!(said.contains(want), "{case}: {said}");
+    }
+}
+
+#[test]
+fn validate_names_what_is_wrong_with_files_and_places_at_once() {
+    let dir = layout_dir();
+    let wrong = ["etc/agent.conf", "run"];
+    for place in wrong {
+        chmod(&dir.path().join(place), 0o777);
+    }
+    let got = validate(&dir.path().join("etc/agent.conf"));
+    let said = text(&got.stderr);
+    for place in wrong {
+        let want = format!("{} belongs to user ", dir.path().join(place).display());
+        assert!(said.contains(&want), "{place}: {said}");
     }
 }
 
@@ -467,7 +487,7 @@ fn a_users_private_group_is_the_user() {
     chmod(base.path(), 0o755);
     // The build directory may be closed to others.
     let program = base.path().join("durward");
-    fs::copy(PROGRAM, &program).unwrap();
+    copy_program(&program);
     for (case, owner, group, gid, valid) in [
         ("private", NEIGHBOUR, NEIGHBOUR, NEIGHBOUR, true),
         ("a group of many", NEIGHBOUR, 100, 100, false),
@@ -519,7 +539,9 @@ fn mounted(dir: &Path, script: &str) -> Option<Output> {
 fn the_top_of_what_is_mounted_read_only_may_have_any_mode() {
     let mount = "mount --bind \"$1/etc\" \"$1/etc\" && mount -o remount,bind,ro \"$1/etc\" || exit 77; \
                  exec \"$2\" validate --config \"$1/etc/agent.conf\"";
-    let cases: [(&str, fn(&Path), Result<(), &str>); 6] = [
+    type Change = fn(&Path);
+    type Case = (&'static str, Change, Result<(), &'static str>);
+    let cases: [Case; 6] = [
         ("plain", |_| {}, Ok(())),
         ("as a Secret", |at| chmod(&at.join("etc"), 0o1777), Ok(())),
         ("a link of root's", |at| relink(at, None), Ok(())),
@@ -785,7 +807,7 @@ async fn the_agent_closes_itself_to_others() {
     fs::create_dir(&home).unwrap();
     // The build directory may be closed to others.
     let program = dir.path().join("durward");
-    fs::copy(PROGRAM, &program).unwrap();
+    copy_program(&program);
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     write_config(&home, &format!("telemetry {{ Prometheus {{ host = \"127.0.0.1\" port = {port} }} }}"));
     let user = if geteuid().is_root() { NEIGHBOUR } else { geteuid().as_raw() };

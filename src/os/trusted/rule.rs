@@ -231,8 +231,8 @@ impl Trust {
         if mode & ALL_WRITE != 0 {
             return true;
         }
-        let private = || self.private_group && meta.uid() == ours && meta.gid() == ours;
-        mode & GROUP_WRITES != 0 && !(private() && !mount::has_acl(file))
+        let private = self.private_group && meta.uid() == ours && meta.gid() == ours;
+        mode & GROUP_WRITES != 0 && (!private || mount::has_acl(file))
     }
 
     pub(super) fn untrusted_file(self, path: PathBuf, file: &File, meta: &Metadata) -> PathError {
@@ -258,6 +258,8 @@ impl Trust {
         };
         let remedy = if is_read_only(file) {
             "it is mounted read-only: put it right where it comes from".to_owned()
+        } else if !owned && !has_number(uid) {
+            "its owner has no number in this user namespace, so that chown cannot change it here".to_owned()
         } else {
             match part {
                 // It may be somebody's home.
@@ -275,6 +277,18 @@ impl Trust {
 /// Directories in which everybody is to put things.
 fn is_for_all(path: &Path) -> bool {
     ["/tmp", "/var/tmp", "/dev/shm"].into_iter().any(|all| path == Path::new(all))
+}
+
+/// Whether this user exists in the user namespace of this process (user_namespaces(7)). Unknown counts as yes.
+fn has_number(uid: u32) -> bool {
+    let Ok(map) = std::fs::read_to_string("/proc/self/uid_map") else { return true };
+    map.lines().any(|line| {
+        let mut numbers = line.split_whitespace().filter_map(|number| number.parse::<u64>().ok());
+        let (first, count) = (numbers.next(), numbers.nth(1));
+        first
+            .zip(count)
+            .is_some_and(|(first, count)| (first..first.saturating_add(count)).contains(&uid.into()))
+    })
 }
 
 /// The group that the user is in first; `None` if nobody can say.
