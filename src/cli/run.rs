@@ -8,10 +8,10 @@ use tracing::Level;
 use super::Failure;
 use crate::{
     agent,
-    config::{Config, ExpandEnv, Places, WrongPlace},
+    config::{Config, ExpandEnv, WrongPlace},
     hcl::{ConfigError, ConfigErrors},
     identity::TrustDomain,
-    os::{secrecy, trusted::ClosedDir},
+    os::{secrecy, trusted::Trust},
     peer::socket::MAX_PATH_LEN,
     telemetry::{LogFormat, parse_level},
 };
@@ -160,25 +160,20 @@ fn absolute(path: &Path) -> PathBuf {
 impl ConfigArgs {
     /// Reads and checks the configuration, and the places that it names for an agent of this process's user.
     pub(super) fn load(&self) -> Result<Config, Failure> {
-        let config = self.read()?;
-        self.places(&config, geteuid().as_raw())?;
-        Ok(config)
+        let config = self.read(Trust::own())?;
+        let wrong = config.places(geteuid().as_raw()).wrong;
+        if wrong.is_empty() { Ok(config) } else { Err(wrong_places(&self.config, wrong).into()) }
     }
 
-    /// Looks at the places as an agent of user `ours` would. Returns what may be meant.
-    pub(super) fn places(&self, config: &Config, ours: u32) -> Result<Vec<ClosedDir>, Failure> {
-        let Places { wrong, closed } = config.places(ours);
-        if wrong.is_empty() {
-            return Ok(closed);
-        }
-        Err(wrong_places(&self.config, wrong).into())
+    pub(super) fn path(&self) -> &Path {
+        &self.config
     }
 
-    /// Reads and checks the configuration, and not the places that it names.
-    pub(super) fn read(&self) -> Result<Config, Failure> {
+    /// Reads and checks the configuration from files of these owners, and not the places that it names.
+    pub(super) fn read(&self, trust: Trust) -> Result<Config, Failure> {
         let variable = |name: &str| super::environment(name).and_then(|value| value.into_string().ok());
         let expand = if self.expand_env { ExpandEnv::With(&variable) } else { ExpandEnv::No };
-        let mut config = Config::load(&self.config, expand)?;
+        let mut config = Config::load_as(trust, &self.config, expand)?;
         self.overrides.apply(&mut config)?;
         Ok(config)
     }

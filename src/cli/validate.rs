@@ -7,15 +7,15 @@ use serde_json::{Value, json};
 
 use super::{
     Failure, OutputArgs, OutputFormat,
-    run::ConfigArgs,
+    run::{ConfigArgs, wrong_places},
     terminal::{Terminal, clean},
 };
 use crate::{
     attest::{AttestSettings, Attestor},
-    config::Config,
+    config::{AgentUser, Config, Places},
     hcl::{ConfigError, ConfigErrors},
     identity::EntryIndex,
-    os::trusted::ClosedDir,
+    os::trusted::{ClosedDir, Trust},
 };
 
 /// How long the node's databases of users and groups may take for all names.
@@ -70,13 +70,25 @@ pub(super) fn validate(args: &ValidateArgs, terminal: &mut Terminal) -> Result<(
 
 /// Notes what an admin should know, and looks at everything as the agent would that this configuration is for.
 fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<Config, Failure> {
-    let read = config.read()?;
-    let user = read.agent_user();
+    // Only to find out for whom it is.
+    let first = config.read(Trust::anybody())?;
+    let AgentUser { uid: user, owns } = first.agent_user();
     if user != geteuid().as_raw() {
-        let data_dir = read.agent.data_dir.display();
-        terminal.note(format_args!("Looked at as by an agent of user {user}, who owns {data_dir}."));
+        terminal.note(format_args!("Looked at as by an agent of user {user}, who owns {}.", owns.display()));
     }
-    for ClosedDir { path, uid, mode } in config.places(&read, user)? {
+    let trust = Trust::of(user);
+    let read = config.read(trust);
+    let looked_at = read.as_ref().unwrap_or(&first);
+    let Places { mut wrong, closed } = looked_at.places(user);
+    wrong.extend(looked_at.missing_places(trust));
+    let wrong = wrong_places(config.path(), wrong);
+    let read = match read {
+        Ok(read) if wrong.list().is_empty() => read,
+        Ok(_) => return Err(wrong.into()),
+        Err(Failure::Config(errors)) => return Err(Failure::Config(errors.and(wrong))),
+        Err(other) => return Err(other),
+    };
+    for ClosedDir { path, uid, mode } in closed {
         let (path, socket) = (path.display(), read.agent.socket_path.display());
         terminal.note(format_args!(
             "Only user {uid} and the group of {path} (mode {mode:04o}) can reach {socket}: chmod o+x {path} if others should."

@@ -26,6 +26,7 @@ use crate::{
         embedded::{EmbeddedSettings, IssuerSettings},
     },
     limits::LimitSettings,
+    os::trusted::Trust,
     peer::{KubernetesSettings, ListenerSettings, cgroup::KubernetesMode},
     store::{CacheSettings, Policy},
     telemetry::{HealthSettings, HostPort, LogSettings},
@@ -75,12 +76,20 @@ impl Config {
     /// # Errors
     /// Every mistake that was found, in all files.
     pub fn load(path: &Path, expand_env: ExpandEnv<'_>) -> Result<Self, ConfigErrors> {
+        Self::load_as(Trust::own(), path, expand_env)
+    }
+
+    /// The same, with files of these owners.
+    ///
+    /// # Errors
+    /// Every mistake that was found, in all files.
+    pub fn load_as(trust: Trust, path: &Path, expand_env: ExpandEnv<'_>) -> Result<Self, ConfigErrors> {
         let whole_file = |message: String| {
             let file = path.to_owned();
             let error = ConfigError { file, line: 0, column: 0, key: String::new(), value: None, message };
             ConfigErrors::new(vec![error], 0)
         };
-        let text = file::read_main(path).map_err(|err| whole_file(err.to_string()))?;
+        let text = file::read_main(trust, path).map_err(|err| whole_file(err.to_string()))?;
         // No working directory (it was removed): only absolute paths are of use then.
         let base = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
         let users = NodeUsers::default();
@@ -89,9 +98,9 @@ impl Config {
             text: &text,
             base: &base,
             expand_env,
-            drop_ins: &file::read_drop_ins,
+            drop_ins: &|dir| file::read_drop_ins(trust, dir),
             user_id: &|name| users.uid(name),
-            read_bundle: &file::read_bundle,
+            read_bundle: &|path| file::read_bundle(trust, path),
         })?;
         config.ratelimit.families = users.families(Path::new("/etc/subuid"));
         Ok(config)

@@ -69,8 +69,8 @@ impl FileError {
 }
 
 /// Reads `agent.conf`. Where there is none, the error says what spire-agent's says.
-pub(super) fn read_main(path: &Path) -> Result<String, FileError> {
-    read_config(path).map_err(|err| match err {
+pub(super) fn read_main(trust: Trust, path: &Path) -> Result<String, FileError> {
+    read_config(trust, path).map_err(|err| match err {
         FileError::Read { path, cause } if cause.kind() == io::ErrorKind::NotFound => {
             FileError::Missing(path)
         }
@@ -79,23 +79,23 @@ pub(super) fn read_main(path: &Path) -> Result<String, FileError> {
 }
 
 /// Reads the text of a configuration file.
-fn read_config(path: &Path) -> Result<String, FileError> {
-    text(path, Trust::own().open(path).map_err(FileError::of(path))?)
+fn read_config(trust: Trust, path: &Path) -> Result<String, FileError> {
+    text(path, trust.open(path).map_err(FileError::of(path))?)
 }
 
 /// Reads a bundle.
-pub(super) fn read_bundle(path: &Path) -> Result<Vec<u8>, FileError> {
-    read(path, Trust::own().open(path).map_err(FileError::of(path))?)
+pub(super) fn read_bundle(trust: Trust, path: &Path) -> Result<Vec<u8>, FileError> {
+    read(path, trust.open(path).map_err(FileError::of(path))?)
 }
 
 /// Drop-in files: the path of each, and its text or why there is none.
 pub type DropIns = Vec<(PathBuf, Result<String, FileError>)>;
 
 /// Reads the drop-in files of `dir` in the order of their names; `None` when there is no such directory.
-pub(super) fn read_drop_ins(dir: &Path) -> Result<Option<DropIns>, FileError> {
+pub(super) fn read_drop_ins(trust: Trust, dir: &Path) -> Result<Option<DropIns>, FileError> {
     let failed = |cause| FileError::Read { path: dir.to_owned(), cause };
     // Sticky or not: who may put a file there may be anybody.
-    let opened = match Trust::own().directory(dir).and_then(TrustedDir::for_us_alone) {
+    let opened = match trust.directory(dir).and_then(TrustedDir::for_us_alone) {
         Ok(opened) => opened,
         Err(err) if err.is_missing() => return Ok(None),
         Err(err) => return Err(FileError::of(dir)(err)),
@@ -165,8 +165,7 @@ mod tests {
             (
                 "writable",
                 Err(
-                    "DIR/writable belongs to user UID and has mode 0666: it must belong to user UID or to root, and nobody \
-                     else may write to it (chmod go-w DIR/writable, or choose another place)",
+                    "DIR/writable belongs to user UID and has mode 0666: nobody else may write to it (chmod go-w DIR/writable, or choose another place)",
                 ),
             ),
             ("bytes", Err("DIR/bytes:3: is not UTF-8 text")),
@@ -174,7 +173,7 @@ mod tests {
             ("pipe", Err("DIR/pipe is not a regular file")),
             ("", Err("DIR/ is not a regular file")),
         ] {
-            let got = read_main(&at(name)).map_err(|err| err.to_string());
+            let got = read_main(Trust::own(), &at(name)).map_err(|err| err.to_string());
             let uid = nix::unistd::geteuid().to_string();
             let here = |err: &str| err.replace("DIR", dir.path().to_str().unwrap()).replace("UID", &uid);
             let want = want.map(str::to_owned).map_err(here);
@@ -186,8 +185,8 @@ mod tests {
     fn drop_ins_come_in_the_order_of_their_names() {
         let dir = tempfile::tempdir().unwrap();
         let names = |dir: &Path| -> Result<Option<String>, String> {
-            let read =
-                read_drop_ins(dir).map_err(|err| err.to_string().replace(dir.to_str().unwrap(), "DIR"))?;
+            let read = read_drop_ins(Trust::own(), dir)
+                .map_err(|err| err.to_string().replace(dir.to_str().unwrap(), "DIR"))?;
             let name = |(path, text): &(PathBuf, Result<String, FileError>)| {
                 format!(
                     "{}{}",

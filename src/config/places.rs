@@ -2,7 +2,8 @@
 //! whether workloads can reach the socket. Looked at before anything is made, and again at each reload.
 
 use std::{
-    os::unix::fs::MetadataExt as _,
+    io,
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _},
     path::{Path, PathBuf},
 };
 
@@ -10,7 +11,7 @@ use nix::unistd::geteuid;
 
 use super::document::Config;
 use crate::{
-    issuer::embedded::check_data_dir,
+    issuer::embedded::{IssuerError, check_ca_key, check_data_dir},
     os::trusted::{ClosedDir, PathError, Trust, TrustedDir},
 };
 
@@ -33,6 +34,14 @@ pub struct WrongPlace {
     pub message: String,
 }
 
+/// The user that an agent runs as, as far as can be told.
+#[derive(Debug)]
+pub struct AgentUser {
+    pub uid: u32,
+    /// What shows it: `data_dir`, or the directory above in which it would be made.
+    pub owns: PathBuf,
+}
+
 impl Places {
     fn note(&mut self, key: &'static str, value: &Path, found: Result<(), impl ToString>) {
         if let Err(error) = found {
@@ -49,10 +58,13 @@ impl Config {
         let data_dir = &self.agent.data_dir;
         places.note("agent.data_dir", data_dir, check_data_dir(data_dir, ours));
         let socket = &self.agent.socket_path;
-        places.note("agent.socket_path", socket, there(trust.directory(parent(socket))));
+        for (key, at) in self.sockets() {
+            places.note(key, at, socket_place(trust.directory(parent(at)), at));
+        }
+        places.wrong.extend(self.sockets_in_the_way(trust));
         if let Some(admin) = &self.agent.admin_socket_path {
             let dir = trust.directory(parent(admin)).and_then(TrustedDir::for_us_alone);
-            places.note("agent.admin_socket_path", admin, there(dir));
+            places.note("agent.admin_socket_path", admin, socket_place(dir, admin));
         }
         if let Some(file) = &self.log.file {
             places.note("agent.log_file", file, there(trust.to_append().route(file)));
@@ -73,16 +85,109 @@ impl Config {
         places
     }
 
-    /// The user that an agent with this configuration runs as, as far as can be told: the one who owns `data_dir`, which
-    /// service managers make for him, unless he could have put it there himself; else the user of this process.
-    pub fn agent_user(&self) -> u32 {
-        let ours = geteuid().as_raw();
-        let (trust, data_dir) = (Trust::of(ours), &self.agent.data_dir);
-        let above = trust.directory(parent(data_dir)).and_then(TrustedDir::for_us_alone);
-        match above.and_then(|_| trust.directory_unchecked(data_dir)) {
-            Ok(dir) => dir.metadata().uid(),
-            Err(_) => ours,
+    /// What a start needs, and is not there or cannot be read by the user of `trust`: the directory of the log, and the
+    /// files of a CA. An agent that runs does not need them again.
+    pub fn missing_places(&self, trust: Trust) -> Vec<WrongPlace> {
+        let mut found = Places::default();
+        let us = geteuid();
+        // What this process cannot open another's agent may.
+        let tells = |error: &io::Error| {
+            error.kind() == io::ErrorKind::NotFound || us.is_root() || us.as_raw() == trust.user()
+        };
+        if let Some(file) = &self.log.file
+            && let Err(PathError::Open { path, cause }) = trust.to_append().directory(parent(file))
+            && tells(&cause)
+        {
+            found.note("agent.log_file", file, Err::<(), _>(PathError::Open { path, cause }));
         }
+        if let Some(file) = &self.issuer.ca_cert_path
+            && let Err(PathError::Open { path, cause }) = trust.open(file)
+            && tells(&cause)
+        {
+            found.note(
+                "issuer \"embedded\".ca_cert_path",
+                file,
+                Err::<(), _>(PathError::Open { path, cause }),
+            );
+        }
+        if let Some(file) = &self.issuer.ca_key_path {
+            match check_ca_key(file, trust) {
+                Err(IssuerError::Read { cause, .. }) if !tells(&cause) => {}
+                // Places says it.
+                Err(IssuerError::Path(_) | IssuerError::FileType { .. }) => {}
+                checked => found.note("issuer \"embedded\".ca_key_path", file, checked),
+            }
+        }
+        found.wrong
+    }
+
+    /// The sockets that many may connect to.
+    fn sockets(&self) -> impl Iterator<Item = (&'static str, &Path)> {
+        let socket = self.agent.socket_path.as_path();
+        let metrics = self.metrics_socket.as_deref().map(|at| ("telemetry.Prometheus.socket_path", at));
+        let health = self.health.socket_path.as_deref().map(|at| ("health_checks.socket_path", at));
+        [("agent.socket_path", socket)].into_iter().chain(metrics).chain(health)
+    }
+
+    /// Sockets that would stand where another one does, or its lock, by whatever links.
+    fn sockets_in_the_way(&self, trust: Trust) -> Vec<WrongPlace> {
+        let admin = self.agent.admin_socket_path.as_deref().map(|at| ("agent.admin_socket_path", at));
+        let routed = |(key, at): (&'static str, &Path)| {
+            let dir = trust.route(parent(at)).ok()?.path;
+            Some((key, at.to_owned(), dir.join(at.file_name()?)))
+        };
+        let all: Vec<_> = self.sockets().chain(admin).filter_map(routed).collect();
+        let mut wrong = Vec::new();
+        for (nth, (key, value, real)) in all.iter().enumerate() {
+            for (other_nth, (other, _, theirs)) in all.iter().enumerate() {
+                let mut lock = theirs.clone().into_os_string();
+                lock.push(".lock");
+                let message = if nth > other_nth && real == theirs {
+                    format!("is also {other}")
+                } else if nth != other_nth && real.as_os_str() == lock {
+                    format!("is the lock file of {other}: choose another name")
+                } else {
+                    continue;
+                };
+                wrong.push(WrongPlace { key, value: value.clone(), message });
+            }
+        }
+        wrong
+    }
+
+    /// The user that an agent with this configuration runs as, as far as can be told: the one who owns `data_dir`, which
+    /// service managers make for him, or the directory in which it would be made, unless others could have put it there;
+    /// else the user of this process.
+    pub fn agent_user(&self) -> AgentUser {
+        let data_dir = &self.agent.data_dir;
+        let here = || AgentUser { uid: geteuid().as_raw(), owns: data_dir.clone() };
+        for dir in data_dir.ancestors() {
+            let uid = match Trust::anybody().directory(dir) {
+                Ok(found) => found.metadata().uid(),
+                Err(error) if error.is_missing() => continue,
+                Err(_) => break,
+            };
+            let decides = if dir == data_dir { parent(dir) } else { dir };
+            let trust = Trust::of(uid);
+            let alone = trust.directory(decides).and_then(TrustedDir::for_us_alone).is_ok();
+            return if alone { AgentUser { uid, owns: dir.to_owned() } } else { here() };
+        }
+        here()
+    }
+}
+
+/// That a socket can be bound there: the directory is not others', and nothing but a socket stands there.
+fn socket_place(dir: Result<TrustedDir, PathError>, path: &Path) -> Result<(), String> {
+    let dir = match dir {
+        Ok(dir) => dir,
+        Err(PathError::Open { .. }) => return Ok(()),
+        Err(error) => return Err(error.to_string()),
+    };
+    match path.file_name().map(|name| dir.look_at(name)) {
+        Some(Ok(found)) if !found.file_type().is_socket() => {
+            Err(format!("{} is there and is no socket: remove it, or choose another path", path.display()))
+        }
+        Some(_) | None => Ok(()),
     }
 }
 

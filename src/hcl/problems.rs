@@ -58,6 +58,14 @@ impl ConfigErrors {
         Self { list, left_out }
     }
 
+    /// These, and then the others.
+    #[must_use]
+    pub(crate) fn and(mut self, others: Self) -> Self {
+        self.list.extend(others.list);
+        self.left_out = self.left_out.saturating_add(others.left_out);
+        self
+    }
+
     /// The mistakes, by place.
     pub fn list(&self) -> &[ConfigError] {
         &self.list

@@ -33,7 +33,7 @@ use tokio::{
 
 pub use self::{
     ca::{EmbeddedCa, ROTATION_RETRY, Rotation},
-    disk::check_data_dir,
+    disk::{check_ca_key, check_data_dir},
     error::{Damage, IssuerError, SuppliedCaFault},
     settings::{EmbeddedSettings, IssuerSettings, MIN_CA_TTL, MIN_SVID_TTL},
 };

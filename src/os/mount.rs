@@ -4,6 +4,7 @@
 //! Nothing here asks the file system itself, which may never answer.
 
 use std::{
+    ffi::CString,
     fs::File,
     io::{self, Read as _},
     mem::MaybeUninit,
@@ -60,6 +61,18 @@ fn mounter_in(text: &str, id: u64) -> Option<u32> {
         return None;
     }
     options.split(',').find_map(|option| option.strip_prefix("user_id=")?.parse().ok())
+}
+
+/// Whether a POSIX ACL may give more users access to `file` than its mode says. Unknown counts as one.
+#[expect(unsafe_code, reason = "nix has no getxattr")]
+pub(super) fn has_acl(file: &File) -> bool {
+    // A descriptor that is open for nothing has no attributes but by the kernel's link to it.
+    let Ok(link) = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd())) else { return true };
+    // SAFETY: both are strings that end with a zero and live through the call, and with a size of 0 nothing is written.
+    let found = unsafe {
+        libc::getxattr(link.as_ptr(), c"system.posix_acl_access".as_ptr(), std::ptr::null_mut(), 0)
+    };
+    !matches!(Errno::result(found), Err(Errno::ENODATA | Errno::EOPNOTSUPP))
 }
 
 #[cfg(test)]

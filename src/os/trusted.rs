@@ -5,8 +5,11 @@
 //! and nobody else may write to it. What is handed out is what was looked at: a descriptor, and never a path again.
 //!
 //! Where others may write but not take away (a sticky directory, as `/tmp`), what is made use of in it must itself belong
-//! to root or to the agent's user, links too. On a read-only mount write bits do not matter: the directories of Kubernetes'
-//! ConfigMaps have mode 0777. With a POSIX ACL the bits of the group are its mask, the most that anybody is given by it. A
+//! to root or to the agent's user, links too. The same is asked in the top directory of a read-only mount, whose write bits
+//! do not matter: a ConfigMap's has mode 0777. Below it they do, since everything may be read-only for this process alone
+//! (`ProtectSystem=strict`). An ordinary user's private group (its number is the user's: Debian and Fedora make one for each
+//! user, who then has umask 002) may write to what the user owns, unless an ACL is there: with a POSIX ACL the bits of the
+//! group are its mask, the most that anybody is given by it. No file of the kernel's own file systems is believed. A
 //! FUSE file system says of itself what it likes: its mounter must be root or the agent's user. Who owns `/` could put
 //! anything in any place, this program too, and is as root: in a user namespace root may have another number, and is then
 //! not told apart from the users who have none there.
@@ -15,6 +18,7 @@
 
 mod error;
 mod here;
+mod rule;
 
 use std::{
     ffi::{OsStr, OsString},
@@ -35,13 +39,17 @@ use nix::{
         stat::Mode,
         statfs::{PROC_SUPER_MAGIC, fstatfs},
     },
-    unistd::{UnlinkatFlags, geteuid, unlinkat},
+    unistd::{UnlinkatFlags, unlinkat},
 };
 
-pub use self::{error::PathError, here::ClosedDir};
+pub use self::{
+    error::PathError,
+    here::{ClosedDir, is_read_only},
+    rule::Trust,
+};
 use self::{
     error::{MOST_LINKS, cannot_open, nothing},
-    here::{Here, Named, closed_dir, put_first, read_only},
+    here::{Here, Named, closed_dir, put_first},
 };
 use super::mount;
 
@@ -50,25 +58,6 @@ const MOST_MADE: u32 = 1000;
 
 /// The mode of directories that are made above the one that was asked for.
 const ABOVE: u32 = 0o755;
-
-/// Writing, for others than the owner.
-const OTHERS_WRITE: u32 = 0o022;
-
-const STICKY: u32 = 0o1000;
-
-/// Whom paths may belong to: root, and one user.
-#[derive(Clone, Copy, Debug)]
-pub struct Trust {
-    ours: u32,
-    /// Whether directories of root's that their group may write to count as sticky ones.
-    groups: Groups,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Groups {
-    Refused,
-    Sticky,
-}
 
 /// A directory that was walked to. Nobody else can put another in its place.
 #[derive(Debug)]
@@ -120,28 +109,6 @@ enum End {
 }
 
 impl Trust {
-    /// Root, and the user that this process runs as.
-    pub fn own() -> Self {
-        Self::of(geteuid().as_raw())
-    }
-
-    /// Root, and the user `ours`.
-    pub fn of(ours: u32) -> Self {
-        Self { ours, groups: Groups::Refused }
-    }
-
-    /// The user who is trusted beside root.
-    pub fn user(self) -> u32 {
-        self.ours
-    }
-
-    /// For what is only written to: a directory of root's may be writable for its group too (`/var/log` is, with some
-    /// distributions), and then counts as sticky, and no link in it is followed.
-    #[must_use]
-    pub fn to_append(self) -> Self {
-        Self { groups: Groups::Sticky, ..self }
-    }
-
     /// Opens a directory.
     ///
     /// # Errors
@@ -211,7 +178,7 @@ impl Trust {
         let meta = file.metadata().map_err(|cause| cannot_open(&path, cause))?;
         // With a second name it may be a file that is of importance elsewhere.
         if shared && (!meta.is_file() || meta.nlink() != 1 || !self.owns(meta.uid(), here.root)) {
-            return Err(self.untrusted(path, &meta));
+            return Err(self.untrusted_file(path, &file, &meta));
         }
         // Whoever writes may wait.
         fcntl(&file, FcntlArg::F_SETFL(OFlag::O_APPEND)).map_err(|errno| cannot_open(&path, errno.into()))?;
@@ -356,10 +323,7 @@ impl Trust {
         found: &Named,
     ) -> Result<Option<PathBuf>, PathError> {
         let at = here.path.join(name);
-        let sticky = here.meta.mode() & STICKY != 0;
-        if shared && !(sticky && self.owns(found.meta.uid(), here.root)) {
-            return Err(self.untrusted(at, &found.meta));
-        }
+        self.check_link(here, shared, at.clone(), &found.file, &found.meta)?;
         let read = || -> Result<_, Errno> {
             Ok((readlinkat(&found.file, "")?, fstatfs(&here.dir)?.filesystem_type() == PROC_SUPER_MAGIC))
         };
@@ -368,52 +332,11 @@ impl Trust {
         let honest = !text.as_bytes().contains(&b':') && !text.as_bytes().starts_with(b"/");
         Ok((honest || !in_proc).then(|| text.into()))
     }
-
-    /// Whether others may put things in it.
-    fn check_directory(self, here: &Here) -> Result<bool, PathError> {
-        let (uid, mode) = (here.meta.uid(), here.meta.mode());
-        let owned = self.owns(uid, here.root);
-        if owned && (mode & OTHERS_WRITE == 0 || read_only(&here.dir)) {
-            return Ok(false);
-        }
-        let by_group = self.groups == Groups::Sticky && uid == 0 && mode & 0o002 == 0;
-        if owned && (mode & STICKY != 0 || by_group) {
-            return Ok(true);
-        }
-        Err(self.untrusted(here.path.clone(), &here.meta))
-    }
-
-    fn check_file(self, path: &Path, file: &File, meta: &Metadata, root: u32) -> Result<(), PathError> {
-        if !meta.is_file() {
-            return Err(PathError::Kind { path: path.to_owned(), want: "regular file" });
-        }
-        if self.owns(meta.uid(), root) && (meta.mode() & OTHERS_WRITE == 0 || read_only(file)) {
-            return Ok(());
-        }
-        Err(self.untrusted(path.to_owned(), meta))
-    }
-
-    /// `root` is who owns `/`.
-    fn owns(self, uid: u32, root: u32) -> bool {
-        uid == 0 || uid == self.ours || uid == root
-    }
-
-    fn untrusted(self, path: PathBuf, meta: &Metadata) -> PathError {
-        let (uid, mode, ours) = (meta.uid(), meta.mode() & 0o7777, self.ours);
-        let at = path.display();
-        let chown = if meta.is_symlink() { "chown -h" } else { "chown" };
-        let remedy = match (self.owns(uid, 0), mode & OTHERS_WRITE == 0 || meta.is_symlink()) {
-            (false, true) => format!("{chown} {ours} {at}"),
-            (false, false) => format!("{chown} {ours} {at} and chmod go-w {at}"),
-            (true, _) => format!("chmod go-w {at}"),
-        };
-        PathError::Untrusted { path, uid, mode, ours, remedy }
-    }
 }
 
 impl TrustedDir {
     fn checked(self) -> Result<Self, PathError> {
-        self.trust.check_directory(&self.here)?;
+        self.trust.check_end(&self.here)?;
         Ok(self)
     }
 
@@ -422,8 +345,8 @@ impl TrustedDir {
     /// # Errors
     /// [`PathError::Untrusted`].
     pub fn for_us_alone(self) -> Result<Self, PathError> {
-        if self.trust.check_directory(&self.here)? {
-            return Err(self.trust.untrusted(self.here.path, &self.here.meta));
+        if self.trust.check_end(&self.here)? {
+            return Err(self.trust.refused(&self.here));
         }
         Ok(self)
     }
@@ -507,6 +430,7 @@ mod tests {
         os::unix::fs::{PermissionsExt as _, chown, symlink},
     };
 
+    use nix::unistd::geteuid;
     use proptest::prelude::*;
 
     use super::*;
@@ -644,7 +568,7 @@ mod tests {
                     chmod(&at.join("d"), 0o777);
                 },
                 "d/f",
-                "(chown 0 BASE/d and chmod go-w BASE/d, or choose",
+                "it must belong to root, and nobody else may write to it (copy what is meant",
             ),
             (
                 "a link of theirs, where only root could have put it",

@@ -332,6 +332,6 @@ async fn the_socket_is_its_owners_and_goes_with_the_agent() {
     write_config(dir.path(), &with_admin(&private, ""));
     let started = Running::start(load(dir.path()).unwrap(), None, Clock::SYSTEM);
     let error = format!("{:#}", started.unwrap_err());
-    assert!(error.contains("must belong to user"), "{error}");
+    assert!(error.contains("nobody else may write to it"), "{error}");
     assert!(!socket.exists() && !dir.path().join("api.sock").exists(), "nothing is left behind");
 }

@@ -1198,11 +1198,14 @@ fn a_supplied_ca_that_cannot_serve_is_refused_with_the_reason() {
     }
 
     let admin = AdminCa::write(dir.path(), "ca", &[&root.pem()], &root_key);
-    chmod(&admin.key, 0o640);
+    // A group of the agent's own may read it, others not.
+    chmod(&admin.key, 0o644);
     let data = dir.path().join("mode");
     let err = EmbeddedCa::open(settings_with(admin.source(), &data), start()).unwrap_err();
     let key = admin.key.display();
-    let want = format!("{key} has mode 0640, which is open to others; it must be 0600 (chmod 600 {key})");
+    let want = format!(
+        "{key} has mode 0644, and others can read it: nobody but the agent's user, a group of his own and root may (chmod 600 {key})"
+    );
     assert_eq!(err.to_string(), want);
 }
 

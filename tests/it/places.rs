@@ -6,7 +6,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream},
     os::unix::{
-        fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, chown, symlink},
+        fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, chown, lchown, symlink},
         net::UnixStream,
         process::CommandExt as _,
     },
@@ -49,6 +49,11 @@ fn run(program: &Path, config: &Path, set: impl FnOnce(&mut Command)) -> Output 
 
 fn validate(config: &Path) -> Output {
     Command::new(PROGRAM).args(["validate", "--config"]).arg(config).output().unwrap()
+}
+
+/// By another process: a child of another test's that has this file open to write would keep it from being run.
+fn copy_program(to: &Path) {
+    assert!(Command::new("cp").arg(PROGRAM).arg(to).status().unwrap().success());
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -136,10 +141,11 @@ fn nothing_starts_where_others_can_change_what_it_reads() {
                 said.contains(&format!("{} belongs to user ", place.display())),
                 "{what}, {case}: {said}"
             );
-            assert!(
-                said.contains(&format!(" {}, or choose another place)", place.display())),
-                "{what}, {case}: {said}"
-            );
+            // What a stranger owns may be his home: only what was asked for by its name is worth a command.
+            let command = format!(" {}, or choose another place)", place.display());
+            let copy = ["etc", "fed", "log"].iter().any(|dir| case == format!("{dir} of somebody else"));
+            assert_eq!(said.contains(&command), !copy, "{what}, {case}: {said}");
+            assert_eq!(said.contains("such as /etc/durward, or"), copy, "{what}, {case}: {said}");
         }
         assert!(
             !dir.join("run/api.sock").exists() && !dir.join("data").exists(),
@@ -222,6 +228,204 @@ fn a_configuration_is_validated_as_the_agent_would() {
     assert_eq!(got.status.code(), Some(1), "{}", text(&got.stderr));
 }
 
+/// Files of the agent's user are his, whoever validates; and those of who validates are not the agent's.
+#[test]
+fn who_validates_is_not_who_is_trusted() {
+    if !geteuid().is_root() {
+        println!("nothing can be given to anybody: left out");
+        return;
+    }
+    let program = tempfile::tempdir().unwrap();
+    chmod(program.path(), 0o755);
+    copy_program(&program.path().join("durward"));
+    let by = |user: u32, config: &Path| {
+        let mut command = Command::new(program.path().join("durward"));
+        command.args(["validate", "--config"]).arg(config).current_dir("/");
+        command.uid(user).gid(user).output().unwrap()
+    };
+    let all = [
+        "etc",
+        "etc/agent.conf",
+        "etc/entries.d",
+        "etc/entries.d/a.conf",
+        "fed",
+        "fed/bundle.json",
+        "run",
+        "log",
+    ];
+    let given = |owners: u32, data: u32| {
+        let dir = layout_dir();
+        fs::create_dir(dir.path().join("data")).unwrap();
+        for (place, owner) in all.into_iter().map(|place| (place, owners)).chain([("data", data)]) {
+            chown(dir.path().join(place), Some(owner), Some(owner)).unwrap();
+        }
+        dir
+    };
+    for (case, owners, data, user, valid) in [
+        ("the agent's, by root", NEIGHBOUR, NEIGHBOUR, 0, true),
+        ("the agent's, by himself", NEIGHBOUR, NEIGHBOUR, NEIGHBOUR, true),
+        ("root's, by somebody", 0, 0, NEIGHBOUR, true),
+        ("somebody's, by himself, the agent is root's", NEIGHBOUR, 0, NEIGHBOUR, false),
+        ("somebody's, by root, the agent is root's", NEIGHBOUR, 0, 0, false),
+    ] {
+        let dir = given(owners, data);
+        let got = by(user, &dir.path().join("etc/agent.conf"));
+        assert_eq!(got.status.success(), valid, "{case}: {}", text(&got.stderr));
+    }
+    // Without data_dir the directory tells in which it would be made.
+    let dir = given(NEIGHBOUR, 0);
+    fs::remove_dir(dir.path().join("data")).unwrap();
+    let config = dir.path().join("etc/agent.conf");
+    assert!(!by(NEIGHBOUR, &config).status.success());
+    chown(dir.path(), Some(NEIGHBOUR), None).unwrap();
+    let got = by(0, &config);
+    assert!(got.status.success(), "{}", text(&got.stderr));
+
+    // Root reads everything, the agent does not.
+    for (place, mode) in [("etc/agent.conf", 0o600), ("etc", 0o700), ("etc/entries.d/a.conf", 0o640)] {
+        let dir = given(NEIGHBOUR, NEIGHBOUR);
+        chown(dir.path().join(place), Some(0), Some(0)).unwrap();
+        chmod(&dir.path().join(place), mode);
+        let got = by(0, &dir.path().join("etc/agent.conf"));
+        let said = text(&got.stderr);
+        assert!(!got.status.success() && said.contains("Permission denied"), "{place}: {said}");
+    }
+}
+
+/// Each would keep the agent from starting.
+#[test]
+fn validate_looks_at_every_place_that_a_start_needs() {
+    type Change = fn(&Path);
+    let cases: [(&str, &str, Change, &str); 9] = [
+        ("all is well", "", |_| {}, ""),
+        (
+            "metrics in everybody's directory",
+            "telemetry { Prometheus { socket_path = \"HERE/open/m.sock\" } }",
+            |at| {
+                fs::create_dir(at.join("open")).unwrap();
+                chmod(&at.join("open"), 0o777);
+            },
+            "telemetry.Prometheus.socket_path",
+        ),
+        (
+            "health in everybody's directory",
+            "health_checks { socket_path = \"HERE/open/h.sock\" }",
+            |at| {
+                fs::create_dir(at.join("open")).unwrap();
+                chmod(&at.join("open"), 0o777);
+            },
+            "health_checks.socket_path",
+        ),
+        (
+            "a file at the socket of metrics",
+            "telemetry { Prometheus { socket_path = \"HERE/run/m.sock\" } }",
+            |at| fs::write(at.join("run/m.sock"), "").unwrap(),
+            "m.sock is there and is no socket",
+        ),
+        (
+            "the lock of the other",
+            "health_checks { socket_path = \"HERE/run/api.sock.lock\" }",
+            |_| {},
+            "is the lock file of agent.socket_path",
+        ),
+        (
+            "the other, by a link",
+            "health_checks { socket_path = \"HERE/link/api.sock\" }",
+            |at| symlink("run", at.join("link")).unwrap(),
+            "is also agent.socket_path",
+        ),
+        ("no directory for the log", "", |at| fs::remove_dir(at.join("log")).unwrap(), "agent.log_file"),
+        ("no CA", "CA", |_| {}, "ca_cert_path"),
+        ("no key", "CA", |at| fs::write(at.join("etc/ca.pem"), "").unwrap(), "ca_key_path"),
+    ];
+    for (case, block, change, want) in cases {
+        let dir = layout_dir();
+        let config = dir.path().join("etc/agent.conf");
+        configure(&config, block);
+        change(dir.path());
+        let got = validate(&config);
+        let said = text(&got.stderr);
+        assert_eq!(got.status.success(), want.is_empty(), "{case}: {said}");
+        assert!(said.contains(want), "{case}: {said}");
+    }
+}
+
+#[test]
+fn validate_names_what_is_wrong_with_files_and_places_at_once() {
+    let dir = layout_dir();
+    let wrong = ["etc/agent.conf", "run"];
+    for place in wrong {
+        chmod(&dir.path().join(place), 0o777);
+    }
+    let got = validate(&dir.path().join("etc/agent.conf"));
+    let said = text(&got.stderr);
+    for place in wrong {
+        let want = format!("{} belongs to user ", dir.path().join(place).display());
+        assert!(said.contains(&want), "{place}: {said}");
+    }
+}
+
+/// Adds a block, or a CA that is supplied, to what the layout has.
+fn configure(config: &Path, block: &str) {
+    let here = config.ancestors().nth(2).unwrap().display().to_string();
+    let text = fs::read_to_string(config).unwrap();
+    let ca = format!(
+        "issuer \"embedded\" {{\n  ca_cert_path = \"{here}/etc/ca.pem\"\n  ca_key_path = \"{here}/etc/ca.key\"\n}}"
+    );
+    let text = match block {
+        "CA" => text.replace("issuer \"embedded\" { }", &ca),
+        block => text + &block.replace("HERE", &here) + "\n",
+    };
+    fs::write(config, text).unwrap();
+}
+
+/// A Secret with `fsGroup` has mode 0440, root, and a group of the agent's.
+#[test]
+fn the_agents_own_group_may_read_its_key() {
+    if !geteuid().is_root() {
+        println!("nothing can be given to anybody: left out");
+        return;
+    }
+    let ours = nix::unistd::getegid().as_raw();
+    for (mode, group, well) in [
+        (0o600, ours, true),
+        (0o400, ours, true),
+        (0o440, ours, true),
+        (0o640, ours, true),
+        (0o440, NEIGHBOUR, false),
+        (0o444, ours, false),
+        (0o644, ours, false),
+        (0o404, ours, false),
+    ] {
+        let dir = layout_dir();
+        let config = dir.path().join("etc/agent.conf");
+        configure(&config, "CA");
+        let key = dir.path().join("etc/ca.key");
+        for file in [&key, &dir.path().join("etc/ca.pem")] {
+            fs::write(file, "").unwrap();
+        }
+        chown(&key, None, Some(group)).unwrap();
+        chmod(&key, mode);
+        let (valid, started) = (validate(&config), run(Path::new(PROGRAM), &config, |_| {}));
+        assert_eq!(valid.status.success(), well, "{mode:o} {group}: {}", text(&valid.stderr));
+        // The key is none, which is said when it may be read.
+        let said = text(&started.stderr);
+        assert_eq!(!said.contains("others can read it"), well, "{mode:o} {group}: {said}");
+        if !well {
+            assert!(text(&valid.stderr).contains(&format!("(chmod 600 {})", key.display())), "{mode:o}");
+            let mount = "mount --bind \"$1/etc\" \"$1/etc\" && mount -o remount,bind,ro \"$1/etc\" || exit 77; \
+                         exec \"$2\" validate --config \"$1/etc/agent.conf\"";
+            if let Some(got) = mounted(dir.path(), mount) {
+                let said = text(&got.stderr);
+                assert!(
+                    said.contains("set defaultMode: 0400") && !said.contains("chmod"),
+                    "{mode:o}: {said}"
+                );
+            }
+        }
+    }
+}
+
 /// What people have: links, dots, names that start at the working directory, closed homes, the umask of a closed shop.
 #[test]
 fn ordinary_layouts_are_valid() {
@@ -272,6 +476,46 @@ fn ordinary_layouts_are_valid() {
     chmod(dir.path(), 0o755);
 }
 
+/// Where each user has a group of his own, his umask is 002 (Debian, Fedora), and what he makes his group may write to.
+#[test]
+fn a_users_private_group_is_the_user() {
+    if !geteuid().is_root() {
+        println!("nobody else can be become: left out");
+        return;
+    }
+    let base = tempfile::tempdir().unwrap();
+    chmod(base.path(), 0o755);
+    // The build directory may be closed to others.
+    let program = base.path().join("durward");
+    copy_program(&program);
+    for (case, owner, group, gid, valid) in [
+        ("private", NEIGHBOUR, NEIGHBOUR, NEIGHBOUR, true),
+        ("a group of many", NEIGHBOUR, 100, 100, false),
+        ("his private group, and he has another", NEIGHBOUR, NEIGHBOUR, 100, false),
+        ("another group than his", NEIGHBOUR, 100, NEIGHBOUR, false),
+        ("root's", 0, NEIGHBOUR, NEIGHBOUR, false),
+    ] {
+        let clone = base.path().join(case);
+        fs::create_dir(&clone).unwrap();
+        let made = layout(&clone);
+        for place in
+            ["", "etc", "etc/agent.conf", "etc/entries.d", "etc/entries.d/a.conf", "fed", "run", "log"]
+        {
+            chown(clone.join(place), Some(owner), Some(group)).unwrap();
+            chmod(&clone.join(place), if place.ends_with("conf") { 0o664 } else { 0o775 });
+        }
+        let command = |args: &[&str], at: &Path| {
+            let mut command = Command::new("timeout");
+            command.args(["20"]).arg(&program).args(args).arg(at).uid(NEIGHBOUR).gid(gid);
+            command.current_dir(base.path()).output().unwrap()
+        };
+        let got = command(&["validate", "--config"], &made);
+        assert_eq!(got.status.success(), valid, "{case}: {}", text(&got.stderr));
+        let got = command(&["quickstart", "--exit-after-fetch", "--dir"], &clone.join("quick"));
+        assert_eq!(got.status.success(), valid, "{case}: {}", text(&got.stderr));
+    }
+}
+
 /// Runs `script` in a mount namespace of its own, with the directory as $1 and the program as $2. `None` where nothing can
 /// be mounted.
 fn mounted(dir: &Path, script: &str) -> Option<Output> {
@@ -290,22 +534,93 @@ fn mounted(dir: &Path, script: &str) -> Option<Output> {
     Some(got)
 }
 
-/// A ConfigMap's directory has mode 0777, and is mounted read-only.
+/// A ConfigMap's directory has mode 0777, and is mounted read-only. What is below it has modes that count.
 #[test]
-fn what_is_mounted_read_only_may_have_any_mode() {
+fn the_top_of_what_is_mounted_read_only_may_have_any_mode() {
+    let mount = "mount --bind \"$1/etc\" \"$1/etc\" && mount -o remount,bind,ro \"$1/etc\" || exit 77; \
+                 exec \"$2\" validate --config \"$1/etc/agent.conf\"";
+    type Change = fn(&Path);
+    type Case = (&'static str, Change, Result<(), &'static str>);
+    let cases: [Case; 6] = [
+        ("plain", |_| {}, Ok(())),
+        ("as a Secret", |at| chmod(&at.join("etc"), 0o1777), Ok(())),
+        ("a link of root's", |at| relink(at, None), Ok(())),
+        (
+            "a link of somebody else's",
+            |at| relink(at, Some(NEIGHBOUR)),
+            Err("/etc/agent.conf belongs to user "),
+        ),
+        (
+            "a directory in it",
+            |at| chmod(&at.join("etc/entries.d"), 0o777),
+            Err(
+                "/etc/entries.d belongs to user 0 and has mode 0777: nobody else may write to it (it is mounted",
+            ),
+        ),
+        (
+            "a file in it",
+            |at| chmod(&at.join("etc/agent.conf"), 0o666),
+            Err("/etc/agent.conf belongs to user 0"),
+        ),
+    ];
+    for (case, change, want) in cases {
+        let dir = layout_dir();
+        chmod(&dir.path().join("etc"), 0o777);
+        change(dir.path());
+        let Some(got) = mounted(dir.path(), mount) else { return };
+        let said = text(&got.stderr);
+        assert_eq!(got.status.success(), want.is_ok(), "{case}: {said}");
+        assert!(said.contains(want.err().unwrap_or_default()), "{case}: {said}");
+        assert!(!said.contains("(chmod"), "{case}: it cannot be done: {said}");
+    }
     let dir = layout_dir();
     chmod(&dir.path().join("etc"), 0o777);
-    chmod(&dir.path().join("etc/entries.d"), 0o777);
-    let script = "mount --bind \"$1/etc\" \"$1/etc\" && mount -o remount,bind,ro \"$1/etc\" || exit 77; \
-                  exec \"$2\" validate --config \"$1/etc/agent.conf\"";
-    if let Some(got) = mounted(dir.path(), script) {
-        assert!(got.status.success(), "{}", text(&got.stderr));
+    let writable = validate(&dir.path().join("etc/agent.conf"));
+    assert_eq!(writable.status.code(), Some(1), "writable, it is refused");
+}
+
+/// `agent.conf` by a link, as in a ConfigMap.
+fn relink(at: &Path, owner: Option<u32>) {
+    fs::rename(at.join("etc/agent.conf"), at.join("etc/real")).unwrap();
+    symlink("real", at.join("etc/agent.conf")).unwrap();
+    lchown(at.join("etc/agent.conf"), owner, None).unwrap();
+}
+
+/// As a service manager mounts everything read-only for the agent alone (ProtectSystem=strict): others still write.
+#[test]
+fn what_is_read_only_for_the_agent_alone_is_no_volume() {
+    let mount = "mount --bind \"$1/run\" \"$1/run\" && mount -o remount,bind,ro / || exit 77; \
+                 exec timeout --signal=TERM 20 \"$2\" run --config \"$1/etc/agent.conf\"";
+    for (place, mode) in
+        [("etc/agent.conf", 0o666), ("etc", 0o777), ("etc/entries.d", 0o777), ("fed/bundle.json", 0o646)]
+    {
+        // Not below /tmp, which may be mounted apart.
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        chmod(dir.path(), 0o755);
+        layout(dir.path());
+        chmod(&dir.path().join(place), mode);
+        let Some(got) = mounted(dir.path(), mount) else { return };
+        let said = text(&got.stderr);
+        assert_eq!(got.status.code(), Some(1), "{place}: {said}");
+        let want = format!("{} belongs to user ", dir.path().join(place).display());
+        assert!(said.contains(&want), "{place}: {said}");
     }
-    assert_eq!(
-        validate(&dir.path().join("etc/agent.conf")).status.code(),
-        Some(1),
-        "writable, it is refused"
-    );
+}
+
+/// Who starts a program chooses the bytes of this file, which belongs to whom the program runs as.
+#[test]
+fn no_file_of_the_kernels_is_believed() {
+    let dir = layout_dir();
+    let config = dir.path().join("etc/agent.conf");
+    let words = fs::read_to_string(&config).unwrap();
+    let mut sleeping = Command::new("sleep").arg0(words).arg("60").spawn().unwrap();
+    fs::remove_file(&config).unwrap();
+    symlink(format!("/proc/{}/cmdline", sleeping.id()), &config).unwrap();
+    let got = validate(&config);
+    assert_eq!(got.status.code(), Some(1));
+    assert!(text(&got.stderr).contains("agent.conf is not a regular file"), "{}", text(&got.stderr));
+    sleeping.kill().unwrap();
+    sleeping.wait().unwrap();
 }
 
 /// Nobody answers for this one: it is refused without having been asked.
@@ -492,7 +807,7 @@ async fn the_agent_closes_itself_to_others() {
     fs::create_dir(&home).unwrap();
     // The build directory may be closed to others.
     let program = dir.path().join("durward");
-    fs::copy(PROGRAM, &program).unwrap();
+    copy_program(&program);
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     write_config(&home, &format!("telemetry {{ Prometheus {{ host = \"127.0.0.1\" port = {port} }} }}"));
     let user = if geteuid().is_root() { NEIGHBOUR } else { geteuid().as_raw() };

@@ -147,23 +147,21 @@ fn private_dir(path: &Path) -> Result<(), LayoutError> {
     match fs::symlink_metadata(path) {
         // Not through a link: in /tmp that could be anybody's.
         Ok(found) if !found.is_dir() => return Err(LayoutError::NoDirectory(path.to_owned())),
-        Ok(found) => for_us_alone(path, &found)?,
+        Ok(found) => ours(path, &found)?,
         Err(err) if err.kind() == io::ErrorKind::NotFound => {}
         Err(cause) => return Err(LayoutError::Directory { path: path.to_owned(), cause }),
     }
     let made = Trust::own().make_directory_unchecked(path, 0o700)?;
-    for_us_alone(path, made.metadata())
+    ours(path, made.metadata())?;
+    let mode = made.metadata().mode() & 0o7777;
+    made.for_us_alone().map(drop).map_err(|_untrusted| LayoutError::Mode { path: path.to_owned(), mode })
 }
 
-fn for_us_alone(path: &Path, found: &fs::Metadata) -> Result<(), LayoutError> {
-    if found.uid() != geteuid().as_raw() {
-        return Err(LayoutError::Owner { path: path.to_owned(), owner: found.uid() });
+fn ours(path: &Path, found: &fs::Metadata) -> Result<(), LayoutError> {
+    if found.uid() == geteuid().as_raw() {
+        return Ok(());
     }
-    let mode = found.mode() & 0o7777;
-    if mode & 0o022 != 0 {
-        return Err(LayoutError::Mode { path: path.to_owned(), mode });
-    }
-    Ok(())
+    Err(LayoutError::Owner { path: path.to_owned(), owner: found.uid() })
 }
 
 /// The directory below which the sockets are: `dir`, or a short one of this user's alone when the path of `dir` is too

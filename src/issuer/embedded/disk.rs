@@ -17,7 +17,7 @@ use nix::{fcntl::OFlag, unistd::geteuid};
 use zeroize::Zeroizing;
 
 use super::IssuerError;
-use crate::os::trusted::{PathError, Trust, TrustedDir};
+use crate::os::trusted::{PathError, Trust, TrustedDir, is_read_only};
 
 const STATE: &str = "issuer.json";
 const NEW_STATE: &str = "issuer.json.new";
@@ -144,6 +144,35 @@ fn refused(path: &Path) -> impl FnOnce(PathError) -> IssuerError {
         PathError::Kind { path, want } => IssuerError::FileType { path, want },
         error => IssuerError::Path(error),
     }
+}
+
+/// Looks at the file of a CA's key as an agent of user `trust` would.
+///
+/// # Errors
+/// It cannot be opened, or others could read it or have put it there.
+pub fn check_ca_key(path: &Path, trust: Trust) -> Result<(), IssuerError> {
+    let file = trust.open(path).map_err(refused(path))?;
+    check_supplied(path, &file, trust)
+}
+
+/// Reads a secret that an admin supplies, and that nobody but the agent's user and root reads.
+pub(super) fn read_supplied_secret(path: &Path, most: u64) -> Result<Zeroizing<Vec<u8>>, IssuerError> {
+    let file = open_to_read(path)?;
+    check_supplied(path, &file, Trust::own())?;
+    read_file(path, file, most)
+}
+
+fn check_supplied(path: &Path, file: &File, trust: Trust) -> Result<(), IssuerError> {
+    let meta = file.metadata().map_err(|cause| IssuerError::Read { path: path.to_owned(), cause })?;
+    if trust.alone_reads(file, &meta) {
+        return Ok(());
+    }
+    let remedy = if is_read_only(file) {
+        "set defaultMode: 0400 for the volume, or 0440 with fsGroup".to_owned()
+    } else {
+        format!("chmod 600 {}", path.display())
+    };
+    Err(IssuerError::OpenSecret { path: path.to_owned(), found: meta.mode() & 0o7777, remedy })
 }
 
 /// Reads a file that nobody but its owner may read. It is looked at by its descriptor, so what was checked is what

@@ -29,6 +29,18 @@ pub enum IssuerError {
     /// Others than the owner may read or write a file, or write to a directory.
     #[error("{} has mode {found:04o}, which is open to others; it must be {want:04o} (chmod {want:o} {})", path.display(), path.display())]
     Mode { path: PathBuf, found: u32, want: u32 },
+    /// Others than root and the agent's user may read a secret that was supplied.
+    #[error(
+        "{} has mode {found:04o}, and others can read it: nobody but the agent's user, a group of his own and root may \
+         ({remedy})",
+        path.display()
+    )]
+    OpenSecret {
+        path: PathBuf,
+        found: u32,
+        /// What makes it right.
+        remedy: String,
+    },
     /// Something else stands where a file or directory should be.
     #[error("{} is not a {want}", path.display())]
     FileType {

@@ -84,8 +84,7 @@ fn read_certificates(path: &Path) -> Result<Vec<Vec<u8>>, IssuerError> {
 
 /// `None` when the file holds no key that can be used.
 fn read_key(path: &Path) -> Result<Option<KeyPair>, IssuerError> {
-    let file = disk::open_to_read(path)?;
-    let text = disk::read_secret(path, file, MAX_FILE_LEN)?;
+    let text = disk::read_supplied_secret(path, MAX_FILE_LEN)?;
     let Ok(mut der) = PrivateKeyDer::from_pem_slice(&text) else { return Ok(None) };
     let key = KeyPair::from_foreign(&der);
     der.zeroize();

@@ -15,8 +15,7 @@ pub(super) const MOST_LINKS: u32 = 40;
 pub enum PathError {
     /// Somebody else could change it, or what is in it.
     #[error(
-        "{} belongs to user {uid} and has mode {mode:04o}: it must belong to user {ours} or to root, and nobody else may \
-         write to it ({remedy}, or choose another place)",
+        "{} belongs to user {uid} and has mode {mode:04o}: {demand} ({remedy}, or choose another place)",
         path.display()
     )]
     Untrusted {
@@ -24,9 +23,9 @@ pub enum PathError {
         path: PathBuf,
         uid: u32,
         mode: u32,
-        /// The agent's user.
-        ours: u32,
-        /// The command that makes it right.
+        /// What it must be.
+        demand: String,
+        /// What makes it right: a command, where one would do no harm.
         remedy: String,
     },
     /// It is what an ordinary user's program says it is.

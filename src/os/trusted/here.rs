@@ -46,6 +46,8 @@ pub(super) struct Here {
     pub(super) closed: Vec<ClosedDir>,
     /// Who owns `/`.
     pub(super) root: u32,
+    /// Whether it is the top of what is mounted there.
+    top: bool,
 }
 
 /// What stands under a name: open for nothing, so that a pipe does not wait and a device does nothing.
@@ -61,7 +63,7 @@ impl Here {
         let (dir, meta, mount) =
             looked_at(open(&path, DIRECTORY, Mode::empty())).map_err(|cause| cannot_open(&path, cause))?;
         let root = meta.uid();
-        Ok(Self { path, dir, meta, mount, closed: Vec::new(), root })
+        Ok(Self { path, dir, meta, mount, closed: Vec::new(), root, top: false })
     }
 
     /// The directory that was found in it under this name.
@@ -74,7 +76,7 @@ impl Here {
             self.closed.clear();
         }
         self.path.push(name);
-        Self { dir, meta, mount, ..self }
+        Self { dir, meta, mount, top: !same_mount, ..self }
     }
 
     pub(super) fn above(mut self) -> Result<Self, PathError> {
@@ -83,13 +85,19 @@ impl Here {
             .map_err(|cause| cannot_open(&self.path, cause))?;
         // It is looked at again on the way down.
         self.closed.retain(|closed| closed.path != self.path);
-        Ok(Self { dir, meta, mount, ..self })
+        Ok(Self { dir, meta, mount, top: false, ..self })
     }
 
     pub(super) fn again(&self) -> Result<Self, PathError> {
         let dir = self.dir.try_clone().map_err(|cause| cannot_open(&self.path, cause))?;
         let (path, meta, closed) = (self.path.clone(), self.meta.clone(), Vec::new());
-        Ok(Self { path, dir, meta, mount: self.mount, closed, root: self.root })
+        Ok(Self { path, dir, meta, mount: self.mount, closed, root: self.root, top: self.top })
+    }
+
+    /// Whether it is a volume that was mounted here to be read: nobody writes to it by this name. A directory below the
+    /// top is none, since a whole file system may be read-only for this process alone (`ProtectSystem=strict`).
+    pub(super) fn is_volume(&self) -> bool {
+        self.top && is_read_only(&self.dir)
     }
 
     /// Never waits for what is opened, and no terminal becomes ours.
@@ -136,8 +144,8 @@ pub(super) fn closed_dir(path: &Path, meta: &Metadata) -> Option<ClosedDir> {
     (mode & 0o001 == 0).then(|| ClosedDir { path: path.to_owned(), uid, mode })
 }
 
-/// Unknown counts as writable.
-pub(super) fn read_only(file: &File) -> bool {
+/// Whether the mount that it is on is read-only. Unknown counts as writable.
+pub fn is_read_only(file: &File) -> bool {
     fstatvfs(file).is_ok_and(|fs| fs.flags().contains(FsFlags::ST_RDONLY))
 }
 
