@@ -39,7 +39,7 @@ const CALM_AFTER: u64 = 1_000;
 /// Descriptors and threads that may be more then: what it opened only when it was first needed.
 const MARGIN: u64 = 2;
 /// The least that a step takes, so that the neighbour stays below its limits, and time passes for rotations.
-const PACE: Duration = Duration::from_millis(20);
+const PACE: Duration = Duration::from_millis(40);
 /// A run ends after so many findings.
 const MOST_FINDINGS: usize = 5;
 
@@ -365,7 +365,11 @@ impl Run {
             Report::Asked(answered, micros) => {
                 self.outcome.latencies.push(micros);
                 if !answered && nix::unistd::geteuid().is_root() {
-                    self.end_with(&format!("the neighbour was not answered, after {micros} microseconds"));
+                    let log = self.agent.confined.log();
+                    let lines: Vec<&str> = log.lines().rev().take(6).collect();
+                    self.end_with(&format!(
+                        "the neighbour was not answered, after {micros} microseconds; last in the log: {lines:#?}"
+                    ));
                 }
             }
         }
