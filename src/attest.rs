@@ -405,13 +405,7 @@ mod tests {
     use nix::unistd::{Gid, Pid, Uid};
 
     use super::*;
-    use crate::{
-        identity::{EntryId, Selector, SpiffeId},
-        limits::CallerKey,
-        os::pidfd::Owner,
-        peer::slot::PeerSlot,
-        telemetry::metrics::Metrics,
-    };
+    use crate::{limits::CallerKey, os::pidfd::Owner, peer::slot::PeerSlot, telemetry::metrics::Metrics};
 
     /// A process of the fixtures: alive until the test says otherwise.
     struct Fixture {
@@ -453,22 +447,6 @@ mod tests {
         Attestor { proc_root: root, ..Attestor::new(AttestSettings::default()) }
     }
 
-    /// An entry that asks for these selectors.
-    fn entry(selectors: &str) -> Arc<Entry> {
-        Arc::new(Entry {
-            id: EntryId::new(selectors),
-            spiffe_id: SpiffeId::parse("spiffe://example.org/e").unwrap(),
-            selectors: selectors.split_whitespace().map(|it| Selector::parse(it).unwrap()).collect(),
-            x509_svid_ttl: None,
-            jwt_svid_ttl: None,
-            hint: Box::default(),
-            dns_names: Vec::new(),
-            federates_with: BTreeSet::new(),
-            created_at: 0,
-            revision: 0,
-        })
-    }
-
     /// What no entries ask for.
     fn nothing() -> Questions {
         Questions::default()
@@ -490,7 +468,7 @@ mod tests {
             let attestor = attestor(case);
             // It is in groups that nobody asks for, and an entry asks for one that it is not in.
             let entries = ["unix:supplementary_gid:24 unix:supplementary_gid:7", "unix:supplementary_gid:9"];
-            let questions = attestor.prepare_for(&Arc::new(EntryIndex::new(entries.map(entry))));
+            let questions = attestor.prepare_for(&Arc::new(EntryIndex::new(entries.map(Entry::asking))));
             let selectors = attestor.subject(&fixture(pid, owner), &questions).await.unwrap();
             let values: BTreeSet<&str> = selectors.iter().map(|s| s.value()).collect();
             assert_eq!(values, want.split(' ').collect(), "{case}");
@@ -528,7 +506,7 @@ mod tests {
             ("one of its groups that is not answered", "unix:supplementary_group:x", Err(NO_NAMES)),
         ] {
             let attestor = with_names("user-with-groups");
-            let entries: Vec<_> = entries.split('/').map(entry).collect();
+            let entries: Vec<_> = entries.split('/').map(Entry::asking).collect();
             let index = Arc::new(EntryIndex::new(entries));
             attestor.prepare_for(&index);
             attestor.wait(Duration::from_secs(60));
@@ -546,7 +524,7 @@ mod tests {
     #[tokio::test]
     async fn what_comes_to_be_known_is_asked_from_the_next_snapshot_on() {
         let attestor = with_names("user-with-groups");
-        let index = Arc::new(EntryIndex::new([entry("unix:user:web")]));
+        let index = Arc::new(EntryIndex::new([Entry::asking("unix:user:web")]));
         let mut news = attestor.news();
         news.mark_unchanged();
         let first = attestor.prepare_for(&index);
@@ -560,7 +538,7 @@ mod tests {
         let process = fixture(4100, (1000, 1001));
         let of_second = attestor.subject(&process, &second).await.unwrap();
         assert!(same(&of_second, &attestor.subject(&process, &second).await.unwrap()));
-        let other = attestor.prepare_for(&Arc::new(EntryIndex::new([entry("unix:uid:1")])));
+        let other = attestor.prepare_for(&Arc::new(EntryIndex::new([Entry::asking("unix:uid:1")])));
         assert!(!same(&of_second, &attestor.subject(&process, &other).await.unwrap()));
         let of_second = attestor.subject(&process, &second).await.unwrap();
         assert!(of_second.iter().any(|it| it.value() == "user:web"), "those of an older snapshot hold on");

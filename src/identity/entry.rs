@@ -63,3 +63,22 @@ pub struct Entry {
     /// Grows when the entry changes: an SVID made of an older revision is made again.
     pub revision: i64,
 }
+
+#[cfg(test)]
+impl Entry {
+    /// An entry that asks for these selectors, apart by spaces, and for nothing else. For tests.
+    pub(crate) fn asking(selectors: &str) -> Arc<Self> {
+        Arc::new(Self {
+            id: EntryId::new(selectors),
+            spiffe_id: SpiffeId::parse("spiffe://td/x").unwrap(),
+            selectors: selectors.split_whitespace().map(|it| super::Selector::parse(it).unwrap()).collect(),
+            x509_svid_ttl: None,
+            jwt_svid_ttl: None,
+            hint: Box::default(),
+            dns_names: Vec::new(),
+            federates_with: BTreeSet::new(),
+            created_at: 0,
+            revision: 0,
+        })
+    }
+}

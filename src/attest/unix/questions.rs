@@ -177,10 +177,7 @@ fn name(value: &str) -> Option<(&'static str, AccountName)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        attest::{attestors::News, unix::names::tests::FakeDatabase},
-        identity::{EntryId, SpiffeId},
-    };
+    use crate::attest::{attestors::News, unix::names::tests::FakeDatabase};
 
     fn status(uid: u32, gid: u32, groups: &[u32]) -> ProcStatus {
         ProcStatus { uid, gid, groups: groups.to_vec() }
@@ -193,21 +190,8 @@ mod tests {
             Box::new(FakeDatabase::new(|_: &AccountName| Err(nix::errno::Errno::EIO))),
             News::default(),
         );
-        let entry = |selector: &str| {
-            Arc::new(Entry {
-                id: EntryId::new(selector),
-                spiffe_id: SpiffeId::parse("spiffe://td/x").unwrap(),
-                selectors: [Selector::parse(selector).unwrap()].into(),
-                x509_svid_ttl: None,
-                jwt_svid_ttl: None,
-                hint: Box::default(),
-                dns_names: Vec::new(),
-                federates_with: BTreeSet::new(),
-                created_at: 0,
-                revision: 0,
-            })
-        };
-        let entries = ["unix:user:far", "unix:group:farm", "unix:supplementary_group:farm"].map(entry);
+        let entries =
+            ["unix:user:far", "unix:group:farm", "unix:supplementary_group:farm"].map(Entry::asking);
         let questions = UnixQuestions::of(&entries, &names);
         let words =
             |own: &OwnAccounts, status: &ProcStatus| questions.unanswered(own, status).collect::<Vec<_>>();
