@@ -161,7 +161,7 @@ impl Trust {
             End::Directory(here) => return Err(PathError::Kind { path: here.path, want: "file" }),
             End::Other { here, shared, name, .. } => (here, shared, name, create),
             End::Descriptor { here, name } => (here, false, name, OFlag::empty()),
-            End::Nothing { here, shared, names } if names.components().count() == 1 => {
+            End::Nothing { here, shared, names } if names.file_name() == Some(names.as_os_str()) => {
                 (here, shared, names.into_os_string(), create)
             }
             End::Nothing { here, names, .. } => return Err(nothing(here.path.join(names))),
@@ -236,7 +236,10 @@ impl Trust {
     }
 
     fn walk(self, path: &Path, missing: Missing) -> Result<End, PathError> {
-        let absolute = std::path::absolute(path).map_err(|cause| cannot_open(path, cause))?;
+        let mut absolute = std::path::absolute(path).map_err(|cause| cannot_open(path, cause))?;
+        if path.as_os_str().as_bytes().ends_with(b"/.") {
+            absolute.push("");
+        }
         self.walk_from(Here::root()?, &absolute, missing)
     }
 
@@ -247,13 +250,17 @@ impl Trust {
         let (mut links, mut made) = (0, 0);
         while let Some(name) = left.pop() {
             let shared = self.check_directory(&here)?;
+            if name == "." {
+                continue;
+            }
             if name == ".." {
                 here = here.above()?;
                 continue;
             }
             let found = match (self.look(&here, &name, OFlag::O_NOFOLLOW), missing) {
                 (Err(error), Missing::Make(mode)) if error.is_missing() && made < MOST_MADE => {
-                    here.make(&name, if left.is_empty() { mode } else { ABOVE })?;
+                    let is_last = left.iter().all(|name| name == ".");
+                    here.make(&name, if is_last { mode } else { ABOVE })?;
                     made += 1;
                     left.push(name);
                     continue;
@@ -462,8 +469,15 @@ mod tests {
     #[test]
     fn who_can_turn_a_path_aside_is_refused_by_name() {
         type Change = fn(&Path);
-        let cases: [(&str, Change, &str, &str); 20] = [
+        let cases: [(&str, Change, &str, &str); 22] = [
             ("plain", |_| {}, "d/f", "trusted"),
+            ("a file named as a directory", |_| {}, "d/f/.", "BASE/d/f is not a directory"),
+            (
+                "a link that names a file as a directory",
+                |at| symlink("f/", at.join("d/l")).unwrap(),
+                "d/l",
+                "BASE/d/f is not a directory",
+            ),
             ("closed to others", |at| chmod(&at.join("d"), 0o700), "d/f", "trusted"),
             ("for its group to read", |at| chmod(&at.join("d"), 0o750), "d/f", "trusted"),
             (
@@ -624,8 +638,10 @@ mod tests {
     #[test]
     fn a_log_goes_where_nobody_can_send_it_elsewhere() {
         type Change = fn(&Path);
-        let cases: [(&str, Change, &str, bool); 7] = [
+        let cases: [(&str, Change, &str, bool); 9] = [
             ("a new file", |_| {}, "d/log", true),
+            ("a name that only a directory can have", |_| {}, "d/log/", false),
+            ("a file named as a directory", |_| {}, "d/f/.", false),
             ("everybody's directory", |at| chmod(&at.join("d"), 0o777), "d/log", false),
             ("a link of ours", |at| symlink("f", at.join("d/log")).unwrap(), "d/log", true),
             (
@@ -677,7 +693,7 @@ mod tests {
         fn a_trusted_path_is_the_path(
             modes in proptest::array::uniform3(prop::sample::select(vec![0o755, 0o700, 0o711, 0o1777, 0o777, 0o775, 0o757])),
             links in prop::collection::vec((0..3_usize, prop::sample::select(vec![
-                "a", "f", "..", "../a", "a/b", "/BASE/a/f", "/BASE/a/b/c", "l0", "l1", "l2/f", "none", "../../a/f", "/proc/self/cwd",
+                "a", "f", "f/", "f/.", "b/.", "..", "../a", "a/b", "/BASE/a/f", "/BASE/a/b/c", "l0", "l1", "l2/f", "none", "../../a/f", "/proc/self/cwd",
             ])), 0..4),
             path in prop::collection::vec(prop::sample::select(vec!["a", "b", "c", "f", "l0", "l1", "l2", "l3", "..", "."]), 1..6),
         ) {

@@ -6,7 +6,7 @@ use std::{
     io,
     os::{
         fd::{AsRawFd as _, OwnedFd},
-        unix::fs::MetadataExt as _,
+        unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
     },
     path::{Component, Path, PathBuf},
 };
@@ -149,8 +149,13 @@ pub fn is_read_only(file: &File) -> bool {
     fstatvfs(file).is_ok_and(|fs| fs.flags().contains(FsFlags::ST_RDONLY))
 }
 
-/// The path's names, the first of them last.
+/// The path's names, the first of them last. A `.` at its end stands for the slash there, behind which only a directory can
+/// be (path_resolution(7)).
 pub(super) fn put_first(left: &mut Vec<OsString>, path: &Path) {
+    let text = path.as_os_str().as_bytes();
+    if text.ends_with(b"/") || text.ends_with(b"/.") {
+        left.push(".".into());
+    }
     left.extend(path.components().rev().filter_map(|part| match part {
         Component::Normal(_) | Component::ParentDir => Some(part.as_os_str().to_owned()),
         Component::Prefix(_) | Component::RootDir | Component::CurDir => None,
