@@ -1,11 +1,11 @@
 //! How the listener asks the limits' gate, and the descriptors and memory it has to divide.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::{
-    limits::{self, ConnectionPermit, ConnectionRefusal, budget},
+    limits::{self, ConnectionPermit, ConnectionRefusal, budget, holding::Holding},
     peer::{AcceptGate, Arrival},
     telemetry::http,
 };
@@ -15,6 +15,10 @@ impl AcceptGate for limits::Gate {
 
     fn admit_connection(&self, arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {
         self.open(arrival.caller())
+    }
+
+    fn holding(permit: &ConnectionPermit) -> Arc<Holding> {
+        Arc::clone(permit.holding())
     }
 
     fn family(&self, arrival: &Arrival) -> u64 {

@@ -20,6 +20,7 @@ use super::{
     policy::Choice,
     refusal::{ChargedAs, Reason, Refusal, Stage},
     report::BucketName,
+    room::Room,
     rule::Limit,
     settings::LimitSettings,
     shares::Taker,
@@ -65,6 +66,11 @@ impl Limits {
 
     pub(super) fn ledger(&self) -> &Arc<Ledger> {
         &self.ledger
+    }
+
+    /// Whether there is room, for who finds out and who asks.
+    pub fn room(&self) -> &Arc<Room> {
+        &self.ledger.room
     }
 
     /// Charges a call to its caller, before any attestation.

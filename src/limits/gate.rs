@@ -25,6 +25,7 @@ use super::{
     caller::{CallerKey, Families},
     counters::Decision,
     gate_settings::{GatePlaces, GateRule, GateRules},
+    holding::Holding,
     ledger::{Ledger, PARENT_PARTS},
     refusal::{ChargedAs, ConnectionRefusal, Reason, Stage},
     report::{BucketName, Heavy, Standing},
@@ -200,6 +201,7 @@ pub struct ConnectionPermit {
     caller: Option<CallerKey>,
     /// The family that it was counted for.
     family: Option<u32>,
+    holding: Arc<Holding>,
 }
 
 /// A connection that is being decided.
@@ -283,7 +285,12 @@ impl Gate {
         state.total += 1;
         counters.connections.set(f64::from(state.total));
         drop(state);
-        Ok(ConnectionPermit { shared: Arc::clone(shared), caller: Some(caller), family })
+        Ok(ConnectionPermit {
+            shared: Arc::clone(shared),
+            caller: Some(caller),
+            family,
+            holding: Arc::default(),
+        })
     }
 
     /// Lets a connection to the admin socket in: these have places of their own.
@@ -297,7 +304,12 @@ impl Gate {
         }
         state.admin += 1;
         drop(state);
-        Ok(ConnectionPermit { shared: Arc::clone(&self.shared), caller: None, family: None })
+        Ok(ConnectionPermit {
+            shared: Arc::clone(&self.shared),
+            caller: None,
+            family: None,
+            holding: Arc::default(),
+        })
     }
 
     /// What a caller and its family have in common, and nobody else.
@@ -447,6 +459,13 @@ impl SharedGate {
         let Some((stage, reason)) = refusal.by_stage() else { return };
         let key = if stage == Stage::Node { ChargedAs::Node } else { caller.charged_as() };
         self.ledger.counters.count(stage, None, key, decision(reason));
+    }
+}
+
+impl ConnectionPermit {
+    /// What the connection holds, to be told by whoever serves it.
+    pub fn holding(&self) -> &Arc<Holding> {
+        &self.holding
     }
 }
 

@@ -21,6 +21,7 @@ use super::{
     policy::{Choice, Layers},
     refusal::{ChargedAs, Reason, Refusal, RejectionStatus, Stage},
     report::{BucketName, Refusing},
+    room::Room,
     rule::{Limit, Rule},
     settings::{LimitSettings, SoftLimits},
     shares::{SharedBucket, Taker},
@@ -95,6 +96,7 @@ pub(super) struct Ledger {
     /// Of each method, shared by all. Known whatever the settings say, so that what was spent stays spent.
     node: PerMethod<Mutex<SharedBucket>>,
     pub(super) slots: Arc<Slots>,
+    pub(super) room: Arc<Room>,
     /// For updates of streams, as many again.
     pub(super) update_slots: Arc<Slots>,
     refusing: Mutex<Refusing>,
@@ -119,6 +121,7 @@ impl Ledger {
             }),
             node: PerMethod::default(),
             slots: Arc::new(Slots::new(settings.node.attestations)),
+            room: Arc::default(),
             update_slots: Arc::new(Slots::new(settings.node.attestations)),
             refusing: Mutex::default(),
             counters: Counters::new(registry),

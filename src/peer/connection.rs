@@ -37,6 +37,7 @@ use super::{
     turns::Turns,
     wire::{Ending, Wire},
 };
+use crate::limits::holding::Holding;
 
 /// What the task of a connection holds beside its stream.
 pub(super) struct Connection {
@@ -44,6 +45,7 @@ pub(super) struct Connection {
     pub(super) bounds: Arc<ConnectionBounds>,
     pub(super) phases: watch::Receiver<Phase>,
     pub(super) open: OpenConnection,
+    pub(super) holding: Arc<Holding>,
 }
 
 impl Connection {
@@ -95,10 +97,10 @@ impl Connection {
         http2: http2::Builder<Spawner>,
         service: impl ConnectionService,
     ) -> ConnectionEnd {
-        let Self { peer, bounds, phases, .. } = self;
+        let Self { peer, bounds, phases, holding, .. } = self;
         bound_send_buffer(&stream, bounds);
         let ending = Arc::new(Ending::default());
-        let turns = Arc::new(Turns::default());
+        let turns = Arc::new(Turns::new(Arc::clone(holding)));
         let wire = Wire::new(stream, Arc::clone(peer), bounds.budget, Arc::clone(&ending));
         let mut course = Course::new(bounds, &turns, handshake_by);
         let service = WatchedService { service, peer: Arc::clone(peer), turns };

@@ -41,7 +41,7 @@ use super::{
     trim::HeapTrim,
 };
 use crate::{
-    limits::{CallerKey, ConnectionRefusal, pace::Pace},
+    limits::{CallerKey, ConnectionRefusal, holding::Holding, pace::Pace},
     os::{
         accept::{Acceptor, Waiting},
         passing::{self, Passing},
@@ -71,6 +71,11 @@ pub trait AcceptGate: Send + Sync + 'static {
     /// # Errors
     /// [`ConnectionRefusal`]: the connection is closed and counted.
     fn admit_connection(&self, arrival: &Arrival) -> Result<Self::Permit, ConnectionRefusal>;
+
+    /// Where is said what the connection holds. By default nobody sums it up.
+    fn holding(_permit: &Self::Permit) -> Arc<Holding> {
+        Arc::default()
+    }
 
     /// Of whom the connection is one: they share the threads that close what is left in a connection. By default its
     /// user. Must answer at once.
@@ -267,6 +272,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
             }
         };
         let peer = Arc::new(arrival.let_in(&stream)?);
+        let holding = G::holding(&permit);
         // Only now does the runtime hear of it.
         let stream = stream.admit(permit)?;
         let InForce { bounds, http2 } = &self.in_force;
@@ -275,6 +281,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
             bounds: Arc::clone(bounds),
             phases: self.phase.subscribe(),
             open: OpenConnection::count(&self.stats),
+            holding,
         };
         self.connections.spawn(connection.run(stream, http2.clone(), (self.services)(peer)));
         self.heap.grew_to(self.connections.len());

@@ -5,13 +5,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::{Buf, Bytes};
 use tokio::time::Instant;
 
-use crate::limits::budget::UPLOADS;
+use crate::limits::{budget::UPLOADS, holding::Holding};
 
 /// Whose turn it is in each request of a connection: the server's, to answer; the peer's, to read; or nobody's, in
 /// a stream that waits for news. Written by the tasks of the streams, read by that of the connection.
 #[derive(Debug, Default)]
 pub(super) struct Turns {
     slots: Mutex<TurnSlots>,
+    holding: Arc<Holding>,
 }
 
 #[derive(Debug, Default)]
@@ -64,6 +65,11 @@ pub(super) enum Look {
 }
 
 impl Turns {
+    /// Nothing yet; what is held is told to `holding`.
+    pub(super) fn new(holding: Arc<Holding>) -> Self {
+        Self { slots: Mutex::default(), holding }
+    }
+
     fn with<R>(&self, f: impl FnOnce(&mut TurnSlots) -> R) -> R {
         f(&mut self.slots.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -97,6 +103,7 @@ impl Turns {
     pub(super) fn upload(&self, more: u64) -> bool {
         self.with(|turns| {
             turns.uploads = turns.uploads.saturating_add(more);
+            self.holding.hold(more);
             turns.uploads <= UPLOADS
         })
     }
@@ -104,6 +111,7 @@ impl Turns {
     /// These bytes of a request wait no longer for its rest.
     pub(super) fn end_upload(&self, counted: u64) {
         self.with(|turns| turns.uploads = turns.uploads.saturating_sub(counted));
+        self.holding.release(counted);
     }
 }
 

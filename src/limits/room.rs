@@ -1,0 +1,85 @@
+//! Whether there is room: then what is limited by default refuses nobody.
+//!
+//! Room is short while one of [`Short`] is. Who finds out says so here ([`Room::set`]); who decides asks.
+
+use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+
+use tokio::sync::Notify;
+
+/// Of what there is no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Short {
+    /// Bytes of the memory budget.
+    Memory,
+    /// Descriptors of the process.
+    Descriptors,
+    /// The processor time that the agent may use.
+    Processor,
+}
+
+/// Whether there is room. There is at first.
+#[derive(Debug, Default)]
+pub struct Room {
+    short: AtomicU8,
+    returned: Notify,
+}
+
+impl Room {
+    /// Whether nothing is short.
+    pub fn is_there(&self) -> bool {
+        self.short.load(Relaxed) == 0
+    }
+
+    /// Whether this is short.
+    pub fn is_short(&self, of: Short) -> bool {
+        self.short.load(Relaxed) & of.bit() != 0
+    }
+
+    /// Says whether this is short.
+    pub fn set(&self, of: Short, short: bool) {
+        if short {
+            self.short.fetch_or(of.bit(), Relaxed);
+        } else if self.short.fetch_and(!of.bit(), Relaxed) == of.bit() {
+            self.returned.notify_waiters();
+        }
+    }
+
+    /// Waits until there is room.
+    pub async fn returns(&self) {
+        loop {
+            let returned = self.returned.notified();
+            if self.is_there() {
+                return;
+            }
+            returned.await;
+        }
+    }
+}
+
+impl Short {
+    fn bit(self) -> u8 {
+        match self {
+            Self::Memory => 1,
+            Self::Descriptors => 2,
+            Self::Processor => 4,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn room_is_short_while_one_thing_is() {
+        let room = Room::default();
+        assert!(room.is_there());
+        room.set(Short::Memory, true);
+        room.set(Short::Processor, true);
+        room.set(Short::Memory, false);
+        assert!(!room.is_there() && room.is_short(Short::Processor) && !room.is_short(Short::Memory));
+        let (returned, ()) = tokio::join!(room.returns(), async { room.set(Short::Processor, false) });
+        assert!(room.is_there());
+        returned
+    }
+}
