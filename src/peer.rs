@@ -29,6 +29,7 @@ pub mod socket;
 mod stats;
 mod trim;
 mod turns;
+mod unsent;
 mod wire;
 mod writer;
 

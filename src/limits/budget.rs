@@ -33,6 +33,18 @@ pub const fn unsent(part: usize) -> u64 {
     bytes + bytes / 2 + PART
 }
 
+/// Bytes of answers, as [`unsent`] reckons them, that a connection may leave unread. While there are as many no further
+/// answer is made; one that is larger is made alone.
+pub const UNSENT: u64 = 64 * 1024;
+/// What an answer is reckoned at before it is made, when none was made on the connection before: so many of them are
+/// under way together that they fill [`UNSENT`].
+pub const ANSWER_AT_FIRST: u64 = 16 * 1024;
+/// The least that it is reckoned at, when those before it were small. When they were larger it is as much as they were.
+pub const ANSWER_AT_LEAST: u64 = 4 * 1024;
+/// A request that waits until its answer fits, beside what each stream takes: its body is not read, and may be a slice of
+/// a buffer that nothing else is in.
+pub const WAITING: u64 = 10 * 1024;
+
 /// A connection at its worst, with 16 streams: see [`connection_at_most`].
 pub const CONNECTION_AT_MOST: u64 = connection_at_most(16);
 
