@@ -56,6 +56,7 @@ use crate::{
         selector::{Selector, Selectors},
     },
     limits::{Admitted, Families, Limits},
+    os::{namespace::unmapped, pidfd::Owner},
     peer::Peer,
     telemetry::registry::{By, Label as _, Registry},
 };
@@ -130,6 +131,8 @@ impl AttestedPeer {
 /// Finds out who peers are.
 pub struct Attestor {
     proc_root: PathBuf,
+    /// As whom those appear who have no number here.
+    unmapped: Option<Owner>,
     /// Only [`Attestor::reload`] writes.
     settings: ArcSwap<AttestSettings>,
     /// Only [`Attestor::share_by`] writes.
@@ -166,6 +169,7 @@ impl Attestor {
         attestors.begin(&settings);
         Self {
             proc_root: PathBuf::from("/proc"),
+            unmapped: unmapped(),
             settings: ArcSwap::from_pointee(settings),
             families: ArcSwap::default(),
             attestors,
@@ -291,7 +295,8 @@ impl Attestor {
         process: &dyn Attestable,
         at: Instant,
     ) -> Result<Attestation, AttestError> {
-        let seen = Seen::open(&self.proc_root, &self.families.load(), process);
+        let seen = Seen::open(&self.proc_root, &self.families.load(), process)
+            .and_then(|seen| seen.without(self.unmapped));
         let found = match seen {
             Ok(seen) => {
                 self.attestors.attest(settings, questions, &seen, at).await.map_err(AttestError::from)

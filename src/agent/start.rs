@@ -13,6 +13,7 @@ use super::{
     metrics::AgentMetrics,
     probe::probe,
     serving::Serving,
+    surroundings::look_around,
     watch::{Budget, Watch},
 };
 use crate::{
@@ -182,6 +183,7 @@ impl AgentParts {
         }
 
         self.series.loaded();
+        look_around(&self.health);
         self.health.set(Probe::Healthy);
         let adjustable = Adjustable { parts: Arc::new(self), memory, connections, log: None };
         Ok(Running { config: Arc::new(config), adjustable, stop, public, admin, tasks })
