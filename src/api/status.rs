@@ -64,6 +64,9 @@ pub enum RequestError {
     /// The agent stops.
     #[error("the agent is shutting down; connect again")]
     Draining,
+    /// The connection was told to end: the node is short of something, and its caller holds more than its share.
+    #[error("the agent is short of room, and the caller holds more than its share of it; connect again")]
+    SentAway,
     /// The WIT-SVID profile is not there yet.
     #[error("fetching WIT-SVIDs is not implemented")]
     NoWitSvids,
@@ -133,9 +136,12 @@ impl RequestError {
                 RejectionStatus::Unavailable => Code::Unavailable,
             },
             Self::OtherPidNamespace => Code::FailedPrecondition,
-            Self::Unmapped | Self::Attestation(_) | Self::JwtSvid(_) | Self::X509Svid(_) | Self::Draining => {
-                Code::Unavailable
-            }
+            Self::Unmapped
+            | Self::Attestation(_)
+            | Self::JwtSvid(_)
+            | Self::X509Svid(_)
+            | Self::Draining
+            | Self::SentAway => Code::Unavailable,
             Self::NoWitSvids | Self::NoWitBundles => Code::Unimplemented,
             Self::NoPeer => Code::Internal,
         }
