@@ -343,7 +343,7 @@ async fn a_rehearsal_at_the_gate_takes_no_places_of_others() {
     assert_eq!(others.len(), 10);
     drop(others);
     held.truncate(3);
-    gate.look(Some(23 << 20), 0);
+    gate.look(Some(24 << 20), 0);
     assert_eq!(gate.open(CallerKey::Uid(9)).err(), Some(ConnectionRefusal::Memory), "nor is memory");
 }
 
