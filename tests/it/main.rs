@@ -37,6 +37,7 @@ mod rotation;
 mod stepped;
 mod streams;
 mod support;
+mod surroundings;
 mod systemd;
 mod tidy;
 // What stopped a thread is told in this way on glibc alone.
