@@ -14,6 +14,7 @@ mod run;
 mod serving;
 mod signals;
 mod start;
+mod surroundings;
 mod watch;
 
 use std::{path::Path, sync::Arc, time::Duration};

@@ -62,8 +62,11 @@ impl Replacing {
         parts.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);
         parts.jwt.resize(caches.jwt_svids.count());
         parts.attestor.share_by(ratelimit.families.clone());
-        parts.attestor.reload(attest.clone());
-        parts.writer.replace(policy.clone(), || parts.issuer.reload(told));
+        parts.writer.replace(policy.clone(), || {
+            // In one snapshot with the entries that are found by these.
+            parts.attestor.reload(attest.clone());
+            parts.issuer.reload(told);
+        });
         if let Some(lines) = lines {
             lines.set_level(log.level);
         }

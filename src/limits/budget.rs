@@ -21,8 +21,19 @@ pub const STREAM: u64 = 6 * 1024;
 /// Bytes of requests that are not complete, of all streams of a connection: one message of the largest size,
 /// and some beside it. More, and what is being sent is refused.
 pub const UPLOADS: u64 = 20 * 1024;
-/// What each of these bytes takes, by the time it has come through all buffers.
+/// What each byte of a request that is not complete takes: it is a slice of the buffer that it came in.
 pub const UPLOAD: u64 = 3;
+/// What h2 keeps beside each part of an answer.
+const PART: u64 = 512;
+
+/// What a part of an answer takes, of so many bytes, until the kernel has all of it: beside itself the room that encoding
+/// left behind it.
+#[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
+pub const fn unsent(part: usize) -> u64 {
+    let bytes = part as u64;
+    bytes + bytes / 2 + PART
+}
+
 /// What the kernel keeps for a refused connection that lingers.
 pub const LINGERING: u64 = 4 * 1024;
 /// A caller that held nothing, with one connection and one call.

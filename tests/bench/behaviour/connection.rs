@@ -66,7 +66,12 @@ pub(crate) struct Connection {
     unsent: VecDeque<(Vec<u8>, Option<u32>)>,
     /// What is left of a call that was cut.
     pub(crate) rest: Option<(Vec<u8>, u32)>,
+    /// The last frames that came, and what they said.
+    pub(crate) last: VecDeque<String>,
 }
+
+/// Frames that are remembered of each connection.
+const FRAMES: usize = 8;
 
 impl std::fmt::Debug for Connection {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -106,6 +111,7 @@ impl Connection {
             streams: streams.into_iter().map(|(at, it)| (at, Stream { called: None, ..it })).collect(),
             unsent: VecDeque::new(),
             rest: self.rest.clone(),
+            last: VecDeque::new(),
         }
     }
 
@@ -131,6 +137,11 @@ impl Connection {
         self.next += 2;
         self.streams.insert(number, Stream::default());
         Some(number)
+    }
+
+    /// Whether a call has not ended.
+    pub(crate) fn waits(&self) -> bool {
+        !self.streams.is_empty()
     }
 
     /// Notes that all of the call on `stream` is written.
@@ -197,6 +208,10 @@ impl Connection {
             let Some(payload) = rest.get(..length).map(<[u8]>::to_vec) else { return };
             self.got.drain(..9 + length);
             let number = u32::from_be_bytes(number);
+            if self.last.len() == FRAMES {
+                self.last.pop_front();
+            }
+            self.last.push_back(told(kind, flags, &payload));
             match kind {
                 DATA => {
                     let stream = self.streams.entry(number).or_default();
@@ -219,6 +234,37 @@ impl Connection {
             }
         }
     }
+}
+
+/// A frame, for a finding.
+fn told(kind: u8, flags: u8, payload: &[u8]) -> String {
+    match kind {
+        HEADERS => status(payload).map_or("HEADERS".to_owned(), |status| format!("gRPC status {status}")),
+        RST_STREAM => format!("RST_STREAM {payload:?}"),
+        _ => format!("frame of type {kind}, flags {flags}, {} bytes", payload.len()),
+    }
+}
+
+/// The gRPC status in a block of headers, if one is there: h2 writes names and values in Huffman's code (RFC 7541).
+fn status(block: &[u8]) -> Option<u8> {
+    /// `grpc-status`.
+    const NAME: [u8; 8] = [0x9a, 0xca, 0xc8, 0xb2, 0x12, 0x34, 0xda, 0x8f];
+    let at = block.windows(NAME.len()).position(|it| it == NAME)?;
+    let [length, value @ ..] = block.get(at + NAME.len()..)? else { return None };
+    let value = value.get(..usize::from(length & 0x7f))?;
+    (0..=16).find(|status: &u8| coded(*status) == value)
+}
+
+/// A number as Huffman's code has it: digits take five bits up to 2, and six from 3 on; ones fill the last byte.
+fn coded(number: u8) -> Vec<u8> {
+    let (mut bits, mut count) = (0_u32, 0);
+    for digit in number.to_string().bytes().map(|digit| u32::from(digit - b'0')) {
+        let (code, length) = if digit < 3 { (digit, 5) } else { (0x16 + digit, 6) };
+        (bits, count) = (bits << length | code, count + length);
+    }
+    let fill = (8 - count % 8) % 8;
+    let bits = bits << fill | ((1 << fill) - 1);
+    bits.to_be_bytes()[4 - usize::try_from((count + fill) / 8).expect("few")..].to_vec()
 }
 
 /// Processes that write on one connection number their streams apart, so that no answer is taken for another's.
