@@ -21,7 +21,7 @@ pub const STREAM: u64 = 6 * 1024;
 /// Bytes of requests that are not complete, of all streams of a connection: one message of the largest size,
 /// and some beside it. More, and what is being sent is refused.
 pub const UPLOADS: u64 = 20 * 1024;
-/// What each of these bytes takes, by the time it has come through all buffers.
+/// What each byte of a request that is not complete takes: it is a slice of the buffer that it came in.
 pub const UPLOAD: u64 = 3;
 /// What the kernel keeps for a refused connection that lingers.
 pub const LINGERING: u64 = 4 * 1024;
@@ -33,8 +33,11 @@ pub const RESERVED_SHARE: u64 = 8;
 pub const SHARES: u64 = 64;
 /// The process itself, before anybody connects.
 pub const PROCESS: u64 = 4 << 20;
+<<<<<<< HEAD
 /// What h2 keeps beside each part of an answer.
 const PART: u64 = 512;
+=======
+>>>>>>> da3eb5d85797b811e8d90c775cb28eaaaef209af
 
 /// What a part of an answer takes, of so many bytes, until the kernel has all of it: beside itself the room that encoding
 /// left behind it.

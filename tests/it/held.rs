@@ -156,7 +156,6 @@ impl Server {
             gate: Arc::clone(&keeper),
             keys: Arc::new(OsUid),
             stats: Arc::default(),
-            evicted: watch::channel(None).1,
         };
         let stats = Arc::clone(&listener.stats);
         let ways =
