@@ -33,11 +33,8 @@ pub const RESERVED_SHARE: u64 = 8;
 pub const SHARES: u64 = 64;
 /// The process itself, before anybody connects.
 pub const PROCESS: u64 = 4 << 20;
-<<<<<<< HEAD
 /// What h2 keeps beside each part of an answer.
 const PART: u64 = 512;
-=======
->>>>>>> da3eb5d85797b811e8d90c775cb28eaaaef209af
 
 /// What a part of an answer takes, of so many bytes, until the kernel has all of it: beside itself the room that encoding
 /// left behind it.
