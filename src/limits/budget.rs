@@ -21,18 +21,8 @@ pub const STREAM: u64 = 6 * 1024;
 /// Bytes of requests that are not complete, of all streams of a connection: one message of the largest size,
 /// and some beside it. More, and what is being sent is refused.
 pub const UPLOADS: u64 = 20 * 1024;
-/// What each of these bytes takes, by the time it has come through all buffers.
+/// What each byte of a request that is not complete takes: it is a slice of the buffer that it came in.
 pub const UPLOAD: u64 = 3;
-/// What the kernel keeps for a refused connection that lingers.
-pub const LINGERING: u64 = 4 * 1024;
-/// A caller that held nothing, with one connection and one call.
-pub const NEWCOMER: u64 = PARKED + HTTP2 + 7 * 1024;
-/// Of a budget, newcomers have one part in so many set aside, at most.
-pub const RESERVED_SHARE: u64 = 8;
-/// Without room a caller's share is one part in so many of the budget, at least.
-pub const SHARES: u64 = 64;
-/// The process itself, before anybody connects.
-pub const PROCESS: u64 = 4 << 20;
 /// What h2 keeps beside each part of an answer.
 const PART: u64 = 512;
 
@@ -43,6 +33,17 @@ pub const fn unsent(part: usize) -> u64 {
     let bytes = part as u64;
     bytes + bytes / 2 + PART
 }
+
+/// What the kernel keeps for a refused connection that lingers.
+pub const LINGERING: u64 = 4 * 1024;
+/// A caller that held nothing, with one connection and one call.
+pub const NEWCOMER: u64 = PARKED + HTTP2 + 7 * 1024;
+/// Of a budget, newcomers have one part in so many set aside, at most.
+pub const RESERVED_SHARE: u64 = 8;
+/// Without room a caller's share is one part in so many of the budget, at least.
+pub const SHARES: u64 = 64;
+/// The process itself, before anybody connects.
+pub const PROCESS: u64 = 4 << 20;
 
 /// A connection at its worst: so many streams open, [`UPLOADS`] of requests that never end, and answers that nobody
 /// reads.

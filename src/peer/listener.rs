@@ -41,7 +41,7 @@ use super::{
     trim::HeapTrim,
 };
 use crate::{
-    limits::{CallerKey, ConnectionRefusal, holding::Holding, pace::Pace},
+    limits::{ConnectionRefusal, holding::Holding, pace::Pace},
     os::{
         accept::{Acceptor, Waiting},
         passing::{self, Passing},
@@ -106,8 +106,6 @@ pub struct Listener<G = AdmitAll, K = OsUid> {
     /// Whom a connection is charged to.
     pub keys: Arc<K>,
     pub stats: Arc<ConnectionStats>,
-    /// Whose connections end at once while it is named here: memory is short, and it has the most.
-    pub evicted: watch::Receiver<Option<CallerKey>>,
 }
 
 impl Listener {
@@ -119,7 +117,6 @@ impl Listener {
             gate: Arc::new(AdmitAll),
             keys: Arc::new(OsUid),
             stats: Arc::default(),
-            evicted: watch::channel(None).1,
         }
     }
 }
@@ -140,7 +137,7 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
         services: impl Fn(Arc<Peer>) -> S,
         shutdown: impl Future<Output = ()> + Send,
     ) -> io::Result<Drained> {
-        let Self { socket, mut bounds, gate, keys, stats, mut evicted } = self;
+        let Self { socket, mut bounds, gate, keys, stats } = self;
         let (listener, path) = socket.into_parts();
         let closing = closing(&listener, path.as_ref())?;
         let listener = Acceptor::new(listener)?;
@@ -166,11 +163,6 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
                 () = &mut shutdown => break,
                 waiting = listener.ready(), if door.paused.is_none() => rest(door.take_run(waiting?)).await,
                 Some(ended) = door.connections.join_next() => door.ended(ended),
-                // An error means that nobody is left who would name one.
-                Ok(()) = evicted.changed() => {
-                    let caller = *evicted.borrow_and_update();
-                    door.phase.send_modify(|phase| phase.evicted = caller);
-                }
                 Ok(()) = bounds.changed() => {
                     door.in_force = InForce::new(bounds.borrow_and_update().clone(), &door.stats);
                 }

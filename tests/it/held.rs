@@ -122,7 +122,6 @@ impl Server {
             gate: Arc::clone(&keeper),
             keys: Arc::new(OsUid),
             stats: Arc::default(),
-            evicted: tokio::sync::watch::channel(None).1,
         };
         let stats = Arc::clone(&listener.stats);
         let go = Arc::new(Semaphore::new(0));

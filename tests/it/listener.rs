@@ -454,7 +454,6 @@ async fn whom_its_own_limits_refuse_lingers() {
             gate: Arc::new(One::default()),
             keys: Arc::new(OsUid),
             stats: Arc::default(),
-            evicted: tokio::sync::watch::channel(None).1,
         };
         let stats = Arc::clone(&listener.stats);
         let (stop, stopped) = oneshot::channel::<()>();
@@ -491,7 +490,6 @@ async fn the_gate_stands_before_http2() {
         gate: Arc::clone(&gate),
         keys: Arc::new(OsUid),
         stats: Arc::default(),
-        evicted: tokio::sync::watch::channel(None).1,
     };
     let stats = Arc::clone(&listener.stats);
     let task = tokio::spawn(listener.serve(Toy, std::future::pending()));
