@@ -29,7 +29,7 @@ pub use self::{
 use self::{serving::Serving, start::Adjustable};
 use crate::{
     config::Config,
-    limits::gate::lingering,
+    limits::gate_plan::lingering,
     peer::ConnectionBounds,
     telemetry::{
         health::{HealthState, Probe},
