@@ -7,6 +7,7 @@
 //! identities, and what a request means, gRPC's words included.
 
 mod accepted;
+mod allowance;
 mod bounds;
 pub mod cgroup;
 mod closing;
