@@ -56,6 +56,7 @@ use crate::{
         selector::{Selector, Selectors},
     },
     limits::{Admitted, Families, Limits},
+    os::{namespace::unmapped, pidfd::Owner},
     peer::Peer,
     telemetry::registry::{By, Label as _, Registry},
 };
@@ -130,6 +131,8 @@ impl AttestedPeer {
 /// Finds out who peers are.
 pub struct Attestor {
     proc_root: PathBuf,
+    /// As whom those appear who have no number here.
+    unmapped: Option<Owner>,
     /// Only [`Attestor::share_by`] writes.
     families: ArcSwap<Families>,
     attestors: Attestors,
@@ -166,6 +169,7 @@ impl Attestor {
         attestors.begin(&settings);
         Self {
             proc_root: PathBuf::from("/proc"),
+            unmapped: unmapped(),
             families: ArcSwap::default(),
             attestors,
             news,
@@ -297,7 +301,8 @@ impl Attestor {
         process: &dyn Attestable,
         at: Instant,
     ) -> Result<Attestation, AttestError> {
-        let seen = Seen::open(&self.proc_root, &self.families.load(), process);
+        let seen = Seen::open(&self.proc_root, &self.families.load(), process)
+            .and_then(|seen| seen.without(self.unmapped));
         let found = match seen {
             Ok(seen) => self.attestors.attest(questions, &seen, at).await.map_err(AttestError::from),
             Err(error) => Err(error),

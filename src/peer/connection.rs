@@ -37,7 +37,7 @@ use super::{
     turns::Turns,
     wire::{Ending, Wire},
 };
-use crate::limits::holding::Holding;
+use crate::limits::holding::{Holding, Notice};
 
 /// What the task of a connection holds beside its stream.
 pub(super) struct Connection {
@@ -87,6 +87,10 @@ impl Connection {
             first = arrives => first.map_err(|_closed: io::Error| ConnectionEnd::ByPeer),
             () = sleep_until(by) => Err(ConnectionEnd::HandshakeTimeout),
             why = told(&mut self.phases, caller) => Err(why),
+            notice = self.holding.told(None) => Err(match notice {
+                Notice::ComeBack => ConnectionEnd::SentAway,
+                Notice::Close => ConnectionEnd::Evicted,
+            }),
         }
     }
 
@@ -103,11 +107,11 @@ impl Connection {
         let turns = Arc::new(Turns::new(Arc::clone(holding)));
         let wire = Wire::new(stream, Arc::clone(peer), bounds.budget, Arc::clone(&ending));
         let mut course = Course::new(bounds, &turns, handshake_by);
-        let service = WatchedService { service, peer: Arc::clone(peer), turns };
+        let service = WatchedService { service, peer: Arc::clone(peer), turns: Arc::clone(&turns) };
         let mut http2 = std::pin::pin!(http2.serve_connection(TokioIo::new(wire), service));
         let born = Instant::now();
         let mut look = std::pin::pin!(sleep_until(course.first_look(born)));
-        let (watch_at, mut watched, mut looks_soon) = (born + WATCH_AFTER, false, true);
+        let (watch_at, mut watched, mut looks_soon, mut heard) = (born + WATCH_AFTER, false, true, None);
         loop {
             tokio::select! {
                 biased;
@@ -118,6 +122,20 @@ impl Connection {
                     }
                     http2.as_mut().graceful_shutdown();
                     course.finish(why);
+                }
+                notice = holding.told(heard), if heard < Some(Notice::Close) => {
+                    if notice == Notice::Close {
+                        return ConnectionEnd::Evicted;
+                    }
+                    heard = Some(notice);
+                    if !course.is_unheard() && !course.drains() {
+                        http2.as_mut().graceful_shutdown();
+                        peer.send_away();
+                        turns.wake_resting();
+                        let now = Instant::now();
+                        course.send_away(now);
+                        look.as_mut().reset(course.next_look(now));
+                    }
                 }
                 () = peer.exited(), if watched => return ConnectionEnd::PeerExited,
                 // Effective ids alone: the next call would be refused as this one was. Polled after the connection, which

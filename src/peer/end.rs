@@ -27,7 +27,9 @@ labels! {
         Descriptors = "descriptors",
         /// Another process wrote on it, or its own with another user or group.
         AnotherWriter = "another_writer",
-        /// Memory was short, and its caller held the most.
+        /// The node was short of something, and its caller held more than its share: it was told to connect again.
+        SentAway = "sent_away",
+        /// Memory ran out, and its caller held the most.
         Evicted = "evicted",
         /// The agent drained.
         Drained = "drained",

@@ -98,7 +98,7 @@ impl<B: Body<Data = Bytes> + Unpin> Body for WatchedBody<B> {
         let this = self.get_mut();
         let next = Pin::new(&mut this.body).poll_frame(cx);
         if next.is_pending() {
-            this.turn.rests();
+            this.turn.rests(cx.waker());
         }
         next.map_ok(|frame| frame.map_data(|bytes| this.turn.part(bytes)))
     }

@@ -1,15 +1,22 @@
 //! Whose turn it is in each request of a connection.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    task::Waker,
+};
 
 use bytes::{Buf, Bytes};
 use tokio::time::Instant;
 
-use crate::limits::{budget::UPLOADS, holding::Holding};
+use crate::limits::{
+    budget::{HTTP2, STREAM, UPLOAD, UPLOADS, unsent},
+    holding::Holding,
+};
 
 /// Whose turn it is in each request of a connection: the server's, to answer; the peer's, to read; or nobody's, in
-/// a stream that waits for news. Written by the tasks of the streams, read by that of the connection.
-#[derive(Debug, Default)]
+/// a stream that waits for news. Written by the tasks of the streams, read by that of the connection. What HTTP/2, the
+/// requests and their answers take is told to the connection's [`Holding`] as it comes and goes.
+#[derive(Debug)]
 pub(super) struct Turns {
     slots: Mutex<TurnSlots>,
     holding: Arc<Holding>,
@@ -26,7 +33,7 @@ struct TurnSlots {
 }
 
 /// One request: free once its answer has ended and every part of it has left for the kernel.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 struct TurnSlot {
     /// Its answer has not ended.
     open: bool,
@@ -36,15 +43,17 @@ struct TurnSlot {
     parts: usize,
     /// When it last came a step on.
     moved: Instant,
+    /// Of who makes the answer, while it rests.
+    waker: Option<Waker>,
 }
 
 impl TurnSlot {
-    fn is_free(self) -> bool {
+    fn is_free(&self) -> bool {
         !self.open && self.parts == 0
     }
 
     /// Since when it waits, for the server or for the peer.
-    fn waits_since(self) -> Option<Instant> {
+    fn waits_since(&self) -> Option<Instant> {
         (self.parts > 0 || self.open && !self.rests).then_some(self.moved)
     }
 }
@@ -65,8 +74,9 @@ pub(super) enum Look {
 }
 
 impl Turns {
-    /// Nothing yet; what is held is told to `holding`.
+    /// No request yet: what HTTP/2 takes, with room for one, is held.
     pub(super) fn new(holding: Arc<Holding>) -> Self {
+        holding.hold(HTTP2);
         Self { slots: Mutex::default(), holding }
     }
 
@@ -76,7 +86,7 @@ impl Turns {
 
     pub(super) fn look(&self) -> Look {
         self.with(|turns| {
-            let waits_since = turns.slots.iter().filter_map(|slot| slot.waits_since()).min();
+            let waits_since = turns.slots.iter().filter_map(TurnSlot::waits_since).min();
             match (waits_since, turns.open, turns.last_ended) {
                 (Some(since), ..) => Look::Busy { since },
                 (None, 1.., _) => Look::Open,
@@ -94,16 +104,27 @@ impl Turns {
                 if slot.is_free() {
                     turns.open -= 1;
                     turns.last_ended = Some(Instant::now());
+                    if turns.open > 0 {
+                        self.holding.release(STREAM);
+                    }
                 }
             }
         });
+    }
+
+    /// Wakes the streams that wait for news.
+    pub(super) fn wake_resting(&self) {
+        let wakers: Vec<Waker> = self.with(|turns| {
+            turns.slots.iter_mut().filter(|slot| slot.rests).filter_map(|slot| slot.waker.take()).collect()
+        });
+        wakers.into_iter().for_each(Waker::wake);
     }
 
     /// Counts bytes of a request that is not complete. Returns whether there is room for them.
     pub(super) fn upload(&self, more: u64) -> bool {
         self.with(|turns| {
             turns.uploads = turns.uploads.saturating_add(more);
-            self.holding.hold(more);
+            self.holding.hold(UPLOAD.saturating_mul(more));
             turns.uploads <= UPLOADS
         })
     }
@@ -111,7 +132,19 @@ impl Turns {
     /// These bytes of a request wait no longer for its rest.
     pub(super) fn end_upload(&self, counted: u64) {
         self.with(|turns| turns.uploads = turns.uploads.saturating_sub(counted));
-        self.holding.release(counted);
+        self.holding.release(UPLOAD.saturating_mul(counted));
+    }
+}
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self::new(Arc::default())
+    }
+}
+
+impl Drop for Turns {
+    fn drop(&mut self) {
+        self.holding.release(HTTP2);
     }
 }
 
@@ -124,40 +157,54 @@ pub(super) struct Turn {
 
 impl Turn {
     pub(super) fn begin(turns: &Arc<Turns>) -> Self {
-        let new = TurnSlot { open: true, rests: false, parts: 0, moved: Instant::now() };
-        let slot = turns.with(|turns| {
-            turns.open += 1;
-            if let Some((free, slot)) = turns.slots.iter_mut().enumerate().find(|(_, slot)| slot.is_free()) {
+        let new = TurnSlot { open: true, rests: false, parts: 0, moved: Instant::now(), waker: None };
+        let slot = turns.with(|slots| {
+            if slots.open > 0 {
+                turns.holding.hold(STREAM);
+            }
+            slots.open += 1;
+            if let Some((free, slot)) = slots.slots.iter_mut().enumerate().find(|(_, slot)| slot.is_free()) {
                 *slot = new;
                 free
             } else {
-                turns.slots.push(new);
-                turns.slots.len() - 1
+                slots.slots.push(new);
+                slots.slots.len() - 1
             }
         });
         Self { turns: Arc::clone(turns), slot }
     }
 
-    /// The answer has nothing to send now.
-    pub(super) fn rests(&self) {
-        self.turns.update(self.slot, |slot| slot.rests = true);
+    /// The answer has nothing to send now; it is polled by whom `waker` wakes.
+    pub(super) fn rests(&self, waker: &Waker) {
+        self.turns.update(self.slot, |slot| {
+            slot.rests = true;
+            match &mut slot.waker {
+                Some(before) => before.clone_from(waker),
+                none => *none = Some(waker.clone()),
+            }
+        });
     }
 
     /// A part of the answer is handed to hyper.
     pub(super) fn part(&self, bytes: Bytes) -> Part {
         let now = Instant::now();
+        let held = unsent(bytes.len());
+        self.turns.holding.hold(held);
         self.turns.update(self.slot, |slot| {
             slot.parts += 1;
             slot.rests = false;
             slot.moved = now;
         });
-        Part { bytes, turns: Arc::clone(&self.turns), slot: self.slot }
+        Part { bytes, held, turns: Arc::clone(&self.turns), slot: self.slot }
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.turns.update(self.slot, |slot| slot.open = false);
+        self.turns.update(self.slot, |slot| {
+            slot.open = false;
+            slot.waker = None;
+        });
     }
 }
 
@@ -165,6 +212,7 @@ impl Drop for Turn {
 /// only sign there is that a peer without a window has not pinned them.
 pub(super) struct Part {
     bytes: Bytes,
+    held: u64,
     turns: Arc<Turns>,
     slot: usize,
 }
@@ -172,6 +220,7 @@ pub(super) struct Part {
 impl Drop for Part {
     fn drop(&mut self) {
         let now = Instant::now();
+        self.turns.holding.release(self.held);
         self.turns.update(self.slot, |slot| {
             slot.parts -= 1;
             slot.moved = now;
@@ -190,5 +239,101 @@ impl Buf for Part {
 
     fn advance(&mut self, n: usize) {
         self.bytes.advance(n);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, prelude::*, sample::Index};
+
+    use super::*;
+
+    /// What happens on a connection.
+    #[derive(Clone, Debug)]
+    enum Event {
+        Begins,
+        Part(Index, usize),
+        Rests(Index),
+        Uploads(Index, u64),
+        EndsUpload(Index),
+        Ends(Index),
+        Sent(Index),
+    }
+
+    fn events() -> impl Strategy<Value = Vec<Event>> {
+        let index = any::<Index>;
+        let event = prop_oneof![
+            Just(Event::Begins),
+            (index(), 0usize..50_000).prop_map(|(at, bytes)| Event::Part(at, bytes)),
+            index().prop_map(Event::Rests),
+            (index(), 0u64..20_000).prop_map(|(at, bytes)| Event::Uploads(at, bytes)),
+            index().prop_map(Event::EndsUpload),
+            index().prop_map(Event::Ends),
+            index().prop_map(Event::Sent),
+        ];
+        vec(event, 0..80)
+    }
+
+    proptest! {
+        /// Whatever happens in whatever order: what is held is the sum of what is there, and in the end nothing.
+        #[test]
+        fn what_is_held_is_what_is_there(events in events(), parts_outlive in any::<bool>()) {
+            let holding = Arc::<Holding>::default();
+            let turns = Arc::new(Turns::new(Arc::clone(&holding)));
+            let mut requests: Vec<(Turn, u64, usize)> = Vec::new();
+            let mut parts: Vec<Part> = Vec::new();
+            for event in events {
+                let at = |index: &Index| (!requests.is_empty()).then(|| index.index(requests.len()));
+                match event {
+                    Event::Begins => {
+                        let turn = Turn::begin(&turns);
+                        let slot = turn.slot;
+                        requests.push((turn, 0, slot));
+                    }
+                    Event::Part(index, bytes) => if let Some(at) = at(&index) {
+                        parts.push(requests[at].0.part(vec![0; bytes].into()));
+                    },
+                    Event::Rests(index) => if let Some(at) = at(&index) {
+                        requests[at].0.rests(Waker::noop());
+                    },
+                    Event::Uploads(index, bytes) => if let Some(at) = at(&index) {
+                        turns.upload(bytes);
+                        requests[at].1 += bytes;
+                    },
+                    Event::EndsUpload(index) => if let Some(at) = at(&index) {
+                        turns.end_upload(std::mem::take(&mut requests[at].1));
+                    },
+                    Event::Ends(index) => if let Some(at) = at(&index) {
+                        let (turn, uploaded, _) = requests.swap_remove(at);
+                        drop(turn);
+                        turns.end_upload(uploaded);
+                    },
+                    Event::Sent(index) => if !parts.is_empty() {
+                        let at = index.index(parts.len());
+                        parts.swap_remove(at);
+                    },
+                }
+                let mut slots: Vec<usize> = requests.iter().map(|(.., slot)| *slot).collect();
+                slots.extend(parts.iter().map(|part| part.slot));
+                slots.sort_unstable();
+                slots.dedup();
+                let streams = u64::try_from(slots.len().saturating_sub(1)).unwrap() * STREAM;
+                let unsent: u64 = parts.iter().map(|part| part.held).sum();
+                let uploads: u64 = requests.iter().map(|(_, uploaded, _)| uploaded * UPLOAD).sum();
+                prop_assert_eq!(holding.bytes(), HTTP2 + streams + unsent + uploads);
+            }
+            for (_, uploaded, _) in &requests {
+                turns.end_upload(*uploaded);
+            }
+            drop(turns);
+            if parts_outlive {
+                drop(requests);
+                drop(parts);
+            } else {
+                drop(parts);
+                drop(requests);
+            }
+            prop_assert_eq!(holding.bytes(), 0);
+        }
     }
 }

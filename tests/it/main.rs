@@ -18,6 +18,7 @@ mod frames;
 mod fuse;
 mod generated_code;
 mod handed_over;
+mod held;
 mod hostile;
 mod house;
 mod issuer;
@@ -36,6 +37,7 @@ mod rotation;
 mod stepped;
 mod streams;
 mod support;
+mod surroundings;
 mod systemd;
 mod tidy;
 // What stopped a thread is told in this way on glibc alone.
