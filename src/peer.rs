@@ -30,6 +30,7 @@ pub mod socket;
 mod stats;
 mod trim;
 mod turns;
+mod unsent;
 mod wire;
 mod writer;
 
