@@ -7,6 +7,7 @@
 //! identities, and what a request means, gRPC's words included, but for the status of an answer.
 
 mod accepted;
+mod allowance;
 mod bounds;
 pub mod cgroup;
 mod closing;

@@ -23,6 +23,7 @@ pub const STREAM: u64 = 6 * 1024;
 pub const UPLOADS: u64 = 20 * 1024;
 /// What each byte of a request that is not complete takes: it is a slice of the buffer that it came in.
 pub const UPLOAD: u64 = 3;
+
 /// What the kernel keeps for a refused connection that lingers.
 pub const LINGERING: u64 = 4 * 1024;
 /// A caller that held nothing, with one connection and one call.
