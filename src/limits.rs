@@ -60,6 +60,7 @@ pub mod pace;
 pub mod pattern;
 pub mod policy;
 mod pool;
+pub mod processor;
 pub mod refusal;
 pub mod report;
 pub mod room;

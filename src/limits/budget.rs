@@ -45,12 +45,17 @@ pub const SHARES: u64 = 64;
 /// The process itself, before anybody connects.
 pub const PROCESS: u64 = 4 << 20;
 
+/// A connection with so many streams that wait for news.
+pub const fn connection_with(streams: u32) -> u64 {
+    #[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
+    let further = streams.saturating_sub(1) as u64;
+    PARKED + HTTP2 + further * STREAM
+}
+
 /// A connection at its worst: so many streams open, [`UPLOADS`] of requests that never end, and answers that nobody
 /// reads.
 pub const fn connection_at_most(streams: u32) -> u64 {
-    #[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
-    let streams = streams as u64;
-    PARKED + HTTP2 + streams * STREAM + UPLOADS * UPLOAD
+    connection_with(streams) + UPLOADS * UPLOAD
 }
 /// A known key in the table of a stage, with its share of the index and its parent.
 pub const KEY: u64 = 224;

@@ -69,6 +69,11 @@ impl Limits {
         Standing::under(ledger.limit(rule), |quota| ledger.callers().left(ledger.now(), key, quota))
     }
 
+    /// How many connections and calls were let in, since the start.
+    pub fn served(&self) -> u64 {
+        self.ledger().counters.served()
+    }
+
     /// How many calls are being attested.
     pub fn attestations(&self) -> u32 {
         self.ledger().slots.in_use()
