@@ -149,7 +149,7 @@ impl Agent {
     pub(crate) fn end(mut self) -> (Option<String>, String) {
         let log = self.confined.log();
         let warnings = log.lines().filter(|line| line.contains("WARN")).count();
-        let charged = self.confined.cgroup.as_ref().map_or(0, |cgroup| cgroup.highest().0 / 1024);
+        let charged = self.confined.cgroup.as_ref().map_or(0, |cgroup| cgroup.highest().all / 1024);
         let said = format!(
             "{} KiB resident at most, {charged} KiB charged; {} lines in the log, {warnings} warnings",
             self.confined.status("VmHWM").unwrap_or(0),
