@@ -14,6 +14,7 @@ mod run;
 mod serving;
 mod signals;
 mod start;
+mod surroundings;
 mod watch;
 
 use std::{path::Path, sync::Arc, time::Duration};
@@ -29,7 +30,7 @@ pub use self::{
 use self::{serving::Serving, start::Adjustable};
 use crate::{
     config::Config,
-    limits::gate::lingering,
+    limits::gate_plan::lingering,
     peer::ConnectionBounds,
     telemetry::{
         health::{HealthState, Probe},

@@ -40,6 +40,7 @@
 //!
 //! A [`CallerKey`] is the kernel's word. Nothing that a caller sends chooses a bucket, but for the method.
 
+mod accounts;
 mod admission;
 mod admitted;
 mod ask;
@@ -50,6 +51,7 @@ pub mod caller_pattern;
 mod cells;
 mod counters;
 pub mod gate;
+pub mod gate_plan;
 pub mod gate_settings;
 pub mod holding;
 pub mod id_pattern;
@@ -67,17 +69,21 @@ pub mod rule;
 pub mod schedule;
 pub mod settings;
 pub mod shares;
+mod shortage;
 mod slots;
 mod standings;
 mod table;
 mod table_size;
 mod tally;
 mod waiting;
+pub mod waste;
 
+pub use accounts::ToldToGo;
 pub use admission::{Limits, UpdatePlace};
 pub use admitted::Admitted;
 pub use caller::{CallerKey, Families};
-pub use gate::{ConnectionPermit, Gate, GatePlan};
+pub use gate::{ConnectionPermit, Gate};
+pub use gate_plan::GatePlan;
 pub use gate_settings::{ConnectionSettings, GatePlaces, GateRule, GateRules, GateSettings};
 pub use method::Method;
 pub use patience::Patience;

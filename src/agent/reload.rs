@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{
-    ANSWERS_WITHIN, Running, connection_bounds, metrics::ReloadResult, start::Adjustable, watch::Budget,
-};
+use super::{ANSWERS_WITHIN, Running, connection_bounds, metrics::ReloadResult, start::Adjustable};
 use crate::{
     config::{self, Changes, Config, EntryChanges},
     limits::GatePlan,
@@ -49,24 +47,26 @@ impl Replacing {
             health: _,
             ratelimit,
         } = next;
-        let Adjustable { parts, memory, connections, log: lines } = &self.adjustable;
-        let budget = Budget::of(next, parts.means);
+        let Adjustable { parts, connections, log: lines } = &self.adjustable;
+        let budget = ratelimit.memory.budget(parts.means.cgroup);
         let bounds = connection_bounds(next, parts.means);
         let told = next.issuer_input();
-        let gate_plan = GatePlan::new(ratelimit, parts.means.nofile, budget.bytes)?;
+        let gate_plan = GatePlan::new(ratelimit, parts.means.nofile, budget)?;
 
         // From here on nothing fails. What the entries ask for is looked for before they are there.
         let _asked_until_then = parts.attestor.prepare_for(&told.index);
         parts.attestor.wait(ANSWERS_WITHIN);
         parts.limits.reload(ratelimit);
         parts.gate.reload(gate_plan);
-        memory.send_replace(budget);
         connections.send_if_modified(|old| std::mem::replace(old, bounds.clone()) != bounds);
         parts.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);
         parts.jwt.resize(caches.jwt_svids.count());
         parts.attestor.share_by(ratelimit.families.clone());
-        parts.attestor.reload(attest.clone());
-        parts.writer.replace(policy.clone(), || parts.issuer.reload(told));
+        parts.writer.replace(policy.clone(), || {
+            // In one snapshot with the entries that are found by these.
+            parts.attestor.reload(attest.clone());
+            parts.issuer.reload(told);
+        });
         if let Some(lines) = lines {
             lines.set_level(log.level);
         }

@@ -8,12 +8,8 @@ use nix::unistd::geteuid;
 use tokio::{runtime::Handle, sync::watch as channel, task::JoinSet};
 
 use super::{
-    ANSWERS_WITHIN, Running, connection_bounds,
-    gate::Means,
-    metrics::AgentMetrics,
-    probe::probe,
-    serving::Serving,
-    watch::{Budget, Watch},
+    ANSWERS_WITHIN, Running, connection_bounds, gate::Means, metrics::AgentMetrics, probe::probe,
+    serving::Serving, surroundings::look_around, watch::Watch,
 };
 use crate::{
     api::{
@@ -24,7 +20,7 @@ use crate::{
     attest::Attestor,
     config::Config,
     issuer::{self, Issuer, metrics::IssuerMetrics},
-    limits::{self, GatePlan, Limits},
+    limits::{self, GatePlan, Limits, pace::Complaints},
     os::{clock::Clock, trusted::ClosedDir},
     peer::{ConnectionBounds, ConnectionMetrics, ConnectionStats, Listener, OsUid, Socket, cgroup::PodOrUid},
     store::{JwtCache, StoreMetrics, Writer, X509Cache},
@@ -83,7 +79,6 @@ pub(super) struct AgentParts {
 #[derive(Clone)]
 pub(super) struct Adjustable {
     pub(super) parts: Arc<AgentParts>,
-    pub(super) memory: channel::Sender<Budget>,
     /// What bounds a connection that is accepted from now on.
     pub(super) connections: channel::Sender<ConnectionBounds>,
     /// The log of the process, once it is known.
@@ -148,8 +143,6 @@ impl AgentParts {
         let services = self.services()?;
         let (stop, stopping) = channel::channel(false);
         let (connections, bounds) = channel::channel(connection_bounds(&config, self.means));
-        let (evicted, evictions) = channel::channel(None);
-        let (memory, budgets) = channel::channel(Budget::of(&config, self.means));
         let keys =
             Arc::new(PodOrUid::new(config.kubernetes.mode, in_pod(), config.kubernetes.kubelet_root.clone()));
         let (stats, admin_stats) = (Arc::<ConnectionStats>::default(), Arc::<ConnectionStats>::default());
@@ -157,21 +150,15 @@ impl AgentParts {
         let counted = (Arc::clone(&stats), Arc::clone(&admin_stats));
         self.metrics.before_render(move || series.set(&counted.0, &counted.1));
 
-        let listener = Listener {
-            socket,
-            bounds,
-            gate: Arc::new(self.gate.clone()),
-            keys: Arc::clone(&keys),
-            stats,
-            evicted: evictions,
-        };
+        let listener =
+            Listener { socket, bounds, gate: Arc::new(self.gate.clone()), keys: Arc::clone(&keys), stats };
         let serving = listener.serve(move |_peer| services.clone(), stopped(stopping.clone()));
         let public = Serving::begin("the workload api", serving);
         let admin = admin.map(|socket| {
-            let service = self.admin_service(keys, memory.subscribe());
+            let service = self.admin_service(keys);
             self.serve_admin(socket, service, admin_stats, stopping)
         });
-        let mut tasks = self.tasks(budgets, evicted);
+        let mut tasks = self.tasks();
         for listener in http {
             let serving = async move {
                 // It serves for ever, or cannot begin.
@@ -182,8 +169,9 @@ impl AgentParts {
         }
 
         self.series.loaded();
+        look_around(&self.health);
         self.health.set(Probe::Healthy);
-        let adjustable = Adjustable { parts: Arc::new(self), memory, connections, log: None };
+        let adjustable = Adjustable { parts: Arc::new(self), connections, log: None };
         Ok(Running { config: Arc::new(config), adjustable, stop, public, admin, tasks })
     }
 
@@ -200,7 +188,6 @@ impl AgentParts {
             gate: Arc::new(OwnerGate::new(self.gate.clone())),
             keys: Arc::new(OsUid),
             stats,
-            evicted: channel::channel(None).1,
         };
         let serving = listener.serve(move |_peer| service.clone(), stopped(stopping));
         Serving::begin("the admin api", serving)
@@ -220,23 +207,18 @@ impl AgentParts {
             .context("the built-in descriptors cannot be read")
     }
 
-    fn admin_service(&self, keys: Arc<PodOrUid>, budget: channel::Receiver<Budget>) -> AdminService {
+    fn admin_service(&self, keys: Arc<PodOrUid>) -> AdminService {
         AdminService::new(admin::AdminParts {
             limits: self.limits.clone(),
             gate: self.gate.clone(),
             attestor: Arc::clone(&self.attestor),
             keys,
             store: Arc::clone(self.writer.store()),
-            budget: Box::new(move || budget.borrow().bytes),
         })
     }
 
     /// What goes on for ever.
-    fn tasks(
-        &self,
-        memory: channel::Receiver<Budget>,
-        evicted: channel::Sender<Option<limits::CallerKey>>,
-    ) -> JoinSet<()> {
+    fn tasks(&self) -> JoinSet<()> {
         let mut tasks = JoinSet::new();
         tasks.spawn(Arc::clone(&self.issuer).run());
         tasks.spawn(Arc::clone(&self.writer).run());
@@ -245,11 +227,10 @@ impl AgentParts {
         let watch = Watch {
             limits: self.limits.clone(),
             gate: self.gate.clone(),
-            memory,
-            evicted,
             x509: Arc::clone(&self.x509),
             jwt: Arc::clone(&self.jwt),
             journal: Arc::clone(&self.journal),
+            complaints: Complaints::default(),
         };
         tasks.spawn(watch.run());
         tasks.spawn(probe(Arc::clone(&self.health), Arc::clone(&self.issuer)));

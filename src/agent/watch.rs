@@ -3,15 +3,16 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::sync::watch;
+use tokio::time::Instant;
 
-use super::gate::Means;
 use crate::{
     api::Journal,
-    config::Config,
     limits::{
-        self, CallerKey, Limits,
-        budget::{self, Accounted, Pressure},
+        self, Limits, ToldToGo,
+        budget::{Accounted, Pressure},
+        gate::OutOfRoom,
+        holding::Notice,
+        pace::{Complaints, Settled},
         report::Event,
     },
     os::heap,
@@ -32,27 +33,10 @@ const TICKS_PER_REPORT: u32 = 4;
 pub(super) struct Watch {
     pub(super) limits: Limits,
     pub(super) gate: limits::Gate,
-    pub(super) memory: watch::Receiver<Budget>,
-    pub(super) evicted: watch::Sender<Option<CallerKey>>,
     pub(super) x509: Arc<X509Cache>,
     pub(super) jwt: Arc<JwtCache>,
     pub(super) journal: Arc<Journal>,
-}
-
-/// The memory budget in force.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Budget {
-    pub(super) settings: budget::MemorySettings,
-    /// Bytes; `None` for no budget.
-    pub(super) bytes: Option<u64>,
-}
-
-impl Budget {
-    /// What `config` says, of what the machine gives.
-    pub(super) fn of(config: &Config, means: Means) -> Self {
-        let settings = config.ratelimit.memory;
-        Self { settings, bytes: settings.budget(means.cgroup) }
-    }
+    pub(super) complaints: Complaints<&'static str>,
 }
 
 impl Watch {
@@ -82,14 +66,8 @@ impl Watch {
     /// Does what the budget asks for. Each step does what those before it do; caches are emptied when memory
     /// is shorter than `emptied_at`. Returns whether they were.
     fn relieve(&self, pressure: &mut Pressure, emptied_at: Pressure) -> bool {
-        let Budget { settings, bytes } = *self.memory.borrow();
-        // Without a budget there is nothing to look for.
-        let look = |before| match bytes.and_then(|budget| Some((budget, heap::resident()?))) {
-            Some((budget, used)) => settings.next(before, used, budget),
-            None => Pressure::None,
-        };
-        let before = *pressure;
-        let mut now = look(before);
+        let look = || self.gate.look(heap::resident(), self.accounted().bytes());
+        let mut now = look();
         let empty = now > emptied_at;
         if empty {
             self.jwt.clear();
@@ -99,30 +77,30 @@ impl Watch {
         if now >= Pressure::ShrinkCaches {
             heap::trim();
             // What shrinking gave back counts.
-            now = look(before).max(Pressure::ShrinkCaches);
+            now = look();
         }
-        self.gate.set_pressure(now);
-        let heavy = |caller: &(CallerKey, u32)| bytes.is_none_or(|budget| budget::is_heavy(caller.1, budget));
-        let heaviest = match now {
-            Pressure::CloseHeaviest => self.gate.to_cut_off().filter(heavy).map(|(caller, _)| caller),
-            Pressure::None | Pressure::ShrinkCaches | Pressure::RefuseNew => None,
-        };
-        self.evicted.send_if_modified(|evicted| std::mem::replace(evicted, heaviest) != heaviest);
+        for told in self.gate.shed() {
+            self.tell_of(&told);
+        }
         if now != *pressure {
-            let caller = heaviest.map(|caller| caller.to_string()).unwrap_or_default();
+            let memory = self.gate.memory();
+            let (used, held, budget) = (memory.used, memory.held, memory.budget);
             match now {
-                Pressure::None => tracing::info!("memory is within the budget again"),
-                Pressure::ShrinkCaches => tracing::info!("memory runs short: caches are emptied"),
-                Pressure::RefuseNew => {
-                    tracing::warn!("memory runs short: callers get no further connections")
-                }
-                Pressure::CloseHeaviest if heaviest.is_none() => {
-                    tracing::warn!(
-                        "memory runs out: nobody gets a connection, and no caller holds enough to be cut off"
-                    )
-                }
+                Pressure::None => tracing::info!(used, held, budget, "memory is within the budget again"),
+                Pressure::ShrinkCaches => tracing::info!(
+                    used,
+                    held,
+                    budget,
+                    "memory runs short: caches are emptied, and who holds its share gets no more"
+                ),
+                Pressure::RefuseNew => tracing::warn!(
+                    used,
+                    held,
+                    budget,
+                    "memory runs short: who holds more than its share is told to come back"
+                ),
                 Pressure::CloseHeaviest => {
-                    tracing::warn!(caller, "memory runs out: the heaviest caller is cut off")
+                    tracing::warn!(used, held, budget, "memory runs out: who holds most is cut off");
                 }
             }
             *pressure = now;
@@ -130,8 +108,64 @@ impl Watch {
         empty
     }
 
+    /// Says who was told to go, and for what it holds.
+    fn tell_of(&self, told: &ToldToGo) {
+        let ToldToGo { caller, held, notice } = *told;
+        let what = match notice {
+            Notice::ComeBack => "told to come back",
+            Notice::Close => "closed",
+        };
+        if let Some(times) = self.complaints.note(caller, what, Instant::now()) {
+            tracing::warn!(
+                caller = %caller,
+                held,
+                connections = times,
+                what,
+                "it holds more than its share, and its newest connections end"
+            );
+        }
+    }
+
+    /// Says who was refused for want of room.
+    fn tell_of_refusal(&self, refused: &OutOfRoom) {
+        let OutOfRoom { caller, refusal, held, share } = *refused;
+        if self.complaints.note(caller, refusal.text(), Instant::now()).is_some() {
+            tracing::warn!(
+                caller = %caller,
+                short_of = refusal.text(),
+                held,
+                share,
+                "it holds its share, and gets no further connection until there is room"
+            );
+        }
+    }
+
+    fn accounted(&self) -> Accounted {
+        let (callers, identities) = self.limits.keys();
+        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+        Accounted {
+            held: 0,
+            keys: count(callers + identities + self.gate.keys()),
+            jwt_svids: count(self.jwt.len()),
+            x509_svids: count(self.x509.counts().cached),
+        }
+    }
+
     fn report(&self) {
         self.journal.settle();
+        for refused in self.gate.out_of_room() {
+            self.tell_of_refusal(&refused);
+        }
+        for settled in self.complaints.settle(Instant::now()) {
+            match settled {
+                Settled::Over { caller, reason, count } => {
+                    tracing::info!(caller = %caller, reason, count, "room is no longer short for it");
+                }
+                Settled::Unlisted { count } => {
+                    tracing::warn!(count, "further callers that hold their share, not listed one by one");
+                }
+            }
+        }
         for event in self.limits.events() {
             match event {
                 Event::RefusalStarted { stage, name } => {
@@ -145,13 +179,6 @@ impl Watch {
                 }
             }
         }
-        let (callers, identities) = self.limits.keys();
-        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
-        self.limits.account(Accounted {
-            connections: u64::from(self.gate.connections()),
-            keys: count(callers + identities + self.gate.keys()),
-            jwt_svids: count(self.jwt.len()),
-            x509_svids: count(self.x509.counts().cached),
-        });
+        self.limits.account(Accounted { held: self.gate.memory().held, ..self.accounted() });
     }
 }

@@ -102,8 +102,6 @@ pub struct AdminParts {
     /// Whom a process is charged as.
     pub keys: Arc<PodOrUid>,
     pub store: Arc<Store>,
-    /// The memory budget in force, in bytes.
-    pub budget: Box<dyn Fn() -> Option<u64> + Send + Sync>,
 }
 
 /// The one service of the admin socket. Cheap to clone.
@@ -171,13 +169,13 @@ impl AdminParts {
                 .gate
                 .heaviest(top)
                 .into_iter()
-                .map(|(caller, open)| pb::Connections { caller: caller.to_string(), open })
+                .map(|(caller, open, _)| pb::Connections { caller: caller.to_string(), open })
                 .collect(),
             node_connections: self.gate.connections(),
             attestations_in_flight: self.limits.attestations(),
             memory: Some(pb::Memory {
-                pressure: pressure(self.gate.pressure()).to_owned(),
-                budget: (self.budget)(),
+                pressure: pressure(self.gate.memory().pressure).to_owned(),
+                budget: self.gate.memory().budget,
                 resident: heap::resident(),
             }),
             keys: Some(pb::Keys {

@@ -129,7 +129,7 @@ impl Journal {
         const NOT_ATTESTED: &str = "workload attestation failed";
         let rpc = method.rpc();
         match error {
-            RequestError::OtherPidNamespace => {
+            RequestError::OtherPidNamespace | RequestError::Unmapped => {
                 self.complain(by, Complaint::NotAttested(AttestFault::Namespace), |line| {
                     let AboutCaller { caller, pid, reason, times } = line;
                     tracing::warn!(method = rpc, caller, pid, reason, %error, times, "{NOT_ATTESTED}");

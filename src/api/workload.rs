@@ -315,6 +315,10 @@ impl<C: Content> Update for Subscription<C> {
     fn is_alive(&self) -> Result<(), RequestError> {
         Ok(self.charged.peer().is_alive()?)
     }
+
+    fn is_sent_away(&self) -> bool {
+        self.charged.peer().connected().is_sent_away()
+    }
 }
 
 /// What a stream is sent.

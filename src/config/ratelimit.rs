@@ -213,8 +213,8 @@ fn gate_rule(s: &mut Section<'_>, base: &GateRule) -> Result<GateRule, Reported>
     let rate = limit(s, &FREE);
     let dry_run = s.boolean("dry_run");
     let good = (connections.is_some() || !s.has("connections")) && (dry_run.is_some() || !s.has("dry_run"));
-    let rate = rate?.map_or(base.rate, |bound| bound.limit);
-    if let (Some(at), Limit::Exempt | Limit::Block | Limit::Unlimited) = (connections, rate) {
+    let rate = rate?.map(|bound| bound.limit).or(base.rate);
+    if let (Some(at), Some(Limit::Exempt | Limit::Block | Limit::Unlimited)) = (connections, rate) {
         let message = "is not looked at beside exempt, block or unlimited: take one of them out";
         s.wrong(at.place, "connections", Some(at.value.to_string()), message);
         return Err(Reported);

@@ -11,22 +11,59 @@
 
 use std::{fs, ops::RangeInclusive, path::Path};
 
-/// Live heap of an HTTP/2 connection with one stream (h2's fixed buffers, for the most part).
-pub const CONNECTION: u64 = 40 * 1024;
+/// A connection that was let in and has sent nothing: its task, its place in tables, and what the kernel keeps for its
+/// socket, its file and its process's.
+pub const PARKED: u64 = 6 * 1024;
+/// HTTP/2, with the first stream (h2's fixed buffers, for the most part).
+pub const HTTP2: u64 = 27 * 1024;
+/// Each further stream that is open.
+pub const STREAM: u64 = 6 * 1024;
 /// Bytes of requests that are not complete, of all streams of a connection: one message of the largest size,
 /// and some beside it. More, and what is being sent is refused.
 pub const UPLOADS: u64 = 20 * 1024;
-/// A connection at its worst, with 16 streams: see [`connection_at_most`].
-pub const CONNECTION_AT_MOST: u64 = connection_at_most(16);
+/// What each byte of a request that is not complete takes: it is a slice of the buffer that it came in.
+pub const UPLOAD: u64 = 3;
 
-/// A connection at its worst: so many streams open, each with a request that never ends, and [`UPLOADS`] of
-/// them here. By this the number of connections that fit is reckoned, as nobody has been charged for such a
-/// request yet, and it takes milliseconds to send it. Measured: 3 KiB for a stream, and three times what was
-/// sent.
+/// What the kernel keeps for a refused connection that lingers.
+pub const LINGERING: u64 = 4 * 1024;
+/// A caller that held nothing, with one connection and one call.
+pub const NEWCOMER: u64 = PARKED + HTTP2 + 7 * 1024;
+/// Of a budget, newcomers have one part in so many set aside, at most.
+pub const RESERVED_SHARE: u64 = 8;
+/// Without room a caller's share is one part in so many of the budget, at least.
+pub const SHARES: u64 = 64;
+/// The process itself, before anybody connects.
+pub const PROCESS: u64 = 4 << 20;
+/// What h2 keeps beside each part of an answer.
+const PART: u64 = 512;
+
+/// What a part of an answer takes, of so many bytes, until the kernel has all of it: beside itself the room that encoding
+/// left behind it.
+#[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
+pub const fn unsent(part: usize) -> u64 {
+    let bytes = part as u64;
+    bytes + bytes / 2 + PART
+}
+
+/// Bytes of answers, as [`unsent`] reckons them, that a connection may leave unread. While there are as many no further
+/// answer is made; one that is larger is made alone.
+pub const UNSENT: u64 = 64 * 1024;
+/// What an answer is reckoned at before it is made, when none was made on the connection before: so many of them are
+/// under way together that they fill [`UNSENT`].
+pub const ANSWER_AT_FIRST: u64 = 16 * 1024;
+/// The least that it is reckoned at, when those before it were small. When they were larger it is as much as they were.
+pub const ANSWER_AT_LEAST: u64 = 4 * 1024;
+/// A request that waits until its answer fits, beside what each stream takes: its body is not read, and may be a slice of
+/// a buffer that nothing else is in.
+pub const WAITING: u64 = 10 * 1024;
+
+/// A connection at its worst: so many streams open, [`UPLOADS`] of requests that never end, answers of [`UNSENT`] that
+/// nobody reads, and as many requests as there are streams that wait for room for theirs. Beside these there are the answers
+/// under way when the first of them turned out large: four, or [`UNSENT`] / [`ANSWER_AT_LEAST`] behind small ones.
 pub const fn connection_at_most(streams: u32) -> u64 {
     #[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
     let streams = streams as u64;
-    64 * 1024 + streams * 4 * 1024
+    PARKED + HTTP2 + streams * (STREAM + WAITING) + UPLOADS * UPLOAD + UNSENT
 }
 /// A known key in the table of a stage, with its share of the index and its parent.
 pub const KEY: u64 = 224;
@@ -38,12 +75,6 @@ pub const CACHED_X509_SVID: u64 = 4 * 1024;
 
 /// How far memory must fall below the beginning of a step for the step to end, in percent of the budget.
 const SLACK: u8 = 5;
-/// A caller is only ever cut off for memory when its connections, at their worst, are this part of the budget
-/// at least: else it is not they that fill it.
-const HEAVY: u64 = 32;
-/// So many connections are enough, however large the budget; fewer than so many never are.
-const HEAVY_FROM: RangeInclusive<u64> = 3..=32;
-
 /// Where the budget comes from. Default: [`MemoryLimit::CGROUP`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryLimit(Option<u64>);
@@ -131,6 +162,21 @@ impl MemorySettings {
         self.step(used, budget, 0).max(before.min(self.step(used, budget, SLACK)))
     }
 
+    /// Where a step begins, and below what it ends again, of `whole`.
+    pub(super) fn lines(&self, step: Pressure, whole: u64) -> (u64, u64) {
+        let percent = match (step, self.steps.percents()) {
+            (Pressure::None, _) => 0,
+            (Pressure::ShrinkCaches, [first, ..]) => first,
+            (Pressure::RefuseNew, [_, second, _]) => second,
+            (Pressure::CloseHeaviest, [.., last]) => last,
+        };
+        let line = |percent: u8| {
+            let bytes = (u128::from(whole) * u128::from(percent)).div_ceil(100);
+            u64::try_from(bytes).unwrap_or(u64::MAX)
+        };
+        (line(percent), line(percent.saturating_sub(SLACK)))
+    }
+
     /// The step that `used` reaches, were each `slack` percent lower.
     fn step(&self, used: u64, budget: u64, slack: u8) -> Pressure {
         let reached = |percent: u8| {
@@ -145,7 +191,8 @@ impl MemorySettings {
     }
 }
 
-/// How short memory is. Each step does what those before it do, too.
+/// How short memory is, or descriptors. Each step does what those before it do, too. From the first on there is no room,
+/// and who holds its share gets no more; one that holds nothing is let in at each step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Pressure {
     /// It is not.
@@ -153,24 +200,17 @@ pub enum Pressure {
     None,
     /// Forget what can be made again: cached SVIDs that nobody holds, full buckets ([`super::Limits::shrink`]).
     ShrinkCaches,
-    /// Callers that hold connections get no more. One that holds none, or one that it may have left already,
-    /// still gets one: else whoever fills memory would lock the others out.
+    /// The newest connections of callers that hold more than their share are told to come back ([`super::Gate::shed`]).
     RefuseNew,
-    /// Nobody gets a connection, and those of the heaviest caller ([`super::Gate::to_cut_off`]) are closed, if
-    /// they are worth it ([`is_heavy`]).
+    /// They are closed.
     CloseHeaviest,
-}
-
-/// Whether cutting off a caller with so many connections would give back memory worth it.
-pub fn is_heavy(connections: u32, budget: u64) -> bool {
-    let enough = (budget / HEAVY / CONNECTION_AT_MOST).clamp(*HEAVY_FROM.start(), *HEAVY_FROM.end());
-    u64::from(connections) >= enough
 }
 
 /// What is there that takes memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Accounted {
-    pub connections: u64,
+    /// Bytes that connections hold, as they are told ([`holding`](super::holding)).
+    pub held: u64,
     /// Keys in all tables.
     pub keys: u64,
     /// Cached JWT-SVIDs.
@@ -182,10 +222,12 @@ pub struct Accounted {
 impl Accounted {
     /// What that takes, in bytes, as this module reckons it.
     pub fn bytes(&self) -> u64 {
-        let Self { connections, keys, jwt_svids, x509_svids } = *self;
-        [(connections, CONNECTION), (keys, KEY), (jwt_svids, CACHED_JWT_SVID), (x509_svids, CACHED_X509_SVID)]
+        let Self { held, keys, jwt_svids, x509_svids } = *self;
+        [(keys, KEY), (jwt_svids, CACHED_JWT_SVID), (x509_svids, CACHED_X509_SVID)]
             .into_iter()
-            .fold(0, |sum: u64, (number, each)| sum.saturating_add(number.saturating_mul(each)))
+            .fold(held.saturating_add(PROCESS), |sum: u64, (number, each)| {
+                sum.saturating_add(number.saturating_mul(each))
+            })
     }
 }
 
@@ -278,23 +320,6 @@ mod tests {
     }
 
     #[test]
-    fn only_who_fills_memory_is_cut_off() {
-        for (connections, budget, heavy) in [
-            (0, 0, false),
-            (2, 8 << 20, false),
-            (3, 8 << 20, true),
-            (5, 24 << 20, false),
-            (6, 24 << 20, true),
-            (31, 128 << 20, false),
-            (32, 128 << 20, true),
-            (31, 64 << 30, false),
-            (32, 64 << 30, true),
-        ] {
-            assert_eq!(is_heavy(connections, budget), heavy, "{connections} of {budget}");
-        }
-    }
-
-    #[test]
     fn settings_that_contradict_are_errors() {
         for (case, percents, fits) in [
             ("usual", [70, 85, 95], true),
@@ -364,8 +389,8 @@ mod tests {
 
     #[test]
     fn accounts_add_up() {
-        let some = Accounted { connections: 2, keys: 3, jwt_svids: 1, x509_svids: 1 };
-        assert_eq!(some.bytes(), 2 * CONNECTION + 3 * KEY + CACHED_JWT_SVID + CACHED_X509_SVID);
-        assert_eq!(Accounted { connections: u64::MAX, keys: 1, ..Accounted::default() }.bytes(), u64::MAX);
+        let some = Accounted { held: 2, keys: 3, jwt_svids: 1, x509_svids: 1 };
+        assert_eq!(some.bytes(), 2 + PROCESS + 3 * KEY + CACHED_JWT_SVID + CACHED_X509_SVID);
+        assert_eq!(Accounted { held: u64::MAX, keys: 1, ..Accounted::default() }.bytes(), u64::MAX);
     }
 }

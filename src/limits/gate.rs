@@ -1,181 +1,89 @@
 //! The gate at accept: who may hold how many connections, and open how many anew.
 //!
-//! A connection costs descriptors and memory before anything was asked for, so the first decision is made here.
-//! In this order: blocked; the caller's open connections; its rate of new ones; the node's connections. Of the
-//! last, a part (the reserve) is kept for callers that hold none, or one: however many one caller opens, and
-//! however many callers do, there is one for the next that comes. Whoever can be many callers (a user with
-//! subordinate UIDs) counts as one for that, and has a part of the node's connections at most. Admin
-//! connections have places of their own.
+//! A connection costs descriptors and memory before anything was asked for, so the first decision is made here. What an
+//! admin set is asked first: blocked; the caller's open connections; its rate of new ones. Then what all share, of which a
+//! part (the reserve) is kept for callers that hold no connection, or one: however much others hold, there is a place, and
+//! memory for a call, for the next that comes. While descriptors, memory or the processor are short, whoever has its share
+//! of what is short gets no more. Whoever can be many callers (a user with subordinate UIDs) counts as one for all that.
+//! Admin connections have places of their own.
 //!
-//! A decision is a table look-up: it waits for nobody, so no caller's connection stands behind another's.
-//! Callers with open connections are counted in a map that cannot have more keys than there are connections,
-//! and are never forgotten.
+//! A decision is a look-up: it waits for nobody, so no caller's connection stands behind another's. What connections hold
+//! is told to their [`Holding`]; who holds how much is in [`accounts`](super::accounts), and never forgotten.
 
 use std::{
-    num::NonZeroU32,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
 
 use arc_swap::ArcSwap;
 
 use super::{
+    accounts::{Accounts, OpenPlace, ToldToGo, Weight},
     admission::Limits,
     ask::{Ask, BucketKey, Hasher},
     budget::{self, Pressure},
-    caller::{CallerKey, Families},
+    caller::CallerKey,
     counters::Decision,
-    gate_settings::{GatePlaces, GateRule, GateRules},
-    holding::Holding,
+    gate_plan::GatePlan,
+    gate_settings::GateRule,
+    holding::{Holding, NodeHeld, Notice},
     ledger::{Ledger, PARENT_PARTS},
     refusal::{ChargedAs, ConnectionRefusal, Reason, Stage},
     report::{BucketName, Heavy, Standing},
+    room::Short,
     rule::Limit,
-    settings::{LimitSettings, SoftLimits},
+    shortage::Shortage,
     table::{ChargedTo, Table},
-    table_size::TableSize,
-    tally::Tally,
 };
 use crate::telemetry::registry::float;
-
-/// A socket, and the pidfd of the process behind it.
-pub const DESCRIPTORS_PER_CONNECTION: u64 = 2;
-/// Kept for all that is no connection: listeners, logs, files being read.
-pub const OTHER_DESCRIPTORS: u64 = 64;
-/// Of a memory budget, connections at their worst have one part in so many.
-const MEMORY_SHARE: u64 = 2;
-/// The most refused connections that linger.
-const LINGERING: u64 = 2048;
-/// What the kernel keeps for a connection that lingers, in bytes.
-const LINGERING_BYTES: u64 = 4 * 1024;
-/// Of a memory budget, they have one part in so many.
-const LINGERING_SHARE: u64 = 4;
-
-/// How many refused connections may linger in a process that may have `nofile` descriptors and `budget` bytes.
-pub fn lingering(nofile: u64, budget: Option<u64>) -> u32 {
-    let in_memory = budget.map_or(u64::MAX, |budget| budget / LINGERING_SHARE / LINGERING_BYTES);
-    u32::try_from((nofile / 8).min(LINGERING).min(in_memory)).unwrap_or(0)
-}
-
-/// The most connections of a caller by default.
-const CONNECTIONS: u32 = 64;
-/// By default a caller has one part in so many of the node's connections, so that a small budget of memory is not
-/// one caller's.
-const SHARE: u32 = 10;
-/// The fewest connections of a caller by default.
-const AT_LEAST: u32 = 8;
-/// A family ([`Families`]) has one part in so many of the node's connections.
-const FAMILY_SHARE: u32 = 4;
 
 /// Who holds fewer connections counts as holding none: one that calls anew for each call has left its last one,
 /// and the agent may not have seen that yet.
 const FEW: u32 = 2;
-
-/// Why the machine has no room for what is set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum NoRoomError {
-    /// Descriptors do not suffice for the connections.
-    #[error(
-        "gate: {connections} connections take {needed} descriptors, and the limit is {limit} (LimitNOFILE)"
-    )]
-    Descriptors {
-        connections: u32,
-        /// What they take, with those kept for other uses.
-        needed: u64,
-        limit: u64,
-    },
-    /// The memory budget does not suffice for a connection and one in reserve.
-    #[error(
-        "memory: a budget of {budget} bytes is too small for {least} connections of {each} bytes at their worst: \
-         it must be at least {needed} bytes, or gate.connection.streams lower",
-        least = GatePlaces::LEAST
-    )]
-    Memory {
-        /// In bytes: `memory.limit`, or the cgroup's.
-        budget: u64,
-        /// What a connection takes, in bytes.
-        each: u64,
-        /// The smallest budget that would do, in bytes.
-        needed: u64,
-    },
-}
-
-/// What the gate decides with: settings that this machine has room for.
-#[derive(Debug)]
-pub struct GatePlan {
-    rules: GateRules,
-    /// Connections of all callers.
-    most: u32,
-    reserve: u32,
-    admin: u32,
-    keys: TableSize,
-    families: Families,
-    soft: SoftLimits,
-    dry: bool,
-}
-
-impl GatePlan {
-    /// A plan for a process that may have `nofile` descriptors and `budget` bytes.
-    ///
-    /// # Errors
-    /// [`NoRoomError`] when these do not suffice.
-    pub fn new(settings: &LimitSettings, nofile: u64, budget: Option<u64>) -> Result<Self, NoRoomError> {
-        let gate = &settings.gate;
-        let linger = if gate.connection.linger.is_zero() { 0 } else { lingering(nofile, budget) };
-        let other =
-            OTHER_DESCRIPTORS + u64::from(linger) + DESCRIPTORS_PER_CONNECTION * u64::from(gate.admin);
-        let fit = nofile.saturating_sub(other) / DESCRIPTORS_PER_CONNECTION;
-        let set = gate.places.connections();
-        let asked = set.unwrap_or(GatePlaces::LEAST);
-        if u64::from(asked) > fit {
-            let needed = other + DESCRIPTORS_PER_CONNECTION * u64::from(asked);
-            return Err(NoRoomError::Descriptors { connections: asked, needed, limit: nofile });
-        }
-        let each = budget::connection_at_most(gate.connection.streams);
-        let most = match (set, budget) {
-            (Some(most), _) => most,
-            (None, None) => u32::try_from(fit).unwrap_or(u32::MAX),
-            (None, Some(budget)) => {
-                let needed = u64::from(GatePlaces::LEAST) * each * MEMORY_SHARE;
-                if budget < needed {
-                    return Err(NoRoomError::Memory { budget, each, needed });
-                }
-                u32::try_from(fit.min(budget / MEMORY_SHARE / each)).unwrap_or(u32::MAX)
-            }
-        };
-        Ok(Self {
-            rules: gate.rules.clone(),
-            most,
-            reserve: gate.places.reserve_of(most),
-            admin: gate.admin,
-            keys: settings.keys,
-            families: settings.families.clone(),
-            soft: settings.soft_limits,
-            dry: settings.dry_run,
-        })
-    }
-
-    /// Connections at once of a caller under `rule`.
-    fn connections(&self, rule: &GateRule) -> u32 {
-        let by_default = || (self.most / SHARE).clamp(AT_LEAST, CONNECTIONS);
-        rule.connections.map_or_else(by_default, NonZeroU32::get)
-    }
-
-    /// Connections at once of all callers of a family, whose members are under `rule`: who can be 65,536
-    /// callers has no more than a part of the node for it.
-    fn connections_of_family(&self, rule: &GateRule) -> u32 {
-        self.connections(rule).max(self.most / FAMILY_SHARE)
-    }
-}
+/// While something is short, shares are reckoned anew after so many nanoseconds, if somebody comes.
+const SHARES_LAST: u64 = 50_000_000;
+/// The most callers and reasons that are told between two looks.
+const COMPLAINTS: usize = 64;
 
 #[derive(Debug)]
 struct GateState {
     rates: Table,
-    open: Tally<CallerKey>,
-    /// Of those callers that are of a family, by its first UID.
-    families: Tally<u32>,
+    accounts: Accounts,
     total: u32,
     admin: u32,
-    pressure: Pressure,
+    /// Connections that were let in on what is set aside.
+    reserved: u32,
+    bytes: Shortage,
+    connections: Shortage,
+    /// When shares were reckoned last.
+    looked: u64,
+    complaints: HashMap<(CallerKey, ConnectionRefusal), OutOfRoom, ahash::RandomState>,
+}
+
+/// A caller that was refused for want of room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutOfRoom {
+    pub caller: CallerKey,
+    pub refusal: ConnectionRefusal,
+    /// Bytes that it held when it was last refused, or connections where these are short: those of its family with it.
+    pub held: u64,
+    /// What its share was.
+    pub share: u64,
+}
+
+/// How memory stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryStanding {
+    /// `None` for no bound.
+    pub budget: Option<u64>,
+    /// Bytes that connections hold.
+    pub held: u64,
+    /// Bytes that are used in all.
+    pub used: u64,
+    pub pressure: Pressure,
 }
 
 #[derive(Debug)]
@@ -183,6 +91,9 @@ struct SharedGate {
     plan: ArcSwap<GatePlan>,
     hasher: Hasher,
     state: Mutex<GateState>,
+    node: Arc<NodeHeld>,
+    /// Connections that were refused for want of processor time, since this was last asked.
+    wanting: AtomicU64,
     ledger: Arc<Ledger>,
 }
 
@@ -198,9 +109,9 @@ pub struct Gate {
 pub struct ConnectionPermit {
     shared: Arc<SharedGate>,
     /// `None` for the admin socket.
-    caller: Option<CallerKey>,
-    /// The family that it was counted for.
-    family: Option<u32>,
+    place: Option<OpenPlace>,
+    /// It was let in on what is set aside.
+    reserved: bool,
     holding: Arc<Holding>,
 }
 
@@ -211,43 +122,88 @@ struct Arriving<'a> {
     rule: &'a GateRule,
     caller: CallerKey,
     open: u32,
-    /// Those of its family, if it is of one.
-    family_open: Option<u32>,
+    /// Connections of the caller and its family, and the bytes that they hold.
+    group_open: u32,
+    group_bytes: u64,
+    of_family: bool,
     now: u64,
 }
 
 /// A token of a caller's rate, until it is known whether all others let its connection in.
 type HeldRate = (Ask, ChargedTo);
 
+/// How a connection is let in.
+#[derive(Clone, Copy)]
+struct LetIn {
+    /// Only because it is a rehearsal.
+    rehearsed: bool,
+    /// On what is set aside.
+    reserved: bool,
+}
+
 impl Gate {
     /// A gate that decides with `plan`. It counts and tells through `limits`.
     pub fn new(plan: GatePlan, limits: &Limits) -> Self {
+        let node = Arc::new(NodeHeld::new(Arc::clone(limits.room())));
         let state = GateState {
             rates: Table::new(plan.keys, PARENT_PARTS),
-            open: Tally::default(),
-            families: Tally::default(),
+            accounts: Accounts::new(Arc::clone(&node)),
             total: 0,
             admin: 0,
-            pressure: Pressure::None,
+            reserved: 0,
+            bytes: Shortage::default(),
+            connections: Shortage::default(),
+            looked: 0,
+            complaints: HashMap::default(),
         };
         let shared = SharedGate {
             plan: ArcSwap::from_pointee(plan),
             hasher: Hasher::default(),
             state: Mutex::new(state),
+            node,
+            wanting: AtomicU64::new(0),
             ledger: Arc::clone(limits.ledger()),
         };
+        shared.take_over(&mut shared.state());
         Self { shared: Arc::new(shared) }
     }
 
     /// Decides with another plan. Connections that are open stay.
     pub fn reload(&self, plan: GatePlan) {
-        self.shared.state().rates.resize(plan.keys, PARENT_PARTS);
+        let mut state = self.shared.state();
+        state.rates.resize(plan.keys, PARENT_PARTS);
         self.shared.plan.store(Arc::new(plan));
+        self.shared.take_over(&mut state);
     }
 
-    /// Tells how short memory is: see [`Pressure`].
-    pub fn set_pressure(&self, pressure: Pressure) {
-        self.shared.state().pressure = pressure;
+    /// Looks how short memory and descriptors are, where `measured` bytes are used by the process, and `reckoned` by what
+    /// is no connection. The larger of what is reckoned and what is measured counts.
+    pub fn look(&self, measured: Option<u64>, reckoned: u64) -> Pressure {
+        let shared = &self.shared;
+        let mut state = shared.state();
+        let unseen = measured.unwrap_or(0).saturating_sub(shared.node.bytes());
+        state.bytes.other = unseen.max(reckoned);
+        shared.look(&mut state);
+        state.accounts.forget_paid();
+        state.bytes.pressure()
+    }
+
+    /// Tells those who hold more than their share to go, as far as memory or descriptors are so short: the newest of their
+    /// connections, and never what is below their share. Returns who was told.
+    pub fn shed(&self) -> Vec<ToldToGo> {
+        let state = self.shared.state();
+        let mut told = Vec::new();
+        for (by, shortage) in [(Weight::Bytes, &state.bytes), (Weight::Connections, &state.connections)] {
+            let notice = match shortage.pressure() {
+                Pressure::None | Pressure::ShrinkCaches => continue,
+                Pressure::RefuseNew => Notice::ComeBack,
+                Pressure::CloseHeaviest => Notice::Close,
+            };
+            if let Some(level) = shortage.cut_to(|target| state.accounts.level(by, target)) {
+                told.extend(state.accounts.shed(by, level, shortage.share(), notice));
+            }
+        }
+        told
     }
 
     /// Lets a connection of `caller` in, or not; at once.
@@ -257,20 +213,30 @@ impl Gate {
     pub fn open(&self, caller: CallerKey) -> Result<ConnectionPermit, ConnectionRefusal> {
         let shared = &self.shared;
         let plan = shared.plan.load();
-        let rule = plan.rules.of(&caller);
         let now = shared.ledger.now();
         let mut state = shared.state();
-        let family = plan.families.of(caller);
-        let family_open = family.map(|first| state.families.of(&first));
-        let arriving = Arriving { plan: &plan, rule, caller, open: state.open.of(&caller), family_open, now };
-        let rehearsed = match shared.decide(&arriving, &mut state) {
-            Ok(rehearsed) => rehearsed,
+        let aged = now.saturating_sub(state.looked) >= SHARES_LAST && shared.node.room().is_short_of_places();
+        if aged || state.is_outdated(shared.node.bytes()) {
+            shared.look(&mut state);
+        }
+        let group = plan.families.group(caller);
+        let (group_open, group_bytes) = state.accounts.of_group(group);
+        let arriving = Arriving {
+            plan: &plan,
+            rule: plan.rule(&caller),
+            caller,
+            open: state.accounts.open_of(&caller),
+            group_open,
+            group_bytes,
+            of_family: plan.families.of(caller).is_some(),
+            now,
+        };
+        let LetIn { rehearsed, reserved } = match shared.decide(&arriving, &mut state) {
+            Ok(let_in) => let_in,
             Err(refusal) => {
+                state.complain(&arriving, refusal);
                 drop(state);
-                shared.count(refusal, caller, Decision::Refused);
-                if refusal.is_callers_own() {
-                    shared.ledger.refusing().note(now, Stage::Gate, &BucketName::Caller(caller));
-                }
+                shared.refused(refusal, caller, now);
                 return Err(refusal);
             }
         };
@@ -278,19 +244,12 @@ impl Gate {
         if !rehearsed {
             counters.count(Stage::Gate, None, caller.charged_as(), Decision::Allowed);
         }
-        state.open.add(caller);
-        if let Some(first) = family {
-            state.families.add(first);
-        }
+        let (place, holding) = state.accounts.add(caller, group, budget::PARKED);
         state.total += 1;
+        state.reserved += u32::from(reserved);
         counters.connections.set(f64::from(state.total));
         drop(state);
-        Ok(ConnectionPermit {
-            shared: Arc::clone(shared),
-            caller: Some(caller),
-            family,
-            holding: Arc::default(),
-        })
+        Ok(ConnectionPermit { shared: Arc::clone(shared), place: Some(place), reserved, holding })
     }
 
     /// Lets a connection to the admin socket in: these have places of their own.
@@ -304,12 +263,8 @@ impl Gate {
         }
         state.admin += 1;
         drop(state);
-        Ok(ConnectionPermit {
-            shared: Arc::clone(&self.shared),
-            caller: None,
-            family: None,
-            holding: Arc::default(),
-        })
+        let shared = Arc::clone(&self.shared);
+        Ok(ConnectionPermit { shared, place: None, reserved: false, holding: Arc::default() })
     }
 
     /// What a caller and its family have in common, and nobody else.
@@ -322,24 +277,9 @@ impl Gate {
         self.shared.state().total
     }
 
-    /// The callers with the most open connections.
-    pub fn heaviest(&self, n: usize) -> Vec<(CallerKey, u32)> {
-        let mut all: Vec<(CallerKey, u32)> = self.shared.state().open.iter().collect();
-        all.sort_by_key(|(_, open)| std::cmp::Reverse(*open));
-        all.truncate(n);
-        all
-    }
-
-    /// The caller with the most open connections, those of its family counted with it: whose to close first
-    /// when memory is short. And how many they are.
-    pub fn to_cut_off(&self) -> Option<(CallerKey, u32)> {
-        let plan = self.shared.plan.load();
-        let state = self.shared.state();
-        let weight = |caller: CallerKey, open: u32| {
-            plan.families.of(caller).map_or(open, |family| open.max(state.families.of(&family)))
-        };
-        let all = state.open.iter().map(|(caller, open)| (caller, weight(caller, open), open));
-        all.max_by_key(|(_, weight, open)| (*weight, *open)).map(|(caller, weight, _)| (caller, weight))
+    /// The callers that hold most: their connections, and bytes.
+    pub fn heaviest(&self, n: usize) -> Vec<(CallerKey, u32, u64)> {
+        self.shared.state().accounts.heaviest(n)
     }
 
     /// The callers that were refused and let in most.
@@ -347,19 +287,33 @@ impl Gate {
         self.shared.state().rates.heaviest(n)
     }
 
+    /// Callers that were refused for want of room since this was last asked; a bounded number of them.
+    pub fn out_of_room(&self) -> Vec<OutOfRoom> {
+        let mut state = self.shared.state();
+        state.complaints.drain().map(|(_, complaint)| complaint).collect()
+    }
+
+    /// How many connections were refused for want of processor time since this was last asked.
+    pub fn wanting(&self) -> u64 {
+        self.shared.wanting.swap(0, Relaxed)
+    }
+
     /// How the rate of new connections of a caller stands.
     pub fn standing(&self, caller: CallerKey) -> Standing {
         let shared = &*self.shared;
         let plan = shared.plan.load();
         let key = shared.key(&plan, caller);
-        Standing::under(plan.rules.of(&caller).rate, |quota| {
+        Standing::under(plan.rule(&caller).limit(), |quota| {
             shared.state().rates.left(shared.ledger.now(), key, quota)
         })
     }
 
-    /// How short memory is, as was last told.
-    pub fn pressure(&self) -> Pressure {
-        self.shared.state().pressure
+    /// How memory stands.
+    pub fn memory(&self) -> MemoryStanding {
+        let state = self.shared.state();
+        let held = self.shared.node.bytes();
+        let Shortage { whole, .. } = state.bytes;
+        MemoryStanding { budget: whole, held, used: state.bytes.used(held), pressure: state.bytes.pressure() }
     }
 
     /// How many callers' buckets are known. Also sets the gauge.
@@ -380,8 +334,31 @@ impl SharedGate {
         BucketKey { hash: self.hasher.hash(caller), parent: plan.families.parent(caller) }
     }
 
-    /// Asks all questions of the module's documentation. Returns whether it passed only because it is a rehearsal.
-    fn decide(&self, it: &Arriving<'_>, state: &mut GateState) -> Result<bool, ConnectionRefusal> {
+    /// Takes over what the plan says of memory and descriptors.
+    fn take_over(&self, state: &mut GateState) {
+        let plan = self.plan.load();
+        state.bytes.steps = plan.memory;
+        state.bytes.whole = plan.budget;
+        state.bytes.least = plan.budget.unwrap_or(0) / budget::SHARES;
+        state.connections.whole = Some(u64::from(plan.most));
+        state.connections.least = plan.least_connections();
+        self.look(state);
+    }
+
+    /// Reckons anew how short memory and descriptors are, and the shares.
+    fn look(&self, state: &mut GateState) {
+        let GateState { accounts, bytes, connections, total, .. } = state;
+        bytes.look(self.node.bytes(), |target| accounts.level(Weight::Bytes, target));
+        connections.look(u64::from(*total), |target| accounts.level(Weight::Connections, target));
+        let (short_from, room_below) = bytes.bounds();
+        self.node.bound(short_from, room_below);
+        self.node.set_share(bytes.share());
+        self.node.room().set(Short::Descriptors, connections.is_short());
+        state.looked = self.ledger.now();
+    }
+
+    /// Asks all questions of the module's documentation.
+    fn decide(&self, it: &Arriving<'_>, state: &mut GateState) -> Result<LetIn, ConnectionRefusal> {
         let mut rehearsed = false;
         let mut rehearse = |refusal| {
             self.count(refusal, it.caller, Decision::WouldRefuse);
@@ -399,7 +376,7 @@ impl SharedGate {
             // A rehearsal ends where descriptors do: what cannot be taken is not taken.
             Err(refusal) if it.plan.dry && state.total < it.plan.most => {
                 rehearse(refusal);
-                Ok(())
+                Ok(false)
             }
             decided => decided,
         };
@@ -409,49 +386,76 @@ impl SharedGate {
                 self.ledger.counters.count_soft_limits(it.plan.soft, Stage::Gate, paid);
             }
         }
-        decided.map(|()| rehearsed)
+        decided.map(|reserved| LetIn { rehearsed, reserved })
     }
 
-    /// The first three questions of the module's documentation. Holds a token of the caller's rate if they let
-    /// it pass.
+    /// What is the caller's own. Holds a token of its rate, if it has one.
     fn decide_own(
         &self,
         it: &Arriving<'_>,
         state: &mut GateState,
     ) -> Result<Option<HeldRate>, ConnectionRefusal> {
-        let Arriving { plan, rule, caller, open, family_open, now } = *it;
-        let quota = match rule.rate {
+        let Arriving { plan, rule, caller, open, group_open, of_family, now, .. } = *it;
+        let quota = match rule.limit() {
             Limit::Block => return Err(ConnectionRefusal::Blocked),
             Limit::Exempt | Limit::Unlimited => return Ok(None),
             Limit::Quota(quota) => quota,
         };
         let key = self.key(plan, caller);
-        let full = open >= plan.connections(rule);
-        if full || family_open.is_some_and(|open| open >= plan.connections_of_family(rule)) {
+        if let Some(most) = rule.connections
+            && (open >= most.get() || of_family && group_open >= plan.connections_of_family(most.get()))
+        {
             state.rates.note_refused(key);
             return Err(ConnectionRefusal::CallerConnections);
         }
         let ask = Ask { key, quota, cost: 1, taker: None };
         match state.rates.hold(now, &ask, || (BucketName::Caller(caller), "connections")) {
             Ok(place) => Ok(Some((ask, place))),
-            Err(_wait) => Err(ConnectionRefusal::CallerRate),
+            Err(_wait) if rule.rate.is_some() => Err(ConnectionRefusal::CallerRate),
+            // Nobody set it: it only says who comes first.
+            Err(_wait) if self.node.room().is_short(Short::Processor) => Err(ConnectionRefusal::Processor),
+            Err(_wait) => Ok(None),
         }
     }
 
-    /// What all share: the last question.
-    fn decide_node(&self, it: &Arriving<'_>, state: &GateState) -> Result<(), ConnectionRefusal> {
-        let Arriving { plan, rule, open, family_open, .. } = *it;
-        let exempt = rule.rate == Limit::Exempt;
-        let newcomer = family_open.unwrap_or(open) < FEW || exempt;
-        let short = if newcomer { Pressure::CloseHeaviest } else { Pressure::RefuseNew };
-        if state.pressure >= short && !exempt {
-            return Err(ConnectionRefusal::Memory);
-        }
+    /// What all share. Returns whether it takes what is set aside for those who hold nothing.
+    fn decide_node(&self, it: &Arriving<'_>, state: &GateState) -> Result<bool, ConnectionRefusal> {
+        let Arriving { plan, rule, group_open, group_bytes, .. } = *it;
+        let exempt = rule.limit() == Limit::Exempt;
+        let newcomer = group_open < FEW || exempt;
         let most = if newcomer { plan.most } else { plan.most - plan.reserve };
         if state.total >= most {
             return Err(ConnectionRefusal::NodeConnections);
         }
-        Ok(())
+        let room = self.node.room();
+        if !newcomer
+            && room.is_short(Short::Descriptors)
+            && u64::from(group_open) >= state.connections.share()
+        {
+            return Err(ConnectionRefusal::Descriptors);
+        }
+        let Some(budget) = plan.budget else { return Ok(false) };
+        let left = budget.saturating_sub(state.bytes.used(self.node.bytes()));
+        let last = left < plan.reserved_bytes() + budget::NEWCOMER;
+        if newcomer {
+            let taken = last && !exempt && state.reserved >= plan.reserved();
+            return if taken { Err(ConnectionRefusal::Memory) } else { Ok(last) };
+        }
+        if last || room.is_short(Short::Memory) && group_bytes >= state.bytes.share() {
+            return Err(ConnectionRefusal::Memory);
+        }
+        Ok(false)
+    }
+
+    /// Counts and tells a refusal.
+    fn refused(&self, refusal: ConnectionRefusal, caller: CallerKey, now: u64) {
+        self.count(refusal, caller, Decision::Refused);
+        if refusal.is_callers_own() {
+            self.ledger.refusing().note(now, Stage::Gate, &BucketName::Caller(caller));
+        }
+        if refusal == ConnectionRefusal::Processor {
+            self.wanting.fetch_add(1, Relaxed);
+        }
     }
 
     /// Counts a refusal, or what would be one.
@@ -459,6 +463,28 @@ impl SharedGate {
         let Some((stage, reason)) = refusal.by_stage() else { return };
         let key = if stage == Stage::Node { ChargedAs::Node } else { caller.charged_as() };
         self.ledger.counters.count(stage, None, key, decision(reason));
+    }
+}
+
+impl GateState {
+    /// Whether shares were reckoned when much less was held.
+    fn is_outdated(&self, held: u64) -> bool {
+        self.bytes.is_outdated(held) || self.connections.is_outdated(u64::from(self.total))
+    }
+
+    /// Keeps what is to be told of a refusal for want of room, if there is room for it.
+    fn complain(&mut self, it: &Arriving<'_>, refusal: ConnectionRefusal) {
+        let (held, share) = match refusal {
+            ConnectionRefusal::Memory => (it.group_bytes, self.bytes.share()),
+            ConnectionRefusal::Descriptors | ConnectionRefusal::NodeConnections => {
+                (u64::from(it.group_open), self.connections.share())
+            }
+            _ => return,
+        };
+        let key = (it.caller, refusal);
+        if self.complaints.len() < COMPLAINTS || self.complaints.contains_key(&key) {
+            self.complaints.insert(key, OutOfRoom { caller: it.caller, refusal, held, share });
+        }
     }
 }
 
@@ -472,15 +498,13 @@ impl ConnectionPermit {
 impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         let mut state = self.shared.state();
-        let Some(caller) = self.caller else {
+        let Some(place) = &self.place else {
             state.admin = state.admin.saturating_sub(1);
             return;
         };
         state.total = state.total.saturating_sub(1);
-        state.open.take(caller);
-        if let Some(first) = self.family {
-            state.families.take(first);
-        }
+        state.reserved = state.reserved.saturating_sub(u32::from(self.reserved));
+        state.accounts.take(place);
         self.shared.ledger.counters.connections.set(f64::from(state.total));
     }
 }

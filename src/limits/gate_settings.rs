@@ -14,20 +14,24 @@ use super::{
 pub const MAX_CONNECTIONS: u32 = 1_000_000;
 
 /// What one caller may.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct GateRule {
-    /// Connections at once. Default: a tenth of the node's, from 8 to 64.
+    /// Connections at once, whether there is room or not. `None` by default: as many as there is room for.
     pub connections: Option<NonZeroU32>,
-    /// New connections. `Exempt` and `Unlimited` free from the number of connections too, within those of the
-    /// node. Default: 100 a second, 200 at once.
-    pub rate: Limit,
+    /// New connections, whether there is room or not. `Exempt` and `Unlimited` free from the number of connections too,
+    /// within those of the node. `None` by default: without room [`GateRule::USUAL`].
+    pub rate: Option<Limit>,
     /// Refusals by this rule are counted as `would_exceed`, and let pass.
     pub dry_run: bool,
 }
 
-impl Default for GateRule {
-    fn default() -> Self {
-        Self { connections: None, rate: Limit::Quota(Quota::constant(100, 200)), dry_run: false }
+impl GateRule {
+    /// New connections of a caller while the processor is short, where nothing is set: 100 a second, 200 at once.
+    pub const USUAL: Quota = Quota::constant(100, 200);
+
+    /// The limit of new connections.
+    pub(super) fn limit(&self) -> Limit {
+        self.rate.unwrap_or(Limit::Quota(Self::USUAL))
     }
 }
 

@@ -1,7 +1,8 @@
 //! What one connection makes the agent hold, in bytes, and what it is told when that is too much.
 //!
 //! Whoever serves a connection says here what it takes and gives back; the sums for its caller, its caller's family and the
-//! node follow at once. What each thing costs is reckoned in [`budget`](super::budget).
+//! node follow at once, and whether memory is short with them. What each thing costs is reckoned in
+//! [`budget`](super::budget). No lock: a call goes through here.
 
 use std::{
     sync::{
@@ -11,7 +12,12 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
+
+use super::{
+    room::{Room, Short},
+    waste::Waste,
+};
 
 /// What a connection is told, from the side of the node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,46 +38,150 @@ impl HeldBytes {
         self.0.load(Relaxed)
     }
 
-    fn add(&self, bytes: u64) {
-        self.0.fetch_add(bytes, Relaxed);
+    /// Returns what they are then.
+    fn add(&self, bytes: u64) -> u64 {
+        self.0.fetch_add(bytes, Relaxed).saturating_add(bytes)
     }
 
-    fn take(&self, bytes: u64) {
-        self.0.fetch_sub(bytes, Relaxed);
+    fn take(&self, bytes: u64) -> u64 {
+        self.0.fetch_sub(bytes, Relaxed).saturating_sub(bytes)
     }
+}
+
+/// What all connections hold together, and from where on that is too much.
+#[derive(Debug)]
+pub(super) struct NodeHeld {
+    held: HeldBytes,
+    /// From so many bytes on memory is short, and below so many there is room again.
+    short_from: AtomicU64,
+    room_below: AtomicU64,
+    /// Whoever holds more has more than its share.
+    share: AtomicU64,
+    room: Arc<Room>,
+    started: Instant,
+}
+
+impl NodeHeld {
+    /// Nothing, and there is no bound.
+    pub(super) fn new(room: Arc<Room>) -> Self {
+        Self {
+            held: HeldBytes::default(),
+            short_from: AtomicU64::new(u64::MAX),
+            room_below: AtomicU64::new(u64::MAX),
+            share: AtomicU64::new(u64::MAX),
+            room,
+            started: Instant::now(),
+        }
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.held.bytes()
+    }
+
+    pub(super) fn room(&self) -> &Room {
+        &self.room
+    }
+
+    /// Nanoseconds since this was made.
+    pub(super) fn now(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX / 2)
+    }
+
+    /// Sets from where on memory is short, and below what there is room again.
+    pub(super) fn bound(&self, short_from: u64, room_below: u64) {
+        self.short_from.store(short_from, Relaxed);
+        self.room_below.store(room_below, Relaxed);
+        self.grew(self.bytes());
+        self.fell(self.bytes());
+    }
+
+    pub(super) fn set_share(&self, bytes: u64) {
+        self.share.store(bytes, Relaxed);
+    }
+
+    /// The most that one caller, or one family, may hold while memory is short.
+    pub(super) fn share(&self) -> u64 {
+        self.share.load(Relaxed)
+    }
+
+    fn grew(&self, to: u64) {
+        if to >= self.short_from.load(Relaxed) && !self.room.is_short(Short::Memory) {
+            self.room.set(Short::Memory, true);
+        }
+    }
+
+    fn fell(&self, to: u64) {
+        if to < self.room_below.load(Relaxed) && self.room.is_short(Short::Memory) {
+            self.room.set(Short::Memory, false);
+        }
+    }
+}
+
+/// What all connections of a caller hold, those of its family with them, and what they were answered in vain.
+#[derive(Debug, Default)]
+pub(super) struct GroupHeld {
+    held: HeldBytes,
+    pub(super) waste: Waste,
+}
+
+impl GroupHeld {
+    /// Nothing yet, but for what they owe.
+    pub(super) fn owing(waste: Waste) -> Self {
+        Self { held: HeldBytes::default(), waste }
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.held.bytes()
+    }
+}
+
+/// What a connection adds to.
+#[derive(Clone, Debug)]
+pub(super) struct HeldSums {
+    pub(super) caller: Arc<HeldBytes>,
+    pub(super) group: Arc<GroupHeld>,
+    pub(super) node: Arc<NodeHeld>,
 }
 
 /// What one connection holds.
 #[derive(Debug, Default)]
 pub struct Holding {
     own: HeldBytes,
-    /// Of its caller, its family and the node.
-    sums: Vec<Arc<HeldBytes>>,
+    /// `None` where nobody sums it up.
+    sums: Option<HeldSums>,
     told: AtomicU8,
     notify: Notify,
 }
 
 impl Holding {
     /// One that adds to these sums too.
-    pub fn in_sums(sums: Vec<Arc<HeldBytes>>) -> Self {
+    pub(super) fn in_sums(sums: HeldSums) -> Self {
         let mut holding = Self::default();
-        holding.sums = sums;
+        holding.sums = Some(sums);
         holding
     }
 
     /// So many bytes more are held.
     pub fn hold(&self, bytes: u64) {
         self.own.add(bytes);
-        for sum in &self.sums {
-            sum.add(bytes);
+        if let Some(HeldSums { caller, group, node }) = &self.sums {
+            caller.add(bytes);
+            group.held.add(bytes);
+            node.grew(node.held.add(bytes));
         }
     }
 
     /// So many are held no longer: at most what was.
     pub fn release(&self, bytes: u64) {
         self.own.take(bytes);
-        for sum in &self.sums {
-            sum.take(bytes);
+        self.take_from_sums(bytes);
+    }
+
+    fn take_from_sums(&self, bytes: u64) {
+        if let Some(HeldSums { caller, group, node }) = &self.sums {
+            caller.take(bytes);
+            group.held.take(bytes);
+            node.fell(node.held.take(bytes));
         }
     }
 
@@ -80,10 +190,23 @@ impl Holding {
         self.own.bytes()
     }
 
+    /// Whether its caller, with its family, holds more than its share while memory is short. Where there is room
+    /// nobody does.
+    pub fn is_above_share(&self) -> bool {
+        self.sums.as_ref().is_some_and(|HeldSums { group, node, .. }| {
+            node.room.is_short(Short::Memory) && group.bytes() > node.share()
+        })
+    }
+
     /// Counts an answer that was no work to conserve: a refusal, or an error that the caller made. Returns how long its
     /// connection is to be read no more.
     pub fn wasted(&self) -> Option<Duration> {
-        None
+        self.sums.as_ref().and_then(|HeldSums { group, node, .. }| group.waste.note(node.now()))
+    }
+
+    /// How long its connection is still to be read no more; counts nothing.
+    pub fn waits(&self) -> Option<Duration> {
+        self.sums.as_ref().and_then(|HeldSums { group, node, .. }| group.waste.wait(node.now()))
     }
 
     /// Tells the connection. What it was told before is only ever surpassed.
@@ -94,11 +217,16 @@ impl Holding {
         }
     }
 
+    /// What it was told.
+    pub(super) fn notice(&self) -> Option<Notice> {
+        Notice::of(self.told.load(Relaxed))
+    }
+
     /// Waits until the connection is told more than `before`. For one task.
     pub async fn told(&self, before: Option<Notice>) -> Notice {
         loop {
             let notified = self.notify.notified();
-            match Notice::of(self.told.load(Relaxed)) {
+            match self.notice() {
                 Some(notice) if Some(notice) > before => return notice,
                 Some(_) | None => notified.await,
             }
@@ -108,10 +236,7 @@ impl Holding {
 
 impl Drop for Holding {
     fn drop(&mut self) {
-        let left = self.bytes();
-        for sum in &self.sums {
-            sum.take(left);
-        }
+        self.take_from_sums(self.bytes());
     }
 }
 
@@ -134,16 +259,43 @@ mod tests {
 
     #[tokio::test]
     async fn sums_follow_and_a_notice_is_surpassed_only() {
-        let sum = Arc::new(HeldBytes::default());
-        let holding = Holding::in_sums(vec![Arc::clone(&sum)]);
+        let node = Arc::new(NodeHeld::new(Arc::default()));
+        let (caller, group) = (Arc::<HeldBytes>::default(), Arc::<GroupHeld>::default());
+        let sums =
+            HeldSums { caller: Arc::clone(&caller), group: Arc::clone(&group), node: Arc::clone(&node) };
+        let holding = Holding::in_sums(sums);
         holding.hold(100);
         holding.release(40);
-        assert_eq!((holding.bytes(), sum.bytes()), (60, 60));
+        assert_eq!((holding.bytes(), caller.bytes(), group.bytes(), node.bytes()), (60, 60, 60, 60));
         holding.tell(Notice::Close);
         holding.tell(Notice::ComeBack);
         assert_eq!(holding.told(None).await, Notice::Close);
         assert_eq!(holding.told(Some(Notice::ComeBack)).await, Notice::Close);
         drop(holding);
-        assert_eq!(sum.bytes(), 0);
+        assert_eq!((caller.bytes(), group.bytes(), node.bytes()), (0, 0, 0));
+    }
+
+    /// Shortness comes and goes with the sums, at once, and not at one line.
+    #[tokio::test]
+    async fn memory_is_short_as_soon_as_the_sums_say_so() {
+        let room = Arc::<Room>::default();
+        let node = Arc::new(NodeHeld::new(Arc::clone(&room)));
+        let group = Arc::<GroupHeld>::default();
+        let sums = HeldSums { caller: Arc::default(), group: Arc::clone(&group), node: Arc::clone(&node) };
+        let holding = Holding::in_sums(sums);
+        node.bound(70, 65);
+        node.set_share(50);
+        holding.hold(69);
+        assert!(room.is_there() && !holding.is_above_share());
+        holding.hold(1);
+        assert!(room.is_short(Short::Memory) && holding.is_above_share());
+        holding.release(5);
+        assert!(room.is_short(Short::Memory));
+        holding.release(15);
+        assert!(room.is_there() && !holding.is_above_share());
+        node.bound(50, 45);
+        assert!(room.is_short(Short::Memory), "what is left of the budget shrank");
+        drop(holding);
+        assert!(room.is_there());
     }
 }

@@ -59,14 +59,18 @@ labels! {
         Unidentified = "unidentified",
         /// The settings block the caller.
         Blocked = "blocked",
-        /// The caller, or its family, has as many connections as it may.
+        /// The caller, or its family, has as many connections as were set.
         CallerConnections = "caller_connections",
-        /// The caller connects more often than it may.
+        /// The caller connects more often than was set.
         CallerRate = "caller_rate",
-        /// The node has as many connections as it may.
+        /// The node has as many connections as it may, but for those in reserve.
         NodeConnections = "node_connections",
-        /// Memory is short.
+        /// Descriptors are short, and the caller, or its family, has its share of them.
+        Descriptors = "descriptors",
+        /// Memory is short, and the caller, or its family, holds its share of it.
         Memory = "memory",
+        /// The agent has used the processor time that it may, and the caller connects more often than it may then.
+        Processor = "processor",
         /// The socket is the admin's, and the peer is neither the agent's user nor root.
         NotOwner = "not_owner",
         /// The admin socket has as many connections as it may.
@@ -80,13 +84,19 @@ impl ConnectionRefusal {
         self.by_stage().is_some_and(|(stage, _)| stage == Stage::Gate)
     }
 
+    /// Whether it is for want of room: nobody set it, and it may pass by itself.
+    pub fn is_soft(self) -> bool {
+        self.by_stage().is_some_and(|(stage, _)| stage == Stage::Node)
+    }
+
     /// What the rate limits' own series say of it: by which stage, and why. `None` where no stage was asked.
     pub(super) fn by_stage(self) -> Option<(Stage, Reason)> {
         match self {
             Self::Blocked => Some((Stage::Gate, Reason::Blocked)),
             Self::CallerConnections => Some((Stage::Gate, Reason::Connections)),
             Self::CallerRate => Some((Stage::Gate, Reason::Rate)),
-            Self::NodeConnections => Some((Stage::Node, Reason::Connections)),
+            Self::NodeConnections | Self::Descriptors => Some((Stage::Node, Reason::Connections)),
+            Self::Processor => Some((Stage::Node, Reason::Rate)),
             Self::Memory => Some((Stage::Node, Reason::Memory)),
             Self::Unidentified | Self::NotOwner | Self::AdminConnections => None,
         }

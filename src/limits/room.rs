@@ -35,6 +35,11 @@ impl Room {
         self.short.load(Relaxed) & of.bit() != 0
     }
 
+    /// Whether something is short that connections hold.
+    pub(super) fn is_short_of_places(&self) -> bool {
+        self.is_short(Short::Memory) || self.is_short(Short::Descriptors)
+    }
+
     /// Says whether this is short.
     pub fn set(&self, of: Short, short: bool) {
         if short {

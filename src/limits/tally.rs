@@ -38,10 +38,6 @@ impl<K: Copy + Eq + Hash> Tally<K> {
         self.0.len()
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = (K, u32)> {
-        self.0.iter().map(|(key, number)| (*key, *number))
-    }
-
     /// Makes room for so many further keys.
     pub(super) fn reserve(&mut self, keys: usize) {
         self.0.reserve(keys);

@@ -31,13 +31,13 @@ use super::{
     bounds::{ConnectionBounds, Spawner},
     course::{Course, READ_AGAIN_AFTER, Verdict, WATCH_AFTER},
     credentials::Peer,
-    end::{ConnectionEnd, Phase, told},
+    end::{ConnectionEnd, Phase, drains},
     service::{ConnectionService, WatchedService},
     stats::{OpenConnection, Parked},
     turns::Turns,
     wire::{Ending, Wire},
 };
-use crate::limits::holding::Holding;
+use crate::limits::holding::{Holding, Notice};
 
 /// What the task of a connection holds beside its stream.
 pub(super) struct Connection {
@@ -72,7 +72,6 @@ impl Connection {
             first => return first.map_err(|_closed| ConnectionEnd::ByPeer),
         }
         let _parked = Parked::count(&self.open.stats);
-        let caller = self.peer.caller();
         let arrives = async {
             loop {
                 stream.readable().await?;
@@ -86,7 +85,11 @@ impl Connection {
         tokio::select! {
             first = arrives => first.map_err(|_closed: io::Error| ConnectionEnd::ByPeer),
             () = sleep_until(by) => Err(ConnectionEnd::HandshakeTimeout),
-            why = told(&mut self.phases, caller) => Err(why),
+            () = drains(&mut self.phases) => Err(ConnectionEnd::Drained),
+            notice = self.holding.told(None) => Err(match notice {
+                Notice::ComeBack => ConnectionEnd::SentAway,
+                Notice::Close => ConnectionEnd::Evicted,
+            }),
         }
     }
 
@@ -103,21 +106,32 @@ impl Connection {
         let turns = Arc::new(Turns::new(Arc::clone(holding)));
         let wire = Wire::new(stream, Arc::clone(peer), bounds.budget, Arc::clone(&ending));
         let mut course = Course::new(bounds, &turns, handshake_by);
-        let service = WatchedService { service, peer: Arc::clone(peer), turns };
+        let service = WatchedService { service, peer: Arc::clone(peer), turns: Arc::clone(&turns) };
         let mut http2 = std::pin::pin!(http2.serve_connection(TokioIo::new(wire), service));
         let born = Instant::now();
         let mut look = std::pin::pin!(sleep_until(course.first_look(born)));
-        let (watch_at, mut watched, mut looks_soon) = (born + WATCH_AFTER, false, true);
+        let (watch_at, mut watched, mut looks_soon, mut heard) = (born + WATCH_AFTER, false, true, None);
         loop {
             tokio::select! {
                 biased;
                 done = http2.as_mut() => return course.ended(done, &ending),
-                why = told(phases, peer.caller()), if !course.drains() && !course.is_unheard() => {
-                    if why == ConnectionEnd::Evicted {
-                        return why;
-                    }
+                () = drains(phases), if !course.drains() && !course.is_unheard() => {
                     http2.as_mut().graceful_shutdown();
-                    course.finish(why);
+                    course.finish(ConnectionEnd::Drained);
+                }
+                notice = holding.told(heard), if heard < Some(Notice::Close) => {
+                    if notice == Notice::Close {
+                        return ConnectionEnd::Evicted;
+                    }
+                    heard = Some(notice);
+                    if !course.is_unheard() && !course.drains() {
+                        http2.as_mut().graceful_shutdown();
+                        peer.send_away();
+                        turns.wake_resting();
+                        let now = Instant::now();
+                        course.send_away(now);
+                        look.as_mut().reset(course.next_look(now));
+                    }
                 }
                 () = peer.exited(), if watched => return ConnectionEnd::PeerExited,
                 // Effective ids alone: the next call would be refused as this one was. Polled after the connection, which

@@ -26,6 +26,9 @@ pub(super) const READ_AGAIN_AFTER: Duration = Duration::from_millis(50);
 /// How long a connection that was told to end may take for it.
 const FAREWELL: Duration = Duration::from_secs(1);
 
+/// How long one that was told to come back may take for it: what is being answered is.
+const LEAVE: Duration = Duration::from_secs(3);
+
 /// What a connection was told.
 #[derive(Clone, Copy, Debug)]
 enum Farewell {
@@ -35,6 +38,8 @@ enum Farewell {
     Said { why: ConnectionEnd, cut_at: Instant },
     /// To end with the last of its requests. It is not cut here: a drain cuts what is left of it.
     Final { why: ConnectionEnd },
+    /// To come back on another. At `cut_at` it is cut, whatever it has then.
+    SentAway { cut_at: Instant },
     /// That it is not heard any more, and to end. At `cut_at` it is cut, whatever it has then.
     Unheard { cut_at: Instant },
 }
@@ -76,8 +81,11 @@ impl Course {
     /// Looks at what the connection waits for.
     pub(super) fn look(&mut self, now: Instant) -> Verdict {
         let look = self.turns.look();
-        if let Farewell::Unheard { cut_at } = self.farewell {
-            return if now >= cut_at { Verdict::Cut(ConnectionEnd::AnotherWriter) } else { Verdict::GoesOn };
+        if let Farewell::Unheard { cut_at } | Farewell::SentAway { cut_at } = self.farewell {
+            return match self.told() {
+                Some(why) if now >= cut_at => Verdict::Cut(why),
+                _ => Verdict::GoesOn,
+            };
         }
         if let Farewell::Said { why, cut_at } = self.farewell
             && now >= cut_at
@@ -118,7 +126,9 @@ impl Course {
             _ => {}
         }
         match self.farewell {
-            Farewell::Said { cut_at, .. } | Farewell::Unheard { cut_at } => next.min(cut_at),
+            Farewell::Said { cut_at, .. } | Farewell::SentAway { cut_at } | Farewell::Unheard { cut_at } => {
+                next.min(cut_at)
+            }
             Farewell::Unsaid | Farewell::Final { .. } => next,
         }
     }
@@ -131,6 +141,11 @@ impl Course {
     /// Its process is not whom it connected as: it is told to end, and soon cut if it has no request then.
     pub(super) fn outdated(&mut self, now: Instant) {
         self.farewell = Farewell::Said { why: ConnectionEnd::AnotherWriter, cut_at: now + FAREWELL };
+    }
+
+    /// It is told to come back on another: its streams end, and what is left after a few seconds is cut.
+    pub(super) fn send_away(&mut self, now: Instant) {
+        self.farewell = Farewell::SentAway { cut_at: now + LEAVE };
     }
 
     /// Somebody else has written on it: its client was told so, and what it was asked before is answered for as long
@@ -158,6 +173,7 @@ impl Course {
         match self.farewell {
             Farewell::Unsaid => None,
             Farewell::Said { why, .. } | Farewell::Final { why } => Some(why),
+            Farewell::SentAway { .. } => Some(ConnectionEnd::SentAway),
             Farewell::Unheard { .. } => Some(ConnectionEnd::AnotherWriter),
         }
     }
@@ -182,6 +198,20 @@ impl Course {
 mod tests {
     use super::*;
     use crate::peer::turns::Turn;
+
+    #[test]
+    fn one_that_was_sent_away_is_cut_after_a_few_seconds_whatever_it_has() {
+        let turns = Arc::new(Turns::default());
+        let start = Instant::now();
+        let mut course = Course::new(&Arc::default(), &turns, start);
+        let request = Turn::begin(&turns);
+        course.send_away(start);
+        let cut = start + LEAVE;
+        assert_eq!(course.next_look(start), cut);
+        assert_eq!(course.look(cut - Duration::from_millis(1)), Verdict::GoesOn);
+        assert_eq!(course.look(cut), Verdict::Cut(ConnectionEnd::SentAway));
+        drop(request);
+    }
 
     #[test]
     fn a_farewell_is_said_once_and_a_request_that_crosses_it_is_served() {

@@ -146,7 +146,7 @@ fn main() {
         identity: Layers::new(rule(large)),
         keys: TableSize::new(131_072).unwrap(),
         gate: GateSettings {
-            rules: GateRules::new(GateRule { rate: large, ..GateRule::default() }, vec![]).unwrap(),
+            rules: GateRules::new(GateRule { rate: Some(large), ..GateRule::default() }, vec![]).unwrap(),
             ..GateSettings::default()
         },
         ..LimitSettings::default()

@@ -36,6 +36,8 @@ mod frames;
 mod oracle;
 #[path = "behaviour/run.rs"]
 mod run;
+#[path = "status.rs"]
+mod status;
 
 use std::{
     path::PathBuf,

@@ -61,7 +61,7 @@ fn answering_process() {
     let Some(dir) = std::env::var_os(ANSWER).map(PathBuf::from) else { return };
     let settings = LimitSettings {
         gate: GateSettings {
-            rules: GateRules::new(GateRule { rate: Limit::Block, ..GateRule::default() }, vec![])
+            rules: GateRules::new(GateRule { rate: Some(Limit::Block), ..GateRule::default() }, vec![])
                 .expect("one rule"),
             ..GateSettings::default()
         },

@@ -14,23 +14,26 @@ use durward::{
         Gate, GatePlaces, GatePlan, GateRule, GateRules, GateSettings, LimitSettings, Limits, Method,
         NodeQuota, NodeSettings, Refusal, RejectionStatus, SoftLimits, TableSize,
         bucket::{Per, Quota},
-        budget::Pressure,
+        budget::{Pressure, connection_at_most},
         caller::Caller,
         caller_pattern::CallerPattern,
-        gate::NoRoomError,
+        gate_plan::NoRoomError,
         gate_settings::GatePlacesError,
+        holding::Notice,
         id_pattern::IdPattern,
         method::PerMethod,
         pattern::Pattern,
         policy::{Layers, Methods, Override, Overrides, Share},
         refusal::{ChargedAs, Reason, Stage},
         report::{BucketName, Event, LISTED, QUIET, Standing},
+        room::Short,
         rule::{Costs, Limit, Rule},
         schedule::{Moment, Schedule, Weekday, Window},
     },
     os::clock::Clock,
     telemetry::registry::{Label as _, Registry},
 };
+use futures_util::FutureExt as _;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusRecorder};
 use proptest::prelude::*;
 use tokio::time::advance;
@@ -327,19 +330,21 @@ async fn exempt_takes_nothing_from_an_identity() {
 async fn a_rehearsal_at_the_gate_takes_no_places_of_others() {
     let rehearsed = GateRule { dry_run: true, ..gate_rule(8, quota(1.0, 10)) };
     let rehearsed = (CallerPattern::One(CallerKey::Uid(9)), rehearsed);
-    let gate = gate(GateSettings {
+    let settings = GateSettings {
         rules: GateRules::new(gate_rule(8, quota(1.0, 10)), vec![rehearsed]).unwrap(),
         places: places(100, 10),
         ..GateSettings::default()
-    });
-    let held: Vec<ConnectionPermit> = std::iter::from_fn(|| gate.open(CallerKey::Uid(9)).ok()).collect();
-    assert_eq!(held.len(), 90, "its own limits are rehearsed, and the reserve is not its own");
+    };
+    let gate = gate_within(settings, Some(24 << 20));
+    let mut held: Vec<ConnectionPermit> = std::iter::from_fn(|| gate.open(CallerKey::Uid(9)).ok()).collect();
+    assert_eq!(held.len(), 70, "its own limits are rehearsed, and the reserve is not its own");
     let others: Vec<ConnectionPermit> =
         (100..110).filter_map(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
     assert_eq!(others.len(), 10);
-    gate.set_pressure(Pressure::RefuseNew);
     drop(others);
-    assert!(gate.open(CallerKey::Uid(9)).is_err(), "nor is memory");
+    held.truncate(3);
+    gate.look(Some(24 << 20), 0);
+    assert_eq!(gate.open(CallerKey::Uid(9)).err(), Some(ConnectionRefusal::Memory), "nor is memory");
 }
 
 /// Whoever can be many callers is one for the reserve, for the places and for the attestations.
@@ -355,10 +360,12 @@ async fn a_user_with_subordinate_uids_is_one() {
     let gate = Gate::new(GatePlan::new(&settings, 20_000, None).unwrap(), &limits);
     let held: Vec<ConnectionPermit> =
         (100_000..100_200).filter_map(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
-    assert_eq!(held.len(), 25, "a quarter of the node");
+    assert_eq!(held.len(), 70, "while there is room");
+    let refused = gate.open(CallerKey::Uid(100_199)).err();
+    assert_eq!(refused, Some(ConnectionRefusal::Descriptors), "though this one of it has no connection");
     let others: Vec<ConnectionPermit> =
         (1..200).filter_map(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
-    assert_eq!(others.len(), 75, "users have the rest, the reserve included");
+    assert_eq!(others.len(), 30, "users have the rest, the reserve included");
     drop(others);
     drop(held);
     assert!(gate.open(CallerKey::Uid(100_777)).is_ok(), "a place that is given back is free");
@@ -659,14 +666,22 @@ fn settings_that_the_machine_has_no_room_for_are_errors() {
             &usual,
             20_000,
             Some(500_000),
-            NoRoomError::Memory { budget: 500_000, each: 128 << 10, needed: 512 << 10 },
+            NoRoomError::Memory {
+                budget: 500_000,
+                each: connection_at_most(16),
+                needed: 4 * connection_at_most(16),
+            },
         ),
         (
             "memory, many streams",
             &many_streams,
             20_000,
             Some(8 << 20),
-            NoRoomError::Memory { budget: 8 << 20, each: 4160 << 10, needed: 16640 << 10 },
+            NoRoomError::Memory {
+                budget: 8 << 20,
+                each: connection_at_most(1024),
+                needed: 4 * connection_at_most(1024),
+            },
         ),
     ] {
         let err = GatePlan::new(settings, nofile, budget).unwrap_err();
@@ -677,16 +692,23 @@ fn settings_that_the_machine_has_no_room_for_are_errors() {
         }
     }
     let said = GatePlan::new(&usual, 20_000, Some(500_000)).unwrap_err().to_string();
-    assert_eq!(
-        said,
-        "memory: a budget of 500000 bytes is too small for 2 connections of 131072 bytes at their worst: it must be at \
-         least 524288 bytes, or gate.connection.streams lower"
+    let each = connection_at_most(16);
+    let want = format!(
+        "memory: a budget of 500000 bytes is too small for 2 connections of {each} bytes at their worst: it must be at \
+         least {} bytes, or gate.connection.streams lower",
+        4 * each
     );
+    assert_eq!(said, want);
 }
 
 fn gate(gate: GateSettings) -> Gate {
+    gate_within(gate, None)
+}
+
+/// One with a budget of memory.
+fn gate_within(gate: GateSettings, budget: Option<u64>) -> Gate {
     let settings = LimitSettings { gate, ..open() };
-    Gate::new(GatePlan::new(&settings, 1 << 20, None).unwrap(), &limits(&settings))
+    Gate::new(GatePlan::new(&settings, 1 << 20, budget).unwrap(), &limits(&settings))
 }
 
 fn places(connections: u32, reserve: u32) -> GatePlaces {
@@ -703,7 +725,7 @@ fn number(n: u32) -> NonZeroU32 {
 }
 
 fn gate_rule(connections: u32, rate: Limit) -> GateRule {
-    GateRule { connections: NonZeroU32::new(connections), rate, dry_run: false }
+    GateRule { connections: NonZeroU32::new(connections), rate: Some(rate), dry_run: false }
 }
 
 #[tokio::test(start_paused = true)]
@@ -741,35 +763,127 @@ async fn the_gate_asks_the_caller_first() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn memory_pressure_stops_those_who_have_first() {
+async fn short_memory_stops_those_who_hold_their_share_and_nobody_else() {
     let rules = rules(gate_rule(50, Limit::Unlimited));
-    let gate = gate(GateSettings { rules, ..GateSettings::default() });
-    let (one, two) = (CallerKey::Uid(1), CallerKey::Uid(2));
+    let gate = gate_within(GateSettings { rules, ..GateSettings::default() }, Some(100 << 20));
+    let [one, two, new] = [1, 2, 3].map(CallerKey::Uid);
     let held: Vec<ConnectionPermit> = (0..5).map(|_| gate.open(one).unwrap()).collect();
-    for (pressure, has, new) in [
-        (Pressure::None, true, true),
-        (Pressure::ShrinkCaches, true, true),
-        (Pressure::RefuseNew, false, true),
-        (Pressure::CloseHeaviest, false, false),
+    let few: Vec<ConnectionPermit> = (0..2).map(|_| gate.open(two).unwrap()).collect();
+    held[0].holding().hold(30 << 20);
+    // What the process takes besides, in MiB; and whether each of them is let in.
+    for (other, want, passes) in [
+        (10, Pressure::None, [true, true, true]),
+        (41, Pressure::ShrinkCaches, [false, true, true]),
+        (56, Pressure::RefuseNew, [false, true, true]),
+        (66, Pressure::CloseHeaviest, [false, true, true]),
+        (68, Pressure::CloseHeaviest, [false, false, true]),
+        (200, Pressure::CloseHeaviest, [false, false, true]),
     ] {
-        gate.set_pressure(pressure);
-        let of = |caller| gate.open(caller).map(drop).map_err(|why| (why, why.is_callers_own()));
-        let memory = Err((ConnectionRefusal::Memory, false));
-        let want = [has, new].map(|passes| if passes { Ok(()) } else { memory });
-        assert_eq!([of(one), of(two)], want, "{pressure:?}");
+        assert_eq!(gate.look(Some((30 + other) << 20), 0), want, "{other}");
+        let of =
+            |caller| gate.open(caller).map(drop).map_err(|why| (why, why.is_callers_own(), why.is_soft()));
+        let memory = Err((ConnectionRefusal::Memory, false, true));
+        assert_eq!([of(one), of(two), of(new)], passes.map(|it| if it { Ok(()) } else { memory }), "{other}");
     }
-    assert_eq!(gate.heaviest(1), [(one, 5)]);
-    drop(held);
+    let told = gate.out_of_room();
+    assert!(told.iter().any(|it| it.caller == one && it.held > 30 << 20 && it.held >= it.share), "{told:?}");
+    assert_eq!(gate.heaviest(1).first().map(|(caller, open, _)| (*caller, *open)), Some((one, 5)));
+    drop((held, few));
 }
 
-/// By default no caller has more than a tenth of the places, so that a small budget of memory is not one caller's.
-#[test]
-fn a_caller_has_a_part_of_the_node() {
-    for (node, most) in [(20, 8), (100, 10), (307, 30), (640, 64), (9_000, 64)] {
-        let gate = gate(GateSettings { places: places(node, 0), ..GateSettings::default() });
-        let held: Vec<ConnectionPermit> = std::iter::from_fn(|| gate.open(CallerKey::Uid(1)).ok()).collect();
-        assert_eq!(held.len(), most, "of {node}");
+/// For so many that hold nothing there is memory whatever others hold; not for more at once, nor for ever.
+#[tokio::test(start_paused = true)]
+async fn memory_is_set_aside_for_callers_that_hold_nothing() {
+    let gate = gate_within(GateSettings::default(), Some(64 << 20));
+    let hog: Vec<ConnectionPermit> = (0..3).map(|_| gate.open(CallerKey::Uid(1)).unwrap()).collect();
+    hog[0].holding().hold(70 << 20);
+    assert_eq!(gate.open(CallerKey::Uid(1)).err(), Some(ConnectionRefusal::Memory), "at once");
+    let mut new: Vec<ConnectionPermit> =
+        (100..300).map_while(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
+    assert_eq!(new.len(), 64);
+    assert_eq!(gate.open(CallerKey::Uid(999)).err(), Some(ConnectionRefusal::Memory));
+    new.pop();
+    let last = gate.open(CallerKey::Uid(999)).unwrap();
+    hog[0].holding().release(70 << 20);
+    assert!(gate.open(CallerKey::Uid(1)).is_ok(), "there is room again, at once");
+    drop((hog, new, last));
+}
+
+/// The neighbour with seven connections is not told for what five of another hold; and nobody is, while there is room.
+#[tokio::test(start_paused = true)]
+async fn who_holds_most_bytes_is_told_to_go_newest_first() {
+    let gate = gate_within(GateSettings::default(), Some(24 << 20));
+    let [neighbour, heavy] = [1, 2].map(CallerKey::Uid);
+    let idle: Vec<ConnectionPermit> = (0..7).map(|_| gate.open(neighbour).unwrap()).collect();
+    let full: Vec<ConnectionPermit> = (0..5).map(|_| gate.open(heavy).unwrap()).collect();
+    idle.iter().for_each(|permit| permit.holding().hold(27 << 10));
+    for (each, want) in [(1 << 20, [None; 5]), (2 << 20, [None; 5]), (3 << 20, [None; 5])] {
+        full.iter().for_each(|permit| permit.holding().hold(1 << 20));
+        gate.look(Some(4 << 20), 4 << 20);
+        assert_eq!(gate.shed(), [], "{each}");
+        let told = full.iter().map(|permit| notice(permit));
+        assert_eq!(told.collect::<Vec<_>>(), want, "{each}");
     }
+    full.iter().for_each(|permit| permit.holding().hold(400 << 10));
+    assert_eq!(gate.look(None, 4 << 20), Pressure::RefuseNew);
+    let told: Vec<_> = gate.shed().into_iter().map(|told| told.caller).collect();
+    assert_eq!(told, [heavy]);
+    assert_eq!(notice(&full[4]), Some(Notice::ComeBack), "the newest");
+    full.iter().for_each(|permit| permit.holding().hold(900 << 10));
+    assert_eq!(gate.look(None, 4 << 20), Pressure::CloseHeaviest);
+    let told: Vec<_> = gate.shed().into_iter().map(|told| (told.caller, told.notice)).collect();
+    assert_eq!(told, [(heavy, Notice::Close), (heavy, Notice::Close)]);
+    assert!(idle.iter().all(|permit| notice(permit).is_none()));
+    drop((idle, full));
+}
+
+fn notice(permit: &ConnectionPermit) -> Option<Notice> {
+    permit.holding().told(None).now_or_never()
+}
+
+/// By default there is no number, and none is refused for want of tokens, while there is room.
+#[tokio::test(start_paused = true)]
+async fn what_nobody_set_binds_without_room_alone() {
+    let settings = LimitSettings::default();
+    let limits = limits(&settings);
+    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, None).unwrap(), &limits);
+    let caller = CallerKey::Uid(1);
+    let held: Vec<ConnectionPermit> = (0..1_000).map_while(|_| gate.open(caller).ok()).collect();
+    assert_eq!(held.len(), 1_000);
+    limits.room().set(Short::Processor, true);
+    let refused = gate.open(caller).err();
+    assert_eq!(refused, Some(ConnectionRefusal::Processor), "its tokens were charged while there was room");
+    assert!(refused.is_some_and(ConnectionRefusal::is_soft));
+    assert_eq!((gate.wanting(), gate.wanting()), (1, 0));
+    assert!(gate.open(CallerKey::Uid(2)).is_ok(), "it has tokens");
+    advance(Duration::from_millis(10)).await;
+    assert!(gate.open(caller).is_ok(), "and it has one again");
+    assert!(gate.open(caller).is_err());
+    limits.room().set(Short::Processor, false);
+    assert!(gate.open(caller).is_ok());
+}
+
+/// Of descriptors too, who has its share gets no more, and those of others are there.
+#[tokio::test(start_paused = true)]
+async fn descriptors_are_shared_when_they_are_short() {
+    let gate = gate(GateSettings { places: places(1_000, 64), ..GateSettings::default() });
+    let take = |uid, most: usize| -> Vec<ConnectionPermit> {
+        (0..most).map_while(|_| gate.open(CallerKey::Uid(uid)).ok()).collect()
+    };
+    let greedy = take(1, 5_000);
+    assert_eq!(greedy.len(), 700);
+    assert_eq!(gate.open(CallerKey::Uid(1)).err(), Some(ConnectionRefusal::Descriptors));
+    let second = take(2, 100);
+    assert_eq!(second.len(), 100, "below its share");
+    gate.look(None, 0);
+    assert_eq!(gate.shed(), []);
+    let third = take(3, 60);
+    gate.look(None, 0);
+    let told = gate.shed();
+    assert!(!told.is_empty() && told.iter().all(|told| told.caller == CallerKey::Uid(1)), "{told:?}");
+    assert_eq!(notice(&greedy[0]), None, "the oldest stay");
+    assert_eq!(notice(&greedy[699]), Some(Notice::ComeBack));
+    drop((greedy, second, third));
 }
 
 /// Who calls on a new connection each time still holds the last one, as far as the agent knows.
@@ -798,8 +912,8 @@ fn descriptors_and_memory_bound_the_connections() {
     let settings = open();
     for (case, nofile, budget, most) in [
         ("descriptors", 1024, None, 408),
-        ("memory", 1 << 20, Some(24 << 20), 96),
-        ("descriptors are fewer", 1024, Some(1 << 30), 408),
+        ("descriptors, with linger less", 1024, Some(1 << 30), 408),
+        ("memory", 1 << 20, Some(24 << 20), 3_727),
     ] {
         let settings = LimitSettings {
             gate: GateSettings { rules: rules(gate_rule(5000, Limit::Unlimited)), ..settings.gate.clone() },

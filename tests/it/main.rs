@@ -19,6 +19,7 @@ mod fuse;
 mod generated_code;
 mod handed_over;
 mod heads;
+mod held;
 mod hostile;
 mod house;
 mod issuer;
@@ -38,6 +39,7 @@ mod rotation;
 mod stepped;
 mod streams;
 mod support;
+mod surroundings;
 mod systemd;
 mod tidy;
 // What stopped a thread is told in this way on glibc alone.

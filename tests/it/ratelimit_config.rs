@@ -133,7 +133,7 @@ fn every_setting_is_read() {
         }),
         ("gate, caller", "gate { caller { connections = 9 rate = 0.5 burst = 3 dry_run = true } }", |s| {
             let rate = quota(0.5, Per::Second, 3);
-            let rule = GateRule { connections: Some(number(9)), rate, dry_run: true };
+            let rule = GateRule { connections: Some(number(9)), rate: Some(rate), dry_run: true };
             s.gate.rules = GateRules::new(rule, vec![]).unwrap();
         }),
         (
@@ -141,7 +141,7 @@ fn every_setting_is_read() {
             "gate { override \"uid:7\" { connections = 9 } override \"pod:*\" { block = true } }",
             |s| {
                 let nine = GateRule { connections: Some(number(9)), ..GateRule::default() };
-                let block = GateRule { rate: Limit::Block, ..GateRule::default() };
+                let block = GateRule { rate: Some(Limit::Block), ..GateRule::default() };
                 let overrides = vec![(caller("uid:7"), nine), (caller("pod:*"), block)];
                 s.gate.rules = GateRules::new(GateRule::default(), overrides).unwrap();
             },

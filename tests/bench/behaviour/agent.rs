@@ -63,6 +63,22 @@ impl Agent {
         (u64::try_from(descriptors).expect("64 bits"), self.confined.status("Threads").unwrap_or(0))
     }
 
+    /// What each of its threads does, and how many wait at its socket.
+    pub(crate) fn threads(&self) -> String {
+        let mut told = String::new();
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten();
+        for task in tasks.map(|it| it.path()) {
+            let read = |name: &str| fs::read_to_string(task.join(name)).unwrap_or_default().trim().to_owned();
+            told += &format!("\n    thread {}: {} at {}", task.display(), read("comm"), read("wchan"));
+            told += &format!(" in {}", read("syscall").split(' ').next().unwrap_or_default());
+        }
+        let sockets = std::process::Command::new("ss").arg("-xlH").output();
+        let sockets = sockets.map(|it| String::from_utf8_lossy(&it.stdout).into_owned()).unwrap_or_default();
+        let own = self.dir().display().to_string();
+        sockets.lines().filter(|line| line.contains(&own)).for_each(|line| told += &format!("\n    {line}"));
+        told
+    }
+
     /// What is wrong with it, seen from outside.
     pub(crate) fn ails(&mut self) -> Option<String> {
         if let Some(status) = self.confined.ended() {
@@ -133,7 +149,7 @@ impl Agent {
     pub(crate) fn end(mut self) -> (Option<String>, String) {
         let log = self.confined.log();
         let warnings = log.lines().filter(|line| line.contains("WARN")).count();
-        let charged = self.confined.cgroup.as_ref().map_or(0, |cgroup| cgroup.highest().0 / 1024);
+        let charged = self.confined.cgroup.as_ref().map_or(0, |cgroup| cgroup.highest().all / 1024);
         let said = format!(
             "{} KiB resident at most, {charged} KiB charged; {} lines in the log, {warnings} warnings",
             self.confined.status("VmHWM").unwrap_or(0),

@@ -67,8 +67,8 @@ pub(crate) enum Report {
     Ended(usize),
     /// The connection that comes with it is for another caller.
     Given(Box<Connection>, usize),
-    /// Whether it was answered with an SVID, and after how many microseconds.
-    Asked(bool, u64),
+    /// After how many microseconds it was answered with an SVID, or why it was not.
+    Asked(u64, Option<String>),
 }
 
 /// A message, and the descriptor that came with it.
@@ -366,22 +366,23 @@ impl Caller {
 
     fn ask(&mut self) {
         let began = Instant::now();
-        let mut answered = false;
+        let mut failed = Some("no connection".to_owned());
         if let Some(opened) = Connection::open(&self.part.dir.join("api.sock"), false) {
             self.part.connections.push(opened);
             let at = self.part.connections.len() - 1;
             call(&mut self.part.connections[at], 0, None);
-            while began.elapsed() < PATIENCE {
-                let (count, ended) = self.read_one(at, MsgFlags::empty());
-                answered = count > 0;
-                if answered || ended {
-                    break;
-                }
+            let (mut count, mut ended) = (0, false);
+            // A call that has ended has no stream any more.
+            while count == 0 && !ended && self.part.connections[at].waits() && began.elapsed() < PATIENCE {
+                (count, ended) = self.read_one(at, MsgFlags::empty());
             }
-            self.part.connections.remove(at).close();
+            let asked = self.part.connections.remove(at);
+            let end = if ended { "the connection was closed" } else { "it was open" };
+            failed = (count == 0).then(|| format!("{end}, and there came {:?}", asked.last));
+            asked.close();
         }
         let micros = u64::try_from(began.elapsed().as_micros()).expect("a short time");
-        self.report(&Report::Asked(answered, micros), None);
+        self.report(&Report::Asked(micros, failed), None);
     }
 
     /// Passes a descriptor to the agent and keeps none of it. Whether that was possible.

@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     frames::{DATA, END_STREAM, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, frame, settings},
     now,
+    status::status,
 };
 
 const WINDOW_UPDATE: u8 = 8;
@@ -66,7 +67,12 @@ pub(crate) struct Connection {
     unsent: VecDeque<(Vec<u8>, Option<u32>)>,
     /// What is left of a call that was cut.
     pub(crate) rest: Option<(Vec<u8>, u32)>,
+    /// The last frames that came, and what they said.
+    pub(crate) last: VecDeque<String>,
 }
+
+/// Frames that are remembered of each connection.
+const FRAMES: usize = 8;
 
 impl std::fmt::Debug for Connection {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -106,6 +112,7 @@ impl Connection {
             streams: streams.into_iter().map(|(at, it)| (at, Stream { called: None, ..it })).collect(),
             unsent: VecDeque::new(),
             rest: self.rest.clone(),
+            last: VecDeque::new(),
         }
     }
 
@@ -131,6 +138,11 @@ impl Connection {
         self.next += 2;
         self.streams.insert(number, Stream::default());
         Some(number)
+    }
+
+    /// Whether a call has not ended.
+    pub(crate) fn waits(&self) -> bool {
+        !self.streams.is_empty()
     }
 
     /// Notes that all of the call on `stream` is written.
@@ -197,6 +209,10 @@ impl Connection {
             let Some(payload) = rest.get(..length).map(<[u8]>::to_vec) else { return };
             self.got.drain(..9 + length);
             let number = u32::from_be_bytes(number);
+            if self.last.len() == FRAMES {
+                self.last.pop_front();
+            }
+            self.last.push_back(told(kind, flags, &payload));
             match kind {
                 DATA => {
                     let stream = self.streams.entry(number).or_default();
@@ -218,6 +234,15 @@ impl Connection {
                 self.streams.remove(&number);
             }
         }
+    }
+}
+
+/// A frame, for a finding.
+fn told(kind: u8, flags: u8, payload: &[u8]) -> String {
+    match kind {
+        HEADERS => status(payload).map_or("HEADERS".to_owned(), |status| format!("gRPC status {status}")),
+        RST_STREAM => format!("RST_STREAM {payload:?}"),
+        _ => format!("frame of type {kind}, flags {flags}, {} bytes", payload.len()),
     }
 }
 

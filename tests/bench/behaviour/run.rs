@@ -40,6 +40,8 @@ const CALM_AFTER: u64 = 1_000;
 const MARGIN: u64 = 2;
 /// The least that a step takes, so that the neighbour stays below its limits, and time passes for rotations.
 const PACE: Duration = Duration::from_millis(40);
+/// After so long it is looked what the agent does that keeps the neighbour waiting.
+const LONG: Duration = Duration::from_secs(3);
 /// A run ends after so many findings.
 const MOST_FINDINGS: usize = 5;
 
@@ -130,6 +132,8 @@ pub(crate) struct Run {
     outcome: Outcome,
     /// It makes no sense to go on.
     over: bool,
+    /// What the agent did while the neighbour waited for long.
+    seen: String,
 }
 
 impl Run {
@@ -150,6 +154,7 @@ impl Run {
             wronged: BTreeSet::new(),
             outcome: Outcome::default(),
             over: false,
+            seen: String::new(),
         };
         for action in
             [Action::Open { deaf: false }, Action::Call { at: 0, method: 4, cut: None }, Action::Ask]
@@ -297,7 +302,9 @@ impl Run {
 
     /// Hears all callers until each has done what it was told.
     fn collect(&mut self) {
-        let until = Instant::now() + PATIENCE + Duration::from_secs(5);
+        let began = Instant::now();
+        let until = began + PATIENCE + Duration::from_secs(5);
+        self.seen.clear();
         loop {
             let mut heard = false;
             for at in 0..=self.callers.len() {
@@ -318,6 +325,9 @@ impl Run {
             }
             if all.clone().all(|it| it.owes == 0) {
                 return;
+            }
+            if self.neighbour.owes > 0 && began.elapsed() > LONG && self.seen.is_empty() {
+                self.seen = self.agent.threads();
             }
             if Instant::now() > until {
                 let silent: Vec<String> = all.filter(|it| it.owes > 0).map(|it| it.name.clone()).collect();
@@ -362,13 +372,15 @@ impl Run {
                     other.tell(step, &Action::Take(connection), passed);
                 }
             }
-            Report::Asked(answered, micros) => {
+            Report::Asked(micros, failed) => {
                 self.outcome.latencies.push(micros);
-                if !answered && nix::unistd::geteuid().is_root() {
+                if let Some(failed) = failed.filter(|_| nix::unistd::geteuid().is_root()) {
                     let log = self.agent.confined.log();
                     let lines: Vec<&str> = log.lines().rev().take(6).collect();
+                    let seen = std::mem::take(&mut self.seen);
                     self.end_with(&format!(
-                        "the neighbour was not answered, after {micros} microseconds; last in the log: {lines:#?}"
+                        "the neighbour was not answered, after {micros} microseconds: {failed}; last in the log: \
+                         {lines:#?}{seen}"
                     ));
                 }
             }

@@ -1,0 +1,351 @@
+//! Who has connections, since when, and what they hold.
+//!
+//! Whoever can be many callers (a *family*, [`Families`](super::Families)) is one wherever something is shared, and has one
+//! account for it: a *group*. A caller without a family is a group alone. There are no more accounts than connections, and
+//! [`OWING`] of those that have none and were answered too much in vain: forgotten, they would get tokens back.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use super::{
+    caller::CallerKey,
+    holding::{GroupHeld, HeldBytes, HeldSums, Holding, NodeHeld, Notice},
+    waste::Waste,
+};
+
+/// Groups without a connection that are remembered for what they owe. What further ones owe is owed by whoever comes new.
+const OWING: usize = 1024;
+
+/// What groups are compared by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Weight {
+    /// Bytes that are held.
+    Bytes,
+    /// Connections that are open.
+    Connections,
+}
+
+/// A connection that was told to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ToldToGo {
+    /// Whose it is.
+    pub caller: CallerKey,
+    /// What that caller holds, those of its family with it.
+    pub held: u64,
+    pub notice: Notice,
+}
+
+/// Where a connection stands, until it ends.
+#[derive(Debug)]
+pub(super) struct OpenPlace {
+    caller: CallerKey,
+    group: u64,
+    order: u64,
+}
+
+#[derive(Debug, Default)]
+struct CallerAccount {
+    open: u32,
+    held: Arc<HeldBytes>,
+}
+
+#[derive(Debug, Default)]
+struct GroupAccount {
+    /// In the order in which they came.
+    open: BTreeMap<u64, (CallerKey, Arc<Holding>)>,
+    held: Arc<GroupHeld>,
+}
+
+impl GroupAccount {
+    fn open(&self) -> u32 {
+        u32::try_from(self.open.len()).unwrap_or(u32::MAX)
+    }
+
+    fn weight(&self, by: Weight) -> u64 {
+        match by {
+            Weight::Bytes => self.held.bytes(),
+            Weight::Connections => u64::from(self.open()),
+        }
+    }
+}
+
+/// All that are open.
+#[derive(Debug)]
+pub(super) struct Accounts {
+    callers: HashMap<CallerKey, CallerAccount, ahash::RandomState>,
+    groups: HashMap<u64, GroupAccount, ahash::RandomState>,
+    /// Groups without a connection.
+    owing: usize,
+    /// What is owed by those for whom there was no room.
+    owed_until: u64,
+    next: u64,
+    node: Arc<NodeHeld>,
+}
+
+impl Accounts {
+    pub(super) fn new(node: Arc<NodeHeld>) -> Self {
+        Self {
+            callers: HashMap::default(),
+            groups: HashMap::default(),
+            owing: 0,
+            owed_until: 0,
+            next: 0,
+            node,
+        }
+    }
+
+    /// Connections of a caller.
+    pub(super) fn open_of(&self, caller: &CallerKey) -> u32 {
+        self.callers.get(caller).map_or(0, |account| account.open)
+    }
+
+    /// Connections of a group, and the bytes that it holds.
+    pub(super) fn of_group(&self, group: u64) -> (u32, u64) {
+        self.groups.get(&group).map_or((0, 0), |account| (account.open(), account.held.bytes()))
+    }
+
+    /// Takes one in, which holds so many bytes at once.
+    pub(super) fn add(&mut self, caller: CallerKey, group: u64, bytes: u64) -> (OpenPlace, Arc<Holding>) {
+        let order = self.next;
+        self.next += 1;
+        let of_caller = self.callers.entry(caller).or_default();
+        of_caller.open += 1;
+        let (owed_until, mut known) = (self.owed_until, true);
+        let of_group = self.groups.entry(group).or_insert_with(|| {
+            known = false;
+            let held = GroupHeld::owing(Waste::full_at(owed_until));
+            GroupAccount { held: Arc::new(held), open: BTreeMap::new() }
+        });
+        self.owing -= usize::from(known && of_group.open.is_empty());
+        let holding = Arc::new(Holding::in_sums(HeldSums {
+            caller: Arc::clone(&of_caller.held),
+            group: Arc::clone(&of_group.held),
+            node: Arc::clone(&self.node),
+        }));
+        holding.hold(bytes);
+        of_group.open.insert(order, (caller, Arc::clone(&holding)));
+        (OpenPlace { caller, group, order }, holding)
+    }
+
+    /// Lets one go.
+    pub(super) fn take(&mut self, place: &OpenPlace) {
+        if let Some(account) = self.callers.get_mut(&place.caller) {
+            account.open -= 1;
+            if account.open == 0 {
+                self.callers.remove(&place.caller);
+            }
+        }
+        let Some(account) = self.groups.get_mut(&place.group) else { return };
+        account.open.remove(&place.order);
+        if !account.open.is_empty() {
+            return;
+        }
+        let until = account.held.waste.owes_until();
+        if until > self.node.now() && self.owing < OWING {
+            self.owing += 1;
+            return;
+        }
+        self.groups.remove(&place.group);
+        self.owed_until = self.owed_until.max(until);
+    }
+
+    /// Forgets the groups without a connection that owe nothing any more.
+    pub(super) fn forget_paid(&mut self) {
+        let now = self.node.now();
+        if self.owing > 0 {
+            self.groups
+                .retain(|_, account| !account.open.is_empty() || account.held.waste.owes_until() > now);
+            self.owing = self.groups.values().filter(|account| account.open.is_empty()).count();
+        }
+    }
+
+    /// The callers that hold most bytes: with their connections, and these bytes.
+    pub(super) fn heaviest(&self, n: usize) -> Vec<(CallerKey, u32, u64)> {
+        let of =
+            |(caller, account): (&CallerKey, &CallerAccount)| (*caller, account.open, account.held.bytes());
+        let mut all: Vec<_> = self.callers.iter().map(of).collect();
+        all.sort_by_key(|(_, open, bytes)| std::cmp::Reverse((*bytes, *open)));
+        all.truncate(n);
+        all
+    }
+
+    /// The highest weight that groups can have, each of them at most, so that they weigh `target` together.
+    pub(super) fn level(&self, by: Weight, target: u64) -> u64 {
+        level(self.groups.values().map(|account| account.weight(by)), target)
+    }
+
+    /// Tells connections of the groups that weigh more than `level` to go, the newest of each first, and so many that no
+    /// group weighs less than `share` then: but the harder notice is told even if what is left does. Those that were told
+    /// before count as gone.
+    pub(super) fn shed(&self, by: Weight, level: u64, share: u64, notice: Notice) -> Vec<ToldToGo> {
+        let mut told = Vec::new();
+        for account in self.groups.values() {
+            let gone = |holding: &Holding| holding.notice() >= Some(notice);
+            let weight = |holding: &Holding| match by {
+                Weight::Bytes => holding.bytes(),
+                Weight::Connections => 1,
+            };
+            let leaving = account.open.values().filter(|(_, holding)| gone(holding));
+            let leaving: u64 = leaving.map(|(_, holding)| weight(holding)).sum();
+            let mut left = account.weight(by).saturating_sub(leaving);
+            for (caller, holding) in account.open.values().rev() {
+                if left <= level {
+                    break;
+                }
+                let after = left.saturating_sub(weight(holding));
+                if gone(holding) || after < share && notice < Notice::Close {
+                    continue;
+                }
+                holding.tell(notice);
+                left = after;
+                told.push(ToldToGo { caller: *caller, held: account.held.bytes(), notice });
+            }
+        }
+        told
+    }
+}
+
+/// The highest number that `numbers` can be cut down to, each of them, so that their sum is at most `target`.
+pub(super) fn level(numbers: impl Iterator<Item = u64> + Clone, target: u64) -> u64 {
+    let (mut level, mut below) = (0, 0_u64);
+    let mut above = numbers.clone().filter(|number| *number > 0).count();
+    // Those below the level leave more to the others, so it rises, each time past one of them at least.
+    while let Some(part) =
+        u64::try_from(above).ok().and_then(|above| target.saturating_sub(below).checked_div(above))
+    {
+        if part <= level {
+            return level;
+        }
+        level = part;
+        below = numbers.clone().filter(|number| *number <= level).sum();
+        above = numbers.clone().filter(|number| *number > level).count();
+    }
+    u64::MAX
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn accounts() -> Accounts {
+        Accounts::new(Arc::new(NodeHeld::new(Arc::default())))
+    }
+
+    #[test]
+    fn the_level_is_what_all_can_have() {
+        for (case, numbers, target, want) in [
+            ("nobody", &[][..], 0, u64::MAX),
+            ("all fit", &[1, 2, 3], 6, u64::MAX),
+            ("one is above", &[1, 2, 30], 13, 10),
+            ("two are above", &[5, 100, 200], 25, 10),
+            ("all are above", &[100, 200, 300], 30, 10),
+            ("nothing is left", &[100, 200], 0, 0),
+        ] {
+            assert_eq!(level(numbers.iter().copied(), target), want, "{case}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_cut_down_to_the_level_fits_and_no_higher_one_does(
+            numbers in prop::collection::vec(0..1_000_u64, 0..40),
+            target in 0..20_000_u64,
+        ) {
+            let level = level(numbers.iter().copied(), target);
+            let cut = |level: u64| numbers.iter().map(|number| (*number).min(level)).sum::<u64>();
+            prop_assert!(cut(level) <= target);
+            prop_assert!(level == u64::MAX || cut(level + 1) > target);
+        }
+
+        /// Sums are what connections say, whatever comes and goes, and nothing is left in the end.
+        #[test]
+        fn sums_are_those_of_the_connections(moves in prop::collection::vec((0..4_u32, 0..3_u8, 0..50_u64), 0..200)) {
+            let mut accounts = accounts();
+            let mut open: Vec<(u32, OpenPlace, Arc<Holding>)> = Vec::new();
+            for (uid, what, bytes) in moves {
+                match what {
+                    0 => {
+                        // Two UIDs to a family.
+                        let (place, holding) = accounts.add(CallerKey::Uid(uid), u64::from(uid / 2), bytes);
+                        open.push((uid, place, holding));
+                    }
+                    1 => if let Some((_, _, holding)) = open.iter().rfind(|it| it.0 == uid) {
+                        holding.hold(bytes);
+                    },
+                    _ => if let Some(at) = open.iter().position(|it| it.0 == uid) {
+                        accounts.take(&open.swap_remove(at).1);
+                    },
+                }
+                let sum = |group: u64| -> u64 {
+                    open.iter().filter(|it| u64::from(it.0 / 2) == group).map(|it| it.2.bytes()).sum()
+                };
+                prop_assert_eq!([0, 1].map(|group| accounts.of_group(group).1), [sum(0), sum(1)]);
+                prop_assert_eq!(accounts.node.bytes(), sum(0) + sum(1));
+                let own: u64 = open.iter().filter(|it| it.0 == 1).map(|it| it.2.bytes()).sum();
+                let told = accounts.heaviest(9).into_iter().find(|it| it.0 == CallerKey::Uid(1));
+                prop_assert_eq!(told.map_or(0, |it| it.2), own);
+            }
+            for (_, place, holding) in open {
+                accounts.take(&place);
+                drop(holding);
+            }
+            prop_assert!(accounts.callers.is_empty() && accounts.groups.is_empty());
+            prop_assert_eq!(accounts.node.bytes(), 0);
+        }
+    }
+
+    /// Seven small connections are less than five large ones, and nobody is told below the level.
+    #[test]
+    fn who_holds_most_bytes_is_told_newest_first_and_not_below_the_level() {
+        let mut accounts = accounts();
+        let mut open = |uid, group, bytes| accounts.add(CallerKey::Uid(uid), group, bytes);
+        let neighbour: Vec<_> = (0..7).map(|_| open(1, 1, 30)).collect();
+        let heavy: Vec<_> = (0..5).map(|n| open(100 + n, 2, 200)).collect();
+        let level = accounts.level(Weight::Bytes, 810);
+        assert_eq!(level, 600);
+        let told = accounts.shed(Weight::Bytes, level, level, Notice::ComeBack);
+        let callers: Vec<_> = told.iter().map(|told| told.caller).collect();
+        assert_eq!(callers, [CallerKey::Uid(104), CallerKey::Uid(103)], "a family is one, the newest go");
+        assert_eq!(told[0].held, 1000);
+        assert_eq!(accounts.shed(Weight::Bytes, level, level, Notice::ComeBack), [], "they are on their way");
+        assert!(neighbour.iter().all(|(_, holding)| holding.notice().is_none()));
+        // 350 could only be reached from below: the harder notice alone does that.
+        assert_eq!(accounts.shed(Weight::Bytes, 350, 350, Notice::ComeBack).len(), 1);
+        assert_eq!(accounts.shed(Weight::Bytes, 350, 350, Notice::Close).len(), 4);
+        assert_eq!(
+            accounts.shed(Weight::Connections, 3, 3, Notice::ComeBack).len(),
+            4,
+            "of the neighbour's seven"
+        );
+        assert_eq!(heavy[0].1.notice(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_was_answered_too_much_in_vain_gets_nothing_back_by_leaving() {
+        let mut accounts = accounts();
+        let (place, holding) = accounts.add(CallerKey::Uid(1), 1, 1);
+        let wait = (0..9_000).filter_map(|_| holding.wasted()).last().unwrap();
+        accounts.take(&place);
+        drop(holding);
+        accounts.forget_paid();
+        let (place, holding) = accounts.add(CallerKey::Uid(1), 1, 1);
+        assert_eq!(holding.waits(), Some(wait));
+        accounts.take(&place);
+        tokio::time::advance(std::time::Duration::from_secs(60)).await;
+        accounts.forget_paid();
+        assert!(accounts.groups.is_empty() && accounts.owing == 0);
+
+        // With no room for those who owe, it is owed by whoever comes.
+        let many: Vec<_> = (0..=1024).map(|n| accounts.add(CallerKey::Uid(n), u64::from(n), 1)).collect();
+        for (place, holding) in &many {
+            let _last = (0..600).filter_map(|_| holding.wasted()).last();
+            accounts.take(place);
+        }
+        assert_eq!(accounts.groups.len(), OWING);
+        assert!(accounts.add(CallerKey::Uid(9_999), 9_999, 1).1.waits().is_some());
+    }
+}

@@ -1,0 +1,143 @@
+//! What the gate decides with: its settings, and what this machine has room for.
+
+use super::{
+    budget::{self, MemorySettings},
+    caller::{CallerKey, Families},
+    gate_settings::{GatePlaces, GateRule, GateRules},
+    settings::{LimitSettings, SoftLimits},
+    table_size::TableSize,
+};
+
+/// A socket, and the pidfd of the process behind it.
+pub const DESCRIPTORS_PER_CONNECTION: u64 = 2;
+/// Kept for all that is no connection: listeners, logs, files being read.
+pub const OTHER_DESCRIPTORS: u64 = 64;
+/// The most refused connections that linger.
+const LINGERING: u64 = 2048;
+/// Of a memory budget, they have one part in so many.
+const LINGERING_SHARE: u64 = 4;
+/// A caller whose connections are fewer has its share of them.
+const LEAST_SHARE: u64 = 8;
+/// A family ([`Families`]) whose members have a number that is set has that, or one part in so many of the node's.
+const FAMILY_SHARE: u32 = 4;
+
+/// How many refused connections may linger in a process that may have `nofile` descriptors and `budget` bytes.
+pub fn lingering(nofile: u64, budget: Option<u64>) -> u32 {
+    let in_memory = budget.map_or(u64::MAX, |budget| budget / LINGERING_SHARE / budget::LINGERING);
+    u32::try_from((nofile / 8).min(LINGERING).min(in_memory)).unwrap_or(0)
+}
+
+/// Why the machine has no room for what is set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoRoomError {
+    /// Descriptors do not suffice for the connections.
+    #[error(
+        "gate: {connections} connections take {needed} descriptors, and the limit is {limit} (LimitNOFILE)"
+    )]
+    Descriptors {
+        connections: u32,
+        /// What they take, with those kept for other uses.
+        needed: u64,
+        limit: u64,
+    },
+    /// The memory budget does not suffice for a connection and one in reserve.
+    #[error(
+        "memory: a budget of {budget} bytes is too small for {least} connections of {each} bytes at their worst: \
+         it must be at least {needed} bytes, or gate.connection.streams lower",
+        least = GatePlaces::LEAST
+    )]
+    Memory {
+        /// In bytes: `memory.limit`, or the cgroup's.
+        budget: u64,
+        /// What a connection takes, in bytes.
+        each: u64,
+        /// The smallest budget that would do, in bytes.
+        needed: u64,
+    },
+}
+
+/// Of a memory budget, connections at their worst have one part in so many.
+const MEMORY_SHARE: u64 = 2;
+
+/// Settings that this machine has room for.
+#[derive(Debug)]
+pub struct GatePlan {
+    pub(super) rules: GateRules,
+    /// Connections of all callers.
+    pub(super) most: u32,
+    pub(super) reserve: u32,
+    pub(super) admin: u32,
+    /// Bytes.
+    pub(super) budget: Option<u64>,
+    pub(super) memory: MemorySettings,
+    pub(super) keys: TableSize,
+    pub(super) families: Families,
+    pub(super) soft: SoftLimits,
+    pub(super) dry: bool,
+}
+
+impl GatePlan {
+    /// A plan for a process that may have `nofile` descriptors and `budget` bytes.
+    ///
+    /// # Errors
+    /// [`NoRoomError`] when these do not suffice.
+    pub fn new(settings: &LimitSettings, nofile: u64, budget: Option<u64>) -> Result<Self, NoRoomError> {
+        let gate = &settings.gate;
+        let linger = if gate.connection.linger.is_zero() { 0 } else { lingering(nofile, budget) };
+        let other =
+            OTHER_DESCRIPTORS + u64::from(linger) + DESCRIPTORS_PER_CONNECTION * u64::from(gate.admin);
+        let fit = nofile.saturating_sub(other) / DESCRIPTORS_PER_CONNECTION;
+        let set = gate.places.connections();
+        let asked = set.unwrap_or(GatePlaces::LEAST);
+        if u64::from(asked) > fit {
+            let needed = other + DESCRIPTORS_PER_CONNECTION * u64::from(asked);
+            return Err(NoRoomError::Descriptors { connections: asked, needed, limit: nofile });
+        }
+        let each = budget::connection_at_most(gate.connection.streams);
+        let needed = u64::from(GatePlaces::LEAST) * each * MEMORY_SHARE;
+        if let Some(budget) = budget.filter(|budget| *budget < needed) {
+            return Err(NoRoomError::Memory { budget, each, needed });
+        }
+        let most = set.unwrap_or_else(|| u32::try_from(fit).unwrap_or(u32::MAX));
+        Ok(Self {
+            rules: gate.rules.clone(),
+            most,
+            reserve: gate.places.reserve_of(most),
+            admin: gate.admin,
+            budget,
+            memory: settings.memory,
+            keys: settings.keys,
+            families: settings.families.clone(),
+            soft: settings.soft_limits,
+            dry: settings.dry_run,
+        })
+    }
+
+    /// Connections at once of all callers of a family, whose members may have `each`: who can be 65,536 callers has no
+    /// more than a part of the node for it.
+    pub(super) fn connections_of_family(&self, each: u32) -> u32 {
+        each.max(self.most / FAMILY_SHARE)
+    }
+
+    /// How many callers that hold nothing are sure to be served, whatever the others hold: descriptors and memory are
+    /// set aside for them.
+    pub(super) fn reserved(&self) -> u32 {
+        let fit = self.budget.map_or(u64::MAX, |budget| budget / budget::RESERVED_SHARE / budget::NEWCOMER);
+        self.reserve.min(u32::try_from(fit).unwrap_or(u32::MAX))
+    }
+
+    /// Bytes that are set aside for them.
+    pub(super) fn reserved_bytes(&self) -> u64 {
+        u64::from(self.reserved()) * budget::NEWCOMER
+    }
+
+    /// What a share is at least, of connections.
+    pub(super) fn least_connections(&self) -> u64 {
+        LEAST_SHARE.min(u64::from(self.most) / 2)
+    }
+
+    /// The rule of a caller.
+    pub(super) fn rule(&self, caller: &CallerKey) -> &GateRule {
+        self.rules.of(caller)
+    }
+}

@@ -1,0 +1,123 @@
+//! How short something is that all callers share, bytes or connections, and what the share of one of them is.
+//!
+//! Nobody is refused for it while there is room. Without room, each may hold as much as fits were nobody to hold more:
+//! the *level* of [`accounts`](super::accounts). Whoever holds less than the least share there is, is never asked to give
+//! up anything. Pure: what is there, and what is held, are arguments.
+
+use super::budget::{MemorySettings, Pressure};
+
+/// What there is, and how much of it is taken.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Shortage {
+    /// When it is short, in percent.
+    pub(super) steps: MemorySettings,
+    /// What there is; `None` for no bound.
+    pub(super) whole: Option<u64>,
+    /// What is taken by other things than connections.
+    pub(super) other: u64,
+    /// What a share is at least.
+    pub(super) least: u64,
+    pressure: Pressure,
+    /// What one may hold; only asked while it is short.
+    share: u64,
+    /// What was used then.
+    looked_at: u64,
+}
+
+/// Shares are reckoned anew when so much of the whole, one part in so many, was taken since.
+const STEP: u64 = 128;
+
+impl Shortage {
+    /// Looks anew, where connections hold `held`. `level` is the highest that all can have, when they may have so much
+    /// together.
+    pub(super) fn look(&mut self, held: u64, level: impl FnOnce(u64) -> u64) {
+        let used = self.used(held);
+        self.pressure =
+            self.whole.map_or(Pressure::None, |whole| self.steps.next(self.pressure, used, whole));
+        self.looked_at = used;
+        self.share = u64::MAX;
+        if self.is_short() {
+            // What is on the line is short already.
+            self.share = level(self.bounds().0.saturating_sub(1)).max(self.least);
+        }
+    }
+
+    /// Whether it was looked at too long ago, by what is held meanwhile.
+    pub(super) fn is_outdated(&self, held: u64) -> bool {
+        let step = self.whole.map_or(u64::MAX, |whole| whole / STEP);
+        let line = self.bounds().0;
+        held >= line && (!self.is_short() || self.used(held).saturating_sub(self.looked_at) > step)
+    }
+
+    /// What is taken in all.
+    pub(super) fn used(&self, held: u64) -> u64 {
+        self.other.saturating_add(held)
+    }
+
+    pub(super) fn pressure(&self) -> Pressure {
+        self.pressure
+    }
+
+    pub(super) fn is_short(&self) -> bool {
+        self.pressure > Pressure::None
+    }
+
+    /// What one may hold. As much as it likes, while there is room.
+    pub(super) fn share(&self) -> u64 {
+        self.share
+    }
+
+    /// What connections hold when it begins to be short, and what they hold when it no longer is.
+    pub(super) fn bounds(&self) -> (u64, u64) {
+        let line = |line: u64| line.saturating_sub(self.other);
+        self.whole.map_or((u64::MAX, u64::MAX), |whole| {
+            let (from, below) = self.steps.lines(Pressure::ShrinkCaches, whole);
+            (line(from), line(below))
+        })
+    }
+
+    /// Down to where those above it are cut, if it is so short that they are: never below their share. `level` as in
+    /// [`Shortage::look`].
+    pub(super) fn cut_to(&self, level: impl FnOnce(u64) -> u64) -> Option<u64> {
+        let whole = self.whole.filter(|_| self.pressure >= Pressure::RefuseNew)?;
+        let (_, relieved) = self.steps.lines(Pressure::RefuseNew, whole);
+        Some(level(relieved.saturating_sub(self.other)).max(self.share))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::accounts::level;
+
+    fn shortage(other: u64) -> Shortage {
+        Shortage { whole: Some(1000), other, least: 20, ..Shortage::default() }
+    }
+
+    #[test]
+    fn shares_bind_without_room_alone() {
+        for (case, other, holders, share, cut_to) in [
+            ("room", 100, &[599][..], u64::MAX, None),
+            ("one holds all", 100, &[600], 599, None),
+            ("it gives way to those below it", 100, &[500, 100, 50], 449, None),
+            ("further", 100, &[500, 100, 90, 80], 329, Some(430)),
+            ("a crowd", 100, &[80; 10], 59, Some(70)),
+            ("something else holds it", 850, &[10, 20, 5], 20, Some(20)),
+            ("never below the least share", 100, &[19; 50], 20, Some(20)),
+        ] {
+            let mut it = shortage(other);
+            let held: u64 = holders.iter().sum();
+            it.look(held, |target| level(holders.iter().copied(), target));
+            assert_eq!(it.share(), share, "{case}");
+            assert_eq!(it.cut_to(|target| level(holders.iter().copied(), target)), cut_to, "{case}");
+        }
+    }
+
+    #[test]
+    fn what_is_taken_otherwise_leaves_less_to_connections() {
+        assert_eq!(shortage(100).bounds(), (600, 550));
+        assert_eq!(shortage(690).bounds(), (10, 0));
+        assert_eq!(shortage(2000).bounds(), (0, 0));
+        assert_eq!(Shortage::default().bounds(), (u64::MAX, u64::MAX), "no budget");
+    }
+}
