@@ -22,7 +22,7 @@ use nix::{
 
 use super::{
     frames::{DATA, END_HEADERS, END_STREAM, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, frame, settings},
-    status::status,
+    wire::status,
 };
 
 const GOAWAY: u8 = 7;

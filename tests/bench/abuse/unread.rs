@@ -8,6 +8,7 @@ use super::{
     frames::{block, message},
     part::{Part, Tally},
     raw::{Came, Connecting, Raw, WIDE},
+    wire::jwt_request_of,
 };
 
 /// Connections of one worker, and calls on each.
@@ -66,17 +67,6 @@ fn hold(part: &Part, path: &str, body: &[u8], window: u32, tally: &mut Tally) {
         }
     }
     tally.silent += held.iter().flatten().count() as u64;
-}
-
-/// A `JWTSVIDRequest` with one long audience.
-fn jwt_request_of(audience: &str) -> Vec<u8> {
-    let (mut length, mut rest) = (Vec::new(), audience.len());
-    while rest > 127 {
-        length.push(u8::try_from(rest & 127).expect("seven bits") | 128);
-        rest >>= 7;
-    }
-    length.push(u8::try_from(rest).expect("seven bits"));
-    message(&[&[0x0a][..], &length, audience.as_bytes()].concat())
 }
 
 /// FetchJWTSVID for one long audience of control characters, with a window of one byte for the answer.
