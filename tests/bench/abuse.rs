@@ -29,7 +29,6 @@
     clippy::exit,
     clippy::as_conversions,
     clippy::indexing_slicing,
-    clippy::panic,
     clippy::print_stdout,
     clippy::print_stderr,
     reason = "a bench, not the agent"

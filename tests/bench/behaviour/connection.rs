@@ -249,7 +249,9 @@ impl Connection {
 /// A frame, for a finding.
 fn told(kind: u8, flags: u8, payload: &[u8]) -> String {
     match kind {
-        HEADERS => status(payload).map_or("HEADERS".to_owned(), |status| format!("gRPC status {status}")),
+        HEADERS => {
+            status(payload).map_or_else(|| "HEADERS".to_owned(), |status| format!("gRPC status {status}"))
+        }
         RST_STREAM => format!("RST_STREAM {payload:?}"),
         _ => format!("frame of type {kind}, flags {flags}, {} bytes", payload.len()),
     }

@@ -170,7 +170,8 @@ impl Run {
             run.collect();
         }
         run.base = run.agent.holds();
-        run.said = run.settled(|holds| holds.connections == 1.0).unwrap_or_default();
+        // It adds up once a second.
+        run.said = run.settled(|holds| holds.connections == 1.0 && holds.bytes > 0.0).unwrap_or_default();
         run
     }
 
