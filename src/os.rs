@@ -4,9 +4,11 @@
 pub mod accept;
 pub mod accounts;
 pub mod clock;
+pub mod headroom;
 pub mod heap;
 pub mod interrupt;
 pub mod lock;
+pub mod membarrier;
 mod mount;
 pub mod namespace;
 pub mod passing;

@@ -7,6 +7,7 @@
 //! identities, and what a request means, gRPC's words included.
 
 mod accepted;
+mod allowance;
 mod bounds;
 pub mod cgroup;
 mod closing;
@@ -29,6 +30,7 @@ pub mod socket;
 mod stats;
 mod trim;
 mod turns;
+mod unsent;
 mod wire;
 mod writer;
 

@@ -6,9 +6,14 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::{
     limits::{self, ConnectionPermit, ConnectionRefusal, budget, holding::Holding},
+    os::headroom::Headroom,
     peer::{AcceptGate, Arrival},
     telemetry::http,
 };
+
+/// The cgroups of this process, and where cgroups are mounted.
+const MEMBERSHIP: &str = "/proc/self/cgroup";
+const CGROUPS: &str = "/sys/fs/cgroup";
 
 impl AcceptGate for limits::Gate {
     type Permit = ConnectionPermit;
@@ -19,6 +24,10 @@ impl AcceptGate for limits::Gate {
 
     fn holding(permit: &ConnectionPermit) -> Arc<Holding> {
         Arc::clone(permit.holding())
+    }
+
+    fn headroom(&self) -> Option<Headroom> {
+        Headroom::of(Path::new(MEMBERSHIP), Path::new(CGROUPS))
     }
 
     fn family(&self, arrival: &Arrival) -> u64 {
@@ -53,7 +62,7 @@ impl Means {
         Self {
             nofile: nofile.saturating_sub(held),
             http_places,
-            cgroup: budget::limit_of_cgroup(Path::new("/proc/self/cgroup"), Path::new("/sys/fs/cgroup")),
+            cgroup: budget::limit_of_cgroup(Path::new(MEMBERSHIP), Path::new(CGROUPS)),
         }
     }
 }

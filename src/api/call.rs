@@ -23,7 +23,7 @@ use tonic::Request;
 
 use super::status::RequestError;
 use crate::{
-    limits::{Admitted, Limits, Method, Refusal},
+    limits::{Admitted, Limits, Method, Patience, Refusal},
     peer::Peer,
 };
 
@@ -32,6 +32,7 @@ use crate::{
 pub struct Call {
     caller: Arc<Peer>,
     method: Method,
+    patience: Patience,
 }
 
 impl Call {
@@ -46,7 +47,10 @@ impl Call {
             (Some(value), None) if value == "true" => {}
             _ => return Err(RequestError::NoSecurityHeader),
         }
-        Self::without_header(request.extensions().get(), method)
+        let timeout =
+            request.metadata().get("grpc-timeout").and_then(|text| Patience::parse(text.as_bytes()));
+        let call = Self::without_header(request.extensions().get(), method)?;
+        Ok(Self { patience: timeout.unwrap_or(call.patience), ..call })
     }
 
     /// A call of a service that asks for no security header: health and reflection.
@@ -54,7 +58,8 @@ impl Call {
     /// # Errors
     /// [`RequestError::NoPeer`], which is a mistake of ours.
     pub fn without_header(caller: Option<&Arc<Peer>>, method: Method) -> Result<Self, RequestError> {
-        Ok(Self { caller: Arc::clone(caller.ok_or(RequestError::NoPeer)?), method })
+        let caller = Arc::clone(caller.ok_or(RequestError::NoPeer)?);
+        Ok(Self { caller, method, patience: Patience::USUAL })
     }
 
     /// What is called.
@@ -62,11 +67,20 @@ impl Call {
         self.method
     }
 
-    /// Charges the caller, before anything is read about it.
+    /// [`Call::admit`] without any wait.
+    ///
+    /// # Errors
+    /// As [`Call::admit`].
+    pub fn admit_at_once(self, limits: &Limits) -> Result<Admitted<Arc<Peer>>, Refusal> {
+        limits.admit_caller(self.caller, self.method)
+    }
+
+    /// Charges the caller, before anything is read about it. Waits a little where that is of use, and never beyond the
+    /// `grpc-timeout` of the call; one that is malformed is taken for none.
     ///
     /// # Errors
     /// [`Refusal`] when it has no tokens, or too many calls are being attested.
-    pub fn admit(self, limits: &Limits) -> Result<Admitted<Arc<Peer>>, Refusal> {
-        limits.admit_caller(self.caller, self.method)
+    pub async fn admit(self, limits: &Limits) -> Result<Admitted<Arc<Peer>>, Refusal> {
+        limits.admit(self.caller, self.method, self.patience).await
     }
 }

@@ -70,7 +70,7 @@ const PATHS: [&str; 11] = [
 ];
 
 /// The headers that anybody here reads.
-const HEADERS: [&str; 3] = ["workload.spiffe.io", "grpc-encoding", "grpc-accept-encoding"];
+const HEADERS: [&str; 4] = ["workload.spiffe.io", "grpc-encoding", "grpc-accept-encoding", "grpc-timeout"];
 
 /// The request with a head of what is needed, copied: what else was sent, kilobytes perhaps, is not kept as
 /// long as the request takes.
@@ -134,7 +134,7 @@ impl hyper::service::Service<Request<RequestBody>> for Services {
             return self.workload.clone().call(request.map(grpc_body));
         }
         let call = Call::without_header(request.extensions().get(), Method::Other);
-        if let Err(error) = call.and_then(|call| Ok(call.admit(&self.limits)?)) {
+        if let Err(error) = call.and_then(|call| Ok(call.admit_at_once(&self.limits)?)) {
             return answered(Status::from(error));
         }
         let asked = |body: RequestBody| grpc_body(body.at_most(MAX_QUESTIONS));

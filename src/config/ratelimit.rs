@@ -26,7 +26,7 @@ use crate::{
     },
     limits::{
         Attestations, AttestationsError, ConnectionSettings, GatePlaces, GateRule, GateRules, GateSettings,
-        LimitSettings, Method, NodeSettings, RejectionStatus, SoftLimits, TableSize,
+        LimitSettings, Method, NodeQuota, NodeSettings, RejectionStatus, SoftLimits, TableSize,
         bucket::{MAX_BURST, Quota},
         budget::{MemoryLimit, MemorySettings, MemorySteps, MemoryStepsError},
         gate_settings::{GatePlacesError, MAX_CONNECTIONS},
@@ -278,9 +278,12 @@ fn connection(mut block: Section<'_>, settings: &mut ConnectionSettings) {
 }
 
 /// A bucket that all share, or none.
-fn shared_bucket(s: &mut Section<'_>) -> Result<Option<Option<Quota>>, Reported> {
+fn shared_bucket(s: &mut Section<'_>) -> Result<Option<Option<NodeQuota>>, Reported> {
     let bound = limit(s, &FREE_OF_NODE)?;
-    Ok(bound.map(|bound| if let Limit::Quota(quota) = bound.limit { Some(quota) } else { None }))
+    Ok(bound.map(|bound| match bound.limit {
+        Limit::Quota(quota) => Some(NodeQuota::set(quota)),
+        Limit::Unlimited | Limit::Exempt | Limit::Block => None,
+    }))
 }
 
 fn node(mut block: Section<'_>, node: &mut NodeSettings) {

@@ -51,6 +51,7 @@ pub(super) struct Counters {
     pub(super) keys: [Gauge; 3],
     pub(super) connections: Gauge,
     pub(super) in_flight: Gauge,
+    pub(super) waiting: Gauge,
     pub(super) accounted: Gauge,
 }
 
@@ -97,6 +98,11 @@ impl Counters {
                 &[],
             ),
             in_flight: registry.gauge("durward_rate_limit_attestations", "Calls being attested.", &[]),
+            waiting: registry.gauge(
+                "durward_rate_limit_waiting",
+                "Calls that wait for tokens, for room, or to be attested.",
+                &[],
+            ),
             accounted: registry.gauge(
                 "durward_memory_accounted_bytes",
                 "Memory of connections, keys and cache entries as the budget reckons it.",

@@ -11,7 +11,7 @@ use super::{
     method::PerMethod,
     policy::Layers,
     refusal::RejectionStatus,
-    rule::{Costs, Limit, Rule},
+    rule::{Costs, Limit, Origin, Rule},
     slots::Attestations,
     table_size::TableSize,
 };
@@ -62,7 +62,7 @@ impl Default for LimitSettings {
 #[derive(Clone, Debug, PartialEq)]
 pub struct NodeSettings {
     /// Calls that passed all else; `None` for no limit. Default: 5,000 a second, 10,000 at once, for each method.
-    pub quotas: PerMethod<Option<Quota>>,
+    pub quotas: PerMethod<Option<NodeQuota>>,
     /// Refusals by these buckets are counted as `would_exceed`, and let pass.
     pub dry_run: bool,
     /// Calls being attested at once, and as many updates of streams.
@@ -72,10 +72,27 @@ pub struct NodeSettings {
 impl Default for NodeSettings {
     fn default() -> Self {
         Self {
-            quotas: PerMethod::all(Some(Quota::constant(5_000, 10_000))),
+            quotas: PerMethod::all(Some(NodeQuota {
+                quota: Quota::constant(5_000, 10_000),
+                origin: Origin::ByDefault,
+            })),
             dry_run: false,
             attestations: Attestations::default(),
         }
+    }
+}
+
+/// A bucket that all callers share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeQuota {
+    pub quota: Quota,
+    pub origin: Origin,
+}
+
+impl NodeQuota {
+    /// An admin's word.
+    pub fn set(quota: Quota) -> Self {
+        Self { quota, origin: Origin::Set }
     }
 }
 
@@ -126,7 +143,8 @@ mod tests {
     fn the_defaults_are_in_order() {
         let settings = LimitSettings::default();
         for rule in [settings.caller.default, settings.identity.default] {
-            assert_eq!(Rule::new(rule.limit(), rule.costs(), Schedule::default()), Ok(rule));
+            let made = Rule::new(rule.limit(), rule.costs(), Schedule::default());
+            assert_eq!(made.map(|made| made.of_origin(Origin::ByDefault)), Ok(rule));
         }
         for costs in [Costs::OF_CALLERS, Costs::OF_IDENTITIES] {
             let made = Costs::new(costs.answer(), costs.signature(), costs.failed_attestation());

@@ -31,7 +31,7 @@ use super::{
     bounds::{ConnectionBounds, Spawner},
     course::{Course, READ_AGAIN_AFTER, Verdict, WATCH_AFTER},
     credentials::Peer,
-    end::{ConnectionEnd, Phase, told},
+    end::{ConnectionEnd, Phase, drains},
     service::{ConnectionService, WatchedService},
     stats::{OpenConnection, Parked},
     turns::Turns,
@@ -72,7 +72,6 @@ impl Connection {
             first => return first.map_err(|_closed| ConnectionEnd::ByPeer),
         }
         let _parked = Parked::count(&self.open.stats);
-        let caller = self.peer.caller();
         let arrives = async {
             loop {
                 stream.readable().await?;
@@ -86,7 +85,7 @@ impl Connection {
         tokio::select! {
             first = arrives => first.map_err(|_closed: io::Error| ConnectionEnd::ByPeer),
             () = sleep_until(by) => Err(ConnectionEnd::HandshakeTimeout),
-            why = told(&mut self.phases, caller) => Err(why),
+            () = drains(&mut self.phases) => Err(ConnectionEnd::Drained),
             notice = self.holding.told(None) => Err(match notice {
                 Notice::ComeBack => ConnectionEnd::SentAway,
                 Notice::Close => ConnectionEnd::Evicted,
@@ -116,12 +115,9 @@ impl Connection {
             tokio::select! {
                 biased;
                 done = http2.as_mut() => return course.ended(done, &ending),
-                why = told(phases, peer.caller()), if !course.drains() && !course.is_unheard() => {
-                    if why == ConnectionEnd::Evicted {
-                        return why;
-                    }
+                () = drains(phases), if !course.drains() && !course.is_unheard() => {
                     http2.as_mut().graceful_shutdown();
-                    course.finish(why);
+                    course.finish(ConnectionEnd::Drained);
                 }
                 notice = holding.told(heard), if heard < Some(Notice::Close) => {
                     if notice == Notice::Close {

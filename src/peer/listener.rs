@@ -28,6 +28,7 @@ use tokio::{
 
 use super::{
     accepted::{Accepted, Closing},
+    allowance::Allowance,
     bounds::{ConnectionBounds, InForce},
     closing::Closers,
     connection::Connection,
@@ -41,9 +42,11 @@ use super::{
     trim::HeapTrim,
 };
 use crate::{
-    limits::{CallerKey, ConnectionRefusal, holding::Holding, pace::Pace},
+    limits::{ConnectionRefusal, holding::Holding, pace::Pace},
     os::{
         accept::{Acceptor, Waiting},
+        headroom::Headroom,
+        membarrier::grace_period,
         passing::{self, Passing},
     },
     telemetry::registry::Label as _,
@@ -77,6 +80,12 @@ pub trait AcceptGate: Send + Sync + 'static {
         Arc::default()
     }
 
+    /// The cgroups whose memory the kernel charges for what it keeps of connections that are closed. By default none has
+    /// a bound that could be met. Asked once, before anybody is accepted.
+    fn headroom(&self) -> Option<Headroom> {
+        None
+    }
+
     /// Of whom the connection is one: they share the threads that close what is left in a connection. By default its
     /// user. Must answer at once.
     fn family(&self, arrival: &Arrival) -> u64 {
@@ -106,8 +115,6 @@ pub struct Listener<G = AdmitAll, K = OsUid> {
     /// Whom a connection is charged to.
     pub keys: Arc<K>,
     pub stats: Arc<ConnectionStats>,
-    /// Whose connections end at once while it is named here: memory is short, and it has the most.
-    pub evicted: watch::Receiver<Option<CallerKey>>,
 }
 
 impl Listener {
@@ -119,7 +126,6 @@ impl Listener {
             gate: Arc::new(AdmitAll),
             keys: Arc::new(OsUid),
             stats: Arc::default(),
-            evicted: watch::channel(None).1,
         }
     }
 }
@@ -140,9 +146,11 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
         services: impl Fn(Arc<Peer>) -> S,
         shutdown: impl Future<Output = ()> + Send,
     ) -> io::Result<Drained> {
-        let Self { socket, mut bounds, gate, keys, stats, mut evicted } = self;
+        let Self { socket, mut bounds, gate, keys, stats } = self;
         let (listener, path) = socket.into_parts();
         let closing = closing(&listener, path.as_ref())?;
+        let allowance =
+            gate.headroom().map(|it| Allowance::start(it, || grace_period().is_ok())).transpose()?;
         let listener = Acceptor::new(listener)?;
         let in_force = InForce::new(bounds.borrow_and_update().clone(), &stats);
         let mut door = Door {
@@ -156,6 +164,7 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
             lingering: Lingering::default(),
             closing,
             heap: HeapTrim::default(),
+            allowance,
             paused: None,
             full_since: None,
             full: Pace::default(),
@@ -164,17 +173,13 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
         loop {
             tokio::select! {
                 () = &mut shutdown => break,
-                waiting = listener.ready(), if door.paused.is_none() => rest(door.take_run(waiting?)).await,
+                waiting = listener.ready(), if door.is_open() => rest(door.take_run(waiting?)).await,
                 Some(ended) = door.connections.join_next() => door.ended(ended),
-                // An error means that nobody is left who would name one.
-                Ok(()) = evicted.changed() => {
-                    let caller = *evicted.borrow_and_update();
-                    door.phase.send_modify(|phase| phase.evicted = caller);
-                }
                 Ok(()) = bounds.changed() => {
                     door.in_force = InForce::new(bounds.borrow_and_update().clone(), &door.stats);
                 }
                 () = at(door.paused) => door.paused = None,
+                () = more(&mut door.allowance) => {}
                 () = at(door.lingering.due()) => door.lingering.close(Instant::now()),
                 () = at(door.heap.due) => door.heap.trim(door.connections.len()),
             }
@@ -215,6 +220,8 @@ struct Door<G, K, F> {
     lingering: Lingering,
     closing: Closing,
     heap: HeapTrim,
+    /// `None` where nothing bounds what the kernel keeps.
+    allowance: Option<Allowance>,
     /// Until then nobody is accepted.
     paused: Option<Instant>,
     /// Since when so much waits to be closed that nobody is.
@@ -223,6 +230,11 @@ struct Door<G, K, F> {
 }
 
 impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S> Door<G, K, F> {
+    /// Whether those who wait may be accepted.
+    fn is_open(&self) -> bool {
+        self.paused.is_none() && !self.allowance.as_ref().is_some_and(Allowance::is_spent)
+    }
+
     /// Takes those who wait, up to [`RUN`] of them. Returns how many they were.
     fn take_run(&mut self, waiting: Waiting<'_>) -> usize {
         let now = Instant::now();
@@ -243,8 +255,9 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
             return 0;
         }
         self.full_since = None;
+        let most = self.allowance.as_mut().map_or(RUN, |it| it.of(RUN, now));
         let mut run = 0;
-        for accepted in waiting.take(RUN) {
+        for accepted in waiting.take(most) {
             run += 1;
             if let Err(why) = accepted.map_err(NotTaken::from).and_then(|stream| self.take(stream, now))
                 && why.count(&self.stats)
@@ -252,6 +265,9 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
                 self.paused = Some(Instant::now() + ACCEPT_PAUSE);
                 break;
             }
+        }
+        if let Some(allowance) = &mut self.allowance {
+            allowance.took(run);
         }
         run
     }
@@ -313,6 +329,14 @@ async fn rest(run: usize) {
         tokio::task::yield_now().await;
     } else {
         tokio::task::consume_budget().await;
+    }
+}
+
+/// Waits until more may be accepted, where none may.
+async fn more(allowance: &mut Option<Allowance>) {
+    match allowance {
+        Some(allowance) => allowance.more().await,
+        None => std::future::pending().await,
     }
 }
 

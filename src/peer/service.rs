@@ -44,7 +44,8 @@ where
     type Body = B;
 }
 
-/// Gives each request its peer, and keeps its [`Turn`].
+/// Gives each request its peer, and keeps its [`Turn`]. A request is handed on at once, so that of its head nothing is
+/// kept that nobody needs; what answers it is polled when its turn has come.
 pub(super) struct WatchedService<S> {
     pub(super) service: S,
     pub(super) peer: Arc<Peer>,
@@ -57,9 +58,9 @@ impl<S: ConnectionService> Service<Request<Incoming>> for WatchedService<S> {
     type Future = Answering<S::Future>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
-        let mut request = request.map(|body| RequestBody::new(body, Arc::clone(&self.turns)));
-        request.extensions_mut().insert(Arc::clone(&self.peer));
         let turn = Turn::begin(&self.turns);
+        let mut request = request.map(|body| RequestBody::new(body, turn.upload()));
+        request.extensions_mut().insert(Arc::clone(&self.peer));
         Answering { answer: self.service.call(request), turn: Some(turn) }
     }
 }
@@ -77,8 +78,10 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
-        let Ok(response) = ready!(Pin::new(&mut this.answer).poll(cx));
         // Nothing more comes after the answer.
+        let Some(turn) = &mut this.turn else { return Poll::Pending };
+        ready!(turn.poll_begin(cx));
+        let Ok(response) = ready!(Pin::new(&mut this.answer).poll(cx));
         let Some(turn) = this.turn.take() else { return Poll::Pending };
         Poll::Ready(Ok(response.map(|body| WatchedBody { body, turn })))
     }
@@ -96,9 +99,10 @@ impl<B: Body<Data = Bytes> + Unpin> Body for WatchedBody<B> {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Part>, B::Error>>> {
         let this = self.get_mut();
+        ready!(this.turn.poll_begin(cx));
         let next = Pin::new(&mut this.body).poll_frame(cx);
         if next.is_pending() {
-            this.turn.rests(cx.waker());
+            this.turn.rests(cx);
         }
         next.map_ok(|frame| frame.map_data(|bytes| this.turn.part(bytes)))
     }

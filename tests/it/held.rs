@@ -5,16 +5,20 @@ use std::{
     future::{Future, poll_fn},
     path::PathBuf,
     pin::Pin,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
     task::Poll,
     time::{Duration, Instant},
 };
 
+use crate::frames::{END_HEADERS, END_STREAM, HEADERS, PREFACE, block, frame, settings};
 use bytes::Bytes;
 use durward::{
     limits::{
         ConnectionRefusal,
-        budget::{HTTP2, STREAM},
+        budget::{HTTP2, STREAM, UNSENT, WAITING, unsent},
         holding::{Holding, Notice},
     },
     peer::{
@@ -24,13 +28,13 @@ use durward::{
 };
 use futures_util::{StreamExt as _, stream};
 use http_body::Frame;
-use http_body_util::StreamBody;
+use http_body_util::{BodyExt as _, StreamBody};
 use hyper::service::Service;
 use tokio::{
-    io::AsyncReadExt as _,
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::UnixStream,
-    sync::{Semaphore, oneshot},
-    task::JoinHandle,
+    sync::{Semaphore, oneshot, watch},
+    task::{JoinHandle, JoinSet},
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -53,15 +57,32 @@ impl AcceptGate for Keeper {
     }
 }
 
-/// Answers by path: `/wait` when the test lets it, `/open` with one message and trailers once its connection has to
-/// end, `/never` with one message and no end, `/bytes/N` with so many bytes and trailers.
+/// Answers by path, once it has read the request: `/wait` when the test lets it, `/open` with one message and trailers
+/// once its connection has to end, `/never` with one message and no end, `/bytes/N` with so many bytes and trailers,
+/// `/news/N` with one message and then so many bytes each time there is news.
 #[derive(Clone)]
 struct Toy {
     peer: Arc<Peer>,
-    go: Arc<Semaphore>,
+    ways: Arc<Ways>,
+}
+
+/// What a test has in its hand, and sees.
+struct Ways {
+    go: Semaphore,
+    news: watch::Sender<u32>,
+    /// Parts of answers that were made.
+    made: AtomicUsize,
+}
+
+impl Ways {
+    fn part(&self, bytes: usize) -> Frame<Bytes> {
+        self.made.fetch_add(1, SeqCst);
+        Frame::data(Bytes::from(vec![7; bytes]))
+    }
 }
 
 type Answer = http::Response<tonic::body::Body>;
+type Frames = stream::BoxStream<'static, Frame<Bytes>>;
 
 impl Service<http::Request<RequestBody>> for Toy {
     type Response = Answer;
@@ -69,68 +90,81 @@ impl Service<http::Request<RequestBody>> for Toy {
     type Future = Pin<Box<dyn Future<Output = Result<Answer, Infallible>> + Send>>;
 
     fn call(&self, request: http::Request<RequestBody>) -> Self::Future {
-        let Self { peer, go } = self.clone();
+        let Self { peer, ways } = self.clone();
         Box::pin(async move {
-            let path = request.uri().path();
-            let bytes = path.strip_prefix("/bytes/").map_or(5, |bytes| bytes.parse().unwrap());
-            if path == "/wait" {
-                go.acquire().await.unwrap().forget();
+            let (head, body) = request.into_parts();
+            body.collect().await.unwrap();
+            let path = head.uri.path().to_owned();
+            let mut parts = path.split('/').skip(1);
+            let (what, bytes) = (parts.next().unwrap(), parts.next().map_or(5, |it| it.parse().unwrap()));
+            if what == "wait" {
+                ways.go.acquire().await.unwrap().forget();
             }
-            let first = stream::iter([Frame::data(Bytes::from(vec![7; bytes]))]);
-            let trailers = |text: &'static str| {
-                Frame::trailers(
-                    [("grpc-status", text)]
-                        .iter()
-                        .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
-                        .collect(),
-                )
+            let first = ways.clone();
+            let first_bytes = if what == "news" { 5 } else { bytes };
+            let first: Frames = stream::once(async move { first.part(first_bytes) }).boxed();
+            let frames: Frames = match what {
+                "never" => first.chain(stream::pending()).boxed(),
+                "open" => first.chain(stream::once(sent_away(peer))).boxed(),
+                "news" => {
+                    let news = ways.news.subscribe();
+                    let more = stream::unfold((news, ways), move |(mut news, ways)| async move {
+                        news.changed().await.ok()?;
+                        Some((ways.part(bytes), (news, ways)))
+                    });
+                    first.chain(more).boxed()
+                }
+                _ => first.chain(stream::once(async { status("0") })).boxed(),
             };
-            let (opens, never) = (path == "/open", path == "/never");
-            let last = stream::once(async move {
-                if never {
-                    std::future::pending::<()>().await;
-                }
-                if opens {
-                    poll_fn(|_| if peer.is_sent_away() { Poll::Ready(()) } else { Poll::Pending }).await;
-                }
-                trailers(if opens { "14" } else { "0" })
-            });
-            let body = StreamBody::new(first.chain(last).map(Ok::<_, Infallible>).boxed());
+            let body = StreamBody::new(frames.map(Ok::<_, Infallible>));
             Ok(http::Response::new(tonic::body::Body::new(body)))
         })
     }
+}
+
+async fn sent_away(peer: Arc<Peer>) -> Frame<Bytes> {
+    poll_fn(|_| if peer.is_sent_away() { Poll::Ready(()) } else { Poll::Pending }).await;
+    status("14")
+}
+
+fn status(code: &'static str) -> Frame<Bytes> {
+    let mut trailers = http::HeaderMap::new();
+    trailers.insert("grpc-status", http::HeaderValue::from_static(code));
+    Frame::trailers(trailers)
 }
 
 struct Server {
     _dir: tempfile::TempDir,
     path: PathBuf,
     keeper: Arc<Keeper>,
-    go: Arc<Semaphore>,
+    ways: Arc<Ways>,
     stats: Arc<ConnectionStats>,
     stop: oneshot::Sender<()>,
     task: JoinHandle<std::io::Result<Drained>>,
 }
 
 impl Server {
+    /// With room for 100 streams on each connection.
     fn start() -> Self {
+        let bounds = ConnectionBounds { max_concurrent_streams: 100, ..ConnectionBounds::default() };
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
         let keeper = Arc::<Keeper>::default();
         let listener = Listener {
             socket: Socket::bind(&path, 0o777).unwrap(),
-            bounds: tokio::sync::watch::channel(ConnectionBounds::default()).1,
+            bounds: watch::channel(bounds).1,
             gate: Arc::clone(&keeper),
             keys: Arc::new(OsUid),
             stats: Arc::default(),
-            evicted: tokio::sync::watch::channel(None).1,
         };
         let stats = Arc::clone(&listener.stats);
-        let go = Arc::new(Semaphore::new(0));
+        let ways =
+            Arc::new(Ways { go: Semaphore::new(0), news: watch::Sender::new(0), made: AtomicUsize::new(0) });
         let (stop, stopped) = oneshot::channel::<()>();
-        let toys = Arc::clone(&go);
-        let services = move |peer| Toy { peer, go: Arc::clone(&toys) };
+        let toys = Arc::clone(&ways);
+        let services = move |peer| Toy { peer, ways: Arc::clone(&toys) };
         let task = tokio::spawn(listener.serve(services, async move { drop(stopped.await) }));
-        Self { _dir: dir, path, keeper, go, stats, stop, task }
+        Self { _dir: dir, path, keeper, ways, stats, stop, task }
     }
 
     /// A client that was not written here, and what its connection holds.
@@ -227,7 +261,7 @@ async fn who_is_told_to_come_back_may_finish() {
 
     holding.tell(Notice::ComeBack);
     assert_eq!(open.end().await.unwrap(), (0, "14".to_owned()));
-    server.go.add_permits(1);
+    server.ways.go.add_permits(1);
     assert_eq!(waiting.await.unwrap().unwrap(), (5, "0".to_owned()));
     let refused = poll_fn(|cx| send.poll_ready(cx)).await.err();
     assert!(refused.is_none_or(|error| error.is_go_away()), "no new call");
@@ -255,5 +289,121 @@ async fn who_is_told_so_is_closed_at_once() {
     server.ended(ConnectionEnd::Evicted, 1).await;
     assert!(open.end().await.is_err());
     assert_eq!(Open::begin(&mut neighbour, "/bytes/1").await.unwrap().end().await.unwrap().0, 1);
+    server.drain().await;
+}
+
+/// So many answers at once, over one connection with HTTP/2's own windows: each is read to its end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_reads_gets_every_answer_whatever_they_take_together() {
+    let server = Server::start();
+    for (case, calls, bytes, sent) in [
+        ("many", 100, 20_000, 0),
+        ("with requests that fill the window", 100, 2_000, 3_000),
+        ("larger than all that may be unsent", 20, 150_000, 16_000),
+        ("small", 1_000, 300, 10),
+    ] {
+        let (send, holding) = server.client().await;
+        let mut all = JoinSet::new();
+        for _ in 0..calls {
+            let mut send = send.clone();
+            all.spawn(async move {
+                poll_fn(|cx| send.poll_ready(cx)).await?;
+                let uri = format!("http://localhost/bytes/{bytes}");
+                let (answer, mut body) =
+                    send.send_request(http::Request::post(uri).body(()).unwrap(), sent == 0)?;
+                if sent > 0 {
+                    body.send_data(vec![1; sent].into(), true)?;
+                }
+                Open(answer.await?.into_body()).end().await
+            });
+        }
+        while let Some(answered) = all.join_next().await {
+            assert_eq!(answered.unwrap().unwrap(), (bytes, "0".to_owned()), "{case}");
+        }
+        until(case, || holding.bytes() == HTTP2).await;
+    }
+    server.drain().await;
+}
+
+/// HTTP/2 by hand, on streams whose windows have so many bytes.
+async fn raw(
+    server: &Server,
+    window: u32,
+    paths: impl IntoIterator<Item = String>,
+) -> (UnixStream, Arc<Holding>) {
+    let mut stream = UnixStream::connect(&server.path).await.unwrap();
+    let mut bytes = [PREFACE, &settings(4, window)].concat();
+    for (nth, path) in (0..).zip(paths) {
+        bytes.extend(frame(HEADERS, END_HEADERS | END_STREAM, 1 + 2 * nth, &block(&path)));
+    }
+    stream.write_all(&bytes).await.unwrap();
+    until("let in", || !server.keeper.0.lock().unwrap().is_empty()).await;
+    (stream, server.keeper.0.lock().unwrap().pop().unwrap())
+}
+
+/// Waits until nothing is made any more.
+async fn settled(server: &Server) -> usize {
+    let mut before = usize::MAX;
+    loop {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let made = server.ways.made.load(SeqCst);
+        if made == std::mem::replace(&mut before, made) {
+            return made;
+        }
+    }
+}
+
+/// Whoever asks and never reads has a few answers made, and no more; when it reads it gets all.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_never_reads_pins_a_bounded_number_of_answers() {
+    let server = Server::start();
+    for (case, bytes, most) in [("large", 100_000, 4), ("usual", 20_000, 4), ("small", 500, 60)] {
+        let before = server.ways.made.load(SeqCst);
+        let paths = std::iter::repeat_n(format!("/bytes/{bytes}"), 100);
+        let (mut stream, holding) = raw(&server, 0, paths).await;
+        until(case, || server.stats.streams() >= 90).await;
+        let made = settled(&server).await - before;
+        assert!((1..=most).contains(&made), "{case}: {made} answers for who reads none");
+        let held = holding.bytes();
+        let each = STREAM + WAITING;
+        assert!(held <= HTTP2 + 100 * each + UNSENT + 3 * unsent(bytes), "{case}: {held} bytes");
+
+        // The windows open, of the connection and of each stream.
+        let mut rest = frame(8, 0, 0, &0x3fff_0000_u32.to_be_bytes());
+        rest.extend(settings(4, 1 << 20));
+        stream.write_all(&rest).await.unwrap();
+        let mut buffer = vec![0; 1 << 16];
+        until(case, || {
+            while stream.try_read(&mut buffer).is_ok_and(|read| read > 0) {}
+            holding.bytes() == HTTP2
+        })
+        .await;
+        assert_eq!(server.ways.made.load(SeqCst) - before, 100, "{case}");
+        drop(stream);
+        until(case, || server.stats.open() == 0).await;
+    }
+    server.drain().await;
+}
+
+/// News for streams that are not read: each peer has some of it made, and is sent all of it when it reads.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_does_not_read_its_streams_pins_a_bounded_number_of_updates() {
+    let server = Server::start();
+    let (mut stream, holding) = raw(&server, 100, std::iter::repeat_n("/news/20000".to_owned(), 50)).await;
+    until("opened", || server.ways.made.load(SeqCst) == 50).await;
+    until("read", || holding.bytes() == HTTP2 + 49 * STREAM).await;
+    server.ways.news.send_modify(|news| *news += 1);
+    let made = settled(&server).await - 50;
+    assert!((1..=4).contains(&made), "{made} updates for who reads none");
+    let mut rest = frame(8, 0, 0, &0x3fff_0000_u32.to_be_bytes());
+    rest.extend(settings(4, 1 << 20));
+    stream.write_all(&rest).await.unwrap();
+    let mut buffer = vec![0; 1 << 16];
+    until("all", || {
+        while stream.try_read(&mut buffer).is_ok_and(|read| read > 0) {}
+        server.ways.made.load(SeqCst) == 100 && holding.bytes() == HTTP2 + 49 * STREAM
+    })
+    .await;
+    drop(stream);
     server.drain().await;
 }

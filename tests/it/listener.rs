@@ -15,7 +15,7 @@ use std::{
     pin::Pin,
     process::{Child, Command, Stdio},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering::SeqCst},
     },
     time::Duration,
@@ -24,6 +24,7 @@ use std::{
 use bytes::Bytes;
 use durward::{
     limits::{CallerKey, ConnectionRefusal},
+    os::headroom::Headroom,
     peer::{
         AcceptGate, Arrival, BindError, ConnectionBounds, ConnectionEnd, ConnectionStats, Drained, Listener,
         OsUid, Peer, PeerGone, RequestBody, Socket,
@@ -153,7 +154,7 @@ async fn serves_a_request() {
     let server = Server::start(ConnectionBounds::default());
     let (mut send, connection) = client(server.connect().await).await;
     let uid = nix::unistd::geteuid();
-    assert_eq!(get(&mut send, "/a").await.unwrap(), format!("/a localhost uid:{uid} 0"));
+    assert_eq!(get(&mut send, "/a").await.unwrap(), format!("/a 000000000 uid:{uid} 0"));
     assert_eq!(get(&mut send, "/big").await.unwrap().len(), 64 * 1024);
     assert_eq!(get(&mut send, "/alive").await.unwrap(), "Ok(())");
     drop(send);
@@ -454,7 +455,6 @@ async fn whom_its_own_limits_refuse_lingers() {
             gate: Arc::new(One::default()),
             keys: Arc::new(OsUid),
             stats: Arc::default(),
-            evicted: tokio::sync::watch::channel(None).1,
         };
         let stats = Arc::clone(&listener.stats);
         let (stop, stopped) = oneshot::channel::<()>();
@@ -491,7 +491,6 @@ async fn the_gate_stands_before_http2() {
         gate: Arc::clone(&gate),
         keys: Arc::new(OsUid),
         stats: Arc::default(),
-        evicted: tokio::sync::watch::channel(None).1,
     };
     let stats = Arc::clone(&listener.stats);
     let task = tokio::spawn(listener.serve(Toy, std::future::pending()));
@@ -509,6 +508,57 @@ async fn the_gate_stands_before_http2() {
     let (mut third, _connection) = client(UnixStream::connect(&path).await.unwrap()).await;
     assert!(get(&mut third, "/a").await.is_ok());
     task.abort();
+}
+
+/// Refuses everybody, and has what the kernel keeps of them bounded, perhaps.
+#[derive(Debug)]
+struct Shut(Mutex<Option<Headroom>>);
+
+impl AcceptGate for Shut {
+    type Permit = ();
+
+    fn admit_connection(&self, _arrival: &Arrival) -> Result<(), ConnectionRefusal> {
+        Err(ConnectionRefusal::Blocked)
+    }
+
+    fn headroom(&self) -> Option<Headroom> {
+        self.0.lock().unwrap().take()
+    }
+}
+
+/// A listener with this gate.
+fn guarded<G: AcceptGate>(socket: Socket, gate: Arc<G>, bounds: ConnectionBounds) -> Listener<G, OsUid> {
+    Listener {
+        socket,
+        bounds: tokio::sync::watch::channel(bounds).1,
+        gate,
+        keys: Arc::new(OsUid),
+        stats: Arc::default(),
+        evicted: tokio::sync::watch::channel(None).1,
+    }
+}
+
+/// However little a cgroup has left, the door does not shut: everybody is accepted, some at a time.
+#[tokio::test]
+async fn without_memory_for_what_the_kernel_keeps_all_are_accepted_by_and_by() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, text) in
+        [("self", "0::/\n"), ("memory.max", "25165824"), ("memory.current", "25165824"), ("memory.stat", "")]
+    {
+        std::fs::write(dir.path().join(name), text).unwrap();
+    }
+    let path = dir.path().join("api.sock");
+    let gate = Shut(Mutex::new(Headroom::of(&dir.path().join("self"), dir.path())));
+    let listener = guarded(Socket::bind(&path, 0o777).unwrap(), Arc::new(gate), ConnectionBounds::default());
+    let stats = Arc::clone(&listener.stats);
+    let (stop, stopped) = oneshot::channel::<()>();
+    let serving = tokio::spawn(listener.serve(Toy, async { drop(stopped.await) }));
+    for _ in 0..300 {
+        drop(UnixStream::connect(&path).await.unwrap());
+    }
+    until("all are accepted", || stats.accepted() == 300).await;
+    drop(stop);
+    serving.await.unwrap().unwrap();
 }
 
 // ---- processes ----------------------------------------------------------------------------------
@@ -564,6 +614,23 @@ fn part() {
             nix::unistd::setresuid(65534.into(), 65534.into(), 65534.into()).unwrap();
             let _stream = StdStream::connect(path).unwrap();
             wait();
+        }
+        // Refuses everybody, in a cgroup that is named beside the socket.
+        "confined" => {
+            let cgroup = std::fs::read_to_string(path.with_extension("cgroup")).unwrap();
+            std::fs::write(Path::new(&cgroup).join("cgroup.procs"), "0").unwrap();
+            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+            runtime.unwrap().block_on(async {
+                let socket = Socket::bind(&path, 0o777).unwrap();
+                let headroom = Headroom::of(Path::new("/proc/self/cgroup"), Path::new("/sys/fs/cgroup"));
+                let gate = Shut(Mutex::new(headroom));
+                let ended = tokio::task::spawn_blocking(wait);
+                let serving =
+                    guarded(socket, Arc::new(gate), ConnectionBounds::default()).serve(Toy, async {
+                        ended.await.unwrap();
+                    });
+                serving.await.unwrap();
+            });
         }
         "few descriptors" => {
             nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, 40, 40).unwrap();
@@ -710,6 +777,62 @@ async fn few_descriptors() {
     tokio::time::sleep(Duration::from_secs(1)).await;
     let (mut send, _connection) = client(server.connect().await).await;
     assert!(get(&mut send, "/a").await.is_ok(), "served again");
+}
+
+/// A memory cgroup, removed when dropped.
+struct MemoryCgroup(PathBuf);
+
+impl MemoryCgroup {
+    /// `None` where none can be made: only root can.
+    fn with(limit: u64) -> Option<Self> {
+        let name = format!("durward-test-{}", std::process::id());
+        let roots = [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")];
+        roots.into_iter().find_map(|(root, file)| {
+            let at = Path::new(root).join(&name);
+            std::fs::create_dir(&at).ok()?;
+            let made = Self(at);
+            std::fs::write(made.0.join(file), limit.to_string()).is_ok().then_some(made)
+        })
+    }
+}
+
+impl Drop for MemoryCgroup {
+    fn drop(&mut self) {
+        // Its process may still be on its way out.
+        for _ in 0..100 {
+            if std::fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            nix::poll::poll(&mut [], 20u16).unwrap();
+        }
+    }
+}
+
+/// Who connects and leaves as fast as it goes does not fill the cgroup with what the kernel keeps of that.
+#[test]
+fn a_storm_of_connections_does_not_have_the_process_killed() {
+    /// Over what the process itself needs, there is room for what is left of some thousand connections.
+    const LIMIT: u64 = 4 << 20;
+    let Some(cgroup) = MemoryCgroup::with(LIMIT) else {
+        println!("no memory cgroup can be made here");
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("api.sock");
+    std::fs::write(path.with_extension("cgroup"), cgroup.0.to_str().unwrap()).unwrap();
+    let mut confined = play("confined", &path);
+    while StdStream::connect(&path).is_err() {
+        assert_eq!(confined.try_wait().unwrap(), None, "it serves");
+        nix::poll::poll(&mut [], 10u16).unwrap();
+    }
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| (0..30_000).take_while(|_| StdStream::connect(&path).is_ok()).count());
+        }
+    });
+    assert_eq!(confined.try_wait().unwrap(), None, "it lives");
+    confined.stdin.take().unwrap().write_all(b"x").unwrap();
+    assert!(confined.wait().unwrap().success());
 }
 
 // ---- the socket's path --------------------------------------------------------------------------

@@ -33,6 +33,7 @@ mod process;
 mod ratelimit_config;
 mod refused;
 mod reload;
+mod room;
 mod rotation;
 mod stepped;
 mod streams;

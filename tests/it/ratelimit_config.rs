@@ -6,7 +6,7 @@ use durward::{
     config::{Config, DropIns, ExpandEnv, FileError, Input, diff},
     limits::{
         Attestations, ConnectionSettings, Gate, GatePlaces, GatePlan, GateRule, GateRules, LimitSettings,
-        Limits, Method, RejectionStatus, SoftLimits, TableSize,
+        Limits, Method, NodeQuota, RejectionStatus, SoftLimits, TableSize,
         bucket::{Per, Quota},
         budget::{MemoryLimit, MemorySteps},
         caller_pattern::CallerPattern,
@@ -14,7 +14,7 @@ use durward::{
         method::PerMethod,
         pattern::Pattern,
         policy::{Layers, Methods, Override, Overrides, Share},
-        rule::{Costs, Limit, Rule},
+        rule::{Costs, Limit, Origin, Rule},
         schedule::{Moment, Schedule, Weekday, Window},
     },
     os::clock::Clock,
@@ -64,7 +64,13 @@ fn rule(limit: Limit) -> Rule {
 
 fn with_window(limit: Limit, window: Window, instead: Limit) -> Rule {
     let schedule = Schedule::new(vec![(window, instead)]).unwrap();
-    Rule::new(limit, Costs::OF_CALLERS, schedule).unwrap()
+    let rule = Rule::new(limit, Costs::OF_CALLERS, schedule).unwrap();
+    if limit == usual() { by_default(rule) } else { rule }
+}
+
+/// A rule whose limit nobody wrote.
+fn by_default(rule: Rule) -> Rule {
+    rule.of_origin(Origin::ByDefault)
 }
 
 /// The usual limit of callers.
@@ -149,7 +155,7 @@ fn every_setting_is_read() {
         ("unlimited", "caller { unlimited = true }", |s| s.caller.default = rule(Limit::Unlimited)),
         ("costs", "caller { costs { signature = 3 } }", |s| {
             let costs = Costs::new(1, 3, 5).unwrap();
-            s.caller.default = Rule::new(usual(), costs, Schedule::default()).unwrap();
+            s.caller.default = by_default(Rule::new(usual(), costs, Schedule::default()).unwrap());
         }),
         ("method", "caller { method \"ValidateJWTSVID\" { exempt = true } }", |s| {
             s.caller.methods.set(Method::ValidateJwtSvid, Some(rule(Limit::Exempt)));
@@ -168,7 +174,7 @@ fn every_setting_is_read() {
             |s| {
                 let costs = Costs::new(2, 2, 5).unwrap();
                 let rule = |limit| Rule::new(limit, costs, Schedule::default()).unwrap();
-                s.caller.default = dry(rule(usual()));
+                s.caller.default = dry(by_default(rule(usual())));
                 let each =
                     |methods, rule| Override::new(caller("uid:7"), methods, Share::Each(rule)).unwrap();
                 let outer = each(Methods::All, dry(rule(quota(9.0, Per::Second, 9))));
@@ -227,7 +233,8 @@ fn every_setting_is_read() {
             "node",
             "node { rate = 9 burst = 9 dry_run = true attestations = 8 attestations_per_caller = 3 method \"FetchSecrets\" { unlimited = true } }",
             |s| {
-                s.node.quotas = PerMethod::all(Some(Quota::new(9.0, Per::Second, 9).unwrap()));
+                s.node.quotas =
+                    PerMethod::all(Some(NodeQuota::set(Quota::new(9.0, Per::Second, 9).unwrap())));
                 s.node.quotas.set(Method::FetchSecrets, None);
                 s.node.dry_run = true;
                 s.node.attestations = Attestations::new(Some(number(8)), Some(number(3))).unwrap();

@@ -1,0 +1,244 @@
+//! How much may still be charged to the memory cgroups of this process before somebody in them is killed.
+//!
+//! Both versions of cgroups. What of a cgroup's memory is files the kernel can drop counts as left. What is in slabs does
+//! not, although the kernel may call it reclaimable: what remains of closed sockets is among it, and nothing frees that
+//! sooner.
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::FileExt as _,
+    path::{Component, Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
+
+/// The longest of the files that are read, in bytes: `memory.stat` has some 2,000 to 3,000.
+const LONGEST: usize = 8 * 1024;
+/// The longest number in a file of its own.
+const NUMBER: usize = 32;
+/// The most cgroups, one in the other, that are looked at.
+const DEPTH: usize = 16;
+
+/// The cgroups that bound this process's memory: its own, and those above it. Their files stay open.
+#[derive(Debug)]
+pub struct Headroom(Vec<BoundedCgroup>);
+
+#[derive(Debug)]
+struct BoundedCgroup {
+    used: File,
+    limit: File,
+    stat: File,
+    /// What `used` may be: the limit, and what can be dropped.
+    most: AtomicU64,
+}
+
+/// Where a version of cgroups keeps it.
+struct CgroupFiles {
+    used: &'static str,
+    limit: &'static str,
+    /// Lines of `memory.stat`.
+    files: [&'static str; 2],
+}
+
+const V1: CgroupFiles = CgroupFiles {
+    used: "memory.usage_in_bytes",
+    limit: "memory.limit_in_bytes",
+    files: ["total_inactive_file", "total_active_file"],
+};
+const V2: CgroupFiles =
+    CgroupFiles { used: "memory.current", limit: "memory.max", files: ["inactive_file", "active_file"] };
+
+impl Headroom {
+    /// Of the process whose `/proc/PID/cgroup` is `membership`; cgroups are mounted at `mount`. `None` where none has
+    /// a limit that can be read.
+    pub fn of(membership: &Path, mount: &Path) -> Option<Self> {
+        let text = std::fs::read_to_string(membership).ok()?;
+        let bounded: Vec<BoundedCgroup> = text
+            .lines()
+            .filter_map(|line| line.splitn(3, ':').skip(1).collect::<Vec<_>>().try_into().ok())
+            .filter_map(|[controllers, path]: [&str; 2]| match controllers {
+                "" => Some((vec![mount.to_owned(), mount.join("unified")], path, &V2)),
+                _ if controllers.split(',').any(|it| it == "memory") => {
+                    Some((vec![mount.join("memory")], path, &V1))
+                }
+                _ => None,
+            })
+            .flat_map(|(roots, path, files)| directories(&roots, path).map(move |at| (at, files)))
+            .filter_map(|(at, files)| BoundedCgroup::open(&at, files))
+            .take(DEPTH)
+            .collect();
+        (!bounded.is_empty()).then_some(Self(bounded))
+    }
+
+    /// Bytes that are left in the fullest of them, by what [`Headroom::look_again`] found last. Some microseconds.
+    pub fn left(&self) -> u64 {
+        let left = |it: &BoundedCgroup| {
+            let used = number(&it.used).unwrap_or(u64::MAX);
+            it.most.load(Relaxed).saturating_sub(used)
+        };
+        self.0.iter().map(left).min().unwrap_or(u64::MAX)
+    }
+
+    /// Looks what the limits are by now, and how much of what is used can be dropped. The kernel adds numbers up for it,
+    /// which may take a while.
+    pub fn look_again(&self) {
+        for it in &self.0 {
+            it.look_again();
+        }
+    }
+}
+
+impl BoundedCgroup {
+    fn open(at: &Path, files: &CgroupFiles) -> Option<Self> {
+        let open = |name: &str| File::open(at.join(name)).ok();
+        let it = Self {
+            used: open(files.used)?,
+            limit: open(files.limit)?,
+            stat: open("memory.stat")?,
+            most: AtomicU64::new(u64::MAX),
+        };
+        number(&it.used)?;
+        it.look_again();
+        (it.most.load(Relaxed) != u64::MAX).then_some(it)
+    }
+
+    fn look_again(&self) {
+        // A limit that cannot be read any more is that of a cgroup that is gone.
+        let Some(limit) = number(&self.limit).filter(|bytes| *bytes < UNLIMITED) else {
+            self.most.store(u64::MAX, Relaxed);
+            return;
+        };
+        let mut bytes = [0; LONGEST];
+        let stat = text(&self.stat, &mut bytes).unwrap_or_default();
+        let droppable = |names: [&str; 2]| -> u64 {
+            let of = |line: &str| {
+                let (name, number) = line.split_once(' ')?;
+                names.contains(&name).then(|| number.trim().parse::<u64>().ok())?
+            };
+            stat.lines().filter_map(of).fold(0, u64::saturating_add)
+        };
+        // Version 1 writes lines of version 2 too: of this cgroup alone.
+        let all = [droppable(V1.files), droppable(V2.files)].into_iter().max();
+        self.most.store(limit.saturating_add(all.unwrap_or(0)), Relaxed);
+    }
+}
+
+/// Version 1 writes "no limit" as a number near 2^63.
+const UNLIMITED: u64 = 1 << 60;
+
+/// The directory `path` below each of `roots`, and all above it. A container sees its own cgroup as the root, and perhaps
+/// a path that is not there.
+fn directories(roots: &[PathBuf], path: &str) -> impl Iterator<Item = PathBuf> + use<> {
+    let relative = Path::new(path.trim_start_matches('/'));
+    let plain = relative.components().all(|part| matches!(part, Component::Normal(_)));
+    let relative = if plain { relative } else { Path::new("") };
+    let all: Vec<PathBuf> =
+        roots.iter().flat_map(|root| relative.ancestors().map(move |below| root.join(below))).collect();
+    all.into_iter()
+}
+
+/// What the file holds now, as far as there is room for it.
+fn text<'a>(file: &File, bytes: &'a mut [u8]) -> Option<&'a str> {
+    let mut len = 0;
+    loop {
+        match file.read_at(bytes.get_mut(len..)?, u64::try_from(len).ok()?) {
+            Ok(0) => break,
+            Ok(read) => len += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return None,
+        }
+    }
+    std::str::from_utf8(bytes.get(..len)?).ok()
+}
+
+fn number(file: &File) -> Option<u64> {
+    text(file, &mut [0; NUMBER])?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn the_fullest_cgroup_counts_and_what_can_be_dropped_does_not() {
+        let v2 = |used: &str, max: &str, stat: &str| {
+            [
+                ("memory.current", used.to_owned()),
+                ("memory.max", max.to_owned()),
+                ("memory.stat", stat.to_owned()),
+            ]
+        };
+        let v1 = |used: &str, max: &str, stat: &str| {
+            let [(_, used), (_, max), stat] = v2(used, max, stat);
+            [("memory.usage_in_bytes", used), ("memory.limit_in_bytes", max), stat]
+        };
+        let no_limit = "9223372036854771712\n";
+        for (case, membership, files, want) in [
+            ("nothing", "", vec![], None),
+            ("no limit", "0::/a\n", vec![("a", v2("5\n", "max\n", ""))], None),
+            ("version 1 without one", "4:memory:/a\n", vec![("memory/a", v1("5\n", no_limit, ""))], None),
+            ("version 2", "0::/a\n", vec![("a", v2("5\n", "25\n", ""))], Some(20)),
+            ("version 1", "4:cpu,memory:/a\n", vec![("memory/a", v1("5\n", "25\n", ""))], Some(20)),
+            (
+                "above it",
+                "0::/a/b\n",
+                vec![("a/b", v2("5\n", "25\n", "")), ("a", v2("9\n", "20\n", ""))],
+                Some(11),
+            ),
+            ("as a container sees it", "0::/kubepods/x\n", vec![("", v2("5\n", "25\n", ""))], Some(20)),
+            ("over it", "0::/a\n", vec![("a", v2("30\n", "25\n", ""))], Some(0)),
+            (
+                "files can be dropped, slabs cannot",
+                "0::/a\n",
+                vec![(
+                    "a",
+                    v2("25\n", "25\n", "anon 9\ninactive_file 3\nactive_file 4\nslab_reclaimable 9\n"),
+                )],
+                Some(7),
+            ),
+            (
+                "version 1 counts those below it",
+                "4:memory:/a\n",
+                vec![(
+                    "memory/a",
+                    v1("25\n", "25\n", "inactive_file 1\ntotal_inactive_file 3\ntotal_active_file 4\n"),
+                )],
+                Some(7),
+            ),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            fs::write(dir.path().join("self"), membership).unwrap();
+            for (below, files) in files {
+                fs::create_dir_all(dir.path().join("cgroup").join(below)).unwrap();
+                for (name, text) in files {
+                    fs::write(dir.path().join("cgroup").join(below).join(name), text).unwrap();
+                }
+            }
+            let headroom = Headroom::of(&dir.path().join("self"), &dir.path().join("cgroup"));
+            assert_eq!(headroom.map(|it| it.left()), want, "{case}");
+        }
+    }
+
+    #[test]
+    fn what_is_used_counts_at_once_and_the_rest_when_it_is_looked_at() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        for (name, text) in
+            [("self", "0::/\n"), ("memory.current", "5"), ("memory.max", "25"), ("memory.stat", "")]
+        {
+            write(name, text);
+        }
+        let headroom = Headroom::of(&dir.path().join("self"), dir.path()).unwrap();
+        write("memory.current", "15");
+        write("memory.max", "30");
+        write("memory.stat", "inactive_file 2\n");
+        assert_eq!(headroom.left(), 10);
+        headroom.look_again();
+        assert_eq!(headroom.left(), 17);
+        write("memory.max", "max");
+        headroom.look_again();
+        assert_eq!(headroom.left(), u64::MAX - 15, "no limit any more");
+    }
+}
