@@ -7,6 +7,7 @@
 
 mod errands;
 mod gate;
+mod meter;
 mod metrics;
 mod probe;
 mod reload;

@@ -62,6 +62,7 @@ pub mod patience;
 pub mod pattern;
 pub mod policy;
 mod pool;
+pub mod processor;
 pub mod refusal;
 pub mod report;
 pub mod room;

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{ANSWERS_WITHIN, Running, connection_bounds, metrics::ReloadResult, start::Adjustable};
+use super::{
+    ANSWERS_WITHIN, Running, connection_bounds, gate::say_what_fits, metrics::ReloadResult, start::Adjustable,
+};
 use crate::{
     config::{self, Changes, Config, EntryChanges},
     limits::GatePlan,
@@ -53,6 +55,7 @@ impl Replacing {
         let told = next.issuer_input();
         let gate_plan = GatePlan::new(ratelimit, parts.means.nofile, budget)?;
 
+        say_what_fits(&gate_plan, budget);
         // From here on nothing fails. What the entries ask for is looked for before they are there.
         let _asked_until_then = parts.attestor.prepare_for(&told.index);
         parts.attestor.wait(ANSWERS_WITHIN);

@@ -166,7 +166,8 @@ impl From<BodyError> for Status {
                 status.metadata_mut().insert(PUSHBACK, MetadataValue::from(TOO_MUCH_PUSHBACK));
                 status
             }
-            BodyError::Broken(error) => Self::from_error(error.into()),
+            // It was reset, or its connection ended.
+            BodyError::Broken(_) => Self::cancelled(error.to_string()),
         }
     }
 }

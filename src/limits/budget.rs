@@ -57,13 +57,20 @@ pub const ANSWER_AT_LEAST: u64 = 4 * 1024;
 /// a buffer that nothing else is in.
 pub const WAITING: u64 = 10 * 1024;
 
+/// A connection with so many streams that wait for news.
+pub const fn connection_with(streams: u32) -> u64 {
+    #[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
+    let further = streams.saturating_sub(1) as u64;
+    PARKED + HTTP2 + further * STREAM
+}
+
 /// A connection at its worst: so many streams open, [`UPLOADS`] of requests that never end, answers of [`UNSENT`] that
 /// nobody reads, and as many requests as there are streams that wait for room for theirs. Beside these there are the answers
 /// under way when the first of them turned out large: four, or [`UNSENT`] / [`ANSWER_AT_LEAST`] behind small ones.
 pub const fn connection_at_most(streams: u32) -> u64 {
     #[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
-    let streams = streams as u64;
-    PARKED + HTTP2 + streams * (STREAM + WAITING) + UPLOADS * UPLOAD + UNSENT
+    let waiting = streams as u64 * WAITING;
+    connection_with(streams) + waiting + UPLOADS * UPLOAD + UNSENT
 }
 /// A known key in the table of a stage, with its share of the index and its parent.
 pub const KEY: u64 = 224;

@@ -1,6 +1,8 @@
 //! What the limits count. Labels come from closed sets ([`refusal`](super::refusal)): never a UID, a pod or a
 //! SPIFFE ID.
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
 use metrics::{Counter, Gauge};
 
 use super::{
@@ -53,6 +55,8 @@ pub(super) struct Counters {
     pub(super) in_flight: Gauge,
     pub(super) waiting: Gauge,
     pub(super) accounted: Gauge,
+    /// Connections that were let in, and calls that were.
+    served: AtomicU64,
 }
 
 impl Counters {
@@ -108,11 +112,21 @@ impl Counters {
                 "Memory of connections, keys and cache entries as the budget reckons it.",
                 &[],
             ),
+            served: AtomicU64::new(0),
         }
+    }
+
+    /// How many connections and calls were let in.
+    pub(super) fn served(&self) -> u64 {
+        self.served.load(Relaxed)
     }
 
     /// Counts a decision; the gate has no method.
     pub(super) fn count(&self, stage: Stage, method: Option<Method>, key: ChargedAs, decision: Decision) {
+        let let_in = matches!(stage, Stage::Gate | Stage::Caller) && decision == Decision::Allowed;
+        if let_in {
+            self.served.fetch_add(1, Relaxed);
+        }
         let decision = match decision {
             Decision::Allowed => 0,
             Decision::Refused(reason) => 1 + reason.at(),

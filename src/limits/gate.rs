@@ -31,6 +31,7 @@ use super::{
     gate_settings::GateRule,
     holding::{Holding, NodeHeld, Notice},
     ledger::{Ledger, PARENT_PARTS},
+    processor::ProcessorShare,
     refusal::{ChargedAs, ConnectionRefusal, Reason, Stage},
     report::{BucketName, Heavy, Standing},
     room::Short,
@@ -296,6 +297,11 @@ impl Gate {
     /// How many connections were refused for want of processor time since this was last asked.
     pub fn wanting(&self) -> u64 {
         self.shared.wanting.swap(0, Relaxed)
+    }
+
+    /// How much of the processor the agent may use.
+    pub fn processor_share(&self) -> ProcessorShare {
+        self.shared.plan.load().cpu
     }
 
     /// How the rate of new connections of a caller stands.

@@ -10,6 +10,7 @@ use super::{
     id_pattern::IdPattern,
     method::PerMethod,
     policy::Layers,
+    processor::ProcessorShare,
     refusal::RejectionStatus,
     rule::{Costs, Limit, Origin, Rule},
     slots::Attestations,
@@ -67,6 +68,8 @@ pub struct NodeSettings {
     pub dry_run: bool,
     /// Calls being attested at once, and as many updates of streams.
     pub attestations: Attestations,
+    /// How much of the processor the agent may use before what nobody set binds. Default: half a core.
+    pub cpu: ProcessorShare,
 }
 
 impl Default for NodeSettings {
@@ -78,6 +81,7 @@ impl Default for NodeSettings {
             })),
             dry_run: false,
             attestations: Attestations::default(),
+            cpu: ProcessorShare::default(),
         }
     }
 }

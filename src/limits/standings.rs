@@ -70,6 +70,11 @@ impl Limits {
         Standing::under(limit, |quota| ledger.callers().left(ledger.now(), key, quota)).of_origin(origin)
     }
 
+    /// How many connections and calls were let in, since the start.
+    pub fn served(&self) -> u64 {
+        self.ledger().counters.served()
+    }
+
     /// How many calls are being attested.
     pub fn attestations(&self) -> u32 {
         self.ledger().slots.in_use()

@@ -14,6 +14,7 @@ use durward::{
         method::PerMethod,
         pattern::Pattern,
         policy::{Layers, Methods, Override, Overrides, Share},
+        processor::ProcessorShare,
         rule::{Costs, Limit, Origin, Rule},
         schedule::{Moment, Schedule, Weekday, Window},
     },
@@ -97,7 +98,7 @@ fn hours(start: u8, stop: u8) -> Window {
 #[test]
 fn every_setting_is_read() {
     type Change = fn(&mut LimitSettings);
-    let table: [(&str, &str, Change); 33] = [
+    let table: [(&str, &str, Change); 34] = [
         ("nothing", "", |_| ()),
         ("empty blocks", "gate { caller { } } caller { costs { } } identity { } node { } memory { }", |_| ()),
         ("off", "dry_run = false caller { exempt = false block = false unlimited = false }", |_| ()),
@@ -252,6 +253,9 @@ fn every_setting_is_read() {
                 s.memory.steps = MemorySteps::new([1, 2, 100]).unwrap();
             },
         ),
+        ("a share of the processor", "node { cpu = 0.05 }", |s| {
+            s.node.cpu = ProcessorShare::cores(0.05).unwrap();
+        }),
         ("memory in bytes", "memory { limit = 25165824 }", |s| {
             s.memory.limit = MemoryLimit::bytes(24 << 20).unwrap();
         }),
@@ -379,7 +383,7 @@ fn mistakes_say_what_would_be_right() {
         (
             "exempt from the node",
             "node { exempt = true }",
-            "20: ratelimit.node.exempt: unknown key; known here: rate, per, burst, unlimited, dry_run, attestations, attestations_per_caller, method",
+            "20: ratelimit.node.exempt: unknown key; known here: rate, per, burst, unlimited, dry_run, cpu, attestations, attestations_per_caller, method",
         ),
         (
             "failed attestation above burst",
@@ -586,6 +590,28 @@ fn mistakes_say_what_would_be_right() {
             "little memory",
             "memory { limit = \"1MiB\" }",
             "22: ratelimit.memory.limit \"1MiB\": must be \"auto\", or bytes from 8 MiB to 1 TiB: \"24MiB\" (also KiB, GiB), or 25165824",
+        ),
+        (
+            "a share of nothing",
+            "node { cpu = 0 }",
+            "20: ratelimit.node.cpu 0: is a cpu share of nothing: it must be from 0.05 to 4096 cores",
+        ),
+        (
+            "a small share",
+            "node { cpu = 0.01 }",
+            "20: ratelimit.node.cpu 0.01: must be from 0.05 to 4096 cores",
+        ),
+        (
+            "streams of connections beyond the budget",
+            "gate { connections = 100 connection { streams = 100 } } memory { limit = \"24MiB\" }",
+            "20: ratelimit.gate.connections 100: holds 64204800 bytes with as many streams as may be open (100), at \
+             agent.conf:1:52, and memory.limit is 25165824: lower one of them",
+        ),
+        (
+            "a reserve beyond the budget",
+            "gate { reserve = 1000 } memory { limit = \"24MiB\" }",
+            "20: ratelimit.gate.reserve 1000: is memory for 1000 callers of 40960 bytes, and memory.limit is 25165824: it \
+             must be at most 614",
         ),
         (
             "falling",
