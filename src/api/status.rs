@@ -14,7 +14,7 @@ use crate::{
     identity::{audience::AudienceError, jwt::JwtError, spiffe_id::SpiffeIdError},
     issuer::MintError,
     limits::{Refusal, RejectionStatus},
-    peer::BodyError,
+    peer::{BodyError, PUSHBACK},
     store::{NoIdentity, NotEntitled},
 };
 
@@ -171,9 +171,6 @@ impl From<BodyError> for Status {
         }
     }
 }
-
-/// The trailer that gRPC's own retries obey (gRFC A6).
-const PUSHBACK: &str = "grpc-retry-pushback-ms";
 
 /// When to come back after too many bytes of unfinished requests, in milliseconds.
 const TOO_MUCH_PUSHBACK: i64 = 100;

@@ -36,8 +36,8 @@ mod frames;
 mod oracle;
 #[path = "behaviour/run.rs"]
 mod run;
-#[path = "status.rs"]
-mod status;
+#[path = "wire.rs"]
+mod wire;
 
 use std::{
     path::PathBuf,

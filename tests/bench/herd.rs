@@ -28,8 +28,8 @@ mod confined;
 mod frames;
 #[path = "raw.rs"]
 mod raw;
-#[path = "status.rs"]
-mod status;
+#[path = "wire.rs"]
+mod wire;
 
 use std::{
     collections::BTreeMap,
