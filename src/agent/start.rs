@@ -150,14 +150,8 @@ impl AgentParts {
         let counted = (Arc::clone(&stats), Arc::clone(&admin_stats));
         self.metrics.before_render(move || series.set(&counted.0, &counted.1));
 
-        let listener = Listener {
-            socket,
-            bounds,
-            gate: Arc::new(self.gate.clone()),
-            keys: Arc::clone(&keys),
-            stats,
-            evicted: channel::channel(None).1,
-        };
+        let listener =
+            Listener { socket, bounds, gate: Arc::new(self.gate.clone()), keys: Arc::clone(&keys), stats };
         let serving = listener.serve(move |_peer| services.clone(), stopped(stopping.clone()));
         let public = Serving::begin("the workload api", serving);
         let admin = admin.map(|socket| {
@@ -193,7 +187,6 @@ impl AgentParts {
             gate: Arc::new(OwnerGate::new(self.gate.clone())),
             keys: Arc::new(OsUid),
             stats,
-            evicted: channel::channel(None).1,
         };
         let serving = listener.serve(move |_peer| service.clone(), stopped(stopping));
         Serving::begin("the admin api", serving)

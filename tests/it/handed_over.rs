@@ -167,7 +167,6 @@ impl Older {
             gate: Arc::clone(&gate),
             keys: Arc::new(OsUid),
             stats: Arc::default(),
-            evicted: tokio::sync::watch::channel(None).1,
         };
         let stats = Arc::clone(&listener.stats);
         Self { dir, gate, stats, listener: Some(listener), stop: None, ended: None }
