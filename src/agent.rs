@@ -7,6 +7,7 @@
 
 mod errands;
 mod gate;
+mod meter;
 mod metrics;
 mod probe;
 mod reload;
@@ -14,6 +15,7 @@ mod run;
 mod serving;
 mod signals;
 mod start;
+mod surroundings;
 mod watch;
 
 use std::{path::Path, sync::Arc, time::Duration};

@@ -13,8 +13,8 @@
 //! program that is executed, and groups that are changed, are other selectors of the same process. It is paid for by
 //! nobody, and so has places of its own, as many as calls have: neither takes the other's.
 //!
-//! Attestors find out what the entries of a [`Questions`] ask for. These stand in the snapshot that a call is answered
-//! from, so that no call meets an entry whose selectors nobody looked for.
+//! Attestors find out what the entries of a [`Questions`] ask for, by the settings that stand there too. These stand in the
+//! snapshot that a call is answered from, so that no call meets an entry whose selectors nobody looked for.
 //!
 //! # Decisions
 //! SPIRE drops the selectors of an attestor that fails and goes on with the rest, so that a passing trouble ends as
@@ -33,7 +33,7 @@ pub mod unix;
 use std::{
     ops::Deref,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -56,6 +56,7 @@ use crate::{
         selector::{Selector, Selectors},
     },
     limits::{Admitted, Families, Limits},
+    os::{namespace::unmapped, pidfd::Owner},
     peer::Peer,
     telemetry::registry::{By, Label as _, Registry},
 };
@@ -130,8 +131,8 @@ impl AttestedPeer {
 /// Finds out who peers are.
 pub struct Attestor {
     proc_root: PathBuf,
-    /// Only [`Attestor::reload`] writes.
-    settings: ArcSwap<AttestSettings>,
+    /// As whom those appear who have no number here.
+    unmapped: Option<Owner>,
     /// Only [`Attestor::share_by`] writes.
     families: ArcSwap<Families>,
     attestors: Attestors,
@@ -143,6 +144,8 @@ pub struct Attestor {
 /// What was prepared last, for which entries, and after how many news.
 #[derive(Default)]
 struct Prepared {
+    /// Of what is prepared next. Only [`Attestor::reload`] writes.
+    settings: Arc<AttestSettings>,
     index: Arc<EntryIndex>,
     news: u64,
     questions: Arc<Questions>,
@@ -150,10 +153,10 @@ struct Prepared {
 
 /// A connection's last result, as its peer keeps it.
 struct LastResult {
-    /// It was made with these settings, and is of no use with others.
-    settings: Arc<AttestSettings>,
     /// It was made for these questions, and is of no use for others.
     questions: u64,
+    /// Theirs.
+    settings: Arc<AttestSettings>,
     evidence: Vec<Box<dyn Evidence>>,
     subject: Subject,
 }
@@ -166,11 +169,11 @@ impl Attestor {
         attestors.begin(&settings);
         Self {
             proc_root: PathBuf::from("/proc"),
-            settings: ArcSwap::from_pointee(settings),
+            unmapped: unmapped(),
             families: ArcSwap::default(),
             attestors,
             news,
-            prepared: Mutex::default(),
+            prepared: Mutex::new(Prepared { settings: Arc::new(settings), ..Prepared::default() }),
             metrics: AttestMetrics::new(Registry::new(&metrics::NoopRecorder)),
         }
     }
@@ -181,10 +184,11 @@ impl Attestor {
         Self { metrics: AttestMetrics::new(registry), ..self }
     }
 
-    /// Attests with other settings from the next call on; nothing that was found out with the old ones is used.
+    /// Takes other settings for what is prepared from now on. A call is attested by those of its snapshot: entries that
+    /// a reload takes away are still found by what it finds out no more.
     pub fn reload(&self, settings: AttestSettings) {
         self.attestors.begin(&settings);
-        self.settings.store(Arc::new(settings));
+        self.prepared().settings = Arc::new(settings);
     }
 
     /// Shares what callers wait for by these families from the next call on.
@@ -192,18 +196,26 @@ impl Attestor {
         self.families.store(Arc::new(families));
     }
 
-    /// Looks what the entries ask for. Does not wait: what is not known yet stays untold. For the same entries it costs
-    /// nothing until something else is known.
+    /// Looks what the entries ask for. Does not wait: what is not known yet stays untold. For the same entries and
+    /// settings it costs nothing until something else is known.
     pub fn prepare_for(&self, index: &Arc<EntryIndex>) -> Arc<Questions> {
-        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut prepared = self.prepared();
         // Read first: what comes to be known from here on is either in it, or makes it be prepared again.
         let news = *self.news.borrow();
-        let number = prepared.questions.number;
-        if number == 0 || news != prepared.news || !Arc::ptr_eq(&prepared.index, index) {
-            let questions = Arc::new(self.attestors.prepare_for(index.entries(), number + 1));
-            *prepared = Prepared { index: Arc::clone(index), news, questions };
+        let Prepared { settings, questions, .. } = &*prepared;
+        let number = questions.number;
+        let same =
+            number > 0 && Arc::ptr_eq(&questions.settings, settings) && Arc::ptr_eq(&prepared.index, index);
+        if !same || news != prepared.news {
+            let questions = self.attestors.prepare_for(index.entries(), Arc::clone(settings), number + 1);
+            prepared.questions = Arc::new(questions);
+            (prepared.index, prepared.news) = (Arc::clone(index), news);
         }
         Arc::clone(&prepared.questions)
+    }
+
+    fn prepared(&self) -> MutexGuard<'_, Prepared> {
+        self.prepared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until all that was asked for with [`Attestor::prepare_for`] was looked for once; so long at most. Blocks
@@ -259,12 +271,11 @@ impl Attestor {
     }
 
     async fn subject(&self, process: &dyn Attestable, questions: &Questions) -> Result<Subject, AttestError> {
-        let settings = self.settings.load_full();
-        if let Some(kept) = self.kept(&settings, questions, process).await? {
+        if let Some(kept) = self.kept(questions, process).await? {
             return Ok(kept);
         }
         let at = Instant::now();
-        let attested = self.attest_anew(&settings, questions, process, at).await;
+        let attested = self.attest_anew(questions, process, at).await;
         let attested = attested.and_then(|attestation| without_doubt(attestation, questions));
         self.metrics.count(&attested);
         let Attestation { selectors, evidence, untold, took: _ } = attested?;
@@ -272,10 +283,10 @@ impl Attestor {
         if let Some(slot) = process.slot() {
             // What could not be told may be told by the next call.
             if subject.len() <= KEPT_SELECTORS && untold.is_empty() {
-                let questions = questions.number;
+                let (settings, questions) = (Arc::clone(&questions.settings), questions.number);
                 slot.store(
                     at + REUSE,
-                    LastResult { settings, questions, evidence, subject: subject.clone() },
+                    LastResult { questions, settings, evidence, subject: subject.clone() },
                 );
             } else {
                 slot.clear();
@@ -286,16 +297,14 @@ impl Attestor {
 
     async fn attest_anew(
         &self,
-        settings: &AttestSettings,
         questions: &Questions,
         process: &dyn Attestable,
         at: Instant,
     ) -> Result<Attestation, AttestError> {
-        let seen = Seen::open(&self.proc_root, &self.families.load(), process);
+        let seen = Seen::open(&self.proc_root, &self.families.load(), process)
+            .and_then(|seen| seen.without(self.unmapped));
         let found = match seen {
-            Ok(seen) => {
-                self.attestors.attest(settings, questions, &seen, at).await.map_err(AttestError::from)
-            }
+            Ok(seen) => self.attestors.attest(questions, &seen, at).await.map_err(AttestError::from),
             Err(error) => Err(error),
         };
         // Last of all: it lives now, so everything above was read of it. Of a process that is gone anything may be
@@ -307,13 +316,12 @@ impl Attestor {
     /// The connection's last result, if it may be used once more.
     async fn kept(
         &self,
-        settings: &Arc<AttestSettings>,
         questions: &Questions,
         process: &dyn Attestable,
     ) -> Result<Option<Subject>, AttestError> {
         let last = process.slot().and_then(|slot| slot.load::<LastResult>(Instant::now()));
         let fits = |last: &Arc<LastResult>| {
-            Arc::ptr_eq(&last.settings, settings) && last.questions == questions.number
+            last.questions == questions.number && Arc::ptr_eq(&last.settings, &questions.settings)
         };
         let Some(last) = last.filter(fits) else { return Ok(None) };
         if !last.evidence.is_empty() {
@@ -622,22 +630,18 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_result_is_kept_for_a_second() {
         let attestor = attestor("user-with-groups");
-        let process = fixture(4100, (1000, 1001));
-        let first = attestor.subject(&process, &nothing()).await.unwrap();
+        let (process, nothing) = (fixture(4100, (1000, 1001)), nothing());
+        let first = attestor.subject(&process, &nothing).await.unwrap();
         tokio::time::advance(REUSE - Duration::from_millis(2)).await;
-        assert!(same(&first, &attestor.subject(&process, &nothing()).await.unwrap()), "within the second");
+        assert!(same(&first, &attestor.subject(&process, &nothing).await.unwrap()), "within the second");
         tokio::time::advance(Duration::from_millis(4)).await;
-        let second = attestor.subject(&process, &nothing()).await.unwrap();
+        let second = attestor.subject(&process, &nothing).await.unwrap();
         assert!(!same(&first, &second), "after it: use does not prolong it");
         assert_eq!(first, second);
 
-        attestor.reload(AttestSettings::default());
-        let third = attestor.subject(&process, &nothing()).await.unwrap();
-        assert!(!same(&second, &third), "nothing of the old settings is used");
-
         process.fates.lock().unwrap().push(AttestError::Gone);
         assert!(
-            matches!(attestor.subject(&process, &nothing()).await, Err(AttestError::Gone)),
+            matches!(attestor.subject(&process, &nothing).await, Err(AttestError::Gone)),
             "alive for every use"
         );
     }
@@ -646,11 +650,11 @@ mod tests {
     async fn attestations_are_counted_and_kept_results_are_not() {
         let metrics = Metrics::default();
         let attestor = attestor("user-with-groups").counted_by(metrics.registry());
-        let process = fixture(4100, (1000, 1001));
+        let (process, nothing) = (fixture(4100, (1000, 1001)), nothing());
         for _ in 0..2 {
-            attestor.subject(&process, &nothing()).await.unwrap();
+            attestor.subject(&process, &nothing).await.unwrap();
         }
-        attestor.subject(&fixture(4099, (1000, 1001)), &nothing()).await.unwrap_err();
+        attestor.subject(&fixture(4099, (1000, 1001)), &nothing).await.unwrap_err();
         let text = metrics.render();
         for line in [
             r#"durward_attestation_duration_seconds_count{attestor="unix"} 1"#,

@@ -33,4 +33,4 @@ pub use diff::{Changes, EntryChanges, diff};
 pub use document::Config;
 pub use file::{DropIns, FileError};
 pub use input::{ExpandEnv, Input};
-pub use places::{AgentUser, Places, WrongPlace};
+pub use places::{AgentUser, Places, TakenAddress, WrongPlace};

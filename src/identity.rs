@@ -12,6 +12,7 @@ pub mod index;
 mod json;
 mod jwk;
 pub mod jwt;
+pub mod pem;
 pub mod selector;
 pub mod spiffe_id;
 pub mod svid;

@@ -33,7 +33,7 @@
 //! peer/listener   pidfd: the process is held on to; a task of its own    gone: close, count
 //! peer/connection parked until the first byte: no HTTP/2 state before it
 //! peer/wire       each byte is written by who connected           another's: GOAWAY; with a descriptor: close
-//!                 what h2 would refuse of a C-core client's :authority; the budget of frames between requests
+//!                 :authority, which h2 would judge, is written over; the budget of frames between requests
 //! (hyper, tonic)  HTTP/2, decode; the connection carries its Peer
 //! api/call        1 security header -> Call                              InvalidArgument
 //!                 2 call.admit(limits) -> Admitted                       ResourceExhausted

@@ -3,6 +3,7 @@
 
 pub mod accept;
 pub mod accounts;
+pub mod cgroup;
 pub mod clock;
 pub mod headroom;
 pub mod heap;

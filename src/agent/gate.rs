@@ -7,7 +7,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::{
     api::status,
-    limits::{self, ConnectionPermit, ConnectionRefusal, budget, holding::Holding, room::Room},
+    limits::{self, ConnectionPermit, ConnectionRefusal, GatePlan, budget, holding::Holding, room::Room},
     os::headroom::Headroom,
     peer::{AcceptGate, Arrival},
     telemetry::http,
@@ -46,6 +46,18 @@ impl AcceptGate for limits::Gate {
 
     fn family(&self, arrival: &Arrival) -> u64 {
         self.family_of(arrival.caller())
+    }
+}
+
+/// Says when the memory budget has no room for as many callers as should always find some.
+pub(super) fn say_what_fits(plan: &GatePlan, budget: Option<u64>) {
+    if let (Some(callers), Some(budget)) = (plan.fewer_fit(), budget) {
+        tracing::warn!(
+            budget,
+            callers,
+            "the memory budget is small: when it runs short, so many callers that hold nothing are sure to be served, and \
+             not 64"
+        );
     }
 }
 

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{ANSWERS_WITHIN, Running, connection_bounds, metrics::ReloadResult, start::Adjustable};
+use super::{
+    ANSWERS_WITHIN, Running, connection_bounds, gate::say_what_fits, metrics::ReloadResult, start::Adjustable,
+};
 use crate::{
     config::{self, Changes, Config, EntryChanges},
     limits::GatePlan,
@@ -53,6 +55,7 @@ impl Replacing {
         let told = next.issuer_input();
         let gate_plan = GatePlan::new(ratelimit, parts.means.nofile, budget)?;
 
+        say_what_fits(&gate_plan, budget);
         // From here on nothing fails. What the entries ask for is looked for before they are there.
         let _asked_until_then = parts.attestor.prepare_for(&told.index);
         parts.attestor.wait(ANSWERS_WITHIN);
@@ -62,8 +65,11 @@ impl Replacing {
         parts.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);
         parts.jwt.resize(caches.jwt_svids.count());
         parts.attestor.share_by(ratelimit.families.clone());
-        parts.attestor.reload(attest.clone());
-        parts.writer.replace(policy.clone(), || parts.issuer.reload(told));
+        parts.writer.replace(policy.clone(), || {
+            // In one snapshot with the entries that are found by these.
+            parts.attestor.reload(attest.clone());
+            parts.issuer.reload(told);
+        });
         if let Some(lines) = lines {
             lines.set_level(log.level);
         }

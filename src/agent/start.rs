@@ -8,8 +8,14 @@ use nix::unistd::geteuid;
 use tokio::{runtime::Handle, sync::watch as channel, task::JoinSet};
 
 use super::{
-    ANSWERS_WITHIN, Running, connection_bounds, gate::Means, metrics::AgentMetrics, probe::probe,
-    serving::Serving, watch::Watch,
+    ANSWERS_WITHIN, Running, connection_bounds,
+    gate::{Means, say_what_fits},
+    meter::{MemoryMeter, keep_time},
+    metrics::AgentMetrics,
+    probe::probe,
+    serving::Serving,
+    surroundings::look_around,
+    watch::Watch,
 };
 use crate::{
     api::{
@@ -71,6 +77,7 @@ pub(super) struct AgentParts {
     pub(super) attestor: Arc<Attestor>,
     journal: Arc<Journal>,
     pub(super) means: Means,
+    meter: MemoryMeter,
     pub(super) limits: Limits,
     pub(super) gate: limits::Gate,
 }
@@ -117,7 +124,9 @@ impl AgentParts {
         let journal = Arc::new(Journal::new(metrics.registry()));
         let means = Means::of_this_process(http_listeners(config));
         let budget = config.ratelimit.memory.budget(means.cgroup);
+        let meter = MemoryMeter::start().context("cannot start a thread")?;
         let gate_plan = GatePlan::new(&config.ratelimit, means.nofile, budget)?;
+        say_what_fits(&gate_plan, budget);
         let limits = Limits::new(&config.ratelimit, clock, metrics.registry());
         let gate = limits::Gate::new(gate_plan, &limits);
         Ok(Self {
@@ -132,6 +141,7 @@ impl AgentParts {
             attestor,
             journal,
             means,
+            meter,
             limits,
             gate,
         })
@@ -159,6 +169,7 @@ impl AgentParts {
             self.serve_admin(socket, service, admin_stats, stopping)
         });
         let mut tasks = self.tasks();
+        tasks.spawn_on(keep_time(self.limits.clone(), self.gate.clone()), control);
         for listener in http {
             let serving = async move {
                 // It serves for ever, or cannot begin.
@@ -169,6 +180,7 @@ impl AgentParts {
         }
 
         self.series.loaded();
+        look_around(&self.health);
         self.health.set(Probe::Healthy);
         let adjustable = Adjustable { parts: Arc::new(self), connections, log: None };
         Ok(Running { config: Arc::new(config), adjustable, stop, public, admin, tasks })
@@ -229,6 +241,7 @@ impl AgentParts {
             x509: Arc::clone(&self.x509),
             jwt: Arc::clone(&self.jwt),
             journal: Arc::clone(&self.journal),
+            meter: self.meter.clone(),
             complaints: Complaints::default(),
         };
         tasks.spawn(watch.run());

@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
+use super::meter::MemoryMeter;
 use crate::{
     api::Journal,
     limits::{
@@ -36,6 +37,7 @@ pub(super) struct Watch {
     pub(super) x509: Arc<X509Cache>,
     pub(super) jwt: Arc<JwtCache>,
     pub(super) journal: Arc<Journal>,
+    pub(super) meter: MemoryMeter,
     pub(super) complaints: Complaints<&'static str>,
 }
 
@@ -66,7 +68,7 @@ impl Watch {
     /// Does what the budget asks for. Each step does what those before it do; caches are emptied when memory
     /// is shorter than `emptied_at`. Returns whether they were.
     fn relieve(&self, pressure: &mut Pressure, emptied_at: Pressure) -> bool {
-        let look = || self.gate.look(heap::resident(), self.accounted().bytes());
+        let look = || self.gate.look(self.measured(), self.accounted().bytes());
         let mut now = look();
         let empty = now > emptied_at;
         if empty {
@@ -106,6 +108,11 @@ impl Watch {
             *pressure = now;
         }
         empty
+    }
+
+    /// What the process uses by now, whatever it was reckoned at: its own memory, or with the kernel's that of its cgroup.
+    fn measured(&self) -> Option<u64> {
+        heap::resident().max(self.meter.charged().map(|charged| charged.used))
     }
 
     /// Says who was told to go, and for what it holds.

@@ -307,7 +307,7 @@ fn taking(taking: &Taking) -> pb::Taking {
 fn bucket(stage: Stage, name: &BucketName, method: &str, standing: Option<Standing>) -> pb::Bucket {
     let (limit, left, burst) = match standing {
         None => (pb::Limit::Unknown, 0, 0),
-        Some(Standing::Tokens { left, burst }) => (pb::Limit::Tokens, left, burst),
+        Some(Standing::Tokens { left, burst, origin: _ }) => (pb::Limit::Tokens, left, burst),
         Some(Standing::Unlimited) => (pb::Limit::Unlimited, 0, 0),
         Some(Standing::Exempt) => (pb::Limit::Exempt, 0, 0),
         Some(Standing::Blocked) => (pb::Limit::Blocked, 0, 0),

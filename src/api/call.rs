@@ -19,11 +19,12 @@
 
 use std::sync::Arc;
 
+use http::Extensions;
 use tonic::Request;
 
-use super::status::RequestError;
+use super::{reached::Reached, status::RequestError};
 use crate::{
-    limits::{Admitted, Limits, Method, Refusal},
+    limits::{Admitted, Limits, Method, Patience, Refusal},
     peer::Peer,
 };
 
@@ -32,6 +33,8 @@ use crate::{
 pub struct Call {
     caller: Arc<Peer>,
     method: Method,
+    patience: Patience,
+    reached: Option<Reached>,
 }
 
 impl Call {
@@ -46,15 +49,19 @@ impl Call {
             (Some(value), None) if value == "true" => {}
             _ => return Err(RequestError::NoSecurityHeader),
         }
-        Self::without_header(request.extensions().get(), method)
+        let timeout =
+            request.metadata().get("grpc-timeout").and_then(|text| Patience::parse(text.as_bytes()));
+        let call = Self::without_header(request.extensions(), method)?;
+        Ok(Self { patience: timeout.unwrap_or(call.patience), ..call })
     }
 
     /// A call of a service that asks for no security header: health and reflection.
     ///
     /// # Errors
     /// [`RequestError::NoPeer`], which is a mistake of ours.
-    pub fn without_header(caller: Option<&Arc<Peer>>, method: Method) -> Result<Self, RequestError> {
-        Ok(Self { caller: Arc::clone(caller.ok_or(RequestError::NoPeer)?), method })
+    pub fn without_header(extensions: &Extensions, method: Method) -> Result<Self, RequestError> {
+        let caller = Arc::clone(extensions.get().ok_or(RequestError::NoPeer)?);
+        Ok(Self { caller, method, patience: Patience::USUAL, reached: Reached::of(extensions).cloned() })
     }
 
     /// What is called.
@@ -62,11 +69,15 @@ impl Call {
         self.method
     }
 
-    /// Charges the caller, before anything is read about it.
+    /// Charges the caller, before anything is read about it. Waits a little where that is of use, and never beyond the
+    /// `grpc-timeout` of the call; one that is malformed is taken for none.
     ///
     /// # Errors
     /// [`Refusal`] when it has no tokens, or too many calls are being attested.
-    pub fn admit(self, limits: &Limits) -> Result<Admitted<Arc<Peer>>, Refusal> {
-        limits.admit_caller(self.caller, self.method)
+    pub async fn admit(self, limits: &Limits) -> Result<Admitted<Arc<Peer>>, Refusal> {
+        if let Some(reached) = &self.reached {
+            reached.limits();
+        }
+        limits.admit(self.caller, self.method, self.patience).await
     }
 }

@@ -15,7 +15,7 @@ use crate::{
     identity::{audience::AudienceError, jwt::JwtError, spiffe_id::SpiffeIdError},
     issuer::MintError,
     limits::{ConnectionRefusal, Refusal, RejectionStatus},
-    peer::BodyError,
+    peer::{BodyError, PUSHBACK},
     store::{NoIdentity, NotEntitled},
 };
 
@@ -48,6 +48,11 @@ pub enum RequestError {
         "the agent cannot see the calling process: it is in another PID namespace; run the agent in the host's PID namespace (hostPID: true in its pod, --pid=host in its container)"
     )]
     OtherPidNamespace,
+    /// The caller is nobody that the agent can name.
+    #[error(
+        "workload attestation failed: the agent runs in a user namespace that has no number for the caller's user or group; run the agent outside of it, or map them"
+    )]
+    Unmapped,
     /// The caller could not be attested.
     #[error("workload attestation failed{}", reconnect(.0))]
     Attestation(#[source] AttestError),
@@ -60,6 +65,9 @@ pub enum RequestError {
     /// The agent stops.
     #[error("the agent is shutting down; connect again")]
     Draining,
+    /// The connection was told to end: the node is short of something, and its caller holds more than its share.
+    #[error("the agent is short of room, and the caller holds more than its share of it; connect again")]
+    SentAway,
     /// The WIT-SVID profile is not there yet.
     #[error("fetching WIT-SVIDs is not implemented")]
     NoWitSvids,
@@ -88,6 +96,7 @@ fn reconnect(error: &AttestError) -> &'static str {
         AttestError::Gone
         | AttestError::Unknown { .. }
         | AttestError::OtherPidNamespace
+        | AttestError::Unmapped
         | AttestError::Crowded
         | AttestError::Status(_)
         | AttestError::Attestor(_) => "",
@@ -107,6 +116,7 @@ impl From<AttestError> for RequestError {
     fn from(error: AttestError) -> Self {
         match error {
             AttestError::OtherPidNamespace => Self::OtherPidNamespace,
+            AttestError::Unmapped => Self::Unmapped,
             error => Self::Attestation(error),
         }
     }
@@ -127,7 +137,12 @@ impl RequestError {
                 RejectionStatus::Unavailable => Code::Unavailable,
             },
             Self::OtherPidNamespace => Code::FailedPrecondition,
-            Self::Attestation(_) | Self::JwtSvid(_) | Self::X509Svid(_) | Self::Draining => Code::Unavailable,
+            Self::Unmapped
+            | Self::Attestation(_)
+            | Self::JwtSvid(_)
+            | Self::X509Svid(_)
+            | Self::Draining
+            | Self::SentAway => Code::Unavailable,
             Self::NoWitSvids | Self::NoWitBundles => Code::Unimplemented,
             Self::NoPeer => Code::Internal,
         }
@@ -191,13 +206,11 @@ impl From<BodyError> for Status {
                 status.metadata_mut().insert(PUSHBACK, MetadataValue::from(TOO_MUCH_PUSHBACK));
                 status
             }
-            BodyError::Broken(error) => Self::from_error(error.into()),
+            // It was reset, or its connection ended.
+            BodyError::Broken(_) => Self::cancelled(error.to_string()),
         }
     }
 }
-
-/// The trailer that gRPC's own retries obey (gRFC A6).
-const PUSHBACK: &str = "grpc-retry-pushback-ms";
 
 /// When to come back after too many bytes of unfinished requests, in milliseconds.
 const TOO_MUCH_PUSHBACK: i64 = 100;

@@ -8,6 +8,7 @@ use std::{
     future::{Future, poll_fn},
     pin::{Pin, pin},
     sync::Arc,
+    task::Poll,
     time::Duration,
 };
 
@@ -49,6 +50,9 @@ pub(super) trait Update: Send + 'static {
     /// Whether the process is still there, and of the user and group that connected: asked right before a message is
     /// sent, as making it may have taken a while.
     fn is_alive(&self) -> Result<(), RequestError>;
+
+    /// Whether the connection that it is on has to end. The stream is polled when this changes.
+    fn is_sent_away(&self) -> bool;
 }
 
 /// Where streams wait to make an update, first come first served.
@@ -169,6 +173,7 @@ impl<S: Update> Stream<S> {
             let changed = tokio::select! {
                 changed = self.changes.changed() => changed,
                 () = sleep_until(again_at.unwrap_or_else(Instant::now)), if again_at.is_some() => Ok(()),
+                () = sent_away(&mut self.state) => return Err(RequestError::SentAway),
             };
             // The sender lives as long as the store, and the store as long as this state.
             if changed.is_err() || *self.changes.borrow_and_update() == Change::Draining {
@@ -213,9 +218,19 @@ impl<S: Update> Stream<S> {
     }
 }
 
+async fn sent_away(state: &mut impl Update) {
+    poll_fn(move |_| if state.is_sent_away() { Poll::Ready(()) } else { Poll::Pending }).await;
+}
+
 #[cfg(test)]
 mod tests {
-    use std::{collections::VecDeque, sync::Mutex};
+    use std::{
+        collections::VecDeque,
+        sync::{
+            Mutex,
+            atomic::{AtomicBool, Ordering::Relaxed},
+        },
+    };
 
     use bytes::Bytes;
     use futures_util::FutureExt as _;
@@ -253,6 +268,7 @@ mod tests {
         finds: Arc<Mutex<VecDeque<Found>>>,
         sent: &'static str,
         ended: bool,
+        sent_away: Arc<AtomicBool>,
     }
 
     fn encoded(text: &'static str) -> Encoded {
@@ -289,6 +305,10 @@ mod tests {
         fn is_alive(&self) -> Result<(), RequestError> {
             if self.ended { Err(AttestError::Gone.into()) } else { Ok(()) }
         }
+
+        fn is_sent_away(&self) -> bool {
+            self.sent_away.load(Relaxed)
+        }
     }
 
     /// A stream that was sent its first message, and what it finds from now on.
@@ -297,19 +317,25 @@ mod tests {
         stream: Updates,
         finds: Arc<Mutex<VecDeque<Found>>>,
         generation: u64,
+        sent_away: Arc<AtomicBool>,
     }
 
     impl Opened {
         async fn new(queue: &Arc<UpdateQueue>) -> Self {
             let (sender, changes) = watch::channel(Change::Generation(1));
-            let finds = Arc::default();
-            let state = Scripted { finds: Arc::clone(&finds), sent: "first", ended: false };
+            let (finds, sent_away) = (Arc::default(), Arc::<AtomicBool>::default());
+            let state = Scripted {
+                finds: Arc::clone(&finds),
+                sent: "first",
+                ended: false,
+                sent_away: Arc::clone(&sent_away),
+            };
             let whom = Whom { caller: CallerKey::Uid(1), pid: 7 };
             let journal = Arc::new(Journal::new(Metrics::default().registry()));
             let open = journal.opened(Method::FetchX509Svid, Some(whom));
             let mut stream = updates(state, open, changes, encoded("first"), Arc::clone(queue));
             assert_eq!(stream.next().await.unwrap().unwrap(), encoded("first"));
-            Self { sender, stream, finds, generation: 1 }
+            Self { sender, stream, finds, generation: 1, sent_away }
         }
 
         fn change(&mut self) {
@@ -415,6 +441,17 @@ mod tests {
         let mut opened = Opened::new(&Arc::default()).await;
         opened.sender.send_replace(Change::Draining);
         assert_eq!(opened.within(Duration::ZERO).await, Some(Err(Code::Unavailable)));
+        assert!(opened.stream.next().await.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_whose_connection_has_to_end_says_so() {
+        let mut opened = Opened::new(&Arc::default()).await;
+        assert_eq!(opened.within(RETRY).await, None);
+        opened.sent_away.store(true, Relaxed);
+        let status = opened.stream.next().await.unwrap().unwrap_err();
+        assert_eq!(status.code(), Code::Unavailable);
+        assert!(status.message().ends_with("connect again"), "{status}");
         assert!(opened.stream.next().await.is_none());
     }
 

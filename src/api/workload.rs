@@ -71,12 +71,12 @@ impl WorkloadApi {
         request: pb::JwtsvidRequest,
     ) -> Result<pb::JwtsvidResponse, RequestError> {
         let Parts { limits, attestor, store, jwt, .. } = &*self.parts;
-        let admitted = call?.admit(limits)?;
+        let admitted = call?.admit(limits).await?;
         let query = JwtQuery::try_from(request)?;
         let snapshot = store.snapshot();
         let attested = attestor.attest(admitted, &snapshot.questions).await?;
         let entitled = authorize(&snapshot, attested, Purpose::Svids, query.spiffe_id.as_ref())?;
-        let mut charged = entitled.charge(limits)?;
+        let mut charged = entitled.charge(limits).await?;
 
         let svids = jwt.fetch(&mut charged, &query.audience).await.map_err(RequestError::JwtSvid)?;
         let svids = charged.entries().iter().zip(svids).map(|(entry, svid)| pb::Jwtsvid {
@@ -93,7 +93,7 @@ impl WorkloadApi {
         request: pb::ValidateJwtsvidRequest,
     ) -> Result<pb::ValidateJwtsvidResponse, RequestError> {
         let Parts { limits, attestor, store, clock, .. } = &*self.parts;
-        let admitted = call?.admit(limits)?;
+        let admitted = call?.admit(limits).await?;
         let pb::ValidateJwtsvidRequest { audience, svid } = request;
         if audience.is_empty() {
             return Err(AudienceError::Missing.into());
@@ -129,12 +129,12 @@ impl WorkloadApi {
         purpose: Purpose,
     ) -> Result<(Charged, watch::Receiver<Change>), RequestError> {
         let Parts { limits, attestor, store, .. } = &*self.parts;
-        let admitted = call.admit(limits)?;
+        let admitted = call.admit(limits).await?;
         let changes = store.subscribe();
         let snapshot = store.snapshot();
         let attested = attestor.attest(admitted, &snapshot.questions).await?;
         let entitled = authorize(&snapshot, attested, purpose, None)?;
-        Ok((entitled.charge(limits)?, changes))
+        Ok((entitled.charge(limits).await?, changes))
     }
 
     async fn x509_svids(&self, call: Result<Call, RequestError>) -> Result<Updates, RequestError> {
@@ -152,6 +152,21 @@ impl WorkloadApi {
         let method = call.method();
         let (charged, changes) = self.charged(call, Purpose::Bundles).await?;
         self.opened(method, charged, form, changes).await
+    }
+
+    /// Where its calls are counted.
+    pub(super) fn journal(&self) -> &Arc<Journal> {
+        &self.parts.journal
+    }
+
+    /// A method that is charged and has no answer.
+    async fn not_there<T>(
+        &self,
+        call: Result<Call, RequestError>,
+        answer: RequestError,
+    ) -> Result<T, RequestError> {
+        call?.admit(&self.parts.limits).await?;
+        Err(answer)
     }
 
     /// A stream that begins with what there is now, and has paid for it.
@@ -241,8 +256,8 @@ impl SpiffeWorkloadApi for WorkloadApi {
     ) -> Result<Response<Self::FetchWITSVIDStream>, Status> {
         let method = Method::FetchWitSvid;
         let begun = Begun::by(&request, method);
-        let admitted = Call::of(&request, method).and_then(|call| Ok(call.admit(&self.parts.limits)?));
-        self.parts.journal.whole(begun, admitted.and(Err(RequestError::NoWitSvids)))
+        let done = self.not_there(Call::of(&request, method), RequestError::NoWitSvids).await;
+        self.parts.journal.whole(begun, done)
     }
 
     async fn fetch_wit_bundles(
@@ -251,8 +266,8 @@ impl SpiffeWorkloadApi for WorkloadApi {
     ) -> Result<Response<Self::FetchWITBundlesStream>, Status> {
         let method = Method::FetchWitBundles;
         let begun = Begun::by(&request, method);
-        let admitted = Call::of(&request, method).and_then(|call| Ok(call.admit(&self.parts.limits)?));
-        self.parts.journal.whole(begun, admitted.and(Err(RequestError::NoWitBundles)))
+        let done = self.not_there(Call::of(&request, method), RequestError::NoWitBundles).await;
+        self.parts.journal.whole(begun, done)
     }
 }
 
@@ -299,6 +314,10 @@ impl<C: Content> Update for Subscription<C> {
 
     fn is_alive(&self) -> Result<(), RequestError> {
         Ok(self.charged.peer().is_alive()?)
+    }
+
+    fn is_sent_away(&self) -> bool {
+        self.charged.peer().connected().is_sent_away()
     }
 }
 

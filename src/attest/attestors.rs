@@ -151,12 +151,13 @@ macro_rules! attestors {
             }
         }
 
-        /// What the entries of one snapshot ask for, and what is known of that ahead of any call. Never edited. The
-        /// default is that of no entries.
+        /// What the entries of one snapshot ask for, what is known of that ahead of any call, and the settings that it is
+        /// found out by. Never edited. The default is that of no entries, with the default settings.
         #[derive(Debug, Default)]
         pub struct Questions {
             /// No two have the same, but for the default, which has 0.
             number: u64,
+            settings: Arc<AttestSettings>,
             $($field: <$attestor as WorkloadAttestor>::Questions,)+
             doubts: Doubts,
         }
@@ -195,9 +196,13 @@ macro_rules! attestors {
                 $(self.$field.wait(deadline);)+
             }
 
-            fn prepare_for(&self, entries: &[Arc<Entry>], number: u64) -> Questions {
-                let mut questions =
-                    Questions { number, $($field: self.$field.prepare_for(entries),)+ doubts: Doubts::default() };
+            fn prepare_for(&self, entries: &[Arc<Entry>], settings: Arc<AttestSettings>, number: u64) -> Questions {
+                let mut questions = Questions {
+                    number,
+                    settings,
+                    $($field: self.$field.prepare_for(entries),)+
+                    doubts: Doubts::default(),
+                };
                 questions.doubts = Doubts::of(entries, |selector| questions.untellable(selector));
                 questions
             }
@@ -205,13 +210,12 @@ macro_rules! attestors {
             /// Asks all of them, side by side; the first failure ends it.
             async fn attest(
                 &self,
-                settings: &AttestSettings,
                 questions: &Questions,
                 seen: &Seen<'_>,
                 since: Instant,
             ) -> Result<Attestation, AttestorError> {
                 let ($($field,)+) = tokio::try_join!($(async {
-                    let findings = self.$field.attest(&settings.$field, questions, seen).await?;
+                    let findings = self.$field.attest(&questions.settings.$field, questions, seen).await?;
                     let Findings { selectors, evidence, untold } = findings;
                     let attestor = <$attestor as WorkloadAttestor>::NAME;
                     let kind = |word| SelectorKind { attestor, word };

@@ -36,6 +36,12 @@ pub enum AttestError {
          PID namespace (in Kubernetes: hostPID: true), or in the caller's"
     )]
     OtherPidNamespace,
+    /// The process's user or group has no number where the agent runs: it would be taken for somebody else.
+    #[error(
+        "the agent's user namespace has no number for the caller's user or group, which could be anybody: run the agent \
+         outside of it, or map them (in a rootless container: on the host)"
+    )]
+    Unmapped,
     /// As many streams are having their processes attested as may at once, of this caller or of all.
     #[error("too many open streams wait for their processes to be attested")]
     Crowded,
@@ -66,7 +72,8 @@ labels! {
         Gone = "gone",
         /// The process is another user's or group's than it was when it connected.
         Changed = "changed",
-        /// The process lives in a PID namespace that this agent cannot see into.
+        /// The process lives in a PID namespace that this agent cannot see into, or its user has no number in that of the
+        /// agent.
         Namespace = "namespace",
         /// Something under `/proc` could not be read or understood.
         Unreadable = "unreadable",
@@ -103,6 +110,8 @@ impl AttestError {
             Self::Unknown { .. } => (Blame::Fault, AttestFault::Gone),
             Self::Crowded => (Blame::Crowd, AttestFault::Busy),
             Self::OtherPidNamespace => (Blame::Fault, AttestFault::Namespace),
+            // The log had it at the start.
+            Self::Unmapped => (Blame::Crowd, AttestFault::Namespace),
             Self::Status(error) => error.class(),
             Self::Attestor(error) => error.class(),
         }

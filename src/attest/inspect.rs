@@ -167,8 +167,7 @@ impl Attestor {
         process: &Inspected,
         questions: &Questions,
     ) -> Result<Description, InspectError> {
-        let settings = self.settings.load_full();
-        let attested = self.attest_anew(&settings, questions, process, Instant::now()).await;
+        let attested = self.attest_anew(questions, process, Instant::now()).await;
         let attested = attested.map_err(|source| InspectError::attest(process.pid, source))?;
         let decides = doubted(&attested, questions);
         let untold = attested.untold.into_iter().enumerate();

@@ -123,6 +123,19 @@ impl<'a> Seen<'a> {
         }
         Ok(Self { process, family: families.group(process.caller()), dir, status })
     }
+
+    /// The same, told apart from those who have no number in the agent's user namespace.
+    ///
+    /// # Errors
+    /// [`AttestError::Unmapped`]: its user or group is one of these.
+    pub(super) fn without(mut self, unmapped: Option<Owner>) -> Result<Self, AttestError> {
+        let Some(Owner { uid, gid }) = unmapped else { return Ok(self) };
+        if self.status.uid == uid.as_raw() || self.status.gid == gid.as_raw() {
+            return Err(AttestError::Unmapped);
+        }
+        self.status.groups.retain(|group| *group != gid.as_raw());
+        Ok(self)
+    }
 }
 
 /// An open `/proc/PID`. It stays the directory of the process that had the PID when it was opened.

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     attest::{AttestSettings, Attestor},
-    config::{AgentUser, Config, Places},
+    config::{AgentUser, Config, Places, TakenAddress},
     hcl::{ConfigError, ConfigErrors},
     identity::EntryIndex,
     os::trusted::{ClosedDir, Trust},
@@ -37,6 +37,9 @@ pub(super) struct ValidateArgs {
 pub(super) fn validate(args: &ValidateArgs, terminal: &mut Terminal) -> Result<(), Failure> {
     match (check(&args.config, terminal), args.output.output) {
         (Ok(config), OutputFormat::Pretty) => {
+            for (key, why) in unsettled(&config) {
+                terminal.note(format_args!("Warning: {key}: {why}."));
+            }
             let absent = absent(&config);
             for AbsentSelector { entry, selector, why } in absent.iter().take(MOST_WARNINGS) {
                 terminal.note(format_args!(
@@ -52,7 +55,9 @@ pub(super) fn validate(args: &ValidateArgs, terminal: &mut Terminal) -> Result<(
         }
         (Ok(config), OutputFormat::Json) => {
             let warning = |AbsentSelector { entry, selector, why }| json!({ "entry": entry, "selector": selector, "message": why });
-            let warnings: Vec<_> = absent(&config).into_iter().map(warning).collect();
+            let unsettled = unsettled(&config).into_iter();
+            let unsettled = unsettled.map(|(key, why)| json!({ "key": key, "message": why }));
+            let warnings: Vec<_> = unsettled.chain(absent(&config).into_iter().map(warning)).collect();
             let mut answer = json!({ "valid": true, "errors": [] });
             if let Some(answer) = answer.as_object_mut().filter(|_| !warnings.is_empty()) {
                 answer.insert("warnings".to_owned(), warnings.into());
@@ -81,6 +86,7 @@ fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<Config, Failure
     let looked_at = read.as_ref().unwrap_or(&first);
     let Places { mut wrong, closed } = looked_at.places(user);
     wrong.extend(looked_at.missing_places(trust));
+    wrong.extend(looked_at.addresses().0);
     let wrong = wrong_places(config.path(), wrong);
     let read = match read {
         Ok(read) if wrong.list().is_empty() => read,
@@ -95,6 +101,16 @@ fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<Config, Failure
         ));
     }
     Ok(read)
+}
+
+/// What keeps no agent from starting, or not always: the key, and why it is worth a look.
+fn unsettled(config: &Config) -> Vec<(&'static str, String)> {
+    let taken = config.addresses().1.into_iter().map(|TakenAddress { key, host, port, cause }| {
+        (key, format!("{host} port {port} cannot be had now, as an agent that runs keeps it: {cause}"))
+    });
+    let nobody =
+        config.entries.is_empty().then(|| ("entry", "there is none, so nobody is served".to_owned()));
+    taken.chain(nobody).collect()
 }
 
 /// A selector that an entry asks for and that no process of this node can have.

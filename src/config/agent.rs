@@ -106,8 +106,16 @@ fn own_name(s: &mut Section<'_>) -> Option<TrustDomain> {
     name.map(|at| at.value)
 }
 
-/// Whether a socket's address has room for `path`.
+/// Whether a socket can be there: its address has room for `path`, which is no URL.
 pub(super) fn fits_a_socket(path: &Path) -> Result<(), String> {
+    let mut names = path.iter();
+    if names.any(|name| name == "unix:") {
+        let right = Path::new("/").join(names.as_path());
+        return Err(format!(
+            "must be a path, {}; unix:// is for SPIFFE_ENDPOINT_SOCKET",
+            quoted(&right.to_string_lossy())
+        ));
+    }
     match path.as_os_str().len() {
         ..=MAX_PATH_LEN => Ok(()),
         length => {

@@ -210,7 +210,8 @@ mod tests {
     };
 
     const REFERENCE: &str = include_str!("../../conf/agent.conf");
-    const BUNDLE: &str = "{\"keys\": []}";
+    const BUNDLE: &str = r#"{"keys": [{"use": "jwt-svid", "kid": "a", "kty": "EC", "crv": "P-256",
+        "x": "axfR8uEsQkf4vOblY6RA8ncDfYEt6zOg9KE5RdiYwpY", "y": "T-NC4v4af5uO5-tKfA-eFivOM1drMV7Oy7ZAaDe_UfU"}]}"#;
 
     fn problems() -> Problems {
         Problems::new(Path::new("/"))

@@ -13,6 +13,7 @@ use super::document::Config;
 use crate::{
     issuer::embedded::{IssuerError, check_ca_key, check_data_dir},
     os::trusted::{ClosedDir, PathError, Trust, TrustedDir},
+    telemetry::http::can_bind,
 };
 
 /// What was found.
@@ -32,6 +33,16 @@ pub struct WrongPlace {
     pub value: PathBuf,
     /// What is wrong, and what would be right.
     pub message: String,
+}
+
+/// An address that others have, or that this process may not have: an agent that runs, perhaps this one's.
+#[derive(Debug)]
+pub struct TakenAddress {
+    /// The full name of the key that says its port.
+    pub key: &'static str,
+    pub host: String,
+    pub port: u16,
+    pub cause: io::Error,
 }
 
 /// The user that an agent runs as, as far as can be told.
@@ -83,6 +94,24 @@ impl Config {
             None => places.closed = trust.route(parent(socket)).map(|way| way.closed).unwrap_or_default(),
         }
         places
+    }
+
+    /// Whether the addresses of the HTTP endpoints can be bound on this node: what can never be, and what cannot be now.
+    pub fn addresses(&self) -> (Vec<WrongPlace>, Vec<TakenAddress>) {
+        let health =
+            (self.health.enabled).then_some(("health_checks.bind_port", &self.health.host, self.health.port));
+        let metrics = self.prometheus.as_ref().map(|at| ("telemetry.Prometheus.port", &at.host, at.port));
+        let (mut wrong, mut taken) = (Vec::new(), Vec::new());
+        for (key, host, port) in health.into_iter().chain(metrics) {
+            let Err(cause) = can_bind(host, port) else { continue };
+            if matches!(cause.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied) {
+                taken.push(TakenAddress { key, host: host.clone(), port, cause });
+            } else {
+                let message = format!("cannot listen at {host} port {port}: {cause}");
+                wrong.push(WrongPlace { key, value: port.to_string().into(), message });
+            }
+        }
+        (wrong, taken)
     }
 
     /// What a start needs, and is not there or cannot be read by the user of `trust`: the directory of the log, and the

@@ -26,12 +26,13 @@ use crate::{
     },
     limits::{
         Attestations, AttestationsError, ConnectionSettings, GatePlaces, GateRule, GateRules, GateSettings,
-        LimitSettings, Method, NodeSettings, RejectionStatus, SoftLimits, TableSize,
+        LimitSettings, Method, NodeQuota, NodeSettings, RejectionStatus, SoftLimits, TableSize,
         bucket::{MAX_BURST, Quota},
-        budget::{MemoryLimit, MemorySettings, MemorySteps, MemoryStepsError},
+        budget::{self, MemoryLimit, MemorySettings, MemorySteps, MemoryStepsError},
         gate_settings::{GatePlacesError, MAX_CONNECTIONS},
         method::PerMethod,
         pattern::PatternError,
+        processor::ProcessorShare,
         refusal::Stage,
         rule::{Costs, Limit, Rule},
         schedule::Schedule,
@@ -87,9 +88,7 @@ impl Context<'_> {
                     None => spire.push(key),
                 }
             }
-            if let Some(gate) = s.block("gate") {
-                self.gate(gate, &mut settings.gate);
-            }
+            let gate = s.block("gate").map(|gate| self.gate(gate, &mut settings.gate)).unwrap_or_default();
             if let Some(caller) = s.block("caller") {
                 let pattern = |text: &str| self.caller_pattern(text);
                 self.stage(caller, Stage::Caller, &mut settings.caller, &pattern);
@@ -103,6 +102,9 @@ impl Context<'_> {
             }
             if let Some(block) = s.block("memory") {
                 memory(block, &mut settings.memory);
+            }
+            if let Some(budget) = settings.memory.budget(None) {
+                self.within(budget, &gate);
             }
             block.finish();
         }
@@ -129,12 +131,47 @@ impl Context<'_> {
         self.problems.add(key.place, &key.name, Some(key.limit.to_string()), message);
     }
 
-    fn gate(&self, mut block: Section<'_>, gate: &mut GateSettings) {
+    /// Says which numbers of the gate can never be reached within `budget` bytes.
+    fn within(&self, budget: u64, gate: &WrittenNumbers) {
+        let WrittenNumbers { connections, reserve, streams } = *gate;
+        if let (Some(connections), Some(streams)) = (connections, streams) {
+            let each = budget::connection_with(streams.value);
+            let all = each.saturating_mul(u64::from(connections.value));
+            if all > budget {
+                let message = format!(
+                    "holds {all} bytes with as many streams as may be open ({}), at {}, and memory.limit is {budget}: lower \
+                     one of them",
+                    streams.value,
+                    self.problems.show(streams.place)
+                );
+                let value = Some(connections.value.to_string());
+                self.problems.add(connections.place, "ratelimit.gate.connections", value, message);
+            }
+        }
+        if let Some(reserve) = reserve
+            && u64::from(reserve.value).saturating_mul(budget::NEWCOMER) > budget
+        {
+            let message = format!(
+                "is memory for {} callers of {} bytes, and memory.limit is {budget}: it must be at most {}",
+                reserve.value,
+                budget::NEWCOMER,
+                budget / budget::NEWCOMER
+            );
+            self.problems.add(
+                reserve.place,
+                "ratelimit.gate.reserve",
+                Some(reserve.value.to_string()),
+                message,
+            );
+        }
+    }
+
+    fn gate(&self, mut block: Section<'_>, gate: &mut GateSettings) -> WrittenNumbers {
         let s = &mut block;
-        places(s, gate);
+        let mut written = places(s, gate);
         set(&mut gate.admin, s.integer("admin", GateSettings::ADMIN).map(|at| at.value));
         if let Some(block) = s.block("connection") {
-            connection(block, &mut gate.connection);
+            written.streams = connection(block, &mut gate.connection);
         }
         let mut default = GateRule::default();
         if let Some(mut caller) = s.block("caller") {
@@ -166,6 +203,7 @@ impl Context<'_> {
         let rules = |overrides| GateRules::new(default.clone(), overrides);
         set(&mut gate.rules, self.together(overrides, |(pattern, _)| pattern.to_string(), rules));
         block.finish();
+        written
     }
 }
 
@@ -230,8 +268,16 @@ fn gate_rule(s: &mut Section<'_>, base: &GateRule) -> Result<GateRule, Reported>
     })
 }
 
+/// Numbers of the gate that somebody wrote.
+#[derive(Clone, Copy, Default)]
+struct WrittenNumbers {
+    connections: Option<At<u32>>,
+    reserve: Option<At<u32>>,
+    streams: Option<At<u32>>,
+}
+
 /// How many connections there are for all.
-fn places(s: &mut Section<'_>, gate: &mut GateSettings) {
+fn places(s: &mut Section<'_>, gate: &mut GateSettings) -> WrittenNumbers {
     let connections = s.integer("connections", GatePlaces::LEAST..=MAX_CONNECTIONS);
     let reserve = s.integer("reserve", 0..=MAX_CONNECTIONS);
     let value = |at: Option<At<u32>>| at.map(|at| at.value);
@@ -251,9 +297,11 @@ fn places(s: &mut Section<'_>, gate: &mut GateSettings) {
         // Said when it was read.
         Err(GatePlacesError::Number(_)) => {}
     }
+    WrittenNumbers { connections, reserve, streams: None }
 }
 
-fn connection(mut block: Section<'_>, settings: &mut ConnectionSettings) {
+/// Returns the streams, if they are written.
+fn connection(mut block: Section<'_>, settings: &mut ConnectionSettings) -> Option<At<u32>> {
     use ConnectionSettings as C;
     let s = &mut block;
     let value = |at: Option<At<Duration>>| at.map(|at| at.value);
@@ -271,16 +319,21 @@ fn connection(mut block: Section<'_>, settings: &mut ConnectionSettings) {
     set(&mut settings.stall_timeout, value(s.duration("stall_timeout", C::STALL_TIMEOUT)));
     set(&mut settings.linger, value(s.duration("linger", C::LINGER)));
     let value = |at: Option<At<u32>>| at.map(|at| at.value);
-    set(&mut settings.streams, value(s.integer("streams", C::STREAMS)));
+    let streams = s.integer("streams", C::STREAMS);
+    set(&mut settings.streams, value(streams));
     set(&mut settings.header_bytes, value(s.integer("header_bytes", C::HEADER_BYTES)));
     set(&mut settings.resets, value(s.integer("resets", C::STREAMS)));
     block.finish();
+    streams
 }
 
 /// A bucket that all share, or none.
-fn shared_bucket(s: &mut Section<'_>) -> Result<Option<Option<Quota>>, Reported> {
+fn shared_bucket(s: &mut Section<'_>) -> Result<Option<Option<NodeQuota>>, Reported> {
     let bound = limit(s, &FREE_OF_NODE)?;
-    Ok(bound.map(|bound| if let Limit::Quota(quota) = bound.limit { Some(quota) } else { None }))
+    Ok(bound.map(|bound| match bound.limit {
+        Limit::Quota(quota) => Some(NodeQuota::set(quota)),
+        Limit::Unlimited | Limit::Exempt | Limit::Block => None,
+    }))
 }
 
 fn node(mut block: Section<'_>, node: &mut NodeSettings) {
@@ -289,6 +342,7 @@ fn node(mut block: Section<'_>, node: &mut NodeSettings) {
         node.quotas = PerMethod::all(default);
     }
     set(&mut node.dry_run, s.boolean("dry_run").map(|at| at.value));
+    cpu(s, &mut node.cpu);
     let all = s.integer("attestations", 1..=Attestations::MOST);
     let each = s.integer("attestations_per_caller", 1..=Attestations::MOST);
     let value = |at: Option<At<u32>>| at.and_then(|at| NonZeroU32::new(at.value));
@@ -311,6 +365,20 @@ fn node(mut block: Section<'_>, node: &mut NodeSettings) {
         section.finish();
     }
     block.finish();
+}
+
+/// How much of the processor the agent may use.
+fn cpu(s: &mut Section<'_>, share: &mut ProcessorShare) {
+    let Some(At { value: (cores, text), place }) = s.number("cpu") else { return };
+    match ProcessorShare::cores(cores) {
+        Some(cores) => *share = cores,
+        None => {
+            let none = if cores == 0.0 { "is a cpu share of nothing: it " } else { "" };
+            let message =
+                format!("{none}must be from {} to {} cores", ProcessorShare::LEAST, ProcessorShare::MOST);
+            s.wrong(place, "cpu", Some(abridged(text)), message);
+        }
+    }
 }
 
 fn memory(mut block: Section<'_>, memory: &mut MemorySettings) {

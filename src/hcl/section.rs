@@ -116,14 +116,15 @@ impl<'a> Section<'a> {
         self.problems.add(self.place, &self.name(), None, message);
     }
 
-    /// Whether `key` was set, to whatever.
+    /// Whether `key` was set, to whatever. JSON's `null` sets nothing, as with spire-agent.
     pub(crate) fn has(&self, key: &str) -> bool {
-        self.members.iter().any(|(member, _)| member.key.eq_ignore_ascii_case(key))
+        self.members.iter().any(|(member, _)| member.key.eq_ignore_ascii_case(key) && member.is_set())
     }
 
     /// Where `key` is set, to a value with which nothing was found wrong.
     pub(crate) fn set_at(&self, key: &str) -> Option<Place> {
-        let (member, _) = self.members.iter().find(|(member, _)| member.key.eq_ignore_ascii_case(key))?;
+        let is_set = |member: &Member| member.key.eq_ignore_ascii_case(key) && member.is_set();
+        let (member, _) = self.members.iter().find(|(member, _)| is_set(member))?;
         (!self.problems.is_wrong(member.place)).then_some(member.place)
     }
 
@@ -139,7 +140,7 @@ impl<'a> Section<'a> {
         }
     }
 
-    /// The members called `key`, in any case; they count as taken.
+    /// The members called `key`, in any case, that are set; all count as taken.
     fn all(&mut self, key: &'static str) -> Vec<&'a Member> {
         self.known.push(key);
         let called = self.members.iter_mut().filter(|(member, _)| member.key.eq_ignore_ascii_case(key));
@@ -148,6 +149,7 @@ impl<'a> Section<'a> {
                 *taken = true;
                 *member
             })
+            .filter(|member| member.is_set())
             .collect()
     }
 
@@ -204,11 +206,16 @@ impl<'a> Section<'a> {
             }
             for Member { key: label, place, node } in labels {
                 for node in node.each() {
-                    let Value::Object(members) = &node.value else {
-                        let message =
-                            format!("must have a name, {key} \"name\" {{ .. }}, and a block as its value");
-                        self.problems.add(*place, &path, Some(quoted(label)), message);
-                        continue;
+                    let members = match &node.value {
+                        Value::Object(members) => members.as_slice(),
+                        Value::Null => &[],
+                        _ => {
+                            let message = format!(
+                                "must have a name, {key} \"name\" {{ .. }}, and a block as its value"
+                            );
+                            self.problems.add(*place, &path, Some(quoted(label)), message);
+                            continue;
+                        }
                     };
                     found.push(Self::new(self.problems, name.clone(), Some(label), *place, members));
                 }

@@ -43,6 +43,13 @@ pub(crate) struct Member {
     pub(crate) node: Node,
 }
 
+impl Member {
+    /// Whether it is set to anything.
+    pub(super) fn is_set(&self) -> bool {
+        self.node.value != Value::Null
+    }
+}
+
 impl Node {
     /// The nodes of a list, or this one: JSON repeats a block as a list of objects.
     pub(super) fn each(&self) -> &[Self] {

@@ -18,6 +18,7 @@ use super::{
     TrustDomain,
     json::{self, Quoted},
     jwk::{Jwk, text},
+    pem::misplaced_begin,
 };
 
 /// The longest bundle that is parsed, in bytes.
@@ -41,6 +42,9 @@ pub enum BundleError {
     /// A PEM text without a certificate.
     #[error("bundle holds no PEM block of type CERTIFICATE")]
     NoCertificate,
+    /// A PEM block that readers pass over: its line, from 1.
+    #[error("line {0}: -----BEGIN must be at the start of a line of its own, else its block is not read")]
+    MisplacedBegin(usize),
     /// A PEM block that is no authority.
     #[error("PEM block {at}: {reason}")]
     PemBlock {
@@ -54,6 +58,11 @@ pub enum BundleError {
     /// No `keys`, or not an array.
     #[error("bundle must be a JSON object with an array \"keys\"")]
     NoKeys,
+    /// No key of `keys` is an authority: so many were passed over.
+    #[error(
+        "bundle trusts nobody: none of its {0} keys has a \"use\" of x509-svid or jwt-svid and a \"kty\" of EC or RSA"
+    )]
+    NoAuthority(usize),
     /// A key that is no authority.
     #[error("keys[{at}]: {reason}")]
     Key {
@@ -131,6 +140,9 @@ impl Bundle {
     /// (a private key next to its certificate, say).
     pub fn parse_pem(trust_domain: &TrustDomain, pem: &[u8]) -> Result<Self, BundleError> {
         check_len(pem)?;
+        if let Some(line) = misplaced_begin(pem) {
+            return Err(BundleError::MisplacedBegin(line));
+        }
         let mut x509_authorities = Vec::new();
         for (at, block) in Pem::iter_from_buffer(pem).enumerate() {
             let wrong = |reason| BundleError::PemBlock { at, reason };
@@ -154,8 +166,8 @@ impl Bundle {
 
     /// Parses a SPIFFE bundle: a JWK set with `use` (SPIFFE Trust Domain and Bundle, section 4).
     ///
-    /// Keys of an unknown `use` or `kty`, or without `use`, are passed over, as the standard has it; a set that is
-    /// left empty is a bundle that trusts nobody. An `x509-svid` key is what its one certificate says; its other
+    /// Keys of an unknown `use` or `kty`, or without `use`, are passed over, as the standard has it. A set that is left empty
+    /// trusts nobody, which the standard allows; for a file it is an error, since it is never what was meant. An `x509-svid` key is what its one certificate says; its other
     /// members are not looked at. `spiffe_sequence` and `spiffe_refresh_hint` are not needed for a file.
     ///
     /// # Errors
@@ -189,6 +201,9 @@ impl Bundle {
                 }
                 _ => {}
             }
+        }
+        if x509_authorities.is_empty() && jwt_keys.is_empty() {
+            return Err(BundleError::NoAuthority(keys.len()));
         }
         let authority = |(kid, key): (&str, _)| JwtAuthority { kid: kid.into(), key, not_after: None };
         Ok(Self {
@@ -379,6 +394,8 @@ mod tests {
             ("two with words between", format!("# root\n{pem1}old:\n{pem2}"), Ok(2)),
             ("the same twice", format!("{pem1}{pem1}"), Ok(1)),
             ("line ends of Windows", pem1.replace('\n', "\r\n"), Ok(1)),
+            ("glued to the last", format!("{}{pem2}", pem1.trim_end()), Err("line 10: -----BEGIN must be")),
+            ("a byte order mark", format!("\u{feff}{pem1}"), Err("line 1: -----BEGIN must be")),
             ("empty", String::new(), Err("no PEM block")),
             ("words", "no certificates here".into(), Err("no PEM block")),
             ("leaf", format!("{pem1}{leaf}"), Err("PEM block 1: not a CA certificate")),
@@ -512,23 +529,20 @@ mod tests {
     fn parse_spiffe_bounds_and_checks_the_document() {
         let many = |number| format!("{{\"keys\":[{}]}}", vec!["{}"; number].join(","));
         for (case, text, want) in [
-            ("nobody is trusted", r#"{"keys":[]}"#.to_owned(), Ok(())),
-            ("as many as can be", many(MAX_KEYS), Ok(())),
-            ("one more", many(MAX_KEYS + 1), Err("bundle has more than 1000 keys")),
-            ("no keys", "{}".into(), Err("an array \"keys\"")),
-            ("keys of another type", r#"{"keys":{}}"#.into(), Err("an array \"keys\"")),
-            ("no object", "[]".into(), Err("an array \"keys\"")),
-            ("keys twice", r#"{"keys":[],"keys":[]}"#.into(), Err("duplicate key \"keys\"")),
-            ("kid twice", r#"{"keys":[{"kid":"a","kid":"b"}]}"#.into(), Err("duplicate key \"kid\"")),
-            ("not JSON", "-----BEGIN CERTIFICATE-----".into(), Err("bundle is not valid JSON")),
-            ("empty", String::new(), Err("bundle is not valid JSON")),
-            ("too long", " ".repeat(MAX_LEN + 1), Err("bundle has 1048577 bytes")),
+            ("none", r#"{"keys":[]}"#.to_owned(), "none of its 0 keys has a \"use\""),
+            ("as many as can be", many(MAX_KEYS), "none of its 1000 keys has a \"use\""),
+            ("one more", many(MAX_KEYS + 1), "bundle has more than 1000 keys"),
+            ("no keys", "{}".into(), "an array \"keys\""),
+            ("keys of another type", r#"{"keys":{}}"#.into(), "an array \"keys\""),
+            ("no object", "[]".into(), "an array \"keys\""),
+            ("keys twice", r#"{"keys":[],"keys":[]}"#.into(), "duplicate key \"keys\""),
+            ("kid twice", r#"{"keys":[{"kid":"a","kid":"b"}]}"#.into(), "duplicate key \"kid\""),
+            ("not JSON", "-----BEGIN CERTIFICATE-----".into(), "bundle is not valid JSON"),
+            ("empty", String::new(), "bundle is not valid JSON"),
+            ("too long", " ".repeat(MAX_LEN + 1), "bundle has 1048577 bytes"),
         ] {
-            match (Bundle::parse_spiffe(&td(), text.as_bytes()), want) {
-                (Ok(bundle), Ok(())) => assert!(bundle.x509_der().is_empty(), "{case}"),
-                (Err(error), Err(part)) => assert!(error.to_string().contains(part), "{case}: {error}"),
-                (got, want) => panic!("{case}: {got:?}, not {want:?}"),
-            }
+            let error = Bundle::parse_spiffe(&td(), text.as_bytes()).unwrap_err().to_string();
+            assert!(error.contains(want), "{case}: {error}");
         }
     }
 
@@ -580,8 +594,8 @@ mod tests {
         let x5c = serde_json::from_str::<Value>(&json).unwrap()["keys"][0]["x5c"][0].clone();
         assert_eq!(x5c, json!(STANDARD.encode(&bundle.x509_authorities[0])));
 
-        let without_use = Bundle::parse_spiffe(&td(), bundle.jwks().as_bytes()).unwrap();
-        assert_eq!(without_use.jwt_authorities, []);
+        let without_use = Bundle::parse_spiffe(&td(), bundle.jwks().as_bytes());
+        assert!(matches!(without_use, Err(BundleError::NoAuthority(2))), "{without_use:?}");
     }
 
     #[test]

@@ -7,8 +7,9 @@
 //! used. Until the signature is verified, the claims are used for nothing but to find that key.
 //!
 //! Order and texts are spire-agent's (`pkg/common/jwtsvid/validate.go`, go-jose), since people search for them. As
-//! there, the value of `typ` is not looked at, `kid` is needed though JWT-SVID, section 2.2, calls it optional, and
-//! the time checks have [`LEEWAY`]. What a text repeats of the token is cut short.
+//! there, `kid` is needed though JWT-SVID, section 2.2, calls it optional, and the time checks have [`LEEWAY`]. Other than
+//! there, `typ` is looked at (section 2.3): an access token or a WIT-SVID of the same keys is no JWT-SVID. What a text
+//! repeats of the token is cut short.
 //!
 //! # Decisions
 //! The rules on claims are ours: jsonwebtoken reads the clock itself, checks in another order, and takes a token
@@ -103,6 +104,9 @@ pub enum JwtError {
         /// Of `sub`.
         trust_domain: TrustDomain,
     },
+    /// `typ` is neither `JWT` nor `JOSE` (JWT-SVID, section 2.3).
+    #[error("token header type is {}, but must be JWT or JOSE", Quoted(.0))]
+    Type(String),
     /// The header asks for an extension to be understood (RFC 7515, section 4.1.11); none is.
     #[error("go-jose/go-jose: unsupported critical header")]
     Critical,
@@ -177,9 +181,12 @@ pub fn validate<'a>(
     if token.len() > MAX_LEN {
         return Err(JwtError::TooLong(token.len()));
     }
-    let jws = Jws::parse(token).map_err(JwtError::Parse)?;
+    let mut jws = Jws::parse(token).map_err(JwtError::Parse)?;
     if jws.kid.is_empty() {
         return Err(JwtError::NoKeyId);
+    }
+    if let Some(typ) = jws.typ.take().filter(|typ| !matches!(typ.as_str(), "JWT" | "JOSE")) {
+        return Err(JwtError::Type(typ));
     }
 
     let Value::Object(claims) = json::parse(&jws.payload, MAX_VALUES).map_err(JwtError::ClaimsJson)? else {
@@ -231,6 +238,7 @@ struct Jws<'a> {
     /// One of [`ALGORITHMS`].
     alg: &'static str,
     kid: String,
+    typ: Option<String>,
     critical: bool,
     payload: Vec<u8>,
     signature: Vec<u8>,
@@ -261,8 +269,9 @@ impl<'a> Jws<'a> {
         let alg = member("alg").ok_or(ParseError::AlgorithmNotText)?;
         let allowed = ALGORITHMS.into_iter().find(|name| *name == alg);
         let alg = allowed.ok_or_else(|| ParseError::Algorithm(alg.to_owned()))?;
+        let typ = header.get("typ").and_then(Value::as_str).map(str::to_owned);
         let critical = header.get("crit").is_some_and(|crit| !crit.is_null());
-        Ok(Self { signed, alg, kid, critical, payload, signature })
+        Ok(Self { signed, alg, kid, typ, critical, payload, signature })
     }
 }
 
@@ -676,11 +685,23 @@ mod tests {
         let critical = "go-jose/go-jose: unsupported critical header";
         for (case, token, want) in [
             ("as it should be", good.clone(), Ok(())),
+            ("unknown header", ec(r#"{"alg":"ES256","kid":"ec256","jku":"https://x","typ":"JOSE"}"#), Ok(())),
             (
-                "unknown header",
-                ec(r#"{"alg":"ES256","kid":"ec256","jku":"https://x","typ":"at+jwt"}"#),
-                Ok(()),
+                "an access token",
+                ec(r#"{"alg":"ES256","kid":"ec256","typ":"at+jwt"}"#),
+                Err(r#"token header type is "at+jwt", but must be JWT or JOSE"#),
             ),
+            (
+                "a WIT-SVID",
+                ec(r#"{"alg":"ES256","kid":"ec256","typ":"wit+jwt"}"#),
+                Err(r#"token header type is "wit+jwt", but must be JWT or JOSE"#),
+            ),
+            (
+                "typ empty",
+                ec(r#"{"alg":"ES256","kid":"ec256","typ":""}"#),
+                Err(r#"token header type is "", but must be JWT or JOSE"#),
+            ),
+            ("typ null", ec(r#"{"alg":"ES256","kid":"ec256","typ":null}"#), Ok(())),
             (
                 "typ number",
                 ec(r#"{"alg":"ES256","kid":"ec256","typ":1}"#),

@@ -3,10 +3,12 @@
 //! [`Limits::admit_caller`] gives an [`Admitted`], without which nobody attests; [`Limits::admit_identities`]
 //! is asked with it once the identities are known. An [`Admitted`] holds the caller's tokens while the call
 //! runs, and settles when it is dropped: so a call that is cancelled half-way is paid, and one that is refused
-//! is not. Nothing here waits, and a decision takes no memory; a lock is held for a table look-up. Which bucket
-//! in what order: see [`super`].
+//! is not. A decision takes no memory, and a lock is held for a table look-up. What a short wait may help with waits for
+//! it ([`waiting`](super::waiting)). Which bucket in what order: see [`super`].
 
 use std::{sync::Arc, time::Duration};
+
+use futures_util::FutureExt as _;
 
 use super::{
     admitted::{Admitted, Charge},
@@ -15,17 +17,19 @@ use super::{
     caller_pattern::CallerPattern,
     counters::Decision,
     id_pattern::IdPattern,
-    ledger::{CallPlan, HeldTokens, Identities, Ledger, Question},
+    ledger::{Attempt, CallPlan, Identities, Lack, Ledger, Question},
     method::Method,
+    patience::Patience,
     policy::Choice,
     refusal::{ChargedAs, Reason, Refusal, Stage},
     report::BucketName,
     room::Room,
-    rule::Limit,
+    rule::{Limit, Origin},
     settings::LimitSettings,
     shares::Taker,
     slots::{AttestationSlot, Full},
     table::ChargedTo,
+    waiting::WaitOfCall,
 };
 use crate::{identity::SpiffeId, os::clock::Clock, telemetry::registry::Registry};
 
@@ -73,47 +77,60 @@ impl Limits {
         &self.ledger.room
     }
 
-    /// Charges a call to its caller, before any attestation.
+    /// How many calls found no room, and were kept waiting or refused for it, since this was last asked.
+    pub fn wanting(&self) -> u64 {
+        self.ledger.wanting()
+    }
+
+    /// Charges a call to its caller, before any attestation, and takes a place among the attestations. Where that is
+    /// worth a wait, the call waits as long as it may ([`patience`](super::patience)); else it is decided at once, and
+    /// nothing is allocated for it.
     ///
     /// # Errors
     /// [`Refusal`] when the caller has no tokens left, or too many calls are being attested.
+    pub async fn admit<P: Caller>(
+        &self,
+        peer: P,
+        method: Method,
+        patience: Patience,
+    ) -> Result<Admitted<P>, Refusal> {
+        let mut entering = Entering::new(&self.ledger, peer.caller_key(), method, patience);
+        let attempt = entering.call.waiting.first();
+        if let Err(refusal) = entering.go_on(attempt) {
+            self.ledger.want(&refusal);
+            if attempt.ends(&refusal) {
+                return Err(refusal);
+            }
+            // Boxed, as few calls wait.
+            Box::pin(entering.wait(refusal)).await?;
+        }
+        let Entering { passed, slot, .. } = entering;
+        let Passed { charge, .. } = passed.expect("who went to the end has passed");
+        Ok(Admitted { peer, charge, slot })
+    }
+
+    /// [`Limits::admit`] without any wait.
+    ///
+    /// # Errors
+    /// As [`Limits::admit`].
     pub fn admit_caller<P: Caller>(&self, peer: P, method: Method) -> Result<Admitted<P>, Refusal> {
-        let caller = peer.caller_key();
-        let ledger = &self.ledger;
-        let now = ledger.now();
+        let admitted = self.admit(peer, method, Patience::NONE).now_or_never();
+        admitted.expect("a call without patience is never kept waiting")
+    }
+
+    /// Charges a caller for a request that ended before it came to anything that could be admitted: a token of
+    /// [`Method::Other`], which its bucket owes where it has none.
+    pub fn charge_late(&self, caller: CallerKey) {
+        let (ledger, method) = (&self.ledger, Method::Other);
         let plan = ledger.plan();
         let choice = plan.caller.choose(&caller, method);
-        let limit = ledger.limit(choice.rule);
-        let dry = plan.dry || choice.rule.dry_run;
-        let call = CallerCall {
-            question: Question { plan: &plan, stage: Stage::Caller, method, dry },
-            taker: Taker { caller, group: plan.families.group(caller) },
-            choice,
-            now,
-        };
-        let (held, mut allowed) = ledger.charge_caller(&call, limit)?;
-        let mut charge = Charge {
-            ledger: Arc::clone(ledger),
-            method,
-            held,
-            costs: choice.rule.costs(),
-            taker: call.taker,
-            pays: held.map_or(0, |held| held.ask.cost),
-            exempt: limit == Limit::Exempt,
-            soft: plan.soft,
-        };
-        // Nothing is attested for what is no Workload API.
-        let attests = !charge.exempt && method != Method::Other;
-        let slot = if attests { ledger.take_slot(&call, &mut allowed) } else { Ok(None) };
-        let slot = slot.inspect_err(|_| charge.refund())?;
-        if let Some(charged_as) = allowed {
-            ledger.counters.count(Stage::Caller, Some(method), charged_as, Decision::Allowed);
-        }
-        // A health check is not the first thing to be shed.
-        if method == Method::ValidateJwtSvid && !charge.exempt {
-            ledger.charge_node(&plan, method, charge.taker, now).inspect_err(|_| charge.refund())?;
-        }
-        Ok(Admitted { peer, charge, slot })
+        let (Limit::Quota(quota), origin) = ledger.limit(choice.rule) else { return };
+        let cost = choice.rule.costs().answer();
+        let taker = choice.shared.map(|_| Taker { caller, group: plan.families.group(caller) });
+        let ask = Ask { key: ledger.caller_key(&plan, caller, method, &choice), quota, cost, taker };
+        let name = || (caller_name(caller, &choice), method.rpc());
+        let paid = ledger.callers().charge_late(ledger.now(), &ask, ledger.shortfall(origin), name);
+        ledger.counters.count_soft_limits(plan.soft, Stage::Caller, paid);
     }
 
     /// A place for an attestation before an update of an open stream of `caller`, at once or not at all. There are as
@@ -127,20 +144,66 @@ impl Limits {
 
     /// Charges an admitted call to the identities it is answered with: all of them, or none. `ids` in the order
     /// in which they are served, the default identity first; bundle calls are charged to that one alone.
-    /// Attestation is over then, and its slot is free.
+    /// Attestation is over then, and its slot is free. Waits where that is worth it, as [`Limits::admit`] does.
     ///
     /// Identities that share a bucket (the same SPIFFE ID, or a mask) are charged to it once.
     ///
     /// # Errors
     /// [`Refusal`] when one of them has no tokens left; nothing was charged then, and the caller's tokens are
     /// given back.
+    pub async fn admit_for<'a, P>(
+        &self,
+        admitted: &mut Admitted<P>,
+        ids: impl IntoIterator<Item = &'a SpiffeId> + Clone,
+    ) -> Result<(), Refusal> {
+        admitted.slot = None;
+        let charge = &mut admitted.charge;
+        let attempt = charge.waiting.first();
+        let Err(refusal) = self.charge_all(charge, ids.clone(), attempt) else { return Ok(()) };
+        self.ledger.want(&refusal);
+        if attempt.ends(&refusal) {
+            return Err(refusal);
+        }
+        Box::pin(self.wait_for_all(charge, ids, refusal)).await
+    }
+
+    /// [`Limits::admit_for`] without any wait.
+    ///
+    /// # Errors
+    /// As [`Limits::admit_for`].
     pub fn admit_identities<'a, P>(
         &self,
         admitted: &mut Admitted<P>,
         ids: impl IntoIterator<Item = &'a SpiffeId>,
     ) -> Result<(), Refusal> {
         admitted.slot = None;
-        let charge = &mut admitted.charge;
+        self.charge_all(&mut admitted.charge, ids, Attempt::Last)
+    }
+
+    async fn wait_for_all<'a>(
+        &self,
+        charge: &mut Charge,
+        ids: impl IntoIterator<Item = &'a SpiffeId> + Clone,
+        mut refusal: Refusal,
+    ) -> Result<(), Refusal> {
+        let Ok(place) = self.ledger.places.take(charge.taker.group) else {
+            return self.charge_all(charge, ids, Attempt::Last);
+        };
+        loop {
+            let attempt = charge.waiting.for_tokens(&self.ledger, &refusal, place.nth()).await;
+            match self.charge_all(charge, ids.clone(), attempt) {
+                Err(next) if !attempt.ends(&next) => refusal = next,
+                done => return done,
+            }
+        }
+    }
+
+    fn charge_all<'a>(
+        &self,
+        charge: &mut Charge,
+        ids: impl IntoIterator<Item = &'a SpiffeId>,
+        attempt: Attempt,
+    ) -> Result<(), Refusal> {
         let method = charge.method;
         if !method.has_identity() {
             return Ok(());
@@ -148,26 +211,85 @@ impl Limits {
         let charged = if method.is_bundles() { 1 } else { usize::MAX };
         let plan = self.ledger.plan();
         let (taker, caller_exempt) = (charge.taker, charge.exempt);
-        let call = IdentityCall { plan: &plan, method, taker, caller_exempt, now: self.ledger.now() };
-        self.ledger.charge_identities(&call, ids.into_iter().take(charged)).inspect_err(|_| charge.refund())
+        let now = self.ledger.now();
+        let call = IdentityCall { plan: &plan, method, taker, caller_exempt, now, attempt };
+        self.ledger.charge_identities(&call, ids.into_iter().take(charged)).inspect_err(|refusal| {
+            if attempt.ends(refusal) {
+                charge.refund();
+            }
+        })
     }
 }
 
 /// A call at the caller stage.
-struct CallerCall<'a> {
-    question: Question<'a>,
-    taker: Taker,
-    choice: Choice<'a, CallerPattern>,
-    now: u64,
+#[derive(Clone, Copy)]
+struct CallerCall {
+    caller: CallerKey,
+    method: Method,
+    waiting: WaitOfCall,
 }
 
-impl CallerCall<'_> {
-    fn charged_as(&self) -> ChargedAs {
-        if self.choice.shared.is_some() { ChargedAs::Shared } else { self.taker.caller.charged_as() }
+/// A call on its way through the caller stage. It can stop and go on, and gives back what it holds when it is dropped.
+struct Entering<'a> {
+    ledger: &'a Arc<Ledger>,
+    call: CallerCall,
+    passed: Option<Passed>,
+    slot: Option<AttestationSlot>,
+}
+
+/// What is known of a call that the caller's own bucket let pass.
+struct Passed {
+    charge: Charge,
+    /// What kind of key it was charged to.
+    own: ChargedAs,
+    /// The caller's rule is a rehearsal.
+    dry: bool,
+    /// As whom it counts as allowed when it has passed the stage. A dry run that let it pass was counted.
+    allowed: Option<ChargedAs>,
+    needs_slot: bool,
+}
+
+impl<'a> Entering<'a> {
+    fn new(ledger: &'a Arc<Ledger>, caller: CallerKey, method: Method, patience: Patience) -> Self {
+        let waiting = WaitOfCall::new(ledger.now(), patience);
+        Self { ledger, call: CallerCall { caller, method, waiting }, passed: None, slot: None }
     }
 
-    fn name(&self) -> BucketName {
-        caller_name(self.taker.caller, &self.choice)
+    /// Goes on from where it had to stop, as far as it comes.
+    fn go_on(&mut self, attempt: Attempt) -> Result<(), Refusal> {
+        let plan = self.ledger.plan();
+        let now = self.ledger.now();
+        let passed = match &mut self.passed {
+            Some(passed) => passed,
+            none => none.insert(self.ledger.charge_caller(&plan, &self.call, now, attempt)?),
+        };
+        let done = self.ledger.beyond_its_own(&plan, passed, &mut self.slot, now, attempt);
+        done.inspect_err(|refusal| {
+            if attempt.ends(refusal) {
+                passed.charge.refund();
+            }
+        })
+    }
+
+    /// Waits for what it was refused for, and goes on, until it is through or may wait no longer.
+    async fn wait(&mut self, mut refusal: Refusal) -> Result<(), Refusal> {
+        let ledger = self.ledger;
+        let group = ledger.plan().families.group(self.call.caller);
+        let Ok(place) = ledger.places.take(group) else { return self.go_on(Attempt::Last) };
+        loop {
+            let attempt = if refusal.reason == Reason::InFlight {
+                self.slot = self.call.waiting.for_attestation(ledger, group).await;
+                if self.slot.is_some() { Attempt::MayWait } else { Attempt::Last }
+            } else {
+                // Whoever waits for tokens keeps nobody from being attested.
+                self.slot = None;
+                self.call.waiting.for_tokens(ledger, &refusal, place.nth()).await
+            };
+            match self.go_on(attempt) {
+                Err(next) if !attempt.ends(&next) => refusal = next,
+                done => return done,
+            }
+        }
     }
 }
 
@@ -178,15 +300,7 @@ struct IdentityCall<'a> {
     taker: Taker,
     caller_exempt: bool,
     now: u64,
-}
-
-/// An identity that refuses.
-struct RefusingId<'a> {
-    wait: Duration,
-    reason: Reason,
-    charged_as: ChargedAs,
-    id: &'a SpiffeId,
-    choice: Choice<'a, IdPattern>,
+    attempt: Attempt,
 }
 
 /// As whom the one is charged whose own bucket is this, or would be.
@@ -212,55 +326,110 @@ pub(super) fn identity_name(id: &SpiffeId, choice: &Choice<'_, IdPattern>) -> Bu
 }
 
 impl Ledger {
-    /// The caller's own bucket. Returns the tokens it holds, and as whom the call counts as allowed once the
-    /// last of this stage has let it pass; what a dry run let pass is counted here.
+    /// The caller's own bucket. What a dry run let pass is counted here.
     fn charge_caller(
-        &self,
-        call: &CallerCall<'_>,
-        limit: Limit,
-    ) -> Result<(Option<HeldTokens>, Option<ChargedAs>), Refusal> {
-        let Question { plan, method, .. } = call.question;
-        let own = call.charged_as();
-        let (reason, wait) = match limit {
-            Limit::Exempt | Limit::Unlimited => return Ok((None, Some(own))),
-            Limit::Block => (Reason::Blocked, Duration::MAX),
+        self: &Arc<Self>,
+        plan: &CallPlan,
+        call: &CallerCall,
+        now: u64,
+        attempt: Attempt,
+    ) -> Result<Passed, Refusal> {
+        let CallerCall { caller, method, waiting } = *call;
+        let choice = plan.caller.choose(&caller, method);
+        let (limit, origin) = self.limit(choice.rule);
+        let dry = plan.dry || choice.rule.dry_run;
+        let own = if choice.shared.is_some() { ChargedAs::Shared } else { caller.charged_as() };
+        let taker = Taker { caller, group: plan.families.group(caller) };
+        let costs = choice.rule.costs();
+        let (mut held, mut allowed) = (None, Some(own));
+        let lacking = |reason, retry_after| Lack { charged_as: own, reason, retry_after, origin };
+        let lack = match limit {
+            Limit::Exempt | Limit::Unlimited => None,
+            Limit::Block => Some(lacking(Reason::Blocked, Duration::MAX)),
             Limit::Quota(quota) => {
-                let key = self.caller_key(plan, call.taker.caller, method, &call.choice);
-                let cost = call.choice.rule.costs().answer();
-                let taker = call.choice.shared.map(|_| call.taker);
-                let ask = Ask { key, quota, cost, taker };
-                match self.callers().hold(call.now, &ask, || (call.name(), method.rpc())) {
-                    Ok(place) => {
-                        let held = HeldTokens { ask, place };
-                        return Ok((Some(held), Some(charged_as(place, own))));
+                let key = self.caller_key(plan, caller, method, &choice);
+                let shares = choice.shared.map(|_| taker);
+                let ask = Ask { key, quota, cost: costs.answer(), taker: shares };
+                let short = self.shortfall(origin);
+                match self
+                    .callers()
+                    .hold_by(now, &ask, short, || (caller_name(caller, &choice), method.rpc()))
+                {
+                    Ok(tokens) => {
+                        allowed = Some(charged_as(tokens.place, own));
+                        held = Some(tokens);
+                        None
                     }
-                    Err(wait) => (Reason::Rate, wait),
+                    Err(wait) => Some(lacking(Reason::Rate, wait)),
                 }
             }
         };
-        self.refuse(&call.question, own, reason, wait)
-            .inspect_err(|refusal| self.note(call.now, refusal, &call.name()))?;
-        Ok((None, None))
+        if let Some(lack) = lack {
+            let question = Question { plan, stage: Stage::Caller, method, dry, attempt };
+            self.refuse(&question, lack, || Some(caller_name(caller, &choice)))?;
+            allowed = None;
+        }
+        let exempt = limit == Limit::Exempt;
+        let charge = Charge {
+            ledger: Arc::clone(self),
+            method,
+            held,
+            costs,
+            taker,
+            pays: if held.is_some() { costs.answer() } else { 0 },
+            exempt,
+            soft: plan.soft,
+            waiting,
+        };
+        // Nothing is attested for what is no Workload API.
+        Ok(Passed { charge, own, dry, allowed, needs_slot: !exempt && method != Method::Other })
+    }
+
+    /// A place among the attestations in flight, and for a method without identity the node's bucket.
+    fn beyond_its_own(
+        &self,
+        plan: &CallPlan,
+        passed: &mut Passed,
+        slot: &mut Option<AttestationSlot>,
+        now: u64,
+        attempt: Attempt,
+    ) -> Result<(), Refusal> {
+        if passed.needs_slot && slot.is_none() {
+            *slot = self.take_slot(plan, passed, attempt)?;
+        }
+        let Passed { charge: Charge { method, taker, exempt, .. }, .. } = *passed;
+        if let Some(charged_as) = passed.allowed.take() {
+            self.counters.count(Stage::Caller, Some(method), charged_as, Decision::Allowed);
+        }
+        // A health check is not the first thing to be shed.
+        if method == Method::ValidateJwtSvid && !exempt {
+            self.charge_node(plan, method, taker, now, attempt)?;
+        }
+        Ok(())
     }
 
     /// A place among the attestations in flight. Where a dry run of the caller's rule lets it pass without one,
     /// it does not count as allowed.
     fn take_slot(
         &self,
-        call: &CallerCall<'_>,
-        allowed: &mut Option<ChargedAs>,
+        plan: &CallPlan,
+        passed: &mut Passed,
+        attempt: Attempt,
     ) -> Result<Option<AttestationSlot>, Refusal> {
-        let question = call.question;
-        let plan = question.plan;
-        let (stage, charged_as, dry) = match self.slots.take(call.taker.group) {
+        let Taker { caller, group } = passed.charge.taker;
+        let (stage, charged_as, dry) = match self.slots.take(group) {
             Ok(slot) => return Ok(Some(slot)),
-            Err(Full::Share) => (Stage::Caller, call.charged_as(), question.dry || plan.node_dry),
+            Err(Full::Share) => (Stage::Caller, passed.own, passed.dry || plan.node_dry),
             Err(Full::Node) => (Stage::Node, ChargedAs::Node, plan.dry || plan.node_dry),
         };
-        self.refuse(&Question { stage, dry, ..question }, charged_as, Reason::InFlight, SHORT_WAIT)
-            .inspect_err(|refusal| self.note(call.now, refusal, &BucketName::Caller(call.taker.caller)))?;
+        let question = Question { plan, stage, method: passed.charge.method, dry, attempt };
+        // How many run at once is an admin's word or not: who finds no place waits for one all the same.
+        let lack =
+            Lack { charged_as, reason: Reason::InFlight, retry_after: SHORT_WAIT, origin: Origin::ByDefault };
+        self.refuse(&question, lack, || Some(BucketName::Caller(caller)))?;
+        passed.needs_slot = false;
         if stage == Stage::Caller {
-            *allowed = None;
+            passed.allowed = None;
         }
         Ok(None)
     }
@@ -271,34 +440,35 @@ impl Ledger {
         call: &IdentityCall<'p>,
         ids: impl Iterator<Item = &'a SpiffeId>,
     ) -> Result<(), Refusal> {
-        let IdentityCall { plan, method, taker, caller_exempt, now } = *call;
+        let IdentityCall { plan, method, taker, caller_exempt, now, attempt } = *call;
         let mut guard = self.identities();
         let identities = &mut *guard;
         identities.held.clear();
         // Without an identity (a verifier that need not have one) the node alone is charged.
         let (mut node_counts, mut nobody) = (false, true);
-        // Of several that refuse, the one to wait for longest.
-        let mut longest: Option<RefusingId<'_>> = None;
+        // Of several that refuse, the one that no waiting helps with, or that is to be waited for longest.
+        let mut longest: Option<(Lack, &SpiffeId, Choice<'_, IdPattern>)> = None;
         for id in ids {
             nobody = false;
             let choice = plan.identity.choose(id, method);
             let limit = self.limit(choice.rule);
-            node_counts |= limit != Limit::Exempt;
-            let Some(refusing) = self.charge_identity(call, identities, id, choice, limit) else { continue };
+            node_counts |= limit.0 != Limit::Exempt;
+            let Some(lack) = self.charge_identity(call, identities, id, &choice, limit) else { continue };
             if plan.dry || choice.rule.dry_run {
-                let decision = Decision::WouldRefuse(refusing.reason);
-                self.counters.count(Stage::Identity, Some(method), refusing.charged_as, decision);
-            } else if longest.as_ref().is_none_or(|longest| longest.wait < refusing.wait) {
-                longest = Some(refusing);
+                let decision = Decision::WouldRefuse(lack.reason);
+                self.counters.count(Stage::Identity, Some(method), lack.charged_as, decision);
+            } else if longest.as_ref().is_none_or(|(longest, ..)| longest.is_before(&lack)) {
+                longest = Some((lack, id, choice));
             }
         }
         let done = match longest {
-            Some(RefusingId { wait, reason, charged_as, id, choice }) => {
-                let question = Question { plan, stage: Stage::Identity, method, dry: false };
-                self.refuse(&question, charged_as, reason, wait)
-                    .inspect_err(|refusal| self.note(now, refusal, &identity_name(id, &choice)))
+            Some((lack, id, choice)) => {
+                let question = Question { plan, stage: Stage::Identity, method, dry: false, attempt };
+                self.refuse(&question, lack, || Some(identity_name(id, &choice)))
             }
-            None if (node_counts || nobody) && !caller_exempt => self.charge_node(plan, method, taker, now),
+            None if (node_counts || nobody) && !caller_exempt => {
+                self.charge_node(plan, method, taker, now, attempt)
+            }
             None => Ok(()),
         };
         self.settle_identities(call, identities, done.is_ok());
@@ -311,12 +481,12 @@ impl Ledger {
         call: &IdentityCall<'a>,
         identities: &mut Identities,
         id: &'a SpiffeId,
-        choice: Choice<'a, IdPattern>,
-        limit: Limit,
-    ) -> Option<RefusingId<'a>> {
+        choice: &Choice<'a, IdPattern>,
+        (limit, origin): (Limit, Origin),
+    ) -> Option<Lack> {
         let IdentityCall { method, taker, caller_exempt, now, .. } = *call;
         let own = if choice.shared.is_some() { ChargedAs::Shared } else { ChargedAs::SpiffeId };
-        let refusing = |reason, wait| Some(RefusingId { wait, reason, charged_as: own, id, choice });
+        let lacking = |reason, retry_after| Some(Lack { charged_as: own, reason, retry_after, origin });
         let quota = match limit {
             // Exempt is from every bucket; what is blocked is blocked.
             Limit::Quota(quota) if !caller_exempt => quota,
@@ -324,21 +494,22 @@ impl Ledger {
                 self.counters.count(Stage::Identity, Some(method), own, Decision::Allowed);
                 return None;
             }
-            Limit::Block => return refusing(Reason::Blocked, Duration::MAX),
+            Limit::Block => return lacking(Reason::Blocked, Duration::MAX),
         };
-        let key = self.identity_key(id, method, &choice);
+        let key = self.identity_key(id, method, choice);
         let Identities { table, held } = identities;
         if held.iter().any(|(other, _)| other.ask.key.hash == key.hash) {
             return None;
         }
         let cost = choice.rule.costs().answer();
         let ask = Ask { key, quota, cost, taker: Some(taker) };
-        match table.hold(now, &ask, || (identity_name(id, &choice), method.rpc())) {
-            Ok(place) => {
-                held.push((HeldTokens { ask, place }, charged_as(place, own)));
+        let short = self.shortfall(origin);
+        match table.hold_by(now, &ask, short, || (identity_name(id, choice), method.rpc())) {
+            Ok(tokens) => {
+                held.push((tokens, charged_as(tokens.place, own)));
                 None
             }
-            Err(wait) => refusing(Reason::Rate, wait),
+            Err(wait) => lacking(Reason::Rate, wait),
         }
     }
 
@@ -346,7 +517,7 @@ impl Ledger {
     fn settle_identities(&self, call: &IdentityCall<'_>, identities: &mut Identities, passed: bool) {
         let Identities { table, held } = identities;
         for (it, charged_as) in held.drain(..) {
-            let paid = table.settle(&it.ask, it.place, if passed { it.ask.cost } else { 0 });
+            let paid = table.settle_held(&it, if passed { it.ask.cost } else { 0 });
             if passed {
                 self.counters.count(Stage::Identity, Some(call.method), charged_as, Decision::Allowed);
                 self.counters.count_soft_limits(call.plan.soft, Stage::Identity, paid);

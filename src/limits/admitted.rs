@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use super::{
     ask::Ask,
-    ledger::{HeldTokens, Ledger},
+    ledger::Ledger,
     method::Method,
     refusal::Stage,
     rule::{Costs, Limit},
     settings::SoftLimits,
     shares::Taker,
     slots::AttestationSlot,
+    table::HeldTokens,
+    waiting::WaitOfCall,
 };
 use crate::identity::SpiffeId;
 
@@ -61,6 +63,8 @@ pub(super) struct Charge {
     pub(super) exempt: bool,
     /// Which are counted when it pays.
     pub(super) soft: SoftLimits,
+    /// What it may wait yet.
+    pub(super) waiting: WaitOfCall,
 }
 
 impl Charge {
@@ -82,12 +86,12 @@ impl Charge {
         let plan = ledger.plan();
         let choice = plan.identity.choose(id, self.method);
         let more = more(choice.rule.costs());
-        if let Limit::Quota(quota) = ledger.limit(choice.rule)
+        if let (Limit::Quota(quota), origin) = ledger.limit(choice.rule)
             && more > 0
         {
             let key = ledger.identity_key(id, self.method, &choice);
             let ask = Ask { key, quota, cost: more, taker: Some(self.taker) };
-            let paid = ledger.identities().table.charge(ledger.now(), &ask);
+            let paid = ledger.identities().table.charge(ledger.now(), &ask, ledger.shortfall(origin));
             ledger.counters.count_soft_limits(self.soft, Stage::Identity, paid);
         }
     }
@@ -97,7 +101,7 @@ impl Drop for Charge {
     fn drop(&mut self) {
         if let Some(held) = self.held {
             let ledger = &self.ledger;
-            let paid = ledger.callers().settle(&held.ask, held.place, self.pays);
+            let paid = ledger.callers().settle_held(&held, self.pays);
             ledger.counters.count_soft_limits(self.soft, Stage::Caller, paid);
         }
     }

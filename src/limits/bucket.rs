@@ -158,6 +158,17 @@ impl Quota {
     }
 }
 
+/// What becomes of a call for which a bucket has too few tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shortfall {
+    /// It is told when to come back.
+    Refuse,
+    /// It passes while its caller's share of the bucket has tokens, where callers have shares; else it is told so.
+    PassOwn,
+    /// It passes, and takes what there is: the bucket is empty then, and owes nothing.
+    Pass,
+}
+
 /// How full a bucket was before and after a call was paid, for soft limits. In nanoseconds of refill.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Level {
@@ -233,10 +244,29 @@ impl Bucket {
         Ok(())
     }
 
+    /// Holds as many of these tokens as there are beside those that must be left, which may be none. Returns how many.
+    pub(super) fn hold_some(&mut self, now: u64, quota: Quota, cost: u32, leaves: u32) -> u32 {
+        let some = cost.min(self.left(now, quota).saturating_sub(leaves));
+        self.held += some;
+        some
+    }
+
     /// Ends a call: lets go of the `held` tokens and takes `cost`. No cost is a refund; a cost above what was
     /// held is a debt, of which a bucket carries at most one burst. `quota` is the one that the call began
     /// with: another one that holds meanwhile may have let more be spent, and that stays.
     pub fn settle(&mut self, now: u64, quota: Quota, held: u32, cost: u32) -> Level {
+        self.settle_by(now, quota, held, cost, Shortfall::Refuse)
+    }
+
+    /// [`Bucket::settle`] of a call that began like this: one that passed without tokens leaves no debt.
+    pub(super) fn settle_by(
+        &mut self,
+        now: u64,
+        quota: Quota,
+        held: u32,
+        cost: u32,
+        short: Shortfall,
+    ) -> Level {
         self.held = self.held.saturating_sub(held);
         // A reload may have changed the price since the hold; tokens are tokens.
         if self.per_token == 0 {
@@ -245,8 +275,11 @@ impl Bucket {
         let quota = Quota { per_token: self.per_token, burst: quota.burst };
         let refill = quota.refill();
         let before = self.full_at.saturating_sub(now);
-        let after =
-            before.max(before.saturating_add(price(cost, quota)).min(refill.saturating_mul(2)).min(LONGEST));
+        let most = match short {
+            Shortfall::Refuse | Shortfall::PassOwn => refill.saturating_mul(2).min(LONGEST),
+            Shortfall::Pass => refill.saturating_sub(price(self.held, quota)),
+        };
+        let after = before.max(before.saturating_add(price(cost, quota)).min(most));
         self.full_at = now + after;
         Level { before, after, refill }
     }

@@ -21,8 +21,9 @@ pub const STREAM: u64 = 6 * 1024;
 /// Bytes of requests that are not complete, of all streams of a connection: one message of the largest size,
 /// and some beside it. More, and what is being sent is refused.
 pub const UPLOADS: u64 = 20 * 1024;
-/// What each of these bytes takes, by the time it has come through all buffers.
+/// What each byte of a request that is not complete takes: it is a slice of the buffer that it came in.
 pub const UPLOAD: u64 = 3;
+
 /// What the kernel keeps for a refused connection that lingers.
 pub const LINGERING: u64 = 4 * 1024;
 /// How many refused connections are answered at a time.
@@ -37,13 +38,43 @@ pub const RESERVED_SHARE: u64 = 8;
 pub const SHARES: u64 = 64;
 /// The process itself, before anybody connects.
 pub const PROCESS: u64 = 4 << 20;
+/// What h2 keeps beside each part of an answer.
+const PART: u64 = 512;
 
-/// A connection at its worst: so many streams open, [`UPLOADS`] of requests that never end, and answers that nobody
-/// reads.
+/// What a part of an answer takes, of so many bytes, until the kernel has all of it: beside itself the room that encoding
+/// left behind it.
+#[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
+pub const fn unsent(part: usize) -> u64 {
+    let bytes = part as u64;
+    bytes + bytes / 2 + PART
+}
+
+/// Bytes of answers, as [`unsent`] reckons them, that a connection may leave unread. While there are as many no further
+/// answer is made; one that is larger is made alone.
+pub const UNSENT: u64 = 64 * 1024;
+/// What an answer is reckoned at before it is made, when none was made on the connection before: so many of them are
+/// under way together that they fill [`UNSENT`].
+pub const ANSWER_AT_FIRST: u64 = 16 * 1024;
+/// The least that it is reckoned at, when those before it were small. When they were larger it is as much as they were.
+pub const ANSWER_AT_LEAST: u64 = 4 * 1024;
+/// A request that waits until its answer fits, beside what each stream takes: its body is not read, and may be a slice of
+/// a buffer that nothing else is in.
+pub const WAITING: u64 = 10 * 1024;
+
+/// A connection with so many streams that wait for news.
+pub const fn connection_with(streams: u32) -> u64 {
+    #[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
+    let further = streams.saturating_sub(1) as u64;
+    PARKED + HTTP2 + further * STREAM
+}
+
+/// A connection at its worst: so many streams open, [`UPLOADS`] of requests that never end, answers of [`UNSENT`] that
+/// nobody reads, and as many requests as there are streams that wait for room for theirs. Beside these there are the answers
+/// under way when the first of them turned out large: four, or [`UNSENT`] / [`ANSWER_AT_LEAST`] behind small ones.
 pub const fn connection_at_most(streams: u32) -> u64 {
     #[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
-    let streams = streams as u64;
-    PARKED + HTTP2 + streams * STREAM + UPLOADS * UPLOAD
+    let waiting = streams as u64 * WAITING;
+    connection_with(streams) + waiting + UPLOADS * UPLOAD + UNSENT
 }
 /// A known key in the table of a stage, with its share of the index and its parent.
 pub const KEY: u64 = 224;

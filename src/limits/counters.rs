@@ -1,6 +1,8 @@
 //! What the limits count. Labels come from closed sets ([`refusal`](super::refusal)): never a UID, a pod or a
 //! SPIFFE ID.
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
 use metrics::{Counter, Gauge};
 
 use super::{
@@ -51,7 +53,10 @@ pub(super) struct Counters {
     pub(super) keys: [Gauge; 3],
     pub(super) connections: Gauge,
     pub(super) in_flight: Gauge,
+    pub(super) waiting: Gauge,
     pub(super) accounted: Gauge,
+    /// Connections that were let in, and calls that were.
+    served: AtomicU64,
 }
 
 impl Counters {
@@ -97,16 +102,31 @@ impl Counters {
                 &[],
             ),
             in_flight: registry.gauge("durward_rate_limit_attestations", "Calls being attested.", &[]),
+            waiting: registry.gauge(
+                "durward_rate_limit_waiting",
+                "Calls that wait for tokens, for room, or to be attested.",
+                &[],
+            ),
             accounted: registry.gauge(
                 "durward_memory_accounted_bytes",
                 "Memory of connections, keys and cache entries as the budget reckons it.",
                 &[],
             ),
+            served: AtomicU64::new(0),
         }
+    }
+
+    /// How many connections and calls were let in.
+    pub(super) fn served(&self) -> u64 {
+        self.served.load(Relaxed)
     }
 
     /// Counts a decision; the gate has no method.
     pub(super) fn count(&self, stage: Stage, method: Option<Method>, key: ChargedAs, decision: Decision) {
+        let let_in = matches!(stage, Stage::Gate | Stage::Caller) && decision == Decision::Allowed;
+        if let_in {
+            self.served.fetch_add(1, Relaxed);
+        }
         let decision = match decision {
             Decision::Allowed => 0,
             Decision::Refused(reason) => 1 + reason.at(),

@@ -31,6 +31,7 @@ use super::{
     gate_settings::GateRule,
     holding::{Holding, NodeHeld, Notice},
     ledger::{Ledger, PARENT_PARTS},
+    processor::ProcessorShare,
     refusal::{ChargedAs, ConnectionRefusal, Reason, RejectionStatus, Stage},
     report::{BucketName, Heavy, Standing},
     room::{Room, Short},
@@ -131,7 +132,7 @@ struct Arriving<'a> {
 
 /// Whether somebody asks again who is refused for want of room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Attempt {
+enum Chance {
     NotLast,
     Last,
 }
@@ -218,7 +219,7 @@ impl Gate {
     /// # Errors
     /// [`ConnectionRefusal`]: close it.
     pub fn open(&self, caller: CallerKey) -> Result<ConnectionPermit, ConnectionRefusal> {
-        self.open_as(caller, Attempt::Last)
+        self.open_as(caller, Chance::Last)
     }
 
     /// The same for one that may be asked for again: a refusal for want of room is neither counted nor told.
@@ -226,10 +227,10 @@ impl Gate {
     /// # Errors
     /// [`ConnectionRefusal`]: close it, or ask again, if it [is soft](ConnectionRefusal::is_soft).
     pub fn open_or_wait(&self, caller: CallerKey) -> Result<ConnectionPermit, ConnectionRefusal> {
-        self.open_as(caller, Attempt::NotLast)
+        self.open_as(caller, Chance::NotLast)
     }
 
-    fn open_as(&self, caller: CallerKey, attempt: Attempt) -> Result<ConnectionPermit, ConnectionRefusal> {
+    fn open_as(&self, caller: CallerKey, chance: Chance) -> Result<ConnectionPermit, ConnectionRefusal> {
         let shared = &self.shared;
         let plan = shared.plan.load();
         let now = shared.ledger.now();
@@ -252,7 +253,7 @@ impl Gate {
         };
         let LetIn { rehearsed, reserved } = match shared.decide(&arriving, &mut state) {
             Ok(let_in) => let_in,
-            Err(refusal) if attempt == Attempt::NotLast && refusal.is_soft() => {
+            Err(refusal) if chance == Chance::NotLast && refusal.is_soft() => {
                 shared.want(refusal);
                 return Err(refusal);
             }
@@ -329,6 +330,11 @@ impl Gate {
     /// How many connections were refused for want of processor time since this was last asked.
     pub fn wanting(&self) -> u64 {
         self.shared.wanting.swap(0, Relaxed)
+    }
+
+    /// How much of the processor the agent may use.
+    pub fn processor_share(&self) -> ProcessorShare {
+        self.shared.plan.load().cpu
     }
 
     /// How the rate of new connections of a caller stands.

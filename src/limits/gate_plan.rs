@@ -4,6 +4,7 @@ use super::{
     budget::{self, MemorySettings},
     caller::{CallerKey, Families},
     gate_settings::{GatePlaces, GateRule, GateRules},
+    processor::ProcessorShare,
     refusal::RejectionStatus,
     settings::{LimitSettings, SoftLimits},
     table_size::TableSize,
@@ -71,6 +72,8 @@ pub struct GatePlan {
     /// Bytes.
     pub(super) budget: Option<u64>,
     pub(super) memory: MemorySettings,
+    /// Of the processor.
+    pub(super) cpu: ProcessorShare,
     pub(super) keys: TableSize,
     pub(super) families: Families,
     pub(super) soft: SoftLimits,
@@ -108,6 +111,7 @@ impl GatePlan {
             admin: gate.admin,
             budget,
             memory: settings.memory,
+            cpu: settings.node.cpu,
             keys: settings.keys,
             families: settings.families.clone(),
             soft: settings.soft_limits,
@@ -127,6 +131,11 @@ impl GatePlan {
     pub(super) fn reserved(&self) -> u32 {
         let fit = self.budget.map_or(u64::MAX, |budget| budget / budget::RESERVED_SHARE / budget::NEWCOMER);
         self.reserve.min(u32::try_from(fit).unwrap_or(u32::MAX))
+    }
+
+    /// How many such callers there are, where the budget has room for fewer than there should be.
+    pub fn fewer_fit(&self) -> Option<u32> {
+        Some(self.reserved()).filter(|fit| *fit < self.reserve.min(GatePlaces::RESERVE))
     }
 
     /// Bytes that are set aside for them.

@@ -159,7 +159,7 @@ pub struct ConnectionSettings {
     pub idle_timeout: Option<Duration>,
     /// How long a request may wait for its answer, or an answer for its reader. Default 30 s.
     pub stall_timeout: Duration,
-    /// Open requests and streams. Default 16.
+    /// Open requests and streams. Default 100: what they hold is bounded by bytes.
     pub streams: u32,
     /// The headers of a request, in bytes. Default 8 KiB.
     pub header_bytes: u32,
@@ -192,7 +192,7 @@ impl Default for ConnectionSettings {
             handshake_timeout: Duration::from_secs(10),
             idle_timeout: Some(Duration::from_secs(600)),
             stall_timeout: Duration::from_secs(30),
-            streams: 16,
+            streams: 100,
             header_bytes: 8 * 1024,
             linger: Duration::from_millis(100),
             resets: 16,

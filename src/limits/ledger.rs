@@ -3,7 +3,10 @@
 //! One ledger is shared by all who charge: [`Limits`](super::Limits), the calls under way, and the gate.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, UNIX_EPOCH},
 };
 
@@ -11,22 +14,23 @@ use arc_swap::ArcSwap;
 use tokio::time::Instant;
 
 use super::{
-    ask::{Ask, BucketKey, Hasher},
-    bucket::Quota,
+    ask::{BucketKey, Hasher},
+    bucket::Shortfall,
     caller::{CallerKey, Families},
     caller_pattern::CallerPattern,
     counters::{Counters, Decision},
     id_pattern::IdPattern,
     method::{Method, PerMethod},
+    patience,
     policy::{Choice, Layers},
     refusal::{ChargedAs, Reason, Refusal, RejectionStatus, Stage},
     report::{BucketName, Refusing},
     room::Room,
-    rule::{Limit, Rule},
-    settings::{LimitSettings, SoftLimits},
+    rule::{Limit, Origin, Rule},
+    settings::{LimitSettings, NodeQuota, SoftLimits},
     shares::{SharedBucket, Taker},
     slots::Slots,
-    table::{ChargedTo, Table},
+    table::{HeldTokens, Table},
 };
 use crate::{identity::SpiffeId, os::clock::Clock, telemetry::registry::Registry};
 
@@ -38,7 +42,7 @@ pub(super) const PARENT_PARTS: usize = 8;
 pub(super) struct CallPlan {
     pub(super) caller: Layers<CallerPattern>,
     pub(super) identity: Layers<IdPattern>,
-    node: PerMethod<Option<Quota>>,
+    node: PerMethod<Option<NodeQuota>>,
     pub(super) families: Families,
     pub(super) node_dry: bool,
     pub(super) dry: bool,
@@ -69,13 +73,16 @@ pub(super) struct Question<'a> {
     pub(super) method: Method,
     /// A refusal is only counted.
     pub(super) dry: bool,
+    pub(super) attempt: Attempt,
 }
 
-/// Tokens held in a bucket of a table.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct HeldTokens {
-    pub(super) ask: Ask,
-    pub(super) place: ChargedTo,
+/// What comes after a refusal that is worth a wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Attempt {
+    /// Another try: nothing is counted yet.
+    MayWait,
+    /// Nothing.
+    Last,
 }
 
 /// The identity stage: its table, and the tokens that the call being decided holds in it. One lock for both, so
@@ -85,6 +92,30 @@ pub(super) struct Identities {
     pub(super) table: Table,
     /// Kept between calls for its memory alone.
     pub(super) held: Vec<(HeldTokens, ChargedAs)>,
+}
+
+/// What there was too little of.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Lack {
+    pub(super) charged_as: ChargedAs,
+    pub(super) reason: Reason,
+    pub(super) retry_after: Duration,
+    pub(super) origin: Origin,
+}
+
+impl Lack {
+    /// Whether the other one is the one to tell of: no wait helps with it, or a longer one.
+    pub(super) fn is_before(&self, other: &Self) -> bool {
+        let rank = |lack: &Self| (lack.origin == Origin::Set, lack.retry_after);
+        rank(self) < rank(other)
+    }
+}
+
+impl Attempt {
+    /// Whether nothing comes after this refusal.
+    pub(super) fn ends(self, refusal: &Refusal) -> bool {
+        self == Self::Last || !refusal.may_wait()
+    }
 }
 
 #[derive(Debug)]
@@ -97,6 +128,10 @@ pub(super) struct Ledger {
     node: PerMethod<Mutex<SharedBucket>>,
     pub(super) slots: Arc<Slots>,
     pub(super) room: Arc<Room>,
+    /// Of calls that wait.
+    pub(super) places: Arc<Slots>,
+    /// Calls that found no room, since somebody asked.
+    wanting: AtomicU64,
     /// For updates of streams, as many again.
     pub(super) update_slots: Arc<Slots>,
     refusing: Mutex<Refusing>,
@@ -122,6 +157,8 @@ impl Ledger {
             node: PerMethod::default(),
             slots: Arc::new(Slots::new(settings.node.attestations)),
             room: Arc::default(),
+            places: Arc::new(Slots::new(patience::places())),
+            wanting: AtomicU64::new(0),
             update_slots: Arc::new(Slots::new(settings.node.attestations)),
             refusing: Mutex::default(),
             counters: Counters::new(registry),
@@ -161,14 +198,36 @@ impl Ledger {
         lock(&self.refusing)
     }
 
-    /// The limit that holds now. Reads the time of day only for a rule that has windows.
-    pub(super) fn limit(&self, rule: &Rule) -> Limit {
+    /// The limit that holds now, and whose word it is. Reads the time of day only for a rule that has windows.
+    pub(super) fn limit(&self, rule: &Rule) -> (Limit, Origin) {
         if rule.schedule().is_empty() {
-            return rule.limit();
+            return (rule.limit(), rule.origin());
         }
         let since = self.wall.now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let unix = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
-        rule.schedule().at(unix).copied().unwrap_or_else(|| rule.limit())
+        let written = rule.schedule().at(unix).map(|limit| (*limit, Origin::Set));
+        written.unwrap_or_else(|| (rule.limit(), rule.origin()))
+    }
+
+    /// What becomes of a call for which a bucket of this origin has too few tokens.
+    pub(super) fn shortfall(&self, origin: Origin) -> Shortfall {
+        match origin {
+            Origin::Set => Shortfall::Refuse,
+            Origin::ByDefault if self.room.is_there() => Shortfall::Pass,
+            Origin::ByDefault => Shortfall::PassOwn,
+        }
+    }
+
+    /// A call that came has to wait, or is refused: it counts if it is for want of room.
+    pub(super) fn want(&self, refusal: &Refusal) {
+        if refusal.origin == Origin::ByDefault && refusal.reason == Reason::Rate {
+            self.wanting.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// How many found none since this was last asked.
+    pub(super) fn wanting(&self) -> u64 {
+        self.wanting.swap(0, Relaxed)
     }
 
     /// The bucket of a caller for a method, or the one that it shares.
@@ -212,26 +271,27 @@ impl Ledger {
     pub(super) fn refuse(
         &self,
         question: &Question<'_>,
-        charged_as: ChargedAs,
-        reason: Reason,
-        retry_after: Duration,
+        lack: Lack,
+        name: impl FnOnce() -> Option<BucketName>,
     ) -> Result<(), Refusal> {
-        let Question { plan, stage, method, dry } = *question;
+        let Question { plan, stage, method, dry, attempt } = *question;
+        let Lack { charged_as, reason, retry_after, origin } = lack;
         if dry {
             self.counters.count(stage, Some(method), charged_as, Decision::WouldRefuse(reason));
             return Ok(());
         }
-        self.counters.count(stage, Some(method), charged_as, Decision::Refused(reason));
         let shed = stage == Stage::Node;
-        let status = if shed { RejectionStatus::Unavailable } else { plan.status };
-        Err(Refusal { method, stage, charged_as, reason, retry_after, shed, status })
-    }
-
-    /// Lists a key as being refused. Load shedding lists nobody: it is nobody's doing.
-    pub(super) fn note(&self, now: u64, refusal: &Refusal, name: &BucketName) {
-        if !refusal.shed {
-            self.refusing().note(now, refusal.stage, name);
+        let is_ours = shed || origin == Origin::ByDefault || reason == Reason::InFlight;
+        let status = if is_ours { RejectionStatus::Unavailable } else { plan.status };
+        let refusal = Refusal { method, stage, charged_as, reason, retry_after, shed, status, origin };
+        if attempt.ends(&refusal) {
+            self.counters.count(stage, Some(method), charged_as, Decision::Refused(reason));
+            // Load shedding lists nobody: it is nobody's doing.
+            if let Some(name) = name().filter(|_| !shed) {
+                self.refusing().note(self.now(), stage, &name);
+            }
         }
+        Err(refusal)
     }
 
     /// Charges a call to what all share.
@@ -241,18 +301,19 @@ impl Ledger {
         method: Method,
         taker: Taker,
         now: u64,
+        attempt: Attempt,
     ) -> Result<(), Refusal> {
-        let Some(quota) = *plan.node.get(method) else { return Ok(()) };
-        match lock(self.node.get(method)).take(now, quota, 1, taker) {
-            Ok(()) => {
-                self.counters.count(Stage::Node, Some(method), ChargedAs::Node, Decision::Allowed);
-                Ok(())
-            }
-            Err(wait) => {
-                let question = Question { plan, stage: Stage::Node, method, dry: plan.dry || plan.node_dry };
-                self.refuse(&question, ChargedAs::Node, Reason::Rate, wait)
-            }
-        }
+        let Some(NodeQuota { quota, origin }) = *plan.node.get(method) else { return Ok(()) };
+        let short = self.shortfall(origin);
+        let taken = lock(self.node.get(method)).take(now, quota, 1, taker, short);
+        let Err(retry_after) = taken else {
+            self.counters.count(Stage::Node, Some(method), ChargedAs::Node, Decision::Allowed);
+            return Ok(());
+        };
+        let dry = plan.dry || plan.node_dry;
+        let question = Question { plan, stage: Stage::Node, method, dry, attempt };
+        let lack = Lack { charged_as: ChargedAs::Node, reason: Reason::Rate, retry_after, origin };
+        self.refuse(&question, lack, || None)
     }
 }
 

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use super::method::Method;
+use super::{method::Method, rule::Origin};
 use crate::telemetry::registry::labels;
 
 labels! {
@@ -130,9 +130,21 @@ pub struct Refusal {
     pub shed: bool,
     /// What the caller is told.
     pub status: RejectionStatus,
+    /// Whose word the limit is.
+    pub origin: Origin,
 }
 
 impl Refusal {
+    /// Whether the same call may pass after a short wait, and is kept waiting for it: what is refused by an admin's word,
+    /// or for ever, is not.
+    pub(super) fn may_wait(&self) -> bool {
+        match self.reason {
+            Reason::Rate => self.origin == Origin::ByDefault,
+            Reason::InFlight => true,
+            Reason::Blocked | Reason::Connections | Reason::Memory => false,
+        }
+    }
+
     /// How long to wait; `None` when a blocked caller need not come back.
     pub fn wait(&self) -> Option<Duration> {
         (self.retry_after != Duration::MAX).then_some(self.retry_after)

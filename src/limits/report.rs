@@ -8,8 +8,13 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use super::{
-    bucket::Quota, caller::CallerKey, caller_pattern::CallerPattern, id_pattern::IdPattern, refusal::Stage,
-    rule::Limit, shares::Taking,
+    bucket::Quota,
+    caller::CallerKey,
+    caller_pattern::CallerPattern,
+    id_pattern::IdPattern,
+    refusal::Stage,
+    rule::{Limit, Origin},
+    shares::Taking,
 };
 use crate::identity::SpiffeId;
 
@@ -78,6 +83,8 @@ pub enum Standing {
         left: u32,
         /// The most there can be.
         burst: u32,
+        /// Whose word the limit is.
+        origin: Origin,
     },
     /// No limit of its own.
     Unlimited,
@@ -93,11 +100,20 @@ impl Standing {
     pub(super) fn under(limit: Limit, left: impl FnOnce(Quota) -> Option<u32>) -> Self {
         match limit {
             Limit::Quota(quota) => {
-                Self::Tokens { left: left(quota).unwrap_or_else(|| quota.burst()), burst: quota.burst() }
+                let left = left(quota).unwrap_or_else(|| quota.burst());
+                Self::Tokens { left, burst: quota.burst(), origin: Origin::Set }
             }
             Limit::Unlimited => Self::Unlimited,
             Limit::Exempt => Self::Exempt,
             Limit::Block => Self::Blocked,
+        }
+    }
+
+    /// The same under a limit of this origin.
+    pub(super) fn of_origin(self, origin: Origin) -> Self {
+        match self {
+            Self::Tokens { left, burst, .. } => Self::Tokens { left, burst, origin },
+            Self::Unlimited | Self::Exempt | Self::Blocked => self,
         }
     }
 }

@@ -15,6 +15,15 @@ pub enum Limit {
     Block,
 }
 
+/// Whose word a limit is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// An admin wrote it: it refuses at once, exact to the bucket, whether there is room or not.
+    Set,
+    /// It holds because nothing else was written: it refuses only where there is no [`room`](super::room), after a wait.
+    ByDefault,
+}
+
 /// What calls cost, in tokens. Charged to the caller's bucket and to the identity's alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Costs {
@@ -115,28 +124,42 @@ pub struct Rule {
     limit: Limit,
     costs: Costs,
     schedule: Schedule<Limit>,
+    /// Of the limit outside of the windows; these are always set.
+    origin: Origin,
     /// Refusals are counted as `would_exceed`, and let pass.
     pub dry_run: bool,
 }
 
 impl Rule {
-    /// This limit, and in the windows of the schedule another, at these costs.
+    /// This limit, and in the windows of the schedule another, at these costs. An admin's word.
     ///
     /// # Errors
     /// [`CostAboveBurst`] when one of the limits cannot pay for a call.
     pub fn new(limit: Limit, costs: Costs, schedule: Schedule<Limit>) -> Result<Self, CostAboveBurst> {
         std::iter::once(&limit).chain(schedule.values()).try_for_each(|limit| costs.fit(*limit))?;
-        Ok(Self { limit, costs, schedule, dry_run: false })
+        Ok(Self { limit, costs, schedule, origin: Origin::Set, dry_run: false })
     }
 
     /// For the defaults, which a test holds against [`Rule::new`].
     pub(super) fn usual(limit: Limit, costs: Costs) -> Self {
-        Self { limit, costs, schedule: Schedule::default(), dry_run: false }
+        let schedule = Schedule::default();
+        Self { limit, costs, schedule, origin: Origin::ByDefault, dry_run: false }
+    }
+
+    /// The same, where its limit is of this origin.
+    #[must_use]
+    pub fn of_origin(self, origin: Origin) -> Self {
+        Self { origin, ..self }
     }
 
     /// The limit outside of the windows.
     pub fn limit(&self) -> Limit {
         self.limit
+    }
+
+    /// Whose word the limit outside of the windows is.
+    pub fn origin(&self) -> Origin {
+        self.origin
     }
 
     /// What calls cost.

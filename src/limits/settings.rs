@@ -10,8 +10,9 @@ use super::{
     id_pattern::IdPattern,
     method::PerMethod,
     policy::Layers,
+    processor::ProcessorShare,
     refusal::RejectionStatus,
-    rule::{Costs, Limit, Rule},
+    rule::{Costs, Limit, Origin, Rule},
     slots::Attestations,
     table_size::TableSize,
 };
@@ -62,20 +63,40 @@ impl Default for LimitSettings {
 #[derive(Clone, Debug, PartialEq)]
 pub struct NodeSettings {
     /// Calls that passed all else; `None` for no limit. Default: 5,000 a second, 10,000 at once, for each method.
-    pub quotas: PerMethod<Option<Quota>>,
+    pub quotas: PerMethod<Option<NodeQuota>>,
     /// Refusals by these buckets are counted as `would_exceed`, and let pass.
     pub dry_run: bool,
     /// Calls being attested at once, and as many updates of streams.
     pub attestations: Attestations,
+    /// How much of the processor the agent may use before what nobody set binds. Default: half a core.
+    pub cpu: ProcessorShare,
 }
 
 impl Default for NodeSettings {
     fn default() -> Self {
         Self {
-            quotas: PerMethod::all(Some(Quota::constant(5_000, 10_000))),
+            quotas: PerMethod::all(Some(NodeQuota {
+                quota: Quota::constant(5_000, 10_000),
+                origin: Origin::ByDefault,
+            })),
             dry_run: false,
             attestations: Attestations::default(),
+            cpu: ProcessorShare::default(),
         }
+    }
+}
+
+/// A bucket that all callers share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeQuota {
+    pub quota: Quota,
+    pub origin: Origin,
+}
+
+impl NodeQuota {
+    /// An admin's word.
+    pub fn set(quota: Quota) -> Self {
+        Self { quota, origin: Origin::Set }
     }
 }
 
@@ -126,7 +147,8 @@ mod tests {
     fn the_defaults_are_in_order() {
         let settings = LimitSettings::default();
         for rule in [settings.caller.default, settings.identity.default] {
-            assert_eq!(Rule::new(rule.limit(), rule.costs(), Schedule::default()), Ok(rule));
+            let made = Rule::new(rule.limit(), rule.costs(), Schedule::default());
+            assert_eq!(made.map(|made| made.of_origin(Origin::ByDefault)), Ok(rule));
         }
         for costs in [Costs::OF_CALLERS, Costs::OF_IDENTITIES] {
             let made = Costs::new(costs.answer(), costs.signature(), costs.failed_attestation());

@@ -12,7 +12,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use super::{
-    bucket::{Bucket, Quota},
+    bucket::{Bucket, Quota, Shortfall},
     caller::CallerKey,
 };
 
@@ -69,6 +69,17 @@ pub(super) struct Claim {
     wait: Duration,
 }
 
+impl Claim {
+    /// Whether the call passes all the same where the bucket has too few tokens.
+    pub(super) fn passes(&self, short: Shortfall) -> bool {
+        match short {
+            Shortfall::Refuse => false,
+            Shortfall::PassOwn => self.wait.is_zero(),
+            Shortfall::Pass => true,
+        }
+    }
+}
+
 impl Shares {
     /// Looks how many tokens a call of `taker` must leave, and takes note that it asked.
     pub(super) fn claim(&mut self, now: u64, quota: Quota, cost: u32, taker: Taker) -> Claim {
@@ -108,13 +119,21 @@ impl Shares {
     }
 
     /// A call that held tokens ends, and takes `cost`.
-    pub(super) fn settle(&mut self, now: u64, quota: Quota, taker: Taker, held: u32, cost: u32) {
+    pub(super) fn settle(
+        &mut self,
+        now: u64,
+        quota: Quota,
+        taker: Taker,
+        held: u32,
+        cost: u32,
+        short: Shortfall,
+    ) {
         let group = Some(taker.group);
         let known = self.0.iter().position(|it| it.group == group);
         let takers = u32::try_from(self.0.len()).unwrap_or(u32::MAX);
         let at = known.or_else(|| self.0.iter().position(|it| it.group.is_none()));
         if let Some(share) = at.and_then(|at| self.0.get_mut(at)) {
-            share.own.settle(now, quota.part(takers, cost), held, cost);
+            share.own.settle_by(now, quota.part(takers, cost), held, cost, short);
             share.taking.used = share.taking.used.saturating_sub(u32::from(held > 0 && cost == 0));
         }
     }
@@ -191,17 +210,24 @@ impl SharedBucket {
     ///
     /// # Errors
     /// When to come back.
-    pub(super) fn take(&mut self, now: u64, quota: Quota, cost: u32, taker: Taker) -> Result<(), Duration> {
+    pub(super) fn take(
+        &mut self,
+        now: u64,
+        quota: Quota,
+        cost: u32,
+        taker: Taker,
+        short: Shortfall,
+    ) -> Result<(), Duration> {
         let claim = self.shares.claim(now, quota, cost, taker);
-        match self.bucket.hold_leaving(now, quota, cost, claim.leaves) {
-            Ok(()) => {
-                self.bucket.settle(now, quota, cost, cost);
-                self.shares.passed(claim, cost);
-                self.shares.settle(now, quota, taker, cost, cost);
-                Ok(())
-            }
-            Err(wait) => Err(self.shares.refused(claim, wait)),
-        }
+        let held = match self.bucket.hold_leaving(now, quota, cost, claim.leaves) {
+            Ok(()) => cost,
+            Err(_) if claim.passes(short) => self.bucket.hold_some(now, quota, cost, claim.leaves),
+            Err(wait) => return Err(self.shares.refused(claim, wait)),
+        };
+        self.bucket.settle(now, quota, held, held);
+        self.shares.passed(claim, cost);
+        self.shares.settle(now, quota, taker, cost, cost, short);
+        Ok(())
     }
 }
 
@@ -229,7 +255,9 @@ mod tests {
             for (uid, (period, count)) in (0..).zip(periods.iter().zip(&mut counts)) {
                 if ms % period == 0 {
                     count.0 += 1;
-                    count.1 += u64::from(bucket.take(SECOND + ms * 1_000_000, quota, 1, taker(uid)).is_ok());
+                    count.1 += u64::from(
+                        bucket.take(SECOND + ms * 1_000_000, quota, 1, taker(uid), Shortfall::Refuse).is_ok(),
+                    );
                 }
             }
         }
@@ -277,9 +305,9 @@ mod tests {
         let mut bucket = SharedBucket::default();
         let quota = quota(1.0, 100);
         for _ in 0..100 {
-            bucket.take(SECOND, quota, 1, taker(1)).unwrap();
+            bucket.take(SECOND, quota, 1, taker(1), Shortfall::Refuse).unwrap();
         }
-        assert_eq!(bucket.take(SECOND, quota, 1, taker(1)), Err(Duration::from_secs(1)));
+        assert_eq!(bucket.take(SECOND, quota, 1, taker(1), Shortfall::Refuse), Err(Duration::from_secs(1)));
         assert_eq!(
             bucket.shares.takings(),
             [Taking { caller: Some(CallerKey::Uid(1)), used: 100, refused: 1 }]
@@ -291,11 +319,12 @@ mod tests {
         let mut bucket = SharedBucket::default();
         for uid in 0..1000 {
             // Refused or not.
-            let _passed: bool = bucket.take(SECOND, quota(1.0, 100), 1, taker(uid)).is_ok();
+            let _passed: bool =
+                bucket.take(SECOND, quota(1.0, 100), 1, taker(uid), Shortfall::Refuse).is_ok();
         }
         assert_eq!(bucket.shares.0.len(), MOST_TAKERS + 1);
         // When they have gone, others have their places.
-        bucket.take(SECOND + 200 * SECOND, quota(1.0, 100), 1, taker(5000)).unwrap();
+        bucket.take(SECOND + 200 * SECOND, quota(1.0, 100), 1, taker(5000), Shortfall::Refuse).unwrap();
         assert!(bucket.shares.takings().iter().any(|it| it.caller == Some(CallerKey::Uid(5000))));
     }
 
@@ -312,13 +341,13 @@ mod tests {
             let (mut now, mut given) = (SECOND, 0_u64);
             for (uid, cost, later) in calls {
                 now += later;
-                match bucket.take(now, quota, cost, taker(uid)) {
+                match bucket.take(now, quota, cost, taker(uid), Shortfall::Refuse) {
                     Ok(()) => given += u64::from(cost),
                     Err(wait) if cost <= burst => {
                         let then = now + u64::try_from(wait.as_nanos()).unwrap();
                         // Nobody else comes: then it passes.
                         now = then;
-                        prop_assert!(bucket.take(now, quota, cost, taker(uid)).is_ok());
+                        prop_assert!(bucket.take(now, quota, cost, taker(uid), Shortfall::Refuse).is_ok());
                         given += u64::from(cost);
                     }
                     Err(_) => {}

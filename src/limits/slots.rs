@@ -1,16 +1,22 @@
-//! Attestations in flight: a bounded number, shared fairly, and nobody waits in a queue.
+//! Attestations in flight, and whatever else there is a bounded number of: shared fairly.
 //!
 //! A caller may have `all / (callers that have any, it included, + 1)` of them: with one caller it is half,
 //! with two a third. A quarter of all is for callers that have none: of that, each gets one. So however many
 //! those who came first have, and however long their attestations take, a quarter of all slots is left for as
 //! many others.
 //!
+//! Who may wait for one ([`Slots::wait`]) is given the next that it may have, first come, first served; how many wait is
+//! for others to bound.
+//!
 //! A caller is its family here ([`Families`](super::caller::Families)): whoever can be many gets no more for it.
 
 use std::{
+    collections::VecDeque,
     num::NonZeroU32,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
+
+use tokio::sync::oneshot;
 
 use super::tally::Tally;
 
@@ -77,6 +83,23 @@ struct SlotsState {
     most: Attestations,
     in_use: u32,
     by_caller: Tally<u64>,
+    waiting: VecDeque<Waiter>,
+    /// Of the one that began to wait last.
+    number: u64,
+}
+
+/// One that waits for a slot.
+#[derive(Debug)]
+struct Waiter {
+    number: u64,
+    caller: u64,
+    given: oneshot::Sender<AttestationSlot>,
+}
+
+/// Takes a waiter out of the queue, however its waiting ends.
+struct Leaving<'a> {
+    slots: &'a Slots,
+    number: u64,
 }
 
 /// The slots of a node.
@@ -91,30 +114,21 @@ pub(crate) struct Slots {
 pub(crate) struct AttestationSlot {
     slots: Arc<Slots>,
     caller: u64,
+    /// So many had its caller with this one.
+    nth: u32,
 }
 
-impl Slots {
-    /// So many slots.
-    pub(crate) fn new(most: Attestations) -> Self {
-        let slots = Self { state: Mutex::new(SlotsState { most, in_use: 0, by_caller: Tally::default() }) };
-        slots.resize(most);
-        slots
+impl AttestationSlot {
+    /// How many its caller had, this one included, when it was taken.
+    pub(super) fn nth(&self) -> u32 {
+        self.nth
     }
+}
 
-    /// Changes how many there are. Those that are out stay out.
-    pub(super) fn resize(&self, most: Attestations) {
-        let mut state = self.lock();
-        state.most = most;
-        state.by_caller.reserve(usize::try_from(most.all).unwrap_or(0));
-    }
-
-    /// A slot, at once or not at all.
-    ///
-    /// # Errors
-    /// [`Full`] says whose doing it is.
-    pub(crate) fn take(self: &Arc<Self>, caller: u64) -> Result<AttestationSlot, Full> {
-        let mut state = self.lock();
-        let SlotsState { most: Attestations { all, per_caller }, in_use, by_caller } = &mut *state;
+impl SlotsState {
+    /// Takes a slot for this caller. Returns how many it has then.
+    fn take(&mut self, caller: u64) -> Result<u32, Full> {
+        let Self { most: Attestations { all, per_caller }, in_use, by_caller, .. } = self;
         if *in_use >= *all {
             return Err(Full::Node);
         }
@@ -127,8 +141,94 @@ impl Slots {
         }
         by_caller.add(caller);
         *in_use += 1;
-        drop(state);
-        Ok(AttestationSlot { slots: Arc::clone(self), caller })
+        Ok(has + 1)
+    }
+
+    /// The first that waits and may have a slot, which is taken for it.
+    fn next(&mut self) -> Option<(Waiter, u32)> {
+        let mut full = None;
+        for at in 0..self.waiting.len() {
+            let caller = self.waiting.get(at)?.caller;
+            // Many in a row may be of the same caller.
+            if full == Some(caller) {
+                continue;
+            }
+            match self.take(caller) {
+                Ok(nth) => return Some((self.waiting.remove(at)?, nth)),
+                Err(Full::Node) => return None,
+                Err(Full::Share) => full = Some(caller),
+            }
+        }
+        None
+    }
+}
+
+impl Slots {
+    /// So many slots.
+    pub(crate) fn new(most: Attestations) -> Self {
+        let state =
+            SlotsState { most, in_use: 0, by_caller: Tally::default(), waiting: VecDeque::new(), number: 0 };
+        let slots = Self { state: Mutex::new(state) };
+        slots.set_most(most);
+        slots
+    }
+
+    /// Changes how many there are. Those that are out stay out.
+    pub(super) fn resize(self: &Arc<Self>, most: Attestations) {
+        self.set_most(most);
+        self.give();
+    }
+
+    fn set_most(&self, most: Attestations) {
+        let mut state = self.lock();
+        state.most = most;
+        state.by_caller.reserve(usize::try_from(most.all).unwrap_or(0));
+    }
+
+    /// A slot, at once or not at all.
+    ///
+    /// # Errors
+    /// [`Full`] says whose doing it is.
+    pub(crate) fn take(self: &Arc<Self>, caller: u64) -> Result<AttestationSlot, Full> {
+        let nth = self.lock().take(caller)?;
+        Ok(self.slot(caller, nth))
+    }
+
+    /// A slot, as soon as there is one that this caller may have. Who no longer waits for it has none.
+    pub(super) async fn wait(self: &Arc<Self>, caller: u64) -> AttestationSlot {
+        let (given, slot) = oneshot::channel();
+        let number = {
+            let mut state = self.lock();
+            if let Ok(nth) = state.take(caller) {
+                drop(state);
+                return self.slot(caller, nth);
+            }
+            state.number += 1;
+            let number = state.number;
+            state.waiting.push_back(Waiter { number, caller, given });
+            number
+        };
+        let _leaving = Leaving { slots: self, number };
+        match slot.await {
+            Ok(slot) => slot,
+            // Nobody but this one takes a waiter out without giving it a slot.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Gives those who wait what they may have.
+    fn give(self: &Arc<Self>) {
+        loop {
+            let mut state = self.lock();
+            let Some((waiter, nth)) = state.next() else { return };
+            drop(state);
+            // One that waits no longer gives it back, and so to the next.
+            drop(waiter.given.send(self.slot(waiter.caller, nth)));
+        }
+    }
+
+    fn slot(self: &Arc<Self>, caller: u64, nth: u32) -> AttestationSlot {
+        AttestationSlot { slots: Arc::clone(self), caller, nth }
     }
 
     /// How many are out.
@@ -146,6 +246,20 @@ impl Drop for AttestationSlot {
         let mut state = self.slots.lock();
         state.in_use = state.in_use.saturating_sub(1);
         state.by_caller.take(self.caller);
+        let waits = !state.waiting.is_empty();
+        drop(state);
+        if waits {
+            self.slots.give();
+        }
+    }
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        let mut state = self.slots.lock();
+        if let Some(at) = state.waiting.iter().position(|waiter| waiter.number == self.number) {
+            drop(state.waiting.remove(at));
+        }
     }
 }
 

@@ -41,9 +41,9 @@ impl Limits {
         let plan = ledger.plan();
         let choice = plan.identity.choose(id, method);
         let key = ledger.identity_key(id, method, &choice);
-        let standing = Standing::under(ledger.limit(choice.rule), |quota| {
-            ledger.identities().table.left(ledger.now(), key, quota)
-        });
+        let (limit, origin) = ledger.limit(choice.rule);
+        let left = |quota| ledger.identities().table.left(ledger.now(), key, quota);
+        let standing = Standing::under(limit, left).of_origin(origin);
         (identity_name(id, &choice), standing)
     }
 
@@ -66,12 +66,23 @@ impl Limits {
 
     fn of_caller(&self, rule: &Rule, key: BucketKey) -> Standing {
         let ledger = self.ledger();
-        Standing::under(ledger.limit(rule), |quota| ledger.callers().left(ledger.now(), key, quota))
+        let (limit, origin) = ledger.limit(rule);
+        Standing::under(limit, |quota| ledger.callers().left(ledger.now(), key, quota)).of_origin(origin)
+    }
+
+    /// How many connections and calls were let in, since the start.
+    pub fn served(&self) -> u64 {
+        self.ledger().counters.served()
     }
 
     /// How many calls are being attested.
     pub fn attestations(&self) -> u32 {
         self.ledger().slots.in_use()
+    }
+
+    /// How many calls wait: for tokens, for room, or to be attested.
+    pub fn waiting(&self) -> u32 {
+        self.ledger().places.in_use()
     }
 
     /// What is worth a log line since this was last asked; ask about once a second. Bounded, however many are
@@ -88,6 +99,7 @@ impl Limits {
             gauge.set(float(keys));
         }
         ledger.counters.in_flight.set(f64::from(ledger.slots.in_use()));
+        ledger.counters.waiting.set(f64::from(ledger.places.in_use()));
         (callers, identities)
     }
 

@@ -16,7 +16,8 @@ use hashbrown::HashTable;
 
 use super::{
     ask::{Ask, BucketKey},
-    bucket::{Bucket, Level, Quota},
+    bucket::{Bucket, Level, Quota, Shortfall},
+    cells::{Cell, NOBODY, SEVERAL, cell, find, hash_at, seconds},
     pool::Pool,
     report::{BucketName, Heavy},
     shares::{SharedBuckets, Shares, Taker},
@@ -34,29 +35,15 @@ pub(super) enum ChargedTo {
     Stray,
 }
 
-/// All that a decision about a known key reads and writes: one line of the processor's cache.
-#[derive(Debug)]
-#[repr(align(64))]
-struct Cell {
-    hash: [u64; 2],
-    parent: u64,
-    bucket: Bucket,
-    used: u32,
-    refused: u32,
-    /// Used again since the hand last passed: such a bucket is forgotten a round later than one used once.
-    again: bool,
-    /// Used again when there was room for one more regular: such a bucket is kept for [`REGULAR`], full or not.
-    regular: bool,
-    /// When it was last used, in units of about a second.
-    seen: u32,
-    /// A mark of the one caller that has taken from it; [`NOBODY`], or [`SEVERAL`].
-    taker: u16,
+/// Tokens held in a bucket of a table.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct HeldTokens {
+    pub(super) ask: Ask,
+    pub(super) place: ChargedTo,
+    /// So many of what was asked: less where a call passes without.
+    tokens: u32,
+    pub(super) short: Shortfall,
 }
-
-/// No caller has taken from a bucket that is shared, or it is not.
-const NOBODY: u16 = 0;
-/// More than one has: each has a share of it ([`shares`](super::shares)).
-const SEVERAL: u16 = u16::MAX;
 
 /// Whose cell it is, for people.
 type Who = (BucketName, &'static str);
@@ -105,11 +92,6 @@ pub(super) struct Table {
     regulars: usize,
     latest: u64,
     parents_seen: u64,
-}
-
-/// Nanoseconds in units of 2^30, which is about a second and cheaper to reckon.
-fn seconds(now: u64) -> u32 {
-    u32::try_from(now >> 30).unwrap_or(u32::MAX)
 }
 
 impl Table {
@@ -161,15 +143,36 @@ impl Table {
         ask: &Ask,
         who: impl FnOnce() -> Who,
     ) -> Result<ChargedTo, Duration> {
+        Ok(self.hold_by(now, ask, Shortfall::Refuse, who)?.place)
+    }
+
+    /// [`Table::hold`] of a call that may be one that passes without tokens.
+    ///
+    /// # Errors
+    /// As [`Table::hold`]; none with [`Shortfall::Pass`].
+    pub(super) fn hold_by(
+        &mut self,
+        now: u64,
+        ask: &Ask,
+        short: Shortfall,
+        who: impl FnOnce() -> Who,
+    ) -> Result<HeldTokens, Duration> {
         let now = self.tick(now);
-        match self.hold_known(now, ask) {
-            Some(outcome) => outcome,
-            None => self.hold_new(now, ask, who),
-        }
+        let (place, tokens) = match self.hold_known(now, ask, short) {
+            Some(outcome) => outcome?,
+            None => self.hold_new(now, ask, short, who)?,
+        };
+        let short = if tokens < ask.cost { Shortfall::Pass } else { short };
+        Ok(HeldTokens { ask: *ask, place, tokens, short })
     }
 
     /// In the bucket of a key that is known.
-    fn hold_known(&mut self, now: u64, ask: &Ask) -> Option<Result<ChargedTo, Duration>> {
+    fn hold_known(
+        &mut self,
+        now: u64,
+        ask: &Ask,
+        short: Shortfall,
+    ) -> Option<Result<(ChargedTo, u32), Duration>> {
         let Ask { key, quota, cost, .. } = *ask;
         let room_for_regulars = self.regulars < self.capacity / REGULARS;
         let mark = ask.taker.map(|taker| (taker, self.mark(taker)));
@@ -187,27 +190,37 @@ impl Table {
             Some((shares, claim))
         });
         let leaves = shares.as_ref().map_or(0, |(_, claim)| claim.leaves);
-        let outcome = cell.bucket.hold_leaving(now, quota, cost, leaves);
-        let passes = outcome.is_ok();
-        let outcome = match shares {
-            Some((shares, claim)) if passes => {
-                shares.passed(claim, cost);
-                Ok(())
-            }
-            Some((shares, claim)) => outcome.map_err(|wait| shares.refused(claim, wait)),
-            None => outcome,
+        let passes = shares.as_ref().map_or(short == Shortfall::Pass, |(_, claim)| claim.passes(short));
+        let outcome = match cell.bucket.hold_leaving(now, quota, cost, leaves) {
+            Ok(()) => Ok(cost),
+            Err(_) if passes => Ok(cell.bucket.hold_some(now, quota, cost, leaves)),
+            Err(wait) => Err(wait),
         };
-        let count = if passes { &mut cell.used } else { &mut cell.refused };
+        let count = if outcome.is_ok() { &mut cell.used } else { &mut cell.refused };
         *count = count.saturating_add(1);
-        Some(outcome.map(|()| ChargedTo::Own(at)))
+        let outcome = match (shares, outcome) {
+            (Some((shares, claim)), Ok(held)) => {
+                shares.passed(claim, cost);
+                Ok(held)
+            }
+            (Some((shares, claim)), Err(wait)) => Err(shares.refused(claim, wait)),
+            (None, outcome) => outcome,
+        };
+        Some(outcome.map(|held| (ChargedTo::Own(at), held)))
     }
 
     /// In a bucket of its own for a key that is not known, or in its parent's.
-    fn hold_new(&mut self, now: u64, ask: &Ask, who: impl FnOnce() -> Who) -> Result<ChargedTo, Duration> {
+    fn hold_new(
+        &mut self,
+        now: u64,
+        ask: &Ask,
+        short: Shortfall,
+        who: impl FnOnce() -> Who,
+    ) -> Result<(ChargedTo, u32), Duration> {
         let Ask { key, quota, cost, taker } = *ask;
         let Some(at) = self.has_room(now, key.parent).then(|| u32::try_from(self.cells.len()).ok()).flatten()
         else {
-            return self.hold_overflow(now, key.parent, quota, cost);
+            return self.hold_overflow(now, key.parent, quota, cost, short);
         };
         // Where the key was charged while there was no room, it may have spent all that was spent there. Nobody
         // gets a second burst by coming out of the overflow.
@@ -216,9 +229,12 @@ impl Table {
         if let Some(parent) = self.parent(key.parent) {
             bucket.inherit(now, quota, parent.overflow.get(quota));
         }
-        bucket.hold(now, quota, cost)?;
+        let held = match bucket.hold(now, quota, cost) {
+            Err(_) if short == Shortfall::Pass => bucket.hold_some(now, quota, cost, 0),
+            held => held.map(|()| cost)?,
+        };
         if !self.own_one_more(now, key.parent) {
-            return self.stray.hold(now, quota, cost).map(|()| ChargedTo::Stray);
+            return Ok((ChargedTo::Stray, self.stray.hold(now, quota, cost, short)?));
         }
         self.cells.push(Cell {
             hash: key.hash,
@@ -234,7 +250,7 @@ impl Table {
         self.names.push(who());
         let cells = &self.cells;
         self.index.insert_unique(key.hash[0], at, |at| hash_at(cells, *at));
-        Ok(ChargedTo::Own(at))
+        Ok((ChargedTo::Own(at), held))
     }
 
     /// A mark of a taker, small enough for a cell. Two that meet are taken for one, until a third comes.
@@ -249,9 +265,15 @@ impl Table {
     /// It counts as ended at the latest time that the table was told. That is not before it began, and saves a
     /// look at the clock; the tokens begin to flow back no sooner than if they had been taken at once.
     pub(super) fn settle(&mut self, held: &Ask, place: ChargedTo, cost: u32) -> Option<Level> {
+        let held = HeldTokens { ask: *held, place, tokens: held.cost, short: Shortfall::Refuse };
+        self.settle_held(&held, cost)
+    }
+
+    /// [`Table::settle`] of what [`Table::hold_by`] gave.
+    pub(super) fn settle_held(&mut self, held: &HeldTokens, cost: u32) -> Option<Level> {
         let now = self.latest;
-        let Ask { key, quota, cost: held, taker } = *held;
-        let refund = u32::from(held > 0 && cost == 0);
+        let HeldTokens { ask: Ask { key, quota, cost: asked, taker }, place, tokens, short } = *held;
+        let refund = u32::from(asked > 0 && cost == 0);
         let Self { index, cells, shared, parents, stray, seed, .. } = self;
         let bucket = match place {
             ChargedTo::Own(at) => cell(index, cells, key.hash, at).map(|cell| {
@@ -260,7 +282,7 @@ impl Table {
                     && cell.taker == SEVERAL
                     && let Some(shares) = shared.of(key.hash)
                 {
-                    shares.settle(now, quota, taker, held, cost);
+                    shares.settle(now, quota, taker, asked, cost, short);
                 }
                 &mut cell.bucket
             }),
@@ -270,14 +292,28 @@ impl Table {
             }
             ChargedTo::Stray => stray.get(quota),
         };
-        bucket.map(|bucket| bucket.settle(now, quota, held, cost))
+        bucket.map(|bucket| bucket.settle_by(now, quota, tokens, cost, short))
     }
 
     /// Adds to what a known key has spent, as a debt of at most one burst. A key that is not known has a full
     /// bucket, and is left in peace: this is for a cost that shows itself after the call was charged.
-    pub(super) fn charge(&mut self, now: u64, ask: &Ask) -> Option<Level> {
+    pub(super) fn charge(&mut self, now: u64, ask: &Ask, short: Shortfall) -> Option<Level> {
         self.tick(now);
-        self.settle(&Ask { cost: 0, ..*ask }, ChargedTo::Own(u32::MAX), ask.cost)
+        let nothing = Ask { cost: 0, ..*ask };
+        let held = HeldTokens { ask: nothing, place: ChargedTo::Own(u32::MAX), tokens: 0, short };
+        self.settle_held(&held, ask.cost)
+    }
+
+    /// Charges a call that is over, known key or not. Where there are too few tokens, its bucket owes them.
+    pub(super) fn charge_late(
+        &mut self,
+        now: u64,
+        ask: &Ask,
+        short: Shortfall,
+        who: impl FnOnce() -> Who,
+    ) -> Option<Level> {
+        let held = self.hold_by(now, ask, Shortfall::Pass, who).ok()?;
+        self.settle_held(&HeldTokens { short, ..held }, ask.cost)
     }
 
     /// Counts for people that a key was refused for something else than its tokens, if it is known.
@@ -417,12 +453,14 @@ impl Table {
         parent: u64,
         quota: Quota,
         cost: u32,
-    ) -> Result<ChargedTo, Duration> {
+        short: Shortfall,
+    ) -> Result<(ChargedTo, u32), Duration> {
         self.make_parent(now, parent);
-        match self.parent(parent) {
-            Some(parent) => parent.overflow.hold(now, quota, cost).map(|()| ChargedTo::Overflow),
-            None => self.stray.hold(now, quota, cost).map(|()| ChargedTo::Stray),
-        }
+        let (pool, place) = match self.parent(parent) {
+            Some(parent) => (&mut parent.overflow, ChargedTo::Overflow),
+            None => (&mut self.stray, ChargedTo::Stray),
+        };
+        Ok((place, pool.hold(now, quota, cost, short)?))
     }
 
     fn own_one_more(&mut self, now: u64, id: u64) -> bool {
@@ -455,38 +493,6 @@ impl Table {
         let parent = Parent { id, owned: 0, overflow };
         self.parents.insert_unique(seed.hash_one(id), parent, |parent| seed.hash_one(parent.id));
     }
-}
-
-impl Cell {
-    /// Whether callers have shares of it, now that the one with this mark takes too.
-    fn is_shared_with(&mut self, mark: u16) -> bool {
-        match self.taker {
-            NOBODY => self.taker = mark,
-            known if known != mark => self.taker = SEVERAL,
-            _ => {}
-        }
-        self.taker == SEVERAL
-    }
-}
-
-/// Where the cell of a key is.
-fn find(index: &HashTable<u32>, cells: &[Cell], hash: [u64; 2]) -> Option<u32> {
-    index.find(hash[0], |at| cell_at(cells, *at).is_some_and(|cell| cell.hash == hash)).copied()
-}
-
-/// The cell of a key that was last seen at a place.
-fn cell<'a>(index: &HashTable<u32>, cells: &'a mut [Cell], hash: [u64; 2], at: u32) -> Option<&'a mut Cell> {
-    let is_there = cell_at(cells, at).is_some_and(|cell| cell.hash == hash);
-    let at = if is_there { at } else { find(index, cells, hash)? };
-    cells.get_mut(usize::try_from(at).ok()?)
-}
-
-fn cell_at(cells: &[Cell], at: u32) -> Option<&Cell> {
-    cells.get(usize::try_from(at).ok()?)
-}
-
-fn hash_at(cells: &[Cell], at: u32) -> u64 {
-    cell_at(cells, at).map_or(0, |cell| cell.hash[0])
 }
 
 #[cfg(test)]
@@ -649,7 +655,7 @@ mod tests {
             let mut ended = Vec::new();
             if !matches!(step, Move::Wait(_) | Move::Back(_)) {
                 latest = latest.max(now);
-                table.charge(now, &ask(flood_key(0, u32::MAX), quota, 0));
+                table.charge(now, &ask(flood_key(0, u32::MAX), quota, 0), Shortfall::Refuse);
             }
             match step {
                 Move::Call { cost, later, refund } => {

@@ -8,6 +8,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use nix::time::{ClockId, clock_gettime};
+
 /// Where the present comes from.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock(Source);
@@ -60,6 +62,13 @@ pub async fn sleep_until(clock: Clock, due: SystemTime) {
         }
         tokio::time::sleep(left.min(Duration::from_secs(10))).await;
     }
+}
+
+/// Processor time that all threads of this process have used, from its start.
+pub fn processor_time() -> Duration {
+    let used = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID);
+    // There is such a clock wherever there are processes.
+    used.map(Duration::from).unwrap_or_default()
 }
 
 #[cfg(test)]

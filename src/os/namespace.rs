@@ -1,8 +1,39 @@
-//! Whose a namespace is: the request that nix does not have.
+//! Whose a namespace is, and whom the agent's own user namespace has no number for.
 
-use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::{
+    fs,
+    os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
+};
 
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    unistd::{Gid, Uid},
+};
+
+use super::pidfd::Owner;
+
+/// What the kernel says of every user, and of every group, that this process's user namespace has no number for
+/// (user_namespaces(7)); `None` in a namespace that has one for all. It may also be the number of somebody: `nobody` on most
+/// systems.
+pub fn unmapped() -> Option<Owner> {
+    let read = |path: &str| fs::read_to_string(path).ok();
+    let partial = |path: &str| read(path).is_some_and(|map| !maps_all(&map));
+    if !partial("/proc/self/uid_map") && !partial("/proc/self/gid_map") {
+        return None;
+    }
+    // The kernel's default, where these cannot be read.
+    let overflow = |path: &str| read(path).and_then(|text| text.trim().parse().ok()).unwrap_or(65_534);
+    Some(Owner {
+        uid: Uid::from_raw(overflow("/proc/sys/kernel/overflowuid")),
+        gid: Gid::from_raw(overflow("/proc/sys/kernel/overflowgid")),
+    })
+}
+
+/// Whether a map (lines of first number inside, first outside, how many) has all there are.
+fn maps_all(map: &str) -> bool {
+    let lengths = map.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok());
+    lengths.sum::<u64>() >= u64::from(u32::MAX)
+}
 
 /// The user namespace that a namespace belongs to: whoever is root in there rules it (`NS_GET_USERNS`, Linux 4.9).
 /// `namespace` is an open file of `/proc/PID/ns`.
@@ -25,6 +56,19 @@ mod tests {
     use nix::sys::stat::{fstat, stat};
 
     use super::*;
+
+    #[test]
+    fn a_map_of_all_leaves_nobody_out() {
+        for (case, map, want) in [
+            ("the node's own", "         0          0 4294967295\n", true),
+            ("one user", "         0       1000          1\n", false),
+            ("of a rootless container", "0 1000 1\n1 100000 65536\n", false),
+            ("all in two parts", "0 0 1000\n1000 1000 4294966295\n", true),
+            ("not written yet", "", false),
+        ] {
+            assert_eq!(maps_all(map), want, "{case}");
+        }
+    }
 
     #[test]
     fn our_mount_namespace_belongs_to_a_user_namespace_and_other_files_to_none() {

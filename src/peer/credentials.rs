@@ -55,6 +55,8 @@ pub struct Peer {
     owner_from: OwnerFrom,
     /// It was seen as another user or group than it connected as.
     changed: AtomicBool,
+    /// Its connection is to end.
+    sent_away: AtomicBool,
     slot: PeerSlot,
 }
 
@@ -248,6 +250,7 @@ impl Peer {
             process,
             owner_from: OwnerFrom::Pidfd,
             changed: AtomicBool::new(false),
+            sent_away: AtomicBool::new(false),
             slot: PeerSlot::default(),
         }
     }
@@ -365,6 +368,17 @@ impl Peer {
     /// nothing is answered on it but that.
     pub(super) fn has_changed(&self) -> bool {
         self.changed.load(Relaxed)
+    }
+
+    /// Its connection is to end. The streams that rest on it have to be woken for it.
+    pub(super) fn send_away(&self) {
+        self.sent_away.store(true, Relaxed);
+    }
+
+    /// Whether its connection is to end: a stream on it ends then, and the peer opens it again on another. The answer
+    /// to a stream is polled when this changes.
+    pub fn is_sent_away(&self) -> bool {
+        self.sent_away.load(Relaxed)
     }
 
     /// Waits until the process has ended; for ever when the agent cannot see it. Watching costs an epoll

@@ -2,7 +2,7 @@
 
 use tokio::sync::watch;
 
-use crate::{limits::CallerKey, telemetry::registry::labels};
+use crate::telemetry::registry::labels;
 
 labels! {
     /// Why a connection ended.
@@ -27,7 +27,11 @@ labels! {
         Descriptors = "descriptors",
         /// Another process wrote on it, or its own with another user or group.
         AnotherWriter = "another_writer",
-        /// Memory was short, and its caller held the most.
+        /// The node was short of something, and its caller held more than its share: it was told to connect again.
+        SentAway = "sent_away",
+        /// It asked for nothing but refusals and errors for too long: it was told to connect again.
+        Wasteful = "wasteful",
+        /// Memory ran out, and its caller held the most.
         Evicted = "evicted",
         /// The agent drained.
         Drained = "drained",
@@ -42,24 +46,10 @@ labels! {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Phase {
     pub(super) draining: bool,
-    /// The connections of this caller end at once.
-    pub(super) evicted: Option<CallerKey>,
 }
 
-impl Phase {
-    /// Why a connection of `caller` has to end, if it has to.
-    fn ends(&self, caller: CallerKey) -> Option<ConnectionEnd> {
-        if self.evicted == Some(caller) {
-            Some(ConnectionEnd::Evicted)
-        } else {
-            self.draining.then_some(ConnectionEnd::Drained)
-        }
-    }
-}
-
-/// Waits until connections of `caller` are told to end, and says why.
-pub(super) async fn told(phases: &mut watch::Receiver<Phase>, caller: CallerKey) -> ConnectionEnd {
-    let told = phases.wait_for(|phase| phase.ends(caller).is_some()).await;
+/// Waits until all connections are told to end.
+pub(super) async fn drains(phases: &mut watch::Receiver<Phase>) {
     // Without a phase the listener is gone.
-    told.ok().and_then(|phase| phase.ends(caller)).unwrap_or(ConnectionEnd::Drained)
+    let _draining_or_gone = phases.wait_for(|phase| phase.draining).await.is_ok();
 }

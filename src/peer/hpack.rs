@@ -1,9 +1,13 @@
 //! Header blocks, walked byte by byte (RFC 7541), so that h2 takes the `:authority` of every gRPC client.
 //!
-//! Clients on gRPC C-core (Python, C++, Ruby, PHP) name the socket's path there (`run%2Fagent.sock`), which
-//! h2 refuses. The characters that an authority may not hold are overwritten, each with one that it may hold,
-//! so that no length and no HPACK table changes. Absent: Huffman-coded values and names, and names from the
-//! dynamic table. C-core sends a plain literal, or an index to one that passed here before.
+//! Clients put what they like there: gRPC C-core the socket's path (`run%2Fagent.sock`), grpc-go what a dialer was given,
+//! Envoy the name of a cluster, and h2 refuses what no URI may hold (RFC 3986, section 3.2). Nobody here reads it, so every
+//! byte of it is written over with zeros, plain or Huffman-coded: no length and no HPACK table changes, but that a coded one
+//! may count for more bytes than it did. Where it is empty, the field of the static table gives way to another empty one that
+//! nobody reads, `accept-charset`.
+//!
+//! Absent: names from the dynamic table. An encoder takes the name from the static table, or spells it out; what it refers to
+//! whole has passed here before.
 
 /// Where in a header block (RFC 7541, section 6). Carries over from frame to frame.
 #[derive(Clone, Copy, Debug)]
@@ -15,7 +19,7 @@ pub(super) enum Hpack {
     /// The length of a string begins.
     Length { of: HpackText },
     /// A string.
-    Text { left: u32, of: HpackText, authority: Authority },
+    Text { left: u32, of: HpackText },
     /// An integer too large for anybody: h2 will refuse the block.
     Lost,
 }
@@ -34,25 +38,27 @@ pub(super) enum IntegerOf {
 /// What a string is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum HpackText {
-    /// A name; so many of its bytes are those of `:authority`, if all of them were.
-    Name { like_authority: Option<u8> },
+    /// A name that is spelled out. So many of its bytes have passed, if all of them are those of `:authority` in this coding.
+    Name { like_authority: Option<u8>, huffman: bool },
     /// The value of `:authority`.
     Authority,
+    /// The same, Huffman-coded: so many bits are left over after its last whole code.
+    CodedAuthority { padding: u8 },
     /// Another value.
     Value,
 }
 
-/// What matters of the authority's bytes that have passed.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Authority {
-    begun: bool,
-    in_brackets: bool,
-    had_colon: bool,
-}
-
 pub(super) const AUTHORITY: &[u8] = b":authority";
-/// The place of `:authority` in the static table (RFC 7541, appendix A).
+/// The same, Huffman-coded (RFC 7541, appendix B).
+pub(super) const CODED_AUTHORITY: &[u8] = &[0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f];
+/// `:authority` without a value: an indexed field (RFC 7541, section 6.1) of the static table's place 1 (appendix A).
+pub(super) const EMPTY_AUTHORITY: u8 = 0x81;
+/// `accept-charset` without a value.
+pub(super) const EMPTY_HEADER: u8 = 0x8f;
+/// The place of `:authority` in the static table.
 const AUTHORITY_INDEX: u32 = 1;
+/// Bits of the code of `0`, which are all zero.
+const ZERO_BITS: u32 = 5;
 
 impl Hpack {
     /// Takes as many bytes as can be taken at once, one at least, and says how many.
@@ -61,6 +67,10 @@ impl Hpack {
         let byte = *first;
         *self = match *self {
             Self::Start => match byte {
+                EMPTY_AUTHORITY => {
+                    *first = EMPTY_HEADER;
+                    Self::Start
+                }
                 0x80.. => Self::integer(byte, 0x7f, IntegerOf::Nothing),
                 0x40..0x80 => Self::integer(byte, 0x3f, IntegerOf::NameIndex),
                 0x20..0x40 => Self::integer(byte, 0x1f, IntegerOf::Nothing),
@@ -81,17 +91,26 @@ impl Hpack {
                 }
             }
             Self::Length { of } => Self::integer(byte, 0x7f, IntegerOf::Length { of, huffman: byte >= 0x80 }),
-            Self::Text { left, of: HpackText::Authority, mut authority } => {
-                *first = authority.legal(byte);
-                Self::text(left - 1, HpackText::Authority, authority)
+            Self::Text { left, of: HpackText::Name { like_authority: Some(passed), huffman } } => {
+                let like = if huffman { CODED_AUTHORITY } else { AUTHORITY };
+                let like_authority = (like.get(usize::from(passed)) == Some(&byte)).then(|| passed + 1);
+                Self::text(left - 1, HpackText::Name { like_authority, huffman })
             }
-            Self::Text { left, of: HpackText::Name { like_authority: Some(passed) }, authority } => {
-                let like_authority = (AUTHORITY.get(usize::from(passed)) == Some(&byte)).then(|| passed + 1);
-                Self::text(left - 1, HpackText::Name { like_authority }, authority)
-            }
-            Self::Text { left, of, authority } => {
+            Self::Text { left, of } => {
                 let used = u32::try_from(bytes.len()).unwrap_or(u32::MAX).min(left);
-                *self = Self::text(left - used, of, authority);
+                let (text, _) = bytes.split_at_mut(usize::try_from(used).unwrap_or(bytes.len()));
+                match of {
+                    HpackText::Authority => text.fill(b'0'),
+                    HpackText::CodedAuthority { padding } => {
+                        text.fill(0);
+                        // Padding is of ones (RFC 7541, section 5.2).
+                        if let Some(last) = text.last_mut().filter(|_| used == left) {
+                            *last = (1 << padding) - 1;
+                        }
+                    }
+                    HpackText::Name { .. } | HpackText::Value => {}
+                }
+                *self = Self::text(left - used, of);
                 return used;
             }
             Self::Lost => {
@@ -111,51 +130,33 @@ impl Hpack {
         match of {
             IntegerOf::Nothing => Self::Start,
             IntegerOf::NameIndex => match value {
-                0 => Self::Length { of: HpackText::Name { like_authority: Some(0) } },
+                0 => Self::Length { of: HpackText::Name { like_authority: Some(0), huffman: false } },
                 AUTHORITY_INDEX => Self::Length { of: HpackText::Authority },
                 _ => Self::Length { of: HpackText::Value },
             },
-            IntegerOf::Length { of, huffman: false } => Self::text(value, of, Authority::default()),
-            IntegerOf::Length { of: HpackText::Name { .. }, huffman: true } => {
-                Self::text(value, HpackText::Name { like_authority: None }, Authority::default())
+            IntegerOf::Length { of: HpackText::Authority, huffman: true } => {
+                let over = value.wrapping_mul(u8::BITS) % ZERO_BITS;
+                Self::text(value, HpackText::CodedAuthority { padding: u8::try_from(over).unwrap_or(0) })
             }
-            IntegerOf::Length { of: HpackText::Authority | HpackText::Value, huffman: true } => {
-                Self::text(value, HpackText::Value, Authority::default())
+            IntegerOf::Length { of: HpackText::Name { like_authority, .. }, huffman } => {
+                Self::text(value, HpackText::Name { like_authority, huffman })
             }
+            IntegerOf::Length { of, .. } => Self::text(value, of),
         }
     }
 
     /// A string with so many bytes left; without any, what comes after it.
-    fn text(left: u32, of: HpackText, authority: Authority) -> Self {
+    fn text(left: u32, of: HpackText) -> Self {
+        let is_authority = |passed: u8, huffman: bool| {
+            usize::from(passed) == if huffman { CODED_AUTHORITY.len() } else { AUTHORITY.len() }
+        };
         match of {
-            _ if left > 0 => Self::Text { left, of, authority },
-            HpackText::Name { like_authority: Some(passed) } if usize::from(passed) == AUTHORITY.len() => {
+            _ if left > 0 => Self::Text { left, of },
+            HpackText::Name { like_authority: Some(passed), huffman } if is_authority(passed, huffman) => {
                 Self::Length { of: HpackText::Authority }
             }
             HpackText::Name { .. } => Self::Length { of: HpackText::Value },
-            HpackText::Authority | HpackText::Value => Self::Start,
+            HpackText::Authority | HpackText::CodedAuthority { .. } | HpackText::Value => Self::Start,
         }
-    }
-}
-
-impl Authority {
-    /// The byte itself where an authority may hold it (RFC 3986, section 3.2, as the `http` crate reads it, without
-    /// user information), else `-`.
-    pub(super) fn legal(&mut self, byte: u8) -> u8 {
-        let legal = match byte {
-            b'[' => !self.begun,
-            b']' => self.in_brackets,
-            b':' => self.in_brackets || !std::mem::replace(&mut self.had_colon, true),
-            b'-' | b'.' | b'_' | b'~' | b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+' | b','
-            | b';' | b'=' => true,
-            _ => byte.is_ascii_alphanumeric(),
-        };
-        match byte {
-            b'[' if legal => self.in_brackets = true,
-            b']' => self.in_brackets = false,
-            _ => {}
-        }
-        self.begun = true;
-        if legal { byte } else { b'-' }
     }
 }

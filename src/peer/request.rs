@@ -2,15 +2,14 @@
 
 use std::{
     pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-use super::turns::Turns;
+use super::turns::Upload;
 
 /// The body of a request. As long as it is not complete, its bytes count against what its connection may send
 /// without ending a request ([`UPLOADS`](crate::limits::budget::UPLOADS)): what is half-read is kept by
@@ -18,13 +17,11 @@ use super::turns::Turns;
 #[derive(Debug)]
 pub struct RequestBody {
     body: Incoming,
-    turns: Arc<Turns>,
+    upload: Upload,
     /// Bytes that came.
     came: u64,
     /// Bytes that may come.
     most: u64,
-    /// Bytes that count for the connection.
-    counted: u64,
 }
 
 /// Why the body of a request cannot be read to its end.
@@ -40,29 +37,17 @@ pub enum BodyError {
 }
 
 impl RequestBody {
-    pub(super) fn new(body: Incoming, turns: Arc<Turns>) -> Self {
-        Self { body, turns, came: 0, most: u64::MAX, counted: 0 }
+    pub(super) fn new(body: Incoming, upload: Upload) -> Self {
+        Self { body, upload, came: 0, most: u64::MAX }
     }
 
-    /// The same, of which no more than so many bytes may come in all: for requests without an end.
+    /// The same, of which no more than so many bytes may come in all: for requests without an end, which are answered
+    /// while they come.
     #[must_use]
     pub fn at_most(mut self, bytes: u64) -> Self {
         self.most = bytes;
+        self.upload.beside_its_answer();
         self
-    }
-
-    /// Counts what came. Returns whether there is room for it.
-    fn count(&mut self) -> bool {
-        let more = self.came.saturating_sub(self.counted);
-        self.counted = self.came;
-        self.turns.upload(more)
-    }
-
-    fn uncount(&mut self) {
-        let counted = std::mem::take(&mut self.counted);
-        if counted > 0 {
-            self.turns.end_upload(counted);
-        }
     }
 }
 
@@ -75,9 +60,14 @@ impl Body for RequestBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = self.get_mut();
+        ready!(this.upload.poll_goes_on(cx));
         let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) else {
             // What came so far waits for its rest.
-            return if this.count() { Poll::Pending } else { Poll::Ready(Some(Err(BodyError::TooMuch))) };
+            return if this.upload.waits(this.came) {
+                Poll::Pending
+            } else {
+                Poll::Ready(Some(Err(BodyError::TooMuch)))
+            };
         };
         let Some(frame) = frame.transpose()? else { return Poll::Ready(None) };
         let more = frame.data_ref().map_or(0, Bytes::len);
@@ -86,7 +76,7 @@ impl Body for RequestBody {
             return Poll::Ready(Some(Err(BodyError::TooMuch)));
         }
         if this.body.is_end_stream() {
-            this.uncount();
+            this.upload.ends();
         }
         Poll::Ready(Some(Ok(frame)))
     }
@@ -97,11 +87,5 @@ impl Body for RequestBody {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
-    }
-}
-
-impl Drop for RequestBody {
-    fn drop(&mut self) {
-        self.uncount();
     }
 }

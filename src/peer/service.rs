@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use hyper::{body::Incoming, service::Service};
 
@@ -18,6 +18,9 @@ use super::{
     request::RequestBody,
     turns::{Part, Turn, Turns},
 };
+
+/// By this header a refusal by the limits says when to come back (gRFC A6), whatever its status.
+pub const PUSHBACK: &str = "grpc-retry-pushback-ms";
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -44,7 +47,8 @@ where
     type Body = B;
 }
 
-/// Gives each request its peer, and keeps its [`Turn`].
+/// Gives each request its peer, and keeps its [`Turn`]. A request is handed on at once, so that of its head nothing is
+/// kept that nobody needs; what answers it is polled when its turn has come.
 pub(super) struct WatchedService<S> {
     pub(super) service: S,
     pub(super) peer: Arc<Peer>,
@@ -57,9 +61,9 @@ impl<S: ConnectionService> Service<Request<Incoming>> for WatchedService<S> {
     type Future = Answering<S::Future>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
-        let mut request = request.map(|body| RequestBody::new(body, Arc::clone(&self.turns)));
-        request.extensions_mut().insert(Arc::clone(&self.peer));
         let turn = Turn::begin(&self.turns);
+        let mut request = request.map(|body| RequestBody::new(body, turn.upload()));
+        request.extensions_mut().insert(Arc::clone(&self.peer));
         Answering { answer: self.service.call(request), turn: Some(turn) }
     }
 }
@@ -77,11 +81,34 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
-        let Ok(response) = ready!(Pin::new(&mut this.answer).poll(cx));
         // Nothing more comes after the answer.
+        let Some(turn) = &mut this.turn else { return Poll::Pending };
+        ready!(turn.poll_begin(cx));
+        let Ok(response) = ready!(Pin::new(&mut this.answer).poll(cx));
         let Some(turn) = this.turn.take() else { return Poll::Pending };
+        if is_wasted(response.headers()) {
+            turn.wasted();
+        }
         Poll::Ready(Ok(response.map(|body| WatchedBody { body, turn })))
     }
+}
+
+impl<F> Drop for Answering<F> {
+    fn drop(&mut self) {
+        // Reset before it was answered: what was done for it was done for nothing.
+        if let Some(turn) = &self.turn {
+            turn.wasted();
+        }
+    }
+}
+
+/// Whether an answer is nothing but a status that its caller is to blame for, or a refusal by the limits.
+fn is_wasted(headers: &HeaderMap) -> bool {
+    /// gRPC's codes of success, and of what the agent is to blame for: UNKNOWN, INTERNAL and UNAVAILABLE.
+    const NOT_THE_CALLERS: [&str; 4] = ["0", "2", "13", "14"];
+    headers.get("grpc-status").is_some_and(|status| {
+        !NOT_THE_CALLERS.iter().any(|code| status == code) || headers.contains_key(PUSHBACK)
+    })
 }
 
 /// The body of an answer: it is the peer's turn while a part of it is on its way, and nobody's when it has none yet.
@@ -96,9 +123,10 @@ impl<B: Body<Data = Bytes> + Unpin> Body for WatchedBody<B> {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Part>, B::Error>>> {
         let this = self.get_mut();
+        ready!(this.turn.poll_begin(cx));
         let next = Pin::new(&mut this.body).poll_frame(cx);
         if next.is_pending() {
-            this.turn.rests();
+            this.turn.rests(cx);
         }
         next.map_ok(|frame| frame.map_data(|bytes| this.turn.part(bytes)))
     }

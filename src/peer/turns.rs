@@ -1,18 +1,28 @@
 //! Whose turn it is in each request of a connection.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll, Waker, ready},
+};
 
 use bytes::{Buf, Bytes};
 use tokio::time::Instant;
 
-use crate::limits::{budget::UPLOADS, holding::Holding};
+use super::{pauses::Pauses, unsent::Unsent};
+use crate::limits::{
+    budget::{HTTP2, STREAM, UPLOAD, UPLOADS, WAITING, unsent},
+    holding::Holding,
+};
 
 /// Whose turn it is in each request of a connection: the server's, to answer; the peer's, to read; or nobody's, in
-/// a stream that waits for news. Written by the tasks of the streams, read by that of the connection.
-#[derive(Debug, Default)]
+/// a stream that waits for news, or a request that waits until its answer fits ([`Unsent`]). Written by the tasks of the
+/// streams, read by that of the connection. What HTTP/2, the requests and their answers take is told to the connection's
+/// [`Holding`] as it comes and goes.
+#[derive(Debug)]
 pub(super) struct Turns {
     slots: Mutex<TurnSlots>,
     holding: Arc<Holding>,
+    pauses: Arc<Pauses>,
 }
 
 #[derive(Debug, Default)]
@@ -21,31 +31,80 @@ struct TurnSlots {
     slots: Vec<TurnSlot>,
     open: usize,
     last_ended: Option<Instant>,
+    /// Requests that have begun.
+    begun: u64,
     /// Bytes of requests that are not complete.
     uploads: u64,
+    unsent: Unsent,
 }
 
 /// One request: free once its answer has ended and every part of it has left for the kernel.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 struct TurnSlot {
+    /// Which request of the connection it is.
+    call: u64,
     /// Its answer has not ended.
     open: bool,
     /// The answer has nothing to send for now: a stream that waits for news.
     rests: bool,
+    /// It waits until its answer fits.
+    waits: bool,
+    /// What its answer is reckoned at, while it is being made.
+    reckoned: u64,
     /// Parts of the answer that hyper or h2 holds, because the peer has no room for them.
     parts: usize,
     /// When it last came a step on.
     moved: Instant,
+    /// Of who makes the answer, while it rests or waits.
+    waker: Option<Waker>,
 }
 
 impl TurnSlot {
-    fn is_free(self) -> bool {
+    fn is_free(&self) -> bool {
         !self.open && self.parts == 0
     }
 
-    /// Since when it waits, for the server or for the peer.
-    fn waits_since(self) -> Option<Instant> {
-        (self.parts > 0 || self.open && !self.rests).then_some(self.moved)
+    /// Since when it waits, for the server or for the peer. Who waits behind others is none of these: they are.
+    fn waits_since(&self) -> Option<Instant> {
+        let served = self.open && !self.rests && !self.waits;
+        (self.parts > 0 || served).then_some(self.moved)
+    }
+
+    fn keep_waker(&mut self, waker: &Waker) {
+        match &mut self.waker {
+            Some(before) => before.clone_from(waker),
+            none => *none = Some(waker.clone()),
+        }
+    }
+}
+
+impl TurnSlots {
+    /// Whether the slot is this request's, and its answer has not ended.
+    fn is_open(&self, at: usize, call: u64) -> bool {
+        self.slots.get(at).is_some_and(|slot| slot.call == call && slot.open)
+    }
+
+    /// Ends what a slot's answer is reckoned at.
+    fn end_reckoned(&mut self, at: usize) {
+        if let Some(slot) = self.slots.get_mut(at) {
+            self.unsent.end(std::mem::take(&mut slot.reckoned));
+        }
+    }
+
+    /// Who has waited longest begins, if its answer fits: the waker of the first that has to be told.
+    fn begin_next(&mut self, holding: &Holding) -> Option<Waker> {
+        loop {
+            let (at, reckoned) = self.unsent.next()?;
+            holding.release(WAITING);
+            if let Some(slot) = self.slots.get_mut(at) {
+                slot.waits = false;
+                slot.reckoned = reckoned;
+                slot.moved = Instant::now();
+                if let Some(waker) = slot.waker.take() {
+                    return Some(waker);
+                }
+            }
+        }
     }
 }
 
@@ -65,9 +124,11 @@ pub(super) enum Look {
 }
 
 impl Turns {
-    /// Nothing yet; what is held is told to `holding`.
+    /// No request yet: what HTTP/2 takes, with room for one, is held.
     pub(super) fn new(holding: Arc<Holding>) -> Self {
-        Self { slots: Mutex::default(), holding }
+        holding.hold(HTTP2);
+        let pauses = Arc::new(Pauses::new(Arc::clone(&holding)));
+        Self { slots: Mutex::default(), holding, pauses }
     }
 
     fn with<R>(&self, f: impl FnOnce(&mut TurnSlots) -> R) -> R {
@@ -76,7 +137,7 @@ impl Turns {
 
     pub(super) fn look(&self) -> Look {
         self.with(|turns| {
-            let waits_since = turns.slots.iter().filter_map(|slot| slot.waits_since()).min();
+            let waits_since = turns.slots.iter().filter_map(TurnSlot::waits_since).min();
             match (waits_since, turns.open, turns.last_ended) {
                 (Some(since), ..) => Look::Busy { since },
                 (None, 1.., _) => Look::Open,
@@ -86,24 +147,51 @@ impl Turns {
         })
     }
 
-    /// Changes a slot that is in use.
-    fn update(&self, at: usize, change: impl FnOnce(&mut TurnSlot)) {
-        self.with(|turns| {
-            if let Some(slot) = turns.slots.get_mut(at) {
-                change(slot);
-                if slot.is_free() {
-                    turns.open -= 1;
-                    turns.last_ended = Some(Instant::now());
+    /// Changes what may make room for another answer, and has those begin that fit then.
+    fn update(&self, change: impl FnOnce(&mut TurnSlots)) {
+        let mut next = self.with(|turns| {
+            change(turns);
+            turns.begin_next(&self.holding)
+        });
+        // Not within the lock: whoever wakes up takes it.
+        while let Some(waker) = next {
+            waker.wake();
+            next = self.with(|turns| turns.begin_next(&self.holding));
+        }
+    }
+
+    /// The same where the slot, which is in use, may be free then.
+    fn update_to_its_end(&self, at: usize, change: impl FnOnce(&mut TurnSlots)) {
+        self.update(|turns| {
+            change(turns);
+            if turns.slots.get(at).is_some_and(TurnSlot::is_free) {
+                turns.open -= 1;
+                turns.last_ended = Some(Instant::now());
+                if turns.open > 0 {
+                    self.holding.release(STREAM);
                 }
             }
         });
+    }
+
+    /// When the connection is read no more.
+    pub(super) fn pauses(&self) -> &Arc<Pauses> {
+        &self.pauses
+    }
+
+    /// Wakes the streams that wait for news.
+    pub(super) fn wake_resting(&self) {
+        let wakers: Vec<Waker> = self.with(|turns| {
+            turns.slots.iter_mut().filter(|slot| slot.rests).filter_map(|slot| slot.waker.take()).collect()
+        });
+        wakers.into_iter().for_each(Waker::wake);
     }
 
     /// Counts bytes of a request that is not complete. Returns whether there is room for them.
     pub(super) fn upload(&self, more: u64) -> bool {
         self.with(|turns| {
             turns.uploads = turns.uploads.saturating_add(more);
-            self.holding.hold(more);
+            self.holding.hold(UPLOAD.saturating_mul(more));
             turns.uploads <= UPLOADS
         })
     }
@@ -111,7 +199,41 @@ impl Turns {
     /// These bytes of a request wait no longer for its rest.
     pub(super) fn end_upload(&self, counted: u64) {
         self.with(|turns| turns.uploads = turns.uploads.saturating_sub(counted));
-        self.holding.release(counted);
+        self.holding.release(UPLOAD.saturating_mul(counted));
+    }
+
+    /// Ready when the answer of the slot may be made; it is reckoned from then on. Else who made `waker` is woken for it.
+    fn poll_begin(&self, at: usize, waker: &Waker) -> Poll<()> {
+        self.with(|turns| {
+            let TurnSlots { slots, unsent, .. } = turns;
+            let Some(slot) = slots.get_mut(at) else { return Poll::Ready(()) };
+            if slot.reckoned > 0 {
+                return Poll::Ready(());
+            }
+            if !slot.waits {
+                if let Some(reckoned) = unsent.begin() {
+                    slot.reckoned = reckoned;
+                    return Poll::Ready(());
+                }
+                unsent.wait(at);
+                slot.waits = true;
+                self.holding.hold(WAITING);
+            }
+            slot.keep_waker(waker);
+            Poll::Pending
+        })
+    }
+}
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self::new(Arc::default())
+    }
+}
+
+impl Drop for Turns {
+    fn drop(&mut self) {
+        self.holding.release(HTTP2);
     }
 }
 
@@ -120,44 +242,171 @@ impl Turns {
 pub(super) struct Turn {
     turns: Arc<Turns>,
     slot: usize,
+    call: u64,
+    /// What is made next was reckoned, as far as is known here.
+    goes: bool,
 }
 
 impl Turn {
+    /// A request has come. Its answer may be made when [`Self::poll_begin`] says so.
     pub(super) fn begin(turns: &Arc<Turns>) -> Self {
-        let new = TurnSlot { open: true, rests: false, parts: 0, moved: Instant::now() };
-        let slot = turns.with(|turns| {
-            turns.open += 1;
-            if let Some((free, slot)) = turns.slots.iter_mut().enumerate().find(|(_, slot)| slot.is_free()) {
-                *slot = new;
-                free
-            } else {
-                turns.slots.push(new);
-                turns.slots.len() - 1
+        let (slot, call, goes) = turns.with(|slots| {
+            if slots.open > 0 {
+                turns.holding.hold(STREAM);
+            }
+            slots.open += 1;
+            slots.begun += 1;
+            let at = slots.slots.iter().position(TurnSlot::is_free).unwrap_or(slots.slots.len());
+            let reckoned = slots.unsent.begin();
+            if reckoned.is_none() {
+                slots.unsent.wait(at);
+                turns.holding.hold(WAITING);
+            }
+            let new = TurnSlot {
+                call: slots.begun,
+                open: true,
+                rests: false,
+                waits: reckoned.is_none(),
+                reckoned: reckoned.unwrap_or(0),
+                parts: 0,
+                moved: Instant::now(),
+                waker: None,
+            };
+            match slots.slots.get_mut(at) {
+                Some(slot) => *slot = new,
+                None => slots.slots.push(new),
+            }
+            (at, slots.begun, reckoned.is_some())
+        });
+        Self { turns: Arc::clone(turns), slot, call, goes }
+    }
+
+    /// Ready when its answer may be made, or go on.
+    pub(super) fn poll_begin(&mut self, cx: &Context<'_>) -> Poll<()> {
+        if !self.goes {
+            ready!(self.turns.poll_begin(self.slot, cx.waker()));
+            self.goes = true;
+        }
+        Poll::Ready(())
+    }
+
+    /// What it was asked for was no work to conserve: a refusal, an error of the caller's, or nothing any more.
+    pub(super) fn wasted(&self) {
+        self.turns.pauses.wasted(Instant::now());
+    }
+
+    /// For the body of its request.
+    pub(super) fn upload(&self) -> Upload {
+        let Self { turns, slot, call, .. } = self;
+        let turns = Arc::clone(turns);
+        Upload { turns, slot: *slot, call: *call, counted: 0, gives_way: true, gave_way: false }
+    }
+
+    /// The answer has nothing to send now; it is polled by whom the context wakes. Others may be made meanwhile.
+    pub(super) fn rests(&mut self, cx: &Context<'_>) {
+        self.goes = false;
+        self.turns.update(|turns| {
+            turns.end_reckoned(self.slot);
+            if let Some(slot) = turns.slots.get_mut(self.slot) {
+                slot.rests = true;
+                slot.keep_waker(cx.waker());
             }
         });
-        Self { turns: Arc::clone(turns), slot }
     }
 
-    /// The answer has nothing to send now.
-    pub(super) fn rests(&self) {
-        self.turns.update(self.slot, |slot| slot.rests = true);
-    }
-
-    /// A part of the answer is handed to hyper.
-    pub(super) fn part(&self, bytes: Bytes) -> Part {
-        let now = Instant::now();
-        self.turns.update(self.slot, |slot| {
-            slot.parts += 1;
-            slot.rests = false;
-            slot.moved = now;
+    /// A part of the answer is handed to hyper. What comes next need not fit, once: it is the end, mostly, without which
+    /// the peer may not read on.
+    pub(super) fn part(&mut self, bytes: Bytes) -> Part {
+        let held = unsent(bytes.len());
+        self.turns.holding.hold(held);
+        let mut reckoned = false;
+        self.turns.update(|turns| {
+            turns.unsent.made(held);
+            if let Some(slot) = turns.slots.get_mut(self.slot) {
+                slot.parts += 1;
+                slot.rests = false;
+                slot.moved = Instant::now();
+                reckoned = slot.reckoned > 0;
+            }
+            turns.end_reckoned(self.slot);
         });
-        Part { bytes, turns: Arc::clone(&self.turns), slot: self.slot }
+        self.goes = reckoned;
+        Part { bytes, held, turns: Arc::clone(&self.turns), slot: self.slot }
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.turns.update(self.slot, |slot| slot.open = false);
+        self.turns.update_to_its_end(self.slot, |turns| {
+            turns.end_reckoned(self.slot);
+            if let Some(slot) = turns.slots.get_mut(self.slot) {
+                slot.open = false;
+                slot.waker = None;
+                if std::mem::take(&mut slot.waits) {
+                    turns.unsent.leave(self.slot);
+                    self.turns.holding.release(WAITING);
+                }
+            }
+        });
+    }
+}
+
+/// The bytes of one request, as long as it is not complete. It may outlive its [`Turn`].
+#[derive(Debug)]
+pub(super) struct Upload {
+    turns: Arc<Turns>,
+    slot: usize,
+    call: u64,
+    /// Bytes that count for the connection.
+    counted: u64,
+    /// Its answer is not made before it is complete: meanwhile others are.
+    gives_way: bool,
+    gave_way: bool,
+}
+
+impl Upload {
+    /// It is read by who is being answered already, and by another task perhaps.
+    pub(super) fn beside_its_answer(&mut self) {
+        self.gives_way = false;
+    }
+
+    /// So many bytes came in all, and more are waited for. Others begin meanwhile: they may be what the peer waits for.
+    /// Returns whether there is room for the bytes.
+    pub(super) fn waits(&mut self, came: u64) -> bool {
+        let more = came.saturating_sub(self.counted);
+        self.counted = came;
+        if self.gives_way && !self.gave_way {
+            self.turns.update(|turns| {
+                if turns.is_open(self.slot, self.call) {
+                    turns.end_reckoned(self.slot);
+                }
+            });
+            self.gave_way = true;
+        }
+        self.turns.upload(more)
+    }
+
+    /// Ready when the body may be read on: when its answer fits once more.
+    pub(super) fn poll_goes_on(&mut self, cx: &Context<'_>) -> Poll<()> {
+        if self.gave_way && self.turns.with(|turns| turns.is_open(self.slot, self.call)) {
+            ready!(self.turns.poll_begin(self.slot, cx.waker()));
+        }
+        self.gave_way = false;
+        Poll::Ready(())
+    }
+
+    /// The request is complete, or given up.
+    pub(super) fn ends(&mut self) {
+        let counted = std::mem::take(&mut self.counted);
+        if counted > 0 {
+            self.turns.end_upload(counted);
+        }
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        self.ends();
     }
 }
 
@@ -165,16 +414,20 @@ impl Drop for Turn {
 /// only sign there is that a peer without a window has not pinned them.
 pub(super) struct Part {
     bytes: Bytes,
+    held: u64,
     turns: Arc<Turns>,
     slot: usize,
 }
 
 impl Drop for Part {
     fn drop(&mut self) {
-        let now = Instant::now();
-        self.turns.update(self.slot, |slot| {
-            slot.parts -= 1;
-            slot.moved = now;
+        self.turns.holding.release(self.held);
+        self.turns.update_to_its_end(self.slot, |turns| {
+            turns.unsent.sent(self.held);
+            if let Some(slot) = turns.slots.get_mut(self.slot) {
+                slot.parts -= 1;
+                slot.moved = Instant::now();
+            }
         });
     }
 }
@@ -190,5 +443,174 @@ impl Buf for Part {
 
     fn advance(&mut self, n: usize) {
         self.bytes.advance(n);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::atomic::{AtomicBool, Ordering::SeqCst},
+        task::Wake,
+    };
+
+    use proptest::{collection::vec, prelude::*, sample::Index};
+
+    use super::*;
+
+    /// What happens on a connection.
+    #[derive(Clone, Copy, Debug)]
+    enum Event {
+        Begins,
+        /// The task of the request is polled.
+        Polled,
+        Part(usize),
+        Rests,
+        /// Bytes came, and more are waited for.
+        Uploads(u64),
+        EndsUpload,
+        Ends,
+        Sent,
+        WakesAll,
+    }
+
+    fn events() -> impl Strategy<Value = Vec<(Event, Index)>> {
+        let event = prop_oneof![
+            4 => Just(Event::Begins),
+            6 => Just(Event::Polled),
+            4 => (0usize..50_000).prop_map(Event::Part),
+            2 => Just(Event::Rests),
+            2 => (0u64..20_000).prop_map(Event::Uploads),
+            1 => Just(Event::EndsUpload),
+            2 => Just(Event::Ends),
+            4 => Just(Event::Sent),
+            1 => Just(Event::WakesAll),
+        ];
+        vec((event, any::<Index>()), 0..150)
+    }
+
+    #[derive(Default)]
+    struct Woken(AtomicBool);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.store(true, SeqCst);
+        }
+    }
+
+    /// A request, as its task sees it.
+    struct Asked {
+        turn: Turn,
+        upload: Upload,
+        came: u64,
+        woken: Arc<Woken>,
+        /// It was told to wait, and is not polled before it is woken.
+        sleeps: bool,
+    }
+
+    impl Asked {
+        fn begin(turns: &Arc<Turns>) -> Self {
+            let turn = Turn::begin(turns);
+            let upload = turn.upload();
+            Self { turn, upload, came: 0, woken: Arc::default(), sleeps: false }
+        }
+
+        /// Whether it may go on.
+        fn polled(&mut self) -> bool {
+            let waker = Waker::from(Arc::clone(&self.woken));
+            let cx = Context::from_waker(&waker);
+            let begins = self.turn.poll_begin(&cx).is_ready() && self.upload.poll_goes_on(&cx).is_ready();
+            self.sleeps = !begins;
+            begins
+        }
+
+        fn happens(&mut self, event: Event, parts: &mut Vec<Part>) {
+            let waker = Waker::from(Arc::clone(&self.woken));
+            let cx = Context::from_waker(&waker);
+            match event {
+                Event::Part(bytes) if self.polled() => parts.push(self.turn.part(vec![0; bytes].into())),
+                Event::Rests if self.polled() => self.turn.rests(&cx),
+                Event::Uploads(bytes) if self.polled() => {
+                    self.came += bytes;
+                    self.upload.waits(self.came);
+                }
+                Event::EndsUpload if self.polled() => self.upload.ends(),
+                _ => {
+                    self.polled();
+                }
+            }
+        }
+    }
+
+    /// What is there, by another account than the one of [`Turns`].
+    fn there(turns: &Turns, requests: &[Asked], parts: &[Part]) -> u64 {
+        let mut slots: Vec<usize> = requests.iter().map(|request| request.turn.slot).collect();
+        slots.extend(parts.iter().map(|part| part.slot));
+        slots.sort_unstable();
+        slots.dedup();
+        let unsent: u64 = parts.iter().map(|part| part.held).sum();
+        let uploads: u64 = requests.iter().map(|request| request.upload.counted * UPLOAD).sum();
+        let waiting = turns.with(|turns| turns.slots.iter().filter(|slot| slot.waits).count());
+        let number = |n: usize| u64::try_from(n).unwrap();
+        HTTP2 + number(slots.len().saturating_sub(1)) * STREAM + unsent + uploads + number(waiting) * WAITING
+    }
+
+    proptest! {
+        /// Whatever happens in whatever order: what is held is the sum of what is there, and in the end nothing; who is
+        /// told to wait is woken when it may go on, and nobody waits for nothing.
+        #[test]
+        fn what_is_held_is_what_is_there(events in events(), parts_outlive in any::<bool>()) {
+            let holding = Arc::<Holding>::default();
+            let turns = Arc::new(Turns::new(Arc::clone(&holding)));
+            let (mut requests, mut parts) = (Vec::<Asked>::new(), Vec::new());
+            for (event, index) in events {
+                match event {
+                    Event::Begins => requests.push(Asked::begin(&turns)),
+                    Event::Sent if !parts.is_empty() => drop(parts.swap_remove(index.index(parts.len()))),
+                    Event::WakesAll => turns.wake_resting(),
+                    Event::Ends if !requests.is_empty() => {
+                        drop(requests.swap_remove(index.index(requests.len())));
+                    }
+                    event if !requests.is_empty() => {
+                        let request = index.get_mut(&mut requests);
+                        if !request.sleeps || request.woken.0.swap(false, SeqCst) {
+                            request.happens(event, &mut parts);
+                        }
+                    }
+                    _ => {}
+                }
+                prop_assert_eq!(holding.bytes(), there(&turns, &requests, &parts));
+                for Asked { turn, woken, sleeps, .. } in &requests {
+                    let waits = turns.with(|turns| turns.slots[turn.slot].waits);
+                    prop_assert!(!sleeps || waits || woken.0.load(SeqCst), "not woken");
+                }
+            }
+            if parts_outlive {
+                drop(requests);
+                drop(parts);
+            } else {
+                drop(parts);
+                drop(requests);
+            }
+            prop_assert!(turns.with(|turns| turns.slots.iter().all(TurnSlot::is_free) && turns.open == 0));
+            drop(turns);
+            prop_assert_eq!(holding.bytes(), 0);
+        }
+    }
+
+    /// Bodies that trickle keep nobody from an answer, and are answered in their turn.
+    #[test]
+    fn a_request_that_waits_for_its_rest_gives_way() {
+        let turns = Arc::new(Turns::default());
+        let mut requests: Vec<Asked> = (0..8).map(|_| Asked::begin(&turns)).collect();
+        let begun = |requests: &mut [Asked]| requests.iter_mut().map(Asked::polled).collect::<Vec<_>>();
+        assert_eq!(begun(&mut requests), [true, true, true, true, false, false, false, false]);
+        for request in &mut requests[..4] {
+            assert!(request.upload.waits(10));
+        }
+        assert!(requests[4..].iter().all(|request| request.woken.0.load(SeqCst)));
+        assert_eq!(begun(&mut requests[4..]), [true; 4]);
+        assert_eq!(begun(&mut requests[..4]), [false; 4], "now the others are being answered");
+        drop(requests.split_off(4));
+        assert_eq!(begun(&mut requests), [true; 4]);
     }
 }

@@ -80,13 +80,13 @@ pub fn authorize(
 }
 
 impl Entitled {
-    /// Charges the call to the identities of its entries: to all of them, or to none.
+    /// Charges the call to the identities of its entries: to all of them, or to none. Waits as [`Limits::admit`] does.
     ///
     /// # Errors
     /// [`Refusal`]; the caller's own tokens are given back then.
-    pub fn charge(mut self, limits: &Limits) -> Result<Charged, Refusal> {
-        limits
-            .admit_identities(&mut self.admitted, self.grant.entries.iter().map(|entry| &entry.spiffe_id))?;
+    pub async fn charge(mut self, limits: &Limits) -> Result<Charged, Refusal> {
+        let ids = self.grant.entries.iter().map(|entry| &entry.spiffe_id);
+        limits.admit_for(&mut self.admitted, ids).await?;
         let Self { admitted, peer, purpose, grant } = self;
         Ok(Charged { peer, purpose, grant, admitted: Some(admitted) })
     }

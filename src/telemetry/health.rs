@@ -34,6 +34,8 @@ pub struct HealthState(Mutex<Vitals>);
 struct Vitals {
     probe: Probe,
     pulse: Pulse,
+    /// No caller, or none but of the agent's own user, can be told from another.
+    blind: bool,
 }
 
 impl HealthState {
@@ -51,6 +53,11 @@ impl HealthState {
         self.lock().pulse = pulse;
     }
 
+    /// Tells that no caller, or none but of the agent's own user, can be told from another. That stays so.
+    pub fn cannot_tell_callers(&self) {
+        self.lock().blind = true;
+    }
+
     /// How the agent is. Whether its threads answer does not show here.
     #[must_use]
     pub fn get(&self) -> Probe {
@@ -64,21 +71,24 @@ impl HealthState {
     /// Whether it is well, or on its way: `false` only when it was up and cannot serve, as a restart may help then.
     #[must_use]
     pub fn live(&self) -> bool {
-        let Vitals { probe, pulse } = *self.lock();
+        let Vitals { probe, pulse, .. } = *self.lock();
         probe != Probe::Unavailable && pulse == Pulse::Beats
     }
 
     /// Whether workloads may be sent here.
     #[must_use]
     pub fn ready(&self) -> bool {
-        let Vitals { probe, pulse } = *self.lock();
-        probe == Probe::Healthy && pulse == Pulse::Beats
+        let Vitals { probe, pulse, blind } = *self.lock();
+        probe == Probe::Healthy && pulse == Pulse::Beats && !blind
     }
 
     /// spire-agent's bodies, so that whoever parses them need not change (`pkg/common/health`).
     pub(super) fn body(&self) -> &'static str {
-        let Vitals { probe, pulse } = *self.lock();
+        let Vitals { probe, pulse, blind } = *self.lock();
         match (probe, pulse) {
+            (Probe::Healthy, Pulse::Beats) if blind => {
+                "{\"agent\":{\"make_new_x509_err\":\"callers cannot be told apart on this node: see the log\"}}\n"
+            }
             (Probe::Starting, Pulse::Beats) => "{\"agent\":null}\n",
             (Probe::Healthy, Pulse::Beats) => "{\"agent\":{}}\n",
             (Probe::Unavailable | Probe::Draining, _) | (_, Pulse::Missed) => {

@@ -158,6 +158,19 @@ enum BoundAt {
     Unix(UnixListener, Box<dyn Any + Send + Sync>),
 }
 
+fn bind(host: &str, port: u16) -> io::Result<TcpListener> {
+    let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
+    TcpListener::bind((bare, port))
+}
+
+/// Whether this process could listen there now.
+///
+/// # Errors
+/// As `bind(2)` says, or there is no such host.
+pub fn can_bind(host: &str, port: u16) -> io::Result<()> {
+    bind(host, port).map(drop)
+}
+
 impl HttpListener {
     /// Binds `host` (a name or an address, IPv6 with or without brackets) and `port`; the first address of a name
     /// that can be bound is taken. It holds at most `places` connections.
@@ -165,8 +178,7 @@ impl HttpListener {
     /// # Errors
     /// [`HttpError`], for the agent not to start with.
     pub fn bind(host: &str, port: u16, routes: Routes, places: usize) -> Result<Self, HttpError> {
-        let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
-        let bound = TcpListener::bind((bare, port)).and_then(|listener| {
+        let bound = bind(host, port).and_then(|listener| {
             listener.set_nonblocking(true)?;
             // Connections inherit the buffers; the standard library's backlog is short.
             setsockopt(&listener, sockopt::RcvBuf, &RECEIVE_BUFFER)?;

@@ -26,7 +26,7 @@ use durward::{
     identity::SpiffeId,
     limits::{
         CallerKey, Gate, GatePlan, GateRule, GateRules, GateSettings, LimitSettings, Limits, Method,
-        TableSize,
+        NodeQuota, TableSize,
         bucket::{Per, Quota},
         caller::Caller,
         method::PerMethod,
@@ -151,7 +151,8 @@ fn main() {
         },
         ..LimitSettings::default()
     };
-    settings.node.quotas = PerMethod::all(Some(Quota::new(1e6, Per::Second, 1_000_000).unwrap()));
+    settings.node.quotas =
+        PerMethod::all(Some(NodeQuota::set(Quota::new(1e6, Per::Second, 1_000_000).unwrap())));
 
     let identities = identities(KEYS);
     let all = order(KEYS);

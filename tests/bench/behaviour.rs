@@ -36,6 +36,8 @@ mod frames;
 mod oracle;
 #[path = "behaviour/run.rs"]
 mod run;
+#[path = "wire.rs"]
+mod wire;
 
 use std::{
     path::PathBuf,

@@ -157,7 +157,7 @@ async fn explain_shows_what_fits_and_what_nearly_does() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn it_answers_when_the_public_socket_takes_nobody() {
-    let agent = Agent::start("");
+    let agent = Agent::start("ratelimit { gate { caller { connections = 64 } } }");
     // More than one caller may have, and silent.
     let mut open = Vec::new();
     for _ in 0..300 {

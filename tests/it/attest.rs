@@ -424,6 +424,32 @@ async fn an_executable_has_a_path_and_a_digest() {
     assert!(got.contains(&hash), "{got:?}");
 }
 
+/// A reload changes settings and entries. Between the two, and for as long as a call takes that has begun before, there is
+/// no caller for whom entries of the one are looked for by what the other says.
+#[tokio::test]
+async fn a_call_is_attested_by_the_settings_of_its_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = sleeper(&dir, "program");
+    let mut process = Process::start(&dir);
+    process.execute(&program);
+    let (path, digest) = (format!("unix:path:{}", program.display()), sha256(&program));
+    for (case, old, new, asked) in [
+        ("paths are found out no more", discovering(-1), AttestSettings::default(), path),
+        ("digests are found out no more", discovering(0), discovering(-1), digest),
+    ] {
+        let attestor = Attestor::new(old);
+        let has = async |questions: &Questions| {
+            texts(&attest_for(&attestor, &process.peer, questions).await.unwrap()).contains(&asked)
+        };
+        let before = asking(&attestor, [asked.clone()]);
+        attestor.reload(new);
+        assert!(has(&before).await, "{case}");
+        let after = asking(&attestor, [asked.clone()]);
+        assert!(!has(&after).await, "{case}: nothing of before is used");
+        assert!(has(&before).await, "{case}: a call that takes long");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_failure_of_the_callers_own_doing_costs_it_more() {
     let dir = tempfile::tempdir().unwrap();

@@ -1055,6 +1055,15 @@ fn a_configuration_is_checked_without_starting() {
     let good = AGENT_CONF.replace("${NAME}", "web");
     let bad = good.replace("trust_domain", "trust_domian");
     let nameless = good.replace("uid:4294967294", "user:no-such-user");
+    let (no_entry, _) = good.split_once("entry ").unwrap();
+    let no_entry = no_entry.to_owned();
+    let held = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let port = held.local_addr().unwrap().port();
+    let taken = format!("{good}\ntelemetry {{ Prometheus {{ host = \"127.0.0.1\" port = {port} }} }}\n");
+    // Of a network for documentation (RFC 5737), which no node has.
+    let elsewhere = format!(
+        "{good}\nhealth_checks {{ listener_enabled = true bind_address = \"192.0.2.1\" bind_port = 8080 }}\n"
+    );
     for (case, written, line, stdout, stderr, code) in [
         ("valid", &good, [""; 0].as_slice(), valid, "", 0),
         ("json", &good, &["-output", "json"], "{\"errors\":[],\"valid\":true}\n", "", 0),
@@ -1076,6 +1085,23 @@ fn a_configuration_is_checked_without_starting() {
              node: add it, correct the name, or ask for its number, as unix:uid:1000.\n",
             0,
         ),
+        (
+            "nobody to serve",
+            &no_entry,
+            &[],
+            valid,
+            "Warning: entry: there is none, so nobody is served.\n",
+            0,
+        ),
+        (
+            "a port that somebody has",
+            &taken,
+            &[],
+            valid,
+            &format!("Warning: telemetry.Prometheus.port: 127.0.0.1 port {port} cannot be had now"),
+            0,
+        ),
+        ("an address of another node", &elsewhere, &[], "", "Durward configuration file is invalid:\n", 1),
         ("misspelt", &bad, &[], "", "Durward configuration file is invalid:\n", 1),
     ] {
         fs::write(&config, written).unwrap();

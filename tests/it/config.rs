@@ -248,6 +248,33 @@ fn json_says_the_same() {
 }
 
 #[test]
+fn null_sets_nothing() {
+    let text = |plugin: &str, more: &str| {
+        format!(
+            r#"{{"agent": {{"trust_domain": "example.org"{more}}}, "plugins": {{"WorkloadAttestor": [{{"unix": {plugin}}}]}},
+            "issuer": {{"embedded": {{}}}}, "entry": [{{"spiffe://example.org/a": {{"selectors": ["unix:uid:0"], "hint": null}}}}]}}"#
+        )
+    };
+    let plain = Files::default().parse(&text("{}", ""), ExpandEnv::No).unwrap();
+    for (case, plugin, more) in [
+        ("settings of a plugin", r#"{"plugin_data": null}"#, ""),
+        ("a plugin", "null", ""),
+        (
+            "a text, a number, a block",
+            "{}",
+            r#", "log_level": null, "x509_svid_cache_max_size": null, "listener": null"#,
+        ),
+    ] {
+        assert_eq!(Files::default().parse(&text(plugin, more), ExpandEnv::No).unwrap(), plain, "{case}");
+    }
+    let nothing = r#"{"agent": {"trust_domain": null}, "issuer": {"embedded": {}}, "entry": {"spiffe://example.org/a": null}}"#;
+    let errors = Files::default().parse(nothing, ExpandEnv::No).unwrap_err().to_string();
+    for part in ["agent.trust_domain: must be", "entry \"spiffe://example.org/a\".selectors: "] {
+        assert!(errors.contains(part), "{part}: {errors}");
+    }
+}
+
+#[test]
 fn blocks_of_one_name_are_one_block() {
     let apart = "agent { trust_domain = \"example.org\" } issuer \"embedded\" { ca_ttl = \"48h\" }
         agent { log_level = \"debug\" } issuer embedded { ca_key_type = \"ec-p384\" }";

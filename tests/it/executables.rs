@@ -14,7 +14,7 @@ use std::{
 };
 
 use durward::{
-    attest::{AttestSettings, Attestor, Blame, Questions, unix::UnixSettings},
+    attest::{AttestSettings, Attestor, Blame, unix::UnixSettings},
     identity::EntryIndex,
     limits::{Limits, Method},
 };
@@ -67,8 +67,8 @@ async fn a_path_is_not_believed_where_its_user_mounts() {
     assert_eq!(refused.to_string(), "the executable is in a mount namespace that the caller made");
     assert_eq!(refused.blame(), Blame::Refusal);
 
-    let told =
-        attestor.describe(&attestor.inspect(liar.pid()).unwrap(), &Questions::default()).await.unwrap();
+    let questions = attestor.prepare_for(&Arc::default());
+    let told = attestor.describe(&attestor.inspect(liar.pid()).unwrap(), &questions).await.unwrap();
     let told: Vec<_> = told.untold.iter().map(|it| (it.kind.as_str(), it.why.to_string())).collect();
     assert_eq!(
         told,

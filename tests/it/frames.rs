@@ -60,6 +60,11 @@ fn integer(number: usize) -> Vec<u8> {
 
 /// The header block of a call.
 pub(crate) fn block(path: &str) -> Vec<u8> {
+    [block_without_header(path), literal("workload.spiffe.io", "true")].concat()
+}
+
+/// The same without the header that every call of a workload must have.
+pub(crate) fn block_without_header(path: &str) -> Vec<u8> {
     [
         literal(":method", "POST"),
         literal(":scheme", "http"),
@@ -67,7 +72,6 @@ pub(crate) fn block(path: &str) -> Vec<u8> {
         literal(":authority", "localhost"),
         literal("content-type", "application/grpc"),
         literal("te", "trailers"),
-        literal("workload.spiffe.io", "true"),
     ]
     .concat()
 }

@@ -69,9 +69,14 @@ impl Agent {
 
     /// Starts an agent with these settings of a connection, and these blocks.
     pub(crate) fn with(connection: &str, blocks: &str) -> Self {
+        Self::limited(&format!("gate {{ connection {{ {connection} }} }}"), blocks)
+    }
+
+    /// An agent with these limits, which refuse at once for being set, and these blocks.
+    fn limited(limits: &str, blocks: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
-        let limits = format!("ratelimit {{ gate {{ connection {{ {connection} }} }} }}\n");
+        let limits = format!("ratelimit {{ {limits} }}\n");
         write_config(dir.path(), &[&limits, blocks].concat());
         let mut process = Process::spawn(dir.path());
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
@@ -398,7 +403,8 @@ fn a_body_that_is_no_message_is_refused_and_the_connection_serves_on() {
 fn thousands_of_connections_of_one_caller_are_closed() {
     const MOST: usize = 64;
     raise_descriptors();
-    let agent = Agent::start("");
+    let most = "ratelimit { gate { caller { connections = 64 rate = 100 burst = 200 } } }\n";
+    let agent = Agent::with("", &[most, &Agent::entries()].concat());
     let socket = agent.socket();
     let before = agent.descriptors();
     agent.bear(|| {
@@ -508,17 +514,20 @@ fn jwt() -> tonic::Request<pb::JwtsvidRequest> {
     request(pb::JwtsvidRequest { audience: vec!["a".to_owned()], spiffe_id: String::new() })
 }
 
+/// What callers have by default, set.
+const CALLER: &str = "caller { rate = 100 burst = 200 }";
+
 /// What is refused tells the wait that is true: who waits that long passes. A stream that is open stays, and gets its update;
 /// the neighbour sees none of it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refusal_tells_when_to_come_back() {
-    let agent = tokio::task::spawn_blocking(|| Agent::start("")).await.unwrap();
+    let agent = tokio::task::spawn_blocking(|| Agent::limited(CALLER, &Agent::entries())).await.unwrap();
     let mut client = client(&agent.socket()).await;
     let stream = client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap();
     let mut stream = stream.into_inner();
     assert_eq!(stream.message().await.unwrap().unwrap().svids.len(), 1);
 
-    // 200 at once and 100 a second, by default. Two calls, since a token was signed for the first.
+    // 200 at once and 100 a second. Two calls, since a token was signed for the first.
     let began = Instant::now();
     let (mut passed, mut refused) = (0_u32, None);
     while refused.is_none() {
@@ -593,7 +602,7 @@ async fn a_reload_changes_what_the_next_connection_may_hold() {
         kept.abort();
         most
     };
-    assert_eq!(streams(&agent).await, 16);
+    assert_eq!(streams(&agent).await, 100);
     agent.reload("ratelimit { gate { connection { streams = 3 } } }").unwrap();
     assert_eq!(streams(&agent).await, 3);
     agent.reload("ratelimit { gate { connection { streams = 0 } } }").unwrap_err();
@@ -656,7 +665,7 @@ fn a_refused_health_check_is_no_dead_agent() {
 /// Who has no identity pays five times for asking: 40 at once and 20 a second in place of 200 and 100.
 #[tokio::test(flavor = "multi_thread")]
 async fn asking_without_an_identity_costs_more() {
-    let agent = tokio::task::spawn_blocking(|| Agent::with("", "")).await.unwrap();
+    let agent = tokio::task::spawn_blocking(|| Agent::limited(CALLER, "")).await.unwrap();
     let mut client = client(&agent.socket()).await;
     for method in ["FetchJWTSVID", "FetchX509SVID", "FetchX509Bundles"] {
         let began = Instant::now();

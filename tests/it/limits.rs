@@ -12,7 +12,7 @@ use durward::{
     limits::{
         Admitted, Attestations, CallerKey, ConnectionPermit, ConnectionRefusal, ConnectionSettings, Families,
         Gate, GatePlaces, GatePlan, GateRule, GateRules, GateSettings, LimitSettings, Limits, Method,
-        NodeSettings, Refusal, RejectionStatus, SoftLimits, TableSize,
+        NodeQuota, NodeSettings, Refusal, RejectionStatus, SoftLimits, TableSize,
         bucket::{Per, Quota},
         budget::{Pressure, connection_at_most},
         caller::Caller,
@@ -63,7 +63,7 @@ fn layers<P>(limit: Limit) -> Layers<P> {
 
 /// The same bucket of the node for each method.
 fn node(quota: Option<Quota>) -> NodeSettings {
-    NodeSettings { quotas: PerMethod::all(quota), ..NodeSettings::default() }
+    NodeSettings { quotas: PerMethod::all(quota.map(NodeQuota::set)), ..NodeSettings::default() }
 }
 
 /// No limit anywhere, for a test to set one.
@@ -98,7 +98,7 @@ fn passes(limits: &Limits, uid: u32, method: Method, entries: &[SpiffeId]) -> u3
 
 fn tokens(standing: Standing) -> Option<(u32, u32)> {
     match standing {
-        Standing::Tokens { left, burst } => Some((left, burst)),
+        Standing::Tokens { left, burst, .. } => Some((left, burst)),
         Standing::Unlimited | Standing::Exempt | Standing::Blocked => None,
     }
 }

@@ -39,6 +39,10 @@ fn mode(path: &Path) -> u32 {
     fs::symlink_metadata(path).unwrap().mode() & 0o7777
 }
 
+/// A bundle whose one key is the base point of its curve.
+const BUNDLE: &str = r#"{"keys": [{"use": "jwt-svid", "kid": "a", "kty": "EC", "crv": "P-256",
+    "x": "axfR8uEsQkf4vOblY6RA8ncDfYEt6zOg9KE5RdiYwpY", "y": "T-NC4v4af5uO5-tKfA-eFivOM1drMV7Oy7ZAaDe_UfU"}]}"#;
+
 /// Ends by itself where it must not start: bounded, since one that starts serves for ever.
 fn run(program: &Path, config: &Path, set: impl FnOnce(&mut Command)) -> Output {
     let mut command = Command::new("timeout");
@@ -76,7 +80,7 @@ fn layout(at: &Path) -> PathBuf {
     for (name, text) in [
         ("etc/agent.conf", &*config),
         ("etc/entries.d/a.conf", &entry("/web", "")),
-        ("fed/bundle.json", "{\"keys\": []}"),
+        ("fed/bundle.json", BUNDLE),
     ] {
         fs::write(at.join(name), text).unwrap();
         chmod(&at.join(name), 0o644);

@@ -6,7 +6,7 @@ use durward::{
     config::{Config, DropIns, ExpandEnv, FileError, Input, diff},
     limits::{
         Attestations, ConnectionSettings, Gate, GatePlaces, GatePlan, GateRule, GateRules, LimitSettings,
-        Limits, Method, RejectionStatus, SoftLimits, TableSize,
+        Limits, Method, NodeQuota, RejectionStatus, SoftLimits, TableSize,
         bucket::{Per, Quota},
         budget::{MemoryLimit, MemorySteps},
         caller_pattern::CallerPattern,
@@ -14,7 +14,8 @@ use durward::{
         method::PerMethod,
         pattern::Pattern,
         policy::{Layers, Methods, Override, Overrides, Share},
-        rule::{Costs, Limit, Rule},
+        processor::ProcessorShare,
+        rule::{Costs, Limit, Origin, Rule},
         schedule::{Moment, Schedule, Weekday, Window},
     },
     os::clock::Clock,
@@ -64,7 +65,13 @@ fn rule(limit: Limit) -> Rule {
 
 fn with_window(limit: Limit, window: Window, instead: Limit) -> Rule {
     let schedule = Schedule::new(vec![(window, instead)]).unwrap();
-    Rule::new(limit, Costs::OF_CALLERS, schedule).unwrap()
+    let rule = Rule::new(limit, Costs::OF_CALLERS, schedule).unwrap();
+    if limit == usual() { by_default(rule) } else { rule }
+}
+
+/// A rule whose limit nobody wrote.
+fn by_default(rule: Rule) -> Rule {
+    rule.of_origin(Origin::ByDefault)
 }
 
 /// The usual limit of callers.
@@ -91,7 +98,7 @@ fn hours(start: u8, stop: u8) -> Window {
 #[test]
 fn every_setting_is_read() {
     type Change = fn(&mut LimitSettings);
-    let table: [(&str, &str, Change); 33] = [
+    let table: [(&str, &str, Change); 34] = [
         ("nothing", "", |_| ()),
         ("empty blocks", "gate { caller { } } caller { costs { } } identity { } node { } memory { }", |_| ()),
         ("off", "dry_run = false caller { exempt = false block = false unlimited = false }", |_| ()),
@@ -149,7 +156,7 @@ fn every_setting_is_read() {
         ("unlimited", "caller { unlimited = true }", |s| s.caller.default = rule(Limit::Unlimited)),
         ("costs", "caller { costs { signature = 3 } }", |s| {
             let costs = Costs::new(1, 3, 5).unwrap();
-            s.caller.default = Rule::new(usual(), costs, Schedule::default()).unwrap();
+            s.caller.default = by_default(Rule::new(usual(), costs, Schedule::default()).unwrap());
         }),
         ("method", "caller { method \"ValidateJWTSVID\" { exempt = true } }", |s| {
             s.caller.methods.set(Method::ValidateJwtSvid, Some(rule(Limit::Exempt)));
@@ -168,7 +175,7 @@ fn every_setting_is_read() {
             |s| {
                 let costs = Costs::new(2, 2, 5).unwrap();
                 let rule = |limit| Rule::new(limit, costs, Schedule::default()).unwrap();
-                s.caller.default = dry(rule(usual()));
+                s.caller.default = dry(by_default(rule(usual())));
                 let each =
                     |methods, rule| Override::new(caller("uid:7"), methods, Share::Each(rule)).unwrap();
                 let outer = each(Methods::All, dry(rule(quota(9.0, Per::Second, 9))));
@@ -227,7 +234,8 @@ fn every_setting_is_read() {
             "node",
             "node { rate = 9 burst = 9 dry_run = true attestations = 8 attestations_per_caller = 3 method \"FetchSecrets\" { unlimited = true } }",
             |s| {
-                s.node.quotas = PerMethod::all(Some(Quota::new(9.0, Per::Second, 9).unwrap()));
+                s.node.quotas =
+                    PerMethod::all(Some(NodeQuota::set(Quota::new(9.0, Per::Second, 9).unwrap())));
                 s.node.quotas.set(Method::FetchSecrets, None);
                 s.node.dry_run = true;
                 s.node.attestations = Attestations::new(Some(number(8)), Some(number(3))).unwrap();
@@ -245,6 +253,9 @@ fn every_setting_is_read() {
                 s.memory.steps = MemorySteps::new([1, 2, 100]).unwrap();
             },
         ),
+        ("a share of the processor", "node { cpu = 0.05 }", |s| {
+            s.node.cpu = ProcessorShare::cores(0.05).unwrap();
+        }),
         ("memory in bytes", "memory { limit = 25165824 }", |s| {
             s.memory.limit = MemoryLimit::bytes(24 << 20).unwrap();
         }),
@@ -372,7 +383,7 @@ fn mistakes_say_what_would_be_right() {
         (
             "exempt from the node",
             "node { exempt = true }",
-            "20: ratelimit.node.exempt: unknown key; known here: rate, per, burst, unlimited, dry_run, attestations, attestations_per_caller, method",
+            "20: ratelimit.node.exempt: unknown key; known here: rate, per, burst, unlimited, dry_run, cpu, attestations, attestations_per_caller, method",
         ),
         (
             "failed attestation above burst",
@@ -579,6 +590,28 @@ fn mistakes_say_what_would_be_right() {
             "little memory",
             "memory { limit = \"1MiB\" }",
             "22: ratelimit.memory.limit \"1MiB\": must be \"auto\", or bytes from 8 MiB to 1 TiB: \"24MiB\" (also KiB, GiB), or 25165824",
+        ),
+        (
+            "a share of nothing",
+            "node { cpu = 0 }",
+            "20: ratelimit.node.cpu 0: is a cpu share of nothing: it must be from 0.05 to 4096 cores",
+        ),
+        (
+            "a small share",
+            "node { cpu = 0.01 }",
+            "20: ratelimit.node.cpu 0.01: must be from 0.05 to 4096 cores",
+        ),
+        (
+            "streams of connections beyond the budget",
+            "gate { connections = 100 connection { streams = 100 } } memory { limit = \"24MiB\" }",
+            "20: ratelimit.gate.connections 100: holds 64204800 bytes with as many streams as may be open (100), at \
+             agent.conf:1:52, and memory.limit is 25165824: lower one of them",
+        ),
+        (
+            "a reserve beyond the budget",
+            "gate { reserve = 1000 } memory { limit = \"24MiB\" }",
+            "20: ratelimit.gate.reserve 1000: is memory for 1000 callers of 40960 bytes, and memory.limit is 25165824: it \
+             must be at most 614",
         ),
         (
             "falling",

@@ -128,7 +128,7 @@ impl World {
         let snapshot = self.writer.store().snapshot();
         let attestor = Attestor::new(AttestSettings::default());
         let attested = attestor.attest(admitted, &snapshot.questions).await.unwrap();
-        authorize(&snapshot, attested, Purpose::Svids, wanted).unwrap().charge(limits).unwrap()
+        authorize(&snapshot, attested, Purpose::Svids, wanted).unwrap().charge(limits).await.unwrap()
     }
 
     async fn x509(&self, call: &mut Charged) -> Arc<X509Svid> {
@@ -283,7 +283,7 @@ async fn who_has_something_signed_pays_for_it_until_it_has_paid() {
     let spent = || {
         let caller = limits.caller_standing(caller, Method::FetchJwtSvid).1;
         [caller, limits.identity_standing(&web, Method::FetchJwtSvid).1].map(|standing| match standing {
-            Standing::Tokens { left, burst } => burst - left,
+            Standing::Tokens { left, burst, .. } => burst - left,
             other => panic!("{other:?}"),
         })
     };

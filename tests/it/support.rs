@@ -9,6 +9,7 @@ use durward::{
     agent::Running,
     api::proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient,
     config::{Config, ExpandEnv},
+    limits::processor::ProcessorShare,
     os::clock::Clock,
 };
 use hyper_util::rt::TokioIo;
@@ -38,14 +39,14 @@ impl TestAgent {
     pub(crate) fn with(blocks: &str, clock: Clock) -> Self {
         let dir = tempfile::tempdir().unwrap();
         write_config(dir.path(), blocks);
-        let running = Running::start(load(dir.path()).unwrap(), None, clock).unwrap();
+        let running = Running::start(load_unhurried(dir.path()).unwrap(), None, clock).unwrap();
         Self { dir, running }
     }
 
     /// Writes `blocks` in place of the old ones and reloads.
     pub(crate) fn reload(&mut self, blocks: &str) -> anyhow::Result<()> {
         write_config(self.dir.path(), blocks);
-        self.running.reload(load(self.dir.path())?)?;
+        self.running.reload(load_unhurried(self.dir.path())?)?;
         Ok(())
     }
 
@@ -71,6 +72,13 @@ pub(crate) fn write_config(dir: &Path, blocks: &str) {
 
 pub(crate) fn load(dir: &Path) -> anyhow::Result<Config> {
     Ok(Config::load(&dir.join("agent.conf"), ExpandEnv::No)?)
+}
+
+/// The same, for an agent in this process: what all tests in it use together says nothing about the agent.
+fn load_unhurried(dir: &Path) -> anyhow::Result<Config> {
+    let mut config = load(dir)?;
+    config.ratelimit.node.cpu = ProcessorShare::cores(ProcessorShare::MOST).unwrap();
+    Ok(config)
 }
 
 /// An entry for the user that runs the test.

@@ -124,12 +124,7 @@ impl Digests {
                 let outcome = done.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
                 outcome.ok().flatten()
             };
-            let outcome = tokio::select! {
-                biased;
-                Some(outcome) = answered => Some(outcome),
-                () = given_up.wait() => None,
-            };
-            match outcome {
+            match given_up.or(answered).await.flatten() {
                 // It was looked for by way of another process, which may have ended.
                 Some(Err(_)) if whose != file.process => {}
                 Some(outcome) => return outcome,

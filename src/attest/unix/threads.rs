@@ -12,9 +12,12 @@
 //! Time is the machine's, not the runtime's: what is waited for here are threads.
 
 use std::{
+    future::poll_fn,
     num::NonZeroU32,
     panic::{AssertUnwindSafe, catch_unwind},
+    pin::pin,
     sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError},
+    task::Poll,
     thread,
     time::{Duration, Instant},
 };
@@ -110,9 +113,24 @@ pub(super) enum NotDone {
 pub(super) struct GivenUp(watch::Receiver<()>);
 
 impl GivenUp {
-    pub(super) async fn wait(mut self) {
-        // Nothing is ever sent: the sender goes.
-        while self.0.changed().await.is_ok() {}
+    /// What `answered` gives; `None` when the task was given up, or is done without it. An answer that is there counts,
+    /// whatever else is seen first.
+    pub(super) async fn or<T>(mut self, answered: impl Future<Output = T>) -> Option<T> {
+        let mut answered = pin!(answered);
+        tokio::select! {
+            biased;
+            answer = answered.as_mut() => return Some(answer),
+            // Nothing is ever sent: the sender goes.
+            () = async { while self.0.changed().await.is_ok() {} } => {}
+        }
+        // The task may have been done, and gone, after the one was looked at and before the other was.
+        poll_fn(|context| {
+            Poll::Ready(match answered.as_mut().poll(context) {
+                Poll::Ready(answer) => Some(answer),
+                Poll::Pending => None,
+            })
+        })
+        .await
     }
 }
 
@@ -236,12 +254,8 @@ impl FileThreads {
         let ticket = self.take(place)?;
         let given_up = ticket.given_up();
         self.begin(ticket, Box::new(OneStep { look: Some(look), answer: Some(answer) }));
-        tokio::select! {
-            biased;
-            // The sender goes unused only in a panic.
-            answer = answered => answer.map_err(|_gone| NotDone::Late),
-            () = given_up.wait() => Err(NotDone::Late),
-        }
+        // The sender goes unused only in a panic.
+        given_up.or(answered).await.and_then(Result::ok).ok_or(NotDone::Late)
     }
 
     /// A place for a task.
@@ -258,7 +272,7 @@ impl FileThreads {
     }
 
     /// Has a task done. The answer is the task's own doing; it may come together with the end of [`GivenUp`], and counts
-    /// first.
+    /// first ([`GivenUp::or`]).
     pub(super) fn begin(&self, ticket: TaskTicket, task: Box<dyn FileTask>) {
         self.start();
         let TaskTicket { place, hold } = ticket;
@@ -437,7 +451,7 @@ impl<T: Send, F: FnOnce() -> T + Send> FileTask for OneStep<F, T> {
 
 #[cfg(test)]
 mod tests {
-    use std::{future::poll_fn, sync::mpsc, task::Poll};
+    use std::sync::mpsc;
 
     use super::*;
 
@@ -601,6 +615,20 @@ mod tests {
         drop(behind);
         drop(release);
         until(|| threads.shared.lock().waiting.is_empty() && threads.shared.lock().running.is_empty());
+    }
+
+    #[tokio::test]
+    async fn an_answer_counts_that_comes_between_two_looks() {
+        let (task, gone) = watch::channel(());
+        let mut task = Some(task);
+        // Pending when it is looked at; before anything else is, the task has answered and is over.
+        let answered = poll_fn(|_| match task.take() {
+            Some(_) => Poll::Pending,
+            None => Poll::Ready(5),
+        });
+        assert_eq!(GivenUp(gone).or(answered).await, Some(5));
+        let (_, gone) = watch::channel(());
+        assert_eq!(GivenUp(gone).or(std::future::pending::<()>()).await, None);
     }
 
     #[tokio::test]

@@ -11,7 +11,7 @@ use crate::{
         Method,
         bucket::{MAX_BURST, MAX_RATE, MAX_REFILL_DAYS, Per, Quota, QuotaError},
         refusal::Stage,
-        rule::{CostAboveBurst, Costs, Limit, Rule},
+        rule::{CostAboveBurst, Costs, Limit, Origin, Rule},
         schedule::{MAX_WINDOWS, Moment, Schedule, ScheduleError, Window, parse_weekday},
     },
 };
@@ -29,6 +29,7 @@ pub(super) struct Reported;
 #[derive(Clone, Debug)]
 pub(super) struct Bound {
     pub(super) limit: Limit,
+    origin: Origin,
     burst: Option<(Place, String)>,
 }
 
@@ -44,12 +45,12 @@ pub(super) struct Written {
 
 impl Written {
     pub(super) fn of(rule: &Rule) -> Self {
-        let bound = |limit| Bound { limit, burst: None };
+        let bound = |limit, origin| Bound { limit, origin, burst: None };
         Self {
             rule: rule.clone(),
             limited: false,
-            limit: bound(rule.limit()),
-            windows: rule.schedule().map(|limit| bound(*limit)),
+            limit: bound(rule.limit(), rule.origin()),
+            windows: rule.schedule().map(|limit| bound(*limit, Origin::Set)),
         }
     }
 }
@@ -131,7 +132,7 @@ pub(super) fn limit(s: &mut Section<'_>, free: &[(&'static str, Limit)]) -> Resu
     }
     let Some((key, place, instead)) = given.pop() else { return Ok(None) };
     if let Some(limit) = instead {
-        return Ok(Some(Bound { limit, burst: None }));
+        return Ok(Some(Bound { limit, origin: Origin::Set, burst: None }));
     }
     let (Some(rate), Some(burst)) = (rate, burst) else {
         let missing = if rate.is_none() { "rate = 100" } else { "burst = 200" };
@@ -154,7 +155,7 @@ fn bucket(
     match Quota::new(value, per, burst.value) {
         Ok(quota) => {
             let burst = Some((burst.place, s.path("burst")));
-            return Ok(Bound { limit: Limit::Quota(quota), burst });
+            return Ok(Bound { limit: Limit::Quota(quota), origin: Origin::Set, burst });
         }
         Err(QuotaError::Refill { days, .. }) => {
             let message =
@@ -204,8 +205,8 @@ pub(super) fn written(s: &mut Section<'_>, stage: Stage, base: &Written) -> Resu
             (_, _, None) => {}
         }
     }
-    let mut rule =
-        Rule::new(limit.limit, costs, windows.map(|it| it.limit)).map_err(|_said_above| Reported)?;
+    let rule = Rule::new(limit.limit, costs, windows.map(|it| it.limit)).map_err(|_said_above| Reported)?;
+    let mut rule = rule.of_origin(limit.origin);
     rule.dry_run = dry_run.map_or(base.rule.dry_run, |at| at.value);
     if good { Ok(Written { rule, limited, limit, windows }) } else { Err(Reported) }
 }

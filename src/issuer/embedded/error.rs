@@ -148,6 +148,9 @@ pub enum Damage {
 /// Why a CA that the admin supplied cannot be used. `index` tells which certificate of the file, from 1.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SuppliedCaFault {
+    /// A PEM block that readers pass over: its line, from 1.
+    #[error("line {0}: -----BEGIN must be at the start of a line of its own, else its block is not read")]
+    MisplacedBegin(usize),
     /// The file has no certificate, or something that is none.
     #[error("no PEM certificates could be read from it")]
     NoCertificate,

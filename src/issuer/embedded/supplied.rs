@@ -18,7 +18,7 @@ use x509_parser::{
 use zeroize::Zeroize as _;
 
 use super::{IssuerError, SuppliedCaFault, disk, keys::KeyPair, rotation::from_unix};
-use crate::identity::TrustDomain;
+use crate::identity::{TrustDomain, pem::misplaced_begin};
 
 /// The most certificates in the file: the CA that signs, and what is above it.
 const MAX_CHAIN: usize = 8;
@@ -73,6 +73,10 @@ impl SuppliedCa {
 fn read_certificates(path: &Path) -> Result<Vec<Vec<u8>>, IssuerError> {
     let file = disk::open_to_read(path)?;
     let text = disk::read_file(path, file, MAX_FILE_LEN)?;
+    if let Some(line) = misplaced_begin(&text) {
+        let fault = SuppliedCaFault::MisplacedBegin(line);
+        return Err(IssuerError::SuppliedCa { path: path.to_owned(), fault });
+    }
     CertificateDer::pem_slice_iter(&text)
         .map(|certificate| certificate.map(|der| der.as_ref().to_vec()))
         .collect::<Result<_, _>>()

@@ -32,15 +32,24 @@ use super::{
     PATIENCE,
     action::{Action, Guise, Leave, Noise, Passed, WayBack},
     connection::{Connection, first_stream},
-    frames::{FETCH_JWT, PING, PREFACE, RST_STREAM, SETTINGS, call_frames, frame, jwt_request, message},
+    frames::{
+        DATA, END_HEADERS, END_STREAM, FETCH_JWT, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS,
+        block_without_header, call_frames, frame, jwt_request, message,
+    },
     now,
-    oracle::{Entry, Got, Ids, PROGRAMS},
+    oracle::{Entry, GROUPS, Got, Ids, PROGRAMS},
+    wire::jwt_request_of,
 };
 
 /// What a caller's process begins with, as JSON in its environment.
 pub(crate) const PART: &str = "DURWARD_BEHAVIOUR_PART";
 /// Connections of one caller, and what it keeps beside them.
 const MOST: usize = 12;
+/// The first of the groups that no entry asks for, and of the users who only validate.
+const FIRST_GROUP: u32 = 734_001;
+const FIRST_USER: u32 = 733_001;
+/// What a long answer is asked for with, in bytes.
+const LONG_AUDIENCE: usize = 12_000;
 /// The longest message on a control socket.
 const LONGEST: usize = 100_000;
 /// How long the closing of a lingering socket lasts, in seconds.
@@ -65,10 +74,12 @@ pub(crate) enum Report {
     Got(Got),
     /// The agent ended the connection of this place.
     Ended(usize),
+    /// It told a client to connect anew, by GOAWAY.
+    ComeBack,
     /// The connection that comes with it is for another caller.
     Given(Box<Connection>, usize),
-    /// Whether it was answered with an SVID, and after how many microseconds.
-    Asked(bool, u64),
+    /// After how many microseconds it was answered with an SVID, or why it was not.
+    Asked(u64, Option<String>),
 }
 
 /// A message, and the descriptor that came with it.
@@ -134,7 +145,9 @@ impl Caller {
     }
 
     fn ids(&self) -> Ids {
-        let groups = getgroups().expect("groups").into_iter().map(Gid::as_raw).collect();
+        // Those that an entry may ask for.
+        let groups = getgroups().expect("groups").into_iter().map(Gid::as_raw);
+        let groups = groups.filter(|gid| GROUPS.contains(gid)).collect();
         let program = PROGRAMS[self.part.program].to_owned();
         Ids { uid: geteuid().as_raw(), gid: getegid().as_raw(), groups, program }
     }
@@ -149,7 +162,11 @@ impl Caller {
     fn read(&mut self) {
         let mut at = 0;
         while at < self.part.connections.len() {
+            let was_told = self.part.connections[at].told_to_go;
             let ended = self.part.connections[at].reads && self.read_one(at, MsgFlags::MSG_DONTWAIT).1;
+            if self.part.connections[at].told_to_go && !was_told {
+                self.report(&Report::ComeBack, None);
+            }
             if ended {
                 self.part.connections.remove(at).close();
                 self.report(&Report::Ended(at), None);
@@ -210,6 +227,7 @@ impl Caller {
                 self.report(&Report::Given(Box::new(handed), to), Some(fd));
             }
             Action::Storm { times, what } => self.storm(times, what),
+            Action::Users { first, users } => self.validate_as(first, users),
             Action::Leave(leave) => {
                 self.report(&Report::Done, None);
                 if matches!(leave, Leave::Killed) {
@@ -226,6 +244,7 @@ impl Caller {
                 }
             }
             Action::Call { .. }
+            | Action::Burst { .. }
             | Action::Finish { .. }
             | Action::Noise { .. }
             | Action::Stall { .. }
@@ -237,6 +256,7 @@ impl Caller {
 
     fn act_on_one(&mut self, action: &Action) {
         let (Action::Call { at, .. }
+        | Action::Burst { at, .. }
         | Action::Finish { at }
         | Action::Noise { at, .. }
         | Action::Stall { at }
@@ -249,6 +269,7 @@ impl Caller {
         let Some(connection) = self.connection(at) else { return };
         match *action {
             Action::Call { method, cut, .. } => call(connection, method, cut),
+            Action::Burst { method, times, .. } => (0..times).for_each(|_| call(connection, method, None)),
             Action::Finish { .. } => {
                 if let Some((rest, stream)) = connection.rest.take() {
                     connection.write(rest, Some(stream));
@@ -289,7 +310,8 @@ impl Caller {
         let before = self.ids();
         // Each may fail, and what it is then is asked of the kernel.
         if seteuid(Uid::from_raw(0)).is_ok() {
-            let groups: Vec<Gid> = guise.groups.iter().copied().map(Gid::from_raw).collect();
+            let more = FIRST_GROUP..FIRST_GROUP + guise.more_groups;
+            let groups: Vec<Gid> = guise.groups.iter().copied().chain(more).map(Gid::from_raw).collect();
             let [uid, gid] = [guise.uid, guise.gid];
             let (real, saved) = match guise.way_back {
                 WayBack::Saved => (uid, 0),
@@ -364,24 +386,42 @@ impl Caller {
         }
     }
 
+    /// One user after the other, as far as this process may become root.
+    fn validate_as(&self, first: u32, users: u32) {
+        let (ids, path) = (self.ids(), self.part.dir.join("api.sock"));
+        for uid in FIRST_USER + first..FIRST_USER + first + users {
+            if seteuid(Uid::from_raw(0)).is_err() {
+                return;
+            }
+            _ = seteuid(Uid::from_raw(uid));
+            if let Some(mut connection) = Connection::open(&path, false) {
+                call(&mut connection, VALIDATE, None);
+                connection.close();
+            }
+        }
+        _ = seteuid(Uid::from_raw(0));
+        seteuid(Uid::from_raw(ids.uid)).expect("its own");
+    }
+
     fn ask(&mut self) {
         let began = Instant::now();
-        let mut answered = false;
+        let mut failed = Some("no connection".to_owned());
         if let Some(opened) = Connection::open(&self.part.dir.join("api.sock"), false) {
             self.part.connections.push(opened);
             let at = self.part.connections.len() - 1;
             call(&mut self.part.connections[at], 0, None);
-            while began.elapsed() < PATIENCE {
-                let (count, ended) = self.read_one(at, MsgFlags::empty());
-                answered = count > 0;
-                if answered || ended {
-                    break;
-                }
+            let (mut count, mut ended) = (0, false);
+            // A call that has ended has no stream any more.
+            while count == 0 && !ended && self.part.connections[at].waits() && began.elapsed() < PATIENCE {
+                (count, ended) = self.read_one(at, MsgFlags::empty());
             }
-            self.part.connections.remove(at).close();
+            let asked = self.part.connections.remove(at);
+            let end = if ended { "the connection was closed" } else { "it was open" };
+            failed = (count == 0).then(|| format!("{end}, and there came {:?}", asked.last));
+            asked.close();
         }
         let micros = u64::try_from(began.elapsed().as_micros()).expect("a short time");
-        self.report(&Report::Asked(answered, micros), None);
+        self.report(&Report::Asked(micros, failed), None);
     }
 
     /// Passes a descriptor to the agent and keeps none of it. Whether that was possible.
@@ -432,7 +472,9 @@ fn linger(seconds: i32) -> libc::linger {
     libc::linger { l_onoff: 1, l_linger: seconds }
 }
 
-/// Calls one of all methods, or the start of it.
+const VALIDATE: usize = 10;
+
+/// Calls one of all methods, as it should be or not, or the start of it.
 fn call(connection: &mut Connection, method: usize, cut: Option<usize>) {
     let Some(stream) = connection.new_stream() else { return };
     let name = |method: &str| format!("/SpiffeWorkloadAPI/{method}");
@@ -442,10 +484,20 @@ fn call(connection: &mut Connection, method: usize, cut: Option<usize>) {
         4..8 => (name("FetchX509SVID"), message(&[])),
         8 => (name("FetchX509Bundles"), message(&[])),
         9 => (name("FetchJWTBundles"), message(&[])),
-        10 => (name("ValidateJWTSVID"), token),
-        _ => ("/grpc.health.v1.Health/Check".to_owned(), message(&[])),
+        VALIDATE => (name("ValidateJWTSVID"), token),
+        11 => ("/grpc.health.v1.Health/Check".to_owned(), message(&[])),
+        12 | 13 => (FETCH_JWT.to_owned(), jwt_request_of(&"a".repeat(LONG_AUDIENCE))),
+        // No message, no such method, no header.
+        14 => (name("FetchX509Bundles"), message(&[0xff])),
+        15 => (name("X"), message(&[])),
+        _ => (name("FetchX509SVID"), message(&[])),
     };
-    let mut bytes = call_frames(stream, &path, &body);
+    let mut bytes = if method > 15 {
+        let head = frame(HEADERS, END_HEADERS, stream, &block_without_header(&path));
+        [head, frame(DATA, END_STREAM, stream, &body)].concat()
+    } else {
+        call_frames(stream, &path, &body)
+    };
     match cut.filter(|at| *at < bytes.len()) {
         Some(at) => {
             connection.rest = Some((bytes.split_off(at), stream));

@@ -25,13 +25,17 @@ use serde::{Deserialize, Serialize};
 use super::{
     frames::{DATA, END_STREAM, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, frame, settings},
     now,
+    wire::status,
 };
 
+const GOAWAY: u8 = 7;
 const WINDOW_UPDATE: u8 = 8;
 const ACK: u8 = 1;
 /// SETTINGS_INITIAL_WINDOW_SIZE.
 const INITIAL_WINDOW: u16 = 4;
 const ROOM: u32 = 1 << 20;
+/// What it keeps until there is room for it.
+const UNSENT: usize = 64;
 /// How long a caller tries to write.
 const WRITING: Duration = Duration::from_millis(100);
 /// By how much the embedded issuer dates certificates back, in seconds.
@@ -66,7 +70,16 @@ pub(crate) struct Connection {
     unsent: VecDeque<(Vec<u8>, Option<u32>)>,
     /// What is left of a call that was cut.
     pub(crate) rest: Option<(Vec<u8>, u32)>,
+    /// The last frames that came, and what they said.
+    pub(crate) last: VecDeque<String>,
+    /// A GOAWAY came.
+    pub(crate) told_to_go: bool,
 }
+
+/// Streams of one connection: more than the agent lets one have.
+const MOST_STREAMS: usize = 120;
+/// Frames that are remembered of each connection.
+const FRAMES: usize = 8;
 
 impl std::fmt::Debug for Connection {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -106,6 +119,8 @@ impl Connection {
             streams: streams.into_iter().map(|(at, it)| (at, Stream { called: None, ..it })).collect(),
             unsent: VecDeque::new(),
             rest: self.rest.clone(),
+            last: VecDeque::new(),
+            told_to_go: self.told_to_go,
         }
     }
 
@@ -125,12 +140,17 @@ impl Connection {
     /// The number of a new stream, unless it has many.
     pub(crate) fn new_stream(&mut self) -> Option<u32> {
         let number = self.next;
-        if self.streams.len() >= 20 {
+        if self.streams.len() >= MOST_STREAMS {
             return None;
         }
         self.next += 2;
         self.streams.insert(number, Stream::default());
         Some(number)
+    }
+
+    /// Whether a call has not ended.
+    pub(crate) fn waits(&self) -> bool {
+        !self.streams.is_empty()
     }
 
     /// Notes that all of the call on `stream` is written.
@@ -141,7 +161,7 @@ impl Connection {
     /// Writes `bytes`, the last ones of the call `ends`, if there is room for them.
     pub(crate) fn write(&mut self, bytes: Vec<u8>, ends: Option<u32>) {
         // Bounded: who does not read gets no more either.
-        if self.unsent.len() < 64 {
+        if self.unsent.len() < UNSENT {
             self.unsent.push_back((bytes, ends));
         }
         let began = Instant::now();
@@ -197,6 +217,11 @@ impl Connection {
             let Some(payload) = rest.get(..length).map(<[u8]>::to_vec) else { return };
             self.got.drain(..9 + length);
             let number = u32::from_be_bytes(number);
+            self.told_to_go |= kind == GOAWAY;
+            if self.last.len() == FRAMES {
+                self.last.pop_front();
+            }
+            self.last.push_back(told(kind, flags, &payload));
             match kind {
                 DATA => {
                     let stream = self.streams.entry(number).or_default();
@@ -218,6 +243,17 @@ impl Connection {
                 self.streams.remove(&number);
             }
         }
+    }
+}
+
+/// A frame, for a finding.
+fn told(kind: u8, flags: u8, payload: &[u8]) -> String {
+    match kind {
+        HEADERS => {
+            status(payload).map_or_else(|| "HEADERS".to_owned(), |status| format!("gRPC status {status}"))
+        }
+        RST_STREAM => format!("RST_STREAM {payload:?}"),
+        _ => format!("frame of type {kind}, flags {flags}, {} bytes", payload.len()),
     }
 }
 

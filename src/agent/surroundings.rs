@@ -1,0 +1,83 @@
+//! What a node must give an agent so that it can tell callers apart, looked at once, when it starts: each caller would find
+//! it out anew, and nobody would say what to do about it.
+
+use std::{fs, io, os::unix::net::UnixStream};
+
+use nix::{
+    errno::Errno,
+    sys::socket::{getsockopt, sockopt},
+    unistd::Pid,
+};
+
+use crate::{
+    os::{namespace, pidfd::Pidfd},
+    telemetry::health::HealthState,
+};
+
+/// What is missing.
+#[derive(Debug, thiserror::Error)]
+enum Lack {
+    /// No caller can be told from the next one that has its PID.
+    #[error(
+        "no process can be held on to by a pidfd, so no caller is served: Linux must be 5.3 or newer, and a seccomp filter must \
+         allow pidfd_open ({0})"
+    )]
+    Pidfd(Errno),
+    /// Callers of other users cannot be attested.
+    #[error(
+        "processes of other users are hidden (/proc is mounted with hidepid), so no other user is served: mount it with gid=, a \
+         group of the agent's user, or without hidepid for this agent ({0})"
+    )]
+    HiddenProcesses(io::Error),
+    /// Some users cannot be told apart.
+    #[error(
+        "the agent runs in a user namespace that does not have all users: those it has no number for are not served; run the \
+         agent outside of it, or map them"
+    )]
+    UserNamespace,
+}
+
+impl Lack {
+    /// Whether nobody, or nobody else than the agent's own user, is served.
+    fn is_for_all(&self) -> bool {
+        match self {
+            Self::Pidfd(_) | Self::HiddenProcesses(_) => true,
+            Self::UserNamespace => false,
+        }
+    }
+}
+
+/// Says once what is missing, and keeps an agent that nobody could be served by from being ready.
+pub(super) fn look_around(health: &HealthState) {
+    for lack in lacks() {
+        if lack.is_for_all() {
+            tracing::error!("{lack}");
+            health.cannot_tell_callers();
+        } else {
+            tracing::warn!("{lack}");
+        }
+    }
+}
+
+/// All that is missing here.
+fn lacks() -> Vec<Lack> {
+    // As it is done for callers: by the socket, on older kernels by the number.
+    let by_socket = UnixStream::pair().map(|(end, _)| getsockopt(&end, sockopt::PeerPidfd).map(drop));
+    let pidfd = match by_socket {
+        Ok(Err(Errno::ENOPROTOOPT)) => Pidfd::open(Pid::this()).err(),
+        Ok(Err(errno)) => Some(errno),
+        Ok(Ok(())) | Err(_) => None,
+    };
+    let pidfd = pidfd.filter(|errno| !is_shortage(*errno)).map(Lack::Pidfd);
+    // The first process is root's, or whose container it is.
+    let hidden = fs::read("/proc/1/status")
+        .err()
+        .filter(|error| matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied));
+    let partial = namespace::unmapped().map(|_| Lack::UserNamespace);
+    pidfd.into_iter().chain(hidden.map(Lack::HiddenProcesses)).chain(partial).collect()
+}
+
+/// Descriptors or memory that are short pass.
+fn is_shortage(errno: Errno) -> bool {
+    matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)
+}

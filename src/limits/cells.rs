@@ -1,0 +1,72 @@
+//! The cells of a table of buckets, and how they are found.
+
+use hashbrown::HashTable;
+
+use super::bucket::Bucket;
+
+/// No caller has taken from a bucket that is shared, or it is not.
+pub(super) const NOBODY: u16 = 0;
+/// More than one has: each has a share of it ([`shares`](super::shares)).
+pub(super) const SEVERAL: u16 = u16::MAX;
+
+/// All that a decision about a known key reads and writes: one line of the processor's cache.
+#[derive(Debug)]
+#[repr(align(64))]
+pub(super) struct Cell {
+    pub(super) hash: [u64; 2],
+    pub(super) parent: u64,
+    pub(super) bucket: Bucket,
+    pub(super) used: u32,
+    pub(super) refused: u32,
+    /// Used again since the hand last passed: such a bucket is forgotten a round later than one used once.
+    pub(super) again: bool,
+    /// Used again when there was room for one more regular: such a bucket is kept for a while, full or not.
+    pub(super) regular: bool,
+    /// When it was last used, in units of about a second.
+    pub(super) seen: u32,
+    /// A mark of the one caller that has taken from it; [`NOBODY`], or [`SEVERAL`].
+    pub(super) taker: u16,
+}
+
+impl Cell {
+    /// Whether callers have shares of it, now that the one with this mark takes too.
+    pub(super) fn is_shared_with(&mut self, mark: u16) -> bool {
+        match self.taker {
+            NOBODY => self.taker = mark,
+            known if known != mark => self.taker = SEVERAL,
+            _ => {}
+        }
+        self.taker == SEVERAL
+    }
+}
+
+/// Nanoseconds in units of 2^30, which is about a second and cheaper to reckon.
+pub(super) fn seconds(now: u64) -> u32 {
+    u32::try_from(now >> 30).unwrap_or(u32::MAX)
+}
+
+/// Where the cell of a key is.
+pub(super) fn find(index: &HashTable<u32>, cells: &[Cell], hash: [u64; 2]) -> Option<u32> {
+    index.find(hash[0], |at| cell_at(cells, *at).is_some_and(|cell| cell.hash == hash)).copied()
+}
+
+/// The cell of a key that was last seen at a place.
+pub(super) fn cell<'a>(
+    index: &HashTable<u32>,
+    cells: &'a mut [Cell],
+    hash: [u64; 2],
+    at: u32,
+) -> Option<&'a mut Cell> {
+    let is_there = cell_at(cells, at).is_some_and(|cell| cell.hash == hash);
+    let at = if is_there { at } else { find(index, cells, hash)? };
+    cells.get_mut(usize::try_from(at).ok()?)
+}
+
+/// The hash of the key whose cell is there.
+pub(super) fn hash_at(cells: &[Cell], at: u32) -> u64 {
+    cell_at(cells, at).map_or(0, |cell| cell.hash[0])
+}
+
+fn cell_at(cells: &[Cell], at: u32) -> Option<&Cell> {
+    cells.get(usize::try_from(at).ok()?)
+}

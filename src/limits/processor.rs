@@ -1,0 +1,146 @@
+//! Whether the agent uses more of the processor than it may.
+//!
+//! A bucket of processor time: so much flows back in each second, and a burst of [`BURST`] is nothing. Once it is empty
+//! there is no room, and there is none until what was used *and what was refused for it* would fit: a storm that is refused
+//! costs little, and if that alone counted it would be let in again at once. Pure: times and counts are arguments.
+
+use std::{ops::RangeInclusive, time::Duration};
+
+/// Used beyond the share before it counts.
+pub const BURST: Duration = Duration::from_millis(250);
+/// The most that is remembered of what was used or wanted: so long there is no room, at least, after a storm.
+const MOST: Duration = Duration::from_millis(500);
+/// What a call costs, before any was served and within these bounds afterwards.
+const CALL: RangeInclusive<Duration> = Duration::from_micros(20)..=Duration::from_millis(10);
+const CALL_AT_FIRST: Duration = Duration::from_micros(100);
+/// So many calls and connections tell what one of them costs.
+const ENOUGH: u64 = 20;
+
+/// How much of the processor the agent may use: in thousandths of a core.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProcessorShare(u32);
+
+impl ProcessorShare {
+    /// In cores.
+    pub const LEAST: f64 = 0.05;
+    /// More than any machine has.
+    pub const MOST: f64 = 4096.0;
+
+    /// So many cores; `None` outside of these bounds.
+    pub fn cores(cores: f64) -> Option<Self> {
+        let fits = (Self::LEAST..=Self::MOST).contains(&cores);
+        #[expect(clippy::as_conversions, clippy::cast_sign_loss, reason = "from 50 to 4,096,000")]
+        fits.then(|| Self((cores * 1000.0).round() as u32))
+    }
+
+    /// What flows back in so much time.
+    fn of(self, elapsed: Duration) -> Duration {
+        elapsed.saturating_mul(self.0) / 1000
+    }
+}
+
+impl Default for ProcessorShare {
+    fn default() -> Self {
+        Self(500)
+    }
+}
+
+/// What happened between two looks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Spell {
+    pub elapsed: Duration,
+    /// Processor time that the process used.
+    pub used: Duration,
+    /// Calls and connections that it served.
+    pub served: u64,
+    /// Those that were refused, or kept waiting, for want of it.
+    pub wanting: u64,
+}
+
+/// The bucket.
+#[derive(Clone, Copy, Debug)]
+pub struct ProcessorTime {
+    /// What was used, or wanted, beyond the share.
+    over: Duration,
+    call: Duration,
+    short: bool,
+}
+
+impl Default for ProcessorTime {
+    fn default() -> Self {
+        Self { over: Duration::ZERO, call: CALL_AT_FIRST, short: false }
+    }
+}
+
+impl ProcessorTime {
+    /// Counts what happened. Returns whether processor time is short.
+    pub fn look(&mut self, share: ProcessorShare, spell: Spell) -> bool {
+        let Spell { elapsed, used, served, wanting } = spell;
+        if served >= ENOUGH {
+            let each = used / u32::try_from(served).unwrap_or(u32::MAX);
+            self.call = (self.call * 3 + each.clamp(*CALL.start(), *CALL.end())) / 4;
+        }
+        let wanted = self.call.saturating_mul(u32::try_from(wanting).unwrap_or(u32::MAX));
+        let spent = self.over.saturating_add(used).saturating_add(wanted);
+        self.over = spent.saturating_sub(share.of(elapsed)).min(MOST);
+        // What was over must be paid back before there is room.
+        self.short = if self.short { !self.over.is_zero() } else { self.over >= BURST };
+        self.short
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOOK: Duration = Duration::from_millis(50);
+
+    fn spell(used: u64, wanting: u64) -> Spell {
+        Spell { elapsed: LOOK, used: Duration::from_micros(used), served: 0, wanting }
+    }
+
+    #[test]
+    fn a_burst_is_nothing_and_a_storm_is_seen_as_long_as_it_lasts() {
+        let (mut it, half) = (ProcessorTime::default(), ProcessorShare::default());
+        // A quarter of a second of one core, at once; and then what is allowed.
+        assert!(!it.look(half, spell(250_000, 0)));
+        for _ in 0..1_000 {
+            assert!(!it.look(half, spell(25_000, 0)));
+        }
+        assert!(it.look(half, spell(75_000, 0)), "too much");
+        // Refused it costs little; served it would cost a whole core.
+        for _ in 0..1_000 {
+            assert!(it.look(half, spell(5_000, 500)));
+        }
+        // It ends.
+        let looks = (0..1_000).take_while(|_| it.look(half, spell(1_000, 0))).count();
+        assert!((10..30).contains(&looks), "{looks}");
+        assert!(!it.look(half, spell(24_000, 0)));
+    }
+
+    #[test]
+    fn what_is_refused_counts_at_what_calls_cost_by_then() {
+        let (mut it, one) = (ProcessorTime::default(), ProcessorShare::cores(1.0).unwrap());
+        for _ in 0..100 {
+            // A hundred calls of 400 microseconds each.
+            assert!(!it.look(one, Spell { served: 100, ..spell(40_000, 0) }));
+        }
+        assert!(it.look(one, spell(350_000, 0)));
+        for (wanting, fits) in [(200, false), (130, false), (110, true)] {
+            let mut copy = it;
+            let looks = (0..1_000).take_while(|_| copy.look(one, spell(1_000, wanting))).count();
+            assert_eq!(looks < 1_000, fits, "{wanting}");
+        }
+    }
+
+    #[test]
+    fn shares_are_from_a_twentieth_of_a_core_on() {
+        assert_eq!(ProcessorShare::cores(0.5), Some(ProcessorShare::default()));
+        for (cores, fits) in [(0.0, false), (0.049, false), (0.05, true), (4096.0, true), (4097.0, false)] {
+            assert_eq!(ProcessorShare::cores(cores).is_some(), fits, "{cores}");
+        }
+        assert!(ProcessorShare::cores(f64::NAN).is_none() && ProcessorShare::cores(-1.0).is_none());
+        let most = ProcessorShare::cores(4096.0).unwrap();
+        assert!(!ProcessorTime::default().look(most, Spell { elapsed: Duration::MAX, ..spell(1, u64::MAX) }));
+    }
+}

@@ -1,0 +1,72 @@
+//! The waiting of one call: for tokens or room, and for a place among the attestations.
+//!
+//! A call that waits has a place ([`Ledger::places`]); without one it is refused at once. It tries again when its tokens
+//! should be there, those of its caller one after the other, and when there is room. It is over in time, whatever happens
+//! ([`patience`](super::patience)), and when its caller goes away it leaves nothing behind.
+
+use std::time::Duration;
+
+use tokio::time::{sleep, timeout};
+
+use super::{
+    ledger::{Attempt, Ledger},
+    patience::{FOR_ATTESTATION, FOR_TOKENS, Patience},
+    refusal::Refusal,
+    slots::AttestationSlot,
+};
+
+/// The shortest wait for tokens: the clock that wakes a call has no finer steps.
+const SHORTEST: Duration = Duration::from_millis(1);
+
+/// How long a call has waited, and may wait.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WaitOfCall {
+    /// In nanoseconds since the limits were made.
+    arrived: u64,
+    patience: Patience,
+    for_tokens: Duration,
+    for_attestation: Duration,
+}
+
+impl WaitOfCall {
+    /// Of a call that came at `now`.
+    pub(super) fn new(now: u64, patience: Patience) -> Self {
+        Self { arrived: now, patience, for_tokens: FOR_TOKENS, for_attestation: FOR_ATTESTATION }
+    }
+
+    /// What its first try is.
+    pub(super) fn first(&self) -> Attempt {
+        if self.patience.is_none() { Attempt::Last } else { Attempt::MayWait }
+    }
+
+    /// Waits until the tokens should be there that this refusal was for, or there is room: a call that is the `nth` of
+    /// its caller so many times as long. Says what the next try is.
+    pub(super) async fn for_tokens(&mut self, ledger: &Ledger, refusal: &Refusal, nth: u32) -> Attempt {
+        let began = ledger.now();
+        let left = self.left(began).min(self.for_tokens);
+        let after = refusal.retry_after.saturating_mul(nth).max(SHORTEST);
+        let attempt = tokio::select! {
+            () = ledger.room.returns() => Attempt::MayWait,
+            () = sleep(after.min(left)) => if after < left { Attempt::MayWait } else { Attempt::Last },
+        };
+        self.for_tokens = self.for_tokens.saturating_sub(between(began, ledger.now()));
+        attempt
+    }
+
+    /// Waits for a place among the attestations; `None` when it was too long.
+    pub(super) async fn for_attestation(&mut self, ledger: &Ledger, group: u64) -> Option<AttestationSlot> {
+        let began = ledger.now();
+        let left = self.left(began).min(self.for_attestation);
+        let slot = timeout(left, ledger.slots.wait(group)).await.ok();
+        self.for_attestation = self.for_attestation.saturating_sub(between(began, ledger.now()));
+        slot
+    }
+
+    fn left(&self, now: u64) -> Duration {
+        self.patience.left(between(self.arrived, now))
+    }
+}
+
+fn between(from: u64, to: u64) -> Duration {
+    Duration::from_nanos(to.saturating_sub(from))
+}

@@ -1,0 +1,255 @@
+//! A client's process: it says that it is there, waits until it may come, and says what it saw.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    io::Read as _,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use durward::api::proto::workload as pb;
+use prost::Message as _;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    frames::{block, jwt_request, message},
+    raw::{Answer, Came, Connecting, Raw, WIDE},
+};
+
+/// What it is told, as JSON in its environment.
+const PART: &str = "DURWARD_HERD_PART";
+/// What it says when it is there.
+pub(crate) const READY: &str = "ready\n";
+/// How long anything may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// For how long a gateway validates, and others beside it.
+const VALIDATING: Duration = Duration::from_secs(4);
+/// Connections of a gateway, and calls that are open on each.
+const GATEWAY: usize = 4;
+const AT_ONCE: usize = 12;
+const VALIDATE: &str = "/SpiffeWorkloadAPI/ValidateJWTSVID";
+
+/// What it comes for.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) enum Come {
+    /// FetchJWTSVID.
+    Once,
+    /// The first message of FetchX509SVID, and FetchJWTSVID on another connection while that is open.
+    Unit,
+    /// So many streams of FetchX509SVID, a connection each, one after the other; all stay open.
+    Streams(u64),
+    /// ValidateJWTSVID so many times a second.
+    Validates(u64),
+    /// The same, as soon as others are answered.
+    ValidatesWithoutEnd,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Client {
+    pub(crate) come: Come,
+    pub(crate) socket: PathBuf,
+}
+
+/// What it saw. One line of a pipe that many share, so it is short.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Saw {
+    pub(crate) asked: u64,
+    pub(crate) answered: u64,
+    /// How often it was not, and how it was told.
+    pub(crate) failed: BTreeMap<String, u64>,
+    /// From `connect()` or the call to the answer: the middle one, the 99th of a hundred, the longest.
+    pub(crate) micros: Vec<u64>,
+}
+
+impl Saw {
+    fn fails(&mut self, how: impl std::fmt::Debug) {
+        *self.failed.entry(format!("{how:?}")).or_default() += 1;
+    }
+
+    fn is_answered(&mut self, began: Instant) {
+        self.answered += 1;
+        self.micros.push(began.elapsed().as_micros() as u64);
+    }
+
+    /// A line must not be longer than a pipe takes at once.
+    fn shortened(mut self) -> Self {
+        self.micros.sort_unstable();
+        let last = self.micros.len().saturating_sub(1);
+        if last > 8 {
+            self.micros = [50, 99, 100].map(|percent| self.micros[last * percent / 100]).to_vec();
+        }
+        self
+    }
+}
+
+impl Client {
+    /// This program again.
+    pub(crate) fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        command.env(PART, serde_json::to_string(self).expect("JSON"));
+        command
+    }
+
+    /// A client's process ends here; any other goes on.
+    pub(crate) fn come_if_told() {
+        let Ok(part) = std::env::var(PART) else { return };
+        let client: Self = serde_json::from_str(&part).expect("a part");
+        print!("{READY}");
+        std::io::Write::flush(&mut std::io::stdout()).expect("said");
+        // Nothing is ever sent: it ends when all are there.
+        drop(std::io::stdin().read(&mut [0]));
+        let mut saw = Saw::default();
+        match client.come {
+            Come::Once => client.once(&mut saw),
+            Come::Unit => {
+                let stream = client.stream(&mut saw);
+                client.once(&mut saw);
+                drop(stream);
+            }
+            Come::Streams(count) => {
+                let open: Vec<Raw> = (0..count).filter_map(|_| client.stream(&mut saw)).collect();
+                drop(open);
+            }
+            Come::Validates(rate) => client.validates(rate, &mut saw),
+            Come::ValidatesWithoutEnd => client.validates_without_end(&mut saw),
+        }
+        println!("{}", serde_json::to_string(&saw.shortened()).expect("JSON"));
+        std::process::exit(0);
+    }
+
+    fn open(&self, saw: &mut Saw) -> Option<Raw> {
+        Raw::open(&self.socket, Connecting::Waits, WIDE, PATIENCE)
+            .inspect_err(|error| saw.fails(error.kind()))
+            .ok()
+    }
+
+    fn once(&self, saw: &mut Saw) {
+        saw.asked += 1;
+        let began = Instant::now();
+        let Some(mut raw) = self.open(saw) else { return };
+        match raw.ask(&block("/SpiffeWorkloadAPI/FetchJWTSVID"), &jwt_request("herd"), PATIENCE) {
+            Answer::Message => saw.is_answered(began),
+            other => saw.fails(other),
+        }
+    }
+
+    fn stream(&self, saw: &mut Saw) -> Option<Raw> {
+        saw.asked += 1;
+        let began = Instant::now();
+        let mut raw = self.open(saw)?;
+        raw.call(&block("/SpiffeWorkloadAPI/FetchX509SVID"), &message(&[]), PATIENCE);
+        loop {
+            match raw.next(PATIENCE) {
+                Came::Data { .. } => {
+                    saw.is_answered(began);
+                    return Some(raw);
+                }
+                Came::Began { .. } => {}
+                Came::Ended { status, .. } => {
+                    saw.fails(Answer::Status(status));
+                    return None;
+                }
+                other => {
+                    saw.fails(other);
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// Some connections, in turn; what they have no room for waits here. One that ends is replaced.
+    fn validates(&self, rate: u64, saw: &mut Saw) {
+        let Some(body) = self.token(saw) else { return };
+        let block = block(VALIDATE);
+        let mut gateway: Vec<(Raw, Asked)> = Vec::new();
+        let mut waiting: VecDeque<Instant> = VecDeque::new();
+        let gap = Duration::from_secs(1).div_f64(rate as f64);
+        let (began, mut due) = (Instant::now(), Instant::now());
+        while began.elapsed() < VALIDATING {
+            while due <= Instant::now() {
+                waiting.push_back(due);
+                saw.asked += 1;
+                due += gap;
+            }
+            while gateway.len() < GATEWAY {
+                let Some(raw) = self.open(saw) else { break };
+                gateway.push((raw, Asked::new()));
+            }
+            gateway.retain_mut(|(raw, asked)| {
+                while asked.len() < AT_ONCE && !raw.over {
+                    let Some(since) = waiting.pop_front() else { break };
+                    match raw.call(&block, &body, PATIENCE) {
+                        Some(stream) => _ = asked.insert(stream, since),
+                        None => saw.fails("not heard"),
+                    }
+                }
+                while answered(raw, Duration::ZERO, asked, saw) {}
+                raw.over.then(|| asked.keys().for_each(|_| saw.fails("gone with its connection")));
+                !raw.over
+            });
+            std::thread::sleep(Duration::from_micros(500).min(due.saturating_duration_since(Instant::now())));
+        }
+        for (raw, asked) in &mut gateway {
+            while !asked.is_empty() && answered(raw, PATIENCE, asked, saw) {}
+            asked.keys().for_each(|_| saw.fails("no answer"));
+        }
+        waiting.iter().for_each(|_| saw.fails("had to wait to the end"));
+    }
+
+    fn validates_without_end(&self, saw: &mut Saw) {
+        let Some(body) = self.token(saw) else { return };
+        let block = block(VALIDATE);
+        let began = Instant::now();
+        let mut open: Vec<(Raw, Asked)> = Vec::new();
+        while began.elapsed() < VALIDATING {
+            while open.len() < GATEWAY {
+                let Some(raw) = self.open(saw) else { return };
+                open.push((raw, Asked::new()));
+            }
+            open.retain_mut(|(raw, asked)| {
+                while asked.len() < AT_ONCE && !raw.over {
+                    let Some(stream) = raw.call(&block, &body, Duration::ZERO) else { break };
+                    asked.insert(stream, Instant::now());
+                    saw.asked += 1;
+                }
+                answered(raw, Duration::from_millis(2), asked, saw);
+                while answered(raw, Duration::ZERO, asked, saw) {}
+                !raw.over
+            });
+        }
+    }
+
+    /// A request to validate a token of its own.
+    fn token(&self, saw: &mut Saw) -> Option<Vec<u8>> {
+        let mut raw = self.open(saw)?;
+        let answer = raw.ask(&block("/SpiffeWorkloadAPI/FetchJWTSVID"), &jwt_request("herd"), PATIENCE);
+        let answer = Some(&raw.body).filter(|_| answer == Answer::Message)?;
+        let mut svids = pb::JwtsvidResponse::decode(answer.get(5..)?).ok()?.svids;
+        let request = pb::ValidateJwtsvidRequest { audience: "herd".to_owned(), svid: svids.pop()?.svid };
+        Some(message(&request.encode_to_vec()))
+    }
+}
+
+/// The calls of a connection that are not answered, and since when.
+type Asked = BTreeMap<u32, Instant>;
+
+/// Takes what comes next. Whether something did.
+fn answered(raw: &mut Raw, patience: Duration, asked: &mut Asked, saw: &mut Saw) -> bool {
+    match raw.next(patience) {
+        Came::Ended { stream, status } => {
+            match asked.remove(&stream).filter(|_| status == 0) {
+                Some(since) => saw.is_answered(since),
+                None => saw.fails(Answer::Status(status)),
+            }
+            true
+        }
+        Came::Reset { stream } => {
+            asked.remove(&stream);
+            saw.fails(Answer::Cut);
+            true
+        }
+        Came::Nothing | Came::Closed => false,
+        Came::Began { .. } | Came::Data { .. } | Came::ComeBack => true,
+    }
+}

@@ -1,0 +1,36 @@
+//! What benches write and read by hand: long requests, and the gRPC status of an answer, read off the bytes of its headers.
+
+use super::frames::message;
+
+/// The gRPC status in a block of headers, if one is there: h2 writes names and values in Huffman's code (RFC 7541).
+pub(crate) fn status(block: &[u8]) -> Option<u8> {
+    /// `grpc-status`.
+    const NAME: [u8; 8] = [0x9a, 0xca, 0xc8, 0xb2, 0x12, 0x34, 0xda, 0x8f];
+    let at = block.windows(NAME.len()).position(|it| it == NAME)?;
+    let [length, value @ ..] = block.get(at + NAME.len()..)? else { return None };
+    let value = value.get(..usize::from(length & 0x7f))?;
+    (0..=16).find(|status: &u8| coded(*status) == value)
+}
+
+/// A number as Huffman's code has it: digits take five bits up to 2, and six from 3 on; ones fill the last byte.
+fn coded(number: u8) -> Vec<u8> {
+    let (mut bits, mut count) = (0_u32, 0);
+    for digit in number.to_string().bytes().map(|digit| u32::from(digit - b'0')) {
+        let (code, length) = if digit < 3 { (digit, 5) } else { (0x16 + digit, 6) };
+        (bits, count) = (bits << length | code, count + length);
+    }
+    let fill = (8 - count % 8) % 8;
+    let bits = bits << fill | ((1 << fill) - 1);
+    bits.to_be_bytes()[4 - usize::try_from((count + fill) / 8).expect("few")..].to_vec()
+}
+
+/// A `JWTSVIDRequest` with one long audience.
+pub(crate) fn jwt_request_of(audience: &str) -> Vec<u8> {
+    let (mut length, mut rest) = (Vec::new(), audience.len());
+    while rest > 127 {
+        length.push(u8::try_from(rest & 127).expect("seven bits") | 128);
+        rest >>= 7;
+    }
+    length.push(u8::try_from(rest).expect("seven bits"));
+    message(&[&[0x0a][..], &length, audience.as_bytes()].concat())
+}

@@ -1,0 +1,533 @@
+//! What a connection holds and is told: a gate that keeps what each of them says it holds, and toys that answer.
+
+use std::{
+    convert::Infallible,
+    future::{Future, poll_fn},
+    path::PathBuf,
+    pin::Pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, AtomicUsize, Ordering::SeqCst},
+    },
+    task::Poll,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use durward::{
+    limits::{
+        CallerKey, ConnectionPermit, ConnectionRefusal, Gate, GatePlan, LimitSettings, Limits,
+        budget::{HTTP2, PARKED, STREAM, UNSENT, WAITING, unsent},
+        holding::{Holding, Notice},
+    },
+    os::clock::Clock,
+    peer::{
+        AcceptGate, Arrival, ConnectionBounds, ConnectionEnd, ConnectionStats, Drained, Listener, OsUid,
+        Peer, RequestBody, Socket,
+    },
+    telemetry::registry::Registry,
+};
+use futures_util::{StreamExt as _, stream};
+use http_body::Frame;
+use http_body_util::{BodyExt as _, StreamBody};
+use hyper::service::Service;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::UnixStream,
+    sync::{Semaphore, oneshot, watch},
+    task::{JoinHandle, JoinSet},
+};
+
+use crate::{
+    frames::{END_HEADERS, END_STREAM, FETCH_JWT, HEADERS, PREFACE, block, frame, jwt_request, settings},
+    support::TestAgent,
+};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Keeps what the connections that it let in hold, each for the caller that the test names.
+#[derive(Debug)]
+struct Keeper {
+    gate: Gate,
+    caller: AtomicU32,
+    holdings: Mutex<Vec<Arc<Holding>>>,
+}
+
+impl Keeper {
+    fn new() -> Self {
+        let settings = LimitSettings::default();
+        let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder));
+        let gate = Gate::new(GatePlan::new(&settings, 20_000, None).unwrap(), &limits);
+        Self { gate, caller: AtomicU32::new(1), holdings: Mutex::default() }
+    }
+
+    /// What the connection that was let in last holds, beside what it takes without HTTP/2.
+    async fn last(&self) -> Held {
+        until("let in", || !self.holdings.lock().unwrap().is_empty()).await;
+        Held { holding: self.holdings.lock().unwrap().pop().unwrap() }
+    }
+}
+
+impl AcceptGate for Keeper {
+    type Permit = ConnectionPermit;
+
+    fn admit_connection(&self, _arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {
+        let permit = self.gate.open(CallerKey::Uid(self.caller.load(SeqCst)))?;
+        self.holdings.lock().unwrap().push(Arc::clone(permit.holding()));
+        Ok(permit)
+    }
+
+    fn holding(permit: &ConnectionPermit) -> Arc<Holding> {
+        Arc::clone(permit.holding())
+    }
+}
+
+struct Held {
+    holding: Arc<Holding>,
+}
+
+impl Held {
+    /// What it holds beside what it does without HTTP/2.
+    fn bytes(&self) -> u64 {
+        self.holding.bytes() - PARKED
+    }
+}
+
+/// Answers by path, once it has read the request: `/wait` when the test lets it, `/open` with one message and trailers
+/// once its connection has to end, `/never` with one message and no end, `/bytes/N` with so many bytes and trailers,
+/// `/refused` with a status that its caller is to blame for, `/news/N` with one message and then so many bytes each time there is news.
+#[derive(Clone)]
+struct Toy {
+    peer: Arc<Peer>,
+    ways: Arc<Ways>,
+}
+
+/// What a test has in its hand, and sees.
+struct Ways {
+    go: Semaphore,
+    news: watch::Sender<u32>,
+    /// Parts of answers that were made.
+    made: AtomicUsize,
+    refused: AtomicUsize,
+}
+
+impl Ways {
+    fn part(&self, bytes: usize) -> Frame<Bytes> {
+        self.made.fetch_add(1, SeqCst);
+        Frame::data(Bytes::from(vec![7; bytes]))
+    }
+}
+
+type Answer = http::Response<tonic::body::Body>;
+type Frames = stream::BoxStream<'static, Frame<Bytes>>;
+
+impl Service<http::Request<RequestBody>> for Toy {
+    type Response = Answer;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Answer, Infallible>> + Send>>;
+
+    fn call(&self, request: http::Request<RequestBody>) -> Self::Future {
+        let Self { peer, ways } = self.clone();
+        Box::pin(async move {
+            let (head, body) = request.into_parts();
+            body.collect().await.unwrap();
+            let path = head.uri.path().to_owned();
+            let mut parts = path.split('/').skip(1);
+            let (what, bytes) = (parts.next().unwrap(), parts.next().map_or(5, |it| it.parse().unwrap()));
+            if what == "wait" {
+                ways.go.acquire().await.unwrap().forget();
+            }
+            if what == "refused" {
+                ways.refused.fetch_add(1, SeqCst);
+                let mut answer = http::Response::new(tonic::body::Body::empty());
+                *answer.headers_mut() = code("8");
+                return Ok(answer);
+            }
+            let first = ways.clone();
+            let first_bytes = if what == "news" { 5 } else { bytes };
+            let first: Frames = stream::once(async move { first.part(first_bytes) }).boxed();
+            let frames: Frames = match what {
+                "never" => first.chain(stream::pending()).boxed(),
+                "open" => first.chain(stream::once(sent_away(peer))).boxed(),
+                "news" => {
+                    let news = ways.news.subscribe();
+                    let more = stream::unfold((news, ways), move |(mut news, ways)| async move {
+                        news.changed().await.ok()?;
+                        Some((ways.part(bytes), (news, ways)))
+                    });
+                    first.chain(more).boxed()
+                }
+                _ => first.chain(stream::once(async { status("0") })).boxed(),
+            };
+            let body = StreamBody::new(frames.map(Ok::<_, Infallible>));
+            Ok(http::Response::new(tonic::body::Body::new(body)))
+        })
+    }
+}
+
+async fn sent_away(peer: Arc<Peer>) -> Frame<Bytes> {
+    poll_fn(|_| if peer.is_sent_away() { Poll::Ready(()) } else { Poll::Pending }).await;
+    status("14")
+}
+
+fn status(text: &'static str) -> Frame<Bytes> {
+    Frame::trailers(code(text))
+}
+
+fn code(text: &'static str) -> http::HeaderMap {
+    [(http::HeaderName::from_static("grpc-status"), http::HeaderValue::from_static(text))]
+        .into_iter()
+        .collect()
+}
+
+struct Server {
+    _dir: tempfile::TempDir,
+    path: PathBuf,
+    keeper: Arc<Keeper>,
+    ways: Arc<Ways>,
+    stats: Arc<ConnectionStats>,
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<std::io::Result<Drained>>,
+}
+
+impl Server {
+    /// With room for 100 streams on each connection.
+    fn start() -> Self {
+        let bounds = ConnectionBounds { max_concurrent_streams: 100, ..ConnectionBounds::default() };
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        let keeper = Arc::new(Keeper::new());
+        let listener = Listener {
+            socket: Socket::bind(&path, 0o777).unwrap(),
+            bounds: watch::channel(bounds).1,
+            gate: Arc::clone(&keeper),
+            keys: Arc::new(OsUid),
+            stats: Arc::default(),
+        };
+        let stats = Arc::clone(&listener.stats);
+        let ways = Arc::new(Ways {
+            go: Semaphore::new(0),
+            news: watch::Sender::new(0),
+            made: AtomicUsize::new(0),
+            refused: AtomicUsize::new(0),
+        });
+        let (stop, stopped) = oneshot::channel::<()>();
+        let toys = Arc::clone(&ways);
+        let services = move |peer| Toy { peer, ways: Arc::clone(&toys) };
+        let task = tokio::spawn(listener.serve(services, async move { drop(stopped.await) }));
+        Self { _dir: dir, path, keeper, ways, stats, stop, task }
+    }
+
+    /// A client that was not written here, and what its connection holds.
+    async fn client(&self) -> (h2::client::SendRequest<Bytes>, Held) {
+        let stream = UnixStream::connect(&self.path).await.unwrap();
+        let (send, connection) = h2::client::handshake(stream).await.unwrap();
+        tokio::spawn(connection);
+        let send = send.ready().await.unwrap();
+        (send, self.keeper.last().await)
+    }
+
+    async fn ended(&self, why: ConnectionEnd, times: u64) {
+        until(&format!("{why:?}"), || self.stats.closed(why) == times).await;
+    }
+
+    async fn drain(self) {
+        self.stop.send(()).unwrap();
+        self.task.await.unwrap().unwrap();
+    }
+}
+
+async fn until(what: &str, mut so: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !so() {
+        assert!(began.elapsed() < PATIENCE, "{what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// An open answer.
+struct Open(h2::RecvStream);
+
+impl Open {
+    async fn begin(send: &mut h2::client::SendRequest<Bytes>, path: &str) -> Result<Self, h2::Error> {
+        let request = http::Request::post(format!("http://localhost{path}")).body(()).unwrap();
+        let (answer, _) = send.send_request(request, true)?;
+        Ok(Self(answer.await?.into_body()))
+    }
+
+    /// Bytes of its next part.
+    async fn part(&mut self) -> Result<usize, h2::Error> {
+        let part = self.0.data().await.unwrap()?;
+        self.0.flow_control().release_capacity(part.len())?;
+        Ok(part.len())
+    }
+
+    /// Reads to its end: how many bytes came, and its status.
+    async fn end(mut self) -> Result<(usize, String), h2::Error> {
+        let mut bytes = 0;
+        while let Some(part) = self.0.data().await {
+            let part = part?;
+            self.0.flow_control().release_capacity(part.len())?;
+            bytes += part.len();
+        }
+        let trailers = self.0.trailers().await?.unwrap();
+        Ok((bytes, trailers["grpc-status"].to_str().unwrap().to_owned()))
+    }
+}
+
+#[tokio::test]
+async fn what_a_connection_holds_is_told_and_given_back() {
+    let server = Server::start();
+    let (mut send, holding) = server.client().await;
+    until("HTTP/2", || holding.bytes() == HTTP2).await;
+    let mut open = Open::begin(&mut send, "/open").await.unwrap();
+    assert_eq!(open.part().await.unwrap(), 5);
+    until("its first stream", || holding.bytes() == HTTP2).await;
+    let other = Open::begin(&mut send, "/bytes/30000").await.unwrap();
+    assert_eq!(other.end().await.unwrap(), (30_000, "0".to_owned()));
+    until("that stream alone", || holding.bytes() == HTTP2).await;
+    // Never read: what is beyond its window stays here.
+    let unread = Open::begin(&mut send, "/bytes/100000").await.unwrap();
+    until("an unread answer", || holding.bytes() >= HTTP2 + STREAM + 100_000).await;
+    drop(unread);
+    until("reset", || holding.bytes() == HTTP2).await;
+    drop((open, send));
+    until("nothing", || holding.bytes() == 0).await;
+    server.drain().await;
+}
+
+/// What is being answered is, streams are told to come back, what has no end is cut; who is silent is closed.
+#[tokio::test]
+async fn who_is_told_to_come_back_may_finish() {
+    let server = Server::start();
+    let (mut send, holding) = server.client().await;
+    let mut open = Open::begin(&mut send, "/open").await.unwrap();
+    open.part().await.unwrap();
+    let mut never = Open::begin(&mut send, "/never").await.unwrap();
+    never.part().await.unwrap();
+    let mut waits = send.clone();
+    let waiting = tokio::spawn(async move { Open::begin(&mut waits, "/wait").await?.end().await });
+    until("asked", || server.stats.streams() == 3).await;
+
+    holding.holding.tell(Notice::ComeBack);
+    assert_eq!(open.end().await.unwrap(), (0, "14".to_owned()));
+    server.ways.go.add_permits(1);
+    assert_eq!(waiting.await.unwrap().unwrap(), (5, "0".to_owned()));
+    let refused = poll_fn(|cx| send.poll_ready(cx)).await.err();
+    assert!(refused.is_none_or(|error| error.is_go_away()), "no new call");
+    assert!(never.part().await.is_err(), "cut");
+    server.ended(ConnectionEnd::SentAway, 1).await;
+
+    let mut silent = UnixStream::connect(&server.path).await.unwrap();
+    until("parked", || server.stats.parked() == 1).await;
+    server.keeper.last().await.holding.tell(Notice::ComeBack);
+    assert_eq!(silent.read(&mut [0; 9]).await.unwrap(), 0);
+    server.ended(ConnectionEnd::SentAway, 2).await;
+    server.drain().await;
+}
+
+#[tokio::test]
+async fn who_is_told_so_is_closed_at_once() {
+    let server = Server::start();
+    let (mut send, holding) = server.client().await;
+    let mut open = Open::begin(&mut send, "/open").await.unwrap();
+    open.part().await.unwrap();
+    let (mut neighbour, _) = server.client().await;
+    holding.holding.tell(Notice::ComeBack);
+    holding.holding.tell(Notice::Close);
+    server.ended(ConnectionEnd::Evicted, 1).await;
+    assert!(open.end().await.is_err());
+    assert_eq!(Open::begin(&mut neighbour, "/bytes/1").await.unwrap().end().await.unwrap().0, 1);
+    server.drain().await;
+}
+
+/// So many answers at once, over one connection with HTTP/2's own windows: each is read to its end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_reads_gets_every_answer_whatever_they_take_together() {
+    let server = Server::start();
+    for (case, calls, bytes, sent) in [
+        ("many", 100, 20_000, 0),
+        ("with requests that fill the window", 100, 2_000, 3_000),
+        ("larger than all that may be unsent", 20, 150_000, 16_000),
+        ("small", 1_000, 300, 10),
+    ] {
+        let (send, holding) = server.client().await;
+        let mut all = JoinSet::new();
+        for _ in 0..calls {
+            let mut send = send.clone();
+            all.spawn(async move {
+                poll_fn(|cx| send.poll_ready(cx)).await?;
+                let uri = format!("http://localhost/bytes/{bytes}");
+                let (answer, mut body) =
+                    send.send_request(http::Request::post(uri).body(()).unwrap(), sent == 0)?;
+                if sent > 0 {
+                    body.send_data(vec![1; sent].into(), true)?;
+                }
+                Open(answer.await?.into_body()).end().await
+            });
+        }
+        while let Some(answered) = all.join_next().await {
+            assert_eq!(answered.unwrap().unwrap(), (bytes, "0".to_owned()), "{case}");
+        }
+        until(case, || holding.bytes() == HTTP2).await;
+    }
+    server.drain().await;
+}
+
+/// HTTP/2 by hand, on streams whose windows have so many bytes.
+async fn raw(server: &Server, window: u32, paths: impl IntoIterator<Item = String>) -> (UnixStream, Held) {
+    let mut stream = UnixStream::connect(&server.path).await.unwrap();
+    let mut bytes = [PREFACE, &settings(4, window)].concat();
+    for (nth, path) in (0..).zip(paths) {
+        bytes.extend(frame(HEADERS, END_HEADERS | END_STREAM, 1 + 2 * nth, &block(&path)));
+    }
+    stream.write_all(&bytes).await.unwrap();
+    (stream, server.keeper.last().await)
+}
+
+/// Waits until nothing is made any more.
+async fn settled(server: &Server) -> usize {
+    let mut before = usize::MAX;
+    loop {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let made = server.ways.made.load(SeqCst);
+        if made == std::mem::replace(&mut before, made) {
+            return made;
+        }
+    }
+}
+
+/// Whoever asks and never reads has a few answers made, and no more; when it reads it gets all.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_never_reads_pins_a_bounded_number_of_answers() {
+    let server = Server::start();
+    for (case, bytes, most) in [("large", 100_000, 4), ("usual", 20_000, 4), ("small", 500, 60)] {
+        let before = server.ways.made.load(SeqCst);
+        let paths = std::iter::repeat_n(format!("/bytes/{bytes}"), 100);
+        let (mut stream, holding) = raw(&server, 0, paths).await;
+        until(case, || server.stats.streams() >= 90).await;
+        let made = settled(&server).await - before;
+        assert!((1..=most).contains(&made), "{case}: {made} answers for who reads none");
+        let held = holding.bytes();
+        let each = STREAM + WAITING;
+        assert!(held <= HTTP2 + 100 * each + UNSENT + 3 * unsent(bytes), "{case}: {held} bytes");
+
+        // The windows open, of the connection and of each stream.
+        let mut rest = frame(8, 0, 0, &0x3fff_0000_u32.to_be_bytes());
+        rest.extend(settings(4, 1 << 20));
+        stream.write_all(&rest).await.unwrap();
+        let mut buffer = vec![0; 1 << 16];
+        until(case, || {
+            while stream.try_read(&mut buffer).is_ok_and(|read| read > 0) {}
+            holding.bytes() == HTTP2
+        })
+        .await;
+        assert_eq!(server.ways.made.load(SeqCst) - before, 100, "{case}");
+        drop(stream);
+        until(case, || server.stats.open() == 0).await;
+    }
+    server.drain().await;
+}
+
+/// News for streams that are not read: each peer has some of it made, and is sent all of it when it reads.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_does_not_read_its_streams_pins_a_bounded_number_of_updates() {
+    let server = Server::start();
+    let (mut stream, holding) = raw(&server, 100, std::iter::repeat_n("/news/20000".to_owned(), 50)).await;
+    until("opened", || server.ways.made.load(SeqCst) == 50).await;
+    until("read", || holding.bytes() == HTTP2 + 49 * STREAM).await;
+    server.ways.news.send_modify(|news| *news += 1);
+    let made = settled(&server).await - 50;
+    assert!((1..=4).contains(&made), "{made} updates for who reads none");
+    let mut rest = frame(8, 0, 0, &0x3fff_0000_u32.to_be_bytes());
+    rest.extend(settings(4, 1 << 20));
+    stream.write_all(&rest).await.unwrap();
+    let mut buffer = vec![0; 1 << 16];
+    until("all", || {
+        while stream.try_read(&mut buffer).is_ok_and(|read| read > 0) {}
+        server.ways.made.load(SeqCst) == 100 && holding.bytes() == HTTP2 + 49 * STREAM
+    })
+    .await;
+    drop(stream);
+    server.drain().await;
+}
+
+/// Asks for nothing but refusals, as fast as it is answered and with many at once, until `over`.
+async fn errs(send: h2::client::SendRequest<Bytes>, over: tokio::time::Instant) {
+    let mut all = JoinSet::new();
+    for _ in 0..32 {
+        let mut send = send.clone();
+        all.spawn(async move {
+            while tokio::time::Instant::now() < over && poll_fn(|cx| send.poll_ready(cx)).await.is_ok() {
+                let request = http::Request::post("http://localhost/refused").body(()).unwrap();
+                let Ok((answer, _)) = send.send_request(request, true) else { break };
+                if tokio::time::timeout_at(over, answer).await.is_err() {
+                    break;
+                }
+            }
+        });
+    }
+    while all.join_next().await.is_some() {}
+}
+
+/// However many connections it has: so many a second, and then nothing is read. The time is moved, and only when nobody
+/// has anything to do.
+#[tokio::test(start_paused = true)]
+async fn refusals_are_no_work_to_conserve() {
+    let server = Server::start();
+    let start = tokio::time::Instant::now();
+    let over = start + Duration::from_millis(2_500);
+    let mut hostile = JoinSet::new();
+    for _ in 0..3 {
+        hostile.spawn(errs(server.client().await.0, over));
+    }
+    let (mut erring, _) = server.client().await;
+    server.keeper.caller.store(2, SeqCst);
+    let (mut neighbour, _) = server.client().await;
+    for nth in 0..20 {
+        // One of the same user that errs now and then, and one of another.
+        let (send, path) =
+            if nth % 2 == 0 { (&mut erring, "/refused") } else { (&mut neighbour, "/bytes/1") };
+        let asked = tokio::time::Instant::now();
+        Open::begin(send, path).await.unwrap();
+        assert!(asked.elapsed() < Duration::from_millis(50), "{nth}: {:?}", asked.elapsed());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    while hostile.join_next().await.is_some() {}
+    let refused = server.ways.refused.load(SeqCst);
+    assert!((5_000..=2 * 5_000 + 2_500 + 200).contains(&refused), "{refused} in two seconds and a half");
+    server.stop.send(()).unwrap();
+}
+
+/// What a caller gets for each mistake is a status and nothing else, by which it is known for no work to conserve.
+#[tokio::test]
+async fn mistakes_are_answered_with_a_status_alone() {
+    let agent = TestAgent::start("ratelimit { caller { FetchX509Bundles { rate = 1, burst = 1 } } }\n");
+    let stream = UnixStream::connect(agent.socket()).await.unwrap();
+    let (mut send, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    let no_header = http::HeaderMap::new();
+    let header: http::HeaderMap =
+        [("workload.spiffe.io".parse().unwrap(), "true".parse().unwrap())].into_iter().collect();
+    let jwt = jwt_request("a");
+    for (case, path, headers, body, status) in [
+        ("no security header", FETCH_JWT, &no_header, &jwt[..], "3"),
+        ("no such method", "/SpiffeWorkloadAPI/X", &header, &jwt, "12"),
+        ("no such service", "/x/y", &header, &jwt, "12"),
+        ("no message", FETCH_JWT, &header, &[0, 0, 0, 0, 1, 0xff], "3"),
+        ("refused", "/SpiffeWorkloadAPI/FetchX509Bundles", &header, &[0, 0, 0, 0, 0], "8"),
+    ] {
+        let mut answered = None;
+        // The bucket has one token.
+        for _ in 0..3 {
+            let mut request = http::Request::post(format!("http://localhost{path}")).body(()).unwrap();
+            *request.headers_mut() = headers.clone();
+            request.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+            let (answer, mut sending) = send.send_request(request, false).unwrap();
+            sending.send_data(Bytes::copy_from_slice(body), true).unwrap();
+            answered = answer.await.unwrap().headers().get("grpc-status").cloned();
+        }
+        println!("{case}: {answered:?}");
+        assert_eq!(answered.unwrap(), status, "{case}");
+    }
+}

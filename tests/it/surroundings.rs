@@ -1,0 +1,106 @@
+//! Nodes on which an agent cannot tell callers apart. As an ordinary user none of them can be made: nothing is tested then.
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    os::unix::{
+        fs::{PermissionsExt as _, chown},
+        net::UnixStream,
+        process::CommandExt as _,
+    },
+    path::Path,
+    process::Command,
+};
+
+use durward::api::proto::workload as pb;
+use nix::unistd::geteuid;
+
+use crate::support::{Process, entry, request, write_config};
+
+/// A user of no other test.
+const USER: u32 = 731_006;
+
+fn prepare(dir: &Path, blocks: &str) {
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
+    let health = format!("health_checks {{ socket_path = \"{}\" }}\n", dir.join("health.sock").display());
+    write_config(dir, &format!("{health}{blocks}"));
+}
+
+/// What the agent in `dir` says of its readiness, once it has started.
+fn ready(dir: &Path) -> String {
+    loop {
+        let answer = ask(dir);
+        if !answer.contains("\"agent\":null") {
+            return answer;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+fn ask(dir: &Path) -> String {
+    let mut stream = UnixStream::connect(dir.join("health.sock")).unwrap();
+    stream.write_all(b"GET /ready HTTP/1.0\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+/// What `durward api fetch jwt` says to another user.
+fn fetch_as(user: u32, dir: &Path) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_durward"));
+    command.args(["api", "fetch", "jwt", "--audience", "a", "--socket-path"]).arg(dir.join("api.sock"));
+    let output = command.uid(user).gid(user).output().unwrap();
+    [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_has_no_number_is_not_taken_for_nobody() {
+    let can = Command::new("unshare").args(["--user", "--map-root-user", "true"]).status();
+    if !geteuid().is_root() || !can.is_ok_and(|status| status.success()) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let nobody = "entry \"spiffe://example.org/nobody\" { selectors = [\"unix:uid:65534\"] }\n";
+    prepare(dir.path(), &format!("{nobody}{}", entry("/web", "")));
+    let mut agent = Process::spawn_by(&["unshare", "--user", "--map-root-user"], dir.path());
+    let mut client = agent.serving(dir.path()).await;
+    let fetched = client.fetch_jwtsvid(request(pb::JwtsvidRequest {
+        audience: vec!["a".to_owned()],
+        spiffe_id: String::new(),
+    }));
+    assert_eq!(fetched.await.unwrap().into_inner().svids[0].spiffe_id, "spiffe://example.org/web");
+    for user in [USER, 65_534] {
+        let said = fetch_as(user, dir.path());
+        let unavailable =
+            said.contains("Unavailable") && said.contains("has no number for the caller's user");
+        assert!(unavailable && !said.contains("/nobody"), "{user}: {said}");
+    }
+    assert!(ready(dir.path()).starts_with("HTTP/1.1 200"), "who has a number is served");
+    let log = fs::read_to_string(dir.path().join("log")).unwrap();
+    let told =
+        log.lines().filter(|line| line.contains("the agent runs in a user namespace that does not")).count();
+    assert_eq!(told, 1, "once: {log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hidden_processes_are_no_healthy_node() {
+    let hide = ["unshare", "--mount", "--propagation", "private", "sh", "-c"];
+    let can = Command::new(hide[0]).args(&hide[1..]).arg("mount -t proc -o hidepid=2 proc /proc").status();
+    if !geteuid().is_root() || !can.is_ok_and(|status| status.success()) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path(), &entry("/web", ""));
+    chown(dir.path(), Some(USER), Some(USER)).unwrap();
+    let run = format!(
+        "mount -t proc -o hidepid=2 proc /proc && exec setpriv --reuid={USER} --regid={USER} --clear-groups \"$@\""
+    );
+    let mut words = hide.to_vec();
+    words.extend([run.as_str(), "sh"]);
+    let mut agent = Process::spawn_by(&words, dir.path());
+    drop(agent.serving(dir.path()).await);
+    let answer = ready(dir.path());
+    assert!(answer.starts_with("HTTP/1.1 500") && answer.contains("cannot be told apart"), "{answer}");
+    let log = fs::read_to_string(dir.path().join("log")).unwrap();
+    assert!(log.contains("processes of other users are hidden"), "{log}");
+}
