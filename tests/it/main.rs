@@ -12,6 +12,7 @@ mod cgroup;
 mod cli;
 mod config;
 mod corpus;
+mod door;
 mod executables;
 mod forged;
 mod frames;
