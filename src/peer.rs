@@ -4,7 +4,7 @@
 //! byte (`SCM_CREDENTIALS`). Not trusted: every byte a peer sends, what it passes with them, how fast it sends and reads,
 //! and how long it stays. The order is fixed: accept, credentials, caller key, gate, first byte, HTTP/2; a connection that
 //! is refused has cost no HTTP/2 state, and one that stays silent costs about 1.5 KiB. Absent: any decision about
-//! identities, and what a request means, gRPC's words included.
+//! identities, and what a request means, gRPC's words included, but for the status of an answer.
 
 mod accepted;
 mod allowance;
@@ -22,6 +22,7 @@ mod last_word;
 mod lingering;
 mod listener;
 mod metrics;
+mod pauses;
 mod request;
 mod service;
 mod settings;
@@ -41,7 +42,7 @@ pub use end::ConnectionEnd;
 pub use listener::{AcceptGate, AdmitAll, Listener};
 pub use metrics::ConnectionMetrics;
 pub use request::{BodyError, RequestBody};
-pub use service::ConnectionService;
+pub use service::{ConnectionService, PUSHBACK};
 pub use settings::{KubernetesSettings, ListenerSettings};
 pub use socket::{BindError, Socket};
 pub use stats::ConnectionStats;

@@ -19,9 +19,10 @@
 
 use std::sync::Arc;
 
+use http::Extensions;
 use tonic::Request;
 
-use super::status::RequestError;
+use super::{reached::Reached, status::RequestError};
 use crate::{
     limits::{Admitted, Limits, Method, Patience, Refusal},
     peer::Peer,
@@ -33,6 +34,7 @@ pub struct Call {
     caller: Arc<Peer>,
     method: Method,
     patience: Patience,
+    reached: Option<Reached>,
 }
 
 impl Call {
@@ -49,7 +51,7 @@ impl Call {
         }
         let timeout =
             request.metadata().get("grpc-timeout").and_then(|text| Patience::parse(text.as_bytes()));
-        let call = Self::without_header(request.extensions().get(), method)?;
+        let call = Self::without_header(request.extensions(), method)?;
         Ok(Self { patience: timeout.unwrap_or(call.patience), ..call })
     }
 
@@ -57,22 +59,14 @@ impl Call {
     ///
     /// # Errors
     /// [`RequestError::NoPeer`], which is a mistake of ours.
-    pub fn without_header(caller: Option<&Arc<Peer>>, method: Method) -> Result<Self, RequestError> {
-        let caller = Arc::clone(caller.ok_or(RequestError::NoPeer)?);
-        Ok(Self { caller, method, patience: Patience::USUAL })
+    pub fn without_header(extensions: &Extensions, method: Method) -> Result<Self, RequestError> {
+        let caller = Arc::clone(extensions.get().ok_or(RequestError::NoPeer)?);
+        Ok(Self { caller, method, patience: Patience::USUAL, reached: Reached::of(extensions).cloned() })
     }
 
     /// What is called.
     pub fn method(&self) -> Method {
         self.method
-    }
-
-    /// [`Call::admit`] without any wait.
-    ///
-    /// # Errors
-    /// As [`Call::admit`].
-    pub fn admit_at_once(self, limits: &Limits) -> Result<Admitted<Arc<Peer>>, Refusal> {
-        limits.admit_caller(self.caller, self.method)
     }
 
     /// Charges the caller, before anything is read about it. Waits a little where that is of use, and never beyond the
@@ -81,6 +75,9 @@ impl Call {
     /// # Errors
     /// [`Refusal`] when it has no tokens, or too many calls are being attested.
     pub async fn admit(self, limits: &Limits) -> Result<Admitted<Arc<Peer>>, Refusal> {
+        if let Some(reached) = &self.reached {
+            reached.limits();
+        }
         limits.admit(self.caller, self.method, self.patience).await
     }
 }

@@ -14,7 +14,7 @@ use crate::{
     identity::{audience::AudienceError, jwt::JwtError, spiffe_id::SpiffeIdError},
     issuer::MintError,
     limits::{Refusal, RejectionStatus},
-    peer::BodyError,
+    peer::{BodyError, PUSHBACK},
     store::{NoIdentity, NotEntitled},
 };
 
@@ -166,13 +166,11 @@ impl From<BodyError> for Status {
                 status.metadata_mut().insert(PUSHBACK, MetadataValue::from(TOO_MUCH_PUSHBACK));
                 status
             }
-            BodyError::Broken(error) => Self::from_error(error.into()),
+            // It was reset, or its connection ended.
+            BodyError::Broken(_) => Self::cancelled(error.to_string()),
         }
     }
 }
-
-/// The trailer that gRPC's own retries obey (gRFC A6).
-const PUSHBACK: &str = "grpc-retry-pushback-ms";
 
 /// When to come back after too many bytes of unfinished requests, in milliseconds.
 const TOO_MUCH_PUSHBACK: i64 = 100;

@@ -118,6 +118,21 @@ impl Limits {
         admitted.expect("a call without patience is never kept waiting")
     }
 
+    /// Charges a caller for a request that ended before it came to anything that could be admitted: a token of
+    /// [`Method::Other`], which its bucket owes where it has none.
+    pub fn charge_late(&self, caller: CallerKey) {
+        let (ledger, method) = (&self.ledger, Method::Other);
+        let plan = ledger.plan();
+        let choice = plan.caller.choose(&caller, method);
+        let (Limit::Quota(quota), origin) = ledger.limit(choice.rule) else { return };
+        let cost = choice.rule.costs().answer();
+        let taker = choice.shared.map(|_| Taker { caller, group: plan.families.group(caller) });
+        let ask = Ask { key: ledger.caller_key(&plan, caller, method, &choice), quota, cost, taker };
+        let name = || (caller_name(caller, &choice), method.rpc());
+        let paid = ledger.callers().charge_late(ledger.now(), &ask, ledger.shortfall(origin), name);
+        ledger.counters.count_soft_limits(plan.soft, Stage::Caller, paid);
+    }
+
     /// A place for an attestation before an update of an open stream of `caller`, at once or not at all. There are as
     /// many as for calls and they are shared in the same way, but they are others: whatever streams wait for, calls are
     /// attested. It costs no tokens, and is no refusal: the update is only later.

@@ -40,6 +40,11 @@ impl Cell {
     }
 }
 
+/// Nanoseconds in units of 2^30, which is about a second and cheaper to reckon.
+pub(super) fn seconds(now: u64) -> u32 {
+    u32::try_from(now >> 30).unwrap_or(u32::MAX)
+}
+
 /// Where the cell of a key is.
 pub(super) fn find(index: &HashTable<u32>, cells: &[Cell], hash: [u64; 2]) -> Option<u32> {
     index.find(hash[0], |at| cell_at(cells, *at).is_some_and(|cell| cell.hash == hash)).copied()

@@ -17,7 +17,7 @@ use hashbrown::HashTable;
 use super::{
     ask::{Ask, BucketKey},
     bucket::{Bucket, Level, Quota, Shortfall},
-    cells::{Cell, NOBODY, SEVERAL, cell, find, hash_at},
+    cells::{Cell, NOBODY, SEVERAL, cell, find, hash_at, seconds},
     pool::Pool,
     report::{BucketName, Heavy},
     shares::{SharedBuckets, Shares, Taker},
@@ -92,11 +92,6 @@ pub(super) struct Table {
     regulars: usize,
     latest: u64,
     parents_seen: u64,
-}
-
-/// Nanoseconds in units of 2^30, which is about a second and cheaper to reckon.
-fn seconds(now: u64) -> u32 {
-    u32::try_from(now >> 30).unwrap_or(u32::MAX)
 }
 
 impl Table {
@@ -239,8 +234,7 @@ impl Table {
             held => held.map(|()| cost)?,
         };
         if !self.own_one_more(now, key.parent) {
-            let held = in_pool(self.stray.hold(now, quota, cost), cost, short)?;
-            return Ok((ChargedTo::Stray, held));
+            return Ok((ChargedTo::Stray, self.stray.hold(now, quota, cost, short)?));
         }
         self.cells.push(Cell {
             hash: key.hash,
@@ -308,6 +302,18 @@ impl Table {
         let nothing = Ask { cost: 0, ..*ask };
         let held = HeldTokens { ask: nothing, place: ChargedTo::Own(u32::MAX), tokens: 0, short };
         self.settle_held(&held, ask.cost)
+    }
+
+    /// Charges a call that is over, known key or not. Where there are too few tokens, its bucket owes them.
+    pub(super) fn charge_late(
+        &mut self,
+        now: u64,
+        ask: &Ask,
+        short: Shortfall,
+        who: impl FnOnce() -> Who,
+    ) -> Option<Level> {
+        let held = self.hold_by(now, ask, Shortfall::Pass, who).ok()?;
+        self.settle_held(&HeldTokens { short, ..held }, ask.cost)
     }
 
     /// Counts for people that a key was refused for something else than its tokens, if it is known.
@@ -449,14 +455,12 @@ impl Table {
         cost: u32,
         short: Shortfall,
     ) -> Result<(ChargedTo, u32), Duration> {
-        let tried = |held| in_pool(held, cost, short);
         self.make_parent(now, parent);
-        match self.parent(parent) {
-            Some(parent) => {
-                tried(parent.overflow.hold(now, quota, cost)).map(|held| (ChargedTo::Overflow, held))
-            }
-            None => tried(self.stray.hold(now, quota, cost)).map(|held| (ChargedTo::Stray, held)),
-        }
+        let (pool, place) = match self.parent(parent) {
+            Some(parent) => (&mut parent.overflow, ChargedTo::Overflow),
+            None => (&mut self.stray, ChargedTo::Stray),
+        };
+        Ok((place, pool.hold(now, quota, cost, short)?))
     }
 
     fn own_one_more(&mut self, now: u64, id: u64) -> bool {
@@ -488,14 +492,6 @@ impl Table {
         let seed = &self.seed;
         let parent = Parent { id, owned: 0, overflow };
         self.parents.insert_unique(seed.hash_one(id), parent, |parent| seed.hash_one(parent.id));
-    }
-}
-
-/// How many tokens are held in a pool that was asked for so many.
-fn in_pool(held: Result<(), Duration>, cost: u32, short: Shortfall) -> Result<u32, Duration> {
-    match held {
-        Err(_) if short == Shortfall::Pass => Ok(0),
-        held => held.map(|()| cost),
     }
 }
 

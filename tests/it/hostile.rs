@@ -403,7 +403,8 @@ fn a_body_that_is_no_message_is_refused_and_the_connection_serves_on() {
 fn thousands_of_connections_of_one_caller_are_closed() {
     const MOST: usize = 64;
     raise_descriptors();
-    let agent = Agent::start("");
+    let most = "ratelimit { gate { caller { connections = 64 rate = 100 burst = 200 } } }\n";
+    let agent = Agent::with("", &[most, &Agent::entries()].concat());
     let socket = agent.socket();
     let before = agent.descriptors();
     agent.bear(|| {
@@ -601,7 +602,7 @@ async fn a_reload_changes_what_the_next_connection_may_hold() {
         kept.abort();
         most
     };
-    assert_eq!(streams(&agent).await, 16);
+    assert_eq!(streams(&agent).await, 100);
     agent.reload("ratelimit { gate { connection { streams = 3 } } }").unwrap();
     assert_eq!(streams(&agent).await, 3);
     agent.reload("ratelimit { gate { connection { streams = 0 } } }").unwrap_err();

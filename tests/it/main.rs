@@ -18,6 +18,7 @@ mod frames;
 mod fuse;
 mod generated_code;
 mod handed_over;
+mod heads;
 mod held;
 mod hostile;
 mod house;

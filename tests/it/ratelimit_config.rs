@@ -383,7 +383,7 @@ fn mistakes_say_what_would_be_right() {
         (
             "exempt from the node",
             "node { exempt = true }",
-            "20: ratelimit.node.exempt: unknown key; known here: rate, per, burst, unlimited, dry_run, attestations, attestations_per_caller, method",
+            "20: ratelimit.node.exempt: unknown key; known here: rate, per, burst, unlimited, dry_run, cpu, attestations, attestations_per_caller, method",
         ),
         (
             "failed attestation above burst",
