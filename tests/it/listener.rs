@@ -534,7 +534,6 @@ fn guarded<G: AcceptGate>(socket: Socket, gate: Arc<G>, bounds: ConnectionBounds
         gate,
         keys: Arc::new(OsUid),
         stats: Arc::default(),
-        evicted: tokio::sync::watch::channel(None).1,
     }
 }
 
