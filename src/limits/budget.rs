@@ -26,6 +26,10 @@ pub const UPLOAD: u64 = 3;
 
 /// What the kernel keeps for a refused connection that lingers.
 pub const LINGERING: u64 = 4 * 1024;
+/// How many refused connections are answered at a time.
+pub const REPLIES: usize = 16;
+/// What one of these takes: its task, a buffer, the answer, and what the kernel keeps.
+pub const REPLY: u64 = 12 * 1024;
 /// A caller that held nothing, with one connection and one call.
 pub const NEWCOMER: u64 = PARKED + HTTP2 + 7 * 1024;
 /// Of a budget, newcomers have one part in so many set aside, at most.
@@ -56,6 +60,10 @@ pub const ANSWER_AT_LEAST: u64 = 4 * 1024;
 /// A request that waits until its answer fits, beside what each stream takes: its body is not read, and may be a slice of
 /// a buffer that nothing else is in.
 pub const WAITING: u64 = 10 * 1024;
+
+/// A call that waits for tokens or to be attested, beside its stream: its message, and its task's part. There are
+/// [`PLACES`](super::patience::PLACES) of them.
+pub const KEPT_WAITING: u64 = 4 * 1024;
 
 /// A connection with so many streams that wait for news.
 pub const fn connection_with(streams: u32) -> u64 {
