@@ -29,18 +29,18 @@
 //!
 //! ```text
 //! peer/listener   accept -> SO_PEERCRED, caller key (with pidfd on Kubernetes)  unreadable, or ended: close, count
-//! limits/gate     connections and connection rate of this caller        refused: count, close a moment later
+//! limits/gate     room, share and rate of this caller                   no room: wait a moment; refused: count, tell or close
 //! peer/listener   pidfd: the process is held on to; a task of its own    gone: close, count
 //! peer/connection parked until the first byte: no HTTP/2 state before it
 //! peer/wire       each byte is written by who connected           another's: GOAWAY; with a descriptor: close
 //!                 :authority, which h2 would judge, is written over; the budget of frames between requests
 //! (hyper, tonic)  HTTP/2, decode; the connection carries its Peer
 //! api/call        1 security header -> Call                              InvalidArgument
-//!                 2 call.admit(limits) -> Admitted                       ResourceExhausted
+//!                 2 call.admit(limits).await -> Admitted                 ResourceExhausted, Unavailable
 //! api/workload    3 query: audience, SPIFFE ID                           InvalidArgument
 //! attest          4 attestor.attest(admitted, questions).await -> Attested   Unavailable
 //! store           5 authorize(snapshot, attested) -> Entitled            PermissionDenied
-//!                 6 entitled.charge(limits) -> Charged                   ResourceExhausted
+//!                 6 entitled.charge(limits).await -> Charged             ResourceExhausted, Unavailable
 //!                 7 jwt.fetch(charged, audience).await                   Unavailable
 //! ```
 //!
@@ -62,6 +62,7 @@
 //! | why a file or directory is refused | [`os::trusted`]; the places that are looked at before the start, `config/places.rs` |
 //! | an issuer | a folder beside [`issuer::embedded`], its line in [`issuer::choice`], and its block in `config/issuer.rs` |
 //! | a service | a handler in `api` that starts with a [`Call`](api::call::Call); its paths in [`api::services`] |
+//! | how a request is charged and counted that never becomes a call | `api/heads.rs` |
 //! | a series | the `metrics` of the room whose events it counts |
 //!
 //! # Invariants
@@ -95,12 +96,30 @@
 //! **No actor.** Requests read a snapshot behind an atomic pointer; one writer publishes the next. A slow stream
 //! skips to the newest and never queues.
 //!
-//! **A refused connection is closed, not answered.** The other way is to wait for the first request and
-//! answer it with a fixed status, which says more to the client. `cargo bench --bench refusal` has both:
-//! closing takes about half the processor time and no memory while the answer is on its way; a crowd that is
-//! answered can hold as many places as there are for answers, and all others are closed anyway. A gRPC client
-//! takes the close for `UNAVAILABLE` and backs off; which limit it was stands in the log and in `durward
-//! limits`.
+//! **What nobody set refuses only where there is no room.** A default that always holds cannot tell fifty services that
+//! start together from one that loops, and refuses the first on an idle node. So defaults are charged, to know who took
+//! more than its share, and bind where memory, descriptors or the processor are short ([`limits::room`]). Then whoever has
+//! tokens or its share passes; the others wait, then hear `Unavailable`: it is the node that is short. What an admin wrote is
+//! `ResourceExhausted` at once, exact to the bucket, and never waits: it is to be relied on.
+//!
+//! **No queue without a bound, and none past the caller's deadline.** A call waits 250 ms for tokens or room, two seconds
+//! to be attested, and never beyond its `grpc-timeout`; it has one of 1,024 places, which are shared as attestations
+//! are, and without one it is refused at once ([`limits::patience`]). To refuse at once is cheaper, and makes of a hundred
+//! clients that start together a hundred that back off for a second, and come back together.
+//!
+//! **Of refused connections the first few are answered, the crowd is closed.** An answer (a status to the first request)
+//! says which limit it was and when to come back; but it takes half as much processor time again as a close
+//! (`cargo bench --bench refusal`), and a client that never asks holds its place. So two of a family are answered in two
+//! seconds, and 16 of the node at a time; the others are closed, which a gRPC client takes for `UNAVAILABLE` and backs
+//! off from, and which limit it was stands in the log and in `durward limits`.
+//!
+//! **Who finds no room waits a moment, unread.** A crowd after a restart is over in less than that. A connection that is
+//! refused for want of room alone keeps its descriptor for up to 250 ms, and is asked for again when there is room, families
+//! in turns. What an admin set as a limit refuses at once.
+//!
+//! **What the kernel keeps of closed connections is counted in grace periods.** It shows in no sum of the agent's, and
+//! grows faster than a look four times a second could see. The accept loop reads what the cgroup has left, and lets no more
+//! in between two ends of a grace period than fits ([`peer`]); with more left than that, nobody is held up.
 //!
 //! **Where pods are looked for, a process that has ended is closed and charged to nobody.** Its cgroup is not
 //! to be believed any more, and nothing may be answered to it. Charged to its user, a pod whose processes

@@ -14,7 +14,8 @@ use crate::{
         gate::OutOfRoom,
         holding::Notice,
         pace::{Complaints, Settled},
-        report::Event,
+        report::{Event, foremost},
+        shares::Taking,
     },
     os::heap,
     store::{JwtCache, X509Cache},
@@ -181,8 +182,13 @@ impl Watch {
         }
         for event in self.limits.events() {
             match event {
-                Event::RefusalStarted { stage, name } => {
-                    tracing::warn!(stage = stage.text(), key = %name, "is being refused");
+                Event::RefusalStarted { stage, name, takings, method: _ } => {
+                    let told = |count: fn(&Taking) -> u32| {
+                        Some(foremost(&takings, count)).filter(|told| !told.is_empty())
+                    };
+                    let (takes, goes_without) = (told(|it| it.used), told(|it| it.refused));
+                    let stage = stage.text();
+                    tracing::warn!(stage, key = %name, takes, goes_without, "is being refused");
                 }
                 Event::RefusalEnded { stage, name, count } => {
                     tracing::info!(stage = stage.text(), key = %name, count, "is refused no more");

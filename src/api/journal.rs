@@ -10,7 +10,7 @@ use std::{num::NonZeroU64, sync::Arc};
 use tokio::time::Instant;
 use tonic::{Code, Request, Response, Status};
 
-use super::{metrics::ApiMetrics, status::RequestError};
+use super::{metrics::ApiMetrics, reached::Reached, status::RequestError};
 use crate::{
     attest::{AttestError, AttestFault, Blame},
     limits::{
@@ -63,18 +63,20 @@ impl From<&Peer> for Whom {
 }
 
 /// A call that has begun.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Begun {
     method: Method,
     at: Instant,
     by: Option<Whom>,
+    reached: Option<Reached>,
 }
 
 impl Begun {
     /// At this moment, by whoever sent `request`.
     pub(super) fn by<T>(request: &Request<T>, method: Method) -> Self {
         let peer = request.extensions().get::<Arc<Peer>>();
-        Self { method, at: Instant::now(), by: peer.map(|peer| Whom::from(&**peer)) }
+        let reached = Reached::of(request.extensions()).cloned();
+        Self { method, at: Instant::now(), by: peer.map(|peer| Whom::from(&**peer)), reached }
     }
 }
 
@@ -95,9 +97,14 @@ impl Journal {
         done: Result<T, RequestError>,
     ) -> Result<Response<T>, Status> {
         if done.is_ok() {
-            self.metrics.call_ended(begun.method, Code::Ok);
+            self.ended(begun.method, Code::Ok);
         }
         self.first(begun, done)
+    }
+
+    /// A call has ended.
+    pub(super) fn ended(&self, method: Method, code: Code) {
+        self.metrics.call_ended(method, code);
     }
 
     /// A call had its first answer. The end of a stream that was opened is counted by [`OpenCall`].
@@ -106,10 +113,13 @@ impl Journal {
         begun: Begun,
         done: Result<T, RequestError>,
     ) -> Result<Response<T>, Status> {
-        let Begun { method, at, by } = begun;
+        let Begun { method, at, by, reached } = begun;
+        if let Some(reached) = reached {
+            reached.count();
+        }
         self.metrics.call_answered(method, at.elapsed());
         done.map(Response::new).map_err(|error| {
-            self.metrics.call_ended(method, error.code());
+            self.ended(method, error.code());
             self.refused(method, by, &error);
             error.into()
         })
@@ -231,7 +241,7 @@ impl OpenCall {
 
     /// It ended with this code: [`Code::Ok`] when the client went away.
     pub(super) fn ended(&self, code: Code) {
-        self.journal.metrics.call_ended(self.method, code);
+        self.journal.ended(self.method, code);
     }
 }
 
@@ -261,7 +271,7 @@ mod tests {
 
     fn begun(uid: u32, pid: i32) -> Begun {
         let by = Some(Whom { caller: CallerKey::Uid(uid), pid });
-        Begun { method: Method::FetchX509Svid, at: Instant::now(), by }
+        Begun { method: Method::FetchX509Svid, at: Instant::now(), by, reached: None }
     }
 
     fn fail(journal: &Journal, begun: Begun, error: impl Into<RequestError>) {

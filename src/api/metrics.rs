@@ -44,7 +44,7 @@ impl ApiMetrics {
         let counter = |method: Method, code| {
             make.counter(
                 "durward_calls_total",
-                "Workload API calls that ended, by gRPC code; a stream counts when it ends.",
+                "Requests that ended, by gRPC code; a stream counts when it ends. Other is what is no method of the Workload API.",
                 &[(Method::KEY, method.text()), ("code", code)],
             )
         };
@@ -63,7 +63,7 @@ impl ApiMetrics {
         self.seconds.with(method, |histogram| histogram.record(took));
     }
 
-    /// A Workload API call or stream ended.
+    /// A call, a stream or another request ended.
     pub(super) fn call_ended(&self, method: Method, code: Code) {
         let Ok(at) = usize::try_from(i32::from(code)) else { return };
         self.calls.with(method, |codes| {

@@ -3,9 +3,9 @@
 //! Three services, told apart by the first part of the path. This is all the routing there is: no middleware
 //! stands in the way of a call. The Workload API asks the limits itself; what else is asked here (health,
 //! reflection, services that there are not) is charged to the caller as [`Method::Other`] before anything is
-//! done for it.
+//! done for it. What never comes so far is charged and counted all the same ([`heads`](super::heads)).
 
-use std::{convert::Infallible, future::Future, pin::Pin, sync::Arc};
+use std::{convert::Infallible, sync::Arc};
 
 use http::{Request, Response};
 use http_body_util::{BodyExt as _, combinators::MapErr};
@@ -13,10 +13,15 @@ use tonic::{Status, body::Body};
 use tonic_health::pb::health_server::HealthServer;
 use tower_service::Service as _;
 
+pub use super::heads::{GrpcAnswer, HeadAnswer};
 use super::{
     call::Call,
+    heads::CountedHead,
     health::HealthService,
+    journal::Journal,
     proto::{WORKLOAD_FDS, workload_server::spiffe_workload_api_server::SpiffeWorkloadApiServer},
+    reached::Reached,
+    status::RequestError,
     workload::WorkloadApi,
 };
 use crate::{
@@ -28,9 +33,6 @@ use crate::{
 /// The largest request message, in bytes. The largest thing a request carries is a token to validate, and a token
 /// that fits no HTTP header is of no use to anybody.
 pub const MAX_REQUEST: usize = 16 * 1024;
-
-/// The answer to a request, in the making.
-pub type GrpcAnswer = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
 
 /// The body of a request, with its errors as gRPC has them.
 type GrpcBody = MapErr<RequestBody, fn(BodyError) -> Status>;
@@ -45,6 +47,7 @@ pub struct Services {
     reflection_v1: Reflection,
     reflection_v1alpha: Reflection,
     limits: Limits,
+    journal: Arc<Journal>,
 }
 
 /// The largest request to the other services: a name.
@@ -72,6 +75,9 @@ const PATHS: [&str; 11] = [
 /// The headers that anybody here reads.
 const HEADERS: [&str; 4] = ["workload.spiffe.io", "grpc-encoding", "grpc-accept-encoding", "grpc-timeout"];
 
+/// A longer value than any that is read here, in bytes.
+const MAX_HEADER: usize = 256;
+
 /// The request with a head of what is needed, copied: what else was sent, kilobytes perhaps, is not kept as
 /// long as the request takes.
 fn slim(request: Request<RequestBody>) -> Request<RequestBody> {
@@ -82,7 +88,7 @@ fn slim(request: Request<RequestBody>) -> Request<RequestBody> {
     let mut headers = http::HeaderMap::with_capacity(HEADERS.len());
     for name in HEADERS {
         // Whether there are more than one counts, but not how many.
-        for value in head.headers.get_all(name).iter().take(2) {
+        for value in head.headers.get_all(name).iter().take(2).filter(|value| value.len() <= MAX_HEADER) {
             if let Ok(value) = http::HeaderValue::from_bytes(value.as_bytes()) {
                 headers.append(name, value);
             }
@@ -111,6 +117,7 @@ impl Services {
         let v1 = builder().build_v1()?.max_decoding_message_size(MAX_NAME);
         let v1alpha = builder().build_v1alpha()?.max_decoding_message_size(MAX_NAME);
         Ok(Self {
+            journal: Arc::clone(workload.journal()),
             workload: SpiffeWorkloadApiServer::new(workload)
                 .max_decoding_message_size(MAX_REQUEST)
                 .max_encoding_message_size(usize::MAX),
@@ -125,27 +132,68 @@ impl Services {
 impl hyper::service::Service<Request<RequestBody>> for Services {
     type Response = Response<Body>;
     type Error = Infallible;
-    type Future = GrpcAnswer;
+    type Future = HeadAnswer;
 
-    fn call(&self, request: Request<RequestBody>) -> GrpcAnswer {
-        let request = slim(request);
-        let service = request.uri().path().split('/').nth(1).unwrap_or_default();
-        if service == "SpiffeWorkloadAPI" {
-            return self.workload.clone().call(request.map(grpc_body));
-        }
-        let call = Call::without_header(request.extensions().get(), Method::Other);
-        if let Err(error) = call.and_then(|call| Ok(call.admit_at_once(&self.limits)?)) {
-            return answered(Status::from(error));
+    fn call(&self, request: Request<RequestBody>) -> HeadAnswer {
+        let mut request = slim(request);
+        let reached = Reached::default();
+        let head = CountedHead {
+            journal: Arc::clone(&self.journal),
+            limits: self.limits.clone(),
+            caller: request.extensions().get().cloned(),
+            method: method_of(request.uri().path()),
+            reached: reached.clone(),
+            code: None,
+        };
+        request.extensions_mut().insert(reached);
+        let answer = if service_of(request.uri().path()) == WORKLOAD {
+            self.workload.clone().call(request.map(grpc_body))
+        } else {
+            let services = self.clone();
+            Box::pin(async move { services.other(request).await })
+        };
+        HeadAnswer::new(answer, head)
+    }
+}
+
+impl Services {
+    /// What is no Workload API.
+    async fn other(mut self, request: Request<RequestBody>) -> Result<Response<Body>, Infallible> {
+        let call = Call::without_header(request.extensions(), Method::Other);
+        let admitted = match call {
+            Ok(call) => call.admit(&self.limits).await.map_err(RequestError::from),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = admitted {
+            return Ok(Status::from(error).into_http());
         }
         let asked = |body: RequestBody| grpc_body(body.at_most(MAX_QUESTIONS));
-        match service {
-            "grpc.health.v1.Health" => self.health.clone().call(request.map(grpc_body)),
-            "grpc.reflection.v1.ServerReflection" => (self.reflection_v1)(request.map(asked)),
-            "grpc.reflection.v1alpha.ServerReflection" => (self.reflection_v1alpha)(request.map(asked)),
+        match service_of(request.uri().path()) {
+            "grpc.health.v1.Health" => self.health.call(request.map(grpc_body)).await,
+            "grpc.reflection.v1.ServerReflection" => (self.reflection_v1)(request.map(asked)).await,
+            "grpc.reflection.v1alpha.ServerReflection" => (self.reflection_v1alpha)(request.map(asked)).await,
             // grpc-go's text for the same.
-            _ => answered(Status::unimplemented(format!("unknown service {}", printable(service)))),
+            service => {
+                Ok(Status::unimplemented(format!("unknown service {}", printable(service))).into_http())
+            }
         }
     }
+}
+
+const WORKLOAD: &str = "SpiffeWorkloadAPI";
+
+fn service_of(path: &str) -> &str {
+    path.split('/').nth(1).unwrap_or_default()
+}
+
+/// The method that a path names, if it is one of the Workload API.
+fn method_of(path: &str) -> Method {
+    let named = |method: &Method| {
+        let rpc =
+            path.strip_prefix('/').and_then(|path| path.strip_prefix(method.service())?.strip_prefix('/'));
+        method.service() == WORKLOAD && rpc == Some(method.rpc())
+    };
+    Method::ALL.into_iter().find(named).unwrap_or(Method::Other)
 }
 
 /// The body with its errors as gRPC has them.

@@ -154,6 +154,11 @@ impl WorkloadApi {
         self.opened(method, charged, form, changes).await
     }
 
+    /// Where its calls are counted.
+    pub(super) fn journal(&self) -> &Arc<Journal> {
+        &self.parts.journal
+    }
+
     /// A method that is charged and has no answer.
     async fn not_there<T>(
         &self,

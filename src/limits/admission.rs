@@ -17,7 +17,7 @@ use super::{
     caller_pattern::CallerPattern,
     counters::Decision,
     id_pattern::IdPattern,
-    ledger::{Attempt, CallPlan, Identities, Lack, Ledger, Question},
+    ledger::{Attempt, CallPlan, Identities, Ledger, Question, Shortcoming},
     method::Method,
     patience::Patience,
     policy::Choice,
@@ -116,6 +116,21 @@ impl Limits {
     pub fn admit_caller<P: Caller>(&self, peer: P, method: Method) -> Result<Admitted<P>, Refusal> {
         let admitted = self.admit(peer, method, Patience::NONE).now_or_never();
         admitted.expect("a call without patience is never kept waiting")
+    }
+
+    /// Charges a caller for a request that ended before it came to anything that could be admitted: a token of
+    /// [`Method::Other`], which its bucket owes where it has none.
+    pub fn charge_late(&self, caller: CallerKey) {
+        let (ledger, method) = (&self.ledger, Method::Other);
+        let plan = ledger.plan();
+        let choice = plan.caller.choose(&caller, method);
+        let (Limit::Quota(quota), origin) = ledger.limit(choice.rule) else { return };
+        let cost = choice.rule.costs().answer();
+        let taker = choice.shared.map(|_| Taker { caller, group: plan.families.group(caller) });
+        let ask = Ask { key: ledger.caller_key(&plan, caller, method, &choice), quota, cost, taker };
+        let name = || (caller_name(caller, &choice), method.rpc());
+        let paid = ledger.callers().charge_late(ledger.now(), &ask, ledger.shortfall(origin), name);
+        ledger.counters.count_soft_limits(plan.soft, Stage::Caller, paid);
     }
 
     /// A place for an attestation before an update of an open stream of `caller`, at once or not at all. There are as
@@ -327,7 +342,7 @@ impl Ledger {
         let taker = Taker { caller, group: plan.families.group(caller) };
         let costs = choice.rule.costs();
         let (mut held, mut allowed) = (None, Some(own));
-        let lacking = |reason, retry_after| Lack { charged_as: own, reason, retry_after, origin };
+        let lacking = |reason, retry_after| Shortcoming { charged_as: own, reason, retry_after, origin };
         let lack = match limit {
             Limit::Exempt | Limit::Unlimited => None,
             Limit::Block => Some(lacking(Reason::Blocked, Duration::MAX)),
@@ -409,9 +424,14 @@ impl Ledger {
         };
         let question = Question { plan, stage, method: passed.charge.method, dry, attempt };
         // How many run at once is an admin's word or not: who finds no place waits for one all the same.
-        let lack =
-            Lack { charged_as, reason: Reason::InFlight, retry_after: SHORT_WAIT, origin: Origin::ByDefault };
-        self.refuse(&question, lack, || Some(BucketName::Caller(caller)))?;
+        let lack = Shortcoming {
+            charged_as,
+            reason: Reason::InFlight,
+            retry_after: SHORT_WAIT,
+            origin: Origin::ByDefault,
+        };
+        // That all are busy is nobody's doing.
+        self.refuse(&question, lack, || (stage == Stage::Caller).then_some(BucketName::Caller(caller)))?;
         passed.needs_slot = false;
         if stage == Stage::Caller {
             passed.allowed = None;
@@ -432,7 +452,7 @@ impl Ledger {
         // Without an identity (a verifier that need not have one) the node alone is charged.
         let (mut node_counts, mut nobody) = (false, true);
         // Of several that refuse, the one that no waiting helps with, or that is to be waited for longest.
-        let mut longest: Option<(Lack, &SpiffeId, Choice<'_, IdPattern>)> = None;
+        let mut longest: Option<(Shortcoming, &SpiffeId, Choice<'_, IdPattern>)> = None;
         for id in ids {
             nobody = false;
             let choice = plan.identity.choose(id, method);
@@ -468,10 +488,11 @@ impl Ledger {
         id: &'a SpiffeId,
         choice: &Choice<'a, IdPattern>,
         (limit, origin): (Limit, Origin),
-    ) -> Option<Lack> {
+    ) -> Option<Shortcoming> {
         let IdentityCall { method, taker, caller_exempt, now, .. } = *call;
         let own = if choice.shared.is_some() { ChargedAs::Shared } else { ChargedAs::SpiffeId };
-        let lacking = |reason, retry_after| Some(Lack { charged_as: own, reason, retry_after, origin });
+        let lacking =
+            |reason, retry_after| Some(Shortcoming { charged_as: own, reason, retry_after, origin });
         let quota = match limit {
             // Exempt is from every bucket; what is blocked is blocked.
             Limit::Quota(quota) if !caller_exempt => quota,

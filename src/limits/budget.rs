@@ -26,6 +26,10 @@ pub const UPLOAD: u64 = 3;
 
 /// What the kernel keeps for a refused connection that lingers.
 pub const LINGERING: u64 = 4 * 1024;
+/// How many refused connections are answered at a time.
+pub const REPLIES: usize = 16;
+/// What one of these takes: its task, a buffer, the answer, and what the kernel keeps.
+pub const REPLY: u64 = 12 * 1024;
 /// A caller that held nothing, with one connection and one call.
 pub const NEWCOMER: u64 = PARKED + HTTP2 + 7 * 1024;
 /// Of a budget, newcomers have one part in so many set aside, at most.
@@ -57,6 +61,10 @@ pub const ANSWER_AT_LEAST: u64 = 4 * 1024;
 /// a buffer that nothing else is in.
 pub const WAITING: u64 = 10 * 1024;
 
+/// A call that waits for tokens or to be attested, beside its stream: its message, and its task's part. There are
+/// [`PLACES`](super::patience::PLACES) of them.
+pub const KEPT_WAITING: u64 = 4 * 1024;
+
 /// A connection with so many streams that wait for news.
 pub const fn connection_with(streams: u32) -> u64 {
     #[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
@@ -69,8 +77,8 @@ pub const fn connection_with(streams: u32) -> u64 {
 /// under way when the first of them turned out large: four, or [`UNSENT`] / [`ANSWER_AT_LEAST`] behind small ones.
 pub const fn connection_at_most(streams: u32) -> u64 {
     #[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
-    let streams = streams as u64;
-    PARKED + HTTP2 + streams * (STREAM + WAITING) + UPLOADS * UPLOAD + UNSENT
+    let waiting = streams as u64 * WAITING;
+    connection_with(streams) + waiting + UPLOADS * UPLOAD + UNSENT
 }
 /// A known key in the table of a stage, with its share of the index and its parent.
 pub const KEY: u64 = 224;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::bucket::{Bucket, Quota};
+use super::bucket::{Bucket, Quota, Shortfall};
 
 /// Buckets that keys share which have none of their own: one for each quota, since what comes back at two rates
 /// cannot be reckoned in one. A quota that was not seen here before begins with a full bucket.
@@ -28,7 +28,21 @@ impl Pool {
         self.0.iter_mut().find(|(of, _)| *of == quota).map(|(_, bucket)| bucket)
     }
 
-    pub(super) fn hold(&mut self, now: u64, quota: Quota, cost: u32) -> Result<(), Duration> {
+    /// Holds tokens. Returns how many: none for a call that passes without.
+    pub(super) fn hold(
+        &mut self,
+        now: u64,
+        quota: Quota,
+        cost: u32,
+        short: Shortfall,
+    ) -> Result<u32, Duration> {
+        match self.try_hold(now, quota, cost) {
+            Err(_) if short == Shortfall::Pass => Ok(0),
+            held => held.map(|()| cost),
+        }
+    }
+
+    fn try_hold(&mut self, now: u64, quota: Quota, cost: u32) -> Result<(), Duration> {
         if let Some(bucket) = self.get(quota) {
             return bucket.hold(now, quota, cost);
         }

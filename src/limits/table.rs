@@ -17,10 +17,10 @@ use hashbrown::HashTable;
 use super::{
     ask::{Ask, BucketKey},
     bucket::{Bucket, Level, Quota, Shortfall},
-    cells::{Cell, NOBODY, SEVERAL, cell, find, hash_at},
+    cells::{Cell, NOBODY, SEVERAL, cell, find, hash_at, seconds},
     pool::Pool,
     report::{BucketName, Heavy},
-    shares::{SharedBuckets, Shares, Taker},
+    shares::{SharedBuckets, Shares, Taker, Taking},
     table_size::TableSize,
 };
 
@@ -92,11 +92,6 @@ pub(super) struct Table {
     regulars: usize,
     latest: u64,
     parents_seen: u64,
-}
-
-/// Nanoseconds in units of 2^30, which is about a second and cheaper to reckon.
-fn seconds(now: u64) -> u32 {
-    u32::try_from(now >> 30).unwrap_or(u32::MAX)
 }
 
 impl Table {
@@ -184,8 +179,7 @@ impl Table {
         let Self { index, cells, shared, .. } = self;
         let at = find(index, cells, key.hash)?;
         let cell = cells.get_mut(usize::try_from(at).ok()?)?;
-        cell.again = true;
-        cell.seen = seconds(now);
+        cell.is_asked(now);
         let becomes_regular = room_for_regulars && !cell.regular;
         cell.regular |= becomes_regular;
         self.regulars += usize::from(becomes_regular);
@@ -239,9 +233,9 @@ impl Table {
             held => held.map(|()| cost)?,
         };
         if !self.own_one_more(now, key.parent) {
-            let held = in_pool(self.stray.hold(now, quota, cost), cost, short)?;
-            return Ok((ChargedTo::Stray, held));
+            return Ok((ChargedTo::Stray, self.stray.hold(now, quota, cost, short)?));
         }
+        (bucket.asked, bucket.most) = (1, 1);
         self.cells.push(Cell {
             hash: key.hash,
             parent: key.parent,
@@ -310,6 +304,18 @@ impl Table {
         self.settle_held(&held, ask.cost)
     }
 
+    /// Charges a call that is over, known key or not. Where there are too few tokens, its bucket owes them.
+    pub(super) fn charge_late(
+        &mut self,
+        now: u64,
+        ask: &Ask,
+        short: Shortfall,
+        who: impl FnOnce() -> Who,
+    ) -> Option<Level> {
+        let held = self.hold_by(now, ask, Shortfall::Pass, who).ok()?;
+        self.settle_held(&HeldTokens { short, ..held }, ask.cost)
+    }
+
     /// Counts for people that a key was refused for something else than its tokens, if it is known.
     pub(super) fn note_refused(&mut self, key: BucketKey) {
         if let Some(cell) = self.find(key.hash) {
@@ -340,9 +346,15 @@ impl Table {
             what,
             used: cell.used,
             refused: cell.refused,
-            takings: self.shared.known(cell.hash).map(Shares::takings).unwrap_or_default(),
+            most: u32::from(cell.bucket.most),
+            takings: self.takings(cell.hash),
         };
         top.into_iter().map(heavy).collect()
+    }
+
+    /// Who takes from a bucket, where several do.
+    pub(super) fn takings(&self, hash: [u64; 2]) -> Vec<Taking> {
+        self.shared.known(hash).map(Shares::takings).unwrap_or_default()
     }
 
     /// Forgets every full bucket and returns memory: for when memory is short. The time it takes grows with the
@@ -449,14 +461,12 @@ impl Table {
         cost: u32,
         short: Shortfall,
     ) -> Result<(ChargedTo, u32), Duration> {
-        let tried = |held| in_pool(held, cost, short);
         self.make_parent(now, parent);
-        match self.parent(parent) {
-            Some(parent) => {
-                tried(parent.overflow.hold(now, quota, cost)).map(|held| (ChargedTo::Overflow, held))
-            }
-            None => tried(self.stray.hold(now, quota, cost)).map(|held| (ChargedTo::Stray, held)),
-        }
+        let (pool, place) = match self.parent(parent) {
+            Some(parent) => (&mut parent.overflow, ChargedTo::Overflow),
+            None => (&mut self.stray, ChargedTo::Stray),
+        };
+        Ok((place, pool.hold(now, quota, cost, short)?))
     }
 
     fn own_one_more(&mut self, now: u64, id: u64) -> bool {
@@ -488,14 +498,6 @@ impl Table {
         let seed = &self.seed;
         let parent = Parent { id, owned: 0, overflow };
         self.parents.insert_unique(seed.hash_one(id), parent, |parent| seed.hash_one(parent.id));
-    }
-}
-
-/// How many tokens are held in a pool that was asked for so many.
-fn in_pool(held: Result<(), Duration>, cost: u32, short: Shortfall) -> Result<u32, Duration> {
-    match held {
-        Err(_) if short == Shortfall::Pass => Ok(0),
-        held => held.map(|()| cost),
     }
 }
 

@@ -29,7 +29,7 @@ use tokio::{
 use super::{
     accepted::Accepted,
     bounds::{ConnectionBounds, Spawner},
-    course::{Course, READ_AGAIN_AFTER, Verdict, WATCH_AFTER},
+    course::{Course, Verdict},
     credentials::Peer,
     end::{ConnectionEnd, Phase, drains},
     service::{ConnectionService, WatchedService},
@@ -104,78 +104,65 @@ impl Connection {
         bound_send_buffer(&stream, bounds);
         let ending = Arc::new(Ending::default());
         let turns = Arc::new(Turns::new(Arc::clone(holding)));
-        let wire = Wire::new(stream, Arc::clone(peer), bounds.budget, Arc::clone(&ending));
-        let mut course = Course::new(bounds, &turns, handshake_by);
+        let pauses = turns.pauses();
+        let wire =
+            Wire::new(stream, Arc::clone(peer), bounds.budget, Arc::clone(&ending), Arc::clone(pauses));
+        let born = Instant::now();
+        let mut course = Course::new(bounds, &turns, pauses, born, handshake_by);
         let service = WatchedService { service, peer: Arc::clone(peer), turns: Arc::clone(&turns) };
         let mut http2 = std::pin::pin!(http2.serve_connection(TokioIo::new(wire), service));
-        let born = Instant::now();
-        let mut look = std::pin::pin!(sleep_until(course.first_look(born)));
-        let (watch_at, mut watched, mut looks_soon, mut heard) = (born + WATCH_AFTER, false, true, None);
+        let mut look = std::pin::pin!(sleep_until(course.next_look(born)));
+        let (mut watched, mut pause_known, mut heard) = (false, false, None);
         loop {
-            tokio::select! {
+            // Whatever the connection's own task is woken for (an answer, bytes) is seen behind it.
+            let verdict = tokio::select! {
                 biased;
                 done = http2.as_mut() => return course.ended(done, &ending),
-                () = drains(phases), if !course.drains() && !course.is_unheard() => {
-                    http2.as_mut().graceful_shutdown();
-                    course.finish(ConnectionEnd::Drained);
-                }
+                () = drains(phases), if !course.drains() && !course.is_unheard() => course.drain(),
                 notice = holding.told(heard), if heard < Some(Notice::Close) => {
-                    if notice == Notice::Close {
-                        return ConnectionEnd::Evicted;
-                    }
                     heard = Some(notice);
-                    if !course.is_unheard() && !course.drains() {
-                        http2.as_mut().graceful_shutdown();
-                        peer.send_away();
-                        turns.wake_resting();
-                        let now = Instant::now();
-                        course.send_away(now);
-                        look.as_mut().reset(course.next_look(now));
-                    }
+                    course.told(notice, Instant::now())
                 }
                 () = peer.exited(), if watched => return ConnectionEnd::PeerExited,
-                // Effective ids alone: the next call would be refused as this one was. Polled after the connection, which
-                // is woken for the answer that said so.
-                () = changed(peer), if !course.is_ending() => {
-                    http2.as_mut().graceful_shutdown();
-                    let now = Instant::now();
-                    course.outdated(now);
-                    look.as_mut().reset(course.next_look(now));
+                // Effective ids alone: the next call would be refused as this one was.
+                () = so(|| peer.has_changed()), if !course.is_ending() => course.outdated(Instant::now()),
+                () = so(|| ending.another_writer()), if !course.is_unheard() => course.unheard(Instant::now()),
+                () = so(|| ending.read_short()), if !course.reads_again() => {
+                    course.read_short(Instant::now());
+                    Verdict::GoesOn
                 }
-                () = ending.another_writer(), if !course.is_unheard() => {
-                    let now = Instant::now();
-                    course.unheard(now);
-                    look.as_mut().reset(course.next_look(now));
-                }
-                () = ending.read_short(), if !looks_soon => {
-                    looks_soon = true;
-                    let soon = Instant::now() + READ_AGAIN_AFTER;
-                    if soon < look.deadline() {
-                        look.as_mut().reset(soon);
-                    }
+                () = so(|| pauses.paused()), if !pause_known => {
+                    pause_known = true;
+                    Verdict::GoesOn
                 }
                 () = look.as_mut() => {
-                    looks_soon = false;
-                    ending.read_again();
                     let now = Instant::now();
+                    ending.read_again();
                     peer.slot().forget_old(now);
-                    match course.look(now) {
-                        Verdict::GoesOn => {}
-                        Verdict::SayFarewell => http2.as_mut().graceful_shutdown(),
-                        Verdict::Cut(why) => return why,
-                    }
-                    watched |= now >= watch_at;
-                    let next = course.next_look(now);
-                    look.as_mut().reset(if watched { next } else { next.min(watch_at) });
+                    watched |= course.watches(now);
+                    let verdict = course.look(now);
+                    pause_known = pauses.paused();
+                    verdict
                 }
+            };
+            match verdict {
+                Verdict::GoesOn => {}
+                Verdict::SayFarewell => http2.as_mut().graceful_shutdown(),
+                Verdict::SendAway => {
+                    http2.as_mut().graceful_shutdown();
+                    peer.send_away();
+                    turns.wake_resting();
+                }
+                Verdict::Cut(why) => return why,
             }
+            look.as_mut().reset(course.next_look(Instant::now()));
         }
     }
 }
 
-/// Waits until the peer was found to be another user or group than it connected as.
-async fn changed(peer: &Peer) {
-    poll_fn(|_| if peer.has_changed() { Poll::Ready(()) } else { Poll::Pending }).await;
+/// Waits until it is so; to be polled when that changes.
+async fn so(is_it: impl Fn() -> bool) {
+    poll_fn(|_| if is_it() { Poll::Ready(()) } else { Poll::Pending }).await;
 }
 
 /// Bounds what the kernel keeps for a peer that does not read. Without it only that bound is lost.

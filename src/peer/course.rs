@@ -8,20 +8,22 @@ use tokio::time::Instant;
 use super::{
     bounds::ConnectionBounds,
     end::ConnectionEnd,
+    pauses::Pauses,
     turns::{Look, Turns},
     wire::Ending,
 };
+use crate::limits::holding::Notice;
 
 /// How often a connection looks at its own clocks.
 pub(super) const TICK: Duration = Duration::from_secs(10);
 
 /// How long a connection lives before the agent watches its process: one that is opened for a single call is gone
 /// by then and never pays for the watch.
-pub(super) const WATCH_AFTER: Duration = Duration::from_secs(1);
+const WATCH_AFTER: Duration = Duration::from_secs(1);
 
 /// How long after a read that was short what is there is looked at again, heard of or not: bytes of another writer may
 /// stand behind it.
-pub(super) const READ_AGAIN_AFTER: Duration = Duration::from_millis(50);
+const READ_AGAIN_AFTER: Duration = Duration::from_millis(50);
 
 /// How long a connection that was told to end may take for it.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -39,7 +41,7 @@ enum Farewell {
     /// To end with the last of its requests. It is not cut here: a drain cuts what is left of it.
     Final { why: ConnectionEnd },
     /// To come back on another. At `cut_at` it is cut, whatever it has then.
-    SentAway { cut_at: Instant },
+    SentAway { why: ConnectionEnd, cut_at: Instant },
     /// That it is not heard any more, and to end. At `cut_at` it is cut, whatever it has then.
     Unheard { cut_at: Instant },
 }
@@ -51,6 +53,8 @@ pub(super) enum Verdict {
     GoesOn,
     /// A GOAWAY, so that a client that is about to call opens another connection and repeats.
     SayFarewell,
+    /// The same, and its streams are ended.
+    SendAway,
     /// It is closed at once.
     Cut(ConnectionEnd),
 }
@@ -59,33 +63,62 @@ pub(super) enum Verdict {
 pub(super) struct Course {
     bounds: Arc<ConnectionBounds>,
     turns: Arc<Turns>,
+    pauses: Arc<Pauses>,
     handshake_by: Instant,
+    /// From then on its process is watched.
+    watch_at: Instant,
+    /// When what is there is looked at again, heard of or not.
+    read_again_at: Option<Instant>,
     farewell: Farewell,
 }
 
 impl Course {
-    pub(super) fn new(bounds: &Arc<ConnectionBounds>, turns: &Arc<Turns>, handshake_by: Instant) -> Self {
+    pub(super) fn new(
+        bounds: &Arc<ConnectionBounds>,
+        turns: &Arc<Turns>,
+        pauses: &Arc<Pauses>,
+        born: Instant,
+        handshake_by: Instant,
+    ) -> Self {
         Self {
             bounds: Arc::clone(bounds),
             turns: Arc::clone(turns),
+            pauses: Arc::clone(pauses),
             handshake_by,
+            watch_at: born + WATCH_AFTER,
+            read_again_at: Some(born + READ_AGAIN_AFTER),
             farewell: Farewell::Unsaid,
         }
     }
 
-    /// When to look for the first time.
-    pub(super) fn first_look(&self, born: Instant) -> Instant {
-        (born + READ_AGAIN_AFTER).min(self.handshake_by)
+    /// Whether its process is to be watched.
+    pub(super) fn watches(&self, now: Instant) -> bool {
+        now >= self.watch_at
+    }
+
+    /// A read was short.
+    pub(super) fn read_short(&mut self, now: Instant) {
+        self.read_again_at.get_or_insert(now + READ_AGAIN_AFTER);
+    }
+
+    /// Whether it is known that a read was short.
+    pub(super) fn reads_again(&self) -> bool {
+        self.read_again_at.is_some()
     }
 
     /// Looks at what the connection waits for.
     pub(super) fn look(&mut self, now: Instant) -> Verdict {
         let look = self.turns.look();
-        if let Farewell::Unheard { cut_at } | Farewell::SentAway { cut_at } = self.farewell {
-            return match self.told() {
+        self.read_again_at = self.read_again_at.filter(|at| now < *at);
+        let enough = self.pauses.go_on(now);
+        if let Farewell::Unheard { cut_at } | Farewell::SentAway { cut_at, .. } = self.farewell {
+            return match self.why() {
                 Some(why) if now >= cut_at => Verdict::Cut(why),
                 _ => Verdict::GoesOn,
             };
+        }
+        if enough {
+            return self.send_away(ConnectionEnd::Wasteful, now);
         }
         if let Farewell::Said { why, cut_at } = self.farewell
             && now >= cut_at
@@ -120,38 +153,55 @@ impl Course {
     /// When to look again.
     pub(super) fn next_look(&self, now: Instant) -> Instant {
         let mut next = now + TICK;
+        let watch_at = Some(self.watch_at).filter(|at| *at > now);
+        for at in [watch_at, self.read_again_at, self.pauses.until()].into_iter().flatten() {
+            next = next.min(at);
+        }
         match (self.turns.look(), self.bounds.idle_timeout) {
             (Look::NoRequestYet, _) if self.handshake_by > now => next = next.min(self.handshake_by),
             (Look::Idle { since }, Some(idle)) => next = next.min((since + idle).max(now + WATCH_AFTER)),
             _ => {}
         }
         match self.farewell {
-            Farewell::Said { cut_at, .. } | Farewell::SentAway { cut_at } | Farewell::Unheard { cut_at } => {
-                next.min(cut_at)
-            }
+            Farewell::Said { cut_at, .. }
+            | Farewell::SentAway { cut_at, .. }
+            | Farewell::Unheard { cut_at } => next.min(cut_at),
             Farewell::Unsaid | Farewell::Final { .. } => next,
         }
     }
 
-    /// The connection is told to end with the last of its requests.
-    pub(super) fn finish(&mut self, why: ConnectionEnd) {
-        self.farewell = Farewell::Final { why };
+    /// The agent drains: it is told to end with the last of its requests.
+    pub(super) fn drain(&mut self) -> Verdict {
+        self.farewell = Farewell::Final { why: ConnectionEnd::Drained };
+        Verdict::SayFarewell
     }
 
-    /// Its process is not whom it connected as: it is told to end, and soon cut if it has no request then.
-    pub(super) fn outdated(&mut self, now: Instant) {
-        self.farewell = Farewell::Said { why: ConnectionEnd::AnotherWriter, cut_at: now + FAREWELL };
+    /// What the node has to say to it.
+    pub(super) fn told(&mut self, notice: Notice, now: Instant) -> Verdict {
+        match notice {
+            Notice::Close => Verdict::Cut(ConnectionEnd::Evicted),
+            Notice::ComeBack if self.is_unheard() || self.drains() => Verdict::GoesOn,
+            Notice::ComeBack => self.send_away(ConnectionEnd::SentAway, now),
+        }
     }
 
     /// It is told to come back on another: its streams end, and what is left after a few seconds is cut.
-    pub(super) fn send_away(&mut self, now: Instant) {
-        self.farewell = Farewell::SentAway { cut_at: now + LEAVE };
+    fn send_away(&mut self, why: ConnectionEnd, now: Instant) -> Verdict {
+        self.farewell = Farewell::SentAway { why, cut_at: now + LEAVE };
+        Verdict::SendAway
+    }
+
+    /// Its process is not whom it connected as: it is told to end, and soon cut if it has no request then.
+    pub(super) fn outdated(&mut self, now: Instant) -> Verdict {
+        self.farewell = Farewell::Said { why: ConnectionEnd::AnotherWriter, cut_at: now + FAREWELL };
+        Verdict::SayFarewell
     }
 
     /// Somebody else has written on it: its client was told so, and what it was asked before is answered for as long
     /// as a farewell takes.
-    pub(super) fn unheard(&mut self, now: Instant) {
+    pub(super) fn unheard(&mut self, now: Instant) -> Verdict {
         self.farewell = Farewell::Unheard { cut_at: now + FAREWELL };
+        Verdict::GoesOn
     }
 
     /// Whether it is not heard any more.
@@ -161,26 +211,27 @@ impl Course {
 
     /// Whether it was told to end.
     pub(super) fn is_ending(&self) -> bool {
-        self.told().is_some()
+        self.why().is_some()
     }
 
     /// Whether it was told that the agent drains.
     pub(super) fn drains(&self) -> bool {
-        self.told() == Some(ConnectionEnd::Drained)
+        self.why() == Some(ConnectionEnd::Drained)
     }
 
-    fn told(&self) -> Option<ConnectionEnd> {
+    fn why(&self) -> Option<ConnectionEnd> {
         match self.farewell {
             Farewell::Unsaid => None,
-            Farewell::Said { why, .. } | Farewell::Final { why } => Some(why),
-            Farewell::SentAway { .. } => Some(ConnectionEnd::SentAway),
+            Farewell::Said { why, .. } | Farewell::Final { why } | Farewell::SentAway { why, .. } => {
+                Some(why)
+            }
             Farewell::Unheard { .. } => Some(ConnectionEnd::AnotherWriter),
         }
     }
 
     /// Why it ended, when HTTP/2 is `done` with it.
     pub(super) fn ended(&self, done: Result<(), hyper::Error>, ending: &Ending) -> ConnectionEnd {
-        match (done, self.told()) {
+        match (done, self.why()) {
             _ if ending.flooded() => ConnectionEnd::Flood,
             _ if ending.descriptors() => ConnectionEnd::Descriptors,
             // Told to end, and it did; that the peer then closed its side first is the same.
@@ -199,15 +250,20 @@ mod tests {
     use super::*;
     use crate::peer::turns::Turn;
 
+    fn course(turns: &Arc<Turns>, born: Instant, handshake_by: Instant) -> Course {
+        Course::new(&Arc::default(), turns, turns.pauses(), born, handshake_by)
+    }
+
     #[test]
     fn one_that_was_sent_away_is_cut_after_a_few_seconds_whatever_it_has() {
         let turns = Arc::new(Turns::default());
         let start = Instant::now();
-        let mut course = Course::new(&Arc::default(), &turns, start);
+        let mut course = course(&turns, start, start);
         let request = Turn::begin(&turns);
-        course.send_away(start);
+        assert_eq!(course.told(Notice::ComeBack, start), Verdict::SendAway);
+        assert_eq!(course.look(start + WATCH_AFTER), Verdict::GoesOn);
         let cut = start + LEAVE;
-        assert_eq!(course.next_look(start), cut);
+        assert_eq!(course.next_look(start + WATCH_AFTER), cut);
         assert_eq!(course.look(cut - Duration::from_millis(1)), Verdict::GoesOn);
         assert_eq!(course.look(cut), Verdict::Cut(ConnectionEnd::SentAway));
         drop(request);
@@ -224,15 +280,17 @@ mod tests {
             ("silent", false, Verdict::Cut(ConnectionEnd::HandshakeTimeout)),
             ("a request crosses it", true, Verdict::GoesOn),
         ] {
-            let mut course = Course::new(&bounds, &turns, by);
-            assert_eq!(course.look(start), Verdict::GoesOn, "{case}");
-            assert_eq!(course.next_look(start), by, "{case}");
+            let mut course = course(&turns, start, by);
+            assert_eq!(course.next_look(start), start + READ_AGAIN_AFTER, "{case}");
+            assert_eq!(course.look(start + READ_AGAIN_AFTER), Verdict::GoesOn, "{case}");
+            assert_eq!(course.next_look(start + READ_AGAIN_AFTER), start + WATCH_AFTER, "{case}");
+            assert_eq!(course.next_look(start + WATCH_AFTER), by, "{case}");
             assert_eq!(course.look(by), Verdict::SayFarewell, "{case}");
             assert_eq!(course.next_look(by), cut, "{case}");
             assert_eq!(course.look(by), Verdict::GoesOn, "{case}");
             let request = crosses.then(|| Turn::begin(&turns));
             assert_eq!(course.look(cut), then, "{case}");
-            assert_eq!(course.told(), Some(ConnectionEnd::HandshakeTimeout), "{case}");
+            assert_eq!(course.why(), Some(ConnectionEnd::HandshakeTimeout), "{case}");
             if crosses {
                 assert_eq!(course.next_look(cut), cut + TICK, "{case}");
             }

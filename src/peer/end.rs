@@ -29,6 +29,8 @@ labels! {
         AnotherWriter = "another_writer",
         /// The node was short of something, and its caller held more than its share: it was told to connect again.
         SentAway = "sent_away",
+        /// It asked for nothing but refusals and errors for too long: it was told to connect again.
+        Wasteful = "wasteful",
         /// Memory ran out, and its caller held the most.
         Evicted = "evicted",
         /// The agent drained.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use hyper::{body::Incoming, service::Service};
 
@@ -18,6 +18,9 @@ use super::{
     request::RequestBody,
     turns::{Part, Turn, Turns},
 };
+
+/// By this header a refusal by the limits says when to come back (gRFC A6), whatever its status.
+pub const PUSHBACK: &str = "grpc-retry-pushback-ms";
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -83,8 +86,29 @@ where
         ready!(turn.poll_begin(cx));
         let Ok(response) = ready!(Pin::new(&mut this.answer).poll(cx));
         let Some(turn) = this.turn.take() else { return Poll::Pending };
+        if is_wasted(response.headers()) {
+            turn.wasted();
+        }
         Poll::Ready(Ok(response.map(|body| WatchedBody { body, turn })))
     }
+}
+
+impl<F> Drop for Answering<F> {
+    fn drop(&mut self) {
+        // Reset before it was answered: what was done for it was done for nothing.
+        if let Some(turn) = &self.turn {
+            turn.wasted();
+        }
+    }
+}
+
+/// Whether an answer is nothing but a status that its caller is to blame for, or a refusal by the limits.
+fn is_wasted(headers: &HeaderMap) -> bool {
+    /// gRPC's codes of success, and of what the agent is to blame for: UNKNOWN, INTERNAL and UNAVAILABLE.
+    const NOT_THE_CALLERS: [&str; 4] = ["0", "2", "13", "14"];
+    headers.get("grpc-status").is_some_and(|status| {
+        !NOT_THE_CALLERS.iter().any(|code| status == code) || headers.contains_key(PUSHBACK)
+    })
 }
 
 /// The body of an answer: it is the peer's turn while a part of it is on its way, and nobody's when it has none yet.

@@ -8,7 +8,7 @@ use std::{
 use bytes::{Buf, Bytes};
 use tokio::time::Instant;
 
-use super::unsent::Unsent;
+use super::{pauses::Pauses, unsent::Unsent};
 use crate::limits::{
     budget::{HTTP2, STREAM, UPLOAD, UPLOADS, WAITING, unsent},
     holding::Holding,
@@ -22,6 +22,7 @@ use crate::limits::{
 pub(super) struct Turns {
     slots: Mutex<TurnSlots>,
     holding: Arc<Holding>,
+    pauses: Arc<Pauses>,
 }
 
 #[derive(Debug, Default)]
@@ -126,7 +127,8 @@ impl Turns {
     /// No request yet: what HTTP/2 takes, with room for one, is held.
     pub(super) fn new(holding: Arc<Holding>) -> Self {
         holding.hold(HTTP2);
-        Self { slots: Mutex::default(), holding }
+        let pauses = Arc::new(Pauses::new(Arc::clone(&holding)));
+        Self { slots: Mutex::default(), holding, pauses }
     }
 
     fn with<R>(&self, f: impl FnOnce(&mut TurnSlots) -> R) -> R {
@@ -170,6 +172,11 @@ impl Turns {
                 }
             }
         });
+    }
+
+    /// When the connection is read no more.
+    pub(super) fn pauses(&self) -> &Arc<Pauses> {
+        &self.pauses
     }
 
     /// Wakes the streams that wait for news.
@@ -281,6 +288,11 @@ impl Turn {
             self.goes = true;
         }
         Poll::Ready(())
+    }
+
+    /// What it was asked for was no work to conserve: a refusal, an error of the caller's, or nothing any more.
+    pub(super) fn wasted(&self) {
+        self.turns.pauses.wasted(Instant::now());
     }
 
     /// For the body of its request.

@@ -5,7 +5,6 @@
 //! ends the connection at once.
 
 use std::{
-    future::poll_fn,
     io,
     os::fd::AsFd as _,
     pin::Pin,
@@ -27,6 +26,7 @@ use super::{
     credentials::Peer,
     frames::{Filter, FrameBudget},
     last_word::{LastWord, NextBytes},
+    pauses::Pauses,
     writer::SoleWriter,
 };
 use crate::os::receive::{Received, receive};
@@ -59,16 +59,15 @@ impl Ending {
         self.descriptors.load(Relaxed)
     }
 
-    /// Waits until somebody else has written. To be polled after the connection, whose task is woken for it.
-    pub(super) async fn another_writer(&self) {
-        poll_fn(|_| if self.another_writer.load(Relaxed) { Poll::Ready(()) } else { Poll::Pending }).await;
+    /// Somebody else has written.
+    pub(super) fn another_writer(&self) -> bool {
+        self.another_writer.load(Relaxed)
     }
 
-    /// Waits until a read has been short, in the same way. A short read tells that nothing more is there, and so
-    /// saves another one, but for bytes of another writer, which the kernel keeps apart: [`Self::read_again`] has
-    /// to be called some time later.
-    pub(super) async fn read_short(&self) {
-        poll_fn(|_| if self.read_short.load(Relaxed) { Poll::Ready(()) } else { Poll::Pending }).await;
+    /// A read has been short. That tells that nothing more is there, and so saves another one, but for bytes of another
+    /// writer, which the kernel keeps apart: [`Self::read_again`] has to be called some time later.
+    pub(super) fn read_short(&self) -> bool {
+        self.read_short.load(Relaxed)
     }
 
     /// If a read has been short since the last time: lets the next one look at what is there, whether something was
@@ -88,6 +87,7 @@ pub(super) struct Wire<P: Send + 'static> {
     filter: Filter,
     last_word: LastWord,
     ending: Arc<Ending>,
+    pauses: Arc<Pauses>,
 }
 
 impl<P: Send + 'static> Wire<P> {
@@ -97,9 +97,10 @@ impl<P: Send + 'static> Wire<P> {
         peer: Arc<Peer>,
         budget: FrameBudget,
         ending: Arc<Ending>,
+        pauses: Arc<Pauses>,
     ) -> Self {
         let (writer, filter) = (SoleWriter::new(peer), Filter::new(budget, Instant::now()));
-        Self { stream, writer, filter, last_word: LastWord::default(), ending }
+        Self { stream, writer, filter, last_word: LastWord::default(), ending, pauses }
     }
 
     fn noted<R>(&self, result: io::Result<R>) -> io::Result<R> {
@@ -171,6 +172,10 @@ impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
         let this = self.get_mut();
         if this.ending.another_writer.load(Relaxed) {
             drop(this.poll_last_word(cx));
+            return Poll::Pending;
+        }
+        if this.pauses.paused() {
+            // The connection's task polls again when the pause is over.
             return Poll::Pending;
         }
         let received = ready!(this.poll_receive(cx, buf));

@@ -29,7 +29,6 @@
     clippy::exit,
     clippy::as_conversions,
     clippy::indexing_slicing,
-    clippy::panic,
     clippy::print_stdout,
     clippy::print_stderr,
     reason = "a bench, not the agent"
@@ -54,14 +53,14 @@ mod raw;
 mod scenario;
 #[path = "abuse/stage.rs"]
 mod stage;
-#[path = "status.rs"]
-mod status;
 #[path = "abuse/storm.rs"]
 mod storm;
 #[path = "abuse/tables.rs"]
 mod tables;
 #[path = "abuse/unread.rs"]
 mod unread;
+#[path = "wire.rs"]
+mod wire;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

@@ -25,6 +25,8 @@ mod action;
 mod agent;
 #[path = "behaviour/caller.rs"]
 mod caller;
+#[path = "behaviour/calls.rs"]
+mod calls;
 #[path = "confined.rs"]
 mod confined;
 #[path = "behaviour/connection.rs"]
@@ -36,8 +38,8 @@ mod frames;
 mod oracle;
 #[path = "behaviour/run.rs"]
 mod run;
-#[path = "status.rs"]
-mod status;
+#[path = "wire.rs"]
+mod wire;
 
 use std::{
     path::PathBuf,

@@ -11,7 +11,6 @@
 #![expect(
     clippy::disallowed_methods,
     clippy::expect_used,
-    clippy::exit,
     clippy::as_conversions,
     clippy::indexing_slicing,
     clippy::print_stdout,
@@ -28,8 +27,8 @@ mod confined;
 mod frames;
 #[path = "raw.rs"]
 mod raw;
-#[path = "status.rs"]
-mod status;
+#[path = "wire.rs"]
+mod wire;
 
 use std::{
     collections::BTreeMap,

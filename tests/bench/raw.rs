@@ -22,7 +22,7 @@ use nix::{
 
 use super::{
     frames::{DATA, END_HEADERS, END_STREAM, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, frame, settings},
-    status::status,
+    wire::status,
 };
 
 const GOAWAY: u8 = 7;
@@ -34,6 +34,9 @@ const HEADER_TABLE: u16 = 1;
 const INITIAL_WINDOW: u16 = 4;
 /// The window of one who reads.
 pub(crate) const WIDE: u32 = 1 << 24;
+
+/// What is kept of an answer, in bytes.
+const LONGEST: usize = 64 * 1024;
 
 /// How `connect()` is called where nobody accepts at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +87,8 @@ pub(crate) struct Raw {
     next: u32,
     /// What may still be sent of bodies.
     window: i64,
+    /// What came of the last answer that was waited for.
+    pub(crate) body: Vec<u8>,
     /// GOAWAY, or the end, was seen.
     pub(crate) over: bool,
 }
@@ -114,8 +119,15 @@ impl Raw {
     /// A connection whose streams have a window of so many bytes.
     pub(crate) fn open(path: &Path, how: Connecting, window: u32, patience: Duration) -> io::Result<Self> {
         let stream = connected(path, how, patience)?;
-        let mut raw =
-            Self { stream, got: Vec::new(), came: VecDeque::new(), next: 1, window: 65_535, over: false };
+        let mut raw = Self {
+            stream,
+            got: Vec::new(),
+            came: VecDeque::new(),
+            next: 1,
+            window: 65_535,
+            body: Vec::new(),
+            over: false,
+        };
         let hello = [
             PREFACE,
             &settings(HEADER_TABLE, 0),
@@ -226,7 +238,12 @@ impl Raw {
     fn frame(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Option<Came> {
         let ended = flags & END_STREAM != 0;
         match kind {
-            DATA => Some(Came::Data { stream, bytes: payload.len(), ended }),
+            DATA => {
+                if self.body.len() < LONGEST {
+                    self.body.extend_from_slice(payload);
+                }
+                Some(Came::Data { stream, bytes: payload.len(), ended })
+            }
             HEADERS => match status(payload).filter(|_| ended) {
                 Some(status) => Some(Came::Ended { stream, status }),
                 None => Some(Came::Began { stream }),
@@ -254,6 +271,7 @@ impl Raw {
     /// One call to its end.
     pub(crate) fn ask(&mut self, block: &[u8], body: &[u8], patience: Duration) -> Answer {
         let until = Instant::now() + patience;
+        self.body.clear();
         let Some(asked) = self.call(block, body, patience) else {
             return if self.over { Answer::Cut } else { Answer::Silent };
         };

@@ -7,24 +7,25 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicU32, AtomicUsize, Ordering::SeqCst},
     },
     task::Poll,
     time::{Duration, Instant},
 };
 
-use crate::frames::{END_HEADERS, END_STREAM, HEADERS, PREFACE, block, frame, settings};
 use bytes::Bytes;
 use durward::{
     limits::{
-        ConnectionRefusal,
-        budget::{HTTP2, STREAM, UNSENT, WAITING, unsent},
+        CallerKey, ConnectionPermit, ConnectionRefusal, Gate, GatePlan, LimitSettings, Limits,
+        budget::{HTTP2, PARKED, STREAM, UNSENT, WAITING, unsent},
         holding::{Holding, Notice},
     },
+    os::clock::Clock,
     peer::{
         AcceptGate, Arrival, ConnectionBounds, ConnectionEnd, ConnectionStats, Drained, Listener, OsUid,
         Peer, RequestBody, Socket,
     },
+    telemetry::registry::Registry,
 };
 use futures_util::{StreamExt as _, stream};
 use http_body::Frame;
@@ -37,29 +38,64 @@ use tokio::{
     task::{JoinHandle, JoinSet},
 };
 
+use crate::{
+    frames::{END_HEADERS, END_STREAM, FETCH_JWT, HEADERS, PREFACE, block, frame, jwt_request, settings},
+    support::TestAgent,
+};
+
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Keeps what the connections that it let in hold.
-#[derive(Debug, Default)]
-struct Keeper(Mutex<Vec<Arc<Holding>>>);
+/// Keeps what the connections that it let in hold, each for the caller that the test names.
+#[derive(Debug)]
+struct Keeper {
+    gate: Gate,
+    caller: AtomicU32,
+    holdings: Mutex<Vec<Arc<Holding>>>,
+}
 
-impl AcceptGate for Keeper {
-    type Permit = Arc<Holding>;
-
-    fn admit_connection(&self, _arrival: &Arrival) -> Result<Arc<Holding>, ConnectionRefusal> {
-        let holding = Arc::<Holding>::default();
-        self.0.lock().unwrap().push(Arc::clone(&holding));
-        Ok(holding)
+impl Keeper {
+    fn new() -> Self {
+        let settings = LimitSettings::default();
+        let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder));
+        let gate = Gate::new(GatePlan::new(&settings, 20_000, None).unwrap(), &limits);
+        Self { gate, caller: AtomicU32::new(1), holdings: Mutex::default() }
     }
 
-    fn holding(permit: &Arc<Holding>) -> Arc<Holding> {
-        Arc::clone(permit)
+    /// What the connection that was let in last holds, beside what it takes without HTTP/2.
+    async fn last(&self) -> Held {
+        until("let in", || !self.holdings.lock().unwrap().is_empty()).await;
+        Held { holding: self.holdings.lock().unwrap().pop().unwrap() }
+    }
+}
+
+impl AcceptGate for Keeper {
+    type Permit = ConnectionPermit;
+
+    fn admit_connection(&self, _arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {
+        let permit = self.gate.open(CallerKey::Uid(self.caller.load(SeqCst)))?;
+        self.holdings.lock().unwrap().push(Arc::clone(permit.holding()));
+        Ok(permit)
+    }
+
+    fn holding(permit: &ConnectionPermit) -> Arc<Holding> {
+        Arc::clone(permit.holding())
+    }
+}
+
+struct Held {
+    holding: Arc<Holding>,
+}
+
+impl Held {
+    /// What it holds beside what it does without HTTP/2.
+    fn bytes(&self) -> u64 {
+        self.holding.bytes() - PARKED
     }
 }
 
 /// Answers by path, once it has read the request: `/wait` when the test lets it, `/open` with one message and trailers
 /// once its connection has to end, `/never` with one message and no end, `/bytes/N` with so many bytes and trailers,
-/// `/news/N` with one message and then so many bytes each time there is news.
+/// `/refused` with a status that its caller is to blame for, `/news/N` with one message and then so many bytes each time there is news.
 #[derive(Clone)]
 struct Toy {
     peer: Arc<Peer>,
@@ -72,6 +108,7 @@ struct Ways {
     news: watch::Sender<u32>,
     /// Parts of answers that were made.
     made: AtomicUsize,
+    refused: AtomicUsize,
 }
 
 impl Ways {
@@ -100,6 +137,12 @@ impl Service<http::Request<RequestBody>> for Toy {
             if what == "wait" {
                 ways.go.acquire().await.unwrap().forget();
             }
+            if what == "refused" {
+                ways.refused.fetch_add(1, SeqCst);
+                let mut answer = http::Response::new(tonic::body::Body::empty());
+                *answer.headers_mut() = code("8");
+                return Ok(answer);
+            }
             let first = ways.clone();
             let first_bytes = if what == "news" { 5 } else { bytes };
             let first: Frames = stream::once(async move { first.part(first_bytes) }).boxed();
@@ -127,10 +170,14 @@ async fn sent_away(peer: Arc<Peer>) -> Frame<Bytes> {
     status("14")
 }
 
-fn status(code: &'static str) -> Frame<Bytes> {
-    let mut trailers = http::HeaderMap::new();
-    trailers.insert("grpc-status", http::HeaderValue::from_static(code));
-    Frame::trailers(trailers)
+fn status(text: &'static str) -> Frame<Bytes> {
+    Frame::trailers(code(text))
+}
+
+fn code(text: &'static str) -> http::HeaderMap {
+    [(http::HeaderName::from_static("grpc-status"), http::HeaderValue::from_static(text))]
+        .into_iter()
+        .collect()
 }
 
 struct Server {
@@ -149,7 +196,7 @@ impl Server {
         let bounds = ConnectionBounds { max_concurrent_streams: 100, ..ConnectionBounds::default() };
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
-        let keeper = Arc::<Keeper>::default();
+        let keeper = Arc::new(Keeper::new());
         let listener = Listener {
             socket: Socket::bind(&path, 0o777).unwrap(),
             bounds: watch::channel(bounds).1,
@@ -158,8 +205,12 @@ impl Server {
             stats: Arc::default(),
         };
         let stats = Arc::clone(&listener.stats);
-        let ways =
-            Arc::new(Ways { go: Semaphore::new(0), news: watch::Sender::new(0), made: AtomicUsize::new(0) });
+        let ways = Arc::new(Ways {
+            go: Semaphore::new(0),
+            news: watch::Sender::new(0),
+            made: AtomicUsize::new(0),
+            refused: AtomicUsize::new(0),
+        });
         let (stop, stopped) = oneshot::channel::<()>();
         let toys = Arc::clone(&ways);
         let services = move |peer| Toy { peer, ways: Arc::clone(&toys) };
@@ -168,13 +219,12 @@ impl Server {
     }
 
     /// A client that was not written here, and what its connection holds.
-    async fn client(&self) -> (h2::client::SendRequest<Bytes>, Arc<Holding>) {
+    async fn client(&self) -> (h2::client::SendRequest<Bytes>, Held) {
         let stream = UnixStream::connect(&self.path).await.unwrap();
         let (send, connection) = h2::client::handshake(stream).await.unwrap();
         tokio::spawn(connection);
         let send = send.ready().await.unwrap();
-        until("let in", || !self.keeper.0.lock().unwrap().is_empty()).await;
-        (send, self.keeper.0.lock().unwrap().pop().unwrap())
+        (send, self.keeper.last().await)
     }
 
     async fn ended(&self, why: ConnectionEnd, times: u64) {
@@ -259,7 +309,7 @@ async fn who_is_told_to_come_back_may_finish() {
     let waiting = tokio::spawn(async move { Open::begin(&mut waits, "/wait").await?.end().await });
     until("asked", || server.stats.streams() == 3).await;
 
-    holding.tell(Notice::ComeBack);
+    holding.holding.tell(Notice::ComeBack);
     assert_eq!(open.end().await.unwrap(), (0, "14".to_owned()));
     server.ways.go.add_permits(1);
     assert_eq!(waiting.await.unwrap().unwrap(), (5, "0".to_owned()));
@@ -270,8 +320,7 @@ async fn who_is_told_to_come_back_may_finish() {
 
     let mut silent = UnixStream::connect(&server.path).await.unwrap();
     until("parked", || server.stats.parked() == 1).await;
-    let parked = server.keeper.0.lock().unwrap().pop().unwrap();
-    parked.tell(Notice::ComeBack);
+    server.keeper.last().await.holding.tell(Notice::ComeBack);
     assert_eq!(silent.read(&mut [0; 9]).await.unwrap(), 0);
     server.ended(ConnectionEnd::SentAway, 2).await;
     server.drain().await;
@@ -284,8 +333,8 @@ async fn who_is_told_so_is_closed_at_once() {
     let mut open = Open::begin(&mut send, "/open").await.unwrap();
     open.part().await.unwrap();
     let (mut neighbour, _) = server.client().await;
-    holding.tell(Notice::ComeBack);
-    holding.tell(Notice::Close);
+    holding.holding.tell(Notice::ComeBack);
+    holding.holding.tell(Notice::Close);
     server.ended(ConnectionEnd::Evicted, 1).await;
     assert!(open.end().await.is_err());
     assert_eq!(Open::begin(&mut neighbour, "/bytes/1").await.unwrap().end().await.unwrap().0, 1);
@@ -326,19 +375,14 @@ async fn who_reads_gets_every_answer_whatever_they_take_together() {
 }
 
 /// HTTP/2 by hand, on streams whose windows have so many bytes.
-async fn raw(
-    server: &Server,
-    window: u32,
-    paths: impl IntoIterator<Item = String>,
-) -> (UnixStream, Arc<Holding>) {
+async fn raw(server: &Server, window: u32, paths: impl IntoIterator<Item = String>) -> (UnixStream, Held) {
     let mut stream = UnixStream::connect(&server.path).await.unwrap();
     let mut bytes = [PREFACE, &settings(4, window)].concat();
     for (nth, path) in (0..).zip(paths) {
         bytes.extend(frame(HEADERS, END_HEADERS | END_STREAM, 1 + 2 * nth, &block(&path)));
     }
     stream.write_all(&bytes).await.unwrap();
-    until("let in", || !server.keeper.0.lock().unwrap().is_empty()).await;
-    (stream, server.keeper.0.lock().unwrap().pop().unwrap())
+    (stream, server.keeper.last().await)
 }
 
 /// Waits until nothing is made any more.
@@ -406,4 +450,86 @@ async fn who_does_not_read_its_streams_pins_a_bounded_number_of_updates() {
     .await;
     drop(stream);
     server.drain().await;
+}
+
+/// Asks for nothing but refusals, as fast as it is answered and with many at once, until `over`.
+async fn errs(send: h2::client::SendRequest<Bytes>, over: tokio::time::Instant) {
+    let mut all = JoinSet::new();
+    for _ in 0..32 {
+        let mut send = send.clone();
+        all.spawn(async move {
+            while tokio::time::Instant::now() < over && poll_fn(|cx| send.poll_ready(cx)).await.is_ok() {
+                let request = http::Request::post("http://localhost/refused").body(()).unwrap();
+                let Ok((answer, _)) = send.send_request(request, true) else { break };
+                if tokio::time::timeout_at(over, answer).await.is_err() {
+                    break;
+                }
+            }
+        });
+    }
+    while all.join_next().await.is_some() {}
+}
+
+/// However many connections it has: so many a second, and then nothing is read. The time is moved, and only when nobody
+/// has anything to do.
+#[tokio::test(start_paused = true)]
+async fn refusals_are_no_work_to_conserve() {
+    let server = Server::start();
+    let start = tokio::time::Instant::now();
+    let over = start + Duration::from_millis(2_500);
+    let mut hostile = JoinSet::new();
+    for _ in 0..3 {
+        hostile.spawn(errs(server.client().await.0, over));
+    }
+    let (mut erring, _) = server.client().await;
+    server.keeper.caller.store(2, SeqCst);
+    let (mut neighbour, _) = server.client().await;
+    for nth in 0..20 {
+        // One of the same user that errs now and then, and one of another.
+        let (send, path) =
+            if nth % 2 == 0 { (&mut erring, "/refused") } else { (&mut neighbour, "/bytes/1") };
+        let asked = tokio::time::Instant::now();
+        Open::begin(send, path).await.unwrap();
+        assert!(asked.elapsed() < Duration::from_millis(50), "{nth}: {:?}", asked.elapsed());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    while hostile.join_next().await.is_some() {}
+    let refused = server.ways.refused.load(SeqCst);
+    assert!((5_000..=2 * 5_000 + 2_500 + 200).contains(&refused), "{refused} in two seconds and a half");
+    server.stop.send(()).unwrap();
+}
+
+/// What a caller gets for each mistake is a status and nothing else, by which it is known for no work to conserve.
+#[tokio::test]
+async fn mistakes_are_answered_with_a_status_alone() {
+    let agent = TestAgent::start(
+        "ratelimit { caller { method \"FetchX509Bundles\" { rate = 1 per = \"day\" burst = 1 } } }\n",
+    );
+    let stream = UnixStream::connect(agent.socket()).await.unwrap();
+    let (mut send, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    let no_header = http::HeaderMap::new();
+    let header: http::HeaderMap =
+        [("workload.spiffe.io".parse().unwrap(), "true".parse().unwrap())].into_iter().collect();
+    let jwt = jwt_request("a");
+    for (case, path, headers, body, status) in [
+        ("no security header", FETCH_JWT, &no_header, &jwt[..], "3"),
+        ("no such method", "/SpiffeWorkloadAPI/X", &header, &jwt, "12"),
+        ("no such service", "/x/y", &header, &jwt, "12"),
+        ("no message", FETCH_JWT, &header, &[0, 0, 0, 0, 1, 0xff], "3"),
+        ("refused", "/SpiffeWorkloadAPI/FetchX509Bundles", &header, &[0, 0, 0, 0, 0], "8"),
+    ] {
+        let mut answered = None;
+        // The bucket has one token.
+        for _ in 0..3 {
+            let mut request = http::Request::post(format!("http://localhost{path}")).body(()).unwrap();
+            *request.headers_mut() = headers.clone();
+            request.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+            let (answer, mut sending) = send.send_request(request, false).unwrap();
+            sending.send_data(Bytes::copy_from_slice(body), true).unwrap();
+            answered = answer.await.unwrap().headers().get("grpc-status").cloned();
+        }
+        println!("{case}: {answered:?}");
+        assert_eq!(answered.unwrap(), status, "{case}");
+    }
 }

@@ -122,7 +122,7 @@ pub(crate) const ALL: &[Scenario] = &[
         blocks: LIMITED,
         ..PLAIN
     },
-    Scenario { name: "bigjwt", label: "128 KB answers that nobody reads", role: Role::BigJwt, ..PLAIN },
+    Scenario { name: "bigjwt", label: "long answers that nobody reads", role: Role::BigJwt, ..PLAIN },
     Scenario {
         name: "groups",
         label: "streams with 1,000 groups",

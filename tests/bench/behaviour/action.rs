@@ -7,6 +7,9 @@ use super::{
     oracle::{GROUPS, PROGRAMS, USERS},
 };
 
+/// Calls of all kinds: see [`call`](super::calls::call).
+const METHODS: usize = 17;
+
 /// SplitMix64.
 pub(crate) struct Chance(pub(crate) u64);
 
@@ -49,6 +52,8 @@ pub(crate) struct Guise {
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     pub(crate) groups: Vec<u32>,
+    /// Groups beside these, that no entry asks for.
+    pub(crate) more_groups: u32,
     pub(crate) way_back: WayBack,
 }
 
@@ -57,8 +62,9 @@ impl Guise {
         let uid = chance.of(&USERS);
         let gid = if chance.one_in(2) { chance.of(&GROUPS) } else { uid };
         let groups = (0..chance.below(3)).map(|_| chance.of(&GROUPS)).collect();
+        let more_groups = if chance.one_in(6) { 900 } else { 0 };
         let way_back = chance.of(&[WayBack::Saved, WayBack::Saved, WayBack::Real, WayBack::Lost]);
-        Self { uid, gid, groups, way_back }
+        Self { uid, gid, groups, more_groups, way_back }
     }
 }
 
@@ -106,6 +112,17 @@ pub(crate) enum Action {
         at: usize,
         method: usize,
         cut: Option<usize>,
+    },
+    /// As many calls on one connection, nothing of which is read before all are written.
+    Burst {
+        at: usize,
+        method: usize,
+        times: usize,
+    },
+    /// As many users, of whom each validates a token that is none on a connection of its own, and leaves.
+    Users {
+        first: u32,
+        users: u32,
     },
     /// What was left of a call.
     Finish {
@@ -167,9 +184,14 @@ impl Action {
         let at = chance.below(16);
         match chance.below(100) {
             0..14 => Self::Open { deaf: chance.one_in(5) },
-            14..38 => {
+            14..32 => {
                 let cut = chance.one_in(6).then(|| chance.below(300));
-                Self::Call { at, method: chance.below(12), cut }
+                Self::Call { at, method: chance.below(METHODS), cut }
+            }
+            32..37 => Self::Burst { at, method: chance.below(METHODS), times: 1 + chance.below(60) },
+            37 => {
+                let first = u32::try_from(chance.below(1_000)).expect("few");
+                Self::Users { first, users: 1 + u32::try_from(chance.below(40)).expect("few") }
             }
             38..44 => Self::Finish { at },
             44..51 => {
@@ -195,7 +217,8 @@ impl Action {
             86..89 => Self::Threads { at },
             89..91 => Self::Shut { at, how: chance.below(3) },
             91..94 => Self::Close { at },
-            94..96 => Self::Storm { times: 1 + chance.below(30), what: None },
+            94 => Self::Storm { times: 1 + chance.below(30), what: None },
+            95 => Self::Storm { times: 100 + chance.below(300), what: None },
             96..98 => Self::Storm { times: 1 + chance.below(4), what: Some(chance.of(&Passed::ALL)) },
             _ => Self::Leave(chance.of(&[Leave::Exit, Leave::Killed])),
         }

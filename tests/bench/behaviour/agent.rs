@@ -4,7 +4,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream},
-    os::unix::fs::PermissionsExt as _,
+    os::unix::{fs::PermissionsExt as _, net::UnixStream},
     path::Path,
     time::{Duration, Instant},
 };
@@ -16,13 +16,22 @@ use nix::{
 
 use super::{
     PATIENCE,
-    confined::Confined,
+    confined::{Cgroup, Charged, Confined},
     now,
     oracle::{CONFIGURATIONS, EVERYTHING, Entry, PROGRAMS, configuration},
 };
 
 /// How long calls have at SIGTERM (`drain_timeout`), and a second.
 const DRAIN: Duration = Duration::from_secs(3);
+
+/// What an agent says in its metrics.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Holds {
+    /// As its budget reckons them.
+    pub(crate) bytes: f64,
+    pub(crate) connections: f64,
+    pub(crate) requests: f64,
+}
 
 pub(crate) struct Agent {
     pub(crate) confined: Confined,
@@ -95,6 +104,32 @@ impl Agent {
         bad.map(|line| format!("the log says: {line}"))
     }
 
+    /// What it says that it holds. `None` where it does not say.
+    pub(crate) fn says_it_holds(&self) -> Option<Holds> {
+        let mut stream = UnixStream::connect(self.dir().join("metrics.sock")).ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).ok()?;
+        stream.write_all(b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").ok()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).ok()?;
+        let of = |series: &str| {
+            let number = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '))?;
+            // As the text has it, large ones too.
+            number.trim().parse::<f64>().ok()
+        };
+        Some(Holds {
+            bytes: of("durward_memory_accounted_bytes")?,
+            connections: of("durward_connections_open")?,
+            requests: of("durward_requests_open")?,
+        })
+    }
+
+    /// Whether it says that it holds more than it may.
+    pub(crate) fn holds_too_much(&self) -> Option<String> {
+        let holds = self.says_it_holds()?;
+        let limit = f64::from(u32::try_from(self.limit).ok()?);
+        (holds.bytes > limit).then(|| format!("{holds:?}, {} bytes allowed", self.limit))
+    }
+
     /// Whether `/live` answers.
     pub(crate) fn is_live(&self) -> bool {
         let ask = || {
@@ -149,10 +184,14 @@ impl Agent {
     pub(crate) fn end(mut self) -> (Option<String>, String) {
         let log = self.confined.log();
         let warnings = log.lines().filter(|line| line.contains("WARN")).count();
-        let charged = self.confined.cgroup.as_ref().map_or(0, |cgroup| cgroup.highest().all / 1024);
+        let Charged { all, kernel, met } =
+            self.confined.cgroup.as_ref().map(Cgroup::highest).unwrap_or_default();
         let said = format!(
-            "{} KiB resident at most, {charged} KiB charged; {} lines in the log, {warnings} warnings",
+            "{} KiB resident at most, {} KiB charged, {} of them the kernel's, at the limit {met} times; {} lines in \
+             the log, {warnings} warnings",
             self.confined.status("VmHWM").unwrap_or(0),
+            all / 1024,
+            kernel / 1024,
             log.lines().count(),
         );
         let began = Instant::now();

@@ -11,8 +11,7 @@ use std::{
     },
     path::PathBuf,
     process::{Child, Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering::Relaxed},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use nix::{
@@ -30,17 +29,21 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     PATIENCE,
-    action::{Action, Guise, Leave, Noise, Passed, WayBack},
+    action::{Action, Guise, Leave, Passed, WayBack},
+    calls::{VALIDATE, call, make_noise, threads},
     connection::{Connection, first_stream},
-    frames::{FETCH_JWT, PING, PREFACE, RST_STREAM, SETTINGS, call_frames, frame, jwt_request, message},
+    frames::{PING, PREFACE, frame},
     now,
-    oracle::{Entry, Got, Ids, PROGRAMS},
+    oracle::{Entry, GROUPS, Got, Ids, PROGRAMS},
 };
 
 /// What a caller's process begins with, as JSON in its environment.
 pub(crate) const PART: &str = "DURWARD_BEHAVIOUR_PART";
 /// Connections of one caller, and what it keeps beside them.
 const MOST: usize = 12;
+/// The first of the groups that no entry asks for, and of the users who only validate.
+const FIRST_GROUP: u32 = 734_001;
+const FIRST_USER: u32 = 733_001;
 /// The longest message on a control socket.
 const LONGEST: usize = 100_000;
 /// How long the closing of a lingering socket lasts, in seconds.
@@ -65,6 +68,8 @@ pub(crate) enum Report {
     Got(Got),
     /// The agent ended the connection of this place.
     Ended(usize),
+    /// It told a client to connect anew, by GOAWAY.
+    ComeBack,
     /// The connection that comes with it is for another caller.
     Given(Box<Connection>, usize),
     /// After how many microseconds it was answered with an SVID, or why it was not.
@@ -134,7 +139,9 @@ impl Caller {
     }
 
     fn ids(&self) -> Ids {
-        let groups = getgroups().expect("groups").into_iter().map(Gid::as_raw).collect();
+        // Those that an entry may ask for.
+        let groups = getgroups().expect("groups").into_iter().map(Gid::as_raw);
+        let groups = groups.filter(|gid| GROUPS.contains(gid)).collect();
         let program = PROGRAMS[self.part.program].to_owned();
         Ids { uid: geteuid().as_raw(), gid: getegid().as_raw(), groups, program }
     }
@@ -149,7 +156,11 @@ impl Caller {
     fn read(&mut self) {
         let mut at = 0;
         while at < self.part.connections.len() {
+            let was_told = self.part.connections[at].told_to_go;
             let ended = self.part.connections[at].reads && self.read_one(at, MsgFlags::MSG_DONTWAIT).1;
+            if self.part.connections[at].told_to_go && !was_told {
+                self.report(&Report::ComeBack, None);
+            }
             if ended {
                 self.part.connections.remove(at).close();
                 self.report(&Report::Ended(at), None);
@@ -210,6 +221,7 @@ impl Caller {
                 self.report(&Report::Given(Box::new(handed), to), Some(fd));
             }
             Action::Storm { times, what } => self.storm(times, what),
+            Action::Users { first, users } => self.validate_as(first, users),
             Action::Leave(leave) => {
                 self.report(&Report::Done, None);
                 if matches!(leave, Leave::Killed) {
@@ -226,6 +238,7 @@ impl Caller {
                 }
             }
             Action::Call { .. }
+            | Action::Burst { .. }
             | Action::Finish { .. }
             | Action::Noise { .. }
             | Action::Stall { .. }
@@ -237,6 +250,7 @@ impl Caller {
 
     fn act_on_one(&mut self, action: &Action) {
         let (Action::Call { at, .. }
+        | Action::Burst { at, .. }
         | Action::Finish { at }
         | Action::Noise { at, .. }
         | Action::Stall { at }
@@ -249,6 +263,7 @@ impl Caller {
         let Some(connection) = self.connection(at) else { return };
         match *action {
             Action::Call { method, cut, .. } => call(connection, method, cut),
+            Action::Burst { method, times, .. } => (0..times).for_each(|_| call(connection, method, None)),
             Action::Finish { .. } => {
                 if let Some((rest, stream)) = connection.rest.take() {
                     connection.write(rest, Some(stream));
@@ -289,7 +304,8 @@ impl Caller {
         let before = self.ids();
         // Each may fail, and what it is then is asked of the kernel.
         if seteuid(Uid::from_raw(0)).is_ok() {
-            let groups: Vec<Gid> = guise.groups.iter().copied().map(Gid::from_raw).collect();
+            let more = FIRST_GROUP..FIRST_GROUP + guise.more_groups;
+            let groups: Vec<Gid> = guise.groups.iter().copied().chain(more).map(Gid::from_raw).collect();
             let [uid, gid] = [guise.uid, guise.gid];
             let (real, saved) = match guise.way_back {
                 WayBack::Saved => (uid, 0),
@@ -364,6 +380,23 @@ impl Caller {
         }
     }
 
+    /// One user after the other, as far as this process may become root.
+    fn validate_as(&self, first: u32, users: u32) {
+        let (ids, path) = (self.ids(), self.part.dir.join("api.sock"));
+        for uid in FIRST_USER + first..FIRST_USER + first + users {
+            if seteuid(Uid::from_raw(0)).is_err() {
+                return;
+            }
+            _ = seteuid(Uid::from_raw(uid));
+            if let Some(mut connection) = Connection::open(&path, false) {
+                call(&mut connection, VALIDATE, None);
+                connection.close();
+            }
+        }
+        _ = seteuid(Uid::from_raw(0));
+        seteuid(Uid::from_raw(ids.uid)).expect("its own");
+    }
+
     fn ask(&mut self) {
         let began = Instant::now();
         let mut failed = Some("no connection".to_owned());
@@ -431,61 +464,4 @@ impl Caller {
 
 fn linger(seconds: i32) -> libc::linger {
     libc::linger { l_onoff: 1, l_linger: seconds }
-}
-
-/// Calls one of all methods, or the start of it.
-fn call(connection: &mut Connection, method: usize, cut: Option<usize>) {
-    let Some(stream) = connection.new_stream() else { return };
-    let name = |method: &str| format!("/SpiffeWorkloadAPI/{method}");
-    let token = message(b"\x0a\x01a\x12\x03x.y");
-    let (path, body) = match method {
-        0..4 => (FETCH_JWT.to_owned(), jwt_request(["a", "b", "c", "d"][method])),
-        4..8 => (name("FetchX509SVID"), message(&[])),
-        8 => (name("FetchX509Bundles"), message(&[])),
-        9 => (name("FetchJWTBundles"), message(&[])),
-        10 => (name("ValidateJWTSVID"), token),
-        _ => ("/grpc.health.v1.Health/Check".to_owned(), message(&[])),
-    };
-    let mut bytes = call_frames(stream, &path, &body);
-    match cut.filter(|at| *at < bytes.len()) {
-        Some(at) => {
-            connection.rest = Some((bytes.split_off(at), stream));
-            connection.write(bytes, None);
-        }
-        None => connection.write(bytes, Some(stream)),
-    }
-}
-
-fn make_noise(connection: &mut Connection, noise: Noise) {
-    let last = connection.next.saturating_sub(2);
-    let bytes = match noise {
-        Noise::Ping => frame(PING, 0, 0, &[7; 8]),
-        Noise::Settings => frame(SETTINGS, 0, 0, &[]),
-        Noise::Reset => frame(RST_STREAM, 0, last, &8_u32.to_be_bytes()),
-        Noise::HalfFrame => frame(PING, 0, 0, &[7; 8])[..5].to_vec(),
-        Noise::Rubbish(bytes) => bytes.to_be_bytes().to_vec(),
-    };
-    connection.write(bytes, None);
-}
-
-/// Calls from many threads at once.
-fn threads(connection: &mut Connection) {
-    let (fd, next) = (connection.fd, AtomicU32::new(connection.next));
-    std::thread::scope(|scope| {
-        for _ in 0..4 {
-            scope.spawn(|| {
-                for _ in 0..3 {
-                    let bytes = call_frames(next.fetch_add(2, Relaxed), FETCH_JWT, &jwt_request("a"));
-                    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-                    if nix::sys::socket::send(fd, &bytes, flags).is_ok_and(|written| written < bytes.len()) {
-                        _ = shutdown(fd, Shutdown::Write);
-                    }
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-            });
-        }
-    });
-    let first = std::mem::replace(&mut connection.next, next.into_inner());
-    (first..connection.next).step_by(2).for_each(|stream| connection.called(stream));
-    connection.first_wrote.get_or_insert_with(now);
 }

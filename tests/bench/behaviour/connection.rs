@@ -25,14 +25,17 @@ use serde::{Deserialize, Serialize};
 use super::{
     frames::{DATA, END_STREAM, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, frame, settings},
     now,
-    status::status,
+    wire::status,
 };
 
+const GOAWAY: u8 = 7;
 const WINDOW_UPDATE: u8 = 8;
 const ACK: u8 = 1;
 /// SETTINGS_INITIAL_WINDOW_SIZE.
 const INITIAL_WINDOW: u16 = 4;
 const ROOM: u32 = 1 << 20;
+/// What it keeps until there is room for it.
+const UNSENT: usize = 64;
 /// How long a caller tries to write.
 const WRITING: Duration = Duration::from_millis(100);
 /// By how much the embedded issuer dates certificates back, in seconds.
@@ -69,8 +72,12 @@ pub(crate) struct Connection {
     pub(crate) rest: Option<(Vec<u8>, u32)>,
     /// The last frames that came, and what they said.
     pub(crate) last: VecDeque<String>,
+    /// A GOAWAY came.
+    pub(crate) told_to_go: bool,
 }
 
+/// Streams of one connection: more than the agent lets one have.
+const MOST_STREAMS: usize = 120;
 /// Frames that are remembered of each connection.
 const FRAMES: usize = 8;
 
@@ -113,6 +120,7 @@ impl Connection {
             unsent: VecDeque::new(),
             rest: self.rest.clone(),
             last: VecDeque::new(),
+            told_to_go: self.told_to_go,
         }
     }
 
@@ -132,7 +140,7 @@ impl Connection {
     /// The number of a new stream, unless it has many.
     pub(crate) fn new_stream(&mut self) -> Option<u32> {
         let number = self.next;
-        if self.streams.len() >= 20 {
+        if self.streams.len() >= MOST_STREAMS {
             return None;
         }
         self.next += 2;
@@ -153,7 +161,7 @@ impl Connection {
     /// Writes `bytes`, the last ones of the call `ends`, if there is room for them.
     pub(crate) fn write(&mut self, bytes: Vec<u8>, ends: Option<u32>) {
         // Bounded: who does not read gets no more either.
-        if self.unsent.len() < 64 {
+        if self.unsent.len() < UNSENT {
             self.unsent.push_back((bytes, ends));
         }
         let began = Instant::now();
@@ -209,6 +217,7 @@ impl Connection {
             let Some(payload) = rest.get(..length).map(<[u8]>::to_vec) else { return };
             self.got.drain(..9 + length);
             let number = u32::from_be_bytes(number);
+            self.told_to_go |= kind == GOAWAY;
             if self.last.len() == FRAMES {
                 self.last.pop_front();
             }
@@ -240,7 +249,9 @@ impl Connection {
 /// A frame, for a finding.
 fn told(kind: u8, flags: u8, payload: &[u8]) -> String {
     match kind {
-        HEADERS => status(payload).map_or("HEADERS".to_owned(), |status| format!("gRPC status {status}")),
+        HEADERS => {
+            status(payload).map_or_else(|| "HEADERS".to_owned(), |status| format!("gRPC status {status}"))
+        }
         RST_STREAM => format!("RST_STREAM {payload:?}"),
         _ => format!("frame of type {kind}, flags {flags}, {} bytes", payload.len()),
     }

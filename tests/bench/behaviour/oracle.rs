@@ -117,6 +117,7 @@ pub(crate) fn configuration(dir: &Path, configuration: u8, health_port: u16) -> 
         "agent {{\n  trust_domain = \"example.org\"\n  data_dir = \"{at}/data\"\n  socket_path = \"{at}/api.sock\"\n  \
          listener {{ drain_timeout = \"2s\" }}\n}}\nissuer \"embedded\" {{ }}\n\
          plugins {{\n  WorkloadAttestor \"unix\" {{\n    plugin_data {{ discover_workload_path = {paths} workload_size_limit = -1 }}\n  }}\n}}\n\
+         telemetry {{ Prometheus {{ socket_path = \"{at}/metrics.sock\" }} }}\n\
          health_checks {{ listener_enabled = true bind_address = \"127.0.0.1\" bind_port = {health_port} }}\n"
     );
     ENTRIES

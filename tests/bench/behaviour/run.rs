@@ -20,7 +20,7 @@ use nix::{
 use super::{
     PATIENCE,
     action::{Action, Chance, Guise, Leave, WayBack},
-    agent::Agent,
+    agent::{Agent, Holds},
     caller::{PART, Part, Report, receive, transmit},
     now,
     oracle::{Got, NEIGHBOUR, PROGRAMS, Verdict, X509_TTL, neighbour},
@@ -38,6 +38,10 @@ const REMEMBERED: usize = 30;
 const CALM_AFTER: u64 = 1_000;
 /// Descriptors and threads that may be more then: what it opened only when it was first needed.
 const MARGIN: u64 = 2;
+/// Bytes that it may say it holds more: SVIDs that it keeps, and what it remembers of callers.
+const MORE_BYTES: f64 = 768.0 * 1024.0;
+/// After so many steps it is asked what it holds.
+const ASK_AFTER: u64 = 25;
 /// The least that a step takes, so that the neighbour stays below its limits, and time passes for rotations.
 const PACE: Duration = Duration::from_millis(40);
 /// After so long it is looked what the agent does that keeps the neighbour waiting.
@@ -122,6 +126,8 @@ pub(crate) struct Run {
     left: Vec<Child>,
     /// Descriptors and threads of the agent without callers.
     base: (u64, u64),
+    /// What the agent says it holds then.
+    said: Holds,
     /// When the neighbour's stream was last sent an SVID, in milliseconds since 1970.
     renewed: u64,
     named: u32,
@@ -139,7 +145,7 @@ pub(crate) struct Run {
 impl Run {
     pub(crate) fn start(agent: Agent, seed: u64, without: Vec<String>) -> Self {
         let uid = neighbour();
-        let guise = Guise { uid, gid: uid, groups: Vec::new(), way_back: WayBack::Lost };
+        let guise = Guise { uid, gid: uid, groups: Vec::new(), more_groups: 0, way_back: WayBack::Lost };
         let neighbour = Told::start(NEIGHBOUR.to_owned(), agent.dir(), 0, guise);
         let mut run = Self {
             agent,
@@ -148,6 +154,7 @@ impl Run {
             neighbour,
             left: Vec::new(),
             base: (0, 0),
+            said: Holds::default(),
             renewed: now(),
             named: 0,
             without,
@@ -163,7 +170,24 @@ impl Run {
             run.collect();
         }
         run.base = run.agent.holds();
+        // It adds up once a second.
+        run.said = run.settled(|holds| holds.connections == 1.0 && holds.bytes > 0.0).unwrap_or_default();
         run
+    }
+
+    /// What the agent says it holds, as soon as that is so; what it said last is the error.
+    fn settled(&self, is_so: impl Fn(&Holds) -> bool) -> Result<Holds, Option<Holds>> {
+        let began = Instant::now();
+        loop {
+            let holds = self.agent.says_it_holds();
+            if let Some(holds) = holds.filter(&is_so) {
+                return Ok(holds);
+            }
+            if began.elapsed() > PATIENCE {
+                return Err(holds);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// Until a number of steps were made, or for so long.
@@ -178,7 +202,10 @@ impl Run {
                 self.calm();
             }
         }
-        // The others are still there.
+        if steps < CALM_AFTER && !self.over {
+            self.calm();
+        }
+        // The neighbour is still there, and often others.
         let (wrong, said) = self.agent.end();
         let outcome = &mut self.outcome;
         wrong.into_iter().for_each(|wrong| outcome.find(&wrong, &VecDeque::new()));
@@ -235,7 +262,9 @@ impl Run {
         let old = self.left.len().saturating_sub(MOST_CALLERS);
         self.left.drain(..old).for_each(|mut child| drop(child.wait()));
         self.callers.extend(born);
-        if let Some(ailing) = self.agent.ails() {
+        let asks = step.is_multiple_of(ASK_AFTER);
+        let ailing = self.agent.ails();
+        if let Some(ailing) = ailing.or_else(|| if asks { self.agent.holds_too_much() } else { None }) {
             self.end_with(&ailing);
         }
         // The stream would have been sent the next one at half of that.
@@ -365,7 +394,8 @@ impl Run {
                 }
             }
             Report::Ended(_) if is_neighbour => self.end_with("the neighbour's stream was cut"),
-            Report::Ended(_) => {}
+            Report::ComeBack if is_neighbour => self.end_with("the neighbour was told to come back"),
+            Report::Ended(_) | Report::ComeBack => {}
             Report::Given(connection, to) => {
                 let step = self.outcome.steps;
                 if let Some(other) = self.callers.get_mut(to) {
@@ -411,7 +441,7 @@ impl Run {
         loop {
             let holds = self.agent.holds();
             if holds.0 <= self.base.0 + MARGIN && holds.1 <= self.base.1 + MARGIN {
-                return;
+                break;
             }
             if began.elapsed() > PATIENCE {
                 let base = self.base;
@@ -420,6 +450,15 @@ impl Run {
                 ));
             }
             std::thread::sleep(Duration::from_millis(20));
+        }
+        // The neighbour's stream, and nothing else.
+        let base = self.said;
+        let is_back = |holds: &Holds| {
+            (holds.connections, holds.requests) == (base.connections, base.requests)
+                && holds.bytes <= base.bytes + MORE_BYTES
+        };
+        if let Err(holds) = self.settled(is_back) {
+            self.end_with(&format!("it says it holds {holds:?} after all left, {base:?} before"));
         }
     }
 }

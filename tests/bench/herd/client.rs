@@ -1,13 +1,15 @@
 //! A client's process: it says that it is there, waits until it may come, and says what it saw.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     io::Read as _,
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
 };
 
+use durward::api::proto::workload as pb;
+use prost::Message as _;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -23,11 +25,10 @@ pub(crate) const READY: &str = "ready\n";
 const PATIENCE: Duration = Duration::from_secs(20);
 /// For how long a gateway validates, and others beside it.
 const VALIDATING: Duration = Duration::from_secs(4);
-/// Connections of a gateway, and calls that are open on one of who does without end.
+/// Connections of a gateway, and calls that are open on each.
 const GATEWAY: usize = 4;
-const AT_ONCE: usize = 64;
-/// What a token that is none is answered with.
-const INVALID_ARGUMENT: u8 = 3;
+const AT_ONCE: usize = 12;
+const VALIDATE: &str = "/SpiffeWorkloadAPI/ValidateJWTSVID";
 
 /// What it comes for.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -157,76 +158,94 @@ impl Client {
         }
     }
 
-    /// Some connections, in turn.
+    /// Some connections, in turn; what they have no room for waits here. One that ends is replaced.
     fn validates(&self, rate: u64, saw: &mut Saw) {
-        let (block, body) = validation();
-        let mut open: Vec<Raw> = (0..GATEWAY).filter_map(|_| self.open(saw)).collect();
-        let mut asked: BTreeMap<(usize, u32), Instant> = BTreeMap::new();
+        let Some(body) = self.token(saw) else { return };
+        let block = block(VALIDATE);
+        let mut gateway: Vec<(Raw, Asked)> = Vec::new();
+        let mut waiting: VecDeque<Instant> = VecDeque::new();
         let gap = Duration::from_secs(1).div_f64(rate as f64);
         let (began, mut due) = (Instant::now(), Instant::now());
-        let mut turn = 0;
-        while began.elapsed() < VALIDATING && !open.is_empty() {
+        while began.elapsed() < VALIDATING {
             while due <= Instant::now() {
-                due += gap;
-                turn = (turn + 1) % open.len();
+                waiting.push_back(due);
                 saw.asked += 1;
-                match open[turn].call(&block, &body, PATIENCE) {
-                    Some(stream) => _ = asked.insert((turn, stream), Instant::now()),
-                    None => saw.fails("not heard"),
+                due += gap;
+            }
+            while gateway.len() < GATEWAY {
+                let Some(raw) = self.open(saw) else { break };
+                gateway.push((raw, Asked::new()));
+            }
+            gateway.retain_mut(|(raw, asked)| {
+                while asked.len() < AT_ONCE && !raw.over {
+                    let Some(since) = waiting.pop_front() else { break };
+                    match raw.call(&block, &body, PATIENCE) {
+                        Some(stream) => _ = asked.insert(stream, since),
+                        None => saw.fails("not heard"),
+                    }
                 }
-            }
-            for (at, raw) in open.iter_mut().enumerate() {
-                while answered(raw, at, Duration::ZERO, &mut asked, saw) {}
-            }
+                while answered(raw, Duration::ZERO, asked, saw) {}
+                raw.over.then(|| asked.keys().for_each(|_| saw.fails("gone with its connection")));
+                !raw.over
+            });
             std::thread::sleep(Duration::from_micros(500).min(due.saturating_duration_since(Instant::now())));
         }
-        for (at, raw) in open.iter_mut().enumerate() {
-            while asked.keys().any(|(of, _)| *of == at) && answered(raw, at, PATIENCE, &mut asked, saw) {}
+        for (raw, asked) in &mut gateway {
+            while !asked.is_empty() && answered(raw, PATIENCE, asked, saw) {}
+            asked.keys().for_each(|_| saw.fails("no answer"));
         }
-        asked.keys().for_each(|_| saw.fails("no answer"));
+        waiting.iter().for_each(|_| saw.fails("had to wait to the end"));
     }
 
     fn validates_without_end(&self, saw: &mut Saw) {
-        let (block, body) = validation();
+        let Some(body) = self.token(saw) else { return };
+        let block = block(VALIDATE);
         let began = Instant::now();
+        let mut open: Vec<(Raw, Asked)> = Vec::new();
         while began.elapsed() < VALIDATING {
-            let Some(mut raw) = self.open(saw) else { return };
-            let mut asked = BTreeMap::new();
-            while began.elapsed() < VALIDATING && !raw.over {
-                while asked.len() < AT_ONCE {
+            while open.len() < GATEWAY {
+                let Some(raw) = self.open(saw) else { return };
+                open.push((raw, Asked::new()));
+            }
+            open.retain_mut(|(raw, asked)| {
+                while asked.len() < AT_ONCE && !raw.over {
                     let Some(stream) = raw.call(&block, &body, Duration::ZERO) else { break };
-                    asked.insert((0, stream), Instant::now());
+                    asked.insert(stream, Instant::now());
                     saw.asked += 1;
                 }
-                answered(&mut raw, 0, Duration::from_millis(20), &mut asked, saw);
-                while answered(&mut raw, 0, Duration::ZERO, &mut asked, saw) {}
-            }
+                answered(raw, Duration::from_millis(2), asked, saw);
+                while answered(raw, Duration::ZERO, asked, saw) {}
+                !raw.over
+            });
         }
+    }
+
+    /// A request to validate a token of its own.
+    fn token(&self, saw: &mut Saw) -> Option<Vec<u8>> {
+        let mut raw = self.open(saw)?;
+        let answer = raw.ask(&block("/SpiffeWorkloadAPI/FetchJWTSVID"), &jwt_request("herd"), PATIENCE);
+        let answer = Some(&raw.body).filter(|_| answer == Answer::Message)?;
+        let mut svids = pb::JwtsvidResponse::decode(answer.get(5..)?).ok()?.svids;
+        let request = pb::ValidateJwtsvidRequest { audience: "herd".to_owned(), svid: svids.pop()?.svid };
+        Some(message(&request.encode_to_vec()))
     }
 }
 
-fn validation() -> (Vec<u8>, Vec<u8>) {
-    (block("/SpiffeWorkloadAPI/ValidateJWTSVID"), message(b"\x0a\x01x\x12\x01y"))
-}
+/// The calls of a connection that are not answered, and since when.
+type Asked = BTreeMap<u32, Instant>;
 
 /// Takes what comes next. Whether something did.
-fn answered(
-    raw: &mut Raw,
-    at: usize,
-    patience: Duration,
-    asked: &mut BTreeMap<(usize, u32), Instant>,
-    saw: &mut Saw,
-) -> bool {
+fn answered(raw: &mut Raw, patience: Duration, asked: &mut Asked, saw: &mut Saw) -> bool {
     match raw.next(patience) {
         Came::Ended { stream, status } => {
-            match asked.remove(&(at, stream)).filter(|_| status == INVALID_ARGUMENT) {
-                Some(began) => saw.is_answered(began),
+            match asked.remove(&stream).filter(|_| status == 0) {
+                Some(since) => saw.is_answered(since),
                 None => saw.fails(Answer::Status(status)),
             }
             true
         }
         Came::Reset { stream } => {
-            asked.remove(&(at, stream));
+            asked.remove(&stream);
             saw.fails(Answer::Cut);
             true
         }

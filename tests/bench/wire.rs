@@ -1,4 +1,6 @@
-//! The gRPC status of an answer, read off the bytes of its headers.
+//! What benches write and read by hand: long requests, and the gRPC status of an answer, read off the bytes of its headers.
+
+use super::frames::message;
 
 /// The gRPC status in a block of headers, if one is there: h2 writes names and values in Huffman's code (RFC 7541).
 pub(crate) fn status(block: &[u8]) -> Option<u8> {
@@ -20,4 +22,15 @@ fn coded(number: u8) -> Vec<u8> {
     let fill = (8 - count % 8) % 8;
     let bits = bits << fill | ((1 << fill) - 1);
     bits.to_be_bytes()[4 - usize::try_from((count + fill) / 8).expect("few")..].to_vec()
+}
+
+/// A `JWTSVIDRequest` with one long audience.
+pub(crate) fn jwt_request_of(audience: &str) -> Vec<u8> {
+    let (mut length, mut rest) = (Vec::new(), audience.len());
+    while rest > 127 {
+        length.push(u8::try_from(rest & 127).expect("seven bits") | 128);
+        rest >>= 7;
+    }
+    length.push(u8::try_from(rest).expect("seven bits"));
+    message(&[&[0x0a][..], &length, audience.as_bytes()].concat())
 }

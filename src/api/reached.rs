@@ -1,0 +1,45 @@
+//! How far a request came on its way, told by those it comes by.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering::Relaxed},
+};
+
+use http::Extensions;
+
+/// What a request has behind it. Goes with the request.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Reached(Arc<ReachedPoints>);
+
+#[derive(Debug, Default)]
+struct ReachedPoints {
+    /// The limits were asked about it: they charge it, or refuse it.
+    limits: AtomicBool,
+    /// Its end was counted, or will be.
+    count: AtomicBool,
+}
+
+impl Reached {
+    /// How far the request came that has these extensions.
+    pub(super) fn of(extensions: &Extensions) -> Option<&Self> {
+        extensions.get()
+    }
+
+    /// The limits are asked.
+    pub(super) fn limits(&self) {
+        self.0.limits.store(true, Relaxed);
+    }
+
+    /// Its end is counted.
+    pub(super) fn count(&self) {
+        self.0.count.store(true, Relaxed);
+    }
+
+    pub(super) fn has_limits(&self) -> bool {
+        self.0.limits.load(Relaxed)
+    }
+
+    pub(super) fn has_count(&self) -> bool {
+        self.0.count.load(Relaxed)
+    }
+}

@@ -1,0 +1,166 @@
+//! When a connection is read no more for a while: its caller was given too many answers that were no work to conserve.
+//!
+//! How many are too many is its caller's bucket ([`Holding::wasted`]). A connection that was given a few of them is read on
+//! meanwhile, so that whoever errs now and then beside others of its user who do nothing else notices nothing.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use crate::limits::holding::Holding;
+
+/// So many of them a second are never too many for one connection.
+const FEW: u32 = 10;
+/// The longest time until the bucket is asked again.
+const AT_A_TIME: Duration = Duration::from_secs(1);
+/// After pauses without anything between them for so long the connection has to go.
+const ENOUGH: Duration = Duration::from_secs(10);
+
+/// The pauses of one connection. Written by the tasks of its requests and its own.
+#[derive(Debug)]
+pub(super) struct Pauses {
+    holding: Arc<Holding>,
+    paused: AtomicBool,
+    course: Mutex<PauseCourse>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct PauseCourse {
+    /// When the second began in which so many were given.
+    second: Option<Instant>,
+    given: u32,
+    /// Until when nothing is read.
+    until: Option<Instant>,
+    /// Since when there was no time to speak of between two pauses.
+    since: Option<Instant>,
+}
+
+impl PauseCourse {
+    /// One more was given. Returns whether they are still few.
+    fn few(&mut self, now: Instant) -> bool {
+        if self.second.is_none_or(|second| now >= second + Duration::from_secs(1)) {
+            (self.second, self.given) = (Some(now), 0);
+        }
+        self.given = self.given.saturating_add(1);
+        self.given <= FEW
+    }
+
+    fn pause(&mut self, now: Instant, wait: Duration) {
+        if self.until.is_none_or(|until| now >= until + AT_A_TIME) {
+            self.since = Some(now);
+        }
+        self.until = self.until.max(Some(now + wait.min(AT_A_TIME)));
+    }
+}
+
+impl Pauses {
+    /// None yet; the bucket is that of `holding`.
+    pub(super) fn new(holding: Arc<Holding>) -> Self {
+        Self { holding, paused: AtomicBool::new(false), course: Mutex::default() }
+    }
+
+    fn course<R>(&self, f: impl FnOnce(&mut PauseCourse) -> R) -> R {
+        f(&mut self.course.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// An answer was given that was no work to conserve: perhaps a pause begins.
+    pub(super) fn wasted(&self, now: Instant) {
+        let wait = self.holding.wasted();
+        self.course(|course| {
+            if !course.few(now)
+                && let Some(wait) = wait
+            {
+                course.pause(now, wait);
+                self.paused.store(true, Relaxed);
+            }
+        });
+    }
+
+    /// Whether nothing is read now.
+    pub(super) fn paused(&self) -> bool {
+        self.paused.load(Relaxed)
+    }
+
+    /// When to call [`Self::go_on`], in a pause.
+    pub(super) fn until(&self) -> Option<Instant> {
+        self.paused().then(|| self.course(|course| course.until)).flatten()
+    }
+
+    /// Ends a pause whose time is over, unless the caller's bucket is still empty. Returns whether pauses have gone on for
+    /// so long that the connection has to go.
+    pub(super) fn go_on(&self, now: Instant) -> bool {
+        if !self.paused() {
+            return false;
+        }
+        self.course(|course| {
+            if course.until.is_none_or(|until| now >= until) {
+                match self.holding.waits() {
+                    Some(wait) => course.pause(now, wait),
+                    None => self.paused.store(false, Relaxed),
+                }
+            }
+            course.since.is_some_and(|since| now >= since + ENOUGH)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        limits::{CallerKey, Gate, GatePlan, LimitSettings, Limits},
+        os::clock::Clock,
+        telemetry::registry::Registry,
+    };
+
+    /// Who only ever asks for what is refused is read no more, and has to go in the end; who stops is read again.
+    #[tokio::test(start_paused = true)]
+    async fn who_only_ever_errs_has_to_go() {
+        let settings = LimitSettings::default();
+        let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder));
+        let gate = Gate::new(GatePlan::new(&settings, 1_000, None).unwrap(), &limits);
+        for (case, errs_for, goes) in [("stops", 8, false), ("goes on", 12, true)] {
+            let permit = gate.open(CallerKey::Uid(1)).unwrap();
+            let pauses = Pauses::new(Arc::clone(permit.holding()));
+            let began = Instant::now();
+            let mut has_to_go = false;
+            while began.elapsed() < Duration::from_secs(60) && !has_to_go {
+                for _ in 0..100 {
+                    if began.elapsed() < Duration::from_secs(errs_for) && !pauses.paused() {
+                        pauses.wasted(Instant::now());
+                    }
+                }
+                tokio::time::advance(Duration::from_millis(1)).await;
+                has_to_go = pauses.go_on(Instant::now());
+            }
+            assert_eq!(has_to_go, goes, "{case}");
+            assert!(goes || !pauses.paused(), "{case}");
+        }
+    }
+
+    #[test]
+    fn pauses_follow_each_other_until_it_is_enough() {
+        let start = Instant::now();
+        let mut course = PauseCourse::default();
+        assert_eq!((0..FEW + 3).filter(|_| course.few(start)).count(), usize::try_from(FEW).unwrap());
+        let mut now = start + Duration::from_secs(1);
+        assert!(course.few(now), "another second");
+        for nth in 0..20 {
+            course.pause(now, Duration::from_secs(60));
+            assert_eq!(course.until, Some(now + AT_A_TIME), "{nth}");
+            assert_eq!(course.since, Some(start + Duration::from_secs(1)), "{nth}");
+            now += AT_A_TIME + Duration::from_millis(900);
+        }
+        now += AT_A_TIME;
+        course.pause(now, Duration::from_millis(5));
+        assert_eq!((course.until, course.since), (Some(now + Duration::from_millis(5)), Some(now)));
+        course.pause(now, Duration::from_millis(3));
+        assert_eq!(course.until, Some(now + Duration::from_millis(5)), "the longer of two");
+    }
+}
