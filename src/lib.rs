@@ -29,7 +29,7 @@
 //!
 //! ```text
 //! peer/listener   accept -> SO_PEERCRED, caller key (with pidfd on Kubernetes)  unreadable, or ended: close, count
-//! limits/gate     connections and connection rate of this caller        refused: count, close a moment later
+//! limits/gate     room, share and rate of this caller                   no room: wait a moment; refused: count, tell or close
 //! peer/listener   pidfd: the process is held on to; a task of its own    gone: close, count
 //! peer/connection parked until the first byte: no HTTP/2 state before it
 //! peer/wire       each byte is written by who connected           another's: GOAWAY; with a descriptor: close
@@ -107,12 +107,19 @@
 //! are, and without one it is refused at once ([`limits::patience`]). To refuse at once is cheaper, and makes of a hundred
 //! clients that start together a hundred that back off for a second, and come back together.
 //!
-//! **A refused connection is closed, not answered.** The other way is to wait for the first request and
-//! answer it with a fixed status, which says more to the client. `cargo bench --bench refusal` has both:
-//! closing takes about half the processor time and no memory while the answer is on its way; a crowd that is
-//! answered can hold as many places as there are for answers, and all others are closed anyway. A gRPC client
-//! takes the close for `UNAVAILABLE` and backs off; which limit it was stands in the log and in `durward
-//! limits`.
+//! **Of refused connections the first few are answered, the crowd is closed.** An answer (a status to the first request)
+//! says which limit it was and when to come back; but it takes half as much processor time again as a close
+//! (`cargo bench --bench refusal`), and a client that never asks holds its place. So two of a family are answered in two
+//! seconds, and 16 of the node at a time; the others are closed, which a gRPC client takes for `UNAVAILABLE` and backs
+//! off from, and which limit it was stands in the log and in `durward limits`.
+//!
+//! **Who finds no room waits a moment, unread.** A crowd after a restart is over in less than that. A connection that is
+//! refused for want of room alone keeps its descriptor for up to 250 ms, and is asked for again when there is room, families
+//! in turns. What an admin set as a limit refuses at once.
+//!
+//! **What the kernel keeps of closed connections is counted in grace periods.** It shows in no sum of the agent's, and
+//! grows faster than a look four times a second could see. The accept loop reads what the cgroup has left, and lets no more
+//! in between two ends of a grace period than fits ([`peer`]); with more left than that, nobody is held up.
 //!
 //! **Where pods are looked for, a process that has ended is closed and charged to nobody.** Its cgroup is not
 //! to be believed any more, and nothing may be answered to it. Charged to its user, a pod whose processes

@@ -6,6 +6,7 @@
 //! is refused has cost no HTTP/2 state, and one that stays silent costs about 1.5 KiB. Absent: any decision about
 //! identities, and what a request means, gRPC's words included, but for the status of an answer.
 
+mod accept_gate;
 mod accepted;
 mod allowance;
 mod bounds;
@@ -14,6 +15,7 @@ mod closing;
 mod connection;
 mod course;
 pub mod credentials;
+mod door;
 mod drain;
 mod end;
 pub mod frames;
@@ -23,6 +25,7 @@ mod lingering;
 mod listener;
 mod metrics;
 mod pauses;
+mod reply;
 mod request;
 mod service;
 mod settings;
@@ -35,11 +38,12 @@ mod unsent;
 mod wire;
 mod writer;
 
+pub use accept_gate::{AcceptGate, AdmitAll};
 pub use bounds::ConnectionBounds;
 pub use credentials::{Arrival, KeyResolver, OsUid, Peer, PeerGone};
 pub use drain::Drained;
 pub use end::ConnectionEnd;
-pub use listener::{AcceptGate, AdmitAll, Listener};
+pub use listener::Listener;
 pub use metrics::ConnectionMetrics;
 pub use request::{BodyError, RequestBody};
 pub use service::{ConnectionService, PUSHBACK};

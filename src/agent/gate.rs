@@ -2,10 +2,12 @@
 
 use std::{path::Path, sync::Arc};
 
+use ::http::HeaderMap;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::{
-    limits::{self, ConnectionPermit, ConnectionRefusal, GatePlan, budget, holding::Holding},
+    api::status,
+    limits::{self, ConnectionPermit, ConnectionRefusal, GatePlan, budget, holding::Holding, room::Room},
     os::headroom::Headroom,
     peer::{AcceptGate, Arrival},
     telemetry::http,
@@ -20,6 +22,18 @@ impl AcceptGate for limits::Gate {
 
     fn admit_connection(&self, arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {
         self.open(arrival.caller())
+    }
+
+    fn admit_or_wait(&self, arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {
+        self.open_or_wait(arrival.caller())
+    }
+
+    fn room(&self) -> Option<Arc<Room>> {
+        Some(Arc::clone(self.room()))
+    }
+
+    fn answer(&self, why: ConnectionRefusal) -> Option<HeaderMap> {
+        status::refused_connection(why, self.rejection_status())
     }
 
     fn holding(permit: &ConnectionPermit) -> Arc<Holding> {

@@ -111,9 +111,15 @@ impl Watch {
         empty
     }
 
-    /// What the process uses by now, whatever it was reckoned at: its own memory, or with the kernel's that of its cgroup.
+    /// What the process uses by now, whatever it was reckoned at. Where it is alone in a cgroup that is what is charged to
+    /// that, which may be late, or its own pages. Those of its program are charged to whoever read them first, and
+    /// dropped before anybody is killed; elsewhere they count.
     fn measured(&self) -> Option<u64> {
-        heap::resident().max(self.meter.charged().map(|charged| charged.used))
+        let own = heap::resident_set()?;
+        Some(match self.meter.charged() {
+            Some(charged) => charged.used.max(own.without_files),
+            None => own.all,
+        })
     }
 
     /// Says who was told to go, and for what it holds.

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use http::HeaderMap;
 use tonic::{Code, Status, metadata::MetadataValue};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
@@ -13,7 +14,7 @@ use crate::{
     attest::AttestError,
     identity::{audience::AudienceError, jwt::JwtError, spiffe_id::SpiffeIdError},
     issuer::MintError,
-    limits::{Refusal, RejectionStatus},
+    limits::{ConnectionRefusal, Refusal, RejectionStatus},
     peer::{BodyError, PUSHBACK},
     store::{NoIdentity, NotEntitled},
 };
@@ -155,6 +156,45 @@ impl From<RequestError> for Status {
             _ => Self::new(error.code(), error.to_string()),
         }
     }
+}
+
+/// When to come back after a connection was refused. It cannot be known when others leave; clients pause for a second
+/// anyway.
+const COME_BACK: Duration = Duration::from_secs(1);
+
+/// What the first call on a refused connection is told: the headers of an answer that ends with them. `None` where there
+/// is nobody to tell. Limits that an admin set are told with `limits`.
+pub fn refused_connection(why: ConnectionRefusal, limits: RejectionStatus) -> Option<HeaderMap> {
+    use ConnectionRefusal as R;
+    let limit = match limits {
+        RejectionStatus::ResourceExhausted => Code::ResourceExhausted,
+        RejectionStatus::Unavailable => Code::Unavailable,
+    };
+    let (code, text) = match why {
+        R::Unidentified | R::NotOwner | R::AdminConnections => return None,
+        R::Blocked => (limit, "rate limit exceeded: ratelimit.gate blocks this caller"),
+        R::CallerConnections => {
+            (limit, "rate limit exceeded: this caller has as many connections as ratelimit.gate allows")
+        }
+        R::CallerRate => {
+            (limit, "rate limit exceeded: this caller connects more often than ratelimit.gate allows")
+        }
+        R::NodeConnections => (Code::Unavailable, "the agent has as many connections as it may"),
+        R::Descriptors => (
+            Code::Unavailable,
+            "the agent is short of descriptors, and this caller has its share of the connections",
+        ),
+        R::Memory => (
+            Code::Unavailable,
+            "the agent is short of memory, and this caller's connections hold its share of it",
+        ),
+        R::Processor => (
+            Code::Unavailable,
+            "the agent is short of processor time, and this caller connects more often than its share of it allows",
+        ),
+    };
+    let wait = (why != R::Blocked).then_some(COME_BACK);
+    Some(refused(code, text, wait).into_http::<()>().into_parts().0.headers)
 }
 
 impl From<BodyError> for Status {

@@ -26,6 +26,10 @@ pub const UPLOAD: u64 = 3;
 
 /// What the kernel keeps for a refused connection that lingers.
 pub const LINGERING: u64 = 4 * 1024;
+/// How many refused connections are answered at a time.
+pub const REPLIES: usize = 16;
+/// What one of these takes: its task, a buffer, the answer, and what the kernel keeps.
+pub const REPLY: u64 = 12 * 1024;
 /// A caller that held nothing, with one connection and one call.
 pub const NEWCOMER: u64 = PARKED + HTTP2 + 7 * 1024;
 /// Of a budget, newcomers have one part in so many set aside, at most.

@@ -32,9 +32,9 @@ use super::{
     holding::{Holding, NodeHeld, Notice},
     ledger::{Ledger, PARENT_PARTS},
     processor::ProcessorShare,
-    refusal::{ChargedAs, ConnectionRefusal, Reason, Stage},
+    refusal::{ChargedAs, ConnectionRefusal, Reason, RejectionStatus, Stage},
     report::{BucketName, Heavy, Standing},
-    room::Short,
+    room::{Room, Short},
     rule::Limit,
     shortage::Shortage,
     table::{ChargedTo, Table},
@@ -130,6 +130,13 @@ struct Arriving<'a> {
     now: u64,
 }
 
+/// Whether somebody asks again who is refused for want of room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Chance {
+    NotLast,
+    Last,
+}
+
 /// A token of a caller's rate, until it is known whether all others let its connection in.
 type HeldRate = (Ask, ChargedTo);
 
@@ -212,6 +219,18 @@ impl Gate {
     /// # Errors
     /// [`ConnectionRefusal`]: close it.
     pub fn open(&self, caller: CallerKey) -> Result<ConnectionPermit, ConnectionRefusal> {
+        self.open_as(caller, Chance::Last)
+    }
+
+    /// The same for one that may be asked for again: a refusal for want of room is neither counted nor told.
+    ///
+    /// # Errors
+    /// [`ConnectionRefusal`]: close it, or ask again, if it [is soft](ConnectionRefusal::is_soft).
+    pub fn open_or_wait(&self, caller: CallerKey) -> Result<ConnectionPermit, ConnectionRefusal> {
+        self.open_as(caller, Chance::NotLast)
+    }
+
+    fn open_as(&self, caller: CallerKey, chance: Chance) -> Result<ConnectionPermit, ConnectionRefusal> {
         let shared = &self.shared;
         let plan = shared.plan.load();
         let now = shared.ledger.now();
@@ -234,6 +253,10 @@ impl Gate {
         };
         let LetIn { rehearsed, reserved } = match shared.decide(&arriving, &mut state) {
             Ok(let_in) => let_in,
+            Err(refusal) if chance == Chance::NotLast && refusal.is_soft() => {
+                shared.want(refusal);
+                return Err(refusal);
+            }
             Err(refusal) => {
                 state.complain(&arriving, refusal);
                 drop(state);
@@ -266,6 +289,16 @@ impl Gate {
         drop(state);
         let shared = Arc::clone(&self.shared);
         Ok(ConnectionPermit { shared, place: None, reserved: false, holding: Arc::default() })
+    }
+
+    /// Whether there is room.
+    pub fn room(&self) -> &Arc<Room> {
+        self.shared.node.room()
+    }
+
+    /// What callers are told that a limit refuses which an admin set.
+    pub fn rejection_status(&self) -> RejectionStatus {
+        self.shared.plan.load().status
     }
 
     /// What a caller and its family have in common, and nobody else.
@@ -459,6 +492,11 @@ impl SharedGate {
         if refusal.is_callers_own() {
             self.ledger.refusing().note(now, Stage::Gate, None, &BucketName::Caller(caller));
         }
+        self.want(refusal);
+    }
+
+    /// Counts what would have been done with more processor time.
+    fn want(&self, refusal: ConnectionRefusal) {
         if refusal == ConnectionRefusal::Processor {
             self.wanting.fetch_add(1, Relaxed);
         }

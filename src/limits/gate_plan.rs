@@ -5,14 +5,15 @@ use super::{
     caller::{CallerKey, Families},
     gate_settings::{GatePlaces, GateRule, GateRules},
     processor::ProcessorShare,
+    refusal::RejectionStatus,
     settings::{LimitSettings, SoftLimits},
     table_size::TableSize,
 };
 
 /// A socket, and the pidfd of the process behind it.
 pub const DESCRIPTORS_PER_CONNECTION: u64 = 2;
-/// Kept for all that is no connection: listeners, logs, files being read.
-pub const OTHER_DESCRIPTORS: u64 = 64;
+/// Kept for all that is no connection: listeners, logs, files being read, refused connections that are answered.
+pub const OTHER_DESCRIPTORS: u64 = 80;
 /// The most refused connections that linger.
 const LINGERING: u64 = 2048;
 /// Of a memory budget, they have one part in so many.
@@ -77,6 +78,7 @@ pub struct GatePlan {
     pub(super) families: Families,
     pub(super) soft: SoftLimits,
     pub(super) dry: bool,
+    pub(super) status: RejectionStatus,
 }
 
 impl GatePlan {
@@ -114,6 +116,7 @@ impl GatePlan {
             families: settings.families.clone(),
             soft: settings.soft_limits,
             dry: settings.dry_run,
+            status: settings.rejection_status,
         })
     }
 

@@ -78,7 +78,7 @@ impl NodeHeld {
         self.held.bytes()
     }
 
-    pub(super) fn room(&self) -> &Room {
+    pub(super) fn room(&self) -> &Arc<Room> {
         &self.room
     }
 

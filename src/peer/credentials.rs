@@ -223,6 +223,11 @@ impl Arrival {
         &self.credentials
     }
 
+    /// Whether it holds on to the process already: a descriptor.
+    pub(super) fn holds_process(&self) -> bool {
+        self.process.is_some()
+    }
+
     /// Holds on to the process: the connection was let in.
     ///
     /// # Errors

@@ -1,49 +1,226 @@
-//! Refused connections that are kept a moment before they are closed.
+//! Refused connections that are kept a moment before they are closed, and those that wait for room meanwhile.
 //!
 //! Connections wait to be accepted in one queue, first come, first served: a crowd that is turned away at
-//! once stands in it again before anybody else has moved up.
+//! once stands in it again before anybody else has moved up. One that was refused for want of room alone may be let in
+//! when its time is over, or as soon as there is room.
 
-use std::{collections::BTreeMap, os::unix::net::UnixStream};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    os::unix::net::UnixStream,
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
-use super::{accepted::Accepted, bounds::ConnectionBounds};
+use super::{accepted::Accepted, bounds::ConnectionBounds, credentials::Arrival};
 
-/// Connections that were refused, by when each is closed. Nothing is read from them, and the runtime does not
-/// know them: a descriptor each, and a bounded number.
+/// How long one may wait for room, in all.
+pub(super) const WAIT: Duration = Duration::from_millis(250);
+
+/// One of those that are kept.
+#[derive(Debug)]
+pub(super) struct Kept {
+    pub(super) stream: Accepted<UnixStream>,
+    pub(super) family: u64,
+    /// `None` for one that is refused for good.
+    pub(super) waits: Option<RoomWaiter>,
+}
+
+/// What is known of one that waits for room.
+#[derive(Debug)]
+pub(super) struct RoomWaiter {
+    pub(super) arrival: Arrival,
+    /// Then it has waited long enough.
+    pub(super) until: Instant,
+    /// It was asked for since there was room last.
+    pub(super) asked: bool,
+}
+
+/// When one is due, with a number, as many may be at one time.
+type Due = (Instant, u32);
+
+/// Connections that were refused, by when each is closed or asked for again. Nothing is read from them, and the runtime
+/// does not know them: a descriptor or two each, and a bounded number. Once they are as many as may be, one more takes the
+/// place of one of the family that has the most.
 #[derive(Debug, Default)]
 pub(super) struct Lingering {
-    /// With a number, as many may be due at one time.
-    held: BTreeMap<(Instant, u32), Accepted<UnixStream>>,
+    kept: BTreeMap<Due, (Kept, Option<Rank>)>,
+    /// Without those that have none here.
+    families: HashMap<u64, BTreeSet<Due>, ahash::RandomState>,
+    /// Those that wait, and were not asked for since there was room last: families take turns.
+    turns: BTreeMap<Rank, Due>,
+    descriptors: usize,
     numbered: u32,
 }
 
+/// How many of its family wait before it, and its number.
+type Rank = (usize, u32);
+
+impl Kept {
+    fn descriptors(&self) -> usize {
+        let held = self.waits.as_ref().is_some_and(|waits| waits.arrival.holds_process());
+        1 + usize::from(held)
+    }
+}
+
 impl Lingering {
-    /// Keeps one for as long as the bounds say, or for as long as there is room: between half of that time
-    /// and one and a half, spread evenly, so that those who came together do not come back together.
-    pub(super) fn keep(&mut self, stream: Accepted<UnixStream>, now: Instant, bounds: &ConnectionBounds) {
+    /// Keeps one for as long as the bounds say: between half of that time and one and a half, spread evenly, so that
+    /// those who came together do not come back together. Returns those whose place is needed, this one perhaps.
+    pub(super) fn keep(&mut self, one: Kept, now: Instant, bounds: &ConnectionBounds) -> Vec<Kept> {
         /// 2^32 divided by the golden ratio: its multiples fall into the widest gap each time.
         const STEP: u32 = 2_654_435_769;
         let most = usize::try_from(bounds.max_lingering).unwrap_or(usize::MAX);
-        if bounds.linger.is_zero() || most == 0 {
-            return;
+        let needs = one.descriptors();
+        if bounds.linger.is_zero() || most < needs {
+            return vec![one];
         }
-        while self.held.len() >= most {
-            self.held.pop_first();
+        let mut gone = Vec::new();
+        while self.descriptors + needs > most {
+            gone.extend(self.first_of_the_most(one.family));
         }
         self.numbered = self.numbered.wrapping_add(1);
         let part = f64::from(self.numbered.wrapping_mul(STEP)) / f64::from(u32::MAX);
-        let due = now + bounds.linger.mul_f64(0.5 + part);
-        self.held.insert((due, self.numbered), stream);
+        let mut due = now + bounds.linger.mul_f64(0.5 + part);
+        if let Some(waits) = &one.waits {
+            due = due.min(waits.until);
+        }
+        let due = (due, self.numbered);
+        let family = self.families.entry(one.family).or_default();
+        let turn = one.waits.as_ref().filter(|waits| !waits.asked).map(|_| (family.len(), self.numbered));
+        family.insert(due);
+        if let Some(turn) = turn {
+            self.turns.insert(turn, due);
+        }
+        self.descriptors += needs;
+        self.kept.insert(due, (one, turn));
+        gone
     }
 
+    /// When one is due next.
     pub(super) fn due(&self) -> Option<Instant> {
-        self.held.first_key_value().map(|((due, _), _)| *due)
+        self.kept.first_key_value().map(|((due, _), _)| *due)
     }
 
-    pub(super) fn close(&mut self, now: Instant) {
-        while self.due().is_some_and(|due| due <= now) {
-            self.held.pop_first();
+    /// Takes one whose time is over.
+    pub(super) fn take_due(&mut self, now: Instant) -> Option<Kept> {
+        let (due, _) = self.kept.first_key_value()?;
+        let due = *due;
+        if due.0 <= now { self.take(due) } else { None }
+    }
+
+    /// Whether some wait that were not asked for since there was room last.
+    pub(super) fn wait(&self) -> bool {
+        !self.turns.is_empty()
+    }
+
+    /// Takes the one of them whose turn it is.
+    pub(super) fn take_waiting(&mut self) -> Option<Kept> {
+        let (_, due) = self.turns.first_key_value()?;
+        self.take(*due)
+    }
+
+    /// Takes the one that is due next of the family that has the most; of `own`, where others have no more.
+    fn first_of_the_most(&mut self, own: u64) -> Option<Kept> {
+        let most = self.families.iter().max_by_key(|(family, dues)| (dues.len(), **family == own));
+        let due = *most?.1.first()?;
+        self.take(due)
+    }
+
+    fn take(&mut self, due: Due) -> Option<Kept> {
+        let (one, turn) = self.kept.remove(&due)?;
+        if let Some(dues) = self.families.get_mut(&one.family) {
+            dues.remove(&due);
+            if dues.is_empty() {
+                self.families.remove(&one.family);
+            }
+        }
+        if let Some(turn) = turn {
+            self.turns.remove(&turn);
+        }
+        self.descriptors -= one.descriptors();
+        Some(one)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, prelude::*};
+
+    use super::*;
+    use crate::peer::{accepted::Closing, credentials::OsUid};
+
+    fn one(family: u64, until: Option<Instant>) -> Kept {
+        let (stream, _other) = UnixStream::pair().unwrap();
+        let arrival = Arrival::at(&stream, &OsUid).unwrap();
+        let stream = Accepted::new(stream, &Closing::Plain).unwrap();
+        let waits = until.map(|until| RoomWaiter { arrival, until, asked: false });
+        Kept { stream, family, waits }
+    }
+
+    fn at_most(most: u32) -> ConnectionBounds {
+        ConnectionBounds { max_lingering: most, ..ConnectionBounds::default() }
+    }
+
+    #[test]
+    fn families_take_turns() {
+        let (now, mut lingering) = (Instant::now(), Lingering::default());
+        for family in [7, 7, 7, 8, 7, 9] {
+            assert!(lingering.keep(one(family, Some(now + WAIT)), now, &at_most(10)).is_empty());
+        }
+        assert!(lingering.keep(one(6, None), now, &at_most(10)).is_empty());
+        let order: Vec<u64> = std::iter::from_fn(|| lingering.take_waiting()).map(|it| it.family).collect();
+        assert_eq!(order, [7, 8, 9, 7, 7, 7], "and one that is refused for good has none");
+        assert_eq!(lingering.kept.len(), 1);
+    }
+
+    #[test]
+    fn whoever_has_the_most_makes_room() {
+        let (now, mut lingering) = (Instant::now(), Lingering::default());
+        let mut gone = Vec::new();
+        for family in [1, 1, 1, 2, 1, 3, 3, 2] {
+            gone.extend(lingering.keep(one(family, None), now, &at_most(4)).iter().map(|it| it.family));
+        }
+        assert_eq!(gone, [1, 1, 1, 3], "of 1, 1, 1, 2, then 1, 1, 2, 3, then 1, 2, 3, 3");
+    }
+
+    #[test]
+    fn nobody_waits_longer_than_it_may() {
+        let (now, mut lingering) = (Instant::now(), Lingering::default());
+        let bounds = ConnectionBounds { linger: Duration::from_secs(1), ..at_most(100) };
+        for _ in 0..50 {
+            assert!(lingering.keep(one(1, Some(now + WAIT)), now, &bounds).is_empty());
+        }
+        let taken = std::iter::from_fn(|| lingering.take_due(now + WAIT)).count();
+        assert_eq!((taken, lingering.due()), (50, None));
+    }
+
+    proptest! {
+        /// Whatever comes and goes: no more than may be, and nothing is left behind of those that have gone.
+        #[test]
+        fn the_books_agree(steps in vec((0u64..4, any::<bool>(), 0u8..4), 1..60)) {
+            let (mut now, mut lingering) = (Instant::now(), Lingering::default());
+            let (mut came, mut went) = (0, 0);
+            for (family, waits, step) in steps {
+                match step {
+                    0 => went += usize::from(lingering.take_waiting().is_some()),
+                    1 => {
+                        now += Duration::from_millis(60);
+                        went += std::iter::from_fn(|| lingering.take_due(now)).count();
+                    }
+                    _ => {
+                        came += 1;
+                        let one = one(family, waits.then(|| now + WAIT));
+                        went += lingering.keep(one, now, &at_most(8)).len();
+                    }
+                }
+                let of_families: usize = lingering.families.values().map(BTreeSet::len).sum();
+                prop_assert_eq!(came - went, lingering.kept.len());
+                prop_assert_eq!(of_families, lingering.kept.len());
+                prop_assert!(lingering.descriptors <= 8 && lingering.turns.len() <= lingering.kept.len());
+                prop_assert!(lingering.turns.values().all(|due| lingering.kept.contains_key(due)));
+            }
+            while lingering.take_due(now + WAIT).is_some() {}
+            prop_assert!(lingering.families.is_empty() && lingering.turns.is_empty() && lingering.descriptors == 0);
         }
     }
 }

@@ -78,7 +78,8 @@ def places_taken():
         stream.connect(path)
         try:
             stream.sendall(HELLO)
-            if stream.recv(1):
+            # One that is refused is closed, or nothing is set in its SETTINGS.
+            if any(stream.recv(3)):
                 taken.append(stream)
         except OSError:
             pass

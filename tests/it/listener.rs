@@ -131,12 +131,14 @@ impl Server {
 }
 
 /// A client that was not written here, and its connection's task.
-async fn client(stream: UnixStream) -> (h2::client::SendRequest<Bytes>, JoinHandle<Result<(), h2::Error>>) {
+pub(crate) async fn client(
+    stream: UnixStream,
+) -> (h2::client::SendRequest<Bytes>, JoinHandle<Result<(), h2::Error>>) {
     let (send, connection) = h2::client::handshake(stream).await.unwrap();
     (send, tokio::spawn(connection))
 }
 
-async fn get(send: &mut h2::client::SendRequest<Bytes>, path: &str) -> Result<String, h2::Error> {
+pub(crate) async fn get(send: &mut h2::client::SendRequest<Bytes>, path: &str) -> Result<String, h2::Error> {
     let request = http::Request::post(format!("http://localhost{path}")).body(()).unwrap();
     let (answer, _) = send.send_request(request, true)?;
     let mut body = answer.await?.into_body();
@@ -164,7 +166,7 @@ async fn serves_a_request() {
 }
 
 /// Looks again until it is so; a minute of real time is long enough for anything.
-async fn until(what: &str, mut so: impl FnMut() -> bool) {
+pub(crate) async fn until(what: &str, mut so: impl FnMut() -> bool) {
     for _ in 0..6000 {
         if so() {
             return;
@@ -527,7 +529,11 @@ impl AcceptGate for Shut {
 }
 
 /// A listener with this gate.
-fn guarded<G: AcceptGate>(socket: Socket, gate: Arc<G>, bounds: ConnectionBounds) -> Listener<G, OsUid> {
+pub(crate) fn guarded<G: AcceptGate>(
+    socket: Socket,
+    gate: Arc<G>,
+    bounds: ConnectionBounds,
+) -> Listener<G, OsUid> {
     Listener {
         socket,
         bounds: tokio::sync::watch::channel(bounds).1,

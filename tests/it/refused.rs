@@ -166,9 +166,12 @@ async fn take_places(socket: &Path) -> Vec<UnixStream> {
     while taken.len() < PLACES {
         assert!(began.elapsed() < PATIENCE, "{} places", taken.len());
         let mut stream = UnixStream::connect(socket).await.unwrap();
-        // An agent that lets it in has something to say; one that does not closes it.
+        // An agent that lets it in says what holds from now on; one that does not closes it, or has nothing to say in its
+        // SETTINGS.
         let said = async {
-            stream.write_all(&hello).await.is_ok() && stream.read(&mut [0]).await.is_ok_and(|n| n > 0)
+            let mut head = [0; 9];
+            let heard = stream.write_all(&hello).await.is_ok() && stream.read_exact(&mut head).await.is_ok();
+            heard && head[..3] != [0; 3]
         };
         if said.await {
             taken.push(stream);

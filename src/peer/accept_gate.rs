@@ -1,0 +1,71 @@
+//! What the listener asks whoever knows the limits.
+
+use std::sync::Arc;
+
+use http::HeaderMap;
+
+use super::credentials::Arrival;
+use crate::{
+    limits::{ConnectionRefusal, holding::Holding, room::Room},
+    os::headroom::Headroom,
+};
+
+/// Decides at accept, before any HTTP/2 state exists. All of it must answer at once: it runs in the accept loop.
+pub trait AcceptGate: Send + Sync + 'static {
+    /// Lives as long as the connection; its drop gives the place back.
+    type Permit: Send + Unpin + 'static;
+
+    /// Lets a connection in, or not; what refuses it is counted.
+    ///
+    /// # Errors
+    /// [`ConnectionRefusal`]: it is closed, or told why and closed.
+    fn admit_connection(&self, arrival: &Arrival) -> Result<Self::Permit, ConnectionRefusal>;
+
+    /// The same for one that waits a moment and is asked for again where it is refused for want of room
+    /// ([`ConnectionRefusal::is_soft`]): that is not counted.
+    ///
+    /// # Errors
+    /// [`ConnectionRefusal`].
+    fn admit_or_wait(&self, arrival: &Arrival) -> Result<Self::Permit, ConnectionRefusal> {
+        self.admit_connection(arrival)
+    }
+
+    /// Whether there is room: those who wait are asked for again when it returns. By default they wait for their time.
+    fn room(&self) -> Option<Arc<Room>> {
+        None
+    }
+
+    /// What one that was refused is told: the headers of an answer that ends with them. By default nobody is told.
+    fn answer(&self, _why: ConnectionRefusal) -> Option<HeaderMap> {
+        None
+    }
+
+    /// Where is said what the connection holds. By default nobody sums it up.
+    fn holding(_permit: &Self::Permit) -> Arc<Holding> {
+        Arc::default()
+    }
+
+    /// The cgroups whose memory the kernel charges for what it keeps of connections that are closed. By default none has
+    /// a bound that could be met. Asked once, before anybody is accepted, and may wait.
+    fn headroom(&self) -> Option<Headroom> {
+        None
+    }
+
+    /// Of whom the connection is one: they share the threads that close what is left in a connection, the places of those
+    /// who wait, and the answers. By default its user.
+    fn family(&self, arrival: &Arrival) -> u64 {
+        u64::from(arrival.credentials().uid.as_raw())
+    }
+}
+
+/// Lets everybody in.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AdmitAll;
+
+impl AcceptGate for AdmitAll {
+    type Permit = ();
+
+    fn admit_connection(&self, _arrival: &Arrival) -> Result<(), ConnectionRefusal> {
+        Ok(())
+    }
+}

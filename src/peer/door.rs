@@ -1,0 +1,290 @@
+//! What happens at the door: who is taken, who waits, who is turned away.
+
+use std::{io, os::unix::net::UnixStream as StdStream, sync::Arc, time::Duration};
+
+use tokio::{sync::watch, task::JoinSet, time::Instant};
+
+use super::{
+    accept_gate::AcceptGate,
+    accepted::{Accepted, Closing},
+    allowance::Allowance,
+    bounds::InForce,
+    connection::Connection,
+    credentials::{Arrival, CredentialsError, KeyResolver, Peer},
+    drain::note_panic,
+    end::Phase,
+    lingering::{Kept, Lingering, RoomWaiter, WAIT},
+    reply::Replies,
+    service::ConnectionService,
+    stats::{ConnectionStats, OpenConnection},
+    trim::HeapTrim,
+};
+use crate::{
+    limits::{ConnectionRefusal, pace::Pace},
+    os::accept::{Acceptor, Waiting},
+    telemetry::registry::Label as _,
+};
+
+/// The most connections that are accepted in one run, or asked for again, before anything else is looked at.
+pub(super) const RUN: usize = 64;
+
+/// The family that the listener itself is closed for: no user's.
+const AGENT: u64 = u64::MAX - 1;
+
+/// How long nobody is accepted, for what waits to be closed, before the log has it.
+const TOLD_AFTER: Duration = Duration::from_secs(1);
+
+/// How long the accept loop pauses when there are no descriptors left, instead of spinning.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+
+/// What the accept loop works with.
+pub(super) struct Door<G, K, F> {
+    pub(super) gate: Arc<G>,
+    pub(super) keys: Arc<K>,
+    pub(super) stats: Arc<ConnectionStats>,
+    pub(super) services: F,
+    pub(super) in_force: InForce,
+    pub(super) phase: watch::Sender<Phase>,
+    pub(super) connections: JoinSet<()>,
+    pub(super) lingering: Lingering,
+    pub(super) replies: Replies,
+    pub(super) closing: Closing,
+    pub(super) heap: HeapTrim,
+    /// `None` where nothing bounds what the kernel keeps.
+    pub(super) allowance: Option<Allowance>,
+    /// Until then nobody is accepted.
+    pub(super) paused: Option<Instant>,
+    /// Since when so much waits to be closed that nobody is.
+    pub(super) full_since: Option<Instant>,
+    pub(super) full: Pace,
+}
+
+impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S> Door<G, K, F> {
+    /// Whether those who wait may be accepted.
+    pub(super) fn is_open(&self) -> bool {
+        self.paused.is_none() && !self.allowance.as_ref().is_some_and(Allowance::is_spent)
+    }
+
+    /// Takes those who wait, up to [`RUN`] of them. Returns how many they were.
+    pub(super) fn take_run(&mut self, waiting: Waiting<'_>) -> usize {
+        let now = Instant::now();
+        self.take_due(now);
+        if let Some(family) = self.closing.full_by() {
+            self.stats.count_accept_error();
+            if now.duration_since(*self.full_since.get_or_insert(now)) >= TOLD_AFTER {
+                self.full.say(|left_out| {
+                    tracing::warn!(
+                        family,
+                        left_out,
+                        "nobody is accepted: what callers passed in takes too long to close (before Linux 6.16 nothing \
+                         bars it); end the processes of the user who holds it up"
+                    );
+                });
+            }
+            self.paused = Some(now + ACCEPT_PAUSE);
+            return 0;
+        }
+        self.full_since = None;
+        let most = self.allowance.as_mut().map_or(RUN, |it| it.of(RUN, now));
+        let mut run = 0;
+        for accepted in waiting.take(most) {
+            run += 1;
+            let taken = accepted.map_err(NotTaken::from).and_then(|stream| self.take(stream, now));
+            if self.pauses_for(taken) {
+                break;
+            }
+        }
+        if let Some(allowance) = &mut self.allowance {
+            allowance.took(run);
+        }
+        run
+    }
+
+    /// Closes those whose time is over, or asks for them again, up to [`RUN`] of them. Returns how many they were.
+    pub(super) fn take_due(&mut self, now: Instant) -> usize {
+        let mut run = 0;
+        while run < RUN
+            && let Some(due) = self.lingering.take_due(now)
+        {
+            run += 1;
+            self.ask_again(due, now);
+        }
+        run
+    }
+
+    /// Asks again for those who wait: there is room. Up to [`RUN`] of them; returns how many they were.
+    pub(super) fn take_waiting(&mut self) -> usize {
+        let now = Instant::now();
+        let mut run = 0;
+        while run < RUN
+            && let Some(waiting) = self.lingering.take_waiting()
+        {
+            run += 1;
+            self.ask_again(waiting, now);
+        }
+        run
+    }
+
+    /// Asks for one that waits. One that does not is closed.
+    fn ask_again(&mut self, kept: Kept, now: Instant) {
+        let Kept { stream, family, waits } = kept;
+        if let Some(waits) = waits {
+            let waits = RoomWaiter { asked: true, ..waits };
+            let taken = self.decide(stream, Some(family), waits, now);
+            self.pauses_for(taken);
+        }
+    }
+
+    /// Counts one that was not taken. Returns whether nobody is accepted for a while: more would fail in the same way.
+    fn pauses_for(&mut self, taken: Result<(), NotTaken>) -> bool {
+        let pauses = taken.is_err_and(|why| why.count(&self.stats));
+        if pauses {
+            self.paused = Some(Instant::now() + ACCEPT_PAUSE);
+        }
+        pauses
+    }
+
+    /// Lets one in that has come, or not.
+    fn take(&mut self, stream: StdStream, now: Instant) -> Result<(), NotTaken> {
+        self.stats.count_accepted();
+        let mut stream = Accepted::new(stream, &self.closing)?;
+        let arrival = Arrival::at(&stream, &*self.keys)?;
+        stream.belongs_to(|| self.gate.family(&arrival));
+        self.decide(stream, None, RoomWaiter { arrival, until: now + WAIT, asked: false }, now)
+    }
+
+    /// Lets one in, has it wait, or turns it away.
+    fn decide(
+        &mut self,
+        stream: Accepted<StdStream>,
+        family: Option<u64>,
+        waits: RoomWaiter,
+        now: Instant,
+    ) -> Result<(), NotTaken> {
+        let bounds = &self.in_force.bounds;
+        let may_wait = now < waits.until && bounds.max_lingering > 0 && !bounds.linger.is_zero();
+        let decided = if may_wait {
+            self.gate.admit_or_wait(&waits.arrival)
+        } else {
+            self.gate.admit_connection(&waits.arrival)
+        };
+        let why = match decided {
+            Ok(permit) => return self.let_in(waits.arrival, stream, permit),
+            Err(why) => why,
+        };
+        let family = family.unwrap_or_else(|| self.gate.family(&waits.arrival));
+        if may_wait && why.is_soft() {
+            self.keep(Kept { stream, family, waits: Some(waits) }, now);
+            return Ok(());
+        }
+        self.turn_away(stream, family, why, now);
+        Err(NotTaken::Refused(why))
+    }
+
+    /// Tells one why, or closes it, soon or at once.
+    fn turn_away(&mut self, stream: Accepted<StdStream>, family: u64, why: ConnectionRefusal, now: Instant) {
+        if self.replies.may(family, now)
+            && let Some(headers) = self.gate.answer(why)
+        {
+            self.replies.begin(stream, &headers, family, now);
+        } else if why.is_callers_own() {
+            self.keep(Kept { stream, family, waits: None }, now);
+        }
+    }
+
+    /// Keeps one for a moment. Whose place it takes is asked for once more, and then closed.
+    fn keep(&mut self, one: Kept, now: Instant) {
+        for Kept { stream, waits, .. } in self.lingering.keep(one, now, &self.in_force.bounds) {
+            let Some(RoomWaiter { arrival, .. }) = waits else { continue };
+            let taken = match self.gate.admit_connection(&arrival) {
+                Ok(permit) => self.let_in(arrival, stream, permit),
+                Err(why) => Err(NotTaken::Refused(why)),
+            };
+            self.pauses_for(taken);
+        }
+    }
+
+    fn let_in(
+        &mut self,
+        arrival: Arrival,
+        stream: Accepted<StdStream>,
+        permit: G::Permit,
+    ) -> Result<(), NotTaken> {
+        let peer = Arc::new(arrival.let_in(&stream)?);
+        let holding = G::holding(&permit);
+        // Only now does the runtime hear of it.
+        let stream = stream.admit(permit)?;
+        let InForce { bounds, http2 } = &self.in_force;
+        let connection = Connection {
+            peer: Arc::clone(&peer),
+            bounds: Arc::clone(bounds),
+            phases: self.phase.subscribe(),
+            open: OpenConnection::count(&self.stats),
+            holding,
+        };
+        self.connections.spawn(connection.run(stream, http2.clone(), (self.services)(peer)));
+        self.heap.grew_to(self.connections.len());
+        Ok(())
+    }
+
+    /// Lets go of the listener; of one that others hold too, those who wait at it stay.
+    pub(super) fn leave(&self, listener: Acceptor) {
+        let listener = listener.into_inner();
+        if let Closing::Careful(closers, _) = &self.closing {
+            closers.close(listener.into(), AGENT, None);
+        }
+    }
+
+    pub(super) fn ended(&mut self, ended: Result<(), tokio::task::JoinError>) {
+        note_panic(ended);
+        while let Some(ended) = self.connections.try_join_next() {
+            note_panic(ended);
+        }
+        self.heap.fell_to(self.connections.len());
+    }
+}
+
+/// Why a connection was not taken.
+#[derive(Debug, thiserror::Error)]
+enum NotTaken {
+    /// `accept` failed.
+    #[error(transparent)]
+    Accept(#[from] io::Error),
+    /// The kernel did not say who is there.
+    #[error(transparent)]
+    Unidentified(#[from] CredentialsError),
+    /// The gate refused it.
+    #[error("refused: {}", .0.text())]
+    Refused(ConnectionRefusal),
+}
+
+impl NotTaken {
+    /// Counts it. Returns whether to pause: more would fail in the same way.
+    fn count(&self, stats: &ConnectionStats) -> bool {
+        match self {
+            Self::Refused(why) => {
+                stats.count_refused(*why);
+                false
+            }
+            Self::Unidentified(err) => {
+                stats.count_refused(ConnectionRefusal::Unidentified);
+                tracing::debug!(error = %err, "closed a connection");
+                let out_of_descriptors = err.out_of_descriptors();
+                if out_of_descriptors {
+                    stats.count_accept_error();
+                }
+                out_of_descriptors
+            }
+            Self::Accept(err) => {
+                stats.count_accept_error();
+                // A peer that left before it was accepted is no reason to pause; nothing else passes by
+                // itself at once.
+                let passes = err.kind() == io::ErrorKind::ConnectionAborted;
+                if !passes {
+                    tracing::debug!(error = %err, "cannot accept");
+                }
+                !passes
+            }
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! The reply to a connection that is refused: a gRPC status for its first request, and a GOAWAY.
+//!
+//! A close alone says nothing of why, nor when to come back. But an answer costs more than a close, and has to wait for
+//! a request that may never come: so only the first few of a family are answered, a bounded number at a time, each within
+//! two seconds; the crowd behind them is closed. There is no HTTP/2 state: SETTINGS first, or some clients wait for
+//! them until their deadline; then everything is skipped up to the first HEADERS, which need not be understood. Not
+//! trusted: anything that is sent.
+
+use std::time::Duration;
+use std::{
+    collections::VecDeque, io, mem::MaybeUninit, os::fd::AsFd as _, os::unix::net::UnixStream as StdStream,
+};
+
+use http::HeaderMap;
+use tokio::{
+    io::{AsyncWriteExt as _, Interest, ReadBuf},
+    net::UnixStream,
+    task::JoinSet,
+    time::{Instant, timeout},
+};
+
+use super::accepted::Accepted;
+use crate::{
+    limits::budget::REPLIES,
+    os::receive::{Received, receive},
+};
+
+/// How many of a family are answered in [`WITHIN`], and so at a time.
+const OF_FAMILY: usize = 2;
+/// How many of all are, in that time.
+const RECENT: usize = 64;
+/// How long an answer may take, from accept to the client's end.
+const WITHIN: Duration = Duration::from_secs(2);
+/// How much a client may send, in bytes: its first request, and what comes before it.
+const MOST: usize = 16 * 1024;
+/// How much of it is read at once.
+const CHUNK: usize = 1024;
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// Length of a frame's head.
+const HEAD: usize = 9;
+const HEADERS: u8 = 1;
+const SETTINGS: u8 = 4;
+const GOAWAY: u8 = 7;
+/// END_STREAM and END_HEADERS.
+const WHOLE: u8 = 0x5;
+const ACK: u8 = 0x1;
+
+/// The replies that are on their way. Dropped, they end.
+#[derive(Debug, Default)]
+pub(super) struct Replies {
+    going: JoinSet<()>,
+    /// When, and to whom, the last ones began.
+    recent: VecDeque<(Instant, u64)>,
+}
+
+impl Replies {
+    /// Whether one of this family may be answered.
+    pub(super) fn may(&mut self, family: u64, now: Instant) -> bool {
+        while self.going.try_join_next().is_some() {}
+        while self.recent.front().is_some_and(|(began, _)| now.duration_since(*began) >= WITHIN) {
+            self.recent.pop_front();
+        }
+        self.going.len() < REPLIES
+            && self.recent.len() < RECENT
+            && self.recent.iter().filter(|(_, of)| *of == family).count() < OF_FAMILY
+    }
+
+    /// Answers with these headers, and closes.
+    pub(super) fn begin(
+        &mut self,
+        stream: Accepted<StdStream>,
+        headers: &HeaderMap,
+        family: u64,
+        now: Instant,
+    ) {
+        // What cannot be registered is closed.
+        let Ok(stream) = stream.admit(()) else { return };
+        self.recent.push_back((now, family));
+        let block = block(headers);
+        self.going.spawn(async move {
+            let _answered_or_gone = timeout(WITHIN, reply(stream, block)).await;
+        });
+    }
+}
+
+async fn reply(mut stream: Accepted<UnixStream>, block: Vec<u8>) -> io::Result<()> {
+    stream.socket_mut().write_all(&frame(SETTINGS, 0, 0, &[])).await?;
+    let mut request = FirstRequest::default();
+    while request.stream.is_none() {
+        read(&stream, &mut request).await?;
+    }
+    let asked = request.stream.unwrap_or(0);
+    let goaway = [&asked.to_be_bytes()[..], &[0; 4]].concat();
+    let answer =
+        [frame(SETTINGS, ACK, 0, &[]), frame(HEADERS, WHOLE, asked, &block), frame(GOAWAY, 0, 0, &goaway)];
+    stream.socket_mut().write_all(&answer.concat()).await?;
+    stream.socket_mut().shutdown().await?;
+    // Closed at once, what the client is still sending would fail before it has read this.
+    loop {
+        read(&stream, &mut request).await?;
+    }
+}
+
+/// Reads once.
+async fn read(stream: &Accepted<UnixStream>, request: &mut FirstRequest) -> io::Result<()> {
+    loop {
+        stream.socket().readable().await?;
+        let tried = stream.socket().try_io(Interest::READABLE, || {
+            let mut bytes = [MaybeUninit::uninit(); CHUNK];
+            let mut bytes = ReadBuf::uninit(&mut bytes);
+            match receive(stream.as_fd(), &mut bytes, stream.care())? {
+                Received::Bytes { len: 0, .. } => Err(io::ErrorKind::UnexpectedEof.into()),
+                Received::Bytes { len, .. } => {
+                    bytes.advance(len);
+                    request.read(bytes.filled())
+                }
+                Received::Descriptors => Err(io::ErrorKind::ConnectionAborted.into()),
+            }
+        });
+        match tried {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            read => return read,
+        }
+    }
+}
+
+/// Looks for the first HEADERS of a client.
+#[derive(Debug, Default)]
+struct FirstRequest {
+    /// Its stream, once it has come.
+    stream: Option<u32>,
+    read: usize,
+    /// So much of the preface has come.
+    preface: usize,
+    head: [u8; HEAD],
+    /// So much of a frame's head has come.
+    head_len: usize,
+    /// So much of its payload is still to come.
+    left: usize,
+}
+
+impl FirstRequest {
+    /// # Errors
+    /// It is no HTTP/2, or too much.
+    fn read(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        self.read += bytes.len();
+        if self.read > MOST {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        while let (None, Some((byte, rest))) = (self.stream, bytes.split_first()) {
+            if let Some(expected) = PREFACE.get(self.preface) {
+                if byte != expected {
+                    return Err(io::ErrorKind::InvalidData.into());
+                }
+                self.preface += 1;
+                bytes = rest;
+            } else if self.left > 0 {
+                let skipped = self.left.min(bytes.len());
+                self.left -= skipped;
+                bytes = bytes.get(skipped..).unwrap_or_default();
+            } else {
+                if let Some(at) = self.head.get_mut(self.head_len) {
+                    *at = *byte;
+                }
+                self.head_len += 1;
+                bytes = rest;
+                if self.head_len == HEAD {
+                    self.begin();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A frame's head is there.
+    fn begin(&mut self) {
+        let [high, middle, low, kind, _flags, stream @ ..] = self.head;
+        self.head_len = 0;
+        self.left = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
+        if kind == HEADERS {
+            // The first bit means nothing (RFC 9113, section 4.1).
+            self.stream = Some(u32::from_be_bytes(stream) & (u32::MAX >> 1));
+        }
+    }
+}
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let [_, length @ ..] = u32::try_from(payload.len()).unwrap_or(0).to_be_bytes();
+    [&length[..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+/// A header block: `:status: 200`, and these, each as a literal that no table remembers (RFC 7541, sections 6.1 and 6.2.2).
+fn block(headers: &HeaderMap) -> Vec<u8> {
+    let mut block = vec![0x88];
+    for (name, value) in headers {
+        block.push(0);
+        for text in [name.as_str().as_bytes(), value.as_bytes()] {
+            length(text.len(), &mut block);
+            block.extend_from_slice(text);
+        }
+    }
+    block
+}
+
+/// A length in seven bits and as many bytes more as it takes (RFC 7541, section 5.1).
+fn length(len: usize, block: &mut Vec<u8>) {
+    const PREFIX: usize = 0x7f;
+    let byte = |value: usize| u8::try_from(value & 0xff).unwrap_or(0);
+    if len < PREFIX {
+        block.push(byte(len));
+        return;
+    }
+    block.push(byte(PREFIX));
+    let mut left = len - PREFIX;
+    while left > PREFIX {
+        block.push(byte(left & PREFIX | 0x80));
+        left >>= 7;
+    }
+    block.push(byte(left));
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, prelude::*};
+
+    use super::*;
+
+    proptest! {
+        /// Whatever comes before it and however it is cut, the first request is found; whatever comes, nothing panics.
+        #[test]
+        fn the_first_request_is_found(
+            before in vec((any::<u8>().prop_filter("no HEADERS", |kind| *kind != HEADERS), vec(any::<u8>(), 0..300)), 0..5),
+            stream in 1u32..1 << 31,
+            pieces in vec(1usize..50, 1..20),
+        ) {
+            let mut sent = PREFACE.to_vec();
+            for (kind, payload) in &before {
+                sent.extend(frame(*kind, 0, 0, payload));
+            }
+            sent.extend(frame(HEADERS, WHOLE, stream, b"anything"));
+            let mut request = FirstRequest::default();
+            let (mut rest, mut pieces) = (&sent[..], pieces.iter().cycle());
+            while !rest.is_empty() {
+                let (piece, more) = rest.split_at(rest.len().min(*pieces.next().unwrap()));
+                request.read(piece).unwrap();
+                rest = more;
+            }
+            prop_assert_eq!(request.stream, Some(stream));
+        }
+
+        #[test]
+        fn what_is_no_http2_is_an_error(bytes in vec(any::<u8>(), 24..100)) {
+            prop_assume!(!bytes.starts_with(PREFACE));
+            let mut request = FirstRequest::default();
+            prop_assert!(request.read(&bytes).is_err());
+        }
+    }
+
+    #[test]
+    fn lengths_are_as_hpack_has_them() {
+        for (len, want) in [
+            (0, &[0][..]),
+            (126, &[126]),
+            (127, &[127, 0]),
+            (254, &[127, 127]),
+            (255, &[127, 128, 1]),
+            (1337, &[127, 186, 9]),
+        ] {
+            let mut block = Vec::new();
+            length(len, &mut block);
+            assert_eq!(block, want, "{len}");
+        }
+    }
+
+    #[test]
+    fn too_much_is_an_error() {
+        let mut request = FirstRequest::default();
+        request.read(PREFACE).unwrap();
+        assert!((0..1000).any(|_| request.read(&frame(SETTINGS, 0, 0, &[0; 60])).is_err()));
+    }
+
+    #[tokio::test]
+    async fn a_family_and_all_together_have_a_few_replies() {
+        let mut replies = Replies::default();
+        let now = Instant::now();
+        let mut begin = |family: u64, now: Instant| {
+            let may = replies.may(family, now);
+            if may {
+                replies.recent.push_back((now, family));
+            }
+            may
+        };
+        assert_eq!([1, 1, 1, 2].map(|family| begin(family, now)), [true, true, false, true]);
+        assert_eq!((10..200).filter(|family| begin(*family, now)).count(), RECENT - 3);
+        assert!(!begin(1, now + WITHIN / 2) && begin(1, now + WITHIN), "later there are more");
+    }
+}
