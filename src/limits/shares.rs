@@ -9,7 +9,7 @@
 //! [`MOST_TAKERS`] have a share each, of what the node shares [`MOST_OF_NODE`]; the others are parted at random into
 //! [`PARTIES`], which have a share each. A family is one taker ([`Families`](super::caller::Families)).
 
-use std::{collections::HashMap, hash::BuildHasher as _, time::Duration};
+use std::{collections::HashMap, time::Duration};
 
 use super::{
     bucket::{Bucket, Quota, Shortfall},
