@@ -72,6 +72,9 @@ pub const fn connection_with(streams: u32) -> u64 {
     PARKED + HTTP2 + further * STREAM
 }
 
+/// A frame that is not complete, and a header block, of the largest size that HTTP/2 keeps.
+pub const UNFINISHED: u64 = 32 * 1024;
+
 /// A connection at its worst: so many streams open, [`UPLOADS`] of requests that never end, answers of [`UNSENT`] that
 /// nobody reads, and as many requests as there are streams that wait for room for theirs. Beside these there are the answers
 /// under way when the first of them turned out large: four, or [`UNSENT`] / [`ANSWER_AT_LEAST`] behind small ones.
