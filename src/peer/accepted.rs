@@ -15,7 +15,7 @@ use std::{
     sync::Arc,
 };
 
-use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
+use nix::sys::socket::{MsgFlags, Shutdown, recv, setsockopt, shutdown, sockopt};
 use tokio::{io::ReadBuf, net::UnixStream};
 
 use super::closing::{Closers, HeldPlace};
@@ -102,6 +102,11 @@ impl Accepted<StdStream> {
         if self.closers.is_some() {
             self.family = family();
         }
+    }
+
+    /// Whether its peer has gone, and left nothing: there is nothing to answer, and nobody who waits.
+    pub(super) fn is_deserted(&self) -> bool {
+        recv(self.socket().as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) == Ok(0)
     }
 
     /// Registers it with the runtime; it has a place at the gate.

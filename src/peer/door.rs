@@ -12,7 +12,7 @@ use super::{
     connection::Connection,
     credentials::{Arrival, CredentialsError, KeyResolver, Peer},
     drain::note_panic,
-    end::Phase,
+    end::{ConnectionEnd, Phase},
     lingering::{Kept, Lingering, RoomWaiter, WAIT},
     reply::Replies,
     service::ConnectionService,
@@ -86,6 +86,9 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         }
         self.full_since = None;
         let most = self.allowance.as_mut().map_or(RUN, |it| it.of(RUN, now));
+        if most == 0 {
+            self.stats.count_accepts_paused();
+        }
         let mut run = 0;
         for accepted in waiting.take(most) {
             run += 1;
@@ -168,6 +171,11 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         } else {
             self.gate.admit_connection(&waits.arrival)
         };
+        // Who connects and closes at once is through sooner, and nobody waits for it.
+        if decided.as_ref().err().is_none_or(|why| why.is_soft()) && stream.is_deserted() {
+            OpenConnection::count(&self.stats).why = ConnectionEnd::ByPeer;
+            return Ok(());
+        }
         let why = match decided {
             Ok(permit) => return self.let_in(waits.arrival, stream, permit),
             Err(why) => why,
@@ -187,7 +195,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
             && let Some(headers) = self.gate.answer(why)
         {
             self.replies.begin(stream, &headers, family, now);
-        } else if why.is_callers_own() {
+        } else if why.is_callers_own() && !stream.is_deserted() {
             self.keep(Kept { stream, family, waits: None }, now);
         }
     }
