@@ -36,11 +36,11 @@
 //!                 :authority, which h2 would judge, is written over; the budget of frames between requests
 //! (hyper, tonic)  HTTP/2, decode; the connection carries its Peer
 //! api/call        1 security header -> Call                              InvalidArgument
-//!                 2 call.admit(limits) -> Admitted                       ResourceExhausted
+//!                 2 call.admit(limits).await -> Admitted                 ResourceExhausted, Unavailable
 //! api/workload    3 query: audience, SPIFFE ID                           InvalidArgument
 //! attest          4 attestor.attest(admitted, questions).await -> Attested   Unavailable
 //! store           5 authorize(snapshot, attested) -> Entitled            PermissionDenied
-//!                 6 entitled.charge(limits) -> Charged                   ResourceExhausted
+//!                 6 entitled.charge(limits).await -> Charged             ResourceExhausted, Unavailable
 //!                 7 jwt.fetch(charged, audience).await                   Unavailable
 //! ```
 //!
@@ -62,6 +62,7 @@
 //! | why a file or directory is refused | [`os::trusted`]; the places that are looked at before the start, `config/places.rs` |
 //! | an issuer | a folder beside [`issuer::embedded`], its line in [`issuer::choice`], and its block in `config/issuer.rs` |
 //! | a service | a handler in `api` that starts with a [`Call`](api::call::Call); its paths in [`api::services`] |
+//! | how a request is charged and counted that never becomes a call | `api/heads.rs` |
 //! | a series | the `metrics` of the room whose events it counts |
 //!
 //! # Invariants
@@ -94,6 +95,17 @@
 //!
 //! **No actor.** Requests read a snapshot behind an atomic pointer; one writer publishes the next. A slow stream
 //! skips to the newest and never queues.
+//!
+//! **What nobody set refuses only where there is no room.** A default that always holds cannot tell fifty services that
+//! start together from one that loops, and refuses the first on an idle node. So defaults are charged, to know who took
+//! more than its share, and bind where memory, descriptors or the processor are short ([`limits::room`]). Then whoever has
+//! tokens or its share passes; the others wait, then hear `Unavailable`: it is the node that is short. What an admin wrote is
+//! `ResourceExhausted` at once, exact to the bucket, and never waits: it is to be relied on.
+//!
+//! **No queue without a bound, and none past the caller's deadline.** A call waits 250 ms for tokens or room, two seconds
+//! to be attested, and never beyond its `grpc-timeout`; it has one of 1,024 places, which are shared as attestations
+//! are, and without one it is refused at once ([`limits::patience`]). To refuse at once is cheaper, and makes of a hundred
+//! clients that start together a hundred that back off for a second, and come back together.
 //!
 //! **Of refused connections the first few are answered, the crowd is closed.** An answer (a status to the first request)
 //! says which limit it was and when to come back; but it takes half as much processor time again as a close

@@ -8,10 +8,10 @@
 //!
 //! 1. **At accept** ([`gate`], set by [`GateSettings`]), of the caller: is it blocked? its open connections, and its
 //!    family's; its rate of new ones; then the node's connections and memory.
-//! 2. **Before attestation** ([`Limits::admit_caller`], set by [`LimitSettings::caller`] and [`NodeSettings`]), of the
+//! 2. **Before attestation** ([`Limits::admit`], set by [`LimitSettings::caller`] and [`NodeSettings`]), of the
 //!    caller and the method: is it blocked? the caller's bucket for the method; its share of the attestations in
 //!    flight, then all of them; for a method without identity, the node's bucket.
-//! 3. **After attestation** ([`Limits::admit_identities`], set by [`LimitSettings::identity`] and [`NodeSettings`]), of
+//! 3. **After attestation** ([`Limits::admit_for`], set by [`LimitSettings::identity`] and [`NodeSettings`]), of
 //!    each SPIFFE ID and the method: is it blocked? its bucket, where all are charged or none; then the node's bucket.
 //! 4. **Afterwards** ([`Admitted`], set by [`rule::Costs`]): the price of an answer, of a signature or of a failed
 //!    attestation is paid; nothing, if the call was refused.
@@ -20,11 +20,17 @@
 //! after it: it never has to give back. What stands between strangers and attestation node-wide is the number
 //! in flight, which a caller has a share of ([`slots`]).
 //!
+//! A limit is an admin's word or holds by default ([`rule::Origin`]). The first refuses at once, exact to the bucket. The
+//! second lets pass while there is [`room`], charged as far as there are tokens; without room, whoever has tokens in its
+//! bucket, or in its share of one, passes, and the others wait ([`patience`]) and are refused for the node's sake. A place
+//! among the attestations is waited for whoever set their number.
+//!
 //! A bucket that several callers share (an identity's, a mask's, the node's) is shared fairly: half of it is kept for
 //! those who took less than the limit divided by the callers ([`shares`]). A refusal by it counts for the caller too.
 //!
 //! Bundle calls charge the caller's default identity, the first. ValidateJWTSVID needs none: the caller stage
-//! alone; nor does what is no Workload API (health, reflection), which is charged as [`Method::Other`]. Streams
+//! alone; nor does what is no Workload API (health, reflection), which is charged as [`Method::Other`], and so is what ends
+//! before it comes to anything that could be admitted ([`Limits::charge_late`]). Streams
 //! are charged when they open. The agent's own look at its health does not go through the socket, and is
 //! charged to nobody. A caller that is exempt is charged nothing at any stage; `unlimited` frees from the
 //! stage's own bucket alone.

@@ -3,8 +3,9 @@
 use metrics::{Counter, Gauge};
 
 use crate::{
-    os::clock::Clock,
-    telemetry::registry::{By, Registry, labels, unix_time},
+    limits::gate::MemoryStanding,
+    os::{cgroup::ChargedMemory, clock::Clock},
+    telemetry::registry::{By, Registry, float_u64, labels, unix_time},
 };
 
 labels! {
@@ -14,6 +15,48 @@ labels! {
         Ok = "ok",
         /// The old one stays.
         Error = "error",
+    }
+}
+
+labels! {
+    /// What of memory is told.
+    pub(super) enum MemoryOf, "of" {
+        /// What the agent may use; 0 for no bound.
+        Budget = "budget",
+        /// What counts as used: the larger of what is reckoned and what is measured.
+        Used = "used",
+        /// What connections hold, as it is reckoned.
+        Held = "held",
+        /// What is charged to the agent's cgroup, if it is alone in it.
+        Cgroup = "cgroup",
+        /// Of this, the kernel's part.
+        Kernel = "kernel",
+    }
+}
+
+/// How memory stands, in bytes.
+#[derive(Debug)]
+pub(super) struct MemoryMetrics(By<MemoryOf, Gauge>);
+
+impl MemoryMetrics {
+    /// Registers every series.
+    pub(super) fn new(make: Registry<'_>) -> Self {
+        Self(make.gauges("durward_memory_bytes", "Memory: the budget, what is used of it, and by what."))
+    }
+
+    /// Sets them.
+    pub(super) fn set(&self, standing: MemoryStanding, charged: Option<ChargedMemory>) {
+        let MemoryStanding { budget, held, used, .. } = standing;
+        let ChargedMemory { used: cgroup, kernel } = charged.unwrap_or_default();
+        for (of, bytes) in [
+            (MemoryOf::Budget, budget.unwrap_or(0)),
+            (MemoryOf::Used, used),
+            (MemoryOf::Held, held),
+            (MemoryOf::Cgroup, cgroup),
+            (MemoryOf::Kernel, kernel),
+        ] {
+            self.0.with(of, |gauge| gauge.set(float_u64(bytes)));
+        }
     }
 }
 

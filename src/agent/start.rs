@@ -11,7 +11,7 @@ use super::{
     ANSWERS_WITHIN, Running, connection_bounds,
     gate::{Means, say_what_fits},
     meter::{MemoryMeter, keep_time},
-    metrics::AgentMetrics,
+    metrics::{AgentMetrics, MemoryMetrics},
     probe::probe,
     serving::Serving,
     surroundings::look_around,
@@ -193,6 +193,10 @@ impl AgentParts {
         stats: Arc<ConnectionStats>,
         stopping: channel::Receiver<bool>,
     ) -> Serving {
+        let memory = MemoryMetrics::new(self.metrics.registry());
+        let (gate, meter) = (self.gate.clone(), self.meter.clone());
+        self.metrics.before_render(move || memory.set(gate.memory(), meter.charged()));
+
         let listener = Listener {
             socket,
             bounds: channel::channel(admin::connection_bounds()).1,

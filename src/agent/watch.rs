@@ -14,7 +14,8 @@ use crate::{
         gate::OutOfRoom,
         holding::Notice,
         pace::{Complaints, Settled},
-        report::Event,
+        report::{Event, foremost},
+        shares::Taking,
     },
     os::heap,
     store::{JwtCache, X509Cache},
@@ -110,9 +111,15 @@ impl Watch {
         empty
     }
 
-    /// What the process uses by now, whatever it was reckoned at: its own memory, or with the kernel's that of its cgroup.
+    /// What the process uses by now, whatever it was reckoned at. Where it is alone in a cgroup that is what is charged to
+    /// that, which may be late, or its own pages. Those of its program are charged to whoever read them first, and
+    /// dropped before anybody is killed; elsewhere they count.
     fn measured(&self) -> Option<u64> {
-        heap::resident().max(self.meter.charged().map(|charged| charged.used))
+        let own = heap::resident_set()?;
+        Some(match self.meter.charged() {
+            Some(charged) => charged.used.max(own.without_files),
+            None => own.all,
+        })
     }
 
     /// Says who was told to go, and for what it holds.
@@ -175,8 +182,13 @@ impl Watch {
         }
         for event in self.limits.events() {
             match event {
-                Event::RefusalStarted { stage, name } => {
-                    tracing::warn!(stage = stage.text(), key = %name, "is being refused");
+                Event::RefusalStarted { stage, name, takings, method: _ } => {
+                    let told = |count: fn(&Taking) -> u32| {
+                        Some(foremost(&takings, count)).filter(|told| !told.is_empty())
+                    };
+                    let (takes, goes_without) = (told(|it| it.used), told(|it| it.refused));
+                    let stage = stage.text();
+                    tracing::warn!(stage, key = %name, takes, goes_without, "is being refused");
                 }
                 Event::RefusalEnded { stage, name, count } => {
                     tracing::info!(stage = stage.text(), key = %name, count, "is refused no more");

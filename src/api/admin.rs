@@ -30,6 +30,8 @@ use crate::{
         budget::Pressure,
         refusal::Stage,
         report::{BucketName, Heavy, Standing},
+        room::Short,
+        rule::Origin,
         shares::Taking,
     },
     os::heap,
@@ -45,6 +47,9 @@ use crate::{
 const TOP: u32 = 10;
 /// The most of the heaviest that are told.
 pub const MOST: u32 = 1000;
+/// What there may be no room of, as people are told.
+const SHORTAGES: [(Short, &str); 3] =
+    [(Short::Memory, "memory"), (Short::Descriptors, "descriptors"), (Short::Processor, "processor")];
 /// How many of the entries that nearly match are told.
 const NEAREST: usize = 5;
 /// The largest request, in bytes: each holds one number.
@@ -178,6 +183,12 @@ impl AdminParts {
                 budget: self.gate.memory().budget,
                 resident: heap::resident(),
             }),
+            short_of: SHORTAGES
+                .into_iter()
+                .filter(|(short, _)| self.limits.room().is_short(*short))
+                .map(|(_, name)| name.to_owned())
+                .collect(),
+            calls_waiting: self.limits.waiting(),
             keys: Some(pb::Keys {
                 gate: count(self.gate.keys()),
                 caller: count(callers),
@@ -199,6 +210,7 @@ impl AdminParts {
             used: heavy.used,
             refused: heavy.refused,
             takings: heavy.takings.iter().map(taking).collect(),
+            most_in_a_second: heavy.most,
         }
     }
 
@@ -242,7 +254,7 @@ impl AdminParts {
         let mut all = vec![gate];
         for method in Method::ALL {
             let (name, standing) = self.limits.caller_standing(caller, method);
-            all.push(bucket(Stage::Caller, &name, method.rpc(), Some(standing)));
+            all.push(self.bucket_of(Stage::Caller, &name, method, standing));
         }
         let mut told: Vec<(String, &'static str)> = Vec::new();
         for (entry, _) in matches.iter().filter(|(_, withheld)| withheld.is_empty()) {
@@ -252,11 +264,23 @@ impl AdminParts {
                 let key = (name.to_string(), method.rpc());
                 if !told.contains(&key) {
                     told.push(key);
-                    all.push(bucket(Stage::Identity, &name, method.rpc(), Some(standing)));
+                    all.push(self.bucket_of(Stage::Identity, &name, method, standing));
                 }
             }
         }
+        for method in Method::ALL {
+            if let Some((name, standing)) = self.limits.node_standing(method) {
+                all.push(self.bucket_of(Stage::Node, &name, method, standing));
+            }
+        }
         all
+    }
+
+    /// A bucket, and who takes from it.
+    fn bucket_of(&self, stage: Stage, name: &BucketName, method: Method, standing: Standing) -> pb::Bucket {
+        let takings = self.limits.takings(name, method);
+        let takings = takings.iter().map(taking).collect();
+        pb::Bucket { takings, ..bucket(stage, name, method.rpc(), Some(standing)) }
     }
 }
 
@@ -305,6 +329,7 @@ fn taking(taking: &Taking) -> pb::Taking {
 }
 
 fn bucket(stage: Stage, name: &BucketName, method: &str, standing: Option<Standing>) -> pb::Bucket {
+    let by_default = matches!(standing, Some(Standing::Tokens { origin: Origin::ByDefault, .. }));
     let (limit, left, burst) = match standing {
         None => (pb::Limit::Unknown, 0, 0),
         Some(Standing::Tokens { left, burst, origin: _ }) => (pb::Limit::Tokens, left, burst),
@@ -319,6 +344,8 @@ fn bucket(stage: Stage, name: &BucketName, method: &str, standing: Option<Standi
         limit: limit.into(),
         left,
         burst,
+        by_default,
+        takings: Vec::new(),
     }
 }
 

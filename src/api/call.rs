@@ -22,11 +22,51 @@ use std::sync::Arc;
 use http::Extensions;
 use tonic::Request;
 
-use super::{reached::Reached, status::RequestError};
+use super::{proto::workload as pb, reached::Reached, status::RequestError};
 use crate::{
     limits::{Admitted, Limits, Method, Patience, Refusal},
     peer::Peer,
 };
+
+/// The most that the message of a call may keep in memory while the call waits, in bytes: thousands may. One that keeps
+/// more is decided at once.
+const PATIENT: usize = 2 * 1024;
+
+/// What an allocation takes beside what was asked for, in bytes.
+const ALLOCATION: usize = 24;
+
+/// A message that calls begin with.
+pub(super) trait Keeps {
+    /// Bytes that it keeps in memory beside itself.
+    fn kept(&self) -> usize {
+        0
+    }
+}
+
+impl Keeps for pb::X509svidRequest {}
+impl Keeps for pb::X509BundlesRequest {}
+impl Keeps for pb::JwtBundlesRequest {}
+impl Keeps for pb::WitBundlesRequest {}
+
+impl Keeps for pb::WitsvidRequest {
+    fn kept(&self) -> usize {
+        // Nobody reads it.
+        usize::MAX
+    }
+}
+
+impl Keeps for pb::JwtsvidRequest {
+    fn kept(&self) -> usize {
+        let texts: usize = self.audience.iter().map(|text| text.capacity() + ALLOCATION).sum();
+        texts + self.audience.capacity() * size_of::<String>() + self.spiffe_id.capacity()
+    }
+}
+
+impl Keeps for pb::ValidateJwtsvidRequest {
+    fn kept(&self) -> usize {
+        self.audience.capacity() + self.svid.capacity()
+    }
+}
 
 /// A call, and the process that made it.
 #[derive(Debug)]
@@ -43,7 +83,7 @@ impl Call {
     ///
     /// # Errors
     /// [`RequestError::NoSecurityHeader`]; [`RequestError::NoPeer`], which is a mistake of ours.
-    pub fn of<T>(request: &Request<T>, method: Method) -> Result<Self, RequestError> {
+    pub(super) fn of<T: Keeps>(request: &Request<T>, method: Method) -> Result<Self, RequestError> {
         let mut values = request.metadata().get_all("workload.spiffe.io").iter();
         match (values.next(), values.next()) {
             (Some(value), None) if value == "true" => {}
@@ -52,7 +92,12 @@ impl Call {
         let timeout =
             request.metadata().get("grpc-timeout").and_then(|text| Patience::parse(text.as_bytes()));
         let call = Self::without_header(request.extensions(), method)?;
-        Ok(Self { patience: timeout.unwrap_or(call.patience), ..call })
+        let patience = if request.get_ref().kept() <= PATIENT {
+            timeout.unwrap_or(call.patience)
+        } else {
+            Patience::NONE
+        };
+        Ok(Self { patience, ..call })
     }
 
     /// A call of a service that asks for no security header: health and reflection.
@@ -70,7 +115,7 @@ impl Call {
     }
 
     /// Charges the caller, before anything is read about it. Waits a little where that is of use, and never beyond the
-    /// `grpc-timeout` of the call; one that is malformed is taken for none.
+    /// `grpc-timeout` of the call; one that is malformed is taken for none. What is large waits for nothing.
     ///
     /// # Errors
     /// [`Refusal`] when it has no tokens, or too many calls are being attested.
@@ -79,5 +124,33 @@ impl Call {
             reached.limits();
         }
         limits.admit(self.caller, self.method, self.patience).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_small_may_wait() {
+        let jwt = |n: usize, text: &str| pb::JwtsvidRequest {
+            audience: vec![text.to_owned(); n],
+            spiffe_id: "spiffe://td/web".to_owned(),
+        };
+        let token =
+            |n| pb::ValidateJwtsvidRequest { audience: "spiffe://td/db".to_owned(), svid: "x".repeat(n) };
+        for (case, kept, small) in [
+            ("nothing", pb::X509svidRequest {}.kept(), true),
+            ("an audience", jwt(1, "spiffe://td/a-server-with-a-long-name").kept(), true),
+            ("ten", jwt(10, "spiffe://td/a-server-with-a-long-name").kept(), true),
+            ("forty of one byte", jwt(40, "a").kept(), true),
+            ("a hundred of none", jwt(100, "").kept(), false),
+            ("one of 4 KiB", jwt(1, &"x".repeat(4096)).kept(), false),
+            ("a token", token(1500).kept(), true),
+            ("a long token", token(2048).kept(), false),
+            ("what is never answered", pb::WitsvidRequest::default().kept(), false),
+        ] {
+            assert_eq!(kept <= PATIENT, small, "{case}: {kept}");
+        }
     }
 }

@@ -67,9 +67,14 @@ impl AdminArgs {
     }
 }
 
+/// What [`tokens`] says of a limit that nobody set, explained.
+pub(super) const BY_DEFAULT: &str =
+    "(default): nobody set it, and it refuses only while the node has no room";
+
 /// The tokens of a bucket: `12/200`, or why there are none.
 pub(super) fn tokens(bucket: &pb::Bucket) -> String {
     match bucket.limit() {
+        pb::Limit::Tokens if bucket.by_default => format!("{}/{} (default)", bucket.left, bucket.burst),
         pb::Limit::Tokens => format!("{}/{}", bucket.left, bucket.burst),
         other => limit_name(other).to_owned(),
     }
@@ -97,8 +102,19 @@ pub(super) fn bucket_json(bucket: &pb::Bucket) -> serde_json::Value {
     if let (pb::Limit::Tokens, Some(json)) = (bucket.limit(), json.as_object_mut()) {
         json.insert("left".to_owned(), bucket.left.into());
         json.insert("burst".to_owned(), bucket.burst.into());
+        json.insert("by_default".to_owned(), bucket.by_default.into());
     }
     json
+}
+
+/// One of those who take from a bucket, as rows show them.
+pub(super) fn taker(taking: &pb::Taking) -> &str {
+    if taking.caller.is_empty() { "others" } else { &taking.caller }
+}
+
+/// One of those who take from a bucket as JSON.
+pub(super) fn taking_json(taking: &pb::Taking) -> serde_json::Value {
+    serde_json::json!({ "caller": taking.caller, "used": taking.used, "refused": taking.refused })
 }
 
 /// The widest that a cell of a table gets, in characters.

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::{
     Failure, OutputArgs, OutputFormat,
-    admin::{AdminArgs, Column, bucket_json, table, tokens},
+    admin::{AdminArgs, BY_DEFAULT, Column, bucket_json, table, taker, taking_json, tokens},
     terminal::{Terminal, clean},
 };
 use crate::api::proto::admin as pb;
@@ -84,7 +84,30 @@ fn pretty(told: &pb::ExplainResponse) -> String {
     let columns =
         [Column::Left("STAGE"), Column::Left("KEY"), Column::Left("METHOD"), Column::Right("TOKENS LEFT")];
     out.push_str(&table(columns, &bucket_rows(&told.buckets)));
+    if told.buckets.iter().any(|bucket| bucket.by_default) {
+        let _ = writeln!(out, "{BY_DEFAULT}");
+    }
+    let shared: Vec<[String; 5]> = told.buckets.iter().flat_map(taker_rows).collect();
+    if !shared.is_empty() {
+        out.push_str("\nWho takes from what is shared:\n");
+        let columns = [
+            Column::Left("KEY"),
+            Column::Left("METHOD"),
+            Column::Left("CALLER"),
+            Column::Right("USED"),
+            Column::Right("REFUSED"),
+        ];
+        out.push_str(&table(columns, &shared));
+    }
     out
+}
+
+fn taker_rows(bucket: &pb::Bucket) -> Vec<[String; 5]> {
+    let row = |taking: &pb::Taking| {
+        let (used, refused) = (taking.used.to_string(), taking.refused.to_string());
+        [bucket.key.clone(), bucket.method.clone(), taker(taking).to_owned(), used, refused]
+    };
+    bucket.takings.iter().map(row).collect()
 }
 
 fn entry_text(entry: &pb::Entry) -> String {
@@ -116,6 +139,15 @@ fn bucket_rows(buckets: &[pb::Bucket]) -> Vec<[String; 4]> {
     rows
 }
 
+/// A bucket, and who takes from it.
+fn shared_json(bucket: &pb::Bucket) -> serde_json::Value {
+    let mut json = bucket_json(bucket);
+    if let Some(json) = json.as_object_mut() {
+        json.insert("takings".to_owned(), bucket.takings.iter().map(taking_json).collect());
+    }
+    json
+}
+
 fn to_json(told: &pb::ExplainResponse) -> serde_json::Value {
     let entry = |entry: &pb::Entry| {
         json!({
@@ -144,7 +176,7 @@ fn to_json(told: &pb::ExplainResponse) -> serde_json::Value {
         "untold": told.untold.iter().map(untold).collect::<Vec<_>>(),
         "matches": told.matches.iter().map(entry).collect::<Vec<_>>(),
         "nearest": told.nearest.iter().map(near).collect::<Vec<_>>(),
-        "buckets": told.buckets.iter().map(bucket_json).collect::<Vec<_>>(),
+        "buckets": told.buckets.iter().map(shared_json).collect::<Vec<_>>(),
     })
 }
 
@@ -160,6 +192,8 @@ mod tests {
             limit: pb::Limit::Tokens.into(),
             left,
             burst: 200,
+            by_default: false,
+            takings: Vec::new(),
         }
     }
 
@@ -199,6 +233,11 @@ mod tests {
                 bucket("caller", "pod:x", "FetchJWTSVID", 3),
                 bucket("caller", "pod:x", "FetchJWTBundles", 200),
                 bucket("caller", "pod:x", "ValidateJWTSVID", 200),
+                pb::Bucket {
+                    by_default: true,
+                    takings: vec![pb::Taking { caller: "uid:7".to_owned(), used: 70, refused: 8 }],
+                    ..bucket("identity", "spiffe://td/web", "FetchJWTSVID", 0)
+                },
             ],
         };
         assert_eq!(
@@ -224,10 +263,16 @@ Entries that nearly match:
     unix:user:db: there is no such user on this node
 
 Limits:
-STAGE   KEY    METHOD             TOKENS LEFT
-gate    pod:x  connections            199/200
-caller  pod:x  FetchJWTSVID             3/200
-caller  pod:x  each other method      200/200
+STAGE     KEY              METHOD                 TOKENS LEFT
+gate      pod:x            connections                199/200
+caller    pod:x            FetchJWTSVID                 3/200
+caller    pod:x            each other method          200/200
+identity  spiffe://td/web  FetchJWTSVID       0/200 (default)
+(default): nobody set it, and it refuses only while the node has no room
+
+Who takes from what is shared:
+KEY              METHOD        CALLER  USED  REFUSED
+spiffe://td/web  FetchJWTSVID  uid:7     70        8
 "
         );
         assert_eq!(to_json(&told)["untold"][0]["kind"], "unix:path");

@@ -7,7 +7,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::{
     Failure, OutputArgs, OutputFormat,
-    admin::{AdminArgs, Column, bucket_json, table, tokens},
+    admin::{AdminArgs, BY_DEFAULT, Column, bucket_json, table, taker, taking_json, tokens},
     client::CallError,
     terminal::{Terminal, clean},
 };
@@ -91,20 +91,30 @@ fn pretty(now: &pb::LimitsResponse) -> String {
             memory.budget.map_or_else(|| "no budget".to_owned(), |bytes| format!("of {}", mebibytes(bytes)));
         let _ = writeln!(out, "Memory:      {resident}, {budget}; pressure: {}", clean(&memory.pressure));
     }
+    let room = if now.short_of.is_empty() {
+        "yes".to_owned()
+    } else {
+        format!("short of {}; calls that wait: {}", clean(&now.short_of.join(", ")), now.calls_waiting)
+    };
+    let _ = writeln!(out, "Room:        {room}");
     out.push('\n');
     if now.heaviest.is_empty() {
         out.push_str("Nobody has called yet.\n");
     } else {
-        let rows: Vec<[String; 6]> = now.heaviest.iter().flat_map(heavy_rows).collect();
+        let rows: Vec<[String; 7]> = now.heaviest.iter().flat_map(heavy_rows).collect();
         let columns = [
             Column::Left("STAGE"),
             Column::Left("KEY"),
             Column::Left("METHOD"),
             Column::Right("USED"),
             Column::Right("REFUSED"),
+            Column::Right("MOST/S"),
             Column::Right("TOKENS LEFT"),
         ];
         out.push_str(&table(columns, &rows));
+        if now.heaviest.iter().any(|heavy| heavy.bucket.as_ref().is_some_and(|bucket| bucket.by_default)) {
+            let _ = writeln!(out, "{BY_DEFAULT}");
+        }
     }
     if !now.connections.is_empty() {
         let rows: Vec<[String; 2]> =
@@ -116,15 +126,19 @@ fn pretty(now: &pb::LimitsResponse) -> String {
 }
 
 /// A bucket, and below it those who take from it.
-fn heavy_rows(heavy: &pb::Heavy) -> Vec<[String; 6]> {
+fn heavy_rows(heavy: &pb::Heavy) -> Vec<[String; 7]> {
     let bucket = heavy.bucket.clone().unwrap_or_default();
     let tokens = tokens(&bucket);
     let (used, refused) = (heavy.used.to_string(), heavy.refused.to_string());
-    let mut rows = vec![[bucket.stage, bucket.key, bucket.method, used, refused, tokens]];
+    let most = match heavy.most_in_a_second {
+        0 => String::new(),
+        most => most.to_string(),
+    };
+    let mut rows = vec![[bucket.stage, bucket.key, bucket.method, used, refused, most, tokens]];
     rows.extend(heavy.takings.iter().map(|taking| {
-        let key = format!("  {}", if taking.caller.is_empty() { "others" } else { &taking.caller });
+        let key = format!("  {}", taker(taking));
         let (used, refused) = (taking.used.to_string(), taking.refused.to_string());
-        [String::new(), key, String::new(), used, refused, String::new()]
+        [String::new(), key, String::new(), used, refused, String::new(), String::new()]
     }));
     rows
 }
@@ -133,10 +147,6 @@ fn heavy_rows(heavy: &pb::Heavy) -> Vec<[String; 6]> {
 fn mebibytes(bytes: u64) -> String {
     let tenths = bytes.saturating_mul(10) >> 20;
     format!("{}.{} MiB", tenths / 10, tenths % 10)
-}
-
-fn taking_json(taking: &pb::Taking) -> serde_json::Value {
-    json!({ "caller": taking.caller, "used": taking.used, "refused": taking.refused })
 }
 
 fn to_json(now: &pb::LimitsResponse) -> serde_json::Value {
@@ -148,6 +158,7 @@ fn to_json(now: &pb::LimitsResponse) -> serde_json::Value {
             if let Some(json) = json.as_object_mut() {
                 json.insert("used".to_owned(), heavy.used.into());
                 json.insert("refused".to_owned(), heavy.refused.into());
+                json.insert("most_in_a_second".to_owned(), heavy.most_in_a_second.into());
                 json.insert("takings".to_owned(), heavy.takings.iter().map(taking_json).collect());
             }
             json
@@ -162,6 +173,8 @@ fn to_json(now: &pb::LimitsResponse) -> serde_json::Value {
         "connections": connections,
         "node_connections": now.node_connections,
         "attestations_in_flight": now.attestations_in_flight,
+        "short_of": now.short_of,
+        "calls_waiting": now.calls_waiting,
         "memory": { "pressure": memory.pressure, "budget": memory.budget, "resident": memory.resident },
         "keys": { "gate": keys.gate, "caller": keys.caller, "identity": keys.identity },
     })
@@ -180,19 +193,29 @@ mod tests {
             limit: pb::Limit::Tokens.into(),
             left: 0,
             burst: 200,
+            by_default: true,
+            takings: Vec::new(),
         };
         let blocked = pb::Bucket {
             key: "uid:7\x1b[31m".to_owned(),
             limit: pb::Limit::Blocked.into(),
+            by_default: false,
             ..bucket.clone()
         };
         let now = pb::LimitsResponse {
             heaviest: vec![
-                pb::Heavy { bucket: Some(bucket), used: 200, refused: 4321, takings: Vec::new() },
+                pb::Heavy {
+                    bucket: Some(bucket),
+                    used: 200,
+                    refused: 4321,
+                    takings: Vec::new(),
+                    most_in_a_second: 1200,
+                },
                 pb::Heavy {
                     bucket: Some(blocked),
                     used: 0,
                     refused: 1,
+                    most_in_a_second: 0,
                     takings: vec![pb::Taking { caller: "uid:8".to_owned(), used: 5, refused: 6 }],
                 },
             ],
@@ -204,6 +227,8 @@ mod tests {
                 budget: Some(24 << 20),
                 resident: Some((7 << 20) + (1 << 19)),
             }),
+            short_of: vec!["memory".to_owned(), "processor".to_owned()],
+            calls_waiting: 7,
             keys: Some(pb::Keys { gate: 1, caller: 2, identity: 3 }),
         };
         assert_eq!(
@@ -212,11 +237,13 @@ mod tests {
 Connections: 3 (attestations in flight: 1)
 Buckets:     1 of the gate, 2 of callers, 3 of identities
 Memory:      7.5 MiB, of 24.0 MiB; pressure: none
+Room:        short of memory, processor; calls that wait: 7
 
-STAGE   KEY              METHOD        USED  REFUSED  TOKENS LEFT
-caller  uid:1000         FetchJWTSVID   200     4321        0/200
-caller  uid:7\\u{1b}[31m  FetchJWTSVID     0        1      blocked
+STAGE   KEY              METHOD        USED  REFUSED  MOST/S      TOKENS LEFT
+caller  uid:1000         FetchJWTSVID   200     4321    1200  0/200 (default)
+caller  uid:7\\u{1b}[31m  FetchJWTSVID     0        1                  blocked
           uid:8                           5        6
+(default): nobody set it, and it refuses only while the node has no room
 
 CALLER    OPEN CONNECTIONS
 uid:1000                 3

@@ -17,7 +17,7 @@ use super::{
     caller_pattern::CallerPattern,
     counters::Decision,
     id_pattern::IdPattern,
-    ledger::{Attempt, CallPlan, Identities, Lack, Ledger, Question},
+    ledger::{Attempt, CallPlan, Identities, Ledger, Question, Shortcoming},
     method::Method,
     patience::Patience,
     policy::Choice,
@@ -342,7 +342,7 @@ impl Ledger {
         let taker = Taker { caller, group: plan.families.group(caller) };
         let costs = choice.rule.costs();
         let (mut held, mut allowed) = (None, Some(own));
-        let lacking = |reason, retry_after| Lack { charged_as: own, reason, retry_after, origin };
+        let lacking = |reason, retry_after| Shortcoming { charged_as: own, reason, retry_after, origin };
         let lack = match limit {
             Limit::Exempt | Limit::Unlimited => None,
             Limit::Block => Some(lacking(Reason::Blocked, Duration::MAX)),
@@ -424,9 +424,14 @@ impl Ledger {
         };
         let question = Question { plan, stage, method: passed.charge.method, dry, attempt };
         // How many run at once is an admin's word or not: who finds no place waits for one all the same.
-        let lack =
-            Lack { charged_as, reason: Reason::InFlight, retry_after: SHORT_WAIT, origin: Origin::ByDefault };
-        self.refuse(&question, lack, || Some(BucketName::Caller(caller)))?;
+        let lack = Shortcoming {
+            charged_as,
+            reason: Reason::InFlight,
+            retry_after: SHORT_WAIT,
+            origin: Origin::ByDefault,
+        };
+        // That all are busy is nobody's doing.
+        self.refuse(&question, lack, || (stage == Stage::Caller).then_some(BucketName::Caller(caller)))?;
         passed.needs_slot = false;
         if stage == Stage::Caller {
             passed.allowed = None;
@@ -447,7 +452,7 @@ impl Ledger {
         // Without an identity (a verifier that need not have one) the node alone is charged.
         let (mut node_counts, mut nobody) = (false, true);
         // Of several that refuse, the one that no waiting helps with, or that is to be waited for longest.
-        let mut longest: Option<(Lack, &SpiffeId, Choice<'_, IdPattern>)> = None;
+        let mut longest: Option<(Shortcoming, &SpiffeId, Choice<'_, IdPattern>)> = None;
         for id in ids {
             nobody = false;
             let choice = plan.identity.choose(id, method);
@@ -483,10 +488,11 @@ impl Ledger {
         id: &'a SpiffeId,
         choice: &Choice<'a, IdPattern>,
         (limit, origin): (Limit, Origin),
-    ) -> Option<Lack> {
+    ) -> Option<Shortcoming> {
         let IdentityCall { method, taker, caller_exempt, now, .. } = *call;
         let own = if choice.shared.is_some() { ChargedAs::Shared } else { ChargedAs::SpiffeId };
-        let lacking = |reason, retry_after| Some(Lack { charged_as: own, reason, retry_after, origin });
+        let lacking =
+            |reason, retry_after| Some(Shortcoming { charged_as: own, reason, retry_after, origin });
         let quota = match limit {
             // Exempt is from every bucket; what is blocked is blocked.
             Limit::Quota(quota) if !caller_exempt => quota,

@@ -195,6 +195,10 @@ pub struct Bucket {
     per_token: u64,
     /// Tokens of calls under way.
     pub(super) held: u32,
+    /// How often it was asked in the second in which it was asked last, and the most there was in one: for people, counted
+    /// by whoever keeps it.
+    pub(super) asked: u16,
+    pub(super) most: u16,
 }
 
 impl Bucket {

@@ -64,6 +64,10 @@ pub const ANSWER_AT_LEAST: u64 = 4 * 1024;
 /// a buffer that nothing else is in.
 pub const WAITING: u64 = 10 * 1024;
 
+/// A call that waits for tokens or to be attested, beside its stream: its message, and its task's part. There are
+/// [`PLACES`](super::patience::PLACES) of them.
+pub const KEPT_WAITING: u64 = 4 * 1024;
+
 /// A connection with so many streams that wait for news.
 pub const fn connection_with(streams: u32) -> u64 {
     #[expect(clippy::as_conversions, reason = "widening; `From` is not const")]

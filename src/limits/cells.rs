@@ -29,6 +29,16 @@ pub(super) struct Cell {
 }
 
 impl Cell {
+    /// Its bucket is asked.
+    pub(super) fn is_asked(&mut self, now: u64) {
+        let second = seconds(now);
+        let before = if self.seen == second { self.bucket.asked } else { 0 };
+        self.bucket.asked = before.saturating_add(1);
+        self.bucket.most = self.bucket.most.max(self.bucket.asked);
+        self.seen = second;
+        self.again = true;
+    }
+
     /// Whether callers have shares of it, now that the one with this mark takes too.
     pub(super) fn is_shared_with(&mut self, mark: u16) -> bool {
         match self.taker {

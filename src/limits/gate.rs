@@ -342,9 +342,9 @@ impl Gate {
         let shared = &*self.shared;
         let plan = shared.plan.load();
         let key = shared.key(&plan, caller);
-        Standing::under(plan.rule(&caller).limit(), |quota| {
-            shared.state().rates.left(shared.ledger.now(), key, quota)
-        })
+        let rule = plan.rule(&caller);
+        let left = |quota| shared.state().rates.left(shared.ledger.now(), key, quota);
+        Standing::under(rule.limit(), left).of_origin(rule.origin())
     }
 
     /// How memory stands.
@@ -490,7 +490,7 @@ impl SharedGate {
     fn refused(&self, refusal: ConnectionRefusal, caller: CallerKey, now: u64) {
         self.count(refusal, caller, Decision::Refused);
         if refusal.is_callers_own() {
-            self.ledger.refusing().note(now, Stage::Gate, &BucketName::Caller(caller));
+            self.ledger.refusing().note(now, Stage::Gate, None, &BucketName::Caller(caller));
         }
         self.want(refusal);
     }

@@ -7,7 +7,7 @@ use super::{
     caller::CallerKey,
     caller_pattern::CallerPattern,
     policy::{Overrides, OverridesError},
-    rule::Limit,
+    rule::{Limit, Origin},
 };
 
 /// The most connections that a rule or the node may have: a process has fewer descriptors.
@@ -26,6 +26,11 @@ pub struct GateRule {
 }
 
 impl GateRule {
+    /// Whose word its rate is.
+    pub fn origin(&self) -> Origin {
+        if self.rate.is_some() { Origin::Set } else { Origin::ByDefault }
+    }
+
     /// New connections of a caller while the processor is short, where nothing is set: 100 a second, 200 at once.
     pub const USUAL: Quota = Quota::constant(100, 200);
 

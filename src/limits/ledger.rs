@@ -96,14 +96,14 @@ pub(super) struct Identities {
 
 /// What there was too little of.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Lack {
+pub(super) struct Shortcoming {
     pub(super) charged_as: ChargedAs,
     pub(super) reason: Reason,
     pub(super) retry_after: Duration,
     pub(super) origin: Origin,
 }
 
-impl Lack {
+impl Shortcoming {
     /// Whether the other one is the one to tell of: no wait helps with it, or a longer one.
     pub(super) fn is_before(&self, other: &Self) -> bool {
         let rank = |lack: &Self| (lack.origin == Origin::Set, lack.retry_after);
@@ -271,11 +271,11 @@ impl Ledger {
     pub(super) fn refuse(
         &self,
         question: &Question<'_>,
-        lack: Lack,
+        lack: Shortcoming,
         name: impl FnOnce() -> Option<BucketName>,
     ) -> Result<(), Refusal> {
         let Question { plan, stage, method, dry, attempt } = *question;
-        let Lack { charged_as, reason, retry_after, origin } = lack;
+        let Shortcoming { charged_as, reason, retry_after, origin } = lack;
         if dry {
             self.counters.count(stage, Some(method), charged_as, Decision::WouldRefuse(reason));
             return Ok(());
@@ -286,9 +286,8 @@ impl Ledger {
         let refusal = Refusal { method, stage, charged_as, reason, retry_after, shed, status, origin };
         if attempt.ends(&refusal) {
             self.counters.count(stage, Some(method), charged_as, Decision::Refused(reason));
-            // Load shedding lists nobody: it is nobody's doing.
-            if let Some(name) = name().filter(|_| !shed) {
-                self.refusing().note(self.now(), stage, &name);
+            if let Some(name) = name() {
+                self.refusing().note(self.now(), stage, Some(method), &name);
             }
         }
         Err(refusal)
@@ -312,8 +311,14 @@ impl Ledger {
         };
         let dry = plan.dry || plan.node_dry;
         let question = Question { plan, stage: Stage::Node, method, dry, attempt };
-        let lack = Lack { charged_as: ChargedAs::Node, reason: Reason::Rate, retry_after, origin };
-        self.refuse(&question, lack, || None)
+        let lack = Shortcoming { charged_as: ChargedAs::Node, reason: Reason::Rate, retry_after, origin };
+        self.refuse(&question, lack, || Some(BucketName::Node))
+    }
+
+    /// What all callers have of a method, if that is limited, and its bucket.
+    pub(super) fn node(&self, method: Method) -> Option<(NodeQuota, MutexGuard<'_, SharedBucket>)> {
+        let quota = *self.plan().node.get(method);
+        Some((quota?, lock(self.node.get(method))))
     }
 }
 

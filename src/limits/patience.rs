@@ -1,6 +1,7 @@
 //! How long a call may be kept waiting by the limits.
 //!
-//! What waits has a place ([`PLACES`]), and an end: nothing waits without bound, nor past what its caller gave it.
+//! What waits has a place ([`PLACES`], of [`KEPT_WAITING`](super::budget::KEPT_WAITING) bytes each), and an end: nothing
+//! waits without bound, nor past what its caller gave it.
 
 use std::{num::NonZeroU32, time::Duration};
 
@@ -11,7 +12,7 @@ pub const FOR_TOKENS: Duration = Duration::from_millis(250);
 /// How long a call waits to be attested, at most.
 pub const FOR_ATTESTATION: Duration = Duration::from_secs(2);
 /// How many calls wait at the same time, at most; shared as attestations are.
-pub const PLACES: u32 = 2048;
+pub const PLACES: u32 = 1024;
 
 /// How long a call may be kept waiting. Whatever it says, no longer than [`FOR_TOKENS`] and [`FOR_ATTESTATION`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

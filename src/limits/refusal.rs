@@ -115,7 +115,7 @@ pub enum RejectionStatus {
 
 /// A call that was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("rate limit exceeded for /{}/{}", method.service(), method.rpc())]
+#[error("rate limit exceeded for /{}/{}: {}{}", method.service(), method.rpc(), self.short_of(), self.because())]
 pub struct Refusal {
     pub method: Method,
     /// Which stage refused.
@@ -135,6 +135,35 @@ pub struct Refusal {
 }
 
 impl Refusal {
+    /// What there was too little of, and whose.
+    fn short_of(&self) -> &'static str {
+        match (self.reason, self.stage, self.charged_as) {
+            (Reason::Blocked, Stage::Identity, _) => "its SPIFFE ID is blocked",
+            (Reason::Blocked, ..) => "the caller is blocked",
+            (Reason::InFlight, Stage::Node, _) => "as many callers are being attested as may be",
+            (Reason::InFlight, ..) => "as many of the caller's calls are being attested as may be",
+            (_, Stage::Node, _) => "all callers of the node together have no tokens left",
+            (_, Stage::Identity, ChargedAs::Shared) => {
+                "the SPIFFE IDs that share its bucket have no tokens left"
+            }
+            (_, Stage::Identity, _) => "its SPIFFE ID has no tokens left for all its callers",
+            (_, _, ChargedAs::Pod) => "the caller's pod has no tokens left",
+            (_, _, ChargedAs::Shared) => "the callers that share its bucket have no tokens left",
+            (_, _, ChargedAs::Overflow) => "the callers that have no bucket each have no tokens left",
+            (_, _, ChargedAs::Uid | ChargedAs::SpiffeId | ChargedAs::Node) => {
+                "the caller's user has no tokens left"
+            }
+        }
+    }
+
+    /// Why a limit refuses that nobody set.
+    fn because(&self) -> &'static str {
+        match (self.origin, self.reason) {
+            (Origin::ByDefault, Reason::Rate) => ", and the node has no room",
+            _ => "",
+        }
+    }
+
     /// Whether the same call may pass after a short wait, and is kept waiting for it: what is refused by an admin's word,
     /// or for ever, is not.
     pub(super) fn may_wait(&self) -> bool {

@@ -12,11 +12,15 @@ use super::{
     caller::CallerKey,
     caller_pattern::CallerPattern,
     id_pattern::IdPattern,
+    method::Method,
     refusal::Stage,
     rule::{Limit, Origin},
     shares::Taking,
 };
 use crate::identity::SpiffeId;
+
+/// How many callers a line names that take from a bucket, or go without.
+const NAMED: usize = 3;
 
 /// How many keys can be seen as being refused at a time.
 pub const LISTED: usize = 64;
@@ -34,6 +38,8 @@ pub enum BucketName {
     Identity(SpiffeId),
     /// All SPIFFE IDs that share a bucket with this one by the mask.
     Masked(SpiffeId, Arc<IdPattern>),
+    /// All callers of the node.
+    Node,
 }
 
 impl fmt::Display for BucketName {
@@ -43,6 +49,7 @@ impl fmt::Display for BucketName {
             Self::Callers(pattern) => write!(f, "{pattern}"),
             Self::Identity(id) => write!(f, "{id}"),
             Self::Masked(id, mask) => mask.write_masked(id, f),
+            Self::Node => f.write_str("all callers"),
         }
     }
 }
@@ -63,6 +70,8 @@ pub struct Heavy {
     pub used: u32,
     /// Calls that did not, or in a dry run would not have.
     pub refused: u32,
+    /// The most calls in one second, let pass or not; 65,535 stands for more. Not known of what the node shares.
+    pub most: u32,
     /// Who takes from it, where several callers do; those first that were refused most.
     pub takings: Vec<Taking>,
 }
@@ -122,7 +131,14 @@ impl Standing {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A key is being refused.
-    RefusalStarted { stage: Stage, name: BucketName },
+    RefusalStarted {
+        stage: Stage,
+        name: BucketName,
+        /// Of the call that was refused first.
+        method: Option<Method>,
+        /// Who takes from it, where several callers do.
+        takings: Vec<Taking>,
+    },
     /// A key has not been refused for [`QUIET`].
     RefusalEnded {
         stage: Stage,
@@ -132,6 +148,18 @@ pub enum Event {
     },
     /// Refusals of keys that found the list full, since this was last said.
     RefusalsUnlisted { count: u64 },
+}
+
+/// Names those of whom `count` is highest, with it: `uid:7 400, uid:8 3`.
+pub fn foremost(takings: &[Taking], count: impl Fn(&Taking) -> u32) -> String {
+    let mut counted: Vec<(u32, &Taking)> = takings.iter().map(|it| (count(it), it)).collect();
+    counted.retain(|(count, _)| *count > 0);
+    counted.sort_by_key(|(count, _)| std::cmp::Reverse(*count));
+    let named = counted.iter().take(NAMED).map(|(count, taking)| match taking.caller {
+        Some(caller) => format!("{caller} {count}"),
+        None => format!("others {count}"),
+    });
+    named.collect::<Vec<_>>().join(", ")
 }
 
 /// The keys that are being refused now.
@@ -146,6 +174,7 @@ pub(super) struct Refusing {
 struct Listed {
     stage: Stage,
     name: BucketName,
+    method: Option<Method>,
     told: bool,
     count: u64,
     last: u64,
@@ -153,23 +182,25 @@ struct Listed {
 
 impl Refusing {
     /// Notes a refusal. `name` is asked only when it is listed.
-    pub(super) fn note(&mut self, now: u64, stage: Stage, name: &BucketName) {
+    pub(super) fn note(&mut self, now: u64, stage: Stage, method: Option<Method>, name: &BucketName) {
         if let Some(listed) = self.listed.iter_mut().find(|it| it.stage == stage && it.name == *name) {
             listed.count += 1;
             listed.last = now;
         } else if self.listed.len() < LISTED {
-            self.listed.push(Listed { stage, name: name.clone(), told: false, count: 1, last: now });
+            let name = name.clone();
+            self.listed.push(Listed { stage, name, method, told: false, count: 1, last: now });
         } else {
             self.unlisted += 1;
         }
     }
 
-    /// What has happened since this was last asked.
+    /// What has happened since this was last asked. Who takes is for others to say.
     pub(super) fn drain(&mut self, now: u64) -> Vec<Event> {
         let mut events = Vec::new();
         for it in self.listed.iter_mut().filter(|it| !it.told) {
             it.told = true;
-            events.push(Event::RefusalStarted { stage: it.stage, name: it.name.clone() });
+            let (stage, name, method) = (it.stage, it.name.clone(), it.method);
+            events.push(Event::RefusalStarted { stage, name, method, takings: Vec::new() });
         }
         let quiet = u64::try_from(QUIET.as_nanos()).unwrap_or(u64::MAX);
         for it in self.listed.extract_if(.., |it| it.last.saturating_add(quiet) <= now) {
@@ -198,10 +229,11 @@ mod tests {
         let mut refusing = Refusing::default();
         let stage = Stage::Caller;
         for call in 0..1000 {
-            refusing.note(call, stage, &name(1));
+            refusing.note(call, stage, None, &name(1));
         }
-        assert_eq!(refusing.drain(SECOND), [Event::RefusalStarted { stage, name: name(1) }]);
-        refusing.note(20 * SECOND, stage, &name(1));
+        let started = Event::RefusalStarted { stage, name: name(1), method: None, takings: Vec::new() };
+        assert_eq!(refusing.drain(SECOND), [started]);
+        refusing.note(20 * SECOND, stage, None, &name(1));
         assert_eq!(refusing.drain(49 * SECOND), [], "not quiet yet");
         assert_eq!(refusing.drain(50 * SECOND), [Event::RefusalEnded { stage, name: name(1), count: 1001 }]);
         assert_eq!(refusing.drain(100 * SECOND), []);
@@ -213,7 +245,7 @@ mod tests {
         let mut lines = 0;
         // A new key is refused each millisecond, for 10 minutes; somebody logs each second.
         for ms in 0..600_000_u32 {
-            refusing.note(u64::from(ms) * 1_000_000, Stage::Caller, &name(ms));
+            refusing.note(u64::from(ms) * 1_000_000, Stage::Caller, None, &name(ms));
             if ms % 1000 == 0 {
                 lines += refusing.drain(u64::from(ms) * 1_000_000).len();
             }

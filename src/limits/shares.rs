@@ -206,6 +206,16 @@ pub(super) struct SharedBucket {
 }
 
 impl SharedBucket {
+    /// Tokens that are left.
+    pub(super) fn left(&self, now: u64, quota: Quota) -> u32 {
+        self.bucket.left(now, quota)
+    }
+
+    /// Who takes, those first that were refused most.
+    pub(super) fn takings(&self) -> Vec<Taking> {
+        self.shares.takings()
+    }
+
     /// Takes `cost` tokens of a call that is over at once.
     ///
     /// # Errors

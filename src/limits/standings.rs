@@ -9,6 +9,8 @@ use super::{
     refusal::Stage,
     report::{BucketName, Event, Heavy, Standing},
     rule::Rule,
+    settings::NodeQuota,
+    shares::Taking,
 };
 use crate::{
     identity::SpiffeId,
@@ -16,15 +18,59 @@ use crate::{
 };
 
 impl Limits {
-    /// The heaviest callers and identities: those that were refused most, then those that were served most.
+    /// The heaviest callers and identities, and what all callers share where it refuses: those that were refused most,
+    /// then those that were served most.
     pub fn heaviest(&self, n: usize) -> Vec<(Stage, Heavy)> {
         let of = |stage| move |heavy| (stage, heavy);
         let mut all: Vec<_> =
             self.ledger().callers().heaviest(n).into_iter().map(of(Stage::Caller)).collect();
         all.extend(self.ledger().identities().table.heaviest(n).into_iter().map(of(Stage::Identity)));
+        all.extend(Method::ALL.into_iter().filter_map(|method| self.of_node(method)).map(of(Stage::Node)));
         all.sort_by_key(|(_, heavy)| std::cmp::Reverse(heavy.weight()));
         all.truncate(n);
         all
+    }
+
+    /// What all callers did in the bucket of a method, if some were refused.
+    fn of_node(&self, method: Method) -> Option<Heavy> {
+        let takings = self.ledger().node(method)?.1.takings();
+        let sum = |of: fn(&Taking) -> u32| takings.iter().map(of).fold(0, u32::saturating_add);
+        let (used, refused) = (sum(|it| it.used), sum(|it| it.refused));
+        (refused > 0).then(|| Heavy {
+            name: BucketName::Node,
+            what: method.rpc(),
+            used,
+            refused,
+            most: 0,
+            takings,
+        })
+    }
+
+    /// Who takes from the bucket of this name, where several callers do.
+    pub fn takings(&self, name: &BucketName, method: Method) -> Vec<Taking> {
+        let ledger = self.ledger();
+        let plan = ledger.plan();
+        match name {
+            BucketName::Caller(_) => Vec::new(),
+            BucketName::Callers(pattern) => {
+                let Some(choice) = plan.caller.of_shared(pattern, method) else { return Vec::new() };
+                // The caller does not matter where the bucket is shared.
+                let key = ledger.caller_key(&plan, CallerKey::Uid(0), method, &choice);
+                ledger.callers().takings(key.hash)
+            }
+            BucketName::Identity(id) | BucketName::Masked(id, _) => {
+                let key = ledger.identity_key(id, method, &plan.identity.choose(id, method));
+                ledger.identities().table.takings(key.hash)
+            }
+            BucketName::Node => ledger.node(method).map(|(_, bucket)| bucket.takings()).unwrap_or_default(),
+        }
+    }
+
+    /// The bucket that all callers are charged to for a method, and how it stands; `None` where there is no limit.
+    pub fn node_standing(&self, method: Method) -> Option<(BucketName, Standing)> {
+        let (NodeQuota { quota, origin }, bucket) = self.ledger().node(method)?;
+        let left = bucket.left(self.ledger().now(), quota);
+        Some((BucketName::Node, Standing::Tokens { left, burst: quota.burst(), origin }))
     }
 
     /// The bucket that a caller is charged to for a method, and how it stands.
@@ -61,6 +107,7 @@ impl Limits {
                 let key = self.ledger().caller_key(&plan, CallerKey::Uid(0), method, &choice);
                 Some(self.of_caller(choice.rule, key))
             }
+            BucketName::Node => Some(self.node_standing(method)?.1),
         }
     }
 
@@ -88,7 +135,13 @@ impl Limits {
     /// What is worth a log line since this was last asked; ask about once a second. Bounded, however many are
     /// refused.
     pub fn events(&self) -> Vec<Event> {
-        self.ledger().refusing().drain(self.ledger().now())
+        let mut events = self.ledger().refusing().drain(self.ledger().now());
+        for event in &mut events {
+            if let Event::RefusalStarted { name, method: Some(method), takings, .. } = event {
+                *takings = self.takings(name, *method);
+            }
+        }
+        events
     }
 
     /// How many callers' and identities' buckets are known. Also sets the gauges.

@@ -20,7 +20,7 @@ use super::{
     cells::{Cell, NOBODY, SEVERAL, cell, find, hash_at, seconds},
     pool::Pool,
     report::{BucketName, Heavy},
-    shares::{SharedBuckets, Shares, Taker},
+    shares::{SharedBuckets, Shares, Taker, Taking},
     table_size::TableSize,
 };
 
@@ -179,8 +179,7 @@ impl Table {
         let Self { index, cells, shared, .. } = self;
         let at = find(index, cells, key.hash)?;
         let cell = cells.get_mut(usize::try_from(at).ok()?)?;
-        cell.again = true;
-        cell.seen = seconds(now);
+        cell.is_asked(now);
         let becomes_regular = room_for_regulars && !cell.regular;
         cell.regular |= becomes_regular;
         self.regulars += usize::from(becomes_regular);
@@ -236,6 +235,7 @@ impl Table {
         if !self.own_one_more(now, key.parent) {
             return Ok((ChargedTo::Stray, self.stray.hold(now, quota, cost, short)?));
         }
+        (bucket.asked, bucket.most) = (1, 1);
         self.cells.push(Cell {
             hash: key.hash,
             parent: key.parent,
@@ -346,9 +346,15 @@ impl Table {
             what,
             used: cell.used,
             refused: cell.refused,
-            takings: self.shared.known(cell.hash).map(Shares::takings).unwrap_or_default(),
+            most: u32::from(cell.bucket.most),
+            takings: self.takings(cell.hash),
         };
         top.into_iter().map(heavy).collect()
+    }
+
+    /// Who takes from a bucket, where several do.
+    pub(super) fn takings(&self, hash: [u64; 2]) -> Vec<Taking> {
+        self.shared.known(hash).map(Shares::takings).unwrap_or_default()
     }
 
     /// Forgets every full bucket and returns memory: for when memory is short. The time it takes grows with the

@@ -3,9 +3,9 @@
 //! The resident set is not all: sockets, what is queued in them, files and what is left of closed ones are the kernel's, and
 //! are charged to the cgroup. Both versions of cgroups; where neither can be read there is nothing to say.
 //!
-//! What counts is what is charged, less files that the kernel can drop (`inactive_file` that is not dirty, nor on its way to
-//! a disk). Slabs it calls reclaimable count: sockets' inodes are among them, and nothing frees those of open sockets, nor
-//! sooner those of closed ones.
+//! What counts is what is charged, less the pages of files that are neither dirty nor on their way to a disk: the kernel drops
+//! them before it kills anybody, the program's own with them. Slabs it calls reclaimable count: sockets' inodes are among them,
+//! and nothing frees those of open sockets, nor sooner those of closed ones.
 
 use std::{
     fs::File,
@@ -40,16 +40,22 @@ pub struct OwnCgroup {
 /// The lines of `memory.stat`.
 #[derive(Clone, Copy, Debug)]
 struct StatNames {
-    droppable: &'static str,
+    files: [&'static str; 2],
     /// Of these, what cannot be dropped yet.
     busy: [&'static str; 2],
     kernel: &'static str,
 }
 
-const V1: StatNames =
-    StatNames { droppable: "total_inactive_file", busy: ["total_dirty", "total_writeback"], kernel: "" };
-const V2: StatNames =
-    StatNames { droppable: "inactive_file", busy: ["file_dirty", "file_writeback"], kernel: "kernel" };
+const V1: StatNames = StatNames {
+    files: ["total_inactive_file", "total_active_file"],
+    busy: ["total_dirty", "total_writeback"],
+    kernel: "",
+};
+const V2: StatNames = StatNames {
+    files: ["inactive_file", "active_file"],
+    busy: ["file_dirty", "file_writeback"],
+    kernel: "kernel",
+};
 
 impl OwnCgroup {
     /// Of the process whose `/proc/PID/cgroup` is `membership`; cgroups are mounted at `mount`. A container sees its own
@@ -103,8 +109,8 @@ impl OwnCgroup {
                 (name == wanted).then(|| number.trim().parse().ok())?
             })
         };
-        let busy = self.names.busy.iter().filter_map(|name| line(name)).fold(0, u64::saturating_add);
-        let droppable = line(self.names.droppable).unwrap_or(0).saturating_sub(busy);
+        let sum = |names: &[&str]| names.iter().filter_map(|name| line(name)).fold(0, u64::saturating_add);
+        let droppable = sum(&self.names.files).saturating_sub(sum(&self.names.busy));
         let kernel = self.kernel.as_ref().and_then(number).or_else(|| line(self.names.kernel));
         Some(ChargedMemory {
             used: number(&self.used)?.saturating_sub(droppable),
@@ -148,9 +154,8 @@ mod tests {
     #[test]
     fn what_is_charged_is_read_in_both_versions() {
         let own = std::process::id();
-        let v1_stat =
-            "cache 1\ninactive_file 7\ntotal_inactive_file 3000\ntotal_dirty 900\ntotal_writeback 100\n";
-        let v2_stat = "anon 1\nfile 2\nkernel 5000\nfile_dirty 50\nfile_writeback 0\ninactive_file 1050\nslab_reclaimable 4000\n";
+        let v1_stat = "cache 1\ninactive_file 7\ntotal_inactive_file 1000\ntotal_active_file 2000\ntotal_dirty 900\ntotal_writeback 100\n";
+        let v2_stat = "anon 1\nfile 2\nkernel 5000\nfile_dirty 50\nfile_writeback 0\ninactive_file 50\nactive_file 1000\nslab_reclaimable 4000\n";
         for (case, membership, files, want) in [
             (
                 "v2",

@@ -22,10 +22,25 @@ pub fn trim() -> bool {
     false
 }
 
+/// What is in memory of this process, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ResidentSet {
+    pub all: u64,
+    /// Without the pages of files, as the program's own, which the kernel drops when it needs them and reads again.
+    pub without_files: u64,
+}
+
+/// What is in memory of this process; `None` when `/proc/self/statm` does not say.
+pub fn resident_set() -> Option<ResidentSet> {
+    let sizes = procfs::process::Process::myself().and_then(|own| own.statm()).ok()?;
+    let bytes = |pages: u64| pages * procfs::page_size();
+    let without_files = bytes(sizes.resident.saturating_sub(sizes.shared));
+    Some(ResidentSet { all: bytes(sizes.resident), without_files })
+}
+
 /// The resident set of this process, in bytes; `None` when `/proc/self/statm` does not say.
 pub fn resident() -> Option<u64> {
-    let sizes = procfs::process::Process::myself().and_then(|own| own.statm()).ok()?;
-    Some(sizes.resident * procfs::page_size())
+    Some(resident_set()?.all)
 }
 
 #[cfg(test)]

@@ -25,6 +25,8 @@ mod action;
 mod agent;
 #[path = "behaviour/caller.rs"]
 mod caller;
+#[path = "behaviour/calls.rs"]
+mod calls;
 #[path = "confined.rs"]
 mod confined;
 #[path = "behaviour/connection.rs"]

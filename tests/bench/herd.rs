@@ -11,7 +11,6 @@
 #![expect(
     clippy::disallowed_methods,
     clippy::expect_used,
-    clippy::exit,
     clippy::as_conversions,
     clippy::indexing_slicing,
     clippy::print_stdout,

@@ -16,7 +16,7 @@ use std::{
 use durward::{
     attest::{AttestSettings, Attestor, Blame, unix::UnixSettings},
     identity::EntryIndex,
-    limits::{Limits, Method},
+    limits::{Limits, Method, Patience},
 };
 use futures_util::future::join_all;
 use nix::unistd::geteuid;
@@ -24,7 +24,7 @@ use tempfile::TempDir;
 use tokio::time::timeout;
 
 use crate::{
-    attest::{Process, attest, discovering, entry_for, may_be_others, sha256, sleeper, texts},
+    attest::{Process, attest, discovering, entry_for, everything, may_be_others, sha256, sleeper, texts},
     fuse::Fuse,
     support::{self, TRUST_DOMAIN, write_config},
 };
@@ -162,6 +162,30 @@ async fn services_that_start_together_are_all_served() {
         let got = texts(&attested.unwrap());
         assert!(got.contains(&path_of(program)) && got.contains(&sha256(program)), "{got:?}");
     }
+}
+
+/// Fifty programs of one user, each to be read, where sixteen of one caller may be attested at once: the others wait.
+#[tokio::test]
+async fn a_user_whose_services_start_together_waits_and_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let services: Vec<_> = (0..50)
+        .map(|n| {
+            let (mut service, program) = (Process::start(&dir), sleeper(&dir, &n.to_string()));
+            service.execute(&program);
+            (service, program)
+        })
+        .collect();
+    let (attestor, limits) = (Attestor::new(discovering(0)), Limits::default());
+    let questions = everything(&attestor);
+    let served = join_all(services.iter().map(async |(service, _)| {
+        let admitted = limits.admit(Arc::clone(&service.peer), Method::FetchX509Svid, Patience::USUAL);
+        let attested = attestor.attest(admitted.await.unwrap(), &questions).await.unwrap();
+        attested.into_parts().1
+    }));
+    for ((_, program), attested) in services.iter().zip(served.await) {
+        assert!(texts(&attested).contains(&sha256(program)), "{attested:?}");
+    }
+    assert_eq!((limits.waiting(), limits.attestations()), (0, 0));
 }
 
 #[tokio::test]

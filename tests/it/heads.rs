@@ -86,7 +86,7 @@ const KINDS: &[Kind] = &[
     ("health of a service", HEALTH, &[], Then::Body(AUDIENCE), "Other InvalidArgument", true),
     ("no health", "/grpc.health.v1.Health/X", &[], Then::End, "Other Unimplemented", true),
     ("reflection", REFLECTION, &[], Then::Body(&[0, 0, 0, 0, 2, 0x3a, 0]), "Other OK", true),
-    ("no question", REFLECTION, &[], Then::Body(&[0, 0, 0, 0, 1, 0xff]), "Other Internal", true),
+    ("no question", REFLECTION, &[], Then::Body(&[0, 0, 0, 0, 1, 0xff]), "Other OK", true),
 ];
 
 /// Sends a request of this kind, and reads its answer to the end.

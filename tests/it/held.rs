@@ -502,7 +502,9 @@ async fn refusals_are_no_work_to_conserve() {
 /// What a caller gets for each mistake is a status and nothing else, by which it is known for no work to conserve.
 #[tokio::test]
 async fn mistakes_are_answered_with_a_status_alone() {
-    let agent = TestAgent::start("ratelimit { caller { FetchX509Bundles { rate = 1, burst = 1 } } }\n");
+    let agent = TestAgent::start(
+        "ratelimit { caller { method \"FetchX509Bundles\" { rate = 1 per = \"day\" burst = 1 } } }\n",
+    );
     let stream = UnixStream::connect(agent.socket()).await.unwrap();
     let (mut send, connection) = h2::client::handshake(stream).await.unwrap();
     tokio::spawn(connection);

@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use durward::api::proto::workload as pb;
+use durward::{api::proto::workload as pb, limits::budget::connection_at_most};
 use nix::{
     sys::{
         resource::{Resource, getrlimit, setrlimit},
@@ -359,6 +359,49 @@ fn unfinished_requests_take_little() {
             // As long as they are there.
             thread::sleep(Duration::from_millis(300));
         });
+        agent.well(case);
+    }
+}
+
+/// A caller asks for the largest tokens there are on each stream of several connections, reads none of them, and has the
+/// others wait with heads of kilobytes. What each connection takes is what is reckoned for it at most.
+#[test]
+fn answers_that_nobody_reads_take_little() {
+    const CONNECTIONS: u32 = 5;
+    let largest = {
+        let text = [0x0a, 0x80, 0x7d].into_iter().chain([b'a'; 16_000]).collect::<Vec<u8>>();
+        message(&text)
+    };
+    let more = literal("x-more", &"a".repeat(120)).repeat(45);
+    for (case, streams) in [("some streams", 16), ("many streams", 100)] {
+        let agent = Agent::start(&format!("streams = {streams}"));
+        let socket = agent.socket();
+        agent.bear(|| {
+            let open: Vec<UnixStream> = (0..CONNECTIONS)
+                .map(|_| {
+                    let mut stream = UnixStream::connect(&socket).unwrap();
+                    stream.write_all(&[PREFACE, &settings(4, 0)].concat()).unwrap();
+                    for nth in 0..streams {
+                        // What may come before anything is read, of bodies.
+                        let (more, body) =
+                            if nth < 3 { (&[][..], &largest) } else { (&more[..], &jwt_request("a")) };
+                        let head = [&block(FETCH_JWT), more].concat();
+                        let head = frame(HEADERS, END_HEADERS, 1 + 2 * nth, &head);
+                        stream
+                            .write_all(&[head, frame(DATA, END_STREAM, 1 + 2 * nth, body)].concat())
+                            .unwrap();
+                    }
+                    stream
+                })
+                .collect();
+            // As long as they are there.
+            thread::sleep(Duration::from_millis(500));
+            drop(open);
+        });
+        let took = agent.most_memory().saturating_sub(agent.before) * 1024;
+        let reckoned = u64::from(CONNECTIONS) * connection_at_most(streams);
+        println!("{case}: {took} bytes, at most {reckoned} reckoned");
+        assert!(took <= reckoned, "{case}: {took} bytes, {reckoned} reckoned");
         agent.well(case);
     }
 }

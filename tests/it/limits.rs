@@ -25,9 +25,9 @@ use durward::{
         pattern::Pattern,
         policy::{Layers, Methods, Override, Overrides, Share},
         refusal::{ChargedAs, Reason, Stage},
-        report::{BucketName, Event, LISTED, QUIET, Standing},
+        report::{BucketName, Event, LISTED, QUIET, Standing, foremost},
         room::Short,
-        rule::{Costs, Limit, Rule},
+        rule::{Costs, Limit, Origin, Rule},
         schedule::{Moment, Schedule, Weekday, Window},
     },
     os::clock::Clock,
@@ -133,13 +133,70 @@ async fn each_caller_and_method_has_its_own_bucket() {
         (refusal.stage, refusal.charged_as, refusal.reason, refusal.shed, refusal.status),
         (Stage::Caller, ChargedAs::Uid, Reason::Rate, false, RejectionStatus::ResourceExhausted)
     );
-    assert_eq!(refusal.to_string(), "rate limit exceeded for /SpiffeWorkloadAPI/FetchJWTSVID");
+    let text =
+        "rate limit exceeded for /SpiffeWorkloadAPI/FetchJWTSVID: the caller's user has no tokens left";
+    assert_eq!(refusal.to_string(), text);
     advance(refusal.retry_after - Duration::from_millis(1)).await;
     assert!(call(&limits, 1, JWT, &web).is_err(), "too early");
     advance(Duration::from_millis(1)).await;
     assert_eq!(call(&limits, 1, JWT, &web), Ok(()), "the wait was true");
     assert_eq!(left_to_caller(&limits, CallerKey::Uid(1), JWT), Some((0, 10)));
     assert_eq!(left_to_caller(&limits, CallerKey::Uid(77), JWT), Some((10, 10)), "never seen");
+}
+
+/// What was asked at most in a second is what people choose a limit by.
+#[tokio::test(start_paused = true)]
+async fn the_most_in_a_second_is_known() {
+    let limits = limits(&LimitSettings { caller: layers(quota(1.0, 50)), ..open() });
+    let most = || limits.heaviest(1)[0].1.most;
+    for _ in 0..20 {
+        advance(Duration::from_millis(100)).await;
+        let _passed: Result<(), Refusal> = call(&limits, 1, JWT, &[]);
+    }
+    assert!((9..=11).contains(&most()), "{}", most());
+    for _ in 0..200 {
+        let _passed: Result<(), Refusal> = call(&limits, 1, JWT, &[]);
+    }
+    assert!((200..=211).contains(&most()), "refused ones too: {}", most());
+    advance(Duration::from_secs(10)).await;
+    let _passed: Result<(), Refusal> = call(&limits, 1, JWT, &[]);
+    assert!(most() >= 200, "and stays known");
+}
+
+#[test]
+fn a_refusal_says_what_was_short_and_whose() {
+    use {ChargedAs as K, Origin as O, Reason as R, Stage as S};
+    for (stage, charged_as, reason, origin, want) in [
+        (S::Caller, K::Uid, R::Rate, O::Set, "the caller's user has no tokens left"),
+        (
+            S::Caller,
+            K::Pod,
+            R::Rate,
+            O::ByDefault,
+            "the caller's pod has no tokens left, and the node has no room",
+        ),
+        (S::Caller, K::Shared, R::Rate, O::Set, "the callers that share its bucket have no tokens left"),
+        (S::Caller, K::Overflow, R::Rate, O::Set, "the callers that have no bucket each have no tokens left"),
+        (S::Caller, K::Uid, R::Blocked, O::Set, "the caller is blocked"),
+        (
+            S::Caller,
+            K::Uid,
+            R::InFlight,
+            O::ByDefault,
+            "as many of the caller's calls are being attested as may be",
+        ),
+        (S::Node, K::Node, R::InFlight, O::ByDefault, "as many callers are being attested as may be"),
+        (S::Identity, K::SpiffeId, R::Rate, O::Set, "its SPIFFE ID has no tokens left for all its callers"),
+        (S::Identity, K::Shared, R::Rate, O::Set, "the SPIFFE IDs that share its bucket have no tokens left"),
+        (S::Identity, K::SpiffeId, R::Blocked, O::Set, "its SPIFFE ID is blocked"),
+        (S::Node, K::Node, R::Rate, O::Set, "all callers of the node together have no tokens left"),
+    ] {
+        let (retry_after, status) = (Duration::ZERO, RejectionStatus::Unavailable);
+        let refusal =
+            Refusal { method: JWT, stage, charged_as, reason, retry_after, shed: false, status, origin };
+        let text = format!("rate limit exceeded for /SpiffeWorkloadAPI/FetchJWTSVID: {want}");
+        assert_eq!(refusal.to_string(), text);
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -445,7 +502,16 @@ async fn what_callers_share_is_shared_fairly() {
         let refusal = call(&limits, 1, JWT, &web).unwrap_err();
         assert_eq!(refusal.stage, stage, "{case}");
 
-        // Who takes, and who goes without.
+        // Who takes, and who goes without: in the log, and for who asks.
+        let told = limits.events().into_iter().find_map(|event| match event {
+            Event::RefusalStarted { stage: of, takings, .. } if of == stage => Some(takings),
+            _ => None,
+        });
+        let told = told.expect("it is told that it refuses");
+        let (takes, goes_without) = (foremost(&told, |it| it.used), foremost(&told, |it| it.refused));
+        for told in [takes, goes_without] {
+            assert!(told.matches("uid:").count() == 3 && !told.contains("uid:5"), "{case}: {told}");
+        }
         let heaviest = limits.heaviest(10);
         if stage == Stage::Identity {
             let shared =
@@ -453,6 +519,10 @@ async fn what_callers_share_is_shared_fairly() {
             let polite = shared.iter().find(|taking| taking.caller == Some(CallerKey::Uid(5))).unwrap();
             assert_eq!((polite.used, polite.refused), (300, 0), "{case}");
             assert!(shared[0].refused > 1000, "{case}: {shared:?}");
+        } else {
+            let (_, all) = heaviest.iter().find(|(of, _)| *of == stage).unwrap();
+            assert_eq!((&all.name, all.what), (&BucketName::Node, "FetchJWTSVID"), "{case}");
+            assert!(all.refused > 1000 && all.takings.len() == 5, "{case}: {all:?}");
         }
         let refused = |uid| {
             let own =
@@ -523,7 +593,7 @@ async fn refusals_are_told_when_they_begin_and_end() {
         let _ = call(&limits, 1, JWT, &web);
     }
     let name = |event: &Event| match event {
-        Event::RefusalStarted { stage, name } => format!("start {} {name}", stage.text()),
+        Event::RefusalStarted { stage, name, .. } => format!("start {} {name}", stage.text()),
         Event::RefusalEnded { stage, name, count } => format!("end {} {name} {count}", stage.text()),
         Event::RefusalsUnlisted { count } => format!("unlisted {count}"),
     };

@@ -23,6 +23,12 @@ pub struct LimitsResponse {
     pub memory: ::core::option::Option<Memory>,
     #[prost(message, optional, tag = "6")]
     pub keys: ::core::option::Option<Keys>,
+    /// Of what there is no room: memory, descriptors, processor. Empty where there is room.
+    #[prost(string, repeated, tag = "7")]
+    pub short_of: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Calls that wait: for tokens, for room, or to be attested.
+    #[prost(uint32, tag = "8")]
+    pub calls_waiting: u32,
 }
 /// What a bucket was asked for since it was last full and forgotten.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -38,6 +44,9 @@ pub struct Heavy {
     /// Who takes from it, where several callers do: those first that were refused most.
     #[prost(message, repeated, tag = "4")]
     pub takings: ::prost::alloc::vec::Vec<Taking>,
+    /// The most in one second, let pass or not; 65535 stands for more, 0 for not known.
+    #[prost(uint32, tag = "5")]
+    pub most_in_a_second: u32,
 }
 /// What one caller did in a bucket that several share.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -52,12 +61,12 @@ pub struct Taking {
     #[prost(uint32, tag = "3")]
     pub refused: u32,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Bucket {
-    /// gate, caller or identity.
+    /// gate, caller, identity or node.
     #[prost(string, tag = "1")]
     pub stage: ::prost::alloc::string::String,
-    /// Whose: a caller (uid:1000, pod:UID), a SPIFFE ID, or the pattern of all that share it.
+    /// Whose: a caller (uid:1000, pod:UID), a SPIFFE ID, the pattern of all that share it, or "all callers".
     #[prost(string, tag = "2")]
     pub key: ::prost::alloc::string::String,
     /// The name of an RPC; "connections" for the gate.
@@ -70,6 +79,12 @@ pub struct Bucket {
     pub left: u32,
     #[prost(uint32, tag = "6")]
     pub burst: u32,
+    /// Nobody set this limit: it refuses only where there is no room. Only with TOKENS.
+    #[prost(bool, tag = "7")]
+    pub by_default: bool,
+    /// In the answer to Explain: who takes from it, where several callers do.
+    #[prost(message, repeated, tag = "8")]
+    pub takings: ::prost::alloc::vec::Vec<Taking>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Connections {

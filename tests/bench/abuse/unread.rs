@@ -72,7 +72,7 @@ fn hold(part: &Part, path: &str, body: &[u8], window: u32, tally: &mut Tally) {
 /// FetchJWTSVID for one long audience, with a window of one byte for the answer. For some it is of control characters, of
 /// which a byte would be eight of a token.
 pub(crate) fn big_jwt(part: &Part, tally: &mut Tally) {
-    let letter = if part.nth % 2 == 0 { "a" } else { "\u{1}" };
+    let letter = if part.nth.is_multiple_of(2) { "a" } else { "\u{1}" };
     let body = jwt_request_of(&letter.repeat(AUDIENCE));
     hold(part, "/SpiffeWorkloadAPI/FetchJWTSVID", &body, 1, tally);
 }

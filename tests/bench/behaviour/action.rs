@@ -7,7 +7,7 @@ use super::{
     oracle::{GROUPS, PROGRAMS, USERS},
 };
 
-/// Calls of all kinds: see [`call`](super::caller).
+/// Calls of all kinds: see [`call`](super::calls::call).
 const METHODS: usize = 17;
 
 /// SplitMix64.
