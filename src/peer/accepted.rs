@@ -15,7 +15,10 @@ use std::{
     sync::Arc,
 };
 
-use nix::sys::socket::{MsgFlags, Shutdown, recv, setsockopt, shutdown, sockopt};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{Shutdown, setsockopt, shutdown, sockopt},
+};
 use tokio::{io::ReadBuf, net::UnixStream};
 
 use super::closing::{Closers, HeldPlace};
@@ -104,9 +107,11 @@ impl Accepted<StdStream> {
         }
     }
 
-    /// Whether its peer has gone, and left nothing: there is nothing to answer, and nobody who waits.
+    /// Whether its peer has closed it: whatever it asked for, nobody can read the answer.
     pub(super) fn is_deserted(&self) -> bool {
-        recv(self.socket().as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) == Ok(0)
+        let mut asked = [PollFd::new(self.as_fd(), PollFlags::empty())];
+        let told = poll(&mut asked, PollTimeout::ZERO).is_ok_and(|told| told > 0);
+        told && asked.iter().any(|it| it.revents().is_some_and(|is| is.contains(PollFlags::POLLHUP)))
     }
 
     /// Registers it with the runtime; it has a place at the gate.

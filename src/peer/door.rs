@@ -120,9 +120,11 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         let now = Instant::now();
         let mut run = 0;
         while run < RUN
-            && let Some(waiting) = self.lingering.take_waiting()
+            && let Some(mut waiting) = self.lingering.take_waiting()
         {
             run += 1;
+            // Once each: room that goes again before its turn comes would have this go on for ever.
+            waiting.waits.iter_mut().for_each(|waits| waits.asked = true);
             self.ask_again(waiting, now);
         }
         run
@@ -132,7 +134,6 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
     fn ask_again(&mut self, kept: Kept, now: Instant) {
         let Kept { stream, family, waits } = kept;
         if let Some(waits) = waits {
-            let waits = RoomWaiter { asked: true, ..waits };
             let taken = self.decide(stream, Some(family), waits, now);
             self.pauses_for(taken);
         }
@@ -171,7 +172,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         } else {
             self.gate.admit_connection(&waits.arrival)
         };
-        // Who connects and closes at once is through sooner, and nobody waits for it.
+        // Who connects and closes at once is through sooner, and nobody stands behind it for long.
         if decided.as_ref().err().is_none_or(|why| why.is_soft()) && stream.is_deserted() {
             OpenConnection::count(&self.stats).why = ConnectionEnd::ByPeer;
             return Ok(());
@@ -191,11 +192,14 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
 
     /// Tells one why, or closes it, soon or at once.
     fn turn_away(&mut self, stream: Accepted<StdStream>, family: u64, why: ConnectionRefusal, now: Instant) {
+        if stream.is_deserted() {
+            return;
+        }
         if self.replies.may(family, now)
             && let Some(headers) = self.gate.answer(why)
         {
             self.replies.begin(stream, &headers, family, now);
-        } else if why.is_callers_own() && !stream.is_deserted() {
+        } else if why.is_callers_own() {
             self.keep(Kept { stream, family, waits: None }, now);
         }
     }

@@ -208,9 +208,10 @@ async fn whoever_has_left_already_is_not_waited_for() {
                 Toy::of(peer)
             }
         };
-        // They wait before anybody is accepted.
-        for _ in 0..100 {
-            drop(StdStream::connect(&path).unwrap());
+        // They wait before anybody is accepted. Some have asked for something.
+        let begun = [PREFACE.to_vec(), call_frames(1, FETCH_JWT, &jwt_request("a"))].concat();
+        for nth in 0..100 {
+            StdStream::connect(&path).unwrap().write_all(&begun[..begun.len() * (nth % 2)]).unwrap();
         }
         let task = tokio::spawn(listener.serve(serve, async { drop(stopped.await) }));
         until("all have ended", || stats.closed(ConnectionEnd::ByPeer) == 100).await;
