@@ -50,6 +50,8 @@ pub const MOST: u32 = 1000;
 /// What there may be no room of, as people are told.
 const SHORTAGES: [(Short, &str); 3] =
     [(Short::Memory, "memory"), (Short::Descriptors, "descriptors"), (Short::Processor, "processor")];
+/// How many are told of those who take from a bucket, and as many of those who go without.
+const FOREMOST: usize = 8;
 /// How many of the entries that nearly match are told.
 const NEAREST: usize = 5;
 /// The largest request, in bytes: each holds one number.
@@ -209,7 +211,7 @@ impl AdminParts {
             bucket: Some(bucket(stage, &heavy.name, heavy.what, standing)),
             used: heavy.used,
             refused: heavy.refused,
-            takings: heavy.takings.iter().map(taking).collect(),
+            takings: takings(heavy.takings.clone()),
             most_in_a_second: heavy.most,
         }
     }
@@ -278,8 +280,7 @@ impl AdminParts {
 
     /// A bucket, and who takes from it.
     fn bucket_of(&self, stage: Stage, name: &BucketName, method: Method, standing: Standing) -> pb::Bucket {
-        let takings = self.limits.takings(name, method);
-        let takings = takings.iter().map(taking).collect();
+        let takings = takings(self.limits.takings(name, method));
         pb::Bucket { takings, ..bucket(stage, name, method.rpc(), Some(standing)) }
     }
 }
@@ -321,6 +322,14 @@ fn why(key: CallerKey, source: KeySource) -> pb::Caller {
         KeySource::Unreadable => ("its user, as its cgroup cannot be read", String::new()),
     };
     pb::Caller { key: key.to_string(), why: why.to_owned(), cgroup_line }
+}
+
+/// Those who were refused most, and of the others those who take most.
+fn takings(mut all: Vec<Taking>) -> Vec<pb::Taking> {
+    if let Some(others) = all.get_mut(FOREMOST..) {
+        others.sort_by_key(|taking| std::cmp::Reverse(taking.used));
+    }
+    all.iter().take(2 * FOREMOST).map(taking).collect()
 }
 
 fn taking(taking: &Taking) -> pb::Taking {

@@ -30,6 +30,9 @@ pub const LINGERING: u64 = 4 * 1024;
 pub const REPLIES: usize = 16;
 /// What one of these takes: its task, a buffer, the answer, and what the kernel keeps.
 pub const REPLY: u64 = 12 * 1024;
+/// All of them.
+#[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
+pub const REPLIES_AT_MOST: u64 = REPLIES as u64 * REPLY;
 /// A caller that held nothing, with one connection and one call.
 pub const NEWCOMER: u64 = PARKED + HTTP2 + 7 * 1024;
 /// Of a budget, newcomers have one part in so many set aside, at most.
