@@ -159,6 +159,7 @@ impl AgentParts {
         let series = ConnectionMetrics::new(self.metrics.registry());
         let counted = (Arc::clone(&stats), Arc::clone(&admin_stats));
         self.metrics.before_render(move || series.set(&counted.0, &counted.1));
+        self.tell_of_memory();
 
         let listener =
             Listener { socket, bounds, gate: Arc::new(self.gate.clone()), keys: Arc::clone(&keys), stats };
@@ -186,6 +187,13 @@ impl AgentParts {
         Ok(Running { config: Arc::new(config), adjustable, stop, public, admin, tasks })
     }
 
+    /// Has a scrape tell how memory stands.
+    fn tell_of_memory(&self) {
+        let memory = MemoryMetrics::new(self.metrics.registry());
+        let (gate, meter) = (self.gate.clone(), self.meter.clone());
+        self.metrics.before_render(move || memory.set(gate.memory(), meter.charged()));
+    }
+
     fn serve_admin(
         &self,
         socket: Socket,
@@ -193,10 +201,6 @@ impl AgentParts {
         stats: Arc<ConnectionStats>,
         stopping: channel::Receiver<bool>,
     ) -> Serving {
-        let memory = MemoryMetrics::new(self.metrics.registry());
-        let (gate, meter) = (self.gate.clone(), self.meter.clone());
-        self.metrics.before_render(move || memory.set(gate.memory(), meter.charged()));
-
         let listener = Listener {
             socket,
             bounds: channel::channel(admin::connection_bounds()).1,

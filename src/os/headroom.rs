@@ -26,7 +26,7 @@ pub struct Headroom(Vec<BoundedCgroup>);
 #[derive(Debug)]
 struct BoundedCgroup {
     used: File,
-    limit: File,
+    limits: Vec<File>,
     stat: File,
     /// What `used` may be: the limit, and what can be dropped.
     most: AtomicU64,
@@ -35,18 +35,22 @@ struct BoundedCgroup {
 /// Where a version of cgroups keeps it.
 struct CgroupFiles {
     used: &'static str,
-    limit: &'static str,
+    /// The lowest counts.
+    limits: &'static [&'static str],
     /// Lines of `memory.stat`.
     files: [&'static str; 2],
 }
 
 const V1: CgroupFiles = CgroupFiles {
     used: "memory.usage_in_bytes",
-    limit: "memory.limit_in_bytes",
+    limits: &["memory.limit_in_bytes"],
     files: ["total_inactive_file", "total_active_file"],
 };
-const V2: CgroupFiles =
-    CgroupFiles { used: "memory.current", limit: "memory.max", files: ["inactive_file", "active_file"] };
+const V2: CgroupFiles = CgroupFiles {
+    used: "memory.current",
+    limits: &["memory.max", "memory.high"],
+    files: ["inactive_file", "active_file"],
+};
 
 impl Headroom {
     /// Of the process whose `/proc/PID/cgroup` is `membership`; cgroups are mounted at `mount`. `None` where none has
@@ -93,7 +97,7 @@ impl BoundedCgroup {
         let open = |name: &str| File::open(at.join(name)).ok();
         let it = Self {
             used: open(files.used)?,
-            limit: open(files.limit)?,
+            limits: files.limits.iter().filter_map(|name| open(name)).collect(),
             stat: open("memory.stat")?,
             most: AtomicU64::new(u64::MAX),
         };
@@ -103,8 +107,8 @@ impl BoundedCgroup {
     }
 
     fn look_again(&self) {
-        // A limit that cannot be read any more is that of a cgroup that is gone.
-        let Some(limit) = number(&self.limit).filter(|bytes| *bytes < UNLIMITED) else {
+        let limits = self.limits.iter().filter_map(number).filter(|bytes| *bytes < UNLIMITED);
+        let Some(limit) = limits.min() else {
             self.most.store(u64::MAX, Relaxed);
             return;
         };
@@ -189,6 +193,15 @@ mod tests {
             ),
             ("as a container sees it", "0::/kubepods/x\n", vec![("", v2("5\n", "25\n", ""))], Some(20)),
             ("over it", "0::/a\n", vec![("a", v2("30\n", "25\n", ""))], Some(0)),
+            (
+                "slowed down from there on",
+                "0::/a\n",
+                vec![
+                    ("a", v2("5\n", "25\n", "")),
+                    ("a", [("memory.high", "15\n".to_owned()), ("x", String::new()), ("y", String::new())]),
+                ],
+                Some(10),
+            ),
             (
                 "files can be dropped, slabs cannot",
                 "0::/a\n",

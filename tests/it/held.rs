@@ -503,7 +503,7 @@ async fn refusals_are_no_work_to_conserve() {
 #[tokio::test]
 async fn mistakes_are_answered_with_a_status_alone() {
     let agent = TestAgent::start(
-        "ratelimit { caller { method \"FetchX509Bundles\" { rate = 1 per = \"day\" burst = 1 } } }\n",
+        "ratelimit { caller { method \"FetchX509Bundles\" { rate = 1 per = \"day\" burst = 5 } } }\n",
     );
     let stream = UnixStream::connect(agent.socket()).await.unwrap();
     let (mut send, connection) = h2::client::handshake(stream).await.unwrap();
@@ -520,7 +520,7 @@ async fn mistakes_are_answered_with_a_status_alone() {
         ("refused", "/SpiffeWorkloadAPI/FetchX509Bundles", &header, &[0, 0, 0, 0, 0], "8"),
     ] {
         let mut answered = None;
-        // The bucket has one token.
+        // The bucket has five tokens: a call of one without an identity takes all.
         for _ in 0..3 {
             let mut request = http::Request::post(format!("http://localhost{path}")).body(()).unwrap();
             *request.headers_mut() = headers.clone();

@@ -206,7 +206,9 @@ fn what_connections_take_is_what_they_are_reckoned_at() {
     let read = |streams: &mut [UnixStream]| {
         let began = Instant::now();
         while began.elapsed() < Duration::from_secs(1) {
-            streams.iter_mut().for_each(|stream| drop(drain(stream)));
+            for stream in &mut *streams {
+                let _gone = drain(stream);
+            }
             thread::sleep(Duration::from_millis(20));
         }
     };
@@ -220,4 +222,141 @@ fn what_connections_take_is_what_they_are_reckoned_at() {
     hold("with many", 600 * PARKED + 300 * HTTP2 + 50 * 30 * STREAM);
     drop(parked);
     agent.wait_for("held", |held| held == 0);
+}
+
+/// Somebody else, where that can be: who cannot be another user has no neighbour.
+fn neighbour(agent: &Weighed) -> Option<std::process::Command> {
+    geteuid().is_root().then(|| {
+        use std::os::unix::process::CommandExt as _;
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_durward"));
+        command
+            .args(["api", "fetch", "jwt", "--audience", "neighbour", "--timeout", "60s"])
+            .env("SPIFFE_ENDPOINT_SOCKET", format!("unix://{}", agent.socket().display()))
+            .current_dir("/")
+            .stdin(std::process::Stdio::null())
+            .uid(NEIGHBOUR)
+            .gid(NEIGHBOUR);
+        command
+    })
+}
+
+/// Who holds most gives way, the newest first, and is told so; a caller below its share keeps its stream, and one that holds
+/// nothing is served.
+#[test]
+fn who_holds_most_gives_way_and_nobody_else() {
+    // What this user is limited by is bytes alone. Half of the sizes at which an agent of this build begins.
+    let own = format!("override \"uid:{}\" {{ unlimited = true }}", geteuid());
+    let limits = format!(
+        "caller {{ {own} }} identity {{ unlimited = true }} node {{ unlimited = true cpu = 4096 }} \
+         gate {{ caller {{ unlimited = true }} connection {{ handshake_timeout = \"5m\" }} }}"
+    );
+    let agent = Weighed::start("heaviest", &limits);
+    assert_eq!(call(&agent.socket(), FETCH_JWT, &jwt_request("first"), PATIENCE), Called::Answered);
+    agent.wait_for("held", |held| held == 0);
+    let base = agent.measured().max(agent.memory("used"));
+    // Connections may take eight MiB until it runs short.
+    let budget = (base + (8 << 20)) * 100 / 70;
+    write_config(
+        agent.dir.path(),
+        &blocks(agent.dir.path(), &format!("{limits} memory {{ limit = {budget} }}")),
+    );
+    agent.process.signal(Signal::SIGHUP);
+    agent.wait_for("budget", |told| told == budget);
+
+    // A neighbour with a stream, before anybody else.
+    let watching = neighbour(&agent).map(|mut command| {
+        command.args(["--timeout", "60s"]);
+        let mut watch = std::process::Command::new(env!("CARGO_BIN_EXE_durward"));
+        watch
+            .args(["api", "watch"])
+            .envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))))
+            .current_dir("/")
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null());
+        {
+            use std::os::unix::process::CommandExt as _;
+            watch.uid(NEIGHBOUR).gid(NEIGHBOUR);
+        }
+        watch.spawn().unwrap()
+    });
+    // Each holds some 600 KiB: more than there is room for.
+    let mut hog = agent.connections(30);
+    let mut gone = vec![false; hog.len()];
+    let began = Instant::now();
+    let mut open = 0;
+    while !gone.contains(&true) {
+        assert!(began.elapsed() < PATIENCE, "nobody was told\n{}", agent.log());
+        for (nth, stream) in hog.iter_mut().enumerate() {
+            gone[nth] |= open < 100 && watch(stream, open, 5).is_err();
+            gone[nth] |= drain(stream);
+        }
+        open = (open + 5).min(100);
+    }
+    thread::sleep(Duration::from_secs(1));
+    for (nth, stream) in hog.iter_mut().enumerate() {
+        gone[nth] |= drain(stream);
+    }
+    assert!(gone[hog.len() - 1] && !gone[0], "the newest go: {gone:?}\n{}", agent.log());
+    assert!(agent.memory("used") <= budget, "{} of {budget}", agent.memory("used"));
+    let told = format!("caller=uid:{}", geteuid());
+    assert!(agent.log().contains(&told), "{}", agent.log());
+    if let Some(mut command) = neighbour(&agent) {
+        let out = command.output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        let mut watching = watching.unwrap();
+        assert_eq!(watching.try_wait().unwrap(), None, "its stream is open");
+        watching.kill().unwrap();
+        watching.wait().unwrap();
+        assert!(!agent.log().contains(&format!("caller=uid:{NEIGHBOUR}")), "{}", agent.log());
+    }
+}
+
+/// With room nobody is refused: as many connections of one user as come, each with a call.
+#[test]
+fn a_crowd_of_one_user_is_served_while_there_is_room() {
+    let agent = Weighed::start("crowd", "node { cpu = 4096 }");
+    let socket = agent.socket();
+    let called: Vec<Called> = thread::scope(|scope| {
+        let clients: Vec<_> = (0..300)
+            .map(|nth| {
+                let socket = &socket;
+                scope.spawn(move || call(socket, FETCH_JWT, &jwt_request(&format!("a{nth}")), PATIENCE))
+            })
+            .collect();
+        clients.into_iter().map(|client| client.join().unwrap()).collect()
+    });
+    let answered = called.iter().filter(|called| **called == Called::Answered).count();
+    assert_eq!(answered, 300, "{called:?}");
+}
+
+/// Without descriptors a caller has its share of them, and others find theirs.
+#[test]
+fn a_caller_has_its_share_of_places_and_a_neighbour_finds_one() {
+    let agent = Weighed::start(
+        "places",
+        "node { cpu = 4096 } gate { connections = 200 reserve = 20 connection { handshake_timeout = \"5m\" } }",
+    );
+    let mut open = agent.connections(400);
+    // They are taken one after the other; who is not is closed.
+    let began = Instant::now();
+    let mut left = open.len();
+    while left > 150 {
+        assert!(began.elapsed() < PATIENCE, "{left} are open");
+        thread::sleep(Duration::from_millis(100));
+        open.retain_mut(|stream| !drain(stream));
+        left = open.len();
+    }
+    assert!(left >= 130, "its share: {left}");
+    while !agent.log().contains("short_of=\"descriptors\"") {
+        assert!(began.elapsed() < PATIENCE, "{}", agent.log());
+        thread::sleep(Duration::from_millis(100));
+    }
+    if let Some(mut command) = neighbour(&agent) {
+        let out = command.output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    }
+    // Nobody keeps it from going on when there is room.
+    drop(open);
+    assert_eq!(call(&agent.socket(), FETCH_JWT, &jwt_request("again"), PATIENCE), Called::Answered);
 }
