@@ -19,7 +19,7 @@ use super::{
     id_pattern::IdPattern,
     ledger::{Attempt, CallPlan, Identities, Ledger, Question, Shortcoming},
     method::Method,
-    patience::Patience,
+    patience::{FOR_TOKENS, Patience},
     policy::Choice,
     refusal::{ChargedAs, Reason, Refusal, Stage},
     report::BucketName,
@@ -94,7 +94,7 @@ impl Limits {
         method: Method,
         patience: Patience,
     ) -> Result<Admitted<P>, Refusal> {
-        let mut entering = Entering::new(&self.ledger, peer.caller_key(), method, patience);
+        let mut entering = Entering::new(&self.ledger, &peer, method, patience);
         let attempt = entering.call.waiting.first();
         if let Err(refusal) = entering.go_on(attempt) {
             self.ledger.want(&refusal);
@@ -230,8 +230,9 @@ struct CallerCall {
 }
 
 /// A call on its way through the caller stage. It can stop and go on, and gives back what it holds when it is dropped.
-struct Entering<'a> {
+struct Entering<'a, P> {
     ledger: &'a Arc<Ledger>,
+    peer: &'a P,
     call: CallerCall,
     passed: Option<Passed>,
     slot: Option<AttestationSlot>,
@@ -249,10 +250,11 @@ struct Passed {
     needs_slot: bool,
 }
 
-impl<'a> Entering<'a> {
-    fn new(ledger: &'a Arc<Ledger>, caller: CallerKey, method: Method, patience: Patience) -> Self {
+impl<'a, P: Caller> Entering<'a, P> {
+    fn new(ledger: &'a Arc<Ledger>, peer: &'a P, method: Method, patience: Patience) -> Self {
         let waiting = WaitOfCall::new(ledger.now(), patience);
-        Self { ledger, call: CallerCall { caller, method, waiting }, passed: None, slot: None }
+        let call = CallerCall { caller: peer.caller_key(), method, waiting };
+        Self { ledger, peer, call, passed: None, slot: None }
     }
 
     /// Goes on from where it had to stop, as far as it comes.
@@ -263,7 +265,9 @@ impl<'a> Entering<'a> {
             Some(passed) => passed,
             none => none.insert(self.ledger.charge_caller(&plan, &self.call, now, attempt)?),
         };
-        let done = self.ledger.beyond_its_own(&plan, passed, &mut self.slot, now, attempt);
+        let above_share = self.peer.is_above_share();
+        let done = if above_share { self.ledger.refuse_bytes(&plan, passed, attempt) } else { Ok(()) }
+            .and_then(|()| self.ledger.beyond_its_own(&plan, passed, &mut self.slot, now, attempt));
         done.inspect_err(|refusal| {
             if attempt.ends(refusal) {
                 passed.charge.refund();
@@ -383,6 +387,23 @@ impl Ledger {
         };
         // Nothing is attested for what is no Workload API.
         Ok(Passed { charge, own, dry, allowed, needs_slot: !exempt && method != Method::Other })
+    }
+
+    /// Refuses a call of a caller that holds more than its share while memory is short.
+    fn refuse_bytes(&self, plan: &CallPlan, passed: &Passed, attempt: Attempt) -> Result<(), Refusal> {
+        let Charge { method, taker, exempt, .. } = passed.charge;
+        if exempt {
+            return Ok(());
+        }
+        let dry = plan.dry || plan.node_dry;
+        let question = Question { plan, stage: Stage::Node, method, dry, attempt };
+        let lack = Shortcoming {
+            charged_as: ChargedAs::Node,
+            reason: Reason::Memory,
+            retry_after: FOR_TOKENS,
+            origin: Origin::ByDefault,
+        };
+        self.refuse(&question, lack, || Some(BucketName::Caller(taker.caller)))
     }
 
     /// A place among the attestations in flight, and for a method without identity the node's bucket.
