@@ -2,6 +2,7 @@
 
 use super::{
     bucket::{Quota, Shortfall},
+    refusal::ChargedAs,
     shares::Taker,
 };
 
@@ -45,6 +46,16 @@ pub(super) enum ChargedTo {
     Overflow,
     /// The one of last resort: there was no room for another parent either.
     Stray,
+}
+
+impl ChargedTo {
+    /// As whom the one is charged whose own bucket is this, or would be.
+    pub(super) fn charged_as(self, own: ChargedAs) -> ChargedAs {
+        match self {
+            Self::Own(_) => own,
+            Self::Overflow | Self::Stray => ChargedAs::Overflow,
+        }
+    }
 }
 
 /// Tokens held in a bucket of a table.
