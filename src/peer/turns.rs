@@ -258,7 +258,9 @@ impl Turn {
             slots.begun += 1;
             let at = slots.slots.iter().position(TurnSlot::is_free).unwrap_or(slots.slots.len());
             let reckoned = slots.unsent.begin();
-            if reckoned.is_none() {
+            // What is about to be refused for what its caller holds is refused at once: to wait takes memory.
+            let waits = reckoned.is_none() && !turns.holding.is_above_share();
+            if waits {
                 slots.unsent.wait(at);
                 turns.holding.hold(WAITING);
             }
@@ -266,7 +268,7 @@ impl Turn {
                 call: slots.begun,
                 open: true,
                 rests: false,
-                waits: reckoned.is_none(),
+                waits,
                 reckoned: reckoned.unwrap_or(0),
                 parts: 0,
                 moved: Instant::now(),
@@ -276,7 +278,7 @@ impl Turn {
                 Some(slot) => *slot = new,
                 None => slots.slots.push(new),
             }
-            (at, slots.begun, reckoned.is_some())
+            (at, slots.begun, !waits)
         });
         Self { turns: Arc::clone(turns), slot, call, goes }
     }
