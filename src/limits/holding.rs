@@ -198,6 +198,11 @@ impl Holding {
         })
     }
 
+    /// Whether memory is short on the node.
+    pub fn is_short(&self) -> bool {
+        self.sums.as_ref().is_some_and(|HeldSums { node, .. }| node.room.is_short(Short::Memory))
+    }
+
     /// Counts an answer that was no work to conserve: a refusal, or an error that the caller made. Returns how long its
     /// connection is to be read no more.
     pub fn wasted(&self) -> Option<Duration> {
