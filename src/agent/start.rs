@@ -170,6 +170,8 @@ impl AgentParts {
             self.serve_admin(socket, service, admin_stats, stopping)
         });
         let mut tasks = self.tasks();
+        let gate = self.gate.clone();
+        tasks.spawn_on(async move { gate.follow().await }, control);
         tasks.spawn_on(keep_time(self.limits.clone(), self.gate.clone()), control);
         for listener in http {
             let serving = async move {

@@ -18,7 +18,7 @@ use super::{
     identity_stage::IdentityCall,
     ledger::{Attempt, CallPlan, Ledger, Question, Shortcoming},
     method::Method,
-    patience::Patience,
+    patience::{FOR_TOKENS, Patience},
     policy::Choice,
     refusal::{ChargedAs, Reason, Refusal, Stage},
     report::BucketName,
@@ -95,7 +95,7 @@ impl Limits {
         let now = self.ledger.now();
         let waiting = WaitOfCall::new(now, patience);
         let call = CallerCall { caller: peer.caller_key(), method, waiting };
-        let mut entering = Entering { ledger: &self.ledger, call, passed: None, slot: None };
+        let mut entering = Entering { ledger: &self.ledger, peer: &peer, call, passed: None, slot: None };
         let attempt = waiting.first();
         if let Err(refusal) = entering.go_on(now, attempt) {
             self.ledger.want(&refusal);
@@ -231,8 +231,9 @@ struct CallerCall {
 }
 
 /// A call on its way through the caller stage. It can stop and go on, and gives back what it holds when it is dropped.
-struct Entering<'a> {
+struct Entering<'a, P> {
     ledger: &'a Arc<Ledger>,
+    peer: &'a P,
     call: CallerCall,
     passed: Option<Passed>,
     slot: Option<AttestationSlot>,
@@ -250,7 +251,7 @@ struct Passed {
     needs_slot: bool,
 }
 
-impl Entering<'_> {
+impl<P: Caller> Entering<'_, P> {
     /// Goes on from where it had to stop, as far as it comes.
     fn go_on(&mut self, now: u64, attempt: Attempt) -> Result<(), Refusal> {
         let plan = self.ledger.plan();
@@ -258,7 +259,9 @@ impl Entering<'_> {
             Some(passed) => passed,
             none => none.insert(self.ledger.charge_caller(&plan, &self.call, now, attempt)?),
         };
-        let done = self.ledger.beyond_its_own(&plan, passed, &mut self.slot, now, attempt);
+        let above_share = self.peer.is_above_share();
+        let done = if above_share { self.ledger.refuse_bytes(&plan, passed, attempt) } else { Ok(()) }
+            .and_then(|()| self.ledger.beyond_its_own(&plan, passed, &mut self.slot, now, attempt));
         done.inspect_err(|refusal| {
             if attempt.ends(refusal) {
                 passed.charge.refund();
@@ -353,6 +356,23 @@ impl Ledger {
         };
         // Nothing is attested for what is no Workload API.
         Ok(Passed { charge, own, dry, allowed, needs_slot: !exempt && method != Method::Other })
+    }
+
+    /// Refuses a call of a caller that holds more than its share while memory is short.
+    fn refuse_bytes(&self, plan: &CallPlan, passed: &Passed, attempt: Attempt) -> Result<(), Refusal> {
+        let Charge { method, taker, exempt, .. } = passed.charge;
+        if exempt {
+            return Ok(());
+        }
+        let dry = plan.dry || plan.node_dry;
+        let question = Question { plan, stage: Stage::Node, method, dry, attempt };
+        let lack = Shortcoming {
+            charged_as: ChargedAs::Node,
+            reason: Reason::Memory,
+            retry_after: FOR_TOKENS,
+            origin: Origin::ByDefault,
+        };
+        self.refuse(&question, lack, || Some(BucketName::Caller(taker.caller)))
     }
 
     /// A place among the attestations in flight, and for a method without identity the node's bucket.

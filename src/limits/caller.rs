@@ -135,11 +135,20 @@ impl Families {
 pub trait Caller {
     /// Whom to charge.
     fn caller_key(&self) -> CallerKey;
+
+    /// Whether memory is short, and its caller holds more than its share of it. By default nobody sums that up.
+    fn is_above_share(&self) -> bool {
+        false
+    }
 }
 
 impl<C: Caller> Caller for std::sync::Arc<C> {
     fn caller_key(&self) -> CallerKey {
         (**self).caller_key()
+    }
+
+    fn is_above_share(&self) -> bool {
+        (**self).is_above_share()
     }
 }
 

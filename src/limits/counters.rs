@@ -183,7 +183,7 @@ fn happens(stage: Stage, method: Option<Method>, key: ChargedAs, reason: Option<
         (Stage::Gate, Some(_)) => false,
         (Stage::Caller, Some(why)) => matches!(why, R::Rate | R::Blocked | R::InFlight),
         (Stage::Identity, Some(why)) => matches!(why, R::Rate | R::Blocked),
-        (Stage::Node, Some(why)) => matches!(why, R::Rate | R::InFlight),
+        (Stage::Node, Some(why)) => matches!(why, R::Rate | R::InFlight | R::Memory),
     };
     method_fits && key_fits && reason_fits
 }

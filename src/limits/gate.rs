@@ -196,6 +196,14 @@ impl Gate {
         state.bytes.pressure()
     }
 
+    /// Reckons shares anew whenever much more is held than when they were last reckoned; for ever.
+    pub async fn follow(&self) {
+        loop {
+            self.shared.node.outdated().await;
+            self.shared.look(&mut self.shared.state());
+        }
+    }
+
     /// Tells those who hold more than their share to go, as far as memory or descriptors are so short: the newest of their
     /// connections, and never what is below their share. Returns who was told.
     pub fn shed(&self) -> Vec<ToldToGo> {
@@ -391,7 +399,7 @@ impl SharedGate {
         connections.look(u64::from(*total), |target| accounts.level(Weight::Connections, target));
         let (short_from, room_below) = bytes.bounds();
         self.node.bound(short_from, room_below);
-        self.node.set_share(bytes.share());
+        self.node.set_share(bytes.is_short().then(|| bytes.share()), bytes.look_from());
         self.node.room().set(Short::Descriptors, connections.is_short());
         state.looked = self.ledger.now();
     }

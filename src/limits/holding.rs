@@ -48,6 +48,12 @@ impl HeldBytes {
     }
 }
 
+/// Memory is out when one part in so many is held beyond where it begins to be short.
+const WELL_BEYOND: u64 = 8;
+
+/// The share of one, where it is not known yet.
+const UNRECKONED: u64 = u64::MAX;
+
 /// What all connections hold together, and from where on that is too much.
 #[derive(Debug)]
 pub(super) struct NodeHeld {
@@ -55,8 +61,11 @@ pub(super) struct NodeHeld {
     /// From so many bytes on memory is short, and below so many there is room again.
     short_from: AtomicU64,
     room_below: AtomicU64,
-    /// Whoever holds more has more than its share.
+    /// Whoever holds more has more than its share; [`UNRECKONED`] when nobody knew that it would be asked.
     share: AtomicU64,
+    /// From so many bytes on shares are to be reckoned anew.
+    look_from: AtomicU64,
+    look: Notify,
     room: Arc<Room>,
     started: Instant,
 }
@@ -68,7 +77,9 @@ impl NodeHeld {
             held: HeldBytes::default(),
             short_from: AtomicU64::new(u64::MAX),
             room_below: AtomicU64::new(u64::MAX),
-            share: AtomicU64::new(u64::MAX),
+            share: AtomicU64::new(UNRECKONED),
+            look_from: AtomicU64::new(u64::MAX),
+            look: Notify::new(),
             room,
             started: Instant::now(),
         }
@@ -95,16 +106,32 @@ impl NodeHeld {
         self.fell(self.bytes());
     }
 
-    pub(super) fn set_share(&self, bytes: u64) {
-        self.share.store(bytes, Relaxed);
+    /// Sets what one may hold while memory is short, and from where on that is to be reckoned anew.
+    pub(super) fn set_share(&self, bytes: Option<u64>, look_from: u64) {
+        let share = bytes.map_or(UNRECKONED, |bytes| bytes.min(UNRECKONED - 1));
+        self.share.store(share, Relaxed);
+        self.look_from.store(look_from, Relaxed);
     }
 
-    /// The most that one caller, or one family, may hold while memory is short.
-    pub(super) fn share(&self) -> u64 {
-        self.share.load(Relaxed)
+    /// Waits until shares are to be reckoned anew. For one task.
+    pub(super) async fn outdated(&self) {
+        self.look.notified().await;
+    }
+
+    /// Whether one that holds so much has more than its share.
+    fn is_above_share(&self, bytes: u64) -> bool {
+        match self.share.load(Relaxed) {
+            // Whoever holds the greater part is heaviest, whatever the shares are.
+            UNRECKONED => bytes > self.bytes() / 2,
+            share => bytes > share,
+        }
     }
 
     fn grew(&self, to: u64) {
+        if to >= self.look_from.load(Relaxed) {
+            self.look_from.store(u64::MAX, Relaxed);
+            self.look.notify_one();
+        }
         if to >= self.short_from.load(Relaxed) && !self.room.is_short(Short::Memory) {
             self.room.set(Short::Memory, true);
         }
@@ -194,13 +221,19 @@ impl Holding {
     /// nobody does.
     pub fn is_above_share(&self) -> bool {
         self.sums.as_ref().is_some_and(|HeldSums { group, node, .. }| {
-            node.room.is_short(Short::Memory) && group.bytes() > node.share()
+            node.room.is_short(Short::Memory) && node.is_above_share(group.bytes())
         })
     }
 
-    /// Whether memory is short on the node.
-    pub fn is_short(&self) -> bool {
-        self.sums.as_ref().is_some_and(|HeldSums { node, .. }| node.room.is_short(Short::Memory))
+    /// Whether memory is so short that nothing may wait in it, whoever holds the rest: with more than [`SHARES`] callers all
+    /// may be below their shares.
+    ///
+    /// [`SHARES`]: super::budget::SHARES
+    pub fn is_out_of_memory(&self) -> bool {
+        self.sums.as_ref().is_some_and(|HeldSums { node, .. }| {
+            let short_from = node.short_from.load(Relaxed);
+            node.bytes() > short_from.saturating_add(short_from / WELL_BEYOND)
+        })
     }
 
     /// Counts an answer that was no work to conserve: a refusal, or an error that the caller made. Returns how long its
@@ -289,8 +322,9 @@ mod tests {
         let sums = HeldSums { caller: Arc::default(), group: Arc::clone(&group), node: Arc::clone(&node) };
         let holding = Holding::in_sums(sums);
         node.bound(70, 65);
-        node.set_share(50);
+        node.set_share(Some(50), 69);
         holding.hold(69);
+        node.outdated().await;
         assert!(room.is_there() && !holding.is_above_share());
         holding.hold(1);
         assert!(room.is_short(Short::Memory) && holding.is_above_share());

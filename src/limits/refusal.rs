@@ -140,6 +140,7 @@ impl Refusal {
         match (self.reason, self.stage, self.charged_as) {
             (Reason::Blocked, Stage::Identity, _) => "its SPIFFE ID is blocked",
             (Reason::Blocked, ..) => "the caller is blocked",
+            (Reason::Memory, ..) => "the caller holds its share of memory",
             (Reason::InFlight, Stage::Node, _) => "as many callers are being attested as may be",
             (Reason::InFlight, ..) => "as many of the caller's calls are being attested as may be",
             (_, Stage::Node, _) => "all callers of the node together have no tokens left",
@@ -159,7 +160,7 @@ impl Refusal {
     /// Why a limit refuses that nobody set.
     fn because(&self) -> &'static str {
         match (self.origin, self.reason) {
-            (Origin::ByDefault, Reason::Rate) => ", and the node has no room",
+            (Origin::ByDefault, Reason::Rate | Reason::Memory) => ", and the node has no room",
             _ => "",
         }
     }
@@ -170,7 +171,9 @@ impl Refusal {
         match self.reason {
             Reason::Rate => self.origin == Origin::ByDefault,
             Reason::InFlight => true,
-            Reason::Blocked | Reason::Connections | Reason::Memory => false,
+            // A call that waits holds what there is too little of.
+            Reason::Memory => false,
+            Reason::Blocked | Reason::Connections => false,
         }
     }
 

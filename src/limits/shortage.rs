@@ -42,11 +42,20 @@ impl Shortage {
         }
     }
 
+    /// From where on it is to be looked at again, by what is held.
+    pub(super) fn look_from(&self) -> u64 {
+        let Some(whole) = self.whole else { return u64::MAX };
+        let line = self.bounds().0;
+        if self.is_short() {
+            self.looked_at.saturating_sub(self.other).saturating_add(whole / STEP).max(line)
+        } else {
+            line
+        }
+    }
+
     /// Whether it was looked at too long ago, by what is held meanwhile.
     pub(super) fn is_outdated(&self, held: u64) -> bool {
-        let step = self.whole.map_or(u64::MAX, |whole| whole / STEP);
-        let line = self.bounds().0;
-        held >= line && (!self.is_short() || self.used(held).saturating_sub(self.looked_at) > step)
+        held >= self.look_from()
     }
 
     /// What is taken in all.

@@ -47,6 +47,9 @@ const AT_LATEST: Duration = Duration::from_millis(100);
 /// What the thread may need of a stack, in bytes.
 const STACK: usize = 64 * 1024;
 
+/// Waits for a grace period. Answers whether the kernel told of its end.
+pub(super) type GracePeriod = fn() -> bool;
+
 /// How many connections may be accepted.
 #[derive(Debug)]
 pub(super) struct Allowance {
@@ -64,11 +67,11 @@ pub(super) struct Allowance {
 }
 
 impl Allowance {
-    /// Starts the thread, which waits for a grace period with `period`: that answers whether the kernel told of one.
+    /// Starts the thread, which waits with `period`, or for [`BY_TIME`].
     ///
     /// # Errors
     /// It cannot be started.
-    pub(super) fn start(headroom: Headroom, period: fn() -> bool) -> io::Result<Self> {
+    pub(super) fn start(headroom: Headroom, period: GracePeriod) -> io::Result<Self> {
         let headroom = Arc::new(headroom);
         let (ask, asked) = sync_channel(1);
         let (ends, ended) = watch::channel(0);
@@ -145,7 +148,7 @@ fn wait_for_periods(
     asked: &Receiver<()>,
     ended: &watch::Sender<u64>,
     headroom: &Headroom,
-    period: fn() -> bool,
+    period: GracePeriod,
 ) {
     let mut known: Option<Instant> = None;
     while asked.recv().is_ok() {
@@ -180,7 +183,7 @@ mod tests {
         fs::write(at.join("memory.current"), ((1 << 30) - left).to_string()).unwrap();
     }
 
-    fn start(at: &Path, period: fn() -> bool) -> Allowance {
+    fn start(at: &Path, period: GracePeriod) -> Allowance {
         Allowance::start(Headroom::of(&at.join("self"), at).unwrap(), period).unwrap()
     }
 
@@ -200,7 +203,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn as_many_as_fit_are_taken_to_a_period_by_the_kernel_and_by_time() {
-        let ways: [(&str, fn() -> bool); 2] =
+        let ways: [(&str, GracePeriod); 2] =
             [("as the kernel tells", || grace_period().is_ok()), ("by time", || false)];
         for (case, period) in ways {
             let dir = tempfile::tempdir().unwrap();

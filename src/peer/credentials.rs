@@ -19,7 +19,10 @@
 use std::{
     fs, io,
     os::{fd::AsFd, unix::fs::MetadataExt as _},
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
 };
 
 use nix::{
@@ -30,7 +33,10 @@ use nix::{
 use procfs::{ProcError, process::Process as ProcProcess};
 
 use crate::{
-    limits::caller::{Caller, CallerKey},
+    limits::{
+        caller::{Caller, CallerKey},
+        holding::Holding,
+    },
     os::pidfd::{Owner, Pidfd},
     peer::slot::PeerSlot,
 };
@@ -57,6 +63,8 @@ pub struct Peer {
     changed: AtomicBool,
     /// Its connection is to end.
     sent_away: AtomicBool,
+    /// What its connection holds, once it was let in.
+    holding: OnceLock<Arc<Holding>>,
     slot: PeerSlot,
 }
 
@@ -251,6 +259,7 @@ impl Peer {
             owner_from: OwnerFrom::Pidfd,
             changed: AtomicBool::new(false),
             sent_away: AtomicBool::new(false),
+            holding: OnceLock::new(),
             slot: PeerSlot::default(),
         }
     }
@@ -370,6 +379,11 @@ impl Peer {
         self.changed.load(Relaxed)
     }
 
+    /// What its connection holds, which is said there. The first word counts.
+    pub(super) fn holds(&self, holding: &Arc<Holding>) {
+        let _first = self.holding.set(Arc::clone(holding)).is_ok();
+    }
+
     /// Its connection is to end. The streams that rest on it have to be woken for it.
     pub(super) fn send_away(&self) {
         self.sent_away.store(true, Relaxed);
@@ -395,6 +409,10 @@ impl Peer {
 impl Caller for Peer {
     fn caller_key(&self) -> CallerKey {
         self.caller
+    }
+
+    fn is_above_share(&self) -> bool {
+        self.holding.get().is_some_and(|holding| holding.is_above_share())
     }
 }
 

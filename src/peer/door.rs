@@ -224,6 +224,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
     ) -> Result<(), NotTaken> {
         let peer = Arc::new(arrival.let_in(&stream)?);
         let holding = G::holding(&permit);
+        peer.holds(&holding);
         // Only now does the runtime hear of it.
         let stream = stream.admit(permit)?;
         let InForce { bounds, http2 } = &self.in_force;

@@ -47,7 +47,7 @@ where
     type Body = B;
 }
 
-/// Stands in the extensions of a request that is to be refused at once: the node is short of memory, and it would have to
+/// Stands in the extensions of a request that is to be refused at once: the node is out of memory, and it would have to
 /// wait in it behind others of its connection.
 #[derive(Clone, Copy, Debug)]
 pub struct Crowded;

@@ -249,8 +249,8 @@ pub(super) struct Turn {
 }
 
 impl Turn {
-    /// A request has come. Its answer may be made when [`Self::poll_begin`] says so. While memory is short none waits
-    /// behind others: [`Self::is_crowded`].
+    /// A request has come. Its answer may be made when [`Self::poll_begin`] says so. Without memory none waits behind
+    /// others: [`Self::is_crowded`].
     pub(super) fn begin(turns: &Arc<Turns>) -> Self {
         let (slot, call, goes, crowded) = turns.with(|slots| {
             if slots.open > 0 {
@@ -260,8 +260,9 @@ impl Turn {
             slots.begun += 1;
             let at = slots.slots.iter().position(TurnSlot::is_free).unwrap_or(slots.slots.len());
             let reckoned = slots.unsent.begin();
-            let crowded = reckoned.is_none() && turns.holding.is_short();
-            let waits = reckoned.is_none() && !crowded;
+            // What is about to be refused for what its caller holds is refused at once: to wait takes memory.
+            let crowded = reckoned.is_none() && turns.holding.is_out_of_memory();
+            let waits = reckoned.is_none() && !crowded && !turns.holding.is_above_share();
             if waits {
                 slots.unsent.wait(at);
                 turns.holding.hold(WAITING);

@@ -6,8 +6,9 @@
 use std::{
     fs,
     io::{Read as _, Write as _},
-    os::unix::{fs::PermissionsExt as _, net::UnixStream},
+    os::unix::{fs::PermissionsExt as _, net::UnixStream, process::CommandExt as _},
     path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -196,7 +197,8 @@ fn what_connections_take_is_what_they_are_reckoned_at() {
         let now = agent.measured();
         let (took, of) = (now.saturating_sub(before), reckoned);
         println!("{case}: {} KiB measured, {} reckoned", took >> 10, of >> 10);
-        assert!(took <= of && took >= of / 3, "{case}: {took} bytes measured, {of} reckoned");
+        // What threads and tables take once, whoever comes.
+        assert!(took <= of + (1 << 20) && took >= of / 3, "{case}: {took} bytes measured, {of} reckoned");
     };
     let mut parked = agent.connections(600);
     hold("parked", 600 * PARKED);
@@ -224,91 +226,91 @@ fn what_connections_take_is_what_they_are_reckoned_at() {
     agent.wait_for("held", |held| held == 0);
 }
 
-/// Somebody else, where that can be: who cannot be another user has no neighbour.
-fn neighbour(agent: &Weighed) -> Option<std::process::Command> {
-    geteuid().is_root().then(|| {
-        use std::os::unix::process::CommandExt as _;
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_durward"));
-        command
-            .args(["api", "fetch", "jwt", "--audience", "neighbour", "--timeout", "60s"])
-            .env("SPIFFE_ENDPOINT_SOCKET", format!("unix://{}", agent.socket().display()))
-            .current_dir("/")
-            .stdin(std::process::Stdio::null())
-            .uid(NEIGHBOUR)
-            .gid(NEIGHBOUR);
-        command
-    })
-}
-
-/// Who holds most gives way, the newest first, and is told so; a caller below its share keeps its stream, and one that holds
-/// nothing is served.
+/// Who holds its share gets no more; when there is less of it the newest of whoever holds most are told to come back. A
+/// caller below its share keeps its stream, and one that holds nothing is served.
 #[test]
 fn who_holds_most_gives_way_and_nobody_else() {
-    // What this user is limited by is bytes alone. Half of the sizes at which an agent of this build begins.
-    let own = format!("override \"uid:{}\" {{ unlimited = true }}", geteuid());
-    let limits = format!(
-        "caller {{ {own} }} identity {{ unlimited = true }} node {{ unlimited = true cpu = 4096 }} \
-         gate {{ caller {{ unlimited = true }} connection {{ handshake_timeout = \"5m\" }} }}"
-    );
-    let agent = Weighed::start("heaviest", &limits);
+    // What this user is limited by is bytes alone.
+    let limits = "caller { unlimited = true } identity { unlimited = true } node { unlimited = true cpu = 4096 } \
+                  gate { caller { unlimited = true } connection { handshake_timeout = \"5m\" } }";
+    let agent = Weighed::start("heaviest", limits);
+    let reload = |budget: u64| {
+        let blocks = blocks(agent.dir.path(), &format!("{limits} memory {{ limit = {budget} }}"));
+        write_config(agent.dir.path(), &blocks);
+        agent.process.signal(Signal::SIGHUP);
+        agent.wait_for("budget", |told| told == budget);
+    };
     assert_eq!(call(&agent.socket(), FETCH_JWT, &jwt_request("first"), PATIENCE), Called::Answered);
     agent.wait_for("held", |held| held == 0);
     let base = agent.measured().max(agent.memory("used"));
     // Connections may take eight MiB until it runs short.
     let budget = (base + (8 << 20)) * 100 / 70;
-    write_config(
-        agent.dir.path(),
-        &blocks(agent.dir.path(), &format!("{limits} memory {{ limit = {budget} }}")),
-    );
-    agent.process.signal(Signal::SIGHUP);
-    agent.wait_for("budget", |told| told == budget);
+    reload(budget);
 
     // A neighbour with a stream, before anybody else.
-    let watching = neighbour(&agent).map(|mut command| {
-        command.args(["--timeout", "60s"]);
-        let mut watch = std::process::Command::new(env!("CARGO_BIN_EXE_durward"));
-        watch
-            .args(["api", "watch"])
-            .envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))))
-            .current_dir("/")
-            .stdin(std::process::Stdio::null())
-            .stdout(std::process::Stdio::null())
-            .stderr(std::process::Stdio::null());
-        {
-            use std::os::unix::process::CommandExt as _;
-            watch.uid(NEIGHBOUR).gid(NEIGHBOUR);
-        }
-        watch.spawn().unwrap()
-    });
-    // Each holds some 600 KiB: more than there is room for.
+    let watching = neighbour(&agent, &["watch"]).map(|mut command| Watching(command.spawn().unwrap()));
+    // Each would hold some 600 KiB: more than there is room for.
     let mut hog = agent.connections(30);
     let mut gone = vec![false; hog.len()];
-    let began = Instant::now();
-    let mut open = 0;
-    while !gone.contains(&true) {
-        assert!(began.elapsed() < PATIENCE, "nobody was told\n{}", agent.log());
+    for open in (0..100).step_by(5) {
         for (nth, stream) in hog.iter_mut().enumerate() {
-            gone[nth] |= open < 100 && watch(stream, open, 5).is_err();
+            gone[nth] |= watch(stream, open, 5).is_err();
             gone[nth] |= drain(stream);
         }
-        open = (open + 5).min(100);
     }
-    thread::sleep(Duration::from_secs(1));
-    for (nth, stream) in hog.iter_mut().enumerate() {
-        gone[nth] |= drain(stream);
+    println!("{gone:?}");
+    let used = agent.wait_for("used", |used| used >= budget * 65 / 100);
+    let more = call(&agent.socket(), FETCH_JWT, &jwt_request("more"), PATIENCE);
+    assert_ne!(more, Called::Answered, "it has its share");
+    println!("{} KiB are used of {}", used >> 10, budget >> 10);
+    assert!(used >= budget * 65 / 100 && used <= budget * 85 / 100, "{used} of {budget}\n{}", agent.log());
+    assert!(!gone.contains(&true), "nobody was told to go: {gone:?}\n{}", agent.log());
+
+    let less = used * 100 / 88;
+    reload(less);
+    let began = Instant::now();
+    while !gone[hog.len() - 1] {
+        assert!(began.elapsed() < PATIENCE, "nobody was told\n{}", agent.log());
+        for (nth, stream) in hog.iter_mut().enumerate() {
+            gone[nth] |= drain(stream);
+        }
     }
-    assert!(gone[hog.len() - 1] && !gone[0], "the newest go: {gone:?}\n{}", agent.log());
-    assert!(agent.memory("used") <= budget, "{} of {budget}", agent.memory("used"));
+    agent.wait_for("used", |used| used <= less * 85 / 100);
+    assert!(!drain(&mut hog[0]), "the oldest stay: {gone:?}\n{}", agent.log());
     let told = format!("caller=uid:{}", geteuid());
     assert!(agent.log().contains(&told), "{}", agent.log());
-    if let Some(mut command) = neighbour(&agent) {
+    if let (Some(mut command), Some(mut watching)) =
+        (neighbour(&agent, &["fetch", "jwt", "--audience", "a"]), watching)
+    {
         let out = command.output().unwrap();
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-        let mut watching = watching.unwrap();
-        assert_eq!(watching.try_wait().unwrap(), None, "its stream is open");
-        watching.kill().unwrap();
-        watching.wait().unwrap();
+        assert_eq!(watching.0.try_wait().unwrap(), None, "its stream is open");
         assert!(!agent.log().contains(&format!("caller=uid:{NEIGHBOUR}")), "{}", agent.log());
+    }
+}
+
+/// `durward api` of somebody else; `None` for whoever cannot be anybody else.
+fn neighbour(agent: &Weighed, words: &[&str]) -> Option<Command> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_durward"));
+    command
+        .arg("api")
+        .args(words)
+        .env("SPIFFE_ENDPOINT_SOCKET", format!("unix://{}", agent.socket().display()))
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .uid(NEIGHBOUR)
+        .gid(NEIGHBOUR);
+    geteuid().is_root().then_some(command)
+}
+
+/// Ended with the test.
+struct Watching(Child);
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
     }
 }
 
@@ -352,7 +354,7 @@ fn a_caller_has_its_share_of_places_and_a_neighbour_finds_one() {
         assert!(began.elapsed() < PATIENCE, "{}", agent.log());
         thread::sleep(Duration::from_millis(100));
     }
-    if let Some(mut command) = neighbour(&agent) {
+    if let Some(mut command) = neighbour(&agent, &["fetch", "jwt", "--audience", "a"]) {
         let out = command.output().unwrap();
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     }
