@@ -2,9 +2,11 @@
 
 use metrics::{Counter, Gauge};
 
+use super::meter::ChargedMemory;
+
 use crate::{
     limits::gate::MemoryStanding,
-    os::{cgroup::ChargedMemory, clock::Clock},
+    os::clock::Clock,
     telemetry::registry::{By, Registry, float_u64, labels, unix_time},
 };
 

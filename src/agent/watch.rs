@@ -112,7 +112,7 @@ impl Watch {
     }
 
     /// What the process uses by now, whatever it was reckoned at. Where it is alone in a cgroup that is what is charged to
-    /// that, which may be late, or its own pages. Those of its program are charged to whoever read them first, and
+    /// that, or its own pages. Those of its program are charged to whoever read them first, and
     /// dropped before anybody is killed; elsewhere they count.
     fn measured(&self) -> Option<u64> {
         let own = heap::resident_set()?;
