@@ -35,6 +35,7 @@
 //! peer/wire       each byte is written by who connected           another's: GOAWAY; with a descriptor: close
 //!                 :authority, which h2 would judge, is written over; the budget of frames between requests
 //! (hyper, tonic)  HTTP/2, decode; the connection carries its Peer
+//! peer/service    what answers it fits what the connection may leave unread                waits
 //! api/call        1 security header -> Call                              InvalidArgument
 //!                 2 call.admit(limits).await -> Admitted                 ResourceExhausted, Unavailable
 //! api/workload    3 query: audience, SPIFFE ID                           InvalidArgument
@@ -141,6 +142,14 @@
 //! **No kernel state for whom the gate refuses.** Whom to charge needs no pidfd where pods are not looked
 //! for, so the gate is asked first, and a refused connection is never registered with the runtime: both were
 //! most of what a refusal cost.
+//!
+//! **Answers wait for room, and not the connection for their readers.** A peer that asks and never reads may pin 64 KiB of
+//! answers, or one that is larger; who asks on waits in the order of arrival. The other way is to read no more from its
+//! socket: then one that reads slowly could not say so (WINDOW_UPDATE), and both sides would wait for ever. A request that
+//! waits for its own rest gives way, and the end of an answer need not fit, for the same reason ([`peer`]).
+//!
+//! **Refusals and mistakes are paced by reading.** They are answered, 5,000 a second to one caller, since a client has to
+//! know; beyond that its connections are read no more for a moment. To answer later would keep what was asked.
 //!
 //! **Attestation is reused for at most a second, on one connection.** What could change unseen is only a process's
 //! supplementary groups; that it lives, its user and its group are looked at in every call and update ([`attest`]).

@@ -61,6 +61,7 @@ pub mod gate_plan;
 pub mod gate_settings;
 pub mod holding;
 pub mod id_pattern;
+mod identity_stage;
 mod ledger;
 pub mod method;
 pub mod pace;

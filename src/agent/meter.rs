@@ -120,7 +120,7 @@ pub(super) async fn keep_time(limits: Limits, gate: Gate) {
             elapsed: now.0.saturating_duration_since(before.0),
             used: now.1.saturating_sub(before.1),
             served: now.2.saturating_sub(before.2),
-            wanting: gate.wanting(),
+            wanting: gate.wanting().saturating_add(limits.wanting()),
         };
         before = now;
         let short = time.look(gate.processor_share(), spell);

@@ -22,7 +22,7 @@ labels! {
 
 labels! {
     /// What of memory is told.
-    pub(super) enum MemoryOf, "of" {
+    pub(super) enum MemoryOf, "kind" {
         /// What the agent may use; 0 for no bound.
         Budget = "budget",
         /// What counts as used: the larger of what is reckoned and what is measured.

@@ -28,6 +28,7 @@ use crate::{
     limits::{
         self, CallerKey, ConnectionPermit, ConnectionRefusal, Limits, Method,
         budget::Pressure,
+        gate::MemoryStanding,
         refusal::Stage,
         report::{BucketName, Heavy, Standing},
         room::Short,
@@ -50,6 +51,8 @@ pub const MOST: u32 = 1000;
 /// What there may be no room of, as people are told.
 const SHORTAGES: [(Short, &str); 3] =
     [(Short::Memory, "memory"), (Short::Descriptors, "descriptors"), (Short::Processor, "processor")];
+/// How many are told of those who take from a bucket, and as many of those who go without.
+const FOREMOST: usize = 8;
 /// How many of the entries that nearly match are told.
 const NEAREST: usize = 5;
 /// The largest request, in bytes: each holds one number.
@@ -107,6 +110,8 @@ pub struct AdminParts {
     /// Whom a process is charged as.
     pub keys: Arc<PodOrUid>,
     pub store: Arc<Store>,
+    /// What is charged to the agent's cgroup, if it is alone in one, and the kernel's part of it, in bytes.
+    pub charged: Box<dyn Fn() -> Option<(u64, u64)> + Send + Sync>,
 }
 
 /// The one service of the admin socket. Cheap to clone.
@@ -174,15 +179,11 @@ impl AdminParts {
                 .gate
                 .heaviest(top)
                 .into_iter()
-                .map(|(caller, open, _)| pb::Connections { caller: caller.to_string(), open })
+                .map(|(caller, open, held)| pb::Connections { caller: caller.to_string(), open, held })
                 .collect(),
             node_connections: self.gate.connections(),
             attestations_in_flight: self.limits.attestations(),
-            memory: Some(pb::Memory {
-                pressure: pressure(self.gate.memory().pressure).to_owned(),
-                budget: self.gate.memory().budget,
-                resident: heap::resident(),
-            }),
+            memory: Some(self.memory()),
             short_of: SHORTAGES
                 .into_iter()
                 .filter(|(short, _)| self.limits.room().is_short(*short))
@@ -197,6 +198,13 @@ impl AdminParts {
         }
     }
 
+    fn memory(&self) -> pb::Memory {
+        let MemoryStanding { budget, held, used, pressure: now } = self.gate.memory();
+        let (cgroup, kernel) = (self.charged)().unzip();
+        let pressure = pressure(now).to_owned();
+        pb::Memory { pressure, budget, resident: heap::resident(), used, held, cgroup, kernel }
+    }
+
     fn heavy(&self, stage: Stage, heavy: &Heavy) -> pb::Heavy {
         let standing = match (&heavy.name, stage) {
             (BucketName::Caller(caller), Stage::Gate) => Some(self.gate.standing(*caller)),
@@ -209,7 +217,7 @@ impl AdminParts {
             bucket: Some(bucket(stage, &heavy.name, heavy.what, standing)),
             used: heavy.used,
             refused: heavy.refused,
-            takings: heavy.takings.iter().map(taking).collect(),
+            takings: takings(heavy.takings.clone()),
             most_in_a_second: heavy.most,
         }
     }
@@ -278,8 +286,7 @@ impl AdminParts {
 
     /// A bucket, and who takes from it.
     fn bucket_of(&self, stage: Stage, name: &BucketName, method: Method, standing: Standing) -> pb::Bucket {
-        let takings = self.limits.takings(name, method);
-        let takings = takings.iter().map(taking).collect();
+        let takings = takings(self.limits.takings(name, method));
         pb::Bucket { takings, ..bucket(stage, name, method.rpc(), Some(standing)) }
     }
 }
@@ -321,6 +328,14 @@ fn why(key: CallerKey, source: KeySource) -> pb::Caller {
         KeySource::Unreadable => ("its user, as its cgroup cannot be read", String::new()),
     };
     pb::Caller { key: key.to_string(), why: why.to_owned(), cgroup_line }
+}
+
+/// Those who were refused most, and of the others those who take most.
+fn takings(mut all: Vec<Taking>) -> Vec<pb::Taking> {
+    if let Some(others) = all.get_mut(FOREMOST..) {
+        others.sort_by_key(|taking| std::cmp::Reverse(taking.used));
+    }
+    all.iter().take(2 * FOREMOST).map(taking).collect()
 }
 
 fn taking(taking: &Taking) -> pb::Taking {

@@ -89,24 +89,23 @@ impl Call {
             (Some(value), None) if value == "true" => {}
             _ => return Err(RequestError::NoSecurityHeader),
         }
-        let timeout =
-            request.metadata().get("grpc-timeout").and_then(|text| Patience::parse(text.as_bytes()));
         let call = Self::without_header(request.extensions(), method)?;
-        let patience = if request.get_ref().kept() <= PATIENT {
-            timeout.unwrap_or(call.patience)
-        } else {
-            Patience::NONE
-        };
+        if request.get_ref().kept() > PATIENT {
+            return Ok(call);
+        }
+        let timeout = request.metadata().get("grpc-timeout");
+        let patience = timeout.and_then(|text| Patience::parse(text.as_bytes())).unwrap_or(Patience::USUAL);
         Ok(Self { patience, ..call })
     }
 
-    /// A call of a service that asks for no security header: health and reflection.
+    /// A call of a service that asks for no security header: health and reflection. It waits for nothing: its body was
+    /// not read yet, and may pin what it came in.
     ///
     /// # Errors
     /// [`RequestError::NoPeer`], which is a mistake of ours.
     pub fn without_header(extensions: &Extensions, method: Method) -> Result<Self, RequestError> {
         let caller = Arc::clone(extensions.get().ok_or(RequestError::NoPeer)?);
-        Ok(Self { caller, method, patience: Patience::USUAL, reached: Reached::of(extensions).cloned() })
+        Ok(Self { caller, method, patience: Patience::NONE, reached: Reached::of(extensions).cloned() })
     }
 
     /// What is called.

@@ -149,8 +149,8 @@ impl hyper::service::Service<Request<RequestBody>> for Services {
         let answer = if service_of(request.uri().path()) == WORKLOAD {
             self.workload.clone().call(request.map(grpc_body))
         } else {
-            let services = self.clone();
-            Box::pin(async move { services.other(request).await })
+            // Not within another block: it would keep the request and these twice.
+            Box::pin(self.clone().other(request))
         };
         HeadAnswer::new(answer, head)
     }

@@ -1,7 +1,6 @@
 //! The decisions about a call, before and after attestation.
 //!
-//! [`Limits::admit_caller`] gives an [`Admitted`], without which nobody attests; [`Limits::admit_identities`]
-//! is asked with it once the identities are known. An [`Admitted`] holds the caller's tokens while the call
+//! [`Limits::admit`] gives an [`Admitted`], without which nobody attests; [`Limits::admit_for`] is asked with it once the identities are known. An [`Admitted`] holds the caller's tokens while the call
 //! runs, and settles when it is dropped: so a call that is cancelled half-way is paid, and one that is refused
 //! is not. A decision takes no memory, and a lock is held for a table look-up. What a short wait may help with waits for
 //! it ([`waiting`](super::waiting)). Which bucket in what order: see [`super`].
@@ -16,8 +15,8 @@ use super::{
     caller::{Caller, CallerKey},
     caller_pattern::CallerPattern,
     counters::Decision,
-    id_pattern::IdPattern,
-    ledger::{Attempt, CallPlan, Identities, Ledger, Question, Shortcoming},
+    identity_stage::IdentityCall,
+    ledger::{Attempt, CallPlan, Ledger, Question, Shortcoming},
     method::Method,
     patience::{FOR_TOKENS, Patience},
     policy::Choice,
@@ -28,7 +27,6 @@ use super::{
     settings::LimitSettings,
     shares::Taker,
     slots::{AttestationSlot, Full},
-    table::ChargedTo,
     waiting::WaitOfCall,
 };
 use crate::{identity::SpiffeId, os::clock::Clock, telemetry::registry::Registry};
@@ -94,9 +92,12 @@ impl Limits {
         method: Method,
         patience: Patience,
     ) -> Result<Admitted<P>, Refusal> {
-        let mut entering = Entering::new(&self.ledger, &peer, method, patience);
-        let attempt = entering.call.waiting.first();
-        if let Err(refusal) = entering.go_on(attempt) {
+        let now = self.ledger.now();
+        let waiting = WaitOfCall::new(now, patience);
+        let call = CallerCall { caller: peer.caller_key(), method, waiting };
+        let mut entering = Entering { ledger: &self.ledger, peer: &peer, call, passed: None, slot: None };
+        let attempt = waiting.first();
+        if let Err(refusal) = entering.go_on(now, attempt) {
             self.ledger.want(&refusal);
             if attempt.ends(&refusal) {
                 return Err(refusal);
@@ -250,17 +251,10 @@ struct Passed {
     needs_slot: bool,
 }
 
-impl<'a, P: Caller> Entering<'a, P> {
-    fn new(ledger: &'a Arc<Ledger>, peer: &'a P, method: Method, patience: Patience) -> Self {
-        let waiting = WaitOfCall::new(ledger.now(), patience);
-        let call = CallerCall { caller: peer.caller_key(), method, waiting };
-        Self { ledger, peer, call, passed: None, slot: None }
-    }
-
+impl<P: Caller> Entering<'_, P> {
     /// Goes on from where it had to stop, as far as it comes.
-    fn go_on(&mut self, attempt: Attempt) -> Result<(), Refusal> {
+    fn go_on(&mut self, now: u64, attempt: Attempt) -> Result<(), Refusal> {
         let plan = self.ledger.plan();
-        let now = self.ledger.now();
         let passed = match &mut self.passed {
             Some(passed) => passed,
             none => none.insert(self.ledger.charge_caller(&plan, &self.call, now, attempt)?),
@@ -279,7 +273,7 @@ impl<'a, P: Caller> Entering<'a, P> {
     async fn wait(&mut self, mut refusal: Refusal) -> Result<(), Refusal> {
         let ledger = self.ledger;
         let group = ledger.plan().families.group(self.call.caller);
-        let Ok(place) = ledger.places.take(group) else { return self.go_on(Attempt::Last) };
+        let Ok(place) = ledger.places.take(group) else { return self.go_on(ledger.now(), Attempt::Last) };
         loop {
             let attempt = if refusal.reason == Reason::InFlight {
                 self.slot = self.call.waiting.for_attestation(ledger, group).await;
@@ -289,7 +283,7 @@ impl<'a, P: Caller> Entering<'a, P> {
                 self.slot = None;
                 self.call.waiting.for_tokens(ledger, &refusal, place.nth()).await
             };
-            match self.go_on(attempt) {
+            match self.go_on(ledger.now(), attempt) {
                 Err(next) if !attempt.ends(&next) => refusal = next,
                 done => return done,
             }
@@ -297,35 +291,10 @@ impl<'a, P: Caller> Entering<'a, P> {
     }
 }
 
-/// A call at the identity stage.
-struct IdentityCall<'a> {
-    plan: &'a CallPlan,
-    method: Method,
-    taker: Taker,
-    caller_exempt: bool,
-    now: u64,
-    attempt: Attempt,
-}
-
-/// As whom the one is charged whose own bucket is this, or would be.
-fn charged_as(place: ChargedTo, own: ChargedAs) -> ChargedAs {
-    match place {
-        ChargedTo::Own(_) => own,
-        ChargedTo::Overflow | ChargedTo::Stray => ChargedAs::Overflow,
-    }
-}
-
 pub(super) fn caller_name(caller: CallerKey, choice: &Choice<'_, CallerPattern>) -> BucketName {
     match choice.shared {
         Some(pattern) => BucketName::Callers((**pattern).clone()),
         None => BucketName::Caller(caller),
-    }
-}
-
-pub(super) fn identity_name(id: &SpiffeId, choice: &Choice<'_, IdPattern>) -> BucketName {
-    match choice.shared {
-        Some(mask) => BucketName::Masked(id.clone(), Arc::clone(mask)),
-        None => BucketName::Identity(id.clone()),
     }
 }
 
@@ -360,7 +329,7 @@ impl Ledger {
                     .hold_by(now, &ask, short, || (caller_name(caller, &choice), method.rpc()))
                 {
                     Ok(tokens) => {
-                        allowed = Some(charged_as(tokens.place, own));
+                        allowed = Some(tokens.place.charged_as(own));
                         held = Some(tokens);
                         None
                     }
@@ -458,97 +427,5 @@ impl Ledger {
             passed.allowed = None;
         }
         Ok(None)
-    }
-
-    /// The buckets of the identities, and the node's: all of them, or none.
-    fn charge_identities<'a: 'p, 'p>(
-        &self,
-        call: &IdentityCall<'p>,
-        ids: impl Iterator<Item = &'a SpiffeId>,
-    ) -> Result<(), Refusal> {
-        let IdentityCall { plan, method, taker, caller_exempt, now, attempt } = *call;
-        let mut guard = self.identities();
-        let identities = &mut *guard;
-        identities.held.clear();
-        // Without an identity (a verifier that need not have one) the node alone is charged.
-        let (mut node_counts, mut nobody) = (false, true);
-        // Of several that refuse, the one that no waiting helps with, or that is to be waited for longest.
-        let mut longest: Option<(Shortcoming, &SpiffeId, Choice<'_, IdPattern>)> = None;
-        for id in ids {
-            nobody = false;
-            let choice = plan.identity.choose(id, method);
-            let limit = self.limit(choice.rule);
-            node_counts |= limit.0 != Limit::Exempt;
-            let Some(lack) = self.charge_identity(call, identities, id, &choice, limit) else { continue };
-            if plan.dry || choice.rule.dry_run {
-                let decision = Decision::WouldRefuse(lack.reason);
-                self.counters.count(Stage::Identity, Some(method), lack.charged_as, decision);
-            } else if longest.as_ref().is_none_or(|(longest, ..)| longest.is_before(&lack)) {
-                longest = Some((lack, id, choice));
-            }
-        }
-        let done = match longest {
-            Some((lack, id, choice)) => {
-                let question = Question { plan, stage: Stage::Identity, method, dry: false, attempt };
-                self.refuse(&question, lack, || Some(identity_name(id, &choice)))
-            }
-            None if (node_counts || nobody) && !caller_exempt => {
-                self.charge_node(plan, method, taker, now, attempt)
-            }
-            None => Ok(()),
-        };
-        self.settle_identities(call, identities, done.is_ok());
-        done
-    }
-
-    /// One identity's bucket: holds its tokens, or says why it refuses.
-    fn charge_identity<'a>(
-        &self,
-        call: &IdentityCall<'a>,
-        identities: &mut Identities,
-        id: &'a SpiffeId,
-        choice: &Choice<'a, IdPattern>,
-        (limit, origin): (Limit, Origin),
-    ) -> Option<Shortcoming> {
-        let IdentityCall { method, taker, caller_exempt, now, .. } = *call;
-        let own = if choice.shared.is_some() { ChargedAs::Shared } else { ChargedAs::SpiffeId };
-        let lacking =
-            |reason, retry_after| Some(Shortcoming { charged_as: own, reason, retry_after, origin });
-        let quota = match limit {
-            // Exempt is from every bucket; what is blocked is blocked.
-            Limit::Quota(quota) if !caller_exempt => quota,
-            Limit::Exempt | Limit::Unlimited | Limit::Quota(_) => {
-                self.counters.count(Stage::Identity, Some(method), own, Decision::Allowed);
-                return None;
-            }
-            Limit::Block => return lacking(Reason::Blocked, Duration::MAX),
-        };
-        let key = self.identity_key(id, method, choice);
-        let Identities { table, held } = identities;
-        if held.iter().any(|(other, _)| other.ask.key.hash == key.hash) {
-            return None;
-        }
-        let cost = choice.rule.costs().answer();
-        let ask = Ask { key, quota, cost, taker: Some(taker) };
-        let short = self.shortfall(origin);
-        match table.hold_by(now, &ask, short, || (identity_name(id, choice), method.rpc())) {
-            Ok(tokens) => {
-                held.push((tokens, charged_as(tokens.place, own)));
-                None
-            }
-            Err(wait) => lacking(Reason::Rate, wait),
-        }
-    }
-
-    /// Pays what is held, or gives it back.
-    fn settle_identities(&self, call: &IdentityCall<'_>, identities: &mut Identities, passed: bool) {
-        let Identities { table, held } = identities;
-        for (it, charged_as) in held.drain(..) {
-            let paid = table.settle_held(&it, if passed { it.ask.cost } else { 0 });
-            if passed {
-                self.counters.count(Stage::Identity, Some(call.method), charged_as, Decision::Allowed);
-                self.counters.count_soft_limits(call.plan.soft, Stage::Identity, paid);
-            }
-        }
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{
-    ask::Ask,
+    ask::{Ask, HeldTokens},
     ledger::Ledger,
     method::Method,
     refusal::Stage,
@@ -11,7 +11,6 @@ use super::{
     settings::SoftLimits,
     shares::Taker,
     slots::AttestationSlot,
-    table::HeldTokens,
     waiting::WaitOfCall,
 };
 use crate::identity::SpiffeId;

@@ -1,6 +1,10 @@
-//! What a call asks of a table of buckets: whose, how much, and on whose behalf.
+//! What a call asks of a table of buckets: whose, how much, and on whose behalf. And what it holds there.
 
-use super::{bucket::Quota, shares::Taker};
+use super::{
+    bucket::{Quota, Shortfall},
+    refusal::ChargedAs,
+    shares::Taker,
+};
 
 /// Whose bucket: a seeded hash of the key, and who could invent more keys like it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,4 +35,37 @@ pub(super) struct Ask {
     pub(super) cost: u32,
     /// Who asks, where several callers share the bucket.
     pub(super) taker: Option<Taker>,
+}
+
+/// Which bucket a call was charged to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ChargedTo {
+    /// Its own, which was here; it may have moved since, which is seen.
+    Own(u32),
+    /// Its parent's: there was no room.
+    Overflow,
+    /// The one of last resort: there was no room for another parent either.
+    Stray,
+}
+
+impl ChargedTo {
+    /// As whom the one is charged whose own bucket is this, or would be.
+    pub(super) fn charged_as(self, own: ChargedAs) -> ChargedAs {
+        match self {
+            Self::Own(_) => own,
+            Self::Overflow | Self::Stray => ChargedAs::Overflow,
+        }
+    }
+}
+
+/// Tokens held in a bucket of a table.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct HeldTokens {
+    pub(super) ask: Ask,
+    pub(super) place: ChargedTo,
+    /// So many of what was asked: less where a call passes without.
+    pub(super) tokens: u32,
+    /// Where its caller's share is, if callers have shares.
+    pub(super) share: Option<usize>,
+    pub(super) short: Shortfall,
 }

@@ -30,6 +30,9 @@ pub const LINGERING: u64 = 4 * 1024;
 pub const REPLIES: usize = 16;
 /// What one of these takes: its task, a buffer, the answer, and what the kernel keeps.
 pub const REPLY: u64 = 12 * 1024;
+/// All of them.
+#[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
+pub const REPLIES_AT_MOST: u64 = REPLIES as u64 * REPLY;
 /// A caller that held nothing, with one connection and one call.
 pub const NEWCOMER: u64 = PARKED + HTTP2 + 7 * 1024;
 /// Of a budget, newcomers have one part in so many set aside, at most.
@@ -71,6 +74,9 @@ pub const fn connection_with(streams: u32) -> u64 {
     let further = streams.saturating_sub(1) as u64;
     PARKED + HTTP2 + further * STREAM
 }
+
+/// A frame that is not complete, and a header block, of the largest size that HTTP/2 keeps.
+pub const UNFINISHED: u64 = 32 * 1024;
 
 /// A connection at its worst: so many streams open, [`UPLOADS`] of requests that never end, answers of [`UNSENT`] that
 /// nobody reads, and as many requests as there are streams that wait for room for theirs. Beside these there are the answers

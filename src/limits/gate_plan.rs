@@ -16,7 +16,7 @@ pub const DESCRIPTORS_PER_CONNECTION: u64 = 2;
 pub const OTHER_DESCRIPTORS: u64 = 80;
 /// The most refused connections that linger.
 const LINGERING: u64 = 2048;
-/// Of a memory budget, they have one part in so many.
+/// Of a memory budget, they have one part in so many, with those that are answered.
 const LINGERING_SHARE: u64 = 4;
 /// A caller whose connections are fewer has its share of them.
 const LEAST_SHARE: u64 = 8;
@@ -25,7 +25,9 @@ const FAMILY_SHARE: u32 = 4;
 
 /// How many refused connections may linger in a process that may have `nofile` descriptors and `budget` bytes.
 pub fn lingering(nofile: u64, budget: Option<u64>) -> u32 {
-    let in_memory = budget.map_or(u64::MAX, |budget| budget / LINGERING_SHARE / budget::LINGERING);
+    let in_memory = budget.map_or(u64::MAX, |budget| {
+        (budget / LINGERING_SHARE).saturating_sub(budget::REPLIES_AT_MOST) / budget::LINGERING
+    });
     u32::try_from((nofile / 8).min(LINGERING).min(in_memory)).unwrap_or(0)
 }
 

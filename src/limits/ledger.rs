@@ -14,7 +14,7 @@ use arc_swap::ArcSwap;
 use tokio::time::Instant;
 
 use super::{
-    ask::{BucketKey, Hasher},
+    ask::{BucketKey, Hasher, HeldTokens},
     bucket::Shortfall,
     caller::{CallerKey, Families},
     caller_pattern::CallerPattern,
@@ -30,7 +30,7 @@ use super::{
     settings::{LimitSettings, NodeQuota, SoftLimits},
     shares::{SharedBucket, Taker},
     slots::Slots,
-    table::{HeldTokens, Table},
+    table::Table,
 };
 use crate::{identity::SpiffeId, os::clock::Clock, telemetry::registry::Registry};
 

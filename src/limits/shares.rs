@@ -6,8 +6,8 @@
 //! the bucket is left. It is the one bucket that is paid from, so that no more passes than its limit; and a
 //! caller that is alone has all of it.
 //!
-//! [`MOST_TAKERS`] have a share each, the rest one together; a family is one taker
-//! ([`Families`](super::caller::Families)).
+//! [`MOST_TAKERS`] have a share each, of what the node shares [`MOST_OF_NODE`]; the others are parted at random into
+//! [`PARTIES`], which have a share each. A family is one taker ([`Families`](super::caller::Families)).
 
 use std::{collections::HashMap, time::Duration};
 
@@ -18,6 +18,12 @@ use super::{
 
 /// Callers with a share of their own in one bucket.
 const MOST_TAKERS: usize = 16;
+/// The same in a bucket of the node.
+const MOST_OF_NODE: usize = 256;
+/// How long it is taken to be known how many are active, in nanoseconds.
+const COUNTED_FOR: u64 = 10_000_000;
+/// Shares of those together that have none of their own: few of them meet one that shouts.
+const PARTIES: u64 = 64;
 /// Buckets whose callers are told apart. More are first come, first served.
 const MOST_SHARED: usize = 1024;
 /// How long a caller counts after it asked, in nanoseconds: as long as the bucket takes to fill, within these bounds.
@@ -42,23 +48,46 @@ pub struct Taking {
     pub refused: u32,
 }
 
+/// Whose a share is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum ShareOf {
+    Group(u64),
+    Party(u64),
+}
+
 #[derive(Debug)]
 struct TakerShare {
-    /// `None` where those stand together that have none.
-    group: Option<u64>,
+    of: ShareOf,
     own: Bucket,
     asked: u64,
     taking: Taking,
 }
 
 /// The shares of one bucket.
-#[derive(Debug, Default)]
-pub(super) struct Shares(Vec<TakerShare>);
+#[derive(Debug)]
+pub(super) struct Shares {
+    all: Vec<TakerShare>,
+    /// Where each is.
+    index: HashMap<ShareOf, usize, ahash::RandomState>,
+    /// So many takers may have a share of their own, and so many have.
+    most: usize,
+    owned: usize,
+    /// So many were active then.
+    active: usize,
+    counted: u64,
+}
+
+impl Default for Shares {
+    fn default() -> Self {
+        Self::of_at_most(MOST_TAKERS)
+    }
+}
 
 /// How a call stands to its bucket.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Claim {
-    at: usize,
+    /// Where its share is. It stays there while tokens of it are held.
+    pub(super) at: usize,
     /// Tokens that it must leave in the bucket.
     pub(super) leaves: u32,
     /// Whether a full bucket has enough for that.
@@ -81,18 +110,27 @@ impl Claim {
 }
 
 impl Shares {
+    fn of_at_most(most: usize) -> Self {
+        Self { all: Vec::new(), index: HashMap::default(), most, owned: 0, active: 0, counted: 0 }
+    }
+
     /// Looks how many tokens a call of `taker` must leave, and takes note that it asked.
     pub(super) fn claim(&mut self, now: u64, quota: Quota, cost: u32, taker: Taker) -> Claim {
         let active = quota.refill().clamp(*ACTIVE.start(), *ACTIVE.end());
         let is_active = |share: &TakerShare| now.saturating_sub(share.asked) < active || share.own.held > 0;
         let at = self.place(taker, is_active);
-        if let Some(share) = self.0.get_mut(at) {
-            share.asked = now;
-            share.taking.caller = share.group.map(|_| taker.caller);
+        if self.active == 0 || now.saturating_sub(self.counted) >= COUNTED_FOR {
+            self.active = self.all.iter().filter(|share| is_active(share)).count();
+            self.counted = now;
         }
-        let takers = self.0.iter().filter(|share| is_active(share)).count();
+        if let Some(share) = self.all.get_mut(at) {
+            self.active += usize::from(!is_active(share));
+            share.asked = now;
+            share.taking.caller = matches!(share.of, ShareOf::Group(_)).then_some(taker.caller);
+        }
+        let takers = self.active;
         let share = quota.part(u32::try_from(takers).unwrap_or(u32::MAX), cost);
-        let wait = self.0.get_mut(at).and_then(|it| it.own.try_hold(now, share, cost).err());
+        let wait = self.all.get_mut(at).and_then(|it| it.own.try_hold(now, share, cost).err());
         let kept = quota.burst().div_ceil(2);
         let leaves = if takers > 1 && wait.is_some() { kept } else { 0 };
         let leaves_take = Duration::from_nanos(u64::from(leaves).saturating_mul(quota.per_token));
@@ -102,7 +140,7 @@ impl Shares {
 
     /// The claim has passed: its tokens are held.
     pub(super) fn passed(&mut self, claim: Claim, cost: u32) {
-        if let Some(share) = self.0.get_mut(claim.at) {
+        if let Some(share) = self.all.get_mut(claim.at) {
             share.own.held = share.own.held.saturating_add(cost);
             share.taking.used = share.taking.used.saturating_add(1);
         }
@@ -111,66 +149,88 @@ impl Shares {
     /// The bucket has refused it. Returns when to come back: when the bucket has enough and to spare, or when it has
     /// enough and the share too.
     pub(super) fn refused(&mut self, claim: Claim, wait: Duration) -> Duration {
-        if let Some(share) = self.0.get_mut(claim.at) {
+        if let Some(share) = self.all.get_mut(claim.at) {
             share.taking.refused = share.taking.refused.saturating_add(1);
         }
         let with_share = claim.wait.max(wait.saturating_sub(claim.leaves_take));
         if claim.can_leave { wait.min(with_share) } else { with_share }
     }
 
-    /// A call that held tokens ends, and takes `cost`.
+    /// A call that held tokens of the share at this place ends, and takes `cost`.
     pub(super) fn settle(
         &mut self,
         now: u64,
         quota: Quota,
-        taker: Taker,
+        at: usize,
         held: u32,
         cost: u32,
         short: Shortfall,
     ) {
-        let group = Some(taker.group);
-        let known = self.0.iter().position(|it| it.group == group);
-        let takers = u32::try_from(self.0.len()).unwrap_or(u32::MAX);
-        let at = known.or_else(|| self.0.iter().position(|it| it.group.is_none()));
-        if let Some(share) = at.and_then(|at| self.0.get_mut(at)) {
+        let takers = u32::try_from(self.all.len()).unwrap_or(u32::MAX);
+        if let Some(share) = self.all.get_mut(at) {
             share.own.settle_by(now, quota.part(takers, cost), held, cost, short);
             share.taking.used = share.taking.used.saturating_sub(u32::from(held > 0 && cost == 0));
         }
     }
 
-    /// Who takes, those first that were refused most.
+    /// Where the share of a taker is, if it has one.
+    pub(super) fn at(&self, taker: Taker) -> Option<usize> {
+        self.find(ShareOf::Group(taker.group)).or_else(|| self.find(self.party(taker)))
+    }
+
+    /// Who takes, those first that were refused most; those together that have no share of their own.
     pub(super) fn takings(&self) -> Vec<Taking> {
-        let mut takings: Vec<_> = self.0.iter().map(|share| share.taking).collect();
+        let (own, parties): (Vec<_>, Vec<_>) =
+            self.all.iter().partition(|share| matches!(share.of, ShareOf::Group(_)));
+        let mut takings: Vec<Taking> = own.iter().map(|share| share.taking).collect();
+        let sum = |a: Taking, b: Taking| Taking {
+            caller: None,
+            used: a.used.saturating_add(b.used),
+            refused: a.refused.saturating_add(b.refused),
+        };
+        takings.extend(parties.iter().map(|share| share.taking).reduce(sum));
         takings.sort_by_key(|it| std::cmp::Reverse((it.refused, it.used)));
         takings
     }
 
+    fn find(&self, of: ShareOf) -> Option<usize> {
+        self.index.get(&of).copied()
+    }
+
+    fn party(&self, taker: Taker) -> ShareOf {
+        ShareOf::Party(self.index.hasher().hash_one(taker.group) % PARTIES)
+    }
+
     /// Where the share of `taker` is; makes one, in the place of one whose taker has not asked for long, if it must.
     fn place(&mut self, taker: Taker, is_active: impl Fn(&TakerShare) -> bool) -> usize {
-        let group = Some(taker.group);
-        if let Some(at) = self.0.iter().position(|share| share.group == group) {
+        let group = ShareOf::Group(taker.group);
+        if let Some(at) = self.find(group) {
             return at;
         }
-        let fresh = |group: Option<u64>| TakerShare {
-            group,
+        let fresh = |of| TakerShare {
+            of,
             own: Bucket::default(),
             asked: 0,
             taking: Taking { caller: None, used: 0, refused: 0 },
         };
-        if let Some(at) = self.0.iter().position(|share| share.group.is_some() && !is_active(share)) {
-            if let Some(share) = self.0.get_mut(at) {
+        let left = |share: &TakerShare| matches!(share.of, ShareOf::Group(_)) && !is_active(share);
+        if let Some(at) = self.all.iter().position(left) {
+            if let Some(share) = self.all.get_mut(at) {
+                self.index.remove(&share.of);
                 *share = fresh(group);
             }
+            self.index.insert(group, at);
             return at;
         }
-        let own = self.0.len() < MOST_TAKERS;
-        match self.0.iter().position(|share| share.group.is_none()) {
-            Some(at) if !own => at,
-            _ => {
-                self.0.push(fresh(if own { group } else { None }));
-                self.0.len() - 1
-            }
+        let own = self.owned < self.most;
+        let of = if own { group } else { self.party(taker) };
+        if let Some(at) = self.find(of) {
+            return at;
         }
+        self.owned += usize::from(own);
+        self.index.insert(of, self.all.len());
+        self.all.push(fresh(of));
+        self.all.len() - 1
     }
 }
 
@@ -198,11 +258,17 @@ impl SharedBuckets {
     }
 }
 
-/// A bucket of no table, with its shares.
-#[derive(Debug, Default)]
+/// A bucket of the node, with its shares.
+#[derive(Debug)]
 pub(super) struct SharedBucket {
     bucket: Bucket,
     shares: Shares,
+}
+
+impl Default for SharedBucket {
+    fn default() -> Self {
+        Self { bucket: Bucket::default(), shares: Shares::of_at_most(MOST_OF_NODE) }
+    }
 }
 
 impl SharedBucket {
@@ -236,7 +302,7 @@ impl SharedBucket {
         };
         self.bucket.settle(now, quota, held, held);
         self.shares.passed(claim, cost);
-        self.shares.settle(now, quota, taker, cost, cost, short);
+        self.shares.settle(now, quota, claim.at, cost, cost, short);
         Ok(())
     }
 }
@@ -302,6 +368,19 @@ mod tests {
         assert!(counts.iter().all(|count| count.1 >= 200), "{counts:?}");
     }
 
+    /// Each of 120 callers is within what it may, and together they ask for twice what there is. One more asks for less
+    /// than a 120th of it.
+    #[test]
+    fn in_a_crowd_too_whoever_takes_less_than_its_share_is_served() {
+        let mut periods = vec![10; 120];
+        periods.push(50);
+        let counts = passed(&mut SharedBucket::default(), quota(5000.0, 10_000), &periods);
+        let (asked, served) = counts[120];
+        assert_eq!(served, asked);
+        let all: u64 = counts.iter().map(|count| count.1).sum();
+        assert!(all <= 10_000 + 60 * 5000 + 1, "{all}");
+    }
+
     #[test]
     fn those_who_shout_share_alike() {
         let counts = passed(&mut SharedBucket::default(), quota(100.0, 100), &[1, 2, 1, 5]);
@@ -332,13 +411,37 @@ mod tests {
             let _passed: bool =
                 bucket.take(SECOND, quota(1.0, 100), 1, taker(uid), Shortfall::Refuse).is_ok();
         }
-        assert_eq!(bucket.shares.0.len(), MOST_TAKERS + 1);
+        let parties = usize::try_from(PARTIES).unwrap();
+        assert_eq!(bucket.shares.all.len(), MOST_OF_NODE + parties);
+        assert_eq!(bucket.shares.index.len(), MOST_OF_NODE + parties);
+        assert_eq!(bucket.shares.takings().len(), MOST_OF_NODE + 1, "people are told of them as one");
         // When they have gone, others have their places.
         bucket.take(SECOND + 200 * SECOND, quota(1.0, 100), 1, taker(5000), Shortfall::Refuse).unwrap();
         assert!(bucket.shares.takings().iter().any(|it| it.caller == Some(CallerKey::Uid(5000))));
     }
 
     proptest! {
+        /// Whoever comes and goes meanwhile: a share holds nothing when the calls have ended that it held tokens for.
+        #[test]
+        fn a_share_gives_back_what_it_held(
+            calls in prop::collection::vec((0..200_u32, 0..20 * SECOND, 0..8_usize), 1..200),
+        ) {
+            let quota = quota(100.0, 50);
+            let mut shares = Shares::default();
+            let (mut now, mut open) = (SECOND, Vec::new());
+            for (uid, later, ends) in calls {
+                now += later;
+                let claim = shares.claim(now, quota, 1, taker(uid));
+                shares.passed(claim, 1);
+                open.push(claim.at);
+                for at in open.drain(..ends.min(open.len())) {
+                    shares.settle(now, quota, at, 1, 1, Shortfall::Refuse);
+                }
+                let held: u32 = shares.all.iter().map(|share| share.own.held).sum();
+                prop_assert_eq!(usize::try_from(held).unwrap(), open.len());
+            }
+        }
+
         /// Whoever asks, how, and however much it costs: no more passes than the bucket gives, and the wait is true.
         #[test]
         fn no_more_passes_than_one_bucket_gives(

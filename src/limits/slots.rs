@@ -5,8 +5,8 @@
 //! those who came first have, and however long their attestations take, a quarter of all slots is left for as
 //! many others.
 //!
-//! Who may wait for one ([`Slots::wait`]) is given the next that it may have, first come, first served; how many wait is
-//! for others to bound.
+//! Who may wait for one ([`Slots::wait`]) is given the next that it may have: callers take turns, and calls of one come in
+//! their order. How many wait is for others to bound.
 //!
 //! A caller is its family here ([`Families`](super::caller::Families)): whoever can be many gets no more for it.
 
@@ -83,22 +83,31 @@ struct SlotsState {
     most: Attestations,
     in_use: u32,
     by_caller: Tally<u64>,
-    waiting: VecDeque<Waiter>,
+    /// Whose turn is next stands first. Of a caller that has a slot there are no more here than slots, so that they are soon
+    /// looked through: one that has none is given the next.
+    waiting: VecDeque<WaitingCaller>,
     /// Of the one that began to wait last.
     number: u64,
+}
+
+/// A caller with calls that wait for a slot.
+#[derive(Debug)]
+struct WaitingCaller {
+    caller: u64,
+    calls: VecDeque<Waiter>,
 }
 
 /// One that waits for a slot.
 #[derive(Debug)]
 struct Waiter {
     number: u64,
-    caller: u64,
     given: oneshot::Sender<AttestationSlot>,
 }
 
 /// Takes a waiter out of the queue, however its waiting ends.
 struct Leaving<'a> {
     slots: &'a Slots,
+    caller: u64,
     number: u64,
 }
 
@@ -144,22 +153,46 @@ impl SlotsState {
         Ok(has + 1)
     }
 
-    /// The first that waits and may have a slot, which is taken for it.
-    fn next(&mut self) -> Option<(Waiter, u32)> {
-        let mut full = None;
+    /// The first that waits and may have a slot, which is taken for it: its caller's number, and how many that has then.
+    fn next(&mut self) -> Option<(u64, u32, Waiter)> {
         for at in 0..self.waiting.len() {
             let caller = self.waiting.get(at)?.caller;
-            // Many in a row may be of the same caller.
-            if full == Some(caller) {
-                continue;
-            }
             match self.take(caller) {
-                Ok(nth) => return Some((self.waiting.remove(at)?, nth)),
+                Ok(nth) => {
+                    let mut waiting = self.waiting.remove(at)?;
+                    let next = waiting.calls.pop_front()?;
+                    if !waiting.calls.is_empty() {
+                        self.waiting.push_back(waiting);
+                    }
+                    return Some((caller, nth, next));
+                }
                 Err(Full::Node) => return None,
-                Err(Full::Share) => full = Some(caller),
+                Err(Full::Share) => {}
             }
         }
         None
+    }
+
+    /// One more waits.
+    fn wait(&mut self, caller: u64, given: oneshot::Sender<AttestationSlot>) -> u64 {
+        self.number += 1;
+        let waiter = Waiter { number: self.number, given };
+        match self.waiting.iter_mut().find(|waiting| waiting.caller == caller) {
+            Some(waiting) => waiting.calls.push_back(waiter),
+            None => self.waiting.push_back(WaitingCaller { caller, calls: VecDeque::from([waiter]) }),
+        }
+        self.number
+    }
+
+    /// One waits no more.
+    fn leave(&mut self, caller: u64, number: u64) -> Option<Waiter> {
+        let at = self.waiting.iter().position(|waiting| waiting.caller == caller)?;
+        let calls = &mut self.waiting.get_mut(at)?.calls;
+        let left = calls.iter().position(|call| call.number == number).and_then(|at| calls.remove(at));
+        if calls.is_empty() {
+            self.waiting.remove(at)?;
+        }
+        left
     }
 }
 
@@ -203,12 +236,9 @@ impl Slots {
                 drop(state);
                 return self.slot(caller, nth);
             }
-            state.number += 1;
-            let number = state.number;
-            state.waiting.push_back(Waiter { number, caller, given });
-            number
+            state.wait(caller, given)
         };
-        let _leaving = Leaving { slots: self, number };
+        let _leaving = Leaving { slots: self, caller, number };
         match slot.await {
             Ok(slot) => slot,
             // Nobody but this one takes a waiter out without giving it a slot.
@@ -220,10 +250,10 @@ impl Slots {
     fn give(self: &Arc<Self>) {
         loop {
             let mut state = self.lock();
-            let Some((waiter, nth)) = state.next() else { return };
+            let Some((caller, nth, waiter)) = state.next() else { return };
             drop(state);
             // One that waits no longer gives it back, and so to the next.
-            drop(waiter.given.send(self.slot(waiter.caller, nth)));
+            drop(waiter.given.send(self.slot(caller, nth)));
         }
     }
 
@@ -256,15 +286,15 @@ impl Drop for AttestationSlot {
 
 impl Drop for Leaving<'_> {
     fn drop(&mut self) {
-        let mut state = self.slots.lock();
-        if let Some(at) = state.waiting.iter().position(|waiter| waiter.number == self.number) {
-            drop(state.waiting.remove(at));
-        }
+        let left = self.slots.lock().leave(self.caller, self.number);
+        // Not within the lock.
+        drop(left);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt as _;
     use proptest::prelude::*;
 
     use super::*;
@@ -298,7 +328,45 @@ mod tests {
         assert_eq!(slots.in_use(), 0);
     }
 
+    /// One that waits in a test.
+    type Waits = std::pin::Pin<Box<dyn Future<Output = AttestationSlot>>>;
+
     proptest! {
+        /// Whoever waits, leaves and gives back: there are never more than all, nobody waits who may have one, and who waits
+        /// behind none of its own is not forgotten.
+        #[test]
+        fn a_slot_that_somebody_may_have_is_not_left(
+            all in 1..20_u32,
+            moves in prop::collection::vec((0..8_u64, 0..4_u8), 0..200),
+        ) {
+            let slots = slots(all, 4.min(all));
+            let (mut held, mut waiting): (Vec<AttestationSlot>, Vec<(u64, Waits)>) = (Vec::new(), Vec::new());
+            for (caller, step) in moves {
+                match step {
+                    0 | 1 => {
+                        let slots = Arc::clone(&slots);
+                        waiting.push((caller, Box::pin(async move { slots.wait(caller).await })));
+                    }
+                    2 => held.retain(|slot| slot.caller != caller),
+                    // Some of them were given one that they did not take yet.
+                    _ => waiting.retain(|(of, _)| *of != caller),
+                }
+                let polled = waiting.drain(..).collect::<Vec<_>>();
+                for (caller, mut waits) in polled {
+                    match (&mut waits).now_or_never() {
+                        Some(slot) => held.push(slot),
+                        None => waiting.push((caller, waits)),
+                    }
+                }
+                prop_assert!(slots.in_use() <= all);
+                prop_assert_eq!(usize::try_from(slots.in_use()).unwrap(), held.len());
+                let queued: usize = slots.lock().waiting.iter().map(|waiting| waiting.calls.len()).sum();
+                prop_assert_eq!(queued, waiting.len());
+                let next = slots.lock().next();
+                prop_assert!(next.is_none(), "{next:?} waits for what it may have");
+            }
+        }
+
         #[test]
         fn whoever_has_none_gets_one(
             all in 1..40_u32,

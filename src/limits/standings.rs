@@ -1,10 +1,11 @@
 //! How the limits stand, for those who look: `durward limits` and `explain`, the gauges, the log.
 
 use super::{
-    admission::{Limits, caller_name, identity_name},
+    admission::{Limits, caller_name},
     ask::BucketKey,
     budget::Accounted,
     caller::CallerKey,
+    identity_stage::identity_name,
     method::Method,
     refusal::Stage,
     report::{BucketName, Event, Heavy, Standing},

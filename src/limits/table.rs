@@ -14,8 +14,9 @@ use std::time::Duration;
 
 use hashbrown::HashTable;
 
+pub(super) use super::ask::ChargedTo;
 use super::{
-    ask::{Ask, BucketKey},
+    ask::{Ask, BucketKey, HeldTokens},
     bucket::{Bucket, Level, Quota, Shortfall},
     cells::{Cell, NOBODY, SEVERAL, cell, find, hash_at, seconds},
     pool::Pool,
@@ -23,27 +24,6 @@ use super::{
     shares::{SharedBuckets, Shares, Taker, Taking},
     table_size::TableSize,
 };
-
-/// Which bucket a call was charged to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum ChargedTo {
-    /// Its own, which was here; it may have moved since, which is seen.
-    Own(u32),
-    /// Its parent's: there was no room.
-    Overflow,
-    /// The one of last resort: there was no room for another parent either.
-    Stray,
-}
-
-/// Tokens held in a bucket of a table.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct HeldTokens {
-    pub(super) ask: Ask,
-    pub(super) place: ChargedTo,
-    /// So many of what was asked: less where a call passes without.
-    tokens: u32,
-    pub(super) short: Shortfall,
-}
 
 /// Whose cell it is, for people.
 type Who = (BucketName, &'static str);
@@ -158,12 +138,12 @@ impl Table {
         who: impl FnOnce() -> Who,
     ) -> Result<HeldTokens, Duration> {
         let now = self.tick(now);
-        let (place, tokens) = match self.hold_known(now, ask, short) {
+        let (place, tokens, share) = match self.hold_known(now, ask, short) {
             Some(outcome) => outcome?,
-            None => self.hold_new(now, ask, short, who)?,
+            None => self.hold_new(now, ask, short, who).map(|(place, tokens)| (place, tokens, None))?,
         };
         let short = if tokens < ask.cost { Shortfall::Pass } else { short };
-        Ok(HeldTokens { ask: *ask, place, tokens, short })
+        Ok(HeldTokens { ask: *ask, place, tokens, share, short })
     }
 
     /// In the bucket of a key that is known.
@@ -172,7 +152,7 @@ impl Table {
         now: u64,
         ask: &Ask,
         short: Shortfall,
-    ) -> Option<Result<(ChargedTo, u32), Duration>> {
+    ) -> Option<Result<(ChargedTo, u32, Option<usize>), Duration>> {
         let Ask { key, quota, cost, .. } = *ask;
         let room_for_regulars = self.regulars < self.capacity / REGULARS;
         let mark = ask.taker.map(|taker| (taker, self.mark(taker)));
@@ -197,15 +177,15 @@ impl Table {
         };
         let count = if outcome.is_ok() { &mut cell.used } else { &mut cell.refused };
         *count = count.saturating_add(1);
-        let outcome = match (shares, outcome) {
+        let place = ChargedTo::Own(at);
+        Some(match (shares, outcome) {
             (Some((shares, claim)), Ok(held)) => {
                 shares.passed(claim, cost);
-                Ok(held)
+                Ok((place, held, Some(claim.at)))
             }
             (Some((shares, claim)), Err(wait)) => Err(shares.refused(claim, wait)),
-            (None, outcome) => outcome,
-        };
-        Some(outcome.map(|held| (ChargedTo::Own(at), held)))
+            (None, outcome) => outcome.map(|held| (place, held, None)),
+        })
     }
 
     /// In a bucket of its own for a key that is not known, or in its parent's.
@@ -265,24 +245,25 @@ impl Table {
     /// It counts as ended at the latest time that the table was told. That is not before it began, and saves a
     /// look at the clock; the tokens begin to flow back no sooner than if they had been taken at once.
     pub(super) fn settle(&mut self, held: &Ask, place: ChargedTo, cost: u32) -> Option<Level> {
-        let held = HeldTokens { ask: *held, place, tokens: held.cost, short: Shortfall::Refuse };
-        self.settle_held(&held, cost)
+        let (tokens, short) = (held.cost, Shortfall::Refuse);
+        self.settle_held(&HeldTokens { ask: *held, place, tokens, share: None, short }, cost)
     }
 
     /// [`Table::settle`] of what [`Table::hold_by`] gave.
     pub(super) fn settle_held(&mut self, held: &HeldTokens, cost: u32) -> Option<Level> {
         let now = self.latest;
-        let HeldTokens { ask: Ask { key, quota, cost: asked, taker }, place, tokens, short } = *held;
+        let HeldTokens { ask: Ask { key, quota, cost: asked, taker }, place, tokens, share, short } = *held;
         let refund = u32::from(asked > 0 && cost == 0);
         let Self { index, cells, shared, parents, stray, seed, .. } = self;
         let bucket = match place {
             ChargedTo::Own(at) => cell(index, cells, key.hash, at).map(|cell| {
                 cell.used = cell.used.saturating_sub(refund);
-                if let Some(taker) = taker
-                    && cell.taker == SEVERAL
+                if cell.taker == SEVERAL
                     && let Some(shares) = shared.of(key.hash)
+                    // What was held before there were shares is of none. What was not held is its caller's.
+                    && let Some(at) = share.or_else(|| shares.at(taker.filter(|_| asked == 0)?))
                 {
-                    shares.settle(now, quota, taker, asked, cost, short);
+                    shares.settle(now, quota, at, asked, cost, short);
                 }
                 &mut cell.bucket
             }),
@@ -300,8 +281,8 @@ impl Table {
     pub(super) fn charge(&mut self, now: u64, ask: &Ask, short: Shortfall) -> Option<Level> {
         self.tick(now);
         let nothing = Ask { cost: 0, ..*ask };
-        let held = HeldTokens { ask: nothing, place: ChargedTo::Own(u32::MAX), tokens: 0, short };
-        self.settle_held(&held, ask.cost)
+        let place = ChargedTo::Own(u32::MAX);
+        self.settle_held(&HeldTokens { ask: nothing, place, tokens: 0, share: None, short }, ask.cost)
     }
 
     /// Charges a call that is over, known key or not. Where there are too few tokens, its bucket owes them.

@@ -15,7 +15,7 @@ use std::{
 };
 
 /// The longest of the files that are read, in bytes: `memory.stat` has some 2,000 to 3,000.
-const LONGEST: usize = 8 * 1024;
+pub(super) const LONGEST: usize = 8 * 1024;
 
 /// What there is in what is charged to a cgroup, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,19 +39,19 @@ pub struct OwnCgroup {
 
 /// The lines of `memory.stat`.
 #[derive(Clone, Copy, Debug)]
-struct StatNames {
+pub(super) struct StatNames {
     files: [&'static str; 2],
     /// Of these, what cannot be dropped yet.
     busy: [&'static str; 2],
     kernel: &'static str,
 }
 
-const V1: StatNames = StatNames {
+pub(super) const V1: StatNames = StatNames {
     files: ["total_inactive_file", "total_active_file"],
     busy: ["total_dirty", "total_writeback"],
     kernel: "",
 };
-const V2: StatNames = StatNames {
+pub(super) const V2: StatNames = StatNames {
     files: ["inactive_file", "active_file"],
     busy: ["file_dirty", "file_writeback"],
     kernel: "kernel",
@@ -108,16 +108,8 @@ impl OwnCgroup {
     pub fn parts(&self) -> Option<ChargedParts> {
         let mut bytes = [0; LONGEST];
         let stat = text(&self.stat, &mut bytes)?;
-        let line = |wanted: &str| -> Option<u64> {
-            stat.lines().find_map(|line| {
-                let (name, number) = line.split_once(' ')?;
-                (name == wanted).then(|| number.trim().parse().ok())?
-            })
-        };
-        let sum = |names: &[&str]| names.iter().filter_map(|name| line(name)).fold(0, u64::saturating_add);
-        let droppable = sum(&self.names.files).saturating_sub(sum(&self.names.busy));
-        let kernel = self.kernel.as_ref().and_then(number).or_else(|| line(self.names.kernel));
-        Some(ChargedParts { droppable, kernel: kernel.unwrap_or(0) })
+        let kernel = self.kernel.as_ref().and_then(number).or_else(|| line(stat, self.names.kernel));
+        Some(ChargedParts { droppable: droppable(stat, self.names), kernel: kernel.unwrap_or(0) })
     }
 }
 
@@ -129,12 +121,25 @@ fn places(root: &Path, path: &str) -> Vec<PathBuf> {
     own.into_iter().chain([root.to_owned()]).collect()
 }
 
-fn number(file: &File) -> Option<u64> {
+fn line(stat: &str, wanted: &str) -> Option<u64> {
+    stat.lines().find_map(|line| {
+        let (name, number) = line.split_once(' ')?;
+        (name == wanted).then(|| number.trim().parse().ok())?
+    })
+}
+
+/// What of a cgroup's memory the kernel can drop at once, in bytes.
+pub(super) fn droppable(stat: &str, names: StatNames) -> u64 {
+    let sum = |names: &[&str]| names.iter().filter_map(|name| line(stat, name)).fold(0, u64::saturating_add);
+    sum(&names.files).saturating_sub(sum(&names.busy))
+}
+
+pub(super) fn number(file: &File) -> Option<u64> {
     text(file, &mut [0; 32])?.trim().parse().ok()
 }
 
 /// The file's text, as far as there is room for it.
-fn text<'a>(file: &File, bytes: &'a mut [u8]) -> Option<&'a str> {
+pub(super) fn text<'a>(file: &File, bytes: &'a mut [u8]) -> Option<&'a str> {
     let mut length = 0;
     while let Some(rest) = bytes.get_mut(length..).filter(|rest| !rest.is_empty()) {
         match file.read_at(rest, u64::try_from(length).ok()?) {

@@ -1,21 +1,16 @@
 //! How much may still be charged to the memory cgroups of this process before somebody in them is killed.
 //!
-//! Both versions of cgroups. What of a cgroup's memory is files the kernel can drop counts as left. What is in slabs does
-//! not, although the kernel may call it reclaimable: what remains of closed sockets is among it, and nothing frees that
-//! sooner.
+//! Of this process's own cgroup and of those above it, whoever else is in them. What can be dropped counts as left, as in
+//! [`cgroup`](super::cgroup).
 
 use std::{
     fs::File,
-    io,
-    os::unix::fs::FileExt as _,
     path::{Component, Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
-/// The longest of the files that are read, in bytes: `memory.stat` has some 2,000 to 3,000.
-const LONGEST: usize = 8 * 1024;
-/// The longest number in a file of its own.
-const NUMBER: usize = 32;
+use super::cgroup::{self, LONGEST, StatNames, droppable, number, text};
+
 /// The most cgroups, one in the other, that are looked at.
 const DEPTH: usize = 16;
 
@@ -26,8 +21,9 @@ pub struct Headroom(Vec<BoundedCgroup>);
 #[derive(Debug)]
 struct BoundedCgroup {
     used: File,
-    limit: File,
+    limits: Vec<File>,
     stat: File,
+    names: StatNames,
     /// What `used` may be: the limit, and what can be dropped.
     most: AtomicU64,
 }
@@ -35,18 +31,15 @@ struct BoundedCgroup {
 /// Where a version of cgroups keeps it.
 struct CgroupFiles {
     used: &'static str,
-    limit: &'static str,
-    /// Lines of `memory.stat`.
-    files: [&'static str; 2],
+    /// The lowest counts.
+    limits: &'static [&'static str],
+    stat: StatNames,
 }
 
-const V1: CgroupFiles = CgroupFiles {
-    used: "memory.usage_in_bytes",
-    limit: "memory.limit_in_bytes",
-    files: ["total_inactive_file", "total_active_file"],
-};
+const V1: CgroupFiles =
+    CgroupFiles { used: "memory.usage_in_bytes", limits: &["memory.limit_in_bytes"], stat: cgroup::V1 };
 const V2: CgroupFiles =
-    CgroupFiles { used: "memory.current", limit: "memory.max", files: ["inactive_file", "active_file"] };
+    CgroupFiles { used: "memory.current", limits: &["memory.max", "memory.high"], stat: cgroup::V2 };
 
 impl Headroom {
     /// Of the process whose `/proc/PID/cgroup` is `membership`; cgroups are mounted at `mount`. `None` where none has
@@ -93,8 +86,9 @@ impl BoundedCgroup {
         let open = |name: &str| File::open(at.join(name)).ok();
         let it = Self {
             used: open(files.used)?,
-            limit: open(files.limit)?,
+            limits: files.limits.iter().filter_map(|name| open(name)).collect(),
             stat: open("memory.stat")?,
+            names: files.stat,
             most: AtomicU64::new(u64::MAX),
         };
         number(&it.used)?;
@@ -103,23 +97,14 @@ impl BoundedCgroup {
     }
 
     fn look_again(&self) {
-        // A limit that cannot be read any more is that of a cgroup that is gone.
-        let Some(limit) = number(&self.limit).filter(|bytes| *bytes < UNLIMITED) else {
+        let limits = self.limits.iter().filter_map(number).filter(|bytes| *bytes < UNLIMITED);
+        let Some(limit) = limits.min() else {
             self.most.store(u64::MAX, Relaxed);
             return;
         };
         let mut bytes = [0; LONGEST];
         let stat = text(&self.stat, &mut bytes).unwrap_or_default();
-        let droppable = |names: [&str; 2]| -> u64 {
-            let of = |line: &str| {
-                let (name, number) = line.split_once(' ')?;
-                names.contains(&name).then(|| number.trim().parse::<u64>().ok())?
-            };
-            stat.lines().filter_map(of).fold(0, u64::saturating_add)
-        };
-        // Version 1 writes lines of version 2 too: of this cgroup alone.
-        let all = [droppable(V1.files), droppable(V2.files)].into_iter().max();
-        self.most.store(limit.saturating_add(all.unwrap_or(0)), Relaxed);
+        self.most.store(limit.saturating_add(droppable(stat, self.names)), Relaxed);
     }
 }
 
@@ -135,24 +120,6 @@ fn directories(roots: &[PathBuf], path: &str) -> impl Iterator<Item = PathBuf> +
     let all: Vec<PathBuf> =
         roots.iter().flat_map(|root| relative.ancestors().map(move |below| root.join(below))).collect();
     all.into_iter()
-}
-
-/// What the file holds now, as far as there is room for it.
-fn text<'a>(file: &File, bytes: &'a mut [u8]) -> Option<&'a str> {
-    let mut len = 0;
-    loop {
-        match file.read_at(bytes.get_mut(len..)?, u64::try_from(len).ok()?) {
-            Ok(0) => break,
-            Ok(read) => len += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return None,
-        }
-    }
-    std::str::from_utf8(bytes.get(..len)?).ok()
-}
-
-fn number(file: &File) -> Option<u64> {
-    text(file, &mut [0; NUMBER])?.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -190,11 +157,24 @@ mod tests {
             ("as a container sees it", "0::/kubepods/x\n", vec![("", v2("5\n", "25\n", ""))], Some(20)),
             ("over it", "0::/a\n", vec![("a", v2("30\n", "25\n", ""))], Some(0)),
             (
+                "slowed down from there on",
+                "0::/a\n",
+                vec![
+                    ("a", v2("5\n", "25\n", "")),
+                    ("a", [("memory.high", "15\n".to_owned()), ("x", String::new()), ("y", String::new())]),
+                ],
+                Some(10),
+            ),
+            (
                 "files can be dropped, slabs cannot",
                 "0::/a\n",
                 vec![(
                     "a",
-                    v2("25\n", "25\n", "anon 9\ninactive_file 3\nactive_file 4\nslab_reclaimable 9\n"),
+                    v2(
+                        "25\n",
+                        "25\n",
+                        "anon 9\ninactive_file 3\nactive_file 5\nfile_dirty 1\nslab_reclaimable 9\n",
+                    ),
                 )],
                 Some(7),
             ),

@@ -15,7 +15,10 @@ use std::{
     sync::Arc,
 };
 
-use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{Shutdown, setsockopt, shutdown, sockopt},
+};
 use tokio::{io::ReadBuf, net::UnixStream};
 
 use super::closing::{Closers, HeldPlace};
@@ -102,6 +105,13 @@ impl Accepted<StdStream> {
         if self.closers.is_some() {
             self.family = family();
         }
+    }
+
+    /// Whether its peer has closed it: whatever it asked for, nobody can read the answer.
+    pub(super) fn is_deserted(&self) -> bool {
+        let mut asked = [PollFd::new(self.as_fd(), PollFlags::empty())];
+        let told = poll(&mut asked, PollTimeout::ZERO).is_ok_and(|told| told > 0);
+        told && asked.iter().any(|it| it.revents().is_some_and(|is| is.contains(PollFlags::POLLHUP)))
     }
 
     /// Registers it with the runtime; it has a place at the gate.

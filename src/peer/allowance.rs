@@ -3,9 +3,10 @@
 //! An accepted socket is a file, an inode and a name to the kernel, charged to the cgroup of whoever accepts it. They are
 //! freed only after a grace period of RCU from the close on, which takes the longer the busier the processors are: who
 //! connects and closes as fast as it goes fills a small cgroup, and has the agent killed. Only an accept takes memory, a
-//! close never does, so it is accepts that are counted: to each grace period so many that two periods of them fit in what
-//! the cgroups have left. With more than that left nothing is counted out, since the queue of those who wait to be
-//! accepted is short, and full is an error for whoever connects without waiting.
+//! close never does, so it is accepts that are counted: to each grace period so many that what they leave fits in a quarter
+//! of what the cgroups have left; what was left in the period before may be there still. With room for more nothing is
+//! counted out, since the queue of those who wait to be accepted is short, and full is an error for whoever connects without
+//! waiting.
 //!
 //! A thread that does nothing else waits for grace periods, one after the other as long as somebody is accepted meanwhile.
 //! Where the kernel does not tell of them, it waits for a time.
@@ -33,6 +34,8 @@ const MOST: u64 = 4096;
 const LEAST: u64 = 64;
 /// What the kernel keeps of a connection until it frees it, in bytes. Measured: 1,257, and 200 more with a pidfd.
 const LEFT_BEHIND: u64 = 1536;
+/// What is left in a period may take one part in so many of what the cgroups have left.
+const PART: u64 = 4;
 /// How many may be accepted before it is looked again what is left.
 const LOOK: u64 = 256;
 /// How old may be what is known of the limits and of what can be dropped.
@@ -43,6 +46,9 @@ const BY_TIME: Duration = Duration::from_millis(100);
 const AT_LATEST: Duration = Duration::from_millis(100);
 /// What the thread may need of a stack, in bytes.
 const STACK: usize = 64 * 1024;
+
+/// Waits for a grace period. Answers whether the kernel told of its end.
+pub(super) type GracePeriod = fn() -> bool;
 
 /// How many connections may be accepted.
 #[derive(Debug)]
@@ -61,11 +67,11 @@ pub(super) struct Allowance {
 }
 
 impl Allowance {
-    /// Starts the thread, which waits for a grace period with `period`: that answers whether the kernel told of one.
+    /// Starts the thread, which waits with `period`, or for [`BY_TIME`].
     ///
     /// # Errors
     /// It cannot be started.
-    pub(super) fn start(headroom: Headroom, period: fn() -> bool) -> io::Result<Self> {
+    pub(super) fn start(headroom: Headroom, period: GracePeriod) -> io::Result<Self> {
         let headroom = Arc::new(headroom);
         let (ask, asked) = sync_channel(1);
         let (ends, ended) = watch::channel(0);
@@ -92,7 +98,7 @@ impl Allowance {
         }
         if self.unlooked >= LOOK {
             self.unlooked = 0;
-            let fits = self.headroom.left() / (2 * LEFT_BEHIND);
+            let fits = self.headroom.left() / PART / LEFT_BEHIND;
             self.most = (fits < MOST).then_some(fits.max(LEAST));
         }
         let may = self.most.map_or(run, |most| {
@@ -142,7 +148,7 @@ fn wait_for_periods(
     asked: &Receiver<()>,
     ended: &watch::Sender<u64>,
     headroom: &Headroom,
-    period: fn() -> bool,
+    period: GracePeriod,
 ) {
     let mut known: Option<Instant> = None;
     while asked.recv().is_ok() {
@@ -177,7 +183,7 @@ mod tests {
         fs::write(at.join("memory.current"), ((1 << 30) - left).to_string()).unwrap();
     }
 
-    fn start(at: &Path, period: fn() -> bool) -> Allowance {
+    fn start(at: &Path, period: GracePeriod) -> Allowance {
         Allowance::start(Headroom::of(&at.join("self"), at).unwrap(), period).unwrap()
     }
 
@@ -197,7 +203,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn as_many_as_fit_are_taken_to_a_period_by_the_kernel_and_by_time() {
-        let ways: [(&str, fn() -> bool); 2] =
+        let ways: [(&str, GracePeriod); 2] =
             [("as the kernel tells", || grace_period().is_ok()), ("by time", || false)];
         for (case, period) in ways {
             let dir = tempfile::tempdir().unwrap();
@@ -205,7 +211,7 @@ mod tests {
             let mut allowance = start(dir.path(), period);
             assert_eq!(take(&mut allowance, 100_000), 100_032, "{case}: there is room");
             assert!(!allowance.is_spent());
-            for (left, most) in [(3 * MIB, 1024), (0, 64), (6 * MIB, 2048)] {
+            for (left, most) in [(3 * MIB, 512), (0, 64), (6 * MIB, 1024)] {
                 leave(dir.path(), left);
                 // What was taken before counts, so that nobody is until a period has ended.
                 take(&mut allowance, 100_000);

@@ -35,7 +35,7 @@ use super::{
     service::{ConnectionService, WatchedService},
     stats::{OpenConnection, Parked},
     turns::Turns,
-    wire::{Ending, Wire},
+    wire::{Ending, Wire, WireShared},
 };
 use crate::limits::holding::{Holding, Notice};
 
@@ -105,8 +105,12 @@ impl Connection {
         let ending = Arc::new(Ending::default());
         let turns = Arc::new(Turns::new(Arc::clone(holding)));
         let pauses = turns.pauses();
-        let wire =
-            Wire::new(stream, Arc::clone(peer), bounds.budget, Arc::clone(&ending), Arc::clone(pauses));
+        let shared = WireShared {
+            ending: Arc::clone(&ending),
+            pauses: Arc::clone(pauses),
+            holding: Arc::clone(holding),
+        };
+        let wire = Wire::new(stream, Arc::clone(peer), bounds.budget, shared);
         let born = Instant::now();
         let mut course = Course::new(bounds, &turns, pauses, born, handshake_by);
         let service = WatchedService { service, peer: Arc::clone(peer), turns: Arc::clone(&turns) };

@@ -12,7 +12,7 @@ use super::{
     connection::Connection,
     credentials::{Arrival, CredentialsError, KeyResolver, Peer},
     drain::note_panic,
-    end::Phase,
+    end::{ConnectionEnd, Phase},
     lingering::{Kept, Lingering, RoomWaiter, WAIT},
     reply::Replies,
     service::ConnectionService,
@@ -86,6 +86,9 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         }
         self.full_since = None;
         let most = self.allowance.as_mut().map_or(RUN, |it| it.of(RUN, now));
+        if most == 0 {
+            self.stats.count_accepts_paused();
+        }
         let mut run = 0;
         for accepted in waiting.take(most) {
             run += 1;
@@ -117,9 +120,11 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         let now = Instant::now();
         let mut run = 0;
         while run < RUN
-            && let Some(waiting) = self.lingering.take_waiting()
+            && let Some(mut waiting) = self.lingering.take_waiting()
         {
             run += 1;
+            // Once each: room that goes again before its turn comes would have this go on for ever.
+            waiting.waits.iter_mut().for_each(|waits| waits.asked = true);
             self.ask_again(waiting, now);
         }
         run
@@ -129,7 +134,6 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
     fn ask_again(&mut self, kept: Kept, now: Instant) {
         let Kept { stream, family, waits } = kept;
         if let Some(waits) = waits {
-            let waits = RoomWaiter { asked: true, ..waits };
             let taken = self.decide(stream, Some(family), waits, now);
             self.pauses_for(taken);
         }
@@ -168,6 +172,11 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         } else {
             self.gate.admit_connection(&waits.arrival)
         };
+        // Who connects and closes at once is through sooner, and nobody stands behind it for long.
+        if decided.as_ref().err().is_none_or(|why| why.is_soft()) && stream.is_deserted() {
+            OpenConnection::count(&self.stats).why = ConnectionEnd::ByPeer;
+            return Ok(());
+        }
         let why = match decided {
             Ok(permit) => return self.let_in(waits.arrival, stream, permit),
             Err(why) => why,
@@ -183,6 +192,9 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
 
     /// Tells one why, or closes it, soon or at once.
     fn turn_away(&mut self, stream: Accepted<StdStream>, family: u64, why: ConnectionRefusal, now: Instant) {
+        if stream.is_deserted() {
+            return;
+        }
         if self.replies.may(family, now)
             && let Some(headers) = self.gate.answer(why)
         {

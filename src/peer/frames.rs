@@ -56,6 +56,9 @@ pub struct Filter {
     ends_block: bool,
     /// Between a HEADERS without END_HEADERS and the end of its block.
     in_block: bool,
+    /// Bytes of that block so far, and of the frame that is passing.
+    block: u32,
+    length: u32,
     hpack: Hpack,
     last_stream: u32,
     /// The stream whose request ends with the frame that is passing, or with its header block.
@@ -93,6 +96,8 @@ impl Filter {
             at: Position::Preface(0),
             ends_block: false,
             in_block: false,
+            block: 0,
+            length: 0,
             hpack: Hpack::Start,
             last_stream: 0,
             ends: None,
@@ -171,6 +176,16 @@ impl Filter {
         self.last_whole
     }
 
+    /// Bytes that HTTP/2 keeps until more have passed: of a frame, and of a header block, that are not complete.
+    pub fn unfinished(&self) -> u32 {
+        let block = if self.in_block { self.block } else { 0 };
+        let frame = match self.at {
+            Position::PadLength { .. } | Position::Skip { .. } | Position::Fragment { .. } => self.length,
+            Position::Preface(_) | Position::Head { .. } | Position::Opaque | Position::Flooded => 0,
+        };
+        block.saturating_add(frame)
+    }
+
     /// At a frame's head: the one before it is complete.
     fn note_whole(&mut self) {
         if !self.in_block
@@ -195,6 +210,8 @@ impl Filter {
         let length = u32::from_be_bytes([0, l0, l1, l2]);
         let stream = u32::from_be_bytes([s0 & 0x7f, s1, s2, s3]);
         self.note_whole();
+        self.length = length;
+        self.block = if self.in_block { self.block.saturating_add(length) } else { length };
         if matches!(kind, DATA | HEADERS) && flags & END_STREAM != 0 {
             self.ends = Some(stream);
         }
@@ -323,6 +340,25 @@ mod tests {
     fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
         let [_, l0, l1, l2] = u32::try_from(payload.len()).unwrap().to_be_bytes();
         [&[l0, l1, l2, kind, flags, 0, 0, 0, stream], payload].concat()
+    }
+
+    /// What is not complete is what HTTP/2 keeps.
+    #[test]
+    fn what_is_unfinished_is_told() {
+        let now = Instant::now();
+        let mut filter = Filter::new(RICH, now);
+        let mut pass = |bytes: &[u8]| {
+            filter.pass(&mut bytes.to_vec(), || now).unwrap();
+            filter.unfinished()
+        };
+        let headers = frame(1, 0, 1, &[0x82; 100]);
+        assert_eq!(pass(&[PREFACE, &frame(4, 0, 0, &[])].concat()), 0);
+        assert_eq!(pass(&headers[..9 + 60]), 100 + 100, "a part of a frame, which begins a block");
+        assert_eq!(pass(&headers[9 + 60..]), 100);
+        assert_eq!(pass(&frame(9, 0, 1, &[0x82; 50])), 150);
+        assert_eq!(pass(&frame(9, 0x4, 1, &[0x82; 50])), 0, "the block is complete");
+        assert_eq!(pass(&frame(0, 0, 1, &[7; 70])[..20]), 70);
+        assert_eq!(pass(&[7; 59]), 0);
     }
 
     /// An integer after the bits that come before it (RFC 7541, section 5.1).

@@ -32,7 +32,7 @@ pub(super) struct RoomWaiter {
     pub(super) arrival: Arrival,
     /// Then it has waited long enough.
     pub(super) until: Instant,
-    /// It was asked for since there was room last.
+    /// It was asked for as there was room, in vain: after that only when it is due.
     pub(super) asked: bool,
 }
 
@@ -47,7 +47,7 @@ pub(super) struct Lingering {
     kept: BTreeMap<Due, (Kept, Option<Rank>)>,
     /// Without those that have none here.
     families: HashMap<u64, BTreeSet<Due>, ahash::RandomState>,
-    /// Those that wait, and were not asked for since there was room last: families take turns.
+    /// Those that are asked for when there is room: families take turns.
     turns: BTreeMap<Rank, Due>,
     descriptors: usize,
     numbered: u32,
@@ -108,7 +108,7 @@ impl Lingering {
         if due.0 <= now { self.take(due) } else { None }
     }
 
-    /// Whether some wait that were not asked for since there was room last.
+    /// Whether some are to be asked for when there is room.
     pub(super) fn wait(&self) -> bool {
         !self.turns.is_empty()
     }

@@ -17,6 +17,7 @@ pub struct ConnectionMetrics {
     closed: By<ConnectionEnd, Counter>,
     requests: Gauge,
     accept_errors: Counter,
+    accepts_paused: Counter,
     panics: Counter,
 }
 
@@ -51,6 +52,11 @@ impl ConnectionMetrics {
                 "Failures of accept, for example for want of file descriptors.",
                 &[],
             ),
+            accepts_paused: make.counter(
+                "durward_accepts_paused_total",
+                "How often nobody was accepted for a moment: the cgroup had no room for what the kernel keeps of closed connections.",
+                &[],
+            ),
             panics: make.counter(
                 "durward_panics_total",
                 "Calls that ended in a panic, each of which is a defect of the agent.",
@@ -74,6 +80,7 @@ impl ConnectionMetrics {
         }
         self.requests.set(float_u64(public.streams()));
         self.accept_errors.absolute(public.accept_errors());
+        self.accepts_paused.absolute(public.accepts_paused());
         self.panics.absolute(public.request_panics());
     }
 }
@@ -100,6 +107,7 @@ mod tests {
         }
         public.count_refused(ConnectionRefusal::Unidentified);
         public.count_refused(ConnectionRefusal::Memory);
+        public.count_accepts_paused();
         admin.count_refused(ConnectionRefusal::NotOwner);
         admin.count_refused(ConnectionRefusal::AdminConnections);
         series.set(&public, &admin);
@@ -114,6 +122,7 @@ mod tests {
             r#"durward_connections_refused_total{reason="caller_rate"} 0"#,
             r#"durward_connections_closed_total{reason="peer"} 2"#,
             r#"durward_connections_closed_total{reason="flood"} 0"#,
+            "durward_accepts_paused_total 1",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} in:\n{text}");
         }

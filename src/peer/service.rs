@@ -104,8 +104,9 @@ impl<F> Drop for Answering<F> {
 
 /// Whether an answer is nothing but a status that its caller is to blame for, or a refusal by the limits.
 fn is_wasted(headers: &HeaderMap) -> bool {
-    /// gRPC's codes of success, and of what the agent is to blame for: UNKNOWN, INTERNAL and UNAVAILABLE.
-    const NOT_THE_CALLERS: [&str; 4] = ["0", "2", "13", "14"];
+    /// gRPC's codes of success, and of what the agent is to blame for: UNKNOWN and UNAVAILABLE. INTERNAL is a body that is
+    /// no message.
+    const NOT_THE_CALLERS: [&str; 3] = ["0", "2", "14"];
     headers.get("grpc-status").is_some_and(|status| {
         !NOT_THE_CALLERS.iter().any(|code| status == code) || headers.contains_key(PUSHBACK)
     })

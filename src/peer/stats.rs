@@ -16,6 +16,7 @@ pub struct ConnectionStats {
     parked: AtomicU64,
     streams: AtomicU64,
     accept_errors: AtomicU64,
+    accepts_paused: AtomicU64,
     request_panics: AtomicU64,
     refused: By<ConnectionRefusal, AtomicU64>,
     closed: By<ConnectionEnd, AtomicU64>,
@@ -47,6 +48,11 @@ impl ConnectionStats {
         self.accept_errors.load(Relaxed)
     }
 
+    /// How often nobody was accepted for a moment, as there was no room for what the kernel keeps of closed connections.
+    pub fn accepts_paused(&self) -> u64 {
+        self.accepts_paused.load(Relaxed)
+    }
+
     /// Requests that ended in a panic: bugs of the agent's.
     pub fn request_panics(&self) -> u64 {
         self.request_panics.load(Relaxed)
@@ -68,6 +74,10 @@ impl ConnectionStats {
 
     pub(super) fn count_accept_error(&self) {
         self.accept_errors.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn count_accepts_paused(&self) {
+        self.accepts_paused.fetch_add(1, Relaxed);
     }
 
     pub(super) fn count_refused(&self, why: ConnectionRefusal) {

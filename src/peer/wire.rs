@@ -29,7 +29,13 @@ use super::{
     pauses::Pauses,
     writer::SoleWriter,
 };
-use crate::os::receive::{Received, receive};
+use crate::{
+    limits::holding::Holding,
+    os::receive::{Received, receive},
+};
+
+/// Fewer bytes that are not complete are in what HTTP/2 takes in any case.
+const WORTH_TELLING: u32 = 2 * 1024;
 
 /// How a connection ended, as far as its bytes tell. Shared with the task that serves it.
 #[derive(Debug, Default)]
@@ -79,6 +85,14 @@ impl Ending {
     }
 }
 
+/// What the wire shares with the task that serves it.
+#[derive(Debug)]
+pub(super) struct WireShared {
+    pub(super) ending: Arc<Ending>,
+    pub(super) pauses: Arc<Pauses>,
+    pub(super) holding: Arc<Holding>,
+}
+
 /// A stream whose incoming bytes pass a [`Filter`].
 #[derive(Debug)]
 pub(super) struct Wire<P: Send + 'static> {
@@ -88,6 +102,15 @@ pub(super) struct Wire<P: Send + 'static> {
     last_word: LastWord,
     ending: Arc<Ending>,
     pauses: Arc<Pauses>,
+    holding: Arc<Holding>,
+    /// What `holding` was told of frames and header blocks that are not complete.
+    unfinished: u32,
+}
+
+impl<P: Send + 'static> Drop for Wire<P> {
+    fn drop(&mut self) {
+        self.holding.release(self.unfinished.into());
+    }
 }
 
 impl<P: Send + 'static> Wire<P> {
@@ -96,11 +119,12 @@ impl<P: Send + 'static> Wire<P> {
         stream: Accepted<UnixStream, P>,
         peer: Arc<Peer>,
         budget: FrameBudget,
-        ending: Arc<Ending>,
-        pauses: Arc<Pauses>,
+        shared: WireShared,
     ) -> Self {
+        let WireShared { ending, pauses, holding } = shared;
         let (writer, filter) = (SoleWriter::new(peer), Filter::new(budget, Instant::now()));
-        Self { stream, writer, filter, last_word: LastWord::default(), ending, pauses }
+        let last_word = LastWord::default();
+        Self { stream, writer, filter, last_word, ending, pauses, holding, unfinished: 0 }
     }
 
     fn noted<R>(&self, result: io::Result<R>) -> io::Result<R> {
@@ -141,6 +165,16 @@ impl<P: Send + 'static> Wire<P> {
                 }
                 (None, _) => {}
             }
+        }
+    }
+
+    /// Tells what HTTP/2 keeps of what came, if it is worth it: an ordinary read ends where a frame does.
+    fn tell_unfinished(&mut self) {
+        let now = Some(self.filter.unfinished()).filter(|bytes| *bytes >= WORTH_TELLING).unwrap_or(0);
+        if now != self.unfinished {
+            self.holding.hold(now.into());
+            self.holding.release(self.unfinished.into());
+            self.unfinished = now;
         }
     }
 
@@ -194,10 +228,12 @@ impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
         let before = buf.filled().len();
         buf.advance(len);
         let new = buf.filled_mut().get_mut(before..).unwrap_or_default();
-        Poll::Ready(this.filter.pass(new, Instant::now).map_err(|flood| {
+        let passed = this.filter.pass(new, Instant::now).map_err(|flood| {
             this.ending.flooded.store(true, Relaxed);
             io::Error::new(io::ErrorKind::ConnectionAborted, flood)
-        }))
+        });
+        this.tell_unfinished();
+        Poll::Ready(passed)
     }
 }
 

@@ -3,7 +3,7 @@
 //! `cargo bench --bench refusal`
 //!
 //! There are two ways to refuse a connection at accept: to close it, or to wait for the first request and answer it with a
-//! fixed gRPC status. The agent closes, here at once: by default it does so a moment later, so that a client can be refused some
+//! fixed gRPC status. The agent closes all but two of a user in two seconds, here at once: by default it does so a moment later, so that a client can be refused some
 //! ten times a second, which says nothing of what one refusal costs. The other way is here as a prototype ([`answer`]), in a process of its own with the
 //! agent's own gate, so that both can be compared in one run; all take turns.
 
@@ -147,7 +147,9 @@ fn new_connections(server: &Server, want: Called) -> Round {
             let mut calls = 0_u32;
             while started.elapsed() < ROUND {
                 let called = call(&server.socket(), FETCH_JWT, &body, PATIENCE);
-                assert_eq!(called, want, "{}", server.name);
+                // Of those that are closed, the first are told why.
+                let told = want == Called::Closed && called == Called::Refused;
+                assert!(told || called == want, "{}: {called:?}", server.name);
                 calls += 1;
             }
             calls

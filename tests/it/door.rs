@@ -18,7 +18,7 @@ use durward::{
         ConnectionRefusal,
         room::{Room, Short},
     },
-    peer::{AcceptGate, Arrival, ConnectionBounds, ConnectionStats, Drained, Socket},
+    peer::{AcceptGate, Arrival, ConnectionBounds, ConnectionEnd, ConnectionStats, Drained, Socket},
 };
 use http::HeaderMap;
 use tokio::{net::UnixStream, sync::oneshot, task::JoinHandle};
@@ -187,6 +187,39 @@ async fn whom_a_limit_refuses_does_not_wait_for_room() {
     until("all are closed", || open(&streams) == 0).await;
     assert_eq!((door.stats.open(), door.gate.asked.load(SeqCst)), (0, 10));
     door.close().await;
+}
+
+/// Who connects and closes at once costs no task, and keeps nobody's place, whether there is room or not.
+#[tokio::test(start_paused = true)]
+async fn whoever_has_left_already_is_not_waited_for() {
+    for there in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        let gate = Arc::new(Narrow::by(ConnectionRefusal::Memory));
+        gate.room.set(Short::Memory, !there);
+        let listener = guarded(Socket::bind(&path, 0o777).unwrap(), Arc::clone(&gate), waiting(64));
+        let stats = Arc::clone(&listener.stats);
+        let (stop, stopped) = oneshot::channel::<()>();
+        let served = Arc::new(AtomicUsize::new(0));
+        let serve = {
+            let served = Arc::clone(&served);
+            move |peer| {
+                served.fetch_add(1, SeqCst);
+                Toy::of(peer)
+            }
+        };
+        // They wait before anybody is accepted. Some have asked for something.
+        let begun = [PREFACE.to_vec(), call_frames(1, FETCH_JWT, &jwt_request("a"))].concat();
+        for nth in 0..100 {
+            StdStream::connect(&path).unwrap().write_all(&begun[..begun.len() * (nth % 2)]).unwrap();
+        }
+        let task = tokio::spawn(listener.serve(serve, async { drop(stopped.await) }));
+        until("all have ended", || stats.closed(ConnectionEnd::ByPeer) == 100).await;
+        let counted = (stats.open(), stats.refused(ConnectionRefusal::Memory), gate.open.load(SeqCst));
+        assert_eq!((counted, served.load(SeqCst)), ((0, 0, 0), 0), "{there}");
+        drop(stop);
+        task.await.unwrap().unwrap();
+    }
 }
 
 /// The frames that come until the end: kind, stream and payload.

@@ -102,7 +102,7 @@ impl Weighed {
         stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
-        let series = format!("durward_memory_bytes{{of=\"{of}\"}} ");
+        let series = format!("durward_memory_bytes{{kind=\"{of}\"}} ");
         let line = answer.lines().find_map(|line| line.strip_prefix(&series)).unwrap();
         line.parse().unwrap()
     }

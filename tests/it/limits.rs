@@ -722,14 +722,14 @@ fn settings_that_the_machine_has_no_room_for_are_errors() {
             &with(places(100, 10), 16),
             100,
             None,
-            NoRoomError::Descriptors { connections: 100, needed: 64 + 16 + 12 + 16 + 200, limit: 100 },
+            NoRoomError::Descriptors { connections: 100, needed: 80 + 12 + 16 + 200, limit: 100 },
         ),
         (
             "descriptors for two",
             &usual,
             80,
             Some(24 << 20),
-            NoRoomError::Descriptors { connections: 2, needed: 64 + 16 + 10 + 16 + 4, limit: 80 },
+            NoRoomError::Descriptors { connections: 2, needed: 80 + 10 + 16 + 4, limit: 80 },
         ),
         (
             "memory",

@@ -1,0 +1,130 @@
+//! The identity stage: the buckets of the SPIFFE IDs that a call is answered with, and the node's after them.
+//!
+//! All of them are charged, or none: tokens are held first, and taken when the last one has let the call pass.
+
+use std::{sync::Arc, time::Duration};
+
+use super::{
+    ask::Ask,
+    counters::Decision,
+    id_pattern::IdPattern,
+    ledger::{Attempt, CallPlan, Identities, Ledger, Question, Shortcoming},
+    method::Method,
+    policy::Choice,
+    refusal::{ChargedAs, Reason, Refusal, Stage},
+    report::BucketName,
+    rule::{Limit, Origin},
+    shares::Taker,
+};
+use crate::identity::SpiffeId;
+
+/// A call at the identity stage.
+pub(super) struct IdentityCall<'a> {
+    pub(super) plan: &'a CallPlan,
+    pub(super) method: Method,
+    pub(super) taker: Taker,
+    pub(super) caller_exempt: bool,
+    pub(super) now: u64,
+    pub(super) attempt: Attempt,
+}
+
+pub(super) fn identity_name(id: &SpiffeId, choice: &Choice<'_, IdPattern>) -> BucketName {
+    match choice.shared {
+        Some(mask) => BucketName::Masked(id.clone(), Arc::clone(mask)),
+        None => BucketName::Identity(id.clone()),
+    }
+}
+
+impl Ledger {
+    /// The buckets of the identities, and the node's: all of them, or none.
+    pub(super) fn charge_identities<'a: 'p, 'p>(
+        &self,
+        call: &IdentityCall<'p>,
+        ids: impl Iterator<Item = &'a SpiffeId>,
+    ) -> Result<(), Refusal> {
+        let IdentityCall { plan, method, taker, caller_exempt, now, attempt } = *call;
+        let mut guard = self.identities();
+        let identities = &mut *guard;
+        identities.held.clear();
+        // Without an identity (a verifier that need not have one) the node alone is charged.
+        let (mut node_counts, mut nobody) = (false, true);
+        // Of several that refuse, the one that no waiting helps with, or that is to be waited for longest.
+        let mut longest: Option<(Shortcoming, &SpiffeId, Choice<'_, IdPattern>)> = None;
+        for id in ids {
+            nobody = false;
+            let choice = plan.identity.choose(id, method);
+            let limit = self.limit(choice.rule);
+            node_counts |= limit.0 != Limit::Exempt;
+            let Some(lack) = self.charge_identity(call, identities, id, &choice, limit) else { continue };
+            if plan.dry || choice.rule.dry_run {
+                let decision = Decision::WouldRefuse(lack.reason);
+                self.counters.count(Stage::Identity, Some(method), lack.charged_as, decision);
+            } else if longest.as_ref().is_none_or(|(longest, ..)| longest.is_before(&lack)) {
+                longest = Some((lack, id, choice));
+            }
+        }
+        let done = match longest {
+            Some((lack, id, choice)) => {
+                let question = Question { plan, stage: Stage::Identity, method, dry: false, attempt };
+                self.refuse(&question, lack, || Some(identity_name(id, &choice)))
+            }
+            None if (node_counts || nobody) && !caller_exempt => {
+                self.charge_node(plan, method, taker, now, attempt)
+            }
+            None => Ok(()),
+        };
+        self.settle_identities(call, identities, done.is_ok());
+        done
+    }
+
+    /// One identity's bucket: holds its tokens, or says why it refuses.
+    fn charge_identity<'a>(
+        &self,
+        call: &IdentityCall<'a>,
+        identities: &mut Identities,
+        id: &'a SpiffeId,
+        choice: &Choice<'a, IdPattern>,
+        (limit, origin): (Limit, Origin),
+    ) -> Option<Shortcoming> {
+        let IdentityCall { method, taker, caller_exempt, now, .. } = *call;
+        let own = if choice.shared.is_some() { ChargedAs::Shared } else { ChargedAs::SpiffeId };
+        let lacking =
+            |reason, retry_after| Some(Shortcoming { charged_as: own, reason, retry_after, origin });
+        let quota = match limit {
+            // Exempt is from every bucket; what is blocked is blocked.
+            Limit::Quota(quota) if !caller_exempt => quota,
+            Limit::Exempt | Limit::Unlimited | Limit::Quota(_) => {
+                self.counters.count(Stage::Identity, Some(method), own, Decision::Allowed);
+                return None;
+            }
+            Limit::Block => return lacking(Reason::Blocked, Duration::MAX),
+        };
+        let key = self.identity_key(id, method, choice);
+        let Identities { table, held } = identities;
+        if held.iter().any(|(other, _)| other.ask.key.hash == key.hash) {
+            return None;
+        }
+        let cost = choice.rule.costs().answer();
+        let ask = Ask { key, quota, cost, taker: Some(taker) };
+        let short = self.shortfall(origin);
+        match table.hold_by(now, &ask, short, || (identity_name(id, choice), method.rpc())) {
+            Ok(tokens) => {
+                held.push((tokens, tokens.place.charged_as(own)));
+                None
+            }
+            Err(wait) => lacking(Reason::Rate, wait),
+        }
+    }
+
+    /// Pays what is held, or gives it back.
+    fn settle_identities(&self, call: &IdentityCall<'_>, identities: &mut Identities, passed: bool) {
+        let Identities { table, held } = identities;
+        for (it, charged_as) in held.drain(..) {
+            let paid = table.settle_held(&it, if passed { it.ask.cost } else { 0 });
+            if passed {
+                self.counters.count(Stage::Identity, Some(call.method), charged_as, Decision::Allowed);
+                self.counters.count_soft_limits(call.plan.soft, Stage::Identity, paid);
+            }
+        }
+    }
+}
