@@ -98,8 +98,7 @@ impl Call {
         Ok(Self { patience, ..call })
     }
 
-    /// A call of a service that asks for no security header: health and reflection. It waits for nothing: its body was
-    /// not read yet, and may pin what it came in.
+    /// A call of a service that asks for no security header: health and reflection. It waits for nothing.
     ///
     /// # Errors
     /// [`RequestError::NoPeer`], which is a mistake of ours.
@@ -113,15 +112,28 @@ impl Call {
         self.method
     }
 
+    /// [`Call::admit`] without any wait.
+    ///
+    /// # Errors
+    /// As [`Call::admit`].
+    pub fn admit_at_once(self, limits: &Limits) -> Result<Admitted<Arc<Peer>>, Refusal> {
+        self.reaches_limits();
+        limits.admit_caller(self.caller, self.method)
+    }
+
+    fn reaches_limits(&self) {
+        if let Some(reached) = &self.reached {
+            reached.limits();
+        }
+    }
+
     /// Charges the caller, before anything is read about it. Waits a little where that is of use, and never beyond the
     /// `grpc-timeout` of the call; one that is malformed is taken for none. What is large waits for nothing.
     ///
     /// # Errors
     /// [`Refusal`] when it has no tokens, or too many calls are being attested.
     pub async fn admit(self, limits: &Limits) -> Result<Admitted<Arc<Peer>>, Refusal> {
-        if let Some(reached) = &self.reached {
-            reached.limits();
-        }
+        self.reaches_limits();
         limits.admit(self.caller, self.method, self.patience).await
     }
 }

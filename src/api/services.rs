@@ -21,12 +21,11 @@ use super::{
     journal::Journal,
     proto::{WORKLOAD_FDS, workload_server::spiffe_workload_api_server::SpiffeWorkloadApiServer},
     reached::Reached,
-    status::RequestError,
     workload::WorkloadApi,
 };
 use crate::{
     limits::{Limits, Method},
-    peer::{BodyError, RequestBody},
+    peer::{BodyError, Crowded, RequestBody},
     telemetry::health::HealthState,
 };
 
@@ -80,7 +79,7 @@ const MAX_HEADER: usize = 256;
 
 /// The request with a head of what is needed, copied: what else was sent, kilobytes perhaps, is not kept as
 /// long as the request takes.
-fn slim(request: Request<RequestBody>) -> Request<RequestBody> {
+fn slim<B>(request: Request<B>) -> Request<B> {
     let (mut head, body) = request.into_parts();
     if let Some(path) = PATHS.into_iter().find(|path| *path == head.uri.path()) {
         head.uri = http::Uri::from_static(path);
@@ -146,36 +145,32 @@ impl hyper::service::Service<Request<RequestBody>> for Services {
             code: None,
         };
         request.extensions_mut().insert(reached);
-        let answer = if service_of(request.uri().path()) == WORKLOAD {
+        let answer = if request.extensions().get::<Crowded>().is_some() {
+            answered(RequestError::Crowded.into())
+        } else if service_of(request.uri().path()) == WORKLOAD {
             self.workload.clone().call(request.map(grpc_body))
         } else {
-            // Not within another block: it would keep the request and these twice.
-            Box::pin(self.clone().other(request))
+            self.other(request)
         };
         HeadAnswer::new(answer, head)
     }
 }
 
 impl Services {
-    /// What is no Workload API.
-    async fn other(mut self, request: Request<RequestBody>) -> Result<Response<Body>, Infallible> {
+    /// What is no Workload API. It is admitted at once or not at all: its body was not read yet, and may pin what it came
+    /// in.
+    fn other(&self, request: Request<RequestBody>) -> GrpcAnswer {
         let call = Call::without_header(request.extensions(), Method::Other);
-        let admitted = match call {
-            Ok(call) => call.admit(&self.limits).await.map_err(RequestError::from),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = admitted {
-            return Ok(Status::from(error).into_http());
+        if let Err(error) = call.and_then(|call| Ok(call.admit_at_once(&self.limits)?)) {
+            return answered(Status::from(error));
         }
         let asked = |body: RequestBody| grpc_body(body.at_most(MAX_QUESTIONS));
         match service_of(request.uri().path()) {
-            "grpc.health.v1.Health" => self.health.call(request.map(grpc_body)).await,
-            "grpc.reflection.v1.ServerReflection" => (self.reflection_v1)(request.map(asked)).await,
-            "grpc.reflection.v1alpha.ServerReflection" => (self.reflection_v1alpha)(request.map(asked)).await,
+            "grpc.health.v1.Health" => self.health.clone().call(request.map(grpc_body)),
+            "grpc.reflection.v1.ServerReflection" => (self.reflection_v1)(request.map(asked)),
+            "grpc.reflection.v1alpha.ServerReflection" => (self.reflection_v1alpha)(request.map(asked)),
             // grpc-go's text for the same.
-            service => {
-                Ok(Status::unimplemented(format!("unknown service {}", printable(service))).into_http())
-            }
+            service => answered(Status::unimplemented(format!("unknown service {}", printable(service)))),
         }
     }
 }
@@ -210,4 +205,51 @@ pub(super) fn answered(status: Status) -> GrpcAnswer {
 /// What a stranger sent, made fit to be repeated: at most 64 characters, none of them a control.
 fn printable(text: &str) -> String {
     text.chars().take(64).map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_read_of_a_head_is_kept() {
+        let long = "x".repeat(MAX_HEADER + 1);
+        let mut request = Request::post("/SpiffeWorkloadAPI/FetchJWTSVID");
+        let sent = [
+            ("workload.spiffe.io", "true"),
+            ("workload.spiffe.io", "twice"),
+            ("workload.spiffe.io", "thrice"),
+            ("grpc-timeout", "250m"),
+            ("grpc-encoding", &long),
+            ("user-agent", "kilobytes perhaps"),
+        ];
+        for (name, value) in sent {
+            request = request.header(name, value);
+        }
+        let slim = slim(request.body(()).unwrap());
+        let kept: Vec<_> =
+            slim.headers().iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect();
+        let want =
+            [("workload.spiffe.io", "true"), ("workload.spiffe.io", "twice"), ("grpc-timeout", "250m")];
+        assert_eq!(kept, want);
+    }
+
+    #[test]
+    fn a_path_names_a_method_or_none() {
+        for (path, want) in [
+            ("/SpiffeWorkloadAPI/FetchJWTSVID", Method::FetchJwtSvid),
+            ("/SpiffeWorkloadAPI/FetchWITBundles", Method::FetchWitBundles),
+            ("/SpiffeWorkloadAPI/fetchjwtsvid", Method::Other),
+            ("/SpiffeWorkloadAPI/FetchJWTSVID/", Method::Other),
+            ("//SpiffeWorkloadAPI/FetchJWTSVID", Method::Other),
+            ("/SpiffeWorkloadAPI/Other", Method::Other),
+            ("/SpiffeWorkloadAPI/StreamSecrets", Method::Other),
+            ("/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets", Method::Other),
+            ("/grpc/Other", Method::Other),
+            ("*", Method::Other),
+            ("", Method::Other),
+        ] {
+            assert_eq!(method_of(path), want, "{path}");
+        }
+    }
 }

@@ -16,7 +16,7 @@ use super::{
     caller_pattern::CallerPattern,
     counters::Decision,
     identity_stage::IdentityCall,
-    ledger::{Attempt, CallPlan, Ledger, Question, Shortcoming},
+    ledger::{Attempt, CallPlan, Ledger, Question, Scarcity},
     method::Method,
     patience::{FOR_TOKENS, Patience},
     policy::Choice,
@@ -315,7 +315,7 @@ impl Ledger {
         let taker = Taker { caller, group: plan.families.group(caller) };
         let costs = choice.rule.costs();
         let (mut held, mut allowed) = (None, Some(own));
-        let lacking = |reason, retry_after| Shortcoming { charged_as: own, reason, retry_after, origin };
+        let lacking = |reason, retry_after| Scarcity { charged_as: own, reason, retry_after, origin };
         let lack = match limit {
             Limit::Exempt | Limit::Unlimited => None,
             Limit::Block => Some(lacking(Reason::Blocked, Duration::MAX)),
@@ -414,7 +414,7 @@ impl Ledger {
         };
         let question = Question { plan, stage, method: passed.charge.method, dry, attempt };
         // How many run at once is an admin's word or not: who finds no place waits for one all the same.
-        let lack = Shortcoming {
+        let lack = Scarcity {
             charged_as,
             reason: Reason::InFlight,
             retry_after: SHORT_WAIT,

@@ -8,7 +8,7 @@ use super::{
     ask::Ask,
     counters::Decision,
     id_pattern::IdPattern,
-    ledger::{Attempt, CallPlan, Identities, Ledger, Question, Shortcoming},
+    ledger::{Attempt, CallPlan, Identities, Ledger, Question, Scarcity},
     method::Method,
     policy::Choice,
     refusal::{ChargedAs, Reason, Refusal, Stage},
@@ -49,7 +49,7 @@ impl Ledger {
         // Without an identity (a verifier that need not have one) the node alone is charged.
         let (mut node_counts, mut nobody) = (false, true);
         // Of several that refuse, the one that no waiting helps with, or that is to be waited for longest.
-        let mut longest: Option<(Shortcoming, &SpiffeId, Choice<'_, IdPattern>)> = None;
+        let mut longest: Option<(Scarcity, &SpiffeId, Choice<'_, IdPattern>)> = None;
         for id in ids {
             nobody = false;
             let choice = plan.identity.choose(id, method);
@@ -85,11 +85,10 @@ impl Ledger {
         id: &'a SpiffeId,
         choice: &Choice<'a, IdPattern>,
         (limit, origin): (Limit, Origin),
-    ) -> Option<Shortcoming> {
+    ) -> Option<Scarcity> {
         let IdentityCall { method, taker, caller_exempt, now, .. } = *call;
         let own = if choice.shared.is_some() { ChargedAs::Shared } else { ChargedAs::SpiffeId };
-        let lacking =
-            |reason, retry_after| Some(Shortcoming { charged_as: own, reason, retry_after, origin });
+        let lacking = |reason, retry_after| Some(Scarcity { charged_as: own, reason, retry_after, origin });
         let quota = match limit {
             // Exempt is from every bucket; what is blocked is blocked.
             Limit::Quota(quota) if !caller_exempt => quota,

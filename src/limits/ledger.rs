@@ -96,14 +96,14 @@ pub(super) struct Identities {
 
 /// What there was too little of.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Shortcoming {
+pub(super) struct Scarcity {
     pub(super) charged_as: ChargedAs,
     pub(super) reason: Reason,
     pub(super) retry_after: Duration,
     pub(super) origin: Origin,
 }
 
-impl Shortcoming {
+impl Scarcity {
     /// Whether the other one is the one to tell of: no wait helps with it, or a longer one.
     pub(super) fn is_before(&self, other: &Self) -> bool {
         let rank = |lack: &Self| (lack.origin == Origin::Set, lack.retry_after);
@@ -271,11 +271,11 @@ impl Ledger {
     pub(super) fn refuse(
         &self,
         question: &Question<'_>,
-        lack: Shortcoming,
+        lack: Scarcity,
         name: impl FnOnce() -> Option<BucketName>,
     ) -> Result<(), Refusal> {
         let Question { plan, stage, method, dry, attempt } = *question;
-        let Shortcoming { charged_as, reason, retry_after, origin } = lack;
+        let Scarcity { charged_as, reason, retry_after, origin } = lack;
         if dry {
             self.counters.count(stage, Some(method), charged_as, Decision::WouldRefuse(reason));
             return Ok(());
@@ -311,7 +311,7 @@ impl Ledger {
         };
         let dry = plan.dry || plan.node_dry;
         let question = Question { plan, stage: Stage::Node, method, dry, attempt };
-        let lack = Shortcoming { charged_as: ChargedAs::Node, reason: Reason::Rate, retry_after, origin };
+        let lack = Scarcity { charged_as: ChargedAs::Node, reason: Reason::Rate, retry_after, origin };
         self.refuse(&question, lack, || Some(BucketName::Node))
     }
 
