@@ -5,7 +5,7 @@ use metrics::{Counter, Gauge};
 use super::meter::ChargedMemory;
 
 use crate::{
-    limits::gate::MemoryStanding,
+    limits::gate_standings::MemoryStanding,
     os::clock::Clock,
     telemetry::registry::{By, Registry, float_u64, labels, unix_time},
 };

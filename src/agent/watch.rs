@@ -11,8 +11,8 @@ use crate::{
     limits::{
         self, Limits, ToldToGo,
         budget::{Accounted, Pressure},
-        gate::OutOfRoom,
         holding::Notice,
+        out_of_room::OutOfRoom,
         pace::{Complaints, Settled},
         report::{Event, foremost},
         shares::Taking,

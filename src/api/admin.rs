@@ -28,7 +28,7 @@ use crate::{
     limits::{
         self, CallerKey, ConnectionPermit, ConnectionRefusal, Limits, Method,
         budget::Pressure,
-        gate::MemoryStanding,
+        gate_standings::MemoryStanding,
         refusal::Stage,
         report::{BucketName, Heavy, Standing},
         room::Short,
