@@ -46,7 +46,7 @@ pub use end::ConnectionEnd;
 pub use listener::Listener;
 pub use metrics::ConnectionMetrics;
 pub use request::{BodyError, RequestBody};
-pub use service::{ConnectionService, PUSHBACK};
+pub use service::{ConnectionService, Crowded, PUSHBACK};
 pub use settings::{KubernetesSettings, ListenerSettings};
 pub use socket::{BindError, Socket};
 pub use stats::ConnectionStats;

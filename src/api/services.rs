@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     limits::{Limits, Method},
-    peer::{BodyError, RequestBody},
+    peer::{BodyError, Crowded, RequestBody},
     telemetry::health::HealthState,
 };
 
@@ -145,7 +145,9 @@ impl hyper::service::Service<Request<RequestBody>> for Services {
             code: None,
         };
         request.extensions_mut().insert(reached);
-        let answer = if service_of(request.uri().path()) == WORKLOAD {
+        let answer = if request.extensions().get::<Crowded>().is_some() {
+            answered(RequestError::Crowded.into())
+        } else if service_of(request.uri().path()) == WORKLOAD {
             self.workload.clone().call(request.map(grpc_body))
         } else {
             self.other(request)

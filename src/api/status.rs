@@ -68,6 +68,9 @@ pub enum RequestError {
     /// The connection was told to end: the node is short of something, and its caller holds more than its share.
     #[error("the agent is short of room, and the caller holds more than its share of it; connect again")]
     SentAway,
+    /// The node is short of memory, and the call would have to wait in it behind others of its connection.
+    #[error("the agent is short of memory, and other calls of this connection have not ended")]
+    Crowded,
     /// The WIT-SVID profile is not there yet.
     #[error("fetching WIT-SVIDs is not implemented")]
     NoWitSvids,
@@ -142,7 +145,8 @@ impl RequestError {
             | Self::JwtSvid(_)
             | Self::X509Svid(_)
             | Self::Draining
-            | Self::SentAway => Code::Unavailable,
+            | Self::SentAway
+            | Self::Crowded => Code::Unavailable,
             Self::NoWitSvids | Self::NoWitBundles => Code::Unimplemented,
             Self::NoPeer => Code::Internal,
         }
@@ -153,6 +157,7 @@ impl From<RequestError> for Status {
     fn from(error: RequestError) -> Self {
         match &error {
             RequestError::Refused(refusal) => refused(error.code(), &error.to_string(), refusal.wait()),
+            RequestError::Crowded => refused(error.code(), &error.to_string(), Some(COME_BACK)),
             _ => Self::new(error.code(), error.to_string()),
         }
     }

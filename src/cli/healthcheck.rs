@@ -92,7 +92,8 @@ const PAUSE: Duration = Duration::from_millis(50);
 const AT_ONCE: Duration = Duration::from_secs(1);
 
 /// Whether the agent is there and holds its limits: it refused the call and said when to come back, or it takes
-/// connections and closes them at once, before it has said a word. One that is gone refuses to be connected to, and
+/// connections and closes them at once, before it has said a word, or sets nothing in its SETTINGS, as for one that it is
+/// about to refuse. One that is gone refuses to be connected to, and
 /// one that hangs closes nothing.
 async fn is_refused(socket: &AgentSocket, asked: &Result<ServingStatus, CallError>) -> bool {
     match asked {
@@ -100,18 +101,20 @@ async fn is_refused(socket: &AgentSocket, asked: &Result<ServingStatus, CallErro
         Err(CallError::Status { status, .. }) if status.metadata().contains_key("grpc-retry-pushback-ms") => {
             true
         }
-        Err(_) => is_closed_at_once(socket).await,
+        Err(_) => is_turned_away(socket).await,
     }
 }
 
-async fn is_closed_at_once(socket: &AgentSocket) -> bool {
+async fn is_turned_away(socket: &AgentSocket) -> bool {
     /// What every HTTP/2 client begins with (RFC 9113, section 3.4), and empty SETTINGS.
     const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
     let Ok(mut stream) = UnixStream::connect(&socket.path).await else { return false };
     let closed = async {
         // Closed already, perhaps: then there is nothing to read either.
         let _said = stream.write_all(HELLO).await.is_ok();
-        matches!(stream.read(&mut [0]).await, Ok(0) | Err(_))
+        // The length of the first frame, which is SETTINGS.
+        let mut length = [0; 3];
+        stream.read_exact(&mut length).await.is_err() || length == [0; 3]
     };
     tokio::time::timeout(AT_ONCE, closed).await.unwrap_or(false)
 }

@@ -48,6 +48,9 @@ impl HeldBytes {
     }
 }
 
+/// Memory is out when one part in so many is held beyond where it begins to be short.
+const WELL_BEYOND: u64 = 8;
+
 /// The share of one, where it is not known yet.
 const UNRECKONED: u64 = u64::MAX;
 
@@ -219,6 +222,17 @@ impl Holding {
     pub fn is_above_share(&self) -> bool {
         self.sums.as_ref().is_some_and(|HeldSums { group, node, .. }| {
             node.room.is_short(Short::Memory) && node.is_above_share(group.bytes())
+        })
+    }
+
+    /// Whether memory is so short that nothing may wait in it, whoever holds the rest: with more than [`SHARES`] callers all
+    /// may be below their shares.
+    ///
+    /// [`SHARES`]: super::budget::SHARES
+    pub fn is_out_of_memory(&self) -> bool {
+        self.sums.as_ref().is_some_and(|HeldSums { node, .. }| {
+            let short_from = node.short_from.load(Relaxed);
+            node.bytes() > short_from.saturating_add(short_from / WELL_BEYOND)
         })
     }
 

@@ -3,12 +3,15 @@
 //! A close alone says nothing of why, nor when to come back. But an answer costs more than a close, and has to wait for
 //! a request that may never come: so only the first few of a family are answered, a bounded number at a time, each within
 //! two seconds; the crowd behind them is closed. There is no HTTP/2 state: SETTINGS first, or some clients wait for
-//! them until their deadline; then everything is skipped up to the first HEADERS, which need not be understood. Not
-//! trusted: anything that is sent.
+//! them until their deadline, and empty ones, which the agent sends to nobody that it serves; then everything is skipped up
+//! to the first HEADERS, which need not be understood. Not trusted: anything that is sent.
 
-use std::time::Duration;
 use std::{
-    collections::VecDeque, io, mem::MaybeUninit, os::fd::AsFd as _, os::unix::net::UnixStream as StdStream,
+    collections::VecDeque,
+    io,
+    mem::MaybeUninit,
+    os::{fd::AsFd as _, unix::net::UnixStream as StdStream},
+    time::Duration,
 };
 
 use http::HeaderMap;

@@ -47,6 +47,11 @@ where
     type Body = B;
 }
 
+/// Stands in the extensions of a request that is to be refused at once: the node is out of memory, and it would have to
+/// wait in it behind others of its connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Crowded;
+
 /// Gives each request its peer, and keeps its [`Turn`]. A request is handed on at once, so that of its head nothing is
 /// kept that nobody needs; what answers it is polled when its turn has come.
 pub(super) struct WatchedService<S> {
@@ -64,6 +69,9 @@ impl<S: ConnectionService> Service<Request<Incoming>> for WatchedService<S> {
         let turn = Turn::begin(&self.turns);
         let mut request = request.map(|body| RequestBody::new(body, turn.upload()));
         request.extensions_mut().insert(Arc::clone(&self.peer));
+        if turn.is_crowded() {
+            request.extensions_mut().insert(Crowded);
+        }
         Answering { answer: self.service.call(request), turn: Some(turn) }
     }
 }

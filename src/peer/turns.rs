@@ -245,12 +245,14 @@ pub(super) struct Turn {
     call: u64,
     /// What is made next was reckoned, as far as is known here.
     goes: bool,
+    crowded: bool,
 }
 
 impl Turn {
-    /// A request has come. Its answer may be made when [`Self::poll_begin`] says so.
+    /// A request has come. Its answer may be made when [`Self::poll_begin`] says so. Without memory none waits behind
+    /// others: [`Self::is_crowded`].
     pub(super) fn begin(turns: &Arc<Turns>) -> Self {
-        let (slot, call, goes) = turns.with(|slots| {
+        let (slot, call, goes, crowded) = turns.with(|slots| {
             if slots.open > 0 {
                 turns.holding.hold(STREAM);
             }
@@ -259,7 +261,8 @@ impl Turn {
             let at = slots.slots.iter().position(TurnSlot::is_free).unwrap_or(slots.slots.len());
             let reckoned = slots.unsent.begin();
             // What is about to be refused for what its caller holds is refused at once: to wait takes memory.
-            let waits = reckoned.is_none() && !turns.holding.is_above_share();
+            let crowded = reckoned.is_none() && turns.holding.is_out_of_memory();
+            let waits = reckoned.is_none() && !crowded && !turns.holding.is_above_share();
             if waits {
                 slots.unsent.wait(at);
                 turns.holding.hold(WAITING);
@@ -278,9 +281,15 @@ impl Turn {
                 Some(slot) => *slot = new,
                 None => slots.slots.push(new),
             }
-            (at, slots.begun, !waits)
+            (at, slots.begun, !waits, crowded)
         });
-        Self { turns: Arc::clone(turns), slot, call, goes }
+        Self { turns: Arc::clone(turns), slot, call, goes, crowded }
+    }
+
+    /// Whether it is to be refused at once: its answer does not fit what the connection may leave unread, and there is no
+    /// memory to wait in.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.crowded
     }
 
     /// Ready when its answer may be made, or go on.
@@ -458,6 +467,39 @@ mod tests {
     use proptest::{collection::vec, prelude::*, sample::Index};
 
     use super::*;
+    use crate::{
+        limits::{CallerKey, Gate, GatePlan, LimitSettings, Limits},
+        os::clock::Clock,
+        telemetry::registry::Registry,
+    };
+
+    /// Where there is memory a request waits for those before it; without, a few are served at a time and the rest refused.
+    #[tokio::test]
+    async fn nobody_waits_behind_others_without_memory() {
+        const BUDGET: u64 = 64 << 20;
+        let settings = LimitSettings::default();
+        let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder));
+        let gate = Gate::new(GatePlan::new(&settings, 1_000, Some(BUDGET)).unwrap(), &limits);
+        let permit = gate.open(CallerKey::Uid(1)).unwrap();
+        let (turns, others) =
+            (Arc::new(Turns::new(Arc::clone(permit.holding()))), gate.open(CallerKey::Uid(2)).unwrap());
+        let crowded = |requests: &[Turn]| requests.iter().filter(|turn| turn.is_crowded()).count();
+        let many = || -> Vec<Turn> { (0..20).map(|_| Turn::begin(&turns)).collect() };
+        let with_memory = many();
+        assert_eq!(crowded(&with_memory), 0);
+        drop(with_memory);
+        let before = permit.holding().bytes();
+        others.holding().hold(BUDGET * 9 / 10);
+        let without = many();
+        let served = without.len() - crowded(&without);
+        assert!((1..=16).contains(&served), "{served} are served");
+        let each = (permit.holding().bytes() - before) / 19;
+        assert_eq!(each, STREAM, "none of them waits");
+        drop(without);
+        assert!(!Turn::begin(&turns).is_crowded(), "one alone is served");
+        others.holding().release(BUDGET * 9 / 10);
+        assert_eq!(crowded(&many()), 0, "there is room again");
+    }
 
     /// What happens on a connection.
     #[derive(Clone, Copy, Debug)]

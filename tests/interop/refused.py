@@ -40,9 +40,9 @@ def listen(handler, code):
 RetryHandler.should_retry = listen
 
 
-def were_told(code, times):
-    """Whether both watchers were told this so many times."""
-    return sum(codes.count(code) >= times for codes in list(refused.values())) == 2
+def were_told(codes, times):
+    """Whether both watchers were told one of these so many times."""
+    return sum(sum(code in codes for code in told) >= times for told in list(refused.values())) == 2
 
 
 def until(what, so):
@@ -146,7 +146,7 @@ try:
         os.symlink(path, door)
         for thread in beginning:
             thread.start()
-        until("both are refused", lambda: were_told(StatusCode.UNAVAILABLE, 1))
+        until("both are refused", lambda: were_told({StatusCode.RESOURCE_EXHAUSTED, StatusCode.UNAVAILABLE}, 1))
     for thread in beginning:
         thread.join(SECONDS)
     jwt, x509 = sorted(begun, key=lambda source: type(source).__name__)
@@ -158,9 +158,10 @@ try:
     until("a token again", lambda: token() is None)
 
     # Of places for long enough that gRPC, which has calls fail at once for some seconds, has tried to connect again.
-    for case, taken, code, times in (
-        ("calls", calls_taken, StatusCode.RESOURCE_EXHAUSTED, 2),
-        ("places", places_taken, StatusCode.UNAVAILABLE, 6),
+    # Whose connection is refused is told why, or it is closed.
+    for case, taken, codes, times in (
+        ("calls", calls_taken, {StatusCode.RESOURCE_EXHAUSTED}, 2),
+        ("places", places_taken, {StatusCode.RESOURCE_EXHAUSTED, StatusCode.UNAVAILABLE}, 6),
     ):
         before = trusted()
         os.unlink(door)
@@ -168,7 +169,7 @@ try:
         with taken():
             refused.clear()
             os.symlink(path, door)
-            until(case, lambda: trusted() == before and were_told(code, times))
+            until(case, lambda: trusted() == before and were_told(codes, times))
         until(case, lambda: all(now.isdisjoint(then) for now, then in zip(trusted(), before)))
         until(case, lambda: token() is None)
         print(f"{case}: refused with", [[code.name for code in codes] for codes in refused.values()])

@@ -452,13 +452,15 @@ async fn who_does_not_read_its_streams_pins_a_bounded_number_of_updates() {
     server.drain().await;
 }
 
-/// Asks for nothing but refusals, as fast as it is answered and with many at once, until `over`.
-async fn errs(send: h2::client::SendRequest<Bytes>, over: tokio::time::Instant) {
+/// Asks for nothing but refusals, as fast as it is answered and with many at once, until `over`, or until it has had more
+/// than there may be by then.
+async fn errs(send: h2::client::SendRequest<Bytes>, ways: Arc<Ways>, over: tokio::time::Instant) {
     let mut all = JoinSet::new();
     for _ in 0..32 {
-        let mut send = send.clone();
+        let (mut send, ways) = (send.clone(), Arc::clone(&ways));
+        let goes_on = move || tokio::time::Instant::now() < over && ways.refused.load(SeqCst) < 50_000;
         all.spawn(async move {
-            while tokio::time::Instant::now() < over && poll_fn(|cx| send.poll_ready(cx)).await.is_ok() {
+            while goes_on() && poll_fn(|cx| send.poll_ready(cx)).await.is_ok() {
                 let request = http::Request::post("http://localhost/refused").body(()).unwrap();
                 let Ok((answer, _)) = send.send_request(request, true) else { break };
                 if tokio::time::timeout_at(over, answer).await.is_err() {
@@ -479,7 +481,7 @@ async fn refusals_are_no_work_to_conserve() {
     let over = start + Duration::from_millis(2_500);
     let mut hostile = JoinSet::new();
     for _ in 0..3 {
-        hostile.spawn(errs(server.client().await.0, over));
+        hostile.spawn(errs(server.client().await.0, Arc::clone(&server.ways), over));
     }
     let (mut erring, _) = server.client().await;
     server.keeper.caller.store(2, SeqCst);

@@ -956,6 +956,27 @@ async fn descriptors_are_shared_when_they_are_short() {
     drop((greedy, second, third));
 }
 
+/// One that waits for room is told of once it has waited in vain; what an admin set is told at once.
+#[test]
+fn whoever_may_ask_again_is_told_of_at_the_end() {
+    let gate = gate(GateSettings {
+        rules: rules(gate_rule(50, Limit::Unlimited)),
+        places: places(20, 10),
+        ..GateSettings::default()
+    });
+    let greedy = CallerKey::Uid(1);
+    let held: Vec<ConnectionPermit> = (0..20).map_while(|_| gate.open(greedy).ok()).collect();
+    gate.out_of_room();
+    for _ in 0..3 {
+        assert_eq!(gate.open_or_wait(greedy).err(), Some(ConnectionRefusal::NodeConnections));
+        assert_eq!(gate.out_of_room(), []);
+    }
+    assert_eq!(gate.open(greedy).err(), Some(ConnectionRefusal::NodeConnections));
+    assert_eq!(gate.out_of_room().len(), 1);
+    drop(held);
+    assert!(gate.open_or_wait(greedy).is_ok(), "once there is room");
+}
+
 /// Who calls on a new connection each time still holds the last one, as far as the agent knows.
 #[test]
 fn one_connection_is_as_good_as_none_for_the_reserve() {
