@@ -58,7 +58,7 @@ async fn labels_come_from_closed_sets() {
         }
     }
     let known = [
-        "attestor", "code", "key_type", "kind", "le", "method", "reason", "result", "stage", "state", "step",
+        "attestor", "code", "key_type", "kind", "le", "method", "reason", "resource", "result", "stage", "state", "step",
         "version",
     ]
     .into_iter()
