@@ -6,11 +6,12 @@
 //! own limit takes nothing from the others. What was taken before a refusal is given back: tokens are *held*
 //! first and *settled* when the call's cost is known (see [`bucket`]; [`table`] keeps them).
 //!
-//! 1. **At accept** ([`gate`], set by [`GateSettings`]), of the caller: is it blocked? its open connections, and its
-//!    family's; its rate of new ones; then the node's connections and memory.
+//! 1. **At accept** ([`gate`], set by [`GateSettings`]), of the caller: is it blocked? its open connections, its family's,
+//!    and its rate of new ones, where they are set; then the node's places, and what the caller and its family hold
+//!    ([`holding`]) of what is short.
 //! 2. **Before attestation** ([`Limits::admit`], set by [`LimitSettings::caller`] and [`NodeSettings`]), of the
-//!    caller and the method: is it blocked? the caller's bucket for the method; its share of the attestations in
-//!    flight, then all of them; for a method without identity, the node's bucket.
+//!    caller and the method: is it blocked? the caller's bucket for the method; while memory is short, what it holds; its
+//!    share of the attestations in flight, then all of them; for a method without identity, the node's bucket.
 //! 3. **After attestation** ([`Limits::admit_for`], set by [`LimitSettings::identity`] and [`NodeSettings`]), of
 //!    each SPIFFE ID and the method: is it blocked? its bucket, where all are charged or none; then the node's bucket.
 //! 4. **Afterwards** ([`Admitted`], set by [`rule::Costs`]): the price of an answer, of a signature or of a failed
@@ -59,11 +60,13 @@ mod counters;
 pub mod gate;
 pub mod gate_plan;
 pub mod gate_settings;
+pub mod gate_standings;
 pub mod holding;
 pub mod id_pattern;
 mod identity_stage;
 mod ledger;
 pub mod method;
+pub mod out_of_room;
 pub mod pace;
 pub mod patience;
 pub mod pattern;

@@ -1,14 +1,14 @@
 //! What the agent uses of the node: its cgroup's memory, and processor time.
 //!
-//! The kernel adds up a cgroup's memory when it is asked, which may take a while, so a thread of its own asks; who needs
-//! the figures takes the last ones. Processor time is looked at where nothing waits for anybody.
+//! The kernel adds up what is in a cgroup's memory when it is asked, which may take a while, so a thread of its own asks;
+//! who needs the figures takes the last ones. Processor time is looked at where nothing waits for anybody.
 
 use std::{
     io,
     path::Path,
     sync::{
         Arc, Weak,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     thread,
     time::{Duration, Instant},
@@ -23,7 +23,7 @@ use crate::{
         room::Short,
     },
     os::{
-        cgroup::{ChargedMemory, OwnCgroup},
+        cgroup::{ChargedParts, OwnCgroup},
         clock::processor_time,
     },
 };
@@ -37,16 +37,25 @@ const OFTEN: Duration = Duration::from_millis(50);
 /// What the thread may need of a stack, in bytes.
 const STACK: usize = 64 * 1024;
 
-/// Nothing is known.
-const UNKNOWN: u64 = u64::MAX;
+/// What is charged to a cgroup, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct ChargedMemory {
+    /// Without what the kernel can drop.
+    pub(super) used: u64,
+    /// Of this, the kernel's part.
+    pub(super) kernel: u64,
+}
 
-/// The memory of the agent's own cgroup, as it was last seen. Cheap to clone; its thread ends soon after the last one.
+/// The memory of the agent's own cgroup. Cheap to clone; its thread ends soon after the last one.
 #[derive(Clone, Debug)]
-pub(super) struct MemoryMeter(Arc<LastSeen>);
+pub(super) struct MemoryMeter(Option<Arc<MeteredCgroup>>);
 
 #[derive(Debug)]
-struct LastSeen {
-    used: AtomicU64,
+struct MeteredCgroup {
+    cgroup: OwnCgroup,
+    /// As they were last seen.
+    alone: AtomicBool,
+    droppable: AtomicU64,
     kernel: AtomicU64,
 }
 
@@ -56,34 +65,43 @@ impl MemoryMeter {
     /// # Errors
     /// No thread can be started.
     pub(super) fn start() -> io::Result<Self> {
-        let meter = Self(Arc::new(LastSeen { used: AtomicU64::new(UNKNOWN), kernel: AtomicU64::new(0) }));
-        if let Some(cgroup) = OwnCgroup::of(Path::new("/proc/self/cgroup"), Path::new("/sys/fs/cgroup")) {
-            let seen = Arc::downgrade(&meter.0);
+        let cgroup = OwnCgroup::of(Path::new("/proc/self/cgroup"), Path::new("/sys/fs/cgroup"));
+        let metered = cgroup.map(|cgroup| {
+            Arc::new(MeteredCgroup {
+                cgroup,
+                alone: AtomicBool::new(false),
+                droppable: AtomicU64::new(0),
+                kernel: AtomicU64::new(0),
+            })
+        });
+        if let Some(metered) = &metered {
+            let metered = Arc::downgrade(metered);
             thread::Builder::new()
                 .name("memory".to_owned())
                 .stack_size(STACK)
-                .spawn(move || watch(&cgroup, &seen))?;
+                .spawn(move || watch(&metered))?;
         }
-        Ok(meter)
+        Ok(Self(metered))
     }
 
-    /// What is charged to the cgroup, if it is the agent's alone.
+    /// What is charged to the cgroup by now, if it is the agent's alone.
     pub(super) fn charged(&self) -> Option<ChargedMemory> {
-        let used = self.0.used.load(Relaxed);
-        let kernel = self.0.kernel.load(Relaxed);
-        (used != UNKNOWN).then_some(ChargedMemory { used, kernel })
+        let metered = self.0.as_ref().filter(|metered| metered.alone.load(Relaxed))?;
+        let used = metered.cgroup.charged()?.saturating_sub(metered.droppable.load(Relaxed));
+        Some(ChargedMemory { used, kernel: metered.kernel.load(Relaxed) })
     }
 }
 
-fn watch(cgroup: &OwnCgroup, seen: &Weak<LastSeen>) {
+fn watch(metered: &Weak<MeteredCgroup>) {
     let mut others = ALONE_FOR;
-    while let Some(seen) = seen.upgrade() {
-        others = if cgroup.is_alone() { 0 } else { others.saturating_add(1) };
-        let charged = cgroup.charged().filter(|_| others < ALONE_FOR);
-        let ChargedMemory { used, kernel } = charged.unwrap_or(ChargedMemory { used: UNKNOWN, kernel: 0 });
-        seen.kernel.store(kernel, Relaxed);
-        seen.used.store(used, Relaxed);
-        drop(seen);
+    while let Some(metered) = metered.upgrade() {
+        others = if metered.cgroup.is_alone() { 0 } else { others.saturating_add(1) };
+        let parts = metered.cgroup.parts();
+        let ChargedParts { droppable, kernel } = parts.unwrap_or_default();
+        metered.droppable.store(droppable, Relaxed);
+        metered.kernel.store(kernel, Relaxed);
+        metered.alone.store(parts.is_some() && others < ALONE_FOR, Relaxed);
+        drop(metered);
         thread::park_timeout(EVERY);
     }
 }

@@ -2,9 +2,11 @@
 
 use metrics::{Counter, Gauge};
 
+use super::meter::ChargedMemory;
+
 use crate::{
-    limits::gate::MemoryStanding,
-    os::{cgroup::ChargedMemory, clock::Clock},
+    limits::gate_standings::MemoryStanding,
+    os::clock::Clock,
     telemetry::registry::{By, Registry, float_u64, labels, unix_time},
 };
 
@@ -20,7 +22,7 @@ labels! {
 
 labels! {
     /// What of memory is told.
-    pub(super) enum MemoryOf, "of" {
+    pub(super) enum MemoryOf, "kind" {
         /// What the agent may use; 0 for no bound.
         Budget = "budget",
         /// What counts as used: the larger of what is reckoned and what is measured.

@@ -229,12 +229,14 @@ impl AgentParts {
     }
 
     fn admin_service(&self, keys: Arc<PodOrUid>) -> AdminService {
+        let meter = self.meter.clone();
         AdminService::new(admin::AdminParts {
             limits: self.limits.clone(),
             gate: self.gate.clone(),
             attestor: Arc::clone(&self.attestor),
             keys,
             store: Arc::clone(self.writer.store()),
+            charged: Box::new(move || meter.charged().map(|charged| (charged.used, charged.kernel))),
         })
     }
 

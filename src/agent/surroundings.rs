@@ -16,7 +16,7 @@ use crate::{
 
 /// What is missing.
 #[derive(Debug, thiserror::Error)]
-enum Shortcoming {
+enum Obstacle {
     /// No caller can be told from the next one that has its PID.
     #[error(
         "no process can be held on to by a pidfd, so no caller is served: Linux must be 5.3 or newer, and a seccomp filter must \
@@ -37,7 +37,7 @@ enum Shortcoming {
     UserNamespace,
 }
 
-impl Shortcoming {
+impl Obstacle {
     /// Whether nobody, or nobody else than the agent's own user, is served.
     fn is_for_all(&self) -> bool {
         match self {
@@ -60,7 +60,7 @@ pub(super) fn look_around(health: &HealthState) {
 }
 
 /// All that is missing here.
-fn shortcomings() -> Vec<Shortcoming> {
+fn shortcomings() -> Vec<Obstacle> {
     // As it is done for callers: by the socket, on older kernels by the number.
     let by_socket = UnixStream::pair().map(|(end, _)| getsockopt(&end, sockopt::PeerPidfd).map(drop));
     let pidfd = match by_socket {
@@ -68,13 +68,13 @@ fn shortcomings() -> Vec<Shortcoming> {
         Ok(Err(errno)) => Some(errno),
         Ok(Ok(())) | Err(_) => None,
     };
-    let pidfd = pidfd.filter(|errno| !is_shortage(*errno)).map(Shortcoming::Pidfd);
+    let pidfd = pidfd.filter(|errno| !is_shortage(*errno)).map(Obstacle::Pidfd);
     // The first process is root's, or whose container it is.
     let hidden = fs::read("/proc/1/status")
         .err()
         .filter(|error| matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied));
-    let partial = namespace::unmapped().map(|_| Shortcoming::UserNamespace);
-    pidfd.into_iter().chain(hidden.map(Shortcoming::HiddenProcesses)).chain(partial).collect()
+    let partial = namespace::unmapped().map(|_| Obstacle::UserNamespace);
+    pidfd.into_iter().chain(hidden.map(Obstacle::HiddenProcesses)).chain(partial).collect()
 }
 
 /// Descriptors or memory that are short pass.

@@ -11,8 +11,8 @@ use crate::{
     limits::{
         self, Limits, ToldToGo,
         budget::{Accounted, Pressure},
-        gate::OutOfRoom,
         holding::Notice,
+        out_of_room::OutOfRoom,
         pace::{Complaints, Settled},
         report::{Event, foremost},
         shares::Taking,
@@ -112,7 +112,7 @@ impl Watch {
     }
 
     /// What the process uses by now, whatever it was reckoned at. Where it is alone in a cgroup that is what is charged to
-    /// that, which may be late, or its own pages. Those of its program are charged to whoever read them first, and
+    /// that, or its own pages. Those of its program are charged to whoever read them first, and
     /// dropped before anybody is killed; elsewhere they count.
     fn measured(&self) -> Option<u64> {
         let own = heap::resident_set()?;

@@ -28,6 +28,7 @@ use crate::{
     limits::{
         self, CallerKey, ConnectionPermit, ConnectionRefusal, Limits, Method,
         budget::Pressure,
+        gate_standings::MemoryStanding,
         refusal::Stage,
         report::{BucketName, Heavy, Standing},
         room::Short,
@@ -109,6 +110,8 @@ pub struct AdminParts {
     /// Whom a process is charged as.
     pub keys: Arc<PodOrUid>,
     pub store: Arc<Store>,
+    /// What is charged to the agent's cgroup, if it is alone in one, and the kernel's part of it, in bytes.
+    pub charged: Box<dyn Fn() -> Option<(u64, u64)> + Send + Sync>,
 }
 
 /// The one service of the admin socket. Cheap to clone.
@@ -176,15 +179,11 @@ impl AdminParts {
                 .gate
                 .heaviest(top)
                 .into_iter()
-                .map(|(caller, open, _)| pb::Connections { caller: caller.to_string(), open })
+                .map(|(caller, open, held)| pb::Connections { caller: caller.to_string(), open, held })
                 .collect(),
             node_connections: self.gate.connections(),
             attestations_in_flight: self.limits.attestations(),
-            memory: Some(pb::Memory {
-                pressure: pressure(self.gate.memory().pressure).to_owned(),
-                budget: self.gate.memory().budget,
-                resident: heap::resident(),
-            }),
+            memory: Some(self.memory()),
             short_of: SHORTAGES
                 .into_iter()
                 .filter(|(short, _)| self.limits.room().is_short(*short))
@@ -197,6 +196,13 @@ impl AdminParts {
                 identity: count(identities),
             }),
         }
+    }
+
+    fn memory(&self) -> pb::Memory {
+        let MemoryStanding { budget, held, used, pressure: now } = self.gate.memory();
+        let (cgroup, kernel) = (self.charged)().unzip();
+        let pressure = pressure(now).to_owned();
+        pb::Memory { pressure, budget, resident: heap::resident(), used, held, cgroup, kernel }
     }
 
     fn heavy(&self, stage: Stage, heavy: &Heavy) -> pb::Heavy {

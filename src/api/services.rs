@@ -21,6 +21,7 @@ use super::{
     journal::Journal,
     proto::{WORKLOAD_FDS, workload_server::spiffe_workload_api_server::SpiffeWorkloadApiServer},
     reached::Reached,
+    status::RequestError,
     workload::WorkloadApi,
 };
 use crate::{

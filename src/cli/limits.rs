@@ -86,10 +86,7 @@ fn pretty(now: &pb::LimitsResponse) -> String {
         keys.gate, keys.caller, keys.identity
     );
     if let Some(memory) = &now.memory {
-        let resident = memory.resident.map_or_else(|| "unknown".to_owned(), mebibytes);
-        let budget =
-            memory.budget.map_or_else(|| "no budget".to_owned(), |bytes| format!("of {}", mebibytes(bytes)));
-        let _ = writeln!(out, "Memory:      {resident}, {budget}; pressure: {}", clean(&memory.pressure));
+        let _ = writeln!(out, "Memory:      {}", memory_text(memory));
     }
     let room = if now.short_of.is_empty() {
         "yes".to_owned()
@@ -117,10 +114,15 @@ fn pretty(now: &pb::LimitsResponse) -> String {
         }
     }
     if !now.connections.is_empty() {
-        let rows: Vec<[String; 2]> =
-            now.connections.iter().map(|it| [it.caller.clone(), it.open.to_string()]).collect();
+        let kibibytes = |bytes: u64| format!("{} KiB", bytes >> 10);
+        let rows: Vec<[String; 3]> = now
+            .connections
+            .iter()
+            .map(|it| [it.caller.clone(), it.open.to_string(), kibibytes(it.held)])
+            .collect();
         out.push('\n');
-        out.push_str(&table([Column::Left("CALLER"), Column::Right("OPEN CONNECTIONS")], &rows));
+        let columns = [Column::Left("CALLER"), Column::Right("OPEN CONNECTIONS"), Column::Right("HELD")];
+        out.push_str(&table(columns, &rows));
     }
     out
 }
@@ -141,6 +143,22 @@ fn heavy_rows(heavy: &pb::Heavy) -> Vec<[String; 7]> {
         [String::new(), key, String::new(), used, refused, String::new(), String::new()]
     }));
     rows
+}
+
+/// What is used of the budget, and by what.
+fn memory_text(memory: &pb::Memory) -> String {
+    let budget =
+        memory.budget.map_or_else(|| "no budget".to_owned(), |bytes| format!("of {}", mebibytes(bytes)));
+    let resident = memory.resident.map_or_else(|| "unknown".to_owned(), mebibytes);
+    let cgroup = memory.cgroup.zip(memory.kernel).map_or_else(String::new, |(all, kernel)| {
+        format!(", cgroup {} with {} of the kernel", mebibytes(all), mebibytes(kernel))
+    });
+    format!(
+        "{} used, {budget}; pressure: {} (connections hold {}, resident {resident}{cgroup})",
+        mebibytes(memory.used),
+        clean(&memory.pressure),
+        mebibytes(memory.held)
+    )
 }
 
 /// With one decimal.
@@ -164,8 +182,11 @@ fn to_json(now: &pb::LimitsResponse) -> serde_json::Value {
             json
         })
         .collect();
-    let connections: Vec<_> =
-        now.connections.iter().map(|it| json!({ "caller": it.caller, "open": it.open })).collect();
+    let connections: Vec<_> = now
+        .connections
+        .iter()
+        .map(|it| json!({ "caller": it.caller, "open": it.open, "held": it.held }))
+        .collect();
     let memory = now.memory.clone().unwrap_or_default();
     let keys = now.keys.unwrap_or_default();
     json!({
@@ -175,7 +196,15 @@ fn to_json(now: &pb::LimitsResponse) -> serde_json::Value {
         "attestations_in_flight": now.attestations_in_flight,
         "short_of": now.short_of,
         "calls_waiting": now.calls_waiting,
-        "memory": { "pressure": memory.pressure, "budget": memory.budget, "resident": memory.resident },
+        "memory": {
+            "pressure": memory.pressure,
+            "budget": memory.budget,
+            "resident": memory.resident,
+            "used": memory.used,
+            "held": memory.held,
+            "cgroup": memory.cgroup,
+            "kernel": memory.kernel,
+        },
         "keys": { "gate": keys.gate, "caller": keys.caller, "identity": keys.identity },
     })
 }
@@ -219,13 +248,17 @@ mod tests {
                     takings: vec![pb::Taking { caller: "uid:8".to_owned(), used: 5, refused: 6 }],
                 },
             ],
-            connections: vec![pb::Connections { caller: "uid:1000".to_owned(), open: 3 }],
+            connections: vec![pb::Connections { caller: "uid:1000".to_owned(), open: 3, held: 99 << 10 }],
             node_connections: 3,
             attestations_in_flight: 1,
             memory: Some(pb::Memory {
                 pressure: "none".to_owned(),
                 budget: Some(24 << 20),
                 resident: Some((7 << 20) + (1 << 19)),
+                used: 9 << 20,
+                held: 1 << 20,
+                cgroup: Some(8 << 20),
+                kernel: Some(2 << 20),
             }),
             short_of: vec!["memory".to_owned(), "processor".to_owned()],
             calls_waiting: 7,
@@ -236,7 +269,7 @@ mod tests {
             "\
 Connections: 3 (attestations in flight: 1)
 Buckets:     1 of the gate, 2 of callers, 3 of identities
-Memory:      7.5 MiB, of 24.0 MiB; pressure: none
+Memory:      9.0 MiB used, of 24.0 MiB; pressure: none (connections hold 1.0 MiB, resident 7.5 MiB, cgroup 8.0 MiB with 2.0 MiB of the kernel)
 Room:        short of memory, processor; calls that wait: 7
 
 STAGE   KEY              METHOD        USED  REFUSED  MOST/S      TOKENS LEFT
@@ -245,8 +278,8 @@ caller  uid:7\\u{1b}[31m  FetchJWTSVID     0        1                  blocked
           uid:8                           5        6
 (default): nobody set it, and it refuses only while the node has no room
 
-CALLER    OPEN CONNECTIONS
-uid:1000                 3
+CALLER    OPEN CONNECTIONS    HELD
+uid:1000                 3  99 KiB
 "
         );
         let json = to_json(&now);

@@ -366,7 +366,7 @@ impl Ledger {
         }
         let dry = plan.dry || plan.node_dry;
         let question = Question { plan, stage: Stage::Node, method, dry, attempt };
-        let lack = Shortcoming {
+        let lack = Scarcity {
             charged_as: ChargedAs::Node,
             reason: Reason::Memory,
             retry_after: FOR_TOKENS,

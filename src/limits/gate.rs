@@ -31,15 +31,14 @@ use super::{
     gate_settings::GateRule,
     holding::{Holding, NodeHeld, Notice},
     ledger::{Ledger, PARENT_PARTS},
-    processor::ProcessorShare,
+    out_of_room::OutOfRoom,
     refusal::{ChargedAs, ConnectionRefusal, Reason, RejectionStatus, Stage},
-    report::{BucketName, Heavy, Standing},
+    report::BucketName,
     room::{Room, Short},
     rule::Limit,
     shortage::Shortage,
     table::{ChargedTo, Table},
 };
-use crate::telemetry::registry::float;
 
 /// Who holds fewer connections counts as holding none: one that calls anew for each call has left its last one,
 /// and the agent may not have seen that yet.
@@ -50,58 +49,35 @@ const SHARES_LAST: u64 = 50_000_000;
 const COMPLAINTS: usize = 64;
 
 #[derive(Debug)]
-struct GateState {
-    rates: Table,
-    accounts: Accounts,
-    total: u32,
+pub(super) struct GateState {
+    pub(super) rates: Table,
+    pub(super) accounts: Accounts,
+    pub(super) total: u32,
     admin: u32,
     /// Connections that were let in on what is set aside.
     reserved: u32,
-    bytes: Shortage,
+    pub(super) bytes: Shortage,
     connections: Shortage,
     /// When shares were reckoned last.
     looked: u64,
-    complaints: HashMap<(CallerKey, ConnectionRefusal), OutOfRoom, ahash::RandomState>,
-}
-
-/// A caller that was refused for want of room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct OutOfRoom {
-    pub caller: CallerKey,
-    pub refusal: ConnectionRefusal,
-    /// Bytes that it held when it was last refused, or connections where these are short: those of its family with it.
-    pub held: u64,
-    /// What its share was.
-    pub share: u64,
-}
-
-/// How memory stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MemoryStanding {
-    /// `None` for no bound.
-    pub budget: Option<u64>,
-    /// Bytes that connections hold.
-    pub held: u64,
-    /// Bytes that are used in all.
-    pub used: u64,
-    pub pressure: Pressure,
+    pub(super) complaints: HashMap<(CallerKey, ConnectionRefusal), OutOfRoom, ahash::RandomState>,
 }
 
 #[derive(Debug)]
-struct SharedGate {
-    plan: ArcSwap<GatePlan>,
+pub(super) struct SharedGate {
+    pub(super) plan: ArcSwap<GatePlan>,
     hasher: Hasher,
     state: Mutex<GateState>,
-    node: Arc<NodeHeld>,
+    pub(super) node: Arc<NodeHeld>,
     /// Connections that were refused for want of processor time, since this was last asked.
-    wanting: AtomicU64,
-    ledger: Arc<Ledger>,
+    pub(super) wanting: AtomicU64,
+    pub(super) ledger: Arc<Ledger>,
 }
 
 /// The gate. Cheap to clone; all clones are one.
 #[derive(Clone, Debug)]
 pub struct Gate {
-    shared: Arc<SharedGate>,
+    pub(super) shared: Arc<SharedGate>,
 }
 
 /// A connection that was let in; its place is free again when this is dropped.
@@ -313,71 +289,14 @@ impl Gate {
     pub fn family_of(&self, caller: CallerKey) -> u64 {
         self.shared.plan.load().families.group(caller)
     }
-
-    /// Connections of all callers.
-    pub fn connections(&self) -> u32 {
-        self.shared.state().total
-    }
-
-    /// The callers that hold most: their connections, and bytes.
-    pub fn heaviest(&self, n: usize) -> Vec<(CallerKey, u32, u64)> {
-        self.shared.state().accounts.heaviest(n)
-    }
-
-    /// The callers that were refused and let in most.
-    pub fn report(&self, n: usize) -> Vec<Heavy> {
-        self.shared.state().rates.heaviest(n)
-    }
-
-    /// Callers that were refused for want of room since this was last asked; a bounded number of them.
-    pub fn out_of_room(&self) -> Vec<OutOfRoom> {
-        let mut state = self.shared.state();
-        state.complaints.drain().map(|(_, complaint)| complaint).collect()
-    }
-
-    /// How many connections were refused for want of processor time since this was last asked.
-    pub fn wanting(&self) -> u64 {
-        self.shared.wanting.swap(0, Relaxed)
-    }
-
-    /// How much of the processor the agent may use.
-    pub fn processor_share(&self) -> ProcessorShare {
-        self.shared.plan.load().cpu
-    }
-
-    /// How the rate of new connections of a caller stands.
-    pub fn standing(&self, caller: CallerKey) -> Standing {
-        let shared = &*self.shared;
-        let plan = shared.plan.load();
-        let key = shared.key(&plan, caller);
-        let rule = plan.rule(&caller);
-        let left = |quota| shared.state().rates.left(shared.ledger.now(), key, quota);
-        Standing::under(rule.limit(), left).of_origin(rule.origin())
-    }
-
-    /// How memory stands.
-    pub fn memory(&self) -> MemoryStanding {
-        let state = self.shared.state();
-        let held = self.shared.node.bytes();
-        let Shortage { whole, .. } = state.bytes;
-        MemoryStanding { budget: whole, held, used: state.bytes.used(held), pressure: state.bytes.pressure() }
-    }
-
-    /// How many callers' buckets are known. Also sets the gauge.
-    pub fn keys(&self) -> usize {
-        let keys = self.shared.state().rates.len();
-        let [gauge, ..] = &self.shared.ledger.counters.keys;
-        gauge.set(float(keys));
-        keys
-    }
 }
 
 impl SharedGate {
-    fn state(&self) -> MutexGuard<'_, GateState> {
+    pub(super) fn state(&self) -> MutexGuard<'_, GateState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn key(&self, plan: &GatePlan, caller: CallerKey) -> BucketKey {
+    pub(super) fn key(&self, plan: &GatePlan, caller: CallerKey) -> BucketKey {
         BucketKey { hash: self.hasher.hash(caller), parent: plan.families.parent(caller) }
     }
 

@@ -351,8 +351,7 @@ mod tests {
                     // Some of them were given one that they did not take yet.
                     _ => waiting.retain(|(of, _)| *of != caller),
                 }
-                let polled = waiting.drain(..).collect::<Vec<_>>();
-                for (caller, mut waits) in polled {
+                for (caller, mut waits) in std::mem::take(&mut waiting) {
                     match (&mut waits).now_or_never() {
                         Some(slot) => held.push(slot),
                         None => waiting.push((caller, waits)),

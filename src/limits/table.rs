@@ -28,6 +28,9 @@ use super::{
 /// Whose cell it is, for people.
 type Who = (BucketName, &'static str);
 
+/// Where tokens are held, how many, and where the caller's share is, if it has one.
+type HeldAt = (ChargedTo, u32, Option<usize>);
+
 #[derive(Debug)]
 struct Parent {
     id: u64,
@@ -147,12 +150,7 @@ impl Table {
     }
 
     /// In the bucket of a key that is known.
-    fn hold_known(
-        &mut self,
-        now: u64,
-        ask: &Ask,
-        short: Shortfall,
-    ) -> Option<Result<(ChargedTo, u32, Option<usize>), Duration>> {
+    fn hold_known(&mut self, now: u64, ask: &Ask, short: Shortfall) -> Option<Result<HeldAt, Duration>> {
         let Ask { key, quota, cost, .. } = *ask;
         let room_for_regulars = self.regulars < self.capacity / REGULARS;
         let mark = ask.taker.map(|taker| (taker, self.mark(taker)));

@@ -17,12 +17,12 @@ use std::{
 /// The longest of the files that are read, in bytes: `memory.stat` has some 2,000 to 3,000.
 pub(super) const LONGEST: usize = 8 * 1024;
 
-/// What is charged to a cgroup.
+/// What there is in what is charged to a cgroup, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ChargedMemory {
-    /// In bytes, without what can be dropped at once.
-    pub used: u64,
-    /// Of this, the kernel's part. 0 where the kernel does not say.
+pub struct ChargedParts {
+    /// What can be dropped at once.
+    pub droppable: u64,
+    /// The kernel's part. 0 where the kernel does not say.
     pub kernel: u64,
 }
 
@@ -99,15 +99,17 @@ impl OwnCgroup {
         text(&self.processes, &mut bytes).is_some_and(|all| all.trim().parse() == Ok(own))
     }
 
-    /// What is charged to it by now. The kernel adds numbers up for it, which may take a while.
-    pub fn charged(&self) -> Option<ChargedMemory> {
+    /// What is charged to it by now, in bytes, with what the kernel could drop. It has the number ready.
+    pub fn charged(&self) -> Option<u64> {
+        number(&self.used)
+    }
+
+    /// What is in it. The kernel adds numbers up for it, which may take a while.
+    pub fn parts(&self) -> Option<ChargedParts> {
         let mut bytes = [0; LONGEST];
         let stat = text(&self.stat, &mut bytes)?;
         let kernel = self.kernel.as_ref().and_then(number).or_else(|| line(stat, self.names.kernel));
-        Some(ChargedMemory {
-            used: number(&self.used)?.saturating_sub(droppable(stat, self.names)),
-            kernel: kernel.unwrap_or(0),
-        })
+        Some(ChargedParts { droppable: droppable(stat, self.names), kernel: kernel.unwrap_or(0) })
     }
 }
 
@@ -166,13 +168,13 @@ mod tests {
                 "v2",
                 "0::/a/b\n",
                 &[("a/b", "memory.current", "20000"), ("a/b", "memory.stat", v2_stat)][..],
-                Some(ChargedMemory { used: 19_000, kernel: 5000 }),
+                Some((19_000, 5000)),
             ),
             (
                 "v2 of a container",
                 "0::/kubepods/x\n",
                 &[("", "memory.current", "20000"), ("", "memory.stat", v2_stat)],
-                Some(ChargedMemory { used: 19_000, kernel: 5000 }),
+                Some((19_000, 5000)),
             ),
             (
                 "v1",
@@ -182,19 +184,19 @@ mod tests {
                     ("memory/a", "memory.kmem.usage_in_bytes", "6000\n"),
                     ("memory/a", "memory.stat", v1_stat),
                 ],
-                Some(ChargedMemory { used: 18_000, kernel: 6000 }),
+                Some((18_000, 6000)),
             ),
             (
                 "old kernels say nothing of the kernel's part",
                 "0::/\n",
                 &[("", "memory.current", "20000\n"), ("", "memory.stat", "anon 1\n")],
-                Some(ChargedMemory { used: 20_000, kernel: 0 }),
+                Some((20_000, 0)),
             ),
             (
                 "more can be dropped than there is",
                 "0::/\n",
                 &[("", "memory.current", "10\n"), ("", "memory.stat", v2_stat)],
-                Some(ChargedMemory { used: 0, kernel: 5000 }),
+                Some((0, 5000)),
             ),
             ("out of the tree", "0::/../../etc\n", &[], None),
             ("the root of all", "0::/\n", &[("", "memory.stat", v2_stat)], None),
@@ -212,7 +214,11 @@ mod tests {
                 fs::write(at.join("cgroup.procs"), format!("{own}\n")).unwrap();
             }
             let cgroup = OwnCgroup::of(&dir.path().join("self"), &root);
-            assert_eq!(cgroup.as_ref().and_then(OwnCgroup::charged), want, "{case}");
+            let seen = cgroup.as_ref().and_then(|cgroup| {
+                let parts = cgroup.parts()?;
+                Some((cgroup.charged()?.saturating_sub(parts.droppable), parts.kernel))
+            });
+            assert_eq!(seen, want, "{case}");
             assert_eq!(cgroup.is_some_and(|cgroup| cgroup.is_alone()), want.is_some(), "{case}");
         }
         assert!(OwnCgroup::of(Path::new("/nowhere/at/all"), Path::new("/nowhere")).is_none());

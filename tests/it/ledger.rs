@@ -102,7 +102,7 @@ impl Weighed {
         stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
-        let series = format!("durward_memory_bytes{{of=\"{of}\"}} ");
+        let series = format!("durward_memory_bytes{{kind=\"{of}\"}} ");
         let line = answer.lines().find_map(|line| line.strip_prefix(&series)).unwrap();
         line.parse().unwrap()
     }
@@ -192,37 +192,33 @@ fn what_connections_take_is_what_they_are_reckoned_at() {
     assert_eq!(call(&agent.socket(), FETCH_JWT, &jwt_request("first"), PATIENCE), Called::Answered);
     agent.wait_for("held", |held| held == 0);
     let before = agent.measured();
-    let hold = |case: &str, reckoned: u64| {
-        agent.wait_for("held", |held| held == reckoned);
-        let now = agent.measured();
-        let (took, of) = (now.saturating_sub(before), reckoned);
+    // Whatever waits to be read is held too, so everything is read meanwhile.
+    let hold = |case: &str, streams: &mut [UnixStream], reckoned: u64| {
+        let began = Instant::now();
+        while agent.memory("held") != reckoned {
+            assert!(began.elapsed() < PATIENCE, "{case}: {} held, {reckoned} reckoned", agent.memory("held"));
+            for stream in &mut *streams {
+                assert!(!drain(stream), "{case}\n{}", agent.log());
+            }
+        }
+        let (took, of) = (agent.measured().saturating_sub(before), reckoned);
         println!("{case}: {} KiB measured, {} reckoned", took >> 10, of >> 10);
-        // What threads and tables take once, whoever comes.
-        assert!(took <= of + (1 << 20) && took >= of / 3, "{case}: {took} bytes measured, {of} reckoned");
+        // What threads and tables take once, whoever comes; and what is not optimized takes a little more.
+        let most = if cfg!(debug_assertions) { of + of / 4 } else { of } + (1 << 20);
+        assert!(took <= most && took >= of / 3, "{case}: {took} bytes measured, {of} reckoned");
     };
-    let mut parked = agent.connections(600);
-    hold("parked", 600 * PARKED);
-    for stream in &mut parked[..300] {
+    let mut open = agent.connections(600);
+    hold("parked", &mut open, 600 * PARKED);
+    for stream in &mut open[..300] {
         watch(stream, 0, 1).unwrap();
     }
-    let read = |streams: &mut [UnixStream]| {
-        let began = Instant::now();
-        while began.elapsed() < Duration::from_secs(1) {
-            for stream in &mut *streams {
-                let _gone = drain(stream);
-            }
-            thread::sleep(Duration::from_millis(20));
-        }
-    };
-    read(&mut parked[..300]);
-    hold("with a stream", 600 * PARKED + 300 * HTTP2);
-    for stream in &mut parked[..50] {
+    hold("with a stream", &mut open, 600 * PARKED + 300 * HTTP2);
+    for stream in &mut open[..50] {
         watch(stream, 1, 30).unwrap();
-        drain(stream);
+        let _gone = drain(stream);
     }
-    read(&mut parked[..50]);
-    hold("with many", 600 * PARKED + 300 * HTTP2 + 50 * 30 * STREAM);
-    drop(parked);
+    hold("with many", &mut open, 600 * PARKED + 300 * HTTP2 + 50 * 30 * STREAM);
+    drop(open);
     agent.wait_for("held", |held| held == 0);
 }
 
@@ -249,22 +245,21 @@ fn who_holds_most_gives_way_and_nobody_else() {
 
     // A neighbour with a stream, before anybody else.
     let watching = neighbour(&agent, &["watch"]).map(|mut command| Watching(command.spawn().unwrap()));
-    // Each would hold some 600 KiB: more than there is room for.
-    let mut hog = agent.connections(30);
-    let mut gone = vec![false; hog.len()];
-    for open in (0..100).step_by(5) {
-        for (nth, stream) in hog.iter_mut().enumerate() {
-            gone[nth] |= watch(stream, open, 5).is_err();
-            gone[nth] |= drain(stream);
+    // Each would hold some 600 KiB, together more than there is room for; one after the other, and read.
+    let mut hog = agent.connections(20);
+    for stream in &mut hog {
+        for open in (0..100).step_by(20) {
+            watch(stream, open, 20).unwrap();
+            thread::sleep(Duration::from_millis(20));
+            assert!(!drain(stream), "nobody is told to go\n{}", agent.log());
         }
     }
-    println!("{gone:?}");
+    let mut gone = vec![false; hog.len()];
     let used = agent.wait_for("used", |used| used >= budget * 65 / 100);
     let more = call(&agent.socket(), FETCH_JWT, &jwt_request("more"), PATIENCE);
     assert_ne!(more, Called::Answered, "it has its share");
     println!("{} KiB are used of {}", used >> 10, budget >> 10);
     assert!(used >= budget * 65 / 100 && used <= budget * 85 / 100, "{used} of {budget}\n{}", agent.log());
-    assert!(!gone.contains(&true), "nobody was told to go: {gone:?}\n{}", agent.log());
 
     let less = used * 100 / 88;
     reload(less);

@@ -605,7 +605,7 @@ fn mistakes_say_what_would_be_right() {
             "streams of connections beyond the budget",
             "gate { connections = 100 connection { streams = 100 } } memory { limit = \"24MiB\" }",
             "20: ratelimit.gate.connections 100: holds 64204800 bytes with as many streams as may be open (100), at \
-             agent.conf:1:52, and memory.limit is 25165824: lower one of them",
+             agent.conf:2:51, and memory.limit is 25165824: lower one of them",
         ),
         (
             "a reserve beyond the budget",

@@ -92,6 +92,9 @@ pub struct Connections {
     pub caller: ::prost::alloc::string::String,
     #[prost(uint32, tag = "2")]
     pub open: u32,
+    /// Bytes that they hold, as it is reckoned.
+    #[prost(uint64, tag = "3")]
+    pub held: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Memory {
@@ -104,6 +107,17 @@ pub struct Memory {
     /// The resident set, in bytes; absent when /proc does not say.
     #[prost(uint64, optional, tag = "3")]
     pub resident: ::core::option::Option<u64>,
+    /// What counts as used, in bytes: the larger of what is reckoned and what is measured.
+    #[prost(uint64, tag = "4")]
+    pub used: u64,
+    /// What connections hold, in bytes, as it is reckoned.
+    #[prost(uint64, tag = "5")]
+    pub held: u64,
+    /// What is charged to the agent's cgroup, in bytes, and the kernel's part of it; absent when it is not alone in one.
+    #[prost(uint64, optional, tag = "6")]
+    pub cgroup: ::core::option::Option<u64>,
+    #[prost(uint64, optional, tag = "7")]
+    pub kernel: ::core::option::Option<u64>,
 }
 /// How many keys have a bucket, by stage.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
