@@ -143,7 +143,7 @@ impl Service<http::Request<RequestBody>> for Toy {
                 *answer.headers_mut() = code("8");
                 return Ok(answer);
             }
-            let first = ways.clone();
+            let first = Arc::clone(&ways);
             let first_bytes = if what == "news" { 5 } else { bytes };
             let first: Frames = stream::once(async move { first.part(first_bytes) }).boxed();
             let frames: Frames = match what {
