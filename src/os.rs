@@ -15,6 +15,7 @@ pub mod namespace;
 pub mod passing;
 pub mod pidfd;
 pub mod receive;
+pub mod run_delay;
 pub mod secrecy;
 pub mod signals;
 pub mod systemd;

@@ -407,7 +407,10 @@ impl SharedGate {
             let taken = last && !exempt && state.reserved >= plan.reserved();
             return if taken { Err(ConnectionRefusal::Memory) } else { Ok(last) };
         }
-        if last || room.is_short(Short::Memory) && group_bytes >= state.bytes.share() {
+        // Half of what is set aside is for those, too, who hold less than anybody's least share.
+        let little = group_bytes < budget / budget::SHARES && left >= plan.reserved_bytes() / 2;
+        let above_share = room.is_short(Short::Memory) && group_bytes >= state.bytes.share();
+        if above_share || last && !little {
             return Err(ConnectionRefusal::Memory);
         }
         Ok(false)

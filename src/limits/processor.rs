@@ -49,7 +49,7 @@ impl Default for ProcessorShare {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Spell {
     pub elapsed: Duration,
-    /// Processor time that the process used.
+    /// Processor time that the process used, or waited for: ready to run, with none to be had.
     pub used: Duration,
     /// Calls and connections that it served.
     pub served: u64,

@@ -85,12 +85,14 @@ impl Shortage {
         })
     }
 
-    /// Down to where those above it are cut, if it is so short that they are: never below their share. `level` as in
+    /// Down to where those above it are cut, if it is so short that they are: not below their share, but when it runs out:
+    /// the least shares of more callers than [`SHARES`](super::budget::SHARES) do not fit. `level` as in
     /// [`Shortage::look`].
     pub(super) fn cut_to(&self, level: impl FnOnce(u64) -> u64) -> Option<u64> {
         let whole = self.whole.filter(|_| self.pressure >= Pressure::RefuseNew)?;
         let (_, relieved) = self.steps.lines(Pressure::RefuseNew, whole);
-        Some(level(relieved.saturating_sub(self.other)).max(self.share))
+        let level = level(relieved.saturating_sub(self.other));
+        Some(if self.pressure == Pressure::CloseHeaviest { level } else { level.max(self.share) })
     }
 }
 
@@ -112,7 +114,8 @@ mod tests {
             ("further", 100, &[500, 100, 90, 80], 329, Some(430)),
             ("a crowd", 100, &[80; 10], 59, Some(70)),
             ("something else holds it", 850, &[10, 20, 5], 20, Some(20)),
-            ("never below the least share", 100, &[19; 50], 20, Some(20)),
+            ("below the least share, if those do not fit", 100, &[19; 50], 20, Some(14)),
+            ("nobody is, who fits", 100, &[19; 40], 20, Some(20)),
         ] {
             let mut it = shortage(other);
             let held: u64 = holders.iter().sum();

@@ -846,7 +846,8 @@ async fn short_memory_stops_those_who_hold_their_share_and_nobody_else() {
         (41, Pressure::ShrinkCaches, [false, true, true]),
         (56, Pressure::RefuseNew, [false, true, true]),
         (66, Pressure::CloseHeaviest, [false, true, true]),
-        (68, Pressure::CloseHeaviest, [false, false, true]),
+        (68, Pressure::CloseHeaviest, [false, true, true]),
+        (69, Pressure::CloseHeaviest, [false, false, true]),
         (200, Pressure::CloseHeaviest, [false, false, true]),
     ] {
         assert_eq!(gate.look(Some((30 + other) << 20), 0), want, "{other}");
