@@ -892,7 +892,7 @@ async fn who_holds_most_bytes_is_told_to_go_newest_first() {
         full.iter().for_each(|permit| permit.holding().hold(1 << 20));
         gate.look(Some(4 << 20), 4 << 20);
         assert_eq!(gate.shed(), [], "{each}");
-        let told = full.iter().map(|permit| notice(permit));
+        let told = full.iter().map(notice);
         assert_eq!(told.collect::<Vec<_>>(), want, "{each}");
     }
     full.iter().for_each(|permit| permit.holding().hold(400 << 10));
