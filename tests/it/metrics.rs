@@ -58,8 +58,8 @@ async fn labels_come_from_closed_sets() {
         }
     }
     let known = [
-        "attestor", "code", "key_type", "kind", "le", "method", "reason", "resource", "result", "stage",
-        "state", "step", "version",
+        "attestor", "code", "key_type", "kind", "le", "method", "reason", "result", "stage", "state", "step",
+        "version",
     ]
     .into_iter()
     .collect();
