@@ -27,13 +27,13 @@ fn prepare(dir: &Path, blocks: &str) {
 }
 
 /// What the agent in `dir` says of its readiness, once it has started.
-fn ready(dir: &Path) -> String {
+async fn ready(dir: &Path) -> String {
     loop {
         let answer = ask(dir);
         if !answer.contains("\"agent\":null") {
             return answer;
         }
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
 }
 
@@ -75,7 +75,7 @@ async fn who_has_no_number_is_not_taken_for_nobody() {
             said.contains("Unavailable") && said.contains("has no number for the caller's user");
         assert!(unavailable && !said.contains("/nobody"), "{user}: {said}");
     }
-    assert!(ready(dir.path()).starts_with("HTTP/1.1 200"), "who has a number is served");
+    assert!(ready(dir.path()).await.starts_with("HTTP/1.1 200"), "who has a number is served");
     let log = fs::read_to_string(dir.path().join("log")).unwrap();
     let told =
         log.lines().filter(|line| line.contains("the agent runs in a user namespace that does not")).count();
@@ -99,7 +99,7 @@ async fn hidden_processes_are_no_healthy_node() {
     words.extend([run.as_str(), "sh"]);
     let mut agent = Process::spawn_by(&words, dir.path());
     drop(agent.serving(dir.path()).await);
-    let answer = ready(dir.path());
+    let answer = ready(dir.path()).await;
     assert!(answer.starts_with("HTTP/1.1 500") && answer.contains("cannot be told apart"), "{answer}");
     let log = fs::read_to_string(dir.path().join("log")).unwrap();
     assert!(log.contains("processes of other users are hidden"), "{log}");
