@@ -1,5 +1,5 @@
 //! Everything that is set about limits. Each part checks itself when it is made, so all settings there are can
-//! be put in force; what depends on the machine is asked by [`GatePlan::new`](super::gate::GatePlan::new).
+//! be put in force; what depends on the machine is asked by [`GatePlan::new`](super::gate_plan::GatePlan::new).
 
 use super::{
     bucket::Quota,

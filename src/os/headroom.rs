@@ -1,7 +1,7 @@
 //! How much may still be charged to the memory cgroups of this process before somebody in them is killed.
 //!
 //! Of this process's own cgroup and of those above it, whoever else is in them. What can be dropped counts as left, as in
-//! [`cgroup`](super::cgroup).
+//! [`super::cgroup`].
 
 use std::{
     fs::File,
