@@ -1,4 +1,5 @@
-//! When a connection is read no more for a while: its caller was given too many answers that were no work to conserve.
+//! When a connection is read no more for a while: its caller was given too many answers that were no work to conserve, or
+//! it asks for much at once while memory is out.
 //!
 //! How many are too many is its caller's bucket ([`Holding::wasted`]). A connection that was given a few of them is read on
 //! meanwhile, so that whoever errs now and then beside others of its user who do nothing else notices nothing.
@@ -19,6 +20,8 @@ use crate::limits::holding::Holding;
 const FEW: u32 = 10;
 /// The longest time until the bucket is asked again.
 const AT_A_TIME: Duration = Duration::from_secs(1);
+/// How long a connection is held up while memory is out.
+const A_MOMENT: Duration = Duration::from_millis(50);
 /// After pauses without anything between them for so long the connection has to go.
 const ENOUGH: Duration = Duration::from_secs(10);
 
@@ -80,6 +83,13 @@ impl Pauses {
                 self.paused.store(true, Relaxed);
             }
         });
+    }
+
+    /// It asks for more than can be answered while memory is out: nothing further is read for a moment, be it a
+    /// WINDOW_UPDATE. What it has not sent takes nothing here.
+    pub(super) fn hold_up(&self, now: Instant) {
+        self.course(|course| course.pause(now, A_MOMENT));
+        self.paused.store(true, Relaxed);
     }
 
     /// Whether nothing is read now.

@@ -40,6 +40,8 @@ const MOST: usize = 16 * 1024;
 const CHUNK: usize = 1024;
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// The highest number that a stream can have.
+const EVERY_STREAM: u32 = u32::MAX >> 1;
 /// Length of a frame's head.
 const HEAD: usize = 9;
 const HEADERS: u8 = 1;
@@ -94,7 +96,9 @@ async fn reply(mut stream: Accepted<UnixStream>, block: Vec<u8>) -> io::Result<(
         read(&stream, &mut request).await?;
     }
     let asked = request.stream.unwrap_or(0);
-    let goaway = [&asked.to_be_bytes()[..], &[0; 4]].concat();
+    // Not the one that was answered: a client sends those above it again at once, and says nothing to whoever waits for them.
+    // So the others of this connection end with it.
+    let goaway = [&EVERY_STREAM.to_be_bytes()[..], &[0; 4]].concat();
     let answer =
         [frame(SETTINGS, ACK, 0, &[]), frame(HEADERS, WHOLE, asked, &block), frame(GOAWAY, 0, 0, &goaway)];
     stream.socket_mut().write_all(&answer.concat()).await?;

@@ -14,6 +14,9 @@ use crate::limits::{
     holding::Holding,
 };
 
+/// So many requests of a connection may be unanswered while memory is out, before it is read no more for a moment.
+const FEW: usize = 4;
+
 /// Whose turn it is in each request of a connection: the server's, to answer; the peer's, to read; or nobody's, in
 /// a stream that waits for news, or a request that waits until its answer fits ([`Unsent`]). Written by the tasks of the
 /// streams, read by that of the connection. What HTTP/2, the requests and their answers take is told to the connection's
@@ -261,7 +264,12 @@ impl Turn {
             let at = slots.slots.iter().position(TurnSlot::is_free).unwrap_or(slots.slots.len());
             let reckoned = slots.unsent.begin();
             // What is about to be refused for what its caller holds is refused at once: to wait takes memory.
-            let crowded = reckoned.is_none() && turns.holding.is_out_of_memory();
+            let out_of_memory = turns.holding.is_out_of_memory();
+            let crowded = reckoned.is_none() && out_of_memory;
+            let unanswered = || slots.slots.iter().filter(|slot| slot.open && !slot.rests).count();
+            if out_of_memory && unanswered() >= FEW {
+                turns.pauses.hold_up(Instant::now());
+            }
             let waits = reckoned.is_none() && !crowded && !turns.holding.is_above_share();
             if waits {
                 slots.unsent.wait(at);
