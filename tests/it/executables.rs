@@ -254,15 +254,20 @@ async fn agent(dir: TempDir, words: &[&str], entries: &[(u32, String)]) -> (supp
 
 /// A call of a user, by a command that ends in this program; how it ends.
 fn call(command: &[&str], uid: u32, dir: &TempDir) -> (bool, String) {
-    let out = Command::new(command[0])
-        .args(&command[1..])
+    let mut call = Command::new(command[0]);
+    call.args(&command[1..])
         .args(["api", "fetch", "jwt", "--audience", "here", "--timeout", "60s"])
         .env("SPIFFE_ENDPOINT_SOCKET", format!("unix://{}/api.sock", dir.path().display()))
         .current_dir("/")
         .uid(uid)
-        .gid(uid)
-        .output()
-        .unwrap();
+        .gid(uid);
+    let out = loop {
+        match call.output() {
+            // A process that another test is just starting has what was written here still open.
+            Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => std::thread::yield_now(),
+            out => break out.unwrap(),
+        }
+    };
     (out.status.success(), String::from_utf8_lossy(&out.stderr).into_owned())
 }
 
