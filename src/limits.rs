@@ -1,4 +1,4 @@
-//! Who may call how often, and what the node as a whole can bear. No I/O, but for [`budget::limit_of_cgroup`].
+//! Who may call how often, and what the node as a whole can bear. No I/O.
 //!
 //! # Which bucket is charged, in what order, and why
 //!

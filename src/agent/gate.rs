@@ -7,8 +7,8 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::{
     api::status,
-    limits::{self, ConnectionPermit, ConnectionRefusal, GatePlan, budget, holding::Holding, room::Room},
-    os::headroom::Headroom,
+    limits::{self, ConnectionPermit, ConnectionRefusal, GatePlan, holding::Holding, room::Room},
+    os::{cgroup, headroom::Headroom},
     peer::{AcceptGate, Arrival},
     telemetry::http,
 };
@@ -88,7 +88,7 @@ impl Means {
         Self {
             nofile: nofile.saturating_sub(held),
             http_places,
-            cgroup: budget::limit_of_cgroup(Path::new(MEMBERSHIP), Path::new(CGROUPS)),
+            cgroup: cgroup::lowest_limit(Path::new(MEMBERSHIP), Path::new(CGROUPS)),
         }
     }
 }

@@ -141,7 +141,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::identity::{EntryId, SpiffeId};
 
     const KINDS: [&str; 3] = ["p", "q", "r"];
 
@@ -162,18 +161,8 @@ mod tests {
     }
 
     fn entry(text: &str) -> Arc<Entry> {
-        Arc::new(Entry {
-            id: EntryId::new(text),
-            spiffe_id: SpiffeId::parse("spiffe://td/x").unwrap(),
-            selectors: selectors(text),
-            x509_svid_ttl: None,
-            jwt_svid_ttl: None,
-            hint: Box::default(),
-            dns_names: Vec::new(),
-            federates_with: BTreeSet::new(),
-            created_at: 0,
-            revision: 0,
-        })
+        let typed: Vec<String> = text.split_whitespace().map(|it| format!("t:{it}")).collect();
+        Entry::asking(&typed.join(" "))
     }
 
     #[test]

@@ -9,7 +9,7 @@
 //! Where memory is held by something else than connections (a hundred thousand entries, say), nobody's are cut:
 //! that would take identity away and give nothing back.
 
-use std::{fs, ops::RangeInclusive, path::Path};
+use std::ops::RangeInclusive;
 
 /// A connection that was let in and has sent nothing: its task, its place in tables, and what the kernel keeps for its
 /// socket, its file and its process's.
@@ -252,45 +252,6 @@ impl Accounted {
     }
 }
 
-/// The lowest memory limit of a process's cgroup and of those above it, in bytes: `memory.max` and
-/// `memory.high` of version 2, `memory.limit_in_bytes` of version 1. `membership` is `/proc/self/cgroup`,
-/// `mount` is `/sys/fs/cgroup`. `None` where there is no limit, or nothing can be read: then there is no budget
-/// but a set one.
-pub fn limit_of_cgroup(membership: &Path, mount: &Path) -> Option<u64> {
-    let text = fs::read_to_string(membership).ok()?;
-    let of_line = |line: &str| {
-        let (_, rest) = line.split_once(':')?;
-        let (controllers, path) = rest.split_once(':')?;
-        if controllers.is_empty() {
-            lowest(&[mount.to_owned(), mount.join("unified")], path, &["memory.max", "memory.high"])
-        } else if controllers.split(',').any(|it| it == "memory") {
-            lowest(&[mount.join("memory")], path, &["memory.limit_in_bytes"])
-        } else {
-            None
-        }
-    };
-    text.lines().filter_map(of_line).min()
-}
-
-/// The lowest number in any of `files`, in the directory `path` below each of `roots` and all above it. A
-/// container sees its own cgroup as the root, and perhaps a path that is not there: what is missing has no
-/// limit.
-fn lowest(roots: &[std::path::PathBuf], path: &str, files: &[&str]) -> Option<u64> {
-    let relative = Path::new(path.trim_start_matches('/'));
-    // Version 1 writes "no limit" as a number near 2^63.
-    let number = |file: &Path| {
-        let text = fs::read_to_string(file).ok()?;
-        text.trim().parse::<u64>().ok().filter(|bytes| *bytes < 1 << 60)
-    };
-    let plain = relative.components().all(|part| matches!(part, std::path::Component::Normal(_)));
-    let relative = if plain { relative } else { Path::new("") };
-    roots
-        .iter()
-        .flat_map(|root| relative.ancestors().map(|below| root.join(below)))
-        .flat_map(|directory| files.iter().filter_map(move |file| number(&directory.join(file))))
-        .min()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -360,52 +321,6 @@ mod tests {
             (set.budget(Some(1)), usual.budget(Some(1)), usual.budget(None)),
             (Some(24 << 20), Some(1), None)
         );
-    }
-
-    #[test]
-    fn the_lowest_limit_of_all_cgroups_above_counts() {
-        for (case, membership, files, want) in [
-            ("v2", "0::/a/b\n", &[("a/b/memory.max", "25165824\n")][..], Some(25_165_824)),
-            ("v2 no limit", "0::/a/b\n", &[("a/b/memory.max", "max\n")], None),
-            (
-                "v2 above is lower",
-                "0::/a/b\n",
-                &[("a/b/memory.max", "200\n"), ("a/memory.max", "100\n")],
-                Some(100),
-            ),
-            ("v2 high", "0::/a\n", &[("a/memory.max", "200\n"), ("a/memory.high", "150\n")], Some(150)),
-            ("v2 container", "0::/\n", &[("memory.max", "300\n")], Some(300)),
-            ("v2 path of the host", "0::/kubepods/x\n", &[("memory.max", "300\n")], Some(300)),
-            ("v1", "5:cpu:/a\n4:memory:/a\n", &[("memory/a/memory.limit_in_bytes", "100\n")], Some(100)),
-            (
-                "v1 no limit",
-                "4:memory:/a\n",
-                &[("memory/a/memory.limit_in_bytes", "9223372036854771712\n")],
-                None,
-            ),
-            ("v1 joined", "4:cpu,memory:/a\n", &[("memory/a/memory.limit_in_bytes", "7\n")], Some(7)),
-            (
-                "hybrid",
-                "4:memory:/a\n0::/a\n",
-                &[("unified/a/memory.max", "50\n"), ("memory/a/memory.limit_in_bytes", "40\n")],
-                Some(40),
-            ),
-            ("out of the tree", "0::/../../etc\n", &[("memory.max", "5\n")], Some(5)),
-            ("nothing", "", &[], None),
-            ("no sense", "memory\n::\n:::::\n", &[("memory.max", "x\n")], None),
-        ] {
-            let dir = tempfile::tempdir().unwrap();
-            let root = dir.path().join("cgroup");
-            fs::create_dir_all(&root).unwrap();
-            fs::write(dir.path().join("self"), membership).unwrap();
-            for (file, text) in files {
-                let file = root.join(file);
-                fs::create_dir_all(file.parent().unwrap()).unwrap();
-                fs::write(file, text).unwrap();
-            }
-            assert_eq!(limit_of_cgroup(&dir.path().join("self"), &root), want, "{case}");
-        }
-        assert_eq!(limit_of_cgroup(Path::new("/nowhere/at/all"), Path::new("/nowhere")), None);
     }
 
     #[test]

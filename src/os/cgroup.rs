@@ -37,6 +37,17 @@ pub struct OwnCgroup {
     names: StatNames,
 }
 
+/// Where a version of cgroups keeps it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct CgroupFiles {
+    pub(super) used: &'static str,
+    /// The lowest counts.
+    pub(super) limits: &'static [&'static str],
+    /// The kernel's part, where it has a file of its own.
+    kernel: Option<&'static str>,
+    pub(super) stat: StatNames,
+}
+
 /// The lines of `memory.stat`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct StatNames {
@@ -46,48 +57,88 @@ pub(super) struct StatNames {
     kernel: &'static str,
 }
 
-pub(super) const V1: StatNames = StatNames {
-    files: ["total_inactive_file", "total_active_file"],
-    busy: ["total_dirty", "total_writeback"],
-    kernel: "",
+const V1: CgroupFiles = CgroupFiles {
+    used: "memory.usage_in_bytes",
+    limits: &["memory.limit_in_bytes"],
+    kernel: Some("memory.kmem.usage_in_bytes"),
+    stat: StatNames {
+        files: ["total_inactive_file", "total_active_file"],
+        busy: ["total_dirty", "total_writeback"],
+        kernel: "",
+    },
 };
-pub(super) const V2: StatNames = StatNames {
-    files: ["inactive_file", "active_file"],
-    busy: ["file_dirty", "file_writeback"],
-    kernel: "kernel",
+const V2: CgroupFiles = CgroupFiles {
+    used: "memory.current",
+    limits: &["memory.max", "memory.high"],
+    kernel: None,
+    stat: StatNames {
+        files: ["inactive_file", "active_file"],
+        busy: ["file_dirty", "file_writeback"],
+        kernel: "kernel",
+    },
 };
+
+/// Version 1 writes "no limit" as a number near 2^63.
+const UNLIMITED: u64 = 1 << 60;
+
+/// The directories that may be those of a process's memory cgroup and of all above it, from its own up to what is mounted;
+/// one list for each place where cgroups may be mounted. `membership` is `/proc/PID/cgroup`, `mount` is `/sys/fs/cgroup`. A
+/// container sees its own cgroup as the root, and perhaps a path that is not there.
+pub(super) fn directories(membership: &Path, mount: &Path) -> Vec<(CgroupFiles, Vec<PathBuf>)> {
+    let text = std::fs::read_to_string(membership).unwrap_or_default();
+    let of_line = |line: &str| {
+        let (_, rest) = line.split_once(':')?;
+        let (controllers, path) = rest.split_once(':')?;
+        let (files, roots) = if controllers.is_empty() {
+            (V2, vec![mount.to_owned(), mount.join("unified")])
+        } else if controllers.split(',').any(|it| it == "memory") {
+            (V1, vec![mount.join("memory")])
+        } else {
+            return None;
+        };
+        let relative = Path::new(path.trim_start_matches('/'));
+        let plain = relative.components().all(|part| matches!(part, Component::Normal(_)));
+        let relative = if plain { relative } else { Path::new("") };
+        let below = |root: PathBuf| (files, relative.ancestors().map(|below| root.join(below)).collect());
+        Some(roots.into_iter().map(below).collect::<Vec<_>>())
+    };
+    text.lines().filter_map(of_line).flatten().collect()
+}
+
+/// The lowest memory limit of a process's cgroup and of those above it, in bytes: `memory.max` and `memory.high` of version
+/// 2, `memory.limit_in_bytes` of version 1. `membership` is `/proc/self/cgroup`, `mount` is `/sys/fs/cgroup`. `None` where
+/// there is no limit, or nothing can be read.
+pub fn lowest_limit(membership: &Path, mount: &Path) -> Option<u64> {
+    let all = directories(membership, mount).into_iter();
+    all.flat_map(|(files, at)| at.into_iter().map(move |at| (files, at)))
+        .flat_map(|(files, at)| files.limits.iter().filter_map(move |name| File::open(at.join(name)).ok()))
+        .filter_map(|file| limit(&file))
+        .min()
+}
+
+/// What a file of a limit says, if it is one.
+pub(super) fn limit(file: &File) -> Option<u64> {
+    number(file).filter(|bytes| *bytes < UNLIMITED)
+}
 
 impl OwnCgroup {
     /// Of the process whose `/proc/PID/cgroup` is `membership`; cgroups are mounted at `mount`. A container sees its own
     /// cgroup as the root, and perhaps a path that is not there: then it is that of the mount.
     pub fn of(membership: &Path, mount: &Path) -> Option<Self> {
-        let text = std::fs::read_to_string(membership).ok()?;
-        text.lines().find_map(|line| {
-            let (_, rest) = line.split_once(':')?;
-            let (controllers, path) = rest.split_once(':')?;
-            if controllers.is_empty() {
-                [mount.to_owned(), mount.join("unified")]
-                    .iter()
-                    .flat_map(|root| places(root, path))
-                    .find_map(|at| Self::open(&at, "memory.current", None, V2))
-            } else if controllers.split(',').any(|it| it == "memory") {
-                places(&mount.join("memory"), path).into_iter().find_map(|at| {
-                    Self::open(&at, "memory.usage_in_bytes", Some("memory.kmem.usage_in_bytes"), V1)
-                })
-            } else {
-                None
-            }
+        // Its own, or where that is not there, what is mounted: none in between is the process's.
+        directories(membership, mount).into_iter().find_map(|(files, at)| {
+            [at.first(), at.last()].into_iter().flatten().find_map(|at| Self::open(at, files))
         })
     }
 
-    fn open(at: &Path, used: &str, kernel: Option<&str>, names: StatNames) -> Option<Self> {
+    fn open(at: &Path, files: CgroupFiles) -> Option<Self> {
         let open = |name: &str| File::open(at.join(name)).ok();
         let it = Self {
-            used: open(used)?,
+            used: open(files.used)?,
             stat: open("memory.stat")?,
-            kernel: kernel.and_then(open),
+            kernel: files.kernel.and_then(open),
             processes: open("cgroup.procs")?,
-            names,
+            names: files.stat,
         };
         number(&it.used).is_some().then_some(it)
     }
@@ -111,14 +162,6 @@ impl OwnCgroup {
         let kernel = self.kernel.as_ref().and_then(number).or_else(|| line(stat, self.names.kernel));
         Some(ChargedParts { droppable: droppable(stat, self.names), kernel: kernel.unwrap_or(0) })
     }
-}
-
-/// Where a cgroup may be, the likelier one first.
-fn places(root: &Path, path: &str) -> Vec<PathBuf> {
-    let relative = Path::new(path.trim_start_matches('/'));
-    let plain = relative.components().all(|part| matches!(part, Component::Normal(_)));
-    let own = plain.then(|| root.join(relative));
-    own.into_iter().chain([root.to_owned()]).collect()
 }
 
 fn line(stat: &str, wanted: &str) -> Option<u64> {
@@ -222,6 +265,52 @@ mod tests {
             assert_eq!(cgroup.is_some_and(|cgroup| cgroup.is_alone()), want.is_some(), "{case}");
         }
         assert!(OwnCgroup::of(Path::new("/nowhere/at/all"), Path::new("/nowhere")).is_none());
+    }
+
+    #[test]
+    fn the_lowest_limit_of_all_cgroups_above_counts() {
+        for (case, membership, files, want) in [
+            ("v2", "0::/a/b\n", &[("a/b/memory.max", "25165824\n")][..], Some(25_165_824)),
+            ("v2 no limit", "0::/a/b\n", &[("a/b/memory.max", "max\n")], None),
+            (
+                "v2 above is lower",
+                "0::/a/b\n",
+                &[("a/b/memory.max", "200\n"), ("a/memory.max", "100\n")],
+                Some(100),
+            ),
+            ("v2 high", "0::/a\n", &[("a/memory.max", "200\n"), ("a/memory.high", "150\n")], Some(150)),
+            ("v2 container", "0::/\n", &[("memory.max", "300\n")], Some(300)),
+            ("v2 path of the host", "0::/kubepods/x\n", &[("memory.max", "300\n")], Some(300)),
+            ("v1", "5:cpu:/a\n4:memory:/a\n", &[("memory/a/memory.limit_in_bytes", "100\n")], Some(100)),
+            (
+                "v1 no limit",
+                "4:memory:/a\n",
+                &[("memory/a/memory.limit_in_bytes", "9223372036854771712\n")],
+                None,
+            ),
+            ("v1 joined", "4:cpu,memory:/a\n", &[("memory/a/memory.limit_in_bytes", "7\n")], Some(7)),
+            (
+                "hybrid",
+                "4:memory:/a\n0::/a\n",
+                &[("unified/a/memory.max", "50\n"), ("memory/a/memory.limit_in_bytes", "40\n")],
+                Some(40),
+            ),
+            ("out of the tree", "0::/../../etc\n", &[("memory.max", "5\n")], Some(5)),
+            ("nothing", "", &[], None),
+            ("no sense", "memory\n::\n:::::\n", &[("memory.max", "x\n")], None),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let root = dir.path().join("cgroup");
+            fs::create_dir_all(&root).unwrap();
+            fs::write(dir.path().join("self"), membership).unwrap();
+            for (file, text) in files {
+                let file = root.join(file);
+                fs::create_dir_all(file.parent().unwrap()).unwrap();
+                fs::write(file, text).unwrap();
+            }
+            assert_eq!(lowest_limit(&dir.path().join("self"), &root), want, "{case}");
+        }
+        assert_eq!(lowest_limit(Path::new("/nowhere/at/all"), Path::new("/nowhere")), None);
     }
 
     #[test]

@@ -5,11 +5,11 @@
 
 use std::{
     fs::File,
-    path::{Component, Path, PathBuf},
+    path::Path,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
-use super::cgroup::{self, LONGEST, StatNames, droppable, number, text};
+use super::cgroup::{CgroupFiles, LONGEST, StatNames, directories, droppable, limit, number, text};
 
 /// The most cgroups, one in the other, that are looked at.
 const DEPTH: usize = 16;
@@ -28,36 +28,14 @@ struct BoundedCgroup {
     most: AtomicU64,
 }
 
-/// Where a version of cgroups keeps it.
-struct CgroupFiles {
-    used: &'static str,
-    /// The lowest counts.
-    limits: &'static [&'static str],
-    stat: StatNames,
-}
-
-const V1: CgroupFiles =
-    CgroupFiles { used: "memory.usage_in_bytes", limits: &["memory.limit_in_bytes"], stat: cgroup::V1 };
-const V2: CgroupFiles =
-    CgroupFiles { used: "memory.current", limits: &["memory.max", "memory.high"], stat: cgroup::V2 };
-
 impl Headroom {
     /// Of the process whose `/proc/PID/cgroup` is `membership`; cgroups are mounted at `mount`. `None` where none has
     /// a limit that can be read.
     pub fn of(membership: &Path, mount: &Path) -> Option<Self> {
-        let text = std::fs::read_to_string(membership).ok()?;
-        let bounded: Vec<BoundedCgroup> = text
-            .lines()
-            .filter_map(|line| line.splitn(3, ':').skip(1).collect::<Vec<_>>().try_into().ok())
-            .filter_map(|[controllers, path]: [&str; 2]| match controllers {
-                "" => Some((vec![mount.to_owned(), mount.join("unified")], path, &V2)),
-                _ if controllers.split(',').any(|it| it == "memory") => {
-                    Some((vec![mount.join("memory")], path, &V1))
-                }
-                _ => None,
-            })
-            .flat_map(|(roots, path, files)| directories(&roots, path).map(move |at| (at, files)))
-            .filter_map(|(at, files)| BoundedCgroup::open(&at, files))
+        let bounded: Vec<BoundedCgroup> = directories(membership, mount)
+            .into_iter()
+            .flat_map(|(files, at)| at.into_iter().map(move |at| (at, files)))
+            .filter_map(|(at, files)| BoundedCgroup::open(&at, &files))
             .take(DEPTH)
             .collect();
         (!bounded.is_empty()).then_some(Self(bounded))
@@ -97,7 +75,7 @@ impl BoundedCgroup {
     }
 
     fn look_again(&self) {
-        let limits = self.limits.iter().filter_map(number).filter(|bytes| *bytes < UNLIMITED);
+        let limits = self.limits.iter().filter_map(limit);
         let Some(limit) = limits.min() else {
             self.most.store(u64::MAX, Relaxed);
             return;
@@ -106,20 +84,6 @@ impl BoundedCgroup {
         let stat = text(&self.stat, &mut bytes).unwrap_or_default();
         self.most.store(limit.saturating_add(droppable(stat, self.names)), Relaxed);
     }
-}
-
-/// Version 1 writes "no limit" as a number near 2^63.
-const UNLIMITED: u64 = 1 << 60;
-
-/// The directory `path` below each of `roots`, and all above it. A container sees its own cgroup as the root, and perhaps
-/// a path that is not there.
-fn directories(roots: &[PathBuf], path: &str) -> impl Iterator<Item = PathBuf> + use<> {
-    let relative = Path::new(path.trim_start_matches('/'));
-    let plain = relative.components().all(|part| matches!(part, Component::Normal(_)));
-    let relative = if plain { relative } else { Path::new("") };
-    let all: Vec<PathBuf> =
-        roots.iter().flat_map(|root| relative.ancestors().map(move |below| root.join(below))).collect();
-    all.into_iter()
 }
 
 #[cfg(test)]

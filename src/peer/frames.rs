@@ -39,7 +39,7 @@ impl Default for FrameBudget {
 pub struct Flood;
 
 /// What every HTTP/2 connection begins with (RFC 9113, section 3.4).
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Length of a frame's head (RFC 9113, section 4.1).
 const FRAME_HEAD: u32 = 9;

@@ -22,7 +22,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::accepted::Accepted;
+use super::{accepted::Accepted, frames::PREFACE};
 use crate::{
     limits::budget::REPLIES,
     os::receive::{Received, receive},
@@ -39,7 +39,6 @@ const MOST: usize = 16 * 1024;
 /// How much of it is read at once.
 const CHUNK: usize = 1024;
 
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// The highest number that a stream can have.
 const EVERY_STREAM: u32 = u32::MAX >> 1;
 /// Length of a frame's head.
