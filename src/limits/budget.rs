@@ -55,6 +55,8 @@ pub const fn unsent(part: usize) -> u64 {
 /// Bytes of answers, as [`unsent`] reckons them, that a connection may leave unread. While there are as many no further
 /// answer is made; one that is larger is made alone.
 pub const UNSENT: u64 = 64 * 1024;
+/// Bytes that HTTP/2 has written and the kernel has no room for yet.
+pub const OUTBOX: usize = 8 * 1024;
 /// What an answer is reckoned at before it is made, when none was made on the connection before: so many of them are
 /// under way together that they fill [`UNSENT`].
 pub const ANSWER_AT_FIRST: u64 = 16 * 1024;
@@ -83,8 +85,8 @@ pub const UNFINISHED: u64 = 32 * 1024;
 /// under way when the first of them turned out large: four, or [`UNSENT`] / [`ANSWER_AT_LEAST`] behind small ones.
 pub const fn connection_at_most(streams: u32) -> u64 {
     #[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
-    let waiting = streams as u64 * WAITING;
-    connection_with(streams) + waiting + UPLOADS * UPLOAD + UNSENT
+    let (waiting, outbox) = (streams as u64 * WAITING, OUTBOX as u64);
+    connection_with(streams) + waiting + UPLOADS * UPLOAD + UNSENT + outbox
 }
 /// A known key in the table of a stage, with its share of the index and its parent.
 pub const KEY: u64 = 224;

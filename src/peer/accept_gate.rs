@@ -13,7 +13,7 @@ use crate::{
 /// Decides at accept, before any HTTP/2 state exists. All of it must answer at once: it runs in the accept loop.
 pub trait AcceptGate: Send + Sync + 'static {
     /// Lives as long as the connection; its drop gives the place back.
-    type Permit: Send + Unpin + 'static;
+    type Permit: Send + Sync + Unpin + 'static;
 
     /// Lets a connection in, or not; what refuses it is counted.
     ///

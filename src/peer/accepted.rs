@@ -147,6 +147,11 @@ impl<S: AcceptedSocket, P: Send + 'static> Accepted<S, P> {
         self.socket.as_mut().expect("only a drop takes it")
     }
 
+    /// Tells the peer that nothing more comes.
+    pub(super) fn shut_for_writing(&self) -> io::Result<()> {
+        Ok(shutdown(self.as_fd().as_raw_fd(), Shutdown::Write)?)
+    }
+
     /// How to receive from it.
     pub(super) fn care(&self) -> Care {
         if self.closers.is_some() { Care::LookFirst } else { Care::TakeAtOnce }

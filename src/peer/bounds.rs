@@ -1,15 +1,11 @@
 //! What bounds a connection.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
-use hyper::{rt::Executor, server::conn::http2};
+use hyper::server::conn::http2;
 use hyper_util::rt::TokioTimer;
 
-use super::{
-    frames::FrameBudget,
-    settings::ListenerSettings,
-    stats::{ConnectionStats, OpenStream},
-};
+use super::{frames::FrameBudget, settings::ListenerSettings, spawner::Spawner, stats::ConnectionStats};
 use crate::limits::ConnectionSettings;
 
 /// What bounds a connection: what the configuration says ([`ConnectionSettings`]), and beside it what was
@@ -106,7 +102,7 @@ impl ConnectionBounds {
     }
 
     fn http2(&self, stats: &Arc<ConnectionStats>) -> http2::Builder<Spawner> {
-        let mut http2 = http2::Builder::new(Spawner(Arc::clone(stats)));
+        let mut http2 = http2::Builder::new(Spawner::new(stats));
         http2
             .timer(TokioTimer::new())
             .max_concurrent_streams(self.max_concurrent_streams)
@@ -134,20 +130,5 @@ pub(super) struct InForce {
 impl InForce {
     pub(super) fn new(bounds: ConnectionBounds, stats: &Arc<ConnectionStats>) -> Self {
         Self { http2: bounds.http2(stats), bounds: Arc::new(bounds) }
-    }
-}
-
-/// Runs the streams of all connections, and counts them. They end when their connection does: h2 then tells
-/// each that it was reset.
-#[derive(Clone, Debug)]
-pub(super) struct Spawner(Arc<ConnectionStats>);
-
-impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Spawner {
-    fn execute(&self, stream: F) {
-        let counted = OpenStream::count(&self.0);
-        tokio::spawn(async move {
-            stream.await;
-            drop(counted);
-        });
     }
 }

@@ -6,7 +6,7 @@
 //! connection may hold is bounded by [`ConnectionBounds`].
 
 use std::{
-    future::poll_fn,
+    future::{Future as _, poll_fn},
     io,
     os::fd::{AsFd, AsRawFd as _},
     sync::Arc,
@@ -28,12 +28,15 @@ use tokio::{
 
 use super::{
     accepted::Accepted,
-    bounds::{ConnectionBounds, Spawner},
+    bounds::ConnectionBounds,
     course::{Course, Verdict},
     credentials::Peer,
     end::{ConnectionEnd, Phase, drains},
+    outbox::Outbox,
     service::{ConnectionService, WatchedService},
+    spawner::Spawner,
     stats::{OpenConnection, Parked},
+    task_waker::TaskWaker,
     turns::Turns,
     wire::{Ending, Wire, WireShared},
 };
@@ -50,7 +53,7 @@ pub(super) struct Connection {
 
 impl Connection {
     /// Serves it to its end, and counts why it ended. Its place at the gate goes with the stream.
-    pub(super) async fn run<P: Send + Unpin + 'static>(
+    pub(super) async fn run<P: Send + Sync + Unpin + 'static>(
         mut self,
         stream: Accepted<UnixStream, P>,
         http2: http2::Builder<Spawner>,
@@ -93,7 +96,7 @@ impl Connection {
         }
     }
 
-    async fn serve<P: Send + Unpin + 'static>(
+    async fn serve<P: Send + Sync + Unpin + 'static>(
         &mut self,
         stream: Accepted<UnixStream, P>,
         handshake_by: Instant,
@@ -110,18 +113,26 @@ impl Connection {
             pauses: Arc::clone(pauses),
             holding: Arc::clone(holding),
         };
-        let wire = Wire::new(stream, Arc::clone(peer), bounds.budget, shared);
+        let outbox = Arc::new(Outbox::new(stream));
+        let wire = Wire::new(Arc::clone(&outbox), Arc::clone(peer), bounds.budget, shared);
         let born = Instant::now();
         let mut course = Course::new(bounds, &turns, pauses, born, handshake_by);
         let service = WatchedService { service, peer: Arc::clone(peer), turns: Arc::clone(&turns) };
         let mut http2 = std::pin::pin!(http2.serve_connection(TokioIo::new(wire), service));
         let mut look = std::pin::pin!(sleep_until(course.next_look(born)));
+        let waker = TaskWaker::new();
         let (mut watched, mut pause_known, mut heard) = (false, false, None);
         loop {
             // Whatever the connection's own task is woken for (an answer, bytes) is seen behind it.
             let verdict = tokio::select! {
                 biased;
-                done = http2.as_mut() => return course.ended(done, &ending),
+                done = poll_fn(|cx| {
+                    let done = waker.poll(cx, |cx| http2.as_mut().poll(cx));
+                    let sent = outbox.poll_empty(cx);
+                    // Nobody is there to read.
+                    let deserted = done.is_pending() && matches!(sent, Poll::Ready(Err(_)));
+                    if deserted { Poll::Ready(Ok(())) } else { done }
+                }) => return course.ended(done, &ending),
                 () = drains(phases), if !course.drains() && !course.is_unheard() => course.drain(),
                 notice = holding.told(heard), if heard < Some(Notice::Close) => {
                     heard = Some(notice);

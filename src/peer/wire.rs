@@ -17,15 +17,14 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
-    net::UnixStream,
     time::Instant,
 };
 
 use super::{
-    accepted::Accepted,
     credentials::Peer,
     frames::{Filter, FrameBudget},
     last_word::{LastWord, NextBytes},
+    outbox::Outbox,
     pauses::Pauses,
     writer::SoleWriter,
 };
@@ -96,7 +95,7 @@ pub(super) struct WireShared {
 /// A stream whose incoming bytes pass a [`Filter`].
 #[derive(Debug)]
 pub(super) struct Wire<P: Send + 'static> {
-    stream: Accepted<UnixStream, P>,
+    outbox: Arc<Outbox<P>>,
     writer: SoleWriter,
     filter: Filter,
     last_word: LastWord,
@@ -114,9 +113,9 @@ impl<P: Send + 'static> Drop for Wire<P> {
 }
 
 impl<P: Send + 'static> Wire<P> {
-    /// From the first byte of `stream` on, which `peer` opened.
+    /// From the first byte of a stream on, which `peer` opened. What is written goes to `outbox`, which its holder empties.
     pub(super) fn new(
-        stream: Accepted<UnixStream, P>,
+        outbox: Arc<Outbox<P>>,
         peer: Arc<Peer>,
         budget: FrameBudget,
         shared: WireShared,
@@ -124,7 +123,7 @@ impl<P: Send + 'static> Wire<P> {
         let WireShared { ending, pauses, holding } = shared;
         let (writer, filter) = (SoleWriter::new(peer), Filter::new(budget, Instant::now()));
         let last_word = LastWord::default();
-        Self { stream, writer, filter, last_word, ending, pauses, holding, unfinished: 0 }
+        Self { outbox, writer, filter, last_word, ending, pauses, holding, unfinished: 0 }
     }
 
     fn noted<R>(&self, result: io::Result<R>) -> io::Result<R> {
@@ -136,18 +135,19 @@ impl<P: Send + 'static> Wire<P> {
 
     /// Receives behind what fills `buf`: one system call, where no descriptor can come.
     fn poll_receive(&self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<Received>> {
-        let (stream, care) = (self.stream.socket(), self.stream.care());
+        let stream = self.outbox.stream();
+        let (socket, care) = (stream.socket(), stream.care());
         if self.ending.read_again.swap(false, Relaxed) {
-            match receive(self.stream.as_fd(), buf, care) {
+            match receive(stream.as_fd(), buf, care) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 received => return Poll::Ready(received),
             }
         }
         loop {
-            ready!(stream.poll_read_ready(cx))?;
+            ready!(socket.poll_read_ready(cx))?;
             let mut received = None;
-            let tried = stream.try_io(Interest::READABLE, || {
-                let got = receive(self.stream.as_fd(), buf, care)?;
+            let tried = socket.try_io(Interest::READABLE, || {
+                let got = receive(stream.as_fd(), buf, care)?;
                 let room = care.at_once(buf.remaining());
                 let short = matches!(got, Received::Bytes { len, .. } if 0 < len && len < room);
                 received = Some(got);
@@ -192,8 +192,7 @@ impl<P: Send + 'static> Wire<P> {
             match self.last_word.next() {
                 NextBytes::Theirs(most) => return Poll::Ready(Ok(most)),
                 NextBytes::Ours(bytes) => {
-                    let stream = Pin::new(self.stream.socket_mut());
-                    let said = ready!(stream.poll_write(cx, bytes));
+                    let said = ready!(self.outbox.poll_take(cx, &[io::IoSlice::new(bytes)]));
                     self.last_word.said(self.noted(said)?);
                 }
             }
@@ -244,14 +243,7 @@ struct PassedIn;
 
 impl<P: Send + Unpin + 'static> AsyncWrite for Wire<P> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
-        let most = ready!(this.poll_last_word(cx))?;
-        let buf = buf.get(..most.min(buf.len())).unwrap_or_default();
-        let result = ready!(Pin::new(this.stream.socket_mut()).poll_write(cx, buf));
-        if let Ok(written) = result {
-            this.last_word.passed(buf.get(..written).unwrap_or_default());
-        }
-        Poll::Ready(this.noted(result))
+        self.poll_write_vectored(cx, &[io::IoSlice::new(buf)])
     }
 
     fn poll_write_vectored(
@@ -260,13 +252,12 @@ impl<P: Send + Unpin + 'static> AsyncWrite for Wire<P> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        if ready!(this.poll_last_word(cx))? < usize::MAX {
-            let first = bufs.iter().find(|buf| !buf.is_empty()).map_or(&[][..], |buf| buf);
-            return Pin::new(this).poll_write(cx, first);
-        }
-        let result = ready!(Pin::new(this.stream.socket_mut()).poll_write_vectored(cx, bufs));
-        if let Ok(written) = result {
-            let mut left = written;
+        let most = ready!(this.poll_last_word(cx))?;
+        let first = bufs.iter().find(|buf| !buf.is_empty()).and_then(|buf| buf.get(..most.min(buf.len())));
+        let first = [io::IoSlice::new(first.unwrap_or_default())];
+        let bufs = if most < usize::MAX { &first } else { bufs };
+        let result = ready!(this.outbox.poll_take(cx, bufs));
+        if let Ok(mut left) = result {
             for buf in bufs {
                 let part = buf.get(..left.min(buf.len())).unwrap_or_default();
                 this.last_word.passed(part);
@@ -277,14 +268,18 @@ impl<P: Send + Unpin + 'static> AsyncWrite for Wire<P> {
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.socket().is_write_vectored()
+        true
     }
 
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(self.get_mut().stream.socket_mut()).poll_flush(cx)
+    /// Whoever holds the outbox empties it.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(self.get_mut().stream.socket_mut()).poll_shutdown(cx)
+        let this = self.get_mut();
+        let emptied = ready!(this.outbox.poll_empty(cx));
+        this.noted(emptied)?;
+        Poll::Ready(this.outbox.stream().shut_for_writing())
     }
 }
