@@ -3,6 +3,10 @@
 /// The most bytes that `aud` may have as the claims of the token write it: a JSON array of all that is asked for.
 pub const MAX_LEN: usize = 16 * 1024;
 
+/// The most audiences of one token. Each takes 24 bytes of memory and an allocation beside its text, while its call waits
+/// to be attested.
+pub const MAX_NUMBER: usize = 256;
+
 /// Why a list of audiences is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AudienceError {
@@ -12,6 +16,9 @@ pub enum AudienceError {
     /// No verifier is called so, and JSON writes each in six bytes.
     #[error("audience must have no control characters, and has {:?}", .0)]
     Control(char),
+    /// More than [`MAX_NUMBER`], empty texts with them.
+    #[error("audience has {0} texts, and can have at most {MAX_NUMBER}")]
+    TooMany(usize),
     /// More than [`MAX_LEN`].
     #[error("audience has {0} bytes as JSON, and can have at most {MAX_LEN}")]
     TooLong(usize),
@@ -24,6 +31,9 @@ pub enum AudienceError {
 pub fn check(audience: &[String]) -> Result<(), AudienceError> {
     if audience.iter().all(String::is_empty) {
         return Err(AudienceError::Missing);
+    }
+    if audience.len() > MAX_NUMBER {
+        return Err(AudienceError::TooMany(audience.len()));
     }
     if let Some(control) = audience.iter().flat_map(|text| text.chars()).find(|c| c.is_control()) {
         return Err(AudienceError::Control(control));
@@ -66,7 +76,10 @@ mod tests {
                 vec!["\"".repeat(MAX_LEN / 2)],
                 Err(AudienceError::TooLong(MAX_LEN + 4)),
             ),
-            ("many of one", vec![long(1); 4096], Err(AudienceError::TooLong(4 * 4096 + 1))),
+            ("as many as there may be", vec![long(60); MAX_NUMBER], Ok(())),
+            ("a byte more in each", vec![long(61); MAX_NUMBER], Err(AudienceError::TooLong(64 * 256 + 1))),
+            ("one more", vec![long(1); MAX_NUMBER + 1], Err(AudienceError::TooMany(MAX_NUMBER + 1))),
+            ("many that are empty", vec![String::new(); 4096], Err(AudienceError::Missing)),
         ] {
             assert_eq!(check(&audience), want, "{case}");
             if want.is_ok() {
