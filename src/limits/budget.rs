@@ -16,7 +16,8 @@ use std::ops::RangeInclusive;
 pub const PARKED: u64 = 6 * 1024;
 /// HTTP/2, with the first stream (h2's fixed buffers, for the most part).
 pub const HTTP2: u64 = 27 * 1024;
-/// Each further stream that is open.
+/// Each further stream that was open at the same time, from then on to the end of the connection: most of it h2 keeps for the
+/// next one.
 pub const STREAM: u64 = 6 * 1024;
 /// Bytes of requests that are not complete, of all streams of a connection: one message of the largest size,
 /// and some beside it. More, and what is being sent is refused.

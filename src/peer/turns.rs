@@ -30,7 +30,8 @@ pub(super) struct Turns {
 
 #[derive(Debug, Default)]
 struct TurnSlots {
-    /// As many as streams may be open at once, and those that h2 has reset but not forgotten.
+    /// As many as streams were open at once, with those that h2 had reset and not forgotten: h2 keeps the memory of as many
+    /// as long as the connection lasts, and so does what is held.
     slots: Vec<TurnSlot>,
     open: usize,
     last_ended: Option<Instant>,
@@ -170,9 +171,6 @@ impl Turns {
             if turns.slots.get(at).is_some_and(TurnSlot::is_free) {
                 turns.open -= 1;
                 turns.last_ended = Some(Instant::now());
-                if turns.open > 0 {
-                    self.holding.release(STREAM);
-                }
             }
         });
     }
@@ -236,7 +234,9 @@ impl Default for Turns {
 
 impl Drop for Turns {
     fn drop(&mut self) {
-        self.holding.release(HTTP2);
+        let further = self.with(|turns| turns.slots.len().saturating_sub(1));
+        let streams = u64::try_from(further).unwrap_or(u64::MAX).saturating_mul(STREAM);
+        self.holding.release(HTTP2.saturating_add(streams));
     }
 }
 
@@ -256,9 +256,6 @@ impl Turn {
     /// others: [`Self::is_crowded`].
     pub(super) fn begin(turns: &Arc<Turns>) -> Self {
         let (slot, call, goes, crowded) = turns.with(|slots| {
-            if slots.open > 0 {
-                turns.holding.hold(STREAM);
-            }
             slots.open += 1;
             slots.begun += 1;
             let at = slots.slots.iter().position(TurnSlot::is_free).unwrap_or(slots.slots.len());
@@ -287,7 +284,12 @@ impl Turn {
             };
             match slots.slots.get_mut(at) {
                 Some(slot) => *slot = new,
-                None => slots.slots.push(new),
+                None => {
+                    if !slots.slots.is_empty() {
+                        turns.holding.hold(STREAM);
+                    }
+                    slots.slots.push(new);
+                }
             }
             (at, slots.begun, !waits, crowded)
         });
@@ -501,8 +503,8 @@ mod tests {
         let without = many();
         let served = without.len() - crowded(&without);
         assert!((1..=16).contains(&served), "{served} are served");
-        let each = (permit.holding().bytes() - before) / 19;
-        assert_eq!(each, STREAM, "none of them waits");
+        let more = permit.holding().bytes() - before;
+        assert_eq!(more, 0, "none of them waits, and there were as many before");
         drop(without);
         assert!(!Turn::begin(&turns).is_crowded(), "one alone is served");
         others.holding().release(BUDGET * 9 / 10);
@@ -594,7 +596,8 @@ mod tests {
     }
 
     /// What is there, by another account than the one of [`Turns`].
-    fn there(turns: &Turns, requests: &[Asked], parts: &[Part]) -> u64 {
+    /// `most` is how many were in use at once, up to then.
+    fn there(turns: &Turns, requests: &[Asked], parts: &[Part], most: &mut usize) -> u64 {
         let mut slots: Vec<usize> = requests.iter().map(|request| request.turn.slot).collect();
         slots.extend(parts.iter().map(|part| part.slot));
         slots.sort_unstable();
@@ -603,17 +606,19 @@ mod tests {
         let uploads: u64 = requests.iter().map(|request| request.upload.counted * UPLOAD).sum();
         let waiting = turns.with(|turns| turns.slots.iter().filter(|slot| slot.waits).count());
         let number = |n: usize| u64::try_from(n).unwrap();
-        HTTP2 + number(slots.len().saturating_sub(1)) * STREAM + unsent + uploads + number(waiting) * WAITING
+        *most = slots.len().max(*most);
+        HTTP2 + number(most.saturating_sub(1)) * STREAM + unsent + uploads + number(waiting) * WAITING
     }
 
     proptest! {
-        /// Whatever happens in whatever order: what is held is the sum of what is there, and in the end nothing; who is
+        /// Whatever happens in whatever order: what is held is the sum of what is there, with room for as many streams as there
+        /// ever were at once, and in the end nothing; who is
         /// told to wait is woken when it may go on, and nobody waits for nothing.
         #[test]
         fn what_is_held_is_what_is_there(events in events(), parts_outlive in any::<bool>()) {
             let holding = Arc::<Holding>::default();
             let turns = Arc::new(Turns::new(Arc::clone(&holding)));
-            let (mut requests, mut parts) = (Vec::<Asked>::new(), Vec::new());
+            let (mut requests, mut parts, mut most) = (Vec::<Asked>::new(), Vec::new(), 0);
             for (event, index) in events {
                 match event {
                     Event::Begins => requests.push(Asked::begin(&turns)),
@@ -630,7 +635,7 @@ mod tests {
                     }
                     _ => {}
                 }
-                prop_assert_eq!(holding.bytes(), there(&turns, &requests, &parts));
+                prop_assert_eq!(holding.bytes(), there(&turns, &requests, &parts, &mut most));
                 for Asked { turn, woken, sleeps, .. } in &requests {
                     let waits = turns.with(|turns| turns.slots[turn.slot].waits);
                     prop_assert!(!sleeps || waits || woken.0.load(SeqCst), "not woken");

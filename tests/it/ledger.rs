@@ -23,7 +23,9 @@ use nix::{
 };
 
 use crate::{
-    frames::{Called, FETCH_JWT, PREFACE, SETTINGS, call, call_frames, frame, jwt_request, message},
+    frames::{
+        Called, FETCH_JWT, PREFACE, RST_STREAM, SETTINGS, call, call_frames, frame, jwt_request, message,
+    },
     hostile::{NEIGHBOUR, PATIENCE},
     support::{Process, write_config},
 };
@@ -98,12 +100,15 @@ impl Weighed {
 
     /// What a scrape says of memory.
     fn memory(&self, of: &str) -> u64 {
+        self.series(&format!("durward_memory_bytes{{kind=\"{of}\"}} "))
+    }
+
+    fn series(&self, series: &str) -> u64 {
         let mut stream = UnixStream::connect(self.dir.path().join("metrics.sock")).unwrap();
         stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
-        let series = format!("durward_memory_bytes{{kind=\"{of}\"}} ");
-        let line = answer.lines().find_map(|line| line.strip_prefix(&series)).unwrap();
+        let line = answer.lines().find_map(|line| line.strip_prefix(series)).unwrap();
         line.parse().unwrap()
     }
 
@@ -218,6 +223,16 @@ fn what_connections_take_is_what_they_are_reckoned_at() {
         let _gone = drain(stream);
     }
     hold("with many", &mut open, 600 * PARKED + 300 * HTTP2 + 50 * 30 * STREAM);
+    for stream in &mut open[..50] {
+        let resets: Vec<u8> =
+            (0..31).flat_map(|nth| frame(RST_STREAM, 0, 1 + 2 * nth, &8_u32.to_be_bytes())).collect();
+        stream.write_all(&resets).unwrap();
+    }
+    let began = Instant::now();
+    while agent.series("durward_streams_open{method=\"FetchX509SVID\"} ") != 250 {
+        assert!(began.elapsed() < PATIENCE, "streams that were reset stay open\n{}", agent.log());
+    }
+    hold("when they have ended", &mut open, 600 * PARKED + 300 * HTTP2 + 50 * 30 * STREAM);
     drop(open);
     agent.wait_for("held", |held| held == 0);
 }
