@@ -68,4 +68,6 @@ pub(super) struct HeldTokens {
     /// Where its caller's share is, if callers have shares.
     pub(super) share: Option<usize>,
     pub(super) short: Shortfall,
+    /// The same for the bucket itself, which may have had fewer.
+    pub(super) of_bucket: Shortfall,
 }

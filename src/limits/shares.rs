@@ -124,6 +124,7 @@ impl Shares {
             self.counted = now;
         }
         if let Some(share) = self.all.get_mut(at) {
+            // One that is counted now counts itself: it asks.
             self.active += usize::from(!is_active(share));
             share.asked = now;
             share.taking.caller = matches!(share.of, ShareOf::Group(_)).then_some(taker.caller);
@@ -166,9 +167,13 @@ impl Shares {
         cost: u32,
         short: Shortfall,
     ) {
-        let takers = u32::try_from(self.all.len()).unwrap_or(u32::MAX);
+        // What it passed by was as large as it was then; all of that is paid, however many have a share by now.
+        let quota = match short {
+            Shortfall::Refuse | Shortfall::PassOwn => quota,
+            Shortfall::Pass => quota.part(u32::try_from(self.active).unwrap_or(u32::MAX), cost),
+        };
         if let Some(share) = self.all.get_mut(at) {
-            share.own.settle_by(now, quota.part(takers, cost), held, cost, short);
+            share.own.settle_by(now, quota, held, cost, short);
             share.taking.used = share.taking.used.saturating_sub(u32::from(held > 0 && cost == 0));
         }
     }
@@ -219,6 +224,8 @@ impl Shares {
                 self.index.remove(&share.of);
                 *share = fresh(group);
             }
+            self.active = 0;
+            self.active = 0;
             self.index.insert(group, at);
             return at;
         }
@@ -227,6 +234,8 @@ impl Shares {
         if let Some(at) = self.find(of) {
             return at;
         }
+        self.active = 0;
+        self.active = 0;
         self.owned += usize::from(own);
         self.index.insert(of, self.all.len());
         self.all.push(fresh(of));
@@ -440,6 +449,23 @@ mod tests {
                 let held: u32 = shares.all.iter().map(|share| share.own.held).sum();
                 prop_assert_eq!(usize::try_from(held).unwrap(), open.len());
             }
+        }
+
+        /// Without room a share is paid for each call that passes by it, however many others have one: each gives at most a
+        /// bucket's worth, beside the bucket itself.
+        #[test]
+        fn no_share_is_for_nothing(burst in 1..50_u32, uids in prop::collection::vec(0..6_u32, 1..900)) {
+            let (quota, mut bucket) = (quota(10.0, burst), SharedBucket::default());
+            for uid in 100..120 {
+                let _ends_meanwhile = bucket.take(SECOND, quota, 1, taker(uid), Shortfall::PassOwn);
+            }
+            let mut passed = [0; 6];
+            for uid in uids {
+                let passes = bucket.take(100 * SECOND, quota, 1, taker(uid), Shortfall::PassOwn).is_ok();
+                passed[usize::try_from(uid).unwrap()] += u32::from(passes);
+            }
+            let all: u32 = passed.iter().sum();
+            prop_assert!(all <= 7 * burst && passed.iter().all(|passed| *passed <= 2 * burst), "{passed:?}");
         }
 
         /// Whoever asks, how, and however much it costs: no more passes than the bucket gives, and the wait is true.

@@ -145,8 +145,9 @@ impl Table {
             Some(outcome) => outcome?,
             None => self.hold_new(now, ask, short, who).map(|(place, tokens)| (place, tokens, None))?,
         };
-        let short = if tokens < ask.cost { Shortfall::Pass } else { short };
-        Ok(HeldTokens { ask: *ask, place, tokens, share, short })
+        // Tokens that were not there are no debt of the bucket. A share had all of them, and pays.
+        let of_bucket = if tokens < ask.cost { Shortfall::Pass } else { short };
+        Ok(HeldTokens { ask: *ask, place, tokens, share, short, of_bucket })
     }
 
     /// In the bucket of a key that is known.
@@ -244,13 +245,23 @@ impl Table {
     /// look at the clock; the tokens begin to flow back no sooner than if they had been taken at once.
     pub(super) fn settle(&mut self, held: &Ask, place: ChargedTo, cost: u32) -> Option<Level> {
         let (tokens, short) = (held.cost, Shortfall::Refuse);
-        self.settle_held(&HeldTokens { ask: *held, place, tokens, share: None, short }, cost)
+        self.settle_held(
+            &HeldTokens { ask: *held, place, tokens, share: None, short, of_bucket: short },
+            cost,
+        )
     }
 
     /// [`Table::settle`] of what [`Table::hold_by`] gave.
     pub(super) fn settle_held(&mut self, held: &HeldTokens, cost: u32) -> Option<Level> {
         let now = self.latest;
-        let HeldTokens { ask: Ask { key, quota, cost: asked, taker }, place, tokens, share, short } = *held;
+        let HeldTokens {
+            ask: Ask { key, quota, cost: asked, taker },
+            place,
+            tokens,
+            share,
+            short,
+            of_bucket,
+        } = *held;
         let refund = u32::from(asked > 0 && cost == 0);
         let Self { index, cells, shared, parents, stray, seed, .. } = self;
         let bucket = match place {
@@ -271,7 +282,7 @@ impl Table {
             }
             ChargedTo::Stray => stray.get(quota),
         };
-        bucket.map(|bucket| bucket.settle_by(now, quota, tokens, cost, short))
+        bucket.map(|bucket| bucket.settle_by(now, quota, tokens, cost, of_bucket))
     }
 
     /// Adds to what a known key has spent, as a debt of at most one burst. A key that is not known has a full
@@ -280,7 +291,10 @@ impl Table {
         self.tick(now);
         let nothing = Ask { cost: 0, ..*ask };
         let place = ChargedTo::Own(u32::MAX);
-        self.settle_held(&HeldTokens { ask: nothing, place, tokens: 0, share: None, short }, ask.cost)
+        self.settle_held(
+            &HeldTokens { ask: nothing, place, tokens: 0, share: None, short, of_bucket: short },
+            ask.cost,
+        )
     }
 
     /// Charges a call that is over, known key or not. Where there are too few tokens, its bucket owes them.
@@ -292,7 +306,7 @@ impl Table {
         who: impl FnOnce() -> Who,
     ) -> Option<Level> {
         let held = self.hold_by(now, ask, Shortfall::Pass, who).ok()?;
-        self.settle_held(&HeldTokens { short, ..held }, ask.cost)
+        self.settle_held(&HeldTokens { short, of_bucket: short, ..held }, ask.cost)
     }
 
     /// Counts for people that a key was refused for something else than its tokens, if it is known.
