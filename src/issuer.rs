@@ -7,6 +7,7 @@
 pub mod choice;
 pub mod embedded;
 pub mod metrics;
+pub mod server;
 
 use std::{collections::BTreeMap, error::Error, fmt, sync::Arc, time::Duration};
 

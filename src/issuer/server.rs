@@ -1,0 +1,4 @@
+//! The SPIRE Server as the issuer: it decides who this node is and whom it serves, and signs; nothing of the trust
+//! domain's keys is here.
+
+pub mod proto;
