@@ -2,3 +2,6 @@
 //! domain's keys is here.
 
 pub mod proto;
+pub mod settings;
+
+pub use settings::ServerSettings;
