@@ -33,6 +33,7 @@ impl Files {
             text,
             base: Path::new("/base"),
             expand_env,
+            given: &[],
             drop_ins: &|dir| {
                 let found: DropIns = self
                     .0
@@ -809,13 +810,13 @@ fn what_must_be_there_is_asked_for() {
             "an empty file",
             "",
             "1:1: agent: section must be configured: agent { trust_domain = \"example.org\" }\n\
-             agent.conf:1:1: issuer: who signs must be said: issuer \"embedded\" { }".to_owned(),
+             agent.conf:1:1: issuer: who signs must be said: a SPIRE Server, agent { server_address = \"..\" server_port = 8081 }, or a CA on this node, issuer \"embedded\" { }".to_owned(),
         ),
         (
             "an empty object",
             "{}",
             "1:1: agent: section must be configured: agent { trust_domain = \"example.org\" }\n\
-             agent.conf:1:1: issuer: who signs must be said: issuer \"embedded\" { }".to_owned(),
+             agent.conf:1:1: issuer: who signs must be said: a SPIRE Server, agent { server_address = \"..\" server_port = 8081 }, or a CA on this node, issuer \"embedded\" { }".to_owned(),
         ),
         (
             "no trust domain",
@@ -857,7 +858,7 @@ fn all_mistakes_come_at_once_in_the_order_of_their_places() {
     let text = "zzz = 1\nagent {\n  log_level = 1\n  trust_domain = \"example.org\"\n  entries_dir = \"d\"\n  log_format = 2\n}";
     assert_eq!(
         files.parse(text, ExpandEnv::No).unwrap_err(),
-        "agent.conf:1:1: issuer: who signs must be said: issuer \"embedded\" { }
+        "agent.conf:1:1: issuer: who signs must be said: a SPIRE Server, agent { server_address = \"..\" server_port = 8081 }, or a CA on this node, issuer \"embedded\" { }
 agent.conf:1:1: zzz: unknown key; known here: agent, plugins, telemetry, health_checks, issuer, ratelimit, federation, entry
 agent.conf:3:3: agent.log_level \"1\": must be one of panic, fatal, error, warn, info, debug, trace
 agent.conf:6:3: agent.log_format \"2\": must be text or json
