@@ -803,8 +803,6 @@ fn entries_are_told_apart_by_their_selectors() {
 
 #[test]
 fn what_must_be_there_is_asked_for() {
-    let server =
-        "the SPIRE Server issuer is not in this version: take this out and write issuer \"embedded\" { }";
     for (case, text, want) in [
         (
             "an empty file",
@@ -833,16 +831,6 @@ fn what_must_be_there_is_asked_for() {
             "no trust domain but a workload",
             "agent { trust_domain = \"spiffe://example.org/web\" }\nissuer \"embedded\" { }",
             "1:9: agent.trust_domain \"spiffe://example.org/web\": a trust domain has no path; right is, say, example.org".to_owned(),
-        ),
-        (
-            "spire-agent's own",
-            include_str!("../fixtures/config/spire-agent.conf"),
-            format!(
-                "5:5: agent.server_address: {server}\nagent.conf:6:5: agent.server_port: {server}\n\
-                 agent.conf:8:5: agent.trust_bundle_path: {server}\n\
-                 agent.conf:12:18: plugins.NodeAttestor \"join_token\": {server}\n\
-                 agent.conf:15:16: plugins.KeyManager \"disk\": {server}"
-            ),
         ),
     ] {
         assert_eq!(parse(text).err(), Some(format!("agent.conf:{want}")), "{case}");

@@ -95,6 +95,14 @@ fn a_file_with_a_server_and_no_issuer_joins_it() {
 }
 
 #[test]
+fn spire_agents_own_file_is_taken_as_it_is() {
+    let settings = server(include_str!("../fixtures/config/spire-agent.conf"));
+    assert_eq!(settings.node_attestor, NodeAttestorSettings::JoinToken);
+    assert!(matches!(settings.key_manager, KeyManagerSettings::Disk(_)));
+    assert!(matches!(settings.join.trust_source(), TrustSource::File { .. }));
+}
+
+#[test]
 fn every_source_of_trust_is_taken() {
     let pem = TrustBundleFormat::Pem;
     for (agent, want) in [
