@@ -6,6 +6,7 @@
 
 pub mod choice;
 pub mod embedded;
+mod keys;
 pub mod metrics;
 pub mod server;
 

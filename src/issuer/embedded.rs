@@ -11,7 +11,6 @@ mod ca;
 mod disk;
 mod error;
 mod jwt;
-mod keys;
 mod rotation;
 mod settings;
 mod state;
@@ -271,7 +270,7 @@ impl fmt::Debug for EmbeddedIssuer {
 mod tests {
     use super::*;
     use crate::{
-        identity::{EntryId, KeyType, Selectors, SpiffeId},
+        identity::{EntryAttributes, EntryId, KeyType, Selectors, SpiffeId},
         telemetry::metrics::Metrics,
     };
 
@@ -287,6 +286,7 @@ mod tests {
             federates_with: Default::default(),
             created_at: 0,
             revision: 0,
+            attributes: EntryAttributes::default(),
         })
     }
 

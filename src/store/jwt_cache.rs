@@ -378,7 +378,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        identity::{EntryId, KeyType, Selectors},
+        identity::{EntryAttributes, EntryId, KeyType, Selectors},
         issuer::{
             embedded::{EmbeddedIssuer, EmbeddedSettings, IssuerSettings},
             metrics::IssuerMetrics,
@@ -431,6 +431,7 @@ mod tests {
             federates_with: Default::default(),
             created_at: 0,
             revision: 0,
+            attributes: EntryAttributes::default(),
         });
         let metrics = Metrics::default();
         let counted = Arc::new(IssuerMetrics::new(metrics.registry()));

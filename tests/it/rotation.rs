@@ -15,8 +15,8 @@ use std::{
 use durward::{
     attest::{AttestSettings, Attestor},
     identity::{
-        Bundle, Bundles, Entry, EntryId, EntryIndex, JwtSvid, KeyType, Selector, Selectors, SpiffeId,
-        TrustDomain, X509Svid, jwt,
+        Bundle, Bundles, Entry, EntryAttributes, EntryId, EntryIndex, JwtSvid, KeyType, Selector, Selectors,
+        SpiffeId, TrustDomain, X509Svid, jwt,
     },
     issuer::{
         Issuer, IssuerInput, MintError, SvidKind, World as Published,
@@ -60,6 +60,7 @@ fn entry(name: &str) -> Arc<Entry> {
         federates_with: BTreeSet::new(),
         created_at: 0,
         revision: 0,
+        attributes: EntryAttributes::default(),
     })
 }
 
