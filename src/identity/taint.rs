@@ -48,7 +48,7 @@ impl Tainted {
 }
 
 /// The key ID in the header of a token.
-fn kid(token: &str) -> Option<String> {
+pub fn kid(token: &str) -> Option<String> {
     let (header, _) = token.split_once('.')?;
     let header: Value = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(header).ok()?).ok()?;
     Some(header.get("kid")?.as_str()?.to_owned())

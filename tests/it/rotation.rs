@@ -19,7 +19,7 @@ use durward::{
         SpiffeId, TrustDomain, X509Svid, jwt,
     },
     issuer::{
-        Issuer, IssuerInput, MintError, SvidKind, World as Published,
+        Issuer, IssuerInput, Lookout, MintError, SvidKind, World as Published,
         embedded::{EmbeddedIssuer, EmbeddedSettings, IssuerSettings, MIN_CA_TTL},
         metrics::IssuerMetrics,
     },
@@ -337,13 +337,17 @@ impl Fake {
         let clock = Clock::starting_at(born());
         let own = Bundle {
             trust_domain: TrustDomain::parse("td").unwrap(),
-            x509_authorities: Vec::new(),
+            x509_authorities: vec![b"an authority".to_vec()],
             jwt_authorities: Vec::new(),
         };
         let bundles = Bundles { own: Arc::new(own), federated: BTreeMap::new() };
         let fake = Arc::new(Self {
             clock,
-            world: watch::Sender::new(Arc::new(Published { index: index(names), bundles })),
+            world: watch::Sender::new(Arc::new(Published {
+                index: index(names),
+                bundles,
+                tainted: Arc::default(),
+            })),
             takes: Mutex::default(),
             fails: Mutex::default(),
             asked: AtomicUsize::new(0),
@@ -410,6 +414,7 @@ impl Issuer for Fake {
         &'a self,
         entry: &'a Arc<Entry>,
         _audience: &'a [String],
+        _family: u64,
         deadline: Instant,
     ) -> BoxFuture<'a, Result<JwtSvid, MintError>> {
         Box::pin(async move {
@@ -433,10 +438,18 @@ impl Issuer for Fake {
         }
     }
 
+    fn look_out(&self) -> Option<Lookout> {
+        None
+    }
+
+    fn makes_ahead(&self) -> bool {
+        false
+    }
+
     fn reload(&self, told: IssuerInput) {
         self.world.send_modify(|world| {
             let bundles = Bundles { own: Arc::clone(&world.bundles.own), federated: told.federated };
-            *world = Arc::new(Published { index: told.index, bundles });
+            *world = Arc::new(Published { index: told.index, bundles, tainted: Arc::default() });
         });
     }
 
