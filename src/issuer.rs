@@ -18,8 +18,8 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use self::embedded::EmbeddedSettings;
 pub use self::metrics::SvidKind;
+use self::{embedded::EmbeddedSettings, server::ServerSettings};
 use crate::identity::{Bundle, Bundles, Entry, EntryIndex, JwtSvid, TrustDomain, X509Svid};
 
 /// The longest that a call waits for an SVID: as long as spire-agent waits for its server.
@@ -77,6 +77,8 @@ pub struct IssuerInput {
 pub enum IssuerChoice {
     /// A CA of this node.
     Embedded(EmbeddedSettings),
+    /// A SPIRE Server.
+    Server(Box<ServerSettings>),
 }
 
 /// The entries and bundles that an issuer publishes. Never edited: a change is another world.

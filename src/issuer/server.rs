@@ -2,6 +2,16 @@
 //! domain's keys is here.
 
 mod bundles;
+mod dial;
 mod entries;
+mod error;
 pub mod proto;
 mod request;
+pub mod settings;
+mod tls;
+mod upstream;
+
+pub use self::{
+    error::{DataFault, Denial, ServerError},
+    settings::ServerSettings,
+};
