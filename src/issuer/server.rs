@@ -1,10 +1,14 @@
 //! The SPIRE Server as the issuer: it decides who this node is and whom it serves, and signs; nothing of the trust
 //! domain's keys is here.
 
+mod agent_keys;
+mod attestation;
 mod bundles;
+mod data;
 mod dial;
 mod entries;
 mod error;
+mod files;
 pub mod proto;
 mod request;
 pub mod settings;

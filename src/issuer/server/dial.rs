@@ -61,7 +61,7 @@ pub(super) enum DialError {
     #[error("{0} cannot be looked up: {1}")]
     Lookup(String, Arc<io::Error>),
     /// The lookup hangs.
-    #[error("{0} cannot be looked up: no answer after {} s", LONGEST_LOOKUP.as_secs())]
+    #[error("{0} cannot be looked up: no answer from the resolver")]
     LookupLate(String),
     /// It has no addresses.
     #[error("{0} has no address")]
@@ -261,10 +261,9 @@ impl Dialer {
         let (sender, receiver) = watch::channel(None);
         let (host, port) = (self.host.clone(), self.port);
         drop(tokio::spawn(async move {
-            let found = match lookup_host((host.as_str(), port)).await {
-                Ok(found) => Ok(found.take(MOST_ADDRESSES).collect()),
-                Err(cause) => Err(DialError::Lookup(host, Arc::new(cause))),
-            };
+            let found = lookup_host((host.as_str(), port)).await;
+            let found = found.map(|found| found.take(MOST_ADDRESSES).collect());
+            let found = found.map_err(|cause| DialError::Lookup(host.clone(), Arc::new(cause)));
             sender.send_replace(Some(found));
         }));
         lookups.running = Some(receiver.clone());

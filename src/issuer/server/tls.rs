@@ -288,3 +288,15 @@ impl ServerCertVerifier for Verifier {
         self.algorithms.supported_schemes()
     }
 }
+
+/// The SPIFFE ID that a certificate (DER) names, if it names one alone.
+pub(super) fn id_of(leaf: &[u8]) -> Option<SpiffeId> {
+    let (_, leaf) = x509_parser::parse_x509_certificate(leaf).ok()?;
+    let names = leaf.subject_alternative_name().ok()??;
+    let mut uris = names.value.general_names.iter().filter_map(|name| match name {
+        GeneralName::URI(uri) => Some(*uri),
+        _ => None,
+    });
+    let only = uris.next().filter(|_| uris.next().is_none())?;
+    SpiffeId::parse(only).ok()
+}
