@@ -25,6 +25,7 @@ mod input;
 mod issuer;
 mod places;
 mod ratelimit;
+mod server;
 mod trust_domain;
 mod users;
 
@@ -33,4 +34,5 @@ pub use diff::{Changes, EntryChanges, diff};
 pub use document::Config;
 pub use file::{DropIns, FileError};
 pub use input::{ExpandEnv, Input};
+pub use issuer::{JoinedServer, Signer};
 pub use places::{AgentUser, Places, TakenAddress, WrongPlace};

@@ -19,9 +19,11 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use self::embedded::EmbeddedSettings;
-pub use self::lookout::{Lookout, Lookouts};
-pub use self::metrics::SvidKind;
+use self::{embedded::EmbeddedSettings, server::ServerSettings};
+pub use self::{
+    lookout::{Lookout, Lookouts},
+    metrics::SvidKind,
+};
 use crate::identity::{Bundle, Bundles, Entry, EntryIndex, JwtSvid, Tainted, TrustDomain, X509Svid};
 
 /// The longest that a call waits for an SVID: as long as spire-agent waits for its server.
@@ -89,6 +91,8 @@ pub struct IssuerInput {
 pub enum IssuerChoice {
     /// A CA of this node.
     Embedded(EmbeddedSettings),
+    /// A SPIRE Server.
+    Server(Box<ServerSettings>),
 }
 
 /// The entries and bundles that an issuer publishes. Never edited: a change is another world.

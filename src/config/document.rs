@@ -7,24 +7,22 @@ use std::{
 };
 
 use super::{
-    absent::ServerKeys,
     agent::{AgentBlock, AgentSettings},
     endpoints,
     entries::{Entries, EntryRules},
     federation::Federation,
     file,
     input::{ExpandEnv, Input},
-    issuer, ratelimit,
+    issuer::{self, Signer},
+    ratelimit,
+    server::ServerBlock,
     users::NodeUsers,
 };
 use crate::{
     attest::{self, AttestSettings},
     hcl::{ConfigError, ConfigErrors, absent::NOT_HERE, problems::Problems, section::Section},
     identity::{Bundle, Entry, EntryIndex, TrustDomain},
-    issuer::{
-        IssuerChoice, IssuerInput,
-        embedded::{EmbeddedSettings, IssuerSettings},
-    },
+    issuer::IssuerInput,
     limits::LimitSettings,
     os::trusted::Trust,
     peer::{KubernetesSettings, ListenerSettings, cgroup::KubernetesMode},
@@ -49,8 +47,8 @@ pub struct Config {
     pub listener: ListenerSettings,
     /// `agent.kubernetes`.
     pub kubernetes: KubernetesSettings,
-    /// `issuer "embedded"`.
-    pub issuer: IssuerSettings,
+    /// `issuer "embedded"`, or `agent.server_address` and what goes with it.
+    pub issuer: Signer,
     /// `entry`, of `agent.conf` first, then of the drop-in files in the order of their names. Unique by
     /// [`Entry::id`]. Reloads.
     pub entries: Vec<Arc<Entry>>,
@@ -119,12 +117,7 @@ impl Config {
     /// What the issuer is told.
     pub fn issuer_input(&self) -> IssuerInput {
         IssuerInput {
-            choice: IssuerChoice::Embedded(EmbeddedSettings {
-                trust_domain: self.trust_domain.clone(),
-                data_dir: self.agent.data_dir.clone(),
-                svid_key_type: self.agent.svid_key_type,
-                issuer: self.issuer.clone(),
-            }),
+            choice: self.issuer.choice(&self.trust_domain, &self.agent, &self.caches),
             index: Arc::new(EntryIndex::new(self.entries.clone())),
             federated: self.federated.clone(),
         }
@@ -136,23 +129,33 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     let file = problems.add_file(input.path);
     let main = input.tree(problems, file, input.text)?;
     let mut root = Section::root(problems, file, &main);
-    let mut server = ServerKeys::default();
-    let agent = AgentBlock::read(&mut root, &mut server);
+    let mut agent = AgentBlock::read(&mut root);
+    let mut server = std::mem::take(&mut agent.server);
     let own = agent.trust_domain.as_ref();
+    let has_plugins = root.has("plugins");
     let attest = plugins(&mut root, &mut server);
     let endpoints = endpoints::read(&mut root, &agent.settings);
-    let (issuer, ca_ttl) = issuer::read(&mut root, &server);
+    let joins = !root.has("issuer") && server.is_meant();
+    let (issuer, ca_ttl) = issuer::read(&mut root, server, has_plugins);
     let mut limits = root.block("ratelimit");
     let federation = Federation::read(&mut root, input, own);
     let rules = EntryRules { trust_domain: own, federated: &federation.declared, ca_ttl, attest: &attest };
     let mut entries = Entries::new(rules, problems);
-    entries.read(root.labelled("entry"));
+    entries.read(own_entries(&mut root, joins));
+    if joins {
+        for section in root.labelled("federation") {
+            section.wrong_block(
+                "bundles of other trust domains come from the SPIRE Server: say it there, with spire-server bundle set \
+                 or federation create",
+            );
+        }
+    }
     root.finish();
 
     let drop_ins = input.drop_in_trees(problems, agent.entries_dir.as_ref());
     for (file, tree) in &drop_ins {
         let mut root = Section::root(problems, *file, tree);
-        entries.read(root.labelled("entry"));
+        entries.read(own_entries(&mut root, joins));
         match (&mut limits, root.block("ratelimit")) {
             (Some(limits), Some(more)) => limits.merge(more),
             (None, more) => limits = more,
@@ -172,7 +175,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
         caches: agent.caches,
         listener: agent.listener,
         kubernetes: agent.kubernetes,
-        issuer,
+        issuer: issuer?,
         entries,
         federated: federation.bundles,
         attest,
@@ -183,13 +186,24 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     })
 }
 
-/// Reads the block `plugins`, as far as it is there: the workload attestors.
-fn plugins(root: &mut Section<'_>, server: &mut ServerKeys) -> AttestSettings {
+/// The blocks `entry`; none, and an error for each, where they are a server's.
+fn own_entries<'a>(root: &mut Section<'a>, joins: bool) -> Vec<Section<'a>> {
+    let blocks = root.labelled("entry");
+    if !joins {
+        return blocks;
+    }
+    for block in blocks {
+        block
+            .wrong_block("entries come from the SPIRE Server: make it there, with spire-server entry create");
+    }
+    Vec::new()
+}
+
+/// Reads the block `plugins`, as far as it is there: the workload attestors, and what a server needs.
+fn plugins(root: &mut Section<'_>, server: &mut ServerBlock) -> AttestSettings {
     let Some(mut plugins) = root.block("plugins") else { return AttestSettings::default() };
     let attest = AttestSettings::read(&mut plugins);
-    for key in ["NodeAttestor", "KeyManager"] {
-        server.0.extend(plugins.labelled(key).iter().map(|plugin| (plugin.place(), plugin.name())));
-    }
+    server.read_plugins(&mut plugins);
     for mut store in plugins.labelled("SVIDStore") {
         if attest::is_enabled(&mut store) {
             store.wrong_block(format_args!("storing SVIDs {NOT_HERE}; leave it out"));

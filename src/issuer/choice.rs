@@ -9,6 +9,17 @@ use super::{
 };
 use crate::os::clock::Clock;
 
+/// Why there is no issuer.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The embedded one could not sign.
+    #[error(transparent)]
+    Embedded(#[from] IssuerError),
+    /// Of a SPIRE Server there is only what the configuration says.
+    #[error("a SPIRE Server cannot be joined in this version")]
+    NotYet,
+}
+
 /// Opens the issuer that the configuration chose.
 ///
 /// # Errors
@@ -17,7 +28,7 @@ pub fn open(
     told: IssuerInput,
     clock: Clock,
     metrics: Arc<IssuerMetrics>,
-) -> Result<Arc<dyn Issuer>, IssuerError> {
+) -> Result<Arc<dyn Issuer>, OpenError> {
     let IssuerInput { choice, index, federated } = told;
     match choice {
         IssuerChoice::Embedded(settings) => {
@@ -25,5 +36,6 @@ pub fn open(
             issuer.declare(index, federated);
             Ok(Arc::new(issuer))
         }
+        IssuerChoice::Server(_) => Err(OpenError::NotYet),
     }
 }

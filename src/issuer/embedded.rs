@@ -237,7 +237,9 @@ impl Issuer for EmbeddedIssuer {
     }
 
     fn reload(&self, told: IssuerInput) {
-        let IssuerInput { choice: IssuerChoice::Embedded(settings), index, federated } = told;
+        let IssuerInput { choice, index, federated } = told;
+        // Another issuer is for a restart alone.
+        let IssuerChoice::Embedded(settings) = choice else { return };
         self.ca.reconfigure(settings);
         self.declare(index, federated);
     }

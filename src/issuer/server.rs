@@ -12,14 +12,24 @@
 //! What is known stays known while the server is away or says what makes no sense: a sync that fails changes nothing, and is
 //! tried again ever less often.
 
+mod agent_keys;
+mod attestation;
 mod bundles;
 mod calls;
 mod cycle;
+mod data;
+mod dial;
 mod entries;
+mod error;
+mod files;
 pub mod proto;
+mod remote;
 mod request;
+pub mod settings;
 mod signing;
+mod tls;
 mod tokens;
+mod upstream;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -35,13 +45,19 @@ use tokio::{
 };
 
 use self::{
-    calls::{CallError, Calls},
+    calls::{AskFor, CallError, Calls},
     cycle::{Cycle, Outcome, Since},
     entries::KnownEntries,
+    remote::RemoteServer,
     signing::{Urgency, X509Signing},
     tokens::JwtSigning,
+    upstream::Upstream,
 };
-use super::{Issuer, IssuerInput, Lookout, Lookouts, MintError, SvidKind, World, by, metrics::IssuerMetrics};
+pub use self::{
+    error::{DataFault, Denial, ServerError},
+    settings::ServerSettings,
+};
+use super::{Issuer, IssuerChoice, IssuerInput, Lookout, Lookouts, MintError, SvidKind, World, by, metrics::IssuerMetrics};
 use crate::{
     identity::{Bundle, Bundles, Entry, EntryIndex, JwtSvid, KeyType, Tainted, TrustDomain, X509Svid},
     os::{clock::Clock, random::fraction},
@@ -64,6 +80,20 @@ pub(super) struct LiveSettings {
     pub(super) key_type: KeyType,
     /// How long a caller that no entry fits waits for one.
     pub(super) entry_wait: Duration,
+}
+
+impl From<&ServerSettings> for LiveSettings {
+    fn from(settings: &ServerSettings) -> Self {
+        Self {
+            interval: settings.sync.sync_interval,
+            key_type: settings.svid_key_type,
+            entry_wait: settings.join.entry_wait,
+        }
+    }
+}
+
+fn asked_for(settings: &ServerSettings) -> AskFor {
+    if settings.sync.use_sync_authorized_entries { AskFor::Revisions } else { AskFor::All }
 }
 
 /// How it stands with the server.
@@ -105,6 +135,18 @@ struct Synced {
 }
 
 impl ServerIssuer {
+    /// The issuer behind this connection; nothing is known of it yet.
+    pub(super) fn behind(
+        upstream: Arc<Upstream>,
+        settings: &ServerSettings,
+        clock: Clock,
+        metrics: Arc<IssuerMetrics>,
+    ) -> Self {
+        let remote = Arc::new(RemoteServer::new(upstream, settings.trust_domain.clone()));
+        remote.ask_for(asked_for(settings));
+        Self::new(settings.trust_domain.clone(), remote, settings.into(), clock, metrics)
+    }
+
     /// An issuer that knows nothing yet.
     pub(super) fn new(
         trust_domain: TrustDomain,
@@ -301,7 +343,7 @@ impl ServerIssuer {
                 MintError::Issuer { retry_after: left, source }
             }
             (MintError::Late, Some(left)) => {
-                MintError::Issuer { retry_after: Some(left), source: Box::new(CallError::Late) }
+                MintError::Issuer { retry_after: Some(left), source: Box::new(ServerError::Late) }
             }
             (error, _) => error,
         }
@@ -368,7 +410,12 @@ impl Issuer for ServerIssuer {
         true
     }
 
-    fn reload(&self, _told: IssuerInput) {}
+    fn reload(&self, told: IssuerInput) {
+        if let IssuerChoice::Server(settings) = told.choice {
+            self.reconfigure(LiveSettings::from(&settings));
+            self.calls.ask_for(asked_for(&settings));
+        }
+    }
 
     fn run(self: Arc<Self>) -> BoxFuture<'static, ()> {
         Box::pin(async move {
@@ -486,10 +533,12 @@ mod tests {
             let takes = *self.takes.lock().unwrap();
             tokio::time::sleep(takes).await;
             if *self.is_away.lock().unwrap() {
-                return Err(CallError::NotReached("no route to host".into()));
+                return Err(ServerError::Late.into());
             }
             match self.fails.lock().unwrap().pop_front() {
-                Some(code) => Err(CallError::of(&tonic::Status::new(code, "as the test says"))),
+                Some(code) => {
+                    Err(ServerError::of("a call", &tonic::Status::new(code, "as the test says")).into())
+                }
                 None => Ok(()),
             }
         }
@@ -593,6 +642,8 @@ mod tests {
                 })
             })
         }
+
+        fn ask_for(&self, _entries: AskFor) {}
 
         fn trust(&self, _bundle: &Arc<Bundle>) {}
     }

@@ -67,7 +67,7 @@ fn with_agent(inner: &str) -> String {
 
 /// What the embedded issuer is told.
 fn embedded(config: &Config) -> EmbeddedSettings {
-    let IssuerChoice::Embedded(settings) = config.issuer_input().choice;
+    let IssuerChoice::Embedded(settings) = config.issuer_input().choice else { panic!("embedded") };
     settings
 }
 
@@ -86,14 +86,15 @@ fn what_is_not_set_has_its_default() {
     );
     assert_eq!(embedded(&config).trust_domain, config.trust_domain);
     assert_eq!(embedded(&config).data_dir, config.agent.data_dir);
-    assert_eq!((&config.issuer.ca_cert_path, &config.issuer.ca_key_path), (&None, &None), "self-signed");
-    assert_eq!(config.issuer.ca_ttl, Duration::from_secs(86_400));
-    assert_eq!(config.issuer.ca_key_type, KeyType::EcP256);
-    assert_eq!(config.issuer.jwt_key_type, KeyType::EcP256);
+    let issuer = embedded(&config).issuer;
+    assert_eq!((&issuer.ca_cert_path, &issuer.ca_key_path), (&None, &None), "self-signed");
+    assert_eq!(embedded(&config).issuer.ca_ttl, Duration::from_secs(86_400));
+    assert_eq!(embedded(&config).issuer.ca_key_type, KeyType::EcP256);
+    assert_eq!(embedded(&config).issuer.jwt_key_type, KeyType::EcP256);
     assert_eq!(config.agent.svid_key_type, KeyType::EcP256);
-    assert_eq!(config.issuer.jwt_issuer, None);
-    assert_eq!(config.issuer.default_x509_svid_ttl, Duration::from_secs(3600));
-    assert_eq!(config.issuer.default_jwt_svid_ttl, Duration::from_secs(300));
+    assert_eq!(embedded(&config).issuer.jwt_issuer, None);
+    assert_eq!(embedded(&config).issuer.default_x509_svid_ttl, Duration::from_secs(3600));
+    assert_eq!(embedded(&config).issuer.default_jwt_svid_ttl, Duration::from_secs(300));
     assert!(config.entries.is_empty() && config.federated.is_empty());
     assert_eq!(config.attest, durward::attest::AttestSettings::default());
     assert!(!config.policy.allow_unauthenticated_verifiers);
@@ -215,9 +216,10 @@ fn everything_that_can_be_set_is_set() {
     assert_eq!(config.log.file.as_deref(), Some(Path::new("/base/agent.log")));
     assert_eq!(config.log.level, tracing::Level::WARN);
     assert_eq!(config.agent.svid_key_type, KeyType::EcP384);
-    assert_eq!(config.issuer.ca_key_type, KeyType::Rsa2048);
-    assert_eq!(config.issuer.jwt_key_type, KeyType::Rsa2048, "as the CA");
-    let ca = (config.issuer.ca_cert_path.as_deref(), config.issuer.ca_key_path.as_deref());
+    assert_eq!(embedded(&config).issuer.ca_key_type, KeyType::Rsa2048);
+    assert_eq!(embedded(&config).issuer.jwt_key_type, KeyType::Rsa2048, "as the CA");
+    let issuer = embedded(&config).issuer;
+    let ca = (issuer.ca_cert_path.as_deref(), issuer.ca_key_path.as_deref());
     assert_eq!(ca, (Some(Path::new("/base/ca.pem")), Some(Path::new("/ca.key"))));
     assert_eq!(config.caches.jwt_svids.count(), 16);
     assert_eq!(config.prometheus, Some(HostPort { host: "::1".to_owned(), port: 9988 }));
@@ -280,8 +282,8 @@ fn blocks_of_one_name_are_one_block() {
         agent { log_level = \"debug\" } issuer embedded { ca_key_type = \"ec-p384\" }";
     let config = parse(apart).unwrap();
     assert_eq!(config.log.level, tracing::Level::DEBUG);
-    assert_eq!(config.issuer.ca_ttl, Duration::from_secs(172_800));
-    assert_eq!(config.issuer.ca_key_type, KeyType::EcP384);
+    assert_eq!(embedded(&config).issuer.ca_ttl, Duration::from_secs(172_800));
+    assert_eq!(embedded(&config).issuer.ca_key_type, KeyType::EcP384);
 }
 
 #[test]

@@ -597,7 +597,11 @@ async fn what_the_issuer_publishes_is_what_requests_see() {
     let writing = tokio::spawn(Arc::clone(&world.writer).run());
     let mut changes = world.writer.store().subscribe();
     fake.world.send_modify(|published| {
-        *published = Arc::new(Published { index: index(&["web", "db"]), bundles: published.bundles.clone() });
+        *published = Arc::new(Published {
+            index: index(&["web", "db"]),
+            bundles: published.bundles.clone(),
+            tainted: Arc::default(),
+        });
     });
     changes.changed().await.unwrap();
     assert_eq!(world.writer.store().snapshot().index.entries().len(), 2);
@@ -606,7 +610,11 @@ async fn what_the_issuer_publishes_is_what_requests_see() {
     let policy = Policy { allow_unauthenticated_verifiers: true, ..Policy::default() };
     world.writer.replace(policy, || {
         fake.world.send_modify(|published| {
-            *published = Arc::new(Published { index: index(&["db"]), bundles: published.bundles.clone() });
+            *published = Arc::new(Published {
+                index: index(&["db"]),
+                bundles: published.bundles.clone(),
+                tainted: Arc::default(),
+            });
         });
     });
     tokio::time::sleep(Duration::from_secs(60)).await;

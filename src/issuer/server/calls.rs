@@ -1,23 +1,21 @@
 //! What a SPIRE Server is asked with the agent's own SVID, and how that fails.
 
-use std::{error::Error, fmt, sync::Arc};
+use std::{fmt, sync::Arc};
 
 use futures_util::future::BoxFuture;
 use tokio::time::Instant;
-use tonic::{Code, Status};
+use tonic::Code;
 
 use super::{
     bundles::{BundleFault, ToldBundle},
     entries::{EntryFault, KnownEntries, SyncedEntries},
+    error::ServerError,
     proto::{
         svid::{NewX509svidParams, batch_new_x509svid_response},
         types::Jwtsvid,
     },
 };
 use crate::identity::{Bundle, EntryId, TrustDomain};
-
-/// The most that is kept of what a server says of an error, in letters.
-const LONGEST_MESSAGE: usize = 256;
 
 /// The calls. Each ends at its deadline.
 pub(super) trait Calls: fmt::Debug + Send + Sync + 'static {
@@ -53,22 +51,28 @@ pub(super) trait Calls: fmt::Debug + Send + Sync + 'static {
         deadline: Instant,
     ) -> BoxFuture<'a, Result<Jwtsvid, CallError>>;
 
+    /// How entries are asked for from now on.
+    fn ask_for(&self, entries: AskFor);
+
     /// Tells the connection what verifies the server from now on.
     fn trust(&self, bundle: &Arc<Bundle>);
+}
+
+/// How entries are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AskFor {
+    /// Those of another revision than is known (`SyncAuthorizedEntries`).
+    Revisions,
+    /// All of them (`GetAuthorizedEntries`), of a server that does not know the other.
+    All,
 }
 
 /// Why a call brought nothing.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CallError {
-    /// There is no connection to the server, or this agent has no SVID to show it.
-    #[error("the server is not reached")]
-    NotReached(#[source] Box<dyn Error + Send + Sync>),
-    /// The server answered with an error.
-    #[error("the server answers {}: {message}", code_name(*.code))]
-    Answered { code: Code, message: String },
-    /// There was no answer in time.
-    #[error("the server did not answer in time")]
-    Late,
+    /// The server was not reached, or answers with an error.
+    #[error(transparent)]
+    Server(#[from] ServerError),
     /// The answer makes no sense: nothing of it is used.
     #[error("the server's answer makes no sense")]
     Entries(#[from] EntryFault),
@@ -81,29 +85,14 @@ pub(super) enum CallError {
 }
 
 impl CallError {
-    /// What a call was answered with.
-    pub(super) fn of(status: &Status) -> Self {
-        let printable = status.message().chars().filter(|letter| !letter.is_control());
-        let message = printable.take(LONGEST_MESSAGE).collect();
-        Self::Answered { code: status.code(), message }
-    }
-
     /// Whether the same call may pass a moment later. spire-agent tries again whatever the server says, for 30 seconds.
     pub(super) fn is_passing(&self) -> bool {
         match self {
-            Self::Answered { code, .. } => {
+            Self::Server(ServerError::Answered { code, .. }) => {
                 matches!(code, Code::Unavailable | Code::ResourceExhausted | Code::Aborted)
             }
-            Self::NotReached(_) | Self::Late | Self::Entries(_) | Self::Bundle(_) | Self::Svid(_) => false,
+            Self::Server(error) => matches!(error, ServerError::Lost(_)),
+            Self::Entries(_) | Self::Bundle(_) | Self::Svid(_) => false,
         }
     }
-
-    /// Whether the server has no such entry (any more).
-    pub(super) fn is_not_found(&self) -> bool {
-        matches!(self, Self::Answered { code: Code::NotFound | Code::PermissionDenied, .. })
-    }
-}
-
-fn code_name(code: Code) -> String {
-    format!("{code:?}")
 }

@@ -18,6 +18,7 @@ use tokio::{
 
 use super::{
     calls::{CallError, Calls},
+    error::ServerError,
     proto::{
         svid::{NewX509svidParams, batch_new_x509svid_response::Result as Answer},
         types::Status,
@@ -309,7 +310,8 @@ fn request(order: &Order, key_type: KeyType) -> Result<SvidRequest, MintError> {
 fn chain_of(answer: &Answer) -> Result<&[Vec<u8>], MintError> {
     let Status { code, message } = answer.status.clone().unwrap_or_default();
     if code != 0 {
-        let error = CallError::of(&tonic::Status::new(tonic::Code::from_i32(code), message));
+        let status = tonic::Status::new(tonic::Code::from_i32(code), message);
+        let error = ServerError::of("BatchNewX509SVID", &status);
         return Err(of_no_use(Box::new(error)));
     }
     let svid = answer.svid.as_ref();
