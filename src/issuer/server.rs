@@ -14,6 +14,7 @@
 
 mod agent_keys;
 mod attestation;
+mod bootstrap;
 mod bundles;
 mod calls;
 mod cycle;
@@ -22,6 +23,7 @@ mod dial;
 mod entries;
 mod error;
 mod files;
+mod own_svid;
 pub mod proto;
 mod remote;
 mod request;
@@ -48,16 +50,21 @@ use self::{
     calls::{AskFor, CallError, Calls},
     cycle::{Cycle, Outcome, Since},
     entries::KnownEntries,
+    own_svid::OwnSvid,
     remote::RemoteServer,
     signing::{Urgency, X509Signing},
     tokens::JwtSigning,
-    upstream::Upstream,
 };
 pub use self::{
     error::{DataFault, Denial, ServerError},
+    own_svid::OwnStanding,
     settings::ServerSettings,
+    upstream::LineStanding,
 };
-use super::{Issuer, IssuerChoice, IssuerInput, Lookout, Lookouts, MintError, SvidKind, World, by, metrics::IssuerMetrics};
+use super::{
+    Issuer, IssuerChoice, IssuerInput, Lookout, Lookouts, MintError, SvidKind, World, by,
+    metrics::IssuerMetrics,
+};
 use crate::{
     identity::{Bundle, Bundles, Entry, EntryIndex, JwtSvid, KeyType, Tainted, TrustDomain, X509Svid},
     os::{clock::Clock, random::fraction},
@@ -106,6 +113,8 @@ struct Standing {
 /// A SPIRE Server as an [`Issuer`].
 pub struct ServerIssuer {
     trust_domain: TrustDomain,
+    /// `None` where calls need none.
+    own: Option<Arc<OwnSvid>>,
     calls: Arc<dyn Calls>,
     clock: Clock,
     metrics: Arc<IssuerMetrics>,
@@ -135,16 +144,22 @@ struct Synced {
 }
 
 impl ServerIssuer {
-    /// The issuer behind this connection; nothing is known of it yet.
-    pub(super) fn behind(
-        upstream: Arc<Upstream>,
-        settings: &ServerSettings,
+    /// Joins the server of these settings, with what is on the disk of it; nothing is asked of it before
+    /// [`Issuer::run`].
+    ///
+    /// # Errors
+    /// [`DataFault`] of what is on the disk.
+    pub fn open(
+        settings: ServerSettings,
         clock: Clock,
         metrics: Arc<IssuerMetrics>,
-    ) -> Self {
-        let remote = Arc::new(RemoteServer::new(upstream, settings.trust_domain.clone()));
-        remote.ask_for(asked_for(settings));
-        Self::new(settings.trust_domain.clone(), remote, settings.into(), clock, metrics)
+    ) -> Result<Self, DataFault> {
+        let (trust_domain, live) = (settings.trust_domain.clone(), LiveSettings::from(&settings));
+        let asked_for = asked_for(&settings);
+        let own = OwnSvid::open(settings, clock)?;
+        let remote = RemoteServer::new(Arc::clone(&own), trust_domain.clone());
+        remote.ask_for(asked_for);
+        Ok(Self { own: Some(own), ..Self::new(trust_domain, Arc::new(remote), live, clock, metrics) })
     }
 
     /// An issuer that knows nothing yet.
@@ -175,6 +190,7 @@ impl ServerIssuer {
         let jwt = JwtSigning::new(Arc::clone(&calls), clock);
         Self {
             trust_domain,
+            own: None,
             calls,
             clock,
             metrics,
@@ -249,7 +265,7 @@ impl ServerIssuer {
             synced.federated = (Arc::clone(&index), of_entries.collect());
         }
         let (federated, done) = self.federated(synced, deadline).await;
-        self.publish(index, own.bundle, federated, own.tainted);
+        self.publish(index, own.bundle, federated, own.tainted).await;
         done
     }
 
@@ -297,7 +313,7 @@ impl ServerIssuer {
     }
 
     /// Publishes a world, if it is another.
-    fn publish(
+    async fn publish(
         &self,
         index: Arc<EntryIndex>,
         own: Bundle,
@@ -315,11 +331,15 @@ impl ServerIssuer {
             return;
         }
         let own = if own_is_same { Arc::clone(&before.bundles.own) } else { Arc::new(own) };
-        if !own_is_same {
-            self.calls.trust(&own);
-        }
+        let trusted =
+            (!own_is_same || *before.tainted != tainted).then(|| (Arc::clone(&own), tainted.clone()));
         let bundles = Bundles { own, federated };
         self.world.send_replace(Arc::new(World { index, bundles, tainted: Arc::new(tainted) }));
+        if let Some((own, tainted)) = trusted
+            && let Err(error) = self.calls.trust(&own, &tainted).await
+        {
+            tracing::error!(error = chain(&error), "the bundle cannot be kept for the next start");
+        }
     }
 
     /// Whether the server has ever told what there is.
@@ -412,7 +432,7 @@ impl Issuer for ServerIssuer {
 
     fn reload(&self, told: IssuerInput) {
         if let IssuerChoice::Server(settings) = told.choice {
-            self.reconfigure(LiveSettings::from(&settings));
+            self.reconfigure(LiveSettings::from(&*settings));
             self.calls.ask_for(asked_for(&settings));
         }
     }
@@ -420,7 +440,13 @@ impl Issuer for ServerIssuer {
     fn run(self: Arc<Self>) -> BoxFuture<'static, ()> {
         Box::pin(async move {
             let signing = Arc::clone(&self.x509);
-            tokio::join!(self.follow(), signing.run());
+            let own = async {
+                if let Some(own) = &self.own {
+                    let denial = Arc::clone(own).run().await;
+                    tracing::error!(%denial, "this agent is not served by its server any more");
+                }
+            };
+            tokio::join!(own, self.follow(), signing.run());
         })
     }
 }
@@ -645,7 +671,13 @@ mod tests {
 
         fn ask_for(&self, _entries: AskFor) {}
 
-        fn trust(&self, _bundle: &Arc<Bundle>) {}
+        fn trust<'a>(
+            &'a self,
+            _bundle: &'a Bundle,
+            _tainted: &'a Tainted,
+        ) -> BoxFuture<'a, Result<(), CallError>> {
+            Box::pin(async { Ok(()) })
+        }
     }
 
     async fn known(issuer: &ServerIssuer, ids: &[&str]) -> Vec<Arc<Entry>> {

@@ -1,6 +1,6 @@
 //! What a SPIRE Server is asked with the agent's own SVID, and how that fails.
 
-use std::{fmt, sync::Arc};
+use std::fmt;
 
 use futures_util::future::BoxFuture;
 use tokio::time::Instant;
@@ -15,7 +15,7 @@ use super::{
         types::Jwtsvid,
     },
 };
-use crate::identity::{Bundle, EntryId, TrustDomain};
+use crate::identity::{Bundle, EntryId, Tainted, TrustDomain};
 
 /// The calls. Each ends at its deadline.
 pub(super) trait Calls: fmt::Debug + Send + Sync + 'static {
@@ -54,8 +54,9 @@ pub(super) trait Calls: fmt::Debug + Send + Sync + 'static {
     /// How entries are asked for from now on.
     fn ask_for(&self, entries: AskFor);
 
-    /// Tells the connection what verifies the server from now on.
-    fn trust(&self, bundle: &Arc<Bundle>);
+    /// Tells what the server is known by from now on, and what signed nothing that should still be used: the agent's own
+    /// SVID is renewed if it did. What cannot be kept on the disk is an error.
+    fn trust<'a>(&'a self, bundle: &'a Bundle, tainted: &'a Tainted) -> BoxFuture<'a, Result<(), CallError>>;
 }
 
 /// How entries are asked for.

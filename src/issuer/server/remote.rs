@@ -15,6 +15,7 @@ use super::{
     calls::{AskFor, CallError, Calls},
     entries::{ENTRY_MASK, EntryFault, EntrySync, KnownEntries, NextStep, SyncedEntries},
     error::ServerError,
+    own_svid::OwnSvid,
     proto::{
         bundle::{GetBundleRequest, GetFederatedBundleRequest, bundle_client::BundleClient},
         entry::{GetAuthorizedEntriesRequest, SyncAuthorizedEntriesRequest, entry_client::EntryClient},
@@ -24,27 +25,27 @@ use super::{
         },
         types::Jwtsvid,
     },
-    upstream::{ServerConnection, Upstream},
+    upstream::ServerConnection,
 };
-use crate::identity::{Bundle, EntryId, TrustDomain};
+use crate::identity::{Bundle, EntryId, Tainted, TrustDomain};
 
 /// The longest answer, in bytes: 500 entries or SVIDs, of 8 KiB each.
 const LONGEST_ANSWER: usize = 4 << 20;
 /// The same, where all entries come in one.
 const LONGEST_LIST: usize = 256 << 20;
 
-/// The server that [`Upstream`] leads to.
+/// The server that knows this agent by its own SVID.
 #[derive(Debug)]
 pub(super) struct RemoteServer {
-    upstream: Arc<Upstream>,
+    own: Arc<OwnSvid>,
     trust_domain: TrustDomain,
     /// Whether entries are asked for by their revisions.
     by_revision: AtomicBool,
 }
 
 impl RemoteServer {
-    pub(super) fn new(upstream: Arc<Upstream>, trust_domain: TrustDomain) -> Self {
-        Self { upstream, trust_domain, by_revision: AtomicBool::new(true) }
+    pub(super) fn new(own: Arc<OwnSvid>, trust_domain: TrustDomain) -> Self {
+        Self { own, trust_domain, by_revision: AtomicBool::new(true) }
     }
 
     async fn by_revision(
@@ -105,7 +106,7 @@ impl Calls for RemoteServer {
         deadline: Instant,
     ) -> BoxFuture<'_, Result<SyncedEntries, CallError>> {
         async move {
-            let connection = self.upstream.agent(deadline).await?;
+            let connection = self.own.upstream().agent(deadline).await?;
             if self.by_revision.load(Ordering::Relaxed) {
                 self.by_revision(&known, connection).await
             } else {
@@ -117,7 +118,7 @@ impl Calls for RemoteServer {
 
     fn bundle(&self, deadline: Instant) -> BoxFuture<'_, Result<ToldBundle, CallError>> {
         async move {
-            let connection = self.upstream.agent(deadline).await?;
+            let connection = self.own.upstream().agent(deadline).await?;
             let mut client = BundleClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
             let request = GetBundleRequest { output_mask: Some(BUNDLE_MASK) };
             let told = connection.answer("GetBundle", client.get_bundle(request)).await?;
@@ -132,7 +133,7 @@ impl Calls for RemoteServer {
         deadline: Instant,
     ) -> BoxFuture<'a, Result<Option<ToldBundle>, CallError>> {
         async move {
-            let connection = self.upstream.agent(deadline).await?;
+            let connection = self.own.upstream().agent(deadline).await?;
             let mut client = BundleClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
             let request = GetFederatedBundleRequest {
                 trust_domain: trust_domain.name().to_owned(),
@@ -153,7 +154,7 @@ impl Calls for RemoteServer {
         deadline: Instant,
     ) -> BoxFuture<'_, Result<Vec<batch_new_x509svid_response::Result>, CallError>> {
         async move {
-            let connection = self.upstream.agent(deadline).await?;
+            let connection = self.own.upstream().agent(deadline).await?;
             let mut client = SvidClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
             let request = BatchNewX509svidRequest { params };
             let signed = connection.answer("BatchNewX509SVID", client.batch_new_x509svid(request)).await?;
@@ -169,7 +170,7 @@ impl Calls for RemoteServer {
         deadline: Instant,
     ) -> BoxFuture<'a, Result<Jwtsvid, CallError>> {
         async move {
-            let connection = self.upstream.agent(deadline).await?;
+            let connection = self.own.upstream().agent(deadline).await?;
             let mut client = SvidClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
             // A server refuses an empty one.
             let audience = audience.iter().filter(|text| !text.is_empty()).cloned().collect();
@@ -184,7 +185,11 @@ impl Calls for RemoteServer {
         self.by_revision.store(entries == AskFor::Revisions, Ordering::Relaxed);
     }
 
-    fn trust(&self, bundle: &Arc<Bundle>) {
-        self.upstream.trust(bundle);
+    fn trust<'a>(&'a self, bundle: &'a Bundle, tainted: &'a Tainted) -> BoxFuture<'a, Result<(), CallError>> {
+        async move {
+            self.own.distrust(tainted);
+            Ok(self.own.learn(bundle).await?)
+        }
+        .boxed()
     }
 }
