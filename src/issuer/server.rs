@@ -3,12 +3,14 @@
 
 mod agent_keys;
 mod attestation;
+mod bootstrap;
 mod bundles;
 mod data;
 mod dial;
 mod entries;
 mod error;
 mod files;
+mod own_svid;
 pub mod proto;
 mod request;
 pub mod settings;
@@ -17,5 +19,7 @@ mod upstream;
 
 pub use self::{
     error::{DataFault, Denial, ServerError},
+    own_svid::OwnStanding,
     settings::ServerSettings,
+    upstream::LineStanding,
 };

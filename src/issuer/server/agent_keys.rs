@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, sync::Mutex, sync::PoisonError};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::{Deserialize, Serialize};
 use serde_json::ser::{PrettyFormatter, Serializer};
-use zeroize::Zeroizing;
+use zeroize::{ZeroizeOnDrop, Zeroizing};
 
 use super::{error::DataFault, files::FileDir};
 use crate::{
@@ -48,8 +48,13 @@ pub(super) enum NewKeyError {
 
 #[derive(Deserialize, Serialize)]
 struct KeysJson {
-    keys: Option<BTreeMap<String, Zeroizing<String>>>,
+    keys: Option<BTreeMap<String, EncodedKey>>,
 }
+
+/// Base64 of a key, wiped when dropped.
+#[derive(Deserialize, Serialize, ZeroizeOnDrop)]
+#[serde(transparent)]
+struct EncodedKey(String);
 
 impl AgentKeys {
     /// Keys that end with the process.
@@ -118,8 +123,8 @@ fn parse(text: &[u8]) -> Result<KeyTable, &'static str> {
     if keys.len() > MOST_KEYS {
         return Err("it has too many keys");
     }
-    let decoded = |(name, text): (String, Zeroizing<String>)| {
-        let key = Zeroizing::new(STANDARD.decode(text.as_bytes()).ok()?);
+    let decoded = |(name, text): (String, EncodedKey)| {
+        let key = Zeroizing::new(STANDARD.decode(&text.0).ok()?);
         key_pair(&key)?;
         Some((name, key))
     };
@@ -127,10 +132,8 @@ fn parse(text: &[u8]) -> Result<KeyTable, &'static str> {
 }
 
 fn written(keys: &KeyTable) -> Zeroizing<Vec<u8>> {
-    let keys = keys
-        .iter()
-        .map(|(name, key)| (name.clone(), Zeroizing::new(STANDARD.encode(key.as_slice()))))
-        .collect();
+    let keys =
+        keys.iter().map(|(name, key)| (name.clone(), EncodedKey(STANDARD.encode(key.as_slice())))).collect();
     // Room for all of it at once: a buffer that grows leaves copies behind.
     let mut text = Zeroizing::new(Vec::with_capacity(64 * 1024));
     let mut serializer = Serializer::with_formatter(&mut *text, PrettyFormatter::with_indent(b"\t"));

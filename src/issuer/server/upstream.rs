@@ -56,6 +56,8 @@ struct Line {
     current: Option<Live>,
     dialing: Option<watch::Receiver<Option<Result<Live, ServerError>>>>,
     failed: Option<(Instant, ServerError)>,
+    /// Since when the server is signed by an authority that is not known.
+    foreign_since: Option<Instant>,
     /// Grows with each change of what handshakes are made of, and with each connection.
     number: u64,
     standing: LineStanding,
@@ -93,7 +95,15 @@ impl Upstream {
             dialer,
             tls,
             identity: watch::Sender::new(None),
-            line: Mutex::new(Line { trust, current: None, dialing: None, failed: None, number: 0, standing }),
+            line: Mutex::new(Line {
+                trust,
+                current: None,
+                dialing: None,
+                failed: None,
+                foreign_since: None,
+                number: 0,
+                standing,
+            }),
             denied: watch::Sender::new(None),
         })
     }
@@ -191,9 +201,23 @@ impl Upstream {
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// For how long what answers as the server has been signed by an authority that is not known.
+    pub(super) fn foreign_for(&self) -> Option<Duration> {
+        self.lock().foreign_since.map(|since| since.elapsed())
+    }
+
     fn note(&self, failed: Option<&ServerError>) {
         let now = self.tls.clock.now();
-        self.lock().standing.failed = failed.map(|error| (error.to_string(), now));
+        let mut line = self.lock();
+        line.standing.failed = failed.map(|error| (error.to_string(), now));
+        match failed {
+            Some(ServerError::UnknownAuthority { .. }) => {
+                line.foreign_since.get_or_insert_with(Instant::now);
+            }
+            // A server that is away has not said who it is.
+            Some(_) => {}
+            None => line.foreign_since = None,
+        }
     }
 
     /// The connection of the moment, or the next one.
