@@ -219,6 +219,7 @@ impl AgentParts {
             limits: self.limits.clone(),
             attestor: Arc::clone(&self.attestor),
             store: Arc::clone(self.writer.store()),
+            issuer: Arc::clone(&self.issuer),
             x509: Arc::clone(&self.x509),
             jwt: Arc::clone(&self.jwt),
             journal: Arc::clone(&self.journal),

@@ -6,6 +6,7 @@ use super::{
     Issuer, IssuerChoice, IssuerInput,
     embedded::{EmbeddedIssuer, IssuerError},
     metrics::IssuerMetrics,
+    server::{DataFault, ServerIssuer},
 };
 use crate::os::clock::Clock;
 
@@ -15,9 +16,9 @@ pub enum OpenError {
     /// The embedded one could not sign.
     #[error(transparent)]
     Embedded(#[from] IssuerError),
-    /// Of a SPIRE Server there is only what the configuration says.
-    #[error("a SPIRE Server cannot be joined in this version")]
-    NotYet,
+    /// What is kept of a SPIRE Server cannot be used.
+    #[error(transparent)]
+    Server(#[from] DataFault),
 }
 
 /// Opens the issuer that the configuration chose.
@@ -36,6 +37,6 @@ pub fn open(
             issuer.declare(index, federated);
             Ok(Arc::new(issuer))
         }
-        IssuerChoice::Server(_) => Err(OpenError::NotYet),
+        IssuerChoice::Server(settings) => Ok(Arc::new(ServerIssuer::open(*settings, clock, metrics)?)),
     }
 }
