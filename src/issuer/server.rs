@@ -37,7 +37,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use futures_util::{StreamExt as _, future::BoxFuture, stream};
@@ -62,7 +62,8 @@ pub use self::{
     upstream::LineStanding,
 };
 use super::{
-    Issuer, IssuerChoice, IssuerInput, Lookout, Lookouts, MintError, SvidKind, World, by,
+    Issuer, IssuerChoice, IssuerInput, Lookout, Lookouts, MintError, ServerStatus, SvidKind, World,
+    by,
     metrics::IssuerMetrics,
 };
 use crate::{
@@ -108,6 +109,8 @@ fn asked_for(settings: &ServerSettings) -> AskFor {
 struct Standing {
     /// When the server is asked again, where it failed.
     again_at: Option<Instant>,
+    /// When the last sync was done.
+    synced: Option<SystemTime>,
 }
 
 /// A SPIRE Server as an [`Issuer`].
@@ -199,7 +202,7 @@ impl ServerIssuer {
             x509,
             jwt,
             settings: Mutex::new(settings),
-            standing: Mutex::new(Standing { again_at: None }),
+            standing: Mutex::new(Standing { again_at: None, synced: None }),
         }
     }
 
@@ -233,8 +236,9 @@ impl ServerIssuer {
             }
             say(&mut synced.failing, done.as_ref().err());
             let next = cycle.ended(Instant::now(), outcome, self.settings().interval, fraction());
+            let synced = if done.is_ok() { Some(self.clock.now()) } else { self.standing().synced };
             *self.standing.lock().unwrap_or_else(PoisonError::into_inner) =
-                Standing { again_at: done.is_err().then_some(next.at) };
+                Standing { again_at: done.is_err().then_some(next.at), synced };
             let waited_for = async {
                 sleep_until(next.if_waited_for).await;
                 self.lookouts.wanted().await;
@@ -420,6 +424,26 @@ impl Issuer for ServerIssuer {
         }
         let unknown = Box::new(NotHeardOf);
         Err(self.with_wait(MintError::Issuer { retry_after: None, source: unknown }))
+    }
+
+    fn server(&self) -> Option<ServerStatus> {
+        let own = self.own.as_ref()?;
+        let line = own.upstream().standing();
+        let mut status = ServerStatus {
+            address: line.server,
+            last_sync: self.standing().synced,
+            last_error: line.failed.map(|(why, _)| why),
+            ..ServerStatus::default()
+        };
+        match own.standing().borrow().clone() {
+            OwnStanding::Waiting { why, since } => status.waits_for = Some((why, since)),
+            OwnStanding::Serving { id, not_after, trouble, .. } => {
+                status.agent = Some((id, not_after));
+                status.last_error = status.last_error.or(trouble);
+            }
+            OwnStanding::Lost(denial) => status.last_error = Some(denial.to_string()),
+        }
+        Some(status)
     }
 
     fn look_out(&self) -> Option<Lookout> {
