@@ -62,8 +62,7 @@ pub use self::{
     upstream::LineStanding,
 };
 use super::{
-    Issuer, IssuerChoice, IssuerInput, Lookout, Lookouts, MintError, ServerStatus, SvidKind, World,
-    by,
+    Issuer, IssuerChoice, IssuerInput, Lookout, Lookouts, MintError, ServerStatus, SvidKind, World, by,
     metrics::IssuerMetrics,
 };
 use crate::{
