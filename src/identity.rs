@@ -16,10 +16,12 @@ pub mod pem;
 pub mod selector;
 pub mod spiffe_id;
 pub mod svid;
+pub mod taint;
 
 pub use bundle::{Bundle, Bundles};
-pub use entry::{Entry, EntryId};
+pub use entry::{Entry, EntryAttributes, EntryId};
 pub use index::EntryIndex;
 pub use selector::{Selector, Selectors};
 pub use spiffe_id::{SpiffeId, TrustDomain};
 pub use svid::{JwtSvid, KeyType, X509Svid};
+pub use taint::Tainted;

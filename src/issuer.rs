@@ -6,9 +6,18 @@
 
 pub mod choice;
 pub mod embedded;
+mod keys;
+pub mod lookout;
 pub mod metrics;
+pub mod server;
 
-use std::{collections::BTreeMap, error::Error, fmt, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    error::Error,
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use futures_util::future::BoxFuture;
 use tokio::{
@@ -16,9 +25,12 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use self::embedded::EmbeddedSettings;
+pub use self::lookout::{Lookout, Lookouts};
 pub use self::metrics::SvidKind;
-use crate::identity::{Bundle, Bundles, Entry, EntryIndex, JwtSvid, TrustDomain, X509Svid};
+use self::{embedded::EmbeddedSettings, server::ServerSettings};
+use crate::identity::{
+    Bundle, Bundles, Entry, EntryIndex, JwtSvid, SpiffeId, Tainted, TrustDomain, X509Svid,
+};
 
 /// The longest that a call waits for an SVID: as long as spire-agent waits for its server.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
@@ -29,7 +41,8 @@ pub trait Issuer: fmt::Debug + Send + Sync + 'static {
     fn world(&self) -> watch::Receiver<Arc<World>>;
 
     /// Makes an X.509-SVID with a new key for each of `entries`: one result each, in their order. An entry that cannot
-    /// be signed for holds up no other. What is not made by `deadline` is [`MintError::Late`].
+    /// be signed for holds up no other. What is not made by `deadline` is [`MintError::Late`]. A single one is made before
+    /// several, which are made ahead.
     fn mint_x509<'a>(
         &'a self,
         entries: &'a [Arc<Entry>],
@@ -37,11 +50,13 @@ pub trait Issuer: fmt::Debug + Send + Sync + 'static {
     ) -> BoxFuture<'a, Vec<Result<X509Svid, MintError>>>;
 
     /// Makes a JWT-SVID of the entry for `audience`, of which empty texts are left out. What is not made by
-    /// `deadline` is [`MintError::Late`].
+    /// `deadline` is [`MintError::Late`]. It takes of the share of `family`: see
+    /// [`Limits::family_of`](crate::limits::Limits::family_of).
     fn mint_jwt<'a>(
         &'a self,
         entry: &'a Arc<Entry>,
         audience: &'a [String],
+        family: u64,
         deadline: Instant,
     ) -> BoxFuture<'a, Result<JwtSvid, MintError>>;
 
@@ -51,12 +66,39 @@ pub trait Issuer: fmt::Debug + Send + Sync + 'static {
     /// Why it could not.
     fn can_sign(&self, kind: SvidKind) -> Result<(), MintError>;
 
+    /// What is known of the server behind it, where there is one.
+    fn server(&self) -> Option<ServerStatus> {
+        None
+    }
+
+    /// Says that somebody waits for an entry that may be there by now, for as long as what is returned lives: the issuer
+    /// looks for it, and publishes what it finds. `None` where there is none that it does not know.
+    fn look_out(&self) -> Option<Lookout>;
+
+    /// Whether X.509-SVIDs are made before somebody asks for them, since that would take a while.
+    fn makes_ahead(&self) -> bool;
+
     /// Takes what a reload of the configuration tells it, for what is made from then on. Cannot fail: what only a
     /// restart can change is the same as before.
     fn reload(&self, told: IssuerInput);
 
     /// Does in the background what the issuer needs to go on signing, for ever.
     fn run(self: Arc<Self>) -> BoxFuture<'static, ()>;
+}
+
+/// How it goes with the server behind an issuer, for people.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServerStatus {
+    /// Its host and port.
+    pub address: String,
+    /// Who the agent is to it, and when its SVID ends; `None` while it has none.
+    pub agent: Option<(SpiffeId, SystemTime)>,
+    /// When entries and bundles were last what the server says.
+    pub last_sync: Option<SystemTime>,
+    /// What is waited for, in words for an admin, and since when.
+    pub waits_for: Option<(String, SystemTime)>,
+    /// Why the last call to it failed; `None` when it did not.
+    pub last_error: Option<String>,
 }
 
 /// What the configuration tells an issuer.
@@ -75,6 +117,8 @@ pub struct IssuerInput {
 pub enum IssuerChoice {
     /// A CA of this node.
     Embedded(EmbeddedSettings),
+    /// A SPIRE Server.
+    Server(Box<ServerSettings>),
 }
 
 /// The entries and bundles that an issuer publishes. Never edited: a change is another world.
@@ -82,8 +126,11 @@ pub enum IssuerChoice {
 pub struct World {
     /// Which process is which workload.
     pub index: Arc<EntryIndex>,
-    /// What verifies the SVIDs of this trust domain and of those it is federated with.
+    /// What verifies the SVIDs of this trust domain and of those it is federated with. While the own one has no X.509
+    /// authority, it is not known yet what there is.
     pub bundles: Bundles,
+    /// What signed SVIDs that are to be made anew.
+    pub tainted: Arc<Tainted>,
 }
 
 /// Why no SVID was made. The text is short and holds nothing of the issuer's, so that it may be sent to callers; the
@@ -106,6 +153,14 @@ pub enum MintError {
         /// The issuer's own error.
         source: Box<dyn Error + Send + Sync>,
     },
+    /// The issuer does not sign for this entry, as it is.
+    #[error("the issuer cannot sign")]
+    Entry {
+        /// When to come again, if that is known.
+        retry_after: Option<Duration>,
+        /// The issuer's own error.
+        source: Box<dyn Error + Send + Sync>,
+    },
     /// The issuer's fault: there was no answer by the deadline. The same request may pass later.
     #[error("the issuer did not answer in time")]
     Late,
@@ -115,7 +170,7 @@ impl MintError {
     /// When to come again, if the issuer knows.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::Issuer { retry_after, .. } => *retry_after,
+            Self::Issuer { retry_after, .. } | Self::Entry { retry_after, .. } => *retry_after,
             Self::Request { .. } | Self::Late => None,
         }
     }

@@ -14,6 +14,7 @@ mod mount;
 pub mod namespace;
 pub mod passing;
 pub mod pidfd;
+pub mod random;
 pub mod receive;
 pub mod run_delay;
 pub mod secrecy;

@@ -14,7 +14,7 @@ pub mod snapshot;
 pub mod writer;
 pub mod x509_cache;
 
-pub use entitlement::{Charged, Entitled, NoIdentity, NotEntitled, Purpose, authorize};
+pub use entitlement::{Charged, Entitled, NoIdentity, NotEntitled, Purpose, Unentitled, authorize};
 pub use jwt_cache::JwtCache;
 pub use metrics::StoreMetrics;
 pub use settings::{CacheSettings, CacheSize, Policy};

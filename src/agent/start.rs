@@ -219,6 +219,7 @@ impl AgentParts {
             limits: self.limits.clone(),
             attestor: Arc::clone(&self.attestor),
             store: Arc::clone(self.writer.store()),
+            issuer: Arc::clone(&self.issuer),
             x509: Arc::clone(&self.x509),
             jwt: Arc::clone(&self.jwt),
             journal: Arc::clone(&self.journal),
@@ -236,6 +237,9 @@ impl AgentParts {
             attestor: Arc::clone(&self.attestor),
             keys,
             store: Arc::clone(self.writer.store()),
+            issuer: Arc::clone(&self.issuer),
+            x509: Arc::clone(&self.x509),
+            health: Arc::clone(&self.health),
             charged: Box::new(move || meter.charged().map(|charged| (charged.used, charged.kernel))),
         })
     }

@@ -40,6 +40,9 @@ pub enum RequestError {
     /// The caller has no identity, or not the one it asked for.
     #[error(transparent)]
     NoIdentity(#[from] NoIdentity),
+    /// It is not known whether the caller has one: the issuer could not be asked.
+    #[error("the agent has not heard yet from its server whether the caller has an identity")]
+    NotKnown,
     /// The limits refused the call.
     #[error(transparent)]
     Refused(#[from] Refusal),
@@ -86,7 +89,7 @@ pub enum RequestError {
 fn refused_for(error: &MintError) -> String {
     match error {
         MintError::Request { reason, .. } => format!(": {reason}"),
-        MintError::Issuer { .. } | MintError::Late => String::new(),
+        MintError::Issuer { .. } | MintError::Entry { .. } | MintError::Late => String::new(),
     }
 }
 
@@ -111,6 +114,7 @@ impl From<NotEntitled> for RequestError {
         match error {
             NotEntitled::NotAttested(error) => error.into(),
             NotEntitled::NoIdentity(error) => error.into(),
+            NotEntitled::NotKnown => Self::NotKnown,
         }
     }
 }
@@ -140,7 +144,8 @@ impl RequestError {
                 RejectionStatus::Unavailable => Code::Unavailable,
             },
             Self::OtherPidNamespace => Code::FailedPrecondition,
-            Self::Unmapped
+            Self::NotKnown
+            | Self::Unmapped
             | Self::Attestation(_)
             | Self::JwtSvid(_)
             | Self::X509Svid(_)
@@ -157,7 +162,12 @@ impl From<RequestError> for Status {
     fn from(error: RequestError) -> Self {
         match &error {
             RequestError::Refused(refusal) => refused(error.code(), &error.to_string(), refusal.wait()),
-            RequestError::Crowded => refused(error.code(), &error.to_string(), Some(COME_BACK)),
+            RequestError::Crowded | RequestError::NotKnown => {
+                refused(error.code(), &error.to_string(), Some(COME_BACK))
+            }
+            RequestError::JwtSvid(cause) | RequestError::X509Svid(cause) if cause.retry_after().is_some() => {
+                refused(error.code(), &error.to_string(), cause.retry_after())
+            }
             _ => Self::new(error.code(), error.to_string()),
         }
     }

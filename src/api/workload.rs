@@ -25,10 +25,11 @@ use crate::{
         audience::{self, AudienceError},
         jwt,
     },
+    issuer::Issuer,
     limits::{Limits, Method},
     os::clock::Clock,
     store::{
-        Change, Charged, JwtCache, Purpose, Snapshot, Store, X509Cache, authorize,
+        Change, Charged, Entitled, JwtCache, Purpose, Snapshot, Store, Unentitled, X509Cache, authorize,
         snapshot::{AnswerKey, BundleForm},
         x509_cache::{Hold, Served},
     },
@@ -49,6 +50,8 @@ pub struct Parts {
     pub attestor: Arc<Attestor>,
     /// Stage 5.
     pub store: Arc<Store>,
+    /// Stage 5, for whom no entry matches: there may be one by now.
+    pub issuer: Arc<dyn Issuer>,
     /// Stage 7 of FetchX509SVID.
     pub x509: Arc<X509Cache>,
     /// Stage 7 of FetchJWTSVID.
@@ -75,7 +78,8 @@ impl WorkloadApi {
         let query = JwtQuery::try_from(request)?;
         let snapshot = store.snapshot();
         let attested = attestor.attest(admitted, &snapshot.questions).await?;
-        let entitled = authorize(&snapshot, attested, Purpose::Svids, query.spiffe_id.as_ref())?;
+        let entitled = authorize(&snapshot, attested, Purpose::Svids, query.spiffe_id.as_ref());
+        let entitled = self.or_wait(entitled).await?;
         let mut charged = entitled.charge(limits).await?;
 
         let svids = jwt.fetch(&mut charged, &query.audience).await.map_err(RequestError::JwtSvid)?;
@@ -104,6 +108,9 @@ impl WorkloadApi {
         let snapshot = store.snapshot();
         let attested = attestor.attest(admitted, &snapshot.questions).await?;
 
+        if !snapshot.is_known() {
+            return Err(RequestError::NotKnown);
+        }
         // The own bundle for everybody; foreign ones for whom they are federated with, from the entries that match
         // (spire-agent takes those whose SVID happens to be cached).
         let entries = snapshot.index.matching(attested.subject(), None);
@@ -122,6 +129,15 @@ impl WorkloadApi {
         })
     }
 
+    /// The entries of a call, or those that it waits for. Boxed, as few calls need the room for it.
+    async fn or_wait(&self, found: Result<Entitled, Box<Unentitled>>) -> Result<Entitled, RequestError> {
+        let Parts { limits, attestor, store, issuer, .. } = &*self.parts;
+        match found {
+            Ok(entitled) => Ok(entitled),
+            Err(unentitled) => Ok(Box::pin(unentitled.wait(issuer.as_ref(), attestor, limits, store)).await?),
+        }
+    }
+
     /// The way of a stream: subscribed before the snapshot is taken, so that no change after it is missed.
     async fn charged(
         &self,
@@ -133,7 +149,7 @@ impl WorkloadApi {
         let changes = store.subscribe();
         let snapshot = store.snapshot();
         let attested = attestor.attest(admitted, &snapshot.questions).await?;
-        let entitled = authorize(&snapshot, attested, purpose, None)?;
+        let entitled = self.or_wait(authorize(&snapshot, attested, purpose, None)).await?;
         Ok((entitled.charge(limits).await?, changes))
     }
 

@@ -2,10 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{
-    absent::{self, ServerKeys},
-    ratelimit, trust_domain,
-};
+use super::{absent, ratelimit, server::ServerBlock, trust_domain};
 use crate::{
     hcl::{
         section::{At, Section},
@@ -61,16 +58,17 @@ pub(super) struct AgentBlock {
     pub(super) listener: ListenerSettings,
     pub(super) kubernetes: KubernetesSettings,
     pub(super) spire_limits: Vec<ratelimit::SpireKey>,
+    pub(super) server: ServerBlock,
 }
 
 impl AgentBlock {
-    pub(super) fn read(root: &mut Section<'_>, server: &mut ServerKeys) -> Self {
+    pub(super) fn read(root: &mut Section<'_>) -> Self {
         let Some(mut agent) = root.block("agent") else {
             root.missing("agent", "section must be configured: agent { trust_domain = \"example.org\" }");
             return Self::default();
         };
         let s = &mut agent;
-        let read = Self {
+        let mut read = Self {
             trust_domain: own_name(s),
             entries_dir: s.absolute("entries_dir"),
             settings: AgentSettings::read(s),
@@ -79,10 +77,16 @@ impl AgentBlock {
             caches: CacheSettings::read(s),
             listener: within(s, "listener", ListenerSettings::read).unwrap_or_default(),
             kubernetes: within(s, "kubernetes", KubernetesSettings::read).unwrap_or_default(),
-            spire_limits: within(s, "experimental", |s| experimental(s, server)).unwrap_or_default(),
+            server: ServerBlock::read_agent(s),
+            spire_limits: Vec::new(),
         };
+        within(s, "experimental", |s| {
+            absent::experimental(s);
+            read.server.read_experimental(s);
+            read.spire_limits = within(s, "ratelimit", ratelimit::spire_keys).unwrap_or_default();
+        });
         sockets_apart(s, &read.settings);
-        absent::agent(s, server);
+        absent::agent(s);
         agent.finish();
         read
     }
@@ -134,9 +138,4 @@ fn sockets_apart(s: &Section<'_>, settings: &AgentSettings) {
         );
         s.wrong(place, KEY, Some(quoted(&admin.to_string_lossy())), message);
     }
-}
-
-fn experimental(s: &mut Section<'_>, server: &mut ServerKeys) -> Vec<ratelimit::SpireKey> {
-    absent::experimental(s, server);
-    within(s, "ratelimit", ratelimit::spire_keys).unwrap_or_default()
 }

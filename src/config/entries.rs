@@ -21,7 +21,9 @@ use crate::{
         section::{At, Section},
         tree::{Place, quoted},
     },
-    identity::{Entry, EntryId, Selector, Selectors, SpiffeId, TrustDomain, entry::MAX_HINT_LEN},
+    identity::{
+        Entry, EntryAttributes, EntryId, Selector, Selectors, SpiffeId, TrustDomain, entry::MAX_HINT_LEN,
+    },
     issuer::embedded::MIN_SVID_TTL,
 };
 
@@ -121,6 +123,7 @@ impl EntryRules<'_> {
             federates_with,
             created_at,
             revision: 0,
+            attributes: EntryAttributes::default(),
         };
         entry.id = id.map_or_else(|| derived_id(&entry), |at| at.value);
         entry.revision = revision(&entry);
@@ -323,6 +326,7 @@ fn revision(entry: &Entry) -> i64 {
         federates_with,
         created_at: _,
         revision: _,
+        attributes: _,
     } = entry;
     let mut print = Fingerprint::new();
     print

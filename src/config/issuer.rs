@@ -2,16 +2,102 @@
 
 use std::time::Duration;
 
-use super::absent::ServerKeys;
+use super::{agent::AgentSettings, server::ServerBlock};
 use crate::{
     hcl::{
-        absent::NOT_HERE,
         section::{At, Section},
+        settings::{KeyChanges, Shown},
         show_duration,
         tree::quoted,
     },
-    issuer::embedded::IssuerSettings,
+    identity::TrustDomain,
+    issuer::{
+        IssuerChoice,
+        embedded::{EmbeddedSettings, IssuerSettings},
+        server::{
+            ServerSettings,
+            settings::{JoinSettings, KeyManagerSettings, NodeAttestorSettings, SyncSettings},
+        },
+    },
+    store::CacheSettings,
 };
+
+/// Who signs: one of the two, and what is said of it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Signer {
+    /// `issuer "embedded"`.
+    Embedded(IssuerSettings),
+    /// `agent.server_address`, and what goes with it.
+    Server(Box<JoinedServer>),
+}
+
+/// What the configuration says of the SPIRE Server that is joined.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JoinedServer {
+    pub join: JoinSettings,
+    pub sync: SyncSettings,
+    pub node_attestor: NodeAttestorSettings,
+    pub key_manager: KeyManagerSettings,
+}
+
+impl Signer {
+    /// What the issuer is told, with what it needs of other blocks.
+    pub(super) fn choice(
+        &self,
+        trust_domain: &TrustDomain,
+        agent: &AgentSettings,
+        caches: &CacheSettings,
+    ) -> IssuerChoice {
+        let (trust_domain, data_dir) = (trust_domain.clone(), agent.data_dir.clone());
+        let svid_key_type = agent.svid_key_type;
+        match self {
+            Self::Embedded(issuer) => IssuerChoice::Embedded(EmbeddedSettings {
+                trust_domain,
+                data_dir,
+                svid_key_type,
+                issuer: issuer.clone(),
+            }),
+            Self::Server(joined) => {
+                let JoinedServer { join, sync, node_attestor, key_manager } = (**joined).clone();
+                IssuerChoice::Server(Box::new(ServerSettings {
+                    trust_domain,
+                    data_dir,
+                    svid_key_type,
+                    availability_target: caches.availability_target,
+                    prefetch: caches.x509_svids.count(),
+                    join,
+                    sync,
+                    node_attestor,
+                    key_manager,
+                }))
+            }
+        }
+    }
+
+    /// Adds what is another in `next`.
+    pub(super) fn compare(&self, next: &Self, changes: &mut KeyChanges) {
+        match (self, next) {
+            (Self::Embedded(old), Self::Embedded(new)) => old.compare(new, changes),
+            (Self::Server(old), Self::Server(new)) => {
+                let JoinedServer { join, sync, node_attestor, key_manager } = &**old;
+                join.compare(&new.join, changes);
+                sync.compare(&new.sync, changes);
+                node_attestor.compare(&new.node_attestor, changes);
+                key_manager.compare(&new.key_manager, changes);
+            }
+            _ => changes.needs_restart("issuer", self, next),
+        }
+    }
+}
+
+impl Shown for Signer {
+    fn shown(&self) -> String {
+        match self {
+            Self::Embedded(_) => "\"embedded\"".to_owned(),
+            Self::Server(joined) => format!("the SPIRE Server at {}", joined.join.address),
+        }
+    }
+}
 
 /// The lifetime of a CA, which no SVID of it can outlive.
 #[derive(Clone, Debug)]
@@ -33,53 +119,63 @@ impl CaTtl {
     }
 }
 
-/// Reads the block, and refuses what contradicts it.
-pub(super) fn read(root: &mut Section<'_>, server: &ServerKeys) -> (IssuerSettings, CaTtl) {
+/// Reads who signs, and refuses what contradicts it. `None` where nobody does, which was reported; the lifetime of a CA
+/// is the default one where the CA is not here.
+pub(super) fn read(
+    root: &mut Section<'_>,
+    server: ServerBlock,
+    has_plugins: bool,
+) -> (Option<Signer>, CaTtl) {
     let mut embedded: Option<Section<'_>> = None;
     let mut other = false;
     for section in root.labelled("issuer") {
         if section.label() != "embedded" {
             other = true;
-            let message = match section.label() {
+            section.wrong_block(match section.label() {
                 "spire" | "server" | "spire-server" | "spire_server" => {
-                    format!("the SPIRE Server issuer {NOT_HERE}: issuer \"embedded\" {{ }} is")
+                    "a SPIRE Server is joined without this block: agent { server_address = \"..\" server_port = 8081 }"
                 }
-                _ => "unknown issuer: must be \"embedded\"".to_owned(),
-            };
-            section.wrong_block(message);
+                _ => "unknown issuer: must be \"embedded\"",
+            });
         } else if let Some(first) = &mut embedded {
             first.merge(section);
         } else {
             embedded = Some(section);
         }
     }
-    for (place, key) in &server.0 {
-        let message = embedded.as_ref().map_or_else(
-            || {
-                format!(
-                    "the SPIRE Server issuer {NOT_HERE}: take this out and write issuer \"embedded\" {{ }}"
-                )
-            },
-            |embedded| {
-                let place = root.problems().show(embedded.place());
-                format!(
-                    "is for a SPIRE Server, and contradicts issuer \"embedded\" at {place}: take one of them out"
-                )
-            },
-        );
-        root.problems().add(*place, key, None, message);
+    let elsewhere = || CaTtl { ttl: IssuerSettings::default().ca_ttl, whence: "by default".to_owned() };
+    if let Some(embedded) = embedded {
+        let place = root.problems().show(embedded.place());
+        for (at, key) in &server.asked {
+            let message = format!(
+                "is for a SPIRE Server, and contradicts issuer \"embedded\" at {place}: take one of them out"
+            );
+            root.problems().add(*at, key, None, message);
+        }
+        let (settings, ca_ttl) = read_embedded(embedded);
+        return (Some(Signer::Embedded(settings)), ca_ttl);
     }
-    if embedded.is_none() && server.0.is_empty() && !other {
-        root.missing("issuer", "who signs must be said: issuer \"embedded\" { }");
+    if !server.is_meant() {
+        if !other {
+            root.missing(
+                "issuer",
+                "who signs must be said: a SPIRE Server, agent { server_address = \"..\" server_port = 8081 }, or a CA \
+                 on this node, issuer \"embedded\" { }",
+            );
+        }
+        return (None, elsewhere());
     }
-    embedded.map_or_else(
-        || {
-            let settings = IssuerSettings::default();
-            let ca_ttl = CaTtl { ttl: settings.ca_ttl, whence: "by default".to_owned() };
-            (settings, ca_ttl)
-        },
-        read_embedded,
-    )
+    server.check(root.problems(), has_plugins);
+    let joined = |node_attestor, key_manager| {
+        Signer::Server(Box::new(JoinedServer {
+            join: server.join,
+            sync: server.sync,
+            node_attestor,
+            key_manager,
+        }))
+    };
+    let signer = server.node_attestor.zip(server.key_manager).map(|(attestor, keys)| joined(attestor, keys));
+    (signer, elsewhere())
 }
 
 fn read_embedded(mut s: Section<'_>) -> (IssuerSettings, CaTtl) {

@@ -9,12 +9,22 @@ use std::{
 
 use nix::unistd::geteuid;
 
-use super::document::Config;
+use super::{
+    document::Config,
+    issuer::{JoinedServer, Signer},
+};
 use crate::{
-    issuer::embedded::{IssuerError, check_ca_key, check_data_dir},
+    issuer::{
+        embedded::{IssuerError, check_ca_key, check_data_dir},
+        server::settings::{KeyManagerSettings, NodeAttestorSettings},
+    },
     os::trusted::{ClosedDir, PathError, Trust, TrustedDir},
     telemetry::http::can_bind,
 };
+
+const KEYS: &str = "plugins.KeyManager \"disk\".plugin_data.directory";
+const CERTIFICATE: &str = "plugins.NodeAttestor \"x509pop\".plugin_data.certificate_path";
+const KEY: &str = "plugins.NodeAttestor \"x509pop\".plugin_data.private_key_path";
 
 /// What was found.
 #[derive(Debug, Default)]
@@ -80,14 +90,13 @@ impl Config {
         if let Some(file) = &self.log.file {
             places.note("agent.log_file", file, there(trust.to_append().route(file)));
         }
-        let ca_files = [
-            ("issuer \"embedded\".ca_cert_path", &self.issuer.ca_cert_path),
-            ("issuer \"embedded\".ca_key_path", &self.issuer.ca_key_path),
-        ];
-        for (key, file) in ca_files {
-            if let Some(file) = file {
-                places.note(key, file, there(trust.open(file)));
-            }
+        for (key, file) in self.issuer_files() {
+            places.note(key, file, there(trust.open(file)));
+        }
+        if let Signer::Server(joined) = &self.issuer
+            && let KeyManagerSettings::Disk(directory) = &joined.key_manager
+        {
+            places.note(KEYS, directory, check_data_dir(directory, ours));
         }
         match below_data_dir(trust, socket, data_dir) {
             Some(message) => places.note("agent.socket_path", socket, Err::<(), _>(message)),
@@ -129,7 +138,8 @@ impl Config {
         {
             found.note("agent.log_file", file, Err::<(), _>(PathError::Open { path, cause }));
         }
-        if let Some(file) = &self.issuer.ca_cert_path
+        let Signer::Embedded(issuer) = &self.issuer else { return found.wrong };
+        if let Some(file) = &issuer.ca_cert_path
             && let Err(PathError::Open { path, cause }) = trust.open(file)
             && tells(&cause)
         {
@@ -139,7 +149,7 @@ impl Config {
                 Err::<(), _>(PathError::Open { path, cause }),
             );
         }
-        if let Some(file) = &self.issuer.ca_key_path {
+        if let Some(file) = &issuer.ca_key_path {
             match check_ca_key(file, trust) {
                 Err(IssuerError::Read { cause, .. }) if !tells(&cause) => {}
                 // Places says it.
@@ -148,6 +158,31 @@ impl Config {
             }
         }
         found.wrong
+    }
+
+    /// Files that decide who signs, and that nobody else may be able to change.
+    fn issuer_files(&self) -> impl Iterator<Item = (&'static str, &Path)> {
+        let files = match &self.issuer {
+            Signer::Embedded(issuer) => vec![
+                ("issuer \"embedded\".ca_cert_path", issuer.ca_cert_path.as_deref()),
+                ("issuer \"embedded\".ca_key_path", issuer.ca_key_path.as_deref()),
+            ],
+            Signer::Server(joined) => {
+                let JoinedServer { join, node_attestor, .. } = &**joined;
+                let mut files = vec![
+                    ("agent.trust_bundle_path", join.trust_bundle_path.as_deref()),
+                    ("agent.join_token_file", join.join_token_file.as_deref()),
+                ];
+                if let NodeAttestorSettings::X509Pop(pop) = node_attestor {
+                    files.extend([
+                        (CERTIFICATE, pop.certificate.as_deref()),
+                        (KEY, pop.private_key.as_deref()),
+                    ]);
+                }
+                files
+            }
+        };
+        files.into_iter().filter_map(|(key, file)| Some((key, file?)))
     }
 
     /// The sockets that many may connect to.

@@ -75,6 +75,30 @@ impl<'a> Section<'a> {
         Some(text.map(|text| self.problems().base.join(text)))
     }
 
+    /// The same; an empty text counts as not set.
+    pub(crate) fn file(&mut self, key: &'static str) -> Option<At<PathBuf>> {
+        let text = self.text(key)?;
+        let made = if text.value.contains('\0') {
+            Err("must be a path")
+        } else {
+            Ok(self.problems().base.join(&text.value))
+        };
+        self.made(key, text.place, &text.value, made)
+    }
+
+    /// The absolute path in the address of a Workload API, `unix:///path`; an empty text counts as not set.
+    pub(crate) fn endpoint(&mut self, key: &'static str) -> Option<At<PathBuf>> {
+        let text = self.text(key)?;
+        let path = text.value.strip_prefix("unix:").map(|rest| rest.strip_prefix("//").unwrap_or(rest));
+        let made = match path.filter(|path| path.starts_with('/') && !path.contains(['\0', '?', '#'])) {
+            Some(path) => Ok(PathBuf::from(path)),
+            None => {
+                Err("is not a valid SPIFFE Workload API endpoint address: must be unix:///path of a socket")
+            }
+        };
+        self.made(key, text.place, &text.value, made)
+    }
+
     /// A path with which `check`, once it is absolute, finds nothing wrong.
     pub(crate) fn absolute_that<E: fmt::Display>(
         &mut self,

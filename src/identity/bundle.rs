@@ -213,6 +213,41 @@ impl Bundle {
         })
     }
 
+    /// The bundle of these authorities: CA certificates in DER, of which the same twice counts once, and JWT keys.
+    ///
+    /// # Errors
+    /// [`BundleError`] with the index of the first certificate that is none, or not a CA's, or of the first key whose name
+    /// another one has.
+    pub fn of_authorities(
+        trust_domain: &TrustDomain,
+        certificates: impl IntoIterator<Item = Vec<u8>>,
+        keys: impl IntoIterator<Item = JwtAuthority>,
+    ) -> Result<Self, BundleError> {
+        let mut x509_authorities = Vec::new();
+        for (at, der) in certificates.into_iter().enumerate() {
+            if at >= MAX_KEYS {
+                return Err(BundleError::TooManyKeys);
+            }
+            check_ca(&der).map_err(|reason| BundleError::Certificate { at, reason })?;
+            if !x509_authorities.contains(&der) {
+                x509_authorities.push(der);
+            }
+        }
+        let mut jwt_authorities: BTreeMap<Box<str>, JwtAuthority> = BTreeMap::new();
+        for (at, authority) in keys.into_iter().enumerate() {
+            if at >= MAX_KEYS {
+                return Err(BundleError::TooManyKeys);
+            }
+            let before = jwt_authorities.insert(authority.kid.clone(), authority.clone());
+            if before.is_some_and(|before| before.key != authority.key) {
+                let reason = AuthorityError::DuplicateKid(authority.kid.into());
+                return Err(BundleError::Key { at, reason });
+            }
+        }
+        let jwt_authorities = jwt_authorities.into_values().collect();
+        Ok(Self { trust_domain: trust_domain.clone(), x509_authorities, jwt_authorities })
+    }
+
     /// The X.509 authorities, DER, one after the other: what the Workload API calls a bundle.
     pub fn x509_der(&self) -> Vec<u8> {
         self.x509_authorities.concat()

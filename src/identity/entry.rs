@@ -37,6 +37,15 @@ impl fmt::Debug for EntryId {
 /// The longest hint, in bytes (SPIFFE Workload API standard, section 5.2.1: longer ones should not be supported).
 pub const MAX_HINT_LEN: usize = 1024;
 
+/// What an entry asks for beside its identity. None of it is the usual.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EntryAttributes {
+    /// Its X.509-SVID is made when somebody asks for it, and not ahead (`disable_x509_svid_prefetch`).
+    pub x509_on_demand: bool,
+    /// Each answer has a JWT-SVID of its own, with an ID (`jwt_svid_include_jti`).
+    pub jwt_each_anew: bool,
+}
+
 /// A registration entry. What is invalid (foreign trust domain, reserved path, no selector, hint too long, lifetime
 /// of zero) was refused where it was read; see `config`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,6 +71,8 @@ pub struct Entry {
     pub created_at: i64,
     /// Grows when the entry changes: an SVID made of an older revision is made again.
     pub revision: i64,
+    /// What else it asks for.
+    pub attributes: EntryAttributes,
 }
 
 #[cfg(test)]
@@ -79,6 +90,7 @@ impl Entry {
             federates_with: BTreeSet::new(),
             created_at: 0,
             revision: 0,
+            attributes: EntryAttributes::default(),
         })
     }
 }

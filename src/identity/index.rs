@@ -126,6 +126,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::identity::EntryAttributes;
 
     fn entry(name: &str, selectors: &str, hint: &str, created_at: i64) -> Arc<Entry> {
         Arc::new(Entry {
@@ -140,6 +141,7 @@ mod tests {
             federates_with: BTreeSet::new(),
             created_at,
             revision: 0,
+            attributes: EntryAttributes::default(),
         })
     }
 

@@ -6,8 +6,20 @@ use super::{
     Issuer, IssuerChoice, IssuerInput,
     embedded::{EmbeddedIssuer, IssuerError},
     metrics::IssuerMetrics,
+    server::{DataFault, ServerIssuer},
 };
 use crate::os::clock::Clock;
+
+/// Why there is no issuer.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The embedded one could not sign.
+    #[error(transparent)]
+    Embedded(#[from] IssuerError),
+    /// What is kept of a SPIRE Server cannot be used.
+    #[error(transparent)]
+    Server(#[from] DataFault),
+}
 
 /// Opens the issuer that the configuration chose.
 ///
@@ -17,7 +29,7 @@ pub fn open(
     told: IssuerInput,
     clock: Clock,
     metrics: Arc<IssuerMetrics>,
-) -> Result<Arc<dyn Issuer>, IssuerError> {
+) -> Result<Arc<dyn Issuer>, OpenError> {
     let IssuerInput { choice, index, federated } = told;
     match choice {
         IssuerChoice::Embedded(settings) => {
@@ -25,5 +37,6 @@ pub fn open(
             issuer.declare(index, federated);
             Ok(Arc::new(issuer))
         }
+        IssuerChoice::Server(settings) => Ok(Arc::new(ServerIssuer::open(*settings, clock, metrics)?)),
     }
 }

@@ -11,7 +11,6 @@ mod ca;
 mod disk;
 mod error;
 mod jwt;
-mod keys;
 mod rotation;
 mod settings;
 mod state;
@@ -37,7 +36,9 @@ pub use self::{
     error::{Damage, IssuerError, SuppliedCaFault},
     settings::{EmbeddedSettings, IssuerSettings, MIN_CA_TTL, MIN_SVID_TTL},
 };
-use super::{Issuer, IssuerChoice, IssuerInput, MintError, SvidKind, World, by, metrics::IssuerMetrics};
+use super::{
+    Issuer, IssuerChoice, IssuerInput, Lookout, MintError, SvidKind, World, by, metrics::IssuerMetrics,
+};
 use crate::{
     identity::{Bundle, Bundles, Entry, EntryIndex, JwtSvid, TrustDomain, X509Svid},
     os::clock::{Clock, sleep_until},
@@ -74,7 +75,7 @@ impl EmbeddedIssuer {
     ) -> Result<Self, IssuerError> {
         let ca = EmbeddedCa::open(settings, clock.now())?;
         let bundles = Bundles { own: ca.bundle(), federated: BTreeMap::new() };
-        let world = World { index: Arc::default(), bundles };
+        let world = World { index: Arc::default(), bundles, tainted: Arc::default() };
         Ok(Self {
             ca: Arc::new(ca),
             clock,
@@ -88,7 +89,7 @@ impl EmbeddedIssuer {
     pub fn declare(&self, index: Arc<EntryIndex>, federated: BTreeMap<TrustDomain, Arc<Bundle>>) {
         self.world.send_modify(|world| {
             let bundles = Bundles { own: Arc::clone(&world.bundles.own), federated };
-            *world = Arc::new(World { index, bundles });
+            *world = Arc::new(World { index, bundles, tainted: Arc::default() });
         });
     }
 
@@ -153,7 +154,8 @@ impl EmbeddedIssuer {
                     let own = self.ca.bundle();
                     self.world.send_modify(|world| {
                         let bundles = Bundles { own, federated: world.bundles.federated.clone() };
-                        *world = Arc::new(World { index: Arc::clone(&world.index), bundles });
+                        let (index, tainted) = (Arc::clone(&world.index), Arc::default());
+                        *world = Arc::new(World { index, bundles, tainted });
                     });
                 }
                 say(failing, rotation.fault.as_ref());
@@ -206,6 +208,7 @@ impl Issuer for EmbeddedIssuer {
         &'a self,
         entry: &'a Arc<Entry>,
         audience: &'a [String],
+        _family: u64,
         deadline: Instant,
     ) -> BoxFuture<'a, Result<JwtSvid, MintError>> {
         if self.ca.takes_rsa(SvidKind::Jwt) {
@@ -225,8 +228,18 @@ impl Issuer for EmbeddedIssuer {
         self.ca.can_sign(kind, self.clock.now()).map_err(MintError::from)
     }
 
+    fn look_out(&self) -> Option<Lookout> {
+        None
+    }
+
+    fn makes_ahead(&self) -> bool {
+        false
+    }
+
     fn reload(&self, told: IssuerInput) {
-        let IssuerInput { choice: IssuerChoice::Embedded(settings), index, federated } = told;
+        let IssuerInput { choice, index, federated } = told;
+        // Another issuer is for a restart alone.
+        let IssuerChoice::Embedded(settings) = choice else { return };
         self.ca.reconfigure(settings);
         self.declare(index, federated);
     }
@@ -271,7 +284,7 @@ impl fmt::Debug for EmbeddedIssuer {
 mod tests {
     use super::*;
     use crate::{
-        identity::{EntryId, KeyType, Selectors, SpiffeId},
+        identity::{EntryAttributes, EntryId, KeyType, Selectors, SpiffeId},
         telemetry::metrics::Metrics,
     };
 
@@ -287,6 +300,7 @@ mod tests {
             federates_with: Default::default(),
             created_at: 0,
             revision: 0,
+            attributes: EntryAttributes::default(),
         })
     }
 
@@ -336,14 +350,14 @@ mod tests {
         let audience = ["a".to_owned()];
         let batch = [Arc::clone(&web), Arc::clone(&web)];
         let (svids, token) =
-            tokio::join!(issuer.mint_x509(&batch, deadline), issuer.mint_jwt(&web, &audience, deadline),);
+            tokio::join!(issuer.mint_x509(&batch, deadline), issuer.mint_jwt(&web, &audience, 0, deadline),);
         assert!(matches!(svids[..], [Err(MintError::Late), Err(MintError::Late)]), "{svids:?}");
         assert!(matches!(token, Err(MintError::Late)), "{token:?}");
         assert_eq!(started.elapsed().as_secs(), 7);
         drop(busy);
-        assert!(issuer.mint_jwt(&web, &audience, deadline).await.is_err());
+        assert!(issuer.mint_jwt(&web, &audience, 0, deadline).await.is_err());
         let later = crate::issuer::deadline();
-        issuer.mint_jwt(&web, &audience, later).await.unwrap();
+        issuer.mint_jwt(&web, &audience, 0, later).await.unwrap();
     }
 
     #[tokio::test]
@@ -355,7 +369,7 @@ mod tests {
         tokio::select! {
             biased;
             _ = issuer.mint_x509(&batch, deadline) => panic!("the call came last"),
-            token = issuer.mint_jwt(&web, &audience, deadline) => drop(token.unwrap()),
+            token = issuer.mint_jwt(&web, &audience, 0, deadline) => drop(token.unwrap()),
         }
     }
 

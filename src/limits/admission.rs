@@ -143,6 +143,17 @@ impl Limits {
         Some(UpdatePlace { _slot: slot })
     }
 
+    /// A place for a call of `caller` that waits for an entry, at once or not at all: one of those of calls that wait.
+    pub fn place_to_wait(&self, caller: CallerKey) -> Option<UpdatePlace> {
+        let slot = self.ledger.places.take(self.family_of(caller)).ok()?;
+        Some(UpdatePlace { _slot: slot })
+    }
+
+    /// Whose share of what there is a bounded number of a caller takes.
+    pub fn family_of(&self, caller: CallerKey) -> u64 {
+        self.ledger.plan().families.group(caller)
+    }
+
     /// Charges an admitted call to the identities it is answered with: all of them, or none. `ids` in the order
     /// in which they are served, the default identity first; bundle calls are charged to that one alone.
     /// Attestation is over then, and its slot is free. Waits where that is worth it, as [`Limits::admit`] does.

@@ -1,6 +1,6 @@
 //! The proof that a call passed the caller stage, and what the call will pay.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use super::{
     ask::{Ask, HeldTokens},
@@ -38,6 +38,11 @@ impl<P> Admitted<P> {
     pub fn attestation_failed(&mut self) {
         self.charge.pays = self.charge.pays.max(self.charge.costs.failed_attestation());
         self.slot = None;
+    }
+
+    /// For how long it may still be kept waiting, by what its caller said of that.
+    pub fn patience_left(&self) -> Duration {
+        self.charge.waiting.patience_left(self.charge.ledger.now())
     }
 
     /// Says that something was signed for this call: the caller and the identity pay [`Costs::signature`] in

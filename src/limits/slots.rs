@@ -228,7 +228,7 @@ impl Slots {
     }
 
     /// A slot, as soon as there is one that this caller may have. Who no longer waits for it has none.
-    pub(super) async fn wait(self: &Arc<Self>, caller: u64) -> AttestationSlot {
+    pub(crate) async fn wait(self: &Arc<Self>, caller: u64) -> AttestationSlot {
         let (given, slot) = oneshot::channel();
         let number = {
             let mut state = self.lock();

@@ -62,6 +62,11 @@ impl WaitOfCall {
         slot
     }
 
+    /// What is left of what the caller gave, whatever it waits for.
+    pub(super) fn patience_left(&self, now: u64) -> Duration {
+        self.left(now)
+    }
+
     fn left(&self, now: u64) -> Duration {
         self.patience.left(between(self.arrived, now))
     }

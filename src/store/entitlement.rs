@@ -9,11 +9,16 @@
 use std::sync::Arc;
 
 use futures_util::future::join_all;
+use tokio::time::{Instant, timeout_at};
 
-use super::{Snapshot, snapshot::Store};
+use super::{
+    Snapshot,
+    snapshot::{Change, Store},
+};
 use crate::{
     attest::{AttestError, Attested, AttestedPeer, Attestor, Subject},
     identity::{Entry, Selector, SpiffeId},
+    issuer::Issuer,
     limits::{Admitted, Limits, Refusal},
     peer::Peer,
 };
@@ -49,6 +54,18 @@ struct Grant {
     entitled_since: u64,
 }
 
+/// A call of an attested caller that no entry matches so far. It counts as a failed attestation, whatever comes of it.
+#[derive(Debug)]
+pub struct Unentitled {
+    admitted: Admitted<Arc<Peer>>,
+    peer: AttestedPeer,
+    purpose: Purpose,
+    wanted: Option<SpiffeId>,
+    /// Of the snapshot that was looked at.
+    entitled_since: u64,
+    is_known: bool,
+}
+
 /// A call whose entries were charged: the only key to an SVID.
 ///
 /// It holds the caller's tokens until [`Charged::pay`] or until it is dropped, whichever is first.
@@ -57,6 +74,8 @@ pub struct Charged {
     peer: AttestedPeer,
     purpose: Purpose,
     grant: Grant,
+    /// Whose share of the issuer it takes.
+    family: u64,
     /// Until it has paid.
     admitted: Option<Admitted<Arc<Peer>>>,
 }
@@ -65,18 +84,69 @@ pub struct Charged {
 /// [`EntryIndex::matching`](crate::identity::EntryIndex::matching): the default identity comes first.
 ///
 /// # Errors
-/// [`NoIdentity`], for which the caller pays as for a failed attestation.
+/// [`Unentitled`], for which the caller pays as for a failed attestation: it may wait for an entry.
 pub fn authorize(
     snapshot: &Snapshot,
     attested: Attested,
     purpose: Purpose,
     wanted: Option<&SpiffeId>,
-) -> Result<Entitled, NoIdentity> {
+) -> Result<Entitled, Box<Unentitled>> {
     let peer = attested.peer();
     let (mut admitted, subject) = attested.into_parts();
-    let grant = Grant::of(snapshot, &subject, purpose, wanted)
-        .inspect_err(|NoIdentity| admitted.attestation_failed())?;
-    Ok(Entitled { admitted, peer, purpose, grant })
+    match Grant::of(snapshot, &subject, purpose, wanted) {
+        Ok(grant) => Ok(Entitled { admitted, peer, purpose, grant }),
+        Err(NoIdentity) => {
+            admitted.attestation_failed();
+            Err(Box::new(Unentitled {
+                admitted,
+                peer,
+                purpose,
+                wanted: wanted.cloned(),
+                entitled_since: snapshot.entitled_since,
+                is_known: snapshot.is_known(),
+            }))
+        }
+    }
+}
+
+impl Unentitled {
+    /// Waits for an entry that matches, where the issuer may come to know of one: as long as the issuer says, not beyond
+    /// what the caller gave the call, and if there is a place for it among those that wait. The process is attested for
+    /// each snapshot anew: other entries ask other questions.
+    ///
+    /// # Errors
+    /// [`NotEntitled`]: there is none, or it could not be found out.
+    pub async fn wait(
+        mut self: Box<Self>,
+        issuer: &dyn Issuer,
+        attestor: &Attestor,
+        limits: &Limits,
+        store: &Store,
+    ) -> Result<Entitled, NotEntitled> {
+        let none = if self.is_known { NotEntitled::NoIdentity(NoIdentity) } else { NotEntitled::NotKnown };
+        let mut changes = store.subscribe();
+        let Some(lookout) = issuer.look_out() else { return Err(none) };
+        let Some(_place) = limits.place_to_wait(self.peer.connected().caller()) else { return Err(none) };
+        let until = Instant::now() + lookout.patience().min(self.admitted.patience_left());
+        loop {
+            let snapshot = store.snapshot();
+            if snapshot.entitled_since > self.entitled_since {
+                self.entitled_since = snapshot.entitled_since;
+                let subject = attestor.attest_again(&self.peer, &snapshot.questions, limits).await?;
+                if let Ok(grant) = Grant::of(&snapshot, &subject, self.purpose, self.wanted.as_ref()) {
+                    let Self { admitted, peer, purpose, .. } = *self;
+                    return Ok(Entitled { admitted, peer, purpose, grant });
+                }
+            }
+            // The sender lives as long as the store.
+            let waited = timeout_at(until, changes.changed()).await;
+            if waited.is_err() || *changes.borrow_and_update() == Change::Draining {
+                break;
+            }
+        }
+        let is_answered = lookout.has_looked() && store.snapshot().is_known();
+        Err(if is_answered { NotEntitled::NoIdentity(NoIdentity) } else { NotEntitled::NotKnown })
+    }
 }
 
 impl Entitled {
@@ -88,7 +158,8 @@ impl Entitled {
         let ids = self.grant.entries.iter().map(|entry| &entry.spiffe_id);
         limits.admit_for(&mut self.admitted, ids).await?;
         let Self { admitted, peer, purpose, grant } = self;
-        Ok(Charged { peer, purpose, grant, admitted: Some(admitted) })
+        let family = limits.family_of(peer.connected().caller());
+        Ok(Charged { peer, purpose, grant, family, admitted: Some(admitted) })
     }
 }
 
@@ -110,6 +181,11 @@ impl Charged {
     /// The entries, the default identity first. Empty only for [`Purpose::Bundles`].
     pub fn entries(&self) -> &[Arc<Entry>] {
         &self.grant.entries
+    }
+
+    /// Whose share of the issuer it takes.
+    pub(super) fn family(&self) -> u64 {
+        self.family
     }
 
     /// Ends the charge. A stream does so with its first message: it is charged when it opens, and not for its updates.
@@ -154,9 +230,12 @@ pub enum NotEntitled {
     /// It cannot be told what its process is.
     #[error(transparent)]
     NotAttested(#[from] AttestError),
-    /// No entry matches any more.
+    /// No entry matches, or none does any more.
     #[error(transparent)]
     NoIdentity(#[from] NoIdentity),
+    /// The issuer could not be asked whether one does.
+    #[error("the agent has not heard yet from its server whether there is an identity")]
+    NotKnown,
 }
 
 impl Grant {
@@ -169,7 +248,7 @@ impl Grant {
         let entries = snapshot.index.matching(subject, wanted).into_iter().map(Arc::clone).collect();
         let grant = Self { entries, entitled_since: snapshot.entitled_since };
         let verifies = purpose == Purpose::Bundles && snapshot.policy.allow_unauthenticated_verifiers;
-        if !grant.entries.is_empty() || verifies {
+        if snapshot.is_known() && (!grant.entries.is_empty() || verifies) {
             return Ok(grant);
         }
         log_no_identity(snapshot, subject);

@@ -20,7 +20,10 @@ use std::{
 
 use aws_lc_rs::digest::{Context, SHA256};
 use hashbrown::HashMap;
-use tokio::{sync::OnceCell, time::Instant};
+use tokio::{
+    sync::{OnceCell, watch},
+    time::Instant,
+};
 
 use super::{
     entitlement::Charged,
@@ -28,8 +31,8 @@ use super::{
     renewal,
 };
 use crate::{
-    identity::{Entry, JwtSvid, SpiffeId},
-    issuer::{self, Issuer, MintError},
+    identity::{Entry, JwtSvid, SpiffeId, taint},
+    issuer::{self, Issuer, MintError, World},
     limits::pace::Pace,
     os::clock::Clock,
     telemetry::{chain, registry::float},
@@ -81,6 +84,13 @@ struct JwtTable {
     places: u64,
 }
 
+/// The world as it was when the tokens were last compared with it.
+#[derive(Debug)]
+struct FollowedWorld {
+    news: watch::Receiver<Arc<World>>,
+    seen: Arc<World>,
+}
+
 /// The JWT-SVIDs that were made.
 #[derive(Debug)]
 pub struct JwtCache {
@@ -88,6 +98,7 @@ pub struct JwtCache {
     clock: Clock,
     metrics: Arc<StoreMetrics>,
     table: Mutex<JwtTable>,
+    world: Mutex<FollowedWorld>,
     max: AtomicUsize,
     /// Of the lines about renewals that failed.
     failures: Pace,
@@ -96,11 +107,14 @@ pub struct JwtCache {
 impl JwtCache {
     /// Keeps at most `max` tokens (at least one).
     pub fn new(issuer: Arc<dyn Issuer>, clock: Clock, metrics: Arc<StoreMetrics>, max: usize) -> Self {
+        let news = issuer.world();
+        let seen = Arc::clone(&news.borrow());
         Self {
             issuer,
             clock,
             metrics,
             table: Mutex::default(),
+            world: Mutex::new(FollowedWorld { news, seen }),
             max: AtomicUsize::new(max.max(1)),
             failures: Pace::default(),
         }
@@ -138,7 +152,8 @@ impl JwtCache {
         charged: &mut Charged,
         audience: &[String],
     ) -> Result<Vec<Arc<JwtSvid>>, MintError> {
-        let fetched = charged.each(|entry| self.of_entry(entry, audience)).await;
+        let family = charged.family();
+        let fetched = charged.each(|entry| self.of_entry(entry, audience, family)).await;
         charged.signed(fetched.iter().map(|fetched| fetched.as_ref().is_ok_and(|fetched| fetched.signed)));
         fetched.into_iter().map(|fetched| Ok(fetched?.svid)).collect()
     }
@@ -147,12 +162,14 @@ impl JwtCache {
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         audience: &[String],
+        family: u64,
     ) -> Result<Fetched, MintError> {
-        if audience_bytes(audience) > MOST_AUDIENCE {
+        if entry.attributes.jwt_each_anew || audience_bytes(audience) > MOST_AUDIENCE {
             self.metrics.jwt_cache(CacheResult::Miss);
-            let svid = self.mint(entry, audience, issuer::deadline()).await?;
+            let svid = self.mint(entry, audience, family, issuer::deadline()).await?;
             return Ok(Fetched { svid, signed: true });
         }
+        self.follow_world();
         let key = key(&entry.spiffe_id, entry.jwt_svid_ttl, audience);
         match self.find(key, &entry.spiffe_id, self.clock.now()) {
             FoundJwt::Fresh(token) => {
@@ -161,12 +178,12 @@ impl JwtCache {
             }
             FoundJwt::Due(token) => {
                 self.metrics.jwt_cache(CacheResult::Hit);
-                self.renew_in_background(key, Arc::clone(entry), audience.to_vec());
+                self.renew_in_background(key, Arc::clone(entry), audience.to_vec(), family);
                 Ok(Fetched { svid: token, signed: true })
             }
             FoundJwt::Nothing(made) => {
                 self.metrics.jwt_cache(CacheResult::Miss);
-                let svid = self.make(key, &made, entry, audience).await?;
+                let svid = self.make(key, &made, entry, audience, family).await?;
                 Ok(Fetched { svid, signed: true })
             }
         }
@@ -176,9 +193,38 @@ impl JwtCache {
         &self,
         entry: &Arc<Entry>,
         audience: &[String],
+        family: u64,
         deadline: Instant,
     ) -> Result<Arc<JwtSvid>, MintError> {
-        self.issuer.mint_jwt(entry, audience, deadline).await.map(Arc::new)
+        self.issuer.mint_jwt(entry, audience, family, deadline).await.map(Arc::new)
+    }
+
+    /// Compares the tokens with the authorities, where these have changed: one that no authority verifies any more is
+    /// forgotten, and one of a tainted authority is due.
+    fn follow_world(&self) {
+        let mut world = self.world.lock().unwrap_or_else(PoisonError::into_inner);
+        if !world.news.has_changed().unwrap_or(false) {
+            return;
+        }
+        let next = Arc::clone(&world.news.borrow_and_update());
+        let before = std::mem::replace(&mut world.seen, Arc::clone(&next));
+        drop(world);
+        let (own, tainted) = (&next.bundles.own, &next.tainted);
+        let gone: Vec<&str> =
+            before.bundles.own.jwt_authorities.iter().map(|authority| &*authority.kid).collect();
+        let gone: Vec<&str> = gone.into_iter().filter(|kid| own.jwt_key(kid).is_none()).collect();
+        if gone.is_empty() && *before.tainted == **tainted {
+            return;
+        }
+        let now = self.clock.now();
+        for slot in self.lock().slots.values_mut() {
+            let Some(token) = slot.token.get() else { continue };
+            if taint::kid(&token.token).is_some_and(|kid| gone.contains(&&*kid)) {
+                (slot.token, slot.renew_at) = (MadeToken::default(), None);
+            } else if tainted.signed_jwt(&token.token) && slot.renew_at.is_some() {
+                slot.renew_at = Some(now);
+            }
+        }
     }
 
     fn find(&self, key: TokenKey, owner: &SpiffeId, now: SystemTime) -> FoundJwt {
@@ -217,9 +263,10 @@ impl JwtCache {
         made: &MadeToken,
         entry: &Arc<Entry>,
         audience: &[String],
+        family: u64,
     ) -> Result<Arc<JwtSvid>, MintError> {
         let deadline = issuer::deadline();
-        let making = made.get_or_try_init(|| self.mint(entry, audience, deadline));
+        let making = made.get_or_try_init(|| self.mint(entry, audience, family, deadline));
         // It may wait for another call that makes the token.
         let token = issuer::by(deadline, making).await.cloned();
         let mut table = self.lock();
@@ -247,12 +294,18 @@ impl JwtCache {
         token
     }
 
-    fn renew_in_background(self: &Arc<Self>, key: TokenKey, entry: Arc<Entry>, audience: Vec<String>) {
+    fn renew_in_background(
+        self: &Arc<Self>,
+        key: TokenKey,
+        entry: Arc<Entry>,
+        audience: Vec<String>,
+        family: u64,
+    ) {
         let cache = Arc::clone(self);
         self.metrics.jwt_refreshes.increment(1);
         // One at a time per key: `find` took `renew_at` away. Should this panic, the token is made again when it ends.
         tokio::spawn(async move {
-            let made = cache.mint(&entry, &audience, issuer::deadline()).await;
+            let made = cache.mint(&entry, &audience, family, issuer::deadline()).await;
             let mut table = cache.lock();
             let slot = table.slots.get_mut(&key);
             match (made, slot) {
@@ -378,7 +431,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        identity::{EntryId, KeyType, Selectors},
+        identity::{EntryAttributes, EntryId, KeyType, Selectors},
         issuer::{
             embedded::{EmbeddedIssuer, EmbeddedSettings, IssuerSettings},
             metrics::IssuerMetrics,
@@ -431,6 +484,7 @@ mod tests {
             federates_with: Default::default(),
             created_at: 0,
             revision: 0,
+            attributes: EntryAttributes::default(),
         });
         let metrics = Metrics::default();
         let counted = Arc::new(IssuerMetrics::new(metrics.registry()));
@@ -439,7 +493,7 @@ mod tests {
         let audience = audience(&["a"]);
         let key = key(&id(1), None, &audience);
         let FoundJwt::Nothing(made) = cache.find(key, &id(1), now) else { panic!("there is none yet") };
-        cache.make(key, &made, &entry, &audience).await.unwrap();
+        cache.make(key, &made, &entry, &audience, 0).await.unwrap();
 
         let due = now + Duration::from_secs(200);
         assert!(matches!(cache.find(key, &id(1), due), FoundJwt::Due(_)));

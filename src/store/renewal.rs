@@ -2,10 +2,9 @@
 //!
 //! SPIRE draws anew at each check, which moves the moment early (`pkg/common/rotationutil`).
 
-use std::{
-    hash::{BuildHasher as _, Hasher as _},
-    time::{Duration, SystemTime},
-};
+use std::time::{Duration, SystemTime};
+
+use crate::os::random::fractions;
 
 /// Draws when to renew an SVID that was made at `made_at`.
 ///
@@ -16,7 +15,7 @@ pub(super) fn draw(
     not_after: SystemTime,
     availability_target: Option<Duration>,
 ) -> SystemTime {
-    renew_at(made_at, not_after, availability_target, &mut random())
+    renew_at(made_at, not_after, availability_target, &mut fractions())
 }
 
 /// When to renew: at half of the lifetime, give or take a tenth of that half; earlier by `availability_target` when
@@ -38,20 +37,6 @@ fn renew_at(
             for_target.min(half_life).max(made_at)
         }
         _ => half_life,
-    }
-}
-
-/// Numbers in 0..1 that spread work over time; nothing secret depends on them.
-fn random() -> impl FnMut() -> f64 {
-    let state = ahash::RandomState::new();
-    let mut at = 0_u64;
-    move || {
-        at += 1;
-        let mut hasher = state.build_hasher();
-        hasher.write_u64(at);
-        // 32 bits are plenty, and convert without loss.
-        let bits = u32::try_from(hasher.finish() >> 32).unwrap_or(u32::MAX);
-        f64::from(bits) / (f64::from(u32::MAX) + 1.0)
     }
 }
 
@@ -97,14 +82,6 @@ mod tests {
             let got = renew_at(born, not_after, target.map(Duration::from_secs), &mut || { at += 1; draws[at - 1] });
             prop_assert!(got >= born);
             prop_assert!(not_after.duration_since(got).unwrap() >= Duration::from_secs(lifetime).mul_f64(0.449));
-        }
-
-        #[test]
-        fn random_numbers_are_in_range(_n in 0..8) {
-            let mut random = random();
-            for _ in 0..100 {
-                prop_assert!((0.0..1.0).contains(&random()));
-            }
         }
     }
 }

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use super::settings::Policy;
 use crate::{
     attest::Questions,
-    identity::{Bundles, Entry, EntryId, EntryIndex, TrustDomain},
+    identity::{Bundles, Entry, EntryId, EntryIndex, Tainted, TrustDomain},
     issuer::World,
 };
 
@@ -31,6 +31,8 @@ pub struct Snapshot {
     pub questions: Arc<Questions>,
     /// Who is verified with what.
     pub bundles: Bundles,
+    /// What signed SVIDs that are to be made anew.
+    pub tainted: Arc<Tainted>,
     /// What the admin decided.
     pub policy: Arc<Policy>,
     /// Messages encoded for this snapshot.
@@ -46,9 +48,15 @@ impl Snapshot {
             index,
             questions,
             bundles,
+            tainted: Arc::clone(&world.tainted),
             policy,
             answers: Answers::default(),
         }
+    }
+
+    /// Whether it is known what there is. Before, nobody can be told that they have no identity.
+    pub fn is_known(&self) -> bool {
+        !self.bundles.own.x509_authorities.is_empty()
     }
 
     /// The one that follows.

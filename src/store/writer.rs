@@ -12,9 +12,15 @@ use std::{
 
 use tokio::{sync::watch, task::JoinSet};
 
-use super::{StoreMetrics, settings::Policy, snapshot::Store, x509_cache::X509Cache};
+use super::{
+    StoreMetrics,
+    settings::Policy,
+    snapshot::{Snapshot, Store},
+    x509_cache::X509Cache,
+};
 use crate::{
     attest::Attestor,
+    identity::Tainted,
     issuer::{Issuer, SvidKind, World},
     os::clock::{Clock, sleep_until},
     telemetry::chain,
@@ -94,7 +100,9 @@ impl Writer {
             if !lives {
                 return;
             }
+            let before = self.store.snapshot();
             self.catch_up();
+            self.distrust(&before).await;
             tokio::time::sleep(pause).await;
         }
     }
@@ -107,6 +115,19 @@ impl Writer {
         let is_other_world = !Arc::ptr_eq(&published, &self.world.borrow());
         if is_other_world || !Arc::ptr_eq(&snapshot.questions, &self.attestor.prepare_for(&published.index)) {
             self.publish(&mut published, Arc::clone(&snapshot.policy));
+        }
+    }
+
+    /// Has SVIDs renewed whose authority was tainted or taken out since `before`.
+    async fn distrust(&self, before: &Snapshot) {
+        let snapshot = self.store.snapshot();
+        if before.tainted != snapshot.tainted {
+            self.x509.distrust(&snapshot.tainted).await;
+        }
+        let (old, new) = (&before.bundles.own, &snapshot.bundles.own);
+        if !Arc::ptr_eq(old, new) {
+            let gone = old.x509_authorities.iter().filter(|der| !new.x509_authorities.contains(der));
+            self.x509.distrust(&Tainted::new(gone.map(Vec::as_slice), [])).await;
         }
     }
 
@@ -153,7 +174,8 @@ impl Writer {
             return;
         }
         let snapshot = self.store.snapshot();
-        let due = self.x509.due(room * BATCH, |id| snapshot.index.get(id).cloned());
+        let mut due = self.x509.due(room * BATCH, |id| snapshot.index.get(id).cloned());
+        due.extend(self.x509.missing(room * BATCH - due.len(), &snapshot.index));
         for batch in due.chunks(BATCH) {
             let (x509, batch) = (Arc::clone(&self.x509), batch.to_vec());
             running.spawn(async move {

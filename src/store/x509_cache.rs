@@ -22,13 +22,21 @@ use tokio::{
 
 use super::{entitlement::Charged, renewal};
 use crate::{
-    identity::{Entry, EntryId, X509Svid},
+    identity::{Entry, EntryId, EntryIndex, Tainted, X509Svid},
     issuer::{self, Issuer, MintError},
     os::clock::Clock,
 };
 
 /// How long after a failed renewal the next one may start, if the issuer does not say.
 const RETRY: Duration = Duration::from_secs(5);
+
+/// How long after an entry could not be signed for it is tried again; twice as long after each further failure.
+const ENTRY_RETRY: Duration = Duration::from_secs(5);
+/// The longest such time.
+const MAX_ENTRY_RETRY: Duration = Duration::from_secs(60);
+
+/// For how long nothing is made ahead after memory was short.
+const NOT_AHEAD: Duration = Duration::from_secs(300);
 
 /// How long a call waits for a fresh SVID while there is a valid one.
 const RENEWAL_WAIT: Duration = Duration::from_secs(1);
@@ -53,10 +61,29 @@ struct X509Table {
     streams: HashMap<EntryId, usize, ahash::RandomState>,
     /// Who is being made: one at a time per entry as it is. After a reload nobody waits for what the entry was.
     making: HashMap<(EntryId, i64), Arc<OnceCell<Served>>, ahash::RandomState>,
+    /// Who is being made ahead, and until when that may take.
+    ahead: HashMap<EntryId, Instant, ahash::RandomState>,
+    /// Until when nothing is made ahead.
+    not_ahead: Option<Instant>,
+    /// Which entries, in which revision, could not be signed for.
+    failed: HashMap<EntryId, FailedEntry, ahash::RandomState>,
     uses: u64,
     /// An SVID that a stream holds was replaced since [`super::Writer`] last looked.
     replaced: bool,
 }
+
+/// An entry that could not be signed for.
+#[derive(Clone, Copy, Debug)]
+struct FailedEntry {
+    revision: i64,
+    again_at: Instant,
+    wait: Duration,
+}
+
+/// An entry was not signed for a moment ago.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the issuer did not sign for this entry a moment ago")]
+struct NotSignedFor;
 
 /// The X.509-SVIDs that were made.
 #[derive(Debug)]
@@ -171,6 +198,7 @@ impl X509Cache {
         let X509Table { held, streams, .. } = &mut *table;
         held.retain(|id, _| streams.contains_key(id));
         held.shrink_to_fit();
+        table.not_ahead = Some(Instant::now() + NOT_AHEAD);
     }
 
     /// When the next SVID that a stream holds is due.
@@ -179,14 +207,16 @@ impl X509Cache {
         table.streams.keys().filter_map(|id| table.held.get(id)).map(|held| held.renew_at).min()
     }
 
-    /// At most `most` entries whose SVID is due and held by a stream, to be renewed; what is due and held by none is
-    /// forgotten. `current` finds an entry as it is at present.
+    /// At most `most` entries whose SVID is due, to be renewed: those that a stream holds first, then those that were used
+    /// last. Where SVIDs are not made ahead, what is due and held by no stream is forgotten. `current` finds an entry as it
+    /// is at present.
     pub(super) fn due(
         &self,
         most: usize,
         current: impl Fn(&EntryId) -> Option<Arc<Entry>>,
     ) -> Vec<Arc<Entry>> {
         let (now, instant) = (self.clock.now(), Instant::now());
+        let ahead = self.issuer.makes_ahead();
         let mut table = self.lock();
         // Of calls that went away before the end.
         table.making.retain(|_, making| Arc::strong_count(making) > 1);
@@ -195,22 +225,99 @@ impl X509Cache {
         let is_due = |held: &HeldSvid| held.renew_at <= now || now < held.svid.not_before;
         let mut due = Vec::new();
         held.retain(|id, held| {
+            let is_held = streams.contains_key(id);
+            if ahead && !is_held && held.svid.not_after <= now {
+                return false;
+            }
             if !is_due(held) {
                 return true;
             }
-            if !streams.contains_key(id) {
+            if !is_held && !ahead {
                 return false;
             }
-            if due.len() == most || held.renewing_until.is_some_and(|until| instant < until) {
+            if held.renewing_until.is_some_and(|until| instant < until) {
                 return true;
             }
             // Where the entry is gone, its streams are told by the snapshot without it.
             let Some(entry) = current(id) else { return false };
-            held.renewing_until = Some(issuer::deadline());
-            due.push(entry);
+            if is_held || !entry.attributes.x509_on_demand {
+                due.push((!is_held, std::cmp::Reverse(held.used), entry));
+            }
             true
         });
-        due
+        due.sort_unstable_by_key(|(is_idle, used, _)| (*is_idle, *used));
+        due.truncate(most);
+        for (_, _, entry) in &due {
+            if let Some(held) = held.get_mut(&entry.id) {
+                held.renewing_until = Some(issuer::deadline());
+            }
+        }
+        due.into_iter().map(|(_, _, entry)| entry).collect()
+    }
+
+    /// At most `most` entries without an SVID as they are, to be made ahead by [`X509Cache::renew`], as long as there is
+    /// room. None where the issuer makes each as soon as it is asked for.
+    pub(super) fn missing(&self, most: usize, index: &EntryIndex) -> Vec<Arc<Entry>> {
+        if !self.issuer.makes_ahead() {
+            return Vec::new();
+        }
+        let (max, now) = (self.max.load(Ordering::Relaxed), Instant::now());
+        let mut table = self.lock();
+        if table.not_ahead.is_some_and(|until| now < until) {
+            return Vec::new();
+        }
+        let X509Table { held, ahead, failed, .. } = &mut *table;
+        ahead.retain(|_, until| now < *until);
+        failed.retain(|id, _| index.get(id).is_some());
+        let mut room = max.saturating_sub(held.len() + ahead.len());
+        let mut missing: Vec<Arc<Entry>> = Vec::new();
+        for entry in index.entries() {
+            if missing.len() >= most {
+                break;
+            }
+            let failed = failed.get(&entry.id).filter(|failed| failed.revision == entry.revision);
+            if ahead.contains_key(&entry.id) || failed.is_some_and(|failed| now < failed.again_at) {
+                continue;
+            }
+            match held.get(&entry.id) {
+                Some(held) if held.revision == entry.revision => {}
+                // It has its room already.
+                Some(_) => missing.push(Arc::clone(entry)),
+                None if room == 0 || entry.attributes.x509_on_demand => {}
+                None => {
+                    room -= 1;
+                    missing.push(Arc::clone(entry));
+                }
+            }
+        }
+        for entry in &missing {
+            ahead.insert(entry.id.clone(), issuer::deadline());
+        }
+        missing
+    }
+
+    /// Has the SVIDs renewed that `tainted` signed. They are served until then.
+    pub(super) async fn distrust(&self, tainted: &Tainted) {
+        if tainted.is_empty() {
+            return;
+        }
+        let held: Vec<(EntryId, Arc<X509Svid>)> = {
+            let table = self.lock();
+            table.held.iter().map(|(id, held)| (id.clone(), Arc::clone(&held.svid))).collect()
+        };
+        let now = self.clock.now();
+        for some in held.chunks(64) {
+            for (id, svid) in some.iter().filter(|(_, svid)| tainted.signed_x509(&svid.chain)) {
+                if let Some(held) = self.lock().held.get_mut(id)
+                    && Arc::ptr_eq(&held.svid, svid)
+                {
+                    held.renew_at = held.renew_at.min(now);
+                }
+            }
+            // Others want this thread too.
+            tokio::task::yield_now().await;
+        }
+        self.due_changed.notify_one();
     }
 
     /// Renews the SVIDs of `entries`. What fails is due again soon.
@@ -224,13 +331,20 @@ impl X509Cache {
             match made.next().unwrap_or(Err(MintError::Late)) {
                 Ok(svid) => drop(self.keep(entry, Arc::new(svid))),
                 Err(error) => {
-                    if let Some(held) = self.lock().held.get_mut(&entry.id) {
-                        held.renew_at = self.clock.now() + error.retry_after().unwrap_or(RETRY);
+                    let mut table = self.lock();
+                    let wait = table.failed(entry, &error).or(error.retry_after()).unwrap_or(RETRY);
+                    if let Some(held) = table.held.get_mut(&entry.id) {
+                        held.renew_at = self.clock.now() + wait;
                         held.renewing_until = None;
                     }
+                    drop(table);
                     result = Err(error);
                 }
             }
+        }
+        let mut table = self.lock();
+        for entry in entries {
+            table.ahead.remove(&entry.id);
         }
         result
     }
@@ -250,7 +364,10 @@ impl X509Cache {
         let valid = held.svid.not_before <= now && now < held.svid.not_after;
         let served = Served { svid: Arc::clone(&held.svid), renew_at: held.renew_at, signed: false };
         let renewing = held.renewing_until.is_some_and(|until| Instant::now() < until);
-        match (held.revision == entry.revision && valid, now < held.renew_at || renewing) {
+        let same = held.revision == entry.revision;
+        // A server may be away. What it signed for the entry before it changed names the same workload.
+        let same_id = self.issuer.makes_ahead() && held.svid.spiffe_id == entry.spiffe_id;
+        match (valid && (same || same_id), same && (now < held.renew_at || renewing)) {
             (false, _) => FoundX509::Nothing,
             (true, true) => FoundX509::Fresh(served),
             (true, false) => FoundX509::Due(served),
@@ -260,6 +377,9 @@ impl X509Cache {
     /// Makes the SVID of `entry`, once for all who ask meanwhile.
     async fn make(&self, entry: &Arc<Entry>, deadline: Instant) -> Result<Served, MintError> {
         let key = (entry.id.clone(), entry.revision);
+        if let Some(wait) = self.lock().refused(entry) {
+            return Err(MintError::Entry { retry_after: Some(wait), source: Box::new(NotSignedFor) });
+        }
         let cell = Arc::clone(self.lock().making.entry(key.clone()).or_default());
         let making = cell.get_or_try_init(|| async {
             let mut made = self.issuer.mint_x509(std::slice::from_ref(entry), deadline).await;
@@ -268,6 +388,12 @@ impl X509Cache {
         });
         let made = issuer::by(deadline, making).await.cloned();
         let mut table = self.lock();
+        if let Err(error) = &made {
+            // Once for all who waited for it.
+            if table.refused(entry).is_none() {
+                table.failed(entry, error);
+            }
+        }
         if table.making.get(&key).is_some_and(|current| Arc::ptr_eq(current, &cell)) {
             table.making.remove(&key);
         }
@@ -291,6 +417,7 @@ impl X509Cache {
             renewing_until: None,
             used,
         };
+        table.failed.remove(&entry.id);
         let before = table.held.insert(entry.id.clone(), held);
         table.replaced |= before.is_some() && table.streams.contains_key(&entry.id);
         drop(table);
@@ -304,6 +431,22 @@ impl X509Cache {
 }
 
 impl X509Table {
+    /// Notes that an entry could not be signed for: when it is tried again. `None` where it is not the entry's fault.
+    fn failed(&mut self, entry: &Entry, error: &MintError) -> Option<Duration> {
+        let MintError::Entry { .. } = error else { return None };
+        let before = self.failed.get(&entry.id).filter(|failed| failed.revision == entry.revision);
+        let wait = before.map_or(ENTRY_RETRY, |failed| (failed.wait * 2).min(MAX_ENTRY_RETRY));
+        let failed = FailedEntry { revision: entry.revision, again_at: Instant::now() + wait, wait };
+        self.failed.insert(entry.id.clone(), failed);
+        Some(wait)
+    }
+
+    /// For how long it is not tried again.
+    fn refused(&self, entry: &Entry) -> Option<Duration> {
+        let failed = self.failed.get(&entry.id).filter(|failed| failed.revision == entry.revision)?;
+        failed.again_at.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
+    }
+
     /// Forgets the tenth that nobody has asked for the longest and no stream holds, so that the search for it is paid
     /// by many.
     fn make_room(&mut self) {

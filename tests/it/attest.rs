@@ -24,7 +24,7 @@ use std::{
 use aws_lc_rs::digest::{SHA256, digest};
 use durward::{
     attest::{AttestError, AttestSettings, Attestor, Blame, Questions, Subject, unix::UnixSettings},
-    identity::{Entry, EntryId, EntryIndex, Selector, Selectors, SpiffeId},
+    identity::{Entry, EntryAttributes, EntryId, EntryIndex, Selector, Selectors, SpiffeId},
     limits::{CallerKey, Limits, Method, report::Standing},
     peer::{OsUid, Peer},
     telemetry::metrics::Metrics,
@@ -216,6 +216,7 @@ pub(crate) fn entry_for(selectors: &str) -> Arc<Entry> {
         federates_with: BTreeSet::new(),
         created_at: 0,
         revision: 0,
+        attributes: EntryAttributes::default(),
     })
 }
 

@@ -22,8 +22,8 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use durward::{
     identity::{
-        Bundle, Entry, EntryId, JwtSvid, KeyType, Selectors, SpiffeId, TrustDomain, X509Svid,
-        bundle::JwtPublicKey,
+        Bundle, Entry, EntryAttributes, EntryId, JwtSvid, KeyType, Selectors, SpiffeId, TrustDomain,
+        X509Svid, bundle::JwtPublicKey,
     },
     issuer::embedded::{EmbeddedCa, EmbeddedSettings, IssuerSettings},
 };
@@ -67,6 +67,7 @@ fn entry(id: &str) -> Entry {
         federates_with: Default::default(),
         created_at: 0,
         revision: 0,
+        attributes: EntryAttributes::default(),
     }
 }
 

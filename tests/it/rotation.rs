@@ -15,11 +15,11 @@ use std::{
 use durward::{
     attest::{AttestSettings, Attestor},
     identity::{
-        Bundle, Bundles, Entry, EntryId, EntryIndex, JwtSvid, KeyType, Selector, Selectors, SpiffeId,
-        TrustDomain, X509Svid, jwt,
+        Bundle, Bundles, Entry, EntryAttributes, EntryId, EntryIndex, JwtSvid, KeyType, Selector, Selectors,
+        SpiffeId, TrustDomain, X509Svid, jwt,
     },
     issuer::{
-        Issuer, IssuerInput, MintError, SvidKind, World as Published,
+        Issuer, IssuerInput, Lookout, MintError, SvidKind, World as Published,
         embedded::{EmbeddedIssuer, EmbeddedSettings, IssuerSettings, MIN_CA_TTL},
         metrics::IssuerMetrics,
     },
@@ -60,6 +60,7 @@ fn entry(name: &str) -> Arc<Entry> {
         federates_with: BTreeSet::new(),
         created_at: 0,
         revision: 0,
+        attributes: EntryAttributes::default(),
     })
 }
 
@@ -336,13 +337,17 @@ impl Fake {
         let clock = Clock::starting_at(born());
         let own = Bundle {
             trust_domain: TrustDomain::parse("td").unwrap(),
-            x509_authorities: Vec::new(),
+            x509_authorities: vec![b"an authority".to_vec()],
             jwt_authorities: Vec::new(),
         };
         let bundles = Bundles { own: Arc::new(own), federated: BTreeMap::new() };
         let fake = Arc::new(Self {
             clock,
-            world: watch::Sender::new(Arc::new(Published { index: index(names), bundles })),
+            world: watch::Sender::new(Arc::new(Published {
+                index: index(names),
+                bundles,
+                tainted: Arc::default(),
+            })),
             takes: Mutex::default(),
             fails: Mutex::default(),
             asked: AtomicUsize::new(0),
@@ -409,6 +414,7 @@ impl Issuer for Fake {
         &'a self,
         entry: &'a Arc<Entry>,
         _audience: &'a [String],
+        _family: u64,
         deadline: Instant,
     ) -> BoxFuture<'a, Result<JwtSvid, MintError>> {
         Box::pin(async move {
@@ -432,10 +438,18 @@ impl Issuer for Fake {
         }
     }
 
+    fn look_out(&self) -> Option<Lookout> {
+        None
+    }
+
+    fn makes_ahead(&self) -> bool {
+        false
+    }
+
     fn reload(&self, told: IssuerInput) {
         self.world.send_modify(|world| {
             let bundles = Bundles { own: Arc::clone(&world.bundles.own), federated: told.federated };
-            *world = Arc::new(Published { index: told.index, bundles });
+            *world = Arc::new(Published { index: told.index, bundles, tainted: Arc::default() });
         });
     }
 
@@ -583,7 +597,11 @@ async fn what_the_issuer_publishes_is_what_requests_see() {
     let writing = tokio::spawn(Arc::clone(&world.writer).run());
     let mut changes = world.writer.store().subscribe();
     fake.world.send_modify(|published| {
-        *published = Arc::new(Published { index: index(&["web", "db"]), bundles: published.bundles.clone() });
+        *published = Arc::new(Published {
+            index: index(&["web", "db"]),
+            bundles: published.bundles.clone(),
+            tainted: Arc::default(),
+        });
     });
     changes.changed().await.unwrap();
     assert_eq!(world.writer.store().snapshot().index.entries().len(), 2);
@@ -592,7 +610,11 @@ async fn what_the_issuer_publishes_is_what_requests_see() {
     let policy = Policy { allow_unauthenticated_verifiers: true, ..Policy::default() };
     world.writer.replace(policy, || {
         fake.world.send_modify(|published| {
-            *published = Arc::new(Published { index: index(&["db"]), bundles: published.bundles.clone() });
+            *published = Arc::new(Published {
+                index: index(&["db"]),
+                bundles: published.bundles.clone(),
+                tainted: Arc::default(),
+            });
         });
     });
     tokio::time::sleep(Duration::from_secs(60)).await;

@@ -25,7 +25,6 @@ use super::{
     EmbeddedSettings, IssuerError, MIN_CA_TTL, SuppliedCaFault,
     disk::DataDir,
     jwt::{self, JwtKey, JwtSigner},
-    keys::{self, KeyPair, SignatureForm},
     rotation::{self, Advanced, AuthoritySlot, Record, Term},
     state::Authorities,
     supplied::SuppliedCa,
@@ -33,7 +32,10 @@ use super::{
 };
 use crate::{
     identity::{Bundle, Entry, JwtSvid, KeyType, SpiffeId, TrustDomain, X509Svid, bundle::JwtAuthority},
-    issuer::metrics::SvidKind,
+    issuer::{
+        keys::{self, KeyPair, SignatureForm},
+        metrics::SvidKind,
+    },
 };
 
 /// How long to wait after a rotation that failed before trying again.

@@ -9,7 +9,7 @@ use std::{
 use super::MIN_CA_TTL;
 use crate::{
     identity::{SpiffeId, TrustDomain},
-    issuer::MintError,
+    issuer::{MintError, keys::KeyFault},
     os::trusted::PathError,
 };
 
@@ -106,6 +106,9 @@ pub enum IssuerError {
     /// The cryptographic library refused.
     #[error("cannot {0}")]
     Crypto(&'static str),
+    /// The same, of a key.
+    #[error(transparent)]
+    Key(#[from] KeyFault),
     /// A certificate could not be built.
     #[error("cannot build a certificate: {0}")]
     Certificate(rcgen::Error),

@@ -14,10 +14,12 @@ use zeroize::Zeroizing;
 
 use super::{
     IssuerError,
-    keys::{self, KeyPair, SignatureForm},
     rotation::{Term, unix},
 };
-use crate::identity::{JwtSvid, KeyType, SpiffeId};
+use crate::{
+    identity::{JwtSvid, KeyType, SpiffeId},
+    issuer::keys::{self, KeyPair, SignatureForm},
+};
 
 /// Length of a key ID.
 pub(super) const KID_LEN: usize = 32;

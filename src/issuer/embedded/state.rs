@@ -12,11 +12,13 @@ use zeroize::{Zeroize as _, Zeroizing};
 use super::{
     Damage, IssuerError,
     jwt::{JwtKey, JwtSigner, KID_LEN},
-    keys,
     rotation::{AuthoritySlot, MAX_RECORDS, Record, Term, find, from_unix, unix},
     x509::{X509Authority, X509Signer},
 };
-use crate::identity::{KeyType, TrustDomain};
+use crate::{
+    identity::{KeyType, TrustDomain},
+    issuer::keys,
+};
 
 /// What is written into the file, and the only one that is read.
 const VERSION: u64 = 1;

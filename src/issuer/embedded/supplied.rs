@@ -17,8 +17,11 @@ use x509_parser::{
 };
 use zeroize::Zeroize as _;
 
-use super::{IssuerError, SuppliedCaFault, disk, keys::KeyPair, rotation::from_unix};
-use crate::identity::{TrustDomain, pem::misplaced_begin};
+use super::{IssuerError, SuppliedCaFault, disk, rotation::from_unix};
+use crate::{
+    identity::{TrustDomain, pem::misplaced_begin},
+    issuer::keys::KeyPair,
+};
 
 /// The most certificates in the file: the CA that signs, and what is above it.
 const MAX_CHAIN: usize = 8;

@@ -15,11 +15,13 @@ use x509_parser::asn1_rs::{Any, FromDer as _};
 
 use super::{
     IssuerError,
-    keys::{self, KeyPair, SignatureForm},
     rotation::{Term, unix},
     supplied::{SuppliedCa, verify},
 };
-use crate::identity::{KeyType, SpiffeId, TrustDomain, X509Svid};
+use crate::{
+    identity::{KeyType, SpiffeId, TrustDomain, X509Svid},
+    issuer::keys::{self, KeyPair, SignatureForm},
+};
 
 /// What others see of an X.509 authority.
 #[derive(Debug, PartialEq, Eq)]

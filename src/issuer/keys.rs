@@ -21,8 +21,19 @@ use rustls_pki_types::PrivateKeyDer;
 use x509_parser::prelude::FromDer as _;
 use zeroize::Zeroizing;
 
-use super::IssuerError;
 use crate::identity::{KeyType, bundle::JwtPublicKey};
+
+/// The cryptographic library refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("cannot {0}")]
+pub struct KeyFault(&'static str);
+
+impl KeyFault {
+    /// What could not be done, after "cannot".
+    pub(super) fn new(what: &'static str) -> Self {
+        Self(what)
+    }
+}
 
 /// The form of an ECDSA signature, which a parsed key is bound to. RSA knows only one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,8 +60,8 @@ impl fmt::Debug for KeyPair {
 
 impl KeyPair {
     /// Makes a key. RSA takes about a tenth of a second of one core.
-    pub(super) fn generate(key_type: KeyType, form: SignatureForm) -> Result<Self, IssuerError> {
-        let failed = |_| IssuerError::Crypto("make a key");
+    pub(super) fn generate(key_type: KeyType, form: SignatureForm) -> Result<Self, KeyFault> {
+        let failed = |_| KeyFault("make a key");
         Ok(match key_type {
             KeyType::EcP256 => Self::EcP256(EcdsaKeyPair::generate(p256(form)).map_err(failed)?),
             KeyType::EcP384 => Self::EcP384(EcdsaKeyPair::generate(p384(form)).map_err(failed)?),
@@ -82,8 +93,8 @@ impl KeyPair {
     }
 
     /// The private key as PKCS#8 DER.
-    pub(super) fn pkcs8(&self) -> Result<Zeroizing<Vec<u8>>, IssuerError> {
-        let failed = |_| IssuerError::Crypto("encode a key");
+    pub(super) fn pkcs8(&self) -> Result<Zeroizing<Vec<u8>>, KeyFault> {
+        let failed = |_| KeyFault("encode a key");
         match self {
             Self::EcP256(pair) | Self::EcP384(pair) => {
                 Ok(Zeroizing::new(pair.to_pkcs8v1().map_err(failed)?.as_ref().to_vec()))
@@ -109,8 +120,8 @@ impl KeyPair {
     }
 
     /// Signs: SHA-256 for P-256 and RSA (PKCS#1 v1.5), SHA-384 for P-384.
-    pub(super) fn sign(&self, message: &[u8]) -> Result<Vec<u8>, IssuerError> {
-        let failed = |_| IssuerError::Crypto("sign");
+    pub(super) fn sign(&self, message: &[u8]) -> Result<Vec<u8>, KeyFault> {
+        let failed = |_| KeyFault("sign");
         let random = SystemRandom::new();
         match self {
             Self::EcP256(pair) | Self::EcP384(pair) => {
@@ -176,9 +187,9 @@ impl rcgen::SigningKey for KeyPair {
 }
 
 /// `N` random bytes.
-pub(super) fn random<const N: usize>() -> Result<[u8; N], IssuerError> {
+pub(super) fn random<const N: usize>() -> Result<[u8; N], KeyFault> {
     let mut bytes = [0; N];
-    rand::fill(&mut bytes).map_err(|_unsaid| IssuerError::Crypto("read random bytes"))?;
+    rand::fill(&mut bytes).map_err(|_unsaid| KeyFault("read random bytes"))?;
     Ok(bytes)
 }
 

@@ -1,0 +1,184 @@
+//! `keys.json`, as spire-agent's KeyManager `disk` has it: the key of the agent's SVID, and while it is renewed the next one
+//! beside it. With KeyManager `memory` there is no file.
+
+use std::{collections::BTreeMap, sync::Mutex, sync::PoisonError};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use serde::{Deserialize, Serialize};
+use serde_json::ser::{PrettyFormatter, Serializer};
+use zeroize::{ZeroizeOnDrop, Zeroizing};
+
+use super::{error::DataFault, files::FileDir};
+use crate::{
+    identity::KeyType,
+    issuer::keys::{KeyFault, KeyPair, SignatureForm},
+};
+
+const NAME: &str = "keys.json";
+
+/// The two places of the key, taken in turns.
+const PLACES: [&str; 2] = ["agent-svid-A", "agent-svid-B"];
+
+/// The most keys of a file.
+const MOST_KEYS: usize = 100;
+
+/// PKCS#8 DER by name.
+type KeyTable = BTreeMap<String, Zeroizing<Vec<u8>>>;
+
+/// The keys, and where they are kept.
+pub(super) struct AgentKeys {
+    dir: Option<FileDir>,
+    known: Mutex<KeyTable>,
+}
+
+impl std::fmt::Debug for AgentKeys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AgentKeys").field("dir", &self.dir).finish_non_exhaustive()
+    }
+}
+
+/// Why there is no new key.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NewKeyError {
+    #[error(transparent)]
+    Disk(#[from] DataFault),
+    #[error("cannot make a key: {0}")]
+    Crypto(#[from] KeyFault),
+}
+
+#[derive(Deserialize, Serialize)]
+struct KeysJson {
+    keys: Option<BTreeMap<String, EncodedKey>>,
+}
+
+/// Base64 of a key, wiped when dropped.
+#[derive(Deserialize, Serialize, ZeroizeOnDrop)]
+#[serde(transparent)]
+struct EncodedKey(String);
+
+impl AgentKeys {
+    /// Keys that end with the process.
+    pub(super) fn in_memory() -> Self {
+        Self { dir: None, known: Mutex::default() }
+    }
+
+    /// Reads the file; that there is none is well.
+    ///
+    /// # Errors
+    /// It cannot be read, or is damaged (then it was put aside: the next time there is none).
+    pub(super) fn open(dir: FileDir) -> Result<Self, DataFault> {
+        let known = match dir.read(NAME)? {
+            None => KeyTable::new(),
+            Some(text) => parse(&text).map_err(|damage| dir.put_aside(NAME, damage))?,
+        };
+        Ok(Self { dir: Some(dir), known: Mutex::new(known) })
+    }
+
+    /// The key whose public half stands in this certificate.
+    pub(super) fn of(&self, leaf: &[u8]) -> Option<KeyPair> {
+        let (_, leaf) = x509_parser::parse_x509_certificate(leaf).ok()?;
+        let public = leaf.public_key().subject_public_key.data.as_ref();
+        self.lock().values().filter_map(|key| key_pair(key)).find(|key| key.public_key() == public)
+    }
+
+    /// Makes the next key, in the place that the key of `leaf` has not, and keeps it. Waits for the disk.
+    ///
+    /// # Errors
+    /// It cannot be kept: then it is not handed out.
+    pub(super) fn make_next(&self, leaf: Option<&[u8]>) -> Result<KeyPair, NewKeyError> {
+        let key = KeyPair::generate(KeyType::EcP256, SignatureForm::Certificate)?;
+        let current = leaf.and_then(|leaf| self.of(leaf));
+        let mut known = self.lock();
+        let in_use = |name: &str| {
+            let kept = known.get(name).and_then(|key| key_pair(key));
+            kept.zip(current.as_ref())
+                .is_some_and(|(kept, current)| kept.public_key() == current.public_key())
+        };
+        let [first, second] = PLACES;
+        let place = if in_use(first) { second } else { first };
+        let mut next = known.clone();
+        next.insert(place.to_owned(), key.pkcs8()?);
+        if let Some(dir) = &self.dir {
+            dir.write(NAME, &written(&next))?;
+        }
+        *known = next;
+        Ok(key)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, KeyTable> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn key_pair(pkcs8: &[u8]) -> Option<KeyPair> {
+    [KeyType::EcP256, KeyType::EcP384, KeyType::Rsa2048]
+        .into_iter()
+        .find_map(|key_type| KeyPair::from_pkcs8(key_type, SignatureForm::Certificate, pkcs8))
+}
+
+fn parse(text: &[u8]) -> Result<KeyTable, &'static str> {
+    let json: KeysJson =
+        serde_json::from_slice(text).map_err(|_unsaid| "it is not the JSON that is expected")?;
+    let keys = json.keys.unwrap_or_default();
+    if keys.len() > MOST_KEYS {
+        return Err("it has too many keys");
+    }
+    let decoded = |(name, text): (String, EncodedKey)| {
+        let key = Zeroizing::new(STANDARD.decode(&text.0).ok()?);
+        key_pair(&key)?;
+        Some((name, key))
+    };
+    keys.into_iter().map(decoded).collect::<Option<_>>().ok_or("what should be a key is none")
+}
+
+fn written(keys: &KeyTable) -> Zeroizing<Vec<u8>> {
+    let keys =
+        keys.iter().map(|(name, key)| (name.clone(), EncodedKey(STANDARD.encode(key.as_slice())))).collect();
+    // Room for all of it at once: a buffer that grows leaves copies behind.
+    let mut text = Zeroizing::new(Vec::with_capacity(64 * 1024));
+    let mut serializer = Serializer::with_formatter(&mut *text, PrettyFormatter::with_indent(b"\t"));
+    KeysJson { keys: Some(keys) }.serialize(&mut serializer).expect("texts");
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_two_places_are_taken_in_turns() {
+        let at = tempfile::tempdir().unwrap();
+        let path = at.path().join("keys");
+        let keys = AgentKeys::open(FileDir::open(&path, 0o700).unwrap()).unwrap();
+        let certificate = |key: &KeyPair| {
+            rcgen::CertificateParams::new(vec!["a".to_owned()])
+                .unwrap()
+                .self_signed(key)
+                .unwrap()
+                .der()
+                .to_vec()
+        };
+        let mut leaf = certificate(&keys.make_next(None).unwrap());
+        for turn in 0..4 {
+            let next = keys.make_next(Some(&leaf)).unwrap();
+            let again = AgentKeys::open(FileDir::open(&path, 0o700).unwrap()).unwrap();
+            let old = again.of(&leaf).expect("the key in use is kept until the next but one");
+            assert_ne!(old.public_key(), next.public_key(), "{turn}");
+            leaf = certificate(&next);
+            assert!(again.of(&leaf).is_some(), "{turn}");
+        }
+        let text = std::fs::read_to_string(path.join(NAME)).unwrap();
+        assert!(text.starts_with("{\n\t\"keys\": {\n\t\t\"agent-svid-A\": \""), "{text}");
+        assert!(text.ends_with("\"\n\t}\n}"), "{text}");
+    }
+
+    #[test]
+    fn what_is_damaged_is_not_read() {
+        for text in ["", "{}x", "{\"keys\":{\"agent-svid-A\":\"AAAA\"}}", "{\"keys\":[]}"] {
+            assert!(parse(text.as_bytes()).is_err(), "{text}");
+        }
+        for text in ["{}", "{\"keys\":null}", "{\"keys\":{}}"] {
+            assert!(parse(text.as_bytes()).is_ok(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! A token that an admin made for this node, good for one attestation.
+
+use std::path::PathBuf;
+
+use futures_util::future::BoxFuture;
+use zeroize::Zeroizing;
+
+use super::{Evidence, NodeAttestor, read};
+use crate::issuer::server::settings::{JoinToken, TokenSource};
+
+/// Attests with a join token.
+#[derive(Debug)]
+pub(super) struct JoinTokenAttestor(OwnedToken);
+
+#[derive(Debug)]
+enum OwnedToken {
+    None,
+    Given(JoinToken),
+    File(PathBuf),
+}
+
+impl JoinTokenAttestor {
+    pub(super) fn new(token: Option<TokenSource<'_>>) -> Self {
+        Self(match token {
+            None => OwnedToken::None,
+            Some(TokenSource::Given(token)) => OwnedToken::Given(token.clone()),
+            Some(TokenSource::File(path)) => OwnedToken::File(path.to_owned()),
+        })
+    }
+}
+
+impl NodeAttestor for JoinTokenAttestor {
+    fn name(&self) -> &'static str {
+        "join_token"
+    }
+
+    fn evidence(&self) -> BoxFuture<'_, Result<Evidence, String>> {
+        Box::pin(async {
+            let payload = match &self.0 {
+                OwnedToken::None => return Err("join token was not provided".to_owned()),
+                OwnedToken::Given(token) => Zeroizing::new(token.secret().as_bytes().to_vec()),
+                OwnedToken::File(path) => {
+                    let text = read(path).await?;
+                    let token = Zeroizing::new(text.trim_ascii().to_vec());
+                    if token.is_empty() {
+                        return Err(format!("join token file is empty: {}", path.display()));
+                    }
+                    token
+                }
+            };
+            Ok(Evidence { payload, prover: None })
+        })
+    }
+}

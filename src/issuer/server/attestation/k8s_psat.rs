@@ -1,0 +1,41 @@
+//! The token that Kubernetes projects into this agent's pod.
+
+use futures_util::future::BoxFuture;
+use serde::Serialize;
+use zeroize::Zeroizing;
+
+use super::{Evidence, NodeAttestor, read};
+use crate::issuer::server::settings::K8sPsatSettings;
+
+/// Attests with a projected service account token.
+#[derive(Debug)]
+pub(super) struct PsatAttestor(K8sPsatSettings);
+
+#[derive(Serialize)]
+struct PsatPayload<'a> {
+    cluster: &'a str,
+    token: &'a str,
+}
+
+impl PsatAttestor {
+    pub(super) fn new(settings: K8sPsatSettings) -> Self {
+        Self(settings)
+    }
+}
+
+impl NodeAttestor for PsatAttestor {
+    fn name(&self) -> &'static str {
+        "k8s_psat"
+    }
+
+    fn evidence(&self) -> BoxFuture<'_, Result<Evidence, String>> {
+        Box::pin(async {
+            let token = read(&self.0.token).await?;
+            let token = std::str::from_utf8(&token)
+                .map_err(|_unsaid| format!("{} holds no token", self.0.token.display()))?;
+            let payload = PsatPayload { cluster: &self.0.cluster, token };
+            let payload = serde_json::to_vec(&payload).map_err(|error| error.to_string())?;
+            Ok(Evidence { payload: Zeroizing::new(payload), prover: None })
+        })
+    }
+}

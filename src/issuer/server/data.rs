@@ -1,0 +1,234 @@
+//! `agent-data.json`, as spire-agent has it: the agent's SVID, the authorities of its trust domain, and whether it can attest
+//! once more.
+
+use std::{path::PathBuf, sync::Mutex, sync::PoisonError};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use serde::{Deserialize, Serialize};
+use x509_parser::pem::Pem;
+
+use super::{error::DataFault, files::FileDir};
+use crate::identity::TrustDomain;
+
+const NAME: &str = "agent-data.json";
+
+/// Go's time before all others: what spire-agent writes where there is none.
+const NO_TIME: &str = "0001-01-01T00:00:00Z";
+
+/// The most certificates of a list in it.
+const MOST_CERTIFICATES: usize = 10_000;
+
+/// What is in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct AgentData {
+    /// The agent's SVID, DER, the leaf first; empty while it has none.
+    pub(super) svid: Vec<Vec<u8>>,
+    /// The authorities of the trust domain, DER; empty while none is known.
+    pub(super) bundle: Vec<Vec<u8>>,
+    pub(super) reattestable: bool,
+    /// 1 while the first trust is established, 2 while it is established anew, else 0.
+    pub(super) bootstrap_use: i64,
+    /// RFC 3339: since when that goes on.
+    pub(super) bootstrap_start_time: String,
+    /// How often that was tried.
+    pub(super) connection_attempts: i64,
+}
+
+impl Default for AgentData {
+    fn default() -> Self {
+        Self {
+            svid: Vec::new(),
+            bundle: Vec::new(),
+            reattestable: false,
+            bootstrap_use: 0,
+            bootstrap_start_time: NO_TIME.to_owned(),
+            connection_attempts: 0,
+        }
+    }
+}
+
+#[derive(Deserialize, Serialize)]
+struct DataJson {
+    #[serde(default)]
+    svid: Option<Vec<String>>,
+    #[serde(default)]
+    bundle: Option<Vec<String>>,
+    #[serde(default)]
+    reattestable: bool,
+    #[serde(default)]
+    bootstrap_use: i64,
+    #[serde(default = "no_time")]
+    bootstrap_start_time: String,
+    #[serde(default)]
+    connection_attempts: i64,
+}
+
+fn no_time() -> String {
+    NO_TIME.to_owned()
+}
+
+/// The file, and what is in it. Only this writes it.
+#[derive(Debug)]
+pub(super) struct AgentDataFile {
+    dir: FileDir,
+    known: Mutex<AgentData>,
+}
+
+impl AgentDataFile {
+    /// Reads the file; that there is none is well.
+    ///
+    /// # Errors
+    /// It cannot be read, is damaged (then it was put aside: the next time there is none), or is of another trust domain.
+    pub(super) fn open(dir: FileDir, trust_domain: &TrustDomain) -> Result<Self, DataFault> {
+        let known = match dir.read(NAME)? {
+            None => AgentData::default(),
+            Some(text) => parse(&text).map_err(|damage| dir.put_aside(NAME, damage))?,
+        };
+        if let Some(found) = known.svid.first().and_then(|leaf| trust_domain_of(leaf))
+            && found != trust_domain.name()
+        {
+            let want = trust_domain.name().to_owned();
+            return Err(DataFault::TrustDomain { path: dir.path_of(NAME), found, want });
+        }
+        Ok(Self { dir, known: Mutex::new(known) })
+    }
+
+    /// Where it is.
+    pub(super) fn path(&self) -> PathBuf {
+        self.dir.path_of(NAME)
+    }
+
+    /// What is in it.
+    pub(super) fn known(&self) -> AgentData {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes what is in it. Waits for the disk.
+    ///
+    /// # Errors
+    /// It cannot be written: what was in it is in it still.
+    pub(super) fn change(&self, change: impl FnOnce(&mut AgentData)) -> Result<(), DataFault> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next = known.clone();
+        change(&mut next);
+        if next != *known {
+            self.dir.write(NAME, &written(&next))?;
+            *known = next;
+        }
+        Ok(())
+    }
+}
+
+fn parse(text: &[u8]) -> Result<AgentData, &'static str> {
+    let json: DataJson =
+        serde_json::from_slice(text).map_err(|_unsaid| "it is not the JSON that is expected")?;
+    Ok(AgentData {
+        svid: certificates(json.svid)?,
+        bundle: certificates(json.bundle)?,
+        reattestable: json.reattestable,
+        bootstrap_use: json.bootstrap_use,
+        bootstrap_start_time: json.bootstrap_start_time,
+        connection_attempts: json.connection_attempts,
+    })
+}
+
+fn certificates(list: Option<Vec<String>>) -> Result<Vec<Vec<u8>>, &'static str> {
+    let list = list.unwrap_or_default();
+    if list.len() > MOST_CERTIFICATES {
+        return Err("it has too many certificates");
+    }
+    let certificate = |text: String| {
+        let pem = STANDARD.decode(text).ok()?;
+        let block = Pem::iter_from_buffer(&pem).next()?.ok()?;
+        let is_one = block.label == "CERTIFICATE"
+            && x509_parser::parse_x509_certificate(&block.contents).is_ok_and(|(rest, _)| rest.is_empty());
+        is_one.then_some(block.contents)
+    };
+    list.into_iter().map(certificate).collect::<Option<_>>().ok_or("what should be a certificate is none")
+}
+
+fn written(data: &AgentData) -> Vec<u8> {
+    let list = |certificates: &[Vec<u8>]| {
+        let encoded: Vec<String> = certificates.iter().map(|der| STANDARD.encode(pem(der))).collect();
+        // As Go writes a list that was never made.
+        (!encoded.is_empty()).then_some(encoded)
+    };
+    let json = DataJson {
+        svid: list(&data.svid),
+        bundle: list(&data.bundle),
+        reattestable: data.reattestable,
+        bootstrap_use: data.bootstrap_use,
+        bootstrap_start_time: data.bootstrap_start_time.clone(),
+        connection_attempts: data.connection_attempts,
+    };
+    serde_json::to_vec(&json).expect("texts and numbers")
+}
+
+/// PEM, as Go writes it.
+fn pem(der: &[u8]) -> String {
+    let body = STANDARD.encode(der);
+    let mut text = "-----BEGIN CERTIFICATE-----\n".to_owned();
+    let mut rest = body.as_str();
+    while !rest.is_empty() {
+        let (line, left) = rest.split_at(rest.len().min(64));
+        text.push_str(line);
+        text.push('\n');
+        rest = left;
+    }
+    text.push_str("-----END CERTIFICATE-----\n");
+    text
+}
+
+fn trust_domain_of(leaf: &[u8]) -> Option<String> {
+    let id = super::tls::id_of(leaf)?;
+    Some(id.trust_domain_name().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_spire_agent_writes_is_read_and_written_the_same() {
+        let der = rcgen::generate_simple_self_signed(vec!["a".to_owned()]).unwrap().cert.der().to_vec();
+        let one = STANDARD.encode(pem(&der));
+        for text in [
+            format!(
+                "{{\"svid\":[\"{one}\"],\"bundle\":[\"{one}\",\"{one}\"],\"reattestable\":true,\"bootstrap_use\":2,\
+                 \"bootstrap_start_time\":\"2026-11-27T01:02:03.123456789Z\",\"connection_attempts\":7}}"
+            ),
+            format!(
+                "{{\"svid\":null,\"bundle\":null,\"reattestable\":false,\"bootstrap_use\":0,\
+                 \"bootstrap_start_time\":\"{NO_TIME}\",\"connection_attempts\":0}}"
+            ),
+        ] {
+            assert_eq!(String::from_utf8(written(&parse(text.as_bytes()).unwrap())).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn what_is_damaged_is_not_read() {
+        for text in
+            ["", "{", "[]", "{\"svid\":[\"AAAA\"]}", "{\"bundle\":[\"LS0tLS1CRUdJTg==\"]}", "{\"svid\":7}"]
+        {
+            assert!(parse(text.as_bytes()).is_err(), "{text}");
+        }
+        assert_eq!(parse(b"{}"), Ok(AgentData::default()));
+    }
+
+    #[test]
+    fn a_damaged_file_is_kept_aside() {
+        let at = tempfile::tempdir().unwrap();
+        let path = at.path().join("data");
+        let open =
+            || AgentDataFile::open(FileDir::open(&path, 0o700)?, &TrustDomain::parse("example.org").unwrap());
+        open().unwrap().change(|data| data.reattestable = true).unwrap();
+        for kept in ["agent-data.json.damaged", "agent-data.json.damaged.2"] {
+            std::fs::write(path.join(NAME), "{\"svid\":").unwrap();
+            let error = open().unwrap_err();
+            assert!(error.to_string().contains(kept), "{error}");
+            assert_eq!(std::fs::read_to_string(path.join(kept)).unwrap(), "{\"svid\":");
+            assert_eq!(open().unwrap().known(), AgentData::default());
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! What can go wrong between the agent and its server, and what an admin does about it.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use prost::Message as _;
+use tonic::{Code, Status};
+
+use super::{
+    dial::DialError,
+    proto::types::{PermissionDeniedDetails, permission_denied_details::Reason},
+};
+
+/// The most that is kept of what a server says, in bytes.
+const LONGEST_MESSAGE: usize = 512;
+
+/// Why something that needs the server did not come about. Holds no key and no token.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ServerError {
+    /// No connection.
+    #[error("the server {server} is not reached: {cause}")]
+    NotReached { server: String, cause: Arc<dyn std::error::Error + Send + Sync> },
+    /// What answers there is signed by an authority that is not known: the server began anew with others, or it is
+    /// somebody else's.
+    #[error("the server {server} is not reached: {cause}")]
+    UnknownAuthority { server: String, cause: Arc<dyn std::error::Error + Send + Sync> },
+    /// The connection was lost when the call had been sent.
+    #[error("the connection to the server was lost: {0}")]
+    Lost(Arc<hyper::Error>),
+    /// No answer in time.
+    #[error("the server did not answer in time")]
+    Late,
+    /// The agent has no SVID to show.
+    #[error("this agent has no SVID of its own yet")]
+    NoSvid,
+    /// The server does not take this agent for one of its own.
+    #[error("{0}")]
+    Denied(Denial),
+    /// The server refuses to attest this node.
+    #[error("node attestation by {attestor} is refused: {message} ({code:?}){remedy}")]
+    Refused { attestor: &'static str, code: Code, message: String, remedy: &'static str },
+    /// The server answers with an error.
+    #[error("the server answers {call} with {code:?}: {message}")]
+    Answered { call: &'static str, code: Code, message: String },
+    /// The answer makes no sense; nothing of it is used.
+    #[error("the server's answer to {call} makes no sense: {fault}")]
+    Senseless { call: &'static str, fault: String },
+    /// What this node attests with is not there, or cannot be used.
+    #[error("{attestor}: {fault}")]
+    Evidence { attestor: &'static str, fault: String },
+    /// What the server is to be known by cannot be had.
+    #[error("the trust bundle cannot be had from {place}: {fault}")]
+    TrustSource { place: String, fault: String },
+    /// The disk.
+    #[error("{0}")]
+    Disk(Arc<DataFault>),
+}
+
+/// Why the server does not take this agent for one of its own. The texts say what to do at the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Denial {
+    #[error("the server says that this agent's SVID has expired")]
+    Expired,
+    #[error(
+        "the server does not know this agent (any more): it was evicted, or the server's database is another"
+    )]
+    NotAttested,
+    #[error("the server says that another copy of this agent has renewed its SVID: was its data_dir copied?")]
+    NotActive,
+    #[error(
+        "this agent is banned: delete it at the server to let it attest again (spire-server agent evict -spiffeID <its ID>)"
+    )]
+    Banned,
+    #[error("the server wants this agent to attest anew")]
+    MustReattest,
+}
+
+/// What is wrong with what is kept on the disk.
+#[derive(Debug, thiserror::Error)]
+pub enum DataFault {
+    #[error("cannot read {}: {cause}", path.display())]
+    Read { path: PathBuf, cause: std::io::Error },
+    #[error("cannot write {}: {cause}", path.display())]
+    Write { path: PathBuf, cause: std::io::Error },
+    #[error("{} belongs to uid {found}, but the agent runs as uid {ours} (chown {ours} {})", path.display(), path.display())]
+    Owner { path: PathBuf, found: u32, ours: u32 },
+    #[error("{} has mode {found:04o}, which is open to others; it must be {want:04o} (chmod {want:o} {})", path.display(), path.display())]
+    Mode { path: PathBuf, found: u32, want: u32 },
+    #[error("{} is not a {want}", path.display())]
+    FileType { path: PathBuf, want: &'static str },
+    #[error("{0}")]
+    Path(crate::os::trusted::PathError),
+    #[error("{} is locked: another agent uses this data_dir", path.display())]
+    Locked { path: PathBuf },
+    #[error("{} has {found} bytes, more than the {most} that it can have", path.display())]
+    TooLarge { path: PathBuf, found: u64, most: u64 },
+    /// It was put aside.
+    #[error("{} is damaged: {damage}; it is kept as {}", path.display(), kept.display())]
+    Damaged { path: PathBuf, damage: &'static str, kept: PathBuf },
+    /// It cannot be put aside.
+    #[error("{} is damaged: {damage}; move it away, and the others beside it that end in .damaged", path.display())]
+    DamagedOften { path: PathBuf, damage: &'static str },
+    #[error("{} is of trust domain {found:?}, but the agent is configured for {want:?}: correct trust_domain, or choose another data_dir", path.display())]
+    TrustDomain { path: PathBuf, found: String, want: String },
+}
+
+impl ServerError {
+    /// A dial that failed.
+    pub(super) fn dialed(server: String, error: DialError) -> Self {
+        if error.is_unknown_authority() {
+            Self::UnknownAuthority { server, cause: Arc::new(error) }
+        } else {
+            Self::NotReached { server, cause: Arc::new(error) }
+        }
+    }
+
+    /// What `call` was answered with. Errors of the connection, which tonic hands on within a status, stay what they are.
+    pub fn of(call: &'static str, status: &Status) -> Self {
+        let mut source = std::error::Error::source(status);
+        while let Some(error) = source {
+            if let Some(error) = error.downcast_ref::<Self>() {
+                return error.clone();
+            }
+            source = error.source();
+        }
+        if let Some(denial) = Denial::of(status) {
+            return Self::Denied(denial);
+        }
+        Self::Answered { call, code: status.code(), message: shown(status.message()) }
+    }
+
+    /// How long a caller should stay away, where that is known.
+    pub fn retry_after(&self) -> Option<Duration> {
+        None
+    }
+}
+
+impl Denial {
+    /// The reason that a PermissionDenied has in its details.
+    pub(super) fn of(status: &Status) -> Option<Self> {
+        if status.code() != Code::PermissionDenied {
+            return None;
+        }
+        let told = tonic_types::pb::Status::decode(status.details()).ok()?;
+        let detail = told
+            .details
+            .iter()
+            .find(|it| it.type_url.ends_with("/spire.api.types.PermissionDeniedDetails"))?;
+        let detail = PermissionDeniedDetails::decode(detail.value.as_slice()).ok()?;
+        match detail.reason() {
+            Reason::Unknown => None,
+            Reason::AgentExpired => Some(Self::Expired),
+            Reason::AgentNotAttested => Some(Self::NotAttested),
+            Reason::AgentNotActive => Some(Self::NotActive),
+            Reason::AgentBanned => Some(Self::Banned),
+            Reason::AgentMustReattest => Some(Self::MustReattest),
+        }
+    }
+}
+
+/// What a server says, as it may stand in a log: not without end, and on one line.
+pub(super) fn shown(message: &str) -> String {
+    let end = message.floor_char_boundary(LONGEST_MESSAGE);
+    message.get(..end).unwrap_or_default().chars().filter(|letter| !letter.is_control()).collect()
+}

@@ -1,0 +1,195 @@
+//! The calls to a SPIRE Server over the connection that shows the agent's SVID.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use futures_util::{FutureExt as _, future::BoxFuture, stream};
+use tokio::time::Instant;
+use tokio_stream::StreamExt as _;
+use tonic::Code;
+
+use super::{
+    bundles::{self, BUNDLE_MASK, ToldBundle},
+    calls::{AskFor, CallError, Calls},
+    entries::{ENTRY_MASK, EntryFault, EntrySync, KnownEntries, NextStep, SyncedEntries},
+    error::ServerError,
+    own_svid::OwnSvid,
+    proto::{
+        bundle::{GetBundleRequest, GetFederatedBundleRequest, bundle_client::BundleClient},
+        entry::{GetAuthorizedEntriesRequest, SyncAuthorizedEntriesRequest, entry_client::EntryClient},
+        svid::{
+            BatchNewX509svidRequest, NewJwtsvidRequest, NewX509svidParams, batch_new_x509svid_response,
+            svid_client::SvidClient,
+        },
+        types::Jwtsvid,
+    },
+    upstream::ServerConnection,
+};
+use crate::identity::{Bundle, EntryId, Tainted, TrustDomain};
+
+/// The longest answer, in bytes: 500 entries or SVIDs, of 8 KiB each.
+const LONGEST_ANSWER: usize = 4 << 20;
+/// The same, where all entries come in one.
+const LONGEST_LIST: usize = 256 << 20;
+
+/// The server that knows this agent by its own SVID.
+#[derive(Debug)]
+pub(super) struct RemoteServer {
+    own: Arc<OwnSvid>,
+    trust_domain: TrustDomain,
+    /// Whether entries are asked for by their revisions.
+    by_revision: AtomicBool,
+}
+
+impl RemoteServer {
+    pub(super) fn new(own: Arc<OwnSvid>, trust_domain: TrustDomain) -> Self {
+        Self { own, trust_domain, by_revision: AtomicBool::new(true) }
+    }
+
+    async fn by_revision(
+        &self,
+        known: &KnownEntries,
+        connection: ServerConnection,
+    ) -> Result<SyncedEntries, CallError> {
+        const CALL: &str = "SyncAuthorizedEntries";
+        let sync = async {
+            let mut client = EntryClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
+            // There is one request under way at most.
+            let (requests, asked) = tokio::sync::mpsc::channel::<SyncAuthorizedEntriesRequest>(1);
+            let asked = stream::unfold(asked, |mut asked| async {
+                let request = asked.recv().await?;
+                Some((request, asked))
+            });
+            // It cannot be full, and is only closed when the connection is.
+            drop(requests.try_send(EntrySync::first()));
+            let answers = client.sync_authorized_entries(asked).await;
+            let mut answers = answers.map_err(|status| ServerError::of(CALL, &status))?.into_inner();
+            let mut sync = EntrySync::new(&self.trust_domain, known);
+            loop {
+                let answer = answers.message().await.map_err(|status| ServerError::of(CALL, &status))?;
+                let answer = answer.ok_or(EntryFault::EndedEarly)?;
+                match sync.answer(answer)? {
+                    NextStep::Read => {}
+                    NextStep::Ask(request) => drop(requests.send(request).await),
+                    NextStep::Done => break,
+                }
+            }
+            Ok::<_, CallError>(sync.finish()?)
+        };
+        match tokio::time::timeout_at(connection.deadline(), sync).await {
+            Ok(synced) => synced,
+            Err(_late) => Err(ServerError::Late.into()),
+        }
+    }
+
+    async fn all_at_once(
+        &self,
+        known: &KnownEntries,
+        connection: ServerConnection,
+    ) -> Result<SyncedEntries, CallError> {
+        let mut client = EntryClient::new(connection.clone()).max_decoding_message_size(LONGEST_LIST);
+        let request = GetAuthorizedEntriesRequest { output_mask: Some(ENTRY_MASK) };
+        let answer =
+            connection.answer("GetAuthorizedEntries", client.get_authorized_entries(request)).await?;
+        let mut sync = EntrySync::new(&self.trust_domain, known);
+        sync.whole(answer.into_inner().entries)?;
+        Ok(sync.finish()?)
+    }
+}
+
+impl Calls for RemoteServer {
+    fn entries(
+        &self,
+        known: KnownEntries,
+        deadline: Instant,
+    ) -> BoxFuture<'_, Result<SyncedEntries, CallError>> {
+        async move {
+            let connection = self.own.upstream().agent(deadline).await?;
+            if self.by_revision.load(Ordering::Relaxed) {
+                self.by_revision(&known, connection).await
+            } else {
+                self.all_at_once(&known, connection).await
+            }
+        }
+        .boxed()
+    }
+
+    fn bundle(&self, deadline: Instant) -> BoxFuture<'_, Result<ToldBundle, CallError>> {
+        async move {
+            let connection = self.own.upstream().agent(deadline).await?;
+            let mut client = BundleClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
+            let request = GetBundleRequest { output_mask: Some(BUNDLE_MASK) };
+            let told = connection.answer("GetBundle", client.get_bundle(request)).await?;
+            Ok(bundles::read(told.into_inner(), &self.trust_domain)?)
+        }
+        .boxed()
+    }
+
+    fn federated_bundle<'a>(
+        &'a self,
+        trust_domain: &'a TrustDomain,
+        deadline: Instant,
+    ) -> BoxFuture<'a, Result<Option<ToldBundle>, CallError>> {
+        async move {
+            let connection = self.own.upstream().agent(deadline).await?;
+            let mut client = BundleClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
+            let request = GetFederatedBundleRequest {
+                trust_domain: trust_domain.name().to_owned(),
+                output_mask: Some(BUNDLE_MASK),
+            };
+            match connection.answer("GetFederatedBundle", client.get_federated_bundle(request)).await {
+                Ok(told) => Ok(Some(bundles::read(told.into_inner(), trust_domain)?)),
+                Err(ServerError::Answered { code: Code::NotFound, .. }) => Ok(None),
+                Err(error) => Err(error.into()),
+            }
+        }
+        .boxed()
+    }
+
+    fn sign_x509(
+        &self,
+        params: Vec<NewX509svidParams>,
+        deadline: Instant,
+    ) -> BoxFuture<'_, Result<Vec<batch_new_x509svid_response::Result>, CallError>> {
+        async move {
+            let connection = self.own.upstream().agent(deadline).await?;
+            let mut client = SvidClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
+            let request = BatchNewX509svidRequest { params };
+            let signed = connection.answer("BatchNewX509SVID", client.batch_new_x509svid(request)).await?;
+            Ok(signed.into_inner().results)
+        }
+        .boxed()
+    }
+
+    fn sign_jwt<'a>(
+        &'a self,
+        entry: &'a EntryId,
+        audience: &'a [String],
+        deadline: Instant,
+    ) -> BoxFuture<'a, Result<Jwtsvid, CallError>> {
+        async move {
+            let connection = self.own.upstream().agent(deadline).await?;
+            let mut client = SvidClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
+            // A server refuses an empty one.
+            let audience = audience.iter().filter(|text| !text.is_empty()).cloned().collect();
+            let request = NewJwtsvidRequest { entry_id: entry.to_string(), audience };
+            let signed = connection.answer("NewJWTSVID", client.new_jwtsvid(request)).await?;
+            signed.into_inner().svid.ok_or(CallError::Svid("there is no jwt-svid in it"))
+        }
+        .boxed()
+    }
+
+    fn ask_for(&self, entries: AskFor) {
+        self.by_revision.store(entries == AskFor::Revisions, Ordering::Relaxed);
+    }
+
+    fn trust<'a>(&'a self, bundle: &'a Bundle, tainted: &'a Tainted) -> BoxFuture<'a, Result<(), CallError>> {
+        async move {
+            self.own.distrust(tainted);
+            Ok(self.own.learn(bundle).await?)
+        }
+        .boxed()
+    }
+}

@@ -1,0 +1,173 @@
+//! JWT-SVIDs by a SPIRE Server: one call for each, since it signs one at a time.
+//!
+//! A workload that asks for another audience each time needs a signature each time, and the server signs so many a second for
+//! the whole node. So there is a number of places, one for each call under way, that is kept for a while however fast the
+//! server is; and callers take turns for them. Who finds none in time is told so, and nobody else is.
+
+use std::{
+    num::NonZeroU32,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use serde_json::Value;
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+use zeroize::Zeroizing;
+
+use super::{
+    calls::{CallError, Calls},
+    entries::spiffe_id_of,
+    proto::types::Jwtsvid,
+};
+use crate::{
+    identity::{Entry, JwtSvid},
+    issuer::MintError,
+    limits::{AttestationSlot, Attestations, Slots},
+    os::clock::Clock,
+};
+
+/// How many calls are under way at once.
+const PLACES: NonZeroU32 = NonZeroU32::new(64).unwrap();
+/// How many of one caller, however idle the node is.
+const PLACES_PER_CALLER: NonZeroU32 = NonZeroU32::new(32).unwrap();
+/// How long a place is taken at least: so 64 of them are 426 calls a second, and the server signs 500.
+const KEPT: Duration = Duration::from_millis(150);
+/// How many calls wait for a place, shared as the places are.
+const WAITING: NonZeroU32 = NonZeroU32::new(512).unwrap();
+/// How long a call waits for a place.
+const PLACE_WITHIN: Duration = Duration::from_secs(2);
+/// How long the server may take.
+const WITHIN: Duration = Duration::from_secs(10);
+/// After how long a call that failed is tried again; half as long again each time.
+const AGAIN: Duration = Duration::from_millis(500);
+/// When a caller without a place may come again.
+const COME_AGAIN: Duration = Duration::from_secs(1);
+
+/// There are too many calls to the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("this caller has as many calls to the server as it may")]
+struct NoPlace;
+
+/// Has JWT-SVIDs signed.
+#[derive(Debug)]
+pub(super) struct JwtSigning {
+    calls: Arc<dyn Calls>,
+    clock: Clock,
+    places: Arc<Slots>,
+    waiting: Arc<Slots>,
+}
+
+impl JwtSigning {
+    pub(super) fn new(calls: Arc<dyn Calls>, clock: Clock) -> Self {
+        let slots = |all, of_one| {
+            Arc::new(Slots::new(Attestations::new(Some(all), Some(of_one)).unwrap_or_default()))
+        };
+        Self { calls, clock, places: slots(PLACES, PLACES_PER_CALLER), waiting: slots(WAITING, WAITING) }
+    }
+
+    /// Has one signed, of the share of `family`.
+    pub(super) async fn sign(
+        &self,
+        entry: &Entry,
+        audience: &[String],
+        family: u64,
+        deadline: Instant,
+    ) -> Result<JwtSvid, MintError> {
+        let place = self.place(family, deadline).await?;
+        let began = Instant::now();
+        let signed = self.tried(entry, audience, deadline.min(began + WITHIN)).await;
+        // However it ends, and also if the caller has gone by then: see `Kept`.
+        drop(place);
+        match signed {
+            Ok(told) => accept(told, entry, self.clock.now()).map_err(issuers),
+            Err(error) => Err(issuers(error)),
+        }
+    }
+
+    async fn place(&self, family: u64, deadline: Instant) -> Result<KeptPlace, MintError> {
+        let none = || MintError::Issuer { retry_after: Some(COME_AGAIN), source: Box::new(NoPlace) };
+        let _waits = self.waiting.take(family).map_err(|_full| none())?;
+        let until = deadline.min(Instant::now() + PLACE_WITHIN);
+        let slot = timeout_at(until, self.places.wait(family)).await.map_err(|_late| none())?;
+        Ok(KeptPlace { slot: Some(slot), until: Instant::now() + KEPT })
+    }
+
+    async fn tried(
+        &self,
+        entry: &Entry,
+        audience: &[String],
+        deadline: Instant,
+    ) -> Result<Jwtsvid, CallError> {
+        let mut again = AGAIN;
+        loop {
+            let answer = self.calls.sign_jwt(&entry.id, audience, deadline).await;
+            match answer {
+                Err(error) if error.is_passing() && Instant::now() + again < deadline => {
+                    sleep(again).await;
+                    again = again * 3 / 2;
+                }
+                answer => return answer,
+            }
+        }
+    }
+}
+
+/// A place that is given back no sooner than then.
+#[derive(Debug)]
+struct KeptPlace {
+    slot: Option<AttestationSlot>,
+    until: Instant,
+}
+
+impl Drop for KeptPlace {
+    fn drop(&mut self) {
+        let Some(slot) = self.slot.take() else { return };
+        let until = self.until;
+        if until > Instant::now()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            // There are no more of these than places.
+            drop(runtime.spawn(async move {
+                sleep_until(until).await;
+                drop(slot);
+            }));
+        }
+    }
+}
+
+fn issuers(error: CallError) -> MintError {
+    MintError::Issuer { retry_after: None, source: Box::new(error) }
+}
+
+/// The SVID, if it is one of the entry.
+fn accept(told: Jwtsvid, entry: &Entry, now: SystemTime) -> Result<JwtSvid, CallError> {
+    let Jwtsvid { token, id, issued_at, expires_at, .. } = told;
+    let token = Zeroizing::new(token);
+    let of_entry = id.as_ref().and_then(spiffe_id_of).is_some_and(|id| id == entry.spiffe_id)
+        && subject(&token).is_some_and(|subject| subject == entry.spiffe_id.as_str());
+    if !of_entry {
+        return Err(CallError::Svid("the jwt-svid is of another spiffe id"));
+    }
+    let at = |seconds: i64| {
+        let seconds = u64::try_from(seconds).ok().filter(|seconds| *seconds > 0)?;
+        SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
+    };
+    let (Some(issued_at), Some(expires_at)) = (at(issued_at), at(expires_at)) else {
+        return Err(CallError::Svid("the jwt-svid does not say from when until when it is valid"));
+    };
+    if expires_at <= issued_at || expires_at <= now {
+        return Err(CallError::Svid("the jwt-svid has expired"));
+    }
+    Ok(JwtSvid { spiffe_id: entry.spiffe_id.clone(), token, issued_at, expires_at })
+}
+
+/// The subject that a token claims.
+fn subject(token: &str) -> Option<String> {
+    let mut parts = token.split('.');
+    let (_, claims, _, None) = (parts.next()?, parts.next()?, parts.next()?, parts.next()) else {
+        return None;
+    };
+    let claims: Value = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(claims).ok()?).ok()?;
+    Some(claims.get("sub")?.as_str()?.to_owned())
+}
