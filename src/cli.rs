@@ -20,6 +20,7 @@ mod manual;
 mod quickstart;
 mod run;
 mod socket;
+mod status;
 mod svid;
 mod terminal;
 mod text;
@@ -42,7 +43,7 @@ Exit codes:
   0  done
   1  an error, a refused command line or an unhealthy agent
   3  api: the agent has no identity for this process (PermissionDenied)
-  4  api, limits, explain: no agent answers at the socket
+  4  api, limits, explain, status: no agent answers at the socket
 
 Flags may also be spelled as spire-agent's: -socketPath PATH, -socketPath=PATH, --socketPath PATH.";
 
@@ -77,6 +78,8 @@ enum Command {
     Limits(limits::LimitsArgs),
     /// Show who a process is taken for and what it is given, for the agent's owner
     Explain(explain::ExplainArgs),
+    /// Show who signs and what is waited for, for the agent's owner
+    Status(status::StatusArgs),
     /// Check a configuration file without starting the agent
     Validate(validate::ValidateArgs),
     /// Print the completions of a shell
@@ -258,6 +261,7 @@ fn dispatch(command: Command, terminal: &mut Terminal) -> Result<(), Failure> {
         Command::Man(args) => manual::man(&args, terminal),
         Command::Healthcheck(args) => client_runtime()?.block_on(healthcheck::check(&args, terminal)),
         Command::Limits(args) => client_runtime()?.block_on(limits::limits(&args, terminal)),
+        Command::Status(args) => client_runtime()?.block_on(status::status(&args, terminal)),
         Command::Explain(args) => client_runtime()?.block_on(explain::explain(&args, terminal)),
         Command::Api(api) => client_runtime()?.block_on(async {
             match api {

@@ -33,6 +33,6 @@ pub use agent::{AgentSettings, DEFAULT_DATA_DIR, DEFAULT_SOCKET_PATH};
 pub use diff::{Changes, EntryChanges, diff};
 pub use document::Config;
 pub use file::{DropIns, FileError};
-pub use input::{ExpandEnv, Input};
+pub use input::{ExpandEnv, Given, Input};
 pub use issuer::{JoinedServer, Signer};
 pub use places::{AgentUser, Places, TakenAddress, WrongPlace};

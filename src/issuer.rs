@@ -11,7 +11,13 @@ pub mod lookout;
 pub mod metrics;
 pub mod server;
 
-use std::{collections::BTreeMap, error::Error, fmt, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    error::Error,
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use futures_util::future::BoxFuture;
 use tokio::{
@@ -24,7 +30,9 @@ pub use self::{
     lookout::{Lookout, Lookouts},
     metrics::SvidKind,
 };
-use crate::identity::{Bundle, Bundles, Entry, EntryIndex, JwtSvid, Tainted, TrustDomain, X509Svid};
+use crate::identity::{
+    Bundle, Bundles, Entry, EntryIndex, JwtSvid, SpiffeId, Tainted, TrustDomain, X509Svid,
+};
 
 /// The longest that a call waits for an SVID: as long as spire-agent waits for its server.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
@@ -67,12 +75,32 @@ pub trait Issuer: fmt::Debug + Send + Sync + 'static {
     /// Whether X.509-SVIDs are made before somebody asks for them, since that would take a while.
     fn makes_ahead(&self) -> bool;
 
+    /// What is known of the server behind it, where there is one.
+    fn server(&self) -> Option<ServerStatus> {
+        None
+    }
+
     /// Takes what a reload of the configuration tells it, for what is made from then on. Cannot fail: what only a
     /// restart can change is the same as before.
     fn reload(&self, told: IssuerInput);
 
     /// Does in the background what the issuer needs to go on signing, for ever.
     fn run(self: Arc<Self>) -> BoxFuture<'static, ()>;
+}
+
+/// How it goes with the server behind an issuer, for people.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServerStatus {
+    /// Its host and port.
+    pub address: String,
+    /// Who the agent is to it, and when its SVID ends; `None` while it has none.
+    pub agent: Option<(SpiffeId, SystemTime)>,
+    /// When entries and bundles were last what the server says.
+    pub last_sync: Option<SystemTime>,
+    /// What is waited for, in words for an admin, and since when.
+    pub waits_for: Option<(String, SystemTime)>,
+    /// Why the last call to it failed; `None` when it did not.
+    pub last_error: Option<String>,
 }
 
 /// What the configuration tells an issuer.

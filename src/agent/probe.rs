@@ -21,19 +21,29 @@ const BEAT: Duration = Duration::from_secs(1);
 /// How long they may take for it. A node that is short of processors for so long is no better off with this agent.
 const BEAT_WITHIN: Duration = Duration::from_secs(10);
 
-/// Asks every few seconds whether the issuer could sign SVIDs of each kind.
+/// Asks every few seconds whether the issuer could sign SVIDs of each kind. One that waits for its server is on its way: a
+/// restart would not bring the server back.
 pub(super) async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
     let mut every = tokio::time::interval(PROBE);
+    let mut failing = false;
     loop {
         every.tick().await;
         match SvidKind::VALUES.iter().try_for_each(|kind| issuer.can_sign(*kind)) {
             _ if health.get() == Probe::Draining => return,
-            Ok(()) => health.set(Probe::Healthy),
+            Ok(()) => {
+                failing = false;
+                health.set(Probe::Healthy);
+            }
             Err(error) => {
-                if health.get() != Probe::Unavailable {
-                    tracing::error!(error = chain(&error), "the agent cannot sign");
+                let waits = issuer.server().is_some();
+                if !std::mem::replace(&mut failing, true) {
+                    if waits {
+                        tracing::warn!(error = chain(&error), "the agent waits for its server");
+                    } else {
+                        tracing::error!(error = chain(&error), "the agent cannot sign");
+                    }
                 }
-                health.set(Probe::Unavailable);
+                health.set(if waits { Probe::Starting } else { Probe::Unavailable });
             }
         }
     }

@@ -237,6 +237,9 @@ impl AgentParts {
             attestor: Arc::clone(&self.attestor),
             keys,
             store: Arc::clone(self.writer.store()),
+            issuer: Arc::clone(&self.issuer),
+            x509: Arc::clone(&self.x509),
+            health: Arc::clone(&self.health),
             charged: Box::new(move || meter.charged().map(|charged| (charged.used, charged.kernel))),
         })
     }

@@ -5,7 +5,11 @@
 //! bounded by [`MOST`] and by the entries that match. It shares nothing with the public socket but the runtime: its
 //! listener and its places are its own, so that it answers while the public one is flooded.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use http::{Request, Response};
 use nix::unistd::{Uid, geteuid};
@@ -25,6 +29,7 @@ use crate::{
         inspect::{Description, InspectError, UntoldKind},
     },
     identity::{Entry, Selector},
+    issuer::{Issuer, SvidKind},
     limits::{
         self, CallerKey, ConnectionPermit, ConnectionRefusal, Limits, Method,
         budget::Pressure,
@@ -40,8 +45,12 @@ use crate::{
         AcceptGate, Arrival, ConnectionBounds, RequestBody,
         cgroup::{KeySource, PodOrUid},
     },
-    store::{Snapshot, Store},
-    telemetry::{chain, registry::Label as _},
+    store::{Snapshot, Store, X509Cache},
+    telemetry::{
+        chain,
+        health::{HealthState, Probe},
+        registry::Label as _,
+    },
 };
 
 /// How many of the heaviest are told when nobody says how many.
@@ -55,6 +64,12 @@ const SHORTAGES: [(Short, &str); 3] =
 const FOREMOST: usize = 8;
 /// How many of the entries that nearly match are told.
 const NEAREST: usize = 5;
+/// Seconds since 1970; 0 for what is before.
+fn unix(time: SystemTime) -> i64 {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
+
 /// The largest request, in bytes: each holds one number.
 const MAX_REQUEST: usize = 1024;
 
@@ -110,6 +125,11 @@ pub struct AdminParts {
     /// Whom a process is charged as.
     pub keys: Arc<PodOrUid>,
     pub store: Arc<Store>,
+    /// Who signs.
+    pub issuer: Arc<dyn Issuer>,
+    /// The X.509-SVIDs that are kept.
+    pub x509: Arc<X509Cache>,
+    pub health: Arc<HealthState>,
     /// What is charged to the agent's cgroup, if it is alone in one, and the kernel's part of it, in bytes.
     pub charged: Box<dyn Fn() -> Option<(u64, u64)> + Send + Sync>,
 }
@@ -152,6 +172,13 @@ impl Admin for AdminParts {
         Ok(tonic::Response::new(self.limits_now(usize::try_from(top).unwrap_or(usize::MAX))))
     }
 
+    async fn status(
+        &self,
+        _request: tonic::Request<pb::StatusRequest>,
+    ) -> Result<tonic::Response<pb::StatusResponse>, Status> {
+        Ok(tonic::Response::new(self.status_now()))
+    }
+
     async fn explain(
         &self,
         request: tonic::Request<pb::ExplainRequest>,
@@ -166,6 +193,41 @@ impl Admin for AdminParts {
 }
 
 impl AdminParts {
+    fn status_now(&self) -> pb::StatusResponse {
+        let snapshot = self.store.snapshot();
+        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+        let server = self.issuer.server().map(|server| {
+            let (agent_id, ends) = server.agent.unzip();
+            let (waits_for, since) = server.waits_for.unzip();
+            pb::ServerStatus {
+                address: server.address,
+                agent_id: agent_id.map(|id| id.to_string()).unwrap_or_default(),
+                agent_svid_ends: ends.map_or(0, unix),
+                last_sync: server.last_sync.map_or(0, unix),
+                waits_for: waits_for.unwrap_or_default(),
+                waits_since: since.map_or(0, unix),
+                last_error: server.last_error.unwrap_or_default(),
+            }
+        });
+        let why = SvidKind::VALUES.iter().find_map(|kind| self.issuer.can_sign(*kind).err());
+        let not_ready = match why {
+            _ if self.health.get() == Probe::Draining => "the agent is about to end".to_owned(),
+            Some(why) => chain(&why),
+            None if self.health.ready() => String::new(),
+            None if self.health.get() == Probe::Starting => "the agent has just started".to_owned(),
+            None => "callers cannot be served or told apart: see the log".to_owned(),
+        };
+        pb::StatusResponse {
+            trust_domain: snapshot.bundles.own.trust_domain.to_string(),
+            entries: count(snapshot.index.entries().len()),
+            bundles: count(snapshot.bundles.federated.len() + 1),
+            x509_svids: count(self.x509.counts().cached),
+            not_ready,
+            server,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+
     fn limits_now(&self, top: usize) -> pb::LimitsResponse {
         let mut heaviest = self.limits.heaviest(top);
         heaviest.extend(self.gate.report(top).into_iter().map(|heavy| (Stage::Gate, heavy)));

@@ -22,16 +22,20 @@ pub(super) enum Takes {
 }
 
 /// Every flag: our spelling, spire-agent's, and what follows it. A name means the same thing for all commands.
-pub(super) const FLAGS: [(&str, &str, Takes); 28] = [
+pub(super) const FLAGS: [(&str, &str, Takes); 39] = [
     ("allow-unauthenticated-verifiers", "allowUnauthenticatedVerifiers", Takes::Nothing),
     ("audience", "audience", Takes::Value),
     ("config", "config", Takes::Value),
     ("data-dir", "dataDir", Takes::Value),
     ("dir", "dir", Takes::Value),
+    ("disable-sds-api", "disableSDSAPI", Takes::Nothing),
     ("exit-after-fetch", "exitAfterFetch", Takes::Nothing),
     ("expand-env", "expandEnv", Takes::Nothing),
     ("help", "help", Takes::Nothing),
+    ("insecure-bootstrap", "insecureBootstrap", Takes::Nothing),
     ("instance", "instance", Takes::Value),
+    ("join-token", "joinToken", Takes::Value),
+    ("join-token-file", "joinTokenFile", Takes::Value),
     ("log-file", "logFile", Takes::Value),
     ("log-format", "logFormat", Takes::Value),
     ("log-level", "logLevel", Takes::Value),
@@ -40,6 +44,10 @@ pub(super) const FLAGS: [(&str, &str, Takes); 28] = [
     // spire-agent's older name of -output.
     ("output", "format", Takes::Value),
     ("pid", "pid", Takes::Value),
+    ("rebootstrap-delay", "rebootstrapDelay", Takes::Value),
+    ("rebootstrap-mode", "rebootstrapMode", Takes::Value),
+    ("server-address", "serverAddress", Takes::Value),
+    ("server-port", "serverPort", Takes::Value),
     ("shallow", "shallow", Takes::Nothing),
     ("silent", "silent", Takes::Nothing),
     ("socket-path", "socketPath", Takes::Value),
@@ -47,6 +55,9 @@ pub(super) const FLAGS: [(&str, &str, Takes); 28] = [
     ("svid", "svid", Takes::Value),
     ("timeout", "timeout", Takes::Value),
     ("top", "top", Takes::Value),
+    ("trust-bundle", "trustBundle", Takes::Value),
+    ("trust-bundle-format", "trustBundleFormat", Takes::Value),
+    ("trust-bundle-url", "trustBundleUrl", Takes::Value),
     ("trust-domain", "trustDomain", Takes::Value),
     ("verbose", "verbose", Takes::Nothing),
     ("version", "version", Takes::Nothing),

@@ -8,9 +8,10 @@ use tracing::Level;
 use super::Failure;
 use crate::{
     agent,
-    config::{Config, ExpandEnv, WrongPlace},
+    config::{Config, ExpandEnv, Given, WrongPlace},
     hcl::{ConfigError, ConfigErrors},
     identity::TrustDomain,
+    issuer::server::settings::JoinToken,
     os::{secrecy, trusted::Trust},
     peer::socket::MAX_PATH_LEN,
     telemetry::{LogFormat, parse_level},
@@ -75,6 +76,98 @@ pub struct CliOverrides {
     /// Give bundles to callers without an identity too
     #[arg(long)]
     pub allow_unauthenticated_verifiers: bool,
+
+    /// Serve no SDS API: there is none, so that this changes nothing
+    #[arg(long)]
+    pub disable_sds_api: bool,
+
+    #[command(flatten)]
+    pub server: ServerOverrides,
+}
+
+/// What the command line says of a SPIRE Server, in place of the keys of `agent` of the same names.
+#[derive(clap::Args, Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServerOverrides {
+    /// The host name or IP address of the SPIRE Server
+    #[arg(long, value_name = "HOST")]
+    pub server_address: Option<String>,
+
+    /// The port of the SPIRE Server
+    #[arg(long, value_name = "PORT")]
+    pub server_port: Option<String>,
+
+    /// The token that the SPIRE Server gave for this node; other users of the node can read it here, so better in a file
+    #[arg(long, value_name = "TOKEN", value_parser = join_token)]
+    pub join_token: Option<JoinToken>,
+
+    /// A file that holds the token
+    #[arg(long, value_name = "FILE")]
+    pub join_token_file: Option<String>,
+
+    /// The file by which the SPIRE Server is known at first
+    #[arg(long, value_name = "FILE")]
+    pub trust_bundle: Option<String>,
+
+    /// Where that bundle is fetched from instead
+    #[arg(long, value_name = "URL")]
+    pub trust_bundle_url: Option<String>,
+
+    /// The form of that bundle: pem or spiffe
+    #[arg(long, value_name = "FORMAT")]
+    pub trust_bundle_format: Option<String>,
+
+    /// Believe the first SPIRE Server that answers
+    #[arg(long)]
+    pub insecure_bootstrap: bool,
+
+    /// Whether to begin anew when the SPIRE Server's roots are unknown: never, auto or always
+    #[arg(long, value_name = "MODE")]
+    pub rebootstrap_mode: Option<String>,
+
+    /// For how long unknown roots are put up with before that
+    #[arg(long, value_name = "DURATION")]
+    pub rebootstrap_delay: Option<String>,
+}
+
+impl CliOverrides {
+    /// The keys that are checked together with those of the file, and replace them there. The trust domain is one only
+    /// where the file names none: another one is an error.
+    fn keys(&self) -> Vec<Given> {
+        let ServerOverrides {
+            server_address,
+            server_port,
+            join_token,
+            join_token_file,
+            trust_bundle,
+            trust_bundle_url,
+            trust_bundle_format,
+            insecure_bootstrap,
+            rebootstrap_mode,
+            rebootstrap_delay,
+        } = &self.server;
+        let texts = [
+            ("server_address", server_address.as_deref()),
+            ("server_port", server_port.as_deref()),
+            ("join_token", join_token.as_ref().map(JoinToken::secret)),
+            ("join_token_file", join_token_file.as_deref()),
+            ("trust_bundle_path", trust_bundle.as_deref()),
+            ("trust_bundle_url", trust_bundle_url.as_deref()),
+            ("trust_bundle_format", trust_bundle_format.as_deref()),
+            ("rebootstrap_mode", rebootstrap_mode.as_deref()),
+            ("rebootstrap_delay", rebootstrap_delay.as_deref()),
+        ];
+        // As with spire-agent, an empty text says nothing.
+        let texts =
+            texts.into_iter().filter_map(|(key, text)| Some((key, text.filter(|text| !text.is_empty())?)));
+        let mut keys: Vec<Given> = texts.map(|(key, text)| Given::text(key, text)).collect();
+        keys.extend(insecure_bootstrap.then(|| Given::yes("insecure_bootstrap")));
+        keys.extend(self.trust_domain.as_ref().map(|name| Given::unless_set("trust_domain", name.name())));
+        keys
+    }
+}
+
+fn join_token(text: &str) -> Result<JoinToken, std::convert::Infallible> {
+    Ok(JoinToken::from(text.to_owned()))
 }
 
 /// Why the command line does not fit the configuration.
@@ -117,6 +210,9 @@ impl CliOverrides {
             log_file,
             log_source_location,
             allow_unauthenticated_verifiers,
+            disable_sds_api: _,
+            // Among the file's keys by then.
+            server: _,
         } = self;
         if let Some(asked) = trust_domain.as_ref().filter(|asked| **asked != config.trust_domain) {
             return Err(OverrideError::TrustDomain {
@@ -173,7 +269,7 @@ impl ConfigArgs {
     pub(super) fn read(&self, trust: Trust) -> Result<Config, Failure> {
         let variable = |name: &str| super::environment(name).and_then(|value| value.into_string().ok());
         let expand = if self.expand_env { ExpandEnv::With(&variable) } else { ExpandEnv::No };
-        let mut config = Config::load_as(trust, &self.config, expand)?;
+        let mut config = Config::load_as(trust, &self.config, expand, &self.overrides.keys())?;
         self.overrides.apply(&mut config)?;
         Ok(config)
     }

@@ -12,7 +12,7 @@ use super::{
     entries::{Entries, EntryRules},
     federation::Federation,
     file,
-    input::{ExpandEnv, Input},
+    input::{ExpandEnv, Given, Input},
     issuer::{self, Signer},
     ratelimit,
     server::ServerBlock,
@@ -74,14 +74,19 @@ impl Config {
     /// # Errors
     /// Every mistake that was found, in all files.
     pub fn load(path: &Path, expand_env: ExpandEnv<'_>) -> Result<Self, ConfigErrors> {
-        Self::load_as(Trust::own(), path, expand_env)
+        Self::load_as(Trust::own(), path, expand_env, &[])
     }
 
-    /// The same, with files of these owners.
+    /// The same, with files of these owners, and with these keys in place of those in the file.
     ///
     /// # Errors
     /// Every mistake that was found, in all files.
-    pub fn load_as(trust: Trust, path: &Path, expand_env: ExpandEnv<'_>) -> Result<Self, ConfigErrors> {
+    pub fn load_as(
+        trust: Trust,
+        path: &Path,
+        expand_env: ExpandEnv<'_>,
+        given: &[Given],
+    ) -> Result<Self, ConfigErrors> {
         let whole_file = |message: String| {
             let file = path.to_owned();
             let error = ConfigError { file, line: 0, column: 0, key: String::new(), value: None, message };
@@ -96,6 +101,7 @@ impl Config {
             text: &text,
             base: &base,
             expand_env,
+            given,
             drop_ins: &|dir| file::read_drop_ins(trust, dir),
             user_id: &|name| users.uid(name),
             read_bundle: &|path| file::read_bundle(trust, path),
@@ -127,7 +133,8 @@ impl Config {
 /// Reads and checks everything. `None` when what cannot be left out is missing, which was reported.
 fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     let file = problems.add_file(input.path);
-    let main = input.tree(problems, file, input.text)?;
+    let mut main = input.tree(problems, file, input.text)?;
+    input.lay_over(problems, &mut main);
     let mut root = Section::root(problems, file, &main);
     let mut agent = AgentBlock::read(&mut root);
     let mut server = std::mem::take(&mut agent.server);
@@ -223,9 +230,18 @@ mod tests {
         hcl::show_duration,
     };
 
-    const REFERENCE: &str = include_str!("../../conf/agent.conf");
+    const EMBEDDED: &str = include_str!("../../conf/agent.conf");
+    const JOINED: &str = include_str!("../../conf/agent-with-server.conf");
+    const REFERENCES: [&str; 2] = [EMBEDDED, JOINED];
     const BUNDLE: &str = r#"{"keys": [{"use": "jwt-svid", "kid": "a", "kty": "EC", "crv": "P-256",
         "x": "axfR8uEsQkf4vOblY6RA8ncDfYEt6zOg9KE5RdiYwpY", "y": "T-NC4v4af5uO5-tKfA-eFivOM1drMV7Oy7ZAaDe_UfU"}]}"#;
+
+    const NODE_BY_CERTIFICATE: &str = "plugins { NodeAttestor \"x509pop\" { plugin_data { private_key_path = \"k\" certificate_path = \"c\" } } }";
+    const NODE_BY_KUBERNETES: &str =
+        "plugins { NodeAttestor \"k8s_psat\" { plugin_data { cluster = \"c\" } } }";
+    const PLUGINS: &str =
+        "plugins { KeyManager \"memory\" { } } agent { trust_domain = \"a\" server_address = \"s\"
+        server_port = 1 insecure_bootstrap = true }";
 
     fn problems() -> Problems {
         Problems::new(Path::new("/"))
@@ -237,6 +253,7 @@ mod tests {
             text,
             base: Path::new("/"),
             expand_env: ExpandEnv::No,
+            given: &[],
             drop_ins: &|_| Ok(Some(Vec::new())),
             user_id: &|name| Ok((name == "build").then_some(1000)),
             read_bundle: &|path| match path.to_str() {
@@ -250,16 +267,22 @@ mod tests {
         config.unwrap()
     }
 
-    fn defaults() -> Config {
-        let text = "agent { trust_domain = \"example.org\" } issuer \"embedded\" { }";
-        parse(text, &problems())
+    /// The least that says what a reference says, and its lines that are no comments.
+    fn defaults(reference: &str) -> Config {
+        let stated = |line: &&str| !line.trim_start().starts_with('#');
+        let joined: Vec<&str> = reference.lines().filter(stated).collect();
+        let text = match reference {
+            JOINED => joined.join("\n"),
+            _ => "agent { trust_domain = \"example.org\" } issuer \"embedded\" { }".to_owned(),
+        };
+        parse(&text, &problems())
     }
 
     /// Runs of lines for which `take` gives a text, each with the comment above it, as (comment, lines to change).
-    fn runs(take: fn(&str) -> Option<String>) -> Vec<(String, BTreeMap<usize, String>)> {
+    fn runs(reference: &str, take: fn(&str) -> Option<String>) -> Vec<(String, BTreeMap<usize, String>)> {
         let mut runs: Vec<(String, BTreeMap<usize, String>)> = Vec::new();
         let (mut comment, mut open) = (String::new(), false);
-        for (at, line) in REFERENCE.lines().enumerate() {
+        for (at, line) in reference.lines().enumerate() {
             match take(line) {
                 Some(text) if open => drop(runs.last_mut().unwrap().1.insert(at, text)),
                 Some(text) => {
@@ -279,39 +302,70 @@ mod tests {
         runs
     }
 
-    fn changed(lines: &BTreeMap<usize, String>) -> String {
-        let line =
-            |(at, line): (usize, &str)| lines.get(&at).cloned().unwrap_or_else(|| line.to_owned()) + "\n";
-        REFERENCE.lines().enumerate().map(line).collect()
+    /// The reference with these lines. What only one of may be there gives way to an example of it.
+    fn changed(reference: &str, lines: &BTreeMap<usize, String>) -> String {
+        let gives_way = |line: &str| {
+            let exclude = |word: &str, by: &str| {
+                line.trim_start().starts_with(word)
+                    && lines.values().any(|line| line.trim_start().starts_with(by))
+            };
+            exclude("NodeAttestor", "NodeAttestor")
+                || exclude("trust_bundle_path", "trust_bundle_url")
+                || exclude("trust_bundle_path", "trust_bundle_spiffe")
+        };
+        let line = |(at, line): (usize, &str)| match lines.get(&at) {
+            Some(instead) => instead.clone() + "\n",
+            None if gives_way(line) => "\n".to_owned(),
+            None => line.to_owned() + "\n",
+        };
+        reference.lines().enumerate().map(line).collect()
     }
 
     #[test]
-    fn the_reference_is_the_defaults() {
-        assert_eq!(parse(REFERENCE, &problems()), defaults());
-        let shown = runs(|line| {
-            let setting = line.trim_start().strip_prefix("# ")?;
-            let (key, _) = setting.split_once(" = ")?;
-            key.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_').then(|| setting.to_owned())
-        });
-        assert!(shown.len() > 20, "{shown:?}");
-        for (_, lines) in &shown {
-            for (at, setting) in lines {
-                let alone = BTreeMap::from([(*at, setting.clone())]);
-                assert_eq!(parse(&changed(&alone), &problems()), defaults(), "{setting}");
+    fn the_references_are_the_defaults() {
+        for reference in REFERENCES {
+            assert_eq!(parse(reference, &problems()), defaults(reference));
+            let shown = runs(reference, |line| {
+                let setting = line.trim_start().strip_prefix("# ")?;
+                let (key, _) = setting.split_once(" = ")?;
+                key.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_').then(|| setting.to_owned())
+            });
+            assert!(shown.len() > 7, "{shown:?}");
+            for (_, lines) in &shown {
+                for (at, setting) in lines {
+                    let alone = BTreeMap::from([(*at, setting.clone())]);
+                    let got = parse(&changed(reference, &alone), &problems());
+                    assert_eq!(got, defaults(reference), "{setting}");
+                }
             }
         }
     }
 
     #[test]
     fn the_examples_are_no_defaults_and_reload_as_they_say() {
-        let examples = runs(|line| Some(line.trim_start().strip_prefix("#+ ")?.to_owned()));
-        assert!(examples.len() >= 7, "{examples:?}");
-        for (comment, lines) in &examples {
-            let changes = diff(&defaults(), &parse(&changed(lines), &problems()));
-            assert!(!changes.is_empty(), "{lines:?}");
-            let reloads = comment.contains("Reloads");
-            assert!(reloads != comment.contains("Restart to change."), "{comment}");
-            assert_eq!(changes.restart.is_empty(), reloads, "{comment}");
+        for reference in REFERENCES {
+            let examples = runs(reference, |line| Some(line.trim_start().strip_prefix("#+ ")?.to_owned()));
+            assert!(examples.len() >= 5, "{examples:?}");
+            // Of the ways to say one thing, each by itself.
+            let apart = |lines: &BTreeMap<usize, String>| -> Vec<BTreeMap<usize, String>> {
+                let ways = ["join_token", "trust_bundle_url"];
+                if lines.len() > 1 && lines.values().all(|line| ways.iter().any(|way| line.starts_with(way)))
+                {
+                    lines.iter().map(|(at, line)| BTreeMap::from([(*at, line.clone())])).collect()
+                } else {
+                    vec![lines.clone()]
+                }
+            };
+            for (comment, lines) in examples
+                .iter()
+                .flat_map(|(comment, lines)| apart(lines).into_iter().map(move |lines| (comment, lines)))
+            {
+                let changes = diff(&defaults(reference), &parse(&changed(reference, &lines), &problems()));
+                assert!(!changes.is_empty(), "{lines:?}");
+                let reloads = comment.contains("Reloads");
+                assert!(reloads != comment.contains("Restart to change."), "{comment}");
+                assert_eq!(changes.restart.is_empty(), reloads, "{comment}");
+            }
         }
     }
 
@@ -320,19 +374,20 @@ mod tests {
         let mut found = BTreeMap::new();
         let mut blocks: Vec<&str> = Vec::new();
         let mut comment = String::new();
-        for line in REFERENCE.lines().map(str::trim) {
+        for line in REFERENCES.iter().flat_map(|text| text.lines()).map(str::trim) {
             let (example, prose) = (line.strip_prefix("#+ "), line.strip_prefix("# "));
-            let setting = example.or(prose).unwrap_or(line);
+            let setting = example.or(prose).unwrap_or(line).trim();
             if let Some((block, _)) = setting.split_once(" {")
                 && prose.is_none()
             {
                 found.insert([&blocks.join("."), block].join("."), comment.clone());
-                blocks.extend(example.is_none().then_some(block));
+                let opens = !setting.ends_with('}');
+                blocks.extend(opens.then_some(block));
             } else if let Some((_, _)) = setting.split_once(" = ") {
                 for key in setting.split(" = ").filter_map(|text| text.rsplit(' ').next()) {
                     found.insert([&blocks.join("."), key].join("."), comment.clone());
                 }
-            } else if line == "}" {
+            } else if setting.trim() == "}" {
                 blocks.pop();
             } else if line.is_empty() {
                 comment.clear();
@@ -345,7 +400,11 @@ mod tests {
     #[test]
     fn each_declared_key_is_in_the_reference_and_changes_as_it_says() {
         let problems = problems();
-        parse(REFERENCE, &problems);
+        let x509pop = NODE_BY_CERTIFICATE.to_owned() + PLUGINS;
+        let k8s_psat = NODE_BY_KUBERNETES.to_owned() + PLUGINS;
+        for text in [EMBEDDED, JOINED, &x509pop, &k8s_psat] {
+            parse(text, &problems);
+        }
         let asked = problems.asked.borrow();
         assert!(asked.declared.len() > 25, "{:?}", asked.declared);
         let comments = comments();
@@ -369,7 +428,7 @@ mod tests {
     fn every_key_is_in_the_reference() {
         let problems = problems();
         let text = format!(
-            "{REFERENCE} agent {{ sds {{ }} experimental {{ }} }} telemetry {{ Prometheus {{ port = 1 }} }}
+            "{EMBEDDED} agent {{ sds {{ }} experimental {{ }} }} telemetry {{ Prometheus {{ port = 1 }} }}
             plugins {{ SVIDStore \"x\" {{ enabled = false }} }}
             entry \"spiffe://example.org/a\" {{ selectors = [\"unix:uid:1\"] }}
             ratelimit {{ caller {{ override \"uid:7\" {{ share = true rate = 1 burst = 9 costs {{ answer = 1 }}
@@ -381,8 +440,10 @@ mod tests {
         parse(&text, &problems);
         let keys = &problems.asked.borrow().keys;
         assert!(keys.contains("agent.trust_domain") && keys.contains("entry.selectors"), "{keys:?}");
-        let words: BTreeSet<&str> =
-            REFERENCE.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).collect();
+        let words: BTreeSet<&str> = REFERENCES
+            .iter()
+            .flat_map(|text| text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')))
+            .collect();
         let missing: Vec<&String> =
             keys.iter().filter(|key| !words.contains(key.rsplit('.').next().unwrap_or_default())).collect();
         assert_eq!(missing, [""; 0]);

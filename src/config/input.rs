@@ -2,6 +2,7 @@
 
 use std::{
     borrow::Cow,
+    fmt,
     path::{Path, PathBuf},
 };
 
@@ -12,7 +13,7 @@ use crate::{
         problems::Problems,
         reader,
         section::At,
-        tree::{Node, Place, quoted},
+        tree::{Member, Node, Place, Value, quoted},
     },
     limits::pattern::NoAnswer,
 };
@@ -35,6 +36,39 @@ impl ExpandEnv<'_> {
     }
 }
 
+/// A key of `agent` that the command line sets, in place of the file.
+#[derive(Clone)]
+pub struct Given {
+    key: &'static str,
+    value: Value,
+    /// Whether a value in the file stays.
+    yields: bool,
+}
+
+impl Given {
+    /// `key` is this text.
+    pub fn text(key: &'static str, text: &str) -> Self {
+        Self { key, value: Value::String(text.into()), yields: false }
+    }
+
+    /// `key` is true.
+    pub fn yes(key: &'static str) -> Self {
+        Self { key, value: Value::Bool(true), yields: false }
+    }
+
+    /// `key` is this text where the file sets none.
+    pub fn unless_set(key: &'static str, text: &str) -> Self {
+        Self { yields: true, ..Self::text(key, text) }
+    }
+}
+
+/// Shows no value: some are secrets.
+impl fmt::Debug for Given {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Given").field("key", &self.key).finish_non_exhaustive()
+    }
+}
+
 /// A configuration before it is read: the text, and how to reach the files that it names.
 #[derive(Clone, Copy)]
 pub struct Input<'a> {
@@ -46,6 +80,8 @@ pub struct Input<'a> {
     pub base: &'a Path,
     /// Whether variables are replaced, here and in the drop-in files.
     pub expand_env: ExpandEnv<'a>,
+    /// What the command line sets.
+    pub given: &'a [Given],
     /// Reads the drop-in files of a directory, in the order of their names; `None` when there is no such directory.
     pub drop_ins: &'a dyn Fn(&Path) -> Result<Option<DropIns>, FileError>,
     /// The UID of a user of this node, or that there is no such user.
@@ -64,6 +100,32 @@ impl Input<'_> {
                 None
             }
         }
+    }
+
+    /// Puts what the command line sets in place of what `agent` says in the file.
+    pub(super) fn lay_over(&self, problems: &Problems, main: &mut Node) {
+        if self.given.is_empty() {
+            return;
+        }
+        let Value::Object(blocks) = &mut main.value else { return };
+        let file = problems.add_file(Path::new("command line"));
+        let mut added = Vec::new();
+        for (Given { key, value, yields }, column) in self.given.iter().zip(1..) {
+            let mut objects =
+                blocks.iter_mut().filter(|block| block.key.eq_ignore_ascii_case("agent")).flat_map(members);
+            let is_key = |member: &Member| member.key.eq_ignore_ascii_case(key) && member.is_set();
+            if *yields && objects.any(|members| members.iter().any(is_key)) {
+                continue;
+            }
+            objects.for_each(|members| members.retain(|member| !is_key(member)));
+            let place = Place { file, line: 0, column };
+            added.push(Member { key: (*key).into(), place, node: Node { place, value: value.clone() } });
+        }
+        if added.is_empty() {
+            return;
+        }
+        let place = blocks.first().map_or(Place { file, line: 0, column: 0 }, |block| block.place);
+        blocks.push(Member { key: "agent".into(), place, node: Node { place, value: Value::Object(added) } });
     }
 
     /// The trees of the drop-in files in `dir` (or in `entries.d`), each with the number of its file.
@@ -92,4 +154,19 @@ impl Input<'_> {
         }
         trees
     }
+}
+
+/// The members of each object that a block stands for.
+fn members(block: &mut Member) -> Vec<&mut Vec<Member>> {
+    let nodes = match &mut block.node.value {
+        Value::List(items) => items.iter_mut().map(|node| &mut node.value).collect(),
+        value => vec![value],
+    };
+    let mut found = Vec::new();
+    for value in nodes {
+        if let Value::Object(members) = value {
+            found.push(members);
+        }
+    }
+    found
 }

@@ -16,8 +16,6 @@ pub(crate) const NOT_HERE: &str = "is not in this version";
 pub(crate) enum Off {
     False,
     True,
-    /// A whole number.
-    Zero,
     /// A text; an empty one is always off.
     Text(&'static str),
     /// A list.
@@ -36,10 +34,6 @@ pub(crate) fn asked(
         Off::False | Off::True => {
             let at = section.boolean(key)?;
             (at.place, at.value == matches!(off, Off::False), at.value.to_string())
-        }
-        Off::Zero => {
-            let at = section.integer(key, 0..=u16::MAX)?;
-            (at.place, at.value != 0, at.value.to_string())
         }
         Off::Text(off) => {
             let at = section.string(key)?;

@@ -45,7 +45,7 @@ pub(crate) struct Member {
 
 impl Member {
     /// Whether it is set to anything.
-    pub(super) fn is_set(&self) -> bool {
+    pub(crate) fn is_set(&self) -> bool {
         self.node.value != Value::Null
     }
 }

@@ -37,7 +37,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use futures_util::{StreamExt as _, future::BoxFuture, stream};
@@ -62,7 +62,7 @@ pub use self::{
     upstream::LineStanding,
 };
 use super::{
-    Issuer, IssuerChoice, IssuerInput, Lookout, Lookouts, MintError, SvidKind, World, by,
+    Issuer, IssuerChoice, IssuerInput, Lookout, Lookouts, MintError, ServerStatus, SvidKind, World, by,
     metrics::IssuerMetrics,
 };
 use crate::{
@@ -108,6 +108,8 @@ fn asked_for(settings: &ServerSettings) -> AskFor {
 struct Standing {
     /// When the server is asked again, where it failed.
     again_at: Option<Instant>,
+    /// When a sync last passed.
+    synced: Option<SystemTime>,
 }
 
 /// A SPIRE Server as an [`Issuer`].
@@ -199,7 +201,7 @@ impl ServerIssuer {
             x509,
             jwt,
             settings: Mutex::new(settings),
-            standing: Mutex::new(Standing { again_at: None }),
+            standing: Mutex::new(Standing { again_at: None, synced: None }),
         }
     }
 
@@ -218,6 +220,14 @@ impl ServerIssuer {
         *self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn stands(&self, done: &Result<(), CallError>, again_at: Instant) {
+        let mut standing = self.standing.lock().unwrap_or_else(PoisonError::into_inner);
+        match done {
+            Ok(()) => *standing = Standing { again_at: None, synced: Some(self.clock.now()) },
+            Err(_) => standing.again_at = Some(again_at),
+        }
+    }
+
     /// Follows what the server has, for ever.
     async fn follow(&self) {
         let mut synced = Synced::default();
@@ -233,8 +243,7 @@ impl ServerIssuer {
             }
             say(&mut synced.failing, done.as_ref().err());
             let next = cycle.ended(Instant::now(), outcome, self.settings().interval, fraction());
-            *self.standing.lock().unwrap_or_else(PoisonError::into_inner) =
-                Standing { again_at: done.is_err().then_some(next.at) };
+            self.stands(&done, next.at);
             let waited_for = async {
                 sleep_until(next.if_waited_for).await;
                 self.lookouts.wanted().await;
@@ -428,6 +437,27 @@ impl Issuer for ServerIssuer {
 
     fn makes_ahead(&self) -> bool {
         true
+    }
+
+    fn server(&self) -> Option<ServerStatus> {
+        let own = self.own.as_ref()?;
+        let line = own.upstream().standing();
+        let mut status = ServerStatus {
+            address: line.server,
+            agent: None,
+            last_sync: self.standing().synced,
+            waits_for: None,
+            last_error: line.failed.map(|(error, _)| error),
+        };
+        match own.standing().borrow().clone() {
+            OwnStanding::Waiting { why, since } => status.waits_for = Some((why, since)),
+            OwnStanding::Serving { id, not_after, trouble, .. } => {
+                status.agent = Some((id, not_after));
+                status.last_error = status.last_error.or(trouble);
+            }
+            OwnStanding::Lost(denial) => status.last_error = Some(denial.to_string()),
+        }
+        Some(status)
     }
 
     fn reload(&self, told: IssuerInput) {

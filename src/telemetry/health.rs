@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// How the agent is, as its own probe found it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Probe {
-    /// Not everything is bound yet; nothing was probed.
+    /// Not everything is there yet: nothing was probed, or the issuer waits for its server.
     #[default]
     Starting,
     /// Everything is served.

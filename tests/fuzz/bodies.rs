@@ -224,6 +224,7 @@ fn check_config(text: &str, drop_in: &str, expand_env: ExpandEnv<'_>) {
         text,
         base: Path::new("/srv"),
         expand_env,
+        given: &[],
         drop_ins: &drop_ins,
         user_id: &|name| Ok((name == "build").then_some(1000)),
         read_bundle: &read_bundle,

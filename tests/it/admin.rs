@@ -100,6 +100,15 @@ async fn limits_show_who_called() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn status_tells_who_signs() {
+    let agent = Agent::start(&entry("/web", ""));
+    let mut admin = agent.admin().await;
+    let got = admin.status(pb::StatusRequest {}).await.unwrap().into_inner();
+    assert_eq!((&*got.trust_domain, got.entries, got.bundles), (TRUST_DOMAIN, 1, 1));
+    assert_eq!((got.server, &*got.version), (None, env!("CARGO_PKG_VERSION")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn explain_shows_what_fits_and_what_nearly_does() {
     let uid = nix::unistd::geteuid();
     let own = format!("unix:uid:{uid}");

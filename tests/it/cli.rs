@@ -849,6 +849,7 @@ fn the_manual_has_a_page_for_every_command() {
             "durward-man.1",
             "durward-quickstart.1",
             "durward-run.1",
+            "durward-status.1",
             "durward-validate.1",
             "durward.1",
         ]

@@ -24,6 +24,7 @@ mod held;
 mod hostile;
 mod house;
 mod issuer;
+mod join_config;
 mod ledger;
 mod limits;
 mod listener;

@@ -31,6 +31,7 @@ fn load(text: &str, files: &[(&str, &str)]) -> Result<Config, String> {
         text,
         base: Path::new("/base"),
         expand_env: ExpandEnv::No,
+        given: &[],
         drop_ins: &|_| {
             let files = files.iter().map(|(path, text)| (Path::new(path).to_owned(), Ok((*text).to_owned())));
             Ok(Some(files.collect::<DropIns>()))

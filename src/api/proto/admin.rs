@@ -213,6 +213,52 @@ pub struct Near {
     #[prost(string, repeated, tag = "4")]
     pub absent: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StatusRequest {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StatusResponse {
+    #[prost(string, tag = "1")]
+    pub trust_domain: ::prost::alloc::string::String,
+    /// Registration entries, and trust domains whose bundle is known.
+    #[prost(uint64, tag = "2")]
+    pub entries: u64,
+    #[prost(uint64, tag = "3")]
+    pub bundles: u64,
+    /// X.509-SVIDs that are kept.
+    #[prost(uint64, tag = "4")]
+    pub x509_svids: u64,
+    /// What keeps the agent from serving everybody, in words. Empty when nothing does.
+    #[prost(string, tag = "5")]
+    pub not_ready: ::prost::alloc::string::String,
+    /// The SPIRE Server behind the agent; missing where a CA of this node signs.
+    #[prost(message, optional, tag = "6")]
+    pub server: ::core::option::Option<ServerStatus>,
+    #[prost(string, tag = "7")]
+    pub version: ::prost::alloc::string::String,
+}
+/// Times are in seconds since 1970; 0 where there is none.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServerStatus {
+    /// host:port
+    #[prost(string, tag = "1")]
+    pub address: ::prost::alloc::string::String,
+    /// The agent's own SPIFFE ID, and the end of its SVID. Empty while it has none.
+    #[prost(string, tag = "2")]
+    pub agent_id: ::prost::alloc::string::String,
+    #[prost(int64, tag = "3")]
+    pub agent_svid_ends: i64,
+    /// When entries and bundles were last what the server said.
+    #[prost(int64, tag = "4")]
+    pub last_sync: i64,
+    /// What is waited for, and since when. Empty when nothing is.
+    #[prost(string, tag = "5")]
+    pub waits_for: ::prost::alloc::string::String,
+    #[prost(int64, tag = "6")]
+    pub waits_since: i64,
+    /// Why the last call failed. Empty when it did not.
+    #[prost(string, tag = "7")]
+    pub last_error: ::prost::alloc::string::String,
+}
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum Limit {
@@ -380,6 +426,28 @@ pub mod admin_client {
                 .insert(GrpcMethod::new("durward.admin.v1.Admin", "Explain"));
             self.inner.unary(req, path, codec).await
         }
+        /// Who signs, and how it goes.
+        pub async fn status(
+            &mut self,
+            request: impl tonic::IntoRequest<super::StatusRequest>,
+        ) -> std::result::Result<tonic::Response<super::StatusResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/durward.admin.v1.Admin/Status",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("durward.admin.v1.Admin", "Status"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -405,6 +473,11 @@ pub mod admin_server {
             &self,
             request: tonic::Request<super::ExplainRequest>,
         ) -> std::result::Result<tonic::Response<super::ExplainResponse>, tonic::Status>;
+        /// Who signs, and how it goes.
+        async fn status(
+            &self,
+            request: tonic::Request<super::StatusRequest>,
+        ) -> std::result::Result<tonic::Response<super::StatusResponse>, tonic::Status>;
     }
     #[derive(Debug)]
     pub struct AdminServer<T> {
@@ -553,6 +626,49 @@ pub mod admin_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ExplainSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/durward.admin.v1.Admin/Status" => {
+                    #[allow(non_camel_case_types)]
+                    struct StatusSvc<T: Admin>(pub Arc<T>);
+                    impl<T: Admin> tonic::server::UnaryService<super::StatusRequest>
+                    for StatusSvc<T> {
+                        type Response = super::StatusResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::StatusRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Admin>::status(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = StatusSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

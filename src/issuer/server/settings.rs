@@ -211,7 +211,11 @@ impl NodeAttestorSettings {
 impl KeyManagerSettings {
     /// Adds what is another in `next`.
     pub(crate) fn compare(&self, next: &Self, changes: &mut KeyChanges) {
-        changes.needs_restart("plugins.KeyManager", self, next);
+        let disk = |directory: &PathBuf| DiskKeySettings { directory: Some(directory.clone()) };
+        match (self, next) {
+            (Self::Disk(old), Self::Disk(new)) => disk(old).compare(&disk(new), changes),
+            _ => changes.needs_restart("plugins.KeyManager", self, next),
+        }
     }
 }
 
