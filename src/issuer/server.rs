@@ -80,13 +80,13 @@ const AWAY_WAIT: Duration = Duration::from_secs(3);
 
 /// What may change of it while it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct LiveSettings {
+struct LiveSettings {
     /// The time between two syncs.
-    pub(super) interval: Duration,
+    interval: Duration,
     /// Of the keys of workloads.
-    pub(super) key_type: KeyType,
+    key_type: KeyType,
     /// How long a caller that no entry fits waits for one.
-    pub(super) entry_wait: Duration,
+    entry_wait: Duration,
 }
 
 impl From<&ServerSettings> for LiveSettings {
@@ -165,7 +165,7 @@ impl ServerIssuer {
     }
 
     /// An issuer that knows nothing yet.
-    pub(super) fn new(
+    fn new(
         trust_domain: TrustDomain,
         calls: Arc<dyn Calls>,
         settings: LiveSettings,
@@ -206,7 +206,7 @@ impl ServerIssuer {
     }
 
     /// Takes new settings, for what is done from then on.
-    pub(super) fn reconfigure(&self, settings: LiveSettings) {
+    fn reconfigure(&self, settings: LiveSettings) {
         self.x509.set_key_type(settings.key_type);
         self.lookouts.set_patience(settings.entry_wait);
         *self.settings.lock().unwrap_or_else(PoisonError::into_inner) = settings;
