@@ -28,6 +28,10 @@ use tokio::{
 pub use self::lookout::{Lookout, Lookouts};
 pub use self::metrics::SvidKind;
 use self::{embedded::EmbeddedSettings, server::ServerSettings};
+pub use self::{
+    lookout::{Lookout, Lookouts},
+    metrics::SvidKind,
+};
 use crate::identity::{
     Bundle, Bundles, Entry, EntryIndex, JwtSvid, SpiffeId, Tainted, TrustDomain, X509Svid,
 };
@@ -66,17 +70,17 @@ pub trait Issuer: fmt::Debug + Send + Sync + 'static {
     /// Why it could not.
     fn can_sign(&self, kind: SvidKind) -> Result<(), MintError>;
 
-    /// What is known of the server behind it, where there is one.
-    fn server(&self) -> Option<ServerStatus> {
-        None
-    }
-
     /// Says that somebody waits for an entry that may be there by now, for as long as what is returned lives: the issuer
     /// looks for it, and publishes what it finds. `None` where there is none that it does not know.
     fn look_out(&self) -> Option<Lookout>;
 
     /// Whether X.509-SVIDs are made before somebody asks for them, since that would take a while.
     fn makes_ahead(&self) -> bool;
+
+    /// What is known of the server behind it, where there is one.
+    fn server(&self) -> Option<ServerStatus> {
+        None
+    }
 
     /// Takes what a reload of the configuration tells it, for what is made from then on. Cannot fail: what only a
     /// restart can change is the same as before.

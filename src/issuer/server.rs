@@ -80,13 +80,13 @@ const AWAY_WAIT: Duration = Duration::from_secs(3);
 
 /// What may change of it while it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct LiveSettings {
+struct LiveSettings {
     /// The time between two syncs.
-    pub(super) interval: Duration,
+    interval: Duration,
     /// Of the keys of workloads.
-    pub(super) key_type: KeyType,
+    key_type: KeyType,
     /// How long a caller that no entry fits waits for one.
-    pub(super) entry_wait: Duration,
+    entry_wait: Duration,
 }
 
 impl From<&ServerSettings> for LiveSettings {
@@ -108,7 +108,7 @@ fn asked_for(settings: &ServerSettings) -> AskFor {
 struct Standing {
     /// When the server is asked again, where it failed.
     again_at: Option<Instant>,
-    /// When the last sync was done.
+    /// When a sync last passed.
     synced: Option<SystemTime>,
 }
 
@@ -165,7 +165,7 @@ impl ServerIssuer {
     }
 
     /// An issuer that knows nothing yet.
-    pub(super) fn new(
+    fn new(
         trust_domain: TrustDomain,
         calls: Arc<dyn Calls>,
         settings: LiveSettings,
@@ -206,7 +206,7 @@ impl ServerIssuer {
     }
 
     /// Takes new settings, for what is done from then on.
-    pub(super) fn reconfigure(&self, settings: LiveSettings) {
+    fn reconfigure(&self, settings: LiveSettings) {
         self.x509.set_key_type(settings.key_type);
         self.lookouts.set_patience(settings.entry_wait);
         *self.settings.lock().unwrap_or_else(PoisonError::into_inner) = settings;
@@ -218,6 +218,14 @@ impl ServerIssuer {
 
     fn standing(&self) -> Standing {
         *self.standing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stands(&self, done: &Result<(), CallError>, again_at: Instant) {
+        let mut standing = self.standing.lock().unwrap_or_else(PoisonError::into_inner);
+        match done {
+            Ok(()) => *standing = Standing { again_at: None, synced: Some(self.clock.now()) },
+            Err(_) => standing.again_at = Some(again_at),
+        }
     }
 
     /// Follows what the server has, for ever.
@@ -235,9 +243,7 @@ impl ServerIssuer {
             }
             say(&mut synced.failing, done.as_ref().err());
             let next = cycle.ended(Instant::now(), outcome, self.settings().interval, fraction());
-            let synced = if done.is_ok() { Some(self.clock.now()) } else { self.standing().synced };
-            *self.standing.lock().unwrap_or_else(PoisonError::into_inner) =
-                Standing { again_at: done.is_err().then_some(next.at), synced };
+            self.stands(&done, next.at);
             let waited_for = async {
                 sleep_until(next.if_waited_for).await;
                 self.lookouts.wanted().await;
@@ -451,6 +457,27 @@ impl Issuer for ServerIssuer {
 
     fn makes_ahead(&self) -> bool {
         true
+    }
+
+    fn server(&self) -> Option<ServerStatus> {
+        let own = self.own.as_ref()?;
+        let line = own.upstream().standing();
+        let mut status = ServerStatus {
+            address: line.server,
+            agent: None,
+            last_sync: self.standing().synced,
+            waits_for: None,
+            last_error: line.failed.map(|(error, _)| error),
+        };
+        match own.standing().borrow().clone() {
+            OwnStanding::Waiting { why, since } => status.waits_for = Some((why, since)),
+            OwnStanding::Serving { id, not_after, trouble, .. } => {
+                status.agent = Some((id, not_after));
+                status.last_error = status.last_error.or(trouble);
+            }
+            OwnStanding::Lost(denial) => status.last_error = Some(denial.to_string()),
+        }
+        Some(status)
     }
 
     fn reload(&self, told: IssuerInput) {

@@ -7,7 +7,6 @@ use std::sync::{
 
 use futures_util::{FutureExt as _, future::BoxFuture, stream};
 use tokio::time::Instant;
-use tokio_stream::StreamExt as _;
 use tonic::Code;
 
 use super::{
