@@ -10,7 +10,7 @@ mod dial;
 mod entries;
 mod error;
 mod files;
-mod own_svid;
+pub mod own_svid;
 pub mod proto;
 mod request;
 pub mod settings;
@@ -19,7 +19,7 @@ mod upstream;
 
 pub use self::{
     error::{DataFault, Denial, ServerError},
-    own_svid::OwnStanding,
+    own_svid::{OwnStanding, OwnSvid},
     settings::ServerSettings,
     upstream::LineStanding,
 };

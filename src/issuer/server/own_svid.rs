@@ -84,7 +84,7 @@ struct AgentSvid {
 
 /// Has the agent's own SVID, and renews it.
 #[derive(Debug)]
-pub(super) struct OwnSvid {
+pub struct OwnSvid {
     settings: ServerSettings,
     clock: Clock,
     upstream: Arc<Upstream>,
@@ -112,7 +112,7 @@ impl OwnSvid {
     ///
     /// # Errors
     /// Another agent uses the directory, a file in it is damaged or open to others, or it is of another trust domain.
-    pub(super) fn open(settings: ServerSettings, clock: Clock) -> Result<Arc<Self>, DataFault> {
+    pub fn open(settings: ServerSettings, clock: Clock) -> Result<Arc<Self>, DataFault> {
         let dir = FileDir::open(&settings.data_dir, 0o755)?;
         let lock = dir.lock(LOCK)?;
         let data = Arc::new(AgentDataFile::open(dir, &settings.trust_domain)?);
@@ -147,12 +147,12 @@ impl OwnSvid {
     }
 
     /// How it stands, and each change.
-    pub(super) fn standing(&self) -> watch::Receiver<OwnStanding> {
+    pub fn standing(&self) -> watch::Receiver<OwnStanding> {
         self.standing.subscribe()
     }
 
     /// Renews the SVID as soon as possible: what signed it is tainted.
-    pub(super) fn renew_at_once(&self) {
+    pub fn renew_at_once(&self) {
         self.at_once.notify_one();
     }
 
@@ -160,14 +160,14 @@ impl OwnSvid {
     ///
     /// # Errors
     /// They cannot be written: they are in force until the agent ends.
-    pub(super) async fn learn(&self, bundle: &Bundle) -> Result<(), ServerError> {
+    pub async fn learn(&self, bundle: &Bundle) -> Result<(), ServerError> {
         self.upstream.trust(bundle);
         let roots = bundle.x509_authorities.clone();
         self.keep(move |data| data.bundle = roots).await
     }
 
     /// Renews for ever. Ends when the server does not take this agent any more and it cannot attest again.
-    pub(super) async fn run(self: Arc<Self>) -> Denial {
+    pub async fn run(self: Arc<Self>) -> Denial {
         let mut denials = self.upstream.denials();
         let mut pause = Pause::new();
         let mut way = self.current().is_none().then_some(Way::Attest);
