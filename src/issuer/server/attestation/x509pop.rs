@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use x509_parser::pem::Pem;
 use zeroize::Zeroizing;
 
-use super::{Evidence, NodeAttestor, Prover, read};
+use super::{NodeAttestor, NodeEvidence, Prover, read};
 use crate::{
     identity::pem::misplaced_begin,
     issuer::{keys::random, server::settings::X509PopSettings},
@@ -72,7 +72,7 @@ impl PopAttestor {
         Self(settings)
     }
 
-    async fn from_files(&self) -> Result<Evidence, String> {
+    async fn from_files(&self) -> Result<NodeEvidence, String> {
         let needed =
             |path: &Option<std::path::PathBuf>, name| path.clone().ok_or(format!("{name} is required"));
         let certificate = needed(&self.0.certificate, "certificate_path")?;
@@ -97,7 +97,7 @@ impl PopAttestor {
         }
         let payload = PopPayload { certificates: chain.iter().map(|der| STANDARD.encode(der)).collect() };
         let payload = serde_json::to_vec(&payload).map_err(|error| error.to_string())?;
-        Ok(Evidence { payload: Zeroizing::new(payload), prover: Some(Box::new(key)) })
+        Ok(NodeEvidence { payload: Zeroizing::new(payload), prover: Some(Box::new(key)) })
     }
 }
 
@@ -106,7 +106,7 @@ impl NodeAttestor for PopAttestor {
         "x509pop"
     }
 
-    fn evidence(&self) -> BoxFuture<'_, Result<Evidence, String>> {
+    fn evidence(&self) -> BoxFuture<'_, Result<NodeEvidence, String>> {
         Box::pin(async {
             match &self.0.workload_api {
                 None => self.from_files().await,
