@@ -153,6 +153,7 @@ async fn an_svid_that_was_not_asked_for_is_not_kept() {
         (Given::OtherTrustDomain, "not the ID of an agent of this trust domain"),
         (Given::NoAgent, "not the ID of an agent of this trust domain"),
         (Given::Expired, "has expired"),
+        (Given::OtherCa, "unknown authority"),
     ] {
         let server = FakeSpireServer::start(Face::Right).await;
         server.course().tokens.insert("once".to_owned());

@@ -57,7 +57,7 @@ pub(super) trait Prover: Send {
 }
 
 /// What the server gives for it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct AttestedAgent {
     /// DER, the leaf first.
     pub(super) chain: Vec<Vec<u8>>,

@@ -18,7 +18,7 @@ use tokio::{
 
 use super::{
     agent_keys::{AgentKeys, NewKeyError},
-    attestation::{NodeAttestor, attest, attestor},
+    attestation::{AttestedAgent, NodeAttestor, attest, attestor},
     bootstrap::{self, Circumstances},
     bundles,
     data::{AgentData, AgentDataFile},
@@ -324,16 +324,10 @@ impl OwnSvid {
             }
             Way::Attest | Way::AttestAnew => {
                 let trust = self.trust_for(way).await?;
-                let connection = self.upstream.stranger(trust, deadline).await?;
+                let connection = self.upstream.stranger(trust.clone(), deadline).await?;
                 let attested = attest(&connection, self.attestor.as_ref(), csr).await?;
-                // A join token is used up by now: what it brought is kept before anything else can fail.
                 self.check("AttestAgent", &attested.chain, &key)?;
-                let kept = attested.chain.clone();
-                let first = self.data.known().svid.is_empty();
-                if first {
-                    self.keep(move |data| (data.svid, data.reattestable) = (kept, attested.reattestable))
-                        .await?;
-                }
+                self.keep_first(&attested, trust).await?;
                 let mut client = BundleClient::new(connection.clone());
                 let request = GetBundleRequest { output_mask: Some(bundles::BUNDLE_MASK) };
                 let told = connection.answer("GetBundle", client.get_bundle(request)).await?.into_inner();
@@ -352,6 +346,26 @@ impl OwnSvid {
         })
         .await?;
         self.upstream.believe(ServerTrust::Roots(Arc::new(roots)));
+        if let Some(svid) = self.read(chain, reattestable) {
+            self.show(&svid);
+        }
+        Ok(())
+    }
+
+    /// A join token is used up by now: the SVID that it brought is kept, and shown, before anything else can fail. One
+    /// that is not verified yet waits for the bundle.
+    async fn keep_first(&self, attested: &AttestedAgent, trust: ServerTrust) -> Result<(), ServerError> {
+        let ServerTrust::Roots(roots) = trust else { return Ok(()) };
+        let AttestedAgent { chain, reattestable } = attested.clone();
+        if !self.data.known().svid.is_empty() || self.verify("AttestAgent", &chain, &roots).is_err() {
+            return Ok(());
+        }
+        let (svid, bundle) = (chain.clone(), roots.to_vec());
+        self.keep(move |data| {
+            *data = AgentData { svid, bundle, reattestable, ..AgentData::default() };
+        })
+        .await?;
+        self.upstream.believe(ServerTrust::Roots(roots));
         if let Some(svid) = self.read(chain, reattestable) {
             self.show(&svid);
         }
