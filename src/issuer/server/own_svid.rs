@@ -4,6 +4,8 @@
 //! verified, that it does not know this agent. While there is none, or it cannot be renewed, that is told and tried
 //! again; the process does not end for it.
 
+mod renewal;
+
 use std::{
     sync::Arc,
     time::{Duration, SystemTime},
@@ -16,6 +18,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
+use self::renewal::{Pause, draw, due};
 use super::{
     agent_keys::{AgentKeys, NewKeyError},
     attestation::{AttestedAgent, NodeAttestor, attest, attestor},
@@ -35,7 +38,7 @@ use super::{
 };
 use crate::{
     identity::{Bundle, SpiffeId},
-    issuer::keys::{KeyPair, random},
+    issuer::keys::KeyPair,
     os::clock::{Clock, sleep_until},
 };
 
@@ -45,9 +48,8 @@ const LOCK: &str = "durward.lock";
 /// The longest of one exchange with the server.
 const LONGEST_CALL: Duration = Duration::from_secs(30);
 
-/// The first pause after a failure, and the longest. Each is half as long again as the one before.
+/// The first pause after a failure.
 const FIRST_PAUSE: Duration = Duration::from_secs(5);
-const LONGEST_PAUSE: Duration = Duration::from_secs(120);
 
 /// The first pause while nothing is served for want of an SVID.
 const FIRST_PAUSE_WITHOUT: Duration = Duration::from_secs(1);
@@ -57,9 +59,6 @@ const CONFIRM: Duration = Duration::from_secs(5);
 
 /// An SVID that ends sooner than this is not begun with.
 const LEAST_LEFT: Duration = Duration::from_secs(1);
-
-/// With an availability target, an SVID lives so much longer than that at least, or the target is not met.
-const TARGET_MARGIN: Duration = Duration::from_secs(12 * 3600);
 
 /// How it stands with the agent's own SVID.
 #[derive(Clone, Debug)]
@@ -209,7 +208,7 @@ impl OwnSvid {
     /// Until there is something to do about the SVID of the moment.
     async fn wait(&self, denials: &mut watch::Receiver<Option<Denial>>) -> Result<Way, Denial> {
         let Some(svid) = self.current() else { return Ok(Way::Attest) };
-        let due = due(&svid, self.settings.availability_target, &draw());
+        let due = due(svid.not_before, svid.not_after, self.settings.availability_target, &draw());
         loop {
             tokio::select! {
                 () = sleep_until(self.clock, due) => return Ok(self.way(Way::Renew)),
@@ -507,67 +506,4 @@ fn csr(key: &KeyPair) -> Result<Vec<u8>, rcgen::Error> {
     params.distinguished_name.push(DnType::CountryName, printable("US")?);
     params.distinguished_name.push(DnType::OrganizationName, printable("SPIRE")?);
     Ok(params.serialize_request(key)?.der().to_vec())
-}
-
-/// Two numbers from 0 to 1, drawn once for an SVID, so that those of a fleet are not renewed at once.
-struct Draw(f64, f64);
-
-fn draw() -> Draw {
-    let unit = || f64::from(u32::from_ne_bytes(random().unwrap_or_default())) / f64::from(u32::MAX);
-    Draw(unit(), unit())
-}
-
-/// When an SVID is renewed: at half of its life, give or take a tenth of that; or when the target is about to be missed.
-fn due(svid: &AgentSvid, target: Option<Duration>, draw: &Draw) -> SystemTime {
-    let life = svid.not_after.duration_since(svid.not_before).unwrap_or_default();
-    let half = svid.not_after - life.mul_f64((0.9 + 0.2 * draw.0) / 2.0);
-    match target {
-        Some(target) if life.checked_sub(target).is_some_and(|left| left > TARGET_MARGIN) => {
-            half.min(svid.not_after - (target + Duration::from_secs(600).mul_f64(draw.1)))
-        }
-        _ => half,
-    }
-}
-
-/// Pauses that grow.
-struct Pause(Option<Duration>);
-
-impl Pause {
-    fn new() -> Self {
-        Self(None)
-    }
-
-    fn next(&mut self, first: Duration) -> Duration {
-        let base = self.0.map_or(first, |last| last.mul_f64(1.5)).min(LONGEST_PAUSE);
-        self.0 = Some(base);
-        base.mul_f64(0.9 + 0.2 * draw().0)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn renewal_is_at_half_of_life_or_before_the_target() {
-        let hours = |hours: u64| Duration::from_secs(hours * 3600);
-        let svid = |life: u64| AgentSvid {
-            id: SpiffeId::parse("spiffe://example.org/spire/agent/a").unwrap(),
-            chain: Vec::new(),
-            not_before: SystemTime::UNIX_EPOCH,
-            not_after: SystemTime::UNIX_EPOCH + hours(life),
-            reattestable: false,
-        };
-        for (case, life, target, draw, want) in [
-            ("half", 10, None, Draw(0.5, 0.5), hours(5)),
-            ("early", 10, None, Draw(1.0, 0.0), Duration::from_secs(16_200)),
-            ("late", 10, None, Draw(0.0, 0.0), Duration::from_secs(19_800)),
-            ("target", 48, Some(hours(30)), Draw(0.5, 0.0), hours(18)),
-            ("half is sooner", 100, Some(hours(24)), Draw(0.5, 0.0), hours(50)),
-            ("too short for the target", 40, Some(hours(30)), Draw(0.5, 0.0), hours(20)),
-        ] {
-            let due = due(&svid(life), target, &draw).duration_since(SystemTime::UNIX_EPOCH).unwrap();
-            assert!(due.abs_diff(want) < Duration::from_secs(1), "{case}: {due:?}");
-        }
-    }
 }
