@@ -4,6 +4,7 @@
 use std::{collections::BTreeMap, sync::Mutex, sync::PoisonError};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
+use rcgen::{CertificateParams, DistinguishedName, DnType, DnValue, string::PrintableString};
 use serde::{Deserialize, Serialize};
 use serde_json::ser::{PrettyFormatter, Serializer};
 use zeroize::{ZeroizeOnDrop, Zeroizing};
@@ -139,6 +140,16 @@ fn written(keys: &KeyTable) -> Zeroizing<Vec<u8>> {
     let mut serializer = Serializer::with_formatter(&mut *text, PrettyFormatter::with_indent(b"\t"));
     KeysJson { keys: Some(keys) }.serialize(&mut serializer).expect("texts");
     text
+}
+
+/// A request for an agent's SVID: the server takes its key and nothing else.
+pub(super) fn csr(key: &KeyPair) -> Result<Vec<u8>, rcgen::Error> {
+    let printable = |text| PrintableString::try_from(text).map(DnValue::PrintableString);
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CountryName, printable("US")?);
+    params.distinguished_name.push(DnType::OrganizationName, printable("SPIRE")?);
+    Ok(params.serialize_request(key)?.der().to_vec())
 }
 
 #[cfg(test)]

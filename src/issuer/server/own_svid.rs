@@ -11,7 +11,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rcgen::{CertificateParams, DistinguishedName, DnType, DnValue, string::PrintableString};
 use rustls_pki_types::CertificateDer;
 use tokio::{
     sync::{Notify, watch},
@@ -20,7 +19,7 @@ use tokio::{
 
 use self::renewal::{Pause, draw, due};
 use super::{
-    agent_keys::{AgentKeys, NewKeyError},
+    agent_keys::{AgentKeys, NewKeyError, csr},
     attestation::{AttestedAgent, NodeAttestor, attest, attestor},
     bootstrap::{self, Circumstances},
     bundles,
@@ -496,14 +495,4 @@ impl OwnSvid {
 
 fn disk_of(fault: String) -> ServerError {
     ServerError::Evidence { attestor: "the agent's key", fault }
-}
-
-/// A request for an agent's SVID: the server takes its key and nothing else.
-fn csr(key: &KeyPair) -> Result<Vec<u8>, rcgen::Error> {
-    let printable = |text| PrintableString::try_from(text).map(DnValue::PrintableString);
-    let mut params = CertificateParams::default();
-    params.distinguished_name = DistinguishedName::new();
-    params.distinguished_name.push(DnType::CountryName, printable("US")?);
-    params.distinguished_name.push(DnType::OrganizationName, printable("SPIRE")?);
-    Ok(params.serialize_request(key)?.der().to_vec())
 }
