@@ -32,7 +32,7 @@ use std::{ffi::OsString, io, process::ExitCode};
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 use tonic::Code;
 
-pub use run::{CliOverrides, OverrideError};
+pub use run::{CliOverrides, OverrideError, ServerOverrides};
 
 use crate::{hcl::ConfigErrors, os::signals};
 use terminal::{PrintError, Terminal};

@@ -25,10 +25,9 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-pub use self::lookout::{Lookout, Lookouts};
-pub use self::metrics::SvidKind;
 use self::{embedded::EmbeddedSettings, server::ServerSettings};
 pub use self::{
+    keys::KeyFault,
     lookout::{Lookout, Lookouts},
     metrics::SvidKind,
 };

@@ -23,7 +23,7 @@ mod dial;
 mod entries;
 mod error;
 mod files;
-mod own_svid;
+pub mod own_svid;
 pub mod proto;
 mod remote;
 mod request;
@@ -50,14 +50,13 @@ use self::{
     calls::{AskFor, CallError, Calls},
     cycle::{Cycle, Outcome, Since},
     entries::KnownEntries,
-    own_svid::OwnSvid,
     remote::RemoteServer,
     signing::{Urgency, X509Signing},
     tokens::JwtSigning,
 };
 pub use self::{
     error::{DataFault, Denial, ServerError},
-    own_svid::OwnStanding,
+    own_svid::{OwnStanding, OwnSvid},
     settings::ServerSettings,
     upstream::LineStanding,
 };
@@ -431,26 +430,6 @@ impl Issuer for ServerIssuer {
         Err(self.with_wait(MintError::Issuer { retry_after: None, source: unknown }))
     }
 
-    fn server(&self) -> Option<ServerStatus> {
-        let own = self.own.as_ref()?;
-        let line = own.upstream().standing();
-        let mut status = ServerStatus {
-            address: line.server,
-            last_sync: self.standing().synced,
-            last_error: line.failed.map(|(why, _)| why),
-            ..ServerStatus::default()
-        };
-        match own.standing().borrow().clone() {
-            OwnStanding::Waiting { why, since } => status.waits_for = Some((why, since)),
-            OwnStanding::Serving { id, not_after, trouble, .. } => {
-                status.agent = Some((id, not_after));
-                status.last_error = status.last_error.or(trouble);
-            }
-            OwnStanding::Lost(denial) => status.last_error = Some(denial.to_string()),
-        }
-        Some(status)
-    }
-
     fn look_out(&self) -> Option<Lookout> {
         Some(self.lookouts.wait())
     }
@@ -706,8 +685,7 @@ mod tests {
                 self.tokens.fetch_add(1, Relaxed);
                 self.reached().await?;
                 let claims = URL_SAFE_NO_PAD.encode(format!(r#"{{"sub":"spiffe://td/{entry}"}}"#));
-                let since_1970 =
-                    Clock::SYSTEM.now().duration_since(std::time::SystemTime::UNIX_EPOCH).unwrap();
+                let since_1970 = Clock::SYSTEM.now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
                 let now = i64::try_from(since_1970.as_secs()).unwrap();
                 Ok(Jwtsvid {
                     token: format!("e30.{claims}.c2ln"),

@@ -30,11 +30,10 @@ use crate::{
 /// How long after a failed renewal the next one may start, if the issuer does not say.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// How long after an entry could not be signed for it is tried again; twice as long after each further failure.
+/// How long after an entry could not be signed for it is tried again; twice as long after each further failure, up to
+/// [`MAX_ENTRY_RETRY`].
 const ENTRY_RETRY: Duration = Duration::from_secs(5);
-/// The longest such time.
 const MAX_ENTRY_RETRY: Duration = Duration::from_secs(60);
-
 /// For how long nothing is made ahead after memory was short.
 const NOT_AHEAD: Duration = Duration::from_secs(300);
 
@@ -332,7 +331,7 @@ impl X509Cache {
                 Ok(svid) => drop(self.keep(entry, Arc::new(svid))),
                 Err(error) => {
                     let mut table = self.lock();
-                    let wait = table.failed(entry, &error).or(error.retry_after()).unwrap_or(RETRY);
+                    let wait = table.failed(entry, &error).or_else(|| error.retry_after()).unwrap_or(RETRY);
                     if let Some(held) = table.held.get_mut(&entry.id) {
                         held.renew_at = self.clock.now() + wait;
                         held.renewing_until = None;

@@ -68,14 +68,14 @@ fn generate(out: &Path) {
     // The server that the tests put in the SPIRE Server's place.
     let mut build = plain(&out.join("spire_server"))
         .build_client(false)
-        .extern_path(types, format!("durward::{place}::types"));
+        .extern_path(types, format!("::durward::{place}::types"));
     for file in &files.file {
         for message in &file.message_type {
             if let Some(package) =
                 SPIRE.iter().find(|it| file.package() == format!("spire.api.server.{it}.v1"))
             {
                 let rust = rust_name(message.name());
-                let path = format!("durward::{place}::{package}::{rust}");
+                let path = format!("::durward::{place}::{package}::{rust}");
                 build = build.extern_path(format!(".{}.{}", file.package(), message.name()), path);
             }
         }

@@ -4,11 +4,15 @@
 use std::{collections::BTreeMap, sync::Mutex, sync::PoisonError};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
+use rcgen::{CertificateParams, DistinguishedName, DnType, DnValue, string::PrintableString};
 use serde::{Deserialize, Serialize};
 use serde_json::ser::{PrettyFormatter, Serializer};
 use zeroize::{ZeroizeOnDrop, Zeroizing};
 
-use super::{error::DataFault, files::FileDir};
+use super::{
+    error::DataFault,
+    files::{FileDir, is_object},
+};
 use crate::{
     identity::KeyType,
     issuer::keys::{KeyFault, KeyPair, SignatureForm},
@@ -117,8 +121,11 @@ fn key_pair(pkcs8: &[u8]) -> Option<KeyPair> {
 }
 
 fn parse(text: &[u8]) -> Result<KeyTable, &'static str> {
-    let json: KeysJson =
-        serde_json::from_slice(text).map_err(|_unsaid| "it is not the JSON that is expected")?;
+    const UNEXPECTED: &str = "it is not the JSON that is expected";
+    if !is_object(text) {
+        return Err(UNEXPECTED);
+    }
+    let json: KeysJson = serde_json::from_slice(text).map_err(|_unsaid| UNEXPECTED)?;
     let keys = json.keys.unwrap_or_default();
     if keys.len() > MOST_KEYS {
         return Err("it has too many keys");
@@ -141,6 +148,16 @@ fn written(keys: &KeyTable) -> Zeroizing<Vec<u8>> {
     text
 }
 
+/// A request for an agent's SVID: the server takes its key and nothing else.
+pub(super) fn csr(key: &KeyPair) -> Result<Vec<u8>, rcgen::Error> {
+    let printable = |text| PrintableString::try_from(text).map(DnValue::PrintableString);
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CountryName, printable("US")?);
+    params.distinguished_name.push(DnType::OrganizationName, printable("SPIRE")?);
+    Ok(params.serialize_request(key)?.der().to_vec())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -151,12 +168,7 @@ mod tests {
         let path = at.path().join("keys");
         let keys = AgentKeys::open(FileDir::open(&path, 0o700).unwrap()).unwrap();
         let certificate = |key: &KeyPair| {
-            rcgen::CertificateParams::new(vec!["a".to_owned()])
-                .unwrap()
-                .self_signed(key)
-                .unwrap()
-                .der()
-                .to_vec()
+            CertificateParams::new(vec!["a".to_owned()]).unwrap().self_signed(key).unwrap().der().to_vec()
         };
         let mut leaf = certificate(&keys.make_next(None).unwrap());
         for turn in 0..4 {

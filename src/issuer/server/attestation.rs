@@ -38,11 +38,11 @@ pub(super) trait NodeAttestor: fmt::Debug + Send + Sync {
     fn name(&self) -> &'static str;
 
     /// What is shown first, and who answers the challenges. Reads its files anew.
-    fn evidence(&self) -> BoxFuture<'_, Result<Evidence, String>>;
+    fn evidence(&self) -> BoxFuture<'_, Result<NodeEvidence, String>>;
 }
 
 /// What one attestation is made with.
-pub(super) struct Evidence {
+pub(super) struct NodeEvidence {
     payload: Zeroizing<Vec<u8>>,
     prover: Option<Box<dyn Prover>>,
 }
@@ -57,7 +57,7 @@ pub(super) trait Prover: Send {
 }
 
 /// What the server gives for it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct AttestedAgent {
     /// DER, the leaf first.
     pub(super) chain: Vec<Vec<u8>>,
@@ -93,13 +93,13 @@ pub(super) async fn attest(
 async fn exchange(
     connection: ServerConnection,
     name: &'static str,
-    evidence: Evidence,
+    evidence: NodeEvidence,
     csr: Vec<u8>,
 ) -> Result<AttestedAgent, tonic::Status> {
     use attest_agent_request::{Params, Step};
     use attest_agent_response::Step as Answer;
 
-    let Evidence { payload, prover } = evidence;
+    let NodeEvidence { payload, prover } = evidence;
     let data = AttestationData { r#type: name.to_owned(), payload: payload.to_vec() };
     let params = Params { data: Some(data), params: Some(AgentX509svidParams { csr }) };
     let (steps, requests) = mpsc::channel(1);

@@ -115,7 +115,7 @@ fn with_circumstances(url: &str, trust_domain: &TrustDomain, told: &Circumstance
 
 async fn over_socket(url: &str, socket: &Path) -> Result<Vec<u8>, String> {
     let shown = |error: &dyn std::error::Error| error.to_string();
-    let url: http::Uri = url.parse().map_err(|error| shown(&error as &http::uri::InvalidUri))?;
+    let url: http::Uri = url.parse().map_err(|error| http::uri::InvalidUri::to_string(&error))?;
     let stream = UnixStream::connect(socket).await.map_err(|error| shown(&error))?;
     let (mut sender, connection) =
         http1::handshake(TokioIo::new(stream)).await.map_err(|error| shown(&error))?;

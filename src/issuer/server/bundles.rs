@@ -109,18 +109,18 @@ mod tests {
     fn a_bundle_is_whole_or_it_is_none() {
         let td = TrustDomain::parse("td").unwrap();
         let (one, two) = (ca(), ca());
-        let other = pb::Bundle { trust_domain: "other".to_owned(), ..told(&[one.clone()]) };
+        let other = pb::Bundle { trust_domain: "other".to_owned(), ..told(std::slice::from_ref(&one)) };
         let key = pb::JwtKey { public_key: b"of an unknown kind".to_vec(), ..Default::default() };
-        let unknown = pb::Bundle { jwt_authorities: vec![key], ..told(&[one.clone()]) };
+        let unknown = pb::Bundle { jwt_authorities: vec![key], ..told(std::slice::from_ref(&one)) };
         for (case, told, want) in [
-            ("one", told(&[one.clone()]), Some(1)),
+            ("one", told(std::slice::from_ref(&one)), Some(1)),
             ("two", told(&[one.clone(), two.clone()]), Some(2)),
             ("the same twice", told(&[one.clone(), one.clone()]), Some(1)),
             ("two in one", told(&[[one.clone(), two].concat()]), Some(2)),
             ("a key of an unknown kind", unknown, Some(1)),
             ("none", told(&[]), None),
             ("no certificate", told(&[b"none".to_vec()]), None),
-            ("one and no certificate", told(&[one.clone(), b"none".to_vec()]), None),
+            ("one and no certificate", told(&[one, b"none".to_vec()]), None),
             ("another trust domain", other, None),
         ] {
             let got = read(told, &td);

@@ -7,7 +7,10 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::{Deserialize, Serialize};
 use x509_parser::pem::Pem;
 
-use super::{error::DataFault, files::FileDir};
+use super::{
+    error::DataFault,
+    files::{FileDir, is_object},
+};
 use crate::identity::TrustDomain;
 
 const NAME: &str = "agent-data.json";
@@ -120,8 +123,11 @@ impl AgentDataFile {
 }
 
 fn parse(text: &[u8]) -> Result<AgentData, &'static str> {
-    let json: DataJson =
-        serde_json::from_slice(text).map_err(|_unsaid| "it is not the JSON that is expected")?;
+    const UNEXPECTED: &str = "it is not the JSON that is expected";
+    if !is_object(text) {
+        return Err(UNEXPECTED);
+    }
+    let json: DataJson = serde_json::from_slice(text).map_err(|_unsaid| UNEXPECTED)?;
     Ok(AgentData {
         svid: certificates(json.svid)?,
         bundle: certificates(json.bundle)?,
@@ -186,6 +192,8 @@ fn trust_domain_of(leaf: &[u8]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     #[test]
@@ -225,6 +233,7 @@ mod tests {
         open().unwrap().change(|data| data.reattestable = true).unwrap();
         for kept in ["agent-data.json.damaged", "agent-data.json.damaged.2"] {
             std::fs::write(path.join(NAME), "{\"svid\":").unwrap();
+            std::fs::set_permissions(path.join(NAME), std::fs::Permissions::from_mode(0o600)).unwrap();
             let error = open().unwrap_err();
             assert!(error.to_string().contains(kept), "{error}");
             assert_eq!(std::fs::read_to_string(path.join(kept)).unwrap(), "{\"svid\":");

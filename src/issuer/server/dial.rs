@@ -165,7 +165,7 @@ impl Dialer {
     pub(super) fn new(host: &str, port: u16) -> Self {
         let mut first = [0; 2];
         // A fleet that starts together begins at different servers.
-        drop(aws_lc_rs::rand::fill(&mut first));
+        let first = aws_lc_rs::rand::fill(&mut first).map(|()| first).unwrap_or_default();
         // What is no name is sent none: nothing is verified by it.
         let nameless = || ServerName::IpAddress(IpAddr::from([0, 0, 0, 0]).into());
         Self {

@@ -159,6 +159,11 @@ impl Denial {
 
 /// What a server says, as it may stand in a log: not without end, and on one line.
 pub(super) fn shown(message: &str) -> String {
-    let end = message.floor_char_boundary(LONGEST_MESSAGE);
-    message.get(..end).unwrap_or_default().chars().filter(|letter| !letter.is_control()).collect()
+    let mut room = LONGEST_MESSAGE;
+    let fits = |letter: &char| {
+        let fits = room >= letter.len_utf8();
+        room = room.saturating_sub(letter.len_utf8());
+        fits
+    };
+    message.chars().take_while(fits).filter(|letter| !letter.is_control()).collect()
 }

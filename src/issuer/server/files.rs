@@ -160,3 +160,7 @@ fn check_mode(path: &Path, found: &Metadata, forbidden: u32, want: u32) -> Resul
     }
     Err(DataFault::Mode { path: path.to_owned(), found: mode, want })
 }
+/// Whether JSON is an object: serde takes a list for one too.
+pub(super) fn is_object(json: &[u8]) -> bool {
+    json.trim_ascii_start().starts_with(b"{")
+}

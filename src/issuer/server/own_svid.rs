@@ -4,21 +4,23 @@
 //! verified, that it does not know this agent. While there is none, or it cannot be renewed, that is told and tried
 //! again; the process does not end for it.
 
+mod renewal;
+
 use std::{
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use rcgen::{CertificateParams, DistinguishedName, DnType, DnValue, string::PrintableString};
 use rustls_pki_types::CertificateDer;
 use tokio::{
     sync::{Notify, watch},
     time::{Instant, sleep, timeout},
 };
 
+use self::renewal::{Pause, draw, due};
 use super::{
-    agent_keys::{AgentKeys, NewKeyError},
-    attestation::{NodeAttestor, attest, attestor},
+    agent_keys::{AgentKeys, NewKeyError, csr},
+    attestation::{AttestedAgent, NodeAttestor, attest, attestor},
     bootstrap::{self, Circumstances},
     bundles,
     data::{AgentData, AgentDataFile},
@@ -35,7 +37,7 @@ use super::{
 };
 use crate::{
     identity::{Bundle, SpiffeId, Tainted},
-    issuer::keys::{KeyPair, random},
+    issuer::keys::KeyPair,
     os::clock::{Clock, sleep_until},
 };
 
@@ -45,9 +47,8 @@ const LOCK: &str = "durward.lock";
 /// The longest of one exchange with the server.
 const LONGEST_CALL: Duration = Duration::from_secs(30);
 
-/// The first pause after a failure, and the longest. Each is half as long again as the one before.
+/// The first pause after a failure.
 const FIRST_PAUSE: Duration = Duration::from_secs(5);
-const LONGEST_PAUSE: Duration = Duration::from_secs(120);
 
 /// The first pause while nothing is served for want of an SVID.
 const FIRST_PAUSE_WITHOUT: Duration = Duration::from_secs(1);
@@ -57,9 +58,6 @@ const CONFIRM: Duration = Duration::from_secs(5);
 
 /// An SVID that ends sooner than this is not begun with.
 const LEAST_LEFT: Duration = Duration::from_secs(1);
-
-/// With an availability target, an SVID lives so much longer than that at least, or the target is not met.
-const TARGET_MARGIN: Duration = Duration::from_secs(12 * 3600);
 
 /// How it stands with the agent's own SVID.
 #[derive(Clone, Debug)]
@@ -84,7 +82,7 @@ struct AgentSvid {
 
 /// Has the agent's own SVID, and renews it.
 #[derive(Debug)]
-pub(super) struct OwnSvid {
+pub struct OwnSvid {
     settings: ServerSettings,
     clock: Clock,
     upstream: Arc<Upstream>,
@@ -112,7 +110,7 @@ impl OwnSvid {
     ///
     /// # Errors
     /// Another agent uses the directory, a file in it is damaged or open to others, or it is of another trust domain.
-    pub(super) fn open(settings: ServerSettings, clock: Clock) -> Result<Arc<Self>, DataFault> {
+    pub fn open(settings: ServerSettings, clock: Clock) -> Result<Arc<Self>, DataFault> {
         let dir = FileDir::open(&settings.data_dir, 0o755)?;
         let lock = dir.lock(LOCK)?;
         let data = Arc::new(AgentDataFile::open(dir, &settings.trust_domain)?);
@@ -123,7 +121,7 @@ impl OwnSvid {
         let key_exchange =
             if settings.sync.require_pq_kem { KeyExchange::PostQuantum } else { KeyExchange::Any };
         let tls = TlsPlan { trust_domain: settings.trust_domain.clone(), key_exchange, clock };
-        let roots = ServerTrust::Roots(Arc::new(data.known().bundle));
+        let roots = ServerTrust::Roots(data.known().bundle.into());
         let upstream = Upstream::new(Dialer::new(&settings.join.address, settings.join.port), tls, roots);
         let waiting = OwnStanding::Waiting { why: "node attestation".to_owned(), since: clock.now() };
         let own = Arc::new(Self {
@@ -147,7 +145,7 @@ impl OwnSvid {
     }
 
     /// How it stands, and each change.
-    pub(super) fn standing(&self) -> watch::Receiver<OwnStanding> {
+    pub fn standing(&self) -> watch::Receiver<OwnStanding> {
         self.standing.subscribe()
     }
 
@@ -159,7 +157,7 @@ impl OwnSvid {
     }
 
     /// Renews the SVID as soon as possible: what signed it is tainted.
-    pub(super) fn renew_at_once(&self) {
+    pub fn renew_at_once(&self) {
         self.at_once.notify_one();
     }
 
@@ -167,14 +165,14 @@ impl OwnSvid {
     ///
     /// # Errors
     /// They cannot be written: they are in force until the agent ends.
-    pub(super) async fn learn(&self, bundle: &Bundle) -> Result<(), ServerError> {
+    pub async fn learn(&self, bundle: &Bundle) -> Result<(), ServerError> {
         self.upstream.trust(bundle);
         let roots = bundle.x509_authorities.clone();
         self.keep(move |data| data.bundle = roots).await
     }
 
     /// Renews for ever. Ends when the server does not take this agent any more and it cannot attest again.
-    pub(super) async fn run(self: Arc<Self>) -> Denial {
+    pub async fn run(self: Arc<Self>) -> Denial {
         let mut denials = self.upstream.denials();
         let mut pause = Pause::new();
         let mut way = self.current().is_none().then_some(Way::Attest);
@@ -216,7 +214,7 @@ impl OwnSvid {
     /// Until there is something to do about the SVID of the moment.
     async fn wait(&self, denials: &mut watch::Receiver<Option<Denial>>) -> Result<Way, Denial> {
         let Some(svid) = self.current() else { return Ok(Way::Attest) };
-        let due = due(&svid, self.settings.availability_target, &draw());
+        let due = due(svid.not_before, svid.not_after, self.settings.availability_target, &draw());
         loop {
             tokio::select! {
                 () = sleep_until(self.clock, due) => return Ok(self.way(Way::Renew)),
@@ -331,16 +329,10 @@ impl OwnSvid {
             }
             Way::Attest | Way::AttestAnew => {
                 let trust = self.trust_for(way).await?;
-                let connection = self.upstream.stranger(trust, deadline).await?;
+                let connection = self.upstream.stranger(trust.clone(), deadline).await?;
                 let attested = attest(&connection, self.attestor.as_ref(), csr).await?;
-                // A join token is used up by now: what it brought is kept before anything else can fail.
                 self.check("AttestAgent", &attested.chain, &key)?;
-                let kept = attested.chain.clone();
-                let first = self.data.known().svid.is_empty();
-                if first {
-                    self.keep(move |data| (data.svid, data.reattestable) = (kept, attested.reattestable))
-                        .await?;
-                }
+                self.keep_first(&attested, trust).await?;
                 let mut client = BundleClient::new(connection.clone());
                 let request = GetBundleRequest { output_mask: Some(bundles::BUNDLE_MASK) };
                 let told = connection.answer("GetBundle", client.get_bundle(request)).await?.into_inner();
@@ -358,7 +350,27 @@ impl OwnSvid {
             *data = AgentData { svid: kept, bundle, reattestable, ..AgentData::default() };
         })
         .await?;
-        self.upstream.believe(ServerTrust::Roots(Arc::new(roots)));
+        self.upstream.believe(ServerTrust::Roots(roots.into()));
+        if let Some(svid) = self.read(chain, reattestable) {
+            self.show(&svid);
+        }
+        Ok(())
+    }
+
+    /// A join token is used up by now: the SVID that it brought is kept, and shown, before anything else can fail. One
+    /// that is not verified yet waits for the bundle.
+    async fn keep_first(&self, attested: &AttestedAgent, trust: ServerTrust) -> Result<(), ServerError> {
+        let ServerTrust::Roots(roots) = trust else { return Ok(()) };
+        let AttestedAgent { chain, reattestable } = attested.clone();
+        if !self.data.known().svid.is_empty() || self.verify("AttestAgent", &chain, &roots).is_err() {
+            return Ok(());
+        }
+        let (svid, bundle) = (chain.clone(), roots.to_vec());
+        self.keep(move |data| {
+            *data = AgentData { svid, bundle, reattestable, ..AgentData::default() };
+        })
+        .await?;
+        self.upstream.believe(ServerTrust::Roots(roots));
         if let Some(svid) = self.read(chain, reattestable) {
             self.show(&svid);
         }
@@ -369,7 +381,7 @@ impl OwnSvid {
     async fn trust_for(&self, way: Way) -> Result<ServerTrust, ServerError> {
         let data = self.data.known();
         if way == Way::Attest && !data.bundle.is_empty() {
-            return Ok(ServerTrust::Roots(Arc::new(data.bundle)));
+            return Ok(ServerTrust::Roots(data.bundle.into()));
         }
         let join = &self.settings.join;
         let told = Circumstances {
@@ -490,77 +502,4 @@ impl OwnSvid {
 
 fn disk_of(fault: String) -> ServerError {
     ServerError::Evidence { attestor: "the agent's key", fault }
-}
-
-/// A request for an agent's SVID: the server takes its key and nothing else.
-fn csr(key: &KeyPair) -> Result<Vec<u8>, rcgen::Error> {
-    let printable = |text| PrintableString::try_from(text).map(DnValue::PrintableString);
-    let mut params = CertificateParams::default();
-    params.distinguished_name = DistinguishedName::new();
-    params.distinguished_name.push(DnType::CountryName, printable("US")?);
-    params.distinguished_name.push(DnType::OrganizationName, printable("SPIRE")?);
-    Ok(params.serialize_request(key)?.der().to_vec())
-}
-
-/// Two numbers from 0 to 1, drawn once for an SVID, so that those of a fleet are not renewed at once.
-struct Draw(f64, f64);
-
-fn draw() -> Draw {
-    let unit = || f64::from(u32::from_ne_bytes(random().unwrap_or_default())) / f64::from(u32::MAX);
-    Draw(unit(), unit())
-}
-
-/// When an SVID is renewed: at half of its life, give or take a tenth of that; or when the target is about to be missed.
-fn due(svid: &AgentSvid, target: Option<Duration>, draw: &Draw) -> SystemTime {
-    let life = svid.not_after.duration_since(svid.not_before).unwrap_or_default();
-    let half = svid.not_after - life.mul_f64((0.9 + 0.2 * draw.0) / 2.0);
-    match target {
-        Some(target) if life.checked_sub(target).is_some_and(|left| left > TARGET_MARGIN) => {
-            half.min(svid.not_after - (target + Duration::from_secs(600).mul_f64(draw.1)))
-        }
-        _ => half,
-    }
-}
-
-/// Pauses that grow.
-struct Pause(Option<Duration>);
-
-impl Pause {
-    fn new() -> Self {
-        Self(None)
-    }
-
-    fn next(&mut self, first: Duration) -> Duration {
-        let base = self.0.map_or(first, |last| last.mul_f64(1.5)).min(LONGEST_PAUSE);
-        self.0 = Some(base);
-        base.mul_f64(0.9 + 0.2 * draw().0)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn renewal_is_at_half_of_life_or_before_the_target() {
-        let hours = |hours: u64| Duration::from_secs(hours * 3600);
-        let svid = |life: u64| AgentSvid {
-            id: SpiffeId::parse("spiffe://example.org/spire/agent/a").unwrap(),
-            chain: Vec::new(),
-            not_before: SystemTime::UNIX_EPOCH,
-            not_after: SystemTime::UNIX_EPOCH + hours(life),
-            reattestable: false,
-        };
-        for (case, life, target, draw, want) in [
-            ("half", 10, None, Draw(0.5, 0.5), hours(5)),
-            ("early", 10, None, Draw(1.0, 0.0), Duration::from_secs(16_200)),
-            ("late", 10, None, Draw(0.0, 0.0), Duration::from_secs(19_800)),
-            ("target", 48, Some(hours(30)), Draw(0.5, 0.0), hours(18)),
-            ("half is sooner", 100, Some(hours(24)), Draw(0.5, 0.0), hours(50)),
-            ("too short for the target", 40, Some(hours(30)), Draw(0.5, 0.0), hours(20)),
-        ] {
-            let due = due(&svid(life), target, &draw).duration_since(SystemTime::UNIX_EPOCH).unwrap();
-            assert!(due.abs_diff(want) < Duration::from_secs(1), "{case}: {due:?}");
-        }
-    }
 }

@@ -62,7 +62,7 @@ settings! {
         "rebootstrap_delay" rebootstrap_delay: Duration = Duration::from_secs(600),
             duration(Duration::ZERO..=Duration::MAX), needs_restart;
         /// How long a caller that no entry fits waits for the server to tell of one, before it is refused.
-        "entry_wait" entry_wait: Duration = Duration::from_secs(5),
+        "entry_wait" entry_wait: Duration = Duration::from_secs(10),
             duration(Duration::ZERO..=MAX_ENTRY_WAIT), reloads;
     }
 }

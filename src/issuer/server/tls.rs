@@ -72,7 +72,7 @@ pub(super) enum ServerIdFault {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum ServerTrust {
     /// The authorities of the trust domain, DER.
-    Roots(Arc<Vec<Vec<u8>>>),
+    Roots(Arc<[Vec<u8>]>),
     /// Nothing but what it says of itself: whoever answers is believed.
     Anyone,
 }

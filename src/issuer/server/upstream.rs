@@ -46,12 +46,12 @@ pub(super) struct Upstream {
     tls: TlsPlan,
     /// What the agent shows; `None` until it has an SVID.
     identity: watch::Sender<Option<Arc<CertifiedKey>>>,
-    line: Mutex<Line>,
+    line: Mutex<LineState>,
     denied: watch::Sender<Option<Denial>>,
 }
 
 /// What is known of the connection.
-struct Line {
+struct LineState {
     trust: ServerTrust,
     current: Option<Live>,
     dialing: Option<watch::Receiver<Option<Result<Live, ServerError>>>>,
@@ -95,7 +95,7 @@ impl Upstream {
             dialer,
             tls,
             identity: watch::Sender::new(None),
-            line: Mutex::new(Line {
+            line: Mutex::new(LineState {
                 trust,
                 current: None,
                 dialing: None,
@@ -153,7 +153,7 @@ impl Upstream {
 
     /// The authorities by which the server is known from now on.
     pub(super) fn trust(&self, bundle: &Bundle) {
-        self.believe(ServerTrust::Roots(Arc::new(bundle.x509_authorities.clone())));
+        self.believe(ServerTrust::Roots(bundle.x509_authorities.as_slice().into()));
     }
 
     /// [`Upstream::trust`], by whatever the server is known.
@@ -188,7 +188,7 @@ impl Upstream {
         self.begin_anew(|_| ());
     }
 
-    fn begin_anew(&self, change: impl FnOnce(&mut Line)) {
+    fn begin_anew(&self, change: impl FnOnce(&mut LineState)) {
         let mut line = self.lock();
         change(&mut line);
         line.number += 1;
@@ -197,7 +197,7 @@ impl Upstream {
         line.failed = None;
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Line> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, LineState> {
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -239,7 +239,10 @@ impl Upstream {
     }
 
     /// One dial for all who wait: it goes on when they leave.
-    fn begin_dial(self: &Arc<Self>, line: &mut Line) -> watch::Receiver<Option<Result<Live, ServerError>>> {
+    fn begin_dial(
+        self: &Arc<Self>,
+        line: &mut LineState,
+    ) -> watch::Receiver<Option<Result<Live, ServerError>>> {
         let (sender, receiver) = watch::channel(None);
         line.number += 1;
         line.dialing = Some(receiver.clone());

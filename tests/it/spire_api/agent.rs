@@ -15,7 +15,7 @@ pub mod agent_server {
         /// Server streaming response type for the AttestAgent method.
         type AttestAgentStream: tonic::codegen::tokio_stream::Stream<
                 Item = std::result::Result<
-                    super::durward::issuer::server::proto::agent::AttestAgentResponse,
+                    ::durward::issuer::server::proto::agent::AttestAgentResponse,
                     tonic::Status,
                 >,
             >
@@ -26,7 +26,7 @@ pub mod agent_server {
             &self,
             request: tonic::Request<
                 tonic::Streaming<
-                    super::durward::issuer::server::proto::agent::AttestAgentRequest,
+                    ::durward::issuer::server::proto::agent::AttestAgentRequest,
                 >,
             >,
         ) -> std::result::Result<
@@ -37,24 +37,20 @@ pub mod agent_server {
         async fn renew_agent(
             &self,
             request: tonic::Request<
-                super::durward::issuer::server::proto::agent::RenewAgentRequest,
+                ::durward::issuer::server::proto::agent::RenewAgentRequest,
             >,
         ) -> std::result::Result<
-            tonic::Response<
-                super::durward::issuer::server::proto::agent::RenewAgentResponse,
-            >,
+            tonic::Response<::durward::issuer::server::proto::agent::RenewAgentResponse>,
             tonic::Status,
         >;
         /// Tells the server which version of the agent runs.
         async fn post_status(
             &self,
             request: tonic::Request<
-                super::durward::issuer::server::proto::agent::PostStatusRequest,
+                ::durward::issuer::server::proto::agent::PostStatusRequest,
             >,
         ) -> std::result::Result<
-            tonic::Response<
-                super::durward::issuer::server::proto::agent::PostStatusResponse,
-            >,
+            tonic::Response<::durward::issuer::server::proto::agent::PostStatusResponse>,
             tonic::Status,
         >;
     }
@@ -140,9 +136,9 @@ pub mod agent_server {
                     impl<
                         T: Agent,
                     > tonic::server::StreamingService<
-                        super::durward::issuer::server::proto::agent::AttestAgentRequest,
+                        ::durward::issuer::server::proto::agent::AttestAgentRequest,
                     > for AttestAgentSvc<T> {
-                        type Response = super::durward::issuer::server::proto::agent::AttestAgentResponse;
+                        type Response = ::durward::issuer::server::proto::agent::AttestAgentResponse;
                         type ResponseStream = T::AttestAgentStream;
                         type Future = BoxFuture<
                             tonic::Response<Self::ResponseStream>,
@@ -152,7 +148,7 @@ pub mod agent_server {
                             &mut self,
                             request: tonic::Request<
                                 tonic::Streaming<
-                                    super::durward::issuer::server::proto::agent::AttestAgentRequest,
+                                    ::durward::issuer::server::proto::agent::AttestAgentRequest,
                                 >,
                             >,
                         ) -> Self::Future {
@@ -191,9 +187,9 @@ pub mod agent_server {
                     impl<
                         T: Agent,
                     > tonic::server::UnaryService<
-                        super::durward::issuer::server::proto::agent::RenewAgentRequest,
+                        ::durward::issuer::server::proto::agent::RenewAgentRequest,
                     > for RenewAgentSvc<T> {
-                        type Response = super::durward::issuer::server::proto::agent::RenewAgentResponse;
+                        type Response = ::durward::issuer::server::proto::agent::RenewAgentResponse;
                         type Future = BoxFuture<
                             tonic::Response<Self::Response>,
                             tonic::Status,
@@ -201,7 +197,7 @@ pub mod agent_server {
                         fn call(
                             &mut self,
                             request: tonic::Request<
-                                super::durward::issuer::server::proto::agent::RenewAgentRequest,
+                                ::durward::issuer::server::proto::agent::RenewAgentRequest,
                             >,
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);
@@ -239,9 +235,9 @@ pub mod agent_server {
                     impl<
                         T: Agent,
                     > tonic::server::UnaryService<
-                        super::durward::issuer::server::proto::agent::PostStatusRequest,
+                        ::durward::issuer::server::proto::agent::PostStatusRequest,
                     > for PostStatusSvc<T> {
-                        type Response = super::durward::issuer::server::proto::agent::PostStatusResponse;
+                        type Response = ::durward::issuer::server::proto::agent::PostStatusResponse;
                         type Future = BoxFuture<
                             tonic::Response<Self::Response>,
                             tonic::Status,
@@ -249,7 +245,7 @@ pub mod agent_server {
                         fn call(
                             &mut self,
                             request: tonic::Request<
-                                super::durward::issuer::server::proto::agent::PostStatusRequest,
+                                ::durward::issuer::server::proto::agent::PostStatusRequest,
                             >,
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);

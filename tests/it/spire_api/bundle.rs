@@ -16,19 +16,19 @@ pub mod bundle_server {
         async fn get_bundle(
             &self,
             request: tonic::Request<
-                super::durward::issuer::server::proto::bundle::GetBundleRequest,
+                ::durward::issuer::server::proto::bundle::GetBundleRequest,
             >,
         ) -> std::result::Result<
-            tonic::Response<super::durward::issuer::server::proto::types::Bundle>,
+            tonic::Response<::durward::issuer::server::proto::types::Bundle>,
             tonic::Status,
         >;
         async fn get_federated_bundle(
             &self,
             request: tonic::Request<
-                super::durward::issuer::server::proto::bundle::GetFederatedBundleRequest,
+                ::durward::issuer::server::proto::bundle::GetFederatedBundleRequest,
             >,
         ) -> std::result::Result<
-            tonic::Response<super::durward::issuer::server::proto::types::Bundle>,
+            tonic::Response<::durward::issuer::server::proto::types::Bundle>,
             tonic::Status,
         >;
     }
@@ -114,9 +114,9 @@ pub mod bundle_server {
                     impl<
                         T: Bundle,
                     > tonic::server::UnaryService<
-                        super::durward::issuer::server::proto::bundle::GetBundleRequest,
+                        ::durward::issuer::server::proto::bundle::GetBundleRequest,
                     > for GetBundleSvc<T> {
-                        type Response = super::durward::issuer::server::proto::types::Bundle;
+                        type Response = ::durward::issuer::server::proto::types::Bundle;
                         type Future = BoxFuture<
                             tonic::Response<Self::Response>,
                             tonic::Status,
@@ -124,7 +124,7 @@ pub mod bundle_server {
                         fn call(
                             &mut self,
                             request: tonic::Request<
-                                super::durward::issuer::server::proto::bundle::GetBundleRequest,
+                                ::durward::issuer::server::proto::bundle::GetBundleRequest,
                             >,
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);
@@ -162,9 +162,9 @@ pub mod bundle_server {
                     impl<
                         T: Bundle,
                     > tonic::server::UnaryService<
-                        super::durward::issuer::server::proto::bundle::GetFederatedBundleRequest,
+                        ::durward::issuer::server::proto::bundle::GetFederatedBundleRequest,
                     > for GetFederatedBundleSvc<T> {
-                        type Response = super::durward::issuer::server::proto::types::Bundle;
+                        type Response = ::durward::issuer::server::proto::types::Bundle;
                         type Future = BoxFuture<
                             tonic::Response<Self::Response>,
                             tonic::Status,
@@ -172,7 +172,7 @@ pub mod bundle_server {
                         fn call(
                             &mut self,
                             request: tonic::Request<
-                                super::durward::issuer::server::proto::bundle::GetFederatedBundleRequest,
+                                ::durward::issuer::server::proto::bundle::GetFederatedBundleRequest,
                             >,
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);

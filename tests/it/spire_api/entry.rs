@@ -16,18 +16,18 @@ pub mod entry_server {
         async fn get_authorized_entries(
             &self,
             request: tonic::Request<
-                super::durward::issuer::server::proto::entry::GetAuthorizedEntriesRequest,
+                ::durward::issuer::server::proto::entry::GetAuthorizedEntriesRequest,
             >,
         ) -> std::result::Result<
             tonic::Response<
-                super::durward::issuer::server::proto::entry::GetAuthorizedEntriesResponse,
+                ::durward::issuer::server::proto::entry::GetAuthorizedEntriesResponse,
             >,
             tonic::Status,
         >;
         /// Server streaming response type for the SyncAuthorizedEntries method.
         type SyncAuthorizedEntriesStream: tonic::codegen::tokio_stream::Stream<
                 Item = std::result::Result<
-                    super::durward::issuer::server::proto::entry::SyncAuthorizedEntriesResponse,
+                    ::durward::issuer::server::proto::entry::SyncAuthorizedEntriesResponse,
                     tonic::Status,
                 >,
             >
@@ -38,7 +38,7 @@ pub mod entry_server {
             &self,
             request: tonic::Request<
                 tonic::Streaming<
-                    super::durward::issuer::server::proto::entry::SyncAuthorizedEntriesRequest,
+                    ::durward::issuer::server::proto::entry::SyncAuthorizedEntriesRequest,
                 >,
             >,
         ) -> std::result::Result<
@@ -128,9 +128,9 @@ pub mod entry_server {
                     impl<
                         T: Entry,
                     > tonic::server::UnaryService<
-                        super::durward::issuer::server::proto::entry::GetAuthorizedEntriesRequest,
+                        ::durward::issuer::server::proto::entry::GetAuthorizedEntriesRequest,
                     > for GetAuthorizedEntriesSvc<T> {
-                        type Response = super::durward::issuer::server::proto::entry::GetAuthorizedEntriesResponse;
+                        type Response = ::durward::issuer::server::proto::entry::GetAuthorizedEntriesResponse;
                         type Future = BoxFuture<
                             tonic::Response<Self::Response>,
                             tonic::Status,
@@ -138,7 +138,7 @@ pub mod entry_server {
                         fn call(
                             &mut self,
                             request: tonic::Request<
-                                super::durward::issuer::server::proto::entry::GetAuthorizedEntriesRequest,
+                                ::durward::issuer::server::proto::entry::GetAuthorizedEntriesRequest,
                             >,
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);
@@ -176,9 +176,9 @@ pub mod entry_server {
                     impl<
                         T: Entry,
                     > tonic::server::StreamingService<
-                        super::durward::issuer::server::proto::entry::SyncAuthorizedEntriesRequest,
+                        ::durward::issuer::server::proto::entry::SyncAuthorizedEntriesRequest,
                     > for SyncAuthorizedEntriesSvc<T> {
-                        type Response = super::durward::issuer::server::proto::entry::SyncAuthorizedEntriesResponse;
+                        type Response = ::durward::issuer::server::proto::entry::SyncAuthorizedEntriesResponse;
                         type ResponseStream = T::SyncAuthorizedEntriesStream;
                         type Future = BoxFuture<
                             tonic::Response<Self::ResponseStream>,
@@ -188,7 +188,7 @@ pub mod entry_server {
                             &mut self,
                             request: tonic::Request<
                                 tonic::Streaming<
-                                    super::durward::issuer::server::proto::entry::SyncAuthorizedEntriesRequest,
+                                    ::durward::issuer::server::proto::entry::SyncAuthorizedEntriesRequest,
                                 >,
                             >,
                         ) -> Self::Future {

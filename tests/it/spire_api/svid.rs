@@ -16,23 +16,21 @@ pub mod svid_server {
         async fn batch_new_x509svid(
             &self,
             request: tonic::Request<
-                super::durward::issuer::server::proto::svid::BatchNewX509svidRequest,
+                ::durward::issuer::server::proto::svid::BatchNewX509svidRequest,
             >,
         ) -> std::result::Result<
             tonic::Response<
-                super::durward::issuer::server::proto::svid::BatchNewX509svidResponse,
+                ::durward::issuer::server::proto::svid::BatchNewX509svidResponse,
             >,
             tonic::Status,
         >;
         async fn new_jwtsvid(
             &self,
             request: tonic::Request<
-                super::durward::issuer::server::proto::svid::NewJwtsvidRequest,
+                ::durward::issuer::server::proto::svid::NewJwtsvidRequest,
             >,
         ) -> std::result::Result<
-            tonic::Response<
-                super::durward::issuer::server::proto::svid::NewJwtsvidResponse,
-            >,
+            tonic::Response<::durward::issuer::server::proto::svid::NewJwtsvidResponse>,
             tonic::Status,
         >;
     }
@@ -118,9 +116,9 @@ pub mod svid_server {
                     impl<
                         T: Svid,
                     > tonic::server::UnaryService<
-                        super::durward::issuer::server::proto::svid::BatchNewX509svidRequest,
+                        ::durward::issuer::server::proto::svid::BatchNewX509svidRequest,
                     > for BatchNewX509SVIDSvc<T> {
-                        type Response = super::durward::issuer::server::proto::svid::BatchNewX509svidResponse;
+                        type Response = ::durward::issuer::server::proto::svid::BatchNewX509svidResponse;
                         type Future = BoxFuture<
                             tonic::Response<Self::Response>,
                             tonic::Status,
@@ -128,7 +126,7 @@ pub mod svid_server {
                         fn call(
                             &mut self,
                             request: tonic::Request<
-                                super::durward::issuer::server::proto::svid::BatchNewX509svidRequest,
+                                ::durward::issuer::server::proto::svid::BatchNewX509svidRequest,
                             >,
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);
@@ -166,9 +164,9 @@ pub mod svid_server {
                     impl<
                         T: Svid,
                     > tonic::server::UnaryService<
-                        super::durward::issuer::server::proto::svid::NewJwtsvidRequest,
+                        ::durward::issuer::server::proto::svid::NewJwtsvidRequest,
                     > for NewJWTSVIDSvc<T> {
-                        type Response = super::durward::issuer::server::proto::svid::NewJwtsvidResponse;
+                        type Response = ::durward::issuer::server::proto::svid::NewJwtsvidResponse;
                         type Future = BoxFuture<
                             tonic::Response<Self::Response>,
                             tonic::Status,
@@ -176,7 +174,7 @@ pub mod svid_server {
                         fn call(
                             &mut self,
                             request: tonic::Request<
-                                super::durward::issuer::server::proto::svid::NewJwtsvidRequest,
+                                ::durward::issuer::server::proto::svid::NewJwtsvidRequest,
                             >,
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);

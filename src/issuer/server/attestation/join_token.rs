@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use futures_util::future::BoxFuture;
 use zeroize::Zeroizing;
 
-use super::{Evidence, NodeAttestor, read};
+use super::{NodeAttestor, NodeEvidence, read};
 use crate::issuer::server::settings::{JoinToken, TokenSource};
 
 /// Attests with a join token.
@@ -34,7 +34,7 @@ impl NodeAttestor for JoinTokenAttestor {
         "join_token"
     }
 
-    fn evidence(&self) -> BoxFuture<'_, Result<Evidence, String>> {
+    fn evidence(&self) -> BoxFuture<'_, Result<NodeEvidence, String>> {
         Box::pin(async {
             let payload = match &self.0 {
                 OwnedToken::None => return Err("join token was not provided".to_owned()),
@@ -48,7 +48,7 @@ impl NodeAttestor for JoinTokenAttestor {
                     token
                 }
             };
-            Ok(Evidence { payload, prover: None })
+            Ok(NodeEvidence { payload, prover: None })
         })
     }
 }

@@ -4,7 +4,7 @@ use futures_util::future::BoxFuture;
 use serde::Serialize;
 use zeroize::Zeroizing;
 
-use super::{Evidence, NodeAttestor, read};
+use super::{NodeAttestor, NodeEvidence, read};
 use crate::issuer::server::settings::K8sPsatSettings;
 
 /// Attests with a projected service account token.
@@ -28,14 +28,14 @@ impl NodeAttestor for PsatAttestor {
         "k8s_psat"
     }
 
-    fn evidence(&self) -> BoxFuture<'_, Result<Evidence, String>> {
+    fn evidence(&self) -> BoxFuture<'_, Result<NodeEvidence, String>> {
         Box::pin(async {
             let token = read(&self.0.token).await?;
             let token = std::str::from_utf8(&token)
                 .map_err(|_unsaid| format!("{} holds no token", self.0.token.display()))?;
             let payload = PsatPayload { cluster: &self.0.cluster, token };
             let payload = serde_json::to_vec(&payload).map_err(|error| error.to_string())?;
-            Ok(Evidence { payload: Zeroizing::new(payload), prover: None })
+            Ok(NodeEvidence { payload: Zeroizing::new(payload), prover: None })
         })
     }
 }

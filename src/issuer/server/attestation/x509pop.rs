@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use x509_parser::pem::Pem;
 use zeroize::Zeroizing;
 
-use super::{Evidence, NodeAttestor, Prover, read};
+use super::{NodeAttestor, NodeEvidence, Prover, read};
 use crate::{
     identity::pem::misplaced_begin,
     issuer::{keys::random, server::settings::X509PopSettings},
@@ -72,9 +72,10 @@ impl PopAttestor {
         Self(settings)
     }
 
-    async fn from_files(&self) -> Result<Evidence, String> {
-        let needed =
-            |path: &Option<std::path::PathBuf>, name| path.clone().ok_or(format!("{name} is required"));
+    async fn read_files(&self) -> Result<NodeEvidence, String> {
+        let needed = |path: &Option<std::path::PathBuf>, name| {
+            path.clone().ok_or_else(|| format!("{name} is required"))
+        };
         let certificate = needed(&self.0.certificate, "certificate_path")?;
         let key_path = needed(&self.0.private_key, "private_key_path")?;
         let mut chain = certificates(&read(&certificate).await?)
@@ -97,7 +98,7 @@ impl PopAttestor {
         }
         let payload = PopPayload { certificates: chain.iter().map(|der| STANDARD.encode(der)).collect() };
         let payload = serde_json::to_vec(&payload).map_err(|error| error.to_string())?;
-        Ok(Evidence { payload: Zeroizing::new(payload), prover: Some(Box::new(key)) })
+        Ok(NodeEvidence { payload: Zeroizing::new(payload), prover: Some(Box::new(key)) })
     }
 }
 
@@ -106,10 +107,10 @@ impl NodeAttestor for PopAttestor {
         "x509pop"
     }
 
-    fn evidence(&self) -> BoxFuture<'_, Result<Evidence, String>> {
+    fn evidence(&self) -> BoxFuture<'_, Result<NodeEvidence, String>> {
         Box::pin(async {
             match &self.0.workload_api {
-                None => self.from_files().await,
+                None => self.read_files().await,
                 Some(_) => {
                     Err("spiffe_endpoint_socket is not supported yet: use certificate_path".to_owned())
                 }

@@ -1,0 +1,209 @@
+//! An agent that joins a SPIRE Server: its own SVID, what is kept of it on the disk, and servers that are none.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use durward::{
+    identity::TrustDomain,
+    issuer::server::{
+        DataFault, Denial, OwnStanding, OwnSvid, ServerSettings,
+        settings::{JoinSettings, KeyManagerSettings, NodeAttestorSettings, SyncSettings},
+    },
+    os::clock::Clock,
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpListener,
+    time::timeout,
+};
+
+use crate::spire_server::{Face, FakeSpireServer, Given};
+
+/// Far more than any of this takes.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn settings(dir: &Path, port: u16, bundle: &str, token: &str) -> ServerSettings {
+    let roots = dir.join("roots.pem");
+    std::fs::write(&roots, bundle).unwrap();
+    ServerSettings {
+        trust_domain: TrustDomain::parse("example.org").unwrap(),
+        data_dir: dir.join("data"),
+        svid_key_type: Default::default(),
+        availability_target: None,
+        prefetch: 0,
+        join: JoinSettings {
+            address: "localhost".to_owned(),
+            port,
+            join_token: token.to_owned().into(),
+            trust_bundle_path: Some(roots),
+            ..JoinSettings::default()
+        },
+        sync: SyncSettings::default(),
+        node_attestor: NodeAttestorSettings::JoinToken,
+        key_manager: KeyManagerSettings::Disk(dir.join("data")),
+    }
+}
+
+/// A directory that nobody else may write to on the way.
+fn directory() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+async fn serving(own: &Arc<OwnSvid>) -> String {
+    let mut standing = own.standing();
+    let found = timeout(PATIENCE, standing.wait_for(|it| matches!(it, OwnStanding::Serving { .. }))).await;
+    match &*found.expect("in time").unwrap() {
+        OwnStanding::Serving { id, .. } => id.to_string(),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Why there is no SVID, once a reason was found.
+async fn trouble(own: &Arc<OwnSvid>) -> String {
+    let mut standing = own.standing();
+    let told = |it: &OwnStanding| matches!(it, OwnStanding::Waiting { why, .. } if why != "node attestation");
+    match &*timeout(PATIENCE, standing.wait_for(told)).await.expect("in time").unwrap() {
+        OwnStanding::Waiting { why, .. } => why.clone(),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn kept(dir: &Path) -> String {
+    std::fs::read_to_string(dir.join("data/agent-data.json")).unwrap_or_default()
+}
+
+#[tokio::test]
+async fn a_token_is_used_once_and_what_it_brought_is_kept() {
+    let server = FakeSpireServer::start(Face::Right).await;
+    server.course().tokens.insert("once".to_owned());
+    let dir = directory();
+    let settings = settings(dir.path(), server.address.port(), &server.ca.pem, "once");
+    let own = OwnSvid::open(settings.clone(), Clock::SYSTEM).unwrap();
+    let running = tokio::spawn(Arc::clone(&own).run());
+    assert_eq!(serving(&own).await, "spiffe://example.org/spire/agent/join_token/once");
+    assert!(matches!(OwnSvid::open(settings.clone(), Clock::SYSTEM), Err(DataFault::Locked { .. })));
+    running.abort();
+    drop(running.await);
+    drop(own);
+
+    // Without the server: it stands there at once.
+    drop(server);
+    let own = OwnSvid::open(settings, Clock::SYSTEM).unwrap();
+    assert!(matches!(&*own.standing().borrow(), OwnStanding::Serving { .. }));
+}
+
+#[tokio::test]
+async fn a_token_that_is_used_up_says_what_to_do() {
+    let server = FakeSpireServer::start(Face::Right).await;
+    let dir = directory();
+    let own =
+        OwnSvid::open(settings(dir.path(), server.address.port(), &server.ca.pem, "old"), Clock::SYSTEM);
+    let own = own.unwrap();
+    let running = tokio::spawn(Arc::clone(&own).run());
+    let why = trouble(&own).await;
+    assert!(why.contains("already been used") && why.contains("spire-server token generate"), "{why}");
+    assert!(!running.is_finished());
+    assert_eq!(kept(dir.path()), "");
+}
+
+#[tokio::test]
+async fn a_server_that_is_not_the_server_gets_no_token() {
+    for (face, want) in [
+        (Face::OtherId, "spiffe://example.org/somebody/else"),
+        (Face::OtherCa, "signed by an unknown authority"),
+        (Face::NoAlpn, "does not offer HTTP/2"),
+    ] {
+        let server = FakeSpireServer::start(face).await;
+        server.course().tokens.insert("secret".to_owned());
+        let dir = directory();
+        let settings = settings(dir.path(), server.address.port(), &server.ca.pem, "secret");
+        let own = OwnSvid::open(settings, Clock::SYSTEM).unwrap();
+        let running = tokio::spawn(Arc::clone(&own).run());
+        let why = trouble(&own).await;
+        assert!(why.contains(want), "{face:?}: {why}");
+        assert_eq!(server.course().attested, 0, "{face:?}");
+        assert_eq!(kept(dir.path()), "", "{face:?}");
+        running.abort();
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_tls_is_told_so() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let answering = tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            drop(stream.read(&mut [0; 16]).await);
+            drop(stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n<html></html>").await);
+        }
+    });
+    let dir = directory();
+    let pem = crate::spire_server::TestCa::new().pem.clone();
+    let own = OwnSvid::open(settings(dir.path(), port, &pem, "token"), Clock::SYSTEM).unwrap();
+    let running = tokio::spawn(Arc::clone(&own).run());
+    let why = trouble(&own).await;
+    assert!(why.contains("does not speak TLS"), "{why}");
+    running.abort();
+    answering.abort();
+}
+
+#[tokio::test]
+async fn an_svid_that_was_not_asked_for_is_not_kept() {
+    for (given, want) in [
+        (Given::OtherKey, "for another key"),
+        (Given::OtherTrustDomain, "not the ID of an agent of this trust domain"),
+        (Given::NoAgent, "not the ID of an agent of this trust domain"),
+        (Given::Expired, "has expired"),
+        (Given::OtherCa, "unknown authority"),
+    ] {
+        let server = FakeSpireServer::start(Face::Right).await;
+        server.course().tokens.insert("once".to_owned());
+        server.course().given = given;
+        let dir = directory();
+        let settings = settings(dir.path(), server.address.port(), &server.ca.pem, "once");
+        let own = OwnSvid::open(settings, Clock::SYSTEM).unwrap();
+        let running = tokio::spawn(Arc::clone(&own).run());
+        let why = trouble(&own).await;
+        assert!(why.contains(want), "{given:?}: {why}");
+        assert_eq!(kept(dir.path()), "", "{given:?}");
+        running.abort();
+    }
+}
+
+#[tokio::test]
+async fn it_is_renewed_and_what_is_renewed_is_kept() {
+    let server = FakeSpireServer::start(Face::Right).await;
+    server.course().tokens.insert("once".to_owned());
+    server.course().ttl = Duration::from_secs(14);
+    let dir = directory();
+    let settings = settings(dir.path(), server.address.port(), &server.ca.pem, "once");
+    let own = OwnSvid::open(settings.clone(), Clock::SYSTEM).unwrap();
+    let running = tokio::spawn(Arc::clone(&own).run());
+    assert!(serving(&own).await.ends_with("/once"));
+    server.course().ttl = Duration::from_secs(3600);
+    let mut standing = own.standing();
+    let renewed =
+        |it: &OwnStanding| matches!(it, OwnStanding::Serving { id, .. } if id.path().ends_with("/renewed"));
+    drop(timeout(PATIENCE, standing.wait_for(renewed)).await.expect("in time").unwrap());
+    running.abort();
+    drop(running.await);
+    drop((own, standing));
+    let own = OwnSvid::open(settings, Clock::SYSTEM).unwrap();
+    assert!(serving(&own).await.ends_with("/renewed"));
+}
+
+#[tokio::test]
+async fn a_banned_agent_ends_and_says_so() {
+    const BANNED: i32 = 4;
+    let server = FakeSpireServer::start(Face::Right).await;
+    server.course().tokens.insert("once".to_owned());
+    let dir = directory();
+    let settings = settings(dir.path(), server.address.port(), &server.ca.pem, "once");
+    let own = OwnSvid::open(settings, Clock::SYSTEM).unwrap();
+    let running = tokio::spawn(Arc::clone(&own).run());
+    serving(&own).await;
+    server.course().denial = Some(BANNED);
+    own.renew_at_once();
+    assert_eq!(timeout(PATIENCE, running).await.expect("in time").unwrap(), Denial::Banned);
+    assert!(matches!(&*own.standing().borrow(), OwnStanding::Lost(Denial::Banned)));
+    assert!(kept(dir.path()).contains("\"svid\":null"));
+}

@@ -1,0 +1,369 @@
+//! A SPIRE Server of the tests' own: the real messages over real TLS, and whatever lie a test wants of it.
+
+use std::{
+    collections::BTreeSet,
+    net::{Ipv4Addr, SocketAddr},
+    pin::Pin,
+    sync::{Arc, Mutex},
+    task::{Context, Poll},
+    time::{Duration, SystemTime},
+};
+
+use durward::issuer::server::proto::{
+    agent::{
+        AttestAgentRequest, AttestAgentResponse, PostStatusRequest, PostStatusResponse, RenewAgentRequest,
+        RenewAgentResponse, attest_agent_request, attest_agent_response,
+    },
+    bundle::{GetBundleRequest, GetFederatedBundleRequest},
+    types,
+};
+use prost::Message as _;
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType,
+};
+use rustls::{
+    RootCertStore, ServerConfig, crypto::aws_lc_rs::default_provider, server::WebPkiClientVerifier,
+};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    task::JoinHandle,
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tonic::{Code, Request, Response, Status, Streaming, transport::server::Connected};
+
+#[path = "spire_api/agent.rs"]
+#[rustfmt::skip]
+#[expect(
+    clippy::allow_attributes,
+    clippy::allow_attributes_without_reason,
+    clippy::as_conversions,
+    clippy::clone_on_ref_ptr,
+    unreachable_pub,
+    unused_qualifications,
+    reason = "generated"
+)]
+mod agent_api;
+
+#[path = "spire_api/bundle.rs"]
+#[rustfmt::skip]
+#[expect(
+    clippy::allow_attributes,
+    clippy::allow_attributes_without_reason,
+    clippy::as_conversions,
+    clippy::clone_on_ref_ptr,
+    unreachable_pub,
+    unused_qualifications,
+    reason = "generated"
+)]
+mod bundle_api;
+
+/// Which SVID an agent is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Given {
+    Right,
+    OtherKey,
+    OtherTrustDomain,
+    NoAgent,
+    Expired,
+    OtherCa,
+}
+
+/// How the server presents itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Face {
+    Right,
+    OtherId,
+    OtherCa,
+    NoAlpn,
+}
+
+/// What the server does and has done.
+pub(crate) struct Course {
+    pub(crate) tokens: BTreeSet<String>,
+    pub(crate) given: Given,
+    pub(crate) ttl: Duration,
+    pub(crate) reattestable: bool,
+    /// The reason of each answer to an agent.
+    pub(crate) denial: Option<i32>,
+    pub(crate) attested: u32,
+    pub(crate) renewed: u32,
+}
+
+/// A server that serves until it is dropped.
+pub(crate) struct FakeSpireServer {
+    pub(crate) address: SocketAddr,
+    pub(crate) ca: Arc<TestCa>,
+    pub(crate) course: Arc<Mutex<Course>>,
+    serving: JoinHandle<()>,
+}
+
+/// A CA of trust domain example.org.
+pub(crate) struct TestCa {
+    pub(crate) pem: String,
+    der: CertificateDer<'static>,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl TestCa {
+    pub(crate) fn new() -> Arc<Self> {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.subject_alt_names = vec![uri("spiffe://example.org")];
+        let certificate = params.self_signed(&key).unwrap();
+        Arc::new(Self {
+            pem: certificate.pem(),
+            der: certificate.der().clone(),
+            issuer: Issuer::new(params, key),
+        })
+    }
+
+    fn signed(&self, id: &str, key: &KeyPair) -> CertificateDer<'static> {
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = vec![uri(id)];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.signed_by(key, &self.issuer).unwrap().der().clone()
+    }
+}
+
+fn uri(text: &str) -> SanType {
+    SanType::URI(text.try_into().unwrap())
+}
+
+impl FakeSpireServer {
+    pub(crate) async fn start(face: Face) -> Self {
+        Self::start_with(face, TestCa::new()).await
+    }
+
+    pub(crate) async fn start_with(face: Face, ca: Arc<TestCa>) -> Self {
+        let course = Arc::new(Mutex::new(Course {
+            tokens: BTreeSet::new(),
+            given: Given::Right,
+            ttl: Duration::from_secs(3600),
+            reattestable: false,
+            denial: None,
+            attested: 0,
+            renewed: 0,
+        }));
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let acceptor = TlsAcceptor::from(tls(face, &ca));
+        let (sender, incoming) = tokio::sync::mpsc::channel(8);
+        let accepting = async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                if let Ok(stream) = acceptor.accept(stream).await {
+                    drop(sender.send(Ok::<_, std::io::Error>(Accepted(stream))).await);
+                }
+            }
+        };
+        let service = Api { ca: Arc::clone(&ca), course: Arc::clone(&course) };
+        let serving = tonic::transport::Server::builder()
+            .add_service(agent_api::agent_server::AgentServer::new(service.clone()))
+            .add_service(bundle_api::bundle_server::BundleServer::new(service))
+            .serve_with_incoming(tokio_stream::wrappers::ReceiverStream::new(incoming));
+        let serving = tokio::spawn(async move {
+            tokio::select! {
+                () = accepting => {}
+                served = serving => served.unwrap(),
+            }
+        });
+        Self { address, ca, course, serving }
+    }
+
+    pub(crate) fn course(&self) -> std::sync::MutexGuard<'_, Course> {
+        self.course.lock().unwrap()
+    }
+}
+
+impl Drop for FakeSpireServer {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+fn tls(face: Face, ca: &Arc<TestCa>) -> Arc<ServerConfig> {
+    let key = KeyPair::generate().unwrap();
+    let id = match face {
+        Face::OtherId => "spiffe://example.org/somebody/else",
+        _ => "spiffe://example.org/spire/server",
+    };
+    let certificate = match face {
+        Face::OtherCa => TestCa::new().signed(id, &key),
+        _ => ca.signed(id, &key),
+    };
+    let mut roots = RootCertStore::empty();
+    roots.add(ca.der.clone()).unwrap();
+    let provider = Arc::new(default_provider());
+    let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+        .allow_unauthenticated()
+        .build()
+        .unwrap();
+    let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_client_cert_verifier(clients)
+        .with_single_cert(vec![certificate], key)
+        .unwrap();
+    if face != Face::NoAlpn {
+        config.alpn_protocols = vec![b"h2".to_vec()];
+    }
+    Arc::new(config)
+}
+
+/// A TLS stream as tonic takes it.
+struct Accepted(TlsStream<TcpStream>);
+
+impl Connected for Accepted {
+    type ConnectInfo = ();
+
+    fn connect_info(&self) {}
+}
+
+impl AsyncRead for Accepted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, into)
+    }
+}
+
+impl AsyncWrite for Accepted {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        from: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, from)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+#[derive(Clone)]
+struct Api {
+    ca: Arc<TestCa>,
+    course: Arc<Mutex<Course>>,
+}
+
+impl Api {
+    fn svid(&self, csr: &[u8], token: &str) -> types::X509svid {
+        let (given, ttl) = {
+            let course = self.course.lock().unwrap();
+            (course.given, course.ttl)
+        };
+        let mut request = CertificateSigningRequestParams::from_der(&csr.into()).unwrap();
+        let id = match given {
+            Given::OtherTrustDomain => format!("spiffe://other.org/spire/agent/join_token/{token}"),
+            Given::NoAgent => "spiffe://example.org/workload".to_owned(),
+            _ => format!("spiffe://example.org/spire/agent/join_token/{token}"),
+        };
+        request.params.subject_alt_names = vec![uri(&id)];
+        request.params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        #[expect(clippy::disallowed_methods, reason = "a server has a clock of its own")]
+        let now = SystemTime::now();
+        request.params.not_before = (now - Duration::from_secs(3600)).into();
+        request.params.not_after = match given {
+            Given::Expired => now - Duration::from_secs(60),
+            _ => now + ttl,
+        }
+        .into();
+        if given != Given::Expired && ttl < Duration::from_secs(3600) {
+            request.params.not_before = (now - Duration::from_secs(10)).into();
+        }
+        let certificate = match given {
+            Given::OtherKey => self.ca.signed(&id, &KeyPair::generate().unwrap()),
+            Given::OtherCa => request.signed_by(&TestCa::new().issuer).unwrap().der().clone(),
+            _ => request.signed_by(&self.ca.issuer).unwrap().der().clone(),
+        };
+        types::X509svid { cert_chain: vec![certificate.to_vec()], ..Default::default() }
+    }
+
+    fn denied(&self) -> Result<(), Status> {
+        let Some(reason) = self.course.lock().unwrap().denial else { return Ok(()) };
+        let detail = types::PermissionDeniedDetails { reason };
+        let details = tonic_types::pb::Status {
+            code: Code::PermissionDenied.into(),
+            message: String::new(),
+            details: vec![prost_types::Any {
+                type_url: "type.googleapis.com/spire.api.types.PermissionDeniedDetails".to_owned(),
+                value: detail.encode_to_vec(),
+            }],
+        };
+        Err(Status::with_details(Code::PermissionDenied, "denied", details.encode_to_vec().into()))
+    }
+}
+
+#[tonic::async_trait]
+impl agent_api::agent_server::Agent for Api {
+    type AttestAgentStream = tokio_stream::Once<Result<AttestAgentResponse, Status>>;
+
+    async fn attest_agent(
+        &self,
+        request: Request<Streaming<AttestAgentRequest>>,
+    ) -> Result<Response<Self::AttestAgentStream>, Status> {
+        let first = request.into_inner().message().await?.and_then(|it| it.step);
+        let Some(attest_agent_request::Step::Params(params)) = first else {
+            return Err(Status::invalid_argument("no parameters"));
+        };
+        let token = String::from_utf8(params.data.unwrap().payload).unwrap();
+        if !self.course.lock().unwrap().tokens.remove(&token) {
+            let text = "failed to attest: join token does not exist or has already been used";
+            return Err(Status::invalid_argument(text));
+        }
+        let svid = self.svid(&params.params.unwrap().csr, &token);
+        let mut course = self.course.lock().unwrap();
+        course.attested += 1;
+        let result = attest_agent_response::Result { svid: Some(svid), reattestable: course.reattestable };
+        let step = Some(attest_agent_response::Step::Result(result));
+        Ok(Response::new(tokio_stream::once(Ok(AttestAgentResponse { step }))))
+    }
+
+    async fn renew_agent(
+        &self,
+        request: Request<RenewAgentRequest>,
+    ) -> Result<Response<RenewAgentResponse>, Status> {
+        self.denied()?;
+        let svid = self.svid(&request.into_inner().params.unwrap().csr, "renewed");
+        self.course.lock().unwrap().renewed += 1;
+        Ok(Response::new(RenewAgentResponse { svid: Some(svid) }))
+    }
+
+    async fn post_status(
+        &self,
+        _: Request<PostStatusRequest>,
+    ) -> Result<Response<PostStatusResponse>, Status> {
+        self.denied()?;
+        Ok(Response::new(PostStatusResponse {}))
+    }
+}
+
+#[tonic::async_trait]
+impl bundle_api::bundle_server::Bundle for Api {
+    async fn get_bundle(&self, _: Request<GetBundleRequest>) -> Result<Response<types::Bundle>, Status> {
+        Ok(Response::new(types::Bundle {
+            trust_domain: "example.org".to_owned(),
+            x509_authorities: vec![types::X509Certificate { asn1: self.ca.der.to_vec(), tainted: false }],
+            ..Default::default()
+        }))
+    }
+
+    async fn get_federated_bundle(
+        &self,
+        _: Request<GetFederatedBundleRequest>,
+    ) -> Result<Response<types::Bundle>, Status> {
+        Err(Status::not_found("no such bundle"))
+    }
+}
