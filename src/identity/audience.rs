@@ -5,7 +5,7 @@ pub const MAX_LEN: usize = 16 * 1024;
 
 /// The most audiences of one token. Each takes 24 bytes of memory and an allocation beside its text, while its call waits
 /// to be attested.
-pub const MAX_NUMBER: usize = 256;
+pub const MAX_NUMBER: usize = 1024;
 
 /// Why a list of audiences is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -76,8 +76,8 @@ mod tests {
                 vec!["\"".repeat(MAX_LEN / 2)],
                 Err(AudienceError::TooLong(MAX_LEN + 4)),
             ),
-            ("as many as there may be", vec![long(60); MAX_NUMBER], Ok(())),
-            ("a byte more in each", vec![long(61); MAX_NUMBER], Err(AudienceError::TooLong(64 * 256 + 1))),
+            ("as many as there may be", vec![long(12); MAX_NUMBER], Ok(())),
+            ("a byte more in each", vec![long(13); MAX_NUMBER], Err(AudienceError::TooLong(16 * 1024 + 1))),
             ("one more", vec![long(1); MAX_NUMBER + 1], Err(AudienceError::TooMany(MAX_NUMBER + 1))),
             ("many that are empty", vec![String::new(); 4096], Err(AudienceError::Missing)),
         ] {

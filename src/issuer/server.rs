@@ -47,7 +47,7 @@ use tokio::{
 };
 
 use self::{
-    calls::{AskFor, CallError, Calls},
+    calls::{AskFor, CallFault, Calls},
     cycle::{Cycle, Outcome, Since},
     entries::KnownEntries,
     remote::RemoteServer,
@@ -104,7 +104,7 @@ fn asked_for(settings: &ServerSettings) -> AskFor {
 
 /// How it stands with the server.
 #[derive(Clone, Copy, Debug)]
-struct Standing {
+struct SyncStanding {
     /// When the server is asked again, where it failed.
     again_at: Option<Instant>,
     /// When a sync last passed.
@@ -124,7 +124,7 @@ pub struct ServerIssuer {
     x509: Arc<X509Signing>,
     jwt: JwtSigning,
     settings: Mutex<LiveSettings>,
-    standing: Mutex<Standing>,
+    standing: Mutex<SyncStanding>,
 }
 
 impl fmt::Debug for ServerIssuer {
@@ -200,7 +200,7 @@ impl ServerIssuer {
             x509,
             jwt,
             settings: Mutex::new(settings),
-            standing: Mutex::new(Standing { again_at: None, synced: None }),
+            standing: Mutex::new(SyncStanding { again_at: None, synced: None }),
         }
     }
 
@@ -215,14 +215,14 @@ impl ServerIssuer {
         *self.settings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn standing(&self) -> Standing {
+    fn standing(&self) -> SyncStanding {
         *self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn stands(&self, done: &Result<(), CallError>, again_at: Instant) {
+    fn stands(&self, done: &Result<(), CallFault>, again_at: Instant) {
         let mut standing = self.standing.lock().unwrap_or_else(PoisonError::into_inner);
         match done {
-            Ok(()) => *standing = Standing { again_at: None, synced: Some(self.clock.now()) },
+            Ok(()) => *standing = SyncStanding { again_at: None, synced: Some(self.clock.now()) },
             Err(_) => standing.again_at = Some(again_at),
         }
     }
@@ -255,7 +255,7 @@ impl ServerIssuer {
     }
 
     /// Asks for everything, and publishes what is another. What was learnt before a failure is published too.
-    async fn sync(&self, synced: &mut Synced) -> Result<(), CallError> {
+    async fn sync(&self, synced: &mut Synced) -> Result<(), CallFault> {
         let deadline = Instant::now() + SYNC_WITHIN;
         let (entries, own) =
             tokio::join!(self.calls.entries(synced.entries.clone(), deadline), self.calls.bundle(deadline));
@@ -283,7 +283,7 @@ impl ServerIssuer {
         &self,
         synced: &mut Synced,
         deadline: Instant,
-    ) -> (BTreeMap<TrustDomain, Arc<Bundle>>, Result<(), CallError>) {
+    ) -> (BTreeMap<TrustDomain, Arc<Bundle>>, Result<(), CallFault>) {
         let before = Arc::clone(&self.world.borrow());
         let asked: Vec<TrustDomain> = synced.federated.1.iter().cloned().collect();
         let answers = stream::iter(asked).map(|trust_domain| async move {
@@ -486,7 +486,7 @@ impl Issuer for ServerIssuer {
 struct NotHeardOf;
 
 /// Says once that syncs fail, and once that they do no more.
-fn say(failing: &mut bool, fault: Option<&CallError>) {
+fn say(failing: &mut bool, fault: Option<&CallFault>) {
     match (fault, std::mem::replace(failing, fault.is_some())) {
         (Some(error), false) => {
             tracing::warn!(error = chain(error), "cannot sync with the server; what is known is served");
@@ -584,7 +584,7 @@ mod tests {
             })
         }
 
-        async fn reached(&self) -> Result<(), CallError> {
+        async fn reached(&self) -> Result<(), CallFault> {
             let takes = *self.takes.lock().unwrap();
             tokio::time::sleep(takes).await;
             if *self.is_away.lock().unwrap() {
@@ -629,7 +629,7 @@ mod tests {
             &self,
             known: KnownEntries,
             _deadline: Instant,
-        ) -> BoxFuture<'_, Result<SyncedEntries, CallError>> {
+        ) -> BoxFuture<'_, Result<SyncedEntries, CallFault>> {
             Box::pin(async move {
                 self.syncs.fetch_add(1, Relaxed);
                 self.reached().await?;
@@ -640,7 +640,7 @@ mod tests {
             })
         }
 
-        fn bundle(&self, _deadline: Instant) -> BoxFuture<'_, Result<ToldBundle, CallError>> {
+        fn bundle(&self, _deadline: Instant) -> BoxFuture<'_, Result<ToldBundle, CallFault>> {
             Box::pin(async move {
                 self.reached().await?;
                 let told = self.tells.lock().unwrap().clone();
@@ -659,7 +659,7 @@ mod tests {
             &'a self,
             _trust_domain: &'a TrustDomain,
             _deadline: Instant,
-        ) -> BoxFuture<'a, Result<Option<ToldBundle>, CallError>> {
+        ) -> BoxFuture<'a, Result<Option<ToldBundle>, CallFault>> {
             Box::pin(async { Ok(None) })
         }
 
@@ -667,7 +667,7 @@ mod tests {
             &self,
             requests: Vec<NewX509svidParams>,
             _deadline: Instant,
-        ) -> BoxFuture<'_, Result<Vec<Answer>, CallError>> {
+        ) -> BoxFuture<'_, Result<Vec<Answer>, CallFault>> {
             Box::pin(async move {
                 self.batches.lock().unwrap().push(requests.len());
                 self.reached().await?;
@@ -680,7 +680,7 @@ mod tests {
             entry: &'a EntryId,
             _audience: &'a [String],
             _deadline: Instant,
-        ) -> BoxFuture<'a, Result<Jwtsvid, CallError>> {
+        ) -> BoxFuture<'a, Result<Jwtsvid, CallFault>> {
             Box::pin(async move {
                 self.tokens.fetch_add(1, Relaxed);
                 self.reached().await?;
@@ -703,7 +703,7 @@ mod tests {
             &'a self,
             _bundle: &'a Bundle,
             _tainted: &'a Tainted,
-        ) -> BoxFuture<'a, Result<(), CallError>> {
+        ) -> BoxFuture<'a, Result<(), CallFault>> {
             Box::pin(async { Ok(()) })
         }
     }

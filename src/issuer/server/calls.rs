@@ -24,24 +24,24 @@ pub(super) trait Calls: fmt::Debug + Send + Sync + 'static {
         &self,
         known: KnownEntries,
         deadline: Instant,
-    ) -> BoxFuture<'_, Result<SyncedEntries, CallError>>;
+    ) -> BoxFuture<'_, Result<SyncedEntries, CallFault>>;
 
     /// The bundle of the own trust domain.
-    fn bundle(&self, deadline: Instant) -> BoxFuture<'_, Result<ToldBundle, CallError>>;
+    fn bundle(&self, deadline: Instant) -> BoxFuture<'_, Result<ToldBundle, CallFault>>;
 
     /// The bundle of another one that it is federated with; `None` where the server has none.
     fn federated_bundle<'a>(
         &'a self,
         trust_domain: &'a TrustDomain,
         deadline: Instant,
-    ) -> BoxFuture<'a, Result<Option<ToldBundle>, CallError>>;
+    ) -> BoxFuture<'a, Result<Option<ToldBundle>, CallFault>>;
 
     /// Signs X.509-SVIDs: one result for each, in their order.
     fn sign_x509(
         &self,
         requests: Vec<NewX509svidParams>,
         deadline: Instant,
-    ) -> BoxFuture<'_, Result<Vec<batch_new_x509svid_response::Result>, CallError>>;
+    ) -> BoxFuture<'_, Result<Vec<batch_new_x509svid_response::Result>, CallFault>>;
 
     /// Signs a JWT-SVID.
     fn sign_jwt<'a>(
@@ -49,14 +49,14 @@ pub(super) trait Calls: fmt::Debug + Send + Sync + 'static {
         entry: &'a EntryId,
         audience: &'a [String],
         deadline: Instant,
-    ) -> BoxFuture<'a, Result<Jwtsvid, CallError>>;
+    ) -> BoxFuture<'a, Result<Jwtsvid, CallFault>>;
 
     /// How entries are asked for from now on.
     fn ask_for(&self, entries: AskFor);
 
     /// Tells what the server is known by from now on, and what signed nothing that should still be used: the agent's own
     /// SVID is renewed if it did. What cannot be kept on the disk is an error.
-    fn trust<'a>(&'a self, bundle: &'a Bundle, tainted: &'a Tainted) -> BoxFuture<'a, Result<(), CallError>>;
+    fn trust<'a>(&'a self, bundle: &'a Bundle, tainted: &'a Tainted) -> BoxFuture<'a, Result<(), CallFault>>;
 }
 
 /// How entries are asked for.
@@ -70,7 +70,7 @@ pub(super) enum AskFor {
 
 /// Why a call brought nothing.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum CallError {
+pub(super) enum CallFault {
     /// The server was not reached, or answers with an error.
     #[error(transparent)]
     Server(#[from] ServerError),
@@ -85,7 +85,7 @@ pub(super) enum CallError {
     Svid(&'static str),
 }
 
-impl CallError {
+impl CallFault {
     /// Whether the same call may pass a moment later. spire-agent tries again whatever the server says, for 30 seconds.
     pub(super) fn is_passing(&self) -> bool {
         match self {

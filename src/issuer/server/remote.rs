@@ -11,7 +11,7 @@ use tonic::Code;
 
 use super::{
     bundles::{self, BUNDLE_MASK, ToldBundle},
-    calls::{AskFor, CallError, Calls},
+    calls::{AskFor, CallFault, Calls},
     entries::{ENTRY_MASK, EntryFault, EntrySync, KnownEntries, NextStep, SyncedEntries},
     error::ServerError,
     own_svid::OwnSvid,
@@ -51,7 +51,7 @@ impl RemoteServer {
         &self,
         known: &KnownEntries,
         connection: ServerConnection,
-    ) -> Result<SyncedEntries, CallError> {
+    ) -> Result<SyncedEntries, CallFault> {
         const CALL: &str = "SyncAuthorizedEntries";
         let sync = async {
             let mut client = EntryClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
@@ -75,7 +75,7 @@ impl RemoteServer {
                     NextStep::Done => break,
                 }
             }
-            Ok::<_, CallError>(sync.finish()?)
+            Ok::<_, CallFault>(sync.finish()?)
         };
         match tokio::time::timeout_at(connection.deadline(), sync).await {
             Ok(synced) => synced,
@@ -87,7 +87,7 @@ impl RemoteServer {
         &self,
         known: &KnownEntries,
         connection: ServerConnection,
-    ) -> Result<SyncedEntries, CallError> {
+    ) -> Result<SyncedEntries, CallFault> {
         let mut client = EntryClient::new(connection.clone()).max_decoding_message_size(LONGEST_LIST);
         let request = GetAuthorizedEntriesRequest { output_mask: Some(ENTRY_MASK) };
         let answer =
@@ -103,7 +103,7 @@ impl Calls for RemoteServer {
         &self,
         known: KnownEntries,
         deadline: Instant,
-    ) -> BoxFuture<'_, Result<SyncedEntries, CallError>> {
+    ) -> BoxFuture<'_, Result<SyncedEntries, CallFault>> {
         async move {
             let connection = self.own.upstream().agent(deadline).await?;
             if self.by_revision.load(Ordering::Relaxed) {
@@ -115,7 +115,7 @@ impl Calls for RemoteServer {
         .boxed()
     }
 
-    fn bundle(&self, deadline: Instant) -> BoxFuture<'_, Result<ToldBundle, CallError>> {
+    fn bundle(&self, deadline: Instant) -> BoxFuture<'_, Result<ToldBundle, CallFault>> {
         async move {
             let connection = self.own.upstream().agent(deadline).await?;
             let mut client = BundleClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
@@ -130,7 +130,7 @@ impl Calls for RemoteServer {
         &'a self,
         trust_domain: &'a TrustDomain,
         deadline: Instant,
-    ) -> BoxFuture<'a, Result<Option<ToldBundle>, CallError>> {
+    ) -> BoxFuture<'a, Result<Option<ToldBundle>, CallFault>> {
         async move {
             let connection = self.own.upstream().agent(deadline).await?;
             let mut client = BundleClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
@@ -151,7 +151,7 @@ impl Calls for RemoteServer {
         &self,
         params: Vec<NewX509svidParams>,
         deadline: Instant,
-    ) -> BoxFuture<'_, Result<Vec<batch_new_x509svid_response::Result>, CallError>> {
+    ) -> BoxFuture<'_, Result<Vec<batch_new_x509svid_response::Result>, CallFault>> {
         async move {
             let connection = self.own.upstream().agent(deadline).await?;
             let mut client = SvidClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
@@ -167,7 +167,7 @@ impl Calls for RemoteServer {
         entry: &'a EntryId,
         audience: &'a [String],
         deadline: Instant,
-    ) -> BoxFuture<'a, Result<Jwtsvid, CallError>> {
+    ) -> BoxFuture<'a, Result<Jwtsvid, CallFault>> {
         async move {
             let connection = self.own.upstream().agent(deadline).await?;
             let mut client = SvidClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
@@ -175,7 +175,7 @@ impl Calls for RemoteServer {
             let audience = audience.iter().filter(|text| !text.is_empty()).cloned().collect();
             let request = NewJwtsvidRequest { entry_id: entry.to_string(), audience };
             let signed = connection.answer("NewJWTSVID", client.new_jwtsvid(request)).await?;
-            signed.into_inner().svid.ok_or(CallError::Svid("there is no jwt-svid in it"))
+            signed.into_inner().svid.ok_or(CallFault::Svid("there is no jwt-svid in it"))
         }
         .boxed()
     }
@@ -184,7 +184,7 @@ impl Calls for RemoteServer {
         self.by_revision.store(entries == AskFor::Revisions, Ordering::Relaxed);
     }
 
-    fn trust<'a>(&'a self, bundle: &'a Bundle, tainted: &'a Tainted) -> BoxFuture<'a, Result<(), CallError>> {
+    fn trust<'a>(&'a self, bundle: &'a Bundle, tainted: &'a Tainted) -> BoxFuture<'a, Result<(), CallFault>> {
         async move {
             self.own.distrust(tainted);
             Ok(self.own.learn(bundle).await?)

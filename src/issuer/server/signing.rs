@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use super::{
-    calls::{CallError, Calls},
+    calls::{CallFault, Calls},
     error::ServerError,
     proto::{
         svid::{NewX509svidParams, batch_new_x509svid_response::Result as Answer},
@@ -196,7 +196,7 @@ impl X509Signing {
         let asked = params.len();
         let mut answers = self.calls.sign_x509(params, Instant::now() + WITHIN).await;
         if answers.as_ref().is_ok_and(|answers| answers.len() != asked) {
-            answers = Err(CallError::Svid("there is not one result for each x509-svid that was asked for"));
+            answers = Err(CallFault::Svid("there is not one result for each x509-svid that was asked for"));
         }
         self.adapt(asked, &answers);
         match answers {
@@ -218,7 +218,7 @@ impl X509Signing {
     }
 
     /// Half of a batch that failed is tried next, twice of one that did not.
-    fn adapt<T>(&self, asked: usize, answers: &Result<T, CallError>) {
+    fn adapt<T>(&self, asked: usize, answers: &Result<T, CallFault>) {
         let mut limit = lock(&self.limit);
         *limit = match answers {
             Ok(_) => (*limit * 2).min(MOST_IN_BATCH),
@@ -316,7 +316,7 @@ fn chain_of(answer: &Answer) -> Result<&[Vec<u8>], MintError> {
     }
     let svid = answer.svid.as_ref();
     svid.map(|svid| svid.cert_chain.as_slice())
-        .ok_or_else(|| of_no_use(Box::new(CallError::Svid("a result has no x509-svid"))))
+        .ok_or_else(|| of_no_use(Box::new(CallFault::Svid("a result has no x509-svid"))))
 }
 
 fn of_no_use(source: Box<dyn std::error::Error + Send + Sync>) -> MintError {

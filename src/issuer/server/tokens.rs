@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use zeroize::Zeroizing;
 
 use super::{
-    calls::{CallError, Calls},
+    calls::{CallFault, Calls},
     entries::spiffe_id_of,
     proto::types::Jwtsvid,
 };
@@ -98,7 +98,7 @@ impl JwtSigning {
         entry: &Entry,
         audience: &[String],
         deadline: Instant,
-    ) -> Result<Jwtsvid, CallError> {
+    ) -> Result<Jwtsvid, CallFault> {
         let mut again = AGAIN;
         loop {
             let answer = self.calls.sign_jwt(&entry.id, audience, deadline).await;
@@ -136,28 +136,28 @@ impl Drop for KeptPlace {
     }
 }
 
-fn issuers(error: CallError) -> MintError {
+fn issuers(error: CallFault) -> MintError {
     MintError::Issuer { retry_after: None, source: Box::new(error) }
 }
 
 /// The SVID, if it is one of the entry.
-fn accept(told: Jwtsvid, entry: &Entry, now: SystemTime) -> Result<JwtSvid, CallError> {
+fn accept(told: Jwtsvid, entry: &Entry, now: SystemTime) -> Result<JwtSvid, CallFault> {
     let Jwtsvid { token, id, issued_at, expires_at, .. } = told;
     let token = Zeroizing::new(token);
     let of_entry = id.as_ref().and_then(spiffe_id_of).is_some_and(|id| id == entry.spiffe_id)
         && subject(&token).is_some_and(|subject| subject == entry.spiffe_id.as_str());
     if !of_entry {
-        return Err(CallError::Svid("the jwt-svid is of another spiffe id"));
+        return Err(CallFault::Svid("the jwt-svid is of another spiffe id"));
     }
     let at = |seconds: i64| {
         let seconds = u64::try_from(seconds).ok().filter(|seconds| *seconds > 0)?;
         SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
     };
     let (Some(issued_at), Some(expires_at)) = (at(issued_at), at(expires_at)) else {
-        return Err(CallError::Svid("the jwt-svid does not say from when until when it is valid"));
+        return Err(CallFault::Svid("the jwt-svid does not say from when until when it is valid"));
     };
     if expires_at <= issued_at || expires_at <= now {
-        return Err(CallError::Svid("the jwt-svid has expired"));
+        return Err(CallFault::Svid("the jwt-svid has expired"));
     }
     Ok(JwtSvid { spiffe_id: entry.spiffe_id.clone(), token, issued_at, expires_at })
 }
