@@ -9,6 +9,7 @@ pub mod embedded;
 mod keys;
 pub mod lookout;
 pub mod metrics;
+pub(crate) mod renewal;
 pub mod server;
 
 use std::{

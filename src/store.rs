@@ -8,7 +8,6 @@
 pub mod entitlement;
 pub mod jwt_cache;
 pub mod metrics;
-mod renewal;
 mod settings;
 pub mod snapshot;
 pub mod writer;

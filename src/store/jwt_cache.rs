@@ -28,11 +28,10 @@ use tokio::{
 use super::{
     entitlement::Charged,
     metrics::{CacheResult, StoreMetrics},
-    renewal,
 };
 use crate::{
     identity::{Entry, JwtSvid, SpiffeId, taint},
-    issuer::{self, Issuer, MintError, World},
+    issuer::{self, Issuer, MintError, World, renewal},
     limits::pace::Pace,
     os::clock::Clock,
     telemetry::{chain, registry::float},

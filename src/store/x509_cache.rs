@@ -20,10 +20,10 @@ use tokio::{
     time::Instant,
 };
 
-use super::{entitlement::Charged, renewal};
+use super::entitlement::Charged;
 use crate::{
     identity::{Entry, EntryId, EntryIndex, Tainted, X509Svid},
-    issuer::{self, Issuer, MintError},
+    issuer::{self, Issuer, MintError, renewal},
     os::clock::Clock,
 };
 

@@ -11,7 +11,7 @@ use zeroize::{ZeroizeOnDrop, Zeroizing};
 
 use super::{
     error::DataFault,
-    files::{FileDir, is_object},
+    files::{FileDir, object},
 };
 use crate::{
     identity::KeyType,
@@ -121,11 +121,7 @@ fn key_pair(pkcs8: &[u8]) -> Option<KeyPair> {
 }
 
 fn parse(text: &[u8]) -> Result<KeyTable, &'static str> {
-    const UNEXPECTED: &str = "it is not the JSON that is expected";
-    if !is_object(text) {
-        return Err(UNEXPECTED);
-    }
-    let json: KeysJson = serde_json::from_slice(text).map_err(|_unsaid| UNEXPECTED)?;
+    let json: KeysJson = object(text)?;
     let keys = json.keys.unwrap_or_default();
     if keys.len() > MOST_KEYS {
         return Err("it has too many keys");

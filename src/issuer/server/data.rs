@@ -9,7 +9,7 @@ use x509_parser::pem::Pem;
 
 use super::{
     error::DataFault,
-    files::{FileDir, is_object},
+    files::{FileDir, object},
 };
 use crate::identity::TrustDomain;
 
@@ -123,11 +123,7 @@ impl AgentDataFile {
 }
 
 fn parse(text: &[u8]) -> Result<AgentData, &'static str> {
-    const UNEXPECTED: &str = "it is not the JSON that is expected";
-    if !is_object(text) {
-        return Err(UNEXPECTED);
-    }
-    let json: DataJson = serde_json::from_slice(text).map_err(|_unsaid| UNEXPECTED)?;
+    let json: DataJson = object(text)?;
     Ok(AgentData {
         svid: certificates(json.svid)?,
         bundle: certificates(json.bundle)?,

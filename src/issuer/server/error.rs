@@ -1,6 +1,6 @@
 //! What can go wrong between the agent and its server, and what an admin does about it.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc};
 
 use prost::Message as _;
 use tonic::{Code, Status};
@@ -126,11 +126,6 @@ impl ServerError {
             return Self::Denied(denial);
         }
         Self::Answered { call, code: status.code(), message: shown(status.message()) }
-    }
-
-    /// How long a caller should stay away, where that is known.
-    pub fn retry_after(&self) -> Option<Duration> {
-        None
     }
 }
 

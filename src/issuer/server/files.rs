@@ -12,6 +12,7 @@ use std::{
 };
 
 use nix::{fcntl::OFlag, unistd::geteuid};
+use serde::de::DeserializeOwned;
 use zeroize::Zeroizing;
 
 use super::error::DataFault;
@@ -160,7 +161,11 @@ fn check_mode(path: &Path, found: &Metadata, forbidden: u32, want: u32) -> Resul
     }
     Err(DataFault::Mode { path: path.to_owned(), found: mode, want })
 }
-/// Whether JSON is an object: serde takes a list for one too.
-pub(super) fn is_object(json: &[u8]) -> bool {
-    json.trim_ascii_start().starts_with(b"{")
+/// Reads the JSON object that a file is. serde takes a list for one too, in the order of its fields: that is damage.
+pub(super) fn object<T: DeserializeOwned>(json: &[u8]) -> Result<T, &'static str> {
+    let is_object = json.trim_ascii_start().starts_with(b"{");
+    is_object
+        .then(|| serde_json::from_slice(json).ok())
+        .flatten()
+        .ok_or("it is not the JSON that is expected")
 }

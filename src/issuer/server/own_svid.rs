@@ -4,7 +4,7 @@
 //! verified, that it does not know this agent. While there is none, or it cannot be renewed, that is told and tried
 //! again; the process does not end for it.
 
-mod renewal;
+mod pause;
 
 use std::{
     sync::Arc,
@@ -17,7 +17,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use self::renewal::{Pause, draw, due};
+use self::pause::Pause;
 use super::{
     agent_keys::{AgentKeys, NewKeyError, csr},
     attestation::{AttestedAgent, NodeAttestor, attest, attestor},
@@ -37,7 +37,7 @@ use super::{
 };
 use crate::{
     identity::{Bundle, SpiffeId, Tainted},
-    issuer::keys::KeyPair,
+    issuer::{keys::KeyPair, renewal},
     os::clock::{Clock, sleep_until},
 };
 
@@ -214,7 +214,7 @@ impl OwnSvid {
     /// Until there is something to do about the SVID of the moment.
     async fn wait(&self, denials: &mut watch::Receiver<Option<Denial>>) -> Result<Way, Denial> {
         let Some(svid) = self.current() else { return Ok(Way::Attest) };
-        let due = due(svid.not_before, svid.not_after, self.settings.availability_target, &draw());
+        let due = renewal::draw(svid.not_before, svid.not_after, self.settings.availability_target);
         loop {
             tokio::select! {
                 () = sleep_until(self.clock, due) => return Ok(self.way(Way::Renew)),
@@ -235,13 +235,22 @@ impl OwnSvid {
 
     /// Ends when the server's authority has been unknown for as long as is put up with, where it may be begun anew.
     async fn foreign_for_long(&self) {
-        let join = &self.settings.join;
-        if join.rebootstrap_mode == RebootstrapMode::Never || join.trust_source() == TrustSource::Insecure {
+        if !self.may_begin_anew() {
             return std::future::pending().await;
         }
-        while self.upstream.foreign_for().is_none_or(|long| long < join.rebootstrap_delay) {
+        while !self.is_foreign_for_long() {
             sleep(Duration::from_secs(1)).await;
         }
+    }
+
+    /// Whether trust in the server may be established anew.
+    fn may_begin_anew(&self) -> bool {
+        let join = &self.settings.join;
+        join.rebootstrap_mode != RebootstrapMode::Never && join.trust_source() != TrustSource::Insecure
+    }
+
+    fn is_foreign_for_long(&self) -> bool {
+        self.upstream.foreign_for().is_some_and(|long| long >= self.settings.join.rebootstrap_delay)
     }
 
     fn may_attest(&self) -> bool {
@@ -250,10 +259,7 @@ impl OwnSvid {
 
     /// How the next SVID is had, when `wanted` was to be tried.
     fn way(&self, wanted: Way) -> Way {
-        let join = &self.settings.join;
-        let foreign = join.rebootstrap_mode != RebootstrapMode::Never
-            && join.trust_source() != TrustSource::Insecure
-            && self.upstream.foreign_for().is_some_and(|long| long >= join.rebootstrap_delay);
+        let foreign = self.may_begin_anew() && self.is_foreign_for_long();
         match (wanted, self.may_attest()) {
             (_, true) if foreign => Way::AttestAnew,
             (Way::AttestAnew, true) => Way::AttestAnew,

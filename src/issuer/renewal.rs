@@ -1,4 +1,4 @@
-//! When an SVID is renewed: around half of its life, at a moment that is drawn once, when it was made.
+//! When an SVID is renewed, a workload's and the agent's own: around half of its life, at a moment that is drawn once, when it was made.
 //!
 //! SPIRE draws anew at each check, which moves the moment early (`pkg/common/rotationutil`).
 
@@ -10,7 +10,7 @@ use crate::os::random::fractions;
 ///
 /// That is where its life begins here: `not_before` lies some seconds earlier, for verifiers whose clocks are slow, and
 /// an SVID of a few seconds would be due as soon as it is made.
-pub(super) fn draw(
+pub(crate) fn draw(
     made_at: SystemTime,
     not_after: SystemTime,
     availability_target: Option<Duration>,
@@ -59,6 +59,11 @@ mod tests {
             ("target, jitter", 48 * HOUR, Some(30 * HOUR), 0.5, 18 * HOUR - 300),
             ("half life is nearer than the target", 96 * HOUR, Some(24 * HOUR), 0.5, 48 * HOUR),
             ("too short for the target", 30 * HOUR, Some(24 * HOUR), 0.5, 15 * HOUR),
+            ("exactly half", 10 * HOUR, None, 0.5, 5 * HOUR),
+            ("early, of ten hours", 10 * HOUR, None, 1.0, 16_200),
+            ("late, of ten hours", 10 * HOUR, None, 0.0, 19_800),
+            ("half is sooner", 100 * HOUR, Some(24 * HOUR), 0.5, 50 * HOUR),
+            ("ten hours beyond the target are too few", 40 * HOUR, Some(30 * HOUR), 0.5, 20 * HOUR),
             ("no lifetime", 0, None, 0.5, 0),
         ] {
             let not_after = born + Duration::from_secs(lifetime);
