@@ -225,6 +225,11 @@ impl Holding {
         })
     }
 
+    /// Whether there is room on the node.
+    pub fn has_room(&self) -> bool {
+        self.sums.as_ref().is_none_or(|HeldSums { node, .. }| node.room.is_there())
+    }
+
     /// Whether memory is so short that nothing may wait in it, whoever holds the rest: with more than [`SHARES`] callers all
     /// may be below their shares.
     ///

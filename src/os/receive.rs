@@ -50,16 +50,14 @@ pub enum Care {
     LookFirst,
 }
 
-/// The most bytes that are looked at, and so copied twice, at once.
-const LOOK: usize = 16 * 1024;
+/// The most bytes that are received at once: some ten requests, which are served before more of them are taken out of the
+/// kernel's hands.
+const AT_ONCE: usize = 2 * 1024;
 
 impl Care {
     /// How many bytes are received at once, where there is room for so many.
-    pub fn at_once(self, room: usize) -> usize {
-        match self {
-            Self::TakeAtOnce => room,
-            Self::LookFirst => room.min(LOOK),
-        }
+    pub fn at_once(room: usize) -> usize {
+        room.min(AT_ONCE)
     }
 }
 
@@ -69,9 +67,9 @@ impl Care {
 /// `WouldBlock` when nothing is there, or what the kernel says.
 pub fn receive(socket: BorrowedFd<'_>, into: &mut ReadBuf<'_>, care: Care) -> io::Result<Received> {
     match care {
-        Care::TakeAtOnce => take(socket, into, usize::MAX),
+        Care::TakeAtOnce => take(socket, into, AT_ONCE),
         Care::LookFirst => {
-            let seen = call(socket, spare(into, LOOK), libc::MSG_PEEK)?;
+            let seen = call(socket, spare(into, AT_ONCE), libc::MSG_PEEK)?;
             if seen.cut_short {
                 return Ok(Received::Descriptors);
             }

@@ -127,7 +127,10 @@ impl Connection {
             let verdict = tokio::select! {
                 biased;
                 done = poll_fn(|cx| {
-                    let done = waker.poll(cx, |cx| http2.as_mut().poll(cx));
+                    let done = waker.poll(cx, |cx| {
+                        ending.read_on();
+                        http2.as_mut().poll(cx)
+                    });
                     let sent = outbox.poll_empty(cx);
                     // Nobody is there to read.
                     let deserted = done.is_pending() && matches!(sent, Poll::Ready(Err(_)));

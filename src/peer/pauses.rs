@@ -92,6 +92,13 @@ impl Pauses {
         self.paused.store(true, Relaxed);
     }
 
+    /// It asks for more than is answered at once, without room on the node: what it asks further waits in the kernel for a
+    /// moment. That is no fault of its own.
+    pub(super) fn rest(&self, now: Instant) {
+        self.course(|course| course.until = course.until.max(Some(now + A_MOMENT)));
+        self.paused.store(true, Relaxed);
+    }
+
     /// Whether nothing is read now.
     pub(super) fn paused(&self) -> bool {
         self.paused.load(Relaxed)

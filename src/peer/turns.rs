@@ -266,6 +266,8 @@ impl Turn {
             let unanswered = || slots.slots.iter().filter(|slot| slot.open && !slot.rests).count();
             if out_of_memory && unanswered() >= FEW {
                 turns.pauses.hold_up(Instant::now());
+            } else if reckoned.is_none() && !turns.holding.has_room() {
+                turns.pauses.rest(Instant::now());
             }
             let waits = reckoned.is_none() && !crowded && !turns.holding.is_above_share();
             if waits {

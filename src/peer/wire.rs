@@ -30,7 +30,7 @@ use super::{
 };
 use crate::{
     limits::holding::Holding,
-    os::receive::{Received, receive},
+    os::receive::{Care, Received, receive},
 };
 
 /// Fewer bytes that are not complete are in what HTTP/2 takes in any case.
@@ -46,6 +46,8 @@ pub(super) struct Ending {
     /// A read did not fill its buffer.
     read_short: AtomicBool,
     read_again: AtomicBool,
+    /// The last read filled its buffer.
+    read_full: AtomicBool,
 }
 
 impl Ending {
@@ -73,6 +75,11 @@ impl Ending {
     /// writer, which the kernel keeps apart: [`Self::read_again`] has to be called some time later.
     pub(super) fn read_short(&self) -> bool {
         self.read_short.load(Relaxed)
+    }
+
+    /// Lets the next read take more. Until then nothing is read once a read was a full one: what it brought is served first.
+    pub(super) fn read_on(&self) {
+        self.read_full.store(false, Relaxed);
     }
 
     /// If a read has been short since the last time: lets the next one look at what is there, whether something was
@@ -148,7 +155,7 @@ impl<P: Send + 'static> Wire<P> {
             let mut received = None;
             let tried = socket.try_io(Interest::READABLE, || {
                 let got = receive(stream.as_fd(), buf, care)?;
-                let room = care.at_once(buf.remaining());
+                let room = Care::at_once(buf.remaining());
                 let short = matches!(got, Received::Bytes { len, .. } if 0 < len && len < room);
                 received = Some(got);
                 if short {
@@ -211,6 +218,11 @@ impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
             // The connection's task polls again when the pause is over.
             return Poll::Pending;
         }
+        if this.ending.read_full.load(Relaxed) {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let room = Care::at_once(buf.remaining());
         let received = ready!(this.poll_receive(cx, buf));
         let Received::Bytes { len, writer } = this.noted(received)? else {
             this.ending.descriptors.store(true, Relaxed);
@@ -224,6 +236,7 @@ impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
             this.end_with(cx);
             return Poll::Pending;
         }
+        this.ending.read_full.store(len == room, Relaxed);
         let before = buf.filled().len();
         buf.advance(len);
         let new = buf.filled_mut().get_mut(before..).unwrap_or_default();
