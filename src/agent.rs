@@ -132,6 +132,7 @@ impl Running {
         if let Some(drained) = public {
             tracing::info!(ended = drained.ended, cut = drained.cut, "drained");
         }
+        self.adjustable.parts.journal.end();
     }
 }
 

@@ -19,6 +19,7 @@ mod door;
 mod drain;
 mod end;
 pub mod frames;
+mod given;
 mod hpack;
 mod last_word;
 mod lingering;

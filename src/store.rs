@@ -5,6 +5,7 @@
 //! somebody streams was renewed. X.509-SVIDs and JWT-SVIDs are made on demand and kept in two caches, each with a bound.
 //! Nothing here knows gRPC, sockets or processes.
 
+pub mod audit;
 pub mod entitlement;
 pub mod jwt_cache;
 pub mod metrics;

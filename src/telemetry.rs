@@ -10,7 +10,7 @@ mod process;
 pub mod registry;
 mod settings;
 
-pub use settings::{HealthSettings, HostPort, LogFormat, LogSettings, parse_level};
+pub use settings::{AuditSettings, HealthSettings, HostPort, LogFormat, LogSettings, parse_level};
 
 /// The error's text, then that of each cause, with `: ` between.
 pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {

@@ -36,6 +36,7 @@ impl Replacing {
             trust_domain: _,
             agent: _,
             log,
+            audit: _,
             policy,
             caches,
             listener: _,

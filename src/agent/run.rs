@@ -134,7 +134,7 @@ impl Control<'_> {
         let load = Arc::clone(&self.load);
         let loading = self.errands.begin(move || -> anyhow::Result<_> {
             let config = load()?;
-            let log = Log::start(&config.log)?;
+            let log = Log::start(&config.log, &config.audit)?;
             Ok((config, log))
         });
         let (config, log) = tokio::select! {

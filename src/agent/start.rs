@@ -29,7 +29,7 @@ use crate::{
     limits::{self, GatePlan, Limits, pace::Complaints},
     os::{clock::Clock, trusted::ClosedDir},
     peer::{ConnectionBounds, ConnectionMetrics, ConnectionStats, Listener, OsUid, Socket, cgroup::PodOrUid},
-    store::{JwtCache, StoreMetrics, Writer, X509Cache},
+    store::{JwtCache, StoreMetrics, Writer, X509Cache, audit::AuditTrail},
     telemetry::{
         HealthSettings,
         health::{HealthState, Probe},
@@ -75,7 +75,7 @@ pub(super) struct AgentParts {
     pub(super) x509: Arc<X509Cache>,
     pub(super) jwt: Arc<JwtCache>,
     pub(super) attestor: Arc<Attestor>,
-    journal: Arc<Journal>,
+    pub(super) journal: Arc<Journal>,
     pub(super) means: Means,
     meter: MemoryMeter,
     pub(super) limits: Limits,
@@ -103,8 +103,10 @@ impl AgentParts {
         let caches = &config.caches;
         let (x509_svids, jwt_svids) = (caches.x509_svids.count(), caches.jwt_svids.count());
         let x509 = X509Cache::new(Arc::clone(&issuer), clock, x509_svids, caches.availability_target);
-        let x509 = Arc::new(x509);
-        let jwt = JwtCache::new(Arc::clone(&issuer), clock, Arc::clone(&store_series), jwt_svids);
+        let audit = Arc::<AuditTrail>::default();
+        let x509 = Arc::new(x509.audited(Arc::clone(&audit)));
+        let jwt = JwtCache::new(Arc::clone(&issuer), clock, Arc::clone(&store_series), jwt_svids)
+            .audited(Arc::clone(&audit));
         let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
         attestor.share_by(config.ratelimit.families.clone());
         attestor.prepare_for(&Arc::clone(&issuer.world().borrow().index));
@@ -121,7 +123,7 @@ impl AgentParts {
             issuer_series.rotation.refresh(clock.now());
             store_series.renewal.refresh(clock.now());
         });
-        let journal = Arc::new(Journal::new(metrics.registry()));
+        let journal = Arc::new(Journal::new(metrics.registry(), audit));
         let means = Means::of_this_process(http_listeners(config));
         let budget = config.ratelimit.memory.budget(means.cgroup);
         let meter = MemoryMeter::start().context("cannot start a thread")?;

@@ -28,6 +28,11 @@ impl Encoded {
         Self(Bytes::from_owner(Zeroizing::new(message.encode_to_vec())))
     }
 
+    /// The bytes.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
     /// The bytes, shared.
     pub fn into_bytes(self) -> Bytes {
         self.0

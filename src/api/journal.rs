@@ -18,6 +18,7 @@ use crate::{
         pace::{Complaints, Pace, Settled},
     },
     peer::Peer,
+    store::audit::AuditTrail,
     telemetry::{
         chain,
         registry::{Label as _, Open, Registry},
@@ -29,6 +30,7 @@ pub struct Journal {
     metrics: ApiMetrics,
     complaints: Complaints<Complaint>,
     no_peer: Pace,
+    audit: Arc<AuditTrail>,
 }
 
 /// What a line about a caller is for.
@@ -82,11 +84,12 @@ impl Begun {
 
 impl Journal {
     /// Registers the series of calls.
-    pub fn new(registry: Registry<'_>) -> Self {
+    pub fn new(registry: Registry<'_>, audit: Arc<AuditTrail>) -> Self {
         Self {
             metrics: ApiMetrics::new(registry),
             complaints: Complaints::default(),
             no_peer: Pace::default(),
+            audit,
         }
     }
 
@@ -128,6 +131,9 @@ impl Journal {
     fn refused(&self, method: Method, by: Option<Whom>, error: &RequestError) {
         const NOT_ATTESTED: &str = "workload attestation failed";
         let rpc = method.rpc();
+        if let Some(Whom { caller, pid }) = by {
+            self.audit.refused(caller, pid, rpc, error.reason());
+        }
         match error {
             RequestError::OtherPidNamespace | RequestError::Unmapped => {
                 self.complain(by, Complaint::NotAttested(AttestFault::Namespace), |line| {
@@ -177,8 +183,9 @@ impl Journal {
         }
     }
 
-    /// Tells which complaints are over. To be called now and then.
+    /// Tells which complaints are over, and what was counted for the audit. To be called now and then.
     pub fn settle(&self) {
+        self.audit.settle();
         for settled in self.complaints.settle(Instant::now()) {
             match settled {
                 Settled::Over { caller, reason, count } => {
@@ -190,6 +197,11 @@ impl Journal {
                 }
             }
         }
+    }
+
+    /// Tells what was counted for the audit: the agent ends.
+    pub fn end(&self) {
+        self.audit.end();
     }
 
     /// A call is open while the answer is kept.
@@ -262,7 +274,7 @@ mod tests {
         let settings = LogSettings { file: Some(path.clone()), ..Default::default() };
         let (subscriber, log) = Log::build(&settings).unwrap();
         let held = tracing::subscriber::set_default(subscriber);
-        act(Journal::new(Metrics::default().registry())).await;
+        act(Journal::new(Metrics::default().registry(), Arc::default())).await;
         drop(held);
         assert!(log.flush(Duration::from_secs(60)));
         let text = fs::read_to_string(&path).unwrap();

@@ -17,6 +17,7 @@ use crate::{
     limits::{ConnectionRefusal, Refusal, RejectionStatus},
     peer::{BodyError, PUSHBACK},
     store::{NoIdentity, NotEntitled},
+    telemetry::registry::Label as _,
 };
 
 /// Why a Workload API call got no answer.
@@ -130,6 +131,27 @@ impl From<AttestError> for RequestError {
 }
 
 impl RequestError {
+    /// Why, in a word of a closed set: for the audit.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::NoSecurityHeader => "no_security_header",
+            Self::BadAudience(_) => "bad_audience",
+            Self::NoSvid => "no_token",
+            Self::BadSpiffeId(_) => "bad_spiffe_id",
+            Self::BadToken(_) => "bad_token",
+            Self::NoIdentity(_) => "no_identity",
+            Self::NotKnown => "not_known",
+            Self::Refused(refusal) => refusal.reason.text(),
+            Self::OtherPidNamespace | Self::Unmapped | Self::Attestation(_) => "not_attested",
+            Self::JwtSvid(_) | Self::X509Svid(_) => "not_signed",
+            Self::Draining => "draining",
+            Self::SentAway => "sent_away",
+            Self::Crowded => "crowded",
+            Self::NoWitSvids | Self::NoWitBundles => "not_implemented",
+            Self::NoPeer => "no_peer",
+        }
+    }
+
     /// The code. No wildcard arm: a new error must choose.
     pub fn code(&self) -> Code {
         match self {

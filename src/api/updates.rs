@@ -47,6 +47,9 @@ pub(super) trait Update: Send + 'static {
     /// The message for what the process is now, which is attested first, in the newest snapshot.
     fn now(&mut self) -> impl Future<Output = Result<Encoded, RequestError>> + Send;
 
+    /// A message is about to be sent.
+    fn is_sent(&self, _message: &Encoded) {}
+
     /// Whether the process is still there, and of the user and group that connected: asked right before a message is
     /// sent, as making it may have taken a while.
     fn is_alive(&self) -> Result<(), RequestError>;
@@ -165,6 +168,7 @@ impl Behind {
 impl<S: Update> Stream<S> {
     async fn next(&mut self) -> Result<Encoded, RequestError> {
         if std::mem::take(&mut self.first) {
+            self.state.is_sent(&self.sent);
             return Ok(self.sent.clone());
         }
         let mut behind: Option<Behind> = None;
@@ -185,6 +189,7 @@ impl<S: Update> Stream<S> {
             match self.update().await {
                 Ok(None) => behind = None,
                 Ok(Some(message)) => {
+                    self.state.is_sent(&message);
                     self.sent = message.clone();
                     return Ok(message);
                 }
@@ -331,7 +336,7 @@ mod tests {
                 sent_away: Arc::clone(&sent_away),
             };
             let whom = Whom { caller: CallerKey::Uid(1), pid: 7 };
-            let journal = Arc::new(Journal::new(Metrics::default().registry()));
+            let journal = Arc::new(Journal::new(Metrics::default().registry(), Arc::default()));
             let open = journal.opened(Method::FetchX509Svid, Some(whom));
             let mut stream = updates(state, open, changes, encoded("first"), Arc::clone(queue));
             assert_eq!(stream.next().await.unwrap().unwrap(), encoded("first"));

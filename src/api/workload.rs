@@ -328,6 +328,10 @@ impl<C: Content> Update for Subscription<C> {
         content.message(parts, charged, &snapshot).await
     }
 
+    fn is_sent(&self, message: &Encoded) {
+        self.content.is_sent(&self.parts, &self.charged, message);
+    }
+
     fn is_alive(&self) -> Result<(), RequestError> {
         Ok(self.charged.peer().is_alive()?)
     }
@@ -349,6 +353,9 @@ trait Content: Send + 'static {
         charged: &mut Charged,
         snapshot: &Snapshot,
     ) -> impl Future<Output = Result<Encoded, RequestError>> + Send;
+
+    /// The message is about to be sent.
+    fn is_sent(&self, _parts: &Parts, _charged: &Charged, _message: &Encoded) {}
 }
 
 /// FetchX509SVID sends SVIDs, which are renewed while they are held.
@@ -379,6 +386,10 @@ impl Content for Hold {
         }
         let svids = parts.x509.fetch(charged).await.map_err(RequestError::X509Svid)?;
         Ok(answer_of(snapshot, key, charged, &svids, now))
+    }
+
+    fn is_sent(&self, parts: &Parts, charged: &Charged, message: &Encoded) {
+        parts.x509.are_given(charged, message.bytes());
     }
 }
 

@@ -94,7 +94,7 @@ pub(super) fn run(args: &QuickstartArgs, terminal: &mut Terminal) -> Result<(), 
         return Err(wrong_places(&layout.config, wrong).into());
     }
     let runtime = agent::runtime().map_err(Failure::Agent)?;
-    let log = Log::start(&config.log).map_err(|error| Failure::Agent(error.into()))?;
+    let log = Log::start(&config.log, &config.audit).map_err(|error| Failure::Agent(error.into()))?;
     let result = runtime.block_on(serve(args, &layout, config, terminal));
     runtime.shutdown_timeout(Duration::from_millis(100));
     // What is not written by then is not worth waiting for.

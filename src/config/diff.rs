@@ -56,6 +56,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         trust_domain,
         agent,
         log,
+        audit,
         policy,
         caches,
         listener,
@@ -73,6 +74,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
     keys.needs_restart("agent.trust_domain", trust_domain, &new.trust_domain);
     agent.compare(&new.agent, &mut keys);
     log.compare(&new.log, &mut keys);
+    audit.compare(&new.audit, &mut keys);
     policy.compare(&new.policy, &mut keys);
     caches.compare(&new.caches, &mut keys);
     listener.compare(&new.listener, &mut keys);

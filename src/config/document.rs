@@ -27,7 +27,7 @@ use crate::{
     os::trusted::Trust,
     peer::{KubernetesSettings, ListenerSettings, cgroup::KubernetesMode},
     store::{CacheSettings, Policy},
-    telemetry::{HealthSettings, HostPort, LogSettings},
+    telemetry::{AuditSettings, HealthSettings, HostPort, LogSettings},
 };
 
 /// Everything the agent is told, checked. Each key is documented in `conf/agent.conf`.
@@ -39,6 +39,8 @@ pub struct Config {
     pub agent: AgentSettings,
     /// `agent.log_*`.
     pub log: LogSettings,
+    /// `audit`: where it is written who was given what.
+    pub audit: AuditSettings,
     /// `agent`: what callers are given.
     pub policy: Policy,
     /// `agent`: what is kept.
@@ -143,6 +145,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     let attest = plugins(&mut root, &mut server);
     let endpoints = endpoints::read(&mut root, &agent.settings);
     let joins = !root.has("issuer") && server.is_meant();
+    let audit = endpoints::audit(&mut root);
     let (issuer, ca_ttl) = issuer::read(&mut root, server, has_plugins);
     let mut limits = root.block("ratelimit");
     let federation = Federation::read(&mut root, input, own);
@@ -178,6 +181,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
         trust_domain: agent.trust_domain?,
         agent: agent.settings,
         log: agent.log,
+        audit,
         policy: agent.policy,
         caches: agent.caches,
         listener: agent.listener,

@@ -1,4 +1,4 @@
-//! The blocks `telemetry` and `health_checks`: the two endpoints for people's tools.
+//! The blocks `telemetry`, `health_checks` and `audit`: what is there for people's tools.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use crate::{
         settings::Shown as _,
         tree::{Place, quoted},
     },
-    telemetry::{HealthSettings, HostPort},
+    telemetry::{AuditSettings, HealthSettings, HostPort},
 };
 
 const SINK: &str = "this telemetry sink";
@@ -64,6 +64,17 @@ fn telemetry(root: &mut Section<'_>) -> Option<MetricsPlaces> {
     absent::refuse(&mut s, &TELEMETRY);
     s.finish();
     prometheus
+}
+
+/// Reads `audit`.
+pub(super) fn audit(root: &mut Section<'_>) -> AuditSettings {
+    let Some(mut s) = root.block("audit") else { return AuditSettings::default() };
+    let audit = AuditSettings::read(&mut s);
+    if audit.file.is_some() && audit.socket.is_some() {
+        s.wrong_block("file and socket_path are two places for one audit: leave one of them out");
+    }
+    s.finish();
+    audit
 }
 
 /// Reads both. No two sockets can be at one address, those of the block `agent` included.

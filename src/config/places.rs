@@ -87,8 +87,8 @@ impl Config {
             let dir = trust.directory(parent(admin)).and_then(TrustedDir::for_us_alone);
             places.note("agent.admin_socket_path", admin, socket_place(dir, admin));
         }
-        if let Some(file) = &self.log.file {
-            places.note("agent.log_file", file, there(trust.to_append().route(file)));
+        for (key, file) in self.log_files() {
+            places.note(key, file, there(trust.to_append().route(file)));
         }
         for (key, file) in self.issuer_files() {
             places.note(key, file, there(trust.open(file)));
@@ -103,6 +103,13 @@ impl Config {
             None => places.closed = trust.route(parent(socket)).map(|way| way.closed).unwrap_or_default(),
         }
         places
+    }
+
+    /// The files that lines are written to, with their keys.
+    fn log_files(&self) -> impl Iterator<Item = (&'static str, &Path)> {
+        let log = self.log.file.as_deref().map(|file| ("agent.log_file", file));
+        let audit = self.audit.file.as_deref().filter(|_| self.audit.enabled);
+        log.into_iter().chain(audit.map(|file| ("audit.file", file)))
     }
 
     /// Whether the addresses of the HTTP endpoints can be bound on this node: what can never be, and what cannot be now.
@@ -132,11 +139,12 @@ impl Config {
         let tells = |error: &io::Error| {
             error.kind() == io::ErrorKind::NotFound || us.is_root() || us.as_raw() == trust.user()
         };
-        if let Some(file) = &self.log.file
-            && let Err(PathError::Open { path, cause }) = trust.to_append().directory(parent(file))
-            && tells(&cause)
-        {
-            found.note("agent.log_file", file, Err::<(), _>(PathError::Open { path, cause }));
+        for (key, file) in self.log_files() {
+            if let Err(PathError::Open { path, cause }) = trust.to_append().directory(parent(file))
+                && tells(&cause)
+            {
+                found.note(key, file, Err::<(), _>(PathError::Open { path, cause }));
+            }
         }
         let Signer::Embedded(issuer) = &self.issuer else { return found.wrong };
         if let Some(file) = &issuer.ca_cert_path

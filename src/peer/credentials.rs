@@ -38,7 +38,7 @@ use crate::{
         holding::Holding,
     },
     os::pidfd::{Owner, Pidfd},
-    peer::slot::PeerSlot,
+    peer::{given::GivenLately, slot::PeerSlot},
 };
 
 /// What the kernel recorded when the peer called `connect()` (`SO_PEERCRED`), as seen from the agent's namespaces.
@@ -66,6 +66,7 @@ pub struct Peer {
     /// What its connection holds, once it was let in.
     holding: OnceLock<Arc<Holding>>,
     slot: PeerSlot,
+    given: GivenLately,
 }
 
 /// Where it is asked whose a process is now, if the kernel gave its pidfd.
@@ -261,6 +262,7 @@ impl Peer {
             sent_away: AtomicBool::new(false),
             holding: OnceLock::new(),
             slot: PeerSlot::default(),
+            given: GivenLately::default(),
         }
     }
 
@@ -331,6 +333,12 @@ impl Peer {
     /// Where the attestor keeps what it found out the last time.
     pub(crate) fn slot(&self) -> &PeerSlot {
         &self.slot
+    }
+
+    /// Whether something of which this is a fingerprint is given on this connection for the first time, as far as is
+    /// remembered. Remembers it.
+    pub(crate) fn is_first_given(&self, fingerprint: u64) -> bool {
+        self.given.is_first(fingerprint)
     }
 
     /// Whether the process that connected still runs, as the same user and group. To be asked once per call, after

@@ -13,6 +13,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::{
     Snapshot,
+    audit::AuditedCaller,
     snapshot::{Change, Store},
 };
 use crate::{
@@ -183,9 +184,9 @@ impl Charged {
         &self.grant.entries
     }
 
-    /// Whose share of the issuer it takes.
-    pub(super) fn family(&self) -> u64 {
-        self.family
+    /// Who is given what is made for it.
+    pub(super) fn audited(&self) -> AuditedCaller {
+        AuditedCaller::new(self.peer.connected(), self.family)
     }
 
     /// Ends the charge. A stream does so with its first message: it is charged when it opens, and not for its updates.

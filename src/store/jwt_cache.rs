@@ -26,6 +26,7 @@ use tokio::{
 };
 
 use super::{
+    audit::{AuditTrail, AuditedCaller},
     entitlement::Charged,
     metrics::{CacheResult, StoreMetrics},
 };
@@ -96,6 +97,7 @@ pub struct JwtCache {
     issuer: Arc<dyn Issuer>,
     clock: Clock,
     metrics: Arc<StoreMetrics>,
+    audit: Arc<AuditTrail>,
     table: Mutex<JwtTable>,
     world: Mutex<FollowedWorld>,
     max: AtomicUsize,
@@ -112,11 +114,18 @@ impl JwtCache {
             issuer,
             clock,
             metrics,
+            audit: Arc::default(),
             table: Mutex::default(),
             world: Mutex::new(FollowedWorld { news, seen }),
             max: AtomicUsize::new(max.max(1)),
             failures: Pace::default(),
         }
+    }
+
+    /// Tells this trail of what is made.
+    #[must_use]
+    pub fn audited(self, audit: Arc<AuditTrail>) -> Self {
+        Self { audit, ..self }
     }
 
     /// Takes a new bound; tokens beyond it are forgotten at once.
@@ -151,21 +160,26 @@ impl JwtCache {
         charged: &mut Charged,
         audience: &[String],
     ) -> Result<Vec<Arc<JwtSvid>>, MintError> {
-        let family = charged.family();
-        let fetched = charged.each(|entry| self.of_entry(entry, audience, family)).await;
+        let whom = charged.audited();
+        let fetched = charged.each(|entry| self.of_entry(entry, audience, whom)).await;
         charged.signed(fetched.iter().map(|fetched| fetched.as_ref().is_ok_and(|fetched| fetched.signed)));
-        fetched.into_iter().map(|fetched| Ok(fetched?.svid)).collect()
+        let svids = fetched.into_iter().map(|fetched| Ok(fetched?.svid));
+        let svids: Vec<Arc<JwtSvid>> = svids.collect::<Result<_, MintError>>()?;
+        for (entry, svid) in charged.entries().iter().zip(&svids) {
+            self.audit.jwt_given(svid, entry, charged.peer().connected(), whom);
+        }
+        Ok(svids)
     }
 
     async fn of_entry(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         audience: &[String],
-        family: u64,
+        whom: AuditedCaller,
     ) -> Result<Fetched, MintError> {
         if entry.attributes.jwt_each_anew || audience_bytes(audience) > MOST_AUDIENCE {
             self.metrics.jwt_cache(CacheResult::Miss);
-            let svid = self.mint(entry, audience, family, issuer::deadline()).await?;
+            let svid = self.mint(entry, audience, whom, issuer::deadline()).await?;
             return Ok(Fetched { svid, signed: true });
         }
         self.follow_world();
@@ -177,12 +191,12 @@ impl JwtCache {
             }
             FoundJwt::Due(token) => {
                 self.metrics.jwt_cache(CacheResult::Hit);
-                self.renew_in_background(key, Arc::clone(entry), audience.to_vec(), family);
+                self.renew_in_background(key, Arc::clone(entry), audience.to_vec(), whom);
                 Ok(Fetched { svid: token, signed: true })
             }
             FoundJwt::Nothing(made) => {
                 self.metrics.jwt_cache(CacheResult::Miss);
-                let svid = self.make(key, &made, entry, audience, family).await?;
+                let svid = self.make(key, &made, entry, audience, whom).await?;
                 Ok(Fetched { svid, signed: true })
             }
         }
@@ -192,10 +206,12 @@ impl JwtCache {
         &self,
         entry: &Arc<Entry>,
         audience: &[String],
-        family: u64,
+        whom: AuditedCaller,
         deadline: Instant,
     ) -> Result<Arc<JwtSvid>, MintError> {
-        self.issuer.mint_jwt(entry, audience, family, deadline).await.map(Arc::new)
+        let svid = self.issuer.mint_jwt(entry, audience, whom.family(), deadline).await?;
+        self.audit.jwt_made(&svid, entry, whom);
+        Ok(Arc::new(svid))
     }
 
     /// Compares the tokens with the authorities, where these have changed: one that no authority verifies any more is
@@ -262,10 +278,10 @@ impl JwtCache {
         made: &MadeToken,
         entry: &Arc<Entry>,
         audience: &[String],
-        family: u64,
+        whom: AuditedCaller,
     ) -> Result<Arc<JwtSvid>, MintError> {
         let deadline = issuer::deadline();
-        let making = made.get_or_try_init(|| self.mint(entry, audience, family, deadline));
+        let making = made.get_or_try_init(|| self.mint(entry, audience, whom, deadline));
         // It may wait for another call that makes the token.
         let token = issuer::by(deadline, making).await.cloned();
         let mut table = self.lock();
@@ -298,13 +314,13 @@ impl JwtCache {
         key: TokenKey,
         entry: Arc<Entry>,
         audience: Vec<String>,
-        family: u64,
+        whom: AuditedCaller,
     ) {
         let cache = Arc::clone(self);
         self.metrics.jwt_refreshes.increment(1);
         // One at a time per key: `find` took `renew_at` away. Should this panic, the token is made again when it ends.
         tokio::spawn(async move {
-            let made = cache.mint(&entry, &audience, family, issuer::deadline()).await;
+            let made = cache.mint(&entry, &audience, whom, issuer::deadline()).await;
             let mut table = cache.lock();
             let slot = table.slots.get_mut(&key);
             match (made, slot) {
@@ -492,7 +508,7 @@ mod tests {
         let audience = audience(&["a"]);
         let key = key(&id(1), None, &audience);
         let FoundJwt::Nothing(made) = cache.find(key, &id(1), now) else { panic!("there is none yet") };
-        cache.make(key, &made, &entry, &audience, 0).await.unwrap();
+        cache.make(key, &made, &entry, &audience, AuditedCaller::of_uid(7)).await.unwrap();
 
         let due = now + Duration::from_secs(200);
         assert!(matches!(cache.find(key, &id(1), due), FoundJwt::Due(_)));

@@ -20,7 +20,10 @@ use tokio::{
     time::Instant,
 };
 
-use super::entitlement::Charged;
+use super::{
+    audit::{AuditTrail, AuditedCaller},
+    entitlement::Charged,
+};
 use crate::{
     identity::{Entry, EntryId, EntryIndex, Tainted, X509Svid},
     issuer::{self, Issuer, MintError, renewal},
@@ -89,6 +92,7 @@ struct NotSignedFor;
 pub struct X509Cache {
     issuer: Arc<dyn Issuer>,
     clock: Clock,
+    audit: Arc<AuditTrail>,
     table: Mutex<X509Table>,
     max: AtomicUsize,
     availability_target: Mutex<Option<Duration>>,
@@ -133,11 +137,18 @@ impl X509Cache {
         Self {
             issuer,
             clock,
+            audit: Arc::default(),
             table: Mutex::default(),
             max: AtomicUsize::new(max),
             availability_target: Mutex::new(availability_target),
             due_changed: Notify::new(),
         }
+    }
+
+    /// Tells this trail of what is made.
+    #[must_use]
+    pub fn audited(self, audit: Arc<AuditTrail>) -> Self {
+        Self { audit, ..self }
     }
 
     /// Takes new settings; SVIDs that are there keep the due dates they have.
@@ -151,7 +162,8 @@ impl X509Cache {
     /// # Errors
     /// What the issuer says, when there is no valid one to serve meanwhile.
     pub async fn fetch(&self, charged: &mut Charged) -> Result<Vec<Served>, MintError> {
-        let served = charged.each(|entry| self.of_entry(entry)).await;
+        let whom = charged.audited();
+        let served = charged.each(|entry| self.of_entry(entry, whom)).await;
         charged.signed(served.iter().map(|served| served.as_ref().is_ok_and(|served| served.signed)));
         served.into_iter().collect()
     }
@@ -166,11 +178,20 @@ impl X509Cache {
         charged.entries().iter().map(of_entry).collect()
     }
 
-    async fn of_entry(&self, entry: &Arc<Entry>) -> Result<Served, MintError> {
+    /// A stream is sent `message`, in which they are.
+    pub fn are_given(&self, charged: &Charged, message: &[u8]) {
+        let svids = || Some(self.at_hand(charged)?.into_iter().map(|served| served.svid).collect());
+        let peer = charged.peer().connected();
+        self.audit.x509_given(message, charged.entries(), svids, peer, charged.audited());
+    }
+
+    async fn of_entry(&self, entry: &Arc<Entry>, whom: AuditedCaller) -> Result<Served, MintError> {
         match self.find(entry, self.clock.now()) {
             FoundX509::Fresh(served) => Ok(served),
-            FoundX509::Due(old) => Ok(self.make(entry, Instant::now() + RENEWAL_WAIT).await.unwrap_or(old)),
-            FoundX509::Nothing => self.make(entry, issuer::deadline()).await,
+            FoundX509::Due(old) => {
+                Ok(self.make(entry, whom, Instant::now() + RENEWAL_WAIT).await.unwrap_or(old))
+            }
+            FoundX509::Nothing => self.make(entry, whom, issuer::deadline()).await,
         }
     }
 
@@ -328,7 +349,7 @@ impl X509Cache {
         let mut result = Ok(());
         for entry in entries {
             match made.next().unwrap_or(Err(MintError::Late)) {
-                Ok(svid) => drop(self.keep(entry, Arc::new(svid))),
+                Ok(svid) => drop(self.keep(entry, Arc::new(svid), None)),
                 Err(error) => {
                     let mut table = self.lock();
                     let wait = table.failed(entry, &error).or_else(|| error.retry_after()).unwrap_or(RETRY);
@@ -374,7 +395,12 @@ impl X509Cache {
     }
 
     /// Makes the SVID of `entry`, once for all who ask meanwhile.
-    async fn make(&self, entry: &Arc<Entry>, deadline: Instant) -> Result<Served, MintError> {
+    async fn make(
+        &self,
+        entry: &Arc<Entry>,
+        whom: AuditedCaller,
+        deadline: Instant,
+    ) -> Result<Served, MintError> {
         let key = (entry.id.clone(), entry.revision);
         if let Some(wait) = self.lock().refused(entry) {
             return Err(MintError::Entry { retry_after: Some(wait), source: Box::new(NotSignedFor) });
@@ -383,7 +409,7 @@ impl X509Cache {
         let making = cell.get_or_try_init(|| async {
             let mut made = self.issuer.mint_x509(std::slice::from_ref(entry), deadline).await;
             let svid = made.pop().unwrap_or(Err(MintError::Late))?;
-            Ok(self.keep(entry, Arc::new(svid)))
+            Ok(self.keep(entry, Arc::new(svid), Some(whom)))
         });
         let made = issuer::by(deadline, making).await.cloned();
         let mut table = self.lock();
@@ -399,7 +425,8 @@ impl X509Cache {
         made
     }
 
-    fn keep(&self, entry: &Entry, svid: Arc<X509Svid>) -> Served {
+    fn keep(&self, entry: &Entry, svid: Arc<X509Svid>, whom: Option<AuditedCaller>) -> Served {
+        self.audit.x509_made(&svid, entry, whom);
         let target = *self.availability_target.lock().unwrap_or_else(PoisonError::into_inner);
         let renew_at = renewal::draw(self.clock.now(), svid.not_after, target);
         let max = self.max.load(Ordering::Relaxed);

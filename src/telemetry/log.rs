@@ -14,21 +14,22 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, IsTerminal as _, Write};
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tracing::Level;
 use tracing::field::Field;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::field::MakeExt as _;
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{Targets, filter_fn};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::format::{Writer, debug_fn};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::{Layer, Registry, reload};
 
-use super::settings::{LogFormat, LogSettings};
+use super::settings::{AuditSettings, LogFormat, LogSettings};
 use crate::os::trusted::{PathError, Trust};
 
 /// The most bytes that wait for the writer: some thousand lines.
@@ -38,9 +39,41 @@ const KEPT: usize = 64 * 1024;
 /// How long opening the file is waited for.
 const OPEN_WITHIN: Duration = Duration::from_secs(5);
 
-fn targets(level: Level) -> Targets {
-    let own = LevelFilter::from_level(level);
-    Targets::new().with_default(own.min(LevelFilter::ERROR)).with_target("durward", own)
+/// The target of the lines that say who was given what: they may have a place of their own.
+pub const AUDIT: &str = "audit";
+
+/// Where the lines of the audit go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum AuditTo {
+    Nowhere,
+    /// Beside the others, from the same level on.
+    TheLog,
+    /// Whatever the level of the log is.
+    ItsOwnPlace,
+}
+
+impl AuditTo {
+    fn of(settings: &AuditSettings) -> Self {
+        let AuditSettings { enabled, file, socket } = settings;
+        match (enabled, file.is_some() || socket.is_some()) {
+            (false, _) => Self::Nowhere,
+            (true, false) => Self::TheLog,
+            (true, true) => Self::ItsOwnPlace,
+        }
+    }
+
+    fn targets(self, level: Level) -> Targets {
+        let own = LevelFilter::from_level(level);
+        let audit = match self {
+            Self::Nowhere => LevelFilter::OFF,
+            Self::TheLog => own,
+            Self::ItsOwnPlace => LevelFilter::INFO,
+        };
+        Targets::new()
+            .with_default(own.min(LevelFilter::ERROR))
+            .with_target("durward", own)
+            .with_target(AUDIT, audit)
+    }
 }
 
 /// Why there is no log.
@@ -64,14 +97,30 @@ pub enum LogError {
 #[derive(Clone)]
 pub struct Log {
     level: reload::Handle<Targets, Registry>,
+    main: Lines,
+    audit_to: AuditTo,
+    /// Where the audit has a place of its own.
+    audit: Option<Lines>,
+}
+
+/// Lines on their way to one place.
+#[derive(Clone)]
+struct Lines {
     queue: Arc<Queue>,
-    /// `None` for standard output.
-    file: Option<PathBuf>,
+    place: LinePlace,
+}
+
+#[derive(Clone, PartialEq, Eq)]
+enum LinePlace {
+    Stdout,
+    File(PathBuf),
+    /// A datagram socket.
+    Socket(PathBuf),
 }
 
 impl fmt::Debug for Log {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Log").field("file", &self.file).finish_non_exhaustive()
+        f.debug_struct("Log").field("audit_to", &self.audit_to).finish_non_exhaustive()
     }
 }
 
@@ -80,8 +129,8 @@ impl Log {
     ///
     /// # Errors
     /// See [`LogError`]; nothing is set up then.
-    pub fn start(settings: &LogSettings) -> Result<Self, LogError> {
-        let (subscriber, log) = Self::build(settings)?;
+    pub fn start(settings: &LogSettings, audit: &AuditSettings) -> Result<Self, LogError> {
+        let (subscriber, log) = Self::build_with(settings, audit)?;
         tracing::subscriber::set_global_default(subscriber).map_err(|_already| LogError::Twice)?;
         Ok(log)
     }
@@ -93,24 +142,31 @@ impl Log {
     pub fn build(
         settings: &LogSettings,
     ) -> Result<(impl tracing::Subscriber + Send + Sync + use<>, Self), LogError> {
-        let colours = settings.file.is_none() && io::stdout().is_terminal();
-        let queue = Arc::new(Queue::default());
-        let (writer, file) = (Arc::clone(&queue), settings.file.clone());
-        std::thread::Builder::new()
-            .name("log".to_owned())
-            .spawn(move || writer.write_out(file.as_deref()))
-            .map_err(LogError::Thread)?;
-        if let Some(path) = &settings.file {
-            match queue.open(path) {
-                // Callers are served meanwhile.
-                Ok(()) | Err(LogError::Slow(_)) => {}
-                Err(error) => return Err(error),
-            }
-        }
+        Self::build_with(settings, &AuditSettings::default())
+    }
 
+    /// The same, with an audit that may have its own place.
+    ///
+    /// # Errors
+    /// See [`LogError`].
+    pub fn build_with(
+        settings: &LogSettings,
+        audit: &AuditSettings,
+    ) -> Result<(impl tracing::Subscriber + Send + Sync + use<>, Self), LogError> {
+        let colours = settings.file.is_none() && io::stdout().is_terminal();
+        let main = settings.file.clone().map_or(LinePlace::Stdout, LinePlace::File);
+        let main = Lines::begin("log", main)?;
+        let audit_to = AuditTo::of(audit);
+        let place = match (audit_to, &audit.file, &audit.socket) {
+            (AuditTo::ItsOwnPlace, Some(file), _) => Some(LinePlace::File(file.clone())),
+            (AuditTo::ItsOwnPlace, None, Some(socket)) => Some(LinePlace::Socket(socket.clone())),
+            _ => None,
+        };
+        let own_audit = place.map(|place| Lines::begin("audit", place)).transpose()?;
+        let queue = &main.queue;
         let shown = settings.source_location;
         let lines = tracing_subscriber::fmt::layer()
-            .with_writer(ToQueue(Arc::clone(&queue)))
+            .with_writer(ToQueue(Arc::clone(queue)))
             .with_file(shown)
             .with_line_number(shown)
             .log_internal_errors(false);
@@ -120,42 +176,82 @@ impl Log {
             }
             LogFormat::Json => Box::new(lines.json().flatten_event(true).with_current_span(false)),
         };
-        let (filter, level) = reload::Layer::new(targets(settings.level));
-        let subscriber = Registry::default().with(filter).with(lines);
-        Ok((subscriber, Self { level, queue, file: settings.file.clone() }))
+        let apart = own_audit.is_some();
+        let lines = lines.with_filter(filter_fn(move |line| !apart || line.target() != AUDIT));
+        let audit_lines = own_audit.as_ref().map(|audit| {
+            tracing_subscriber::fmt::layer()
+                .json()
+                .flatten_event(true)
+                .with_current_span(false)
+                .with_level(false)
+                .with_target(false)
+                .with_writer(ToQueue(Arc::clone(&audit.queue)))
+                .log_internal_errors(false)
+                .with_filter(filter_fn(|line| line.target() == AUDIT))
+        });
+        let (filter, level) = reload::Layer::new(audit_to.targets(settings.level));
+        let subscriber = Registry::default().with(filter).with(lines).with(audit_lines);
+        Ok((subscriber, Self { level, main, audit_to, audit: own_audit }))
     }
 
     /// Logs from this level on, from now on.
     pub fn set_level(&self, level: Level) {
         // It fails only when the subscriber is gone, and then there is nothing to set.
-        self.level.reload(targets(level)).unwrap_or_default();
+        self.level.reload(self.audit_to.targets(level)).unwrap_or_default();
     }
 
-    /// Opens the log file anew, for logrotate. Does nothing when the log is not a file. Blocks, for some seconds at
-    /// most.
+    /// Opens the files anew, for logrotate: that of the log and that of the audit. Does nothing where there is none. Blocks,
+    /// for some seconds at most.
     ///
     /// # Errors
     /// [`LogError::Open`]: the old file stays in use. [`LogError::Slow`]: it does for now.
     pub fn reopen(&self) -> Result<(), LogError> {
-        self.file.as_deref().map_or(Ok(()), |path| self.queue.open(path))
+        let audit = self.audit.as_ref().map_or(Ok(()), Lines::open);
+        self.main.open().and(audit)
     }
 
     /// Waits until what was logged is written, or `most` has passed: for the end of the process.
     /// Blocks; returns whether all was written.
     #[must_use]
     pub fn flush(&self, most: Duration) -> bool {
-        let (state, _) = self
-            .queue
-            .changed
-            .wait_timeout_while(self.queue.lock(), most, |state| !state.waiting.is_empty() || state.writing)
-            .unwrap_or_else(PoisonError::into_inner);
-        state.waiting.is_empty() && !state.writing
+        let until = Instant::now() + most;
+        let all = std::iter::once(&self.main).chain(&self.audit);
+        all.fold(true, |done, lines| {
+            lines.queue.flush(until.saturating_duration_since(Instant::now())) && done
+        })
     }
 
     /// Lines dropped since the start.
     #[must_use]
     pub fn lines_lost(&self) -> u64 {
-        self.queue.lock().lost
+        let all = std::iter::once(&self.main).chain(&self.audit);
+        all.map(|lines| lines.queue.lock().lost).fold(0, u64::saturating_add)
+    }
+}
+
+impl Lines {
+    /// Begins to write at `place`, in a thread of this name. A file that takes long to open is no error.
+    fn begin(thread: &str, place: LinePlace) -> Result<Self, LogError> {
+        let queue = Arc::new(Queue::default());
+        let (writer, to) = (Arc::clone(&queue), place.clone());
+        std::thread::Builder::new()
+            .name(thread.to_owned())
+            .spawn(move || writer.write_out(&to))
+            .map_err(LogError::Thread)?;
+        let lines = Self { queue, place };
+        match lines.open() {
+            // Callers are served meanwhile.
+            Ok(()) | Err(LogError::Slow(_)) => Ok(lines),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Has the file opened, again perhaps.
+    fn open(&self) -> Result<(), LogError> {
+        match &self.place {
+            LinePlace::File(path) => self.queue.open(path),
+            LinePlace::Stdout | LinePlace::Socket(_) => Ok(()),
+        }
     }
 }
 
@@ -186,6 +282,14 @@ impl Queue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn flush(&self, most: Duration) -> bool {
+        let (state, _) = self
+            .changed
+            .wait_timeout_while(self.lock(), most, |state| !state.waiting.is_empty() || state.writing)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.waiting.is_empty() && !state.writing
+    }
+
     /// Has the writer's thread open the file, and waits for it.
     fn open(&self, path: &Path) -> Result<(), LogError> {
         let mut state = self.lock();
@@ -214,8 +318,12 @@ impl Queue {
     }
 
     /// The writer's thread: the only one that may wait for whoever reads the log. It ends with the process.
-    fn write_out(&self, file: Option<&Path>) {
-        let mut sink = if file.is_none() { Some(Sink::Stdout) } else { None };
+    fn write_out(&self, to: &LinePlace) {
+        let (mut sink, file) = match to {
+            LinePlace::Stdout => (Some(Sink::Stdout), None),
+            LinePlace::File(path) => (None, Some(path.as_path())),
+            LinePlace::Socket(path) => (Some(Sink::Socket(path.clone())), None),
+        };
         let mut taken = Vec::new();
         let mut state = self.lock();
         loop {
@@ -285,6 +393,7 @@ impl Write for Line<'_> {
 enum Sink {
     Stdout,
     File(File),
+    Socket(PathBuf),
 }
 
 impl Sink {
@@ -292,17 +401,35 @@ impl Sink {
         match self {
             Self::Stdout => write_all(&mut io::stdout().lock(), lines, lost),
             Self::File(file) => write_all(file, lines, lost),
+            Self::Socket(path) => send_all(path, lines, lost),
         }
     }
 }
 
 fn write_all(to: &mut impl Write, lines: &[u8], lost: u64) -> io::Result<()> {
     if lost > 0 {
-        // Valid in both formats: text to people, an object to a parser.
-        writeln!(to, "{{\"level\":\"WARN\",\"message\":\"log lines were lost\",\"lost\":{lost}}}")?;
+        writeln!(to, "{}", lost_lines(lost))?;
     }
     to.write_all(lines)?;
     to.flush()
+}
+
+/// Sends each line as a datagram to whoever has bound `path` at present.
+fn send_all(path: &Path, lines: &[u8], lost: u64) -> io::Result<()> {
+    let socket = UnixDatagram::unbound()?;
+    socket.connect(path)?;
+    if lost > 0 {
+        socket.send(lost_lines(lost).as_bytes())?;
+    }
+    for line in lines.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+        socket.send(line)?;
+    }
+    Ok(())
+}
+
+/// Valid in both formats: text to people, an object to a parser.
+fn lost_lines(lost: u64) -> String {
+    format!("{{\"level\":\"WARN\",\"message\":\"log lines were lost\",\"lost\":{lost}}}")
 }
 
 fn append(path: &Path) -> Result<File, PathError> {
@@ -473,7 +600,7 @@ mod tests {
             }
         });
         assert!(log.lines_lost() > 500, "{} lost", log.lines_lost());
-        assert!(log.queue.lock().waiting.len() <= MOST_WAITING);
+        assert!(log.main.queue.lock().waiting.len() <= MOST_WAITING);
         assert!(!log.flush(Duration::from_millis(1)), "it is stuck");
 
         // Now somebody reads, and learns what is missing.

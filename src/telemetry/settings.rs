@@ -26,6 +26,18 @@ settings! {
 }
 
 settings! {
+    /// `audit`: where it is written who was given what.
+    pub struct AuditSettings in "audit" {
+        /// Whether it is written at all.
+        "enabled" enabled: bool = true, boolean(), needs_restart;
+        /// A file of JSON lines instead of the log, made with mode 0640 when it is missing.
+        "file" file: Option<PathBuf> = None, absolute(), needs_restart;
+        /// A Unix datagram socket instead of the log: each line is a datagram.
+        "socket_path" socket: Option<PathBuf> = None, absolute(), needs_restart;
+    }
+}
+
+settings! {
     /// `health_checks`: where a supervisor can ask over HTTP whether the agent is well.
     pub struct HealthSettings in "health_checks" {
         /// Whether it can over TCP.

@@ -445,7 +445,7 @@ fn mistakes_elsewhere_say_what_would_be_right() {
         (
             "unknown",
             "zzzzzzzz { }",
-            "3:1: zzzzzzzz: unknown key; known here: agent, plugins, telemetry, health_checks, issuer, ratelimit, federation, entry",
+            "3:1: zzzzzzzz: unknown key; known here: agent, plugins, telemetry, health_checks, audit, issuer, ratelimit, federation, entry",
         ),
         (
             "other issuer",
@@ -847,7 +847,7 @@ fn all_mistakes_come_at_once_in_the_order_of_their_places() {
     assert_eq!(
         files.parse(text, ExpandEnv::No).unwrap_err(),
         "agent.conf:1:1: issuer: who signs must be said: a SPIRE Server, agent { server_address = \"..\" server_port = 8081 }, or a CA on this node, issuer \"embedded\" { }
-agent.conf:1:1: zzz: unknown key; known here: agent, plugins, telemetry, health_checks, issuer, ratelimit, federation, entry
+agent.conf:1:1: zzz: unknown key; known here: agent, plugins, telemetry, health_checks, audit, issuer, ratelimit, federation, entry
 agent.conf:3:3: agent.log_level \"1\": must be one of panic, fatal, error, warn, info, debug, trace
 agent.conf:6:3: agent.log_format \"2\": must be text or json
 /base/d/1.conf:1:9: entry 5: must be a block, entry { .. }, not a number

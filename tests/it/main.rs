@@ -8,6 +8,7 @@
 
 mod admin;
 mod attest;
+mod audit;
 mod cgroup;
 mod cli;
 mod config;

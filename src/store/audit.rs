@@ -1,0 +1,486 @@
+//! Who was given what: one event for each SVID that is made, one for the first time that a connection is given it, and
+//! the counts of everything else.
+//!
+//! An event is a line of the target [`AUDIT`](crate::telemetry::log::AUDIT). It holds what is known of a caller anyway, and
+//! never a key or a token: of a token, the first 16 hex digits of its SHA-256.
+//!
+//! What is given again, and what is refused, is counted by caller, outcome and identity; the next line about these carries
+//! the exact count as `times`. So are the events of a user who brings about more than [`MOST_LINES`] of them at once and one a
+//! second. There are [`TOLD_APART`] counts at a time; what comes beyond them is one count for all.
+
+use std::{
+    collections::HashMap,
+    num::NonZeroU64,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use aws_lc_rs::digest::{SHA256, digest};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use tokio::time::Instant;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+use crate::{
+    identity::{Entry, JwtSvid, SpiffeId, X509Svid, taint},
+    limits::CallerKey,
+    peer::Peer,
+    telemetry::log::AUDIT,
+};
+
+/// Events of one user with a line each, at once; one a second comes back.
+const MOST_LINES: u32 = 300;
+/// Users with a number of lines of their own. The others share one.
+const USERS: usize = 256;
+/// Counts that are told apart.
+const TOLD_APART: usize = 1024;
+/// The time between two lines that carry one count.
+const A_WHILE: Duration = Duration::from_secs(60);
+/// Selectors of an entry that stand in a line.
+const MOST_SELECTORS: usize = 8;
+
+/// Whom a line is about. All of it was known when it connected.
+#[derive(Clone, Copy, Debug)]
+pub struct AuditedCaller {
+    caller: CallerKey,
+    uid: u32,
+    gid: u32,
+    pid: i32,
+    /// Whose lines it takes.
+    family: u64,
+}
+
+impl AuditedCaller {
+    /// The process that connected, of this family.
+    pub(super) fn new(peer: &Peer, family: u64) -> Self {
+        let (uid, gid) = (peer.uid().as_raw(), peer.gid().as_raw());
+        Self { caller: peer.caller(), uid, gid, pid: peer.pid().as_raw(), family }
+    }
+
+    /// A process of this user. For tests.
+    #[cfg(test)]
+    pub(super) fn of_uid(uid: u32) -> Self {
+        Self { caller: CallerKey::Uid(uid), uid, gid: uid, pid: 1, family: u64::from(uid) }
+    }
+
+    /// Whose share of the issuer it takes.
+    pub(super) fn family(&self) -> u64 {
+        self.family
+    }
+}
+
+/// What kind of SVID it is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum AuditedSvid {
+    X509,
+    Jwt,
+}
+
+impl AuditedSvid {
+    fn text(self) -> &'static str {
+        match self {
+            Self::X509 => "x509",
+            Self::Jwt => "jwt",
+        }
+    }
+}
+
+/// What is counted.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum AuditOutcome {
+    Made(AuditedSvid, SpiffeId),
+    Given(AuditedSvid, SpiffeId),
+    Refused(&'static str, &'static str),
+}
+
+/// How often something happened.
+#[derive(Debug)]
+struct AuditCount {
+    /// Since the last line about it.
+    untold: u64,
+    /// When that was.
+    told_at: Option<Instant>,
+    last: Instant,
+}
+
+/// AuditLines that a user may still have.
+#[derive(Clone, Copy, Debug)]
+struct AuditLines {
+    left: u32,
+    at: Instant,
+}
+
+impl AuditLines {
+    fn new(now: Instant) -> Self {
+        Self { left: MOST_LINES, at: now }
+    }
+
+    fn refill(&mut self, now: Instant) {
+        let seconds = now.saturating_duration_since(self.at).as_secs();
+        if seconds > 0 {
+            let back = u32::try_from(seconds).unwrap_or(u32::MAX);
+            self.left = self.left.saturating_add(back).min(MOST_LINES);
+            self.at += Duration::from_secs(seconds);
+        }
+    }
+
+    fn take(&mut self, now: Instant) -> bool {
+        self.refill(now);
+        let is_left = self.left > 0;
+        self.left = self.left.saturating_sub(1);
+        is_left
+    }
+}
+
+#[derive(Debug)]
+struct AuditTable {
+    counts: HashMap<(CallerKey, AuditOutcome), AuditCount, ahash::RandomState>,
+    /// What happened to those for whom there was no count of their own, and when that was last told.
+    others: AuditCount,
+    users: HashMap<u64, AuditLines, ahash::RandomState>,
+    other_users: AuditLines,
+}
+
+impl AuditTable {
+    /// An event, which has a line if its user may have one more: how often it happened since the last one, with it.
+    fn event(&mut self, whom: &AuditedCaller, outcome: AuditOutcome, now: Instant) -> Option<NonZeroU64> {
+        if !self.user(whom.family, now).take(now) {
+            self.count(whom.caller, outcome, now);
+            return None;
+        }
+        let before = self.counts.get_mut(&(whom.caller, outcome)).map_or(0, |count| {
+            count.told_at = Some(now);
+            std::mem::take(&mut count.untold)
+        });
+        NonZeroU64::new(before.saturating_add(1))
+    }
+
+    fn user(&mut self, family: u64, now: Instant) -> &mut AuditLines {
+        if !self.users.contains_key(&family) && self.users.len() >= USERS {
+            self.users.retain(|_, lines| {
+                lines.refill(now);
+                lines.left < MOST_LINES
+            });
+            if self.users.len() >= USERS {
+                return &mut self.other_users;
+            }
+        }
+        self.users.entry(family).or_insert_with(|| AuditLines::new(now))
+    }
+
+    /// It happened, and is told later.
+    fn count(&mut self, caller: CallerKey, outcome: AuditOutcome, now: Instant) -> &mut AuditCount {
+        let key = (caller, outcome);
+        let is_full = self.counts.len() >= TOLD_APART && !self.counts.contains_key(&key);
+        let count = if is_full {
+            &mut self.others
+        } else {
+            self.counts.entry(key).or_insert(AuditCount { untold: 0, told_at: None, last: now })
+        };
+        count.untold = count.untold.saturating_add(1);
+        count.last = now;
+        count
+    }
+
+    /// It happened. Told now if it has not been for a while: how often it did since then.
+    fn count_or_tell(
+        &mut self,
+        caller: CallerKey,
+        outcome: AuditOutcome,
+        now: Instant,
+    ) -> Option<NonZeroU64> {
+        let is_others =
+            self.counts.len() >= TOLD_APART && !self.counts.contains_key(&(caller, outcome.clone()));
+        let count = self.count(caller, outcome, now);
+        if is_others || count.told_at.is_some_and(|told| now.saturating_duration_since(told) < A_WHILE) {
+            return None;
+        }
+        count.told_at = Some(now);
+        NonZeroU64::new(std::mem::take(&mut count.untold))
+    }
+}
+
+/// Writes the events, and counts.
+#[derive(Debug)]
+pub struct AuditTrail {
+    table: Mutex<AuditTable>,
+    fingerprints: ahash::RandomState,
+}
+
+impl Default for AuditTrail {
+    fn default() -> Self {
+        let now = Instant::now();
+        let table = AuditTable {
+            counts: HashMap::default(),
+            others: AuditCount { untold: 0, told_at: None, last: now },
+            users: HashMap::default(),
+            other_users: AuditLines::new(now),
+        };
+        Self { table: Mutex::new(table), fingerprints: ahash::RandomState::new() }
+    }
+}
+
+impl AuditTrail {
+    fn lock(&self) -> MutexGuard<'_, AuditTable> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether `given` is given on this connection for the first time.
+    fn is_first(&self, peer: &Peer, given: &[u8]) -> bool {
+        peer.is_first_given(self.fingerprints.hash_one(given))
+    }
+
+    /// An X.509-SVID was made: for a call, or ahead of one.
+    pub(super) fn x509_made(&self, svid: &X509Svid, entry: &Entry, whom: Option<AuditedCaller>) {
+        let times = match &whom {
+            None => NonZeroU64::MIN,
+            Some(whom) => {
+                let outcome = AuditOutcome::Made(AuditedSvid::X509, svid.spiffe_id.clone());
+                let Some(times) = self.lock().event(whom, outcome, Instant::now()) else { return };
+                times
+            }
+        };
+        write_x509("svid made", svid, entry, whom, times);
+    }
+
+    /// A JWT-SVID was made, for a call or to renew what one was given.
+    pub(super) fn jwt_made(&self, svid: &JwtSvid, entry: &Entry, whom: AuditedCaller) {
+        let outcome = AuditOutcome::Made(AuditedSvid::Jwt, svid.spiffe_id.clone());
+        let Some(times) = self.lock().event(&whom, outcome, Instant::now()) else { return };
+        write_jwt("svid made", svid, entry, whom, times);
+    }
+
+    /// A call is answered with this token.
+    pub(super) fn jwt_given(&self, svid: &JwtSvid, entry: &Entry, peer: &Peer, whom: AuditedCaller) {
+        let outcome = AuditOutcome::Given(AuditedSvid::Jwt, svid.spiffe_id.clone());
+        if !self.is_first(peer, svid.token.as_bytes()) {
+            self.lock().count(whom.caller, outcome, Instant::now());
+            return;
+        }
+        let Some(times) = self.lock().event(&whom, outcome, Instant::now()) else { return };
+        write_jwt("svid given", svid, entry, whom, times);
+    }
+
+    /// A stream is sent `message`, which holds the X.509-SVIDs of these entries. `svids` are those at hand: one that was
+    /// renewed meanwhile is not in the message.
+    pub(super) fn x509_given(
+        &self,
+        message: &[u8],
+        entries: &[Arc<Entry>],
+        svids: impl FnOnce() -> Option<Vec<Arc<X509Svid>>>,
+        peer: &Peer,
+        whom: AuditedCaller,
+    ) {
+        let now = Instant::now();
+        let outcome = |entry: &Entry| AuditOutcome::Given(AuditedSvid::X509, entry.spiffe_id.clone());
+        if !self.is_first(peer, message) {
+            let mut table = self.lock();
+            for entry in entries {
+                table.count(whom.caller, outcome(entry), now);
+            }
+            return;
+        }
+        let svids = svids().unwrap_or_default();
+        for (at, entry) in entries.iter().enumerate() {
+            let Some(times) = self.lock().event(&whom, outcome(entry), now) else { continue };
+            let holds =
+                |leaf: &Vec<u8>| message.windows(leaf.len().max(1)).any(|part| part == leaf.as_slice());
+            match svids.get(at).filter(|svid| svid.chain.first().is_some_and(holds)) {
+                Some(svid) => write_x509("svid given", svid, entry, Some(whom), times),
+                None => write_again(whom.caller, AuditedSvid::X509, &entry.spiffe_id, times),
+            }
+        }
+    }
+
+    /// A call of this method ended without an answer, for this reason.
+    pub fn refused(&self, caller: CallerKey, pid: i32, method: &'static str, reason: &'static str) {
+        let outcome = AuditOutcome::Refused(method, reason);
+        if let Some(times) = self.lock().count_or_tell(caller, outcome, Instant::now()) {
+            tracing::info!(target: AUDIT, %caller, pid, method, reason, times, "call refused");
+        }
+    }
+
+    /// Tells what was counted and has not been told for a while. To be called now and then.
+    pub fn settle(&self) {
+        let now = Instant::now();
+        self.tell(now, |count| now.saturating_duration_since(count.told_at.unwrap_or(count.last)) >= A_WHILE);
+    }
+
+    /// Tells all that was counted: the agent ends.
+    pub fn end(&self) {
+        self.tell(Instant::now(), |_| true);
+    }
+
+    fn tell(&self, now: Instant, is_due: impl Fn(&AuditCount) -> bool) {
+        let mut due = Vec::new();
+        let mut table = self.lock();
+        table.counts.retain(|(caller, outcome), count| {
+            if !is_due(count) {
+                return true;
+            }
+            let Some(times) = NonZeroU64::new(std::mem::take(&mut count.untold)) else { return false };
+            due.push((*caller, outcome.clone(), times));
+            count.told_at = Some(now);
+            true
+        });
+        let others = if is_due(&table.others) { std::mem::take(&mut table.others.untold) } else { 0 };
+        if others > 0 {
+            table.others.told_at = Some(now);
+        }
+        drop(table);
+        for (caller, outcome, times) in due {
+            match outcome {
+                AuditOutcome::Made(kind, id) => {
+                    let (kind, spiffe_id) = (kind.text(), id.as_str());
+                    tracing::info!(target: AUDIT, %caller, kind, spiffe_id, times, "svids made");
+                }
+                AuditOutcome::Given(kind, id) => write_again(caller, kind, &id, times),
+                AuditOutcome::Refused(method, reason) => {
+                    tracing::info!(target: AUDIT, %caller, method, reason, times, "calls refused");
+                }
+            }
+        }
+        if others > 0 {
+            tracing::info!(target: AUDIT, times = others, "answers and refusals of further callers");
+        }
+    }
+}
+
+fn write_again(caller: CallerKey, kind: AuditedSvid, id: &SpiffeId, times: NonZeroU64) {
+    let (kind, spiffe_id) = (kind.text(), id.as_str());
+    tracing::info!(target: AUDIT, %caller, kind, spiffe_id, times, "svid given again");
+}
+
+/// How often, where it is more than this once.
+fn more(times: NonZeroU64) -> Option<u64> {
+    Some(times.get()).filter(|times| *times > 1)
+}
+
+fn selectors(entry: &Entry) -> String {
+    let texts: Vec<String> = entry.selectors.iter().take(MOST_SELECTORS).map(ToString::to_string).collect();
+    texts.join(" ")
+}
+
+fn write_x509(
+    what: &'static str,
+    svid: &X509Svid,
+    entry: &Entry,
+    whom: Option<AuditedCaller>,
+    times: NonZeroU64,
+) {
+    let leaf = svid.chain.first().and_then(|der| X509Certificate::from_der(der).ok());
+    let serial = leaf.map(|(_, leaf)| hex(leaf.raw_serial()));
+    let caller = whom.map(|whom| whom.caller.to_string());
+    let (uid, gid, pid) = (whom.map(|w| w.uid), whom.map(|w| w.gid), whom.map(|w| w.pid));
+    tracing::info!(
+        target: AUDIT,
+        caller,
+        uid,
+        gid,
+        pid,
+        kind = AuditedSvid::X509.text(),
+        spiffe_id = svid.spiffe_id.as_str(),
+        serial,
+        expires = moment(svid.not_after),
+        selectors = selectors(entry),
+        times = more(times),
+        "{what}"
+    );
+}
+
+fn write_jwt(what: &'static str, svid: &JwtSvid, entry: &Entry, whom: AuditedCaller, times: NonZeroU64) {
+    let sha256 = digest(&SHA256, svid.token.as_bytes());
+    let AuditedCaller { caller, uid, gid, pid, family: _ } = whom;
+    tracing::info!(
+        target: AUDIT,
+        %caller,
+        uid,
+        gid,
+        pid,
+        kind = AuditedSvid::Jwt.text(),
+        spiffe_id = svid.spiffe_id.as_str(),
+        kid = taint::kid(&svid.token),
+        iat = seconds(svid.issued_at),
+        exp = seconds(svid.expires_at),
+        token_sha256 = hex(sha256.as_ref().get(..8).unwrap_or_default()),
+        selectors = selectors(entry),
+        times = more(times),
+        "{what}"
+    );
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn seconds(at: SystemTime) -> u64 {
+    at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+fn moment(at: SystemTime) -> Option<String> {
+    OffsetDateTime::from(at).replace_nanosecond(0).ok()?.format(&Rfc3339).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn given(path: &str) -> AuditOutcome {
+        AuditOutcome::Given(AuditedSvid::Jwt, SpiffeId::parse(&format!("spiffe://td/{path}")).unwrap())
+    }
+
+    /// Whatever a user does, its lines are few, and no answer is missing from the counts.
+    #[tokio::test(start_paused = true)]
+    async fn lines_are_bounded_and_counts_exact() {
+        let trail = AuditTrail::default();
+        let (mut lines, mut told) = (0, 0);
+        for _ in 0..20 {
+            for n in 0..1_000 {
+                let outcome = given(&format!("{}", n % 3));
+                if let Some(times) = trail.lock().event(&AuditedCaller::of_uid(7), outcome, Instant::now()) {
+                    (lines, told) = (lines + 1, told + times.get());
+                }
+            }
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        assert_eq!(lines, 300 + 19);
+        let rest: u64 = trail.lock().counts.values().map(|count| count.untold).sum();
+        assert_eq!(told + rest, 20_000);
+        assert!(
+            trail.lock().event(&AuditedCaller::of_uid(8), given("0"), Instant::now()).is_some(),
+            "others have theirs"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn refusals_are_a_line_a_minute() {
+        let trail = AuditTrail::default();
+        let mut lines = Vec::new();
+        for second in 0..130 {
+            for _ in 0..10 {
+                let outcome = AuditOutcome::Refused("FetchJWTSVID", "rate");
+                let told = trail.lock().count_or_tell(CallerKey::Uid(7), outcome, Instant::now());
+                lines.extend(told.map(|times| (second, times.get())));
+            }
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        assert_eq!(lines, [(0, 1), (60, 600), (120, 600)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_crowd_is_counted_as_one_where_there_is_no_more_room() {
+        let trail = AuditTrail::default();
+        let mut told = 0;
+        for uid in 0..10_000 {
+            let outcome = AuditOutcome::Refused("FetchJWTSVID", "rate");
+            let times = trail.lock().count_or_tell(CallerKey::Uid(uid), outcome, Instant::now());
+            told += times.map_or(0, NonZeroU64::get);
+        }
+        assert_eq!(trail.lock().counts.len(), TOLD_APART);
+        assert_eq!(told + trail.lock().others.untold, 10_000);
+        tokio::time::advance(A_WHILE).await;
+        trail.settle();
+        assert_eq!(trail.lock().others.untold, 0);
+        trail.settle();
+        assert!(trail.lock().counts.is_empty(), "what is over is forgotten");
+    }
+}

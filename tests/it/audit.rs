@@ -1,0 +1,131 @@
+//! Who was given what, as an auditor reads it.
+
+#![expect(clippy::disallowed_methods, reason = "it waits for a process")]
+
+use std::{fs, os::unix::net::UnixDatagram, path::Path};
+
+use aws_lc_rs::digest::{SHA256, digest};
+use nix::{sys::signal::Signal, unistd::getuid};
+use serde_json::Value;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+use crate::{
+    hostile::PATIENCE,
+    support::{Process, entry, request, write_config},
+};
+use durward::api::proto::workload as pb;
+
+fn lines(path: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(path).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn jwt(audience: &str) -> pb::JwtsvidRequest {
+    pb::JwtsvidRequest { audience: vec![audience.to_owned()], spiffe_id: String::new() }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn end(agent: &mut Process) {
+    agent.signal(Signal::SIGTERM);
+    assert!(agent.wait().success());
+}
+
+/// Each SVID that is made and given is a line with what names it; the rest are exact counts, and nothing is a secret.
+#[tokio::test]
+async fn each_svid_is_told_of_once_and_the_rest_is_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("audit.jsonl");
+    let audit = format!("audit {{ file = \"{}\" }}\n", path.display());
+    write_config(dir.path(), &(entry("/one", "") + &audit));
+    let mut agent = Process::spawn(dir.path());
+    let mut client = agent.serving(dir.path()).await;
+
+    let mut tokens = Vec::new();
+    for audience in ["a", "a", "b", "a"] {
+        let answer = client.fetch_jwtsvid(request(jwt(audience))).await.unwrap().into_inner();
+        tokens.push(answer.svids[0].svid.clone());
+    }
+    let stream = client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap();
+    let svid = stream.into_inner().message().await.unwrap().unwrap().svids.remove(0);
+    for _ in 0..7 {
+        client.fetch_jwtsvid(request(jwt(""))).await.unwrap_err();
+    }
+    end(&mut agent);
+
+    let told = lines(&path);
+    let of = |what: &str, kind: &str| -> Vec<&Value> {
+        told.iter().filter(|line| line["message"] == what && line["kind"] == kind).collect()
+    };
+    for what in ["svid made", "svid given"] {
+        let jwts = of(what, "jwt");
+        assert_eq!(jwts.len(), 2, "{told:#?}");
+        for (line, token) in jwts.iter().zip([&tokens[0], &tokens[2]]) {
+            assert_eq!(line["token_sha256"], hex(&digest(&SHA256, token.as_bytes()).as_ref()[..8]));
+            assert_eq!(line["caller"], format!("uid:{}", getuid()));
+            assert_eq!((&line["uid"], &line["pid"]), (&getuid().as_raw().into(), &std::process::id().into()));
+            assert!(line["exp"].as_u64() > line["iat"].as_u64() && line["kid"].is_string(), "{line}");
+        }
+        let [line] = of(what, "x509")[..] else { panic!("{told:#?}") };
+        let (_, leaf) = X509Certificate::from_der(&svid.x509_svid).unwrap();
+        assert_eq!(line["serial"], hex(leaf.raw_serial()));
+        assert_eq!(
+            (&line["spiffe_id"], line["expires"].is_string()),
+            (&"spiffe://example.org/one".into(), true)
+        );
+    }
+    let times = |line: &&Value| line["times"].as_u64().unwrap_or(1);
+    let given = of("svid given", "jwt").into_iter().chain(of("svid given again", "jwt"));
+    assert_eq!(given.map(|line| times(&line)).sum::<u64>(), 4, "{told:#?}");
+    let refused: Vec<&Value> =
+        told.iter().filter(|line| line["message"].as_str().unwrap().contains("refused")).collect();
+    assert!(refused.iter().map(times).sum::<u64>() == 7 && refused.len() == 2, "{told:#?}");
+    assert!(refused.iter().all(|line| line["reason"] == "bad_audience" && line["method"] == "FetchJWTSVID"));
+
+    let all = fs::read_to_string(&path).unwrap() + &fs::read_to_string(dir.path().join("log")).unwrap();
+    assert!(tokens.iter().all(|token| !all.contains(token.rsplit('.').next().unwrap())));
+    assert!(!fs::read_to_string(dir.path().join("log")).unwrap().contains("svid given"));
+}
+
+/// At a socket each line is a datagram; while nobody has bound it nobody waits, and what was lost is told.
+#[tokio::test]
+async fn a_socket_may_be_the_place_and_may_be_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("audit.sock");
+    let audit = format!("audit {{ socket_path = \"{}\" }}\n", path.display());
+    write_config(dir.path(), &(entry("/one", "") + &audit));
+    let mut agent = Process::spawn(dir.path());
+    let mut client = agent.serving(dir.path()).await;
+    client.fetch_jwtsvid(request(jwt("a"))).await.unwrap();
+    // The lines of before are lost or not, as it falls out.
+    let socket = UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    client.fetch_jwtsvid(request(jwt("b"))).await.unwrap();
+    let mut said = String::new();
+    while !said.contains("svid given") {
+        let mut datagram = [0; 4096];
+        let len = socket.recv(&mut datagram).unwrap();
+        said = serde_json::from_slice::<Value>(&datagram[..len]).unwrap().to_string();
+    }
+    end(&mut agent);
+}
+
+/// In the log the lines stand at info; switched off, nowhere.
+#[tokio::test]
+async fn the_log_is_the_place_by_default() {
+    for (settings, is_told) in [("", true), ("audit { enabled = false }\n", false)] {
+        let dir = tempfile::tempdir().unwrap();
+        write_config(dir.path(), &(entry("/one", "") + settings));
+        let config = dir.path().join("agent.conf");
+        let text = fs::read_to_string(&config).unwrap();
+        fs::write(&config, text.replace("log_level = \"warn\"", "log_level = \"info\"")).unwrap();
+        let mut agent = Process::spawn(dir.path());
+        let mut client = agent.serving(dir.path()).await;
+        client.fetch_jwtsvid(request(jwt("a"))).await.unwrap();
+        end(&mut agent);
+        let log = fs::read_to_string(dir.path().join("log")).unwrap();
+        assert_eq!(log.contains("audit: svid given"), is_told, "{log}");
+    }
+}
