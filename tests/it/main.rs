@@ -10,6 +10,7 @@ mod admin;
 mod attest;
 mod cgroup;
 mod cli;
+mod command;
 mod config;
 mod corpus;
 mod door;
