@@ -96,8 +96,8 @@ fn said(output: &Output) -> (Option<i32>, String, String) {
 
 #[test]
 fn a_reload_ends_with_what_came_of_it() {
-    let agent = Agent::start(&entry("/one", ""));
-    agent.configure(&[entry("/one", "hint = \"x\""), entry("/two", "")].concat());
+    let agent = Agent::start(&entry("/one", "id = \"one\""));
+    agent.configure(&[entry("/one", "id = \"one\"\n  hint = \"x\""), entry("/two", "")].concat());
     let (code, out, err) = said(&agent.reload(&[]));
     assert_eq!((code, &*err), (Some(0), ""), "{out}");
     assert_eq!(out, "Reloaded: entries 1 added, 0 removed, 1 changed; bundles 0 changed.\n");
@@ -202,7 +202,7 @@ fn proxy(client: std::net::TcpStream, socket: &Path) {
 fn the_command_comes_back_when_it_is_told_to() {
     let limit = |per: &str| {
         format!(
-            "ratelimit {{ caller {{ method \"FetchJWTSVID\" {{ rate = 1 per = \"{per}\" burst = 1 }} }} }}\n{}",
+            "ratelimit {{ caller {{ method \"FetchJWTSVID\" {{ rate = 1 per = \"{per}\" burst = 5 }} }} }}\n{}",
             entry("/one", "")
         )
     };
@@ -211,7 +211,7 @@ fn the_command_comes_back_when_it_is_told_to() {
     let fetch = || {
         durward(&["api", "fetch", "jwt", "--audience", "a", "--socket-path", socket.to_str().unwrap()], &[])
     };
-    let fetched: Vec<_> = (0..4).map(|_| said(&fetch())).collect();
+    let fetched: Vec<_> = (0..8).map(|_| said(&fetch())).collect();
     assert!(fetched.iter().all(|(code, _, _)| *code == Some(0)), "{fetched:?}");
     let waited = fetched.iter().filter(|(_, _, err)| err.contains("rate limit exceeded")).count();
     assert!(waited > 0, "{fetched:?}");
@@ -228,7 +228,7 @@ fn the_command_comes_back_when_it_is_told_to() {
         if told.0 != Some(0) {
             break told;
         }
-        assert!(began.elapsed() < PATIENCE, "there was one token at most");
+        assert!(began.elapsed() < PATIENCE, "there were five tokens at most");
     };
     assert_eq!(code, Some(1));
     assert!(err.contains("ResourceExhausted") && err.contains("try again in"), "{err}");
