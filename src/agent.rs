@@ -5,6 +5,7 @@
 //! The order of the end: no new connections, streams told to come back, a bounded wait, and the socket goes
 //! last.
 
+mod config_watch;
 mod errands;
 mod gate;
 mod meter;

@@ -49,6 +49,7 @@ impl Replacing {
             metrics_socket: _,
             health: _,
             ratelimit,
+            sources: _,
         } = next;
         let Adjustable { parts, connections, log: lines } = &self.adjustable;
         let budget = ratelimit.memory.budget(parts.means.cgroup);

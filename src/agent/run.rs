@@ -24,6 +24,7 @@ use tokio::{
 
 use super::{
     Running,
+    config_watch::ConfigWatch,
     errands::Errands,
     panics,
     probe::feel_pulse,
@@ -196,6 +197,7 @@ impl Control<'_> {
 
         let mut reloads = Reloads::default();
         let mut asked = agent.asked.take();
+        let mut files = ConfigWatch::of(agent.config());
         let mut reopening = Vec::new();
         loop {
             tokio::select! {
@@ -214,8 +216,15 @@ impl Control<'_> {
                         None => asked = None,
                     }
                 }
+                () = files.changed(&self.errands) => {
+                    tracing::info!("the configuration's files changed");
+                    reloads.ask(None, || self.reload(&agent));
+                }
                 done = reloads.done() => {
                     let told = reload::finish(&mut agent, done);
+                    if told.error.is_empty() {
+                        files.follow(agent.config());
+                    }
                     let failed = if told.error.is_empty() { "" } else { "; the last reload failed: see the log" };
                     self.manager.reloaded(&format!("{}{failed}", status(&agent)));
                     reloads.ended(&told, || self.reload(&agent));

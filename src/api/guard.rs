@@ -180,11 +180,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn so_has_a_stream() {
         let panics = || std::panic::panic_any("a defect");
-        for (case, then, want) in [
-            ("ends", (|| Poll::Ready(())) as fn() -> Poll<()>, None),
+        let cases: [(_, fn() -> Poll<()>, _); 3] = [
+            ("ends", || Poll::Ready(()), None),
             ("panics", panics, Some(Code::Internal)),
             ("waits", || Poll::Pending, Some(Code::DeadlineExceeded)),
-        ] {
+        ];
+        for (case, then, want) in cases {
             let answer = async move { Ok(Response::new(Body::new(Then(false, then)))) };
             let Ok(response) = guarded(Box::pin(answer)).await;
             let mut body = response.into_body();

@@ -279,7 +279,7 @@ mod tests {
         let want = [
             ("workload.spiffe.io", "true"),
             ("workload.spiffe.io", "twice"),
-            ("grpc-encoding", &long[1..]),
+            ("grpc-encoding", &"x".repeat(MAX_HEADER)),
             ("grpc-timeout", "250m"),
         ];
         assert_eq!(kept, want);

@@ -288,3 +288,36 @@ fn the_journal_is_told_how_severe_a_line_is() {
         talkative(dir.path(), &blocks);
     }
 }
+
+/// A ConfigMap is swapped as the kubelet does it; nobody sends a signal.
+#[test]
+fn a_configuration_that_changes_is_reloaded_where_that_is_wanted() {
+    let agent = Agent::start(&["agent {\n  watch_config = true\n}\n", &entry("/one", "")].concat());
+    let path = agent.dir.path().join("agent.conf");
+    let text = fs::read_to_string(&path).unwrap();
+    let swap = |name: &str, text: &str| {
+        let new = agent.dir.path().join(name);
+        fs::write(&new, text).unwrap();
+        fs::rename(&new, &path).unwrap();
+    };
+    let wait = |line: &str, times: usize| {
+        let began = Instant::now();
+        while agent.log().matches(line).count() < times {
+            assert!(began.elapsed() < PATIENCE, "{line}: {}", agent.log());
+            thread::sleep(Duration::from_millis(100));
+        }
+    };
+    swap("a", &[&text, &*entry("/two", "")].concat());
+    wait("entries_added=1", 1);
+    // A mistake is told once, and what puts it right is taken.
+    swap("b", "agent {");
+    wait("not reloaded", 1);
+    thread::sleep(Duration::from_secs(5));
+    assert_eq!(agent.log().matches("not reloaded").count(), 1, "{}", agent.log());
+    swap("c", &text);
+    wait("entries_removed=1", 1);
+    let drop_ins = agent.dir.path().join("entries.d");
+    fs::create_dir(&drop_ins).unwrap();
+    fs::write(drop_ins.join("a.conf"), entry("/three", "")).unwrap();
+    wait("entries_added=1", 2);
+}
