@@ -98,7 +98,7 @@ impl Config {
         };
         // Looked at before they are read: what changes meanwhile is seen.
         let sources = RefCell::new(Sources::default());
-        let see = |path: &Path| sources.borrow_mut().add(path);
+        let see = |path: &Path| sources.borrow_mut().add(trust, path);
         // No working directory (it was removed): only absolute paths are of use then.
         let base = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
         see(&base.join(path));

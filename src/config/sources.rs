@@ -2,12 +2,15 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
+    ffi::OsString,
+    fs::Metadata,
     hash::{DefaultHasher, Hash as _, Hasher as _},
     io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
+
+use crate::os::trusted::{Trust, TrustedDir};
 
 /// More files of a directory than this are not looked at: a reload refuses as many.
 const MAX_FILES: usize = 10_000;
@@ -19,51 +22,57 @@ pub struct Sources(BTreeMap<PathBuf, u64>);
 
 impl Sources {
     /// Looks at one, before it is read.
-    pub(super) fn add(&mut self, path: &Path) {
-        self.0.insert(path.to_owned(), look(path));
+    pub(super) fn add(&mut self, trust: Trust, path: &Path) {
+        self.0.insert(path.to_owned(), look(trust, path));
     }
 
-    /// The same ones, looked at now. May take as long as a disk does.
+    /// The same ones, looked at now by an agent of this user. May take as long as a disk does.
     #[must_use]
     pub fn now(&self) -> Self {
-        Self(self.0.keys().map(|path| (path.clone(), look(path))).collect())
+        let trust = Trust::own();
+        Self(self.0.keys().map(|path| (path.clone(), look(trust, path))).collect())
     }
 }
 
-/// What a file is now, or each file of a directory that a configuration may be in.
-fn look(path: &Path) -> u64 {
+/// What a file is now, or each file of a directory that a configuration may be in. Nothing is asked that others could have
+/// put there.
+fn look(trust: Trust, path: &Path) -> u64 {
     let mut hasher = DefaultHasher::new();
-    stamp(path, &mut hasher);
-    let mut files: Vec<PathBuf> = fs::read_dir(path)
-        .into_iter()
-        .flatten()
-        .take(MAX_FILES)
-        .filter_map(|file| Some(file.ok()?.path()))
-        .filter(|file| file.extension().is_some_and(|end| end == "conf" || end == "json"))
-        .collect();
-    files.sort();
-    for file in &files {
-        file.hash(&mut hasher);
-        stamp(file, &mut hasher);
+    match trust.open(path) {
+        Ok(file) => stamp(file.metadata(), &mut hasher),
+        Err(_) => match trust.directory(path) {
+            Ok(dir) => look_within(&dir, &mut hasher),
+            Err(error) => error.is_missing().hash(&mut hasher),
+        },
     }
     hasher.finish()
 }
 
-fn stamp(path: &Path, to: &mut DefaultHasher) {
-    match fs::metadata(path) {
-        // When a directory changed says nothing: others than these files may be in it.
-        Ok(is) if is.is_dir() => (is.dev(), is.ino()).hash(to),
-        Ok(is) => {
-            let times = (is.mtime(), is.mtime_nsec(), is.ctime(), is.ctime_nsec());
-            (is.dev(), is.ino(), is.size(), is.mode(), is.uid(), is.gid(), times).hash(to);
+fn look_within(dir: &TrustedDir, to: &mut DefaultHasher) {
+    let wanted =
+        |name: &OsString| Path::new(name).extension().is_some_and(|end| end == "conf" || end == "json");
+    let names = dir.names().into_iter().flatten().take(MAX_FILES).filter_map(Result::ok).filter(wanted);
+    let mut names: Vec<OsString> = names.collect();
+    names.sort();
+    for name in names {
+        name.hash(to);
+        match dir.open(&name) {
+            Ok(file) => stamp(file.metadata(), to),
+            Err(error) => error.to_string().hash(to),
         }
-        Err(error) => (error.kind() == io::ErrorKind::NotFound).hash(to),
+    }
+}
+
+fn stamp(of: io::Result<Metadata>, to: &mut DefaultHasher) {
+    if let Ok(is) = of {
+        let times = (is.mtime(), is.mtime_nsec(), is.ctime(), is.ctime_nsec());
+        (is.dev(), is.ino(), is.size(), is.mode(), is.uid(), is.gid(), times).hash(to);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::{fs, os::unix::fs::symlink};
 
     use super::*;
 
@@ -80,7 +89,7 @@ mod tests {
         fs::create_dir(at("entries.d")).unwrap();
         let mut sources = Sources::default();
         for name in ["agent.conf", "entries.d", "none.json"] {
-            sources.add(&at(name));
+            sources.add(Trust::own(), &at(name));
         }
         let mut change = |case: &str, seen: bool, act: &dyn Fn()| {
             act();

@@ -332,8 +332,9 @@ async fn a_defect_ends_its_call_as_internal_and_the_connection_serves_on() {
         assert_eq!(status.code(), tonic::Code::Internal, "{status:?}");
     }
     client.fetch_jwtsvid(ask()).await.unwrap();
-    let internal: Vec<_> =
+    let mut internal: Vec<_> =
         counted(&agent).into_iter().filter(|(series, _)| series.ends_with("Internal")).collect();
+    internal.sort();
     assert_eq!(internal, [("FetchJWTSVID Internal".to_owned(), 1), ("FetchX509SVID Internal".to_owned(), 1)]);
     assert_eq!(
         agent.running.metrics().render().matches("durward_connections_open 1").count(),
