@@ -5,10 +5,12 @@
 //! The order of the end: no new connections, streams told to come back, a bounded wait, and the socket goes
 //! last.
 
+mod config_watch;
 mod errands;
 mod gate;
 mod meter;
 mod metrics;
+mod panics;
 mod probe;
 mod reload;
 mod run;
@@ -21,7 +23,11 @@ mod watch;
 use std::{path::Path, sync::Arc, time::Duration};
 
 use futures_util::future::OptionFuture;
-use tokio::{sync::watch as channel, task::JoinSet, time::timeout};
+use tokio::{
+    sync::{mpsc, watch as channel},
+    task::JoinSet,
+    time::timeout,
+};
 
 pub use self::{
     reload::Load,
@@ -30,6 +36,7 @@ pub use self::{
 };
 use self::{serving::Serving, start::Adjustable};
 use crate::{
+    api::admin::Asking,
     config::Config,
     limits::gate_plan::lingering,
     peer::ConnectionBounds,
@@ -58,6 +65,8 @@ pub struct Running {
     admin: Option<Serving>,
     /// Ends with the agent.
     tasks: JoinSet<()>,
+    /// Who asks for a reload, until somebody takes care of it.
+    asked: Option<mpsc::Receiver<Asking>>,
 }
 
 impl std::fmt::Debug for Running {
@@ -91,8 +100,12 @@ impl Running {
     #[must_use]
     pub fn logging(mut self, log: Log) -> Self {
         let parts = &self.adjustable.parts;
-        let (lines, counter) = (log.clone(), parts.series.log_lines_lost.clone());
-        parts.metrics.before_render(move || counter.absolute(lines.lines_lost()));
+        let (lines, lost, panics) =
+            (log.clone(), parts.series.log_lines_lost.clone(), parts.series.panics.clone());
+        parts.metrics.before_render(move || {
+            lost.absolute(lines.lines_lost());
+            panics.absolute(panics::so_far());
+        });
         self.adjustable.log = Some(log);
         self
     }

@@ -18,6 +18,7 @@ mod jwt;
 mod limits;
 mod manual;
 mod quickstart;
+mod reload;
 mod run;
 mod socket;
 mod status;
@@ -43,7 +44,7 @@ Exit codes:
   0  done
   1  an error, a refused command line or an unhealthy agent
   3  api: the agent has no identity for this process (PermissionDenied)
-  4  api, limits, explain, status: no agent answers at the socket
+  4  api, limits, explain, status, reload: no agent answers at the socket
 
 Flags may also be spelled as spire-agent's: -socketPath PATH, -socketPath=PATH, --socketPath PATH.";
 
@@ -80,6 +81,8 @@ enum Command {
     Explain(explain::ExplainArgs),
     /// Show who signs and what is waited for, for the agent's owner
     Status(status::StatusArgs),
+    /// Have the agent read its configuration again, and tell what came of it, for the agent's owner
+    Reload(reload::ReloadArgs),
     /// Check a configuration file without starting the agent
     Validate(validate::ValidateArgs),
     /// Print the completions of a shell
@@ -159,6 +162,8 @@ enum Failure {
     #[error(transparent)]
     Override(#[from] OverrideError),
     #[error(transparent)]
+    Reload(#[from] reload::ReloadError),
+    #[error(transparent)]
     Quickstart(#[from] quickstart::QuickstartError),
     #[error(transparent)]
     Layout(#[from] quickstart::LayoutError),
@@ -201,7 +206,7 @@ impl Failure {
         if matches!(self, Self::Said | Self::Print(PrintError::Closed)) {
             return;
         }
-        terminal.note(self);
+        terminal.fault(self);
         if let Some(advice) = self.advice() {
             terminal.note(advice);
         }
@@ -221,7 +226,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         // --help and --version
         Err(err) if !err.use_stderr() => terminal.print(&err.render().to_string()).map_err(Failure::from),
         Err(err) => {
-            terminal.note(err.render().to_string().trim_end());
+            terminal.fault(err.render().to_string().trim_end());
             Err(Failure::Said)
         }
     };
@@ -262,6 +267,7 @@ fn dispatch(command: Command, terminal: &mut Terminal) -> Result<(), Failure> {
         Command::Healthcheck(args) => client_runtime()?.block_on(healthcheck::check(&args, terminal)),
         Command::Limits(args) => client_runtime()?.block_on(limits::limits(&args, terminal)),
         Command::Status(args) => client_runtime()?.block_on(status::status(&args, terminal)),
+        Command::Reload(args) => client_runtime()?.block_on(reload::reload(&args, terminal)),
         Command::Explain(args) => client_runtime()?.block_on(explain::explain(&args, terminal)),
         Command::Api(api) => client_runtime()?.block_on(async {
             match api {

@@ -26,6 +26,7 @@ mod issuer;
 mod places;
 mod ratelimit;
 mod server;
+mod sources;
 mod trust_domain;
 mod users;
 
@@ -36,3 +37,4 @@ pub use file::{DropIns, FileError};
 pub use input::{ExpandEnv, Given, Input};
 pub use issuer::{JoinedServer, Signer};
 pub use places::{AgentUser, Places, TakenAddress, WrongPlace};
+pub use sources::Sources;

@@ -11,7 +11,7 @@
 //!
 //! | room | what it is for | what it trusts |
 //! |---|---|---|
-//! | [`cli`] | what a person types: `run`, `quickstart`, `api`, `healthcheck`, `limits`, `explain`, `status`, `validate` | its user |
+//! | [`cli`] | what a person types: `run`, `quickstart`, `api`, `healthcheck`, `limits`, `explain`, `status`, `reload`, `validate` | its user |
 //! | [`agent`] | builds every part from [`config::Config`], binds everything, says ready, reloads, drains | the configuration |
 //! | [`config`] | `agent.conf`: the file as written, then checked in full; what a reload changes | its files, where only root and the agent's user can have put them |
 //! | [`api`] | the gRPC services: the typed way of a call, and the one map of errors to codes | nothing a request says but what it asks for |
@@ -23,7 +23,7 @@
 //! | [`identity`] | words and rules without I/O: SPIFFE IDs, selectors, entries and which of them match, SVIDs, bundles | nothing |
 //! | [`telemetry`] | what people see of an agent: the registry of metrics, the log, HTTP for probes | nothing that a caller chose |
 //! | [`hcl`] | the language of `agent.conf`, for every room to read its own settings with | nothing |
-//! | [`os`] | the operating system: clock, memory, descriptors, paths, systemd; the only place where `unsafe` may stand | the kernel |
+//! | [`os`] | the operating system: clock, memory, descriptors, paths, systemd and its journal; the only place where `unsafe` may stand | the kernel |
 //!
 //! # The way of one FetchJWTSVID
 //!

@@ -8,6 +8,7 @@ pub mod clock;
 pub mod headroom;
 pub mod heap;
 pub mod interrupt;
+pub mod journal;
 pub mod lock;
 pub mod membarrier;
 mod mount;

@@ -69,6 +69,7 @@ pub(super) struct AgentMetrics {
     reload_ok: Gauge,
     reload_time: Gauge,
     pub(super) log_lines_lost: Counter,
+    pub(super) panics: Counter,
 }
 
 impl AgentMetrics {
@@ -91,6 +92,11 @@ impl AgentMetrics {
             reload_time: make.gauge(
                 "durward_last_reload_timestamp_seconds",
                 "When the configuration in force was loaded, as a Unix time.",
+                &[],
+            ),
+            panics: make.counter(
+                "durward_panics_total",
+                "Panics: defects of the agent, each told in the log.",
                 &[],
             ),
             log_lines_lost: make.counter(

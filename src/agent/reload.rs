@@ -6,6 +6,7 @@ use super::{
     ANSWERS_WITHIN, Running, connection_bounds, gate::say_what_fits, metrics::ReloadResult, start::Adjustable,
 };
 use crate::{
+    api::proto::admin::ReloadResponse,
     config::{self, Changes, Config, EntryChanges},
     limits::GatePlan,
 };
@@ -49,6 +50,7 @@ impl Replacing {
             metrics_socket: _,
             health: _,
             ratelimit,
+            sources: _,
         } = next;
         let Adjustable { parts, connections, log: lines } = &self.adjustable;
         let budget = ratelimit.memory.budget(parts.means.cgroup);
@@ -96,28 +98,39 @@ impl Running {
     }
 }
 
-/// Takes note of the end of a reload that a signal asked for, and says in log and metrics how it went.
-pub(super) fn finish(agent: &mut Running, done: anyhow::Result<(Config, Changes)>) -> anyhow::Result<()> {
+/// Takes note of the end of a reload that was asked for, says in log and metrics how it went, and returns what those are told
+/// who asked.
+pub(super) fn finish(agent: &mut Running, done: anyhow::Result<(Config, Changes)>) -> ReloadResponse {
     let series = &agent.adjustable.parts.series;
     match done {
         Ok((next, changes)) => {
             series.reloaded(ReloadResult::Ok);
             agent.config = Arc::new(next);
             let EntryChanges { added, removed, changed } = changes.entries;
+            let bundles = changes.federated.len();
             tracing::info!(
                 entries_added = added,
                 entries_removed = removed,
                 entries_changed = changed,
-                bundles_changed = changes.federated.len(),
+                bundles_changed = bundles,
                 settings_changed = changes.live.join(","),
                 "reloaded"
             );
-            Ok(())
+            let number = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+            ReloadResponse {
+                error: String::new(),
+                entries_added: number(added),
+                entries_removed: number(removed),
+                entries_changed: number(changed),
+                bundles_changed: number(bundles),
+                settings_changed: changes.live.iter().map(ToString::to_string).collect(),
+            }
         }
         Err(error) => {
             series.reloaded(ReloadResult::Error);
-            tracing::error!(error = format!("{error:#}"), "not reloaded; everything stays as it was");
-            Err(error)
+            let error = format!("{error:#}");
+            tracing::error!(error, "not reloaded; everything stays as it was");
+            ReloadResponse { error, ..ReloadResponse::default() }
         }
     }
 }

@@ -12,20 +12,27 @@ use std::{
 };
 
 use anyhow::Context as _;
+use futures_util::future::OptionFuture;
 use tokio::{
     runtime::{Builder, Handle, Runtime},
-    sync::oneshot::{self, error::TryRecvError},
+    sync::{
+        mpsc as requests,
+        oneshot::{self, error::TryRecvError},
+    },
     task::JoinSet,
 };
 
 use super::{
     Running,
+    config_watch::ConfigWatch,
     errands::Errands,
+    panics,
     probe::feel_pulse,
     reload::{self, Load},
     signals::{Signalled, Signals},
 };
 use crate::{
+    api::{admin::Asking, proto::admin::ReloadResponse},
     config::{Changes, Config},
     os::{clock::Clock, systemd::ServiceManager},
     telemetry::{chain, log::Log},
@@ -37,6 +44,8 @@ const MOST_WORKERS: usize = 4;
 const BLOCKING_THREADS: usize = 8;
 /// How long a thread takes to be there, at most.
 const THREADS_WITHIN: Duration = Duration::from_secs(10);
+/// How many clients are turned away when the agent cannot start: more than the largest queue of a socket holds.
+const MOST_TURNED_AWAY: usize = 16 * 1024;
 /// A thread that is there stays: when it is needed again there may be none to be had.
 const FOR_EVER: Duration = Duration::from_secs(10 * 365 * 86_400);
 
@@ -57,15 +66,25 @@ pub fn run(load: Load) -> anyhow::Result<()> {
     let mut signals = control.block_on(async { Signals::new() })?;
     // While there is one thread: it changes the environment.
     let (manager, handed) = ServiceManager::from_environment()?;
+    panics::tell();
+    let queue = handed.as_ref().and_then(|listener| listener.try_clone().ok());
     let errands = Errands::new().context("cannot start a thread")?;
     let serving = runtime()?;
     let mut log = None;
     let ended = control.block_on(async {
         let control =
             Control { manager: Arc::new(manager), errands, load: load.into(), serving: serving.handle() };
-        match control.start(&mut signals, handed, &mut log).await? {
-            Some((agent, log)) => control.attend(agent, &mut signals, log).await,
-            None => Ok(()),
+        match control.start(&mut signals, handed, &mut log).await {
+            Ok(Some((agent, log))) => {
+                drop(queue);
+                control.attend(agent, &mut signals, log).await
+            }
+            Ok(None) => Ok(()),
+            Err(error) => {
+                control.manager.stopping(&format!("{error:#}"));
+                queue.iter().for_each(turn_away);
+                Err(error)
+            }
         }
     });
     serving.shutdown_timeout(THREADS_END_WITHIN);
@@ -76,6 +95,12 @@ pub fn run(load: Load) -> anyhow::Result<()> {
         let _all_written = log.flush(LOG_ENDS_WITHIN);
     }
     ended
+}
+
+/// Closes what waits in the queue of a socket that an agent cannot serve which could not start: the service manager holds the
+/// socket, and these clients would wait for an answer. To them it is `Unavailable`, and they come again.
+fn turn_away(queue: &UnixListener) {
+    let _turned_away = (0..MOST_TURNED_AWAY).take_while(|_| queue.accept().is_ok()).count();
 }
 
 /// The runtime that serves callers: as many workers as the machine has processors, at most four, and the threads for
@@ -170,8 +195,9 @@ impl Control<'_> {
         watching.spawn(feel_pulse(Arc::clone(&health), self.serving.clone()));
         watching.spawn(async move { manager.watch(|| health.live()).await });
 
-        let mut reloading: Option<Reloading> = None;
-        let mut once_more = false;
+        let mut reloads = Reloads::default();
+        let mut asked = agent.asked.take();
+        let mut files = ConfigWatch::of(agent.config());
         let mut reopening = Vec::new();
         loop {
             tokio::select! {
@@ -180,18 +206,28 @@ impl Control<'_> {
                         self.drain(agent, signals, name).await;
                         return Ok(());
                     }
-                    Signalled::Reload if reloading.is_some() => once_more = true,
-                    Signalled::Reload => reloading = Some(self.reload(&agent)),
+                    Signalled::Reload => reloads.ask(None, || self.reload(&agent)),
                     Signalled::ReopenLog => self.reopen(log.clone(), &mut reopening),
                     Signalled::Nothing => tracing::info!("SIGUSR1 does nothing here; SIGHUP reloads"),
                 },
-                done = done(&mut reloading) => {
-                    let said = match reload::finish(&mut agent, done) {
-                        Ok(()) => status(&agent),
-                        Err(_) => format!("{}; the last reload failed: see the log", status(&agent)),
-                    };
-                    self.manager.reloaded(&said);
-                    reloading = std::mem::take(&mut once_more).then(|| self.reload(&agent));
+                Some(asking) = OptionFuture::from(asked.as_mut().map(requests::Receiver::recv)) => {
+                    match asking {
+                        Some(asking) => reloads.ask(Some(asking), || self.reload(&agent)),
+                        None => asked = None,
+                    }
+                }
+                () = files.changed(&self.errands) => {
+                    tracing::info!("the configuration's files changed");
+                    reloads.ask(None, || self.reload(&agent));
+                }
+                done = reloads.done() => {
+                    let told = reload::finish(&mut agent, done);
+                    if told.error.is_empty() {
+                        files.follow(agent.config());
+                    }
+                    let failed = if told.error.is_empty() { "" } else { "; the last reload failed: see the log" };
+                    self.manager.reloaded(&format!("{}{failed}", status(&agent)));
+                    reloads.ended(&told, || self.reload(&agent));
                 }
                 error = agent.failed() => return Err(error),
             }
@@ -234,11 +270,46 @@ fn status(agent: &Running) -> String {
     format!("serving {} entries", agent.config().entries.len())
 }
 
-/// How a reload ended, once it has; never when there is none.
-async fn done(reloading: &mut Option<Reloading>) -> anyhow::Result<(Config, Changes)> {
-    match reloading {
-        Some(reloading) => reloading.await.context("the reload ended early")?,
-        None => std::future::pending().await,
+/// The reload that is under way, and one behind it for all that was asked for meanwhile.
+#[derive(Default)]
+struct Reloads {
+    under_way: Option<Reloading>,
+    asked: Vec<Asking>,
+    again: bool,
+    asked_again: Vec<Asking>,
+}
+
+impl Reloads {
+    /// One is asked for, by somebody who waits to be told of it or by a signal.
+    fn ask(&mut self, asking: Option<Asking>, begin: impl FnOnce() -> Reloading) {
+        let asked = if self.under_way.is_some() {
+            self.again = true;
+            &mut self.asked_again
+        } else {
+            self.under_way = Some(begin());
+            &mut self.asked
+        };
+        // As many wait as there are calls on the admin socket.
+        asked.retain(|asking| !asking.is_closed());
+        asked.extend(asking);
+    }
+
+    /// How the one under way ended, once it has; never when there is none.
+    async fn done(&mut self) -> anyhow::Result<(Config, Changes)> {
+        match &mut self.under_way {
+            Some(reloading) => reloading.await.context("the reload ended early")?,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// It ended so.
+    fn ended(&mut self, told: &ReloadResponse, begin: impl FnOnce() -> Reloading) {
+        for asking in std::mem::take(&mut self.asked) {
+            // Nobody may want to know any more.
+            drop(asking.send(told.clone()));
+        }
+        self.asked = std::mem::take(&mut self.asked_again);
+        self.under_way = std::mem::take(&mut self.again).then(begin);
     }
 }
 

@@ -5,7 +5,11 @@ use std::{os::unix::net::UnixListener, path::Path, sync::Arc};
 
 use anyhow::Context as _;
 use nix::unistd::geteuid;
-use tokio::{runtime::Handle, sync::watch as channel, task::JoinSet};
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, watch as channel},
+    task::JoinSet,
+};
 
 use super::{
     ANSWERS_WITHIN, Running, connection_bounds,
@@ -20,7 +24,7 @@ use super::{
 use crate::{
     api::{
         Journal, Services,
-        admin::{self, AdminService, OwnerGate},
+        admin::{self, AdminService, Asking, OwnerGate},
         workload::{Parts, WorkloadApi},
     },
     attest::Attestor,
@@ -38,6 +42,9 @@ use crate::{
         metrics::Metrics,
     },
 };
+
+/// How many reloads may be asked for on the admin socket before the first of them is looked at.
+const RELOADS_ASKED: usize = 4;
 
 impl Running {
     /// Builds and binds everything, and serves. `handed` is the socket that a service manager keeps for the agent.
@@ -167,8 +174,9 @@ impl AgentParts {
             Listener { socket, bounds, gate: Arc::new(self.gate.clone()), keys: Arc::clone(&keys), stats };
         let serving = listener.serve(move |_peer| services.clone(), stopped(stopping.clone()));
         let public = Serving::begin("the workload api", serving);
+        let (reloads, asked) = mpsc::channel(RELOADS_ASKED);
         let admin = admin.map(|socket| {
-            let service = self.admin_service(keys);
+            let service = self.admin_service(keys, reloads);
             self.serve_admin(socket, service, admin_stats, stopping)
         });
         let mut tasks = self.tasks();
@@ -188,7 +196,7 @@ impl AgentParts {
         look_around(&self.health);
         self.health.set(Probe::Healthy);
         let adjustable = Adjustable { parts: Arc::new(self), connections, log: None };
-        Ok(Running { config: Arc::new(config), adjustable, stop, public, admin, tasks })
+        Ok(Running { config: Arc::new(config), adjustable, stop, public, admin, tasks, asked: Some(asked) })
     }
 
     /// Has a scrape tell how memory stands.
@@ -231,7 +239,7 @@ impl AgentParts {
             .context("the built-in descriptors cannot be read")
     }
 
-    fn admin_service(&self, keys: Arc<PodOrUid>) -> AdminService {
+    fn admin_service(&self, keys: Arc<PodOrUid>, reloads: mpsc::Sender<Asking>) -> AdminService {
         let meter = self.meter.clone();
         AdminService::new(admin::AdminParts {
             limits: self.limits.clone(),
@@ -242,6 +250,7 @@ impl AgentParts {
             issuer: Arc::clone(&self.issuer),
             x509: Arc::clone(&self.x509),
             health: Arc::clone(&self.health),
+            reloads,
             charged: Box::new(move || meter.charged().map(|charged| (charged.used, charged.kernel))),
         })
     }

@@ -13,15 +13,17 @@ use std::{
 
 use http::{Request, Response};
 use nix::unistd::{Uid, geteuid};
+use tokio::sync::{mpsc, oneshot};
 use tonic::{Status, body::Body};
 use tower_service::Service as _;
 
 use super::{
+    guard::{GuardedAnswer, TimeLeft},
     proto::admin::{
         self as pb,
         admin_server::{Admin, AdminServer},
     },
-    services::{GrpcAnswer, answered, grpc_body},
+    services::{answered, ends, grpc_body},
 };
 use crate::{
     attest::{
@@ -130,9 +132,14 @@ pub struct AdminParts {
     /// The X.509-SVIDs that are kept.
     pub x509: Arc<X509Cache>,
     pub health: Arc<HealthState>,
+    /// Where a reload is asked for.
+    pub reloads: mpsc::Sender<Asking>,
     /// What is charged to the agent's cgroup, if it is alone in one, and the kernel's part of it, in bytes.
     pub charged: Box<dyn Fn() -> Option<(u64, u64)> + Send + Sync>,
 }
+
+/// Somebody who asked for a reload, and is to be told what comes of it.
+pub type Asking = oneshot::Sender<pb::ReloadResponse>;
 
 /// The one service of the admin socket. Cheap to clone.
 #[derive(Clone)]
@@ -148,14 +155,16 @@ impl AdminService {
 impl hyper::service::Service<Request<RequestBody>> for AdminService {
     type Response = Response<Body>;
     type Error = Infallible;
-    type Future = GrpcAnswer;
+    type Future = GuardedAnswer;
 
-    fn call(&self, request: Request<RequestBody>) -> GrpcAnswer {
-        if request.uri().path().starts_with("/durward.admin.v1.Admin/") {
-            self.0.clone().call(request.map(grpc_body))
+    fn call(&self, request: Request<RequestBody>) -> GuardedAnswer {
+        let left = TimeLeft::until(ends(&request));
+        let answer = if request.uri().path().starts_with("/durward.admin.v1.Admin/") {
+            self.0.clone().call(request.map(|body| grpc_body(body, MAX_REQUEST)))
         } else {
             answered(Status::unimplemented("this is the admin socket: it serves durward.admin.v1.Admin"))
-        }
+        };
+        GuardedAnswer::new(answer, false, left)
     }
 }
 
@@ -179,6 +188,13 @@ impl Admin for AdminParts {
         Ok(tonic::Response::new(self.status_now()))
     }
 
+    async fn reload(
+        &self,
+        _request: tonic::Request<pb::ReloadRequest>,
+    ) -> Result<tonic::Response<pb::ReloadResponse>, Status> {
+        self.reloaded().await.map(tonic::Response::new)
+    }
+
     async fn explain(
         &self,
         request: tonic::Request<pb::ExplainRequest>,
@@ -193,6 +209,17 @@ impl Admin for AdminParts {
 }
 
 impl AdminParts {
+    async fn reloaded(&self) -> Result<pb::ReloadResponse, Status> {
+        let (asking, told) = oneshot::channel();
+        self.reloads.try_send(asking).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => {
+                Status::unavailable("other reloads are waited for; try again")
+            }
+            mpsc::error::TrySendError::Closed(_) => Status::unavailable("the agent is about to end"),
+        })?;
+        told.await.map_err(|_gone| Status::unavailable("the agent ended before it had reloaded"))
+    }
+
     fn status_now(&self) -> pb::StatusResponse {
         let snapshot = self.store.snapshot();
         let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);

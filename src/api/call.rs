@@ -24,7 +24,7 @@ use tonic::Request;
 
 use super::{proto::workload as pb, reached::Reached, status::RequestError};
 use crate::{
-    limits::{Admitted, Limits, Method, Patience, Refusal},
+    limits::{Admitted, Limits, Method, Patience, Refusal, holding::KeptBytes},
     peer::Peer,
 };
 
@@ -110,6 +110,13 @@ impl Call {
     /// What is called.
     pub fn method(&self) -> Method {
         self.method
+    }
+
+    /// Counts a large message as held by its connection, while the call goes on with it: its process may take seconds to be
+    /// attested. What is small is reckoned with the call.
+    pub(super) fn keep(&self, message: &impl Keeps) -> Option<KeptBytes> {
+        let kept = Some(message.kept()).filter(|kept| *kept > PATIENT)?;
+        Some(self.caller.holding()?.keep(u64::try_from(kept).unwrap_or(0)))
     }
 
     /// [`Call::admit`] without any wait.

@@ -17,14 +17,11 @@ use http::{HeaderMap, Response};
 use http_body::{Frame, SizeHint};
 use tonic::{Code, Status, body::Body};
 
-use super::{journal::Journal, reached::Reached};
+use super::{guard::GuardedAnswer, journal::Journal, reached::Reached};
 use crate::{
     limits::{Limits, Method},
     peer::Peer,
 };
-
-/// The answer of a service, in the making.
-pub type GrpcAnswer = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
 
 /// A request from its head to its end.
 pub(super) struct CountedHead {
@@ -61,12 +58,12 @@ impl Drop for CountedHead {
 
 /// The answer to a request, whose head it keeps.
 pub struct HeadAnswer {
-    answer: GrpcAnswer,
+    answer: GuardedAnswer,
     head: Option<CountedHead>,
 }
 
 impl HeadAnswer {
-    pub(super) fn new(answer: GrpcAnswer, head: CountedHead) -> Self {
+    pub(super) fn new(answer: GuardedAnswer, head: CountedHead) -> Self {
         Self { answer, head: Some(head) }
     }
 }
@@ -76,7 +73,7 @@ impl Future for HeadAnswer {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
-        let Ok(response) = ready!(this.answer.as_mut().poll(cx));
+        let Ok(response) = ready!(Pin::new(&mut this.answer).poll(cx));
         let Some(mut head) = this.head.take() else { return Poll::Ready(Ok(response)) };
         if head.read(response.headers()) || head.reached.has_count() {
             return Poll::Ready(Ok(response));

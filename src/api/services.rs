@@ -7,35 +7,39 @@
 
 use std::{convert::Infallible, sync::Arc};
 
-use http::{Request, Response};
-use http_body_util::{BodyExt as _, combinators::MapErr};
+use http::{Method as Verb, Request, Response, StatusCode, header::CONTENT_TYPE};
+use tokio::time::Instant;
 use tonic::{Status, body::Body};
 use tonic_health::pb::health_server::HealthServer;
 use tower_service::Service as _;
 
-pub use super::heads::{GrpcAnswer, HeadAnswer};
 use super::{
     call::Call,
+    guard::TimeLeft,
     heads::CountedHead,
     health::HealthService,
     journal::Journal,
+    messages::WholeMessages,
     proto::{WORKLOAD_FDS, workload_server::spiffe_workload_api_server::SpiffeWorkloadApiServer},
     reached::Reached,
     status::RequestError,
     workload::WorkloadApi,
 };
+pub use super::{
+    guard::{GrpcAnswer, GuardedAnswer},
+    heads::HeadAnswer,
+};
 use crate::{
-    limits::{Limits, Method},
-    peer::{BodyError, Crowded, RequestBody},
+    limits::{Limits, Method, patience},
+    peer::{Crowded, RequestBody},
     telemetry::health::HealthState,
 };
 
-/// The largest request message, in bytes. The largest thing a request carries is a token to validate, and a token
-/// that fits no HTTP header is of no use to anybody.
-pub const MAX_REQUEST: usize = 16 * 1024;
+/// The largest request message, in bytes: a token to validate, as the agent itself makes them for the longest audiences.
+pub const MAX_REQUEST: usize = 64 * 1024;
 
 /// The body of a request, with its errors as gRPC has them.
-type GrpcBody = MapErr<RequestBody, fn(BodyError) -> Status>;
+type GrpcBody = WholeMessages<RequestBody>;
 
 type Reflection = Arc<dyn Fn(Request<GrpcBody>) -> GrpcAnswer + Send + Sync>;
 
@@ -75,7 +79,7 @@ const PATHS: [&str; 11] = [
 /// The headers that anybody here reads.
 const HEADERS: [&str; 4] = ["workload.spiffe.io", "grpc-encoding", "grpc-accept-encoding", "grpc-timeout"];
 
-/// A longer value than any that is read here, in bytes.
+/// A longer value than any that means something here, in bytes; of what is longer so much is kept.
 const MAX_HEADER: usize = 256;
 
 /// The request with a head of what is needed, copied: what else was sent, kilobytes perhaps, is not kept as
@@ -88,8 +92,9 @@ fn slim<B>(request: Request<B>) -> Request<B> {
     let mut headers = http::HeaderMap::with_capacity(HEADERS.len());
     for name in HEADERS {
         // Whether there are more than one counts, but not how many.
-        for value in head.headers.get_all(name).iter().take(2).filter(|value| value.len() <= MAX_HEADER) {
-            if let Ok(value) = http::HeaderValue::from_bytes(value.as_bytes()) {
+        for value in head.headers.get_all(name).iter().take(2) {
+            let value = value.as_bytes();
+            if let Ok(value) = http::HeaderValue::from_bytes(value.get(..MAX_HEADER).unwrap_or(value)) {
                 headers.append(name, value);
             }
         }
@@ -135,25 +140,30 @@ impl hyper::service::Service<Request<RequestBody>> for Services {
     type Future = HeadAnswer;
 
     fn call(&self, request: Request<RequestBody>) -> HeadAnswer {
+        let no_grpc = no_grpc(&request);
         let mut request = slim(request);
         let reached = Reached::default();
+        let method = method_of(request.uri().path());
         let head = CountedHead {
             journal: Arc::clone(&self.journal),
             limits: self.limits.clone(),
             caller: request.extensions().get().cloned(),
-            method: method_of(request.uri().path()),
+            method,
             reached: reached.clone(),
             code: None,
         };
         request.extensions_mut().insert(reached);
-        let answer = if request.extensions().get::<Crowded>().is_some() {
+        let left = TimeLeft::until(ends(&request));
+        let answer = if let Some((code, status)) = no_grpc {
+            answered_with(code, status)
+        } else if request.extensions().get::<Crowded>().is_some() {
             answered(RequestError::Crowded.into())
         } else if service_of(request.uri().path()) == WORKLOAD {
-            self.workload.clone().call(request.map(grpc_body))
+            self.workload.clone().call(request.map(|body| grpc_body(body, MAX_REQUEST)))
         } else {
             self.other(request)
         };
-        HeadAnswer::new(answer, head)
+        HeadAnswer::new(GuardedAnswer::new(answer, is_streamed(method), left), head)
     }
 }
 
@@ -165,9 +175,11 @@ impl Services {
         if let Err(error) = call.and_then(|call| Ok(call.admit_at_once(&self.limits)?)) {
             return answered(Status::from(error));
         }
-        let asked = |body: RequestBody| grpc_body(body.at_most(MAX_QUESTIONS));
+        let asked = |body: RequestBody| grpc_body(body.at_most(MAX_QUESTIONS), MAX_NAME);
         match service_of(request.uri().path()) {
-            "grpc.health.v1.Health" => self.health.clone().call(request.map(grpc_body)),
+            "grpc.health.v1.Health" => {
+                self.health.clone().call(request.map(|body| grpc_body(body, MAX_NAME)))
+            }
             "grpc.reflection.v1.ServerReflection" => (self.reflection_v1)(request.map(asked)),
             "grpc.reflection.v1alpha.ServerReflection" => (self.reflection_v1alpha)(request.map(asked)),
             // grpc-go's text for the same.
@@ -192,15 +204,49 @@ fn method_of(path: &str) -> Method {
     Method::ALL.into_iter().find(named).unwrap_or(Method::Other)
 }
 
-/// The body with its errors as gRPC has them.
-pub(super) fn grpc_body(body: RequestBody) -> GrpcBody {
-    let as_status: fn(BodyError) -> Status = Status::from;
-    body.map_err(as_status)
+/// Whether the answer may be more than one message, or late: what is no method of the Workload API may be anything.
+fn is_streamed(method: Method) -> bool {
+    !matches!(method, Method::FetchJwtSvid | Method::ValidateJwtSvid)
+}
+
+/// When the call is to end, as its client says.
+pub(super) fn ends<B>(request: &Request<B>) -> Option<Instant> {
+    let timeout = patience::timeout(request.headers().get("grpc-timeout")?.as_bytes())?;
+    Instant::now().checked_add(timeout)
+}
+
+/// What a request is told that is none of gRPC's, in the codes and texts of grpc-go.
+fn no_grpc<B>(request: &Request<B>) -> Option<(StatusCode, Status)> {
+    let content_type = request.headers().get(CONTENT_TYPE).map_or(&b""[..], |value| value.as_bytes());
+    // `application/grpc`, `application/grpc+proto`, `application/grpc;charset=utf-8`.
+    let rest = content_type.strip_prefix(b"application/grpc");
+    if !rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';'))) {
+        let shown = printable(&String::from_utf8_lossy(content_type));
+        let text = format!("invalid gRPC request content-type {shown:?}");
+        return Some((StatusCode::UNSUPPORTED_MEDIA_TYPE, Status::invalid_argument(text)));
+    }
+    (request.method() != Verb::POST).then(|| {
+        let method = printable(request.method().as_str());
+        let text = format!("Received a HEADERS frame with :method {method:?} which should be POST");
+        (StatusCode::METHOD_NOT_ALLOWED, Status::internal(text))
+    })
+}
+
+/// The body by whole messages of at most so many bytes, with its errors as gRPC has them.
+pub(super) fn grpc_body(body: RequestBody, most: usize) -> GrpcBody {
+    WholeMessages::new(body, most)
 }
 
 /// An answer that is known at once.
 pub(super) fn answered(status: Status) -> GrpcAnswer {
-    Box::pin(std::future::ready(Ok(status.into_http())))
+    answered_with(StatusCode::OK, status)
+}
+
+/// The same, with what HTTP knows it as.
+fn answered_with(code: StatusCode, status: Status) -> GrpcAnswer {
+    let mut response = status.into_http();
+    *response.status_mut() = code;
+    Box::pin(std::future::ready(Ok(response)))
 }
 
 /// What a stranger sent, made fit to be repeated: at most 64 characters, none of them a control.
@@ -230,8 +276,12 @@ mod tests {
         let slim = slim(request.body(()).unwrap());
         let kept: Vec<_> =
             slim.headers().iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect();
-        let want =
-            [("workload.spiffe.io", "true"), ("workload.spiffe.io", "twice"), ("grpc-timeout", "250m")];
+        let want = [
+            ("workload.spiffe.io", "true"),
+            ("workload.spiffe.io", "twice"),
+            ("grpc-encoding", &"x".repeat(MAX_HEADER)),
+            ("grpc-timeout", "250m"),
+        ];
         assert_eq!(kept, want);
     }
 

@@ -101,7 +101,9 @@ struct Stream<S: Update> {
 
 impl<S: Update> Drop for Stream<S> {
     fn drop(&mut self) {
-        self.open.ended(self.code);
+        // A defect ends it for its client as an error of the agent's.
+        let code = if std::thread::panicking() { Code::Internal } else { self.code };
+        self.open.ended(code);
     }
 }
 

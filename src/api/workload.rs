@@ -74,7 +74,9 @@ impl WorkloadApi {
         request: pb::JwtsvidRequest,
     ) -> Result<pb::JwtsvidResponse, RequestError> {
         let Parts { limits, attestor, store, jwt, .. } = &*self.parts;
-        let admitted = call?.admit(limits).await?;
+        let call = call?;
+        let _kept = call.keep(&request);
+        let admitted = call.admit(limits).await?;
         let query = JwtQuery::try_from(request)?;
         let snapshot = store.snapshot();
         let attested = attestor.attest(admitted, &snapshot.questions).await?;
@@ -97,7 +99,9 @@ impl WorkloadApi {
         request: pb::ValidateJwtsvidRequest,
     ) -> Result<pb::ValidateJwtsvidResponse, RequestError> {
         let Parts { limits, attestor, store, clock, .. } = &*self.parts;
-        let admitted = call?.admit(limits).await?;
+        let call = call?;
+        let _kept = call.keep(&request);
+        let admitted = call.admit(limits).await?;
         let pb::ValidateJwtsvidRequest { audience, svid } = request;
         if audience.is_empty() {
             return Err(AudienceError::Missing.into());

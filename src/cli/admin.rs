@@ -4,13 +4,18 @@
 //! an agent should see in the command which one it is. The agent is trusted, and its words are cleaned all the same:
 //! keys, hints and selectors are other people's.
 
-use std::{future::Future, path::PathBuf, time::Duration};
+use std::{
+    future::Future,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use tonic::{Request, Response, Status, transport::Channel};
 
 use super::{
+    Failure,
     client::{CallError, TimeoutArgs, connect, patiently},
-    socket::{AgentSocket, Chosen},
+    socket::{AgentAddress, AgentSocket, Chosen, SocketError},
     terminal::{Terminal, clean},
 };
 use crate::api::proto::admin::{self as pb, admin_client::AdminClient};
@@ -36,12 +41,12 @@ impl AdminArgs {
         self.timeout.limit()
     }
 
-    fn socket(&self) -> AgentSocket {
+    fn socket(&self) -> Result<AgentSocket, SocketError> {
         let (path, chosen) = match &self.socket_path {
-            Some(path) => (path.clone(), Chosen::AdminFlag),
-            None => (DEFAULT.into(), Chosen::AdminDefault),
+            Some(path) => (path.as_path(), Chosen::AdminFlag),
+            None => (Path::new(DEFAULT), Chosen::AdminDefault),
         };
-        AgentSocket { path: std::path::absolute(&path).unwrap_or(path), chosen }
+        Ok(AgentSocket { at: AgentAddress::parse(path.as_os_str())?, chosen })
     }
 
     /// Connects, and makes one call.
@@ -50,20 +55,19 @@ impl AdminArgs {
         terminal: &mut Terminal,
         question: Q,
         call: impl FnOnce(AdminClient<Channel>, Request<Q>) -> F,
-    ) -> Result<A, CallError>
+    ) -> Result<A, Failure>
     where
         F: Future<Output = Result<Response<A>, Status>>,
     {
-        let socket = self.socket();
+        let socket = self.socket()?;
         let api = AdminClient::new(connect(&socket).await?).max_decoding_message_size(MAX_MESSAGE);
         let mut request = Request::new(question);
         if let Some(limit) = self.limit() {
             request.set_timeout(limit);
         }
-        patiently(terminal, &socket, self.limit(), call(api, request))
-            .await
-            .map(Response::into_inner)
-            .map_err(|status| CallError::Status { socket, status: Box::new(status) })
+        let answer = patiently(terminal, &socket, self.limit(), call(api, request)).await;
+        let answer = answer.map_err(|status| CallError::Status { socket, status: Box::new(status) })?;
+        Ok(answer.into_inner())
     }
 }
 

@@ -22,7 +22,7 @@ pub(super) enum Takes {
 }
 
 /// Every flag: our spelling, spire-agent's, and what follows it. A name means the same thing for all commands.
-pub(super) const FLAGS: [(&str, &str, Takes); 39] = [
+pub(super) const FLAGS: [(&str, &str, Takes); 40] = [
     ("allow-unauthenticated-verifiers", "allowUnauthenticatedVerifiers", Takes::Nothing),
     ("audience", "audience", Takes::Value),
     ("config", "config", Takes::Value),
@@ -40,6 +40,7 @@ pub(super) const FLAGS: [(&str, &str, Takes); 39] = [
     ("log-format", "logFormat", Takes::Value),
     ("log-level", "logLevel", Takes::Value),
     ("log-source-location", "logSourceLocation", Takes::Nothing),
+    ("or-signal", "orSignal", Takes::Value),
     ("output", "output", Takes::Value),
     // spire-agent's older name of -output.
     ("output", "format", Takes::Value),

@@ -8,12 +8,15 @@
 
 use std::{
     io,
-    pin::pin,
+    pin::{Pin, pin},
     time::{Duration, SystemTime},
 };
 
 use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpStream, UnixStream},
+};
 use tonic::{
     Code, Request, Status, Streaming,
     metadata::MetadataValue,
@@ -22,7 +25,7 @@ use tonic::{
 use tonic_types::StatusExt as _;
 
 use super::{
-    socket::AgentSocket,
+    socket::{AgentAddress, AgentSocket},
     terminal::{Terminal, clean},
     text::{GoDuration, code_name},
 };
@@ -58,7 +61,7 @@ pub(super) enum CallError {
     /// Nobody answers at the socket.
     #[error(
         "rpc error: code = Unavailable desc = no agent answers at {}: {}",
-        socket.path.display(), said(cause)
+        socket.at, said(cause)
     )]
     Connect { socket: AgentSocket, cause: io::Error },
     /// The agent answered with an error, or stopped in the middle of one.
@@ -71,6 +74,14 @@ impl CallError {
         match self {
             Self::Connect { .. } => Code::Unavailable,
             Self::Status { status, .. } => status.code(),
+        }
+    }
+
+    /// When the agent says to come back, if it does.
+    pub(super) fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Connect { .. } => None,
+            Self::Status { status, .. } => retry_delay(status),
         }
     }
 
@@ -118,10 +129,10 @@ fn connect_advice(socket: &AgentSocket, cause: &io::Error) -> String {
 }
 
 fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
-    let path = socket.path.display();
+    let at = &socket.at;
     match status.code() {
         Code::Unavailable | Code::Unknown | Code::Cancelled if socket.chosen.is_admin() => Some(format!(
-            "{path} closed the connection: the admin socket answers the agent's own user and root alone."
+            "{at} closed the connection: the admin socket answers the agent's own user and root alone."
         )),
         Code::PermissionDenied => Some(format!(
             "No registration entry matches this process (user ID {}, group ID {}). An entry is needed whose \
@@ -135,14 +146,14 @@ fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
             None => "This caller is over its limit: try again later.".to_owned(),
         }),
         Code::DeadlineExceeded => {
-            Some(format!("The agent at {path} gave no answer in time; --timeout waits longer."))
+            Some(format!("The agent at {at} gave no answer in time; --timeout waits longer."))
         }
         Code::Unavailable => Some(match retry_delay(status) {
             Some(delay) => format!("The agent asks to try again in {}.", GoDuration(delay)),
-            None => format!("The agent at {path} cannot answer now: look at its log, or try again."),
+            None => format!("The agent at {at} cannot answer now: look at its log, or try again."),
         }),
         Code::Unimplemented => {
-            Some(format!("Whatever listens at {path} does not serve this call: is it the agent?"))
+            Some(format!("Whatever listens at {at} does not serve this call: is it the agent?"))
         }
         _ => None,
     }
@@ -152,6 +163,9 @@ fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
 fn retry_delay(status: &Status) -> Option<Duration> {
     status.get_details_retry_info()?.retry_delay.filter(|delay| !delay.is_zero())
 }
+
+/// How often a call is made again that the agent refused for a while.
+const MOST_RETRIES: u32 = 20;
 
 /// A connection to an agent.
 #[derive(Debug)]
@@ -184,15 +198,23 @@ pub(super) async fn connect(socket: &AgentSocket) -> Result<Channel, CallError> 
 const TRIES: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(20);
 
+/// A connection to an agent, of whichever kind.
+pub(super) trait Bytes: AsyncRead + AsyncWrite + Send {}
+impl<T: AsyncRead + AsyncWrite + Send> Bytes for T {}
+
 /// A connection. While the queue of those that wait to be accepted is full, as in a flood, the kernel refuses the next.
-async fn reach(socket: &AgentSocket) -> io::Result<UnixStream> {
+pub(super) async fn reach(socket: &AgentSocket) -> io::Result<Pin<Box<dyn Bytes>>> {
+    let path = match &socket.at {
+        AgentAddress::Unix(path) => path,
+        AgentAddress::Tcp(address) => return Ok(Box::pin(TcpStream::connect(address).await?)),
+    };
     for _ in 1..TRIES {
-        match UnixStream::connect(&socket.path).await {
+        match UnixStream::connect(path).await {
             Err(err) if err.kind() == io::ErrorKind::WouldBlock => tokio::time::sleep(PAUSE).await,
-            reached => return reached,
+            reached => return Ok(Box::pin(reached?)),
         }
     }
-    UnixStream::connect(&socket.path).await
+    Ok(Box::pin(UnixStream::connect(path).await?))
 }
 
 impl Client {
@@ -211,9 +233,10 @@ impl Client {
         &self,
         terminal: &mut Terminal,
     ) -> Result<pb::X509svidResponse, CallError> {
-        let request = self.request(pb::X509svidRequest {});
-        let mut api = self.api.clone();
-        self.answer(terminal, async { first(api.fetch_x509svid(request).await?.into_inner()).await }).await
+        self.answer(terminal, async |mut api| {
+            first(api.fetch_x509svid(self.request(pb::X509svidRequest {})).await?.into_inner()).await
+        })
+        .await
     }
 
     /// The identities of this process, now and after every change.
@@ -234,10 +257,11 @@ impl Client {
         audience: &[String],
         spiffe_id: &str,
     ) -> Result<pb::JwtsvidResponse, CallError> {
-        let request =
-            self.request(pb::JwtsvidRequest { audience: audience.to_vec(), spiffe_id: spiffe_id.to_owned() });
-        let mut api = self.api.clone();
-        self.answer(terminal, async { Ok(api.fetch_jwtsvid(request).await?.into_inner()) }).await
+        let message = pb::JwtsvidRequest { audience: audience.to_vec(), spiffe_id: spiffe_id.to_owned() };
+        self.answer(terminal, async |mut api| {
+            Ok(api.fetch_jwtsvid(self.request(message.clone())).await?.into_inner())
+        })
+        .await
     }
 
     /// The keys with which tokens are verified.
@@ -245,9 +269,10 @@ impl Client {
         &self,
         terminal: &mut Terminal,
     ) -> Result<pb::JwtBundlesResponse, CallError> {
-        let request = self.request(pb::JwtBundlesRequest {});
-        let mut api = self.api.clone();
-        self.answer(terminal, async { first(api.fetch_jwt_bundles(request).await?.into_inner()).await }).await
+        self.answer(terminal, async |mut api| {
+            first(api.fetch_jwt_bundles(self.request(pb::JwtBundlesRequest {})).await?.into_inner()).await
+        })
+        .await
     }
 
     /// Has the agent verify a token.
@@ -257,10 +282,11 @@ impl Client {
         audience: &str,
         svid: &str,
     ) -> Result<pb::ValidateJwtsvidResponse, CallError> {
-        let request =
-            self.request(pb::ValidateJwtsvidRequest { audience: audience.to_owned(), svid: svid.to_owned() });
-        let mut api = self.api.clone();
-        self.answer(terminal, async { Ok(api.validate_jwtsvid(request).await?.into_inner()) }).await
+        let message = pb::ValidateJwtsvidRequest { audience: audience.to_owned(), svid: svid.to_owned() };
+        self.answer(terminal, async |mut api| {
+            Ok(api.validate_jwtsvid(self.request(message.clone())).await?.into_inner())
+        })
+        .await
     }
 
     /// Marks an error as one of this connection.
@@ -279,12 +305,29 @@ impl Client {
         request
     }
 
+    /// Calls, and calls again when an agent that refuses has said to: on a connection of its own, as it may have been the
+    /// connection that was refused. Each call has the time limit; the pauses do too, all together.
     async fn answer<T>(
         &self,
         terminal: &mut Terminal,
-        call: impl Future<Output = Result<T, Status>>,
+        call: impl AsyncFn(SpiffeWorkloadApiClient<Channel>) -> Result<T, Status>,
     ) -> Result<T, CallError> {
-        patiently(terminal, &self.socket, self.limit, call).await.map_err(|status| self.failed(status))
+        let mut api = self.api.clone();
+        let mut left = self.limit.unwrap_or(Duration::MAX);
+        for _ in 0..MOST_RETRIES {
+            let status = match patiently(terminal, &self.socket, self.limit, call(api)).await {
+                Ok(answer) => return Ok(answer),
+                Err(status) => status,
+            };
+            let Some(pause) = retry_delay(&status).filter(|pause| *pause <= left) else {
+                return Err(self.failed(status));
+            };
+            left = left.saturating_sub(pause);
+            terminal.note(format_args!("{}; trying again in {}", clean(status.message()), GoDuration(pause)));
+            tokio::time::sleep(pause).await;
+            api = Self::connect(&self.socket, self.limit).await?.api;
+        }
+        patiently(terminal, &self.socket, self.limit, call(api)).await.map_err(|status| self.failed(status))
     }
 }
 
@@ -295,7 +338,7 @@ pub(super) async fn patiently<T>(
     limit: Option<Duration>,
     call: impl Future<Output = Result<T, Status>>,
 ) -> Result<T, Status> {
-    let what = format!("the agent at {}", socket.path.display());
+    let what = format!("the agent at {}", socket.at);
     let started = tokio::time::Instant::now();
     let deadline = limit.and_then(|limit| started.checked_add(limit));
     let mut second = tokio::time::interval_at(started + Duration::from_secs(1), Duration::from_secs(1));

@@ -8,10 +8,7 @@
 
 use std::time::Duration;
 
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::UnixStream,
-};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::Request;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -19,7 +16,7 @@ use tonic_health::pb::{
 
 use super::{
     Failure,
-    client::{CallError, TimeoutArgs, connect, patiently},
+    client::{CallError, TimeoutArgs, connect, patiently, reach},
     socket::{AgentSocket, SocketArgs},
     terminal::Terminal,
 };
@@ -108,7 +105,7 @@ async fn is_refused(socket: &AgentSocket, asked: &Result<ServingStatus, CallErro
 async fn is_turned_away(socket: &AgentSocket) -> bool {
     /// What every HTTP/2 client begins with (RFC 9113, section 3.4), and empty SETTINGS.
     const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
-    let Ok(mut stream) = UnixStream::connect(&socket.path).await else { return false };
+    let Ok(mut stream) = reach(socket).await else { return false };
     let closed = async {
         // Closed already, perhaps: then there is nothing to read either.
         let _said = stream.write_all(HELLO).await.is_ok();

@@ -8,7 +8,6 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::{
     Failure, OutputArgs, OutputFormat,
     admin::{AdminArgs, BY_DEFAULT, Column, bucket_json, table, taker, taking_json, tokens},
-    client::CallError,
     terminal::{Terminal, clean},
 };
 use crate::api::proto::admin as pb;
@@ -54,12 +53,13 @@ pub(super) async fn limits(args: &LimitsArgs, terminal: &mut Terminal) -> Result
         match ask(args, terminal).await {
             Ok(now) => terminal.redraw(&shown(&now, args.output.output))?,
             // It may be restarting: asked again at the next tick.
-            Err(err @ (CallError::Connect { .. } | CallError::Status { .. })) => terminal.note(&err),
+            Err(Failure::Call(err)) => terminal.note(&err),
+            Err(other) => return Err(other),
         }
     }
 }
 
-async fn ask(args: &LimitsArgs, terminal: &mut Terminal) -> Result<pb::LimitsResponse, CallError> {
+async fn ask(args: &LimitsArgs, terminal: &mut Terminal) -> Result<pb::LimitsResponse, Failure> {
     let question = pb::LimitsRequest { top: args.top };
     args.admin.call(terminal, question, async |mut api, request| api.limits(request).await).await
 }

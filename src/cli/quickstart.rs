@@ -23,7 +23,7 @@ use super::{
     client::Client,
     jwt::from_struct,
     run::wrong_places,
-    socket::{AgentSocket, Chosen},
+    socket::{AgentAddress, AgentSocket, Chosen},
     svid::X509Answer,
     terminal::{Terminal, clean},
     text::{GoDuration, go_time},
@@ -163,7 +163,7 @@ async fn attend(
 async fn show(config: &Config, terminal: &mut Terminal) -> Result<(), Failure> {
     let path = &config.agent.socket_path;
     terminal.print(&format!("  serve {SOCKET:<20} {}\n", path.display()))?;
-    let socket = AgentSocket { path: path.to_owned(), chosen: Chosen::Own };
+    let socket = AgentSocket { at: AgentAddress::Unix(path.to_owned()), chosen: Chosen::Own };
     let client = Client::connect(&socket, Some(LIMIT)).await?;
     let now = Clock::SYSTEM.now();
     let answer = X509Answer::verify(client.fetch_x509_svid(terminal).await?, now)?;

@@ -8,6 +8,7 @@
 use std::{
     ffi::{OsStr, OsString},
     fmt,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
 };
 
@@ -20,11 +21,11 @@ const SPIFFE: &str = "SPIFFE_ENDPOINT_SOCKET";
 /// Options of every command that talks to the agent.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub(super) struct SocketArgs {
-    /// Path of the agent's Workload API socket
+    /// Path of the agent's Workload API socket; unix:///path and tcp://IP:port are taken too
     ///
     /// Without it, the first of these that is set: --instance, the environment variables
-    /// SPIRE_AGENT_PUBLIC_SOCKET (a path) and SPIFFE_ENDPOINT_SOCKET (unix:///path), then
-    /// /run/durward/public/api.sock.
+    /// SPIRE_AGENT_PUBLIC_SOCKET (a path) and SPIFFE_ENDPOINT_SOCKET (unix:///path or
+    /// tcp://IP:port), then /run/durward/public/api.sock.
     #[arg(long, value_name = "PATH", verbatim_doc_comment)]
     pub(super) socket_path: Option<PathBuf>,
 
@@ -33,11 +34,49 @@ pub(super) struct SocketArgs {
     pub(super) instance: Option<OsString>,
 }
 
-/// A socket and where its path came from.
+/// Where an agent is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum AgentAddress {
+    /// A path, absolute unless the working directory is gone.
+    Unix(PathBuf),
+    /// A port of a proxy's, say: no agent listens there itself.
+    Tcp(SocketAddr),
+}
+
+impl AgentAddress {
+    /// What a person or a program wrote: a path, or an address as the SPIFFE Workload Endpoint standard has it.
+    ///
+    /// # Errors
+    /// It begins as such an address and is none.
+    pub(super) fn parse(text: &OsStr) -> Result<Self, SocketError> {
+        let is_uri = text.to_str().is_some_and(|text| text.starts_with("unix:") || text.starts_with("tcp:"));
+        if is_uri { Self::parse_uri(text) } else { Ok(Self::at(Path::new(text))) }
+    }
+
+    /// The same, where a path alone is not taken.
+    fn parse_uri(text: &OsStr) -> Result<Self, SocketError> {
+        let path = unix_path(text).map(|path| Self::at(&path));
+        path.or_else(|| tcp_address(text).map(Self::Tcp)).ok_or_else(|| SocketError::NotUri(text.to_owned()))
+    }
+
+    fn at(path: &Path) -> Self {
+        Self::Unix(std::path::absolute(path).unwrap_or_else(|_err| path.to_owned()))
+    }
+}
+
+impl fmt::Display for AgentAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => path.display().fmt(f),
+            Self::Tcp(address) => write!(f, "tcp://{address}"),
+        }
+    }
+}
+
+/// A socket and where its address came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct AgentSocket {
-    /// Absolute, unless the working directory is gone.
-    pub(super) path: PathBuf,
+    pub(super) at: AgentAddress,
     pub(super) chosen: Chosen,
 }
 
@@ -85,9 +124,10 @@ pub(super) enum SocketError {
     #[error("the environment variable {TEMPLATE} must hold %i, which --instance replaces; got {0:?}")]
     TemplateWithoutPlace(OsString),
     #[error(
-        "the environment variable {SPIFFE} must be unix:// with an absolute path, such as unix://{DEFAULT}; got {0:?}"
+        "the address of an agent must be unix:// with an absolute path, such as unix://{DEFAULT}, or tcp:// with an IP address \
+         and a port, such as tcp://127.0.0.1:8081; got {0:?}"
     )]
-    NotUnixUri(OsString),
+    NotUri(OsString),
 }
 
 impl SocketArgs {
@@ -105,18 +145,18 @@ impl SocketArgs {
                 Some(fill(&template, name).ok_or(SocketError::TemplateWithoutPlace(template))?)
             }
         };
-        let (path, chosen) = if let Some(path) = &self.socket_path {
-            (path.clone(), Chosen::Flag)
+        let (at, chosen) = if let Some(path) = &self.socket_path {
+            (AgentAddress::parse(path.as_os_str())?, Chosen::Flag)
         } else if let Some(path) = from_instance {
-            (path.into(), Chosen::Instance)
+            (AgentAddress::parse(&path)?, Chosen::Instance)
         } else if let Some(path) = set(SPIRE) {
-            (path.into(), Chosen::Spire)
+            (AgentAddress::parse(&path)?, Chosen::Spire)
         } else if let Some(uri) = set(SPIFFE) {
-            (unix_path(&uri).ok_or(SocketError::NotUnixUri(uri))?, Chosen::Spiffe)
+            (AgentAddress::parse_uri(&uri)?, Chosen::Spiffe)
         } else {
-            (DEFAULT.into(), Chosen::Default)
+            (AgentAddress::at(Path::new(DEFAULT)), Chosen::Default)
         };
-        Ok(AgentSocket { path: std::path::absolute(&path).unwrap_or(path), chosen })
+        Ok(AgentSocket { at, chosen })
     }
 }
 
@@ -134,6 +174,13 @@ fn unix_path(uri: &OsStr) -> Option<PathBuf> {
     plain.then(|| Path::new(path).to_path_buf())
 }
 
+/// The address of `tcp://IP:port`: no name, no path, no query, no fragment, as go-spiffe takes it.
+fn tcp_address(uri: &OsStr) -> Option<SocketAddr> {
+    let address: SocketAddr = uri.to_str()?.strip_prefix("tcp://")?.parse().ok()?;
+    let scoped = matches!(address, SocketAddr::V6(address) if address.scope_id() != 0);
+    (address.port() != 0 && !scoped && address.ip() != IpAddr::from([0, 0, 0, 0])).then_some(address)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -144,7 +191,7 @@ mod tests {
         let none: [(&str, &str); 0] = [];
         type Want<'a> = Result<(&'a str, Chosen), SocketError>;
         type Case<'a> = (&'a str, Option<&'a str>, Option<&'a str>, &'a [(&'a str, &'a str)], Want<'a>);
-        let cases: [Case<'_>; 16] = [
+        let cases: [Case<'_>; 24] = [
             ("nothing", None, None, &none, Ok((DEFAULT, Chosen::Default))),
             ("flag wins", Some("/f"), Some("a"), &all, Ok(("/f", Chosen::Flag))),
             ("template next", None, Some("a"), &all, Ok(("/t/a.sock", Chosen::Instance))),
@@ -162,28 +209,42 @@ mod tests {
                 &[(TEMPLATE, "/t")],
                 Err(SocketError::TemplateWithoutPlace("/t".into())),
             ),
-            ("a path", None, None, &[(SPIFFE, "/s")], Err(SocketError::NotUnixUri("/s".into()))),
+            ("a path", None, None, &[(SPIFFE, "/s")], Err(SocketError::NotUri("/s".into()))),
+            ("tcp", None, None, &[(SPIFFE, "tcp://1.2.3.4:5")], Ok(("tcp://1.2.3.4:5", Chosen::Spiffe))),
+            ("tcp, six", None, None, &[(SPIFFE, "tcp://[::1]:5")], Ok(("tcp://[::1]:5", Chosen::Spiffe))),
             (
-                "tcp",
+                "tcp, a name",
                 None,
                 None,
-                &[(SPIFFE, "tcp://1.2.3.4:5")],
-                Err(SocketError::NotUnixUri("tcp://1.2.3.4:5".into())),
+                &[(SPIFFE, "tcp://localhost:5")],
+                Err(SocketError::NotUri("tcp://localhost:5".into())),
             ),
             (
-                "a host",
+                "tcp, no port",
                 None,
                 None,
-                &[(SPIFFE, "unix://h/s")],
-                Err(SocketError::NotUnixUri("unix://h/s".into())),
+                &[(SPIFFE, "tcp://1.2.3.4")],
+                Err(SocketError::NotUri("tcp://1.2.3.4".into())),
             ),
-            ("relative", None, None, &[(SPIFFE, "unix:s")], Err(SocketError::NotUnixUri("unix:s".into()))),
+            (
+                "tcp, a path",
+                None,
+                None,
+                &[(SPIFFE, "tcp://1.2.3.4:5/x")],
+                Err(SocketError::NotUri("tcp://1.2.3.4:5/x".into())),
+            ),
+            ("a flag with an address", Some("unix:///f"), None, &all, Ok(("/f", Chosen::Flag))),
+            ("of the other kind", Some("tcp://1.2.3.4:5"), None, &all, Ok(("tcp://1.2.3.4:5", Chosen::Flag))),
+            ("a bad one", Some("unix://f"), None, &all, Err(SocketError::NotUri("unix://f".into()))),
+            ("spire's with an address", None, None, &[(SPIRE, "unix:///s")], Ok(("/s", Chosen::Spire))),
+            ("a host", None, None, &[(SPIFFE, "unix://h/s")], Err(SocketError::NotUri("unix://h/s".into()))),
+            ("relative", None, None, &[(SPIFFE, "unix:s")], Err(SocketError::NotUri("unix:s".into()))),
             (
                 "a query",
                 None,
                 None,
                 &[(SPIFFE, "unix:///s?x")],
-                Err(SocketError::NotUnixUri("unix:///s?x".into())),
+                Err(SocketError::NotUri("unix:///s?x".into())),
             ),
         ];
         for (case, flag, instance, environment, want) in cases {
@@ -191,13 +252,15 @@ mod tests {
             let got = args.resolve(|name| {
                 environment.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value))
             });
-            assert_eq!(got, want.map(|(path, chosen)| AgentSocket { path: path.into(), chosen }), "{case}");
+            let got = got.map(|socket| (socket.at.to_string(), socket.chosen));
+            assert_eq!(got, want.map(|(at, chosen)| (at.to_owned(), chosen)), "{case}");
         }
     }
 
     #[test]
     fn a_relative_flag_is_made_absolute() {
         let args = SocketArgs { socket_path: Some("api.sock".into()), instance: None };
-        assert!(args.resolve(|_| None).unwrap().path.is_absolute());
+        let AgentAddress::Unix(path) = args.resolve(|_| None).unwrap().at else { panic!("it is a path") };
+        assert!(path.is_absolute());
     }
 }

@@ -10,6 +10,8 @@ use std::{
     time::Duration,
 };
 
+use crate::os::journal;
+
 /// Why printing stopped.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum PrintError {
@@ -61,6 +63,16 @@ impl Terminal {
     pub(super) fn note(&mut self, text: impl Display) {
         self.wipe();
         drop(writeln!(io::stderr().lock(), "{text}"));
+    }
+
+    /// The same for an error: in the journal each of its lines is one, and shown by its priority.
+    pub(super) fn fault(&mut self, text: impl Display) {
+        if !journal::is_at(io::stderr()) {
+            return self.note(text);
+        }
+        for line in text.to_string().lines() {
+            self.note(format_args!("{}{line}", journal::ERROR));
+        }
     }
 
     /// Says that we wait for `what`: `waited` of `limit`. On a terminal one line that counts; elsewhere one line,

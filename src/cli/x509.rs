@@ -92,8 +92,10 @@ pub(super) async fn watch(args: &WatchArgs, terminal: &mut Terminal) -> Result<(
         if let Some(advice) = failure.advice() {
             terminal.note(advice);
         }
-        terminal.note(format_args!("trying again in {}", GoDuration(pause)));
-        tokio::time::sleep(pause).await;
+        // An agent that refuses says for how long.
+        let wait = failure.retry_after().map_or(pause, |told| told.clamp(pause, LONGEST_PAUSE));
+        terminal.note(format_args!("trying again in {}", GoDuration(wait)));
+        tokio::time::sleep(wait).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }

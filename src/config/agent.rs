@@ -30,6 +30,8 @@ settings! {
         "socket_path" socket_path: PathBuf = DEFAULT_SOCKET_PATH.into(), absolute_that(fits_a_socket), needs_restart;
         /// The socket for the agent's user and root alone, if any; not in or below the directory of `socket_path`.
         "admin_socket_path" admin_socket_path: Option<PathBuf> = None, absolute_that(fits_a_socket), needs_restart;
+        /// Whether the agent reloads by itself when the files of its configuration change.
+        "watch_config" watch_config: bool = false, boolean(), needs_restart;
         /// The type of the keys in X.509-SVIDs.
         "workload_x509_svid_key_type" svid_key_type: KeyType = KeyType::EcP256,
             parsed(KeyType::parse, KeyType::NAMES), needs_restart;

@@ -69,6 +69,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         metrics_socket,
         health,
         ratelimit,
+        sources: _,
     } = old;
     let mut keys = KeyChanges::default();
     keys.needs_restart("agent.trust_domain", trust_domain, &new.trust_domain);

@@ -1,6 +1,7 @@
 //! A whole configuration: its blocks, in all files, and what they say about each other.
 
 use std::{
+    cell::RefCell,
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
@@ -16,6 +17,7 @@ use super::{
     issuer::{self, Signer},
     ratelimit,
     server::ServerBlock,
+    sources::Sources,
     users::NodeUsers,
 };
 use crate::{
@@ -66,6 +68,8 @@ pub struct Config {
     pub health: HealthSettings,
     /// `ratelimit`, and whose subordinate UIDs are whose. Reloads, and keeps what was spent.
     pub ratelimit: LimitSettings,
+    /// The files that it was read from; none where the text was at hand.
+    pub sources: Sources,
 }
 
 impl Config {
@@ -94,9 +98,13 @@ impl Config {
             let error = ConfigError { file, line: 0, column: 0, key: String::new(), value: None, message };
             ConfigErrors::new(vec![error], 0)
         };
-        let text = file::read_main(trust, path).map_err(|err| whole_file(err.to_string()))?;
+        // Looked at before they are read: what changes meanwhile is seen.
+        let sources = RefCell::new(Sources::default());
+        let see = |path: &Path| sources.borrow_mut().add(trust, path);
         // No working directory (it was removed): only absolute paths are of use then.
         let base = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
+        see(&base.join(path));
+        let text = file::read_main(trust, path).map_err(|err| whole_file(err.to_string()))?;
         let users = NodeUsers::default();
         let mut config = Self::parse(&Input {
             path,
@@ -104,10 +112,17 @@ impl Config {
             base: &base,
             expand_env,
             given,
-            drop_ins: &|dir| file::read_drop_ins(trust, dir),
+            drop_ins: &|dir| {
+                see(dir);
+                file::read_drop_ins(trust, dir)
+            },
             user_id: &|name| users.uid(name),
-            read_bundle: &|path| file::read_bundle(trust, path),
+            read_bundle: &|path| {
+                see(path);
+                file::read_bundle(trust, path)
+            },
         })?;
+        config.sources = sources.into_inner();
         config.ratelimit.families = users.families(Path::new("/etc/subuid"));
         Ok(config)
     }
@@ -194,6 +209,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
         metrics_socket: endpoints.metrics_socket,
         health: endpoints.health,
         ratelimit,
+        sources: Sources::default(),
     })
 }
 

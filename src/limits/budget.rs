@@ -21,8 +21,9 @@ pub const HTTP2: u64 = 27 * 1024;
 pub const STREAM: u64 = 6 * 1024;
 /// Bytes of requests that are not complete, of all streams of a connection: one message of the largest size,
 /// and some beside it. More, and what is being sent is refused.
-pub const UPLOADS: u64 = 20 * 1024;
-/// What each byte of a request that is not complete takes: it is a slice of the buffer that it came in.
+pub const UPLOADS: u64 = 68 * 1024;
+/// What each byte of a request that is not complete takes: it is a slice of the buffer that it came in, or is in one that grows
+/// by doubling.
 pub const UPLOAD: u64 = 3;
 
 /// What the kernel keeps for a refused connection that lingers.

@@ -204,6 +204,12 @@ impl Holding {
         self.take_from_sums(bytes);
     }
 
+    /// Holds so many bytes as long as what is returned is kept.
+    pub fn keep(self: &Arc<Self>, bytes: u64) -> KeptBytes {
+        self.hold(bytes);
+        KeptBytes { bytes, holding: Arc::clone(self) }
+    }
+
     fn take_from_sums(&self, bytes: u64) {
         if let Some(HeldSums { caller, group, node }) = &self.sums {
             caller.take(bytes);
@@ -293,6 +299,19 @@ impl Notice {
 
     fn of(number: u8) -> Option<Self> {
         [Self::ComeBack, Self::Close].into_iter().find(|notice| notice.number() == number)
+    }
+}
+
+/// Bytes that a connection holds as long as this is there.
+#[derive(Debug)]
+pub struct KeptBytes {
+    bytes: u64,
+    holding: Arc<Holding>,
+}
+
+impl Drop for KeptBytes {
+    fn drop(&mut self) {
+        self.holding.release(self.bytes);
     }
 }
 

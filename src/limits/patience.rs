@@ -30,23 +30,9 @@ impl Patience {
         Self(timeout - timeout / 10)
     }
 
-    /// Reads `grpc-timeout`: one to eight digits and a unit, `H`, `M`, `S`, `m`, `u` or `n`. `None` for any other text.
+    /// Reads `grpc-timeout`; `None` as of [`timeout`].
     pub fn parse(grpc_timeout: &[u8]) -> Option<Self> {
-        let (unit, digits) = grpc_timeout.split_last()?;
-        if digits.is_empty() || digits.len() > 8 || !digits.iter().all(u8::is_ascii_digit) {
-            return None;
-        }
-        let number: u64 = str::from_utf8(digits).ok()?.parse().ok()?;
-        let timeout = match unit {
-            b'H' => Duration::from_secs(number * 3600),
-            b'M' => Duration::from_secs(number * 60),
-            b'S' => Duration::from_secs(number),
-            b'm' => Duration::from_millis(number),
-            b'u' => Duration::from_micros(number),
-            b'n' => Duration::from_nanos(number),
-            _ => return None,
-        };
-        Some(Self::within(timeout))
+        timeout(grpc_timeout).map(Self::within)
     }
 
     /// Whether it waits at all.
@@ -58,6 +44,24 @@ impl Patience {
     pub(super) fn left(self, passed: Duration) -> Duration {
         self.0.saturating_sub(passed)
     }
+}
+
+/// Reads `grpc-timeout`: one to eight digits and a unit, `H`, `M`, `S`, `m`, `u` or `n`. `None` for any other text.
+pub fn timeout(grpc_timeout: &[u8]) -> Option<Duration> {
+    let (unit, digits) = grpc_timeout.split_last()?;
+    if digits.is_empty() || digits.len() > 8 || !digits.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    let number: u64 = str::from_utf8(digits).ok()?.parse().ok()?;
+    Some(match unit {
+        b'H' => Duration::from_secs(number * 3600),
+        b'M' => Duration::from_secs(number * 60),
+        b'S' => Duration::from_secs(number),
+        b'm' => Duration::from_millis(number),
+        b'u' => Duration::from_micros(number),
+        b'n' => Duration::from_nanos(number),
+        _ => return None,
+    })
 }
 
 /// The places of calls that wait.

@@ -392,6 +392,11 @@ impl Peer {
         let _first = self.holding.set(Arc::clone(holding)).is_ok();
     }
 
+    /// What its connection holds, once that is known.
+    pub fn holding(&self) -> Option<&Arc<Holding>> {
+        self.holding.get()
+    }
+
     /// Its connection is to end. The streams that rest on it have to be woken for it.
     pub(super) fn send_away(&self) {
         self.sent_away.store(true, Relaxed);

@@ -19,9 +19,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tracing::Level;
 use tracing::field::Field;
 use tracing::level_filters::LevelFilter;
+use tracing::{Level, Metadata};
 use tracing_subscriber::field::MakeExt as _;
 use tracing_subscriber::filter::{Targets, filter_fn};
 use tracing_subscriber::fmt::MakeWriter;
@@ -30,6 +30,7 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::{Layer, Registry, reload};
 
 use super::settings::{AuditSettings, LogFormat, LogSettings};
+use crate::os::journal;
 use crate::os::trusted::{PathError, Trust};
 
 /// The most bytes that wait for the writer: some thousand lines.
@@ -165,8 +166,9 @@ impl Log {
         let own_audit = place.map(|place| Lines::begin("audit", place)).transpose()?;
         let queue = &main.queue;
         let shown = settings.source_location;
+        let journal = settings.file.is_none() && journal::is_at(io::stdout());
         let lines = tracing_subscriber::fmt::layer()
-            .with_writer(ToQueue(Arc::clone(queue)))
+            .with_writer(ToQueue { queue: Arc::clone(queue), journal })
             .with_file(shown)
             .with_line_number(shown)
             .log_internal_errors(false);
@@ -185,7 +187,7 @@ impl Log {
                 .with_current_span(false)
                 .with_level(false)
                 .with_target(false)
-                .with_writer(ToQueue(Arc::clone(&audit.queue)))
+                .with_writer(ToQueue { queue: Arc::clone(&audit.queue), journal: false })
                 .log_internal_errors(false)
                 .with_filter(filter_fn(|line| line.target() == AUDIT))
         });
@@ -306,12 +308,13 @@ impl Queue {
     }
 
     /// Takes one line, or drops it when it does not fit. Held locks: this one, for a copy of the line.
-    fn put(&self, line: &[u8]) {
+    fn put(&self, priority: &str, line: &[u8]) {
         let mut state = self.lock();
-        if state.waiting.len() + line.len() > MOST_WAITING {
+        if state.waiting.len() + priority.len() + line.len() > MOST_WAITING {
             state.lost = state.lost.saturating_add(1);
             return;
         }
+        state.waiting.extend_from_slice(priority.as_bytes());
         state.waiting.extend_from_slice(line);
         drop(state);
         self.changed.notify_all();
@@ -368,21 +371,40 @@ impl Queue {
 }
 
 /// Gives each line its own buffer, and the queue the whole line.
-struct ToQueue(Arc<Queue>);
+struct ToQueue {
+    queue: Arc<Queue>,
+    /// Lines begin with their priority.
+    journal: bool,
+}
 
-struct Line<'a>(&'a Queue);
+struct Line<'a> {
+    queue: &'a Queue,
+    priority: &'static str,
+}
 
 impl<'a> MakeWriter<'a> for ToQueue {
     type Writer = Line<'a>;
+
     fn make_writer(&'a self) -> Line<'a> {
-        Line(&self.0)
+        Line { queue: &self.queue, priority: "" }
+    }
+
+    fn make_writer_for(&'a self, of: &Metadata<'_>) -> Line<'a> {
+        let priority = match *of.level() {
+            _ if !self.journal => "",
+            Level::ERROR => journal::ERROR,
+            Level::WARN => journal::WARNING,
+            Level::INFO => journal::INFORMATION,
+            Level::DEBUG | Level::TRACE => journal::DEBUG,
+        };
+        Line { queue: &self.queue, priority }
     }
 }
 
 impl Write for Line<'_> {
     /// tracing-subscriber formats an event into its own buffer and writes it at once, newline included.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        self.0.put(line);
+        self.queue.put(self.priority, line);
         Ok(line.len())
     }
     fn flush(&mut self) -> io::Result<()> {

@@ -558,7 +558,7 @@ fn tokens_are_validated_as_spire_agent_does() {
 
 #[test]
 fn errors_of_the_agent_say_what_to_do() {
-    let details = ErrorDetails::with_retry_info(Some(Duration::from_millis(1500)));
+    let details = ErrorDetails::with_retry_info(Some(Duration::from_millis(15_000)));
     let limited = Status::with_error_details(Code::ResourceExhausted, "too many calls", details);
     for (case, status, want, advice, code) in [
         (
@@ -572,7 +572,7 @@ fn errors_of_the_agent_say_what_to_do() {
             "limited",
             limited,
             "rpc error: code = ResourceExhausted desc = too many calls\n",
-            "try again in 1.5s",
+            "try again in 15s",
             1,
         ),
         (
@@ -787,7 +787,7 @@ fn a_wrong_command_line_is_refused_with_one() {
         assert!(stderr.contains(want), "{case}: {stderr}");
         assert_eq!((text(&got.stdout), got.status.code()), ("", Some(1)), "{case}");
     }
-    let got = durward(&["api", "fetch"]).env("SPIFFE_ENDPOINT_SOCKET", "tcp://127.0.0.1:1").output().unwrap();
+    let got = durward(&["api", "fetch"]).env("SPIFFE_ENDPOINT_SOCKET", "tcp://localhost:1").output().unwrap();
     assert!(text(&got.stderr).contains("must be unix://"), "{}", text(&got.stderr));
     assert_eq!(got.status.code(), Some(1));
 }
@@ -848,6 +848,7 @@ fn the_manual_has_a_page_for_every_command() {
             "durward-limits.1",
             "durward-man.1",
             "durward-quickstart.1",
+            "durward-reload.1",
             "durward-run.1",
             "durward-status.1",
             "durward-validate.1",

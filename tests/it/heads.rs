@@ -3,12 +3,13 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use durward::api::proto::workload::{JwtsvidRequest, ValidateJwtsvidRequest, X509svidRequest};
 use h2::client::SendRequest;
 use http::Request;
 use tokio::net::UnixStream;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
-use crate::support::{TestAgent, channel, entry};
+use crate::support::{TestAgent, channel, entry, request};
 
 /// For what should be done in moments, on a machine that is busy.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -39,6 +40,12 @@ type Kind = (&'static str, &'static str, &'static [(&'static str, &'static str)]
 const SHOWN: &[(&str, &str)] = &[("workload.spiffe.io", "true")];
 const AUDIENCE: &[u8] = &[0, 0, 0, 0, 3, 0x0a, 1, b'a'];
 const NONE: &[u8] = &[0, 0, 0, 0, 0];
+/// As long as no value that anybody reads.
+const LONG: &str = concat!(
+    "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
+    "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
+    "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
+);
 
 const KINDS: &[Kind] = &[
     ("a call", JWT, SHOWN, Then::Body(AUDIENCE), "FetchJWTSVID OK", false),
@@ -62,7 +69,23 @@ const KINDS: &[Kind] = &[
     ("no message", JWT, SHOWN, Then::Body(&[0, 0, 0, 0, 1, 0xff]), "FetchJWTSVID Internal", true),
     ("no body", JWT, SHOWN, Then::End, "FetchJWTSVID Internal", true),
     ("a part of a message", JWT, SHOWN, Then::Body(&[0, 0, 0, 0, 9, 0x0a]), "FetchJWTSVID Internal", true),
-    ("a message that is too long", JWT, SHOWN, Then::Body(&[0, 0, 1, 0, 0]), "FetchJWTSVID OutOfRange", true),
+    (
+        "a message that is too long",
+        JWT,
+        SHOWN,
+        Then::Body(&[0, 0, 1, 0, 1]),
+        "FetchJWTSVID ResourceExhausted",
+        true,
+    ),
+    ("a name that is too long", HEALTH, &[], Then::Body(&[0, 0, 0, 4, 1]), "Other ResourceExhausted", true),
+    (
+        "an encoding that nobody knows",
+        JWT,
+        &[("workload.spiffe.io", "true"), ("grpc-encoding", LONG)],
+        Then::Body(AUDIENCE),
+        "FetchJWTSVID Unimplemented",
+        true,
+    ),
     ("a flag that is none", JWT, SHOWN, Then::Body(&[9, 0, 0, 0, 0]), "FetchJWTSVID Internal", true),
     (
         "compressed",
@@ -198,5 +221,174 @@ async fn what_nobody_could_refuse_is_owed() {
     while let Err(status) = health.check(HealthCheckRequest::default()).await {
         assert!(began.elapsed() < PATIENCE, "{status:?}");
         tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// What grpc-go's server says to a request that is none of gRPC's, and each is counted and charged.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_grpc_is_told_so() {
+    const BURST: u32 = 100;
+    let agent = TestAgent::start(&format!(
+        "ratelimit {{ caller {{ method \"Other\" {{ rate = 1 per = \"hour\" burst = {BURST} }} }} }}\n{}",
+        entry("/own", "")
+    ));
+    let stream = UnixStream::connect(agent.socket()).await.unwrap();
+    let (mut http2, connection) = h2::client::handshake(stream).await.unwrap();
+    let _connection = tokio::spawn(connection);
+    let mut wrong = 0;
+    for (method, content_type, http, grpc, text) in [
+        ("POST", Some("application/grpc"), 200, "0", ""),
+        ("POST", Some("application/grpc+proto"), 200, "0", ""),
+        ("POST", Some("application/grpc;charset=utf-8"), 200, "0", ""),
+        ("POST", None, 415, "3", "invalid gRPC request content-type \"\""),
+        (
+            "POST",
+            Some("application/json"),
+            415,
+            "3",
+            "invalid gRPC request content-type \"application/json\"",
+        ),
+        (
+            "POST",
+            Some("application/grpc-web"),
+            415,
+            "3",
+            "invalid gRPC request content-type \"application/grpc-web\"",
+        ),
+        (
+            "POST",
+            Some("application/grpcx"),
+            415,
+            "3",
+            "invalid gRPC request content-type \"application/grpcx\"",
+        ),
+        ("GET", None, 415, "3", "invalid gRPC request content-type \"\""),
+        (
+            "GET",
+            Some("application/grpc"),
+            405,
+            "13",
+            "Received a HEADERS frame with :method \"GET\" which should be POST",
+        ),
+        (
+            "PUT",
+            Some("application/grpc"),
+            405,
+            "13",
+            "Received a HEADERS frame with :method \"PUT\" which should be POST",
+        ),
+    ] {
+        for path in [JWT, HEALTH] {
+            let case = format!("{method} {content_type:?} {path}");
+            let mut request = Request::builder().method(method).uri(format!("http://localhost{path}"));
+            if let Some(content_type) = content_type {
+                request = request.header("content-type", content_type);
+            }
+            let request = request.header("workload.spiffe.io", "true").body(()).unwrap();
+            http2 = http2.ready().await.unwrap();
+            let (answer, mut body) = http2.send_request(request, false).unwrap();
+            let sent = if path == JWT { AUDIENCE } else { NONE };
+            drop(body.send_data(Bytes::from_static(sent), true));
+            let answer = answer.await.unwrap();
+            assert_eq!(answer.status(), http, "{case}");
+            let (head, mut body) = answer.into_parts();
+            while let Some(data) = body.data().await {
+                data.unwrap();
+            }
+            let trailers = body.trailers().await.unwrap().unwrap_or(head.headers);
+            assert_eq!(trailers["grpc-status"], grpc, "{case}");
+            let said = trailers.get("grpc-message").map_or("", |said| said.to_str().unwrap());
+            let said = said.replace("%20", " ").replace("%22", "\"");
+            assert_eq!(said, text, "{case}");
+            wrong += u32::from(http != 200);
+        }
+    }
+    let all: u64 = counted(&agent).iter().map(|(_, number)| number).sum();
+    assert_eq!(all, 20);
+    let mut health = HealthClient::new(channel(&agent.socket()).await);
+    let mut passed = 0;
+    while health.check(HealthCheckRequest::default()).await.is_ok() {
+        passed += 1;
+    }
+    // Those that were answered as they were asked: three of health.
+    assert_eq!(passed, BURST - wrong - 3);
+}
+
+/// A panic in a call, of a handler as of whatever it uses, is that call's own.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_defect_ends_its_call_as_internal_and_the_connection_serves_on() {
+    use std::sync::atomic::{AtomicI64, Ordering::Relaxed};
+    // There is no such time: whoever asks for it panics.
+    static OFFSET: AtomicI64 = AtomicI64::new(0);
+    let agent = TestAgent::with(&entry("/own", ""), durward::os::clock::Clock::set_by(&OFFSET));
+    let mut client = agent.client().await;
+    let ask = || request(JwtsvidRequest { audience: vec!["a".to_owned()], spiffe_id: String::new() });
+    client.fetch_jwtsvid(ask()).await.unwrap();
+    OFFSET.store(i64::MAX, Relaxed);
+    let jwt = client.fetch_jwtsvid(ask()).await.unwrap_err();
+    let x509 = client.fetch_x509svid(request(X509svidRequest {})).await.map(drop).unwrap_err();
+    OFFSET.store(0, Relaxed);
+    for status in [jwt, x509] {
+        assert_eq!(status.code(), tonic::Code::Internal, "{status:?}");
+    }
+    client.fetch_jwtsvid(ask()).await.unwrap();
+    let mut internal: Vec<_> =
+        counted(&agent).into_iter().filter(|(series, _)| series.ends_with("Internal")).collect();
+    internal.sort();
+    assert_eq!(internal, [("FetchJWTSVID Internal".to_owned(), 1), ("FetchX509SVID Internal".to_owned(), 1)]);
+    assert_eq!(
+        agent.running.metrics().render().matches("durward_connections_open 1").count(),
+        1,
+        "the same one"
+    );
+}
+
+/// A stream whose client gives it a time ends then, with the code for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_ends_with_its_time() {
+    let agent = TestAgent::start(&entry("/own", ""));
+    let stream = UnixStream::connect(agent.socket()).await.unwrap();
+    let (mut http2, connection) = h2::client::handshake(stream).await.unwrap();
+    let _connection = tokio::spawn(connection);
+    let request = Request::post(format!("http://localhost{X509}"))
+        .header("content-type", "application/grpc")
+        .header("workload.spiffe.io", "true")
+        .header("grpc-timeout", "50m")
+        .body(())
+        .unwrap();
+    http2 = http2.ready().await.unwrap();
+    let (answer, mut body) = http2.send_request(request, false).unwrap();
+    body.send_data(Bytes::from_static(NONE), true).unwrap();
+    let mut answer = answer.await.unwrap().into_body();
+    let mut bytes = 0;
+    while let Some(data) = answer.data().await {
+        bytes += data.unwrap().len();
+    }
+    assert!(bytes > 0, "its first message came");
+    assert_eq!(answer.trailers().await.unwrap().unwrap()["grpc-status"], "4");
+}
+
+/// A token that the agent itself made for the longest audience validates; a request of the largest size is read, and one
+/// of a byte more is refused with grpc-go's code.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_agent_makes_it_takes() {
+    let agent = TestAgent::start(&entry("/own", ""));
+    let mut client = agent.client().await;
+    let own = "a".repeat(16_000);
+    let ask = request(JwtsvidRequest { audience: vec![own.clone()], spiffe_id: String::new() });
+    let made = client.fetch_jwtsvid(ask).await.unwrap().into_inner();
+    let svid = made.svids[0].svid.clone();
+    assert!(svid.len() > 16 * 1024);
+    let ask = request(ValidateJwtsvidRequest { audience: own, svid: svid.clone() });
+    let valid = client.validate_jwtsvid(ask).await.unwrap().into_inner();
+    assert_eq!(valid.spiffe_id, "spiffe://example.org/own");
+
+    for (more, want) in [(0, tonic::Code::InvalidArgument), (1, tonic::Code::ResourceExhausted)] {
+        // A field's key and its length, twice.
+        let filled = 64 * 1024 - (1 + 3) - (1 + 1 + 1) + more;
+        let ask = ValidateJwtsvidRequest { audience: "a".to_owned(), svid: "x".repeat(filled) };
+        assert_eq!(prost::Message::encoded_len(&ask), 64 * 1024 + more);
+        let status = client.validate_jwtsvid(request(ask)).await.unwrap_err();
+        assert_eq!(status.code(), want, "{more}: {status:?}");
     }
 }

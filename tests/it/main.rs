@@ -11,6 +11,7 @@ mod attest;
 mod audit;
 mod cgroup;
 mod cli;
+mod command;
 mod config;
 mod corpus;
 mod door;

@@ -196,3 +196,39 @@ fn what_is_handed_over_wrongly_is_an_error() {
         assert!(log.contains(expect), "{case}: {log}");
     }
 }
+
+/// Whoever waits in the queue of the service manager's socket is not left there by an agent that cannot start.
+#[test]
+fn an_agent_that_cannot_start_leaves_no_client_hanging() {
+    use std::io::Read as _;
+    for (case, blocks, whole) in [
+        ("a mistake in the file", "nonsense = 1", true),
+        ("no file", "", false),
+        (
+            "what only the start finds out",
+            "issuer \"embedded\" { ca { cert_file_path = \"/nowhere\" } }",
+            true,
+        ),
+    ] {
+        let dir = configured(blocks);
+        let path = dir.path().join("api.sock");
+        let held = UnixListener::bind(&path).unwrap();
+        let mut waiting: Vec<_> =
+            (0..100).map(|_| std::os::unix::net::UnixStream::connect(&path).unwrap()).collect();
+        if !whole {
+            fs::remove_file(dir.path().join("agent.conf")).unwrap();
+        }
+        let mut service = Service::start(dir.path(), vec![OwnedFd::from(held.try_clone().unwrap())], &[]);
+        assert!(!service.0.wait().unwrap().success(), "{case}");
+        for client in &mut waiting {
+            client.set_read_timeout(Some(LONG)).unwrap();
+            let read = client.read(&mut [0; 1]);
+            assert!(
+                matches!(read, Ok(0)) || read.is_err_and(|err| err.kind() != std::io::ErrorKind::WouldBlock),
+                "{case}"
+            );
+        }
+        // The socket itself is as it was: the next try serves there.
+        std::os::unix::net::UnixStream::connect(&path).unwrap();
+    }
+}

@@ -1,0 +1,81 @@
+//! Notices that the files of the configuration change, where `watch_config` says to.
+//!
+//! They are looked at every two seconds, by the thread for what may wait: that sees a ConfigMap's links, files that come to
+//! be, and any file system, and needs nothing of the kernel's that other users could have used up.
+
+use std::time::Duration;
+
+use tokio::{
+    sync::oneshot,
+    time::{Interval, MissedTickBehavior, interval},
+};
+
+use super::errands::Errands;
+use crate::config::{Config, Sources};
+
+/// How often they are looked at. A change is acted upon when two looks found the same: whoever writes has finished.
+const EVERY: Duration = Duration::from_secs(2);
+
+/// The files in force, and what was seen of them.
+#[derive(Debug)]
+pub(super) struct ConfigWatch {
+    known: Sources,
+    /// Something else was found at the last look.
+    found: Option<Sources>,
+    looking: Option<oneshot::Receiver<Sources>>,
+    every: Interval,
+    on: bool,
+}
+
+impl ConfigWatch {
+    /// Of the files that `config` was read from.
+    pub(super) fn of(config: &Config) -> Self {
+        let mut every = interval(EVERY);
+        every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let known = config.sources.clone();
+        Self { known, found: None, looking: None, every, on: config.agent.watch_config }
+    }
+
+    /// These are in force now.
+    pub(super) fn follow(&mut self, config: &Config) {
+        if self.known != config.sources {
+            self.known.clone_from(&config.sources);
+            self.found = None;
+            // It was of the files before.
+            self.looking = None;
+        }
+    }
+
+    /// Waits until they have changed. What was found is known from then on, whether a reload takes it or not. Nothing is lost
+    /// when the wait is given up.
+    pub(super) async fn changed(&mut self, errands: &Errands) {
+        if !self.on {
+            return std::future::pending().await;
+        }
+        loop {
+            let Some(looking) = &mut self.looking else {
+                self.every.tick().await;
+                let known = self.known.clone();
+                self.looking = Some(errands.begin(move || known.now()));
+                continue;
+            };
+            let now = looking.await;
+            self.looking = None;
+            if now.is_ok_and(|now| self.is_settled(now)) {
+                return;
+            }
+        }
+    }
+
+    fn is_settled(&mut self, now: Sources) -> bool {
+        if now == self.known {
+            self.found = None;
+        } else if self.found.as_ref() == Some(&now) {
+            (self.known, self.found) = (now, None);
+            return true;
+        } else {
+            self.found = Some(now);
+        }
+        false
+    }
+}

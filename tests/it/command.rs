@@ -1,0 +1,323 @@
+//! The command beside a real agent: where it finds one, what it does when it is refused, and how it has one reload.
+
+#![expect(clippy::disallowed_methods, reason = "its agents are processes, in threads that may sleep")]
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::TcpListener,
+    os::unix::{fs::MetadataExt as _, net::UnixStream},
+    path::{Path, PathBuf},
+    process::{Command, Output},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::sys::signal::Signal;
+
+use crate::{
+    hostile::PATIENCE,
+    support::{Process, entry, write_config},
+};
+
+/// An agent with an admin socket, as a process of its own.
+struct Agent {
+    dir: tempfile::TempDir,
+    private: tempfile::TempDir,
+    process: Process,
+}
+
+impl Agent {
+    fn start(blocks: &str) -> Self {
+        let (dir, private) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let agent = Self { process: Self::spawn(&dir, &private, blocks), dir, private };
+        let began = Instant::now();
+        while UnixStream::connect(agent.socket()).is_err() {
+            assert!(began.elapsed() < PATIENCE, "{}", agent.log());
+            thread::sleep(Duration::from_millis(20));
+        }
+        agent
+    }
+
+    fn spawn(dir: &tempfile::TempDir, private: &tempfile::TempDir, blocks: &str) -> Process {
+        let admin = private.path().join("admin/admin.sock");
+        let admin = format!("agent {{\n  admin_socket_path = \"{}\"\n}}\n", admin.display());
+        talkative(dir.path(), &[&admin, blocks].concat());
+        Process::spawn(dir.path())
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("api.sock")
+    }
+
+    fn admin(&self) -> PathBuf {
+        self.private.path().join("admin/admin.sock")
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("log")).unwrap()
+    }
+
+    fn configure(&self, blocks: &str) {
+        let admin = format!("agent {{\n  admin_socket_path = \"{}\"\n}}\n", self.admin().display());
+        talkative(self.dir.path(), &[&admin, blocks].concat());
+    }
+
+    fn reload(&self, more: &[&str]) -> Output {
+        let socket = self.admin();
+        durward(
+            &[&["reload", "--timeout", "60s", "--socket-path", socket.to_str().unwrap()], more].concat(),
+            &[],
+        )
+    }
+}
+
+/// The configuration of an agent that says what it does.
+fn talkative(dir: &Path, blocks: &str) {
+    write_config(dir, blocks);
+    let path = dir.join("agent.conf");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("log_level = \"warn\"", "log_level = \"info\"")).unwrap();
+}
+
+fn durward(words: &[&str], environment: &[(&str, &str)]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_durward"))
+        .args(words)
+        .env_remove("SPIFFE_ENDPOINT_SOCKET")
+        .envs(environment.iter().copied())
+        .output()
+        .unwrap()
+}
+
+fn said(output: &Output) -> (Option<i32>, String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn a_reload_ends_with_what_came_of_it() {
+    let agent = Agent::start(&entry("/one", "id = \"one\""));
+    agent.configure(&[entry("/one", "id = \"one\"\n  hint = \"x\""), entry("/two", "")].concat());
+    let (code, out, err) = said(&agent.reload(&[]));
+    assert_eq!((code, &*err), (Some(0), ""), "{out}");
+    assert_eq!(out, "Reloaded: entries 1 added, 0 removed, 1 changed; bundles 0 changed.\n");
+
+    let mistakes = "entry \"spiffe://other.org/x\" {\n  selectors = [\"unix:uid:0\"]\n}\nagent {\n  log_levle = \"info\"\n}\n";
+    agent.configure(mistakes);
+    let (code, out, err) = said(&agent.reload(&[]));
+    assert_eq!((code, &*out), (Some(1), ""), "{err}");
+    assert!(err.starts_with("not reloaded, everything stays as it was: "), "{err}");
+    assert!(err.contains("log_levle") && err.contains("other.org"), "all of them: {err}");
+
+    // A signal and a command at the same time: each is answered.
+    agent.configure(&entry("/one", ""));
+    agent.process.signal(Signal::SIGHUP);
+    let all: Vec<Output> = thread::scope(|scope| {
+        let asked: Vec<_> = (0..4).map(|_| scope.spawn(|| agent.reload(&[]))).collect();
+        asked.into_iter().map(|one| one.join().unwrap()).collect()
+    });
+    assert!(all.iter().all(|output| output.status.success()), "{all:?}");
+}
+
+#[test]
+fn what_needs_a_restart_is_told_by_the_command() {
+    let agent = Agent::start(&entry("/one", ""));
+    let health = format!("health_checks {{ socket_path = \"{}/h.sock\" }}", agent.dir.path().display());
+    agent.configure(&[&entry("/one", ""), &*health].concat());
+    let (code, _, err) = said(&agent.reload(&[]));
+    assert_eq!(code, Some(1));
+    assert!(err.contains("health_checks"), "{err}");
+}
+
+#[test]
+fn without_an_admin_socket_a_reload_is_a_signal_where_that_is_asked_for() {
+    let agent = Agent::start(&entry("/one", ""));
+    let nowhere = agent.dir.path().join("no.sock");
+    let nowhere = ["reload", "--socket-path", nowhere.to_str().unwrap()];
+    assert_eq!(durward(&nowhere, &[]).status.code(), Some(4));
+
+    let pid = agent.process.pid().to_string();
+    let (code, out, err) = said(&durward(&[&nowhere[..], &["--or-signal", &pid]].concat(), &[]));
+    assert_eq!((code, &*err), (Some(0), ""));
+    assert!(out.contains("SIGHUP"), "{out}");
+    let began = Instant::now();
+    while !agent.log().contains("reloaded") {
+        assert!(began.elapsed() < PATIENCE, "{}", agent.log());
+        thread::sleep(Duration::from_millis(20));
+    }
+    let (code, _, err) = said(&durward(&[&nowhere[..], &["--or-signal", "-1"]].concat(), &[]));
+    assert_eq!(code, Some(1), "no other process is meant: {err}");
+}
+
+#[test]
+fn an_address_is_taken_as_libraries_take_it() {
+    let agent = Agent::start(&entry("/one", ""));
+    let uri = format!("unix://{}", agent.socket().display());
+    let fetch = ["api", "fetch", "jwt", "--audience", "a"];
+    let flag = durward(&[&fetch[..], &["--socket-path", &uri]].concat(), &[]);
+    assert!(flag.status.success(), "{flag:?}");
+
+    // What a proxy offers: the agent itself listens at no port.
+    let (listener, socket) = (TcpListener::bind("127.0.0.1:0").unwrap(), agent.socket());
+    let tcp = format!("tcp://{}", listener.local_addr().unwrap());
+    thread::spawn(move || {
+        for client in listener.incoming().take(2) {
+            proxy(client.unwrap(), &socket);
+        }
+    });
+    for (words, environment) in [
+        (&[&fetch[..], &["--socket-path", &tcp]].concat()[..], &[][..]),
+        (&fetch[..], &[("SPIFFE_ENDPOINT_SOCKET", &*tcp)]),
+    ] {
+        let output = durward(words, environment);
+        assert!(output.status.success(), "{output:?}");
+    }
+    let (code, _, err) = said(&durward(&fetch, &[("SPIFFE_ENDPOINT_SOCKET", "tcp://localhost:1")]));
+    assert_eq!(code, Some(1));
+    assert!(err.contains("tcp:// with an IP address and a port"), "{err}");
+    let (code, _, err) = said(&durward(&fetch, &[("SPIFFE_ENDPOINT_SOCKET", "tcp://127.0.0.1:1")]));
+    assert_eq!(code, Some(4), "{err}");
+    assert!(err.contains("no agent answers at tcp://127.0.0.1:1"), "{err}");
+}
+
+/// Carries bytes both ways until one side ends.
+fn proxy(client: std::net::TcpStream, socket: &Path) {
+    let agent = UnixStream::connect(socket).unwrap();
+    let (mut from, mut to) = (client.try_clone().unwrap(), agent.try_clone().unwrap());
+    thread::spawn(move || {
+        let _ended = std::io::copy(&mut from, &mut to).is_ok();
+        drop(to.shutdown(std::net::Shutdown::Write));
+    });
+    let (mut agent, mut client) = (agent, client);
+    let mut buffer = [0; 4096];
+    while let Ok(more @ 1..) = agent.read(&mut buffer) {
+        if client.write_all(&buffer[..more]).is_err() {
+            return;
+        }
+    }
+}
+
+/// Who is told to come back soon does, and says why it waits; who would have to wait too long hears which limit it is.
+#[test]
+fn the_command_comes_back_when_it_is_told_to() {
+    let limit = |per: &str| {
+        format!(
+            "ratelimit {{ caller {{ method \"FetchJWTSVID\" {{ rate = 1 per = \"{per}\" burst = 5 }} }} }}\n{}",
+            entry("/one", "")
+        )
+    };
+    let agent = Agent::start(&limit("second"));
+    let socket = agent.socket();
+    let fetch = || {
+        durward(&["api", "fetch", "jwt", "--audience", "a", "--socket-path", socket.to_str().unwrap()], &[])
+    };
+    let fetched: Vec<_> = (0..8).map(|_| said(&fetch())).collect();
+    assert!(fetched.iter().all(|(code, _, _)| *code == Some(0)), "{fetched:?}");
+    let waited = fetched.iter().filter(|(_, _, err)| err.contains("rate limit exceeded")).count();
+    assert!(waited > 0, "{fetched:?}");
+    assert!(
+        fetched.iter().all(|(_, _, err)| err.is_empty() || err.contains("trying again in")),
+        "{fetched:?}"
+    );
+
+    agent.configure(&limit("hour"));
+    assert!(agent.reload(&[]).status.success());
+    let began = Instant::now();
+    let (code, _, err) = loop {
+        let told = said(&fetch());
+        if told.0 != Some(0) {
+            break told;
+        }
+        assert!(began.elapsed() < PATIENCE, "there were five tokens at most");
+    };
+    assert_eq!(code, Some(1));
+    assert!(err.contains("ResourceExhausted") && err.contains("try again in"), "{err}");
+}
+
+/// Where the output is the journal's each line begins with how severe it is; elsewhere none does.
+#[test]
+fn the_journal_is_told_how_severe_a_line_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let blocks = entry("/one", "");
+    talkative(dir.path(), &blocks);
+    fs::write(&path, "").unwrap();
+    let stat = fs::metadata(&path).unwrap();
+    let run = |stream: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_durward"));
+        command.arg("run").arg("--config").arg(dir.path().join("agent.conf")).env("JOURNAL_STREAM", stream);
+        Process::of(command, &path)
+    };
+    let journal = format!("{}:{}", stat.dev(), stat.ino());
+    for (case, stream, prefixed) in [("the journal", &*journal, true), ("redirected", "1:1", false)] {
+        fs::write(&path, "").unwrap();
+        let mut agent = run(stream);
+        let began = Instant::now();
+        let there = |text: &str| fs::read_to_string(&path).unwrap().contains(text);
+        while !there("the workload api is served") {
+            assert!(began.elapsed() < PATIENCE, "{case}");
+            thread::sleep(Duration::from_millis(20));
+        }
+        fs::write(dir.path().join("agent.conf"), "agent {").unwrap();
+        agent.signal(Signal::SIGHUP);
+        while !there("not reloaded") {
+            assert!(began.elapsed() < PATIENCE, "{case}");
+            thread::sleep(Duration::from_millis(20));
+        }
+        agent.signal(Signal::SIGTERM);
+        agent.wait();
+        let log = fs::read_to_string(&path).unwrap();
+        for line in log.lines() {
+            let want = match line.split_whitespace().find(|word| word.chars().all(|c| c.is_ascii_uppercase()))
+            {
+                _ if !prefixed => "2",
+                Some("ERROR") => "<3>2",
+                Some("WARN") => "<4>2",
+                Some("INFO") => "<6>2",
+                other => panic!("{case}: {other:?} in {line}"),
+            };
+            assert!(line.starts_with(want), "{case}: {line}");
+        }
+        assert!(log.contains("ERROR") && log.contains("INFO"), "{case}: {log}");
+
+        // One that does not start says so as an error too: `durward validate` and others, as their users expect.
+        fs::write(&path, "").unwrap();
+        assert!(!run(stream).wait().success());
+        let log = fs::read_to_string(&path).unwrap();
+        assert!(log.lines().all(|line| line.starts_with("<3>") == prefixed), "{case}: {log}");
+        talkative(dir.path(), &blocks);
+    }
+}
+
+/// A ConfigMap is swapped as the kubelet does it; nobody sends a signal.
+#[test]
+fn a_configuration_that_changes_is_reloaded_where_that_is_wanted() {
+    let agent = Agent::start(&["agent {\n  watch_config = true\n}\n", &entry("/one", "")].concat());
+    let path = agent.dir.path().join("agent.conf");
+    let text = fs::read_to_string(&path).unwrap();
+    let swap = |name: &str, text: &str| {
+        let new = agent.dir.path().join(name);
+        fs::write(&new, text).unwrap();
+        fs::rename(&new, &path).unwrap();
+    };
+    let wait = |line: &str, times: usize| {
+        let began = Instant::now();
+        while agent.log().matches(line).count() < times {
+            assert!(began.elapsed() < PATIENCE, "{line}: {}", agent.log());
+            thread::sleep(Duration::from_millis(100));
+        }
+    };
+    swap("a", &[&text, &*entry("/two", "")].concat());
+    wait("entries_added=1", 1);
+    // A mistake is told once, and what puts it right is taken.
+    swap("b", "agent {");
+    wait("not reloaded", 1);
+    thread::sleep(Duration::from_secs(5));
+    assert_eq!(agent.log().matches("not reloaded").count(), 1, "{}", agent.log());
+    swap("c", &text);
+    wait("entries_removed=1", 1);
+    let drop_ins = agent.dir.path().join("entries.d");
+    fs::create_dir(&drop_ins).unwrap();
+    fs::write(drop_ins.join("a.conf"), entry("/three", "")).unwrap();
+    wait("entries_added=1", 2);
+}
