@@ -27,6 +27,7 @@ use super::{
 };
 use crate::{
     config::{Changes, Config},
+    issuer::Expelled,
     os::{clock::Clock, systemd::ServiceManager},
     telemetry::{chain, log::Log},
 };
@@ -176,8 +177,9 @@ impl Control<'_> {
         loop {
             tokio::select! {
                 signal = signals.next() => match signal {
-                    Signalled::Stop(name) => {
-                        self.drain(agent, signals, name).await;
+                    Signalled::Stop(signal) => {
+                        tracing::info!(signal, "draining");
+                        self.drain(agent, signals).await;
                         return Ok(());
                     }
                     Signalled::Reload if reloading.is_some() => once_more = true,
@@ -193,7 +195,14 @@ impl Control<'_> {
                     self.manager.reloaded(&said);
                     reloading = std::mem::take(&mut once_more).then(|| self.reload(&agent));
                 }
-                error = agent.failed() => return Err(error),
+                error = agent.failed() => {
+                    // Callers are told to come back: what they have is valid still.
+                    if error.is::<Expelled>() {
+                        tracing::warn!("draining: the server does not take this agent any more");
+                        self.drain(agent, signals).await;
+                    }
+                    return Err(error);
+                }
             }
         }
     }
@@ -220,8 +229,7 @@ impl Control<'_> {
         }
     }
 
-    async fn drain(&self, agent: Running, signals: &mut Signals, signal: &str) {
-        tracing::info!(signal, "draining");
+    async fn drain(&self, agent: Running, signals: &mut Signals) {
         self.manager.stopping("draining");
         tokio::select! {
             () = agent.shutdown() => {}

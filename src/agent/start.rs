@@ -170,6 +170,8 @@ impl AgentParts {
             self.serve_admin(socket, service, admin_stats, stopping)
         });
         let mut tasks = self.tasks();
+        let mut issuing = JoinSet::new();
+        issuing.spawn(Arc::clone(&self.issuer).run());
         let gate = self.gate.clone();
         tasks.spawn_on(async move { gate.follow().await }, control);
         tasks.spawn_on(keep_time(self.limits.clone(), self.gate.clone()), control);
@@ -186,7 +188,7 @@ impl AgentParts {
         look_around(&self.health);
         self.health.set(Probe::Healthy);
         let adjustable = Adjustable { parts: Arc::new(self), connections, log: None };
-        Ok(Running { config: Arc::new(config), adjustable, stop, public, admin, tasks })
+        Ok(Running { config: Arc::new(config), adjustable, stop, public, admin, tasks, issuing })
     }
 
     /// Has a scrape tell how memory stands.
@@ -247,7 +249,6 @@ impl AgentParts {
     /// What goes on for ever.
     fn tasks(&self) -> JoinSet<()> {
         let mut tasks = JoinSet::new();
-        tasks.spawn(Arc::clone(&self.issuer).run());
         tasks.spawn(Arc::clone(&self.writer).run());
         let metrics = Arc::clone(&self.metrics);
         tasks.spawn(async move { metrics.keep_up().await });

@@ -36,6 +36,7 @@ mod upstream;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
+    future::pending,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -61,8 +62,8 @@ pub use self::{
     upstream::LineStanding,
 };
 use super::{
-    Issuer, IssuerChoice, IssuerInput, Lookout, Lookouts, MintError, ServerStatus, SvidKind, World, by,
-    metrics::IssuerMetrics,
+    Expelled, Issuer, IssuerChoice, IssuerInput, Lookout, Lookouts, MintError, ServerStatus, SvidKind, World,
+    by, metrics::IssuerMetrics,
 };
 use crate::{
     identity::{Bundle, Bundles, Entry, EntryIndex, JwtSvid, KeyType, Tainted, TrustDomain, X509Svid},
@@ -462,20 +463,30 @@ impl Issuer for ServerIssuer {
     fn reload(&self, told: IssuerInput) {
         if let IssuerChoice::Server(settings) = told.choice {
             self.reconfigure(LiveSettings::from(&*settings));
+            if let Some(own) = &self.own {
+                own.reconfigure(&settings);
+            }
             self.calls.ask_for(asked_for(&settings));
         }
     }
 
-    fn run(self: Arc<Self>) -> BoxFuture<'static, ()> {
+    fn run(self: Arc<Self>) -> BoxFuture<'static, Expelled> {
         Box::pin(async move {
             let signing = Arc::clone(&self.x509);
             let own = async {
-                if let Some(own) = &self.own {
-                    let denial = Arc::clone(own).run().await;
-                    tracing::error!(%denial, "this agent is not served by its server any more");
+                match &self.own {
+                    Some(own) => Arc::clone(own).run().await,
+                    None => pending().await,
                 }
             };
-            tokio::join!(own, self.follow(), signing.run());
+            let goes_on = async {
+                tokio::join!(self.follow(), signing.run());
+                pending().await
+            };
+            tokio::select! {
+                expelled = own => expelled,
+                expelled = goes_on => expelled,
+            }
         })
     }
 }

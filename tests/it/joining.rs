@@ -16,7 +16,10 @@ use tokio::{
     time::timeout,
 };
 
-use crate::spire_server::{Face, FakeSpireServer, Given};
+use crate::{
+    spire_server::{Face, FakeSpireServer, Given},
+    support::Process,
+};
 
 /// Far more than any of this takes.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -203,7 +206,106 @@ async fn a_banned_agent_ends_and_says_so() {
     serving(&own).await;
     server.course().denial = Some(BANNED);
     own.renew_at_once();
-    assert_eq!(timeout(PATIENCE, running).await.expect("in time").unwrap(), Denial::Banned);
+    let expelled = timeout(PATIENCE, running).await.expect("in time").unwrap();
+    let evict = "spire-server agent evict -spiffeID spiffe://example.org/spire/agent/join_token/once";
+    assert!(expelled.reason.contains("banned") && expelled.reason.contains(evict), "{expelled}");
     assert!(matches!(&*own.standing().borrow(), OwnStanding::Lost(Denial::Banned)));
     assert!(kept(dir.path()).contains("\"svid\":null"));
+}
+
+/// An agent of this server as a process.
+fn write_config(dir: &Path, server: &FakeSpireServer, more: &str) {
+    std::fs::write(dir.join("roots.pem"), &server.ca.pem).unwrap();
+    let (at, port) = (dir.display(), server.address.port());
+    let text = format!(
+        "agent {{\n trust_domain = \"example.org\"\n server_address = \"localhost\"\n server_port = {port}\n\
+         data_dir = \"{at}/data\"\n socket_path = \"{at}/api.sock\"\n log_level = \"info\"\n\
+         experimental {{ sync_interval = \"500ms\" }}\n{more}\n}}\n\
+         plugins {{\n NodeAttestor \"join_token\" {{ }}\n KeyManager \"disk\" {{ plugin_data {{ directory = \"{at}/data\" }} }}\n\
+         WorkloadAttestor \"unix\" {{ }}\n}}\n"
+    );
+    std::fs::write(dir.join("agent.conf"), text).unwrap();
+}
+
+/// Waits until `is_so`, which `what` says.
+async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let waiting = async {
+        while !is_so() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, waiting).await.unwrap_or_else(|_late| panic!("waited in vain: {what}"));
+}
+
+#[tokio::test]
+async fn an_evicted_agent_ends_with_an_exit_status_of_its_own() {
+    const NOT_ATTESTED: i32 = 2;
+    let server = FakeSpireServer::start(Face::Right).await;
+    server.course().tokens.insert("once".to_owned());
+    let dir = directory();
+    let more = format!("trust_bundle_path = \"{}/roots.pem\"\n join_token = \"once\"", dir.path().display());
+    write_config(dir.path(), &server, &more);
+    let mut agent = Process::spawn(dir.path());
+    until("attested", || kept(dir.path()).contains("\"svid\":[")).await;
+    // One denial is no proof.
+    server.course().denial = Some(NOT_ATTESTED);
+    let log = || std::fs::read_to_string(dir.path().join("log")).unwrap();
+    until("asked once more", || log().contains("it is asked once more")).await;
+    assert!(kept(dir.path()).contains("\"svid\":["), "nothing is deleted before it is certain");
+    until("the end", || agent.has_ended()).await;
+    assert_eq!(agent.wait().code(), Some(5), "{}", log());
+    assert!(log().contains("spire-server token generate"), "{}", log());
+    assert!(kept(dir.path()).contains("\"svid\":null"));
+    assert!(!dir.path().join("api.sock").exists());
+}
+
+#[tokio::test]
+async fn a_banned_node_is_not_attested_for_ever() {
+    let server = FakeSpireServer::start(Face::Right).await;
+    server.course().banned = true;
+    let dir = directory();
+    let own =
+        OwnSvid::open(settings(dir.path(), server.address.port(), &server.ca.pem, "old"), Clock::SYSTEM);
+    let expelled = timeout(PATIENCE, own.unwrap().run()).await.expect("in time");
+    assert!(expelled.reason.contains("spire-server agent evict"), "{expelled}");
+}
+
+#[tokio::test]
+async fn another_token_is_tried_as_soon_as_it_is_there() {
+    let server = FakeSpireServer::start(Face::Right).await;
+    let dir = directory();
+    let mut settings = settings(dir.path(), server.address.port(), &server.ca.pem, "old");
+    let own = OwnSvid::open(settings.clone(), Clock::SYSTEM).unwrap();
+    let running = tokio::spawn(Arc::clone(&own).run());
+    trouble(&own).await;
+    server.course().tokens.insert("other".to_owned());
+    settings.join.join_token = "other".to_owned().into();
+    own.reconfigure(&settings);
+    assert_eq!(serving(&own).await, "spiffe://example.org/spire/agent/join_token/other");
+    running.abort();
+}
+
+#[tokio::test]
+async fn a_token_given_to_whoever_answers_is_not_lost_with_the_bundle() {
+    let server = FakeSpireServer::start(Face::Right).await;
+    server.course().tokens.insert("once".to_owned());
+    server.course().bundles_fail = 1;
+    let dir = directory();
+    let mut settings = settings(dir.path(), server.address.port(), &server.ca.pem, "once");
+    (settings.join.trust_bundle_path, settings.join.insecure_bootstrap) = (None, true);
+    let own = OwnSvid::open(settings.clone(), Clock::SYSTEM).unwrap();
+    let running = tokio::spawn(Arc::clone(&own).run());
+    let why = trouble(&own).await;
+    assert!(why.contains("GetBundle"), "{why}");
+    // Killed in between.
+    running.abort();
+    drop(running.await);
+    drop(own);
+    assert!(kept(dir.path()).contains("\"svid\":[") && kept(dir.path()).contains("\"bundle\":null"));
+    let own = OwnSvid::open(settings, Clock::SYSTEM).unwrap();
+    assert!(matches!(&*own.standing().borrow(), OwnStanding::Waiting { .. }), "nobody vouches for it yet");
+    let running = tokio::spawn(Arc::clone(&own).run());
+    assert_eq!(serving(&own).await, "spiffe://example.org/spire/agent/join_token/once");
+    assert!(kept(dir.path()).contains("\"bundle\":["));
+    running.abort();
 }

@@ -13,7 +13,7 @@ use zeroize::Zeroizing;
 
 use self::{join_token::JoinTokenAttestor, k8s_psat::PsatAttestor, x509pop::PopAttestor};
 use super::{
-    error::{ServerError, shown},
+    error::{Denial, ServerError, shown},
     proto::{
         agent::{
             AgentX509svidParams, AttestAgentRequest, agent_client::AgentClient, attest_agent_request,
@@ -131,12 +131,13 @@ async fn exchange(
 fn refused(attestor: &'static str, error: ServerError) -> ServerError {
     let ServerError::Answered { code, message, .. } = error else { return error };
     let is = |part: &str| message.contains(part);
+    if code == tonic::Code::PermissionDenied && is("banned") {
+        return ServerError::Denied(Denial::Banned);
+    }
     let remedy = if is("already been used") || is("does not exist") {
         "; a join token is good for one attestation: make another with `spire-server token generate`"
     } else if is("join token expired") {
         "; make another with `spire-server token generate -ttl <seconds>`, and start the agent before it expires"
-    } else if is("banned") {
-        "; to let it attest again, delete it at the server with `spire-server agent evict`"
     } else if is("could not get plugin") || is("unsupported") || code == tonic::Code::FailedPrecondition {
         "; is there a NodeAttestor of this name in the server's configuration?"
     } else {
