@@ -82,6 +82,9 @@ pub trait Issuer: fmt::Debug + Send + Sync + 'static {
         None
     }
 
+    /// Sets the gauges that change with time alone, before they are read.
+    fn before_scrape(&self) {}
+
     /// Takes what a reload of the configuration tells it, for what is made from then on. Cannot fail: what only a
     /// restart can change is the same as before.
     fn reload(&self, told: IssuerInput);

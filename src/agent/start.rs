@@ -98,7 +98,8 @@ impl AgentParts {
         let series = AgentMetrics::new(metrics.registry(), clock);
         let issuer_series = Arc::new(IssuerMetrics::new(metrics.registry()));
         let store_series = Arc::new(StoreMetrics::new(metrics.registry()));
-        let issuer = issuer::choice::open(config.issuer_input(), clock, Arc::clone(&issuer_series))
+        let counted = Arc::clone(&issuer_series);
+        let issuer = issuer::choice::open(config.issuer_input(), clock, counted, metrics.registry())
             .context("cannot open the issuer")?;
         let caches = &config.caches;
         let (x509_svids, jwt_svids) = (caches.x509_svids.count(), caches.jwt_svids.count());
@@ -117,7 +118,9 @@ impl AgentParts {
             Arc::clone(&store_series),
             config.policy.clone(),
         );
+        let scraped = Arc::clone(&issuer);
         metrics.before_render(move || {
+            scraped.before_scrape();
             issuer_series.rotation.refresh(clock.now());
             store_series.renewal.refresh(clock.now());
         });

@@ -194,6 +194,11 @@ impl FakeSpireServer {
     }
 
     pub(crate) async fn start_with(face: Face, ca: Arc<TestCa>) -> Self {
+        Self::start_for(face, ca, Duration::MAX).await
+    }
+
+    /// One that says GOAWAY on every connection after `age`.
+    pub(crate) async fn start_for(face: Face, ca: Arc<TestCa>, age: Duration) -> Self {
         let course = Arc::new(Mutex::new(Course {
             tokens: BTreeSet::new(),
             given: Given::Right,
@@ -220,7 +225,11 @@ impl FakeSpireServer {
             }
         };
         let service = Api { ca: Arc::clone(&ca), course: Arc::clone(&course) };
-        let serving = tonic::transport::Server::builder()
+        let mut server = tonic::transport::Server::builder();
+        if age < Duration::MAX {
+            server = server.max_connection_age(age);
+        }
+        let serving = server
             .add_service(agent_api::agent_server::AgentServer::new(service.clone()))
             .add_service(bundle_api::bundle_server::BundleServer::new(service.clone()))
             .add_service(entry_api::entry_server::EntryServer::new(service.clone()))
@@ -474,6 +483,7 @@ impl entry_api::entry_server::Entry for Api {
                 }
                 Manner::Endless => {
                     for number in 0.. {
+                        tokio::time::sleep(Duration::from_millis(50)).await;
                         let revision =
                             EntryRevision { id: format!("{number}"), revision_number: 1, created_at: 1 };
                         let page = SyncAuthorizedEntriesResponse {

@@ -22,6 +22,8 @@ use super::{
     dial::Dialer,
     error::{DataFault, Denial, ServerError},
     files::{DirLock, FileDir},
+    metrics::ServerMetrics,
+    reading::SlowReads,
     settings::{KeyManagerSettings, ServerSettings},
     tls::{KeyExchange, ServerTrust, TlsPlan, certified, id_of},
     upstream::Upstream,
@@ -85,6 +87,7 @@ pub struct OwnSvid {
     at_once: Notify,
     /// Other settings came.
     reconfigured: Notify,
+    slow: SlowReads,
     _lock: DirLock,
 }
 
@@ -106,7 +109,11 @@ impl OwnSvid {
     ///
     /// # Errors
     /// Another agent uses the directory, a file in it is damaged or open to others, or it is of another trust domain.
-    pub fn open(settings: ServerSettings, clock: Clock) -> Result<Arc<Self>, DataFault> {
+    pub fn open(
+        settings: ServerSettings,
+        clock: Clock,
+        metrics: Arc<ServerMetrics>,
+    ) -> Result<Arc<Self>, DataFault> {
         let dir = FileDir::open(&settings.data_dir, 0o755)?;
         let lock = dir.lock(LOCK)?;
         let data = Arc::new(AgentDataFile::open(dir, &settings.trust_domain)?);
@@ -118,7 +125,8 @@ impl OwnSvid {
             if settings.sync.require_pq_kem { KeyExchange::PostQuantum } else { KeyExchange::Any };
         let tls = TlsPlan { trust_domain: settings.trust_domain.clone(), key_exchange, clock };
         let roots = ServerTrust::Roots(data.known().bundle.into());
-        let upstream = Upstream::new(Dialer::new(&settings.join.address, settings.join.port), tls, roots);
+        let dialer = Dialer::new(&settings.join.address, settings.join.port);
+        let upstream = Upstream::new(dialer, tls, roots, metrics);
         let waiting = OwnStanding::Waiting { why: "node attestation".to_owned(), since: clock.now() };
         let own = Arc::new(Self {
             live: Mutex::new(LiveJoin::from(&settings)),
@@ -130,6 +138,7 @@ impl OwnSvid {
             standing: watch::Sender::new(waiting),
             at_once: Notify::new(),
             reconfigured: Notify::new(),
+            slow: SlowReads::default(),
             _lock: lock,
         });
         own.take_from_disk();

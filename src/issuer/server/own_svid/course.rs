@@ -13,6 +13,7 @@ use crate::{
         Expelled, renewal,
         server::{
             error::{Denial, ServerError},
+            metrics::ServerCall,
             proto::agent::{PostStatusRequest, agent_client::AgentClient},
             settings::{RebootstrapMode, TrustSource},
         },
@@ -188,7 +189,7 @@ impl OwnSvid {
             current_bundle_serial: 0,
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         };
-        connection.answer("PostStatus", client.post_status(request)).await.map(drop)
+        connection.answer(ServerCall::PostStatus, client.post_status(request)).await.map(drop)
     }
 
     /// Tells the server which agent this is. Of no consequence.

@@ -15,6 +15,7 @@ use crate::issuer::{
         bundles,
         data::AgentData,
         error::ServerError,
+        metrics::ServerCall,
         proto::{
             agent::{AgentX509svidParams, RenewAgentRequest, agent_client::AgentClient},
             bundle::{GetBundleRequest, bundle_client::BundleClient},
@@ -40,7 +41,8 @@ impl OwnSvid {
         let connection = self.upstream.agent(Instant::now() + LONGEST_CALL).await?;
         let mut client = AgentClient::new(connection.clone());
         let request = RenewAgentRequest { params: Some(AgentX509svidParams { csr }) };
-        let answer = connection.answer(CALL, client.renew_agent(request)).await?.into_inner();
+        let answer =
+            connection.answer(ServerCall::RenewAgent, client.renew_agent(request)).await?.into_inner();
         let chain = answer.svid.map(|svid| svid.cert_chain).unwrap_or_default();
         let ServerTrust::Roots(roots) = self.upstream.trusted() else { return Err(ServerError::NoSvid) };
         self.check(CALL, &chain, &key)?;
@@ -71,7 +73,7 @@ impl OwnSvid {
             None => {
                 let key = self.next_key().await?;
                 let csr = csr(&key).map_err(|error| key_fault(error.to_string()))?;
-                let attested = attest(&connection, self.live().attestor.as_ref(), csr).await?;
+                let attested = attest(&connection, self.live().attestor.as_ref(), &self.slow, csr).await?;
                 self.check(CALL, &attested.chain, &key)?;
                 self.keep_first(&attested, &trust).await?;
                 attested
@@ -94,7 +96,7 @@ impl OwnSvid {
         const CALL: &str = "GetBundle";
         let mut client = BundleClient::new(connection.clone());
         let request = GetBundleRequest { output_mask: Some(bundles::BUNDLE_MASK) };
-        let told = connection.answer(CALL, client.get_bundle(request)).await?.into_inner();
+        let told = connection.answer(ServerCall::GetBundle, client.get_bundle(request)).await?.into_inner();
         let told = bundles::read(told, &self.settings.trust_domain);
         let told = told.map_err(|fault| ServerError::Senseless { call: CALL, fault: fault.to_string() })?;
         Ok(told.bundle.x509_authorities)
@@ -161,7 +163,7 @@ impl OwnSvid {
             server_address: join.address.clone(),
             server_port: join.port,
         };
-        bootstrap::trust(join.trust_source(), &self.settings.trust_domain, &told).await
+        bootstrap::trust(join.trust_source(), &self.settings.trust_domain, &told, &self.slow).await
     }
 
     /// What came is for the key that was asked for, of an agent of this trust domain, and valid.
