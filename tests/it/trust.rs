@@ -185,7 +185,7 @@ async fn another_agents_bundle_of_this_trust_domain_is_believed_and_no_other() {
         let dir = directory();
         let socket = dir.path().join("other.sock");
         let listener = UnixListener::bind(&socket).unwrap();
-        let bundles = [(id.to_owned(), der.clone().into())].into();
+        let bundles = [(id.to_owned(), der.clone())].into();
         let message = pb::X509BundlesResponse { bundles, ..Default::default() }.encode_to_vec();
         let serving_other = tokio::spawn(other_agent(listener, message));
         let mut settings = settings(dir.path(), server.address.port(), "", "once");

@@ -405,8 +405,7 @@ mod tests {
 
     /// Has the whole conversation with a server that has `entries`, and sends pages of `page`.
     fn sync(known: &KnownEntries, entries: &[pb::Entry], page: usize) -> (SyncedEntries, usize) {
-        let td = td();
-        let mut sync = EntrySync::new(td.clone(), known.clone());
+        let mut sync = EntrySync::new(td(), known.clone());
         let mut asked_for = 0;
         if entries.len() <= page {
             let all = SyncAuthorizedEntriesResponse { entries: entries.to_vec(), ..Default::default() };

@@ -82,7 +82,7 @@ impl PopAttestor {
         Self(settings)
     }
 
-    async fn from_files(&self, files: &SlowReads) -> Result<NodeEvidence, String> {
+    async fn read_files(&self, files: &SlowReads) -> Result<NodeEvidence, String> {
         let needed = |path: &Option<std::path::PathBuf>, name| {
             path.clone().ok_or_else(|| format!("{name} is required"))
         };
@@ -103,7 +103,7 @@ impl PopAttestor {
             .map_err(|fault| format!("{} and {}: {fault}", key_path.display(), certificate.display()))
     }
 
-    async fn from_agent(socket: &std::path::Path) -> Result<NodeEvidence, String> {
+    async fn ask_agent(socket: &std::path::Path) -> Result<NodeEvidence, String> {
         let of = |fault| format!("the Workload API at {}: {fault}", socket.display());
         let taken = other_agent::svid(socket).await.map_err(of)?;
         let der = PrivateKeyDer::try_from(taken.key.as_slice())
@@ -170,8 +170,8 @@ impl NodeAttestor for PopAttestor {
     fn evidence<'a>(&'a self, files: &'a SlowReads) -> BoxFuture<'a, Result<NodeEvidence, String>> {
         Box::pin(async move {
             match &self.0.workload_api {
-                None => self.from_files(files).await,
-                Some(socket) => Self::from_agent(socket).await,
+                None => self.read_files(files).await,
+                Some(socket) => Self::ask_agent(socket).await,
             }
         })
     }
