@@ -54,6 +54,7 @@ CONF
 
 # agent_conf [LINES OF agent] [LINES OF experimental] [NODE ATTESTOR]: of the server at $port, in $dir/agent.conf
 agent_conf() {
+    local trust="trust_bundle_path = \"$dir/bootstrap.pem\"" attestor='NodeAttestor "join_token" { plugin_data { } }'
     cat >"$dir/agent.conf" <<CONF
 agent {
   trust_domain      = "example.org"
@@ -62,14 +63,14 @@ agent {
   data_dir          = "$dir/data"
   socket_path       = "$socket"
   log_level         = "debug"
-  ${1:-trust_bundle_path = \"$dir/bootstrap.pem\"}
+  ${1:-$trust}
   experimental {
     sync_interval = "1s"
     ${2:-}
   }
 }
 plugins {
-  ${3:-NodeAttestor \"join_token\" { plugin_data { } }}
+  ${3:-$attestor}
   KeyManager "disk" { plugin_data { directory = "$dir/data" } }
   WorkloadAttestor "unix" { plugin_data { } }
 }
