@@ -2,12 +2,16 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    future::pending,
     sync::Arc,
     time::Duration,
 };
 
 use futures_util::{StreamExt as _, stream};
-use tokio::time::{Instant, sleep_until};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until},
+};
 
 use super::{
     ServerIssuer,
@@ -15,6 +19,7 @@ use super::{
     cycle::{Cycle, Outcome, Since},
     entries::KnownEntries,
     metrics::SyncResult,
+    own_svid::OwnStanding,
 };
 use crate::{
     identity::{Bundle, Bundles, EntryIndex, Tainted, TrustDomain},
@@ -45,8 +50,12 @@ impl ServerIssuer {
         let mut synced = Synced::default();
         let mut cycle = Cycle::new(Instant::now());
         let mut since = Since::Due;
+        let mut own = self.own.as_ref().map(|own| own.standing());
         loop {
             cycle.begins(Instant::now(), since);
+            if let Some(own) = &mut own {
+                own.mark_unchanged();
+            }
             let look = self.lookouts.begin();
             let began = Instant::now();
             let done = self.sync(&mut synced).await;
@@ -67,6 +76,8 @@ impl ServerIssuer {
             };
             since = tokio::select! {
                 () = sleep_until(next.at) => Since::Due,
+                // What failed with the one before may pass with another.
+                () = shown_anew(&mut own), if outcome == Outcome::Failed => Since::Due,
                 () = waited_for => Since::WaitedFor,
             };
         }
@@ -167,6 +178,18 @@ impl ServerIssuer {
             tracing::error!(error = chain(&error), "the bundle cannot be kept for the next start");
         }
     }
+}
+
+/// Ends when the agent has another SVID of its own since its standing was last looked at.
+async fn shown_anew(own: &mut Option<watch::Receiver<OwnStanding>>) {
+    if let Some(own) = own {
+        while own.changed().await.is_ok() {
+            if matches!(&*own.borrow_and_update(), OwnStanding::Serving { trouble: None, .. }) {
+                return;
+            }
+        }
+    }
+    pending().await
 }
 
 /// Says once that syncs fail, and once that they do no more.
