@@ -38,6 +38,7 @@ use self::{serving::Serving, start::Adjustable};
 use crate::{
     api::admin::Asking,
     config::Config,
+    issuer::Expelled,
     limits::gate_plan::lingering,
     peer::ConnectionBounds,
     telemetry::{
@@ -67,6 +68,8 @@ pub struct Running {
     tasks: JoinSet<()>,
     /// Who asks for a reload, until somebody takes care of it.
     asked: Option<mpsc::Receiver<Asking>>,
+    /// The same: the issuer's.
+    issuing: JoinSet<Expelled>,
 }
 
 impl std::fmt::Debug for Running {
@@ -111,12 +114,16 @@ impl Running {
     }
 
     /// Ends when serving has ended by itself, or a task that goes on for ever has: faults. Without the one that
-    /// rotates, say, the agent would look well until everything has expired.
+    /// rotates, say, the agent would look well until everything has expired. [`Expelled`] is the issuer's word.
     pub async fn failed(&mut self) -> anyhow::Error {
         loop {
             tokio::select! {
                 error = self.public.failed() => return error,
                 Some(error) = OptionFuture::from(self.admin.as_mut().map(Serving::failed)) => return error,
+                Some(ended) = self.issuing.join_next() => return match ended {
+                    Ok(expelled) => expelled.into(),
+                    Err(panic) => anyhow::Error::new(panic).context("the issuer ended early"),
+                },
                 // One that ended well is no fault, and the others are still to be watched.
                 Some(ended) = self.tasks.join_next() => if let Err(panic) = ended {
                     return anyhow::Error::new(panic).context("a part of the agent ended early");

@@ -35,7 +35,7 @@ use tonic::Code;
 
 pub use run::{CliOverrides, OverrideError, ServerOverrides};
 
-use crate::{hcl::ConfigErrors, os::signals};
+use crate::{hcl::ConfigErrors, issuer::Expelled, os::signals};
 use terminal::{PrintError, Terminal};
 
 /// Exit codes, in the help of every command.
@@ -45,6 +45,7 @@ Exit codes:
   1  an error, a refused command line or an unhealthy agent
   3  api: the agent has no identity for this process (PermissionDenied)
   4  api, limits, explain, status, reload: no agent answers at the socket
+  5  run: the SPIRE Server does not take this agent any more (banned, evicted): see its log for what to do there
 
 Flags may also be spelled as spire-agent's: -socketPath PATH, -socketPath=PATH, --socketPath PATH.";
 
@@ -198,6 +199,7 @@ impl Failure {
             Self::Call(client::CallError::Connect { .. })
             | Self::Validate(client::CallError::Connect { .. }) => 4,
             Self::Call(err) | Self::Validate(err) if err.code() == Code::PermissionDenied => 3,
+            Self::Agent(err) if err.is::<Expelled>() => 5,
             _ => 1,
         }
     }

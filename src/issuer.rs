@@ -82,12 +82,15 @@ pub trait Issuer: fmt::Debug + Send + Sync + 'static {
         None
     }
 
+    /// Sets the gauges that change with time alone, before they are read.
+    fn before_scrape(&self) {}
+
     /// Takes what a reload of the configuration tells it, for what is made from then on. Cannot fail: what only a
     /// restart can change is the same as before.
     fn reload(&self, told: IssuerInput);
 
-    /// Does in the background what the issuer needs to go on signing, for ever.
-    fn run(self: Arc<Self>) -> BoxFuture<'static, ()>;
+    /// Does in the background what the issuer needs to go on signing. Ends only when it never will again.
+    fn run(self: Arc<Self>) -> BoxFuture<'static, Expelled>;
 }
 
 /// How it goes with the server behind an issuer, for people.
@@ -178,6 +181,15 @@ impl MintError {
             Self::Request { .. } | Self::Late => None,
         }
     }
+}
+
+/// The issuer's server does not take this agent any more: nothing is ever signed for it until an admin did something
+/// about it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("this agent is not served by its server any more: {reason}")]
+pub struct Expelled {
+    /// In words for an admin, and what to do about it.
+    pub reason: String,
 }
 
 /// Until when a call that begins at this moment waits for an SVID.

@@ -34,6 +34,7 @@ use super::{
 use crate::{
     api::{admin::Asking, proto::admin::ReloadResponse},
     config::{Changes, Config},
+    issuer::Expelled,
     os::{clock::Clock, systemd::ServiceManager},
     telemetry::{chain, log::Log},
 };
@@ -202,8 +203,9 @@ impl Control<'_> {
         loop {
             tokio::select! {
                 signal = signals.next() => match signal {
-                    Signalled::Stop(name) => {
-                        self.drain(agent, signals, name).await;
+                    Signalled::Stop(signal) => {
+                        tracing::info!(signal, "draining");
+                        self.drain(agent, signals).await;
                         return Ok(());
                     }
                     Signalled::Reload => reloads.ask(None, || self.reload(&agent)),
@@ -229,7 +231,14 @@ impl Control<'_> {
                     self.manager.reloaded(&format!("{}{failed}", status(&agent)));
                     reloads.ended(&told, || self.reload(&agent));
                 }
-                error = agent.failed() => return Err(error),
+                error = agent.failed() => {
+                    // Callers are told to come back: what they have is valid still.
+                    if error.is::<Expelled>() {
+                        tracing::warn!("draining: the server does not take this agent any more");
+                        self.drain(agent, signals).await;
+                    }
+                    return Err(error);
+                }
             }
         }
     }
@@ -256,8 +265,7 @@ impl Control<'_> {
         }
     }
 
-    async fn drain(&self, agent: Running, signals: &mut Signals, signal: &str) {
-        tracing::info!(signal, "draining");
+    async fn drain(&self, agent: Running, signals: &mut Signals) {
         self.manager.stopping("draining");
         tokio::select! {
             () = agent.shutdown() => {}

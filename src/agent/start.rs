@@ -105,7 +105,8 @@ impl AgentParts {
         let series = AgentMetrics::new(metrics.registry(), clock);
         let issuer_series = Arc::new(IssuerMetrics::new(metrics.registry()));
         let store_series = Arc::new(StoreMetrics::new(metrics.registry()));
-        let issuer = issuer::choice::open(config.issuer_input(), clock, Arc::clone(&issuer_series))
+        let counted = Arc::clone(&issuer_series);
+        let issuer = issuer::choice::open(config.issuer_input(), clock, counted, metrics.registry())
             .context("cannot open the issuer")?;
         let caches = &config.caches;
         let (x509_svids, jwt_svids) = (caches.x509_svids.count(), caches.jwt_svids.count());
@@ -126,7 +127,9 @@ impl AgentParts {
             Arc::clone(&store_series),
             config.policy.clone(),
         );
+        let scraped = Arc::clone(&issuer);
         metrics.before_render(move || {
+            scraped.before_scrape();
             issuer_series.rotation.refresh(clock.now());
             store_series.renewal.refresh(clock.now());
         });
@@ -180,6 +183,8 @@ impl AgentParts {
             self.serve_admin(socket, service, admin_stats, stopping)
         });
         let mut tasks = self.tasks();
+        let mut issuing = JoinSet::new();
+        issuing.spawn(Arc::clone(&self.issuer).run());
         let gate = self.gate.clone();
         tasks.spawn_on(async move { gate.follow().await }, control);
         tasks.spawn_on(keep_time(self.limits.clone(), self.gate.clone()), control);
@@ -196,7 +201,8 @@ impl AgentParts {
         look_around(&self.health);
         self.health.set(Probe::Healthy);
         let adjustable = Adjustable { parts: Arc::new(self), connections, log: None };
-        Ok(Running { config: Arc::new(config), adjustable, stop, public, admin, tasks, asked: Some(asked) })
+        let config = Arc::new(config);
+        Ok(Running { config, adjustable, stop, public, admin, tasks, asked: Some(asked), issuing })
     }
 
     /// Has a scrape tell how memory stands.
@@ -258,7 +264,6 @@ impl AgentParts {
     /// What goes on for ever.
     fn tasks(&self) -> JoinSet<()> {
         let mut tasks = JoinSet::new();
-        tasks.spawn(Arc::clone(&self.issuer).run());
         tasks.spawn(Arc::clone(&self.writer).run());
         let metrics = Arc::clone(&self.metrics);
         tasks.spawn(async move { metrics.keep_up().await });

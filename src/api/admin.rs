@@ -244,11 +244,14 @@ impl AdminParts {
             None if self.health.get() == Probe::Starting => "the agent has just started".to_owned(),
             None => "callers cannot be served or told apart: see the log".to_owned(),
         };
+        let (due, refused) = self.x509.waited_for();
         pb::StatusResponse {
             trust_domain: snapshot.bundles.own.trust_domain.to_string(),
             entries: count(snapshot.index.entries().len()),
             bundles: count(snapshot.bundles.federated.len() + 1),
             x509_svids: count(self.x509.counts().cached),
+            x509_svids_due: count(due),
+            x509_svids_refused: count(refused),
             not_ready,
             server,
             version: env!("CARGO_PKG_VERSION").to_owned(),

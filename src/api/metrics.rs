@@ -7,29 +7,8 @@ use tonic::Code;
 
 use crate::{
     limits::Method,
-    telemetry::registry::{By, Label, Open, Registry},
+    telemetry::registry::{By, GRPC_CODES, Label, Open, Registry},
 };
-
-/// The names of gRPC's codes as grpc-go writes them, in the order of their numbers.
-const CODES: [&str; 17] = [
-    "OK",
-    "Canceled",
-    "Unknown",
-    "InvalidArgument",
-    "DeadlineExceeded",
-    "NotFound",
-    "AlreadyExists",
-    "PermissionDenied",
-    "ResourceExhausted",
-    "FailedPrecondition",
-    "Aborted",
-    "OutOfRange",
-    "Unimplemented",
-    "Internal",
-    "Unavailable",
-    "DataLoss",
-    "Unauthenticated",
-];
 
 /// The series of calls. All methods are cheap and never block.
 pub(super) struct ApiMetrics {
@@ -49,7 +28,7 @@ impl ApiMetrics {
             )
         };
         Self {
-            calls: By::new(|method| CODES.iter().map(|code| counter(method, code)).collect()),
+            calls: By::new(|method| GRPC_CODES.iter().map(|code| counter(method, code)).collect()),
             seconds: make.histograms(
                 "durward_call_duration_seconds",
                 "Time from a call's arrival to its answer, or to the first message of a stream.",

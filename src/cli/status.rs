@@ -57,7 +57,11 @@ fn pretty(told: &pb::StatusResponse, now: SystemTime) -> String {
     }
     row("Entries:", &told.entries.to_string());
     row("Bundles:", &told.bundles.to_string());
-    row("X.509-SVIDs:", &told.x509_svids.to_string());
+    let mut svids = format!("{} made, {} due", told.x509_svids, told.x509_svids_due);
+    if told.x509_svids_refused > 0 {
+        let _ = write!(svids, ", {} entries not signed for: see the log", told.x509_svids_refused);
+    }
+    row("X.509-SVIDs:", &svids);
     row("Ready:", if told.not_ready.is_empty() { "yes" } else { "no" });
     if !told.not_ready.is_empty() {
         row("Because:", &told.not_ready);
@@ -116,6 +120,8 @@ fn to_json(told: &pb::StatusResponse) -> serde_json::Value {
         "entries": told.entries,
         "bundles": told.bundles,
         "x509_svids": told.x509_svids,
+        "x509_svids_due": told.x509_svids_due,
+        "x509_svids_refused": told.x509_svids_refused,
         "ready": told.not_ready.is_empty(),
         "not_ready": text(&told.not_ready),
         "version": told.version,
@@ -131,6 +137,9 @@ mod tests {
             trust_domain: "example.org".to_owned(),
             entries: 3,
             bundles: 1,
+            x509_svids: 7,
+            x509_svids_due: 2,
+            x509_svids_refused: 1,
             version: "1".to_owned(),
             server,
             ..pb::StatusResponse::default()
@@ -155,6 +164,7 @@ mod tests {
             "Last sync:    1m5s ago\n",
             "Waits for:    the SPIRE Server, for 1m\n",
             "Ready:        yes\n",
+            "X.509-SVIDs:  7 made, 2 due, 1 entries not signed for: see the log\n",
         ] {
             assert!(shown.contains(want), "{want}{shown}");
         }

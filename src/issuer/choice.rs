@@ -8,7 +8,7 @@ use super::{
     metrics::IssuerMetrics,
     server::{DataFault, ServerIssuer},
 };
-use crate::os::clock::Clock;
+use crate::{os::clock::Clock, telemetry::registry::Registry};
 
 /// Why there is no issuer.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +29,7 @@ pub fn open(
     told: IssuerInput,
     clock: Clock,
     metrics: Arc<IssuerMetrics>,
+    registry: Registry<'_>,
 ) -> Result<Arc<dyn Issuer>, OpenError> {
     let IssuerInput { choice, index, federated } = told;
     match choice {
@@ -37,6 +38,8 @@ pub fn open(
             issuer.declare(index, federated);
             Ok(Arc::new(issuer))
         }
-        IssuerChoice::Server(settings) => Ok(Arc::new(ServerIssuer::open(*settings, clock, metrics)?)),
+        IssuerChoice::Server(settings) => {
+            Ok(Arc::new(ServerIssuer::open(*settings, clock, metrics, registry)?))
+        }
     }
 }

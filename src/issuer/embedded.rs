@@ -37,7 +37,8 @@ pub use self::{
     settings::{EmbeddedSettings, IssuerSettings, MIN_CA_TTL, MIN_SVID_TTL},
 };
 use super::{
-    Issuer, IssuerChoice, IssuerInput, Lookout, MintError, SvidKind, World, by, metrics::IssuerMetrics,
+    Expelled, Issuer, IssuerChoice, IssuerInput, Lookout, MintError, SvidKind, World, by,
+    metrics::IssuerMetrics,
 };
 use crate::{
     identity::{Bundle, Bundles, Entry, EntryIndex, JwtSvid, TrustDomain, X509Svid},
@@ -244,7 +245,7 @@ impl Issuer for EmbeddedIssuer {
         self.declare(index, federated);
     }
 
-    fn run(self: Arc<Self>) -> BoxFuture<'static, ()> {
+    fn run(self: Arc<Self>) -> BoxFuture<'static, Expelled> {
         Box::pin(async move {
             let mut failing = false;
             loop {

@@ -5,7 +5,9 @@
 //! |---|---|
 //! | `calls` | what the server is asked with the agent's SVID, and how that fails |
 //! | `entries`, `bundles` | what it says of whom this node serves, and what verifies them |
-//! | `cycle` | when it is asked for that |
+//! | `sync`, `cycle` | that it is asked for that, and when |
+//! | `own_svid`, `attestation`, `bootstrap` | the agent's own SVID, how this node is known at first, and how the server is |
+//! | `upstream`, `dial`, `tls` | the connection that every call shares |
 //! | `request`, `signing` | X.509-SVIDs: a key and a request, what comes back, and many of them at once |
 //! | `tokens` | JWT-SVIDs, and each caller's share of the calls for them |
 //!
@@ -23,57 +25,57 @@ mod dial;
 mod entries;
 mod error;
 mod files;
+mod metrics;
+mod other_agent;
 pub mod own_svid;
 pub mod proto;
+mod reading;
 mod remote;
 mod request;
 pub mod settings;
 mod signing;
+mod sync;
 mod tls;
 mod tokens;
 mod upstream;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fmt,
+    future::pending,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
-use futures_util::{StreamExt as _, future::BoxFuture, stream};
+use futures_util::future::BoxFuture;
 use tokio::{
     sync::watch,
-    time::{Instant, sleep_until, timeout_at},
+    time::{Instant, timeout_at},
 };
 
 use self::{
     calls::{AskFor, CallFault, Calls},
-    cycle::{Cycle, Outcome, Since},
-    entries::KnownEntries,
     remote::RemoteServer,
     signing::{Urgency, X509Signing},
     tokens::JwtSigning,
 };
 pub use self::{
     error::{DataFault, Denial, ServerError},
+    metrics::{ServerCall, ServerMetrics, SyncResult},
     own_svid::{OwnStanding, OwnSvid},
     settings::ServerSettings,
     upstream::LineStanding,
 };
 use super::{
-    Issuer, IssuerChoice, IssuerInput, Lookout, Lookouts, MintError, ServerStatus, SvidKind, World, by,
-    metrics::IssuerMetrics,
+    Expelled, Issuer, IssuerChoice, IssuerInput, Lookout, Lookouts, MintError, ServerStatus, SvidKind, World,
+    by, metrics::IssuerMetrics,
 };
 use crate::{
-    identity::{Bundle, Bundles, Entry, EntryIndex, JwtSvid, KeyType, Tainted, TrustDomain, X509Svid},
-    os::{clock::Clock, random::fraction},
-    telemetry::chain,
+    identity::{Bundle, Bundles, Entry, JwtSvid, KeyType, TrustDomain, X509Svid},
+    os::clock::Clock,
+    telemetry::registry::Registry,
 };
 
-/// How long a sync may take.
-const SYNC_WITHIN: Duration = Duration::from_secs(30);
-/// How many bundles of other trust domains are asked for at once.
-const BUNDLES_AT_ONCE: usize = 10;
 /// How long an SVID is waited for while the last sync has failed: nobody waits for a server that is away.
 const AWAY_WAIT: Duration = Duration::from_secs(3);
 
@@ -116,6 +118,8 @@ pub struct ServerIssuer {
     trust_domain: TrustDomain,
     /// `None` where calls need none.
     own: Option<Arc<OwnSvid>>,
+    /// The same.
+    server_metrics: Option<Arc<ServerMetrics>>,
     calls: Arc<dyn Calls>,
     clock: Clock,
     metrics: Arc<IssuerMetrics>,
@@ -133,17 +137,6 @@ impl fmt::Debug for ServerIssuer {
     }
 }
 
-/// What the syncs so far have brought.
-#[derive(Default)]
-struct Synced {
-    entries: KnownEntries,
-    /// The trust domains that the entries of this index federate with.
-    federated: (Arc<EntryIndex>, BTreeSet<TrustDomain>),
-    /// Those of which the server has no bundle, which was said.
-    missing: BTreeSet<TrustDomain>,
-    failing: bool,
-}
-
 impl ServerIssuer {
     /// Joins the server of these settings, with what is on the disk of it; nothing is asked of it before
     /// [`Issuer::run`].
@@ -154,13 +147,16 @@ impl ServerIssuer {
         settings: ServerSettings,
         clock: Clock,
         metrics: Arc<IssuerMetrics>,
+        registry: Registry<'_>,
     ) -> Result<Self, DataFault> {
         let (trust_domain, live) = (settings.trust_domain.clone(), LiveSettings::from(&settings));
         let asked_for = asked_for(&settings);
-        let own = OwnSvid::open(settings, clock)?;
+        let counted = Arc::new(ServerMetrics::new(registry));
+        let own = OwnSvid::open(settings, clock, Arc::clone(&counted))?;
         let remote = RemoteServer::new(Arc::clone(&own), trust_domain.clone());
         remote.ask_for(asked_for);
-        Ok(Self { own: Some(own), ..Self::new(trust_domain, Arc::new(remote), live, clock, metrics) })
+        let issuer = Self::new(trust_domain, Arc::new(remote), live, clock, metrics);
+        Ok(Self { own: Some(own), server_metrics: Some(counted), ..issuer })
     }
 
     /// An issuer that knows nothing yet.
@@ -192,6 +188,7 @@ impl ServerIssuer {
         Self {
             trust_domain,
             own: None,
+            server_metrics: None,
             calls,
             clock,
             metrics,
@@ -224,129 +221,6 @@ impl ServerIssuer {
         match done {
             Ok(()) => *standing = SyncStanding { again_at: None, synced: Some(self.clock.now()) },
             Err(_) => standing.again_at = Some(again_at),
-        }
-    }
-
-    /// Follows what the server has, for ever.
-    async fn follow(&self) {
-        let mut synced = Synced::default();
-        let mut cycle = Cycle::new(Instant::now());
-        let mut since = Since::Due;
-        loop {
-            cycle.begins(Instant::now(), since);
-            let look = self.lookouts.begin();
-            let done = self.sync(&mut synced).await;
-            let outcome = if done.is_ok() { Outcome::Synced } else { Outcome::Failed };
-            if done.is_ok() {
-                self.lookouts.done(look);
-            }
-            say(&mut synced.failing, done.as_ref().err());
-            let next = cycle.ended(Instant::now(), outcome, self.settings().interval, fraction());
-            self.stands(&done, next.at);
-            let waited_for = async {
-                sleep_until(next.if_waited_for).await;
-                self.lookouts.wanted().await;
-            };
-            since = tokio::select! {
-                () = sleep_until(next.at) => Since::Due,
-                () = waited_for => Since::WaitedFor,
-            };
-        }
-    }
-
-    /// Asks for everything, and publishes what is another. What was learnt before a failure is published too.
-    async fn sync(&self, synced: &mut Synced) -> Result<(), CallFault> {
-        let deadline = Instant::now() + SYNC_WITHIN;
-        let (entries, own) =
-            tokio::join!(self.calls.entries(synced.entries.clone(), deadline), self.calls.bundle(deadline));
-        let (entries, own) = (entries?, own?);
-        if entries.malformed > 0 {
-            tracing::warn!(
-                count = entries.malformed,
-                "received malformed entries from the server, which are left out; are the versions of server and agent compatible?"
-            );
-        }
-        synced.entries = entries.known;
-        let index = Arc::clone(&synced.entries.index);
-        if !Arc::ptr_eq(&synced.federated.0, &index) {
-            let of_entries = index.entries().iter().flat_map(|entry| &entry.federates_with).cloned();
-            synced.federated = (Arc::clone(&index), of_entries.collect());
-        }
-        let (federated, done) = self.federated(synced, deadline).await;
-        self.publish(index, own.bundle, federated, own.tainted).await;
-        done
-    }
-
-    /// The bundles of the trust domains that the entries federate with. Where one cannot be had, the one that is known
-    /// stays.
-    async fn federated(
-        &self,
-        synced: &mut Synced,
-        deadline: Instant,
-    ) -> (BTreeMap<TrustDomain, Arc<Bundle>>, Result<(), CallFault>) {
-        let before = Arc::clone(&self.world.borrow());
-        let asked: Vec<TrustDomain> = synced.federated.1.iter().cloned().collect();
-        let answers = stream::iter(asked).map(|trust_domain| async move {
-            let answer = self.calls.federated_bundle(&trust_domain, deadline).await;
-            (trust_domain, answer)
-        });
-        let answers: Vec<_> = answers.buffer_unordered(BUNDLES_AT_ONCE).collect().await;
-        let (mut federated, mut done) = (BTreeMap::new(), Ok(()));
-        let mut missing = BTreeSet::new();
-        for (trust_domain, answer) in answers {
-            let known = before.bundles.federated.get(&trust_domain);
-            match answer {
-                Ok(Some(told)) => {
-                    let bundle = known
-                        .filter(|known| ***known == told.bundle)
-                        .map_or_else(|| Arc::new(told.bundle), Arc::clone);
-                    federated.insert(trust_domain, bundle);
-                }
-                Ok(None) => {
-                    if !synced.missing.contains(&trust_domain) {
-                        tracing::warn!(%trust_domain, "the server has no bundle of a trust domain that entries federate with");
-                    }
-                    missing.insert(trust_domain);
-                }
-                Err(error) => {
-                    if let Some(known) = known {
-                        federated.insert(trust_domain, Arc::clone(known));
-                    }
-                    done = Err(error);
-                }
-            }
-        }
-        synced.missing = missing;
-        (federated, done)
-    }
-
-    /// Publishes a world, if it is another.
-    async fn publish(
-        &self,
-        index: Arc<EntryIndex>,
-        own: Bundle,
-        federated: BTreeMap<TrustDomain, Arc<Bundle>>,
-        tainted: Tainted,
-    ) {
-        let before = Arc::clone(&self.world.borrow());
-        let own_is_same = *before.bundles.own == own;
-        let same = own_is_same
-            && Arc::ptr_eq(&before.index, &index)
-            && *before.tainted == tainted
-            && before.bundles.federated.len() == federated.len()
-            && before.bundles.federated.values().zip(federated.values()).all(|(a, b)| Arc::ptr_eq(a, b));
-        if same {
-            return;
-        }
-        let own = if own_is_same { Arc::clone(&before.bundles.own) } else { Arc::new(own) };
-        let trusted =
-            (!own_is_same || *before.tainted != tainted).then(|| (Arc::clone(&own), tainted.clone()));
-        let bundles = Bundles { own, federated };
-        self.world.send_replace(Arc::new(World { index, bundles, tainted: Arc::new(tainted) }));
-        if let Some((own, tainted)) = trusted
-            && let Err(error) = self.calls.trust(&own, &tainted).await
-        {
-            tracing::error!(error = chain(&error), "the bundle cannot be kept for the next start");
         }
     }
 
@@ -459,23 +333,42 @@ impl Issuer for ServerIssuer {
         Some(status)
     }
 
+    fn before_scrape(&self) {
+        let (Some(metrics), Some(own)) = (&self.server_metrics, &self.own) else { return };
+        let ends = match &*own.standing().borrow() {
+            OwnStanding::Serving { not_after, .. } => Some(*not_after),
+            OwnStanding::Waiting { .. } | OwnStanding::Lost(_) => None,
+        };
+        metrics.refresh(self.clock.now(), self.standing().synced, ends);
+    }
+
     fn reload(&self, told: IssuerInput) {
         if let IssuerChoice::Server(settings) = told.choice {
             self.reconfigure(LiveSettings::from(&*settings));
+            if let Some(own) = &self.own {
+                own.reconfigure(&settings);
+            }
             self.calls.ask_for(asked_for(&settings));
         }
     }
 
-    fn run(self: Arc<Self>) -> BoxFuture<'static, ()> {
+    fn run(self: Arc<Self>) -> BoxFuture<'static, Expelled> {
         Box::pin(async move {
             let signing = Arc::clone(&self.x509);
             let own = async {
-                if let Some(own) = &self.own {
-                    let denial = Arc::clone(own).run().await;
-                    tracing::error!(%denial, "this agent is not served by its server any more");
+                match &self.own {
+                    Some(own) => Arc::clone(own).run().await,
+                    None => pending().await,
                 }
             };
-            tokio::join!(own, self.follow(), signing.run());
+            let goes_on = async {
+                tokio::join!(self.follow(), signing.run());
+                pending().await
+            };
+            tokio::select! {
+                expelled = own => expelled,
+                expelled = goes_on => expelled,
+            }
         })
     }
 }
@@ -484,18 +377,6 @@ impl Issuer for ServerIssuer {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the server has not told yet whom this node serves")]
 struct NotHeardOf;
-
-/// Says once that syncs fail, and once that they do no more.
-fn say(failing: &mut bool, fault: Option<&CallFault>) {
-    match (fault, std::mem::replace(failing, fault.is_some())) {
-        (Some(error), false) => {
-            tracing::warn!(error = chain(error), "cannot sync with the server; what is known is served");
-        }
-        (Some(error), true) => tracing::debug!(error = chain(error), "cannot sync with the server"),
-        (None, true) => tracing::info!("synced with the server again"),
-        (None, false) => {}
-    }
-}
 
 #[cfg(test)]
 mod tests {
@@ -510,14 +391,18 @@ mod tests {
 
     use super::{
         bundles::ToldBundle,
-        entries::{EntrySync, SyncedEntries},
+        entries::{EntrySync, KnownEntries, SyncedEntries},
         proto::{
             svid::{NewX509svidParams, batch_new_x509svid_response::Result as Answer},
             types::{self as pb, Jwtsvid},
         },
         *,
     };
-    use crate::{identity::EntryId, issuer::deadline, telemetry::metrics::Metrics};
+    use crate::{
+        identity::{EntryId, Tainted},
+        issuer::deadline,
+        telemetry::metrics::Metrics,
+    };
 
     type Signer = rcgen::Issuer<'static, rcgen::KeyPair>;
 
@@ -634,7 +519,7 @@ mod tests {
                 self.syncs.fetch_add(1, Relaxed);
                 self.reached().await?;
                 let td = td();
-                let mut sync = EntrySync::new(&td, &known);
+                let mut sync = EntrySync::new(td, known);
                 sync.whole(self.entries.lock().unwrap().clone())?;
                 Ok(sync.finish()?)
             })

@@ -212,6 +212,15 @@ impl X509Cache {
         X509Counts { cached: table.held.len(), active: table.streams.len() }
     }
 
+    /// How many are to be made anew or are being made ahead, and how many entries could not be signed for as they are.
+    /// Looks at each.
+    pub fn waited_for(&self) -> (usize, usize) {
+        let (now, table) = (self.clock.now(), self.lock());
+        let due = table.held.values().filter(|held| held.renew_at <= now).count();
+        let ahead = table.ahead.keys().filter(|id| !table.held.contains_key(*id)).count();
+        (due + ahead, table.failed.len())
+    }
+
     /// Forgets what no stream holds: memory is short.
     pub fn shrink(&self) {
         let mut table = self.lock();

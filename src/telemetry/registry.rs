@@ -51,6 +51,27 @@ macro_rules! labels {
 }
 pub(crate) use labels;
 
+/// The names of gRPC's codes as grpc-go writes them, in the order of their numbers: values of the label `code`.
+pub const GRPC_CODES: [&str; 17] = [
+    "OK",
+    "Canceled",
+    "Unknown",
+    "InvalidArgument",
+    "DeadlineExceeded",
+    "NotFound",
+    "AlreadyExists",
+    "PermissionDenied",
+    "ResourceExhausted",
+    "FailedPrecondition",
+    "Aborted",
+    "OutOfRange",
+    "Unimplemented",
+    "Internal",
+    "Unavailable",
+    "DataLoss",
+    "Unauthenticated",
+];
+
 /// One handle for each value of a label.
 #[derive(Debug)]
 pub struct By<L, H> {

@@ -5,10 +5,11 @@ use std::{path::Path, sync::Arc, time::Duration};
 use durward::{
     identity::TrustDomain,
     issuer::server::{
-        DataFault, Denial, OwnStanding, OwnSvid, ServerSettings,
+        DataFault, Denial, OwnStanding, OwnSvid, ServerMetrics, ServerSettings,
         settings::{JoinSettings, KeyManagerSettings, NodeAttestorSettings, SyncSettings},
     },
     os::clock::Clock,
+    telemetry::metrics::Metrics,
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -16,12 +17,15 @@ use tokio::{
     time::timeout,
 };
 
-use crate::spire_server::{Face, FakeSpireServer, Given};
+use crate::{
+    spire_server::{Face, FakeSpireServer, Given},
+    support::Process,
+};
 
 /// Far more than any of this takes.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-fn settings(dir: &Path, port: u16, bundle: &str, token: &str) -> ServerSettings {
+pub(crate) fn settings(dir: &Path, port: u16, bundle: &str, token: &str) -> ServerSettings {
     let roots = dir.join("roots.pem");
     std::fs::write(&roots, bundle).unwrap();
     ServerSettings {
@@ -43,12 +47,16 @@ fn settings(dir: &Path, port: u16, bundle: &str, token: &str) -> ServerSettings 
     }
 }
 
+pub(crate) fn opened(settings: ServerSettings, clock: Clock) -> Result<Arc<OwnSvid>, DataFault> {
+    OwnSvid::open(settings, clock, Arc::new(ServerMetrics::new(Metrics::default().registry())))
+}
+
 /// A directory that nobody else may write to on the way.
-fn directory() -> tempfile::TempDir {
+pub(crate) fn directory() -> tempfile::TempDir {
     tempfile::tempdir().unwrap()
 }
 
-async fn serving(own: &Arc<OwnSvid>) -> String {
+pub(crate) async fn serving(own: &Arc<OwnSvid>) -> String {
     let mut standing = own.standing();
     let found = timeout(PATIENCE, standing.wait_for(|it| matches!(it, OwnStanding::Serving { .. }))).await;
     match &*found.expect("in time").unwrap() {
@@ -58,7 +66,7 @@ async fn serving(own: &Arc<OwnSvid>) -> String {
 }
 
 /// Why there is no SVID, once a reason was found.
-async fn trouble(own: &Arc<OwnSvid>) -> String {
+pub(crate) async fn trouble(own: &Arc<OwnSvid>) -> String {
     let mut standing = own.standing();
     let told = |it: &OwnStanding| matches!(it, OwnStanding::Waiting { why, .. } if why != "node attestation");
     match &*timeout(PATIENCE, standing.wait_for(told)).await.expect("in time").unwrap() {
@@ -67,7 +75,7 @@ async fn trouble(own: &Arc<OwnSvid>) -> String {
     }
 }
 
-fn kept(dir: &Path) -> String {
+pub(crate) fn kept(dir: &Path) -> String {
     std::fs::read_to_string(dir.join("data/agent-data.json")).unwrap_or_default()
 }
 
@@ -77,17 +85,17 @@ async fn a_token_is_used_once_and_what_it_brought_is_kept() {
     server.course().tokens.insert("once".to_owned());
     let dir = directory();
     let settings = settings(dir.path(), server.address.port(), &server.ca.pem, "once");
-    let own = OwnSvid::open(settings.clone(), Clock::SYSTEM).unwrap();
+    let own = opened(settings.clone(), Clock::SYSTEM).unwrap();
     let running = tokio::spawn(Arc::clone(&own).run());
     assert_eq!(serving(&own).await, "spiffe://example.org/spire/agent/join_token/once");
-    assert!(matches!(OwnSvid::open(settings.clone(), Clock::SYSTEM), Err(DataFault::Locked { .. })));
+    assert!(matches!(opened(settings.clone(), Clock::SYSTEM), Err(DataFault::Locked { .. })));
     running.abort();
     drop(running.await);
     drop(own);
 
     // Without the server: it stands there at once.
     drop(server);
-    let own = OwnSvid::open(settings, Clock::SYSTEM).unwrap();
+    let own = opened(settings, Clock::SYSTEM).unwrap();
     assert!(matches!(&*own.standing().borrow(), OwnStanding::Serving { .. }));
 }
 
@@ -95,8 +103,7 @@ async fn a_token_is_used_once_and_what_it_brought_is_kept() {
 async fn a_token_that_is_used_up_says_what_to_do() {
     let server = FakeSpireServer::start(Face::Right).await;
     let dir = directory();
-    let own =
-        OwnSvid::open(settings(dir.path(), server.address.port(), &server.ca.pem, "old"), Clock::SYSTEM);
+    let own = opened(settings(dir.path(), server.address.port(), &server.ca.pem, "old"), Clock::SYSTEM);
     let own = own.unwrap();
     let running = tokio::spawn(Arc::clone(&own).run());
     let why = trouble(&own).await;
@@ -116,7 +123,7 @@ async fn a_server_that_is_not_the_server_gets_no_token() {
         server.course().tokens.insert("secret".to_owned());
         let dir = directory();
         let settings = settings(dir.path(), server.address.port(), &server.ca.pem, "secret");
-        let own = OwnSvid::open(settings, Clock::SYSTEM).unwrap();
+        let own = opened(settings, Clock::SYSTEM).unwrap();
         let running = tokio::spawn(Arc::clone(&own).run());
         let why = trouble(&own).await;
         assert!(why.contains(want), "{face:?}: {why}");
@@ -138,7 +145,7 @@ async fn what_is_no_tls_is_told_so() {
     });
     let dir = directory();
     let pem = crate::spire_server::TestCa::new().pem.clone();
-    let own = OwnSvid::open(settings(dir.path(), port, &pem, "token"), Clock::SYSTEM).unwrap();
+    let own = opened(settings(dir.path(), port, &pem, "token"), Clock::SYSTEM).unwrap();
     let running = tokio::spawn(Arc::clone(&own).run());
     let why = trouble(&own).await;
     assert!(why.contains("does not speak TLS"), "{why}");
@@ -160,7 +167,7 @@ async fn an_svid_that_was_not_asked_for_is_not_kept() {
         server.course().given = given;
         let dir = directory();
         let settings = settings(dir.path(), server.address.port(), &server.ca.pem, "once");
-        let own = OwnSvid::open(settings, Clock::SYSTEM).unwrap();
+        let own = opened(settings, Clock::SYSTEM).unwrap();
         let running = tokio::spawn(Arc::clone(&own).run());
         let why = trouble(&own).await;
         assert!(why.contains(want), "{given:?}: {why}");
@@ -176,7 +183,7 @@ async fn it_is_renewed_and_what_is_renewed_is_kept() {
     server.course().ttl = Duration::from_secs(14);
     let dir = directory();
     let settings = settings(dir.path(), server.address.port(), &server.ca.pem, "once");
-    let own = OwnSvid::open(settings.clone(), Clock::SYSTEM).unwrap();
+    let own = opened(settings.clone(), Clock::SYSTEM).unwrap();
     let running = tokio::spawn(Arc::clone(&own).run());
     assert!(serving(&own).await.ends_with("/once"));
     server.course().ttl = Duration::from_secs(3600);
@@ -187,7 +194,7 @@ async fn it_is_renewed_and_what_is_renewed_is_kept() {
     running.abort();
     drop(running.await);
     drop((own, standing));
-    let own = OwnSvid::open(settings, Clock::SYSTEM).unwrap();
+    let own = opened(settings, Clock::SYSTEM).unwrap();
     assert!(serving(&own).await.ends_with("/renewed"));
 }
 
@@ -198,12 +205,110 @@ async fn a_banned_agent_ends_and_says_so() {
     server.course().tokens.insert("once".to_owned());
     let dir = directory();
     let settings = settings(dir.path(), server.address.port(), &server.ca.pem, "once");
-    let own = OwnSvid::open(settings, Clock::SYSTEM).unwrap();
+    let own = opened(settings, Clock::SYSTEM).unwrap();
     let running = tokio::spawn(Arc::clone(&own).run());
     serving(&own).await;
     server.course().denial = Some(BANNED);
     own.renew_at_once();
-    assert_eq!(timeout(PATIENCE, running).await.expect("in time").unwrap(), Denial::Banned);
+    let expelled = timeout(PATIENCE, running).await.expect("in time").unwrap();
+    let evict = "spire-server agent evict -spiffeID spiffe://example.org/spire/agent/join_token/once";
+    assert!(expelled.reason.contains("banned") && expelled.reason.contains(evict), "{expelled}");
     assert!(matches!(&*own.standing().borrow(), OwnStanding::Lost(Denial::Banned)));
     assert!(kept(dir.path()).contains("\"svid\":null"));
+}
+
+/// An agent of this server as a process.
+pub(crate) fn write_config(dir: &Path, server: &FakeSpireServer, more: &str) {
+    std::fs::write(dir.join("roots.pem"), &server.ca.pem).unwrap();
+    let (at, port) = (dir.display(), server.address.port());
+    let text = format!(
+        "agent {{\n trust_domain = \"example.org\"\n server_address = \"localhost\"\n server_port = {port}\n\
+         data_dir = \"{at}/data\"\n socket_path = \"{at}/api.sock\"\n log_level = \"info\"\n\
+         experimental {{ sync_interval = \"500ms\" }}\n{more}\n}}\n\
+         plugins {{\n NodeAttestor \"join_token\" {{ }}\n KeyManager \"disk\" {{ plugin_data {{ directory = \"{at}/data\" }} }}\n\
+         WorkloadAttestor \"unix\" {{ }}\n}}\n"
+    );
+    std::fs::write(dir.join("agent.conf"), text).unwrap();
+}
+
+/// Waits until `is_so`, which `what` says.
+pub(crate) async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let waiting = async {
+        while !is_so() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, waiting).await.unwrap_or_else(|_late| panic!("waited in vain: {what}"));
+}
+
+#[tokio::test]
+async fn an_evicted_agent_ends_with_an_exit_status_of_its_own() {
+    const NOT_ATTESTED: i32 = 2;
+    let server = FakeSpireServer::start(Face::Right).await;
+    server.course().tokens.insert("once".to_owned());
+    let dir = directory();
+    let more = format!("trust_bundle_path = \"{}/roots.pem\"\n join_token = \"once\"", dir.path().display());
+    write_config(dir.path(), &server, &more);
+    let mut agent = Process::spawn(dir.path());
+    until("attested", || kept(dir.path()).contains("\"svid\":[")).await;
+    // One denial is no proof.
+    server.course().denial = Some(NOT_ATTESTED);
+    let log = || std::fs::read_to_string(dir.path().join("log")).unwrap();
+    until("asked once more", || log().contains("it is asked once more")).await;
+    assert!(kept(dir.path()).contains("\"svid\":["), "nothing is deleted before it is certain");
+    until("the end", || agent.has_ended()).await;
+    assert_eq!(agent.wait().code(), Some(5), "{}", log());
+    assert!(log().contains("spire-server token generate"), "{}", log());
+    assert!(kept(dir.path()).contains("\"svid\":null"));
+    assert!(!dir.path().join("api.sock").exists());
+}
+
+#[tokio::test]
+async fn a_banned_node_is_not_attested_for_ever() {
+    let server = FakeSpireServer::start(Face::Right).await;
+    server.course().banned = true;
+    let dir = directory();
+    let own = opened(settings(dir.path(), server.address.port(), &server.ca.pem, "old"), Clock::SYSTEM);
+    let expelled = timeout(PATIENCE, own.unwrap().run()).await.expect("in time");
+    assert!(expelled.reason.contains("spire-server agent evict"), "{expelled}");
+}
+
+#[tokio::test]
+async fn another_token_is_tried_as_soon_as_it_is_there() {
+    let server = FakeSpireServer::start(Face::Right).await;
+    let dir = directory();
+    let mut settings = settings(dir.path(), server.address.port(), &server.ca.pem, "old");
+    let own = opened(settings.clone(), Clock::SYSTEM).unwrap();
+    let running = tokio::spawn(Arc::clone(&own).run());
+    trouble(&own).await;
+    server.course().tokens.insert("other".to_owned());
+    settings.join.join_token = "other".to_owned().into();
+    own.reconfigure(&settings);
+    assert_eq!(serving(&own).await, "spiffe://example.org/spire/agent/join_token/other");
+    running.abort();
+}
+
+#[tokio::test]
+async fn a_token_given_to_whoever_answers_is_not_lost_with_the_bundle() {
+    let server = FakeSpireServer::start(Face::Right).await;
+    server.course().tokens.insert("once".to_owned());
+    server.course().bundles_fail = 1;
+    let dir = directory();
+    let mut settings = settings(dir.path(), server.address.port(), &server.ca.pem, "once");
+    (settings.join.trust_bundle_path, settings.join.insecure_bootstrap) = (None, true);
+    let own = opened(settings.clone(), Clock::SYSTEM).unwrap();
+    let running = tokio::spawn(Arc::clone(&own).run());
+    let why = trouble(&own).await;
+    assert!(why.contains("GetBundle"), "{why}");
+    // Killed in between.
+    running.abort();
+    drop(running.await);
+    drop(own);
+    assert!(kept(dir.path()).contains("\"svid\":[") && kept(dir.path()).contains("\"bundle\":null"));
+    let own = opened(settings, Clock::SYSTEM).unwrap();
+    assert!(matches!(&*own.standing().borrow(), OwnStanding::Waiting { .. }), "nobody vouches for it yet");
+    let running = tokio::spawn(Arc::clone(&own).run());
+    assert_eq!(serving(&own).await, "spiffe://example.org/spire/agent/join_token/once");
+    assert!(kept(dir.path()).contains("\"bundle\":["));
+    running.abort();
 }

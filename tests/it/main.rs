@@ -35,6 +35,7 @@ mod metrics;
 mod mtls;
 mod names;
 mod operators;
+mod outages;
 mod places;
 mod process;
 mod ratelimit_config;
@@ -52,5 +53,6 @@ mod tidy;
 // What stopped a thread is told in this way on glibc alone.
 #[cfg(target_env = "gnu")]
 mod trace;
+mod trust;
 mod workload_api;
 mod writers;

@@ -19,7 +19,7 @@ use durward::{
         SpiffeId, TrustDomain, X509Svid, jwt,
     },
     issuer::{
-        Issuer, IssuerInput, Lookout, MintError, SvidKind, World as Published,
+        Expelled, Issuer, IssuerInput, Lookout, MintError, SvidKind, World as Published,
         embedded::{EmbeddedIssuer, EmbeddedSettings, IssuerSettings, MIN_CA_TTL},
         metrics::IssuerMetrics,
     },
@@ -453,7 +453,7 @@ impl Issuer for Fake {
         });
     }
 
-    fn run(self: Arc<Self>) -> BoxFuture<'static, ()> {
+    fn run(self: Arc<Self>) -> BoxFuture<'static, Expelled> {
         Box::pin(std::future::pending())
     }
 }

@@ -15,6 +15,14 @@ use durward::issuer::server::proto::{
         RenewAgentResponse, attest_agent_request, attest_agent_response,
     },
     bundle::{GetBundleRequest, GetFederatedBundleRequest},
+    entry::{
+        EntryRevision, GetAuthorizedEntriesRequest, GetAuthorizedEntriesResponse,
+        SyncAuthorizedEntriesRequest, SyncAuthorizedEntriesResponse,
+    },
+    svid::{
+        BatchNewX509svidRequest, BatchNewX509svidResponse, NewJwtsvidRequest, NewJwtsvidResponse,
+        batch_new_x509svid_response,
+    },
     types,
 };
 use prost::Message as _;
@@ -60,6 +68,44 @@ mod agent_api;
 )]
 mod bundle_api;
 
+#[path = "spire_api/entry.rs"]
+#[rustfmt::skip]
+#[expect(
+    clippy::allow_attributes,
+    clippy::allow_attributes_without_reason,
+    clippy::as_conversions,
+    clippy::clone_on_ref_ptr,
+    unreachable_pub,
+    unused_qualifications,
+    reason = "generated"
+)]
+mod entry_api;
+
+#[path = "spire_api/svid.rs"]
+#[rustfmt::skip]
+#[expect(
+    clippy::allow_attributes,
+    clippy::allow_attributes_without_reason,
+    clippy::as_conversions,
+    clippy::clone_on_ref_ptr,
+    unreachable_pub,
+    unused_qualifications,
+    reason = "generated"
+)]
+mod svid_api;
+
+/// How the server answers those who ask for their entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Manner {
+    Right,
+    /// It never answers.
+    Silent,
+    /// There is always one revision more.
+    Endless,
+    /// An answer of 100 MiB.
+    Huge,
+}
+
 /// Which SVID an agent is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Given {
@@ -88,8 +134,16 @@ pub(crate) struct Course {
     pub(crate) reattestable: bool,
     /// The reason of each answer to an agent.
     pub(crate) denial: Option<i32>,
+    /// Whether every attestation is that of a banned agent.
+    pub(crate) banned: bool,
+    /// How many further bundles are not given.
+    pub(crate) bundles_fail: u32,
     pub(crate) attested: u32,
     pub(crate) renewed: u32,
+    pub(crate) entries: Vec<types::Entry>,
+    pub(crate) manner: Manner,
+    /// How often entries were asked for.
+    pub(crate) syncs: u32,
 }
 
 /// A server that serves until it is dropped.
@@ -140,14 +194,24 @@ impl FakeSpireServer {
     }
 
     pub(crate) async fn start_with(face: Face, ca: Arc<TestCa>) -> Self {
+        Self::start_for(face, ca, Duration::MAX).await
+    }
+
+    /// One that says GOAWAY on every connection after `age`.
+    pub(crate) async fn start_for(face: Face, ca: Arc<TestCa>, age: Duration) -> Self {
         let course = Arc::new(Mutex::new(Course {
             tokens: BTreeSet::new(),
             given: Given::Right,
             ttl: Duration::from_secs(3600),
             reattestable: false,
             denial: None,
+            banned: false,
+            bundles_fail: 0,
             attested: 0,
             renewed: 0,
+            entries: Vec::new(),
+            manner: Manner::Right,
+            syncs: 0,
         }));
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -161,9 +225,15 @@ impl FakeSpireServer {
             }
         };
         let service = Api { ca: Arc::clone(&ca), course: Arc::clone(&course) };
-        let serving = tonic::transport::Server::builder()
+        let mut server = tonic::transport::Server::builder();
+        if age < Duration::MAX {
+            server = server.max_connection_age(age);
+        }
+        let serving = server
             .add_service(agent_api::agent_server::AgentServer::new(service.clone()))
-            .add_service(bundle_api::bundle_server::BundleServer::new(service))
+            .add_service(bundle_api::bundle_server::BundleServer::new(service.clone()))
+            .add_service(entry_api::entry_server::EntryServer::new(service.clone()))
+            .add_service(svid_api::svid_server::SvidServer::new(service))
             .serve_with_incoming(tokio_stream::wrappers::ReceiverStream::new(incoming));
         let serving = tokio::spawn(async move {
             tokio::select! {
@@ -319,6 +389,9 @@ impl agent_api::agent_server::Agent for Api {
             return Err(Status::invalid_argument("no parameters"));
         };
         let token = String::from_utf8(params.data.unwrap().payload).unwrap();
+        if self.course.lock().unwrap().banned {
+            return Err(Status::permission_denied("failed to attest: agent is banned"));
+        }
         if !self.course.lock().unwrap().tokens.remove(&token) {
             let text = "failed to attest: join token does not exist or has already been used";
             return Err(Status::invalid_argument(text));
@@ -353,6 +426,13 @@ impl agent_api::agent_server::Agent for Api {
 #[tonic::async_trait]
 impl bundle_api::bundle_server::Bundle for Api {
     async fn get_bundle(&self, _: Request<GetBundleRequest>) -> Result<Response<types::Bundle>, Status> {
+        {
+            let mut course = self.course.lock().unwrap();
+            if course.bundles_fail > 0 {
+                course.bundles_fail -= 1;
+                return Err(Status::internal("no bundle"));
+            }
+        }
         Ok(Response::new(types::Bundle {
             trust_domain: "example.org".to_owned(),
             x509_authorities: vec![types::X509Certificate { asn1: self.ca.der.to_vec(), tainted: false }],
@@ -365,5 +445,123 @@ impl bundle_api::bundle_server::Bundle for Api {
         _: Request<GetFederatedBundleRequest>,
     ) -> Result<Response<types::Bundle>, Status> {
         Err(Status::not_found("no such bundle"))
+    }
+}
+
+#[tonic::async_trait]
+impl entry_api::entry_server::Entry for Api {
+    type SyncAuthorizedEntriesStream =
+        tokio_stream::wrappers::ReceiverStream<Result<SyncAuthorizedEntriesResponse, Status>>;
+
+    async fn get_authorized_entries(
+        &self,
+        _: Request<GetAuthorizedEntriesRequest>,
+    ) -> Result<Response<GetAuthorizedEntriesResponse>, Status> {
+        self.denied()?;
+        let mut course = self.course.lock().unwrap();
+        course.syncs += 1;
+        Ok(Response::new(GetAuthorizedEntriesResponse { entries: course.entries.clone() }))
+    }
+
+    async fn sync_authorized_entries(
+        &self,
+        _: Request<Streaming<SyncAuthorizedEntriesRequest>>,
+    ) -> Result<Response<Self::SyncAuthorizedEntriesStream>, Status> {
+        self.denied()?;
+        let (manner, entries) = {
+            let mut course = self.course.lock().unwrap();
+            course.syncs += 1;
+            (course.manner, course.entries.clone())
+        };
+        let (sender, answers) = tokio::sync::mpsc::channel(1);
+        drop(tokio::spawn(async move {
+            match manner {
+                Manner::Silent => sender.closed().await,
+                Manner::Right => {
+                    let all = SyncAuthorizedEntriesResponse { entries, ..Default::default() };
+                    drop(sender.send(Ok(all)).await);
+                }
+                Manner::Endless => {
+                    for number in 0.. {
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                        let revision =
+                            EntryRevision { id: format!("{number}"), revision_number: 1, created_at: 1 };
+                        let page = SyncAuthorizedEntriesResponse {
+                            entry_revisions: vec![revision],
+                            more: true,
+                            ..Default::default()
+                        };
+                        if sender.send(Ok(page)).await.is_err() {
+                            break;
+                        }
+                    }
+                }
+                Manner::Huge => {
+                    let entry = types::Entry { hint: "x".repeat(100 << 20), ..Default::default() };
+                    let all = SyncAuthorizedEntriesResponse { entries: vec![entry], ..Default::default() };
+                    drop(sender.send(Ok(all)).await);
+                }
+            }
+        }));
+        Ok(Response::new(tokio_stream::wrappers::ReceiverStream::new(answers)))
+    }
+}
+
+impl Api {
+    fn entry(&self, id: &str) -> Result<types::Spiffeid, Status> {
+        let course = self.course.lock().unwrap();
+        let found = course.entries.iter().find(|entry| entry.id == id);
+        found
+            .and_then(|entry| entry.spiffe_id.clone())
+            .ok_or_else(|| Status::not_found("entry not found or not authorized"))
+    }
+}
+
+#[tonic::async_trait]
+impl svid_api::svid_server::Svid for Api {
+    async fn batch_new_x509svid(
+        &self,
+        request: Request<BatchNewX509svidRequest>,
+    ) -> Result<Response<BatchNewX509svidResponse>, Status> {
+        self.denied()?;
+        let sign = |params: &durward::issuer::server::proto::svid::NewX509svidParams| {
+            let id = match self.entry(&params.entry_id) {
+                Ok(id) => id,
+                Err(error) => {
+                    let status =
+                        types::Status { code: error.code().into(), message: error.message().to_owned() };
+                    return batch_new_x509svid_response::Result { status: Some(status), svid: None };
+                }
+            };
+            let mut request =
+                CertificateSigningRequestParams::from_der(&params.csr.as_slice().into()).unwrap();
+            request.params.subject_alt_names = vec![uri(&format!("spiffe://{}{}", id.trust_domain, id.path))];
+            request.params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+            let chain = vec![request.signed_by(&self.ca.issuer).unwrap().der().to_vec()];
+            let svid = types::X509svid { cert_chain: chain, id: Some(id), ..Default::default() };
+            batch_new_x509svid_response::Result { status: Some(types::Status::default()), svid: Some(svid) }
+        };
+        let results = request.into_inner().params.iter().map(sign).collect();
+        Ok(Response::new(BatchNewX509svidResponse { results }))
+    }
+
+    async fn new_jwtsvid(
+        &self,
+        _: Request<NewJwtsvidRequest>,
+    ) -> Result<Response<NewJwtsvidResponse>, Status> {
+        Err(Status::unimplemented("no tokens here"))
+    }
+}
+
+/// An entry for the user that runs the test.
+pub(crate) fn entry(name: &str) -> types::Entry {
+    let uid = nix::unistd::geteuid();
+    types::Entry {
+        id: name.to_owned(),
+        spiffe_id: Some(types::Spiffeid { trust_domain: "example.org".to_owned(), path: format!("/{name}") }),
+        selectors: vec![types::Selector { r#type: "unix".to_owned(), value: format!("uid:{uid}") }],
+        revision_number: 1,
+        created_at: 1,
+        ..Default::default()
     }
 }

@@ -255,6 +255,11 @@ pub struct StatusResponse {
     pub server: ::core::option::Option<ServerStatus>,
     #[prost(string, tag = "7")]
     pub version: ::prost::alloc::string::String,
+    /// X.509-SVIDs that are to be made anew or are being made ahead, and entries that could not be signed for.
+    #[prost(uint64, tag = "8")]
+    pub x509_svids_due: u64,
+    #[prost(uint64, tag = "9")]
+    pub x509_svids_refused: u64,
 }
 /// Times are in seconds since 1970; 0 where there is none.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

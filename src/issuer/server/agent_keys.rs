@@ -32,7 +32,14 @@ type KeyTable = BTreeMap<String, Zeroizing<Vec<u8>>>;
 /// The keys, and where they are kept.
 pub(super) struct AgentKeys {
     dir: Option<FileDir>,
-    known: Mutex<KeyTable>,
+    known: Mutex<KnownKeys>,
+}
+
+/// The keys, and which of them was made and is not in use yet.
+#[derive(Default)]
+struct KnownKeys {
+    keys: KeyTable,
+    waiting: Option<&'static str>,
 }
 
 impl std::fmt::Debug for AgentKeys {
@@ -75,41 +82,43 @@ impl AgentKeys {
             None => KeyTable::new(),
             Some(text) => parse(&text).map_err(|damage| dir.put_aside(NAME, damage))?,
         };
-        Ok(Self { dir: Some(dir), known: Mutex::new(known) })
+        Ok(Self { dir: Some(dir), known: Mutex::new(KnownKeys { keys: known, waiting: None }) })
     }
 
     /// The key whose public half stands in this certificate.
     pub(super) fn of(&self, leaf: &[u8]) -> Option<KeyPair> {
         let (_, leaf) = x509_parser::parse_x509_certificate(leaf).ok()?;
         let public = leaf.public_key().subject_public_key.data.as_ref();
-        self.lock().values().filter_map(|key| key_pair(key)).find(|key| key.public_key() == public)
+        self.lock().keys.values().filter_map(|key| key_pair(key)).find(|key| key.public_key() == public)
     }
 
-    /// Makes the next key, in the place that the key of `leaf` has not, and keeps it. Waits for the disk.
+    /// The next key, in the place that the key of `leaf` has not: the one that waits since a request with it failed, or one
+    /// that is made and kept. Waits for the disk.
     ///
     /// # Errors
     /// It cannot be kept: then it is not handed out.
     pub(super) fn make_next(&self, leaf: Option<&[u8]>) -> Result<KeyPair, NewKeyError> {
-        let key = KeyPair::generate(KeyType::EcP256, SignatureForm::Certificate)?;
         let current = leaf.and_then(|leaf| self.of(leaf));
         let mut known = self.lock();
-        let in_use = |name: &str| {
-            let kept = known.get(name).and_then(|key| key_pair(key));
-            kept.zip(current.as_ref())
-                .is_some_and(|(kept, current)| kept.public_key() == current.public_key())
-        };
+        let kept = |known: &KnownKeys, name: &str| known.keys.get(name).and_then(|key| key_pair(key));
+        let in_use =
+            |key: &KeyPair| current.as_ref().is_some_and(|current| current.public_key() == key.public_key());
+        if let Some(key) = known.waiting.and_then(|name| kept(&known, name)).filter(|key| !in_use(key)) {
+            return Ok(key);
+        }
+        let key = KeyPair::generate(KeyType::EcP256, SignatureForm::Certificate)?;
         let [first, second] = PLACES;
-        let place = if in_use(first) { second } else { first };
-        let mut next = known.clone();
+        let place = if kept(&known, first).is_some_and(|key| in_use(&key)) { second } else { first };
+        let mut next = known.keys.clone();
         next.insert(place.to_owned(), key.pkcs8()?);
         if let Some(dir) = &self.dir {
             dir.write(NAME, &written(&next))?;
         }
-        *known = next;
+        *known = KnownKeys { keys: next, waiting: Some(place) };
         Ok(key)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, KeyTable> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, KnownKeys> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -169,6 +178,12 @@ mod tests {
         let mut leaf = certificate(&keys.make_next(None).unwrap());
         for turn in 0..4 {
             let next = keys.make_next(Some(&leaf)).unwrap();
+            let again = keys.make_next(Some(&leaf)).unwrap();
+            assert_eq!(
+                next.public_key(),
+                again.public_key(),
+                "one that is not in use yet is not thrown away"
+            );
             let again = AgentKeys::open(FileDir::open(&path, 0o700).unwrap()).unwrap();
             let old = again.of(&leaf).expect("the key in use is kept until the next but one");
             assert_ne!(old.public_key(), next.public_key(), "{turn}");

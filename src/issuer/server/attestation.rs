@@ -4,7 +4,7 @@ mod join_token;
 mod k8s_psat;
 mod x509pop;
 
-use std::{fmt, path::Path};
+use std::fmt;
 
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
@@ -13,7 +13,8 @@ use zeroize::Zeroizing;
 
 use self::{join_token::JoinTokenAttestor, k8s_psat::PsatAttestor, x509pop::PopAttestor};
 use super::{
-    error::{ServerError, shown},
+    error::{Denial, ServerError, shown},
+    metrics::ServerCall,
     proto::{
         agent::{
             AgentX509svidParams, AttestAgentRequest, agent_client::AgentClient, attest_agent_request,
@@ -21,10 +22,10 @@ use super::{
         },
         types::AttestationData,
     },
+    reading::SlowReads,
     settings::{NodeAttestorSettings, ServerSettings},
     upstream::ServerConnection,
 };
-use crate::os::trusted::Trust;
 
 /// The most challenges of one attestation.
 const MOST_CHALLENGES: u32 = 16;
@@ -38,7 +39,7 @@ pub(super) trait NodeAttestor: fmt::Debug + Send + Sync {
     fn name(&self) -> &'static str;
 
     /// What is shown first, and who answers the challenges. Reads its files anew.
-    fn evidence(&self) -> BoxFuture<'_, Result<NodeEvidence, String>>;
+    fn evidence<'a>(&'a self, files: &'a SlowReads) -> BoxFuture<'a, Result<NodeEvidence, String>>;
 }
 
 /// What one attestation is made with.
@@ -81,13 +82,15 @@ pub(super) fn attestor(settings: &ServerSettings) -> Box<dyn NodeAttestor> {
 pub(super) async fn attest(
     connection: &ServerConnection,
     attestor: &dyn NodeAttestor,
+    files: &SlowReads,
     csr: Vec<u8>,
 ) -> Result<AttestedAgent, ServerError> {
     let name = attestor.name();
-    let evidence = attestor.evidence().await;
+    let evidence = attestor.evidence(files).await;
     let evidence = evidence.map_err(|fault| ServerError::Evidence { attestor: name, fault })?;
     let refused = |error| refused(name, error);
-    connection.answer("AttestAgent", exchange(connection.clone(), name, evidence, csr)).await.map_err(refused)
+    let exchanged = exchange(connection.clone(), name, evidence, csr);
+    connection.answer(ServerCall::AttestAgent, exchanged).await.map_err(refused)
 }
 
 async fn exchange(
@@ -131,12 +134,13 @@ async fn exchange(
 fn refused(attestor: &'static str, error: ServerError) -> ServerError {
     let ServerError::Answered { code, message, .. } = error else { return error };
     let is = |part: &str| message.contains(part);
+    if code == tonic::Code::PermissionDenied && is("banned") {
+        return ServerError::Denied(Denial::Banned);
+    }
     let remedy = if is("already been used") || is("does not exist") {
         "; a join token is good for one attestation: make another with `spire-server token generate`"
     } else if is("join token expired") {
         "; make another with `spire-server token generate -ttl <seconds>`, and start the agent before it expires"
-    } else if is("banned") {
-        "; to let it attest again, delete it at the server with `spire-server agent evict`"
     } else if is("could not get plugin") || is("unsupported") || code == tonic::Code::FailedPrecondition {
         "; is there a NodeAttestor of this name in the server's configuration?"
     } else {
@@ -144,28 +148,4 @@ fn refused(attestor: &'static str, error: ServerError) -> ServerError {
     };
     let message = shown(&message);
     ServerError::Refused { attestor, code, message, remedy }
-}
-
-/// Reads a file of an attestation that others may not have put there, as it is at this moment.
-async fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, String> {
-    let path = path.to_owned();
-    let reading = tokio::task::spawn_blocking(move || {
-        use std::io::Read as _;
-        let file = Trust::own().open(&path).map_err(|error| error.to_string())?;
-        let failed = |error| format!("cannot read {}: {error}", path.display());
-        let len = file.metadata().map_err(failed)?.len();
-        if len > MAX_FILE_LEN {
-            return Err(format!(
-                "{} has {len} bytes, more than the {MAX_FILE_LEN} that are read",
-                path.display()
-            ));
-        }
-        let mut text = Zeroizing::new(Vec::with_capacity(usize::try_from(len).unwrap_or(0) + 1));
-        file.take(MAX_FILE_LEN).read_to_end(&mut text).map_err(failed)?;
-        if text.is_empty() {
-            return Err(format!("{} is empty", path.display()));
-        }
-        Ok(text)
-    });
-    reading.await.unwrap_or_else(|_panicked| Err("reading failed".to_owned()))
 }

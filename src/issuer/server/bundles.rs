@@ -68,7 +68,7 @@ pub(super) fn read(told: pb::Bundle, asked: &TrustDomain) -> Result<ToldBundle, 
 }
 
 /// Certificates that stand one after the other. What is none is one of them, for an error to name.
-fn apart(der: &[u8]) -> Vec<Vec<u8>> {
+pub(super) fn apart(der: &[u8]) -> Vec<Vec<u8>> {
     let mut found = Vec::new();
     let mut rest = der;
     while !rest.is_empty() {

@@ -14,6 +14,7 @@ use super::{
         svid::{NewX509svidParams, batch_new_x509svid_response},
         types::Jwtsvid,
     },
+    upstream::Faulty,
 };
 use crate::identity::{Bundle, EntryId, Tainted, TrustDomain};
 
@@ -94,6 +95,16 @@ impl CallFault {
             }
             Self::Server(error) => matches!(error, ServerError::Lost(_)),
             Self::Entries(_) | Self::Bundle(_) | Self::Svid(_) => false,
+        }
+    }
+}
+
+impl Faulty for CallFault {
+    fn code(&self) -> Code {
+        match self {
+            Self::Server(error) => error.code(),
+            // What makes no sense was answered.
+            Self::Entries(_) | Self::Bundle(_) | Self::Svid(_) => Code::Internal,
         }
     }
 }

@@ -74,7 +74,15 @@ fn no_time() -> String {
 #[derive(Debug)]
 pub(super) struct AgentDataFile {
     dir: FileDir,
-    known: Mutex<AgentData>,
+    known: Mutex<KnownData>,
+}
+
+/// What is in the file, or should be.
+#[derive(Debug)]
+struct KnownData {
+    data: AgentData,
+    /// The file has it.
+    is_written: bool,
 }
 
 impl AgentDataFile {
@@ -93,7 +101,7 @@ impl AgentDataFile {
             let want = trust_domain.name().to_owned();
             return Err(DataFault::TrustDomain { path: dir.path_of(NAME), found, want });
         }
-        Ok(Self { dir, known: Mutex::new(known) })
+        Ok(Self { dir, known: Mutex::new(KnownData { data: known, is_written: true }) })
     }
 
     /// Where it is.
@@ -101,24 +109,49 @@ impl AgentDataFile {
         self.dir.path_of(NAME)
     }
 
-    /// What is in it.
+    /// What is in it, or should be.
     pub(super) fn known(&self) -> AgentData {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.lock().data.clone()
+    }
+
+    /// Whether the disk has what is known.
+    pub(super) fn is_written(&self) -> bool {
+        self.lock().is_written
     }
 
     /// Changes what is in it. Waits for the disk.
     ///
     /// # Errors
-    /// It cannot be written: what was in it is in it still.
+    /// It cannot be written: what was known is known still.
     pub(super) fn change(&self, change: impl FnOnce(&mut AgentData)) -> Result<(), DataFault> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut next = known.clone();
+        let mut known = self.lock();
+        let mut next = known.data.clone();
         change(&mut next);
-        if next != *known {
+        if next != known.data || !known.is_written {
             self.dir.write(NAME, &written(&next))?;
-            *known = next;
+            *known = KnownData { data: next, is_written: true };
         }
         Ok(())
+    }
+
+    /// Changes what is known, whatever becomes of the disk: for what there is no other copy of. Waits for the disk.
+    ///
+    /// # Errors
+    /// It cannot be written: it is known all the same, and [`AgentDataFile::is_written`] says so until a change is.
+    pub(super) fn insist(&self, change: impl FnOnce(&mut AgentData)) -> Result<(), DataFault> {
+        let mut known = self.lock();
+        let before = known.data.clone();
+        change(&mut known.data);
+        if known.data != before || !known.is_written {
+            known.is_written = false;
+            self.dir.write(NAME, &written(&known.data))?;
+            known.is_written = true;
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, KnownData> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

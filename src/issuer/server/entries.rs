@@ -137,9 +137,9 @@ enum SyncPhase {
 
 /// One sync.
 #[derive(Debug)]
-pub(super) struct EntrySync<'a> {
-    trust_domain: &'a TrustDomain,
-    known: &'a KnownEntries,
+pub(super) struct EntrySync {
+    trust_domain: TrustDomain,
+    known: KnownEntries,
     phase: SyncPhase,
     /// How many entries one request asks for: as many as revisions came in the first message.
     page: usize,
@@ -156,9 +156,9 @@ pub(super) struct EntrySync<'a> {
     malformed: u64,
 }
 
-impl<'a> EntrySync<'a> {
+impl EntrySync {
     /// A sync of what is `known`, for an agent of `trust_domain`.
-    pub(super) fn new(trust_domain: &'a TrustDomain, known: &'a KnownEntries) -> Self {
+    pub(super) fn new(trust_domain: TrustDomain, known: KnownEntries) -> Self {
         Self {
             trust_domain,
             known,
@@ -287,7 +287,7 @@ impl<'a> EntrySync<'a> {
         let id = EntryId::new(&entry.id);
         let for_stores = entry.store_svid;
         let same = self.known.index.get(&id).filter(|known| Revision::of(known) == revision).cloned();
-        match (same, parse(entry, self.trust_domain)) {
+        match (same, parse(entry, &self.trust_domain)) {
             (_, Some(_)) if for_stores => {
                 self.set_aside.insert(id, revision);
             }
@@ -405,8 +405,7 @@ mod tests {
 
     /// Has the whole conversation with a server that has `entries`, and sends pages of `page`.
     fn sync(known: &KnownEntries, entries: &[pb::Entry], page: usize) -> (SyncedEntries, usize) {
-        let td = td();
-        let mut sync = EntrySync::new(&td, known);
+        let mut sync = EntrySync::new(td(), known.clone());
         let mut asked_for = 0;
         if entries.len() <= page {
             let all = SyncAuthorizedEntriesResponse { entries: entries.to_vec(), ..Default::default() };
@@ -556,7 +555,7 @@ mod tests {
             ("no more", vec![revisions(&["a"], true)], EndedEarly),
             ("nothing at all", vec![], EndedEarly),
         ] {
-            let mut sync = EntrySync::new(&td, &known);
+            let mut sync = EntrySync::new(td.clone(), known.clone());
             let refused = messages.into_iter().find_map(|message| sync.answer(message).err());
             let got = refused.map_or_else(|| sync.finish().map(|_| ()), Err);
             assert_eq!(got, Err(want), "{case}");

@@ -9,6 +9,7 @@ use super::{
     dial::DialError,
     proto::types::{PermissionDeniedDetails, permission_denied_details::Reason},
 };
+use crate::identity::SpiffeId;
 
 /// The most that is kept of what a server says, in bytes.
 const LONGEST_MESSAGE: usize = 512;
@@ -55,7 +56,7 @@ pub enum ServerError {
     Disk(Arc<DataFault>),
 }
 
-/// Why the server does not take this agent for one of its own. The texts say what to do at the server.
+/// Why the server does not take this agent for one of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Denial {
     #[error("the server says that this agent's SVID has expired")]
@@ -66,9 +67,7 @@ pub enum Denial {
     NotAttested,
     #[error("the server says that another copy of this agent has renewed its SVID: was its data_dir copied?")]
     NotActive,
-    #[error(
-        "this agent is banned: delete it at the server to let it attest again (spire-server agent evict -spiffeID <its ID>)"
-    )]
+    #[error("this agent is banned at the server")]
     Banned,
     #[error("the server wants this agent to attest anew")]
     MustReattest,
@@ -130,6 +129,22 @@ impl ServerError {
 }
 
 impl Denial {
+    /// What an admin does at the server about an agent, of this ID where that is known, so that it is taken again.
+    pub(super) fn remedy(self, agent: Option<&SpiffeId>, with_token: bool) -> String {
+        let token = "make a token (spire-server token generate) and start it with that (-joinToken)";
+        let agent =
+            agent.map_or_else(|| "<its ID, see spire-server agent list>".to_owned(), ToString::to_string);
+        let evict = format!("spire-server agent evict -spiffeID {agent}");
+        match (self, with_token) {
+            (Self::Banned, true) => format!("to have it back, delete it there ({evict}), then {token}"),
+            (Self::Banned, false) => {
+                format!("to have it back, delete it there ({evict}), then start it again")
+            }
+            (_, true) => format!("to have it back, {token}"),
+            (_, false) => "start it again: it attests anew".to_owned(),
+        }
+    }
+
     /// The reason that a PermissionDenied has in its details.
     pub(super) fn of(status: &Status) -> Option<Self> {
         if status.code() != Code::PermissionDenied {

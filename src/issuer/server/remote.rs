@@ -14,6 +14,7 @@ use super::{
     calls::{AskFor, CallFault, Calls},
     entries::{ENTRY_MASK, EntryFault, EntrySync, KnownEntries, NextStep, SyncedEntries},
     error::ServerError,
+    metrics::ServerCall,
     own_svid::OwnSvid,
     proto::{
         bundle::{GetBundleRequest, GetFederatedBundleRequest, bundle_client::BundleClient},
@@ -26,7 +27,10 @@ use super::{
     },
     upstream::ServerConnection,
 };
-use crate::identity::{Bundle, EntryId, Tainted, TrustDomain};
+use crate::{
+    identity::{Bundle, EntryId, Tainted, TrustDomain},
+    telemetry::registry::Label as _,
+};
 
 /// The longest answer, in bytes: 500 entries or SVIDs, of 8 KiB each.
 const LONGEST_ANSWER: usize = 4 << 20;
@@ -52,7 +56,7 @@ impl RemoteServer {
         known: &KnownEntries,
         connection: ServerConnection,
     ) -> Result<SyncedEntries, CallFault> {
-        const CALL: &str = "SyncAuthorizedEntries";
+        const CALL: ServerCall = ServerCall::SyncAuthorizedEntries;
         let sync = async {
             let mut client = EntryClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
             // There is one request under way at most.
@@ -64,10 +68,11 @@ impl RemoteServer {
             // It cannot be full, and is only closed when the connection is.
             drop(requests.try_send(EntrySync::first()));
             let answers = client.sync_authorized_entries(asked).await;
-            let mut answers = answers.map_err(|status| ServerError::of(CALL, &status))?.into_inner();
-            let mut sync = EntrySync::new(&self.trust_domain, known);
+            let mut answers = answers.map_err(|status| ServerError::of(CALL.text(), &status))?.into_inner();
+            let mut sync = EntrySync::new(self.trust_domain.clone(), known.clone());
             loop {
-                let answer = answers.message().await.map_err(|status| ServerError::of(CALL, &status))?;
+                let answer =
+                    answers.message().await.map_err(|status| ServerError::of(CALL.text(), &status))?;
                 let answer = answer.ok_or(EntryFault::EndedEarly)?;
                 match sync.answer(answer)? {
                     NextStep::Read => {}
@@ -75,12 +80,9 @@ impl RemoteServer {
                     NextStep::Done => break,
                 }
             }
-            Ok::<_, CallFault>(sync.finish()?)
+            apart(move || sync.finish()).await
         };
-        match tokio::time::timeout_at(connection.deadline(), sync).await {
-            Ok(synced) => synced,
-            Err(_late) => Err(ServerError::Late.into()),
-        }
+        connection.result(CALL, sync).await
     }
 
     async fn all_at_once(
@@ -90,11 +92,25 @@ impl RemoteServer {
     ) -> Result<SyncedEntries, CallFault> {
         let mut client = EntryClient::new(connection.clone()).max_decoding_message_size(LONGEST_LIST);
         let request = GetAuthorizedEntriesRequest { output_mask: Some(ENTRY_MASK) };
-        let answer =
-            connection.answer("GetAuthorizedEntries", client.get_authorized_entries(request)).await?;
-        let mut sync = EntrySync::new(&self.trust_domain, known);
-        sync.whole(answer.into_inner().entries)?;
-        Ok(sync.finish()?)
+        let answer = connection
+            .answer(ServerCall::GetAuthorizedEntries, client.get_authorized_entries(request))
+            .await?;
+        let mut sync = EntrySync::new(self.trust_domain.clone(), known.clone());
+        apart(move || {
+            sync.whole(answer.into_inner().entries)?;
+            sync.finish()
+        })
+        .await
+    }
+}
+
+/// What takes a while, where there are many entries, in a thread that serves nobody meanwhile.
+async fn apart(
+    work: impl FnOnce() -> Result<SyncedEntries, EntryFault> + Send + 'static,
+) -> Result<SyncedEntries, CallFault> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(synced) => Ok(synced?),
+        Err(_panicked) => Err(EntryFault::EndedEarly.into()),
     }
 }
 
@@ -120,7 +136,7 @@ impl Calls for RemoteServer {
             let connection = self.own.upstream().agent(deadline).await?;
             let mut client = BundleClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
             let request = GetBundleRequest { output_mask: Some(BUNDLE_MASK) };
-            let told = connection.answer("GetBundle", client.get_bundle(request)).await?;
+            let told = connection.answer(ServerCall::GetBundle, client.get_bundle(request)).await?;
             Ok(bundles::read(told.into_inner(), &self.trust_domain)?)
         }
         .boxed()
@@ -138,7 +154,10 @@ impl Calls for RemoteServer {
                 trust_domain: trust_domain.name().to_owned(),
                 output_mask: Some(BUNDLE_MASK),
             };
-            match connection.answer("GetFederatedBundle", client.get_federated_bundle(request)).await {
+            match connection
+                .answer(ServerCall::GetFederatedBundle, client.get_federated_bundle(request))
+                .await
+            {
                 Ok(told) => Ok(Some(bundles::read(told.into_inner(), trust_domain)?)),
                 Err(ServerError::Answered { code: Code::NotFound, .. }) => Ok(None),
                 Err(error) => Err(error.into()),
@@ -156,7 +175,8 @@ impl Calls for RemoteServer {
             let connection = self.own.upstream().agent(deadline).await?;
             let mut client = SvidClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
             let request = BatchNewX509svidRequest { params };
-            let signed = connection.answer("BatchNewX509SVID", client.batch_new_x509svid(request)).await?;
+            let signed =
+                connection.answer(ServerCall::BatchNewX509Svid, client.batch_new_x509svid(request)).await?;
             Ok(signed.into_inner().results)
         }
         .boxed()
@@ -174,7 +194,7 @@ impl Calls for RemoteServer {
             // A server refuses an empty one.
             let audience = audience.iter().filter(|text| !text.is_empty()).cloned().collect();
             let request = NewJwtsvidRequest { entry_id: entry.to_string(), audience };
-            let signed = connection.answer("NewJWTSVID", client.new_jwtsvid(request)).await?;
+            let signed = connection.answer(ServerCall::NewJwtSvid, client.new_jwtsvid(request)).await?;
             signed.into_inner().svid.ok_or(CallFault::Svid("there is no jwt-svid in it"))
         }
         .boxed()

@@ -21,15 +21,16 @@ use tokio::{
     sync::watch,
     time::{Instant, timeout_at},
 };
-use tonic::{Status, body::Body};
+use tonic::{Code, Status, body::Body};
 use tower_service::Service;
 
 use super::{
     dial::{Dialed, Dialer},
     error::{Denial, ServerError},
+    metrics::{ServerCall, ServerMetrics},
     tls::{ServerTrust, TlsPlan},
 };
-use crate::identity::Bundle;
+use crate::{identity::Bundle, telemetry::registry::Label as _};
 
 /// How often a call that was not sent is tried again over another connection.
 const TRIES: u32 = 3;
@@ -48,6 +49,7 @@ pub(super) struct Upstream {
     identity: watch::Sender<Option<Arc<CertifiedKey>>>,
     line: Mutex<LineState>,
     denied: watch::Sender<Option<Denial>>,
+    metrics: Arc<ServerMetrics>,
 }
 
 /// What is known of the connection.
@@ -89,7 +91,12 @@ impl fmt::Debug for Upstream {
 
 impl Upstream {
     /// For the server of this name; nothing is dialed yet.
-    pub(super) fn new(dialer: Dialer, tls: TlsPlan, trust: ServerTrust) -> Arc<Self> {
+    pub(super) fn new(
+        dialer: Dialer,
+        tls: TlsPlan,
+        trust: ServerTrust,
+        metrics: Arc<ServerMetrics>,
+    ) -> Arc<Self> {
         let standing = LineStanding { server: dialer.server(), ..LineStanding::default() };
         Arc::new(Self {
             dialer,
@@ -105,6 +112,7 @@ impl Upstream {
                 standing,
             }),
             denied: watch::Sender::new(None),
+            metrics,
         })
     }
 
@@ -334,23 +342,50 @@ impl fmt::Debug for ServerConnection {
 }
 
 impl ServerConnection {
-    /// When its calls end.
-    pub(super) fn deadline(&self) -> Instant {
-        self.deadline
-    }
-
     /// The answer to `call`, all of it, by the deadline.
     ///
     /// # Errors
     /// [`ServerError`] of the connection, of the server, or of the deadline.
     pub(super) async fn answer<T>(
         &self,
-        call: &'static str,
+        call: ServerCall,
         answer: impl Future<Output = Result<T, Status>>,
     ) -> Result<T, ServerError> {
-        match timeout_at(self.deadline, answer).await {
-            Ok(answer) => answer.map_err(|status| ServerError::of(call, &status)),
-            Err(_late) => Err(ServerError::Late),
+        let answer = async { answer.await.map_err(|status| ServerError::of(call.text(), &status)) };
+        self.result(call, answer).await
+    }
+
+    /// The result of `call`, which consists of several messages, by the deadline.
+    ///
+    /// # Errors
+    /// As it says, or [`ServerError::Late`].
+    pub(super) async fn result<T, E: From<ServerError> + Faulty>(
+        &self,
+        call: ServerCall,
+        result: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        let result = timeout_at(self.deadline, result).await;
+        let result = result.unwrap_or_else(|_late| Err(ServerError::Late.into()));
+        let code = result.as_ref().map_or_else(Faulty::code, |_| Code::Ok);
+        self.upstream.metrics.called(call, code);
+        result
+    }
+}
+
+/// An error that a call ends with.
+pub(super) trait Faulty {
+    /// As which it counts.
+    fn code(&self) -> Code;
+}
+
+impl Faulty for ServerError {
+    fn code(&self) -> Code {
+        match self {
+            Self::Answered { code, .. } | Self::Refused { code, .. } => *code,
+            Self::Denied(_) => Code::PermissionDenied,
+            Self::Late => Code::DeadlineExceeded,
+            Self::Senseless { .. } => Code::Internal,
+            _ => Code::Unavailable,
         }
     }
 }

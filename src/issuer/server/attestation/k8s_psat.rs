@@ -4,7 +4,7 @@ use futures_util::future::BoxFuture;
 use serde::Serialize;
 use zeroize::Zeroizing;
 
-use super::{NodeAttestor, NodeEvidence, read};
+use super::{MAX_FILE_LEN, NodeAttestor, NodeEvidence, SlowReads};
 use crate::issuer::server::settings::K8sPsatSettings;
 
 /// Attests with a projected service account token.
@@ -28,9 +28,9 @@ impl NodeAttestor for PsatAttestor {
         "k8s_psat"
     }
 
-    fn evidence(&self) -> BoxFuture<'_, Result<NodeEvidence, String>> {
-        Box::pin(async {
-            let token = read(&self.0.token).await?;
+    fn evidence<'a>(&'a self, files: &'a SlowReads) -> BoxFuture<'a, Result<NodeEvidence, String>> {
+        Box::pin(async move {
+            let token = files.file(&self.0.token, MAX_FILE_LEN).await?;
             let token = std::str::from_utf8(&token)
                 .map_err(|_unsaid| format!("{} holds no token", self.0.token.display()))?;
             let payload = PsatPayload { cluster: &self.0.cluster, token };

@@ -1,9 +1,14 @@
 //! A certificate that this node had before, and proof that its key is here too.
 
 use aws_lc_rs::{
+    digest::{Digest, SHA256, SHA384, digest},
+    error::Unspecified,
     rand::SystemRandom,
     rsa::KeyPair as RsaKeyPair,
-    signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, RSA_PSS_SHA256},
+    signature::{
+        ECDSA_P256_SHA256_FIXED_SIGNING, ECDSA_P384_SHA384_FIXED_SIGNING, ECDSA_P521_SHA256_FIXED_SIGNING,
+        EcdsaKeyPair, RSA_PSS_SHA256, Signature,
+    },
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use futures_util::future::BoxFuture;
@@ -12,10 +17,13 @@ use serde::{Deserialize, Serialize};
 use x509_parser::pem::Pem;
 use zeroize::Zeroizing;
 
-use super::{NodeAttestor, NodeEvidence, Prover, read};
+use super::{MAX_FILE_LEN, NodeAttestor, NodeEvidence, Prover, SlowReads};
 use crate::{
     identity::pem::misplaced_begin,
-    issuer::{keys::random, server::settings::X509PopSettings},
+    issuer::{
+        keys::random,
+        server::{other_agent, settings::X509PopSettings},
+    },
 };
 
 const NONCE_LEN: usize = 32;
@@ -64,7 +72,9 @@ struct EcdsaProof {
 
 enum PopKey {
     Rsa(RsaKeyPair),
+    /// P-256 or P-521.
     Ecdsa(EcdsaKeyPair),
+    EcdsaP384(EcdsaKeyPair),
 }
 
 impl PopAttestor {
@@ -72,10 +82,11 @@ impl PopAttestor {
         Self(settings)
     }
 
-    async fn read_files(&self) -> Result<NodeEvidence, String> {
+    async fn read_files(&self, files: &SlowReads) -> Result<NodeEvidence, String> {
         let needed = |path: &Option<std::path::PathBuf>, name| {
             path.clone().ok_or_else(|| format!("{name} is required"))
         };
+        let read = async |path: &std::path::Path| files.file(path, MAX_FILE_LEN).await;
         let certificate = needed(&self.0.certificate, "certificate_path")?;
         let key_path = needed(&self.0.private_key, "private_key_path")?;
         let mut chain = certificates(&read(&certificate).await?)
@@ -85,21 +96,70 @@ impl PopAttestor {
                 certificates(&read(path).await?).map_err(|fault| format!("{}: {fault}", path.display()))?;
             chain.extend(more);
         }
-        if chain.len() > MOST_CERTIFICATES {
-            return Err(format!(
-                "{} certificates are more than the {MOST_CERTIFICATES} that are sent",
-                chain.len()
-            ));
-        }
-        let key = key(&read(&key_path).await?).map_err(|fault| format!("{}: {fault}", key_path.display()))?;
-        if !chain.first().is_some_and(|leaf| is_of(&key, leaf)) {
-            let (key, leaf) = (key_path.display(), certificate.display());
-            return Err(format!("the key in {key} is not that of the first certificate in {leaf}"));
-        }
-        let payload = PopPayload { certificates: chain.iter().map(|der| STANDARD.encode(der)).collect() };
-        let payload = serde_json::to_vec(&payload).map_err(|error| error.to_string())?;
-        Ok(NodeEvidence { payload: Zeroizing::new(payload), prover: Some(Box::new(key)) })
+        let text = read(&key_path).await?;
+        let der = PrivateKeyDer::from_pem_slice(&text)
+            .map_err(|_unsaid| format!("{}: it holds no unencrypted private key", key_path.display()))?;
+        evidence(&chain, &der)
+            .map_err(|fault| format!("{} and {}: {fault}", key_path.display(), certificate.display()))
     }
+
+    async fn ask_agent(socket: &std::path::Path) -> Result<NodeEvidence, String> {
+        let of = |fault| format!("the Workload API at {}: {fault}", socket.display());
+        let taken = other_agent::svid(socket).await.map_err(of)?;
+        let der = PrivateKeyDer::try_from(taken.key.as_slice())
+            .map_err(|_unsaid| of("its key is none".to_owned()))?;
+        evidence(&taken.chain, &der).map_err(of)
+    }
+}
+
+/// What shows that this node has the key of the first of these certificates, DER.
+fn evidence(chain: &[Vec<u8>], key: &PrivateKeyDer<'_>) -> Result<NodeEvidence, String> {
+    if chain.len() > MOST_CERTIFICATES {
+        let count = chain.len();
+        return Err(format!("{count} certificates are more than the {MOST_CERTIFICATES} that are sent"));
+    }
+    let key = PopKey::of(key).ok_or("the key must be RSA (2048 bits or more) or EC P-256, P-384 or P-521")?;
+    if !chain.first().is_some_and(|leaf| key.is_of(leaf)) {
+        return Err("the key is not that of the first certificate".to_owned());
+    }
+    let payload = PopPayload { certificates: chain.iter().map(|der| STANDARD.encode(der)).collect() };
+    let payload = serde_json::to_vec(&payload).map_err(|error| error.to_string())?;
+    Ok(NodeEvidence { payload: Zeroizing::new(payload), prover: Some(Box::new(key)) })
+}
+
+impl PopKey {
+    fn of(der: &PrivateKeyDer<'_>) -> Option<Self> {
+        let bytes = der.secret_der();
+        let rsa = || match der {
+            PrivateKeyDer::Pkcs1(_) => RsaKeyPair::from_der(bytes).ok(),
+            _ => RsaKeyPair::from_pkcs8(bytes).ok(),
+        };
+        let ec = |algorithm| EcdsaKeyPair::from_private_key_der(algorithm, bytes).ok();
+        ec(&ECDSA_P256_SHA256_FIXED_SIGNING)
+            .or_else(|| ec(&ECDSA_P521_SHA256_FIXED_SIGNING))
+            .map(Self::Ecdsa)
+            .or_else(|| ec(&ECDSA_P384_SHA384_FIXED_SIGNING).map(Self::EcdsaP384))
+            .or_else(|| rsa().map(Self::Rsa))
+    }
+
+    fn is_of(&self, leaf: &[u8]) -> bool {
+        use aws_lc_rs::signature::KeyPair as _;
+        let Ok((_, leaf)) = x509_parser::parse_x509_certificate(leaf) else { return false };
+        let public = leaf.public_key().subject_public_key.data.as_ref();
+        match self {
+            Self::Rsa(key) => key.public_key().as_ref() == public,
+            Self::Ecdsa(key) | Self::EcdsaP384(key) => key.public_key().as_ref() == public,
+        }
+    }
+}
+
+/// Signs the SHA-256 of a message, as the server verifies whatever the curve. The library has no such algorithm of P-384;
+/// but what is signed is a number, and with zeros before it the digest is the same number as a SHA-384.
+fn sign_p384(key: &EcdsaKeyPair, message: &[u8]) -> Result<Signature, Unspecified> {
+    let mut padded = [0; 48];
+    let (_, number) = padded.split_at_mut(16);
+    number.copy_from_slice(digest(&SHA256, message).as_ref());
+    key.sign_digest(&Digest::import_less_safe(&padded, &SHA384)?)
 }
 
 impl NodeAttestor for PopAttestor {
@@ -107,13 +167,11 @@ impl NodeAttestor for PopAttestor {
         "x509pop"
     }
 
-    fn evidence(&self) -> BoxFuture<'_, Result<NodeEvidence, String>> {
-        Box::pin(async {
+    fn evidence<'a>(&'a self, files: &'a SlowReads) -> BoxFuture<'a, Result<NodeEvidence, String>> {
+        Box::pin(async move {
             match &self.0.workload_api {
-                None => self.read_files().await,
-                Some(_) => {
-                    Err("spiffe_endpoint_socket is not supported yet: use certificate_path".to_owned())
-                }
+                None => self.read_files(files).await,
+                Some(socket) => Self::ask_agent(socket).await,
             }
         })
     }
@@ -126,7 +184,7 @@ impl Prover for PopKey {
         let nonce: [u8; NONCE_LEN] = random().map_err(|error| error.to_string())?;
         let asked = match self {
             Self::Rsa(_) => challenge.rsa_signature,
-            Self::Ecdsa(_) => challenge.ecdsa_signature,
+            Self::Ecdsa(_) | Self::EcdsaP384(_) => challenge.ecdsa_signature,
         };
         let asked = asked.ok_or("the challenge is for a key of another kind")?;
         let asked = STANDARD.decode(asked.nonce).ok().filter(|nonce| nonce.len() == NONCE_LEN);
@@ -143,8 +201,12 @@ impl Prover for PopKey {
                 let proof = RsaProof { nonce, signature: STANDARD.encode(signature) };
                 PopResponse { rsa_signature: Some(proof), ecdsa_signature: None }
             }
-            Self::Ecdsa(key) => {
-                let signature = key.sign(&random, &message).map_err(failed)?;
+            Self::Ecdsa(key) | Self::EcdsaP384(key) => {
+                let signature = match self {
+                    Self::EcdsaP384(_) => sign_p384(key, &message),
+                    _ => key.sign(&random, &message),
+                };
+                let signature = signature.map_err(failed)?;
                 let (r, s) = signature.as_ref().split_at(signature.as_ref().len() / 2);
                 let proof = EcdsaProof { nonce, r: minimal(r), s: minimal(s) };
                 PopResponse { rsa_signature: None, ecdsa_signature: Some(proof) }
@@ -171,26 +233,50 @@ fn certificates(text: &[u8]) -> Result<Vec<Vec<u8>>, String> {
     if chain.is_empty() { Err("it holds no certificate".to_owned()) } else { Ok(chain) }
 }
 
-fn key(text: &[u8]) -> Result<PopKey, &'static str> {
-    let der = PrivateKeyDer::from_pem_slice(text).map_err(|_unsaid| "it holds no unencrypted private key")?;
-    let bytes = der.secret_der();
-    let rsa = || match &der {
-        PrivateKeyDer::Pkcs1(_) => RsaKeyPair::from_der(bytes).ok(),
-        _ => RsaKeyPair::from_pkcs8(bytes).ok(),
+#[cfg(test)]
+mod tests {
+    use aws_lc_rs::signature::{
+        ECDSA_P256_SHA256_ASN1, ECDSA_P384_SHA256_ASN1, ECDSA_P521_SHA256_ASN1, KeyPair as _,
+        UnparsedPublicKey,
     };
-    EcdsaKeyPair::from_private_key_der(&ECDSA_P256_SHA256_FIXED_SIGNING, bytes)
-        .ok()
-        .map(PopKey::Ecdsa)
-        .or_else(|| rsa().map(PopKey::Rsa))
-        .ok_or("its key must be RSA (2048 bits or more) or EC P-256")
-}
 
-fn is_of(key: &PopKey, leaf: &[u8]) -> bool {
-    use aws_lc_rs::signature::KeyPair as _;
-    let Ok((_, leaf)) = x509_parser::parse_x509_certificate(leaf) else { return false };
-    let public = leaf.public_key().subject_public_key.data.as_ref();
-    match key {
-        PopKey::Rsa(key) => key.public_key().as_ref() == public,
-        PopKey::Ecdsa(key) => key.public_key().as_ref() == public,
+    use super::*;
+
+    /// DER of a length and a value.
+    fn tagged(tag: u8, value: &[u8]) -> Vec<u8> {
+        let len = u8::try_from(value.len()).unwrap();
+        let head = if len < 128 { vec![tag, len] } else { vec![tag, 0x81, len] };
+        [head, value.to_vec()].concat()
+    }
+
+    /// As a server verifies it: the signature over SHA-256 of both nonces, whatever the curve.
+    #[test]
+    fn a_challenge_is_answered_with_a_key_of_each_curve() {
+        for (curve, signing, verifying) in [
+            ("p-256", &ECDSA_P256_SHA256_FIXED_SIGNING, &ECDSA_P256_SHA256_ASN1),
+            ("p-384", &ECDSA_P384_SHA384_FIXED_SIGNING, &ECDSA_P384_SHA256_ASN1),
+            ("p-521", &ECDSA_P521_SHA256_FIXED_SIGNING, &ECDSA_P521_SHA256_ASN1),
+        ] {
+            let pair = EcdsaKeyPair::generate(signing).unwrap();
+            let pkcs8 = pair.to_pkcs8v1().unwrap();
+            let key = PopKey::of(&PrivateKeyDer::try_from(pkcs8.as_ref()).unwrap()).unwrap();
+            let asked = STANDARD.encode([7; NONCE_LEN]);
+            let challenge = format!(r#"{{"rsa_signature":null,"ecdsa_signature":{{"nonce":"{asked}"}}}}"#);
+            let answer = key.answer(challenge.as_bytes()).unwrap();
+            let answer: serde_json::Value = serde_json::from_slice(&answer).unwrap();
+            let bytes =
+                |name: &str| STANDARD.decode(answer["ecdsa_signature"][name].as_str().unwrap()).unwrap();
+            let number = |name: &str| {
+                let bytes = bytes(name);
+                let sign = if bytes[0] >= 128 { vec![0] } else { vec![] };
+                tagged(2, &[sign, bytes].concat())
+            };
+            let signature = tagged(0x30, &[number("r"), number("s")].concat());
+            let message = [vec![7; NONCE_LEN], bytes("nonce")].concat();
+            let public = UnparsedPublicKey::new(verifying, pair.public_key().as_ref().to_vec());
+            assert!(public.verify(&message, &signature).is_ok(), "{curve}");
+            let short = challenge.replace(&asked, &STANDARD.encode([7; NONCE_LEN - 1]));
+            assert!(key.answer(short.as_bytes()).is_err(), "{curve}: a nonce of another length");
+        }
     }
 }

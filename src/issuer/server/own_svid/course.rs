@@ -1,0 +1,225 @@
+//! When the agent's SVID is replaced, and what becomes of failures.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, timeout},
+};
+
+use super::{LONGEST_CALL, OwnStanding, OwnSvid, Way, pause::Pause};
+use crate::{
+    issuer::{
+        Expelled, renewal,
+        server::{
+            error::{Denial, ServerError},
+            metrics::ServerCall,
+            proto::agent::{PostStatusRequest, agent_client::AgentClient},
+            settings::{RebootstrapMode, TrustSource},
+        },
+    },
+    os::clock::sleep_until,
+};
+
+/// The first pause after a failure.
+const FIRST_PAUSE: Duration = Duration::from_secs(5);
+
+/// The first pause while nothing is served for want of an SVID.
+const FIRST_PAUSE_WITHOUT: Duration = Duration::from_secs(1);
+
+/// What the server says of the agent is asked once more after this.
+const CONFIRM: Duration = Duration::from_secs(5);
+
+/// After how long what could not be written is written.
+const WRITE_AGAIN: Duration = Duration::from_secs(5);
+
+impl OwnSvid {
+    /// Renews for ever. Ends when the server does not take this agent any more and it cannot attest again.
+    pub async fn run(self: Arc<Self>) -> Expelled {
+        let mut denials = self.upstream.denials();
+        let mut pause = Pause::new();
+        let mut way = self.current().is_none().then_some(Way::Attest);
+        // Attestation was refused to a banned agent: once is no proof.
+        let mut banned = false;
+        if way.is_none() {
+            self.post_status().await;
+        }
+        loop {
+            let Some(next) = way.take() else {
+                way = match self.wait(&mut denials).await {
+                    Ok(way) => Some(way),
+                    Err(denial) => return self.lost(denial).await,
+                };
+                continue;
+            };
+            let done = self.renew(next).await;
+            let denied = match &done {
+                Err(ServerError::Denied(denial)) => Some(*denial),
+                _ => None,
+            };
+            let was_banned = std::mem::replace(&mut banned, denied == Some(Denial::Banned));
+            match (done, denied) {
+                (Ok(()), _) => {
+                    pause = Pause::new();
+                    self.post_status().await;
+                }
+                (_, Some(Denial::MustReattest)) if next == Way::Renew => way = Some(Way::Attest),
+                (_, Some(denial)) if next == Way::Renew && !self.may_attest() => {
+                    if self.is_certain(denial).await {
+                        return self.lost(denial).await;
+                    }
+                    way = Some(Way::Renew);
+                }
+                (_, Some(Denial::Banned)) if was_banned => return self.lost(Denial::Banned).await,
+                (Err(error), _) => {
+                    self.tell(next, &error);
+                    let held = self.current().is_some();
+                    let pause = pause.next(if held { FIRST_PAUSE } else { FIRST_PAUSE_WITHOUT });
+                    // Another token may have come.
+                    let _ended = timeout(pause, self.reconfigured.notified()).await;
+                    way = Some(self.way(next));
+                }
+            }
+        }
+    }
+
+    /// Until there is something to do about the SVID of the moment.
+    async fn wait(&self, denials: &mut watch::Receiver<Option<Denial>>) -> Result<Way, Denial> {
+        let Some(svid) = self.current() else { return Ok(Way::Attest) };
+        let draw = || renewal::draw(svid.not_before, svid.not_after, self.live().availability_target);
+        let mut due = draw();
+        loop {
+            tokio::select! {
+                () = sleep_until(self.clock, due) => return Ok(self.way(Way::Renew)),
+                () = self.at_once.notified() => return Ok(self.way(Way::Renew)),
+                () = self.foreign_for_long(), if svid.reattestable => return Ok(Way::AttestAnew),
+                () = self.reconfigured.notified() => due = draw(),
+                () = sleep(WRITE_AGAIN), if !self.data.is_written() => self.write_again().await,
+                Ok(()) = denials.changed() => {
+                    let denial = *denials.borrow_and_update();
+                    if let Some(denial) = denial && self.is_certain(denial).await {
+                        if denial == Denial::Banned || !svid.reattestable {
+                            return Err(denial);
+                        }
+                        return Ok(Way::Attest);
+                    }
+                }
+            }
+        }
+    }
+
+    /// What is known and could not be written is tried again.
+    async fn write_again(&self) {
+        match self.keep(|_as_it_is| ()).await {
+            Ok(()) => {
+                tracing::info!("the agent's SVID is kept for the next start");
+                self.trouble(None);
+            }
+            Err(error) => tracing::debug!(%error, "the agent's SVID is not kept yet for the next start"),
+        }
+    }
+
+    /// Ends when the server's authority has been unknown for as long as is put up with, where it may be begun anew.
+    async fn foreign_for_long(&self) {
+        if !self.may_begin_anew() {
+            return std::future::pending().await;
+        }
+        while !self.is_foreign_for_long() {
+            sleep(Duration::from_secs(1)).await;
+        }
+    }
+
+    /// Whether trust in the server may be established anew.
+    fn may_begin_anew(&self) -> bool {
+        let join = &self.settings.join;
+        join.rebootstrap_mode != RebootstrapMode::Never && join.trust_source() != TrustSource::Insecure
+    }
+
+    fn is_foreign_for_long(&self) -> bool {
+        self.upstream.foreign_for().is_some_and(|long| long >= self.settings.join.rebootstrap_delay)
+    }
+
+    fn may_attest(&self) -> bool {
+        self.current().is_none_or(|svid| svid.reattestable)
+    }
+
+    /// How the next SVID is had, when `wanted` was to be tried.
+    fn way(&self, wanted: Way) -> Way {
+        let foreign = self.may_begin_anew() && self.is_foreign_for_long();
+        match (wanted, self.may_attest()) {
+            (_, true) if foreign => Way::AttestAnew,
+            (Way::AttestAnew, true) => Way::AttestAnew,
+            (_, true) => Way::Attest,
+            (_, false) => Way::Renew,
+        }
+    }
+
+    /// Asks the server once more, over another connection: a denial that is taken back is none.
+    async fn is_certain(&self, denial: Denial) -> bool {
+        tracing::warn!(%denial, "the server denies this agent; it is asked once more");
+        sleep(CONFIRM).await;
+        self.upstream.hang_up();
+        match self.ask_status().await {
+            Err(ServerError::Denied(again)) => again == denial,
+            // Expired SVIDs do not get through the handshake everywhere.
+            _ => false,
+        }
+    }
+
+    async fn lost(&self, denial: Denial) -> Expelled {
+        let agent = match &*self.standing.borrow() {
+            OwnStanding::Serving { id, .. } => Some(id.clone()),
+            _ => None,
+        };
+        let with_token = self.live().attestor.name() == "join_token";
+        let removed = self.keep(|data| (data.svid, data.reattestable) = (Vec::new(), false)).await;
+        if let Err(error) = removed {
+            tracing::warn!(%error, "the agent's SVID cannot be removed");
+        }
+        self.upstream.show_nothing();
+        self.standing.send_replace(OwnStanding::Lost(denial));
+        let remedy = denial.remedy(agent.as_ref(), with_token);
+        Expelled { reason: format!("{denial}; {remedy}") }
+    }
+
+    async fn ask_status(&self) -> Result<(), ServerError> {
+        let connection = self.upstream.agent(Instant::now() + LONGEST_CALL).await?;
+        let mut client = AgentClient::new(connection.clone());
+        let request = PostStatusRequest {
+            current_bundle_serial: 0,
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        connection.answer(ServerCall::PostStatus, client.post_status(request)).await.map(drop)
+    }
+
+    /// Tells the server which agent this is. Of no consequence.
+    async fn post_status(&self) {
+        if let Ok(Err(error)) = timeout(Duration::from_secs(5), self.ask_status()).await {
+            tracing::debug!(%error, "the server was not told of this agent's version");
+        }
+    }
+
+    fn tell(&self, way: Way, error: &ServerError) {
+        let why = error.to_string();
+        tracing::warn!(error = why, ?way, "the agent's SVID cannot be had; it is tried again");
+        let current = self.current();
+        if current.is_some() {
+            self.trouble(Some(why));
+            return;
+        }
+        self.standing.send_modify(|standing| match standing {
+            OwnStanding::Waiting { why: told, .. } => *told = why,
+            other => *other = OwnStanding::Waiting { why, since: self.clock.now() },
+        });
+        self.upstream.show_nothing();
+    }
+
+    /// What is wrong with the SVID that is shown.
+    pub(super) fn trouble(&self, why: Option<String>) {
+        self.standing.send_modify(|standing| {
+            if let OwnStanding::Serving { trouble, .. } = standing {
+                *trouble = why;
+            }
+        });
+    }
+}
