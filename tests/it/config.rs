@@ -476,7 +476,7 @@ fn mistakes_elsewhere_say_what_would_be_right() {
         (
             "attestor",
             "plugins { WorkloadAttestor \"docker\" { } }",
-            "3:28: plugins.WorkloadAttestor \"docker\": this workload attestor is not in this version, unix is; leave it out, or set enabled = false",
+            "3:28: plugins.WorkloadAttestor \"docker\": this workload attestor is not in this version, unix, k8s are; leave it out, or set enabled = false",
         ),
         (
             "misspelt attestor",
@@ -501,7 +501,7 @@ fn mistakes_elsewhere_say_what_would_be_right() {
         (
             "unix off",
             "plugins { WorkloadAttestor \"unix\" { enabled = false } }",
-            "3:37: plugins.WorkloadAttestor \"unix\".enabled false: unix is the only workload attestor in this version: without it nobody gets an identity",
+            "3:37: plugins.WorkloadAttestor \"unix\".enabled false: without an attestor nobody gets an identity",
         ),
         (
             "plugin data",
@@ -739,7 +739,9 @@ fn selectors_that_nobody_attests_are_refused() {
         ("\"unix:uidd:1\"", Some("\"unix:uidd:1\": nobody attests this: did you mean unix:uid?")),
         (
             "\"k8s:ns:a\"",
-            Some("\"k8s:ns:a\": nobody attests this: unix is the only workload attestor in this version"),
+            Some(
+                "\"k8s:ns:a\": nobody attests this: add WorkloadAttestor \"k8s\" { plugin_data { } } to plugins",
+            ),
         ),
         ("\"unix:uid:1\", \"unix:uid:1\"", Some("\"unix:uid:1\": is there twice")),
         (
