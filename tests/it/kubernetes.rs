@@ -18,7 +18,7 @@ use durward::{
         AttestError, AttestFault, AttestSettings, Attestor, Blame, Questions, Subject, k8s::K8sSettings,
     },
     identity::EntryIndex,
-    limits::{Limits, Method},
+    limits::{Limits, Method, Patience},
     peer::{
         Peer,
         cgroup::{KubeletRoot, KubernetesMode, PodOrUid},
@@ -235,7 +235,8 @@ fn asking(attestor: &Attestor, entries: &[&str]) -> Arc<Questions> {
 }
 
 async fn attest(attestor: &Attestor, peer: &Arc<Peer>, entries: &[&str]) -> Result<Subject, AttestError> {
-    let admitted = Limits::default().admit_caller(Arc::clone(peer), Method::FetchX509Svid).unwrap();
+    let limits = Limits::default();
+    let admitted = limits.admit(Arc::clone(peer), Method::FetchX509Svid, Patience::USUAL).await.unwrap();
     let questions = asking(attestor, entries);
     let attested = tokio::time::timeout(PATIENCE, attestor.attest(admitted, &questions)).await.unwrap();
     Ok(attested?.into_parts().1)
@@ -403,8 +404,9 @@ async fn what_the_kubelet_cannot_say_is_unavailable_and_says_what_to_do() {
             AttestFault::Unreadable,
         ),
     ] {
+        let long = matches!(reply, Reply::Bytes(..));
         let kubelet = FakeKubelet::start(reply);
-        let attestor = kubelet.attestor(|_| {});
+        let attestor = kubelet.attestor(|it| it.max_poll_attempts = if long { 20 } else { 2 });
         let error = attest(&attestor, &caller(1, 1), &["k8s:ns:ns1"]).await.unwrap_err();
         assert!(whole(&error).contains(want), "{case}: {}", whole(&error));
         assert!(!whole(&error).contains(['\u{1b}', '\n']), "{case}: {error:?}");
@@ -484,16 +486,19 @@ async fn a_container_is_served_as_soon_as_it_is_listed() {
     let kubelet = FakeKubelet::start(listed(&[pod(2)]));
     let attestor = kubelet.attestor(|it| it.max_poll_attempts = 120);
     let (peer, entries) = (caller(1, 1), ["k8s:ns:ns1"]);
-    let (served, ()) = tokio::join!(attest(&attestor, &peer, &entries), async {
-        while kubelet.requests() < 3 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        kubelet.says(Reply::With(503, "", "restarting".into()));
-        while kubelet.requests() < 5 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        kubelet.says(listed(&[pod(2), pod(1)]));
-    });
+    let both = async {
+        tokio::join!(attest(&attestor, &peer, &entries), async {
+            while kubelet.requests() < 3 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            kubelet.says(Reply::With(503, "", "restarting".into()));
+            while kubelet.requests() < 5 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            kubelet.says(listed(&[pod(2), pod(1)]));
+        })
+    };
+    let (served, ()) = tokio::time::timeout(PATIENCE, both).await.unwrap();
     assert!(of_pod(&served.unwrap()).contains(&"sa:sa1".to_owned()));
 }
 
@@ -532,29 +537,30 @@ async fn a_crowd_that_is_never_listed_keeps_nobody_waiting() {
     let attestor = Arc::new(kubelet.attestor(|it| it.max_poll_attempts = 6));
     let limits = Limits::default();
     let questions = asking(&attestor, &["k8s:ns:ns1"]);
-    let call = |peer: &Arc<Peer>| {
+    let call = |peer: &Arc<Peer>, patience: Patience| {
         let (attestor, limits, questions) = (Arc::clone(&attestor), limits.clone(), Arc::clone(&questions));
         let peer = Arc::clone(peer);
         async move {
-            // Without any patience: there must be a place at once.
-            let admitted = limits.admit_caller(peer, Method::FetchX509Svid).unwrap();
+            let admitted = limits.admit(peer, Method::FetchX509Svid, patience).await.unwrap();
             attestor.attest(admitted, &questions).await
         }
     };
     let began = Instant::now();
+    let polite = caller(1, 1);
+    call(&polite, Patience::USUAL).await.unwrap();
     let mut crowd = tokio::task::JoinSet::new();
     for n in 0..20 {
         let peer = caller(100 + n, 100 + n);
         for _ in 0..CALLS {
-            crowd.spawn(call(&peer));
+            crowd.spawn(call(&peer, Patience::USUAL));
             tokio::task::yield_now().await;
         }
     }
     // All of them wait, more than may be attested at once, and a polite one is served meanwhile, over and over.
     let (mut served, mut unlisted) = (0, 0);
-    let polite = caller(1, 1);
     while !crowd.is_empty() {
-        call(&polite).await.unwrap();
+        // Without any patience: there is a place among the attestations, and a view.
+        call(&polite, Patience::NONE).await.unwrap();
         served += 1;
         tokio::time::sleep(Duration::from_millis(20)).await;
         while let Some(done) = crowd.try_join_next() {
@@ -578,7 +584,7 @@ async fn those_who_wait_are_bounded_and_so_is_one_pod() {
     let peer = caller(1, 1);
     let mut crowd = tokio::task::JoinSet::new();
     for _ in 0..100 {
-        let admitted = limits.admit_caller(Arc::clone(&peer), Method::FetchX509Svid).unwrap();
+        let admitted = limits.admit(Arc::clone(&peer), Method::FetchX509Svid, Patience::USUAL).await.unwrap();
         let (attestor, questions) = (Arc::clone(&attestor), Arc::clone(&questions));
         crowd.spawn(async move { attestor.attest(admitted, &questions).await });
         tokio::task::yield_now().await;

@@ -37,9 +37,9 @@ pub(super) const FRESH: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(100);
 /// Requests in a second, at most.
 const A_SECOND: usize = 4;
-/// Callers that wait for the kubelet at once, and how many of one caller.
+/// Callers that wait for the kubelet at once, and how many of one pod.
 const WAITERS: Option<NonZeroU32> = NonZeroU32::new(1024);
-const WAITERS_OF_FAMILY: Option<NonZeroU32> = NonZeroU32::new(64);
+const WAITERS_OF_POD: Option<NonZeroU32> = NonZeroU32::new(64);
 /// Stack of the thread, in bytes.
 const STACK: usize = 1024 * 1024;
 /// The time between two lines about the same trouble.
@@ -102,7 +102,7 @@ pub(super) enum NoView {
 
 impl Default for SharedView {
     fn default() -> Self {
-        let waiters = Attestations::new(WAITERS, WAITERS_OF_FAMILY).unwrap_or_default();
+        let waiters = Attestations::new(WAITERS, WAITERS_OF_POD).unwrap_or_default();
         let asking = Asking {
             demand: Mutex::default(),
             called: Condvar::new(),
@@ -132,14 +132,14 @@ impl SharedView {
         });
     }
 
-    /// What `look` finds in a view that is fresh, at once, or in one of those that come within `patience`. `aside` is
+    /// What `look` finds in a view that is fresh, at once, or in one of those that come within `patience`. `share` says whose places it takes, and `aside` is
     /// called before it waits.
     ///
     /// # Errors
     /// [`NoView`], or what `look` says.
     pub(super) async fn find<T, E>(
         &self,
-        family: u64,
+        share: u64,
         patience: Duration,
         aside: impl FnOnce(),
         look: impl Fn(&PodView) -> Result<Option<T>, E>,
@@ -150,7 +150,7 @@ impl SharedView {
         if let Some(found) = known.filter(fresh).map(|view| look(&view)).transpose().map_err(Err)?.flatten() {
             return Ok(found);
         }
-        let _place: AttestationSlot = self.waiters.take(family).map_err(|_full| Ok(NoView::Crowded))?;
+        let _place: AttestationSlot = self.waiters.take(share).map_err(|_full| Ok(NoView::Crowded))?;
         aside();
         let mut answers = self.asking.answers.subscribe();
         answers.mark_unchanged();
