@@ -188,7 +188,8 @@ const FULL_JSON: &str = r#"{
     "ca_ttl": "48h", "ca_key_type": "rsa-2048", "jwt_issuer": "https:\/\/example.org", "ca_cert_path": "ca.pem",
     "ca_key_path": "/ca.key", "default_x509_svid_ttl": "1h30m", "default_jwt_svid_ttl": "60s"
   }},
-  "plugins": {"WorkloadAttestor": [{"unix": {"plugin_data": {"discover_workload_path": true, "workload_size_limit": -1}}}]},
+  "plugins": {"WorkloadAttestor": [{"unix": {"plugin_data": {"discover_workload_path": true, "workload_size_limit": -1}}},
+    {"k8s": {"enabled": false, "plugin_data": {"node_name": "x"}}}]},
   "telemetry": {"Prometheus": {"host": "::1", "port": 9988}},
   "health_checks": {"listener_enabled": true, "bind_address": "127.0.0.1", "bind_port": 8080, "live_path": "/l", "ready_path": "/r"},
   "federation": {"other.example": {"bundle_path": "/base/other.pem", "bundle_format": "pem"}},
