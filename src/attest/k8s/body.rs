@@ -210,7 +210,7 @@ mod tests {
     proptest! {
         /// However it comes, it is read as it was sent.
         #[test]
-        fn a_body_is_read_as_it_comes(parts in proptest::collection::vec(proptest::collection::vec(b'a'..b'z', 0..50), 0..20)) {
+        fn a_body_is_read_as_it_comes(parts in proptest::collection::vec(proptest::collection::vec(b'a'..=b'z', 0..50), 0..20)) {
             let mut text = Vec::new();
             let sent = parts.concat();
             // An empty part is no end.

@@ -616,7 +616,7 @@ mod tests {
             ("HTML", "<html>".to_owned(), "expected value"),
             ("another kind", json!({"kind": "Status", "items": []}).to_string(), "it is no PodList"),
             ("an empty object", "{}".to_owned(), "it is no PodList"),
-            ("cut", list(&[pod(U, C)])[..200].to_owned(), "EOF"),
+            ("cut", list(&[pod(U, C)]).chars().take(200).collect(), "EOF"),
             ("more after it", format!("{}{{}}", list(&[])), "trailing"),
             ("a list of numbers", r#"{"kind":"PodList","items":[1]}"#.to_owned(), "invalid type"),
             ("no list", r#"{"kind":"PodList","items":{}}"#.to_owned(), "invalid type"),
@@ -628,8 +628,8 @@ mod tests {
         for text in [r#"{"kind":"PodList","items":null}"#, r#"{"kind":"PodList"}"#] {
             assert_eq!(read(text).unwrap().len(), 0, "{text}");
         }
-        let nobody = r#"{"kind":"PodList","items":[{},{"metadata":{"uid":"own"}},{"metadata":null}]}"#;
-        assert!(read(nobody).is_err() || read(nobody).unwrap().len() == 0);
+        let nobody = r#"{"kind":"PodList","items":[{},{"metadata":{"uid":"own"}}]}"#;
+        assert!(read(nobody).is_ok_and(|pods| pods.is_empty()), "pods that no cgroup could name");
     }
 
     #[test]

@@ -133,8 +133,7 @@ impl K8sSettings {
             return None;
         }
         let reload_interval = self.reload_interval;
-        let of_env = || env::var(&self.node_name_env).ok().filter(|name| !name.is_empty());
-        let node = self.node_name.clone().or_else(of_env);
+        let node = self.node_name.clone().or_else(|| self.node_of_environment());
         if let Some(port) = self.kubelet_read_only_port {
             return Some(KubeletPlace { node, port, secure: None, reload_interval });
         }
@@ -152,6 +151,11 @@ impl K8sSettings {
         };
         let port = self.kubelet_secure_port.unwrap_or(SECURE_PORT);
         Some(KubeletPlace { node, port, secure: Some((shown_as, known_by)), reload_interval })
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "the setting names a variable, as spire-agent's does")]
+    fn node_of_environment(&self) -> Option<String> {
+        env::var(&self.node_name_env).ok().filter(|name| !name.is_empty())
     }
 
     /// How long a container is waited for.
