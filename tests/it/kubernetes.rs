@@ -422,8 +422,9 @@ async fn the_kubelet_is_known_by_its_certificate() {
     let kubelet = FakeKubelet::start(listed(&[pod(1)]));
     let (other, gone) = (kubelet.other_ca.clone(), PathBuf::from("/nonexistent/ca.crt"));
     let entries = ["k8s:ns:ns1"];
+    let as_it_is: Box<dyn FnOnce(&mut K8sSettings)> = Box::new(|_| {});
     for (case, change, want) in [
-        ("its CA", Box::new(|_: &mut K8sSettings| {}) as Box<dyn FnOnce(&mut K8sSettings)>, None),
+        ("its CA", as_it_is, None),
         ("its name", Box::new(|it| it.node_name = Some("127.0.0.1".to_owned())), None),
         (
             "another name",
