@@ -25,6 +25,7 @@ mod attestors;
 mod doubt;
 mod error;
 pub mod inspect;
+pub mod k8s;
 mod process;
 mod settings;
 pub mod status;
@@ -41,12 +42,17 @@ use arc_swap::ArcSwap;
 use metrics::{Counter, Histogram};
 use tokio::{sync::watch, time::Instant};
 
+pub use self::attestors::AttestorBlock;
 pub use self::error::{AttestError, AttestFault, Blame, ProcReadError};
 pub(crate) use self::settings::is_enabled;
 use self::{
-    attestors::{Attestation, Evidence, Findings, News, Untold, WorkloadAttestor, attestors},
+    attestors::{
+        Attestation, EnabledAttestors, Evidence, Findings, News, Untold, WorkloadAttestor, attestors,
+        not_in_use,
+    },
     doubt::{Doubts, SelectorKind},
-    process::{Attestable, ProcDir, Seen},
+    k8s::{K8sAttestor, K8sError, K8sSettings},
+    process::{Attestable, PlacedPeer, ProcDir, Seen},
     unix::{UnixAttestor, UnixError, UnixSettings},
 };
 use crate::{
@@ -65,6 +71,8 @@ use crate::{
 attestors! {
     /// Users, groups and executables.
     Unix, unix: UnixAttestor, UnixSettings, UnixError;
+    /// Pods and their containers.
+    K8s, k8s: K8sAttestor, K8sSettings, K8sError;
 }
 
 /// How long a connection's last result may be used.
@@ -240,7 +248,11 @@ impl Attestor {
         mut admitted: Admitted<Arc<Peer>>,
         questions: &Questions,
     ) -> Result<Attested, AttestError> {
-        match self.subject(admitted.peer().as_ref(), questions).await {
+        let (held, patience) = (Mutex::new(admitted.take_place()), admitted.patience_left());
+        let placed = PlacedPeer { peer: admitted.peer(), held, patience };
+        let subject = self.subject(&placed, questions).await;
+        drop(placed);
+        match subject {
             Ok(subject) => Ok(Attested { admitted, subject }),
             Err(error) => {
                 if error.blame() == Blame::Refusal {
@@ -263,11 +275,12 @@ impl Attestor {
         limits: &Limits,
     ) -> Result<Subject, AttestError> {
         let AttestedPeer(peer) = peer;
-        let Some(_place) = limits.place_for_update(peer.caller()) else {
+        let Some(place) = limits.place_for_update(peer.caller()) else {
             self.metrics.failed(&AttestError::Crowded);
             return Err(AttestError::Crowded);
         };
-        self.subject(peer.as_ref(), questions).await
+        let held = Mutex::new(Some(place.into_slot()));
+        self.subject(&PlacedPeer { peer, held, patience: Duration::MAX }, questions).await
     }
 
     async fn subject(&self, process: &dyn Attestable, questions: &Questions) -> Result<Subject, AttestError> {
@@ -358,10 +371,12 @@ fn doubted(attestation: &Attestation, questions: &Questions) -> Option<usize> {
     if attestation.untold.is_empty() {
         return None;
     }
-    let untold: Vec<SelectorKind> = attestation.untold.iter().map(|(kind, _)| *kind).collect();
+    let untold = attestation.untold.iter().map(|(kind, _)| *kind);
+    let untold: Vec<SelectorKind> =
+        untold.filter(|kind| !questions.settings.is_optional(kind.attestor)).collect();
     let kind_of = |selector: &Selector| questions.untellable(selector);
     let kind = questions.doubts.first(&attestation.selectors, &untold, kind_of)?;
-    untold.iter().position(|it| *it == kind)
+    attestation.untold.iter().position(|(it, _)| *it == kind)
 }
 
 /// The series of attestation.
@@ -413,7 +428,12 @@ mod tests {
     use nix::unistd::{Gid, Pid, Uid};
 
     use super::*;
-    use crate::{limits::CallerKey, os::pidfd::Owner, peer::slot::PeerSlot, telemetry::metrics::Metrics};
+    use crate::{
+        limits::CallerKey,
+        os::pidfd::Owner,
+        peer::{pod::PodPlace, slot::PeerSlot},
+        telemetry::metrics::Metrics,
+    };
 
     /// A process of the fixtures: alive until the test says otherwise.
     struct Fixture {
@@ -422,6 +442,7 @@ mod tests {
         /// What `is_alive` answers, one after the other; at the end, alive.
         fates: Mutex<Vec<AttestError>>,
         slot: PeerSlot,
+        place: Option<PodPlace>,
     }
 
     impl Attestable for Fixture {
@@ -444,10 +465,14 @@ mod tests {
         fn slot(&self) -> Option<&PeerSlot> {
             Some(&self.slot)
         }
+
+        fn place(&self) -> Option<PodPlace> {
+            self.place
+        }
     }
 
     fn fixture(pid: i32, owner: (u32, u32)) -> Fixture {
-        Fixture { pid, owner, fates: Mutex::default(), slot: PeerSlot::default() }
+        Fixture { pid, owner, fates: Mutex::default(), slot: PeerSlot::default(), place: None }
     }
 
     fn attestor(case: &str) -> Attestor {

@@ -27,6 +27,7 @@ mod listener;
 mod metrics;
 mod outbox;
 mod pauses;
+pub mod pod;
 mod reply;
 mod request;
 mod service;

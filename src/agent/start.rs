@@ -165,8 +165,9 @@ impl AgentParts {
         let services = self.services()?;
         let (stop, stopping) = channel::channel(false);
         let (connections, bounds) = channel::channel(connection_bounds(&config, self.means));
+        let looks = in_pod() || config.attest.k8s.enabled;
         let keys =
-            Arc::new(PodOrUid::new(config.kubernetes.mode, in_pod(), config.kubernetes.kubelet_root.clone()));
+            Arc::new(PodOrUid::new(config.kubernetes.mode, looks, config.kubernetes.kubelet_root.clone()));
         let (stats, admin_stats) = (Arc::<ConnectionStats>::default(), Arc::<ConnectionStats>::default());
         let series = ConnectionMetrics::new(self.metrics.registry());
         let counted = (Arc::clone(&stats), Arc::clone(&admin_stats));

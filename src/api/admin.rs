@@ -318,6 +318,7 @@ impl AdminParts {
         let process = self.attestor.inspect(pid)?;
         // Before the attestor, which asks last whether the process still lives.
         let (caller, source) = self.keys.explain(process.pid(), process.uid());
+        let process = process.within(source.place());
         let snapshot = self.store.snapshot();
         let Description { subject, untold } = self.attestor.describe(&process, &snapshot.questions).await?;
         let matches = matches(&snapshot, &subject);
@@ -412,7 +413,7 @@ fn entry_of(entry: &Entry, withheld: String) -> pb::Entry {
 
 fn why(key: CallerKey, source: KeySource) -> pb::Caller {
     let (why, cgroup_line) = match source {
-        KeySource::Pod { line } => ("its cgroup is a pod's", line),
+        KeySource::Pod { line, .. } => ("its cgroup is a pod's", line),
         KeySource::NotKubernetes => {
             ("its user, as pods are not looked for: this is no node of Kubernetes", String::new())
         }

@@ -16,7 +16,10 @@ use super::{
     doubt::SelectorKind,
     process::{ProcDir, Seen},
 };
-use crate::identity::{Entry, selector::Selectors};
+use crate::{
+    hcl::{section::Section, settings::Shown},
+    identity::{Entry, selector::Selectors},
+};
 
 /// Counts what attestors learnt apart from any call: after each, what was prepared for the entries may be otherwise.
 pub(super) type News = Arc<watch::Sender<u64>>;
@@ -25,6 +28,8 @@ pub(super) type News = Arc<watch::Sender<u64>>;
 pub(super) trait WorkloadAttestor: Sized {
     /// Its name in `plugins { WorkloadAttestor "NAME" }`, which is the type of its selectors too.
     const NAME: &'static str;
+    /// Whether it attests where no block of any attestor is there.
+    const BY_DEFAULT: bool;
     /// What `plugin_data` says: declared with [`settings!`](crate::hcl::settings).
     type Settings;
     /// Why it could not find something out.
@@ -34,6 +39,9 @@ pub(super) trait WorkloadAttestor: Sized {
 
     /// One that counts in `news` what it learns apart from any call.
     fn new(news: &News) -> Self;
+
+    /// Reads `plugin_data`, and reports what is wrong with it.
+    fn read(data: &mut Section<'_>) -> Self::Settings;
 
     /// Whether a process could ever have a selector of this value.
     ///
@@ -71,6 +79,24 @@ pub(super) trait WorkloadAttestor: Sized {
     ) -> Result<Findings<Self::Error>, Self::Error>;
 }
 
+/// The block of one attestor in `plugins`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttestorBlock<S> {
+    /// Whether it attests.
+    pub enabled: bool,
+    /// Whether what it cannot tell is taken for missing: a call goes on with what the others found.
+    pub optional: bool,
+    /// Its `plugin_data`.
+    pub settings: S,
+}
+
+impl<S> AttestorBlock<S> {
+    /// The settings, where it attests.
+    pub(super) fn in_use(&self) -> Option<&S> {
+        self.enabled.then_some(&self.settings)
+    }
+}
+
 /// What one attestor found.
 pub(super) struct Findings<E> {
     pub(super) selectors: Selectors,
@@ -85,6 +111,21 @@ pub(super) struct Untold<E> {
     /// As [`WorkloadAttestor::untellable`] names it. None of its selectors are among those that were found.
     pub(super) word: &'static str,
     pub(super) why: E,
+}
+
+/// The attestors that attest, as a message shows them.
+#[derive(PartialEq, Eq)]
+pub(super) struct EnabledAttestors(pub(super) Vec<&'static str>);
+
+impl Shown for EnabledAttestors {
+    fn shown(&self) -> String {
+        self.0.join(", ")
+    }
+}
+
+/// Why nobody has a selector of this attestor.
+pub(super) fn not_in_use(attestor: &str) -> String {
+    format!("nobody attests this: add WorkloadAttestor \"{attestor}\" {{ plugin_data {{ }} }} to plugins")
 }
 
 /// What findings rest on, as far as it may change while the process lives.
@@ -113,8 +154,20 @@ macro_rules! attestors {
         }
 
         /// The settings of every attestor.
-        #[derive(Clone, Debug, Default, PartialEq, Eq)]
-        pub struct AttestSettings { $($(#[$doc])* pub $field: $settings,)+ }
+        #[derive(Clone, Debug, PartialEq, Eq)]
+        pub struct AttestSettings { $($(#[$doc])* pub $field: AttestorBlock<$settings>,)+ }
+
+        impl Default for AttestSettings {
+            fn default() -> Self {
+                Self {
+                    $($field: AttestorBlock {
+                        enabled: <$attestor as WorkloadAttestor>::BY_DEFAULT,
+                        optional: false,
+                        settings: <$settings>::default(),
+                    },)+
+                }
+            }
+        }
 
         impl AttestSettings {
             /// Every attestor's name.
@@ -122,16 +175,44 @@ macro_rules! attestors {
 
             /// Adds the keys that are others in `next`.
             pub(crate) fn compare(&self, next: &Self, changes: &mut $crate::hcl::settings::KeyChanges) {
-                $(self.$field.compare(&next.$field, changes);)+
+                changes.needs_restart("plugins.WorkloadAttestor", &self.enabled(), &next.enabled());
+                $(
+                    let (old, new) = (&self.$field, &next.$field);
+                    changes.reloads("plugins.WorkloadAttestor.optional", &old.optional, &new.optional);
+                    old.settings.compare(&new.settings, changes);
+                )+
+            }
+
+            fn enabled(&self) -> EnabledAttestors {
+                let mut enabled = Vec::new();
+                $(enabled.extend(self.$field.enabled.then_some(<$attestor as WorkloadAttestor>::NAME));)+
+                EnabledAttestors(enabled)
+            }
+
+            /// Switches each on or off.
+            fn switch(&mut self, is_on: impl Fn(&str) -> bool) {
+                $(self.$field.enabled = is_on(<$attestor as WorkloadAttestor>::NAME);)+
+            }
+
+            fn set_optional(&mut self, attestor: &str) {
+                $(if attestor == <$attestor as WorkloadAttestor>::NAME { self.$field.optional = true; })+
+            }
+
+            /// Whether what this attestor cannot tell is taken for missing.
+            fn is_optional(&self, attestor: &str) -> bool {
+                false $(|| attestor == <$attestor as WorkloadAttestor>::NAME && self.$field.optional)+
             }
 
             fn read_data(&mut self, attestor: &str, data: &mut Section<'_>) {
-                $(if attestor == <$attestor as WorkloadAttestor>::NAME { self.$field = <$settings>::read(data); })+
+                $(if attestor == <$attestor as WorkloadAttestor>::NAME {
+                    self.$field.settings = <$attestor>::read(data);
+                })+
             }
 
             fn check_value(&self, attestor: &str, value: &str) -> Option<Result<(), String>> {
                 $(if attestor == <$attestor as WorkloadAttestor>::NAME {
-                    return Some(<$attestor>::check(value, &self.$field));
+                    let Some(settings) = self.$field.in_use() else { return Some(Err(not_in_use(attestor))) };
+                    return Some(<$attestor>::check(value, settings));
                 })+
                 None
             }
@@ -175,6 +256,9 @@ macro_rules! attestors {
             /// Why no process of this node has this selector, which an entry asks for; `None` where one may have it.
             pub fn absent(&self, selector: &Selector) -> Option<String> {
                 $(if selector.kind() == <$attestor as WorkloadAttestor>::NAME {
+                    if !self.settings.$field.enabled {
+                        return Some(not_in_use(selector.kind()));
+                    }
                     return <$attestor>::absent(&self.$field, selector.value());
                 })+
                 None
@@ -189,7 +273,7 @@ macro_rules! attestors {
             }
 
             fn begin(&self, settings: &AttestSettings) {
-                $(self.$field.begin(&settings.$field);)+
+                $(if let Some(settings) = settings.$field.in_use() { self.$field.begin(settings); })+
             }
 
             fn wait(&self, deadline: std::time::Instant) {
@@ -215,7 +299,16 @@ macro_rules! attestors {
                 since: Instant,
             ) -> Result<Attestation, AttestorError> {
                 let ($($field,)+) = tokio::try_join!($(async {
-                    let findings = self.$field.attest(&questions.settings.$field, questions, seen).await?;
+                    let block = &questions.settings.$field;
+                    let Some(settings) = block.in_use() else { return Ok(None) };
+                    let findings = match self.$field.attest(settings, questions, seen).await {
+                        Ok(findings) => findings,
+                        Err(error) if block.optional => {
+                            tracing::debug!(%error, "an optional attestor found out nothing");
+                            return Ok(None);
+                        }
+                        Err(error) => return Err(error.into()),
+                    };
                     let Findings { selectors, evidence, untold } = findings;
                     let attestor = <$attestor as WorkloadAttestor>::NAME;
                     let kind = |word| SelectorKind { attestor, word };
@@ -223,10 +316,11 @@ macro_rules! attestors {
                         .into_iter()
                         .map(|Untold { word, why }| (kind(word), AttestorError::from(why)))
                         .collect();
-                    Ok::<_, AttestorError>((AttestorName::$case, since.elapsed(), selectors, evidence, untold))
+                    let took = since.elapsed();
+                    Ok::<_, AttestorError>(Some((AttestorName::$case, took, selectors, evidence, untold)))
                 }),+)?;
                 let mut all = Attestation::default();
-                for (attestor, took, mut selectors, evidence, untold) in [$($field),+] {
+                for (attestor, took, mut selectors, evidence, untold) in [$($field),+].into_iter().flatten() {
                     all.selectors.append(&mut selectors);
                     all.evidence.extend(evidence);
                     all.untold.extend(untold);

@@ -79,6 +79,8 @@ labels! {
         Unreadable = "unreadable",
         /// What the process executes is where its user mounts what it likes.
         Untrusted = "untrusted",
+        /// The kubelet does not list its container.
+        Unlisted = "unlisted",
         /// It took too long, or too many others were being attested.
         Busy = "busy",
     }

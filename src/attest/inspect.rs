@@ -22,7 +22,7 @@ use super::{
 use crate::{
     limits::CallerKey,
     os::pidfd::{Owner, Pidfd},
-    peer::slot::PeerSlot,
+    peer::{pod::PodPlace, slot::PeerSlot},
 };
 
 /// A process held by its pidfd.
@@ -31,6 +31,7 @@ pub struct Inspected {
     pid: Pid,
     pidfd: Pidfd,
     owner: Owner,
+    place: Option<PodPlace>,
 }
 
 /// What would be attested of a process.
@@ -97,6 +98,12 @@ impl Inspected {
     pub fn gid(&self) -> Gid {
         self.owner.gid
     }
+
+    /// The same process, which is in this pod. Looked up by whoever knows where the kubelet keeps pods.
+    #[must_use]
+    pub fn within(self, place: Option<PodPlace>) -> Self {
+        Self { place, ..self }
+    }
 }
 
 impl Attestable for Inspected {
@@ -128,6 +135,10 @@ impl Attestable for Inspected {
     fn slot(&self) -> Option<&PeerSlot> {
         None
     }
+
+    fn place(&self) -> Option<PodPlace> {
+        self.place
+    }
 }
 
 impl Attestor {
@@ -152,7 +163,7 @@ impl Attestor {
         let status = ProcDir::open(&self.proc_root, pid).and_then(|dir| dir.status());
         let status = status.map_err(|error| failed(error.into()))?;
         let owner = Owner { uid: Uid::from_raw(status.uid), gid: Gid::from_raw(status.gid) };
-        let found = Inspected { pid, pidfd, owner };
+        let found = Inspected { pid, pidfd, owner, place: None };
         found.is_alive().map_err(failed)?;
         Ok(found)
     }

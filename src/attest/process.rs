@@ -8,6 +8,8 @@ use std::{
     fs::File,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    time::Duration,
 };
 
 use nix::{
@@ -22,9 +24,9 @@ use super::{
     status::{self, ProcStatus, StatusError},
 };
 use crate::{
-    limits::{CallerKey, Families},
+    limits::{AttestationSlot, CallerKey, Families},
     os::pidfd::Owner,
-    peer::{Peer, PeerGone, slot::PeerSlot},
+    peer::{Peer, PeerGone, pod::PodPlace, slot::PeerSlot},
 };
 
 /// As much of `status` as is read: the lines that count end before it with [`status::MAX_GROUPS`] groups.
@@ -41,6 +43,14 @@ pub(super) trait Attestable: Sync {
     fn is_alive(&self) -> Result<(), AttestError>;
     /// Where its last result is kept, if anywhere.
     fn slot(&self) -> Option<&PeerSlot>;
+    /// The pod that it is in, and the container.
+    fn place(&self) -> Option<PodPlace>;
+    /// How long it may be kept waiting for something that comes by itself.
+    fn patience(&self) -> Duration {
+        Duration::MAX
+    }
+    /// It waits for something that costs nothing, and needs no place among the attestations any more.
+    fn stand_aside(&self) {}
     /// How much is to be found out of it.
     fn extent(&self) -> Extent {
         Extent::Asked
@@ -82,6 +92,52 @@ impl Attestable for Peer {
 
     fn slot(&self) -> Option<&PeerSlot> {
         Some(self.slot())
+    }
+
+    fn place(&self) -> Option<PodPlace> {
+        self.place()
+    }
+}
+
+/// A peer that has a place among the attestations for as long as it needs one.
+pub(super) struct PlacedPeer<'a> {
+    pub(super) peer: &'a Peer,
+    pub(super) held: Mutex<Option<AttestationSlot>>,
+    pub(super) patience: Duration,
+}
+
+impl Attestable for PlacedPeer<'_> {
+    fn pid(&self) -> Pid {
+        self.peer.pid()
+    }
+
+    fn owner(&self) -> Owner {
+        self.peer.owner()
+    }
+
+    fn caller(&self) -> CallerKey {
+        self.peer.caller()
+    }
+
+    fn is_alive(&self) -> Result<(), AttestError> {
+        Attestable::is_alive(self.peer)
+    }
+
+    fn slot(&self) -> Option<&PeerSlot> {
+        Some(self.peer.slot())
+    }
+
+    fn place(&self) -> Option<PodPlace> {
+        self.peer.place()
+    }
+
+    fn patience(&self) -> Duration {
+        self.patience
+    }
+
+    fn stand_aside(&self) {
+        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(held);
     }
 }
 

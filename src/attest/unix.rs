@@ -31,7 +31,10 @@ use super::{
     status::ProcStatus,
 };
 use crate::{
-    hcl::{section::nearest, settings::settings},
+    hcl::{
+        section::{Section, nearest},
+        settings::settings,
+    },
     identity::{
         Entry,
         selector::{Selector, Selectors},
@@ -98,12 +101,17 @@ pub(super) struct UnixAttestor {
 
 impl WorkloadAttestor for UnixAttestor {
     const NAME: &'static str = NAME;
+    const BY_DEFAULT: bool = true;
     type Settings = UnixSettings;
     type Error = UnixError;
     type Questions = UnixQuestions;
 
     fn new(news: &News) -> Self {
         Self { names: Names::of_node(Arc::clone(news)), discovery: Discovery::default() }
+    }
+
+    fn read(data: &mut Section<'_>) -> UnixSettings {
+        UnixSettings::read(data)
     }
 
     fn check(value: &str, settings: &UnixSettings) -> Result<(), String> {

@@ -175,6 +175,12 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
             );
         }
     }
+    let no_pods = agent.kubernetes.mode == KubernetesMode::Off;
+    if no_pods && attest.k8s.enabled {
+        let right =
+            "cannot be off with WorkloadAttestor \"k8s\", which would find nobody in a pod: leave it out";
+        root.missing("agent.kubernetes.mode", right);
+    }
     root.finish();
 
     let drop_ins = input.drop_in_trees(problems, agent.entries_dir.as_ref());
@@ -189,7 +195,6 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
         root.finish();
     }
     let entries = entries.finish();
-    let no_pods = agent.kubernetes.mode == KubernetesMode::Off;
     let context = ratelimit::Context { problems, trust_domain: own, user_id: input.user_id, no_pods };
     let ratelimit = context.settings(limits, agent.spire_limits);
     Some(Config {

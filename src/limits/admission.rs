@@ -51,7 +51,14 @@ impl Default for Limits {
 #[derive(Debug)]
 #[must_use = "the place is free again as soon as this is dropped"]
 pub struct UpdatePlace {
-    _slot: AttestationSlot,
+    slot: AttestationSlot,
+}
+
+impl UpdatePlace {
+    /// The place as those of calls are.
+    pub(crate) fn into_slot(self) -> AttestationSlot {
+        self.slot
+    }
 }
 
 impl Limits {
@@ -140,13 +147,13 @@ impl Limits {
     pub fn place_for_update(&self, caller: CallerKey) -> Option<UpdatePlace> {
         let family = self.ledger.plan().families.group(caller);
         let slot = self.ledger.update_slots.take(family).ok()?;
-        Some(UpdatePlace { _slot: slot })
+        Some(UpdatePlace { slot })
     }
 
     /// A place for a call of `caller` that waits for an entry, at once or not at all: one of those of calls that wait.
     pub fn place_to_wait(&self, caller: CallerKey) -> Option<UpdatePlace> {
         let slot = self.ledger.places.take(self.family_of(caller)).ok()?;
-        Some(UpdatePlace { _slot: slot })
+        Some(UpdatePlace { slot })
     }
 
     /// Whose share of what there is a bounded number of a caller takes.

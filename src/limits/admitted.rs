@@ -40,6 +40,11 @@ impl<P> Admitted<P> {
         self.slot = None;
     }
 
+    /// Its place among the attestations, which is free again when that is dropped.
+    pub(crate) fn take_place(&mut self) -> Option<AttestationSlot> {
+        self.slot.take()
+    }
+
     /// For how long it may still be kept waiting, by what its caller said of that.
     pub fn patience_left(&self) -> Duration {
         self.charge.waiting.patience_left(self.charge.ledger.now())

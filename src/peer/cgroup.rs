@@ -25,6 +25,9 @@
 //! | `/user.slice/..`, `/lxc/..`, any other beginning | none | may be given to a user |
 //! | `/docker/C/..` without a kubelet's root | none | a container, no pod |
 //!
+//! The container is what stands right below the pod: `C`, or `RUNTIME-C.scope` with `RUNTIME` one of `cri-containerd`,
+//! `crio` and `docker`. Lines that name the pod and no container are passed over; two containers, and it is none.
+//!
 //! U is 32 hexadecimal digits, with `-` or with `_` or (static pods) with nothing between 8-4-4-4-12 of them, and C
 //! 64. Where a container that is no pod may write its cgroups (a privileged one, or one of LXC) and stands under one
 //! of those names, set `kubelet_cgroup_root`: then that root alone counts, with nothing before it.
@@ -40,7 +43,10 @@ use nix::{
     unistd::{Pid, Uid, read},
 };
 
-use super::credentials::{Credentials, KeyResolver, Process};
+use super::{
+    credentials::{Credentials, KeyResolver, Process},
+    pod::{ContainerId, PodPlace, PodUid},
+};
 use crate::limits::caller::CallerKey;
 
 /// A longer `/proc/PID/cgroup` is not believed. A real one has at most 15 lines of about 200 bytes.
@@ -49,7 +55,7 @@ pub const LIMIT: usize = 16 * 1024;
 const NESTING: usize = 4;
 /// Units in which a container runtime has made pods' cgroups below its own, as systemd and it did not agree. None of
 /// them is any user's.
-const RUNTIMES: [&[u8]; 6] = [
+const RUNTIME_UNITS: [&[u8]; 6] = [
     b"containerd.service",
     b"docker.service",
     b"k3s.service",
@@ -57,9 +63,9 @@ const RUNTIMES: [&[u8]; 6] = [
     b"rke2-server.service",
     b"rke2-agent.service",
 ];
-
-/// The UID of a pod.
-pub type PodUid = [u8; 16];
+/// What stands before the ID in the name of a container's scope. What a runtime puts there of its own, as
+/// `crio-conmon-C.scope`, is no container.
+const SCOPES: [&[u8]; 3] = [b"cri-containerd-", b"crio-", b"docker-"];
 
 /// Where the kubelet keeps its pods: the setting `kubelet_cgroup_root`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -137,20 +143,21 @@ impl fmt::Display for KubeletRoot {
 /// A pod, and the line that names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FoundPod<'a> {
-    pub pod: PodUid,
+    pub place: PodPlace,
     /// The first line that names it, as it stands in the file: for people.
     pub line: &'a [u8],
 }
 
 /// The pod that the content of a `/proc/PID/cgroup` names beyond doubt.
 pub fn pod_uid(text: &[u8], root: &KubeletRoot) -> Option<PodUid> {
-    find(text, root).map(|found| found.pod)
+    find(text, root).map(|found| found.place.pod)
 }
 
 /// [`pod_uid`], and where it stands.
 pub fn find<'a>(text: &'a [u8], root: &KubeletRoot) -> Option<FoundPod<'a>> {
     let text = text.strip_suffix(b"\n").unwrap_or(text);
     let mut found: Option<FoundPod<'a>> = None;
+    let mut containers = None;
     let mut last = None;
     for line in text.split(|b| *b == b'\n') {
         // hierarchy ID : controllers : path, which may hold colons itself.
@@ -163,14 +170,22 @@ pub fn find<'a>(text: &'a [u8], root: &KubeletRoot) -> Option<FoundPod<'a>> {
         if last.replace(path) == Some(path) {
             continue;
         }
-        let Some(pod) = pod_of_path(path.strip_prefix(b"/")?, root) else { continue };
-        match found {
-            None => found = Some(FoundPod { pod, line }),
-            Some(first) if first.pod == pod => {}
+        let Some(place) = place_of_path(path.strip_prefix(b"/")?, root) else { continue };
+        match &found {
+            None => found = Some(FoundPod { place, line }),
+            Some(first) if first.place.pod == place.pod => {}
             Some(_) => return None,
         }
+        containers = match (containers, place.container) {
+            (known, None) => known,
+            (None, Some(id)) => Some(Some(id)),
+            (Some(known), Some(id)) => Some(known.filter(|known| *known == id)),
+        };
     }
-    found
+    found.map(|FoundPod { place, line }| FoundPod {
+        place: PodPlace { container: containers.flatten(), ..place },
+        line,
+    })
 }
 
 /// The rest of a path. Cheap to copy: rules try it one after the other.
@@ -194,7 +209,7 @@ impl<'a> Rest<'a> {
 }
 
 /// `path` has lost its first slash.
-fn pod_of_path(path: &[u8], root: &KubeletRoot) -> Option<PodUid> {
+fn place_of_path(path: &[u8], root: &KubeletRoot) -> Option<PodPlace> {
     let mut rest = Rest(Some(path));
     let mut ups = 0;
     loop {
@@ -210,7 +225,7 @@ fn pod_of_path(path: &[u8], root: &KubeletRoot) -> Option<PodUid> {
 }
 
 /// A path that begins at the top of the tree, or of a container that a known runtime made there.
-fn from_top(mut rest: Rest<'_>, root: &KubeletRoot) -> Option<PodUid> {
+fn from_top(mut rest: Rest<'_>, root: &KubeletRoot) -> Option<PodPlace> {
     for _ in 0..=NESTING {
         let pod = root.roots.iter().find_map(|root| root.pod_below(rest.after(&root.segments)?));
         if let Some(pod) = pod.or_else(|| mixed_drivers(rest, root)) {
@@ -225,7 +240,7 @@ fn from_top(mut rest: Rest<'_>, root: &KubeletRoot) -> Option<PodUid> {
 }
 
 /// A path from a cgroup of the kubelet, as an agent that is a pod itself sees other pods.
-fn within_root(rest: Rest<'_>, root: &KubeletRoot) -> Option<PodUid> {
+fn within_root(rest: Rest<'_>, root: &KubeletRoot) -> Option<PodPlace> {
     root.roots.iter().find_map(|root| {
         let ends = (1..=root.segments.len()).filter_map(|from| root.segments.get(from..));
         let mut below = ends.filter_map(|segments| rest.after(segments));
@@ -234,18 +249,19 @@ fn within_root(rest: Rest<'_>, root: &KubeletRoot) -> Option<PodUid> {
 }
 
 /// `kubepods[-QOS]-podU.slice:cri-containerd:C`, at the top or in the unit of a container runtime.
-fn mixed_drivers(mut rest: Rest<'_>, root: &KubeletRoot) -> Option<PodUid> {
+fn mixed_drivers(mut rest: Rest<'_>, root: &KubeletRoot) -> Option<PodPlace> {
     let mut first = rest.next()?;
     if first == b"system.slice" {
         let unit = rest.next()?;
-        first = RUNTIMES.contains(&unit).then(|| rest.next())??;
+        first = RUNTIME_UNITS.contains(&unit).then(|| rest.next())??;
     }
     let mut parts = first.split(|b| *b == b':');
     let (slice, runtime, container) = (parts.next()?, parts.next()?, parts.next()?);
     if runtime != b"cri-containerd" || !is_container_id(container) || parts.next().is_some() {
         return None;
     }
-    root.roots.iter().find_map(|root| root.pod_slice_of_any_class(slice))
+    let pod = root.roots.iter().find_map(|root| root.pod_slice_of_any_class(slice))?;
+    Some(PodPlace { pod, container: ContainerId::parse(container) })
 }
 
 /// What follows a container in which a kubelet may run.
@@ -278,9 +294,9 @@ impl Root {
     }
 
     /// The pod of a path that begins below this root.
-    fn pod_below(&self, mut rest: Rest<'_>) -> Option<PodUid> {
+    fn pod_below(&self, mut rest: Rest<'_>) -> Option<PodPlace> {
         let first = rest.next()?;
-        match &self.stem {
+        let pod = match &self.stem {
             None if CLASSES.contains(&first) => uid_after_pod(rest.next()?),
             None => uid_after_pod(first),
             Some(stem) => {
@@ -292,12 +308,14 @@ impl Root {
                     None => pod_slice(first, stem, None),
                 }
             }
-        }
+        }?;
+        Some(PodPlace { pod, container: container_below(rest) })
     }
 
     /// The pod of a path that begins in one of this root's classes, where the class is in the pod's name.
-    fn pod_of_class(&self, mut rest: Rest<'_>) -> Option<PodUid> {
-        self.pod_slice_of_any_class(rest.next()?)
+    fn pod_of_class(&self, mut rest: Rest<'_>) -> Option<PodPlace> {
+        let pod = self.pod_slice_of_any_class(rest.next()?)?;
+        Some(PodPlace { pod, container: container_below(rest) })
     }
 
     fn pod_slice_of_any_class(&self, slice: &[u8]) -> Option<PodUid> {
@@ -346,8 +364,17 @@ fn uid_after_pod(segment: &[u8]) -> Option<PodUid> {
     Some(uid)
 }
 
+/// The container that a path names right below its pod.
+fn container_below(mut rest: Rest<'_>) -> Option<ContainerId> {
+    let segment = rest.next()?;
+    ContainerId::parse(segment).or_else(|| {
+        let scope = segment.strip_suffix(b".scope")?;
+        SCOPES.iter().find_map(|runtime| ContainerId::parse(scope.strip_prefix(*runtime)?))
+    })
+}
+
 fn is_container_id(text: &[u8]) -> bool {
-    text.len() == 64 && text.iter().all(u8::is_ascii_hexdigit)
+    ContainerId::parse(text).is_some()
 }
 
 /// When pods are looked for: the setting `kubernetes`.
@@ -398,9 +425,13 @@ impl PodOrUid {
 
     /// The pod of the process that has this PID now, if it is in one: whoever asks must know that it lives.
     pub fn pod_of(&self, pid: Pid) -> Option<PodUid> {
+        self.place_of(pid).map(|place| place.pod)
+    }
+
+    fn place_of(&self, pid: Pid) -> Option<PodPlace> {
         let root = self.kubelet.as_ref()?;
         let mut buffer = [0; LIMIT];
-        pod_uid(read_cgroup(&self.proc_root, pid, &mut buffer)?, root)
+        find(read_cgroup(&self.proc_root, pid, &mut buffer)?, root).map(|found| found.place)
     }
 }
 
@@ -408,13 +439,23 @@ impl PodOrUid {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KeySource {
     /// A line of `/proc/PID/cgroup` names a pod.
-    Pod { line: String },
+    Pod { place: PodPlace, line: String },
     /// Pods are not looked for.
     NotKubernetes,
     /// No line names a pod beyond doubt.
     NoPod,
     /// `/proc/PID/cgroup` is not there, or too long.
     Unreadable,
+}
+
+impl KeySource {
+    /// The pod, where there is one.
+    pub fn place(&self) -> Option<PodPlace> {
+        match self {
+            Self::Pod { place, .. } => Some(*place),
+            Self::NotKubernetes | Self::NoPod | Self::Unreadable => None,
+        }
+    }
 }
 
 impl PodOrUid {
@@ -428,9 +469,9 @@ impl PodOrUid {
             None => (uid, KeySource::Unreadable),
             Some(text) => match find(text, root) {
                 None => (uid, KeySource::NoPod),
-                Some(FoundPod { pod, line }) => {
+                Some(FoundPod { place, line }) => {
                     let line = String::from_utf8_lossy(line).into_owned();
-                    (CallerKey::Pod(pod), KeySource::Pod { line })
+                    (CallerKey::Pod(place.pod), KeySource::Pod { place, line })
                 }
             },
         }
@@ -443,13 +484,10 @@ impl KeyResolver for PodOrUid {
         (!visible || !self.looks_for_pods()).then(|| CallerKey::Uid(credentials.uid.as_raw()))
     }
 
-    fn key_of_process(&self, credentials: &Credentials, process: &Process) -> CallerKey {
-        let user = CallerKey::Uid(credentials.uid.as_raw());
-        match self.pod_of(credentials.pid) {
-            // Asked after the read: it lives now, so what was read was its own.
-            Some(pod) if !process.has_exited() => CallerKey::Pod(pod),
-            Some(_) | None => user,
-        }
+    fn place_of_process(&self, credentials: &Credentials, process: &Process) -> Option<PodPlace> {
+        let place = self.place_of(credentials.pid)?;
+        // Asked after the read: it lives now, so what was read was its own.
+        (!process.has_exited()).then_some(place)
     }
 }
 
@@ -492,6 +530,47 @@ mod tests {
 
     fn of(text: &str, root: &KubeletRoot) -> Option<PodUid> {
         pod_uid(written(text).as_bytes(), root)
+    }
+
+    #[test]
+    fn the_container_stands_right_below_its_pod() {
+        let c = ContainerId::parse(C.as_bytes());
+        assert_eq!(c.unwrap().to_string(), C);
+        let pods = "/kubepods.slice/kubepods-pod{u_}.slice";
+        for (case, text, want) in [
+            ("cgroupfs", "0::/kubepods/burstable/pod{u}/{c}".to_owned(), c),
+            ("containerd", format!("0::{pods}/cri-containerd-{{c}}.scope"), c),
+            ("cri-o", format!("0::{pods}/crio-{{c}}.scope"), c),
+            ("docker", format!("0::{pods}/docker-{{c}}.scope"), c),
+            ("below the container", format!("0::{pods}/crio-{{c}}.scope/container/app.service"), c),
+            ("made by the container itself", "0::/kubepods/pod{u}/{c}/kubepods/pod{o}/{d}".to_owned(), c),
+            ("colons", "0::/kubepods-pod{u_}.slice:cri-containerd:{c}".to_owned(), c),
+            ("a static pod", "0::/kubepods/pod2c48913cb29f11e79350020968147796/{c}".to_owned(), c),
+            ("from a namespace", "0::/../../pod{u}/{c}".to_owned(), c),
+            ("kind", "0::/docker/{d}/kubepods/pod{u}/{c}".to_owned(), c),
+            (
+                "every controller",
+                "9:cpu:/kubepods/pod{u}/{c}\n8:pids:/kubepods/pod{u}/{c}\n0::/".to_owned(),
+                c,
+            ),
+            ("named in one line", "9:cpu:/kubepods/pod{u}\n8:pids:/kubepods/pod{u}/{c}".to_owned(), c),
+            ("two containers", "9:cpu:/kubepods/pod{u}/{c}\n8:pids:/kubepods/pod{u}/{d}".to_owned(), None),
+            (
+                "two, and the first again",
+                "9:cpu:/kubepods/pod{u}/{c}\n8:pids:/kubepods/pod{u}/{d}\n7:net:/kubepods/pod{u}/{c}"
+                    .to_owned(),
+                None,
+            ),
+            ("cri-o's monitor", format!("0::{pods}/crio-conmon-{{c}}.scope"), None),
+            ("kata's shim", "0::/kubepods/pod{u}/kata_{c}".to_owned(), None),
+            ("the pod itself", "0::/kubepods/pod{u}".to_owned(), None),
+            ("too short", "0::/kubepods/pod{u}/abc".to_owned(), None),
+            ("a name of its own", "0::/kubepods/pod{u}/x-{c}.scope".to_owned(), None),
+            ("deeper", "0::/kubepods/pod{u}/app/{c}".to_owned(), None),
+        ] {
+            let place = find(written(&text).as_bytes(), &KubeletRoot::default()).map(|found| found.place);
+            assert_eq!(place, Some(PodPlace { pod: UID, container: want }), "{case}");
+        }
     }
 
     #[test]
@@ -821,7 +900,7 @@ mod tests {
         let text = written("3:cpu:/\n2:cpuset:/kubepods/pod{u}/{c}\n0::/kubepods/pod{u}/{c}\n");
         let found = find(text.as_bytes(), &KubeletRoot::default()).unwrap();
         assert_eq!(found.line, written("2:cpuset:/kubepods/pod{u}/{c}").as_bytes());
-        assert_eq!(CallerKey::Pod(found.pod).to_string(), format!("pod:{U}"));
+        assert_eq!(CallerKey::Pod(found.place.pod).to_string(), format!("pod:{U}"));
     }
 
     #[test]

@@ -38,7 +38,7 @@ use crate::{
         holding::Holding,
     },
     os::pidfd::{Owner, Pidfd},
-    peer::{given::GivenLately, slot::PeerSlot},
+    peer::{given::GivenLately, pod::PodPlace, slot::PeerSlot},
 };
 
 /// What the kernel recorded when the peer called `connect()` (`SO_PEERCRED`), as seen from the agent's namespaces.
@@ -57,6 +57,7 @@ pub struct Credentials {
 pub struct Peer {
     credentials: Credentials,
     caller: CallerKey,
+    place: Option<PodPlace>,
     process: Process,
     owner_from: OwnerFrom,
     /// It was seen as another user or group than it connected as.
@@ -169,10 +170,10 @@ pub trait KeyResolver: Send + Sync {
     /// The key where the credentials alone decide it. A connection that is refused then costs no pidfd.
     fn key_of_user(&self, credentials: &Credentials) -> Option<CallerKey>;
 
-    /// The key where they do not. Must answer fast (it runs in the accept loop) and never fails: every doubt
-    /// means the OS UID. What was read under /proc counts only if [`Process::has_exited`] is still `false`
-    /// afterwards.
-    fn key_of_process(&self, credentials: &Credentials, process: &Process) -> CallerKey;
+    /// Where they do not, the pod: it is the key, and the OS UID where there is none. Must answer fast (it runs in the
+    /// accept loop) and never fails: every doubt means `None`. What was read under /proc counts only if
+    /// [`Process::has_exited`] is still `false` afterwards.
+    fn place_of_process(&self, credentials: &Credentials, process: &Process) -> Option<PodPlace>;
 }
 
 /// Charges the user: what holds where there is no Kubernetes. Opens nothing.
@@ -184,8 +185,8 @@ impl KeyResolver for OsUid {
         Some(CallerKey::Uid(credentials.uid.as_raw()))
     }
 
-    fn key_of_process(&self, credentials: &Credentials, _process: &Process) -> CallerKey {
-        CallerKey::Uid(credentials.uid.as_raw())
+    fn place_of_process(&self, _credentials: &Credentials, _process: &Process) -> Option<PodPlace> {
+        None
     }
 }
 
@@ -197,6 +198,7 @@ impl KeyResolver for OsUid {
 pub struct Arrival {
     credentials: Credentials,
     caller: CallerKey,
+    place: Option<PodPlace>,
     /// `None` until it is let in, where the key did not need it.
     process: Option<Process>,
 }
@@ -210,16 +212,18 @@ impl Arrival {
     pub fn at(stream: &impl AsFd, keys: &dyn KeyResolver) -> Result<Self, CredentialsError> {
         let credentials = Credentials::of(stream)?;
         if let Some(caller) = keys.key_of_user(&credentials) {
-            return Ok(Self { credentials, caller, process: None });
+            return Ok(Self { credentials, caller, place: None, process: None });
         }
         let process = Process::of(stream, &credentials)?;
-        let caller = keys.key_of_process(&credentials, &process);
+        let place = keys.place_of_process(&credentials, &process);
         // Whose it was cannot be found out any more, and nothing may be answered to it. Charged to its user
         // it would let a pod spend what the user of that number on the node has.
         if process.has_exited() {
             return Err(CredentialsError::Gone { pid: credentials.pid });
         }
-        Ok(Self { credentials, caller, process: Some(process) })
+        let caller =
+            place.map_or(CallerKey::Uid(credentials.uid.as_raw()), |place| CallerKey::Pod(place.pod));
+        Ok(Self { credentials, caller, place, process: Some(process) })
     }
 
     /// Whom the connection is charged to.
@@ -242,12 +246,12 @@ impl Arrival {
     /// # Errors
     /// [`CredentialsError`] when there is nothing to hold on to: the connection must be closed.
     pub fn let_in(self, stream: &impl AsFd) -> Result<Peer, CredentialsError> {
-        let Self { credentials, caller, process } = self;
+        let Self { credentials, caller, place, process } = self;
         let process = match process {
             Some(process) => process,
             None => Process::of(stream, &credentials)?,
         };
-        Ok(Peer::new(credentials, caller, process))
+        Ok(Peer { place, ..Peer::new(credentials, caller, process) })
     }
 }
 
@@ -256,6 +260,7 @@ impl Peer {
         Self {
             credentials,
             caller,
+            place: None,
             process,
             owner_from: OwnerFrom::Pidfd,
             changed: AtomicBool::new(false),
@@ -323,6 +328,12 @@ impl Peer {
     /// Whom its calls are charged to.
     pub fn caller(&self) -> CallerKey {
         self.caller
+    }
+
+    /// The pod that it was in when it connected, and the container: no process leaves these by itself. `None` outside of
+    /// pods, and where they are not looked for.
+    pub fn place(&self) -> Option<PodPlace> {
+        self.place
     }
 
     /// How the agent holds on to it.

@@ -17,6 +17,7 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use durward::{
     api::claims::claims_to_struct,
     attest::{
+        k8s::pods::{MOST_PODS, PodList},
         status,
         unix::mounts::{self, ServedBy},
     },
@@ -27,10 +28,11 @@ use durward::{
         jwt,
         spiffe_id::{MAX_LEN, MAX_TRUST_DOMAIN_LEN},
     },
-    limits::GatePlan,
+    limits::{CallerKey, GatePlan},
     peer::{
         cgroup::{self, KubeletRoot},
         frames::{Filter, Flood, FrameBudget},
+        pod::ContainerId,
     },
 };
 use serde_json::{Map, Value};
@@ -46,6 +48,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("config", config),
     ("jwt", jwt),
     ("mounts", mounts),
+    ("pods", pods),
     ("selector", selector),
     ("spiffe_id", spiffe_id),
     ("status", status),
@@ -273,6 +276,21 @@ fn check_config(text: &str, drop_in: &str, expand_env: ExpandEnv<'_>) {
     assert_eq!(Config::parse(&input), parsed, "the same text means the same");
 }
 
+/// What the kubelet lists: an answer that is cut or changed is an error or a list, and the same text means the same.
+pub fn pods(data: &[u8]) {
+    let (read, again) = (PodList::read(data), PodList::read(data));
+    assert_eq!(read.is_ok(), again.is_ok());
+    let (Ok(read), Ok(again)) = (read, again) else { return };
+    assert_eq!(read.len(), again.len());
+    assert!(read.len() <= MOST_PODS);
+    let Some(CallerKey::Pod(pod)) = CallerKey::parse_pod("2c48913c-b29f-11e7-9350-020968147796") else {
+        return;
+    };
+    let Some(container) = ContainerId::parse(&[b'a'; 64]) else { return };
+    let found = read.find(pod, container).map(|found| found.map(|found| found.is_listed()));
+    assert_eq!(found, again.find(pod, container).map(|found| found.map(|found| found.is_listed())));
+}
+
 /// A pod that is found stands in the text, whatever is below it; below a user's cgroup there is none, and a second
 /// one is a doubt. What stands before a NUL is the kubelet's root.
 pub fn cgroup(data: &[u8]) {
@@ -286,7 +304,7 @@ pub fn cgroup(data: &[u8]) {
     for root in [Some(KubeletRoot::default()), named].into_iter().flatten() {
         let pod = cgroup::pod_uid(text, &root);
         let found = cgroup::find(text, &root);
-        assert_eq!(found.map(|found| found.pod), pod);
+        assert_eq!(found.map(|found| found.place.pod), pod);
 
         let mut lines = text.strip_suffix(b"\n").unwrap_or(text).split(|byte| *byte == b'\n');
         let of_user: Vec<u8> = lines.clone().flat_map(below_user).collect();

@@ -240,7 +240,9 @@ pub(crate) fn may_be_others(test: &str) -> bool {
 }
 
 pub(crate) fn discovering(workload_size_limit: i64) -> AttestSettings {
-    AttestSettings { unix: UnixSettings { discover_workload_path: true, workload_size_limit } }
+    let mut settings = AttestSettings::default();
+    settings.unix.settings = UnixSettings { discover_workload_path: true, workload_size_limit };
+    settings
 }
 
 /// A program of our own that does nothing for a long time.

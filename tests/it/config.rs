@@ -188,7 +188,8 @@ const FULL_JSON: &str = r#"{
     "ca_ttl": "48h", "ca_key_type": "rsa-2048", "jwt_issuer": "https:\/\/example.org", "ca_cert_path": "ca.pem",
     "ca_key_path": "/ca.key", "default_x509_svid_ttl": "1h30m", "default_jwt_svid_ttl": "60s"
   }},
-  "plugins": {"WorkloadAttestor": [{"unix": {"plugin_data": {"discover_workload_path": true, "workload_size_limit": -1}}}]},
+  "plugins": {"WorkloadAttestor": [{"unix": {"plugin_data": {"discover_workload_path": true, "workload_size_limit": -1}}},
+    {"k8s": {"enabled": false, "plugin_data": {"node_name": "x"}}}]},
   "telemetry": {"Prometheus": {"host": "::1", "port": 9988}},
   "health_checks": {"listener_enabled": true, "bind_address": "127.0.0.1", "bind_port": 8080, "live_path": "/l", "ready_path": "/r"},
   "federation": {"other.example": {"bundle_path": "/base/other.pem", "bundle_format": "pem"}},
@@ -476,7 +477,7 @@ fn mistakes_elsewhere_say_what_would_be_right() {
         (
             "attestor",
             "plugins { WorkloadAttestor \"docker\" { } }",
-            "3:28: plugins.WorkloadAttestor \"docker\": this workload attestor is not in this version, unix is; leave it out, or set enabled = false",
+            "3:28: plugins.WorkloadAttestor \"docker\": this workload attestor is not in this version, unix, k8s are; leave it out, or set enabled = false",
         ),
         (
             "misspelt attestor",
@@ -501,7 +502,7 @@ fn mistakes_elsewhere_say_what_would_be_right() {
         (
             "unix off",
             "plugins { WorkloadAttestor \"unix\" { enabled = false } }",
-            "3:37: plugins.WorkloadAttestor \"unix\".enabled false: unix is the only workload attestor in this version: without it nobody gets an identity",
+            "3:37: plugins.WorkloadAttestor \"unix\".enabled false: without an attestor nobody gets an identity",
         ),
         (
             "plugin data",
@@ -739,7 +740,9 @@ fn selectors_that_nobody_attests_are_refused() {
         ("\"unix:uidd:1\"", Some("\"unix:uidd:1\": nobody attests this: did you mean unix:uid?")),
         (
             "\"k8s:ns:a\"",
-            Some("\"k8s:ns:a\": nobody attests this: unix is the only workload attestor in this version"),
+            Some(
+                "\"k8s:ns:a\": nobody attests this: add WorkloadAttestor \"k8s\" { plugin_data { } } to plugins",
+            ),
         ),
         ("\"unix:uid:1\", \"unix:uid:1\"", Some("\"unix:uid:1\": is there twice")),
         (

@@ -14,7 +14,7 @@ use std::{
 };
 
 use durward::{
-    attest::{AttestSettings, Attestor, Blame, unix::UnixSettings},
+    attest::{AttestSettings, Attestor, Blame},
     identity::EntryIndex,
     limits::{Limits, Method, Patience},
 };
@@ -208,8 +208,8 @@ async fn a_file_without_end_stops_nobody() {
     }
 
     // By default such a file is not read at all.
-    let standing =
-        AttestSettings { unix: UnixSettings { discover_workload_path: true, ..UnixSettings::default() } };
+    let mut standing = AttestSettings::default();
+    standing.unix.settings.discover_workload_path = true;
     let refused = attest(&Attestor::new(standing), &hostile[0].peer).await.unwrap_err();
     assert!(refused.to_string().contains("exceeds size limit"), "{refused}");
 

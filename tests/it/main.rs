@@ -28,6 +28,7 @@ mod house;
 mod issuer;
 mod join_config;
 mod joining;
+mod kubernetes;
 mod ledger;
 mod limits;
 mod listener;

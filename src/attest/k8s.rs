@@ -1,0 +1,328 @@
+//! The `k8s` attestor: a process's pod and container, as the kubelet of the node lists them.
+//!
+//! Trusted: the place that the kernel says the process is in, where only the kubelet and the container runtime put
+//! anybody ([`cgroup`](crate::peer::cgroup)); it was read once, when the process connected, and is whom its calls are
+//! charged to. And what the kubelet says, once its certificate was verified. Not trusted: that it answers, soon or briefly.
+//!
+//! A process that is in no pod has no such selector, and the kubelet is not asked for it; nor is it where no entry asks for
+//! one. What cannot be told stays untold: a call is `Unavailable` for it where an entry may be its caller's, and never
+//! answered with less.
+//!
+//! # Decisions
+//! SPIRE asks the kubelet twice a second while anybody calls. Here one answer serves all callers for ten seconds, as what is
+//! listed of a container that runs is what it was made with; only a container that is not listed yet has the kubelet asked
+//! anew ([`view`]). SPIRE does not find ephemeral containers (`kubectl debug`); they are containers of their pod here.
+
+mod body;
+mod kubelet;
+mod material;
+pub mod pods;
+mod settings;
+mod view;
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::Instant;
+
+pub use self::{
+    body::BodyExcess, kubelet::KubeletFault, material::MaterialFault, pods::AmbiguousPlace,
+    settings::K8sSettings,
+};
+use self::{
+    pods::{FoundContainer, PodContainer, PodOwner},
+    settings::is_of_node,
+    view::{NoView, PodView, SharedView},
+};
+use super::{
+    AttestFault, Blame, Questions,
+    attestors::{Findings, News, Untold, WorkloadAttestor},
+    process::{Extent, Seen},
+};
+use crate::{
+    hcl::section::{Section, nearest},
+    identity::{
+        Entry,
+        selector::{Selector, Selectors},
+    },
+    limits::CallerKey,
+    peer::pod::{ContainerId, PodPlace, PodUid},
+};
+
+/// Its name, which is the type of its selectors.
+const NAME: &str = "k8s";
+
+/// What its selectors are of, in the order that messages name them.
+const KINDS: [&str; 14] = [
+    "ns",
+    "sa",
+    "pod-label",
+    "pod-name",
+    "pod-uid",
+    "pod-owner",
+    "pod-owner-uid",
+    "pod-image",
+    "pod-image-count",
+    "pod-init-image",
+    "pod-init-image-count",
+    "container-name",
+    "container-image",
+    "node-name",
+];
+
+/// Kinds of spire-agent's that are not attested.
+const ABSENT_KINDS: [&str; 10] = [
+    "ns-label",
+    "image-signature",
+    "image-attestations",
+    "image-signature-subject",
+    "image-signature-issuer",
+    "image-signature-value",
+    "image-signature-log-id",
+    "image-signature-log-index",
+    "image-signature-integrated-time",
+    "image-signature-signed-entry-timestamp",
+];
+
+/// How long people are kept waiting for a container that is not listed.
+const PATIENCE_OF_PEOPLE: Duration = Duration::from_secs(2);
+
+/// Why it could not find out who a process is.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum K8sError {
+    /// The kubelet could not be asked.
+    #[error(transparent)]
+    Kubelet(Arc<KubeletFault>),
+    /// The settings say that it is not asked.
+    #[error("kubelet client is disabled (disable_kubelet_client), so who is in pods cannot be told")]
+    NoClient,
+    /// It has not answered.
+    #[error("the kubelet has not said which pods there are for {:.1} s", waited.as_secs_f32())]
+    Silent { waited: Duration },
+    /// It does not list the container.
+    #[error("the kubelet does not list container {container} of {pod} (waited for {:.1} s)", waited.as_secs_f32())]
+    Unlisted { container: ContainerId, pod: CallerKey, waited: Duration },
+    /// The list does not say whose the container is.
+    #[error("{0}, so whose it is cannot be told")]
+    Ambiguous(AmbiguousPlace),
+    /// The pod is one of another node's.
+    #[error(
+        "the kubelet that was asked for node {asked:?} lists {pod} for node {found:?}: set node_name to this node's"
+    )]
+    OtherNode { pod: CallerKey, found: String, asked: Arc<str> },
+    /// The pod is like none that Kubernetes lets be made.
+    #[error("{pod} has {excess}, so what it is cannot be told")]
+    Excess { pod: CallerKey, excess: String },
+    /// As many callers wait for the kubelet as may at once, of this pod or of all.
+    #[error("too many callers wait already until the kubelet lists their containers")]
+    Crowded,
+}
+
+impl K8sError {
+    /// Whose doing it is, and how it is counted.
+    pub(super) fn class(&self) -> (Blame, AttestFault) {
+        match self {
+            Self::Kubelet(_) | Self::Silent { .. } | Self::NoClient | Self::Excess { .. } => {
+                (Blame::Fault, AttestFault::Unreadable)
+            }
+            Self::Unlisted { .. } => (Blame::Fault, AttestFault::Unlisted),
+            Self::Ambiguous(_) | Self::OtherNode { .. } => (Blame::Fault, AttestFault::Untrusted),
+            Self::Crowded => (Blame::Crowd, AttestFault::Busy),
+        }
+    }
+}
+
+/// What entries ask it for.
+#[derive(Debug, Default)]
+pub struct K8sQuestions {
+    /// Whether any asks for anything.
+    asks: bool,
+}
+
+/// What it keeps between attestations.
+#[derive(Default)]
+pub(super) struct K8sAttestor {
+    view: SharedView,
+}
+
+impl WorkloadAttestor for K8sAttestor {
+    const NAME: &'static str = NAME;
+    const BY_DEFAULT: bool = false;
+    type Settings = K8sSettings;
+    type Error = K8sError;
+    type Questions = K8sQuestions;
+
+    fn new(_news: &News) -> Self {
+        Self::default()
+    }
+
+    fn read(data: &mut Section<'_>) -> K8sSettings {
+        K8sSettings::read_block(data)
+    }
+
+    fn check(value: &str, settings: &K8sSettings) -> Result<(), String> {
+        let (kind, of) = value.split_once(':').unwrap_or((value, ""));
+        if ABSENT_KINDS.contains(&kind) {
+            return Err(format!("nobody attests this: k8s:{kind} is not in this version"));
+        }
+        if !KINDS.contains(&kind) {
+            return Err(nearest(kind, KINDS).map_or_else(
+                || format!("nobody attests this; k8s attests {}", KINDS.join(", ")),
+                |near| format!("nobody attests this: did you mean k8s:{near}?"),
+            ));
+        }
+        let parts = of.split(':').count();
+        match kind {
+            _ if of.is_empty() => Err(format!("must have a value, as k8s:{kind}:VALUE")),
+            "pod-label" if parts < 2 => Err("must be a key and a value, as k8s:pod-label:app:web".to_owned()),
+            "pod-owner" | "pod-owner-uid" if parts < 2 => {
+                Err(format!("must be a kind and what it is, as k8s:{kind}:ReplicaSet:web-5d4f"))
+            }
+            "pod-image-count" | "pod-init-image-count" if !is_count(of) => {
+                Err(format!("must be a number, as k8s:{kind}:2"))
+            }
+            "ns" | "sa" if of.contains(['/', ':']) => {
+                Err(format!("must be one name, as k8s:ns:shop and k8s:sa:web, not {of:?}"))
+            }
+            "container-name" | "container-image" if settings.disable_container_selectors => {
+                Err(format!("k8s:{kind} is not found out with disable_container_selectors = true"))
+            }
+            _ if settings.disable_kubelet_client => {
+                Err("no k8s selector is found out with disable_kubelet_client = true".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn begin(&self, settings: &K8sSettings) {
+        if let Some(place) = settings.place() {
+            self.view.begin(place);
+        }
+    }
+
+    fn prepare_for(&self, entries: &[Arc<Entry>]) -> K8sQuestions {
+        let mut selectors = entries.iter().flat_map(|entry| &entry.selectors);
+        K8sQuestions { asks: selectors.any(|selector| selector.kind() == NAME) }
+    }
+
+    fn absent(_questions: &K8sQuestions, _value: &str) -> Option<String> {
+        None
+    }
+
+    fn untellable(_questions: &K8sQuestions, value: &str) -> Option<&'static str> {
+        let word = value.split(':').next()?;
+        KINDS.into_iter().find(|kind| *kind == word)
+    }
+
+    async fn attest(
+        &self,
+        settings: &K8sSettings,
+        questions: &Questions,
+        seen: &Seen<'_>,
+    ) -> Result<Findings<K8sError>, K8sError> {
+        let mut findings = Findings { selectors: Selectors::new(), evidence: None, untold: Vec::new() };
+        let Some(PodPlace { pod, container: Some(container) }) = seen.process.place() else {
+            return Ok(findings);
+        };
+        if seen.extent() == Extent::Asked && !questions.k8s.asks {
+            return Ok(findings);
+        }
+        match self.look(settings, seen, pod, container).await {
+            Ok(selectors) => findings.selectors = selectors,
+            Err(why) => {
+                findings.untold = KINDS.into_iter().map(|word| Untold { word, why: why.clone() }).collect();
+            }
+        }
+        Ok(findings)
+    }
+}
+
+fn is_count(text: &str) -> bool {
+    text.parse::<u16>().is_ok_and(|number| number.to_string() == text)
+}
+
+impl K8sAttestor {
+    /// The selectors of the process, which is in this container of this pod.
+    async fn look(
+        &self,
+        settings: &K8sSettings,
+        seen: &Seen<'_>,
+        pod: PodUid,
+        container: ContainerId,
+    ) -> Result<Selectors, K8sError> {
+        if settings.disable_kubelet_client {
+            return Err(K8sError::NoClient);
+        }
+        let patience = match seen.extent() {
+            Extent::All => settings.patience().min(PATIENCE_OF_PEOPLE),
+            Extent::Asked => settings.patience().min(seen.process.patience()),
+        };
+        let began = Instant::now();
+        let look = |view: &PodView| {
+            let found = view.pods.find(pod, container).map_err(K8sError::Ambiguous)?;
+            let found = found.filter(|it| it.is_listed() || settings.disable_container_selectors);
+            found.map(|found| selectors(found, view, settings)).transpose()
+        };
+        let found = self.view.find(share_of(pod), patience, || seen.process.stand_aside(), look).await;
+        found.map_err(|why| match why {
+            Err(error) => error,
+            Ok(NoView::Crowded) => K8sError::Crowded,
+            Ok(NoView::Kubelet(fault)) => K8sError::Kubelet(fault),
+            Ok(NoView::Silent) => K8sError::Silent { waited: began.elapsed() },
+            Ok(NoView::NotInIt) => {
+                K8sError::Unlisted { container, pod: CallerKey::Pod(pod), waited: began.elapsed() }
+            }
+        })
+    }
+}
+
+/// Whose share of the places it takes: each pod's own, as an admin made it.
+fn share_of(pod: PodUid) -> u64 {
+    let number = u128::from_be_bytes(pod);
+    u64::try_from((number >> 64) ^ (number & u128::from(u64::MAX))).unwrap_or_default()
+}
+
+/// What is attested of a container, or of its pod alone.
+fn selectors(
+    found: FoundContainer<'_>,
+    view: &PodView,
+    settings: &K8sSettings,
+) -> Result<Selectors, K8sError> {
+    let FoundContainer { pod, container } = found;
+    if let Some(asked) = view.node.as_ref().filter(|asked| !is_of_node(&pod.node, asked)) {
+        let (pod, found) = (pod.key(), pod.node.to_string());
+        return Err(K8sError::OtherNode { pod, found, asked: Arc::clone(asked) });
+    }
+    if let Some(excess) = pod.excess() {
+        return Err(K8sError::Excess { pod: pod.key(), excess: excess.to_string() });
+    }
+    let mut all = Selectors::new();
+    let mut add = |value: String| {
+        all.insert(Selector::new(NAME, value));
+    };
+    add(format!("ns:{}", pod.namespace));
+    add(format!("sa:{}", pod.service_account));
+    add(format!("node-name:{}", pod.node));
+    add(format!("pod-uid:{}", pod.uid));
+    add(format!("pod-name:{}", pod.name));
+    add(format!("pod-image-count:{}", pod.containers.len()));
+    add(format!("pod-init-image-count:{}", pod.init_containers.len()));
+    for (word, containers) in [("pod-image", &pod.containers), ("pod-init-image", &pod.init_containers)] {
+        for PodContainer { image, image_id, .. } in containers {
+            add(format!("{word}:{image}"));
+            add(format!("{word}:{image_id}"));
+        }
+    }
+    for (key, value) in &pod.labels {
+        add(format!("pod-label:{key}:{value}"));
+    }
+    for PodOwner { kind, name, uid } in &pod.owners {
+        add(format!("pod-owner:{kind}:{name}"));
+        add(format!("pod-owner-uid:{kind}:{uid}"));
+    }
+    if let Some(container) = container.filter(|_| !settings.disable_container_selectors) {
+        add(format!("container-name:{}", container.name));
+        add(format!("container-image:{}", container.image));
+        add(format!("container-image:{}", container.image_id));
+    }
+    Ok(all)
+}

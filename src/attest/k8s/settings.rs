@@ -1,0 +1,170 @@
+//! What `WorkloadAttestor "k8s"` can be told, and what that means.
+
+use std::{env, net::IpAddr, path::PathBuf, time::Duration};
+
+use super::{
+    kubelet::KubeletPlace,
+    material::{KnownBy, ShownAs},
+};
+use crate::hcl::{
+    absent::{NOT_HERE, Off, refuse},
+    section::Section,
+    settings::settings,
+    tree::Place,
+};
+
+/// Where the kubelet is when nothing is said.
+const SECURE_PORT: u16 = 10250;
+/// Where Kubernetes puts what a pod needs.
+const CA_FILE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt";
+const TOKEN_FILE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
+
+/// Requests that may be waited for.
+const MOST_ATTEMPTS: u32 = 3600;
+const LONGEST_INTERVAL: Duration = Duration::from_secs(60);
+const LONGEST_RELOAD: Duration = Duration::from_secs(24 * 3600);
+
+settings! {
+    /// What spire-agent's attestor of this name can be told.
+    pub struct K8sSettings in "plugins.WorkloadAttestor \"k8s\".plugin_data" {
+        /// The port of this host on which the kubelet tells everybody everything. Not beside the secure one.
+        "kubelet_read_only_port" kubelet_read_only_port: Option<u16> = None, integer(1..=u16::MAX), reloads;
+        /// The kubelet's port; 10250 when neither is set.
+        "kubelet_secure_port" kubelet_secure_port: Option<u16> = None, integer(1..=u16::MAX), reloads;
+        /// Whether the kubelet is not asked: nobody has a `k8s` selector then.
+        "disable_kubelet_client" disable_kubelet_client: bool = false, boolean(), reloads;
+        /// How often a container that the kubelet does not list is waited for, `poll_retry_interval` each time.
+        "max_poll_attempts" max_poll_attempts: u32 = 60, integer(1..=MOST_ATTEMPTS), reloads;
+        /// See `max_poll_attempts`.
+        "poll_retry_interval" poll_retry_interval: Duration = Duration::from_millis(500),
+            duration(Duration::from_millis(1)..=LONGEST_INTERVAL), reloads;
+        /// The CAs that sign the kubelet's certificate.
+        "kubelet_ca_path" kubelet_ca_path: PathBuf = PathBuf::from(CA_FILE), file(), reloads;
+        /// Whether the kubelet's certificate is not verified.
+        "skip_kubelet_verification" skip_kubelet_verification: bool = false, boolean(), reloads;
+        /// The token that the agent shows.
+        "token_path" token_path: PathBuf = PathBuf::from(TOKEN_FILE), file(), reloads;
+        /// The certificate that the agent shows in place of a token.
+        "certificate_path" certificate_path: Option<PathBuf> = None, file(), reloads;
+        /// Its key.
+        "private_key_path" private_key_path: Option<PathBuf> = None, file(), reloads;
+        /// Whether the agent shows nothing.
+        "use_anonymous_authentication" use_anonymous_authentication: bool = false, boolean(), reloads;
+        /// The variable of the environment that holds the node's name.
+        "node_name_env" node_name_env: String = "MY_NODE_NAME".to_owned(), text(), reloads;
+        /// The node's name, before the variable.
+        "node_name" node_name: Option<String> = None, text(), reloads;
+        /// How often the files are read again, at most.
+        "reload_interval" reload_interval: Duration = Duration::from_secs(60),
+            duration(Duration::from_secs(1)..=LONGEST_RELOAD), reloads;
+        /// Whether only pods are told, and not their containers.
+        "disable_container_selectors" disable_container_selectors: bool = false, boolean(), reloads;
+    }
+}
+
+/// Keys of spire-agent's that are not acted on.
+const ABSENT: [(&str, Off, &str); 4] = [
+    ("use_new_container_locator", Off::True, "the old way to find containers"),
+    (
+        "verbose_container_locator_logs",
+        Off::False,
+        "logging how containers are found (durward explain shows it)",
+    ),
+    ("enable_namespace_labels", Off::False, "k8s:ns-label"),
+    ("sigstore", Off::Missing, "verifying the signatures of images"),
+];
+
+/// The same, in `experimental`.
+const EXPERIMENTAL: [(&str, Off, &str); 1] = [("broker", Off::Missing, "the SPIFFE Broker API")];
+
+/// The keys that say something of the kubelet.
+const OF_KUBELET: [&str; 11] = [
+    "kubelet_read_only_port",
+    "kubelet_secure_port",
+    "max_poll_attempts",
+    "poll_retry_interval",
+    "kubelet_ca_path",
+    "skip_kubelet_verification",
+    "token_path",
+    "certificate_path",
+    "private_key_path",
+    "use_anonymous_authentication",
+    "reload_interval",
+];
+
+impl K8sSettings {
+    /// Reads the block, and checks what its keys say of each other.
+    pub(super) fn read_block(data: &mut Section<'_>) -> Self {
+        let set = |key: &'static str| data.set_at(key).map(|place| (key, place));
+        let of_kubelet: Vec<(&str, Place)> = OF_KUBELET.into_iter().filter_map(set).collect();
+        let settings = Self::read(data);
+        let at = |key: &str| of_kubelet.iter().find(|(it, _)| *it == key).map(|(_, place)| *place);
+        if settings.disable_kubelet_client {
+            for (key, place) in &of_kubelet {
+                data.wrong(*place, key, None, format!("disable_kubelet_client cannot be used with {key}"));
+            }
+        }
+        if settings.kubelet_read_only_port.is_some()
+            && let Some(place) = at("kubelet_secure_port")
+        {
+            let message = "cannot use both the read-only and secure port: leave one out";
+            data.wrong(place, "kubelet_secure_port", None, message);
+        }
+        match (&settings.certificate_path, &settings.private_key_path) {
+            (Some(_), None) => data.missing("private_key_path", "must be set beside certificate_path"),
+            (None, Some(_)) => data.missing("certificate_path", "must be set beside private_key_path"),
+            (None, None) | (Some(_), Some(_)) => {}
+        }
+        refuse(data, &ABSENT);
+        if let Some(mut experimental) = data.block("experimental") {
+            refuse(&mut experimental, &EXPERIMENTAL);
+            if experimental.has("api_server") {
+                experimental.wrong_block(format_args!("a cache of the API server {NOT_HERE}; leave it out"));
+                experimental.block("api_server");
+            }
+            experimental.finish();
+        }
+        settings
+    }
+
+    /// Where the kubelet is and how it is asked. `None` where it is not.
+    pub(super) fn place(&self) -> Option<KubeletPlace> {
+        if self.disable_kubelet_client {
+            return None;
+        }
+        let reload_interval = self.reload_interval;
+        let node = self.node_name.clone().or_else(|| self.node_of_environment());
+        if let Some(port) = self.kubelet_read_only_port {
+            return Some(KubeletPlace { node, port, secure: None, reload_interval });
+        }
+        let shown_as = match (&self.certificate_path, &self.private_key_path) {
+            _ if self.use_anonymous_authentication => ShownAs::Anonymous,
+            (Some(certificate), Some(key)) => {
+                ShownAs::Certificate { certificate: certificate.clone(), key: key.clone() }
+            }
+            _ => ShownAs::Token(self.token_path.clone()),
+        };
+        let known_by = if self.skip_kubelet_verification {
+            KnownBy::Nothing
+        } else {
+            KnownBy::Ca { file: self.kubelet_ca_path.clone(), named: node.is_some() }
+        };
+        let port = self.kubelet_secure_port.unwrap_or(SECURE_PORT);
+        Some(KubeletPlace { node, port, secure: Some((shown_as, known_by)), reload_interval })
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "the setting names a variable, as spire-agent's does")]
+    fn node_of_environment(&self) -> Option<String> {
+        env::var(&self.node_name_env).ok().filter(|name| !name.is_empty())
+    }
+
+    /// How long a container is waited for.
+    pub(super) fn patience(&self) -> Duration {
+        self.poll_retry_interval.saturating_mul(self.max_poll_attempts)
+    }
+}
+
+/// Whether a pod of node `found` may be one of the node that was asked for. An address tells nothing of that.
+pub(super) fn is_of_node(found: &str, asked: &str) -> bool {
+    found.is_empty() || asked.parse::<IpAddr>().is_ok() || found.eq_ignore_ascii_case(asked)
+}

@@ -1,0 +1,620 @@
+//! The k8s attestor against a kubelet of the test's own, which answers as each test has it.
+//!
+//! The caller is this process, over a real socket; which pod it is in says a `/proc` of the test's own.
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::{TcpListener, TcpStream},
+    os::unix::net::UnixStream,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    thread,
+    time::{Duration, Instant},
+};
+
+use durward::{
+    attest::{
+        AttestError, AttestFault, AttestSettings, Attestor, Blame, Questions, Subject, k8s::K8sSettings,
+    },
+    identity::EntryIndex,
+    limits::{Limits, Method, Patience},
+    peer::{
+        Peer,
+        cgroup::{KubeletRoot, KubernetesMode, PodOrUid},
+    },
+};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
+use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::attest::entry_for;
+
+/// More than anything here takes on any machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What the kubelet does with a request.
+#[derive(Clone)]
+enum Reply {
+    /// Answers with this status, these headers and this body.
+    With(u16, &'static str, String),
+    /// The same, and the token must be this one.
+    ToToken(&'static str, String),
+    /// Takes the request and says nothing.
+    Nothing,
+    /// Sends so many bytes.
+    Bytes(usize),
+}
+
+/// A kubelet on a port of its own, by TLS.
+struct FakeKubelet {
+    port: u16,
+    ca: PathBuf,
+    other_ca: PathBuf,
+    token: PathBuf,
+    reply: Arc<Mutex<Reply>>,
+    requests: Arc<Mutex<Vec<Instant>>>,
+    _dir: TempDir,
+}
+
+/// A CA, and its certificate for `name`.
+fn certificate(name: &str) -> (String, rustls::pki_types::CertificateDer<'static>, KeyPair) {
+    let mut of_ca = CertificateParams::default();
+    of_ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let ca = CertifiedIssuer::self_signed(of_ca, KeyPair::generate().unwrap()).unwrap();
+    let key = KeyPair::generate().unwrap();
+    let leaf = CertificateParams::new(vec![name.to_owned()]).unwrap().signed_by(&key, &ca).unwrap();
+    (ca.pem(), leaf.der().clone(), key)
+}
+
+impl FakeKubelet {
+    fn start(reply: Reply) -> Self {
+        let dir = TempDir::new().unwrap();
+        let (ca, leaf, key) = certificate("127.0.0.1");
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let tls = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![leaf], key)
+            .unwrap();
+        let at = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            fs::write(&path, text).unwrap();
+            path
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let kubelet = Self {
+            port: listener.local_addr().unwrap().port(),
+            ca: at("ca.crt", &ca),
+            other_ca: at("other-ca.crt", &certificate("127.0.0.1").0),
+            token: at("token", "first\n"),
+            reply: Arc::new(Mutex::new(reply)),
+            requests: Arc::default(),
+            _dir: dir,
+        };
+        let (tls, reply, requests) =
+            (Arc::new(tls), Arc::clone(&kubelet.reply), Arc::clone(&kubelet.requests));
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (tls, reply, requests) = (Arc::clone(&tls), Arc::clone(&reply), Arc::clone(&requests));
+                thread::spawn(move || drop(answer(stream.unwrap(), tls, &reply, &requests)));
+            }
+        });
+        kubelet
+    }
+
+    fn says(&self, reply: Reply) {
+        *self.reply.lock().unwrap() = reply;
+    }
+
+    fn requests(&self) -> usize {
+        self.requests.lock().unwrap().len()
+    }
+
+    /// An attestor that asks it, with the settings as `change` leaves them.
+    fn attestor(&self, change: impl FnOnce(&mut K8sSettings)) -> Attestor {
+        Attestor::new(self.settings(change))
+    }
+
+    fn settings(&self, change: impl FnOnce(&mut K8sSettings)) -> AttestSettings {
+        let mut settings = AttestSettings::default();
+        settings.k8s.enabled = true;
+        settings.k8s.settings = K8sSettings {
+            kubelet_secure_port: Some(self.port),
+            kubelet_ca_path: self.ca.clone(),
+            token_path: self.token.clone(),
+            max_poll_attempts: 2,
+            node_name_env: "DURWARD_TEST_NO_SUCH_VARIABLE".to_owned(),
+            ..K8sSettings::default()
+        };
+        change(&mut settings.k8s.settings);
+        settings
+    }
+}
+
+fn answer(
+    stream: TcpStream,
+    tls: Arc<ServerConfig>,
+    reply: &Mutex<Reply>,
+    requests: &Mutex<Vec<Instant>>,
+) -> std::io::Result<()> {
+    let connection = ServerConnection::new(tls).map_err(std::io::Error::other)?;
+    let mut stream = StreamOwned::new(connection, stream);
+    let mut request = Vec::new();
+    while !request.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        request.push(byte[0]);
+    }
+    let request = String::from_utf8(request).unwrap();
+    assert!(request.starts_with("GET /pods HTTP/1.1\r\n"), "{request}");
+    requests.lock().unwrap().push(Instant::now());
+    let reply = reply.lock().unwrap().clone();
+    let (status, headers, body) = match reply {
+        Reply::With(status, headers, body) => (status, headers, body),
+        Reply::ToToken(token, body) if request.contains(&format!("authorization: Bearer {token}\r\n")) => {
+            (200, JSON, body)
+        }
+        Reply::ToToken(..) => (401, "", "Unauthorized".to_owned()),
+        Reply::Nothing => {
+            stream.read_exact(&mut [0])?;
+            return Ok(());
+        }
+        Reply::Bytes(most) => {
+            write!(stream, "HTTP/1.1 200 OK\r\n{JSON}Transfer-Encoding: chunked\r\n\r\n")?;
+            let chunk = " ".repeat(0x10000);
+            for _ in 0..most / chunk.len() {
+                write!(stream, "10000\r\n{chunk}\r\n")?;
+            }
+            return Ok(());
+        }
+    };
+    write!(stream, "HTTP/1.1 {status} X\r\n{headers}Content-Length: {}\r\n\r\n{body}", body.len())?;
+    stream.conn.send_close_notify();
+    stream.flush()
+}
+
+const JSON: &str = "Content-Type: application/json\r\n";
+const HTML: &str = "Content-Type: text/html\r\n";
+
+/// The UID of the n-th pod, and the ID of its container.
+fn pod_uid(n: u32) -> String {
+    format!("00000000-0000-0000-0000-{n:012}")
+}
+
+fn container_id(n: u32) -> String {
+    format!("{n:064}")
+}
+
+/// The n-th pod, of the service account `saN` in the namespace `nsN`.
+fn pod(n: u32) -> Value {
+    json!({
+        "metadata": {"name": format!("pod-{n}"), "namespace": format!("ns{n}"), "uid": pod_uid(n),
+            "labels": {"app": "web", "tier/of": "front"},
+            "ownerReferences": [{"kind": "ReplicaSet", "name": "web", "uid": "owner-uid"}]},
+        "spec": {"serviceAccountName": format!("sa{n}"), "nodeName": "node1"},
+        "status": {
+            "containerStatuses": [{"name": "main", "containerID": format!("containerd://{}", container_id(n)),
+                "image": "registry/web:1", "imageID": "registry/web@sha256:1"}],
+            "initContainerStatuses": [{"name": "init", "containerID": format!("containerd://{}", container_id(n + 1000)),
+                "image": "registry/init:1", "imageID": "registry/init@sha256:2"}],
+            "ephemeralContainerStatuses": [{"name": "debug", "containerID": format!("containerd://{}", container_id(n + 2000)),
+                "image": "busybox", "imageID": "busybox@sha256:3"}],
+        },
+    })
+}
+
+fn listed(pods: &[Value]) -> Reply {
+    Reply::With(200, JSON, json!({"kind": "PodList", "apiVersion": "v1", "items": pods}).to_string())
+}
+
+/// A peer that is in this container of this pod, as far as its `/proc` says.
+fn caller(pod: u32, container: u32) -> Arc<Peer> {
+    in_cgroup(&format!("/kubepods/burstable/pod{}/{}", pod_uid(pod), container_id(container)))
+}
+
+fn in_cgroup(path: &str) -> Arc<Peer> {
+    let root = TempDir::new().unwrap();
+    let dir = root.path().join(std::process::id().to_string());
+    fs::create_dir(&dir).unwrap();
+    fs::write(dir.join("cgroup"), format!("0::{path}\n")).unwrap();
+    let keys = PodOrUid::reading(root.path(), KubernetesMode::On, false, KubeletRoot::default());
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let peer = Peer::from_stream(&ours, &keys).unwrap();
+    drop(theirs);
+    Arc::new(peer)
+}
+
+/// The questions of entries that ask for these selectors; those of one are separated by blanks.
+fn asking(attestor: &Attestor, entries: &[&str]) -> Arc<Questions> {
+    attestor.prepare_for(&Arc::new(EntryIndex::new(entries.iter().map(|selectors| entry_for(selectors)))))
+}
+
+async fn attest(attestor: &Attestor, peer: &Arc<Peer>, entries: &[&str]) -> Result<Subject, AttestError> {
+    let limits = Limits::default();
+    let admitted = limits.admit(Arc::clone(peer), Method::FetchX509Svid, Patience::USUAL).await.unwrap();
+    let questions = asking(attestor, entries);
+    let attested = tokio::time::timeout(PATIENCE, attestor.attest(admitted, &questions)).await.unwrap();
+    Ok(attested?.into_parts().1)
+}
+
+/// What was found of pods, one after the other.
+fn of_pod(subject: &Subject) -> Vec<String> {
+    subject.iter().filter(|it| it.kind() == "k8s").map(|it| it.value().to_owned()).collect()
+}
+
+fn whole(error: &AttestError) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        text += &format!(": {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+#[tokio::test]
+async fn a_container_has_the_selectors_of_its_pod_and_its_own() {
+    let kubelet = FakeKubelet::start(listed(&[pod(1), pod(2)]));
+    let attestor = kubelet.attestor(|_| {});
+    for (container, own) in [
+        (
+            1,
+            [
+                "container-image:registry/web:1",
+                "container-image:registry/web@sha256:1",
+                "container-name:main",
+            ],
+        ),
+        (
+            1001,
+            [
+                "container-image:registry/init:1",
+                "container-image:registry/init@sha256:2",
+                "container-name:init",
+            ],
+        ),
+        (2001, ["container-image:busybox", "container-image:busybox@sha256:3", "container-name:debug"]),
+    ] {
+        let subject = attest(&attestor, &caller(1, container), &["k8s:ns:ns1"]).await.unwrap();
+        let mut want: Vec<String> = own.map(str::to_owned).to_vec();
+        want.extend(
+            [
+                "node-name:node1",
+                "ns:ns1",
+                "pod-image-count:1",
+                "pod-image:registry/web:1",
+                "pod-image:registry/web@sha256:1",
+                "pod-init-image-count:1",
+                "pod-init-image:registry/init:1",
+                "pod-init-image:registry/init@sha256:2",
+                "pod-label:app:web",
+                "pod-label:tier/of:front",
+                "pod-name:pod-1",
+                "pod-owner-uid:ReplicaSet:owner-uid",
+                "pod-owner:ReplicaSet:web",
+                "pod-uid:00000000-0000-0000-0000-000000000001",
+                "sa:sa1",
+            ]
+            .map(str::to_owned),
+        );
+        assert_eq!(of_pod(&subject), want, "{container}");
+    }
+    assert_eq!(kubelet.requests(), 1, "one list is for all");
+}
+
+#[tokio::test]
+async fn who_is_in_no_pod_or_asks_for_none_costs_no_request() {
+    let kubelet = FakeKubelet::start(listed(&[pod(1)]));
+    let attestor = kubelet.attestor(|_| {});
+    for (case, peer, entry) in [
+        ("no pod", in_cgroup("/system.slice/sshd.service"), "k8s:ns:ns1"),
+        ("a container that is no pod's", in_cgroup(&format!("/docker/{}", container_id(1))), "k8s:ns:ns1"),
+        (
+            "a user's invention",
+            in_cgroup(&format!("/user.slice/user-1000.slice/kubepods/pod{}/{}", pod_uid(1), container_id(1))),
+            "k8s:ns:ns1",
+        ),
+        ("in the pod and in no container", in_cgroup(&format!("/kubepods/pod{}", pod_uid(1))), "k8s:ns:ns1"),
+        ("nobody asks", caller(1, 1), "unix:uid:0"),
+    ] {
+        let subject = attest(&attestor, &peer, &[entry]).await.unwrap();
+        assert_eq!(of_pod(&subject), [""; 0], "{case}");
+        assert!(!subject.is_empty(), "{case}: the other attestor");
+    }
+    assert_eq!(kubelet.requests(), 0);
+}
+
+#[tokio::test]
+async fn what_the_kubelet_cannot_say_is_unavailable_and_says_what_to_do() {
+    let mut twice = pod(2);
+    twice["status"]["containerStatuses"][0]["containerID"] =
+        json!(format!("containerd://{}", container_id(1)));
+    let mut huge = pod(1);
+    huge["metadata"]["labels"]["app"] = json!("x".repeat(1024 * 1024));
+    let refusal = "Forbidden (user=system:serviceaccount:durward:durward, verb=get, resource=nodes)\u{1b}[2J";
+    for (case, reply, want, fault) in [
+        (
+            "401",
+            Reply::With(401, "", "Unauthorized".into()),
+            "does not accept the token of ",
+            AttestFault::Unreadable,
+        ),
+        (
+            "403",
+            Reply::With(403, "", refusal.into()),
+            "allow its service account get on nodes/proxy",
+            AttestFault::Unreadable,
+        ),
+        (
+            "403, in its own words",
+            Reply::With(403, "", refusal.into()),
+            "verb=get, resource=nodes) [2J",
+            AttestFault::Unreadable,
+        ),
+        (
+            "HTML",
+            Reply::With(200, HTML, "<html>".into()),
+            "is \"text/html\" and no list of pods",
+            AttestFault::Unreadable,
+        ),
+        (
+            "HTML that says it is JSON",
+            Reply::With(200, JSON, "<html>".into()),
+            "cannot understand",
+            AttestFault::Unreadable,
+        ),
+        (
+            "a redirect",
+            Reply::With(302, "Location: https://127.0.0.1:1/\r\n", String::new()),
+            "answers with a redirect (302), which is not followed",
+            AttestFault::Unreadable,
+        ),
+        (
+            "404",
+            Reply::With(404, "", "404 page not found".into()),
+            "404: 404 page not found",
+            AttestFault::Unreadable,
+        ),
+        (
+            "500",
+            Reply::With(500, "", "no".into()),
+            "unexpected status code on pods response",
+            AttestFault::Unreadable,
+        ),
+        ("100 MB", Reply::Bytes(100_000_000), "it is larger than 33554432 bytes", AttestFault::Unreadable),
+        ("cut", Reply::Bytes(100_000), "the kubelet at 127.0.0.1", AttestFault::Unreadable),
+        ("nothing", Reply::Nothing, "has not said which pods there are", AttestFault::Unreadable),
+        ("another pod alone", listed(&[pod(3)]), "does not list container", AttestFault::Unlisted),
+        (
+            "two pods of one container",
+            listed(&[pod(1), twice]),
+            "twice, so whose it is",
+            AttestFault::Untrusted,
+        ),
+        ("two pods of one UID", listed(&[pod(1), pod(1)]), "two pods of UID pod:", AttestFault::Untrusted),
+        (
+            "a label of a megabyte",
+            listed(&[huge]),
+            "a name, label or image of more than",
+            AttestFault::Unreadable,
+        ),
+    ] {
+        let long = matches!(reply, Reply::Bytes(..));
+        let kubelet = FakeKubelet::start(reply);
+        let attestor = kubelet.attestor(|it| it.max_poll_attempts = if long { 20 } else { 2 });
+        let error = attest(&attestor, &caller(1, 1), &["k8s:ns:ns1"]).await.unwrap_err();
+        assert!(whole(&error).contains(want), "{case}: {}", whole(&error));
+        assert!(!whole(&error).contains(['\u{1b}', '\n']), "{case}: {error:?}");
+        assert_eq!((error.fault(), error.blame()), (fault, Blame::Fault), "{case}");
+        // No entry that asks for a pod could be this one's.
+        let other = attest(&attestor, &caller(1, 1), &["k8s:ns:ns1 unix:uid:4294967294"]).await.unwrap();
+        assert_eq!(of_pod(&other), [""; 0], "{case}");
+    }
+}
+
+#[tokio::test]
+async fn the_kubelet_is_known_by_its_certificate() {
+    let kubelet = FakeKubelet::start(listed(&[pod(1)]));
+    let (other, gone) = (kubelet.other_ca.clone(), PathBuf::from("/nonexistent/ca.crt"));
+    let entries = ["k8s:ns:ns1"];
+    let as_it_is: Box<dyn FnOnce(&mut K8sSettings)> = Box::new(|_| {});
+    for (case, change, want) in [
+        ("its CA", as_it_is, None),
+        ("its name", Box::new(|it| it.node_name = Some("127.0.0.1".to_owned())), None),
+        (
+            "another name",
+            Box::new(|it| it.node_name = Some("localhost".to_owned())),
+            Some("set node_name to a name"),
+        ),
+        (
+            "another CA",
+            Box::new(|it| it.kubelet_ca_path = other),
+            Some("name the kubelet's CA in kubelet_ca_path"),
+        ),
+        (
+            "another name, unverified",
+            Box::new(|it| {
+                it.node_name = Some("localhost".to_owned());
+                it.skip_kubelet_verification = true;
+            }),
+            // It is asked for this node, and lists the pods of another.
+            Some(
+                "lists pod:00000000-0000-0000-0000-000000000001 for node \"node1\": set node_name to this node's",
+            ),
+        ),
+        (
+            "no CA",
+            Box::new(|it| it.kubelet_ca_path = gone),
+            Some("unable to load kubelet CA: cannot read /nonexistent/ca.crt"),
+        ),
+        (
+            "no CA is needed",
+            Box::new(|it| {
+                it.kubelet_ca_path = "/nonexistent/ca.crt".into();
+                it.skip_kubelet_verification = true;
+            }),
+            None,
+        ),
+        (
+            "a directory as token",
+            Box::new(|it| it.token_path = "/".into()),
+            Some("unable to load token: / must be a regular file"),
+        ),
+        (
+            "nobody is there",
+            Box::new(|it| it.kubelet_secure_port = Some(1)),
+            Some("cannot reach the kubelet at 127.0.0.1:1"),
+        ),
+        ("not asked", Box::new(|it| it.disable_kubelet_client = true), Some("kubelet client is disabled")),
+    ] {
+        let attestor = kubelet.attestor(change);
+        let got = attest(&attestor, &caller(1, 1), &entries).await;
+        match (got, want) {
+            (Ok(subject), None) => assert!(of_pod(&subject).contains(&"sa:sa1".to_owned()), "{case}"),
+            (Err(error), Some(want)) => assert!(whole(&error).contains(want), "{case}: {}", whole(&error)),
+            (got, want) => panic!("{case}: {got:?}, not {want:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_container_is_served_as_soon_as_it_is_listed() {
+    let kubelet = FakeKubelet::start(listed(&[pod(2)]));
+    let attestor = kubelet.attestor(|it| it.max_poll_attempts = 120);
+    let (peer, entries) = (caller(1, 1), ["k8s:ns:ns1"]);
+    let both = async {
+        tokio::join!(attest(&attestor, &peer, &entries), async {
+            while kubelet.requests() < 3 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            kubelet.says(Reply::With(503, "", "restarting".into()));
+            while kubelet.requests() < 5 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            kubelet.says(listed(&[pod(2), pod(1)]));
+        })
+    };
+    let (served, ()) = tokio::time::timeout(PATIENCE, both).await.unwrap();
+    assert!(of_pod(&served.unwrap()).contains(&"sa:sa1".to_owned()));
+}
+
+#[tokio::test]
+async fn a_token_that_changes_is_read_again() {
+    let reply = |token| {
+        let list = json!({"kind": "PodList", "items": [pod(1)]}).to_string();
+        Reply::ToToken(token, list)
+    };
+    let kubelet = FakeKubelet::start(reply("first"));
+    let attestor = kubelet.attestor(|_| {});
+    let entries = ["k8s:ns:ns1"];
+    attest(&attestor, &caller(1, 1), &entries).await.unwrap();
+
+    // It is not read for each request, and read anew when it is not taken any more.
+    kubelet.says(reply("second"));
+    fs::write(&kubelet.token, "second").unwrap();
+    let error = attest(&attestor, &caller(2, 2), &entries).await.unwrap_err();
+    assert!(whole(&error).contains("(401)"), "{}", whole(&error));
+    assert!(!whole(&error).contains("first"), "no token is told: {}", whole(&error));
+    let error = attest(&attestor, &caller(2, 2), &entries).await.unwrap_err();
+    assert!(whole(&error).contains("does not list"), "{}", whole(&error));
+
+    // One that is gone leaves the last one in use.
+    fs::remove_file(&kubelet.token).unwrap();
+    let attestor_with = kubelet.settings(|_| {});
+    attestor.reload(attestor_with);
+    let error = attest(&attestor, &caller(3, 3), &entries).await.unwrap_err();
+    assert!(whole(&error).contains("does not list"), "{}", whole(&error));
+}
+
+#[tokio::test]
+async fn a_crowd_that_is_never_listed_keeps_nobody_waiting() {
+    const CALLS: u32 = 6;
+    let kubelet = FakeKubelet::start(listed(&[pod(1)]));
+    let attestor = Arc::new(kubelet.attestor(|it| it.max_poll_attempts = 6));
+    let limits = Limits::default();
+    let questions = asking(&attestor, &["k8s:ns:ns1"]);
+    let call = |peer: &Arc<Peer>, patience: Patience| {
+        let (attestor, limits, questions) = (Arc::clone(&attestor), limits.clone(), Arc::clone(&questions));
+        let peer = Arc::clone(peer);
+        async move {
+            let admitted = limits.admit(peer, Method::FetchX509Svid, patience).await.unwrap();
+            attestor.attest(admitted, &questions).await
+        }
+    };
+    let began = Instant::now();
+    let polite = caller(1, 1);
+    call(&polite, Patience::USUAL).await.unwrap();
+    let mut crowd = tokio::task::JoinSet::new();
+    for n in 0..20 {
+        let peer = caller(100 + n, 100 + n);
+        for _ in 0..CALLS {
+            crowd.spawn(call(&peer, Patience::USUAL));
+            tokio::task::yield_now().await;
+        }
+    }
+    // All of them wait, more than may be attested at once, and a polite one is served meanwhile, over and over.
+    let (mut served, mut unlisted) = (0, 0);
+    while !crowd.is_empty() {
+        // Without any patience: there is a place among the attestations, and a view.
+        call(&polite, Patience::NONE).await.unwrap();
+        served += 1;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        while let Some(done) = crowd.try_join_next() {
+            assert_eq!(done.unwrap().unwrap_err().fault(), AttestFault::Unlisted);
+            unlisted += 1;
+        }
+        assert!(began.elapsed() < PATIENCE);
+    }
+    assert!(served > 10, "{served}");
+    assert_eq!(unlisted, 20 * CALLS);
+    let most = began.elapsed().as_secs_f64() * 4.0 + 5.0;
+    assert!(f64::from(u32::try_from(kubelet.requests()).unwrap()) <= most, "{} requests", kubelet.requests());
+}
+
+#[tokio::test]
+async fn those_who_wait_are_bounded_and_so_is_one_pod() {
+    let kubelet = FakeKubelet::start(listed(&[]));
+    let attestor = Arc::new(kubelet.attestor(|it| it.max_poll_attempts = 3));
+    let limits = Limits::default();
+    let questions = asking(&attestor, &["k8s:ns:ns1"]);
+    let peer = caller(1, 1);
+    let mut crowd = tokio::task::JoinSet::new();
+    for _ in 0..100 {
+        let admitted = limits.admit(Arc::clone(&peer), Method::FetchX509Svid, Patience::USUAL).await.unwrap();
+        let (attestor, questions) = (Arc::clone(&attestor), Arc::clone(&questions));
+        crowd.spawn(async move { attestor.attest(admitted, &questions).await });
+        tokio::task::yield_now().await;
+    }
+    let mut faults: Vec<AttestFault> = Vec::new();
+    while let Some(done) = crowd.join_next().await {
+        faults.push(done.unwrap().unwrap_err().fault());
+    }
+    let busy = faults.iter().filter(|fault| **fault == AttestFault::Busy).count();
+    assert_eq!(busy, 36, "64 of one pod wait");
+}
+
+#[tokio::test]
+async fn an_optional_attestor_that_cannot_tell_costs_identities_and_no_call() {
+    let kubelet = FakeKubelet::start(Reply::With(403, "", String::new()));
+    let mut settings = kubelet.settings(|_| {});
+    settings.k8s.optional = true;
+    let subject = attest(&Attestor::new(settings), &caller(1, 1), &["k8s:ns:ns1"]).await.unwrap();
+    assert_eq!(of_pod(&subject), [""; 0]);
+    assert!(!subject.is_empty(), "the other attestor");
+}
+
+#[tokio::test]
+async fn without_containers_the_pod_is_enough() {
+    let kubelet = FakeKubelet::start(listed(&[pod(1)]));
+    let attestor = kubelet.attestor(|it| it.disable_container_selectors = true);
+    for container in [1, 77] {
+        let found = of_pod(&attest(&attestor, &caller(1, container), &["k8s:ns:ns1"]).await.unwrap());
+        assert!(found.contains(&"sa:sa1".to_owned()), "{container}");
+        assert!(!found.iter().any(|it| it.starts_with("container-")), "{container}: {found:?}");
+    }
+}
