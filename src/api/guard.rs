@@ -180,7 +180,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn so_has_a_stream() {
         let panics = || std::panic::panic_any("a defect");
-        let cases: [(_, fn() -> Poll<()>, _); 3] = [
+        type Case = (&'static str, fn() -> Poll<()>, Option<Code>);
+        let cases: [Case; 3] = [
             ("ends", || Poll::Ready(()), None),
             ("panics", panics, Some(Code::Internal)),
             ("waits", || Poll::Pending, Some(Code::DeadlineExceeded)),
