@@ -264,7 +264,7 @@ mod tests {
     use super::*;
     use crate::{
         issuer::MintError,
-        telemetry::{LogSettings, log::Log, metrics::Metrics},
+        telemetry::{AuditSettings, LogSettings, log::Log, metrics::Metrics},
     };
 
     /// What `act` has the log say, line by line.
@@ -272,7 +272,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("agent.log");
         let settings = LogSettings { file: Some(path.clone()), ..Default::default() };
-        let (subscriber, log) = Log::build(&settings).unwrap();
+        let no_audit = AuditSettings { enabled: false, ..Default::default() };
+        let (subscriber, log) = Log::build_with(&settings, &no_audit).unwrap();
         let held = tracing::subscriber::set_default(subscriber);
         act(Journal::new(Metrics::default().registry(), Arc::default())).await;
         drop(held);

@@ -14,7 +14,7 @@ if [ ! -x "$cache/kubelet" ]; then
     (
         cd "$root/tests/interop/kubernetes"
         flags="-s -w -X k8s.io/component-base/version.gitVersion=v$version"
-        GOFLAGS=-mod=readonly GOBIN="$cache" timeout 1400 nice go install -trimpath -ldflags "$flags" \
+        GOFLAGS=-mod=readonly GOBIN="$cache" timeout 2100 nice go install -trimpath -ldflags "$flags" \
             k8s.io/kubernetes/cmd/kubelet
     )
 fi
