@@ -36,7 +36,7 @@ pub use self::{
 };
 use self::{serving::Serving, start::Adjustable};
 use crate::{
-    api::admin::Asking,
+    api::admin::AskedReload,
     config::Config,
     issuer::Expelled,
     limits::gate_plan::lingering,
@@ -67,7 +67,7 @@ pub struct Running {
     /// Ends with the agent.
     tasks: JoinSet<()>,
     /// Who asks for a reload, until somebody takes care of it.
-    asked: Option<mpsc::Receiver<Asking>>,
+    asked: Option<mpsc::Receiver<AskedReload>>,
     /// The same: the issuer's.
     issuing: JoinSet<Expelled>,
 }

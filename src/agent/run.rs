@@ -32,7 +32,7 @@ use super::{
     signals::{Signalled, Signals},
 };
 use crate::{
-    api::{admin::Asking, proto::admin::ReloadResponse},
+    api::{admin::AskedReload, proto::admin::ReloadResponse},
     config::{Changes, Config},
     issuer::Expelled,
     os::{clock::Clock, systemd::ServiceManager},
@@ -282,14 +282,14 @@ fn status(agent: &Running) -> String {
 #[derive(Default)]
 struct Reloads {
     under_way: Option<Reloading>,
-    asked: Vec<Asking>,
+    asked: Vec<AskedReload>,
     again: bool,
-    asked_again: Vec<Asking>,
+    asked_again: Vec<AskedReload>,
 }
 
 impl Reloads {
     /// One is asked for, by somebody who waits to be told of it or by a signal.
-    fn ask(&mut self, asking: Option<Asking>, begin: impl FnOnce() -> Reloading) {
+    fn ask(&mut self, asking: Option<AskedReload>, begin: impl FnOnce() -> Reloading) {
         let asked = if self.under_way.is_some() {
             self.again = true;
             &mut self.asked_again

@@ -24,7 +24,7 @@ use super::{
 use crate::{
     api::{
         Journal, Services,
-        admin::{self, AdminService, Asking, OwnerGate},
+        admin::{self, AdminService, AskedReload, OwnerGate},
         workload::{Parts, WorkloadApi},
     },
     attest::Attestor,
@@ -246,7 +246,7 @@ impl AgentParts {
             .context("the built-in descriptors cannot be read")
     }
 
-    fn admin_service(&self, keys: Arc<PodOrUid>, reloads: mpsc::Sender<Asking>) -> AdminService {
+    fn admin_service(&self, keys: Arc<PodOrUid>, reloads: mpsc::Sender<AskedReload>) -> AdminService {
         let meter = self.meter.clone();
         AdminService::new(admin::AdminParts {
             limits: self.limits.clone(),

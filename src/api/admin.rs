@@ -133,13 +133,13 @@ pub struct AdminParts {
     pub x509: Arc<X509Cache>,
     pub health: Arc<HealthState>,
     /// Where a reload is asked for.
-    pub reloads: mpsc::Sender<Asking>,
+    pub reloads: mpsc::Sender<AskedReload>,
     /// What is charged to the agent's cgroup, if it is alone in one, and the kernel's part of it, in bytes.
     pub charged: Box<dyn Fn() -> Option<(u64, u64)> + Send + Sync>,
 }
 
 /// Somebody who asked for a reload, and is to be told what comes of it.
-pub type Asking = oneshot::Sender<pb::ReloadResponse>;
+pub type AskedReload = oneshot::Sender<pb::ReloadResponse>;
 
 /// The one service of the admin socket. Cheap to clone.
 #[derive(Clone)]
