@@ -217,10 +217,9 @@ impl Log {
     #[must_use]
     pub fn flush(&self, most: Duration) -> bool {
         let until = Instant::now() + most;
-        let all = std::iter::once(&self.main).chain(&self.audit);
-        all.fold(true, |done, lines| {
-            lines.queue.flush(until.saturating_duration_since(Instant::now())) && done
-        })
+        let main = self.main.queue.flush(most);
+        let left = until.saturating_duration_since(Instant::now());
+        self.audit.as_ref().is_none_or(|audit| audit.queue.flush(left)) && main
     }
 
     /// Lines dropped since the start.
