@@ -1,7 +1,7 @@
 //! Who was given what: one event for each SVID that is made, one for the first time that a connection is given it, and
 //! the counts of everything else.
 //!
-//! An event is a line of the target [`AUDIT`](crate::telemetry::log::AUDIT). It holds what is known of a caller anyway, and
+//! An event is a line of the target [`AUDIT`]. It holds what is known of a caller anyway, and
 //! never a key or a token: of a token, the first 16 hex digits of its SHA-256.
 //!
 //! What is given again, and what is refused, is counted by caller, outcome and identity; the next line about these carries
