@@ -17,7 +17,10 @@ use super::{
     process::{ProcDir, Seen},
 };
 use crate::{
-    hcl::{section::Section, settings::Shown},
+    hcl::{
+        section::{Section, nearest},
+        settings::Shown,
+    },
     identity::{Entry, selector::Selectors},
 };
 
@@ -121,6 +124,14 @@ impl Shown for EnabledAttestors {
     fn shown(&self) -> String {
         self.0.join(", ")
     }
+}
+
+/// What is said of a selector of a kind that the attestor does not know.
+pub(super) fn no_such_kind(attestor: &str, kind: &str, kinds: &[&'static str]) -> String {
+    nearest(kind, kinds.iter().copied()).map_or_else(
+        || format!("nobody attests this; {attestor} attests {}", kinds.join(", ")),
+        |near| format!("nobody attests this: did you mean {attestor}:{near}?"),
+    )
 }
 
 /// Why nobody has a selector of this attestor.

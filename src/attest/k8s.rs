@@ -35,11 +35,11 @@ use self::{
 };
 use super::{
     AttestFault, Blame, Questions,
-    attestors::{Findings, News, Untold, WorkloadAttestor},
+    attestors::{Findings, News, Untold, WorkloadAttestor, no_such_kind},
     process::{Extent, Seen},
 };
 use crate::{
-    hcl::section::{Section, nearest},
+    hcl::section::Section,
     identity::{
         Entry,
         selector::{Selector, Selectors},
@@ -165,10 +165,7 @@ impl WorkloadAttestor for K8sAttestor {
             return Err(format!("nobody attests this: k8s:{kind} is not in this version"));
         }
         if !KINDS.contains(&kind) {
-            return Err(nearest(kind, KINDS).map_or_else(
-                || format!("nobody attests this; k8s attests {}", KINDS.join(", ")),
-                |near| format!("nobody attests this: did you mean k8s:{near}?"),
-            ));
+            return Err(no_such_kind(NAME, kind, &KINDS));
         }
         let parts = of.split(':').count();
         match kind {

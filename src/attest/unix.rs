@@ -26,15 +26,12 @@ use self::{discovery::Discovery, names::Names};
 pub use self::{executable::ExecutableError, questions::UnixQuestions};
 use super::{
     AttestFault, Blame, Questions,
-    attestors::{Findings, News, Untold, WorkloadAttestor},
+    attestors::{Findings, News, Untold, WorkloadAttestor, no_such_kind},
     process::{Extent, Seen},
     status::ProcStatus,
 };
 use crate::{
-    hcl::{
-        section::{Section, nearest},
-        settings::settings,
-    },
+    hcl::{section::Section, settings::settings},
     identity::{
         Entry,
         selector::{Selector, Selectors},
@@ -117,10 +114,7 @@ impl WorkloadAttestor for UnixAttestor {
     fn check(value: &str, settings: &UnixSettings) -> Result<(), String> {
         let (kind, of) = value.split_once(':').unwrap_or((value, ""));
         if !KINDS.contains(&kind) {
-            return Err(nearest(kind, KINDS).map_or_else(
-                || format!("nobody attests this; unix attests {}", KINDS.join(", ")),
-                |near| format!("nobody attests this: did you mean unix:{near}?"),
-            ));
+            return Err(no_such_kind(NAME, kind, &KINDS));
         }
         let is_number = || of.parse::<u32>().is_ok_and(|number| number.to_string() == of);
         let is_sha256 = || of.len() == 64 && of.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
