@@ -50,26 +50,20 @@ pub enum Care {
     LookFirst,
 }
 
-/// The most bytes that are received at once: some ten requests, which are served before more of them are taken out of the
-/// kernel's hands.
-const AT_ONCE: usize = 2 * 1024;
-
-impl Care {
-    /// How many bytes are received at once, where there is room for so many.
-    pub fn at_once(room: usize) -> usize {
-        room.min(AT_ONCE)
-    }
-}
-
-/// Receives what is there, without waiting. The socket must have `SO_PASSCRED`.
+/// Receives up to `most` bytes of what is there, without waiting. The socket must have `SO_PASSCRED`.
 ///
 /// # Errors
 /// `WouldBlock` when nothing is there, or what the kernel says.
-pub fn receive(socket: BorrowedFd<'_>, into: &mut ReadBuf<'_>, care: Care) -> io::Result<Received> {
+pub fn receive(
+    socket: BorrowedFd<'_>,
+    into: &mut ReadBuf<'_>,
+    most: usize,
+    care: Care,
+) -> io::Result<Received> {
     match care {
-        Care::TakeAtOnce => take(socket, into, AT_ONCE),
+        Care::TakeAtOnce => take(socket, into, most),
         Care::LookFirst => {
-            let seen = call(socket, spare(into, AT_ONCE), libc::MSG_PEEK)?;
+            let seen = call(socket, spare(into, most), libc::MSG_PEEK)?;
             if seen.cut_short {
                 return Ok(Received::Descriptors);
             }

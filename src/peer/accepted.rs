@@ -183,7 +183,9 @@ impl<S: AcceptedSocket, P: Send + 'static> Drop for Accepted<S, P> {
 fn is_drained(socket: BorrowedFd<'_>) -> bool {
     let mut bytes = [MaybeUninit::uninit(); 4096];
     for _ in 0..LOOKS {
-        match receive(socket, &mut ReadBuf::uninit(&mut bytes), Care::LookFirst) {
+        let mut into = ReadBuf::uninit(&mut bytes);
+        let most = into.capacity();
+        match receive(socket, &mut into, most, Care::LookFirst) {
             Ok(Received::Bytes { len: 0, .. }) => return true,
             Ok(Received::Bytes { .. }) => {}
             Ok(Received::Descriptors) => return false,

@@ -36,7 +36,7 @@ use super::{
     service::{ConnectionService, WatchedService},
     spawner::Spawner,
     stats::{OpenConnection, Parked},
-    task_waker::TaskWaker,
+    task_waker::{ROUNDS, TaskWaker},
     turns::Turns,
     wire::{Ending, Wire, WireShared},
 };
@@ -127,7 +127,9 @@ impl Connection {
             let verdict = tokio::select! {
                 biased;
                 done = poll_fn(|cx| {
-                    let done = waker.poll(cx, |cx| {
+                    // Without room others wait for this one; it is new until its first request.
+                    let rounds = if holding.has_room() || turns.is_new() { ROUNDS } else { 1 };
+                    let done = waker.poll(cx, rounds, |cx| {
                         ending.read_on();
                         http2.as_mut().poll(cx)
                     });

@@ -115,7 +115,8 @@ async fn read(stream: &Accepted<UnixStream>, request: &mut FirstRequest) -> io::
         let tried = stream.socket().try_io(Interest::READABLE, || {
             let mut bytes = [MaybeUninit::uninit(); CHUNK];
             let mut bytes = ReadBuf::uninit(&mut bytes);
-            match receive(stream.as_fd(), &mut bytes, stream.care())? {
+            let most = bytes.remaining();
+            match receive(stream.as_fd(), &mut bytes, most, stream.care())? {
                 Received::Bytes { len: 0, .. } => Err(io::ErrorKind::UnexpectedEof.into()),
                 Received::Bytes { len, .. } => {
                     bytes.advance(len);

@@ -14,8 +14,8 @@ use std::{
     task::{Context, Poll, Wake, Waker},
 };
 
-/// So many times what wakes itself is polled before others may run.
-const ROUNDS: u32 = 4;
+/// So many times what wakes itself is polled before others may run, with room on the node.
+pub(super) const ROUNDS: u32 = 4;
 
 /// Nobody polls: the task is to be woken.
 const RESTS: u8 = 0;
@@ -45,15 +45,16 @@ impl TaskWaker {
         Self { waker: Waker::from(Arc::clone(&inner)), inner }
     }
 
-    /// Polls until `poll` is ready, or pending without having been woken meanwhile.
+    /// Polls until `poll` is ready, or pending without having been woken meanwhile, up to `rounds` times.
     pub(super) fn poll<R>(
         &self,
         cx: &Context<'_>,
+        rounds: u32,
         mut poll: impl FnMut(&mut Context<'_>) -> Poll<R>,
     ) -> Poll<R> {
         let task = self.inner.task.get_or_init(|| cx.waker().clone());
         let state = &self.inner.state;
-        for _ in 0..ROUNDS {
+        for _ in 0..rounds {
             state.store(POLLED, Release);
             let polled = poll(&mut Context::from_waker(&self.waker));
             if state.compare_exchange(POLLED, RESTS, AcqRel, Acquire).is_ok() || polled.is_ready() {
@@ -103,14 +104,15 @@ mod tests {
             let task = Arc::new(Counted::default());
             let waker = TaskWaker::new();
             let mut polled = 0;
-            let poll = waker.poll(&Context::from_waker(&Arc::clone(&task).into()), |cx| -> Poll<()> {
-                polled += 1;
-                if polled <= wakes_itself {
-                    cx.waker().wake_by_ref();
-                    cx.waker().wake_by_ref();
-                }
-                Poll::Pending
-            });
+            let poll =
+                waker.poll(&Context::from_waker(&Arc::clone(&task).into()), ROUNDS, |cx| -> Poll<()> {
+                    polled += 1;
+                    if polled <= wakes_itself {
+                        cx.waker().wake_by_ref();
+                        cx.waker().wake_by_ref();
+                    }
+                    Poll::Pending
+                });
             assert!(poll.is_pending());
             assert_eq!((polled, task.0.load(SeqCst)), (polls, woken), "{wakes_itself}");
             waker.waker.wake_by_ref();
@@ -137,10 +139,11 @@ mod tests {
             });
             let mut before = 0;
             while seen.load(SeqCst) < 20_000 {
-                let poll = waker.poll(&Context::from_waker(&Arc::clone(&task).into()), |_| -> Poll<()> {
-                    seen.store(wanted.load(SeqCst), SeqCst);
-                    Poll::Pending
-                });
+                let poll =
+                    waker.poll(&Context::from_waker(&Arc::clone(&task).into()), ROUNDS, |_| -> Poll<()> {
+                        seen.store(wanted.load(SeqCst), SeqCst);
+                        Poll::Pending
+                    });
                 assert!(poll.is_pending());
                 // As a runtime would: it polls again once it was woken, and only then.
                 while seen.load(SeqCst) < 20_000 && task.0.load(SeqCst) == before {

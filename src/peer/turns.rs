@@ -151,6 +151,11 @@ impl Turns {
         })
     }
 
+    /// Whether no request has come yet.
+    pub(super) fn is_new(&self) -> bool {
+        self.with(|turns| turns.begun == 0)
+    }
+
     /// Changes what may make room for another answer, and has those begin that fit then.
     fn update(&self, change: impl FnOnce(&mut TurnSlots)) {
         let mut next = self.with(|turns| {

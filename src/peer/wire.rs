@@ -30,11 +30,17 @@ use super::{
 };
 use crate::{
     limits::holding::Holding,
-    os::receive::{Care, Received, receive},
+    os::receive::{Received, receive},
 };
 
 /// Fewer bytes that are not complete are in what HTTP/2 takes in any case.
 const WORTH_TELLING: u32 = 2 * 1024;
+
+/// The most bytes that are read at once: some ten requests, which are served before more of them are taken out of the
+/// kernel's hands.
+const AT_ONCE: usize = 2 * 1024;
+/// The same without room on the node: then all others wait for those few.
+const AT_ONCE_WITHOUT_ROOM: usize = 512;
 
 /// How a connection ended, as far as its bytes tell. Shared with the task that serves it.
 #[derive(Debug, Default)]
@@ -140,12 +146,17 @@ impl<P: Send + 'static> Wire<P> {
         result
     }
 
-    /// Receives behind what fills `buf`: one system call, where no descriptor can come.
-    fn poll_receive(&self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<Received>> {
+    /// Receives up to `most` bytes behind what fills `buf`: one system call, where no descriptor can come.
+    fn poll_receive(
+        &self,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+        most: usize,
+    ) -> Poll<io::Result<Received>> {
         let stream = self.outbox.stream();
         let (socket, care) = (stream.socket(), stream.care());
         if self.ending.read_again.swap(false, Relaxed) {
-            match receive(stream.as_fd(), buf, care) {
+            match receive(stream.as_fd(), buf, most, care) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 received => return Poll::Ready(received),
             }
@@ -154,9 +165,8 @@ impl<P: Send + 'static> Wire<P> {
             ready!(socket.poll_read_ready(cx))?;
             let mut received = None;
             let tried = socket.try_io(Interest::READABLE, || {
-                let got = receive(stream.as_fd(), buf, care)?;
-                let room = Care::at_once(buf.remaining());
-                let short = matches!(got, Received::Bytes { len, .. } if 0 < len && len < room);
+                let got = receive(stream.as_fd(), buf, most, care)?;
+                let short = matches!(got, Received::Bytes { len, .. } if 0 < len && len < most);
                 received = Some(got);
                 if short {
                     self.ending.read_short.store(true, Relaxed);
@@ -222,8 +232,8 @@ impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        let room = Care::at_once(buf.remaining());
-        let received = ready!(this.poll_receive(cx, buf));
+        let most = buf.remaining().min(if this.holding.has_room() { AT_ONCE } else { AT_ONCE_WITHOUT_ROOM });
+        let received = ready!(this.poll_receive(cx, buf, most));
         let Received::Bytes { len, writer } = this.noted(received)? else {
             this.ending.descriptors.store(true, Relaxed);
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionAborted, PassedIn)));
@@ -236,7 +246,7 @@ impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
             this.end_with(cx);
             return Poll::Pending;
         }
-        this.ending.read_full.store(len == room, Relaxed);
+        this.ending.read_full.store(len == most, Relaxed);
         let before = buf.filled().len();
         buf.advance(len);
         let new = buf.filled_mut().get_mut(before..).unwrap_or_default();
