@@ -10,6 +10,7 @@ use crate::{
     limits::{self, ConnectionPermit, ConnectionRefusal, GatePlan, holding::Holding, room::Room},
     os::{cgroup, headroom::Headroom},
     peer::{AcceptGate, Arrival},
+    store::audit::AuditTrail,
     telemetry::http,
 };
 
@@ -17,23 +18,40 @@ use crate::{
 const MEMBERSHIP: &str = "/proc/self/cgroup";
 const CGROUPS: &str = "/sys/fs/cgroup";
 
-impl AcceptGate for limits::Gate {
+/// The limits' gate, whose refusals are audited.
+#[derive(Debug)]
+pub(super) struct AuditedGate {
+    pub(super) gate: limits::Gate,
+    pub(super) audit: Arc<AuditTrail>,
+}
+
+impl AuditedGate {
+    fn refused(&self, arrival: &Arrival, why: ConnectionRefusal) {
+        self.audit.not_let_in(arrival.caller(), arrival.credentials().pid.as_raw(), why);
+    }
+}
+
+impl AcceptGate for AuditedGate {
     type Permit = ConnectionPermit;
 
     fn admit_connection(&self, arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {
-        self.open(arrival.caller())
+        self.gate.open(arrival.caller()).inspect_err(|why| self.refused(arrival, *why))
     }
 
     fn admit_or_wait(&self, arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {
-        self.open_or_wait(arrival.caller())
+        self.gate.open_or_wait(arrival.caller()).inspect_err(|why| {
+            if !why.is_soft() {
+                self.refused(arrival, *why);
+            }
+        })
     }
 
     fn room(&self) -> Option<Arc<Room>> {
-        Some(Arc::clone(self.room()))
+        Some(Arc::clone(self.gate.room()))
     }
 
     fn answer(&self, why: ConnectionRefusal) -> Option<HeaderMap> {
-        status::refused_connection(why, self.rejection_status())
+        status::refused_connection(why, self.gate.rejection_status())
     }
 
     fn holding(permit: &ConnectionPermit) -> Arc<Holding> {
@@ -45,7 +63,7 @@ impl AcceptGate for limits::Gate {
     }
 
     fn family(&self, arrival: &Arrival) -> u64 {
-        self.family_of(arrival.caller())
+        self.gate.family_of(arrival.caller())
     }
 }
 

@@ -13,7 +13,7 @@ use tokio::{
 
 use super::{
     ANSWERS_WITHIN, Running, connection_bounds,
-    gate::{Means, say_what_fits},
+    gate::{AuditedGate, Means, say_what_fits},
     meter::{MemoryMeter, keep_time},
     metrics::{AgentMetrics, MemoryMetrics},
     probe::probe,
@@ -82,6 +82,7 @@ pub(super) struct AgentParts {
     pub(super) x509: Arc<X509Cache>,
     pub(super) jwt: Arc<JwtCache>,
     pub(super) attestor: Arc<Attestor>,
+    audit: Arc<AuditTrail>,
     pub(super) journal: Arc<Journal>,
     pub(super) means: Means,
     meter: MemoryMeter,
@@ -133,7 +134,7 @@ impl AgentParts {
             issuer_series.rotation.refresh(clock.now());
             store_series.renewal.refresh(clock.now());
         });
-        let journal = Arc::new(Journal::new(metrics.registry(), audit));
+        let journal = Arc::new(Journal::new(metrics.registry(), Arc::clone(&audit)));
         let means = Means::of_this_process(http_listeners(config));
         let budget = config.ratelimit.memory.budget(means.cgroup);
         let meter = MemoryMeter::start().context("cannot start a thread")?;
@@ -151,6 +152,7 @@ impl AgentParts {
             x509,
             jwt: Arc::new(jwt),
             attestor,
+            audit,
             journal,
             means,
             meter,
@@ -174,8 +176,8 @@ impl AgentParts {
         self.metrics.before_render(move || series.set(&counted.0, &counted.1));
         self.tell_of_memory();
 
-        let listener =
-            Listener { socket, bounds, gate: Arc::new(self.gate.clone()), keys: Arc::clone(&keys), stats };
+        let gate = Arc::new(AuditedGate { gate: self.gate.clone(), audit: Arc::clone(&self.audit) });
+        let listener = Listener { socket, bounds, gate, keys: Arc::clone(&keys), stats };
         let serving = listener.serve(move |_peer| services.clone(), stopped(stopping.clone()));
         let public = Serving::begin("the workload api", serving);
         let (reloads, asked) = mpsc::channel(RELOADS_ASKED);

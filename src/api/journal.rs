@@ -132,7 +132,11 @@ impl Journal {
         const NOT_ATTESTED: &str = "workload attestation failed";
         let rpc = method.rpc();
         if let Some(Whom { caller, pid }) = by {
-            self.audit.refused(caller, pid, rpc, error.reason());
+            let spiffe_id = match error {
+                RequestError::Refused(refusal) => refusal.spiffe_id.as_ref(),
+                _ => None,
+            };
+            self.audit.refused(caller, pid, rpc, error.reason(), spiffe_id);
         }
         match error {
             RequestError::OtherPidNamespace | RequestError::Unmapped => {

@@ -67,6 +67,7 @@ impl Ledger {
             Some((lack, id, choice)) => {
                 let question = Question { plan, stage: Stage::Identity, method, dry: false, attempt };
                 self.refuse(&question, lack, || Some(identity_name(id, &choice)))
+                    .map_err(|refusal| Refusal { spiffe_id: Some(id.clone()), ..refusal })
             }
             None if (node_counts || nobody) && !caller_exempt => {
                 self.charge_node(plan, method, taker, now, attempt)

@@ -283,7 +283,8 @@ impl Ledger {
         let shed = stage == Stage::Node;
         let is_ours = shed || origin == Origin::ByDefault || reason == Reason::InFlight;
         let status = if is_ours { RejectionStatus::Unavailable } else { plan.status };
-        let refusal = Refusal { method, stage, charged_as, reason, retry_after, shed, status, origin };
+        let refusal =
+            Refusal { method, stage, charged_as, reason, retry_after, shed, status, origin, spiffe_id: None };
         if attempt.ends(&refusal) {
             self.counters.count(stage, Some(method), charged_as, Decision::Refused(reason));
             if let Some(name) = name() {

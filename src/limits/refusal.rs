@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use super::{method::Method, rule::Origin};
-use crate::telemetry::registry::labels;
+use crate::{identity::SpiffeId, telemetry::registry::labels};
 
 labels! {
     /// Where on its way a connection or a call was decided.
@@ -114,7 +114,7 @@ pub enum RejectionStatus {
 }
 
 /// A call that was refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("rate limit exceeded for /{}/{}: {}{}", method.service(), method.rpc(), self.short_of(), self.because())]
 pub struct Refusal {
     pub method: Method,
@@ -132,6 +132,8 @@ pub struct Refusal {
     pub status: RejectionStatus,
     /// Whose word the limit is.
     pub origin: Origin,
+    /// Whose bucket refused, at the identity stage.
+    pub spiffe_id: Option<SpiffeId>,
 }
 
 impl Refusal {

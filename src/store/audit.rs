@@ -9,7 +9,7 @@
 //! second. There are [`TOLD_APART`] counts at a time; what comes beyond them is one count for all.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry as MapEntry},
     num::NonZeroU64,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
@@ -22,9 +22,9 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use crate::{
     identity::{Entry, JwtSvid, SpiffeId, X509Svid, taint},
-    limits::CallerKey,
+    limits::{CallerKey, ConnectionRefusal},
     peer::Peer,
-    telemetry::log::AUDIT,
+    telemetry::{log::AUDIT, registry::Label as _},
 };
 
 /// Events of one user with a line each, at once; one a second comes back.
@@ -89,7 +89,8 @@ impl AuditedSvid {
 enum AuditOutcome {
     Made(AuditedSvid, SpiffeId),
     Given(AuditedSvid, SpiffeId),
-    Refused(&'static str, &'static str),
+    Refused(&'static str, &'static str, Option<SpiffeId>),
+    NotLetIn(ConnectionRefusal),
 }
 
 /// How often something happened.
@@ -102,7 +103,14 @@ struct AuditCount {
     last: Instant,
 }
 
-/// AuditLines that a user may still have.
+impl AuditCount {
+    fn count(&mut self, now: Instant) {
+        self.untold = self.untold.saturating_add(1);
+        self.last = now;
+    }
+}
+
+/// Lines that a user may still have.
 #[derive(Clone, Copy, Debug)]
 struct AuditLines {
     left: u32,
@@ -167,18 +175,20 @@ impl AuditTable {
         self.users.entry(family).or_insert_with(|| AuditLines::new(now))
     }
 
-    /// It happened, and is told later.
-    fn count(&mut self, caller: CallerKey, outcome: AuditOutcome, now: Instant) -> &mut AuditCount {
-        let key = (caller, outcome);
-        let is_full = self.counts.len() >= TOLD_APART && !self.counts.contains_key(&key);
-        let count = if is_full {
-            &mut self.others
-        } else {
-            self.counts.entry(key).or_insert(AuditCount { untold: 0, told_at: None, last: now })
-        };
-        count.untold = count.untold.saturating_add(1);
-        count.last = now;
-        count
+    /// It happened, and is told later. Its count, unless that is the one of all others.
+    fn count(&mut self, caller: CallerKey, outcome: AuditOutcome, now: Instant) -> Option<&mut AuditCount> {
+        let is_full = self.counts.len() >= TOLD_APART;
+        match self.counts.entry((caller, outcome)) {
+            MapEntry::Vacant(_) if is_full => {
+                self.others.count(now);
+                None
+            }
+            its_own => {
+                let count = its_own.or_insert(AuditCount { untold: 0, told_at: None, last: now });
+                count.count(now);
+                Some(count)
+            }
+        }
     }
 
     /// It happened. Told now if it has not been for a while: how often it did since then.
@@ -188,10 +198,8 @@ impl AuditTable {
         outcome: AuditOutcome,
         now: Instant,
     ) -> Option<NonZeroU64> {
-        let is_others =
-            self.counts.len() >= TOLD_APART && !self.counts.contains_key(&(caller, outcome.clone()));
-        let count = self.count(caller, outcome, now);
-        if is_others || count.told_at.is_some_and(|told| now.saturating_duration_since(told) < A_WHILE) {
+        let count = self.count(caller, outcome, now)?;
+        if count.told_at.is_some_and(|told| now.saturating_duration_since(told) < A_WHILE) {
             return None;
         }
         count.told_at = Some(now);
@@ -302,11 +310,30 @@ impl AuditTrail {
         }
     }
 
-    /// A call of this method ended without an answer, for this reason.
-    pub fn refused(&self, caller: CallerKey, pid: i32, method: &'static str, reason: &'static str) {
-        let outcome = AuditOutcome::Refused(method, reason);
+    /// A call of this method ended without an answer, for this reason; `spiffe_id` where it was for the bucket of one.
+    pub fn refused(
+        &self,
+        caller: CallerKey,
+        pid: i32,
+        method: &'static str,
+        reason: &'static str,
+        spiffe_id: Option<&SpiffeId>,
+    ) {
+        let outcome = AuditOutcome::Refused(method, reason, spiffe_id.cloned());
         if let Some(times) = self.lock().count_or_tell(caller, outcome, Instant::now()) {
-            tracing::info!(target: AUDIT, %caller, pid, method, reason, times, "call refused");
+            let spiffe_id = spiffe_id.map(SpiffeId::as_str);
+            tracing::info!(target: AUDIT, %caller, pid, method, reason, spiffe_id, times, "call refused");
+        }
+    }
+
+    /// A connection was refused at the gate.
+    pub fn not_let_in(&self, caller: CallerKey, pid: i32, why: ConnectionRefusal) {
+        if !Self::is_read() {
+            return;
+        }
+        let outcome = AuditOutcome::NotLetIn(why);
+        if let Some(times) = self.lock().count_or_tell(caller, outcome, Instant::now()) {
+            tracing::info!(target: AUDIT, %caller, pid, reason = why.text(), times, "connection refused");
         }
     }
 
@@ -345,8 +372,12 @@ impl AuditTrail {
                     tracing::info!(target: AUDIT, %caller, kind, spiffe_id, times, "svids made");
                 }
                 AuditOutcome::Given(kind, id) => write_again(caller, kind, &id, times),
-                AuditOutcome::Refused(method, reason) => {
-                    tracing::info!(target: AUDIT, %caller, method, reason, times, "calls refused");
+                AuditOutcome::Refused(method, reason, id) => {
+                    let spiffe_id = id.as_ref().map(SpiffeId::as_str);
+                    tracing::info!(target: AUDIT, %caller, method, reason, spiffe_id, times, "calls refused");
+                }
+                AuditOutcome::NotLetIn(why) => {
+                    tracing::info!(target: AUDIT, %caller, reason = why.text(), times, "connections refused");
                 }
             }
         }
@@ -468,7 +499,7 @@ mod tests {
         let mut lines = Vec::new();
         for second in 0..130 {
             for _ in 0..10 {
-                let outcome = AuditOutcome::Refused("FetchJWTSVID", "rate");
+                let outcome = AuditOutcome::Refused("FetchJWTSVID", "rate", None);
                 let told = trail.lock().count_or_tell(CallerKey::Uid(7), outcome, Instant::now());
                 lines.extend(told.map(|times| (second, times.get())));
             }
@@ -482,7 +513,7 @@ mod tests {
         let trail = AuditTrail::default();
         let mut told = 0;
         for uid in 0..10_000 {
-            let outcome = AuditOutcome::Refused("FetchJWTSVID", "rate");
+            let outcome = AuditOutcome::Refused("FetchJWTSVID", "rate", None);
             let times = trail.lock().count_or_tell(CallerKey::Uid(uid), outcome, Instant::now());
             told += times.map_or(0, NonZeroU64::get);
         }

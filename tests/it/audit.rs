@@ -127,3 +127,43 @@ async fn the_log_is_the_place_by_default() {
         assert_eq!(log.contains("audit: svid given"), is_told, "{log}");
     }
 }
+
+/// A refusal by the bucket of a SPIFFE ID names it; who is not let in is counted with the rest.
+#[tokio::test]
+async fn refusals_say_which_identity_and_which_connection() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("audit.jsonl");
+    let limits = "ratelimit {\n  gate {\n    caller { connections = 1 }\n  }\n  identity { rate = 1 per = \"day\" burst = 2 }\n}\n";
+    let audit = format!("audit {{ file = \"{}\" }}\n", path.display());
+    write_config(dir.path(), &(entry("/one", "") + limits + &audit));
+    let mut agent = Process::spawn(dir.path());
+    let mut client = agent.serving(dir.path()).await;
+    let mut refusals = 0;
+    for _ in 0..5 {
+        refusals += u64::from(client.fetch_jwtsvid(request(jwt("a"))).await.is_err());
+    }
+    assert!((1..5).contains(&refusals), "{refusals}");
+    for _ in 0..4 {
+        // Closed by the agent, or told why.
+        let mut refused = std::os::unix::net::UnixStream::connect(dir.path().join("api.sock")).unwrap();
+        refused.set_read_timeout(Some(PATIENCE)).unwrap();
+        while std::io::Read::read(&mut refused, &mut [0; 4096]).is_ok_and(|len| len > 0) {}
+    }
+    end(&mut agent);
+
+    let told = lines(&path);
+    let counted = |what: &str| -> u64 {
+        let about = told.iter().filter(|line| line["message"].as_str().unwrap().starts_with(what));
+        about.map(|line| line["times"].as_u64().unwrap_or(1)).sum()
+    };
+    // One of those that looked whether the agent serves may be among them.
+    assert!(counted("call") == refusals && (4..=5).contains(&counted("connection")), "{told:#?}");
+    for line in told.iter().filter(|line| line["message"].as_str().unwrap().contains("refused")) {
+        assert_eq!(line["caller"], format!("uid:{}", getuid()), "{line}");
+        let (reason, identity) = match line["method"].as_str() {
+            Some(_) => ("rate", Value::from("spiffe://example.org/one")),
+            None => ("caller_connections", Value::Null),
+        };
+        assert_eq!((&line["reason"], &line["spiffe_id"]), (&reason.into(), &identity), "{line}");
+    }
+}

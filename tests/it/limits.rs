@@ -192,8 +192,17 @@ fn a_refusal_says_what_was_short_and_whose() {
         (S::Node, K::Node, R::Rate, O::Set, "all callers of the node together have no tokens left"),
     ] {
         let (retry_after, status) = (Duration::ZERO, RejectionStatus::Unavailable);
-        let refusal =
-            Refusal { method: JWT, stage, charged_as, reason, retry_after, shed: false, status, origin };
+        let refusal = Refusal {
+            method: JWT,
+            stage,
+            charged_as,
+            reason,
+            retry_after,
+            shed: false,
+            status,
+            origin,
+            spiffe_id: None,
+        };
         let text = format!("rate limit exceeded for /SpiffeWorkloadAPI/FetchJWTSVID: {want}");
         assert_eq!(refusal.to_string(), text);
     }
@@ -590,7 +599,7 @@ async fn refusals_are_told_when_they_begin_and_end() {
     let limits = limits(&LimitSettings { caller: layers(quota(1.0, 10)), ..open() });
     let web = entries(&["web"]);
     for _ in 0..100 {
-        let _ = call(&limits, 1, JWT, &web);
+        drop(call(&limits, 1, JWT, &web));
     }
     let name = |event: &Event| match event {
         Event::RefusalStarted { stage, name, .. } => format!("start {} {name}", stage.text()),
