@@ -135,7 +135,7 @@ impl Column {
 pub(super) fn table<const N: usize>(columns: [Column; N], rows: &[[String; N]]) -> String {
     let names = columns.map(|column| column.name().to_owned());
     let rows: Vec<[String; N]> = std::iter::once(names)
-        .chain(rows.iter().map(|row| row.each_ref().map(|cell| shorten(&clean(cell)))))
+        .chain(rows.iter().map(|row| row.each_ref().map(|cell| shorten(&clean(cell), WIDEST))))
         .collect();
     let widths: [usize; N] = std::array::from_fn(|at| {
         rows.iter().filter_map(|row| row.get(at)).map(|cell| cell.chars().count()).max().unwrap_or(0)
@@ -155,14 +155,14 @@ pub(super) fn table<const N: usize>(columns: [Column; N], rows: &[[String; N]]) 
     out
 }
 
-/// The beginning and, mostly, the end: of two SPIFFE IDs or paths the ends differ.
-fn shorten(text: &str) -> String {
+/// `text` in at most `widest` characters: the beginning and, mostly, the end, in which two SPIFFE IDs or paths differ.
+pub(super) fn shorten(text: &str, widest: usize) -> String {
     let count = text.chars().count();
-    if count <= WIDEST {
+    if count <= widest {
         return text.to_owned();
     }
-    let head = WIDEST / 3;
-    let tail = WIDEST - head - 1;
+    let head = widest / 3;
+    let tail = widest.saturating_sub(head + 1);
     let end: String = text.chars().skip(count - tail).collect();
     text.chars().take(head).chain(['…']).chain(end.chars()).collect()
 }
