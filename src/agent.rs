@@ -18,6 +18,7 @@ mod serving;
 mod signals;
 mod start;
 mod surroundings;
+mod upkeep;
 mod watch;
 
 use std::{path::Path, sync::Arc, time::Duration};
@@ -33,6 +34,7 @@ pub use self::{
     reload::Load,
     run::{run, runtime},
     signals::{Signalled, Signals},
+    upkeep::{Happened, Upkeep},
 };
 use self::{serving::Serving, start::Adjustable};
 use crate::{

@@ -30,7 +30,7 @@ mod sources;
 mod trust_domain;
 mod users;
 
-pub use agent::{AgentSettings, DEFAULT_DATA_DIR, DEFAULT_SOCKET_PATH};
+pub use agent::{AdminSocket, AgentSettings, DEFAULT_DATA_DIR, DEFAULT_SOCKET_PATH, admin_socket_for};
 pub use diff::{Changes, EntryChanges, diff};
 pub use document::Config;
 pub use file::{DropIns, FileError};

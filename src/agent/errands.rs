@@ -18,8 +18,9 @@ const WAITING: usize = 4;
 
 type Errand = Box<dyn FnOnce() + Send>;
 
-/// Runs errands, in the order in which they were given. The thread ends with this, or with the process.
-#[derive(Debug)]
+/// Runs errands, in the order in which they were given. Clones share a thread, which ends with the last of them, or with the
+/// process.
+#[derive(Clone, Debug)]
 pub(super) struct Errands(SyncSender<Errand>);
 
 impl Errands {

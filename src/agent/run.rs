@@ -12,28 +12,23 @@ use std::{
 };
 
 use anyhow::Context as _;
-use futures_util::future::OptionFuture;
 use tokio::{
     runtime::{Builder, Handle, Runtime},
-    sync::{
-        mpsc as requests,
-        oneshot::{self, error::TryRecvError},
-    },
+    sync::oneshot::{self, error::TryRecvError},
     task::JoinSet,
 };
 
 use super::{
     Running,
-    config_watch::ConfigWatch,
     errands::Errands,
     panics,
     probe::feel_pulse,
-    reload::{self, Load},
+    reload::Load,
     signals::{Signalled, Signals},
+    upkeep::{Happened, Upkeep},
 };
 use crate::{
-    api::{admin::AskedReload, proto::admin::ReloadResponse},
-    config::{Changes, Config},
+    config::Config,
     issuer::Expelled,
     os::{clock::Clock, systemd::ServiceManager},
     telemetry::{chain, log::Log},
@@ -144,9 +139,6 @@ struct Control<'a> {
     serving: &'a Handle,
 }
 
-/// A reload that is under way.
-type Reloading = oneshot::Receiver<anyhow::Result<(Config, Changes)>>;
-
 impl Control<'_> {
     /// Starts the agent; `None` when a signal said to end before it was there. `known` is the log, as soon as there is
     /// one.
@@ -181,7 +173,7 @@ impl Control<'_> {
     }
 
     /// Looks after a running agent until a signal ends it.
-    async fn attend(&self, mut agent: Running, signals: &mut Signals, log: Log) -> anyhow::Result<()> {
+    async fn attend(&self, agent: Running, signals: &mut Signals, log: Log) -> anyhow::Result<()> {
         let config = agent.config();
         tracing::info!(
             socket = %agent.socket_path().display(),
@@ -196,61 +188,38 @@ impl Control<'_> {
         watching.spawn(feel_pulse(Arc::clone(&health), self.serving.clone()));
         watching.spawn(async move { manager.watch(|| health.live()).await });
 
-        let mut reloads = Reloads::default();
-        let mut asked = agent.asked.take();
-        let mut files = ConfigWatch::of(agent.config());
+        let manager = Arc::clone(&self.manager);
+        let begins = Box::new(move || manager.reloading());
+        let mut upkeep = Upkeep::with(agent, Arc::clone(&self.load), self.errands.clone(), begins);
         let mut reopening = Vec::new();
         loop {
             tokio::select! {
                 signal = signals.next() => match signal {
                     Signalled::Stop(signal) => {
                         tracing::info!(signal, "draining");
-                        self.drain(agent, signals).await;
+                        self.drain(upkeep.into_agent(), signals).await;
                         return Ok(());
                     }
-                    Signalled::Reload => reloads.ask(None, || self.reload(&agent)),
+                    Signalled::Reload => upkeep.reload(),
                     Signalled::ReopenLog => self.reopen(log.clone(), &mut reopening),
                     Signalled::Nothing => tracing::info!("SIGUSR1 does nothing here; SIGHUP reloads"),
                 },
-                Some(asking) = OptionFuture::from(asked.as_mut().map(requests::Receiver::recv)) => {
-                    match asking {
-                        Some(asking) => reloads.ask(Some(asking), || self.reload(&agent)),
-                        None => asked = None,
+                happened = upkeep.next() => match happened {
+                    Happened::Reloaded(told) => {
+                        let failed = if told.error.is_empty() { "" } else { "; the last reload failed: see the log" };
+                        self.manager.reloaded(&format!("{}{failed}", status(upkeep.agent())));
                     }
-                }
-                () = files.changed(&self.errands) => {
-                    tracing::info!("the configuration's files changed");
-                    reloads.ask(None, || self.reload(&agent));
-                }
-                done = reloads.done() => {
-                    let told = reload::finish(&mut agent, done);
-                    if told.error.is_empty() {
-                        files.follow(agent.config());
+                    Happened::Failed(error) => {
+                        // Callers are told to come back: what they have is valid still.
+                        if error.is::<Expelled>() {
+                            tracing::warn!("draining: the server does not take this agent any more");
+                            self.drain(upkeep.into_agent(), signals).await;
+                        }
+                        return Err(error);
                     }
-                    let failed = if told.error.is_empty() { "" } else { "; the last reload failed: see the log" };
-                    self.manager.reloaded(&format!("{}{failed}", status(&agent)));
-                    reloads.ended(&told, || self.reload(&agent));
-                }
-                error = agent.failed() => {
-                    // Callers are told to come back: what they have is valid still.
-                    if error.is::<Expelled>() {
-                        tracing::warn!("draining: the server does not take this agent any more");
-                        self.drain(agent, signals).await;
-                    }
-                    return Err(error);
                 }
             }
         }
-    }
-
-    fn reload(&self, agent: &Running) -> Reloading {
-        self.manager.reloading();
-        let (load, replacing) = (Arc::clone(&self.load), agent.replacing());
-        self.errands.begin(move || {
-            let next = load()?;
-            let changes = replacing.by(&next)?;
-            Ok((next, changes))
-        })
     }
 
     /// Opens the log anew, unless that is about to be done anyway: at most once while it is being done.
@@ -276,49 +245,6 @@ impl Control<'_> {
 
 fn status(agent: &Running) -> String {
     format!("serving {} entries", agent.config().entries.len())
-}
-
-/// The reload that is under way, and one behind it for all that was asked for meanwhile.
-#[derive(Default)]
-struct Reloads {
-    under_way: Option<Reloading>,
-    asked: Vec<AskedReload>,
-    again: bool,
-    asked_again: Vec<AskedReload>,
-}
-
-impl Reloads {
-    /// One is asked for, by somebody who waits to be told of it or by a signal.
-    fn ask(&mut self, asking: Option<AskedReload>, begin: impl FnOnce() -> Reloading) {
-        let asked = if self.under_way.is_some() {
-            self.again = true;
-            &mut self.asked_again
-        } else {
-            self.under_way = Some(begin());
-            &mut self.asked
-        };
-        // As many wait as there are calls on the admin socket.
-        asked.retain(|asking| !asking.is_closed());
-        asked.extend(asking);
-    }
-
-    /// How the one under way ended, once it has; never when there is none.
-    async fn done(&mut self) -> anyhow::Result<(Config, Changes)> {
-        match &mut self.under_way {
-            Some(reloading) => reloading.await.context("the reload ended early")?,
-            None => std::future::pending().await,
-        }
-    }
-
-    /// It ended so.
-    fn ended(&mut self, told: &ReloadResponse, begin: impl FnOnce() -> Reloading) {
-        for asking in std::mem::take(&mut self.asked) {
-            // Nobody may want to know any more.
-            drop(asking.send(told.clone()));
-        }
-        self.asked = std::mem::take(&mut self.asked_again);
-        self.under_way = std::mem::take(&mut self.again).then(begin);
-    }
 }
 
 #[cfg(test)]

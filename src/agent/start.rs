@@ -28,14 +28,17 @@ use crate::{
         workload::{Parts, WorkloadApi},
     },
     attest::Attestor,
-    config::Config,
+    config::{AdminSocket, Config},
     issuer::{self, Issuer, metrics::IssuerMetrics},
     limits::{self, GatePlan, Limits, pace::Complaints},
     os::{clock::Clock, trusted::ClosedDir},
-    peer::{ConnectionBounds, ConnectionMetrics, ConnectionStats, Listener, OsUid, Socket, cgroup::PodOrUid},
+    peer::{
+        ConnectionBounds, ConnectionMetrics, ConnectionStats, Listener, OsUid, Socket, cgroup::PodOrUid,
+        socket::BindError,
+    },
     store::{JwtCache, StoreMetrics, Writer, X509Cache, audit::AuditTrail},
     telemetry::{
-        HealthSettings,
+        HealthSettings, chain,
         health::{HealthState, Probe},
         http::{HttpListener, Routes},
         log::Log,
@@ -315,8 +318,7 @@ impl BoundPlaces {
         if let Some(path) = socket_path {
             http.push(at_socket(path, health(), places).context("cannot serve health checks")?);
         }
-        let admin = config.agent.admin_socket_path.as_deref().map(Socket::bind_private).transpose();
-        let admin = admin.context("cannot serve the admin api")?;
+        let admin = admin_socket(config).context("cannot serve the admin api")?;
         // Last, since clients come as soon as it is there.
         let socket = public_socket(config, handed).context("cannot serve the workload api")?;
         for ClosedDir { path, uid, mode } in config.places(geteuid().as_raw()).closed {
@@ -348,6 +350,24 @@ fn http_listeners(config: &Config) -> usize {
 fn at_socket(path: &Path, routes: Routes, places: usize) -> anyhow::Result<HttpListener> {
     let (listener, place) = Socket::bind(path, 0o660)?.into_parts();
     Ok(HttpListener::at_socket(listener, place, routes, places))
+}
+
+/// The admin socket, where there is one. One that nobody asked for is done without, if it cannot be had.
+fn admin_socket(config: &Config) -> Result<Option<Socket>, BindError> {
+    match config.agent.admin_socket() {
+        None => Ok(None),
+        Some(AdminSocket::Configured(path)) => Socket::bind_private(&path).map(Some),
+        Some(AdminSocket::ByDefault(path)) => Ok(Socket::bind_private(&path)
+            .inspect_err(|error| {
+                tracing::warn!(
+                    socket = %path.display(),
+                    error = chain(error),
+                    "admin socket: the default one cannot be made, so that durward status, limits, explain and reload do not \
+                     reach this agent; set admin_socket_path, or admin_socket_enabled = false"
+                );
+            })
+            .ok()),
+    }
 }
 
 fn public_socket(config: &Config, handed: Option<UnixListener>) -> anyhow::Result<Socket> {

@@ -1,27 +1,19 @@
 //! The way to the admin socket, for `limits` and `explain`.
 //!
-//! It is the owner's: no security header, no identity. There is one default and no environment variable: who watches
-//! an agent should see in the command which one it is. The agent is trusted, and its words are cleaned all the same:
+//! It is the owner's: no security header, no identity. The agent is trusted, and its words are cleaned all the same:
 //! keys, hints and selectors are other people's.
 
-use std::{
-    future::Future,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{future::Future, path::PathBuf, time::Duration};
 
 use tonic::{Request, Response, Status, transport::Channel};
 
 use super::{
     Failure,
     client::{CallError, TimeoutArgs, connect, patiently},
-    socket::{AgentAddress, AgentSocket, Chosen, SocketError},
+    socket::{AgentSocket, SocketError, resolve_admin},
     terminal::{Terminal, clean},
 };
 use crate::api::proto::admin::{self as pb, admin_client::AdminClient};
-
-/// Where the admin socket is unless the command line says otherwise.
-const DEFAULT: &str = "/run/durward/private/admin.sock";
 
 /// The largest answer that is read: a thousand keys, or the entries of one process.
 const MAX_MESSAGE: usize = 16 * 1024 * 1024;
@@ -29,8 +21,11 @@ const MAX_MESSAGE: usize = 16 * 1024 * 1024;
 /// Options of every command that talks to the admin socket.
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct AdminArgs {
-    /// Path of the agent's admin socket, its admin_socket_path; by default /run/durward/private/admin.sock
-    #[arg(long, value_name = "PATH")]
+    /// Path of the agent's admin socket
+    ///
+    /// Without it: the environment variable DURWARD_ADMIN_SOCKET; else private/admin.sock beside the
+    /// directory of the socket that SPIFFE_ENDPOINT_SOCKET names; else /run/durward/private/admin.sock.
+    #[arg(long, value_name = "PATH", verbatim_doc_comment)]
     socket_path: Option<PathBuf>,
     #[command(flatten)]
     timeout: TimeoutArgs,
@@ -42,11 +37,7 @@ impl AdminArgs {
     }
 
     fn socket(&self) -> Result<AgentSocket, SocketError> {
-        let (path, chosen) = match &self.socket_path {
-            Some(path) => (path.as_path(), Chosen::AdminFlag),
-            None => (Path::new(DEFAULT), Chosen::AdminDefault),
-        };
-        Ok(AgentSocket { at: AgentAddress::parse(path.as_os_str())?, chosen })
+        resolve_admin(self.socket_path.as_deref(), super::environment)
     }
 
     /// Connects, and makes one call.
@@ -144,7 +135,7 @@ impl Column {
 pub(super) fn table<const N: usize>(columns: [Column; N], rows: &[[String; N]]) -> String {
     let names = columns.map(|column| column.name().to_owned());
     let rows: Vec<[String; N]> = std::iter::once(names)
-        .chain(rows.iter().map(|row| row.each_ref().map(|cell| shorten(&clean(cell)))))
+        .chain(rows.iter().map(|row| row.each_ref().map(|cell| shorten(&clean(cell), WIDEST))))
         .collect();
     let widths: [usize; N] = std::array::from_fn(|at| {
         rows.iter().filter_map(|row| row.get(at)).map(|cell| cell.chars().count()).max().unwrap_or(0)
@@ -164,14 +155,14 @@ pub(super) fn table<const N: usize>(columns: [Column; N], rows: &[[String; N]]) 
     out
 }
 
-/// The beginning and, mostly, the end: of two SPIFFE IDs or paths the ends differ.
-fn shorten(text: &str) -> String {
+/// `text` in at most `widest` characters: the beginning and, mostly, the end, in which two SPIFFE IDs or paths differ.
+pub(super) fn shorten(text: &str, widest: usize) -> String {
     let count = text.chars().count();
-    if count <= WIDEST {
+    if count <= widest {
         return text.to_owned();
     }
-    let head = WIDEST / 3;
-    let tail = WIDEST - head - 1;
+    let head = widest / 3;
+    let tail = widest.saturating_sub(head + 1);
     let end: String = text.chars().skip(count - tail).collect();
     text.chars().take(head).chain(['…']).chain(end.chars()).collect()
 }

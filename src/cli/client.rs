@@ -107,10 +107,10 @@ fn connect_advice(socket: &AgentSocket, cause: &io::Error) -> String {
     let chosen = format!("The path is {}.", socket.chosen);
     let also = match cause.kind() {
         io::ErrorKind::NotFound if socket.chosen.is_admin() => {
-            "Is the agent running? It has an admin socket only when its configuration sets admin_socket_path."
+            "Is the agent running, with this admin_socket_path?"
         }
         io::ErrorKind::PermissionDenied if socket.chosen.is_admin() => {
-            "The admin socket answers the agent's own user and root alone."
+            "Only the agent's own user and root may use the admin socket: try it with sudo."
         }
         io::ErrorKind::NotFound => "Is the agent running, with this socket_path?",
         io::ErrorKind::ConnectionRefused => "The agent that made this socket is gone: start it again.",

@@ -7,9 +7,11 @@
 mod layout;
 
 use std::{
-    ffi::OsString,
     fmt::Write as _,
+    fs,
+    os::unix::{fs::MetadataExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
+    process::{Command, Stdio},
     time::{Duration, SystemTime},
 };
 
@@ -20,28 +22,33 @@ use tokio::net::UnixStream;
 
 use super::{
     Failure,
+    admin::shorten,
     client::Client,
     jwt::from_struct,
+    reload,
     run::wrong_places,
     socket::{AgentAddress, AgentSocket, Chosen},
     svid::X509Answer,
-    terminal::{Terminal, clean},
+    terminal::{PrintError, Terminal, clean},
     text::{GoDuration, go_time},
 };
 use crate::{
-    agent::{self, Running, Signalled, Signals},
+    agent::{self, Happened, Running, Signalled, Signals, Upkeep},
     api::proto::workload as pb,
     config::{Config, ExpandEnv},
     identity::TrustDomain,
     os::{clock::Clock, secrecy},
     telemetry::log::Log,
 };
-use layout::{Layout, NAME, SOCKET};
+use layout::{Layout, NAME, NOBODY};
 
 pub(super) use layout::LayoutError;
 
 /// How long the agent, which is this process, may take to answer.
 const LIMIT: Duration = Duration::from_secs(30);
+
+/// The widest that a certificate's subject is shown, in characters.
+const SUBJECT: usize = 44;
 
 /// `quickstart`.
 #[derive(clap::Args, Clone, Debug)]
@@ -112,57 +119,70 @@ async fn serve(
     if UnixStream::connect(&config.agent.socket_path).await.is_ok() {
         return Err(QuickstartError::Running(config.agent.socket_path).into());
     }
-    let mut agent = Running::start(config, None, Clock::SYSTEM).map_err(Failure::Agent)?;
+    let agent = Running::start(config, None, Clock::SYSTEM).map_err(Failure::Agent)?;
+    let path = paths.config.clone();
+    let load = Box::new(move || Ok(Config::load(&path, ExpandEnv::No)?));
+    let mut upkeep = Upkeep::of(agent, load).map_err(|error| Failure::Agent(error.into()))?;
     let shown = tokio::select! {
-        shown = show(agent.config(), terminal) => shown.map(|()| !args.exit_after_fetch),
+        shown = show(upkeep.agent().config(), paths, terminal) => shown.map(|()| !args.exit_after_fetch),
         _ = signals.stop() => Ok(false),
     };
     let result = match shown {
-        Ok(true) => attend(&mut agent, paths, &mut signals, terminal).await,
+        Ok(true) => attend(&mut upkeep, &mut signals, terminal).await,
         Ok(false) => Ok(()),
         Err(failure) => Err(failure),
     };
-    agent.shutdown().await;
+    tokio::select! {
+        () = upkeep.into_agent().shutdown() => {}
+        // Told twice.
+        _ = signals.stop() => {}
+    }
     result
 }
 
-/// Goes on serving until a signal ends it. SIGHUP reloads, as the files that were written say.
+/// Goes on serving until a signal ends it, or the terminal is gone. The files are read again when they change, and on SIGHUP.
 async fn attend(
-    agent: &mut Running,
-    paths: &Layout,
+    upkeep: &mut Upkeep,
     signals: &mut Signals,
     terminal: &mut Terminal,
 ) -> Result<(), Failure> {
     terminal.print("\nServing. Ctrl-C ends it; run again, and all of it is still there.\n")?;
     loop {
-        let signal = tokio::select! {
-            signal = signals.next() => signal,
-            fault = agent.failed() => return Err(Failure::Agent(fault)),
-        };
-        match signal {
-            Signalled::Stop(_) => {
-                terminal.note("\nEnding.");
-                return Ok(());
-            }
-            Signalled::Reload => {
-                let loaded = Config::load(&paths.config, ExpandEnv::No).map_err(anyhow::Error::new);
-                // Printing fails, and this ends, when the signal said that the terminal is gone.
-                match loaded.and_then(|next| agent.reload(next)) {
-                    Ok(_changes) => terminal.print("Read again.\n")?,
-                    Err(error) => {
-                        terminal.print(&format!("Not read again, all stays as it was: {error:#}\n"))?
-                    }
+        let happened = tokio::select! {
+            signal = signals.next() => match signal {
+                Signalled::Stop(_) => {
+                    terminal.note("\nEnding.");
+                    return Ok(());
                 }
-            }
-            Signalled::ReopenLog | Signalled::Nothing => {}
+                Signalled::Reload => {
+                    upkeep.reload();
+                    continue;
+                }
+                Signalled::ReopenLog | Signalled::Nothing => continue,
+            },
+            happened = upkeep.next() => happened,
+        };
+        let told = match happened {
+            Happened::Reloaded(told) => told,
+            Happened::Failed(fault) => return Err(Failure::Agent(fault)),
+        };
+        let text = if told.error.is_empty() {
+            reload::describe(&told)
+        } else {
+            format!("Not reloaded, everything stays as it was:\n{}\n", told.error)
+        };
+        match terminal.print(&text) {
+            // SIGHUP came because the terminal was closed.
+            Err(PrintError::Closed | PrintError::Write(_)) => return Ok(()),
+            Ok(()) => {}
         }
     }
 }
 
-/// Fetches, checks and shows what a workload of this user gets.
-async fn show(config: &Config, terminal: &mut Terminal) -> Result<(), Failure> {
+/// Fetches, checks and shows what a workload of this user gets, and one of another.
+async fn show(config: &Config, layout: &Layout, terminal: &mut Terminal) -> Result<(), Failure> {
     let path = &config.agent.socket_path;
-    terminal.print(&format!("  serve {SOCKET:<20} {}\n", path.display()))?;
+    terminal.print(&format!("  serve {}\n", path.display()))?;
     let socket = AgentSocket { at: AgentAddress::Unix(path.to_owned()), chosen: Chosen::Own };
     let client = Client::connect(&socket, Some(LIMIT)).await?;
     let now = Clock::SYSTEM.now();
@@ -175,7 +195,33 @@ async fn show(config: &Config, terminal: &mut Terminal) -> Result<(), Failure> {
     let valid =
         client.validate_jwt_svid(terminal, &audience, &token.svid).await.map_err(Failure::Validate)?;
     terminal.print(&jwt_text(&token.svid, valid, now))?;
-    Ok(terminal.print(&next_steps(path, config.agent.admin_socket_path.as_deref()))?)
+    if layout.knows_nobody() && geteuid().is_root() {
+        let path = path.clone();
+        let told = tokio::task::spawn_blocking(move || as_nobody(&path)).await;
+        terminal.print(&told.unwrap_or_default())?;
+    }
+    let others_pass = config.places(geteuid().as_raw()).closed.is_empty();
+    Ok(terminal.print(&next_steps(path, layout, &config.trust_domain, others_pass))?)
+}
+
+/// What the account `nobody` is given: this program, run by it, asks as any other would.
+fn as_nobody(socket: &Path) -> String {
+    let mut command = Command::new("/proc/self/exe");
+    command.args(["api", "fetch", "x509", "--timeout", "5s", "--socket-path"]).arg(socket);
+    let got = command.env_clear().current_dir("/").uid(NOBODY).gid(NOBODY).stdin(Stdio::null()).output();
+    let mut out = "\nAnother account, another identity: X.509-SVID of \"nobody\"\n".to_owned();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    match got {
+        Ok(got) if got.status.success() => {
+            let said = text(&got.stdout);
+            for id in said.lines().filter_map(|line| line.strip_prefix("SPIFFE ID:")) {
+                row(&mut out, "SPIFFE ID", &clean(id.trim()));
+            }
+        }
+        Ok(got) => row(&mut out, "Not fetched", &clean(text(&got.stderr).lines().next().unwrap_or_default())),
+        Err(error) => row(&mut out, "Not asked", &error.to_string()),
+    }
+    out
 }
 
 fn x509_text(answer: &X509Answer, now: SystemTime) -> String {
@@ -190,11 +236,7 @@ fn x509_text(answer: &X509Answer, now: SystemTime) -> String {
             .chain(svid.bundle.iter().map(|cert| (cert, "CA, in the bundle")));
         for (at, (cert, what)) in chain.enumerate() {
             let name = if at == 0 { "Chain" } else { "" };
-            row(
-                &mut out,
-                name,
-                &format!("{} ({what}, until {})", clean(&cert.subject), go_time(cert.not_after)),
-            );
+            row(&mut out, name, &format!("{} ({what})", shorten(&clean(&cert.subject), SUBJECT)));
         }
     }
     out
@@ -237,35 +279,68 @@ fn until(at: OffsetDateTime, now: SystemTime) -> String {
 }
 
 /// Commands to paste into another terminal.
-fn next_steps(socket: &Path, admin: Option<&Path>) -> String {
-    let durward = shell_word(&program());
-    let path = shell_word(&socket.to_string_lossy());
+fn next_steps(socket: &Path, layout: &Layout, trust_domain: &TrustDomain, others_pass: bool) -> String {
     let uri = shell_word(&format!("unix://{}", socket.display()));
-    let admin = admin.map(|path| {
-        let path = shell_word(&path.to_string_lossy());
-        format!("{durward} limits --watch --socket-path {path}\n  {durward} explain --socket-path {path} --pid $$\n  ")
-    });
-    let admin = admin.unwrap_or_default();
-    format!(
-        "\nIn another terminal, as this user:\n  \
-         {durward} api fetch x509 --socket-path {path}\n  \
-         {durward} api fetch jwt --audience my-service --socket-path {path}\n  \
-         {durward} api watch --socket-path {path}\n  \
-         {admin}{durward} healthcheck --socket-path {path}\n\
-         Any SPIFFE client finds the agent by\n  \
-         export SPIFFE_ENDPOINT_SOCKET={uri}\n"
-    )
+    let program = program();
+    let place = program.parent().filter(|dir| !dir.as_os_str().is_empty());
+    let mut out = "\nIn another terminal, first\n".to_owned();
+    if let Some(dir) = place {
+        // Writing to a String does not fail.
+        let _ = writeln!(out, "  export PATH={}:$PATH", shell_word(&dir.to_string_lossy()));
+    }
+    let _ = write!(
+        out,
+        "  export SPIFFE_ENDPOINT_SOCKET={uri}\n\
+         and then\n  \
+         durward api fetch x509           # your certificate\n  \
+         durward api fetch jwt --audience my-service\n  \
+         durward explain                  # who this shell is taken for, and why\n  \
+         durward status                   # how the agent is\n  \
+         durward limits --watch           # who calls; q ends it\n  \
+         durward api watch                # each update as it comes\n"
+    );
+    if layout.knows_nobody() {
+        out.push_str("or, as another account, which gets another identity\n");
+        if geteuid().is_root() {
+            out.push_str("  runuser -u nobody -- durward api fetch x509\n");
+        } else {
+            out.push_str("  sudo -u nobody \"$(command -v durward)\" \\\n");
+            out.push_str("      api fetch x509 --socket-path $SPIFFE_ENDPOINT_SOCKET\n");
+        }
+        if place.is_some() && !others_may_run(&program) {
+            let program = shell_word(&program.to_string_lossy());
+            let sudo = if geteuid().is_root() { "" } else { "sudo " };
+            let _ = write!(
+                out,
+                "for which other accounts must be able to run it:\n  \
+                 {sudo}install {program} /usr/local/bin/\n"
+            );
+        }
+        if !others_pass {
+            let _ = writeln!(out, "(other accounts cannot pass the directories above {})", socket.display());
+        }
+    }
+    let entry = layout.entries.join("web.conf");
+    let _ = write!(
+        out,
+        "\nTo give one more account an identity, write an entry. It is in force within\n\
+         seconds, also for programs that are connected:\n  \
+         echo 'entry \"spiffe://{}/web\" {{ selectors = [\"unix:user:daemon\"] }}' \\\n      >{}\n",
+        trust_domain.name(),
+        shell_word(&entry.to_string_lossy())
+    );
+    out
 }
 
-/// What to type to run this program again: its name when the shell finds it, else where it lies.
-fn program() -> String {
-    let typed = std::env::args_os().next().unwrap_or_else(|| OsString::from("durward"));
-    let path = if Path::new(&typed).components().count() > 1 {
-        std::env::current_exe().map_or(typed, PathBuf::into_os_string)
-    } else {
-        typed
-    };
-    path.to_string_lossy().into_owned()
+/// Whether every account may run the program that is there.
+fn others_may_run(program: &Path) -> bool {
+    program.ancestors().all(|path| fs::metadata(path).is_ok_and(|found| found.mode() & 0o001 != 0))
+}
+
+/// This program: a name that the shell finds, or where it lies.
+fn program() -> PathBuf {
+    let typed = std::env::args_os().next().map_or_else(|| PathBuf::from("durward"), PathBuf::from);
+    if typed.components().count() > 1 { std::env::current_exe().unwrap_or(typed) } else { typed }
 }
 
 /// `text` as one word of a POSIX shell; too little for a crate (shlex).

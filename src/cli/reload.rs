@@ -55,7 +55,8 @@ pub(super) async fn reload(args: &ReloadArgs, terminal: &mut Terminal) -> Result
     }
 }
 
-fn describe(told: &pb::ReloadResponse) -> String {
+/// What a reload that went well changed.
+pub(super) fn describe(told: &pb::ReloadResponse) -> String {
     let pb::ReloadResponse { entries_added, entries_removed, entries_changed, bundles_changed, .. } = told;
     let mut out = format!(
         "Reloaded: entries {entries_added} added, {entries_removed} removed, {entries_changed} changed; \

@@ -12,7 +12,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::config::DEFAULT_SOCKET_PATH as DEFAULT;
+use crate::config::{DEFAULT_SOCKET_PATH as DEFAULT, admin_socket_for};
+
+/// The admin socket of an agent with the default `socket_path`.
+const ADMIN_DEFAULT: &str = "/run/durward/private/admin.sock";
+const ADMIN: &str = "DURWARD_ADMIN_SOCKET";
 
 const TEMPLATE: &str = "SPIRE_AGENT_PUBLIC_SOCKET_TEMPLATE";
 const SPIRE: &str = "SPIRE_AGENT_PUBLIC_SOCKET";
@@ -92,6 +96,10 @@ pub(super) enum Chosen {
     Own,
     /// An admin socket.
     AdminFlag,
+    /// The same, from the environment.
+    AdminEnvironment,
+    /// The admin socket that belongs to the public one of this variable.
+    AdminBeside(&'static str),
     /// The admin socket, where it is when nobody says otherwise.
     AdminDefault,
 }
@@ -99,7 +107,10 @@ pub(super) enum Chosen {
 impl Chosen {
     /// Whether it is an admin socket.
     pub(super) fn is_admin(self) -> bool {
-        matches!(self, Self::AdminFlag | Self::AdminDefault)
+        matches!(
+            self,
+            Self::AdminFlag | Self::AdminEnvironment | Self::AdminBeside(_) | Self::AdminDefault
+        )
     }
 }
 
@@ -110,6 +121,10 @@ impl fmt::Display for Chosen {
             Self::Instance => write!(f, "made of --instance and {TEMPLATE}"),
             Self::Spire => write!(f, "taken from the environment variable {SPIRE}"),
             Self::Spiffe => write!(f, "taken from the environment variable {SPIFFE}"),
+            Self::AdminEnvironment => write!(f, "taken from the environment variable {ADMIN}"),
+            Self::AdminBeside(variable) => {
+                write!(f, "the one beside the public socket of the environment variable {variable}")
+            }
             Self::Default | Self::AdminDefault => f.write_str("the default; --socket-path chooses another"),
             Self::Own => f.write_str("the agent's own"),
         }
@@ -158,6 +173,29 @@ impl SocketArgs {
         };
         Ok(AgentSocket { at, chosen })
     }
+}
+
+/// Chooses the admin socket: the flag; `DURWARD_ADMIN_SOCKET`; the one that belongs to the public socket of
+/// `SPIRE_AGENT_PUBLIC_SOCKET` or `SPIFFE_ENDPOINT_SOCKET`; the default.
+pub(super) fn resolve_admin(
+    flag: Option<&Path>,
+    environment: impl Fn(&str) -> Option<OsString>,
+) -> Result<AgentSocket, SocketError> {
+    let set = |name: &str| environment(name).filter(|value| !value.is_empty());
+    let beside = || {
+        [SPIRE, SPIFFE].into_iter().find_map(|name| {
+            let AgentAddress::Unix(public) = AgentAddress::parse(&set(name)?).ok()? else { return None };
+            Some((AgentAddress::Unix(admin_socket_for(&public)?), Chosen::AdminBeside(name)))
+        })
+    };
+    let (at, chosen) = if let Some(path) = flag {
+        (AgentAddress::parse(path.as_os_str())?, Chosen::AdminFlag)
+    } else if let Some(path) = set(ADMIN) {
+        (AgentAddress::parse(&path)?, Chosen::AdminEnvironment)
+    } else {
+        beside().unwrap_or_else(|| (AgentAddress::at(Path::new(ADMIN_DEFAULT)), Chosen::AdminDefault))
+    };
+    Ok(AgentSocket { at, chosen })
 }
 
 fn fill(template: &OsStr, name: &OsStr) -> Option<OsString> {
@@ -255,6 +293,28 @@ mod tests {
             let got = got.map(|socket| (socket.at.to_string(), socket.chosen));
             assert_eq!(got, want.map(|(at, chosen)| (at.to_owned(), chosen)), "{case}");
         }
+    }
+
+    #[test]
+    fn the_admin_socket_is_said_or_beside_the_public_one() {
+        type Case<'a> = (&'a str, Option<&'a str>, &'a [(&'a str, &'a str)], (&'a str, Chosen));
+        let spiffe = (SPIFFE, "unix:///a/public/api.sock");
+        let cases: [Case<'_>; 6] = [
+            ("nothing", None, &[], (ADMIN_DEFAULT, Chosen::AdminDefault)),
+            ("flag wins", Some("/f"), &[(ADMIN, "/e")], ("/f", Chosen::AdminFlag)),
+            ("environment", None, &[(ADMIN, "/e"), spiffe], ("/e", Chosen::AdminEnvironment)),
+            ("beside", None, &[spiffe], ("/a/private/admin.sock", Chosen::AdminBeside(SPIFFE))),
+            ("where many share", None, &[(SPIFFE, "unix:///tmp/a.sock")], (ADMIN_DEFAULT, Chosen::AdminDefault)),
+            ("no path", None, &[(SPIFFE, "tcp://1.2.3.4:5")], (ADMIN_DEFAULT, Chosen::AdminDefault)),
+        ];
+        for (case, flag, environment, (at, chosen)) in cases {
+            let got = resolve_admin(flag.map(Path::new), |name| {
+                environment.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value))
+            });
+            let got = got.map(|socket| (socket.at.to_string(), socket.chosen));
+            assert_eq!(got, Ok((at.to_owned(), chosen)), "{case}");
+        }
+        assert_eq!(admin_socket_for(Path::new(DEFAULT)), Some(PathBuf::from(ADMIN_DEFAULT)));
     }
 
     #[test]

@@ -21,6 +21,27 @@ pub const DEFAULT_SOCKET_PATH: &str = "/run/durward/public/api.sock";
 /// Where keys and state lie when `data_dir` is not set (spire-agent: the working directory).
 pub const DEFAULT_DATA_DIR: &str = "/var/lib/durward";
 
+/// Directories that many share: nothing of an agent's own is made directly in one.
+const SHARED: [&str; 9] =
+    ["/", "/run", "/var", "/var/run", "/var/lib", "/tmp", "/var/tmp", "/dev/shm", "/run/lock"];
+
+/// The admin socket of an agent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AdminSocket {
+    /// The configuration says where. The agent does not start without it.
+    Configured(PathBuf),
+    /// Where it is when nothing is said. Without it the agent serves all the same, and warns.
+    ByDefault(PathBuf),
+}
+
+/// `private/admin.sock` beside the directory of the public socket: where the admin socket is by default. `None` where many
+/// share what is beside it (`/run`, `/tmp`).
+pub fn admin_socket_for(socket_path: &Path) -> Option<PathBuf> {
+    let above = socket_path.parent()?.parent()?;
+    let shared = SHARED.iter().any(|shared| above == Path::new(shared));
+    (!shared).then(|| above.join("private/admin.sock"))
+}
+
 settings! {
     /// Where the agent is found, and what it makes.
     pub struct AgentSettings in "agent" {
@@ -28,8 +49,11 @@ settings! {
         "data_dir" data_dir: PathBuf = DEFAULT_DATA_DIR.into(), absolute(), needs_restart;
         /// The socket of the Workload API; absolute, at most [`MAX_PATH_LEN`] bytes.
         "socket_path" socket_path: PathBuf = DEFAULT_SOCKET_PATH.into(), absolute_that(fits_a_socket), needs_restart;
-        /// The socket for the agent's user and root alone, if any; not in or below the directory of `socket_path`.
+        /// The socket for the agent's user and root alone, where it is said; not in or below the directory of `socket_path`.
+        /// See [`AgentSettings::admin_socket`].
         "admin_socket_path" admin_socket_path: Option<PathBuf> = None, absolute_that(fits_a_socket), needs_restart;
+        /// Whether there is an admin socket.
+        "admin_socket_enabled" admin_socket_enabled: bool = true, boolean(), needs_restart;
         /// Whether the agent reloads by itself when the files of its configuration change.
         "watch_config" watch_config: bool = false, boolean(), needs_restart;
         /// The type of the keys in X.509-SVIDs.
@@ -39,6 +63,19 @@ settings! {
 }
 
 impl AgentSettings {
+    /// The admin socket, unless it is switched off: as configured, or [`admin_socket_for`] the public one, or in `data_dir`.
+    pub fn admin_socket(&self) -> Option<AdminSocket> {
+        if !self.admin_socket_enabled {
+            return None;
+        }
+        Some(match &self.admin_socket_path {
+            Some(path) => AdminSocket::Configured(path.clone()),
+            None => AdminSocket::ByDefault(
+                admin_socket_for(&self.socket_path).unwrap_or_else(|| self.data_dir.join("admin.sock")),
+            ),
+        })
+    }
+
     /// The admin socket, if it is in or below the directory of the other one: whoever may open that one may look for
     /// others beside it.
     pub(crate) fn admin_socket_beside(&self) -> Option<&Path> {

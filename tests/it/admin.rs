@@ -260,7 +260,7 @@ async fn the_commands_show_it() {
     assert_eq!((&*out, err, code), ("", want, Some(1)));
 
     let (_, err, code) = durward(program, None, &["limits"], &agent.private.path().join("none.sock"));
-    assert!(err.contains("only when its configuration sets admin_socket_path"), "{err}");
+    assert!(err.contains("with this admin_socket_path?"), "{err}");
     assert_eq!(code, Some(4));
 }
 

@@ -178,6 +178,7 @@ impl Drop for Killed {
 #[test]
 fn quickstart_reads_its_files_again_on_sighup() {
     let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let (said, place) = (dir.path().join("said"), dir.path().join("at"));
     let out = fs::File::create(&said).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_durward"));
@@ -189,7 +190,12 @@ fn quickstart_reads_its_files_again_on_sighup() {
     for signal in [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGHUP] {
         agent.signal(signal);
     }
-    wait_for("it reads its files", || says("Read again."));
+    wait_for("it reads its files", || says("Reloaded: entries 0 added"));
+    // What changes is read without being told, and a mistake is named.
+    fs::write(place.join("entries.d/web.conf"), entry("/web", "")).unwrap();
+    wait_for("it reads the new entry", || says("Reloaded: entries 1 added"));
+    fs::write(place.join("entries.d/web.conf"), "entry {").unwrap();
+    wait_for("it names the mistake", || says("entries.d/web.conf:1:"));
     agent.signal(Signal::SIGTERM);
     assert!(agent.0.wait().unwrap().success());
 }

@@ -1,8 +1,8 @@
 //! What `quickstart` writes, and where: a configuration, an entry for the current user, and the directories of both.
 //!
-//! What is there already is kept as it is, whoever edited it. The directory, and the one of the sockets when the path
-//! would be too long, are the user's alone: a directory of somebody else's, or one that others may write to, is
-//! refused, since who writes there decides who is who.
+//! What is there already is kept as it is, whoever edited it. Only this user may write to the directory, and to the one of the
+//! sockets where that is another: a directory of somebody else's, or one that others may write to, is refused, since who writes
+//! there decides who is who. Others may pass both, to reach the socket: what they must not read has modes of its own.
 
 use std::{
     ffi::OsString,
@@ -28,6 +28,10 @@ use crate::{
 const CONFIG: &str = "agent.conf";
 const ENTRIES: &str = "entries.d";
 const ENTRY: &str = "me.conf";
+/// The entry of another account, to show that each gets an identity of its own.
+const OTHER: &str = "nobody.conf";
+/// That account.
+pub(super) const NOBODY: u32 = 65_534;
 const LOG: &str = "agent.log";
 /// Apart from each other: whoever is given the directory of the one is not given the other.
 pub(super) const SOCKET: &str = "public/api.sock";
@@ -63,7 +67,9 @@ pub(in crate::cli) enum LayoutError {
 pub(super) struct Layout {
     pub(super) config: PathBuf,
     /// Name below the directory, whether it was written just now, and what it is.
-    pub(super) files: [(String, bool, String); 2],
+    pub(super) files: Vec<(String, bool, String)>,
+    /// The directory of the entries.
+    pub(super) entries: PathBuf,
 }
 
 impl Layout {
@@ -72,29 +78,37 @@ impl Layout {
     /// # Errors
     /// [`LayoutError`]; what was made before stays.
     pub(super) fn prepare(dir: &Path, trust_domain: Option<&TrustDomain>) -> Result<Self, LayoutError> {
-        private_dir(dir)?;
+        own_dir(dir, 0o755)?;
         let entries = dir.join(ENTRIES);
-        private_dir(&entries)?;
+        own_dir(&entries, 0o700)?;
         let trust_domain = trust_domain.map_or(DEFAULT_TRUST_DOMAIN, TrustDomain::name);
-        let uid = geteuid();
+        let uid = geteuid().as_raw();
 
         let config = dir.join(CONFIG);
         let config_is_new = write_if_missing(dir, CONFIG, || {
-            let sockets = socket_dir(dir, uid.as_raw(), environment)?;
+            let sockets = socket_dir(dir, uid)?;
             config_text(dir, &sockets, trust_domain)
         })?;
-        let entry_is_new = write_if_missing(&entries, ENTRY, || {
-            // The trust domain of the configuration that is there, which need not be a new one's.
-            let config = Config::load(&config, ExpandEnv::No)?;
-            Ok(entry_text(config.trust_domain.name(), uid.as_raw()))
-        })?;
-        Ok(Self {
-            config,
-            files: [
-                (CONFIG.to_owned(), config_is_new, "the agent's configuration".to_owned()),
-                (format!("{ENTRIES}/{ENTRY}"), entry_is_new, format!("who user ID {uid} is")),
-            ],
-        })
+        let mut files = vec![(CONFIG.to_owned(), config_is_new, "the agent's configuration".to_owned())];
+        let both = [(ENTRY, uid, "me", "this user"), (OTHER, NOBODY, "nobody", "the account nobody")];
+        for (file, user, name, who) in both.into_iter().take(if uid == NOBODY { 1 } else { 2 }) {
+            // Once they were there it is the user who says which there are.
+            if !config_is_new && file == OTHER && !entries.join(OTHER).exists() {
+                continue;
+            }
+            let fresh = write_if_missing(&entries, file, || {
+                // The trust domain of the configuration that is there, which need not be a new one's.
+                let config = Config::load(&config, ExpandEnv::No)?;
+                Ok(entry_text(config.trust_domain.name(), user, name))
+            })?;
+            files.push((format!("{ENTRIES}/{file}"), fresh, format!("{who} (user ID {user}) is /{name}")));
+        }
+        Ok(Self { config, entries, files })
+    }
+
+    /// Whether [`NOBODY`] has the entry that was written for it.
+    pub(super) fn knows_nobody(&self) -> bool {
+        self.files.iter().any(|(file, _, _)| file.ends_with(OTHER))
     }
 }
 
@@ -141,9 +155,9 @@ fn default_dir(user: Uid, environment: impl Fn(&str) -> Option<OsString>) -> Opt
     Some(state.join(NAME))
 }
 
-/// Makes `path` with mode 0700 if it is missing, and its parents with 0755. What is there must be this user's, and
+/// Makes `path` with this mode if it is missing, and its parents with 0755. What is there must be this user's, and
 /// nobody else may write to it, or to what is above it.
-fn private_dir(path: &Path) -> Result<(), LayoutError> {
+fn own_dir(path: &Path, mode: u32) -> Result<(), LayoutError> {
     match fs::symlink_metadata(path) {
         // Not through a link: in /tmp that could be anybody's.
         Ok(found) if !found.is_dir() => return Err(LayoutError::NoDirectory(path.to_owned())),
@@ -151,7 +165,7 @@ fn private_dir(path: &Path) -> Result<(), LayoutError> {
         Err(err) if err.kind() == io::ErrorKind::NotFound => {}
         Err(cause) => return Err(LayoutError::Directory { path: path.to_owned(), cause }),
     }
-    let made = Trust::own().make_directory_unchecked(path, 0o700)?;
+    let made = Trust::own().make_directory_unchecked(path, mode)?;
     ours(path, made.metadata())?;
     let mode = made.metadata().mode() & 0o7777;
     made.for_us_alone().map(drop).map_err(|_untrusted| LayoutError::Mode { path: path.to_owned(), mode })
@@ -164,29 +178,21 @@ fn ours(path: &Path, found: &fs::Metadata) -> Result<(), LayoutError> {
     Err(LayoutError::Owner { path: path.to_owned(), owner: found.uid() })
 }
 
-/// The directory below which the sockets are: `dir`, or a short one of this user's alone when the path of `dir` is too
-/// long for them.
-fn socket_dir(
-    dir: &Path,
-    uid: u32,
-    environment: impl Fn(&str) -> Option<OsString>,
-) -> Result<PathBuf, LayoutError> {
-    let fits = |dir: &Path| {
-        [SOCKET, ADMIN_SOCKET].iter().all(|name| dir.join(name).as_os_str().len() <= MAX_PATH_LEN)
-    };
-    if fits(dir) {
+/// The directory below which the sockets are: `dir`, or one in `/tmp` when the path of `dir` is too long for them, or others
+/// cannot pass it.
+fn socket_dir(dir: &Path, uid: u32) -> Result<PathBuf, LayoutError> {
+    let fits =
+        [SOCKET, ADMIN_SOCKET].iter().all(|name| dir.join(name).as_os_str().len() <= MAX_PATH_LEN);
+    let passes = |dir: &Path| fs::metadata(dir).is_ok_and(|found| found.mode() & 0o001 != 0);
+    let open = passes(dir) && Trust::own().route(dir).is_ok_and(|way| way.closed.is_empty());
+    if fits && open {
         return Ok(dir.to_owned());
     }
     // The same directory always has the same socket.
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, dir.as_os_str().as_encoded_bytes());
     let hash: String = digest.as_ref().iter().take(4).map(|byte| format!("{byte:02x}")).collect();
-    let short = environment("XDG_RUNTIME_DIR")
-        .map(PathBuf::from)
-        .filter(|runtime| runtime.is_absolute() && private_dir(runtime).is_ok())
-        .map(|runtime| runtime.join(format!("durward-{hash}")))
-        .filter(|short| fits(short))
-        .unwrap_or_else(|| PathBuf::from(format!("/tmp/durward-{uid}-{hash}")));
-    private_dir(&short)?;
+    let short = PathBuf::from(format!("/tmp/durward-{uid}-{hash}"));
+    own_dir(&short, 0o755)?;
     Ok(short)
 }
 
@@ -195,7 +201,7 @@ fn config_text(dir: &Path, sockets: &Path, trust_domain: &str) -> Result<String,
     let (socket, admin_socket) = (quoted(&sockets.join(SOCKET))?, quoted(&sockets.join(ADMIN_SOCKET))?);
     Ok(format!(
         r#"# Durward's configuration, written by "durward quickstart" and yours from now on: it is never overwritten.
-# "durward validate --config THIS_FILE" checks it. An agent that runs reads it again on SIGHUP.
+# "durward validate --config THIS_FILE" checks it. A running agent reads it again when it changes.
 
 agent {{
     # The name under which identities are issued: spiffe://{trust_domain}/...
@@ -204,8 +210,11 @@ agent {{
     # Where workloads ask for their identity. SPIFFE clients find it by SPIFFE_ENDPOINT_SOCKET=unix://PATH.
     socket_path = {socket}
 
-    # Where you ask who calls how often (durward limits), and who a process is taken for (durward explain).
+    # Where you ask how the agent is (durward status), and who a process is taken for (durward explain).
     admin_socket_path = {admin_socket}
+
+    # Changes of this file and of the entries take effect within seconds.
+    watch_config = true
 
     # Keys and state. Whoever can read this can issue identities: its mode is 0700.
     data_dir = {data}
@@ -231,17 +240,17 @@ plugins {{
     }}
 }}
 
-# Who gets which identity is said in {ENTRIES}/*.conf beside this file, or here in the same form.
+# The entries, which say who gets which identity, are in {ENTRIES}/*.conf beside this file. They may stand here too.
 "#
     ))
 }
 
-fn entry_text(trust_domain: &str, uid: u32) -> String {
+fn entry_text(trust_domain: &str, uid: u32, name: &str) -> String {
     format!(
         r#"# A registration entry: a process that has all of these selectors is this workload.
-# SIGHUP makes a running agent read it again; open streams learn of a change at once.
+# A running agent reads this file again when it changes, and tells the programs that are connected.
 
-entry "spiffe://{trust_domain}/me" {{
+entry "spiffe://{trust_domain}/{name}" {{
     # Processes of user ID {uid}.
     selectors = ["unix:uid:{uid}"]
 
@@ -265,7 +274,7 @@ fn quoted(path: &Path) -> Result<String, LayoutError> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+    use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
 
@@ -303,36 +312,44 @@ mod tests {
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
             path
         };
-        private_dir(&base.path().join("new/below")).unwrap();
+        own_dir(&base.path().join("new/below"), 0o700).unwrap();
         assert_eq!(fs::metadata(base.path().join("new/below")).unwrap().mode() & 0o777, 0o700);
-        private_dir(&set("readable", 0o755)).unwrap();
+        own_dir(&set("readable", 0o755), 0o700).unwrap();
         let writable = set("writable", 0o777);
-        assert!(matches!(private_dir(&writable), Err(LayoutError::Mode { mode: 0o777, .. })));
+        assert!(matches!(own_dir(&writable, 0o700), Err(LayoutError::Mode { mode: 0o777, .. })));
         let link = base.path().join("link");
         std::os::unix::fs::symlink(base.path(), &link).unwrap();
-        assert!(matches!(private_dir(&link), Err(LayoutError::NoDirectory(_))));
+        assert!(matches!(own_dir(&link, 0o700), Err(LayoutError::NoDirectory(_))));
         let file = base.path().join("file");
         fs::write(&file, "").unwrap();
-        assert!(matches!(private_dir(&file), Err(LayoutError::NoDirectory(_))));
+        assert!(matches!(own_dir(&file, 0o700), Err(LayoutError::NoDirectory(_))));
     }
 
     #[test]
     fn a_long_path_gets_a_short_socket() {
         let base = tempfile::tempdir().unwrap();
-        let runtime = base.path().join("run");
-        fs::DirBuilder::new().mode(0o700).create(&runtime).unwrap();
         let long = base.path().join("x".repeat(100));
-        let none = |_: &str| None;
-        assert_eq!(socket_dir(base.path(), 1, none).unwrap(), base.path());
-
-        let some = |name: &str| (name == "XDG_RUNTIME_DIR").then(|| runtime.clone().into_os_string());
-        let got = socket_dir(&long, 1, some).unwrap();
-        let longest = got.join(ADMIN_SOCKET);
-        assert!(got.starts_with(&runtime) && longest.as_os_str().len() <= MAX_PATH_LEN, "{}", got.display());
-        assert_eq!(got, socket_dir(&long, 1, some).unwrap(), "the same again");
-        let other = socket_dir(&base.path().join("y".repeat(100)), 1, some).unwrap();
-        assert_ne!(got, other, "another directory has another socket");
-        assert_eq!(fs::metadata(&got).unwrap().mode() & 0o777, 0o700);
+        let set = |mode| fs::set_permissions(base.path(), fs::Permissions::from_mode(mode)).unwrap();
+        set(0o755);
+        assert_eq!(socket_dir(base.path(), 1).unwrap(), base.path());
+        let mut made = Vec::new();
+        let short = |dir: &Path| {
+            let got = socket_dir(dir, 1).unwrap();
+            let longest = got.join(ADMIN_SOCKET);
+            assert!(got.starts_with("/tmp") && longest.as_os_str().len() <= MAX_PATH_LEN, "{}", got.display());
+            assert_eq!(fs::metadata(&got).unwrap().mode() & 0o777, 0o755);
+            got
+        };
+        made.push(short(&long));
+        assert_eq!(made, [short(&long)], "the same again");
+        made.push(short(&base.path().join("y".repeat(100))));
+        assert_ne!(made[0], made[1], "another directory has another socket");
+        // Where others do not pass, they would not reach the socket.
+        set(0o700);
+        made.push(short(base.path()));
+        for dir in made {
+            fs::remove_dir(dir).unwrap();
+        }
     }
 
     /// What is written is read, whatever the directory is called.
@@ -340,6 +357,7 @@ mod tests {
     fn the_configuration_that_is_written_is_valid() {
         for name in ["plain", "with space", "quote\"d", "back\\slash", "do${ll}ar", "per%{ce}nt", "héllo"] {
             let base = tempfile::tempdir().unwrap();
+            fs::set_permissions(base.path(), fs::Permissions::from_mode(0o755)).unwrap();
             let dir = base.path().join(name);
             let domain = TrustDomain::parse("td.test").unwrap();
             let layout = Layout::prepare(&dir, Some(&domain)).unwrap();
@@ -350,7 +368,7 @@ mod tests {
             assert_eq!(config.agent.socket_path, dir.join("public/api.sock"), "{name}");
             assert_eq!(config.agent.admin_socket_path, Some(dir.join("private/admin.sock")), "{name}");
             let ids: Vec<_> = config.entries.iter().map(|entry| entry.spiffe_id.to_string()).collect();
-            assert_eq!(ids, ["spiffe://td.test/me"], "{name}");
+            assert_eq!(ids, ["spiffe://td.test/me", "spiffe://td.test/nobody"], "{name}");
 
             fs::write(dir.join(ENTRIES).join(ENTRY), "# edited\n").unwrap();
             let again = Layout::prepare(&dir, None).unwrap();
