@@ -24,6 +24,7 @@ mod file;
 mod input;
 mod issuer;
 mod places;
+mod plugin_files;
 mod ratelimit;
 mod server;
 mod sources;

@@ -9,8 +9,14 @@ pub mod metrics;
 mod process;
 pub mod registry;
 mod settings;
+mod spire_names;
 
-pub use settings::{AuditSettings, HealthSettings, HostPort, LogFormat, LogSettings, parse_level};
+pub use self::{
+    settings::{
+        AuditSettings, HealthSettings, HostPort, LogFormat, LogSettings, SpireNameSettings, parse_level,
+    },
+    spire_names::SpireNames,
+};
 
 /// The error's text, then that of each cause, with `: ` between.
 pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {

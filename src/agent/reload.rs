@@ -48,6 +48,7 @@ impl Replacing {
             attest,
             prometheus: _,
             metrics_socket: _,
+            spire_names: _,
             health: _,
             ratelimit,
             sources: _,

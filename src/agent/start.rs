@@ -38,7 +38,7 @@ use crate::{
     },
     store::{JwtCache, StoreMetrics, Writer, X509Cache, audit::AuditTrail},
     telemetry::{
-        HealthSettings, chain,
+        HealthSettings, SpireNames, chain,
         health::{HealthState, Probe},
         http::{HttpListener, Routes},
         log::Log,
@@ -105,7 +105,7 @@ pub(super) struct Adjustable {
 
 impl AgentParts {
     fn of(config: &Config, clock: Clock) -> anyhow::Result<Self> {
-        let metrics = Arc::new(Metrics::default());
+        let metrics = Arc::new(Metrics::default().named_as_well(spire_names(config)));
         let series = AgentMetrics::new(metrics.registry(), clock);
         let issuer_series = Arc::new(IssuerMetrics::new(metrics.registry()));
         let store_series = Arc::new(StoreMetrics::new(metrics.registry()));
@@ -286,6 +286,13 @@ impl AgentParts {
         tasks.spawn(probe(Arc::clone(&self.health), Arc::clone(&self.issuer)));
         tasks
     }
+}
+
+/// spire-agent's names of series, where they are wanted.
+fn spire_names(config: &Config) -> Option<SpireNames> {
+    let trust_domain = config.trust_domain.name();
+    let wanted = config.spire_names.enabled;
+    wanted.then(|| SpireNames::new(&config.spire_names, trust_domain, config.issuer.node_attestor()))
 }
 
 /// Every place where the agent is asked, bound. Nobody is answered yet.

@@ -15,8 +15,7 @@ use crate::{
 const EXTERNAL: &str = "an external plugin";
 
 /// What the block of a plugin may hold in spire-agent beside `plugin_data`.
-const OTHER_PLUGINS: [(&str, Off, &str); 4] = [
-    ("plugin_data_file", Off::Text(""), "reading plugin_data from another file"),
+const OTHER_PLUGINS: [(&str, Off, &str); 3] = [
     ("plugin_cmd", Off::Text(""), EXTERNAL),
     ("plugin_args", Off::Empty, EXTERNAL),
     ("plugin_checksum", Off::Text(""), EXTERNAL),

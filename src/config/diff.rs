@@ -67,6 +67,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         attest,
         prometheus,
         metrics_socket,
+        spire_names,
         health,
         ratelimit,
         sources: _,
@@ -84,6 +85,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
     attest.compare(&new.attest, &mut keys);
     keys.needs_restart("telemetry.Prometheus", prometheus, &new.prometheus);
     keys.needs_restart("telemetry.Prometheus.socket_path", metrics_socket, &new.metrics_socket);
+    spire_names.compare(&new.spire_names, &mut keys);
     diff_health(&mut keys, health, &new.health);
     keys.reloads("ratelimit", ratelimit, &new.ratelimit);
     let KeyChanges { restart, live } = keys;

@@ -15,7 +15,7 @@ use super::{
     file,
     input::{ExpandEnv, Given, Input},
     issuer::{self, Signer},
-    ratelimit,
+    plugin_files, ratelimit,
     server::ServerBlock,
     sources::Sources,
     users::NodeUsers,
@@ -29,7 +29,7 @@ use crate::{
     os::trusted::Trust,
     peer::{KubernetesSettings, ListenerSettings, cgroup::KubernetesMode},
     store::{CacheSettings, Policy},
-    telemetry::{AuditSettings, HealthSettings, HostPort, LogSettings},
+    telemetry::{AuditSettings, HealthSettings, HostPort, LogSettings, SpireNameSettings},
 };
 
 /// Everything the agent is told, checked. Each key is documented in `conf/agent.conf`.
@@ -64,6 +64,8 @@ pub struct Config {
     pub prometheus: Option<HostPort>,
     /// `telemetry.Prometheus.socket_path`, absolute. Default: none. Restart to change.
     pub metrics_socket: Option<PathBuf>,
+    /// `telemetry`: spire-agent's names of series.
+    pub spire_names: SpireNameSettings,
     /// `health_checks`.
     pub health: HealthSettings,
     /// `ratelimit`, and whose subordinate UIDs are whose. Reloads, and keeps what was spent.
@@ -117,9 +119,9 @@ impl Config {
                 file::read_drop_ins(trust, dir)
             },
             user_id: &|name| users.uid(name),
-            read_bundle: &|path| {
+            read_file: &|path| {
                 see(path);
-                file::read_bundle(trust, path)
+                file::read_file(trust, path)
             },
         })?;
         config.sources = sources.into_inner();
@@ -152,6 +154,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     let file = problems.add_file(input.path);
     let mut main = input.tree(problems, file, input.text)?;
     input.lay_over(problems, &mut main);
+    plugin_files::lay_in(input, problems, &mut main);
     let mut root = Section::root(problems, file, &main);
     let mut agent = AgentBlock::read(&mut root);
     let mut server = std::mem::take(&mut agent.server);
@@ -212,6 +215,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
         attest,
         prometheus: endpoints.prometheus,
         metrics_socket: endpoints.metrics_socket,
+        spire_names: endpoints.spire_names,
         health: endpoints.health,
         ratelimit,
         sources: Sources::default(),
@@ -281,7 +285,7 @@ mod tests {
             given: &[],
             drop_ins: &|_| Ok(Some(Vec::new())),
             user_id: &|name| Ok((name == "build").then_some(1000)),
-            read_bundle: &|path| match path.to_str() {
+            read_file: &|path| match path.to_str() {
                 Some("/etc/durward/other.example.json") => Ok(BUNDLE.into()),
                 _ => Err(FileError::Missing(path.to_owned())),
             },

@@ -10,20 +10,17 @@ use crate::{
         settings::Shown as _,
         tree::{Place, quoted},
     },
-    telemetry::{AuditSettings, HealthSettings, HostPort},
+    telemetry::{AuditSettings, HealthSettings, HostPort, SpireNameSettings},
 };
 
 const SINK: &str = "this telemetry sink";
 const CHOICE: &str = "choosing metrics";
 
-const TELEMETRY: [(&str, Off, &str); 11] = [
+const TELEMETRY: [(&str, Off, &str); 8] = [
     ("DogStatsd", Off::Missing, SINK),
     ("Statsd", Off::Missing, SINK),
     ("M3", Off::Missing, SINK),
     ("InMem", Off::Missing, SINK),
-    ("MetricPrefix", Off::Text(""), "choosing the prefix of metrics"),
-    ("EnableTrustDomainLabel", Off::False, "labelling metrics with the trust domain"),
-    ("EnableHostnameLabel", Off::False, "labelling metrics with the host name"),
     ("AllowedPrefixes", Off::Empty, CHOICE),
     ("BlockedPrefixes", Off::Empty, CHOICE),
     ("AllowedLabels", Off::Empty, CHOICE),
@@ -35,6 +32,7 @@ const TELEMETRY: [(&str, Off, &str); 11] = [
 struct MetricsPlaces {
     tcp: Option<At<HostPort>>,
     socket: Option<At<PathBuf>>,
+    names: SpireNameSettings,
 }
 
 /// What both blocks say.
@@ -42,13 +40,15 @@ struct MetricsPlaces {
 pub(super) struct Endpoints {
     pub(super) prometheus: Option<HostPort>,
     pub(super) metrics_socket: Option<PathBuf>,
+    pub(super) spire_names: SpireNameSettings,
     pub(super) health: HealthSettings,
 }
 
 /// Reads `telemetry`.
 fn telemetry(root: &mut Section<'_>) -> Option<MetricsPlaces> {
     let mut s = root.block("telemetry")?;
-    let prometheus = s.block("Prometheus").map(|mut block| {
+    let names = spire_names(&mut s);
+    let places = s.block("Prometheus").map(|mut block| {
         let host = block.string("host").map_or("localhost", |at| at.value);
         let port = block.integer("port", 1..=u16::MAX);
         let socket = block.absolute_that("socket_path", fits_a_socket);
@@ -59,11 +59,26 @@ fn telemetry(root: &mut Section<'_>) -> Option<MetricsPlaces> {
         let place = block.place();
         block.finish();
         let tcp = port.map(|port| At { value: HostPort::new(host, port.value), place });
-        MetricsPlaces { tcp, socket }
+        MetricsPlaces { tcp, socket, ..MetricsPlaces::default() }
     });
     absent::refuse(&mut s, &TELEMETRY);
     s.finish();
-    prometheus
+    Some(MetricsPlaces { names, ..places.unwrap_or_default() })
+}
+
+/// Reads what is said of spire-agent's names.
+fn spire_names(s: &mut Section<'_>) -> SpireNameSettings {
+    let names = SpireNameSettings::read(s);
+    let of_names = [
+        ("MetricPrefix", names.prefix != SpireNameSettings::default().prefix),
+        ("EnableTrustDomainLabel", names.trust_domain_label),
+    ];
+    for (key, asks) in of_names {
+        if let (false, true, Some(place)) = (names.enabled, asks, s.set_at(key)) {
+            s.wrong(place, key, None, "is for spire-agent's names of series: spire_agent_names = true");
+        }
+    }
+    names
 }
 
 /// Reads `audit`.
@@ -79,7 +94,7 @@ pub(super) fn audit(root: &mut Section<'_>) -> AuditSettings {
 
 /// Reads both. No two sockets can be at one address, those of the block `agent` included.
 pub(super) fn read(root: &mut Section<'_>, agent: &AgentSettings) -> Endpoints {
-    let MetricsPlaces { tcp, socket } = telemetry(root).unwrap_or_default();
+    let MetricsPlaces { tcp, socket, names } = telemetry(root).unwrap_or_default();
     if let Some(At { value, place }) = &socket {
         apart(root, "telemetry.Prometheus.socket_path", *place, value, &own_sockets(agent));
     }
@@ -87,6 +102,7 @@ pub(super) fn read(root: &mut Section<'_>, agent: &AgentSettings) -> Endpoints {
     Endpoints {
         prometheus: tcp.map(|at| at.value),
         metrics_socket: socket.map(|at| at.value),
+        spire_names: names,
         health: health.unwrap_or_default(),
     }
 }

@@ -73,8 +73,7 @@ fn bundle(
         return None;
     };
     let wrong = |message: String| s.wrong(path.place, "bundle_path", Some(quoted(path.value)), message);
-    let bytes =
-        (input.read_bundle)(&input.base.join(path.value)).map_err(|err| wrong(err.to_string())).ok()?;
+    let bytes = (input.read_file)(&input.base.join(path.value)).map_err(|err| wrong(err.to_string())).ok()?;
     let name = name?;
     let bundle = format?(&name, &bytes).map_err(|err| wrong(err.to_string())).ok()?;
     Some((name, bundle))

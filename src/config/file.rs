@@ -83,8 +83,8 @@ fn read_config(trust: Trust, path: &Path) -> Result<String, FileError> {
     text(path, trust.open(path).map_err(FileError::of(path))?)
 }
 
-/// Reads a bundle.
-pub(super) fn read_bundle(trust: Trust, path: &Path) -> Result<Vec<u8>, FileError> {
+/// Reads a file that the configuration names.
+pub(super) fn read_file(trust: Trust, path: &Path) -> Result<Vec<u8>, FileError> {
     read(path, trust.open(path).map_err(FileError::of(path))?)
 }
 

@@ -86,8 +86,8 @@ pub struct Input<'a> {
     pub drop_ins: &'a dyn Fn(&Path) -> Result<Option<DropIns>, FileError>,
     /// The UID of a user of this node, or that there is no such user.
     pub user_id: &'a dyn Fn(&str) -> Result<Option<u32>, NoAnswer>,
-    /// Reads a bundle file.
-    pub read_bundle: &'a dyn Fn(&Path) -> Result<Vec<u8>, FileError>,
+    /// Reads a file that the configuration names: a bundle, or what a plugin is told.
+    pub read_file: &'a dyn Fn(&Path) -> Result<Vec<u8>, FileError>,
 }
 
 impl Input<'_> {
@@ -157,7 +157,7 @@ impl Input<'_> {
 }
 
 /// The members of each object that a block stands for.
-fn members(block: &mut Member) -> Vec<&mut Vec<Member>> {
+pub(super) fn members(block: &mut Member) -> Vec<&mut Vec<Member>> {
     let nodes = match &mut block.node.value {
         Value::List(items) => items.iter_mut().map(|node| &mut node.value).collect(),
         value => vec![value],

@@ -41,6 +41,17 @@ pub struct JoinedServer {
 }
 
 impl Signer {
+    /// By what this node is known to the SPIRE Server; `None` where there is none. A token comes before whatever is listed.
+    pub fn node_attestor(&self) -> Option<&'static str> {
+        match self {
+            Self::Embedded(_) => None,
+            Self::Server(joined) if joined.join.token().is_some() => {
+                Some(NodeAttestorSettings::JoinToken.name())
+            }
+            Self::Server(joined) => Some(joined.node_attestor.name()),
+        }
+    }
+
     /// What the issuer is told, with what it needs of other blocks.
     pub(super) fn choice(
         &self,

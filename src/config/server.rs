@@ -25,8 +25,7 @@ const ABSENT_ATTESTORS: [&str; 7] =
 const EXTERNAL: &str = "an external plugin";
 
 /// What the block of a plugin may hold in spire-agent beside `plugin_data`.
-const OTHER_KEYS: [(&str, Off, &str); 4] = [
-    ("plugin_data_file", Off::Text(""), "reading plugin_data from another file"),
+const OTHER_KEYS: [(&str, Off, &str); 3] = [
     ("plugin_cmd", Off::Text(""), EXTERNAL),
     ("plugin_args", Off::Empty, EXTERNAL),
     ("plugin_checksum", Off::Text(""), EXTERNAL),

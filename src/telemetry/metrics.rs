@@ -16,7 +16,7 @@ use bytes::Bytes;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use tokio::time::Instant;
 
-use super::{process::ProcessSeries, registry::Registry};
+use super::{process::ProcessSeries, registry::Registry, spire_names::SpireNames};
 
 /// Upper bounds in seconds. From a cached answer (tens of microseconds) to an RSA key made on a busy node.
 const BUCKETS: [f64; 15] = [
@@ -34,6 +34,8 @@ pub struct Metrics {
     recorder: PrometheusRecorder,
     handle: PrometheusHandle,
     process: ProcessSeries,
+    /// Its names for what is counted, where they are wanted too.
+    spire_names: Option<SpireNames>,
     /// Each sets what is counted elsewhere.
     ask: Mutex<Vec<Box<dyn Fn() + Send>>>,
     /// What was made last, and when. Held while it is made: who asks meanwhile gets that one too.
@@ -56,6 +58,7 @@ impl Default for Metrics {
             handle: recorder.handle(),
             recorder,
             process: ProcessSeries::read(),
+            spire_names: None,
             ask: Mutex::default(),
             latest: Mutex::default(),
         }
@@ -63,6 +66,12 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    /// The same, by these names too.
+    #[must_use]
+    pub fn named_as_well(self, names: Option<SpireNames>) -> Self {
+        Self { spire_names: names, ..self }
+    }
+
     /// Where a room registers its series.
     pub fn registry(&self) -> Registry<'_> {
         Registry::new(&self.recorder)
@@ -105,6 +114,9 @@ impl Metrics {
             ask();
         }
         let mut text = self.handle.render();
+        if let Some(names) = &self.spire_names {
+            names.write(&mut text);
+        }
         self.process.write(&mut text);
         text
     }

@@ -38,6 +38,20 @@ settings! {
 }
 
 settings! {
+    /// `telemetry`: what is counted, by spire-agent's names too. All but the first say nothing without it.
+    pub struct SpireNameSettings in "telemetry" {
+        /// Whether it has those.
+        "spire_agent_names" enabled: bool = false, boolean(), needs_restart;
+        /// What each of these names begins with; whatever is no letter or digit in it is an underscore.
+        "MetricPrefix" prefix: String = "spire_agent".to_owned(), checked(prefix), needs_restart;
+        /// Whether each of them has the label `host`, the node's name.
+        "EnableHostnameLabel" host_label: bool = true, boolean(), needs_restart;
+        /// Whether each of them has the label `trust_domain`.
+        "EnableTrustDomainLabel" trust_domain_label: bool = false, boolean(), needs_restart;
+    }
+}
+
+settings! {
     /// `health_checks`: where a supervisor can ask over HTTP whether the agent is well.
     pub struct HealthSettings in "health_checks" {
         /// Whether it can over TCP.
@@ -129,6 +143,16 @@ impl Shown for HostPort {
 /// The host without the brackets of an IPv6 address.
 fn bare_host(host: &str) -> Result<String, Infallible> {
     Ok(host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host).to_owned())
+}
+
+/// What spire-agent's names begin with.
+fn prefix(text: &str) -> Result<String, Infallible> {
+    Ok(if text.is_empty() { SpireNameSettings::default().prefix } else { name_part(text) })
+}
+
+/// As spire-agent writes what stands in the name of a series or in a label.
+pub(super) fn name_part(text: &str) -> String {
+    text.chars().map(|letter| if letter.is_ascii_alphanumeric() { letter } else { '_' }).collect()
 }
 
 fn url_path(text: &str) -> Option<String> {

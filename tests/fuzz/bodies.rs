@@ -217,7 +217,7 @@ pub fn config(data: &[u8]) {
 fn check_config(text: &str, drop_in: &str, expand_env: ExpandEnv<'_>) {
     let path = Path::new("/etc/durward/agent.conf");
     let drop_ins = |folder: &Path| Ok(Some(vec![(folder.join("one.conf"), Ok(drop_in.to_owned()))]));
-    let read_bundle = |path: &Path| match path.extension().and_then(|extension| extension.to_str()) {
+    let read_file = |path: &Path| match path.extension().and_then(|extension| extension.to_str()) {
         Some("json") => Ok(GOOD_BUNDLE.as_bytes().to_vec()),
         Some("pem") => Ok(include_bytes!("corpus/bundle/ca.pem").to_vec()),
         _ => Err(FileError::Missing(path.to_owned())),
@@ -230,7 +230,7 @@ fn check_config(text: &str, drop_in: &str, expand_env: ExpandEnv<'_>) {
         given: &[],
         drop_ins: &drop_ins,
         user_id: &|name| Ok((name == "build").then_some(1000)),
-        read_bundle: &read_bundle,
+        read_file: &read_file,
     };
     let parsed = Config::parse(&input);
     match &parsed {

@@ -24,12 +24,14 @@ export PATH="$dir/bin:$PATH"
 
 free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
-# server_conf NAME PORT TRUST_DOMAIN [LINES OF server] [PLUGINS]
+# server_conf NAME PORT TRUST_DOMAIN [LINES OF server] [PLUGINS]: at $address (127.0.0.1), with the plugin_data of $datastore
+# (sqlite3 in its own directory)
 server_conf() {
+    local of_its_own="database_type = \"sqlite3\" connection_string = \"$dir/$1/datastore.sqlite3\""
     mkdir -p "$dir/$1"
     cat >"$dir/$1/server.conf" <<CONF
 server {
-  bind_address = "127.0.0.1"
+  bind_address = "${address:-127.0.0.1}"
   bind_port    = "$2"
   socket_path  = "$dir/$1/api.sock"
   trust_domain = "$3"
@@ -40,10 +42,7 @@ server {
 }
 plugins {
   DataStore "sql" {
-    plugin_data {
-      database_type     = "sqlite3"
-      connection_string = "$dir/$1/datastore.sqlite3"
-    }
+    plugin_data { ${datastore:-$of_its_own} }
   }
   KeyManager "disk" { plugin_data { keys_path = "$dir/$1/keys.json" } }
   NodeAttestor "join_token" { plugin_data { } }
@@ -52,13 +51,14 @@ plugins {
 CONF
 }
 
-# agent_conf [LINES OF agent] [LINES OF experimental] [NODE ATTESTOR]: of the server at $port, in $dir/agent.conf
+# agent_conf [LINES OF agent] [LINES OF experimental] [NODE ATTESTOR]: of the server at $port of $server_name (127.0.0.1), in
+# $dir/agent.conf
 agent_conf() {
     local trust="trust_bundle_path = \"$dir/bootstrap.pem\"" attestor='NodeAttestor "join_token" { plugin_data { } }'
     cat >"$dir/agent.conf" <<CONF
 agent {
   trust_domain      = "example.org"
-  server_address    = "127.0.0.1"
+  server_address    = "${server_name:-127.0.0.1}"
   server_port       = "$port"
   data_dir          = "$dir/data"
   socket_path       = "$socket"

@@ -44,7 +44,7 @@ impl Files {
                 Ok(if found.is_empty() { None } else { Some(found) })
             },
             user_id: &|name| Ok((name == "build").then_some(1000)),
-            read_bundle: &|path| {
+            read_file: &|path| {
                 self.0.get(path).map(|text| text.clone().into_bytes()).ok_or_else(|| FileError::Read {
                     path: path.to_owned(),
                     cause: ErrorKind::NotFound.into(),
@@ -541,8 +541,8 @@ fn mistakes_elsewhere_say_what_would_be_right() {
         ),
         (
             "label",
-            "telemetry { EnableHostnameLabel = true }",
-            "3:13: telemetry.EnableHostnameLabel true: labelling metrics with the host name is not in this version; leave it false",
+            "telemetry { EnableTrustDomainLabel = true }",
+            "3:13: telemetry.EnableTrustDomainLabel: is for spire-agent's names of series: spire_agent_names = true",
         ),
         (
             "path",

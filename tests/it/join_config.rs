@@ -25,7 +25,7 @@ fn parse_with(text: &str, given: &[Given]) -> Result<Config, String> {
         given,
         drop_ins: &|_| Ok(None),
         user_id: &|_| Ok(None),
-        read_bundle: &|_| Ok(Vec::new()),
+        read_file: &|_| Ok(Vec::new()),
     })
     .map_err(|errors| errors.to_string())
 }

@@ -37,7 +37,7 @@ fn load(text: &str, files: &[(&str, &str)]) -> Result<Config, String> {
             Ok(Some(files.collect::<DropIns>()))
         },
         user_id: &|name| Ok((name == "build").then_some(1000)),
-        read_bundle: &|path| Err(FileError::Missing(path.to_owned())),
+        read_file: &|path| Err(FileError::Missing(path.to_owned())),
     })
     .map_err(|errors| errors.to_string())
 }

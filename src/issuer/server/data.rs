@@ -1,10 +1,15 @@
 //! `agent-data.json`, as spire-agent has it: the agent's SVID, the authorities of its trust domain, and whether it can attest
 //! once more.
 
-use std::{path::PathBuf, sync::Mutex, sync::PoisonError};
+use std::{
+    path::PathBuf,
+    sync::{Mutex, PoisonError},
+    time::SystemTime,
+};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::{Deserialize, Serialize};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use x509_parser::pem::Pem;
 
 use super::{
@@ -35,6 +40,47 @@ pub(super) struct AgentData {
     pub(super) bootstrap_start_time: String,
     /// How often that was tried.
     pub(super) connection_attempts: i64,
+}
+
+/// What the source of trust is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum BootstrapUse {
+    /// Nothing is known of the server yet.
+    Bootstrap,
+    /// Its authorities are not those that were known.
+    Rebootstrap,
+}
+
+impl BootstrapUse {
+    /// As it stands in the file.
+    fn number(self) -> i64 {
+        match self {
+            Self::Bootstrap => 1,
+            Self::Rebootstrap => 2,
+        }
+    }
+
+    /// As a source of trust is told it.
+    pub(super) fn text(self) -> &'static str {
+        match self {
+            Self::Bootstrap => "bootstrap",
+            Self::Rebootstrap => "rebootstrap",
+        }
+    }
+}
+
+impl AgentData {
+    /// The source of trust is asked once more, at `now`: the first time of this use, or one more.
+    pub(super) fn count_attempt(&mut self, asked_for: BootstrapUse, now: SystemTime) {
+        let goes_on = self.bootstrap_use == asked_for.number() && self.bootstrap_start_time != NO_TIME;
+        if !goes_on {
+            self.bootstrap_use = asked_for.number();
+            let now = OffsetDateTime::from(now).format(&Rfc3339);
+            self.bootstrap_start_time = now.unwrap_or_else(|_year| NO_TIME.to_owned());
+            self.connection_attempts = 0;
+        }
+        self.connection_attempts = self.connection_attempts.max(0).saturating_add(1);
+    }
 }
 
 impl Default for AgentData {
@@ -241,6 +287,29 @@ mod tests {
         ] {
             assert_eq!(String::from_utf8(written(&parse(text.as_bytes()).unwrap())).unwrap(), text);
         }
+    }
+
+    #[test]
+    fn each_time_that_trust_is_asked_for_counts() {
+        let at = |seconds| SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+        let mut data = AgentData::default();
+        for (asked_for, now, want) in [
+            (BootstrapUse::Bootstrap, 0, (1, "1970-01-01T00:00:00Z", 1)),
+            (BootstrapUse::Bootstrap, 60, (1, "1970-01-01T00:00:00Z", 2)),
+            (BootstrapUse::Rebootstrap, 120, (2, "1970-01-01T00:02:00Z", 1)),
+            (BootstrapUse::Rebootstrap, 180, (2, "1970-01-01T00:02:00Z", 2)),
+        ] {
+            data.count_attempt(asked_for, at(now));
+            let got = (data.bootstrap_use, data.bootstrap_start_time.as_str(), data.connection_attempts);
+            assert_eq!(got, want, "{now}");
+        }
+        data.connection_attempts = i64::MAX;
+        data.count_attempt(BootstrapUse::Rebootstrap, at(240));
+        assert_eq!(data.connection_attempts, i64::MAX);
+        // As spire-agent leaves it when it has succeeded.
+        let mut data = AgentData { bootstrap_use: 2, ..AgentData::default() };
+        data.count_attempt(BootstrapUse::Rebootstrap, at(60));
+        assert_eq!((&*data.bootstrap_start_time, data.connection_attempts), ("1970-01-01T00:01:00Z", 1));
     }
 
     #[test]

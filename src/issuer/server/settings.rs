@@ -198,6 +198,15 @@ impl JoinSettings {
 }
 
 impl NodeAttestorSettings {
+    /// As the server calls it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::JoinToken => "join_token",
+            Self::X509Pop(_) => "x509pop",
+            Self::K8sPsat(_) => "k8s_psat",
+        }
+    }
+
     /// Adds what is another in `next`.
     pub(crate) fn compare(&self, next: &Self, changes: &mut KeyChanges) {
         match (self, next) {
@@ -221,12 +230,7 @@ impl KeyManagerSettings {
 
 impl Shown for NodeAttestorSettings {
     fn shown(&self) -> String {
-        match self {
-            Self::JoinToken => "join_token",
-            Self::X509Pop(_) => "x509pop",
-            Self::K8sPsat(_) => "k8s_psat",
-        }
-        .to_owned()
+        self.name().to_owned()
     }
 }
 

@@ -13,7 +13,7 @@ use crate::issuer::{
         attestation::{AttestedAgent, attest},
         bootstrap::{self, Circumstances},
         bundles,
-        data::AgentData,
+        data::{AgentData, BootstrapUse},
         error::ServerError,
         metrics::ServerCall,
         proto::{
@@ -151,13 +151,20 @@ impl OwnSvid {
 
     /// By what a server is known to which this node attests.
     async fn trust_for(&self, way: Way) -> Result<ServerTrust, ServerError> {
-        let data = self.data.known();
-        if way == Way::Attest && !data.bundle.is_empty() {
-            return Ok(ServerTrust::Roots(data.bundle.into()));
+        let bundle = self.data.known().bundle;
+        if way == Way::Attest && !bundle.is_empty() {
+            return Ok(ServerTrust::Roots(bundle.into()));
         }
+        let asked_for = if way == Way::Attest { BootstrapUse::Bootstrap } else { BootstrapUse::Rebootstrap };
+        let now = self.clock.now();
+        // Of no consequence for what follows; a disk that is full is told where an SVID cannot be kept.
+        if let Err(error) = self.insist(move |data| data.count_attempt(asked_for, now)).await {
+            tracing::debug!(%error, "that trust is asked for is not kept");
+        }
+        let data = self.data.known();
         let join = &self.settings.join;
         let told = Circumstances {
-            mode: if way == Way::Attest { "bootstrap" } else { "rebootstrap" },
+            mode: asked_for.text(),
             attempts: data.connection_attempts,
             since: data.bootstrap_start_time,
             server_address: join.address.clone(),

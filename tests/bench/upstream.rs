@@ -1,0 +1,422 @@
+//! Durward and spire-agent at one real SPIRE Server, in turns: memory, start, new entries, processor time.
+//!
+//! `cargo bench --bench upstream`. Needs spire-server and spire-agent 1.15.3, which `tests/interop/spire.sh` leaves in the user's
+//! cache, and python3. In the environment:
+//!
+//! | variable | what | default |
+//! |---|---|---|
+//! | `DURWARD_UPSTREAM_SPIRE` | where the two are | `~/.cache/durward/spire-1.15.3` |
+//! | `DURWARD_UPSTREAM_ENTRIES` | how many entries there are, one number after the other | `1,10000,100000` |
+//! | `DURWARD_UPSTREAM_ROUNDS` | how often starts and entries are timed | 5 |
+//! | `DURWARD_UPSTREAM_QUIET` | seconds in which nothing happens | 60 |
+//! | `DURWARD_BIN` | another agent | this one |
+//!
+//! Both have the same configuration, keep their own data from turn to turn, and are asked for their metrics. The server looks at
+//! its datastore each second (`cache_reload_interval`), where it would every five. Up to 10,000 SVIDs are made ahead, and where
+//! there are more entries, 1,000.
+//!
+//! "Restart" is from the start of the process to the first SVID, with the agent's own SVID on the disk. "New entry" is from the
+//! end of `spire-server entry create` to the SVID of a workload that had none and waits: in its call where the agent keeps it
+//! waiting, and else with another call every 20 ms.
+
+#![expect(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::exit,
+    clippy::as_conversions,
+    reason = "a bench, not the agent"
+)]
+#![allow(dead_code, clippy::allow_attributes, reason = "a part of what benches share is used")]
+
+mod support;
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use durward::api::proto::workload::{X509svidRequest, spiffe_workload_api_client::SpiffeWorkloadApiClient};
+use hyper_util::rt::TokioIo;
+use support::{Server, median, row};
+use tokio::net::UnixStream;
+use tonic::transport::{Endpoint, Uri};
+
+/// How long anything is waited for.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// More entries than this have no SVID made ahead, but for [`MADE`].
+const MOST_MADE: u64 = 10_000;
+const MADE: u64 = 1_000;
+
+fn setting(name: &str, default: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| default.to_owned())
+}
+
+fn number(name: &str, default: &str) -> u64 {
+    setting(name, default).parse().expect("a number")
+}
+
+/// The SPIRE Server, ended with the bench.
+struct SpireServer {
+    bin: PathBuf,
+    dir: tempfile::TempDir,
+    port: u16,
+    child: Option<std::process::Child>,
+}
+
+impl Drop for SpireServer {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its address").port()
+}
+
+impl SpireServer {
+    fn start() -> Self {
+        let home = setting("HOME", "/root");
+        let bin = setting("DURWARD_UPSTREAM_SPIRE", &format!("{home}/.cache/durward/spire-1.15.3")).into();
+        let mut server =
+            Self { bin, dir: tempfile::tempdir().expect("a directory"), port: free_port(), child: None };
+        let at = server.dir.path().display();
+        let text = format!(
+            r#"server {{
+  bind_address = "127.0.0.1" bind_port = "{}" socket_path = "{at}/server.sock" trust_domain = "example.org"
+  data_dir = "{at}" log_level = "WARN" ca_ttl = "24h" default_x509_svid_ttl = "1h"
+  experimental {{ cache_reload_interval = "1s" }}
+}}
+plugins {{
+  DataStore "sql" {{ plugin_data {{ database_type = "sqlite3" connection_string = "{at}/datastore.sqlite3" }} }}
+  KeyManager "disk" {{ plugin_data {{ keys_path = "{at}/keys.json" }} }}
+  NodeAttestor "join_token" {{ plugin_data {{ }} }}
+}}
+"#,
+            server.port
+        );
+        std::fs::write(server.dir.path().join("server.conf"), text).expect("written");
+        server.up();
+        let roots = server.says(&["bundle", "show"]);
+        std::fs::write(server.dir.path().join("roots.pem"), roots).expect("written");
+        server
+    }
+
+    fn up(&mut self) {
+        let log = std::fs::File::options().create(true).append(true).open(self.dir.path().join("server.log"));
+        let child = Command::new(self.bin.join("spire-server"))
+            .args(["run", "-config"])
+            .arg(self.dir.path().join("server.conf"))
+            .stdin(Stdio::null())
+            .stdout(log.expect("a log"))
+            .stderr(Stdio::null())
+            .spawn();
+        self.child = Some(child.expect("spire-server: run tests/interop/spire.sh first"));
+        let began = Instant::now();
+        while !self.command(&["healthcheck"]).status().is_ok_and(|status| status.success()) {
+            assert!(began.elapsed() < PATIENCE, "the server does not come up");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn stop(&mut self) {
+        let Some(mut child) = self.child.take() else { return };
+        drop(child.kill());
+        drop(child.wait());
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(self.bin.join("spire-server"));
+        command.args(words).arg("-socketPath").arg(self.dir.path().join("server.sock"));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+    }
+
+    fn says(&self, words: &[&str]) -> String {
+        let said = self.command(words).stdout(Stdio::piped()).stderr(Stdio::inherit()).output();
+        let said = said.expect("spire-server");
+        assert!(said.status.success(), "spire-server {}", words.join(" "));
+        String::from_utf8(said.stdout).expect("text")
+    }
+
+    fn token(&self) -> String {
+        let said = self.says(&["token", "generate", "-spiffeID", "spiffe://example.org/node"]);
+        said.lines().find_map(|line| line.strip_prefix("Token: ")).expect("a token").trim().to_owned()
+    }
+
+    /// An entry for the user that runs the bench. Its ID.
+    fn entry(&self, name: &str) -> String {
+        let (id, uid) =
+            (format!("spiffe://example.org/{name}"), format!("unix:uid:{}", nix::unistd::geteuid()));
+        let node = ["-parentID", "spiffe://example.org/node"];
+        let words = [&["entry", "create"], &node[..], &["-spiffeID", &id, "-selector", &uid]].concat();
+        let said = self.says(&words);
+        let id = said.lines().find_map(|line| line.strip_prefix("Entry ID"));
+        id.and_then(|rest| rest.split(':').nth(1)).expect("an entry").trim().to_owned()
+    }
+
+    fn delete(&self, id: &str) {
+        self.says(&["entry", "delete", "-entryID", id]);
+    }
+
+    /// Has so many entries that are nobody's. They are written into its datastore, since a call for each takes minutes.
+    fn has(&mut self, count: u64) {
+        const SCRIPT: &str = r#"
+import sqlite3, sys
+d = sqlite3.connect(sys.argv[1])
+numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < %d)" % int(sys.argv[2])
+d.execute(numbers + """ INSERT OR IGNORE INTO registered_entries
+  (id, created_at, updated_at, entry_id, spiffe_id, parent_id, ttl, admin, downstream, expiry, revision_number, store_svid, hint, jwt_svid_ttl)
+  SELECT 1000000 + i, datetime(), datetime(), printf('%08x-0000-4000-8000-%012x', i, i), printf('spiffe://example.org/ns/%d/sa/%d', i % 500, i),
+  'spiffe://example.org/node', 0, 0, 0, 0, 0, 0, '', 0 FROM n""")
+d.execute(numbers + """ INSERT OR IGNORE INTO selectors (id, created_at, updated_at, registered_entry_id, type, value)
+  SELECT 1000000 + i, datetime(), datetime(), 1000000 + i, 'unix', printf('uid:%d', 100000 + i) FROM n""")
+d.commit()
+"#;
+        self.stop();
+        let done = Command::new("python3")
+            .args(["-c", SCRIPT])
+            .arg(self.dir.path().join("datastore.sqlite3"))
+            .arg(count.to_string())
+            .status();
+        assert!(done.expect("python3").success(), "the entries are written");
+        self.up();
+    }
+}
+
+/// One of the two.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Spire,
+    Durward,
+}
+
+/// An agent between two of its turns.
+struct Contender {
+    kind: Kind,
+    data: tempfile::TempDir,
+    token: String,
+}
+
+impl Contender {
+    fn new(kind: Kind, server: &SpireServer) -> Self {
+        Self { kind, data: tempfile::tempdir().expect("a directory"), token: server.token() }
+    }
+
+    fn name(&self) -> &'static str {
+        match self.kind {
+            Kind::Spire => "spire-agent",
+            Kind::Durward => "durward",
+        }
+    }
+
+    fn command(&self, server: &SpireServer, dir: &Path, metrics: u16, made: u64) -> Command {
+        let (at, data, of_server) = (dir.display(), self.data.path().display(), server.dir.path().display());
+        let (names, binary) = match self.kind {
+            Kind::Spire => ("", server.bin.join("spire-agent")),
+            Kind::Durward => (
+                "spire_agent_names = true",
+                std::env::var_os("DURWARD_BIN")
+                    .map_or_else(|| env!("CARGO_BIN_EXE_durward").into(), PathBuf::from),
+            ),
+        };
+        let text = format!(
+            r#"agent {{
+  trust_domain = "example.org" server_address = "127.0.0.1" server_port = "{}" trust_bundle_path = "{of_server}/roots.pem"
+  data_dir = "{data}" socket_path = "{at}/api.sock" log_level = "WARN" x509_svid_cache_max_size = {made}
+}}
+plugins {{
+  NodeAttestor "join_token" {{ plugin_data {{ }} }}
+  KeyManager "disk" {{ plugin_data {{ directory = "{data}" }} }}
+  WorkloadAttestor "unix" {{ plugin_data {{ }} }}
+}}
+telemetry {{ Prometheus {{ host = "127.0.0.1" port = {metrics} }} EnableHostnameLabel = false {names} }}
+"#,
+            server.port
+        );
+        std::fs::write(dir.join("agent.conf"), text).expect("written");
+        let mut command = Command::new(binary);
+        command
+            .args(["run", "-config"])
+            .arg(dir.join("agent.conf"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        if !self.data.path().join("agent-data.json").exists() {
+            command.args(["-joinToken", &self.token]);
+        }
+        command.stderr(Stdio::null());
+        command
+    }
+
+    async fn turn(&self, server: &SpireServer, made: u64) -> Turn {
+        let (metrics, began) = (free_port(), Instant::now());
+        let agent = Server::start(self.name(), |dir| self.command(server, dir, metrics, made)).await;
+        Turn { agent, metrics, began }
+    }
+}
+
+/// An agent that runs.
+struct Turn {
+    agent: Server,
+    metrics: u16,
+    began: Instant,
+}
+
+impl Turn {
+    /// How many X.509-SVIDs it has.
+    fn made(&self) -> u64 {
+        let scrape = || -> std::io::Result<String> {
+            let mut stream = TcpStream::connect(("127.0.0.1", self.metrics))?;
+            stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text)?;
+            Ok(text)
+        };
+        let text = scrape().unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("spire_agent_lru_cache_svid_map_size"));
+        let count = line.and_then(|rest| rest.rsplit(' ').next()?.parse::<f64>().ok());
+        count.map_or(0, |count| count as u64)
+    }
+
+    async fn until_made(&self, count: u64) -> Duration {
+        while self.made() < count {
+            assert!(self.began.elapsed() < PATIENCE, "{} of {count} made", self.made());
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        self.began.elapsed()
+    }
+
+    /// The first SVID of a workload of this user, however often it has to ask.
+    async fn first_svid(&self) {
+        let began = Instant::now();
+        while !self.has_svid().await {
+            assert!(began.elapsed() < PATIENCE, "no SVID");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn has_svid(&self) -> bool {
+        let socket: Arc<Path> = self.agent.socket().into();
+        let connected = Endpoint::from_static("http://localhost").connect_with_connector(tower::service_fn(
+            move |_: Uri| {
+                let socket = Arc::clone(&socket);
+                async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+            },
+        ));
+        let Ok(channel) = connected.await else { return false };
+        let mut request = tonic::Request::new(X509svidRequest {});
+        request.metadata_mut().insert("workload.spiffe.io", "true".parse().expect("a value"));
+        let Ok(stream) = SpiffeWorkloadApiClient::new(channel).fetch_x509svid(request).await else {
+            return false;
+        };
+        stream.into_inner().message().await.is_ok_and(|message| message.is_some())
+    }
+}
+
+/// What was measured of one, by what it is called.
+type Figures = Vec<(String, f64)>;
+
+fn mib(kib: u64) -> f64 {
+    kib as f64 / 1024.0
+}
+
+/// Memory and a quiet while, with so many entries.
+async fn at_rest(contender: &Contender, server: &SpireServer, entries: u64) -> Figures {
+    let made = if entries > MOST_MADE { MADE } else { entries.max(1) };
+    let turn = contender.turn(server, made).await;
+    turn.first_svid().await;
+    let all = turn.until_made(made).await;
+    // What only the making of them took is given back, or is not.
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let quiet = Duration::from_secs(number("DURWARD_UPSTREAM_QUIET", "60"));
+    let before = turn.agent.cpu();
+    tokio::time::sleep(quiet).await;
+    let burnt = (turn.agent.cpu() - before).as_secs_f64() * 60.0 / quiet.as_secs_f64();
+    let what = |what: &str| format!("{entries} entries, {made} made: {what}");
+    vec![
+        (what("resident, MiB"), mib(turn.agent.resident())),
+        (what("most resident, MiB"), mib(turn.agent.memory("VmHWM"))),
+        (what("start to all made, s"), all.as_secs_f64()),
+        (what("processor time of a quiet minute, ms"), burnt * 1e3),
+    ]
+}
+
+async fn restart(contender: &Contender, server: &SpireServer) -> f64 {
+    let turn = contender.turn(server, 1).await;
+    turn.first_svid().await;
+    turn.began.elapsed().as_secs_f64() * 1e3
+}
+
+/// Entries that are made while a workload waits for one.
+async fn new_entries(contender: &Contender, server: &SpireServer, rounds: u64) -> Figures {
+    let turn = contender.turn(server, 1).await;
+    let mut took = Vec::new();
+    for round in 0..rounds {
+        while turn.has_svid().await {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        let waits = async {
+            turn.first_svid().await;
+            Instant::now()
+        };
+        let makes = async {
+            // It waits by then. Not at the same moment of a second each time.
+            tokio::time::sleep(Duration::from_millis(1500 + 130 * round)).await;
+            let id = tokio::task::block_in_place(|| server.entry(&format!("new-{round}")));
+            (id, Instant::now())
+        };
+        let (there, (id, created)) = tokio::join!(waits, makes);
+        took.push(there.saturating_duration_since(created).as_secs_f64() * 1e3);
+        server.delete(&id);
+    }
+    let most = took.iter().copied().fold(0.0, f64::max);
+    vec![
+        ("new entry to SVID, median, ms".to_owned(), median(took)),
+        ("new entry to SVID, longest, ms".to_owned(), most),
+    ]
+}
+
+fn compare(spire: &Figures, durward: &Figures) {
+    for ((what, theirs), (_, ours)) in spire.iter().zip(durward) {
+        row(&[what.clone(), format!("{theirs:.1}"), format!("{ours:.1}"), format!("{:.2}", ours / theirs)]);
+    }
+}
+
+async fn bench() {
+    let rounds = number("DURWARD_UPSTREAM_ROUNDS", "5");
+    let mut server = SpireServer::start();
+    let (spire, durward) = (Contender::new(Kind::Spire, &server), Contender::new(Kind::Durward, &server));
+    row(&["", "spire-agent", "durward", "ratio"].map(str::to_owned));
+    row(&["---"; 4].map(str::to_owned));
+    let own = server.entry("bench");
+    let mut restarts = [Vec::new(), Vec::new()];
+    // The first start of each attests.
+    for round in 0..=rounds {
+        for (contender, took) in [&spire, &durward].into_iter().zip(&mut restarts) {
+            let restarted = restart(contender, &server).await;
+            if round > 0 {
+                took.push(restarted);
+            }
+        }
+    }
+    let [theirs, ours] = restarts.map(|took| vec![("restart to SVID, median, ms".to_owned(), median(took))]);
+    compare(&theirs, &ours);
+    server.delete(&own);
+    compare(&new_entries(&spire, &server, rounds).await, &new_entries(&durward, &server, rounds).await);
+    server.entry("bench");
+    for count in setting("DURWARD_UPSTREAM_ENTRIES", "1,10000,100000").split(',') {
+        let count: u64 = count.trim().parse().expect("a number");
+        // One is the bench's own.
+        server.has(count.saturating_sub(1).max(1));
+        compare(&at_rest(&spire, &server, count).await, &at_rest(&durward, &server, count).await);
+    }
+}
+
+fn main() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    runtime.expect("a runtime").block_on(bench());
+}
