@@ -62,7 +62,7 @@ tell_cluster() {
         echo "---- what the cluster says:"
         kubectl get pods -A -o wide
         kubectl get events -A --sort-by=.lastTimestamp | tail -n 15
-        kubectl -n durward logs ds/durward --tail=25
+        kubectl -n durward logs ds/durward --tail=400 | grep -v " audit: " | tail -n 25
         tail -n 5 "$dir/kubelet.log"
     } >&2 2>/dev/null || true
     exit "$code"

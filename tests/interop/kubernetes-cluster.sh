@@ -136,7 +136,7 @@ note "and as many in a storm"
 
 # The kubelet was asked seldom, and no probe has failed.
 asked=$(kubectl get --raw /api/v1/nodes/node1/proxy/metrics |
-    sed -n 's/^kubelet_http_requests_total{.*path="pods".* \([0-9]*\)$/\1/p' | paste -sd+ | bc)
+    awk '/^kubelet_http_requests_total/ && /path="pods"/ {n += $2} END {print n + 0}')
 [ "$asked" -gt 0 ] && [ "$asked" -le $((4 * SECONDS)) ] || fail "requests to the kubelet: $asked in $SECONDS s"
 agent_is() { [ "$(kubectl -n durward get pods -o jsonpath="{.items[*].status.containerStatuses[*].$1}")" = "$2" ]; }
 agent_is restartCount 0 || fail "the agent was restarted"
@@ -146,8 +146,10 @@ note "the kubelet was asked $asked times, and no probe of the agent failed"
 
 # The selectors of spire-agent, for the same containers.
 mkdir -p "$dir/peer"
-server_conf server "$port" example.org
-sed -i 's/bind_address .*/bind_address = "0.0.0.0"/; s/ca_ttl .*//' "$dir/server/server.conf"
+psat="NodeAttestor \"k8s_psat\" { plugin_data { clusters = { lab = {
+  service_account_allow_list = [\"durward:durward\"], kube_config_file = \"$KUBECONFIG\" } } } }"
+server_conf server "$port" example.org "" "$psat"
+sed -i 's/bind_address .*/bind_address = "0.0.0.0"/' "$dir/server/server.conf"
 start_server
 spire-server bundle show >"$dir/bootstrap.pem"
 cat >"$dir/peer.conf" <<CONF
@@ -183,8 +185,32 @@ for of in bank/web bank/ledger bank/both labels/blue parts/parts; do
         grep -o 'value:\\"[^\\]*' | sed 's/.*"/k8s:/' | sort -u >"$dir/theirs.txt"
     pid=$(ctr task ls | awk -v id="$(container_of "$namespace" "$name" main)" '$1 == id {print $2}')
     kubectl -n durward exec daemonset/durward -- durward explain -pid "$pid" -output json |
-        grep -o '"k8s:[^"]*"' | tr -d '"' | sort -u >"$dir/ours.txt"
+        python3 -c 'import json, sys; print(*json.load(sys.stdin)["selectors"], sep="\n")' | grep ^k8s: | sort -u >"$dir/ours.txt"
     [ -s "$dir/theirs.txt" ] || fail "spire-agent's selectors: $(tail -n 3 "$dir/peer.log")"
     diff "$dir/theirs.txt" "$dir/ours.txt" >"$dir/differ.txt" || fail "selectors of $of: $(cat "$dir/differ.txt")"
 done
 note "$(wc -l <"$dir/ours.txt") selectors of a pod are the same, line by line, as spire-agent's $version"
+
+# With a SPIRE Server that asks the cluster who its agents are.
+spire-server entry create -node -parentID spiffe://example.org/spire/server -spiffeID spiffe://example.org/cluster \
+    -selector k8s_psat:cluster:lab >/dev/null
+spire-server entry create -parentID spiffe://example.org/cluster -spiffeID spiffe://example.org/of-server/ledger \
+    -selector k8s:ns:bank -selector k8s:sa:ledger >/dev/null
+kubectl -n durward create configmap bundle --from-file="$dir/bootstrap.pem" >/dev/null
+change_conf "agent {
+  trust_domain = \"example.org\"
+  server_address = \"$node_ip\"
+  server_port = \"$port\"
+  trust_bundle_path = \"/bundle/bootstrap.pem\"
+}
+plugins {
+  NodeAttestor \"k8s_psat\" { plugin_data { cluster = \"lab\" } }
+  KeyManager \"memory\" { plugin_data { } }
+  WorkloadAttestor \"k8s\" { plugin_data { } }
+}
+$(sed -n '/^health_checks/,/^}/p' <<<"$conf")"
+kubectl -n durward patch daemonset durward --patch-file "$manifests/join-server.yaml" >/dev/null
+kubectl -n durward rollout status daemonset/durward --timeout=90s >/dev/null
+until_true 60 is of-server/ledger bank ledger
+spire-server agent list | grep -q 'spiffe://example.org/spire/agent/k8s_psat/lab/' || fail "k8s_psat: $(spire-server agent list)"
+note "and the same manifest joins a SPIRE Server by k8s_psat"
