@@ -141,11 +141,7 @@ async fn serve(
 }
 
 /// Goes on serving until a signal ends it, or the terminal is gone. The files are read again when they change, and on SIGHUP.
-async fn attend(
-    upkeep: &mut Upkeep,
-    signals: &mut Signals,
-    terminal: &mut Terminal,
-) -> Result<(), Failure> {
+async fn attend(upkeep: &mut Upkeep, signals: &mut Signals, terminal: &mut Terminal) -> Result<(), Failure> {
     terminal.print("\nServing. Ctrl-C ends it; run again, and all of it is still there.\n")?;
     loop {
         let happened = tokio::select! {

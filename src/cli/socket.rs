@@ -107,10 +107,7 @@ pub(super) enum Chosen {
 impl Chosen {
     /// Whether it is an admin socket.
     pub(super) fn is_admin(self) -> bool {
-        matches!(
-            self,
-            Self::AdminFlag | Self::AdminEnvironment | Self::AdminBeside(_) | Self::AdminDefault
-        )
+        matches!(self, Self::AdminFlag | Self::AdminEnvironment | Self::AdminBeside(_) | Self::AdminDefault)
     }
 }
 
@@ -304,7 +301,12 @@ mod tests {
             ("flag wins", Some("/f"), &[(ADMIN, "/e")], ("/f", Chosen::AdminFlag)),
             ("environment", None, &[(ADMIN, "/e"), spiffe], ("/e", Chosen::AdminEnvironment)),
             ("beside", None, &[spiffe], ("/a/private/admin.sock", Chosen::AdminBeside(SPIFFE))),
-            ("where many share", None, &[(SPIFFE, "unix:///tmp/a.sock")], (ADMIN_DEFAULT, Chosen::AdminDefault)),
+            (
+                "where many share",
+                None,
+                &[(SPIFFE, "unix:///tmp/a.sock")],
+                (ADMIN_DEFAULT, Chosen::AdminDefault),
+            ),
             ("no path", None, &[(SPIFFE, "tcp://1.2.3.4:5")], (ADMIN_DEFAULT, Chosen::AdminDefault)),
         ];
         for (case, flag, environment, (at, chosen)) in cases {

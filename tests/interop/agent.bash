@@ -1,6 +1,7 @@
 # Sourced by the interop scripts: starts the agent on a directory of its own, and ends what it started.
 #
-# DURWARD is the binary to test (default: the debug build of this tree).
+# DURWARD is the binary to test (default: the debug build of this tree). INTEROP_DIR is a directory to work in that whoever made
+# it removes (default: one that goes with the script).
 
 set -euo pipefail
 
@@ -8,7 +9,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 durward=${DURWARD:-$root/target/debug/durward}
 [ -x "$durward" ] || { echo "no $durward: run 'cargo build' first" >&2; exit 1; }
 
-dir=$(mktemp -d)
+dir=${INTEROP_DIR:-$(mktemp -d)}
 started=()
 
 # Ends every process that `run_in_background` started, by its own id.
@@ -20,7 +21,7 @@ finish() {
         echo "---- the agent's log, its end:" >&2
         tail -n 40 "$dir/agent.log" >&2
     fi
-    rm -rf "$dir"
+    [ -n "${INTEROP_DIR:-}" ] || rm -rf "$dir"
     exit "$code"
 }
 trap finish EXIT
@@ -30,11 +31,10 @@ fail() { echo "FAILED: $*" >&2; exit 1; }
 
 # until_true SECONDS COMMAND...: tries the command until it succeeds.
 until_true() {
-    local left=$(($1 * 10))
+    local end=$((SECONDS + $1))
     shift
     until "$@" >/dev/null 2>&1; do
-        left=$((left - 1))
-        [ "$left" -gt 0 ] || fail "waited in vain for: $*"
+        [ "$SECONDS" -le "$end" ] || fail "waited in vain for: $*"
         sleep 0.1
     done
 }

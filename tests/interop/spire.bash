@@ -17,9 +17,9 @@ if [ ! -x "$cache/spire-server" ] || [ ! -x "$cache/spire-agent" ]; then
     )
 fi
 joins=${JOINS:-$durward}
-mkdir "$dir/bin"
-ln -s "$durward" "$dir/bin/durward"
-ln -s "$cache/spire-server" "$cache/spire-agent" "$dir/bin/"
+mkdir -p "$dir/bin"
+ln -sf "$durward" "$dir/bin/durward"
+ln -sf "$cache/spire-server" "$cache/spire-agent" "$dir/bin/"
 export PATH="$dir/bin:$PATH"
 
 free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }

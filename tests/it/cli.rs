@@ -952,7 +952,9 @@ fn quickstart_serves_until_it_is_told_to_end() {
             let got = Command::new("/bin/sh").args(["-c", &script]).output().unwrap();
             assert!(got.status.success(), "{command}: {}", text(&got.stderr));
         }
-        let wide = shown.iter().filter(|line| line.chars().count() > 80 && !line.contains(&*base.path().to_string_lossy()));
+        let wide = shown
+            .iter()
+            .filter(|line| line.chars().count() > 80 && !line.contains(&*base.path().to_string_lossy()));
         assert_eq!(wide.collect::<Vec<_>>(), Vec::<&String>::new(), "no line is wider than a terminal");
         // The program of a test may lie where no other account can run it; a start of another needs root.
         if nix::unistd::geteuid().is_root() {
@@ -998,7 +1000,9 @@ fn quickstart_needs_no_root() {
     assert!(out.starts_with(&format!("Setting up in {}\n", dir.display())), "{out}");
     assert!(out.contains("this user (user ID 65534) is /me"), "{out}");
     let socket = out.lines().find_map(|line| line.strip_prefix("  serve ")).unwrap();
-    if let Some((made, _)) = socket.split_once("/public/").filter(|(made, _)| made.starts_with("/tmp/durward-")) {
+    if let Some((made, _)) =
+        socket.split_once("/public/").filter(|(made, _)| made.starts_with("/tmp/durward-"))
+    {
         fs::remove_dir_all(made).unwrap();
     }
 

@@ -21,7 +21,7 @@ def main(name, folder, out, command):
     config = {
         "architecture": "amd64",
         "os": "linux",
-        "config": {"Entrypoint": command, "Env": ["PATH=/bin"]},
+        "config": {"Entrypoint": command, "Env": ["PATH=/usr/bin:/bin"]},
         "rootfs": {"type": "layers", "diff_ids": ["sha256:" + digest]},
     }
     config = json.dumps(config).encode()

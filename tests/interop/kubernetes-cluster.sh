@@ -1,0 +1,216 @@
+#!/usr/bin/env bash
+# A whole Kubernetes (1.34.4) with the agent as the manifest has it: the commands of the README, and pods of every kind, each with the
+# identity of its namespace and service account, or none.
+#
+# JOB_PODS is how many pods of a Job ask once each, quiet and in a storm (default: 12). Needs root, and Debian's etcd-server,
+# containerd, runc and containernetworking-plugins.
+source "$(dirname "${BASH_SOURCE[0]}")/cluster.bash"
+
+start_cluster
+manifests=$root/packaging/kubernetes
+
+# The commands of the README, as they stand, where the repository is the working directory.
+cd "$root"
+mapfile -t commands < <(sed -n '/^### On Kubernetes/,/^##* [^O]/p' README.md | sed -n '/^```sh$/,/^```$/p' | grep -v '^```')
+[ "${#commands[@]}" -ge 5 ] || fail "the README has the commands: ${commands[*]}"
+for command in "${commands[@]}"; do eval "$command" >"$dir/said.txt" 2>&1 || fail "$command: $(cat "$dir/said.txt")"; done
+grep -q 'spiffe://example.org/ns/shop/sa/web' "$dir/said.txt" || fail "the README's workload: $(cat "$dir/said.txt")"
+note "the README's commands give an identity"
+for file in daemonset workload network-policy; do
+    kubectl apply --dry-run=server --validate=strict -f "$manifests/$file.yaml" >/dev/null || fail "$file.yaml"
+done
+
+# What pods are told by, from a ConfigMap that changes. No entry is for pods by their user, and all run as the same.
+entries=$(
+    for of in bank/web bank/ledger jobs/short; do
+        printf 'entry "spiffe://example.org/ns/%s/sa/%s" { selectors = ["k8s:ns:%s", "k8s:sa:%s"] }\n' \
+            "${of%/*}" "${of#*/}" "${of%/*}" "${of#*/}"
+    done
+    echo 'entry "spiffe://example.org/label/blue" { selectors = ["k8s:ns:labels", "k8s:pod-label:colour:blue"] }'
+    for container in prepare main helper; do
+        echo "entry \"spiffe://example.org/container/$container\" { selectors = [\"k8s:ns:parts\", \"k8s:container-name:$container\"] }"
+    done
+)
+conf=$(kubectl -n durward get configmap durward -o jsonpath='{.data.agent\.conf}')
+# change_conf TEXT: the ConfigMap's file.
+change_conf() { kubectl -n durward create configmap durward --from-literal=agent.conf="$1" --dry-run=client -o yaml | kubectl replace -f - >/dev/null; }
+change_conf "$conf"$'\n'"$entries"
+
+# pod NAME NAMESPACE SERVICE_ACCOUNT [MORE OF spec] [LABELS]: asks again and again, and prints what it is.
+pod() {
+    kubectl create namespace "$2" >/dev/null 2>&1 || true
+    kubectl -n "$2" create serviceaccount "$3" >/dev/null 2>&1 || true
+    kubectl apply -f - >/dev/null <<POD
+apiVersion: v1
+kind: Pod
+metadata: {name: $1, namespace: $2, labels: {app: $1, ${5:-}}}
+spec:
+  serviceAccountName: $3
+  terminationGracePeriodSeconds: 0
+  securityContext: {runAsUser: 1000}
+  ${4:-}
+  containers:
+  - name: main
+    image: durward:0.1.0
+    command: ["/bin/sh", "-c", "while :; do durward api fetch x509 -output json -timeout 20s; sleep 0.5; done"]
+    env: &env [{name: SPIFFE_ENDPOINT_SOCKET, value: "unix:///spiffe/api.sock"}]
+    volumeMounts: &mounts [{name: spiffe, mountPath: /spiffe, readOnly: true}]
+  volumes: [{name: spiffe, hostPath: {path: /run/durward/public, type: Directory}}]
+POD
+}
+ids_of() { kubectl -n "$1" logs "$2" --tail=60 "${@:3}" | grep -o 'spiffe://example.org/[a-z0-9/-]*' | sort -u; }
+is() { [ "$(ids_of "$2" "$3" "${@:4}")" = "spiffe://example.org/$1" ]; }
+
+# Two tenants of one user; two service accounts of one tenant; labels; the node's PIDs and network.
+pod web bank web
+pod ledger bank ledger
+pod blue labels plain "" "colour: blue"
+pod red labels plain "" "colour: red"
+pod both bank web "hostPID: true
+  hostNetwork: true"
+until_true 90 is ns/bank/sa/web bank web
+note "a change of the ConfigMap is in force, and a pod has its identity"
+until_true 60 is ns/bank/sa/ledger bank ledger
+until_true 60 is label/blue labels blue
+until_true 60 is ns/bank/sa/web bank both
+# An init container asks before the others.
+asks='image: "durward:0.1.0", env: [{name: SPIFFE_ENDPOINT_SOCKET, value: "unix:///spiffe/api.sock"}], volumeMounts: [{name: spiffe, mountPath: /spiffe}]'
+pod parts parts plain "initContainers: [{name: prepare, $asks, command: [durward, api, fetch, x509, -output, json, -timeout, 20s]}]"
+until_true 60 is container/prepare parts parts -c prepare
+until_true 60 is container/main parts parts -c main
+is ns/shop/sa/web shop deployment/web || fail "shop's web: $(ids_of shop deployment/web)"
+until_true 30 kubectl -n labels wait --for=condition=Ready pod/red --timeout=1s
+kubectl -n labels exec red -- durward api fetch x509 >"$dir/said.txt" 2>&1 && fail "a red pod has an identity: $(cat "$dir/said.txt")"
+grep -qi 'no identity issued' "$dir/said.txt" || fail "a red pod is denied: $(cat "$dir/said.txt")"
+note "pods of each kind have the identity that is theirs, and one has none"
+
+# What is put into a running pod: kubectl exec, and an ephemeral container, which has a name of its own.
+kubectl -n bank exec ledger -- durward api fetch x509 -output json | grep -q '"spiffe://example.org/ns/bank/sa/ledger"' ||
+    fail "kubectl exec"
+echo '{"env": [{"name": "SPIFFE_ENDPOINT_SOCKET", "value": "unix:///spiffe/api.sock"}],
+  "volumeMounts": [{"name": "spiffe", "mountPath": "/spiffe"}]}' >"$dir/custom.json"
+kubectl -n parts debug parts --image=durward:0.1.0 --container=helper --profile=general --custom="$dir/custom.json" -- \
+    durward api fetch x509 -output json -timeout 20s >/dev/null 2>&1
+until_true 60 is container/helper parts parts -c helper
+note "kubectl exec and kubectl debug are in their pod"
+
+# Pods that live for a moment: each is served at its first try.
+job() { # job NAME
+    kubectl create namespace jobs >/dev/null 2>&1 || true
+    kubectl -n jobs create serviceaccount short >/dev/null 2>&1 || true
+    kubectl apply -f - >/dev/null <<JOB
+apiVersion: batch/v1
+kind: Job
+metadata: {name: $1, namespace: jobs}
+spec:
+  completions: ${JOB_PODS:-12}
+  parallelism: 10
+  backoffLimit: 0
+  template:
+    spec:
+      serviceAccountName: short
+      restartPolicy: Never
+      containers:
+      - name: once
+        image: durward:0.1.0
+        command: [durward, api, fetch, x509, -timeout, 30s]
+        env: [{name: SPIFFE_ENDPOINT_SOCKET, value: "unix:///spiffe/api.sock"}]
+        volumeMounts: [{name: spiffe, mountPath: /spiffe}]
+      volumes: [{name: spiffe, hostPath: {path: /run/durward/public, type: Directory}}]
+JOB
+    kubectl -n jobs wait --for=condition=complete "job/$1" --timeout=180s >/dev/null ||
+        fail "each pod of a Job is served: $(kubectl -n jobs get pods; kubectl -n jobs logs -l "job-name=$1" --tail=3)"
+}
+job quiet
+note "${JOB_PODS:-12} pods of a Job are each served at their first try"
+
+# The same while a pod of nobody asks as fast as it can, in 4 loops.
+pod storm storm plain
+kubectl -n storm wait --for=condition=Ready pod/storm --timeout=60s >/dev/null
+loop='while :; do durward api fetch x509; done >/dev/null 2>&1'
+start_process storm kubectl -n storm exec storm -- /bin/sh -c "($loop) & ($loop) & ($loop) & $loop"
+job stormy
+[ "$(ids_of storm storm)" = "" ] || fail "the storm has an identity: $(ids_of storm storm)"
+kubectl -n storm delete pod storm --wait=false >/dev/null
+note "and as many in a storm"
+
+# The kubelet was asked seldom, and no probe has failed.
+asked=$(kubectl get --raw /api/v1/nodes/node1/proxy/metrics |
+    awk '/^kubelet_http_requests_total/ && /path="pods"/ {n += $2} END {print n + 0}')
+[ "$asked" -gt 0 ] && [ "$asked" -le $((4 * SECONDS)) ] || fail "requests to the kubelet: $asked in $SECONDS s"
+agent_is() { [ "$(kubectl -n durward get pods -o jsonpath="{.items[*].status.containerStatuses[*].$1}")" = "$2" ]; }
+agent_is restartCount 0 || fail "the agent was restarted"
+agent_is ready true || fail "the agent is ready"
+kubectl -n durward get events | grep -i unhealthy && fail "a probe failed"
+note "the kubelet was asked $asked times, and no probe of the agent failed"
+
+# The selectors of spire-agent, for the same containers.
+mkdir -p "$dir/peer"
+psat="NodeAttestor \"k8s_psat\" { plugin_data { clusters = { lab = {
+  service_account_allow_list = [\"durward:durward\"], kube_config_file = \"$KUBECONFIG\" } } } }"
+server_conf server "$port" example.org "" "$psat"
+sed -i 's/bind_address .*/bind_address = "0.0.0.0"/' "$dir/server/server.conf"
+start_server
+spire-server bundle show >"$dir/bootstrap.pem"
+cat >"$dir/peer.conf" <<CONF
+agent {
+  trust_domain      = "example.org"
+  server_address    = "127.0.0.1"
+  server_port       = "$port"
+  trust_bundle_path = "$dir/bootstrap.pem"
+  data_dir          = "$dir/peer"
+  socket_path       = "/run/durward/public/peer.sock"
+  log_level         = "debug"
+  join_token        = "$(spire-server token generate -spiffeID spiffe://example.org/node | sed -n 's/^Token: //p')"
+}
+plugins {
+  NodeAttestor "join_token" { plugin_data { } }
+  KeyManager "memory" { plugin_data { } }
+  WorkloadAttestor "k8s" {
+    plugin_data { kubelet_ca_path = "$k/ca.pem", certificate_path = "$k/admin.pem", private_key_path = "$k/admin.key" }
+  }
+}
+CONF
+start_process peer spire-agent run -config "$dir/peer.conf"
+until_true 30 test -S /run/durward/public/peer.sock
+# container_of NAMESPACE POD CONTAINER: its ID in the runtime.
+container_of() {
+    kubectl -n "$1" get pod "$2" -o jsonpath="{.status.containerStatuses[?(@.name=='$3')].containerID}" | sed 's#.*//##'
+}
+for of in bank/web bank/ledger bank/both labels/blue parts/parts; do
+    namespace=${of%/*} name=${of#*/}
+    kubectl -n "$namespace" exec "$name" -c main -- durward api fetch x509 -socketPath /spiffe/peer.sock >/dev/null 2>&1 || true
+    uid=$(kubectl -n "$namespace" get pod "$name" -o jsonpath='{.metadata.uid}')
+    grep 'attested to have selectors' "$dir/peer.log" | grep "pod-uid:$uid" | tail -n 1 |
+        grep -o 'value:\\"[^\\]*' | sed 's/.*"/k8s:/' | sort -u >"$dir/theirs.txt"
+    pid=$(ctr task ls | awk -v id="$(container_of "$namespace" "$name" main)" '$1 == id {print $2}')
+    kubectl -n durward exec daemonset/durward -- durward explain -pid "$pid" -output json |
+        python3 -c 'import json, sys; print(*json.load(sys.stdin)["selectors"], sep="\n")' | grep ^k8s: | sort -u >"$dir/ours.txt"
+    [ -s "$dir/theirs.txt" ] || fail "spire-agent's selectors: $(tail -n 3 "$dir/peer.log")"
+    diff "$dir/theirs.txt" "$dir/ours.txt" >"$dir/differ.txt" || fail "selectors of $of: $(cat "$dir/differ.txt")"
+done
+note "$(wc -l <"$dir/ours.txt") selectors of a pod are the same, line by line, as spire-agent's $version"
+
+# With a SPIRE Server that asks the cluster who its agents are.
+spire-server entry create -node -parentID spiffe://example.org/spire/server -spiffeID spiffe://example.org/cluster \
+    -selector k8s_psat:cluster:lab >/dev/null
+spire-server entry create -parentID spiffe://example.org/cluster -spiffeID spiffe://example.org/of-server/ledger \
+    -selector k8s:ns:bank -selector k8s:sa:ledger >/dev/null
+kubectl -n durward create configmap bundle --from-file="$dir/bootstrap.pem" >/dev/null
+change_conf "agent {
+  trust_domain = \"example.org\"
+  server_address = \"$node_ip\"
+  server_port = \"$port\"
+  trust_bundle_path = \"/bundle/bootstrap.pem\"
+}
+plugins {
+  NodeAttestor \"k8s_psat\" { plugin_data { cluster = \"lab\" } }
+  KeyManager \"memory\" { plugin_data { } }
+  WorkloadAttestor \"k8s\" { plugin_data { } }
+}
+$(sed -n '/^health_checks/,/^}/p' <<<"$conf")"
+kubectl -n durward patch daemonset durward --patch-file "$manifests/join-server.yaml" >/dev/null
+kubectl -n durward rollout status daemonset/durward --timeout=90s >/dev/null
+until_true 60 is of-server/ledger bank ledger
+spire-server agent list | grep -q 'spiffe://example.org/spire/agent/k8s_psat/lab/' || fail "k8s_psat: $(spire-server agent list)"
+note "and the same manifest joins a SPIRE Server by k8s_psat"
