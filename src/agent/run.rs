@@ -34,7 +34,7 @@ use super::{
 use crate::{
     api::{admin::AskedReload, proto::admin::ReloadResponse},
     config::{Changes, Config},
-    issuer::Expelled,
+    issuer::{self, Expelled},
     os::{clock::Clock, systemd::ServiceManager},
     telemetry::{chain, log::Log},
 };
@@ -71,6 +71,8 @@ pub fn run(load: Load) -> anyhow::Result<()> {
     let queue = handed.as_ref().and_then(|listener| listener.try_clone().ok());
     let errands = Errands::new().context("cannot start a thread")?;
     let serving = runtime()?;
+    // Meanwhile the configuration is read.
+    drop(serving.spawn_blocking(issuer::seed));
     let mut log = None;
     let ended = control.block_on(async {
         let control =
@@ -197,7 +199,7 @@ impl Control<'_> {
         watching.spawn(async move { manager.watch(|| health.live()).await });
 
         let mut reloads = Reloads::default();
-        let mut asked = agent.asked.take();
+        let mut asked = agent.reloads_asked();
         let mut files = ConfigWatch::of(agent.config());
         let mut reopening = Vec::new();
         loop {

@@ -13,10 +13,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use futures_util::future::OptionFuture;
 use jsonwebtoken::Algorithm;
 use nix::unistd::geteuid;
 use time::OffsetDateTime;
-use tokio::net::UnixStream;
+use tokio::{net::UnixStream, sync::mpsc};
 
 use super::{
     Failure,
@@ -134,9 +135,15 @@ async fn attend(
     terminal: &mut Terminal,
 ) -> Result<(), Failure> {
     terminal.print("\nServing. Ctrl-C ends it; run again, and all of it is still there.\n")?;
+    let mut asked = agent.reloads_asked();
     loop {
+        let mut asking = None;
         let signal = tokio::select! {
             signal = signals.next() => signal,
+            Some(Some(who)) = OptionFuture::from(asked.as_mut().map(mpsc::Receiver::recv)) => {
+                asking = Some(who);
+                Signalled::Reload
+            }
             fault = agent.failed() => return Err(Failure::Agent(fault)),
         };
         match signal {
@@ -146,13 +153,15 @@ async fn attend(
             }
             Signalled::Reload => {
                 let loaded = Config::load(&paths.config, ExpandEnv::No).map_err(anyhow::Error::new);
-                // Printing fails, and this ends, when the signal said that the terminal is gone.
-                match loaded.and_then(|next| agent.reload(next)) {
-                    Ok(_changes) => terminal.print("Read again.\n")?,
-                    Err(error) => {
-                        terminal.print(&format!("Not read again, all stays as it was: {error:#}\n"))?
-                    }
-                }
+                let told = agent.reload_and_tell(loaded);
+                let said = match told.error.as_str() {
+                    "" => "Read again.\n".to_owned(),
+                    error => format!("Not read again, all stays as it was: {error}\n"),
+                };
+                // Who asked may be gone.
+                let _heard = asking.map(|who| who.send(told));
+                // This fails, and this ends, when the signal said that the terminal is gone.
+                terminal.print(&said)?;
             }
             Signalled::ReopenLog | Signalled::Nothing => {}
         }
