@@ -31,6 +31,7 @@ use tokio::{
 };
 
 pub use self::{
+    gate::room_for,
     reload::Load,
     run::{run, runtime},
     signals::{Signalled, Signals},
@@ -113,6 +114,11 @@ impl Running {
         });
         self.adjustable.log = Some(log);
         self
+    }
+
+    /// Where reloads are asked for at the admin socket, for whoever looks after this agent; `None` after the first time.
+    pub fn reloads_asked(&mut self) -> Option<mpsc::Receiver<AskedReload>> {
+        self.asked.take()
     }
 
     /// Ends when serving has ended by itself, or a task that goes on for ever has: faults. Without the one that

@@ -28,7 +28,7 @@ use tokio::{
 
 use self::{embedded::EmbeddedSettings, server::ServerSettings};
 pub use self::{
-    keys::KeyFault,
+    keys::{KeyFault, seed},
     lookout::{Lookout, Lookouts},
     metrics::SvidKind,
 };

@@ -7,7 +7,11 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::{
     api::status,
-    limits::{self, ConnectionPermit, ConnectionRefusal, GatePlan, holding::Holding, room::Room},
+    config::Config,
+    limits::{
+        self, ConnectionPermit, ConnectionRefusal, GatePlan, gate_plan::NoRoomError, holding::Holding,
+        room::Room,
+    },
     os::{cgroup, headroom::Headroom},
     peer::{AcceptGate, Arrival},
     store::audit::AuditTrail,
@@ -77,6 +81,28 @@ pub(super) fn say_what_fits(plan: &GatePlan, budget: Option<u64>) {
              not 64"
         );
     }
+}
+
+/// Whether an agent that has what this process has could hold the connections that are set.
+///
+/// # Errors
+/// [`NoRoomError`].
+pub fn room_for(config: &Config) -> Result<(), NoRoomError> {
+    let means = Means::of_this_process(http_listeners(config));
+    GatePlan::new(&config.ratelimit, means.nofile, config.ratelimit.memory.budget(means.cgroup)).map(drop)
+}
+
+/// How many HTTP listeners `config` asks for.
+pub(super) fn http_listeners(config: &Config) -> usize {
+    [
+        config.prometheus.is_some(),
+        config.metrics_socket.is_some(),
+        config.health.enabled,
+        config.health.socket_path.is_some(),
+    ]
+    .into_iter()
+    .filter(|asked| *asked)
+    .count()
 }
 
 /// What the machine gives this process.

@@ -6,9 +6,10 @@ use tokio::{runtime::Handle, time::timeout};
 
 use crate::{
     issuer::{Issuer, SvidKind},
+    peer::socket::Presence,
     telemetry::{
         chain,
-        health::{HealthState, Probe, Pulse},
+        health::{HealthState, Lost, Probe, Pulse},
         registry::Label as _,
     },
 };
@@ -46,6 +47,41 @@ pub(super) async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
                 health.set(if waits { Probe::Starting } else { Probe::Unavailable });
             }
         }
+    }
+}
+
+/// Looks every few seconds whether clients still find the socket. Somebody may have removed it, or mounted something over it:
+/// an agent that nobody reaches does not notice anything else. One that it bound itself is bound anew by a restart.
+pub(super) async fn keep_in_sight(health: Arc<HealthState>, presence: Presence) {
+    let mut every = tokio::time::interval(PROBE);
+    let mut missing = false;
+    loop {
+        every.tick().await;
+        let at = presence.clone();
+        // No thread, no answer: that is for the next look.
+        let Ok(there) = tokio::task::spawn_blocking(move || at.is_there()).await else { continue };
+        if health.get() == Probe::Draining {
+            return;
+        }
+        let path = presence.path().display();
+        let lost = match (there, presence.handed_over) {
+            (true, _) => Lost::No,
+            (false, false) => Lost::UntilRestart,
+            (false, true) => Lost::UntilMade,
+        };
+        match (std::mem::replace(&mut missing, !there), lost) {
+            (false, Lost::UntilRestart) => tracing::error!(
+                %path,
+                "the socket of the workload api is gone from its path, and nobody can connect: restart the agent"
+            ),
+            (false, Lost::UntilMade) => tracing::error!(
+                %path,
+                "the socket of the workload api is gone from its path, and nobody can connect: restart its socket unit"
+            ),
+            (true, Lost::No) => tracing::info!(%path, "the socket of the workload api is at its path again"),
+            _ => {}
+        }
+        health.found(lost);
     }
 }
 

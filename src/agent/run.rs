@@ -66,6 +66,8 @@ pub fn run(load: Load) -> anyhow::Result<()> {
     let queue = handed.as_ref().and_then(|listener| listener.try_clone().ok());
     let errands = Errands::new().context("cannot start a thread")?;
     let serving = runtime()?;
+    // Meanwhile the configuration is read.
+    drop(serving.spawn_blocking(issuer::seed));
     let mut log = None;
     let ended = control.block_on(async {
         let control =

@@ -13,10 +13,10 @@ use tokio::{
 
 use super::{
     ANSWERS_WITHIN, Running, connection_bounds,
-    gate::{AuditedGate, Means, say_what_fits},
+    gate::{AuditedGate, Means, http_listeners, say_what_fits},
     meter::{MemoryMeter, keep_time},
     metrics::{AgentMetrics, MemoryMetrics},
-    probe::probe,
+    probe::{keep_in_sight, probe},
     serving::Serving,
     surroundings::look_around,
     watch::Watch,
@@ -69,6 +69,8 @@ impl Running {
         control: &Handle,
     ) -> anyhow::Result<Self> {
         let parts = AgentParts::of(&config, clock)?;
+        // Clients come as soon as a socket is bound, and are not to wait for that.
+        issuer::seed().context("cannot make keys")?;
         let bound = BoundPlaces::of(&config, handed, &parts)?;
         parts.serve(config, bound, control)
     }
@@ -179,6 +181,7 @@ impl AgentParts {
         self.metrics.before_render(move || series.set(&counted.0, &counted.1));
         self.tell_of_memory();
 
+        let presence = socket.presence();
         let gate = Arc::new(AuditedGate { gate: self.gate.clone(), audit: Arc::clone(&self.audit) });
         let listener = Listener { socket, bounds, gate, keys: Arc::clone(&keys), stats };
         let serving = listener.serve(move |_peer| services.clone(), stopped(stopping.clone()));
@@ -189,6 +192,9 @@ impl AgentParts {
             self.serve_admin(socket, service, admin_stats, stopping)
         });
         let mut tasks = self.tasks();
+        if let Some(presence) = presence {
+            tasks.spawn(keep_in_sight(Arc::clone(&self.health), presence));
+        }
         let mut issuing = JoinSet::new();
         issuing.spawn(Arc::clone(&self.issuer).run());
         let gate = self.gate.clone();
@@ -338,19 +344,6 @@ impl BoundPlaces {
         }
         Ok(Self { http, admin, socket })
     }
-}
-
-/// How many HTTP listeners `config` asks for.
-fn http_listeners(config: &Config) -> usize {
-    [
-        config.prometheus.is_some(),
-        config.metrics_socket.is_some(),
-        config.health.enabled,
-        config.health.socket_path.is_some(),
-    ]
-    .into_iter()
-    .filter(|asked| *asked)
-    .count()
 }
 
 /// An HTTP listener at a Unix socket for the agent's user and group.

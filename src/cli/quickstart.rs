@@ -15,10 +15,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use futures_util::future::OptionFuture;
 use jsonwebtoken::Algorithm;
 use nix::unistd::geteuid;
 use time::OffsetDateTime;
-use tokio::net::UnixStream;
+use tokio::{net::UnixStream, sync::mpsc};
 
 use super::{
     Failure,

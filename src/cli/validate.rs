@@ -11,11 +11,15 @@ use super::{
     terminal::{Terminal, clean},
 };
 use crate::{
-    attest::{AttestSettings, Attestor},
-    config::{AgentUser, Config, Places, TakenAddress},
+    agent,
+    attest::Attestor,
+    config::{AgentUser, Config, Places, Signer, TakenAddress},
     hcl::{ConfigError, ConfigErrors},
     identity::EntryIndex,
-    os::trusted::{ClosedDir, Trust},
+    os::{
+        clock::Clock,
+        trusted::{ClosedDir, Trust},
+    },
 };
 
 /// How long the node's databases of users and groups may take for all names.
@@ -85,7 +89,7 @@ fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<Config, Failure
     let read = config.read(trust);
     let looked_at = read.as_ref().unwrap_or(&first);
     let Places { mut wrong, closed } = looked_at.places(user);
-    wrong.extend(looked_at.missing_places(trust));
+    wrong.extend(looked_at.missing_places(trust, Clock::SYSTEM.now()));
     wrong.extend(looked_at.addresses().0);
     let wrong = wrong_places(config.path(), wrong);
     let read = match read {
@@ -108,9 +112,14 @@ fn unsettled(config: &Config) -> Vec<(&'static str, String)> {
     let taken = config.addresses().1.into_iter().map(|TakenAddress { key, host, port, cause }| {
         (key, format!("{host} port {port} cannot be had now, as an agent that runs keeps it: {cause}"))
     });
-    let nobody =
-        config.entries.is_empty().then(|| ("entry", "there is none, so nobody is served".to_owned()));
-    taken.chain(nobody).collect()
+    let alone = matches!(config.issuer, Signer::Embedded(_));
+    let nobody = (alone && config.entries.is_empty())
+        .then(|| ("entry", "there is none, so nobody is served".to_owned()));
+    let room = agent::room_for(config).err().map(|error| {
+        let here = "as this command has it: an agent that is started in another way may have more";
+        ("ratelimit", format!("{error}, {here}"))
+    });
+    taken.chain(nobody).chain(room).collect()
 }
 
 /// A selector that an entry asks for and that no process of this node can have.
@@ -123,7 +132,7 @@ struct AbsentSelector {
 /// The names that entries ask for and that nobody has here, or that the user database does not answer for. No mistake:
 /// the file may be for another node, or the user may come yet.
 fn absent(config: &Config) -> Vec<AbsentSelector> {
-    let attestor = Attestor::new(AttestSettings::default());
+    let attestor = Attestor::new(config.attest.clone());
     let index = Arc::new(EntryIndex::new(config.entries.clone()));
     let _asked_until_then = attestor.prepare_for(&index);
     attestor.wait(NAMES_WITHIN);

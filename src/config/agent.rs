@@ -159,6 +159,13 @@ pub(super) fn fits_a_socket(path: &Path) -> Result<(), String> {
             quoted(&right.to_string_lossy())
         ));
     }
+    let is_abstract = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"@"));
+    if is_abstract || path.iter().any(|name| name == "tcp:") {
+        return Err("must be a path: neither an address of TCP nor an abstract socket is served".to_owned());
+    }
+    if path.as_os_str().as_encoded_bytes().ends_with(b"/") || path.file_name().is_none() {
+        return Err("must end in the name of the socket".to_owned());
+    }
     match path.as_os_str().len() {
         ..=MAX_PATH_LEN => Ok(()),
         length => {

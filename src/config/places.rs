@@ -5,6 +5,7 @@ use std::{
     io,
     os::unix::fs::{FileTypeExt as _, MetadataExt as _},
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use nix::unistd::geteuid;
@@ -15,7 +16,8 @@ use super::{
 };
 use crate::{
     issuer::{
-        embedded::{IssuerError, check_ca_key, check_data_dir},
+        IssuerChoice,
+        embedded::{IssuerError, check_ca_key, check_data_dir, try_sources},
         server::settings::{KeyManagerSettings, NodeAttestorSettings},
     },
     os::trusted::{ClosedDir, PathError, Trust, TrustedDir},
@@ -130,9 +132,9 @@ impl Config {
         (wrong, taken)
     }
 
-    /// What a start needs, and is not there or cannot be read by the user of `trust`: the directory of the log, and the
-    /// files of a CA. An agent that runs does not need them again.
-    pub fn missing_places(&self, trust: Trust) -> Vec<WrongPlace> {
+    /// What a start needs at `now`, and the user of `trust` does not find, or could not make: the places of sockets, keys and
+    /// lines, and a CA that can sign. An agent that runs does not need them again. Makes nothing.
+    pub fn missing_places(&self, trust: Trust, now: SystemTime) -> Vec<WrongPlace> {
         let mut found = Places::default();
         let us = geteuid();
         // What this process cannot open another's agent may.
@@ -140,10 +142,21 @@ impl Config {
             error.kind() == io::ErrorKind::NotFound || us.is_root() || us.as_raw() == trust.user()
         };
         for (key, file) in self.log_files() {
-            if let Err(PathError::Open { path, cause }) = trust.to_append().directory(parent(file))
+            match trust.to_append().could_append(file) {
+                Err(PathError::Open { cause, .. }) if !tells(&cause) => {}
+                // Places says it.
+                Err(PathError::Untrusted { .. } | PathError::Mounted { .. }) => {}
+                tried => found.note(key, file, tried),
+            }
+        }
+        let admin = self.agent.admin_socket_path.as_deref().map(|at| ("agent.admin_socket_path", at));
+        let sockets = self.sockets().chain(admin).map(|(key, at)| (key, at, parent(at)));
+        let data_dir = self.agent.data_dir.as_path();
+        for (key, value, dir) in sockets.chain([("agent.data_dir", data_dir, data_dir)]) {
+            if let Err(PathError::Open { path, cause }) = trust.could_make_in(dir)
                 && tells(&cause)
             {
-                found.note(key, file, Err::<(), _>(PathError::Open { path, cause }));
+                found.note(key, value, Err::<(), _>(PathError::Open { path, cause }));
             }
         }
         let Signer::Embedded(issuer) = &self.issuer else { return found.wrong };
@@ -165,7 +178,36 @@ impl Config {
                 checked => found.note("issuer \"embedded\".ca_key_path", file, checked),
             }
         }
+        if found.wrong.is_empty() {
+            self.try_signer(trust, now, tells, &mut found);
+        }
         found.wrong
+    }
+
+    /// What a CA or a state that is there would say at the start.
+    fn try_signer(
+        &self,
+        trust: Trust,
+        now: SystemTime,
+        tells: impl Fn(&io::Error) -> bool,
+        found: &mut Places,
+    ) {
+        let IssuerChoice::Embedded(settings) = self.issuer_input().choice else { return };
+        let error = match try_sources(&settings, trust, now) {
+            Ok(()) => return,
+            // Places says it, or the agent itself will.
+            Err(IssuerError::Path(_) | IssuerError::FileType { .. }) => return,
+            Err(IssuerError::Read { cause, .. }) if !tells(&cause) => return,
+            Err(error) => error,
+        };
+        let key = match &error {
+            IssuerError::SuppliedCa { path, .. } if settings.issuer.ca_key_path.as_ref() == Some(path) => {
+                ("issuer \"embedded\".ca_key_path", path.clone())
+            }
+            IssuerError::SuppliedCa { path, .. } => ("issuer \"embedded\".ca_cert_path", path.clone()),
+            _ => ("agent.data_dir", settings.data_dir.clone()),
+        };
+        found.note(key.0, &key.1, Err::<(), _>(error));
     }
 
     /// Files that decide who signs, and that nobody else may be able to change.
@@ -255,12 +297,23 @@ fn socket_place(dir: Result<TrustedDir, PathError>, path: &Path) -> Result<(), S
         Err(PathError::Open { .. }) => return Ok(()),
         Err(error) => return Err(error.to_string()),
     };
-    match path.file_name().map(|name| dir.look_at(name)) {
-        Some(Ok(found)) if !found.file_type().is_socket() => {
-            Err(format!("{} is there and is no socket: remove it, or choose another path", path.display()))
-        }
-        Some(_) | None => Ok(()),
+    let Some(name) = path.file_name() else { return Ok(()) };
+    if dir.look_at(name).is_ok_and(|found| !found.file_type().is_socket()) {
+        return Err(format!(
+            "{} is there and is no socket: remove it, or choose another path",
+            path.display()
+        ));
     }
+    let mut lock = name.to_owned();
+    lock.push(".lock");
+    if dir.look_at(&lock).is_ok_and(|found| !found.is_file()) {
+        let lock = path.with_file_name(&lock);
+        return Err(format!(
+            "{} is no file, and the lock of the socket: remove it, or choose another path",
+            lock.display()
+        ));
+    }
+    Ok(())
 }
 
 /// Where a name stands: the working directory, if the path says none.

@@ -18,7 +18,7 @@ use super::{
     TrustDomain,
     json::{self, Quoted},
     jwk::{Jwk, text},
-    pem::misplaced_begin,
+    pem::{LostBlock, check_blocks},
 };
 
 /// The longest bundle that is parsed, in bytes.
@@ -42,9 +42,9 @@ pub enum BundleError {
     /// A PEM text without a certificate.
     #[error("bundle holds no PEM block of type CERTIFICATE")]
     NoCertificate,
-    /// A PEM block that readers pass over: its line, from 1.
-    #[error("line {0}: -----BEGIN must be at the start of a line of its own, else its block is not read")]
-    MisplacedBegin(usize),
+    /// A PEM block that readers pass over.
+    #[error(transparent)]
+    LostBlock(#[from] LostBlock),
     /// A PEM block that is no authority.
     #[error("PEM block {at}: {reason}")]
     PemBlock {
@@ -140,9 +140,7 @@ impl Bundle {
     /// (a private key next to its certificate, say).
     pub fn parse_pem(trust_domain: &TrustDomain, pem: &[u8]) -> Result<Self, BundleError> {
         check_len(pem)?;
-        if let Some(line) = misplaced_begin(pem) {
-            return Err(BundleError::MisplacedBegin(line));
-        }
+        check_blocks(pem)?;
         let mut x509_authorities = Vec::new();
         for (at, block) in Pem::iter_from_buffer(pem).enumerate() {
             let wrong = |reason| BundleError::PemBlock { at, reason };

@@ -1,12 +1,46 @@
 //! What readers of PEM texts pass over in silence.
 
-/// The first line, from 1, where `-----BEGIN` stands elsewhere than at its start: glued to the end of the block before, behind
-/// a byte order mark, or indented. RFC 7468, section 2, has it at the start of a line; readers skip such a block as they skip
-/// any text between blocks, and a certificate is lost.
-pub fn misplaced_begin(text: &[u8]) -> Option<usize> {
-    const BEGIN: &[u8] = b"-----BEGIN";
-    let is_misplaced = |line: &[u8]| line.windows(BEGIN.len()).skip(1).any(|part| part == BEGIN);
-    text.split(|byte| *byte == b'\n').position(is_misplaced).map(|before| before + 1)
+const BEGIN: &[u8] = b"-----BEGIN";
+const END: &[u8] = b"-----END";
+
+/// DER of more than 255 bytes begins like this in base64, as every certificate does; nothing that people write does.
+const DER: &[u8] = b"MII";
+/// Shorter than any line of a PEM block but its last.
+const LINE: usize = 40;
+
+/// A block that readers of PEM skip, as they skip any text between blocks: a certificate is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LostBlock {
+    /// `-----BEGIN` stands elsewhere than at the start of its line (RFC 7468, section 2): glued to the end of the block before,
+    /// behind a byte order mark, or indented. The line, from 1.
+    #[error("line {0}: -----BEGIN must be at the start of a line of its own, else its block is not read")]
+    Misplaced(usize),
+    /// What is in a block stands in none: what should begin it is written in another way. The line, from 1.
+    #[error(
+        "line {0} is in no block: the line -----BEGIN CERTIFICATE----- must stand before it, written like this"
+    )]
+    Bare(usize),
+}
+
+/// The first block that would be lost.
+///
+/// # Errors
+/// [`LostBlock`].
+pub fn check_blocks(text: &[u8]) -> Result<(), LostBlock> {
+    let mut within = false;
+    for (number, line) in (1..).zip(text.split(|byte| *byte == b'\n')) {
+        if line.windows(BEGIN.len()).skip(1).any(|part| part == BEGIN) {
+            return Err(LostBlock::Misplaced(number));
+        }
+        if line.starts_with(BEGIN) {
+            within = true;
+        } else if line.starts_with(END) {
+            within = false;
+        } else if !within && line.trim_ascii().len() >= LINE && line.trim_ascii().starts_with(DER) {
+            return Err(LostBlock::Bare(number));
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -14,17 +48,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_begin_starts_its_line() {
+    fn every_block_is_read_or_named() {
+        let der = format!("MIIB{}\n", "A".repeat(60));
+        let bare = |begin: &str| format!("-----BEGIN X-----\n{der}-----END X-----\n{begin}\n{der}");
         for (case, text, want) in [
-            ("none", "", None),
-            ("two", "-----BEGIN X-----\nAA\n-----END X-----\n-----BEGIN X-----\n", None),
-            ("glued", "-----BEGIN X-----\nAA\n-----END X----------BEGIN X-----\n", Some(3)),
-            ("a byte order mark", "\u{feff}-----BEGIN X-----\n", Some(1)),
-            ("indented", "words\n\n  -----BEGIN X-----\n", Some(3)),
-            ("line ends of Windows", "-----BEGIN X-----\r\n-----END X-----\r\n-----BEGIN X-----\r\n", None),
-            ("more dashes", "-------BEGIN X-----\n", Some(1)),
+            ("none", "", Ok(())),
+            ("two", "-----BEGIN X-----\nAA\n-----END X-----\n-----BEGIN X-----\n", Ok(())),
+            (
+                "glued",
+                "-----BEGIN X-----\nAA\n-----END X----------BEGIN X-----\n",
+                Err(LostBlock::Misplaced(3)),
+            ),
+            ("a byte order mark", "\u{feff}-----BEGIN X-----\n", Err(LostBlock::Misplaced(1))),
+            ("indented", "words\n\n  -----BEGIN X-----\n", Err(LostBlock::Misplaced(3))),
+            ("line ends of Windows", "-----BEGIN X-----\r\n-----END X-----\r\n-----BEGIN X-----\r\n", Ok(())),
+            ("more dashes", "-------BEGIN X-----\n", Err(LostBlock::Misplaced(1))),
+            ("fewer dashes", &bare("----BEGIN X----"), Err(LostBlock::Bare(5))),
+            ("small letters", &bare("-----begin x-----"), Err(LostBlock::Bare(5))),
+            ("long dashes", &bare("\u{2013}\u{2013}\u{2013}BEGIN X"), Err(LostBlock::Bare(5))),
+            ("no begin", &format!("  {der}"), Err(LostBlock::Bare(1))),
+            ("well", &bare("Subject: CN=MIIB\n-----BEGIN X-----"), Ok(())),
         ] {
-            assert_eq!(misplaced_begin(text.as_bytes()), want, "{case}");
+            assert_eq!(check_blocks(text.as_bytes()), want, "{case}");
         }
     }
 }

@@ -11,6 +11,8 @@ mod ca;
 mod disk;
 mod error;
 mod jwt;
+mod name_constraints;
+mod repair;
 mod rotation;
 mod settings;
 mod state;
@@ -30,8 +32,9 @@ use tokio::{
     time::Instant,
 };
 
+use self::repair::Repair;
 pub use self::{
-    ca::{EmbeddedCa, ROTATION_RETRY, Rotation},
+    ca::{EmbeddedCa, ROTATION_RETRY, Rotation, try_sources},
     disk::{check_ca_key, check_data_dir},
     error::{Damage, IssuerError, SuppliedCaFault},
     settings::{EmbeddedSettings, IssuerSettings, MIN_CA_TTL, MIN_SVID_TTL},
@@ -52,9 +55,6 @@ const HEAVY_AT_ONCE: usize = 2;
 /// The longest time between two looks at what is due for rotation.
 const LOOK: Duration = Duration::from_secs(10);
 
-/// The shortest time between two looks.
-const PAUSE: Duration = Duration::from_millis(250);
-
 /// The embedded CA as an [`Issuer`].
 pub struct EmbeddedIssuer {
     ca: Arc<EmbeddedCa>,
@@ -62,6 +62,7 @@ pub struct EmbeddedIssuer {
     metrics: Arc<IssuerMetrics>,
     world: watch::Sender<Arc<World>>,
     heavy: Arc<Semaphore>,
+    repair: Repair,
 }
 
 impl EmbeddedIssuer {
@@ -83,6 +84,7 @@ impl EmbeddedIssuer {
             metrics,
             world: watch::Sender::new(Arc::new(world)),
             heavy: Arc::new(Semaphore::new(HEAVY_AT_ONCE)),
+            repair: Repair::default(),
         })
     }
 
@@ -92,6 +94,13 @@ impl EmbeddedIssuer {
             let bundles = Bundles { own: Arc::clone(&world.bundles.own), federated };
             *world = Arc::new(World { index, bundles, tainted: Arc::default() });
         });
+    }
+
+    /// Waits until what signs is valid, where a rotation can make it so.
+    async fn in_term(&self, kind: SvidKind, deadline: Instant) {
+        if self.ca.can_sign(kind, self.clock.now()).is_err() {
+            self.repair.tried(deadline).await;
+        }
     }
 
     /// Mints on this thread.
@@ -117,6 +126,7 @@ impl EmbeddedIssuer {
         deadline: Instant,
         work: impl FnOnce(&EmbeddedCa, SystemTime) -> Result<T, IssuerError> + Send + 'static,
     ) -> Result<T, MintError> {
+        self.in_term(kind, deadline).await;
         let started = Instant::now();
         let made = by(deadline, async {
             // The semaphore is never closed.
@@ -193,6 +203,7 @@ impl Issuer for EmbeddedIssuer {
             return Box::pin(made.buffered(1).collect());
         }
         Box::pin(async move {
+            self.in_term(SvidKind::X509, deadline).await;
             let mut made = Vec::with_capacity(entries.len());
             for entry in entries {
                 if !made.is_empty() {
@@ -219,6 +230,7 @@ impl Issuer for EmbeddedIssuer {
             }));
         }
         Box::pin(async move {
+            self.in_term(SvidKind::Jwt, deadline).await;
             self.mint(SvidKind::Jwt, deadline, |ca, now| {
                 ca.mint_jwt(&entry.spiffe_id, entry.jwt_svid_ttl, audience, now)
             })
@@ -249,16 +261,18 @@ impl Issuer for EmbeddedIssuer {
         Box::pin(async move {
             let mut failing = false;
             loop {
+                let began = Instant::now();
                 let next = self.rotate(&mut failing).await;
                 self.metrics.rotation.set_due(Some(next));
+                self.repair.pause(began).await;
                 tokio::select! {
                     () = sleep_until(self.clock, next) => {}
                     // Looked at again every ten seconds whatever is due, and not by the clock: only so is it seen that
                     // that one was set back, after which the issuer cannot sign until it has rotated. With nothing due,
                     // a look costs microseconds.
                     () = tokio::time::sleep(LOOK) => {}
+                    () = self.repair.needed() => {}
                 }
-                tokio::time::sleep(PAUSE).await;
             }
         })
     }

@@ -186,6 +186,14 @@ impl rcgen::SigningKey for KeyPair {
     }
 }
 
+/// Has the library gather its first randomness, which takes some 25 ms of a processor, once for the process.
+///
+/// # Errors
+/// It has none to give.
+pub fn seed() -> Result<(), KeyFault> {
+    random::<1>().map(drop)
+}
+
 /// `N` random bytes.
 pub(super) fn random<const N: usize>() -> Result<[u8; N], KeyFault> {
     let mut bytes = [0; N];

@@ -16,6 +16,7 @@
 //!
 //! Absent on purpose: `openat2(2)`, which would not say who owns what on the way.
 
+mod ahead;
 mod error;
 mod here;
 mod rule;

@@ -68,6 +68,32 @@ pub(crate) struct BoundPath {
     lock: Lock,
 }
 
+/// What stands at the path of a socket that listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Presence {
+    path: PathBuf,
+    /// Device and inode; unknown of a socket that was handed over and whose path leads nowhere.
+    made: Option<(u64, u64)>,
+    /// Whether systemd bound it, and keeps it.
+    pub handed_over: bool,
+}
+
+impl Presence {
+    /// Where clients look for it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether who connects there reaches this socket. Asks the file system, which may wait.
+    pub fn is_there(&self) -> bool {
+        standing_at(&self.path).is_some_and(|found| self.made == Some(found))
+    }
+}
+
+fn standing_at(path: &Path) -> Option<(u64, u64)> {
+    path.metadata().ok().map(|meta| (meta.dev(), meta.ino()))
+}
+
 /// Held by the one agent that may be at a path.
 #[derive(Debug)]
 struct Lock {
@@ -232,6 +258,13 @@ impl Socket {
             Some(place) => Some(place.path.clone()),
             None => self.listener.local_addr().ok()?.as_pathname().map(Path::to_owned),
         }
+    }
+
+    /// What is to stand at its path, if it has one.
+    pub fn presence(&self) -> Option<Presence> {
+        let path = self.path()?;
+        let made = self.place.as_ref().map(|place| place.made).or_else(|| standing_at(&path));
+        Some(Presence { path, made, handed_over: self.place.is_none() })
     }
 
     /// The listener, and what removes its path.

@@ -36,6 +36,20 @@ struct Vitals {
     pulse: Pulse,
     /// No caller, or none but of the agent's own user, can be told from another.
     blind: bool,
+    /// Nobody finds the socket.
+    lost: Lost,
+}
+
+/// Whether the socket of the Workload API stands at its path.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Lost {
+    /// It does.
+    #[default]
+    No,
+    /// It does not, and the next start of the agent makes it anew.
+    UntilRestart,
+    /// It does not, and whoever keeps it for the agent has to make it anew.
+    UntilMade,
 }
 
 impl HealthState {
@@ -58,6 +72,11 @@ impl HealthState {
         self.lock().blind = true;
     }
 
+    /// Tells whether clients find the socket.
+    pub fn found(&self, lost: Lost) {
+        self.lock().lost = lost;
+    }
+
     /// How the agent is. Whether its threads answer does not show here.
     #[must_use]
     pub fn get(&self) -> Probe {
@@ -71,21 +90,26 @@ impl HealthState {
     /// Whether it is well, or on its way: `false` only when it was up and cannot serve, as a restart may help then.
     #[must_use]
     pub fn live(&self) -> bool {
-        let Vitals { probe, pulse, .. } = *self.lock();
-        probe != Probe::Unavailable && pulse == Pulse::Beats
+        let Vitals { probe, pulse, lost, .. } = *self.lock();
+        // One that ends leaves its socket.
+        let lost = lost == Lost::UntilRestart && probe != Probe::Draining;
+        probe != Probe::Unavailable && pulse == Pulse::Beats && !lost
     }
 
     /// Whether workloads may be sent here.
     #[must_use]
     pub fn ready(&self) -> bool {
-        let Vitals { probe, pulse, blind } = *self.lock();
-        probe == Probe::Healthy && pulse == Pulse::Beats && !blind
+        let Vitals { probe, pulse, blind, lost } = *self.lock();
+        probe == Probe::Healthy && pulse == Pulse::Beats && !blind && lost == Lost::No
     }
 
     /// spire-agent's bodies, so that whoever parses them need not change (`pkg/common/health`).
     pub(super) fn body(&self) -> &'static str {
-        let Vitals { probe, pulse, blind } = *self.lock();
+        let Vitals { probe, pulse, blind, lost } = *self.lock();
         match (probe, pulse) {
+            (Probe::Healthy, Pulse::Beats) if lost != Lost::No => {
+                "{\"agent\":{\"make_new_x509_err\":\"the socket of the workload api is gone: see the log\"}}\n"
+            }
             (Probe::Healthy, Pulse::Beats) if blind => {
                 "{\"agent\":{\"make_new_x509_err\":\"callers cannot be told apart on this node: see the log\"}}\n"
             }

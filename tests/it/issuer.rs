@@ -1039,9 +1039,22 @@ fn a_supplied_ca_near_its_end_is_a_fault_until_renewed() {
     assert_eq!(issuer.bundle().x509_authorities.len(), 2, "known before it signs");
 }
 
+/// A critical extension of name constraints on URIs (RFC 5280, section 4.2.1.10).
+fn uri_constraints(permitted: &[&str], excluded: &[&str]) -> rcgen::CustomExtension {
+    let tagged = |tag: u8, content: &[u8]| [&[tag, u8::try_from(content.len()).unwrap()], content].concat();
+    let subtrees = |tag, uris: &[&str]| {
+        let all: Vec<u8> = uris.iter().flat_map(|uri| tagged(0x30, &tagged(0x86, uri.as_bytes()))).collect();
+        if all.is_empty() { Vec::new() } else { tagged(tag, &all) }
+    };
+    let both = [subtrees(0xa0, permitted), subtrees(0xa1, excluded)].concat();
+    let mut extension = rcgen::CustomExtension::from_oid_content(&[2, 5, 29, 30], tagged(0x30, &both));
+    extension.set_criticality(true);
+    extension
+}
+
 #[test]
 fn a_supplied_ca_that_cannot_serve_is_refused_with_the_reason() {
-    use rcgen::{BasicConstraints, IsCa, KeyUsagePurpose, SanType};
+    use rcgen::{BasicConstraints, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, SanType};
     let dir = temp_dir();
     let alg = &rcgen::PKCS_ECDSA_P256_SHA256;
     let root = admin_root(admin_params("root", YEAR), alg);
@@ -1066,12 +1079,93 @@ fn a_supplied_ca_that_cannot_serve_is_refused_with_the_reason() {
     let own = with(&|params| {
         params.subject_alt_names = vec![SanType::URI("spiffe://example.org".try_into().unwrap())];
     });
+    let usage =
+        |usages: &[ExtendedKeyUsagePurpose]| with(&|params| params.extended_key_usages = usages.to_vec());
+    let client = usage(&[ExtendedKeyUsagePurpose::ClientAuth]);
+    let server = usage(&[ExtendedKeyUsagePurpose::ServerAuth]);
+    let both = usage(&[ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth]);
+    let any = usage(&[ExtendedKeyUsagePurpose::Any]);
+    let on_uris = |permitted: &[&str], excluded: &[&str]| {
+        with(&|params| params.custom_extensions = vec![uri_constraints(permitted, excluded)])
+    };
+    let right = on_uris(&["other.example", "example.org"], &["a.example.org"]);
+    let parent = on_uris(&[".org"], &[]);
+    let elsewhere = on_uris(&["example.com"], &[]);
+    let with_scheme = on_uris(&["spiffe://example.org"], &[]);
+    let excluded = on_uris(&[], &["org"]);
+    let limited = admin_root(
+        {
+            let mut params = admin_params("root", YEAR);
+            params.custom_extensions = vec![uri_constraints(&["example.org"], &[])];
+            params
+        },
+        alg,
+    );
+    let below_limited = admin_below(admin_params("below", YEAR), &limited);
     let ed25519 = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap().serialize_pem();
     let many = vec![root.pem(); 9];
     let many: Vec<_> = many.iter().map(String::as_str).collect();
 
     for (case, certificates, key, want) in [
         ("own URI", &[own.0.as_str()][..], own.1.as_str(), None),
+        ("for both sides", &[&both.0], &both.1, None),
+        ("for any", &[&any.0], &any.1, None),
+        ("its URIs", &[&right.0], &right.1, None),
+        ("URIs below a domain", &[&parent.0], &parent.1, None),
+        (
+            "URIs, by the root",
+            &[&below_limited.pem(), &limited.pem()],
+            &below_limited.key().serialize_pem(),
+            None,
+        ),
+        (
+            "for clients",
+            &[&client.0],
+            &client.1,
+            Some(
+                "certificate 1 (O=Admin, CN=root) is for one side of a connection alone: its extendedKeyUsage must name serverAuth and clientAuth, or be left out, for a workload is both",
+            ),
+        ),
+        (
+            "for servers",
+            &[&server.0],
+            &server.1,
+            Some(
+                "certificate 1 (O=Admin, CN=root) is for one side of a connection alone: its extendedKeyUsage must name serverAuth and clientAuth, or be left out, for a workload is both",
+            ),
+        ),
+        (
+            "other URIs",
+            &[&elsewhere.0],
+            &elsewhere.1,
+            Some(
+                "certificate 1 (O=Admin, CN=root) has the name constraint permitted URI \"example.com\", which not every verifier lets spiffe://example.org/.. pass: permit the URI example.org, without spiffe://",
+            ),
+        ),
+        (
+            "URIs with a scheme",
+            &[&with_scheme.0],
+            &with_scheme.1,
+            Some(
+                "certificate 1 (O=Admin, CN=root) has the name constraint permitted URI \"spiffe://example.org\", which not every verifier lets spiffe://example.org/.. pass: permit the URI example.org, without spiffe://",
+            ),
+        ),
+        (
+            "its URIs excluded",
+            &[&excluded.0],
+            &excluded.1,
+            Some(
+                "certificate 1 (O=Admin, CN=root) has the name constraint excluded URI \"org\", which not every verifier lets spiffe://example.org/.. pass: permit the URI example.org, without spiffe://",
+            ),
+        ),
+        (
+            "its URIs, by a root that did not sign",
+            &[&below.pem(), &limited.pem()],
+            &below.key().serialize_pem(),
+            Some(
+                "certificate 1 (O=Admin, CN=below) was not signed by the key of O=Admin, CN=root, which issued it by its name",
+            ),
+        ),
         ("no certificate", &[], &root_key, Some("ca.crt: no PEM certificates could be read from it")),
         (
             "not PEM",

@@ -300,7 +300,7 @@ fn who_validates_is_not_who_is_trusted() {
 #[test]
 fn validate_looks_at_every_place_that_a_start_needs() {
     type Change = fn(&Path);
-    let cases: [(&str, &str, Change, &str); 9] = [
+    let cases: [(&str, &str, Change, &str); 20] = [
         ("all is well", "", |_| {}, ""),
         (
             "metrics in everybody's directory",
@@ -339,6 +339,81 @@ fn validate_looks_at_every_place_that_a_start_needs() {
             "is also agent.socket_path",
         ),
         ("no directory for the log", "", |at| fs::remove_dir(at.join("log")).unwrap(), "agent.log_file"),
+        (
+            "a directory for the lock",
+            "",
+            |at| fs::create_dir(at.join("run/api.sock.lock")).unwrap(),
+            "api.sock.lock is no file, and the lock of the socket",
+        ),
+        (
+            "a directory for the log",
+            "audit { file = \"HERE/log/audit\" }",
+            |at| fs::create_dir(at.join("log/audit")).unwrap(),
+            "audit is not a file",
+        ),
+        (
+            "a log behind a link that leads nowhere",
+            "audit { file = \"HERE/log/audit\" }",
+            |at| symlink("nowhere/audit", at.join("log/audit")).unwrap(),
+            "cannot open",
+        ),
+        (
+            "a socket in /proc",
+            "health_checks { socket_path = \"/proc/nowhere/h.sock\" }",
+            |_| {},
+            "health_checks.socket_path \"/proc/nowhere/h.sock\": cannot open /proc",
+        ),
+        (
+            "a socket in /sys",
+            "telemetry { Prometheus { socket_path = \"/sys/m.sock\" } }",
+            |_| {},
+            "telemetry.Prometheus.socket_path \"/sys/m.sock\": cannot open /sys",
+        ),
+        (
+            "a socket of TCP",
+            "health_checks { socket_path = \"tcp://127.0.0.1:80\" }",
+            |_| {},
+            "neither an address of TCP nor an abstract socket",
+        ),
+        (
+            "a socket without a name",
+            "health_checks { socket_path = \"HERE/run/\" }",
+            |_| {},
+            "must end in the name",
+        ),
+        (
+            "an abstract socket",
+            "health_checks { socket_path = \"@durward\" }",
+            |_| {},
+            "neither an address of TCP nor an abstract socket",
+        ),
+        (
+            "more connections than descriptors: elsewhere there may be more",
+            "ratelimit { gate { connections = 1000000 } }",
+            |_| {},
+            "",
+        ),
+        (
+            "keys that are damaged",
+            "",
+            |at| {
+                fs::create_dir(at.join("data")).unwrap();
+                chmod(&at.join("data"), 0o700);
+                fs::write(at.join("data/issuer.json"), "{").unwrap();
+                chmod(&at.join("data/issuer.json"), 0o600);
+            },
+            "issuer.json is damaged",
+        ),
+        (
+            "a CA that is none",
+            "CA",
+            |at| {
+                fs::write(at.join("etc/ca.pem"), "").unwrap();
+                fs::write(at.join("etc/ca.key"), "").unwrap();
+                chmod(&at.join("etc/ca.key"), 0o600);
+            },
+            "no private key could be read from it",
+        ),
         ("no CA", "CA", |_| {}, "ca_cert_path"),
         ("no key", "CA", |at| fs::write(at.join("etc/ca.pem"), "").unwrap(), "ca_key_path"),
     ];
@@ -411,10 +486,11 @@ fn the_agents_own_group_may_read_its_key() {
         chown(&key, None, Some(group)).unwrap();
         chmod(&key, mode);
         let (valid, started) = (validate(&config), run(Path::new(PROGRAM), &config, |_| {}));
-        assert_eq!(valid.status.success(), well, "{mode:o} {group}: {}", text(&valid.stderr));
         // The key is none, which is said when it may be read.
-        let said = text(&started.stderr);
-        assert_eq!(!said.contains("others can read it"), well, "{mode:o} {group}: {said}");
+        for said in [text(&valid.stderr), text(&started.stderr)] {
+            assert_eq!(!said.contains("others can read it"), well, "{mode:o} {group}: {said}");
+            assert_eq!(said.contains("no private key could be read"), well, "{mode:o} {group}: {said}");
+        }
         if !well {
             assert!(text(&valid.stderr).contains(&format!("(chmod 600 {})", key.display())), "{mode:o}");
             let mount = "mount --bind \"$1/etc\" \"$1/etc\" && mount -o remount,bind,ro \"$1/etc\" || exit 77; \

@@ -23,7 +23,7 @@ use arc_swap::ArcSwap;
 
 use super::{
     EmbeddedSettings, IssuerError, MIN_CA_TTL, SuppliedCaFault,
-    disk::DataDir,
+    disk::{self, DataDir},
     jwt::{self, JwtKey, JwtSigner},
     rotation::{self, Advanced, AuthoritySlot, Record, Term},
     state::Authorities,
@@ -36,6 +36,7 @@ use crate::{
         keys::{self, KeyPair, SignatureForm},
         metrics::SvidKind,
     },
+    os::trusted::Trust,
 };
 
 /// How long to wait after a rotation that failed before trying again.
@@ -237,6 +238,21 @@ impl EmbeddedCa {
     }
 }
 
+/// Whether an agent of the user of `trust` could sign with what lies there for it: a CA that is supplied is tried out, and
+/// a state is read. What is missing of a state is made. Writes nothing.
+///
+/// # Errors
+/// [`IssuerError`], as [`EmbeddedCa::open`] would say.
+pub fn try_sources(settings: &EmbeddedSettings, trust: Trust, now: SystemTime) -> Result<(), IssuerError> {
+    if settings.issuer.supplied_ca().is_some() {
+        make_ca(settings, trust, None, now)?;
+    }
+    if let Some((path, text)) = disk::look_at_state(&settings.data_dir, trust)? {
+        Authorities::parse(&text, &path, &settings.trust_domain)?;
+    }
+    Ok(())
+}
+
 impl fmt::Debug for EmbeddedCa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("EmbeddedCa").field("settings", &self.settings).finish_non_exhaustive()
@@ -251,7 +267,7 @@ fn dismiss_other_sources(
 ) -> Result<(), IssuerError> {
     let chain = match settings.issuer.supplied_ca() {
         None => Vec::new(),
-        Some((cert, key)) => SuppliedCa::load(cert, key, &settings.trust_domain, now)?.chain,
+        Some((cert, key)) => SuppliedCa::load(cert, key, Trust::own(), &settings.trust_domain, now)?.chain,
     };
     for record in state.x509.iter_mut().filter(|record| record.public.above != chain) {
         record.key = None;
@@ -281,13 +297,15 @@ fn check_id(id: &SpiffeId, trust_domain: &TrustDomain) -> Result<(), IssuerError
 }
 
 fn advance(state: &mut Authorities, settings: &EmbeddedSettings, now: SystemTime) -> (Advanced, Advanced) {
-    let x509 = rotation::advance(&mut state.x509, now, |outlive| make_ca(settings, outlive, now));
+    let x509 =
+        rotation::advance(&mut state.x509, now, |outlive| make_ca(settings, Trust::own(), outlive, now));
     let jwt = rotation::advance(&mut state.jwt, now, |_| make_jwt_key(settings, now));
     (x509, jwt)
 }
 
 fn make_ca(
     settings: &EmbeddedSettings,
+    trust: Trust,
     outlive: Option<SystemTime>,
     now: SystemTime,
 ) -> Result<Record<X509Authority>, IssuerError> {
@@ -302,7 +320,7 @@ fn make_ca(
             (term, X509Authority { certificate, above: Vec::new() })
         }
         Some((cert, key_path)) => {
-            let supplied = SuppliedCa::load(cert, key_path, trust_domain, now)?;
+            let supplied = SuppliedCa::load(cert, key_path, trust, trust_domain, now)?;
             let refuse = |fault| IssuerError::SuppliedCa { path: cert.to_owned(), fault };
             let not_after = supplied.not_after;
             if outlive.is_some_and(|outlive| not_after <= outlive) {
@@ -312,8 +330,10 @@ fn make_ca(
             let issuer = CaIssuer::Supplied(&supplied);
             let certificate = x509::ca_certificate(trust_domain, term, &key, issuer)?;
             let public = X509Authority { certificate, above: supplied.chain };
-            x509::try_out(&public, term, key_type, &key.pkcs8()?, trust_domain, now)?
-                .map_err(|err| refuse(SuppliedCaFault::Refused(err)))?;
+            if !supplied.limited {
+                x509::try_out(&public, term, key_type, &key.pkcs8()?, trust_domain, now)?
+                    .map_err(|err| refuse(SuppliedCaFault::Refused(err)))?;
+            }
             (term, public)
         }
     };

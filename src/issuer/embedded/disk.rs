@@ -64,15 +64,7 @@ impl DataDir {
 
     /// Reads the state. `None` when there is none yet.
     pub(super) fn read(&self) -> Result<Option<Zeroizing<Vec<u8>>>, IssuerError> {
-        let path = self.state_path();
-        let failed = |cause| IssuerError::Read { path: path.clone(), cause };
-        let file = match self.dir.open_as(OsStr::new(STATE), OFlag::O_RDONLY, 0) {
-            Ok(file) => file,
-            Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(cause) => return Err(failed(cause)),
-        };
-        check_owner(&path, &file.metadata().map_err(failed)?, geteuid().as_raw())?;
-        read_secret(&path, file, MAX_STATE_LEN).map(Some)
+        read_state(&self.dir, &self.state_path(), geteuid().as_raw())
     }
 
     /// Writes the state. On any error the state of before is in its place.
@@ -114,6 +106,31 @@ impl DataDir {
     }
 }
 
+/// Reads the state of an agent of the user of `trust`, which may be running. `None` when there is none.
+pub(super) fn look_at_state(
+    data_dir: &Path,
+    trust: Trust,
+) -> Result<Option<(PathBuf, Zeroizing<Vec<u8>>)>, IssuerError> {
+    let path = data_dir.join(STATE);
+    let dir = match trust.directory_unchecked(data_dir) {
+        Ok(dir) => dir,
+        Err(error) if error.is_missing() => return Ok(None),
+        Err(error) => return Err(refused(data_dir)(error)),
+    };
+    Ok(read_state(&dir, &path, trust.user())?.map(|text| (path, text)))
+}
+
+fn read_state(dir: &TrustedDir, path: &Path, ours: u32) -> Result<Option<Zeroizing<Vec<u8>>>, IssuerError> {
+    let failed = |cause| IssuerError::Read { path: path.to_owned(), cause };
+    let file = match dir.open_as(OsStr::new(STATE), OFlag::O_RDONLY, 0) {
+        Ok(file) => file,
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(cause) => return Err(failed(cause)),
+    };
+    check_owner(path, &file.metadata().map_err(failed)?, ours)?;
+    read_secret(path, file, MAX_STATE_LEN).map(Some)
+}
+
 /// Looks at a data directory as an agent of user `ours` would. One that is missing is well: it is made.
 ///
 /// # Errors
@@ -133,8 +150,8 @@ fn check_directory(path: &Path, dir: &TrustedDir, ours: u32) -> Result<(), Issue
 }
 
 /// Opens a file of the admin's to read it, where nobody else could have put another.
-pub(super) fn open_to_read(path: &Path) -> Result<File, IssuerError> {
-    Trust::own().open(path).map_err(refused(path))
+pub(super) fn open_to_read(path: &Path, trust: Trust) -> Result<File, IssuerError> {
+    trust.open(path).map_err(refused(path))
 }
 
 fn refused(path: &Path) -> impl FnOnce(PathError) -> IssuerError {
@@ -156,9 +173,13 @@ pub fn check_ca_key(path: &Path, trust: Trust) -> Result<(), IssuerError> {
 }
 
 /// Reads a secret that an admin supplies, and that nobody but the agent's user and root reads.
-pub(super) fn read_supplied_secret(path: &Path, most: u64) -> Result<Zeroizing<Vec<u8>>, IssuerError> {
-    let file = open_to_read(path)?;
-    check_supplied(path, &file, Trust::own())?;
+pub(super) fn read_supplied_secret(
+    path: &Path,
+    trust: Trust,
+    most: u64,
+) -> Result<Zeroizing<Vec<u8>>, IssuerError> {
+    let file = open_to_read(path, trust)?;
+    check_supplied(path, &file, trust)?;
     read_file(path, file, most)
 }
 

@@ -8,7 +8,7 @@ use std::{
 
 use super::MIN_CA_TTL;
 use crate::{
-    identity::{SpiffeId, TrustDomain},
+    identity::{SpiffeId, TrustDomain, pem::LostBlock},
     issuer::{MintError, keys::KeyFault},
     os::trusted::PathError,
 };
@@ -151,9 +151,9 @@ pub enum Damage {
 /// Why a CA that the admin supplied cannot be used. `index` tells which certificate of the file, from 1.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SuppliedCaFault {
-    /// A PEM block that readers pass over: its line, from 1.
-    #[error("line {0}: -----BEGIN must be at the start of a line of its own, else its block is not read")]
-    MisplacedBegin(usize),
+    /// A PEM block that readers pass over.
+    #[error(transparent)]
+    LostBlock(LostBlock),
     /// The file has no certificate, or something that is none.
     #[error("no PEM certificates could be read from it")]
     NoCertificate,
@@ -197,6 +197,24 @@ pub enum SuppliedCaFault {
     /// A CA of another trust domain.
     #[error("certificate {index} ({subject}) has URI name {found:?}, but {want:?} is configured")]
     ForeignTrustDomain { index: usize, subject: String, found: String, want: String },
+    /// A CA for servers or for clients alone.
+    #[error(
+        "certificate {index} ({subject}) is for one side of a connection alone: its extendedKeyUsage must name serverAuth and clientAuth, or be left out, for a workload is both"
+    )]
+    OneSide { index: usize, subject: String },
+    /// A name constraint that keeps the SPIFFE IDs out, or that not all verifiers know.
+    #[error(
+        "certificate {index} ({subject}) has the name constraint {found}, which not every verifier lets spiffe://{want}/.. pass: permit the URI {want}, without spiffe://"
+    )]
+    NotPermitted { index: usize, subject: String, found: String, want: TrustDomain },
+    /// A critical extension that verifiers do not know.
+    #[error("certificate {index} ({subject}) has the critical extension {oid}, which verifiers do not know")]
+    Extension { index: usize, subject: String, oid: String },
+    /// The name of its issuer is right, and the key is another.
+    #[error(
+        "certificate {index} ({subject}) was not signed by the key of {above}, which issued it by its name"
+    )]
+    Signature { index: usize, subject: String, above: String },
     /// A certificate is not followed by the one that issued it.
     #[error(
         "certificate {index} was issued by {issuer}, but is followed by {next}: order them from the CA that signs up to the root"

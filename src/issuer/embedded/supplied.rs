@@ -17,10 +17,11 @@ use x509_parser::{
 };
 use zeroize::Zeroize as _;
 
-use super::{IssuerError, SuppliedCaFault, disk, rotation::from_unix};
+use super::{IssuerError, SuppliedCaFault, disk, name_constraints, rotation::from_unix};
 use crate::{
-    identity::{TrustDomain, pem::misplaced_begin},
+    identity::{TrustDomain, pem::check_blocks},
     issuer::keys::KeyPair,
+    os::trusted::Trust,
 };
 
 /// The most certificates in the file: the CA that signs, and what is above it.
@@ -37,28 +38,35 @@ pub(super) struct SuppliedCa {
     pub(super) key_identifier: Option<Vec<u8>>,
     /// DER, from the CA that signs to the root.
     pub(super) chain: Vec<Vec<u8>>,
+    /// Whether it says which URIs may stand below it. webpki would refuse all, so these certificates were looked at here.
+    pub(super) limited: bool,
     /// When the first certificate of the chain to expire does.
     pub(super) not_after: SystemTime,
 }
 
 impl SuppliedCa {
-    /// Reads and checks both files.
+    /// Reads and checks both files, which may belong to root and the user of `trust`.
     pub(super) fn load(
         cert_path: &Path,
         key_path: &Path,
+        trust: Trust,
         trust_domain: &TrustDomain,
         now: SystemTime,
     ) -> Result<Self, IssuerError> {
         let bad_cert = |fault| IssuerError::SuppliedCa { path: cert_path.to_owned(), fault };
         let bad_key = |fault| IssuerError::SuppliedCa { path: key_path.to_owned(), fault };
 
-        let chain = read_certificates(cert_path)?;
-        let key = read_key(key_path)?.ok_or_else(|| bad_key(SuppliedCaFault::NoKey))?;
+        let chain = read_certificates(cert_path, trust)?;
+        let key = read_key(key_path, trust)?.ok_or_else(|| bad_key(SuppliedCaFault::NoKey))?;
         let parsed = parse(&chain).map_err(bad_cert)?;
         check(&parsed, trust_domain, now).map_err(bad_cert)?;
         let Some(first) = parsed.first() else {
             return Err(bad_cert(SuppliedCaFault::NoCertificate));
         };
+        let limited = name_constraints::are_on_uris(&parsed);
+        if limited {
+            name_constraints::permit(&parsed, trust_domain).map_err(bad_cert)?;
+        }
         if first.public_key().subject_public_key.data != key.public_key() {
             return Err(bad_key(SuppliedCaFault::KeyMismatch));
         }
@@ -69,17 +77,17 @@ impl SuppliedCa {
                 _ => None,
             });
         let not_after = parsed.iter().filter_map(|certificate| not_after(certificate)).min().unwrap_or(now);
-        Ok(Self { key, subject, key_identifier, chain, not_after })
+        Ok(Self { key, subject, key_identifier, chain, limited, not_after })
     }
 }
 
-fn read_certificates(path: &Path) -> Result<Vec<Vec<u8>>, IssuerError> {
-    let file = disk::open_to_read(path)?;
+fn read_certificates(path: &Path, trust: Trust) -> Result<Vec<Vec<u8>>, IssuerError> {
+    let file = disk::open_to_read(path, trust)?;
     let text = disk::read_file(path, file, MAX_FILE_LEN)?;
-    if let Some(line) = misplaced_begin(&text) {
-        let fault = SuppliedCaFault::MisplacedBegin(line);
-        return Err(IssuerError::SuppliedCa { path: path.to_owned(), fault });
-    }
+    check_blocks(&text).map_err(|lost| IssuerError::SuppliedCa {
+        path: path.to_owned(),
+        fault: SuppliedCaFault::LostBlock(lost),
+    })?;
     CertificateDer::pem_slice_iter(&text)
         .map(|certificate| certificate.map(|der| der.as_ref().to_vec()))
         .collect::<Result<_, _>>()
@@ -90,8 +98,8 @@ fn read_certificates(path: &Path) -> Result<Vec<Vec<u8>>, IssuerError> {
 }
 
 /// `None` when the file holds no key that can be used.
-fn read_key(path: &Path) -> Result<Option<KeyPair>, IssuerError> {
-    let text = disk::read_supplied_secret(path, MAX_FILE_LEN)?;
+fn read_key(path: &Path, trust: Trust) -> Result<Option<KeyPair>, IssuerError> {
+    let text = disk::read_supplied_secret(path, trust, MAX_FILE_LEN)?;
     let Ok(mut der) = PrivateKeyDer::from_pem_slice(&text) else { return Ok(None) };
     let key = KeyPair::from_foreign(&der);
     der.zeroize();
@@ -172,6 +180,11 @@ fn check_one(
     if now < not_before || not_after <= now {
         return Err(SuppliedCaFault::NotValidNow { index, subject: subject(), not_before, not_after, now });
     }
+    if let Some(usage) = certificate.extended_key_usage().map_err(malformed)?.map(|extension| extension.value)
+        && !(usage.any || usage.server_auth && usage.client_auth)
+    {
+        return Err(SuppliedCaFault::OneSide { index, subject: subject() });
+    }
     let names = certificate.subject_alternative_name().map_err(malformed)?;
     for name in names.iter().flat_map(|names| &names.value.general_names) {
         let want = trust_domain.id_string();
@@ -202,15 +215,11 @@ pub(super) fn verify(chain: &[Vec<u8>], root: &[u8], now: SystemTime) -> Result<
     };
     let root = CertificateDer::from(root);
     let since_1970 = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
-    EndEntityCert::try_from(leaf)?
-        .verify_for_usage(
-            ALL_VERIFICATION_ALGS,
-            &[anchor_from_trusted_cert(&root)?],
-            intermediates,
-            UnixTime::since_unix_epoch(since_1970),
-            KeyUsage::client_auth(),
-            None,
-            None,
-        )
-        .map(drop)
+    let (leaf, anchors) = (EndEntityCert::try_from(leaf)?, [anchor_from_trusted_cert(&root)?]);
+    // A workload is both.
+    [KeyUsage::client_auth(), KeyUsage::server_auth()].into_iter().try_for_each(|usage| {
+        let now = UnixTime::since_unix_epoch(since_1970);
+        leaf.verify_for_usage(ALL_VERIFICATION_ALGS, &anchors, intermediates, now, usage, None, None)
+            .map(drop)
+    })
 }

@@ -42,6 +42,12 @@ const NO_FILES: [FsType; 7] = [
     SECURITYFS_MAGIC,
 ];
 
+/// Whether it is on one of the kernel's own file systems.
+pub(super) fn is_of_the_kernel(file: &File) -> Result<bool, Errno> {
+    let found = fstatfs(file)?.filesystem_type();
+    Ok(NO_FILES.contains(&found))
+}
+
 /// Whom paths may belong to: root, and one user.
 #[derive(Clone, Copy, Debug)]
 pub struct Trust {
@@ -120,11 +126,17 @@ impl Trust {
         getegid().as_raw() == gid || getgroups().is_ok_and(|all| all.contains(&Gid::from_raw(gid)))
     }
 
-    /// That the user may do this (4: read, 1: pass), as far as modes say: what the kernel lets this process do says
+    /// That the user may do all of this (4: read, 2: write, 1: pass), as far as modes say: what the kernel lets this process do says
     /// nothing about another user.
-    fn check_access(self, bit: u32, path: &Path, file: &File, meta: &Metadata) -> Result<(), PathError> {
+    pub(super) fn check_access(
+        self,
+        bits: u32,
+        path: &Path,
+        file: &File,
+        meta: &Metadata,
+    ) -> Result<(), PathError> {
         let mode = meta.mode();
-        let (owner, group, other) = (mode & bit << 6 != 0, mode & bit << 3 != 0, mode & bit != 0);
+        let [owner, group, other] = [6, 3, 0].map(|of| mode >> of & bits == bits);
         let nothing_to_say = self.ours == 0
             || self.ours == geteuid().as_raw()
             || self.owners == Owners::Anybody
@@ -208,8 +220,7 @@ impl Trust {
         meta: &Metadata,
         root: u32,
     ) -> Result<(), PathError> {
-        let of_kernel = fstatfs(file).map_err(|errno| cannot_open(path, errno.into()))?.filesystem_type();
-        if !meta.is_file() || NO_FILES.contains(&of_kernel) {
+        if !meta.is_file() || is_of_the_kernel(file).map_err(|errno| cannot_open(path, errno.into()))? {
             return Err(PathError::Kind { path: path.to_owned(), want: "regular file" });
         }
         let ours = self.owns(meta.uid(), root) && !self.others_write(file, meta);

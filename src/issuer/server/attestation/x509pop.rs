@@ -19,7 +19,7 @@ use zeroize::Zeroizing;
 
 use super::{MAX_FILE_LEN, NodeAttestor, NodeEvidence, Prover, SlowReads};
 use crate::{
-    identity::pem::misplaced_begin,
+    identity::pem::check_blocks,
     issuer::{
         keys::random,
         server::{other_agent, settings::X509PopSettings},
@@ -223,9 +223,7 @@ fn minimal(number: &[u8]) -> String {
 }
 
 fn certificates(text: &[u8]) -> Result<Vec<Vec<u8>>, String> {
-    if let Some(line) = misplaced_begin(text) {
-        return Err(format!("line {line}: -----BEGIN must be at the start of a line of its own"));
-    }
+    check_blocks(text).map_err(|lost| lost.to_string())?;
     let blocks: Result<Vec<Pem>, _> = Pem::iter_from_buffer(text).collect();
     let blocks = blocks.map_err(|_unsaid| "it is not PEM".to_owned())?;
     let chain: Vec<_> =
