@@ -48,7 +48,7 @@ pub(super) use layout::LayoutError;
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// The widest that a certificate's subject is shown, in characters.
-const SUBJECT: usize = 44;
+const SUBJECT: usize = 42;
 
 /// `quickstart`.
 #[derive(clap::Args, Clone, Debug)]
@@ -89,7 +89,7 @@ pub(super) fn run(args: &QuickstartArgs, terminal: &mut Terminal) -> Result<(), 
     let layout = Layout::prepare(&dir, args.trust_domain.as_ref())?;
     for (path, fresh, what) in &layout.files {
         let done = if *fresh { "wrote" } else { "kept " };
-        terminal.print(&format!("  {done} {path:<20} {what}\n"))?;
+        terminal.print(&format!("  {done} {path:<21} {what}\n"))?;
     }
     let config = Config::load(&layout.config, ExpandEnv::No)?;
     if let Some(asked) = args.trust_domain.clone().filter(|asked| *asked != config.trust_domain) {
@@ -141,11 +141,7 @@ async fn serve(
 }
 
 /// Goes on serving until a signal ends it, or the terminal is gone. The files are read again when they change, and on SIGHUP.
-async fn attend(
-    upkeep: &mut Upkeep,
-    signals: &mut Signals,
-    terminal: &mut Terminal,
-) -> Result<(), Failure> {
+async fn attend(upkeep: &mut Upkeep, signals: &mut Signals, terminal: &mut Terminal) -> Result<(), Failure> {
     terminal.print("\nServing. Ctrl-C ends it; run again, and all of it is still there.\n")?;
     loop {
         let happened = tokio::select! {

@@ -27,9 +27,9 @@ const SPIFFE: &str = "SPIFFE_ENDPOINT_SOCKET";
 pub(super) struct SocketArgs {
     /// Path of the agent's Workload API socket; unix:///path and tcp://IP:port are taken too
     ///
-    /// Without it, the first of these that is set: --instance, the environment variables
-    /// SPIRE_AGENT_PUBLIC_SOCKET (a path) and SPIFFE_ENDPOINT_SOCKET (unix:///path or
-    /// tcp://IP:port), then /run/durward/public/api.sock.
+    /// Without it, the first of these that is set: --instance, the environment
+    /// variables SPIRE_AGENT_PUBLIC_SOCKET (a path) and SPIFFE_ENDPOINT_SOCKET
+    /// (unix:///path or tcp://IP:port), then /run/durward/public/api.sock.
     #[arg(long, value_name = "PATH", verbatim_doc_comment)]
     pub(super) socket_path: Option<PathBuf>,
 
@@ -107,10 +107,7 @@ pub(super) enum Chosen {
 impl Chosen {
     /// Whether it is an admin socket.
     pub(super) fn is_admin(self) -> bool {
-        matches!(
-            self,
-            Self::AdminFlag | Self::AdminEnvironment | Self::AdminBeside(_) | Self::AdminDefault
-        )
+        matches!(self, Self::AdminFlag | Self::AdminEnvironment | Self::AdminBeside(_) | Self::AdminDefault)
     }
 }
 
@@ -304,7 +301,12 @@ mod tests {
             ("flag wins", Some("/f"), &[(ADMIN, "/e")], ("/f", Chosen::AdminFlag)),
             ("environment", None, &[(ADMIN, "/e"), spiffe], ("/e", Chosen::AdminEnvironment)),
             ("beside", None, &[spiffe], ("/a/private/admin.sock", Chosen::AdminBeside(SPIFFE))),
-            ("where many share", None, &[(SPIFFE, "unix:///tmp/a.sock")], (ADMIN_DEFAULT, Chosen::AdminDefault)),
+            (
+                "where many share",
+                None,
+                &[(SPIFFE, "unix:///tmp/a.sock")],
+                (ADMIN_DEFAULT, Chosen::AdminDefault),
+            ),
             ("no path", None, &[(SPIFFE, "tcp://1.2.3.4:5")], (ADMIN_DEFAULT, Chosen::AdminDefault)),
         ];
         for (case, flag, environment, (at, chosen)) in cases {

@@ -941,10 +941,12 @@ fn quickstart_serves_until_it_is_told_to_end() {
             .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
         let shown: Vec<_> = lines.take_while(|line| !line.starts_with("Serving. ")).collect();
-        let starting = |word: &str| shown.iter().filter(move |line| line.trim_start().starts_with(word));
-        let exports: Vec<_> = starting("export ").cloned().collect();
+        let starting = |word: &str| -> Vec<String> {
+            shown.iter().filter(|line| line.trim_start().starts_with(word)).cloned().collect()
+        };
+        let exports = starting("export ");
         assert_eq!(exports.len(), 2, "{shown:?}");
-        let commands: Vec<_> = starting("durward ").collect();
+        let commands = starting("durward ");
         assert_eq!(commands.len(), 6, "{shown:?}");
         let endless = |line: &str| line.contains(" api watch ") || line.contains(" limits --watch ");
         for command in commands.into_iter().filter(|line| !endless(line)) {
@@ -952,7 +954,9 @@ fn quickstart_serves_until_it_is_told_to_end() {
             let got = Command::new("/bin/sh").args(["-c", &script]).output().unwrap();
             assert!(got.status.success(), "{command}: {}", text(&got.stderr));
         }
-        let wide = shown.iter().filter(|line| line.chars().count() > 80 && !line.contains(&*base.path().to_string_lossy()));
+        let wide = shown
+            .iter()
+            .filter(|line| line.chars().count() > 80 && !line.contains(&*base.path().to_string_lossy()));
         assert_eq!(wide.collect::<Vec<_>>(), Vec::<&String>::new(), "no line is wider than a terminal");
         // The program of a test may lie where no other account can run it; a start of another needs root.
         if nix::unistd::geteuid().is_root() {
@@ -998,7 +1002,9 @@ fn quickstart_needs_no_root() {
     assert!(out.starts_with(&format!("Setting up in {}\n", dir.display())), "{out}");
     assert!(out.contains("this user (user ID 65534) is /me"), "{out}");
     let socket = out.lines().find_map(|line| line.strip_prefix("  serve ")).unwrap();
-    if let Some((made, _)) = socket.split_once("/public/").filter(|(made, _)| made.starts_with("/tmp/durward-")) {
+    if let Some((made, _)) =
+        socket.split_once("/public/").filter(|(made, _)| made.starts_with("/tmp/durward-"))
+    {
         fs::remove_dir_all(made).unwrap();
     }
 

@@ -181,8 +181,7 @@ fn ours(path: &Path, found: &fs::Metadata) -> Result<(), LayoutError> {
 /// The directory below which the sockets are: `dir`, or one in `/tmp` when the path of `dir` is too long for them, or others
 /// cannot pass it.
 fn socket_dir(dir: &Path, uid: u32) -> Result<PathBuf, LayoutError> {
-    let fits =
-        [SOCKET, ADMIN_SOCKET].iter().all(|name| dir.join(name).as_os_str().len() <= MAX_PATH_LEN);
+    let fits = [SOCKET, ADMIN_SOCKET].iter().all(|name| dir.join(name).as_os_str().len() <= MAX_PATH_LEN);
     let passes = |dir: &Path| fs::metadata(dir).is_ok_and(|found| found.mode() & 0o001 != 0);
     let open = passes(dir) && Trust::own().route(dir).is_ok_and(|way| way.closed.is_empty());
     if fits && open {
@@ -336,7 +335,11 @@ mod tests {
         let short = |dir: &Path| {
             let got = socket_dir(dir, 1).unwrap();
             let longest = got.join(ADMIN_SOCKET);
-            assert!(got.starts_with("/tmp") && longest.as_os_str().len() <= MAX_PATH_LEN, "{}", got.display());
+            assert!(
+                got.starts_with("/tmp") && longest.as_os_str().len() <= MAX_PATH_LEN,
+                "{}",
+                got.display()
+            );
             assert_eq!(fs::metadata(&got).unwrap().mode() & 0o777, 0o755);
             got
         };
