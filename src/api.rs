@@ -20,6 +20,7 @@ mod metrics;
 pub mod proto;
 mod reached;
 pub mod services;
+pub mod standing;
 pub mod status;
 pub mod updates;
 pub mod workload;

@@ -10,10 +10,13 @@
 
 mod admin;
 mod argv;
+mod bundle;
 mod client;
+mod entry;
 mod explain;
 mod files;
 mod healthcheck;
+mod help;
 mod jwt;
 mod limits;
 mod manual;
@@ -38,23 +41,11 @@ pub use run::{CliOverrides, OverrideError, ServerOverrides};
 use crate::{hcl::ConfigErrors, issuer::Expelled, os::signals};
 use terminal::{PrintError, Terminal};
 
-/// Exit codes, in the help of every command.
-const EXIT_CODES: &str = "\
-Exit codes:
-  0  done
-  1  an error, a refused command line or an unhealthy agent
-  3  api: the agent has no identity for this process (PermissionDenied)
-  4  api, limits, explain, status, reload: no agent answers at the socket
-  5  run: the SPIRE Server does not take this agent any more (banned, evicted): see its log for what to do there
-
-Flags may also be spelled as spire-agent's: -socketPath PATH, -socketPath=PATH, --socketPath PATH.";
-
 /// A per-node workload-identity agent: the SPIFFE Workload API on a Unix socket
 #[derive(Parser, Debug)]
 #[command(
     name = "durward",
     version,
-    after_help = EXIT_CODES,
     subcommand_required = true,
     arg_required_else_help = false,
     disable_help_subcommand = true,
@@ -76,20 +67,40 @@ enum Command {
     Api(Api),
     /// Ask the agent whether it serves
     Healthcheck(healthcheck::HealthArgs),
-    /// Show who calls most and is refused most, for the agent's owner
-    Limits(limits::LimitsArgs),
-    /// Show who a process is taken for and what it is given, for the agent's owner
-    Explain(explain::ExplainArgs),
-    /// Show who signs and what is waited for, for the agent's owner
+    /// Show how the agent is: who signs, what it holds, what is wrong
     Status(status::StatusArgs),
-    /// Have the agent read its configuration again, and tell what came of it, for the agent's owner
+    /// Show who a process is taken for, which identities it gets, and why not others
+    Explain(explain::ExplainArgs),
+    /// Show who calls most and who is refused most
+    Limits(limits::LimitsArgs),
+    /// Show registration entries
+    #[command(subcommand)]
+    Entry(EntryCommand),
+    /// Show trust bundles
+    #[command(subcommand)]
+    Bundle(BundleCommand),
+    /// Let the agent read its configuration again, and show what changed or what is wrong
     Reload(reload::ReloadArgs),
     /// Check a configuration file without starting the agent
     Validate(validate::ValidateArgs),
     /// Print the completions of a shell
     Completions(manual::CompletionsArgs),
-    /// Print the manual, or write the page of every command
+    /// Print the manual, or write every page of it into a directory
     Man(manual::ManArgs),
+    /// Print the version
+    Version,
+}
+
+#[derive(Subcommand, Debug)]
+enum EntryCommand {
+    /// Show the entries in force
+    Show(entry::EntryArgs),
+}
+
+#[derive(Subcommand, Debug)]
+enum BundleCommand {
+    /// Show the bundle of this trust domain, or of one that it is federated with
+    Show(bundle::BundleArgs),
 }
 
 #[derive(Subcommand, Debug)]
@@ -191,7 +202,7 @@ impl Failure {
         }
     }
 
-    /// As [`EXIT_CODES`] says. spire-agent's is 1 throughout: a script that asks for zero or not need not change.
+    /// As the help says (`help`). spire-agent's is 1 throughout: a script that asks for zero or not need not change.
     fn exit_code(&self) -> u8 {
         match self {
             // `| head` has read all it wanted.
@@ -226,7 +237,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let result = match parsed {
         Ok(cli) => dispatch(cli.command, &mut terminal),
         // --help and --version
-        Err(err) if !err.use_stderr() => terminal.print(&err.render().to_string()).map_err(Failure::from),
+        Err(err) if !err.use_stderr() => {
+            terminal.print_help(&err.render().to_string()).map_err(Failure::from)
+        }
         Err(err) => {
             terminal.fault(err.render().to_string().trim_end());
             Err(Failure::Said)
@@ -243,16 +256,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 /// The definition of the command line, for parsing, help, completions and man pages.
 fn command() -> clap::Command {
-    /// Every command's help tells the exit codes.
-    fn with_exit_codes(command: clap::Command) -> clap::Command {
-        let names: Vec<_> = command.get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
-        names
-            .into_iter()
-            .fold(command, |command, name| command.mut_subcommand(name, with_exit_codes))
-            .after_help(EXIT_CODES)
-            .disable_help_subcommand(true)
-    }
-    with_exit_codes(Cli::command())
+    help::with_examples(Cli::command())
 }
 
 fn dispatch(command: Command, terminal: &mut Terminal) -> Result<(), Failure> {
@@ -271,6 +275,11 @@ fn dispatch(command: Command, terminal: &mut Terminal) -> Result<(), Failure> {
         Command::Status(args) => client_runtime()?.block_on(status::status(&args, terminal)),
         Command::Reload(args) => client_runtime()?.block_on(reload::reload(&args, terminal)),
         Command::Explain(args) => client_runtime()?.block_on(explain::explain(&args, terminal)),
+        Command::Entry(EntryCommand::Show(args)) => client_runtime()?.block_on(entry::show(&args, terminal)),
+        Command::Bundle(BundleCommand::Show(args)) => {
+            client_runtime()?.block_on(bundle::show(&args, terminal))
+        }
+        Command::Version => Ok(terminal.print(concat!("durward ", env!("CARGO_PKG_VERSION"), "\n"))?),
         Command::Api(api) => client_runtime()?.block_on(async {
             match api {
                 Api::Fetch { what: None, x509 } | Api::Fetch { what: Some(Fetch::X509(x509)), .. } => {

@@ -33,7 +33,7 @@ pub use self::{
     metrics::SvidKind,
 };
 use crate::identity::{
-    Bundle, Bundles, Entry, EntryIndex, JwtSvid, SpiffeId, Tainted, TrustDomain, X509Svid,
+    Bundle, Bundles, Entry, EntryIndex, JwtSvid, SpiffeId, Tainted, TrustDomain, X509Svid, bundle::Edition,
 };
 
 /// The longest that a call waits for an SVID: as long as spire-agent waits for its server.
@@ -82,6 +82,11 @@ pub trait Issuer: fmt::Debug + Send + Sync + 'static {
         None
     }
 
+    /// What signs on this node; `None` where a server signs.
+    fn ca(&self) -> Option<CaStanding> {
+        None
+    }
+
     /// Sets the gauges that change with time alone, before they are read.
     fn before_scrape(&self) {}
 
@@ -91,6 +96,19 @@ pub trait Issuer: fmt::Debug + Send + Sync + 'static {
 
     /// Does in the background what the issuer needs to go on signing. Ends only when it never will again.
     fn run(self: Arc<Self>) -> BoxFuture<'static, Expelled>;
+}
+
+/// A CA of this node, as of one moment.
+#[derive(Clone, Debug)]
+pub struct CaStanding {
+    /// What verifies what it signs.
+    pub bundle: Arc<Bundle>,
+    /// Which of its bundles that is.
+    pub edition: Edition,
+    /// From when to when the certificate is valid that signs X.509-SVIDs.
+    pub x509: (SystemTime, SystemTime),
+    /// The same of the key that signs JWT-SVIDs.
+    pub jwt: (SystemTime, SystemTime),
 }
 
 /// How it goes with the server behind an issuer, for people.

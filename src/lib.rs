@@ -11,7 +11,7 @@
 //!
 //! | room | what it is for | what it trusts |
 //! |---|---|---|
-//! | [`cli`] | what a person types: `run`, `quickstart`, `api`, `healthcheck`, `limits`, `explain`, `status`, `reload`, `validate` | its user |
+//! | [`cli`] | what a person types: `run`, `quickstart`, `api`, `healthcheck`, `status`, `explain`, `limits`, `entry`, `bundle`, `reload`, `validate` | its user |
 //! | [`agent`] | builds every part from [`config::Config`], binds everything, says ready, reloads, drains | the configuration |
 //! | [`config`] | `agent.conf`: the file as written, then checked in full; what a reload changes | its files, where only root and the agent's user can have put them |
 //! | [`api`] | the gRPC services: the typed way of a call, and the one map of errors to codes | nothing a request says but what it asks for |

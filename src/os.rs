@@ -21,5 +21,6 @@ pub mod run_delay;
 pub mod secrecy;
 pub mod signals;
 pub mod systemd;
+pub mod terminal;
 pub mod trusted;
 pub mod umask;

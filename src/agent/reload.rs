@@ -64,6 +64,7 @@ impl Replacing {
         let _asked_until_then = parts.attestor.prepare_for(&told.index);
         parts.attestor.wait(ANSWERS_WITHIN);
         parts.limits.reload(ratelimit);
+        parts.limits_set.set(ratelimit.in_force(parts.means.cgroup));
         parts.gate.reload(gate_plan);
         connections.send_if_modified(|old| std::mem::replace(old, bounds.clone()) != bounds);
         parts.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);

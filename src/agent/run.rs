@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     config::Config,
-    issuer::Expelled,
+    issuer::{self, Expelled},
     os::{clock::Clock, systemd::ServiceManager},
     telemetry::{chain, log::Log},
 };

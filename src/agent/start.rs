@@ -1,7 +1,12 @@
 //! The start: every part is built from the configuration, every place where the agent is asked is bound, and
 //! then served.
 
-use std::{os::unix::net::UnixListener, path::Path, sync::Arc};
+use std::{
+    os::unix::net::UnixListener,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::SystemTime,
+};
 
 use anyhow::Context as _;
 use nix::unistd::geteuid;
@@ -25,6 +30,7 @@ use crate::{
     api::{
         Journal, Services,
         admin::{self, AdminService, AskedReload, OwnerGate},
+        standing::{AgentStanding, SharedLimits},
         workload::{Parts, WorkloadApi},
     },
     attest::Attestor,
@@ -90,6 +96,8 @@ pub(super) struct AgentParts {
     audit: Arc<AuditTrail>,
     pub(super) journal: Arc<Journal>,
     pub(super) means: Means,
+    pub(super) limits_set: SharedLimits,
+    started: SystemTime,
     meter: MemoryMeter,
     pub(super) limits: Limits,
     pub(super) gate: limits::Gate,
@@ -143,6 +151,8 @@ impl AgentParts {
         let means = Means::of_this_process(http_listeners(config));
         let budget = config.ratelimit.memory.budget(means.cgroup);
         let meter = MemoryMeter::start().context("cannot start a thread")?;
+        let limits_set = SharedLimits::default();
+        limits_set.set(config.ratelimit.in_force(means.cgroup));
         let gate_plan = GatePlan::new(&config.ratelimit, means.nofile, budget)?;
         say_what_fits(&gate_plan, budget);
         let limits = Limits::new(&config.ratelimit, clock, metrics.registry());
@@ -160,6 +170,8 @@ impl AgentParts {
             audit,
             journal,
             means,
+            limits_set,
+            started: clock.now(),
             meter,
             limits,
             gate,
@@ -182,13 +194,14 @@ impl AgentParts {
         self.tell_of_memory();
 
         let presence = socket.presence();
+        let standing = self.standing(Arc::clone(&stats), config.agent.socket_path.clone(), keys.looks());
         let gate = Arc::new(AuditedGate { gate: self.gate.clone(), audit: Arc::clone(&self.audit) });
         let listener = Listener { socket, bounds, gate, keys: Arc::clone(&keys), stats };
         let serving = listener.serve(move |_peer| services.clone(), stopped(stopping.clone()));
         let public = Serving::begin("the workload api", serving);
         let (reloads, asked) = mpsc::channel(RELOADS_ASKED);
         let admin = admin.map(|socket| {
-            let service = self.admin_service(keys, reloads);
+            let service = self.admin_service(keys, standing, reloads);
             self.serve_admin(socket, service, admin_stats, stopping)
         });
         let mut tasks = self.tasks();
@@ -257,7 +270,32 @@ impl AgentParts {
             .context("the built-in descriptors cannot be read")
     }
 
-    fn admin_service(&self, keys: Arc<PodOrUid>, reloads: mpsc::Sender<AskedReload>) -> AdminService {
+    fn standing(
+        &self,
+        connections: Arc<ConnectionStats>,
+        socket_path: PathBuf,
+        kubernetes: bool,
+    ) -> AgentStanding {
+        AgentStanding {
+            store: Arc::clone(self.writer.store()),
+            issuer: Arc::clone(&self.issuer),
+            x509: Arc::clone(&self.x509),
+            jwt: Arc::clone(&self.jwt),
+            health: Arc::clone(&self.health),
+            connections,
+            limits: self.limits_set.clone(),
+            started: self.started,
+            socket_path,
+            kubernetes,
+        }
+    }
+
+    fn admin_service(
+        &self,
+        keys: Arc<PodOrUid>,
+        standing: AgentStanding,
+        reloads: mpsc::Sender<AskedReload>,
+    ) -> AdminService {
         let meter = self.meter.clone();
         AdminService::new(admin::AdminParts {
             limits: self.limits.clone(),
@@ -265,9 +303,7 @@ impl AgentParts {
             attestor: Arc::clone(&self.attestor),
             keys,
             store: Arc::clone(self.writer.store()),
-            issuer: Arc::clone(&self.issuer),
-            x509: Arc::clone(&self.x509),
-            health: Arc::clone(&self.health),
+            standing,
             reloads,
             charged: Box::new(move || meter.charged().map(|charged| (charged.used, charged.kernel))),
         })

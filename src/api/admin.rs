@@ -5,11 +5,7 @@
 //! bounded by [`MOST`] and by the entries that match. It shares nothing with the public socket but the runtime: its
 //! listener and its places are its own, so that it answers while the public one is flooded.
 
-use std::{
-    convert::Infallible,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use http::{Request, Response};
 use nix::unistd::{Uid, geteuid};
@@ -24,14 +20,14 @@ use super::{
         admin_server::{Admin, AdminServer},
     },
     services::{answered, ends, grpc_body},
+    standing::{AgentStanding, absent, entry_of},
 };
 use crate::{
     attest::{
-        Attestor, Questions, Subject,
+        Attestor, Subject,
         inspect::{Description, InspectError, UntoldKind},
     },
-    identity::{Entry, Selector},
-    issuer::{Issuer, SvidKind},
+    identity::Entry,
     limits::{
         self, CallerKey, ConnectionPermit, ConnectionRefusal, Limits, Method,
         budget::Pressure,
@@ -47,12 +43,8 @@ use crate::{
         AcceptGate, Arrival, ConnectionBounds, RequestBody,
         cgroup::{KeySource, PodOrUid},
     },
-    store::{Snapshot, Store, X509Cache},
-    telemetry::{
-        chain,
-        health::{HealthState, Probe},
-        registry::Label as _,
-    },
+    store::{Snapshot, Store},
+    telemetry::{chain, registry::Label as _},
 };
 
 /// How many of the heaviest are told when nobody says how many.
@@ -66,14 +58,9 @@ const SHORTAGES: [(Short, &str); 3] =
 const FOREMOST: usize = 8;
 /// How many of the entries that nearly match are told.
 const NEAREST: usize = 5;
-/// Seconds since 1970; 0 for what is before.
-fn unix(time: SystemTime) -> i64 {
-    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
-}
 
-/// The largest request, in bytes: each holds one number.
-const MAX_REQUEST: usize = 1024;
+/// The largest request, in bytes: each holds a few numbers, or one name.
+const MAX_REQUEST: usize = 4096;
 
 /// Lets the agent's own user and root connect, by the kernel's word, to places that are kept for them.
 #[derive(Clone, Debug)]
@@ -127,11 +114,8 @@ pub struct AdminParts {
     /// Whom a process is charged as.
     pub keys: Arc<PodOrUid>,
     pub store: Arc<Store>,
-    /// Who signs.
-    pub issuer: Arc<dyn Issuer>,
-    /// The X.509-SVIDs that are kept.
-    pub x509: Arc<X509Cache>,
-    pub health: Arc<HealthState>,
+    /// How the agent is.
+    pub standing: AgentStanding,
     /// Where a reload is asked for.
     pub reloads: mpsc::Sender<AskedReload>,
     /// What is charged to the agent's cgroup, if it is alone in one, and the kernel's part of it, in bytes.
@@ -185,7 +169,21 @@ impl Admin for AdminParts {
         &self,
         _request: tonic::Request<pb::StatusRequest>,
     ) -> Result<tonic::Response<pb::StatusResponse>, Status> {
-        Ok(tonic::Response::new(self.status_now()))
+        Ok(tonic::Response::new(self.standing.status()))
+    }
+
+    async fn entries(
+        &self,
+        request: tonic::Request<pb::EntriesRequest>,
+    ) -> Result<tonic::Response<pb::EntriesResponse>, Status> {
+        Ok(tonic::Response::new(self.standing.entries(&request.into_inner())))
+    }
+
+    async fn bundle(
+        &self,
+        request: tonic::Request<pb::BundleRequest>,
+    ) -> Result<tonic::Response<pb::BundleResponse>, Status> {
+        self.standing.bundle(&request.into_inner().trust_domain).map(tonic::Response::new)
     }
 
     async fn reload(
@@ -218,44 +216,6 @@ impl AdminParts {
             mpsc::error::TrySendError::Closed(_) => Status::unavailable("the agent is about to end"),
         })?;
         told.await.map_err(|_gone| Status::unavailable("the agent ended before it had reloaded"))
-    }
-
-    fn status_now(&self) -> pb::StatusResponse {
-        let snapshot = self.store.snapshot();
-        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
-        let server = self.issuer.server().map(|server| {
-            let (agent_id, ends) = server.agent.unzip();
-            let (waits_for, since) = server.waits_for.unzip();
-            pb::ServerStatus {
-                address: server.address,
-                agent_id: agent_id.map(|id| id.to_string()).unwrap_or_default(),
-                agent_svid_ends: ends.map_or(0, unix),
-                last_sync: server.last_sync.map_or(0, unix),
-                waits_for: waits_for.unwrap_or_default(),
-                waits_since: since.map_or(0, unix),
-                last_error: server.last_error.unwrap_or_default(),
-            }
-        });
-        let why = SvidKind::VALUES.iter().find_map(|kind| self.issuer.can_sign(*kind).err());
-        let not_ready = match why {
-            _ if self.health.get() == Probe::Draining => "the agent is about to end".to_owned(),
-            Some(why) => chain(&why),
-            None if self.health.ready() => String::new(),
-            None if self.health.get() == Probe::Starting => "the agent has just started".to_owned(),
-            None => "callers cannot be served or told apart: see the log".to_owned(),
-        };
-        let (due, refused) = self.x509.waited_for();
-        pb::StatusResponse {
-            trust_domain: snapshot.bundles.own.trust_domain.to_string(),
-            entries: count(snapshot.index.entries().len()),
-            bundles: count(snapshot.bundles.federated.len() + 1),
-            x509_svids: count(self.x509.counts().cached),
-            x509_svids_due: count(due),
-            x509_svids_refused: count(refused),
-            not_ready,
-            server,
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-        }
     }
 
     fn limits_now(&self, top: usize) -> pb::LimitsResponse {
@@ -395,20 +355,6 @@ fn matches(snapshot: &Snapshot, subject: &Subject) -> Vec<(Arc<Entry>, String)> 
     let all = snapshot.index.entries().iter();
     let matching = all.filter(|entry| !entry.selectors.is_empty() && entry.selectors.is_subset(subject));
     matching.map(|entry| (Arc::clone(entry), withheld(entry))).collect()
-}
-
-/// Those of the selectors that no process of this node can have, each with why.
-fn absent(selectors: &[Selector], questions: &Questions) -> Vec<String> {
-    selectors.iter().filter_map(|it| questions.absent(it).map(|why| format!("{it}: {why}"))).collect()
-}
-
-fn entry_of(entry: &Entry, withheld: String) -> pb::Entry {
-    pb::Entry {
-        spiffe_id: entry.spiffe_id.to_string(),
-        entry_id: entry.id.to_string(),
-        hint: entry.hint.to_string(),
-        withheld,
-    }
 }
 
 fn why(key: CallerKey, source: KeySource) -> pb::Caller {

@@ -23,8 +23,9 @@ const MAX_MESSAGE: usize = 16 * 1024 * 1024;
 pub(super) struct AdminArgs {
     /// Path of the agent's admin socket
     ///
-    /// Without it: the environment variable DURWARD_ADMIN_SOCKET; else private/admin.sock beside the
-    /// directory of the socket that SPIFFE_ENDPOINT_SOCKET names; else /run/durward/private/admin.sock.
+    /// Without it: the environment variable DURWARD_ADMIN_SOCKET; else
+    /// private/admin.sock beside the directory of the socket that
+    /// SPIFFE_ENDPOINT_SOCKET names; else /run/durward/private/admin.sock.
     #[arg(long, value_name = "PATH", verbatim_doc_comment)]
     socket_path: Option<PathBuf>,
     #[command(flatten)]
@@ -112,6 +113,25 @@ pub(super) fn taking_json(taking: &pb::Taking) -> serde_json::Value {
     serde_json::json!({ "caller": taking.caller, "used": taking.used, "refused": taking.refused })
 }
 
+/// Bytes in words, with one decimal.
+pub(super) fn mebibytes(bytes: u64) -> String {
+    let tenths = bytes.saturating_mul(10) >> 20;
+    format!("{}.{} MiB", tenths / 10, tenths % 10)
+}
+
+/// What is used of the memory, as JSON.
+pub(super) fn memory_json(memory: &pb::Memory) -> serde_json::Value {
+    serde_json::json!({
+        "pressure": memory.pressure,
+        "budget": memory.budget,
+        "resident": memory.resident,
+        "used": memory.used,
+        "held": memory.held,
+        "cgroup": memory.cgroup,
+        "kernel": memory.kernel,
+    })
+}
+
 /// The widest that a cell of a table gets, in characters.
 const WIDEST: usize = 60;
 
@@ -123,6 +143,11 @@ pub(super) enum Column {
 }
 
 impl Column {
+    /// Of its name, in characters.
+    pub(super) fn width(self) -> usize {
+        self.name().chars().count()
+    }
+
     fn name(self) -> &'static str {
         match self {
             Self::Left(name) | Self::Right(name) => name,

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use nix::unistd::getppid;
 use serde_json::json;
 
 use super::{
@@ -14,9 +15,9 @@ use crate::api::proto::admin as pb;
 /// `explain`.
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct ExplainArgs {
-    /// The process, as the agent's PID namespace numbers it
+    /// The process, as the agent's PID namespace numbers it [default: the shell that runs this]
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
-    pid: i32,
+    pid: Option<i32>,
 
     #[command(flatten)]
     admin: AdminArgs,
@@ -26,7 +27,7 @@ pub(super) struct ExplainArgs {
 
 /// Runs `explain`.
 pub(super) async fn explain(args: &ExplainArgs, terminal: &mut Terminal) -> Result<(), Failure> {
-    let question = pb::ExplainRequest { pid: args.pid };
+    let question = pb::ExplainRequest { pid: args.pid.unwrap_or_else(|| getppid().as_raw()) };
     let told =
         args.admin.call(terminal, question, async |mut api, request| api.explain(request).await).await?;
     let text = match args.output.output {
@@ -51,9 +52,11 @@ fn pretty(told: &pb::ExplainResponse) -> String {
         let _ = writeln!(out, "  {}", clean(selector));
     }
     for untold in &told.untold {
-        let _ = writeln!(out, "  {} cannot be told: {}", clean(&untold.kind), clean(&untold.why));
+        let _ = writeln!(out, "  {} is not known: {}", clean(&untold.kind), clean(&untold.why));
         if untold.decides {
-            out.push_str("    calls fail for this: an entry asks for one, and everything else of it fits\n");
+            out.push_str(
+                "    calls fail because of this: an entry asks for it, and all else of that entry matches\n",
+            );
         }
     }
 
@@ -249,8 +252,8 @@ Cgroup line: 0::/kubepods/\\u{1b}[2J
 
 Selectors:
   unix:uid:1000
-  unix:path cannot be told: it hangs
-    calls fail for this: an entry asks for one, and everything else of it fits
+  unix:path is not known: it hangs
+    calls fail because of this: an entry asks for it, and all else of that entry matches
 
 Entries that match, the default first:
   spiffe://example.org/web (entry web, hint public)

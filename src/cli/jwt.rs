@@ -5,6 +5,7 @@
 use std::{collections::BTreeMap, fmt::Write as _};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
+use clap::ValueEnum;
 use prost_types::value::Kind;
 use serde_json::{Map, Value, json};
 use tonic::Code;
@@ -32,8 +33,17 @@ pub(super) struct FetchJwtArgs {
     socket: SocketArgs,
     #[command(flatten)]
     timeout: TimeoutArgs,
-    #[command(flatten)]
-    output: OutputArgs,
+    /// For people, for programs, or the first token and nothing else
+    #[arg(long, value_name = "FORMAT", default_value = "pretty")]
+    output: TokenOutput,
+}
+
+/// `--output` of `api fetch jwt`.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+enum TokenOutput {
+    Pretty,
+    Json,
+    Token,
 }
 
 /// `api validate jwt`.
@@ -62,13 +72,22 @@ pub(super) async fn fetch(args: &FetchJwtArgs, terminal: &mut Terminal) -> Resul
     }
     let socket = args.socket.resolve(super::environment)?;
     let client = Client::connect(&socket, args.timeout.limit()).await?;
-    let bundles = client.fetch_jwt_bundles(terminal).await?;
-    let svids = client.fetch_jwt_svid(terminal, &args.audience, &args.spiffe_id).await?;
-    match args.output.output {
-        OutputFormat::Pretty => terminal.print(&describe(&svids, &bundles))?,
-        OutputFormat::Json => terminal.print(&format!("{}\n", to_json(&svids, &bundles)))?,
+    let ask = async |terminal: &mut Terminal| {
+        client.fetch_jwt_svid(terminal, &args.audience, &args.spiffe_id).await
+    };
+    if args.output == TokenOutput::Token {
+        let svids = ask(terminal).await?;
+        let token = svids.svids.first().map(|svid| clean(&svid.svid)).unwrap_or_default();
+        return Ok(terminal.print(&format!("{token}\n"))?);
     }
-    Ok(())
+    let bundles = client.fetch_jwt_bundles(terminal).await?;
+    let svids = ask(terminal).await?;
+    let text = if args.output == TokenOutput::Json {
+        format!("{}\n", to_json(&svids, &bundles))
+    } else {
+        describe(&svids, &bundles)
+    };
+    Ok(terminal.print(&text)?)
 }
 
 /// Runs `api validate jwt`.

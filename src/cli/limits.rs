@@ -1,16 +1,33 @@
 //! `limits`: who calls most and is refused most, once or again and again.
 
-use std::{fmt::Write as _, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    io::{self, IsTerminal as _, Read as _},
+    os::fd::AsFd as _,
+    time::Duration,
+};
 
+use nix::unistd::{Uid, User};
 use serde_json::json;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::oneshot,
+    time::Instant,
+};
 
 use super::{
     Failure, OutputArgs, OutputFormat,
-    admin::{AdminArgs, BY_DEFAULT, Column, bucket_json, table, taker, taking_json, tokens},
+    admin::{
+        AdminArgs, BY_DEFAULT, Column, bucket_json, mebibytes, memory_json, shorten, table, taker,
+        taking_json, tokens,
+    },
     terminal::{Terminal, clean},
 };
-use crate::api::proto::admin as pb;
+use crate::{
+    api::proto::admin as pb,
+    os::terminal::{KeyByKey, size},
+};
 
 /// `limits`.
 #[derive(clap::Args, Clone, Debug)]
@@ -19,7 +36,7 @@ pub(super) struct LimitsArgs {
     #[arg(long, value_name = "N", default_value = "10", value_parser = clap::value_parser!(u32).range(1..=1000))]
     top: u32,
 
-    /// Show it again every second, or every so many seconds, until Ctrl-C
+    /// Show it again every second, or every so many seconds, until q or Ctrl-C
     #[arg(
         long,
         value_name = "SECONDS",
@@ -37,25 +54,125 @@ pub(super) struct LimitsArgs {
 
 /// Runs `limits`.
 pub(super) async fn limits(args: &LimitsArgs, terminal: &mut Terminal) -> Result<(), Failure> {
-    let first = shown(&ask(args, terminal).await?, args.output.output);
-    let Some(seconds) = args.watch else { return Ok(terminal.print(&first)?) };
-    terminal.redraw(&first)?;
+    let first = ask(args, terminal).await?;
+    let mut names = Names::default();
+    let Some(seconds) = args.watch else {
+        let text = match args.output.output {
+            OutputFormat::Pretty => pretty(&first, &mut names),
+            OutputFormat::Json => format!("{}\n", to_json(&first)),
+        };
+        return Ok(terminal.print(&text)?);
+    };
     // Taken once: a Ctrl-C during a call is met at the next wait.
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::Runtime)?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(Failure::Runtime)?;
+    let mut resized = signal(SignalKind::window_change()).map_err(Failure::Runtime)?;
     let every = Duration::from_secs(u64::from(seconds));
-    let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
+    let mut tick = tokio::time::interval_at(Instant::now() + every, every);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let stdin = io::stdin();
+    let mut keys = Keys::of(&stdin);
+    let mut view = View { now: first, at: Instant::now(), before: None };
+    terminal.redraw(&view.text(args, &mut names))?;
     loop {
-        tokio::select! {
+        let tells = tokio::select! {
             _ = interrupt.recv() => return Ok(()),
-            _ = tick.tick() => {}
+            _ = terminate.recv() => return Ok(()),
+            () = keys.quit() => return Ok(()),
+            _ = resized.recv() => false,
+            _ = tick.tick() => true,
+        };
+        if tells {
+            match ask(args, terminal).await {
+                Ok(now) => view.next(now),
+                // It may be restarting: asked again at the next tick.
+                Err(Failure::Call(err)) => {
+                    terminal.note(&err);
+                    continue;
+                }
+                Err(other) => return Err(other),
+            }
         }
-        match ask(args, terminal).await {
-            Ok(now) => terminal.redraw(&shown(&now, args.output.output))?,
-            // It may be restarting: asked again at the next tick.
-            Err(Failure::Call(err)) => terminal.note(&err),
-            Err(other) => return Err(other),
+        if tells || io::stdout().is_terminal() {
+            terminal.redraw(&view.text(args, &mut names))?;
         }
+    }
+}
+
+/// What is shown again and again, and what was shown before, to tell how much is done in a second.
+struct View {
+    now: pb::LimitsResponse,
+    at: Instant,
+    before: Option<(pb::LimitsResponse, Duration)>,
+}
+
+impl View {
+    fn next(&mut self, now: pb::LimitsResponse) {
+        let elapsed = std::mem::replace(&mut self.at, Instant::now()).elapsed();
+        self.before = Some((std::mem::replace(&mut self.now, now), elapsed));
+    }
+
+    fn text(&self, args: &LimitsArgs, names: &mut Names) -> String {
+        match (args.output.output, size(io::stdout())) {
+            (OutputFormat::Json, _) => format!("{}\n", to_json(&self.now)),
+            (OutputFormat::Pretty, Some(size)) => screen(&self.now, self.before.as_ref(), size, names),
+            (OutputFormat::Pretty, None) => pretty(&self.now, names),
+        }
+    }
+}
+
+/// The keys of a person's terminal, read by a thread that ends with the process.
+struct Keys<'a> {
+    quit: Option<oneshot::Receiver<()>>,
+    /// Each comes as it is pressed, as long as this is there.
+    _one_by_one: Option<KeyByKey<'a>>,
+}
+
+impl<'a> Keys<'a> {
+    fn of(stdin: &'a io::Stdin) -> Self {
+        let one_by_one = KeyByKey::of(stdin.as_fd());
+        let quit = one_by_one.as_ref().and_then(|_| {
+            let (tell, told) = oneshot::channel();
+            let reading = std::thread::Builder::new().name("keys".to_owned()).spawn(move || {
+                // Ctrl-D is a key like any other here.
+                let quits = |key: &io::Result<u8>| matches!(key, Ok(b'q' | b'Q' | 4));
+                if io::stdin().lock().bytes().take_while(Result::is_ok).any(|key| quits(&key)) {
+                    // Nobody may wait for it any more.
+                    let _told = tell.send(());
+                }
+            });
+            reading.ok().map(|_thread| told)
+        });
+        Self { quit, _one_by_one: one_by_one }
+    }
+
+    /// Ends when `q` is pressed, or Ctrl-D; never where no keys are to be had.
+    async fn quit(&mut self) {
+        if let Some(quit) = &mut self.quit
+            && quit.await.is_ok()
+        {
+            return;
+        }
+        self.quit = None;
+        std::future::pending().await
+    }
+}
+
+/// The names of users, each looked up once.
+#[derive(Default)]
+struct Names(BTreeMap<u32, Option<String>>);
+
+impl Names {
+    /// `uid:1000` with the user's name behind it, where there is one.
+    fn of(&mut self, key: &str) -> String {
+        let uid = key.trim_start().strip_prefix("uid:").and_then(|uid| uid.parse().ok());
+        let name = uid.and_then(|uid| self.lookup(uid));
+        name.map_or_else(|| key.to_owned(), |name| format!("{key} ({name})"))
+    }
+
+    fn lookup(&mut self, uid: u32) -> Option<String> {
+        let known = |uid| User::from_uid(Uid::from_raw(uid)).ok().flatten().map(|user| user.name);
+        self.0.entry(uid).or_insert_with(|| known(uid)).clone()
     }
 }
 
@@ -64,14 +181,127 @@ async fn ask(args: &LimitsArgs, terminal: &mut Terminal) -> Result<pb::LimitsRes
     args.admin.call(terminal, question, async |mut api, request| api.limits(request).await).await
 }
 
-fn shown(now: &pb::LimitsResponse, output: OutputFormat) -> String {
-    match output {
-        OutputFormat::Pretty => pretty(now),
-        OutputFormat::Json => format!("{}\n", to_json(now)),
+/// As much as a terminal has room for: who calls and is refused, by the second.
+fn screen(
+    now: &pb::LimitsResponse,
+    before: Option<&(pb::LimitsResponse, Duration)>,
+    (rows, columns): (usize, usize),
+    names: &mut Names,
+) -> String {
+    let mut out = vec![
+        format!(
+            "{} connections, {} being attested, {} waiting; * by default; q ends",
+            now.node_connections, now.attestations_in_flight, now.calls_waiting
+        ),
+        format!("{}; room: {}", now.memory.as_ref().map(memory_text).unwrap_or_default(), room_text(now)),
+        String::new(),
+    ];
+    // What is left below the head and between the tables, and of that a third for connections.
+    let left = rows.saturating_sub(out.len() + 4);
+    let connections = now.connections.len().min((left / 3).max(3));
+    let heavy: Vec<[String; 6]> =
+        now.heaviest.iter().flat_map(|heavy| rate_rows(heavy, before, names)).collect();
+    let shown = heavy.len().min(left.saturating_sub(connections));
+    let table_columns = [
+        Column::Left("STAGE"),
+        Column::Left("KEY"),
+        Column::Left("METHOD"),
+        Column::Right("CALLS/S"),
+        Column::Right("REFUSED/S"),
+        Column::Right("LEFT"),
+    ];
+    let fitted = fit(heavy.get(..shown).unwrap_or_default(), 1, columns, &table_columns);
+    out.extend(table(table_columns, &fitted).lines().map(str::to_owned));
+    out.push(String::new());
+    let of_callers: Vec<[String; 3]> = connection_rows(now, names).into_iter().take(connections).collect();
+    if !of_callers.is_empty() {
+        let table_columns = [Column::Left("CALLER"), Column::Right("CONNECTIONS"), Column::Right("HELD")];
+        let fitted = fit(&of_callers, 0, columns, &table_columns);
+        out.extend(table(table_columns, &fitted).lines().map(str::to_owned));
+    }
+    out.truncate(rows.saturating_sub(1));
+    let cut = |line: String| line.chars().take(columns).collect::<String>();
+    out.into_iter().map(cut).collect::<Vec<_>>().join("\n")
+}
+
+/// The rows, with the cells at `at` cut so that the table is no wider than `columns`.
+fn fit<const N: usize>(
+    rows: &[[String; N]],
+    at: usize,
+    columns: usize,
+    names: &[Column; N],
+) -> Vec<[String; N]> {
+    let widest = |nth: usize| {
+        let name = names.get(nth).map_or(0, |column| column.width());
+        rows.iter().filter_map(|row| row.get(nth)).map(|cell| clean(cell).chars().count()).chain([name]).max()
+    };
+    let others: usize = (0..N).filter(|nth| *nth != at).filter_map(widest).map(|width| width + 2).sum();
+    let room = columns.saturating_sub(others + 2).max(8);
+    let mut rows = rows.to_vec();
+    for cell in rows.iter_mut().filter_map(|row| row.get_mut(at)) {
+        *cell = shorten(&clean(cell), room);
+    }
+    rows
+}
+
+/// A bucket, and below it those who take from it, with what they did in a second.
+fn rate_rows(
+    heavy: &pb::Heavy,
+    before: Option<&(pb::LimitsResponse, Duration)>,
+    names: &mut Names,
+) -> Vec<[String; 6]> {
+    let bucket = heavy.bucket.clone().unwrap_or_default();
+    let same = |it: &&pb::Heavy| {
+        it.bucket.as_ref().is_some_and(|it| {
+            (&it.stage, &it.key, &it.method) == (&bucket.stage, &bucket.key, &bucket.method)
+        })
+    };
+    // One that was not among the heaviest before has done all of it since.
+    let earlier = before.map(|(before, elapsed)| (before.heaviest.iter().find(same), elapsed));
+    let rate = |now: u32, count: &dyn Fn(&pb::Heavy) -> u32| match earlier {
+        None => String::new(),
+        Some((heavy, elapsed)) => per_second(now.saturating_sub(heavy.map_or(0, count)), *elapsed),
+    };
+    let mut rows = vec![[
+        bucket.stage.clone(),
+        names.of(&bucket.key),
+        bucket.method.clone(),
+        rate(heavy.used, &|heavy| heavy.used),
+        rate(heavy.refused, &|heavy| heavy.refused),
+        // There is no room for the word; the head of the screen says what it stands for.
+        tokens(&bucket).replace(" (default)", "*"),
+    ]];
+    rows.extend(heavy.takings.iter().map(|taking| {
+        let count = |heavy: &pb::Heavy, what: fn(&pb::Taking) -> u32| {
+            heavy.takings.iter().find(|it| it.caller == taking.caller).map_or(0, what)
+        };
+        let key = format!("  {}", names.of(taker(taking)));
+        let used = rate(taking.used, &|heavy| count(heavy, |it| it.used));
+        let refused = rate(taking.refused, &|heavy| count(heavy, |it| it.refused));
+        [String::new(), key, String::new(), used, refused, String::new()]
+    }));
+    rows
+}
+
+fn per_second(count: u32, elapsed: Duration) -> String {
+    let millis = elapsed.as_millis().max(1);
+    ((u128::from(count) * 1000 + millis / 2) / millis).to_string()
+}
+
+fn room_text(now: &pb::LimitsResponse) -> String {
+    if now.short_of.is_empty() {
+        "yes".to_owned()
+    } else {
+        format!("short of {}", clean(&now.short_of.join(", ")))
     }
 }
 
-fn pretty(now: &pb::LimitsResponse) -> String {
+fn connection_rows(now: &pb::LimitsResponse, names: &mut Names) -> Vec<[String; 3]> {
+    let kibibytes = |bytes: u64| format!("{} KiB", bytes >> 10);
+    now.connections.iter().map(|it| [names.of(&it.caller), it.open.to_string(), kibibytes(it.held)]).collect()
+}
+
+fn pretty(now: &pb::LimitsResponse, names: &mut Names) -> String {
     let keys = now.keys.unwrap_or_default();
     let mut out = String::new();
     // Writing to a String does not fail.
@@ -86,19 +316,19 @@ fn pretty(now: &pb::LimitsResponse) -> String {
         keys.gate, keys.caller, keys.identity
     );
     if let Some(memory) = &now.memory {
-        let _ = writeln!(out, "Memory:      {}", memory_text(memory));
+        let _ = writeln!(out, "Memory:      {}\n             {}", memory_text(memory), held_text(memory));
     }
-    let room = if now.short_of.is_empty() {
-        "yes".to_owned()
+    let waiting = if now.short_of.is_empty() {
+        String::new()
     } else {
-        format!("short of {}; calls that wait: {}", clean(&now.short_of.join(", ")), now.calls_waiting)
+        format!("; calls that wait: {}", now.calls_waiting)
     };
-    let _ = writeln!(out, "Room:        {room}");
+    let _ = writeln!(out, "Room:        {}{waiting}", room_text(now));
     out.push('\n');
     if now.heaviest.is_empty() {
         out.push_str("Nobody has called yet.\n");
     } else {
-        let rows: Vec<[String; 7]> = now.heaviest.iter().flat_map(heavy_rows).collect();
+        let rows: Vec<[String; 7]> = now.heaviest.iter().flat_map(|heavy| heavy_rows(heavy, names)).collect();
         let columns = [
             Column::Left("STAGE"),
             Column::Left("KEY"),
@@ -114,12 +344,7 @@ fn pretty(now: &pb::LimitsResponse) -> String {
         }
     }
     if !now.connections.is_empty() {
-        let kibibytes = |bytes: u64| format!("{} KiB", bytes >> 10);
-        let rows: Vec<[String; 3]> = now
-            .connections
-            .iter()
-            .map(|it| [it.caller.clone(), it.open.to_string(), kibibytes(it.held)])
-            .collect();
+        let rows = connection_rows(now, names);
         out.push('\n');
         let columns = [Column::Left("CALLER"), Column::Right("OPEN CONNECTIONS"), Column::Right("HELD")];
         out.push_str(&table(columns, &rows));
@@ -128,7 +353,7 @@ fn pretty(now: &pb::LimitsResponse) -> String {
 }
 
 /// A bucket, and below it those who take from it.
-fn heavy_rows(heavy: &pb::Heavy) -> Vec<[String; 7]> {
+fn heavy_rows(heavy: &pb::Heavy, names: &mut Names) -> Vec<[String; 7]> {
     let bucket = heavy.bucket.clone().unwrap_or_default();
     let tokens = tokens(&bucket);
     let (used, refused) = (heavy.used.to_string(), heavy.refused.to_string());
@@ -136,35 +361,29 @@ fn heavy_rows(heavy: &pb::Heavy) -> Vec<[String; 7]> {
         0 => String::new(),
         most => most.to_string(),
     };
-    let mut rows = vec![[bucket.stage, bucket.key, bucket.method, used, refused, most, tokens]];
+    let mut rows = vec![[bucket.stage, names.of(&bucket.key), bucket.method, used, refused, most, tokens]];
     rows.extend(heavy.takings.iter().map(|taking| {
-        let key = format!("  {}", taker(taking));
+        let key = format!("  {}", names.of(taker(taking)));
         let (used, refused) = (taking.used.to_string(), taking.refused.to_string());
         [String::new(), key, String::new(), used, refused, String::new(), String::new()]
     }));
     rows
 }
 
-/// What is used of the budget, and by what.
+/// What is used of the budget.
 fn memory_text(memory: &pb::Memory) -> String {
     let budget =
         memory.budget.map_or_else(|| "no budget".to_owned(), |bytes| format!("of {}", mebibytes(bytes)));
-    let resident = memory.resident.map_or_else(|| "unknown".to_owned(), mebibytes);
-    let cgroup = memory.cgroup.zip(memory.kernel).map_or_else(String::new, |(all, kernel)| {
-        format!(", cgroup {} with {} of the kernel", mebibytes(all), mebibytes(kernel))
-    });
-    format!(
-        "{} used, {budget}; pressure: {} (connections hold {}, resident {resident}{cgroup})",
-        mebibytes(memory.used),
-        clean(&memory.pressure),
-        mebibytes(memory.held)
-    )
+    format!("{} used, {budget}; pressure: {}", mebibytes(memory.used), clean(&memory.pressure))
 }
 
-/// With one decimal.
-fn mebibytes(bytes: u64) -> String {
-    let tenths = bytes.saturating_mul(10) >> 20;
-    format!("{}.{} MiB", tenths / 10, tenths % 10)
+/// By what it is used.
+fn held_text(memory: &pb::Memory) -> String {
+    let resident = memory.resident.map_or_else(|| "unknown".to_owned(), mebibytes);
+    let cgroup = memory.cgroup.zip(memory.kernel).map_or_else(String::new, |(all, kernel)| {
+        format!(", cgroup {}, of which kernel {}", mebibytes(all), mebibytes(kernel))
+    });
+    format!("connections hold {}, resident {resident}{cgroup}", mebibytes(memory.held))
 }
 
 fn to_json(now: &pb::LimitsResponse) -> serde_json::Value {
@@ -196,15 +415,7 @@ fn to_json(now: &pb::LimitsResponse) -> serde_json::Value {
         "attestations_in_flight": now.attestations_in_flight,
         "short_of": now.short_of,
         "calls_waiting": now.calls_waiting,
-        "memory": {
-            "pressure": memory.pressure,
-            "budget": memory.budget,
-            "resident": memory.resident,
-            "used": memory.used,
-            "held": memory.held,
-            "cgroup": memory.cgroup,
-            "kernel": memory.kernel,
-        },
+        "memory": memory_json(&memory),
         "keys": { "gate": keys.gate, "caller": keys.caller, "identity": keys.identity },
     })
 }
@@ -264,12 +475,15 @@ mod tests {
             calls_waiting: 7,
             keys: Some(pb::Keys { gate: 1, caller: 2, identity: 3 }),
         };
+        // No user has a name here.
+        let mut names = Names([(1000, None), (8, None), (7, None)].into());
         assert_eq!(
-            pretty(&now),
+            pretty(&now, &mut names),
             "\
 Connections: 3 (attestations in flight: 1)
 Buckets:     1 of the gate, 2 of callers, 3 of identities
-Memory:      9.0 MiB used, of 24.0 MiB; pressure: none (connections hold 1.0 MiB, resident 7.5 MiB, cgroup 8.0 MiB with 2.0 MiB of the kernel)
+Memory:      9.0 MiB used, of 24.0 MiB; pressure: none
+             connections hold 1.0 MiB, resident 7.5 MiB, cgroup 8.0 MiB, of which kernel 2.0 MiB
 Room:        short of memory, processor; calls that wait: 7
 
 STAGE   KEY              METHOD        USED  REFUSED  MOST/S      TOKENS LEFT
@@ -286,6 +500,23 @@ uid:1000                 3  99 KiB
         assert_eq!(json["heaviest"][0]["left"], 0);
         assert_eq!(json["heaviest"][1]["left"], serde_json::Value::Null);
         assert_eq!(json["heaviest"][1]["limit"], "blocked");
-        assert!(pretty(&pb::LimitsResponse::default()).ends_with("Nobody has called yet.\n"));
+        assert!(pretty(&pb::LimitsResponse::default(), &mut names).ends_with("Nobody has called yet.\n"));
+
+        // On a terminal it is no larger than that, and tells what was done in a second.
+        names.0.insert(1000, Some("web".to_owned()));
+        let mut later = now.clone();
+        if let Some(heavy) = later.heaviest.first_mut() {
+            (heavy.used, heavy.refused) = (300, 4371);
+        }
+        let before = (now, Duration::from_secs(2));
+        for size in [(24, 80), (40, 120), (10, 40)] {
+            let text = screen(&later, Some(&before), size, &mut names);
+            assert!(text.lines().count() < size.0, "{text}");
+            assert!(text.lines().all(|line| line.chars().count() <= size.1), "{text}");
+        }
+        let text = screen(&later, Some(&before), (24, 80), &mut names);
+        let row = text.lines().find(|line| line.starts_with("caller  uid:1000 (web)")).unwrap();
+        let cells: Vec<_> = row.split_whitespace().collect();
+        assert_eq!(cells[3..6], ["FetchJWTSVID", "50", "25"], "{text}");
     }
 }

@@ -15,11 +15,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use futures_util::future::OptionFuture;
 use jsonwebtoken::Algorithm;
 use nix::unistd::geteuid;
 use time::OffsetDateTime;
-use tokio::{net::UnixStream, sync::mpsc};
+use tokio::net::UnixStream;
 
 use super::{
     Failure,
@@ -49,7 +48,7 @@ pub(super) use layout::LayoutError;
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// The widest that a certificate's subject is shown, in characters.
-const SUBJECT: usize = 44;
+const SUBJECT: usize = 42;
 
 /// `quickstart`.
 #[derive(clap::Args, Clone, Debug)]
@@ -90,7 +89,7 @@ pub(super) fn run(args: &QuickstartArgs, terminal: &mut Terminal) -> Result<(), 
     let layout = Layout::prepare(&dir, args.trust_domain.as_ref())?;
     for (path, fresh, what) in &layout.files {
         let done = if *fresh { "wrote" } else { "kept " };
-        terminal.print(&format!("  {done} {path:<20} {what}\n"))?;
+        terminal.print(&format!("  {done} {path:<21} {what}\n"))?;
     }
     let config = Config::load(&layout.config, ExpandEnv::No)?;
     if let Some(asked) = args.trust_domain.clone().filter(|asked| *asked != config.trust_domain) {

@@ -27,9 +27,9 @@ const SPIFFE: &str = "SPIFFE_ENDPOINT_SOCKET";
 pub(super) struct SocketArgs {
     /// Path of the agent's Workload API socket; unix:///path and tcp://IP:port are taken too
     ///
-    /// Without it, the first of these that is set: --instance, the environment variables
-    /// SPIRE_AGENT_PUBLIC_SOCKET (a path) and SPIFFE_ENDPOINT_SOCKET (unix:///path or
-    /// tcp://IP:port), then /run/durward/public/api.sock.
+    /// Without it, the first of these that is set: --instance, the environment
+    /// variables SPIRE_AGENT_PUBLIC_SOCKET (a path) and SPIFFE_ENDPOINT_SOCKET
+    /// (unix:///path or tcp://IP:port), then /run/durward/public/api.sock.
     #[arg(long, value_name = "PATH", verbatim_doc_comment)]
     pub(super) socket_path: Option<PathBuf>,
 

@@ -1,4 +1,4 @@
-//! `status`: who signs, how it goes with a SPIRE Server, and what is waited for.
+//! `status`: how the agent is, on one screen.
 
 use std::{
     fmt::Write as _,
@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::{
     Failure, OutputArgs, OutputFormat,
-    admin::AdminArgs,
+    admin::{AdminArgs, mebibytes, memory_json},
     terminal::{Terminal, clean},
 };
 use crate::{api::proto::admin as pb, hcl::show_duration, os::clock::Clock};
@@ -28,54 +28,155 @@ pub(super) async fn status(args: &StatusArgs, terminal: &mut Terminal) -> Result
     let question = pb::StatusRequest {};
     let told =
         args.admin.call(terminal, question, async |mut api, request| api.status(request).await).await?;
+    let question = pb::LimitsRequest { top: 1 };
+    let held =
+        args.admin.call(terminal, question, async |mut api, request| api.limits(request).await).await?;
     let shown = match args.output.output {
-        OutputFormat::Pretty => pretty(&told, Clock::SYSTEM.now()),
-        OutputFormat::Json => format!("{}\n", to_json(&told)),
+        OutputFormat::Pretty => pretty(&told, &held, Clock::SYSTEM.now()),
+        OutputFormat::Json => format!("{}\n", to_json(&told, &held)),
     };
     Ok(terminal.print(&shown)?)
 }
 
-fn pretty(told: &pb::StatusResponse, now: SystemTime) -> String {
+/// One screen: what it is, who signs, what it holds, what is wrong.
+fn pretty(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime) -> String {
     let mut out = String::new();
-    let mut row = |name: &str, text: &str| {
-        // Writing to a String does not fail.
-        let _ = writeln!(out, "{name:<14}{}", clean(text));
+    let ready = if told.not_ready.is_empty() { "ready" } else { "NOT READY" };
+    let up = elapsed(told.started, now);
+    row(&mut out, "Agent", &format!("{ready}, version {}, process {}, up {up}", told.version, told.pid));
+    row(&mut out, "Socket", &told.socket_path);
+    row(&mut out, "Trust domain", &told.trust_domain);
+    signer(&mut out, told, now);
+    row(
+        &mut out,
+        "Entries",
+        &format!("{}, bundles of {}", told.entries, counted(told.bundles, "trust domain")),
+    );
+    let due = if told.x509_svids_due > 0 { format!(" ({} due)", told.x509_svids_due) } else { String::new() };
+    row(&mut out, "SVIDs held", &format!("{} X.509{due}, {} JWT", told.x509_svids, told.jwt_svids));
+    let pods = if told.kubernetes {
+        "found: a caller in a pod is its pod"
+    } else {
+        "not found: a caller is its user"
     };
-    row("Trust domain:", &told.trust_domain);
+    row(&mut out, "Kubernetes", pods);
+    let open = counted(held.node_connections.into(), "connection");
+    row(
+        &mut out,
+        "Open",
+        &format!(
+            "{open}, {}; {} being attested, {} waiting",
+            counted(told.streams, "stream"),
+            counted(held.attestations_in_flight.into(), "call"),
+            held.calls_waiting
+        ),
+    );
+    memory(&mut out, told, &held.memory.clone().unwrap_or_default());
+    let cores = format!("{}.{:03}", told.millicores / 1000, told.millicores % 1000);
+    let cores = cores.trim_end_matches('0').trim_end_matches('.');
+    let room = if held.short_of.is_empty() {
+        "yes".to_owned()
+    } else {
+        format!("NO: short of {}", held.short_of.join(", "))
+    };
+    row(&mut out, "Room", &format!("{room} (of the processor it may use {cores} cores)"));
+    let dry = if told.dry_run { " (dry run: none refuses)" } else { "" };
+    if told.limits_set.is_empty() {
+        row(&mut out, "Limits set", &format!("none; the defaults refuse only without room{dry}"));
+    }
+    for (at, limit) in told.limits_set.iter().enumerate() {
+        row(
+            &mut out,
+            if at == 0 { "Limits set" } else { "" },
+            &format!("{limit}{}", if at == 0 { dry } else { "" }),
+        );
+    }
+    let wrong = wrong(told, held, now);
+    if wrong.is_empty() {
+        row(&mut out, "Wrong", "nothing");
+    }
+    for (at, what) in wrong.iter().enumerate() {
+        row(&mut out, if at == 0 { "Wrong" } else { "" }, what);
+    }
+    out
+}
+
+fn row(out: &mut String, name: &str, text: &str) {
+    let name = if name.is_empty() { String::new() } else { format!("{name}:") };
+    // Writing to a String does not fail.
+    let _ = writeln!(out, "{name:<14}{}", clean(text));
+}
+
+fn counted(n: u64, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
+fn signer(out: &mut String, told: &pb::StatusResponse, now: SystemTime) {
     match &told.server {
-        None => row("Signed by:", "a CA on this node"),
+        None => row(out, "Signed by", "a CA on this node"),
         Some(server) => {
-            row("Signed by:", &format!("the SPIRE Server at {}", server.address));
+            row(out, "Signed by", &format!("the SPIRE Server at {}", server.address));
             if server.agent_id.is_empty() {
-                row("This agent:", "has no SVID of its own yet");
+                row(out, "This agent", "has no SVID of its own yet");
             } else {
-                row("This agent:", &server.agent_id);
-                row("Its SVID:", &ends(server.agent_svid_ends, now));
+                row(out, "This agent", &server.agent_id);
+                row(out, "Its SVID", &ends(server.agent_svid_ends, now));
             }
-            row("Last sync:", &since(server.last_sync, now));
+            row(out, "Last sync", &since(server.last_sync, now));
         }
     }
-    row("Entries:", &told.entries.to_string());
-    row("Bundles:", &told.bundles.to_string());
-    let mut svids = format!("{} made, {} due", told.x509_svids, told.x509_svids_due);
-    if told.x509_svids_refused > 0 {
-        let _ = write!(svids, ", {} entries not signed for: see the log", told.x509_svids_refused);
+    if let Some(ca) = told.ca {
+        let age = |from: i64, until: i64| format!("{} old, {}", elapsed(from, now), ends(until, now));
+        row(out, "X.509 CA", &age(ca.x509_from, ca.x509_until));
+        row(out, "JWT key", &age(ca.jwt_from, ca.jwt_until));
     }
-    row("X.509-SVIDs:", &svids);
-    row("Ready:", if told.not_ready.is_empty() { "yes" } else { "no" });
+}
+
+fn memory(out: &mut String, told: &pb::StatusResponse, memory: &pb::Memory) {
+    let budget = match memory.budget {
+        Some(bytes) => {
+            format!("{} used of {} ({})", mebibytes(memory.used), mebibytes(bytes), told.budget_from)
+        }
+        None => format!("{} used; no budget, as its cgroup has no limit", mebibytes(memory.used)),
+    };
+    row(out, "Memory", &budget);
+    let resident = memory.resident.map_or_else(|| "unknown".to_owned(), mebibytes);
+    let pressure = match memory.pressure.as_str() {
+        "" | "none" => String::new(),
+        pressure => format!("; pressure: {pressure}"),
+    };
+    row(out, "", &format!("connections hold {}, resident {resident}{pressure}", mebibytes(memory.held)));
+}
+
+/// Everything that an admin should look at.
+fn wrong(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime) -> Vec<String> {
+    let mut wrong = Vec::new();
     if !told.not_ready.is_empty() {
-        row("Because:", &told.not_ready);
+        wrong.push(format!("not ready: {}", told.not_ready));
+    }
+    if told.entries == 0 {
+        wrong.push("there is no entry, so no process gets an identity".to_owned());
+    }
+    if told.x509_svids_refused > 0 {
+        let entries = if told.x509_svids_refused == 1 {
+            "1 entry"
+        } else {
+            &format!("{} entries", told.x509_svids_refused)
+        };
+        wrong.push(format!("{entries} could not be signed for: see the log"));
+    }
+    if !held.short_of.is_empty() {
+        wrong.push(format!("short of {}: see durward limits", held.short_of.join(", ")));
     }
     if let Some(server) = &told.server {
         if !server.waits_for.is_empty() {
-            row("Waits for:", &format!("{}, for {}", server.waits_for, elapsed(server.waits_since, now)));
+            wrong.push(format!("waits for {}, for {}", server.waits_for, elapsed(server.waits_since, now)));
         }
         if !server.last_error.is_empty() {
-            row("Last error:", &server.last_error);
+            wrong.push(format!("the server's last error: {}", server.last_error));
         }
     }
-    row("Version:", &told.version);
-    out
+    wrong
 }
 
 fn at(seconds: i64) -> SystemTime {
@@ -99,7 +200,7 @@ fn ends(seconds: i64, now: SystemTime) -> String {
     }
 }
 
-fn to_json(told: &pb::StatusResponse) -> serde_json::Value {
+fn to_json(told: &pb::StatusResponse, held: &pb::LimitsResponse) -> serde_json::Value {
     let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
     let time = |seconds: i64| (seconds != 0).then_some(seconds);
     let server = told.server.as_ref().map(|server| {
@@ -125,6 +226,28 @@ fn to_json(told: &pb::StatusResponse) -> serde_json::Value {
         "ready": told.not_ready.is_empty(),
         "not_ready": text(&told.not_ready),
         "version": told.version,
+        "jwt_svids": told.jwt_svids,
+        "ca": told.ca.map(|ca| json!({
+            "x509_from": ca.x509_from,
+            "x509_until": ca.x509_until,
+            "jwt_from": ca.jwt_from,
+            "jwt_until": ca.jwt_until,
+        })),
+        "started": time(told.started),
+        "pid": told.pid,
+        "socket_path": told.socket_path,
+        "kubernetes": told.kubernetes,
+        "limits_set": told.limits_set,
+        "dry_run": told.dry_run,
+        "millicores": told.millicores,
+        "budget_from": text(&told.budget_from),
+        "connections": held.node_connections,
+        "streams": told.streams,
+        "attestations_in_flight": held.attestations_in_flight,
+        "calls_waiting": held.calls_waiting,
+        "short_of": held.short_of,
+        "memory": memory_json(&held.memory.clone().unwrap_or_default()),
+        "wrong": wrong(told, held, Clock::SYSTEM.now()),
     })
 }
 
@@ -157,14 +280,16 @@ mod tests {
             waits_since: 10_000 - 60,
             last_error: "connection refused\x1b[2J".to_owned(),
         };
-        let shown = pretty(&told(Some(server)), at(10_000));
+        let shown = pretty(&told(Some(server)), &pb::LimitsResponse::default(), at(10_000));
         for want in [
             "Signed by:    the SPIRE Server at spire:8081\n",
             "Its SVID:     ends in 1m30s\n",
             "Last sync:    1m5s ago\n",
-            "Waits for:    the SPIRE Server, for 1m\n",
-            "Ready:        yes\n",
-            "X.509-SVIDs:  7 made, 2 due, 1 entries not signed for: see the log\n",
+            "Agent:        ready, version 1, process 0, up ",
+            "SVIDs held:   7 X.509 (2 due), 0 JWT\n",
+            "Wrong:        1 entry could not be signed for: see the log\n",
+            "              waits for the SPIRE Server, for 1m\n",
+            "              the server's last error: connection refused",
         ] {
             assert!(shown.contains(want), "{want}{shown}");
         }
@@ -173,13 +298,14 @@ mod tests {
 
     #[test]
     fn what_is_not_there_is_null_in_json() {
-        let json = to_json(&told(Some(pb::ServerStatus::default())));
+        let held = pb::LimitsResponse::default();
+        let json = to_json(&told(Some(pb::ServerStatus::default())), &held);
         assert_eq!((&json["server"]["agent_id"], &json["server"]["last_sync"]), (&json!(null), &json!(null)));
-        let json = to_json(&told(None));
+        let json = to_json(&told(None), &held);
         assert_eq!(
             (&json["server"], &json["signer"], &json["ready"]),
             (&json!(null), &json!("embedded"), &json!(true))
         );
-        assert!(pretty(&told(None), at(1)).contains("Signed by:    a CA on this node\n"));
+        assert!(pretty(&told(None), &held, at(1)).contains("Signed by:    a CA on this node\n"));
     }
 }

@@ -276,7 +276,7 @@ pub(super) fn pem_of<'a>(certificates: impl IntoIterator<Item = &'a Certificate>
 
 /// RFC 7468, with lines of 64 characters. By hand, since the crates for PEM leave copies of the key behind: here every
 /// buffer is zeroised.
-fn pem(label: &str, der: &[u8]) -> Zeroizing<String> {
+pub(super) fn pem(label: &str, der: &[u8]) -> Zeroizing<String> {
     let mut out = Zeroizing::new(String::with_capacity(der.len() * 3 / 2 + 2 * label.len() + 64));
     out.push_str(&format!("-----BEGIN {label}-----\n"));
     // 48 bytes are 64 characters.

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use super::help::in_bold;
 use crate::os::journal;
 
 /// Why printing stopped.
@@ -47,6 +48,18 @@ impl Terminal {
             io::ErrorKind::BrokenPipe => PrintError::Closed,
             _ => PrintError::Write(err),
         })
+    }
+
+    /// Prints a page of help to stdout: with its names in bold where a person looks at it, and did not ask for none
+    /// (`NO_COLOR`).
+    pub(super) fn print_help(&mut self, page: &str) -> Result<(), PrintError> {
+        let plain = |name: &str, value: &str| super::environment(name).is_some_and(|set| set == value);
+        let no_color = super::environment("NO_COLOR").is_some_and(|set| !set.is_empty());
+        if io::stdout().is_terminal() && !no_color && !plain("TERM", "dumb") {
+            self.print(&in_bold(page))
+        } else {
+            self.print(page)
+        }
     }
 
     /// Prints to stdout in the place of what was printed before, where a person looks at it; elsewhere after it.

@@ -6,7 +6,12 @@
 //! refused as a whole, and the error names the key. Nothing here says whether a certificate is still valid: whoever
 //! verifies a chain does.
 
-use std::{borrow::Cow, collections::BTreeMap, sync::Arc, time::SystemTime};
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::Serialize;
@@ -119,6 +124,15 @@ pub struct JwtAuthority {
     pub key: JwtPublicKey,
     /// When it stops to be valid, if that is known (never for a key read from a JWK set).
     pub not_after: Option<SystemTime>,
+}
+
+/// Which bundle of several of one trust domain it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Edition {
+    /// Grows with each change.
+    pub sequence: u64,
+    /// How often others should look for the next one.
+    pub refresh_hint: Duration,
 }
 
 /// What verifies the members of one trust domain.
@@ -259,16 +273,15 @@ impl Bundle {
     /// The JWT keys as a JWK set, in the form that spire-agent's FetchJWTBundles has, but sorted by `kid`: neither
     /// `use` nor `alg`, an indent of four spaces, `"keys": []` when there is none.
     pub fn jwks(&self) -> String {
-        pretty(&JwkSet { keys: self.jwt_jwks(None) })
+        pretty(&JwkSet { spiffe_sequence: None, spiffe_refresh_hint: None, keys: self.jwt_jwks(None) })
     }
 
     /// The whole bundle as the SPIFFE Trust Domain and Bundle standard has it, for other trust domains to federate
-    /// with: certificates in the issuer's order, then JWT keys sorted by `kid`. Without `spiffe_sequence` and
-    /// `spiffe_refresh_hint`.
+    /// with: certificates in the issuer's order, then JWT keys sorted by `kid`; and what is known of `edition`.
     ///
     /// # Errors
     /// [`BundleError::Certificate`] when an authority is no certificate of an EC or RSA key.
-    pub fn to_spiffe_json(&self) -> Result<String, BundleError> {
+    pub fn to_spiffe_json(&self, edition: Option<Edition>) -> Result<String, BundleError> {
         let mut keys = Vec::with_capacity(self.x509_authorities.len() + self.jwt_authorities.len());
         for (at, der) in self.x509_authorities.iter().enumerate() {
             let key = public_key(der).map_err(|reason| BundleError::Certificate { at, reason })?;
@@ -276,7 +289,11 @@ impl Bundle {
             keys.push(Jwk { key_use: Some("x509-svid"), kid: None, key, x5c });
         }
         keys.extend(self.jwt_jwks(Some("jwt-svid")));
-        Ok(pretty(&JwkSet { keys }))
+        Ok(pretty(&JwkSet {
+            spiffe_sequence: edition.map(|it| it.sequence),
+            spiffe_refresh_hint: edition.map(|it| it.refresh_hint.as_secs()),
+            keys,
+        }))
     }
 
     fn jwt_jwks(&self, key_use: Option<&'static str>) -> Vec<Jwk<'_>> {
@@ -332,6 +349,11 @@ fn certificate(jwk: &Map<String, Value>) -> Result<Option<Vec<u8>>, AuthorityErr
 
 #[derive(Serialize)]
 struct JwkSet<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    spiffe_sequence: Option<u64>,
+    /// In seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    spiffe_refresh_hint: Option<u64>,
     keys: Vec<Jwk<'a>>,
 }
 
@@ -598,7 +620,7 @@ mod tests {
         assert_eq!(bundle.jwks(), want);
         let empty = Bundle { jwt_authorities: Vec::new(), ..bundle };
         assert_eq!(empty.jwks(), "{\n    \"keys\": []\n}");
-        let error = empty.to_spiffe_json().unwrap_err().to_string();
+        let error = empty.to_spiffe_json(None).unwrap_err().to_string();
         assert_eq!(error, "certificate 0: not a DER certificate");
     }
 
@@ -618,7 +640,7 @@ mod tests {
             x509_authorities: vec![ca().der().to_vec(), ca_with(&p384, is_ca()).der().to_vec()],
             jwt_authorities: vec![authority("a<b", &ec_spki()), authority("r", &rsa_spki)],
         };
-        let json = bundle.to_spiffe_json().unwrap();
+        let json = bundle.to_spiffe_json(None).unwrap();
         assert!(
             json.starts_with("{\n    \"keys\": [\n        {\n            \"use\": \"x509-svid\",\n"),
             "{json}"

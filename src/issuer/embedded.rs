@@ -40,7 +40,7 @@ pub use self::{
     settings::{EmbeddedSettings, IssuerSettings, MIN_CA_TTL, MIN_SVID_TTL},
 };
 use super::{
-    Expelled, Issuer, IssuerChoice, IssuerInput, Lookout, MintError, SvidKind, World, by,
+    CaStanding, Expelled, Issuer, IssuerChoice, IssuerInput, Lookout, MintError, SvidKind, World, by,
     metrics::IssuerMetrics,
 };
 use crate::{
@@ -241,6 +241,10 @@ impl Issuer for EmbeddedIssuer {
         self.ca.can_sign(kind, self.clock.now()).map_err(MintError::from)
     }
 
+    fn ca(&self) -> Option<CaStanding> {
+        Some(self.ca.standing())
+    }
+
     fn look_out(&self) -> Option<Lookout> {
         None
     }
@@ -424,6 +428,17 @@ mod tests {
         assert!(world.has_changed().unwrap());
         let world = world.borrow_and_update();
         assert_eq!(world.bundles.own.x509_authorities.len(), 2);
+        // Who federates with it sees that it is another bundle, and the number goes on after a restart.
+        let standing = issuer.ca().unwrap();
+        assert_eq!(standing.edition.sequence, 2);
+        assert_eq!(standing.bundle, world.bundles.own);
+        issuer.rotate(&mut false).await;
+        assert_eq!(issuer.ca().unwrap().edition.sequence, 2, "nothing has changed");
+        let settings = issuer.ca.settings();
+        let (clock, metrics) = (issuer.clock, Arc::clone(&issuer.metrics));
+        drop(issuer);
+        let again = EmbeddedIssuer::open(settings, clock, metrics).unwrap();
+        assert_eq!(again.ca().unwrap().edition.sequence, 2);
         assert!(Arc::ptr_eq(&world.index, &index));
     }
 }

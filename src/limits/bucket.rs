@@ -138,6 +138,13 @@ impl Quota {
         self.burst
     }
 
+    /// Thousandths of a token that come back in so many seconds.
+    pub(super) fn millis_per(self, seconds: u64) -> u64 {
+        let nanos = u128::from(seconds) * 1_000_000_000_000;
+        let per_token = u128::from(self.per_token.max(1));
+        u64::try_from((nanos + per_token / 2) / per_token).unwrap_or(u64::MAX)
+    }
+
     /// Nanoseconds from empty to full.
     pub(super) fn refill(self) -> u64 {
         // Only a bucket whose calls began at another price is asked for more than a quota may be.

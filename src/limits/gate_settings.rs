@@ -57,6 +57,16 @@ impl GateRules {
         Ok(Self { default, overrides: Overrides::of_callers(overrides)? })
     }
 
+    /// The rule of callers that no override is for.
+    pub(super) fn default_rule(&self) -> &GateRule {
+        &self.default
+    }
+
+    /// How many overrides there are.
+    pub(super) fn override_count(&self) -> usize {
+        self.overrides.len()
+    }
+
     /// The rule of a caller.
     pub(super) fn of(&self, caller: &CallerKey) -> &GateRule {
         self.overrides.rule_of(caller).unwrap_or(&self.default)

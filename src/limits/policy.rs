@@ -112,6 +112,13 @@ impl<P, R> Default for Overrides<P, R> {
     }
 }
 
+impl<P, R> Overrides<P, R> {
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
 impl<P: Pattern, R> Overrides<P, R> {
     /// Puts these together.
     ///

@@ -33,6 +33,11 @@ impl ProcessorShare {
         fits.then(|| Self((cores * 1000.0).round() as u32))
     }
 
+    /// In thousandths of a core.
+    pub fn millicores(self) -> u64 {
+        self.0.into()
+    }
+
     /// What flows back in so much time.
     fn of(self, elapsed: Duration) -> Duration {
         elapsed.saturating_mul(self.0) / 1000

@@ -403,6 +403,11 @@ impl PodOrUid {
         Self::reading("/proc", mode, in_pod, root)
     }
 
+    /// Whether pods are looked for.
+    pub fn looks(&self) -> bool {
+        self.kubelet.is_some()
+    }
+
     /// As [`Self::new`], with another proc file system than `/proc`.
     pub fn reading(
         proc_root: impl Into<PathBuf>,

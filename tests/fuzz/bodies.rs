@@ -190,7 +190,7 @@ pub fn bundle(data: &[u8]) {
         assert!(bundle.jwt_authorities.is_sorted_by(|a, b| a.kid < b.kid), "{bundle:?}");
         assert_eq!(bundle.x509_der().len(), bundle.x509_authorities.iter().map(Vec::len).sum::<usize>());
         // An authority may have a key that a JWK of this agent does not show (Ed25519).
-        if let Ok(json) = bundle.to_spiffe_json() {
+        if let Ok(json) = bundle.to_spiffe_json(None) {
             assert_eq!(
                 Bundle::parse_spiffe(&trust_domain, json.as_bytes()).expect("what was written"),
                 bundle

@@ -106,6 +106,54 @@ async fn status_tells_who_signs() {
     let got = admin.status(pb::StatusRequest {}).await.unwrap().into_inner();
     assert_eq!((&*got.trust_domain, got.entries, got.bundles), (TRUST_DOMAIN, 1, 1));
     assert_eq!((got.server, &*got.version), (None, env!("CARGO_PKG_VERSION")));
+    let ca = got.ca.expect("a CA of this node signs");
+    assert!(ca.x509_from < ca.x509_until && ca.jwt_from < ca.jwt_until, "{ca:?}");
+    assert!(got.started > 0 && got.pid > 0 && !got.kubernetes && got.limits_set.is_empty(), "{got:?}");
+
+    let blocks = format!("{}ratelimit {{ caller {{ rate = 20 burst = 40 }} }}\n", entry("/web", ""));
+    let agent = Agent::start(&blocks);
+    let got = agent.admin().await.status(pb::StatusRequest {}).await.unwrap().into_inner();
+    assert_eq!(got.limits_set, ["caller, each method: 20 a second, 40 at once"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn entries_and_bundles_are_shown() {
+    let blocks: String = (0..3)
+        .map(|n| entry(&format!("/web{n}"), "dns_names = [\"web\"]\n  jwt_svid_ttl = \"90s\""))
+        .collect();
+    let agent = Agent::start(&blocks);
+    let mut admin = agent.admin().await;
+    let ask = |skip, most, id: &str| pb::EntriesRequest { skip, most, spiffe_id: id.to_owned() };
+    let ids = |page: &pb::EntriesResponse| -> Vec<String> {
+        page.entries.iter().map(|it| it.entry.as_ref().unwrap().spiffe_id.clone()).collect()
+    };
+    let page = admin.entries(ask(0, 2, "")).await.unwrap().into_inner();
+    assert_eq!((ids(&page), page.more, page.total), (vec![id("/web0"), id("/web1")], true, 3));
+    assert_eq!((page.entries[0].jwt_svid_ttl, page.entries[0].x509_svid_ttl), (90, 0));
+    let page = admin.entries(ask(2, 2, "")).await.unwrap().into_inner();
+    assert_eq!((ids(&page), page.more), (vec![id("/web2")], false));
+    let page = admin.entries(ask(0, u32::MAX, &id("/web1"))).await.unwrap().into_inner();
+    assert_eq!((ids(&page), page.total), (vec![id("/web1")], 1));
+    let page = admin.entries(ask(u64::MAX, 0, "")).await.unwrap().into_inner();
+    assert_eq!((page.entries, page.more), (vec![], false));
+
+    let own = admin.bundle(pb::BundleRequest { trust_domain: String::new() }).await.unwrap().into_inner();
+    let same = pb::BundleRequest { trust_domain: format!("spiffe://{TRUST_DOMAIN}") };
+    assert_eq!(admin.bundle(same).await.unwrap().into_inner(), own);
+    assert_eq!((&*own.trust_domain, own.x509_authorities.len()), (TRUST_DOMAIN, 1));
+    let json: Value = serde_json::from_str(&own.spiffe_json).unwrap();
+    assert_eq!((&json["spiffe_sequence"], &json["spiffe_refresh_hint"]), (&1.into(), &300.into()));
+    let name = durward::identity::TrustDomain::parse(TRUST_DOMAIN).unwrap();
+    let read = durward::identity::Bundle::parse_spiffe(&name, own.spiffe_json.as_bytes()).unwrap();
+    assert_eq!(read.x509_authorities, own.x509_authorities);
+    for (trust_domain, code) in [("other.example", Code::NotFound), ("A!", Code::InvalidArgument)] {
+        let asked = pb::BundleRequest { trust_domain: trust_domain.to_owned() };
+        assert_eq!(admin.bundle(asked).await.unwrap_err().code(), code, "{trust_domain}");
+    }
+}
+
+fn id(path: &str) -> String {
+    format!("spiffe://{TRUST_DOMAIN}{path}")
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -282,6 +330,44 @@ async fn limits_are_watched_until_ctrl_c() {
     let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
     assert_eq!(tokio::task::block_in_place(|| child.wait()).unwrap().code(), Some(0));
+}
+
+/// Nobody need ask for an admin socket, and one that cannot be made keeps no agent from serving.
+#[tokio::test(flavor = "multi_thread")]
+async fn there_is_an_admin_socket_by_default() {
+    for (case, public, wanted) in [
+        ("beside the public directory", "sockets/public/api.sock", Some("sockets/private/admin.sock")),
+        ("where many share what is beside it", "api.sock", Some("data/admin.sock")),
+        ("in the way of another file", "blocked/public/api.sock", None),
+        ("switched off", "off/public/api.sock", None),
+    ] {
+        // Directly in a directory that many share.
+        let dir = tempfile::tempdir_in("/tmp").unwrap();
+        write_config(dir.path(), &entry("/web", ""));
+        let path = dir.path().join("agent.conf");
+        let off = if case == "switched off" { "admin_socket_enabled = false\n" } else { "" };
+        let public = dir.path().join(public);
+        let text = fs::read_to_string(&path).unwrap();
+        let text = text.replace(&*dir.path().join("api.sock").to_string_lossy(), &public.to_string_lossy());
+        fs::write(&path, text.replace("log_level = ", &format!("{off}log_level = "))).unwrap();
+        if case == "in the way of another file" {
+            fs::create_dir(dir.path().join("blocked")).unwrap();
+            fs::write(dir.path().join("blocked/private"), "").unwrap();
+        }
+        let running = Running::start(load(dir.path()).unwrap(), None, Clock::SYSTEM).expect(case);
+        if let Some(wanted) = wanted {
+            let wanted = dir.path().join(wanted);
+            let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
+            assert_eq!((mode(&wanted), mode(wanted.parent().unwrap())), (0o600, 0o700), "{case}");
+            let mut admin = AdminClient::new(channel(&wanted).await);
+            let told = admin.status(pb::StatusRequest {}).await.unwrap().into_inner();
+            assert_eq!(told.socket_path, public.to_string_lossy(), "{case}");
+        } else {
+            let below = [dir.path().to_owned(), dir.path().join("data"), dir.path().join("off/private")];
+            assert!(below.iter().all(|dir| !dir.join("admin.sock").exists()), "{case}");
+        }
+        running.shutdown().await;
+    }
 }
 
 /// The modes of the socket and its directory keep others out; so does the kernel's word on who connects.

@@ -941,10 +941,12 @@ fn quickstart_serves_until_it_is_told_to_end() {
             .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
         let shown: Vec<_> = lines.take_while(|line| !line.starts_with("Serving. ")).collect();
-        let starting = |word: &str| shown.iter().filter(move |line| line.trim_start().starts_with(word));
-        let exports: Vec<_> = starting("export ").cloned().collect();
+        let starting = |word: &str| -> Vec<String> {
+            shown.iter().filter(|line| line.trim_start().starts_with(word)).cloned().collect()
+        };
+        let exports = starting("export ");
         assert_eq!(exports.len(), 2, "{shown:?}");
-        let commands: Vec<_> = starting("durward ").collect();
+        let commands = starting("durward ");
         assert_eq!(commands.len(), 6, "{shown:?}");
         let endless = |line: &str| line.contains(" api watch ") || line.contains(" limits --watch ");
         for command in commands.into_iter().filter(|line| !endless(line)) {

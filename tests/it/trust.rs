@@ -81,7 +81,7 @@ async fn a_bundle_of_the_web_is_believed_where_the_system_vouches_for_the_place(
     server.course().tokens.insert("once".to_owned());
     let trust_domain = TrustDomain::parse("example.org").unwrap();
     let bundle = Bundle::parse_pem(&trust_domain, server.ca.pem.as_bytes()).unwrap();
-    let json = bundle.to_spiffe_json().unwrap();
+    let json = bundle.to_spiffe_json(None).unwrap();
     let (port, web_ca) = web(move |path| match path {
         "/old" => "HTTP/1.1 302 Found\r\nLocation: /bundle\r\nContent-Length: 0\r\n\r\n".to_owned(),
         "/plain" => {

@@ -260,6 +260,112 @@ pub struct StatusResponse {
     pub x509_svids_due: u64,
     #[prost(uint64, tag = "9")]
     pub x509_svids_refused: u64,
+    #[prost(uint64, tag = "10")]
+    pub jwt_svids: u64,
+    /// What signs on this node. Missing where a SPIRE Server signs.
+    #[prost(message, optional, tag = "11")]
+    pub ca: ::core::option::Option<CaStatus>,
+    /// When the agent started, in seconds since 1970, and its process.
+    #[prost(int64, tag = "12")]
+    pub started: i64,
+    #[prost(int32, tag = "13")]
+    pub pid: i32,
+    /// Where the Workload API is served.
+    #[prost(string, tag = "14")]
+    pub socket_path: ::prost::alloc::string::String,
+    /// Whether callers are looked for in pods.
+    #[prost(bool, tag = "15")]
+    pub kubernetes: bool,
+    /// Limits that somebody set, one a line, in words; at most 33.
+    #[prost(string, repeated, tag = "16")]
+    pub limits_set: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Where the memory budget comes from, in words; empty where there is none.
+    #[prost(string, tag = "17")]
+    pub budget_from: ::prost::alloc::string::String,
+    /// Thousandths of a core that the agent may use before default limits bind.
+    #[prost(uint64, tag = "18")]
+    pub millicores: u64,
+    /// Limits are counted, and refuse nothing.
+    #[prost(bool, tag = "19")]
+    pub dry_run: bool,
+    /// Open streams, and connections that have said nothing yet.
+    #[prost(uint64, tag = "20")]
+    pub streams: u64,
+    #[prost(uint64, tag = "21")]
+    pub parked: u64,
+}
+/// Times are in seconds since 1970.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CaStatus {
+    /// Of the certificate that signs X.509-SVIDs.
+    #[prost(int64, tag = "1")]
+    pub x509_from: i64,
+    #[prost(int64, tag = "2")]
+    pub x509_until: i64,
+    /// Of the key that signs JWT-SVIDs.
+    #[prost(int64, tag = "3")]
+    pub jwt_from: i64,
+    #[prost(int64, tag = "4")]
+    pub jwt_until: i64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EntriesRequest {
+    /// How many to pass over, in the order in which they are served, and how many to tell at most; 0 for 500, at most 500.
+    #[prost(uint64, tag = "1")]
+    pub skip: u64,
+    #[prost(uint32, tag = "2")]
+    pub most: u32,
+    /// Those alone whose SPIFFE ID this is. All when it is empty.
+    #[prost(string, tag = "3")]
+    pub spiffe_id: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct EntriesResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub entries: ::prost::alloc::vec::Vec<EntryDetail>,
+    /// Whether there are more.
+    #[prost(bool, tag = "2")]
+    pub more: bool,
+    /// Of all that were asked for.
+    #[prost(uint64, tag = "3")]
+    pub total: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EntryDetail {
+    #[prost(message, optional, tag = "1")]
+    pub entry: ::core::option::Option<Entry>,
+    #[prost(string, repeated, tag = "2")]
+    pub selectors: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Seconds; 0 for the default.
+    #[prost(uint64, tag = "3")]
+    pub x509_svid_ttl: u64,
+    #[prost(uint64, tag = "4")]
+    pub jwt_svid_ttl: u64,
+    #[prost(string, repeated, tag = "5")]
+    pub dns_names: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(string, repeated, tag = "6")]
+    pub federates_with: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Selectors that no process of this node can have: each, and why.
+    #[prost(string, repeated, tag = "7")]
+    pub absent: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BundleRequest {
+    /// Of this trust domain, the agent's own when it is empty.
+    #[prost(string, tag = "1")]
+    pub trust_domain: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BundleResponse {
+    #[prost(string, tag = "1")]
+    pub trust_domain: ::prost::alloc::string::String,
+    /// CA certificates, DER.
+    #[prost(bytes = "vec", repeated, tag = "2")]
+    pub x509_authorities: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
+    /// The whole bundle as the SPIFFE Trust Domain and Bundle standard has it: with spiffe_sequence where that is known, and
+    /// with spiffe_refresh_hint where a CA of this node signs.
+    #[prost(string, tag = "3")]
+    pub spiffe_json: ::prost::alloc::string::String,
 }
 /// Times are in seconds since 1970; 0 where there is none.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -495,6 +601,53 @@ pub mod admin_client {
                 .insert(GrpcMethod::new("durward.admin.v1.Admin", "Status"));
             self.inner.unary(req, path, codec).await
         }
+        /// The entries in force, a page at a time.
+        pub async fn entries(
+            &mut self,
+            request: impl tonic::IntoRequest<super::EntriesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::EntriesResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/durward.admin.v1.Admin/Entries",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("durward.admin.v1.Admin", "Entries"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// What verifies the SVIDs of a trust domain.
+        pub async fn bundle(
+            &mut self,
+            request: impl tonic::IntoRequest<super::BundleRequest>,
+        ) -> std::result::Result<tonic::Response<super::BundleResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/durward.admin.v1.Admin/Bundle",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("durward.admin.v1.Admin", "Bundle"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -530,6 +683,16 @@ pub mod admin_server {
             &self,
             request: tonic::Request<super::StatusRequest>,
         ) -> std::result::Result<tonic::Response<super::StatusResponse>, tonic::Status>;
+        /// The entries in force, a page at a time.
+        async fn entries(
+            &self,
+            request: tonic::Request<super::EntriesRequest>,
+        ) -> std::result::Result<tonic::Response<super::EntriesResponse>, tonic::Status>;
+        /// What verifies the SVIDs of a trust domain.
+        async fn bundle(
+            &self,
+            request: tonic::Request<super::BundleRequest>,
+        ) -> std::result::Result<tonic::Response<super::BundleResponse>, tonic::Status>;
     }
     #[derive(Debug)]
     pub struct AdminServer<T> {
@@ -764,6 +927,92 @@ pub mod admin_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = StatusSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/durward.admin.v1.Admin/Entries" => {
+                    #[allow(non_camel_case_types)]
+                    struct EntriesSvc<T: Admin>(pub Arc<T>);
+                    impl<T: Admin> tonic::server::UnaryService<super::EntriesRequest>
+                    for EntriesSvc<T> {
+                        type Response = super::EntriesResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::EntriesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Admin>::entries(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = EntriesSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/durward.admin.v1.Admin/Bundle" => {
+                    #[allow(non_camel_case_types)]
+                    struct BundleSvc<T: Admin>(pub Arc<T>);
+                    impl<T: Admin> tonic::server::UnaryService<super::BundleRequest>
+                    for BundleSvc<T> {
+                        type Response = super::BundleResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::BundleRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Admin>::bundle(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = BundleSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

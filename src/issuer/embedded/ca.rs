@@ -20,19 +20,24 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use aws_lc_rs::digest::{Context, SHA256};
 
 use super::{
     EmbeddedSettings, IssuerError, MIN_CA_TTL, SuppliedCaFault,
     disk::{self, DataDir},
     jwt::{self, JwtKey, JwtSigner},
     rotation::{self, Advanced, AuthoritySlot, Record, Term},
-    state::Authorities,
+    state::{Authorities, Published},
     supplied::SuppliedCa,
     x509::{self, CaIssuer, X509Authority, X509Signer},
 };
 use crate::{
-    identity::{Bundle, Entry, JwtSvid, KeyType, SpiffeId, TrustDomain, X509Svid, bundle::JwtAuthority},
+    identity::{
+        Bundle, Entry, JwtSvid, KeyType, SpiffeId, TrustDomain, X509Svid,
+        bundle::{Edition, JwtAuthority},
+    },
     issuer::{
+        CaStanding,
         keys::{self, KeyPair, SignatureForm},
         metrics::SvidKind,
     },
@@ -41,6 +46,9 @@ use crate::{
 
 /// How long to wait after a rotation that failed before trying again.
 pub const ROTATION_RETRY: Duration = Duration::from_secs(10);
+
+/// The longest that others are told to wait before they look at the bundle again: the default of SPIFFE.
+const LONGEST_REFRESH: Duration = Duration::from_secs(5 * 60);
 
 /// The embedded CA. Any number of threads may sign at once; a signature with an RSA key, and a new RSA key even
 /// more, belong on a thread that may block.
@@ -54,6 +62,8 @@ pub struct EmbeddedCa {
 
 struct Signing {
     bundle: Arc<Bundle>,
+    /// Which one it is.
+    sequence: u64,
     x509: X509Signer,
     jwt: JwtSigner,
 }
@@ -117,11 +127,12 @@ impl EmbeddedCa {
 
         let on_disk = state.clone();
         let (x509, jwt) = advance(&mut state, &settings, now);
+        let published = publish(&mut state, &settings.trust_domain, now);
         if !is_ready(&state, now) {
             let unknown = IssuerError::Crypto("use the keys that were just made");
             return Err(x509.fault.or(jwt.fault).unwrap_or(unknown));
         }
-        if x509.changed || jwt.changed {
+        if x509.changed || jwt.changed || published {
             let written = state.to_json(&settings.trust_domain).and_then(|text| data_dir.write(&text));
             match written {
                 Ok(()) => {}
@@ -142,6 +153,25 @@ impl EmbeddedCa {
     /// What verifies everything that this issuer signed and that is not expired. Cheap.
     pub fn bundle(&self) -> Arc<Bundle> {
         Arc::clone(&self.signing.load().bundle)
+    }
+
+    /// What signs, and what verifies it, as of one moment.
+    pub fn standing(&self) -> CaStanding {
+        let (settings, signing) = (self.settings.load(), self.signing.load());
+        // The next authority is known for a third of a life before it signs: others look at least twice in that time.
+        let hint = (settings.issuer.ca_ttl / 6).clamp(Duration::from_secs(1), LONGEST_REFRESH);
+        let term = |term: Term| (term.not_before, term.not_after);
+        CaStanding {
+            bundle: Arc::clone(&signing.bundle),
+            edition: Edition { sequence: signing.sequence, refresh_hint: hint },
+            x509: term(signing.x509.term),
+            jwt: term(signing.jwt.term),
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn settings(&self) -> EmbeddedSettings {
+        EmbeddedSettings::clone(&self.settings.load())
     }
 
     /// Takes `settings` for what is made from this moment on. They must be of the same trust domain, directory and
@@ -214,7 +244,8 @@ impl EmbeddedCa {
         let settings = self.settings.load();
         let mut state = rotating.state.clone();
         let (x509, jwt) = advance(&mut state, &settings, now);
-        if x509.changed || jwt.changed {
+        let published = publish(&mut state, &settings.trust_domain, now);
+        if x509.changed || jwt.changed || published {
             let text = state.to_json(&settings.trust_domain)?;
             rotating.data_dir.write(&text)?;
         }
@@ -350,12 +381,30 @@ fn make_jwt_key(settings: &EmbeddedSettings, now: SystemTime) -> Result<Record<J
     Ok(Record { slot: AuthoritySlot::Current, term, key_type, key, public: Arc::new(public) })
 }
 
+/// Gives the bundle of `now` a number of its own, if it is another than the one that was published last. Whether it is.
+fn publish(state: &mut Authorities, trust_domain: &TrustDomain, now: SystemTime) -> bool {
+    let bundle = bundle(state, trust_domain, now);
+    let mut context = Context::new(&SHA256);
+    let keys = bundle.jwks();
+    for part in bundle.x509_authorities.iter().map(Vec::as_slice).chain([keys.as_bytes()]) {
+        context.update(&u64::try_from(part.len()).unwrap_or(u64::MAX).to_be_bytes());
+        context.update(part);
+    }
+    let digest: String = context.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    if digest == state.published.digest {
+        return false;
+    }
+    state.published = Published { sequence: state.published.sequence.saturating_add(1), digest };
+    true
+}
+
 /// `None` when one of the two kinds has nothing that could sign, now or ever.
 fn signing(state: &Authorities, trust_domain: &TrustDomain, now: SystemTime) -> Option<Signing> {
     let (_, ca) = rotation::find(&state.x509, AuthoritySlot::Current)?;
     let (_, jwt_key) = rotation::find(&state.jwt, AuthoritySlot::Current)?;
     Some(Signing {
         bundle: Arc::new(bundle(state, trust_domain, now)),
+        sequence: state.published.sequence,
         x509: X509Signer::new(&ca.public, ca.term, ca.key_type, ca.key.as_ref()?)?,
         jwt: JwtSigner::new(&jwt_key.public, jwt_key.term, jwt_key.key_type, jwt_key.key.as_ref()?)?,
     })

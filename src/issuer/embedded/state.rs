@@ -30,6 +30,17 @@ pub(super) struct Authorities {
     pub(super) x509: Vec<Record<X509Authority>>,
     /// In the order in which they were made.
     pub(super) jwt: Vec<Record<JwtKey>>,
+    /// Which bundle was published last.
+    pub(super) published: Published,
+}
+
+/// A bundle that was published, for those who federate with this trust domain: the number grows with each change of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Published {
+    pub(super) sequence: u64,
+    /// Of what was in it, SHA-256 as hexadecimal digits.
+    pub(super) digest: String,
 }
 
 impl Authorities {
@@ -53,6 +64,7 @@ impl Authorities {
         Ok(Self {
             x509: read_all("x509", &file.x509).map_err(damaged)?,
             jwt: read_all("jwt", &file.jwt).map_err(damaged)?,
+            published: file.published,
         })
     }
 
@@ -63,6 +75,7 @@ impl Authorities {
             trust_domain: trust_domain.name().to_owned(),
             x509: write_all(&self.x509)?,
             jwt: write_all(&self.jwt)?,
+            published: self.published.clone(),
         };
         // Once into nothing, to learn the size: a buffer that grows leaves copies of keys behind.
         let failed = |_| IssuerError::Crypto("encode the state");
@@ -89,6 +102,8 @@ struct StateFile<'a> {
     x509: Vec<AuthorityFile<'a, X509AuthorityFile>>,
     #[serde(borrow)]
     jwt: Vec<AuthorityFile<'a, JwtKeyFile>>,
+    #[serde(default)]
+    published: Published,
 }
 
 /// Times are whole seconds since 1970; bytes are base64.

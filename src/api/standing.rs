@@ -1,0 +1,203 @@
+//! How the agent is, for its owner: what signs, what is held, which limits are set, the entries in force and the bundles.
+//!
+//! Answers are bounded: entries come a page at a time. No key and no token is in one.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::SystemTime,
+};
+
+use tonic::Status;
+
+use super::proto::admin as pb;
+use crate::{
+    attest::Questions,
+    identity::{Entry, Selector, TrustDomain},
+    issuer::{Issuer, SvidKind},
+    limits::LimitsInForce,
+    peer::ConnectionStats,
+    store::{JwtCache, Store, X509Cache},
+    telemetry::{
+        chain,
+        health::{HealthState, Probe},
+        registry::Label as _,
+    },
+};
+
+/// The most entries of one answer.
+const MOST_ENTRIES: u32 = 500;
+
+/// What is set about limits; a reload changes it. Cheap to clone; all clones are one.
+#[derive(Clone, Debug, Default)]
+pub struct SharedLimits(Arc<Mutex<LimitsInForce>>);
+
+impl SharedLimits {
+    /// This is in force from now on.
+    pub fn set(&self, in_force: LimitsInForce) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = in_force;
+    }
+
+    fn get(&self) -> LimitsInForce {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Whom to ask how the agent is.
+pub struct AgentStanding {
+    pub store: Arc<Store>,
+    /// Who signs.
+    pub issuer: Arc<dyn Issuer>,
+    /// The X.509-SVIDs that are kept.
+    pub x509: Arc<X509Cache>,
+    /// The JWT-SVIDs that are kept.
+    pub jwt: Arc<JwtCache>,
+    pub health: Arc<HealthState>,
+    /// Of the public socket.
+    pub connections: Arc<ConnectionStats>,
+    pub limits: SharedLimits,
+    pub started: SystemTime,
+    /// Where the Workload API is served.
+    pub socket_path: PathBuf,
+    /// Whether callers are looked for in pods.
+    pub kubernetes: bool,
+}
+
+impl AgentStanding {
+    pub(super) fn status(&self) -> pb::StatusResponse {
+        let snapshot = self.store.snapshot();
+        let (due, refused) = self.x509.waited_for();
+        let limits = self.limits.get();
+        pb::StatusResponse {
+            trust_domain: snapshot.bundles.own.trust_domain.to_string(),
+            entries: count(snapshot.index.entries().len()),
+            bundles: count(snapshot.bundles.federated.len() + 1),
+            x509_svids: count(self.x509.counts().cached),
+            x509_svids_due: count(due),
+            x509_svids_refused: count(refused),
+            not_ready: self.not_ready(),
+            server: self.server(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            jwt_svids: count(self.jwt.len()),
+            ca: self.issuer.ca().map(|ca| pb::CaStatus {
+                x509_from: unix(ca.x509.0),
+                x509_until: unix(ca.x509.1),
+                jwt_from: unix(ca.jwt.0),
+                jwt_until: unix(ca.jwt.1),
+            }),
+            started: unix(self.started),
+            pid: std::process::id().try_into().unwrap_or_default(),
+            socket_path: self.socket_path.to_string_lossy().into_owned(),
+            kubernetes: self.kubernetes,
+            limits_set: limits.set,
+            budget_from: limits.budget_from.to_owned(),
+            millicores: limits.millicores,
+            dry_run: limits.dry_run,
+            streams: self.connections.streams(),
+            parked: self.connections.parked(),
+        }
+    }
+
+    fn server(&self) -> Option<pb::ServerStatus> {
+        self.issuer.server().map(|server| {
+            let (agent_id, ends) = server.agent.unzip();
+            let (waits_for, since) = server.waits_for.unzip();
+            pb::ServerStatus {
+                address: server.address,
+                agent_id: agent_id.map(|id| id.to_string()).unwrap_or_default(),
+                agent_svid_ends: ends.map_or(0, unix),
+                last_sync: server.last_sync.map_or(0, unix),
+                waits_for: waits_for.unwrap_or_default(),
+                waits_since: since.map_or(0, unix),
+                last_error: server.last_error.unwrap_or_default(),
+            }
+        })
+    }
+
+    fn not_ready(&self) -> String {
+        let why = SvidKind::VALUES.iter().find_map(|kind| self.issuer.can_sign(*kind).err());
+        match why {
+            _ if self.health.get() == Probe::Draining => "the agent is about to end".to_owned(),
+            Some(why) => chain(&why),
+            None if self.health.ready() => String::new(),
+            None if self.health.get() == Probe::Starting => "the agent has just started".to_owned(),
+            None => "callers cannot be served or told apart: see the log".to_owned(),
+        }
+    }
+
+    pub(super) fn entries(&self, asked: &pb::EntriesRequest) -> pb::EntriesResponse {
+        let snapshot = self.store.snapshot();
+        let fits = |entry: &&Arc<Entry>| {
+            asked.spiffe_id.is_empty() || entry.spiffe_id.to_string() == asked.spiffe_id
+        };
+        let total = snapshot.index.entries().iter().filter(fits).count();
+        let most = if asked.most == 0 { MOST_ENTRIES } else { asked.most.min(MOST_ENTRIES) };
+        let skip = usize::try_from(asked.skip).unwrap_or(usize::MAX);
+        let most = usize::try_from(most).unwrap_or(usize::MAX);
+        let page = snapshot.index.entries().iter().filter(fits).skip(skip).take(most);
+        let entries: Vec<_> = page.map(|entry| detail(entry, &snapshot.questions)).collect();
+        let more = skip.saturating_add(entries.len()) < total;
+        pb::EntriesResponse { entries, more, total: count(total) }
+    }
+
+    pub(super) fn bundle(&self, trust_domain: &str) -> Result<pb::BundleResponse, Status> {
+        let snapshot = self.store.snapshot();
+        let asked = match trust_domain {
+            "" => Ok(snapshot.bundles.own.trust_domain.clone()),
+            name => TrustDomain::parse(name.strip_prefix("spiffe://").unwrap_or(name)),
+        };
+        let asked = asked.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let known = snapshot.bundles.of(&asked).cloned();
+        let own = self.issuer.ca().filter(|ca| ca.bundle.trust_domain == asked);
+        let (bundle, edition) = match (own, known) {
+            (Some(ca), _) => (ca.bundle, Some(ca.edition)),
+            (None, Some(bundle)) => (bundle, None),
+            (None, None) => {
+                return Err(Status::not_found(format!("no bundle of trust domain {asked} is known")));
+            }
+        };
+        let json = bundle.to_spiffe_json(edition).map_err(|error| Status::internal(chain(&error)))?;
+        Ok(pb::BundleResponse {
+            trust_domain: asked.to_string(),
+            x509_authorities: bundle.x509_authorities.clone(),
+            spiffe_json: json,
+        })
+    }
+}
+
+/// Seconds since 1970; 0 for what is before.
+fn unix(time: SystemTime) -> i64 {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
+
+fn count(n: usize) -> u64 {
+    u64::try_from(n).unwrap_or(u64::MAX)
+}
+
+fn detail(entry: &Entry, questions: &Questions) -> pb::EntryDetail {
+    let selectors: Vec<Selector> = entry.selectors.iter().cloned().collect();
+    pb::EntryDetail {
+        entry: Some(entry_of(entry, String::new())),
+        absent: absent(&selectors, questions),
+        selectors: selectors.iter().map(ToString::to_string).collect(),
+        x509_svid_ttl: entry.x509_svid_ttl.map_or(0, |ttl| ttl.as_secs()),
+        jwt_svid_ttl: entry.jwt_svid_ttl.map_or(0, |ttl| ttl.as_secs()),
+        dns_names: entry.dns_names.clone(),
+        federates_with: entry.federates_with.iter().map(ToString::to_string).collect(),
+    }
+}
+
+/// Those of the selectors that no process of this node can have, each with why.
+pub(super) fn absent(selectors: &[Selector], questions: &Questions) -> Vec<String> {
+    selectors.iter().filter_map(|it| questions.absent(it).map(|why| format!("{it}: {why}"))).collect()
+}
+
+pub(super) fn entry_of(entry: &Entry, withheld: String) -> pb::Entry {
+    pb::Entry {
+        spiffe_id: entry.spiffe_id.to_string(),
+        entry_id: entry.id.to_string(),
+        hint: entry.hint.to_string(),
+        withheld,
+    }
+}

@@ -1,0 +1,144 @@
+//! What is set about limits, in words for an admin: the rules that somebody wrote, and where the memory budget comes from.
+
+use super::{
+    bucket::Quota,
+    gate_settings::GateRule,
+    method::Method,
+    policy::Layers,
+    rule::{Limit, Origin, Rule},
+    settings::LimitSettings,
+};
+
+/// The most lines about limits that are told.
+const MOST: usize = 32;
+
+/// Limits in words.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LimitsInForce {
+    /// One line for each limit that somebody set, bounded.
+    pub set: Vec<String>,
+    /// Where the memory budget comes from; empty where there is none.
+    pub budget_from: &'static str,
+    /// Thousandths of a core that the agent may use before defaults bind.
+    pub millicores: u64,
+    /// Nothing is refused: what would be is counted.
+    pub dry_run: bool,
+}
+
+impl LimitSettings {
+    /// What is set here, where the cgroup has this limit of memory, in bytes.
+    pub fn in_force(&self, cgroup: Option<u64>) -> LimitsInForce {
+        let mut set = Vec::new();
+        self.gate_lines(&mut set);
+        layer_lines("caller", &self.caller, &mut set);
+        layer_lines("identity", &self.identity, &mut set);
+        for method in Method::ALL {
+            if let Some(quota) = self.node.quotas.get(method)
+                && quota.origin == Origin::Set
+            {
+                set.push(format!("node, {}: {}", method.rpc(), quota_text(quota.quota)));
+            }
+        }
+        let more = set.len().saturating_sub(MOST);
+        if more > 0 {
+            set.truncate(MOST);
+            set.push(format!("and {more} more"));
+        }
+        let budget_from = match (self.memory.budget(None), cgroup) {
+            (Some(_), _) => "ratelimit.memory.limit",
+            (None, Some(_)) => "the memory limit of its cgroup",
+            (None, None) => "",
+        };
+        LimitsInForce { set, budget_from, millicores: self.node.cpu.millicores(), dry_run: self.dry_run }
+    }
+
+    fn gate_lines(&self, set: &mut Vec<String>) {
+        let mut tell = |whose: &str, rule: &GateRule| {
+            if let Some(connections) = rule.connections {
+                set.push(format!("gate, {whose}: {connections} connections"));
+            }
+            if let Some(rate) = rule.rate {
+                set.push(format!("gate, {whose}: {} new connections", limit_text(rate)));
+            }
+        };
+        tell("each caller", self.gate.rules.default_rule());
+        let overrides = self.gate.rules.override_count();
+        if overrides > 0 {
+            set.push(format!("gate: {overrides} overrides"));
+        }
+        if let Some(connections) = self.gate.places.connections() {
+            set.push(format!("gate, all callers: {connections} connections"));
+        }
+    }
+}
+
+fn layer_lines<P>(stage: &str, layers: &Layers<P>, set: &mut Vec<String>) {
+    let mut tell = |what: &str, rule: &Rule| {
+        if rule.origin() == Origin::Set {
+            let dry = if rule.dry_run { ", dry run" } else { "" };
+            set.push(format!("{stage}, {what}: {}{dry}", limit_text(rule.limit())));
+        }
+    };
+    tell("each method", &layers.default);
+    for method in Method::ALL {
+        if let Some(rule) = layers.methods.get(method) {
+            tell(method.rpc(), rule);
+        }
+    }
+    let overrides = layers.overrides.len();
+    if overrides > 0 {
+        set.push(format!("{stage}: {overrides} overrides"));
+    }
+}
+
+fn limit_text(limit: Limit) -> String {
+    match limit {
+        Limit::Quota(quota) => quota_text(quota),
+        Limit::Unlimited => "unlimited".to_owned(),
+        Limit::Exempt => "exempt".to_owned(),
+        Limit::Block => "blocked".to_owned(),
+    }
+}
+
+/// In the largest unit that says it in a number of at least one, or by the day.
+fn quota_text(quota: Quota) -> String {
+    let (seconds, unit) = [(1, "second"), (60, "minute"), (3600, "hour")]
+        .into_iter()
+        .find(|(seconds, _)| quota.millis_per(*seconds) >= 1000)
+        .unwrap_or((86_400, "day"));
+    let thousandths = quota.millis_per(seconds);
+    let (whole, part) = (thousandths / 1000, thousandths % 1000);
+    let rate = if part == 0 { whole.to_string() } else { format!("{whole}.{part:03}") };
+    format!("{} a {unit}, {} at once", rate, quota.burst())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::{
+        bucket::Per, caller_pattern::CallerPattern, rule::Costs, schedule::Schedule, settings::NodeQuota,
+    };
+
+    #[test]
+    fn what_is_set_is_told_and_what_is_not_is_not() {
+        let mut settings = LimitSettings::default();
+        let nothing = settings.in_force(None);
+        assert_eq!((nothing.set, nothing.budget_from, nothing.millicores), (vec![], "", 500));
+        let quota = |rate, per, burst| Quota::new(rate, per, burst).unwrap();
+        let rule = |limit| Rule::new(limit, Costs::ONE, Schedule::default()).unwrap();
+        settings.caller = Layers::<CallerPattern>::new(rule(Limit::Quota(quota(20.0, Per::Second, 40))));
+        settings.caller.methods.set(Method::Other, Some(rule(Limit::Block)));
+        let node = NodeQuota::set(quota(30.0, Per::Minute, 60));
+        settings.node.quotas.set(Method::FetchJwtSvid, Some(node));
+        let told = settings.in_force(Some(1 << 30));
+        assert_eq!(
+            told.set,
+            [
+                "caller, each method: 20 a second, 40 at once",
+                "caller, Other: blocked",
+                "node, FetchJWTSVID: 30 a minute, 60 at once",
+            ]
+        );
+        assert_eq!(told.budget_from, "the memory limit of its cgroup");
+    }
+}
