@@ -105,7 +105,7 @@ async fn status_tells_who_signs() {
     let mut admin = agent.admin().await;
     let got = admin.status(pb::StatusRequest {}).await.unwrap().into_inner();
     assert_eq!((&*got.trust_domain, got.entries, got.bundles), (TRUST_DOMAIN, 1, 1));
-    assert_eq!((got.server, &*got.version), (None, env!("CARGO_PKG_VERSION")));
+    assert_eq!((&got.server, &*got.version), (&None, env!("CARGO_PKG_VERSION")));
     let ca = got.ca.expect("a CA of this node signs");
     assert!(ca.x509_from < ca.x509_until && ca.jwt_from < ca.jwt_until, "{ca:?}");
     assert!(got.started > 0 && got.pid > 0 && !got.kubernetes && got.limits_set.is_empty(), "{got:?}");
