@@ -420,7 +420,7 @@ fn refuses_what_it_may_not_sign() {
             x509(&entry("spiffe://example.org"), start()),
             "spiffe://example.org has no path, so it names no workload",
         ),
-        ("dns", x509(&dns, start()), "DNS name \"wéb\" cannot stand in a certificate"),
+        ("dns", x509(&dns, start()), "DNS name \"wéb\" cannot be written in a certificate"),
         (
             "ca expired",
             x509(&entry("spiffe://example.org/x"), tomorrow),
