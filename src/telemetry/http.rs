@@ -163,7 +163,7 @@ fn bind(host: &str, port: u16) -> io::Result<TcpListener> {
     if bare.eq_ignore_ascii_case("localhost") {
         // By its addresses (RFC 6761, section 6.3): a container may have nothing that knows the name.
         let addresses = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
-        return TcpListener::bind(&*addresses.map(|address| SocketAddr::new(address, port)));
+        return TcpListener::bind(addresses.map(|address| SocketAddr::new(address, port)).as_slice());
     }
     TcpListener::bind((bare, port))
 }
