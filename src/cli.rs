@@ -21,6 +21,7 @@ mod jwt;
 mod limits;
 mod manual;
 mod quickstart;
+mod reference;
 mod reload;
 mod run;
 mod socket;

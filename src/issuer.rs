@@ -204,7 +204,7 @@ impl MintError {
 /// The issuer's server does not take this agent any more: nothing is ever signed for it until an admin did something
 /// about it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("this agent is not served by its server any more: {reason}")]
+#[error("the server has expelled this agent: {reason}")]
 pub struct Expelled {
     /// In words for an admin, and what to do about it.
     pub reason: String,

@@ -77,7 +77,7 @@ pub(super) fn say_what_fits(plan: &GatePlan, budget: Option<u64>) {
         tracing::warn!(
             budget,
             callers,
-            "the memory budget is small: when it runs short, so many callers that hold nothing are sure to be served, and \
+            "the memory budget is small: when it runs short, only this many callers that hold nothing are sure to be served, and \
              not 64"
         );
     }

@@ -94,7 +94,7 @@ pub(super) async fn feel_pulse(health: Arc<HealthState>, serving: Handle) {
             health.felt(Pulse::Missed);
             tracing::error!(
                 seconds = BEAT_WITHIN.as_secs(),
-                "nobody is served: every thread that could is blocked"
+                "nobody is served: every thread that serves callers is blocked"
             );
             // However it ends, there is a thread that did it.
             drop(beat.await);

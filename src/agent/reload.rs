@@ -140,7 +140,7 @@ pub(super) fn finish(agent: &mut Running, done: anyhow::Result<(Config, Changes)
         Err(error) => {
             series.reloaded(ReloadResult::Error);
             let error = format!("{error:#}");
-            tracing::error!(error, "not reloaded; everything stays as it was");
+            tracing::error!(error, "not reloaded; the old configuration stays in force");
             ReloadResponse { error, ..ReloadResponse::default() }
         }
     }

@@ -214,7 +214,7 @@ impl Control<'_> {
                     Happened::Failed(error) => {
                         // Callers are told to come back: what they have is valid still.
                         if error.is::<Expelled>() {
-                            tracing::warn!("draining: the server does not take this agent any more");
+                            tracing::warn!("draining: the server has expelled this agent");
                             self.drain(upkeep.into_agent(), signals).await;
                         }
                         return Err(error);
@@ -240,7 +240,7 @@ impl Control<'_> {
         self.manager.stopping("draining");
         tokio::select! {
             () = agent.shutdown() => {}
-            _ = signals.stop() => tracing::warn!("told twice: ending without waiting"),
+            _ = signals.stop() => tracing::warn!("a second signal came: ending without waiting"),
         }
     }
 }

@@ -375,7 +375,7 @@ impl BoundPlaces {
                 directory = %path.display(),
                 owner = uid,
                 mode = format!("{mode:04o}"),
-                "others than its owner and group do not pass here, and do not reach the workload api"
+                "other users cannot pass this directory, so they do not reach the workload api"
             );
         }
         Ok(Self { http, admin, socket })

@@ -19,8 +19,8 @@ use crate::{
 enum Obstacle {
     /// No caller can be told from the next one that has its PID.
     #[error(
-        "no process can be held on to by a pidfd, so no caller is served: Linux must be 5.3 or newer, and a seccomp filter must \
-         allow pidfd_open ({0})"
+        "the kernel gives no pidfd, so no caller is served: Linux must be 5.3 or newer, and a seccomp filter must allow \
+         pidfd_open ({0})"
     )]
     Pidfd(Errno),
     /// Callers of other users cannot be attested.
@@ -31,8 +31,8 @@ enum Obstacle {
     HiddenProcesses(io::Error),
     /// Some users cannot be told apart.
     #[error(
-        "the agent runs in a user namespace that does not have all users: those it has no number for are not served; run the \
-         agent outside of it, or map them"
+        "the agent runs in a user namespace that does not map all users: the others are not served; run the agent outside \
+         of it, or map them"
     )]
     UserNamespace,
 }

@@ -89,21 +89,28 @@ impl Watch {
             let memory = self.gate.memory();
             let (used, held, budget) = (memory.used, memory.held, memory.budget);
             match now {
-                Pressure::None => tracing::info!(used, held, budget, "memory is within the budget again"),
+                Pressure::None => {
+                    tracing::info!(used, held, budget, "memory limit: memory is within the budget again")
+                }
                 Pressure::ShrinkCaches => tracing::info!(
                     used,
                     held,
                     budget,
-                    "memory runs short: caches are emptied, and who holds its share gets no more"
+                    "memory limit: memory is short, so caches are emptied and callers that hold their share get no more"
                 ),
                 Pressure::RefuseNew => tracing::warn!(
                     used,
                     held,
                     budget,
-                    "memory runs short: who holds more than its share is told to come back"
+                    "memory limit: memory is short, so callers that hold more than their share are told to come back"
                 ),
                 Pressure::CloseHeaviest => {
-                    tracing::warn!(used, held, budget, "memory runs out: who holds most is cut off");
+                    tracing::warn!(
+                        used,
+                        held,
+                        budget,
+                        "memory limit: memory runs out, so connections of the callers that hold most are closed"
+                    );
                 }
             }
             *pressure = now;
@@ -135,7 +142,7 @@ impl Watch {
                 held,
                 connections = times,
                 what,
-                "it holds more than its share, and its newest connections end"
+                "memory limit: caller holds more than its share, and its newest connections are ended"
             );
         }
     }
@@ -149,7 +156,7 @@ impl Watch {
                 short_of = refusal.text(),
                 held,
                 share,
-                "it holds its share, and gets no further connection until there is room"
+                "memory limit: caller holds its share, and gets no further connection until there is room"
             );
         }
     }
@@ -173,10 +180,13 @@ impl Watch {
         for settled in self.complaints.settle(Instant::now()) {
             match settled {
                 Settled::Over { caller, reason, count } => {
-                    tracing::info!(caller = %caller, reason, count, "room is no longer short for it");
+                    tracing::info!(caller = %caller, reason, count, "memory limit: caller has room again");
                 }
                 Settled::Unlisted { count } => {
-                    tracing::warn!(count, "further callers that hold their share, not listed one by one");
+                    tracing::warn!(
+                        count,
+                        "memory limit: more callers hold their share than are listed one by one"
+                    );
                 }
             }
         }
@@ -188,13 +198,16 @@ impl Watch {
                     };
                     let (takes, goes_without) = (told(|it| it.used), told(|it| it.refused));
                     let stage = stage.text();
-                    tracing::warn!(stage, key = %name, takes, goes_without, "is being refused");
+                    tracing::warn!(stage, key = %name, takes, goes_without, "rate limit: caller is being refused");
                 }
                 Event::RefusalEnded { stage, name, count } => {
-                    tracing::info!(stage = stage.text(), key = %name, count, "is refused no more");
+                    tracing::info!(stage = stage.text(), key = %name, count, "rate limit: caller is no longer refused");
                 }
                 Event::RefusalsUnlisted { count } => {
-                    tracing::warn!(count, "refusals of further keys, which are not listed one by one");
+                    tracing::warn!(
+                        count,
+                        "rate limit: more callers are being refused than are listed one by one"
+                    );
                 }
             }
         }

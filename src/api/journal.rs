@@ -171,7 +171,7 @@ impl Journal {
                 });
             }
             RequestError::NoPeer => self.no_peer.say(|left_out| {
-                tracing::error!(method = rpc, left_out, "a call came without its peer");
+                tracing::error!(method = rpc, left_out, "a call arrived without its caller");
             }),
             other => tracing::debug!(method = rpc, reason = %other, "refused"),
         }
@@ -194,10 +194,10 @@ impl Journal {
             match settled {
                 Settled::Over { caller, reason, count } => {
                     let reason = reason.text();
-                    tracing::info!(%caller, reason, count, "calls fail no more");
+                    tracing::info!(%caller, reason, count, "calls of this caller no longer fail");
                 }
                 Settled::Unlisted { count } => {
-                    tracing::warn!(count, "calls of further callers failed, which are not listed one by one");
+                    tracing::warn!(count, "calls of more callers failed than are listed one by one");
                 }
             }
         }
@@ -326,7 +326,7 @@ mod tests {
         ];
         assert_eq!(lines[..3], want, "{lines:#?}");
         assert!(lines[3].contains("caller=\"uid:7\" pid=6 reason=\"gone\""), "another reason: {lines:#?}");
-        let over = "calls fail no more caller=uid:7 reason=\"no_svid\" count=3000";
+        let over = "calls of this caller no longer fail caller=uid:7 reason=\"no_svid\" count=3000";
         assert_eq!(lines[4..], [over], "what came once is over without a word");
     }
 
@@ -350,6 +350,6 @@ mod tests {
         assert_eq!(lines.len(), 3, "{lines:#?}");
         assert!(lines[0].contains("reason=\"namespace\""), "{lines:#?}");
         assert!(lines[1].contains("must connect again"), "{lines:#?}");
-        assert!(lines[2].contains("a call came without its peer"), "{lines:#?}");
+        assert!(lines[2].contains("a call arrived without its caller"), "{lines:#?}");
     }
 }

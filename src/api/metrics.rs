@@ -10,6 +10,17 @@ use crate::{
     telemetry::registry::{By, GRPC_CODES, Label, Open, Registry},
 };
 
+/// The methods whose refusals and errors are there from the start, with 0.
+const EVERYDAY: [Method; 5] = [
+    Method::FetchX509Svid,
+    Method::FetchX509Bundles,
+    Method::FetchJwtSvid,
+    Method::FetchJwtBundles,
+    Method::ValidateJwtSvid,
+];
+/// And which of them.
+const REFUSALS_AND_ERRORS: [&str; 4] = ["PermissionDenied", "ResourceExhausted", "Internal", "Unavailable"];
+
 /// The series of calls. All methods are cheap and never block.
 pub(super) struct ApiMetrics {
     calls: By<Method, Box<[Counter]>>,
@@ -21,11 +32,15 @@ impl ApiMetrics {
     /// Registers every series.
     pub(super) fn new(make: Registry<'_>) -> Self {
         let counter = |method: Method, code| {
-            make.counter(
-                "durward_calls_total",
-                "Requests that ended, by gRPC code; a stream counts when it ends. Other is what is no method of the Workload API.",
-                &[(Method::KEY, method.text()), ("code", code)],
-            )
+            let name = "durward_calls_total";
+            let help = "Requests that ended, by gRPC code; a stream counts when it ends. Other is what is no method of the \
+                        Workload API.";
+            let labels = [(Method::KEY, method.text()), ("code", code)];
+            if EVERYDAY.contains(&method) && REFUSALS_AND_ERRORS.contains(&code) {
+                make.counter(name, help, &labels)
+            } else {
+                make.counter_once_used(name, help, &labels)
+            }
         };
         Self {
             calls: By::new(|method| GRPC_CODES.iter().map(|code| counter(method, code)).collect()),

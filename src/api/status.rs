@@ -42,7 +42,7 @@ pub enum RequestError {
     #[error(transparent)]
     NoIdentity(#[from] NoIdentity),
     /// It is not known whether the caller has one: the issuer could not be asked.
-    #[error("the agent has not heard yet from its server whether the caller has an identity")]
+    #[error("the server has not yet said whether the caller has an identity")]
     NotKnown,
     /// The limits refused the call.
     #[error(transparent)]

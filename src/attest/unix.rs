@@ -24,6 +24,7 @@ use std::{sync::Arc, time::Instant};
 
 use self::{discovery::Discovery, names::Names};
 pub use self::{executable::ExecutableError, questions::UnixQuestions};
+
 use super::{
     AttestFault, Blame, Questions,
     attestors::{Findings, News, Untold, WorkloadAttestor, no_such_kind},
@@ -37,6 +38,11 @@ use crate::{
         selector::{Selector, Selectors},
     },
 };
+
+/// Whether this process may look at what the processes of other users execute: it has `CAP_SYS_PTRACE`.
+pub fn may_look_at_executables() -> bool {
+    *executable::MAY_TRACE
+}
 
 /// Its name, which is the type of its selectors.
 const NAME: &str = "unix";
@@ -148,7 +154,7 @@ impl WorkloadAttestor for UnixAttestor {
         if untold > 0 {
             tracing::warn!(
                 names = untold,
-                "the user database does not answer; whoever may have these names is told to come again, for a minute"
+                "the user database does not answer: calls of processes that may have these names are Unavailable for a minute"
             );
         }
     }

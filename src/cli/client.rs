@@ -110,7 +110,7 @@ fn connect_advice(socket: &AgentSocket, cause: &io::Error) -> String {
             "Is the agent running, with this admin_socket_path?"
         }
         io::ErrorKind::PermissionDenied if socket.chosen.is_admin() => {
-            "Only the agent's own user and root may use the admin socket: try it with sudo."
+            "The admin socket answers the agent's own user and root alone: try it with sudo."
         }
         io::ErrorKind::NotFound => "Is the agent running, with this socket_path?",
         io::ErrorKind::ConnectionRefused => "The agent that made this socket is gone: start it again.",

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use nix::unistd::getppid;
+use nix::unistd::{getpid, getppid};
 use serde_json::json;
 
 use super::{
@@ -27,7 +27,7 @@ pub(super) struct ExplainArgs {
 
 /// Runs `explain`.
 pub(super) async fn explain(args: &ExplainArgs, terminal: &mut Terminal) -> Result<(), Failure> {
-    let question = pb::ExplainRequest { pid: args.pid.unwrap_or_else(|| getppid().as_raw()) };
+    let question = pb::ExplainRequest { pid: args.pid.unwrap_or_else(own_shell) };
     let told =
         args.admin.call(terminal, question, async |mut api, request| api.explain(request).await).await?;
     let text = match args.output.output {
@@ -35,6 +35,14 @@ pub(super) async fn explain(args: &ExplainArgs, terminal: &mut Terminal) -> Resu
         OutputFormat::Json => format!("{}\n", to_json(&told)),
     };
     Ok(terminal.print(&text)?)
+}
+
+/// The process that started this one; this one, where that is outside of the PID namespace.
+fn own_shell() -> i32 {
+    match getppid().as_raw() {
+        0 => getpid().as_raw(),
+        shell => shell,
+    }
 }
 
 fn pretty(told: &pb::ExplainResponse) -> String {

@@ -55,7 +55,7 @@ pub(super) struct LimitsArgs {
 /// Runs `limits`.
 pub(super) async fn limits(args: &LimitsArgs, terminal: &mut Terminal) -> Result<(), Failure> {
     let first = ask(args, terminal).await?;
-    let mut names = Names::default();
+    let mut names = UserNames::default();
     let Some(seconds) = args.watch else {
         let text = match args.output.output {
             OutputFormat::Pretty => pretty(&first, &mut names),
@@ -112,7 +112,7 @@ impl View {
         self.before = Some((std::mem::replace(&mut self.now, now), elapsed));
     }
 
-    fn text(&self, args: &LimitsArgs, names: &mut Names) -> String {
+    fn text(&self, args: &LimitsArgs, names: &mut UserNames) -> String {
         match (args.output.output, size(io::stdout())) {
             (OutputFormat::Json, _) => format!("{}\n", to_json(&self.now)),
             (OutputFormat::Pretty, Some(size)) => screen(&self.now, self.before.as_ref(), size, names),
@@ -160,9 +160,9 @@ impl<'a> Keys<'a> {
 
 /// The names of users, each looked up once.
 #[derive(Default)]
-struct Names(BTreeMap<u32, Option<String>>);
+struct UserNames(BTreeMap<u32, Option<String>>);
 
-impl Names {
+impl UserNames {
     /// `uid:1000` with the user's name behind it, where there is one.
     fn of(&mut self, key: &str) -> String {
         let uid = key.trim_start().strip_prefix("uid:").and_then(|uid| uid.parse().ok());
@@ -186,7 +186,7 @@ fn screen(
     now: &pb::LimitsResponse,
     before: Option<&(pb::LimitsResponse, Duration)>,
     (rows, columns): (usize, usize),
-    names: &mut Names,
+    names: &mut UserNames,
 ) -> String {
     let mut out = vec![
         format!(
@@ -248,7 +248,7 @@ fn fit<const N: usize>(
 fn rate_rows(
     heavy: &pb::Heavy,
     before: Option<&(pb::LimitsResponse, Duration)>,
-    names: &mut Names,
+    names: &mut UserNames,
 ) -> Vec<[String; 6]> {
     let bucket = heavy.bucket.clone().unwrap_or_default();
     let same = |it: &&pb::Heavy| {
@@ -296,12 +296,12 @@ fn room_text(now: &pb::LimitsResponse) -> String {
     }
 }
 
-fn connection_rows(now: &pb::LimitsResponse, names: &mut Names) -> Vec<[String; 3]> {
+fn connection_rows(now: &pb::LimitsResponse, names: &mut UserNames) -> Vec<[String; 3]> {
     let kibibytes = |bytes: u64| format!("{} KiB", bytes >> 10);
     now.connections.iter().map(|it| [names.of(&it.caller), it.open.to_string(), kibibytes(it.held)]).collect()
 }
 
-fn pretty(now: &pb::LimitsResponse, names: &mut Names) -> String {
+fn pretty(now: &pb::LimitsResponse, names: &mut UserNames) -> String {
     let keys = now.keys.unwrap_or_default();
     let mut out = String::new();
     // Writing to a String does not fail.
@@ -353,7 +353,7 @@ fn pretty(now: &pb::LimitsResponse, names: &mut Names) -> String {
 }
 
 /// A bucket, and below it those who take from it.
-fn heavy_rows(heavy: &pb::Heavy, names: &mut Names) -> Vec<[String; 7]> {
+fn heavy_rows(heavy: &pb::Heavy, names: &mut UserNames) -> Vec<[String; 7]> {
     let bucket = heavy.bucket.clone().unwrap_or_default();
     let tokens = tokens(&bucket);
     let (used, refused) = (heavy.used.to_string(), heavy.refused.to_string());
@@ -476,7 +476,7 @@ mod tests {
             keys: Some(pb::Keys { gate: 1, caller: 2, identity: 3 }),
         };
         // No user has a name here.
-        let mut names = Names([(1000, None), (8, None), (7, None)].into());
+        let mut names = UserNames([(1000, None), (8, None), (7, None)].into());
         assert_eq!(
             pretty(&now, &mut names),
             "\

@@ -7,6 +7,7 @@ use clap_complete::Shell;
 use super::{
     Failure,
     files::{Batch, Readers},
+    reference,
     terminal::Terminal,
 };
 
@@ -21,7 +22,7 @@ pub(super) struct CompletionsArgs {
 /// `man`.
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct ManArgs {
-    /// Write the page of every command into this directory; without it, the main page is printed
+    /// Write the page of every command, and agent.conf(5), into this directory; without it, the main page is printed
     #[arg(value_name = "DIR")]
     dir: Option<PathBuf>,
 }
@@ -75,6 +76,7 @@ pub(super) fn man(args: &ManArgs, terminal: &mut Terminal) -> Result<(), Failure
             let mut batch = Batch::open(dir)?;
             let mut all = Vec::new();
             pages(command, &mut all).map_err(Failure::Man)?;
+            all.push((reference::PAGE.to_owned(), reference::page().into_bytes()));
             for (name, text) in &all {
                 batch.stage(name, text, Readers::Everybody)?;
             }

@@ -165,7 +165,7 @@ async fn attend(upkeep: &mut Upkeep, signals: &mut Signals, terminal: &mut Termi
         let text = if told.error.is_empty() {
             reload::describe(&told)
         } else {
-            format!("Not reloaded, everything stays as it was:\n{}\n", told.error)
+            format!("Not reloaded, the old configuration stays in force:\n{}\n", told.error)
         };
         match terminal.print(&text) {
             // SIGHUP came because the terminal was closed.

@@ -28,7 +28,7 @@ pub(super) struct ReloadArgs {
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ReloadError {
     /// Its configuration has mistakes, or changes what only a restart can.
-    #[error("not reloaded, everything stays as it was: {0}")]
+    #[error("not reloaded, the old configuration stays in force: {0}")]
     Refused(String),
     /// There is no such process, or it is somebody else's.
     #[error("cannot send SIGHUP to process {pid}: {cause}")]
@@ -42,7 +42,7 @@ pub(super) async fn reload(args: &ReloadArgs, terminal: &mut Terminal) -> Result
     let told = match (asked, args.or_signal) {
         (Err(Failure::Call(CallError::Connect { .. })), Some(pid)) => {
             kill(Pid::from_raw(pid), Signal::SIGHUP).map_err(|cause| ReloadError::Signal { pid, cause })?;
-            return Ok(terminal.print("Told to reload by SIGHUP: the agent's log tells what comes of it.\n")?);
+            return Ok(terminal.print("Sent SIGHUP: the agent's log shows the result.\n")?);
         }
         (asked, _) => asked?,
     };

@@ -13,7 +13,7 @@ pub(super) struct GoDuration(pub(super) Duration);
 
 /// Why a text is no duration.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no duration: a number with a unit is needed, such as 5s, 1m30s or 500ms")]
+#[error("{0:?} is not a duration: write a number with a unit, such as 5s, 1m30s or 500ms")]
 pub(super) struct NoDuration(String);
 
 impl FromStr for GoDuration {

@@ -78,7 +78,7 @@ impl<'a> Entries<'a> {
                 && !entry.selectors.is_empty()
             {
                 let message =
-                    format!("is there twice with the same selectors: first at {}", problems.show(first));
+                    format!("repeats an entry with the same selectors, which is at {}", problems.show(first));
                 problems.add(*place, &key(), None, message);
             } else if let Some(first) = ids.insert(&entry.id, *place) {
                 let message = format!("another entry has this id, at {}", problems.show(first));
@@ -165,7 +165,7 @@ impl EntryRules<'_> {
                         wrong(message);
                     }
                     if !selectors.insert(selector) {
-                        wrong("is there twice".to_owned());
+                        wrong("is listed twice".to_owned());
                     }
                 }
             }
@@ -196,7 +196,7 @@ impl EntryRules<'_> {
                 }
                 Ok(name) => {
                     if !found.insert(name) {
-                        wrong("is there twice".to_owned());
+                        wrong("is listed twice".to_owned());
                     }
                 }
             }
@@ -227,7 +227,7 @@ fn dns_names(s: &mut Section<'_>) -> Vec<String> {
         if let Err(message) = check_dns_name(name) {
             s.wrong(*place, KEY, Some(quoted(name)), message);
         } else if !seen.insert(*name) {
-            s.wrong(*place, KEY, Some(quoted(name)), "is there twice");
+            s.wrong(*place, KEY, Some(quoted(name)), "is listed twice");
         }
     }
     list.value.iter().map(|name| name.value.to_owned()).collect()

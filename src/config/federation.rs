@@ -39,7 +39,7 @@ impl Federation {
                 }
                 if let Some(first) = declared.get(name) {
                     let first = section.problems().show(*first);
-                    section.wrong_block(format_args!("is there twice: first at {first}"));
+                    section.wrong_block(format_args!("is a duplicate: the first is at {first}"));
                 }
                 declared.entry(name.clone()).or_insert(place);
             });

@@ -45,7 +45,7 @@ pub enum FileError {
     #[error("{} holds more than {MAX_FILES} files", .0.display())]
     TooMany(PathBuf),
     /// Not text.
-    #[error("{}:{line}: is not UTF-8 text", path.display())]
+    #[error("{}:{line}: is not valid UTF-8", path.display())]
     NotText {
         path: PathBuf,
         /// Where it ceases to be.
@@ -168,7 +168,7 @@ mod tests {
                     "DIR/writable belongs to user UID and has mode 0666: nobody else may write to it (chmod go-w DIR/writable, or choose another place)",
                 ),
             ),
-            ("bytes", Err("DIR/bytes:3: is not UTF-8 text")),
+            ("bytes", Err("DIR/bytes:3: is not valid UTF-8")),
             ("huge", Err("DIR/huge has 67108865 bytes, and can have at most 67108864")),
             ("pipe", Err("DIR/pipe is not a regular file")),
             ("", Err("DIR/ is not a regular file")),

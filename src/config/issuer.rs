@@ -170,8 +170,8 @@ pub(super) fn read(
         if !other {
             root.missing(
                 "issuer",
-                "who signs must be said: a SPIRE Server, agent { server_address = \"..\" server_port = 8081 }, or a CA \
-                 on this node, issuer \"embedded\" { }",
+                "section must be configured, so that the agent knows who signs: issuer \"embedded\" { } for a CA on this node, or \
+                 a SPIRE Server: agent { server_address = \"..\" server_port = 8081 }",
             );
         }
         return (None, elsewhere());

@@ -15,6 +15,7 @@ use super::{
     issuer::{JoinedServer, Signer},
 };
 use crate::{
+    attest::unix::may_look_at_executables,
     issuer::{
         IssuerChoice,
         embedded::{IssuerError, check_ca_key, check_data_dir, try_sources},
@@ -27,6 +28,11 @@ use crate::{
 const KEYS: &str = "plugins.KeyManager \"disk\".plugin_data.directory";
 const CERTIFICATE: &str = "plugins.NodeAttestor \"x509pop\".plugin_data.certificate_path";
 const KEY: &str = "plugins.NodeAttestor \"x509pop\".plugin_data.private_key_path";
+
+const DISCOVER: &str = "plugins.WorkloadAttestor \"unix\".plugin_data.discover_workload_path";
+
+/// Users below this number are the system's (login.defs, SYS_UID_MAX): their agents serve others than themselves.
+const FIRST_ORDINARY_USER: u32 = 1000;
 
 /// What was found.
 #[derive(Debug, Default)]
@@ -73,6 +79,11 @@ impl Places {
     }
 }
 
+/// Whether this process is an agent of `ours` that serves all users, and cannot look at what their processes execute.
+fn lacks_capability(ours: u32) -> bool {
+    ours < FIRST_ORDINARY_USER && ours == geteuid().as_raw() && !may_look_at_executables()
+}
+
 impl Config {
     /// Looks at the places as an agent of user `ours` would. What is missing is not wrong. Makes nothing.
     pub fn places(&self, ours: u32) -> Places {
@@ -99,6 +110,12 @@ impl Config {
             && let KeyManagerSettings::Disk(directory) = &joined.key_manager
         {
             places.note(KEYS, directory, check_data_dir(directory, ours));
+        }
+        if self.attest.unix.settings.discover_workload_path && lacks_capability(ours) {
+            let message = "needs CAP_SYS_PTRACE, which this agent does not have: every call for which an entry asks for \
+                           unix:path or unix:sha256 would fail. With systemd, install discover-workload-path.conf as a \
+                           drop-in; on Kubernetes, add SYS_PTRACE to the capabilities";
+            places.note(DISCOVER, Path::new("true"), Err::<(), _>(message));
         }
         match below_data_dir(trust, socket, data_dir) {
             Some(message) => places.note("agent.socket_path", socket, Err::<(), _>(message)),

@@ -223,7 +223,7 @@ fn whole(s: &mut Section<'_>, settings: &mut LimitSettings) {
     for At { value: text, place } in s.strings("soft_limits").map(|list| list.value).unwrap_or_default() {
         match text.parse().ok().filter(|step| SoftLimits::new(&[*step]).is_ok()) {
             Some(step) if steps.contains(&step) => {
-                s.wrong(place, "soft_limits", Some(abridged(text)), "is there twice");
+                s.wrong(place, "soft_limits", Some(abridged(text)), "is listed twice");
             }
             Some(step) => steps.push(step),
             None => {

@@ -71,7 +71,7 @@ impl NodeUsers {
                     tracing::warn!(
                         %path,
                         users = unknown.get(),
-                        "the user database does not say who these users are: they are not counted as one with their \
+                        "the user database does not say who these users are: they are not counted together with their \
                          subordinate UIDs"
                     );
                 }

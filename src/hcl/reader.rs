@@ -241,7 +241,7 @@ impl<'a> Reader<'a> {
                     "true" => Value::Bool(true),
                     "false" => Value::Bool(false),
                     "null" if self.json => Value::Null,
-                    word => return fail_at(place, format_args!("text stands in quotes: {}", quoted(word))),
+                    word => return fail_at(place, format_args!("text must be in quotes: {}", quoted(word))),
                 }
             }
             _ => return self.fail(format_args!("expected a value, found {}", self.found())),
@@ -299,7 +299,7 @@ impl<'a> Reader<'a> {
         if integer || hexadecimal || fraction() {
             Ok(Value::Number(text.into()))
         } else {
-            fail_at(place, format_args!("not a number, and text stands in quotes: {}", quoted(text)))
+            fail_at(place, format_args!("not a number; text must be in quotes: {}", quoted(text)))
         }
     }
 
@@ -507,9 +507,9 @@ mod tests {
             ("no value", "a =", "1:4 expected a value, found the end of the file"),
             ("no =", "a\n", "2:1 expected = or { after a key, found the end of the file"),
             ("value without key", "1 = 2", "1:1 expected a key, found \"1\""),
-            ("not in quotes", "a = b", "1:5 text stands in quotes: \"b\""),
-            ("a duration", "a = 10m", "1:5 not a number, and text stands in quotes: \"10m\""),
-            ("plus", "a = +1", "1:5 not a number, and text stands in quotes: \"+1\""),
+            ("not in quotes", "a = b", "1:5 text must be in quotes: \"b\""),
+            ("a duration", "a = 10m", "1:5 not a number; text must be in quotes: \"10m\""),
+            ("plus", "a = +1", "1:5 not a number; text must be in quotes: \"+1\""),
             (
                 "octal",
                 "a {\n  mode = 0755\n}",

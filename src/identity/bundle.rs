@@ -510,8 +510,8 @@ mod tests {
             ("unknown kty", json!({"use": "jwt-svid", "kid": "o", "kty": "OKP", "x": 7}), Ok((1, 0))),
             ("unknown kty of a certificate", json!({"use": "x509-svid", "kty": "AKP"}), Ok((1, 0))),
             ("no kid", without(jwt(), "kid"), Err("\"kid\" is missing")),
-            ("empty kid", with(jwt(), "kid", json!("")), Err("\"kid\" must be a text that is not empty")),
-            ("kid of another type", with(jwt(), "kid", json!(7)), Err("\"kid\" must be a text")),
+            ("empty kid", with(jwt(), "kid", json!("")), Err("\"kid\" must be a non-empty string")),
+            ("kid of another type", with(jwt(), "kid", json!(7)), Err("\"kid\" must be a non-empty string")),
             ("no kty", without(jwt(), "kty"), Err("\"kty\" is missing")),
             ("no x", without(jwt(), "x"), Err("\"x\" is missing")),
             (
@@ -525,7 +525,7 @@ mod tests {
                 Err("\"x\" has 32 bytes, but a coordinate of P-384 has 48"),
             ),
             ("padded x", with(jwt(), "x", json!(format!("{}=", "A".repeat(43)))), Err("\"x\" is not base64")),
-            ("not on the curve", with(jwt(), "y", json!("A".repeat(43))), Err("no point of P-256")),
+            ("not on the curve", with(jwt(), "y", json!("A".repeat(43))), Err("not a point on P-256")),
             ("short modulus", rsa(&[0xff; 128], &f3), Err("RSA modulus has 1024 bits")),
             ("long modulus", rsa(&[0xff; 1025], &f3), Err("RSA modulus has 8200 bits")),
             (
@@ -545,7 +545,11 @@ mod tests {
             ),
             ("two in x5c", with(ca_jwk.clone(), "x5c", json!([x5c, x5c])), Err("but has 2")),
             ("x5c text", with(ca_jwk.clone(), "x5c", json!(x5c)), Err("\"x5c\" must be an array")),
-            ("x5c number", with(ca_jwk.clone(), "x5c", json!([1])), Err("\"x5c\" must be a text")),
+            (
+                "x5c number",
+                with(ca_jwk.clone(), "x5c", json!([1])),
+                Err("\"x5c\" must be a non-empty string"),
+            ),
             ("x5c not base64", with(ca_jwk.clone(), "x5c", json!(["*"])), Err("\"x5c\" is not base64")),
             ("x5c not DER", with(ca_jwk.clone(), "x5c", json!(["AAAA"])), Err("not a DER certificate")),
             (

@@ -23,7 +23,7 @@ pub enum KeyError {
     #[error("\"{0}\" is missing")]
     Missing(&'static str),
     /// A member of another JSON type.
-    #[error("\"{0}\" must be a text that is not empty")]
+    #[error("\"{0}\" must be a non-empty string")]
     NotText(&'static str),
     /// Not base64 (`x5c`), or not base64url without padding (the others).
     #[error("\"{0}\" is not base64: {1}")]
@@ -43,7 +43,7 @@ pub enum KeyError {
         want: usize,
     },
     /// Coordinates of no point of the curve.
-    #[error("\"x\" and \"y\" are no point of {0}")]
+    #[error("\"x\" and \"y\" are not a point on {0}")]
     NotOnCurve(&'static str),
     /// A modulus that is too short to be safe or too long to be quick.
     #[error("RSA modulus has {0} bits, but must have 2048 to 8192 and be odd")]

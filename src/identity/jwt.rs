@@ -75,8 +75,8 @@ pub enum JwtError {
     /// The payload is JSON, but no object.
     #[error("token claims must be a JSON object")]
     ClaimsNotObject,
-    /// A registered claim that must be a text, and is not.
-    #[error("token claim \"{0}\" must be a text")]
+    /// A registered claim that must be a string, and is not.
+    #[error("token claim \"{0}\" must be a string")]
     ClaimNotText(&'static str),
     /// `exp`, `nbf` or `iat` is no number.
     #[error("go-jose/go-jose/jwt: expected number value to unmarshal NumericDate")]
@@ -151,10 +151,10 @@ pub enum ParseError {
     #[error("header must be a JSON object")]
     HeaderNotObject,
     /// `alg` is no text.
-    #[error("failed to unmarshal algorithm: must be a text")]
+    #[error("failed to unmarshal algorithm: must be a string")]
     AlgorithmNotText,
     /// `kid` is no text.
-    #[error("failed to unmarshal key ID: must be a text")]
+    #[error("failed to unmarshal key ID: must be a string")]
     KeyIdNotText,
     /// `none`, an HMAC, or anything else that JWT-SVID does not allow.
     #[error("unexpected signature algorithm {}; expected [\"{}\"]", Quoted(.0), ALGORITHMS.join("\" \""))]
@@ -648,7 +648,7 @@ mod tests {
             (
                 "alg number",
                 with_header(r#"{"alg":1}"#),
-                "failed to unmarshal algorithm: must be a text".into(),
+                "failed to unmarshal algorithm: must be a string".into(),
             ),
             ("none", with_header(r#"{"alg":"none"}"#), unexpected("none")),
             ("none in another case", with_header(r#"{"alg":"nOnE"}"#), unexpected("nOnE")),
@@ -659,7 +659,7 @@ mod tests {
             (
                 "kid number",
                 with_header(r#"{"alg":"ES256","kid":1}"#),
-                "failed to unmarshal key ID: must be a text".into(),
+                "failed to unmarshal key ID: must be a string".into(),
             ),
             ("too long", "x".repeat(1 << 20), "token has 1048576 bytes, but can have at most 65536".into()),
         ] {
@@ -734,7 +734,7 @@ mod tests {
     #[test]
     fn claims_are_checked_as_spire_does() {
         let aud = |value| good_with("aud", value);
-        let not_text = |claim| format!("token claim \"{claim}\" must be a text");
+        let not_text = |claim| format!("token claim \"{claim}\" must be a string");
         let not_date = "go-jose/go-jose/jwt: expected number value to unmarshal NumericDate".to_owned();
         let not_aud =
             "go-jose/go-jose/jwt: expected string or array value to unmarshal to Audience".to_owned();

@@ -350,7 +350,7 @@ mod tests {
                 told,
                 [
                     Ok("spiffe://td/a"),
-                    Err("a DNS name of the entry cannot stand in a certificate".to_owned()),
+                    Err("a DNS name of the entry cannot be written in a certificate".to_owned()),
                     Err("the SPIFFE ID names no workload".to_owned()),
                     Ok("spiffe://td/d"),
                 ],

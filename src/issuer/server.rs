@@ -375,7 +375,7 @@ impl Issuer for ServerIssuer {
 
 /// The server has not told yet what there is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the server has not told yet whom this node serves")]
+#[error("the server has not yet said which entries this node has")]
 struct NotHeardOf;
 
 #[cfg(test)]

@@ -79,7 +79,11 @@ impl Counters {
                         (ChargedAs::KEY, key.text()),
                     ];
                     labels.extend(reason.map(|reason| (Reason::KEY, reason.text())));
-                    registry.counter(name, help, &labels)
+                    if shown_at_zero(method, key, name) {
+                        registry.counter(name, help, &labels)
+                    } else {
+                        registry.counter_once_used(name, help, &labels)
+                    }
                 };
                 decisions.push(counter(ALLOWED, None));
                 decisions.extend(Reason::VALUES.iter().map(|reason| counter(EXCEEDED, Some(*reason))));
@@ -89,7 +93,7 @@ impl Counters {
         let stages = [Stage::Gate, Stage::Caller, Stage::Identity];
         let soft = stages.into_iter().flat_map(|stage| {
             SoftLimits::STEPS.map(|(_, step)| {
-                registry.counter(SOFT.0, SOFT.1, &[(Stage::KEY, stage.text()), ("step", step)])
+                registry.counter_once_used(SOFT.0, SOFT.1, &[(Stage::KEY, stage.text()), ("step", step)])
             })
         });
         Self {
@@ -155,6 +159,14 @@ impl std::fmt::Debug for Counters {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Counters")
     }
+}
+
+/// Whether a scrape has this series before anything was counted: refusals by each stage and for each reason, for the methods
+/// that every workload calls.
+fn shown_at_zero(method: Option<Method>, key: ChargedAs, name: &str) -> bool {
+    let everyday = matches!(method, None | Some(Method::FetchX509Svid | Method::FetchJwtSvid));
+    let plain = matches!(key, ChargedAs::Uid | ChargedAs::SpiffeId | ChargedAs::Node);
+    name == EXCEEDED.0 && everyday && plain
 }
 
 /// Whether a connection can be refused by this stage and for this reason.

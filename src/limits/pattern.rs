@@ -8,13 +8,13 @@ use crate::identity::TrustDomain;
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum PatternError {
     /// Not one of the forms of [`CallerPattern`](super::caller_pattern::CallerPattern).
-    #[error("\"{0}\" names no caller: it must be uid:N, uid:N-M, uid:*, user:NAME, pod:UID or pod:*")]
+    #[error("\"{0}\" is not a caller: it must be uid:N, uid:N-M, uid:*, user:NAME, pod:UID or pod:*")]
     Caller(Box<str>),
     /// The range is empty, or holds every UID.
     #[error("\"{0}\" must be a range from a lower to a higher UID, and not of all: that is uid:*")]
     Range(Box<str>),
     /// (uid_t)-1: the number that the kernel says "no user" with.
-    #[error("\"{0}\" is nobody: 4294967295 is not a UID that a process can have")]
+    #[error("\"{0}\" cannot match: no process can have the UID 4294967295")]
     Nobody(Box<str>),
     /// Pods are not looked for.
     #[error("\"{0}\" matches nothing: agent.kubernetes has mode = \"off\", so no caller is a pod")]
@@ -31,7 +31,7 @@ pub enum PatternError {
     #[error("the user database of this node does not say who the user \"{0}\" is: try again, or write uid:N")]
     UserUnknown(Box<str>),
     /// Not one of the forms of [`IdPattern`](super::id_pattern::IdPattern).
-    #[error("\"{pattern}\" is no pattern of SPIFFE IDs: {why}")]
+    #[error("\"{pattern}\" is not a pattern of SPIFFE IDs: {why}")]
     Id {
         pattern: Box<str>,
         /// What is wrong with it.

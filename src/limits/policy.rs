@@ -99,7 +99,7 @@ impl<P: Pattern, R> Override<P, R> {
 
 /// A pattern with a `{name}` whose keys have a bucket each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("has a {{name}}, which says what shares a bucket: set share = true, or write *")]
+#[error("has a {{name}}, which makes SPIFFE IDs share a bucket: set share = true, or write *")]
 pub struct MaskWithoutShare;
 
 /// Overrides of which none contradicts another, sorted so that the first that matches is the one that is meant.
@@ -171,7 +171,9 @@ pub enum OverridesError {
     #[error("{0} overrides must be at most {most}", most = MAX_OVERRIDES)]
     TooMany(usize),
     /// Some key matches two, and neither says more. By their places in the list.
-    #[error("override {second} contradicts override {first}: some match both, and neither says more")]
+    #[error(
+        "override {second} contradicts override {first}: some callers match both, and neither is more specific"
+    )]
     Conflict {
         /// The one that is there already.
         first: usize,

@@ -71,7 +71,7 @@ pub enum ScheduleError {
     #[error("\"{0}\" never happens")]
     Never(Moment),
     /// No field is given.
-    #[error("a window must have a start and a stop with at least one field each")]
+    #[error("a window needs a start and a stop with at least one field each")]
     Empty,
     /// A narrow and a wide field without the one between.
     #[error("\"{0}\" must give all fields between its widest and its narrowest")]
@@ -83,7 +83,9 @@ pub enum ScheduleError {
     #[error("start \"{start}\" and stop \"{stop}\" must have the same widest field")]
     Periods { start: Moment, stop: Moment },
     /// Start and stop are the same.
-    #[error("a window from \"{0}\" to the same moment is none; for all the time set the limit itself")]
+    #[error(
+        "a window from \"{0}\" to the same moment is empty; for a limit at all times, set the limit itself"
+    )]
     Nothing(Moment),
     /// Two windows share a moment.
     #[error("the windows \"{}\" and \"{}\" overlap", .0.0, .0.1)]

@@ -21,7 +21,7 @@ use std::{
     collections::HashMap,
     convert::Infallible,
     io,
-    net::TcpListener,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     os::{
         fd::{AsFd as _, AsRawFd as _, BorrowedFd},
         unix::net::UnixListener,
@@ -160,6 +160,11 @@ enum BoundAt {
 
 fn bind(host: &str, port: u16) -> io::Result<TcpListener> {
     let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
+    if bare.eq_ignore_ascii_case("localhost") {
+        // By its addresses (RFC 6761, section 6.3): a container may have nothing that knows the name.
+        let addresses = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
+        return TcpListener::bind(addresses.map(|address| SocketAddr::new(address, port)).as_slice());
+    }
     TcpListener::bind((bare, port))
 }
 

@@ -8,6 +8,7 @@
 //! sample of a histogram (16 bytes) until somebody drains it, so [`Metrics::keep_up`] must run, scraped or not.
 
 use std::{
+    collections::BTreeSet,
     sync::{Mutex, PoisonError},
     time::Duration,
 };
@@ -16,7 +17,11 @@ use bytes::Bytes;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use tokio::time::Instant;
 
-use super::{process::ProcessSeries, registry::Registry, spire_names::SpireNames};
+use super::{
+    process::ProcessSeries,
+    registry::{Registry, Unused},
+    spire_names::SpireNames,
+};
 
 /// Upper bounds in seconds. From a cached answer (tens of microseconds) to an RSA key made on a busy node.
 const BUCKETS: [f64; 15] = [
@@ -36,6 +41,7 @@ pub struct Metrics {
     process: ProcessSeries,
     /// Its names for what is counted, where they are wanted too.
     spire_names: Option<SpireNames>,
+    unused: Unused,
     /// Each sets what is counted elsewhere.
     ask: Mutex<Vec<Box<dyn Fn() + Send>>>,
     /// What was made last, and when. Held while it is made: who asks meanwhile gets that one too.
@@ -59,6 +65,7 @@ impl Default for Metrics {
             recorder,
             process: ProcessSeries::read(),
             spire_names: None,
+            unused: Unused::default(),
             ask: Mutex::default(),
             latest: Mutex::default(),
         }
@@ -74,7 +81,7 @@ impl Metrics {
 
     /// Where a room registers its series.
     pub fn registry(&self) -> Registry<'_> {
-        Registry::new(&self.recorder)
+        Registry::noting(&self.recorder, &self.unused)
     }
 
     /// Calls `ask` before each rendering, to set what is counted elsewhere. It must not block, nor call this.
@@ -92,7 +99,8 @@ impl Metrics {
         }
     }
 
-    /// What [`Metrics::render`] gives, made once a second at most: scraping costs the node the same, whoever does it.
+    /// What [`Metrics::render`] gives, without series that are there for a combination of labels that has not happened, made
+    /// once a second at most: scraping costs the node the same, whoever does it.
     #[must_use]
     pub fn latest(&self) -> Bytes {
         let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
@@ -100,7 +108,8 @@ impl Metrics {
         match &*latest {
             Some((made, text)) if now.duration_since(*made) < GOOD_FOR => text.clone(),
             _ => {
-                let text = Bytes::from(self.render());
+                let unused = self.unused.lock().unwrap_or_else(PoisonError::into_inner);
+                let text = Bytes::from(without(&unused, &self.render()));
                 *latest = Some((now, text.clone()));
                 text
             }
@@ -122,6 +131,33 @@ impl Metrics {
     }
 }
 
+/// `text` without those series of `unused` in which nothing was counted.
+fn without(unused: &BTreeSet<String>, text: &str) -> String {
+    // A histogram's lines are left out together: by its count, and without the bound of the bucket.
+    let series = |line: &str| -> Option<(String, bool)> {
+        let (name, rest) = line.split_once('{')?;
+        let (labels, value) = rest.rsplit_once("} ")?;
+        let labels = labels.split(",le=").next().unwrap_or_default();
+        let base = ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end));
+        let plain = format!("{name}{{{labels}}}");
+        let of_histogram = base.map(|base| format!("{base}{{{labels}}}")).filter(|it| unused.contains(it));
+        Some((of_histogram.unwrap_or(plain), value == "0"))
+    };
+    let mut empty = BTreeSet::new();
+    for line in text.lines() {
+        let counts = |line: &str| {
+            line.split('{').next().is_some_and(|name| !name.ends_with("_bucket") && !name.ends_with("_sum"))
+        };
+        if let Some((series, true)) = series(line).filter(|_| counts(line))
+            && unused.contains(&series)
+        {
+            empty.insert(series);
+        }
+    }
+    let kept = text.lines().filter(|line| series(line).is_none_or(|(series, _)| !empty.contains(&series)));
+    kept.flat_map(|line| [line, "\n"]).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -139,6 +175,30 @@ mod tests {
         let counter = metrics.registry().counter("durward_elsewhere_total", "Counted elsewhere.", &[]);
         metrics.before_render(move || counter.absolute(3));
         assert_eq!(value(&metrics.render(), "durward_elsewhere_total"), 3.0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_never_used_is_not_scraped() {
+        let metrics = Metrics::default();
+        let registry = metrics.registry();
+        let at = |which| [("which", which)];
+        let rare = ["a", "b"].map(|it| registry.counter_once_used("durward_rare_total", "Rare.", &at(it)));
+        let _kept = registry.counter("durward_kept_total", "Kept.", &at("a"));
+        let seconds = ["a", "b"].map(|it| registry.histogram("durward_seconds", "Measured.", ("which", it)));
+        rare[1].increment(1);
+        seconds[1].record(0.02);
+        let text = String::from_utf8(metrics.latest().to_vec()).unwrap();
+        for (line, there) in [
+            (r#"durward_rare_total{which="a"} 0"#, false),
+            (r#"durward_rare_total{which="b"} 1"#, true),
+            (r#"durward_kept_total{which="a"} 0"#, true),
+            (r#"durward_seconds_count{which="a"} 0"#, false),
+            (r#"durward_seconds_bucket{which="a",le="0.001"} 0"#, false),
+            (r#"durward_seconds_bucket{which="b",le="0.001"} 0"#, true),
+            (r#"durward_seconds_count{which="b"} 1"#, true),
+        ] {
+            assert_eq!(text.lines().any(|got| got == line), there, "{line} in:\n{text}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

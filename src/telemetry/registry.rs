@@ -5,7 +5,9 @@
 //! those of an enum.
 
 use std::{
+    collections::BTreeSet,
     marker::PhantomData,
+    sync::{Mutex, PoisonError},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -121,16 +123,35 @@ impl std::fmt::Debug for Open {
     }
 }
 
+/// Series that a scrape leaves out until something was counted in them, as they are written there: `name{label="value"}`.
+pub(super) type Unused = Mutex<BTreeSet<String>>;
+
 /// Registers series with their help text; used while the agent is built.
 #[derive(Clone, Copy)]
-pub struct Registry<'a>(&'a dyn Recorder);
+pub struct Registry<'a> {
+    recorder: &'a dyn Recorder,
+    unused: Option<&'a Unused>,
+}
 
 const METADATA: Metadata<'static> = Metadata::new("durward", Level::INFO, None);
 
 impl<'a> Registry<'a> {
     /// Registers with `recorder`.
     pub fn new(recorder: &'a dyn Recorder) -> Self {
-        Self(recorder)
+        Self { recorder, unused: None }
+    }
+
+    /// The same, and in `unused` what is left out until it is used.
+    pub(super) fn noting(recorder: &'a dyn Recorder, unused: &'a Unused) -> Self {
+        Self { recorder, unused: Some(unused) }
+    }
+
+    /// Has a scrape leave this series out until something was counted in it: one of very many.
+    fn leave_out(&self, name: &str, labels: &[(&'static str, &'static str)]) {
+        let Some(unused) = self.unused else { return };
+        let labels: Vec<String> = labels.iter().map(|(key, value)| format!("{key}=\"{value}\"")).collect();
+        let series = format!("{name}{{{}}}", labels.join(","));
+        unused.lock().unwrap_or_else(PoisonError::into_inner).insert(series);
     }
 
     fn key(name: &'static str, labels: &[(&'static str, &'static str)]) -> Key {
@@ -144,8 +165,19 @@ impl<'a> Registry<'a> {
         help: &'static str,
         labels: &[(&'static str, &'static str)],
     ) -> Counter {
-        self.0.describe_counter(KeyName::from_const_str(name), None, help.into());
-        self.0.register_counter(&Self::key(name, labels), &METADATA)
+        self.recorder.describe_counter(KeyName::from_const_str(name), None, help.into());
+        self.recorder.register_counter(&Self::key(name, labels), &METADATA)
+    }
+
+    /// A counter that a scrape leaves out until something was counted: one of so many that all of them would be a burden.
+    pub fn counter_once_used(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        labels: &[(&'static str, &'static str)],
+    ) -> Counter {
+        self.leave_out(name, labels);
+        self.counter(name, help, labels)
     }
 
     /// A gauge.
@@ -155,19 +187,20 @@ impl<'a> Registry<'a> {
         help: &'static str,
         labels: &[(&'static str, &'static str)],
     ) -> Gauge {
-        self.0.describe_gauge(KeyName::from_const_str(name), None, help.into());
-        self.0.register_gauge(&Self::key(name, labels), &METADATA)
+        self.recorder.describe_gauge(KeyName::from_const_str(name), None, help.into());
+        self.recorder.register_gauge(&Self::key(name, labels), &METADATA)
     }
 
-    /// A histogram, of seconds.
+    /// A histogram, of seconds; a scrape leaves it out until something was measured.
     pub fn histogram(
         &self,
         name: &'static str,
         help: &'static str,
         label: (&'static str, &'static str),
     ) -> Histogram {
-        self.0.describe_histogram(KeyName::from_const_str(name), None, help.into());
-        self.0.register_histogram(&Self::key(name, &[label]), &METADATA)
+        self.leave_out(name, &[label]);
+        self.recorder.describe_histogram(KeyName::from_const_str(name), None, help.into());
+        self.recorder.register_histogram(&Self::key(name, &[label]), &METADATA)
     }
 
     /// A counter for each value of a label.

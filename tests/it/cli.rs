@@ -768,7 +768,7 @@ fn a_wrong_command_line_is_refused_with_one() {
         ("unknown flag", &["api", "fetch", "-scoketPath", "/x"], "unexpected argument '--scoketPath'"),
         ("flag of another command", &["healthcheck", "-audience", "x"], "unexpected argument '--audience'"),
         ("no value", &["api", "fetch", "-socketPath"], "a value is required for '--socket-path <PATH>'"),
-        ("no duration", &["api", "fetch", "-timeout", "5"], "\"5\" is no duration"),
+        ("no duration", &["api", "fetch", "-timeout", "5"], "\"5\" is not a duration"),
         ("no format", &["api", "fetch", "-output", "xml"], "[possible values: pretty, json]"),
         ("flag before the word", &["api", "fetch", "-silent", "jwt"], "cannot be used with"),
         ("no audience", &["api", "fetch", "jwt"], "audience must be specified"),
@@ -835,6 +835,7 @@ fn the_manual_has_a_page_for_every_command() {
     assert_eq!(
         names,
         [
+            "agent.conf.5",
             "durward-api-fetch-jwt.1",
             "durward-api-fetch-x509.1",
             "durward-api-fetch.1",
@@ -842,7 +843,11 @@ fn the_manual_has_a_page_for_every_command() {
             "durward-api-validate.1",
             "durward-api-watch.1",
             "durward-api.1",
+            "durward-bundle-show.1",
+            "durward-bundle.1",
             "durward-completions.1",
+            "durward-entry-show.1",
+            "durward-entry.1",
             "durward-explain.1",
             "durward-healthcheck.1",
             "durward-limits.1",
@@ -852,6 +857,7 @@ fn the_manual_has_a_page_for_every_command() {
             "durward-run.1",
             "durward-status.1",
             "durward-validate.1",
+            "durward-version.1",
             "durward.1",
         ]
     );

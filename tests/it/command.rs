@@ -106,7 +106,7 @@ fn a_reload_ends_with_what_came_of_it() {
     agent.configure(mistakes);
     let (code, out, err) = said(&agent.reload(&[]));
     assert_eq!((code, &*out), (Some(1), ""), "{err}");
-    assert!(err.starts_with("not reloaded, everything stays as it was: "), "{err}");
+    assert!(err.starts_with("not reloaded, the old configuration stays in force: "), "{err}");
     assert!(err.contains("log_levle") && err.contains("other.org"), "all of them: {err}");
 
     // A signal and a command at the same time: each is answered.

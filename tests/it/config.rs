@@ -584,7 +584,7 @@ fn mistakes_elsewhere_say_what_would_be_right() {
         (
             "two bundles",
             "federation \"o\" { bundle_path = \"r\" }\nfederation \"spiffe://o\" { bundle_path = \"r\" }",
-            "4:12: federation \"spiffe://o\": is there twice: first at agent.conf:3:12",
+            "4:12: federation \"spiffe://o\": is a duplicate: the first is at agent.conf:3:12",
         ),
     ] {
         let files = Files::default().with("/base/b", "").with("/base/r", ROOT);
@@ -690,7 +690,7 @@ fn mistakes_in_entries_say_what_would_be_right() {
             "dns_names = [\"-a\"]",
             "2:14: E.dns_names \"-a\": no part of a DNS name begins or ends with a dash",
         ),
-        ("dns twice", "", "dns_names = [\"a\", \"a\"]", "2:19: E.dns_names \"a\": is there twice"),
+        ("dns twice", "", "dns_names = [\"a\", \"a\"]", "2:19: E.dns_names \"a\": is listed twice"),
         ("many names", "", &many, "2:1: E.dns_names [ .. ]: must be at most 64 names, and are 65"),
         (
             "own",
@@ -744,7 +744,7 @@ fn selectors_that_nobody_attests_are_refused() {
                 "\"k8s:ns:a\": nobody attests this: add WorkloadAttestor \"k8s\" { plugin_data { } } to plugins",
             ),
         ),
-        ("\"unix:uid:1\", \"unix:uid:1\"", Some("\"unix:uid:1\": is there twice")),
+        ("\"unix:uid:1\", \"unix:uid:1\"", Some("\"unix:uid:1\": is listed twice")),
         (
             "\"unix:path:/x\"",
             Some(
@@ -786,7 +786,7 @@ fn entries_are_told_apart_by_their_selectors() {
             "selectors = [\"unix:uid:1\", \"unix:gid:1\"] hint = \"a\"",
             "selectors = [\"unix:gid:1\", \"unix:uid:1\"] hint = \"b\"",
             Some(
-                "/base/entries.d/b.conf:1:7: entry \"spiffe://example.org/web\": is there twice with the same selectors: first at agent.conf:3:7",
+                "/base/entries.d/b.conf:1:7: entry \"spiffe://example.org/web\": repeats an entry with the same selectors, which is at agent.conf:3:7",
             ),
         ),
         (
@@ -811,13 +811,13 @@ fn what_must_be_there_is_asked_for() {
             "an empty file",
             "",
             "1:1: agent: section must be configured: agent { trust_domain = \"example.org\" }\n\
-             agent.conf:1:1: issuer: who signs must be said: a SPIRE Server, agent { server_address = \"..\" server_port = 8081 }, or a CA on this node, issuer \"embedded\" { }".to_owned(),
+             agent.conf:1:1: issuer: section must be configured, so that the agent knows who signs: issuer \"embedded\" { } for a CA on this node, or a SPIRE Server: agent { server_address = \"..\" server_port = 8081 }".to_owned(),
         ),
         (
             "an empty object",
             "{}",
             "1:1: agent: section must be configured: agent { trust_domain = \"example.org\" }\n\
-             agent.conf:1:1: issuer: who signs must be said: a SPIRE Server, agent { server_address = \"..\" server_port = 8081 }, or a CA on this node, issuer \"embedded\" { }".to_owned(),
+             agent.conf:1:1: issuer: section must be configured, so that the agent knows who signs: issuer \"embedded\" { } for a CA on this node, or a SPIRE Server: agent { server_address = \"..\" server_port = 8081 }".to_owned(),
         ),
         (
             "no trust domain",
@@ -849,7 +849,7 @@ fn all_mistakes_come_at_once_in_the_order_of_their_places() {
     let text = "zzz = 1\nagent {\n  log_level = 1\n  trust_domain = \"example.org\"\n  entries_dir = \"d\"\n  log_format = 2\n}";
     assert_eq!(
         files.parse(text, ExpandEnv::No).unwrap_err(),
-        "agent.conf:1:1: issuer: who signs must be said: a SPIRE Server, agent { server_address = \"..\" server_port = 8081 }, or a CA on this node, issuer \"embedded\" { }
+        "agent.conf:1:1: issuer: section must be configured, so that the agent knows who signs: issuer \"embedded\" { } for a CA on this node, or a SPIRE Server: agent { server_address = \"..\" server_port = 8081 }
 agent.conf:1:1: zzz: unknown key; known here: agent, plugins, telemetry, health_checks, audit, issuer, ratelimit, federation, entry
 agent.conf:3:3: agent.log_level \"1\": must be one of panic, fatal, error, warn, info, debug, trace
 agent.conf:6:3: agent.log_format \"2\": must be text or json

@@ -420,7 +420,7 @@ fn refuses_what_it_may_not_sign() {
             x509(&entry("spiffe://example.org"), start()),
             "spiffe://example.org has no path, so it names no workload",
         ),
-        ("dns", x509(&dns, start()), "DNS name \"wéb\" cannot stand in a certificate"),
+        ("dns", x509(&dns, start()), "DNS name \"wéb\" cannot be written in a certificate"),
         (
             "ca expired",
             x509(&entry("spiffe://example.org/x"), tomorrow),
@@ -568,7 +568,7 @@ fn a_clock_set_often_ends_in_an_error_and_not_in_a_loss() {
         assert!(rotation.next > now);
         faults.extend(rotation.fault.map(|fault| (day, fault.to_string())));
     }
-    let want = "64 authorities are kept already and none of them is expired: is the clock right?";
+    let want = "64 authorities are kept already and none of them has expired: check the clock";
     assert_eq!(faults.first(), Some(&(64, want.to_owned())));
     assert_eq!(issuer.bundle().x509_authorities.len(), 64);
     let rotation = issuer.rotate(start()).unwrap();

@@ -40,6 +40,7 @@ mod outages;
 mod places;
 mod process;
 mod ratelimit_config;
+mod readme;
 mod refused;
 mod reload;
 mod room;

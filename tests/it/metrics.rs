@@ -4,7 +4,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::support::{TestAgent, entry};
+use durward::api::proto::workload::X509BundlesRequest;
+
+use crate::support::{TestAgent, entry, request};
 
 /// What a running agent tells.
 fn scraped() -> String {
@@ -64,4 +66,58 @@ async fn labels_come_from_closed_sets() {
     .into_iter()
     .collect();
     assert_eq!(labels, known, "a new label must be a closed set of words that no caller chose");
+}
+
+/// What Prometheus keeps of each node of a large cluster, before anybody has called.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_agent_has_few_series_and_its_refusals_from_the_start() {
+    let agent = TestAgent::start(&entry("/web", ""));
+    let text = String::from_utf8(agent.running.metrics().latest().to_vec()).unwrap();
+    let series: Vec<&str> = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
+    assert!(series.len() <= 150, "{}: {series:#?}", series.len());
+    let zero = |name: &str, labels: &[&str]| {
+        series.iter().any(|line| {
+            line.starts_with(&format!("{name}{{"))
+                && line.ends_with(" 0")
+                && labels.iter().all(|it| line.contains(it))
+        })
+    };
+    for method in ["FetchX509SVID", "FetchJWTSVID", "ValidateJWTSVID", "FetchX509Bundles", "FetchJWTBundles"]
+    {
+        for code in ["PermissionDenied", "ResourceExhausted", "Unavailable", "Internal"] {
+            let labels = [&*format!("method=\"{method}\""), &*format!("code=\"{code}\"")];
+            assert!(zero("durward_calls_total", &labels), "{labels:?} {series:#?}");
+        }
+    }
+    for (stage, reason) in [
+        ("gate", "connections"),
+        ("gate", "rate"),
+        ("gate", "blocked"),
+        ("caller", "rate"),
+        ("caller", "in_flight"),
+        ("caller", "blocked"),
+        ("identity", "rate"),
+        ("identity", "blocked"),
+        ("node", "rate"),
+        ("node", "in_flight"),
+        ("node", "memory"),
+        ("node", "connections"),
+    ] {
+        let labels = [&*format!("stage=\"{stage}\""), &*format!("reason=\"{reason}\"")];
+        assert!(zero("durward_rate_limit_exceeded_total", &labels), "{labels:?} {series:#?}");
+    }
+    for name in [
+        "durward_connections_refused_total",
+        "durward_attestation_failures_total",
+        "durward_signing_failures_total",
+        "durward_reloads_total",
+    ] {
+        assert!(zero(name, &[]), "{name} {series:#?}");
+    }
+
+    // What was used is there, whole.
+    let mut client = agent.client().await;
+    client.fetch_x509_bundles(request(X509BundlesRequest {})).await.unwrap();
+    let text = agent.running.metrics().render();
+    assert!(text.contains("durward_rate_limit_allowed_total{method=\"FetchX509Bundles\""), "{text}");
 }

@@ -209,7 +209,7 @@ async fn nothing_that_a_caller_brings_is_looked_up() {
 async fn a_name_that_is_added_reaches_open_streams() {
     let blocks = [entry("/plain", ""), named("/named", "\"unix:user:newcomer\"")].concat();
     let agent = NamedAgent::start(&blocks, false).await;
-    agent.says("entries ask for a name that nobody on this node has").await;
+    agent.says("entries ask for a user or group name that does not exist").await;
     let mut client = client(&agent.path("api.sock")).await;
     let mut stream = client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap().into_inner();
     assert_eq!(paths(stream.message().await.unwrap().unwrap()), ["/plain"]);

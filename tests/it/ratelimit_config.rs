@@ -349,7 +349,7 @@ fn mistakes_say_what_would_be_right() {
         (
             "nobody",
             "caller { override \"uid:4294967295\" { block = true } }",
-            "31: ratelimit.caller.override \"uid:4294967295\": \"uid:4294967295\" is nobody: 4294967295 is not a UID that a process can have",
+            "31: ratelimit.caller.override \"uid:4294967295\": \"uid:4294967295\" cannot match: no process can have the UID 4294967295",
         ),
         (
             "slow",
@@ -444,7 +444,7 @@ fn mistakes_say_what_would_be_right() {
         (
             "nobody",
             "caller { override \"gid:7\" { block = true } }",
-            "31: ratelimit.caller.override \"gid:7\": \"gid:7\" names no caller: it must be uid:N, uid:N-M, uid:*, user:NAME, pod:UID or pod:*",
+            "31: ratelimit.caller.override \"gid:7\": \"gid:7\" is not a caller: it must be uid:N, uid:N-M, uid:*, user:NAME, pod:UID or pod:*",
         ),
         (
             "unknown user",
@@ -464,12 +464,12 @@ fn mistakes_say_what_would_be_right() {
         (
             "all match",
             "identity { override \"spiffe://example.org/**\" { block = true } }",
-            "33: ratelimit.identity.override \"spiffe://example.org/**\": \"spiffe://example.org/**\" is no pattern of SPIFFE IDs: it matches every identity: set the default or the method in its place",
+            "33: ratelimit.identity.override \"spiffe://example.org/**\": \"spiffe://example.org/**\" is not a pattern of SPIFFE IDs: it matches every identity: set the default or the method in its place",
         ),
         (
             "mask that shares nothing",
             "identity { override \"spiffe://example.org/{a}\" { block = true } }",
-            "33: ratelimit.identity.override \"spiffe://example.org/{a}\": has a {name}, which says what shares a bucket: set share = true, or write *",
+            "33: ratelimit.identity.override \"spiffe://example.org/{a}\": has a {name}, which makes SPIFFE IDs share a bucket: set share = true, or write *",
         ),
         (
             "empty override",
@@ -494,12 +494,12 @@ fn mistakes_say_what_would_be_right() {
         (
             "both meant",
             "caller { override \"uid:1-9\" { block = true } override \"uid:2-10\" { block = true } }",
-            "67: ratelimit.caller.override \"uid:2-10\": contradicts \"uid:1-9\", at agent.conf:2:31: some match both, and neither says more",
+            "67: ratelimit.caller.override \"uid:2-10\": contradicts \"uid:1-9\", at agent.conf:2:31: some callers match both, and neither is more specific",
         ),
         (
             "one user twice",
             "gate { override \"uid:1000\" { block = true } override \"user:build\" { exempt = true } }",
-            "66: ratelimit.gate.override \"user:build\": contradicts \"uid:1000\", at agent.conf:2:29: some match both, and neither says more",
+            "66: ratelimit.gate.override \"user:build\": contradicts \"uid:1000\", at agent.conf:2:29: some callers match both, and neither is more specific",
         ),
         (
             "set twice",
@@ -534,7 +534,7 @@ fn mistakes_say_what_would_be_right() {
         (
             "empty window",
             "caller { schedule \"s\" { start { hour = 1 } stop { hour = 1 } block = true } }",
-            "31: ratelimit.caller.schedule \"s\": a window from \"hour 1\" to the same moment is none; for all the time set the limit itself",
+            "31: ratelimit.caller.schedule \"s\": a window from \"hour 1\" to the same moment is empty; for a limit at all times, set the limit itself",
         ),
         (
             "other periods",
@@ -688,7 +688,7 @@ fn drop_in_files_merge_and_conflicts_name_both_places() {
         (
             "pattern",
             "ratelimit { caller { override \"uid:1-3\" { block = true } override \"uid:2-4\" { block = true } } }",
-            "d/3.conf:1:67: ratelimit.caller.override \"uid:2-4\": contradicts \"uid:1-3\", at d/3.conf:1:31: some match both, and neither says more",
+            "d/3.conf:1:67: ratelimit.caller.override \"uid:2-4\": contradicts \"uid:1-3\", at d/3.conf:1:31: some callers match both, and neither is more specific",
         ),
     ] {
         assert_eq!(load(&text, &[one, two, ("d/3.conf", file)]).err().as_deref(), Some(said), "{case}");

@@ -15,7 +15,7 @@ pub(super) const DEEPEST: usize = 100;
 pub enum BodyExcess {
     #[error("it is larger than {0} bytes")]
     Length(usize),
-    #[error("it holds a text of more than {LONGEST_TOKEN} bytes")]
+    #[error("it holds a string of more than {LONGEST_TOKEN} bytes")]
     Token,
     #[error("it is nested more than {DEEPEST} deep")]
     Depth,

@@ -336,7 +336,7 @@ impl KubeletTrouble {
                 if !known {
                     tracing::warn!(
                         error,
-                        "the kubelet does not say which pods there are: who they are cannot be told"
+                        "the kubelet does not list its pods, so callers in pods cannot be identified"
                     );
                     self.said = Some((now, error));
                 }

@@ -314,7 +314,7 @@ impl NamesShared {
                 kind,
                 name,
                 left_out,
-                "entries ask for a name that nobody on this node has: they match no process"
+                "entries ask for a user or group name that does not exist on this node: they match no process"
             ),
             Some(NameTrouble::Unanswered(errno)) => tracing::warn!(
                 kind,

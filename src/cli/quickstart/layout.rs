@@ -43,7 +43,7 @@ const DEFAULT_TRUST_DOMAIN: &str = "example.org";
 /// Why the directories and files are not as they must be.
 #[derive(Debug, thiserror::Error)]
 pub(in crate::cli) enum LayoutError {
-    #[error("neither XDG_STATE_HOME nor HOME is an absolute path: say where to write with --dir")]
+    #[error("neither XDG_STATE_HOME nor HOME is an absolute path: choose a directory with --dir")]
     NoHome,
     #[error("{}: {cause}", path.display())]
     Directory { path: PathBuf, cause: io::Error },
@@ -51,7 +51,7 @@ pub(in crate::cli) enum LayoutError {
     NoDirectory(PathBuf),
     #[error("{} belongs to user ID {owner}, this is user ID {}: choose another with --dir", path.display(), geteuid())]
     Owner { path: PathBuf, owner: u32 },
-    #[error("{} may be written to by other users (mode {mode:04o}): chmod go-w it, or choose another with --dir", path.display())]
+    #[error("{} is writable by other users (mode {mode:04o}): chmod go-w it, or choose another with --dir", path.display())]
     Mode { path: PathBuf, mode: u32 },
     #[error("{} must be text without control characters", .0.display())]
     Name(PathBuf),

@@ -167,8 +167,9 @@ impl Context<'_> {
                 Err(OverridesError::Conflict { first, second }) => {
                     let (other, there) = written.get(first)?;
                     let (other, there) = (quoted(&pattern(other)), self.problems.show(there.place));
-                    let message =
-                        format!("contradicts {other}, at {there}: some match both, and neither says more");
+                    let message = format!(
+                        "contradicts {other}, at {there}: some callers match both, and neither is more specific"
+                    );
                     (second, message)
                 }
                 Err(err @ OverridesError::TooMany(_)) => (written.len() - 1, err.to_string()),

@@ -79,7 +79,7 @@ pub enum IssuerError {
     #[error("{0} has no path, so it names no workload")]
     NoPath(SpiffeId),
     /// A DNS name that a certificate cannot hold.
-    #[error("DNS name {0:?} cannot stand in a certificate")]
+    #[error("DNS name {0:?} cannot be written in a certificate")]
     DnsName(String),
     /// No audience, or only empty ones.
     #[error("audience must name at least one recipient")]
@@ -98,10 +98,10 @@ pub enum IssuerError {
         now: SystemTime,
     },
     /// So many authorities are unexpired that no more can be kept: the clock was set very often.
-    #[error("{0} authorities are kept already and none of them is expired: is the clock right?")]
+    #[error("{0} authorities are kept already and none of them has expired: check the clock")]
     TooManyAuthorities(usize),
     /// The clock, or a lifetime added to it, gives a time before 1970 or after 9999.
-    #[error("{} cannot stand in a certificate: is the clock right, and no lifetime too long?", Utc(*time))]
+    #[error("{} cannot be written in a certificate: check the clock, and that no lifetime is too long", Utc(*time))]
     Time { time: SystemTime },
     /// The cryptographic library refused.
     #[error("cannot {0}")]
@@ -120,7 +120,7 @@ impl From<IssuerError> for MintError {
         let reason = match &error {
             E::Foreign { .. } => "the SPIFFE ID is of another trust domain",
             E::NoPath(_) => "the SPIFFE ID names no workload",
-            E::DnsName(_) => "a DNS name of the entry cannot stand in a certificate",
+            E::DnsName(_) => "a DNS name of the entry cannot be written in a certificate",
             E::NoAudience => "the audience is empty",
             E::Lifetime { .. } => "the lifetime is under a second",
             // Files, clock, library: none of it was chosen by who asks.

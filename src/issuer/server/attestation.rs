@@ -107,7 +107,7 @@ async fn exchange(
     let params = Params { data: Some(data), params: Some(AgentX509svidParams { csr }) };
     let (steps, requests) = mpsc::channel(1);
     let send = async |step| steps.send(AttestAgentRequest { step: Some(step) }).await;
-    let gone = |_| tonic::Status::cancelled("the server takes no more");
+    let gone = |_| tonic::Status::cancelled("the server accepts nothing further");
     send(Step::Params(params)).await.map_err(gone)?;
     let mut client = AgentClient::new(connection);
     let mut answers = client.attest_agent(ReceiverStream::new(requests)).await?.into_inner();

@@ -76,13 +76,13 @@ pub(super) enum CallFault {
     #[error(transparent)]
     Server(#[from] ServerError),
     /// The answer makes no sense: nothing of it is used.
-    #[error("the server's answer makes no sense")]
+    #[error("the server's answer is invalid")]
     Entries(#[from] EntryFault),
     /// The same, of a bundle.
-    #[error("the server's answer makes no sense")]
+    #[error("the server's answer is invalid")]
     Bundle(#[from] BundleFault),
     /// The same, of SVIDs.
-    #[error("the server's answer makes no sense: {0}")]
+    #[error("the server's answer is invalid: {0}")]
     Svid(&'static str),
 }
 

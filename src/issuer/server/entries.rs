@@ -90,13 +90,13 @@ impl KnownEntries {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum EntryFault {
     /// Entries and revisions in one message, or the one where the other was asked for.
-    #[error("entries came where revisions should, or the other way round")]
+    #[error("entries came where revisions were expected, or the reverse")]
     OutOfPlace,
     /// A message that says nothing and that another would follow.
-    #[error("an empty page came that is not the last")]
+    #[error("an empty page came before the last one")]
     EmptyPage,
     /// An entry that was not asked for, or not once more.
-    #[error("an entry came that was not asked for")]
+    #[error("an entry came that was not requested")]
     NotAskedFor,
     /// More entries than [`MOST_ENTRIES`].
     #[error("there are more than {MOST_ENTRIES} entries")]

@@ -18,11 +18,11 @@ const LONGEST_MESSAGE: usize = 512;
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ServerError {
     /// No connection.
-    #[error("the server {server} is not reached: {cause}")]
+    #[error("cannot reach the server {server}: {cause}")]
     NotReached { server: String, cause: Arc<dyn std::error::Error + Send + Sync> },
     /// What answers there is signed by an authority that is not known: the server began anew with others, or it is
     /// somebody else's.
-    #[error("the server {server} is not reached: {cause}")]
+    #[error("cannot reach the server {server}: {cause}")]
     UnknownAuthority { server: String, cause: Arc<dyn std::error::Error + Send + Sync> },
     /// The connection was lost when the call had been sent.
     #[error("the connection to the server was lost: {0}")]
@@ -43,13 +43,13 @@ pub enum ServerError {
     #[error("the server answers {call} with {code:?}: {message}")]
     Answered { call: &'static str, code: Code, message: String },
     /// The answer makes no sense; nothing of it is used.
-    #[error("the server's answer to {call} makes no sense: {fault}")]
+    #[error("the server's answer to {call} is invalid: {fault}")]
     Senseless { call: &'static str, fault: String },
     /// What this node attests with is not there, or cannot be used.
     #[error("{attestor}: {fault}")]
     Evidence { attestor: &'static str, fault: String },
     /// What the server is to be known by cannot be had.
-    #[error("the trust bundle cannot be had from {place}: {fault}")]
+    #[error("cannot get the trust bundle from {place}: {fault}")]
     TrustSource { place: String, fault: String },
     /// The disk.
     #[error("{0}")]
@@ -61,15 +61,13 @@ pub enum ServerError {
 pub enum Denial {
     #[error("the server says that this agent's SVID has expired")]
     Expired,
-    #[error(
-        "the server does not know this agent (any more): it was evicted, or the server's database is another"
-    )]
+    #[error("the server does not know this agent: it was evicted, or the server's database is another")]
     NotAttested,
     #[error("the server says that another copy of this agent has renewed its SVID: was its data_dir copied?")]
     NotActive,
     #[error("this agent is banned at the server")]
     Banned,
-    #[error("the server wants this agent to attest anew")]
+    #[error("the server requires this agent to attest again")]
     MustReattest,
 }
 

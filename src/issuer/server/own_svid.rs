@@ -232,7 +232,7 @@ impl OwnSvid {
             None if self.unproven().is_some() => {}
             None => tracing::warn!(
                 file = %self.data.path().display(),
-                "the agent's SVID on the disk has expired, or its key is missing: this node attests anew"
+                "the agent's SVID on the disk has expired, or its key is missing: this node attests again"
             ),
             Some(svid) => self.show(&svid),
         }

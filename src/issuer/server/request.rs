@@ -26,7 +26,7 @@ pub(super) enum ChainFault {
     #[error("the chain must have 1 to {LONGEST_CHAIN} certificates")]
     Length,
     /// A certificate that is none.
-    #[error("the chain holds what is no certificate")]
+    #[error("the chain holds something that is not a certificate")]
     NoCertificate,
     /// It is for the key of somebody else.
     #[error("the certificate is for another key")]

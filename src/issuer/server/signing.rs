@@ -196,7 +196,8 @@ impl X509Signing {
         let asked = params.len();
         let mut answers = self.calls.sign_x509(params, Instant::now() + WITHIN).await;
         if answers.as_ref().is_ok_and(|answers| answers.len() != asked) {
-            answers = Err(CallFault::Svid("there is not one result for each x509-svid that was asked for"));
+            answers =
+                Err(CallFault::Svid("the number of results differs from the number of x509-svids requested"));
         }
         self.adapt(asked, &answers);
         match answers {

@@ -48,7 +48,7 @@ pub(super) enum ServerIdFault {
     #[error("its certificate is malformed")]
     Malformed,
     /// Another ID, none, or several.
-    #[error("its certificate names {found}, and should name {want} alone")]
+    #[error("its certificate names {found}, but must name {want} only")]
     Id { found: String, want: String },
     /// A certificate that signs others.
     #[error("its certificate is that of a CA")]
