@@ -158,10 +158,13 @@ async fn attend(
                     "" => "Read again.\n".to_owned(),
                     error => format!("Not read again, all stays as it was: {error}\n"),
                 };
-                // Who asked may be gone.
-                let _heard = asking.map(|who| who.send(told));
-                // This fails, and this ends, when the signal said that the terminal is gone.
-                terminal.print(&said)?;
+                let shown = terminal.print(&said);
+                match asking {
+                    // Who asked may be gone.
+                    Some(who) => drop(who.send(told)),
+                    // This fails, and this ends, when the signal said that the terminal is gone.
+                    None => shown?,
+                }
             }
             Signalled::ReopenLog | Signalled::Nothing => {}
         }

@@ -945,6 +945,11 @@ fn quickstart_serves_until_it_is_told_to_end() {
             assert!(got.status.success(), "{command}: {}", text(&got.stderr));
         }
 
+        let limits = shown.iter().find(|line| line.contains(" limits --watch ")).unwrap();
+        let reload = limits.replace(" limits --watch ", " reload ");
+        let got = Command::new("/bin/sh").args(["-c", &reload]).output().unwrap();
+        assert!(got.status.success(), "{reload}: {}", text(&got.stderr));
+
         let second = durward(&["quickstart", "--dir"]).arg(&dir).output().unwrap();
         assert!(text(&second.stderr).starts_with("an agent serves at "), "{}", text(&second.stderr));
         assert_eq!(second.status.code(), Some(1));
