@@ -78,7 +78,7 @@ pub(super) async fn keep_in_sight(health: Arc<HealthState>, presence: Presence) 
                 %path,
                 "the socket of the workload api is gone from its path, and nobody can connect: restart its socket unit"
             ),
-            (true, Lost::No) => tracing::info!(%path, "the socket of the workload api is at its path again"),
+            (true, Lost::No) => tracing::warn!(%path, "the socket of the workload api is at its path again"),
             _ => {}
         }
         health.found(lost);

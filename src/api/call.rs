@@ -20,11 +20,12 @@
 use std::sync::Arc;
 
 use http::Extensions;
+use tokio::time::Instant;
 use tonic::Request;
 
 use super::{proto::workload as pb, reached::Reached, status::RequestError};
 use crate::{
-    limits::{Admitted, Limits, Method, Patience, Refusal, holding::KeptBytes},
+    limits::{Admitted, Limits, Method, Patience, Refusal, holding::KeptBytes, patience},
     peer::Peer,
 };
 
@@ -68,12 +69,22 @@ impl Keeps for pb::ValidateJwtsvidRequest {
     }
 }
 
+/// A stream that is about to be opened.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Opening {
+    pub(super) method: Method,
+    /// When its client gives it up, if it says so.
+    pub(super) ends: Option<Instant>,
+}
+
 /// A call, and the process that made it.
 #[derive(Debug)]
 pub struct Call {
     caller: Arc<Peer>,
     method: Method,
     patience: Patience,
+    /// When its client gives it up.
+    ends: Option<Instant>,
     reached: Option<Reached>,
 }
 
@@ -89,11 +100,13 @@ impl Call {
             (Some(value), None) if value == "true" => {}
             _ => return Err(RequestError::NoSecurityHeader),
         }
-        let call = Self::without_header(request.extensions(), method)?;
+        let timeout = request.metadata().get("grpc-timeout");
+        let ends = timeout.and_then(|text| patience::timeout(text.as_bytes()));
+        let ends = ends.and_then(|timeout| Instant::now().checked_add(timeout));
+        let call = Self { ends, ..Self::without_header(request.extensions(), method)? };
         if request.get_ref().kept() > PATIENT {
             return Ok(call);
         }
-        let timeout = request.metadata().get("grpc-timeout");
         let patience = timeout.and_then(|text| Patience::parse(text.as_bytes())).unwrap_or(Patience::USUAL);
         Ok(Self { patience, ..call })
     }
@@ -104,12 +117,23 @@ impl Call {
     /// [`RequestError::NoPeer`], which is a mistake of ours.
     pub fn without_header(extensions: &Extensions, method: Method) -> Result<Self, RequestError> {
         let caller = Arc::clone(extensions.get().ok_or(RequestError::NoPeer)?);
-        Ok(Self { caller, method, patience: Patience::NONE, reached: Reached::of(extensions).cloned() })
+        Ok(Self {
+            caller,
+            method,
+            patience: Patience::NONE,
+            ends: None,
+            reached: Reached::of(extensions).cloned(),
+        })
     }
 
     /// What is called.
     pub fn method(&self) -> Method {
         self.method
+    }
+
+    /// The stream that it opens.
+    pub(super) fn opening(&self) -> Opening {
+        Opening { method: self.method, ends: self.ends }
     }
 
     /// Counts a large message as held by its connection, while the call goes on with it: its process may take seconds to be

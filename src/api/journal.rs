@@ -10,7 +10,7 @@ use std::{num::NonZeroU64, sync::Arc};
 use tokio::time::Instant;
 use tonic::{Code, Request, Response, Status};
 
-use super::{metrics::ApiMetrics, reached::Reached, status::RequestError};
+use super::{call::Opening, metrics::ApiMetrics, reached::Reached, status::RequestError};
 use crate::{
     attest::{AttestError, AttestFault, Blame},
     limits::{
@@ -209,8 +209,8 @@ impl Journal {
     }
 
     /// A call is open while the answer is kept.
-    pub(super) fn opened(self: &Arc<Self>, method: Method, by: Option<Whom>) -> OpenCall {
-        OpenCall { journal: Arc::clone(self), method, by, _open: self.metrics.stream_opened(method) }
+    pub(super) fn opened(self: &Arc<Self>, opening: Opening, by: Option<Whom>) -> OpenCall {
+        OpenCall { journal: Arc::clone(self), opening, by, _open: self.metrics.stream_opened(opening.method) }
     }
 }
 
@@ -226,7 +226,7 @@ struct AboutCaller {
 /// A stream that is open.
 pub(super) struct OpenCall {
     journal: Arc<Journal>,
-    method: Method,
+    opening: Opening,
     by: Option<Whom>,
     _open: Open,
 }
@@ -252,12 +252,14 @@ impl OpenCall {
 
     /// It ends by this error, as far as the agent is concerned.
     pub(super) fn is_refused(&self, error: &RequestError) {
-        self.journal.refused(self.method, self.by, error);
+        self.journal.refused(self.opening.method, self.by, error);
     }
 
-    /// It ended with this code: [`Code::Ok`] when the client went away.
+    /// It ended with this code: [`Code::Ok`] when the client went away, which it also does when its time is over.
     pub(super) fn ended(&self, code: Code) {
-        self.journal.ended(self.method, code);
+        let Opening { method, ends } = self.opening;
+        let is_late = code == Code::Ok && ends.is_some_and(|ends| ends <= Instant::now());
+        self.journal.ended(method, if is_late { Code::DeadlineExceeded } else { code });
     }
 }
 

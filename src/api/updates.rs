@@ -246,7 +246,10 @@ mod tests {
 
     use super::*;
     use crate::{
-        api::journal::{Journal, Whom},
+        api::{
+            call::Opening,
+            journal::{Journal, Whom},
+        },
         attest::AttestError,
         issuer::MintError,
         limits::{CallerKey, Method},
@@ -339,7 +342,7 @@ mod tests {
             };
             let whom = Whom { caller: CallerKey::Uid(1), pid: 7 };
             let journal = Arc::new(Journal::new(Metrics::default().registry(), Arc::default()));
-            let open = journal.opened(Method::FetchX509Svid, Some(whom));
+            let open = journal.opened(Opening { method: Method::FetchX509Svid, ends: None }, Some(whom));
             let mut stream = updates(state, open, changes, encoded("first"), Arc::clone(queue));
             assert_eq!(stream.next().await.unwrap().unwrap(), encoded("first"));
             Self { sender, stream, finds, generation: 1, sent_away }

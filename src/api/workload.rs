@@ -10,7 +10,7 @@ use tonic::{Request, Response, Status};
 
 use super::{
     answers::{bundles, federated, x509_svids},
-    call::Call,
+    call::{Call, Opening},
     claims::claims_to_struct,
     encoded::Encoded,
     journal::{Begun, Journal, Whom},
@@ -158,9 +158,11 @@ impl WorkloadApi {
     }
 
     async fn x509_svids(&self, call: Result<Call, RequestError>) -> Result<Updates, RequestError> {
-        let (charged, changes) = self.charged(call?, Purpose::Svids).await?;
+        let call = call?;
+        let opening = call.opening();
+        let (charged, changes) = self.charged(call, Purpose::Svids).await?;
         let hold = self.parts.x509.hold(&charged);
-        self.opened(Method::FetchX509Svid, charged, hold, changes).await
+        self.opened(opening, charged, hold, changes).await
     }
 
     async fn bundles(
@@ -169,9 +171,9 @@ impl WorkloadApi {
         form: BundleForm,
     ) -> Result<Updates, RequestError> {
         let call = call?;
-        let method = call.method();
+        let opening = call.opening();
         let (charged, changes) = self.charged(call, Purpose::Bundles).await?;
-        self.opened(method, charged, form, changes).await
+        self.opened(opening, charged, form, changes).await
     }
 
     /// Where its calls are counted.
@@ -192,12 +194,12 @@ impl WorkloadApi {
     /// A stream that begins with what there is now, and has paid for it.
     async fn opened<C: Content>(
         &self,
-        method: Method,
+        opening: Opening,
         charged: Charged,
         content: C,
         changes: watch::Receiver<Change>,
     ) -> Result<Updates, RequestError> {
-        let open = self.parts.journal.opened(method, Some(Whom::from(charged.peer().connected())));
+        let open = self.parts.journal.opened(opening, Some(Whom::from(charged.peer().connected())));
         let mut state = Subscription { parts: Arc::clone(&self.parts), charged, content };
         let Subscription { parts, charged, content } = &mut state;
         let snapshot = parts.store.snapshot();

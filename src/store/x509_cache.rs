@@ -40,6 +40,9 @@ const MAX_ENTRY_RETRY: Duration = Duration::from_secs(60);
 /// For how long nothing is made ahead after memory was short.
 const NOT_AHEAD: Duration = Duration::from_secs(300);
 
+/// Of the time from its making to its renewal, an SVID gives up one part in so many to be renewed with others of its caller.
+const TOGETHER: u32 = 2;
+
 /// How long a call waits for a fresh SVID while there is a valid one.
 const RENEWAL_WAIT: Duration = Duration::from_secs(1);
 
@@ -165,12 +168,14 @@ impl X509Cache {
         let whom = charged.audited();
         let served = charged.each(|entry| self.of_entry(entry, whom)).await;
         charged.signed(served.iter().map(|served| served.as_ref().is_ok_and(|served| served.signed)));
+        self.lock().renew_together(charged.entries());
         served.into_iter().collect()
     }
 
     /// The SVIDs of the call's entries as they are, valid and perhaps due: nothing is made. `None` where one is not there.
     pub fn at_hand(&self, charged: &Charged) -> Option<Vec<Served>> {
         let now = self.clock.now();
+        self.lock().renew_together(charged.entries());
         let of_entry = |entry: &Arc<Entry>| match self.find(entry, now) {
             FoundX509::Fresh(served) | FoundX509::Due(served) => Some(served),
             FoundX509::Nothing => None,
@@ -466,6 +471,22 @@ impl X509Cache {
 }
 
 impl X509Table {
+    /// Has the SVIDs of a caller renewed at the same moment, that of the first, so that its streams are sent all in one
+    /// message: those that would be renewed not long after. Made together, they stay so.
+    fn renew_together(&mut self, entries: &[Arc<Entry>]) {
+        let [_, _, ..] = entries else { return };
+        let of = |entry: &Arc<Entry>| self.held.get(&entry.id).map(|held| held.renew_at);
+        let Some(first) = entries.iter().filter_map(of).min() else { return };
+        for entry in entries {
+            let Some(held) = self.held.get_mut(&entry.id) else { continue };
+            let lasts = held.renew_at.duration_since(held.svid.not_before).unwrap_or_default();
+            let later = held.renew_at.duration_since(first).unwrap_or_default();
+            if later <= lasts / TOGETHER {
+                held.renew_at = first;
+            }
+        }
+    }
+
     /// Notes that an entry could not be signed for: when it is tried again. `None` where it is not the entry's fault.
     fn failed(&mut self, entry: &Entry, error: &MintError) -> Option<Duration> {
         let MintError::Entry { .. } = error else { return None };

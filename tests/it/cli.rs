@@ -969,6 +969,11 @@ fn quickstart_serves_until_it_is_told_to_end() {
             assert!(shown.iter().any(|line| line.ends_with("spiffe://example.org/nobody")), "{shown:?}");
         }
 
+        let limits = shown.iter().find(|line| line.contains(" limits --watch ")).unwrap();
+        let reload = limits.replace(" limits --watch ", " reload ");
+        let got = Command::new("/bin/sh").args(["-c", &reload]).output().unwrap();
+        assert!(got.status.success(), "{reload}: {}", text(&got.stderr));
+
         let second = durward(&["quickstart", "--dir"]).arg(&dir).output().unwrap();
         assert!(text(&second.stderr).starts_with("an agent serves at "), "{}", text(&second.stderr));
         assert_eq!(second.status.code(), Some(1));

@@ -366,6 +366,7 @@ async fn a_stream_ends_with_its_time() {
     }
     assert!(bytes > 0, "its first message came");
     assert_eq!(answer.trailers().await.unwrap().unwrap()["grpc-status"], "4");
+    assert_eq!(counted(&agent), [("FetchX509SVID DeadlineExceeded".to_owned(), 1)]);
 }
 
 /// A token that the agent itself made for the longest audience validates; a request of the largest size is read, and one

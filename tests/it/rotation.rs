@@ -203,6 +203,73 @@ async fn a_week_of_rotation_serves_only_what_is_valid() {
     writing.abort();
 }
 
+/// A process with several identities is sent their renewals in one message, also where one of them came later.
+#[tokio::test(start_paused = true)]
+async fn the_identities_of_one_caller_are_renewed_together() {
+    let names = ["cache", "db", "web"];
+    let world = World::new(&names, 100);
+    let writing = tokio::spawn(Arc::clone(&world.writer).run());
+    let mut changes = world.writer.store().subscribe();
+    let latecomer = world.charged("db").await;
+    let _held = world.x509.hold(&latecomer);
+    let mut alone = world.charged("web").await;
+    world.x509.fetch(&mut alone).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(500)).await;
+    let all = &mut world.call(None).await;
+    let _held = world.x509.hold(all);
+    let mut sent: Vec<_> = world.x509.fetch(all).await.unwrap().into_iter().map(|it| it.svid).collect();
+    assert_eq!(sent.len(), names.len());
+    let mut messages = 0;
+    for _ in 0..24 * 60 {
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        if !changes.has_changed().unwrap() {
+            continue;
+        }
+        changes.borrow_and_update();
+        let next: Vec<_> = world.x509.at_hand(all).unwrap().into_iter().map(|it| it.svid).collect();
+        let same = sent.iter().zip(&next).filter(|(old, new)| Arc::ptr_eq(old, new)).count();
+        assert!(same == 0 || same == names.len(), "{same} of {} were not renewed", names.len());
+        messages += usize::from(same == 0);
+        sent = next;
+    }
+    assert!((40..=60).contains(&messages), "twice an hour: {messages}");
+    writing.abort();
+}
+
+/// A disk that is full, read-only or broken: what is there signs as long as it is valid, and all goes on by itself afterwards.
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_takes_nothing_keeps_nobody_from_being_served() {
+    let world = World::new(&["web"], 100);
+    let writing = tokio::spawn(Arc::clone(&world.writer).run());
+    let web = &mut world.charged("web").await;
+    // What stands there can be neither written to nor removed, whoever tries.
+    let obstacle = world._dir.path().join("data/issuer.json.new/x");
+    let hours = |hours: u64| tokio::time::sleep(Duration::from_secs(hours * 3600));
+    let disturb = || std::fs::create_dir_all(&obstacle).unwrap();
+    let mend = || std::fs::remove_dir_all(obstacle.parent().unwrap()).unwrap();
+
+    disturb();
+    hours(18).await;
+    assert_eq!(world.bundle().x509_authorities.len(), 1, "the next CA is due, and cannot be kept");
+    let svid = world.x509(web).await;
+    world.assert_verifies(&svid.chain);
+    world.jwt(web, "a").await;
+    mend();
+    hours(1).await;
+    assert_eq!(world.bundle().x509_authorities.len(), 2);
+
+    // Until there is nothing more to sign with.
+    disturb();
+    hours(60).await;
+    assert!(world.x509.fetch(web).await.is_err());
+    mend();
+    // The first call brings the new keys about. A pause after the failure of an entry's own is for another reason.
+    hours(1).await;
+    let svid = world.x509(web).await;
+    world.assert_verifies(&svid.chain);
+    writing.abort();
+}
+
 /// SVIDs of four seconds, over the life of a CA of a minute and its replacement.
 #[tokio::test(start_paused = true)]
 async fn an_svid_of_seconds_is_renewed_at_half_of_its_life() {

@@ -17,6 +17,9 @@ use nix::unistd::geteuid;
 
 use crate::support::{Process, entry, request, write_config};
 
+/// How long anything may take.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
+
 /// A user of no other test.
 const USER: u32 = 731_006;
 
@@ -103,4 +106,36 @@ async fn hidden_processes_are_no_healthy_node() {
     assert!(answer.starts_with("HTTP/1.1 500") && answer.contains("cannot be told apart"), "{answer}");
     let log = fs::read_to_string(dir.path().join("log")).unwrap();
     assert!(log.contains("processes of other users are hidden"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_that_nobody_finds_is_no_ready_agent() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path(), &entry("/web", ""));
+    let mut agent = Process::spawn_by(&[], dir.path());
+    drop(agent.serving(dir.path()).await);
+    assert!(ready(dir.path()).await.starts_with("HTTP/1.1 200"));
+    let (at, aside) = (dir.path().join("api.sock"), dir.path().join("aside"));
+    let until = async |want: &str| {
+        let asked = async {
+            while !ask(dir.path()).contains(want) {
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, asked)
+            .await
+            .unwrap_or_else(|_late| panic!("{want}: {}", ask(dir.path())));
+    };
+    fs::rename(&at, &aside).unwrap();
+    until("the socket of the workload api is gone").await;
+    // Another one at its place is not this agent's.
+    drop(std::os::unix::net::UnixListener::bind(&at).unwrap());
+    fs::rename(&aside, &at).unwrap();
+    until("HTTP/1.1 200").await;
+    fs::remove_file(&at).unwrap();
+    until("HTTP/1.1 500").await;
+    let log = fs::read_to_string(dir.path().join("log")).unwrap();
+    for (want, times) in [("restart the agent", 2), ("is at its path again", 1)] {
+        assert_eq!(log.lines().filter(|line| line.contains(want)).count(), times, "{want}: {log}");
+    }
 }
