@@ -87,6 +87,16 @@ pub(super) enum CallFault {
 }
 
 impl CallFault {
+    /// Whether the server was reached, and what it said is of no use: others of its answers may be.
+    pub(super) fn is_answer(&self) -> bool {
+        match self {
+            Self::Server(error) => {
+                matches!(error, ServerError::Answered { .. } | ServerError::Senseless { .. })
+            }
+            Self::Entries(_) | Self::Bundle(_) | Self::Svid(_) => true,
+        }
+    }
+
     /// Whether the same call may pass a moment later. spire-agent tries again whatever the server says, for 30 seconds.
     pub(super) fn is_passing(&self) -> bool {
         match self {

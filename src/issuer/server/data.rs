@@ -196,6 +196,13 @@ impl AgentDataFile {
         Ok(())
     }
 
+    /// Changes what is known, to be written with what is written next.
+    pub(super) fn note(&self, change: impl FnOnce(&mut AgentData)) {
+        let mut known = self.lock();
+        change(&mut known.data);
+        known.is_written = false;
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, KnownData> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
