@@ -5,7 +5,7 @@
 //! |---|---|
 //! | `calls` | what the server is asked with the agent's SVID, and how that fails |
 //! | `entries`, `bundles` | what it says of whom this node serves, and what verifies them |
-//! | `sync`, `cycle` | that it is asked for that, and when |
+//! | `sync`, `cycle`, `backoff` | that it is asked for that, and when |
 //! | `own_svid`, `attestation`, `bootstrap` | the agent's own SVID, how this node is known at first, and how the server is |
 //! | `upstream`, `dial`, `tls` | the connection that every call shares |
 //! | `request`, `signing` | X.509-SVIDs: a key and a request, what comes back, and many of them at once |
@@ -16,6 +16,7 @@
 
 mod agent_keys;
 mod attestation;
+mod backoff;
 mod bootstrap;
 mod bundles;
 mod calls;

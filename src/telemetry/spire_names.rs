@@ -1,8 +1,8 @@
 //! spire-agent's own names for what is counted here, so that dashboards and alerts go on that know those.
 //!
 //! They are made of the text of the agent's own series, and nothing is counted twice. What spire-agent counts and this agent
-//! does not is left out: a 0 would be a lie. As in spire-agent, a series with `status` is there once it has counted something,
-//! timers are in milliseconds, and every series has the labels `host` and `trust_domain` that were asked for. Timers have
+//! does not is left out: a 0 would be a lie. As in spire-agent, a series with `status` and a timer are there once they have counted
+//! something, timers are in milliseconds, and every series has the labels `host` and `trust_domain` that were asked for. Timers have
 //! `_sum` and `_count`, no quantiles.
 
 use std::{collections::BTreeMap, fmt::Write as _};
@@ -130,8 +130,8 @@ impl Made<'_> {
     /// A part of a histogram, in seconds, is one of a timer; the buckets are not.
     fn time(&mut self, name: &str, labels: &[(&str, &str)], part: &str, value: f64) {
         let value = match part {
-            "_sum" => value * 1000.0,
-            "_count" => value,
+            "_sum" if value > 0.0 => value * 1000.0,
+            "_count" if value > 0.0 => value,
             _ => return,
         };
         self.add(SeriesType::Summary, (&format!("{name}_elapsed_time"), part), labels, value);

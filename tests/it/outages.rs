@@ -266,6 +266,7 @@ impl Drop for Unmount<'_> {
 async fn fifty_kills_cost_no_token() {
     let mut lost = 0;
     // Ten kills in each round.
+    #[expect(clippy::disallowed_methods, reason = "a longer run is asked for by the environment")]
     let rounds = std::env::var("DURWARD_KILL_ROUNDS").map_or(5_u64, |rounds| rounds.parse().unwrap());
     for round in 0..rounds {
         let dir = directory();
