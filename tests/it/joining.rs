@@ -140,6 +140,33 @@ async fn a_server_that_is_not_the_server_gets_no_token() {
 }
 
 #[tokio::test]
+async fn only_post_quantum_key_exchange_is_used_where_that_is_asked_for() {
+    for (face, required, served) in [
+        (Face::Classical, false, true),
+        (Face::Classical, true, false),
+        (Face::Nist, true, true),
+        (Face::Nist, false, false),
+        (Face::Right, true, true),
+    ] {
+        let server = FakeSpireServer::start(face).await;
+        server.course().tokens.insert("once".to_owned());
+        let dir = directory();
+        let mut settings = settings(dir.path(), server.address.port(), &server.ca.pem, "once");
+        settings.sync.require_pq_kem = required;
+        let own = opened(settings, Clock::SYSTEM).unwrap();
+        let running = tokio::spawn(Arc::clone(&own).run());
+        if served {
+            assert!(serving(&own).await.ends_with("/once"), "{face:?}");
+        } else {
+            let why = trouble(&own).await;
+            assert_eq!(why.contains("require_pq_kem"), required, "{face:?}: {why}");
+            assert_eq!(server.course().attested, 0, "{face:?}");
+        }
+        running.abort();
+    }
+}
+
+#[tokio::test]
 async fn what_is_no_tls_is_told_so() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();

@@ -32,7 +32,9 @@ use rcgen::{
     KeyUsagePurpose, SanType,
 };
 use rustls::{
-    RootCertStore, ServerConfig, crypto::aws_lc_rs::default_provider, server::WebPkiClientVerifier,
+    RootCertStore, ServerConfig,
+    crypto::aws_lc_rs::{default_provider, kx_group},
+    server::WebPkiClientVerifier,
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::{
@@ -100,6 +102,10 @@ pub(crate) enum Face {
     OtherId,
     OtherCa,
     NoAlpn,
+    /// It has no key exchange but those of before.
+    Classical,
+    /// It has the one of the two that is offered second, and no other.
+    Nist,
 }
 
 /// What the server does and has done.
@@ -250,7 +256,13 @@ fn tls(face: Face, ca: &Arc<TestCa>) -> Arc<ServerConfig> {
     };
     let mut roots = RootCertStore::empty();
     roots.add(ca.der.clone()).unwrap();
-    let provider = Arc::new(default_provider());
+    let mut provider = default_provider();
+    match face {
+        Face::Classical => provider.kx_groups = vec![kx_group::X25519, kx_group::SECP256R1],
+        Face::Nist => provider.kx_groups = vec![kx_group::SECP256R1MLKEM768],
+        _ => {}
+    }
+    let provider = Arc::new(provider);
     let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
         .allow_unauthenticated()
         .build()

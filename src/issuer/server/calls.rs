@@ -90,9 +90,8 @@ impl CallFault {
     /// Whether the server was reached, and what it said is of no use: others of its answers may be.
     pub(super) fn is_answer(&self) -> bool {
         match self {
-            Self::Server(error) => {
-                matches!(error, ServerError::Answered { .. } | ServerError::Senseless { .. })
-            }
+            Self::Server(ServerError::Answered { .. } | ServerError::Senseless { .. }) => !self.is_passing(),
+            Self::Server(_) => false,
             Self::Entries(_) | Self::Bundle(_) | Self::Svid(_) => true,
         }
     }
