@@ -284,7 +284,7 @@ async fn a_dead_address_is_passed_by() {
     nix::sys::socket::listen(&deaf, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
     let mut waiting = Vec::new();
     while let Ok(Ok(stream)) =
-        timeout(Duration::from_millis(300), tokio::net::TcpStream::connect((Ipv6Addr::LOCALHOST, port))).await
+        timeout(Duration::from_millis(300), TcpStream::connect((Ipv6Addr::LOCALHOST, port))).await
     {
         waiting.push(stream);
         assert!(waiting.len() < 64, "the queue is never full");

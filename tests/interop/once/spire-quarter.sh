@@ -63,6 +63,7 @@ start_server
 spire-server bundle show >"$dir/bootstrap.pem"
 echo "$(date +%T) a server"
 until_true 60 serves web
+echo "$(date +%T) served again"
 # Clients ask again after up to half a minute.
 sleep 35
 rm "$dir/away"

@@ -31,6 +31,9 @@ const FIRST_PAUSE_WITHOUT: Duration = Duration::from_secs(1);
 /// The longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(120);
 
+/// The same, while nothing is served for want of an SVID: workloads wait for it.
+const LONGEST_PAUSE_WITHOUT: Duration = Duration::from_secs(15);
+
 /// What the server says of the agent is asked once more after this.
 const CONFIRM: Duration = Duration::from_secs(5);
 
@@ -77,9 +80,7 @@ impl OwnSvid {
                 (_, Some(Denial::Banned)) if was_banned => return self.lost(Denial::Banned).await,
                 (Err(error), _) => {
                     self.tell(next, &error);
-                    let held = self.current().is_some();
-                    let first = if held { FIRST_PAUSE } else { FIRST_PAUSE_WITHOUT };
-                    let pause = backoff::wait(first, failures, LONGEST_PAUSE, fraction());
+                    let pause = self.pause(failures);
                     failures = failures.saturating_add(1);
                     // Another token may have come.
                     let _ended = timeout(pause, self.reconfigured.notified()).await;
@@ -87,6 +88,17 @@ impl OwnSvid {
                 }
             }
         }
+    }
+
+    /// How long to wait after so many failures and one: to the end of the SVID at most, where there is one.
+    fn pause(&self, failures: u32) -> Duration {
+        let left = self.current().map(|svid| svid.not_after.duration_since(self.clock.now()));
+        let (first, longest) = match left {
+            Some(_) => (FIRST_PAUSE, LONGEST_PAUSE),
+            None => (FIRST_PAUSE_WITHOUT, LONGEST_PAUSE_WITHOUT),
+        };
+        let pause = backoff::wait(first, failures, longest, fraction());
+        left.and_then(Result::ok).map_or(pause, |left| pause.min(left))
     }
 
     /// Until there is something to do about the SVID of the moment.
