@@ -117,7 +117,12 @@ impl Config {
                            drop-in; on Kubernetes, add SYS_PTRACE to the capabilities";
             places.note(DISCOVER, Path::new("true"), Err::<(), _>(message));
         }
-        match below_data_dir(trust, socket, data_dir) {
+        let below = match &self.issuer {
+            Signer::Embedded(_) => below_data_dir(trust, socket, data_dir),
+            // spire-agent puts both where it is told, and workloads of its own user get there: that it is closed is said.
+            Signer::Server(_) => None,
+        };
+        match below {
             Some(message) => places.note("agent.socket_path", socket, Err::<(), _>(message)),
             None => places.closed = trust.route(parent(socket)).map(|way| way.closed).unwrap_or_default(),
         }

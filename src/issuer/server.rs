@@ -5,7 +5,7 @@
 //! |---|---|
 //! | `calls` | what the server is asked with the agent's SVID, and how that fails |
 //! | `entries`, `bundles` | what it says of whom this node serves, and what verifies them |
-//! | `sync`, `cycle` | that it is asked for that, and when |
+//! | `sync`, `cycle`, `backoff` | that it is asked for that, and when |
 //! | `own_svid`, `attestation`, `bootstrap` | the agent's own SVID, how this node is known at first, and how the server is |
 //! | `upstream`, `dial`, `tls` | the connection that every call shares |
 //! | `request`, `signing` | X.509-SVIDs: a key and a request, what comes back, and many of them at once |
@@ -16,6 +16,7 @@
 
 mod agent_keys;
 mod attestation;
+mod backoff;
 mod bootstrap;
 mod bundles;
 mod calls;
@@ -542,10 +543,22 @@ mod tests {
 
         fn federated_bundle<'a>(
             &'a self,
-            _trust_domain: &'a TrustDomain,
+            trust_domain: &'a TrustDomain,
             _deadline: Instant,
         ) -> BoxFuture<'a, Result<Option<ToldBundle>, CallFault>> {
-            Box::pin(async { Ok(None) })
+            Box::pin(async move {
+                let asn1 = match trust_domain.name() {
+                    "good.org" => self.ca.lock().unwrap().0.clone(),
+                    "bad.org" => b"none".to_vec(),
+                    _ => return Ok(None),
+                };
+                let told = pb::Bundle {
+                    trust_domain: trust_domain.name().to_owned(),
+                    x509_authorities: vec![pb::X509Certificate { asn1, tainted: false }],
+                    ..Default::default()
+                };
+                Ok(Some(bundles::read(told, trust_domain)?))
+            })
         }
 
         fn sign_x509(
@@ -563,15 +576,17 @@ mod tests {
         fn sign_jwt<'a>(
             &'a self,
             entry: &'a EntryId,
-            _audience: &'a [String],
+            audience: &'a [String],
             _deadline: Instant,
         ) -> BoxFuture<'a, Result<Jwtsvid, CallFault>> {
             Box::pin(async move {
                 self.tokens.fetch_add(1, Relaxed);
                 self.reached().await?;
-                let claims = URL_SAFE_NO_PAD.encode(format!(r#"{{"sub":"spiffe://td/{entry}"}}"#));
                 let since_1970 = Clock::SYSTEM.now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
                 let now = i64::try_from(since_1970.as_secs()).unwrap();
+                let claims =
+                    format!(r#"{{"sub":"spiffe://td/{entry}","aud":{audience:?},"exp":{}}}"#, now + 300);
+                let claims = URL_SAFE_NO_PAD.encode(claims);
                 Ok(Jwtsvid {
                     token: format!("e30.{claims}.c2ln"),
                     id: Some(pb::Spiffeid { trust_domain: "td".to_owned(), path: format!("/{entry}") }),
@@ -695,6 +710,22 @@ mod tests {
         *server.ca.lock().unwrap() = ca();
         let made = issuer.mint_x509(&entries, deadline()).await.pop().unwrap();
         assert!(matches!(made, Err(MintError::Entry { .. })), "{made:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_bundle_of_others_that_is_of_no_use_holds_up_nothing() {
+        let server = FakeServer::new(&["a"]);
+        server.entries.lock().unwrap()[0].federates_with =
+            ["bad.org", "good.org", "none.org"].map(str::to_owned).to_vec();
+        let issuer = server.issuer();
+        known(&issuer, &["a"]).await;
+        let federated: Vec<String> =
+            issuer.world().borrow().bundles.federated.keys().map(ToString::to_string).collect();
+        assert_eq!(federated, ["good.org"]);
+        let before = server.syncs.load(Relaxed);
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert!(server.syncs.load(Relaxed) - before >= 10, "it is asked as often as ever");
+        assert_eq!(issuer.standing().again_at, None);
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,8 +1,8 @@
 //! spire-agent's own names for what is counted here, so that dashboards and alerts go on that know those.
 //!
 //! They are made of the text of the agent's own series, and nothing is counted twice. What spire-agent counts and this agent
-//! does not is left out: a 0 would be a lie. As in spire-agent, a series with `status` is there once it has counted something,
-//! timers are in milliseconds, and every series has the labels `host` and `trust_domain` that were asked for. Timers have
+//! does not is left out: a 0 would be a lie. As in spire-agent, a series with `status` and a timer are there once they have counted
+//! something, timers are in milliseconds, and every series has the labels `host` and `trust_domain` that were asked for. Timers have
 //! `_sum` and `_count`, no quantiles.
 
 use std::{collections::BTreeMap, fmt::Write as _};
@@ -28,8 +28,11 @@ const CALLS: [(&str, &str); 7] = [
     ("FetchWITBundles", "fetch_wit_bundles"),
 ];
 
+/// A label and its value.
+type LabelPair<'a> = (&'a str, &'a str);
+
 /// Gauges that have the same value as one of this agent's, which has at most this one label.
-const GAUGES: [(&str, &str, Option<(&str, &str)>); 5] = [
+const GAUGES: [(&str, &str, Option<LabelPair<'static>>); 5] = [
     ("sync_entries_total", "durward_entries", None),
     ("lru_cache_record_map_size", "durward_entries", None),
     ("lru_cache_svid_map_size", "durward_x509_svids", Some(("state", "cached"))),
@@ -58,7 +61,7 @@ pub struct SpireNames {
 /// A line of this agent's text.
 struct Sample<'a> {
     series: &'a str,
-    labels: Vec<(&'a str, &'a str)>,
+    labels: Vec<LabelPair<'a>>,
     value: f64,
 }
 
@@ -100,7 +103,7 @@ impl Made<'_> {
         &mut self,
         series_type: SeriesType,
         (name, suffix): (&str, &str),
-        labels: &[(&str, &str)],
+        labels: &[LabelPair<'_>],
         value: f64,
     ) {
         let name = format!("{}_{name}", self.names.prefix);
@@ -121,17 +124,17 @@ impl Made<'_> {
     }
 
     /// What is counted by how it ended is there once it has.
-    fn count(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
+    fn count(&mut self, name: &str, labels: &[LabelPair<'_>], value: f64) {
         if value > 0.0 {
             self.add(SeriesType::Counter, (name, ""), labels, value);
         }
     }
 
     /// A part of a histogram, in seconds, is one of a timer; the buckets are not.
-    fn time(&mut self, name: &str, labels: &[(&str, &str)], part: &str, value: f64) {
+    fn time(&mut self, name: &str, labels: &[LabelPair<'_>], part: &str, value: f64) {
         let value = match part {
-            "_sum" => value * 1000.0,
-            "_count" => value,
+            "_sum" if value > 0.0 => value * 1000.0,
+            "_count" if value > 0.0 => value,
             _ => return,
         };
         self.add(SeriesType::Summary, (&format!("{name}_elapsed_time"), part), labels, value);
@@ -181,7 +184,7 @@ impl SpireNames {
                 SeriesType::Gauge => "gauge",
                 SeriesType::Summary => "summary",
             };
-            write!(text, "# TYPE {name} {series_type}\n").unwrap_or_default();
+            writeln!(text, "# TYPE {name} {series_type}").unwrap_or_default();
             for (line, value) in lines {
                 writeln!(text, "{line} {value}").unwrap_or_default();
             }

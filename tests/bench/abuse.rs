@@ -12,6 +12,7 @@
 //! | `DURWARD_ABUSE_MIB` | what the agent may use, as a memory cgroup | 24 |
 //! | `DURWARD_ABUSE_NICE` | the agent's priority; 0 is that of all others | -10, as the unit has it |
 //! | `DURWARD_ABUSE_BASELINE` | 0 leaves the baseline out | 1 |
+//! | `DURWARD_ABUSE_ENTRIES` | with a real SPIRE Server that has so many entries; 0 is the embedded issuer | 0 |
 //! | `DURWARD_BIN` | another agent | this one |
 //!
 //! As root each caller is a user of its own and the agent runs in a cgroup; otherwise all callers are one user, so that the
@@ -51,6 +52,8 @@ mod polite;
 mod raw;
 #[path = "abuse/scenario.rs"]
 mod scenario;
+#[path = "spire.rs"]
+mod spire;
 #[path = "abuse/stage.rs"]
 mod stage;
 #[path = "abuse/storm.rs"]
@@ -91,9 +94,13 @@ fn main() {
         println!("not root: all callers are one user, so the polite one shares the abusers' fate");
     }
     let is_asked = |name: &str| asked.is_empty() || asked.iter().any(|it| it == name);
+    let upstream = stage::upstream(setting("DURWARD_ABUSE_ENTRIES", 0));
     stage::head();
     for scenario in scenario::ALL.iter().filter(|it| is_asked(it.name)) {
-        stage::run(scenario);
+        // Entries that a scenario brings are not a server's.
+        if upstream.is_none() || !scenario.blocks.contains("entry \"") {
+            stage::run(scenario, upstream.as_ref());
+        }
     }
     if is_asked("table") {
         tables::table(setting("DURWARD_ABUSE_KEYS", 1_000_000));

@@ -28,11 +28,12 @@
 )]
 #![allow(dead_code, clippy::allow_attributes, reason = "a part of what benches share is used")]
 
+mod spire;
 mod support;
 
 use std::{
     io::{Read as _, Write as _},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Arc,
@@ -41,12 +42,16 @@ use std::{
 
 use durward::api::proto::workload::{X509svidRequest, spiffe_workload_api_client::SpiffeWorkloadApiClient};
 use hyper_util::rt::TokioIo;
+use spire::{SpireServer, free_port};
 use support::{Server, median, row};
 use tokio::net::UnixStream;
 use tonic::transport::{Endpoint, Uri};
 
 /// How long anything is waited for.
 const PATIENCE: Duration = Duration::from_secs(180);
+
+/// Between two entries that are waited for.
+const REST: Duration = Duration::from_secs(30);
 
 /// More entries than this have no SVID made ahead, but for [`MADE`].
 const MOST_MADE: u64 = 10_000;
@@ -58,134 +63,6 @@ fn setting(name: &str, default: &str) -> String {
 
 fn number(name: &str, default: &str) -> u64 {
     setting(name, default).parse().expect("a number")
-}
-
-/// The SPIRE Server, ended with the bench.
-struct SpireServer {
-    bin: PathBuf,
-    dir: tempfile::TempDir,
-    port: u16,
-    child: Option<std::process::Child>,
-}
-
-impl Drop for SpireServer {
-    fn drop(&mut self) {
-        self.stop();
-    }
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its address").port()
-}
-
-impl SpireServer {
-    fn start() -> Self {
-        let home = setting("HOME", "/root");
-        let bin = setting("DURWARD_UPSTREAM_SPIRE", &format!("{home}/.cache/durward/spire-1.15.3")).into();
-        let mut server =
-            Self { bin, dir: tempfile::tempdir().expect("a directory"), port: free_port(), child: None };
-        let at = server.dir.path().display();
-        let text = format!(
-            r#"server {{
-  bind_address = "127.0.0.1" bind_port = "{}" socket_path = "{at}/server.sock" trust_domain = "example.org"
-  data_dir = "{at}" log_level = "WARN" ca_ttl = "24h" default_x509_svid_ttl = "1h"
-  experimental {{ cache_reload_interval = "1s" }}
-}}
-plugins {{
-  DataStore "sql" {{ plugin_data {{ database_type = "sqlite3" connection_string = "{at}/datastore.sqlite3" }} }}
-  KeyManager "disk" {{ plugin_data {{ keys_path = "{at}/keys.json" }} }}
-  NodeAttestor "join_token" {{ plugin_data {{ }} }}
-}}
-"#,
-            server.port
-        );
-        std::fs::write(server.dir.path().join("server.conf"), text).expect("written");
-        server.up();
-        let roots = server.says(&["bundle", "show"]);
-        std::fs::write(server.dir.path().join("roots.pem"), roots).expect("written");
-        server
-    }
-
-    fn up(&mut self) {
-        let log = std::fs::File::options().create(true).append(true).open(self.dir.path().join("server.log"));
-        let child = Command::new(self.bin.join("spire-server"))
-            .args(["run", "-config"])
-            .arg(self.dir.path().join("server.conf"))
-            .stdin(Stdio::null())
-            .stdout(log.expect("a log"))
-            .stderr(Stdio::null())
-            .spawn();
-        self.child = Some(child.expect("spire-server: run tests/interop/spire.sh first"));
-        let began = Instant::now();
-        while !self.command(&["healthcheck"]).status().is_ok_and(|status| status.success()) {
-            assert!(began.elapsed() < PATIENCE, "the server does not come up");
-            std::thread::sleep(Duration::from_millis(100));
-        }
-    }
-
-    fn stop(&mut self) {
-        let Some(mut child) = self.child.take() else { return };
-        drop(child.kill());
-        drop(child.wait());
-    }
-
-    fn command(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(self.bin.join("spire-server"));
-        command.args(words).arg("-socketPath").arg(self.dir.path().join("server.sock"));
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        command
-    }
-
-    fn says(&self, words: &[&str]) -> String {
-        let said = self.command(words).stdout(Stdio::piped()).stderr(Stdio::inherit()).output();
-        let said = said.expect("spire-server");
-        assert!(said.status.success(), "spire-server {}", words.join(" "));
-        String::from_utf8(said.stdout).expect("text")
-    }
-
-    fn token(&self) -> String {
-        let said = self.says(&["token", "generate", "-spiffeID", "spiffe://example.org/node"]);
-        said.lines().find_map(|line| line.strip_prefix("Token: ")).expect("a token").trim().to_owned()
-    }
-
-    /// An entry for the user that runs the bench. Its ID.
-    fn entry(&self, name: &str) -> String {
-        let (id, uid) =
-            (format!("spiffe://example.org/{name}"), format!("unix:uid:{}", nix::unistd::geteuid()));
-        let node = ["-parentID", "spiffe://example.org/node"];
-        let words = [&["entry", "create"], &node[..], &["-spiffeID", &id, "-selector", &uid]].concat();
-        let said = self.says(&words);
-        let id = said.lines().find_map(|line| line.strip_prefix("Entry ID"));
-        id.and_then(|rest| rest.split(':').nth(1)).expect("an entry").trim().to_owned()
-    }
-
-    fn delete(&self, id: &str) {
-        self.says(&["entry", "delete", "-entryID", id]);
-    }
-
-    /// Has so many entries that are nobody's. They are written into its datastore, since a call for each takes minutes.
-    fn has(&mut self, count: u64) {
-        const SCRIPT: &str = r#"
-import sqlite3, sys
-d = sqlite3.connect(sys.argv[1])
-numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < %d)" % int(sys.argv[2])
-d.execute(numbers + """ INSERT OR IGNORE INTO registered_entries
-  (id, created_at, updated_at, entry_id, spiffe_id, parent_id, ttl, admin, downstream, expiry, revision_number, store_svid, hint, jwt_svid_ttl)
-  SELECT 1000000 + i, datetime(), datetime(), printf('%08x-0000-4000-8000-%012x', i, i), printf('spiffe://example.org/ns/%d/sa/%d', i % 500, i),
-  'spiffe://example.org/node', 0, 0, 0, 0, 0, 0, '', 0 FROM n""")
-d.execute(numbers + """ INSERT OR IGNORE INTO selectors (id, created_at, updated_at, registered_entry_id, type, value)
-  SELECT 1000000 + i, datetime(), datetime(), 1000000 + i, 'unix', printf('uid:%d', 100000 + i) FROM n""")
-d.commit()
-"#;
-        self.stop();
-        let done = Command::new("python3")
-            .args(["-c", SCRIPT])
-            .arg(self.dir.path().join("datastore.sqlite3"))
-            .arg(count.to_string())
-            .status();
-        assert!(done.expect("python3").success(), "the entries are written");
-        self.up();
-    }
 }
 
 /// One of the two.
@@ -301,13 +178,12 @@ impl Turn {
 
     async fn has_svid(&self) -> bool {
         let socket: Arc<Path> = self.agent.socket().into();
-        let connected = Endpoint::from_static("http://localhost").connect_with_connector(tower::service_fn(
-            move |_: Uri| {
-                let socket = Arc::clone(&socket);
-                async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-            },
-        ));
-        let Ok(channel) = connected.await else { return false };
+        let connector = tower::service_fn(move |_: Uri| {
+            let socket = Arc::clone(&socket);
+            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+        });
+        let endpoint = Endpoint::from_static("http://localhost");
+        let Ok(channel) = endpoint.connect_with_connector(connector).await else { return false };
         let mut request = tonic::Request::new(X509svidRequest {});
         request.metadata_mut().insert("workload.spiffe.io", "true".parse().expect("a value"));
         let Ok(stream) = SpiffeWorkloadApiClient::new(channel).fetch_x509svid(request).await else {
@@ -356,9 +232,8 @@ async fn new_entries(contender: &Contender, server: &SpireServer, rounds: u64) -
     let turn = contender.turn(server, 1).await;
     let mut took = Vec::new();
     for round in 0..rounds {
-        while turn.has_svid().await {
-            tokio::time::sleep(Duration::from_millis(200)).await;
-        }
+        // The last one is gone by then, and nobody has waited for a while.
+        tokio::time::sleep(REST).await;
         let waits = async {
             turn.first_svid().await;
             Instant::now()

@@ -110,5 +110,5 @@ stop_agent() {
 ids() { durward api fetch x509 -output json -timeout 5s | grep -o 'spiffe://example.org/[a-z0-9-]*' | sort -u; }
 serves() { ids | grep -qx "spiffe://example.org/$1"; }
 serves_not() { ! serves "$1"; }
-entry() { spire-server entry create -parentID spiffe://example.org/node -selector "unix:uid:$(id -u)" "$@" | sed -n 's/^Entry ID *: //p'; }
+entry() { spire-server entry create -parentID "${of_node:-spiffe://example.org/node}" -selector "unix:uid:$(id -u)" "$@" | sed -n 's/^Entry ID *: //p'; }
 agents() { spire-server agent count | sed 's/[^0-9]//g'; }

@@ -79,6 +79,12 @@ pub(crate) fn kept(dir: &Path) -> String {
     std::fs::read_to_string(dir.join("data/agent-data.json")).unwrap_or_default()
 }
 
+/// Whether an SVID or a bundle is kept; that it was tried may be.
+pub(crate) fn has_kept(dir: &Path) -> bool {
+    let kept = kept(dir);
+    ["\"svid\":[", "\"bundle\":["].iter().any(|list| kept.contains(list))
+}
+
 #[tokio::test]
 async fn a_token_is_used_once_and_what_it_brought_is_kept() {
     let server = FakeSpireServer::start(Face::Right).await;
@@ -109,7 +115,7 @@ async fn a_token_that_is_used_up_says_what_to_do() {
     let why = trouble(&own).await;
     assert!(why.contains("already been used") && why.contains("spire-server token generate"), "{why}");
     assert!(!running.is_finished());
-    assert_eq!(kept(dir.path()), "");
+    assert!(!has_kept(dir.path()));
 }
 
 #[tokio::test]
@@ -128,7 +134,34 @@ async fn a_server_that_is_not_the_server_gets_no_token() {
         let why = trouble(&own).await;
         assert!(why.contains(want), "{face:?}: {why}");
         assert_eq!(server.course().attested, 0, "{face:?}");
-        assert_eq!(kept(dir.path()), "", "{face:?}");
+        assert!(!has_kept(dir.path()), "{face:?}");
+        running.abort();
+    }
+}
+
+#[tokio::test]
+async fn only_post_quantum_key_exchange_is_used_where_that_is_asked_for() {
+    for (face, required, served) in [
+        (Face::Classical, false, true),
+        (Face::Classical, true, false),
+        (Face::Nist, true, true),
+        (Face::Nist, false, false),
+        (Face::Right, true, true),
+    ] {
+        let server = FakeSpireServer::start(face).await;
+        server.course().tokens.insert("once".to_owned());
+        let dir = directory();
+        let mut settings = settings(dir.path(), server.address.port(), &server.ca.pem, "once");
+        settings.sync.require_pq_kem = required;
+        let own = opened(settings, Clock::SYSTEM).unwrap();
+        let running = tokio::spawn(Arc::clone(&own).run());
+        if served {
+            assert!(serving(&own).await.ends_with("/once"), "{face:?}");
+        } else {
+            let why = trouble(&own).await;
+            assert_eq!(why.contains("require_pq_kem"), required, "{face:?}: {why}");
+            assert_eq!(server.course().attested, 0, "{face:?}");
+        }
         running.abort();
     }
 }
@@ -171,7 +204,7 @@ async fn an_svid_that_was_not_asked_for_is_not_kept() {
         let running = tokio::spawn(Arc::clone(&own).run());
         let why = trouble(&own).await;
         assert!(why.contains(want), "{given:?}: {why}");
-        assert_eq!(kept(dir.path()), "", "{given:?}");
+        assert!(!has_kept(dir.path()), "{given:?}");
         running.abort();
     }
 }

@@ -45,6 +45,7 @@ mod refused;
 mod reload;
 mod room;
 mod rotation;
+mod shares;
 mod spire_server;
 mod stepped;
 mod streams;

@@ -1,6 +1,11 @@
 //! What an agent makes of a SPIRE Server that fails it, and of a node that does: what it has is served, and nothing is lost.
 
-use std::{collections::BTreeSet, net::Ipv6Addr, path::Path, time::Duration};
+use std::{
+    collections::BTreeSet,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use durward::{
     agent::Running,
@@ -10,7 +15,12 @@ use durward::{
     os::clock::Clock,
 };
 use nix::sys::signal::Signal;
-use tokio::{net::UnixStream, time::timeout};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream, UnixStream},
+    sync::watch,
+    time::timeout,
+};
 use tonic::Code;
 
 use crate::{
@@ -172,6 +182,94 @@ async fn a_server_that_never_comes_to_an_end_holds_up_nobody() {
     tokio::join!(one(Manner::Silent), one(Manner::Endless));
 }
 
+/// What lies between the agent and its server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Line {
+    Good,
+    /// Each piece comes late.
+    Slow,
+    /// What is said ends the connection.
+    Cut,
+    /// A byte of each piece is another.
+    Garbled,
+    /// Nothing comes, and nothing ends.
+    Held,
+}
+
+/// Takes what comes from one end to the other, as the line is at the time.
+async fn carry(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    mut line: watch::Receiver<Line>,
+) -> std::io::Result<()> {
+    let mut piece = [0; 4096];
+    loop {
+        let len = from.read(&mut piece).await?;
+        let as_it_is = *line.borrow();
+        match as_it_is {
+            _ if len == 0 => return to.shutdown().await,
+            Line::Good => {}
+            Line::Slow => tokio::time::sleep(Duration::from_millis(200)).await,
+            Line::Cut => return Ok(()),
+            Line::Garbled => piece[len / 2] ^= 0x55,
+            Line::Held => drop(line.wait_for(|line| *line != Line::Held).await),
+        }
+        to.write_all(&piece[..len]).await?;
+    }
+}
+
+/// A line to `server`: the address at which it begins.
+async fn line_to(server: SocketAddr, line: watch::Receiver<Line>) -> SocketAddr {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(tokio::spawn(async move {
+        while let Ok((agent, _)) = listener.accept().await {
+            let line = line.clone();
+            drop(tokio::spawn(async move {
+                let Ok(server) = TcpStream::connect(server).await else { return };
+                let ((hears, says), (answers, asks)) = (agent.into_split(), server.into_split());
+                // Where one way ends so does the other.
+                tokio::select! {
+                    _ended = carry(hears, asks, line.clone()) => {}
+                    _ended = carry(answers, says, line) => {}
+                }
+            }));
+        }
+    }));
+    address
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_that_cuts_delays_or_garbles_takes_nothing_from_anybody() {
+    let dir = directory();
+    let mut server = FakeSpireServer::start(Face::Right).await;
+    let line = watch::Sender::new(Line::Good);
+    server.address = line_to(server.address, line.subscribe()).await;
+    configure(&server, dir.path(), "");
+    server.course().entries.push(entry("web"));
+    let agent = start(dir.path());
+    let socket = dir.path().join("api.sock");
+    gives(&socket, &["web"]).await;
+    let mut names = vec!["web".to_owned()];
+    for bad in [Line::Slow, Line::Cut, Line::Garbled, Line::Held] {
+        line.send_replace(bad);
+        let want = names.iter().map(|name| format!("spiffe://example.org/{name}")).collect();
+        let began = Instant::now();
+        // Some syncs long.
+        while began.elapsed() < Duration::from_secs(2) {
+            let got = timeout(PATIENCE, ids(&socket)).await.expect("nobody waits for the server");
+            assert_eq!(got.as_ref(), Ok(&want), "{bad:?}");
+        }
+        line.send_replace(Line::Good);
+        let name = format!("after-{bad:?}");
+        server.course().entries.push(entry(&name));
+        names.push(name);
+        gives(&socket, &names.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    }
+    assert_eq!(server.course().attested, 1, "it is the same agent throughout");
+    agent.shutdown().await;
+}
+
 /// The same name has two addresses; at one of them nobody answers, not even with a refusal.
 #[tokio::test]
 async fn a_dead_address_is_passed_by() {
@@ -186,7 +284,7 @@ async fn a_dead_address_is_passed_by() {
     nix::sys::socket::listen(&deaf, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
     let mut waiting = Vec::new();
     while let Ok(Ok(stream)) =
-        timeout(Duration::from_millis(300), tokio::net::TcpStream::connect((Ipv6Addr::LOCALHOST, port))).await
+        timeout(Duration::from_millis(300), TcpStream::connect((Ipv6Addr::LOCALHOST, port))).await
     {
         waiting.push(stream);
         assert!(waiting.len() < 64, "the queue is never full");
@@ -266,6 +364,7 @@ impl Drop for Unmount<'_> {
 async fn fifty_kills_cost_no_token() {
     let mut lost = 0;
     // Ten kills in each round.
+    #[expect(clippy::disallowed_methods, reason = "a longer run is asked for by the environment")]
     let rounds = std::env::var("DURWARD_KILL_ROUNDS").map_or(5_u64, |rounds| rounds.parse().unwrap());
     for round in 0..rounds {
         let dir = directory();

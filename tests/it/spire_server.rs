@@ -9,6 +9,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use durward::issuer::server::proto::{
     agent::{
         AttestAgentRequest, AttestAgentResponse, PostStatusRequest, PostStatusResponse, RenewAgentRequest,
@@ -31,7 +32,9 @@ use rcgen::{
     KeyUsagePurpose, SanType,
 };
 use rustls::{
-    RootCertStore, ServerConfig, crypto::aws_lc_rs::default_provider, server::WebPkiClientVerifier,
+    RootCertStore, ServerConfig,
+    crypto::aws_lc_rs::{default_provider, kx_group},
+    server::WebPkiClientVerifier,
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::{
@@ -42,57 +45,32 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tonic::{Code, Request, Response, Status, Streaming, transport::server::Connected};
 
-#[path = "spire_api/agent.rs"]
-#[rustfmt::skip]
-#[expect(
-    clippy::allow_attributes,
-    clippy::allow_attributes_without_reason,
-    clippy::as_conversions,
-    clippy::clone_on_ref_ptr,
-    unreachable_pub,
-    unused_qualifications,
-    reason = "generated"
-)]
-mod agent_api;
+/// Generated code, which is compared with what makes it elsewhere.
+macro_rules! generated {
+    ($($path:literal $name:ident;)+) => {
+        $(
+            #[path = $path]
+            #[rustfmt::skip]
+            #[expect(
+                clippy::allow_attributes,
+                clippy::allow_attributes_without_reason,
+                clippy::as_conversions,
+                clippy::clone_on_ref_ptr,
+                unreachable_pub,
+                unused_qualifications,
+                reason = "generated"
+            )]
+            mod $name;
+        )+
+    };
+}
 
-#[path = "spire_api/bundle.rs"]
-#[rustfmt::skip]
-#[expect(
-    clippy::allow_attributes,
-    clippy::allow_attributes_without_reason,
-    clippy::as_conversions,
-    clippy::clone_on_ref_ptr,
-    unreachable_pub,
-    unused_qualifications,
-    reason = "generated"
-)]
-mod bundle_api;
-
-#[path = "spire_api/entry.rs"]
-#[rustfmt::skip]
-#[expect(
-    clippy::allow_attributes,
-    clippy::allow_attributes_without_reason,
-    clippy::as_conversions,
-    clippy::clone_on_ref_ptr,
-    unreachable_pub,
-    unused_qualifications,
-    reason = "generated"
-)]
-mod entry_api;
-
-#[path = "spire_api/svid.rs"]
-#[rustfmt::skip]
-#[expect(
-    clippy::allow_attributes,
-    clippy::allow_attributes_without_reason,
-    clippy::as_conversions,
-    clippy::clone_on_ref_ptr,
-    unreachable_pub,
-    unused_qualifications,
-    reason = "generated"
-)]
-mod svid_api;
+generated! {
+    "spire_api/agent.rs" agent_api;
+    "spire_api/bundle.rs" bundle_api;
+    "spire_api/entry.rs" entry_api;
+    "spire_api/svid.rs" svid_api;
+}
 
 /// How the server answers those who ask for their entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,6 +102,10 @@ pub(crate) enum Face {
     OtherId,
     OtherCa,
     NoAlpn,
+    /// It has no key exchange but those of before.
+    Classical,
+    /// It has the one of the two that is offered second, and no other.
+    Nist,
 }
 
 /// What the server does and has done.
@@ -144,6 +126,10 @@ pub(crate) struct Course {
     pub(crate) manner: Manner,
     /// How often entries were asked for.
     pub(crate) syncs: u32,
+    /// How many tokens were signed, how many are being signed, and of these the most at once.
+    pub(crate) signed: u32,
+    pub(crate) signing: u32,
+    pub(crate) most_signing: u32,
 }
 
 /// A server that serves until it is dropped.
@@ -212,6 +198,9 @@ impl FakeSpireServer {
             entries: Vec::new(),
             manner: Manner::Right,
             syncs: 0,
+            signed: 0,
+            signing: 0,
+            most_signing: 0,
         }));
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -267,7 +256,13 @@ fn tls(face: Face, ca: &Arc<TestCa>) -> Arc<ServerConfig> {
     };
     let mut roots = RootCertStore::empty();
     roots.add(ca.der.clone()).unwrap();
-    let provider = Arc::new(default_provider());
+    let mut provider = default_provider();
+    match face {
+        Face::Classical => provider.kx_groups = vec![kx_group::X25519, kx_group::SECP256R1],
+        Face::Nist => provider.kx_groups = vec![kx_group::SECP256R1MLKEM768],
+        _ => {}
+    }
+    let provider = Arc::new(provider);
     let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
         .allow_unauthenticated()
         .build()
@@ -442,9 +437,23 @@ impl bundle_api::bundle_server::Bundle for Api {
 
     async fn get_federated_bundle(
         &self,
-        _: Request<GetFederatedBundleRequest>,
+        request: Request<GetFederatedBundleRequest>,
     ) -> Result<Response<types::Bundle>, Status> {
-        Err(Status::not_found("no such bundle"))
+        let trust_domain = request.into_inner().trust_domain;
+        // What another trust domain says of itself.
+        let mib = match trust_domain.as_str() {
+            "good.org" => 0,
+            "large.org" => 2,
+            "huge.org" => 20,
+            _ => return Err(Status::not_found("no such bundle")),
+        };
+        let padding = types::JwtKey { key_id: "x".repeat(mib << 20), ..Default::default() };
+        Ok(Response::new(types::Bundle {
+            trust_domain,
+            x509_authorities: vec![types::X509Certificate { asn1: self.ca.der.to_vec(), tainted: false }],
+            jwt_authorities: vec![padding],
+            ..Default::default()
+        }))
     }
 }
 
@@ -547,15 +556,47 @@ impl svid_api::svid_server::Svid for Api {
 
     async fn new_jwtsvid(
         &self,
-        _: Request<NewJwtsvidRequest>,
+        request: Request<NewJwtsvidRequest>,
     ) -> Result<Response<NewJwtsvidResponse>, Status> {
-        Err(Status::unimplemented("no tokens here"))
+        let NewJwtsvidRequest { entry_id, audience } = request.into_inner();
+        let id = self.entry(&entry_id)?;
+        {
+            let mut course = self.course.lock().unwrap();
+            course.signing += 1;
+            course.most_signing = course.most_signing.max(course.signing);
+        }
+        tokio::time::sleep(SIGNS_WITHIN).await;
+        let mut course = self.course.lock().unwrap();
+        course.signing -= 1;
+        course.signed += 1;
+        #[expect(clippy::disallowed_methods, reason = "a server has a clock of its own")]
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+        let issued_at = i64::try_from(now.as_secs()).unwrap();
+        let sub = format!("spiffe://{}{}", id.trust_domain, id.path);
+        let claims = serde_json::json!({ "sub": sub, "aud": audience, "exp": issued_at + 300 }).to_string();
+        // Whoever validates it looks at the signature, and nobody does here.
+        let token = format!("e30.{}.c2ln", URL_SAFE_NO_PAD.encode(claims));
+        let svid = types::Jwtsvid {
+            token,
+            id: Some(id),
+            issued_at,
+            expires_at: issued_at + 300,
+            hint: String::new(),
+        };
+        Ok(Response::new(NewJwtsvidResponse { svid: Some(svid) }))
     }
 }
 
+/// How long it takes to sign a token.
+const SIGNS_WITHIN: Duration = Duration::from_millis(20);
+
 /// An entry for the user that runs the test.
 pub(crate) fn entry(name: &str) -> types::Entry {
-    let uid = nix::unistd::geteuid();
+    entry_of(name, nix::unistd::geteuid().as_raw())
+}
+
+/// An entry for this user.
+pub(crate) fn entry_of(name: &str, uid: u32) -> types::Entry {
     types::Entry {
         id: name.to_owned(),
         spiffe_id: Some(types::Spiffeid { trust_domain: "example.org".to_owned(), path: format!("/{name}") }),

@@ -32,11 +32,14 @@ type KeyTable = BTreeMap<String, Zeroizing<Vec<u8>>>;
 /// The keys, and where they are kept.
 pub(super) struct AgentKeys {
     dir: Option<FileDir>,
+    /// Held for an instant: who asks for a key does not wait for the disk.
     known: Mutex<KnownKeys>,
+    /// Who makes one, and writes it.
+    making: Mutex<()>,
 }
 
 /// The keys, and which of them was made and is not in use yet.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct KnownKeys {
     keys: KeyTable,
     waiting: Option<&'static str>,
@@ -70,7 +73,7 @@ struct EncodedKey(String);
 impl AgentKeys {
     /// Keys that end with the process.
     pub(super) fn in_memory() -> Self {
-        Self { dir: None, known: Mutex::default() }
+        Self { dir: None, known: Mutex::default(), making: Mutex::new(()) }
     }
 
     /// Reads the file; that there is none is well.
@@ -82,7 +85,8 @@ impl AgentKeys {
             None => KeyTable::new(),
             Some(text) => parse(&text).map_err(|damage| dir.put_aside(NAME, damage))?,
         };
-        Ok(Self { dir: Some(dir), known: Mutex::new(KnownKeys { keys: known, waiting: None }) })
+        let known = Mutex::new(KnownKeys { keys: known, waiting: None });
+        Ok(Self { dir: Some(dir), known, making: Mutex::new(()) })
     }
 
     /// The key whose public half stands in this certificate.
@@ -98,23 +102,24 @@ impl AgentKeys {
     /// # Errors
     /// It cannot be kept: then it is not handed out.
     pub(super) fn make_next(&self, leaf: Option<&[u8]>) -> Result<KeyPair, NewKeyError> {
+        let _makes = self.making.lock().unwrap_or_else(PoisonError::into_inner);
         let current = leaf.and_then(|leaf| self.of(leaf));
-        let mut known = self.lock();
-        let kept = |known: &KnownKeys, name: &str| known.keys.get(name).and_then(|key| key_pair(key));
+        let KnownKeys { keys, waiting } = self.lock().clone();
+        let kept = |name: &str| keys.get(name).and_then(|key| key_pair(key));
         let in_use =
             |key: &KeyPair| current.as_ref().is_some_and(|current| current.public_key() == key.public_key());
-        if let Some(key) = known.waiting.and_then(|name| kept(&known, name)).filter(|key| !in_use(key)) {
+        if let Some(key) = waiting.and_then(kept).filter(|key| !in_use(key)) {
             return Ok(key);
         }
         let key = KeyPair::generate(KeyType::EcP256, SignatureForm::Certificate)?;
         let [first, second] = PLACES;
-        let place = if kept(&known, first).is_some_and(|key| in_use(&key)) { second } else { first };
-        let mut next = known.keys.clone();
+        let place = if kept(first).is_some_and(|key| in_use(&key)) { second } else { first };
+        let mut next = keys;
         next.insert(place.to_owned(), key.pkcs8()?);
         if let Some(dir) = &self.dir {
             dir.write(NAME, &written(&next))?;
         }
-        *known = KnownKeys { keys: next, waiting: Some(place) };
+        *self.lock() = KnownKeys { keys: next, waiting: Some(place) };
         Ok(key)
     }
 

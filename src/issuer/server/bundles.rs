@@ -5,12 +5,13 @@
 
 use std::time::{Duration, SystemTime};
 
+use prost::Message as _;
 use x509_parser::prelude::FromDer as _;
 
 use super::proto::types::{self as pb, BundleMask};
 use crate::identity::{
     Bundle, Tainted, TrustDomain,
-    bundle::{BundleError, JwtAuthority, JwtPublicKey},
+    bundle::{BundleError, JwtAuthority, JwtPublicKey, MAX_LEN},
 };
 
 /// The parts of a bundle that are asked for.
@@ -26,6 +27,9 @@ pub(super) enum BundleFault {
     /// It has no X.509 authority: nobody could be verified, the server neither.
     #[error("the bundle has no x.509 authority")]
     Empty,
+    /// It is larger than any bundle may be that is read here.
+    #[error("the bundle has {0} bytes, and can have at most {MAX_LEN}")]
+    TooLarge(usize),
     /// One of its authorities is none.
     #[error(transparent)]
     Authority(#[from] BundleError),
@@ -43,6 +47,10 @@ pub(super) struct ToldBundle {
 /// # Errors
 /// [`BundleFault`]: it makes no sense.
 pub(super) fn read(told: pb::Bundle, asked: &TrustDomain) -> Result<ToldBundle, BundleFault> {
+    let length = told.encoded_len();
+    if length > MAX_LEN {
+        return Err(BundleFault::TooLarge(length));
+    }
     let pb::Bundle { trust_domain, x509_authorities, jwt_authorities, .. } = told;
     if TrustDomain::parse(&trust_domain).ok().as_ref() != Some(asked) {
         return Err(BundleFault::OtherTrustDomain { asked: asked.clone(), got: trust_domain });
@@ -112,12 +120,15 @@ mod tests {
         let other = pb::Bundle { trust_domain: "other".to_owned(), ..told(std::slice::from_ref(&one)) };
         let key = pb::JwtKey { public_key: b"of an unknown kind".to_vec(), ..Default::default() };
         let unknown = pb::Bundle { jwt_authorities: vec![key], ..told(std::slice::from_ref(&one)) };
+        let huge = pb::JwtKey { key_id: "x".repeat(MAX_LEN), ..Default::default() };
+        let huge = pb::Bundle { jwt_authorities: vec![huge], ..told(std::slice::from_ref(&one)) };
         for (case, told, want) in [
             ("one", told(std::slice::from_ref(&one)), Some(1)),
             ("two", told(&[one.clone(), two.clone()]), Some(2)),
             ("the same twice", told(&[one.clone(), one.clone()]), Some(1)),
             ("two in one", told(&[[one.clone(), two].concat()]), Some(2)),
             ("a key of an unknown kind", unknown, Some(1)),
+            ("more than a bundle", huge, None),
             ("none", told(&[]), None),
             ("no certificate", told(&[b"none".to_vec()]), None),
             ("one and no certificate", told(&[one, b"none".to_vec()]), None),

@@ -87,6 +87,15 @@ pub(super) enum CallFault {
 }
 
 impl CallFault {
+    /// Whether the server was reached, and what it said is of no use: others of its answers may be.
+    pub(super) fn is_answer(&self) -> bool {
+        match self {
+            Self::Server(ServerError::Answered { .. } | ServerError::Senseless { .. }) => !self.is_passing(),
+            Self::Server(_) => false,
+            Self::Entries(_) | Self::Bundle(_) | Self::Svid(_) => true,
+        }
+    }
+
     /// Whether the same call may pass a moment later. spire-agent tries again whatever the server says, for 30 seconds.
     pub(super) fn is_passing(&self) -> bool {
         match self {

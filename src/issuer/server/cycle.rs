@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::backoff;
+
 /// The shortest time between two syncs that are made since somebody waits.
 const QUICK: Duration = Duration::from_secs(1);
 /// So many of these follow one another; then one more is earned with each interval that passes.
@@ -13,10 +15,6 @@ const QUICK_MOST: u32 = 10;
 const LONGEST: Duration = Duration::from_secs(8 * 60);
 /// The same, in intervals.
 const LONGEST_INTERVALS: u32 = 48;
-/// By how much each failure puts off the next try.
-const GROWTH: f64 = 1.5;
-/// Which part of the time is drawn, so that the agents of many nodes do not come together.
-const JITTER: f64 = 0.1;
 
 /// How the last sync ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +36,7 @@ pub(super) struct NextSync {
 #[derive(Debug)]
 pub(super) struct Cycle {
     began: Instant,
-    failures: i32,
+    failures: u32,
     quick_left: u32,
     /// When the last one of [`Cycle::quick_left`] was earned.
     earned: Instant,
@@ -68,7 +66,7 @@ impl Cycle {
     ) -> NextSync {
         self.failures = match outcome {
             Outcome::Synced => 0,
-            Outcome::Failed => self.failures.saturating_add(1).min(64),
+            Outcome::Failed => self.failures.saturating_add(1),
         };
         while self.quick_left < QUICK_MOST && now.duration_since(self.earned) >= interval {
             self.earned += interval;
@@ -78,8 +76,7 @@ impl Cycle {
             self.earned = now;
         }
         let longest = interval.saturating_mul(LONGEST_INTERVALS).min(LONGEST).max(interval);
-        let wait = (interval.as_secs_f64() * GROWTH.powi(self.failures)).min(longest.as_secs_f64());
-        let at = now + Duration::from_secs_f64(wait * (1.0 - JITTER + 2.0 * JITTER * drawn));
+        let at = now + backoff::wait(interval, self.failures, longest, drawn);
         let quick = if self.quick_left > 0 { self.began + QUICK } else { self.began + interval };
         NextSync { at, if_waited_for: quick.max(now).min(at) }
     }

@@ -120,7 +120,10 @@ fn no_time() -> String {
 #[derive(Debug)]
 pub(super) struct AgentDataFile {
     dir: FileDir,
+    /// Held for an instant: who asks what is known does not wait for the disk.
     known: Mutex<KnownData>,
+    /// Who writes.
+    writing: Mutex<()>,
 }
 
 /// What is in the file, or should be.
@@ -147,7 +150,8 @@ impl AgentDataFile {
             let want = trust_domain.name().to_owned();
             return Err(DataFault::TrustDomain { path: dir.path_of(NAME), found, want });
         }
-        Ok(Self { dir, known: Mutex::new(KnownData { data: known, is_written: true }) })
+        let known = Mutex::new(KnownData { data: known, is_written: true });
+        Ok(Self { dir, known, writing: Mutex::new(()) })
     }
 
     /// Where it is.
@@ -170,12 +174,16 @@ impl AgentDataFile {
     /// # Errors
     /// It cannot be written: what was known is known still.
     pub(super) fn change(&self, change: impl FnOnce(&mut AgentData)) -> Result<(), DataFault> {
-        let mut known = self.lock();
-        let mut next = known.data.clone();
+        let _writes = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let (before, is_written) = {
+            let known = self.lock();
+            (known.data.clone(), known.is_written)
+        };
+        let mut next = before.clone();
         change(&mut next);
-        if next != known.data || !known.is_written {
+        if next != before || !is_written {
             self.dir.write(NAME, &written(&next))?;
-            *known = KnownData { data: next, is_written: true };
+            *self.lock() = KnownData { data: next, is_written: true };
         }
         Ok(())
     }
@@ -185,15 +193,29 @@ impl AgentDataFile {
     /// # Errors
     /// It cannot be written: it is known all the same, and [`AgentDataFile::is_written`] says so until a change is.
     pub(super) fn insist(&self, change: impl FnOnce(&mut AgentData)) -> Result<(), DataFault> {
-        let mut known = self.lock();
-        let before = known.data.clone();
-        change(&mut known.data);
-        if known.data != before || !known.is_written {
+        let _writes = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = {
+            let mut known = self.lock();
+            let before = known.data.clone();
+            change(&mut known.data);
+            if known.data == before && known.is_written {
+                return Ok(());
+            }
             known.is_written = false;
-            self.dir.write(NAME, &written(&known.data))?;
-            known.is_written = true;
-        }
+            known.data.clone()
+        };
+        self.dir.write(NAME, &written(&next))?;
+        let mut known = self.lock();
+        // What was noted meanwhile is still to be written.
+        known.is_written = known.data == next;
         Ok(())
+    }
+
+    /// Changes what is known, to be written with what is written next.
+    pub(super) fn note(&self, change: impl FnOnce(&mut AgentData)) {
+        let mut known = self.lock();
+        change(&mut known.data);
+        known.is_written = false;
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, KnownData> {

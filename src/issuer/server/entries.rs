@@ -188,8 +188,14 @@ impl EntrySync {
         if entries.len() > MOST_ENTRIES {
             return Err(EntryFault::TooMany);
         }
+        let mut ids = BTreeSet::new();
         for entry in entries {
-            self.take(entry);
+            // Of two by one ID, of which each would be the other, the first is one.
+            if ids.insert(entry.id.clone()) {
+                self.take(entry);
+            } else {
+                self.malformed += 1;
+            }
         }
         Ok(())
     }

@@ -6,7 +6,6 @@
 
 mod course;
 mod exchange;
-mod pause;
 
 use std::{
     sync::{Arc, Mutex, PoisonError},

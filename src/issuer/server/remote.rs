@@ -6,6 +6,7 @@ use std::sync::{
 };
 
 use futures_util::{FutureExt as _, future::BoxFuture, stream};
+use prost::Message as _;
 use tokio::time::Instant;
 use tonic::Code;
 
@@ -23,7 +24,7 @@ use super::{
             BatchNewX509svidRequest, NewJwtsvidRequest, NewX509svidParams, batch_new_x509svid_response,
             svid_client::SvidClient,
         },
-        types::Jwtsvid,
+        types::{self, Jwtsvid},
     },
     upstream::ServerConnection,
 };
@@ -36,6 +37,9 @@ use crate::{
 const LONGEST_ANSWER: usize = 4 << 20;
 /// The same, where all entries come in one.
 const LONGEST_LIST: usize = 256 << 20;
+
+/// A bundle of at most so many bytes is read at once.
+const SMALL_BUNDLE: usize = 32 << 10;
 
 /// The server that knows this agent by its own SVID.
 #[derive(Debug)]
@@ -104,14 +108,26 @@ impl RemoteServer {
     }
 }
 
-/// What takes a while, where there are many entries, in a thread that serves nobody meanwhile.
-async fn apart(
-    work: impl FnOnce() -> Result<SyncedEntries, EntryFault> + Send + 'static,
-) -> Result<SyncedEntries, CallFault> {
+/// What takes a while, where there are many entries or authorities, in a thread that serves nobody meanwhile.
+async fn apart<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, CallFault>
+where
+    T: Send + 'static,
+    E: Send + 'static,
+    CallFault: From<E>,
+{
     match tokio::task::spawn_blocking(work).await {
-        Ok(synced) => Ok(synced?),
+        Ok(done) => Ok(done?),
         Err(_panicked) => Err(EntryFault::EndedEarly.into()),
     }
+}
+
+/// Reads a bundle, of which others than the server may have said how large it is.
+async fn read_bundle(told: types::Bundle, trust_domain: &TrustDomain) -> Result<ToldBundle, CallFault> {
+    if told.encoded_len() <= SMALL_BUNDLE {
+        return Ok(bundles::read(told, trust_domain)?);
+    }
+    let trust_domain = trust_domain.clone();
+    apart(move || bundles::read(told, &trust_domain)).await
 }
 
 impl Calls for RemoteServer {
@@ -137,7 +153,7 @@ impl Calls for RemoteServer {
             let mut client = BundleClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
             let request = GetBundleRequest { output_mask: Some(BUNDLE_MASK) };
             let told = connection.answer(ServerCall::GetBundle, client.get_bundle(request)).await?;
-            Ok(bundles::read(told.into_inner(), &self.trust_domain)?)
+            read_bundle(told.into_inner(), &self.trust_domain).await
         }
         .boxed()
     }
@@ -158,7 +174,7 @@ impl Calls for RemoteServer {
                 .answer(ServerCall::GetFederatedBundle, client.get_federated_bundle(request))
                 .await
             {
-                Ok(told) => Ok(Some(bundles::read(told.into_inner(), trust_domain)?)),
+                Ok(told) => Ok(Some(read_bundle(told.into_inner(), trust_domain).await?)),
                 Err(ServerError::Answered { code: Code::NotFound, .. }) => Ok(None),
                 Err(error) => Err(error.into()),
             }

@@ -19,11 +19,14 @@ use crate::{
 /// The most certificates of a chain.
 const LONGEST_CHAIN: usize = 16;
 
+/// The most bytes of one.
+const LARGEST_CHAIN: usize = 64 << 10;
+
 /// Why an answered chain is not used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum ChainFault {
     /// There is none, or it is too long.
-    #[error("the chain must have 1 to {LONGEST_CHAIN} certificates")]
+    #[error("the chain must have 1 to {LONGEST_CHAIN} certificates, of {LARGEST_CHAIN} bytes at most")]
     Length,
     /// A certificate that is none.
     #[error("the chain holds something that is not a certificate")]
@@ -78,7 +81,7 @@ impl SvidRequest {
         now: SystemTime,
     ) -> Result<Result<X509Svid, KeyFault>, ChainFault> {
         let [leaf, ..] = chain else { return Err(ChainFault::Length) };
-        if chain.len() > LONGEST_CHAIN {
+        if chain.len() > LONGEST_CHAIN || chain.iter().map(Vec::len).sum::<usize>() > LARGEST_CHAIN {
             return Err(ChainFault::Length);
         }
         let ([], leaf) =

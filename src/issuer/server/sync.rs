@@ -33,13 +33,16 @@ const SYNC_WITHIN: Duration = Duration::from_secs(30);
 /// How many bundles of other trust domains are asked for at once.
 const BUNDLES_AT_ONCE: usize = 10;
 
+/// Of so many trust domains bundles are asked for at most: those that come first.
+const MOST_FEDERATED: usize = 1_000;
+
 /// What the syncs so far have brought.
 #[derive(Default)]
 struct Synced {
     entries: KnownEntries,
     /// The trust domains that the entries of this index federate with.
     federated: (Arc<EntryIndex>, BTreeSet<TrustDomain>),
-    /// Those of which the server has no bundle, which was said.
+    /// Those of which there is no bundle of use, which was said.
     missing: BTreeSet<TrustDomain>,
     failing: bool,
 }
@@ -99,7 +102,16 @@ impl ServerIssuer {
         let index = Arc::clone(&synced.entries.index);
         if !Arc::ptr_eq(&synced.federated.0, &index) {
             let of_entries = index.entries().iter().flat_map(|entry| &entry.federates_with).cloned();
-            synced.federated = (Arc::clone(&index), of_entries.collect());
+            let mut all: BTreeSet<TrustDomain> = of_entries.collect();
+            if all.len() > MOST_FEDERATED {
+                tracing::warn!(
+                    count = all.len(),
+                    most = MOST_FEDERATED,
+                    "the entries federate with more trust domains than bundles are kept of; those that come last have none"
+                );
+                all = all.into_iter().take(MOST_FEDERATED).collect();
+            }
+            synced.federated = (Arc::clone(&index), all);
         }
         let (federated, done) = self.federated(synced, deadline).await;
         self.publish(index, own.bundle, federated, own.tainted).await;
@@ -107,7 +119,7 @@ impl ServerIssuer {
     }
 
     /// The bundles of the trust domains that the entries federate with. Where one cannot be had, the one that is known
-    /// stays.
+    /// stays. What is in it others decide: one that is of no use is no reason to ask the server less often.
     async fn federated(
         &self,
         synced: &mut Synced,
@@ -139,9 +151,17 @@ impl ServerIssuer {
                 }
                 Err(error) => {
                     if let Some(known) = known {
-                        federated.insert(trust_domain, Arc::clone(known));
+                        federated.insert(trust_domain.clone(), Arc::clone(known));
                     }
-                    done = Err(error);
+                    if !error.is_answer() {
+                        done = Err(error);
+                        continue;
+                    }
+                    if !synced.missing.contains(&trust_domain) {
+                        let error = chain(&error);
+                        tracing::warn!(%trust_domain, error, "the bundle of a trust domain is of no use; the one that is known stays");
+                    }
+                    missing.insert(trust_domain);
                 }
             }
         }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use serde_json::Value;
+use serde::Deserialize;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use zeroize::Zeroizing;
 
@@ -41,6 +41,8 @@ const PLACE_WITHIN: Duration = Duration::from_secs(2);
 const WITHIN: Duration = Duration::from_secs(10);
 /// After how long a call that failed is tried again; half as long again each time.
 const AGAIN: Duration = Duration::from_millis(500);
+/// The longest token, in bytes: what is asked for has a quarter of it at most.
+const LONGEST_TOKEN: usize = 64 << 10;
 /// When a caller without a place may come again.
 const COME_AGAIN: Duration = Duration::from_secs(1);
 
@@ -80,7 +82,7 @@ impl JwtSigning {
         // However it ends, and also if the caller has gone by then: see `Kept`.
         drop(place);
         match signed {
-            Ok(told) => accept(told, entry, self.clock.now()).map_err(issuers),
+            Ok(told) => accept(told, entry, audience, self.clock.now()).map_err(issuers),
             Err(error) => Err(issuers(error)),
         }
     }
@@ -140,15 +142,24 @@ fn issuers(error: CallFault) -> MintError {
     MintError::Issuer { retry_after: None, source: Box::new(error) }
 }
 
-/// The SVID, if it is one of the entry.
-fn accept(told: Jwtsvid, entry: &Entry, now: SystemTime) -> Result<JwtSvid, CallFault> {
+/// The SVID, if it is one of the entry, for nobody but `audience`.
+fn accept(told: Jwtsvid, entry: &Entry, audience: &[String], now: SystemTime) -> Result<JwtSvid, CallFault> {
     let Jwtsvid { token, id, issued_at, expires_at, .. } = told;
     let token = Zeroizing::new(token);
+    if token.len() > LONGEST_TOKEN {
+        return Err(CallFault::Svid("the jwt-svid is longer than any may be"));
+    }
+    let claims = claims(&token).ok_or(CallFault::Svid("the jwt-svid is no token"))?;
     let of_entry = id.as_ref().and_then(spiffe_id_of).is_some_and(|id| id == entry.spiffe_id)
-        && subject(&token).is_some_and(|subject| subject == entry.spiffe_id.as_str());
+        && claims.sub == entry.spiffe_id.as_str();
     if !of_entry {
         return Err(CallFault::Svid("the jwt-svid is of another spiffe id"));
     }
+    if !claims.aud.each().iter().all(|one| audience.contains(one)) {
+        return Err(CallFault::Svid("the jwt-svid is for another audience"));
+    }
+    // Whoever validates it goes by what stands in it.
+    let expires_at = claims.exp.min(expires_at);
     let at = |seconds: i64| {
         let seconds = u64::try_from(seconds).ok().filter(|seconds| *seconds > 0)?;
         SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
@@ -162,12 +173,84 @@ fn accept(told: Jwtsvid, entry: &Entry, now: SystemTime) -> Result<JwtSvid, Call
     Ok(JwtSvid { spiffe_id: entry.spiffe_id.clone(), token, issued_at, expires_at })
 }
 
-/// The subject that a token claims.
-fn subject(token: &str) -> Option<String> {
+/// What a token claims, as far as that matters here.
+#[derive(Deserialize)]
+struct TokenClaims {
+    sub: String,
+    aud: ClaimedAudience,
+    exp: i64,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum ClaimedAudience {
+    One(String),
+    Several(Vec<String>),
+}
+
+impl ClaimedAudience {
+    fn each(&self) -> &[String] {
+        match self {
+            Self::One(one) => std::slice::from_ref(one),
+            Self::Several(several) => several,
+        }
+    }
+}
+
+fn claims(token: &str) -> Option<TokenClaims> {
     let mut parts = token.split('.');
     let (_, claims, _, None) = (parts.next()?, parts.next()?, parts.next()?, parts.next()) else {
         return None;
     };
-    let claims: Value = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(claims).ok()?).ok()?;
-    Some(claims.get("sub")?.as_str()?.to_owned())
+    serde_json::from_slice(&URL_SAFE_NO_PAD.decode(claims).ok()?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_what_was_asked_for_or_none() {
+        let entry = Entry::asking("unix:uid:1");
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
+        let asked = ["x".to_owned(), "y".to_owned()];
+        let padding =
+            format!(r#"{{"sub":"spiffe://td/x","aud":"x","exp":1300,"p":"{}"}}"#, "p".repeat(LONGEST_TOKEN));
+        for (claims, want) in [
+            (r#"{"sub":"spiffe://td/x","aud":["x","y"],"exp":1300}"#, Ok(1300)),
+            (r#"{"sub":"spiffe://td/x","aud":"x","exp":1300}"#, Ok(1300)),
+            // It ends sooner than the server says.
+            (r#"{"sub":"spiffe://td/x","aud":"x","exp":1100}"#, Ok(1100)),
+            (r#"{"sub":"spiffe://td/x","aud":"x","exp":9000}"#, Ok(1300)),
+            (r#"{"sub":"spiffe://td/x","aud":"x","exp":999}"#, Err("expired")),
+            (r#"{"sub":"spiffe://td/b","aud":"x","exp":1300}"#, Err("another spiffe id")),
+            (r#"{"sub":"spiffe://td/x","aud":["x","z"],"exp":1300}"#, Err("another audience")),
+            (r#"{"sub":"spiffe://td/x","aud":"x"}"#, Err("no token")),
+            (r#"{"sub":"spiffe://td/x","exp":1300}"#, Err("no token")),
+            ("[]", Err("no token")),
+            (&padding, Err("longer than any")),
+        ] {
+            let told = Jwtsvid {
+                token: format!("e30.{}.c2ln", URL_SAFE_NO_PAD.encode(claims)),
+                id: Some(crate::issuer::server::proto::types::Spiffeid {
+                    trust_domain: "td".to_owned(),
+                    path: "/x".to_owned(),
+                }),
+                issued_at: 900,
+                expires_at: 1300,
+                hint: String::new(),
+            };
+            let got = accept(told, &entry, &asked, now);
+            match want {
+                Ok(seconds) => {
+                    let at = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+                    assert_eq!(got.unwrap().expires_at, at, "{claims}");
+                }
+                Err(why) => {
+                    let got = got.unwrap_err().to_string();
+                    assert!(got.contains(why), "{:.60}: {got}", claims);
+                }
+            }
+        }
+    }
 }

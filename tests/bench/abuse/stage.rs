@@ -23,6 +23,7 @@ use super::{
     row,
     scenario::{ABUSERS, Baseline, Crowd, LIMIT, POLITE, Scenario, Workers},
     setting,
+    spire::SpireServer,
 };
 
 /// How long calls have at SIGTERM (`drain_timeout`), and a second.
@@ -54,27 +55,56 @@ fn directory() -> (tempfile::TempDir, PathBuf) {
     (dir, me)
 }
 
+/// A SPIRE Server with the entries of all who play, and with so many more; `None` for 0.
+pub(crate) fn upstream(entries: u64) -> Option<SpireServer> {
+    if entries == 0 {
+        return None;
+    }
+    let mut server = SpireServer::start();
+    server.has(entries);
+    for uid in [POLITE, geteuid().as_raw()].into_iter().chain(ABUSERS) {
+        server.entry_of(&format!("u{uid}"), uid);
+    }
+    Some(server)
+}
+
+/// What the agent is told of who signs, and of its entries.
+fn issuer(scenario: &Scenario, upstream: Option<&SpireServer>, at: &str) -> String {
+    if let Some(server) = upstream {
+        let SpireServer { port, dir, .. } = server;
+        return format!(
+            "agent {{ server_address = \"127.0.0.1\" server_port = {port} join_token = \"{}\" trust_bundle_path = \"{}/roots.pem\" }}\n\
+             plugins {{ NodeAttestor \"join_token\" {{ }} KeyManager \"disk\" {{ plugin_data {{ directory = \"{at}/data\" }} }} }}\n",
+            server.token(),
+            dir.path().display(),
+        );
+    }
+    let mut text = "issuer \"embedded\" { }\n".to_owned();
+    let mut users = vec![POLITE, geteuid().as_raw()];
+    // Who shares an ID has that one alone.
+    if scenario.role != Role::Shared {
+        users.extend(ABUSERS);
+    }
+    users.dedup();
+    for uid in users {
+        text.push_str(&format!(
+            "entry \"spiffe://example.org/u{uid}\" {{\n  selectors = [\"unix:uid:{uid}\"]\n}}\n"
+        ));
+    }
+    text
+}
+
 impl Server {
-    fn agent(scenario: &Scenario) -> Self {
+    fn agent(scenario: &Scenario, upstream: Option<&SpireServer>) -> Self {
         let (dir, me) = directory();
         let at = dir.path().display();
-        let mut text = format!(
+        let text = format!(
             "agent {{\n  trust_domain = \"example.org\"\n  data_dir = \"{at}/data\"\n  socket_path = \"{at}/api.sock\"\n  \
              listener {{ drain_timeout = \"2s\" }}\n}}\n\
-             plugins {{\n  WorkloadAttestor \"unix\" {{\n    plugin_data {{ }}\n  }}\n}}\nissuer \"embedded\" {{ }}\n{}\n",
+             plugins {{\n  WorkloadAttestor \"unix\" {{\n    plugin_data {{ }}\n  }}\n}}\n{}\n{}\n",
+            issuer(scenario, upstream, &at.to_string()),
             scenario.blocks
         );
-        let mut users = vec![POLITE, geteuid().as_raw()];
-        // Who shares an ID has that one alone.
-        if scenario.role != Role::Shared {
-            users.extend(ABUSERS);
-        }
-        users.dedup();
-        for uid in users {
-            text.push_str(&format!(
-                "entry \"spiffe://example.org/u{uid}\" {{\n  selectors = [\"unix:uid:{uid}\"]\n}}\n"
-            ));
-        }
         let config = dir.path().join("agent.conf");
         fs::write(&config, text).expect("written");
         let mut command = Command::new(
@@ -252,7 +282,7 @@ fn ms(micros: u64) -> String {
     format!("{:.1}", micros as f64 / 1000.0)
 }
 
-pub(crate) fn run(scenario: &Scenario) {
+pub(crate) fn run(scenario: &Scenario, upstream: Option<&SpireServer>) {
     let strangers = setting("DURWARD_ABUSE_CALLERS", 20_000);
     let mut seconds = setting("DURWARD_ABUSE_SECONDS", 5);
     let mut number = scenario.number;
@@ -261,7 +291,7 @@ pub(crate) fn run(scenario: &Scenario) {
     }
     let Scenario { role, abusers, workers, polite, .. } = *scenario;
     let cast = Cast { role, abusers, workers, number, polite, seconds };
-    let mut agent = Server::agent(scenario);
+    let mut agent = Server::agent(scenario, upstream);
     let outcome = cast.play(&mut agent);
     let log = agent.confined.log();
     log.lines()
@@ -274,7 +304,7 @@ pub(crate) fn run(scenario: &Scenario) {
     for (manner, seen) in &outcome.polite {
         seen.failures.iter().for_each(|how| eprintln!("  polite, {manner:?}: {how}"));
     }
-    let base = base(scenario, &cast, &outcome, &all);
+    let base = base(scenario, upstream, &cast, &outcome, &all);
     print(scenario, &cast, &outcome, &all, base);
     if role == Role::Limited {
         exactness(&outcome.tallies);
@@ -282,7 +312,13 @@ pub(crate) fn run(scenario: &Scenario) {
 }
 
 /// What the polite ones see without the agent, or without abuse.
-fn base(scenario: &Scenario, cast: &Cast<'_>, outcome: &Outcome, all: &Tally) -> String {
+fn base(
+    scenario: &Scenario,
+    upstream: Option<&SpireServer>,
+    cast: &Cast<'_>,
+    outcome: &Outcome,
+    all: &Tally,
+) -> String {
     if setting("DURWARD_ABUSE_BASELINE", 1) == 0 {
         return "-".to_owned();
     }
@@ -318,7 +354,7 @@ fn base(scenario: &Scenario, cast: &Cast<'_>, outcome: &Outcome, all: &Tally) ->
         polite: &[Manner::Waiting],
         ..*cast
     };
-    let alone = burning.play(&mut Server::agent(scenario));
+    let alone = burning.play(&mut Server::agent(scenario, upstream));
     let alone = alone.polite[&Manner::Waiting].p99;
     format!("{} (**{:.2}**)", ms(alone), ratio(alone))
 }

@@ -3,11 +3,14 @@
 # the same data_dir, then two minutes without a server, and some more with it. What go-spiffe and py-spiffe are given has never
 # expired, no handshake fails, and nobody's SVID is out of date but while there is no server to renew it.
 #
-# PART is how many seconds each of the five parts lasts (default: 180, but 120 without a server).
+# PART is how many seconds each of the parts with a server lasts (default: 180), and AWAY the one without (120).
 source "$(dirname "${BASH_SOURCE[0]}")/../spire.bash"
 
 part=${PART:-180}
-away=${PART:-120}
+away=${AWAY:-120}
+(cd "$root/tests/interop/go" && timeout 900 go build -mod=readonly -o "$dir/quarter-bin" ./quarter)
+python3 -m venv "$dir/venv"
+"$dir/venv/bin/pip" install --quiet --disable-pip-version-check "spiffe==0.3.2"
 (
     cd "$dir"
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout root.key -out root.pem -subj /CN=root 2>/dev/null
@@ -26,10 +29,6 @@ agent_conf "trust_bundle_path = \"$dir/bootstrap.pem\" rebootstrap_mode = \"auto
 spire-server entry create -node -spiffeID spiffe://example.org/node -selector x509pop:subject:cn:node >/dev/null
 entry -spiffeID spiffe://example.org/web >/dev/null
 
-(cd "$root/tests/interop/go" && timeout 900 go build -mod=readonly -o "$dir/quarter-bin" ./quarter)
-python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install --quiet --disable-pip-version-check "spiffe==0.3.2"
-
 run_agent spire-agent
 until_true 60 serves web
 "$dir/quarter-bin" "$socket" "$dir/away" >"$dir/go.seen" 2>&1 &
@@ -37,7 +36,8 @@ go=$!
 "$dir/venv/bin/python" "$root/tests/interop/py_quarter.py" >"$dir/py.seen" 2>&1 &
 python=$!
 started+=("$go" "$python")
-until_true 60 grep -qx up "$dir/go.seen"
+up() { grep -qx up "$dir/go.seen"; }
+until_true 100 up
 
 # go_on SECONDS: nobody of the two ends meanwhile.
 go_on() {
@@ -63,6 +63,7 @@ start_server
 spire-server bundle show >"$dir/bootstrap.pem"
 echo "$(date +%T) a server"
 until_true 60 serves web
+echo "$(date +%T) served again"
 # Clients ask again after up to half a minute.
 sleep 35
 rm "$dir/away"

@@ -7,18 +7,19 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::{LONGEST_CALL, OwnStanding, OwnSvid, Way, pause::Pause};
+use super::{LONGEST_CALL, OwnStanding, OwnSvid, Way};
 use crate::{
     issuer::{
         Expelled, renewal,
         server::{
+            backoff,
             error::{Denial, ServerError},
             metrics::ServerCall,
             proto::agent::{PostStatusRequest, agent_client::AgentClient},
             settings::{RebootstrapMode, TrustSource},
         },
     },
-    os::clock::sleep_until,
+    os::{clock::sleep_until, random::fraction},
 };
 
 /// The first pause after a failure.
@@ -26,6 +27,12 @@ const FIRST_PAUSE: Duration = Duration::from_secs(5);
 
 /// The first pause while nothing is served for want of an SVID.
 const FIRST_PAUSE_WITHOUT: Duration = Duration::from_secs(1);
+
+/// The longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(120);
+
+/// The same, while nothing is served for want of an SVID: workloads wait for it.
+const LONGEST_PAUSE_WITHOUT: Duration = Duration::from_secs(15);
 
 /// What the server says of the agent is asked once more after this.
 const CONFIRM: Duration = Duration::from_secs(5);
@@ -37,7 +44,7 @@ impl OwnSvid {
     /// Renews for ever. Ends when the server does not take this agent any more and it cannot attest again.
     pub async fn run(self: Arc<Self>) -> Expelled {
         let mut denials = self.upstream.denials();
-        let mut pause = Pause::new();
+        let mut failures = 0;
         let mut way = self.current().is_none().then_some(Way::Attest);
         // Attestation was refused to a banned agent: once is no proof.
         let mut banned = false;
@@ -60,7 +67,7 @@ impl OwnSvid {
             let was_banned = std::mem::replace(&mut banned, denied == Some(Denial::Banned));
             match (done, denied) {
                 (Ok(()), _) => {
-                    pause = Pause::new();
+                    failures = 0;
                     self.post_status().await;
                 }
                 (_, Some(Denial::MustReattest)) if next == Way::Renew => way = Some(Way::Attest),
@@ -73,14 +80,25 @@ impl OwnSvid {
                 (_, Some(Denial::Banned)) if was_banned => return self.lost(Denial::Banned).await,
                 (Err(error), _) => {
                     self.tell(next, &error);
-                    let held = self.current().is_some();
-                    let pause = pause.next(if held { FIRST_PAUSE } else { FIRST_PAUSE_WITHOUT });
+                    let pause = self.pause(failures);
+                    failures = failures.saturating_add(1);
                     // Another token may have come.
                     let _ended = timeout(pause, self.reconfigured.notified()).await;
                     way = Some(self.way(next));
                 }
             }
         }
+    }
+
+    /// How long to wait after so many failures and one: to the end of the SVID at most, where there is one.
+    fn pause(&self, failures: u32) -> Duration {
+        let left = self.current().map(|svid| svid.not_after.duration_since(self.clock.now()));
+        let (first, longest) = match left {
+            Some(_) => (FIRST_PAUSE, LONGEST_PAUSE),
+            None => (FIRST_PAUSE_WITHOUT, LONGEST_PAUSE_WITHOUT),
+        };
+        let pause = backoff::wait(first, failures, longest, fraction());
+        left.and_then(Result::ok).map_or(pause, |left| pause.min(left))
     }
 
     /// Until there is something to do about the SVID of the moment.

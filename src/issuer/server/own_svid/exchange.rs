@@ -25,12 +25,25 @@ use crate::issuer::{
     },
 };
 
+/// The most certificates of the agent's chain, and the most bytes: more could not be read again.
+const LONGEST_CHAIN: usize = 16;
+const LARGEST_CHAIN: usize = 64 << 10;
+
 impl OwnSvid {
     /// Has another SVID.
     pub(super) async fn renew(&self, way: Way) -> Result<(), ServerError> {
         match way {
             Way::Renew => self.renew_as_agent().await,
-            Way::Attest | Way::AttestAnew => self.attest(way).await,
+            Way::Attest | Way::AttestAnew => {
+                let done = self.attest(way).await;
+                // How often it was tried is kept; not in the room of a key for which there was none.
+                if !matches!(done, Ok(()) | Err(ServerError::Disk(_)))
+                    && let Err(error) = self.keep(|_as_it_is| ()).await
+                {
+                    tracing::debug!(%error, "that it was tried is not kept");
+                }
+                done
+            }
         }
     }
 
@@ -156,11 +169,7 @@ impl OwnSvid {
             return Ok(ServerTrust::Roots(bundle.into()));
         }
         let asked_for = if way == Way::Attest { BootstrapUse::Bootstrap } else { BootstrapUse::Rebootstrap };
-        let now = self.clock.now();
-        // Of no consequence for what follows; a disk that is full is told where an SVID cannot be kept.
-        if let Err(error) = self.insist(move |data| data.count_attempt(asked_for, now)).await {
-            tracing::debug!(%error, "that trust is asked for is not kept");
-        }
+        self.data.note(|data| data.count_attempt(asked_for, self.clock.now()));
         let data = self.data.known();
         let join = &self.settings.join;
         let told = Circumstances {
@@ -176,6 +185,9 @@ impl OwnSvid {
     /// What came is for the key that was asked for, of an agent of this trust domain, and valid.
     fn check(&self, call: &'static str, chain: &[Vec<u8>], key: &KeyPair) -> Result<(), ServerError> {
         let senseless = |fault: String| ServerError::Senseless { call, fault };
+        if chain.len() > LONGEST_CHAIN || chain.iter().map(Vec::len).sum::<usize>() > LARGEST_CHAIN {
+            return Err(senseless("the chain is longer than any may be".to_owned()));
+        }
         let svid = self.read(chain.to_vec(), false);
         let svid =
             svid.ok_or_else(|| senseless("the SVID is none, names nobody, or has expired".to_owned()))?;

@@ -1,0 +1,147 @@
+//! The real SPIRE Server, for the benches that need one: 1.15.3, which `tests/interop/spire.sh` leaves in the user's cache
+//! (`DURWARD_UPSTREAM_SPIRE` names another directory). Needs python3.
+
+use std::{
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+/// How long it is waited for.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// The SPIRE Server, ended with the bench.
+pub(crate) struct SpireServer {
+    pub(crate) bin: PathBuf,
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) port: u16,
+    child: Option<std::process::Child>,
+}
+
+impl Drop for SpireServer {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+pub(crate) fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its address").port()
+}
+
+impl SpireServer {
+    /// Starts one with nothing in it.
+    pub(crate) fn start() -> Self {
+        let bin = std::env::var_os("DURWARD_UPSTREAM_SPIRE").map_or_else(
+            || Path::new(&std::env::var_os("HOME").unwrap_or_default()).join(".cache/durward/spire-1.15.3"),
+            PathBuf::from,
+        );
+        let mut server =
+            Self { bin, dir: tempfile::tempdir().expect("a directory"), port: free_port(), child: None };
+        let at = server.dir.path().display();
+        let text = format!(
+            r#"server {{
+  bind_address = "127.0.0.1" bind_port = "{}" socket_path = "{at}/server.sock" trust_domain = "example.org"
+  data_dir = "{at}" log_level = "WARN" ca_ttl = "24h" default_x509_svid_ttl = "1h"
+  experimental {{ cache_reload_interval = "1s" }}
+}}
+plugins {{
+  DataStore "sql" {{ plugin_data {{ database_type = "sqlite3" connection_string = "{at}/datastore.sqlite3" }} }}
+  KeyManager "disk" {{ plugin_data {{ keys_path = "{at}/keys.json" }} }}
+  NodeAttestor "join_token" {{ plugin_data {{ }} }}
+}}
+"#,
+            server.port
+        );
+        std::fs::write(server.dir.path().join("server.conf"), text).expect("written");
+        server.up();
+        let roots = server.says(&["bundle", "show"]);
+        std::fs::write(server.dir.path().join("roots.pem"), roots).expect("written");
+        server
+    }
+
+    fn up(&mut self) {
+        let log = std::fs::File::options().create(true).append(true).open(self.dir.path().join("server.log"));
+        let child = Command::new(self.bin.join("spire-server"))
+            .args(["run", "-config"])
+            .arg(self.dir.path().join("server.conf"))
+            .stdin(Stdio::null())
+            .stdout(log.expect("a log"))
+            .stderr(Stdio::null())
+            .spawn();
+        self.child = Some(child.expect("spire-server: run tests/interop/spire.sh first"));
+        let began = Instant::now();
+        while !self.command(&["healthcheck"]).status().is_ok_and(|status| status.success()) {
+            assert!(began.elapsed() < PATIENCE, "the server does not come up");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn stop(&mut self) {
+        let Some(mut child) = self.child.take() else { return };
+        drop(child.kill());
+        drop(child.wait());
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(self.bin.join("spire-server"));
+        command.args(words).arg("-socketPath").arg(self.dir.path().join("server.sock"));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+    }
+
+    fn says(&self, words: &[&str]) -> String {
+        let said = self.command(words).stdout(Stdio::piped()).stderr(Stdio::inherit()).output();
+        let said = said.expect("spire-server");
+        assert!(said.status.success(), "spire-server {}", words.join(" "));
+        String::from_utf8(said.stdout).expect("text")
+    }
+
+    pub(crate) fn token(&self) -> String {
+        let said = self.says(&["token", "generate", "-spiffeID", "spiffe://example.org/node"]);
+        said.lines().find_map(|line| line.strip_prefix("Token: ")).expect("a token").trim().to_owned()
+    }
+
+    /// An entry for the user that runs the bench. Its ID.
+    pub(crate) fn entry(&self, name: &str) -> String {
+        self.entry_of(name, nix::unistd::geteuid().as_raw())
+    }
+
+    /// An entry for this user. Its ID.
+    pub(crate) fn entry_of(&self, name: &str, uid: u32) -> String {
+        let (id, uid) = (format!("spiffe://example.org/{name}"), format!("unix:uid:{uid}"));
+        let node = ["-parentID", "spiffe://example.org/node"];
+        let words = [&["entry", "create"], &node[..], &["-spiffeID", &id, "-selector", &uid]].concat();
+        let said = self.says(&words);
+        let id = said.lines().find_map(|line| line.strip_prefix("Entry ID"));
+        id.and_then(|rest| rest.split(':').nth(1)).expect("an entry").trim().to_owned()
+    }
+
+    pub(crate) fn delete(&self, id: &str) {
+        self.says(&["entry", "delete", "-entryID", id]);
+    }
+
+    /// Has so many entries that are nobody's. They are written into its datastore, since a call for each takes minutes.
+    pub(crate) fn has(&mut self, count: u64) {
+        const SCRIPT: &str = r#"
+import sqlite3, sys
+d = sqlite3.connect(sys.argv[1])
+numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < %d)" % int(sys.argv[2])
+d.execute(numbers + """ INSERT OR IGNORE INTO registered_entries
+  (id, created_at, updated_at, entry_id, spiffe_id, parent_id, ttl, admin, downstream, expiry, revision_number, store_svid, hint, jwt_svid_ttl)
+  SELECT 1000000 + i, datetime(), datetime(), printf('%08x-0000-4000-8000-%012x', i, i), printf('spiffe://example.org/ns/%d/sa/%d', i % 500, i),
+  'spiffe://example.org/node', 0, 0, 0, 0, 0, 0, '', 0 FROM n""")
+d.execute(numbers + """ INSERT OR IGNORE INTO selectors (id, created_at, updated_at, registered_entry_id, type, value)
+  SELECT 1000000 + i, datetime(), datetime(), 1000000 + i, 'unix', printf('uid:%d', 100000 + i) FROM n""")
+d.commit()
+"#;
+        self.stop();
+        let done = Command::new("python3")
+            .args(["-c", SCRIPT])
+            .arg(self.dir.path().join("datastore.sqlite3"))
+            .arg(count.to_string())
+            .status();
+        assert!(done.expect("python3").success(), "the entries are written");
+        self.up();
+    }
+}
