@@ -16,6 +16,7 @@
 mod body;
 mod kubelet;
 mod material;
+mod metrics;
 pub mod pods;
 mod settings;
 mod view;
@@ -46,6 +47,7 @@ use crate::{
     },
     limits::CallerKey,
     peer::pod::{ContainerId, PodPlace, PodUid},
+    telemetry::registry::Registry,
 };
 
 /// Its name, which is the type of its selectors.
@@ -155,6 +157,14 @@ impl WorkloadAttestor for K8sAttestor {
         Self::default()
     }
 
+    fn counted_by(&self, registry: Registry<'_>) {
+        self.view.counted_by(registry);
+    }
+
+    fn kept(&self) -> usize {
+        self.view.kept()
+    }
+
     fn read(data: &mut Section<'_>) -> K8sSettings {
         K8sSettings::read_block(data)
     }
@@ -216,7 +226,8 @@ impl WorkloadAttestor for K8sAttestor {
         questions: &Questions,
         seen: &Seen<'_>,
     ) -> Result<Findings<K8sError>, K8sError> {
-        let mut findings = Findings { selectors: Selectors::new(), evidence: None, untold: Vec::new() };
+        let mut findings =
+            Findings { selectors: Selectors::new(), evidence: None, untold: Vec::new(), age: None };
         let Some(PodPlace { pod, container: Some(container) }) = seen.process.place() else {
             return Ok(findings);
         };
@@ -224,7 +235,10 @@ impl WorkloadAttestor for K8sAttestor {
             return Ok(findings);
         }
         match self.look(settings, seen, pod, container).await {
-            Ok(selectors) => findings.selectors = selectors,
+            Ok((selectors, asked)) => {
+                findings.selectors = selectors;
+                findings.age = Some(asked.elapsed());
+            }
             Err(why) => {
                 findings.untold = KINDS.into_iter().map(|word| Untold { word, why: why.clone() }).collect();
             }
@@ -238,14 +252,14 @@ fn is_count(text: &str) -> bool {
 }
 
 impl K8sAttestor {
-    /// The selectors of the process, which is in this container of this pod.
+    /// The selectors of the process, which is in this container of this pod, and when the kubelet was asked for them.
     async fn look(
         &self,
         settings: &K8sSettings,
         seen: &Seen<'_>,
         pod: PodUid,
         container: ContainerId,
-    ) -> Result<Selectors, K8sError> {
+    ) -> Result<(Selectors, Instant), K8sError> {
         if settings.disable_kubelet_client {
             return Err(K8sError::NoClient);
         }
@@ -257,7 +271,7 @@ impl K8sAttestor {
         let look = |view: &PodView| {
             let found = view.pods.find(pod, container).map_err(K8sError::Ambiguous)?;
             let found = found.filter(|it| it.is_listed() || settings.disable_container_selectors);
-            found.map(|found| selectors(found, view, settings)).transpose()
+            found.map(|found| Ok((selectors(found, view, settings)?, view.asked))).transpose()
         };
         let found = self.view.find(share_of(pod), patience, || seen.process.stand_aside(), look).await;
         found.map_err(|why| match why {

@@ -85,8 +85,7 @@ grep -qi 'no identity issued' "$dir/said.txt" || fail "a red pod is denied: $(ca
 note "pods of each kind have the identity that is theirs, and one has none"
 
 # What is put into a running pod: kubectl exec, and an ephemeral container, which has a name of its own.
-kubectl -n bank exec ledger -- durward api fetch x509 -output json | grep -q '"spiffe://example.org/ns/bank/sa/ledger"' ||
-    fail "kubectl exec"
+[[ $(kubectl -n bank exec ledger -- durward api fetch x509) == *spiffe://example.org/ns/bank/sa/ledger* ]] || fail "kubectl exec"
 echo '{"env": [{"name": "SPIFFE_ENDPOINT_SOCKET", "value": "unix:///spiffe/api.sock"}],
   "volumeMounts": [{"name": "spiffe", "mountPath": "/spiffe"}]}' >"$dir/custom.json"
 kubectl -n parts debug parts --image=durward:0.1.0 --container=helper --profile=general --custom="$dir/custom.json" -- \
@@ -212,5 +211,5 @@ $(sed -n '/^health_checks/,/^}/p' <<<"$conf")"
 kubectl -n durward patch daemonset durward --patch-file "$manifests/join-server.yaml" >/dev/null
 kubectl -n durward rollout status daemonset/durward --timeout=90s >/dev/null
 until_true 60 is of-server/ledger bank ledger
-spire-server agent list | grep -q 'spiffe://example.org/spire/agent/k8s_psat/lab/' || fail "k8s_psat: $(spire-server agent list)"
+[[ $(spire-server agent list) == *spiffe://example.org/spire/agent/k8s_psat/lab/* ]] || fail "k8s_psat: $(spire-server agent list)"
 note "and the same manifest joins a SPIRE Server by k8s_psat"

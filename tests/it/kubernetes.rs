@@ -8,7 +8,10 @@ use std::{
     net::{TcpListener, TcpStream},
     os::unix::net::UnixStream,
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -23,6 +26,7 @@ use durward::{
         Peer,
         cgroup::{KubeletRoot, KubernetesMode, PodOrUid},
     },
+    telemetry::metrics::Metrics,
 };
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
@@ -56,6 +60,8 @@ struct FakeKubelet {
     token: PathBuf,
     reply: Arc<Mutex<Reply>>,
     requests: Arc<Mutex<Vec<Instant>>>,
+    /// How often somebody connected.
+    connections: Arc<AtomicUsize>,
     _dir: TempDir,
 }
 
@@ -94,12 +100,15 @@ impl FakeKubelet {
             token: at("token", "first\n"),
             reply: Arc::new(Mutex::new(reply)),
             requests: Arc::default(),
+            connections: Arc::default(),
             _dir: dir,
         };
         let (tls, reply, requests) =
             (Arc::new(tls), Arc::clone(&kubelet.reply), Arc::clone(&kubelet.requests));
+        let connections = Arc::clone(&kubelet.connections);
         thread::spawn(move || {
             for stream in listener.incoming() {
+                connections.fetch_add(1, Ordering::Relaxed);
                 let (tls, reply, requests) = (Arc::clone(&tls), Arc::clone(&reply), Arc::clone(&requests));
                 thread::spawn(move || drop(answer(stream.unwrap(), tls, &reply, &requests)));
             }
@@ -136,6 +145,7 @@ impl FakeKubelet {
     }
 }
 
+/// Answers what is asked on one connection.
 fn answer(
     stream: TcpStream,
     tls: Arc<ServerConfig>,
@@ -144,6 +154,17 @@ fn answer(
 ) -> std::io::Result<()> {
     let connection = ServerConnection::new(tls).map_err(std::io::Error::other)?;
     let mut stream = StreamOwned::new(connection, stream);
+    while answer_once(&mut stream, reply, requests)? {}
+    stream.conn.send_close_notify();
+    stream.flush()
+}
+
+/// Returns whether the connection stays open.
+fn answer_once(
+    stream: &mut StreamOwned<ServerConnection, TcpStream>,
+    reply: &Mutex<Reply>,
+    requests: &Mutex<Vec<Instant>>,
+) -> std::io::Result<bool> {
     let mut request = Vec::new();
     while !request.ends_with(b"\r\n\r\n") {
         let mut byte = [0];
@@ -162,7 +183,7 @@ fn answer(
         Reply::ToToken(..) => (401, "", "Unauthorized".to_owned()),
         Reply::Nothing => {
             stream.read_exact(&mut [0])?;
-            return Ok(());
+            return Ok(false);
         }
         Reply::Bytes(most) => {
             write!(stream, "HTTP/1.1 200 OK\r\n{JSON}Transfer-Encoding: chunked\r\n\r\n")?;
@@ -170,13 +191,16 @@ fn answer(
             for _ in 0..most / chunk.len() {
                 write!(stream, "10000\r\n{chunk}\r\n")?;
             }
-            return Ok(());
+            return Ok(false);
         }
     };
     write!(stream, "HTTP/1.1 {status} X\r\n{headers}Content-Length: {}\r\n\r\n{body}", body.len())?;
-    stream.conn.send_close_notify();
-    stream.flush()
+    stream.flush()?;
+    Ok(headers != HANGS_UP)
 }
+
+/// The headers of an answer after which the connection ends, without a word of that in it.
+const HANGS_UP: &str = "Content-Type: application/json; charset=utf-8\r\n";
 
 const JSON: &str = "Content-Type: application/json\r\n";
 const HTML: &str = "Content-Type: text/html\r\n";
@@ -501,6 +525,48 @@ async fn a_container_is_served_as_soon_as_it_is_listed() {
     };
     let (served, ()) = tokio::time::timeout(PATIENCE, both).await.unwrap();
     assert!(of_pod(&served.unwrap()).contains(&"sa:sa1".to_owned()));
+}
+
+#[tokio::test]
+async fn one_connection_takes_all_requests_and_one_that_ended_costs_no_call() {
+    for (headers, most) in [(JSON, 1), (HANGS_UP, usize::MAX)] {
+        let list = json!({"kind": "PodList", "items": [pod(1)]}).to_string();
+        let kubelet = FakeKubelet::start(Reply::With(200, headers, list));
+        let attestor = kubelet.attestor(|it| it.max_poll_attempts = 4);
+        let entries = ["k8s:ns:ns1"];
+        // The second is not listed: the kubelet is asked again and again.
+        attest(&attestor, &caller(1, 1), &entries).await.unwrap();
+        let error = attest(&attestor, &caller(2, 2), &entries).await.unwrap_err();
+        assert_eq!(error.fault(), AttestFault::Unlisted, "{headers}: {}", whole(&error));
+        let (requests, connections) = (kubelet.requests(), kubelet.connections.load(Ordering::Relaxed));
+        assert!(requests >= 3, "{headers}: {requests} requests");
+        assert!(connections <= most && connections >= requests.min(most), "{headers}: {connections}");
+        // What was read anew is shown on a connection of its own.
+        attestor.reload(kubelet.settings(|it| it.reload_interval = Duration::from_secs(1)));
+        attest(&attestor, &caller(1, 1), &entries).await.unwrap();
+        assert_eq!(kubelet.connections.load(Ordering::Relaxed), connections + 1, "{headers}");
+    }
+}
+
+#[tokio::test]
+async fn requests_are_counted_by_what_came_of_them() {
+    let kubelet = FakeKubelet::start(listed(&[pod(1), pod(2)]));
+    let metrics = Metrics::default();
+    let attestor = Attestor::new(kubelet.settings(|_| {})).counted_by(metrics.registry());
+    assert_eq!(attestor.kept_bytes(), 0);
+    attest(&attestor, &caller(1, 1), &["k8s:ns:ns1"]).await.unwrap();
+    assert!((500..5000).contains(&attestor.kept_bytes()), "{} bytes of two pods", attestor.kept_bytes());
+    kubelet.says(Reply::With(403, "", String::new()));
+    attest(&attestor, &caller(3, 3), &["k8s:ns:ns1"]).await.unwrap_err();
+    let text = metrics.render();
+    for line in [
+        "durward_kubelet_requests_total{result=\"ok\"} 1",
+        "durward_kubelet_requests_total{result=\"refused\"} 1",
+        "durward_kubelet_requests_total{result=\"late\"} 0",
+        "durward_kubelet_pods 2",
+    ] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
 }
 
 #[tokio::test]

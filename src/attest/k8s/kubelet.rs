@@ -182,11 +182,16 @@ pub(super) struct Kubelet {
     material: Option<(Material, StdInstant)>,
     /// The files are to be read again before the next request.
     stale: bool,
+    /// An open connection, which was made with this material.
+    open: Option<KubeletConnection>,
 }
+
+/// A connection that may take another request.
+type KubeletConnection = http1::SendRequest<Empty<Bytes>>;
 
 impl Kubelet {
     pub(super) fn new(place: KubeletPlace) -> Self {
-        Self { place, material: None, stale: false }
+        Self { place, material: None, stale: false, open: None }
     }
 
     /// Asks for the pods.
@@ -210,6 +215,8 @@ impl Kubelet {
         if let Some((material, _)) = fresh {
             return Ok(Some(material.clone()));
         }
+        // Who it is, and who the agent is, is looked at anew as well.
+        self.open = None;
         match (Material::read(shown_as, known_by), &mut self.material) {
             (Ok(read), kept) => *kept = Some((read, now)),
             (Err(fault), None) => return Err(fault.into()),
@@ -222,19 +229,58 @@ impl Kubelet {
         Ok(self.material.as_ref().map(|(material, _)| material.clone()))
     }
 
-    fn ask(&self, runtime: &Runtime, material: Option<&Material>) -> Result<PodList, KubeletFault> {
-        let address = self.place.address();
+    /// Asks on the connection that is open, or on another one where the kubelet has closed that.
+    fn ask(&mut self, runtime: &Runtime, material: Option<&Material>) -> Result<PodList, KubeletFault> {
         let until = Instant::now() + FETCH;
-        let late = || KubeletFault::Late { address: address.clone() };
+        let authorization = material.and_then(|material| material.authorization.as_ref());
+        let address = self.place.address();
+        if let Some(mut open) = self.open.take().filter(|open| !open.is_closed()) {
+            let answer =
+                runtime.block_on(async { timeout_at(until, send(&mut open, &address, authorization)).await });
+            // Late, it is no better on another connection; closed, it was closed before it was asked.
+            match answer {
+                Err(_elapsed) => return Err(KubeletFault::Late { address }),
+                Ok(Ok(answer)) => return self.read(runtime, open, answer, until),
+                Ok(Err(_closed)) => {}
+            }
+        }
+        let (open, answer) = self.ask_anew(runtime, material, until)?;
+        self.read(runtime, open, answer, until)
+    }
+
+    /// Asks on a connection of its own.
+    fn ask_anew(
+        &self,
+        runtime: &Runtime,
+        material: Option<&Material>,
+        until: Instant,
+    ) -> Result<(KubeletConnection, http::Response<Incoming>), KubeletFault> {
+        let address = self.place.address();
         let to: Vec<SocketAddr> = (self.place.host(), self.place.port)
             .to_socket_addrs()
             .map_err(|source| KubeletFault::Unreachable { address: address.clone(), source })?
             .collect();
-        let answer = runtime.block_on(async {
-            timeout_at(until, self.request(&address, &to, material))
-                .await
-                .unwrap_or_else(|_elapsed| Err(late()))
-        })?;
+        runtime.block_on(async {
+            let answer = timeout_at(until, async {
+                let mut open = self.connect(&address, &to, material).await?;
+                let authorization = material.and_then(|material| material.authorization.as_ref());
+                let answer = send(&mut open, &address, authorization).await?;
+                Ok((open, answer))
+            });
+            answer.await.unwrap_or_else(|_elapsed| Err(KubeletFault::Late { address: address.clone() }))
+        })
+    }
+
+    /// Reads the list, and keeps the connection if it was one.
+    fn read(
+        &mut self,
+        runtime: &Runtime,
+        open: KubeletConnection,
+        answer: http::Response<Incoming>,
+        until: Instant,
+    ) -> Result<PodList, KubeletFault> {
+        let address = self.place.address();
+        let late = || KubeletFault::Late { address: address.clone() };
         let (head, body) = answer.into_parts();
         if body.size_hint().lower() > u64::try_from(LARGEST_LIST).unwrap_or(u64::MAX) {
             return Err(KubeletFault::Large { address, excess: BodyExcess::Length(LARGEST_LIST) });
@@ -249,7 +295,10 @@ impl Kubelet {
         }
         let listed = PodList::read(io::BufReader::with_capacity(BUFFER, &mut body));
         match (listed, body.fault) {
-            (Ok(pods), _) => Ok(pods),
+            (Ok(pods), _) => {
+                self.open = Some(open);
+                Ok(pods)
+            }
             (Err(_), Some(BodyFault::Excess(excess))) => Err(KubeletFault::Large { address, excess }),
             (Err(_), Some(BodyFault::Parts(PartFault::Late))) => Err(late()),
             (Err(_), Some(BodyFault::Parts(PartFault::Broken(source)))) => {
@@ -261,22 +310,22 @@ impl Kubelet {
         }
     }
 
-    async fn request(
+    async fn connect(
         &self,
         address: &str,
         to: &[SocketAddr],
         material: Option<&Material>,
-    ) -> Result<http::Response<Incoming>, KubeletFault> {
+    ) -> Result<KubeletConnection, KubeletFault> {
         let unreachable = |source| KubeletFault::Unreachable { address: address.to_owned(), source };
         let stream = TcpStream::connect(to).await.map_err(unreachable)?;
-        let Some(Material { tls, authorization }) = material else {
-            return send(stream, address, None).await;
+        let Some(Material { tls, .. }) = material else {
+            return handshake(stream, address).await;
         };
         let name = ServerName::try_from(self.place.host())
             .map_err(|error| unreachable(io::Error::new(io::ErrorKind::InvalidInput, error)))?;
         let stream = TlsConnector::from(Arc::clone(tls)).connect(name, stream).await;
         let stream = stream.map_err(|source| self.tls_fault(address, source))?;
-        send(stream, address, authorization.as_ref()).await
+        handshake(stream, address).await
     }
 
     fn tls_fault(&self, address: &str, source: io::Error) -> KubeletFault {
@@ -340,28 +389,36 @@ impl Kubelet {
     }
 }
 
-async fn send(
+async fn handshake(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    address: &str,
+) -> Result<KubeletConnection, KubeletFault> {
+    let broken = |source| KubeletFault::Broken { address: address.to_owned(), source };
+    let handshake = http1::Builder::new().max_buf_size(READ_AHEAD).handshake(TokioIo::new(stream));
+    let (sender, connection) = handshake.await.map_err(broken)?;
+    // It runs whenever this thread waits for an answer or its body, and ends with the sender.
+    tokio::spawn(connection);
+    Ok(sender)
+}
+
+async fn send(
+    open: &mut KubeletConnection,
     address: &str,
     authorization: Option<&http::HeaderValue>,
 ) -> Result<http::Response<Incoming>, KubeletFault> {
     let broken = |source| KubeletFault::Broken { address: address.to_owned(), source };
-    let handshake = http1::Builder::new().max_buf_size(READ_AHEAD).handshake(TokioIo::new(stream));
-    let (mut sender, connection) = handshake.await.map_err(broken)?;
-    // It runs whenever this thread waits for the body, and ends with it.
-    tokio::spawn(connection);
+    open.ready().await.map_err(broken)?;
     let mut request = Request::builder()
         .uri("/pods")
         .header(header::HOST, address)
         .header(header::ACCEPT, "application/json")
-        .header(header::CONNECTION, "close")
         .header(header::USER_AGENT, concat!("durward/", env!("CARGO_PKG_VERSION")))
         .body(Empty::<Bytes>::new())
         .map_err(|_unsaid| KubeletFault::Internal("no request can be made"))?;
     if let Some(authorization) = authorization {
         request.headers_mut().insert(header::AUTHORIZATION, authorization.clone());
     }
-    sender.send_request(request).await.map_err(broken)
+    open.send_request(request).await.map_err(broken)
 }
 
 /// A text of somebody else's, for a message: one line, without control characters, and short.

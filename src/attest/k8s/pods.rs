@@ -29,6 +29,8 @@ pub(super) const MOST_KEPT: usize = 8 * 1024 * 1024;
 #[derive(Debug, Default)]
 pub struct PodList {
     pods: Vec<ListedPod>,
+    /// In bytes.
+    size: usize,
 }
 
 /// A pod, as far as selectors are made of it.
@@ -131,6 +133,11 @@ impl PodList {
     /// How many there are.
     pub fn len(&self) -> usize {
         self.pods.len()
+    }
+
+    /// Its size in memory, in bytes.
+    pub fn size(&self) -> usize {
+        self.size
     }
 
     /// Whether there is none.
@@ -349,6 +356,7 @@ impl<'de> Deserialize<'de> for PodList {
                     pods.pods.push(pod);
                 }
                 pods.pods.shrink_to_fit();
+                pods.size = kept;
                 Ok(pods)
             }
         }
@@ -630,6 +638,28 @@ mod tests {
         }
         let nobody = r#"{"kind":"PodList","items":[{},{"metadata":{"uid":"own"}}]}"#;
         assert!(read(nobody).is_ok_and(|pods| pods.is_empty()), "pods that no cgroup could name");
+    }
+
+    #[test]
+    fn the_pods_of_a_usual_node_are_small() {
+        for (pods, most) in [(250, 1024 * 1024), (500, 4 * 1024 * 1024)] {
+            let usual = |n: usize| {
+                let mut usual = pod(&format!("00000000-0000-0000-0000-{n:012}"), &format!("{n:064}"));
+                usual["metadata"]["labels"] = (0..8)
+                    .map(|n| (format!("app.kubernetes.io/label-{n}"), json!("a value of some length")))
+                    .collect::<serde_json::Map<_, _>>()
+                    .into();
+                usual["metadata"]["annotations"] = json!({"last-applied": "x".repeat(4096)});
+                let status = usual["status"]["containerStatuses"][0].clone();
+                usual["status"]["initContainerStatuses"] = json!([status]);
+                usual["status"]["initContainerStatuses"][0]["containerID"] = json!("");
+                usual
+            };
+            let text = list(&(0..pods).map(usual).collect::<Vec<_>>());
+            let read = read(&text).unwrap();
+            assert_eq!(read.len(), pods);
+            assert!(read.size() < most, "{pods} pods of {} bytes take {}", text.len(), read.size());
+        }
     }
 
     #[test]

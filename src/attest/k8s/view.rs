@@ -10,7 +10,7 @@
 use std::{
     num::NonZeroU32,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, Once, OnceLock, PoisonError},
     thread,
     time::{Duration, Instant as StdInstant},
 };
@@ -23,11 +23,12 @@ use tokio::{
 
 use super::{
     kubelet::{Kubelet, KubeletFault, KubeletPlace},
+    metrics::KubeletMetrics,
     pods::PodList,
 };
 use crate::{
     limits::{AttestationSlot, Attestations, Slots},
-    telemetry::chain,
+    telemetry::{chain, registry::Registry},
 };
 
 /// How long a view is good for callers that come after it was asked for. What may change of a container that runs, its pod's
@@ -74,6 +75,8 @@ struct Asking {
     demand: Mutex<Demand>,
     called: Condvar,
     answers: watch::Sender<ViewState>,
+    /// Set before the first request, if at all.
+    metrics: OnceLock<KubeletMetrics>,
 }
 
 #[derive(Default)]
@@ -107,12 +110,23 @@ impl Default for SharedView {
             demand: Mutex::default(),
             called: Condvar::new(),
             answers: watch::Sender::new(ViewState::default()),
+            metrics: OnceLock::new(),
         };
         Self { asking: Arc::new(asking), waiters: Arc::new(Slots::new(waiters)), started: Once::new() }
     }
 }
 
 impl SharedView {
+    /// Counts requests from now on.
+    pub(super) fn counted_by(&self, registry: Registry<'_>) {
+        let _counted_already = self.asking.metrics.set(KubeletMetrics::new(registry));
+    }
+
+    /// What it keeps, in bytes.
+    pub(super) fn kept(&self) -> usize {
+        self.asking.answers.borrow().good.as_ref().map_or(0, |view| view.pods.size())
+    }
+
     /// Asks this kubelet from the next request on.
     pub(super) fn begin(&self, place: KubeletPlace) {
         let place = Arc::new(place);
@@ -228,6 +242,9 @@ impl Asking {
             };
             pace.ended(StdInstant::now());
             complaint.note(listed.as_ref());
+            if let Some(metrics) = self.metrics.get() {
+                metrics.count(listed.as_ref());
+            }
             let demand = self.lock();
             // Another kubelet may be asked by now.
             if demand.place.as_ref().is_some_and(|now| Arc::ptr_eq(now, &place)) {
