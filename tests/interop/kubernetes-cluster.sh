@@ -34,7 +34,10 @@ entries=$(
 conf=$(kubectl -n durward get configmap durward -o jsonpath='{.data.agent\.conf}')
 # change_conf TEXT: the ConfigMap's file.
 change_conf() { kubectl -n durward create configmap durward --from-literal=agent.conf="$1" --dry-run=client -o yaml | kubectl replace -f - >/dev/null; }
-change_conf "$conf"$'\n'"$entries"
+entries+=$'\nentry "spiffe://example.org/team/gold" { selectors = ["k8s:ns-label:team:gold", "k8s:sa:web"] }'
+kubectl create clusterrole durward-namespaces --verb=get --resource=namespaces >/dev/null
+kubectl create clusterrolebinding durward-namespaces --clusterrole=durward-namespaces --serviceaccount=durward:durward >/dev/null
+change_conf "$(sed 's/^ *plugin_data {/&\n enable_namespace_labels = true/' <<<"$conf")"$'\n'"$entries"
 
 # pod NAME NAMESPACE SERVICE_ACCOUNT [MORE OF spec] [LABELS]: asks again and again, and prints what it is.
 pod() {
@@ -83,6 +86,15 @@ until_true 30 kubectl -n labels wait --for=condition=Ready pod/red --timeout=1s
 kubectl -n labels exec red -- durward api fetch x509 >"$dir/said.txt" 2>&1 && fail "a red pod has an identity: $(cat "$dir/said.txt")"
 grep -qi 'no identity issued' "$dir/said.txt" || fail "a red pod is denied: $(cat "$dir/said.txt")"
 note "pods of each kind have the identity that is theirs, and one has none"
+
+# By a label of the namespace, which comes later: the API server is asked again.
+kubectl create namespace gold >/dev/null
+pod web gold web
+until_true 60 kubectl -n gold wait --for=condition=Ready pod/web --timeout=1s
+[ -z "$(ids_of gold web)" ] || fail "no label, no identity: $(ids_of gold web)"
+kubectl label namespace gold team=gold >/dev/null
+until_true 60 is team/gold gold web
+note "and by the label of a namespace"
 
 # What is put into a running pod: kubectl exec, and an ephemeral container, which has a name of its own.
 [[ $(kubectl -n bank exec ledger -- durward api fetch x509) == *spiffe://example.org/ns/bank/sa/ledger* ]] || fail "kubectl exec"

@@ -77,6 +77,15 @@ fn certificate(name: &str) -> (String, rustls::pki_types::CertificateDer<'static
 
 impl FakeKubelet {
     fn start(reply: Reply) -> Self {
+        Self::start_at("/pods", reply)
+    }
+
+    /// An API server, as far as one is asked for the namespace of pod 1.
+    fn start_api_server(reply: Reply) -> Self {
+        Self::start_at("/api/v1/namespaces/ns1", reply)
+    }
+
+    fn start_at(path: &'static str, reply: Reply) -> Self {
         let dir = TempDir::new().unwrap();
         let (ca, leaf, key) = certificate("127.0.0.1");
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
@@ -110,7 +119,7 @@ impl FakeKubelet {
             for stream in listener.incoming() {
                 connections.fetch_add(1, Ordering::Relaxed);
                 let (tls, reply, requests) = (Arc::clone(&tls), Arc::clone(&reply), Arc::clone(&requests));
-                thread::spawn(move || drop(answer(stream.unwrap(), tls, &reply, &requests)));
+                thread::spawn(move || drop(answer(stream.unwrap(), tls, path, &reply, &requests)));
             }
         });
         kubelet
@@ -149,12 +158,13 @@ impl FakeKubelet {
 fn answer(
     stream: TcpStream,
     tls: Arc<ServerConfig>,
+    path: &str,
     reply: &Mutex<Reply>,
     requests: &Mutex<Vec<Instant>>,
 ) -> std::io::Result<()> {
     let connection = ServerConnection::new(tls).map_err(std::io::Error::other)?;
     let mut stream = StreamOwned::new(connection, stream);
-    while answer_once(&mut stream, reply, requests)? {}
+    while answer_once(&mut stream, path, reply, requests)? {}
     stream.conn.send_close_notify();
     stream.flush()
 }
@@ -162,6 +172,7 @@ fn answer(
 /// Returns whether the connection stays open.
 fn answer_once(
     stream: &mut StreamOwned<ServerConnection, TcpStream>,
+    path: &str,
     reply: &Mutex<Reply>,
     requests: &Mutex<Vec<Instant>>,
 ) -> std::io::Result<bool> {
@@ -172,7 +183,7 @@ fn answer_once(
         request.push(byte[0]);
     }
     let request = String::from_utf8(request).unwrap();
-    assert!(request.starts_with("GET /pods HTTP/1.1\r\n"), "{request}");
+    assert!(request.starts_with(&format!("GET {path} HTTP/1.1\r\n")), "{request}");
     requests.lock().unwrap().push(Instant::now());
     let reply = reply.lock().unwrap().clone();
     let (status, headers, body) = match reply {
@@ -672,6 +683,92 @@ async fn an_optional_attestor_that_cannot_tell_costs_identities_and_no_call() {
     let subject = attest(&Attestor::new(settings), &caller(1, 1), &["k8s:ns:ns1"]).await.unwrap();
     assert_eq!(of_pod(&subject), [""; 0]);
     assert!(!subject.is_empty(), "the other attestor");
+}
+
+fn namespace(labels: &Value) -> Reply {
+    let body = json!({"kind": "Namespace", "metadata": {"name": "ns1", "labels": labels}});
+    Reply::With(200, JSON, body.to_string())
+}
+
+/// Has the labels of namespaces be asked for at `api`.
+fn with_namespaces(api: &FakeKubelet) -> impl FnOnce(&mut K8sSettings) {
+    let (address, ca, token) = (format!("127.0.0.1:{}", api.port), api.ca.clone(), api.token.clone());
+    move |it| {
+        it.enable_namespace_labels = true;
+        it.api_server_address = Some(address);
+        it.api_server_ca_path = ca;
+        it.api_server_token_path = token;
+    }
+}
+
+#[tokio::test]
+async fn the_labels_of_a_namespace_are_found_where_an_entry_asks_for_one() {
+    let kubelet = FakeKubelet::start(listed(&[pod(1)]));
+    let api = FakeKubelet::start_api_server(namespace(
+        &json!({"team": "blue", "kubernetes.io/metadata.name": "ns1"}),
+    ));
+    let attestor = kubelet.attestor(with_namespaces(&api));
+    let asks = ["k8s:ns-label:team:blue"];
+    let found = of_pod(&attest(&attestor, &caller(1, 1), &["k8s:ns:ns1"]).await.unwrap());
+    assert!(!found.iter().any(|it| it.starts_with("ns-label:")), "nobody asks: {found:?}");
+    assert_eq!(api.requests(), 0);
+    for _ in 0..3 {
+        let found = of_pod(&attest(&attestor, &caller(1, 1), &asks).await.unwrap());
+        for label in ["ns-label:team:blue", "ns-label:kubernetes.io/metadata.name:ns1", "sa:sa1"] {
+            assert!(found.contains(&label.to_owned()), "{label}: {found:?}");
+        }
+    }
+    assert_eq!(api.requests(), 1, "one answer serves all");
+
+    let off = kubelet.attestor(|_| {});
+    let found = of_pod(&attest(&off, &caller(1, 1), &asks).await.unwrap());
+    assert!(!found.iter().any(|it| it.starts_with("ns-label:")), "{found:?}");
+}
+
+#[tokio::test]
+async fn what_the_api_server_cannot_say_costs_those_alone_who_may_need_it() {
+    let kubelet = FakeKubelet::start(listed(&[pod(1)]));
+    let labels: serde_json::Map<String, Value> = (0..300).map(|n| (n.to_string(), json!(""))).collect();
+    for (case, reply, want) in [
+        (
+            "401",
+            Reply::With(401, "", "no".into()),
+            "it must be the token of a service account of this cluster",
+        ),
+        ("403", Reply::With(403, "", "no".into()), "allow its service account get on namespaces: no"),
+        ("404", Reply::With(404, "", "gone".into()), "on namespaces response of 127.0.0.1:"),
+        ("HTML", Reply::With(200, HTML, "<html>".into()), "is \"text/html\" and no namespace"),
+        (
+            "another",
+            Reply::With(200, JSON, r#"{"kind":"Namespace"}"#.into()),
+            "not the Namespace that was asked for",
+        ),
+        ("100 MB", Reply::Bytes(100_000_000), "it is larger than"),
+        ("nothing", Reply::Nothing, "has not said which labels namespace \"ns1\" has"),
+        ("too many labels", namespace(&json!(labels)), "more than 256 labels"),
+    ] {
+        let api = FakeKubelet::start_api_server(reply.clone());
+        let large = matches!(reply, Reply::Bytes(..));
+        let with = with_namespaces(&api);
+        let attestor = kubelet.attestor(|it| {
+            with(it);
+            it.max_poll_attempts = if large { 20 } else { 2 };
+        });
+        let error = attest(&attestor, &caller(1, 1), &["k8s:ns-label:team:blue"]).await.unwrap_err();
+        assert!(whole(&error).contains(want), "{case}: {}", whole(&error));
+        assert_eq!((error.fault(), error.blame()), (AttestFault::Unreadable, Blame::Fault), "{case}");
+        // An entry that cannot be this one's for another reason costs nothing, and neither does one that asks for no label.
+        for entry in ["k8s:ns-label:team:blue k8s:ns:other", "k8s:ns:ns1"] {
+            let found = attest(&attestor, &caller(1, 1), &[entry]).await.unwrap();
+            assert!(of_pod(&found).contains(&"ns:ns1".to_owned()), "{case}: {entry}");
+        }
+    }
+    let mut nowhere = kubelet.settings(|_| {});
+    nowhere.k8s.settings.enable_namespace_labels = true;
+    if std::env::var_os("KUBERNETES_SERVICE_HOST").is_none() {
+        let error = attest(&Attestor::new(nowhere), &caller(1, 1), &["k8s:ns-label:a:b"]).await.unwrap_err();
+        assert!(whole(&error).contains("set api_server_address"), "{}", whole(&error));
+    }
 }
 
 #[tokio::test]

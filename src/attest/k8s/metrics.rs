@@ -2,7 +2,7 @@
 
 use metrics::{Counter, Gauge};
 
-use super::{kubelet::KubeletFault, pods::PodList};
+use super::{fault::KubernetesFault, pods::PodList};
 use crate::telemetry::registry::{By, Label as _, Registry, labels};
 
 labels! {
@@ -25,7 +25,7 @@ labels! {
     }
 }
 
-impl KubeletFault {
+impl KubernetesFault {
     fn result(&self) -> KubeletResult {
         match self {
             Self::Unreachable { .. } | Self::Broken { .. } => KubeletResult::Unreachable,
@@ -63,8 +63,8 @@ impl KubeletMetrics {
     }
 
     /// Counts a request that ended.
-    pub(super) fn count(&self, listed: Result<&PodList, &KubeletFault>) {
-        let result = listed.map_or_else(KubeletFault::result, |pods| {
+    pub(super) fn count(&self, listed: Result<&PodList, &KubernetesFault>) {
+        let result = listed.map_or_else(KubernetesFault::result, |pods| {
             self.pods.set(f64::from(u32::try_from(pods.len()).unwrap_or(u32::MAX)));
             KubeletResult::Listed
         });

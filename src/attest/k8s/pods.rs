@@ -205,7 +205,7 @@ impl ListedPod {
 // ---- as it is written ------------------------------------------------------------------------------------------
 
 /// A text that is short enough; `None` for one that is not.
-struct ShortText(Option<Box<str>>);
+pub(super) struct ShortText(Option<Box<str>>);
 
 impl Default for ShortText {
     fn default() -> Self {
@@ -285,7 +285,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Several<T> {
 
 /// Labels: pairs of texts.
 #[derive(Default)]
-struct RawLabels(Several<(ShortText, ShortText)>);
+pub(super) struct RawLabels(Several<(ShortText, ShortText)>);
 
 impl<'de> Deserialize<'de> for RawLabels {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -421,11 +421,11 @@ struct RawContainer {
 
 /// Takes texts and lists, and notes what is too large.
 #[derive(Default)]
-struct Excess(Option<PodExcess>);
+pub(super) struct Excess(pub(super) Option<PodExcess>);
 
 impl Excess {
     /// A text; an absent one is empty.
-    fn text(&mut self, text: ShortText) -> Box<str> {
+    pub(super) fn text(&mut self, text: ShortText) -> Box<str> {
         text.0.unwrap_or_else(|| {
             self.0 = Some(PodExcess::Text);
             "".into()
@@ -437,6 +437,11 @@ impl Excess {
             self.0 = Some(PodExcess::Number);
         }
         several.all.into_iter().map(|item| take(self, item)).collect()
+    }
+
+    /// Labels, with their texts.
+    pub(super) fn labels(&mut self, labels: RawLabels) -> Box<[(Box<str>, Box<str>)]> {
+        self.all(labels.0, |excess, (key, value)| (excess.text(key), excess.text(value)))
     }
 
     fn containers(&mut self, containers: Several<RawContainer>) -> Box<[PodContainer]> {
@@ -468,8 +473,7 @@ impl RawPod {
             namespace: excess.text(metadata.namespace),
             service_account: excess.text(spec.service_account_name),
             node: excess.text(spec.node_name),
-            labels: excess
-                .all(metadata.labels.0, |excess, (key, value)| (excess.text(key), excess.text(value))),
+            labels: excess.labels(metadata.labels),
             owners: excess.all(metadata.owner_references, |excess, raw| PodOwner {
                 kind: excess.text(raw.kind),
                 name: excess.text(raw.name),

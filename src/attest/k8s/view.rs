@@ -22,7 +22,8 @@ use tokio::{
 };
 
 use super::{
-    kubelet::{Kubelet, KubeletFault, KubeletPlace},
+    client::{KubernetesClient, KubernetesPlace},
+    fault::KubernetesFault,
     metrics::KubeletMetrics,
     pods::PodList,
 };
@@ -61,7 +62,7 @@ pub(super) struct PodView {
 struct ViewState {
     good: Option<PodView>,
     /// Of the last request, if it failed, and when that began.
-    fault: Option<(Instant, Arc<KubeletFault>)>,
+    fault: Option<(Instant, Arc<KubernetesFault>)>,
 }
 
 /// The view, and the thread that asks for it. The thread ends when this is dropped, as soon as it has asked.
@@ -81,7 +82,7 @@ struct Asking {
 
 #[derive(Default)]
 struct Demand {
-    place: Option<Arc<KubeletPlace>>,
+    place: Option<Arc<KubernetesPlace>>,
     /// So many wait.
     waiting: usize,
     over: bool,
@@ -96,7 +97,7 @@ pub(super) enum NoView {
     /// Too many wait already.
     Crowded,
     /// The kubelet could not be asked.
-    Kubelet(Arc<KubeletFault>),
+    Kubelet(Arc<KubernetesFault>),
     /// It did not answer.
     Silent,
     /// It was not in any view that came.
@@ -128,7 +129,7 @@ impl SharedView {
     }
 
     /// Asks this kubelet from the next request on.
-    pub(super) fn begin(&self, place: KubeletPlace) {
+    pub(super) fn begin(&self, place: KubernetesPlace) {
         let place = Arc::new(place);
         let mut demand = self.asking.lock();
         if demand.place.as_ref() != Some(&place) {
@@ -229,16 +230,17 @@ impl Asking {
         let runtime = Builder::new_current_thread().enable_io().enable_time().build();
         let runtime = runtime.map_err(|error| tracing::error!(%error, "the kubelet cannot be asked")).ok();
         let (mut pace, mut complaint) = (RequestPace::default(), KubeletTrouble::default());
-        let mut kubelet: Option<(Arc<KubeletPlace>, Kubelet)> = None;
+        let mut kubelet: Option<(Arc<KubernetesPlace>, KubernetesClient)> = None;
         while let Some(place) = self.next(&pace) {
             let known = kubelet.take().filter(|(known, _)| Arc::ptr_eq(known, &place));
-            let (_, asked) =
-                kubelet.insert(known.unwrap_or_else(|| (Arc::clone(&place), Kubelet::new((*place).clone()))));
+            let (_, asked) = kubelet.insert(
+                known.unwrap_or_else(|| (Arc::clone(&place), KubernetesClient::new((*place).clone()))),
+            );
             let began = Instant::now();
             pace.begins(StdInstant::now());
             let listed = match &runtime {
                 Some(runtime) => list(asked, runtime),
-                None => Err(KubeletFault::Internal("it has no runtime")),
+                None => Err(KubernetesFault::Internal("it has no runtime")),
             };
             pace.ended(StdInstant::now());
             complaint.note(listed.as_ref());
@@ -250,7 +252,7 @@ impl Asking {
             if demand.place.as_ref().is_some_and(|now| Arc::ptr_eq(now, &place)) {
                 self.answers.send_modify(|answers| match listed {
                     Ok(pods) => {
-                        let node = place.node.as_deref().map(Arc::from);
+                        let node = place.name.as_deref().map(Arc::from);
                         *answers = ViewState {
                             good: Some(PodView { pods: Arc::new(pods), node, asked: began }),
                             fault: None,
@@ -263,7 +265,7 @@ impl Asking {
     }
 
     /// Waits until somebody waits and the next request may begin. `None` when all is over.
-    fn next(&self, pace: &RequestPace) -> Option<Arc<KubeletPlace>> {
+    fn next(&self, pace: &RequestPace) -> Option<Arc<KubernetesPlace>> {
         let mut demand = self.lock();
         loop {
             if demand.over {
@@ -294,9 +296,9 @@ impl Asking {
     }
 }
 
-fn list(kubelet: &mut Kubelet, runtime: &Runtime) -> Result<PodList, KubeletFault> {
-    catch_unwind(AssertUnwindSafe(|| kubelet.list(runtime)))
-        .unwrap_or(Err(KubeletFault::Internal("a mistake of its own, see the log")))
+fn list(kubelet: &mut KubernetesClient, runtime: &Runtime) -> Result<PodList, KubernetesFault> {
+    catch_unwind(AssertUnwindSafe(|| kubelet.get(runtime, "/pods", |body| PodList::read(body))))
+        .unwrap_or(Err(KubernetesFault::Internal("a mistake of its own, see the log")))
 }
 
 /// When requests began and ended.
@@ -335,7 +337,7 @@ struct KubeletTrouble {
 }
 
 impl KubeletTrouble {
-    fn note(&mut self, listed: Result<&PodList, &KubeletFault>) {
+    fn note(&mut self, listed: Result<&PodList, &KubernetesFault>) {
         match listed {
             Ok(pods) => {
                 if self.said.take().is_some() {
