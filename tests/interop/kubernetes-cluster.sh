@@ -178,11 +178,15 @@ plugins {
   NodeAttestor "join_token" { plugin_data { } }
   KeyManager "memory" { plugin_data { } }
   WorkloadAttestor "k8s" {
-    plugin_data { kubelet_ca_path = "$k/ca.pem", certificate_path = "$k/admin.pem", private_key_path = "$k/admin.key" }
+    plugin_data { enable_namespace_labels = true, kubelet_ca_path = "$k/ca.pem", certificate_path = "$k/admin.pem", private_key_path = "$k/admin.key" }
   }
 }
 CONF
-start_process peer spire-agent run -config "$dir/peer.conf"
+# What it asks the API server with is where a pod has it.
+mkdir -p /run/secrets/kubernetes.io/serviceaccount
+cp "$k/ca.pem" /run/secrets/kubernetes.io/serviceaccount/ca.crt
+kubectl -n durward create token durward >/run/secrets/kubernetes.io/serviceaccount/token
+KUBERNETES_SERVICE_HOST=$service_ip KUBERNETES_SERVICE_PORT=443 start_process peer spire-agent run -config "$dir/peer.conf"
 until_true 30 test -S /run/durward/public/peer.sock
 # container_of NAMESPACE POD CONTAINER: its ID in the runtime.
 container_of() {
