@@ -42,7 +42,7 @@ use arc_swap::ArcSwap;
 use metrics::{Counter, Histogram};
 use tokio::{sync::watch, time::Instant};
 
-pub use self::attestors::AttestorBlock;
+pub use self::attestors::{AttestorBlock, AttestorSaid};
 pub use self::error::{AttestError, AttestFault, Blame, ProcReadError};
 pub(crate) use self::settings::is_enabled;
 use self::{
@@ -189,7 +189,13 @@ impl Attestor {
     /// Registers its series with `registry` and counts attestations and their failures.
     #[must_use]
     pub fn counted_by(self, registry: Registry<'_>) -> Self {
+        self.attestors.counted_by(registry);
         Self { metrics: AttestMetrics::new(registry), ..self }
+    }
+
+    /// What attestors keep between attestations, in bytes, as far as it can be much.
+    pub fn kept_bytes(&self) -> usize {
+        self.attestors.kept()
     }
 
     /// Takes other settings for what is prepared from now on. A call is attested by those of its snapshot: entries that
@@ -291,7 +297,7 @@ impl Attestor {
         let attested = self.attest_anew(questions, process, at).await;
         let attested = attested.and_then(|attestation| without_doubt(attestation, questions));
         self.metrics.count(&attested);
-        let Attestation { selectors, evidence, untold, took: _ } = attested?;
+        let Attestation { selectors, evidence, untold, said: _ } = attested?;
         let subject = Subject(Arc::new(selectors));
         if let Some(slot) = process.slot() {
             // What could not be told may be told by the next call.
@@ -406,7 +412,7 @@ impl AttestMetrics {
     fn count(&self, attested: &Result<Attestation, AttestError>) {
         match attested {
             Ok(attestation) => {
-                for (attestor, took) in &attestation.took {
+                for AttestorSaid { attestor, took, .. } in &attestation.said {
                     self.seconds.with(*attestor, |seconds| seconds.record(*took));
                 }
             }

@@ -23,7 +23,7 @@ use super::{
     metrics::{AgentMetrics, MemoryMetrics},
     probe::{keep_in_sight, probe},
     serving::Serving,
-    surroundings::look_around,
+    surroundings::{look_around, say_where},
     watch::Watch,
 };
 use crate::{
@@ -155,6 +155,7 @@ impl AgentParts {
         limits_set.set(config.ratelimit.in_force(means.cgroup));
         let gate_plan = GatePlan::new(&config.ratelimit, means.nofile, budget)?;
         say_what_fits(&gate_plan, budget);
+        say_where(&caller_keys(config), in_pod(), budget, means.cgroup);
         let limits = Limits::new(&config.ratelimit, clock, metrics.registry());
         let gate = limits::Gate::new(gate_plan, &limits);
         Ok(Self {
@@ -184,9 +185,7 @@ impl AgentParts {
         let services = self.services()?;
         let (stop, stopping) = channel::channel(false);
         let (connections, bounds) = channel::channel(connection_bounds(&config, self.means));
-        let looks = in_pod() || config.attest.k8s.enabled;
-        let keys =
-            Arc::new(PodOrUid::new(config.kubernetes.mode, looks, config.kubernetes.kubelet_root.clone()));
+        let keys = Arc::new(caller_keys(&config));
         let (stats, admin_stats) = (Arc::<ConnectionStats>::default(), Arc::<ConnectionStats>::default());
         let series = ConnectionMetrics::new(self.metrics.registry());
         let counted = (Arc::clone(&stats), Arc::clone(&admin_stats));
@@ -318,6 +317,7 @@ impl AgentParts {
         let watch = Watch {
             limits: self.limits.clone(),
             gate: self.gate.clone(),
+            attestor: Arc::clone(&self.attestor),
             x509: Arc::clone(&self.x509),
             jwt: Arc::clone(&self.jwt),
             journal: Arc::clone(&self.journal),
@@ -419,6 +419,12 @@ fn public_socket(config: &Config, handed: Option<UnixListener>) -> anyhow::Resul
         config.agent.socket_path.display()
     );
     Ok(socket)
+}
+
+/// Whom callers are charged to.
+fn caller_keys(config: &Config) -> PodOrUid {
+    let looks = in_pod() || config.attest.k8s.enabled;
+    PodOrUid::new(config.kubernetes.mode, looks, config.kubernetes.kubelet_root.clone())
 }
 
 /// Whether Kubernetes started this process: it gives every container this variable.

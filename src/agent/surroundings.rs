@@ -11,6 +11,7 @@ use nix::{
 
 use crate::{
     os::{namespace, pidfd::Pidfd},
+    peer::cgroup::PodOrUid,
     telemetry::health::HealthState,
 };
 
@@ -45,6 +46,22 @@ impl Obstacle {
             Self::UserNamespace => false,
         }
     }
+}
+
+/// Says once where the agent finds itself: whether callers are told by their pods, and how much memory it may use.
+pub(super) fn say_where(keys: &PodOrUid, in_pod: bool, budget: Option<u64>, cgroup: Option<u64>) {
+    let kubernetes = match (keys.looks_for_pods(), in_pod) {
+        (true, true) => "found: the agent runs in a pod, and callers are told by their pods",
+        (true, false) => "callers are told by their pods, as the configuration says",
+        (false, true) => "found, and not looked at, as the configuration says",
+        (false, false) => "not found: callers are told by their users",
+    };
+    let from = match budget {
+        None => "nothing: neither the cgroup nor ratelimit.memory sets a limit",
+        Some(_) if budget == cgroup => "the limit of the cgroup",
+        Some(_) => "ratelimit.memory",
+    };
+    tracing::info!(kubernetes, budget, budget_from = from, "where the agent runs");
 }
 
 /// Says once what is missing, and keeps an agent that nobody could be served by from being ready.

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use super::meter::MemoryMeter;
 use crate::{
     api::Journal,
+    attest::Attestor,
     limits::{
         self, Limits, ToldToGo,
         budget::{Accounted, Pressure},
@@ -35,6 +36,7 @@ const TICKS_PER_REPORT: u32 = 4;
 pub(super) struct Watch {
     pub(super) limits: Limits,
     pub(super) gate: limits::Gate,
+    pub(super) attestor: Arc<Attestor>,
     pub(super) x509: Arc<X509Cache>,
     pub(super) jwt: Arc<JwtCache>,
     pub(super) journal: Arc<Journal>,
@@ -169,6 +171,7 @@ impl Watch {
             keys: count(callers + identities + self.gate.keys()),
             jwt_svids: count(self.jwt.len()),
             x509_svids: count(self.x509.counts().cached),
+            attestors: count(self.attestor.kept_bytes()),
         }
     }
 

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     attest::{
-        Attestor, Subject,
+        Attestor, AttestorSaid, Subject,
         inspect::{Description, InspectError, UntoldKind},
     },
     identity::Entry,
@@ -280,7 +280,8 @@ impl AdminParts {
         let (caller, source) = self.keys.explain(process.pid(), process.uid());
         let process = process.within(source.place());
         let snapshot = self.store.snapshot();
-        let Description { subject, untold } = self.attestor.describe(&process, &snapshot.questions).await?;
+        let Description { subject, untold, said } =
+            self.attestor.describe(&process, &snapshot.questions).await?;
         let matches = matches(&snapshot, &subject);
         let near = snapshot.index.nearest(&subject, NEAREST);
         let (uid, gid) = (process.uid().as_raw(), process.gid().as_raw());
@@ -305,6 +306,7 @@ impl AdminParts {
                 .into_iter()
                 .map(|UntoldKind { kind, why, decides }| pb::Untold { kind, why: chain(&why), decides })
                 .collect(),
+            attestors: said.into_iter().map(said_of).collect(),
         })
     }
 
@@ -355,6 +357,17 @@ fn matches(snapshot: &Snapshot, subject: &Subject) -> Vec<(Arc<Entry>, String)> 
     let all = snapshot.index.entries().iter();
     let matching = all.filter(|entry| !entry.selectors.is_empty() && entry.selectors.is_subset(subject));
     matching.map(|entry| (Arc::clone(entry), withheld(entry))).collect()
+}
+
+fn said_of(said: AttestorSaid) -> pb::Said {
+    let AttestorSaid { attestor, selectors, took, age } = said;
+    let whole = |number: u128| u64::try_from(number).unwrap_or(u64::MAX);
+    pb::Said {
+        attestor: attestor.text().to_owned(),
+        selectors: u32::try_from(selectors).unwrap_or(u32::MAX),
+        took_microseconds: whole(took.as_micros()),
+        age_milliseconds: age.map(|age| whole(age.as_millis())),
+    }
 }
 
 fn why(key: CallerKey, source: KeySource) -> pb::Caller {

@@ -22,6 +22,7 @@ use crate::{
         settings::Shown,
     },
     identity::{Entry, selector::Selectors},
+    telemetry::registry::Registry,
 };
 
 /// Counts what attestors learnt apart from any call: after each, what was prepared for the entries may be otherwise.
@@ -42,6 +43,14 @@ pub(super) trait WorkloadAttestor: Sized {
 
     /// One that counts in `news` what it learns apart from any call.
     fn new(news: &News) -> Self;
+
+    /// Registers series of its own, where it has any.
+    fn counted_by(&self, _registry: Registry<'_>) {}
+
+    /// What it keeps between attestations, in bytes, where that can be much.
+    fn kept(&self) -> usize {
+        0
+    }
 
     /// Reads `plugin_data`, and reports what is wrong with it.
     fn read(data: &mut Section<'_>) -> Self::Settings;
@@ -106,6 +115,8 @@ pub(super) struct Findings<E> {
     /// What must still hold when these are used again for a later call of the same connection.
     pub(super) evidence: Option<Box<dyn Evidence>>,
     pub(super) untold: Vec<Untold<E>>,
+    /// How old that is which they rest on, where it was not read for them.
+    pub(super) age: Option<Duration>,
 }
 
 /// Whether a process has selectors of this kind could not be told. A call fails for this reason if an entry asks for
@@ -151,8 +162,18 @@ pub(super) struct Attestation {
     pub(super) selectors: Selectors,
     pub(super) evidence: Vec<Box<dyn Evidence>>,
     pub(super) untold: Vec<(SelectorKind, AttestorError)>,
-    /// How long each took.
-    pub(super) took: Vec<(AttestorName, Duration)>,
+    pub(super) said: Vec<AttestorSaid>,
+}
+
+/// What one attestor came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttestorSaid {
+    pub attestor: AttestorName,
+    /// How many selectors it found.
+    pub selectors: usize,
+    pub took: Duration,
+    /// How old that is which they rest on, where it was not read for them.
+    pub age: Option<Duration>,
 }
 
 /// Makes of the list of attestors what the rest of the agent sees: their names, their settings, their errors, and all
@@ -283,6 +304,14 @@ macro_rules! attestors {
                 Self { $($field: <$attestor as WorkloadAttestor>::new(news),)+ }
             }
 
+            fn counted_by(&self, registry: Registry<'_>) {
+                $(self.$field.counted_by(registry);)+
+            }
+
+            fn kept(&self) -> usize {
+                0 $(+ self.$field.kept())+
+            }
+
             fn begin(&self, settings: &AttestSettings) {
                 $(if let Some(settings) = settings.$field.in_use() { self.$field.begin(settings); })+
             }
@@ -320,22 +349,27 @@ macro_rules! attestors {
                         }
                         Err(error) => return Err(error.into()),
                     };
-                    let Findings { selectors, evidence, untold } = findings;
+                    let Findings { selectors, evidence, untold, age } = findings;
                     let attestor = <$attestor as WorkloadAttestor>::NAME;
                     let kind = |word| SelectorKind { attestor, word };
                     let untold: Vec<_> = untold
                         .into_iter()
                         .map(|Untold { word, why }| (kind(word), AttestorError::from(why)))
                         .collect();
-                    let took = since.elapsed();
-                    Ok::<_, AttestorError>(Some((AttestorName::$case, took, selectors, evidence, untold)))
+                    let said = AttestorSaid {
+                        attestor: AttestorName::$case,
+                        selectors: selectors.len(),
+                        took: since.elapsed(),
+                        age,
+                    };
+                    Ok::<_, AttestorError>(Some((said, selectors, evidence, untold)))
                 }),+)?;
                 let mut all = Attestation::default();
-                for (attestor, took, mut selectors, evidence, untold) in [$($field),+].into_iter().flatten() {
+                for (said, mut selectors, evidence, untold) in [$($field),+].into_iter().flatten() {
                     all.selectors.append(&mut selectors);
                     all.evidence.extend(evidence);
                     all.untold.extend(untold);
-                    all.took.push((attestor, took));
+                    all.said.push(said);
                 }
                 Ok(all)
             }

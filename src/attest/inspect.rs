@@ -16,7 +16,7 @@ use nix::{
 use tokio::time::Instant;
 
 use super::{
-    AttestError, Attestor, AttestorError, Questions, Subject, doubted,
+    AttestError, Attestor, AttestorError, AttestorSaid, Questions, Subject, doubted,
     process::{Attestable, Extent, ProcDir},
 };
 use crate::{
@@ -71,6 +71,8 @@ pub struct Description {
     pub subject: Subject,
     /// What could not be told.
     pub untold: Vec<UntoldKind>,
+    /// What each attestor came to.
+    pub said: Vec<AttestorSaid>,
 }
 
 /// A kind of selectors of which it could not be told whether a process has them.
@@ -181,13 +183,15 @@ impl Attestor {
         let attested = self.attest_anew(questions, process, Instant::now()).await;
         let attested = attested.map_err(|source| InspectError::attest(process.pid, source))?;
         let decides = doubted(&attested, questions);
+        let said = attested.said;
         let untold = attested.untold.into_iter().enumerate();
         let untold = untold.map(|(at, (kind, why))| UntoldKind {
             kind: kind.to_string(),
             why,
             decides: decides == Some(at),
         });
-        Ok(Description { untold: untold.collect(), subject: Subject(Arc::new(attested.selectors)) })
+        let subject = Subject(Arc::new(attested.selectors));
+        Ok(Description { untold: untold.collect(), subject, said })
     }
 }
 

@@ -14,8 +14,11 @@
 //! anew ([`view`]). SPIRE does not find ephemeral containers (`kubectl debug`); they are containers of their pod here.
 
 mod body;
-mod kubelet;
+mod client;
+mod fault;
 mod material;
+mod metrics;
+mod namespaces;
 pub mod pods;
 mod settings;
 mod view;
@@ -25,11 +28,15 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 pub use self::{
-    body::BodyExcess, kubelet::KubeletFault, material::MaterialFault, pods::AmbiguousPlace,
+    body::BodyExcess,
+    fault::{KubernetesFault, KubernetesService, ServiceAddress},
+    material::MaterialFault,
+    pods::AmbiguousPlace,
     settings::K8sSettings,
 };
 use self::{
-    pods::{FoundContainer, PodContainer, PodOwner},
+    namespaces::{NamespaceView, NoLabels},
+    pods::{FoundContainer, PodContainer, PodExcess, PodOwner},
     settings::is_of_node,
     view::{NoView, PodView, SharedView},
 };
@@ -46,14 +53,16 @@ use crate::{
     },
     limits::CallerKey,
     peer::pod::{ContainerId, PodPlace, PodUid},
+    telemetry::registry::Registry,
 };
 
 /// Its name, which is the type of its selectors.
 const NAME: &str = "k8s";
 
 /// What its selectors are of, in the order that messages name them.
-const KINDS: [&str; 14] = [
+const KINDS: [&str; 15] = [
     "ns",
+    NS_LABEL,
     "sa",
     "pod-label",
     "pod-name",
@@ -69,9 +78,11 @@ const KINDS: [&str; 14] = [
     "node-name",
 ];
 
+/// The one that the API server tells.
+const NS_LABEL: &str = "ns-label";
+
 /// Kinds of spire-agent's that are not attested.
-const ABSENT_KINDS: [&str; 10] = [
-    "ns-label",
+const ABSENT_KINDS: [&str; 9] = [
     "image-signature",
     "image-attestations",
     "image-signature-subject",
@@ -89,13 +100,24 @@ const PATIENCE_OF_PEOPLE: Duration = Duration::from_secs(2);
 /// Why it could not find out who a process is.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum K8sError {
-    /// The kubelet could not be asked.
+    /// The kubelet or the API server could not be asked.
     #[error(transparent)]
-    Kubelet(Arc<KubeletFault>),
+    Kubelet(Arc<KubernetesFault>),
     /// The settings say that it is not asked.
     #[error("kubelet client is disabled (disable_kubelet_client), so who is in pods cannot be told")]
     NoClient,
+    /// Nobody says where the API server is.
+    #[error(
+        "KUBERNETES_SERVICE_HOST is not set, so the API server cannot be asked for labels: set api_server_address"
+    )]
+    NoApiServer,
     /// It has not answered.
+    #[error("the API server has not said which labels namespace {namespace:?} has for {:.1} s", waited.as_secs_f32())]
+    SilentApiServer { namespace: Box<str>, waited: Duration },
+    /// The namespace is like none that Kubernetes lets be made.
+    #[error("namespace {namespace:?} has {excess}, so its labels cannot be told")]
+    LargeNamespace { namespace: Box<str>, excess: PodExcess },
+    /// The kubelet has not answered.
     #[error("the kubelet has not said which pods there are for {:.1} s", waited.as_secs_f32())]
     Silent { waited: Duration },
     /// It does not list the container.
@@ -121,9 +143,13 @@ impl K8sError {
     /// Whose doing it is, and how it is counted.
     pub(super) fn class(&self) -> (Blame, AttestFault) {
         match self {
-            Self::Kubelet(_) | Self::Silent { .. } | Self::NoClient | Self::Excess { .. } => {
-                (Blame::Fault, AttestFault::Unreadable)
-            }
+            Self::Kubelet(_)
+            | Self::Silent { .. }
+            | Self::NoClient
+            | Self::NoApiServer
+            | Self::SilentApiServer { .. }
+            | Self::LargeNamespace { .. }
+            | Self::Excess { .. } => (Blame::Fault, AttestFault::Unreadable),
             Self::Unlisted { .. } => (Blame::Fault, AttestFault::Unlisted),
             Self::Ambiguous(_) | Self::OtherNode { .. } => (Blame::Fault, AttestFault::Untrusted),
             Self::Crowded => (Blame::Crowd, AttestFault::Busy),
@@ -136,12 +162,23 @@ impl K8sError {
 pub struct K8sQuestions {
     /// Whether any asks for anything.
     asks: bool,
+    /// Whether any asks for the labels of a namespace.
+    asks_for_namespaces: bool,
 }
 
 /// What it keeps between attestations.
 #[derive(Default)]
 pub(super) struct K8sAttestor {
     view: SharedView,
+    namespaces: NamespaceView,
+}
+
+/// What was found of a pod.
+struct PodFindings {
+    selectors: Selectors,
+    namespace: Box<str>,
+    /// When the kubelet was asked for it.
+    asked: Instant,
 }
 
 impl WorkloadAttestor for K8sAttestor {
@@ -153,6 +190,14 @@ impl WorkloadAttestor for K8sAttestor {
 
     fn new(_news: &News) -> Self {
         Self::default()
+    }
+
+    fn counted_by(&self, registry: Registry<'_>) {
+        self.view.counted_by(registry);
+    }
+
+    fn kept(&self) -> usize {
+        self.view.kept() + self.namespaces.kept()
     }
 
     fn read(data: &mut Section<'_>) -> K8sSettings {
@@ -170,7 +215,12 @@ impl WorkloadAttestor for K8sAttestor {
         let parts = of.split(':').count();
         match kind {
             _ if of.is_empty() => Err(format!("must have a value, as k8s:{kind}:VALUE")),
-            "pod-label" if parts < 2 => Err("must be a key and a value, as k8s:pod-label:app:web".to_owned()),
+            "pod-label" | NS_LABEL if parts < 2 => {
+                Err(format!("must be a key and a value, as k8s:{kind}:app:web"))
+            }
+            NS_LABEL if !settings.enable_namespace_labels => {
+                Err("k8s:ns-label is found out with enable_namespace_labels = true alone".to_owned())
+            }
             "pod-owner" | "pod-owner-uid" if parts < 2 => {
                 Err(format!("must be a kind and what it is, as k8s:{kind}:ReplicaSet:web-5d4f"))
             }
@@ -194,11 +244,18 @@ impl WorkloadAttestor for K8sAttestor {
         if let Some(place) = settings.place() {
             self.view.begin(place);
         }
+        if let Some(place) = settings.api_server() {
+            self.namespaces.begin(place);
+        }
     }
 
     fn prepare_for(&self, entries: &[Arc<Entry>]) -> K8sQuestions {
-        let mut selectors = entries.iter().flat_map(|entry| &entry.selectors);
-        K8sQuestions { asks: selectors.any(|selector| selector.kind() == NAME) }
+        let mut questions = K8sQuestions::default();
+        for selector in entries.iter().flat_map(|entry| &entry.selectors).filter(|it| it.kind() == NAME) {
+            questions.asks = true;
+            questions.asks_for_namespaces |= selector.value().split(':').next() == Some(NS_LABEL);
+        }
+        questions
     }
 
     fn absent(_questions: &K8sQuestions, _value: &str) -> Option<String> {
@@ -216,17 +273,32 @@ impl WorkloadAttestor for K8sAttestor {
         questions: &Questions,
         seen: &Seen<'_>,
     ) -> Result<Findings<K8sError>, K8sError> {
-        let mut findings = Findings { selectors: Selectors::new(), evidence: None, untold: Vec::new() };
+        let mut findings =
+            Findings { selectors: Selectors::new(), evidence: None, untold: Vec::new(), age: None };
         let Some(PodPlace { pod, container: Some(container) }) = seen.process.place() else {
             return Ok(findings);
         };
         if seen.extent() == Extent::Asked && !questions.k8s.asks {
             return Ok(findings);
         }
+        let began = Instant::now();
         match self.look(settings, seen, pod, container).await {
-            Ok(selectors) => findings.selectors = selectors,
+            Ok(PodFindings { selectors, namespace, asked }) => {
+                findings.selectors = selectors;
+                findings.age = Some(asked.elapsed());
+                let asks = seen.extent() == Extent::All || questions.k8s.asks_for_namespaces;
+                if settings.enable_namespace_labels && asks {
+                    match self.look_at_namespace(settings, seen, pod, namespace, began).await {
+                        Ok(mut labels) => findings.selectors.append(&mut labels),
+                        Err(why) => findings.untold.push(Untold { word: NS_LABEL, why }),
+                    }
+                }
+            }
             Err(why) => {
-                findings.untold = KINDS.into_iter().map(|word| Untold { word, why: why.clone() }).collect();
+                let words = KINDS.into_iter();
+                // Without the setting nobody has one.
+                let words = words.filter(|word| *word != NS_LABEL || settings.enable_namespace_labels);
+                findings.untold = words.map(|word| Untold { word, why: why.clone() }).collect();
             }
         }
         Ok(findings)
@@ -238,26 +310,66 @@ fn is_count(text: &str) -> bool {
 }
 
 impl K8sAttestor {
-    /// The selectors of the process, which is in this container of this pod.
+    /// How long the process may be kept waiting.
+    fn patience(settings: &K8sSettings, seen: &Seen<'_>) -> Duration {
+        match seen.extent() {
+            Extent::All => settings.patience().min(PATIENCE_OF_PEOPLE),
+            Extent::Asked => settings.patience().min(seen.process.patience()),
+        }
+    }
+
+    /// The selectors of the namespace that a process of this pod is in, which waits since `began`.
+    async fn look_at_namespace(
+        &self,
+        settings: &K8sSettings,
+        seen: &Seen<'_>,
+        pod: PodUid,
+        namespace: Box<str>,
+        began: Instant,
+    ) -> Result<Selectors, K8sError> {
+        if settings.api_server().is_none() {
+            return Err(K8sError::NoApiServer);
+        }
+        let patience = Self::patience(settings, seen).saturating_sub(began.elapsed());
+        let aside = || seen.process.stand_aside();
+        let found = self.namespaces.find(&namespace, share_of(pod), patience, aside).await;
+        let found = found.map_err(|why| match why {
+            NoLabels::Crowded => K8sError::Crowded,
+            NoLabels::ApiServer(fault) => K8sError::Kubelet(fault),
+            NoLabels::Silent => {
+                K8sError::SilentApiServer { namespace: namespace.clone(), waited: began.elapsed() }
+            }
+        })?;
+        if let Some(excess) = found.excess {
+            return Err(K8sError::LargeNamespace { namespace, excess });
+        }
+        let label =
+            |(key, value): &(Box<str>, Box<str>)| Selector::new(NAME, format!("{NS_LABEL}:{key}:{value}"));
+        Ok(found.labels.iter().map(label).collect())
+    }
+
+    /// The process, which is in this container of this pod.
     async fn look(
         &self,
         settings: &K8sSettings,
         seen: &Seen<'_>,
         pod: PodUid,
         container: ContainerId,
-    ) -> Result<Selectors, K8sError> {
+    ) -> Result<PodFindings, K8sError> {
         if settings.disable_kubelet_client {
             return Err(K8sError::NoClient);
         }
-        let patience = match seen.extent() {
-            Extent::All => settings.patience().min(PATIENCE_OF_PEOPLE),
-            Extent::Asked => settings.patience().min(seen.process.patience()),
-        };
+        let patience = Self::patience(settings, seen);
         let began = Instant::now();
         let look = |view: &PodView| {
             let found = view.pods.find(pod, container).map_err(K8sError::Ambiguous)?;
             let found = found.filter(|it| it.is_listed() || settings.disable_container_selectors);
-            found.map(|found| selectors(found, view, settings)).transpose()
+            found
+                .map(|found| {
+                    let selectors = selectors(found, view, settings)?;
+                    Ok(PodFindings { selectors, namespace: found.pod.namespace.clone(), asked: view.asked })
+                })
+                .transpose()
         };
         let found = self.view.find(share_of(pod), patience, || seen.process.stand_aside(), look).await;
         found.map_err(|why| match why {

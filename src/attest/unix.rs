@@ -176,8 +176,12 @@ impl WorkloadAttestor for UnixAttestor {
         let own = self.names.own();
         let untold = questions.unix.unanswered(&own, &seen.status);
         let untold = untold.map(|word| Untold { word, why: UnixError::NoNames }).collect();
-        let mut findings =
-            Findings { selectors: selectors(&seen.status, &questions.unix), evidence: None, untold };
+        let mut findings = Findings {
+            selectors: selectors(&seen.status, &questions.unix),
+            evidence: None,
+            untold,
+            age: None,
+        };
         let all = seen.extent() == Extent::All;
         let wanted = |found: &Selectors, words: &[_]| all || questions.may_ask(NAME, found, words);
         self.discovery.find(*settings, seen, wanted, &mut findings).await;

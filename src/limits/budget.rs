@@ -242,15 +242,17 @@ pub struct Accounted {
     pub jwt_svids: u64,
     /// Cached X.509-SVIDs.
     pub x509_svids: u64,
+    /// Bytes that attestors keep.
+    pub attestors: u64,
 }
 
 impl Accounted {
     /// What that takes, in bytes, as this module reckons it.
     pub fn bytes(&self) -> u64 {
-        let Self { held, keys, jwt_svids, x509_svids } = *self;
+        let Self { held, keys, jwt_svids, x509_svids, attestors } = *self;
         [(keys, KEY), (jwt_svids, CACHED_JWT_SVID), (x509_svids, CACHED_X509_SVID)]
             .into_iter()
-            .fold(held.saturating_add(PROCESS), |sum: u64, (number, each)| {
+            .fold(held.saturating_add(attestors).saturating_add(PROCESS), |sum: u64, (number, each)| {
                 sum.saturating_add(number.saturating_mul(each))
             })
     }
@@ -329,7 +331,7 @@ mod tests {
 
     #[test]
     fn accounts_add_up() {
-        let some = Accounted { held: 2, keys: 3, jwt_svids: 1, x509_svids: 1 };
+        let some = Accounted { held: 2, keys: 3, jwt_svids: 1, x509_svids: 1, attestors: 0 };
         assert_eq!(some.bytes(), 2 + PROCESS + 3 * KEY + CACHED_JWT_SVID + CACHED_X509_SVID);
         assert_eq!(Accounted { held: u64::MAX, keys: 1, ..Accounted::default() }.bytes(), u64::MAX);
     }

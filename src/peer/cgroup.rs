@@ -424,7 +424,7 @@ impl PodOrUid {
     }
 
     /// Whether pods are looked for.
-    fn looks_for_pods(&self) -> bool {
+    pub fn looks_for_pods(&self) -> bool {
         self.kubelet.is_some()
     }
 

@@ -34,7 +34,10 @@ entries=$(
 conf=$(kubectl -n durward get configmap durward -o jsonpath='{.data.agent\.conf}')
 # change_conf TEXT: the ConfigMap's file.
 change_conf() { kubectl -n durward create configmap durward --from-literal=agent.conf="$1" --dry-run=client -o yaml | kubectl replace -f - >/dev/null; }
-change_conf "$conf"$'\n'"$entries"
+entries+=$'\nentry "spiffe://example.org/team/gold" { selectors = ["k8s:ns-label:team:gold", "k8s:sa:web"] }'
+kubectl create clusterrole durward-namespaces --verb=get --resource=namespaces >/dev/null
+kubectl create clusterrolebinding durward-namespaces --clusterrole=durward-namespaces --serviceaccount=durward:durward >/dev/null
+change_conf "$(sed 's/^ *plugin_data {/&\n enable_namespace_labels = true/' <<<"$conf")"$'\n'"$entries"
 
 # pod NAME NAMESPACE SERVICE_ACCOUNT [MORE OF spec] [LABELS]: asks again and again, and prints what it is.
 pod() {
@@ -84,9 +87,17 @@ kubectl -n labels exec red -- durward api fetch x509 >"$dir/said.txt" 2>&1 && fa
 grep -qi 'no identity issued' "$dir/said.txt" || fail "a red pod is denied: $(cat "$dir/said.txt")"
 note "pods of each kind have the identity that is theirs, and one has none"
 
+# By a label of the namespace, which comes later: the API server is asked again.
+kubectl create namespace gold >/dev/null
+pod web gold web
+until_true 60 kubectl -n gold wait --for=condition=Ready pod/web --timeout=1s
+[ -z "$(ids_of gold web)" ] || fail "no label, no identity: $(ids_of gold web)"
+kubectl label namespace gold team=gold >/dev/null
+until_true 60 is team/gold gold web
+note "and by the label of a namespace"
+
 # What is put into a running pod: kubectl exec, and an ephemeral container, which has a name of its own.
-kubectl -n bank exec ledger -- durward api fetch x509 -output json | grep -q '"spiffe://example.org/ns/bank/sa/ledger"' ||
-    fail "kubectl exec"
+[[ $(kubectl -n bank exec ledger -- durward api fetch x509) == *spiffe://example.org/ns/bank/sa/ledger* ]] || fail "kubectl exec"
 echo '{"env": [{"name": "SPIFFE_ENDPOINT_SOCKET", "value": "unix:///spiffe/api.sock"}],
   "volumeMounts": [{"name": "spiffe", "mountPath": "/spiffe"}]}' >"$dir/custom.json"
 kubectl -n parts debug parts --image=durward:0.1.0 --container=helper --profile=general --custom="$dir/custom.json" -- \
@@ -167,11 +178,15 @@ plugins {
   NodeAttestor "join_token" { plugin_data { } }
   KeyManager "memory" { plugin_data { } }
   WorkloadAttestor "k8s" {
-    plugin_data { kubelet_ca_path = "$k/ca.pem", certificate_path = "$k/admin.pem", private_key_path = "$k/admin.key" }
+    plugin_data { enable_namespace_labels = true, kubelet_ca_path = "$k/ca.pem", certificate_path = "$k/admin.pem", private_key_path = "$k/admin.key" }
   }
 }
 CONF
-start_process peer spire-agent run -config "$dir/peer.conf"
+# What it asks the API server with is where a pod has it.
+mkdir -p /run/secrets/kubernetes.io/serviceaccount
+cp "$k/ca.pem" /run/secrets/kubernetes.io/serviceaccount/ca.crt
+kubectl -n durward create token durward >/run/secrets/kubernetes.io/serviceaccount/token
+KUBERNETES_SERVICE_HOST=$service_ip KUBERNETES_SERVICE_PORT=443 start_process peer spire-agent run -config "$dir/peer.conf"
 until_true 30 test -S /run/durward/public/peer.sock
 # container_of NAMESPACE POD CONTAINER: its ID in the runtime.
 container_of() {
@@ -212,5 +227,5 @@ $(sed -n '/^health_checks/,/^}/p' <<<"$conf")"
 kubectl -n durward patch daemonset durward --patch-file "$manifests/join-server.yaml" >/dev/null
 kubectl -n durward rollout status daemonset/durward --timeout=90s >/dev/null
 until_true 60 is of-server/ledger bank ledger
-spire-server agent list | grep -q 'spiffe://example.org/spire/agent/k8s_psat/lab/' || fail "k8s_psat: $(spire-server agent list)"
+[[ $(spire-server agent list) == *spiffe://example.org/spire/agent/k8s_psat/lab/* ]] || fail "k8s_psat: $(spire-server agent list)"
 note "and the same manifest joins a SPIRE Server by k8s_psat"

@@ -8,7 +8,10 @@ use std::{
     net::{TcpListener, TcpStream},
     os::unix::net::UnixStream,
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -23,6 +26,7 @@ use durward::{
         Peer,
         cgroup::{KubeletRoot, KubernetesMode, PodOrUid},
     },
+    telemetry::metrics::Metrics,
 };
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
@@ -56,6 +60,8 @@ struct FakeKubelet {
     token: PathBuf,
     reply: Arc<Mutex<Reply>>,
     requests: Arc<Mutex<Vec<Instant>>>,
+    /// How often somebody connected.
+    connections: Arc<AtomicUsize>,
     _dir: TempDir,
 }
 
@@ -71,6 +77,15 @@ fn certificate(name: &str) -> (String, rustls::pki_types::CertificateDer<'static
 
 impl FakeKubelet {
     fn start(reply: Reply) -> Self {
+        Self::start_at("/pods", reply)
+    }
+
+    /// An API server, as far as one is asked for the namespace of pod 1.
+    fn start_api_server(reply: Reply) -> Self {
+        Self::start_at("/api/v1/namespaces/ns1", reply)
+    }
+
+    fn start_at(path: &'static str, reply: Reply) -> Self {
         let dir = TempDir::new().unwrap();
         let (ca, leaf, key) = certificate("127.0.0.1");
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
@@ -94,14 +109,17 @@ impl FakeKubelet {
             token: at("token", "first\n"),
             reply: Arc::new(Mutex::new(reply)),
             requests: Arc::default(),
+            connections: Arc::default(),
             _dir: dir,
         };
         let (tls, reply, requests) =
             (Arc::new(tls), Arc::clone(&kubelet.reply), Arc::clone(&kubelet.requests));
+        let connections = Arc::clone(&kubelet.connections);
         thread::spawn(move || {
             for stream in listener.incoming() {
+                connections.fetch_add(1, Ordering::Relaxed);
                 let (tls, reply, requests) = (Arc::clone(&tls), Arc::clone(&reply), Arc::clone(&requests));
-                thread::spawn(move || drop(answer(stream.unwrap(), tls, &reply, &requests)));
+                thread::spawn(move || drop(answer(stream.unwrap(), tls, path, &reply, &requests)));
             }
         });
         kubelet
@@ -136,14 +154,28 @@ impl FakeKubelet {
     }
 }
 
+/// Answers what is asked on one connection.
 fn answer(
     stream: TcpStream,
     tls: Arc<ServerConfig>,
+    path: &str,
     reply: &Mutex<Reply>,
     requests: &Mutex<Vec<Instant>>,
 ) -> std::io::Result<()> {
     let connection = ServerConnection::new(tls).map_err(std::io::Error::other)?;
     let mut stream = StreamOwned::new(connection, stream);
+    while answer_once(&mut stream, path, reply, requests)? {}
+    stream.conn.send_close_notify();
+    stream.flush()
+}
+
+/// Returns whether the connection stays open.
+fn answer_once(
+    stream: &mut StreamOwned<ServerConnection, TcpStream>,
+    path: &str,
+    reply: &Mutex<Reply>,
+    requests: &Mutex<Vec<Instant>>,
+) -> std::io::Result<bool> {
     let mut request = Vec::new();
     while !request.ends_with(b"\r\n\r\n") {
         let mut byte = [0];
@@ -151,7 +183,7 @@ fn answer(
         request.push(byte[0]);
     }
     let request = String::from_utf8(request).unwrap();
-    assert!(request.starts_with("GET /pods HTTP/1.1\r\n"), "{request}");
+    assert!(request.starts_with(&format!("GET {path} HTTP/1.1\r\n")), "{request}");
     requests.lock().unwrap().push(Instant::now());
     let reply = reply.lock().unwrap().clone();
     let (status, headers, body) = match reply {
@@ -162,7 +194,7 @@ fn answer(
         Reply::ToToken(..) => (401, "", "Unauthorized".to_owned()),
         Reply::Nothing => {
             stream.read_exact(&mut [0])?;
-            return Ok(());
+            return Ok(false);
         }
         Reply::Bytes(most) => {
             write!(stream, "HTTP/1.1 200 OK\r\n{JSON}Transfer-Encoding: chunked\r\n\r\n")?;
@@ -170,13 +202,16 @@ fn answer(
             for _ in 0..most / chunk.len() {
                 write!(stream, "10000\r\n{chunk}\r\n")?;
             }
-            return Ok(());
+            return Ok(false);
         }
     };
     write!(stream, "HTTP/1.1 {status} X\r\n{headers}Content-Length: {}\r\n\r\n{body}", body.len())?;
-    stream.conn.send_close_notify();
-    stream.flush()
+    stream.flush()?;
+    Ok(headers != HANGS_UP)
 }
+
+/// The headers of an answer after which the connection ends, without a word of that in it.
+const HANGS_UP: &str = "Content-Type: application/json; charset=utf-8\r\n";
 
 const JSON: &str = "Content-Type: application/json\r\n";
 const HTML: &str = "Content-Type: text/html\r\n";
@@ -504,6 +539,48 @@ async fn a_container_is_served_as_soon_as_it_is_listed() {
 }
 
 #[tokio::test]
+async fn one_connection_takes_all_requests_and_one_that_ended_costs_no_call() {
+    for (headers, most) in [(JSON, 1), (HANGS_UP, usize::MAX)] {
+        let list = json!({"kind": "PodList", "items": [pod(1)]}).to_string();
+        let kubelet = FakeKubelet::start(Reply::With(200, headers, list));
+        let attestor = kubelet.attestor(|it| it.max_poll_attempts = 4);
+        let entries = ["k8s:ns:ns1"];
+        // The second is not listed: the kubelet is asked again and again.
+        attest(&attestor, &caller(1, 1), &entries).await.unwrap();
+        let error = attest(&attestor, &caller(2, 2), &entries).await.unwrap_err();
+        assert_eq!(error.fault(), AttestFault::Unlisted, "{headers}: {}", whole(&error));
+        let (requests, connections) = (kubelet.requests(), kubelet.connections.load(Ordering::Relaxed));
+        assert!(requests >= 3, "{headers}: {requests} requests");
+        assert!(connections <= most && connections >= requests.min(most), "{headers}: {connections}");
+        // What was read anew is shown on a connection of its own.
+        attestor.reload(kubelet.settings(|it| it.reload_interval = Duration::from_secs(1)));
+        attest(&attestor, &caller(1, 1), &entries).await.unwrap();
+        assert_eq!(kubelet.connections.load(Ordering::Relaxed), connections + 1, "{headers}");
+    }
+}
+
+#[tokio::test]
+async fn requests_are_counted_by_what_came_of_them() {
+    let kubelet = FakeKubelet::start(listed(&[pod(1), pod(2)]));
+    let metrics = Metrics::default();
+    let attestor = Attestor::new(kubelet.settings(|_| {})).counted_by(metrics.registry());
+    assert_eq!(attestor.kept_bytes(), 0);
+    attest(&attestor, &caller(1, 1), &["k8s:ns:ns1"]).await.unwrap();
+    assert!((500..5000).contains(&attestor.kept_bytes()), "{} bytes of two pods", attestor.kept_bytes());
+    kubelet.says(Reply::With(403, "", String::new()));
+    attest(&attestor, &caller(3, 3), &["k8s:ns:ns1"]).await.unwrap_err();
+    let text = metrics.render();
+    for line in [
+        "durward_kubelet_requests_total{result=\"ok\"} 1",
+        "durward_kubelet_requests_total{result=\"refused\"} 1",
+        "durward_kubelet_requests_total{result=\"late\"} 0",
+        "durward_kubelet_pods 2",
+    ] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+}
+
+#[tokio::test]
 async fn a_token_that_changes_is_read_again() {
     let reply = |token| {
         let list = json!({"kind": "PodList", "items": [pod(1)]}).to_string();
@@ -606,6 +683,92 @@ async fn an_optional_attestor_that_cannot_tell_costs_identities_and_no_call() {
     let subject = attest(&Attestor::new(settings), &caller(1, 1), &["k8s:ns:ns1"]).await.unwrap();
     assert_eq!(of_pod(&subject), [""; 0]);
     assert!(!subject.is_empty(), "the other attestor");
+}
+
+fn namespace(labels: &Value) -> Reply {
+    let body = json!({"kind": "Namespace", "metadata": {"name": "ns1", "labels": labels}});
+    Reply::With(200, JSON, body.to_string())
+}
+
+/// Has the labels of namespaces be asked for at `api`.
+fn with_namespaces(api: &FakeKubelet) -> impl FnOnce(&mut K8sSettings) {
+    let (address, ca, token) = (format!("127.0.0.1:{}", api.port), api.ca.clone(), api.token.clone());
+    move |it| {
+        it.enable_namespace_labels = true;
+        it.api_server_address = Some(address);
+        it.api_server_ca_path = ca;
+        it.api_server_token_path = token;
+    }
+}
+
+#[tokio::test]
+async fn the_labels_of_a_namespace_are_found_where_an_entry_asks_for_one() {
+    let kubelet = FakeKubelet::start(listed(&[pod(1)]));
+    let api = FakeKubelet::start_api_server(namespace(
+        &json!({"team": "blue", "kubernetes.io/metadata.name": "ns1"}),
+    ));
+    let attestor = kubelet.attestor(with_namespaces(&api));
+    let asks = ["k8s:ns-label:team:blue"];
+    let found = of_pod(&attest(&attestor, &caller(1, 1), &["k8s:ns:ns1"]).await.unwrap());
+    assert!(!found.iter().any(|it| it.starts_with("ns-label:")), "nobody asks: {found:?}");
+    assert_eq!(api.requests(), 0);
+    for _ in 0..3 {
+        let found = of_pod(&attest(&attestor, &caller(1, 1), &asks).await.unwrap());
+        for label in ["ns-label:team:blue", "ns-label:kubernetes.io/metadata.name:ns1", "sa:sa1"] {
+            assert!(found.contains(&label.to_owned()), "{label}: {found:?}");
+        }
+    }
+    assert_eq!(api.requests(), 1, "one answer serves all");
+
+    let off = kubelet.attestor(|_| {});
+    let found = of_pod(&attest(&off, &caller(1, 1), &asks).await.unwrap());
+    assert!(!found.iter().any(|it| it.starts_with("ns-label:")), "{found:?}");
+}
+
+#[tokio::test]
+async fn what_the_api_server_cannot_say_costs_those_alone_who_may_need_it() {
+    let kubelet = FakeKubelet::start(listed(&[pod(1)]));
+    let labels: serde_json::Map<String, Value> = (0..300).map(|n| (n.to_string(), json!(""))).collect();
+    for (case, reply, want) in [
+        (
+            "401",
+            Reply::With(401, "", "no".into()),
+            "it must be the token of a service account of this cluster",
+        ),
+        ("403", Reply::With(403, "", "no".into()), "allow its service account get on namespaces: no"),
+        ("404", Reply::With(404, "", "gone".into()), "on namespaces response of 127.0.0.1:"),
+        ("HTML", Reply::With(200, HTML, "<html>".into()), "is \"text/html\" and no namespace"),
+        (
+            "another",
+            Reply::With(200, JSON, r#"{"kind":"Namespace"}"#.into()),
+            "not the Namespace that was asked for",
+        ),
+        ("100 MB", Reply::Bytes(100_000_000), "it is larger than"),
+        ("nothing", Reply::Nothing, "has not said which labels namespace \"ns1\" has"),
+        ("too many labels", namespace(&json!(labels)), "more than 256 labels"),
+    ] {
+        let api = FakeKubelet::start_api_server(reply.clone());
+        let large = matches!(reply, Reply::Bytes(..));
+        let with = with_namespaces(&api);
+        let attestor = kubelet.attestor(|it| {
+            with(it);
+            it.max_poll_attempts = if large { 20 } else { 2 };
+        });
+        let error = attest(&attestor, &caller(1, 1), &["k8s:ns-label:team:blue"]).await.unwrap_err();
+        assert!(whole(&error).contains(want), "{case}: {}", whole(&error));
+        assert_eq!((error.fault(), error.blame()), (AttestFault::Unreadable, Blame::Fault), "{case}");
+        // An entry that cannot be this one's for another reason costs nothing, and neither does one that asks for no label.
+        for entry in ["k8s:ns-label:team:blue k8s:ns:other", "k8s:ns:ns1"] {
+            let found = attest(&attestor, &caller(1, 1), &[entry]).await.unwrap();
+            assert!(of_pod(&found).contains(&"ns:ns1".to_owned()), "{case}: {entry}");
+        }
+    }
+    let mut nowhere = kubelet.settings(|_| {});
+    nowhere.k8s.settings.enable_namespace_labels = true;
+    if std::env::var_os("KUBERNETES_SERVICE_HOST").is_none() {
+        let error = attest(&Attestor::new(nowhere), &caller(1, 1), &["k8s:ns-label:a:b"]).await.unwrap_err();
+        assert!(whole(&error).contains("set api_server_address"), "{}", whole(&error));
+    }
 }
 
 #[tokio::test]

@@ -181,6 +181,22 @@ pub struct ExplainResponse {
     /// What could not be told of it.
     #[prost(message, repeated, tag = "9")]
     pub untold: ::prost::alloc::vec::Vec<Untold>,
+    /// What each attestor came to.
+    #[prost(message, repeated, tag = "10")]
+    pub attestors: ::prost::alloc::vec::Vec<Said>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Said {
+    #[prost(string, tag = "1")]
+    pub attestor: ::prost::alloc::string::String,
+    /// How many selectors it found.
+    #[prost(uint32, tag = "2")]
+    pub selectors: u32,
+    #[prost(uint64, tag = "3")]
+    pub took_microseconds: u64,
+    /// How old that is which they rest on; absent where it was read for this.
+    #[prost(uint64, optional, tag = "4")]
+    pub age_milliseconds: ::core::option::Option<u64>,
 }
 /// A kind of selectors of which it could not be told whether the process has them.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -29,6 +29,8 @@ pub(super) const MOST_KEPT: usize = 8 * 1024 * 1024;
 #[derive(Debug, Default)]
 pub struct PodList {
     pods: Vec<ListedPod>,
+    /// In bytes.
+    size: usize,
 }
 
 /// A pod, as far as selectors are made of it.
@@ -133,6 +135,11 @@ impl PodList {
         self.pods.len()
     }
 
+    /// Its size in memory, in bytes.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.pods.is_empty()
@@ -198,7 +205,7 @@ impl ListedPod {
 // ---- as it is written ------------------------------------------------------------------------------------------
 
 /// A text that is short enough; `None` for one that is not.
-struct ShortText(Option<Box<str>>);
+pub(super) struct ShortText(Option<Box<str>>);
 
 impl Default for ShortText {
     fn default() -> Self {
@@ -278,7 +285,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Several<T> {
 
 /// Labels: pairs of texts.
 #[derive(Default)]
-struct RawLabels(Several<(ShortText, ShortText)>);
+pub(super) struct RawLabels(Several<(ShortText, ShortText)>);
 
 impl<'de> Deserialize<'de> for RawLabels {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -349,6 +356,7 @@ impl<'de> Deserialize<'de> for PodList {
                     pods.pods.push(pod);
                 }
                 pods.pods.shrink_to_fit();
+                pods.size = kept;
                 Ok(pods)
             }
         }
@@ -413,11 +421,11 @@ struct RawContainer {
 
 /// Takes texts and lists, and notes what is too large.
 #[derive(Default)]
-struct Excess(Option<PodExcess>);
+pub(super) struct Excess(pub(super) Option<PodExcess>);
 
 impl Excess {
     /// A text; an absent one is empty.
-    fn text(&mut self, text: ShortText) -> Box<str> {
+    pub(super) fn text(&mut self, text: ShortText) -> Box<str> {
         text.0.unwrap_or_else(|| {
             self.0 = Some(PodExcess::Text);
             "".into()
@@ -429,6 +437,11 @@ impl Excess {
             self.0 = Some(PodExcess::Number);
         }
         several.all.into_iter().map(|item| take(self, item)).collect()
+    }
+
+    /// Labels, with their texts.
+    pub(super) fn labels(&mut self, labels: RawLabels) -> Box<[(Box<str>, Box<str>)]> {
+        self.all(labels.0, |excess, (key, value)| (excess.text(key), excess.text(value)))
     }
 
     fn containers(&mut self, containers: Several<RawContainer>) -> Box<[PodContainer]> {
@@ -460,8 +473,7 @@ impl RawPod {
             namespace: excess.text(metadata.namespace),
             service_account: excess.text(spec.service_account_name),
             node: excess.text(spec.node_name),
-            labels: excess
-                .all(metadata.labels.0, |excess, (key, value)| (excess.text(key), excess.text(value))),
+            labels: excess.labels(metadata.labels),
             owners: excess.all(metadata.owner_references, |excess, raw| PodOwner {
                 kind: excess.text(raw.kind),
                 name: excess.text(raw.name),
@@ -630,6 +642,28 @@ mod tests {
         }
         let nobody = r#"{"kind":"PodList","items":[{},{"metadata":{"uid":"own"}}]}"#;
         assert!(read(nobody).is_ok_and(|pods| pods.is_empty()), "pods that no cgroup could name");
+    }
+
+    #[test]
+    fn the_pods_of_a_usual_node_are_small() {
+        for (pods, most) in [(250, 1024 * 1024), (500, 4 * 1024 * 1024)] {
+            let usual = |n: usize| {
+                let mut usual = pod(&format!("00000000-0000-0000-0000-{n:012}"), &format!("{n:064}"));
+                usual["metadata"]["labels"] = (0..8)
+                    .map(|n| (format!("app.kubernetes.io/label-{n}"), json!("a value of some length")))
+                    .collect::<serde_json::Map<_, _>>()
+                    .into();
+                usual["metadata"]["annotations"] = json!({"last-applied": "x".repeat(4096)});
+                let status = usual["status"]["containerStatuses"][0].clone();
+                usual["status"]["initContainerStatuses"] = json!([status]);
+                usual["status"]["initContainerStatuses"][0]["containerID"] = json!("");
+                usual
+            };
+            let text = list(&(0..pods).map(usual).collect::<Vec<_>>());
+            let read = read(&text).unwrap();
+            assert_eq!(read.len(), pods);
+            assert!(read.size() < most, "{pods} pods of {} bytes take {}", text.len(), read.size());
+        }
     }
 
     #[test]

@@ -3,7 +3,8 @@
 use std::{env, net::IpAddr, path::PathBuf, time::Duration};
 
 use super::{
-    kubelet::KubeletPlace,
+    client::KubernetesPlace,
+    fault::KubernetesService,
     material::{KnownBy, ShownAs},
 };
 use crate::hcl::{
@@ -57,20 +58,27 @@ settings! {
         /// How often the files are read again, at most.
         "reload_interval" reload_interval: Duration = Duration::from_secs(60),
             duration(Duration::from_secs(1)..=LONGEST_RELOAD), reloads;
+        /// Whether the API server is asked for the labels of pods' namespaces.
+        "enable_namespace_labels" enable_namespace_labels: bool = false, boolean(), reloads;
+        /// The API server, as `HOST:PORT`; what Kubernetes tells every pod where it is not set.
+        "api_server_address" api_server_address: Option<String> = None, text(), reloads;
+        /// The CAs that sign its certificate.
+        "api_server_ca_path" api_server_ca_path: PathBuf = PathBuf::from(CA_FILE), file(), reloads;
+        /// The token that it is shown.
+        "api_server_token_path" api_server_token_path: PathBuf = PathBuf::from(TOKEN_FILE), file(), reloads;
         /// Whether only pods are told, and not their containers.
         "disable_container_selectors" disable_container_selectors: bool = false, boolean(), reloads;
     }
 }
 
 /// Keys of spire-agent's that are not acted on.
-const ABSENT: [(&str, Off, &str); 4] = [
+const ABSENT: [(&str, Off, &str); 3] = [
     ("use_new_container_locator", Off::True, "the old way to find containers"),
     (
         "verbose_container_locator_logs",
         Off::False,
         "logging how containers are found (durward explain shows it)",
     ),
-    ("enable_namespace_labels", Off::False, "k8s:ns-label"),
     ("sigstore", Off::Missing, "verifying the signatures of images"),
 ];
 
@@ -115,6 +123,13 @@ impl K8sSettings {
             (None, Some(_)) => data.missing("certificate_path", "must be set beside private_key_path"),
             (None, None) | (Some(_), Some(_)) => {}
         }
+        if let Some(place) = data.set_at("api_server_address")
+            && let Some(address) = &settings.api_server_address
+            && host_and_port(address).is_none()
+        {
+            let message = "must be HOST:PORT, as 10.96.0.1:443";
+            data.wrong(place, "api_server_address", None, message);
+        }
         refuse(data, &ABSENT);
         if let Some(mut experimental) = data.block("experimental") {
             refuse(&mut experimental, &EXPERIMENTAL);
@@ -128,14 +143,14 @@ impl K8sSettings {
     }
 
     /// Where the kubelet is and how it is asked. `None` where it is not.
-    pub(super) fn place(&self) -> Option<KubeletPlace> {
+    pub(super) fn place(&self) -> Option<KubernetesPlace> {
         if self.disable_kubelet_client {
             return None;
         }
-        let reload_interval = self.reload_interval;
+        let (service, reload_interval) = (KubernetesService::Kubelet, self.reload_interval);
         let node = self.node_name.clone().or_else(|| self.node_of_environment());
         if let Some(port) = self.kubelet_read_only_port {
-            return Some(KubeletPlace { node, port, secure: None, reload_interval });
+            return Some(KubernetesPlace { service, name: node, port, secure: None, reload_interval });
         }
         let shown_as = match (&self.certificate_path, &self.private_key_path) {
             _ if self.use_anonymous_authentication => ShownAs::Anonymous,
@@ -150,7 +165,27 @@ impl K8sSettings {
             KnownBy::Ca { file: self.kubelet_ca_path.clone(), named: node.is_some() }
         };
         let port = self.kubelet_secure_port.unwrap_or(SECURE_PORT);
-        Some(KubeletPlace { node, port, secure: Some((shown_as, known_by)), reload_interval })
+        let secure = Some((shown_as, known_by));
+        Some(KubernetesPlace { service, name: node, port, secure, reload_interval })
+    }
+
+    /// Where the API server is and how it is asked. `None` where it is not, or nobody says where.
+    pub(super) fn api_server(&self) -> Option<KubernetesPlace> {
+        if !self.enable_namespace_labels || self.disable_kubelet_client {
+            return None;
+        }
+        let (host, port) = match &self.api_server_address {
+            Some(address) => host_and_port(address)?,
+            None => api_server_of_environment()?,
+        };
+        let known_by = KnownBy::Ca { file: self.api_server_ca_path.clone(), named: true };
+        Some(KubernetesPlace {
+            service: KubernetesService::ApiServer,
+            name: Some(host),
+            port,
+            secure: Some((ShownAs::Token(self.api_server_token_path.clone()), known_by)),
+            reload_interval: self.reload_interval,
+        })
     }
 
     #[expect(clippy::disallowed_methods, reason = "the setting names a variable, as spire-agent's does")]
@@ -162,6 +197,23 @@ impl K8sSettings {
     pub(super) fn patience(&self) -> Duration {
         self.poll_retry_interval.saturating_mul(self.max_poll_attempts)
     }
+}
+
+/// What Kubernetes tells every pod.
+#[expect(clippy::disallowed_methods, reason = "the variables are how a pod is told")]
+fn api_server_of_environment() -> Option<(String, u16)> {
+    let host = env::var("KUBERNETES_SERVICE_HOST").ok().filter(|host| !host.is_empty())?;
+    let port = env::var("KUBERNETES_SERVICE_PORT").ok()?.parse().ok()?;
+    Some((host, port))
+}
+
+/// The parts of `HOST:PORT`; an IPv6 address stands in brackets.
+fn host_and_port(text: &str) -> Option<(String, u16)> {
+    let (host, port) = text.rsplit_once(':')?;
+    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    let host = bare.unwrap_or(host);
+    let is_host = !host.is_empty() && (bare.is_some() || !host.contains([':', '/', '@']));
+    Some((host.to_owned(), port.parse().ok().filter(|port| *port > 0)?)).filter(|_| is_host)
 }
 
 /// Whether a pod of node `found` may be one of the node that was asked for. An address tells nothing of that.

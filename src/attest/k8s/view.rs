@@ -10,7 +10,7 @@
 use std::{
     num::NonZeroU32,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, Once, OnceLock, PoisonError},
     thread,
     time::{Duration, Instant as StdInstant},
 };
@@ -22,12 +22,14 @@ use tokio::{
 };
 
 use super::{
-    kubelet::{Kubelet, KubeletFault, KubeletPlace},
+    client::{KubernetesClient, KubernetesPlace},
+    fault::KubernetesFault,
+    metrics::KubeletMetrics,
     pods::PodList,
 };
 use crate::{
     limits::{AttestationSlot, Attestations, Slots},
-    telemetry::chain,
+    telemetry::{chain, registry::Registry},
 };
 
 /// How long a view is good for callers that come after it was asked for. What may change of a container that runs, its pod's
@@ -60,7 +62,7 @@ pub(super) struct PodView {
 struct ViewState {
     good: Option<PodView>,
     /// Of the last request, if it failed, and when that began.
-    fault: Option<(Instant, Arc<KubeletFault>)>,
+    fault: Option<(Instant, Arc<KubernetesFault>)>,
 }
 
 /// The view, and the thread that asks for it. The thread ends when this is dropped, as soon as it has asked.
@@ -74,11 +76,13 @@ struct Asking {
     demand: Mutex<Demand>,
     called: Condvar,
     answers: watch::Sender<ViewState>,
+    /// Set before the first request, if at all.
+    metrics: OnceLock<KubeletMetrics>,
 }
 
 #[derive(Default)]
 struct Demand {
-    place: Option<Arc<KubeletPlace>>,
+    place: Option<Arc<KubernetesPlace>>,
     /// So many wait.
     waiting: usize,
     over: bool,
@@ -93,7 +97,7 @@ pub(super) enum NoView {
     /// Too many wait already.
     Crowded,
     /// The kubelet could not be asked.
-    Kubelet(Arc<KubeletFault>),
+    Kubelet(Arc<KubernetesFault>),
     /// It did not answer.
     Silent,
     /// It was not in any view that came.
@@ -107,14 +111,25 @@ impl Default for SharedView {
             demand: Mutex::default(),
             called: Condvar::new(),
             answers: watch::Sender::new(ViewState::default()),
+            metrics: OnceLock::new(),
         };
         Self { asking: Arc::new(asking), waiters: Arc::new(Slots::new(waiters)), started: Once::new() }
     }
 }
 
 impl SharedView {
+    /// Counts requests from now on.
+    pub(super) fn counted_by(&self, registry: Registry<'_>) {
+        let _counted_already = self.asking.metrics.set(KubeletMetrics::new(registry));
+    }
+
+    /// What it keeps, in bytes.
+    pub(super) fn kept(&self) -> usize {
+        self.asking.answers.borrow().good.as_ref().map_or(0, |view| view.pods.size())
+    }
+
     /// Asks this kubelet from the next request on.
-    pub(super) fn begin(&self, place: KubeletPlace) {
+    pub(super) fn begin(&self, place: KubernetesPlace) {
         let place = Arc::new(place);
         let mut demand = self.asking.lock();
         if demand.place.as_ref() != Some(&place) {
@@ -215,25 +230,29 @@ impl Asking {
         let runtime = Builder::new_current_thread().enable_io().enable_time().build();
         let runtime = runtime.map_err(|error| tracing::error!(%error, "the kubelet cannot be asked")).ok();
         let (mut pace, mut complaint) = (RequestPace::default(), KubeletTrouble::default());
-        let mut kubelet: Option<(Arc<KubeletPlace>, Kubelet)> = None;
+        let mut kubelet: Option<(Arc<KubernetesPlace>, KubernetesClient)> = None;
         while let Some(place) = self.next(&pace) {
             let known = kubelet.take().filter(|(known, _)| Arc::ptr_eq(known, &place));
-            let (_, asked) =
-                kubelet.insert(known.unwrap_or_else(|| (Arc::clone(&place), Kubelet::new((*place).clone()))));
+            let (_, asked) = kubelet.insert(
+                known.unwrap_or_else(|| (Arc::clone(&place), KubernetesClient::new((*place).clone()))),
+            );
             let began = Instant::now();
             pace.begins(StdInstant::now());
             let listed = match &runtime {
                 Some(runtime) => list(asked, runtime),
-                None => Err(KubeletFault::Internal("it has no runtime")),
+                None => Err(KubernetesFault::Internal("it has no runtime")),
             };
             pace.ended(StdInstant::now());
             complaint.note(listed.as_ref());
+            if let Some(metrics) = self.metrics.get() {
+                metrics.count(listed.as_ref());
+            }
             let demand = self.lock();
             // Another kubelet may be asked by now.
             if demand.place.as_ref().is_some_and(|now| Arc::ptr_eq(now, &place)) {
                 self.answers.send_modify(|answers| match listed {
                     Ok(pods) => {
-                        let node = place.node.as_deref().map(Arc::from);
+                        let node = place.name.as_deref().map(Arc::from);
                         *answers = ViewState {
                             good: Some(PodView { pods: Arc::new(pods), node, asked: began }),
                             fault: None,
@@ -246,7 +265,7 @@ impl Asking {
     }
 
     /// Waits until somebody waits and the next request may begin. `None` when all is over.
-    fn next(&self, pace: &RequestPace) -> Option<Arc<KubeletPlace>> {
+    fn next(&self, pace: &RequestPace) -> Option<Arc<KubernetesPlace>> {
         let mut demand = self.lock();
         loop {
             if demand.over {
@@ -277,9 +296,9 @@ impl Asking {
     }
 }
 
-fn list(kubelet: &mut Kubelet, runtime: &Runtime) -> Result<PodList, KubeletFault> {
-    catch_unwind(AssertUnwindSafe(|| kubelet.list(runtime)))
-        .unwrap_or(Err(KubeletFault::Internal("a mistake of its own, see the log")))
+fn list(kubelet: &mut KubernetesClient, runtime: &Runtime) -> Result<PodList, KubernetesFault> {
+    catch_unwind(AssertUnwindSafe(|| kubelet.get(runtime, "/pods", |body| PodList::read(body))))
+        .unwrap_or(Err(KubernetesFault::Internal("a mistake of its own, see the log")))
 }
 
 /// When requests began and ended.
@@ -318,7 +337,7 @@ struct KubeletTrouble {
 }
 
 impl KubeletTrouble {
-    fn note(&mut self, listed: Result<&PodList, &KubeletFault>) {
+    fn note(&mut self, listed: Result<&PodList, &KubernetesFault>) {
         match listed {
             Ok(pods) => {
                 if self.said.take().is_some() {
