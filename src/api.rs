@@ -15,6 +15,7 @@ mod guard;
 mod heads;
 pub mod health;
 mod journal;
+mod making;
 mod messages;
 mod metrics;
 pub mod proto;

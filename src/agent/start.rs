@@ -320,6 +320,7 @@ impl AgentParts {
             attestor: Arc::clone(&self.attestor),
             x509: Arc::clone(&self.x509),
             jwt: Arc::clone(&self.jwt),
+            store: Arc::clone(self.writer.store()),
             journal: Arc::clone(&self.journal),
             meter: self.meter.clone(),
             complaints: Complaints::default(),

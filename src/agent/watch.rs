@@ -19,7 +19,7 @@ use crate::{
         shares::Taking,
     },
     os::heap,
-    store::{JwtCache, X509Cache},
+    store::{JwtCache, Store, X509Cache},
     telemetry::registry::Label as _,
 };
 
@@ -39,6 +39,7 @@ pub(super) struct Watch {
     pub(super) attestor: Arc<Attestor>,
     pub(super) x509: Arc<X509Cache>,
     pub(super) jwt: Arc<JwtCache>,
+    pub(super) store: Arc<Store>,
     pub(super) journal: Arc<Journal>,
     pub(super) meter: MemoryMeter,
     pub(super) complaints: Complaints<&'static str>,
@@ -77,6 +78,7 @@ impl Watch {
         if empty {
             self.jwt.clear();
             self.x509.shrink();
+            self.store.forget_answers();
             self.limits.shrink();
         }
         if now >= Pressure::ShrinkCaches {

@@ -7,7 +7,7 @@ use prost::Message;
 use tonic::codec::{BufferSettings, Codec};
 use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 
-/// Starts with this much; grows to the size of the message at hand and is let go with it.
+/// Starts with this much; grows to the size of the message at hand, and stays so until the next one.
 const BUFFER: usize = 64;
 
 /// Hand encoded bytes on once there are this many.

@@ -5,9 +5,16 @@
 //! reflection, services that there are not) is charged to the caller as [`Method::Other`] before anything is
 //! done for it. What never comes so far is charged and counted all the same ([`heads`](super::heads)).
 
-use std::{convert::Infallible, sync::Arc};
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
 
+use bytes::Bytes;
 use http::{Method as Verb, Request, Response, StatusCode, header::CONTENT_TYPE};
+use http_body::{Frame, SizeHint};
 use tokio::time::Instant;
 use tonic::{Status, body::Body};
 use tonic_health::pb::health_server::HealthServer;
@@ -30,8 +37,8 @@ pub use super::{
     heads::HeadAnswer,
 };
 use crate::{
-    limits::{Limits, Method, patience},
-    peer::{Crowded, RequestBody},
+    limits::{Limits, Method, holding::KeptBytes, patience},
+    peer::{Crowded, Peer, RequestBody},
     telemetry::health::HealthState,
 };
 
@@ -56,6 +63,9 @@ pub struct Services {
 
 /// The largest request to the other services: a name.
 const MAX_NAME: usize = 1024;
+
+/// What a stream of reflection takes, in bytes: it is answered in a task of its own, two answers ahead of who reads.
+const REFLECTION: u64 = 128 * 1024;
 
 /// All requests of one reflection stream, in bytes: dozens of questions, as each is answered with kilobytes
 /// and the stream was charged once.
@@ -180,11 +190,51 @@ impl Services {
             "grpc.health.v1.Health" => {
                 self.health.clone().call(request.map(|body| grpc_body(body, MAX_NAME)))
             }
-            "grpc.reflection.v1.ServerReflection" => (self.reflection_v1)(request.map(asked)),
-            "grpc.reflection.v1alpha.ServerReflection" => (self.reflection_v1alpha)(request.map(asked)),
+            "grpc.reflection.v1.ServerReflection" => reflected(&self.reflection_v1, request.map(asked)),
+            "grpc.reflection.v1alpha.ServerReflection" => {
+                reflected(&self.reflection_v1alpha, request.map(asked))
+            }
             // grpc-go's text for the same.
             service => answered(Status::unimplemented(format!("unknown service {}", printable(service)))),
         }
+    }
+}
+
+/// Reflection, where there is room for what it takes; that is held until the answer has ended.
+fn reflected(reflection: &Reflection, request: Request<GrpcBody>) -> GrpcAnswer {
+    let peer = request.extensions().get::<Arc<Peer>>();
+    let room = match peer.and_then(|peer| peer.holding()).map(|holding| holding.try_keep(REFLECTION)) {
+        Some(None) => return answered(RequestError::Crowded.into()),
+        Some(room) => room,
+        None => None,
+    };
+    let answer = reflection(request);
+    Box::pin(async move {
+        let Ok(response) = answer.await;
+        Ok(response.map(|body| Body::new(RoomyBody { body, _room: room })))
+    })
+}
+
+/// A body with the room that it takes.
+struct RoomyBody {
+    body: Body,
+    _room: Option<KeptBytes>,
+}
+
+impl http_body::Body for RoomyBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Pin::new(&mut self.get_mut().body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

@@ -14,6 +14,7 @@ use super::{
     claims::claims_to_struct,
     encoded::Encoded,
     journal::{Begun, Journal, Whom},
+    making::{bundles_len, jwt_svids_len, room_for, x509_svids_len},
     proto::{workload as pb, workload_server::spiffe_workload_api_server::SpiffeWorkloadApi},
     status::RequestError,
     updates::{Update, UpdateQueue, Updates, updates},
@@ -26,7 +27,7 @@ use crate::{
         jwt,
     },
     issuer::Issuer,
-    limits::{Limits, Method},
+    limits::{Limits, Method, holding::KeptBytes},
     os::clock::Clock,
     store::{
         Change, Charged, Entitled, JwtCache, Purpose, Snapshot, Store, Unentitled, X509Cache, authorize,
@@ -84,6 +85,8 @@ impl WorkloadApi {
         let entitled = self.or_wait(entitled).await?;
         let mut charged = entitled.charge(limits).await?;
 
+        let answer = jwt_svids_len(charged.entries(), &query.audience);
+        let _room = room_for(answer, charged.peer().connected())?;
         let svids = jwt.fetch(&mut charged, &query.audience).await.map_err(RequestError::JwtSvid)?;
         let svids = charged.entries().iter().zip(svids).map(|(entry, svid)| pb::Jwtsvid {
             spiffe_id: svid.spiffe_id.as_str().to_owned(),
@@ -204,7 +207,7 @@ impl WorkloadApi {
         let Subscription { parts, charged, content } = &mut state;
         let snapshot = parts.store.snapshot();
         let first = if charged.is_of(&snapshot) {
-            content.message(parts, charged, &snapshot).await?
+            made(content, parts, charged, &snapshot).await?
         } else {
             // Published since it was attested. Boxed, as few calls need the room for it.
             Box::pin(state.now()).await?
@@ -314,6 +317,9 @@ impl TryFrom<pb::JwtsvidRequest> for JwtQuery {
     }
 }
 
+/// What a stream keeps of a message is in what it is reckoned at up to this, in bytes.
+const KEPT_WITH_STREAM: usize = 2 * 1024;
+
 /// An open stream.
 struct Subscription<C> {
     parts: Arc<Parts>,
@@ -322,6 +328,12 @@ struct Subscription<C> {
 }
 
 impl<C: Content> Update for Subscription<C> {
+    fn keep(&self, message: &Encoded) -> Option<KeptBytes> {
+        let bytes = message.bytes().len().checked_sub(KEPT_WITH_STREAM).filter(|more| *more > 0)?;
+        let holding = self.charged.peer().connected().holding()?;
+        Some(holding.keep(u64::try_from(bytes).unwrap_or(u64::MAX)))
+    }
+
     fn expected(&self) -> Option<Encoded> {
         let Self { parts, charged, content } = self;
         let snapshot = parts.store.snapshot();
@@ -331,7 +343,7 @@ impl<C: Content> Update for Subscription<C> {
     async fn now(&mut self) -> Result<Encoded, RequestError> {
         let Self { parts, charged, content } = self;
         let snapshot = charged.follow(&parts.attestor, &parts.limits, &parts.store).await?;
-        content.message(parts, charged, &snapshot).await
+        made(content, parts, charged, &snapshot).await
     }
 
     fn is_sent(&self, message: &Encoded) {
@@ -347,8 +359,22 @@ impl<C: Content> Update for Subscription<C> {
     }
 }
 
+/// The message, where there is room for it while it is made.
+async fn made<C: Content>(
+    content: &mut C,
+    parts: &Parts,
+    charged: &mut Charged,
+    snapshot: &Snapshot,
+) -> Result<Encoded, RequestError> {
+    let _room = room_for(content.reckoned(charged, snapshot), charged.peer().connected())?;
+    content.message(parts, charged, snapshot).await
+}
+
 /// What a stream is sent.
 trait Content: Send + 'static {
+    /// About how long the message will be, in bytes.
+    fn reckoned(&self, charged: &Charged, snapshot: &Snapshot) -> usize;
+
     /// The message for the entries of the call, if all that it takes is there.
     fn at_hand(&self, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> Option<Encoded>;
 
@@ -366,6 +392,10 @@ trait Content: Send + 'static {
 
 /// FetchX509SVID sends SVIDs, which are renewed while they are held.
 impl Content for Hold {
+    fn reckoned(&self, charged: &Charged, snapshot: &Snapshot) -> usize {
+        x509_svids_len(snapshot, charged.entries())
+    }
+
     fn at_hand(&self, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> Option<Encoded> {
         let now = parts.clock.now();
         let key = AnswerKey::x509_svids(charged.entries());
@@ -414,6 +444,10 @@ fn answer_of(
 
 /// FetchX509Bundles and FetchJWTBundles send bundles.
 impl Content for BundleForm {
+    fn reckoned(&self, charged: &Charged, snapshot: &Snapshot) -> usize {
+        bundles_len(snapshot, charged.entries())
+    }
+
     fn at_hand(&self, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> Option<Encoded> {
         Some(bundles_of(*self, parts, charged, snapshot))
     }

@@ -82,11 +82,17 @@ fn spire_names(s: &mut Section<'_>) -> SpireNameSettings {
 }
 
 /// Reads `audit`.
-pub(super) fn audit(root: &mut Section<'_>) -> AuditSettings {
+pub(super) fn audit(root: &mut Section<'_>, agent: &AgentSettings) -> AuditSettings {
     let Some(mut s) = root.block("audit") else { return AuditSettings::default() };
     let audit = AuditSettings::read(&mut s);
     if audit.file.is_some() && audit.socket.is_some() {
         s.wrong_block("file and socket_path are two places for one audit: leave one of them out");
+    }
+    if let (Some(path), Some(place)) = (&audit.socket, s.set_at("socket_path")) {
+        match fits_a_socket(path) {
+            Ok(()) => apart(&s, "socket_path", place, path, &own_sockets(agent)),
+            Err(message) => s.wrong(place, "socket_path", Some(quoted(&path.to_string_lossy())), message),
+        }
     }
     s.finish();
     audit

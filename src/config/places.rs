@@ -103,6 +103,10 @@ impl Config {
         for (key, file) in self.log_files() {
             places.note(key, file, there(trust.to_append().route(file)));
         }
+        // Whoever can put a socket there is told who was given what, and what it does not take is lost.
+        if let Some(at) = self.audit.socket.as_deref().filter(|_| self.audit.enabled) {
+            places.note("audit.socket_path", at, socket_place(trust.directory(parent(at)), at));
+        }
         for (key, file) in self.issuer_files() {
             places.note(key, file, there(trust.open(file)));
         }

@@ -61,6 +61,8 @@ pub(super) struct GateState {
     /// When shares were reckoned last.
     looked: u64,
     pub(super) complaints: HashMap<(CallerKey, ConnectionRefusal), OutOfRoom, ahash::RandomState>,
+    /// Who was told to go since the watch last asked: never more than connections.
+    told: Vec<ToldToGo>,
 }
 
 #[derive(Debug)]
@@ -139,6 +141,7 @@ impl Gate {
             connections: Shortage::default(),
             looked: 0,
             complaints: HashMap::default(),
+            told: Vec::new(),
         };
         let shared = SharedGate {
             plan: ArcSwap::from_pointee(plan),
@@ -177,12 +180,21 @@ impl Gate {
         loop {
             self.shared.node.outdated().await;
             self.shared.look(&mut self.shared.state());
+            // The watch's next look is a quarter of a second away; whom it did not tell itself it still tells of.
+            let told = self.shed_now();
+            self.shared.state().told.extend(told);
         }
     }
 
     /// Tells those who hold more than their share to go, as far as memory or descriptors are so short: the newest of their
     /// connections, and never what is below their share. Returns who was told.
     pub fn shed(&self) -> Vec<ToldToGo> {
+        let mut told = std::mem::take(&mut self.shared.state().told);
+        told.extend(self.shed_now());
+        told
+    }
+
+    fn shed_now(&self) -> Vec<ToldToGo> {
         let state = self.shared.state();
         let mut told = Vec::new();
         for (by, shortage) in [(Weight::Bytes, &state.bytes), (Weight::Connections, &state.connections)] {
@@ -318,6 +330,8 @@ impl SharedGate {
         connections.look(u64::from(*total), |target| accounts.level(Weight::Connections, target));
         let (short_from, room_below) = bytes.bounds();
         self.node.bound(short_from, room_below);
+        let (tight_from, full_from) = bytes.last_bounds();
+        self.node.close(tight_from, full_from, bytes.least);
         self.node.set_share(bytes.is_short().then(|| bytes.share()), bytes.look_from());
         self.node.room().set(Short::Descriptors, connections.is_short());
         state.looked = self.ledger.now();

@@ -65,6 +65,10 @@ pub(super) struct NodeHeld {
     share: AtomicU64,
     /// From so many bytes on shares are to be reckoned anew.
     look_from: AtomicU64,
+    /// What is held when nobody grows who has the least share there is, when nobody at all does, and that share.
+    tight_from: AtomicU64,
+    full_from: AtomicU64,
+    least: AtomicU64,
     look: Notify,
     room: Arc<Room>,
     started: Instant,
@@ -79,6 +83,9 @@ impl NodeHeld {
             room_below: AtomicU64::new(u64::MAX),
             share: AtomicU64::new(UNRECKONED),
             look_from: AtomicU64::new(u64::MAX),
+            tight_from: AtomicU64::new(u64::MAX),
+            full_from: AtomicU64::new(u64::MAX),
+            least: AtomicU64::new(0),
             look: Notify::new(),
             room,
             started: Instant::now(),
@@ -111,6 +118,19 @@ impl NodeHeld {
         let share = bytes.map_or(UNRECKONED, |bytes| bytes.min(UNRECKONED - 1));
         self.share.store(share, Relaxed);
         self.look_from.store(look_from, Relaxed);
+    }
+
+    /// Sets from where on those who have `least` hold no more, and from where on nobody does: see [`Holding::try_hold`].
+    pub(super) fn close(&self, tight_from: u64, full_from: u64, least: u64) {
+        self.tight_from.store(tight_from, Relaxed);
+        self.full_from.store(full_from, Relaxed);
+        self.least.store(least, Relaxed);
+    }
+
+    /// Whether one who holds `bytes` with what was just added may keep that, where all hold `all`.
+    fn fits(&self, all: u64, bytes: u64) -> bool {
+        all < self.tight_from.load(Relaxed)
+            || bytes <= self.least.load(Relaxed) && all < self.full_from.load(Relaxed)
     }
 
     /// Waits until shares are to be reckoned anew. For one task.
@@ -198,6 +218,22 @@ impl Holding {
         }
     }
 
+    /// Counts what need not be granted, if it fits: `false`, and nothing is counted, where memory is about to run out and the
+    /// caller's family has the least share there is. The look four times a second comes too late for a thousand connections
+    /// that all begin to speak.
+    #[must_use]
+    pub fn try_hold(&self, bytes: u64) -> bool {
+        self.hold(bytes);
+        let fits = self
+            .sums
+            .as_ref()
+            .is_none_or(|HeldSums { group, node, .. }| node.fits(node.bytes(), group.bytes()));
+        if !fits {
+            self.release(bytes);
+        }
+        fits
+    }
+
     /// So many are held no longer: at most what was.
     pub fn release(&self, bytes: u64) {
         self.own.take(bytes);
@@ -208,6 +244,11 @@ impl Holding {
     pub fn keep(self: &Arc<Self>, bytes: u64) -> KeptBytes {
         self.hold(bytes);
         KeptBytes { bytes, holding: Arc::clone(self) }
+    }
+
+    /// The same, if it fits: [`Self::try_hold`].
+    pub fn try_keep(self: &Arc<Self>, bytes: u64) -> Option<KeptBytes> {
+        self.try_hold(bytes).then(|| KeptBytes { bytes, holding: Arc::clone(self) })
     }
 
     fn take_from_sums(&self, bytes: u64) {

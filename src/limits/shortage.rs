@@ -85,6 +85,14 @@ impl Shortage {
         })
     }
 
+    /// What connections hold when callers begin to be told to go, and when they begin to be cut.
+    pub(super) fn last_bounds(&self) -> (u64, u64) {
+        let line = |step| {
+            self.whole.map_or(u64::MAX, |whole| self.steps.lines(step, whole).0.saturating_sub(self.other))
+        };
+        (line(Pressure::RefuseNew), line(Pressure::CloseHeaviest))
+    }
+
     /// Down to where those above it are cut, if it is so short that they are: not below their share, but when it runs out:
     /// the least shares of more callers than [`SHARES`](super::budget::SHARES) do not fit. `level` as in
     /// [`Shortage::look`].

@@ -11,6 +11,7 @@ use std::{
     os::fd::{AsFd, AsRawFd as _},
     sync::Arc,
     task::Poll,
+    time::Duration,
 };
 
 use hyper::server::conn::http2;
@@ -23,7 +24,7 @@ use tokio::{
     io::Interest,
     net::UnixStream,
     sync::watch,
-    time::{Instant, sleep_until},
+    time::{Instant, sleep, sleep_until},
 };
 
 use super::{
@@ -40,7 +41,14 @@ use super::{
     turns::Turns,
     wire::{Ending, Wire, WireShared},
 };
-use crate::limits::holding::{Holding, Notice};
+use crate::limits::{
+    budget::HTTP2,
+    holding::{Holding, Notice},
+};
+
+/// How long one that begins to speak waits for room, and how often it asks.
+const ROOM_WITHIN: Duration = Duration::from_millis(250);
+const ROOM_AGAIN: Duration = Duration::from_millis(25);
 
 /// What the task of a connection holds beside its stream.
 pub(super) struct Connection {
@@ -61,10 +69,33 @@ impl Connection {
     ) {
         let handshake_by = Instant::now() + self.bounds.handshake_timeout;
         self.open.why = match self.park(stream.socket(), handshake_by).await {
-            // Boxed only now: a parked connection must not carry the room for HTTP/2 in its task.
-            Ok(()) => Box::pin(self.serve(stream, handshake_by, http2, service)).await,
+            Ok(()) => match self.finds_room().await {
+                // Boxed only now: a parked connection must not carry the room for HTTP/2 in its task.
+                Ok(()) => Box::pin(self.serve(stream, handshake_by, http2, service)).await,
+                Err(why) => why,
+            },
             Err(why) => why,
         };
+    }
+
+    /// Takes what HTTP/2 needs; waits for it a moment where memory is about to run out. The gate let it in for what a silent
+    /// connection takes, when there was room: a thousand of those may all begin to speak at once.
+    async fn finds_room(&mut self) -> Result<(), ConnectionEnd> {
+        let until = Instant::now() + ROOM_WITHIN;
+        while !self.holding.try_hold(HTTP2) {
+            if Instant::now() >= until {
+                return Err(ConnectionEnd::NoRoom);
+            }
+            tokio::select! {
+                () = sleep(ROOM_AGAIN) => {}
+                () = drains(&mut self.phases) => return Err(ConnectionEnd::Drained),
+                notice = self.holding.told(None) => return Err(match notice {
+                    Notice::ComeBack => ConnectionEnd::SentAway,
+                    Notice::Close => ConnectionEnd::Evicted,
+                }),
+            }
+        }
+        Ok(())
     }
 
     /// Waits for the first byte, and leaves it where it is.

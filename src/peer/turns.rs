@@ -128,9 +128,8 @@ pub(super) enum Look {
 }
 
 impl Turns {
-    /// No request yet: what HTTP/2 takes, with room for one, is held.
+    /// No request yet. What HTTP/2 takes, with room for one, must be held already, and is released with this.
     pub(super) fn new(holding: Arc<Holding>) -> Self {
-        holding.hold(HTTP2);
         let pauses = Arc::new(Pauses::new(Arc::clone(&holding)));
         Self { slots: Mutex::default(), holding, pauses }
     }
@@ -196,9 +195,14 @@ impl Turns {
     /// Counts bytes of a request that is not complete. Returns whether there is room for them.
     pub(super) fn upload(&self, more: u64) -> bool {
         self.with(|turns| {
+            let held = UPLOAD.saturating_mul(more);
+            let fits = self.holding.try_hold(held);
+            if !fits {
+                // It came, and is given back with the request that ends for it.
+                self.holding.hold(held);
+            }
             turns.uploads = turns.uploads.saturating_add(more);
-            self.holding.hold(UPLOAD.saturating_mul(more));
-            turns.uploads <= UPLOADS
+            fits && turns.uploads <= UPLOADS
         })
     }
 
@@ -267,7 +271,14 @@ impl Turn {
             let reckoned = slots.unsent.begin();
             // What is about to be refused for what its caller holds is refused at once: to wait takes memory.
             let out_of_memory = turns.holding.is_out_of_memory();
-            let crowded = reckoned.is_none() && out_of_memory;
+            let is_new = at >= slots.slots.len();
+            // h2 has made room for it by now; it is told to go, and nothing further is read, until there is some.
+            let no_room = is_new && !slots.slots.is_empty() && !turns.holding.try_hold(STREAM);
+            if no_room {
+                turns.holding.hold(STREAM);
+                turns.pauses.hold_up(Instant::now());
+            }
+            let crowded = no_room || reckoned.is_none() && out_of_memory;
             let unanswered = || slots.slots.iter().filter(|slot| slot.open && !slot.rests).count();
             if out_of_memory && unanswered() >= FEW {
                 turns.pauses.hold_up(Instant::now());
@@ -291,12 +302,7 @@ impl Turn {
             };
             match slots.slots.get_mut(at) {
                 Some(slot) => *slot = new,
-                None => {
-                    if !slots.slots.is_empty() {
-                        turns.holding.hold(STREAM);
-                    }
-                    slots.slots.push(new);
-                }
+                None => slots.slots.push(new),
             }
             (at, slots.begun, !waits, crowded)
         });
@@ -498,6 +504,7 @@ mod tests {
         let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder));
         let gate = Gate::new(GatePlan::new(&settings, 1_000, Some(BUDGET)).unwrap(), &limits);
         let permit = gate.open(CallerKey::Uid(1)).unwrap();
+        permit.holding().hold(HTTP2);
         let (turns, others) =
             (Arc::new(Turns::new(Arc::clone(permit.holding()))), gate.open(CallerKey::Uid(2)).unwrap());
         let crowded = |requests: &[Turn]| requests.iter().filter(|turn| turn.is_crowded()).count();
@@ -624,6 +631,7 @@ mod tests {
         #[test]
         fn what_is_held_is_what_is_there(events in events(), parts_outlive in any::<bool>()) {
             let holding = Arc::<Holding>::default();
+            holding.hold(HTTP2);
             let turns = Arc::new(Turns::new(Arc::clone(&holding)));
             let (mut requests, mut parts, mut most) = (Vec::<Asked>::new(), Vec::new(), 0);
             for (event, index) in events {

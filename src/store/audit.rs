@@ -6,7 +6,7 @@
 //!
 //! What is given again, and what is refused, is counted by caller, outcome and identity; the next line about these carries
 //! the exact count as `times`. So are the events of a user who brings about more than [`MOST_LINES`] of them at once and one a
-//! second. There are [`TOLD_APART`] counts at a time; what comes beyond them is one count for all.
+//! second. There are twice [`TOLD_APART`] counts at a time; what comes beyond them is one count for all.
 
 use std::{
     collections::{HashMap, hash_map::Entry as MapEntry},
@@ -31,8 +31,9 @@ use crate::{
 const MOST_LINES: u32 = 300;
 /// Users with a number of lines of their own. The others share one.
 const USERS: usize = 256;
-/// Counts that are told apart.
-const TOLD_APART: usize = 1024;
+/// Counts that are told apart, of what was made and given; and as many of refusals, of which whoever has many users brings
+/// about as many kinds as it likes.
+const TOLD_APART: usize = 512;
 /// The time between two lines that carry one count.
 const A_WHILE: Duration = Duration::from_secs(60);
 /// Selectors of an entry that stand in a line.
@@ -139,9 +140,13 @@ impl AuditLines {
     }
 }
 
+type AuditCounts = HashMap<(CallerKey, AuditOutcome), AuditCount, ahash::RandomState>;
+
 #[derive(Debug)]
 struct AuditTable {
-    counts: HashMap<(CallerKey, AuditOutcome), AuditCount, ahash::RandomState>,
+    /// Of what was made and given.
+    svids: AuditCounts,
+    refusals: AuditCounts,
     /// What happened to those for whom there was no count of their own, and when that was last told.
     others: AuditCount,
     users: HashMap<u64, AuditLines, ahash::RandomState>,
@@ -155,7 +160,7 @@ impl AuditTable {
             self.count(whom.caller, outcome, now);
             return None;
         }
-        let before = self.counts.get_mut(&(whom.caller, outcome)).map_or(0, |count| {
+        let before = self.svids.get_mut(&(whom.caller, outcome)).map_or(0, |count| {
             count.told_at = Some(now);
             std::mem::take(&mut count.untold)
         });
@@ -177,8 +182,12 @@ impl AuditTable {
 
     /// It happened, and is told later. Its count, unless that is the one of all others.
     fn count(&mut self, caller: CallerKey, outcome: AuditOutcome, now: Instant) -> Option<&mut AuditCount> {
-        let is_full = self.counts.len() >= TOLD_APART;
-        match self.counts.entry((caller, outcome)) {
+        let counts = match outcome {
+            AuditOutcome::Made(..) | AuditOutcome::Given(..) => &mut self.svids,
+            AuditOutcome::Refused(..) | AuditOutcome::NotLetIn(..) => &mut self.refusals,
+        };
+        let is_full = counts.len() >= TOLD_APART;
+        match counts.entry((caller, outcome)) {
             MapEntry::Vacant(_) if is_full => {
                 self.others.count(now);
                 None
@@ -218,7 +227,8 @@ impl Default for AuditTrail {
     fn default() -> Self {
         let now = Instant::now();
         let table = AuditTable {
-            counts: HashMap::default(),
+            svids: HashMap::default(),
+            refusals: HashMap::default(),
             others: AuditCount { untold: 0, told_at: None, last: now },
             users: HashMap::default(),
             other_users: AuditLines::new(now),
@@ -351,7 +361,7 @@ impl AuditTrail {
     fn tell(&self, now: Instant, is_due: impl Fn(&AuditCount) -> bool) {
         let mut due = Vec::new();
         let mut table = self.lock();
-        table.counts.retain(|(caller, outcome), count| {
+        let mut keep = |(caller, outcome): &(CallerKey, AuditOutcome), count: &mut AuditCount| {
             if !is_due(count) {
                 return true;
             }
@@ -359,7 +369,9 @@ impl AuditTrail {
             due.push((*caller, outcome.clone(), times));
             count.told_at = Some(now);
             true
-        });
+        };
+        table.svids.retain(&mut keep);
+        table.refusals.retain(keep);
         let others = if is_due(&table.others) { std::mem::take(&mut table.others.untold) } else { 0 };
         if others > 0 {
             table.others.told_at = Some(now);
@@ -485,7 +497,7 @@ mod tests {
             tokio::time::advance(Duration::from_secs(1)).await;
         }
         assert_eq!(lines, 300 + 19);
-        let rest: u64 = trail.lock().counts.values().map(|count| count.untold).sum();
+        let rest: u64 = trail.lock().svids.values().map(|count| count.untold).sum();
         assert_eq!(told + rest, 20_000);
         assert!(
             trail.lock().event(&AuditedCaller::of_uid(8), given("0"), Instant::now()).is_some(),
@@ -517,12 +529,22 @@ mod tests {
             let times = trail.lock().count_or_tell(CallerKey::Uid(uid), outcome, Instant::now());
             told += times.map_or(0, NonZeroU64::get);
         }
-        assert_eq!(trail.lock().counts.len(), TOLD_APART);
+        assert_eq!(trail.lock().refusals.len(), TOLD_APART);
         assert_eq!(told + trail.lock().others.untold, 10_000);
+        // What somebody else is given stands apart all the same.
+        let id = SpiffeId::parse("spiffe://example.org/web").unwrap();
+        trail.lock().count(CallerKey::Uid(7), AuditOutcome::Given(AuditedSvid::Jwt, id), Instant::now());
+        let table = trail.lock();
+        assert_eq!((table.svids.len(), told + table.others.untold), (1, 10_000));
+        drop(table);
         tokio::time::advance(A_WHILE).await;
         trail.settle();
         assert_eq!(trail.lock().others.untold, 0);
+        tokio::time::advance(A_WHILE).await;
         trail.settle();
-        assert!(trail.lock().counts.is_empty(), "what is over is forgotten");
+        assert!(
+            trail.lock().refusals.is_empty() && trail.lock().svids.is_empty(),
+            "what is over is forgotten"
+        );
     }
 }

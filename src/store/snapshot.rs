@@ -96,7 +96,14 @@ pub(crate) enum BundleForm {
 
 /// Encoded messages, each made once per snapshot and shared by all its callers and streams.
 #[derive(Debug, Default)]
-pub(crate) struct Answers(Mutex<HashMap<AnswerKey, KeptAnswer, ahash::RandomState>>);
+pub(crate) struct Answers(Mutex<KeptAnswers>);
+
+#[derive(Debug, Default)]
+struct KeptAnswers {
+    by_key: HashMap<AnswerKey, KeptAnswer, ahash::RandomState>,
+    /// What their messages take.
+    bytes: usize,
+}
 
 #[derive(Debug)]
 struct KeptAnswer {
@@ -113,12 +120,14 @@ impl KeptAnswer {
 }
 
 impl Answers {
-    /// At most this many are kept; when there are more kinds of callers, the messages are made again.
+    /// At most this many are kept, of so many bytes together; when there are more kinds of callers, or larger messages, they
+    /// are made again.
     const MAX: usize = 1024;
+    const MOST_BYTES: usize = 1 << 20;
 
     pub(crate) fn find(&self, key: &AnswerKey, now: SystemTime) -> Option<Bytes> {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.get(key).filter(|answer| answer.is_fresh(now)).map(|answer| answer.message.clone())
+        kept.by_key.get(key).filter(|answer| answer.is_fresh(now)).map(|answer| answer.message.clone())
     }
 
     /// Keeps `message`, or returns what somebody else kept meanwhile, so that all send the same bytes.
@@ -130,14 +139,25 @@ impl Answers {
         now: SystemTime,
     ) -> Bytes {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(answer) = kept.get(&key).filter(|answer| answer.is_fresh(now)) {
+        if let Some(answer) = kept.by_key.get(&key).filter(|answer| answer.is_fresh(now)) {
             return answer.message.clone();
         }
-        if kept.len() >= Self::MAX && !kept.contains_key(&key) {
-            kept.clear();
+        if message.len() > Self::MOST_BYTES {
+            return message;
         }
-        kept.insert(key, KeptAnswer { message: message.clone(), fresh });
+        if kept.by_key.len() >= Self::MAX || kept.bytes + message.len() > Self::MOST_BYTES {
+            *kept = KeptAnswers::default();
+        }
+        kept.bytes += message.len();
+        if let Some(old) = kept.by_key.insert(key, KeptAnswer { message: message.clone(), fresh }) {
+            kept.bytes -= old.message.len();
+        }
         message
+    }
+
+    /// Forgets all: memory is short.
+    pub(crate) fn clear(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = KeptAnswers::default();
     }
 }
 
@@ -168,6 +188,11 @@ impl Store {
     /// The request path: no lock, and an `Arc` that may be kept across awaits.
     pub fn snapshot(&self) -> Arc<Snapshot> {
         self.current.load_full()
+    }
+
+    /// Forgets the messages that are kept: memory is short.
+    pub fn forget_answers(&self) {
+        self.current.load().answers.clear();
     }
 
     /// Subscribe first and take the snapshot second, or a publish in between is missed.

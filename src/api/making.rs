@@ -1,0 +1,59 @@
+//! What an answer takes while it is made, before it can be told from its length.
+//!
+//! The SVIDs of a thousand identities are a megabyte, and ten calls for it at once are more than a small agent has: each
+//! finds room for what it is about to make, or comes to nothing.
+
+use std::sync::Arc;
+
+use super::{answers::federated, status::RequestError};
+use crate::{
+    identity::{Bundle, Entry},
+    limits::holding::KeptBytes,
+    peer::Peer,
+    store::Snapshot,
+};
+
+/// So large is every answer reckoned while it is made ([`Turns`](crate::peer)).
+const SMALL: usize = 16 * 1024;
+/// An X.509-SVID with its key and what names it, and a JWT-SVID without its audience, in bytes.
+const X509_SVID: usize = 1300;
+const JWT_SVID: usize = 1024;
+/// The message, its encoded form, and the copy that gRPC makes of that.
+const COPIES: usize = 3;
+
+/// Room for an answer of so many bytes that is about to be made, to be kept until it is. Nothing where it is a small one.
+///
+/// # Errors
+/// [`RequestError::Crowded`] when memory is about to run out, and the caller holds the least share there is.
+pub(super) fn room_for(answer: usize, peer: &Peer) -> Result<Option<KeptBytes>, RequestError> {
+    let Some(holding) = peer.holding().filter(|_| answer > SMALL) else { return Ok(None) };
+    let bytes = u64::try_from(answer.saturating_mul(COPIES)).unwrap_or(u64::MAX);
+    holding.try_keep(bytes).map(Some).ok_or(RequestError::Crowded)
+}
+
+/// About what FetchX509SVID's answer takes.
+pub(super) fn x509_svids_len(snapshot: &Snapshot, entries: &[Arc<Entry>]) -> usize {
+    let each = X509_SVID + authorities_len(&snapshot.bundles.own);
+    entries.len().saturating_mul(each).saturating_add(federated_len(snapshot, entries, authorities_len))
+}
+
+/// About what FetchX509Bundles' answer takes, and FetchJWTBundles'.
+pub(super) fn bundles_len(snapshot: &Snapshot, entries: &[Arc<Entry>]) -> usize {
+    let larger = |bundle: &Bundle| authorities_len(bundle).max(bundle.jwt_authorities.len() * JWT_SVID);
+    larger(&snapshot.bundles.own).saturating_add(federated_len(snapshot, entries, larger))
+}
+
+/// About what FetchJWTSVID's answer takes.
+pub(super) fn jwt_svids_len(entries: &[Arc<Entry>], audience: &[String]) -> usize {
+    let audience: usize = audience.iter().map(|it| it.len() + 3).sum();
+    entries.len().saturating_mul(JWT_SVID.saturating_add(audience.saturating_mul(2)))
+}
+
+fn authorities_len(bundle: &Bundle) -> usize {
+    bundle.x509_authorities.iter().map(Vec::len).sum()
+}
+
+fn federated_len(snapshot: &Snapshot, entries: &[Arc<Entry>], len: impl Fn(&Bundle) -> usize) -> usize {
+    let known = federated(entries).into_iter().filter_map(|td| snapshot.bundles.federated.get(td));
+    known.map(|bundle| len(bundle)).sum()
+}
