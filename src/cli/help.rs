@@ -35,7 +35,7 @@ const EXAMPLES: [(&str, &str); 14] = [
     ("api watch", "durward api watch --socket-path /run/durward/public/api.sock"),
     ("healthcheck", "durward healthcheck --timeout 2s"),
     ("status", "durward status\ndurward status --output json"),
-    ("explain", "durward explain\ndurward explain --pid $(pidof nginx)"),
+    ("explain", "durward explain\ndurward explain --pid $(pidof -s nginx)"),
     ("limits", "durward limits --watch\ndurward limits --top 100 --output json"),
     ("entry show", "durward entry show\ndurward entry show --spiffe-id spiffe://example.org/web"),
     ("bundle show", "durward bundle show >bundle.pem\ndurward bundle show --output spiffe >bundle.json"),
