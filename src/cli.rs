@@ -100,7 +100,7 @@ enum EntryCommand {
 
 #[derive(Subcommand, Debug)]
 enum BundleCommand {
-    /// Show the bundle of this trust domain, or of one that it is federated with
+    /// Show the bundle of this trust domain or of a federated one
     Show(bundle::BundleArgs),
 }
 
