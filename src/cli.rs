@@ -61,7 +61,7 @@ struct Cli {
 enum Command {
     /// Run the agent
     Run(run::RunArgs),
-    /// Set up an agent for this user, start it and fetch an identity from it
+    /// Set up an agent for this user, start it and fetch an identity
     Quickstart(quickstart::QuickstartArgs),
     /// Call the Workload API as a workload does
     #[command(subcommand)]
@@ -70,7 +70,7 @@ enum Command {
     Healthcheck(healthcheck::HealthArgs),
     /// Show how the agent is: who signs, what it holds, what is wrong
     Status(status::StatusArgs),
-    /// Show who a process is taken for, which identities it gets, and why not others
+    /// Show which identities a process gets, and why not others
     Explain(explain::ExplainArgs),
     /// Show who calls most and who is refused most
     Limits(limits::LimitsArgs),
@@ -80,7 +80,7 @@ enum Command {
     /// Show trust bundles
     #[command(subcommand)]
     Bundle(BundleCommand),
-    /// Let the agent read its configuration again, and show what changed or what is wrong
+    /// Read the configuration again, and show what changed or is wrong
     Reload(reload::ReloadArgs),
     /// Check a configuration file without starting the agent
     Validate(validate::ValidateArgs),
@@ -100,7 +100,7 @@ enum EntryCommand {
 
 #[derive(Subcommand, Debug)]
 enum BundleCommand {
-    /// Show the bundle of this trust domain, or of one that it is federated with
+    /// Show the bundle of this trust domain or of a federated one
     Show(bundle::BundleArgs),
 }
 
@@ -138,7 +138,7 @@ enum Validate {
 /// `--output`.
 #[derive(clap::Args, Clone, Copy, Debug)]
 struct OutputArgs {
-    /// For people or for programs
+    /// Output format
     #[arg(long, value_name = "FORMAT", default_value = "pretty")]
     output: OutputFormat,
 }

@@ -373,11 +373,9 @@ fn said_of(said: AttestorSaid) -> pb::Said {
 fn why(key: CallerKey, source: KeySource) -> pb::Caller {
     let (why, cgroup_line) = match source {
         KeySource::Pod { line, .. } => ("its cgroup is a pod's", line),
-        KeySource::NotKubernetes => {
-            ("its user, as pods are not looked for: this is no node of Kubernetes", String::new())
-        }
-        KeySource::NoPod => ("its user, as its cgroup names no pod beyond doubt", String::new()),
-        KeySource::Unreadable => ("its user, as its cgroup cannot be read", String::new()),
+        KeySource::NotKubernetes => ("its user (Kubernetes was not found)", String::new()),
+        KeySource::NoPod => ("its user (its cgroup is not certainly a pod's)", String::new()),
+        KeySource::Unreadable => ("its user (its cgroup cannot be read)", String::new()),
     };
     pb::Caller { key: key.to_string(), why: why.to_owned(), cgroup_line }
 }

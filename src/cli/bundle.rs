@@ -18,8 +18,11 @@ pub(super) struct BundleArgs {
     #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
     trust_domain: String,
 
-    /// CA certificates as PEM; the whole bundle as the SPIFFE standard has it, for those who federate with it; or both as JSON
-    #[arg(long, value_name = "FORMAT", default_value = "pem")]
+    /// CA certificates as PEM, or all of the bundle
+    ///
+    /// pem: the CA certificates. spiffe: the whole bundle in the form of the
+    /// SPIFFE standard, for those who federate with it. json: both.
+    #[arg(long, value_name = "FORMAT", default_value = "pem", verbatim_doc_comment)]
     output: BundleOutput,
 
     #[command(flatten)]

@@ -43,7 +43,7 @@ pub(super) const DEFAULT_TIMEOUT: &str = "5s";
 /// `--timeout`, of every command that waits for one answer.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub(super) struct TimeoutArgs {
-    /// How long to wait for an answer, such as 5s, 1m30s or 500ms; 0 waits for ever
+    /// How long to wait, such as 5s, 1m30s or 500ms; 0 waits for ever
     #[arg(long, value_name = "DURATION", default_value = DEFAULT_TIMEOUT)]
     timeout: GoDuration,
 }

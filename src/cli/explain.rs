@@ -15,8 +15,10 @@ use crate::api::proto::admin as pb;
 /// `explain`.
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct ExplainArgs {
-    /// The process, as the agent's PID namespace numbers it [default: the shell that runs this]
-    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    /// The process [default: the shell that runs this command]
+    ///
+    /// By the number that it has in the agent's PID namespace.
+    #[arg(long, value_name = "PID", verbatim_doc_comment, value_parser = clap::value_parser!(i32).range(1..))]
     pid: Option<i32>,
 
     #[command(flatten)]

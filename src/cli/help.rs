@@ -5,20 +5,21 @@ use clap::Command;
 /// On the first page.
 const FIRST: &str = "\
 Examples:
-  durward quickstart                              an agent and an identity in a minute
+  durward quickstart            # an agent and an identity in a minute
   durward run --config /etc/durward/agent.conf
   durward api fetch x509 --write /run/web/tls
-  durward explain --pid 4242                      why does this process get no identity?
+  durward explain --pid 4242    # why does this process get no identity?
 
 Exit codes:
   0  done
   1  an error, a refused command line or an unhealthy agent
   3  api: the agent has no identity for this process (PermissionDenied)
   4  no agent answers at the socket
-  5  run: the SPIRE Server has expelled this agent (banned, evicted); its log says what to do
+  5  run: the SPIRE Server has expelled this agent; see its log
 
-status, explain, limits, entry, bundle and reload talk to the admin socket, which is for root
-and the agent's own user. Flags may also be spelled as spire-agent's: -socketPath PATH.";
+status, explain, limits, entry, bundle and reload use the admin socket, which is
+for root and the agent's own user. Flags may also be spelled as spire-agent's:
+-socketPath PATH.";
 
 /// Of the commands, by their words.
 const EXAMPLES: [(&str, &str); 14] = [
@@ -28,13 +29,13 @@ const EXAMPLES: [(&str, &str); 14] = [
     (
         "api fetch jwt",
         "durward api fetch jwt --audience db\n\
-         curl -H \"Authorization: Bearer $(durward api fetch jwt --audience db --output token)\" ...",
+         TOKEN=$(durward api fetch jwt --audience db --output token)",
     ),
     ("api validate jwt", "durward api validate jwt --audience db --svid \"$TOKEN\""),
     ("api watch", "durward api watch --socket-path /run/durward/public/api.sock"),
     ("healthcheck", "durward healthcheck --timeout 2s"),
     ("status", "durward status\ndurward status --output json"),
-    ("explain", "durward explain\ndurward explain --pid $(pidof nginx)"),
+    ("explain", "durward explain\ndurward explain --pid $(pidof -s nginx)"),
     ("limits", "durward limits --watch\ndurward limits --top 100 --output json"),
     ("entry show", "durward entry show\ndurward entry show --spiffe-id spiffe://example.org/web"),
     ("bundle show", "durward bundle show >bundle.pem\ndurward bundle show --output spiffe >bundle.json"),
@@ -128,6 +129,24 @@ mod tests {
         }
         let without: Vec<_> = all.iter().filter(|path| !EXAMPLES.iter().any(|(of, _)| of == path)).collect();
         assert_eq!(without, ["completions", "man", "version"]);
+    }
+
+    #[test]
+    fn every_page_fits_a_terminal() {
+        fn wide(command: &mut Command, path: &str, into: &mut Vec<String>) {
+            let page = command.render_long_help().to_string();
+            let long = page.lines().filter(|line| line.chars().count() > 80);
+            into.extend(long.map(|line| format!("{path}: {line}")));
+            for sub in command.get_subcommands_mut() {
+                let path = format!("{path} {}", sub.get_name());
+                wide(sub, &path, into);
+            }
+        }
+        let mut all = crate::cli::command();
+        all.build();
+        let mut found = Vec::new();
+        wide(&mut all, "durward", &mut found);
+        assert_eq!(found, Vec::<String>::new());
     }
 
     #[test]

@@ -36,7 +36,7 @@ pub(super) struct LimitsArgs {
     #[arg(long, value_name = "N", default_value = "10", value_parser = clap::value_parser!(u32).range(1..=1000))]
     top: u32,
 
-    /// Show it again every second, or every so many seconds, until q or Ctrl-C
+    /// Show it every second, or every so many, until q or Ctrl-C
     #[arg(
         long,
         value_name = "SECONDS",

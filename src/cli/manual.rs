@@ -22,7 +22,7 @@ pub(super) struct CompletionsArgs {
 /// `man`.
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct ManArgs {
-    /// Write the page of every command, and agent.conf(5), into this directory; without it, the main page is printed
+    /// Write all pages into this directory, instead of printing the first
     #[arg(value_name = "DIR")]
     dir: Option<PathBuf>,
 }

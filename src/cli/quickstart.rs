@@ -55,8 +55,10 @@ const SUBJECT: usize = 42;
 pub(super) struct QuickstartArgs {
     /// Where configuration, keys and socket go
     ///
-    /// Made when missing; what is there is kept. Without it: /var/lib/durward-quickstart for root,
-    /// else $XDG_STATE_HOME/durward-quickstart or ~/.local/state/durward-quickstart.
+    /// Made when missing; what is there is kept. Without it:
+    /// /var/lib/durward-quickstart for root, else
+    /// $XDG_STATE_HOME/durward-quickstart or
+    /// ~/.local/state/durward-quickstart.
     #[arg(long, value_name = "DIR", verbatim_doc_comment)]
     dir: Option<PathBuf>,
 

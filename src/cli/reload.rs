@@ -19,7 +19,9 @@ pub(super) struct ReloadArgs {
     #[command(flatten)]
     admin: AdminArgs,
 
-    /// Where there is no admin socket, send SIGHUP to this process; only its log tells then what comes of it
+    /// Without an admin socket, send SIGHUP to this process
+    ///
+    /// Only the agent's log tells then what came of it.
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
     or_signal: Option<i32>,
 }

@@ -34,7 +34,7 @@ pub(super) struct ConfigArgs {
     #[arg(long, value_name = "FILE", default_value = DEFAULT_CONFIG)]
     config: PathBuf,
 
-    /// Replace $VAR and ${VAR} in the configuration file by the environment's values
+    /// Replace $VAR and ${VAR} in the file by the environment's values
     #[arg(long)]
     expand_env: bool,
 
@@ -77,7 +77,7 @@ pub struct CliOverrides {
     #[arg(long)]
     pub allow_unauthenticated_verifiers: bool,
 
-    /// Serve no SDS API: there is none, so that this changes nothing
+    /// Accepted for spire-agent's sake: this version has no SDS API
     #[arg(long)]
     pub disable_sds_api: bool,
 
@@ -96,7 +96,9 @@ pub struct ServerOverrides {
     #[arg(long, value_name = "PORT")]
     pub server_port: Option<String>,
 
-    /// The token that the SPIRE Server gave for this node; other users of the node can read it here, so better in a file
+    /// The token that the SPIRE Server gave for this node
+    ///
+    /// Other users of the node can read it here: a file is better.
     #[arg(long, value_name = "TOKEN", value_parser = join_token)]
     pub join_token: Option<JoinToken>,
 
@@ -120,11 +122,13 @@ pub struct ServerOverrides {
     #[arg(long)]
     pub insecure_bootstrap: bool,
 
-    /// Whether to begin anew when the SPIRE Server's roots are unknown: never, auto or always
+    /// Whether to bootstrap again when the SPIRE Server's roots are unknown
+    ///
+    /// never, auto or always
     #[arg(long, value_name = "MODE")]
     pub rebootstrap_mode: Option<String>,
 
-    /// For how long unknown roots are put up with before that
+    /// How long to wait before that
     #[arg(long, value_name = "DURATION")]
     pub rebootstrap_delay: Option<String>,
 }

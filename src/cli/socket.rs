@@ -25,11 +25,12 @@ const SPIFFE: &str = "SPIFFE_ENDPOINT_SOCKET";
 /// Options of every command that talks to the agent.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub(super) struct SocketArgs {
-    /// Path of the agent's Workload API socket; unix:///path and tcp://IP:port are taken too
+    /// Path of the Workload API socket, or unix:///path, or tcp://IP:port
     ///
-    /// Without it, the first of these that is set: --instance, the environment
-    /// variables SPIRE_AGENT_PUBLIC_SOCKET (a path) and SPIFFE_ENDPOINT_SOCKET
-    /// (unix:///path or tcp://IP:port), then /run/durward/public/api.sock.
+    /// Without it, the first of these that is set: --instance, the
+    /// environment variables SPIRE_AGENT_PUBLIC_SOCKET (a path) and
+    /// SPIFFE_ENDPOINT_SOCKET (unix:///path or tcp://IP:port), then
+    /// /run/durward/public/api.sock.
     #[arg(long, value_name = "PATH", verbatim_doc_comment)]
     pub(super) socket_path: Option<PathBuf>,
 

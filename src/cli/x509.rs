@@ -35,11 +35,11 @@ pub(super) struct FetchX509Args {
     #[arg(long)]
     silent: bool,
 
-    /// Also write the SVIDs, their keys and bundles as PEM files into this directory
+    /// Also write SVIDs, keys and bundles as PEM files into this directory
     ///
-    /// For the Nth SVID, from 0: svid.N.pem, svid.N.key (readable by its owner alone),
-    /// bundle.N.pem, and federated_bundle.N.M.pem for the Mth foreign trust domain.
-    /// The directory must exist.
+    /// For the Nth SVID, from 0: svid.N.pem, svid.N.key (readable by its
+    /// owner alone), bundle.N.pem, and federated_bundle.N.M.pem for the Mth
+    /// foreign trust domain. The directory must exist.
     #[arg(long, value_name = "DIR", verbatim_doc_comment)]
     write: Option<PathBuf>,
 }

@@ -177,7 +177,7 @@ async fn explain_shows_what_fits_and_what_nearly_does() {
     assert_eq!((got.pid, got.uid), (own_pid(), uid.as_raw()));
     let caller = got.caller.unwrap();
     assert_eq!((caller.key, caller.cgroup_line), (format!("uid:{uid}"), String::new()));
-    assert!(caller.why.starts_with("its user, as pods are not looked for"), "{}", caller.why);
+    assert!(caller.why.starts_with("its user (Kubernetes was not found)"), "{}", caller.why);
     assert!(got.selectors.contains(&own), "{:?}", got.selectors);
     let matches: Vec<_> = got.matches.iter().map(|it| (&*it.entry_id, &*it.hint, &*it.withheld)).collect();
     assert_eq!(
