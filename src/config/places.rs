@@ -229,7 +229,7 @@ impl Config {
                 ("issuer \"embedded\".ca_key_path", path.clone())
             }
             IssuerError::SuppliedCa { path, .. } => ("issuer \"embedded\".ca_cert_path", path.clone()),
-            _ => ("agent.data_dir", settings.data_dir.clone()),
+            _ => ("agent.data_dir", settings.data_dir),
         };
         found.note(key.0, &key.1, Err::<(), _>(error));
     }
