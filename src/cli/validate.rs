@@ -40,8 +40,8 @@ pub(super) struct ValidateArgs {
 /// Runs `validate`.
 pub(super) fn validate(args: &ValidateArgs, terminal: &mut Terminal) -> Result<(), Failure> {
     match (check(&args.config, terminal), args.output.output) {
-        (Ok(config), OutputFormat::Pretty) => {
-            for (key, why) in unsettled(&config) {
+        (Ok((config, trust)), OutputFormat::Pretty) => {
+            for (key, why) in unsettled(&config, trust) {
                 terminal.note(format_args!("Warning: {key}: {why}."));
             }
             let absent = absent(&config);
@@ -57,9 +57,9 @@ pub(super) fn validate(args: &ValidateArgs, terminal: &mut Terminal) -> Result<(
             }
             Ok(terminal.print("Durward configuration file is valid.\n")?)
         }
-        (Ok(config), OutputFormat::Json) => {
+        (Ok((config, trust)), OutputFormat::Json) => {
             let warning = |AbsentSelector { entry, selector, why }| json!({ "entry": entry, "selector": selector, "message": why });
-            let unsettled = unsettled(&config).into_iter();
+            let unsettled = unsettled(&config, trust).into_iter();
             let unsettled = unsettled.map(|(key, why)| json!({ "key": key, "message": why }));
             let warnings: Vec<_> = unsettled.chain(absent(&config).into_iter().map(warning)).collect();
             let mut answer = json!({ "valid": true, "errors": [] });
@@ -78,7 +78,7 @@ pub(super) fn validate(args: &ValidateArgs, terminal: &mut Terminal) -> Result<(
 }
 
 /// Notes what an admin should know, and looks at everything as the agent would that this configuration is for.
-fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<Config, Failure> {
+fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<(Config, Trust), Failure> {
     // Only to find out for whom it is.
     let first = config.read(Trust::anybody())?;
     let AgentUser { uid: user, owns } = first.agent_user();
@@ -104,11 +104,11 @@ fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<Config, Failure
             "Only user {uid} and the group of {path} (mode {mode:04o}) can reach {socket}: chmod o+x {path} if others should."
         ));
     }
-    Ok(read)
+    Ok((read, trust))
 }
 
 /// What keeps no agent from starting, or not always: the key, and why it is worth a look.
-fn unsettled(config: &Config) -> Vec<(&'static str, String)> {
+fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
     let taken = config.addresses().1.into_iter().map(|TakenAddress { key, host, port, cause }| {
         (key, format!("{host} port {port} cannot be had now, as an agent that runs keeps it: {cause}"))
     });
@@ -119,7 +119,10 @@ fn unsettled(config: &Config) -> Vec<(&'static str, String)> {
         let here = "as this command has it: an agent that is started in another way may have more";
         ("ratelimit", format!("{error}, {here}"))
     });
-    taken.chain(nobody).chain(room).collect()
+    let to_join = config.missing_to_join(trust).into_iter().map(|(key, error)| {
+        (key, format!("{error}; the agent waits for it, unless it has joined its server before"))
+    });
+    taken.chain(nobody).chain(room).chain(to_join).collect()
 }
 
 /// A selector that an entry asks for and that no process of this node can have.

@@ -2,7 +2,7 @@
 //! whether workloads can reach the socket. Looked at before anything is made, and again at each reload.
 
 use std::{
-    io,
+    io::{self, Read as _},
     os::unix::fs::{FileTypeExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     time::SystemTime,
@@ -16,10 +16,11 @@ use super::{
 };
 use crate::{
     attest::unix::may_look_at_executables,
+    identity::{Bundle, bundle::MAX_LEN},
     issuer::{
         IssuerChoice,
         embedded::{IssuerError, check_ca_key, check_data_dir, try_sources},
-        server::settings::{KeyManagerSettings, NodeAttestorSettings},
+        server::settings::{KeyManagerSettings, NodeAttestorSettings, TrustBundleFormat},
     },
     os::trusted::{ClosedDir, PathError, Trust, TrustedDir},
     telemetry::http::can_bind,
@@ -210,6 +211,29 @@ impl Config {
         found.wrong
     }
 
+    /// Files by which an agent joins its SPIRE Server and that it could not use, with their keys: it would wait for them, unless
+    /// it has joined before.
+    pub fn missing_to_join(&self, trust: Trust) -> Vec<(&'static str, String)> {
+        let Signer::Server(joined) = &self.issuer else { return Vec::new() };
+        let join = &joined.join;
+        let missing = self.issuer_files().filter_map(|(key, file)| match trust.open(file) {
+            Err(error @ PathError::Open { .. }) => Some((key, error.to_string())),
+            // Places says what else is wrong.
+            Ok(_) | Err(_) => None,
+        });
+        let bundle = || {
+            let mut text = Vec::new();
+            let file = trust.open(join.trust_bundle_path.as_ref()?).ok()?;
+            file.take(u64::try_from(MAX_LEN).unwrap_or(u64::MAX) + 1).read_to_end(&mut text).ok()?;
+            let parsed = match join.trust_bundle_format {
+                TrustBundleFormat::Pem => Bundle::parse_pem(&self.trust_domain, &text),
+                TrustBundleFormat::Spiffe => Bundle::parse_spiffe(&self.trust_domain, &text),
+            };
+            Some(("agent.trust_bundle_path", parsed.err()?.to_string()))
+        };
+        missing.chain(bundle()).collect()
+    }
+
     /// What a CA or a state that is there would say at the start.
     fn try_signer(
         &self,
@@ -231,7 +255,7 @@ impl Config {
                 ("issuer \"embedded\".ca_key_path", path.clone())
             }
             IssuerError::SuppliedCa { path, .. } => ("issuer \"embedded\".ca_cert_path", path.clone()),
-            _ => ("agent.data_dir", settings.data_dir.clone()),
+            _ => ("agent.data_dir", settings.data_dir),
         };
         found.note(key.0, &key.1, Err::<(), _>(error));
     }

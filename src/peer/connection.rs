@@ -41,9 +41,12 @@ use super::{
     turns::Turns,
     wire::{Ending, Wire, WireShared},
 };
-use crate::limits::{
-    budget::HTTP2,
-    holding::{Holding, Notice},
+use crate::{
+    limits::{
+        budget::HTTP2,
+        holding::{Holding, Notice},
+    },
+    telemetry::{chain, registry::Label as _},
 };
 
 /// How long one that begins to speak waits for room, and how often it asks.
@@ -168,7 +171,7 @@ impl Connection {
                     // Nobody is there to read.
                     let deserted = done.is_pending() && matches!(sent, Poll::Ready(Err(_)));
                     if deserted { Poll::Ready(Ok(())) } else { done }
-                }) => return course.ended(done, &ending),
+                }) => return noted(&course, done, &ending, peer),
                 () = drains(phases), if !course.drains() && !course.is_unheard() => course.drain(),
                 notice = holding.told(heard), if heard < Some(Notice::Close) => {
                     heard = Some(notice);
@@ -209,6 +212,18 @@ impl Connection {
             look.as_mut().reset(course.next_look(Instant::now()));
         }
     }
+}
+
+/// Why it ended. What the wire refuses is its client's doing, who is told no more than that: seen at debug.
+fn noted(course: &Course, done: Result<(), hyper::Error>, ending: &Ending, peer: &Peer) -> ConnectionEnd {
+    let error =
+        done.as_ref().err().filter(|_| tracing::enabled!(tracing::Level::DEBUG)).map(|error| chain(error));
+    let why = course.ended(done, ending);
+    if matches!(why, ConnectionEnd::Protocol | ConnectionEnd::Flood | ConnectionEnd::Descriptors) {
+        let (pid, uid, reason) = (peer.pid(), peer.uid(), why.text());
+        tracing::debug!(%pid, %uid, reason, error, "refused what came on a connection");
+    }
+    why
 }
 
 /// Waits until it is so; to be polled when that changes.

@@ -211,7 +211,8 @@ impl Socket {
             let socket = bound(path, mode, umask).map_err(|errno| failed(errno.into()))?;
             let listening = || -> io::Result<_> {
                 let made = dir.set_mode(name, mode)?;
-                listen(&socket, Backlog::new(BACKLOG)?)?;
+                // nix knows no more than the SOMAXCONN of the C library, which is 128 with musl.
+                listen(&socket, Backlog::new(BACKLOG).unwrap_or(Backlog::MAXALLOWABLE))?;
                 Ok((made.dev(), made.ino()))
             };
             let made = listening().map_err(|source| {

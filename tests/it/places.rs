@@ -429,6 +429,42 @@ fn validate_looks_at_every_place_that_a_start_needs() {
     }
 }
 
+/// What an agent of a SPIRE Server would wait for is no error: it may have joined before.
+#[test]
+fn validate_tells_what_is_missing_to_join() {
+    let dir = layout_dir();
+    let (config, here) = (dir.path().join("etc/agent.conf"), dir.path().display());
+    let bundle = dir.path().join("etc/bundle.pem");
+    let text = format!(
+        "agent {{\n  trust_domain = \"{TRUST_DOMAIN}\"\n  data_dir = \"{here}/data\"\n  socket_path = \"{here}/run/api.sock\"\n  \
+         server_address = \"localhost\"\n  server_port = 8081\n  trust_bundle_path = \"{}\"\n  \
+         join_token_file = \"{here}/etc/token\"\n  entries_dir = \"{here}/log\"\n}}\n\
+         plugins {{\n  NodeAttestor \"join_token\" {{ plugin_data {{ }} }}\n  KeyManager \"memory\" {{ plugin_data {{ }} }}\n  \
+         WorkloadAttestor \"unix\" {{ plugin_data {{ }} }}\n}}\n",
+        bundle.display()
+    );
+    fs::write(&config, text).unwrap();
+    let said = |what: &str| {
+        let got = validate(&config);
+        let said = text_of(&got);
+        assert!(got.status.success(), "{what}: {said}");
+        assert!(!said.contains("there is none, so nobody is served"), "its entries are the server's: {said}");
+        said
+    };
+    let missing = said("no files");
+    for key in ["agent.trust_bundle_path: cannot open", "agent.join_token_file: cannot open"] {
+        assert!(missing.contains(key), "{missing}");
+    }
+    fs::write(&bundle, "none").unwrap();
+    fs::write(dir.path().join("etc/token"), "x").unwrap();
+    let unread = said("no bundle");
+    assert!(unread.contains("holds no PEM block") && !unread.contains("cannot open"), "{unread}");
+}
+
+fn text_of(output: &Output) -> String {
+    [&output.stdout, &output.stderr].map(|bytes| text(bytes)).concat()
+}
+
 #[test]
 fn validate_names_what_is_wrong_with_files_and_places_at_once() {
     let dir = layout_dir();

@@ -127,3 +127,31 @@ async fn five_thousand_streams_come_and_go() {
         }
     }
 }
+
+/// What the wire refuses is counted, and at debug the log says whose it was and what was wrong.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_wire_refuses_is_seen_at_debug() {
+    use std::io::{Read as _, Write as _};
+    let dir = tempfile::tempdir().unwrap();
+    write_config(dir.path(), &entry("/web", ""));
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_durward"));
+    command.args(["run", "--log-level", "debug", "--config"]).arg(dir.path().join("agent.conf"));
+    let mut agent = Process::of(command, &dir.path().join("log"));
+    drop(agent.serving(dir.path()).await);
+    let mut stream = std::os::unix::net::UnixStream::connect(dir.path().join("api.sock")).unwrap();
+    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x01\x04\0\0\0\0\0\0").unwrap();
+    // It may be closed or reset.
+    drop(stream.read_to_end(&mut Vec::new()));
+    let refused = async {
+        loop {
+            let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
+            if let Some(line) = log.lines().find(|line| line.contains("refused what came on a connection")) {
+                break line.to_owned();
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let line = tokio::time::timeout(Duration::from_secs(60), refused).await.unwrap();
+    let pid = format!("pid={} ", std::process::id());
+    assert!(line.contains("reason=\"protocol\"") && line.contains(&pid) && line.contains("error="), "{line}");
+}

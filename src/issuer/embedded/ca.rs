@@ -278,8 +278,8 @@ pub fn try_sources(settings: &EmbeddedSettings, trust: Trust, now: SystemTime) -
     if settings.issuer.supplied_ca().is_some() {
         make_ca(settings, trust, None, now)?;
     }
-    if let Some((path, text)) = disk::look_at_state(&settings.data_dir, trust)? {
-        Authorities::parse(&text, &path, &settings.trust_domain)?;
+    if let Some(text) = disk::look_at_state(&settings.data_dir, trust)? {
+        Authorities::parse(&text, &disk::state_in(&settings.data_dir), &settings.trust_domain)?;
     }
     Ok(())
 }

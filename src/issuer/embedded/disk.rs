@@ -59,7 +59,7 @@ impl DataDir {
 
     /// The state file.
     pub(super) fn state_path(&self) -> PathBuf {
-        self.path.join(STATE)
+        state_in(&self.path)
     }
 
     /// Reads the state. `None` when there is none yet.
@@ -106,18 +106,22 @@ impl DataDir {
     }
 }
 
+/// Where the state is in a data directory.
+pub(super) fn state_in(data_dir: &Path) -> PathBuf {
+    data_dir.join(STATE)
+}
+
 /// Reads the state of an agent of the user of `trust`, which may be running. `None` when there is none.
 pub(super) fn look_at_state(
     data_dir: &Path,
     trust: Trust,
-) -> Result<Option<(PathBuf, Zeroizing<Vec<u8>>)>, IssuerError> {
-    let path = data_dir.join(STATE);
+) -> Result<Option<Zeroizing<Vec<u8>>>, IssuerError> {
     let dir = match trust.directory_unchecked(data_dir) {
         Ok(dir) => dir,
         Err(error) if error.is_missing() => return Ok(None),
         Err(error) => return Err(refused(data_dir)(error)),
     };
-    Ok(read_state(&dir, &path, trust.user())?.map(|text| (path, text)))
+    read_state(&dir, &state_in(data_dir), trust.user())
 }
 
 fn read_state(dir: &TrustedDir, path: &Path, ours: u32) -> Result<Option<Zeroizing<Vec<u8>>>, IssuerError> {
