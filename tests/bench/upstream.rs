@@ -93,13 +93,10 @@ impl Contender {
 
     fn command(&self, server: &SpireServer, dir: &Path, metrics: u16, made: u64) -> Command {
         let (at, data, of_server) = (dir.display(), self.data.path().display(), server.dir.path().display());
-        let (names, binary) = match self.kind {
-            Kind::Spire => ("", server.bin.join("spire-agent")),
-            Kind::Durward => (
-                "spire_agent_names = true",
-                std::env::var_os("DURWARD_BIN")
-                    .map_or_else(|| env!("CARGO_BIN_EXE_durward").into(), PathBuf::from),
-            ),
+        let binary = match self.kind {
+            Kind::Spire => server.bin.join("spire-agent"),
+            Kind::Durward => std::env::var_os("DURWARD_BIN")
+                .map_or_else(|| env!("CARGO_BIN_EXE_durward").into(), PathBuf::from),
         };
         let text = format!(
             r#"agent {{
@@ -111,7 +108,7 @@ plugins {{
   KeyManager "disk" {{ plugin_data {{ directory = "{data}" }} }}
   WorkloadAttestor "unix" {{ plugin_data {{ }} }}
 }}
-telemetry {{ Prometheus {{ host = "127.0.0.1" port = {metrics} }} EnableHostnameLabel = false {names} }}
+telemetry {{ Prometheus {{ host = "127.0.0.1" port = {metrics} }} EnableHostnameLabel = false }}
 "#,
             server.port
         );
@@ -154,8 +151,9 @@ impl Turn {
             Ok(text)
         };
         let text = scrape().unwrap_or_default();
-        let line = text.lines().find_map(|line| line.strip_prefix("spire_agent_lru_cache_svid_map_size"));
-        let count = line.and_then(|rest| rest.rsplit(' ').next()?.parse::<f64>().ok());
+        let names = ["spire_agent_lru_cache_svid_map_size", "durward_x509_svids{state=\"cached\"}"];
+        let line = text.lines().find(|line| names.iter().any(|name| line.starts_with(name)));
+        let count = line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
         count.map_or(0, |count| count as u64)
     }
 

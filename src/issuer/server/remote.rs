@@ -130,31 +130,46 @@ async fn read_bundle(told: types::Bundle, trust_domain: &TrustDomain) -> Result<
     apart(move || bundles::read(told, &trust_domain)).await
 }
 
+/// Makes a call, and once more over the next connection where the one that it went over ended under it: a server that says
+/// goodbye has not looked at what came last. Each of these may be made twice.
+async fn once_more<T, F>(call: impl Fn() -> F + Send) -> Result<T, CallFault>
+where
+    F: Future<Output = Result<T, CallFault>> + Send,
+{
+    match call().await {
+        Err(CallFault::Server(ServerError::Lost(_))) => call().await,
+        done => done,
+    }
+}
+
 impl Calls for RemoteServer {
     fn entries(
         &self,
         known: KnownEntries,
         deadline: Instant,
     ) -> BoxFuture<'_, Result<SyncedEntries, CallFault>> {
-        async move {
-            let connection = self.own.upstream().agent(deadline).await?;
-            if self.by_revision.load(Ordering::Relaxed) {
-                self.by_revision(&known, connection).await
-            } else {
-                self.all_at_once(&known, connection).await
+        once_more(move || {
+            let known = known.clone();
+            async move {
+                let connection = self.own.upstream().agent(deadline).await?;
+                if self.by_revision.load(Ordering::Relaxed) {
+                    self.by_revision(&known, connection).await
+                } else {
+                    self.all_at_once(&known, connection).await
+                }
             }
-        }
+        })
         .boxed()
     }
 
     fn bundle(&self, deadline: Instant) -> BoxFuture<'_, Result<ToldBundle, CallFault>> {
-        async move {
+        once_more(move || async move {
             let connection = self.own.upstream().agent(deadline).await?;
             let mut client = BundleClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
             let request = GetBundleRequest { output_mask: Some(BUNDLE_MASK) };
             let told = connection.answer(ServerCall::GetBundle, client.get_bundle(request)).await?;
             read_bundle(told.into_inner(), &self.trust_domain).await
-        }
+        })
         .boxed()
     }
 
@@ -163,7 +178,7 @@ impl Calls for RemoteServer {
         trust_domain: &'a TrustDomain,
         deadline: Instant,
     ) -> BoxFuture<'a, Result<Option<ToldBundle>, CallFault>> {
-        async move {
+        once_more(move || async move {
             let connection = self.own.upstream().agent(deadline).await?;
             let mut client = BundleClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
             let request = GetFederatedBundleRequest {
@@ -178,7 +193,7 @@ impl Calls for RemoteServer {
                 Err(ServerError::Answered { code: Code::NotFound, .. }) => Ok(None),
                 Err(error) => Err(error.into()),
             }
-        }
+        })
         .boxed()
     }
 
@@ -187,14 +202,19 @@ impl Calls for RemoteServer {
         params: Vec<NewX509svidParams>,
         deadline: Instant,
     ) -> BoxFuture<'_, Result<Vec<batch_new_x509svid_response::Result>, CallFault>> {
-        async move {
-            let connection = self.own.upstream().agent(deadline).await?;
-            let mut client = SvidClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
-            let request = BatchNewX509svidRequest { params };
-            let signed =
-                connection.answer(ServerCall::BatchNewX509Svid, client.batch_new_x509svid(request)).await?;
-            Ok(signed.into_inner().results)
-        }
+        once_more(move || {
+            let params = params.clone();
+            async move {
+                let connection = self.own.upstream().agent(deadline).await?;
+                let mut client =
+                    SvidClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
+                let request = BatchNewX509svidRequest { params };
+                let signed = connection
+                    .answer(ServerCall::BatchNewX509Svid, client.batch_new_x509svid(request))
+                    .await?;
+                Ok(signed.into_inner().results)
+            }
+        })
         .boxed()
     }
 
@@ -204,7 +224,7 @@ impl Calls for RemoteServer {
         audience: &'a [String],
         deadline: Instant,
     ) -> BoxFuture<'a, Result<Jwtsvid, CallFault>> {
-        async move {
+        once_more(move || async move {
             let connection = self.own.upstream().agent(deadline).await?;
             let mut client = SvidClient::new(connection.clone()).max_decoding_message_size(LONGEST_ANSWER);
             // A server refuses an empty one.
@@ -212,7 +232,7 @@ impl Calls for RemoteServer {
             let request = NewJwtsvidRequest { entry_id: entry.to_string(), audience };
             let signed = connection.answer(ServerCall::NewJwtSvid, client.new_jwtsvid(request)).await?;
             signed.into_inner().svid.ok_or(CallFault::Svid("there is no jwt-svid in it"))
-        }
+        })
         .boxed()
     }
 
