@@ -16,6 +16,10 @@ mapfile -t commands < <(sed -n '/^### On Kubernetes/,/^##* [^O]/p' README.md | s
 for command in "${commands[@]}"; do eval "$command" >"$dir/said.txt" 2>&1 || fail "$command: $(cat "$dir/said.txt")"; done
 grep -q 'spiffe://example.org/ns/shop/sa/web' "$dir/said.txt" || fail "the README's workload: $(cat "$dir/said.txt")"
 note "the README's commands give an identity"
+kubectl -n durward logs daemonset/durward >"$dir/said.txt"
+for line in 'found: the agent runs in a pod' 'budget=67108864' 'the limit of the cgroup'; do
+    grep -q "$line" "$dir/said.txt" || fail "the log says at the start: $line"
+done
 for file in daemonset workload network-policy; do
     kubectl apply --dry-run=server --validate=strict -f "$manifests/$file.yaml" >/dev/null || fail "$file.yaml"
 done
@@ -154,6 +158,15 @@ agent_is restartCount 0 || fail "the agent was restarted"
 agent_is ready true || fail "the agent is ready"
 kubectl -n durward get events | grep -i unhealthy && fail "a probe failed"
 note "the kubelet was asked $asked times, and no probe of the agent failed"
+
+# Another agent takes the place of this one: whoever has mounted the directory finds it, and who watches is told again.
+kubectl -n durward rollout restart daemonset/durward >/dev/null
+kubectl -n durward rollout status daemonset/durward --timeout=90s >/dev/null
+served_again() { [[ $(kubectl -n bank exec ledger -- durward api fetch x509) == *spiffe://example.org/ns/bank/sa/ledger* ]]; }
+until_true 30 served_again
+kubectl -n shop get pods -o jsonpath='{.items[*].status.containerStatuses[*].restartCount}' | grep -qx 0 ||
+    fail "the watching workload lives on"
+note "an update of the agent is found by those who mount its directory"
 
 # The selectors of spire-agent, for the same containers.
 mkdir -p "$dir/peer"

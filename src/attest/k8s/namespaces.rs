@@ -1,6 +1,7 @@
 //! The labels of namespaces, from the API server, shared by all callers.
 //!
-//! One thread asks, and only for what somebody waits for: one request at a time, none sooner than [`PAUSE`] after the last.
+//! One thread asks, and only for what somebody waits for: one request at a time, none sooner than [`PAUSE`] after the last,
+//! or [`PAUSE_AFTER_FAULT`].
 //! What it says of a namespace is good for [`FRESH`]. A namespace's name comes from the kubelet's list, so that who makes
 //! namespaces makes pods run here first; all the same what is kept and asked for is bounded.
 
@@ -35,6 +36,8 @@ use crate::{
 pub(super) const FRESH: Duration = Duration::from_secs(10);
 /// The time between the end of a request and the next.
 const PAUSE: Duration = Duration::from_millis(50);
+/// The same where it failed: whoever waits has it made again.
+const PAUSE_AFTER_FAULT: Duration = Duration::from_millis(250);
 /// Namespaces that are asked for at once. Who finds no place among them finds one in the next round.
 const MOST_WANTED: usize = 256;
 /// Namespaces that are known at once, and what is kept of them, in bytes. Beyond that all are forgotten.
@@ -278,8 +281,8 @@ impl AskingApiServer {
         let runtime = runtime.map_err(|error| tracing::error!(%error, "the API server cannot be asked")).ok();
         let mut client: Option<(Arc<KubernetesPlace>, KubernetesClient)> = None;
         let mut trouble: Option<(StdInstant, String)> = None;
-        let mut ended = None;
-        while let Some((place, name)) = self.next(ended) {
+        let mut next_at = None;
+        while let Some((place, name)) = self.next(next_at) {
             let known = client.take().filter(|(known, _)| Arc::ptr_eq(known, &place));
             let (_, asked_of) = client.insert(
                 known.unwrap_or_else(|| (Arc::clone(&place), KubernetesClient::new((*place).clone()))),
@@ -289,7 +292,8 @@ impl AskingApiServer {
                 Some(runtime) => get(asked_of, runtime, &name),
                 None => Err(KubernetesFault::Internal("it has no runtime")),
             };
-            ended = Some(StdInstant::now());
+            let pause = if said.is_ok() { PAUSE } else { PAUSE_AFTER_FAULT };
+            next_at = Some(StdInstant::now() + pause);
             note(&mut trouble, said.as_ref().err());
             let mut wishes = self.lock();
             // Another one may be asked by now.
@@ -302,14 +306,14 @@ impl AskingApiServer {
         }
     }
 
-    /// Waits until something is wanted and may be asked for. `None` when all is over.
-    fn next(&self, ended: Option<StdInstant>) -> Option<(Arc<KubernetesPlace>, Arc<str>)> {
+    /// Waits until something is wanted and may be asked for, at `at` or later. `None` when all is over.
+    fn next(&self, at: Option<StdInstant>) -> Option<(Arc<KubernetesPlace>, Arc<str>)> {
         let mut wishes = self.lock();
         loop {
             if wishes.over {
                 return None;
             }
-            let pause = ended.map_or(Duration::ZERO, |ended| PAUSE.saturating_sub(ended.elapsed()));
+            let pause = at.map_or(Duration::ZERO, |at| at.saturating_duration_since(StdInstant::now()));
             let wait = match wishes.place.clone() {
                 Some(place) if pause.is_zero() => match wishes.wanted.pop_front() {
                     Some(name) => return Some((place, name)),
