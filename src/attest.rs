@@ -357,10 +357,11 @@ impl Attestor {
 }
 
 impl Questions {
-    /// Whether an entry may be a process's that asks for nothing but what was `found` and selectors of these kinds.
+    /// Whether an entry may be a process's that asks for selectors of these kinds, and of this attestor's for nothing else but
+    /// what was `found`.
     fn may_ask(&self, attestor: &'static str, found: &Selectors, words: &[&'static str]) -> bool {
         let kinds: Vec<SelectorKind> = words.iter().map(|word| SelectorKind { attestor, word }).collect();
-        self.doubts.first(found, &kinds, |selector| self.untellable(selector)).is_some()
+        self.doubts.asks_of(found, &kinds, |selector| self.untellable(selector))
     }
 }
 

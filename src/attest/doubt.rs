@@ -93,6 +93,31 @@ impl Doubts {
         untold: &[SelectorKind],
         kind_of: impl Fn(&Selector) -> Option<SelectorKind>,
     ) -> Option<SelectorKind> {
+        self.first_of(found, untold, untold.len(), kind_of)
+    }
+
+    /// Whether there is an entry that a process with the selectors `found` may have, and that asks for a selector of one of
+    /// these kinds of an attestor's own. What the other attestors find is not known yet, and may be anything.
+    pub(super) fn asks_of(
+        &self,
+        found: &Selectors,
+        own: &[SelectorKind],
+        kind_of: impl Fn(&Selector) -> Option<SelectorKind>,
+    ) -> bool {
+        let is_other = |kind: &&SelectorKind| own.iter().all(|it| it.attestor != kind.attestor);
+        let untold: Vec<SelectorKind> =
+            own.iter().chain(self.kinds.iter().filter(is_other)).copied().collect();
+        self.first_of(found, &untold, own.len(), kind_of).is_some()
+    }
+
+    /// As [`Doubts::first`], of entries that miss one of the first `wanted` kinds alone.
+    fn first_of(
+        &self,
+        found: &Selectors,
+        untold: &[SelectorKind],
+        wanted: usize,
+        kind_of: impl Fn(&Selector) -> Option<SelectorKind>,
+    ) -> Option<SelectorKind> {
         let told = |mask: u64| {
             let kinds = self.kinds.iter().enumerate();
             kinds.into_iter().any(|(n, kind)| mask >> n & 1 != 0 && !untold.contains(kind))
@@ -106,7 +131,7 @@ impl Doubts {
                 let place = untold.iter().position(|it| *it == kind)?;
                 missing = Some(missing.map_or(place, |first| first.min(place)));
             }
-            untold.get(missing?).copied()
+            untold.get(missing.filter(|place| *place < wanted)?).copied()
         };
         let bare = self.bare.iter().filter(|(mask, _)| !told(*mask));
         if let Some(kind) = bare.map(|(_, at)| *at).find_map(missing) {

@@ -23,8 +23,9 @@ pub mod pods;
 mod settings;
 mod view;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use ahash::RandomState;
 use tokio::time::Instant;
 
 pub use self::{
@@ -162,8 +163,29 @@ impl K8sError {
 pub struct K8sQuestions {
     /// Whether any asks for anything.
     asks: bool,
-    /// Whether any asks for the labels of a namespace.
-    asks_for_namespaces: bool,
+    /// For each entry that asks for a label of a namespace, what else it asks for of this attestor, by the first of that.
+    by_namespace: HashMap<Option<Selector>, Vec<Box<[Selector]>>, RandomState>,
+}
+
+impl K8sQuestions {
+    /// Adds what an entry asks for.
+    fn add(&mut self, entry: &Entry) {
+        let mine = entry.selectors.iter().filter(|selector| selector.kind() == NAME);
+        let is_label = |selector: &&Selector| selector.value().split(':').next() == Some(NS_LABEL);
+        let (labels, others): (Vec<_>, Vec<_>) = mine.partition(is_label);
+        self.asks |= !labels.is_empty() || !others.is_empty();
+        if !labels.is_empty() {
+            let mut others = others.into_iter().cloned();
+            self.by_namespace.entry(others.next()).or_default().push(others.collect());
+        }
+    }
+
+    /// Whether an entry may be a process's by the labels of its namespace, if this was found of its pod.
+    fn ask_for_namespace(&self, found: &Selectors) -> bool {
+        let keys = std::iter::once(None).chain(found.iter().cloned().map(Some));
+        let mut asked = keys.filter_map(|key| self.by_namespace.get(&key)).flatten();
+        !self.by_namespace.is_empty() && asked.any(|rest| rest.iter().all(|it| found.contains(it)))
+    }
 }
 
 /// What it keeps between attestations.
@@ -251,10 +273,7 @@ impl WorkloadAttestor for K8sAttestor {
 
     fn prepare_for(&self, entries: &[Arc<Entry>]) -> K8sQuestions {
         let mut questions = K8sQuestions::default();
-        for selector in entries.iter().flat_map(|entry| &entry.selectors).filter(|it| it.kind() == NAME) {
-            questions.asks = true;
-            questions.asks_for_namespaces |= selector.value().split(':').next() == Some(NS_LABEL);
-        }
+        entries.iter().for_each(|entry| questions.add(entry));
         questions
     }
 
@@ -284,9 +303,10 @@ impl WorkloadAttestor for K8sAttestor {
         let began = Instant::now();
         match self.look(settings, seen, pod, container).await {
             Ok(PodFindings { selectors, namespace, asked }) => {
+                // Whoever needs no label waits for none.
+                let asks = seen.extent() == Extent::All || questions.k8s.ask_for_namespace(&selectors);
                 findings.selectors = selectors;
                 findings.age = Some(asked.elapsed());
-                let asks = seen.extent() == Extent::All || questions.k8s.asks_for_namespaces;
                 if settings.enable_namespace_labels && asks {
                     match self.look_at_namespace(settings, seen, pod, namespace, began).await {
                         Ok(mut labels) => findings.selectors.append(&mut labels),

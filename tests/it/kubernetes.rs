@@ -685,6 +685,24 @@ async fn an_optional_attestor_that_cannot_tell_costs_identities_and_no_call() {
     assert!(!subject.is_empty(), "the other attestor");
 }
 
+#[tokio::test]
+async fn what_two_attestors_find_belongs_to_one_entry() {
+    let kubelet = FakeKubelet::start(listed(&[pod(1)]));
+    let mut settings = kubelet.settings(|_| {});
+    settings.unix.settings.discover_workload_path = true;
+    let attestor = Attestor::new(settings);
+    let path = format!("unix:path:{}", std::env::current_exe().unwrap().display());
+    let uid = format!("unix:uid:{}", nix::unistd::geteuid());
+    for entry in [format!("k8s:ns:ns1 {path}"), format!("k8s:ns:ns1 {uid} {path}"), format!("{path} {uid}")] {
+        let found = attest(&attestor, &caller(1, 1), &[&entry]).await.unwrap();
+        assert!(found.iter().any(|it| it.to_string() == path), "{entry}: {found:?}");
+    }
+    let found = attest(&attestor, &caller(1, 1), &["k8s:ns:ns1", &format!("unix:uid:4294967294 {path}")])
+        .await
+        .unwrap();
+    assert!(!found.iter().any(|it| it.to_string() == path), "nobody needs it: {found:?}");
+}
+
 fn namespace(labels: &Value) -> Reply {
     let body = json!({"kind": "Namespace", "metadata": {"name": "ns1", "labels": labels}});
     Reply::With(200, JSON, body.to_string())
@@ -757,11 +775,13 @@ async fn what_the_api_server_cannot_say_costs_those_alone_who_may_need_it() {
         let error = attest(&attestor, &caller(1, 1), &["k8s:ns-label:team:blue"]).await.unwrap_err();
         assert!(whole(&error).contains(want), "{case}: {}", whole(&error));
         assert_eq!((error.fault(), error.blame()), (AttestFault::Unreadable, Blame::Fault), "{case}");
-        // An entry that cannot be this one's for another reason costs nothing, and neither does one that asks for no label.
-        for entry in ["k8s:ns-label:team:blue k8s:ns:other", "k8s:ns:ns1"] {
-            let found = attest(&attestor, &caller(1, 1), &[entry]).await.unwrap();
-            assert!(of_pod(&found).contains(&"ns:ns1".to_owned()), "{case}: {entry}");
-        }
+        // An entry that cannot be this one's for another reason costs nothing, not even a request.
+        let requests = api.requests();
+        let others =
+            ["k8s:ns-label:team:blue k8s:ns:other", "k8s:ns:ns1", "unix:uid:1 k8s:ns-label:a:b k8s:sa:other"];
+        let found = attest(&attestor, &caller(1, 1), &others).await.unwrap();
+        assert!(of_pod(&found).contains(&"ns:ns1".to_owned()), "{case}");
+        assert_eq!(api.requests(), requests, "{case}");
     }
     let mut nowhere = kubelet.settings(|_| {});
     nowhere.k8s.settings.enable_namespace_labels = true;
