@@ -127,12 +127,9 @@ impl Means {
                 soft
             }
         };
-        let http_places = http::places(nofile);
+        let cgroup = cgroup::lowest_limit(Path::new(MEMBERSHIP), Path::new(CGROUPS));
+        let http_places = http::places(nofile, cgroup);
         let held = u64::try_from(http_places.saturating_mul(http_listeners)).unwrap_or(u64::MAX);
-        Self {
-            nofile: nofile.saturating_sub(held),
-            http_places,
-            cgroup: cgroup::lowest_limit(Path::new(MEMBERSHIP), Path::new(CGROUPS)),
-        }
+        Self { nofile: nofile.saturating_sub(held), http_places, cgroup }
     }
 }

@@ -13,13 +13,13 @@ use crate::{
     store::Snapshot,
 };
 
-/// So large is every answer reckoned while it is made ([`Turns`](crate::peer)).
-const SMALL: usize = 16 * 1024;
+/// So large is every answer reckoned while it is made, whatever it is.
+pub(super) const SMALL: usize = 16 * 1024;
 /// An X.509-SVID with its key and what names it, and a JWT-SVID without its audience, in bytes.
-const X509_SVID: usize = 1300;
-const JWT_SVID: usize = 1024;
-/// The message, its encoded form, and the copy that gRPC makes of that.
-const COPIES: usize = 3;
+const X509_SVID: usize = 900;
+const JWT_SVID: usize = 512;
+/// The message and its encoded form. The copy that gRPC makes of that counts as unsent.
+const COPIES: usize = 2;
 
 /// Room for an answer of so many bytes that is about to be made, to be kept until it is. Nothing where it is a small one.
 ///

@@ -14,7 +14,7 @@ use super::{
     claims::claims_to_struct,
     encoded::Encoded,
     journal::{Begun, Journal, Whom},
-    making::{bundles_len, jwt_svids_len, room_for, x509_svids_len},
+    making::{SMALL, bundles_len, jwt_svids_len, room_for, x509_svids_len},
     proto::{workload as pb, workload_server::spiffe_workload_api_server::SpiffeWorkloadApi},
     status::RequestError,
     updates::{Update, UpdateQueue, Updates, updates},
@@ -366,7 +366,9 @@ async fn made<C: Content>(
     charged: &mut Charged,
     snapshot: &Snapshot,
 ) -> Result<Encoded, RequestError> {
-    let _room = room_for(content.reckoned(charged, snapshot), charged.peer().connected())?;
+    let answer = content.reckoned(charged, snapshot);
+    let is_made = answer > SMALL && content.is_made(parts, charged, snapshot);
+    let _room = if is_made { None } else { room_for(answer, charged.peer().connected())? };
     content.message(parts, charged, snapshot).await
 }
 
@@ -374,6 +376,9 @@ async fn made<C: Content>(
 trait Content: Send + 'static {
     /// About how long the message will be, in bytes.
     fn reckoned(&self, charged: &Charged, snapshot: &Snapshot) -> usize;
+
+    /// Whether somebody else's is the same, and is still there.
+    fn is_made(&self, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> bool;
 
     /// The message for the entries of the call, if all that it takes is there.
     fn at_hand(&self, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> Option<Encoded>;
@@ -394,6 +399,11 @@ trait Content: Send + 'static {
 impl Content for Hold {
     fn reckoned(&self, charged: &Charged, snapshot: &Snapshot) -> usize {
         x509_svids_len(snapshot, charged.entries())
+    }
+
+    fn is_made(&self, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> bool {
+        let key = AnswerKey::x509_svids(charged.entries());
+        snapshot.answers.find(&key, parts.clock.now()).is_some()
     }
 
     fn at_hand(&self, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> Option<Encoded> {
@@ -446,6 +456,12 @@ fn answer_of(
 impl Content for BundleForm {
     fn reckoned(&self, charged: &Charged, snapshot: &Snapshot) -> usize {
         bundles_len(snapshot, charged.entries())
+    }
+
+    fn is_made(&self, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> bool {
+        let federated = federated(charged.entries()).into_iter().cloned().collect();
+        let key = AnswerKey::Bundles(*self, federated);
+        snapshot.answers.find(&key, parts.clock.now()).is_some()
     }
 
     fn at_hand(&self, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> Option<Encoded> {

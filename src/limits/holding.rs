@@ -277,6 +277,13 @@ impl Holding {
         self.sums.as_ref().is_none_or(|HeldSums { node, .. }| node.room.is_there())
     }
 
+    /// Whether there is room, and would be for a while: then much is read at once.
+    pub fn has_plenty(&self) -> bool {
+        self.sums.as_ref().is_none_or(|HeldSums { node, .. }| {
+            node.room.is_there() && node.bytes() < node.room_below.load(Relaxed)
+        })
+    }
+
     /// Whether memory is so short that nothing may wait in it, whoever holds the rest: with more than [`SHARES`] callers all
     /// may be below their shares.
     ///

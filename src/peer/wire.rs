@@ -39,7 +39,8 @@ const WORTH_TELLING: u32 = 2 * 1024;
 /// The most bytes that are read at once: some ten requests, which are served before more of them are taken out of the
 /// kernel's hands.
 const AT_ONCE: usize = 2 * 1024;
-/// The same without room on the node: then all others wait for those few.
+/// The same where room on the node is about to run out: then all others wait for those few, and HTTP/2 keeps the memory of as
+/// many as came at once.
 const AT_ONCE_WITHOUT_ROOM: usize = 512;
 
 /// How a connection ended, as far as its bytes tell. Shared with the task that serves it.
@@ -232,7 +233,8 @@ impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        let most = buf.remaining().min(if this.holding.has_room() { AT_ONCE } else { AT_ONCE_WITHOUT_ROOM });
+        let most =
+            buf.remaining().min(if this.holding.has_plenty() { AT_ONCE } else { AT_ONCE_WITHOUT_ROOM });
         let received = ready!(this.poll_receive(cx, buf, most));
         let Received::Bytes { len, writer } = this.noted(received)? else {
             this.ending.descriptors.store(true, Relaxed);

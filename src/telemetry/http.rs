@@ -48,6 +48,11 @@ use super::{health::HealthState, metrics::Metrics};
 pub const MOST_PLACES: usize = 2048;
 /// A process that may have few descriptors spends one part in so many of them on each listener.
 const DESCRIPTOR_SHARE: u64 = 8;
+/// And one part of its memory in so many, at so many bytes each: a task, a socket, an inode.
+const MEMORY_SHARE: u64 = 8;
+const PLACE: u64 = 5 * 1024;
+/// But so many in any case.
+const LEAST_PLACES: usize = 16;
 /// At a Unix socket one user has one part in so many of the places.
 const USER_SHARE: usize = 8;
 /// For the head of the request, from accept on.
@@ -69,9 +74,11 @@ const BACKLOG: i32 = 4096;
 /// After a failed accept (no descriptors): long enough not to spin, short enough not to miss a scrape.
 const AFTER_ACCEPT_ERROR: Duration = Duration::from_secs(1);
 
-/// How many connections each listener may hold in a process that may have `nofile` descriptors.
-pub fn places(nofile: u64) -> usize {
-    usize::try_from(nofile / DESCRIPTOR_SHARE).unwrap_or(MOST_PLACES).min(MOST_PLACES)
+/// How many connections each listener may hold in a process that may have `nofile` descriptors and `memory` bytes.
+pub fn places(nofile: u64, memory: Option<u64>) -> usize {
+    let by_memory = memory.map_or(u64::MAX, |memory| memory / MEMORY_SHARE / PLACE);
+    let places = (nofile / DESCRIPTOR_SHARE).min(by_memory);
+    usize::try_from(places).unwrap_or(MOST_PLACES).clamp(LEAST_PLACES, MOST_PLACES)
 }
 
 /// Why a listener could not be bound.
@@ -596,11 +603,15 @@ mod tests {
     }
 
     #[test]
-    fn places_are_a_part_of_the_descriptors() {
-        for (nofile, want) in
-            [(65_536, MOST_PLACES), (20_000, MOST_PLACES), (1024, 128), (u64::MAX, MOST_PLACES)]
-        {
-            assert_eq!(places(nofile), want, "{nofile}");
+    fn places_are_a_part_of_the_descriptors_and_of_memory() {
+        for (nofile, mib, want) in [
+            (65_536, None, MOST_PLACES),
+            (20_000, Some(256), MOST_PLACES),
+            (1024, Some(256), 128),
+            (u64::MAX, Some(24), 614),
+            (65_536, Some(0), LEAST_PLACES),
+        ] {
+            assert_eq!(places(nofile, mib.map(|mib| mib << 20)), want, "{nofile} {mib:?}");
         }
     }
 

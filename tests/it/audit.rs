@@ -140,7 +140,9 @@ async fn refusals_say_which_identity_and_which_connection() {
     let mut client = agent.serving(dir.path()).await;
     let mut refusals = 0;
     for _ in 0..5 {
-        refusals += u64::from(client.fetch_jwtsvid(request(jwt("a"))).await.is_err());
+        let answer = client.fetch_jwtsvid(request(jwt("a"))).await;
+        // A connection of its own may have been refused as well.
+        refusals += u64::from(answer.is_err_and(|error| error.code() == tonic::Code::ResourceExhausted));
     }
     assert!((1..5).contains(&refusals), "{refusals}");
     for _ in 0..4 {
@@ -157,7 +159,7 @@ async fn refusals_say_which_identity_and_which_connection() {
         about.map(|line| line["times"].as_u64().unwrap_or(1)).sum()
     };
     // One of those that looked whether the agent serves may be among them.
-    assert!(counted("call") == refusals && (4..=5).contains(&counted("connection")), "{told:#?}");
+    assert!(counted("call") == refusals && (4..=6).contains(&counted("connection")), "{told:#?}");
     for line in told.iter().filter(|line| line["message"].as_str().unwrap().contains("refused")) {
         assert_eq!(line["caller"], format!("uid:{}", getuid()), "{line}");
         let (reason, identity) = match line["method"].as_str() {

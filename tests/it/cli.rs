@@ -970,7 +970,7 @@ fn quickstart_serves_until_it_is_told_to_end() {
         }
 
         let limits = shown.iter().find(|line| line.contains(" limits --watch ")).unwrap();
-        let reload = limits.replace(" limits --watch ", " reload ");
+        let reload = format!("{}\n{}", exports.join("\n"), limits.replace(" limits --watch ", " reload "));
         let got = Command::new("/bin/sh").args(["-c", &reload]).output().unwrap();
         assert!(got.status.success(), "{reload}: {}", text(&got.stderr));
 

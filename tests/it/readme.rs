@@ -14,11 +14,12 @@ use durward::config::{Config, ExpandEnv};
 use crate::support::{Process, entry, write_config};
 
 /// Blocks that do not run here, by what is in them, and why.
-const ELSEWHERE: [(&str, &str); 6] = [
+const ELSEWHERE: [(&str, &str); 7] = [
     ("target/release/durward quickstart", "it builds this program; quickstart has tests of its own"),
     ("pip install", "it needs PyPI: tests/interop/readme.sh"),
     ("python server.py", "the same"),
     ("spire-server token generate", "it needs a SPIRE Server: tests/interop/spire.sh"),
+    ("kubectl apply -f packaging", "it needs a cluster: tests/interop/kubernetes-cluster.sh"),
     ("journalctl -u durward", "it needs systemd's journal"),
     (
         "durward run --config /etc/durward/agent.conf",
