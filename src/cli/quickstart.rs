@@ -29,7 +29,7 @@ use super::{
     run::wrong_places,
     socket::{AgentAddress, AgentSocket, Chosen},
     svid::X509Answer,
-    terminal::{PrintError, Terminal, clean},
+    terminal::{Terminal, clean},
     text::{GoDuration, go_time},
 };
 use crate::{
@@ -145,6 +145,7 @@ async fn serve(
 /// Goes on serving until a signal ends it, or the terminal is gone. The files are read again when they change, and on SIGHUP.
 async fn attend(upkeep: &mut Upkeep, signals: &mut Signals, terminal: &mut Terminal) -> Result<(), Failure> {
     terminal.print("\nServing. Ctrl-C ends it; run again, and all of it is still there.\n")?;
+    let mut hung_up = false;
     loop {
         let happened = tokio::select! {
             signal = signals.next() => match signal {
@@ -153,6 +154,7 @@ async fn attend(upkeep: &mut Upkeep, signals: &mut Signals, terminal: &mut Termi
                     return Ok(());
                 }
                 Signalled::Reload => {
+                    hung_up = true;
                     upkeep.reload();
                     continue;
                 }
@@ -169,11 +171,11 @@ async fn attend(upkeep: &mut Upkeep, signals: &mut Signals, terminal: &mut Termi
         } else {
             format!("Not reloaded, the old configuration stays in force:\n{}\n", told.error)
         };
-        match terminal.print(&text) {
-            // SIGHUP came because the terminal was closed.
-            Err(PrintError::Closed | PrintError::Write(_)) => return Ok(()),
-            Ok(()) => {}
+        // SIGHUP came because the terminal was closed; without one, somebody else asked, and nobody has to read this.
+        if terminal.print(&text).is_err() && hung_up {
+            return Ok(());
         }
+        hung_up = false;
     }
 }
 
