@@ -116,11 +116,6 @@ impl Running {
         self
     }
 
-    /// Where reloads are asked for at the admin socket, for whoever looks after this agent; `None` after the first time.
-    pub fn reloads_asked(&mut self) -> Option<mpsc::Receiver<AskedReload>> {
-        self.asked.take()
-    }
-
     /// Ends when serving has ended by itself, or a task that goes on for ever has: faults. Without the one that
     /// rotates, say, the agent would look well until everything has expired. [`Expelled`] is the issuer's word.
     pub async fn failed(&mut self) -> anyhow::Error {

@@ -94,15 +94,6 @@ impl Running {
         Ok(changes)
     }
 
-    /// The same, with log and metrics. What is returned is for those who asked for it.
-    pub fn reload_and_tell(&mut self, next: anyhow::Result<Config>) -> ReloadResponse {
-        let done = next.and_then(|next| {
-            let changes = self.replacing().by(&next)?;
-            Ok((next, changes))
-        });
-        finish(self, done)
-    }
-
     /// What is in force now, to be replaced.
     pub(super) fn replacing(&self) -> Replacing {
         Replacing { adjustable: self.adjustable.clone(), old: Arc::clone(&self.config) }

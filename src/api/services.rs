@@ -5,16 +5,10 @@
 //! reflection, services that there are not) is charged to the caller as [`Method::Other`] before anything is
 //! done for it. What never comes so far is charged and counted all the same ([`heads`](super::heads)).
 
-use std::{
-    convert::Infallible,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
-};
+use std::{convert::Infallible, sync::Arc};
 
-use bytes::Bytes;
 use http::{Method as Verb, Request, Response, StatusCode, header::CONTENT_TYPE};
-use http_body::{Frame, SizeHint};
+use http_body_util::BodyExt as _;
 use tokio::time::Instant;
 use tonic::{Status, body::Body};
 use tonic_health::pb::health_server::HealthServer;
@@ -37,7 +31,7 @@ pub use super::{
     heads::HeadAnswer,
 };
 use crate::{
-    limits::{Limits, Method, holding::KeptBytes, patience},
+    limits::{Limits, Method, patience},
     peer::{Crowded, Peer, RequestBody},
     telemetry::health::HealthState,
 };
@@ -211,31 +205,14 @@ fn reflected(reflection: &Reflection, request: Request<GrpcBody>) -> GrpcAnswer 
     let answer = reflection(request);
     Box::pin(async move {
         let Ok(response) = answer.await;
-        Ok(response.map(|body| Body::new(RoomyBody { body, _room: room })))
+        // The body has the room, and gives it back when it goes.
+        Ok(response.map(|body| {
+            Body::new(body.map_frame(move |frame| {
+                let _room = &room;
+                frame
+            }))
+        }))
     })
-}
-
-/// A body with the room that it takes.
-struct RoomyBody {
-    body: Body,
-    _room: Option<KeptBytes>,
-}
-
-impl http_body::Body for RoomyBody {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        Pin::new(&mut self.get_mut().body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
 }
 
 const WORKLOAD: &str = "SpiffeWorkloadAPI";

@@ -367,8 +367,9 @@ async fn made<C: Content>(
     snapshot: &Snapshot,
 ) -> Result<Encoded, RequestError> {
     let answer = content.reckoned(charged, snapshot);
-    let is_made = answer > SMALL && content.is_made(parts, charged, snapshot);
-    let _room = if is_made { None } else { room_for(answer, charged.peer().connected())? };
+    let needs_room =
+        answer > SMALL && snapshot.answers.find(&content.key(charged), parts.clock.now()).is_none();
+    let _room = if needs_room { room_for(answer, charged.peer().connected())? } else { None };
     content.message(parts, charged, snapshot).await
 }
 
@@ -377,8 +378,8 @@ trait Content: Send + 'static {
     /// About how long the message will be, in bytes.
     fn reckoned(&self, charged: &Charged, snapshot: &Snapshot) -> usize;
 
-    /// Whether somebody else's is the same, and is still there.
-    fn is_made(&self, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> bool;
+    /// By which the message is kept for all who are sent the same.
+    fn key(&self, charged: &Charged) -> AnswerKey;
 
     /// The message for the entries of the call, if all that it takes is there.
     fn at_hand(&self, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> Option<Encoded>;
@@ -401,14 +402,13 @@ impl Content for Hold {
         x509_svids_len(snapshot, charged.entries())
     }
 
-    fn is_made(&self, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> bool {
-        let key = AnswerKey::x509_svids(charged.entries());
-        snapshot.answers.find(&key, parts.clock.now()).is_some()
+    fn key(&self, charged: &Charged) -> AnswerKey {
+        AnswerKey::x509_svids(charged.entries())
     }
 
     fn at_hand(&self, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> Option<Encoded> {
         let now = parts.clock.now();
-        let key = AnswerKey::x509_svids(charged.entries());
+        let key = self.key(charged);
         if let Some(answer) = snapshot.answers.find(&key, now) {
             return Some(answer.into());
         }
@@ -426,7 +426,7 @@ impl Content for Hold {
             *self = parts.x509.hold(charged);
         }
         let now = parts.clock.now();
-        let key = AnswerKey::x509_svids(charged.entries());
+        let key = self.key(charged);
         if let Some(answer) = snapshot.answers.find(&key, now) {
             return Ok(answer.into());
         }
@@ -458,10 +458,8 @@ impl Content for BundleForm {
         bundles_len(snapshot, charged.entries())
     }
 
-    fn is_made(&self, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> bool {
-        let federated = federated(charged.entries()).into_iter().cloned().collect();
-        let key = AnswerKey::Bundles(*self, federated);
-        snapshot.answers.find(&key, parts.clock.now()).is_some()
+    fn key(&self, charged: &Charged) -> AnswerKey {
+        AnswerKey::Bundles(*self, federated(charged.entries()).into_iter().cloned().collect())
     }
 
     fn at_hand(&self, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> Option<Encoded> {
@@ -480,12 +478,12 @@ impl Content for BundleForm {
 
 /// The answer with the bundles that callers of these entries receive, kept for all who receive the same.
 fn bundles_of(form: BundleForm, parts: &Parts, charged: &Charged, snapshot: &Snapshot) -> Encoded {
-    let federated: Vec<TrustDomain> = federated(charged.entries()).into_iter().cloned().collect();
-    let key = AnswerKey::Bundles(form, federated.clone());
+    let key = form.key(charged);
     let now = parts.clock.now();
     if let Some(answer) = snapshot.answers.find(&key, now) {
         return answer.into();
     }
+    let federated: Vec<TrustDomain> = federated(charged.entries()).into_iter().cloned().collect();
     let answer = bundles(snapshot, form, &federated).into_bytes();
     snapshot.answers.keep(key, answer, None, now).into()
 }
