@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::{answers::federated, status::RequestError};
 use crate::{
     identity::{Bundle, Entry},
-    limits::holding::KeptBytes,
+    limits::holding::AnswerInTheMaking,
     peer::Peer,
     store::Snapshot,
 };
@@ -24,11 +24,12 @@ const COPIES: usize = 2;
 /// Room for an answer of so many bytes that is about to be made, to be kept until it is. Nothing where it is a small one.
 ///
 /// # Errors
-/// [`RequestError::Crowded`] when memory is about to run out, and the caller holds the least share there is.
-pub(super) fn room_for(answer: usize, peer: &Peer) -> Result<Option<KeptBytes>, RequestError> {
+/// [`RequestError::Crowded`] when memory is about to run out, the caller holds the least share there is, and another large
+/// answer of its own is being made.
+pub(super) fn room_for(answer: usize, peer: &Peer) -> Result<Option<AnswerInTheMaking>, RequestError> {
     let Some(holding) = peer.holding().filter(|_| answer > SMALL) else { return Ok(None) };
     let bytes = u64::try_from(answer.saturating_mul(COPIES)).unwrap_or(u64::MAX);
-    holding.try_keep(bytes).map(Some).ok_or(RequestError::Crowded)
+    holding.try_make(bytes).map(Some).ok_or(RequestError::Crowded)
 }
 
 /// About what FetchX509SVID's answer takes.

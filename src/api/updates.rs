@@ -20,7 +20,7 @@ use tokio::{
 use tonic::{Code, Status};
 
 use super::{encoded::Encoded, journal::OpenCall, status::RequestError};
-use crate::{attest::Blame, limits::holding::KeptBytes, store::Change};
+use crate::{attest::Blame, store::Change};
 
 /// The response stream of a Workload API call.
 pub type Updates = Pin<Box<dyn tokio_stream::Stream<Item = Result<Encoded, Status>> + Send>>;
@@ -49,10 +49,6 @@ pub(super) trait Update: Send + 'static {
 
     /// A message is about to be sent.
     fn is_sent(&self, _message: &Encoded) {}
-
-    /// Counts as held by its connection what the stream keeps of `message` until the next one: tonic's buffer keeps a copy
-    /// of its own of what was encoded last, for as long as the stream is open.
-    fn keep(&self, message: &Encoded) -> Option<KeptBytes>;
 
     /// Whether the process is still there, and of the user and group that connected: asked right before a message is
     /// sent, as making it may have taken a while.
@@ -98,8 +94,6 @@ struct Stream<S: Update> {
     queue: Arc<UpdateQueue>,
     changes: watch::Receiver<Change>,
     sent: Encoded,
-    /// What it takes for that. Boxed, as few are so large.
-    kept: Option<Box<KeptBytes>>,
     /// What to send next, when that is known already.
     first: bool,
     code: Code,
@@ -130,7 +124,7 @@ pub(super) fn updates<S: Update>(
     if *changes.borrow() == Change::Draining {
         changes.mark_changed();
     }
-    let stream = Stream { state, open, queue, changes, sent: first, kept: None, first: true, code: Code::Ok };
+    let stream = Stream { state, open, queue, changes, sent: first, first: true, code: Code::Ok };
     Box::pin(stream::unfold(Some(stream), |stream| async {
         let mut stream = stream?;
         match stream.next().await {
@@ -177,7 +171,6 @@ impl<S: Update> Stream<S> {
     async fn next(&mut self) -> Result<Encoded, RequestError> {
         if std::mem::take(&mut self.first) {
             self.state.is_sent(&self.sent);
-            self.kept = self.state.keep(&self.sent).map(Box::new);
             return Ok(self.sent.clone());
         }
         let mut behind: Option<Behind> = None;
@@ -199,7 +192,6 @@ impl<S: Update> Stream<S> {
                 Ok(None) => behind = None,
                 Ok(Some(message)) => {
                     self.state.is_sent(&message);
-                    self.kept = self.state.keep(&message).map(Box::new);
                     self.sent = message.clone();
                     return Ok(message);
                 }
@@ -318,10 +310,6 @@ mod tests {
                 Found::NoIdentity => return Err(NoIdentity.into()),
             }
             Ok(encoded(self.sent))
-        }
-
-        fn keep(&self, _message: &Encoded) -> Option<KeptBytes> {
-            None
         }
 
         fn is_alive(&self) -> Result<(), RequestError> {

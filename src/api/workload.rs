@@ -27,7 +27,7 @@ use crate::{
         jwt,
     },
     issuer::Issuer,
-    limits::{Limits, Method, holding::KeptBytes},
+    limits::{Limits, Method},
     os::clock::Clock,
     store::{
         Change, Charged, Entitled, JwtCache, Purpose, Snapshot, Store, Unentitled, X509Cache, authorize,
@@ -317,9 +317,6 @@ impl TryFrom<pb::JwtsvidRequest> for JwtQuery {
     }
 }
 
-/// What a stream keeps of a message is in what it is reckoned at up to this, in bytes.
-const KEPT_WITH_STREAM: usize = 2 * 1024;
-
 /// An open stream.
 struct Subscription<C> {
     parts: Arc<Parts>,
@@ -328,12 +325,6 @@ struct Subscription<C> {
 }
 
 impl<C: Content> Update for Subscription<C> {
-    fn keep(&self, message: &Encoded) -> Option<KeptBytes> {
-        let bytes = message.bytes().len().checked_sub(KEPT_WITH_STREAM).filter(|more| *more > 0)?;
-        let holding = self.charged.peer().connected().holding()?;
-        Some(holding.keep(u64::try_from(bytes).unwrap_or(u64::MAX)))
-    }
-
     fn expected(&self) -> Option<Encoded> {
         let Self { parts, charged, content } = self;
         let snapshot = parts.store.snapshot();

@@ -19,6 +19,9 @@ pub const HTTP2: u64 = 27 * 1024;
 /// Each further stream that was open at the same time, from then on to the end of the connection: most of it h2 keeps for the
 /// next one.
 pub const STREAM: u64 = 6 * 1024;
+/// A stream whose head came in one read with others, and that may have ended before it was one of those [`STREAM`] counts: what
+/// h2 keeps for as many as there were at once, to the end of the connection.
+pub const HEAD: u64 = 700;
 /// Bytes of requests that are not complete, of all streams of a connection: one message of the largest size,
 /// and some beside it. More, and what is being sent is refused.
 pub const UPLOADS: u64 = 68 * 1024;
@@ -52,6 +55,13 @@ const PART: u64 = 512;
 pub const fn unsent(part: usize) -> u64 {
     let bytes = part as u64;
     bytes + bytes / 2 + PART
+}
+
+/// What a body keeps of such a part when the kernel has it, for as long as it is open and makes no other: tonic's buffer. What is
+/// small is reckoned with the stream.
+#[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
+pub const fn kept(part: usize) -> u64 {
+    (part as u64).saturating_sub(2 * 1024)
 }
 
 /// Bytes of answers, as [`unsent`] reckons them, that a connection may leave unread. While there are as many no further

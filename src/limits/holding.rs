@@ -7,7 +7,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU8, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -168,13 +168,15 @@ impl NodeHeld {
 #[derive(Debug, Default)]
 pub(super) struct GroupHeld {
     held: HeldBytes,
+    /// Large answers in the making.
+    making: AtomicU32,
     pub(super) waste: Waste,
 }
 
 impl GroupHeld {
     /// Nothing yet, but for what they owe.
     pub(super) fn owing(waste: Waste) -> Self {
-        Self { held: HeldBytes::default(), waste }
+        Self { waste, ..Self::default() }
     }
 
     pub(super) fn bytes(&self) -> u64 {
@@ -249,6 +251,19 @@ impl Holding {
     /// The same, if it fits: [`Self::try_hold`].
     pub fn try_keep(self: &Arc<Self>, bytes: u64) -> Option<KeptBytes> {
         self.try_hold(bytes).then(|| KeptBytes { bytes, holding: Arc::clone(self) })
+    }
+
+    /// Holds what an answer takes while it is made, if it fits. Each family may make one as long as nobody has to be cut, so
+    /// that it gets what is its own, however large that is.
+    pub fn try_make(self: &Arc<Self>, bytes: u64) -> Option<AnswerInTheMaking> {
+        self.hold(bytes);
+        let making = AnswerInTheMaking { bytes, holding: Arc::clone(self) };
+        let fits = self.sums.as_ref().is_none_or(|HeldSums { group, node, .. }| {
+            let is_first = group.making.fetch_add(1, Relaxed) == 0;
+            let all = node.bytes();
+            node.fits(all, group.bytes()) || is_first && all < node.full_from.load(Relaxed)
+        });
+        fits.then_some(making)
     }
 
     fn take_from_sums(&self, bytes: u64) {
@@ -363,6 +378,22 @@ impl Drop for KeptBytes {
     }
 }
 
+/// A large answer that is being made, as long as this is there.
+#[derive(Debug)]
+pub struct AnswerInTheMaking {
+    bytes: u64,
+    holding: Arc<Holding>,
+}
+
+impl Drop for AnswerInTheMaking {
+    fn drop(&mut self) {
+        if let Some(HeldSums { group, .. }) = &self.holding.sums {
+            group.making.fetch_sub(1, Relaxed);
+        }
+        self.holding.release(self.bytes);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -383,6 +414,31 @@ mod tests {
         assert_eq!(holding.told(Some(Notice::ComeBack)).await, Notice::Close);
         drop(holding);
         assert_eq!((caller.bytes(), group.bytes(), node.bytes()), (0, 0, 0));
+    }
+
+    /// However large what is a caller's own is, it gets it, one answer after the other; several at once it gets where there is
+    /// memory.
+    #[test]
+    fn each_family_may_make_one_large_answer_where_memory_is_about_to_run_out() {
+        let node = Arc::new(NodeHeld::new(Arc::default()));
+        let of_family = || {
+            let (caller, group) = (Arc::default(), Arc::default());
+            Arc::new(Holding::in_sums(HeldSums { caller, group, node: Arc::clone(&node) }))
+        };
+        node.close(85, 95, 1);
+        let (one, another) = (of_family(), of_family());
+        let in_room = [one.try_make(10).unwrap(), one.try_make(10).unwrap()];
+        another.hold(60);
+        assert!(one.try_make(10).is_none(), "a third of the same beyond the line");
+        let made = another.try_make(10).expect("one of another");
+        assert!(another.try_make(1).is_none());
+        drop(in_room);
+        assert_eq!(node.bytes(), 70);
+        one.hold(15);
+        assert!(one.try_make(11).is_none(), "nobody, where callers would be cut for it");
+        assert!(one.try_make(5).is_some(), "one that fits");
+        drop(made);
+        assert_eq!(node.bytes(), 75);
     }
 
     /// Shortness comes and goes with the sums, at once, and not at one line.

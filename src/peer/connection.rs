@@ -144,7 +144,7 @@ impl Connection {
         let pauses = turns.pauses();
         let shared = WireShared {
             ending: Arc::clone(&ending),
-            pauses: Arc::clone(pauses),
+            turns: Arc::clone(&turns),
             holding: Arc::clone(holding),
         };
         let outbox = Arc::new(Outbox::new(stream));

@@ -65,6 +65,8 @@ pub struct Filter {
     ends: Option<u32>,
     /// The highest stream whose request has passed to its end.
     last_whole: u32,
+    /// Streams that began since somebody asked.
+    began: u32,
     budget: FrameBudget,
     left: u32,
     filled_at: Instant,
@@ -102,6 +104,7 @@ impl Filter {
             last_stream: 0,
             ends: None,
             last_whole: 0,
+            began: 0,
             budget,
             left: budget.burst,
             filled_at: now,
@@ -176,6 +179,11 @@ impl Filter {
         self.last_whole
     }
 
+    /// How many streams began since this was asked last.
+    pub fn take_began(&mut self) -> u32 {
+        std::mem::take(&mut self.began)
+    }
+
     /// Bytes that HTTP/2 keeps until more have passed: of a frame, and of a header block, that are not complete.
     pub fn unfinished(&self) -> u32 {
         let block = if self.in_block { self.block } else { 0 };
@@ -220,6 +228,7 @@ impl Filter {
             // A stream begins: its number is higher than any before (RFC 9113, section 5.1.1).
             HEADERS if stream > self.last_stream => {
                 self.last_stream = stream;
+                self.began = self.began.saturating_add(1);
                 self.left = self.budget.burst;
             }
             _ => self.charge(FRAME_HEAD.saturating_add(length), now)?,

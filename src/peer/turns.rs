@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::{pauses::Pauses, unsent::Unsent};
 use crate::limits::{
-    budget::{HTTP2, STREAM, UPLOAD, UPLOADS, WAITING, unsent},
+    budget::{HEAD, HTTP2, STREAM, UPLOAD, UPLOADS, WAITING, kept, unsent},
     holding::Holding,
 };
 
@@ -34,6 +34,8 @@ struct TurnSlots {
     /// as long as the connection lasts, and so does what is held.
     slots: Vec<TurnSlot>,
     open: usize,
+    /// The most streams that h2 may have had at once: those that were open, with all whose heads came in one read.
+    together: usize,
     last_ended: Option<Instant>,
     /// Requests that have begun.
     begun: u64,
@@ -57,6 +59,8 @@ struct TurnSlot {
     reckoned: u64,
     /// Parts of the answer that hyper or h2 holds, because the peer has no room for them.
     parts: usize,
+    /// What is held for the buffer of its open body.
+    kept: u64,
     /// When it last came a step on.
     moved: Instant,
     /// Of who makes the answer, while it rests or waits.
@@ -74,6 +78,12 @@ impl TurnSlot {
         (self.parts > 0 || served).then_some(self.moved)
     }
 
+    /// The buffer of its body takes so much from then on, and what it took before no longer.
+    fn keep(&mut self, bytes: u64, holding: &Holding) {
+        holding.hold(bytes);
+        holding.release(std::mem::replace(&mut self.kept, bytes));
+    }
+
     fn keep_waker(&mut self, waker: &Waker) {
         match &mut self.waker {
             Some(before) => before.clone_from(waker),
@@ -86,6 +96,17 @@ impl TurnSlots {
     /// Whether the slot is this request's, and its answer has not ended.
     fn is_open(&self, at: usize, call: u64) -> bool {
         self.slots.get(at).is_some_and(|slot| slot.call == call && slot.open)
+    }
+
+    /// Of the streams that h2 may have had at once, how many are none of the slots.
+    fn unseen(&self) -> usize {
+        self.together.saturating_sub(self.slots.len().max(1))
+    }
+
+    /// What is held for them all, beside the first.
+    fn streams(&self) -> u64 {
+        let bytes = |number: usize, each: u64| u64::try_from(number).unwrap_or(u64::MAX).saturating_mul(each);
+        bytes(self.slots.len().saturating_sub(1), STREAM).saturating_add(bytes(self.unseen(), HEAD))
     }
 
     /// Ends what a slot's answer is reckoned at.
@@ -153,6 +174,24 @@ impl Turns {
     /// Whether no request has come yet.
     pub(super) fn is_new(&self) -> bool {
         self.with(|turns| turns.begun == 0)
+    }
+
+    /// So many heads came in one read. h2 makes room for all of them before the first is looked at; without memory nothing
+    /// further is read for a moment.
+    pub(super) fn heads(&self, came: u32) {
+        if came < 2 {
+            return;
+        }
+        let came = usize::try_from(came).unwrap_or(usize::MAX);
+        self.with(|turns| {
+            let before = turns.streams();
+            turns.together = turns.together.max(turns.open.saturating_add(came));
+            let more = turns.streams().saturating_sub(before);
+            if more > 0 && !self.holding.try_hold(more) {
+                self.holding.hold(more);
+                self.pauses.hold_up(Instant::now());
+            }
+        });
     }
 
     /// Changes what may make room for another answer, and has those begin that fit then.
@@ -243,8 +282,7 @@ impl Default for Turns {
 
 impl Drop for Turns {
     fn drop(&mut self) {
-        let further = self.with(|turns| turns.slots.len().saturating_sub(1));
-        let streams = u64::try_from(further).unwrap_or(u64::MAX).saturating_mul(STREAM);
+        let streams = self.with(|turns| turns.streams());
         self.holding.release(HTTP2.saturating_add(streams));
     }
 }
@@ -273,9 +311,10 @@ impl Turn {
             let out_of_memory = turns.holding.is_out_of_memory();
             let is_new = at >= slots.slots.len();
             // h2 has made room for it by now; it is told to go, and nothing further is read, until there is some.
-            let no_room = is_new && !slots.slots.is_empty() && !turns.holding.try_hold(STREAM);
+            let further = if slots.unseen() > 0 { STREAM - HEAD } else { STREAM };
+            let no_room = is_new && !slots.slots.is_empty() && !turns.holding.try_hold(further);
             if no_room {
-                turns.holding.hold(STREAM);
+                turns.holding.hold(further);
                 turns.pauses.hold_up(Instant::now());
             }
             let crowded = no_room || reckoned.is_none() && out_of_memory;
@@ -297,6 +336,7 @@ impl Turn {
                 waits,
                 reckoned: reckoned.unwrap_or(0),
                 parts: 0,
+                kept: 0,
                 moved: Instant::now(),
                 waker: None,
             };
@@ -351,13 +391,14 @@ impl Turn {
     /// A part of the answer is handed to hyper. What comes next need not fit, once: it is the end, mostly, without which
     /// the peer may not read on.
     pub(super) fn part(&mut self, bytes: Bytes) -> Part {
-        let held = unsent(bytes.len());
+        let (held, kept) = (unsent(bytes.len()), kept(bytes.len()));
         self.turns.holding.hold(held);
         let mut reckoned = false;
         self.turns.update(|turns| {
             turns.unsent.made(held);
             if let Some(slot) = turns.slots.get_mut(self.slot) {
                 slot.parts += 1;
+                slot.keep(0, &self.turns.holding);
                 slot.rests = false;
                 slot.moved = Instant::now();
                 reckoned = slot.reckoned > 0;
@@ -365,7 +406,7 @@ impl Turn {
             turns.end_reckoned(self.slot);
         });
         self.goes = reckoned;
-        Part { bytes, held, turns: Arc::clone(&self.turns), slot: self.slot }
+        Part { bytes, held, kept, turns: Arc::clone(&self.turns), slot: self.slot, call: self.call }
     }
 }
 
@@ -375,6 +416,7 @@ impl Drop for Turn {
             turns.end_reckoned(self.slot);
             if let Some(slot) = turns.slots.get_mut(self.slot) {
                 slot.open = false;
+                slot.keep(0, &self.turns.holding);
                 slot.waker = None;
                 if std::mem::take(&mut slot.waits) {
                     turns.unsent.leave(self.slot);
@@ -449,8 +491,11 @@ impl Drop for Upload {
 pub(super) struct Part {
     bytes: Bytes,
     held: u64,
+    /// What its body keeps of it.
+    kept: u64,
     turns: Arc<Turns>,
     slot: usize,
+    call: u64,
 }
 
 impl Drop for Part {
@@ -461,6 +506,9 @@ impl Drop for Part {
             if let Some(slot) = turns.slots.get_mut(self.slot) {
                 slot.parts -= 1;
                 slot.moved = Instant::now();
+                if slot.open && slot.call == self.call {
+                    slot.keep(self.kept, &self.turns.holding);
+                }
             }
         });
     }
@@ -529,6 +577,8 @@ mod tests {
     #[derive(Clone, Copy, Debug)]
     enum Event {
         Begins,
+        /// So many heads come in one read.
+        Heads(u32),
         /// The task of the request is polled.
         Polled,
         Part(usize),
@@ -544,6 +594,7 @@ mod tests {
     fn events() -> impl Strategy<Value = Vec<(Event, Index)>> {
         let event = prop_oneof![
             4 => Just(Event::Begins),
+            1 => (0u32..12).prop_map(Event::Heads),
             6 => Just(Event::Polled),
             4 => (0usize..50_000).prop_map(Event::Part),
             2 => Just(Event::Rests),
@@ -573,13 +624,15 @@ mod tests {
         woken: Arc<Woken>,
         /// It was told to wait, and is not polled before it is woken.
         sleeps: bool,
+        /// What its body keeps of the part that was sent last.
+        kept: u64,
     }
 
     impl Asked {
         fn begin(turns: &Arc<Turns>) -> Self {
             let turn = Turn::begin(turns);
             let upload = turn.upload();
-            Self { turn, upload, came: 0, woken: Arc::default(), sleeps: false }
+            Self { turn, upload, came: 0, woken: Arc::default(), sleeps: false, kept: 0 }
         }
 
         /// Whether it may go on.
@@ -595,7 +648,10 @@ mod tests {
             let waker = Waker::from(Arc::clone(&self.woken));
             let cx = Context::from_waker(&waker);
             match event {
-                Event::Part(bytes) if self.polled() => parts.push(self.turn.part(vec![0; bytes].into())),
+                Event::Part(bytes) if self.polled() => {
+                    parts.push(self.turn.part(vec![0; bytes].into()));
+                    self.kept = 0;
+                }
                 Event::Rests if self.polled() => self.turn.rests(&cx),
                 Event::Uploads(bytes) if self.polled() => {
                     self.came += bytes;
@@ -610,18 +666,20 @@ mod tests {
     }
 
     /// What is there, by another account than the one of [`Turns`].
-    /// `most` is how many were in use at once, up to then.
-    fn there(turns: &Turns, requests: &[Asked], parts: &[Part], most: &mut usize) -> u64 {
+    /// `most` is how many were in use at once, up to then, and `together` how many streams h2 may have had.
+    fn there(turns: &Turns, requests: &[Asked], parts: &[Part], most: &mut usize, together: usize) -> u64 {
         let mut slots: Vec<usize> = requests.iter().map(|request| request.turn.slot).collect();
         slots.extend(parts.iter().map(|part| part.slot));
         slots.sort_unstable();
         slots.dedup();
         let unsent: u64 = parts.iter().map(|part| part.held).sum();
-        let uploads: u64 = requests.iter().map(|request| request.upload.counted * UPLOAD).sum();
+        let uploads: u64 =
+            requests.iter().map(|request| request.upload.counted * UPLOAD + request.kept).sum();
         let waiting = turns.with(|turns| turns.slots.iter().filter(|slot| slot.waits).count());
         let number = |n: usize| u64::try_from(n).unwrap();
         *most = slots.len().max(*most);
-        HTTP2 + number(most.saturating_sub(1)) * STREAM + unsent + uploads + number(waiting) * WAITING
+        let heads = number(together.saturating_sub((*most).max(1))) * HEAD;
+        HTTP2 + number(most.saturating_sub(1)) * STREAM + heads + unsent + uploads + number(waiting) * WAITING
     }
 
     proptest! {
@@ -633,11 +691,25 @@ mod tests {
             let holding = Arc::<Holding>::default();
             holding.hold(HTTP2);
             let turns = Arc::new(Turns::new(Arc::clone(&holding)));
-            let (mut requests, mut parts, mut most) = (Vec::<Asked>::new(), Vec::new(), 0);
+            let (mut requests, mut parts, mut most, mut together) =
+                (Vec::<Asked>::new(), Vec::<Part>::new(), 0, 0);
             for (event, index) in events {
                 match event {
                     Event::Begins => requests.push(Asked::begin(&turns)),
-                    Event::Sent if !parts.is_empty() => drop(parts.swap_remove(index.index(parts.len()))),
+                    Event::Heads(came) => {
+                        turns.heads(came);
+                        if came > 1 {
+                            let open = turns.with(|turns| turns.open);
+                            together = together.max(open + usize::try_from(came).unwrap());
+                        }
+                    }
+                    Event::Sent if !parts.is_empty() => {
+                        let part = parts.swap_remove(index.index(parts.len()));
+                        if let Some(of) = requests.iter_mut().find(|it| it.turn.call == part.call) {
+                            of.kept = part.kept;
+                        }
+                        drop(part);
+                    }
                     Event::WakesAll => turns.wake_resting(),
                     Event::Ends if !requests.is_empty() => {
                         drop(requests.swap_remove(index.index(requests.len())));
@@ -650,7 +722,7 @@ mod tests {
                     }
                     _ => {}
                 }
-                prop_assert_eq!(holding.bytes(), there(&turns, &requests, &parts, &mut most));
+                prop_assert_eq!(holding.bytes(), there(&turns, &requests, &parts, &mut most, together));
                 for Asked { turn, woken, sleeps, .. } in &requests {
                     let waits = turns.with(|turns| turns.slots[turn.slot].waits);
                     prop_assert!(!sleeps || waits || woken.0.load(SeqCst), "not woken");

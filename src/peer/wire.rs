@@ -25,7 +25,7 @@ use super::{
     frames::{Filter, FrameBudget},
     last_word::{LastWord, NextBytes},
     outbox::Outbox,
-    pauses::Pauses,
+    turns::Turns,
     writer::SoleWriter,
 };
 use crate::{
@@ -102,7 +102,7 @@ impl Ending {
 #[derive(Debug)]
 pub(super) struct WireShared {
     pub(super) ending: Arc<Ending>,
-    pub(super) pauses: Arc<Pauses>,
+    pub(super) turns: Arc<Turns>,
     pub(super) holding: Arc<Holding>,
 }
 
@@ -114,7 +114,7 @@ pub(super) struct Wire<P: Send + 'static> {
     filter: Filter,
     last_word: LastWord,
     ending: Arc<Ending>,
-    pauses: Arc<Pauses>,
+    turns: Arc<Turns>,
     holding: Arc<Holding>,
     /// What `holding` was told of frames and header blocks that are not complete.
     unfinished: u32,
@@ -134,10 +134,10 @@ impl<P: Send + 'static> Wire<P> {
         budget: FrameBudget,
         shared: WireShared,
     ) -> Self {
-        let WireShared { ending, pauses, holding } = shared;
+        let WireShared { ending, turns, holding } = shared;
         let (writer, filter) = (SoleWriter::new(peer), Filter::new(budget, Instant::now()));
         let last_word = LastWord::default();
-        Self { outbox, writer, filter, last_word, ending, pauses, holding, unfinished: 0 }
+        Self { outbox, writer, filter, last_word, ending, turns, holding, unfinished: 0 }
     }
 
     fn noted<R>(&self, result: io::Result<R>) -> io::Result<R> {
@@ -225,7 +225,7 @@ impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
             drop(this.poll_last_word(cx));
             return Poll::Pending;
         }
-        if this.pauses.paused() {
+        if this.turns.pauses().paused() {
             // The connection's task polls again when the pause is over.
             return Poll::Pending;
         }
@@ -257,6 +257,7 @@ impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
             io::Error::new(io::ErrorKind::ConnectionAborted, flood)
         });
         this.tell_unfinished();
+        this.turns.heads(this.filter.take_began());
         Poll::Ready(passed)
     }
 }
