@@ -182,7 +182,9 @@ impl Connection {
                 () = so(|| peer.has_changed()), if !course.is_ending() => course.outdated(Instant::now()),
                 () = so(|| ending.another_writer()), if !course.is_unheard() => course.unheard(Instant::now()),
                 () = so(|| ending.read_short()), if !course.reads_again() => {
-                    course.read_short(Instant::now());
+                    if course.read_short(Instant::now()) {
+                        ending.read_again();
+                    }
                     Verdict::GoesOn
                 }
                 () = so(|| pauses.paused()), if !pause_known => {

@@ -21,8 +21,9 @@ pub(super) const TICK: Duration = Duration::from_secs(10);
 /// by then and never pays for the watch.
 const WATCH_AFTER: Duration = Duration::from_secs(1);
 
-/// How long after a read that was short what is there is looked at again, heard of or not: bytes of another writer may
-/// stand behind it.
+/// After a read that was short what is there is looked at again, heard of or not: bytes of another writer may stand behind it.
+/// At once, if that was not done for so long, and so much later otherwise: a wake of its own costs a quiet connection more
+/// than a system call, and a busy one has many reads between two wakes.
 const READ_AGAIN_AFTER: Duration = Duration::from_millis(50);
 
 /// How long a connection that was told to end may take for it.
@@ -69,6 +70,8 @@ pub(super) struct Course {
     watch_at: Instant,
     /// When what is there is looked at again, heard of or not.
     read_again_at: Option<Instant>,
+    /// When it was last.
+    read_again: Instant,
     farewell: Farewell,
 }
 
@@ -87,6 +90,7 @@ impl Course {
             handshake_by,
             watch_at: born + WATCH_AFTER,
             read_again_at: Some(born + READ_AGAIN_AFTER),
+            read_again: born,
             farewell: Farewell::Unsaid,
         }
     }
@@ -96,9 +100,14 @@ impl Course {
         now >= self.watch_at
     }
 
-    /// A read was short.
-    pub(super) fn read_short(&mut self, now: Instant) {
+    /// A read was short. Returns whether to read again at once; it is done later otherwise.
+    pub(super) fn read_short(&mut self, now: Instant) -> bool {
+        if now >= self.read_again + READ_AGAIN_AFTER {
+            (self.read_again, self.read_again_at) = (now, None);
+            return true;
+        }
         self.read_again_at.get_or_insert(now + READ_AGAIN_AFTER);
+        false
     }
 
     /// Whether it is known that a read was short.
@@ -109,7 +118,7 @@ impl Course {
     /// Looks at what the connection waits for.
     pub(super) fn look(&mut self, now: Instant) -> Verdict {
         let look = self.turns.look();
-        self.read_again_at = self.read_again_at.filter(|at| now < *at);
+        (self.read_again, self.read_again_at) = (now, self.read_again_at.filter(|at| now < *at));
         let enough = self.pauses.go_on(now);
         if let Farewell::Unheard { cut_at } | Farewell::SentAway { cut_at, .. } = self.farewell {
             return match self.why() {
@@ -267,6 +276,27 @@ mod tests {
         assert_eq!(course.look(cut - Duration::from_millis(1)), Verdict::GoesOn);
         assert_eq!(course.look(cut), Verdict::Cut(ConnectionEnd::SentAway));
         drop(request);
+    }
+
+    #[test]
+    fn what_is_there_is_looked_at_again_at_once_or_soon() {
+        let turns = Arc::new(Turns::default());
+        let start = Instant::now();
+        let at = |millis| start + Duration::from_millis(millis);
+        let mut course = course(&turns, start, at(10_000));
+        // New, it is looked at anyway.
+        assert!(!course.read_short(at(10)) && course.reads_again());
+        assert_eq!(course.look(at(50)), Verdict::GoesOn);
+        assert!(!course.reads_again());
+        for (read, at_once) in [(500, true), (520, false), (1000, true), (1049, false)] {
+            assert_eq!(course.read_short(at(read)), at_once, "{read}");
+            assert_eq!(course.reads_again(), !at_once, "{read}");
+            if !at_once {
+                let next = course.next_look(at(read));
+                assert!(next <= at(read) + READ_AGAIN_AFTER, "{read}");
+                course.look(next);
+            }
+        }
     }
 
     #[test]

@@ -109,9 +109,15 @@ plugins {{
 
     /// An entry for this user. Its ID.
     pub(crate) fn entry_of(&self, name: &str, uid: u32) -> String {
-        let (id, uid) = (format!("spiffe://example.org/{name}"), format!("unix:uid:{uid}"));
+        self.entry_by(name, &[&format!("unix:uid:{uid}")])
+    }
+
+    /// An entry for whoever has these selectors. Its ID.
+    pub(crate) fn entry_by(&self, name: &str, selectors: &[&str]) -> String {
+        let id = format!("spiffe://example.org/{name}");
         let node = ["-parentID", "spiffe://example.org/node"];
-        let words = [&["entry", "create"], &node[..], &["-spiffeID", &id, "-selector", &uid]].concat();
+        let selectors = selectors.iter().flat_map(|it| ["-selector", it]).collect::<Vec<_>>();
+        let words = [&["entry", "create"], &node[..], &["-spiffeID", &id], &selectors].concat();
         let said = self.says(&words);
         let id = said.lines().find_map(|line| line.strip_prefix("Entry ID"));
         id.and_then(|rest| rest.split(':').nth(1)).expect("an entry").trim().to_owned()

@@ -2,14 +2,17 @@
 
 use super::frames::message;
 
-/// The gRPC status in a block of headers, if one is there: h2 writes names and values in Huffman's code (RFC 7541).
+/// The gRPC status in a block of headers, if one is there: the name in Huffman's code (RFC 7541), and the value as h2 writes it, in
+/// the same, or as grpc-go does, in plain digits.
 pub(crate) fn status(block: &[u8]) -> Option<u8> {
     /// `grpc-status`.
     const NAME: [u8; 8] = [0x9a, 0xca, 0xc8, 0xb2, 0x12, 0x34, 0xda, 0x8f];
     let at = block.windows(NAME.len()).position(|it| it == NAME)?;
     let [length, value @ ..] = block.get(at + NAME.len()..)? else { return None };
     let value = value.get(..usize::from(length & 0x7f))?;
-    (0..=16).find(|status: &u8| coded(*status) == value)
+    let written =
+        |status: u8| if length & 0x80 == 0 { status.to_string().into_bytes() } else { coded(status) };
+    (0..=16).find(|status: &u8| written(*status) == value)
 }
 
 /// A number as Huffman's code has it: digits take five bits up to 2, and six from 3 on; ones fill the last byte.

@@ -28,6 +28,7 @@ mod house;
 mod issuer;
 mod join_config;
 mod joining;
+mod kubelet;
 mod kubernetes;
 mod ledger;
 mod limits;
