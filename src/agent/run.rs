@@ -31,7 +31,7 @@ use super::{
     reload::Load,
     signals::{Signalled, Signals},
     standby::answer_probes,
-    start::{Given, in_pod},
+    start::{Inherited, in_pod},
     upkeep::{Happened, Upkeep},
 };
 use crate::{
@@ -185,19 +185,19 @@ impl Control<'_> {
             loaded = loading => loaded.context(PANICKED)??,
         };
         *known = Some(log.clone());
-        let given = handed.map_or(Given::Nothing, Given::ByManager);
+        let inherited = handed.map_or(Inherited::Nothing, Inherited::ByManager);
         tokio::select! {
             _ = signals.stop() => Ok(None),
-            started = self.begin(config, given, &log) => Ok(Some((started?, log))),
+            started = self.begin(config, inherited, &log) => Ok(Some((started?, log))),
         }
     }
 
     /// Starts an agent, and has it listen for the next one.
-    async fn begin(&self, config: Config, given: Given, log: &Log) -> anyhow::Result<Started> {
+    async fn begin(&self, config: Config, inherited: Inherited, log: &Log) -> anyhow::Result<Started> {
         let (serving, control) = (self.serving.clone(), Handle::current());
         let starting = self.errands.begin(move || -> anyhow::Result<_> {
             let _within = serving.enter();
-            let (agent, predecessor) = Running::start_apart(config, given, Clock::SYSTEM, &control)?;
+            let (agent, predecessor) = Running::start_apart(config, inherited, Clock::SYSTEM, &control)?;
             let asked_at = handover::bind(agent.config());
             Ok((agent, predecessor, asked_at))
         });
@@ -363,10 +363,10 @@ impl Control<'_> {
     ) -> anyhow::Result<Option<Started>> {
         let Vacated { config, left, .. } = vacated;
         for tried in 1.. {
-            let given = Given::Left(left.try_clone().context("cannot take up service again")?);
+            let inherited = Inherited::Left(left.try_clone().context("cannot take up service again")?);
             let begun = tokio::select! {
                 _ = signals.stop() => return Ok(None),
-                begun = self.begin(Config::clone(&config), given, log) => begun,
+                begun = self.begin(Config::clone(&config), inherited, log) => begun,
             };
             match begun {
                 Ok(started) => return Ok(Some(started)),
@@ -444,7 +444,7 @@ mod tests {
         control.block_on(async {
             let here = Handle::current();
             let within = serving.enter();
-            let (agent, _) = Running::start_apart(config, Given::Nothing, Clock::SYSTEM, &here).unwrap();
+            let (agent, _) = Running::start_apart(config, Inherited::Nothing, Clock::SYSTEM, &here).unwrap();
             drop(within);
             let (tell, told) = mpsc::channel();
             for _ in 0..2 {

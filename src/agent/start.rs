@@ -70,29 +70,29 @@ impl Running {
     /// What could not be opened, bound or made, with its cause. Nothing is left behind then but what
     /// `data_dir` holds.
     pub fn start(config: Config, handed: Option<UnixListener>, clock: Clock) -> anyhow::Result<Self> {
-        let given = handed.map_or(Given::Nothing, Given::ByManager);
-        Ok(Self::start_apart(config, given, clock, &Handle::current())?.0)
+        let inherited = handed.map_or(Inherited::Nothing, Inherited::ByManager);
+        Ok(Self::start_apart(config, inherited, clock, &Handle::current())?.0)
     }
 
     /// As [`Running::start`], and the HTTP endpoints are served by `control`, another runtime: they answer whatever
     /// happens to the one that serves callers. With it comes the agent whose place it has taken, if there was one.
     pub(super) fn start_apart(
         config: Config,
-        given: Given,
+        inherited: Inherited,
         clock: Clock,
         control: &Handle,
     ) -> anyhow::Result<(Self, Option<Predecessor>)> {
         // Clients come as soon as a socket is bound, or wait for the agent already, and are not to wait for that.
         issuer::seed().context("cannot make keys")?;
-        let (parts, given, predecessor) = AgentParts::of(&config, clock, given)?;
-        let bound = BoundPlaces::of(&config, given, &parts)?;
+        let (parts, inherited, predecessor) = AgentParts::of(&config, clock, inherited)?;
+        let bound = BoundPlaces::of(&config, inherited, &parts)?;
         Ok((parts.serve(config, bound, control)?, predecessor))
     }
 }
 
 /// What an agent is given to start with.
 #[derive(Debug)]
-pub(super) enum Given {
+pub(super) enum Inherited {
     /// Nothing: it makes what it needs, or asks the agent that runs.
     Nothing,
     /// The socket that the service manager keeps for it.
@@ -133,7 +133,7 @@ pub(super) struct Adjustable {
 }
 
 impl AgentParts {
-    fn of(config: &Config, clock: Clock, given: Given) -> anyhow::Result<(Self, Given, Option<Predecessor>)> {
+    fn of(config: &Config, clock: Clock, inherited: Inherited) -> anyhow::Result<(Self, Inherited, Option<Predecessor>)> {
         let metrics = Arc::new(Metrics::default().named_as_well(spire_names(config)));
         let series = AgentMetrics::new(metrics.registry(), clock);
         let issuer_series = Arc::new(IssuerMetrics::new(metrics.registry()));
@@ -144,7 +144,7 @@ impl AgentParts {
         attestor.prepare_for(&input.index);
         attestor.wait(ANSWERS_WITHIN);
         // From here on nobody may be served, if there is an agent that leaves its place: what takes long was before.
-        let (given, predecessor) = place(config, given)?;
+        let (inherited, predecessor) = place(config, inherited)?;
         let counted = Arc::clone(&issuer_series);
         let issuer = issuer::choice::open(input, clock, counted, metrics.registry())
             .map_err(|error| no_issuer(config, error))?;
@@ -199,7 +199,7 @@ impl AgentParts {
             limits,
             gate,
         };
-        Ok((parts, given, predecessor))
+        Ok((parts, inherited, predecessor))
     }
 
     /// Serves at what is bound, and starts the tasks that go on for ever.
@@ -390,13 +390,13 @@ impl PublicFrom {
 }
 
 impl BoundPlaces {
-    fn of(config: &Config, given: Given, parts: &AgentParts) -> anyhow::Result<Self> {
-        let (handed, left, came) = match given {
-            Given::Nothing => (None, LeftSockets::default(), PublicFrom::Here),
-            Given::ByManager(listener) => {
+    fn of(config: &Config, inherited: Inherited, parts: &AgentParts) -> anyhow::Result<Self> {
+        let (handed, left, came) = match inherited {
+            Inherited::Nothing => (None, LeftSockets::default(), PublicFrom::Here),
+            Inherited::ByManager(listener) => {
                 (Some(listener), LeftSockets::default(), PublicFrom::ServiceManager)
             }
-            Given::Left(left) => (None, left, PublicFrom::AnotherAgent),
+            Inherited::Left(left) => (None, left, PublicFrom::AnotherAgent),
         };
         let places = parts.means.http_places;
         let mut http = Vec::new();
@@ -512,14 +512,14 @@ pub(super) fn in_pod() -> bool {
 }
 
 /// The place of an agent: what it was given, or what the one that runs leaves to it when it is asked.
-fn place(config: &Config, given: Given) -> anyhow::Result<(Given, Option<Predecessor>)> {
+fn place(config: &Config, inherited: Inherited) -> anyhow::Result<(Inherited, Option<Predecessor>)> {
     if config.agent.take_over
-        && matches!(given, Given::Nothing)
+        && matches!(inherited, Inherited::Nothing)
         && let Some((predecessor, left)) = predecessor::ask(config)?
     {
-        return Ok((Given::Left(left), Some(predecessor)));
+        return Ok((Inherited::Left(left), Some(predecessor)));
     }
-    Ok((given, None))
+    Ok((inherited, None))
 }
 
 /// Why there is no issuer, and what to do where another agent has its files.

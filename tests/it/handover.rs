@@ -265,7 +265,7 @@ async fn an_agent_that_cannot_be_asked_is_ended_first() {
     std::os::unix::fs::symlink(dir.join("nowhere.sock"), handover_socket(dir)).unwrap();
     let mut old = Process::spawn(dir);
     drop(old.serving(dir).await);
-    assert!(log(dir).contains("cannot be asked to hand over"), "{}", log(dir));
+    until("it says so", dir, || log(dir).contains("cannot be asked to hand over"));
     assert_eq!(Process::spawn(dir).wait().code(), Some(1));
     let said = log(dir);
     assert!(
