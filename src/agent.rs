@@ -3,19 +3,22 @@
 //! Nothing is served before everything is there: a setting that cannot be put in force keeps the agent from
 //! starting. A reload reads, checks and compares before it changes anything; an error keeps all as it was.
 //! The order of the end: no new connections, streams told to come back, a bounded wait, and the socket goes
-//! last.
+//! last. Where another agent takes the place of this one, the socket stays, with who waits at it ([`handover`]).
 
 mod config_watch;
 mod errands;
 mod gate;
+mod handover;
 mod meter;
 mod metrics;
 mod panics;
+mod predecessor;
 mod probe;
 mod reload;
 mod run;
 mod serving;
 mod signals;
+mod standby;
 mod start;
 mod surroundings;
 mod upkeep;
@@ -25,11 +28,17 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use futures_util::future::OptionFuture;
 use tokio::{
-    sync::{mpsc, watch as channel},
-    task::JoinSet,
+    sync::mpsc,
+    task::{JoinHandle, JoinSet},
     time::timeout,
 };
 
+use self::{
+    errands::Errands,
+    handover::{Keeper, LeftSockets, Successor},
+    serving::Serving,
+    start::Adjustable,
+};
 pub use self::{
     gate::room_for,
     reload::Load,
@@ -37,10 +46,9 @@ pub use self::{
     signals::{Signalled, Signals},
     upkeep::{Happened, Upkeep},
 };
-use self::{serving::Serving, start::Adjustable};
 use crate::{
     api::admin::AskedReload,
-    config::Config,
+    config::{AdminSocket, Config},
     issuer::Expelled,
     limits::gate_plan::lingering,
     peer::ConnectionBounds,
@@ -58,21 +66,40 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(2);
 /// How much longer than its time a drain may take, until it is taken for one that hangs.
 const DRAIN_GRACE: Duration = Duration::from_millis(500);
 
+/// How long the calls under way are waited for before the next agent has the place: what they ask of a server is asked in
+/// this one's name. The rest of the drain goes on beside the next agent.
+const LEAVES_AFTER: Duration = Duration::from_secs(1);
+
+/// How long a write of the issuer's may take that is under way then.
+const LETS_GO_WITHIN: Duration = Duration::from_secs(5);
+
 /// A running agent.
 pub struct Running {
     config: Arc<Config>,
     adjustable: Adjustable,
-    /// `true` begins the drain.
-    stop: channel::Sender<bool>,
     public: Serving,
     /// The admin socket, where there is one.
     admin: Option<Serving>,
     /// Ends with the agent.
     tasks: JoinSet<()>,
+    /// The HTTP listeners.
+    http: JoinSet<()>,
     /// Who asks for a reload, until somebody takes care of it.
     asked: Option<mpsc::Receiver<AskedReload>>,
     /// The same: the issuer's.
     issuing: JoinSet<Expelled>,
+    /// Who keeps the socket of the Workload API.
+    keeper: Keeper,
+}
+
+/// What is left of an agent that leaves its place to another one.
+struct Vacated {
+    config: Arc<Config>,
+    left: LeftSockets,
+    /// The rest of the drain.
+    draining: Option<JoinHandle<()>>,
+    /// Whether the issuer's files are free.
+    is_free: bool,
 }
 
 impl std::fmt::Debug for Running {
@@ -128,6 +155,9 @@ impl Running {
                     Err(panic) => anyhow::Error::new(panic).context("the issuer ended early"),
                 },
                 // One that ended well is no fault, and the others are still to be watched.
+                Some(ended) = self.http.join_next() => if let Err(panic) = ended {
+                    return anyhow::Error::new(panic).context("an http listener ended early");
+                },
                 Some(ended) = self.tasks.join_next() => if let Err(panic) = ended {
                     return anyhow::Error::new(panic).context("a part of the agent ended early");
                 },
@@ -144,11 +174,12 @@ impl Running {
         }
     }
 
-    async fn drain(self) {
+    async fn drain(mut self) {
         let parts = &self.adjustable.parts;
         parts.health.set(Probe::Draining);
         parts.writer.store().drain();
-        self.stop.send_replace(true);
+        self.public.stop();
+        self.admin.iter_mut().for_each(Serving::stop);
         // Both at once: neither waits for the other's time to be over.
         let admin = OptionFuture::from(self.admin.map(Serving::drained));
         let (public, _admin) = tokio::join!(self.public.drained(), admin);
@@ -156,6 +187,33 @@ impl Running {
             tracing::info!(ended = drained.ended, cut = drained.cut, "drained");
         }
         self.adjustable.parts.journal.end();
+    }
+
+    /// Leaves its place to `successor`: drains, closes its HTTP listeners, and has the issuer let go of its files when the
+    /// calls under way are answered, a second from now at the latest.
+    async fn vacate(mut self, successor: &Successor, errands: &Errands) -> Vacated {
+        let parts = &self.adjustable.parts;
+        parts.health.set(Probe::Draining);
+        parts.writer.store().drain();
+        let (config, issuer) = (Arc::clone(&self.config), Arc::clone(&parts.issuer));
+        self.http.shutdown().await;
+        let goes_along = match config.agent.admin_socket() {
+            Some(AdminSocket::Configured(path) | AdminSocket::ByDefault(path)) => {
+                successor.serves_admin_at(&path)
+            }
+            None => false,
+        };
+        let admin = OptionFuture::from(self.admin.as_mut().filter(|_| goes_along).map(Serving::hand_on));
+        let (public, admin) = tokio::join!(self.public.hand_on(), admin);
+        let left = LeftSockets { public, admin: admin.flatten() };
+
+        let mut issuing = std::mem::take(&mut self.issuing);
+        let mut draining = tokio::spawn(self.shutdown());
+        let drained = timeout(LEAVES_AFTER, &mut draining).await.is_ok();
+        issuing.shutdown().await;
+        let lets_go = errands.begin(move || issuer.let_go());
+        let is_free = timeout(LETS_GO_WITHIN, lets_go).await.is_ok_and(|done| done.is_ok());
+        Vacated { config, left, draining: (!drained).then_some(draining), is_free }
     }
 }
 

@@ -94,6 +94,10 @@ pub trait Issuer: fmt::Debug + Send + Sync + 'static {
     /// restart can change is the same as before.
     fn reload(&self, told: IssuerInput);
 
+    /// Lets go of what only one agent may have, for the next one: writes nothing from then on, and signs with what it has
+    /// until it is dropped. [`Issuer::run`] must have ended. Waits for a write that is under way.
+    fn let_go(&self);
+
     /// Does in the background what the issuer needs to go on signing. Ends only when it never will again.
     fn run(self: Arc<Self>) -> BoxFuture<'static, Expelled>;
 }

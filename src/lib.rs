@@ -60,6 +60,7 @@
 //! | a setting | the `settings!` of the room that acts on it, and its paragraph in `conf/agent.conf` |
 //! | an attestor | a file in `attest`, and its line in the list of [`attest`] |
 //! | a kind of selector | the file of its attestor, as [`attest::unix`]: its name, what it must look like, how it is found |
+//! | how the next agent takes the place of this one | `agent/handover.rs`, `agent/predecessor.rs`, `agent/standby.rs` |
 //! | why a file or directory is refused | [`os::trusted`]; the places that are looked at before the start, `config/places.rs` |
 //! | an issuer | a folder beside [`issuer::embedded`], its line in [`issuer::choice`], and its block in `config/issuer.rs` |
 //! | a service | a handler in `api` that starts with a [`Call`](api::call::Call); its paths in [`api::services`] |
@@ -93,6 +94,10 @@
 //! the main thread, on a runtime of their own that waits for nobody; it asks the other one for a sign of life. What may wait
 //! (files, the user database, opening the log) is an errand of one thread ([`agent`]). Every thread is there from the start: one
 //! that is made when it is needed may be one that the node has not any more.
+//!
+//! **An agent hands its sockets on, not its state.** The next one reads the disk when the first writes no more, so nothing is kept in
+//! two places, and versions need agree on a line of JSON alone ([`agent`]). Who is at the socket by then waits in its queue for
+//! the calls that are under way. The other way, to pass connections too, would need every buffer of HTTP/2.
 //!
 //! **No actor.** Requests read a snapshot behind an atomic pointer; one writer publishes the next. A slow stream
 //! skips to the newest and never queues.

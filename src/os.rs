@@ -5,6 +5,7 @@ pub mod accept;
 pub mod accounts;
 pub mod cgroup;
 pub mod clock;
+pub mod descriptors;
 pub mod headroom;
 pub mod heap;
 pub mod interrupt;

@@ -48,7 +48,7 @@ pub use bounds::ConnectionBounds;
 pub use credentials::{Arrival, KeyResolver, OsUid, Peer, PeerGone};
 pub use drain::Drained;
 pub use end::ConnectionEnd;
-pub use listener::Listener;
+pub use listener::{Leave, Listener};
 pub use metrics::ConnectionMetrics;
 pub use request::{BodyError, RequestBody};
 pub use service::{ConnectionService, Crowded, PUSHBACK};

@@ -4,6 +4,9 @@
 //! watchdog, the HTTP endpoints) is on another, on the main thread, where nothing waits for anybody: whatever blocks
 //! all threads of the first, the second goes on, says that the agent does not live, and ends it when it is told to.
 //! What may wait is an errand ([`errands`](super::errands)).
+//!
+//! An agent that was asked to hand over ends when the next one serves, or stays beside it in a pod, and takes up service
+//! again when that one ends before its time ([`handover`](super::handover)).
 
 use std::{
     os::unix::net::UnixListener,
@@ -19,18 +22,23 @@ use tokio::{
 };
 
 use super::{
-    Running,
+    Running, Vacated,
     errands::Errands,
+    handover::{self, Successor, SuccessorError, Successors},
     panics,
+    predecessor::Predecessor,
     probe::feel_pulse,
     reload::Load,
     signals::{Signalled, Signals},
+    standby::answer_probes,
+    start::{Inherited, in_pod},
     upkeep::{Happened, Upkeep},
 };
 use crate::{
     config::Config,
     issuer::{self, Expelled},
     os::{clock::Clock, systemd::ServiceManager},
+    peer::Socket,
     telemetry::{chain, log::Log},
 };
 
@@ -49,6 +57,10 @@ const FOR_EVER: Duration = Duration::from_secs(10 * 365 * 86_400);
 const THREADS_END_WITHIN: Duration = Duration::from_millis(100);
 /// How long the last lines of the log are waited for.
 const LOG_ENDS_WITHIN: Duration = Duration::from_millis(300);
+
+/// How often an agent that has handed over tries to come back, and the pause between: the other one may be ending still.
+const RETURNS: u32 = 10;
+const RETURN_PAUSE: Duration = Duration::from_secs(1);
 
 /// The `run` command: runs until a signal ends it.
 ///
@@ -73,9 +85,9 @@ pub fn run(load: Load) -> anyhow::Result<()> {
         let control =
             Control { manager: Arc::new(manager), errands, load: load.into(), serving: serving.handle() };
         match control.start(&mut signals, handed, &mut log).await {
-            Ok(Some((agent, log))) => {
+            Ok(Some((started, log))) => {
                 drop(queue);
-                control.attend(agent, &mut signals, log).await
+                control.attend(started, &mut signals, log).await
             }
             Ok(None) => Ok(()),
             Err(error) => {
@@ -133,6 +145,18 @@ pub fn runtime() -> anyhow::Result<Runtime> {
     Ok(runtime)
 }
 
+/// What is said of a start that panicked.
+const PANICKED: &str = "the start ended early";
+
+/// An agent that serves.
+struct Started {
+    agent: Running,
+    /// The one whose place it has taken.
+    predecessor: Option<Predecessor>,
+    /// Where it is asked to hand over.
+    asked_at: Option<Socket>,
+}
+
 /// What an agent is controlled with, on the main thread.
 struct Control<'a> {
     manager: Arc<ServiceManager>,
@@ -149,8 +173,7 @@ impl Control<'_> {
         signals: &mut Signals,
         handed: Option<UnixListener>,
         known: &mut Option<Log>,
-    ) -> anyhow::Result<Option<(Running, Log)>> {
-        const PANICKED: &str = "the start ended early";
+    ) -> anyhow::Result<Option<(Started, Log)>> {
         let load = Arc::clone(&self.load);
         let loading = self.errands.begin(move || -> anyhow::Result<_> {
             let config = load()?;
@@ -162,29 +185,60 @@ impl Control<'_> {
             loaded = loading => loaded.context(PANICKED)??,
         };
         *known = Some(log.clone());
-        let (serving, control) = (self.serving.clone(), Handle::current());
-        let starting = self.errands.begin(move || {
-            let _within = serving.enter();
-            Running::start_apart(config, handed, Clock::SYSTEM, &control)
-        });
-        let agent = tokio::select! {
-            _ = signals.stop() => return Ok(None),
-            started = starting => started.context(PANICKED)??,
-        };
-        Ok(Some((agent.logging(log.clone()), log)))
+        let inherited = handed.map_or(Inherited::Nothing, Inherited::ByManager);
+        tokio::select! {
+            _ = signals.stop() => Ok(None),
+            started = self.begin(config, inherited, &log) => Ok(Some((started?, log))),
+        }
     }
 
-    /// Looks after a running agent until a signal ends it.
-    async fn attend(&self, agent: Running, signals: &mut Signals, log: Log) -> anyhow::Result<()> {
-        let config = agent.config();
-        tracing::info!(
-            socket = %agent.socket_path().display(),
-            trust_domain = %config.trust_domain,
-            entries = config.entries.len(),
-            version = env!("CARGO_PKG_VERSION"),
-            "the workload api is served"
-        );
-        self.manager.ready(&status(&agent));
+    /// Starts an agent, and has it listen for the next one.
+    async fn begin(&self, config: Config, inherited: Inherited, log: &Log) -> anyhow::Result<Started> {
+        let (serving, control) = (self.serving.clone(), Handle::current());
+        let starting = self.errands.begin(move || -> anyhow::Result<_> {
+            let _within = serving.enter();
+            let (agent, predecessor) = Running::start_apart(config, inherited, Clock::SYSTEM, &control)?;
+            let asked_at = handover::bind(agent.config());
+            Ok((agent, predecessor, asked_at))
+        });
+        let (agent, predecessor, asked_at) = starting.await.context(PANICKED)??;
+        Ok(Started { agent: agent.logging(log.clone()), predecessor, asked_at })
+    }
+
+    /// Looks after a running agent until a signal ends it, or another agent serves in its place.
+    async fn attend(&self, started: Started, signals: &mut Signals, log: Log) -> anyhow::Result<()> {
+        let Started { mut agent, mut asked_at, predecessor } = started;
+        loop {
+            let config = agent.config();
+            tracing::info!(
+                socket = %agent.socket_path().display(),
+                trust_domain = %config.trust_domain,
+                entries = config.entries.len(),
+                version = env!("CARGO_PKG_VERSION"),
+                "the workload api is served"
+            );
+            self.manager.ready(&status(&agent));
+            // It is open as long as this process lives.
+            if let Some(predecessor) = &predecessor {
+                predecessor.told_that_this_serves();
+                tracing::info!(pid = predecessor.pid(), "another agent has handed over");
+            }
+            let Some((left, successor)) = self.look_after(agent, asked_at, signals, &log).await? else {
+                return Ok(());
+            };
+            let Some(again) = self.hand_over(left, successor, signals, &log).await? else { return Ok(()) };
+            (agent, asked_at) = (again.agent, again.asked_at);
+        }
+    }
+
+    /// Looks after an agent until it has ended, or left its place to another one.
+    async fn look_after(
+        &self,
+        agent: Running,
+        asked_at: Option<Socket>,
+        signals: &mut Signals,
+        log: &Log,
+    ) -> anyhow::Result<Option<(Vacated, Successor)>> {
         let mut watching = JoinSet::new();
         let (manager, health) = (Arc::clone(&self.manager), Arc::clone(agent.health()));
         watching.spawn(feel_pulse(Arc::clone(&health), self.serving.clone()));
@@ -192,6 +246,7 @@ impl Control<'_> {
 
         let manager = Arc::clone(&self.manager);
         let begins = Box::new(move || manager.reloading());
+        let mut successors = Successors::listen(asked_at, agent.config(), agent.keeper);
         let mut upkeep = Upkeep::with(agent, Arc::clone(&self.load), self.errands.clone(), begins);
         let mut reopening = Vec::new();
         loop {
@@ -200,12 +255,17 @@ impl Control<'_> {
                     Signalled::Stop(signal) => {
                         tracing::info!(signal, "draining");
                         self.drain(upkeep.into_agent(), signals).await;
-                        return Ok(());
+                        return Ok(None);
                     }
                     Signalled::Reload => upkeep.reload(),
                     Signalled::ReopenLog => self.reopen(log.clone(), &mut reopening),
                     Signalled::Nothing => tracing::info!("SIGUSR1 does nothing here; SIGHUP reloads"),
                 },
+                successor = successors.next() => {
+                    tracing::info!(pid = successor.pid(), "handing over to another agent");
+                    let left = upkeep.into_agent().vacate(&successor, &self.errands).await;
+                    return Ok(Some((left, successor)));
+                }
                 happened = upkeep.next() => match happened {
                     Happened::Reloaded(told) => {
                         let failed = if told.error.is_empty() { "" } else { "; the last reload failed: see the log" };
@@ -222,6 +282,105 @@ impl Control<'_> {
                 }
             }
         }
+    }
+
+    /// Passes on what an agent has left, and waits until the next one serves. The agent that serves in this process after
+    /// that, if one does: the next one ended before its time.
+    async fn hand_over(
+        &self,
+        left: Vacated,
+        mut successor: Successor,
+        signals: &mut Signals,
+        log: &Log,
+    ) -> anyhow::Result<Option<Started>> {
+        let pid = successor.pid();
+        let passed = if left.is_free { successor.pass(&left.left) } else { Err(SuccessorError::NotFree) };
+        let serves = match passed {
+            Ok(()) => tokio::select! {
+                _ = signals.stop() => {
+                    drained(left, signals).await;
+                    return Ok(None);
+                }
+                serves = successor.serves() => serves,
+            },
+            Err(error) => {
+                successor.refuse(&error);
+                Err(error)
+            }
+        };
+        match serves {
+            Ok(()) => {
+                tracing::info!(pid, "handed over");
+                self.manager.stopping(&format!("handed over to PID {pid}"));
+                if !in_pod() || !self.stand_by(&left, &mut successor, signals, log).await {
+                    drained(left, signals).await;
+                    return Ok(None);
+                }
+                tracing::warn!(pid, "the agent that serves in the place of this one has ended: coming back");
+            }
+            Err(error) => {
+                tracing::warn!(
+                    pid,
+                    error = chain(&error),
+                    "not handed over: the next agent does not serve; coming back"
+                );
+                successor.close().await;
+            }
+        }
+        self.come_back(left, signals, log).await
+    }
+
+    /// Stays beside the agent that serves. Returns whether that one has ended; else this one was told to.
+    async fn stand_by(
+        &self,
+        left: &Vacated,
+        successor: &mut Successor,
+        signals: &mut Signals,
+        log: &Log,
+    ) -> bool {
+        let _answering = answer_probes(&left.config, successor.pid());
+        let mut reopening = Vec::new();
+        loop {
+            tokio::select! {
+                () = successor.ended() => return true,
+                signal = signals.next() => match signal {
+                    Signalled::Stop(_) => return false,
+                    Signalled::ReopenLog => self.reopen(log.clone(), &mut reopening),
+                    Signalled::Reload | Signalled::Nothing => {
+                        tracing::info!(pid = successor.pid(), "another agent serves in the place of this one");
+                    }
+                },
+            }
+        }
+    }
+
+    /// Serves again, with what was left. The other agent may be ending still, so it is tried for a while.
+    async fn come_back(
+        &self,
+        vacated: Vacated,
+        signals: &mut Signals,
+        log: &Log,
+    ) -> anyhow::Result<Option<Started>> {
+        let Vacated { config, left, .. } = vacated;
+        for tried in 1.. {
+            let inherited = Inherited::Left(left.try_clone().context("cannot take up service again")?);
+            let begun = tokio::select! {
+                _ = signals.stop() => return Ok(None),
+                begun = self.begin(Config::clone(&config), inherited, log) => begun,
+            };
+            match begun {
+                Ok(started) => return Ok(Some(started)),
+                Err(error) if tried >= RETURNS => return Err(error.context("cannot take up service again")),
+                Err(error) => {
+                    tracing::warn!(error = format!("{error:#}"), "cannot take up service again yet")
+                }
+            }
+            tokio::select! {
+                _ = signals.stop() => return Ok(None),
+                () = tokio::time::sleep(RETURN_PAUSE) => {}
+            }
+        }
+        Ok(None)
     }
 
     /// Opens the log anew, unless that is about to be done anyway: at most once while it is being done.
@@ -242,6 +401,15 @@ impl Control<'_> {
             () = agent.shutdown() => {}
             _ = signals.stop() => tracing::warn!("a second signal came: ending without waiting"),
         }
+    }
+}
+
+/// Waits for the rest of the drain of an agent that has left its place.
+async fn drained(left: Vacated, signals: &mut Signals) {
+    let Some(draining) = left.draining else { return };
+    tokio::select! {
+        _ended = draining => {}
+        _ = signals.stop() => tracing::warn!("a second signal came: ending without waiting"),
     }
 }
 
@@ -276,7 +444,7 @@ mod tests {
         control.block_on(async {
             let here = Handle::current();
             let within = serving.enter();
-            let agent = Running::start_apart(config, None, Clock::SYSTEM, &here).unwrap();
+            let (agent, _) = Running::start_apart(config, Inherited::Nothing, Clock::SYSTEM, &here).unwrap();
             drop(within);
             let (tell, told) = mpsc::channel();
             for _ in 0..2 {

@@ -5,22 +5,25 @@ use std::{
     os::unix::net::UnixListener,
     path::{Path, PathBuf},
     sync::Arc,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::Context as _;
 use nix::unistd::geteuid;
 use tokio::{
     runtime::Handle,
-    sync::{mpsc, watch as channel},
+    sync::{mpsc, oneshot, watch as channel},
     task::JoinSet,
+    time::timeout,
 };
 
 use super::{
     ANSWERS_WITHIN, Running, connection_bounds,
     gate::{AuditedGate, Means, http_listeners, say_what_fits},
+    handover::{Keeper, LeftSockets},
     meter::{MemoryMeter, keep_time},
     metrics::{AgentMetrics, MemoryMetrics},
+    predecessor::{self, Predecessor},
     probe::{keep_in_sight, probe},
     serving::Serving,
     surroundings::{look_around, say_where},
@@ -35,12 +38,13 @@ use crate::{
     },
     attest::Attestor,
     config::{AdminSocket, Config},
-    issuer::{self, Issuer, metrics::IssuerMetrics},
+    issuer::{self, Issuer, choice::OpenError, metrics::IssuerMetrics},
     limits::{self, GatePlan, Limits, pace::Complaints},
     os::{clock::Clock, trusted::ClosedDir},
     peer::{
-        ConnectionBounds, ConnectionMetrics, ConnectionStats, Listener, OsUid, Socket, cgroup::PodOrUid,
-        socket::BindError,
+        ConnectionBounds, ConnectionMetrics, ConnectionStats, Leave, Listener, OsUid, Socket,
+        cgroup::PodOrUid,
+        socket::{BindError, Reach, VacantSocket},
     },
     store::{JwtCache, StoreMetrics, Writer, X509Cache, audit::AuditTrail},
     telemetry::{
@@ -55,6 +59,9 @@ use crate::{
 /// How many reloads may be asked for on the admin socket before the first of them is looked at.
 const RELOADS_ASKED: usize = 4;
 
+/// How long those who wait at a socket that another agent has left are kept waiting for the first word of a server.
+const KNOWN_WITHIN: Duration = Duration::from_secs(10);
+
 impl Running {
     /// Builds and binds everything, and serves. `handed` is the socket that a service manager keeps for the agent.
     /// Must be called within a runtime.
@@ -63,23 +70,35 @@ impl Running {
     /// What could not be opened, bound or made, with its cause. Nothing is left behind then but what
     /// `data_dir` holds.
     pub fn start(config: Config, handed: Option<UnixListener>, clock: Clock) -> anyhow::Result<Self> {
-        Self::start_apart(config, handed, clock, &Handle::current())
+        let inherited = handed.map_or(Inherited::Nothing, Inherited::ByManager);
+        Ok(Self::start_apart(config, inherited, clock, &Handle::current())?.0)
     }
 
     /// As [`Running::start`], and the HTTP endpoints are served by `control`, another runtime: they answer whatever
-    /// happens to the one that serves callers.
+    /// happens to the one that serves callers. With it comes the agent whose place it has taken, if there was one.
     pub(super) fn start_apart(
         config: Config,
-        handed: Option<UnixListener>,
+        inherited: Inherited,
         clock: Clock,
         control: &Handle,
-    ) -> anyhow::Result<Self> {
-        let parts = AgentParts::of(&config, clock)?;
-        // Clients come as soon as a socket is bound, and are not to wait for that.
+    ) -> anyhow::Result<(Self, Option<Predecessor>)> {
+        // Clients come as soon as a socket is bound, or wait for the agent already, and are not to wait for that.
         issuer::seed().context("cannot make keys")?;
-        let bound = BoundPlaces::of(&config, handed, &parts)?;
-        parts.serve(config, bound, control)
+        let (parts, inherited, predecessor) = AgentParts::of(&config, clock, inherited)?;
+        let bound = BoundPlaces::of(&config, inherited, &parts)?;
+        Ok((parts.serve(config, bound, control)?, predecessor))
     }
+}
+
+/// What an agent is given to start with.
+#[derive(Debug)]
+pub(super) enum Inherited {
+    /// Nothing: it makes what it needs, or asks the agent that runs.
+    Nothing,
+    /// The socket that the service manager keeps for it.
+    ByManager(UnixListener),
+    /// What another agent has left.
+    Left(LeftSockets),
 }
 
 /// Every part of an agent. None of them runs by itself.
@@ -114,14 +133,21 @@ pub(super) struct Adjustable {
 }
 
 impl AgentParts {
-    fn of(config: &Config, clock: Clock) -> anyhow::Result<Self> {
+    fn of(config: &Config, clock: Clock, inherited: Inherited) -> anyhow::Result<(Self, Inherited, Option<Predecessor>)> {
         let metrics = Arc::new(Metrics::default().named_as_well(spire_names(config)));
         let series = AgentMetrics::new(metrics.registry(), clock);
         let issuer_series = Arc::new(IssuerMetrics::new(metrics.registry()));
         let store_series = Arc::new(StoreMetrics::new(metrics.registry()));
+        let input = config.issuer_input();
+        let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
+        attestor.share_by(config.ratelimit.families.clone());
+        attestor.prepare_for(&input.index);
+        attestor.wait(ANSWERS_WITHIN);
+        // From here on nobody may be served, if there is an agent that leaves its place: what takes long was before.
+        let (inherited, predecessor) = place(config, inherited)?;
         let counted = Arc::clone(&issuer_series);
-        let issuer = issuer::choice::open(config.issuer_input(), clock, counted, metrics.registry())
-            .context("cannot open the issuer")?;
+        let issuer = issuer::choice::open(input, clock, counted, metrics.registry())
+            .map_err(|error| no_issuer(config, error))?;
         let caches = &config.caches;
         let (x509_svids, jwt_svids) = (caches.x509_svids.count(), caches.jwt_svids.count());
         let x509 = X509Cache::new(Arc::clone(&issuer), clock, x509_svids, caches.availability_target);
@@ -129,10 +155,6 @@ impl AgentParts {
         let x509 = Arc::new(x509.audited(Arc::clone(&audit)));
         let jwt = JwtCache::new(Arc::clone(&issuer), clock, Arc::clone(&store_series), jwt_svids)
             .audited(Arc::clone(&audit));
-        let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
-        attestor.share_by(config.ratelimit.families.clone());
-        attestor.prepare_for(&Arc::clone(&issuer.world().borrow().index));
-        attestor.wait(ANSWERS_WITHIN);
         let writer = Writer::new(
             Arc::clone(&issuer),
             Arc::clone(&attestor),
@@ -158,7 +180,7 @@ impl AgentParts {
         say_where(&caller_keys(config), in_pod(), budget, means.cgroup);
         let limits = Limits::new(&config.ratelimit, clock, metrics.registry());
         let gate = limits::Gate::new(gate_plan, &limits);
-        Ok(Self {
+        let parts = Self {
             clock,
             metrics,
             series,
@@ -176,14 +198,14 @@ impl AgentParts {
             meter,
             limits,
             gate,
-        })
+        };
+        Ok((parts, inherited, predecessor))
     }
 
     /// Serves at what is bound, and starts the tasks that go on for ever.
     fn serve(self, config: Config, bound: BoundPlaces, control: &Handle) -> anyhow::Result<Running> {
-        let BoundPlaces { http, admin, socket } = bound;
+        let BoundPlaces { http, admin, socket, came } = bound;
         let services = self.services()?;
-        let (stop, stopping) = channel::channel(false);
         let (connections, bounds) = channel::channel(connection_bounds(&config, self.means));
         let keys = Arc::new(caller_keys(&config));
         let (stats, admin_stats) = (Arc::<ConnectionStats>::default(), Arc::<ConnectionStats>::default());
@@ -196,12 +218,15 @@ impl AgentParts {
         let standing = self.standing(Arc::clone(&stats), config.agent.socket_path.clone(), keys.looks());
         let gate = Arc::new(AuditedGate { gate: self.gate.clone(), audit: Arc::clone(&self.audit) });
         let listener = Listener { socket, bounds, gate, keys: Arc::clone(&keys), stats };
-        let serving = listener.serve(move |_peer| services.clone(), stopped(stopping.clone()));
-        let public = Serving::begin("the workload api", serving);
+        let known = came.waits().then(|| Arc::clone(&self.issuer));
+        let public = Serving::begin("the workload api", |stopping| async move {
+            let stopping = known_or_stopped(known, stopping).await;
+            listener.serve(move |_peer| services.clone(), stopping).await
+        });
         let (reloads, asked) = mpsc::channel(RELOADS_ASKED);
         let admin = admin.map(|socket| {
             let service = self.admin_service(keys, standing, reloads);
-            self.serve_admin(socket, service, admin_stats, stopping)
+            self.serve_admin(socket, service, admin_stats)
         });
         let mut tasks = self.tasks();
         if let Some(presence) = presence {
@@ -212,21 +237,22 @@ impl AgentParts {
         let gate = self.gate.clone();
         tasks.spawn_on(async move { gate.follow().await }, control);
         tasks.spawn_on(keep_time(self.limits.clone(), self.gate.clone()), control);
+        let mut answering = JoinSet::new();
         for listener in http {
             let serving = async move {
                 // It serves for ever, or cannot begin.
                 let Err(error) = listener.serve().await;
                 tracing::error!(%error, "an http listener cannot be served");
             };
-            tasks.spawn_on(serving, control);
+            answering.spawn_on(serving, control);
         }
 
         self.series.loaded();
         look_around(&self.health);
         self.health.set(Probe::Healthy);
         let adjustable = Adjustable { parts: Arc::new(self), connections, log: None };
-        let config = Arc::new(config);
-        Ok(Running { config, adjustable, stop, public, admin, tasks, asked: Some(asked), issuing })
+        let (config, asked, keeper) = (Arc::new(config), Some(asked), came.keeper());
+        Ok(Running { config, adjustable, public, admin, tasks, http: answering, asked, issuing, keeper })
     }
 
     /// Has a scrape tell how memory stands.
@@ -236,13 +262,7 @@ impl AgentParts {
         self.metrics.before_render(move || memory.set(gate.memory(), meter.charged()));
     }
 
-    fn serve_admin(
-        &self,
-        socket: Socket,
-        service: AdminService,
-        stats: Arc<ConnectionStats>,
-        stopping: channel::Receiver<bool>,
-    ) -> Serving {
+    fn serve_admin(&self, socket: Socket, service: AdminService, stats: Arc<ConnectionStats>) -> Serving {
         let listener = Listener {
             socket,
             bounds: channel::channel(admin::connection_bounds()).1,
@@ -250,8 +270,9 @@ impl AgentParts {
             keys: Arc::new(OsUid),
             stats,
         };
-        let serving = listener.serve(move |_peer| service.clone(), stopped(stopping));
-        Serving::begin("the admin api", serving)
+        Serving::begin("the admin api", |stopping| {
+            listener.serve(move |_peer| service.clone(), told_to_leave(stopping))
+        })
     }
 
     fn services(&self) -> anyhow::Result<Services> {
@@ -343,10 +364,40 @@ struct BoundPlaces {
     http: Vec<HttpListener>,
     admin: Option<Socket>,
     socket: Socket,
+    came: PublicFrom,
+}
+
+/// Where the socket of the Workload API came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PublicFrom {
+    Here,
+    ServiceManager,
+    /// Clients wait at it, who would be refused by an issuer that knows nothing yet.
+    AnotherAgent,
+}
+
+impl PublicFrom {
+    fn waits(self) -> bool {
+        self == Self::AnotherAgent
+    }
+
+    fn keeper(self) -> Keeper {
+        match self {
+            Self::ServiceManager => Keeper::ServiceManager,
+            Self::Here | Self::AnotherAgent => Keeper::Agent,
+        }
+    }
 }
 
 impl BoundPlaces {
-    fn of(config: &Config, handed: Option<UnixListener>, parts: &AgentParts) -> anyhow::Result<Self> {
+    fn of(config: &Config, inherited: Inherited, parts: &AgentParts) -> anyhow::Result<Self> {
+        let (handed, left, came) = match inherited {
+            Inherited::Nothing => (None, LeftSockets::default(), PublicFrom::Here),
+            Inherited::ByManager(listener) => {
+                (Some(listener), LeftSockets::default(), PublicFrom::ServiceManager)
+            }
+            Inherited::Left(left) => (None, left, PublicFrom::AnotherAgent),
+        };
         let places = parts.means.http_places;
         let mut http = Vec::new();
         let metrics = || Routes::Metrics(Arc::clone(&parts.metrics));
@@ -368,9 +419,9 @@ impl BoundPlaces {
         if let Some(path) = socket_path {
             http.push(at_socket(path, health(), places).context("cannot serve health checks")?);
         }
-        let admin = admin_socket(config).context("cannot serve the admin api")?;
+        let admin = admin_socket(config, left.admin).context("cannot serve the admin api")?;
         // Last, since clients come as soon as it is there.
-        let socket = public_socket(config, handed).context("cannot serve the workload api")?;
+        let socket = public_socket(config, handed, left.public).context("cannot serve the workload api")?;
         for ClosedDir { path, uid, mode } in config.places(geteuid().as_raw()).closed {
             tracing::warn!(
                 directory = %path.display(),
@@ -379,22 +430,23 @@ impl BoundPlaces {
                 "other users cannot pass this directory, so they do not reach the workload api"
             );
         }
-        Ok(Self { http, admin, socket })
+        Ok(Self { http, admin, socket, came })
     }
 }
 
 /// An HTTP listener at a Unix socket for the agent's user and group.
-fn at_socket(path: &Path, routes: Routes, places: usize) -> anyhow::Result<HttpListener> {
+pub(super) fn at_socket(path: &Path, routes: Routes, places: usize) -> anyhow::Result<HttpListener> {
     let (listener, place) = Socket::bind(path, 0o660)?.into_parts();
     Ok(HttpListener::at_socket(listener, place, routes, places))
 }
 
 /// The admin socket, where there is one. One that nobody asked for is done without, if it cannot be had.
-fn admin_socket(config: &Config) -> Result<Option<Socket>, BindError> {
+fn admin_socket(config: &Config, left: Option<VacantSocket>) -> Result<Option<Socket>, BindError> {
+    let had = |path: &Path| had_or_bound(left, path, Reach::OwnUser);
     match config.agent.admin_socket() {
         None => Ok(None),
-        Some(AdminSocket::Configured(path)) => Socket::bind_private(&path).map(Some),
-        Some(AdminSocket::ByDefault(path)) => Ok(Socket::bind_private(&path)
+        Some(AdminSocket::Configured(path)) => had(&path).map(Some),
+        Some(AdminSocket::ByDefault(path)) => Ok(had(&path)
             .inspect_err(|error| {
                 tracing::warn!(
                     socket = %path.display(),
@@ -407,8 +459,33 @@ fn admin_socket(config: &Config) -> Result<Option<Socket>, BindError> {
     }
 }
 
-fn public_socket(config: &Config, handed: Option<UnixListener>) -> anyhow::Result<Socket> {
-    let Some(listener) = handed else { return Ok(Socket::bind(&config.agent.socket_path, 0o777)?) };
+/// The socket that another agent has left at `path`, or a new one.
+fn had_or_bound(left: Option<VacantSocket>, path: &Path, reach: Reach) -> Result<Socket, BindError> {
+    if let Some(left) = left.filter(|left| left.path() == path) {
+        match Socket::move_into(left, reach) {
+            Err(error @ BindError::NotThere { .. }) => {
+                tracing::warn!(
+                    error = chain(&error),
+                    "the socket is bound anew: who waits at the old one is lost"
+                );
+            }
+            had => return had,
+        }
+    }
+    match reach {
+        Reach::Everybody => Socket::bind(path, 0o777),
+        Reach::OwnUser => Socket::bind_private(path),
+    }
+}
+
+fn public_socket(
+    config: &Config,
+    handed: Option<UnixListener>,
+    left: Option<VacantSocket>,
+) -> anyhow::Result<Socket> {
+    let Some(listener) = handed else {
+        return Ok(had_or_bound(left, &config.agent.socket_path, Reach::Everybody)?);
+    };
     let socket = Socket::adopt(listener)?;
     // Else everybody who reads the configuration would look for it in the wrong place.
     let at = socket.path().unwrap_or_default();
@@ -430,11 +507,59 @@ fn caller_keys(config: &Config) -> PodOrUid {
 
 /// Whether Kubernetes started this process: it gives every container this variable.
 #[expect(clippy::disallowed_methods, reason = "the one variable that tells; read at start")]
-fn in_pod() -> bool {
+pub(super) fn in_pod() -> bool {
     std::env::var("KUBERNETES_SERVICE_HOST").is_ok()
 }
 
-async fn stopped(mut stopping: channel::Receiver<bool>) {
-    // An error means that the sender is gone, and the agent with it.
-    let _told_or_gone = stopping.wait_for(|stop| *stop).await.is_ok();
+/// The place of an agent: what it was given, or what the one that runs leaves to it when it is asked.
+fn place(config: &Config, inherited: Inherited) -> anyhow::Result<(Inherited, Option<Predecessor>)> {
+    if config.agent.take_over
+        && matches!(inherited, Inherited::Nothing)
+        && let Some((predecessor, left)) = predecessor::ask(config)?
+    {
+        return Ok((Inherited::Left(left), Some(predecessor)));
+    }
+    Ok((inherited, None))
+}
+
+/// Why there is no issuer, and what to do where another agent has its files.
+fn no_issuer(config: &Config, error: OpenError) -> anyhow::Error {
+    let advice = match (error.is_locked(), config.agent.take_over) {
+        (false, _) => return anyhow::Error::new(error).context("cannot open the issuer"),
+        (true, false) => "end it first, or have it hand over: agent { take_over = true }",
+        (true, true) => {
+            "it does not hand over (an older version?): end it first (in Kubernetes: maxSurge: 0 and maxUnavailable: 1)"
+        }
+    };
+    anyhow::anyhow!("cannot open the issuer: {}; {advice}", chain(&error))
+}
+
+/// Until it is told to leave, or nobody is there to tell it.
+async fn told_to_leave(stopping: oneshot::Receiver<Leave>) -> Leave {
+    stopping.await.unwrap_or(Leave::Remove)
+}
+
+/// Waits until this issuer knows whom it serves, for a while, or is told to leave. What it is told, or will be.
+async fn known_or_stopped(
+    issuer: Option<Arc<dyn Issuer>>,
+    mut stopping: oneshot::Receiver<Leave>,
+) -> impl Future<Output = Leave> + Send {
+    let known = async {
+        if let Some(issuer) = issuer {
+            let mut world = issuer.world();
+            let known = world.wait_for(|world| !world.bundles.own.x509_authorities.is_empty());
+            let _known_or_not = timeout(KNOWN_WITHIN, known).await.is_ok();
+        }
+    };
+    let told = tokio::select! {
+        biased;
+        told = &mut stopping => Some(told.unwrap_or(Leave::Remove)),
+        () = known => None,
+    };
+    async move {
+        match told {
+            Some(told) => told,
+            None => told_to_leave(stopping).await,
+        }
+    }
 }

@@ -54,6 +54,8 @@ settings! {
         "admin_socket_path" admin_socket_path: Option<PathBuf> = None, absolute_that(fits_a_socket), needs_restart;
         /// Whether there is an admin socket.
         "admin_socket_enabled" admin_socket_enabled: bool = true, boolean(), needs_restart;
+        /// Whether an agent that finds another one running takes its place, when that hands over.
+        "take_over" take_over: bool = false, boolean(), needs_restart;
         /// Whether the agent reloads by itself when the files of its configuration change.
         "watch_config" watch_config: bool = false, boolean(), needs_restart;
         /// The type of the keys in X.509-SVIDs.

@@ -21,6 +21,13 @@ pub enum OpenError {
     Server(#[from] DataFault),
 }
 
+impl OpenError {
+    /// Whether another agent has `data_dir`.
+    pub fn is_locked(&self) -> bool {
+        matches!(self, Self::Embedded(IssuerError::Locked { .. }) | Self::Server(DataFault::Locked { .. }))
+    }
+}
+
 /// Opens the issuer that the configuration chose.
 ///
 /// # Errors

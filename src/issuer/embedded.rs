@@ -261,6 +261,10 @@ impl Issuer for EmbeddedIssuer {
         self.declare(index, federated);
     }
 
+    fn let_go(&self) {
+        self.ca.let_go();
+    }
+
     fn run(self: Arc<Self>) -> BoxFuture<'static, Expelled> {
         Box::pin(async move {
             let mut failing = false;
@@ -334,6 +338,26 @@ mod tests {
         let clock = Clock::starting_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
         let metrics = Arc::new(IssuerMetrics::new(Metrics::default().registry()));
         (dir, EmbeddedIssuer::open(settings, clock, metrics).unwrap())
+    }
+
+    /// It signs to the end, while the next one has the directory.
+    #[tokio::test]
+    async fn one_that_has_let_go_writes_nothing() {
+        let (dir, issuer) = issuer(KeyType::EcP256);
+        let settings = issuer.ca.settings();
+        let now = issuer.clock.now();
+        assert!(matches!(EmbeddedCa::open(settings.clone(), now), Err(IssuerError::Locked { .. })));
+        issuer.let_go();
+        let next = EmbeddedCa::open(settings, now).unwrap();
+        let kept = || std::fs::read(dir.path().join("data/issuer.json")).unwrap();
+        let before = kept();
+        let late = now + Duration::from_secs(400 * 86_400);
+        assert!(matches!(issuer.ca.rotate(late), Err(IssuerError::Locked { .. })));
+        assert_eq!(kept(), before);
+        let made = issuer.mint_x509(&[entry("/a", "a")], crate::issuer::deadline()).await;
+        assert!(made[0].is_ok(), "{made:?}");
+        next.rotate(late).unwrap();
+        assert_ne!(kept(), before);
     }
 
     #[tokio::test]

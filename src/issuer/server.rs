@@ -353,6 +353,12 @@ impl Issuer for ServerIssuer {
         }
     }
 
+    fn let_go(&self) {
+        if let Some(own) = &self.own {
+            own.let_go();
+        }
+    }
+
     fn run(self: Arc<Self>) -> BoxFuture<'static, Expelled> {
         Box::pin(async move {
             let signing = Arc::clone(&self.x509);

@@ -53,6 +53,10 @@ use crate::{
 const ROOM_WITHIN: Duration = Duration::from_millis(250);
 const ROOM_AGAIN: Duration = Duration::from_millis(25);
 
+/// How long one that was accepted when the drain began, and has not spoken, may still begin to: who has just connected is
+/// about to, and would take a close for a failure.
+const LAST_WORD_WITHIN: Duration = Duration::from_millis(200);
+
 /// What the task of a connection holds beside its stream.
 pub(super) struct Connection {
     pub(super) peer: Arc<Peer>,
@@ -119,10 +123,14 @@ impl Connection {
                 }
             }
         };
+        let farewell = async {
+            drains(&mut self.phases).await;
+            sleep(LAST_WORD_WITHIN).await;
+        };
         tokio::select! {
             first = arrives => first.map_err(|_closed: io::Error| ConnectionEnd::ByPeer),
             () = sleep_until(by) => Err(ConnectionEnd::HandshakeTimeout),
-            () = drains(&mut self.phases) => Err(ConnectionEnd::Drained),
+            () = farewell => Err(ConnectionEnd::Drained),
             notice = self.holding.told(None) => Err(match notice {
                 Notice::ComeBack => ConnectionEnd::SentAway,
                 Notice::Close => ConnectionEnd::Evicted,

@@ -50,6 +50,8 @@ pub(super) struct Lingering {
     /// Those that are asked for when there is room: families take turns.
     turns: BTreeMap<Rank, Due>,
     descriptors: usize,
+    /// How many wait for room.
+    waiters: usize,
     numbered: u32,
 }
 
@@ -92,6 +94,7 @@ impl Lingering {
             self.turns.insert(turn, due);
         }
         self.descriptors += needs;
+        self.waiters += usize::from(one.waits.is_some());
         self.kept.insert(due, (one, turn));
         gone
     }
@@ -106,6 +109,11 @@ impl Lingering {
         let (due, _) = self.kept.first_key_value()?;
         let due = *due;
         if due.0 <= now { self.take(due) } else { None }
+    }
+
+    /// Whether some are to be asked for at all.
+    pub(super) fn is_waited_in(&self) -> bool {
+        self.waiters > 0
     }
 
     /// Whether some are to be asked for when there is room.
@@ -138,6 +146,7 @@ impl Lingering {
             self.turns.remove(&turn);
         }
         self.descriptors -= one.descriptors();
+        self.waiters -= usize::from(one.waits.is_some());
         Some(one)
     }
 }
@@ -221,6 +230,7 @@ mod tests {
             }
             while lingering.take_due(now + WAIT).is_some() {}
             prop_assert!(lingering.families.is_empty() && lingering.turns.is_empty() && lingering.descriptors == 0);
+            prop_assert!(!lingering.is_waited_in());
         }
     }
 }

@@ -16,7 +16,7 @@
 use std::{future::Future, io, os::fd::AsFd, sync::Arc};
 
 use tokio::{
-    sync::watch,
+    sync::{oneshot, watch},
     task::JoinSet,
     time::{Instant, sleep_until},
 };
@@ -33,7 +33,7 @@ use super::{
     lingering::Lingering,
     reply::Replies,
     service::ConnectionService,
-    socket::{BoundPath, Socket},
+    socket::{BoundPath, Socket, VacantSocket},
     stats::ConnectionStats,
     trim::HeapTrim,
 };
@@ -58,6 +58,21 @@ pub struct Listener<G = AdmitAll, K = OsUid> {
     pub stats: Arc<ConnectionStats>,
 }
 
+/// What becomes of the socket when its listener ends.
+#[derive(Debug)]
+pub enum Leave {
+    /// It is removed, if it was bound here.
+    Remove,
+    /// It goes on listening, and is for whoever waits at the other end; one that systemd made is not passed on.
+    HandOn(oneshot::Sender<VacantSocket>),
+}
+
+impl From<()> for Leave {
+    fn from((): ()) -> Self {
+        Self::Remove
+    }
+}
+
 impl Listener {
     /// A listener that lets everybody in, and charges users.
     pub fn new(socket: Socket, bounds: ConnectionBounds) -> Self {
@@ -72,7 +87,7 @@ impl Listener {
 }
 
 impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
-    /// Accepts and serves until `shutdown` is ready, then drains: the socket is removed, parked connections
+    /// Accepts and serves until `shutdown` is ready, then drains: the socket is removed or handed on, parked connections
     /// are closed, the others get a GOAWAY and [`ConnectionBounds::drain_timeout`] to finish. Streams that
     /// the server never ends by itself should be ended by whoever serves them when `shutdown` becomes ready,
     /// or they are cut.
@@ -85,7 +100,7 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
     pub async fn serve<S: ConnectionService>(
         self,
         services: impl Fn(Arc<Peer>) -> S,
-        shutdown: impl Future<Output = ()> + Send,
+        shutdown: impl Future<Output: Into<Leave>> + Send,
     ) -> io::Result<Drained> {
         let Self { socket, mut bounds, gate, keys, stats } = self;
         let (listener, path) = socket.into_parts();
@@ -113,10 +128,12 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
             full: Pace::default(),
         };
         let mut shutdown = std::pin::pin!(shutdown);
-        loop {
+        let mut told = None;
+        // Who was accepted and waits for room is decided about before the end.
+        while told.is_none() || door.lingering.is_waited_in() {
             tokio::select! {
-                () = &mut shutdown => break,
-                waiting = listener.ready(), if door.is_open() => rest(door.take_run(waiting?)).await,
+                leave = &mut shutdown, if told.is_none() => told = Some(leave.into()),
+                waiting = listener.ready(), if told.is_none() && door.is_open() => rest(door.take_run(waiting?)).await,
                 Some(ended) = door.connections.join_next() => door.ended(ended),
                 Ok(()) = bounds.changed() => {
                     door.in_force = InForce::new(bounds.borrow_and_update().clone(), &door.stats);
@@ -130,12 +147,30 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
         }
 
         // No new connection, and room for the next agent, before the wait for the old ones.
-        door.leave(listener);
-        drop(path);
+        match told {
+            Some(Leave::HandOn(next)) => hand_on(next, listener, path, &door),
+            Some(Leave::Remove) | None => {
+                door.leave(listener);
+                drop(path);
+            }
+        }
         drop(std::mem::take(&mut door.lingering));
         drop(std::mem::take(&mut door.replies));
         door.phase.send_modify(|phase| phase.draining = true);
         Ok(drain(door.connections, door.in_force.bounds.drain_timeout).await)
+    }
+}
+
+/// Leaves the socket to whoever waits for it, or to itself where nobody does any more.
+fn hand_on<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>(
+    next: oneshot::Sender<VacantSocket>,
+    listener: Acceptor,
+    path: Option<BoundPath>,
+    door: &Door<G, K, F>,
+) {
+    match path {
+        Some(path) => drop(next.send(path.vacate(listener.into_inner()))),
+        None => door.leave(listener),
     }
 }
 

@@ -4,8 +4,8 @@
 //! file, a directory or a symbolic link is refused by name, and so is the socket of a living agent; a dead one's is
 //! removed. The socket is bound under its own name, which is what `ss -xl` and the errors of clients show, and has its mode
 //! from the first moment; nobody can connect before it listens. `PATH.lock`, held as long as the socket, keeps two
-//! starting agents apart. A socket that systemd made is never removed, one that is not ours any more neither. Absent:
-//! abstract sockets, which have no mode.
+//! starting agents apart. A socket that systemd made is never removed, one that is not ours any more neither. One that the
+//! next agent is to have goes on listening, and is at its place all the time. Absent: abstract sockets, which have no mode.
 //!
 //! # Decisions
 //! A dead socket is removed before the new one is bound: there is a moment without. The other way, bound under another
@@ -65,7 +65,56 @@ pub(crate) struct BoundPath {
     dir: TrustedDir,
     /// Device and inode.
     made: (u64, u64),
-    lock: Lock,
+    /// `None` once it is for somebody else to remove.
+    lock: Option<Lock>,
+}
+
+/// A socket at its path, at which nobody accepts: who connects waits for the next agent. Dropped, it is left where it is.
+#[derive(Debug)]
+pub struct VacantSocket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode.
+    made: (u64, u64),
+}
+
+impl VacantSocket {
+    /// One that another agent says it has made: [`Socket::move_into`] believes no more than that it did.
+    pub fn new(listener: UnixListener, path: PathBuf, made: (u64, u64)) -> Self {
+        Self { listener, path, made }
+    }
+
+    /// What listens.
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
+    /// Where it was bound.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its device and inode.
+    pub fn made(&self) -> (u64, u64) {
+        self.made
+    }
+
+    /// The same socket once more.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { listener: self.listener.try_clone()?, path: self.path.clone(), made: self.made })
+    }
+}
+
+/// Who is to reach a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// Everybody on the node.
+    Everybody,
+    /// The agent's user.
+    OwnUser,
 }
 
 /// What stands at the path of a socket that listens.
@@ -154,6 +203,9 @@ pub enum BindError {
         path: PathBuf,
         source: io::Error,
     },
+    /// What another agent handed over is not what stands at the path.
+    #[error("the socket that was handed over is not the one at {}", path.display())]
+    NotThere { path: PathBuf },
     /// What systemd handed over does not accept connections.
     #[error("the socket that was handed over does not listen: use ListenStream= in the socket unit")]
     NotListening,
@@ -224,13 +276,39 @@ impl Socket {
         match listening() {
             Ok((listener, made)) => {
                 let (path, name) = (path.to_owned(), name.to_owned());
-                Ok(Self { listener, place: Some(BoundPath { path, name, dir, made, lock }) })
+                Ok(Self { listener, place: Some(BoundPath { path, name, dir, made, lock: Some(lock) }) })
             }
             Err(error) => {
                 lock.release(&dir);
                 Err(error)
             }
         }
+    }
+
+    /// Takes a socket that another agent has left to this one, if it is the one that stands at its path.
+    ///
+    /// # Errors
+    /// [`BindError`]; the socket is closed here then.
+    pub fn move_into(vacant: VacantSocket, reach: Reach) -> Result<Self, BindError> {
+        let VacantSocket { listener, path, made } = vacant;
+        let name = fitting(&path)?.to_owned();
+        let dir = Trust::own().directory(parent(&path)).and_then(|dir| match reach {
+            Reach::Everybody => Ok(dir),
+            Reach::OwnUser => dir.for_us_alone(),
+        });
+        let dir = dir.map_err(refused(&path))?;
+        let is_ours = || {
+            let bound = listener.local_addr().is_ok_and(|at| at.as_pathname() == Some(&path));
+            let found = dir.look_at(&name).ok().filter(|found| found.file_type().is_socket());
+            bound
+                && getsockopt(&listener, sockopt::AcceptConn) == Ok(true)
+                && found.is_some_and(|found| (found.dev(), found.ino()) == made)
+        };
+        if !is_ours() {
+            return Err(BindError::NotThere { path });
+        }
+        let lock = Some(Lock::take(&dir, &path, &name)?);
+        Ok(Self { listener, place: Some(BoundPath { path, name, dir, made, lock }) })
     }
 
     /// Takes a socket that systemd bound. It is never removed.
@@ -274,14 +352,25 @@ impl Socket {
     }
 }
 
+impl BoundPath {
+    /// Leaves the place, with what listens there, to the next agent.
+    pub(crate) fn vacate(mut self, listener: UnixListener) -> VacantSocket {
+        if let Some(lock) = self.lock.take() {
+            lock.release(&self.dir);
+        }
+        VacantSocket { listener, path: self.path.clone(), made: self.made }
+    }
+}
+
 impl Drop for BoundPath {
     fn drop(&mut self) {
+        let Some(lock) = self.lock.take() else { return };
         if self.dir.look_at(&self.name).is_ok_and(|now| (now.dev(), now.ino()) == self.made)
             && let Err(err) = self.dir.remove(&self.name)
         {
             tracing::warn!(path = %self.path.display(), error = %err, "cannot remove the socket");
         }
-        self.lock.release(&self.dir);
+        lock.release(&self.dir);
     }
 }
 

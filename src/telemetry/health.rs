@@ -38,6 +38,8 @@ struct Vitals {
     blind: bool,
     /// Nobody finds the socket.
     lost: Lost,
+    /// The process that serves in the place of this one.
+    successor: Option<i32>,
 }
 
 /// Whether the socket of the Workload API stands at its path.
@@ -72,6 +74,11 @@ impl HealthState {
         self.lock().blind = true;
     }
 
+    /// Tells that another agent, process `pid`, serves in the place of this one: it is well, and never ready again.
+    pub fn handed_over_to(&self, pid: i32) {
+        self.lock().successor = Some(pid);
+    }
+
     /// Tells whether clients find the socket.
     pub fn found(&self, lost: Lost) {
         self.lock().lost = lost;
@@ -99,14 +106,18 @@ impl HealthState {
     /// Whether workloads may be sent here.
     #[must_use]
     pub fn ready(&self) -> bool {
-        let Vitals { probe, pulse, blind, lost } = *self.lock();
-        probe == Probe::Healthy && pulse == Pulse::Beats && !blind && lost == Lost::No
+        let Vitals { probe, pulse, blind, lost, successor } = *self.lock();
+        let serves = probe == Probe::Healthy && pulse == Pulse::Beats && successor.is_none();
+        serves && !blind && lost == Lost::No
     }
 
     /// spire-agent's bodies, so that whoever parses them need not change (`pkg/common/health`).
-    pub(super) fn body(&self) -> &'static str {
-        let Vitals { probe, pulse, blind, lost } = *self.lock();
-        match (probe, pulse) {
+    pub(super) fn body(&self) -> String {
+        let Vitals { probe, pulse, blind, lost, successor } = *self.lock();
+        if let Some(pid) = successor {
+            return format!("{{\"agent\":{{\"make_new_x509_err\":\"handed over to PID {pid}\"}}}}\n");
+        }
+        let text = match (probe, pulse) {
             (Probe::Healthy, Pulse::Beats) if lost != Lost::No => {
                 "{\"agent\":{\"make_new_x509_err\":\"the socket of the workload api is gone: see the log\"}}\n"
             }
@@ -118,7 +129,8 @@ impl HealthState {
             (Probe::Unavailable | Probe::Draining, _) | (_, Pulse::Missed) => {
                 "{\"agent\":{\"make_new_x509_err\":\"workload api is unavailable\"}}\n"
             }
-        }
+        };
+        text.to_owned()
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use durward::{
-    identity::TrustDomain,
+    identity::{Bundle, TrustDomain},
     issuer::server::{
         DataFault, Denial, OwnStanding, OwnSvid, ServerMetrics, ServerSettings,
         settings::{JoinSettings, KeyManagerSettings, NodeAttestorSettings, SyncSettings},
@@ -97,7 +97,19 @@ async fn a_token_is_used_once_and_what_it_brought_is_kept() {
     assert!(matches!(opened(settings.clone(), Clock::SYSTEM), Err(DataFault::Locked { .. })));
     running.abort();
     drop(running.await);
-    drop(own);
+
+    // One that has let go of the directory leaves it to the next, and writes nothing there any more.
+    own.let_go();
+    let next = opened(settings.clone(), Clock::SYSTEM).unwrap();
+    let before = kept(dir.path());
+    let other = Bundle {
+        trust_domain: TrustDomain::parse("example.org").unwrap(),
+        x509_authorities: vec![vec![1]],
+        jwt_authorities: Vec::new(),
+    };
+    own.learn(&other).await.unwrap_err();
+    assert_eq!(kept(dir.path()), before);
+    drop((own, next));
 
     // Without the server: it stands there at once.
     drop(server);

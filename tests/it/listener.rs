@@ -495,7 +495,7 @@ async fn the_gate_stands_before_http2() {
         stats: Arc::default(),
     };
     let stats = Arc::clone(&listener.stats);
-    let task = tokio::spawn(listener.serve(Toy, std::future::pending()));
+    let task = tokio::spawn(listener.serve(Toy, std::future::pending::<()>()));
     let (mut first, connection) = client(UnixStream::connect(&path).await.unwrap()).await;
     assert!(get(&mut first, "/a").await.is_ok());
     let mut second = UnixStream::connect(&path).await.unwrap();

@@ -21,6 +21,7 @@ mod frames;
 mod fuse;
 mod generated_code;
 mod handed_over;
+mod handover;
 mod heads;
 mod held;
 mod hostile;

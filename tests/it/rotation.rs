@@ -520,6 +520,8 @@ impl Issuer for Fake {
         });
     }
 
+    fn let_go(&self) {}
+
     fn run(self: Arc<Self>) -> BoxFuture<'static, Expelled> {
         Box::pin(std::future::pending())
     }

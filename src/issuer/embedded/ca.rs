@@ -267,6 +267,11 @@ impl EmbeddedCa {
         let next = due.into_iter().flatten().min().unwrap_or(now + ROTATION_RETRY);
         Ok(Rotation { bundle_changed, next, fault })
     }
+
+    /// Leaves the data directory to the next agent: no rotation writes to it any more. Waits for one that is under way.
+    pub(super) fn let_go(&self) {
+        self.rotating.lock().unwrap_or_else(PoisonError::into_inner).data_dir.let_go();
+    }
 }
 
 /// Whether an agent of the user of `trust` could sign with what lies there for it: a CA that is supplied is tried out, and

@@ -26,12 +26,12 @@ const LOCK: &str = "issuer.lock";
 /// More than the largest state: twice 64 records, each with a chain of certificates.
 const MAX_STATE_LEN: u64 = 16 * 1024 * 1024;
 
-/// The data directory, locked for as long as this lives.
+/// The data directory, locked until it is let go of.
 pub(super) struct DataDir {
     path: PathBuf,
     dir: TrustedDir,
-    /// Holds the lock; the kernel releases it when the process ends, however it ends.
-    _lock: File,
+    /// Holds the lock; the kernel releases it when the process ends, however it ends. `None` once it is let go of.
+    lock: Option<File>,
 }
 
 impl DataDir {
@@ -52,7 +52,7 @@ impl DataDir {
             Err(TryLockError::WouldBlock) => return Err(IssuerError::Locked { path: lock_path }),
             Err(TryLockError::Error(cause)) => return Err(IssuerError::Write { path: lock_path, cause }),
         }
-        let opened = Self { path: path.to_owned(), dir, _lock: lock };
+        let opened = Self { path: path.to_owned(), dir, lock: Some(lock) };
         opened.remove_unfinished()?;
         Ok(opened)
     }
@@ -67,8 +67,16 @@ impl DataDir {
         read_state(&self.dir, &self.state_path(), geteuid().as_raw())
     }
 
-    /// Writes the state. On any error the state of before is in its place.
+    /// Writes nothing from now on, and gives the lock to whoever comes next.
+    pub(super) fn let_go(&mut self) {
+        self.lock = None;
+    }
+
+    /// Writes the state. On any error, and when the directory is another agent's by now, the state of before is in its place.
     pub(super) fn write(&self, text: &[u8]) -> Result<(), IssuerError> {
+        if self.lock.is_none() {
+            return Err(IssuerError::Locked { path: self.path.join(LOCK) });
+        }
         self.remove_unfinished()?;
         let (new, state) = (OsStr::new(NEW_STATE), OsStr::new(STATE));
         let written = self.write_new(text).and_then(|()| {

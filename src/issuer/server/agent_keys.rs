@@ -89,6 +89,13 @@ impl AgentKeys {
         Ok(Self { dir: Some(dir), known, making: Mutex::new(()) })
     }
 
+    /// Leaves the file to the next agent: no key is made any more. Waits for the disk.
+    pub(super) fn let_go(&self) {
+        if let Some(dir) = &self.dir {
+            dir.let_go();
+        }
+    }
+
     /// The key whose public half stands in this certificate.
     pub(super) fn of(&self, leaf: &[u8]) -> Option<KeyPair> {
         let (_, leaf) = x509_parser::parse_x509_certificate(leaf).ok()?;

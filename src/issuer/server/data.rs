@@ -169,6 +169,11 @@ impl AgentDataFile {
         self.lock().is_written
     }
 
+    /// Leaves it to the next agent: it is not written any more. Waits for the disk.
+    pub(super) fn let_go(&self) {
+        self.dir.let_go();
+    }
+
     /// Changes what is in it. Waits for the disk.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ use std::{
     io::{self, Read as _, Write as _},
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
 };
 
 use nix::{fcntl::OFlag, unistd::geteuid};
@@ -32,6 +33,15 @@ const MOST_DAMAGED: u32 = 9;
 pub(super) struct FileDir {
     path: PathBuf,
     dir: TrustedDir,
+    /// Held while something is written.
+    writer: Mutex<Writes>,
+}
+
+/// Whose files they are to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Writes {
+    ThisAgent,
+    TheNext,
 }
 
 /// Held while an agent uses a directory; the kernel releases it when the process ends, however it ends.
@@ -46,7 +56,7 @@ impl FileDir {
         let dir = Trust::own().make_directory_unchecked(path, mode).map_err(refused(path))?;
         check_owner(path, dir.metadata())?;
         check_mode(path, dir.metadata(), 0o022, 0o700)?;
-        Ok(Self { path: path.to_owned(), dir })
+        Ok(Self { path: path.to_owned(), dir, writer: Mutex::new(Writes::ThisAgent) })
     }
 
     /// Locks the directory for this agent.
@@ -92,8 +102,17 @@ impl FileDir {
         Ok(Some(text))
     }
 
-    /// Writes a file. On any error what was there before is there still.
+    /// Leaves the files to the next agent. Waits for a write that is under way.
+    pub(super) fn let_go(&self) {
+        *self.writer.lock().unwrap_or_else(PoisonError::into_inner) = Writes::TheNext;
+    }
+
+    /// Writes a file. On any error, and when it is another agent's by now, what was there before is there still.
     pub(super) fn write(&self, name: &str, text: &[u8]) -> Result<(), DataFault> {
+        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        if *writer == Writes::TheNext {
+            return Err(DataFault::Locked { path: self.path_of(name) });
+        }
         let new_name = format!("{name}.tmp");
         let new = OsStr::new(&new_name);
         let failed = |name: &str, cause| DataFault::Write { path: self.path_of(name), cause };

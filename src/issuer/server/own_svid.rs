@@ -87,7 +87,8 @@ pub struct OwnSvid {
     /// Other settings came.
     reconfigured: Notify,
     slow: SlowReads,
-    _lock: DirLock,
+    /// `None` once `data_dir` is another agent's.
+    lock: Mutex<Option<DirLock>>,
 }
 
 /// What may change of the settings while it runs.
@@ -138,7 +139,7 @@ impl OwnSvid {
             at_once: Notify::new(),
             reconfigured: Notify::new(),
             slow: SlowReads::default(),
-            _lock: lock,
+            lock: Mutex::new(Some(lock)),
         });
         own.take_from_disk();
         Ok(own)
@@ -148,6 +149,13 @@ impl OwnSvid {
     pub fn reconfigure(&self, settings: &ServerSettings) {
         *self.live.lock().unwrap_or_else(PoisonError::into_inner) = LiveJoin::from(settings);
         self.reconfigured.notify_one();
+    }
+
+    /// Leaves `data_dir` to the next agent. Waits for the disk.
+    pub fn let_go(&self) {
+        self.data.let_go();
+        self.keys.let_go();
+        drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
     fn live(&self) -> LiveJoin {

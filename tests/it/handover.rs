@@ -1,0 +1,413 @@
+//! One agent takes the place of another, as two processes: no call is lost, whatever becomes of the next one.
+
+#![expect(clippy::disallowed_methods, reason = "its clients are threads, which may sleep")]
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    os::unix::{
+        fs::{MetadataExt as _, PermissionsExt as _},
+        net::{UnixListener, UnixStream},
+        process::CommandExt as _,
+    },
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use durward::api::proto::workload as pb;
+use nix::sys::signal::Signal;
+
+use crate::{
+    frames::{Called, FETCH_JWT, call, jwt_request},
+    hostile::PATIENCE,
+    support::{Process, client, entry, request, write_config},
+    systemd::Service,
+};
+
+const TAKES_OVER: &str = "agent { take_over = true }\n";
+
+fn configured(more: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    // What all tests use together says nothing about the agent.
+    let unhurried = "ratelimit { node { cpu = 100 } }\n";
+    write_config(dir.path(), &format!("{}{TAKES_OVER}{unhurried}{more}", entry("/one", "")));
+    dir
+}
+
+fn socket(dir: &Path) -> PathBuf {
+    dir.join("api.sock")
+}
+
+fn handover_socket(dir: &Path) -> PathBuf {
+    dir.join("data/handover.sock")
+}
+
+fn inode(path: &Path) -> u64 {
+    fs::symlink_metadata(path).unwrap().ino()
+}
+
+fn log(dir: &Path) -> String {
+    let text = fs::read_to_string(dir.join("log")).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(40)..].join("\n")
+}
+
+fn until(case: &str, dir: &Path, mut so: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !so() {
+        assert!(began.elapsed() < PATIENCE, "{case}: {}", log(dir));
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn answered(dir: &Path) -> Called {
+    call(&socket(dir), FETCH_JWT, &jwt_request("a"), PATIENCE)
+}
+
+/// An agent in a pod, by what its kubelet sets.
+fn in_pod(dir: &Path, words: &[&str]) -> Process {
+    Process::spawn_by(&[words, &["env", "KUBERNETES_SERVICE_HOST=10.96.0.1"]].concat(), dir)
+}
+
+/// Clients that call one call after the other, each on a connection of its own.
+struct Polite {
+    stop: Arc<AtomicBool>,
+    calls: Arc<AtomicUsize>,
+    failed: Arc<Mutex<Vec<Called>>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Polite {
+    fn begin(dir: &Path) -> Self {
+        let (stop, calls, failed) =
+            (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default(), Arc::<Mutex<Vec<_>>>::default());
+        let threads = (0..3).map(|_| {
+            let (stop, calls, failed) = (Arc::clone(&stop), Arc::clone(&calls), Arc::clone(&failed));
+            let dir = dir.to_owned();
+            thread::spawn(move || {
+                while !stop.load(SeqCst) {
+                    match answered(&dir) {
+                        Called::Answered => drop(calls.fetch_add(1, SeqCst)),
+                        other => failed.lock().unwrap().push(other),
+                    }
+                    thread::sleep(Duration::from_millis(1));
+                }
+            })
+        });
+        let threads = threads.collect();
+        Self { stop, calls, failed, threads }
+    }
+
+    /// Waits until some more calls were answered.
+    fn go_on(&self, case: &str, dir: &Path) {
+        let from = self.calls.load(SeqCst);
+        until(case, dir, || self.calls.load(SeqCst) > from + 20);
+    }
+
+    /// Those that failed.
+    fn end(self) -> Vec<Called> {
+        self.stop.store(true, SeqCst);
+        self.threads.into_iter().for_each(|thread| thread.join().unwrap());
+        Arc::into_inner(self.failed).unwrap().into_inner().unwrap()
+    }
+}
+
+/// Watches, and comes back whenever it is told to; returns how often it was told its identity.
+async fn watch(dir: PathBuf, stop: Arc<AtomicBool>, told: Arc<AtomicUsize>) {
+    while !stop.load(SeqCst) {
+        let mut client = client(&socket(&dir)).await;
+        let stream = match client.fetch_x509svid(request(pb::X509svidRequest {})).await {
+            Ok(stream) => stream,
+            Err(status) => {
+                assert_ne!(status.code(), tonic::Code::PermissionDenied, "{status}");
+                continue;
+            }
+        };
+        let mut stream = stream.into_inner();
+        while let Ok(Some(message)) = stream.message().await {
+            assert_eq!(message.svids[0].spiffe_id, "spiffe://example.org/one");
+            told.fetch_add(1, SeqCst);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn five_handovers_lose_no_call() {
+    let dir = configured("");
+    let dir = dir.path();
+    let mut old = Process::spawn(dir);
+    drop(old.serving(dir).await);
+    let (public, admin) = (inode(&socket(dir)), inode(&dir.join("data/admin.sock")));
+    let polite = Polite::begin(dir);
+    let (stop, told) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
+    let watching = tokio::spawn(watch(dir.to_owned(), Arc::clone(&stop), Arc::clone(&told)));
+    for handover in 1..=5 {
+        let case = format!("handover {handover}");
+        polite.go_on(&case, dir);
+        until(&case, dir, || told.load(SeqCst) >= handover);
+        let new = Process::spawn(dir);
+        until(&case, dir, || old.has_ended());
+        assert!(old.wait().success(), "{case}: {}", log(dir));
+        old = new;
+        assert!(!old.has_ended(), "{case}: {}", log(dir));
+        assert_eq!((inode(&socket(dir)), inode(&dir.join("data/admin.sock"))), (public, admin), "{case}");
+    }
+    polite.go_on("at the end", dir);
+    until("the stream is at the last one", dir, || told.load(SeqCst) >= 6);
+    assert_eq!(polite.end(), [], "no call is lost: {}", log(dir));
+    stop.store(true, SeqCst);
+    old.signal(Signal::SIGTERM);
+    assert!(old.wait().success());
+    watching.abort();
+    assert!(!socket(dir).exists() && !handover_socket(dir).exists(), "the last one removes its sockets");
+}
+
+/// The next agent is killed at any moment: before it asks, while it waits, with the sockets in its hands, and when it serves.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_in_a_pod_comes_back_when_the_next_one_is_killed() {
+    let dir = configured("");
+    let dir = dir.path();
+    let mut old = in_pod(dir, &[]);
+    drop(old.serving(dir).await);
+    let public = inode(&socket(dir));
+    let polite = Polite::begin(dir);
+    for pause in (0..24).map(|n| Duration::from_millis(20 * n)) {
+        let new = Process::spawn(dir);
+        thread::sleep(pause);
+        new.signal(Signal::SIGKILL);
+        drop(new);
+        polite.go_on(&format!("killed after {pause:?}"), dir);
+        until("it listens for the next one", dir, || handover_socket(dir).exists());
+        assert!(!old.has_ended(), "killed after {pause:?}: {}", log(dir));
+        assert_eq!(inode(&socket(dir)), public, "killed after {pause:?}");
+    }
+    let failed = polite.end();
+    assert!(
+        failed.iter().all(|call| *call == Called::Closed),
+        "those that were at the one that was killed: {failed:?}"
+    );
+    old.signal(Signal::SIGTERM);
+    assert!(old.wait().success());
+    assert!(!socket(dir).exists(), "it removes its socket");
+}
+
+/// What the health checks at this port answer: whether well, and the text.
+fn asked(port: u16, path: &str) -> Option<(bool, String)> {
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).ok()?;
+    stream.write_all(format!("GET {path} HTTP/1.1\r\n\r\n").as_bytes()).ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    Some((answer.starts_with("HTTP/1.1 200"), answer))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_in_a_pod_stays_beside_the_next_one_alive_and_not_ready() {
+    if !Command::new("unshare").args(["-n", "true"]).output().is_ok_and(|done| done.status.success()) {
+        println!("no other network to be had: needs root");
+        return;
+    }
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let dir = configured(&format!(
+        "health_checks {{ listener_enabled = true bind_address = \"0.0.0.0\" bind_port = \"{port}\" }}\n"
+    ));
+    let dir = dir.path();
+    let mut old = in_pod(dir, &[]);
+    drop(old.serving(dir).await);
+    assert!(asked(port, "/ready").unwrap().0);
+    // As in a pod of its own, with the same port.
+    let new = in_pod(dir, &["unshare", "-n"]);
+    let words = format!("handed over to PID {}", new.pid());
+    until("it stands by", dir, || asked(port, "/ready").is_some_and(|(_, text)| text.contains(&words)));
+    assert!(!asked(port, "/ready").unwrap().0);
+    assert!(asked(port, "/live").unwrap().0);
+    assert_eq!(answered(dir), Called::Answered);
+
+    drop(new);
+    until("it is back", dir, || asked(port, "/ready").is_some_and(|(well, _)| well));
+    assert_eq!(answered(dir), Called::Answered);
+
+    let mut new = in_pod(dir, &["unshare", "-n"]);
+    until("it stands by", dir, || asked(port, "/ready").is_some_and(|(well, _)| !well));
+    old.signal(Signal::SIGTERM);
+    assert!(old.wait().success());
+    assert_eq!(answered(dir), Called::Answered, "the socket is left where it is");
+    assert!(!new.has_ended());
+}
+
+#[tokio::test]
+async fn a_second_agent_by_mistake_is_told_of_the_key() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    write_config(dir, &entry("/one", ""));
+    let mut old = Process::spawn(dir);
+    drop(old.serving(dir).await);
+    assert_eq!(Process::spawn(dir).wait().code(), Some(1));
+    let said = log(dir);
+    for part in ["another agent uses this data_dir", "take_over = true"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    assert_eq!(answered(dir), Called::Answered);
+    assert!(!old.has_ended());
+}
+
+#[tokio::test]
+async fn an_agent_that_cannot_be_asked_is_ended_first() {
+    let dir = configured("");
+    let dir = dir.path();
+    fs::create_dir(dir.join("data")).unwrap();
+    fs::set_permissions(dir.join("data"), fs::Permissions::from_mode(0o700)).unwrap();
+    std::os::unix::fs::symlink(dir.join("nowhere.sock"), handover_socket(dir)).unwrap();
+    let mut old = Process::spawn(dir);
+    drop(old.serving(dir).await);
+    until("it says so", dir, || log(dir).contains("cannot be asked to hand over"));
+    assert_eq!(Process::spawn(dir).wait().code(), Some(1));
+    let said = log(dir);
+    assert!(
+        said.contains("it does not hand over (an older version?)") && said.contains("maxUnavailable: 1"),
+        "{said}"
+    );
+    assert_eq!(answered(dir), Called::Answered);
+    assert!(!old.has_ended());
+}
+
+#[tokio::test]
+async fn a_socket_of_the_service_manager_stays_its_own() {
+    let dir = configured("");
+    let dir = dir.path();
+    let listener = UnixListener::bind(socket(dir)).unwrap();
+    let mut old = Service::start(dir, vec![listener.into()], &[]);
+    until("it serves", dir, || answered(dir) == Called::Answered && handover_socket(dir).exists());
+    assert_eq!(Process::spawn(dir).wait().code(), Some(1));
+    assert!(log(dir).contains("its socket is the service manager's"), "{}", log(dir));
+    assert_eq!(answered(dir), Called::Answered);
+    assert!(old.0.try_wait().unwrap().is_none());
+}
+
+/// A request, as the next agent of this directory would send it.
+fn asking(dir: &Path, version: u32, trust_domain: &str, name: &str) -> String {
+    let path = dir.join(name);
+    format!(
+        "{{\"version\":{version},\"trust_domain\":\"{trust_domain}\",\"socket_path\":\"{}\",\"admin_socket_path\":null}}\n",
+        path.display()
+    )
+}
+
+/// Sends this, and returns the first line of the answer.
+fn ask(dir: &Path, sent: &str) -> (UnixStream, String) {
+    let mut stream = UnixStream::connect(handover_socket(dir)).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    // It may have heard enough.
+    drop(stream.write_all(sent.as_bytes()));
+    let mut line = String::new();
+    drop(BufReader::new(stream.try_clone().unwrap()).read_line(&mut line));
+    (stream, line)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_for_something_else_changes_nothing() {
+    let dir = configured("");
+    let dir = dir.path();
+    let mut agent = Process::spawn(dir);
+    drop(agent.serving(dir).await);
+    until("it listens for the next one", dir, || handover_socket(dir).exists());
+    assert_eq!(fs::metadata(handover_socket(dir)).unwrap().mode() & 0o777, 0o600);
+    let polite = Polite::begin(dir);
+    for (case, sent, said) in [
+        (
+            "another version",
+            asking(dir, 9, "example.org", "api.sock"),
+            "knows version 1 of the handover, and not 9",
+        ),
+        (
+            "another trust domain",
+            asking(dir, 1, "other.org", "api.sock"),
+            "serves trust domain example.org, and not other.org",
+        ),
+        ("another socket", asking(dir, 1, "example.org", "b.sock"), "and not at"),
+        ("no request", "hello\n".to_owned(), "the request is not understood"),
+        ("not text", "\u{0}\u{1}\n".to_owned(), "the request is not understood"),
+        ("too long", format!("{}\n", "x".repeat(100_000)), ""),
+        ("nothing", String::new(), ""),
+    ] {
+        if sent.is_empty() {
+            drop(UnixStream::connect(handover_socket(dir)).unwrap());
+            continue;
+        }
+        let (_stream, line) = ask(dir, &sent);
+        assert!(line.contains(said), "{case}: {line}");
+    }
+    for _ in 0..1000 {
+        drop(ask(dir, "{}\n"));
+    }
+    polite.go_on("after a thousand", dir);
+
+    // A hostile next one: it takes all and hands nothing on.
+    for turn in 0..3 {
+        until("it listens for the next one", dir, || handover_socket(dir).exists());
+        let (stream, line) = ask(dir, &asking(dir, 1, "example.org", "api.sock"));
+        assert!(line.contains("passed"), "{turn}: {line}");
+        drop(stream);
+        polite.go_on("it has come back", dir);
+    }
+    assert_eq!(polite.end(), [], "no call is lost: {}", log(dir));
+
+    // One that never says a word keeps the agent from nothing but serving: it ends when it is told to.
+    until("it listens for the next one", dir, || handover_socket(dir).exists());
+    let (_stream, line) = ask(dir, &asking(dir, 1, "example.org", "api.sock"));
+    assert!(line.contains("passed"), "{line}");
+    agent.signal(Signal::SIGTERM);
+    assert!(agent.wait().success());
+}
+
+#[tokio::test]
+async fn another_user_gets_nothing_even_where_the_directory_is_open() {
+    if !nix::unistd::geteuid().is_root() {
+        println!("there is no other user to be: needs root");
+        return;
+    }
+    let dir = configured("");
+    let dir = dir.path();
+    let mut agent = Process::spawn(dir);
+    drop(agent.serving(dir).await);
+    until("it listens for the next one", dir, || handover_socket(dir).exists());
+    for (path, mode) in [(dir.to_owned(), 0o755), (dir.join("data"), 0o755), (handover_socket(dir), 0o777)] {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let script = "import socket,sys; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); \
+                  print(repr(s.recv(100)))";
+    let mut command = Command::new("python3");
+    command.args(["-c", script]).arg(handover_socket(dir)).uid(65534).gid(65534);
+    let said = command.output().unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&said.stdout).trim(),
+        "b''",
+        "{}",
+        String::from_utf8_lossy(&said.stderr)
+    );
+    assert_eq!(answered(dir), Called::Answered);
+    assert!(log(dir).contains("another user asks the agent to hand over: refused"), "{}", log(dir));
+    assert!(!agent.has_ended());
+}
+
+/// The socket that was passed is not the one at the path any more: it is bound anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_that_is_gone_is_bound_anew() {
+    let dir = configured("");
+    let dir = dir.path();
+    let mut old = Process::spawn(dir);
+    drop(old.serving(dir).await);
+    until("it listens for the next one", dir, || handover_socket(dir).exists());
+    fs::remove_file(socket(dir)).unwrap();
+    let mut new = Process::spawn(dir);
+    until("the old one ends", dir, || old.has_ended());
+    assert!(old.wait().success());
+    assert_eq!(answered(dir), Called::Answered, "{}", log(dir));
+    assert!(log(dir).contains("the socket is bound anew"), "{}", log(dir));
+    assert!(!new.has_ended());
+}
