@@ -86,8 +86,7 @@ fn said(err: &io::Error) -> String {
     }
 }
 
-const OWNERS_ALONE: &str =
-    "The admin socket answers the agent's own user and root alone: try it with sudo.";
+const OWNERS_ALONE: &str = "The admin socket answers the agent's own user and root alone: try it with sudo.";
 
 fn connect_advice(socket: &AgentSocket, cause: &io::Error) -> String {
     let chosen = format!("The path is {}.", socket.chosen);

@@ -109,7 +109,9 @@ async fn observe(socket: &AgentSocket, limit: Option<Duration>, terminal: &mut T
         match seen(socket, &error).await {
             AgentDoor::Refuses => refusals += 1,
             AgentDoor::Open => {}
-            AgentDoor::Shut => return if refusals > 0 { AgentHealth::Refusing } else { AgentHealth::Unknown(error) },
+            AgentDoor::Shut => {
+                return if refusals > 0 { AgentHealth::Refusing } else { AgentHealth::Unknown(error) };
+            }
         }
         let is_late = Instant::now() + pause >= until;
         if refusals >= ATTEMPTS || (is_late && refusals > 0) {

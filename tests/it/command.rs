@@ -243,9 +243,8 @@ fn a_door_that_is_shut_for_a_moment_is_tried_again() {
     let limits = "ratelimit { gate { caller { connections = 1 } } }\n";
     let agent = Agent::start(&[limits, &entry("/one", "")].concat());
     let socket = agent.socket();
-    let run = |words: &[&str]| {
-        said(&durward(&[words, &["--socket-path", socket.to_str().unwrap()]].concat(), &[]))
-    };
+    let run =
+        |words: &[&str]| said(&durward(&[words, &["--socket-path", socket.to_str().unwrap()]].concat(), &[]));
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
         let other = scope.spawn(|| {
@@ -258,12 +257,17 @@ fn a_door_that_is_shut_for_a_moment_is_tried_again() {
         });
         let healthy: Vec<_> = (0..25).map(|_| run(&["healthcheck", "--verbose"])).collect();
         let fetched: Vec<_> = (0..5)
-            .map(|_| run(&["api", "fetch", "jwt", "--audience", "a", "--output", "token", "--timeout", "60s"]))
+            .map(|_| {
+                run(&["api", "fetch", "jwt", "--audience", "a", "--output", "token", "--timeout", "60s"])
+            })
             .collect();
         over.store(true, Ordering::Relaxed);
         other.join().unwrap();
         assert!(healthy.iter().all(|(code, ..)| *code == Some(0)), "{healthy:#?}");
-        assert!(fetched.iter().all(|(code, out, _)| *code == Some(0) && out.starts_with("ey")), "{fetched:#?}");
+        assert!(
+            fetched.iter().all(|(code, out, _)| *code == Some(0) && out.starts_with("ey")),
+            "{fetched:#?}"
+        );
     });
 
     let began = Instant::now();
@@ -333,12 +337,13 @@ fn without_an_identity_the_command_says_what_to_ask() {
         assert!(began.elapsed() < PATIENCE, "it serves");
         thread::sleep(Duration::from_millis(20));
     }
-    let (code, _, err) =
-        said(&durward(&["api", "fetch", "jwt", "--audience", "a", "--socket-path", socket.to_str().unwrap()], &[]));
+    let (code, _, err) = said(&durward(
+        &["api", "fetch", "jwt", "--audience", "a", "--socket-path", socket.to_str().unwrap()],
+        &[],
+    ));
     assert_eq!(code, Some(3), "{err}");
     let admin = dir.path().join("run/private/admin.sock");
-    let want =
-        format!("`durward explain --pid {} --socket-path {}`", std::process::id(), admin.display());
+    let want = format!("`durward explain --pid {} --socket-path {}`", std::process::id(), admin.display());
     assert!(err.contains(&want), "{want} in {err}");
     let words = want.trim_matches('`').split(' ').skip(1).collect::<Vec<_>>();
     let (code, out, err) = said(&durward(&words, &[]));
