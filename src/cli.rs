@@ -11,6 +11,7 @@
 mod admin;
 mod argv;
 mod bundle;
+mod call_error;
 mod client;
 mod entry;
 mod explain;
@@ -157,7 +158,7 @@ enum Failure {
     #[error(transparent)]
     Socket(#[from] socket::SocketError),
     #[error(transparent)]
-    Call(#[from] client::CallError),
+    Call(#[from] call_error::CallError),
     #[error(transparent)]
     Answer(#[from] svid::AnswerError),
     #[error(transparent)]
@@ -165,7 +166,7 @@ enum Failure {
     #[error("SVID is not valid: {0}")]
     NotValid(String),
     #[error("unable to validate JWT SVID: {0}")]
-    Validate(client::CallError),
+    Validate(call_error::CallError),
     #[error(transparent)]
     Unhealthy(#[from] healthcheck::Unhealthy),
     #[error(transparent)]
@@ -208,8 +209,8 @@ impl Failure {
         match self {
             // `| head` has read all it wanted.
             Self::Print(PrintError::Closed) => 0,
-            Self::Call(client::CallError::Connect { .. })
-            | Self::Validate(client::CallError::Connect { .. }) => 4,
+            Self::Call(call_error::CallError::Connect { .. })
+            | Self::Validate(call_error::CallError::Connect { .. }) => 4,
             Self::Call(err) | Self::Validate(err) if err.code() == Code::PermissionDenied => 3,
             Self::Agent(err) if err.is::<Expelled>() => 5,
             _ => 1,

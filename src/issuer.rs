@@ -109,7 +109,7 @@ pub struct CaStanding {
     pub bundle: Arc<Bundle>,
     /// Which of its bundles that is.
     pub edition: Edition,
-    /// From when to when the certificate is valid that signs X.509-SVIDs.
+    /// When the certificate was made that signs X.509-SVIDs, and until when it is valid.
     pub x509: (SystemTime, SystemTime),
     /// The same of the key that signs JWT-SVIDs.
     pub jwt: (SystemTime, SystemTime),

@@ -6,6 +6,7 @@
 //! Nothing here knows gRPC, sockets or processes.
 
 pub mod audit;
+pub mod audited;
 pub mod entitlement;
 pub mod jwt_cache;
 pub mod metrics;

@@ -9,6 +9,7 @@ pub mod metrics;
 mod process;
 pub mod registry;
 mod settings;
+mod sink;
 mod spire_names;
 
 pub use self::{

@@ -14,7 +14,7 @@ use crate::{
     },
     os::{cgroup, headroom::Headroom},
     peer::{AcceptGate, Arrival},
-    store::audit::AuditTrail,
+    store::{audit::AuditTrail, audited::AuditedProcess},
     telemetry::http,
 };
 
@@ -31,7 +31,7 @@ pub(super) struct AuditedGate {
 
 impl AuditedGate {
     fn refused(&self, arrival: &Arrival, why: ConnectionRefusal) {
-        self.audit.not_let_in(arrival.caller(), arrival.credentials().pid.as_raw(), why);
+        self.audit.not_let_in(AuditedProcess::arrived(arrival), why);
     }
 }
 

@@ -215,7 +215,9 @@ impl AgentParts {
         self.tell_of_memory();
 
         let presence = socket.presence();
-        let standing = self.standing(Arc::clone(&stats), config.agent.socket_path.clone(), keys.looks());
+        let surroundings = look_around(&self.health);
+        let (public, looks) = (config.agent.socket_path.clone(), keys.looks());
+        let standing = self.standing(Arc::clone(&stats), public, looks, surroundings);
         let gate = Arc::new(AuditedGate { gate: self.gate.clone(), audit: Arc::clone(&self.audit) });
         let listener = Listener { socket, bounds, gate, keys: Arc::clone(&keys), stats };
         let known = came.waits().then(|| Arc::clone(&self.issuer));
@@ -248,7 +250,6 @@ impl AgentParts {
         }
 
         self.series.loaded();
-        look_around(&self.health);
         self.health.set(Probe::Healthy);
         let adjustable = Adjustable { parts: Arc::new(self), connections, log: None };
         let (config, asked, keeper) = (Arc::new(config), Some(asked), came.keeper());
@@ -295,6 +296,7 @@ impl AgentParts {
         connections: Arc<ConnectionStats>,
         socket_path: PathBuf,
         kubernetes: bool,
+        surroundings: Vec<String>,
     ) -> AgentStanding {
         AgentStanding {
             store: Arc::clone(self.writer.store()),
@@ -307,6 +309,7 @@ impl AgentParts {
             started: self.started,
             socket_path,
             kubernetes,
+            surroundings,
         }
     }
 

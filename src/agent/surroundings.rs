@@ -64,16 +64,19 @@ pub(super) fn say_where(keys: &PodOrUid, in_pod: bool, budget: Option<u64>, cgro
     tracing::info!(kubernetes, budget, budget_from = from, "where the agent runs");
 }
 
-/// Says once what is missing, and keeps an agent that nobody could be served by from being ready.
-pub(super) fn look_around(health: &HealthState) {
+/// Says once what is missing, and keeps an agent that nobody could be served by from being ready. What it serves in spite of.
+pub(super) fn look_around(health: &HealthState) -> Vec<String> {
+    let mut served_in_spite_of = Vec::new();
     for lack in shortcomings() {
         if lack.is_for_all() {
             tracing::error!("{lack}");
             health.cannot_tell_callers();
         } else {
             tracing::warn!("{lack}");
+            served_in_spite_of.push(lack.to_string());
         }
     }
+    served_in_spite_of
 }
 
 /// All that is missing here.

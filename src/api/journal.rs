@@ -14,11 +14,11 @@ use super::{call::Opening, metrics::ApiMetrics, reached::Reached, status::Reques
 use crate::{
     attest::{AttestError, AttestFault, Blame},
     limits::{
-        CallerKey, Method,
+        Method,
         pace::{Complaints, Pace, Settled},
     },
     peer::Peer,
-    store::audit::AuditTrail,
+    store::{audit::AuditTrail, audited::AuditedProcess},
     telemetry::{
         chain,
         registry::{Label as _, Open, Registry},
@@ -51,25 +51,12 @@ impl Complaint {
     }
 }
 
-/// Who a line is about. All of it was known when it connected.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Whom {
-    pub(super) caller: CallerKey,
-    pub(super) pid: i32,
-}
-
-impl From<&Peer> for Whom {
-    fn from(peer: &Peer) -> Self {
-        Self { caller: peer.caller(), pid: peer.pid().as_raw() }
-    }
-}
-
 /// A call that has begun.
 #[derive(Clone, Debug)]
 pub(super) struct Begun {
     method: Method,
     at: Instant,
-    by: Option<Whom>,
+    by: Option<AuditedProcess>,
     reached: Option<Reached>,
 }
 
@@ -78,7 +65,7 @@ impl Begun {
     pub(super) fn by<T>(request: &Request<T>, method: Method) -> Self {
         let peer = request.extensions().get::<Arc<Peer>>();
         let reached = Reached::of(request.extensions()).cloned();
-        Self { method, at: Instant::now(), by: peer.map(|peer| Whom::from(&**peer)), reached }
+        Self { method, at: Instant::now(), by: peer.map(|peer| AuditedProcess::from(&**peer)), reached }
     }
 }
 
@@ -128,15 +115,15 @@ impl Journal {
         })
     }
 
-    fn refused(&self, method: Method, by: Option<Whom>, error: &RequestError) {
+    fn refused(&self, method: Method, by: Option<AuditedProcess>, error: &RequestError) {
         const NOT_ATTESTED: &str = "workload attestation failed";
         let rpc = method.rpc();
-        if let Some(Whom { caller, pid }) = by {
+        if let Some(by) = by {
             let spiffe_id = match error {
                 RequestError::Refused(refusal) => refusal.spiffe_id.as_ref(),
                 _ => None,
             };
-            self.audit.refused(caller, pid, rpc, error.reason(), spiffe_id);
+            self.audit.refused(by, rpc, error.reason(), spiffe_id);
         }
         match error {
             RequestError::OtherPidNamespace | RequestError::Unmapped => {
@@ -178,9 +165,9 @@ impl Journal {
     }
 
     /// Writes a line, unless there was one of this caller for this reason in the last minute.
-    fn complain(&self, by: Option<Whom>, what: Complaint, write: impl FnOnce(AboutCaller)) {
+    fn complain(&self, by: Option<AuditedProcess>, what: Complaint, write: impl FnOnce(AboutCaller)) {
         // Of a call without a peer nothing is attested and nothing made.
-        let Some(Whom { caller, pid }) = by else { return };
+        let Some(AuditedProcess { caller, pid, .. }) = by else { return };
         if let Some(times) = self.complaints.note(caller, what, Instant::now()) {
             let times = Some(times).filter(|times| times.get() > 1);
             write(AboutCaller { caller: caller.to_string(), pid, reason: what.text(), times });
@@ -209,8 +196,8 @@ impl Journal {
     }
 
     /// A call is open while the answer is kept.
-    pub(super) fn opened(self: &Arc<Self>, opening: Opening, by: Option<Whom>) -> OpenCall {
-        OpenCall { journal: Arc::clone(self), opening, by, _open: self.metrics.stream_opened(opening.method) }
+    pub(super) fn opened(self: &Arc<Self>, opening: Opening) -> OpenCall {
+        OpenCall { journal: Arc::clone(self), opening, _open: self.metrics.stream_opened(opening.method) }
     }
 }
 
@@ -227,13 +214,12 @@ struct AboutCaller {
 pub(super) struct OpenCall {
     journal: Arc<Journal>,
     opening: Opening,
-    by: Option<Whom>,
     _open: Open,
 }
 
 impl OpenCall {
     /// Its next message cannot be made at present.
-    pub(super) fn is_behind(&self, error: &RequestError) {
+    pub(super) fn is_behind(&self, by: AuditedProcess, error: &RequestError) {
         const TEXT: &str = "a stream keeps what it sent; it is tried again";
         let (cause, what) = match error {
             RequestError::Attestation(cause) if cause.blame() == Blame::Crowd => {
@@ -244,15 +230,15 @@ impl OpenCall {
             RequestError::X509Svid(cause) => (chain(cause), Complaint::NoUpdate),
             other => (chain(other), Complaint::NoUpdate),
         };
-        self.journal.complain(self.by, what, |line| {
+        self.journal.complain(Some(by), what, |line| {
             let AboutCaller { caller, pid, reason, times } = line;
             tracing::warn!(caller, pid, reason, error = cause, times, "{TEXT}");
         });
     }
 
     /// It ends by this error, as far as the agent is concerned.
-    pub(super) fn is_refused(&self, error: &RequestError) {
-        self.journal.refused(self.opening.method, self.by, error);
+    pub(super) fn is_refused(&self, by: AuditedProcess, error: &RequestError) {
+        self.journal.refused(self.opening.method, Some(by), error);
     }
 
     /// It ended with this code: [`Code::Ok`] when the client went away, which it also does when its time is over.
@@ -270,6 +256,7 @@ mod tests {
     use super::*;
     use crate::{
         issuer::MintError,
+        limits::CallerKey,
         telemetry::{AuditSettings, LogSettings, log::Log, metrics::Metrics},
     };
 
@@ -289,7 +276,7 @@ mod tests {
     }
 
     fn begun(uid: u32, pid: i32) -> Begun {
-        let by = Some(Whom { caller: CallerKey::Uid(uid), pid });
+        let by = Some(AuditedProcess { caller: CallerKey::Uid(uid), uid, gid: uid, pid });
         Begun { method: Method::FetchX509Svid, at: Instant::now(), by, reached: None }
     }
 
@@ -319,16 +306,16 @@ mod tests {
             }
         })
         .await;
-        let svid = "could not make an SVID method=\"FetchX509SVID\"";
+        let svid = "could not make an SVID method=FetchX509SVID";
         let error = "error=\"the issuer did not answer in time\"";
         let want = [
-            format!("{svid} caller=\"uid:7\" pid=1 reason=\"no_svid\" {error}"),
-            format!("{svid} caller=\"uid:7\" pid=1 reason=\"no_svid\" {error} times=2000"),
-            format!("{svid} caller=\"uid:8\" pid=5 reason=\"no_svid\" {error}"),
+            format!("{svid} caller=uid:7 pid=1 reason=no_svid {error}"),
+            format!("{svid} caller=uid:7 pid=1 reason=no_svid {error} times=2000"),
+            format!("{svid} caller=uid:8 pid=5 reason=no_svid {error}"),
         ];
         assert_eq!(lines[..3], want, "{lines:#?}");
-        assert!(lines[3].contains("caller=\"uid:7\" pid=6 reason=\"gone\""), "another reason: {lines:#?}");
-        let over = "calls of this caller no longer fail caller=uid:7 reason=\"no_svid\" count=3000";
+        assert!(lines[3].contains("caller=uid:7 pid=6 reason=gone"), "another reason: {lines:#?}");
+        let over = "calls of this caller no longer fail caller=uid:7 reason=no_svid count=3000";
         assert_eq!(lines[4..], [over], "what came once is over without a word");
     }
 
@@ -350,7 +337,7 @@ mod tests {
         })
         .await;
         assert_eq!(lines.len(), 3, "{lines:#?}");
-        assert!(lines[0].contains("reason=\"namespace\""), "{lines:#?}");
+        assert!(lines[0].contains("reason=namespace"), "{lines:#?}");
         assert!(lines[1].contains("must connect again"), "{lines:#?}");
         assert!(lines[2].contains("a call arrived without its caller"), "{lines:#?}");
     }

@@ -61,6 +61,8 @@ pub struct AgentStanding {
     pub socket_path: PathBuf,
     /// Whether callers are looked for in pods.
     pub kubernetes: bool,
+    /// What was found at the start, in spite of which the agent serves, in words.
+    pub surroundings: Vec<String>,
 }
 
 impl AgentStanding {
@@ -95,6 +97,7 @@ impl AgentStanding {
             dry_run: limits.dry_run,
             streams: self.connections.streams(),
             parked: self.connections.parked(),
+            surroundings: self.surroundings.clone(),
         }
     }
 

@@ -20,7 +20,10 @@ use tokio::{
 use tonic::{Code, Status};
 
 use super::{encoded::Encoded, journal::OpenCall, status::RequestError};
-use crate::{attest::Blame, store::Change};
+use crate::{
+    attest::Blame,
+    store::{Change, audited::AuditedProcess},
+};
 
 /// The response stream of a Workload API call.
 pub type Updates = Pin<Box<dyn tokio_stream::Stream<Item = Result<Encoded, Status>> + Send>>;
@@ -43,6 +46,9 @@ pub(super) trait Update: Send + 'static {
     /// there is anything to send, and never to be sent. `None` where that cannot be told without attesting it, or
     /// without making something.
     fn expected(&self) -> Option<Encoded>;
+
+    /// The process that called, for the log.
+    fn connected(&self) -> AuditedProcess;
 
     /// The message for what the process is now, which is attested first, in the newest snapshot.
     fn now(&mut self) -> impl Future<Output = Result<Encoded, RequestError>> + Send;
@@ -197,11 +203,11 @@ impl<S: Update> Stream<S> {
                 }
                 Err(error) => {
                     let Some(next) = Behind::after(&error, behind) else {
-                        self.open.is_refused(&error);
+                        self.open.is_refused(self.state.connected(), &error);
                         return Err(error);
                     };
                     if behind.replace(next).is_none() {
-                        self.open.is_behind(&error);
+                        self.open.is_behind(self.state.connected(), &error);
                     }
                 }
             }
@@ -246,10 +252,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        api::{
-            call::Opening,
-            journal::{Journal, Whom},
-        },
+        api::{call::Opening, journal::Journal},
         attest::AttestError,
         issuer::MintError,
         limits::{CallerKey, Method},
@@ -286,6 +289,10 @@ mod tests {
     }
 
     impl Update for Scripted {
+        fn connected(&self) -> AuditedProcess {
+            AuditedProcess { caller: CallerKey::Uid(1), uid: 1, gid: 1, pid: 7 }
+        }
+
         fn expected(&self) -> Option<Encoded> {
             let mut finds = self.finds.lock().unwrap();
             match finds.front().expect("another look") {
@@ -340,9 +347,8 @@ mod tests {
                 ended: false,
                 sent_away: Arc::clone(&sent_away),
             };
-            let whom = Whom { caller: CallerKey::Uid(1), pid: 7 };
             let journal = Arc::new(Journal::new(Metrics::default().registry(), Arc::default()));
-            let open = journal.opened(Opening { method: Method::FetchX509Svid, ends: None }, Some(whom));
+            let open = journal.opened(Opening { method: Method::FetchX509Svid, ends: None });
             let mut stream = updates(state, open, changes, encoded("first"), Arc::clone(queue));
             assert_eq!(stream.next().await.unwrap().unwrap(), encoded("first"));
             Self { sender, stream, finds, generation: 1, sent_away }

@@ -13,7 +13,7 @@ use super::{
     call::{Call, Opening},
     claims::claims_to_struct,
     encoded::Encoded,
-    journal::{Begun, Journal, Whom},
+    journal::{Begun, Journal},
     making::{SMALL, bundles_len, jwt_svids_len, room_for, x509_svids_len},
     proto::{workload as pb, workload_server::spiffe_workload_api_server::SpiffeWorkloadApi},
     status::RequestError,
@@ -30,7 +30,9 @@ use crate::{
     limits::{Limits, Method},
     os::clock::Clock,
     store::{
-        Change, Charged, Entitled, JwtCache, Purpose, Snapshot, Store, Unentitled, X509Cache, authorize,
+        Change, Charged, Entitled, JwtCache, Purpose, Snapshot, Store, Unentitled, X509Cache,
+        audited::AuditedProcess,
+        authorize,
         snapshot::{AnswerKey, BundleForm},
         x509_cache::{Hold, Served},
     },
@@ -202,7 +204,7 @@ impl WorkloadApi {
         content: C,
         changes: watch::Receiver<Change>,
     ) -> Result<Updates, RequestError> {
-        let open = self.parts.journal.opened(opening, Some(Whom::from(charged.peer().connected())));
+        let open = self.parts.journal.opened(opening);
         let mut state = Subscription { parts: Arc::clone(&self.parts), charged, content };
         let Subscription { parts, charged, content } = &mut state;
         let snapshot = parts.store.snapshot();
@@ -325,6 +327,10 @@ struct Subscription<C> {
 }
 
 impl<C: Content> Update for Subscription<C> {
+    fn connected(&self) -> AuditedProcess {
+        AuditedProcess::from(self.charged.peer().connected())
+    }
+
     fn expected(&self) -> Option<Encoded> {
         let Self { parts, charged, content } = self;
         let snapshot = parts.store.snapshot();

@@ -9,7 +9,7 @@ use tonic::{Request, Response, Status, transport::Channel};
 
 use super::{
     Failure,
-    client::{CallError, TimeoutArgs, connect, patiently},
+    client::{Attempts, TimeoutArgs},
     socket::{AgentSocket, SocketError, resolve_admin},
     terminal::{Terminal, clean},
 };
@@ -41,25 +41,27 @@ impl AdminArgs {
         resolve_admin(self.socket_path.as_deref(), super::environment)
     }
 
-    /// Connects, and makes one call.
-    pub(super) async fn call<Q, A, F>(
+    /// Connects, and makes one call: again, while all places of the socket are taken.
+    pub(super) async fn call<Q: Clone, A, F>(
         &self,
         terminal: &mut Terminal,
         question: Q,
-        call: impl FnOnce(AdminClient<Channel>, Request<Q>) -> F,
+        call: impl Fn(AdminClient<Channel>, Request<Q>) -> F,
     ) -> Result<A, Failure>
     where
         F: Future<Output = Result<Response<A>, Status>>,
     {
-        let socket = self.socket()?;
-        let api = AdminClient::new(connect(&socket).await?).max_decoding_message_size(MAX_MESSAGE);
-        let mut request = Request::new(question);
-        if let Some(limit) = self.limit() {
-            request.set_timeout(limit);
-        }
-        let answer = patiently(terminal, &socket, self.limit(), call(api, request)).await;
-        let answer = answer.map_err(|status| CallError::Status { socket, status: Box::new(status) })?;
-        Ok(answer.into_inner())
+        let attempt = async |channel, limit| {
+            let api = AdminClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+            let mut request = Request::new(question.clone());
+            if let Some(limit) = limit {
+                request.set_timeout(limit);
+            }
+            call(api, request).await.map(Response::into_inner)
+        };
+        let attempts = Attempts::within(self.limit());
+        let (answer, _) = attempts.answer(terminal, &self.socket()?, None, attempt).await?;
+        Ok(answer)
     }
 }
 

@@ -3,10 +3,10 @@
 //!
 //! The other end is spire-agent or Durward, and is trusted with identities but not with our memory: a message over
 //! [`MAX_MESSAGE`] is refused. The connection is made before gRPC begins, so that a socket that is missing, closed or
-//! forbidden is told apart and named. Errors read as grpc-go prints them, which people grep for; what to do about
-//! one is said apart ([`CallError::advice`]).
+//! forbidden is told apart and named.
 
 use std::{
+    cell::RefCell,
     io,
     pin::{Pin, pin},
     time::{Duration, SystemTime},
@@ -16,23 +16,21 @@ use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpStream, UnixStream},
+    time::Instant,
 };
 use tonic::{
     Code, Request, Status, Streaming,
     metadata::MetadataValue,
     transport::{Channel, Endpoint},
 };
-use tonic_types::StatusExt as _;
 
 use super::{
+    call_error::CallError,
     socket::{AgentAddress, AgentSocket},
     terminal::{Terminal, clean},
-    text::{GoDuration, code_name},
+    text::GoDuration,
 };
-use crate::{
-    api::proto::workload::{self as pb, spiffe_workload_api_client::SpiffeWorkloadApiClient},
-    peer::socket::MAX_PATH_LEN,
-};
+use crate::api::proto::workload::{self as pb, spiffe_workload_api_client::SpiffeWorkloadApiClient};
 
 /// The largest message that is read: thousands of identities with their keys.
 const MAX_MESSAGE: usize = 16 * 1024 * 1024;
@@ -55,131 +53,108 @@ impl TimeoutArgs {
     }
 }
 
-/// Why there is no answer.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum CallError {
-    /// Nobody answers at the socket.
-    #[error(
-        "rpc error: code = Unavailable desc = no agent answers at {}: {}",
-        socket.at, said(cause)
-    )]
-    Connect { socket: AgentSocket, cause: io::Error },
-    /// The agent answered with an error, or stopped in the middle of one.
-    #[error("rpc error: code = {} desc = {}", code_name(status.code()), clean(status.message()))]
-    Status { socket: AgentSocket, status: Box<Status> },
+/// The pause before a call is made again whose connection was closed: twice as long each time, up to the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// The time that a command has for one answer, and how often it may be asked for.
+#[derive(Debug)]
+pub(super) struct Attempts {
+    /// `None` waits for ever.
+    until: Option<Instant>,
+    left: u32,
+    pause: Duration,
 }
 
-impl CallError {
-    pub(super) fn code(&self) -> Code {
-        match self {
-            Self::Connect { .. } => Code::Unavailable,
-            Self::Status { status, .. } => status.code(),
-        }
+impl Attempts {
+    /// How often a call is made again.
+    const MOST: u32 = 20;
+
+    /// All of them within `limit`; `None` waits for ever.
+    pub(super) fn within(limit: Option<Duration>) -> Self {
+        let until = limit.and_then(|limit| Instant::now().checked_add(limit));
+        Self { until, left: Self::MOST, pause: FIRST_PAUSE }
     }
 
-    /// When the agent says to come back, if it does.
-    pub(super) fn retry_after(&self) -> Option<Duration> {
-        match self {
-            Self::Connect { .. } => None,
-            Self::Status { status, .. } => retry_delay(status),
-        }
+    /// How long the next one may take.
+    pub(super) fn limit(&self) -> Option<Duration> {
+        self.until.map(|until| until.saturating_duration_since(Instant::now()))
     }
 
-    /// What a person can do about it, if that is known.
-    pub(super) fn advice(&self) -> Option<String> {
-        match self {
-            Self::Connect { socket, cause } => Some(connect_advice(socket, cause)),
-            Self::Status { socket, status } => status_advice(socket, status),
-        }
+    /// How long to wait before the call is made again that ended with `error`: as the agent says, or, where it closed the
+    /// connection without a word, a moment. `None` where that makes no sense, or there is no time for it.
+    pub(super) fn pause_after(&mut self, error: &CallError) -> Option<Duration> {
+        let pause = match (error.retry_after(), error) {
+            (Some(told), _) => told,
+            (None, CallError::Closed { socket, .. }) if !socket.is_not_ours() => self.pause,
+            _ => return None,
+        };
+        self.left = self.left.checked_sub(1)?;
+        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        Some(pause).filter(|pause| self.limit().is_none_or(|left| *pause < left))
     }
-}
 
-/// The system's sentence without its number.
-fn said(err: &io::Error) -> String {
-    let text = err.to_string();
-    match text.split_once(" (os error") {
-        Some((sentence, _)) => sentence.to_lowercase(),
-        None => text,
-    }
-}
-
-fn connect_advice(socket: &AgentSocket, cause: &io::Error) -> String {
-    let chosen = format!("The path is {}.", socket.chosen);
-    let also = match cause.kind() {
-        io::ErrorKind::NotFound if socket.chosen.is_admin() => {
-            "Is the agent running, with this admin_socket_path?"
+    /// Makes a call until it is answered, or refused for good: on the connection that is `open`, if one is, then each time on
+    /// one of its own, as it may have been the connection that was refused. The answer, and the connection it came by.
+    pub(super) async fn answer<T>(
+        mut self,
+        terminal: &mut Terminal,
+        socket: &AgentSocket,
+        mut open: Option<Channel>,
+        call: impl AsyncFn(Channel, Option<Duration>) -> Result<T, Status>,
+    ) -> Result<(T, Channel), CallError> {
+        let (mut said, mut refused) = (String::new(), None);
+        loop {
+            let limit = self.limit();
+            let open = open.take();
+            let attempt = async {
+                let channel = match open {
+                    Some(channel) => channel,
+                    None => connect(socket).await?,
+                };
+                let answer = call(channel.clone(), limit).await;
+                answer.map(|answer| (answer, channel)).map_err(|status| CallError::of(socket, status))
+            };
+            let error = match patiently(terminal, socket, limit, attempt).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => error,
+            };
+            // When the time is over in the middle of an attempt, what it was refused for is what there is to say.
+            let is_late = error.code() == Code::DeadlineExceeded;
+            let error = if is_late { refused.take().unwrap_or(error) } else { error };
+            let pause = if is_late { None } else { self.pause_after(&error) };
+            let Some(pause) = pause else { return Err(error) };
+            let why = match &error {
+                CallError::Status { status, .. } => {
+                    format!("{}; trying again in {}", clean(status.message()), GoDuration(pause))
+                }
+                // It may be so many times.
+                _ => "the agent closed the connection; trying again".to_owned(),
+            };
+            if why != said {
+                terminal.note(&why);
+                said = why;
+            }
+            refused = Some(error);
+            tokio::time::sleep(pause).await;
         }
-        io::ErrorKind::PermissionDenied if socket.chosen.is_admin() => {
-            "The admin socket answers the agent's own user and root alone: try it with sudo."
-        }
-        io::ErrorKind::NotFound => "Is the agent running, with this socket_path?",
-        io::ErrorKind::ConnectionRefused => "The agent that made this socket is gone: start it again.",
-        io::ErrorKind::PermissionDenied => {
-            "This user may not open it: look at the modes of the socket and of the directories above it."
-        }
-        io::ErrorKind::InvalidInput => {
-            return format!("{chosen} The path of a socket holds at most {MAX_PATH_LEN} bytes.");
-        }
-        _ if socket.chosen.is_admin() => {
-            "An agent that closes the connection answers its own user and root alone."
-        }
-        _ => "Is it the socket of an agent?",
-    };
-    format!("{chosen} {also}")
-}
-
-fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
-    let at = &socket.at;
-    match status.code() {
-        Code::Unavailable | Code::Unknown | Code::Cancelled if socket.chosen.is_admin() => Some(format!(
-            "{at} closed the connection: the admin socket answers the agent's own user and root alone."
-        )),
-        Code::PermissionDenied => Some(format!(
-            "No registration entry matches this process (user ID {}, group ID {}). An entry is needed whose \
-             selectors all fit, for example \"unix:uid:{}\".",
-            nix::unistd::geteuid(),
-            nix::unistd::getegid(),
-            nix::unistd::geteuid(),
-        )),
-        Code::ResourceExhausted => Some(match retry_delay(status) {
-            Some(delay) => format!("This caller is over its limit: try again in {}.", GoDuration(delay)),
-            None => "This caller is over its limit: try again later.".to_owned(),
-        }),
-        Code::DeadlineExceeded => {
-            Some(format!("The agent at {at} gave no answer in time; --timeout waits longer."))
-        }
-        Code::Unavailable => Some(match retry_delay(status) {
-            Some(delay) => format!("The agent asks to try again in {}.", GoDuration(delay)),
-            None => format!("The agent at {at} cannot answer now: look at its log, or try again."),
-        }),
-        Code::Unimplemented => {
-            Some(format!("Whatever listens at {at} does not serve this call: is it the agent?"))
-        }
-        _ => None,
     }
 }
 
-/// What the agent says about when to come back (`google.rpc.RetryInfo`).
-fn retry_delay(status: &Status) -> Option<Duration> {
-    status.get_details_retry_info()?.retry_delay.filter(|delay| !delay.is_zero())
-}
-
-/// How often a call is made again that the agent refused for a while.
-const MOST_RETRIES: u32 = 20;
-
-/// A connection to an agent.
+/// A client of the agent at one socket.
 #[derive(Debug)]
 pub(super) struct Client {
-    api: SpiffeWorkloadApiClient<Channel>,
     socket: AgentSocket,
-    /// Of each call; `None` waits for ever.
+    /// The connection by which the last answer came.
+    open: RefCell<Option<Channel>>,
+    /// Of each answer; `None` waits for ever.
     limit: Option<Duration>,
 }
 
 /// Connects to `socket`.
 ///
 /// # Errors
-/// [`CallError::Connect`] when nobody answers there.
+/// [`CallError::Connect`] when nobody answers there, [`CallError::Closed`] when that ends at once.
 pub(super) async fn connect(socket: &AgentSocket) -> Result<Channel, CallError> {
     let failed = |cause| CallError::Connect { socket: socket.clone(), cause };
     let stream = reach(socket).await.map_err(failed)?;
@@ -188,10 +163,8 @@ pub(super) async fn connect(socket: &AgentSocket) -> Result<Channel, CallError> 
     let connector = tower::service_fn(move |_: http::Uri| {
         std::future::ready(stream.take().ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected)))
     });
-    Endpoint::from_static("http://localhost")
-        .connect_with_connector(connector)
-        .await
-        .map_err(|err| failed(io::Error::other(err)))
+    let channel = Endpoint::from_static("http://localhost").connect_with_connector(connector).await;
+    channel.map_err(|cause| CallError::Closed { socket: socket.clone(), cause: Box::new(cause) })
 }
 
 /// How often a place in a full queue is tried for, and the pause between: two seconds.
@@ -218,14 +191,8 @@ pub(super) async fn reach(socket: &AgentSocket) -> io::Result<Pin<Box<dyn Bytes>
 }
 
 impl Client {
-    /// Connects to `socket`.
-    ///
-    /// # Errors
-    /// [`CallError::Connect`] when nobody answers there.
-    pub(super) async fn connect(socket: &AgentSocket, limit: Option<Duration>) -> Result<Self, CallError> {
-        let channel = connect(socket).await?;
-        let api = SpiffeWorkloadApiClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
-        Ok(Self { api, socket: socket.clone(), limit })
+    pub(super) fn new(socket: &AgentSocket, limit: Option<Duration>) -> Self {
+        Self { socket: socket.clone(), open: RefCell::default(), limit }
     }
 
     /// The identities of this process, as they are now.
@@ -233,21 +200,17 @@ impl Client {
         &self,
         terminal: &mut Terminal,
     ) -> Result<pb::X509svidResponse, CallError> {
-        self.answer(terminal, async |mut api| {
-            first(api.fetch_x509svid(self.request(pb::X509svidRequest {})).await?.into_inner()).await
+        self.answer(terminal, async |mut api, limit| {
+            first(api.fetch_x509svid(request(pb::X509svidRequest {}, limit)).await?.into_inner()).await
         })
         .await
     }
 
     /// The identities of this process, now and after every change.
     pub(super) async fn watch_x509_svid(&self) -> Result<Streaming<pb::X509svidResponse>, CallError> {
-        let request = self.request(pb::X509svidRequest {});
-        self.api
-            .clone()
-            .fetch_x509svid(request)
-            .await
-            .map(tonic::Response::into_inner)
-            .map_err(|s| self.failed(s))
+        let request = request(pb::X509svidRequest {}, self.limit);
+        let answer = api(connect(&self.socket).await?).fetch_x509svid(request).await;
+        answer.map(tonic::Response::into_inner).map_err(|status| self.failed(status))
     }
 
     /// A token for `audience` for each identity of this process, or for `spiffe_id` alone when it is not empty.
@@ -258,8 +221,8 @@ impl Client {
         spiffe_id: &str,
     ) -> Result<pb::JwtsvidResponse, CallError> {
         let message = pb::JwtsvidRequest { audience: audience.to_vec(), spiffe_id: spiffe_id.to_owned() };
-        self.answer(terminal, async |mut api| {
-            Ok(api.fetch_jwtsvid(self.request(message.clone())).await?.into_inner())
+        self.answer(terminal, async |mut api, limit| {
+            Ok(api.fetch_jwtsvid(request(message.clone(), limit)).await?.into_inner())
         })
         .await
     }
@@ -269,8 +232,8 @@ impl Client {
         &self,
         terminal: &mut Terminal,
     ) -> Result<pb::JwtBundlesResponse, CallError> {
-        self.answer(terminal, async |mut api| {
-            first(api.fetch_jwt_bundles(self.request(pb::JwtBundlesRequest {})).await?.into_inner()).await
+        self.answer(terminal, async |mut api, limit| {
+            first(api.fetch_jwt_bundles(request(pb::JwtBundlesRequest {}, limit)).await?.into_inner()).await
         })
         .await
     }
@@ -283,52 +246,43 @@ impl Client {
         svid: &str,
     ) -> Result<pb::ValidateJwtsvidResponse, CallError> {
         let message = pb::ValidateJwtsvidRequest { audience: audience.to_owned(), svid: svid.to_owned() };
-        self.answer(terminal, async |mut api| {
-            Ok(api.validate_jwtsvid(self.request(message.clone())).await?.into_inner())
+        self.answer(terminal, async |mut api, limit| {
+            Ok(api.validate_jwtsvid(request(message.clone(), limit)).await?.into_inner())
         })
         .await
     }
 
-    /// Marks an error as one of this connection.
+    /// Marks an error as one of this agent.
     pub(super) fn failed(&self, status: Status) -> CallError {
-        CallError::Status { socket: self.socket.clone(), status: Box::new(status) }
+        CallError::of(&self.socket, status)
     }
 
-    /// Without this header the agent answers nothing (SPIFFE Workload API standard, section 4.1): it proves that no
-    /// program was tricked into the call.
-    fn request<T>(&self, message: T) -> Request<T> {
-        let mut request = Request::new(message);
-        request.metadata_mut().insert("workload.spiffe.io", MetadataValue::from_static("true"));
-        if let Some(limit) = self.limit {
-            request.set_timeout(limit);
-        }
-        request
-    }
-
-    /// Calls, and calls again when an agent that refuses has said to: on a connection of its own, as it may have been the
-    /// connection that was refused. Each call has the time limit; the pauses do too, all together.
     async fn answer<T>(
         &self,
         terminal: &mut Terminal,
-        call: impl AsyncFn(SpiffeWorkloadApiClient<Channel>) -> Result<T, Status>,
+        call: impl AsyncFn(SpiffeWorkloadApiClient<Channel>, Option<Duration>) -> Result<T, Status>,
     ) -> Result<T, CallError> {
-        let mut api = self.api.clone();
-        let mut left = self.limit.unwrap_or(Duration::MAX);
-        for _ in 0..MOST_RETRIES {
-            let status = match patiently(terminal, &self.socket, self.limit, call(api)).await {
-                Ok(answer) => return Ok(answer),
-                Err(status) => status,
-            };
-            let Some(pause) = retry_delay(&status).filter(|pause| *pause <= left) else {
-                return Err(self.failed(status));
-            };
-            left = left.saturating_sub(pause);
-            terminal.note(format_args!("{}; trying again in {}", clean(status.message()), GoDuration(pause)));
-            tokio::time::sleep(pause).await;
-            api = Self::connect(&self.socket, self.limit).await?.api;
-        }
-        patiently(terminal, &self.socket, self.limit, call(api)).await.map_err(|status| self.failed(status))
+        let (attempts, open) = (Attempts::within(self.limit), self.open.take());
+        let call = async |channel, limit| call(api(channel), limit).await;
+        let (answer, channel) = attempts.answer(terminal, &self.socket, open, call).await?;
+        self.open.replace(Some(channel));
+        Ok(answer)
     }
+}
+
+fn api(channel: Channel) -> SpiffeWorkloadApiClient<Channel> {
+    SpiffeWorkloadApiClient::new(channel).max_decoding_message_size(MAX_MESSAGE)
+}
+
+/// Without this header the agent answers nothing (SPIFFE Workload API standard, section 4.1): it proves that no
+/// program was tricked into the call.
+fn request<T>(message: T, limit: Option<Duration>) -> Request<T> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert("workload.spiffe.io", MetadataValue::from_static("true"));
+    if let Some(limit) = limit {
+        request.set_timeout(limit);
+    }
+    request
 }
 
 /// Waits for `call` for at most `limit`, and says that it waits when that takes a second or more.
@@ -336,13 +290,14 @@ pub(super) async fn patiently<T>(
     terminal: &mut Terminal,
     socket: &AgentSocket,
     limit: Option<Duration>,
-    call: impl Future<Output = Result<T, Status>>,
-) -> Result<T, Status> {
+    call: impl Future<Output = Result<T, CallError>>,
+) -> Result<T, CallError> {
     let what = format!("the agent at {}", socket.at);
-    let started = tokio::time::Instant::now();
+    let started = Instant::now();
     let deadline = limit.and_then(|limit| started.checked_add(limit));
     let mut second = tokio::time::interval_at(started + Duration::from_secs(1), Duration::from_secs(1));
     second.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    let late = || CallError::of(socket, Status::deadline_exceeded("context deadline exceeded"));
     let mut call = pin!(call);
     let result = loop {
         tokio::select! {
@@ -350,23 +305,18 @@ pub(super) async fn patiently<T>(
             result = &mut call => break result,
             // Before the end: who waited in vain was told so, however late this task runs.
             _ = second.tick() => terminal.waiting(&what, started.elapsed(), limit),
-            () = until(deadline) => break Err(Status::deadline_exceeded("context deadline exceeded")),
+            () = until(deadline) => break Err(late()),
         }
     };
     terminal.wipe();
     // The limit is sent along: when tonic or the agent sees it first, the answer is the same.
     match result {
-        Err(status)
-            if status.code() == Code::Cancelled
-                && deadline.is_some_and(|at| at <= tokio::time::Instant::now()) =>
-        {
-            Err(Status::deadline_exceeded("context deadline exceeded"))
-        }
+        Err(error) if error.is_cancelled() && deadline.is_some_and(|at| at <= Instant::now()) => Err(late()),
         other => other,
     }
 }
 
-async fn until(deadline: Option<tokio::time::Instant>) {
+async fn until(deadline: Option<Instant>) {
     match deadline {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,

@@ -6,17 +6,21 @@
 //! An agent that takes no connection of this user, or no call, is one that holds its limits: it is up, and whoever
 //! restarts it for that takes identity away from the whole node. So that is 0 too, and said.
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tonic::Request;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    time::Instant,
+};
+use tonic::{Code, Request};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
 use super::{
     Failure,
-    client::{CallError, TimeoutArgs, connect, patiently, reach},
+    call_error::CallError,
+    client::{TimeoutArgs, connect, patiently, reach},
     socket::{AgentSocket, SocketArgs},
     terminal::Terminal,
 };
@@ -53,26 +57,16 @@ pub(super) async fn check(args: &HealthArgs, terminal: &mut Terminal) -> Result<
         terminal.print("Checking agent health...\n")?;
     }
     let socket = args.socket.resolve(super::environment)?;
-    let mut asked = ask(&socket, args, terminal).await;
-    let mut refused = is_refused(&socket, &asked).await;
-    for _ in 1..ATTEMPTS {
-        if !refused {
-            break;
+    match observe(&socket, args.timeout.limit(), terminal).await {
+        AgentHealth::Serving => Ok(terminal.print("Agent is healthy.\n")?),
+        AgentHealth::Refusing => {
+            Ok(terminal.print("Agent is up, and refuses this user for now: see its limits.\n")?)
         }
-        tokio::time::sleep(PAUSE).await;
-        asked = ask(&socket, args, terminal).await;
-        refused = is_refused(&socket, &asked).await;
-    }
-    if refused {
-        return Ok(terminal.print("Agent is up, and refuses this user for now: see its limits.\n")?);
-    }
-    match asked {
-        Ok(ServingStatus::Serving) => Ok(terminal.print("Agent is healthy.\n")?),
-        Ok(other) => Err(Unhealthy::Status(other.as_str_name()).into()),
-        Err(err) => {
+        AgentHealth::Other(status) => Err(Unhealthy::Status(status.as_str_name()).into()),
+        AgentHealth::Unknown(error) => {
             if args.verbose {
-                terminal.note(format_args!("Failed to check health: {err}"));
-                if let Some(advice) = err.advice() {
+                terminal.note(format_args!("Failed to check health: {error}"));
+                if let Some(advice) = error.advice() {
                     terminal.note(advice);
                 }
             }
@@ -81,53 +75,122 @@ pub(super) async fn check(args: &HealthArgs, terminal: &mut Terminal) -> Result<
     }
 }
 
+/// What came of the check.
+enum AgentHealth {
+    Serving,
+    /// It holds its limits.
+    Refusing,
+    Other(ServingStatus),
+    Unknown(CallError),
+}
+
 /// How often an agent that refuses is asked before that is believed.
 const ATTEMPTS: u32 = 4;
-/// The pause between.
+/// The pause between; from then on twice as long each time, up to the longest.
 const PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 /// The longest that a gate takes to close what it refuses.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
-/// Whether the agent is there and holds its limits: it refused the call and said when to come back, or it takes
-/// connections and closes them at once, before it has said a word, or sets nothing in its SETTINGS, as for one that it is
-/// about to refuse. One that is gone refuses to be connected to, and
-/// one that hangs closes nothing.
-async fn is_refused(socket: &AgentSocket, asked: &Result<ServingStatus, CallError>) -> bool {
-    match asked {
-        Ok(_) => false,
-        Err(CallError::Status { status, .. }) if status.metadata().contains_key("grpc-retry-pushback-ms") => {
-            true
+/// Asks until there is an answer. An agent that refuses is asked again, as its limits may let this user in a moment later; so is
+/// one whose connections end otherwise, until the time is over: it may have let the user in when it was looked at, and not when
+/// it was asked.
+async fn observe(socket: &AgentSocket, limit: Option<Duration>, terminal: &mut Terminal) -> AgentHealth {
+    // Whoever waits for ever means an answer, not a door that stays shut.
+    let until = Instant::now() + limit.unwrap_or(WITHOUT_LIMIT);
+    let (mut refusals, mut pause) = (0, PAUSE);
+    loop {
+        let left = limit.map(|_| until.saturating_duration_since(Instant::now()));
+        let error = match ask(socket, left, terminal).await {
+            Ok(ServingStatus::Serving) => return AgentHealth::Serving,
+            Ok(other) => return AgentHealth::Other(other),
+            Err(error) => error,
+        };
+        match seen(socket, &error).await {
+            AgentDoor::Refuses => refusals += 1,
+            AgentDoor::Open => {}
+            AgentDoor::Shut => {
+                return if refusals > 0 { AgentHealth::Refusing } else { AgentHealth::Unknown(error) };
+            }
         }
-        Err(_) => is_turned_away(socket).await,
+        let is_late = Instant::now() + pause >= until;
+        if refusals >= ATTEMPTS || (is_late && refusals > 0) {
+            return AgentHealth::Refusing;
+        }
+        if is_late {
+            return AgentHealth::Unknown(error);
+        }
+        tokio::time::sleep(pause).await;
+        if refusals == 0 {
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
     }
 }
 
-async fn is_turned_away(socket: &AgentSocket) -> bool {
+/// How long an agent is asked again that gives no answer, where no time limit is set.
+const WITHOUT_LIMIT: Duration = Duration::from_secs(5);
+
+/// What a call that failed says of the agent.
+enum AgentDoor {
+    /// It is there and holds its limits: it refused the call and said when to come back, or it takes connections and closes them
+    /// at once, before it has said a word, or sets nothing in its SETTINGS, as for one that it is about to refuse.
+    Refuses,
+    /// It takes connections, and ended the one of the call.
+    Open,
+    /// It is gone, hangs, or answers something else.
+    Shut,
+}
+
+async fn seen(socket: &AgentSocket, error: &CallError) -> AgentDoor {
+    if error.retry_after().is_some() {
+        return AgentDoor::Refuses;
+    }
+    match error {
+        CallError::Status { status, .. } if status.metadata().contains_key("grpc-retry-pushback-ms") => {
+            AgentDoor::Refuses
+        }
+        // The queue of those who connect is full.
+        CallError::Connect { cause, .. } if cause.kind() == io::ErrorKind::WouldBlock => AgentDoor::Open,
+        CallError::Connect { .. } => AgentDoor::Shut,
+        CallError::Status { status, .. } if status.code() == Code::DeadlineExceeded => AgentDoor::Shut,
+        CallError::Closed { .. } | CallError::Status { .. } => match knock(socket).await {
+            Some(true) => AgentDoor::Refuses,
+            Some(false) if matches!(error, CallError::Closed { .. }) => AgentDoor::Open,
+            _ => AgentDoor::Shut,
+        },
+    }
+}
+
+/// Whether a connection is turned away; nothing where none can be made, or nothing happens to it.
+async fn knock(socket: &AgentSocket) -> Option<bool> {
     /// What every HTTP/2 client begins with (RFC 9113, section 3.4), and empty SETTINGS.
     const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
-    let Ok(mut stream) = reach(socket).await else { return false };
-    let closed = async {
+    let mut stream = reach(socket).await.ok()?;
+    let turned_away = async {
         // Closed already, perhaps: then there is nothing to read either.
         let _said = stream.write_all(HELLO).await.is_ok();
         // The length of the first frame, which is SETTINGS.
         let mut length = [0; 3];
         stream.read_exact(&mut length).await.is_err() || length == [0; 3]
     };
-    tokio::time::timeout(AT_ONCE, closed).await.unwrap_or(false)
+    tokio::time::timeout(AT_ONCE, turned_away).await.ok()
 }
 
 async fn ask(
     socket: &AgentSocket,
-    args: &HealthArgs,
+    limit: Option<Duration>,
     terminal: &mut Terminal,
 ) -> Result<ServingStatus, CallError> {
-    let mut health = HealthClient::new(connect(socket).await?);
-    let mut request = Request::new(HealthCheckRequest::default());
-    if let Some(limit) = args.timeout.limit() {
-        request.set_timeout(limit);
-    }
-    patiently(terminal, socket, args.timeout.limit(), async { health.check(request).await })
-        .await
-        .map(|response| response.into_inner().status())
-        .map_err(|status| CallError::Status { socket: socket.clone(), status: Box::new(status) })
+    patiently(terminal, socket, limit, async {
+        let mut health = HealthClient::new(connect(socket).await?);
+        let mut request = Request::new(HealthCheckRequest::default());
+        if let Some(limit) = limit {
+            request.set_timeout(limit);
+        }
+        match health.check(request).await {
+            Ok(answer) => Ok(answer.into_inner().status()),
+            Err(status) => Err(CallError::of(socket, status)),
+        }
+    })
+    .await
 }

@@ -12,7 +12,8 @@ use tonic::Code;
 
 use super::{
     Failure, OutputArgs, OutputFormat,
-    client::{CallError, Client, TimeoutArgs},
+    call_error::CallError,
+    client::{Client, TimeoutArgs},
     socket::SocketArgs,
     terminal::{Terminal, clean},
 };
@@ -71,7 +72,7 @@ pub(super) async fn fetch(args: &FetchJwtArgs, terminal: &mut Terminal) -> Resul
         return Err(Failure::Missing("audience"));
     }
     let socket = args.socket.resolve(super::environment)?;
-    let client = Client::connect(&socket, args.timeout.limit()).await?;
+    let client = Client::new(&socket, args.timeout.limit());
     let ask = async |terminal: &mut Terminal| {
         client.fetch_jwt_svid(terminal, &args.audience, &args.spiffe_id).await
     };
@@ -98,7 +99,7 @@ pub(super) async fn validate(args: &ValidateJwtArgs, terminal: &mut Terminal) ->
         }
     }
     let socket = args.socket.resolve(super::environment)?;
-    let client = Client::connect(&socket, args.timeout.limit()).await.map_err(Failure::Validate)?;
+    let client = Client::new(&socket, args.timeout.limit());
     let response =
         client.validate_jwt_svid(terminal, &args.audience, &args.svid).await.map_err(|err| match err {
             CallError::Status { status, .. } if status.code() == Code::InvalidArgument => {

@@ -184,7 +184,7 @@ async fn show(config: &Config, layout: &Layout, terminal: &mut Terminal) -> Resu
     let path = &config.agent.socket_path;
     terminal.print(&format!("  serve {}\n", path.display()))?;
     let socket = AgentSocket { at: AgentAddress::Unix(path.to_owned()), chosen: Chosen::Own };
-    let client = Client::connect(&socket, Some(LIMIT)).await?;
+    let client = Client::new(&socket, Some(LIMIT));
     let now = Clock::SYSTEM.now();
     let answer = X509Answer::verify(client.fetch_x509_svid(terminal).await?, now)?;
     terminal.print(&x509_text(&answer, now))?;

@@ -8,7 +8,7 @@ use nix::{
 use super::{
     Failure,
     admin::AdminArgs,
-    client::CallError,
+    call_error::CallError,
     terminal::{Terminal, clean},
 };
 use crate::api::proto::admin as pb;

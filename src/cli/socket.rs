@@ -7,10 +7,13 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    fmt,
+    fmt, fs,
     net::{IpAddr, SocketAddr},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
+
+use nix::unistd::geteuid;
 
 use crate::config::{DEFAULT_SOCKET_PATH as DEFAULT, admin_socket_for};
 
@@ -83,6 +86,22 @@ impl fmt::Display for AgentAddress {
 pub(super) struct AgentSocket {
     pub(super) at: AgentAddress,
     pub(super) chosen: Chosen,
+}
+
+impl AgentSocket {
+    /// Whether it is an admin socket that belongs to another user than this one, who is not root.
+    pub(super) fn is_not_ours(&self) -> bool {
+        let AgentAddress::Unix(path) = &self.at else { return false };
+        let owner = || fs::symlink_metadata(path).is_ok_and(|socket| socket.uid() == geteuid().as_raw());
+        self.chosen.is_admin() && !geteuid().is_root() && !owner()
+    }
+}
+
+/// The admin socket beside the public one at `public`, and whether it is the one that a command takes by itself.
+pub(super) fn admin_beside(public: &Path) -> Option<(PathBuf, bool)> {
+    let admin = admin_socket_for(public)?;
+    let is_default = admin == Path::new(ADMIN_DEFAULT);
+    Some((admin, is_default))
 }
 
 /// Who said which socket it is.

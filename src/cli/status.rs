@@ -11,6 +11,7 @@ use super::{
     Failure, OutputArgs, OutputFormat,
     admin::{AdminArgs, mebibytes, memory_json},
     terminal::{Terminal, clean},
+    text::folded,
 };
 use crate::{api::proto::admin as pb, hcl::show_duration, os::clock::Clock};
 
@@ -91,13 +92,12 @@ fn pretty(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime)
             &format!("{limit}{}", if at == 0 { dry } else { "" }),
         );
     }
+    list(&mut out, "Found", &told.surroundings);
     let wrong = wrong(told, held, now);
     if wrong.is_empty() {
         row(&mut out, "Wrong", "nothing");
     }
-    for (at, what) in wrong.iter().enumerate() {
-        row(&mut out, if at == 0 { "Wrong" } else { "" }, what);
-    }
+    list(&mut out, "Wrong", &wrong);
     out
 }
 
@@ -106,6 +106,17 @@ fn row(out: &mut String, name: &str, text: &str) {
     // Writing to a String does not fail.
     let _ = writeln!(out, "{name:<14}{}", clean(text));
 }
+
+/// Rows of one name, folded so that they fit a narrow terminal.
+fn list(out: &mut String, name: &str, texts: &[String]) {
+    let lines = texts.iter().flat_map(|text| folded(text, FOLDED));
+    for (at, line) in lines.enumerate() {
+        row(out, if at == 0 { name } else { "" }, &line);
+    }
+}
+
+/// The width that is left beside the names in 80 columns.
+const FOLDED: usize = 66;
 
 fn counted(n: u64, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
@@ -241,6 +252,7 @@ fn to_json(told: &pb::StatusResponse, held: &pb::LimitsResponse) -> serde_json::
         "dry_run": told.dry_run,
         "millicores": told.millicores,
         "budget_from": text(&told.budget_from),
+        "surroundings": told.surroundings,
         "connections": held.node_connections,
         "streams": told.streams,
         "attestations_in_flight": held.attestations_in_flight,
@@ -264,6 +276,7 @@ mod tests {
             x509_svids_due: 2,
             x509_svids_refused: 1,
             version: "1".to_owned(),
+            surroundings: vec!["the agent runs in a user namespace that does not map all users".to_owned()],
             server,
             ..pb::StatusResponse::default()
         }
@@ -287,6 +300,7 @@ mod tests {
             "Last sync:    1m5s ago\n",
             "Agent:        ready, version 1, process 0, up ",
             "SVIDs held:   7 X.509 (2 due), 0 JWT\n",
+            "Found:        the agent runs in a user namespace that does not map all users\n",
             "Wrong:        1 entry could not be signed for: see the log\n",
             "              waits for the SPIRE Server, for 1m\n",
             "              the server's last error: connection refused",

@@ -56,7 +56,7 @@ pub(super) async fn fetch(args: &FetchX509Args, terminal: &mut Terminal) -> Resu
     let socket = args.socket.resolve(super::environment)?;
     // Before the call: an SVID that cannot be written need not be fetched.
     let batch = args.write.as_deref().map(Batch::open).transpose()?;
-    let client = Client::connect(&socket, args.timeout.limit()).await?;
+    let client = Client::new(&socket, args.timeout.limit());
     let started = tokio::time::Instant::now();
     let response = client.fetch_x509_svid(terminal).await?;
     let took = started.elapsed();
@@ -110,14 +110,14 @@ async fn watch_once(
     seen_any: &mut bool,
     pause: &mut Duration,
 ) -> Result<(), Failure> {
-    let client = Client::connect(socket, None).await?;
+    let client = Client::new(socket, None);
     let mut since = tokio::time::Instant::now();
     let mut stream = client.watch_x509_svid().await?;
     loop {
-        let next = stream.message();
+        let next = async { stream.message().await.map_err(|status| client.failed(status)) };
         let message =
             if *seen_any { next.await } else { super::client::patiently(terminal, socket, None, next).await };
-        let Some(response) = message.map_err(|status| client.failed(status))? else {
+        let Some(response) = message? else {
             return Err(client.failed(tonic::Status::unavailable("the agent ended the stream")).into());
         };
         (*seen_any, *pause) = (true, FIRST_PAUSE);

@@ -18,8 +18,10 @@ use std::{
 use aws_lc_rs::digest::{SHA256, digest};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::time::Instant;
+use tracing::field::display;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
+use super::audited::{AuditedCaller, AuditedProcess};
 use crate::{
     identity::{Entry, JwtSvid, SpiffeId, X509Svid, taint},
     limits::{CallerKey, ConnectionRefusal},
@@ -38,36 +40,6 @@ const TOLD_APART: usize = 512;
 const A_WHILE: Duration = Duration::from_secs(60);
 /// Selectors of an entry that stand in a line.
 const MOST_SELECTORS: usize = 8;
-
-/// Whom a line is about. All of it was known when it connected.
-#[derive(Clone, Copy, Debug)]
-pub struct AuditedCaller {
-    caller: CallerKey,
-    uid: u32,
-    gid: u32,
-    pid: i32,
-    /// Whose lines it takes.
-    family: u64,
-}
-
-impl AuditedCaller {
-    /// The process that connected, of this family.
-    pub(super) fn new(peer: &Peer, family: u64) -> Self {
-        let (uid, gid) = (peer.uid().as_raw(), peer.gid().as_raw());
-        Self { caller: peer.caller(), uid, gid, pid: peer.pid().as_raw(), family }
-    }
-
-    /// A process of this user. For tests.
-    #[cfg(test)]
-    pub(super) fn of_uid(uid: u32) -> Self {
-        Self { caller: CallerKey::Uid(uid), uid, gid: uid, pid: 1, family: u64::from(uid) }
-    }
-
-    /// Whose share of the issuer it takes.
-    pub(super) fn family(&self) -> u64 {
-        self.family
-    }
-}
 
 /// What kind of SVID it is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -157,10 +129,10 @@ impl AuditTable {
     /// An event, which has a line if its user may have one more: how often it happened since the last one, with it.
     fn event(&mut self, whom: &AuditedCaller, outcome: AuditOutcome, now: Instant) -> Option<NonZeroU64> {
         if !self.user(whom.family, now).take(now) {
-            self.count(whom.caller, outcome, now);
+            self.count(whom.process.caller, outcome, now);
             return None;
         }
-        let before = self.svids.get_mut(&(whom.caller, outcome)).map_or(0, |count| {
+        let before = self.svids.get_mut(&(whom.process.caller, outcome)).map_or(0, |count| {
             count.told_at = Some(now);
             std::mem::take(&mut count.untold)
         });
@@ -279,7 +251,7 @@ impl AuditTrail {
         }
         let outcome = AuditOutcome::Given(AuditedSvid::Jwt, svid.spiffe_id.clone());
         if !self.is_first(peer, svid.token.as_bytes()) {
-            self.lock().count(whom.caller, outcome, Instant::now());
+            self.lock().count(whom.process.caller, outcome, Instant::now());
             return;
         }
         let Some(times) = self.lock().event(&whom, outcome, Instant::now()) else { return };
@@ -304,7 +276,7 @@ impl AuditTrail {
         if !self.is_first(peer, message) {
             let mut table = self.lock();
             for entry in entries {
-                table.count(whom.caller, outcome(entry), now);
+                table.count(whom.process.caller, outcome(entry), now);
             }
             return;
         }
@@ -315,7 +287,7 @@ impl AuditTrail {
                 |leaf: &Vec<u8>| message.windows(leaf.len().max(1)).any(|part| part == leaf.as_slice());
             match svids.get(at).filter(|svid| svid.chain.first().is_some_and(holds)) {
                 Some(svid) => write_x509("svid given", svid, entry, Some(whom), times),
-                None => write_again(whom.caller, AuditedSvid::X509, &entry.spiffe_id, times),
+                None => write_again(whom.process.caller, AuditedSvid::X509, &entry.spiffe_id, times),
             }
         }
     }
@@ -323,27 +295,31 @@ impl AuditTrail {
     /// A call of this method ended without an answer, for this reason; `spiffe_id` where it was for the bucket of one.
     pub fn refused(
         &self,
-        caller: CallerKey,
-        pid: i32,
+        by: AuditedProcess,
         method: &'static str,
         reason: &'static str,
         spiffe_id: Option<&SpiffeId>,
     ) {
         let outcome = AuditOutcome::Refused(method, reason, spiffe_id.cloned());
+        let AuditedProcess { caller, uid, gid, pid } = by;
         if let Some(times) = self.lock().count_or_tell(caller, outcome, Instant::now()) {
             let spiffe_id = spiffe_id.map(SpiffeId::as_str);
-            tracing::info!(target: AUDIT, %caller, pid, method, reason, spiffe_id, times, "call refused");
+            tracing::info!(
+                target: AUDIT, %caller, uid, gid, pid, method, reason, spiffe_id, times = more(times), "call refused"
+            );
         }
     }
 
     /// A connection was refused at the gate.
-    pub fn not_let_in(&self, caller: CallerKey, pid: i32, why: ConnectionRefusal) {
+    pub fn not_let_in(&self, by: AuditedProcess, why: ConnectionRefusal) {
         if !Self::is_read() {
             return;
         }
+        let AuditedProcess { caller, uid, gid, pid } = by;
         let outcome = AuditOutcome::NotLetIn(why);
         if let Some(times) = self.lock().count_or_tell(caller, outcome, Instant::now()) {
-            tracing::info!(target: AUDIT, %caller, pid, reason = why.text(), times, "connection refused");
+            let (reason, times) = (why.text(), more(times));
+            tracing::info!(target: AUDIT, %caller, uid, gid, pid, reason, times, "connection refused");
         }
     }
 
@@ -423,8 +399,9 @@ fn write_x509(
 ) {
     let leaf = svid.chain.first().and_then(|der| X509Certificate::from_der(der).ok());
     let serial = leaf.map(|(_, leaf)| hex(leaf.raw_serial()));
-    let caller = whom.map(|whom| whom.caller.to_string());
-    let (uid, gid, pid) = (whom.map(|w| w.uid), whom.map(|w| w.gid), whom.map(|w| w.pid));
+    let by = whom.map(|whom| whom.process);
+    let caller = by.map(|by| display(by.caller));
+    let (uid, gid, pid) = (by.map(|by| by.uid), by.map(|by| by.gid), by.map(|by| by.pid));
     tracing::info!(
         target: AUDIT,
         caller,
@@ -443,7 +420,7 @@ fn write_x509(
 
 fn write_jwt(what: &'static str, svid: &JwtSvid, entry: &Entry, whom: AuditedCaller, times: NonZeroU64) {
     let sha256 = digest(&SHA256, svid.token.as_bytes());
-    let AuditedCaller { caller, uid, gid, pid, family: _ } = whom;
+    let AuditedProcess { caller, uid, gid, pid } = whom.process;
     tracing::info!(
         target: AUDIT,
         %caller,

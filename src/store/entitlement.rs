@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::{
     Snapshot,
-    audit::AuditedCaller,
+    audited::AuditedCaller,
     snapshot::{Change, Store},
 };
 use crate::{

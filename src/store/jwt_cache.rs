@@ -26,7 +26,8 @@ use tokio::{
 };
 
 use super::{
-    audit::{AuditTrail, AuditedCaller},
+    audit::AuditTrail,
+    audited::AuditedCaller,
     entitlement::Charged,
     metrics::{CacheResult, StoreMetrics},
 };
@@ -209,7 +210,7 @@ impl JwtCache {
         whom: AuditedCaller,
         deadline: Instant,
     ) -> Result<Arc<JwtSvid>, MintError> {
-        let svid = self.issuer.mint_jwt(entry, audience, whom.family(), deadline).await?;
+        let svid = self.issuer.mint_jwt(entry, audience, whom.family, deadline).await?;
         self.audit.jwt_made(&svid, entry, whom);
         Ok(Arc::new(svid))
     }

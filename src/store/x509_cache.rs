@@ -20,10 +20,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{
-    audit::{AuditTrail, AuditedCaller},
-    entitlement::Charged,
-};
+use super::{audit::AuditTrail, audited::AuditedCaller, entitlement::Charged};
 use crate::{
     identity::{Entry, EntryId, EntryIndex, Tainted, X509Svid},
     issuer::{self, Issuer, MintError, renewal},

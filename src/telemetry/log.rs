@@ -14,7 +14,6 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, IsTerminal as _, Write};
-use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -30,6 +29,7 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::{Layer, Registry, reload};
 
 use super::settings::{AuditSettings, LogFormat, LogSettings};
+use super::sink::{Delivered, Sink};
 use crate::os::journal;
 use crate::os::trusted::{PathError, Trust};
 
@@ -37,6 +37,8 @@ use crate::os::trusted::{PathError, Trust};
 pub const MOST_WAITING: usize = 1024 * 1024;
 /// A buffer that grew beyond this in a burst is given back.
 const KEPT: usize = 64 * 1024;
+/// The time between two lines of the log about lost lines of the audit.
+const BETWEEN_REPORTS: Duration = Duration::from_secs(60);
 /// How long opening the file is waited for.
 const OPEN_WITHIN: Duration = Duration::from_secs(5);
 
@@ -163,7 +165,7 @@ impl Log {
             (AuditTo::ItsOwnPlace, None, Some(socket)) => Some(LinePlace::Socket(socket.clone())),
             _ => None,
         };
-        let own_audit = place.map(|place| Lines::begin("audit", place)).transpose()?;
+        let own_audit = place.map(|place| Lines::begin(AUDIT, place)).transpose()?;
         let queue = &main.queue;
         let shown = settings.source_location;
         let journal = settings.file.is_none() && journal::is_at(io::stdout());
@@ -217,9 +219,12 @@ impl Log {
     #[must_use]
     pub fn flush(&self, most: Duration) -> bool {
         let until = Instant::now() + most;
-        let main = self.main.queue.flush(most);
-        let left = until.saturating_duration_since(Instant::now());
-        self.audit.as_ref().is_none_or(|audit| audit.queue.flush(left)) && main
+        let audit = self.audit.as_ref().is_none_or(|audit| {
+            let all = audit.queue.flush(most / 2);
+            audit.queue.report();
+            all
+        });
+        self.main.queue.flush(until.saturating_duration_since(Instant::now())) && audit
     }
 
     /// Lines dropped since the start.
@@ -233,7 +238,7 @@ impl Log {
 impl Lines {
     /// Begins to write at `place`, in a thread of this name. A file that takes long to open is no error.
     fn begin(thread: &str, place: LinePlace) -> Result<Self, LogError> {
-        let queue = Arc::new(Queue::default());
+        let queue = Arc::new(Queue { reports: thread == AUDIT, ..Queue::default() });
         let (writer, to) = (Arc::clone(&queue), place.clone());
         std::thread::Builder::new()
             .name(thread.to_owned())
@@ -262,6 +267,8 @@ struct Queue {
     state: Mutex<QueueState>,
     /// Rings at every change of the state.
     changed: Condvar,
+    /// The log tells how many of the lines were lost, which are not its own.
+    reports: bool,
 }
 
 #[derive(Default)]
@@ -270,8 +277,10 @@ struct QueueState {
     /// The writer holds lines that it has taken and not yet written.
     writing: bool,
     lost: u64,
-    /// How many of the lost the log has already told of.
+    /// How many of the lost the lines themselves have already told of.
     told: u64,
+    /// How many of them the log has told of, of lines that have a place of their own.
+    reported: u64,
     /// The file is to be opened (again).
     open: bool,
     /// How that went, until somebody has asked.
@@ -281,6 +290,17 @@ struct QueueState {
 impl Queue {
     fn lock(&self) -> MutexGuard<'_, QueueState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the log tell how many lines were lost that it has not told of.
+    fn report(&self) {
+        let mut state = self.lock();
+        let lost = state.lost - state.reported;
+        state.reported = state.lost;
+        drop(state);
+        if lost > 0 {
+            tracing::warn!(lost, "audit: lines were lost, which could not be written to their place");
+        }
     }
 
     fn flush(&self, most: Duration) -> bool {
@@ -322,24 +342,37 @@ impl Queue {
     /// The writer's thread: the only one that may wait for whoever reads the log. It ends with the process.
     fn write_out(&self, to: &LinePlace) {
         let (mut sink, file) = match to {
-            LinePlace::Stdout => (Some(Sink::Stdout), None),
+            LinePlace::Stdout => (Some(Sink::stdout()), None),
             LinePlace::File(path) => (None, Some(path.as_path())),
-            LinePlace::Socket(path) => (Some(Sink::Socket(path.clone())), None),
+            LinePlace::Socket(path) => (Some(Sink::socket(path.clone())), None),
         };
         let mut taken = Vec::new();
+        let mut next_report = Instant::now();
         let mut state = self.lock();
         loop {
             if std::mem::take(&mut state.open)
                 && let Some(path) = file
             {
                 drop(state);
-                let opened = append(path).map(|file| sink = Some(Sink::File(file)));
+                let opened = append(path).map(|file| sink = Some(Sink::file(file)));
                 state = self.lock();
                 state.opened = Some(opened);
                 self.changed.notify_all();
             }
+            if self.reports && state.lost > state.reported && next_report <= Instant::now() {
+                drop(state);
+                next_report = Instant::now() + BETWEEN_REPORTS;
+                self.report();
+                state = self.lock();
+            }
             let Some(sink) = sink.as_mut().filter(|_| !state.waiting.is_empty()) else {
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = match self.reports && state.lost > state.reported {
+                    true => {
+                        let left = next_report.saturating_duration_since(Instant::now());
+                        self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                    }
+                    false => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                };
                 continue;
             };
             std::mem::swap(&mut taken, &mut state.waiting);
@@ -348,21 +381,17 @@ impl Queue {
             state.writing = true;
             drop(state);
 
-            // A failed write (no space, nobody reads) loses these lines. There is nowhere to say so but here.
             let lines = u64::try_from(taken.iter().filter(|b| **b == b'\n').count()).unwrap_or(u64::MAX);
-            let failed = match sink.write(&taken, lost) {
-                Ok(()) => 0,
-                Err(_nowhere_to_report) => lines + lost,
-            };
+            let Delivered { lines: written, told } = sink.write(&taken, lost);
             taken.clear();
             taken.shrink_to(KEPT);
 
             state = self.lock();
             state.writing = false;
-            if failed > 0 {
-                // Those of before are still to be told, and are not counted twice.
+            // No space, or nobody reads: what is not delivered is lost, and what was lost before is still to be told.
+            state.lost = state.lost.saturating_add(lines.saturating_sub(written));
+            if !told {
                 state.told -= lost;
-                state.lost = state.lost.saturating_add(failed - lost);
             }
             self.changed.notify_all();
         }
@@ -411,48 +440,6 @@ impl Write for Line<'_> {
     }
 }
 
-enum Sink {
-    Stdout,
-    File(File),
-    Socket(PathBuf),
-}
-
-impl Sink {
-    fn write(&mut self, lines: &[u8], lost: u64) -> io::Result<()> {
-        match self {
-            Self::Stdout => write_all(&mut io::stdout().lock(), lines, lost),
-            Self::File(file) => write_all(file, lines, lost),
-            Self::Socket(path) => send_all(path, lines, lost),
-        }
-    }
-}
-
-fn write_all(to: &mut impl Write, lines: &[u8], lost: u64) -> io::Result<()> {
-    if lost > 0 {
-        writeln!(to, "{}", lost_lines(lost))?;
-    }
-    to.write_all(lines)?;
-    to.flush()
-}
-
-/// Sends each line as a datagram to whoever has bound `path` at present.
-fn send_all(path: &Path, lines: &[u8], lost: u64) -> io::Result<()> {
-    let socket = UnixDatagram::unbound()?;
-    socket.connect(path)?;
-    if lost > 0 {
-        socket.send(lost_lines(lost).as_bytes())?;
-    }
-    for line in lines.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
-        socket.send(line)?;
-    }
-    Ok(())
-}
-
-/// Valid in both formats: text to people, an object to a parser.
-fn lost_lines(lost: u64) -> String {
-    format!("{{\"level\":\"WARN\",\"message\":\"log lines were lost\",\"lost\":{lost}}}")
-}
-
 fn append(path: &Path) -> Result<File, PathError> {
     Trust::own().to_append().append(path, 0o640)
 }
@@ -466,13 +453,15 @@ fn write_field(to: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fm
             if c.is_control() { write!(to, "{}", c.escape_default()) } else { to.write_char(c) }
         });
     }
-    // Strings come quoted, what is shown as it is does not.
-    let quoted = text.starts_with('"') && text.ends_with('"') && text.len() > 1;
-    let word = !text.is_empty() && text.chars().all(|c| c.is_ascii_graphic() && c != '"' && c != '=');
-    if quoted || word {
-        write!(to, "{}={text}", field.name())
-    } else {
-        write!(to, "{}={text:?}", field.name())
+    // A string comes quoted, what is shown as it is does not: a caller is to be found by one word in either case.
+    let inner = text.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
+    let word =
+        |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_graphic() && !"\"=\\".contains(c));
+    match inner {
+        Some(inner) if word(inner) => write!(to, "{}={inner}", field.name()),
+        Some(_) => write!(to, "{}={text}", field.name()),
+        None if word(&text) => write!(to, "{}={text}", field.name()),
+        None => write!(to, "{}={text:?}", field.name()),
     }
 }
 
@@ -526,7 +515,7 @@ mod tests {
             let reason = format_args!("no identity issued");
             tracing::info!(target: "durward", %reason, key = "a b", "refused");
             let (word, path) = (format_args!("uid:1000"), Path::new("/a b"));
-            tracing::info!(target: "durward", %word, ?path, n = 1, "words");
+            tracing::info!(target: "durward", %word, ?path, n = 1, same = "uid:1000", "words");
             let (odd, empty) = (format_args!("a\"=\n\x1b[1m"), format_args!(""));
             tracing::info!(target: "durward", %odd, %empty, none = Option::<u8>::None, "{}", "two\nlines\x1b");
         });
@@ -535,7 +524,7 @@ mod tests {
         let said: Vec<&str> = text.lines().map(|l| l.split_once(": ").unwrap().1).collect();
         let want = [
             r#"refused reason="no identity issued" key="a b""#,
-            r#"words word=uid:1000 path="/a b" n=1"#,
+            r#"words word=uid:1000 path="/a b" n=1 same=uid:1000"#,
             r#"two\nlines\u{1b} odd="a\"=\n\u{1b}[1m" empty="""#,
         ];
         assert_eq!(said, want, "{text}");

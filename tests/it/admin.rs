@@ -101,6 +101,7 @@ async fn limits_show_who_called() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn status_tells_who_signs() {
+    let before = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs().cast_signed();
     let agent = Agent::start(&entry("/web", ""));
     let mut admin = agent.admin().await;
     let got = admin.status(pb::StatusRequest {}).await.unwrap().into_inner();
@@ -108,6 +109,8 @@ async fn status_tells_who_signs() {
     assert_eq!((got.server.as_ref(), &*got.version), (None, env!("CARGO_PKG_VERSION")));
     let ca = got.ca.expect("a CA of this node signs");
     assert!(ca.x509_from < ca.x509_until && ca.jwt_from < ca.jwt_until, "{ca:?}");
+    // Certificates are valid from some seconds before; that is no age.
+    assert!(ca.x509_from >= before && ca.jwt_from >= before, "{ca:?} {before}");
     assert!(got.started > 0 && got.pid > 0 && !got.kubernetes && got.limits_set.is_empty(), "{got:?}");
 
     let blocks = format!("{}ratelimit {{ caller {{ rate = 20 burst = 40 }} }}\n", entry("/web", ""));

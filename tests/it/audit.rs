@@ -3,7 +3,10 @@
 use std::{fs, os::unix::net::UnixDatagram, path::Path};
 
 use aws_lc_rs::digest::{SHA256, digest};
-use nix::{sys::signal::Signal, unistd::getuid};
+use nix::{
+    sys::signal::Signal,
+    unistd::{getgid, getuid},
+};
 use serde_json::Value;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
@@ -81,6 +84,10 @@ async fn each_svid_is_told_of_once_and_the_rest_is_counted() {
         told.iter().filter(|line| line["message"].as_str().unwrap().contains("refused")).collect();
     assert!(refused.iter().map(times).sum::<u64>() == 7 && refused.len() == 2, "{told:#?}");
     assert!(refused.iter().all(|line| line["reason"] == "bad_audience" && line["method"] == "FetchJWTSVID"));
+    // The first says who it was, the others how often.
+    let who = [refused[0], refused[1]].map(|line| (&line["uid"], &line["gid"], &line["pid"]));
+    let own = (getuid().as_raw().into(), getgid().as_raw().into(), std::process::id().into());
+    assert_eq!(who, [(&own.0, &own.1, &own.2), (&Value::Null, &Value::Null, &Value::Null)]);
 
     let all = fs::read_to_string(&path).unwrap() + &fs::read_to_string(dir.path().join("log")).unwrap();
     assert!(tokens.iter().all(|token| !all.contains(token.rsplit('.').next().unwrap())));
@@ -110,6 +117,26 @@ async fn a_socket_may_be_the_place_and_may_be_missing() {
     end(&mut agent);
 }
 
+/// Lines that nobody takes are a warning in the log, which counts them exactly.
+#[tokio::test]
+async fn what_is_lost_of_the_audit_is_a_warning() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("nobody.sock");
+    let audit = format!("audit {{ socket_path = \"{}\" }}\n", path.display());
+    write_config(dir.path(), &(entry("/one", "") + &audit));
+    let mut agent = Process::spawn(dir.path());
+    let mut client = agent.serving(dir.path()).await;
+    for audience in ["a", "b", "c"] {
+        client.fetch_jwtsvid(request(jwt(audience))).await.unwrap();
+    }
+    end(&mut agent);
+    let log = fs::read_to_string(dir.path().join("log")).unwrap();
+    let told =
+        log.lines().filter_map(|line| line.split_once("audit: lines were lost")?.1.split_once("lost="));
+    let lost: u64 = told.map(|(_, count)| count.parse::<u64>().unwrap()).sum();
+    assert_eq!(lost, 6, "each token is made and given: {log}");
+}
+
 /// In the log the lines stand at info; switched off, nowhere.
 #[tokio::test]
 async fn the_log_is_the_place_by_default() {
@@ -122,9 +149,16 @@ async fn the_log_is_the_place_by_default() {
         let mut agent = Process::spawn(dir.path());
         let mut client = agent.serving(dir.path()).await;
         client.fetch_jwtsvid(request(jwt("a"))).await.unwrap();
+        let stream = client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap();
+        stream.into_inner().message().await.unwrap().unwrap();
+        client.fetch_jwtsvid(request(jwt(""))).await.unwrap_err();
         end(&mut agent);
         let log = fs::read_to_string(dir.path().join("log")).unwrap();
         assert_eq!(log.contains("audit: svid given"), is_told, "{log}");
+        // A caller is one word, whoever writes of it.
+        let callers = log.matches("caller=").count();
+        let plain = log.matches(&format!("caller=uid:{} uid={0} gid=", getuid())).count();
+        assert!(callers == plain && (callers >= 2) == is_told, "{log}");
     }
 }
 

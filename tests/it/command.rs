@@ -9,6 +9,7 @@ use std::{
     os::unix::{fs::MetadataExt as _, net::UnixStream},
     path::{Path, PathBuf},
     process::{Command, Output},
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -16,6 +17,7 @@ use std::{
 use nix::sys::signal::Signal;
 
 use crate::{
+    frames::{PREFACE, SETTINGS, frame},
     hostile::PATIENCE,
     support::{Process, entry, write_config},
 };
@@ -232,6 +234,121 @@ fn the_command_comes_back_when_it_is_told_to() {
     };
     assert_eq!(code, Some(1));
     assert!(err.contains("ResourceExhausted") && err.contains("try again in"), "{err}");
+}
+
+/// One place for this user, which somebody else has half of the time: the command comes back until it is let in, and an agent
+/// that is up is never called unhealthy. Where the place is never free the command says whom to ask.
+#[test]
+fn a_door_that_is_shut_for_a_moment_is_tried_again() {
+    let limits = "ratelimit { gate { caller { connections = 1 } } }\n";
+    let agent = Agent::start(&[limits, &entry("/one", "")].concat());
+    let socket = agent.socket();
+    let run =
+        |words: &[&str]| said(&durward(&[words, &["--socket-path", socket.to_str().unwrap()]].concat(), &[]));
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let other = scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                let held = hold(&socket);
+                thread::sleep(Duration::from_millis(60));
+                drop(held);
+                thread::sleep(Duration::from_millis(60));
+            }
+        });
+        let healthy: Vec<_> = (0..25).map(|_| run(&["healthcheck", "--verbose"])).collect();
+        let fetched: Vec<_> = (0..5)
+            .map(|_| {
+                run(&["api", "fetch", "jwt", "--audience", "a", "--output", "token", "--timeout", "60s"])
+            })
+            .collect();
+        over.store(true, Ordering::Relaxed);
+        other.join().unwrap();
+        assert!(healthy.iter().all(|(code, ..)| *code == Some(0)), "{healthy:#?}");
+        assert!(
+            fetched.iter().all(|(code, out, _)| *code == Some(0) && out.starts_with("ey")),
+            "{fetched:#?}"
+        );
+    });
+
+    let began = Instant::now();
+    let _held = loop {
+        let held = hold(&socket);
+        if let Some(held) = held {
+            break held;
+        }
+        assert!(began.elapsed() < PATIENCE, "the place is free at last");
+    };
+    for _ in 0..4 {
+        let (code, _, err) = run(&["api", "fetch", "jwt", "--audience", "a", "--timeout", "300ms"]);
+        let known = ["code = ResourceExhausted", "code = Unavailable desc = the agent at"];
+        assert!(code == Some(1) && known.iter().any(|known| err.contains(known)), "{code:?} {err}");
+        assert!(err.contains("durward limits"), "{err}");
+        let (code, out, err) = run(&["healthcheck"]);
+        assert!(code == Some(0) && out.contains("refuses this user"), "{code:?} {out} {err}");
+    }
+}
+
+/// A connection that the agent lets in, if it does: it has read its SETTINGS, which hold something.
+fn hold(socket: &Path) -> Option<UnixStream> {
+    let mut stream = UnixStream::connect(socket).ok()?;
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.write_all(&[PREFACE, &frame(SETTINGS, 0, 0, &[])].concat()).ok()?;
+    let mut head = [0; 9];
+    stream.read_exact(&mut head).ok()?;
+    (head[..3] != [0; 3]).then_some(stream)
+}
+
+/// The admin socket has few places: whoever finds none says so, and waits for one.
+#[test]
+fn the_places_of_the_admin_socket_are_waited_for() {
+    let agent = Agent::start(&entry("/one", ""));
+    let admin = agent.admin();
+    let show = |timeout: &str| {
+        let words = ["entry", "show", "--timeout", timeout, "--socket-path", admin.to_str().unwrap()];
+        said(&durward(&words, &[]))
+    };
+    let held: Vec<_> = (0..9).filter_map(|_| hold(&admin)).collect();
+    assert_eq!(held.len(), 8, "as many as there are");
+    let (code, out, err) = show("300ms");
+    assert_eq!((code, &*out), (Some(1), ""));
+    assert!(err.contains("places of the admin socket were taken"), "{err}");
+
+    let all: Vec<_> = thread::scope(|scope| {
+        let asked: Vec<_> = (0..12).map(|_| scope.spawn(|| show("60s"))).collect();
+        drop(held);
+        asked.into_iter().map(|one| one.join().unwrap()).collect()
+    });
+    assert!(all.iter().all(|(code, out, _)| *code == Some(0) && out.starts_with("1 entry")), "{all:#?}");
+}
+
+/// Who has no identity is told what to ask, as it is to be typed for the process that started the command.
+#[test]
+fn without_an_identity_the_command_says_what_to_ask() {
+    let dir = tempfile::tempdir().unwrap();
+    let other = entry("/other", "").replace("]", ", \"unix:gid:4000000001\"]");
+    write_config(dir.path(), &other);
+    let path = dir.path().join("agent.conf");
+    let (old, socket) = (dir.path().join("api.sock"), dir.path().join("run/public/api.sock"));
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace(old.to_str().unwrap(), socket.to_str().unwrap())).unwrap();
+    let _agent = Process::spawn(dir.path());
+    let began = Instant::now();
+    while UnixStream::connect(&socket).is_err() {
+        assert!(began.elapsed() < PATIENCE, "it serves");
+        thread::sleep(Duration::from_millis(20));
+    }
+    let (code, _, err) = said(&durward(
+        &["api", "fetch", "jwt", "--audience", "a", "--socket-path", socket.to_str().unwrap()],
+        &[],
+    ));
+    assert_eq!(code, Some(3), "{err}");
+    let admin = dir.path().join("run/private/admin.sock");
+    let want = format!("`durward explain --pid {} --socket-path {}`", std::process::id(), admin.display());
+    assert!(err.contains(&want), "{want} in {err}");
+    let words = want.trim_matches('`').split(' ').skip(1).collect::<Vec<_>>();
+    let (code, out, err) = said(&durward(&words, &[]));
+    assert_eq!((code, &*err), (Some(0), ""));
+    assert!(out.contains("spiffe://example.org/other"), "{out}");
 }
 
 /// Where the output is the journal's each line begins with how severe it is; elsewhere none does.

@@ -269,7 +269,7 @@ fn what_a_burst_of_requests_leaves_behind_is_held() {
     for stream in &mut open {
         assert!(!drain(stream), "{}", agent.log());
     }
-    let each = PARKED + HTTP2 + u64::from(REQUESTS - 4) * HEAD;
+    let each = PARKED + HTTP2 + u64::from(REQUESTS - 6) * HEAD;
     let held = agent.wait_for("held", |held| held >= CONNECTIONS * each);
     let took = agent.measured().saturating_sub(before);
     let most = if cfg!(debug_assertions) { held + held / 4 } else { held } + (1 << 20);

@@ -83,6 +83,17 @@ async fn who_has_no_number_is_not_taken_for_nobody() {
     let told =
         log.lines().filter(|line| line.contains("the agent runs in a user namespace that does not")).count();
     assert_eq!(told, 1, "once: {log}");
+    // It is no fault: the status has a word of its own for it.
+    let mut status = Command::new(env!("CARGO_BIN_EXE_durward"));
+    let status =
+        status.args(["status", "--socket-path"]).arg(dir.path().join("data/admin.sock")).output().unwrap();
+    let status = String::from_utf8(status.stdout).unwrap();
+    assert!(status.contains("Found:        the agent runs in a user namespace"), "{status}");
+    assert!(status.contains("Wrong:        nothing\n"), "{status}");
+    assert!(
+        status.lines().count() <= 23 && status.lines().all(|line| line.chars().count() <= 80),
+        "{status}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -309,16 +309,19 @@ pub struct StatusResponse {
     pub streams: u64,
     #[prost(uint64, tag = "21")]
     pub parked: u64,
+    /// What the agent found at its start about where it runs, and serves all the same, in words.
+    #[prost(string, repeated, tag = "22")]
+    pub surroundings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Times are in seconds since 1970.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CaStatus {
-    /// Of the certificate that signs X.509-SVIDs.
+    /// Of the certificate that signs X.509-SVIDs: when it was made, and until when it is valid.
     #[prost(int64, tag = "1")]
     pub x509_from: i64,
     #[prost(int64, tag = "2")]
     pub x509_until: i64,
-    /// Of the key that signs JWT-SVIDs.
+    /// The same of the key that signs JWT-SVIDs.
     #[prost(int64, tag = "3")]
     pub jwt_from: i64,
     #[prost(int64, tag = "4")]

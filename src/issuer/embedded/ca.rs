@@ -160,7 +160,7 @@ impl EmbeddedCa {
         let (settings, signing) = (self.settings.load(), self.signing.load());
         // The next authority is known for a third of a life before it signs: others look at least twice in that time.
         let hint = (settings.issuer.ca_ttl / 6).clamp(Duration::from_secs(1), LONGEST_REFRESH);
-        let term = |term: Term| (term.not_before, term.not_after);
+        let term = |term: Term| (term.issued_at, term.not_after);
         CaStanding {
             bundle: Arc::clone(&signing.bundle),
             edition: Edition { sequence: signing.sequence, refresh_hint: hint },

@@ -1,0 +1,187 @@
+//! Why an agent gave no answer, in the words of grpc-go, which people grep for; and what a person can do about it.
+
+use std::{error::Error, fs, io, os::unix::fs::MetadataExt as _, time::Duration};
+
+use nix::unistd::{Uid, getegid, geteuid, getppid};
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
+
+use super::{
+    socket::{AgentAddress, AgentSocket, admin_beside},
+    terminal::clean,
+    text::{GoDuration, code_name},
+};
+use crate::peer::socket::MAX_PATH_LEN;
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CallError {
+    /// Nobody answers at the socket.
+    #[error(
+        "rpc error: code = Unavailable desc = no agent answers at {}: {}",
+        socket.at, said(cause)
+    )]
+    Connect { socket: AgentSocket, cause: io::Error },
+    /// Somebody took the connection, and ended it without an answer.
+    #[error("rpc error: code = Unavailable desc = the agent at {} closed the connection", socket.at)]
+    Closed { socket: AgentSocket, cause: Box<dyn Error + Send + Sync> },
+    /// The agent answered with an error, or gave no answer in time.
+    #[error("rpc error: code = {} desc = {}", code_name(status.code()), clean(status.message()))]
+    Status { socket: AgentSocket, status: Box<Status> },
+}
+
+impl CallError {
+    /// What `status` says of a call to `socket`. What an agent sent has no source; what has one was made on this side, where
+    /// the connection ended.
+    pub(super) fn of(socket: &AgentSocket, status: Status) -> Self {
+        let (socket, status) = (socket.clone(), Box::new(status));
+        match status.code() {
+            Code::Unknown | Code::Cancelled | Code::Unavailable if status.source().is_some() => {
+                Self::Closed { socket, cause: status }
+            }
+            _ => Self::Status { socket, status },
+        }
+    }
+
+    pub(super) fn code(&self) -> Code {
+        match self {
+            Self::Connect { .. } | Self::Closed { .. } => Code::Unavailable,
+            Self::Status { status, .. } => status.code(),
+        }
+    }
+
+    /// Whether the call was given up, on this side or the other.
+    pub(super) fn is_cancelled(&self) -> bool {
+        match self {
+            Self::Connect { .. } => false,
+            Self::Closed { .. } => true,
+            Self::Status { status, .. } => status.code() == Code::Cancelled,
+        }
+    }
+
+    /// When the agent says to come back, if it does.
+    pub(super) fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Connect { .. } | Self::Closed { .. } => None,
+            Self::Status { status, .. } => retry_delay(status),
+        }
+    }
+
+    /// What a person can do about it, if that is known.
+    pub(super) fn advice(&self) -> Option<String> {
+        match self {
+            Self::Connect { socket, cause } => Some(connect_advice(socket, cause)),
+            Self::Closed { socket, .. } => Some(closed_advice(socket)),
+            Self::Status { socket, status } => status_advice(socket, status),
+        }
+    }
+}
+
+/// The system's sentence without its number.
+fn said(err: &io::Error) -> String {
+    let text = err.to_string();
+    match text.split_once(" (os error") {
+        Some((sentence, _)) => sentence.to_lowercase(),
+        None => text,
+    }
+}
+
+const OWNERS_ALONE: &str = "The admin socket answers the agent's own user and root alone: try it with sudo.";
+
+fn connect_advice(socket: &AgentSocket, cause: &io::Error) -> String {
+    let chosen = format!("The path is {}.", socket.chosen);
+    let also = match cause.kind() {
+        io::ErrorKind::NotFound if socket.chosen.is_admin() => {
+            "Is the agent running, with this admin_socket_path?"
+        }
+        io::ErrorKind::PermissionDenied if socket.chosen.is_admin() => OWNERS_ALONE,
+        io::ErrorKind::NotFound => "Is the agent running, with this socket_path?",
+        io::ErrorKind::ConnectionRefused => "The agent that made this socket is gone: start it again.",
+        io::ErrorKind::PermissionDenied => {
+            "This user may not open it: look at the modes of the socket and of the directories above it."
+        }
+        io::ErrorKind::InvalidInput => {
+            return format!("{chosen} The path of a socket holds at most {MAX_PATH_LEN} bytes.");
+        }
+        io::ErrorKind::WouldBlock => "The queue of those who connect is full: the agent is busy, or hangs.",
+        _ => "Is it the socket of an agent?",
+    };
+    format!("{chosen} {also}")
+}
+
+fn closed_advice(socket: &AgentSocket) -> String {
+    if socket.is_not_ours() {
+        OWNERS_ALONE.to_owned()
+    } else if socket.chosen.is_admin() {
+        "All places of the admin socket were taken: try again, or wait longer with --timeout.".to_owned()
+    } else {
+        format!(
+            "An agent does this to a caller that is over a limit: {} shows whom it refuses.",
+            asking(socket, "limits")
+        )
+    }
+}
+
+fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
+    let at = &socket.at;
+    let retry = retry_delay(status).map(GoDuration);
+    match status.code() {
+        Code::PermissionDenied => Some(format!(
+            "No registration entry matches this process (user ID {uid}, group ID {}). An entry is needed whose selectors all \
+             fit, for example \"unix:uid:{uid}\". {} shows which entries nearly match.",
+            getegid(),
+            asking(socket, &format!("explain --pid {}", asked_of())),
+            uid = geteuid(),
+        )),
+        Code::ResourceExhausted => Some(format!(
+            "This caller is over its limit: try again {}; {} shows the limit.",
+            retry.map_or_else(|| "later".to_owned(), |delay| format!("in {delay}")),
+            asking(socket, "limits"),
+        )),
+        Code::DeadlineExceeded => {
+            Some(format!("The agent at {at} gave no answer in time; --timeout waits longer."))
+        }
+        Code::Unavailable => Some(match retry {
+            Some(delay) => format!(
+                "The agent asks to try again in {delay}; {} shows what it is short of.",
+                asking(socket, "limits")
+            ),
+            None => format!(
+                "The agent at {at} cannot answer now: look at its log, try again, or ask {}.",
+                asking(socket, &format!("explain --pid {}", asked_of()))
+            ),
+        }),
+        Code::Unimplemented => {
+            Some(format!("Whatever listens at {at} does not serve this call: is it the agent?"))
+        }
+        _ => None,
+    }
+}
+
+/// What the agent says about when to come back (`google.rpc.RetryInfo`).
+fn retry_delay(status: &Status) -> Option<Duration> {
+    status.get_details_retry_info()?.retry_delay.filter(|delay| !delay.is_zero())
+}
+
+/// The process that stands for this one, which is gone when somebody asks: the one that started it, where that is of the same
+/// user.
+fn asked_of() -> String {
+    let shell = getppid();
+    let same = fs::metadata(format!("/proc/{shell}")).is_ok_and(|it| it.uid() == geteuid().as_raw());
+    if shell.as_raw() > 0 && same { shell.to_string() } else { "PID".to_owned() }
+}
+
+/// The command that asks the admin socket of the agent at the public one of `socket`, as it is to be typed: for the agent's
+/// own user without sudo.
+fn asking(socket: &AgentSocket, words: &str) -> String {
+    let AgentAddress::Unix(public) = &socket.at else { return format!("`durward {words}` on its node") };
+    let Some((admin, is_default)) = admin_beside(public) else { return format!("`durward {words}`") };
+    let owner = admin.parent().and_then(|dir| fs::metadata(dir).ok()).map(|dir| Uid::from_raw(dir.uid()));
+    let sudo = if geteuid().is_root() || owner == Some(geteuid()) { "" } else { "sudo " };
+    match owner {
+        // The directory of a socket that was mounted here, or an agent whose admin socket is elsewhere.
+        None => format!("`durward {words}` on its node"),
+        Some(_) if is_default => format!("`{sudo}durward {words}`"),
+        Some(_) => format!("`{sudo}durward {words} --socket-path {}`", admin.display()),
+    }
+}
