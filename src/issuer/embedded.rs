@@ -35,7 +35,6 @@ use tokio::{
 use self::repair::Repair;
 pub use self::{
     ca::{EmbeddedCa, ROTATION_RETRY, Rotation, try_sources},
-    disk::{check_ca_key, check_data_dir},
     error::{Damage, IssuerError, SuppliedCaFault},
     settings::{EmbeddedSettings, IssuerSettings, MIN_CA_TTL, MIN_SVID_TTL},
 };
