@@ -302,7 +302,7 @@ impl fmt::Debug for EmbeddedIssuer {
 mod tests {
     use super::*;
     use crate::{
-        identity::{EntryAttributes, EntryId, KeyType, Selectors, SpiffeId},
+        identity::{AskedSelectors, EntryAttributes, EntryId, KeyType, SpiffeId},
         telemetry::metrics::Metrics,
     };
 
@@ -310,7 +310,7 @@ mod tests {
         Arc::new(Entry {
             id: EntryId::new(path),
             spiffe_id: SpiffeId::parse(&format!("spiffe://td{path}")).unwrap(),
-            selectors: Selectors::default(),
+            selectors: AskedSelectors::default(),
             x509_svid_ttl: None,
             jwt_svid_ttl: None,
             hint: "".into(),
