@@ -211,7 +211,7 @@ impl AgentParts {
         issuing.spawn(Arc::clone(&self.issuer).run());
         let gate = self.gate.clone();
         tasks.spawn_on(async move { gate.follow().await }, control);
-        tasks.spawn_on(keep_time(self.limits.clone(), self.gate.clone()), control);
+        tasks.spawn_on(keep_time(self.limits.clone(), self.gate.clone(), self.meter.clone()), control);
         for listener in http {
             let serving = async move {
                 // It serves for ever, or cannot begin.
