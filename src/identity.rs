@@ -21,7 +21,7 @@ pub mod taint;
 pub use bundle::{Bundle, Bundles};
 pub use entry::{Entry, EntryAttributes, EntryId};
 pub use index::EntryIndex;
-pub use selector::{Selector, Selectors};
+pub use selector::{AskedSelectors, Selector, Selectors};
 pub use spiffe_id::{SpiffeId, TrustDomain};
 pub use svid::{JwtSvid, KeyType, X509Svid};
 pub use taint::Tainted;

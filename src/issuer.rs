@@ -6,6 +6,7 @@
 
 pub mod choice;
 pub mod embedded;
+mod files;
 mod keys;
 pub mod lookout;
 pub mod metrics;
@@ -28,6 +29,7 @@ use tokio::{
 
 use self::{embedded::EmbeddedSettings, server::ServerSettings};
 pub use self::{
+    files::{FileFault, check_data_dir, check_supplied_secret},
     keys::{KeyFault, seed},
     lookout::{Lookout, Lookouts},
     metrics::SvidKind,

@@ -7,14 +7,14 @@ use std::{
     io,
     path::Path,
     sync::{
-        Arc, Weak,
+        Arc, OnceLock, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
-    thread,
+    thread::{self, Thread},
     time::{Duration, Instant},
 };
 
-use tokio::time::MissedTickBehavior;
+use tokio::time::sleep;
 
 use crate::{
     limits::{
@@ -29,12 +29,16 @@ use crate::{
     },
 };
 
-/// How often memory is looked at.
+/// How often memory is looked at, and how often while nobody calls.
 const EVERY: Duration = Duration::from_millis(250);
+const SELDOM: Duration = Duration::from_secs(1);
 /// For so many looks the cgroup stays the agent's own when somebody else was seen in it: a probe that an orchestrator runs.
 const ALONE_FOR: u32 = 40;
-/// How often processor time is looked at.
+/// How often processor time is looked at; and how often while nobody calls and next to none is used. The first call ends that.
 const OFTEN: Duration = Duration::from_millis(50);
+const QUIET: Duration = Duration::from_millis(250);
+/// One part in so many of the time is next to none.
+const A_LITTLE: u32 = 20;
 /// How the names of the threads that serve callers begin: the runtime's own word.
 const SERVING: &str = "tokio-rt";
 /// What the thread may need of a stack, in bytes.
@@ -60,6 +64,9 @@ struct MeteredCgroup {
     alone: AtomicBool,
     droppable: AtomicU64,
     kernel: AtomicU64,
+    /// Nobody calls.
+    quiet: AtomicBool,
+    thread: OnceLock<Thread>,
 }
 
 impl MemoryMeter {
@@ -75,16 +82,36 @@ impl MemoryMeter {
                 alone: AtomicBool::new(false),
                 droppable: AtomicU64::new(0),
                 kernel: AtomicU64::new(0),
+                quiet: AtomicBool::new(false),
+                thread: OnceLock::new(),
             })
         });
         if let Some(metered) = &metered {
-            let metered = Arc::downgrade(metered);
-            thread::Builder::new()
+            let watched = Arc::downgrade(metered);
+            let thread = thread::Builder::new()
                 .name("memory".to_owned())
                 .stack_size(STACK)
-                .spawn(move || watch(&metered))?;
+                .spawn(move || watch(&watched))?;
+            drop(metered.thread.set(thread.thread().clone()));
         }
         Ok(Self(metered))
+    }
+
+    /// Looks less often from now on.
+    fn rest(&self) {
+        if let Some(metered) = &self.0 {
+            metered.quiet.store(true, Relaxed);
+        }
+    }
+
+    /// Looks at once, and as often as ever from now on.
+    fn rouse(&self) {
+        if let Some(metered) = &self.0
+            && metered.quiet.swap(false, Relaxed)
+            && let Some(thread) = metered.thread.get()
+        {
+            thread.unpark();
+        }
     }
 
     /// What is charged to the cgroup by now, if it is the agent's alone.
@@ -104,23 +131,36 @@ fn watch(metered: &Weak<MeteredCgroup>) {
         metered.droppable.store(droppable, Relaxed);
         metered.kernel.store(kernel, Relaxed);
         metered.alone.store(parts.is_some() && others < ALONE_FOR, Relaxed);
+        let pause = if metered.quiet.load(Relaxed) { SELDOM } else { EVERY };
         drop(metered);
-        thread::park_timeout(EVERY);
+        thread::park_timeout(pause);
     }
 }
 
-/// Says for ever whether processor time is short.
-pub(super) async fn keep_time(limits: Limits, gate: Gate) {
-    let mut every = tokio::time::interval(OFTEN);
-    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+/// Says for ever whether processor time is short, and has the meter look less often while nobody calls.
+pub(super) async fn keep_time(limits: Limits, gate: Gate, meter: MemoryMeter) {
     let mut time = ProcessorTime::default();
     // Real time, whatever clock a test moves: so is what is used of it.
     let delay = RunDelay::of_threads(SERVING);
     // What it would have used counts: on a busy node it gets less, and would never know that it is behind.
     let wanted = || processor_time().saturating_add(delay.total());
     let mut before = (Instant::now(), wanted(), limits.served());
+    let mut quiet = false;
     loop {
-        every.tick().await;
+        if quiet {
+            meter.rest();
+            tokio::select! {
+                () = sleep(QUIET) => {}
+                () = limits.stirred() => {
+                    meter.rouse();
+                    // What comes with the first is looked at with it.
+                    sleep(OFTEN).await;
+                }
+            }
+        } else {
+            meter.rouse();
+            sleep(OFTEN).await;
+        }
         let now = (Instant::now(), wanted(), limits.served());
         let spell = Spell {
             elapsed: now.0.saturating_duration_since(before.0),
@@ -129,7 +169,9 @@ pub(super) async fn keep_time(limits: Limits, gate: Gate) {
             wanting: gate.wanting().saturating_add(limits.wanting()),
         };
         before = now;
+        quiet = spell.served == 0 && spell.wanting == 0 && spell.used <= spell.elapsed / A_LITTLE;
         let short = time.look(gate.processor_share(), spell);
+        quiet &= !short;
         if short != limits.room().is_short(Short::Processor) {
             limits.room().set(Short::Processor, short);
             tracing::debug!(short, used = ?spell.used, of = ?spell.elapsed, spell.wanting, "processor time");

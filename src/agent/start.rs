@@ -133,7 +133,11 @@ pub(super) struct Adjustable {
 }
 
 impl AgentParts {
-    fn of(config: &Config, clock: Clock, inherited: Inherited) -> anyhow::Result<(Self, Inherited, Option<Predecessor>)> {
+    fn of(
+        config: &Config,
+        clock: Clock,
+        inherited: Inherited,
+    ) -> anyhow::Result<(Self, Inherited, Option<Predecessor>)> {
         let metrics = Arc::new(Metrics::default().named_as_well(spire_names(config)));
         let series = AgentMetrics::new(metrics.registry(), clock);
         let issuer_series = Arc::new(IssuerMetrics::new(metrics.registry()));
@@ -238,7 +242,7 @@ impl AgentParts {
         issuing.spawn(Arc::clone(&self.issuer).run());
         let gate = self.gate.clone();
         tasks.spawn_on(async move { gate.follow().await }, control);
-        tasks.spawn_on(keep_time(self.limits.clone(), self.gate.clone()), control);
+        tasks.spawn_on(keep_time(self.limits.clone(), self.gate.clone(), self.meter.clone()), control);
         let mut answering = JoinSet::new();
         for listener in http {
             let serving = async move {

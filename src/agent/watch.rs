@@ -18,7 +18,7 @@ use crate::{
         report::{Event, foremost},
         shares::Taking,
     },
-    os::heap,
+    os::{heap, program},
     store::{JwtCache, Store, X509Cache},
     telemetry::registry::Label as _,
 };
@@ -31,6 +31,32 @@ const TICKS_PER_SHRINK: u32 = 40;
 
 /// Log lines about refusals and the gauges are worth a look this often.
 const TICKS_PER_REPORT: u32 = 4;
+
+/// The heap is given back once it has grown by so much, in bytes, and grows no more: what entries came in, and what their SVIDs
+/// were made with, is several times what stays of them.
+const GROWN: u64 = 1 << 20;
+
+/// When the pages of the program are given back that only its start needed: after so many looks.
+const STARTED: u32 = 40;
+
+/// When the heap is given back.
+#[derive(Debug, Default)]
+struct HeapGrowth {
+    /// As it was when it was last given back, or smaller since.
+    kept: u64,
+    /// As it was a second ago.
+    before: u64,
+}
+
+impl HeapGrowth {
+    /// Whether a heap of this size is to be given back. To be asked once a second.
+    fn is_over(&mut self, now: u64) -> bool {
+        self.kept = self.kept.min(now);
+        let is_over = now <= self.before && now >= self.kept + GROWN;
+        self.before = now;
+        is_over
+    }
+}
 
 /// What is looked after.
 pub(super) struct Watch {
@@ -54,6 +80,7 @@ impl Watch {
         let mut tick = 0_u32;
         // When, and how short memory was.
         let mut emptied: Option<(u32, Pressure)> = None;
+        let mut growth = HeapGrowth::default();
         loop {
             every.tick().await;
             let emptied_at = emptied.map_or(Pressure::None, |(at, then)| {
@@ -63,8 +90,17 @@ impl Watch {
                 emptied = Some((tick, pressure));
             }
             tick = tick.wrapping_add(1);
+            if tick == STARTED {
+                // Apart: the kernel looks at all that is mapped.
+                drop(tokio::task::spawn_blocking(program::give_back));
+            }
             if tick.is_multiple_of(TICKS_PER_REPORT) {
                 self.report();
+                let heap = || heap::resident_set().map_or(0, |set| set.without_files);
+                if growth.is_over(heap()) {
+                    heap::trim();
+                    growth.kept = heap();
+                }
             }
         }
     }
@@ -217,5 +253,35 @@ impl Watch {
             }
         }
         self.limits.account(Accounted { held: self.gate.memory().held, ..self.accounted() });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_heap_is_given_back_when_it_has_grown_and_grows_no_more() {
+        let mut growth = HeapGrowth { kept: 2 << 20, before: 2 << 20 };
+        for (case, kib, want) in [
+            ("as it was", 2048, false),
+            ("a little more", 2900, false),
+            ("that stays", 2900, false),
+            ("much more", 9000, false),
+            ("and more", 9500, false),
+            ("no more", 9500, true),
+        ] {
+            assert_eq!(growth.is_over(kib << 10), want, "{case}");
+        }
+        growth.kept = 5 << 20;
+        for (case, kib, want) in [
+            ("less", 5 << 10, false),
+            ("once is enough", 5 << 10, false),
+            ("fell by itself", 3 << 10, false),
+            ("grows from there", 4500, false),
+            ("no more", 4400, true),
+        ] {
+            assert_eq!(growth.is_over(kib << 10), want, "{case}");
+        }
     }
 }

@@ -22,7 +22,8 @@ use crate::{
         tree::{Place, quoted},
     },
     identity::{
-        Entry, EntryAttributes, EntryId, Selector, Selectors, SpiffeId, TrustDomain, entry::MAX_HINT_LEN,
+        AskedSelectors, Entry, EntryAttributes, EntryId, Selector, Selectors, SpiffeId, TrustDomain,
+        entry::MAX_HINT_LEN,
     },
     issuer::embedded::MIN_SVID_TTL,
 };
@@ -70,7 +71,7 @@ impl<'a> Entries<'a> {
     /// Checks them against each other.
     pub(super) fn finish(self) -> Vec<Arc<Entry>> {
         let Self { problems, list, .. } = self;
-        let mut of_whom: HashMap<(&SpiffeId, &Selectors), Place> = HashMap::with_capacity(list.len());
+        let mut of_whom: HashMap<(&SpiffeId, &AskedSelectors), Place> = HashMap::with_capacity(list.len());
         let mut ids: HashMap<&EntryId, Place> = HashMap::with_capacity(list.len());
         for (entry, place) in &list {
             let key = || format!("entry {}", quoted(entry.spiffe_id.as_str()));
@@ -145,11 +146,11 @@ impl EntryRules<'_> {
         None
     }
 
-    fn selectors(&self, s: &mut Section<'_>) -> Selectors {
+    fn selectors(&self, s: &mut Section<'_>) -> AskedSelectors {
         const KEY: &str = "selectors";
         let Some(list) = s.strings(KEY) else {
             s.missing(KEY, "must be configured: selectors = [\"unix:uid:1000\"]");
-            return Selectors::new();
+            return AskedSelectors::default();
         };
         if list.value.is_empty() {
             let message = "an entry without selectors matches nobody; selectors = [\"unix:uid:1000\"]";
@@ -170,7 +171,7 @@ impl EntryRules<'_> {
                 }
             }
         }
-        selectors
+        selectors.into_iter().collect()
     }
 
     fn ttl(&self, s: &mut Section<'_>, key: &'static str) -> Option<Duration> {
@@ -284,7 +285,7 @@ impl Fingerprint {
         self
     }
 
-    fn selectors(&mut self, selectors: &Selectors) -> &mut Self {
+    fn selectors(&mut self, selectors: &AskedSelectors) -> &mut Self {
         for selector in selectors {
             self.text(selector.kind()).text(selector.value());
         }

@@ -18,8 +18,8 @@ use crate::{
     attest::unix::may_look_at_executables,
     identity::{Bundle, bundle::MAX_LEN},
     issuer::{
-        IssuerChoice,
-        embedded::{IssuerError, check_ca_key, check_data_dir, try_sources},
+        FileFault, IssuerChoice, check_data_dir, check_supplied_secret,
+        embedded::{IssuerError, try_sources},
         server::settings::{KeyManagerSettings, NodeAttestorSettings, TrustBundleFormat},
     },
     os::trusted::{ClosedDir, PathError, Trust, TrustedDir},
@@ -198,10 +198,10 @@ impl Config {
             );
         }
         if let Some(file) = &issuer.ca_key_path {
-            match check_ca_key(file, trust) {
-                Err(IssuerError::Read { cause, .. }) if !tells(&cause) => {}
+            match check_supplied_secret(file, trust) {
+                Err(FileFault::Read { cause, .. }) if !tells(&cause) => {}
                 // Places says it.
-                Err(IssuerError::Path(_) | IssuerError::FileType { .. }) => {}
+                Err(FileFault::Path(_) | FileFault::FileType { .. }) => {}
                 checked => found.note("issuer \"embedded\".ca_key_path", file, checked),
             }
         }
@@ -246,8 +246,8 @@ impl Config {
         let error = match try_sources(&settings, trust, now) {
             Ok(()) => return,
             // Places says it, or the agent itself will.
-            Err(IssuerError::Path(_) | IssuerError::FileType { .. }) => return,
-            Err(IssuerError::Read { cause, .. }) if !tells(&cause) => return,
+            Err(IssuerError::File(FileFault::Path(_) | FileFault::FileType { .. })) => return,
+            Err(IssuerError::File(FileFault::Read { cause, .. })) if !tells(&cause) => return,
             Err(error) => error,
         };
         let key = match &error {

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fmt, sync::Arc, time::Duration};
 
-use super::{Selectors, SpiffeId, TrustDomain};
+use super::{AskedSelectors, SpiffeId, TrustDomain};
 
 /// The identity of an entry, which also orders answers: entries are served sorted by it, byte by byte, and the
 /// first is the caller's default (SPIRE: `pkg/agent/manager/cache`). From a SPIRE Server it is the server's; the
@@ -55,7 +55,7 @@ pub struct Entry {
     /// Whom the SVIDs name.
     pub spiffe_id: SpiffeId,
     /// All of these must have been attested. An entry without any matches nobody.
-    pub selectors: Selectors,
+    pub selectors: AskedSelectors,
     /// Lifetime of X.509-SVIDs; `None` takes the issuer's default (1 hour).
     pub x509_svid_ttl: Option<Duration>,
     /// Lifetime of JWT-SVIDs; `None` takes the issuer's default (5 minutes).

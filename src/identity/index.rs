@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use hashbrown::HashMap;
+use hashbrown::{HashMap, HashTable};
 
 use super::{Entry, EntryId, Selector, Selectors, SpiffeId};
 
@@ -15,8 +15,22 @@ use super::{Entry, EntryId, Selector, Selectors, SpiffeId};
 /// attested with n selectors looks up n lists, and meets only entries that ask for one of its rarest facts.
 #[derive(Debug, Default)]
 pub struct EntryIndex {
-    entries: Vec<Arc<Entry>>,
-    by_selector: HashMap<Selector, Vec<usize>, ahash::RandomState>,
+    entries: Box<[Arc<Entry>]>,
+    /// Places in `entries`: those that stand under one selector next to each other, in their order.
+    by_selector: Box<[u32]>,
+    /// What stands under which selector, by its hash.
+    groups: HashTable<EntryGroup>,
+    hasher: ahash::RandomState,
+}
+
+/// Entries that stand under one selector, which is not kept again: the first of them has it.
+#[derive(Clone, Copy, Debug)]
+struct EntryGroup {
+    /// From where in `by_selector`, and how many.
+    from: u32,
+    count: u32,
+    /// Which selector of these entries' first.
+    nth: u32,
 }
 
 impl EntryIndex {
@@ -29,21 +43,58 @@ impl EntryIndex {
         entries.dedup_by(|a, b| a.id == b.id);
         entries.reverse();
 
-        let by_selector = {
-            let mut wanted: HashMap<&Selector, usize, ahash::RandomState> = HashMap::default();
-            for selector in entries.iter().flat_map(|entry| &entry.selectors) {
-                *wanted.entry(selector).or_default() += 1;
-            }
-            let mut by_selector: HashMap<Selector, Vec<usize>, ahash::RandomState> = HashMap::default();
-            for (at, entry) in entries.iter().enumerate() {
-                let rarest = entry.selectors.iter().min_by_key(|selector| wanted.get(selector));
-                if let Some(rarest) = rarest {
-                    by_selector.entry_ref(rarest).or_default().push(at);
-                }
-            }
-            by_selector
+        let mut wanted: HashMap<&Selector, u32, ahash::RandomState> = HashMap::default();
+        for selector in entries.iter().flat_map(|entry| &entry.selectors) {
+            *wanted.entry(selector).or_default() += 1;
+        }
+        let rarest = |(at, entry): (usize, &Arc<Entry>)| {
+            let (nth, _) =
+                entry.selectors.iter().enumerate().min_by_key(|(_, selector)| wanted.get(selector))?;
+            Some((small(at), small(nth)))
         };
-        Self { entries, by_selector }
+        let mut placed: Vec<(u32, u32)> = entries.iter().enumerate().filter_map(rarest).collect();
+        placed.sort_unstable_by_key(|(at, nth)| (selector_of(&entries, *at, *nth), *at));
+        drop(wanted);
+
+        let by_selector = placed.iter().map(|(at, _)| *at).collect();
+        let mut index = Self {
+            entries: entries.into(),
+            by_selector,
+            groups: HashTable::new(),
+            hasher: ahash::RandomState::new(),
+        };
+        let selector = |(at, nth): (u32, u32)| selector_of(&index.entries, at, nth);
+        let mut from = 0;
+        let groups = placed.chunk_by(|a, b| selector(*a) == selector(*b)).filter_map(|group| {
+            let group = EntryGroup { from, count: small(group.len()), nth: group.first()?.1 };
+            from += group.count;
+            Some(group)
+        });
+        let groups: Vec<EntryGroup> = groups.collect();
+        let mut table = HashTable::with_capacity(groups.len());
+        for group in groups {
+            table.insert_unique(index.hash(index.selector(&group)), group, |it| {
+                index.hash(index.selector(it))
+            });
+        }
+        index.groups = table;
+        index
+    }
+
+    /// What the entries of a group stand under.
+    fn selector(&self, group: &EntryGroup) -> Option<&Selector> {
+        selector_of(&self.entries, *self.by_selector.get(large(group.from))?, group.nth)
+    }
+
+    fn hash(&self, selector: Option<&Selector>) -> u64 {
+        self.hasher.hash_one(selector)
+    }
+
+    /// The places of the entries that stand under a selector.
+    fn under(&self, selector: &Selector) -> &[u32] {
+        let group = self.groups.find(self.hash(Some(selector)), |it| self.selector(it) == Some(selector));
+        let places = group.and_then(|it| self.by_selector.get(large(it.from)..large(it.from + it.count)));
+        places.unwrap_or_default()
     }
 
     /// All entries, sorted by ID.
@@ -65,9 +116,8 @@ impl EntryIndex {
     pub fn matching(&self, selectors: &Selectors, wanted: Option<&SpiffeId>) -> Vec<&Arc<Entry>> {
         let mut at: Vec<usize> = selectors
             .iter()
-            .filter_map(|selector| self.by_selector.get(selector))
-            .flatten()
-            .copied()
+            .flat_map(|selector| self.under(selector))
+            .map(|at| large(*at))
             .filter(|at| self.entries.get(*at).is_some_and(|entry| entry.selectors.is_subset(selectors)))
             .collect();
         // An entry stands under one selector only, so no place comes twice.
@@ -94,8 +144,8 @@ impl EntryIndex {
     pub fn nearest(&self, attested: &Selectors, n: usize) -> Vec<Near> {
         let mut found: Vec<(usize, std::cmp::Reverse<usize>, usize)> = Vec::new();
         for (at, entry) in self.entries.iter().enumerate() {
-            let has = entry.selectors.intersection(attested).count();
-            let missing = entry.selectors.len() - has;
+            let missing = entry.selectors.difference(attested).count();
+            let has = entry.selectors.len() - missing;
             if has > 0 && missing > 0 {
                 found.push((missing, std::cmp::Reverse(has), at));
             }
@@ -109,6 +159,20 @@ impl EntryIndex {
             })
             .collect()
     }
+}
+
+/// The selector of an entry, by the places of both.
+fn selector_of(entries: &[Arc<Entry>], at: u32, nth: u32) -> Option<&Selector> {
+    entries.get(large(at))?.selectors.get(large(nth))
+}
+
+/// A place, of which there are fewer than four billion.
+fn small(place: usize) -> u32 {
+    u32::try_from(place).unwrap_or(u32::MAX)
+}
+
+fn large(place: u32) -> usize {
+    usize::try_from(place).unwrap_or(usize::MAX)
 }
 
 /// An entry that does not match, and what it misses.
@@ -126,14 +190,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::identity::EntryAttributes;
+    use crate::identity::{AskedSelectors, EntryAttributes};
 
     fn entry(name: &str, selectors: &str, hint: &str, created_at: i64) -> Arc<Entry> {
         Arc::new(Entry {
             id: EntryId::new(name),
             spiffe_id: SpiffeId::parse(&format!("spiffe://td/{}", name.trim_end_matches(char::is_numeric)))
                 .unwrap(),
-            selectors: parse(selectors),
+            selectors: asked(selectors),
             x509_svid_ttl: None,
             jwt_svid_ttl: None,
             hint: hint.into(),
@@ -143,6 +207,10 @@ mod tests {
             revision: 0,
             attributes: EntryAttributes::default(),
         })
+    }
+
+    fn asked(selectors: &str) -> AskedSelectors {
+        parse(selectors).into_iter().collect()
     }
 
     fn parse(selectors: &str) -> Selectors {

@@ -96,12 +96,8 @@ impl fmt::Debug for TrustDomain {
 }
 
 /// A SPIFFE ID, such as `spiffe://example.org/ns/prod/sa/web`. Cheap to clone.
-#[derive(Clone)]
-pub struct SpiffeId {
-    text: Arc<str>,
-    /// Where the path begins in `text`; `text.len()` when there is none.
-    path_at: usize,
-}
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SpiffeId(Arc<str>);
 
 impl SpiffeId {
     /// Parses an ID; the path may be absent.
@@ -122,7 +118,7 @@ impl SpiffeId {
         };
         check_trust_domain(name)?;
         check_path(path)?;
-        Ok(Self { text: text.into(), path_at: text.len() - path.len() })
+        Ok(Self(text.into()))
     }
 
     /// Parses the ID of a workload: as [`SpiffeId::parse`], and the path must be there.
@@ -136,7 +132,7 @@ impl SpiffeId {
 
     /// The ID as text.
     pub fn as_str(&self) -> &str {
-        &self.text
+        &self.0
     }
 
     /// The trust domain it belongs to.
@@ -146,7 +142,7 @@ impl SpiffeId {
 
     /// The name of the trust domain it belongs to.
     pub fn trust_domain_name(&self) -> &str {
-        self.text.get(SCHEME.len()..self.path_at).unwrap_or_default()
+        self.parts().0
     }
 
     /// Whether it belongs to `trust_domain`.
@@ -156,7 +152,13 @@ impl SpiffeId {
 
     /// The path with its leading slash, or an empty text.
     pub fn path(&self) -> &str {
-        self.text.get(self.path_at..).unwrap_or_default()
+        self.parts().1
+    }
+
+    /// The trust domain, and the path with its slash.
+    fn parts(&self) -> (&str, &str) {
+        let rest = self.0.get(SCHEME.len()..).unwrap_or_default();
+        rest.split_at_checked(rest.find('/').unwrap_or(rest.len())).unwrap_or_default()
     }
 
     /// Whether the path is `/spire` or below it, which SPIRE keeps for servers and agents.
@@ -166,38 +168,15 @@ impl SpiffeId {
     }
 }
 
-// The text alone decides: `path_at` follows from it.
-impl PartialEq for SpiffeId {
-    fn eq(&self, other: &Self) -> bool {
-        self.text == other.text
-    }
-}
-impl Eq for SpiffeId {}
-impl PartialOrd for SpiffeId {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-impl Ord for SpiffeId {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.text.cmp(&other.text)
-    }
-}
-impl std::hash::Hash for SpiffeId {
-    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        self.text.hash(state);
-    }
-}
-
 impl fmt::Display for SpiffeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
+        f.write_str(&self.0)
     }
 }
 
 impl fmt::Debug for SpiffeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(&*self.text, f)
+        fmt::Debug::fmt(&*self.0, f)
     }
 }
 

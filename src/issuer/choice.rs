@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{
-    Issuer, IssuerChoice, IssuerInput,
+    FileFault, Issuer, IssuerChoice, IssuerInput,
     embedded::{EmbeddedIssuer, IssuerError},
     metrics::IssuerMetrics,
     server::{DataFault, ServerIssuer},
@@ -24,7 +24,11 @@ pub enum OpenError {
 impl OpenError {
     /// Whether another agent has `data_dir`.
     pub fn is_locked(&self) -> bool {
-        matches!(self, Self::Embedded(IssuerError::Locked { .. }) | Self::Server(DataFault::Locked { .. }))
+        matches!(
+            self,
+            Self::Embedded(IssuerError::File(FileFault::Locked { .. }))
+                | Self::Server(DataFault::File(FileFault::Locked { .. }))
+        )
     }
 }
 

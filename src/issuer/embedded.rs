@@ -35,7 +35,6 @@ use tokio::{
 use self::repair::Repair;
 pub use self::{
     ca::{EmbeddedCa, ROTATION_RETRY, Rotation, try_sources},
-    disk::{check_ca_key, check_data_dir},
     error::{Damage, IssuerError, SuppliedCaFault},
     settings::{EmbeddedSettings, IssuerSettings, MIN_CA_TTL, MIN_SVID_TTL},
 };
@@ -307,7 +306,8 @@ impl fmt::Debug for EmbeddedIssuer {
 mod tests {
     use super::*;
     use crate::{
-        identity::{EntryAttributes, EntryId, KeyType, Selectors, SpiffeId},
+        identity::{AskedSelectors, EntryAttributes, EntryId, KeyType, SpiffeId},
+        issuer::FileFault,
         telemetry::metrics::Metrics,
     };
 
@@ -315,7 +315,7 @@ mod tests {
         Arc::new(Entry {
             id: EntryId::new(path),
             spiffe_id: SpiffeId::parse(&format!("spiffe://td{path}")).unwrap(),
-            selectors: Selectors::default(),
+            selectors: AskedSelectors::default(),
             x509_svid_ttl: None,
             jwt_svid_ttl: None,
             hint: "".into(),
@@ -346,13 +346,16 @@ mod tests {
         let (dir, issuer) = issuer(KeyType::EcP256);
         let settings = issuer.ca.settings();
         let now = issuer.clock.now();
-        assert!(matches!(EmbeddedCa::open(settings.clone(), now), Err(IssuerError::Locked { .. })));
+        assert!(matches!(
+            EmbeddedCa::open(settings.clone(), now),
+            Err(IssuerError::File(FileFault::Locked { .. }))
+        ));
         issuer.let_go();
         let next = EmbeddedCa::open(settings, now).unwrap();
         let kept = || std::fs::read(dir.path().join("data/issuer.json")).unwrap();
         let before = kept();
         let late = now + Duration::from_secs(400 * 86_400);
-        assert!(matches!(issuer.ca.rotate(late), Err(IssuerError::Locked { .. })));
+        assert!(matches!(issuer.ca.rotate(late), Err(IssuerError::File(FileFault::Locked { .. }))));
         assert_eq!(kept(), before);
         let made = issuer.mint_x509(&[entry("/a", "a")], crate::issuer::deadline()).await;
         assert!(made[0].is_ok(), "{made:?}");

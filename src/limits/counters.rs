@@ -1,9 +1,10 @@
 //! What the limits count. Labels come from closed sets ([`refusal`](super::refusal)): never a UID, a pod or a
 //! SPIFFE ID.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use metrics::{Counter, Gauge};
+use tokio::sync::Notify;
 
 use super::{
     bucket::Level,
@@ -57,6 +58,9 @@ pub(super) struct Counters {
     pub(super) accounted: Gauge,
     /// Connections that were let in, and calls that were.
     served: AtomicU64,
+    /// Somebody sleeps until the next decision.
+    awaited: AtomicBool,
+    stirred: Notify,
 }
 
 impl Counters {
@@ -117,7 +121,15 @@ impl Counters {
                 &[],
             ),
             served: AtomicU64::new(0),
+            awaited: AtomicBool::new(false),
+            stirred: Notify::new(),
         }
+    }
+
+    /// Waits for the next decision. One at a time can.
+    pub(super) async fn stirred(&self) {
+        self.awaited.store(true, Relaxed);
+        self.stirred.notified().await;
     }
 
     /// How many connections and calls were let in.
@@ -127,6 +139,10 @@ impl Counters {
 
     /// Counts a decision; the gate has no method.
     pub(super) fn count(&self, stage: Stage, method: Option<Method>, key: ChargedAs, decision: Decision) {
+        // Written only where somebody waits: every call comes by here.
+        if self.awaited.load(Relaxed) && self.awaited.swap(false, Relaxed) {
+            self.stirred.notify_one();
+        }
         let let_in = matches!(stage, Stage::Gate | Stage::Caller) && decision == Decision::Allowed;
         if let_in {
             self.served.fetch_add(1, Relaxed);

@@ -123,6 +123,12 @@ impl Limits {
         self.ledger().counters.served()
     }
 
+    /// Waits until somebody connects or calls, whatever becomes of it. For one at a time; who waited in vain may be told once
+    /// of what came before.
+    pub async fn stirred(&self) {
+        self.ledger().counters.stirred().await;
+    }
+
     /// How many calls are being attested.
     pub fn attestations(&self) -> u32 {
         self.ledger().slots.in_use()

@@ -447,7 +447,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        identity::{EntryAttributes, EntryId, KeyType, Selectors},
+        identity::{AskedSelectors, EntryAttributes, EntryId, KeyType},
         issuer::{
             embedded::{EmbeddedIssuer, EmbeddedSettings, IssuerSettings},
             metrics::IssuerMetrics,
@@ -492,7 +492,7 @@ mod tests {
         let entry = Arc::new(Entry {
             id: EntryId::new("1"),
             spiffe_id: id(1),
-            selectors: Selectors::default(),
+            selectors: AskedSelectors::default(),
             x509_svid_ttl: None,
             jwt_svid_ttl: None,
             hint: "".into(),

@@ -22,7 +22,7 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use durward::{
     identity::{
-        Bundle, Entry, EntryAttributes, EntryId, JwtSvid, KeyType, Selectors, SpiffeId, TrustDomain,
+        AskedSelectors, Bundle, Entry, EntryAttributes, EntryId, JwtSvid, KeyType, SpiffeId, TrustDomain,
         X509Svid, bundle::JwtPublicKey,
     },
     issuer::embedded::{EmbeddedCa, EmbeddedSettings, IssuerSettings},
@@ -59,7 +59,7 @@ fn entry(id: &str) -> Entry {
     Entry {
         id: EntryId::new(id),
         spiffe_id: SpiffeId::parse(id).unwrap(),
-        selectors: Selectors::default(),
+        selectors: AskedSelectors::default(),
         x509_svid_ttl: None,
         jwt_svid_ttl: None,
         hint: "".into(),

@@ -4,9 +4,12 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use durward::{
     identity::{Bundle, TrustDomain},
-    issuer::server::{
-        DataFault, Denial, OwnStanding, OwnSvid, ServerMetrics, ServerSettings,
-        settings::{JoinSettings, KeyManagerSettings, NodeAttestorSettings, SyncSettings},
+    issuer::{
+        FileFault,
+        server::{
+            DataFault, Denial, OwnStanding, OwnSvid, ServerMetrics, ServerSettings,
+            settings::{JoinSettings, KeyManagerSettings, NodeAttestorSettings, SyncSettings},
+        },
     },
     os::clock::Clock,
     telemetry::metrics::Metrics,
@@ -94,7 +97,10 @@ async fn a_token_is_used_once_and_what_it_brought_is_kept() {
     let own = opened(settings.clone(), Clock::SYSTEM).unwrap();
     let running = tokio::spawn(Arc::clone(&own).run());
     assert_eq!(serving(&own).await, "spiffe://example.org/spire/agent/join_token/once");
-    assert!(matches!(opened(settings.clone(), Clock::SYSTEM), Err(DataFault::Locked { .. })));
+    assert!(matches!(
+        opened(settings.clone(), Clock::SYSTEM),
+        Err(DataFault::File(FileFault::Locked { .. }))
+    ));
     running.abort();
     drop(running.await);
 

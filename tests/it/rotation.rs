@@ -52,7 +52,7 @@ fn entry(name: &str) -> Arc<Entry> {
     Arc::new(Entry {
         id: EntryId::new(name),
         spiffe_id: SpiffeId::parse(&format!("spiffe://td/{name}")).unwrap(),
-        selectors: selectors(),
+        selectors: selectors().into_iter().collect(),
         x509_svid_ttl: Some(HOUR),
         jwt_svid_ttl: None,
         hint: "".into(),

@@ -133,7 +133,7 @@ impl EmbeddedCa {
             return Err(x509.fault.or(jwt.fault).unwrap_or(unknown));
         }
         if x509.changed || jwt.changed || published {
-            let written = state.to_json(&settings.trust_domain).and_then(|text| data_dir.write(&text));
+            let written = state.to_json(&settings.trust_domain).and_then(|text| Ok(data_dir.write(&text)?));
             match written {
                 Ok(()) => {}
                 Err(_) if is_ready(&on_disk, now) => state = on_disk,

@@ -1,7 +1,6 @@
 //! What can go wrong when signing, rotating, or keeping state.
 
 use std::{
-    io,
     path::PathBuf,
     time::{Duration, SystemTime},
 };
@@ -9,54 +8,15 @@ use std::{
 use super::MIN_CA_TTL;
 use crate::{
     identity::{SpiffeId, TrustDomain, pem::LostBlock},
-    issuer::{MintError, keys::KeyFault},
-    os::trusted::PathError,
+    issuer::{FileFault, MintError, keys::KeyFault},
 };
 
 /// Why the embedded issuer could not do something. No variant holds a key or a token.
 #[derive(Debug, thiserror::Error)]
 pub enum IssuerError {
-    /// Reading failed.
-    #[error("cannot read {}: {cause}", path.display())]
-    Read { path: PathBuf, cause: io::Error },
-    /// Writing failed (no space, a read-only file system, no permission): what was there before is still there and in
-    /// force.
-    #[error("cannot write {}: {cause}", path.display())]
-    Write { path: PathBuf, cause: io::Error },
-    /// A file or directory belongs to another user than `ours`, which is the agent's effective uid.
-    #[error("{} belongs to uid {found}, but the agent runs as uid {ours} (chown {ours} {})", path.display(), path.display())]
-    Owner { path: PathBuf, found: u32, ours: u32 },
-    /// Others than the owner may read or write a file, or write to a directory.
-    #[error("{} has mode {found:04o}, which is open to others; it must be {want:04o} (chmod {want:o} {})", path.display(), path.display())]
-    Mode { path: PathBuf, found: u32, want: u32 },
-    /// Others than root and the agent's user may read a secret that was supplied.
-    #[error(
-        "{} has mode {found:04o}, and others can read it: nobody but the agent's user, a group of his own and root may \
-         ({remedy})",
-        path.display()
-    )]
-    OpenSecret {
-        path: PathBuf,
-        found: u32,
-        /// What makes it right.
-        remedy: String,
-    },
-    /// Something else stands where a file or directory should be.
-    #[error("{} is not a {want}", path.display())]
-    FileType {
-        path: PathBuf,
-        /// `directory` or `regular file`.
-        want: &'static str,
-    },
-    /// Others could put something else in the place of a file or directory.
+    /// A file or directory cannot be used.
     #[error(transparent)]
-    Path(PathError),
-    /// Another agent uses the directory.
-    #[error("{} is locked: another agent uses this data_dir", path.display())]
-    Locked { path: PathBuf },
-    /// The state file is larger than any that is written here.
-    #[error("{} has {found} bytes, more than the {most} that a state file can have", path.display())]
-    TooLarge { path: PathBuf, found: u64, most: u64 },
+    File(#[from] FileFault),
     /// The state file cannot be understood. It is left as it is.
     #[error("{} is damaged: {damage}; restore it from a backup, or move it away to start with new keys", path.display())]
     Damaged { path: PathBuf, damage: Damage },

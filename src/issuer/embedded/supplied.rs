@@ -17,10 +17,10 @@ use x509_parser::{
 };
 use zeroize::Zeroize as _;
 
-use super::{IssuerError, SuppliedCaFault, disk, name_constraints, rotation::from_unix};
+use super::{IssuerError, SuppliedCaFault, name_constraints, rotation::from_unix};
 use crate::{
     identity::{TrustDomain, pem::check_blocks},
-    issuer::keys::KeyPair,
+    issuer::{files, keys::KeyPair},
     os::trusted::Trust,
 };
 
@@ -82,8 +82,8 @@ impl SuppliedCa {
 }
 
 fn read_certificates(path: &Path, trust: Trust) -> Result<Vec<Vec<u8>>, IssuerError> {
-    let file = disk::open_to_read(path, trust)?;
-    let text = disk::read_file(path, file, MAX_FILE_LEN)?;
+    let file = files::open_to_read(path, trust)?;
+    let text = files::read_file(path, file, MAX_FILE_LEN)?;
     check_blocks(&text).map_err(|lost| IssuerError::SuppliedCa {
         path: path.to_owned(),
         fault: SuppliedCaFault::LostBlock(lost),
@@ -99,7 +99,7 @@ fn read_certificates(path: &Path, trust: Trust) -> Result<Vec<Vec<u8>>, IssuerEr
 
 /// `None` when the file holds no key that can be used.
 fn read_key(path: &Path, trust: Trust) -> Result<Option<KeyPair>, IssuerError> {
-    let text = disk::read_supplied_secret(path, trust, MAX_FILE_LEN)?;
+    let text = files::read_supplied_secret(path, trust, MAX_FILE_LEN)?;
     let Ok(mut der) = PrivateKeyDer::from_pem_slice(&text) else { return Ok(None) };
     let key = KeyPair::from_foreign(&der);
     der.zeroize();

@@ -11,11 +11,14 @@ use zeroize::{ZeroizeOnDrop, Zeroizing};
 
 use super::{
     error::DataFault,
-    files::{FileDir, object},
+    files::{damaged, object},
 };
 use crate::{
     identity::KeyType,
-    issuer::keys::{KeyFault, KeyPair, SignatureForm},
+    issuer::{
+        files::FileDir,
+        keys::{KeyFault, KeyPair, SignatureForm},
+    },
 };
 
 const NAME: &str = "keys.json";
@@ -83,7 +86,7 @@ impl AgentKeys {
     pub(super) fn open(dir: FileDir) -> Result<Self, DataFault> {
         let known = match dir.read(NAME)? {
             None => KeyTable::new(),
-            Some(text) => parse(&text).map_err(|damage| dir.put_aside(NAME, damage))?,
+            Some(text) => parse(&text).map_err(|damage| damaged(&dir, NAME, damage))?,
         };
         let known = Mutex::new(KnownKeys { keys: known, waiting: None });
         Ok(Self { dir: Some(dir), known, making: Mutex::new(()) })
@@ -124,7 +127,7 @@ impl AgentKeys {
         let mut next = keys;
         next.insert(place.to_owned(), key.pkcs8()?);
         if let Some(dir) = &self.dir {
-            dir.write(NAME, &written(&next))?;
+            dir.write(NAME, &written(&next)).map_err(DataFault::from)?;
         }
         *self.lock() = KnownKeys { keys: next, waiting: Some(place) };
         Ok(key)
@@ -178,12 +181,13 @@ pub(super) fn csr(key: &KeyPair) -> Result<Vec<u8>, rcgen::Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::issuer::server::files::UNFINISHED;
 
     #[test]
     fn the_two_places_are_taken_in_turns() {
         let at = tempfile::tempdir().unwrap();
         let path = at.path().join("keys");
-        let keys = AgentKeys::open(FileDir::open(&path, 0o700).unwrap()).unwrap();
+        let keys = AgentKeys::open(FileDir::open(&path, 0o700, UNFINISHED).unwrap()).unwrap();
         let certificate = |key: &KeyPair| {
             CertificateParams::new(vec!["a".to_owned()]).unwrap().self_signed(key).unwrap().der().to_vec()
         };
@@ -196,7 +200,7 @@ mod tests {
                 again.public_key(),
                 "one that is not in use yet is not thrown away"
             );
-            let again = AgentKeys::open(FileDir::open(&path, 0o700).unwrap()).unwrap();
+            let again = AgentKeys::open(FileDir::open(&path, 0o700, UNFINISHED).unwrap()).unwrap();
             let old = again.of(&leaf).expect("the key in use is kept until the next but one");
             assert_ne!(old.public_key(), next.public_key(), "{turn}");
             leaf = certificate(&next);

@@ -69,7 +69,8 @@ pub(super) enum AskFor {
     All,
 }
 
-/// Why a call brought nothing.
+/// Why a call brought nothing. Apart from [`ServerError`], of which copies stand in what people are shown: what is wrong with
+/// an answer is known to the part that reads it, and keeps its type so that it can be told from a lost connection.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CallFault {
     /// The server was not reached, or answers with an error.

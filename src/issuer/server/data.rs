@@ -14,9 +14,9 @@ use x509_parser::pem::Pem;
 
 use super::{
     error::DataFault,
-    files::{FileDir, object},
+    files::{damaged, object},
 };
-use crate::identity::TrustDomain;
+use crate::{identity::TrustDomain, issuer::files::FileDir};
 
 const NAME: &str = "agent-data.json";
 
@@ -142,7 +142,7 @@ impl AgentDataFile {
     pub(super) fn open(dir: FileDir, trust_domain: &TrustDomain) -> Result<Self, DataFault> {
         let known = match dir.read(NAME)? {
             None => AgentData::default(),
-            Some(text) => parse(&text).map_err(|damage| dir.put_aside(NAME, damage))?,
+            Some(text) => parse(&text).map_err(|damage| damaged(&dir, NAME, damage))?,
         };
         if let Some(found) = known.svid.first().and_then(|leaf| trust_domain_of(leaf))
             && found != trust_domain.name()
@@ -297,6 +297,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
+    use crate::issuer::server::files::UNFINISHED;
 
     #[test]
     fn what_spire_agent_writes_is_read_and_written_the_same() {
@@ -353,8 +354,12 @@ mod tests {
     fn a_damaged_file_is_kept_aside() {
         let at = tempfile::tempdir().unwrap();
         let path = at.path().join("data");
-        let open =
-            || AgentDataFile::open(FileDir::open(&path, 0o700)?, &TrustDomain::parse("example.org").unwrap());
+        let open = || {
+            AgentDataFile::open(
+                FileDir::open(&path, 0o700, UNFINISHED)?,
+                &TrustDomain::parse("example.org").unwrap(),
+            )
+        };
         open().unwrap().change(|data| data.reattestable = true).unwrap();
         for kept in ["agent-data.json.damaged", "agent-data.json.damaged.2"] {
             std::fs::write(path.join(NAME), "{\"svid\":").unwrap();

@@ -18,7 +18,7 @@ use super::proto::{
     types::{self as pb, EntryMask},
 };
 use crate::identity::{
-    Entry, EntryAttributes, EntryId, EntryIndex, Selector, Selectors, SpiffeId, TrustDomain,
+    AskedSelectors, Entry, EntryAttributes, EntryId, EntryIndex, Selector, SpiffeId, TrustDomain,
     entry::MAX_HINT_LEN,
 };
 
@@ -347,7 +347,7 @@ fn parse(entry: pb::Entry, trust_domain: &TrustDomain) -> Option<Entry> {
     if !fits {
         return None;
     }
-    let selectors = selectors.iter().map(selector).collect::<Option<Selectors>>()?;
+    let selectors = selectors.iter().map(selector).collect::<Option<AskedSelectors>>()?;
     let federates_with = federates_with
         .iter()
         .map(|name| TrustDomain::parse(name).ok())

@@ -9,7 +9,7 @@ use super::{
     dial::DialError,
     proto::types::{PermissionDeniedDetails, permission_denied_details::Reason},
 };
-use crate::identity::SpiffeId;
+use crate::{identity::SpiffeId, issuer::FileFault};
 
 /// The most that is kept of what a server says, in bytes.
 const LONGEST_MESSAGE: usize = 512;
@@ -74,22 +74,8 @@ pub enum Denial {
 /// What is wrong with what is kept on the disk.
 #[derive(Debug, thiserror::Error)]
 pub enum DataFault {
-    #[error("cannot read {}: {cause}", path.display())]
-    Read { path: PathBuf, cause: std::io::Error },
-    #[error("cannot write {}: {cause}", path.display())]
-    Write { path: PathBuf, cause: std::io::Error },
-    #[error("{} belongs to uid {found}, but the agent runs as uid {ours} (chown {ours} {})", path.display(), path.display())]
-    Owner { path: PathBuf, found: u32, ours: u32 },
-    #[error("{} has mode {found:04o}, which is open to others; it must be {want:04o} (chmod {want:o} {})", path.display(), path.display())]
-    Mode { path: PathBuf, found: u32, want: u32 },
-    #[error("{} is not a {want}", path.display())]
-    FileType { path: PathBuf, want: &'static str },
-    #[error("{0}")]
-    Path(crate::os::trusted::PathError),
-    #[error("{} is locked: another agent uses this data_dir", path.display())]
-    Locked { path: PathBuf },
-    #[error("{} has {found} bytes, more than the {most} that it can have", path.display())]
-    TooLarge { path: PathBuf, found: u64, most: u64 },
+    #[error(transparent)]
+    File(#[from] FileFault),
     /// It was put aside.
     #[error("{} is damaged: {damage}; it is kept as {}", path.display(), kept.display())]
     Damaged { path: PathBuf, damage: &'static str, kept: PathBuf },

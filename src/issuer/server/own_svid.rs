@@ -20,7 +20,7 @@ use super::{
     data::{AgentData, AgentDataFile},
     dial::Dialer,
     error::{DataFault, Denial, ServerError},
-    files::{DirLock, FileDir},
+    files::UNFINISHED,
     metrics::ServerMetrics,
     reading::SlowReads,
     settings::{KeyManagerSettings, ServerSettings},
@@ -29,6 +29,7 @@ use super::{
 };
 use crate::{
     identity::{Bundle, SpiffeId, Tainted},
+    issuer::files::{DirLock, FileDir},
     os::clock::Clock,
 };
 
@@ -114,12 +115,14 @@ impl OwnSvid {
         clock: Clock,
         metrics: Arc<ServerMetrics>,
     ) -> Result<Arc<Self>, DataFault> {
-        let dir = FileDir::open(&settings.data_dir, 0o755)?;
+        let dir = FileDir::open(&settings.data_dir, 0o755, UNFINISHED)?;
         let lock = dir.lock(LOCK)?;
         let data = Arc::new(AgentDataFile::open(dir, &settings.trust_domain)?);
         let keys = Arc::new(match &settings.key_manager {
             KeyManagerSettings::Memory => AgentKeys::in_memory(),
-            KeyManagerSettings::Disk(directory) => AgentKeys::open(FileDir::open(directory, 0o700)?)?,
+            KeyManagerSettings::Disk(directory) => {
+                AgentKeys::open(FileDir::open(directory, 0o700, UNFINISHED)?)?
+            }
         });
         let key_exchange =
             if settings.sync.require_pq_kem { KeyExchange::PostQuantum } else { KeyExchange::Any };
