@@ -19,6 +19,8 @@ use nix::{
 
 /// The most descriptors of a message.
 pub const MOST_DESCRIPTORS: usize = 4;
+/// The most that the kernel passes with one (unix(7)): all of them are taken, so that those that are too many can be closed.
+const SCM_MAX_FD: usize = 253;
 
 /// Sends a short message with descriptors, without waiting. They stay open here.
 ///
@@ -41,7 +43,7 @@ pub fn send(socket: &impl AsFd, message: &[u8], descriptors: &[BorrowedFd<'_>]) 
 /// has no room for them.
 #[expect(unsafe_code, reason = "descriptors arrive as numbers")]
 pub fn receive(socket: &UnixStream, into: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-    let mut control = cmsg_space!([RawFd; MOST_DESCRIPTORS]);
+    let mut control = cmsg_space!([RawFd; SCM_MAX_FD]);
     let mut parts = [IoSliceMut::new(into)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let received = loop {
@@ -51,15 +53,16 @@ pub fn receive(socket: &UnixStream, into: &mut [u8]) -> io::Result<(usize, Vec<O
         }
     };
     let mut descriptors = Vec::new();
-    for message in received.cmsgs()? {
+    let lost = || io::Error::new(io::ErrorKind::InvalidData, "descriptors were lost on their way");
+    for message in received.cmsgs().map_err(|_truncated| lost())? {
         if let ControlMessageOwned::ScmRights(numbers) = message {
             // SAFETY: the kernel has just made these descriptors for this process, and nothing else in it knows their
             // numbers; each is owned once.
             descriptors.extend(numbers.into_iter().map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
         }
     }
-    if received.flags.contains(MsgFlags::MSG_CTRUNC) {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "descriptors were lost on their way"));
+    if received.flags.contains(MsgFlags::MSG_CTRUNC) || descriptors.len() > MOST_DESCRIPTORS {
+        return Err(lost());
     }
     Ok((received.bytes, descriptors))
 }

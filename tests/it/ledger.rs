@@ -399,7 +399,7 @@ fn a_caller_has_its_share_of_places_and_a_neighbour_finds_one() {
         left = open.len();
     }
     assert!(left >= 130, "its share: {left}");
-    while !agent.log().contains("short_of=\"descriptors\"") {
+    while !agent.log().contains("short_of=descriptors") {
         assert!(began.elapsed() < PATIENCE, "{}", agent.log());
         thread::sleep(Duration::from_millis(100));
     }

@@ -80,7 +80,8 @@ async fn sighup_reloads_and_a_broken_file_changes_nothing() {
     assert!(!dir.path().join("api.sock").exists());
 }
 
-/// What 5,000 streams took is given back when they are gone (2 MiB may remain).
+/// What 5,000 streams took is given back when they are gone: 8 MiB remain of some 150 at most, and 2 when there were as many
+/// before.
 #[tokio::test(flavor = "multi_thread")]
 async fn five_thousand_streams_come_and_go() {
     const STREAMS: usize = 5_000;
@@ -96,12 +97,11 @@ async fn five_thousand_streams_come_and_go() {
     let socket = dir.path().join("api.sock");
     agent.serving(dir.path()).await;
 
-    let mut before = 0;
-    // The first round warms up what stays: threads, tables, the SVID.
-    for (round, count) in [(0, 200), (1, streams)] {
-        before = if round == 0 { before } else { agent.memory("VmRSS") };
-        let mut open = Vec::with_capacity(count);
-        for _ in 0..count {
+    // The first round leaves what stays, too: threads, tables, the SVID, and holes between these.
+    for more in [8 * 1024, 2 * 1024] {
+        let before = agent.memory("VmRSS");
+        let mut open = Vec::with_capacity(streams);
+        for _ in 0..streams {
             let mut client = client(&socket).await;
             let mut stream =
                 client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap().into_inner();
@@ -113,18 +113,14 @@ async fn five_thousand_streams_come_and_go() {
         let mut after = agent.memory("VmRSS");
         for _ in 0..100 {
             after = agent.memory("VmRSS");
-            if round == 1 && after <= before + 2048 {
+            if after <= before + more {
                 break;
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        if round == 1 {
-            println!(
-                "{streams} streams: {before} KiB before, {} KiB at most, {after} KiB after",
-                agent.memory("VmHWM")
-            );
-            assert!(after <= before + 2048, "{after} KiB after, {before} KiB before");
-        }
+        let most = agent.memory("VmHWM");
+        println!("{streams} streams: {before} KiB before, {most} KiB at most, {after} KiB after");
+        assert!(after <= before + more, "{after} KiB after, {before} KiB before");
     }
 }
 
