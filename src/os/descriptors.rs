@@ -38,7 +38,7 @@ pub fn send(socket: &impl AsFd, message: &[u8], descriptors: &[BorrowedFd<'_>]) 
 ///
 /// # Errors
 /// What the kernel says; `InvalidData` when descriptors are lost: there were more than [`MOST_DESCRIPTORS`], or this process
-/// has no room for them.
+/// has no room for them. Some may stay open then, unknown to anybody: it is an error to end with.
 #[expect(unsafe_code, reason = "descriptors arrive as numbers")]
 pub fn receive(socket: &UnixStream, into: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut control = cmsg_space!([RawFd; MOST_DESCRIPTORS]);
@@ -51,15 +51,13 @@ pub fn receive(socket: &UnixStream, into: &mut [u8]) -> io::Result<(usize, Vec<O
         }
     };
     let mut descriptors = Vec::new();
-    for message in received.cmsgs()? {
+    let lost = |_cut: Errno| io::Error::new(io::ErrorKind::InvalidData, "descriptors were lost on their way");
+    for message in received.cmsgs().map_err(lost)? {
         if let ControlMessageOwned::ScmRights(numbers) = message {
             // SAFETY: the kernel has just made these descriptors for this process, and nothing else in it knows their
             // numbers; each is owned once.
             descriptors.extend(numbers.into_iter().map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
         }
-    }
-    if received.flags.contains(MsgFlags::MSG_CTRUNC) {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "descriptors were lost on their way"));
     }
     Ok((received.bytes, descriptors))
 }
