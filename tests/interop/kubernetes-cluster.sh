@@ -172,11 +172,12 @@ update_loses_no_call() {
     kubectl -n durward rollout restart daemonset/durward >/dev/null
     kubectl -n durward rollout status daemonset/durward --timeout=120s >/dev/null ||
         fail "an update with maxSurge ends: $(kubectl -n durward get pods; kubectl -n durward logs -l app=durward --tail=20)"
-    [ "$(kubectl -n durward get pods -o name)" != "$before" ] || fail "there is another agent"
+    kubectl -n durward wait --for=delete "$before" --timeout=60s >/dev/null || fail "the one that has handed over ends"
     until_true 60 more_than "$(($(grep -c ^answered "$calls") + 10))"
     kill "$polite" && wait "$polite" 2>/dev/null || true
     [ "$(grep -vc ^answered "$calls")" = 0 ] || fail "an update loses no call ($1): $(grep -v ^answered "$calls" | head -n 3)"
-    kubectl -n durward logs daemonset/durward | grep -q 'another agent has handed over' || fail "handed over ($1)"
+    kubectl -n durward logs daemonset/durward >"$dir/said.txt" 2>/dev/null
+    grep -q 'another agent has handed over' "$dir/said.txt" || fail "handed over ($1): $(cat "$dir/said.txt")"
     note "$(grep -c ^answered "$calls") calls during an update with maxSurge ($1), and none is lost"
 }
 
