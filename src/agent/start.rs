@@ -133,7 +133,11 @@ pub(super) struct Adjustable {
 }
 
 impl AgentParts {
-    fn of(config: &Config, clock: Clock, inherited: Inherited) -> anyhow::Result<(Self, Inherited, Option<Predecessor>)> {
+    fn of(
+        config: &Config,
+        clock: Clock,
+        inherited: Inherited,
+    ) -> anyhow::Result<(Self, Inherited, Option<Predecessor>)> {
         let metrics = Arc::new(Metrics::default().named_as_well(spire_names(config)));
         let series = AgentMetrics::new(metrics.registry(), clock);
         let issuer_series = Arc::new(IssuerMetrics::new(metrics.registry()));
@@ -206,6 +210,8 @@ impl AgentParts {
     fn serve(self, config: Config, bound: BoundPlaces, control: &Handle) -> anyhow::Result<Running> {
         let BoundPlaces { http, admin, socket, came } = bound;
         let services = self.services()?;
+        // Before anybody asks how it is.
+        look_around(&self.health);
         let (connections, bounds) = channel::channel(connection_bounds(&config, self.means));
         let keys = Arc::new(caller_keys(&config));
         let (stats, admin_stats) = (Arc::<ConnectionStats>::default(), Arc::<ConnectionStats>::default());
@@ -248,7 +254,6 @@ impl AgentParts {
         }
 
         self.series.loaded();
-        look_around(&self.health);
         self.health.set(Probe::Healthy);
         let adjustable = Adjustable { parts: Arc::new(self), connections, log: None };
         let (config, asked, keeper) = (Arc::new(config), Some(asked), came.keeper());

@@ -64,7 +64,7 @@ pub(super) async fn check(args: &HealthArgs, terminal: &mut Terminal) -> Result<
         refused = is_refused(&socket, &asked).await;
     }
     if refused {
-        return Ok(terminal.print("Agent is up, and refuses this user for now: see its limits.\n")?);
+        return Ok(terminal.print(REFUSED)?);
     }
     match asked {
         Ok(ServingStatus::Serving) => Ok(terminal.print("Agent is healthy.\n")?),
@@ -80,6 +80,9 @@ pub(super) async fn check(args: &HealthArgs, terminal: &mut Terminal) -> Result<
         }
     }
 }
+
+/// From here the two look the same.
+const REFUSED: &str = "Agent is up, and refuses this user for now: see its limits, and in its log whether this node lets it tell callers apart.\n";
 
 /// How often an agent that refuses is asked before that is believed.
 const ATTEMPTS: u32 = 4;
