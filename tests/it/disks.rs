@@ -37,7 +37,8 @@ fn fails_until(ca: &EmbeddedCa, data: &Path, words: &str, mend: impl FnOnce()) {
     for _ in 0..2 {
         let error = ca.rotate(at(DUE)).unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
-        assert_eq!((state(), ca.bundle()), (before.clone(), bundle.clone()));
+        assert_eq!(state(), before);
+        assert_eq!(ca.bundle(), bundle);
     }
     mend();
     assert!(ca.rotate(at(DUE)).unwrap().bundle_changed, "made up for");
