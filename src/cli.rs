@@ -230,7 +230,7 @@ impl Failure {
 
 /// Runs the command that `args` (the program's name first) says, and gives the exit code.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    // First of all: an agent is sent them as soon as it has a PID.
+    // As before `main`, for who calls this from a program of his own.
     signals::hold();
     let mut terminal = Terminal::new();
     let parsed = command()

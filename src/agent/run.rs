@@ -226,6 +226,9 @@ impl Control<'_> {
             let Some((left, successor)) = self.look_after(agent, asked_at, signals, &log).await? else {
                 return Ok(());
             };
+            let mut well = JoinSet::new();
+            let manager = Arc::clone(&self.manager);
+            well.spawn(async move { manager.watch(|| true).await });
             let Some(again) = self.hand_over(left, successor, signals, &log).await? else { return Ok(()) };
             (agent, asked_at) = (again.agent, again.asked_at);
         }

@@ -210,6 +210,8 @@ impl AgentParts {
     fn serve(self, config: Config, bound: BoundPlaces, control: &Handle) -> anyhow::Result<Running> {
         let BoundPlaces { http, admin, socket, came } = bound;
         let services = self.services()?;
+        // Before anybody asks how it is.
+        look_around(&self.health);
         let (connections, bounds) = channel::channel(connection_bounds(&config, self.means));
         let keys = Arc::new(caller_keys(&config));
         let (stats, admin_stats) = (Arc::<ConnectionStats>::default(), Arc::<ConnectionStats>::default());

@@ -59,9 +59,7 @@ pub(super) async fn check(args: &HealthArgs, terminal: &mut Terminal) -> Result<
     let socket = args.socket.resolve(super::environment)?;
     match observe(&socket, args.timeout.limit(), terminal).await {
         AgentHealth::Serving => Ok(terminal.print("Agent is healthy.\n")?),
-        AgentHealth::Refusing => {
-            Ok(terminal.print("Agent is up, and refuses this user for now: see its limits.\n")?)
-        }
+        AgentHealth::Refusing => Ok(terminal.print(REFUSED)?),
         AgentHealth::Other(status) => Err(Unhealthy::Status(status.as_str_name()).into()),
         AgentHealth::Unknown(error) => {
             if args.verbose {
@@ -83,6 +81,9 @@ enum AgentHealth {
     Other(ServingStatus),
     Unknown(CallError),
 }
+
+/// From here the two look the same.
+const REFUSED: &str = "Agent is up, and refuses this user for now: see its limits, and in its log whether this node lets it tell callers apart.\n";
 
 /// How often an agent that refuses is asked before that is believed.
 const ATTEMPTS: u32 = 4;

@@ -280,7 +280,7 @@ fn check_supplied(path: &Path, file: &File, trust: Trust) -> Result<(), FileFaul
     let remedy = if is_read_only(file) {
         "set defaultMode: 0400 for the volume, or 0440 with fsGroup".to_owned()
     } else {
-        format!("chmod 600 {}", path.display())
+        trust.closing(file, &meta, path)
     };
     Err(FileFault::OpenSecret { path: path.to_owned(), found: meta.mode() & 0o7777, remedy })
 }

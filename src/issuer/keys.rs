@@ -188,6 +188,12 @@ impl rcgen::SigningKey for KeyPair {
 
 /// Has the library gather its first randomness, which takes some 25 ms of a processor, once for the process.
 ///
+/// # Decisions
+/// The jitter of the processor stays one of its two sources, and is what takes so long; `AWS_LC_SYS_NO_JITTER_ENTROPY` at the
+/// build leaves the kernel's alone. That would be sound, since getrandom(2) waits until it is seeded. But a variable holds for
+/// builds in this folder and not for those of a distribution or of `cargo install`, and nothing tells the two apart; and the
+/// time is spent on no thread that serves, while the configuration is read, before there is a socket.
+///
 /// # Errors
 /// It has none to give.
 pub fn seed() -> Result<(), KeyFault> {

@@ -40,7 +40,7 @@ pub fn send(socket: &impl AsFd, message: &[u8], descriptors: &[BorrowedFd<'_>]) 
 ///
 /// # Errors
 /// What the kernel says; `InvalidData` when descriptors are lost: there were more than [`MOST_DESCRIPTORS`], or this process
-/// has no room for them.
+/// has no room for them. Of the latter some may stay open, unknown to anybody: it is an error to end with.
 #[expect(unsafe_code, reason = "descriptors arrive as numbers")]
 pub fn receive(socket: &UnixStream, into: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut control = cmsg_space!([RawFd; SCM_MAX_FD]);

@@ -266,10 +266,10 @@ impl Trust {
                     left.push(name);
                     continue;
                 }
-                (Err(error), Missing::Stop) if error.is_missing() => {
-                    let names = std::iter::once(name).chain(left.into_iter().rev()).collect();
-                    return Ok(End::Nothing { here, shared, names });
-                }
+                (Err(error), Missing::Stop) if error.is_missing() => match to_be_made(name, &mut left) {
+                    Some(names) => return Ok(End::Nothing { here, shared, names }),
+                    None => continue,
+                },
                 (found, _) => found?,
             };
             if found.meta.is_dir() {
@@ -340,6 +340,23 @@ impl Trust {
         let honest = !text.as_bytes().contains(&b':') && !text.as_bytes().starts_with(b"/");
         Ok((honest || !in_proc).then(|| text.into()))
     }
+}
+
+/// What is missing of a way: `name`, and what is left behind it. What is made of it are directories, so one that the way
+/// leaves again (`..`) leads back to where it is missing: `None` when that is so of all, and the way goes on from there.
+fn to_be_made(name: OsString, left: &mut Vec<OsString>) -> Option<PathBuf> {
+    let mut names = vec![name];
+    while let Some(name) = left.pop() {
+        if name == ".." {
+            while names.pop().is_some_and(|name| name == ".") {}
+            if names.is_empty() {
+                return None;
+            }
+        } else {
+            names.push(name);
+        }
+    }
+    Some(names.iter().collect())
 }
 
 impl TrustedDir {

@@ -51,6 +51,12 @@ pub trait AcceptGate: Send + Sync + 'static {
         None
     }
 
+    /// Whether the user at the other end is all that counts, which the kernel recorded when it connected: then one whose
+    /// process cannot be held on to is let in too.
+    fn goes_by_user(&self) -> bool {
+        false
+    }
+
     /// Of whom the connection is one: they share the threads that close what is left in a connection, the places of those
     /// who wait, and the answers. By default its user.
     fn family(&self, arrival: &Arrival) -> u64 {

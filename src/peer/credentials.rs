@@ -253,6 +253,15 @@ impl Arrival {
         };
         Ok(Peer { place, ..Peer::new(credentials, caller, process) })
     }
+
+    /// The same, and where there is nothing to hold on to, without: for a gate that [goes by the
+    /// user](super::AcceptGate::goes_by_user).
+    pub(super) fn let_in_by_user(self, stream: &impl AsFd) -> Peer {
+        let Self { credentials, caller, place, process } = self;
+        let process =
+            process.or_else(|| Process::of(stream, &credentials).ok()).unwrap_or(Process::OutOfNamespace);
+        Peer { place, ..Peer::new(credentials, caller, process) }
+    }
 }
 
 impl Peer {

@@ -222,7 +222,9 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         stream: Accepted<StdStream>,
         permit: G::Permit,
     ) -> Result<(), NotTaken> {
-        let peer = Arc::new(arrival.let_in(&stream)?);
+        let by_user = self.gate.goes_by_user();
+        let peer = if by_user { arrival.let_in_by_user(&stream) } else { arrival.let_in(&stream)? };
+        let peer = Arc::new(peer);
         let holding = G::holding(&permit);
         peer.holds(&holding);
         // Only now does the runtime hear of it.

@@ -159,9 +159,30 @@ agent_is ready true || fail "the agent is ready"
 kubectl -n durward get events | grep -i unhealthy && fail "a probe failed"
 note "the kubelet was asked $asked times, and no probe of the agent failed"
 
+# update_loses_no_call OF: the next agent takes the place of the one that runs (maxSurge), while a pod calls and calls.
+update_loses_no_call() {
+    local calls=$dir/polite-$1.txt polite before
+    more_than() { [ "$(grep -c ^answered "$calls")" -gt "$1" ]; }
+    # shellcheck disable=SC2016
+    kubectl -n bank exec ledger -- /bin/sh -c 'n=0; while [ $n -lt 2000 ]; do n=$((n + 1))
+        said=$(durward api fetch jwt -audience a -timeout 20s 2>&1) && echo answered || echo "lost: $said"; done' >"$calls" 2>&1 &
+    polite=$!
+    until_true 60 more_than 10
+    before=$(kubectl -n durward get pods -o name)
+    kubectl -n durward rollout restart daemonset/durward >/dev/null
+    kubectl -n durward rollout status daemonset/durward --timeout=120s >/dev/null ||
+        fail "an update with maxSurge ends: $(kubectl -n durward get pods; kubectl -n durward logs -l app=durward --tail=20)"
+    kubectl -n durward wait --for=delete "$before" --timeout=60s >/dev/null || fail "the one that has handed over ends"
+    until_true 60 more_than "$(($(grep -c ^answered "$calls") + 10))"
+    kill "$polite" && wait "$polite" 2>/dev/null || true
+    [ "$(grep -vc ^answered "$calls")" = 0 ] || fail "an update loses no call ($1): $(grep -v ^answered "$calls" | head -n 3)"
+    kubectl -n durward logs daemonset/durward >"$dir/said.txt" 2>/dev/null
+    grep -q 'another agent has handed over' "$dir/said.txt" || fail "handed over ($1): $(cat "$dir/said.txt")"
+    note "$(grep -c ^answered "$calls") calls during an update with maxSurge ($1), and none is lost"
+}
+
 # Another agent takes the place of this one: whoever has mounted the directory finds it, and who watches is told again.
-kubectl -n durward rollout restart daemonset/durward >/dev/null
-kubectl -n durward rollout status daemonset/durward --timeout=90s >/dev/null
+update_loses_no_call embedded
 served_again() { [[ $(kubectl -n bank exec ledger -- durward api fetch x509) == *spiffe://example.org/ns/bank/sa/ledger* ]]; }
 until_true 30 served_again
 kubectl -n shop get pods -o jsonpath='{.items[*].status.containerStatuses[*].restartCount}' | grep -qx 0 ||
@@ -230,6 +251,7 @@ change_conf "agent {
   server_address = \"$node_ip\"
   server_port = \"$port\"
   trust_bundle_path = \"/bundle/bootstrap.pem\"
+  take_over = true
 }
 plugins {
   NodeAttestor \"k8s_psat\" { plugin_data { cluster = \"lab\" } }
@@ -242,3 +264,5 @@ kubectl -n durward rollout status daemonset/durward --timeout=90s >/dev/null
 until_true 60 is of-server/ledger bank ledger
 [[ $(spire-server agent list) == *spiffe://example.org/spire/agent/k8s_psat/lab/* ]] || fail "k8s_psat: $(spire-server agent list)"
 note "and the same manifest joins a SPIRE Server by k8s_psat"
+
+update_loses_no_call server

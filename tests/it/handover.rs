@@ -289,6 +289,25 @@ async fn a_socket_of_the_service_manager_stays_its_own() {
     assert!(old.0.try_wait().unwrap().is_none());
 }
 
+/// A restart needs no other agent there: who connects meanwhile waits at the socket.
+#[test]
+fn restarts_of_an_agent_whose_socket_is_held_lose_no_call() {
+    let dir = configured("");
+    let dir = dir.path();
+    let held = UnixListener::bind(socket(dir)).unwrap();
+    let start = || Service::start(dir, vec![held.try_clone().unwrap().into()], &[]);
+    let mut service = start();
+    let polite = Polite::begin(dir);
+    for restart in 0..5 {
+        polite.go_on(&format!("restart {restart}"), dir);
+        service.signal(Signal::SIGTERM);
+        assert!(service.0.wait().unwrap().success(), "{}", log(dir));
+        service = start();
+    }
+    polite.go_on("at the end", dir);
+    assert_eq!(polite.end(), [], "no call is lost: {}", log(dir));
+}
+
 /// A request, as the next agent of this directory would send it.
 fn asking(dir: &Path, version: u32, trust_domain: &str, name: &str) -> String {
     let path = dir.join(name);

@@ -703,7 +703,9 @@ fn a_refused_health_check_is_no_dead_agent() {
         );
         agent.process.signal(Signal::SIGHUP);
         let began = Instant::now();
-        let refused = (Some(0), "Agent is up, and refuses this user for now: see its limits.\n".to_owned());
+        let said = "Agent is up, and refuses this user for now: see its limits, and in its log whether this node lets it tell \
+                    callers apart.\n";
+        let refused = (Some(0), said.to_owned());
         while check(&agent) != refused {
             assert!(began.elapsed() < PATIENCE, "{refusal}: {:?}", check(&agent));
         }

@@ -14,6 +14,7 @@ mod cli;
 mod command;
 mod config;
 mod corpus;
+mod disks;
 mod door;
 mod executables;
 mod forged;

@@ -119,6 +119,60 @@ async fn hidden_processes_are_no_healthy_node() {
     assert!(log.contains("processes of other users are hidden"), "{log}");
 }
 
+/// Runs a command that is given no pidfd, as before Linux 5.3: neither of a socket's other end nor by number.
+#[cfg(target_arch = "x86_64")]
+const NO_PIDFD: &str = "
+import ctypes, os, struct, sys
+step = lambda code, yes, no, value: struct.pack('HBBI', code, yes, no, value)
+answer = lambda errno: step(0x06, 0, 0, 0x00050000 | errno)
+load, same = lambda at: step(0x20, 0, 0, at), lambda value, no: step(0x15, 0, no, value)
+program = b''.join([load(0), same(55, 3), load(32), same(77, 3), answer(92), same(434, 1), answer(38), step(0x06, 0, 0, 0x7fff0000)])
+class Program(ctypes.Structure):
+    _fields_ = [('len', ctypes.c_ushort), ('filter', ctypes.c_char_p)]
+libc = ctypes.CDLL(None, use_errno=True)
+libc.prctl(38, 1, 0, 0, 0)
+if libc.prctl(22, 2, ctypes.byref(Program(len(program) // 8, program)), 0, 0):
+    sys.exit(77)
+os.execv(sys.argv[1], sys.argv[1:])
+";
+
+/// Nobody is served there, and an admin finds out why: whose the admin socket's other end is, the kernel says all the same.
+#[cfg(target_arch = "x86_64")]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kernel_without_pidfds_keeps_no_admin_out() {
+    let filter = ["python3", "-c", NO_PIDFD];
+    let can = Command::new(filter[0]).args(&filter[1..]).arg("/bin/true").status();
+    if !can.is_ok_and(|status| status.success()) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path(), &entry("/web", ""));
+    let mut agent = Process::spawn_by(&filter, dir.path());
+    let began = std::time::Instant::now();
+    while UnixStream::connect(dir.path().join("health.sock")).is_err() {
+        let log = || fs::read_to_string(dir.path().join("log")).unwrap();
+        assert!(began.elapsed() < PATIENCE && !agent.has_ended(), "{}", log());
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let answer = ready(dir.path()).await;
+    assert!(answer.starts_with("HTTP/1.1 500") && answer.contains("cannot be told apart"), "{answer}");
+    let log = fs::read_to_string(dir.path().join("log")).unwrap();
+    assert!(log.contains("the kernel gives no pidfd"), "{log}");
+    let command = |words: &[&str], flag: &str, socket: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_durward"));
+        let output = command.args(words).arg(flag).arg(dir.path().join(socket)).output().unwrap();
+        let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat();
+        (output.status.success(), said)
+    };
+    let (well, said) = command(&["status"], "--socket-path", "data/admin.sock");
+    assert!(well, "{said}");
+    let (_, said) = command(&["healthcheck"], "--socket-path", "api.sock");
+    assert!(said.contains("lets it tell callers apart"), "{said}");
+    let (well, said) =
+        command(&["api", "fetch", "jwt", "--audience", "a", "--timeout", "1s"], "--socket-path", "api.sock");
+    assert!(!well, "nobody is served: {said}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_socket_that_nobody_finds_is_no_ready_agent() {
     let dir = tempfile::tempdir().unwrap();

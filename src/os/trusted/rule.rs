@@ -119,6 +119,19 @@ impl Trust {
         mode == 0 || mode == 0o040 && owned && self.is_in_group(meta.gid()) && !mount::has_acl(file)
     }
 
+    /// The command by which a file of this owner and group comes to be read by nobody but the user and root, and by the user
+    /// still.
+    pub fn closing(self, file: &File, meta: &Metadata, path: &Path) -> String {
+        let path = path.display();
+        if meta.uid() == self.ours {
+            format!("chmod 600 {path}")
+        } else if meta.uid() == 0 && self.is_in_group(meta.gid()) && !mount::has_acl(file) {
+            format!("chmod 440 {path}")
+        } else {
+            format!("chown {} {path} && chmod 600 {path}", self.ours)
+        }
+    }
+
     fn is_in_group(self, gid: u32) -> bool {
         if self.ours != geteuid().as_raw() {
             return groups_of(self.ours).contains(&Gid::from_raw(gid));
@@ -318,4 +331,54 @@ fn groups_of(uid: u32) -> Vec<Gid> {
         getgrouplist(&CString::new(user.name).ok()?, user.gid).ok()
     };
     accounts::by(Instant::now() + GROUP_WITHIN, groups).flatten().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::fs::PermissionsExt as _, process::Command};
+
+    use super::*;
+
+    /// Whoever follows the advice has a file that is accepted, and that the user can read.
+    #[test]
+    fn a_secret_that_others_read_is_closed_by_the_command_that_is_given() {
+        const NOBODY: u32 = 65_534;
+        if !geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key");
+        for (ours, owner, group, mode) in [
+            (0, 0, 0, 0o644),
+            (0, 0, NOBODY, 0o440),
+            (NOBODY, 0, NOBODY, 0o444),
+            (NOBODY, 0, NOBODY, 0o660),
+            (NOBODY, 0, 0, 0o444),
+            (NOBODY, 0, 0, 0o440),
+            (NOBODY, NOBODY, NOBODY, 0o644),
+            (NOBODY, NOBODY, 0, 0o404),
+        ] {
+            let case = format!("user {ours}, file of {owner}:{group} with {mode:o}");
+            std::fs::write(&path, "").unwrap();
+            std::os::unix::fs::chown(&path, Some(owner), Some(group)).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            let trust = Trust::of(ours);
+            let look = || {
+                let file = File::open(&path).unwrap();
+                let meta = file.metadata().unwrap();
+                (file, meta)
+            };
+            let (file, meta) = look();
+            assert!(!trust.alone_reads(&file, &meta), "{case}");
+            let command = trust.closing(&file, &meta, &path);
+            assert!(
+                Command::new("sh").args(["-c", &command]).status().unwrap().success(),
+                "{case}: {command}"
+            );
+            let (file, meta) = look();
+            assert!(trust.alone_reads(&file, &meta), "{case}: {command}");
+            let by_group = meta.mode() & 0o040 != 0 && meta.gid() == NOBODY;
+            assert!(ours == 0 || meta.uid() == ours || by_group, "{case}: {command}: it can be read");
+        }
+    }
 }
