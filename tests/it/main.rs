@@ -15,6 +15,7 @@ mod command;
 mod config;
 mod corpus;
 mod door;
+mod excess;
 mod executables;
 mod forged;
 mod frames;
