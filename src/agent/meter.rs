@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::time::sleep;
+use tokio::{sync::Notify, time::sleep};
 
 use crate::{
     limits::{
@@ -29,14 +29,13 @@ use crate::{
     },
 };
 
-/// How often memory is looked at, and how often while nobody calls.
+/// How often memory is looked at; and how often while nobody calls.
 const EVERY: Duration = Duration::from_millis(250);
 const SELDOM: Duration = Duration::from_secs(1);
 /// For so many looks the cgroup stays the agent's own when somebody else was seen in it: a probe that an orchestrator runs.
 const ALONE_FOR: u32 = 40;
 /// How often processor time is looked at; and how often while nobody calls and next to none is used. The first call ends that.
 const OFTEN: Duration = Duration::from_millis(50);
-const QUIET: Duration = Duration::from_millis(250);
 /// One part in so many of the time is next to none.
 const A_LITTLE: u32 = 20;
 /// How the names of the threads that serve callers begin: the runtime's own word.
@@ -55,7 +54,24 @@ pub(super) struct ChargedMemory {
 
 /// The memory of the agent's own cgroup. Cheap to clone; its thread ends soon after the last one.
 #[derive(Clone, Debug)]
-pub(super) struct MemoryMeter(Option<Arc<MeteredCgroup>>);
+pub(super) struct MemoryMeter {
+    metered: Option<Arc<MeteredCgroup>>,
+    pace: Arc<LookPace>,
+}
+
+/// How often there is a look at what the agent uses.
+#[derive(Debug, Default)]
+struct LookPace {
+    /// Nobody calls.
+    quiet: AtomicBool,
+    roused: Notify,
+}
+
+impl LookPace {
+    fn pause(&self) -> Duration {
+        if self.quiet.load(Relaxed) { SELDOM } else { EVERY }
+    }
+}
 
 #[derive(Debug)]
 struct MeteredCgroup {
@@ -64,8 +80,6 @@ struct MeteredCgroup {
     alone: AtomicBool,
     droppable: AtomicU64,
     kernel: AtomicU64,
-    /// Nobody calls.
-    quiet: AtomicBool,
     thread: OnceLock<Thread>,
 }
 
@@ -82,47 +96,57 @@ impl MemoryMeter {
                 alone: AtomicBool::new(false),
                 droppable: AtomicU64::new(0),
                 kernel: AtomicU64::new(0),
-                quiet: AtomicBool::new(false),
                 thread: OnceLock::new(),
             })
         });
+        let pace = Arc::new(LookPace::default());
         if let Some(metered) = &metered {
-            let watched = Arc::downgrade(metered);
+            let (watched, pace) = (Arc::downgrade(metered), Arc::clone(&pace));
             let thread = thread::Builder::new()
                 .name("memory".to_owned())
                 .stack_size(STACK)
-                .spawn(move || watch(&watched))?;
+                .spawn(move || watch(&watched, &pace))?;
             drop(metered.thread.set(thread.thread().clone()));
         }
-        Ok(Self(metered))
+        Ok(Self { metered, pace })
     }
 
     /// Looks less often from now on.
     fn rest(&self) {
-        if let Some(metered) = &self.0 {
-            metered.quiet.store(true, Relaxed);
-        }
+        self.pace.quiet.store(true, Relaxed);
     }
 
     /// Looks at once, and as often as ever from now on.
     fn rouse(&self) {
-        if let Some(metered) = &self.0
-            && metered.quiet.swap(false, Relaxed)
-            && let Some(thread) = metered.thread.get()
-        {
+        if !self.pace.quiet.swap(false, Relaxed) {
+            return;
+        }
+        self.pace.roused.notify_one();
+        if let Some(thread) = self.metered.as_ref().and_then(|metered| metered.thread.get()) {
             thread.unpark();
         }
     }
 
+    /// Waits until memory is to be looked at again: for so long, or until somebody calls where nobody did. For one at a time.
+    /// Returns whether nobody did.
+    pub(super) async fn next_look(&self) -> bool {
+        let quiet = self.pace.quiet.load(Relaxed);
+        tokio::select! {
+            () = sleep(self.pace.pause()) => {}
+            () = self.pace.roused.notified() => {}
+        }
+        quiet
+    }
+
     /// What is charged to the cgroup by now, if it is the agent's alone.
     pub(super) fn charged(&self) -> Option<ChargedMemory> {
-        let metered = self.0.as_ref().filter(|metered| metered.alone.load(Relaxed))?;
+        let metered = self.metered.as_ref().filter(|metered| metered.alone.load(Relaxed))?;
         let used = metered.cgroup.charged()?.saturating_sub(metered.droppable.load(Relaxed));
         Some(ChargedMemory { used, kernel: metered.kernel.load(Relaxed) })
     }
 }
 
-fn watch(metered: &Weak<MeteredCgroup>) {
+fn watch(metered: &Weak<MeteredCgroup>, pace: &LookPace) {
     let mut others = ALONE_FOR;
     while let Some(metered) = metered.upgrade() {
         others = if metered.cgroup.is_alone() { 0 } else { others.saturating_add(1) };
@@ -131,9 +155,8 @@ fn watch(metered: &Weak<MeteredCgroup>) {
         metered.droppable.store(droppable, Relaxed);
         metered.kernel.store(kernel, Relaxed);
         metered.alone.store(parts.is_some() && others < ALONE_FOR, Relaxed);
-        let pause = if metered.quiet.load(Relaxed) { SELDOM } else { EVERY };
         drop(metered);
-        thread::park_timeout(pause);
+        thread::park_timeout(pace.pause());
     }
 }
 
@@ -149,18 +172,20 @@ pub(super) async fn keep_time(limits: Limits, gate: Gate, meter: MemoryMeter) {
     loop {
         if quiet {
             meter.rest();
+            let used = processor_time();
             tokio::select! {
-                () = sleep(QUIET) => {}
-                () = limits.stirred() => {
-                    meter.rouse();
-                    // What comes with the first is looked at with it.
-                    sleep(OFTEN).await;
+                () = sleep(SELDOM) => {
+                    if processor_time().saturating_sub(used) <= SELDOM / A_LITTLE {
+                        continue;
+                    }
                 }
+                () = limits.stirred() => {}
             }
-        } else {
-            meter.rouse();
-            sleep(OFTEN).await;
+            // How long threads waited meanwhile is nobody's: next to nothing was done.
+            before = (Instant::now(), wanted(), limits.served());
         }
+        meter.rouse();
+        sleep(OFTEN).await;
         let now = (Instant::now(), wanted(), limits.served());
         let spell = Spell {
             elapsed: now.0.saturating_duration_since(before.0),

@@ -1,7 +1,7 @@
-//! What the agent does every quarter of a second: looks how much memory it uses and acts on it, and says in
-//! the log who is being refused.
+//! What the agent does every quarter of a second, and while nobody calls every second: looks how much memory it uses and acts on
+//! it, and says in the log who is being refused.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use tokio::time::Instant;
 
@@ -23,20 +23,20 @@ use crate::{
     telemetry::registry::Label as _,
 };
 
-const EVERY: Duration = Duration::from_millis(250);
-
-/// Caches that were emptied are emptied again after so many looks, or when memory is shorter than then, and
+/// Caches that were emptied are emptied again after so many quarters of a second, or when memory is shorter than then, and
 /// not at each look: what is made anew costs its caller a signature.
 const TICKS_PER_SHRINK: u32 = 40;
 
 /// Log lines about refusals and the gauges are worth a look this often.
 const TICKS_PER_REPORT: u32 = 4;
+/// So many quarters of a second are between two looks while nobody calls.
+const TICKS_IN_QUIET: u32 = 4;
 
 /// The heap is given back once it has grown by so much, in bytes, and grows no more: what entries came in, and what their SVIDs
 /// were made with, is several times what stays of them.
 const GROWN: u64 = 1 << 20;
 
-/// When the pages of the program are given back that only its start needed: after so many looks.
+/// When the pages of the program are given back that only its start needed: after so many quarters of a second.
 const STARTED: u32 = 40;
 
 /// When the heap is given back.
@@ -74,27 +74,26 @@ pub(super) struct Watch {
 impl Watch {
     /// Looks for ever.
     pub(super) async fn run(self) {
-        let mut every = tokio::time::interval(EVERY);
-        every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut pressure = Pressure::None;
         let mut tick = 0_u32;
         // When, and how short memory was.
         let mut emptied: Option<(u32, Pressure)> = None;
         let mut growth = HeapGrowth::default();
+        let mut ticks = 1;
         loop {
-            every.tick().await;
             let emptied_at = emptied.map_or(Pressure::None, |(at, then)| {
                 if tick.wrapping_sub(at) < TICKS_PER_SHRINK { then } else { Pressure::None }
             });
             if self.relieve(&mut pressure, emptied_at) {
                 emptied = Some((tick, pressure));
             }
-            tick = tick.wrapping_add(1);
-            if tick == STARTED {
+            let before = tick;
+            tick = tick.wrapping_add(ticks);
+            if before < STARTED && tick >= STARTED {
                 // Apart: the kernel looks at all that is mapped.
                 drop(tokio::task::spawn_blocking(program::give_back));
             }
-            if tick.is_multiple_of(TICKS_PER_REPORT) {
+            if tick / TICKS_PER_REPORT != before / TICKS_PER_REPORT {
                 self.report();
                 let heap = || heap::resident_set().map_or(0, |set| set.without_files);
                 if growth.is_over(heap()) {
@@ -102,6 +101,7 @@ impl Watch {
                     growth.kept = heap();
                 }
             }
+            ticks = if self.meter.next_look().await { TICKS_IN_QUIET } else { 1 };
         }
     }
 

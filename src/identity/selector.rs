@@ -159,7 +159,7 @@ mod tests {
         let found: Selectors = ["unix:uid:1", "k8s:ns:b"].map(parse).into();
         assert!(!asked.is_subset(&found));
         assert!(asked.difference(&found).eq(["k8s-x:ns:a", "unix:uid:2"].map(parse).iter()));
-        assert!(asked.is_subset(&sorted.clone().into()));
+        assert!(asked.is_subset(&sorted.into()));
         assert!(AskedSelectors::default().is_subset(&found));
     }
 }

@@ -22,7 +22,7 @@ use tokio::{
 
 use super::{audit::AuditTrail, audited::AuditedCaller, entitlement::Charged};
 use crate::{
-    identity::{Entry, EntryId, EntryIndex, Tainted, X509Svid},
+    identity::{Entry, EntryId, EntryIndex, SpiffeId, Tainted, X509Svid},
     issuer::{self, Issuer, MintError, renewal},
     os::clock::Clock,
 };
@@ -56,13 +56,20 @@ struct HeldSvid {
     used: u64,
 }
 
+impl HeldSvid {
+    /// Whether it was made of the entry as it is. A server that was restored may have another under the same number.
+    fn is_of(&self, entry: &Entry) -> bool {
+        self.revision == entry.revision && self.svid.spiffe_id == entry.spiffe_id
+    }
+}
+
 #[derive(Debug, Default)]
 struct X509Table {
     held: HashMap<EntryId, HeldSvid, ahash::RandomState>,
     /// How many open streams hold the SVID of an entry.
     streams: HashMap<EntryId, usize, ahash::RandomState>,
     /// Who is being made: one at a time per entry as it is. After a reload nobody waits for what the entry was.
-    making: HashMap<(EntryId, i64), Arc<OnceCell<Served>>, ahash::RandomState>,
+    making: HashMap<(EntryId, i64, SpiffeId), Arc<OnceCell<Served>>, ahash::RandomState>,
     /// Who is being made ahead, and until when that may take.
     ahead: HashMap<EntryId, Instant, ahash::RandomState>,
     /// Until when nothing is made ahead.
@@ -311,7 +318,7 @@ impl X509Cache {
                 continue;
             }
             match held.get(&entry.id) {
-                Some(held) if held.revision == entry.revision => {}
+                Some(held) if held.is_of(entry) => {}
                 // It has its room already.
                 Some(_) => missing.push(Arc::clone(entry)),
                 None if room == 0 || entry.attributes.x509_on_demand => {}
@@ -395,7 +402,7 @@ impl X509Cache {
         let valid = held.svid.not_before <= now && now < held.svid.not_after;
         let served = Served { svid: Arc::clone(&held.svid), renew_at: held.renew_at, signed: false };
         let renewing = held.renewing_until.is_some_and(|until| Instant::now() < until);
-        let same = held.revision == entry.revision;
+        let same = held.is_of(entry);
         // A server may be away. What it signed for the entry before it changed names the same workload.
         let same_id = self.issuer.makes_ahead() && held.svid.spiffe_id == entry.spiffe_id;
         match (valid && (same || same_id), same && (now < held.renew_at || renewing)) {
@@ -412,7 +419,7 @@ impl X509Cache {
         whom: AuditedCaller,
         deadline: Instant,
     ) -> Result<Served, MintError> {
-        let key = (entry.id.clone(), entry.revision);
+        let key = (entry.id.clone(), entry.revision, entry.spiffe_id.clone());
         if let Some(wait) = self.lock().refused(entry) {
             return Err(MintError::Entry { retry_after: Some(wait), source: Box::new(NotSignedFor) });
         }
@@ -576,11 +583,13 @@ mod tests {
         let counted = Arc::new(IssuerMetrics::new(Metrics::default().registry()));
         let issuer = Arc::new(EmbeddedIssuer::open(settings, Clock::SYSTEM, counted).unwrap());
         let cache = X509Cache::new(issuer, Clock::SYSTEM, 10, None);
-        let begin = |id| Arc::clone(cache.lock().making.entry((EntryId::new(id), 0)).or_default());
+        let named = SpiffeId::parse("spiffe://td/web").unwrap();
+        let begin =
+            |id| Arc::clone(cache.lock().making.entry((EntryId::new(id), 0, named.clone())).or_default());
         let _waited_for = begin("waited for");
         drop(begin("left"));
         cache.due(1, |_| None);
-        let left: Vec<String> = cache.lock().making.keys().map(|(id, _)| id.to_string()).collect();
+        let left: Vec<String> = cache.lock().making.keys().map(|(id, _, _)| id.to_string()).collect();
         assert_eq!(left, ["waited for"]);
     }
 
@@ -591,7 +600,7 @@ mod tests {
             [("renewed in time", 100, 50, 50), ("renewal put off beyond the end", 100, 104, 100)]
         {
             let svid = Arc::new(X509Svid {
-                spiffe_id: crate::identity::SpiffeId::parse("spiffe://td/web").unwrap(),
+                spiffe_id: SpiffeId::parse("spiffe://td/web").unwrap(),
                 chain: Vec::new(),
                 key: Vec::new().into(),
                 not_before: born,

@@ -91,6 +91,21 @@ fn call(limits: &Limits, uid: u32, method: Method, entries: &[SpiffeId]) -> Resu
     limits.admit_identities(&mut admitted, entries)
 }
 
+#[tokio::test(start_paused = true)]
+async fn who_sleeps_while_nobody_calls_is_woken_by_the_first_call_served_or_refused() {
+    let limits = limits(&LimitSettings { caller: layers(quota(1.0, 1)), ..open() });
+    for refused in [false, true] {
+        let mut stirred = std::pin::pin!(limits.stirred());
+        assert!(stirred.as_mut().now_or_never().is_none(), "nobody calls");
+        if !refused {
+            let hour = Duration::from_secs(3600);
+            assert!(tokio::time::timeout(hour, &mut stirred).await.is_err(), "nobody calls");
+        }
+        assert_eq!(call(&limits, 7, JWT, &[]).is_err(), refused);
+        assert!(stirred.as_mut().now_or_never().is_some(), "somebody called");
+    }
+}
+
 /// How many calls pass before one is refused.
 fn passes(limits: &Limits, uid: u32, method: Method, entries: &[SpiffeId]) -> u32 {
     (0..10_000).find(|_| call(limits, uid, method, entries).is_err()).unwrap_or(10_000)

@@ -16,6 +16,7 @@ mod config;
 mod corpus;
 mod disks;
 mod door;
+mod excess;
 mod executables;
 mod forged;
 mod frames;

@@ -30,13 +30,13 @@ use crate::{
 };
 
 /// A server that knows a token, and an agent's configuration with it.
-async fn server_and_config(dir: &Path, more: &str) -> FakeSpireServer {
+pub(crate) async fn server_and_config(dir: &Path, more: &str) -> FakeSpireServer {
     let server = FakeSpireServer::start(Face::Right).await;
     configure(&server, dir, more);
     server
 }
 
-fn configure(server: &FakeSpireServer, dir: &Path, more: &str) {
+pub(crate) fn configure(server: &FakeSpireServer, dir: &Path, more: &str) {
     server.course().tokens.insert("once".to_owned());
     let roots =
         format!("trust_bundle_path = \"{}/roots.pem\"\n join_token = \"once\"\n {more}", dir.display());
@@ -56,7 +56,7 @@ async fn ids(socket: &Path) -> Result<BTreeSet<String>, Code> {
 }
 
 /// Waits until the socket gives these.
-async fn gives(socket: &Path, names: &[&str]) {
+pub(crate) async fn gives(socket: &Path, names: &[&str]) {
     let want: BTreeSet<String> = names.iter().map(|name| format!("spiffe://example.org/{name}")).collect();
     let waiting = async {
         // One that was killed leaves a socket at which nobody answers.
@@ -67,7 +67,7 @@ async fn gives(socket: &Path, names: &[&str]) {
     timeout(PATIENCE, waiting).await.unwrap_or_else(|_late| panic!("waited in vain for {want:?}"));
 }
 
-fn log(dir: &Path) -> String {
+pub(crate) fn log(dir: &Path) -> String {
     std::fs::read_to_string(dir.join("log")).unwrap_or_default()
 }
 

@@ -123,6 +123,10 @@ pub(crate) struct Course {
     pub(crate) attested: u32,
     pub(crate) renewed: u32,
     pub(crate) entries: Vec<types::Entry>,
+    /// How many certificates the chain of a workload has whose path begins with `/long`.
+    pub(crate) chain: usize,
+    /// The trust domains whose bundles were asked for.
+    pub(crate) federated: BTreeSet<String>,
     pub(crate) manner: Manner,
     /// How often entries were asked for.
     pub(crate) syncs: u32,
@@ -196,6 +200,8 @@ impl FakeSpireServer {
             attested: 0,
             renewed: 0,
             entries: Vec::new(),
+            chain: 1,
+            federated: BTreeSet::new(),
             manner: Manner::Right,
             syncs: 0,
             signed: 0,
@@ -440,6 +446,7 @@ impl bundle_api::bundle_server::Bundle for Api {
         request: Request<GetFederatedBundleRequest>,
     ) -> Result<Response<types::Bundle>, Status> {
         let trust_domain = request.into_inner().trust_domain;
+        self.course.lock().unwrap().federated.insert(trust_domain.clone());
         // What another trust domain says of itself.
         let mib = match trust_domain.as_str() {
             "good.org" => 0,
@@ -546,7 +553,10 @@ impl svid_api::svid_server::Svid for Api {
                 CertificateSigningRequestParams::from_der(&params.csr.as_slice().into()).unwrap();
             request.params.subject_alt_names = vec![uri(&format!("spiffe://{}{}", id.trust_domain, id.path))];
             request.params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-            let chain = vec![request.signed_by(&self.ca.issuer).unwrap().der().to_vec()];
+            let mut chain = vec![request.signed_by(&self.ca.issuer).unwrap().der().to_vec()];
+            if id.path.starts_with("/long") {
+                chain.resize(self.course.lock().unwrap().chain, self.ca.der.to_vec());
+            }
             let svid = types::X509svid { cert_chain: chain, id: Some(id), ..Default::default() };
             batch_new_x509svid_response::Result { status: Some(types::Status::default()), svid: Some(svid) }
         };
