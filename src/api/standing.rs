@@ -64,7 +64,8 @@ pub struct AgentStanding {
 }
 
 impl AgentStanding {
-    pub(super) fn status(&self) -> pb::StatusResponse {
+    /// How it is; `attestors_wrong` is what keeps attestors from telling who callers are.
+    pub(super) fn status(&self, attestors_wrong: Vec<String>) -> pb::StatusResponse {
         let snapshot = self.store.snapshot();
         let (due, refused) = self.x509.waited_for();
         let limits = self.limits.get();
@@ -95,6 +96,7 @@ impl AgentStanding {
             dry_run: limits.dry_run,
             streams: self.connections.streams(),
             parked: self.connections.parked(),
+            attestors_wrong,
         }
     }
 

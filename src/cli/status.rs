@@ -168,6 +168,7 @@ fn wrong(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime) 
     if !held.short_of.is_empty() {
         wrong.push(format!("short of {}: see durward limits", held.short_of.join(", ")));
     }
+    wrong.extend(told.attestors_wrong.iter().cloned());
     if let Some(server) = &told.server {
         if !server.waits_for.is_empty() {
             wrong.push(format!("waits for {}, for {}", server.waits_for, elapsed(server.waits_since, now)));

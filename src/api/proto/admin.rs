@@ -309,6 +309,9 @@ pub struct StatusResponse {
     pub streams: u64,
     #[prost(uint64, tag = "21")]
     pub parked: u64,
+    /// What keeps attestors from telling who callers are, each in one line.
+    #[prost(string, repeated, tag = "22")]
+    pub attestors_wrong: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Times are in seconds since 1970.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
