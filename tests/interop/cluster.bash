@@ -122,13 +122,15 @@ syncFrequency: 5s
 CONF
 }
 
-# An image with this durward where the Dockerfile puts it and with the command that it gives, a shell, and what they need.
+# An image with this durward where the Dockerfile puts it and with the command that it gives, a shell, what is in
+# `more_programs`, and what they need.
+more_programs=()
 make_image() {
-    local program command
+    local program command programs=(/bin/sh /bin/sleep /bin/cat /bin/mv "${more_programs[@]}")
     mkdir -p "$k"/rootfs/{usr/bin,bin,tmp}
     strip -o "$k/rootfs/usr/bin/durward" "$durward"
-    for program in /bin/sh /bin/sleep /bin/cat /bin/mv; do cp -L "$program" "$k/rootfs/bin/"; done
-    for program in "$durward" /bin/sh /bin/sleep /bin/cat /bin/mv; do
+    for program in "${programs[@]}"; do cp -L "$program" "$k/rootfs/bin/"; done
+    for program in "$durward" "${programs[@]}"; do
         ldd "$program" | grep -o '/[^ ]*' | while read -r library; do cp -L --parents "$library" "$k/rootfs/"; done
     done
     mapfile -t command < <(sed -nE 's/^(ENTRYPOINT|CMD) //p' "$root/packaging/Dockerfile" |

@@ -183,14 +183,14 @@ beside() {
     mkdir -p "$dir/$1"
     kubectl -n durward create token "$1" >"$dir/$1/token"
     cat >"$dir/$1/agent.conf" <<CONF
-agent { trust_domain = "example.org" socket_path = "$dir/$1/api.sock" admin_socket_path = "$dir/$1/private/admin.sock" data_dir = "$dir/$1/data" }
+agent { trust_domain = "example.org" socket_path = "$dir/$1/api.sock" admin_socket_path = "$dir/$1-private/admin.sock" data_dir = "$dir/$1/data" }
 plugins {
   WorkloadAttestor "k8s" { plugin_data { node_name = "$node_ip" kubelet_ca_path = "$k/ca.pem" token_path = "$dir/$1/token" } }
 }
 issuer "embedded" { }
 entry "spiffe://example.org/any" { selectors = ["k8s:ns:bank"] }
 CONF
-    mkdir -m 0700 "$dir/$1/private"
+    mkdir -m 0700 "$dir/$1-private"
     start_process "$1-agent" "$durward" run -config "$dir/$1/agent.conf"
     until_true 20 "$durward" healthcheck -socketPath "$dir/$1/api.sock"
 }
@@ -201,10 +201,10 @@ container_of() {
 pid_of() { ctr task ls | awk -v id="$(container_of "$@")" '$1 == id {print $2}'; }
 beside pods-alone nodes/pods
 beside nothing
-"$durward" explain -socketPath "$dir/pods-alone/private/admin.sock" -pid "$(pid_of bank ledger main)" >"$dir/said.txt" 2>&1 || true
+"$durward" explain -socketPath "$dir/pods-alone-private/admin.sock" -pid "$(pid_of bank ledger main)" >"$dir/said.txt" 2>&1 || true
 grep -q k8s:sa:ledger "$dir/said.txt" || fail "nodes/pods is enough: $(cat "$dir/said.txt" "$dir/pods-alone-agent.log")"
-"$durward" explain -socketPath "$dir/nothing/private/admin.sock" -pid "$(pid_of bank ledger main)" >"$dir/said.txt" 2>&1 || true
-"$durward" status -socketPath "$dir/nothing/private/admin.sock" >>"$dir/said.txt"
+"$durward" explain -socketPath "$dir/nothing-private/admin.sock" -pid "$(pid_of bank ledger main)" >"$dir/said.txt" 2>&1 || true
+"$durward" status -socketPath "$dir/nothing-private/admin.sock" >>"$dir/said.txt"
 grep -q 'Wrong:.*(403): allow its service account get on nodes/proxy, or on nodes/pods' "$dir/said.txt" || fail "the status: $(cat "$dir/said.txt")"
 note "get on nodes/pods is enough, and without it the status says so"
 
