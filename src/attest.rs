@@ -198,6 +198,11 @@ impl Attestor {
         self.attestors.kept()
     }
 
+    /// What keeps attestors from telling who callers are, as far as it is known at this moment, each in one line.
+    pub fn troubles(&self) -> Vec<String> {
+        self.attestors.troubles()
+    }
+
     /// Takes other settings for what is prepared from now on. A call is attested by those of its snapshot: entries that
     /// a reload takes away are still found by what it finds out no more.
     pub fn reload(&self, settings: AttestSettings) {

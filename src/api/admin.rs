@@ -174,7 +174,7 @@ impl Admin for AdminParts {
         &self,
         _request: tonic::Request<pb::StatusRequest>,
     ) -> Result<tonic::Response<pb::StatusResponse>, Status> {
-        Ok(tonic::Response::new(self.standing.status()))
+        Ok(tonic::Response::new(self.standing.status(self.attestor.troubles())))
     }
 
     async fn entries(

@@ -66,7 +66,8 @@ pub struct AgentStanding {
 }
 
 impl AgentStanding {
-    pub(super) fn status(&self) -> pb::StatusResponse {
+    /// How it is; `attestors_wrong` is what keeps attestors from telling who callers are.
+    pub(super) fn status(&self, attestors_wrong: Vec<String>) -> pb::StatusResponse {
         let snapshot = self.store.snapshot();
         let (due, refused) = self.x509.waited_for();
         let limits = self.limits.get();
@@ -98,6 +99,7 @@ impl AgentStanding {
             streams: self.connections.streams(),
             parked: self.connections.parked(),
             surroundings: self.surroundings.clone(),
+            attestors_wrong,
         }
     }
 

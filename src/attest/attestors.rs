@@ -44,12 +44,22 @@ pub(super) trait WorkloadAttestor: Sized {
     /// One that counts in `news` what it learns apart from any call.
     fn new(news: &News) -> Self;
 
-    /// Registers series of its own, where it has any.
+    /// Registers series of its own, where it has any and attests: called after the first [`Self::begin`].
     fn counted_by(&self, _registry: Registry<'_>) {}
 
     /// What it keeps between attestations, in bytes, where that can be much.
     fn kept(&self) -> usize {
         0
+    }
+
+    /// What is missing on this host for these settings, each in one line. Blocks this thread.
+    fn missing(_settings: &Self::Settings) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// What keeps it from telling who its callers are, as far as it is known at this moment, each in one line.
+    fn troubles(&self) -> Vec<String> {
+        Vec::new()
     }
 
     /// Reads `plugin_data`, and reports what is wrong with it.
@@ -215,6 +225,13 @@ macro_rules! attestors {
                 )+
             }
 
+            /// What is missing on this host for those that attest, each in one line. Blocks this thread.
+            pub fn missing(&self) -> Vec<String> {
+                let mut all = Vec::new();
+                $(if let Some(settings) = self.$field.in_use() { all.extend(<$attestor>::missing(settings)); })+
+                all
+            }
+
             fn enabled(&self) -> EnabledAttestors {
                 let mut enabled = Vec::new();
                 $(enabled.extend(self.$field.enabled.then_some(<$attestor as WorkloadAttestor>::NAME));)+
@@ -310,6 +327,12 @@ macro_rules! attestors {
 
             fn kept(&self) -> usize {
                 0 $(+ self.$field.kept())+
+            }
+
+            fn troubles(&self) -> Vec<String> {
+                let mut all = Vec::new();
+                $(all.extend(self.$field.troubles());)+
+                all
             }
 
             fn begin(&self, settings: &AttestSettings) {

@@ -11,8 +11,9 @@
 //! # Decisions
 //! SPIRE asks the kubelet twice a second while anybody calls. Here one answer serves all callers for ten seconds, as what is
 //! listed of a container that runs is what it was made with; only a container that is not listed yet has the kubelet asked
-//! anew ([`view`]). SPIRE does not find ephemeral containers (`kubectl debug`); they are containers of their pod here.
+//! anew ([`asker`]). SPIRE does not find ephemeral containers (`kubectl debug`); they are containers of their pod here.
 
+mod asker;
 mod body;
 mod client;
 mod fault;
@@ -20,26 +21,36 @@ mod material;
 mod metrics;
 mod namespaces;
 pub mod pods;
+mod rhythm;
 mod settings;
 mod view;
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    convert::Infallible,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use ahash::RandomState;
 use tokio::time::Instant;
 
+use self::{
+    asker::{Asker, Unfound},
+    namespaces::{ListedNamespace, NamespaceQuestion},
+    pods::{FoundContainer, PodContainer, PodExcess, PodOwner},
+    settings::{NO_API_SERVER, is_of_node},
+    view::{PodView, PodsQuestion},
+};
 pub use self::{
     body::BodyExcess,
     fault::{KubernetesFault, KubernetesService, ServiceAddress},
-    material::MaterialFault,
+    material::{MaterialFault, NamedFile},
     pods::AmbiguousPlace,
     settings::K8sSettings,
-};
-use self::{
-    namespaces::{NamespaceView, NoLabels},
-    pods::{FoundContainer, PodContainer, PodExcess, PodOwner},
-    settings::is_of_node,
-    view::{NoView, PodView, SharedView},
 };
 use super::{
     AttestFault, Blame, Questions,
@@ -108,9 +119,7 @@ pub enum K8sError {
     #[error("kubelet client is disabled (disable_kubelet_client), so who is in pods cannot be told")]
     NoClient,
     /// Nobody says where the API server is.
-    #[error(
-        "KUBERNETES_SERVICE_HOST is not set, so the API server cannot be asked for labels: set api_server_address"
-    )]
+    #[error("{NO_API_SERVER}")]
     NoApiServer,
     /// It has not answered.
     #[error("the API server has not said which labels namespace {namespace:?} has for {:.1} s", waited.as_secs_f32())]
@@ -191,8 +200,10 @@ impl K8sQuestions {
 /// What it keeps between attestations.
 #[derive(Default)]
 pub(super) struct K8sAttestor {
-    view: SharedView,
-    namespaces: NamespaceView,
+    pods: Asker<PodsQuestion>,
+    namespaces: Asker<NamespaceQuestion>,
+    /// It attests.
+    begun: AtomicBool,
 }
 
 /// What was found of a pod.
@@ -215,11 +226,23 @@ impl WorkloadAttestor for K8sAttestor {
     }
 
     fn counted_by(&self, registry: Registry<'_>) {
-        self.view.counted_by(registry);
+        // Where no pod is looked for, its series would be of no use.
+        if self.begun.load(Relaxed) {
+            self.pods.counted_by(registry);
+            self.namespaces.counted_by(registry);
+        }
     }
 
     fn kept(&self) -> usize {
-        self.view.kept() + self.namespaces.kept()
+        self.pods.kept() + self.namespaces.kept()
+    }
+
+    fn missing(settings: &K8sSettings) -> Vec<String> {
+        settings.missing()
+    }
+
+    fn troubles(&self) -> Vec<String> {
+        [self.pods.trouble(), self.namespaces.trouble()].into_iter().flatten().collect()
     }
 
     fn read(data: &mut Section<'_>) -> K8sSettings {
@@ -263,8 +286,9 @@ impl WorkloadAttestor for K8sAttestor {
     }
 
     fn begin(&self, settings: &K8sSettings) {
+        self.begun.store(true, Relaxed);
         if let Some(place) = settings.place() {
-            self.view.begin(place);
+            self.pods.begin(place);
         }
         if let Some(place) = settings.api_server() {
             self.namespaces.begin(place);
@@ -352,13 +376,16 @@ impl K8sAttestor {
         }
         let patience = Self::patience(settings, seen).saturating_sub(began.elapsed());
         let aside = || seen.process.stand_aside();
-        let found = self.namespaces.find(&namespace, share_of(pod), patience, aside).await;
+        let name: Arc<str> = Arc::from(&*namespace);
+        let look = |found: &Arc<ListedNamespace>, _| Ok::<_, Infallible>(Some(Arc::clone(found)));
+        let found = self.namespaces.find(&name, share_of(pod), patience, aside, look).await;
         let found = found.map_err(|why| match why {
-            NoLabels::Crowded => K8sError::Crowded,
-            NoLabels::ApiServer(fault) => K8sError::Kubelet(fault),
-            NoLabels::Silent => {
+            Ok(Unfound::Crowded) => K8sError::Crowded,
+            Ok(Unfound::Fault(fault)) => K8sError::Kubelet(fault),
+            Ok(Unfound::Silent | Unfound::NotInIt) => {
                 K8sError::SilentApiServer { namespace: namespace.clone(), waited: began.elapsed() }
             }
+            Err(never) => match never {},
         })?;
         if let Some(excess) = found.excess {
             return Err(K8sError::LargeNamespace { namespace, excess });
@@ -381,23 +408,23 @@ impl K8sAttestor {
         }
         let patience = Self::patience(settings, seen);
         let began = Instant::now();
-        let look = |view: &PodView| {
+        let look = |view: &PodView, asked: Instant| {
             let found = view.pods.find(pod, container).map_err(K8sError::Ambiguous)?;
             let found = found.filter(|it| it.is_listed() || settings.disable_container_selectors);
             found
                 .map(|found| {
                     let selectors = selectors(found, view, settings)?;
-                    Ok(PodFindings { selectors, namespace: found.pod.namespace.clone(), asked: view.asked })
+                    Ok(PodFindings { selectors, namespace: found.pod.namespace.clone(), asked })
                 })
                 .transpose()
         };
-        let found = self.view.find(share_of(pod), patience, || seen.process.stand_aside(), look).await;
+        let found = self.pods.find(&(), share_of(pod), patience, || seen.process.stand_aside(), look).await;
         found.map_err(|why| match why {
             Err(error) => error,
-            Ok(NoView::Crowded) => K8sError::Crowded,
-            Ok(NoView::Kubelet(fault)) => K8sError::Kubelet(fault),
-            Ok(NoView::Silent) => K8sError::Silent { waited: began.elapsed() },
-            Ok(NoView::NotInIt) => {
+            Ok(Unfound::Crowded) => K8sError::Crowded,
+            Ok(Unfound::Fault(fault)) => K8sError::Kubelet(fault),
+            Ok(Unfound::Silent) => K8sError::Silent { waited: began.elapsed() },
+            Ok(Unfound::NotInIt) => {
                 K8sError::Unlisted { container, pod: CallerKey::Pod(pod), waited: began.elapsed() }
             }
         })

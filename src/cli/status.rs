@@ -179,6 +179,7 @@ fn wrong(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime) 
     if !held.short_of.is_empty() {
         wrong.push(format!("short of {}: see durward limits", held.short_of.join(", ")));
     }
+    wrong.extend(told.attestors_wrong.iter().cloned());
     if let Some(server) = &told.server {
         if !server.waits_for.is_empty() {
             wrong.push(format!("waits for {}, for {}", server.waits_for, elapsed(server.waits_since, now)));
@@ -293,7 +294,9 @@ mod tests {
             waits_since: 10_000 - 60,
             last_error: "connection refused\x1b[2J".to_owned(),
         };
-        let shown = pretty(&told(Some(server)), &pb::LimitsResponse::default(), at(10_000));
+        let attestors_wrong = vec!["the kubelet does not list its pods: no token".to_owned()];
+        let told = pb::StatusResponse { attestors_wrong, ..told(Some(server)) };
+        let shown = pretty(&told, &pb::LimitsResponse::default(), at(10_000));
         for want in [
             "Signed by:    the SPIRE Server at spire:8081\n",
             "Its SVID:     ends in 1m30s\n",
@@ -302,6 +305,7 @@ mod tests {
             "SVIDs held:   7 X.509 (2 due), 0 JWT\n",
             "Found:        the agent runs in a user namespace that does not map all users\n",
             "Wrong:        1 entry could not be signed for: see the log\n",
+            "              the kubelet does not list its pods: no token\n",
             "              waits for the SPIRE Server, for 1m\n",
             "              the server's last error: connection refused",
         ] {

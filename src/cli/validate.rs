@@ -122,7 +122,8 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
     let to_join = config.missing_to_join(trust).into_iter().map(|(key, error)| {
         (key, format!("{error}; the agent waits for it, unless it has joined its server before"))
     });
-    taken.chain(nobody).chain(room).chain(to_join).collect()
+    let missing = config.attest.missing().into_iter().map(|why| ("plugins.WorkloadAttestor", why));
+    taken.chain(nobody).chain(room).chain(to_join).chain(missing).collect()
 }
 
 /// A selector that an entry asks for and that no process of this node can have.

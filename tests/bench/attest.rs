@@ -47,64 +47,18 @@ use std::{
     time::Duration,
 };
 
-use kubelet::{FakeKubelet, container_id, listed, pod_uid};
+use kubelet::{FakeKubelet, Reply, listed, usual_pod};
 use pod::{Pod, PodCgroup, READY, Saw};
-use serde_json::{Value, json};
 use spire::SpireServer;
 use support::{Server, row};
 
+/// As many as the pods are of.
 const ACCOUNTS: u32 = 10;
 /// How long an agent has before the pods come.
 const SETTLED: Duration = Duration::from_secs(10);
 
 fn setting(name: &str, default: u32) -> u32 {
     std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
-}
-
-/// A pod as long as real ones are, which is 4 to 5 KB.
-fn listed_pod(n: u32) -> Value {
-    let mounts = json!([
-        {"name": "config", "mountPath": "/etc/web", "readOnly": true},
-        {"name": "spiffe", "mountPath": "/spiffe", "readOnly": true},
-        {"name": "kube-api-access-x7k2p", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount", "readOnly": true},
-    ]);
-    let env: Vec<Value> =
-        (0..12).map(|n| json!({"name": format!("SETTING_{n}"), "value": format!("https://service-{n}.shop.svc.cluster.local:8443")})).collect();
-    let probe = json!({"httpGet": {"path": "/healthz", "port": "http", "scheme": "HTTP"}, "timeoutSeconds": 1, "periodSeconds": 10,
-        "successThreshold": 1, "failureThreshold": 3});
-    let conditions: Vec<Value> = ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"]
-        .map(|kind| json!({"type": kind, "status": "True", "lastProbeTime": null, "lastTransitionTime": "2026-01-01T00:00:00Z"}))
-        .to_vec();
-    json!({
-        "metadata": {"name": format!("web-5d4f7c9b6d-{n:05}"), "generateName": "web-5d4f7c9b6d-", "namespace": "bench", "uid": pod_uid(n),
-            "resourceVersion": "123456", "creationTimestamp": "2026-01-01T00:00:00Z",
-            "labels": {"app.kubernetes.io/name": "web", "app.kubernetes.io/instance": "web", "app.kubernetes.io/version": "1.2.3",
-                "app.kubernetes.io/component": "front", "app.kubernetes.io/part-of": "shop", "pod-template-hash": "5d4f7c9b6d"},
-            "annotations": {"kubernetes.io/config.seen": "2026-01-01T00:00:00.000000000Z", "kubernetes.io/config.source": "api",
-                "prometheus.io/scrape": "true", "checksum/config": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"},
-            "ownerReferences": [{"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web-5d4f7c9b6d",
-                "uid": "7f1c1c1e-8f0e-4f4e-9f7a-0d0d0d0d0d0d", "controller": true, "blockOwnerDeletion": true}]},
-        "spec": {"serviceAccountName": format!("sa{}", n % ACCOUNTS), "nodeName": "node1", "restartPolicy": "Always", "dnsPolicy": "ClusterFirst",
-            "priority": 0, "enableServiceLinks": true, "preemptionPolicy": "PreemptLowerPriority", "schedulerName": "default-scheduler",
-            "tolerations": [{"key": "node.kubernetes.io/not-ready", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300},
-                {"key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300}],
-            "volumes": [{"name": "config", "configMap": {"name": "web", "defaultMode": 420}},
-                {"name": "spiffe", "hostPath": {"path": "/run/durward/public", "type": "Directory"}},
-                {"name": "kube-api-access-x7k2p", "projected": {"defaultMode": 420, "sources": [
-                    {"serviceAccountToken": {"expirationSeconds": 3607, "path": "token"}},
-                    {"configMap": {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}},
-                    {"downwardAPI": {"items": [{"path": "namespace", "fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}]}}]}}],
-            "containers": [{"name": "web", "image": "registry.example.org/shop/web:1.2.3", "imagePullPolicy": "IfNotPresent", "env": env,
-                "ports": [{"name": "http", "containerPort": 8080, "protocol": "TCP"}], "volumeMounts": mounts,
-                "livenessProbe": probe, "readinessProbe": probe,
-                "resources": {"limits": {"memory": "256Mi"}, "requests": {"cpu": "100m", "memory": "128Mi"}}}]},
-        "status": {"phase": "Running", "conditions": conditions, "hostIP": "192.0.2.10", "podIP": "198.51.100.7",
-            "podIPs": [{"ip": "198.51.100.7"}], "startTime": "2026-01-01T00:00:00Z", "qosClass": "Burstable",
-            "containerStatuses": [{"name": "web", "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}, "lastState": {}, "ready": true,
-                "restartCount": 0, "started": true, "image": "registry.example.org/shop/web:1.2.3",
-                "imageID": "registry.example.org/shop/web@sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
-                "containerID": format!("containerd://{}", container_id(n))}]},
-    })
 }
 
 /// One of the two.
@@ -250,9 +204,11 @@ async fn bench() {
     for account in 0..ACCOUNTS {
         server.entry_by(&format!("bench/sa{account}"), &["k8s:ns:bench", &format!("k8s:sa:sa{account}")]);
     }
-    let pods: Vec<Value> = (0..count).map(listed_pod).collect();
-    println!("{count} pods, whose list has {} KB", listed(&pods).len() / 1000);
-    let kubelet = FakeKubelet::start(listed(&pods));
+    let list = listed(&(0..count).map(usual_pod).collect::<Vec<_>>());
+    if let Reply::With(_, _, text) = &list {
+        println!("{count} pods, whose list has {} KB", text.len() / 1000);
+    }
+    let kubelet = FakeKubelet::start(list);
     row(&["", "spire-agent", "durward", "ratio", "aim"].map(str::to_owned));
     row(&["---"; 5].map(str::to_owned));
     let theirs = measured(Kind::Spire, &server, &kubelet, count).await;

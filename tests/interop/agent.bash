@@ -82,3 +82,48 @@ CONF
     until_true 20 "$durward" healthcheck -socketPath "$socket"
     export SPIFFE_ENDPOINT_SOCKET="unix://$socket"
 }
+
+# write_containerd_conf FILE DIRECTORY STATE SOCKET IMAGE: of a containerd for pods that keeps what it has in the directory, and
+# makes of the image what holds a pod's namespaces.
+write_containerd_conf() {
+    cat >"$1" <<CONF
+version = 2
+root = "$2/root"
+state = "$3"
+[grpc]
+  address = "$4"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "$5"
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    default_runtime_name = "runc"
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/usr/lib/cni"
+    conf_dir = "$2/cni"
+CONF
+}
+
+# write_kubelet_conf FILE DIRECTORY CERTIFICATE SOCKET: of a kubelet with the certificate of that name in the directory; the rest of
+# it comes from the standard input.
+write_kubelet_conf() {
+    local rest
+    rest=$(cat)
+    cat >"$1" <<CONF
+apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+containerRuntimeEndpoint: unix://$4
+cgroupDriver: cgroupfs
+failCgroupV1: false
+failSwapOn: false
+resolvConf: ""
+tlsCertFile: $2/$3.pem
+tlsPrivateKeyFile: $2/$3.key
+staticPodPath: $2/manifests
+evictionHard: {}
+imageGCHighThresholdPercent: 100
+$rest
+CONF
+}

@@ -104,57 +104,33 @@ make_certificates() {
 }
 
 write_node_settings() {
-    cat >"$k/containerd.toml" <<CONF
-version = 2
-root = "$k/root"
-state = "/run/containerd"
-[grpc]
-  address = "/run/containerd/containerd.sock"
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "local/pause:1"
-  restrict_oom_score_adj = true
-  disable_apparmor = true
-  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
-    runtime_type = "io.containerd.runc.v2"
-  [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "/usr/lib/cni"
-    conf_dir = "$k/cni"
-CONF
+    local socket=/run/containerd/containerd.sock
+    write_containerd_conf "$k/containerd.toml" "$k" /run/containerd "$socket" local/pause:1
     cat >"$k/cni/10-pods.conflist" <<CONF
 {"cniVersion": "0.4.0", "name": "pods", "plugins": [{"type": "bridge", "bridge": "cni0", "isGateway": true, "ipam":
  {"type": "host-local", "ranges": [[{"subnet": "198.51.100.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}}]}
 CONF
-    cat >"$k/kubelet.yaml" <<CONF
-apiVersion: kubelet.config.k8s.io/v1beta1
-kind: KubeletConfiguration
+    write_kubelet_conf "$k/kubelet.yaml" "$k" node1 "$socket" <<CONF
 address: 0.0.0.0
 port: 10250
-containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
-cgroupDriver: cgroupfs
-failCgroupV1: false
-failSwapOn: false
-resolvConf: ""
-tlsCertFile: $k/node1.pem
-tlsPrivateKeyFile: $k/node1.key
 authentication:
   anonymous: {enabled: false}
   webhook: {enabled: true}
   x509: {clientCAFile: $k/ca.pem}
 authorization: {mode: Webhook}
-evictionHard: {}
-imageGCHighThresholdPercent: 100
 syncFrequency: 5s
-staticPodPath: $k/manifests
 CONF
 }
 
-# An image with this durward where the Dockerfile puts it and with the command that it gives, a shell, and what they need.
+# An image with this durward where the Dockerfile puts it and with the command that it gives, a shell, what is in
+# `more_programs`, and what they need.
+more_programs=()
 make_image() {
-    local program command
+    local program command programs=(/bin/sh /bin/sleep /bin/cat /bin/mv "${more_programs[@]}")
     mkdir -p "$k"/rootfs/{usr/bin,bin,tmp}
     strip -o "$k/rootfs/usr/bin/durward" "$durward"
-    for program in /bin/sh /bin/sleep /bin/cat /bin/mv; do cp -L "$program" "$k/rootfs/bin/"; done
-    for program in "$durward" /bin/sh /bin/sleep /bin/cat /bin/mv; do
+    for program in "${programs[@]}"; do cp -L "$program" "$k/rootfs/bin/"; done
+    for program in "$durward" "${programs[@]}"; do
         ldd "$program" | grep -o '/[^ ]*' | while read -r library; do cp -L --parents "$library" "$k/rootfs/"; done
     done
     mapfile -t command < <(sed -nE 's/^(ENTRYPOINT|CMD) //p' "$root/packaging/Dockerfile" |
@@ -219,3 +195,9 @@ start_cluster() {
     start_control_plane
     start_node
 }
+
+# The agents of the manifest, and what comes of them.
+agent_is() { [ "$(kubectl -n durward get pods -l app=durward -o jsonpath="{.items[*].status.containerStatuses[*].$1}")" = "$2" ]; }
+
+# roll_out [SECONDS]: waits until the agents are those of the DaemonSet as it stands.
+roll_out() { kubectl -n durward rollout status daemonset/durward --timeout="${1:-90}s" >/dev/null; }

@@ -20,8 +20,13 @@ kubectl -n durward logs daemonset/durward >"$dir/said.txt"
 for line in 'found: the agent runs in a pod' 'budget=268435456' 'the limit of the cgroup'; do
     grep -q "$line" "$dir/said.txt" || fail "the log says at the start: $line"
 done
-for file in daemonset workload network-policy; do
-    kubectl apply --dry-run=server --validate=strict -f "$manifests/$file.yaml" >/dev/null || fail "$file.yaml"
+# The same, with the CSI driver in place of hostPath as the comment in it has it.
+sed -e '/hostPath: {path/d' -e '/^ *- name: spiffe$/d' -e 's/^\( *\)# \(- name: spiffe\|  csi:\)/\1\2/' "$manifests/workload.yaml" >"$dir/csi.yaml"
+grep -q '^ *csi: {driver' "$dir/csi.yaml" || fail "the CSI driver in workload.yaml: $(cat "$dir/csi.yaml")"
+kubectl apply -f "$root/tests/interop/kubernetes/podmonitor.yaml" >/dev/null
+kubectl wait --for=condition=Established crd/podmonitors.monitoring.coreos.com --timeout=30s >/dev/null
+for file in "$manifests"/{daemonset,workload,network-policy,monitoring}.yaml "$dir/csi.yaml"; do
+    until_true 10 kubectl apply --dry-run=server --validate=strict -f "$file"
 done
 
 # What pods are told by, from a ConfigMap that changes. No entry is for pods by their user, and all run as the same.
@@ -153,7 +158,6 @@ note "and as many in a storm"
 asked=$(kubectl get --raw /api/v1/nodes/node1/proxy/metrics |
     awk '/^kubelet_http_requests_total/ && /path="pods"/ {n += $2} END {print n + 0}')
 [ "$asked" -gt 0 ] && [ "$asked" -le $((4 * SECONDS)) ] || fail "requests to the kubelet: $asked in $SECONDS s"
-agent_is() { [ "$(kubectl -n durward get pods -o jsonpath="{.items[*].status.containerStatuses[*].$1}")" = "$2" ]; }
 agent_is restartCount 0 || fail "the agent was restarted"
 agent_is ready true || fail "the agent is ready"
 kubectl -n durward get events | grep -i unhealthy && fail "a probe failed"
@@ -189,6 +193,43 @@ kubectl -n shop get pods -o jsonpath='{.items[*].status.containerStatuses[*].res
     fail "the watching workload lives on"
 note "an update of the agent is found by those who mount its directory"
 
+# Who may do what: an agent beside the others, with the token of a service account of its own. get on nodes/pods is enough, and
+# where there is nothing, the status says what is missing.
+# beside NAME [RESOURCE]
+beside() {
+    kubectl -n durward create serviceaccount "$1" >/dev/null
+    if [ -n "${2:-}" ]; then
+        kubectl create clusterrole "$1" --verb=get --resource="$2" >/dev/null
+        kubectl create clusterrolebinding "$1" --clusterrole="$1" --serviceaccount="durward:$1" >/dev/null
+    fi
+    mkdir -p "$dir/$1"
+    kubectl -n durward create token "$1" >"$dir/$1/token"
+    cat >"$dir/$1/agent.conf" <<CONF
+agent { trust_domain = "example.org" socket_path = "$dir/$1/api.sock" admin_socket_path = "$dir/$1-private/admin.sock" data_dir = "$dir/$1/data" }
+plugins {
+  WorkloadAttestor "k8s" { plugin_data { node_name = "$node_ip" kubelet_ca_path = "$k/ca.pem" token_path = "$dir/$1/token" } }
+}
+issuer "embedded" { }
+entry "spiffe://example.org/any" { selectors = ["k8s:ns:bank"] }
+CONF
+    mkdir -m 0700 "$dir/$1-private"
+    start_process "$1-agent" "$durward" run -config "$dir/$1/agent.conf"
+    until_true 20 "$durward" healthcheck -socketPath "$dir/$1/api.sock"
+}
+# container_of NAMESPACE POD CONTAINER: its ID in the runtime.
+container_of() {
+    kubectl -n "$1" get pod "$2" -o jsonpath="{.status.containerStatuses[?(@.name=='$3')].containerID}" | sed 's#.*//##'
+}
+pid_of() { ctr task ls | awk -v id="$(container_of "$@")" '$1 == id {print $2}'; }
+beside pods-alone nodes/pods
+beside nothing
+"$durward" explain -socketPath "$dir/pods-alone-private/admin.sock" -pid "$(pid_of bank ledger main)" >"$dir/said.txt" 2>&1 || true
+grep -q k8s:sa:ledger "$dir/said.txt" || fail "nodes/pods is enough: $(cat "$dir/said.txt" "$dir/pods-alone-agent.log")"
+"$durward" explain -socketPath "$dir/nothing-private/admin.sock" -pid "$(pid_of bank ledger main)" >"$dir/said.txt" 2>&1 || true
+"$durward" status -socketPath "$dir/nothing-private/admin.sock" >>"$dir/said.txt"
+grep -q 'Wrong:.*(403): allow its service account get on nodes/proxy, or on nodes/pods' "$dir/said.txt" || fail "the status: $(cat "$dir/said.txt")"
+note "get on nodes/pods is enough, and without it the status says so"
+
 # The selectors of spire-agent, for the same containers.
 mkdir -p "$dir/peer"
 psat="NodeAttestor \"k8s_psat\" { plugin_data { clusters = { lab = {
@@ -222,18 +263,13 @@ cp "$k/ca.pem" /run/secrets/kubernetes.io/serviceaccount/ca.crt
 kubectl -n durward create token durward >/run/secrets/kubernetes.io/serviceaccount/token
 KUBERNETES_SERVICE_HOST=$service_ip KUBERNETES_SERVICE_PORT=443 start_process peer spire-agent run -config "$dir/peer.conf"
 until_true 30 test -S /run/durward/public/peer.sock
-# container_of NAMESPACE POD CONTAINER: its ID in the runtime.
-container_of() {
-    kubectl -n "$1" get pod "$2" -o jsonpath="{.status.containerStatuses[?(@.name=='$3')].containerID}" | sed 's#.*//##'
-}
 for of in bank/web bank/ledger bank/both labels/blue parts/parts; do
     namespace=${of%/*} name=${of#*/}
     kubectl -n "$namespace" exec "$name" -c main -- durward api fetch x509 -socketPath /spiffe/peer.sock >/dev/null 2>&1 || true
     uid=$(kubectl -n "$namespace" get pod "$name" -o jsonpath='{.metadata.uid}')
     grep 'attested to have selectors' "$dir/peer.log" | grep "pod-uid:$uid" | tail -n 1 |
         grep -o 'value:\\"[^\\]*' | sed 's/.*"/k8s:/' | sort -u >"$dir/theirs.txt"
-    pid=$(ctr task ls | awk -v id="$(container_of "$namespace" "$name" main)" '$1 == id {print $2}')
-    kubectl -n durward exec daemonset/durward -- durward explain -pid "$pid" -output json |
+    kubectl -n durward exec daemonset/durward -- durward explain -pid "$(pid_of "$namespace" "$name" main)" -output json |
         python3 -c 'import json, sys; print(*json.load(sys.stdin)["selectors"], sep="\n")' | grep ^k8s: | sort -u >"$dir/ours.txt"
     [ -s "$dir/theirs.txt" ] || fail "spire-agent's selectors: $(tail -n 3 "$dir/peer.log")"
     diff "$dir/theirs.txt" "$dir/ours.txt" >"$dir/differ.txt" || fail "selectors of $of: $(cat "$dir/differ.txt")"
@@ -260,7 +296,7 @@ plugins {
 }
 $(sed -n '/^health_checks/,/^}/p' <<<"$conf")"
 kubectl -n durward patch daemonset durward --patch-file "$manifests/join-server.yaml" >/dev/null
-kubectl -n durward rollout status daemonset/durward --timeout=90s >/dev/null
+roll_out
 until_true 60 is of-server/ledger bank ledger
 [[ $(spire-server agent list) == *spiffe://example.org/spire/agent/k8s_psat/lab/* ]] || fail "k8s_psat: $(spire-server agent list)"
 note "and the same manifest joins a SPIRE Server by k8s_psat"

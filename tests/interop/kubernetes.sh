@@ -66,47 +66,19 @@ certificate() { # certificate NAME SUBJECT USAGE [ALTERNATIVE_NAMES]
 certificate kubelet /CN=node1 serverAuth IP:127.0.0.1
 certificate client /O=system:masters/CN=durward clientAuth
 
-cat >"$k/etc/containerd.toml" <<CONF
-version = 2
-root = "$k/root"
-state = "$k/state"
-[grpc]
-  address = "$k/containerd.sock"
-[ttrpc]
-  address = "$k/containerd.sock.ttrpc"
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "docker.io/local/pod:1"
-  restrict_oom_score_adj = true
-  disable_apparmor = true
-  [plugins."io.containerd.grpc.v1.cri".containerd]
-    default_runtime_name = "runc"
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
-      runtime_type = "io.containerd.runc.v2"
-CONF
-cat >"$k/etc/kubelet.yaml" <<CONF
-apiVersion: kubelet.config.k8s.io/v1beta1
-kind: KubeletConfiguration
+write_containerd_conf "$k/etc/containerd.toml" "$k" "$k/state" "$k/containerd.sock" docker.io/local/pod:1
+write_kubelet_conf "$k/etc/kubelet.yaml" "$k" kubelet "$k/containerd.sock" <<CONF
 address: 127.0.0.1
 port: $secure
 readOnlyPort: $open
 healthzPort: $health
-staticPodPath: $k/manifests
 podLogsDir: $k/logs
-containerRuntimeEndpoint: unix://$k/containerd.sock
-cgroupDriver: cgroupfs
-failCgroupV1: false
-failSwapOn: false
-resolvConf: ""
-tlsCertFile: $k/kubelet.pem
-tlsPrivateKeyFile: $k/kubelet.key
 authentication:
   anonymous: {enabled: false}
   webhook: {enabled: false}
   x509: {clientCAFile: $k/ca.pem}
 authorization: {mode: AlwaysAllow}
 registerNode: false
-evictionHard: {}
-imageGCHighThresholdPercent: 100
 fileCheckFrequency: 1s
 CONF
 

@@ -1101,6 +1101,11 @@ fn a_configuration_is_checked_without_starting() {
     let elsewhere = format!(
         "{good}\nhealth_checks {{ listener_enabled = true bind_address = \"192.0.2.1\" bind_port = 8080 }}\n"
     );
+    let tokenless = good.replacen(
+        "plugins {",
+        "plugins {\n  WorkloadAttestor \"k8s\" { plugin_data { token_path = \"/nowhere/token\" skip_kubelet_verification = true } }",
+        1,
+    );
     for (case, written, line, stdout, stderr, code) in [
         ("valid", &good, [""; 0].as_slice(), valid, "", 0),
         ("json", &good, &["-output", "json"], "{\"errors\":[],\"valid\":true}\n", "", 0),
@@ -1128,6 +1133,15 @@ fn a_configuration_is_checked_without_starting() {
             &[],
             valid,
             "Warning: entry: there is none, so nobody is served.\n",
+            0,
+        ),
+        (
+            "a kubelet that cannot be asked",
+            &tokenless,
+            &[],
+            valid,
+            "Warning: plugins.WorkloadAttestor: unable to load token: cannot read /nowhere/token, which token_path names: No such \
+             file or directory (os error 2); the kubelet cannot be asked without it.\n",
             0,
         ),
         (

@@ -32,17 +32,6 @@ pub(crate) enum Reply {
     Bytes(usize),
 }
 
-impl Reply {
-    /// The length of the body.
-    pub(crate) fn len(&self) -> usize {
-        match self {
-            Self::With(_, _, body) | Self::ToToken(_, body) => body.len(),
-            Self::Bytes(most) => *most,
-            Self::Nothing => 0,
-        }
-    }
-}
-
 /// A kubelet on a port of its own, by TLS.
 pub(crate) struct FakeKubelet {
     pub(crate) port: u16,
@@ -211,6 +200,52 @@ pub(crate) fn pod(n: u32) -> Value {
             "ephemeralContainerStatuses": [{"name": "debug", "containerID": format!("containerd://{}", container_id(n + 2000)),
                 "image": "busybox", "imageID": "busybox@sha256:3"}],
         },
+    })
+}
+
+/// The n-th pod, as long as real ones are, which is 4 to 5 KB: one of ten service accounts in the namespace `bench`.
+pub(crate) fn usual_pod(n: u32) -> Value {
+    let mounts = json!([
+        {"name": "config", "mountPath": "/etc/web", "readOnly": true},
+        {"name": "spiffe", "mountPath": "/spiffe", "readOnly": true},
+        {"name": "kube-api-access-x7k2p", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount", "readOnly": true},
+    ]);
+    let env: Vec<Value> =
+        (0..12).map(|n| json!({"name": format!("SETTING_{n}"), "value": format!("https://service-{n}.shop.svc.cluster.local:8443")})).collect();
+    let probe = json!({"httpGet": {"path": "/healthz", "port": "http", "scheme": "HTTP"}, "timeoutSeconds": 1, "periodSeconds": 10,
+        "successThreshold": 1, "failureThreshold": 3});
+    let conditions: Vec<Value> = ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"]
+        .map(|kind| json!({"type": kind, "status": "True", "lastProbeTime": null, "lastTransitionTime": "2026-01-01T00:00:00Z"}))
+        .to_vec();
+    json!({
+        "metadata": {"name": format!("web-5d4f7c9b6d-{n:05}"), "generateName": "web-5d4f7c9b6d-", "namespace": "bench", "uid": pod_uid(n),
+            "resourceVersion": "123456", "creationTimestamp": "2026-01-01T00:00:00Z",
+            "labels": {"app.kubernetes.io/name": "web", "app.kubernetes.io/instance": "web", "app.kubernetes.io/version": "1.2.3",
+                "app.kubernetes.io/component": "front", "app.kubernetes.io/part-of": "shop", "pod-template-hash": "5d4f7c9b6d"},
+            "annotations": {"kubernetes.io/config.seen": "2026-01-01T00:00:00.000000000Z", "kubernetes.io/config.source": "api",
+                "prometheus.io/scrape": "true", "checksum/config": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"},
+            "ownerReferences": [{"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web-5d4f7c9b6d",
+                "uid": "7f1c1c1e-8f0e-4f4e-9f7a-0d0d0d0d0d0d", "controller": true, "blockOwnerDeletion": true}]},
+        "spec": {"serviceAccountName": format!("sa{}", n % 10), "nodeName": "node1", "restartPolicy": "Always", "dnsPolicy": "ClusterFirst",
+            "priority": 0, "enableServiceLinks": true, "preemptionPolicy": "PreemptLowerPriority", "schedulerName": "default-scheduler",
+            "tolerations": [{"key": "node.kubernetes.io/not-ready", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300},
+                {"key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300}],
+            "volumes": [{"name": "config", "configMap": {"name": "web", "defaultMode": 420}},
+                {"name": "spiffe", "hostPath": {"path": "/run/durward/public", "type": "Directory"}},
+                {"name": "kube-api-access-x7k2p", "projected": {"defaultMode": 420, "sources": [
+                    {"serviceAccountToken": {"expirationSeconds": 3607, "path": "token"}},
+                    {"configMap": {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}},
+                    {"downwardAPI": {"items": [{"path": "namespace", "fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}]}}]}}],
+            "containers": [{"name": "web", "image": "registry.example.org/shop/web:1.2.3", "imagePullPolicy": "IfNotPresent", "env": env,
+                "ports": [{"name": "http", "containerPort": 8080, "protocol": "TCP"}], "volumeMounts": mounts,
+                "livenessProbe": probe, "readinessProbe": probe,
+                "resources": {"limits": {"memory": "256Mi"}, "requests": {"cpu": "100m", "memory": "128Mi"}}}]},
+        "status": {"phase": "Running", "conditions": conditions, "hostIP": "192.0.2.10", "podIP": "198.51.100.7",
+            "podIPs": [{"ip": "198.51.100.7"}], "startTime": "2026-01-01T00:00:00Z", "qosClass": "Burstable",
+            "containerStatuses": [{"name": "web", "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}, "lastState": {}, "ready": true,
+                "restartCount": 0, "started": true, "image": "registry.example.org/shop/web:1.2.3",
+                "imageID": "registry.example.org/shop/web@sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+                "containerID": format!("containerd://{}", container_id(n))}]},
     })
 }
 

@@ -4,8 +4,10 @@
 
 use std::{
     fs,
+    io::{BufRead as _, BufReader, Write as _},
     os::unix::net::UnixStream,
     path::PathBuf,
+    process::{Command, Stdio},
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -27,7 +29,7 @@ use tempfile::TempDir;
 
 use crate::{
     attest::entry_for,
-    kubelet::{FakeKubelet, HANGS_UP, HTML, JSON, Reply, container_id, listed, pod, pod_uid},
+    kubelet::{FakeKubelet, HANGS_UP, HTML, JSON, Reply, container_id, listed, pod, pod_uid, usual_pod},
 };
 
 /// More than anything here takes on any machine.
@@ -293,7 +295,9 @@ async fn the_kubelet_is_known_by_its_certificate() {
         (
             "no CA",
             Box::new(|it| it.kubelet_ca_path = gone),
-            Some("unable to load kubelet CA: cannot read /nonexistent/ca.crt"),
+            Some(
+                "unable to load kubelet CA: cannot read /nonexistent/ca.crt, which kubelet_ca_path names: No such",
+            ),
         ),
         (
             "no CA is needed",
@@ -306,7 +310,7 @@ async fn the_kubelet_is_known_by_its_certificate() {
         (
             "a directory as token",
             Box::new(|it| it.token_path = "/".into()),
-            Some("unable to load token: / must be a regular file"),
+            Some("unable to load token: / must be a regular file (token_path)"),
         ),
         (
             "nobody is there",
@@ -386,6 +390,75 @@ async fn requests_are_counted_by_what_came_of_them() {
     ] {
         assert!(text.contains(line), "{line}: {text}");
     }
+}
+
+#[tokio::test]
+async fn what_is_missing_is_told_before_anybody_calls() {
+    let kubelet = FakeKubelet::start(listed(&[pod(1)]));
+    let api = FakeKubelet::start_api_server(namespace(&json!({})));
+    let all = kubelet.settings(with_namespaces(&api));
+    assert_eq!(all.missing(), [""; 0]);
+    let gone = || PathBuf::from("/nonexistent/file");
+    for (case, change, want) in [
+        (
+            "the kubelet's CA",
+            (|it: &mut K8sSettings, gone| it.kubelet_ca_path = gone) as fn(&mut K8sSettings, PathBuf),
+            "unable to load kubelet CA: cannot read /nonexistent/file, which kubelet_ca_path names",
+        ),
+        (
+            "its token",
+            |it, gone| it.token_path = gone,
+            "unable to load token: cannot read /nonexistent/file, which token_path names",
+        ),
+        (
+            "a certificate in its place",
+            |it, gone| (it.certificate_path, it.private_key_path) = (Some(gone.clone()), Some(gone)),
+            "unable to load certificate: cannot read /nonexistent/file, which certificate_path names",
+        ),
+        (
+            "the API server's CA",
+            |it, gone| it.api_server_ca_path = gone,
+            "unable to load API server CA: cannot read /nonexistent/file, which api_server_ca_path names",
+        ),
+        (
+            "its token",
+            |it, gone| it.api_server_token_path = gone,
+            "unable to load API server token: cannot read /nonexistent/file, which api_server_token_path names",
+        ),
+    ] {
+        let mut settings = all.clone();
+        change(&mut settings.k8s.settings, gone());
+        let missing = settings.missing();
+        assert!(matches!(&missing[..], [only] if only.starts_with(want)), "{case}: {missing:?}");
+        // And by an agent that has these settings, of which the log was told at once.
+        let attestor = Attestor::new(settings);
+        let began = Instant::now();
+        while attestor.troubles().is_empty() {
+            assert!(began.elapsed() < PATIENCE, "{case}");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let troubles = attestor.troubles();
+        assert!(matches!(&troubles[..], [only] if only.contains(want)), "{case}: {troubles:?}");
+    }
+    // What was wrong is not told any more once it is right.
+    kubelet.says(Reply::With(403, "", String::new()));
+    let attestor = Attestor::new(all);
+    attest(&attestor, &caller(1, 1), &["k8s:ns:ns1"]).await.unwrap_err();
+    assert!(
+        matches!(&attestor.troubles()[..], [only] if only.contains("(403)")),
+        "{:?}",
+        attestor.troubles()
+    );
+    kubelet.says(listed(&[pod(1)]));
+    attest(&attestor, &caller(1, 1), &["k8s:ns:ns1"]).await.unwrap();
+    assert_eq!(attestor.troubles(), [""; 0]);
+    // Nothing is missing of what is not used.
+    let unused = kubelet.settings(|it| {
+        (it.kubelet_ca_path, it.token_path) = (gone(), gone());
+        it.skip_kubelet_verification = true;
+        it.use_anonymous_authentication = true;
+    });
+    assert_eq!(unused.missing(), [""; 0]);
 }
 
 #[tokio::test]
@@ -533,7 +606,8 @@ async fn the_labels_of_a_namespace_are_found_where_an_entry_asks_for_one() {
     let api = FakeKubelet::start_api_server(namespace(
         &json!({"team": "blue", "kubernetes.io/metadata.name": "ns1"}),
     ));
-    let attestor = kubelet.attestor(with_namespaces(&api));
+    let metrics = Metrics::default();
+    let attestor = kubelet.attestor(with_namespaces(&api)).counted_by(metrics.registry());
     let asks = ["k8s:ns-label:team:blue"];
     let found = of_pod(&attest(&attestor, &caller(1, 1), &["k8s:ns:ns1"]).await.unwrap());
     assert!(!found.iter().any(|it| it.starts_with("ns-label:")), "nobody asks: {found:?}");
@@ -545,6 +619,8 @@ async fn the_labels_of_a_namespace_are_found_where_an_entry_asks_for_one() {
         }
     }
     assert_eq!(api.requests(), 1, "one answer serves all");
+    let counted = "durward_api_server_requests_total{result=\"ok\"} 1";
+    assert!(metrics.render().contains(counted), "{}", metrics.render());
 
     let off = kubelet.attestor(|_| {});
     let found = of_pod(&attest(&off, &caller(1, 1), &asks).await.unwrap());
@@ -607,5 +683,101 @@ async fn without_containers_the_pod_is_enough() {
         let found = of_pod(&attest(&attestor, &caller(1, container), &["k8s:ns:ns1"]).await.unwrap());
         assert!(found.contains(&"sa:sa1".to_owned()), "{container}");
         assert!(!found.iter().any(|it| it.starts_with("container-")), "{container}: {found:?}");
+    }
+}
+
+/// Set for a process that asks the kubelet: its port, and the files with its CA and the token.
+const ASKS: &str = "DURWARD_TEST_ASKS_KUBELET";
+
+/// A line of this process's status, in KiB.
+fn of_status(name: &str) -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+/// Not a test of its own: a process that asks once, and then again as soon as it is told, and says how much memory that took.
+#[tokio::test]
+async fn as_one_who_asks() {
+    let Ok(place) = std::env::var(ASKS) else { return };
+    let [port, ca, token] = place.split('|').collect::<Vec<_>>().try_into().unwrap();
+    let mut settings = AttestSettings::default();
+    settings.k8s.enabled = true;
+    settings.k8s.settings = K8sSettings {
+        kubelet_secure_port: Some(port.parse().unwrap()),
+        kubelet_ca_path: ca.into(),
+        token_path: token.into(),
+        node_name_env: "DURWARD_TEST_NO_SUCH_VARIABLE".to_owned(),
+        max_poll_attempts: 60,
+        ..K8sSettings::default()
+    };
+    let attestor = Attestor::new(settings);
+    attest(&attestor, &caller(1, 1), &["k8s:ns:ns1"]).await.unwrap();
+    println!("\nthere");
+    std::io::stdin().read_line(&mut String::new()).unwrap();
+    let _some = durward::os::heap::trim();
+    // The most is counted anew.
+    fs::write("/proc/self/clear_refs", "5").unwrap();
+    let before = of_status("VmRSS");
+    let found = attest(&attestor, &caller(7, 7), &["k8s:ns:bench"]).await;
+    let took = of_status("VmHWM").saturating_sub(before);
+    println!("\ntook {took} {} {}", attestor.kept_bytes(), found.is_ok());
+}
+
+#[test]
+fn a_list_is_read_in_little_memory_whatever_it_holds() {
+    let usual = |pods: u32| listed(&(0..pods).map(usual_pod).collect::<Vec<_>>());
+    let changed = |change: fn(&mut Value)| {
+        let mut pods: Vec<Value> = (0..250).map(usual_pod).collect();
+        change(&mut pods[100]);
+        listed(&pods)
+    };
+    let string = |bytes: usize| Reply::With(200, JSON, format!("{{\"kind\": \"{}\"}}", "x".repeat(bytes)));
+    let of_all = |annotation: usize| {
+        let mut pods: Vec<Value> = (0..110).map(usual_pod).collect();
+        pods.iter_mut().for_each(|it| it["metadata"]["annotations"]["a"] = json!("x".repeat(annotation)));
+        listed(&pods)
+    };
+    for (case, reply, kib, is_found) in [
+        ("250 usual pods", usual(250), 1024, true),
+        ("500 usual pods", usual(500), 4096, true),
+        (
+            "a label of a megabyte",
+            changed(|it| it["metadata"]["labels"]["app"] = json!("x".repeat(1_000_000))),
+            4096,
+            true,
+        ),
+        (
+            "a megabyte of labels",
+            changed(|it| {
+                let labels = (0..10_000).map(|n| (format!("label-{n}"), json!("x".repeat(90))));
+                it["metadata"]["labels"] = labels.collect::<serde_json::Map<_, _>>().into();
+            }),
+            2048,
+            true,
+        ),
+        ("110 annotations of 256 KB", of_all(256 * 1024), 2048, true),
+        ("a string of 30 MB", string(30_000_000), 6144, false),
+        ("100 MB", Reply::Bytes(100_000_000), 1024, false),
+    ] {
+        let kubelet = FakeKubelet::start(listed(&[pod(1)]));
+        let place = format!("{}|{}|{}", kubelet.port, kubelet.ca.display(), kubelet.token.display());
+        let mut asks = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "kubernetes::as_one_who_asks", "--nocapture"])
+            .env(ASKS, place)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(asks.stdout.take().unwrap()).lines().map(Result::unwrap);
+        assert!(lines.any(|line| line == "there"), "{case}");
+        kubelet.says(reply);
+        writeln!(asks.stdin.take().unwrap()).unwrap();
+        let took = lines.find_map(|line| Some(line.strip_prefix("took ")?.to_owned())).expect(case);
+        assert!(asks.wait().unwrap().success(), "{case}");
+        let [took, kept, found] = took.split(' ').collect::<Vec<_>>().try_into().unwrap();
+        println!("{case}: {took} KiB, of which {kept} bytes are kept");
+        assert_eq!(found.parse(), Ok(is_found), "{case}");
+        assert!(took.parse::<u64>().unwrap() < kib, "{case}: {took} KiB");
     }
 }

@@ -312,6 +312,9 @@ pub struct StatusResponse {
     /// What the agent found at its start about where it runs, and serves all the same, in words.
     #[prost(string, repeated, tag = "22")]
     pub surroundings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// What keeps attestors from telling who callers are, each in one line.
+    #[prost(string, repeated, tag = "23")]
+    pub attestors_wrong: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Times are in seconds since 1970.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -109,6 +109,19 @@ impl KubernetesClient {
         Self { place, material: None, stale: false, open: None }
     }
 
+    /// What it is asked by, if that is a name.
+    pub(super) fn name(&self) -> Option<&str> {
+        self.place.name.as_deref()
+    }
+
+    /// Reads what the agent shows itself with and knows the service by. Asks nobody.
+    ///
+    /// # Errors
+    /// [`KubernetesFault::Material`].
+    pub(super) fn prepare(&mut self) -> Result<(), KubernetesFault> {
+        self.material().map(drop)
+    }
+
     /// Asks for what is at this path, and reads it with `read`.
     ///
     /// # Errors
@@ -140,7 +153,8 @@ impl KubernetesClient {
         }
         // Who it is, and who the agent is, is looked at anew as well.
         self.open = None;
-        match (Material::read(shown_as, known_by), &mut self.material) {
+        let read = Material::read(shown_as, known_by, self.place.service.material());
+        match (read, &mut self.material) {
             (Ok(read), kept) => *kept = Some((read, now)),
             (Err(fault), None) => return Err(fault.into()),
             (Err(fault), Some((_, at))) => {

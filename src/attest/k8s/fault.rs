@@ -2,7 +2,10 @@
 
 use std::{fmt, io, time::Duration};
 
-use super::{body::BodyExcess, material::MaterialFault};
+use super::{
+    body::BodyExcess,
+    material::{MaterialFault, MaterialNames, NamedFile},
+};
 
 /// How long one request may take, from connecting to the last byte.
 pub(super) const FETCH: Duration = Duration::from_secs(10);
@@ -26,6 +29,7 @@ struct ServiceWords {
     permission: &'static str,
     its_ca: &'static str,
     its_name: &'static str,
+    material: MaterialNames,
 }
 
 const OF_KUBELET: ServiceWords = ServiceWords {
@@ -34,6 +38,12 @@ const OF_KUBELET: ServiceWords = ServiceWords {
     permission: "nodes/proxy, or on nodes/pods where the cluster has that",
     its_ca: "name the kubelet's CA in kubelet_ca_path, or set skip_kubelet_verification = true",
     its_name: "set node_name to a name that it is for, or skip_kubelet_verification = true",
+    material: MaterialNames {
+        ca: NamedFile { what: "kubelet CA", setting: "kubelet_ca_path" },
+        token: NamedFile { what: "token", setting: "token_path" },
+        certificate: NamedFile { what: "certificate", setting: "certificate_path" },
+        key: NamedFile { what: "certificate", setting: "private_key_path" },
+    },
 };
 
 const OF_API_SERVER: ServiceWords = ServiceWords {
@@ -42,6 +52,13 @@ const OF_API_SERVER: ServiceWords = ServiceWords {
     permission: "namespaces",
     its_ca: "name its CA in api_server_ca_path",
     its_name: "set api_server_address to a name that it is for",
+    // It is shown a token alone.
+    material: MaterialNames {
+        ca: NamedFile { what: "API server CA", setting: "api_server_ca_path" },
+        token: NamedFile { what: "API server token", setting: "api_server_token_path" },
+        certificate: NamedFile { what: "certificate", setting: "api_server_token_path" },
+        key: NamedFile { what: "certificate", setting: "api_server_token_path" },
+    },
 };
 
 impl KubernetesService {
@@ -51,6 +68,11 @@ impl KubernetesService {
             Self::Kubelet => LARGEST_LIST,
             Self::ApiServer => LARGEST_NAMESPACE,
         }
+    }
+
+    /// What its files are called, and which settings name them.
+    pub(super) fn material(self) -> &'static MaterialNames {
+        &self.words().material
     }
 
     fn words(self) -> &'static ServiceWords {

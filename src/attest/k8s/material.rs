@@ -60,40 +60,55 @@ pub(super) struct Material {
     pub(super) authorization: Option<HeaderValue>,
 }
 
+/// A file, as messages name it.
+#[derive(Clone, Copy, Debug)]
+pub struct NamedFile {
+    pub(super) what: &'static str,
+    pub(super) setting: &'static str,
+}
+
+/// What the files of one service are called, and which settings name them.
+pub(super) struct MaterialNames {
+    pub(super) ca: NamedFile,
+    pub(super) token: NamedFile,
+    pub(super) certificate: NamedFile,
+    pub(super) key: NamedFile,
+}
+
 /// What is wrong with a file.
 #[derive(Debug, thiserror::Error)]
 pub enum MaterialFault {
     /// It is not there, or may not be read.
-    #[error("unable to load {what}: cannot read {}", path.display())]
-    Read { what: &'static str, path: PathBuf, source: io::Error },
+    #[error("unable to load {}: cannot read {}, which {} names", file.what, path.display(), file.setting)]
+    Read { file: NamedFile, path: PathBuf, source: io::Error },
     /// It is a directory, a pipe or the like.
-    #[error("unable to load {what}: {} must be a regular file", path.display())]
-    Kind { what: &'static str, path: PathBuf },
+    #[error("unable to load {}: {} must be a regular file ({})", file.what, path.display(), file.setting)]
+    Kind { file: NamedFile, path: PathBuf },
     /// It is larger than any such file.
-    #[error("unable to load {what}: {} is larger than {most} bytes", path.display())]
-    Large { what: &'static str, path: PathBuf, most: usize },
+    #[error("unable to load {}: {} is larger than {most} bytes ({})", file.what, path.display(), file.setting)]
+    Large { file: NamedFile, path: PathBuf, most: usize },
     /// It does not hold what it should.
-    #[error("unable to load {what}: {} holds no {right}", path.display())]
-    Content { what: &'static str, path: PathBuf, right: &'static str },
+    #[error("unable to load {}: {} holds no {right} ({})", file.what, path.display(), file.setting)]
+    Content { file: NamedFile, path: PathBuf, right: &'static str },
     /// The key is not that of the certificate, or of a kind that cannot sign.
     #[error("unable to load certificate: the key of {} is not that of {}: {why}", key.display(), certificate.display())]
     Pair { certificate: PathBuf, key: PathBuf, why: rustls::Error },
 }
-
-const CA: &str = "kubelet CA";
-const TOKEN: &str = "token";
-const CERTIFICATE: &str = "certificate";
 
 impl Material {
     /// Reads the files. Blocks this thread.
     ///
     /// # Errors
     /// [`MaterialFault`].
-    pub(super) fn read(shown_as: &ShownAs, known_by: &KnownBy) -> Result<Self, MaterialFault> {
+    pub(super) fn read(
+        shown_as: &ShownAs,
+        known_by: &KnownBy,
+        names: &MaterialNames,
+    ) -> Result<Self, MaterialFault> {
         let provider = default_provider();
         let verifier = KubeletVerifier {
             roots: match known_by {
-                KnownBy::Ca { file, .. } => Some(roots(file)?),
+                KnownBy::Ca { file, .. } => Some(roots(names.ca, file)?),
                 KnownBy::Nothing => None,
             },
             named: matches!(known_by, KnownBy::Ca { named: true, .. }),
@@ -106,14 +121,11 @@ impl Material {
             .with_custom_certificate_verifier(Arc::new(verifier));
         let mut tls = match shown_as {
             ShownAs::Certificate { certificate, key } => {
-                let chain = certificates(CERTIFICATE, certificate, LARGEST_SECRET)?;
-                let text = read(CERTIFICATE, key, LARGEST_SECRET)?;
-                let private =
-                    PrivateKeyDer::from_pem_slice(&text).map_err(|_unsaid| MaterialFault::Content {
-                        what: CERTIFICATE,
-                        path: key.clone(),
-                        right: "private key in PEM",
-                    })?;
+                let chain = certificates(names.certificate, certificate, LARGEST_SECRET)?;
+                let text = read(names.key, key, LARGEST_SECRET)?;
+                let private = PrivateKeyDer::from_pem_slice(&text).map_err(|_unsaid| {
+                    MaterialFault::Content { file: names.key, path: key.clone(), right: "private key in PEM" }
+                })?;
                 builder.with_client_auth_cert(chain, private).map_err(|why| MaterialFault::Pair {
                     certificate: certificate.clone(),
                     key: key.clone(),
@@ -124,7 +136,7 @@ impl Material {
         };
         tls.alpn_protocols = vec![b"http/1.1".to_vec()];
         let authorization = match shown_as {
-            ShownAs::Token(path) => Some(bearer(path)?),
+            ShownAs::Token(path) => Some(bearer(names.token, path)?),
             ShownAs::Certificate { .. } | ShownAs::Anonymous => None,
         };
         Ok(Self { tls: Arc::new(tls), authorization })
@@ -132,42 +144,42 @@ impl Material {
 }
 
 /// What a request shows with the token of a file.
-fn bearer(path: &Path) -> Result<HeaderValue, MaterialFault> {
-    let text = read(TOKEN, path, LARGEST_SECRET)?;
+fn bearer(file: NamedFile, path: &Path) -> Result<HeaderValue, MaterialFault> {
+    let text = read(file, path, LARGEST_SECRET)?;
     let token = text.trim_ascii();
     let mut header = Zeroizing::new(b"Bearer ".to_vec());
     header.extend_from_slice(token);
-    let wrong = || MaterialFault::Content { what: TOKEN, path: path.to_owned(), right: "token" };
+    let wrong = || MaterialFault::Content { file, path: path.to_owned(), right: "token" };
     let made = HeaderValue::from_bytes(&header).ok().filter(|_| !token.is_empty());
     let mut header = made.ok_or_else(wrong)?;
     header.set_sensitive(true);
     Ok(header)
 }
 
-fn roots(path: &Path) -> Result<RootCertStore, MaterialFault> {
+fn roots(file: NamedFile, path: &Path) -> Result<RootCertStore, MaterialFault> {
     let mut roots = RootCertStore::empty();
-    let (added, _) = roots.add_parsable_certificates(certificates(CA, path, LARGEST_CA)?);
+    let (added, _) = roots.add_parsable_certificates(certificates(file, path, LARGEST_CA)?);
     if added == 0 {
         let right = "certificate of a CA";
-        return Err(MaterialFault::Content { what: CA, path: path.to_owned(), right });
+        return Err(MaterialFault::Content { file, path: path.to_owned(), right });
     }
     Ok(roots)
 }
 
 fn certificates(
-    what: &'static str,
+    file: NamedFile,
     path: &Path,
     most: usize,
 ) -> Result<Vec<CertificateDer<'static>>, MaterialFault> {
-    let text = read(what, path, most)?;
-    let wrong = || MaterialFault::Content { what, path: path.to_owned(), right: "certificates in PEM" };
+    let text = read(file, path, most)?;
+    let wrong = || MaterialFault::Content { file, path: path.to_owned(), right: "certificates in PEM" };
     let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
     all.ok().filter(|all| !all.is_empty()).ok_or_else(wrong)
 }
 
 /// Reads a regular file. A pipe keeps nobody waiting.
-fn read(what: &'static str, path: &Path, most: usize) -> Result<Zeroizing<Vec<u8>>, MaterialFault> {
-    let failed = |source| MaterialFault::Read { what, path: path.to_owned(), source };
+fn read(named: NamedFile, path: &Path, most: usize) -> Result<Zeroizing<Vec<u8>>, MaterialFault> {
+    let failed = |source| MaterialFault::Read { file: named, path: path.to_owned(), source };
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
@@ -175,14 +187,14 @@ fn read(what: &'static str, path: &Path, most: usize) -> Result<Zeroizing<Vec<u8
         .map_err(failed)?;
     let found = file.metadata().map_err(failed)?;
     if !found.is_file() {
-        return Err(MaterialFault::Kind { what, path: path.to_owned() });
+        return Err(MaterialFault::Kind { file: named, path: path.to_owned() });
     }
     // Room for all of it at once: a buffer that grows leaves copies behind.
     let size = usize::try_from(found.len()).unwrap_or(usize::MAX).min(most);
     let mut text = Zeroizing::new(Vec::with_capacity(size + 1));
     file.take(u64::try_from(most + 1).unwrap_or(u64::MAX)).read_to_end(&mut text).map_err(failed)?;
     if text.len() > most {
-        return Err(MaterialFault::Large { what, path: path.to_owned(), most });
+        return Err(MaterialFault::Large { file: named, path: path.to_owned(), most });
     }
     Ok(text)
 }

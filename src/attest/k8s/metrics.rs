@@ -1,15 +1,15 @@
-//! What is counted of requests to the kubelet.
+//! What is counted of requests to the kubelet and the API server.
 
 use metrics::{Counter, Gauge};
 
-use super::{fault::KubernetesFault, pods::PodList};
+use super::fault::KubernetesFault;
 use crate::telemetry::registry::{By, Label as _, Registry, labels};
 
 labels! {
-    /// What came of a request to the kubelet.
-    pub(super) enum KubeletResult, "result" {
-        /// A list of pods.
-        Listed = "ok",
+    /// What came of a request.
+    pub(super) enum RequestResult, "result" {
+        /// What was asked for.
+        Answered = "ok",
         /// Nobody is there, or the connection broke.
         Unreachable = "unreachable",
         /// It did not answer in time.
@@ -18,7 +18,7 @@ labels! {
         Untrusted = "untrusted",
         /// It does not let the agent ask.
         Refused = "refused",
-        /// It answers something else than a list that is read.
+        /// It answers something else.
         Unusable = "unusable",
         /// The agent could not ask.
         Internal = "internal",
@@ -26,47 +26,58 @@ labels! {
 }
 
 impl KubernetesFault {
-    fn result(&self) -> KubeletResult {
+    fn result(&self) -> RequestResult {
         match self {
-            Self::Unreachable { .. } | Self::Broken { .. } => KubeletResult::Unreachable,
-            Self::Late { .. } => KubeletResult::Late,
-            Self::UnknownCa { .. } | Self::OtherName { .. } | Self::Tls { .. } => KubeletResult::Untrusted,
-            Self::Unauthenticated { .. } | Self::Forbidden { .. } => KubeletResult::Refused,
+            Self::Unreachable { .. } | Self::Broken { .. } => RequestResult::Unreachable,
+            Self::Late { .. } => RequestResult::Late,
+            Self::UnknownCa { .. } | Self::OtherName { .. } | Self::Tls { .. } => RequestResult::Untrusted,
+            Self::Unauthenticated { .. } | Self::Forbidden { .. } => RequestResult::Refused,
             Self::Redirect { .. }
             | Self::Status { .. }
             | Self::NotJson { .. }
             | Self::Large { .. }
-            | Self::Malformed { .. } => KubeletResult::Unusable,
-            Self::Material(_) | Self::Internal(_) => KubeletResult::Internal,
+            | Self::Malformed { .. } => RequestResult::Unusable,
+            Self::Material(_) | Self::Internal(_) => RequestResult::Internal,
         }
     }
 }
 
-/// The series of the kubelet.
-pub(super) struct KubeletMetrics {
-    requests: By<KubeletResult, Counter>,
-    pods: Gauge,
+/// The name of a series, and what it tells.
+pub(super) struct SeriesWords {
+    pub(super) name: &'static str,
+    pub(super) help: &'static str,
 }
 
-impl KubeletMetrics {
-    pub(super) fn new(make: Registry<'_>) -> Self {
+/// The series of one service.
+pub(super) struct RequestSeries {
+    /// A counter.
+    pub(super) requests: SeriesWords,
+    /// A gauge: how many things there were in the last answer.
+    pub(super) counted: SeriesWords,
+}
+
+/// Counts the requests to one service.
+pub(super) struct RequestMetrics {
+    requests: By<RequestResult, Counter>,
+    counted: Gauge,
+}
+
+impl RequestMetrics {
+    pub(super) fn new(make: Registry<'_>, series: &RequestSeries) -> Self {
+        let RequestSeries { requests, counted } = series;
         Self {
-            requests: By::new(|result: KubeletResult| {
-                make.counter(
-                    "durward_kubelet_requests_total",
-                    "Requests to the kubelet for its pods, by what came of them.",
-                    &[(KubeletResult::KEY, result.text())],
-                )
+            requests: By::new(|result: RequestResult| {
+                make.counter(requests.name, requests.help, &[(RequestResult::KEY, result.text())])
             }),
-            pods: make.gauge("durward_kubelet_pods", "Pods in the last list of the kubelet.", &[]),
+            counted: make.gauge(counted.name, counted.help, &[]),
         }
     }
 
-    /// Counts a request that ended.
-    pub(super) fn count(&self, listed: Result<&PodList, &KubernetesFault>) {
-        let result = listed.map_or_else(KubernetesFault::result, |pods| {
-            self.pods.set(f64::from(u32::try_from(pods.len()).unwrap_or(u32::MAX)));
-            KubeletResult::Listed
+    /// Counts a request that ended, with so many things in its answer.
+    pub(super) fn count(&self, said: Result<usize, &KubernetesFault>) {
+        let result = said.map_or_else(KubernetesFault::result, |count| {
+            self.counted.set(f64::from(u32::try_from(count).unwrap_or(u32::MAX)));
+            RequestResult::Answered
         });
         self.requests.with(result, |n| n.increment(1));
     }

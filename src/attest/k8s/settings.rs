@@ -5,14 +5,20 @@ use std::{env, net::IpAddr, path::PathBuf, time::Duration};
 use super::{
     client::KubernetesPlace,
     fault::KubernetesService,
-    material::{KnownBy, ShownAs},
+    material::{KnownBy, Material, ShownAs},
 };
-use crate::hcl::{
-    absent::{NOT_HERE, Off, refuse},
-    section::Section,
-    settings::settings,
-    tree::Place,
+use crate::{
+    hcl::{
+        absent::{NOT_HERE, Off, refuse},
+        section::Section,
+        settings::settings,
+        tree::Place,
+    },
+    telemetry::chain,
 };
+
+/// Why the API server cannot be asked where nobody says where it is.
+pub(super) const NO_API_SERVER: &str = "KUBERNETES_SERVICE_HOST is not set, so the API server cannot be asked for labels: set api_server_address";
 
 /// Where the kubelet is when nothing is said.
 const SECURE_PORT: u16 = 10250;
@@ -191,6 +197,19 @@ impl K8sSettings {
     #[expect(clippy::disallowed_methods, reason = "the setting names a variable, as spire-agent's does")]
     fn node_of_environment(&self) -> Option<String> {
         env::var(&self.node_name_env).ok().filter(|name| !name.is_empty())
+    }
+
+    /// What is missing on this host for the services to be asked, each in one line. Reads the files, which blocks this thread.
+    pub(super) fn missing(&self) -> Vec<String> {
+        let places = [self.place(), self.api_server()].into_iter().flatten();
+        let files = places.filter_map(|place| {
+            let (shown_as, known_by) = place.secure.as_ref()?;
+            let read = Material::read(shown_as, known_by, place.service.material());
+            read.err().map(|fault| format!("{}; {} cannot be asked without it", chain(&fault), place.service))
+        });
+        let nowhere =
+            self.enable_namespace_labels && !self.disable_kubelet_client && self.api_server().is_none();
+        files.chain(nowhere.then(|| NO_API_SERVER.to_owned())).collect()
     }
 
     /// How long a container is waited for.
