@@ -91,7 +91,7 @@ fn pretty(told: &pb::ExplainResponse, width: Option<usize>) -> String {
         out.push_str("  none: this process has no identity\n");
     }
     for entry in &told.matches {
-        let _ = writeln!(out, "  {}", entry_text(entry));
+        let _ = writeln!(out, "  {}", entry_line(entry, width));
         if !entry.withheld.is_empty() {
             let _ = writeln!(out, "    not served: {}", clean(&entry.withheld));
         }
@@ -101,7 +101,7 @@ fn pretty(told: &pb::ExplainResponse, width: Option<usize>) -> String {
         out.push_str("\nEntries that nearly match:\n");
     }
     for near in &told.nearest {
-        let _ = writeln!(out, "  {}", entry_text(&near.entry.clone().unwrap_or_default()));
+        let _ = writeln!(out, "  {}", entry_line(&near.entry.clone().unwrap_or_default(), width));
         let missing: Vec<String> = near.missing.iter().map(|selector| clean(selector)).collect();
         let _ = writeln!(out, "    has {} of its selectors, misses {}", near.found, missing.join(", "));
         for absent in &near.absent {
@@ -137,6 +137,12 @@ fn taker_rows(bucket: &pb::Bucket) -> Vec<[String; 5]> {
         [bucket.key.clone(), bucket.method.clone(), taker(taking).to_owned(), used, refused]
     };
     bucket.takings.iter().map(row).collect()
+}
+
+/// The same, in two lines where one has no room.
+fn entry_line(entry: &pb::Entry, width: usize) -> String {
+    let text = entry_text(entry);
+    if text.chars().count() + 2 > width { text.replacen(" (entry", "\n    (entry", 1) } else { text }
 }
 
 fn entry_text(entry: &pb::Entry) -> String {

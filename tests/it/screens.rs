@@ -86,7 +86,7 @@ async fn what_an_agent_tells_fits_the_terminal() {
     let dir = tempfile::tempdir().unwrap();
     let limits =
         "ratelimit {\n  caller { rate = 50 burst = 100 }\n  gate { caller { connections = 500 } }\n}\n";
-    let long = entry("/a/workload/with-a-name/that-is/rather-long-and-goes-on", "");
+    let long = entry("/a/workload/with-a-name/that-is/rather-long", "");
     write_config(dir.path(), &[limits, &long].concat());
     let mut agent = Process::spawn(dir.path());
     let mut client = agent.serving(dir.path()).await;
