@@ -29,8 +29,11 @@ impl Replacing {
     pub(super) fn by(&self, next: &Config) -> anyhow::Result<Changes> {
         let changes = config::diff(&self.old, next);
         if !changes.restart.is_empty() {
-            let all: Vec<String> = changes.restart.iter().map(ToString::to_string).collect();
-            anyhow::bail!("{}", all.join("; "));
+            let all = changes.restart.iter().map(|changed| match next.set_at.of(changed.key) {
+                Some(place) => format!("{place}: {changed}"),
+                None => changed.to_string(),
+            });
+            anyhow::bail!("{}", all.collect::<Vec<_>>().join("; "));
         }
         // Destructured without `..`: what is added must be put in force, or be known to need a restart.
         let Config {
@@ -52,6 +55,7 @@ impl Replacing {
             health: _,
             ratelimit,
             sources: _,
+            set_at: _,
         } = next;
         let Adjustable { parts, connections, log: lines } = &self.adjustable;
         let budget = ratelimit.memory.budget(parts.means.cgroup);

@@ -95,7 +95,7 @@ pub(crate) fn is_enabled(plugin: &mut Section<'_>) -> bool {
 
 /// The attestors of this version, for a message.
 fn here() -> String {
-    AttestSettings::NAMES.join(", ")
+    AttestSettings::NAMES.join(" and ")
 }
 
 /// Refuses an attestor that this version does not have, unless it is off.
@@ -106,7 +106,7 @@ fn absent(mut plugin: Section<'_>) {
         let what = if plugin.has("plugin_cmd") {
             format!("an external plugin {NOT_HERE}; leave it out")
         } else if ABSENT.contains(&label) {
-            format!("this workload attestor {NOT_HERE}, {here} are; leave it out, or set enabled = false")
+            format!("this workload attestor {NOT_HERE}, only {here}: leave it out, or set enabled = false")
         } else {
             match nearest(label, ABSENT.iter().chain(AttestSettings::NAMES).copied()) {
                 Some(near) => format!("unknown workload attestor: did you mean {near}?"),

@@ -1,4 +1,4 @@
-//! The way to the admin socket, for `limits` and `explain`.
+//! The way to the admin socket, and how its answers are shown in tables.
 //!
 //! It is the owner's: no security header, no identity. The agent is trusted, and its words are cleaned all the same:
 //! keys, hints and selectors are other people's.
@@ -66,13 +66,12 @@ impl AdminArgs {
 }
 
 /// What [`tokens`] says of a limit that nobody set, explained.
-pub(super) const BY_DEFAULT: &str =
-    "(default): nobody set it, and it refuses only while the node has no room";
+pub(super) const BY_DEFAULT: &str = "*: nobody set it, and it refuses only while the node has no room";
 
 /// The tokens of a bucket: `12/200`, or why there are none.
 pub(super) fn tokens(bucket: &pb::Bucket) -> String {
     match bucket.limit() {
-        pb::Limit::Tokens if bucket.by_default => format!("{}/{} (default)", bucket.left, bucket.burst),
+        pb::Limit::Tokens if bucket.by_default => format!("{}/{}*", bucket.left, bucket.burst),
         pb::Limit::Tokens => format!("{}/{}", bucket.left, bucket.burst),
         other => limit_name(other).to_owned(),
     }
@@ -180,6 +179,29 @@ pub(super) fn table<const N: usize>(columns: [Column; N], rows: &[[String; N]]) 
         out.push('\n');
     }
     out
+}
+
+/// The rows, with the cells at `at` cut so that the table is no wider than `columns`.
+pub(super) fn fit<const N: usize>(
+    rows: &[[String; N]],
+    at: usize,
+    columns: usize,
+    names: &[Column; N],
+) -> Vec<[String; N]> {
+    let widest = |nth: usize| {
+        let name = names.get(nth).map_or(0, |column| column.width());
+        rows.iter().filter_map(|row| row.get(nth)).map(|cell| clean(cell).chars().count()).chain([name]).max()
+    };
+    let others: usize = (0..N).filter(|nth| *nth != at).filter_map(widest).map(|width| width + 2).sum();
+    let room = columns.saturating_sub(others).max(8);
+    let mut rows = rows.to_vec();
+    for cell in rows.iter_mut().filter_map(|row| row.get_mut(at)) {
+        let whole = clean(cell);
+        // All SPIFFE IDs begin alike.
+        let told = if whole.chars().count() > room { whole.trim_start_matches("spiffe://") } else { &whole };
+        *cell = shorten(told, room);
+    }
+    rows
 }
 
 /// `text` in at most `widest` characters: the beginning and, mostly, the end, in which two SPIFFE IDs or paths differ.

@@ -7,8 +7,8 @@ use serde_json::json;
 
 use super::{
     Failure, OutputArgs, OutputFormat,
-    admin::{AdminArgs, BY_DEFAULT, Column, bucket_json, table, taker, taking_json, tokens},
-    terminal::{Terminal, clean},
+    admin::{AdminArgs, BY_DEFAULT, Column, bucket_json, fit, table, taker, taking_json, tokens},
+    terminal::{Terminal, clean, width},
 };
 use crate::api::proto::admin as pb;
 
@@ -33,7 +33,7 @@ pub(super) async fn explain(args: &ExplainArgs, terminal: &mut Terminal) -> Resu
     let told =
         args.admin.call(terminal, question, async |mut api, request| api.explain(request).await).await?;
     let text = match args.output.output {
-        OutputFormat::Pretty => pretty(&told),
+        OutputFormat::Pretty => pretty(&told, width()),
         OutputFormat::Json => format!("{}\n", to_json(&told)),
     };
     Ok(terminal.print(&text)?)
@@ -60,7 +60,8 @@ fn said_text(said: &pb::Said) -> String {
     format!("  ({}: {selectors} in {took:.1} ms{})", clean(attestor), age.unwrap_or_default())
 }
 
-fn pretty(told: &pb::ExplainResponse) -> String {
+fn pretty(told: &pb::ExplainResponse, width: Option<usize>) -> String {
+    let width = width.unwrap_or(usize::MAX);
     let mut out = String::new();
     let caller = told.caller.clone().unwrap_or_default();
     // Writing to a String does not fail.
@@ -77,9 +78,7 @@ fn pretty(told: &pb::ExplainResponse) -> String {
     for untold in &told.untold {
         let _ = writeln!(out, "  {} is not known: {}", clean(&untold.kind), clean(&untold.why));
         if untold.decides {
-            out.push_str(
-                "    calls fail because of this: an entry asks for it, and all else of that entry matches\n",
-            );
+            out.push_str("    calls fail because of this: an entry asks for it, and matches otherwise\n");
         }
     }
 
@@ -92,7 +91,7 @@ fn pretty(told: &pb::ExplainResponse) -> String {
         out.push_str("  none: this process has no identity\n");
     }
     for entry in &told.matches {
-        let _ = writeln!(out, "  {}", entry_text(entry));
+        let _ = writeln!(out, "  {}", entry_line(entry, width));
         if !entry.withheld.is_empty() {
             let _ = writeln!(out, "    not served: {}", clean(&entry.withheld));
         }
@@ -102,7 +101,7 @@ fn pretty(told: &pb::ExplainResponse) -> String {
         out.push_str("\nEntries that nearly match:\n");
     }
     for near in &told.nearest {
-        let _ = writeln!(out, "  {}", entry_text(&near.entry.clone().unwrap_or_default()));
+        let _ = writeln!(out, "  {}", entry_line(&near.entry.clone().unwrap_or_default(), width));
         let missing: Vec<String> = near.missing.iter().map(|selector| clean(selector)).collect();
         let _ = writeln!(out, "    has {} of its selectors, misses {}", near.found, missing.join(", "));
         for absent in &near.absent {
@@ -113,7 +112,7 @@ fn pretty(told: &pb::ExplainResponse) -> String {
     out.push_str("\nLimits:\n");
     let columns =
         [Column::Left("STAGE"), Column::Left("KEY"), Column::Left("METHOD"), Column::Right("TOKENS LEFT")];
-    out.push_str(&table(columns, &bucket_rows(&told.buckets)));
+    out.push_str(&table(columns, &fit(&bucket_rows(&told.buckets), 1, width, &columns)));
     if told.buckets.iter().any(|bucket| bucket.by_default) {
         let _ = writeln!(out, "{BY_DEFAULT}");
     }
@@ -127,7 +126,7 @@ fn pretty(told: &pb::ExplainResponse) -> String {
             Column::Right("USED"),
             Column::Right("REFUSED"),
         ];
-        out.push_str(&table(columns, &shared));
+        out.push_str(&table(columns, &fit(&shared, 0, width, &columns)));
     }
     out
 }
@@ -138,6 +137,12 @@ fn taker_rows(bucket: &pb::Bucket) -> Vec<[String; 5]> {
         [bucket.key.clone(), bucket.method.clone(), taker(taking).to_owned(), used, refused]
     };
     bucket.takings.iter().map(row).collect()
+}
+
+/// The same, in two lines where one has no room.
+fn entry_line(entry: &pb::Entry, width: usize) -> String {
+    let text = entry_text(entry);
+    if text.chars().count() + 2 > width { text.replacen(" (entry", "\n    (entry", 1) } else { text }
 }
 
 fn entry_text(entry: &pb::Entry) -> String {
@@ -286,7 +291,7 @@ mod tests {
             ],
         };
         assert_eq!(
-            pretty(&told),
+            pretty(&told, None),
             "\
 Process:     7 (user 1000, group 100)
 Charged as:  pod:x: its cgroup is a pod's
@@ -295,7 +300,7 @@ Cgroup line: 0::/kubepods/\\u{1b}[2J
 Selectors:
   unix:uid:1000
   unix:path is not known: it hangs
-    calls fail because of this: an entry asks for it, and all else of that entry matches
+    calls fail because of this: an entry asks for it, and matches otherwise
   (k8s: 7 in 1.2 ms, of what was known for 4.2 s)
 
 Entries that match, the default first:
@@ -309,12 +314,12 @@ Entries that nearly match:
     unix:user:db: there is no such user on this node
 
 Limits:
-STAGE     KEY              METHOD                 TOKENS LEFT
-gate      pod:x            connections                199/200
-caller    pod:x            FetchJWTSVID                 3/200
-caller    pod:x            each other method          200/200
-identity  spiffe://td/web  FetchJWTSVID       0/200 (default)
-(default): nobody set it, and it refuses only while the node has no room
+STAGE     KEY              METHOD             TOKENS LEFT
+gate      pod:x            connections            199/200
+caller    pod:x            FetchJWTSVID             3/200
+caller    pod:x            each other method      200/200
+identity  spiffe://td/web  FetchJWTSVID            0/200*
+*: nobody set it, and it refuses only while the node has no room
 
 Who takes from what is shared:
 KEY              METHOD        CALLER  USED  REFUSED
@@ -323,6 +328,6 @@ spiffe://td/web  FetchJWTSVID  uid:7     70        8
         );
         assert_eq!(to_json(&told)["untold"][0]["kind"], "unix:path");
         assert_eq!(to_json(&told)["nearest"][0]["entry"]["entry_id"], "db");
-        assert!(pretty(&pb::ExplainResponse::default()).contains("no identity"));
+        assert!(pretty(&pb::ExplainResponse::default(), None).contains("no identity"));
     }
 }

@@ -19,10 +19,10 @@ use tokio::{
 use super::{
     Failure, OutputArgs, OutputFormat,
     admin::{
-        AdminArgs, BY_DEFAULT, Column, bucket_json, mebibytes, memory_json, shorten, table, taker,
-        taking_json, tokens,
+        AdminArgs, BY_DEFAULT, Column, bucket_json, fit, mebibytes, memory_json, table, taker, taking_json,
+        tokens,
     },
-    terminal::{Terminal, clean},
+    terminal::{Terminal, clean, width},
 };
 use crate::{
     api::proto::admin as pb,
@@ -58,7 +58,7 @@ pub(super) async fn limits(args: &LimitsArgs, terminal: &mut Terminal) -> Result
     let mut names = UserNames::default();
     let Some(seconds) = args.watch else {
         let text = match args.output.output {
-            OutputFormat::Pretty => pretty(&first, &mut names),
+            OutputFormat::Pretty => pretty(&first, &mut names, width()),
             OutputFormat::Json => format!("{}\n", to_json(&first)),
         };
         return Ok(terminal.print(&text)?);
@@ -68,7 +68,8 @@ pub(super) async fn limits(args: &LimitsArgs, terminal: &mut Terminal) -> Result
     let mut terminate = signal(SignalKind::terminate()).map_err(Failure::Runtime)?;
     let mut resized = signal(SignalKind::window_change()).map_err(Failure::Runtime)?;
     let every = Duration::from_secs(u64::from(seconds));
-    let mut tick = tokio::time::interval_at(Instant::now() + every, every);
+    // What is done in a second is known when there are two answers: soon.
+    let mut tick = tokio::time::interval_at(Instant::now() + every.min(SECOND_LOOK), every);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let stdin = io::stdin();
     let mut keys = Keys::of(&stdin);
@@ -116,7 +117,7 @@ impl View {
         match (args.output.output, size(io::stdout())) {
             (OutputFormat::Json, _) => format!("{}\n", to_json(&self.now)),
             (OutputFormat::Pretty, Some(size)) => screen(&self.now, self.before.as_ref(), size, names),
-            (OutputFormat::Pretty, None) => pretty(&self.now, names),
+            (OutputFormat::Pretty, None) => pretty(&self.now, names, None),
         }
     }
 }
@@ -176,6 +177,9 @@ impl UserNames {
     }
 }
 
+/// Between the first two answers of `--watch`.
+const SECOND_LOOK: Duration = Duration::from_millis(500);
+
 async fn ask(args: &LimitsArgs, terminal: &mut Terminal) -> Result<pb::LimitsResponse, Failure> {
     let question = pb::LimitsRequest { top: args.top };
     args.admin.call(terminal, question, async |mut api, request| api.limits(request).await).await
@@ -190,8 +194,11 @@ fn screen(
 ) -> String {
     let mut out = vec![
         format!(
-            "{} connections, {} being attested, {} waiting; * by default; q ends",
-            now.node_connections, now.attestations_in_flight, now.calls_waiting
+            "{} connections, {} being attested, {} waiting; * by default; q ends{}",
+            now.node_connections,
+            now.attestations_in_flight,
+            now.calls_waiting,
+            if before.is_none() { "; measuring" } else { "" }
         ),
         format!("{}; room: {}", now.memory.as_ref().map(memory_text).unwrap_or_default(), room_text(now)),
         String::new(),
@@ -224,26 +231,6 @@ fn screen(
     out.into_iter().map(cut).collect::<Vec<_>>().join("\n")
 }
 
-/// The rows, with the cells at `at` cut so that the table is no wider than `columns`.
-fn fit<const N: usize>(
-    rows: &[[String; N]],
-    at: usize,
-    columns: usize,
-    names: &[Column; N],
-) -> Vec<[String; N]> {
-    let widest = |nth: usize| {
-        let name = names.get(nth).map_or(0, |column| column.width());
-        rows.iter().filter_map(|row| row.get(nth)).map(|cell| clean(cell).chars().count()).chain([name]).max()
-    };
-    let others: usize = (0..N).filter(|nth| *nth != at).filter_map(widest).map(|width| width + 2).sum();
-    let room = columns.saturating_sub(others + 2).max(8);
-    let mut rows = rows.to_vec();
-    for cell in rows.iter_mut().filter_map(|row| row.get_mut(at)) {
-        *cell = shorten(&clean(cell), room);
-    }
-    rows
-}
-
 /// A bucket, and below it those who take from it, with what they did in a second.
 fn rate_rows(
     heavy: &pb::Heavy,
@@ -259,7 +246,7 @@ fn rate_rows(
     // One that was not among the heaviest before has done all of it since.
     let earlier = before.map(|(before, elapsed)| (before.heaviest.iter().find(same), elapsed));
     let rate = |now: u32, count: &dyn Fn(&pb::Heavy) -> u32| match earlier {
-        None => String::new(),
+        None => "...".to_owned(),
         Some((heavy, elapsed)) => per_second(now.saturating_sub(heavy.map_or(0, count)), *elapsed),
     };
     let mut rows = vec![[
@@ -268,8 +255,7 @@ fn rate_rows(
         bucket.method.clone(),
         rate(heavy.used, &|heavy| heavy.used),
         rate(heavy.refused, &|heavy| heavy.refused),
-        // There is no room for the word; the head of the screen says what it stands for.
-        tokens(&bucket).replace(" (default)", "*"),
+        tokens(&bucket),
     ]];
     rows.extend(heavy.takings.iter().map(|taking| {
         let count = |heavy: &pb::Heavy, what: fn(&pb::Taking) -> u32| {
@@ -301,7 +287,9 @@ fn connection_rows(now: &pb::LimitsResponse, names: &mut UserNames) -> Vec<[Stri
     now.connections.iter().map(|it| [names.of(&it.caller), it.open.to_string(), kibibytes(it.held)]).collect()
 }
 
-fn pretty(now: &pb::LimitsResponse, names: &mut UserNames) -> String {
+/// All of it, on a terminal with so many columns or elsewhere.
+fn pretty(now: &pb::LimitsResponse, names: &mut UserNames, width: Option<usize>) -> String {
+    let width = width.unwrap_or(usize::MAX);
     let keys = now.keys.unwrap_or_default();
     let mut out = String::new();
     // Writing to a String does not fail.
@@ -316,7 +304,11 @@ fn pretty(now: &pb::LimitsResponse, names: &mut UserNames) -> String {
         keys.gate, keys.caller, keys.identity
     );
     if let Some(memory) = &now.memory {
-        let _ = writeln!(out, "Memory:      {}\n             {}", memory_text(memory), held_text(memory));
+        let [used, held] = [memory_text(memory), held_text(memory)];
+        let _ = writeln!(out, "Memory:      {used}");
+        for line in held.split("; ") {
+            let _ = writeln!(out, "             {line}");
+        }
     }
     let waiting = if now.short_of.is_empty() {
         String::new()
@@ -336,9 +328,9 @@ fn pretty(now: &pb::LimitsResponse, names: &mut UserNames) -> String {
             Column::Right("USED"),
             Column::Right("REFUSED"),
             Column::Right("MOST/S"),
-            Column::Right("TOKENS LEFT"),
+            Column::Right("LEFT"),
         ];
-        out.push_str(&table(columns, &rows));
+        out.push_str(&table(columns, &fit(&rows, 1, width, &columns)));
         if now.heaviest.iter().any(|heavy| heavy.bucket.as_ref().is_some_and(|bucket| bucket.by_default)) {
             let _ = writeln!(out, "{BY_DEFAULT}");
         }
@@ -347,7 +339,7 @@ fn pretty(now: &pb::LimitsResponse, names: &mut UserNames) -> String {
         let rows = connection_rows(now, names);
         out.push('\n');
         let columns = [Column::Left("CALLER"), Column::Right("OPEN CONNECTIONS"), Column::Right("HELD")];
-        out.push_str(&table(columns, &rows));
+        out.push_str(&table(columns, &fit(&rows, 0, width, &columns)));
     }
     out
 }
@@ -381,7 +373,7 @@ fn memory_text(memory: &pb::Memory) -> String {
 fn held_text(memory: &pb::Memory) -> String {
     let resident = memory.resident.map_or_else(|| "unknown".to_owned(), mebibytes);
     let cgroup = memory.cgroup.zip(memory.kernel).map_or_else(String::new, |(all, kernel)| {
-        format!(", cgroup {}, of which kernel {}", mebibytes(all), mebibytes(kernel))
+        format!("; cgroup {}, of which kernel {}", mebibytes(all), mebibytes(kernel))
     });
     format!("connections hold {}, resident {resident}{cgroup}", mebibytes(memory.held))
 }
@@ -478,19 +470,20 @@ mod tests {
         // No user has a name here.
         let mut names = UserNames([(1000, None), (8, None), (7, None)].into());
         assert_eq!(
-            pretty(&now, &mut names),
+            pretty(&now, &mut names, None),
             "\
 Connections: 3 (attestations in flight: 1)
 Buckets:     1 of the gate, 2 of callers, 3 of identities
 Memory:      9.0 MiB used, of 24.0 MiB; pressure: none
-             connections hold 1.0 MiB, resident 7.5 MiB, cgroup 8.0 MiB, of which kernel 2.0 MiB
+             connections hold 1.0 MiB, resident 7.5 MiB
+             cgroup 8.0 MiB, of which kernel 2.0 MiB
 Room:        short of memory, processor; calls that wait: 7
 
-STAGE   KEY              METHOD        USED  REFUSED  MOST/S      TOKENS LEFT
-caller  uid:1000         FetchJWTSVID   200     4321    1200  0/200 (default)
-caller  uid:7\\u{1b}[31m  FetchJWTSVID     0        1                  blocked
+STAGE   KEY              METHOD        USED  REFUSED  MOST/S     LEFT
+caller  uid:1000         FetchJWTSVID   200     4321    1200   0/200*
+caller  uid:7\\u{1b}[31m  FetchJWTSVID     0        1          blocked
           uid:8                           5        6
-(default): nobody set it, and it refuses only while the node has no room
+*: nobody set it, and it refuses only while the node has no room
 
 CALLER    OPEN CONNECTIONS    HELD
 uid:1000                 3  99 KiB
@@ -500,7 +493,9 @@ uid:1000                 3  99 KiB
         assert_eq!(json["heaviest"][0]["left"], 0);
         assert_eq!(json["heaviest"][1]["left"], serde_json::Value::Null);
         assert_eq!(json["heaviest"][1]["limit"], "blocked");
-        assert!(pretty(&pb::LimitsResponse::default(), &mut names).ends_with("Nobody has called yet.\n"));
+        assert!(
+            pretty(&pb::LimitsResponse::default(), &mut names, None).ends_with("Nobody has called yet.\n")
+        );
 
         // On a terminal it is no larger than that, and tells what was done in a second.
         names.0.insert(1000, Some("web".to_owned()));
@@ -508,6 +503,8 @@ uid:1000                 3  99 KiB
         if let Some(heavy) = later.heaviest.first_mut() {
             (heavy.used, heavy.refused) = (300, 4371);
         }
+        let first = screen(&later, None, (24, 80), &mut names);
+        assert!(first.contains("; measuring\n") && first.contains("..."), "{first}");
         let before = (now, Duration::from_secs(2));
         for size in [(24, 80), (40, 120), (10, 40)] {
             let text = screen(&later, Some(&before), size, &mut names);

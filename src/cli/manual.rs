@@ -7,7 +7,7 @@ use clap_complete::Shell;
 use super::{
     Failure,
     files::{Batch, Readers},
-    reference,
+    reference::{self, escaped},
     terminal::Terminal,
 };
 
@@ -95,10 +95,48 @@ fn pages(command: clap::Command, into: &mut Vec<(String, Vec<u8>)>) -> io::Resul
 
 fn page(command: clap::Command) -> io::Result<(String, Vec<u8>)> {
     // "durward api fetch" has its page as durward-api-fetch(1): clap builds these names.
-    let man = clap_mangen::Man::new(command).manual("Durward");
+    let below = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+    let has_commands = command.get_subcommands().next().is_some();
+    // clap_mangen has one section for what stands below the options, EXTRA.
+    let man = clap_mangen::Man::new(command.after_help(None::<&str>)).manual("Durward");
     let mut text = Vec::new();
-    man.render(&mut text)?;
+    man.render_title(&mut text)?;
+    man.render_name_section(&mut text)?;
+    man.render_synopsis_section(&mut text)?;
+    man.render_description_section(&mut text)?;
+    man.render_options_section(&mut text)?;
+    if has_commands {
+        man.render_subcommands_section(&mut text)?;
+    }
+    text.extend_from_slice(sections(&below).as_bytes());
     Ok((man.get_filename(), text))
+}
+
+/// What stands below the options as sections of their own: a headline ends with a colon, and its lines are indented.
+fn sections(below: &str) -> String {
+    let mut out = String::new();
+    for part in below.split("\n\n") {
+        let (head, lines) = part.split_once('\n').unwrap_or((part, ""));
+        match head.strip_suffix(':') {
+            Some(head) => {
+                let name = if head == "Exit codes" { "EXIT STATUS" } else { &head.to_uppercase() };
+                // Writing to a String does not fail.
+                let _ = writeln!(out, ".SH \"{name}\"\n.nf");
+                for line in lines.lines() {
+                    let _ = writeln!(out, "{}", escaped(line.strip_prefix("  ").unwrap_or(line)));
+                }
+                out.push_str(".fi\n");
+            }
+            None if part.is_empty() => {}
+            None => {
+                out.push_str(".SH NOTES\n");
+                for line in part.lines() {
+                    let _ = writeln!(out, "{}", escaped(line));
+                }
+            }
+        }
+    }
+    out
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use std::{
     os::unix::{fs::MetadataExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -36,7 +37,7 @@ use crate::{
     agent::{self, Happened, Running, Signalled, Signals, Upkeep},
     api::proto::workload as pb,
     config::{Config, ExpandEnv},
-    identity::TrustDomain,
+    identity::{Entry, TrustDomain},
     os::{clock::Clock, secrecy},
     telemetry::log::Log,
 };
@@ -90,10 +91,13 @@ pub(super) fn run(args: &QuickstartArgs, terminal: &mut Terminal) -> Result<(), 
     terminal.print(&format!("Setting up in {}\n", dir.display()))?;
     let layout = Layout::prepare(&dir, args.trust_domain.as_ref())?;
     for (path, fresh, what) in &layout.files {
-        let done = if *fresh { "wrote" } else { "kept " };
-        terminal.print(&format!("  {done} {path:<21} {what}\n"))?;
+        let line = if *fresh { format!("  wrote {path:<21} {what}") } else { format!("  kept  {path}") };
+        terminal.print(&format!("{line}\n"))?;
     }
     let config = Config::load(&layout.config, ExpandEnv::No)?;
+    if layout.files.iter().any(|(_, fresh, _)| !fresh) {
+        terminal.print(&entries_text(&config.entries))?;
+    }
     if let Some(asked) = args.trust_domain.clone().filter(|asked| *asked != config.trust_domain) {
         let (configured, path) = (config.trust_domain, layout.config);
         return Err(QuickstartError::TrustDomain { asked, configured, path }.into());
@@ -195,13 +199,46 @@ async fn show(config: &Config, layout: &Layout, terminal: &mut Terminal) -> Resu
     let valid =
         client.validate_jwt_svid(terminal, &audience, &token.svid).await.map_err(Failure::Validate)?;
     terminal.print(&jwt_text(&token.svid, valid, now))?;
-    if layout.knows_nobody() && geteuid().is_root() {
+    if knows_nobody(config) && geteuid().is_root() {
         let path = path.clone();
         let told = tokio::task::spawn_blocking(move || as_nobody(&path)).await;
         terminal.print(&told.unwrap_or_default())?;
     }
     let others_pass = config.places(geteuid().as_raw()).closed.is_empty();
-    Ok(terminal.print(&next_steps(path, layout, &config.trust_domain, others_pass))?)
+    Ok(terminal.print(&next_steps(layout, config, others_pass))?)
+}
+
+/// How many entries of a configuration that was there are shown.
+const MOST_ENTRIES: usize = 8;
+
+/// Who is whom, as the files say that were there.
+fn entries_text(entries: &[Arc<Entry>]) -> String {
+    let mut out = String::new();
+    for entry in entries.iter().take(MOST_ENTRIES) {
+        let selectors: Vec<String> = entry.selectors.iter().map(|it| clean(&it.to_string())).collect();
+        // Writing to a String does not fail.
+        let _ = writeln!(out, "  entry {}", shorten(entry.spiffe_id.as_str(), ENTRY_WIDTH));
+        let _ = writeln!(out, "        {}", shorten(&selectors.join(", "), ENTRY_WIDTH));
+    }
+    match entries.len().saturating_sub(MOST_ENTRIES) {
+        0 => {}
+        more => {
+            let _ = writeln!(out, "  and {more} more: durward entry show");
+        }
+    }
+    out
+}
+
+/// The width of what stands behind the names of rows.
+const ENTRY_WIDTH: usize = 70;
+
+/// Whether the account nobody has an entry.
+fn knows_nobody(config: &Config) -> bool {
+    let nobody = [format!("unix:uid:{NOBODY}"), "unix:user:nobody".to_owned()];
+    config.entries.iter().any(|entry| {
+        let selectors: Vec<String> = entry.selectors.iter().map(ToString::to_string).collect();
+        matches!(&*selectors, [one] if nobody.contains(one))
+    })
 }
 
 /// What the account `nobody` is given: this program, run by it, asks as any other would.
@@ -279,12 +316,12 @@ fn until(at: OffsetDateTime, now: SystemTime) -> String {
 }
 
 /// Commands to paste into another terminal.
-fn next_steps(socket: &Path, layout: &Layout, trust_domain: &TrustDomain, others_pass: bool) -> String {
+fn next_steps(layout: &Layout, config: &Config, others_pass: bool) -> String {
+    let socket = &config.agent.socket_path;
     let uri = shell_word(&format!("unix://{}", socket.display()));
     let program = program();
-    let place = program.parent().filter(|dir| !dir.as_os_str().is_empty());
     let mut out = "\nIn another terminal, first\n".to_owned();
-    if let Some(dir) = place {
+    if let Some(dir) = program.parent().filter(|dir| !dir.as_os_str().is_empty()) {
         // Writing to a String does not fail.
         let _ = writeln!(out, "  export PATH={}:$PATH", shell_word(&dir.to_string_lossy()));
     }
@@ -299,26 +336,8 @@ fn next_steps(socket: &Path, layout: &Layout, trust_domain: &TrustDomain, others
          durward limits --watch           # who calls; q ends it\n  \
          durward api watch                # each update as it comes\n"
     );
-    if layout.knows_nobody() {
-        out.push_str("or, as another account, which gets another identity\n");
-        if geteuid().is_root() {
-            out.push_str("  runuser -u nobody -- durward api fetch x509\n");
-        } else {
-            out.push_str("  sudo -u nobody \"$(command -v durward)\" \\\n");
-            out.push_str("      api fetch x509 --socket-path $SPIFFE_ENDPOINT_SOCKET\n");
-        }
-        if place.is_some() && !others_may_run(&program) {
-            let program = shell_word(&program.to_string_lossy());
-            let sudo = if geteuid().is_root() { "" } else { "sudo " };
-            let _ = write!(
-                out,
-                "for which other accounts must be able to run it:\n  \
-                 {sudo}install {program} /usr/local/bin/\n"
-            );
-        }
-        if !others_pass {
-            let _ = writeln!(out, "(other accounts cannot pass the directories above {})", socket.display());
-        }
+    if knows_nobody(config) {
+        out.push_str(&as_another_account(&program, &uri, others_pass));
     }
     let entry = layout.entries.join("web.conf");
     let _ = write!(
@@ -326,9 +345,36 @@ fn next_steps(socket: &Path, layout: &Layout, trust_domain: &TrustDomain, others
         "\nTo give one more account an identity, write an entry. It is in force within\n\
          seconds, also for programs that are connected:\n  \
          echo 'entry \"spiffe://{}/web\" {{ selectors = [\"unix:user:daemon\"] }}' \\\n      >{}\n",
-        trust_domain.name(),
+        config.trust_domain.name(),
         shell_word(&entry.to_string_lossy())
     );
+    out
+}
+
+/// How another account asks, which may have to be given the program first.
+fn as_another_account(program: &Path, uri: &str, others_pass: bool) -> String {
+    let root = geteuid().is_root();
+    let mut out = String::new();
+    if !others_pass {
+        return "Other accounts do not reach this socket: the directories above it are closed to\n\
+                them. Where they do reach it:\n  \
+                durward quickstart --dir /tmp/durward-$USER\n"
+            .to_owned();
+    }
+    out.push_str("or, as another account, which gets another identity\n");
+    let is_path = program.components().count() > 1;
+    let name = if is_path && !others_may_run(program) {
+        let sudo = if root { "" } else { "sudo " };
+        // Writing to a String does not fail.
+        let _ = writeln!(out, "  {sudo}install {} /usr/local/bin/", shell_word(&program.to_string_lossy()));
+        "/usr/local/bin/durward".to_owned()
+    } else if is_path {
+        shell_word(&program.to_string_lossy())
+    } else {
+        "\"$(command -v durward)\"".to_owned()
+    };
+    let run = if root { "runuser -u nobody --" } else { "sudo -u nobody" };
+    let _ = write!(out, "  {run} {name} \\\n      api fetch x509 --socket-path {uri}\n");
     out
 }
 

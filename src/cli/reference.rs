@@ -1,7 +1,7 @@
 //! `agent.conf(5)`: the manual page of the configuration, made of `conf/agent.conf` as it is written for people.
 //!
 //! A paragraph of comment is about the keys below it. A line `# key = value` shows a default, `#+ key = value` an example, and
-//! `name "label" {` opens a block. Lines that are aligned (two spaces within) are kept as they are.
+//! `name "label" {` opens a block. Lines that are aligned (two spaces within) are rows: the first column, and what is said of it.
 
 use std::fmt::Write as _;
 
@@ -83,20 +83,36 @@ impl<'a> ReferencePage<'a> {
         }
         let in_keys = out.ends_with('\n') && out.lines().last().is_some_and(|line| line.starts_with("\\fB"));
         let mut first = !in_keys;
-        let mut kept_lines = false;
+        // How far the rows are indented that are being written.
+        let mut rows: Option<usize> = None;
         for line in std::mem::take(&mut self.paragraph) {
-            let aligned = line.trim_start().contains("  ") || line.starts_with("  ");
-            if aligned != kept_lines {
-                out.push_str(if aligned { ".PP\n.nf\n" } else { ".fi\n.PP\n" });
-                kept_lines = aligned;
-                first = false;
-            } else if std::mem::take(&mut first) {
-                out.push_str(".PP\n");
+            let (text, indent) = (line.trim(), line.len() - line.trim_start().len());
+            let is_row = text.contains("  ") || indent >= 2;
+            match rows {
+                _ if !is_row => {
+                    if rows.take().is_some() || std::mem::take(&mut first) {
+                        out.push_str(".PP\n");
+                    }
+                    let _ = writeln!(out, "{}", escaped(text));
+                }
+                // What is said of the row above goes on.
+                Some(base) if indent > base + 2 => {
+                    let _ = writeln!(out, "{}", escaped(text));
+                }
+                _ => {
+                    rows = Some(indent);
+                    let (name, about) = text.split_once("  ").unwrap_or((text, ""));
+                    let _ = writeln!(out, ".TP\n\\fB{}\\fR", escaped(name));
+                    let columns: Vec<&str> =
+                        about.split("  ").map(str::trim).filter(|column| !column.is_empty()).collect();
+                    if !columns.is_empty() {
+                        let _ = writeln!(out, "{}", escaped(&columns.join(" | ")));
+                    }
+                }
             }
-            let _ = writeln!(out, "{}", escaped(line));
         }
-        if kept_lines {
-            out.push_str(".fi\n");
+        if rows.is_some() {
+            out.push_str(".PP\n");
         }
     }
 }
@@ -118,7 +134,7 @@ fn key_line(line: &str) -> Option<String> {
 }
 
 /// A line of text that roff takes for nothing else.
-fn escaped(text: &str) -> String {
+pub(super) fn escaped(text: &str) -> String {
     let text = text.replace('\\', "\\e").replace('-', "\\-");
     if text.starts_with(['.', '\'']) { format!("\\&{text}") } else { text }
 }
@@ -145,5 +161,12 @@ mod tests {
             assert!(page.contains(&escaped(known)), "{known}");
         }
         assert!(page.lines().all(|line| !line.starts_with('\'')), "no line is a request by accident");
+        // What stands in a line of its own must fit a terminal beside the margin; all else is filled.
+        assert!(!page.contains(".nf"), "nothing is as wide as it is written");
+        let wide = |line: &&str| {
+            let alone = line.strip_prefix("\\fB").or_else(|| line.strip_prefix(".SS "));
+            alone.is_some_and(|text| text.replace("\\-", "-").chars().count() > 75)
+        };
+        assert_eq!(page.lines().find(wide), None);
     }
 }

@@ -1,6 +1,9 @@
 //! `run`: from the command line to the agent.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use nix::unistd::geteuid;
 use tracing::Level;
@@ -273,21 +276,31 @@ impl ConfigArgs {
     pub(super) fn read(&self, trust: Trust) -> Result<Config, Failure> {
         let variable = |name: &str| super::environment(name).and_then(|value| value.into_string().ok());
         let expand = if self.expand_env { ExpandEnv::With(&variable) } else { ExpandEnv::No };
+        // Who named a file need not be told how to.
+        let is_missing = |err: io::Error| err.kind() == io::ErrorKind::NotFound;
+        if self.config != Path::new(DEFAULT_CONFIG)
+            && fs::symlink_metadata(&self.config).is_err_and(is_missing)
+        {
+            let message = "could not find config file".to_owned();
+            return Err(ConfigErrors::new(vec![of_file(&self.config, message)], 0).into());
+        }
         let mut config = Config::load_as(trust, &self.config, expand, &self.overrides.keys())?;
         self.overrides.apply(&mut config)?;
         Ok(config)
     }
 }
 
+/// An error of a file as a whole.
+fn of_file(file: &Path, message: String) -> ConfigError {
+    ConfigError { file: file.to_owned(), line: 0, column: 0, key: String::new(), value: None, message }
+}
+
 /// As errors of the configuration file.
 pub(super) fn wrong_places(file: &Path, wrong: Vec<WrongPlace>) -> ConfigErrors {
     let error = |WrongPlace { key, value, message }| ConfigError {
-        file: file.to_owned(),
-        line: 0,
-        column: 0,
         key: key.to_owned(),
         value: Some(format!("{:?}", value.to_string_lossy())),
-        message,
+        ..of_file(file, message)
     };
     ConfigErrors::new(wrong.into_iter().map(error).collect(), 0)
 }

@@ -85,13 +85,15 @@ fn pretty(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime)
     if told.limits_set.is_empty() {
         row(&mut out, "Limits set", &format!("none; the defaults refuse only without room{dry}"));
     }
-    for (at, limit) in told.limits_set.iter().enumerate() {
-        row(
-            &mut out,
-            if at == 0 { "Limits set" } else { "" },
-            &format!("{limit}{}", if at == 0 { dry } else { "" }),
-        );
+    let mut limits: Vec<String> = told.limits_set.iter().take(MOST_LIMITS).cloned().collect();
+    if let Some(first) = limits.first_mut() {
+        first.push_str(dry);
     }
+    match told.limits_set.len().saturating_sub(MOST_LIMITS) {
+        0 => {}
+        more => limits.push(format!("and {more} more: see agent.conf")),
+    }
+    list(&mut out, "Limits set", &limits);
     list(&mut out, "Found", &told.surroundings);
     let wrong = wrong(told, held, now);
     if wrong.is_empty() {
@@ -114,6 +116,9 @@ fn list(out: &mut String, name: &str, texts: &[String]) {
         row(out, if at == 0 { name } else { "" }, &line);
     }
 }
+
+/// How many limits are shown: the others would not fit on the screen.
+const MOST_LIMITS: usize = 6;
 
 /// The width that is left beside the names in 80 columns.
 const FOLDED: usize = 66;

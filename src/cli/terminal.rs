@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::help::in_bold;
-use crate::os::journal;
+use crate::os::{journal, terminal::size};
 
 /// Why printing stopped.
 #[derive(Debug, thiserror::Error)]
@@ -112,6 +112,11 @@ impl Terminal {
             drop(write!(err, "\r\x1b[K").and_then(|()| err.flush()));
         }
     }
+}
+
+/// The columns of the terminal that stdout is, if it is one.
+pub(super) fn width() -> Option<usize> {
+    size(io::stdout()).map(|(_, columns)| columns)
 }
 
 /// `text` with every control character written as an escape; tabs and line ends too.

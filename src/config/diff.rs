@@ -71,6 +71,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         health,
         ratelimit,
         sources: _,
+        set_at: _,
     } = old;
     let mut keys = KeyChanges::default();
     keys.needs_restart("agent.trust_domain", trust_domain, &new.trust_domain);

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     attest::{self, AttestSettings},
-    hcl::{ConfigError, ConfigErrors, absent::NOT_HERE, problems::Problems, section::Section},
+    hcl::{ConfigError, ConfigErrors, KeyPlaces, absent::NOT_HERE, problems::Problems, section::Section},
     identity::{Bundle, Entry, EntryIndex, TrustDomain},
     issuer::IssuerInput,
     limits::LimitSettings,
@@ -72,6 +72,8 @@ pub struct Config {
     pub ratelimit: LimitSettings,
     /// The files that it was read from; none where the text was at hand.
     pub sources: Sources,
+    /// Where in these files the keys are set that are known by name.
+    pub set_at: KeyPlaces,
 }
 
 impl Config {
@@ -135,7 +137,10 @@ impl Config {
     /// Every mistake that was found, in all files.
     pub fn parse(input: &Input<'_>) -> Result<Self, ConfigErrors> {
         let problems = Problems::new(input.base);
-        let config = read(input, &problems);
+        let mut config = read(input, &problems);
+        if let Some(config) = &mut config {
+            config.set_at = problems.key_places();
+        }
         problems.into_result(config)
     }
 
@@ -156,6 +161,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     input.lay_over(problems, &mut main);
     plugin_files::lay_in(input, problems, &mut main);
     let mut root = Section::root(problems, file, &main);
+    problems.note_key("health_checks", root.set_at("health_checks"));
     let mut agent = AgentBlock::read(&mut root);
     let mut server = std::mem::take(&mut agent.server);
     let own = agent.trust_domain.as_ref();
@@ -219,6 +225,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
         health: endpoints.health,
         ratelimit,
         sources: Sources::default(),
+        set_at: KeyPlaces::default(),
     })
 }
 

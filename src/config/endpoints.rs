@@ -48,6 +48,7 @@ pub(super) struct Endpoints {
 fn telemetry(root: &mut Section<'_>) -> Option<MetricsPlaces> {
     let mut s = root.block("telemetry")?;
     let names = spire_names(&mut s);
+    s.problems().note_key("telemetry.Prometheus", s.set_at("Prometheus"));
     let places = s.block("Prometheus").map(|mut block| {
         let host = block.string("host").map_or("localhost", |at| at.value);
         let port = block.integer("port", 1..=u16::MAX);

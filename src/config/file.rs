@@ -51,6 +51,9 @@ pub enum FileError {
         /// Where it ceases to be.
         line: usize,
     },
+    /// Text, of two bytes a character.
+    #[error("{} is UTF-16: save it as UTF-8", .0.display())]
+    Wide(PathBuf),
     /// Others could give themselves an identity.
     #[error(transparent)]
     Path(PathError),
@@ -122,7 +125,11 @@ pub(super) fn read_drop_ins(trust: Trust, dir: &Path) -> Result<Option<DropIns>,
 }
 
 fn text(path: &Path, file: File) -> Result<String, FileError> {
-    String::from_utf8(read(path, file)?).map_err(|err| {
+    let bytes = read(path, file)?;
+    if matches!(*bytes, [0xff, 0xfe, ..] | [0xfe, 0xff, ..]) {
+        return Err(FileError::Wide(path.to_owned()));
+    }
+    String::from_utf8(bytes).map_err(|err| {
         let valid = err.as_bytes().get(..err.utf8_error().valid_up_to()).unwrap_or_default();
         let line = valid.iter().filter(|byte| **byte == b'\n').count().saturating_add(1);
         FileError::NotText { path: path.to_owned(), line }

@@ -273,11 +273,11 @@ fn unknown(plugin: &Section<'_>, plugin_type: &str, known: &[&'static str]) -> S
     let label = plugin.label();
     let here = known.join(", ");
     if plugin.has("plugin_cmd") {
-        return format!("an external plugin {NOT_HERE}: {here} are");
+        return format!("an external plugin {NOT_HERE}, only {here}");
     }
     let absent: &[&str] = if plugin_type == "NodeAttestor" { &ABSENT_ATTESTORS } else { &[] };
     if absent.contains(&label) {
-        return format!("this node attestor {NOT_HERE}: {here} are");
+        return format!("this node attestor {NOT_HERE}, only {here}");
     }
     match nearest(label, absent.iter().chain(known).copied()) {
         Some(near) => format!("unknown {plugin_type}: did you mean {near}?"),

@@ -2,6 +2,7 @@
 
 use std::{
     cell::{Cell, RefCell},
+    collections::BTreeMap,
     fmt,
     path::{Path, PathBuf},
 };
@@ -89,6 +90,24 @@ impl fmt::Display for ConfigErrors {
 
 impl std::error::Error for ConfigErrors {}
 
+/// Where keys are set, as `agent.conf:4:3`. Where one stands makes no difference between two configurations.
+#[derive(Clone, Debug, Default)]
+pub struct KeyPlaces(BTreeMap<&'static str, String>);
+
+impl KeyPlaces {
+    /// Where this key is set; its block, where that alone is known.
+    pub fn of(&self, key: &str) -> Option<&str> {
+        let block = || self.0.get(key.rsplit_once('.')?.0);
+        self.0.get(key).or_else(block).map(String::as_str)
+    }
+}
+
+impl PartialEq for KeyPlaces {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
 /// The files that are read, and what was found wrong so far in all of them.
 #[derive(Debug, Default)]
 pub(crate) struct Problems {
@@ -97,6 +116,7 @@ pub(crate) struct Problems {
     files: RefCell<Vec<PathBuf>>,
     list: RefCell<Vec<(Place, ConfigError)>>,
     left_out: Cell<usize>,
+    keys: RefCell<BTreeMap<&'static str, Place>>,
     #[cfg(test)]
     pub(crate) asked: RefCell<Asked>,
 }
@@ -142,6 +162,16 @@ impl Problems {
         } else {
             self.left_out.set(self.left_out.get().saturating_add(1));
         }
+    }
+
+    /// Remembers where `key` is set, if it is.
+    pub(crate) fn note_key(&self, key: &'static str, place: Option<Place>) {
+        self.keys.borrow_mut().extend(place.map(|place| (key, place)));
+    }
+
+    /// Where the keys are set that were noted.
+    pub(crate) fn key_places(&self) -> KeyPlaces {
+        KeyPlaces(self.keys.borrow().iter().map(|(key, place)| (*key, self.show(*place))).collect())
     }
 
     /// Whether something is wrong with what stands at `place`.

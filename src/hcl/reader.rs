@@ -49,10 +49,26 @@ fn check_json(file: u32, text: &str) -> Result<(), SyntaxError> {
             column: u32::try_from(column).unwrap_or(u32::MAX),
         }
     };
-    serde_json::from_str::<serde::de::IgnoredAny>(text).map(|_| ()).map_err(|err| SyntaxError {
-        place: place(&err),
-        message: format!("not JSON: {}", without_place(&err)),
+    serde_json::from_str::<serde::de::IgnoredAny>(text).map(|_| ()).map_err(|err| {
+        let place = place(&err);
+        let hint = if is_behind_last(text, place) {
+            "; the comma before it is one too many: JSON has none behind the last of a list or an object"
+        } else {
+            ""
+        };
+        SyntaxError { place, message: format!("not JSON: {}{hint}", without_place(&err)) }
     })
+}
+
+/// Whether what stands at `place` closes a list or an object, behind a comma.
+fn is_behind_last(text: &str, place: Place) -> bool {
+    let above = usize::try_from(place.line).unwrap_or_default().saturating_sub(1);
+    let left = usize::try_from(place.column).unwrap_or_default().saturating_sub(1);
+    let Some(line) = text.split('\n').nth(above) else { return false };
+    let before: String =
+        text.split('\n').take(above).chain([&*line.chars().take(left).collect::<String>()]).collect();
+    let closes = line.chars().nth(left).is_some_and(|c| c == ']' || c == '}');
+    closes && before.trim_end().ends_with(',')
 }
 
 fn without_place(err: &serde_json::Error) -> String {
@@ -125,7 +141,13 @@ impl<'a> Reader<'a> {
                 return Ok(());
             }
             if self.rest.starts_with('#') || self.rest.starts_with("//") {
-                self.take_while(|c| c != '\n');
+                let start = self.place;
+                // One at the end of a line belongs to it. One within ends a line for whoever wrote it, and would hide the next.
+                let comment = self.take_while(|c| c != '\n').trim_end_matches('\r');
+                if comment.contains('\r') {
+                    let wrong = "this comment holds carriage returns that no line feed follows: save the file with line feeds";
+                    return fail_at(start, wrong);
+                }
             } else if self.rest.starts_with("/*") {
                 let start = self.place;
                 self.eat("/*");
@@ -503,6 +525,11 @@ mod tests {
         let deep = format!("a = {}", "[".repeat(100_000));
         let labels = format!("a {} {{}}", "x ".repeat(100_000));
         let deep_json = format!("{{\"a\": {}1{}}}", "[".repeat(200), "]".repeat(200));
+        let comma = |what: &str| {
+            format!(
+                "{what}; the comma before it is one too many: JSON has none behind the last of a list or an object"
+            )
+        };
         for (case, text, want) in [
             ("no value", "a =", "1:4 expected a value, found the end of the file"),
             ("no =", "a\n", "2:1 expected = or { after a key, found the end of the file"),
@@ -553,7 +580,13 @@ mod tests {
                 &deep_json,
                 "1:39 nested too deeply: at most 32 blocks and lists within each other",
             ),
-            ("json with a comma", "{\"a\": 1,}", "1:9 not JSON: key must be a string"),
+            ("json with a comma", "{\"a\": 1,}", &comma("1:9 not JSON: key must be a string")),
+            ("json list with a comma", "{\"a\":\n [1,\n ]}", &comma("3:2 not JSON: expected value")),
+            (
+                "comment without line feeds",
+                "# a\rb = 1\rc = 2",
+                "1:1 this comment holds carriage returns that no line feed follows: save the file with line feeds",
+            ),
             ("json with a comment", "{ # x\n}", "1:3 not JSON: key must be a string"),
             ("json with =", "{\"a\" = 1}", "1:6 not JSON: expected `:`"),
             ("json and more", "{} x", "1:4 not JSON: trailing characters"),

@@ -65,6 +65,7 @@ macro_rules! settings {
                     .extend([$((concat!($block, ".", $key), stringify!($change))),*]);
                 $(
                     let read = section.$read($key, $($bound),*);
+                    section.problems().note_key(concat!($block, ".", $key), read.as_ref().map(|at| at.place));
                     let $field = read.map_or_else(|| $default, |at| <$type>::from(at.value));
                 )*
                 Self { $($field),* }

@@ -20,6 +20,9 @@ pub enum LostBlock {
         "line {0} is in no block: the line -----BEGIN CERTIFICATE----- must stand before it, written like this"
     )]
     Bare(usize),
+    /// Two bytes stand for each character.
+    #[error("it is UTF-16, and PEM is read as ASCII: save it as UTF-8 without a byte order mark")]
+    Wide,
 }
 
 /// The first block that would be lost.
@@ -27,6 +30,15 @@ pub enum LostBlock {
 /// # Errors
 /// [`LostBlock`].
 pub fn check_blocks(text: &[u8]) -> Result<(), LostBlock> {
+    // With a byte order mark, or a NUL beside the first character.
+    let is_wide = match text {
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => true,
+        [first, second, ..] => (*first == 0) != (*second == 0),
+        _ => false,
+    };
+    if is_wide {
+        return Err(LostBlock::Wide);
+    }
     let mut within = false;
     for (number, line) in (1..).zip(text.split(|byte| *byte == b'\n')) {
         if line.windows(BEGIN.len()).skip(1).any(|part| part == BEGIN) {
@@ -70,6 +82,14 @@ mod tests {
             ("well", &bare("Subject: CN=MIIB\n-----BEGIN X-----"), Ok(())),
         ] {
             assert_eq!(check_blocks(text.as_bytes()), want, "{case}");
+        }
+        let wide: Vec<u8> = "-----BEGIN X-----\n".encode_utf16().flat_map(u16::to_le_bytes).collect();
+        for (case, text) in [
+            ("little", wide.clone()),
+            ("with a mark", [&[0xff, 0xfe], &*wide].concat()),
+            ("big", wide.chunks(2).flat_map(|two| [two[1], two[0]]).collect()),
+        ] {
+            assert_eq!(check_blocks(&text), Err(LostBlock::Wide), "{case}");
         }
     }
 }

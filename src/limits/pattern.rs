@@ -25,7 +25,10 @@ pub enum PatternError {
     )]
     Everybody(Box<str>),
     /// The node has no such user.
-    #[error("there is no user \"{0}\" on this node")]
+    #[error(
+        "there is no user \"{0}\" on this node, and a limit is for the number that a user has when the file is read: write \
+         uid:N, or make the user first"
+    )]
     User(Box<str>),
     /// Whether the node has such a user is not known.
     #[error("the user database of this node does not say who the user \"{0}\" is: try again, or write uid:N")]

@@ -117,6 +117,36 @@ async fn a_socket_may_be_the_place_and_may_be_missing() {
     end(&mut agent);
 }
 
+/// Who had an identity on one day is one command, of files that were put aside as well: the one that the README has.
+#[tokio::test]
+async fn who_had_an_identity_is_one_command() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("durward-audit.jsonl");
+    let audit = format!("audit {{ file = \"{}\" }}\n", path.display());
+    write_config(dir.path(), &(entry("/web", "") + &entry("/webmail", "") + &audit));
+    let mut agent = Process::spawn(dir.path());
+    let mut client = agent.serving(dir.path()).await;
+    client.fetch_jwtsvid(request(jwt("a"))).await.unwrap();
+    end(&mut agent);
+    // The file of before, and one that was compressed.
+    let text = fs::read_to_string(&path).unwrap();
+    fs::rename(&path, dir.path().join("durward-audit.jsonl.1")).unwrap();
+    fs::write(dir.path().join("durward-audit.jsonl.2"), text.replace("\"pid\":", "\"pid\":7")).unwrap();
+    let gzip = std::process::Command::new("gzip").arg(dir.path().join("durward-audit.jsonl.2")).status().unwrap();
+    assert!(gzip.success());
+    fs::write(&path, "").unwrap();
+
+    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    let command = readme.lines().find(|line| line.starts_with("zgrep -h")).unwrap();
+    let day = lines(&dir.path().join("durward-audit.jsonl.1"))[0]["timestamp"].as_str().unwrap()[..10].to_owned();
+    let command = command.replace("2026-11-24", &day).replace("/var/log/", &format!("{}/", dir.path().display()));
+    let found = std::process::Command::new("sh").args(["-c", &command]).output().unwrap();
+    let found = String::from_utf8(found.stdout).unwrap();
+    let found: Vec<Value> = found.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(found.len(), 2, "{command}: {found:#?}");
+    assert!(found.iter().all(|line| line["spiffe_id"] == "spiffe://example.org/web"), "{found:#?}");
+}
+
 /// Lines that nobody takes are a warning in the log, which counts them exactly.
 #[tokio::test]
 async fn what_is_lost_of_the_audit_is_a_warning() {

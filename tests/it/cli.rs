@@ -862,6 +862,9 @@ fn the_manual_has_a_page_for_every_command() {
         ]
     );
     let main = fs::read_to_string(dir.path().join("durward.1")).unwrap();
+    let sections: Vec<&str> = main.lines().filter(|line| line.starts_with(".SH")).collect();
+    let want = [".SH NAME", ".SH SYNOPSIS", ".SH DESCRIPTION", ".SH OPTIONS", ".SH SUBCOMMANDS"];
+    assert_eq!(sections, [&want[..], &[".SH \"EXAMPLES\"", ".SH \"EXIT STATUS\"", ".SH NOTES"]].concat());
     assert_eq!(text(&durward(&["man"]).output().unwrap().stdout), main);
 }
 

@@ -65,6 +65,10 @@ impl Agent {
         talkative(self.dir.path(), &[&admin, blocks].concat());
     }
 
+    fn config(&self) -> String {
+        fs::read_to_string(self.dir.path().join("agent.conf")).unwrap()
+    }
+
     fn reload(&self, more: &[&str]) -> Output {
         let socket = self.admin();
         durward(
@@ -129,6 +133,27 @@ fn what_needs_a_restart_is_told_by_the_command() {
     let (code, _, err) = said(&agent.reload(&[]));
     assert_eq!(code, Some(1));
     assert!(err.contains("health_checks"), "{err}");
+
+    // Each with where it is set.
+    let text = agent.config().replace("  socket_path", "  log_format = \"json\"\n  socket_path");
+    fs::write(agent.dir.path().join("agent.conf"), &text).unwrap();
+    let line = text.lines().position(|line| line.contains("log_format")).unwrap() + 1;
+    let (code, _, err) = said(&agent.reload(&[]));
+    assert_eq!(code, Some(1));
+    let want = format!("agent.conf:{line}:3: agent.log_format: is text and cannot become json by a reload");
+    assert!(err.contains(&want), "{want} in {err}");
+}
+
+#[test]
+fn a_file_that_was_named_and_is_not_there_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("nofile.conf");
+    for command in ["validate", "run"] {
+        let (code, _, err) = said(&durward(&[command, "--config", path.to_str().unwrap()], &[]));
+        assert_eq!(code, Some(1));
+        let want = format!("{}: could not find config file\n", path.display());
+        assert!(err.ends_with(&want) && !err.contains("flag"), "{command}: {err}");
+    }
 }
 
 #[test]

@@ -477,7 +477,7 @@ fn mistakes_elsewhere_say_what_would_be_right() {
         (
             "attestor",
             "plugins { WorkloadAttestor \"docker\" { } }",
-            "3:28: plugins.WorkloadAttestor \"docker\": this workload attestor is not in this version, unix, k8s are; leave it out, or set enabled = false",
+            "3:28: plugins.WorkloadAttestor \"docker\": this workload attestor is not in this version, only unix and k8s: leave it out, or set enabled = false",
         ),
         (
             "misspelt attestor",

@@ -45,6 +45,7 @@ mod refused;
 mod reload;
 mod room;
 mod rotation;
+mod screens;
 mod shares;
 mod spire_server;
 mod stepped;

@@ -449,7 +449,7 @@ fn mistakes_say_what_would_be_right() {
         (
             "unknown user",
             "gate { override \"user:nobuild\" { block = true } }",
-            "29: ratelimit.gate.override \"user:nobuild\": there is no user \"nobuild\" on this node",
+            "29: ratelimit.gate.override \"user:nobuild\": there is no user \"nobuild\" on this node, and a limit is for the number that a user has when the file is read: write uid:N, or make the user first",
         ),
         (
             "empty range",

@@ -14,13 +14,14 @@ use durward::config::{Config, ExpandEnv};
 use crate::support::{Process, entry, write_config};
 
 /// Blocks that do not run here, by what is in them, and why.
-const ELSEWHERE: [(&str, &str); 7] = [
+const ELSEWHERE: [(&str, &str); 8] = [
     ("target/release/durward quickstart", "it builds this program; quickstart has tests of its own"),
     ("pip install", "it needs PyPI: tests/interop/readme.sh"),
     ("python server.py", "the same"),
     ("spire-server token generate", "it needs a SPIRE Server: tests/interop/spire.sh"),
     ("kubectl apply -f packaging", "it needs a cluster: tests/interop/kubernetes-cluster.sh"),
     ("journalctl -u durward", "it needs systemd's journal"),
+    ("zgrep -h", "it needs files of another day; tests/it/audit.rs has the command"),
     (
         "durward run --config /etc/durward/agent.conf",
         "it needs /etc/durward; tests/it/cli.rs has both commands",

@@ -167,7 +167,7 @@ fn the_pages_tell_of_flags_that_exist() {
     for page in ["README.md", "packaging/README.md"] {
         for command in told(page) {
             let Some(rest) = command.strip_prefix("durward ") else { continue };
-            let words = rest.split(' ').take_while(|word| !word.starts_with('-'));
+            let words = rest.split(' ').take_while(|word| !word.starts_with(['-', '>', '|']));
             let help = std::process::Command::new(env!("CARGO_BIN_EXE_durward"))
                 .args(words)
                 .arg("--help")

@@ -103,13 +103,25 @@ impl Layout {
             })?;
             files.push((format!("{ENTRIES}/{file}"), fresh, format!("{who} (user ID {user}) is /{name}")));
         }
+        files.extend(others_own(&entries).into_iter().map(|file| (file, false, String::new())));
         Ok(Self { config, entries, files })
     }
+}
 
-    /// Whether [`NOBODY`] has the entry that was written for it.
-    pub(super) fn knows_nobody(&self) -> bool {
-        self.files.iter().any(|(file, _, _)| file.ends_with(OTHER))
-    }
+/// How many files of the user's own are listed.
+const MOST_FILES: usize = 8;
+
+/// The files of entries that are the user's own, by their names below the directory.
+fn others_own(entries: &Path) -> Vec<String> {
+    let listed = fs::read_dir(entries).into_iter().flatten().flatten();
+    let mut names: Vec<String> = listed
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| name.ends_with(".conf") && !name.starts_with('.') && name != ENTRY && name != OTHER)
+        .filter(|name| !name.chars().any(char::is_control))
+        .collect();
+    names.sort();
+    names.truncate(MOST_FILES);
+    names.into_iter().map(|name| format!("{ENTRIES}/{name}")).collect()
 }
 
 /// Whether it was missing.

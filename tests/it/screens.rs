@@ -1,0 +1,164 @@
+//! What a person sees on a terminal of 80 and of 120 columns: no line is wider, and a screen is one screen.
+
+use std::{
+    fs::File,
+    io::{Read as _, Write as _},
+    path::Path,
+    process::Command,
+};
+
+use durward::api::proto::workload as pb;
+use nix::{
+    pty::{Winsize, openpty},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::support::{Process, entry, request, write_config};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_durward");
+
+/// A command whose terminal is its own, as a shell's is.
+fn durward() -> Command {
+    let mut command = Command::new("setsid");
+    command.args(["--ctty", PROGRAM]).env_remove("NO_COLOR").env("TERM", "xterm");
+    command
+}
+
+/// What `command` writes to a terminal of this size until it ends, or until `enough`: then `q` is pressed, and SIGINT sent.
+fn on_terminal(mut command: Command, rows: u16, columns: u16, enough: impl Fn(&str) -> bool) -> String {
+    let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    let pty = openpty(&size, None).unwrap();
+    let (mut master, slave) = (File::from(pty.master), File::from(pty.slave));
+    command.stdin(slave.try_clone().unwrap()).stdout(slave.try_clone().unwrap()).stderr(slave);
+    let mut child = command.spawn().unwrap();
+    drop(command);
+    let (mut said, mut told) = (Vec::new(), false);
+    let mut buffer = [0; 4096];
+    // EIO once nobody has the other end any more.
+    while let Ok(len @ 1..) = master.read(&mut buffer) {
+        said.extend_from_slice(&buffer[..len]);
+        if !told && enough(&String::from_utf8_lossy(&said)) {
+            told = true;
+            master.write_all(b"q").unwrap();
+            kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
+        }
+    }
+    child.wait().unwrap();
+    String::from_utf8(said).unwrap().replace("\r\n", "\n")
+}
+
+/// The screens that were drawn one after the other, without colours.
+fn screens(said: &str) -> Vec<String> {
+    let plain = |text: &str| {
+        let mut out = String::new();
+        let mut rest = text;
+        while let Some((before, after)) = rest.split_once("\x1b[") {
+            out.push_str(before);
+            rest = after.trim_start_matches(|c: char| c.is_ascii_digit() || c == ';').get(1..).unwrap_or("");
+        }
+        out + rest
+    };
+    said.split("\x1b[H\x1b[J").map(plain).filter(|screen| !screen.is_empty()).collect()
+}
+
+/// No line is wider, and where it is a screen it has no more rows.
+fn fits(what: &str, text: &str, columns: u16, rows: Option<u16>, but: &str) {
+    for screen in screens(text) {
+        let wide =
+            |line: &&str| line.chars().count() > columns.into() && (but.is_empty() || !line.contains(but));
+        let wide: Vec<_> = screen.lines().filter(wide).collect();
+        assert!(wide.is_empty(), "{what} at {columns}: {wide:#?}\n{screen}");
+        let lines = screen.lines().count();
+        assert!(rows.is_none_or(|rows| lines < rows.into()), "{what} at {columns}: {lines} rows\n{screen}");
+    }
+}
+
+/// The answer of one command, which ends by itself.
+fn shown(words: &[&str], more: &[&Path], columns: u16) -> String {
+    let mut command = durward();
+    command.args(words).args(more);
+    on_terminal(command, 24, columns, |_| false)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_agent_tells_fits_the_terminal() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits =
+        "ratelimit {\n  caller { rate = 50 burst = 100 }\n  gate { caller { connections = 500 } }\n}\n";
+    let long = entry("/a/workload/with-a-name/that-is/rather-long", "");
+    write_config(dir.path(), &[limits, &long].concat());
+    let mut agent = Process::spawn(dir.path());
+    let mut client = agent.serving(dir.path()).await;
+    for audience in ["a", "b"] {
+        let asked = pb::JwtsvidRequest { audience: vec![audience.to_owned()], spiffe_id: String::new() };
+        client.fetch_jwtsvid(request(asked)).await.unwrap();
+    }
+    let admin = dir.path().join("data/admin.sock");
+    let at_admin = [Path::new("--socket-path"), &admin];
+    for columns in [80, 120] {
+        for (words, rows) in [
+            (&["status"][..], Some(24)),
+            (&["limits"], None),
+            (&["explain"], None),
+            (&["entry", "show"], None),
+        ] {
+            let text = shown(words, &at_admin, columns);
+            assert!(!text.contains("rpc error"), "{text}");
+            fits(&words.join(" "), &text, columns, rows, "");
+        }
+        let mut watch = durward();
+        watch.args(["limits", "--watch"]).args(at_admin);
+        let text = on_terminal(watch, 24, columns, |said| said.matches("CALLS/S").count() >= 2);
+        fits("limits --watch", &text, columns, Some(24), "");
+        let drawn = screens(&text);
+        assert!(drawn[0].contains("; measuring\n"), "the first says so: {}", drawn[0]);
+        let row = drawn[1].lines().find(|line| line.starts_with("caller")).unwrap();
+        assert!(row.contains(" 0 "), "the second has rates: {}", drawn[1]);
+    }
+}
+
+#[test]
+fn help_fits_the_terminal() {
+    let pages: [&[&str]; 16] = [
+        &[],
+        &["run"],
+        &["quickstart"],
+        &["api", "fetch", "x509"],
+        &["api", "fetch", "jwt"],
+        &["api", "validate", "jwt"],
+        &["api", "watch"],
+        &["healthcheck"],
+        &["status"],
+        &["limits"],
+        &["explain"],
+        &["entry", "show"],
+        &["bundle", "show"],
+        &["reload"],
+        &["validate"],
+        &["man"],
+    ];
+    for columns in [80, 120] {
+        for page in pages {
+            let text = shown(&[page, &["--help"]].concat(), &[], columns);
+            assert!(text.contains('\x1b') && text.contains("Usage"), "{text}");
+            fits(&page.join(" "), &text, columns, None, "");
+        }
+    }
+}
+
+#[test]
+fn quickstart_fits_the_terminal() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("try");
+    for _ in ["made", "there already"] {
+        let mut command = durward();
+        command.args(["quickstart", "--dir"]).arg(&at);
+        let text = on_terminal(command, 24, 80, |said| said.contains("Serving. "));
+        assert!(text.contains("SPIFFE ID    spiffe://example.org/me"), "{text}");
+        // What holds a path is as wide as that.
+        let text: Vec<&str> =
+            text.lines().filter(|line| !line.contains("/durward") && !line.contains("/tmp")).collect();
+        fits("quickstart", &text.join("\n"), 80, None, "");
+    }
+}
