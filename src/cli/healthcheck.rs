@@ -109,9 +109,11 @@ async fn observe(socket: &AgentSocket, limit: Option<Duration>, terminal: &mut T
         match seen(socket, &error).await {
             AgentDoor::Refuses => refusals += 1,
             AgentDoor::Open => {}
-            AgentDoor::Shut => {
-                return if refusals > 0 { AgentHealth::Refusing } else { AgentHealth::Unknown(error) };
+            // The time is over, in the middle of an attempt.
+            AgentDoor::Shut if refusals > 0 && error.code() == Code::DeadlineExceeded => {
+                return AgentHealth::Refusing;
             }
+            AgentDoor::Shut => return AgentHealth::Unknown(error),
         }
         let is_late = Instant::now() + pause >= until;
         if refusals >= ATTEMPTS || (is_late && refusals > 0) {

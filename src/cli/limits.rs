@@ -68,8 +68,9 @@ pub(super) async fn limits(args: &LimitsArgs, terminal: &mut Terminal) -> Result
     let mut terminate = signal(SignalKind::terminate()).map_err(Failure::Runtime)?;
     let mut resized = signal(SignalKind::window_change()).map_err(Failure::Runtime)?;
     let every = Duration::from_secs(u64::from(seconds));
-    // What is done in a second is known when there are two answers: soon.
-    let mut tick = tokio::time::interval_at(Instant::now() + every.min(SECOND_LOOK), every);
+    // On a terminal: what is done in a second is known when there are two answers, so soon.
+    let first_pause = if width().is_some() { every.min(SECOND_LOOK) } else { every };
+    let mut tick = tokio::time::interval_at(Instant::now() + first_pause, every);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let stdin = io::stdin();
     let mut keys = Keys::of(&stdin);

@@ -337,7 +337,7 @@ fn next_steps(layout: &Layout, config: &Config, others_pass: bool) -> String {
          durward api watch                # each update as it comes\n"
     );
     if knows_nobody(config) {
-        out.push_str(&as_another_account(&program, &uri, others_pass));
+        out.push_str(&as_another_account(&program, others_pass));
     }
     let entry = layout.entries.join("web.conf");
     let _ = write!(
@@ -352,7 +352,7 @@ fn next_steps(layout: &Layout, config: &Config, others_pass: bool) -> String {
 }
 
 /// How another account asks, which may have to be given the program first.
-fn as_another_account(program: &Path, uri: &str, others_pass: bool) -> String {
+fn as_another_account(program: &Path, others_pass: bool) -> String {
     let root = geteuid().is_root();
     let mut out = String::new();
     if !others_pass {
@@ -362,19 +362,20 @@ fn as_another_account(program: &Path, uri: &str, others_pass: bool) -> String {
             .to_owned();
     }
     out.push_str("or, as another account, which gets another identity\n");
-    let is_path = program.components().count() > 1;
-    let name = if is_path && !others_may_run(program) {
+    let file = std::env::current_exe().unwrap_or_else(|_unknown| program.to_owned());
+    let name = if !others_may_run(&file) {
         let sudo = if root { "" } else { "sudo " };
         // Writing to a String does not fail.
-        let _ = writeln!(out, "  {sudo}install {} /usr/local/bin/", shell_word(&program.to_string_lossy()));
+        let _ = writeln!(out, "  {sudo}install {} /usr/local/bin/", shell_word(&file.to_string_lossy()));
         "/usr/local/bin/durward".to_owned()
-    } else if is_path {
+    } else if program.components().count() > 1 {
         shell_word(&program.to_string_lossy())
     } else {
         "\"$(command -v durward)\"".to_owned()
     };
     let run = if root { "runuser -u nobody --" } else { "sudo -u nobody" };
-    let _ = write!(out, "  {run} {name} \\\n      api fetch x509 --socket-path {uri}\n");
+    // Writing to a String does not fail.
+    let _ = write!(out, "  {run} {name} \\\n      api fetch x509 --socket-path $SPIFFE_ENDPOINT_SOCKET\n");
     out
 }
 

@@ -101,13 +101,14 @@ impl<'a> ReferencePage<'a> {
                 }
                 _ => {
                     rows = Some(indent);
-                    let (name, about) = text.split_once("  ").unwrap_or((text, ""));
+                    let Some((name, about)) = text.split_once("  ") else {
+                        let _ = writeln!(out, ".br\n{}", escaped(text));
+                        continue;
+                    };
                     let _ = writeln!(out, ".TP\n\\fB{}\\fR", escaped(name));
                     let columns: Vec<&str> =
                         about.split("  ").map(str::trim).filter(|column| !column.is_empty()).collect();
-                    if !columns.is_empty() {
-                        let _ = writeln!(out, "{}", escaped(&columns.join(" | ")));
-                    }
+                    let _ = writeln!(out, "{}", escaped(&columns.join(" | ")));
                 }
             }
         }

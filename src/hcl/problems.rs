@@ -128,9 +128,9 @@ pub(crate) struct Asked {
     /// All, as `agent.log_level`.
     pub(crate) keys: std::collections::BTreeSet<String>,
     /// Those that [`settings!`](super::settings) declares, and how they change.
-    pub(crate) declared: std::collections::BTreeMap<&'static str, &'static str>,
+    pub(crate) declared: BTreeMap<&'static str, &'static str>,
     /// The least and the most that those with bounds may be set to.
-    pub(crate) bounds: std::collections::BTreeMap<String, [String; 2]>,
+    pub(crate) bounds: BTreeMap<String, [String; 2]>,
 }
 
 impl Problems {

@@ -132,14 +132,17 @@ async fn who_had_an_identity_is_one_command() {
     let text = fs::read_to_string(&path).unwrap();
     fs::rename(&path, dir.path().join("durward-audit.jsonl.1")).unwrap();
     fs::write(dir.path().join("durward-audit.jsonl.2"), text.replace("\"pid\":", "\"pid\":7")).unwrap();
-    let gzip = std::process::Command::new("gzip").arg(dir.path().join("durward-audit.jsonl.2")).status().unwrap();
+    let gzip =
+        std::process::Command::new("gzip").arg(dir.path().join("durward-audit.jsonl.2")).status().unwrap();
     assert!(gzip.success());
     fs::write(&path, "").unwrap();
 
     let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
     let command = readme.lines().find(|line| line.starts_with("zgrep -h")).unwrap();
-    let day = lines(&dir.path().join("durward-audit.jsonl.1"))[0]["timestamp"].as_str().unwrap()[..10].to_owned();
-    let command = command.replace("2026-11-24", &day).replace("/var/log/", &format!("{}/", dir.path().display()));
+    let day =
+        lines(&dir.path().join("durward-audit.jsonl.1"))[0]["timestamp"].as_str().unwrap()[..10].to_owned();
+    let command =
+        command.replace("2026-11-24", &day).replace("/var/log/", &format!("{}/", dir.path().display()));
     let found = std::process::Command::new("sh").args(["-c", &command]).output().unwrap();
     let found = String::from_utf8(found.stdout).unwrap();
     let found: Vec<Value> = found.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
