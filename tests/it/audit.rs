@@ -139,10 +139,10 @@ async fn who_had_an_identity_is_one_command() {
 
     let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
     let command = readme.lines().find(|line| line.starts_with("zgrep -h")).unwrap();
-    let day =
-        lines(&dir.path().join("durward-audit.jsonl.1"))[0]["timestamp"].as_str().unwrap()[..10].to_owned();
+    let first = lines(&dir.path().join("durward-audit.jsonl.1")).remove(0);
+    let day = first["timestamp"].as_str().unwrap().split_once('T').unwrap().0;
     let command =
-        command.replace("2026-11-24", &day).replace("/var/log/", &format!("{}/", dir.path().display()));
+        command.replace("2026-11-24", day).replace("/var/log/", &format!("{}/", dir.path().display()));
     let found = std::process::Command::new("sh").args(["-c", &command]).output().unwrap();
     let found = String::from_utf8(found.stdout).unwrap();
     let found: Vec<Value> = found.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
