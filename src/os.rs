@@ -16,7 +16,6 @@ mod mount;
 pub mod namespace;
 pub mod passing;
 pub mod pidfd;
-pub mod program;
 pub mod random;
 pub mod receive;
 pub mod run_delay;

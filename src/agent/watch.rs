@@ -18,7 +18,7 @@ use crate::{
         report::{Event, foremost},
         shares::Taking,
     },
-    os::{heap, program},
+    os::heap,
     store::{JwtCache, Store, X509Cache},
     telemetry::registry::Label as _,
 };
@@ -35,9 +35,6 @@ const TICKS_IN_QUIET: u32 = 4;
 /// The heap is given back once it has grown by so much, in bytes, and grows no more: what entries came in, and what their SVIDs
 /// were made with, is several times what stays of them.
 const GROWN: u64 = 1 << 20;
-
-/// When the pages of the program are given back that only its start needed: after so many quarters of a second.
-const STARTED: u32 = 40;
 
 /// When the heap is given back.
 #[derive(Debug, Default)]
@@ -89,10 +86,6 @@ impl Watch {
             }
             let before = tick;
             tick = tick.wrapping_add(ticks);
-            if before < STARTED && tick >= STARTED {
-                // Apart: the kernel looks at all that is mapped.
-                drop(tokio::task::spawn_blocking(program::give_back));
-            }
             if tick / TICKS_PER_REPORT != before / TICKS_PER_REPORT {
                 self.report();
                 let heap = || heap::resident_set().map_or(0, |set| set.without_files);
