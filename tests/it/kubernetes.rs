@@ -394,12 +394,13 @@ async fn requests_are_counted_by_what_came_of_them() {
 
 #[tokio::test]
 async fn what_is_missing_is_told_before_anybody_calls() {
+    type Gone = fn(&mut K8sSettings, PathBuf);
     let kubelet = FakeKubelet::start(listed(&[pod(1)]));
     let api = FakeKubelet::start_api_server(namespace(&json!({})));
     let all = kubelet.settings(with_namespaces(&api));
     assert_eq!(all.missing(), [""; 0]);
     let gone = || PathBuf::from("/nonexistent/file");
-    let cases: [(&str, fn(&mut K8sSettings, PathBuf), &str); 5] = [
+    let cases: [(&str, Gone, &str); 5] = [
         (
             "the kubelet's CA",
             |it, gone| it.kubelet_ca_path = gone,
@@ -655,7 +656,7 @@ async fn what_the_api_server_cannot_say_costs_those_alone_who_may_need_it() {
         let with = with_namespaces(&api);
         let attestor = kubelet.attestor(|it| {
             with(it);
-            it.max_poll_attempts = if large { 20 } else { 2 };
+            it.max_poll_attempts = if large { 100 } else { 2 };
         });
         let error = attest(&attestor, &caller(1, 1), &["k8s:ns-label:team:blue"]).await.unwrap_err();
         assert!(whole(&error).contains(want), "{case}: {}", whole(&error));
