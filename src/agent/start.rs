@@ -211,7 +211,7 @@ impl AgentParts {
         let BoundPlaces { http, admin, socket, came } = bound;
         let services = self.services()?;
         // Before anybody asks how it is.
-        look_around(&self.health);
+        let surroundings = look_around(&self.health);
         let (connections, bounds) = channel::channel(connection_bounds(&config, self.means));
         let keys = Arc::new(caller_keys(&config));
         let (stats, admin_stats) = (Arc::<ConnectionStats>::default(), Arc::<ConnectionStats>::default());
@@ -221,7 +221,6 @@ impl AgentParts {
         self.tell_of_memory();
 
         let presence = socket.presence();
-        let surroundings = look_around(&self.health);
         let (public, looks) = (config.agent.socket_path.clone(), keys.looks());
         let standing = self.standing(Arc::clone(&stats), public, looks, surroundings);
         let gate = Arc::new(AuditedGate { gate: self.gate.clone(), audit: Arc::clone(&self.audit) });

@@ -1,9 +1,6 @@
 //! `run`: from the command line to the agent.
 
-use std::{
-    fs, io,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use nix::unistd::geteuid;
 use tracing::Level;
@@ -276,19 +273,24 @@ impl ConfigArgs {
     pub(super) fn read(&self, trust: Trust) -> Result<Config, Failure> {
         let variable = |name: &str| super::environment(name).and_then(|value| value.into_string().ok());
         let expand = if self.expand_env { ExpandEnv::With(&variable) } else { ExpandEnv::No };
-        // Who named a file need not be told how to.
-        let is_missing = |err: io::Error| err.kind() == io::ErrorKind::NotFound;
-        if self.config != Path::new(DEFAULT_CONFIG)
-            && fs::symlink_metadata(&self.config).is_err_and(is_missing)
-        {
-            let message = "could not find config file".to_owned();
-            return Err(ConfigErrors::new(vec![of_file(&self.config, message)], 0).into());
-        }
-        let mut config = Config::load_as(trust, &self.config, expand, &self.overrides.keys())?;
+        let loaded = Config::load_as(trust, &self.config, expand, &self.overrides.keys());
+        let mut config = loaded.map_err(|errors| {
+            // Who named a file need not be told how to.
+            let none = errors.list().iter().any(|error| error.message.starts_with(NO_FILE));
+            let named = self.config != Path::new(DEFAULT_CONFIG);
+            if none && named {
+                ConfigErrors::new(vec![of_file(&self.config, NO_FILE.to_owned())], 0)
+            } else {
+                errors
+            }
+        })?;
         self.overrides.apply(&mut config)?;
         Ok(config)
     }
 }
+
+/// How the error begins that there is no configuration file.
+const NO_FILE: &str = "could not find config file";
 
 /// An error of a file as a whole.
 fn of_file(file: &Path, message: String) -> ConfigError {
