@@ -6,7 +6,7 @@
 //! What may wait is an errand ([`errands`](super::errands)).
 //!
 //! An agent that was asked to hand over ends when the next one serves, or stays beside it in a pod, and takes up service
-//! again when that one ends before its time ([`handover`](super::handover)).
+//! again when that one ends before its time ([`handover`]).
 
 use std::{
     os::unix::net::UnixListener,

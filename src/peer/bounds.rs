@@ -92,7 +92,9 @@ impl ConnectionBounds {
             max_header_list_size: header_bytes,
             max_send_buffer: 8 * 1024,
             header_table_size: 0,
-            max_local_error_resets: resets,
+            // What comes for a call that was answered before all of it was there is such an error, and each of its streams may
+            // be that of a polite client.
+            max_local_error_resets: resets.max(usize::try_from(streams).unwrap_or(usize::MAX)),
             max_pending_resets: resets,
             keep_alive_interval: Duration::from_secs(30),
             keep_alive_timeout: Duration::from_secs(10),
