@@ -14,6 +14,7 @@ pub mod lock;
 pub mod membarrier;
 mod mount;
 pub mod namespace;
+pub mod outq;
 pub mod passing;
 pub mod pidfd;
 pub mod random;

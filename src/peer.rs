@@ -39,6 +39,7 @@ mod stats;
 mod task_waker;
 mod trim;
 mod turns;
+mod unread;
 mod unsent;
 mod wire;
 mod writer;

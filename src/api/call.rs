@@ -17,7 +17,11 @@
 //! [`Charged`]: crate::store::Charged
 //! [`Entitled::charge`]: crate::store::Entitled::charge
 
-use std::sync::Arc;
+use std::{
+    future::{Future as _, poll_fn},
+    pin::pin,
+    sync::Arc,
+};
 
 use http::Extensions;
 use tokio::time::Instant;
@@ -25,7 +29,9 @@ use tonic::Request;
 
 use super::{proto::workload as pb, reached::Reached, status::RequestError};
 use crate::{
-    limits::{Admitted, Limits, Method, Patience, Refusal, holding::KeptBytes, patience},
+    limits::{
+        Admitted, Limits, Method, Patience, Refusal, budget::KEPT_WAITING, holding::KeptBytes, patience,
+    },
     peer::Peer,
 };
 
@@ -165,7 +171,17 @@ impl Call {
     /// [`Refusal`] when it has no tokens, or too many calls are being attested.
     pub async fn admit(self, limits: &Limits) -> Result<Admitted<Arc<Peer>>, Refusal> {
         self.reaches_limits();
-        limits.admit(self.caller, self.method, self.patience).await
+        let holding = self.caller.holding().map(Arc::clone);
+        let mut admitted = pin!(limits.admit(self.caller, self.method, self.patience));
+        let mut waits = None;
+        poll_fn(|cx| {
+            let polled = admitted.as_mut().poll(cx);
+            if polled.is_pending() && waits.is_none() {
+                waits = holding.as_ref().map(|holding| holding.keep(KEPT_WAITING));
+            }
+            polled
+        })
+        .await
     }
 }
 

@@ -39,6 +39,7 @@ use super::{
     stats::{OpenConnection, Parked},
     task_waker::{ROUNDS, TaskWaker},
     turns::Turns,
+    unread::UnreadAnswers,
     wire::{Ending, Wire, WireShared},
 };
 use crate::{
@@ -163,6 +164,7 @@ impl Connection {
         let mut http2 = std::pin::pin!(http2.serve_connection(TokioIo::new(wire), service));
         let mut look = std::pin::pin!(sleep_until(course.next_look(born)));
         let waker = TaskWaker::new();
+        let mut unread = UnreadAnswers::new(holding);
         let (mut watched, mut pause_known, mut heard) = (false, false, None);
         loop {
             // Whatever the connection's own task is woken for (an answer, bytes) is seen behind it.
@@ -176,6 +178,9 @@ impl Connection {
                         http2.as_mut().poll(cx)
                     });
                     let sent = outbox.poll_empty(cx);
+                    if outbox.take_wrote() {
+                        unread.look(outbox.stream());
+                    }
                     // Nobody is there to read.
                     let deserted = done.is_pending() && matches!(sent, Poll::Ready(Err(_)));
                     if deserted { Poll::Ready(Ok(())) } else { done }
@@ -201,6 +206,7 @@ impl Connection {
                 }
                 () = look.as_mut() => {
                     let now = Instant::now();
+                    unread.look(outbox.stream());
                     ending.read_again();
                     peer.slot().forget_old(now);
                     watched |= course.watches(now);

@@ -5,7 +5,10 @@
 
 use std::{
     io::{self, IoSlice},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     task::{Context, Poll, ready},
 };
 
@@ -20,11 +23,13 @@ pub(super) struct Outbox<P: Send + 'static> {
     stream: Accepted<UnixStream, P>,
     /// At most [`OUTBOX`] bytes. While there are none it takes no memory.
     kept: Mutex<Vec<u8>>,
+    /// The kernel took some since that was asked.
+    wrote: AtomicBool,
 }
 
 impl<P: Send + 'static> Outbox<P> {
     pub(super) fn new(stream: Accepted<UnixStream, P>) -> Self {
-        Self { stream, kept: Mutex::default() }
+        Self { stream, kept: Mutex::default(), wrote: AtomicBool::new(false) }
     }
 
     /// The socket, to read from.
@@ -34,6 +39,11 @@ impl<P: Send + 'static> Outbox<P> {
 
     fn kept(&self) -> MutexGuard<'_, Vec<u8>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the kernel took something since this was asked last.
+    pub(super) fn take_wrote(&self) -> bool {
+        self.wrote.swap(false, Relaxed)
     }
 
     /// Takes bytes that are to be written behind those that are kept: all, or as many as the socket takes at once when they
@@ -50,7 +60,10 @@ impl<P: Send + 'static> Outbox<P> {
             ready!(self.stream.socket().poll_write_ready(cx))?;
             match self.stream.socket().try_write_vectored(bufs) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                written => return Poll::Ready(written),
+                written => {
+                    self.wrote.store(true, Relaxed);
+                    return Poll::Ready(written);
+                }
             }
         }
     }
@@ -63,7 +76,11 @@ impl<P: Send + 'static> Outbox<P> {
     fn poll_send(&self, cx: &mut Context<'_>, kept: &mut Vec<u8>) -> Poll<io::Result<()>> {
         while !kept.is_empty() {
             ready!(self.stream.socket().poll_write_ready(cx))?;
-            match self.stream.socket().try_write(kept) {
+            let written = self.stream.socket().try_write(kept);
+            if written.is_ok() {
+                self.wrote.store(true, Relaxed);
+            }
+            match written {
                 Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 Ok(all) if all == kept.len() => *kept = Vec::new(),
                 Ok(written) => drop(kept.drain(..written)),

@@ -29,7 +29,7 @@ use super::{
     writer::SoleWriter,
 };
 use crate::{
-    limits::holding::Holding,
+    limits::{budget::HEAD, holding::Holding},
     os::receive::{Received, receive},
 };
 
@@ -42,6 +42,8 @@ const AT_ONCE: usize = 2 * 1024;
 /// The same where room on the node is about to run out: then all others wait for those few, and HTTP/2 keeps the memory of as
 /// many as came at once.
 const AT_ONCE_WITHOUT_ROOM: usize = 512;
+/// What so few bytes make HTTP/2 hold, if they are heads of the shortest kind.
+const HEADS_WITHOUT_ROOM: u64 = 8 * HEAD;
 
 /// How a connection ended, as far as its bytes tell. Shared with the task that serves it.
 #[derive(Debug, Default)]
@@ -233,8 +235,16 @@ impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        let most =
-            buf.remaining().min(if this.holding.has_plenty() { AT_ONCE } else { AT_ONCE_WITHOUT_ROOM });
+        let plenty = this.holding.has_plenty();
+        if !plenty && !this.turns.is_new() {
+            // What it asks further waits in the kernel where there is no memory for it. Its first request is let in.
+            if !this.holding.try_hold(HEADS_WITHOUT_ROOM) {
+                this.turns.pauses().rest(Instant::now());
+                return Poll::Pending;
+            }
+            this.holding.release(HEADS_WITHOUT_ROOM);
+        }
+        let most = buf.remaining().min(if plenty { AT_ONCE } else { AT_ONCE_WITHOUT_ROOM });
         let received = ready!(this.poll_receive(cx, buf, most));
         let Received::Bytes { len, writer } = this.noted(received)? else {
             this.ending.descriptors.store(true, Relaxed);

@@ -443,7 +443,9 @@ async fn who_does_not_read_its_streams_pins_a_bounded_number_of_updates() {
     let server = Server::start();
     let (mut stream, holding) = raw(&server, 100, std::iter::repeat_n("/news/20000".to_owned(), 50)).await;
     until("opened", || server.ways.made.load(SeqCst) == 50).await;
-    until("read", || holding.bytes() == HTTP2 + 49 * STREAM).await;
+    // Beside what the kernel keeps of what is not read.
+    let holds = |bytes: u64| (bytes..bytes + 24 * 1024).contains(&holding.bytes());
+    until("read", || holds(HTTP2 + 49 * STREAM)).await;
     server.ways.news.send_modify(|news| *news += 1);
     let made = settled(&server).await - 50;
     assert!((1..=4).contains(&made), "{made} updates for who reads none");
@@ -453,7 +455,7 @@ async fn who_does_not_read_its_streams_pins_a_bounded_number_of_updates() {
     let mut buffer = vec![0; 1 << 16];
     until("all", || {
         while stream.try_read(&mut buffer).is_ok_and(|read| read > 0) {}
-        server.ways.made.load(SeqCst) == 100 && holding.bytes() == HTTP2 + 49 * STREAM + 50 * kept(20_000)
+        server.ways.made.load(SeqCst) == 100 && holds(HTTP2 + 49 * STREAM + 50 * kept(20_000))
     })
     .await;
     drop(stream);
