@@ -34,11 +34,6 @@ use super::{
 };
 use crate::{identity::SpiffeId, os::clock::Clock, telemetry::registry::Registry};
 
-/// Between two calls that go on as room returns, and how many have a place in that order: a thousand at once would take all of it,
-/// and whoever comes next would stand behind them.
-const BETWEEN_RETURNING: Duration = Duration::from_micros(200);
-const RETURNING: u64 = 512;
-
 /// The keys of one parent may fill one part of a table in so many.
 pub(super) const PARENT_PARTS: usize = 8;
 
@@ -137,8 +132,6 @@ pub(super) struct Ledger {
     pub(super) places: Arc<Slots>,
     /// Calls that found no room, since somebody asked.
     wanting: AtomicU64,
-    /// Calls that went on as room returned.
-    returning: AtomicU64,
     /// For updates of streams, as many again.
     pub(super) update_slots: Arc<Slots>,
     refusing: Mutex<Refusing>,
@@ -166,7 +159,6 @@ impl Ledger {
             room: Arc::default(),
             places: Arc::new(Slots::new(patience::places())),
             wanting: AtomicU64::new(0),
-            returning: AtomicU64::new(0),
             update_slots: Arc::new(Slots::new(settings.node.attestations)),
             refusing: Mutex::default(),
             counters: Counters::new(registry),
@@ -231,12 +223,6 @@ impl Ledger {
         if refusal.origin == Origin::ByDefault && refusal.reason == Reason::Rate {
             self.wanting.fetch_add(1, Relaxed);
         }
-    }
-
-    /// How long a call that waited for room is to let others go first.
-    pub(super) fn turn_as_room_returns(&self) -> Duration {
-        let before = self.returning.fetch_add(1, Relaxed) % RETURNING;
-        BETWEEN_RETURNING.saturating_mul(u32::try_from(before).unwrap_or(0))
     }
 
     /// How many found none since this was last asked.

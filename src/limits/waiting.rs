@@ -45,12 +45,8 @@ impl WaitOfCall {
         let began = ledger.now();
         let left = self.left(began).min(self.for_tokens);
         let after = refusal.retry_after.saturating_mul(nth).max(SHORTEST);
-        let returns = async {
-            ledger.room.returns().await;
-            sleep(ledger.turn_as_room_returns()).await;
-        };
         let attempt = tokio::select! {
-            () = returns => Attempt::MayWait,
+            () = ledger.room.returns() => Attempt::MayWait,
             () = sleep(after.min(left)) => if after < left { Attempt::MayWait } else { Attempt::Last },
         };
         self.for_tokens = self.for_tokens.saturating_sub(between(began, ledger.now()));
