@@ -3,12 +3,14 @@
 //! The SVIDs of a thousand identities are a megabyte, and ten calls for it at once are more than a small agent has: each
 //! finds room for what it is about to make, or comes to nothing.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::{Instant, sleep};
 
 use super::{answers::federated, status::RequestError};
 use crate::{
     identity::{Bundle, Entry},
-    limits::holding::AnswerInTheMaking,
+    limits::{holding::AnswerInTheMaking, patience::FOR_TOKENS},
     peer::Peer,
     store::Snapshot,
 };
@@ -21,15 +23,26 @@ const JWT_SVID: usize = 512;
 /// The message and its encoded form. The copy that gRPC makes of that counts as unsent.
 const COPIES: usize = 2;
 
-/// Room for an answer of so many bytes that is about to be made, to be kept until it is. Nothing where it is a small one.
+/// How often one that found no room for its answer asks again.
+const AGAIN: Duration = Duration::from_millis(10);
+
+/// Room for an answer of so many bytes that is about to be made, to be kept until it is. Nothing where it is a small one. Waits
+/// a moment where there is none: answers are made in little time.
 ///
 /// # Errors
-/// [`RequestError::Crowded`] when memory is about to run out, the caller holds the least share there is, and another large
-/// answer of its own is being made.
-pub(super) fn room_for(answer: usize, peer: &Peer) -> Result<Option<AnswerInTheMaking>, RequestError> {
+/// [`RequestError::Crowded`] when memory stays about to run out, the caller holds the least share there is, and other large
+/// answers of its own are being made.
+pub(super) async fn room_for(answer: usize, peer: &Peer) -> Result<Option<AnswerInTheMaking>, RequestError> {
     let Some(holding) = peer.holding().filter(|_| answer > SMALL) else { return Ok(None) };
     let bytes = u64::try_from(answer.saturating_mul(COPIES)).unwrap_or(u64::MAX);
-    holding.try_make(bytes).map(Some).ok_or(RequestError::Crowded)
+    let until = Instant::now() + FOR_TOKENS;
+    loop {
+        match holding.try_make(bytes) {
+            None if Instant::now() >= until => return Err(RequestError::Crowded),
+            None => sleep(AGAIN).await,
+            made => return Ok(made),
+        }
+    }
 }
 
 /// About what FetchX509SVID's answer takes.

@@ -88,7 +88,7 @@ impl WorkloadApi {
         let mut charged = entitled.charge(limits).await?;
 
         let answer = jwt_svids_len(charged.entries(), &query.audience);
-        let _room = room_for(answer, charged.peer().connected())?;
+        let _room = room_for(answer, charged.peer().connected()).await?;
         let svids = jwt.fetch(&mut charged, &query.audience).await.map_err(RequestError::JwtSvid)?;
         let svids = charged.entries().iter().zip(svids).map(|(entry, svid)| pb::Jwtsvid {
             spiffe_id: svid.spiffe_id.as_str().to_owned(),
@@ -366,7 +366,7 @@ async fn made<C: Content>(
     let answer = content.reckoned(charged, snapshot);
     let needs_room =
         answer > SMALL && snapshot.answers.find(&content.key(charged), parts.clock.now()).is_none();
-    let _room = if needs_room { room_for(answer, charged.peer().connected())? } else { None };
+    let _room = if needs_room { room_for(answer, charged.peer().connected()).await? } else { None };
     content.message(parts, charged, snapshot).await
 }
 
