@@ -148,20 +148,10 @@ impl AgentParts {
         attestor.prepare_for(&index);
         attestor.wait(ANSWERS_WITHIN);
         // From here on nobody may be served, if there is an agent that leaves its place: what takes long was before.
-        let (inherited, predecessor) = place(config, inherited)?;
         let counted = Arc::clone(&issuer_series);
-        let open =
-            || issuer::choice::open(config.issuer_input(), clock, Arc::clone(&counted), metrics.registry());
-        let (issuer, inherited, predecessor) = match (&inherited, &predecessor) {
-            (Inherited::Nothing, None) if config.agent.take_over => {
-                match predecessor::open_or_ask(config, OpenError::is_locked, open)? {
-                    (opened, Some((predecessor, left))) => (opened, Inherited::Left(left), Some(predecessor)),
-                    (opened, None) => (opened, inherited, None),
-                }
-            }
-            _ => (open(), inherited, predecessor),
-        };
-        let issuer = issuer.map_err(|error| no_issuer(config, error))?;
+        let (issuer, inherited, predecessor) = place(config, inherited, || {
+            issuer::choice::open(config.issuer_input(), clock, Arc::clone(&counted), metrics.registry())
+        })?;
         let caches = &config.caches;
         let (x509_svids, jwt_svids) = (caches.x509_svids.count(), caches.jwt_svids.count());
         let x509 = X509Cache::new(Arc::clone(&issuer), clock, x509_svids, caches.availability_target);
@@ -529,15 +519,23 @@ pub(super) fn in_pod() -> bool {
     std::env::var("KUBERNETES_SERVICE_HOST").is_ok()
 }
 
-/// The place of an agent: what it was given, or what the one that runs leaves to it when it is asked.
-fn place(config: &Config, inherited: Inherited) -> anyhow::Result<(Inherited, Option<Predecessor>)> {
-    if config.agent.take_over
-        && matches!(inherited, Inherited::Nothing)
-        && let Some((predecessor, left)) = predecessor::ask(config)?
-    {
-        return Ok((Inherited::Left(left), Some(predecessor)));
-    }
-    Ok((inherited, None))
+/// The place of an agent: what it was given, or what the one that runs leaves to it when it is asked. And what `open` opens
+/// there: the issuer.
+fn place<T>(
+    config: &Config,
+    inherited: Inherited,
+    open: impl Fn() -> Result<T, OpenError>,
+) -> anyhow::Result<(T, Inherited, Option<Predecessor>)> {
+    let asks = config.agent.take_over && matches!(inherited, Inherited::Nothing);
+    let (opened, asked) = match asks.then(|| predecessor::ask(config)).transpose()?.flatten() {
+        None if asks => predecessor::open_or_ask(config, OpenError::is_locked, open)?,
+        asked => (open(), asked),
+    };
+    let opened = opened.map_err(|error| no_issuer(config, error))?;
+    Ok(match asked {
+        Some((predecessor, left)) => (opened, Inherited::Left(left), Some(predecessor)),
+        None => (opened, inherited, None),
+    })
 }
 
 /// Another agent has the files of the issuer.
