@@ -35,7 +35,7 @@ use tokio::{
 
 use self::{
     errands::Errands,
-    handover::{Keeper, LeftSockets, Successor},
+    handover::{Keeper, LeftSockets},
     serving::Serving,
     start::Adjustable,
 };
@@ -189,18 +189,16 @@ impl Running {
         self.adjustable.parts.journal.end();
     }
 
-    /// Leaves its place to `successor`: drains, closes its HTTP listeners, and has the issuer let go of its files when the
+    /// Leaves its place to another agent, with the admin socket if that one has it at this path: drains, closes its HTTP listeners, and has the issuer let go of its files when the
     /// calls under way are answered, a second from now at the latest.
-    async fn vacate(mut self, successor: &Successor, errands: &Errands) -> Vacated {
+    async fn vacate(mut self, has_admin_at: impl Fn(&Path) -> bool, errands: &Errands) -> Vacated {
         let parts = &self.adjustable.parts;
         parts.health.set(Probe::Draining);
         parts.writer.store().drain();
         let (config, issuer) = (Arc::clone(&self.config), Arc::clone(&parts.issuer));
         self.http.shutdown().await;
         let goes_along = match config.agent.admin_socket() {
-            Some(AdminSocket::Configured(path) | AdminSocket::ByDefault(path)) => {
-                successor.serves_admin_at(&path)
-            }
+            Some(AdminSocket::Configured(path) | AdminSocket::ByDefault(path)) => has_admin_at(&path),
             None => false,
         };
         let admin = OptionFuture::from(self.admin.as_mut().filter(|_| goes_along).map(Serving::hand_on));

@@ -42,15 +42,25 @@ pub(super) const MOST_LINE: usize = 4096;
 /// How long the other side may take for its request.
 const REQUEST_WITHIN: Duration = Duration::from_secs(5);
 /// How long it may take to serve, once it has everything.
-const SERVES_WITHIN: Duration = Duration::from_secs(60);
+const SERVES_WITHIN: Duration = Duration::from_secs(15);
 /// How long the pause is after a connection that could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 /// What the next agent says at last.
 pub(super) const SERVING: &[u8] = b"serving\n";
+/// What the one that has left says after that, if it stays to come back.
+pub(super) const STANDS_BY: &[u8] = b"standing by\n";
 
 /// Where an agent that keeps its state in `data_dir` is asked to hand over.
 pub(super) fn socket_in(data_dir: &Path) -> PathBuf {
     data_dir.join(NAME)
+}
+
+/// The process of the agent that can be asked in this `data_dir`; `None` where nobody listens.
+pub(super) async fn who_runs(data_dir: &Path) -> Option<i32> {
+    let stream = UnixStream::connect(socket_in(data_dir)).await.ok()?;
+    let there = stream.peer_cred().ok()?;
+    let known = [0, geteuid().as_raw()].contains(&there.uid());
+    known.then(|| there.pid().unwrap_or_default())
 }
 
 /// What the next agent is going to serve.
@@ -311,7 +321,14 @@ impl Successor {
         }
     }
 
-    /// Waits until its process has ended.
+    /// Tells it that this agent takes the place back when the connection ends.
+    pub(super) fn told_of_standing_by(&self) {
+        if let Err(error) = self.stream.try_write(STANDS_BY) {
+            tracing::debug!(pid = self.pid, %error, "the next agent does not hear that this one stands by");
+        }
+    }
+
+    /// Waits until its process has ended, or has left the place.
     pub(super) async fn ended(&mut self) {
         // Whatever it says now is nothing that is known here.
         while self.stream.read(&mut [0; 64]).await.is_ok_and(|len| len > 0) {}

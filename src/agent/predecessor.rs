@@ -4,12 +4,14 @@
 //! at the path only after a look ([`Socket::move_into`](crate::peer::Socket::move_into)).
 
 use std::{
-    io::{self, Write as _},
+    io::{self, Read as _, Write as _},
+    net::Shutdown,
     os::{
         fd::OwnedFd,
         unix::net::{UnixListener, UnixStream},
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
+    thread,
     time::Duration,
 };
 
@@ -18,7 +20,9 @@ use nix::{
     unistd::geteuid,
 };
 
-use super::handover::{HandoverAnswer, HandoverRequest, LeftSockets, MOST_LINE, SERVING, VERSION, socket_in};
+use super::handover::{
+    HandoverAnswer, HandoverRequest, LeftSockets, MOST_LINE, SERVING, STANDS_BY, VERSION, socket_in,
+};
 use crate::{
     config::{AdminSocket, Config},
     os::descriptors,
@@ -27,6 +31,13 @@ use crate::{
 
 /// How long the other agent may take until it has left its place: longer than it waits for its own disk.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+
+/// How often an agent is asked again that ended while it was asked, and the pause before.
+const ASKED_AGAIN: u32 = 20;
+const ASK_PAUSE: Duration = Duration::from_millis(100);
+
+/// How often the files are tried for that another agent has: some two seconds, with the time that each try waits.
+const OPENED_AGAIN: u32 = 4;
 
 /// What to do where an agent cannot be taken over.
 const END_IT_FIRST: &str = "end it before this one starts (in Kubernetes: maxSurge: 0 and maxUnavailable: 1)";
@@ -50,12 +61,45 @@ pub(super) enum HandoverError {
 pub(super) struct Predecessor {
     stream: UnixStream,
     pid: i32,
+    /// The admin socket that it has left.
+    admin: Option<PathBuf>,
 }
 
 impl Predecessor {
     /// Its process; 0 where this one cannot see it.
     pub(super) fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// Whether it lives, and waits to take its place back.
+    pub(super) fn stands_by(&self) -> bool {
+        let mut said = [0; 64];
+        let mut heard = 0;
+        if self.stream.set_nonblocking(true).is_err() {
+            return false;
+        }
+        loop {
+            match (&self.stream).read(said.get_mut(heard..).unwrap_or_default()) {
+                Ok(0) => return false,
+                Ok(len) => heard += len,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return said.starts_with(STANDS_BY);
+                }
+                Err(_) => return false,
+            }
+        }
+    }
+
+    /// Whether it has the admin socket at this path, too.
+    pub(super) fn keeps_admin_at(&self, path: &Path) -> bool {
+        self.admin.as_deref() == Some(path)
+    }
+
+    /// Tells it that the place is free: it comes back.
+    pub(super) fn give_back(&self) {
+        if let Err(error) = self.stream.shutdown(Shutdown::Both) {
+            tracing::debug!(pid = self.pid, %error, "the agent that stood by is gone");
+        }
     }
 
     /// Tells it that this agent serves. It may have ended: that changes nothing.
@@ -66,11 +110,59 @@ impl Predecessor {
     }
 }
 
-/// Asks the agent that runs for its place. `None` where nobody listens. Waits for it.
+/// Asks the agent that runs for its place. `None` where nobody listens. Waits for it. One that ends while it is asked is
+/// asked again: another may have come, or nobody is left.
 ///
 /// # Errors
 /// [`HandoverError`]; the other agent serves on then, or takes up service again when this process has ended.
 pub(super) fn ask(config: &Config) -> Result<Option<(Predecessor, LeftSockets)>, HandoverError> {
+    for _ in 0..ASKED_AGAIN {
+        match ask_once(config) {
+            Err(HandoverError::Silent { source, .. }) if has_ended(&source) => {
+                tracing::info!(error = %source, "the agent that runs has ended while it was asked");
+                pause();
+            }
+            asked => return asked,
+        }
+    }
+    ask_once(config)
+}
+
+/// Tries `open`, which fails where another agent has the files, and asks an agent that listens meanwhile for its place:
+/// of several that start at once, one has taken the place before and cannot be asked yet.
+///
+/// # Errors
+/// Of `open`, and [`HandoverError`].
+pub(super) fn open_or_ask<T, E>(
+    config: &Config,
+    is_locked: impl Fn(&E) -> bool,
+    open: impl Fn() -> Result<T, E>,
+) -> Result<(Result<T, E>, Option<(Predecessor, LeftSockets)>), HandoverError> {
+    let mut asked = None;
+    let mut opened = open();
+    for _ in 0..OPENED_AGAIN {
+        if !opened.as_ref().is_err_and(&is_locked) || asked.is_some() {
+            break;
+        }
+        pause();
+        asked = ask(config)?;
+        opened = open();
+    }
+    Ok((opened, asked))
+}
+
+#[expect(clippy::disallowed_methods, reason = "it is an errand: nobody else waits for it")]
+fn pause() {
+    thread::sleep(ASK_PAUSE);
+}
+
+/// Whether the other side is gone, as far as this error tells.
+fn has_ended(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    [BrokenPipe, ConnectionReset, UnexpectedEof].contains(&error.kind())
+}
+
+fn ask_once(config: &Config) -> Result<Option<(Predecessor, LeftSockets)>, HandoverError> {
     let path = socket_in(&config.agent.data_dir);
     let silent = |source| HandoverError::Silent { path: path.clone(), source };
     let stream = match UnixStream::connect(&path) {
@@ -110,7 +202,8 @@ pub(super) fn ask(config: &Config) -> Result<Option<(Predecessor, LeftSockets)>,
             left.admin = vacant;
         }
     }
-    Ok(Some((Predecessor { stream, pid }, left)))
+    let admin = left.admin.as_ref().map(|admin| admin.path().to_owned());
+    Ok(Some((Predecessor { stream, pid, admin }, left)))
 }
 
 fn request(config: &Config) -> HandoverRequest {

@@ -19,6 +19,7 @@ use tokio::{
     runtime::{Builder, Handle, Runtime},
     sync::oneshot::{self, error::TryRecvError},
     task::JoinSet,
+    time::timeout,
 };
 
 use super::{
@@ -30,7 +31,7 @@ use super::{
     probe::feel_pulse,
     reload::Load,
     signals::{Signalled, Signals},
-    standby::answer_probes,
+    standby::{Returning, answer_probes},
     start::{Inherited, in_pod},
     upkeep::{Happened, Upkeep},
 };
@@ -58,9 +59,8 @@ const THREADS_END_WITHIN: Duration = Duration::from_millis(100);
 /// How long the last lines of the log are waited for.
 const LOG_ENDS_WITHIN: Duration = Duration::from_millis(300);
 
-/// How often an agent that has handed over tries to come back, and the pause between: the other one may be ending still.
-const RETURNS: u32 = 10;
-const RETURN_PAUSE: Duration = Duration::from_secs(1);
+/// How long an agent that was told to end goes on leaving its place to the next one.
+const LEFT_WITHIN: Duration = Duration::from_secs(2);
 
 /// The `run` command: runs until a signal ends it.
 ///
@@ -223,7 +223,9 @@ impl Control<'_> {
                 predecessor.told_that_this_serves();
                 tracing::info!(pid = predecessor.pid(), "another agent has handed over");
             }
-            let Some((left, successor)) = self.look_after(agent, asked_at, signals, &log).await? else {
+            let Some((left, successor)) =
+                self.look_after(agent, (asked_at, predecessor.as_ref()), signals, &log).await?
+            else {
                 return Ok(());
             };
             let mut well = JoinSet::new();
@@ -238,7 +240,7 @@ impl Control<'_> {
     async fn look_after(
         &self,
         agent: Running,
-        asked_at: Option<Socket>,
+        (asked_at, predecessor): (Option<Socket>, Option<&Predecessor>),
         signals: &mut Signals,
         log: &Log,
     ) -> anyhow::Result<Option<(Vacated, Successor)>> {
@@ -257,7 +259,14 @@ impl Control<'_> {
                 signal = signals.next() => match signal {
                     Signalled::Stop(signal) => {
                         tracing::info!(signal, "draining");
-                        self.drain(upkeep.into_agent(), signals).await;
+                        match predecessor.filter(|one| one.stands_by()) {
+                            Some(predecessor) => {
+                                // The one that comes back listens there itself.
+                                drop(successors);
+                                self.give_back(upkeep.into_agent(), predecessor, signals).await;
+                            }
+                            None => self.drain(upkeep.into_agent(), signals).await,
+                        }
                         return Ok(None);
                     }
                     Signalled::Reload => upkeep.reload(),
@@ -266,8 +275,8 @@ impl Control<'_> {
                 },
                 successor = successors.next() => {
                     tracing::info!(pid = successor.pid(), "handing over to another agent");
-                    let left = upkeep.into_agent().vacate(&successor, &self.errands).await;
-                    return Ok(Some((left, successor)));
+                    let left = self.leave(upkeep.into_agent(), &successor, signals).await;
+                    return Ok(left.map(|left| (left, successor)));
                 }
                 happened = upkeep.next() => match happened {
                     Happened::Reloaded(told) => {
@@ -284,6 +293,38 @@ impl Control<'_> {
                     }
                 }
             }
+        }
+    }
+
+    /// Leaves the place to `successor`. An agent that is told to end meanwhile hands over still, if that is quickly
+    /// done, and ends: `None`.
+    async fn leave(&self, agent: Running, successor: &Successor, signals: &mut Signals) -> Option<Vacated> {
+        let leaving = agent.vacate(|admin| successor.serves_admin_at(admin), &self.errands);
+        let mut leaving = Box::pin(leaving);
+        tokio::select! {
+            left = &mut leaving => return Some(left),
+            signal = signals.stop() => tracing::info!(signal, "ending"),
+        }
+        if let Ok(left) = timeout(LEFT_WITHIN, leaving).await
+            && left.is_free
+            && let Err(error) = successor.pass(&left.left)
+        {
+            tracing::warn!(pid = successor.pid(), error = chain(&error), "not handed over");
+        }
+        None
+    }
+
+    /// Ends, and leaves the place to the agent from which it came.
+    async fn give_back(&self, agent: Running, predecessor: &Predecessor, signals: &mut Signals) {
+        self.manager.stopping("draining");
+        tracing::info!(pid = predecessor.pid(), "the agent that stands by serves again");
+        let leaving = agent.vacate(|admin| predecessor.keeps_admin_at(admin), &self.errands);
+        tokio::select! {
+            left = Box::pin(leaving) => {
+                predecessor.give_back();
+                drained(left, signals).await;
+            }
+            _ = signals.stop() => tracing::warn!("a second signal came: ending without waiting"),
         }
     }
 
@@ -341,6 +382,7 @@ impl Control<'_> {
         signals: &mut Signals,
         log: &Log,
     ) -> bool {
+        successor.told_of_standing_by();
         let _answering = answer_probes(&left.config, successor.pid());
         let mut reopening = Vec::new();
         loop {
@@ -365,25 +407,22 @@ impl Control<'_> {
         log: &Log,
     ) -> anyhow::Result<Option<Started>> {
         let Vacated { config, left, .. } = vacated;
-        for tried in 1.. {
+        let mut returning = Returning::default();
+        loop {
             let inherited = Inherited::Left(left.try_clone().context("cannot take up service again")?);
             let begun = tokio::select! {
                 _ = signals.stop() => return Ok(None),
                 begun = self.begin(Config::clone(&config), inherited, log) => begun,
             };
-            match begun {
+            let error = match begun {
                 Ok(started) => return Ok(Some(started)),
-                Err(error) if tried >= RETURNS => return Err(error.context("cannot take up service again")),
-                Err(error) => {
-                    tracing::warn!(error = format!("{error:#}"), "cannot take up service again yet")
-                }
-            }
+                Err(error) => error,
+            };
             tokio::select! {
                 _ = signals.stop() => return Ok(None),
-                () = tokio::time::sleep(RETURN_PAUSE) => {}
+                free = returning.after(error, &config) => free.context("cannot take up service again")?,
             }
         }
-        Ok(None)
     }
 
     /// Opens the log anew, unless that is about to be done anyway: at most once while it is being done.

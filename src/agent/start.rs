@@ -142,16 +142,16 @@ impl AgentParts {
         let series = AgentMetrics::new(metrics.registry(), clock);
         let issuer_series = Arc::new(IssuerMetrics::new(metrics.registry()));
         let store_series = Arc::new(StoreMetrics::new(metrics.registry()));
-        let input = config.issuer_input();
+        let index = config.issuer_input().index;
         let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
         attestor.share_by(config.ratelimit.families.clone());
-        attestor.prepare_for(&input.index);
+        attestor.prepare_for(&index);
         attestor.wait(ANSWERS_WITHIN);
         // From here on nobody may be served, if there is an agent that leaves its place: what takes long was before.
-        let (inherited, predecessor) = place(config, inherited)?;
         let counted = Arc::clone(&issuer_series);
-        let issuer = issuer::choice::open(input, clock, counted, metrics.registry())
-            .map_err(|error| no_issuer(config, error))?;
+        let (issuer, inherited, predecessor) = place(config, inherited, || {
+            issuer::choice::open(config.issuer_input(), clock, Arc::clone(&counted), metrics.registry())
+        })?;
         let caches = &config.caches;
         let (x509_svids, jwt_svids) = (caches.x509_svids.count(), caches.jwt_svids.count());
         let x509 = X509Cache::new(Arc::clone(&issuer), clock, x509_svids, caches.availability_target);
@@ -519,15 +519,31 @@ pub(super) fn in_pod() -> bool {
     std::env::var("KUBERNETES_SERVICE_HOST").is_ok()
 }
 
-/// The place of an agent: what it was given, or what the one that runs leaves to it when it is asked.
-fn place(config: &Config, inherited: Inherited) -> anyhow::Result<(Inherited, Option<Predecessor>)> {
-    if config.agent.take_over
-        && matches!(inherited, Inherited::Nothing)
-        && let Some((predecessor, left)) = predecessor::ask(config)?
-    {
-        return Ok((Inherited::Left(left), Some(predecessor)));
-    }
-    Ok((inherited, None))
+/// The place of an agent: what it was given, or what the one that runs leaves to it when it is asked. And what `open` opens
+/// there: the issuer.
+fn place<T>(
+    config: &Config,
+    inherited: Inherited,
+    open: impl Fn() -> Result<T, OpenError>,
+) -> anyhow::Result<(T, Inherited, Option<Predecessor>)> {
+    let asks = config.agent.take_over && matches!(inherited, Inherited::Nothing);
+    let (opened, asked) = match asks.then(|| predecessor::ask(config)).transpose()?.flatten() {
+        None if asks => predecessor::open_or_ask(config, OpenError::is_locked, open)?,
+        asked => (open(), asked),
+    };
+    let opened = opened.map_err(|error| no_issuer(config, error))?;
+    Ok(match asked {
+        Some((predecessor, left)) => (opened, Inherited::Left(left), Some(predecessor)),
+        None => (opened, inherited, None),
+    })
+}
+
+/// Another agent has the files of the issuer.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot open the issuer: {why}; {advice}")]
+pub(super) struct PlaceTaken {
+    why: String,
+    advice: &'static str,
 }
 
 /// Why there is no issuer, and what to do where another agent has its files.
@@ -539,7 +555,7 @@ fn no_issuer(config: &Config, error: OpenError) -> anyhow::Error {
             "it does not hand over (an older version?): end it first (in Kubernetes: maxSurge: 0 and maxUnavailable: 1)"
         }
     };
-    anyhow::anyhow!("cannot open the issuer: {}; {advice}", chain(&error))
+    PlaceTaken { why: chain(&error), advice }.into()
 }
 
 /// Until it is told to leave, or nobody is there to tell it.

@@ -75,6 +75,19 @@ fn in_pod(dir: &Path, words: &[&str]) -> Process {
     Process::spawn_by(&[words, &["env", "KUBERNETES_SERVICE_HOST=10.96.0.1"]].concat(), dir)
 }
 
+/// An agent in a pod that has taken the place of the one that runs.
+fn next_in_pod(dir: &Path) -> Process {
+    let asked_at = || {
+        let found = fs::symlink_metadata(handover_socket(dir)).ok()?;
+        Some((found.ino(), found.ctime(), found.ctime_nsec()))
+    };
+    until("one listens for the next one", dir, || asked_at().is_some());
+    let before = asked_at();
+    let next = in_pod(dir, &[]);
+    until("the next one serves", dir, || asked_at().is_some_and(|now| Some(now) != before));
+    next
+}
+
 /// Clients that call one call after the other, each on a connection of its own.
 struct Polite {
     stop: Arc<AtomicBool>,
@@ -429,4 +442,122 @@ async fn a_socket_that_is_gone_is_bound_anew() {
     assert_eq!(answered(dir), Called::Answered, "{}", log(dir));
     assert!(log(dir).contains("the socket is bound anew"), "{}", log(dir));
     assert!(!new.has_ended());
+}
+
+/// A next one that took everything and hangs: the old one waits for as long as that lasts, and so does who calls.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_waits_for_its_place_while_the_next_one_hangs() {
+    let dir = configured("");
+    let dir = dir.path();
+    let mut old = Process::spawn(dir);
+    drop(old.serving(dir).await);
+    until("it listens for the next one", dir, || handover_socket(dir).exists());
+    let (stream, line) = ask(dir, &asking(dir, 1, "example.org", "api.sock"));
+    assert!(line.contains("passed"), "{line}");
+    let held = fs::File::options().write(true).open(dir.join("data/issuer.lock")).unwrap();
+    held.try_lock().unwrap();
+    drop(stream);
+    until("it cannot come back", dir, || log(dir).contains("cannot take up service again yet"));
+    let waiting = {
+        let dir = dir.to_owned();
+        thread::spawn(move || answered(&dir))
+    };
+    assert!(!old.has_ended());
+    drop(held);
+    assert_eq!(waiting.join().unwrap(), Called::Answered, "{}", log(dir));
+
+    // It hears that it is to end.
+    until("it listens for the next one", dir, || handover_socket(dir).exists());
+    let (stream, line) = ask(dir, &asking(dir, 1, "example.org", "api.sock"));
+    assert!(line.contains("passed"), "{line}");
+    let held = fs::File::options().write(true).open(dir.join("data/issuer.lock")).unwrap();
+    held.try_lock().unwrap();
+    drop(stream);
+    old.signal(Signal::SIGTERM);
+    assert!(old.wait().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_three_in_pods_the_first_stands_by_when_the_second_ends() {
+    let dir = configured("");
+    let dir = dir.path();
+    let mut first = in_pod(dir, &[]);
+    drop(first.serving(dir).await);
+    let polite = Polite::begin(dir);
+    let second = next_in_pod(dir);
+    let third = next_in_pod(dir);
+    drop(second);
+    until("the first does not come back", dir, || log(dir).contains("cannot take up service again yet"));
+    polite.go_on("the third serves", dir);
+    assert_eq!(polite.end(), [], "no call is lost: {}", log(dir));
+    drop(third);
+    until("the first is back", dir, || answered(dir) == Called::Answered);
+    assert!(!first.has_ended());
+}
+
+/// Whoever runs ends while it is asked: the next one finds nobody, and serves.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_ends_while_it_is_asked_is_followed() {
+    let dir = configured("");
+    let dir = dir.path();
+    fs::create_dir(dir.join("data")).unwrap();
+    fs::set_permissions(dir.join("data"), fs::Permissions::from_mode(0o700)).unwrap();
+    let ends = UnixListener::bind(handover_socket(dir)).unwrap();
+    let ending = thread::spawn(move || {
+        // One before it has read, and one after.
+        drop(ends.accept().unwrap());
+        let (mut stream, _) = ends.accept().unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+    });
+    let mut new = Process::spawn(dir);
+    drop(new.serving(dir).await);
+    ending.join().unwrap();
+    assert_eq!(answered(dir), Called::Answered);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_that_start_at_once_take_over_one_after_the_other() {
+    let dir = configured("");
+    let dir = dir.path();
+    let mut old = Process::spawn(dir);
+    drop(old.serving(dir).await);
+    until("it listens for the next one", dir, || handover_socket(dir).exists());
+    let polite = Polite::begin(dir);
+    let mut next: Vec<_> = (0..3).map(|_| Process::spawn(dir)).collect();
+    until("one is left", dir, || {
+        let ended = next.iter_mut().filter_map(|one| one.has_ended().then_some(())).count();
+        old.has_ended() && ended == 2
+    });
+    polite.go_on("the last one serves", dir);
+    assert_eq!(polite.end(), [], "no call is lost: {}", log(dir));
+    for one in &mut next {
+        if one.has_ended() {
+            assert!(one.wait().success(), "{}", log(dir));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_is_ended_leaves_its_place_to_the_one_that_stands_by() {
+    let dir = configured("");
+    let dir = dir.path();
+    let mut old = in_pod(dir, &[]);
+    drop(old.serving(dir).await);
+    let (public, admin) = (inode(&socket(dir)), inode(&dir.join("data/admin.sock")));
+    let polite = Polite::begin(dir);
+    for turn in 0..3 {
+        let mut new = next_in_pod(dir);
+        // Somebody who never ends its request.
+        let mut slow = UnixStream::connect(socket(dir)).unwrap();
+        slow.write_all(b"PRI * HTTP/2.0\r\n").unwrap();
+        for _ in 0..3 {
+            polite.go_on("the new one serves", dir);
+        }
+        new.signal(Signal::SIGTERM);
+        polite.go_on("the old one serves", dir);
+        assert!(new.wait().success(), "{turn}: {}", log(dir));
+        assert!(!old.has_ended());
+        assert_eq!((inode(&socket(dir)), inode(&dir.join("data/admin.sock"))), (public, admin), "{turn}");
+    }
+    assert_eq!(polite.end(), [], "no call is lost: {}", log(dir));
 }
