@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use super::{
-    ANSWERS_WITHIN, Running, connection_bounds, gate::say_what_fits, metrics::ReloadResult, start::Adjustable,
+    ANSWERS_WITHIN, Running, connection_bounds,
+    gate::{say_what_fits, say_whom_to_distrust},
+    metrics::ReloadResult,
+    start::Adjustable,
 };
 use crate::{
     api::proto::admin::ReloadResponse,
@@ -64,6 +67,7 @@ impl Replacing {
         let gate_plan = GatePlan::new(ratelimit, parts.means.nofile, budget)?;
 
         say_what_fits(&gate_plan, budget);
+        say_whom_to_distrust(next);
         // From here on nothing fails. What the entries ask for is looked for before they are there.
         let _asked_until_then = parts.attestor.prepare_for(&told.index);
         parts.attestor.wait(ANSWERS_WITHIN);

@@ -19,7 +19,7 @@ use tokio::{
 
 use super::{
     ANSWERS_WITHIN, Running, connection_bounds,
-    gate::{AuditedGate, Means, http_listeners, say_what_fits},
+    gate::{AuditedGate, Means, http_listeners, say_what_fits, say_whom_to_distrust},
     handover::{Keeper, LeftSockets},
     meter::{MemoryMeter, keep_time},
     metrics::{AgentMetrics, MemoryMetrics},
@@ -181,6 +181,7 @@ impl AgentParts {
         limits_set.set(config.ratelimit.in_force(means.cgroup));
         let gate_plan = GatePlan::new(&config.ratelimit, means.nofile, budget)?;
         say_what_fits(&gate_plan, budget);
+        say_whom_to_distrust(config);
         say_where(&caller_keys(config), in_pod(), budget, means.cgroup);
         let limits = Limits::new(&config.ratelimit, clock, metrics.registry());
         let gate = limits::Gate::new(gate_plan, &limits);

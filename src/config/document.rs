@@ -144,6 +144,14 @@ impl Config {
         problems.into_result(config)
     }
 
+    /// What federated bundles lack, though their blocks name them, in words.
+    pub fn federation_gaps(&self) -> impl Iterator<Item = String> {
+        self.federated.values().filter(|bundle| !bundle.has_x509()).map(|bundle| {
+            let name = &bundle.trust_domain;
+            format!("bundle has no X.509 authority: X.509-SVIDs of {name} are not trusted")
+        })
+    }
+
     /// What the issuer is told.
     pub fn issuer_input(&self) -> IssuerInput {
         IssuerInput {
