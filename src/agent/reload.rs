@@ -111,7 +111,9 @@ impl Running {
 /// Takes note of the end of a reload that was asked for, says in log and metrics how it went, and returns what those are told
 /// who asked.
 pub(super) fn finish(agent: &mut Running, done: anyhow::Result<(Config, Changes)>) -> ReloadResponse {
-    let series = &agent.adjustable.parts.series;
+    let parts = &agent.adjustable.parts;
+    let series = &parts.series;
+    parts.failed_reload.set(done.is_err().then(|| parts.clock.now()));
     match done {
         Ok((next, changes)) => {
             series.reloaded(ReloadResult::Ok);

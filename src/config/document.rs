@@ -12,7 +12,7 @@ use super::{
     endpoints,
     entries::{Entries, EntryRules},
     federation::Federation,
-    file,
+    file::{self, FileError},
     input::{ExpandEnv, Given, Input},
     issuer::{self, Signer},
     plugin_files, ratelimit,
@@ -108,7 +108,11 @@ impl Config {
         // No working directory (it was removed): only absolute paths are of use then.
         let base = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
         see(&base.join(path));
-        let text = file::read_main(trust, path).map_err(|err| whole_file(err.to_string()))?;
+        let text = file::read_main(trust, path).map_err(|err| match err {
+            // The file is named before it.
+            FileError::NotAFile(_) => whole_file("is not a regular file".to_owned()),
+            err => whole_file(err.to_string()),
+        })?;
         let users = NodeUsers::default();
         let mut config = Self::parse(&Input {
             path,

@@ -23,7 +23,7 @@ use super::{
     TrustDomain,
     json::{self, Quoted},
     jwk::{Jwk, text},
-    pem::{LostBlock, check_blocks},
+    pem::{BYTE_ORDER_MARK, LostBlock, check_blocks, is_wide},
 };
 
 /// The longest bundle that is parsed, in bytes.
@@ -60,6 +60,12 @@ pub enum BundleError {
     /// Not JSON, or JSON that names a member of an object twice.
     #[error("bundle is not valid JSON: {0}")]
     Json(serde_json::Error),
+    /// JSON of two bytes a character.
+    #[error("bundle is UTF-16, and JSON is read as UTF-8: save it as UTF-8 without a byte order mark")]
+    Wide,
+    /// JSON as some editors save it.
+    #[error("a byte order mark stands before the bundle: save it without one")]
+    Marked,
     /// No `keys`, or not an array.
     #[error("bundle must be a JSON object with an array \"keys\"")]
     NoKeys,
@@ -196,6 +202,12 @@ impl Bundle {
     /// silently is found when a neighbour is not trusted.
     pub fn parse_spiffe(trust_domain: &TrustDomain, json: &[u8]) -> Result<Self, BundleError> {
         check_len(json)?;
+        if is_wide(json) {
+            return Err(BundleError::Wide);
+        }
+        if json.starts_with(BYTE_ORDER_MARK) {
+            return Err(BundleError::Marked);
+        }
         let document = json::parse(json, MAX_VALUES).map_err(BundleError::Json)?;
         let keys = document.get("keys").and_then(Value::as_array).ok_or(BundleError::NoKeys)?;
         if keys.len() > MAX_KEYS {
@@ -480,7 +492,11 @@ mod tests {
             ("the same twice", format!("{pem1}{pem1}"), Ok(1)),
             ("line ends of Windows", pem1.replace('\n', "\r\n"), Ok(1)),
             ("glued to the last", format!("{}{pem2}", pem1.trim_end()), Err("line 10: -----BEGIN must be")),
-            ("a byte order mark", format!("\u{feff}{pem1}"), Err("line 1: -----BEGIN must be")),
+            (
+                "a byte order mark",
+                format!("\u{feff}{pem1}"),
+                Err("a byte order mark stands before -----BEGIN"),
+            ),
             ("empty", String::new(), Err("no PEM block")),
             ("words", "no certificates here".into(), Err("no PEM block")),
             ("leaf", format!("{pem1}{leaf}"), Err("PEM block 1: not a CA certificate")),
@@ -649,6 +665,16 @@ mod tests {
             let error = Bundle::parse_spiffe(&td(), text.as_bytes()).unwrap_err().to_string();
             assert!(error.contains(want), "{case}: {error}");
         }
+    }
+
+    #[test]
+    fn a_json_text_of_an_editor_that_saves_otherwise_is_named_as_that() {
+        let wide: Vec<u8> = "{\"keys\": []}".encode_utf16().flat_map(u16::to_le_bytes).collect();
+        for text in [[&[0xff, 0xfe], &*wide].concat(), wide] {
+            assert!(matches!(Bundle::parse_spiffe(&td(), &text), Err(BundleError::Wide)));
+        }
+        let marked = Bundle::parse_spiffe(&td(), "\u{feff}{\"keys\": []}".as_bytes());
+        assert!(matches!(marked, Err(BundleError::Marked)));
     }
 
     #[test]
