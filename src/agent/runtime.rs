@@ -89,10 +89,13 @@ fn make(workers: usize) -> anyhow::Result<Runtime> {
         .build()?;
     match catch_unwind(AssertUnwindSafe(|| begin_blocking_threads(&runtime))) {
         Ok(Ok(())) => Ok(runtime),
-        failed => {
+        Ok(Err(late)) => {
             runtime.shutdown_background();
-            Err(failed
-                .map_or_else(|_panic| anyhow!("threads are short"), |begun| anyhow!(begun.unwrap_err())))
+            Err(late.into())
+        }
+        Err(_panic) => {
+            runtime.shutdown_background();
+            Err(anyhow!("threads are short"))
         }
     }
 }
