@@ -16,6 +16,7 @@ mod predecessor;
 mod probe;
 mod reload;
 mod run;
+mod runtime;
 mod serving;
 mod signals;
 mod standby;
@@ -42,7 +43,8 @@ use self::{
 pub use self::{
     gate::room_for,
     reload::Load,
-    run::{run, runtime},
+    run::run,
+    runtime::runtime,
     signals::{Signalled, Signals},
     upkeep::{Happened, Upkeep},
 };

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use super::{
-    ANSWERS_WITHIN, Running, connection_bounds, gate::say_what_fits, metrics::ReloadResult, start::Adjustable,
+    ANSWERS_WITHIN, Running, connection_bounds,
+    gate::{say_what_fits, say_whom_to_distrust},
+    metrics::ReloadResult,
+    start::Adjustable,
 };
 use crate::{
     api::proto::admin::ReloadResponse,
@@ -64,6 +67,7 @@ impl Replacing {
         let gate_plan = GatePlan::new(ratelimit, parts.means.nofile, budget)?;
 
         say_what_fits(&gate_plan, budget);
+        say_whom_to_distrust(next);
         // From here on nothing fails. What the entries ask for is looked for before they are there.
         let _asked_until_then = parts.attestor.prepare_for(&told.index);
         parts.attestor.wait(ANSWERS_WITHIN);
@@ -107,7 +111,9 @@ impl Running {
 /// Takes note of the end of a reload that was asked for, says in log and metrics how it went, and returns what those are told
 /// who asked.
 pub(super) fn finish(agent: &mut Running, done: anyhow::Result<(Config, Changes)>) -> ReloadResponse {
-    let series = &agent.adjustable.parts.series;
+    let parts = &agent.adjustable.parts;
+    let series = &parts.series;
+    parts.failed_reload.set(done.is_err().then(|| parts.clock.now()));
     match done {
         Ok((next, changes)) => {
             series.reloaded(ReloadResult::Ok);

@@ -8,15 +8,11 @@
 //! An agent that was asked to hand over ends when the next one serves, or stays beside it in a pod, and takes up service
 //! again when that one ends before its time ([`handover`]).
 
-use std::{
-    os::unix::net::UnixListener,
-    sync::{Arc, mpsc},
-    time::Duration,
-};
+use std::{os::unix::net::UnixListener, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use tokio::{
-    runtime::{Builder, Handle, Runtime},
+    runtime::{Builder, Handle},
     sync::oneshot::{self, error::TryRecvError},
     task::JoinSet,
     time::timeout,
@@ -30,6 +26,7 @@ use super::{
     predecessor::Predecessor,
     probe::feel_pulse,
     reload::Load,
+    runtime::{no_threads, runtime},
     signals::{Signalled, Signals},
     standby::{Returning, answer_probes},
     start::{Inherited, in_pod},
@@ -43,16 +40,8 @@ use crate::{
     telemetry::{chain, log::Log},
 };
 
-/// The most worker threads. Two serve some ten thousand calls a second; more would only take from the node.
-const MOST_WORKERS: usize = 4;
-/// Threads for what computes long or may block: RSA keys, files of the issuer.
-const BLOCKING_THREADS: usize = 8;
-/// How long a thread takes to be there, at most.
-const THREADS_WITHIN: Duration = Duration::from_secs(10);
 /// How many clients are turned away when the agent cannot start: more than the largest queue of a socket holds.
 const MOST_TURNED_AWAY: usize = 16 * 1024;
-/// A thread that is there stays: when it is needed again there may be none to be had.
-const FOR_EVER: Duration = Duration::from_secs(10 * 365 * 86_400);
 
 /// How long threads that serve may take to end. What one still does (hashing a file) is not worth waiting for.
 const THREADS_END_WITHIN: Duration = Duration::from_millis(100);
@@ -76,8 +65,8 @@ pub fn run(load: Load) -> anyhow::Result<()> {
     let (manager, handed) = ServiceManager::from_environment()?;
     panics::tell();
     let queue = handed.as_ref().and_then(|listener| listener.try_clone().ok());
-    let errands = Errands::new().context("cannot start a thread")?;
-    let serving = runtime()?;
+    let threads = Errands::new().map_err(|error| no_threads(1, error)).and_then(|it| Ok((it, runtime()?)));
+    let (errands, serving) = threads.inspect_err(|error| not_started(&manager, queue.as_ref(), error))?;
     // Meanwhile the configuration is read.
     drop(serving.spawn_blocking(issuer::seed));
     let mut log = None;
@@ -91,8 +80,7 @@ pub fn run(load: Load) -> anyhow::Result<()> {
             }
             Ok(None) => Ok(()),
             Err(error) => {
-                control.manager.stopping(&format!("{error:#}"));
-                queue.iter().for_each(turn_away);
+                not_started(&control.manager, queue.as_ref(), &error);
                 Err(error)
             }
         }
@@ -107,42 +95,16 @@ pub fn run(load: Load) -> anyhow::Result<()> {
     ended
 }
 
+/// Tells whoever waits for an agent that it could not start.
+fn not_started(manager: &ServiceManager, queue: Option<&UnixListener>, error: &anyhow::Error) {
+    manager.stopping(&format!("{error:#}"));
+    queue.into_iter().for_each(turn_away);
+}
+
 /// Closes what waits in the queue of a socket that an agent cannot serve which could not start: the service manager holds the
 /// socket, and these clients would wait for an answer. To them it is `Unavailable`, and they come again.
 fn turn_away(queue: &UnixListener) {
     let _turned_away = (0..MOST_TURNED_AWAY).take_while(|_| queue.accept().is_ok()).count();
-}
-
-/// The runtime that serves callers: as many workers as the machine has processors, at most four, and the threads for
-/// what takes long. All of them are there when this returns, and stay.
-///
-/// # Errors
-/// Threads or descriptors are short.
-pub fn runtime() -> anyhow::Result<Runtime> {
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let runtime = Builder::new_multi_thread()
-        .worker_threads(processors.min(MOST_WORKERS))
-        .max_blocking_threads(BLOCKING_THREADS)
-        .thread_keep_alive(FOR_EVER)
-        .enable_all()
-        .build()
-        .context("cannot start the runtime")?;
-    // A thread comes into being for a task that finds no other: so each waits until all are there.
-    let (arrive, arrived) = mpsc::channel();
-    let (_leave, left) = mpsc::channel::<()>();
-    let left = Arc::new(std::sync::Mutex::new(left));
-    for _ in 0..BLOCKING_THREADS {
-        let (arrive, left) = (arrive.clone(), Arc::clone(&left));
-        drop(runtime.spawn_blocking(move || {
-            let _told = arrive.send(()).is_ok();
-            // Nothing is ever sent: it waits for the end of the sender.
-            let _all_there = left.lock().map(|left| left.recv());
-        }));
-    }
-    for _ in 0..BLOCKING_THREADS {
-        arrived.recv_timeout(THREADS_WITHIN).context("cannot start the threads of the runtime")?;
-    }
-    Ok(runtime)
 }
 
 /// What is said of a start that panicked.
@@ -461,7 +423,7 @@ fn status(agent: &Running) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use std::sync::{Mutex, mpsc};
 
     use super::*;
     use crate::{config::ExpandEnv, telemetry::health::Probe};

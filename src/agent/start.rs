@@ -19,7 +19,7 @@ use tokio::{
 
 use super::{
     ANSWERS_WITHIN, Running, connection_bounds,
-    gate::{AuditedGate, Means, http_listeners, say_what_fits},
+    gate::{AuditedGate, Means, http_listeners, say_what_fits, say_whom_to_distrust},
     handover::{Keeper, LeftSockets},
     meter::{MemoryMeter, keep_time},
     metrics::{AgentMetrics, MemoryMetrics},
@@ -33,7 +33,7 @@ use crate::{
     api::{
         Journal, Services,
         admin::{self, AdminService, AskedReload, OwnerGate},
-        standing::{AgentStanding, SharedLimits},
+        standing::{AgentStanding, FailedReload, SharedLimits},
         workload::{Parts, WorkloadApi},
     },
     attest::Attestor,
@@ -103,7 +103,7 @@ pub(super) enum Inherited {
 
 /// Every part of an agent. None of them runs by itself.
 pub(super) struct AgentParts {
-    clock: Clock,
+    pub(super) clock: Clock,
     pub(super) metrics: Arc<Metrics>,
     pub(super) series: AgentMetrics,
     pub(super) health: Arc<HealthState>,
@@ -116,6 +116,7 @@ pub(super) struct AgentParts {
     pub(super) journal: Arc<Journal>,
     pub(super) means: Means,
     pub(super) limits_set: SharedLimits,
+    pub(super) failed_reload: FailedReload,
     started: SystemTime,
     meter: MemoryMeter,
     pub(super) limits: Limits,
@@ -181,6 +182,7 @@ impl AgentParts {
         limits_set.set(config.ratelimit.in_force(means.cgroup));
         let gate_plan = GatePlan::new(&config.ratelimit, means.nofile, budget)?;
         say_what_fits(&gate_plan, budget);
+        say_whom_to_distrust(config);
         say_where(&caller_keys(config), in_pod(), budget, means.cgroup);
         let limits = Limits::new(&config.ratelimit, clock, metrics.registry());
         let gate = limits::Gate::new(gate_plan, &limits);
@@ -198,6 +200,7 @@ impl AgentParts {
             journal,
             means,
             limits_set,
+            failed_reload: FailedReload::default(),
             started: clock.now(),
             meter,
             limits,
@@ -311,6 +314,7 @@ impl AgentParts {
             health: Arc::clone(&self.health),
             connections,
             limits: self.limits_set.clone(),
+            failed_reload: self.failed_reload.clone(),
             started: self.started,
             socket_path,
             kubernetes,

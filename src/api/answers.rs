@@ -18,7 +18,8 @@ pub(super) fn federated<'a>(entries: impl IntoIterator<Item = &'a Arc<Entry>>) -
     entries.into_iter().flat_map(|entry| &entry.federates_with).collect()
 }
 
-/// FetchX509SVID's answer: these SVIDs, which are of these entries, with the bundles that go with them.
+/// FetchX509SVID's answer: these SVIDs, which are of these entries, with the bundles that go with them. A foreign bundle
+/// without an X.509 authority is left out: clients refuse an answer in which a bundle is empty, SVIDs and all.
 pub(super) fn x509_svids(snapshot: &Snapshot, entries: &[Arc<Entry>], svids: &[Served]) -> Encoded {
     let own = snapshot.bundles.own.x509_der();
     let mut message = pb::X509svidResponse {
@@ -36,7 +37,9 @@ pub(super) fn x509_svids(snapshot: &Snapshot, entries: &[Arc<Entry>], svids: &[S
         crl: Vec::new(),
         federated_bundles: federated(entries)
             .into_iter()
-            .filter_map(|td| Some((td.id_string(), snapshot.bundles.federated.get(td)?.x509_der())))
+            .filter_map(|td| snapshot.bundles.federated.get(td))
+            .filter(|bundle| bundle.has_x509())
+            .map(|bundle| (bundle.trust_domain.id_string(), bundle.x509_der()))
             .collect(),
     };
     let answer = Encoded::new(&message);
@@ -46,9 +49,14 @@ pub(super) fn x509_svids(snapshot: &Snapshot, entries: &[Arc<Entry>], svids: &[S
     answer
 }
 
-/// FetchX509Bundles' or FetchJWTBundles' answer: the own bundle, and those of `federated` that are known.
+/// FetchX509Bundles' or FetchJWTBundles' answer: the own bundle, and those of `federated` that are known. One without an
+/// authority of this kind is left out: clients refuse an answer in which a bundle is empty, as a whole.
 pub(super) fn bundles(snapshot: &Snapshot, form: BundleForm, federated: &[TrustDomain]) -> Encoded {
     let known = federated.iter().filter_map(|td| snapshot.bundles.federated.get(td));
+    let known = known.filter(|bundle| match form {
+        BundleForm::X509 => bundle.has_x509(),
+        BundleForm::Jwt => !bundle.jwt_authorities.is_empty(),
+    });
     let bundles = std::iter::once(&snapshot.bundles.own).chain(known);
     let by_id = |content: fn(&Bundle) -> Vec<u8>| -> BTreeMap<String, Vec<u8>> {
         bundles.map(|bundle| (bundle.trust_domain.id_string(), content(bundle))).collect()

@@ -43,6 +43,21 @@ impl SharedLimits {
     }
 }
 
+/// When the last reload failed, if it did. Cheap to clone; all clones are one.
+#[derive(Clone, Debug, Default)]
+pub struct FailedReload(Arc<Mutex<Option<SystemTime>>>);
+
+impl FailedReload {
+    /// The last reload ended: it failed at this time, or did not.
+    pub fn set(&self, failed: Option<SystemTime>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = failed;
+    }
+
+    fn get(&self) -> Option<SystemTime> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Whom to ask how the agent is.
 pub struct AgentStanding {
     pub store: Arc<Store>,
@@ -56,6 +71,7 @@ pub struct AgentStanding {
     /// Of the public socket.
     pub connections: Arc<ConnectionStats>,
     pub limits: SharedLimits,
+    pub failed_reload: FailedReload,
     pub started: SystemTime,
     /// Where the Workload API is served.
     pub socket_path: PathBuf,
@@ -100,6 +116,7 @@ impl AgentStanding {
             parked: self.connections.parked(),
             surroundings: self.surroundings.clone(),
             attestors_wrong,
+            reload_failed: self.failed_reload.get().map_or(0, unix),
         }
     }
 

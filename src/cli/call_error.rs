@@ -1,15 +1,15 @@
 //! Why an agent gave no answer, in the words of grpc-go, which people grep for; and what a person can do about it.
 
-use std::{error::Error, fs, io, os::unix::fs::MetadataExt as _, time::Duration};
+use std::{error::Error, fs, io, os::unix::fs::MetadataExt as _, path::Path, time::Duration};
 
 use nix::unistd::{Uid, getegid, geteuid, getppid};
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 use super::{
-    socket::{AgentAddress, AgentSocket, admin_beside},
+    socket::{ADMIN_DEFAULT, AgentAddress, AgentSocket, admin_beside},
     terminal::clean,
-    text::{GoDuration, code_name},
+    text::{GoDuration, code_name, shell_word},
 };
 use crate::peer::socket::MAX_PATH_LEN;
 
@@ -86,7 +86,35 @@ fn said(err: &io::Error) -> String {
     }
 }
 
-const OWNERS_ALONE: &str = "The admin socket answers the agent's own user and root alone: try it with sudo.";
+fn owners_alone(socket: &AgentSocket) -> String {
+    let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+    format!(
+        "The admin socket answers the agent's own user and root alone: `{}`.",
+        with_sudo(words, socket, &asked_of())
+    )
+}
+
+/// This command, whose words are these, as it is to be typed by an administrator: with what sudo would change, which is the
+/// environment and the process that started it.
+fn with_sudo(mut words: Vec<String>, socket: &AgentSocket, shell: &str) -> String {
+    let has = |words: &[String], names: &[&str]| {
+        words.iter().any(|word| {
+            let name = word.trim_start_matches('-').split('=').next().unwrap_or_default();
+            word.starts_with('-') && names.contains(&name)
+        })
+    };
+    if words.first().is_some_and(|word| word == "explain") && !has(&words, &["pid"]) {
+        words.extend(["--pid".to_owned(), shell.to_owned()]);
+    }
+    if let AgentAddress::Unix(path) = &socket.at
+        && path != Path::new(ADMIN_DEFAULT)
+        && !has(&words, &["socket-path", "socketPath"])
+    {
+        words.extend(["--socket-path".to_owned(), path.to_string_lossy().into_owned()]);
+    }
+    let words: Vec<String> = words.iter().map(|word| shell_word(word)).collect();
+    clean(&format!("sudo durward {}", words.join(" ")))
+}
 
 fn connect_advice(socket: &AgentSocket, cause: &io::Error) -> String {
     let chosen = format!("The path is {}.", socket.chosen);
@@ -94,7 +122,7 @@ fn connect_advice(socket: &AgentSocket, cause: &io::Error) -> String {
         io::ErrorKind::NotFound if socket.chosen.is_admin() => {
             "Is the agent running, with this admin_socket_path?"
         }
-        io::ErrorKind::PermissionDenied if socket.chosen.is_admin() => OWNERS_ALONE,
+        io::ErrorKind::PermissionDenied if socket.chosen.is_admin() => &owners_alone(socket),
         io::ErrorKind::NotFound => "Is the agent running, with this socket_path?",
         io::ErrorKind::ConnectionRefused => "The agent that made this socket is gone: start it again.",
         io::ErrorKind::PermissionDenied => {
@@ -111,7 +139,7 @@ fn connect_advice(socket: &AgentSocket, cause: &io::Error) -> String {
 
 fn closed_advice(socket: &AgentSocket) -> String {
     if socket.is_not_ours() {
-        OWNERS_ALONE.to_owned()
+        owners_alone(socket)
     } else if socket.chosen.is_admin() {
         "All places of the admin socket were taken: try again, or wait longer with --timeout.".to_owned()
     } else {
@@ -183,5 +211,27 @@ fn asking(socket: &AgentSocket, words: &str) -> String {
         None => format!("`durward {words}` on its node"),
         Some(_) if is_default => format!("`{sudo}durward {words}`"),
         Some(_) => format!("`{sudo}durward {words} --socket-path {}`", admin.display()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::socket::Chosen;
+    use super::*;
+
+    #[test]
+    fn a_command_for_sudo_is_whole() {
+        for (words, path, want) in [
+            ("status", ADMIN_DEFAULT, "sudo durward status"),
+            ("status", "/x y/admin.sock", "sudo durward status --socket-path '/x y/admin.sock'"),
+            ("explain", ADMIN_DEFAULT, "sudo durward explain --pid 7"),
+            ("explain --pid=9", ADMIN_DEFAULT, "sudo durward explain --pid=9"),
+            ("explain -socketPath /a --pid 9", "/a", "sudo durward explain -socketPath /a --pid 9"),
+            ("limits --top 3", "/a", "sudo durward limits --top 3 --socket-path /a"),
+        ] {
+            let socket = AgentSocket { at: AgentAddress::Unix(path.into()), chosen: Chosen::AdminDefault };
+            let words = words.split(' ').map(str::to_owned).collect();
+            assert_eq!(with_sudo(words, &socket, "7"), want);
+        }
     }
 }

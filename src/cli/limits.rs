@@ -186,6 +186,9 @@ async fn ask(args: &LimitsArgs, terminal: &mut Terminal) -> Result<pb::LimitsRes
     args.admin.call(terminal, question, async |mut api, request| api.limits(request).await).await
 }
 
+/// In the place of an empty table.
+const NOBODY: &str = "Nobody has called yet.";
+
 /// As much as a terminal has room for: who calls and is refused, by the second.
 fn screen(
     now: &pb::LimitsResponse,
@@ -218,8 +221,12 @@ fn screen(
         Column::Right("REFUSED/S"),
         Column::Right("LEFT"),
     ];
-    let fitted = fit(heavy.get(..shown).unwrap_or_default(), 1, columns, &table_columns);
-    out.extend(table(table_columns, &fitted).lines().map(str::to_owned));
+    if heavy.is_empty() {
+        out.push(NOBODY.to_owned());
+    } else {
+        let fitted = fit(heavy.get(..shown).unwrap_or_default(), 1, columns, &table_columns);
+        out.extend(table(table_columns, &fitted).lines().map(str::to_owned));
+    }
     out.push(String::new());
     let of_callers: Vec<[String; 3]> = connection_rows(now, names).into_iter().take(connections).collect();
     if !of_callers.is_empty() {
@@ -319,7 +326,7 @@ fn pretty(now: &pb::LimitsResponse, names: &mut UserNames, width: Option<usize>)
     let _ = writeln!(out, "Room:        {}{waiting}", room_text(now));
     out.push('\n');
     if now.heaviest.is_empty() {
-        out.push_str("Nobody has called yet.\n");
+        let _ = writeln!(out, "{NOBODY}");
     } else {
         let rows: Vec<[String; 7]> = now.heaviest.iter().flat_map(|heavy| heavy_rows(heavy, names)).collect();
         let columns = [
@@ -497,6 +504,8 @@ uid:1000                 3  99 KiB
         assert!(
             pretty(&pb::LimitsResponse::default(), &mut names, None).ends_with("Nobody has called yet.\n")
         );
+        let shown = screen(&pb::LimitsResponse::default(), None, (24, 80), &mut names);
+        assert!(shown.contains("\nNobody has called yet.\n") && !shown.contains("STAGE"), "{shown}");
 
         // On a terminal it is no larger than that, and tells what was done in a second.
         names.0.insert(1000, Some("web".to_owned()));

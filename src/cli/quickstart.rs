@@ -31,7 +31,7 @@ use super::{
     socket::{AgentAddress, AgentSocket, Chosen},
     svid::X509Answer,
     terminal::{Terminal, clean},
-    text::{GoDuration, go_time},
+    text::{GoDuration, go_time, shell_word},
 };
 use crate::{
     agent::{self, Happened, Running, Signalled, Signals, Upkeep},
@@ -388,16 +388,6 @@ fn others_may_run(program: &Path) -> bool {
 fn program() -> PathBuf {
     let typed = std::env::args_os().next().map_or_else(|| PathBuf::from("durward"), PathBuf::from);
     if typed.components().count() > 1 { std::env::current_exe().unwrap_or(typed) } else { typed }
-}
-
-/// `text` as one word of a POSIX shell; too little for a crate (shlex).
-fn shell_word(text: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@%,=".contains(c);
-    if !text.is_empty() && text.chars().all(plain) {
-        text.to_owned()
-    } else {
-        format!("'{}'", text.replace('\'', r"'\''"))
-    }
 }
 
 #[cfg(test)]

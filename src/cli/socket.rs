@@ -18,7 +18,7 @@ use nix::unistd::geteuid;
 use crate::config::{DEFAULT_SOCKET_PATH as DEFAULT, admin_socket_for};
 
 /// The admin socket of an agent with the default `socket_path`.
-const ADMIN_DEFAULT: &str = "/run/durward/private/admin.sock";
+pub(super) const ADMIN_DEFAULT: &str = "/run/durward/private/admin.sock";
 const ADMIN: &str = "DURWARD_ADMIN_SOCKET";
 
 const TEMPLATE: &str = "SPIRE_AGENT_PUBLIC_SOCKET_TEMPLATE";

@@ -184,6 +184,12 @@ fn wrong(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime) 
     if !held.short_of.is_empty() {
         wrong.push(format!("short of {}: see durward limits", held.short_of.join(", ")));
     }
+    if told.reload_failed != 0 {
+        let ago = since(told.reload_failed, now);
+        wrong.push(format!(
+            "the last reload failed {ago}; the configuration of before is in force (durward reload says why)"
+        ));
+    }
     wrong.extend(told.attestors_wrong.iter().cloned());
     if let Some(server) = &told.server {
         if !server.waits_for.is_empty() {
@@ -259,6 +265,7 @@ fn to_json(told: &pb::StatusResponse, held: &pb::LimitsResponse) -> serde_json::
         "millicores": told.millicores,
         "budget_from": text(&told.budget_from),
         "surroundings": told.surroundings,
+        "reload_failed": time(told.reload_failed),
         "connections": held.node_connections,
         "streams": told.streams,
         "attestations_in_flight": held.attestations_in_flight,
@@ -300,7 +307,7 @@ mod tests {
             last_error: "connection refused\x1b[2J".to_owned(),
         };
         let attestors_wrong = vec!["the kubelet does not list its pods: no token".to_owned()];
-        let told = pb::StatusResponse { attestors_wrong, ..told(Some(server)) };
+        let told = pb::StatusResponse { attestors_wrong, reload_failed: 10_000 - 180, ..told(Some(server)) };
         let shown = pretty(&told, &pb::LimitsResponse::default(), at(10_000));
         for want in [
             "Signed by:    the SPIRE Server at spire:8081\n",
@@ -310,6 +317,7 @@ mod tests {
             "SVIDs held:   7 X.509 (2 due), 0 JWT\n",
             "Found:        the agent runs in a user namespace that does not map all users\n",
             "Wrong:        1 entry could not be signed for: see the log\n",
+            "              the last reload failed 3m ago; the configuration of before is in\n",
             "              the kubelet does not list its pods: no token\n",
             "              waits for the SPIRE Server, for 1m\n",
             "              the server's last error: connection refused",

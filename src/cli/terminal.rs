@@ -93,7 +93,7 @@ impl Terminal {
     pub(super) fn waiting(&mut self, what: &str, waited: Duration, limit: Option<Duration>) {
         let seconds = waited.as_secs();
         let span = match limit {
-            Some(limit) => format!("{seconds} s of {} s", limit.as_secs_f64()),
+            Some(limit) => format!("{seconds} s of {} s", (limit.as_secs_f64() * 10.0).round() / 10.0),
             None => format!("{seconds} s"),
         };
         let mut err = io::stderr().lock();

@@ -98,6 +98,16 @@ pub(super) fn folded(text: &str, width: usize) -> Vec<String> {
     lines
 }
 
+/// `text` as one word of a POSIX shell; too little for a crate (shlex).
+pub(super) fn shell_word(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@%,=".contains(c);
+    if !text.is_empty() && text.chars().all(plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -123,7 +123,8 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
         (key, format!("{error}; the agent waits for it, unless it has joined its server before"))
     });
     let missing = config.attest.missing().into_iter().map(|why| ("plugins.WorkloadAttestor", why));
-    taken.chain(nobody).chain(room).chain(to_join).chain(missing).collect()
+    let untrusted = config.federation_gaps().map(|why| ("federation", why));
+    taken.chain(nobody).chain(room).chain(to_join).chain(missing).chain(untrusted).collect()
 }
 
 /// A selector that an entry asks for and that no process of this node can have.

@@ -12,7 +12,7 @@ use super::{
     endpoints,
     entries::{Entries, EntryRules},
     federation::Federation,
-    file,
+    file::{self, FileError},
     input::{ExpandEnv, Given, Input},
     issuer::{self, Signer},
     plugin_files, ratelimit,
@@ -108,7 +108,11 @@ impl Config {
         // No working directory (it was removed): only absolute paths are of use then.
         let base = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
         see(&base.join(path));
-        let text = file::read_main(trust, path).map_err(|err| whole_file(err.to_string()))?;
+        let text = file::read_main(trust, path).map_err(|err| match err {
+            // The file is named before it.
+            FileError::NotAFile(_) => whole_file("is not a regular file".to_owned()),
+            err => whole_file(err.to_string()),
+        })?;
         let users = NodeUsers::default();
         let mut config = Self::parse(&Input {
             path,
@@ -142,6 +146,14 @@ impl Config {
             config.set_at = problems.key_places();
         }
         problems.into_result(config)
+    }
+
+    /// What federated bundles lack, though their blocks name them, in words.
+    pub fn federation_gaps(&self) -> impl Iterator<Item = String> {
+        self.federated.values().filter(|bundle| !bundle.has_x509()).map(|bundle| {
+            let name = &bundle.trust_domain;
+            format!("bundle has no X.509 authority: X.509-SVIDs of {name} are not trusted")
+        })
     }
 
     /// What the issuer is told.

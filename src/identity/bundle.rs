@@ -23,7 +23,7 @@ use super::{
     TrustDomain,
     json::{self, Quoted},
     jwk::{Jwk, text},
-    pem::{LostBlock, check_blocks},
+    pem::{BYTE_ORDER_MARK, LostBlock, check_blocks, is_wide},
 };
 
 /// The longest bundle that is parsed, in bytes.
@@ -60,6 +60,12 @@ pub enum BundleError {
     /// Not JSON, or JSON that names a member of an object twice.
     #[error("bundle is not valid JSON: {0}")]
     Json(serde_json::Error),
+    /// JSON of two bytes a character.
+    #[error("bundle is UTF-16, and JSON is read as UTF-8: save it as UTF-8 without a byte order mark")]
+    Wide,
+    /// JSON as some editors save it.
+    #[error("a byte order mark stands before the bundle: save it without one")]
+    Marked,
     /// No `keys`, or not an array.
     #[error("bundle must be a JSON object with an array \"keys\"")]
     NoKeys,
@@ -108,6 +114,14 @@ pub enum AuthorityError {
     /// `x5c` is no array.
     #[error("\"x5c\" must be an array with exactly one certificate")]
     X5cType,
+    /// A `use` or `kty` that is almost one that is known: the key would be passed over.
+    #[error("\"{name}\" is {}, but must be {want}, written like this", Quoted(.got))]
+    Misspelt {
+        /// Its member.
+        name: &'static str,
+        got: String,
+        want: &'static str,
+    },
     /// Two different keys under one name.
     #[error("another key has the same \"kid\" {}", Quoted(.0))]
     DuplicateKid(String),
@@ -188,6 +202,12 @@ impl Bundle {
     /// silently is found when a neighbour is not trusted.
     pub fn parse_spiffe(trust_domain: &TrustDomain, json: &[u8]) -> Result<Self, BundleError> {
         check_len(json)?;
+        if is_wide(json) {
+            return Err(BundleError::Wide);
+        }
+        if json.starts_with(BYTE_ORDER_MARK) {
+            return Err(BundleError::Marked);
+        }
         let document = json::parse(json, MAX_VALUES).map_err(BundleError::Json)?;
         let keys = document.get("keys").and_then(Value::as_array).ok_or(BundleError::NoKeys)?;
         if keys.len() > MAX_KEYS {
@@ -198,6 +218,7 @@ impl Bundle {
         for (at, jwk) in keys.iter().enumerate() {
             let wrong = |reason| BundleError::Key { at, reason };
             let jwk = jwk.as_object().ok_or_else(|| wrong(AuthorityError::NotObject))?;
+            check_spelling(jwk, "use", &["x509-svid", "jwt-svid"]).map_err(wrong)?;
             match jwk.get("use").and_then(Value::as_str) {
                 Some("x509-svid") => {
                     let Some(der) = certificate(jwk).map_err(wrong)? else { continue };
@@ -258,6 +279,11 @@ impl Bundle {
         }
         let jwt_authorities = jwt_authorities.into_values().collect();
         Ok(Self { trust_domain: trust_domain.clone(), x509_authorities, jwt_authorities })
+    }
+
+    /// Whether an X.509-SVID of a member can be verified.
+    pub fn has_x509(&self) -> bool {
+        !self.x509_authorities.is_empty()
     }
 
     /// The X.509 authorities, DER, one after the other: what the Workload API calls a bundle.
@@ -327,8 +353,23 @@ fn public_key(der: &[u8]) -> Result<JwtPublicKey, AuthorityError> {
     Ok(JwtPublicKey::of_spki(parse_certificate(der)?.public_key())?)
 }
 
+/// Checks that the member `name` does not differ from one of `known` in case, or in spaces around it, alone: nobody means a
+/// key to be passed over for that.
+fn check_spelling(
+    jwk: &Map<String, Value>,
+    name: &'static str,
+    known: &[&'static str],
+) -> Result<(), AuthorityError> {
+    let Some(got) = jwk.get(name).and_then(Value::as_str) else { return Ok(()) };
+    match known.iter().find(|want| got != **want && got.trim().eq_ignore_ascii_case(want)) {
+        Some(want) => Err(AuthorityError::Misspelt { name, got: got.to_owned(), want }),
+        None => Ok(()),
+    }
+}
+
 /// `kid` and key of a `jwt-svid` key; `None` when its `kty` is unknown.
 fn jwt_key(jwk: &Map<String, Value>) -> Result<Option<(&str, JwtPublicKey)>, AuthorityError> {
+    check_spelling(jwk, "kty", &["EC", "RSA"])?;
     let Some(key) = JwtPublicKey::of_jwk(jwk)? else { return Ok(None) };
     Ok(Some((text(jwk, "kid")?, key)))
 }
@@ -336,6 +377,7 @@ fn jwt_key(jwk: &Map<String, Value>) -> Result<Option<(&str, JwtPublicKey)>, Aut
 /// The certificate of an `x509-svid` key; `None` when its `kty` is unknown. OKP is known here: an Ed25519 authority
 /// is passed on to workloads, which may know how to use it.
 fn certificate(jwk: &Map<String, Value>) -> Result<Option<Vec<u8>>, AuthorityError> {
+    check_spelling(jwk, "kty", &["EC", "RSA", "OKP"])?;
     if !matches!(text(jwk, "kty")?, "EC" | "RSA" | "OKP") {
         return Ok(None);
     }
@@ -450,7 +492,11 @@ mod tests {
             ("the same twice", format!("{pem1}{pem1}"), Ok(1)),
             ("line ends of Windows", pem1.replace('\n', "\r\n"), Ok(1)),
             ("glued to the last", format!("{}{pem2}", pem1.trim_end()), Err("line 10: -----BEGIN must be")),
-            ("a byte order mark", format!("\u{feff}{pem1}"), Err("line 1: -----BEGIN must be")),
+            (
+                "a byte order mark",
+                format!("\u{feff}{pem1}"),
+                Err("a byte order mark stands before -----BEGIN"),
+            ),
             ("empty", String::new(), Err("no PEM block")),
             ("words", "no certificates here".into(), Err("no PEM block")),
             ("leaf", format!("{pem1}{leaf}"), Err("PEM block 1: not a CA certificate")),
@@ -505,6 +551,22 @@ mod tests {
             ("rsa key, leading zero", rsa(&[&[0], &ok[..]].concat(), &[0, 1, 0, 1]), Ok((1, 1))),
             ("unknown members", with(jwt(), "alg", json!(5)), Ok((1, 1))),
             ("unknown use", with(jwt(), "use", json!("wit-svid")), Ok((1, 0))),
+            (
+                "use in another case",
+                with(ca_jwk.clone(), "use", json!("X509-SVID")),
+                Err("\"use\" is \"X509-SVID\", but must be x509-svid, written like this"),
+            ),
+            ("use with a space", with(jwt(), "use", json!("jwt-svid ")), Err("but must be jwt-svid")),
+            (
+                "kty in another case",
+                with(jwt(), "kty", json!("ec")),
+                Err("\"kty\" is \"ec\", but must be EC"),
+            ),
+            (
+                "kty of a certificate in another case",
+                with(ca_jwk.clone(), "kty", json!("ec")),
+                Err("\"kty\" is \"ec\", but must be EC"),
+            ),
             ("no use", without(jwt(), "use"), Ok((1, 0))),
             ("use of another type", with(jwt(), "use", json!(1)), Ok((1, 0))),
             ("unknown kty", json!({"use": "jwt-svid", "kid": "o", "kty": "OKP", "x": 7}), Ok((1, 0))),
@@ -603,6 +665,16 @@ mod tests {
             let error = Bundle::parse_spiffe(&td(), text.as_bytes()).unwrap_err().to_string();
             assert!(error.contains(want), "{case}: {error}");
         }
+    }
+
+    #[test]
+    fn a_json_text_of_an_editor_that_saves_otherwise_is_named_as_that() {
+        let wide: Vec<u8> = "{\"keys\": []}".encode_utf16().flat_map(u16::to_le_bytes).collect();
+        for text in [[&[0xff, 0xfe], &*wide].concat(), wide] {
+            assert!(matches!(Bundle::parse_spiffe(&td(), &text), Err(BundleError::Wide)));
+        }
+        let marked = Bundle::parse_spiffe(&td(), "\u{feff}{\"keys\": []}".as_bytes());
+        assert!(matches!(marked, Err(BundleError::Marked)));
     }
 
     #[test]

@@ -3,6 +3,8 @@
 const BEGIN: &[u8] = b"-----BEGIN";
 const END: &[u8] = b"-----END";
 
+pub(super) const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
 /// DER of more than 255 bytes begins like this in base64, as every certificate does; nothing that people write does.
 const DER: &[u8] = b"MII";
 /// Shorter than any line of a PEM block but its last.
@@ -12,7 +14,7 @@ const LINE: usize = 40;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LostBlock {
     /// `-----BEGIN` stands elsewhere than at the start of its line (RFC 7468, section 2): glued to the end of the block before,
-    /// behind a byte order mark, or indented. The line, from 1.
+    /// or indented. The line, from 1.
     #[error("line {0}: -----BEGIN must be at the start of a line of its own, else its block is not read")]
     Misplaced(usize),
     /// What is in a block stands in none: what should begin it is written in another way. The line, from 1.
@@ -20,9 +22,27 @@ pub enum LostBlock {
         "line {0} is in no block: the line -----BEGIN CERTIFICATE----- must stand before it, written like this"
     )]
     Bare(usize),
+    /// As some editors save a file.
+    #[error("a byte order mark stands before -----BEGIN: save it without one")]
+    Marked,
     /// Two bytes stand for each character.
     #[error("it is UTF-16, and PEM is read as ASCII: save it as UTF-8 without a byte order mark")]
     Wide,
+}
+
+/// Whether `text` is UTF-16: it begins with a byte order mark, or has a NUL beside its first character.
+pub(super) fn is_wide(text: &[u8]) -> bool {
+    match text {
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => true,
+        [first, second, ..] => (*first == 0) != (*second == 0),
+        _ => false,
+    }
+}
+
+/// Why no key can be read from `text`, where that is known.
+pub fn unread_key(text: &[u8]) -> Option<LostBlock> {
+    // One that stands in no block is said to be a certificate.
+    check_blocks(text).err().filter(|lost| !matches!(lost, LostBlock::Bare(_)))
 }
 
 /// The first block that would be lost.
@@ -30,14 +50,11 @@ pub enum LostBlock {
 /// # Errors
 /// [`LostBlock`].
 pub fn check_blocks(text: &[u8]) -> Result<(), LostBlock> {
-    // With a byte order mark, or a NUL beside the first character.
-    let is_wide = match text {
-        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => true,
-        [first, second, ..] => (*first == 0) != (*second == 0),
-        _ => false,
-    };
-    if is_wide {
+    if is_wide(text) {
         return Err(LostBlock::Wide);
+    }
+    if text.strip_prefix(BYTE_ORDER_MARK).is_some_and(|text| text.starts_with(BEGIN)) {
+        return Err(LostBlock::Marked);
     }
     let mut within = false;
     for (number, line) in (1..).zip(text.split(|byte| *byte == b'\n')) {
@@ -71,7 +88,7 @@ mod tests {
                 "-----BEGIN X-----\nAA\n-----END X----------BEGIN X-----\n",
                 Err(LostBlock::Misplaced(3)),
             ),
-            ("a byte order mark", "\u{feff}-----BEGIN X-----\n", Err(LostBlock::Misplaced(1))),
+            ("a byte order mark", "\u{feff}-----BEGIN X-----\n", Err(LostBlock::Marked)),
             ("indented", "words\n\n  -----BEGIN X-----\n", Err(LostBlock::Misplaced(3))),
             ("line ends of Windows", "-----BEGIN X-----\r\n-----END X-----\r\n-----BEGIN X-----\r\n", Ok(())),
             ("more dashes", "-------BEGIN X-----\n", Err(LostBlock::Misplaced(1))),
@@ -83,6 +100,7 @@ mod tests {
         ] {
             assert_eq!(check_blocks(text.as_bytes()), want, "{case}");
         }
+        assert_eq!(unread_key(der.as_bytes()), None);
         let wide: Vec<u8> = "-----BEGIN X-----\n".encode_utf16().flat_map(u16::to_le_bytes).collect();
         for (case, text) in [
             ("little", wide.clone()),
@@ -90,6 +108,7 @@ mod tests {
             ("big", wide.chunks(2).flat_map(|two| [two[1], two[0]]).collect()),
         ] {
             assert_eq!(check_blocks(&text), Err(LostBlock::Wide), "{case}");
+            assert_eq!(unread_key(&text), Some(LostBlock::Wide), "{case}");
         }
     }
 }

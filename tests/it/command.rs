@@ -114,6 +114,11 @@ fn a_reload_ends_with_what_came_of_it() {
     assert_eq!((code, &*out), (Some(1), ""), "{err}");
     assert!(err.starts_with("not reloaded, the old configuration stays in force: "), "{err}");
     assert!(err.contains("log_levle") && err.contains("other.org"), "all of them: {err}");
+    let status = || {
+        let socket = agent.admin();
+        said(&durward(&["status", "--socket-path", socket.to_str().unwrap()], &[])).1
+    };
+    assert!(status().contains("Wrong:        the last reload failed "), "{}", status());
 
     // A signal and a command at the same time: each is answered.
     agent.configure(&entry("/one", ""));
@@ -123,6 +128,7 @@ fn a_reload_ends_with_what_came_of_it() {
         asked.into_iter().map(|one| one.join().unwrap()).collect()
     });
     assert!(all.iter().all(|output| output.status.success()), "{all:?}");
+    assert!(status().contains("Wrong:        nothing"), "{}", status());
 }
 
 #[test]

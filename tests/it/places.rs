@@ -734,7 +734,7 @@ fn no_file_of_the_kernels_is_believed() {
     symlink(format!("/proc/{}/cmdline", sleeping.id()), &config).unwrap();
     let got = validate(&config);
     assert_eq!(got.status.code(), Some(1));
-    assert!(text(&got.stderr).contains("agent.conf is not a regular file"), "{}", text(&got.stderr));
+    assert!(text(&got.stderr).contains("agent.conf: is not a regular file"), "{}", text(&got.stderr));
     sleeping.kill().unwrap();
     sleeping.wait().unwrap();
 }

@@ -31,6 +31,11 @@ pub(crate) struct Service(pub(crate) Child);
 impl Service {
     /// `handed` become descriptors 3 and up. The shell is what makes them so, and sets LISTEN_PID to what it becomes.
     pub(crate) fn start(dir: &Path, handed: Vec<OwnedFd>, environment: &[(&str, &str)]) -> Self {
+        Self::start_by(&[], dir, handed, environment)
+    }
+
+    /// The same, by a command that becomes what follows its `words`.
+    fn start_by(words: &[&str], dir: &Path, handed: Vec<OwnedFd>, environment: &[(&str, &str)]) -> Self {
         let log = fs::File::options().create(true).append(true).open(dir.join("log")).unwrap();
         let script = match handed.len() {
             0 => "exec \"$@\"",
@@ -40,7 +45,9 @@ impl Service {
         };
         let mut command = Command::new("sh");
         command
-            .args(["-c", script, "sh", env!("CARGO_BIN_EXE_durward"), "run", "--config"])
+            .args(["-c", script, "sh"])
+            .args(words)
+            .args([env!("CARGO_BIN_EXE_durward"), "run", "--config"])
             .arg(dir.join("agent.conf"))
             .envs(environment.iter().copied())
             .stdin(Stdio::null())
@@ -200,7 +207,6 @@ fn what_is_handed_over_wrongly_is_an_error() {
 /// Whoever waits in the queue of the service manager's socket is not left there by an agent that cannot start.
 #[test]
 fn an_agent_that_cannot_start_leaves_no_client_hanging() {
-    use std::io::Read as _;
     for (case, blocks, whole) in [
         ("a mistake in the file", "nonsense = 1", true),
         ("no file", "", false),
@@ -221,14 +227,41 @@ fn an_agent_that_cannot_start_leaves_no_client_hanging() {
         let mut service = Service::start(dir.path(), vec![OwnedFd::from(held.try_clone().unwrap())], &[]);
         assert!(!service.0.wait().unwrap().success(), "{case}");
         for client in &mut waiting {
-            client.set_read_timeout(Some(LONG)).unwrap();
-            let read = client.read(&mut [0; 1]);
-            assert!(
-                matches!(read, Ok(0)) || read.is_err_and(|err| err.kind() != std::io::ErrorKind::WouldBlock),
-                "{case}"
-            );
+            assert!(is_sent_away(client), "{case}");
         }
         // The socket itself is as it was: the next try serves there.
         std::os::unix::net::UnixStream::connect(&path).unwrap();
+    }
+}
+
+fn is_sent_away(client: &mut std::os::unix::net::UnixStream) -> bool {
+    use std::io::Read as _;
+    client.set_read_timeout(Some(LONG)).unwrap();
+    let read = client.read(&mut [0; 1]);
+    matches!(read, Ok(0)) || read.is_err_and(|err| err.kind() != std::io::ErrorKind::WouldBlock)
+}
+
+/// Without threads there is no agent: it says so, ends, and leaves nobody waiting, however few there are.
+#[test]
+fn an_agent_without_threads_says_so_and_ends() {
+    // A user who has no other process. Root is bound by no such limit.
+    const USER: &str = "61234";
+    let as_user = ["setpriv", "--reuid", USER, "--regid", USER, "--clear-groups"];
+    let as_user: &[&str] = if nix::unistd::geteuid().is_root() { &as_user } else { &[] };
+    for threads in [1, 2, 3, 5, 8, 11] {
+        let dir = configured("");
+        let path = dir.path().join("api.sock");
+        let held = UnixListener::bind(&path).unwrap();
+        let mut client = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        let limit = format!("--nproc={threads}");
+        let words = [as_user, &["prlimit", &limit]].concat();
+        let handed = vec![OwnedFd::from(held.try_clone().unwrap())];
+        let mut service = Service::start_by(&words, dir.path(), handed, &[]);
+        let status = service.0.wait().unwrap();
+        let log = fs::read_to_string(dir.path().join("log")).unwrap();
+        assert_eq!(status.code(), Some(1), "{threads}: {log}");
+        assert!(log.contains("cannot start ") && log.contains("TasksMax or ulimit -u"), "{threads}: {log}");
+        assert!(!log.contains("panicked"), "{threads}: {log}");
+        assert!(is_sent_away(&mut client), "{threads}: {log}");
     }
 }

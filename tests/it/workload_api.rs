@@ -220,6 +220,62 @@ async fn bundles_are_for_identities_unless_the_admin_says_otherwise() {
     assert!(!jwks["keys"].as_array().unwrap().is_empty());
 }
 
+/// A bundle that is empty in an answer has clients refuse all of it: a domain is named where it has what is asked for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_domain_without_authorities_of_a_kind_takes_none_from_anybody() {
+    let files = tempfile::tempdir().unwrap();
+    let other = TestAgent::start(&entry("/web", ""));
+    let mut client = other.client().await;
+    let svids = client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap();
+    let der = next(&mut svids.into_inner()).await.unwrap().unwrap().svids[0].bundle.clone();
+    let jwks = client.fetch_jwt_bundles(request(pb::JwtBundlesRequest {})).await.unwrap();
+    let jwks = next(&mut jwks.into_inner()).await.unwrap().unwrap().bundles.into_values().next().unwrap();
+    let mut jwks: serde_json::Value = serde_json::from_slice(&jwks).unwrap();
+    for key in jwks["keys"].as_array_mut().unwrap() {
+        key["use"] = "jwt-svid".into();
+    }
+    let x5c = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, &der);
+    let x509 = serde_json::json!({ "keys": [{ "use": "x509-svid", "kty": "EC", "x5c": [x5c] }] });
+    let mut blocks = entry("/web", "federates_with = [\"jwt.example\", \"x509.example\"]");
+    for (name, bundle) in [("jwt", jwks), ("x509", x509)] {
+        let path = files.path().join(name);
+        std::fs::write(&path, bundle.to_string()).unwrap();
+        let path = path.display();
+        blocks.push_str(&format!(
+            "federation \"{name}.example\" {{ bundle_path = \"{path}\" bundle_format = \"spiffe\" }}\n"
+        ));
+    }
+    let agent = TestAgent::start(&blocks);
+    let mut client = agent.client().await;
+    let own = format!("spiffe://{TRUST_DOMAIN}");
+    let (jwt, x509) = ("spiffe://jwt.example".to_owned(), "spiffe://x509.example".to_owned());
+
+    let svids = client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap();
+    let message = next(&mut svids.into_inner()).await.unwrap().unwrap();
+    assert_eq!(message.federated_bundles.keys().collect::<Vec<_>>(), [&x509]);
+    let bundles = client.fetch_x509_bundles(request(pb::X509BundlesRequest {})).await.unwrap();
+    let message = next(&mut bundles.into_inner()).await.unwrap().unwrap();
+    assert_eq!(message.bundles.keys().collect::<Vec<_>>(), [&own, &x509]);
+    let bundles = client.fetch_jwt_bundles(request(pb::JwtBundlesRequest {})).await.unwrap();
+    let message = next(&mut bundles.into_inner()).await.unwrap().unwrap();
+    assert_eq!(message.bundles.keys().collect::<Vec<_>>(), [&own, &jwt]);
+
+    // What is lacking is said before the start.
+    let config = agent.dir.path().join("agent.conf");
+    let told = std::process::Command::new(env!("CARGO_BIN_EXE_durward"))
+        .args(["validate", "--config", config.to_str().unwrap()])
+        .output()
+        .unwrap();
+    let said = String::from_utf8(told.stderr).unwrap();
+    assert!(
+        said.contains(
+            "Warning: federation: bundle has no X.509 authority: X.509-SVIDs of jwt.example are not trusted."
+        ),
+        "{said}"
+    );
+    assert!(!said.contains("x509.example"), "{said}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn wit_svids_are_not_there_yet() {
     let agent = TestAgent::start(&entry("/web", ""));

@@ -315,6 +315,9 @@ pub struct StatusResponse {
     /// What keeps attestors from telling who callers are, each in one line.
     #[prost(string, repeated, tag = "23")]
     pub attestors_wrong: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// When the last reload failed, in seconds since 1970; 0 when it did not.
+    #[prost(int64, tag = "24")]
+    pub reload_failed: i64,
 }
 /// Times are in seconds since 1970.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -19,7 +19,10 @@ use zeroize::Zeroize as _;
 
 use super::{IssuerError, SuppliedCaFault, name_constraints, rotation::from_unix};
 use crate::{
-    identity::{TrustDomain, pem::check_blocks},
+    identity::{
+        TrustDomain,
+        pem::{check_blocks, unread_key},
+    },
     issuer::{files, keys::KeyPair},
     os::trusted::Trust,
 };
@@ -100,7 +103,11 @@ fn read_certificates(path: &Path, trust: Trust) -> Result<Vec<Vec<u8>>, IssuerEr
 /// `None` when the file holds no key that can be used.
 fn read_key(path: &Path, trust: Trust) -> Result<Option<KeyPair>, IssuerError> {
     let text = files::read_supplied_secret(path, trust, MAX_FILE_LEN)?;
-    let Ok(mut der) = PrivateKeyDer::from_pem_slice(&text) else { return Ok(None) };
+    let Ok(mut der) = PrivateKeyDer::from_pem_slice(&text) else {
+        return unread_key(&text).map_or(Ok(None), |lost| {
+            Err(IssuerError::SuppliedCa { path: path.to_owned(), fault: SuppliedCaFault::LostBlock(lost) })
+        });
+    };
     let key = KeyPair::from_foreign(&der);
     der.zeroize();
     Ok(key)

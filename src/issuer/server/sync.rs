@@ -138,9 +138,13 @@ impl ServerIssuer {
             let known = before.bundles.federated.get(&trust_domain);
             match answer {
                 Ok(Some(told)) => {
-                    let bundle = known
-                        .filter(|known| ***known == told.bundle)
-                        .map_or_else(|| Arc::new(told.bundle), Arc::clone);
+                    let bundle = known.filter(|known| ***known == told.bundle).map(Arc::clone);
+                    let bundle = bundle.unwrap_or_else(|| {
+                        if !told.bundle.has_x509() {
+                            tracing::warn!(%trust_domain, "the bundle of a trust domain has no X.509 authority: its X.509-SVIDs are not trusted");
+                        }
+                        Arc::new(told.bundle)
+                    });
                     federated.insert(trust_domain, bundle);
                 }
                 Ok(None) => {

@@ -19,7 +19,7 @@ use zeroize::Zeroizing;
 
 use super::{MAX_FILE_LEN, NodeAttestor, NodeEvidence, Prover, SlowReads};
 use crate::{
-    identity::pem::check_blocks,
+    identity::pem::{check_blocks, unread_key},
     issuer::{
         keys::random,
         server::{other_agent, settings::X509PopSettings},
@@ -98,7 +98,11 @@ impl PopAttestor {
         }
         let text = read(&key_path).await?;
         let der = PrivateKeyDer::from_pem_slice(&text)
-            .map_err(|_unsaid| format!("{}: it holds no unencrypted private key", key_path.display()))?;
+            .map_err(|_unsaid| {
+                unread_key(&text)
+                    .map_or_else(|| "it holds no unencrypted private key".to_owned(), |lost| lost.to_string())
+            })
+            .map_err(|fault| format!("{}: {fault}", key_path.display()))?;
         evidence(&chain, &der)
             .map_err(|fault| format!("{} and {}: {fault}", key_path.display(), certificate.display()))
     }
