@@ -472,7 +472,7 @@ mod tests {
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             };
-            tokio::time::timeout(Duration::from_secs(60), asked).await.expect("/live says so");
+            timeout(Duration::from_secs(60), asked).await.expect("/live says so");
             agent.shutdown().await;
             feeling.abort();
         });
