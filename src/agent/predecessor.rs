@@ -110,12 +110,15 @@ impl Predecessor {
     }
 }
 
+/// An agent that has left its place, and the sockets that it left.
+pub(super) type LeftPlace = (Predecessor, LeftSockets);
+
 /// Asks the agent that runs for its place. `None` where nobody listens. Waits for it. One that ends while it is asked is
 /// asked again: another may have come, or nobody is left.
 ///
 /// # Errors
 /// [`HandoverError`]; the other agent serves on then, or takes up service again when this process has ended.
-pub(super) fn ask(config: &Config) -> Result<Option<(Predecessor, LeftSockets)>, HandoverError> {
+pub(super) fn ask(config: &Config) -> Result<Option<LeftPlace>, HandoverError> {
     for _ in 0..ASKED_AGAIN {
         match ask_once(config) {
             Err(HandoverError::Silent { source, .. }) if has_ended(&source) => {
@@ -137,7 +140,7 @@ pub(super) fn open_or_ask<T, E>(
     config: &Config,
     is_locked: impl Fn(&E) -> bool,
     open: impl Fn() -> Result<T, E>,
-) -> Result<(Result<T, E>, Option<(Predecessor, LeftSockets)>), HandoverError> {
+) -> Result<(Result<T, E>, Option<LeftPlace>), HandoverError> {
     let mut asked = None;
     let mut opened = open();
     for _ in 0..OPENED_AGAIN {
@@ -162,7 +165,7 @@ fn has_ended(error: &io::Error) -> bool {
     [BrokenPipe, ConnectionReset, UnexpectedEof].contains(&error.kind())
 }
 
-fn ask_once(config: &Config) -> Result<Option<(Predecessor, LeftSockets)>, HandoverError> {
+fn ask_once(config: &Config) -> Result<Option<LeftPlace>, HandoverError> {
     let path = socket_in(&config.agent.data_dir);
     let silent = |source| HandoverError::Silent { path: path.clone(), source };
     let stream = match UnixStream::connect(&path) {
