@@ -20,7 +20,7 @@ use durward::{
     peer::{Socket, socket::BindError},
 };
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::signal::{Signal, killpg},
     unistd::{Pid, geteuid},
 };
 
@@ -803,18 +803,19 @@ struct Turner(Child);
 
 impl Turner {
     fn start(dir: &Path, name: &str, target: &Path) -> Self {
-        let script = "cd \"$1\" || exit 1; while :; do ln -s \"$3\" \"$2\"; rm -f \"$2\"; mkdir \"$2\"; rmdir \"$2\"; done";
-        let mut command = Command::new("timeout");
-        command.args(["300", "sh", "-c", script, "sh"]).arg(dir).arg(name).arg(target);
-        command.stdout(Stdio::null()).stderr(Stdio::null()).uid(NEIGHBOUR).gid(NEIGHBOUR);
+        let script = "cd \"$1\" || exit 1; n=0; while [ $n -lt 100000 ]; do n=$((n + 1)); \
+            ln -s \"$3\" \"$2\"; rm -f \"$2\"; mkdir \"$2\"; rmdir \"$2\"; done";
+        let mut command = Command::new("sh");
+        command.args(["-c", script, "sh"]).arg(dir).arg(name).arg(target);
+        command.stdout(Stdio::null()).stderr(Stdio::null()).uid(NEIGHBOUR).gid(NEIGHBOUR).process_group(0);
         Self(command.spawn().unwrap())
     }
 }
 
 impl Drop for Turner {
     fn drop(&mut self) {
-        // `timeout` passes it on.
-        let _ = kill(Pid::from_raw(self.0.id().cast_signed()), Signal::SIGTERM);
+        // With the program that it runs just then.
+        let _ = killpg(Pid::from_raw(self.0.id().cast_signed()), Signal::SIGKILL);
         drop(self.0.wait());
     }
 }
