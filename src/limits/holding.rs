@@ -372,6 +372,16 @@ pub struct KeptBytes {
     holding: Arc<Holding>,
 }
 
+impl KeptBytes {
+    /// Holds so many from now on, and no longer what was held before.
+    pub fn set(&mut self, bytes: u64) {
+        if bytes != self.bytes {
+            self.holding.hold(bytes);
+            self.holding.release(std::mem::replace(&mut self.bytes, bytes));
+        }
+    }
+}
+
 impl Drop for KeptBytes {
     fn drop(&mut self) {
         self.holding.release(self.bytes);

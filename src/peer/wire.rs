@@ -29,7 +29,10 @@ use super::{
     writer::SoleWriter,
 };
 use crate::{
-    limits::{budget::HEAD, holding::Holding},
+    limits::{
+        budget::HEAD,
+        holding::{Holding, KeptBytes},
+    },
     os::receive::{Received, receive},
 };
 
@@ -118,14 +121,8 @@ pub(super) struct Wire<P: Send + 'static> {
     ending: Arc<Ending>,
     turns: Arc<Turns>,
     holding: Arc<Holding>,
-    /// What `holding` was told of frames and header blocks that are not complete.
-    unfinished: u32,
-}
-
-impl<P: Send + 'static> Drop for Wire<P> {
-    fn drop(&mut self) {
-        self.holding.release(self.unfinished.into());
-    }
+    /// Frames and header blocks that are not complete.
+    unfinished: KeptBytes,
 }
 
 impl<P: Send + 'static> Wire<P> {
@@ -138,8 +135,8 @@ impl<P: Send + 'static> Wire<P> {
     ) -> Self {
         let WireShared { ending, turns, holding } = shared;
         let (writer, filter) = (SoleWriter::new(peer), Filter::new(budget, Instant::now()));
-        let last_word = LastWord::default();
-        Self { outbox, writer, filter, last_word, ending, turns, holding, unfinished: 0 }
+        let (last_word, unfinished) = (LastWord::default(), holding.keep(0));
+        Self { outbox, writer, filter, last_word, ending, turns, holding, unfinished }
     }
 
     fn noted<R>(&self, result: io::Result<R>) -> io::Result<R> {
@@ -191,11 +188,7 @@ impl<P: Send + 'static> Wire<P> {
     /// Tells what HTTP/2 keeps of what came, if it is worth it: an ordinary read ends where a frame does.
     fn tell_unfinished(&mut self) {
         let now = Some(self.filter.unfinished()).filter(|bytes| *bytes >= WORTH_TELLING).unwrap_or(0);
-        if now != self.unfinished {
-            self.holding.hold(now.into());
-            self.holding.release(self.unfinished.into());
-            self.unfinished = now;
-        }
+        self.unfinished.set(now.into());
     }
 
     /// Nothing more is read: these bytes were not the peer's.
