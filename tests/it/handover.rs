@@ -8,7 +8,6 @@ use std::{
     os::unix::{
         fs::{MetadataExt as _, PermissionsExt as _},
         net::{UnixListener, UnixStream},
-        process::CommandExt as _,
     },
     path::{Path, PathBuf},
     process::Command,
@@ -21,7 +20,10 @@ use std::{
 };
 
 use durward::api::proto::workload as pb;
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::Signal,
+    unistd::{setresgid, setresuid},
+};
 
 use crate::{
     frames::{Called, FETCH_JWT, call, jwt_request},
@@ -30,6 +32,7 @@ use crate::{
     systemd::Service,
 };
 
+const NOBODY: u32 = 65534;
 const TAKES_OVER: &str = "agent { take_over = true }\n";
 
 fn configured(more: &str) -> tempfile::TempDir {
@@ -411,20 +414,26 @@ async fn another_user_gets_nothing_even_where_the_directory_is_open() {
     for (path, mode) in [(dir.to_owned(), 0o755), (dir.join("data"), 0o755), (handover_socket(dir), 0o777)] {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     }
-    let script = "import socket,sys; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); \
-                  print(repr(s.recv(100)))";
-    let mut command = Command::new("python3");
-    command.args(["-c", script]).arg(handover_socket(dir)).uid(65534).gid(65534);
-    let said = command.output().unwrap();
-    assert_eq!(
-        String::from_utf8_lossy(&said.stdout).trim(),
-        "b''",
-        "{}",
-        String::from_utf8_lossy(&said.stderr)
-    );
+    let said = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "handover::another_user", "--nocapture"])
+        .env("DURWARD_TEST_HANDOVER", handover_socket(dir))
+        .output()
+        .unwrap();
+    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
     assert_eq!(answered(dir), Called::Answered);
     assert!(log(dir).contains("another user asks the agent to hand over: refused"), "{}", log(dir));
     assert!(!agent.has_ended());
+}
+
+/// The other side of the test above; nothing when the tests run.
+#[test]
+fn another_user() {
+    let Some(socket) = std::env::var_os("DURWARD_TEST_HANDOVER") else { return };
+    setresgid(NOBODY.into(), NOBODY.into(), NOBODY.into()).unwrap();
+    setresuid(NOBODY.into(), NOBODY.into(), NOBODY.into()).unwrap();
+    let mut said = Vec::new();
+    UnixStream::connect(socket).unwrap().read_to_end(&mut said).unwrap();
+    assert_eq!(String::from_utf8_lossy(&said), "");
 }
 
 /// The socket that was passed is not the one at the path any more: it is bound anew.
