@@ -26,7 +26,7 @@ use super::{
     predecessor::{self, Predecessor},
     probe::{keep_in_sight, probe},
     serving::Serving,
-    surroundings::{look_around, say_where},
+    surroundings::{keep_looking, look_around, say_where},
     watch::Watch,
 };
 use crate::{
@@ -226,7 +226,11 @@ impl AgentParts {
         let presence = socket.presence();
         let (public, looks) = (config.agent.socket_path.clone(), keys.looks());
         let standing = self.standing(Arc::clone(&stats), public, looks, surroundings);
-        let gate = Arc::new(AuditedGate { gate: self.gate.clone(), audit: Arc::clone(&self.audit) });
+        let gate = Arc::new(AuditedGate {
+            gate: self.gate.clone(),
+            audit: Arc::clone(&self.audit),
+            health: Arc::clone(&self.health),
+        });
         let listener = Listener { socket, bounds, gate, keys: Arc::clone(&keys), stats };
         let known = came.waits().then(|| Arc::clone(&self.issuer));
         let public = Serving::begin("the workload api", |stopping| async move {
@@ -360,6 +364,7 @@ impl AgentParts {
         };
         tasks.spawn(watch.run());
         tasks.spawn(probe(Arc::clone(&self.health), Arc::clone(&self.issuer)));
+        tasks.spawn(keep_looking(Arc::clone(&self.health)));
         tasks
     }
 }
