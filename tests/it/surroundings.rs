@@ -186,6 +186,68 @@ async fn a_kernel_without_pidfds_has_no_healthy_agent_and_keeps_no_admin_out() {
     }
 }
 
+/// Runs a command whose getrandom(2) waits, as on a node that has just been switched on, until `go` is there. `waits` is there
+/// as soon as it does.
+#[cfg(target_arch = "x86_64")]
+const NO_RANDOMNESS: &str = "
+import ctypes, fcntl, os, socket, struct, sys, time
+here, libc = sys.argv[1], ctypes.CDLL(None, use_errno=True)
+ours, theirs = socket.socketpair()
+if os.fork() == 0:
+    libc.prctl(1, 9, 0, 0, 0)
+    _, (listener,), _, _ = socket.recv_fds(theirs, 1, 1)
+    while True:
+        call = bytearray(80)
+        fcntl.ioctl(listener, 0xc0502100, call)
+        open(here + '/waits', 'w').close()
+        while not os.path.exists(here + '/go'):
+            time.sleep(0.01)
+        (call,) = struct.unpack_from('Q', call)
+        fcntl.ioctl(listener, 0xc0182101, bytearray(struct.pack('QqiI', call, 0, 0, 1)))
+step = lambda code, yes, no, value: struct.pack('HBBI', code, yes, no, value)
+load, same = lambda at: step(0x20, 0, 0, at), lambda value, no: step(0x15, 0, no, value)
+program = b''.join([load(0), same(318, 3), load(32), same(0, 1), step(6, 0, 0, 0x7fc00000), step(6, 0, 0, 0x7fff0000)])
+class Program(ctypes.Structure):
+    _fields_ = [('len', ctypes.c_ushort), ('filter', ctypes.c_char_p)]
+libc.prctl(38, 1, 0, 0, 0)
+listener = libc.syscall(317, 1, 8, ctypes.byref(Program(len(program) // 8, program)))
+if listener < 0:
+    sys.exit(77)
+socket.send_fds(ours, [b'x'], [listener])
+os.close(listener)
+os.execv(sys.argv[2], sys.argv[2:])
+";
+
+#[cfg(target_arch = "x86_64")]
+#[tokio::test(flavor = "multi_thread")]
+async fn without_randomness_a_start_waits_and_can_be_ended() {
+    let try_out = tempfile::tempdir().unwrap();
+    let here = try_out.path().to_str().unwrap();
+    let can = Command::new("python3").args(["-c", NO_RANDOMNESS, here, "/bin/true"]).status();
+    if !can.is_ok_and(|status| status.success()) {
+        return;
+    }
+    for comes in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        prepare(dir.path(), &entry("/web", ""));
+        let mut agent =
+            Process::spawn_by(&["python3", "-c", NO_RANDOMNESS, dir.path().to_str().unwrap()], dir.path());
+        let began = std::time::Instant::now();
+        while !dir.path().join("waits").exists() {
+            assert!(began.elapsed() < PATIENCE && !agent.has_ended(), "it asks for random numbers");
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        assert!(!dir.path().join("api.sock").exists(), "nobody connects and waits in vain");
+        if comes {
+            fs::write(dir.path().join("go"), "").unwrap();
+            drop(agent.serving(dir.path()).await);
+        } else {
+            agent.signal(nix::sys::signal::Signal::SIGTERM);
+            assert!(agent.wait().success(), "it ends before there is any");
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_socket_that_nobody_finds_is_no_ready_agent() {
     let dir = tempfile::tempdir().unwrap();
