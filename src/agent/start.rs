@@ -4,7 +4,7 @@
 use std::{
     os::unix::net::UnixListener,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, SystemTime},
 };
 
@@ -117,6 +117,7 @@ pub(super) struct AgentParts {
     pub(super) means: Means,
     pub(super) limits_set: SharedLimits,
     pub(super) failed_reload: FailedReload,
+    pub(super) log: Arc<OnceLock<Log>>,
     started: SystemTime,
     meter: MemoryMeter,
     pub(super) limits: Limits,
@@ -201,6 +202,7 @@ impl AgentParts {
             means,
             limits_set,
             failed_reload: FailedReload::default(),
+            log: Arc::default(),
             started: clock.now(),
             meter,
             limits,
@@ -319,6 +321,7 @@ impl AgentParts {
             connections,
             limits: self.limits_set.clone(),
             failed_reload: self.failed_reload.clone(),
+            log: Arc::clone(&self.log),
             started: self.started,
             socket_path,
             kubernetes,
@@ -444,7 +447,7 @@ impl BoundPlaces {
                 directory = %path.display(),
                 owner = uid,
                 mode = format!("{mode:04o}"),
-                "other users cannot pass this directory, so they do not reach the workload api"
+                "other users cannot enter this directory, so they cannot reach the workload api"
             );
         }
         Ok(Self { http, admin, socket, came })
@@ -483,7 +486,7 @@ fn had_or_bound(left: Option<VacantSocket>, path: &Path, reach: Reach) -> Result
             Err(error @ BindError::NotThere { .. }) => {
                 tracing::warn!(
                     error = chain(&error),
-                    "the socket is bound anew: who waits at the old one is lost"
+                    "binding the socket anew: clients that wait at the old one are lost"
                 );
             }
             had => return had,
