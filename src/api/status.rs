@@ -220,7 +220,7 @@ pub fn refused_connection(why: ConnectionRefusal, limits: RejectionStatus) -> Op
         R::CallerRate => {
             (limit, "rate limit exceeded: this caller connects more often than ratelimit.gate allows")
         }
-        R::NodeConnections => (Code::Unavailable, "the agent has as many connections as it may"),
+        R::NodeConnections => (Code::Unavailable, "the agent has reached its limit of connections"),
         R::Descriptors => (
             Code::Unavailable,
             "the agent is short of descriptors, and this caller has its share of the connections",

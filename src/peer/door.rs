@@ -78,7 +78,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
                     tracing::warn!(
                         family,
                         left_out,
-                        "nobody is accepted: what callers passed in takes too long to close (before Linux 6.16 nothing \
+                        "no connection is accepted: the descriptors that callers passed in take too long to close (before Linux 6.16 nothing \
                          bars it); end the processes of the user who holds it up"
                     );
                 });
