@@ -314,7 +314,9 @@ pub(super) fn wrong_places(file: &Path, set_at: &KeyPlaces, wrong: Vec<WrongPlac
         };
         ConfigError { key: key.to_owned(), value: Some(format!("{:?}", value.to_string_lossy())), ..at }
     };
-    ConfigErrors::new(wrong.into_iter().map(error).collect(), 0)
+    let mut list: Vec<_> = wrong.into_iter().map(error).collect();
+    list.sort_by_key(|error| (error.line, error.column));
+    ConfigErrors::new(list, 0)
 }
 
 fn log_level(text: &str) -> Result<Level, &'static str> {

@@ -225,9 +225,9 @@ mod tests {
             (r#"{"sub":"spiffe://td/x","aud":"x","exp":999}"#, Err("expired")),
             (r#"{"sub":"spiffe://td/b","aud":"x","exp":1300}"#, Err("another spiffe id")),
             (r#"{"sub":"spiffe://td/x","aud":["x","z"],"exp":1300}"#, Err("another audience")),
-            (r#"{"sub":"spiffe://td/x","aud":"x"}"#, Err("no token")),
-            (r#"{"sub":"spiffe://td/x","exp":1300}"#, Err("no token")),
-            ("[]", Err("no token")),
+            (r#"{"sub":"spiffe://td/x","aud":"x"}"#, Err("not a token")),
+            (r#"{"sub":"spiffe://td/x","exp":1300}"#, Err("not a token")),
+            ("[]", Err("not a token")),
             (&padding, Err("too long")),
         ] {
             let told = Jwtsvid {
