@@ -62,7 +62,7 @@ impl Drop for Interrupts {
 fn timespec(time: Duration) -> libc::timespec {
     libc::timespec {
         // Its type is another for each C library.
-        tv_sec: time.as_secs().try_into().unwrap_or(i32::MAX.into()),
+        tv_sec: time.as_secs().try_into().unwrap_or_else(|_too_long| i32::MAX.into()),
         tv_nsec: time.subsec_nanos().into(),
     }
 }
