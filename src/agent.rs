@@ -131,7 +131,7 @@ impl Running {
         &self.adjustable.parts.metrics
     }
 
-    /// Lets each reload set the level of `log`, and metrics tell what it lost.
+    /// Lets each reload set the level of `log`, and metrics and the status tell what it lost.
     #[must_use]
     pub fn logging(mut self, log: Log) -> Self {
         let parts = &self.adjustable.parts;
@@ -141,6 +141,8 @@ impl Running {
             lost.absolute(lines.lines_lost());
             panics.absolute(panics::so_far());
         });
+        // One process has one.
+        let _first = parts.log.set(log.clone()).is_ok();
         self.adjustable.log = Some(log);
         self
     }

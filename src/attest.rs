@@ -534,7 +534,7 @@ mod tests {
 
     #[tokio::test]
     async fn names_are_those_that_entries_ask_for() {
-        const NO_NAMES: &str = "the user database does not say whose a name is that an entry asks for";
+        const NO_NAMES: &str = "the user database does not answer for a name that an entry asks for";
         for (case, entries, want) in [
             ("nobody asks for a name", "unix:uid:1000", Ok("")),
             ("its own", "unix:user:web", Ok("user:web")),

@@ -23,6 +23,7 @@ mod federation;
 mod file;
 mod input;
 mod issuer;
+mod keys;
 mod places;
 mod plugin_files;
 mod ratelimit;

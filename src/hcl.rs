@@ -15,5 +15,5 @@ pub(crate) mod tree;
 mod values;
 
 pub use duration::{parse_duration, show_duration};
-pub use problems::{ConfigError, ConfigErrors, KeyPlaces};
+pub use problems::{ConfigError, ConfigErrors, KeyPlace, KeyPlaces};
 pub use settings::RestartOnly;

@@ -15,7 +15,7 @@ use crate::{
     os::{cgroup, headroom::Headroom},
     peer::{AcceptGate, Arrival},
     store::{audit::AuditTrail, audited::AuditedProcess},
-    telemetry::http,
+    telemetry::{health::HealthState, http},
 };
 
 /// The cgroups of this process, and where cgroups are mounted.
@@ -27,6 +27,7 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 pub(super) struct AuditedGate {
     pub(super) gate: limits::Gate,
     pub(super) audit: Arc<AuditTrail>,
+    pub(super) health: Arc<HealthState>,
 }
 
 impl AuditedGate {
@@ -55,7 +56,9 @@ impl AcceptGate for AuditedGate {
     }
 
     fn answer(&self, why: ConnectionRefusal) -> Option<HeaderMap> {
-        status::refused_connection(why, self.gate.rejection_status())
+        // One caller who cannot be identified has ended, mostly: nobody is there to be told.
+        let tells = why != ConnectionRefusal::Unidentified || self.health.identifies_nobody();
+        tells.then(|| status::refused_connection(why, self.gate.rejection_status())).flatten()
     }
 
     fn holding(permit: &ConnectionPermit) -> Arc<Holding> {

@@ -178,7 +178,7 @@ async fn listen(socket: Socket, serves: &Serves, tell: mpsc::Sender<Successor>) 
         let stream = match listener.accept().await {
             Ok((stream, _nameless)) => stream,
             Err(error) => {
-                tracing::warn!(%error, "cannot accept who asks the agent to hand over");
+                tracing::warn!(%error, "cannot accept a connection on the handover socket");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
@@ -212,12 +212,16 @@ impl Serves {
         let request = match timeout(REQUEST_WITHIN, line(&mut stream)).await {
             Ok(Ok(request)) => request,
             Ok(Err(error)) => {
-                tracing::debug!(pid, %error, "who asked the agent to hand over has gone");
+                tracing::debug!(pid, %error, "the agent that asked this one to hand over is gone");
                 return None;
             }
             Err(_late) => {
                 self.refusals.say(|left_out| {
-                    tracing::warn!(pid, left_out, "who asked the agent to hand over did not say for what");
+                    tracing::warn!(
+                        pid,
+                        left_out,
+                        "the agent that asked this one to hand over did not say what it wants"
+                    );
                 });
                 return None;
             }
@@ -279,7 +283,7 @@ pub(super) enum SuccessorError {
     #[error("it cannot be spoken with")]
     Talk(#[source] io::Error),
     /// A write of the issuer's is under way that does not end.
-    #[error("the issuer's files are not free: a write to them does not end")]
+    #[error("the issuer's files are in use: a write to them has not ended")]
     NotFree,
 }
 
@@ -324,7 +328,7 @@ impl Successor {
     /// Tells it that this agent takes the place back when the connection ends.
     pub(super) fn told_of_standing_by(&self) {
         if let Err(error) = self.stream.try_write(STANDS_BY) {
-            tracing::debug!(pid = self.pid, %error, "the next agent does not hear that this one stands by");
+            tracing::debug!(pid = self.pid, %error, "cannot tell the next agent that this one stands by");
         }
     }
 

@@ -393,7 +393,7 @@ impl Control<'_> {
         if under_way.len() < 2 {
             under_way.push(self.errands.begin(move || {
                 if let Err(error) = log.reopen() {
-                    tracing::error!(error = chain(&error), "the log goes on in the old file");
+                    tracing::error!(error = chain(&error), "the log stays in the old file");
                 }
             }));
         }

@@ -49,7 +49,7 @@ pub fn runtime() -> anyhow::Result<Runtime> {
         Ok(made) => made.context("cannot start the runtime"),
         // It hangs, and ends with the process.
         Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-            Err(anyhow!("cannot start the runtime: its {needed} threads do not come into being"))
+            Err(anyhow!("cannot start the runtime: its {needed} threads did not start"))
         }
     }
 }

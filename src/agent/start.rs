@@ -4,7 +4,7 @@
 use std::{
     os::unix::net::UnixListener,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, SystemTime},
 };
 
@@ -26,7 +26,7 @@ use super::{
     predecessor::{self, Predecessor},
     probe::{keep_in_sight, probe},
     serving::Serving,
-    surroundings::{look_around, say_where},
+    surroundings::{keep_looking, look_around, say_where},
     watch::Watch,
 };
 use crate::{
@@ -117,6 +117,7 @@ pub(super) struct AgentParts {
     pub(super) means: Means,
     pub(super) limits_set: SharedLimits,
     pub(super) failed_reload: FailedReload,
+    pub(super) log: Arc<OnceLock<Log>>,
     started: SystemTime,
     meter: MemoryMeter,
     pub(super) limits: Limits,
@@ -201,6 +202,7 @@ impl AgentParts {
             means,
             limits_set,
             failed_reload: FailedReload::default(),
+            log: Arc::default(),
             started: clock.now(),
             meter,
             limits,
@@ -226,7 +228,11 @@ impl AgentParts {
         let presence = socket.presence();
         let (public, looks) = (config.agent.socket_path.clone(), keys.looks());
         let standing = self.standing(Arc::clone(&stats), public, looks, surroundings);
-        let gate = Arc::new(AuditedGate { gate: self.gate.clone(), audit: Arc::clone(&self.audit) });
+        let gate = Arc::new(AuditedGate {
+            gate: self.gate.clone(),
+            audit: Arc::clone(&self.audit),
+            health: Arc::clone(&self.health),
+        });
         let listener = Listener { socket, bounds, gate, keys: Arc::clone(&keys), stats };
         let known = came.waits().then(|| Arc::clone(&self.issuer));
         let public = Serving::begin("the workload api", |stopping| async move {
@@ -315,6 +321,7 @@ impl AgentParts {
             connections,
             limits: self.limits_set.clone(),
             failed_reload: self.failed_reload.clone(),
+            log: Arc::clone(&self.log),
             started: self.started,
             socket_path,
             kubernetes,
@@ -360,6 +367,7 @@ impl AgentParts {
         };
         tasks.spawn(watch.run());
         tasks.spawn(probe(Arc::clone(&self.health), Arc::clone(&self.issuer)));
+        tasks.spawn(keep_looking(Arc::clone(&self.health)));
         tasks
     }
 }
@@ -439,7 +447,7 @@ impl BoundPlaces {
                 directory = %path.display(),
                 owner = uid,
                 mode = format!("{mode:04o}"),
-                "other users cannot pass this directory, so they do not reach the workload api"
+                "other users cannot enter this directory, so they cannot reach the workload api"
             );
         }
         Ok(Self { http, admin, socket, came })
@@ -478,7 +486,7 @@ fn had_or_bound(left: Option<VacantSocket>, path: &Path, reach: Reach) -> Result
             Err(error @ BindError::NotThere { .. }) => {
                 tracing::warn!(
                     error = chain(&error),
-                    "the socket is bound anew: who waits at the old one is lost"
+                    "binding the socket anew: clients that wait at the old one are lost"
                 );
             }
             had => return had,

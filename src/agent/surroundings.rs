@@ -1,7 +1,7 @@
-//! What a node must give an agent so that it can tell callers apart, looked at once, when it starts: each caller would find
-//! it out anew, and nobody would say what to do about it.
+//! What a node must give an agent so that it can tell callers apart, looked at when it starts: each caller would find it out
+//! anew, and nobody would say what to do about it. What may be short only for a while is looked at again.
 
-use std::{fs, io, os::unix::net::UnixStream};
+use std::{fs, io, os::unix::net::UnixStream, sync::Arc, time::Duration};
 
 use nix::{
     errno::Errno,
@@ -20,8 +20,8 @@ use crate::{
 enum Obstacle {
     /// No caller can be told from the next one that has its PID.
     #[error(
-        "the kernel gives no pidfd, so no caller is served: Linux must be 5.3 or newer, and a seccomp filter must allow \
-         pidfd_open ({0})"
+        "the kernel gives no pidfd, so no caller is served: Linux must be 5.3 or newer, a seccomp filter must allow pidfd_open, \
+         and the node must have descriptors left ({0})"
     )]
     Pidfd(Errno),
     /// Callers of other users cannot be attested.
@@ -70,7 +70,10 @@ pub(super) fn look_around(health: &HealthState) -> Vec<String> {
     for lack in shortcomings() {
         if lack.is_for_all() {
             tracing::error!("{lack}");
-            health.cannot_tell_callers();
+            match lack {
+                Obstacle::Pidfd(_) => health.identifies(false),
+                _ => health.cannot_attest(),
+            }
         } else {
             tracing::warn!("{lack}");
             served_in_spite_of.push(lack.to_string());
@@ -79,15 +82,50 @@ pub(super) fn look_around(health: &HealthState) -> Vec<String> {
     served_in_spite_of
 }
 
+/// How often is looked whether there is a pidfd to be had, and after how many looks in vain nobody is served: callers may have
+/// taken all descriptors for a moment.
+const LOOK: Duration = Duration::from_secs(1);
+const LOOKS: u32 = 5;
+
+/// Looks for ever whether callers can be identified.
+pub(super) async fn keep_looking(health: Arc<HealthState>) {
+    // Made once: where descriptors are short it could not be made.
+    let Ok((end, _other)) = UnixStream::pair() else { return };
+    let mut every = tokio::time::interval(LOOK);
+    let mut in_vain = if health.identifies_nobody() { LOOKS } else { 0 };
+    loop {
+        every.tick().await;
+        match (pidfd_of_peer(&end), in_vain) {
+            (Ok(()), 0) => {}
+            (Ok(()), _) => {
+                if in_vain >= LOOKS {
+                    tracing::warn!("callers can be identified again");
+                }
+                in_vain = 0;
+                health.identifies(true);
+            }
+            (Err(errno), _) => {
+                in_vain = in_vain.saturating_add(1);
+                if in_vain == LOOKS {
+                    tracing::error!("{}", Obstacle::Pidfd(errno));
+                    health.identifies(false);
+                }
+            }
+        }
+    }
+}
+
+/// Asks for a pidfd as it is done for callers: by the socket, on older kernels by the number.
+fn pidfd_of_peer(end: &UnixStream) -> Result<(), Errno> {
+    match getsockopt(end, sockopt::PeerPidfd).map(drop) {
+        Err(Errno::ENOPROTOOPT) => Pidfd::open(Pid::this()).map(drop),
+        asked => asked,
+    }
+}
+
 /// All that is missing here.
 fn shortcomings() -> Vec<Obstacle> {
-    // As it is done for callers: by the socket, on older kernels by the number.
-    let by_socket = UnixStream::pair().map(|(end, _)| getsockopt(&end, sockopt::PeerPidfd).map(drop));
-    let pidfd = match by_socket {
-        Ok(Err(Errno::ENOPROTOOPT)) => Pidfd::open(Pid::this()).err(),
-        Ok(Err(errno)) => Some(errno),
-        Ok(Ok(())) | Err(_) => None,
-    };
+    let pidfd = UnixStream::pair().ok().and_then(|(end, _other)| pidfd_of_peer(&end).err());
     let pidfd = pidfd.filter(|errno| !is_shortage(*errno)).map(Obstacle::Pidfd);
     // The first process is root's, or whose container it is.
     let hidden = fs::read("/proc/1/status")

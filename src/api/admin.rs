@@ -216,7 +216,7 @@ impl AdminParts {
         let (asking, told) = oneshot::channel();
         self.reloads.try_send(asking).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => {
-                Status::unavailable("other reloads are waited for; try again")
+                Status::unavailable("other reloads have not ended; try again")
             }
             mpsc::error::TrySendError::Closed(_) => Status::unavailable("the agent is about to end"),
         })?;
@@ -379,7 +379,7 @@ fn why(key: CallerKey, source: KeySource) -> pb::Caller {
     let (why, cgroup_line) = match source {
         KeySource::Pod { line, .. } => ("its cgroup is a pod's", line),
         KeySource::NotKubernetes => ("its user (Kubernetes was not found)", String::new()),
-        KeySource::NoPod => ("its user (its cgroup is not certainly a pod's)", String::new()),
+        KeySource::NoPod => ("its user (its cgroup may not be a pod's)", String::new()),
         KeySource::Unreadable => ("its user (its cgroup cannot be read)", String::new()),
     };
     pb::Caller { key: key.to_string(), why: why.to_owned(), cgroup_line }

@@ -54,7 +54,7 @@ fn poll_within<T>(
             Poll::Ready(Err(Status::deadline_exceeded("the call took longer than its grpc-timeout")))
         }
         Ok(Poll::Pending) => Poll::Pending,
-        Err(_) => Poll::Ready(Err(Status::internal("the agent made a mistake, which its log tells of"))),
+        Err(_) => Poll::Ready(Err(Status::internal("internal error of the agent: see its log"))),
     }
 }
 

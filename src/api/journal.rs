@@ -220,7 +220,7 @@ pub(super) struct OpenCall {
 impl OpenCall {
     /// Its next message cannot be made at present.
     pub(super) fn is_behind(&self, by: AuditedProcess, error: &RequestError) {
-        const TEXT: &str = "a stream keeps what it sent; it is tried again";
+        const TEXT: &str = "cannot update a stream; trying again";
         let (cause, what) = match error {
             RequestError::Attestation(cause) if cause.blame() == Blame::Crowd => {
                 tracing::debug!(error = chain(cause), "{TEXT}");

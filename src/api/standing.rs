@@ -4,7 +4,7 @@
 
 use std::{
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::SystemTime,
 };
 
@@ -21,6 +21,7 @@ use crate::{
     telemetry::{
         chain,
         health::{HealthState, Probe},
+        log::Log,
         registry::Label as _,
     },
 };
@@ -72,6 +73,8 @@ pub struct AgentStanding {
     pub connections: Arc<ConnectionStats>,
     pub limits: SharedLimits,
     pub failed_reload: FailedReload,
+    /// The log of the process, once it is known.
+    pub log: Arc<OnceLock<Log>>,
     pub started: SystemTime,
     /// Where the Workload API is served.
     pub socket_path: PathBuf,
@@ -117,6 +120,7 @@ impl AgentStanding {
             surroundings: self.surroundings.clone(),
             attestors_wrong,
             reload_failed: self.failed_reload.get().map_or(0, unix),
+            log_lines_lost: self.log.get().map_or(0, Log::lines_lost),
         }
     }
 

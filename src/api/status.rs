@@ -199,8 +199,8 @@ impl From<RequestError> for Status {
 /// anyway.
 const COME_BACK: Duration = Duration::from_secs(1);
 
-/// What the first call on a refused connection is told: the headers of an answer that ends with them. `None` where there
-/// is nobody to tell. Limits that an admin set are told with `limits`.
+/// What the first call on a refused connection is told: the headers of an answer that ends with them. `None` where nobody is
+/// told. Limits that an admin set are told with `limits`. What is no limit says nothing of when to come back.
 pub fn refused_connection(why: ConnectionRefusal, limits: RejectionStatus) -> Option<HeaderMap> {
     use ConnectionRefusal as R;
     let limit = match limits {
@@ -208,7 +208,11 @@ pub fn refused_connection(why: ConnectionRefusal, limits: RejectionStatus) -> Op
         RejectionStatus::Unavailable => Code::Unavailable,
     };
     let (code, text) = match why {
-        R::Unidentified | R::NotOwner | R::AdminConnections => return None,
+        R::NotOwner | R::AdminConnections => return None,
+        R::Unidentified => {
+            let text = "the agent cannot identify its callers on this node, and serves nobody: see its log";
+            return Some(Status::unavailable(text).into_http::<()>().into_parts().0.headers);
+        }
         R::Blocked => (limit, "rate limit exceeded: ratelimit.gate blocks this caller"),
         R::CallerConnections => {
             (limit, "rate limit exceeded: this caller has as many connections as ratelimit.gate allows")
@@ -216,7 +220,7 @@ pub fn refused_connection(why: ConnectionRefusal, limits: RejectionStatus) -> Op
         R::CallerRate => {
             (limit, "rate limit exceeded: this caller connects more often than ratelimit.gate allows")
         }
-        R::NodeConnections => (Code::Unavailable, "the agent has as many connections as it may"),
+        R::NodeConnections => (Code::Unavailable, "the agent has reached its limit of connections"),
         R::Descriptors => (
             Code::Unavailable,
             "the agent is short of descriptors, and this caller has its share of the connections",

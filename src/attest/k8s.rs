@@ -116,7 +116,7 @@ pub enum K8sError {
     #[error(transparent)]
     Kubelet(Arc<KubernetesFault>),
     /// The settings say that it is not asked.
-    #[error("kubelet client is disabled (disable_kubelet_client), so who is in pods cannot be told")]
+    #[error("kubelet client is disabled (disable_kubelet_client), so callers in pods cannot be identified")]
     NoClient,
     /// Nobody says where the API server is.
     #[error("{NO_API_SERVER}")]
@@ -125,7 +125,7 @@ pub enum K8sError {
     #[error("the API server has not said which labels namespace {namespace:?} has for {:.1} s", waited.as_secs_f32())]
     SilentApiServer { namespace: Box<str>, waited: Duration },
     /// The namespace is like none that Kubernetes lets be made.
-    #[error("namespace {namespace:?} has {excess}, so its labels cannot be told")]
+    #[error("namespace {namespace:?} has {excess}, so its labels are not known")]
     LargeNamespace { namespace: Box<str>, excess: PodExcess },
     /// The kubelet has not answered.
     #[error("the kubelet has not said which pods there are for {:.1} s", waited.as_secs_f32())]
@@ -134,7 +134,7 @@ pub enum K8sError {
     #[error("the kubelet does not list container {container} of {pod} (waited for {:.1} s)", waited.as_secs_f32())]
     Unlisted { container: ContainerId, pod: CallerKey, waited: Duration },
     /// The list does not say whose the container is.
-    #[error("{0}, so whose it is cannot be told")]
+    #[error("{0}, so its owner is not known")]
     Ambiguous(AmbiguousPlace),
     /// The pod is one of another node's.
     #[error(
@@ -142,7 +142,7 @@ pub enum K8sError {
     )]
     OtherNode { pod: CallerKey, found: String, asked: Arc<str> },
     /// The pod is like none that Kubernetes lets be made.
-    #[error("{pod} has {excess}, so what it is cannot be told")]
+    #[error("{pod} has {excess}, so its selectors are not known")]
     Excess { pod: CallerKey, excess: String },
     /// As many callers wait for the kubelet as may at once, of this pod or of all.
     #[error("too many callers wait already until the kubelet lists their containers")]
@@ -264,7 +264,7 @@ impl WorkloadAttestor for K8sAttestor {
                 Err(format!("must be a key and a value, as k8s:{kind}:app:web"))
             }
             NS_LABEL if !settings.enable_namespace_labels => {
-                Err("k8s:ns-label is found out with enable_namespace_labels = true alone".to_owned())
+                Err("k8s:ns-label needs enable_namespace_labels = true".to_owned())
             }
             "pod-owner" | "pod-owner-uid" if parts < 2 => {
                 Err(format!("must be a kind and what it is, as k8s:{kind}:ReplicaSet:web-5d4f"))
@@ -276,10 +276,10 @@ impl WorkloadAttestor for K8sAttestor {
                 Err(format!("must be one name, as k8s:ns:shop and k8s:sa:web, not {of:?}"))
             }
             "container-name" | "container-image" if settings.disable_container_selectors => {
-                Err(format!("k8s:{kind} is not found out with disable_container_selectors = true"))
+                Err(format!("k8s:{kind} is not available with disable_container_selectors = true"))
             }
             _ if settings.disable_kubelet_client => {
-                Err("no k8s selector is found out with disable_kubelet_client = true".to_owned())
+                Err("no k8s selector is available with disable_kubelet_client = true".to_owned())
             }
             _ => Ok(()),
         }

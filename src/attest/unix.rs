@@ -79,7 +79,7 @@ impl UnixSettings {
 #[derive(Debug, thiserror::Error)]
 pub enum UnixError {
     /// The user database does not answer.
-    #[error("the user database does not say whose a name is that an entry asks for")]
+    #[error("the user database does not answer for a name that an entry asks for")]
     NoNames,
     /// What it executes cannot be told.
     #[error(transparent)]
@@ -131,7 +131,7 @@ impl WorkloadAttestor for UnixAttestor {
             }
             "path" | "sha256" if !settings.discover_workload_path => {
                 let key = "discover_workload_path = true in plugins.WorkloadAttestor \"unix\".plugin_data";
-                Err(format!("unix:{kind} is only found out with {key}"))
+                Err(format!("unix:{kind} needs {key}"))
             }
             "path" if !of.starts_with('/') => {
                 Err("must be an absolute path, as unix:path:/usr/bin/web".to_owned())

@@ -131,7 +131,7 @@ fn connect_advice(socket: &AgentSocket, cause: &io::Error) -> String {
         io::ErrorKind::InvalidInput => {
             return format!("{chosen} The path of a socket holds at most {MAX_PATH_LEN} bytes.");
         }
-        io::ErrorKind::WouldBlock => "The queue of those who connect is full: the agent is busy, or hangs.",
+        io::ErrorKind::WouldBlock => "The agent's queue of new connections is full: it is busy, or hangs.",
         _ => "Is it the socket of an agent?",
     };
     format!("{chosen} {also}")

@@ -8,6 +8,7 @@ use super::{
     Failure, OutputArgs, OutputFormat,
     admin::AdminArgs,
     terminal::{Terminal, clean},
+    text::folded,
 };
 use crate::{api::proto::admin as pb, hcl::show_duration};
 
@@ -42,6 +43,9 @@ pub(super) async fn show(args: &EntryArgs, terminal: &mut Terminal) -> Result<()
     Ok(())
 }
 
+/// The width that is left beside the names in 80 columns.
+const FOLDED: usize = 62;
+
 fn pretty(page: &pb::EntriesResponse, first: bool) -> String {
     let mut out = String::new();
     // Writing to a String does not fail.
@@ -57,24 +61,23 @@ fn pretty(page: &pb::EntriesResponse, first: bool) -> String {
         let mut row = |name: &str, value: &str| {
             let _ = writeln!(out, "  {name:<15} {}", clean(value));
         };
-        for (at, selector) in detail.selectors.iter().enumerate() {
-            row(if at == 0 { "Selectors" } else { "" }, selector);
-        }
+        let mut rows = |name: &str, values: &[String]| {
+            for (at, value) in values.iter().enumerate() {
+                row(if at == 0 { name } else { "" }, value);
+            }
+        };
+        rows("Selectors", &detail.selectors);
         for absent in &detail.absent {
-            row("Never matches", absent);
+            rows("Never matches", &folded(absent, FOLDED));
         }
+        rows("Federates with", &detail.federates_with);
+        rows("DNS names", &detail.dns_names);
         row("Entry ID", &entry.entry_id);
         if !entry.hint.is_empty() {
             row("Hint", &entry.hint);
         }
         row("X.509-SVID TTL", &lifetime(detail.x509_svid_ttl));
         row("JWT-SVID TTL", &lifetime(detail.jwt_svid_ttl));
-        if !detail.dns_names.is_empty() {
-            row("DNS names", &detail.dns_names.join(", "));
-        }
-        if !detail.federates_with.is_empty() {
-            row("Federates with", &detail.federates_with.join(", "));
-        }
     }
     out
 }
@@ -119,7 +122,10 @@ mod tests {
             }),
             selectors: vec!["unix:uid:7".to_owned(), "unix:gid:8\x1b".to_owned()],
             jwt_svid_ttl: 90,
-            absent: vec!["unix:user:x: there is no such user".to_owned()],
+            absent: vec![
+                "unix:user:x: there is no such user on this node: add it, or correct the name".to_owned(),
+            ],
+            federates_with: vec!["a.example".to_owned(), "b.example".to_owned()],
             ..pb::EntryDetail::default()
         };
         let page = pb::EntriesResponse { entries: vec![detail], more: false, total: 1 };
@@ -131,7 +137,10 @@ mod tests {
 spiffe://td/web
   Selectors       unix:uid:7
                   unix:gid:8\\u{1b}
-  Never matches   unix:user:x: there is no such user
+  Never matches   unix:user:x: there is no such user on this node: add it, or
+                  correct the name
+  Federates with  a.example
+                  b.example
   Entry ID        web
   X.509-SVID TTL  default
   JWT-SVID TTL    1m30s

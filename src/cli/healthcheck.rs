@@ -6,7 +6,7 @@
 //! An agent that takes no connection of this user, or no call, is one that holds its limits: it is up, and whoever
 //! restarts it for that takes identity away from the whole node. So that is 0 too, and said.
 
-use std::{io, time::Duration};
+use std::{error::Error as _, io, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -82,8 +82,7 @@ enum AgentHealth {
     Unknown(CallError),
 }
 
-/// From here the two look the same.
-const REFUSED: &str = "Agent is up, and refuses this user for now: see its limits, and in its log whether this node lets it tell callers apart.\n";
+const REFUSED: &str = "Agent is up, and refuses this user for now: `durward limits` shows why.\n";
 
 /// How often an agent that refuses is asked before that is believed.
 const ATTEMPTS: u32 = 4;
@@ -92,6 +91,8 @@ const PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 /// The longest that a gate takes to close what it refuses.
 const AT_ONCE: Duration = Duration::from_secs(1);
+/// How long the second frame may come behind the first that was sent with it.
+const BEHIND: Duration = Duration::from_millis(100);
 
 /// Asks until there is an answer. An agent that refuses is asked again, as its limits may let this user in a moment later; so is
 /// one whose connections end otherwise, until the time is over: it may have let the user in when it was looked at, and not when
@@ -140,7 +141,7 @@ enum AgentDoor {
     Refuses,
     /// It takes connections, and ended the one of the call.
     Open,
-    /// It is gone, hangs, or answers something else.
+    /// It is gone, hangs, answers something else, or lets nobody in because it can identify nobody.
     Shut,
 }
 
@@ -156,27 +157,38 @@ async fn seen(socket: &AgentSocket, error: &CallError) -> AgentDoor {
         CallError::Connect { cause, .. } if cause.kind() == io::ErrorKind::WouldBlock => AgentDoor::Open,
         CallError::Connect { .. } => AgentDoor::Shut,
         CallError::Status { status, .. } if status.code() == Code::DeadlineExceeded => AgentDoor::Shut,
+        // The agent's own words, and none of when to come back.
+        CallError::Status { status, .. } if status.source().is_none() => AgentDoor::Shut,
         CallError::Closed { .. } | CallError::Status { .. } => match knock(socket).await {
-            Some(true) => AgentDoor::Refuses,
-            Some(false) if matches!(error, CallError::Closed { .. }) => AgentDoor::Open,
-            _ => AgentDoor::Shut,
+            Some(AgentDoor::Open) if matches!(error, CallError::Status { .. }) => AgentDoor::Shut,
+            door => door.unwrap_or(AgentDoor::Shut),
         },
     }
 }
 
-/// Whether a connection is turned away; nothing where none can be made, or nothing happens to it.
-async fn knock(socket: &AgentSocket) -> Option<bool> {
+/// How a connection fares on which nothing is asked; nothing where none can be made, or nothing happens to it.
+async fn knock(socket: &AgentSocket) -> Option<AgentDoor> {
+    const SETTINGS: u8 = 4;
+    const GOAWAY: u8 = 7;
     /// What every HTTP/2 client begins with (RFC 9113, section 3.4), and empty SETTINGS.
     const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
     let mut stream = reach(socket).await.ok()?;
-    let turned_away = async {
-        // Closed already, perhaps: then there is nothing to read either.
+    let fares = async {
+        // Closed already, perhaps: there may be something to read all the same.
         let _said = stream.write_all(HELLO).await.is_ok();
-        // The length of the first frame, which is SETTINGS.
-        let mut length = [0; 3];
-        stream.read_exact(&mut length).await.is_err() || length == [0; 3]
+        let mut head = [0; 9];
+        match stream.read_exact(&mut head).await {
+            Ok(_) if head[..4] != [0, 0, 0, SETTINGS] => return AgentDoor::Open,
+            Ok(_) => {}
+            Err(_closed) => return AgentDoor::Refuses,
+        }
+        // What is said unasked comes with it.
+        match tokio::time::timeout(BEHIND, stream.read_exact(&mut head)).await {
+            Ok(Ok(_)) if head[3] == GOAWAY => AgentDoor::Shut,
+            _ => AgentDoor::Refuses,
+        }
     };
-    tokio::time::timeout(AT_ONCE, turned_away).await.ok()
+    tokio::time::timeout(AT_ONCE, fares).await.ok()
 }
 
 async fn ask(

@@ -66,23 +66,19 @@ pub(super) struct ValidateJwtArgs {
     output: OutputArgs,
 }
 
-/// Runs `api fetch jwt`: the bundles first, as spire-agent does, then the tokens.
+/// Runs `api fetch jwt`: the tokens first, so that whoever has no identity is told so of them, as the agent's audit is.
 pub(super) async fn fetch(args: &FetchJwtArgs, terminal: &mut Terminal) -> Result<(), Failure> {
     if args.audience.is_empty() {
         return Err(Failure::Missing("audience"));
     }
     let socket = args.socket.resolve(super::environment)?;
     let client = Client::new(&socket, args.timeout.limit());
-    let ask = async |terminal: &mut Terminal| {
-        client.fetch_jwt_svid(terminal, &args.audience, &args.spiffe_id).await
-    };
+    let svids = client.fetch_jwt_svid(terminal, &args.audience, &args.spiffe_id).await?;
     if args.output == TokenOutput::Token {
-        let svids = ask(terminal).await?;
         let token = svids.svids.first().map(|svid| clean(&svid.svid)).unwrap_or_default();
         return Ok(terminal.print(&format!("{token}\n"))?);
     }
     let bundles = client.fetch_jwt_bundles(terminal).await?;
-    let svids = ask(terminal).await?;
     let text = if args.output == TokenOutput::Json {
         format!("{}\n", to_json(&svids, &bundles))
     } else {

@@ -104,7 +104,7 @@ pub(super) fn run(args: &QuickstartArgs, terminal: &mut Terminal) -> Result<(), 
     }
     let wrong = config.places(geteuid().as_raw()).wrong;
     if !wrong.is_empty() {
-        return Err(wrong_places(&layout.config, wrong).into());
+        return Err(wrong_places(&layout.config, &config.set_at, wrong).into());
     }
     let runtime = agent::runtime().map_err(Failure::Agent)?;
     let log = Log::start(&config.log, &config.audit).map_err(|error| Failure::Agent(error.into()))?;
@@ -186,7 +186,7 @@ async fn attend(upkeep: &mut Upkeep, signals: &mut Signals, terminal: &mut Termi
 /// Fetches, checks and shows what a workload of this user gets, and one of another.
 async fn show(config: &Config, layout: &Layout, terminal: &mut Terminal) -> Result<(), Failure> {
     let path = &config.agent.socket_path;
-    terminal.print(&format!("  serve {}\n", path.display()))?;
+    terminal.print(&format!("  socket {}\n", path.display()))?;
     let socket = AgentSocket { at: AgentAddress::Unix(path.to_owned()), chosen: Chosen::Own };
     let client = Client::new(&socket, Some(LIMIT));
     let now = Clock::SYSTEM.now();

@@ -9,7 +9,7 @@ use super::Failure;
 use crate::{
     agent,
     config::{Config, ExpandEnv, Given, WrongPlace},
-    hcl::{ConfigError, ConfigErrors},
+    hcl::{ConfigError, ConfigErrors, KeyPlace, KeyPlaces},
     identity::TrustDomain,
     issuer::server::settings::JoinToken,
     os::{secrecy, trusted::Trust},
@@ -230,12 +230,14 @@ impl CliOverrides {
                 return Err(OverrideError::SocketPath(path));
             }
             config.agent.socket_path.clone_from(&path);
+            config.set_at.forget("agent.socket_path");
             if let Some(admin) = config.agent.admin_socket_beside() {
                 return Err(OverrideError::BesideAdmin { public: path, admin: admin.to_owned() });
             }
         }
         if let Some(dir) = data_dir {
             config.agent.data_dir = absolute(dir);
+            config.set_at.forget("agent.data_dir");
         }
         if let Some(level) = log_level {
             config.log.level = *level;
@@ -245,6 +247,7 @@ impl CliOverrides {
         }
         if let Some(file) = log_file {
             config.log.file = Some(absolute(file));
+            config.set_at.forget("agent.log_file");
         }
         config.log.source_location |= log_source_location;
         config.policy.allow_unauthenticated_verifiers |= allow_unauthenticated_verifiers;
@@ -262,7 +265,11 @@ impl ConfigArgs {
     pub(super) fn load(&self) -> Result<Config, Failure> {
         let config = self.read(Trust::own())?;
         let wrong = config.places(geteuid().as_raw()).wrong;
-        if wrong.is_empty() { Ok(config) } else { Err(wrong_places(&self.config, wrong).into()) }
+        if wrong.is_empty() {
+            Ok(config)
+        } else {
+            Err(wrong_places(&self.config, &config.set_at, wrong).into())
+        }
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -297,14 +304,19 @@ fn of_file(file: &Path, message: String) -> ConfigError {
     ConfigError { file: file.to_owned(), line: 0, column: 0, key: String::new(), value: None, message }
 }
 
-/// As errors of the configuration file.
-pub(super) fn wrong_places(file: &Path, wrong: Vec<WrongPlace>) -> ConfigErrors {
-    let error = |WrongPlace { key, value, message }| ConfigError {
-        key: key.to_owned(),
-        value: Some(format!("{:?}", value.to_string_lossy())),
-        ..of_file(file, message)
+/// As errors of the configuration file, where their keys are set in it.
+pub(super) fn wrong_places(file: &Path, set_at: &KeyPlaces, wrong: Vec<WrongPlace>) -> ConfigErrors {
+    let error = |WrongPlace { key, value, message }| {
+        let whole = of_file(file, message);
+        let at = match set_at.of(key).cloned() {
+            Some(KeyPlace { file, line, column }) => ConfigError { file, line, column, ..whole },
+            None => whole,
+        };
+        ConfigError { key: key.to_owned(), value: Some(format!("{:?}", value.to_string_lossy())), ..at }
     };
-    ConfigErrors::new(wrong.into_iter().map(error).collect(), 0)
+    let mut list: Vec<_> = wrong.into_iter().map(error).collect();
+    list.sort_by_key(|error| (error.line, error.column));
+    ConfigErrors::new(list, 0)
 }
 
 fn log_level(text: &str) -> Result<Level, &'static str> {

@@ -190,6 +190,12 @@ fn wrong(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime) 
             "the last reload failed {ago}; the configuration of before is in force (durward reload says why)"
         ));
     }
+    if told.log_lines_lost > 0 {
+        let lines = counted(told.log_lines_lost, "line");
+        wrong.push(format!(
+            "{lines} of the log and the audit lost since the start: nobody took them in time, or there was no room"
+        ));
+    }
     wrong.extend(told.attestors_wrong.iter().cloned());
     if let Some(server) = &told.server {
         if !server.waits_for.is_empty() {
@@ -266,6 +272,7 @@ fn to_json(told: &pb::StatusResponse, held: &pb::LimitsResponse) -> serde_json::
         "budget_from": text(&told.budget_from),
         "surroundings": told.surroundings,
         "reload_failed": time(told.reload_failed),
+        "log_lines_lost": told.log_lines_lost,
         "connections": held.node_connections,
         "streams": told.streams,
         "attestations_in_flight": held.attestations_in_flight,
@@ -307,7 +314,12 @@ mod tests {
             last_error: "connection refused\x1b[2J".to_owned(),
         };
         let attestors_wrong = vec!["the kubelet does not list its pods: no token".to_owned()];
-        let told = pb::StatusResponse { attestors_wrong, reload_failed: 10_000 - 180, ..told(Some(server)) };
+        let told = pb::StatusResponse {
+            attestors_wrong,
+            reload_failed: 10_000 - 180,
+            log_lines_lost: 7,
+            ..told(Some(server))
+        };
         let shown = pretty(&told, &pb::LimitsResponse::default(), at(10_000));
         for want in [
             "Signed by:    the SPIRE Server at spire:8081\n",
@@ -318,6 +330,7 @@ mod tests {
             "Found:        the agent runs in a user namespace that does not map all users\n",
             "Wrong:        1 entry could not be signed for: see the log\n",
             "              the last reload failed 3m ago; the configuration of before is in\n",
+            "              7 lines of the log and the audit lost since the start: nobody took\n",
             "              the kubelet does not list its pods: no token\n",
             "              waits for the SPIRE Server, for 1m\n",
             "              the server's last error: connection refused",

@@ -91,7 +91,7 @@ fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<(Config, Trust)
     let Places { mut wrong, closed } = looked_at.places(user);
     wrong.extend(looked_at.missing_places(trust, Clock::SYSTEM.now()));
     wrong.extend(looked_at.addresses().0);
-    let wrong = wrong_places(config.path(), wrong);
+    let wrong = wrong_places(config.path(), &looked_at.set_at, wrong);
     let read = match read {
         Ok(read) if wrong.list().is_empty() => read,
         Ok(_) => return Err(wrong.into()),
@@ -110,7 +110,7 @@ fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<(Config, Trust)
 /// What keeps no agent from starting, or not always: the key, and why it is worth a look.
 fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
     let taken = config.addresses().1.into_iter().map(|TakenAddress { key, host, port, cause }| {
-        (key, format!("{host} port {port} cannot be had now, as an agent that runs keeps it: {cause}"))
+        (key, format!("{host} port {port} is not free now, perhaps because the agent runs: {cause}"))
     });
     let alone = matches!(config.issuer, Signer::Embedded(_));
     let nobody = (alone && config.entries.is_empty())

@@ -143,7 +143,7 @@ fn within<T>(s: &mut Section<'_>, key: &'static str, read: impl FnOnce(&mut Sect
 
 fn own_name(s: &mut Section<'_>) -> Option<TrustDomain> {
     let parse =
-        |text: &str| trust_domain::parse(text).map_err(|err| format!("{err}; right is, say, example.org"));
+        |text: &str| trust_domain::parse(text).map_err(|err| format!("{err}; for example: example.org"));
     s.problems().note_key("agent.trust_domain", s.set_at("trust_domain"));
     let name = s.checked("trust_domain", parse);
     if name.is_none() {

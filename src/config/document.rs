@@ -12,9 +12,10 @@ use super::{
     endpoints,
     entries::{Entries, EntryRules},
     federation::Federation,
-    file::{self, FileError},
+    file,
     input::{ExpandEnv, Given, Input},
     issuer::{self, Signer},
+    keys::KEYS,
     plugin_files, ratelimit,
     server::ServerBlock,
     sources::Sources,
@@ -97,21 +98,19 @@ impl Config {
         expand_env: ExpandEnv<'_>,
         given: &[Given],
     ) -> Result<Self, ConfigErrors> {
-        let whole_file = |message: String| {
-            let file = path.to_owned();
-            let error = ConfigError { file, line: 0, column: 0, key: String::new(), value: None, message };
-            ConfigErrors::new(vec![error], 0)
-        };
         // Looked at before they are read: what changes meanwhile is seen.
         let sources = RefCell::new(Sources::default());
         let see = |path: &Path| sources.borrow_mut().add(trust, path);
         // No working directory (it was removed): only absolute paths are of use then.
         let base = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
         see(&base.join(path));
-        let text = file::read_main(trust, path).map_err(|err| match err {
-            // The file is named before it.
-            FileError::NotAFile(_) => whole_file("is not a regular file".to_owned()),
-            err => whole_file(err.to_string()),
+        let text = file::read_main(trust, path).map_err(|err| {
+            let (line, message) = err.within(path);
+            let (file, column) = (path.to_owned(), line.min(1));
+            ConfigErrors::new(
+                vec![ConfigError { file, line, column, key: String::new(), value: None, message }],
+                0,
+            )
         })?;
         let users = NodeUsers::default();
         let mut config = Self::parse(&Input {
@@ -140,7 +139,7 @@ impl Config {
     /// # Errors
     /// Every mistake that was found, in all files.
     pub fn parse(input: &Input<'_>) -> Result<Self, ConfigErrors> {
-        let problems = Problems::new(input.base);
+        let problems = Problems::new(input.base).knowing(KEYS);
         let mut config = read(input, &problems);
         if let Some(config) = &mut config {
             config.set_at = problems.key_places();
@@ -191,7 +190,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     if joins {
         for section in root.labelled("federation") {
             section.wrong_block(
-                "bundles of other trust domains come from the SPIRE Server: say it there, with spire-server bundle set \
+                "bundles of other trust domains come from the SPIRE Server: create them there, with spire-server bundle set \
                  or federation create",
             );
         }
@@ -248,8 +247,9 @@ fn own_entries<'a>(root: &mut Section<'a>, joins: bool) -> Vec<Section<'a>> {
         return blocks;
     }
     for block in blocks {
-        block
-            .wrong_block("entries come from the SPIRE Server: make it there, with spire-server entry create");
+        block.wrong_block(
+            "entries come from the SPIRE Server: create it there, with spire-server entry create",
+        );
     }
     Vec::new()
 }

@@ -133,7 +133,7 @@ impl EntryRules<'_> {
 
     fn spiffe_id(&self, s: &Section<'_>) -> Option<SpiffeId> {
         let message = match (SpiffeId::parse_workload(s.label()), self.trust_domain) {
-            (Err(err), _) => format!("{err}; right is, say, \"spiffe://example.org/web\""),
+            (Err(err), _) => format!("{err}; for example: \"spiffe://example.org/web\""),
             (Ok(id), Some(own)) if !id.is_member_of(own) => {
                 format!("must be in the trust domain {own}, not in {}", id.trust_domain_name())
             }
@@ -186,7 +186,7 @@ impl EntryRules<'_> {
         for At { value: text, place } in s.strings(KEY).map(|list| list.value).unwrap_or_default() {
             let wrong = |message: String| s.wrong(place, KEY, Some(quoted(text)), message);
             match trust_domain::parse(text) {
-                Err(message) => wrong(format!("{message}; right is, say, spiffe://other.example")),
+                Err(message) => wrong(format!("{message}; for example: spiffe://other.example")),
                 Ok(name) if Some(&name) == self.trust_domain => {
                     wrong("is the agent's own trust domain, whose bundle everybody gets".to_owned());
                 }

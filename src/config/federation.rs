@@ -29,7 +29,7 @@ impl Federation {
         for mut section in root.labelled("federation") {
             let name = trust_domain::parse(section.label()).map_err(|err| {
                 section.wrong_block(format_args!(
-                    "{err}; right is, say, federation \"spiffe://other.example\" {{ .. }}"
+                    "{err}; for example: federation \"spiffe://other.example\" {{ .. }}"
                 ));
             });
             let place = section.place();

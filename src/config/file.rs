@@ -11,7 +11,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::os::trusted::{PathError, Trust, TrustedDir};
+use crate::{
+    identity::pem::WideText,
+    os::trusted::{PathError, Trust, TrustedDir},
+};
 
 /// The largest file that is read, in bytes.
 const MAX_LEN: u64 = 64 << 20;
@@ -51,15 +54,43 @@ pub enum FileError {
         /// Where it ceases to be.
         line: usize,
     },
-    /// Text, of two bytes a character.
-    #[error("{} is UTF-16: save it as UTF-8", .0.display())]
-    Wide(PathBuf),
+    /// Text, of two bytes a character or four.
+    #[error("{} is {encoding}: save it as UTF-8", path.display())]
+    Wide { path: PathBuf, encoding: WideText },
     /// Others could give themselves an identity.
     #[error(transparent)]
     Path(PathError),
 }
 
+/// What `error` says of `path`, where that is named before it.
+pub(super) fn said_of(path: &Path, error: impl ToString) -> String {
+    let said = error.to_string();
+    let shown = path.display().to_string();
+    if shown.is_empty() {
+        return said;
+    }
+    if let Some(rest) = said.strip_prefix(&format!("{shown} ")) {
+        return rest.to_owned();
+    }
+    for verb in ["cannot read", "cannot open"] {
+        if let Some(cause) = said.strip_prefix(&format!("{verb} {shown}: ")) {
+            return format!("{verb} it: {cause}");
+        }
+    }
+    said.strip_prefix(&format!("supplied CA {shown}: ")).map(str::to_owned).unwrap_or(said)
+}
+
 impl FileError {
+    /// The line of the file that it is about, and what it says where the file is named before it; 0 for the file itself.
+    pub(super) fn within(&self, file: &Path) -> (u32, String) {
+        match self {
+            Self::NotText { line, .. } => {
+                (u32::try_from(*line).unwrap_or(u32::MAX), "is not valid UTF-8".to_owned())
+            }
+            other => (0, said_of(file, other)),
+        }
+    }
+
     /// As errors of a file that was asked for as `path`.
     fn of(path: &Path) -> impl FnOnce(PathError) -> Self {
         |error| match error {
@@ -126,8 +157,8 @@ pub(super) fn read_drop_ins(trust: Trust, dir: &Path) -> Result<Option<DropIns>,
 
 fn text(path: &Path, file: File) -> Result<String, FileError> {
     let bytes = read(path, file)?;
-    if matches!(*bytes, [0xff, 0xfe, ..] | [0xfe, 0xff, ..]) {
-        return Err(FileError::Wide(path.to_owned()));
+    if let Some(encoding) = WideText::of(&bytes) {
+        return Err(FileError::Wide { path: path.to_owned(), encoding });
     }
     String::from_utf8(bytes).map_err(|err| {
         let valid = err.as_bytes().get(..err.utf8_error().valid_up_to()).unwrap_or_default();

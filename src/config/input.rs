@@ -149,7 +149,10 @@ impl Input<'_> {
             let file = problems.add_file(&path);
             match text {
                 Ok(text) => trees.extend(self.tree(problems, file, &text).map(|tree| (file, tree))),
-                Err(err) => problems.add(Place { file, line: 0, column: 0 }, "", None, err),
+                Err(err) => {
+                    let (line, message) = err.within(&path);
+                    problems.add(Place { file, line, column: line.min(1) }, "", None, message);
+                }
             }
         }
         trees

@@ -12,6 +12,7 @@ use nix::unistd::geteuid;
 
 use super::{
     document::Config,
+    file::said_of,
     issuer::{JoinedServer, Signer},
 };
 use crate::{
@@ -75,7 +76,7 @@ pub struct AgentUser {
 impl Places {
     fn note(&mut self, key: &'static str, value: &Path, found: Result<(), impl ToString>) {
         if let Err(error) = found {
-            self.wrong.push(WrongPlace { key, value: value.to_owned(), message: error.to_string() });
+            self.wrong.push(WrongPlace { key, value: value.to_owned(), message: said_of(value, error) });
         }
     }
 }
@@ -349,17 +350,14 @@ fn socket_place(dir: Result<TrustedDir, PathError>, path: &Path) -> Result<(), S
     };
     let Some(name) = path.file_name() else { return Ok(()) };
     if dir.look_at(name).is_ok_and(|found| !found.file_type().is_socket()) {
-        return Err(format!(
-            "{} is there and is no socket: remove it, or choose another path",
-            path.display()
-        ));
+        return Err(format!("{} is not a socket: remove it, or choose another path", path.display()));
     }
     let mut lock = name.to_owned();
     lock.push(".lock");
     if dir.look_at(&lock).is_ok_and(|found| !found.is_file()) {
         let lock = path.with_file_name(&lock);
         return Err(format!(
-            "{} is no file, and the lock of the socket: remove it, or choose another path",
+            "{} is not a regular file, and the socket needs it as its lock: remove it, or choose another path",
             lock.display()
         ));
     }

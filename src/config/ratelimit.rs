@@ -253,7 +253,7 @@ fn gate_rule(s: &mut Section<'_>, base: &GateRule) -> Result<GateRule, Reported>
     let good = (connections.is_some() || !s.has("connections")) && (dry_run.is_some() || !s.has("dry_run"));
     let rate = rate?.map(|bound| bound.limit).or(base.rate);
     if let (Some(at), Some(Limit::Exempt | Limit::Block | Limit::Unlimited)) = (connections, rate) {
-        let message = "is not looked at beside exempt, block or unlimited: take one of them out";
+        let message = "has no effect beside exempt, block or unlimited: take one of them out";
         s.wrong(at.place, "connections", Some(at.value.to_string()), message);
         return Err(Reported);
     }

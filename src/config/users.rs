@@ -80,7 +80,7 @@ impl NodeUsers {
             Err(err) => {
                 if err.kind() != io::ErrorKind::NotFound {
                     let path = path.display();
-                    tracing::warn!(%path, error = %err, "cannot read whose subordinate UIDs are whose");
+                    tracing::warn!(%path, error = %err, "cannot read the subordinate UIDs of users");
                 }
                 Families::default()
             }

@@ -90,15 +90,36 @@ impl fmt::Display for ConfigErrors {
 
 impl std::error::Error for ConfigErrors {}
 
-/// Where keys are set, as `agent.conf:4:3`. Where one stands makes no difference between two configurations.
+/// Where keys are set. Where one stands makes no difference between two configurations.
 #[derive(Clone, Debug, Default)]
-pub struct KeyPlaces(BTreeMap<&'static str, String>);
+pub struct KeyPlaces(BTreeMap<&'static str, KeyPlace>);
+
+/// Where a key is set: `agent.conf:4:3`.
+#[derive(Clone, Debug)]
+pub struct KeyPlace {
+    pub file: PathBuf,
+    /// Line, from 1; 0 where it is not in a file.
+    pub line: u32,
+    /// Column in characters, from 1.
+    pub column: u32,
+}
+
+impl fmt::Display for KeyPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}:{}", self.file.display(), self.line, self.column)
+    }
+}
 
 impl KeyPlaces {
     /// Where this key is set; its block, where that alone is known.
-    pub fn of(&self, key: &str) -> Option<&str> {
+    pub fn of(&self, key: &str) -> Option<&KeyPlace> {
         let block = || self.0.get(key.rsplit_once('.')?.0);
-        self.0.get(key).or_else(block).map(String::as_str)
+        self.0.get(key).or_else(block)
+    }
+
+    /// The key has another value than it is set to.
+    pub(crate) fn forget(&mut self, key: &str) {
+        self.0.remove(key);
     }
 }
 
@@ -117,6 +138,8 @@ pub(crate) struct Problems {
     list: RefCell<Vec<(Place, ConfigError)>>,
     left_out: Cell<usize>,
     keys: RefCell<BTreeMap<&'static str, Place>>,
+    /// Keys of all blocks, as `agent.log_level`, for those that stand in another.
+    pub(super) elsewhere: &'static [&'static [&'static str]],
     #[cfg(test)]
     pub(crate) asked: RefCell<Asked>,
 }
@@ -137,6 +160,11 @@ impl Problems {
     /// Relative paths start at `base`.
     pub(crate) fn new(base: &Path) -> Self {
         Self { base: base.to_owned(), ..Self::default() }
+    }
+
+    /// The same, which knows these keys.
+    pub(crate) fn knowing(self, elsewhere: &'static [&'static [&'static str]]) -> Self {
+        Self { elsewhere, ..self }
     }
 
     /// The number that stands for `path` in a [`Place`].
@@ -171,7 +199,10 @@ impl Problems {
 
     /// Where the keys are set that were noted.
     pub(crate) fn key_places(&self) -> KeyPlaces {
-        KeyPlaces(self.keys.borrow().iter().map(|(key, place)| (*key, self.show(*place))).collect())
+        let keys = self.keys.borrow();
+        let place =
+            |place: Place| KeyPlace { file: self.file(place), line: place.line, column: place.column };
+        KeyPlaces(keys.iter().map(|(key, at)| (*key, place(*at))).collect())
     }
 
     /// Whether something is wrong with what stands at `place`.

@@ -39,36 +39,46 @@ pub(crate) fn read(file: u32, text: &str) -> Result<Node, SyntaxError> {
 }
 
 fn check_json(file: u32, text: &str) -> Result<(), SyntaxError> {
-    // serde_json counts bytes, and at the beginning of a line none.
-    let place = |err: &serde_json::Error| {
-        let line = text.split('\n').nth(err.line().saturating_sub(1)).unwrap_or_default();
-        let column = line.char_indices().take_while(|(at, _)| *at < err.column()).count().max(1);
-        Place {
-            file,
-            line: u32::try_from(err.line()).unwrap_or(u32::MAX),
-            column: u32::try_from(column).unwrap_or(u32::MAX),
-        }
-    };
     serde_json::from_str::<serde::de::IgnoredAny>(text).map(|_| ()).map_err(|err| {
-        let place = place(&err);
-        let hint = if is_behind_last(text, place) {
+        let (before, found) = around(text, &err);
+        let hint = if found.starts_with([']', '}']) && before.trim_end().ends_with(',') {
             "; the comma before it is one too many: JSON has none behind the last of a list or an object"
+        } else if found.starts_with('#') || found.starts_with("//") || found.starts_with("/*") {
+            "; JSON has no comments: leave it out, or write the file in HCL"
         } else {
             ""
         };
+        let mut place = Place { file, line: 1, column: 1 };
+        pass(before, &mut place);
         SyntaxError { place, message: format!("not JSON: {}{hint}", without_place(&err)) }
     })
 }
 
-/// Whether what stands at `place` closes a list or an object, behind a comma.
-fn is_behind_last(text: &str, place: Place) -> bool {
-    let above = usize::try_from(place.line).unwrap_or_default().saturating_sub(1);
-    let left = usize::try_from(place.column).unwrap_or_default().saturating_sub(1);
-    let Some(line) = text.split('\n').nth(above) else { return false };
-    let before: String =
-        text.split('\n').take(above).chain([&*line.chars().take(left).collect::<String>()]).collect();
-    let closes = line.chars().nth(left).is_some_and(|c| c == ']' || c == '}');
-    closes && before.trim_end().ends_with(',')
+/// What stands before the place of `err`, and what from there on.
+fn around<'a>(text: &'a str, err: &serde_json::Error) -> (&'a str, &'a str) {
+    let above: usize = text.split_inclusive('\n').take(err.line().saturating_sub(1)).map(str::len).sum();
+    let line = text.get(above..).unwrap_or_default();
+    // Counted in bytes, and none at the beginning of a line.
+    let left = line.char_indices().map(|(at, _)| at).take_while(|at| *at < err.column()).last();
+    text.split_at_checked(above + left.unwrap_or(0)).unwrap_or((text, ""))
+}
+
+/// Moves `place` behind `text`. A line ends with a line feed, or with a carriage return alone.
+fn pass(text: &str, place: &mut Place) {
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        step(c, chars.peek().copied(), place);
+    }
+}
+
+/// Moves `place` behind `c`, which `next` follows.
+fn step(c: char, next: Option<char>, place: &mut Place) {
+    if c == '\n' || (c == '\r' && next != Some('\n')) {
+        place.line = place.line.saturating_add(1);
+        place.column = 1;
+    } else {
+        place.column = place.column.saturating_add(1);
+    }
 }
 
 fn without_place(err: &serde_json::Error) -> String {
@@ -91,12 +101,7 @@ impl<'a> Reader<'a> {
         let mut chars = self.rest.chars();
         let c = chars.next()?;
         self.rest = chars.as_str();
-        if c == '\n' {
-            self.place.line = self.place.line.saturating_add(1);
-            self.place.column = 1;
-        } else {
-            self.place.column = self.place.column.saturating_add(1);
-        }
+        step(c, self.peek(), &mut self.place);
         Some(c)
     }
 
@@ -382,7 +387,7 @@ impl<'a> Reader<'a> {
     fn escape(&mut self) -> Result<char, SyntaxError> {
         let place = self.place;
         self.bump();
-        let Some(c) = self.peek() else { return fail_at(place, "nothing stands after this \\") };
+        let Some(c) = self.peek() else { return fail_at(place, "nothing follows this \\") };
         let (radix, digits) = match c {
             'x' => (16, 2),
             'u' => (16, 4),
@@ -530,6 +535,8 @@ mod tests {
                 "{what}; the comma before it is one too many: JSON has none behind the last of a list or an object"
             )
         };
+        let comment =
+            |said: &str| format!("{said}; JSON has no comments: leave it out, or write the file in HCL");
         for (case, text, want) in [
             ("no value", "a =", "1:4 expected a value, found the end of the file"),
             ("no =", "a\n", "2:1 expected = or { after a key, found the end of the file"),
@@ -587,7 +594,12 @@ mod tests {
                 "# a\rb = 1\rc = 2",
                 "1:1 this comment holds carriage returns that no line feed follows: save the file with line feeds",
             ),
-            ("json with a comment", "{ # x\n}", "1:3 not JSON: key must be a string"),
+            ("json with a comment", "{ # x\n}", &comment("1:3 not JSON: key must be a string")),
+            ("json with another", "{ \"a\": 1\n// x\n}", &comment("2:1 not JSON: expected `,` or `}`")),
+            ("json with a long one", "{} /* x */", &comment("1:4 not JSON: trailing characters")),
+            ("lines that end in carriage returns", "a = 1\r\rb = ?\r", "3:5 expected a value, found \"?\""),
+            ("the same, with line feeds", "a = 1\r\n\r\nb = ?\r\n", "3:5 expected a value, found \"?\""),
+            ("the same, in json", "{\"a\": 1,\r\"b\" = 2}\r", "2:5 not JSON: expected `:`"),
             ("json with =", "{\"a\" = 1}", "1:6 not JSON: expected `:`"),
             ("json and more", "{} x", "1:4 not JSON: trailing characters"),
             ("json octal", "{\"a\": 010}", "1:8 not JSON: invalid number"),

@@ -237,15 +237,30 @@ impl<'a> Section<'a> {
             name => format!("{name}.{key}"),
         }));
         for (member, _) in self.members.iter().filter(|(_, taken)| !taken) {
-            let nearest = nearest(&member.key, self.known.iter().copied());
-            let message = nearest.map_or_else(
-                || format!("unknown key; known here: {}", self.known.join(", ")),
-                |key| format!("unknown key: did you mean {key}?"),
-            );
-            self.wrong(member.place, &abridged(&member.key), None, message);
+            self.wrong(member.place, &abridged(&member.key), None, self.unknown(&member.key));
         }
     }
+
+    /// What is said of a key that nobody took.
+    fn unknown(&self, written: &str) -> String {
+        if let Some(key) = nearest(written, self.known.iter().copied()) {
+            return format!("unknown key: did you mean {key}?");
+        }
+        let others = self.problems.elsewhere.iter().copied().flatten();
+        let named =
+            |key: &&&str| key.rsplit('.').next().is_some_and(|last| last.eq_ignore_ascii_case(written));
+        if let Some(key) = others.into_iter().find(named) {
+            return format!("unknown key here: did you mean {key}?");
+        }
+        if self.known.len() > MOST_LISTED {
+            return "unknown key; conf/agent.conf has all that are known (man agent.conf)".to_owned();
+        }
+        format!("unknown key; known here: {}", self.known.join(", "))
+    }
 }
+
+/// Where a block knows more keys than these, they are not listed.
+const MOST_LISTED: usize = 12;
 
 /// The one of `known` that `written` was probably meant to be.
 pub(crate) fn nearest<'k>(written: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {

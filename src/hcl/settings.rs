@@ -22,6 +22,7 @@ use super::{duration::show_duration, tree::quoted};
 /// What the method gives becomes the field by [`From`]. The struct gets
 ///
 /// * [`Default`], and documentation that names key and default;
+/// * `KEYS`, their full names;
 /// * `read(&mut Section)`, which reports what is wrong and then takes the default;
 /// * `compare(&self, next, &mut KeyChanges)`.
 ///
@@ -54,6 +55,9 @@ macro_rules! settings {
         }
 
         impl $name {
+            /// The full names of the keys.
+            pub(crate) const KEYS: &'static [&'static str] = &[$(concat!($block, ".", $key)),*];
+
             /// Reads the keys; each that is not set or wrong has its default.
             pub(crate) fn read(section: &mut $crate::hcl::section::Section<'_>) -> Self {
                 #[cfg(test)]
@@ -118,7 +122,7 @@ pub struct RestartOnly {
 impl fmt::Display for RestartOnly {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { key, old, new } = self;
-        write!(f, "{key}: is {old} and cannot become {new} by a reload: restart to change it")
+        write!(f, "{key}: cannot be changed from {old} to {new} by a reload: restart the agent")
     }
 }
 

@@ -23,7 +23,7 @@ use super::{
     TrustDomain,
     json::{self, Quoted},
     jwk::{Jwk, text},
-    pem::{BYTE_ORDER_MARK, LostBlock, check_blocks, is_wide},
+    pem::{BYTE_ORDER_MARK, LostBlock, WideText, check_blocks},
 };
 
 /// The longest bundle that is parsed, in bytes.
@@ -60,9 +60,9 @@ pub enum BundleError {
     /// Not JSON, or JSON that names a member of an object twice.
     #[error("bundle is not valid JSON: {0}")]
     Json(serde_json::Error),
-    /// JSON of two bytes a character.
-    #[error("bundle is UTF-16, and JSON is read as UTF-8: save it as UTF-8 without a byte order mark")]
-    Wide,
+    /// JSON of two bytes a character, or four.
+    #[error("bundle is {0}, and JSON is read as UTF-8: save it as UTF-8 without a byte order mark")]
+    Wide(WideText),
     /// JSON as some editors save it.
     #[error("a byte order mark stands before the bundle: save it without one")]
     Marked,
@@ -202,8 +202,8 @@ impl Bundle {
     /// silently is found when a neighbour is not trusted.
     pub fn parse_spiffe(trust_domain: &TrustDomain, json: &[u8]) -> Result<Self, BundleError> {
         check_len(json)?;
-        if is_wide(json) {
-            return Err(BundleError::Wide);
+        if let Some(wide) = WideText::of(json) {
+            return Err(BundleError::Wide(wide));
         }
         if json.starts_with(BYTE_ORDER_MARK) {
             return Err(BundleError::Marked);
@@ -671,7 +671,7 @@ mod tests {
     fn a_json_text_of_an_editor_that_saves_otherwise_is_named_as_that() {
         let wide: Vec<u8> = "{\"keys\": []}".encode_utf16().flat_map(u16::to_le_bytes).collect();
         for text in [[&[0xff, 0xfe], &*wide].concat(), wide] {
-            assert!(matches!(Bundle::parse_spiffe(&td(), &text), Err(BundleError::Wide)));
+            assert!(matches!(Bundle::parse_spiffe(&td(), &text), Err(BundleError::Wide(WideText::Utf16))));
         }
         let marked = Bundle::parse_spiffe(&td(), "\u{feff}{\"keys\": []}".as_bytes());
         assert!(matches!(marked, Err(BundleError::Marked)));

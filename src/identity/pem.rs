@@ -25,24 +25,61 @@ pub enum LostBlock {
     /// As some editors save a file.
     #[error("a byte order mark stands before -----BEGIN: save it without one")]
     Marked,
-    /// Two bytes stand for each character.
-    #[error("it is UTF-16, and PEM is read as ASCII: save it as UTF-8 without a byte order mark")]
-    Wide,
+    /// Two bytes or four stand for each character.
+    #[error("it is {0}, and PEM is read as ASCII: save it as UTF-8 without a byte order mark")]
+    Wide(WideText),
+    /// What a PEM block holds, without its base64.
+    #[error("it is DER, and must be PEM: openssl {} -inform der -in FILE -out FILE.pem", if *is_key { "pkey" } else { "x509" })]
+    Der { is_key: bool },
 }
 
-/// Whether `text` is UTF-16: it begins with a byte order mark, or has a NUL beside its first character.
-pub(super) fn is_wide(text: &[u8]) -> bool {
-    match text {
-        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => true,
-        [first, second, ..] => (*first == 0) != (*second == 0),
-        _ => false,
+/// A text of more than one byte a character.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WideText {
+    #[error("UTF-16")]
+    Utf16,
+    #[error("UTF-32")]
+    Utf32,
+}
+
+impl WideText {
+    /// What `text` is, by its byte order mark or the NULs beside its first character.
+    #[must_use]
+    pub fn of(text: &[u8]) -> Option<Self> {
+        match text {
+            [0xff, 0xfe, 0, 0, ..]
+            | [0, 0, 0xfe, 0xff, ..]
+            | [1..=u8::MAX, 0, 0, 0, ..]
+            | [0, 0, 0, 1..=u8::MAX, ..] => Some(Self::Utf32),
+            [0xff, 0xfe, ..] | [0xfe, 0xff, ..] | [1..=u8::MAX, 0, ..] | [0, 1..=u8::MAX, ..] => {
+                Some(Self::Utf16)
+            }
+            _ => None,
+        }
     }
+}
+
+/// Whether `text` is a whole DER sequence that begins with another, or with a number: a certificate, or a private key.
+fn is_der(text: &[u8]) -> bool {
+    const SEQUENCE: u8 = 0x30;
+    const INTEGER: u8 = 2;
+    let ([SEQUENCE, 0x81, _, first, ..]
+    | [SEQUENCE, 0x82, _, _, first, ..]
+    | [SEQUENCE, 1..=0x7f, first, ..]) = text
+    else {
+        return false;
+    };
+    matches!(*first, SEQUENCE | INTEGER)
 }
 
 /// Why no key can be read from `text`, where that is known.
 pub fn unread_key(text: &[u8]) -> Option<LostBlock> {
-    // One that stands in no block is said to be a certificate.
-    check_blocks(text).err().filter(|lost| !matches!(lost, LostBlock::Bare(_)))
+    match check_blocks(text).err()? {
+        // Said of a certificate.
+        LostBlock::Bare(_) => None,
+        LostBlock::Der { .. } => Some(LostBlock::Der { is_key: true }),
+        lost => Some(lost),
+    }
 }
 
 /// The first block that would be lost.
@@ -50,8 +87,11 @@ pub fn unread_key(text: &[u8]) -> Option<LostBlock> {
 /// # Errors
 /// [`LostBlock`].
 pub fn check_blocks(text: &[u8]) -> Result<(), LostBlock> {
-    if is_wide(text) {
-        return Err(LostBlock::Wide);
+    if let Some(wide) = WideText::of(text) {
+        return Err(LostBlock::Wide(wide));
+    }
+    if is_der(text) {
+        return Err(LostBlock::Der { is_key: false });
     }
     if text.strip_prefix(BYTE_ORDER_MARK).is_some_and(|text| text.starts_with(BEGIN)) {
         return Err(LostBlock::Marked);
@@ -107,8 +147,26 @@ mod tests {
             ("with a mark", [&[0xff, 0xfe], &*wide].concat()),
             ("big", wide.chunks(2).flat_map(|two| [two[1], two[0]]).collect()),
         ] {
-            assert_eq!(check_blocks(&text), Err(LostBlock::Wide), "{case}");
-            assert_eq!(unread_key(&text), Some(LostBlock::Wide), "{case}");
+            assert_eq!(check_blocks(&text), Err(LostBlock::Wide(WideText::Utf16)), "{case}");
+            assert_eq!(unread_key(&text), Some(LostBlock::Wide(WideText::Utf16)), "{case}");
+        }
+        let wide: Vec<u8> = "-----BEGIN X-----\n".chars().flat_map(|c| u32::from(c).to_le_bytes()).collect();
+        for (case, text) in [
+            ("little", wide.clone()),
+            ("with a mark", [&[0xff, 0xfe, 0, 0], &*wide].concat()),
+            ("big", wide.chunks(4).flat_map(|four| four.iter().rev().copied()).collect()),
+        ] {
+            assert_eq!(check_blocks(&text), Err(LostBlock::Wide(WideText::Utf32)), "{case}");
+        }
+        for (case, text, is_der) in [
+            ("a certificate", [&[0x30, 0x82, 1, 0x80, 0x30, 0x82, 1, 0x26][..], &[0xa0; 40]].concat(), true),
+            ("a key", [&[0x30, 0x77, 2, 1, 1, 4, 0x20][..], &[7; 40]].concat(), true),
+            ("a longer key", [&[0x30, 0x81, 0x87, 2, 1, 0][..], &[7; 40]].concat(), true),
+            ("a number in a text", b"0 certificates\n".to_vec(), false),
+        ] {
+            let want = |is_key| is_der.then_some(LostBlock::Der { is_key });
+            assert_eq!(check_blocks(&text).err(), want(false), "{case}");
+            assert_eq!(unread_key(&text), want(true), "{case}");
         }
     }
 }

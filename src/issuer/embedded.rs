@@ -289,7 +289,7 @@ impl Issuer for EmbeddedIssuer {
 fn say(failing: &mut bool, fault: Option<&IssuerError>) {
     match (fault, std::mem::replace(failing, fault.is_some())) {
         (Some(error), false) => {
-            tracing::error!(error = chain(error), "the issuer cannot rotate its keys; it is tried again");
+            tracing::error!(error = chain(error), "the issuer cannot rotate its keys; trying again");
         }
         (None, true) => tracing::info!("the issuer rotates its keys again"),
         (Some(_), true) | (None, false) => {}

@@ -143,8 +143,8 @@ impl Refusal {
             (Reason::Blocked, Stage::Identity, _) => "its SPIFFE ID is blocked",
             (Reason::Blocked, ..) => "the caller is blocked",
             (Reason::Memory, ..) => "the caller holds its share of memory",
-            (Reason::InFlight, Stage::Node, _) => "as many callers are being attested as may be",
-            (Reason::InFlight, ..) => "as many of the caller's calls are being attested as may be",
+            (Reason::InFlight, Stage::Node, _) => "too many callers are being attested",
+            (Reason::InFlight, ..) => "too many calls of the caller are being attested",
             (_, Stage::Node, _) => "all callers of the node together have no tokens left",
             (_, Stage::Identity, ChargedAs::Shared) => {
                 "the SPIFFE IDs that share its bucket have no tokens left"
@@ -152,7 +152,7 @@ impl Refusal {
             (_, Stage::Identity, _) => "its SPIFFE ID has no tokens left for all its callers",
             (_, _, ChargedAs::Pod) => "the caller's pod has no tokens left",
             (_, _, ChargedAs::Shared) => "the callers that share its bucket have no tokens left",
-            (_, _, ChargedAs::Overflow) => "the callers that have no bucket each have no tokens left",
+            (_, _, ChargedAs::Overflow) => "the callers without a bucket of their own have no tokens left",
             (_, _, ChargedAs::Uid | ChargedAs::SpiffeId | ChargedAs::Node) => {
                 "the caller's user has no tokens left"
             }

@@ -61,7 +61,8 @@ impl Drop for Interrupts {
 
 fn timespec(time: Duration) -> libc::timespec {
     libc::timespec {
-        tv_sec: libc::time_t::try_from(time.as_secs()).unwrap_or(libc::time_t::MAX),
+        // Its type is another for each C library.
+        tv_sec: time.as_secs().try_into().unwrap_or_else(|_too_long| i32::MAX.into()),
         tv_nsec: time.subsec_nanos().into(),
     }
 }

@@ -39,7 +39,7 @@ pub enum SystemdError {
         threads: usize,
     },
     /// LISTEN_FDS and the like do not hold what they should.
-    #[error("the sockets passed by the service manager cannot be understood")]
+    #[error("cannot parse the sockets passed by the service manager")]
     Environment(#[source] io::Error),
     /// One socket is served.
     #[error("the service manager passed {} sockets ({}), but one Unix socket can be served: \
@@ -169,7 +169,7 @@ impl ServiceManager {
             sent => Some(sent),
         });
         if let Err(error) = sent.unwrap_or_else(|| Err(io::ErrorKind::Interrupted.into())) {
-            tracing::warn!(%error, message = message.join(" "), "the service manager does not take a message");
+            tracing::warn!(%error, message = message.join(" "), "cannot send a message to the service manager");
         }
     }
 }

@@ -191,8 +191,6 @@ impl Connection {
                     course.told(notice, Instant::now())
                 }
                 () = peer.exited(), if watched => return ConnectionEnd::PeerExited,
-                // Effective ids alone: the next call would be refused as this one was.
-                () = so(|| peer.has_changed()), if !course.is_ending() => course.outdated(Instant::now()),
                 () = so(|| ending.another_writer()), if !course.is_unheard() => course.unheard(Instant::now()),
                 () = so(|| ending.read_short()), if !course.reads_again() => {
                     if course.read_short(Instant::now()) {

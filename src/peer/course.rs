@@ -200,12 +200,6 @@ impl Course {
         Verdict::SendAway
     }
 
-    /// Its process is not whom it connected as: it is told to end, and soon cut if it has no request then.
-    pub(super) fn outdated(&mut self, now: Instant) -> Verdict {
-        self.farewell = Farewell::Said { why: ConnectionEnd::AnotherWriter, cut_at: now + FAREWELL };
-        Verdict::SayFarewell
-    }
-
     /// Somebody else has written on it: its client was told so, and what it was asked before is answered for as long
     /// as a farewell takes.
     pub(super) fn unheard(&mut self, now: Instant) -> Verdict {
@@ -216,11 +210,6 @@ impl Course {
     /// Whether it is not heard any more.
     pub(super) fn is_unheard(&self) -> bool {
         matches!(self.farewell, Farewell::Unheard { .. })
-    }
-
-    /// Whether it was told to end.
-    pub(super) fn is_ending(&self) -> bool {
-        self.why().is_some()
     }
 
     /// Whether it was told that the agent drains.

@@ -14,7 +14,7 @@ use super::{
     drain::note_panic,
     end::{ConnectionEnd, Phase},
     lingering::{Kept, Lingering, RoomWaiter, WAIT},
-    reply::Replies,
+    reply::{Replies, dismiss},
     service::ConnectionService,
     stats::{ConnectionStats, OpenConnection},
     trim::HeapTrim,
@@ -30,6 +30,8 @@ pub(super) const RUN: usize = 64;
 
 /// The family that the listener itself is closed for: no user's.
 const AGENT: u64 = u64::MAX - 1;
+/// The family of those who cannot be identified.
+const UNIDENTIFIED: u64 = u64::MAX - 2;
 
 /// How long nobody is accepted, for what waits to be closed, before the log has it.
 const TOLD_AFTER: Duration = Duration::from_secs(1);
@@ -76,7 +78,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
                     tracing::warn!(
                         family,
                         left_out,
-                        "nobody is accepted: what callers passed in takes too long to close (before Linux 6.16 nothing \
+                        "no connection is accepted: the descriptors that callers passed in take too long to close (before Linux 6.16 nothing \
                          bars it); end the processes of the user who holds it up"
                     );
                 });
@@ -152,7 +154,10 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
     fn take(&mut self, stream: StdStream, now: Instant) -> Result<(), NotTaken> {
         self.stats.count_accepted();
         let mut stream = Accepted::new(stream, &self.closing)?;
-        let arrival = Arrival::at(&stream, &*self.keys)?;
+        let arrival = match Arrival::at(&stream, &*self.keys) {
+            Ok(arrival) => arrival,
+            Err(error) => return Err(self.not_identified(stream, error, now)),
+        };
         stream.belongs_to(|| self.gate.family(&arrival));
         self.decide(stream, None, RoomWaiter { arrival, until: now + WAIT, asked: false }, now)
     }
@@ -178,7 +183,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
             return Ok(());
         }
         let why = match decided {
-            Ok(permit) => return self.let_in(waits.arrival, stream, permit),
+            Ok(permit) => return self.let_in(waits.arrival, stream, permit, now),
             Err(why) => why,
         };
         let family = family.unwrap_or_else(|| self.gate.family(&waits.arrival));
@@ -204,12 +209,31 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         }
     }
 
+    /// Tells one that cannot be identified, where nobody can: else it looks like one that a limit refuses.
+    fn not_identified(
+        &mut self,
+        stream: Accepted<StdStream>,
+        error: CredentialsError,
+        now: Instant,
+    ) -> NotTaken {
+        if !stream.is_deserted()
+            && let Some(headers) = self.gate.answer(ConnectionRefusal::Unidentified)
+        {
+            if self.replies.may(UNIDENTIFIED, now) {
+                self.replies.begin(stream, &headers, UNIDENTIFIED, now);
+            } else {
+                dismiss(&stream);
+            }
+        }
+        NotTaken::Unidentified(error)
+    }
+
     /// Keeps one for a moment. Whose place it takes is asked for once more, and then closed.
     fn keep(&mut self, one: Kept, now: Instant) {
         for Kept { stream, waits, .. } in self.lingering.keep(one, now, &self.in_force.bounds) {
             let Some(RoomWaiter { arrival, .. }) = waits else { continue };
             let taken = match self.gate.admit_connection(&arrival) {
-                Ok(permit) => self.let_in(arrival, stream, permit),
+                Ok(permit) => self.let_in(arrival, stream, permit, now),
                 Err(why) => Err(NotTaken::Refused(why)),
             };
             self.pauses_for(taken);
@@ -221,10 +245,14 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         arrival: Arrival,
         stream: Accepted<StdStream>,
         permit: G::Permit,
+        now: Instant,
     ) -> Result<(), NotTaken> {
         let by_user = self.gate.goes_by_user();
-        let peer = if by_user { arrival.let_in_by_user(&stream) } else { arrival.let_in(&stream)? };
-        let peer = Arc::new(peer);
+        let peer = if by_user { Ok(arrival.let_in_by_user(&stream)) } else { arrival.let_in(&stream) };
+        let peer = match peer {
+            Ok(peer) => Arc::new(peer),
+            Err(error) => return Err(self.not_identified(stream, error, now)),
+        };
         let holding = G::holding(&permit);
         peer.holds(&holding);
         // Only now does the runtime hear of it.
@@ -267,7 +295,7 @@ enum NotTaken {
     Accept(#[from] io::Error),
     /// The kernel did not say who is there.
     #[error(transparent)]
-    Unidentified(#[from] CredentialsError),
+    Unidentified(CredentialsError),
     /// The gate refused it.
     #[error("refused: {}", .0.text())]
     Refused(ConnectionRefusal),

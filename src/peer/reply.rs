@@ -10,11 +10,15 @@ use std::{
     collections::VecDeque,
     io,
     mem::MaybeUninit,
-    os::{fd::AsFd as _, unix::net::UnixStream as StdStream},
+    os::{
+        fd::{AsFd as _, AsRawFd as _},
+        unix::net::UnixStream as StdStream,
+    },
     time::Duration,
 };
 
 use http::HeaderMap;
+use nix::sys::socket::{MsgFlags, send};
 use tokio::{
     io::{AsyncWriteExt as _, Interest, ReadBuf},
     net::UnixStream,
@@ -46,6 +50,8 @@ const HEAD: usize = 9;
 const HEADERS: u8 = 1;
 const SETTINGS: u8 = 4;
 const GOAWAY: u8 = 7;
+/// The code of a GOAWAY that gRPC clients report as `UNAVAILABLE`.
+const REFUSED_STREAM: u32 = 7;
 /// END_STREAM and END_HEADERS.
 const WHOLE: u8 = 0x5;
 const ACK: u8 = 0x1;
@@ -86,6 +92,14 @@ impl Replies {
             let _answered_or_gone = timeout(WITHIN, reply(stream, block)).await;
         });
     }
+}
+
+/// Tells one that none of its calls is heard, without waiting for any, before it is closed.
+pub(super) fn dismiss(stream: &Accepted<StdStream>) {
+    let word = [&EVERY_STREAM.to_be_bytes()[..], &REFUSED_STREAM.to_be_bytes()].concat();
+    let word = [frame(SETTINGS, 0, 0, &[]), frame(GOAWAY, 0, 0, &word)].concat();
+    // It has just come, and has room for that.
+    let _told = send(stream.as_fd().as_raw_fd(), &word, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
 }
 
 async fn reply(mut stream: Accepted<UnixStream>, block: Vec<u8>) -> io::Result<()> {

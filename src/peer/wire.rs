@@ -1,7 +1,8 @@
 //! The stream of a connection as HTTP/2 reads it: what arrives is of one writer, and passes a [`Filter`].
 //!
 //! Bytes of another process, or of the same under another user, never reach HTTP/2. From then on nothing is read, and
-//! the client is told by a GOAWAY which of its calls were heard; those are answered. What comes with a descriptor
+//! the client is told by a GOAWAY which of its calls were heard; those are answered. An effective user alone does not show in
+//! the bytes: that it is another is found by the call that comes then. What comes with a descriptor
 //! ends the connection at once.
 
 use std::{
@@ -78,7 +79,7 @@ impl Ending {
         self.descriptors.load(Relaxed)
     }
 
-    /// Somebody else has written.
+    /// Somebody else has written, or who writes is somebody else by now.
     pub(super) fn another_writer(&self) -> bool {
         self.another_writer.load(Relaxed)
     }
@@ -199,6 +200,15 @@ impl<P: Send + 'static> Wire<P> {
         drop(self.poll_last_word(cx));
     }
 
+    /// Reads nothing more once its process was seen as another user or group. Its newest call, which is refused for that, is
+    /// said not to have been heard, so that its client makes it again on another connection by itself.
+    fn leave_changed(&mut self) {
+        if self.writer.has_changed() && !self.ending.another_writer.swap(true, Relaxed) {
+            // The streams of a client have odd numbers.
+            self.last_word.say(self.filter.last_whole().saturating_sub(2));
+        }
+    }
+
     /// Writes what is to be said, if this is the place for it. Ready with how many bytes of HTTP/2 may follow.
     fn poll_last_word(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         loop {
@@ -216,6 +226,7 @@ impl<P: Send + 'static> Wire<P> {
 impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        this.leave_changed();
         if this.ending.another_writer.load(Relaxed) {
             drop(this.poll_last_word(cx));
             return Poll::Pending;
@@ -281,6 +292,8 @@ impl<P: Send + Unpin + 'static> AsyncWrite for Wire<P> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        // Before a refusal for that is written.
+        this.leave_changed();
         let most = ready!(this.poll_last_word(cx))?;
         let first = bufs.iter().find(|buf| !buf.is_empty()).and_then(|buf| buf.get(..most.min(buf.len())));
         let first = [io::IoSlice::new(first.unwrap_or_default())];

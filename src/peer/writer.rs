@@ -28,6 +28,11 @@ impl SoleWriter {
         Self { peer, first: None }
     }
 
+    /// Whether its process was seen as another user or group than it connected as.
+    pub(super) fn has_changed(&self) -> bool {
+        self.peer.has_changed()
+    }
+
     /// Whether it wrote these bytes, as the user and group it was from the first byte on.
     pub(super) fn wrote(&mut self, by: Option<WrittenBy>) -> bool {
         let Some(WrittenBy { pid, uid, gid }) = by else { return false };

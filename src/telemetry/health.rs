@@ -34,8 +34,10 @@ pub struct HealthState(Mutex<Vitals>);
 struct Vitals {
     probe: Probe,
     pulse: Pulse,
-    /// No caller, or none but of the agent's own user, can be told from another.
+    /// No caller, or none but of the agent's own user, can be attested.
     blind: bool,
+    /// No caller is let in: none can be told from the next one that has its PID.
+    unidentified: bool,
     /// Nobody finds the socket.
     lost: Lost,
     /// The process that serves in the place of this one.
@@ -69,9 +71,20 @@ impl HealthState {
         self.lock().pulse = pulse;
     }
 
-    /// Tells that no caller, or none but of the agent's own user, can be told from another. That stays so.
-    pub fn cannot_tell_callers(&self) {
+    /// Tells that no caller, or none but of the agent's own user, can be attested. That stays so.
+    pub fn cannot_attest(&self) {
         self.lock().blind = true;
+    }
+
+    /// Tells whether callers can be identified: those who cannot are not let in.
+    pub fn identifies(&self, identifies: bool) {
+        self.lock().unidentified = !identifies;
+    }
+
+    /// Whether no caller can be identified.
+    #[must_use]
+    pub fn identifies_nobody(&self) -> bool {
+        self.lock().unidentified
     }
 
     /// Tells that another agent, process `pid`, serves in the place of this one: it is well, and never ready again.
@@ -106,14 +119,14 @@ impl HealthState {
     /// Whether workloads may be sent here.
     #[must_use]
     pub fn ready(&self) -> bool {
-        let Vitals { probe, pulse, blind, lost, successor } = *self.lock();
+        let Vitals { probe, pulse, blind, unidentified, lost, successor } = *self.lock();
         let serves = probe == Probe::Healthy && pulse == Pulse::Beats && successor.is_none();
-        serves && !blind && lost == Lost::No
+        serves && !blind && !unidentified && lost == Lost::No
     }
 
     /// spire-agent's bodies, so that whoever parses them need not change (`pkg/common/health`).
     pub(super) fn body(&self) -> String {
-        let Vitals { probe, pulse, blind, lost, successor } = *self.lock();
+        let Vitals { probe, pulse, blind, unidentified, lost, successor } = *self.lock();
         if let Some(pid) = successor {
             return format!("{{\"agent\":{{\"make_new_x509_err\":\"handed over to PID {pid}\"}}}}\n");
         }
@@ -121,7 +134,7 @@ impl HealthState {
             (Probe::Healthy, Pulse::Beats) if lost != Lost::No => {
                 "{\"agent\":{\"make_new_x509_err\":\"the socket of the workload api is gone: see the log\"}}\n"
             }
-            (Probe::Healthy, Pulse::Beats) if blind => {
+            (Probe::Healthy, Pulse::Beats) if blind || unidentified => {
                 "{\"agent\":{\"make_new_x509_err\":\"callers cannot be told apart on this node: see the log\"}}\n"
             }
             (Probe::Starting, Pulse::Beats) => "{\"agent\":null}\n",

@@ -299,7 +299,7 @@ impl Queue {
         state.reported = state.lost;
         drop(state);
         if lost > 0 {
-            tracing::warn!(lost, "audit: lines were lost, which could not be written to their place");
+            tracing::warn!(lost, "audit: lines were lost, since they could not be written");
         }
     }
 

@@ -4,7 +4,7 @@
 # "forget" it is to forget those it has, so that the next line tells of new ones.
 
 # Seconds for which no agent is there.
-OUTAGE=${OUTAGE:-5}
+OUTAGE=${OUTAGE:-30}
 
 own=myservice,myservice2
 

@@ -146,7 +146,8 @@ fn what_needs_a_restart_is_told_by_the_command() {
     let line = text.lines().position(|line| line.contains("log_format")).unwrap() + 1;
     let (code, _, err) = said(&agent.reload(&[]));
     assert_eq!(code, Some(1));
-    let want = format!("agent.conf:{line}:3: agent.log_format: is text and cannot become json by a reload");
+    let want =
+        format!("agent.conf:{line}:3: agent.log_format: cannot be changed from text to json by a reload");
     assert!(err.contains(&want), "{want} in {err}");
 }
 

@@ -433,6 +433,16 @@ fn mistakes_in_agent_say_what_would_be_right() {
             "entries_dir = \"none\"",
             "2:1: agent.entries_dir \"/base/none\": there is no such directory",
         ),
+        (
+            "key of another block",
+            "sync_interval = \"5s\"",
+            "2:1: agent.sync_interval: unknown key here: did you mean agent.experimental.sync_interval?",
+        ),
+        (
+            "key of none",
+            "foo_bar = 1",
+            "2:1: agent.foo_bar: unknown key; conf/agent.conf has all that are known (man agent.conf)",
+        ),
         ("syntax", "log_level =", "3:1: expected a value, found \"}\""),
     ] {
         assert_eq!(parse(&with_agent(inner)).err(), Some(format!("agent.conf:{want}")), "{case}");
@@ -562,7 +572,7 @@ fn mistakes_elsewhere_say_what_would_be_right() {
         (
             "federation",
             "federation \"Other\" { bundle_path = \"x\" }",
-            "3:12: federation \"Other\": trust domain characters are limited to lowercase letters, numbers, dots, dashes, and underscores; right is, say, federation \"spiffe://other.example\" { .. }\n\
+            "3:12: federation \"Other\": trust domain characters are limited to lowercase letters, numbers, dots, dashes, and underscores; for example: federation \"spiffe://other.example\" { .. }\n\
              agent.conf:3:22: federation \"Other\".bundle_path \"x\": cannot read /base/x: entity not found",
         ),
         (
@@ -603,13 +613,13 @@ fn mistakes_in_entries_say_what_would_be_right() {
             "no id",
             "web",
             "",
-            "1:7: entry \"web\": scheme is missing or invalid; right is, say, \"spiffe://example.org/web\"",
+            "1:7: entry \"web\": scheme is missing or invalid; for example: \"spiffe://example.org/web\"",
         ),
         (
             "no path",
             "spiffe://example.org",
             "",
-            "1:7: entry \"spiffe://example.org\": path cannot be empty for a workload; right is, say, \"spiffe://example.org/web\"",
+            "1:7: entry \"spiffe://example.org\": path cannot be empty for a workload; for example: \"spiffe://example.org/web\"",
         ),
         (
             "foreign",
@@ -708,7 +718,7 @@ fn mistakes_in_entries_say_what_would_be_right() {
             "federated path",
             "",
             "federates_with = [\"spiffe://o/x\"]",
-            "2:19: E.federates_with \"spiffe://o/x\": a trust domain has no path; right is, say, spiffe://other.example",
+            "2:19: E.federates_with \"spiffe://o/x\": a trust domain has no path; for example: spiffe://other.example",
         ),
     ] {
         let id = if id.is_empty() { "spiffe://example.org/web" } else { id };
@@ -748,7 +758,7 @@ fn selectors_that_nobody_attests_are_refused() {
         (
             "\"unix:path:/x\"",
             Some(
-                "\"unix:path:/x\": unix:path is only found out with discover_workload_path = true in plugins.WorkloadAttestor \"unix\".plugin_data",
+                "\"unix:path:/x\": unix:path needs discover_workload_path = true in plugins.WorkloadAttestor \"unix\".plugin_data",
             ),
         ),
     ] {
@@ -827,13 +837,13 @@ fn what_must_be_there_is_asked_for() {
         (
             "a trust domain that is none",
             "agent { trust_domain = \"Example.org\" }\nissuer \"embedded\" { }\nentry \"spiffe://x/y\" { }",
-            "1:9: agent.trust_domain \"Example.org\": trust domain characters are limited to lowercase letters, numbers, dots, dashes, and underscores; right is, say, example.org\n\
+            "1:9: agent.trust_domain \"Example.org\": trust domain characters are limited to lowercase letters, numbers, dots, dashes, and underscores; for example: example.org\n\
              agent.conf:3:7: entry \"spiffe://x/y\".selectors: must be configured: selectors = [\"unix:uid:1000\"]".to_owned(),
         ),
         (
             "no trust domain but a workload",
             "agent { trust_domain = \"spiffe://example.org/web\" }\nissuer \"embedded\" { }",
-            "1:9: agent.trust_domain \"spiffe://example.org/web\": a trust domain has no path; right is, say, example.org".to_owned(),
+            "1:9: agent.trust_domain \"spiffe://example.org/web\": a trust domain has no path; for example: example.org".to_owned(),
         ),
     ] {
         assert_eq!(parse(text).err(), Some(format!("agent.conf:{want}")), "{case}");
@@ -924,49 +934,49 @@ fn a_reload_changes_what_it_can_and_refuses_the_rest() {
             "socket",
             "/tmp/durward/",
             "/tmp/",
-            "restart agent.socket_path: is \"/tmp/durward/api.sock\" and cannot become \"/tmp/api.sock\" by a reload: restart to change it",
+            "restart agent.socket_path: cannot be changed from \"/tmp/durward/api.sock\" to \"/tmp/api.sock\" by a reload: restart the agent",
         ),
         (
             "log format",
             "\"json\"",
             "\"text\"",
-            "restart agent.log_format: is json and cannot become text by a reload: restart to change it",
+            "restart agent.log_format: cannot be changed from json to text by a reload: restart the agent",
         ),
         (
             "ca_ttl",
             "\"48h\"",
             "\"49h\"",
-            "restart issuer \"embedded\".ca_ttl: is 48h and cannot become 49h by a reload: restart to change it",
+            "restart issuer \"embedded\".ca_ttl: cannot be changed from 48h to 49h by a reload: restart the agent",
         ),
         (
             "ca",
             "/ca.key",
             "/cb.key",
-            "restart issuer \"embedded\".ca_key_path: is \"/ca.key\" and cannot become \"/cb.key\" by a reload: restart to change it",
+            "restart issuer \"embedded\".ca_key_path: cannot be changed from \"/ca.key\" to \"/cb.key\" by a reload: restart the agent",
         ),
         (
             "key type",
             "EC-P384",
             "ec-p256",
-            "restart agent.workload_x509_svid_key_type: is ec-p384 and cannot become ec-p256 by a reload: restart to change it",
+            "restart agent.workload_x509_svid_key_type: cannot be changed from ec-p384 to ec-p256 by a reload: restart the agent",
         ),
         (
             "metrics",
             "\"9988\"",
             "\"9989\"",
-            "restart telemetry.Prometheus: is ::1:9988 and cannot become ::1:9989 by a reload: restart to change it",
+            "restart telemetry.Prometheus: cannot be changed from ::1:9988 to ::1:9989 by a reload: restart the agent",
         ),
         (
             "health off",
             "listener_enabled = true",
             "",
-            "restart health_checks: is on and cannot become off by a reload: restart to change it",
+            "restart health_checks: cannot be changed from on to off by a reload: restart the agent",
         ),
         (
             "health path",
             "\"/l\"",
             "\"/live\"",
-            "restart health_checks.live_path: is \"/l\" and cannot become \"/live\" by a reload: restart to change it",
+            "restart health_checks.live_path: cannot be changed from \"/l\" to \"/live\" by a reload: restart the agent",
         ),
         ("drain", "\"0s\"", "\"1s\"", "live agent.listener.drain_timeout"),
     ] {

@@ -12,6 +12,8 @@ use durward::{
     issuer::embedded::{EmbeddedCa, EmbeddedSettings, IssuerSettings},
 };
 
+use crate::support::make_library;
+
 /// When the first authority is made, and when the next is due.
 const START: Duration = Duration::from_secs(1_767_225_600);
 const DUE: Duration = Duration::from_secs(1_767_225_600 + 13 * 3600);
@@ -88,13 +90,7 @@ fn what_is_written_does_not_reach_the_disk() {
     let dir = tempfile::tempdir().unwrap();
     let (source, library) = (dir.path().join("broken.c"), dir.path().join("broken.so"));
     fs::write(&source, BROKEN).unwrap();
-    let built = Command::new("cc")
-        .args(["-shared", "-fPIC", "-O1", "-o"])
-        .args([&library, &source])
-        .arg("-ldl")
-        .status()
-        .expect("the C compiler that a build needs");
-    assert!(built.success());
+    make_library(&library, &source);
     let child = Command::new(std::env::current_exe().unwrap())
         .args(["disks::child_on_a_broken_disk", "--exact", "--nocapture"])
         .env("LD_PRELOAD", &library)

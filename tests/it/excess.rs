@@ -58,7 +58,11 @@ async fn bundles_are_kept_of_a_thousand_trust_domains() {
     let asked = server.course().federated.clone();
     let first: BTreeSet<String> = ["good.org".to_owned()].into_iter().chain(names(0)).collect();
     assert!(asked.len() == 1000 && asked.is_superset(&first), "{}", asked.len());
-    assert!(log(dir.path()).contains("more trust domains than bundles are kept of"), "{}", log(dir.path()));
+    assert!(
+        log(dir.path()).contains("more trust domains than the agent keeps bundles of"),
+        "{}",
+        log(dir.path())
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

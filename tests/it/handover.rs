@@ -449,7 +449,7 @@ async fn a_socket_that_is_gone_is_bound_anew() {
     until("the old one ends", dir, || old.has_ended());
     assert!(old.wait().success());
     assert_eq!(answered(dir), Called::Answered, "{}", log(dir));
-    assert!(log(dir).contains("the socket is bound anew"), "{}", log(dir));
+    assert!(log(dir).contains("binding the socket anew"), "{}", log(dir));
     assert!(!new.has_ended());
 }
 

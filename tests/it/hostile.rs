@@ -703,8 +703,7 @@ fn a_refused_health_check_is_no_dead_agent() {
         );
         agent.process.signal(Signal::SIGHUP);
         let began = Instant::now();
-        let said = "Agent is up, and refuses this user for now: see its limits, and in its log whether this node lets it tell \
-                    callers apart.\n";
+        let said = "Agent is up, and refuses this user for now: `durward limits` shows why.\n";
         let refused = (Some(0), said.to_owned());
         while check(&agent) != refused {
             assert!(began.elapsed() < PATIENCE, "{refusal}: {:?}", check(&agent));

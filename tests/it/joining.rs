@@ -305,7 +305,7 @@ async fn an_evicted_agent_ends_with_an_exit_status_of_its_own() {
     // One denial is no proof.
     server.course().denial = Some(NOT_ATTESTED);
     let log = || std::fs::read_to_string(dir.path().join("log")).unwrap();
-    until("asked once more", || log().contains("it is asked once more")).await;
+    until("asked once more", || log().contains("asking once more")).await;
     assert!(kept(dir.path()).contains("\"svid\":["), "nothing is deleted before it is certain");
     until("the end", || agent.has_ended()).await;
     assert_eq!(agent.wait().code(), Some(5), "{}", log());

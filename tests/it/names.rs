@@ -16,7 +16,7 @@ use nix::{
 use tempfile::TempDir;
 use tonic::Code;
 
-use crate::support::{Process, TRUST_DOMAIN, TestAgent, client, entry, request, write_config};
+use crate::support::{Process, TRUST_DOMAIN, TestAgent, client, entry, make_library, request, write_config};
 
 /// More than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -78,13 +78,7 @@ impl NamedAgent {
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let library = dir.path().join("accounts.so");
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/accounts.c");
-        let built = Command::new("cc")
-            .args(["-shared", "-fPIC", "-O1", "-o"])
-            .args([&library, &source])
-            .arg("-ldl")
-            .status()
-            .expect("the C compiler that a build needs");
-        assert!(built.success());
+        make_library(&library, &source);
         if hangs {
             fs::write(dir.path().join("hang"), "").unwrap();
         }
@@ -184,7 +178,7 @@ async fn nothing_that_a_caller_brings_is_looked_up() {
         return;
     }
     let member = named("/member", &format!("\"unix:uid:{MEMBER}\", \"unix:supplementary_gid:3913999\""));
-    let names = named("/other", "\"unix:user:newcomer\", \"unix:supplementary_group:nobodys\"");
+    let names = named("/other", "\"unix:user:durward-newcomer\", \"unix:supplementary_group:nobodys\"");
     let agent = NamedAgent::start(&[member, names].concat(), false).await;
     fs::set_permissions(agent.dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     for _ in 0..3 {
@@ -198,28 +192,28 @@ async fn nothing_that_a_caller_brings_is_looked_up() {
     }
     let calls = agent.calls();
     let wrong: Vec<_> =
-        calls.iter().filter(|it| !it.ends_with(" newcomer") && !it.ends_with(" nobodys")).collect();
+        calls.iter().filter(|it| !it.ends_with(" durward-newcomer") && !it.ends_with(" nobodys")).collect();
     // Whose subordinate UIDs are whose is asked by the configuration.
     let of_file = |it: &&&String| !it.starts_with("getpwnam_r ");
     assert_eq!(wrong.iter().filter(of_file).collect::<Vec<_>>(), [&&""; 0], "{calls:?}");
-    assert!(calls.iter().any(|it| it == "getpwnam_r newcomer"), "{calls:?}");
+    assert!(calls.iter().any(|it| it == "getpwnam_r durward-newcomer"), "{calls:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_name_that_is_added_reaches_open_streams() {
-    let blocks = [entry("/plain", ""), named("/named", "\"unix:user:newcomer\"")].concat();
+    let blocks = [entry("/plain", ""), named("/named", "\"unix:user:durward-newcomer\"")].concat();
     let agent = NamedAgent::start(&blocks, false).await;
     agent.says("entries ask for a user or group name that does not exist").await;
     let mut client = client(&agent.path("api.sock")).await;
     let mut stream = client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap().into_inner();
     assert_eq!(paths(stream.message().await.unwrap().unwrap()), ["/plain"]);
 
-    fs::write(agent.path("users"), format!("newcomer {}\n", geteuid())).unwrap();
+    fs::write(agent.path("users"), format!("durward-newcomer {}\n", geteuid())).unwrap();
     let next = tokio::time::timeout(PATIENCE, stream.message()).await.unwrap();
     assert_eq!(paths(next.unwrap().unwrap()), ["/named", "/plain"]);
     agent.says("the user database tells the number of this name").await;
     let log = fs::read_to_string(agent.path("log")).unwrap();
-    let lines = log.lines().filter(|line| line.contains("name=newcomer")).count();
+    let lines = log.lines().filter(|line| line.contains("name=durward-newcomer")).count();
     assert_eq!(lines, 2, "one when it begins, and one when it ends: {log}");
 }
 

@@ -356,20 +356,12 @@ fn mistakes_say_what_would_be_right() {
             "caller { rate = 1 per = \"day\" burst = 400 }",
             "43: ratelimit.caller.burst 400: takes 400 days to come back at this rate; it must be at most 366",
         ),
-        (
-            "no burst",
-            "caller { rate = 1 }",
-            "22: ratelimit.caller.rate: must have the other half of a bucket beside it: burst = 200",
-        ),
-        (
-            "no rate",
-            "caller { burst = 1 }",
-            "22: ratelimit.caller.burst: must have the other half of a bucket beside it: rate = 100",
-        ),
+        ("no burst", "caller { rate = 1 }", "22: ratelimit.caller.rate: must have burst = 200 beside it"),
+        ("no rate", "caller { burst = 1 }", "22: ratelimit.caller.burst: must have rate = 100 beside it"),
         (
             "unit alone",
             "caller { per = \"day\" }",
-            "22: ratelimit.caller.per: must have the other half of a bucket beside it: rate = 100",
+            "22: ratelimit.caller.per: must have rate = 100 beside it",
         ),
         (
             "two limits",
@@ -544,7 +536,7 @@ fn mistakes_say_what_would_be_right() {
         (
             "nothing holds",
             "caller { schedule \"s\" { start { hour = 1 } stop { hour = 2 } } }",
-            "31: ratelimit.caller.schedule \"s\": must say what holds in this window: rate with burst, or one of exempt, block, unlimited",
+            "31: ratelimit.caller.schedule \"s\": must say which limit holds in this window: rate with burst, or one of exempt, block, unlimited",
         ),
         (
             "overlap",
@@ -564,7 +556,7 @@ fn mistakes_say_what_would_be_right() {
         (
             "connections of the exempt",
             "gate { caller { connections = 9 exempt = true } }",
-            "29: ratelimit.gate.caller.connections 9: is not looked at beside exempt, block or unlimited: take one of them out",
+            "29: ratelimit.gate.caller.connections 9: has no effect beside exempt, block or unlimited: take one of them out",
         ),
         (
             "sharing at the gate",

@@ -109,6 +109,13 @@ pub(crate) fn request<T>(message: T) -> Request<T> {
     request
 }
 
+/// Makes a library of this source in C that stands in front of the C library's (`LD_PRELOAD`).
+pub(crate) fn make_library(library: &Path, source: &Path) {
+    let mut compiler = std::process::Command::new("cc");
+    compiler.args(["-shared", "-fPIC", "-O1", "-o"]).args([library, source]).arg("-ldl");
+    assert!(compiler.status().expect("the C compiler that a build needs").success());
+}
+
 /// The agent as a process of its own, killed when dropped.
 pub(crate) struct Process(std::process::Child);
 

@@ -185,7 +185,7 @@ async fn another_agents_bundle_of_this_trust_domain_is_believed_and_no_other() {
     let trust_domain = TrustDomain::parse("example.org").unwrap();
     let der = Bundle::parse_pem(&trust_domain, server.ca.pem.as_bytes()).unwrap().x509_der();
     for (id, want) in
-        [("spiffe://other.org", "it gives no bundle of example.org"), ("spiffe://example.org", "")]
+        [("spiffe://other.org", "it returns no bundle of example.org"), ("spiffe://example.org", "")]
     {
         let dir = directory();
         let socket = dir.path().join("other.sock");

@@ -318,6 +318,9 @@ pub struct StatusResponse {
     /// When the last reload failed, in seconds since 1970; 0 when it did not.
     #[prost(int64, tag = "24")]
     pub reload_failed: i64,
+    /// Lines of the log and of the audit that were lost since the start.
+    #[prost(uint64, tag = "25")]
+    pub log_lines_lost: u64,
 }
 /// Times are in seconds since 1970.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -117,7 +117,7 @@ impl<B: BodyParts> BoundedBody<B> {
 
     fn failed(&mut self, fault: BodyFault<B::Fault>) -> io::Error {
         self.fault = Some(fault);
-        io::Error::other("the body does not come to its end")
+        io::Error::other("the body ends early")
     }
 }
 

@@ -159,7 +159,7 @@ impl KubernetesClient {
             (Err(fault), None) => return Err(fault.into()),
             (Err(fault), Some((_, at))) => {
                 let error = chain(&fault);
-                tracing::warn!(error, "{} is asked with what was read before", self.place.service);
+                tracing::warn!(error, "{} is still asked with what was read before", self.place.service);
                 *at = now;
             }
         }

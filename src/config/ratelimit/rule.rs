@@ -136,7 +136,7 @@ pub(super) fn limit(s: &mut Section<'_>, free: &[(&'static str, Limit)]) -> Resu
     }
     let (Some(rate), Some(burst)) = (rate, burst) else {
         let missing = if rate.is_none() { "rate = 100" } else { "burst = 200" };
-        s.wrong(place, key, None, format!("must have the other half of a bucket beside it: {missing}"));
+        s.wrong(place, key, None, format!("must have {missing} beside it"));
         return Err(Reported);
     };
     let block = if free.len() > 1 { "block = true for none, " } else { "" };
@@ -269,7 +269,7 @@ fn schedule(s: &mut Section<'_>) -> Result<Schedule<Bound>, Reported> {
             _ => None,
         };
         if let Ok(None) = limit {
-            section.wrong_block(format_args!("must say what holds in this window: {A_LIMIT}"));
+            section.wrong_block(format_args!("must say which limit holds in this window: {A_LIMIT}"));
         }
         if let Some(window) = window {
             for (other, _, other_label, at) in &found {

@@ -155,7 +155,7 @@ fn parse(text: &[u8]) -> Result<KeyTable, &'static str> {
         key_pair(&key)?;
         Some((name, key))
     };
-    keys.into_iter().map(decoded).collect::<Option<_>>().ok_or("what should be a key is none")
+    keys.into_iter().map(decoded).collect::<Option<_>>().ok_or("it holds no key where one should be")
 }
 
 fn written(keys: &KeyTable) -> Zeroizing<Vec<u8>> {

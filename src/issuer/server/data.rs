@@ -252,7 +252,10 @@ fn certificates(list: Option<Vec<String>>) -> Result<Vec<Vec<u8>>, &'static str>
             && x509_parser::parse_x509_certificate(&block.contents).is_ok_and(|(rest, _)| rest.is_empty());
         is_one.then_some(block.contents)
     };
-    list.into_iter().map(certificate).collect::<Option<_>>().ok_or("what should be a certificate is none")
+    list.into_iter()
+        .map(certificate)
+        .collect::<Option<_>>()
+        .ok_or("it holds no certificate where one should be")
 }
 
 fn written(data: &AgentData) -> Vec<u8> {

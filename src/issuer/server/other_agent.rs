@@ -65,7 +65,7 @@ pub(super) async fn svid(socket: &Path) -> Result<TakenSvid, String> {
     let first = svids.next();
     // The others' keys are none of this agent's business.
     svids.for_each(|other| drop(Zeroizing::new(other.key)));
-    let SvidAnswer { chain, key } = first.ok_or("it gives no SVID")?;
+    let SvidAnswer { chain, key } = first.ok_or("it returns no SVID")?;
     Ok(TakenSvid { chain: apart(&chain), key: Zeroizing::new(key) })
 }
 
@@ -77,7 +77,7 @@ pub(super) async fn roots(socket: &Path, trust_domain: &TrustDomain) -> Result<V
     let answer: BundlesAnswer = ask(socket, "/SpiffeWorkloadAPI/FetchX509Bundles").await?;
     let of_domain = |id: &str| TrustDomain::parse(id).is_ok_and(|found| found == *trust_domain);
     let bundle = answer.bundles.into_iter().find(|(id, _)| of_domain(id));
-    let (_, der) = bundle.ok_or_else(|| format!("it gives no bundle of {trust_domain}"))?;
+    let (_, der) = bundle.ok_or_else(|| format!("it returns no bundle of {trust_domain}"))?;
     let bundle = Bundle::of_authorities(trust_domain, apart(&der), []).map_err(|error| error.to_string())?;
     Ok(bundle.x509_authorities)
 }

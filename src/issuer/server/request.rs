@@ -162,7 +162,7 @@ fn verify(chain: &[Vec<u8>], bundle: &Bundle, now: SystemTime) -> Result<(), Cha
             webpki::Error::CertExpired { .. } => "an authority in it has expired",
             webpki::Error::CertNotValidYet { .. } => "an authority in it is not valid yet",
             webpki::Error::CaUsedAsEndEntity => "it is a CA's",
-            _ => "it is not as a chain must be",
+            _ => "it is not a valid chain",
         })
     })
 }

@@ -107,7 +107,7 @@ impl ServerIssuer {
                 tracing::warn!(
                     count = all.len(),
                     most = MOST_FEDERATED,
-                    "the entries federate with more trust domains than bundles are kept of; those that come last have none"
+                    "the entries federate with more trust domains than the agent keeps bundles of; the last ones have no bundle"
                 );
                 all = all.into_iter().take(MOST_FEDERATED).collect();
             }
@@ -163,7 +163,7 @@ impl ServerIssuer {
                     }
                     if !synced.missing.contains(&trust_domain) {
                         let error = chain(&error);
-                        tracing::warn!(%trust_domain, error, "the bundle of a trust domain is of no use; the one that is known stays");
+                        tracing::warn!(%trust_domain, error, "the bundle of a trust domain is not usable; the one before stays in force");
                     }
                     missing.insert(trust_domain);
                 }
@@ -199,7 +199,7 @@ impl ServerIssuer {
         if let Some((own, tainted)) = trusted
             && let Err(error) = self.calls.trust(&own, &tainted).await
         {
-            tracing::error!(error = chain(&error), "the bundle cannot be kept for the next start");
+            tracing::error!(error = chain(&error), "cannot save the bundle for the next start");
         }
     }
 }

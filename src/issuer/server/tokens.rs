@@ -48,7 +48,7 @@ const COME_AGAIN: Duration = Duration::from_secs(1);
 
 /// There are too many calls to the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("this caller has as many calls to the server as it may")]
+#[error("this caller has too many calls to the server under way")]
 struct NoPlace;
 
 /// Has JWT-SVIDs signed.
@@ -147,9 +147,9 @@ fn accept(told: Jwtsvid, entry: &Entry, audience: &[String], now: SystemTime) ->
     let Jwtsvid { token, id, issued_at, expires_at, .. } = told;
     let token = Zeroizing::new(token);
     if token.len() > LONGEST_TOKEN {
-        return Err(CallFault::Svid("the jwt-svid is longer than any may be"));
+        return Err(CallFault::Svid("the jwt-svid is too long"));
     }
-    let claims = claims(&token).ok_or(CallFault::Svid("the jwt-svid is no token"))?;
+    let claims = claims(&token).ok_or(CallFault::Svid("the jwt-svid is not a token"))?;
     let of_entry = id.as_ref().and_then(spiffe_id_of).is_some_and(|id| id == entry.spiffe_id)
         && claims.sub == entry.spiffe_id.as_str();
     if !of_entry {
@@ -225,10 +225,10 @@ mod tests {
             (r#"{"sub":"spiffe://td/x","aud":"x","exp":999}"#, Err("expired")),
             (r#"{"sub":"spiffe://td/b","aud":"x","exp":1300}"#, Err("another spiffe id")),
             (r#"{"sub":"spiffe://td/x","aud":["x","z"],"exp":1300}"#, Err("another audience")),
-            (r#"{"sub":"spiffe://td/x","aud":"x"}"#, Err("no token")),
-            (r#"{"sub":"spiffe://td/x","exp":1300}"#, Err("no token")),
-            ("[]", Err("no token")),
-            (&padding, Err("longer than any")),
+            (r#"{"sub":"spiffe://td/x","aud":"x"}"#, Err("not a token")),
+            (r#"{"sub":"spiffe://td/x","exp":1300}"#, Err("not a token")),
+            ("[]", Err("not a token")),
+            (&padding, Err("too long")),
         ] {
             let told = Jwtsvid {
                 token: format!("e30.{}.c2ln", URL_SAFE_NO_PAD.encode(claims)),

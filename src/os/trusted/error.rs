@@ -46,7 +46,7 @@ pub enum PathError {
     #[error("{} leads through more than {MOST_LINKS} symbolic links", path.display())]
     TooManyLinks { path: PathBuf },
     /// Such as `/proc/1/root`, which leads elsewhere than it says.
-    #[error("{} is a link that the kernel makes: name the place that is meant", path.display())]
+    #[error("{} is a link of the kernel's own: name the target instead", path.display())]
     ProcLink { path: PathBuf },
     /// The system does not let us, or there is nothing.
     #[error("cannot open {}: {cause}", path.display())]

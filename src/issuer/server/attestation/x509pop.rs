@@ -111,7 +111,7 @@ impl PopAttestor {
         let of = |fault| format!("the Workload API at {}: {fault}", socket.display());
         let taken = other_agent::svid(socket).await.map_err(of)?;
         let der = PrivateKeyDer::try_from(taken.key.as_slice())
-            .map_err(|_unsaid| of("its key is none".to_owned()))?;
+            .map_err(|_unsaid| of("its key is not a private key".to_owned()))?;
         evidence(&taken.chain, &der).map_err(of)
     }
 }

@@ -60,7 +60,7 @@ pub(super) async fn over_tls(url: &str, slow: &SlowReads) -> Result<Vec<u8>, Str
             }
         }
     }
-    Err(format!("it sends to another place more than {MOST_REDIRECTS} times"))
+    Err(format!("it redirects more than {MOST_REDIRECTS} times"))
 }
 
 /// TLS by the certificates that the system trusts, where OpenSSL would look for them. Reads files.
@@ -70,7 +70,7 @@ fn system_roots() -> Result<Arc<ClientConfig>, String> {
     let (taken, _malformed) = roots.add_parsable_certificates(found.certs);
     if taken == 0 {
         let why = found.errors.first().map_or_else(|| "none were found".to_owned(), ToString::to_string);
-        return Err(format!("the system's certificate authorities cannot be had: {why}"));
+        return Err(format!("cannot read the system's certificate authorities: {why}"));
     }
     let builder = ClientConfig::builder_with_provider(Arc::new(default_provider()));
     let builder = builder.with_safe_default_protocol_versions().map_err(|error| error.to_string())?;

@@ -130,10 +130,10 @@ impl OwnSvid {
     async fn write_again(&self) {
         match self.keep(|_as_it_is| ()).await {
             Ok(()) => {
-                tracing::info!("the agent's SVID is kept for the next start");
+                tracing::info!("the agent's SVID is saved for the next start");
                 self.trouble(None);
             }
-            Err(error) => tracing::debug!(%error, "the agent's SVID is not kept yet for the next start"),
+            Err(error) => tracing::debug!(%error, "the agent's SVID is not saved yet for the next start"),
         }
     }
 
@@ -174,7 +174,7 @@ impl OwnSvid {
 
     /// Asks the server once more, over another connection: a denial that is taken back is none.
     async fn is_certain(&self, denial: Denial) -> bool {
-        tracing::warn!(%denial, "the server denies this agent; it is asked once more");
+        tracing::warn!(%denial, "the server denies this agent; asking once more");
         sleep(CONFIRM).await;
         self.upstream.hang_up();
         match self.ask_status().await {
@@ -219,7 +219,7 @@ impl OwnSvid {
 
     fn tell(&self, way: Way, error: &ServerError) {
         let why = error.to_string();
-        tracing::warn!(error = why, ?way, "the agent's SVID cannot be had; it is tried again");
+        tracing::warn!(error = why, ?way, "cannot get the agent's SVID; trying again");
         let current = self.current();
         if current.is_some() {
             self.trouble(Some(why));

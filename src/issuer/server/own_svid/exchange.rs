@@ -40,7 +40,7 @@ impl OwnSvid {
                 if !matches!(done, Ok(()) | Err(ServerError::Disk(_)))
                     && let Err(error) = self.keep(|_as_it_is| ()).await
                 {
-                    tracing::debug!(%error, "that it was tried is not kept");
+                    tracing::debug!(%error, "cannot save that it was tried");
                 }
                 done
             }
@@ -150,7 +150,7 @@ impl OwnSvid {
             self.show(&svid);
         }
         if let Err(error) = written {
-            tracing::error!(%error, "the agent's SVID is in use, and not kept for the next start; it is tried again");
+            tracing::error!(%error, "the agent's SVID is in use, and not saved for the next start; trying again");
             self.trouble(Some(error.to_string()));
         }
         Ok(())
@@ -186,11 +186,11 @@ impl OwnSvid {
     fn check(&self, call: &'static str, chain: &[Vec<u8>], key: &KeyPair) -> Result<(), ServerError> {
         let senseless = |fault: String| ServerError::Senseless { call, fault };
         if chain.len() > LONGEST_CHAIN || chain.iter().map(Vec::len).sum::<usize>() > LARGEST_CHAIN {
-            return Err(senseless("the chain is longer than any may be".to_owned()));
+            return Err(senseless("the chain is too long".to_owned()));
         }
         let svid = self.read(chain.to_vec(), false);
         let svid =
-            svid.ok_or_else(|| senseless("the SVID is none, names nobody, or has expired".to_owned()))?;
+            svid.ok_or_else(|| senseless("the SVID is not valid, names nobody, or has expired".to_owned()))?;
         let leaf = svid.chain.first().map(Vec::as_slice).unwrap_or_default();
         let of_key = x509_parser::parse_x509_certificate(leaf)
             .is_ok_and(|(_, leaf)| leaf.public_key().subject_public_key.data == key.public_key());
