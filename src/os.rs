@@ -17,6 +17,7 @@ pub mod namespace;
 pub mod outq;
 pub mod passing;
 pub mod pidfd;
+pub mod program;
 pub mod random;
 pub mod receive;
 pub mod run_delay;

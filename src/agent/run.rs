@@ -15,7 +15,7 @@ use tokio::{
     runtime::{Builder, Handle},
     sync::oneshot::{self, error::TryRecvError},
     task::JoinSet,
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use super::{
@@ -35,7 +35,7 @@ use super::{
 use crate::{
     config::Config,
     issuer::{self, Expelled},
-    os::{clock::Clock, systemd::ServiceManager},
+    os::{clock::Clock, program, systemd::ServiceManager},
     peer::Socket,
     telemetry::{chain, log::Log},
 };
@@ -47,6 +47,11 @@ const MOST_TURNED_AWAY: usize = 16 * 1024;
 const THREADS_END_WITHIN: Duration = Duration::from_millis(100);
 /// How long the last lines of the log are waited for.
 const LOG_ENDS_WITHIN: Duration = Duration::from_millis(300);
+
+/// How long after its start an agent has done what only a start does.
+const SETTLED_AFTER: Duration = Duration::from_secs(5);
+/// How often what was seldom needed of the program is let go of after that: what a reload takes, say.
+const AGAIN_AFTER: Duration = Duration::from_secs(3600);
 
 /// How long an agent that was told to end goes on leaving its place to the next one.
 const LEFT_WITHIN: Duration = Duration::from_secs(2);
@@ -210,6 +215,15 @@ impl Control<'_> {
         let (manager, health) = (Arc::clone(&self.manager), Arc::clone(agent.health()));
         watching.spawn(feel_pulse(Arc::clone(&health), self.serving.clone()));
         watching.spawn(async move { manager.watch(|| health.live()).await });
+        let errands = self.errands.clone();
+        watching.spawn(async move {
+            sleep(SETTLED_AFTER).await;
+            loop {
+                let let_go = errands.begin(program::let_go).await;
+                tracing::debug!(bytes = let_go.ok(), "what is seldom needed of the program is let go of");
+                sleep(AGAIN_AFTER).await;
+            }
+        });
 
         let manager = Arc::clone(&self.manager);
         let begins = Box::new(move || manager.reloading());
@@ -469,7 +483,7 @@ mod tests {
                     if ask(&socket).await.starts_with("HTTP/1.1 500") {
                         break;
                     }
-                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    sleep(Duration::from_millis(100)).await;
                 }
             };
             timeout(Duration::from_secs(60), asked).await.expect("/live says so");

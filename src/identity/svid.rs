@@ -1,6 +1,6 @@
 //! SVIDs: what a workload is handed. The private key is zeroised on drop and has no `Debug`.
 
-use std::{fmt, time::SystemTime};
+use std::{fmt, sync::Arc, time::SystemTime};
 
 use zeroize::Zeroizing;
 
@@ -47,8 +47,8 @@ impl Shown for KeyType {
 /// An X.509-SVID with its private key.
 pub struct X509Svid {
     pub spiffe_id: SpiffeId,
-    /// DER certificates: the leaf, then intermediates; never the root.
-    pub chain: Vec<Vec<u8>>,
+    /// DER certificates: the leaf, then intermediates, which many SVIDs share; never the root.
+    pub chain: Vec<Arc<[u8]>>,
     /// The private key, PKCS#8 DER.
     pub key: Zeroizing<Vec<u8>>,
     /// Start of validity (ten seconds before it was made).

@@ -33,11 +33,11 @@ impl Tainted {
     }
 
     /// Whether a certificate of this chain (DER, the leaf first) was signed by a tainted authority.
-    pub fn signed_x509(&self, chain: &[Vec<u8>]) -> bool {
+    pub fn signed_x509(&self, chain: &[impl AsRef<[u8]>]) -> bool {
         !self.x509.is_empty()
             && chain
                 .iter()
-                .filter_map(|der| key_identifier(der, Whose::Signer))
+                .filter_map(|der| key_identifier(der.as_ref(), Whose::Signer))
                 .any(|signer| self.x509.contains(&signer))
     }
 

@@ -186,13 +186,24 @@ impl rcgen::SigningKey for KeyPair {
     }
 }
 
-/// Has the library gather its first randomness, which takes some 25 ms of a processor, once for the process.
+/// Has the library gather its first randomness, once for the process.
 ///
 /// # Decisions
-/// The jitter of the processor stays one of its two sources, and is what takes so long; `AWS_LC_SYS_NO_JITTER_ENTROPY` at the
-/// build leaves the kernel's alone. That would be sound, since getrandom(2) waits until it is seeded. But a variable holds for
-/// builds in this folder and not for those of a distribution or of `cargo install`, and nothing tells the two apart; and the
-/// time is spent on no thread that serves, while the configuration is read, before there is a socket.
+/// AWS-LC would take its seeds from the jitter of the processor, and the first takes 25 ms of one: more than all the rest of a
+/// start. Builds of this folder leave that out (`AWS_LC_SYS_NO_JITTER_ENTROPY` in `.cargo/config.toml`). Each thread's generator is then
+/// seeded by getrandom(2), which waits until the kernel's generator is, with as many bytes of RDRAND or RNDR beside it where the
+/// processor has them; and again after 4,096 draws, and after a fork. That is sound: it is the kernel's word that Go's, and so
+/// spire-agent's, keys are made of; the jitter is among what the kernel's generator is seeded with; and who can foretell
+/// that generator has the kernel, and with it every key in this process.
+///
+/// Two things are lost. Without RDRAND there is no second source, for a kernel whose own is broken. And RDRAND would go into
+/// every draw, so that two copies of a virtual machine that were made while the agent ran draw different keys. As it is, they draw
+/// the same for a while; the SVIDs and keys that the agent had by then they share in any case. So an agent is to be started
+/// in the copy, which the README says.
+///
+/// A variable holds for builds in this folder, and not for those of `cargo install`: there the jitter is one of two sources, a
+/// start takes 25 ms more, and all else is the same. So it is asked for off the threads that serve, while the configuration is
+/// read, before there is a socket.
 ///
 /// # Errors
 /// It has none to give.
@@ -218,5 +229,14 @@ fn p384(form: SignatureForm) -> &'static EcdsaSigningAlgorithm {
     match form {
         SignatureForm::Certificate => &ECDSA_P384_SHA384_ASN1_SIGNING,
         SignatureForm::Jws => &ECDSA_P384_SHA384_FIXED_SIGNING,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn builds_of_this_folder_take_no_jitter() {
+        // What it says does not depend on FIPS, but for its name.
+        assert!(aws_lc_rs::try_fips_cpu_jitter_entropy().is_err(), "see .cargo/config.toml");
     }
 }

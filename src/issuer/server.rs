@@ -8,7 +8,7 @@
 //! | `sync`, `cycle`, `backoff` | that it is asked for that, and when |
 //! | `own_svid`, `attestation`, `bootstrap` | the agent's own SVID, how this node is known at first, and how the server is |
 //! | `upstream`, `dial`, `tls` | the connection that every call shares |
-//! | `request`, `signing` | X.509-SVIDs: a key and a request, what comes back, and many of them at once |
+//! | `request`, `signing`, `intermediates` | X.509-SVIDs: a key and a request, what comes back, and many of them at once |
 //! | `tokens` | JWT-SVIDs, and each caller's share of the calls for them |
 //!
 //! What is known stays known while the server is away or says what makes no sense: a sync that fails changes nothing, and is
@@ -26,6 +26,7 @@ mod dial;
 mod entries;
 mod error;
 mod files;
+mod intermediates;
 mod metrics;
 mod other_agent;
 pub mod own_svid;

@@ -283,8 +283,7 @@ impl AuditTrail {
         let svids = svids().unwrap_or_default();
         for (at, entry) in entries.iter().enumerate() {
             let Some(times) = self.lock().event(&whom, outcome(entry), now) else { continue };
-            let holds =
-                |leaf: &Vec<u8>| message.windows(leaf.len().max(1)).any(|part| part == leaf.as_slice());
+            let holds = |leaf: &Arc<[u8]>| message.windows(leaf.len().max(1)).any(|part| *part == **leaf);
             match svids.get(at).filter(|svid| svid.chain.first().is_some_and(holds)) {
                 Some(svid) => write_x509("svid given", svid, entry, Some(whom), times),
                 None => write_again(whom.process.caller, AuditedSvid::X509, &entry.spiffe_id, times),

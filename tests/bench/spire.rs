@@ -29,6 +29,24 @@ pub(crate) fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its address").port()
 }
 
+/// The plugin for a CA above the server's, where `DURWARD_UPSTREAM_AUTHORITY` asks for one: each SVID has an intermediate then.
+fn authority_above(dir: &Path) -> String {
+    if std::env::var_os("DURWARD_UPSTREAM_AUTHORITY").is_none() {
+        return String::new();
+    }
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let mut params = rcgen::CertificateParams::default();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign, rcgen::KeyUsagePurpose::CrlSign];
+    let root = params.self_signed(&key).expect("a certificate");
+    let (certificate, of_key) = (dir.join("above.pem"), dir.join("above.key"));
+    std::fs::write(&certificate, root.pem()).expect("written");
+    std::fs::write(&of_key, key.serialize_pem()).expect("written");
+    format!(
+        "UpstreamAuthority \"disk\" {{ plugin_data {{ cert_file_path = {certificate:?} key_file_path = {of_key:?} }} }}"
+    )
+}
+
 impl SpireServer {
     /// Starts one with nothing in it.
     pub(crate) fn start() -> Self {
@@ -39,6 +57,7 @@ impl SpireServer {
         let mut server =
             Self { bin, dir: tempfile::tempdir().expect("a directory"), port: free_port(), child: None };
         let at = server.dir.path().display();
+        let above = authority_above(server.dir.path());
         let text = format!(
             r#"server {{
   bind_address = "127.0.0.1" bind_port = "{}" socket_path = "{at}/server.sock" trust_domain = "example.org"
@@ -49,6 +68,7 @@ plugins {{
   DataStore "sql" {{ plugin_data {{ database_type = "sqlite3" connection_string = "{at}/datastore.sqlite3" }} }}
   KeyManager "disk" {{ plugin_data {{ keys_path = "{at}/keys.json" }} }}
   NodeAttestor "join_token" {{ plugin_data {{ }} }}
+  {above}
 }}
 "#,
             server.port

@@ -9,6 +9,7 @@
 //! | `DURWARD_UPSTREAM_ENTRIES` | how many entries there are, one number after the other | `1,10000,100000` |
 //! | `DURWARD_UPSTREAM_ROUNDS` | how often starts and entries are timed | 5 |
 //! | `DURWARD_UPSTREAM_QUIET` | seconds in which nothing happens | 60 |
+//! | `DURWARD_UPSTREAM_AUTHORITY` | set: a CA above the server's, so that each SVID has an intermediate | |
 //! | `DURWARD_BIN` | another agent | this one |
 //!
 //! Both have the same configuration, keep their own data from turn to turn, and are asked for their metrics. The server looks at

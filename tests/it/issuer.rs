@@ -72,7 +72,7 @@ fn entry(id: &str) -> Entry {
 }
 
 fn verify_x509(svid: &X509Svid, bundle: &Bundle, now: SystemTime) -> Result<(), webpki::Error> {
-    let chain: Vec<_> = svid.chain.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
+    let chain: Vec<_> = svid.chain.iter().map(|der| CertificateDer::from(&**der)).collect();
     let roots: Vec<_> =
         bundle.x509_authorities.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
     let anchors: Vec<_> = roots.iter().map(|root| webpki::anchor_from_trusted_cert(root).unwrap()).collect();

@@ -9,6 +9,7 @@
 mod admin;
 mod attest;
 mod audit;
+mod away;
 mod cgroup;
 mod cli;
 mod command;

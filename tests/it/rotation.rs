@@ -144,14 +144,14 @@ impl World {
         Arc::clone(&self.writer.store().snapshot().bundles.own)
     }
 
-    fn assert_verifies(&self, chain: &[Vec<u8>]) {
+    fn assert_verifies(&self, chain: &[Arc<[u8]>]) {
         use rustls_pki_types::{CertificateDer, UnixTime};
         let bundle = self.bundle();
         let roots: Vec<CertificateDer<'_>> =
             bundle.x509_authorities.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
         let anchors: Vec<_> =
             roots.iter().map(|root| webpki::anchor_from_trusted_cert(root).unwrap()).collect();
-        let leaf = CertificateDer::from(chain[0].as_slice());
+        let leaf = CertificateDer::from(&*chain[0]);
         let now = self.clock.now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
         webpki::EndEntityCert::try_from(&leaf)
             .unwrap()

@@ -215,8 +215,8 @@ fn not_after(certificate: &X509Certificate<'_>) -> Option<SystemTime> {
 }
 
 /// Verifies an SVID's chain to `root` as a TLS peer would.
-pub(super) fn verify(chain: &[Vec<u8>], root: &[u8], now: SystemTime) -> Result<(), webpki::Error> {
-    let certificates: Vec<_> = chain.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
+pub(super) fn verify(chain: &[impl AsRef<[u8]>], root: &[u8], now: SystemTime) -> Result<(), webpki::Error> {
+    let certificates: Vec<_> = chain.iter().map(|der| CertificateDer::from(der.as_ref())).collect();
     let Some((leaf, intermediates)) = certificates.split_first() else {
         return Err(webpki::Error::BadDer);
     };

@@ -1,7 +1,10 @@
 //! The X.509 profile: CA certificates and X.509-SVIDs, member by member those of a SPIRE Server
 //! (`pkg/server/credtemplate`, `pkg/common/x509util`) and within the SPIFFE X.509-SVID standard, section 4.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use aws_lc_rs::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 use rcgen::{
@@ -48,7 +51,7 @@ impl X509Authority {
 pub(super) struct X509Signer {
     issuer: Issuer<'static, KeyPair>,
     pub(super) term: Term,
-    intermediates: Vec<Vec<u8>>,
+    intermediates: Vec<Arc<[u8]>>,
 }
 
 impl X509Signer {
@@ -69,7 +72,7 @@ impl X509Signer {
         Some(Self {
             issuer: Issuer::from_ca_cert_der(&certificate, key).ok()?,
             term,
-            intermediates: authority.intermediates().cloned().collect(),
+            intermediates: authority.intermediates().map(|der| Arc::from(der.as_slice())).collect(),
         })
     }
 
@@ -113,7 +116,7 @@ impl X509Signer {
 
         let certificate = params.signed_by(&key, &self.issuer).map_err(IssuerError::Certificate)?;
         let mut chain = Vec::with_capacity(1 + self.intermediates.len());
-        chain.push(certificate.der().to_vec());
+        chain.push(Arc::from(&**certificate.der()));
         chain.extend(self.intermediates.iter().cloned());
         Ok(X509Svid {
             spiffe_id: spiffe_id.clone(),

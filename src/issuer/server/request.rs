@@ -11,6 +11,7 @@ use rustls_pki_types::{CertificateDer, UnixTime};
 use webpki::{ALL_VERIFICATION_ALGS, EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 use x509_parser::{certificate::X509Certificate, extensions::GeneralName};
 
+use super::intermediates::Intermediates;
 use crate::{
     identity::{Bundle, KeyType, SpiffeId, X509Svid},
     issuer::keys::{KeyFault, KeyPair, SignatureForm},
@@ -78,6 +79,7 @@ impl SvidRequest {
         &self,
         chain: &[Vec<u8>],
         bundle: &Bundle,
+        intermediates: &Intermediates,
         now: SystemTime,
     ) -> Result<Result<X509Svid, KeyFault>, ChainFault> {
         let [leaf, ..] = chain else { return Err(ChainFault::Length) };
@@ -106,7 +108,7 @@ impl SvidRequest {
         verify(chain, bundle, now.max(not_before))?;
         Ok(self.key.pkcs8().map(|key| X509Svid {
             spiffe_id: self.spiffe_id.clone(),
-            chain: chain.to_vec(),
+            chain: intermediates.shared_by(chain),
             key,
             not_before,
             not_after,
@@ -208,11 +210,12 @@ mod tests {
         let td = TrustDomain::parse("td").unwrap();
         let ((root, signer), (_, stranger)) = (ca(), ca());
         let bundle = Bundle::of_authorities(&td, [root], []).unwrap();
+        let above = Intermediates::default();
         let uri = |text: &str| SanType::URI(Ia5String::try_from(text).unwrap());
         for key_type in [KeyType::EcP256, KeyType::EcP384, KeyType::Rsa2048] {
             let request = SvidRequest::new(&id("web"), key_type).unwrap();
             let leaf = sign(&request, &signer, |_| {});
-            let svid = request.answered(&[leaf], &bundle, now).unwrap().unwrap();
+            let svid = request.answered(&[leaf], &bundle, &above, now).unwrap().unwrap();
             assert_eq!(svid.spiffe_id, id("web"));
             assert_eq!(svid.not_after, now + Duration::from_secs(100_000_000));
             assert_eq!(svid.not_before, now - Duration::from_secs(100_000_000));
@@ -245,7 +248,7 @@ mod tests {
                 ChainFault::Untrusted("it is a CA's"),
             ),
         ] {
-            assert_eq!(request.answered(&chain, &bundle, now).map(drop), Err(want), "{case}");
+            assert_eq!(request.answered(&chain, &bundle, &above, now).map(drop), Err(want), "{case}");
         }
     }
 }

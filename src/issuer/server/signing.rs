@@ -19,6 +19,7 @@ use tokio::{
 use super::{
     calls::{CallFault, Calls},
     error::ServerError,
+    intermediates::Intermediates,
     proto::{
         svid::{NewX509svidParams, batch_new_x509svid_response::Result as Answer},
         types::Status,
@@ -86,6 +87,7 @@ pub(super) struct X509Signing {
     workers: Arc<Semaphore>,
     /// The most in the next batch.
     limit: Mutex<usize>,
+    intermediates: Arc<Intermediates>,
 }
 
 impl X509Signing {
@@ -108,6 +110,7 @@ impl X509Signing {
             ordered: Notify::new(),
             workers: Arc::new(Semaphore::new(WORKERS)),
             limit: Mutex::new(MOST_IN_BATCH),
+            intermediates: Arc::default(),
         }
     }
 
@@ -243,12 +246,12 @@ impl X509Signing {
     async fn check(&self, answered: Vec<Answered>, last: LastTry) -> Vec<Answered> {
         let bundle = Arc::clone(&self.world.borrow().bundles.own);
         let now = self.clock.now();
-        let metrics = Arc::clone(&self.metrics);
+        let (metrics, intermediates) = (Arc::clone(&self.metrics), Arc::clone(&self.intermediates));
         let checked = self.work(move || {
             let mut left = Vec::new();
             for (order, request, answer) in answered {
                 let made = match chain_of(&answer) {
-                    Ok(chain) => match request.answered(chain, &bundle, now) {
+                    Ok(chain) => match request.answered(chain, &bundle, &intermediates, now) {
                         Err(ChainFault::Untrusted(_)) if last == LastTry::No => {
                             left.push((order, request, answer));
                             continue;

@@ -1,0 +1,185 @@
+//! What an agent of a SPIRE Server serves while the server is gone, and what it never does: give what was not meant, or take the
+//! data of another trust domain.
+
+use std::{
+    io::{Read as _, Write as _},
+    os::unix::net::UnixStream,
+    path::Path,
+    process::Command,
+    time::Duration,
+};
+
+use durward::{
+    api::proto::workload as pb,
+    identity::TrustDomain,
+    issuer::server::{DataFault, proto::types},
+    os::clock::Clock,
+};
+use tokio::time::timeout;
+use tonic::Code;
+use x509_parser::public_key::PublicKey;
+
+use crate::{
+    joining::{PATIENCE, directory, kept, opened, serving, settings, until},
+    outages::{gives, server_and_config},
+    spire_server::{Face, FakeSpireServer, entry},
+    support::{Process, client, request},
+};
+
+const DURWARD: &str = env!("CARGO_BIN_EXE_durward");
+
+/// A token for this audience.
+async fn token(socket: &Path, audience: &str) -> Result<String, Code> {
+    let asked = pb::JwtsvidRequest { audience: vec![audience.to_owned()], spiffe_id: String::new() };
+    let answer = client(socket).await.fetch_jwtsvid(request(asked)).await;
+    Ok(answer.map_err(|status| status.code())?.into_inner().svids.remove(0).svid)
+}
+
+/// Whether a probe finds it well.
+fn is_well(dir: &Path, path: &str) -> bool {
+    let ask = || -> std::io::Result<String> {
+        let mut stream = UnixStream::connect(dir.join("health.sock"))?;
+        stream.write_all(format!("GET {path} HTTP/1.1\r\n\r\n").as_bytes())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    ask().unwrap().starts_with("HTTP/1.1 200")
+}
+
+/// What this command says on the admin socket.
+fn told(dir: &Path, words: &[&str]) -> serde_json::Value {
+    let mut command = Command::new(DURWARD);
+    command.args(words).args(["-output", "json", "-socketPath"]).arg(dir.join("admin.sock"));
+    let said = tokio::task::block_in_place(|| command.output()).unwrap();
+    serde_json::from_slice(&said.stdout).unwrap_or_default()
+}
+
+/// What `durward status` says of the server.
+fn of_server(dir: &Path) -> serde_json::Value {
+    told(dir, &["status"])["server"].take()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_its_server_an_agent_serves_what_it_has_and_says_how_it_is() {
+    let (dir, admin) = (directory(), directory());
+    let (at, admin) = (dir.path(), admin.path());
+    let socket = format!("admin_socket_path = \"{}/admin.sock\"", admin.display());
+    let server = server_and_config(at, &socket).await;
+    let probes = format!("health_checks {{ socket_path = \"{}/health.sock\" }}\n", at.display());
+    let text = std::fs::read_to_string(at.join("agent.conf")).unwrap();
+    std::fs::write(at.join("agent.conf"), text + &probes).unwrap();
+    server.course().entries = vec![entry("web")];
+    let mut agent = Process::spawn(at);
+    let socket = at.join("api.sock");
+    drop(agent.serving(at).await);
+    gives(&socket, &["web"]).await;
+    let known = token(&socket, "known").await.unwrap();
+    let stream = client(&socket).await.fetch_x509svid(request(pb::X509svidRequest {})).await;
+    let mut stream = stream.unwrap().into_inner();
+    assert_eq!(stream.message().await.unwrap().unwrap().svids.len(), 1);
+    assert_eq!(of_server(admin)["last_error"], serde_json::Value::Null);
+    let explained = told(admin, &["explain", "-pid", &std::process::id().to_string()]);
+    assert_eq!(explained["matches"][0]["entry_id"], "web", "{explained}");
+
+    drop(server);
+    until("it says so", || of_server(admin)["last_error"].is_string()).await;
+    assert!(is_well(at, "/live"));
+    gives(&socket, &["web"]).await;
+    assert_eq!(token(&socket, "known").await, Ok(known), "it is valid still");
+    // Nothing is served instead of what cannot be had, and nobody is kept waiting for ever.
+    let new = timeout(PATIENCE, token(&socket, "new")).await.expect("in time");
+    assert_eq!(new, Err(Code::Unavailable));
+    let nothing = timeout(Duration::from_millis(1), stream.message()).await;
+    assert!(nothing.is_err(), "a stream stays, and is told nothing: {nothing:?}");
+    drop(agent);
+
+    // With its own SVID on the disk the next one is there all the same. It knows nobody yet, and denies nobody.
+    let mut agent = Process::spawn(at);
+    agent.serving(at).await;
+    until("it says what it waits for", || of_server(admin)["last_error"].is_string()).await;
+    assert!(of_server(admin)["agent_id"].is_string(), "{}", of_server(admin));
+    assert_eq!(token(&socket, "known").await, Err(Code::Unavailable));
+    assert!(is_well(at, "/live"));
+    assert!(!agent.has_ended());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_entry_is_served_as_it_asks_to_be() {
+    let dir = directory();
+    let server = server_and_config(dir.path(), "workload_x509_svid_key_type = \"rsa-2048\"").await;
+    let stored = types::Entry { store_svid: true, ..entry("stored") };
+    let anew = types::entry::AdditionalAttributes { jwt_svid_include_jti: true, ..Default::default() };
+    server.course().entries = vec![entry("web"), stored];
+    let _agent = Process::spawn(dir.path());
+    let socket = dir.path().join("api.sock");
+    gives(&socket, &["web"]).await;
+
+    let svids = client(&socket).await.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap();
+    let svid = svids.into_inner().message().await.unwrap().unwrap().svids.remove(0);
+    let (_, leaf) = x509_parser::parse_x509_certificate(&svid.x509_svid).unwrap();
+    assert!(matches!(leaf.public_key().parsed().unwrap(), PublicKey::RSA(key) if key.key_size() == 2048));
+
+    for times in [1, 1] {
+        token(&socket, "them").await.unwrap();
+        assert_eq!(server.course().signed, times, "one that is kept");
+    }
+    server.course().entries =
+        vec![types::Entry { additional_attributes: Some(anew), revision_number: 2, ..entry("anew") }];
+    gives(&socket, &["anew"]).await;
+    for times in [2, 3] {
+        token(&socket, "them").await.unwrap();
+        assert_eq!(server.course().signed, times, "each is one of its own");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn spire_agents_command_line_joins_a_server() {
+    let dir = directory();
+    let (server, at) = (FakeSpireServer::start(Face::Right).await, dir.path());
+    server.course().tokens.insert("once".to_owned());
+    server.course().entries = vec![entry("web")];
+    std::fs::write(at.join("roots.pem"), &server.ca.pem).unwrap();
+    std::fs::write(
+        at.join("agent.conf"),
+        "plugins {\n NodeAttestor \"join_token\" { }\n KeyManager \"memory\" { }\n WorkloadAttestor \"unix\" { }\n}\n",
+    )
+    .unwrap();
+    let mut command = Command::new(DURWARD);
+    command.args(["run", "-config"]).arg(at.join("agent.conf"));
+    command.args(["-serverAddress", "localhost", "-serverPort", &server.address.port().to_string()]);
+    command.args([
+        "-trustDomain",
+        "example.org",
+        "-joinToken",
+        "once",
+        "-disableSDSAPI",
+        "-logLevel",
+        "INFO",
+    ]);
+    command.arg("-trustBundle").arg(at.join("roots.pem"));
+    command.arg("-dataDir").arg(at.join("data")).arg("-socketPath").arg(at.join("api.sock"));
+    let _agent = Process::of(command, &at.join("log"));
+    gives(&at.join("api.sock"), &["web"]).await;
+}
+
+#[tokio::test]
+async fn the_data_of_another_trust_domain_is_left_as_it_is() {
+    let server = FakeSpireServer::start(Face::Right).await;
+    server.course().tokens.insert("once".to_owned());
+    let dir = directory();
+    let settings = settings(dir.path(), server.address.port(), &server.ca.pem, "once");
+    let own = opened(settings.clone(), Clock::SYSTEM).unwrap();
+    let running = tokio::spawn(std::sync::Arc::clone(&own).run());
+    serving(&own).await;
+    running.abort();
+    drop((running.await, own));
+
+    let before = kept(dir.path());
+    let trust_domain = TrustDomain::parse("other.org").unwrap();
+    let refused = opened(durward::issuer::server::ServerSettings { trust_domain, ..settings }, Clock::SYSTEM);
+    let Err(error @ DataFault::TrustDomain { .. }) = refused else { panic!("{refused:?}") };
+    let said = error.to_string();
+    assert!(["agent-data.json", "example.org", "other.org"].iter().all(|word| said.contains(word)), "{said}");
+    assert_eq!(kept(dir.path()), before);
+}
