@@ -6,12 +6,14 @@
 //! last. Where another agent takes the place of this one, the socket stays, with who waits at it ([`handover`]).
 
 mod config_watch;
+mod endpoints;
 mod errands;
 mod gate;
 mod handover;
 mod meter;
 mod metrics;
 mod panics;
+mod place;
 mod predecessor;
 mod probe;
 mod reload;
@@ -21,6 +23,7 @@ mod serving;
 mod signals;
 mod standby;
 mod start;
+mod successor;
 mod surroundings;
 mod upkeep;
 mod watch;
@@ -34,12 +37,7 @@ use tokio::{
     time::timeout,
 };
 
-use self::{
-    errands::Errands,
-    handover::{Keeper, LeftSockets},
-    serving::Serving,
-    start::Adjustable,
-};
+use self::{errands::Errands, handover::LeftSockets, serving::Serving, start::Adjustable, successor::Keeper};
 pub use self::{
     gate::room_for,
     reload::Load,
@@ -179,9 +177,7 @@ impl Running {
     }
 
     async fn drain(mut self) {
-        let parts = &self.adjustable.parts;
-        parts.health.set(Probe::Draining);
-        parts.writer.store().drain();
+        self.says_that_it_drains();
         self.public.stop();
         self.admin.iter_mut().for_each(Serving::stop);
         // Both at once: neither waits for the other's time to be over.
@@ -193,13 +189,20 @@ impl Running {
         self.adjustable.parts.journal.end();
     }
 
-    /// Leaves its place to another agent, with the admin socket if that one has it at this path: drains, closes its HTTP listeners, and has the issuer let go of its files when the
-    /// calls under way are answered, a second from now at the latest.
-    async fn vacate(mut self, has_admin_at: impl Fn(&Path) -> bool, errands: &Errands) -> Vacated {
+    /// To probes, and to streams, which come back.
+    fn says_that_it_drains(&self) {
         let parts = &self.adjustable.parts;
         parts.health.set(Probe::Draining);
         parts.writer.store().drain();
-        let (config, issuer) = (Arc::clone(&self.config), Arc::clone(&parts.issuer));
+    }
+
+    /// Leaves its place to another agent.
+    ///
+    /// It drains, closes its HTTP listeners, and has the issuer let go of its files when the calls under way are answered, a
+    /// second from now at the latest. The admin socket goes along if the other agent has it at this path.
+    async fn vacate(mut self, has_admin_at: impl Fn(&Path) -> bool, errands: &Errands) -> Vacated {
+        self.says_that_it_drains();
+        let (config, issuer) = (Arc::clone(&self.config), Arc::clone(&self.adjustable.parts.issuer));
         self.http.shutdown().await;
         let goes_along = match config.agent.admin_socket() {
             Some(AdminSocket::Configured(path) | AdminSocket::ByDefault(path)) => has_admin_at(&path),

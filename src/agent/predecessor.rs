@@ -19,18 +19,28 @@ use nix::{
     sys::socket::{getsockopt, sockopt},
     unistd::geteuid,
 };
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    time::timeout,
+};
 
 use super::handover::{
-    HandoverAnswer, HandoverRequest, LeftSockets, MOST_LINE, SERVING, STANDS_BY, VERSION, socket_in,
+    HandoverAnswer, HandoverRequest, LeftSockets, MOST_LINE, SERVING, STANDS_BY, line, socket_in,
 };
 use crate::{
-    config::{AdminSocket, Config},
+    config::Config,
     os::descriptors,
-    peer::socket::VacantSocket,
+    peer::socket::{VacantSocket, is_listened_at},
 };
 
 /// How long the other agent may take until it has left its place: longer than it waits for its own disk.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+
+/// How long it may take to say that it stands by. It says so, or closes the connection, as soon as it hears that this one serves.
+const SAYS_WITHIN: Duration = Duration::from_secs(2);
+
+/// How many that stand by are kept in mind: of one the others hear, when it has the place.
+const MOST_PREDECESSORS: usize = 4;
 
 /// How often an agent is asked again that ended while it was asked, and the pause before.
 const ASKED_AGAIN: u32 = 20;
@@ -56,38 +66,54 @@ pub(super) enum HandoverError {
     Silent { path: PathBuf, source: io::Error },
 }
 
-/// The agent that has left its place. It is told when this one serves, and comes back when this one ends.
+/// An agent that had this place before, and may be there to take it back. It holds the socket, with who waits at it.
 #[derive(Debug)]
 pub(super) struct Predecessor {
     stream: UnixStream,
     pid: i32,
     /// The admin socket that it has left.
     admin: Option<PathBuf>,
+    stance: Stance,
+}
+
+/// What becomes of a predecessor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stance {
+    /// It comes back when this agent ends.
+    StandsBy,
+    /// It was told that this one serves, and is about to end, or to say that it stands by.
+    Told,
 }
 
 impl Predecessor {
+    /// One that has said so itself.
+    pub(super) fn that_stands_by(stream: UnixStream, pid: i32, admin: Option<PathBuf>) -> Self {
+        Self { stream, pid, admin, stance: Stance::StandsBy }
+    }
+
     /// Its process; 0 where this one cannot see it.
     pub(super) fn pid(&self) -> i32 {
         self.pid
     }
 
-    /// Whether it lives, and waits to take its place back.
-    pub(super) fn stands_by(&self) -> bool {
-        let mut said = [0; 64];
-        let mut heard = 0;
-        if self.stream.set_nonblocking(true).is_err() {
+    /// Whether it lives, and takes its place back when this agent leaves it. Waits for its word, if that is on its way.
+    pub(super) async fn comes_back(&mut self) -> bool {
+        let said = match self.stance {
+            Stance::Told => timeout(SAYS_WITHIN, self.says()).await,
+            Stance::StandsBy => Ok(Ok(STANDS_BY.to_vec())),
+        };
+        if !matches!(said, Ok(Ok(said)) if said == STANDS_BY) {
             return false;
         }
-        loop {
-            match (&self.stream).read(said.get_mut(heard..).unwrap_or_default()) {
-                Ok(0) => return false,
-                Ok(len) => heard += len,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    return said.starts_with(STANDS_BY);
-                }
-                Err(_) => return false,
-            }
-        }
+        self.stance = Stance::StandsBy;
+        let lives = |error: io::Error| error.kind() == io::ErrorKind::WouldBlock;
+        self.stream.set_nonblocking(true).is_ok() && (&self.stream).read(&mut [0]).is_err_and(lives)
+    }
+
+    async fn says(&self) -> io::Result<Vec<u8>> {
+        let stream = self.stream.try_clone()?;
+        stream.set_nonblocking(true)?;
+        line(&mut tokio::net::UnixStream::from_std(stream)?).await
     }
 
     /// Whether it has the admin socket at this path, too.
@@ -103,10 +129,42 @@ impl Predecessor {
     }
 
     /// Tells it that this agent serves. It may have ended: that changes nothing.
-    pub(super) fn told_that_this_serves(&self) {
+    pub(super) fn told_that_this_serves(&mut self) {
+        self.stance = Stance::Told;
         if let Err(error) = (&self.stream).write_all(SERVING) {
             tracing::debug!(pid = self.pid, %error, "the agent that has handed over is gone");
         }
+    }
+}
+
+/// Those that had this place before, the last one last.
+#[derive(Debug, Default)]
+pub(super) struct Predecessors(Vec<Predecessor>);
+
+impl From<Option<Predecessor>> for Predecessors {
+    fn from(one: Option<Predecessor>) -> Self {
+        Self(one.into_iter().collect())
+    }
+}
+
+impl Predecessors {
+    /// Takes note of one more. Of too many the first is let go of, and comes again.
+    pub(super) fn add(&mut self, one: Predecessor) {
+        if self.0.len() >= MOST_PREDECESSORS {
+            self.0.remove(0);
+        }
+        self.0.push(one);
+    }
+
+    /// Those that come back when this agent leaves the place.
+    pub(super) async fn that_come_back(&mut self) -> Vec<Predecessor> {
+        let mut back = Vec::new();
+        for mut one in std::mem::take(&mut self.0) {
+            if one.comes_back().await {
+                back.push(one);
+            }
+        }
+        back
     }
 }
 
@@ -131,8 +189,8 @@ pub(super) fn ask(config: &Config) -> Result<Option<LeftPlace>, HandoverError> {
     ask_once(config)
 }
 
-/// Tries `open`, which fails where another agent has the files, and asks an agent that listens meanwhile for its place:
-/// of several that start at once, one has taken the place before and cannot be asked yet.
+/// Tries `open`, which fails where another agent has the files, and asks an agent that listens meanwhile for its place: of
+/// several that start at once, one has taken the place before and cannot be asked yet.
 ///
 /// # Errors
 /// Of `open`, and [`HandoverError`].
@@ -141,17 +199,25 @@ pub(super) fn open_or_ask<T, E>(
     is_locked: impl Fn(&E) -> bool,
     open: impl Fn() -> Result<T, E>,
 ) -> Result<(Result<T, E>, Option<LeftPlace>), HandoverError> {
-    let mut asked = None;
     let mut opened = open();
     for _ in 0..OPENED_AGAIN {
-        if !opened.as_ref().is_err_and(&is_locked) || asked.is_some() {
+        let is_taken = match &opened {
+            // The files are free for the moment between one agent and the next, the socket is not.
+            Ok(_) => is_listened_at(&config.agent.socket_path),
+            Err(error) => is_locked(error),
+        };
+        if !is_taken {
             break;
         }
+        drop(opened);
         pause();
-        asked = ask(config)?;
+        let asked = ask(config)?;
         opened = open();
+        if asked.is_some() {
+            return Ok((opened, asked));
+        }
     }
-    Ok((opened, asked))
+    Ok((opened, None))
 }
 
 #[expect(clippy::disallowed_methods, reason = "it is an errand: nobody else waits for it")]
@@ -165,7 +231,8 @@ fn has_ended(error: &io::Error) -> bool {
     [BrokenPipe, ConnectionReset, UnexpectedEof].contains(&error.kind())
 }
 
-fn ask_once(config: &Config) -> Result<Option<LeftPlace>, HandoverError> {
+/// Somebody who listens at the handover socket of this configuration, and is this process's user or root.
+fn connect(config: &Config) -> Result<Option<(UnixStream, i32)>, HandoverError> {
     let path = socket_in(&config.agent.data_dir);
     let silent = |source| HandoverError::Silent { path: path.clone(), source };
     let stream = match UnixStream::connect(&path) {
@@ -176,17 +243,55 @@ fn ask_once(config: &Config) -> Result<Option<LeftPlace>, HandoverError> {
         Err(error) => return Err(silent(error)),
     };
     let there = getsockopt(&stream, sockopt::PeerCredentials).map_err(|errno| silent(errno.into()))?;
-    let (found, ours, pid) = (there.uid(), geteuid().as_raw(), there.pid());
+    let (found, ours) = (there.uid(), geteuid().as_raw());
     if found != 0 && found != ours {
         return Err(HandoverError::Owner { path, found, ours });
     }
+    Ok(Some((stream, there.pid())))
+}
+
+/// The agent that serves in the place of one of this configuration. `None` where there is none.
+pub(super) async fn serves_instead(config: &Config) -> Option<ServesInstead> {
+    let stream = tokio::net::UnixStream::connect(socket_in(&config.agent.data_dir)).await.ok()?;
+    let there = stream.peer_cred().ok()?;
+    let known = [0, geteuid().as_raw()].contains(&there.uid());
+    known.then(|| ServesInstead { stream, pid: there.pid().unwrap_or_default() })
+}
+
+/// The agent that serves in the place of this one.
+#[derive(Debug)]
+pub(super) struct ServesInstead {
+    stream: tokio::net::UnixStream,
+    pid: i32,
+}
+
+impl ServesInstead {
+    /// Its process; 0 where this one cannot see it.
+    pub(super) fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Stands by until it has ended or has left the place, or does not want to know of this one.
+    pub(super) async fn stand_by(mut self, config: &Config) {
+        let request = HandoverRequest { stands_by: true, ..HandoverRequest::for_place(config) };
+        // One that does not take it is told by the end of the connection.
+        if let Ok(line) = request.line() {
+            drop(self.stream.write_all(&line).await);
+        }
+        // Whatever it says is nothing that is known here.
+        while self.stream.read(&mut [0; 64]).await.is_ok_and(|len| len > 0) {}
+    }
+}
+
+fn ask_once(config: &Config) -> Result<Option<LeftPlace>, HandoverError> {
+    let Some((stream, pid)) = connect(config)? else { return Ok(None) };
+    let path = socket_in(&config.agent.data_dir);
+    let silent = |source| HandoverError::Silent { path, source };
     tracing::info!(pid, "asking the agent that runs to hand over");
     let talk = || {
         stream.set_read_timeout(Some(ANSWER_WITHIN))?;
         stream.set_write_timeout(Some(ANSWER_WITHIN))?;
-        let mut request = serde_json::to_vec(&request(config))?;
-        request.push(b'\n');
-        (&stream).write_all(&request)?;
+        (&stream).write_all(&HandoverRequest::for_place(config).line()?)?;
         answer(&stream)
     };
     let (answer, descriptors) = talk().map_err(silent)?;
@@ -206,17 +311,8 @@ fn ask_once(config: &Config) -> Result<Option<LeftPlace>, HandoverError> {
         }
     }
     let admin = left.admin.as_ref().map(|admin| admin.path().to_owned());
-    Ok(Some((Predecessor { stream, pid, admin }, left)))
-}
-
-fn request(config: &Config) -> HandoverRequest {
-    let admin = config.agent.admin_socket();
-    HandoverRequest {
-        version: VERSION,
-        trust_domain: config.trust_domain.name().to_owned(),
-        socket_path: config.agent.socket_path.clone(),
-        admin_socket_path: admin.map(|(AdminSocket::Configured(path) | AdminSocket::ByDefault(path))| path),
-    }
+    // Until it hears that this one serves, it comes back when this one ends.
+    Ok(Some((Predecessor::that_stands_by(stream, pid, admin), left)))
 }
 
 /// Its answer, and what comes with it.

@@ -6,9 +6,9 @@
 //! What may wait is an errand ([`errands`](super::errands)).
 //!
 //! An agent that was asked to hand over ends when the next one serves, or stays beside it in a pod, and takes up service
-//! again when that one ends before its time ([`handover`]).
+//! again when that one ends before its time ([`handover`](super::handover)).
 
-use std::{os::unix::net::UnixListener, sync::Arc, time::Duration};
+use std::{os::unix::net::UnixListener, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use tokio::{
@@ -21,15 +21,16 @@ use tokio::{
 use super::{
     Running, Vacated,
     errands::Errands,
-    handover::{self, Successor, SuccessorError, Successors},
     panics,
-    predecessor::Predecessor,
+    place::Inherited,
+    predecessor::{Predecessor, Predecessors},
     probe::feel_pulse,
     reload::Load,
     runtime::{no_threads, runtime},
     signals::{Signalled, Signals},
-    standby::{Returning, answer_probes},
-    start::{Inherited, in_pod},
+    standby::{Returning, TriesAgain, answer_probes},
+    start::in_pod,
+    successor::{self, Arrived, Successor, SuccessorError, Successors},
     upkeep::{Happened, Upkeep},
 };
 use crate::{
@@ -53,8 +54,8 @@ const SETTLED_AFTER: Duration = Duration::from_secs(5);
 /// How often what was seldom needed of the program is let go of after that: what a reload takes, say.
 const AGAIN_AFTER: Duration = Duration::from_secs(3600);
 
-/// How long an agent that was told to end goes on leaving its place to the next one.
-const LEFT_WITHIN: Duration = Duration::from_secs(2);
+/// How long an agent that was told to end goes on taking its place, to leave it in order, or leaving it to the next one.
+const LEFT_WITHIN: Duration = Duration::from_secs(5);
 
 /// The `run` command: runs until a signal ends it.
 ///
@@ -153,9 +154,16 @@ impl Control<'_> {
         };
         *known = Some(log.clone());
         let inherited = handed.map_or(Inherited::Nothing, Inherited::ByManager);
+        let mut starting = Box::pin(self.begin(config, inherited, &log));
         tokio::select! {
-            _ = signals.stop() => Ok(None),
-            started = self.begin(config, inherited, &log) => Ok(Some((started?, log))),
+            _ = signals.stop() => {
+                // It may have been left the place already, and have accepted callers.
+                if let Ok(Ok(Started { agent, predecessor, .. })) = timeout(LEFT_WITHIN, starting).await {
+                    self.end(agent, &mut predecessor.into(), signals).await;
+                }
+                Ok(None)
+            }
+            started = &mut starting => Ok(Some((started?, log.clone()))),
         }
     }
 
@@ -165,7 +173,7 @@ impl Control<'_> {
         let starting = self.errands.begin(move || -> anyhow::Result<_> {
             let _within = serving.enter();
             let (agent, predecessor) = Running::start_apart(config, inherited, Clock::SYSTEM, &control)?;
-            let asked_at = handover::bind(agent.config());
+            let asked_at = successor::bind(agent.config());
             Ok((agent, predecessor, asked_at))
         });
         let (agent, predecessor, asked_at) = starting.await.context(PANICKED)??;
@@ -174,8 +182,11 @@ impl Control<'_> {
 
     /// Looks after a running agent until a signal ends it, or another agent serves in its place.
     async fn attend(&self, started: Started, signals: &mut Signals, log: Log) -> anyhow::Result<()> {
-        let Started { mut agent, mut asked_at, predecessor } = started;
+        let mut started = started;
+        // Their connections are open as long as this process lives.
+        let mut before = Predecessors::default();
         loop {
+            let agent = &started.agent;
             let config = agent.config();
             tracing::info!(
                 socket = %agent.socket_path().display(),
@@ -184,33 +195,32 @@ impl Control<'_> {
                 version = env!("CARGO_PKG_VERSION"),
                 "the workload api is served"
             );
-            self.manager.ready(&status(&agent));
-            // It is open as long as this process lives.
-            if let Some(predecessor) = &predecessor {
+            self.manager.ready(&status(agent));
+            if let Some(mut predecessor) = started.predecessor.take() {
                 predecessor.told_that_this_serves();
                 tracing::info!(pid = predecessor.pid(), "another agent has handed over");
+                before.add(predecessor);
             }
-            let Some((left, successor)) =
-                self.look_after(agent, (asked_at, predecessor.as_ref()), signals, &log).await?
-            else {
+            let Some((left, successor)) = self.look_after(started, &mut before, signals, &log).await? else {
                 return Ok(());
             };
             let mut well = JoinSet::new();
             let manager = Arc::clone(&self.manager);
             well.spawn(async move { manager.watch(|| true).await });
             let Some(again) = self.hand_over(left, successor, signals, &log).await? else { return Ok(()) };
-            (agent, asked_at) = (again.agent, again.asked_at);
+            started = again;
         }
     }
 
     /// Looks after an agent until it has ended, or left its place to another one.
     async fn look_after(
         &self,
-        agent: Running,
-        (asked_at, predecessor): (Option<Socket>, Option<&Predecessor>),
+        started: Started,
+        before: &mut Predecessors,
         signals: &mut Signals,
         log: &Log,
     ) -> anyhow::Result<Option<(Vacated, Successor)>> {
+        let Started { agent, asked_at, .. } = started;
         let mut watching = JoinSet::new();
         let (manager, health) = (Arc::clone(&self.manager), Arc::clone(agent.health()));
         watching.spawn(feel_pulse(Arc::clone(&health), self.serving.clone()));
@@ -235,25 +245,26 @@ impl Control<'_> {
                 signal = signals.next() => match signal {
                     Signalled::Stop(signal) => {
                         tracing::info!(signal, "draining");
-                        match predecessor.filter(|one| one.stands_by()) {
-                            Some(predecessor) => {
-                                // The one that comes back listens there itself.
-                                drop(successors);
-                                self.give_back(upkeep.into_agent(), predecessor, signals).await;
-                            }
-                            None => self.drain(upkeep.into_agent(), signals).await,
-                        }
+                        // The one that comes back listens there itself.
+                        drop(successors);
+                        self.end(upkeep.into_agent(), before, signals).await;
                         return Ok(None);
                     }
                     Signalled::Reload => upkeep.reload(),
                     Signalled::ReopenLog => self.reopen(log.clone(), &mut reopening),
                     Signalled::Nothing => tracing::info!("SIGUSR1 does nothing here; SIGHUP reloads"),
                 },
-                successor = successors.next() => {
-                    tracing::info!(pid = successor.pid(), "handing over to another agent");
-                    let left = self.leave(upkeep.into_agent(), &successor, signals).await;
-                    return Ok(left.map(|left| (left, successor)));
-                }
+                arrived = successors.next() => match arrived {
+                    Arrived::Next(successor) => {
+                        tracing::info!(pid = successor.pid(), "handing over to another agent");
+                        let left = self.leave(upkeep.into_agent(), &successor, signals).await;
+                        return Ok(left.map(|left| (left, successor)));
+                    }
+                    Arrived::StandsBy(one) => {
+                        tracing::info!(pid = one.pid(), "another agent stands by");
+                        before.add(one);
+                    }
+                },
                 happened = upkeep.next() => match happened {
                     Happened::Reloaded(told) => {
                         let failed = if told.error.is_empty() { "" } else { "; the last reload failed: see the log" };
@@ -263,7 +274,8 @@ impl Control<'_> {
                         // Callers are told to come back: what they have is valid still.
                         if error.is::<Expelled>() {
                             tracing::warn!("draining: the server has expelled this agent");
-                            self.drain(upkeep.into_agent(), signals).await;
+                            drop(successors);
+                            self.end(upkeep.into_agent(), before, signals).await;
                         }
                         return Err(error);
                     }
@@ -290,16 +302,27 @@ impl Control<'_> {
         None
     }
 
-    /// Ends, and leaves the place to the agent from which it came.
-    async fn give_back(&self, agent: Running, predecessor: &Predecessor, signals: &mut Signals) {
+    /// Ends, and leaves the place to an agent that had it before, if one comes back.
+    async fn end(&self, agent: Running, before: &mut Predecessors, signals: &mut Signals) {
         self.manager.stopping("draining");
-        tracing::info!(pid = predecessor.pid(), "the agent that stands by serves again");
-        let leaving = agent.vacate(|admin| predecessor.keeps_admin_at(admin), &self.errands);
-        tokio::select! {
-            left = Box::pin(leaving) => {
-                predecessor.give_back();
-                drained(left, signals).await;
+        let back = before.that_come_back().await;
+        let ending = async {
+            if back.is_empty() {
+                agent.shutdown().await;
+                return;
             }
+            let has_admin_at = |admin: &Path| back.iter().any(|one| one.keeps_admin_at(admin));
+            let left = agent.vacate(has_admin_at, &self.errands).await;
+            for one in &back {
+                tracing::info!(pid = one.pid(), "the agent that stands by serves again");
+                one.give_back();
+            }
+            if let Some(draining) = left.draining {
+                drop(draining.await);
+            }
+        };
+        tokio::select! {
+            () = Box::pin(ending) => {}
             _ = signals.stop() => tracing::warn!("a second signal came: ending without waiting"),
         }
     }
@@ -332,7 +355,13 @@ impl Control<'_> {
             Ok(()) => {
                 tracing::info!(pid, "handed over");
                 self.manager.stopping(&format!("handed over to PID {pid}"));
-                if !in_pod() || !self.stand_by(&left, &mut successor, signals, log).await {
+                if !in_pod() {
+                    // It hears that nobody stands by.
+                    successor.close().await;
+                    drained(left, signals).await;
+                    return Ok(None);
+                }
+                if !self.stand_by(&left, &mut successor, signals, log).await {
                     drained(left, signals).await;
                     return Ok(None);
                 }
@@ -396,7 +425,10 @@ impl Control<'_> {
             };
             tokio::select! {
                 _ = signals.stop() => return Ok(None),
-                free = returning.after(error, &config) => free.context("cannot take up service again")?,
+                tries = returning.after(error, &config) => match tries.context("cannot take up service again")? {
+                    TriesAgain::Yes => {}
+                    TriesAgain::No => return Ok(None),
+                },
             }
         }
     }
@@ -410,14 +442,6 @@ impl Control<'_> {
                     tracing::error!(error = chain(&error), "the log stays in the old file");
                 }
             }));
-        }
-    }
-
-    async fn drain(&self, agent: Running, signals: &mut Signals) {
-        self.manager.stopping("draining");
-        tokio::select! {
-            () = agent.shutdown() => {}
-            _ = signals.stop() => tracing::warn!("a second signal came: ending without waiting"),
         }
     }
 }
@@ -494,7 +518,7 @@ mod tests {
         drop(held);
     }
 
-    async fn ask(socket: &std::path::Path) -> String {
+    async fn ask(socket: &Path) -> String {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
         let mut stream = tokio::net::UnixStream::connect(socket).await.unwrap();
         stream.write_all(b"GET /live HTTP/1.1\r\n\r\n").await.unwrap();

@@ -12,17 +12,15 @@ use tokio::{
 };
 
 use super::{
+    endpoints,
     gate::{Means, http_listeners},
-    handover::who_runs,
-    start::{PlaceTaken, at_socket},
+    place::PlaceTaken,
+    predecessor::serves_instead,
+    start::in_pod,
 };
 use crate::{
     config::Config,
-    telemetry::{
-        HealthSettings,
-        health::HealthState,
-        http::{HttpListener, Routes},
-    },
+    telemetry::{chain, health::HealthState},
 };
 
 /// The pause between attempts to come back, and between looks at the agent that serves instead.
@@ -31,6 +29,14 @@ const RETURN_PAUSE: Duration = Duration::from_secs(1);
 const SAID_EVERY: Duration = Duration::from_secs(60);
 /// How often it tries where the place is free.
 const RETURNS: u32 = 10;
+
+/// Whether an agent that could not come back tries again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum TriesAgain {
+    Yes,
+    /// Another agent serves, and this one need not stay.
+    No,
+}
 
 /// What an agent that comes back has met so far.
 #[derive(Debug, Default)]
@@ -41,11 +47,15 @@ pub(super) struct Returning {
 
 impl Returning {
     /// Waits before the next attempt. As long as another agent has the place there is one, however long that lasts: who
-    /// would end would leave nobody to serve. Beside one that can be asked this one stands by.
+    /// would end would leave nobody to serve. For one that serves this one stands by in a pod, and ends elsewhere.
     ///
     /// # Errors
     /// `error`, when it has come often and has nothing to do with another agent.
-    pub(super) async fn after(&mut self, error: anyhow::Error, config: &Config) -> anyhow::Result<()> {
+    pub(super) async fn after(
+        &mut self,
+        error: anyhow::Error,
+        config: &Config,
+    ) -> anyhow::Result<TriesAgain> {
         let taken = error.downcast_ref::<PlaceTaken>().is_some();
         if !taken {
             self.failed += 1;
@@ -59,14 +69,22 @@ impl Returning {
         }
         sleep(RETURN_PAUSE).await;
         let mut beside = None;
-        while taken && let Some(pid) = who_runs(&config.agent.data_dir).await {
+        while taken && let Some(other) = serves_instead(config).await {
+            let pid = other.pid();
+            if !in_pod() {
+                tracing::info!(pid, "yet another agent serves: ending");
+                return Ok(TriesAgain::No);
+            }
             let _answering = beside.get_or_insert_with(|| {
                 tracing::info!(pid, "yet another agent serves: standing by");
                 answer_probes(config, pid)
             });
-            sleep(RETURN_PAUSE).await;
+            let began = Instant::now();
+            other.stand_by(config).await;
+            // One that does not want to know of this one is asked again now and then.
+            sleep(RETURN_PAUSE.saturating_sub(began.elapsed())).await;
         }
-        Ok(())
+        Ok(TriesAgain::Yes)
     }
 }
 
@@ -76,17 +94,9 @@ pub(super) fn answer_probes(config: &Config, pid: i32) -> JoinSet<()> {
     let state = Arc::<HealthState>::default();
     state.handed_over_to(pid);
     let places = Means::of_this_process(http_listeners(config)).http_places;
-    let HealthSettings { enabled, host, port, live_path, ready_path, socket_path } = &config.health;
-    let health = || Routes::Health {
-        state: Arc::clone(&state),
-        live_path: live_path.clone(),
-        ready_path: ready_path.clone(),
-    };
-    let tcp = enabled.then(|| HttpListener::bind(host, *port, health(), places).map_err(anyhow::Error::from));
-    let unix = socket_path.as_ref().map(|path| at_socket(path, health(), places));
     let mut answering = JoinSet::new();
-    for bound in [tcp, unix].into_iter().flatten() {
-        match bound {
+    for endpoint in endpoints::of_health(config, &state) {
+        match endpoint.bind(places) {
             Ok(listener) => {
                 answering.spawn(async move {
                     let Err(error) = listener.serve().await;
@@ -94,7 +104,7 @@ pub(super) fn answer_probes(config: &Config, pid: i32) -> JoinSet<()> {
                 });
             }
             // The other agent has it.
-            Err(error) => tracing::debug!(error = format!("{error:#}"), "the other agent answers probes"),
+            Err(error) => tracing::debug!(error = chain(&error), "the other agent answers probes"),
         }
     }
     answering

@@ -3,13 +3,12 @@
 
 use std::{
     os::unix::net::UnixListener,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, OnceLock},
     time::{Duration, SystemTime},
 };
 
 use anyhow::Context as _;
-use nix::unistd::geteuid;
 use tokio::{
     runtime::Handle,
     sync::{mpsc, oneshot, watch as channel},
@@ -19,11 +18,12 @@ use tokio::{
 
 use super::{
     ANSWERS_WITHIN, Running, connection_bounds,
+    endpoints::{self, HttpEndpoints},
     gate::{AuditedGate, Means, http_listeners, say_what_fits, say_whom_to_distrust},
-    handover::{Keeper, LeftSockets},
     meter::{MemoryMeter, keep_time},
     metrics::{AgentMetrics, MemoryMetrics},
-    predecessor::{self, Predecessor},
+    place::{self, Inherited, Sockets},
+    predecessor::Predecessor,
     probe::{keep_in_sight, probe},
     serving::Serving,
     surroundings::{keep_looking, look_around, say_where},
@@ -37,20 +37,19 @@ use crate::{
         workload::{Parts, WorkloadApi},
     },
     attest::Attestor,
-    config::{AdminSocket, Config},
-    issuer::{self, Issuer, choice::OpenError, metrics::IssuerMetrics},
+    config::Config,
+    issuer::{self, Issuer, metrics::IssuerMetrics},
     limits::{self, GatePlan, Limits, pace::Complaints},
-    os::{clock::Clock, trusted::ClosedDir},
+    os::clock::Clock,
     peer::{
         ConnectionBounds, ConnectionMetrics, ConnectionStats, Leave, Listener, OsUid, Socket,
         cgroup::PodOrUid,
-        socket::{BindError, Reach, VacantSocket},
     },
     store::{JwtCache, StoreMetrics, Writer, X509Cache, audit::AuditTrail},
     telemetry::{
-        HealthSettings, SpireNames, chain,
+        SpireNames,
         health::{HealthState, Probe},
-        http::{HttpListener, Routes},
+        http::HttpListener,
         log::Log,
         metrics::Metrics,
     },
@@ -84,21 +83,17 @@ impl Running {
     ) -> anyhow::Result<(Self, Option<Predecessor>)> {
         // Clients come as soon as a socket is bound, or wait for the agent already, and are not to wait for that.
         issuer::seed().context("cannot make keys")?;
-        let (parts, inherited, predecessor) = AgentParts::of(&config, clock, inherited)?;
-        let bound = BoundPlaces::of(&config, inherited, &parts)?;
-        Ok((parts.serve(config, bound, control)?, predecessor))
+        // What may fail, or takes long, comes before an agent is asked to leave its place: from then on nobody is served.
+        let prepared = PreparedAgent::of(&config, clock)?;
+        let (registry, counted) = (prepared.metrics.registry(), &prepared.issuer_series);
+        let (issuer, inherited, predecessor) = place::take(&config, inherited, || {
+            issuer::choice::open(config.issuer_input(), clock, Arc::clone(counted), registry)
+        })?;
+        let (parts, endpoints) = prepared.with(issuer, &config);
+        let http = endpoints.all()?;
+        let sockets = Sockets::of(&config, inherited)?;
+        Ok((parts.serve(config, http, sockets, control)?, predecessor))
     }
-}
-
-/// What an agent is given to start with.
-#[derive(Debug)]
-pub(super) enum Inherited {
-    /// Nothing: it makes what it needs, or asks the agent that runs.
-    Nothing,
-    /// The socket that the service manager keeps for it.
-    ByManager(UnixListener),
-    /// What another agent has left.
-    Left(LeftSockets),
 }
 
 /// Every part of an agent. None of them runs by itself.
@@ -134,26 +129,68 @@ pub(super) struct Adjustable {
     pub(super) log: Option<Log>,
 }
 
-impl AgentParts {
-    fn of(
-        config: &Config,
-        clock: Clock,
-        inherited: Inherited,
-    ) -> anyhow::Result<(Self, Inherited, Option<Predecessor>)> {
+/// What an agent has before it has a place.
+struct PreparedAgent {
+    clock: Clock,
+    metrics: Arc<Metrics>,
+    series: AgentMetrics,
+    issuer_series: Arc<IssuerMetrics>,
+    store_series: Arc<StoreMetrics>,
+    health: Arc<HealthState>,
+    attestor: Arc<Attestor>,
+    means: Means,
+    limits_set: SharedLimits,
+    meter: MemoryMeter,
+    limits: Limits,
+    gate: limits::Gate,
+    endpoints: HttpEndpoints,
+}
+
+impl PreparedAgent {
+    fn of(config: &Config, clock: Clock) -> anyhow::Result<Self> {
         let metrics = Arc::new(Metrics::default().named_as_well(spire_names(config)));
         let series = AgentMetrics::new(metrics.registry(), clock);
         let issuer_series = Arc::new(IssuerMetrics::new(metrics.registry()));
         let store_series = Arc::new(StoreMetrics::new(metrics.registry()));
+        let means = Means::of_this_process(http_listeners(config));
+        let budget = config.ratelimit.memory.budget(means.cgroup);
+        let gate_plan = GatePlan::new(&config.ratelimit, means.nofile, budget)?;
+        let health = Arc::<HealthState>::default();
+        let asked = [endpoints::of_metrics(config, &metrics), endpoints::of_health(config, &health)].concat();
+        let endpoints = HttpEndpoints::bind(asked, means.http_places)?;
+        let meter = MemoryMeter::start().context("cannot start a thread")?;
         let index = config.issuer_input().index;
         let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
         attestor.share_by(config.ratelimit.families.clone());
         attestor.prepare_for(&index);
         attestor.wait(ANSWERS_WITHIN);
-        // From here on nobody may be served, if there is an agent that leaves its place: what takes long was before.
-        let counted = Arc::clone(&issuer_series);
-        let (issuer, inherited, predecessor) = place(config, inherited, || {
-            issuer::choice::open(config.issuer_input(), clock, Arc::clone(&counted), metrics.registry())
-        })?;
+        let limits_set = SharedLimits::default();
+        limits_set.set(config.ratelimit.in_force(means.cgroup));
+        say_what_fits(&gate_plan, budget);
+        say_whom_to_distrust(config);
+        say_where(&caller_keys(config), in_pod(), budget, means.cgroup);
+        let limits = Limits::new(&config.ratelimit, clock, metrics.registry());
+        let gate = limits::Gate::new(gate_plan, &limits);
+        Ok(Self {
+            clock,
+            metrics,
+            series,
+            issuer_series,
+            store_series,
+            health,
+            attestor,
+            means,
+            limits_set,
+            meter,
+            limits,
+            gate,
+            endpoints,
+        })
+    }
+
+    /// Every part, with the issuer.
+    fn with(self, issuer: Arc<dyn Issuer>, config: &Config) -> (AgentParts, HttpEndpoints) {
+        let Self { clock, metrics, series, issuer_series, store_series, health, attestor, .. } = self;
         let caches = &config.caches;
         let (x509_svids, jwt_svids) = (caches.x509_svids.count(), caches.jwt_svids.count());
         let x509 = X509Cache::new(Arc::clone(&issuer), clock, x509_svids, caches.availability_target);
@@ -176,22 +213,11 @@ impl AgentParts {
             store_series.renewal.refresh(clock.now());
         });
         let journal = Arc::new(Journal::new(metrics.registry(), Arc::clone(&audit)));
-        let means = Means::of_this_process(http_listeners(config));
-        let budget = config.ratelimit.memory.budget(means.cgroup);
-        let meter = MemoryMeter::start().context("cannot start a thread")?;
-        let limits_set = SharedLimits::default();
-        limits_set.set(config.ratelimit.in_force(means.cgroup));
-        let gate_plan = GatePlan::new(&config.ratelimit, means.nofile, budget)?;
-        say_what_fits(&gate_plan, budget);
-        say_whom_to_distrust(config);
-        say_where(&caller_keys(config), in_pod(), budget, means.cgroup);
-        let limits = Limits::new(&config.ratelimit, clock, metrics.registry());
-        let gate = limits::Gate::new(gate_plan, &limits);
-        let parts = Self {
+        let parts = AgentParts {
             clock,
             metrics,
             series,
-            health: Arc::default(),
+            health,
             issuer,
             writer: Arc::new(writer),
             x509,
@@ -199,21 +225,29 @@ impl AgentParts {
             attestor,
             audit,
             journal,
-            means,
-            limits_set,
+            means: self.means,
+            limits_set: self.limits_set,
             failed_reload: FailedReload::default(),
             log: Arc::default(),
             started: clock.now(),
-            meter,
-            limits,
-            gate,
+            meter: self.meter,
+            limits: self.limits,
+            gate: self.gate,
         };
-        Ok((parts, inherited, predecessor))
+        (parts, self.endpoints)
     }
+}
 
+impl AgentParts {
     /// Serves at what is bound, and starts the tasks that go on for ever.
-    fn serve(self, config: Config, bound: BoundPlaces, control: &Handle) -> anyhow::Result<Running> {
-        let BoundPlaces { http, admin, socket, came } = bound;
+    fn serve(
+        self,
+        config: Config,
+        http: Vec<HttpListener>,
+        sockets: Sockets,
+        control: &Handle,
+    ) -> anyhow::Result<Running> {
+        let Sockets { admin, public: socket, came } = sockets;
         let services = self.services()?;
         // Before anybody asks how it is.
         let surroundings = look_around(&self.health);
@@ -379,146 +413,6 @@ fn spire_names(config: &Config) -> Option<SpireNames> {
     wanted.then(|| SpireNames::new(&config.spire_names, trust_domain, config.issuer.node_attestor()))
 }
 
-/// Every place where the agent is asked, bound. Nobody is answered yet.
-struct BoundPlaces {
-    http: Vec<HttpListener>,
-    admin: Option<Socket>,
-    socket: Socket,
-    came: PublicFrom,
-}
-
-/// Where the socket of the Workload API came from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum PublicFrom {
-    Here,
-    ServiceManager,
-    /// Clients wait at it, who would be refused by an issuer that knows nothing yet.
-    AnotherAgent,
-}
-
-impl PublicFrom {
-    fn waits(self) -> bool {
-        self == Self::AnotherAgent
-    }
-
-    fn keeper(self) -> Keeper {
-        match self {
-            Self::ServiceManager => Keeper::ServiceManager,
-            Self::Here | Self::AnotherAgent => Keeper::Agent,
-        }
-    }
-}
-
-impl BoundPlaces {
-    fn of(config: &Config, inherited: Inherited, parts: &AgentParts) -> anyhow::Result<Self> {
-        let (handed, left, came) = match inherited {
-            Inherited::Nothing => (None, LeftSockets::default(), PublicFrom::Here),
-            Inherited::ByManager(listener) => {
-                (Some(listener), LeftSockets::default(), PublicFrom::ServiceManager)
-            }
-            Inherited::Left(left) => (None, left, PublicFrom::AnotherAgent),
-        };
-        let places = parts.means.http_places;
-        let mut http = Vec::new();
-        let metrics = || Routes::Metrics(Arc::clone(&parts.metrics));
-        if let Some(at) = &config.prometheus {
-            http.push(HttpListener::bind(&at.host, at.port, metrics(), places)?);
-        }
-        if let Some(path) = &config.metrics_socket {
-            http.push(at_socket(path, metrics(), places).context("cannot serve metrics")?);
-        }
-        let HealthSettings { enabled, host, port, live_path, ready_path, socket_path } = &config.health;
-        let health = || Routes::Health {
-            state: Arc::clone(&parts.health),
-            live_path: live_path.clone(),
-            ready_path: ready_path.clone(),
-        };
-        if *enabled {
-            http.push(HttpListener::bind(host, *port, health(), places)?);
-        }
-        if let Some(path) = socket_path {
-            http.push(at_socket(path, health(), places).context("cannot serve health checks")?);
-        }
-        let admin = admin_socket(config, left.admin).context("cannot serve the admin api")?;
-        // Last, since clients come as soon as it is there.
-        let socket = public_socket(config, handed, left.public).context("cannot serve the workload api")?;
-        for ClosedDir { path, uid, mode } in config.places(geteuid().as_raw()).closed {
-            tracing::warn!(
-                directory = %path.display(),
-                owner = uid,
-                mode = format!("{mode:04o}"),
-                "other users cannot enter this directory, so they cannot reach the workload api"
-            );
-        }
-        Ok(Self { http, admin, socket, came })
-    }
-}
-
-/// An HTTP listener at a Unix socket for the agent's user and group.
-pub(super) fn at_socket(path: &Path, routes: Routes, places: usize) -> anyhow::Result<HttpListener> {
-    let (listener, place) = Socket::bind(path, 0o660)?.into_parts();
-    Ok(HttpListener::at_socket(listener, place, routes, places))
-}
-
-/// The admin socket, where there is one. One that nobody asked for is done without, if it cannot be had.
-fn admin_socket(config: &Config, left: Option<VacantSocket>) -> Result<Option<Socket>, BindError> {
-    let had = |path: &Path| had_or_bound(left, path, Reach::OwnUser);
-    match config.agent.admin_socket() {
-        None => Ok(None),
-        Some(AdminSocket::Configured(path)) => had(&path).map(Some),
-        Some(AdminSocket::ByDefault(path)) => Ok(had(&path)
-            .inspect_err(|error| {
-                tracing::warn!(
-                    socket = %path.display(),
-                    error = chain(error),
-                    "admin socket: the default one cannot be made, so that durward status, limits, explain and reload do not \
-                     reach this agent; set admin_socket_path, or admin_socket_enabled = false"
-                );
-            })
-            .ok()),
-    }
-}
-
-/// The socket that another agent has left at `path`, or a new one.
-fn had_or_bound(left: Option<VacantSocket>, path: &Path, reach: Reach) -> Result<Socket, BindError> {
-    if let Some(left) = left.filter(|left| left.path() == path) {
-        match Socket::move_into(left, reach) {
-            Err(error @ BindError::NotThere { .. }) => {
-                tracing::warn!(
-                    error = chain(&error),
-                    "binding the socket anew: clients that wait at the old one are lost"
-                );
-            }
-            had => return had,
-        }
-    }
-    match reach {
-        Reach::Everybody => Socket::bind(path, 0o777),
-        Reach::OwnUser => Socket::bind_private(path),
-    }
-}
-
-fn public_socket(
-    config: &Config,
-    handed: Option<UnixListener>,
-    left: Option<VacantSocket>,
-) -> anyhow::Result<Socket> {
-    let Some(listener) = handed else {
-        return Ok(had_or_bound(left, &config.agent.socket_path, Reach::Everybody)?);
-    };
-    let socket = Socket::adopt(listener)?;
-    // Else everybody who reads the configuration would look for it in the wrong place.
-    let at = socket.path().unwrap_or_default();
-    anyhow::ensure!(
-        at == config.agent.socket_path,
-        "the service manager passed a socket at {}, but socket_path is {}: \
-         make ListenStream= in the socket unit the same",
-        at.display(),
-        config.agent.socket_path.display()
-    );
-    Ok(socket)
-}
-
 /// Whom callers are charged to.
 fn caller_keys(config: &Config) -> PodOrUid {
     let looks = in_pod() || config.attest.k8s.enabled;
@@ -531,48 +425,9 @@ pub(super) fn in_pod() -> bool {
     std::env::var("KUBERNETES_SERVICE_HOST").is_ok()
 }
 
-/// The place of an agent: what it was given, or what the one that runs leaves to it when it is asked. And what `open` opens
-/// there: the issuer.
-fn place<T>(
-    config: &Config,
-    inherited: Inherited,
-    open: impl Fn() -> Result<T, OpenError>,
-) -> anyhow::Result<(T, Inherited, Option<Predecessor>)> {
-    let asks = config.agent.take_over && matches!(inherited, Inherited::Nothing);
-    let (opened, asked) = match asks.then(|| predecessor::ask(config)).transpose()?.flatten() {
-        None if asks => predecessor::open_or_ask(config, OpenError::is_locked, open)?,
-        asked => (open(), asked),
-    };
-    let opened = opened.map_err(|error| no_issuer(config, error))?;
-    Ok(match asked {
-        Some((predecessor, left)) => (opened, Inherited::Left(left), Some(predecessor)),
-        None => (opened, inherited, None),
-    })
-}
-
-/// Another agent has the files of the issuer.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot open the issuer: {why}; {advice}")]
-pub(super) struct PlaceTaken {
-    why: String,
-    advice: &'static str,
-}
-
-/// Why there is no issuer, and what to do where another agent has its files.
-fn no_issuer(config: &Config, error: OpenError) -> anyhow::Error {
-    let advice = match (error.is_locked(), config.agent.take_over) {
-        (false, _) => return anyhow::Error::new(error).context("cannot open the issuer"),
-        (true, false) => "end it first, or have it hand over: agent { take_over = true }",
-        (true, true) => {
-            "it does not hand over (an older version?): end it first (in Kubernetes: maxSurge: 0 and maxUnavailable: 1)"
-        }
-    };
-    PlaceTaken { why: chain(&error), advice }.into()
-}
-
 /// Until it is told to leave, or nobody is there to tell it.
 async fn told_to_leave(stopping: oneshot::Receiver<Leave>) -> Leave {
-    stopping.await.unwrap_or(Leave::Remove)
+    stopping.await.unwrap_or(Leave::Abandon)
 }
 
 /// Waits until this issuer knows whom it serves, for a while, or is told to leave. What it is told, or will be.
@@ -589,7 +444,7 @@ async fn known_or_stopped(
     };
     let told = tokio::select! {
         biased;
-        told = &mut stopping => Some(told.unwrap_or(Leave::Remove)),
+        told = &mut stopping => Some(told.unwrap_or(Leave::Abandon)),
         () = known => None,
     };
     async move {

@@ -61,8 +61,10 @@ pub struct Listener<G = AdmitAll, K = OsUid> {
 /// What becomes of the socket when its listener ends.
 #[derive(Debug)]
 pub enum Leave {
-    /// It is removed, if it was bound here.
+    /// It is removed, unless systemd made it.
     Remove,
+    /// Nobody is left to say: it is removed if it was bound here, and left to the agent that had it before.
+    Abandon,
     /// It goes on listening, and is for whoever waits at the other end; one that systemd made is not passed on.
     HandOn(oneshot::Sender<VacantSocket>),
 }
@@ -149,7 +151,11 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
         // No new connection, and room for the next agent, before the wait for the old ones.
         match told {
             Some(Leave::HandOn(next)) => hand_on(next, listener, path, &door),
-            Some(Leave::Remove) | None => {
+            Some(Leave::Remove) => {
+                door.leave(listener);
+                path.into_iter().for_each(BoundPath::remove);
+            }
+            Some(Leave::Abandon) | None => {
                 door.leave(listener);
                 drop(path);
             }

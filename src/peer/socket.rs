@@ -5,7 +5,7 @@
 //! removed. The socket is bound under its own name, which is what `ss -xl` and the errors of clients show, and has its mode
 //! from the first moment; nobody can connect before it listens. `PATH.lock`, held as long as the socket, keeps two
 //! starting agents apart. A socket that systemd made is never removed, one that is not ours any more neither. One that the
-//! next agent is to have goes on listening, and is at its place all the time. Absent: abstract sockets, which have no mode.
+//! next agent is to have goes on listening, and is at its place all the time, also if that one ends early. Absent: abstract sockets, which have no mode.
 //!
 //! # Decisions
 //! A dead socket is removed before the new one is bound: there is a moment without. The other way, bound under another
@@ -57,7 +57,8 @@ pub struct Socket {
     place: Option<BoundPath>,
 }
 
-/// The path of a socket that we made. Its drop removes the socket, if it is still ours, and then the lock.
+/// The path of a socket, which is removed with the lock if it is still ours: when this is dropped, if it was made here. One
+/// that another agent has left is removed by [`BoundPath::remove`] alone: that agent may come back to it.
 #[derive(Debug)]
 pub(crate) struct BoundPath {
     path: PathBuf,
@@ -65,8 +66,16 @@ pub(crate) struct BoundPath {
     dir: TrustedDir,
     /// Device and inode.
     made: (u64, u64),
+    made_by: MadeBy,
     /// `None` once it is for somebody else to remove.
     lock: Option<Lock>,
+}
+
+/// Who has bound a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum MadeBy {
+    ThisAgent,
+    AnotherAgent,
 }
 
 /// A socket at its path, at which nobody accepts: who connects waits for the next agent. Dropped, it is left where it is.
@@ -276,7 +285,8 @@ impl Socket {
         match listening() {
             Ok((listener, made)) => {
                 let (path, name) = (path.to_owned(), name.to_owned());
-                Ok(Self { listener, place: Some(BoundPath { path, name, dir, made, lock: Some(lock) }) })
+                let place = BoundPath { path, name, dir, made, made_by: MadeBy::ThisAgent, lock: Some(lock) };
+                Ok(Self { listener, place: Some(place) })
             }
             Err(error) => {
                 lock.release(&dir);
@@ -308,7 +318,10 @@ impl Socket {
             return Err(BindError::NotThere { path });
         }
         let lock = Some(Lock::take(&dir, &path, &name)?);
-        Ok(Self { listener, place: Some(BoundPath { path, name, dir, made, lock }) })
+        Ok(Self {
+            listener,
+            place: Some(BoundPath { path, name, dir, made, made_by: MadeBy::AnotherAgent, lock }),
+        })
     }
 
     /// Takes a socket that systemd bound. It is never removed.
@@ -360,12 +373,18 @@ impl BoundPath {
         }
         VacantSocket { listener, path: self.path.clone(), made: self.made }
     }
+
+    /// Removes the socket, whoever made it.
+    pub(crate) fn remove(mut self) {
+        self.made_by = MadeBy::ThisAgent;
+    }
 }
 
 impl Drop for BoundPath {
     fn drop(&mut self) {
         let Some(lock) = self.lock.take() else { return };
-        if self.dir.look_at(&self.name).is_ok_and(|now| (now.dev(), now.ino()) == self.made)
+        if self.made_by == MadeBy::ThisAgent
+            && self.dir.look_at(&self.name).is_ok_and(|now| (now.dev(), now.ino()) == self.made)
             && let Err(err) = self.dir.remove(&self.name)
         {
             tracing::warn!(path = %self.path.display(), error = %err, "cannot remove the socket");
@@ -446,10 +465,7 @@ fn stands_dead(dir: &TrustedDir, path: &Path, name: &OsStr) -> Result<bool, Bind
     if !there.is_socket() {
         return Err(BindError::NotASocket { path: path.to_owned(), kind: kind(there) });
     }
-    // A living agent whose backlog is full must not make us wait.
-    let client = unbound().map_err(|errno| probe(errno.into()))?;
-    let address = UnixAddr::new(path).map_err(|errno| probe(errno.into()))?;
-    match connect(client.as_raw_fd(), &address) {
+    match tried(path) {
         Ok(()) | Err(Errno::EAGAIN) => Err(BindError::AnotherAgent { path: path.to_owned() }),
         Err(Errno::ECONNREFUSED) => Ok(true),
         Err(Errno::ENOENT) => Ok(false),
@@ -458,6 +474,16 @@ fn stands_dead(dir: &TrustedDir, path: &Path, name: &OsStr) -> Result<bool, Bind
         }
         Err(errno) => Err(probe(errno.into())),
     }
+}
+
+/// Whether somebody listens at `path`, accepting or not.
+pub fn is_listened_at(path: &Path) -> bool {
+    matches!(tried(path), Ok(()) | Err(Errno::EAGAIN))
+}
+
+/// Connects, and lets go at once. A living agent whose backlog is full must not make us wait.
+fn tried(path: &Path) -> Result<(), Errno> {
+    connect(unbound()?.as_raw_fd(), &UnixAddr::new(path)?)
 }
 
 fn kind(file: FileType) -> &'static str {

@@ -91,6 +91,13 @@ pub struct HttpError {
     source: io::Error,
 }
 
+impl HttpError {
+    /// Whether somebody else listens there.
+    pub fn is_taken(&self) -> bool {
+        self.source.kind() == io::ErrorKind::AddrInUse
+    }
+}
+
 /// What a listener answers.
 #[derive(Clone, Debug)]
 pub enum Routes {
@@ -107,7 +114,8 @@ pub enum Routes {
 }
 
 impl Routes {
-    fn what(&self) -> &'static str {
+    /// What is answered there.
+    pub fn what(&self) -> &'static str {
         match self {
             Self::Metrics(_) => "metrics",
             Self::Health { .. } => "health checks",

@@ -34,6 +34,7 @@ mod frames;
 mod kubelet;
 #[path = "attest/pod.rs"]
 mod pod;
+mod process;
 mod raw;
 mod spire;
 mod support;
@@ -42,14 +43,15 @@ mod wire;
 use std::{
     collections::BTreeMap,
     io::{BufRead as _, BufReader, PipeReader, PipeWriter},
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
 use kubelet::{FakeKubelet, Reply, listed, usual_pod};
-use pod::{Pod, PodCgroup, READY, Saw};
-use spire::SpireServer;
+use pod::{Pod, PodCgroup, Saw};
+use process::{Part as _, READY};
+use spire::{Contender, SpireServer};
 use support::{Server, row};
 
 /// As many as the pods are of.
@@ -61,30 +63,10 @@ fn setting(name: &str, default: u32) -> u32 {
     std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
 }
 
-/// One of the two.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Spire,
-    Durward,
-}
-
-impl Kind {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Spire => "spire-agent",
-            Self::Durward => "durward",
-        }
-    }
-
-    fn command(self, server: &SpireServer, kubelet: &FakeKubelet, dir: &Path) -> Command {
-        let (at, of_server) = (dir.display(), server.dir.path().display());
-        let binary = match self {
-            Self::Spire => server.bin.join("spire-agent"),
-            Self::Durward => std::env::var_os("DURWARD_BIN")
-                .map_or_else(|| env!("CARGO_BIN_EXE_durward").into(), PathBuf::from),
-        };
-        let text = format!(
-            r#"agent {{
+fn command(who: Contender, server: &SpireServer, kubelet: &FakeKubelet, dir: &Path) -> Command {
+    let (at, of_server) = (dir.display(), server.dir.path().display());
+    let text = format!(
+        r#"agent {{
   trust_domain = "example.org" server_address = "127.0.0.1" server_port = "{}" trust_bundle_path = "{of_server}/roots.pem"
   data_dir = "{at}/data" socket_path = "{at}/api.sock" log_level = "WARN"
 }}
@@ -96,18 +78,17 @@ plugins {{
   }}
 }}
 "#,
-            server.port,
-            kubelet.port,
-            kubelet.ca.display(),
-            kubelet.token.display()
-        );
-        std::fs::write(dir.join("agent.conf"), text).expect("written");
-        let mut command = Command::new(binary);
-        command.args(["run", "-config"]).arg(dir.join("agent.conf")).args(["-joinToken", &server.token()]);
-        let log = std::fs::File::create(dir.join("log")).expect("a log");
-        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log);
-        command
-    }
+        server.port,
+        kubelet.port,
+        kubelet.ca.display(),
+        kubelet.token.display()
+    );
+    std::fs::write(dir.join("agent.conf"), text).expect("written");
+    let mut command = Command::new(who.binary(server));
+    command.args(["run", "-config"]).arg(dir.join("agent.conf")).args(["-joinToken", &server.token()]);
+    let log = std::fs::File::create(dir.join("log")).expect("a log");
+    command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log);
+    command
 }
 
 /// The pods, whose processes are started and call when they are told.
@@ -167,8 +148,8 @@ fn milliseconds(mut micros: Vec<u32>, percent: usize) -> f64 {
     micros.get(at).map_or(f64::NAN, |micros| f64::from(*micros) / 1000.0)
 }
 
-async fn measured(kind: Kind, server: &SpireServer, kubelet: &FakeKubelet, count: u32) -> Figures {
-    let agent = Server::start(kind.name(), |dir| kind.command(server, kubelet, dir)).await;
+async fn measured(kind: Contender, server: &SpireServer, kubelet: &FakeKubelet, count: u32) -> Figures {
+    let agent = Server::start(kind.name(), |dir| command(kind, server, kubelet, dir)).await;
     tokio::time::sleep(SETTLED).await;
     let pods = Pods::start(count, &agent.socket());
     let (cpu, requests) = (agent.cpu(), kubelet.requests());
@@ -211,8 +192,8 @@ async fn bench() {
     let kubelet = FakeKubelet::start(list);
     row(&["", "spire-agent", "durward", "ratio", "aim"].map(str::to_owned));
     row(&["---"; 5].map(str::to_owned));
-    let theirs = measured(Kind::Spire, &server, &kubelet, count).await;
-    let ours = measured(Kind::Durward, &server, &kubelet, count).await;
+    let theirs = measured(Contender::Spire, &server, &kubelet, count).await;
+    let ours = measured(Contender::Durward, &server, &kubelet, count).await;
     for ((what, theirs, _), (_, ours, aim)) in theirs.into_iter().zip(ours) {
         let ratio = format!("{:.2}", ours / theirs);
         row(&[what.to_owned(), format!("{theirs:.1}"), format!("{ours:.1}"), ratio, aim.to_owned()]);

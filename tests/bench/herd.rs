@@ -25,6 +25,8 @@ mod client;
 mod confined;
 #[path = "../it/frames.rs"]
 mod frames;
+#[path = "process.rs"]
+mod process;
 #[path = "raw.rs"]
 mod raw;
 #[path = "wire.rs"]
@@ -46,6 +48,7 @@ use nix::{
     sys::resource::{Resource, getrlimit, setrlimit},
     unistd::geteuid,
 };
+use process::{Part as _, READY};
 
 /// The first of the users.
 const FIRST: u32 = 740_001;
@@ -132,7 +135,7 @@ impl Herd {
         for _ in &children {
             let mut line = String::new();
             says.read_line(&mut line).expect("a line");
-            assert_eq!(line, client::READY);
+            assert_eq!(line, READY);
         }
         Self { children, says, gate }
     }

@@ -11,6 +11,31 @@ use std::{
 /// How long it is waited for.
 const PATIENCE: Duration = Duration::from_secs(180);
 
+/// An agent at it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Contender {
+    Spire,
+    Durward,
+}
+
+impl Contender {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Spire => "spire-agent",
+            Self::Durward => "durward",
+        }
+    }
+
+    /// Its program: `DURWARD_BIN`, or this one's, and spire-agent beside the server's.
+    pub(crate) fn binary(self, server: &SpireServer) -> PathBuf {
+        match self {
+            Self::Spire => server.bin.join("spire-agent"),
+            Self::Durward => std::env::var_os("DURWARD_BIN")
+                .map_or_else(|| env!("CARGO_BIN_EXE_durward").into(), PathBuf::from),
+        }
+    }
+}
+
 /// The SPIRE Server, ended with the bench.
 pub(crate) struct SpireServer {
     pub(crate) bin: PathBuf,

@@ -35,7 +35,7 @@ mod support;
 use std::{
     io::{Read as _, Write as _},
     net::TcpStream,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Stdio},
     sync::Arc,
     time::{Duration, Instant},
@@ -43,7 +43,7 @@ use std::{
 
 use durward::api::proto::workload::{X509svidRequest, spiffe_workload_api_client::SpiffeWorkloadApiClient};
 use hyper_util::rt::TokioIo;
-use spire::{SpireServer, free_port};
+use spire::{Contender, SpireServer, free_port};
 use support::{Server, median, row};
 use tokio::net::UnixStream;
 use tonic::transport::{Endpoint, Uri};
@@ -66,39 +66,20 @@ fn number(name: &str, default: &str) -> u64 {
     setting(name, default).parse().expect("a number")
 }
 
-/// One of the two.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Spire,
-    Durward,
-}
-
 /// An agent between two of its turns.
-struct Contender {
-    kind: Kind,
+struct Turns {
+    of: Contender,
     data: tempfile::TempDir,
     token: String,
 }
 
-impl Contender {
-    fn new(kind: Kind, server: &SpireServer) -> Self {
-        Self { kind, data: tempfile::tempdir().expect("a directory"), token: server.token() }
-    }
-
-    fn name(&self) -> &'static str {
-        match self.kind {
-            Kind::Spire => "spire-agent",
-            Kind::Durward => "durward",
-        }
+impl Turns {
+    fn new(of: Contender, server: &SpireServer) -> Self {
+        Self { of, data: tempfile::tempdir().expect("a directory"), token: server.token() }
     }
 
     fn command(&self, server: &SpireServer, dir: &Path, metrics: u16, made: u64) -> Command {
         let (at, data, of_server) = (dir.display(), self.data.path().display(), server.dir.path().display());
-        let binary = match self.kind {
-            Kind::Spire => server.bin.join("spire-agent"),
-            Kind::Durward => std::env::var_os("DURWARD_BIN")
-                .map_or_else(|| env!("CARGO_BIN_EXE_durward").into(), PathBuf::from),
-        };
         let text = format!(
             r#"agent {{
   trust_domain = "example.org" server_address = "127.0.0.1" server_port = "{}" trust_bundle_path = "{of_server}/roots.pem"
@@ -114,7 +95,7 @@ telemetry {{ Prometheus {{ host = "127.0.0.1" port = {metrics} }} EnableHostname
             server.port
         );
         std::fs::write(dir.join("agent.conf"), text).expect("written");
-        let mut command = Command::new(binary);
+        let mut command = Command::new(self.of.binary(server));
         command
             .args(["run", "-config"])
             .arg(dir.join("agent.conf"))
@@ -129,7 +110,7 @@ telemetry {{ Prometheus {{ host = "127.0.0.1" port = {metrics} }} EnableHostname
 
     async fn turn(&self, server: &SpireServer, made: u64) -> Turn {
         let (metrics, began) = (free_port(), Instant::now());
-        let agent = Server::start(self.name(), |dir| self.command(server, dir, metrics, made)).await;
+        let agent = Server::start(self.of.name(), |dir| self.command(server, dir, metrics, made)).await;
         Turn { agent, metrics, began }
     }
 }
@@ -200,7 +181,7 @@ fn mib(kib: u64) -> f64 {
 }
 
 /// Memory and a quiet while, with so many entries.
-async fn at_rest(contender: &Contender, server: &SpireServer, entries: u64) -> Figures {
+async fn at_rest(contender: &Turns, server: &SpireServer, entries: u64) -> Figures {
     let made = if entries > MOST_MADE { MADE } else { entries.max(1) };
     let turn = contender.turn(server, made).await;
     turn.first_svid().await;
@@ -220,14 +201,14 @@ async fn at_rest(contender: &Contender, server: &SpireServer, entries: u64) -> F
     ]
 }
 
-async fn restart(contender: &Contender, server: &SpireServer) -> f64 {
+async fn restart(contender: &Turns, server: &SpireServer) -> f64 {
     let turn = contender.turn(server, 1).await;
     turn.first_svid().await;
     turn.began.elapsed().as_secs_f64() * 1e3
 }
 
 /// Entries that are made while a workload waits for one.
-async fn new_entries(contender: &Contender, server: &SpireServer, rounds: u64) -> Figures {
+async fn new_entries(contender: &Turns, server: &SpireServer, rounds: u64) -> Figures {
     let turn = contender.turn(server, 1).await;
     let mut took = Vec::new();
     for round in 0..rounds {
@@ -263,7 +244,7 @@ fn compare(spire: &Figures, durward: &Figures) {
 async fn bench() {
     let rounds = number("DURWARD_UPSTREAM_ROUNDS", "5");
     let mut server = SpireServer::start();
-    let (spire, durward) = (Contender::new(Kind::Spire, &server), Contender::new(Kind::Durward, &server));
+    let (spire, durward) = (Turns::new(Contender::Spire, &server), Turns::new(Contender::Durward, &server));
     row(&["", "spire-agent", "durward", "ratio"].map(str::to_owned));
     row(&["---"; 4].map(str::to_owned));
     let own = server.entry("bench");

@@ -40,6 +40,9 @@ fn configured(more: &str) -> tempfile::TempDir {
     // What all tests use together says nothing about the agent.
     let unhurried = "ratelimit { node { cpu = 100 } }\n";
     write_config(dir.path(), &format!("{}{TAKES_OVER}{unhurried}{more}", entry("/one", "")));
+    let path = dir.path().join("agent.conf");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(path, text.replace("log_level = \"warn\"", "log_level = \"info\"")).unwrap();
     dir
 }
 
@@ -57,8 +60,9 @@ fn inode(path: &Path) -> u64 {
 
 fn log(dir: &Path) -> String {
     let text = fs::read_to_string(dir.join("log")).unwrap();
-    let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(40)..].join("\n")
+    // Each call is audited.
+    let lines: Vec<&str> = text.lines().filter(|line| !line.contains(" audit: ")).collect();
+    lines[lines.len().saturating_sub(100)..].join("\n")
 }
 
 fn until(case: &str, dir: &Path, mut so: impl FnMut() -> bool) {
@@ -89,6 +93,55 @@ fn next_in_pod(dir: &Path) -> Process {
     let next = in_pod(dir, &[]);
     until("the next one serves", dir, || asked_at().is_some_and(|now| Some(now) != before));
     next
+}
+
+/// A directory with an agent that serves, and listens for the next one.
+struct Place {
+    agent: Process,
+    dir: tempfile::TempDir,
+}
+
+impl Place {
+    async fn taken() -> Self {
+        Self::taken_by(configured(""), Process::spawn).await
+    }
+
+    async fn taken_in_pod() -> Self {
+        Self::taken_by(configured(""), |dir| in_pod(dir, &[])).await
+    }
+
+    async fn taken_by(dir: tempfile::TempDir, start: impl FnOnce(&Path) -> Process) -> Self {
+        let mut agent = start(dir.path());
+        drop(agent.serving(dir.path()).await);
+        let place = Self { agent, dir };
+        place.listens();
+        place
+    }
+
+    fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Waits until somebody listens for the next agent.
+    fn listens(&self) {
+        let dir = self.path();
+        until("one listens for the next one", dir, || UnixStream::connect(handover_socket(dir)).is_ok());
+    }
+
+    /// Has everything as the next agent would, which never serves.
+    fn passed(&self) -> UnixStream {
+        self.listens();
+        let (stream, line) = ask(self.path(), &asking(self.path(), 1, "example.org", "api.sock"));
+        assert!(line.contains("passed"), "{line}: {}", log(self.path()));
+        stream
+    }
+}
+
+/// Holds what the next agent would hold.
+fn hold_issuer(dir: &Path) -> fs::File {
+    let held = fs::File::options().write(true).open(dir.join("data/issuer.lock")).unwrap();
+    held.try_lock().unwrap();
+    held
 }
 
 /// Clients that call one call after the other, each on a connection of its own.
@@ -155,10 +208,8 @@ async fn watch(dir: PathBuf, stop: Arc<AtomicBool>, told: Arc<AtomicUsize>) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn five_handovers_lose_no_call() {
-    let dir = configured("");
+    let Place { dir, agent: mut old } = Place::taken().await;
     let dir = dir.path();
-    let mut old = Process::spawn(dir);
-    drop(old.serving(dir).await);
     let (public, admin) = (inode(&socket(dir)), inode(&dir.join("data/admin.sock")));
     let polite = Polite::begin(dir);
     let (stop, told) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
@@ -187,10 +238,8 @@ async fn five_handovers_lose_no_call() {
 /// The next agent is killed at any moment: before it asks, while it waits, with the sockets in its hands, and when it serves.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_in_a_pod_comes_back_when_the_next_one_is_killed() {
-    let dir = configured("");
+    let Place { dir, agent: mut old } = Place::taken_in_pod().await;
     let dir = dir.path();
-    let mut old = in_pod(dir, &[]);
-    drop(old.serving(dir).await);
     let public = inode(&socket(dir));
     let polite = Polite::begin(dir);
     for pause in (0..24).map(|n| Duration::from_millis(20 * n)) {
@@ -346,11 +395,8 @@ fn ask(dir: &Path, sent: &str) -> (UnixStream, String) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn who_asks_for_something_else_changes_nothing() {
-    let dir = configured("");
-    let dir = dir.path();
-    let mut agent = Process::spawn(dir);
-    drop(agent.serving(dir).await);
-    until("it listens for the next one", dir, || handover_socket(dir).exists());
+    let mut place = Place::taken().await;
+    let dir = &place.dir.path().to_owned();
     assert_eq!(fs::metadata(handover_socket(dir)).unwrap().mode() & 0o777, 0o600);
     let polite = Polite::begin(dir);
     for (case, sent, said) in [
@@ -383,21 +429,16 @@ async fn who_asks_for_something_else_changes_nothing() {
     polite.go_on("after a thousand", dir);
 
     // A hostile next one: it takes all and hands nothing on.
-    for turn in 0..3 {
-        until("it listens for the next one", dir, || handover_socket(dir).exists());
-        let (stream, line) = ask(dir, &asking(dir, 1, "example.org", "api.sock"));
-        assert!(line.contains("passed"), "{turn}: {line}");
-        drop(stream);
+    for _ in 0..3 {
+        drop(place.passed());
         polite.go_on("it has come back", dir);
     }
     assert_eq!(polite.end(), [], "no call is lost: {}", log(dir));
 
     // One that never says a word keeps the agent from nothing but serving: it ends when it is told to.
-    until("it listens for the next one", dir, || handover_socket(dir).exists());
-    let (_stream, line) = ask(dir, &asking(dir, 1, "example.org", "api.sock"));
-    assert!(line.contains("passed"), "{line}");
-    agent.signal(Signal::SIGTERM);
-    assert!(agent.wait().success());
+    let _silent = place.passed();
+    place.agent.signal(Signal::SIGTERM);
+    assert!(place.agent.wait().success());
 }
 
 #[tokio::test]
@@ -406,11 +447,8 @@ async fn another_user_gets_nothing_even_where_the_directory_is_open() {
         println!("there is no other user to be: needs root");
         return;
     }
-    let dir = configured("");
+    let Place { dir, mut agent } = Place::taken().await;
     let dir = dir.path();
-    let mut agent = Process::spawn(dir);
-    drop(agent.serving(dir).await);
-    until("it listens for the next one", dir, || handover_socket(dir).exists());
     for (path, mode) in [(dir.to_owned(), 0o755), (dir.join("data"), 0o755), (handover_socket(dir), 0o777)] {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     }
@@ -439,11 +477,8 @@ fn another_user() {
 /// The socket that was passed is not the one at the path any more: it is bound anew.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_socket_that_is_gone_is_bound_anew() {
-    let dir = configured("");
+    let Place { dir, agent: mut old } = Place::taken().await;
     let dir = dir.path();
-    let mut old = Process::spawn(dir);
-    drop(old.serving(dir).await);
-    until("it listens for the next one", dir, || handover_socket(dir).exists());
     fs::remove_file(socket(dir)).unwrap();
     let mut new = Process::spawn(dir);
     until("the old one ends", dir, || old.has_ended());
@@ -456,52 +491,150 @@ async fn a_socket_that_is_gone_is_bound_anew() {
 /// A next one that took everything and hangs: the old one waits for as long as that lasts, and so does who calls.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_waits_for_its_place_while_the_next_one_hangs() {
-    let dir = configured("");
-    let dir = dir.path();
-    let mut old = Process::spawn(dir);
-    drop(old.serving(dir).await);
-    until("it listens for the next one", dir, || handover_socket(dir).exists());
-    let (stream, line) = ask(dir, &asking(dir, 1, "example.org", "api.sock"));
-    assert!(line.contains("passed"), "{line}");
-    let held = fs::File::options().write(true).open(dir.join("data/issuer.lock")).unwrap();
-    held.try_lock().unwrap();
+    let mut place = Place::taken().await;
+    let stream = place.passed();
+    let held = hold_issuer(place.path());
     drop(stream);
+    let dir = place.path();
     until("it cannot come back", dir, || log(dir).contains("cannot take up service again yet"));
     let waiting = {
         let dir = dir.to_owned();
         thread::spawn(move || answered(&dir))
     };
-    assert!(!old.has_ended());
     drop(held);
     assert_eq!(waiting.join().unwrap(), Called::Answered, "{}", log(dir));
+    assert!(!place.agent.has_ended());
 
     // It hears that it is to end.
-    until("it listens for the next one", dir, || handover_socket(dir).exists());
-    let (stream, line) = ask(dir, &asking(dir, 1, "example.org", "api.sock"));
-    assert!(line.contains("passed"), "{line}");
-    let held = fs::File::options().write(true).open(dir.join("data/issuer.lock")).unwrap();
-    held.try_lock().unwrap();
+    let stream = place.passed();
+    let _held = hold_issuer(place.path());
     drop(stream);
-    old.signal(Signal::SIGTERM);
-    assert!(old.wait().success());
+    place.agent.signal(Signal::SIGTERM);
+    assert!(place.agent.wait().success());
+}
+
+/// The next one serves later than the first waits for it: the first ends, since nobody needs it any more.
+#[tokio::test]
+async fn an_agent_that_finds_another_one_serving_ends() {
+    let mut place = Place::taken().await;
+    let stream = place.passed();
+    let _held = hold_issuer(place.path());
+    let _next = UnixListener::bind(handover_socket(place.path())).unwrap();
+    drop(stream);
+    assert!(place.agent.wait().success(), "{}", log(place.path()));
+    assert!(log(place.path()).contains("yet another agent serves: ending"), "{}", log(place.path()));
+    assert!(socket(place.path()).exists(), "the socket is the other one's");
+}
+
+/// Told to end while it leaves its place, it leaves it.
+#[tokio::test]
+async fn an_agent_that_is_ended_while_it_hands_over_hands_over() {
+    let mut place = Place::taken().await;
+    let dir = place.dir.path().to_owned();
+    // Somebody who never ends its request, so that the drain takes a while.
+    let mut slow = UnixStream::connect(socket(&dir)).unwrap();
+    slow.write_all(b"PRI * HTTP/2.0\r\n").unwrap();
+    let mut stream = UnixStream::connect(handover_socket(&dir)).unwrap();
+    stream.write_all(asking(&dir, 1, "example.org", "api.sock").as_bytes()).unwrap();
+    until("it leaves", &dir, || log(&dir).contains("handing over to another agent"));
+    place.agent.signal(Signal::SIGTERM);
+    let mut line = String::new();
+    BufReader::new(&mut stream).read_line(&mut line).unwrap();
+    assert!(line.contains("passed"), "{line}: {}", log(&dir));
+    assert!(place.agent.wait().success(), "{}", log(&dir));
+    assert!(socket(&dir).exists(), "it is the next one's");
+}
+
+/// However many say nothing, the next one is heard.
+#[tokio::test]
+async fn those_who_say_nothing_keep_nobody_waiting() {
+    let Place { dir, agent: mut old } = Place::taken().await;
+    let dir = dir.path();
+    // One after the other, they would take longer than any test waits.
+    let silent: Vec<_> = (0..100).map(|_| UnixStream::connect(handover_socket(dir)).unwrap()).collect();
+    let mut new = Process::spawn(dir);
+    until("the old one ends", dir, || old.has_ended());
+    assert_eq!(answered(dir), Called::Answered, "{}", log(dir));
+    assert!(!new.has_ended());
+    drop(silent);
+}
+
+/// What cannot be had whoever leaves is known before anybody is asked to leave.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_cannot_serve_asks_nobody_to_leave() {
+    let mut place = Place::taken().await;
+    let dir = place.dir.path().to_owned();
+    for (case, words, more, said) in [
+        (
+            "an address of another machine",
+            &[][..],
+            "health_checks { listener_enabled = true bind_address = \"192.0.2.1\" bind_port = \"18080\" }\n",
+            "cannot listen for health checks on 192.0.2.1:18080",
+        ),
+        (
+            "more than the node has",
+            &["prlimit", "--nofile=4096"],
+            "ratelimit { gate { connections = 1000000 } }\n",
+            "gate: 1000000 connections take",
+        ),
+    ] {
+        fs::write(dir.join("log"), "").unwrap();
+        write_config(&dir, &[&entry("/one", ""), TAKES_OVER, more].concat());
+        assert_eq!(Process::spawn_by(words, &dir).wait().code(), Some(1), "{case}");
+        let log = log(&dir);
+        assert!(log.contains(said) && !log.contains("handing over"), "{case}: {log}");
+        assert!(!place.agent.has_ended(), "{case}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn of_three_in_pods_the_first_stands_by_when_the_second_ends() {
-    let dir = configured("");
+    let Place { dir, agent: mut first } = Place::taken_in_pod().await;
     let dir = dir.path();
-    let mut first = in_pod(dir, &[]);
-    drop(first.serving(dir).await);
+    let public = inode(&socket(dir));
     let polite = Polite::begin(dir);
-    let second = next_in_pod(dir);
-    let third = next_in_pod(dir);
-    drop(second);
-    until("the first does not come back", dir, || log(dir).contains("cannot take up service again yet"));
-    polite.go_on("the third serves", dir);
-    assert_eq!(polite.end(), [], "no call is lost: {}", log(dir));
-    drop(third);
+    for turn in 0..2 {
+        let second = next_in_pod(dir);
+        let mut third = next_in_pod(dir);
+        fs::write(dir.join("log"), "").unwrap();
+        drop(second);
+        until("the third hears of the first", dir, || log(dir).contains("another agent stands by"));
+        polite.go_on("the third serves", dir);
+        if turn == 0 {
+            // Told to end, it leaves the place to the first.
+            third.signal(Signal::SIGTERM);
+            assert!(third.wait().success(), "{}", log(dir));
+            polite.go_on("the first serves", dir);
+            assert_eq!(inode(&socket(dir)), public, "{}", log(dir));
+        } else {
+            assert_eq!(polite.end(), [], "no call is lost: {}", log(dir));
+            drop(third);
+            break;
+        }
+    }
     until("the first is back", dir, || answered(dir) == Called::Answered);
     assert!(!first.has_ended());
+}
+
+/// Told to end at any moment of its start, an agent leaves the place as it would later.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_in_a_pod_that_is_ended_as_it_starts_costs_no_call() {
+    let Place { dir, agent: mut old } = Place::taken_in_pod().await;
+    let dir = dir.path();
+    let (public, admin) = (inode(&socket(dir)), inode(&dir.join("data/admin.sock")));
+    let polite = Polite::begin(dir);
+    for pause in (0..24).map(|n| Duration::from_millis(20 * n)) {
+        let case = format!("ended after {pause:?}");
+        let mut new = in_pod(dir, &[]);
+        thread::sleep(pause);
+        new.signal(Signal::SIGTERM);
+        new.wait();
+        polite.go_on(&case, dir);
+        until("it listens for the next one", dir, || handover_socket(dir).exists());
+        assert!(!old.has_ended(), "{case}: {}", log(dir));
+        assert_eq!((inode(&socket(dir)), inode(&dir.join("data/admin.sock"))), (public, admin), "{case}");
+    }
+    assert_eq!(polite.end(), [], "no call is lost: {}", log(dir));
 }
 
 /// Whoever runs ends while it is asked: the next one finds nobody, and serves.
@@ -526,11 +659,8 @@ async fn an_agent_that_ends_while_it_is_asked_is_followed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn three_that_start_at_once_take_over_one_after_the_other() {
-    let dir = configured("");
+    let Place { dir, agent: mut old } = Place::taken().await;
     let dir = dir.path();
-    let mut old = Process::spawn(dir);
-    drop(old.serving(dir).await);
-    until("it listens for the next one", dir, || handover_socket(dir).exists());
     let polite = Polite::begin(dir);
     let mut next: Vec<_> = (0..3).map(|_| Process::spawn(dir)).collect();
     until("one is left", dir, || {
@@ -548,10 +678,8 @@ async fn three_that_start_at_once_take_over_one_after_the_other() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_is_ended_leaves_its_place_to_the_one_that_stands_by() {
-    let dir = configured("");
+    let Place { dir, agent: mut old } = Place::taken_in_pod().await;
     let dir = dir.path();
-    let mut old = in_pod(dir, &[]);
-    drop(old.serving(dir).await);
     let (public, admin) = (inode(&socket(dir)), inode(&dir.join("data/admin.sock")));
     let polite = Polite::begin(dir);
     for turn in 0..3 {

@@ -10,7 +10,7 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
@@ -30,6 +30,8 @@ pub(crate) enum Reply {
     Nothing,
     /// Sends so many bytes.
     Bytes(usize),
+    /// Sends a byte now and then, and never all.
+    Slowly,
 }
 
 /// A kubelet on a port of its own, by TLS.
@@ -155,6 +157,14 @@ fn answer_once(
         Reply::Nothing => {
             stream.read_exact(&mut [0])?;
             return Ok(false);
+        }
+        Reply::Slowly => {
+            write!(stream, "HTTP/1.1 200 OK\r\n{JSON}Transfer-Encoding: chunked\r\n\r\n")?;
+            loop {
+                write!(stream, "1\r\n \r\n")?;
+                stream.flush()?;
+                thread::park_timeout(Duration::from_millis(50));
+            }
         }
         Reply::Bytes(most) => {
             write!(stream, "HTTP/1.1 200 OK\r\n{JSON}Transfer-Encoding: chunked\r\n\r\n")?;

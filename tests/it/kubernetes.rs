@@ -234,6 +234,7 @@ async fn what_the_kubelet_cannot_say_is_unavailable_and_says_what_to_do() {
         ("100 MB", Reply::Bytes(100_000_000), "it is larger than 33554432 bytes", AttestFault::Unreadable),
         ("cut", Reply::Bytes(100_000), "the kubelet at 127.0.0.1", AttestFault::Unreadable),
         ("nothing", Reply::Nothing, "has not said which pods there are", AttestFault::Unreadable),
+        ("slowly", Reply::Slowly, "has not said which pods there are", AttestFault::Unreadable),
         ("another pod alone", listed(&[pod(3)]), "does not list container", AttestFault::Unlisted),
         (
             "two pods of one container",
@@ -461,6 +462,43 @@ async fn what_is_missing_is_told_before_anybody_calls() {
         it.use_anonymous_authentication = true;
     });
     assert_eq!(unused.missing(), [""; 0]);
+}
+
+/// What stands at the path is no file, or not what it should be.
+#[tokio::test]
+async fn a_file_that_is_not_what_it_should_be_is_named() {
+    let dir = TempDir::new().unwrap();
+    let (pipe, text) = (dir.path().join("pipe"), dir.path().join("text"));
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    type Change = fn(&mut K8sSettings, PathBuf);
+    let (token, ca): (Change, Change) =
+        (|it, path| it.token_path = path, |it, path| it.kubelet_ca_path = path);
+    let kubelet = FakeKubelet::start(listed(&[pod(1)]));
+    for (case, change, path, holds, want) in [
+        ("a pipe for a token", token, &pipe, "", "must be a regular file (token_path)"),
+        ("a directory for a CA", ca, &dir.path().to_owned(), "", "must be a regular file (kubelet_ca_path)"),
+        ("an empty token", token, &text, " \n", "holds no token (token_path)"),
+        ("a token of two lines", token, &text, "one\ntwo", "holds no token (token_path)"),
+        (
+            "a CA that is none",
+            ca,
+            &text,
+            "-----BEGIN CERTIFICATE-----",
+            "holds no certificates in PEM (kubelet_ca_path)",
+        ),
+        ("a token without end", token, &text, &"x".repeat(65_537), "is larger than 65536 bytes (token_path)"),
+    ] {
+        if *path == text {
+            fs::write(path, holds).unwrap();
+        }
+        let settings = kubelet.settings(|it| change(it, path.clone()));
+        let missing = settings.missing();
+        assert!(matches!(&missing[..], [only] if only.contains(want)), "{case}: {missing:?}");
+        let error = attest(&Attestor::new(settings), &caller(1, 1), &["k8s:ns:ns1"]).await.unwrap_err();
+        assert!(whole(&error).contains(want), "{case}: {}", whole(&error));
+        assert!(!whole(&error).contains("two"), "{case}: no token is told");
+    }
+    assert_eq!(kubelet.requests(), 0, "nobody is asked without what is shown");
 }
 
 #[tokio::test]

@@ -2,9 +2,7 @@
 
 use std::{
     fs,
-    io::Read as _,
     path::{Path, PathBuf},
-    process::Command,
     time::{Duration, Instant},
 };
 
@@ -13,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     frames::{FETCH_JWT, block, jwt_request},
     kubelet::{container_id, pod_uid},
+    process::Part,
     raw::{Answer, Connecting, Raw, WIDE},
 };
 
@@ -45,27 +44,11 @@ pub(crate) struct Saw {
     pub(crate) failed: Vec<String>,
 }
 
-impl Pod {
-    /// This program again.
-    pub(crate) fn command(&self, program: &Path) -> Command {
-        let mut command = Command::new(program);
-        command.env(PART, serde_json::to_string(self).expect("JSON"));
-        command
-    }
+impl Part for Pod {
+    const TOLD: &str = "DURWARD_ATTEST_PART";
+    type Saw = Saw;
 
-    /// A pod's process ends here; any other goes on.
-    pub(crate) fn come_if_told() {
-        let Ok(part) = std::env::var(PART) else { return };
-        let pod: Self = serde_json::from_str(&part).expect("a part");
-        print!("{READY}");
-        std::io::Write::flush(&mut std::io::stdout()).expect("said");
-        // Nothing is ever sent: it ends when all are there.
-        drop(std::io::stdin().read(&mut [0]));
-        println!("{}", serde_json::to_string(&pod.calls()).expect("JSON"));
-        std::process::exit(0);
-    }
-
-    fn calls(&self) -> Saw {
+    fn play(&self) -> Saw {
         let (block, body) = (block(FETCH_JWT), jwt_request("attest"));
         let (mut saw, mut open, begin) = (Saw::default(), None, Instant::now() + self.after);
         for nth in 0..self.calls {

@@ -1,10 +1,8 @@
-//! A client's process: it says that it is there, waits until it may come, and says what it saw.
+//! A client, which is a process of its own.
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    io::Read as _,
-    path::{Path, PathBuf},
-    process::Command,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -14,13 +12,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     frames::{block, jwt_request, message},
+    process::Part,
     raw::{Answer, Came, Connecting, Raw, WIDE},
 };
 
-/// What it is told, as JSON in its environment.
-const PART: &str = "DURWARD_HERD_PART";
-/// What it says when it is there.
-pub(crate) const READY: &str = "ready\n";
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// For how long a gateway validates, and others beside it.
@@ -83,41 +78,31 @@ impl Saw {
     }
 }
 
-impl Client {
-    /// This program again.
-    pub(crate) fn command(&self, program: &Path) -> Command {
-        let mut command = Command::new(program);
-        command.env(PART, serde_json::to_string(self).expect("JSON"));
-        command
-    }
+impl Part for Client {
+    const TOLD: &str = "DURWARD_HERD_PART";
+    type Saw = Saw;
 
-    /// A client's process ends here; any other goes on.
-    pub(crate) fn come_if_told() {
-        let Ok(part) = std::env::var(PART) else { return };
-        let client: Self = serde_json::from_str(&part).expect("a part");
-        print!("{READY}");
-        std::io::Write::flush(&mut std::io::stdout()).expect("said");
-        // Nothing is ever sent: it ends when all are there.
-        drop(std::io::stdin().read(&mut [0]));
+    fn play(&self) -> Saw {
         let mut saw = Saw::default();
-        match client.come {
-            Come::Once => client.once(&mut saw),
+        match self.come {
+            Come::Once => self.once(&mut saw),
             Come::Unit => {
-                let stream = client.stream(&mut saw);
-                client.once(&mut saw);
+                let stream = self.stream(&mut saw);
+                self.once(&mut saw);
                 drop(stream);
             }
             Come::Streams(count) => {
-                let open: Vec<Raw> = (0..count).filter_map(|_| client.stream(&mut saw)).collect();
+                let open: Vec<Raw> = (0..count).filter_map(|_| self.stream(&mut saw)).collect();
                 drop(open);
             }
-            Come::Validates(rate) => client.validates(rate, &mut saw),
-            Come::ValidatesWithoutEnd => client.validates_without_end(&mut saw),
+            Come::Validates(rate) => self.validates(rate, &mut saw),
+            Come::ValidatesWithoutEnd => self.validates_without_end(&mut saw),
         }
-        println!("{}", serde_json::to_string(&saw.shortened()).expect("JSON"));
-        std::process::exit(0);
+        saw.shortened()
     }
+}
 
+impl Client {
     fn open(&self, saw: &mut Saw) -> Option<Raw> {
         Raw::open(&self.socket, Connecting::Waits, WIDE, PATIENCE)
             .inspect_err(|error| saw.fails(error.kind()))
