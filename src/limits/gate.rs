@@ -266,6 +266,9 @@ impl Gate {
         }
         let (place, holding) = state.accounts.add(caller, group, budget::PARKED);
         state.total += 1;
+        if reserved {
+            holding.put_on_reserve();
+        }
         state.reserved += u32::from(reserved);
         counters.connections.set(f64::from(state.total));
         drop(state);
@@ -330,8 +333,7 @@ impl SharedGate {
         connections.look(u64::from(*total), |target| accounts.level(Weight::Connections, target));
         let (short_from, room_below) = bytes.bounds();
         self.node.bound(short_from, room_below);
-        let (tight_from, full_from) = bytes.last_bounds();
-        self.node.close(tight_from, full_from, bytes.least);
+        self.node.close(bytes.last_bounds(), bytes.least);
         self.node.set_share(bytes.is_short().then(|| bytes.share()), bytes.look_from());
         self.node.room().set(Short::Descriptors, connections.is_short());
         state.looked = self.ledger.now();

@@ -14,7 +14,7 @@ use durward::{
         Gate, GatePlaces, GatePlan, GateRule, GateRules, GateSettings, LimitSettings, Limits, Method,
         NodeQuota, NodeSettings, Refusal, RejectionStatus, SoftLimits, TableSize,
         bucket::{Per, Quota},
-        budget::{Pressure, connection_at_most},
+        budget::{HTTP2, Pressure, connection_at_most},
         caller::Caller,
         caller_pattern::CallerPattern,
         gate_plan::NoRoomError,
@@ -906,6 +906,9 @@ async fn memory_is_set_aside_for_callers_that_hold_nothing() {
 }
 
 /// The neighbour with seven connections is not told for what five of another hold; and nobody is, while there is room.
+    assert!(new.iter().all(|permit| permit.holding().try_hold(HTTP2)), "they speak too");
+    assert!(!new.iter().any(|permit| permit.holding().try_hold(HTTP2)), "once");
+    assert!(!hog[1].holding().try_hold(1));
 #[tokio::test(start_paused = true)]
 async fn who_holds_most_bytes_is_told_to_go_newest_first() {
     let gate = gate_within(GateSettings::default(), Some(24 << 20));
@@ -913,6 +916,21 @@ async fn who_holds_most_bytes_is_told_to_go_newest_first() {
     let idle: Vec<ConnectionPermit> = (0..7).map(|_| gate.open(neighbour).unwrap()).collect();
     let full: Vec<ConnectionPermit> = (0..5).map(|_| gate.open(heavy).unwrap()).collect();
     idle.iter().for_each(|permit| permit.holding().hold(27 << 10));
+/// Who was let in while there was room, and speaks when there is next to none.
+#[tokio::test(start_paused = true)]
+async fn who_begins_to_speak_finds_room_up_to_the_end() {
+    let gate = gate_within(GateSettings::default(), Some(64 << 20));
+    let [hog, first, second] = [1, 2, 3].map(|uid| gate.open(CallerKey::Uid(uid)).unwrap());
+    hog.holding().hold(62 << 20);
+    gate.look(None, 0);
+    assert!(!hog.holding().try_hold(1));
+    assert!(first.holding().try_hold(HTTP2));
+    hog.holding().hold(1 << 20);
+    assert!(!second.holding().try_hold(HTTP2), "the last part is nobody's");
+    hog.holding().release(1 << 20);
+    assert!(second.holding().try_hold(HTTP2));
+}
+
     for (each, want) in [(1 << 20, [None; 5]), (2 << 20, [None; 5]), (3 << 20, [None; 5])] {
         full.iter().for_each(|permit| permit.holding().hold(1 << 20));
         gate.look(Some(4 << 20), 4 << 20);
