@@ -54,8 +54,9 @@ impl AcceptGate for AuditedGate {
         Some(Arc::clone(self.gate.room()))
     }
 
-    fn answer(&self, why: ConnectionRefusal) -> Option<HeaderMap> {
-        status::refused_connection(why, self.gate.rejection_status())
+    fn answer(&self, arrival: &Arrival, why: ConnectionRefusal) -> Option<HeaderMap> {
+        let wait = self.gate.wait(arrival.caller(), why);
+        status::refused_connection(why, wait, self.gate.rejection_status())
     }
 
     fn holding(permit: &ConnectionPermit) -> Arc<Holding> {

@@ -16,6 +16,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
@@ -265,10 +266,10 @@ impl Gate {
             counters.count(Stage::Gate, None, caller.charged_as(), Decision::Allowed);
         }
         let (place, holding) = state.accounts.add(caller, group, budget::PARKED);
-        state.total += 1;
         if reserved {
             holding.put_on_reserve();
         }
+        state.total += 1;
         state.reserved += u32::from(reserved);
         counters.connections.set(f64::from(state.total));
         drop(state);
@@ -293,6 +294,19 @@ impl Gate {
     /// Whether there is room.
     pub fn room(&self) -> &Arc<Room> {
         self.shared.node.room()
+    }
+
+    /// When `caller` may come back that was refused for this, if that is known: when its rate of connections allows one more.
+    /// When others leave is not; nor, where the processor is short, how many of a crowd wait for the same token.
+    pub fn wait(&self, caller: CallerKey, why: ConnectionRefusal) -> Option<Duration> {
+        if why != ConnectionRefusal::CallerRate {
+            return None;
+        }
+        let shared = &self.shared;
+        let plan = shared.plan.load();
+        let Limit::Quota(quota) = plan.rule(&caller).limit() else { return None };
+        let key = shared.key(&plan, caller);
+        shared.state().rates.wait(shared.ledger.now(), key, quota)
     }
 
     /// What callers are told that a limit refuses which an admin set.

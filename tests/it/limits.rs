@@ -846,9 +846,17 @@ async fn the_gate_asks_the_caller_first() {
     for _ in 0..7 {
         drop(open(1).unwrap());
     }
+    let wait = |why| gate.wait(CallerKey::Uid(1), why);
     assert_eq!(open(1).err(), Some(R::CallerRate));
+    assert_eq!(wait(R::CallerRate), Some(Duration::from_secs(1)));
     advance(Duration::from_millis(999)).await;
     assert_eq!(open(1).err(), Some(R::CallerRate), "too early");
+    assert_eq!(wait(R::CallerRate), Some(Duration::from_millis(1)));
+    assert_eq!(
+        [R::CallerConnections, R::Memory, R::Processor, R::Blocked].map(wait),
+        [None; 4],
+        "nobody knows"
+    );
     advance(Duration::from_millis(1)).await;
     assert!(open(1).is_ok());
     let admin: Vec<_> = (0..2).map(|_| gate.open_admin().unwrap()).collect();
@@ -898,6 +906,9 @@ async fn memory_is_set_aside_for_callers_that_hold_nothing() {
         (100..300).map_while(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
     assert_eq!(new.len(), 64);
     assert_eq!(gate.open(CallerKey::Uid(999)).err(), Some(ConnectionRefusal::Memory));
+    assert!(new.iter().all(|permit| permit.holding().try_hold(HTTP2)), "they speak too");
+    assert!(!new.iter().any(|permit| permit.holding().try_hold(HTTP2)), "once");
+    assert!(!hog[1].holding().try_hold(1));
     new.pop();
     let last = gate.open(CallerKey::Uid(999)).unwrap();
     hog[0].holding().release(70 << 20);
@@ -905,17 +916,6 @@ async fn memory_is_set_aside_for_callers_that_hold_nothing() {
     drop((hog, new, last));
 }
 
-/// The neighbour with seven connections is not told for what five of another hold; and nobody is, while there is room.
-    assert!(new.iter().all(|permit| permit.holding().try_hold(HTTP2)), "they speak too");
-    assert!(!new.iter().any(|permit| permit.holding().try_hold(HTTP2)), "once");
-    assert!(!hog[1].holding().try_hold(1));
-#[tokio::test(start_paused = true)]
-async fn who_holds_most_bytes_is_told_to_go_newest_first() {
-    let gate = gate_within(GateSettings::default(), Some(24 << 20));
-    let [neighbour, heavy] = [1, 2].map(CallerKey::Uid);
-    let idle: Vec<ConnectionPermit> = (0..7).map(|_| gate.open(neighbour).unwrap()).collect();
-    let full: Vec<ConnectionPermit> = (0..5).map(|_| gate.open(heavy).unwrap()).collect();
-    idle.iter().for_each(|permit| permit.holding().hold(27 << 10));
 /// Who was let in while there was room, and speaks when there is next to none.
 #[tokio::test(start_paused = true)]
 async fn who_begins_to_speak_finds_room_up_to_the_end() {
@@ -931,6 +931,14 @@ async fn who_begins_to_speak_finds_room_up_to_the_end() {
     assert!(second.holding().try_hold(HTTP2));
 }
 
+/// The neighbour with seven connections is not told for what five of another hold; and nobody is, while there is room.
+#[tokio::test(start_paused = true)]
+async fn who_holds_most_bytes_is_told_to_go_newest_first() {
+    let gate = gate_within(GateSettings::default(), Some(24 << 20));
+    let [neighbour, heavy] = [1, 2].map(CallerKey::Uid);
+    let idle: Vec<ConnectionPermit> = (0..7).map(|_| gate.open(neighbour).unwrap()).collect();
+    let full: Vec<ConnectionPermit> = (0..5).map(|_| gate.open(heavy).unwrap()).collect();
+    idle.iter().for_each(|permit| permit.holding().hold(27 << 10));
     for (each, want) in [(1 << 20, [None; 5]), (2 << 20, [None; 5]), (3 << 20, [None; 5])] {
         full.iter().for_each(|permit| permit.holding().hold(1 << 20));
         gate.look(Some(4 << 20), 4 << 20);
