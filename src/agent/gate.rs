@@ -55,10 +55,11 @@ impl AcceptGate for AuditedGate {
         Some(Arc::clone(self.gate.room()))
     }
 
-    fn answer(&self, why: ConnectionRefusal) -> Option<HeaderMap> {
+    fn answer(&self, arrival: &Arrival, why: ConnectionRefusal) -> Option<HeaderMap> {
         // One caller who cannot be identified has ended, mostly: nobody is there to be told.
         let tells = why != ConnectionRefusal::Unidentified || self.health.identifies_nobody();
-        tells.then(|| status::refused_connection(why, self.gate.rejection_status())).flatten()
+        let wait = || self.gate.wait(arrival.caller(), why);
+        tells.then(|| status::refused_connection(why, wait(), self.gate.rejection_status())).flatten()
     }
 
     fn holding(permit: &ConnectionPermit) -> Arc<Holding> {

@@ -49,7 +49,7 @@ use crate::{
     telemetry::{
         SpireNames,
         health::{HealthState, Probe},
-        http::HttpListener,
+        http::{HeldPlaces, HttpListener},
         log::Log,
         metrics::Metrics,
     },
@@ -278,7 +278,7 @@ impl AgentParts {
             let service = self.admin_service(keys, standing, reloads);
             self.serve_admin(socket, service, admin_stats)
         });
-        let mut tasks = self.tasks();
+        let mut tasks = self.tasks(http.iter().map(HttpListener::held).collect());
         if let Some(presence) = presence {
             tasks.spawn(keep_in_sight(Arc::clone(&self.health), presence));
         }
@@ -383,7 +383,7 @@ impl AgentParts {
     }
 
     /// What goes on for ever.
-    fn tasks(&self) -> JoinSet<()> {
+    fn tasks(&self, http: Vec<HeldPlaces>) -> JoinSet<()> {
         let mut tasks = JoinSet::new();
         tasks.spawn(Arc::clone(&self.writer).run());
         let metrics = Arc::clone(&self.metrics);
@@ -396,6 +396,7 @@ impl AgentParts {
             jwt: Arc::clone(&self.jwt),
             store: Arc::clone(self.writer.store()),
             journal: Arc::clone(&self.journal),
+            http,
             meter: self.meter.clone(),
             complaints: Complaints::default(),
         };

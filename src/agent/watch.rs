@@ -20,7 +20,7 @@ use crate::{
     },
     os::heap,
     store::{JwtCache, Store, X509Cache},
-    telemetry::registry::Label as _,
+    telemetry::{http::HeldPlaces, registry::Label as _},
 };
 
 /// Caches that were emptied are emptied again after so many quarters of a second, or when memory is shorter than then, and
@@ -64,6 +64,8 @@ pub(super) struct Watch {
     pub(super) jwt: Arc<JwtCache>,
     pub(super) store: Arc<Store>,
     pub(super) journal: Arc<Journal>,
+    /// Of the HTTP listeners.
+    pub(super) http: Vec<HeldPlaces>,
     pub(super) meter: MemoryMeter,
     pub(super) complaints: Complaints<&'static str>,
 }
@@ -203,6 +205,7 @@ impl Watch {
             jwt_svids: count(self.jwt.len()),
             x509_svids: count(self.x509.counts().cached),
             attestors: count(self.attestor.kept_bytes()),
+            http: self.http.iter().map(HeldPlaces::bytes).sum(),
         }
     }
 

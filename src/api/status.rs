@@ -195,13 +195,18 @@ impl From<RequestError> for Status {
     }
 }
 
-/// When to come back after a connection was refused. It cannot be known when others leave; clients pause for a second
-/// anyway.
+/// When to come back after a connection was refused, where it is not known: when others leave, or how many of a crowd wait for
+/// the same room. It waited for a moment already, and clients pause for a second anyway.
 const COME_BACK: Duration = Duration::from_secs(1);
 
 /// What the first call on a refused connection is told: the headers of an answer that ends with them. `None` where nobody is
-/// told. Limits that an admin set are told with `limits`. What is no limit says nothing of when to come back.
-pub fn refused_connection(why: ConnectionRefusal, limits: RejectionStatus) -> Option<HeaderMap> {
+/// told. Limits that an admin set are told with `limits`. `wait` is when one may come back, if that is known; what is no limit
+/// says nothing of it.
+pub fn refused_connection(
+    why: ConnectionRefusal,
+    wait: Option<Duration>,
+    limits: RejectionStatus,
+) -> Option<HeaderMap> {
     use ConnectionRefusal as R;
     let limit = match limits {
         RejectionStatus::ResourceExhausted => Code::ResourceExhausted,
@@ -234,7 +239,7 @@ pub fn refused_connection(why: ConnectionRefusal, limits: RejectionStatus) -> Op
             "the agent is short of processor time, and this caller connects more often than its share of it allows",
         ),
     };
-    let wait = (why != R::Blocked).then_some(COME_BACK);
+    let wait = (why != R::Blocked).then_some(wait.unwrap_or(COME_BACK));
     Some(refused(code, text, wait).into_http::<()>().into_parts().0.headers)
 }
 

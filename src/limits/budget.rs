@@ -254,17 +254,18 @@ pub struct Accounted {
     pub x509_svids: u64,
     /// Bytes that attestors keep.
     pub attestors: u64,
+    /// Bytes that connections of the HTTP listeners take.
+    pub http: u64,
 }
 
 impl Accounted {
     /// What that takes, in bytes, as this module reckons it.
     pub fn bytes(&self) -> u64 {
-        let Self { held, keys, jwt_svids, x509_svids, attestors } = *self;
+        let Self { held, keys, jwt_svids, x509_svids, attestors, http } = *self;
+        let in_bytes = [held, attestors, http, PROCESS].into_iter().fold(0, u64::saturating_add);
         [(keys, KEY), (jwt_svids, CACHED_JWT_SVID), (x509_svids, CACHED_X509_SVID)]
             .into_iter()
-            .fold(held.saturating_add(attestors).saturating_add(PROCESS), |sum: u64, (number, each)| {
-                sum.saturating_add(number.saturating_mul(each))
-            })
+            .fold(in_bytes, |sum: u64, (number, each)| sum.saturating_add(number.saturating_mul(each)))
     }
 }
 
@@ -341,8 +342,8 @@ mod tests {
 
     #[test]
     fn accounts_add_up() {
-        let some = Accounted { held: 2, keys: 3, jwt_svids: 1, x509_svids: 1, attestors: 0 };
-        assert_eq!(some.bytes(), 2 + PROCESS + 3 * KEY + CACHED_JWT_SVID + CACHED_X509_SVID);
+        let some = Accounted { held: 2, keys: 3, jwt_svids: 1, x509_svids: 1, attestors: 5, http: 7 };
+        assert_eq!(some.bytes(), 2 + 5 + 7 + PROCESS + 3 * KEY + CACHED_JWT_SVID + CACHED_X509_SVID);
         assert_eq!(Accounted { held: u64::MAX, keys: 1, ..Accounted::default() }.bytes(), u64::MAX);
     }
 }

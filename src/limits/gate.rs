@@ -16,6 +16,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
@@ -265,6 +266,9 @@ impl Gate {
             counters.count(Stage::Gate, None, caller.charged_as(), Decision::Allowed);
         }
         let (place, holding) = state.accounts.add(caller, group, budget::PARKED);
+        if reserved {
+            holding.put_on_reserve();
+        }
         state.total += 1;
         state.reserved += u32::from(reserved);
         counters.connections.set(f64::from(state.total));
@@ -290,6 +294,19 @@ impl Gate {
     /// Whether there is room.
     pub fn room(&self) -> &Arc<Room> {
         self.shared.node.room()
+    }
+
+    /// When `caller` may come back that was refused for this, if that is known: when its rate of connections allows one more.
+    /// When others leave is not; nor, where the processor is short, how many of a crowd wait for the same token.
+    pub fn wait(&self, caller: CallerKey, why: ConnectionRefusal) -> Option<Duration> {
+        if why != ConnectionRefusal::CallerRate {
+            return None;
+        }
+        let shared = &self.shared;
+        let plan = shared.plan.load();
+        let Limit::Quota(quota) = plan.rule(&caller).limit() else { return None };
+        let key = shared.key(&plan, caller);
+        shared.state().rates.wait(shared.ledger.now(), key, quota)
     }
 
     /// What callers are told that a limit refuses which an admin set.
@@ -330,8 +347,7 @@ impl SharedGate {
         connections.look(u64::from(*total), |target| accounts.level(Weight::Connections, target));
         let (short_from, room_below) = bytes.bounds();
         self.node.bound(short_from, room_below);
-        let (tight_from, full_from) = bytes.last_bounds();
-        self.node.close(tight_from, full_from, bytes.least);
+        self.node.close(bytes.last_bounds(), bytes.least);
         self.node.set_share(bytes.is_short().then(|| bytes.share()), bytes.look_from());
         self.node.room().set(Short::Descriptors, connections.is_short());
         state.looked = self.ledger.now();

@@ -7,7 +7,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -15,6 +15,7 @@ use std::{
 use tokio::{sync::Notify, time::Instant};
 
 use super::{
+    budget::NEWCOMER,
     room::{Room, Short},
     waste::Waste,
 };
@@ -51,6 +52,8 @@ impl HeldBytes {
 /// Memory is out when one part in so many is held beyond where it begins to be short.
 const WELL_BEYOND: u64 = 8;
 
+/// What a family holds at most that begins: a connection and a call, beside its last one, whose end was not seen yet.
+const BEGINS: u64 = 2 * NEWCOMER;
 /// The share of one, where it is not known yet.
 const UNRECKONED: u64 = u64::MAX;
 
@@ -65,9 +68,11 @@ pub(super) struct NodeHeld {
     share: AtomicU64,
     /// From so many bytes on shares are to be reckoned anew.
     look_from: AtomicU64,
-    /// What is held when nobody grows who has the least share there is, when nobody at all does, and that share.
+    /// What is held when only those grow who have less than the least share there is, when only those do who begin, when nobody
+    /// does, and that share.
     tight_from: AtomicU64,
     full_from: AtomicU64,
+    spent_from: AtomicU64,
     least: AtomicU64,
     look: Notify,
     room: Arc<Room>,
@@ -85,6 +90,7 @@ impl NodeHeld {
             look_from: AtomicU64::new(u64::MAX),
             tight_from: AtomicU64::new(u64::MAX),
             full_from: AtomicU64::new(u64::MAX),
+            spent_from: AtomicU64::new(u64::MAX),
             least: AtomicU64::new(0),
             look: Notify::new(),
             room,
@@ -120,10 +126,12 @@ impl NodeHeld {
         self.look_from.store(look_from, Relaxed);
     }
 
-    /// Sets from where on those who have `least` hold no more, and from where on nobody does: see [`Holding::try_hold`].
-    pub(super) fn close(&self, tight_from: u64, full_from: u64, least: u64) {
+    /// Sets from where on those who have `least` hold no more, from where on only those do who begin, and from where on nobody
+    /// does: see [`Holding::try_hold`].
+    pub(super) fn close(&self, [tight_from, full_from, spent_from]: [u64; 3], least: u64) {
         self.tight_from.store(tight_from, Relaxed);
         self.full_from.store(full_from, Relaxed);
+        self.spent_from.store(spent_from, Relaxed);
         self.least.store(least, Relaxed);
     }
 
@@ -131,6 +139,7 @@ impl NodeHeld {
     fn fits(&self, all: u64, bytes: u64) -> bool {
         all < self.tight_from.load(Relaxed)
             || bytes <= self.least.load(Relaxed) && all < self.full_from.load(Relaxed)
+            || bytes <= BEGINS && all < self.spent_from.load(Relaxed)
     }
 
     /// Waits until shares are to be reckoned anew. For one task.
@@ -198,6 +207,8 @@ pub struct Holding {
     own: HeldBytes,
     /// `None` where nobody sums it up.
     sums: Option<HeldSums>,
+    /// It was let in on what is set aside, of which a connection and a call are its own.
+    on_reserve: AtomicBool,
     told: AtomicU8,
     notify: Notify,
 }
@@ -208,6 +219,11 @@ impl Holding {
         let mut holding = Self::default();
         holding.sums = Some(sums);
         holding
+    }
+
+    /// It was let in on what is set aside.
+    pub(super) fn put_on_reserve(&self) {
+        self.on_reserve.store(true, Relaxed);
     }
 
     /// So many bytes more are held.
@@ -221,15 +237,16 @@ impl Holding {
     }
 
     /// Counts what need not be granted, if it fits: `false`, and nothing is counted, where memory is about to run out and the
-    /// caller's family has the least share there is. The look four times a second comes too late for a thousand connections
-    /// that all begin to speak.
+    /// caller's family has the least share there is; one with a connection and a call gets what is set aside for it beyond
+    /// that. The look four times a second comes too late for a thousand connections that all begin to speak.
     #[must_use]
     pub fn try_hold(&self, bytes: u64) -> bool {
         self.hold(bytes);
         let fits = self
             .sums
             .as_ref()
-            .is_none_or(|HeldSums { group, node, .. }| node.fits(node.bytes(), group.bytes()));
+            .is_none_or(|HeldSums { group, node, .. }| node.fits(node.bytes(), group.bytes()))
+            || self.on_reserve.load(Relaxed) && self.bytes() <= NEWCOMER;
         if !fits {
             self.release(bytes);
         }
@@ -435,7 +452,8 @@ mod tests {
             let (caller, group) = (Arc::default(), Arc::default());
             Arc::new(Holding::in_sums(HeldSums { caller, group, node: Arc::clone(&node) }))
         };
-        node.close(85, 95, 1);
+        // In units in which nobody is one who begins.
+        node.close([85, 95, 0], 1);
         let (one, another) = (of_family(), of_family());
         let in_room = [one.try_make(10).unwrap(), one.try_make(10).unwrap()];
         another.hold(60);
@@ -449,6 +467,25 @@ mod tests {
         assert!(one.try_make(5).is_some(), "one that fits");
         drop(made);
         assert_eq!(node.bytes(), 75);
+    }
+
+    /// Who holds next to nothing has a connection and a call, where all others hold all that they may.
+    #[test]
+    fn what_is_set_aside_is_for_those_who_begin() {
+        let node = Arc::new(NodeHeld::new(Arc::default()));
+        let of_family = || {
+            let (caller, group) = (Arc::default(), Arc::default());
+            Holding::in_sums(HeldSums { caller, group, node: Arc::clone(&node) })
+        };
+        let (full, spent) = (100 * BEGINS, 103 * BEGINS);
+        node.close([full, full, spent], 0);
+        let other = of_family();
+        other.hold(full);
+        assert!(!other.try_hold(1));
+        let begins: Vec<Holding> = (0..5).map(|_| of_family()).collect();
+        let fits: Vec<bool> = begins.iter().map(|one| one.try_hold(BEGINS)).collect();
+        assert_eq!(fits, [true, true, false, false, false], "as long as there is some of it");
+        assert!(!begins[0].try_hold(1), "no more than that");
     }
 
     /// Shortness comes and goes with the sums, at once, and not at one line.

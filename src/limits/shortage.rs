@@ -24,6 +24,8 @@ pub(super) struct Shortage {
     looked_at: u64,
 }
 
+/// Of the whole, one part in so many is for nobody.
+const LAST: u64 = 64;
 /// Shares are reckoned anew when so much of the whole, one part in so many, was taken since.
 const STEP: u64 = 128;
 
@@ -85,12 +87,12 @@ impl Shortage {
         })
     }
 
-    /// What connections hold when callers begin to be told to go, and when they begin to be cut.
-    pub(super) fn last_bounds(&self) -> (u64, u64) {
-        let line = |step| {
-            self.whole.map_or(u64::MAX, |whole| self.steps.lines(step, whole).0.saturating_sub(self.other))
-        };
-        (line(Pressure::RefuseNew), line(Pressure::CloseHeaviest))
+    /// What connections hold when callers begin to be told to go, when they begin to be cut, and when next to nothing is left.
+    pub(super) fn last_bounds(&self) -> [u64; 3] {
+        let Some(whole) = self.whole else { return [u64::MAX; 3] };
+        let line = |step| self.steps.lines(step, whole).0;
+        [line(Pressure::RefuseNew), line(Pressure::CloseHeaviest), whole - whole / LAST]
+            .map(|line| line.saturating_sub(self.other))
     }
 
     /// Down to where those above it are cut, if it is so short that they are: not below their share, but when it runs out:

@@ -323,6 +323,13 @@ impl Table {
         self.find(key.hash).map(|cell| cell.bucket.left(now, quota))
     }
 
+    /// How long until a key that is known has a token.
+    pub(super) fn wait(&mut self, now: u64, key: BucketKey, quota: Quota) -> Option<Duration> {
+        let now = self.tick(now);
+        let mut bucket = self.find(key.hash)?.bucket;
+        bucket.try_hold(now, quota, 1).err()
+    }
+
     /// The `n` keys that were refused most, then those that were served most, since each was last forgotten.
     pub(super) fn heaviest(&self, n: usize) -> Vec<Heavy> {
         let weight = |cell: &Cell| (cell.refused, cell.used);

@@ -36,7 +36,7 @@ pub trait AcceptGate: Send + Sync + 'static {
     }
 
     /// What one that was refused is told: the headers of an answer that ends with them. By default nobody is told.
-    fn answer(&self, _why: ConnectionRefusal) -> Option<HeaderMap> {
+    fn answer(&self, _arrival: &Arrival, _why: ConnectionRefusal) -> Option<HeaderMap> {
         None
     }
 

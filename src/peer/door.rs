@@ -191,17 +191,24 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
             self.keep(Kept { stream, family, waits: Some(waits) }, now);
             return Ok(());
         }
-        self.turn_away(stream, family, why, now);
+        self.turn_away(stream, family, &waits.arrival, why, now);
         Err(NotTaken::Refused(why))
     }
 
     /// Tells one why, or closes it, soon or at once.
-    fn turn_away(&mut self, stream: Accepted<StdStream>, family: u64, why: ConnectionRefusal, now: Instant) {
+    fn turn_away(
+        &mut self,
+        stream: Accepted<StdStream>,
+        family: u64,
+        arrival: &Arrival,
+        why: ConnectionRefusal,
+        now: Instant,
+    ) {
         if stream.is_deserted() {
             return;
         }
         if self.replies.may(family, now)
-            && let Some(headers) = self.gate.answer(why)
+            && let Some(headers) = self.gate.answer(arrival, why)
         {
             self.replies.begin(stream, &headers, family, now);
         } else if why.is_callers_own() {

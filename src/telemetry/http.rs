@@ -164,6 +164,22 @@ pub struct HttpListener {
     at: BoundAt,
     routes: Routes,
     places: usize,
+    free: Arc<Semaphore>,
+}
+
+/// How many connections a listener holds.
+#[derive(Clone, Debug)]
+pub struct HeldPlaces {
+    places: usize,
+    free: Arc<Semaphore>,
+}
+
+impl HeldPlaces {
+    /// What they take by now, in bytes, with the place of the one that comes next.
+    pub fn bytes(&self) -> u64 {
+        let held = self.places.saturating_sub(self.free.available_permits());
+        u64::try_from(held).unwrap_or(u64::MAX).saturating_mul(PLACE)
+    }
 }
 
 #[derive(Debug)]
@@ -208,7 +224,7 @@ impl HttpListener {
         });
         let listener =
             bound.map_err(|source| HttpError { what: routes.what(), host: host.to_owned(), port, source })?;
-        Ok(Self { at: BoundAt::Tcp(listener), routes, places })
+        Ok(Self::new(BoundAt::Tcp(listener), routes, places))
     }
 
     /// The same at a Unix socket that listens and does not block. `place` is kept as long as the listener.
@@ -218,7 +234,16 @@ impl HttpListener {
         routes: Routes,
         places: usize,
     ) -> Self {
-        Self { at: BoundAt::Unix(listener, Box::new(place)), routes, places }
+        Self::new(BoundAt::Unix(listener, Box::new(place)), routes, places)
+    }
+
+    fn new(at: BoundAt, routes: Routes, places: usize) -> Self {
+        Self { at, routes, places, free: Arc::new(Semaphore::new(places)) }
+    }
+
+    /// How many connections it holds, from now on.
+    pub fn held(&self) -> HeldPlaces {
+        HeldPlaces { places: self.places, free: Arc::clone(&self.free) }
     }
 
     /// Answers for ever. Dropping the future closes the listener and every connection.
@@ -226,14 +251,13 @@ impl HttpListener {
     /// # Errors
     /// When the runtime cannot watch the socket; never later.
     pub async fn serve(self) -> io::Result<Infallible> {
-        let Self { at, routes, places } = self;
+        let Self { at, routes, places, free } = self;
         let (listener, _place) = match at {
             BoundAt::Tcp(listener) => (Listening::Tcp(net::TcpListener::from_std(listener)?), None),
             BoundAt::Unix(listener, place) => {
                 (Listening::Unix(net::UnixListener::from_std(listener)?), Some(place))
             }
         };
-        let free = Arc::new(Semaphore::new(places));
         let shares = UserPlaces { held: Arc::default(), most: (places / USER_SHARE).max(1) };
         let mut visits = JoinSet::new();
         loop {
@@ -553,6 +577,25 @@ mod tests {
         half.shutdown().await.unwrap();
         let closed = half.read(&mut [0]).await;
         assert!(matches!(closed, Ok(0) | Err(_)), "it is not waited for: {closed:?}");
+    }
+
+    /// Memory is reckoned with the connections that are held.
+    #[tokio::test(start_paused = true)]
+    async fn what_connections_take_is_told() {
+        let listener = HttpListener::bind("127.0.0.1", 0, health(&Arc::default()), 16).unwrap();
+        let held = listener.held();
+        let BoundAt::Tcp(bound) = &listener.at else { panic!("{listener:?}") };
+        let address = bound.local_addr().unwrap();
+        assert_eq!(held.bytes(), 0);
+        drop(tokio::spawn(listener.serve()));
+        // Without an await, at which time would pass.
+        let mut silent: Vec<_> = (0..3).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
+        for (bytes, keep) in [(4 * PLACE, 1), (2 * PLACE, 0)] {
+            while held.bytes() != bytes {
+                tokio::task::yield_now().await;
+            }
+            silent.truncate(keep);
+        }
     }
 
     /// Nobody's place is taken away: who comes when there is none waits for one, the others are served.

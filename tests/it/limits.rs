@@ -14,7 +14,7 @@ use durward::{
         Gate, GatePlaces, GatePlan, GateRule, GateRules, GateSettings, LimitSettings, Limits, Method,
         NodeQuota, NodeSettings, Refusal, RejectionStatus, SoftLimits, TableSize,
         bucket::{Per, Quota},
-        budget::{Pressure, connection_at_most},
+        budget::{HTTP2, Pressure, connection_at_most},
         caller::Caller,
         caller_pattern::CallerPattern,
         gate_plan::NoRoomError,
@@ -846,9 +846,17 @@ async fn the_gate_asks_the_caller_first() {
     for _ in 0..7 {
         drop(open(1).unwrap());
     }
+    let wait = |why| gate.wait(CallerKey::Uid(1), why);
     assert_eq!(open(1).err(), Some(R::CallerRate));
+    assert_eq!(wait(R::CallerRate), Some(Duration::from_secs(1)));
     advance(Duration::from_millis(999)).await;
     assert_eq!(open(1).err(), Some(R::CallerRate), "too early");
+    assert_eq!(wait(R::CallerRate), Some(Duration::from_millis(1)));
+    assert_eq!(
+        [R::CallerConnections, R::Memory, R::Processor, R::Blocked].map(wait),
+        [None; 4],
+        "nobody knows"
+    );
     advance(Duration::from_millis(1)).await;
     assert!(open(1).is_ok());
     let admin: Vec<_> = (0..2).map(|_| gate.open_admin().unwrap()).collect();
@@ -898,11 +906,29 @@ async fn memory_is_set_aside_for_callers_that_hold_nothing() {
         (100..300).map_while(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
     assert_eq!(new.len(), 64);
     assert_eq!(gate.open(CallerKey::Uid(999)).err(), Some(ConnectionRefusal::Memory));
+    assert!(new.iter().all(|permit| permit.holding().try_hold(HTTP2)), "they speak too");
+    assert!(!new.iter().any(|permit| permit.holding().try_hold(HTTP2)), "once");
+    assert!(!hog[1].holding().try_hold(1));
     new.pop();
     let last = gate.open(CallerKey::Uid(999)).unwrap();
     hog[0].holding().release(70 << 20);
     assert!(gate.open(CallerKey::Uid(1)).is_ok(), "there is room again, at once");
     drop((hog, new, last));
+}
+
+/// Who was let in while there was room, and speaks when there is next to none.
+#[tokio::test(start_paused = true)]
+async fn who_begins_to_speak_finds_room_up_to_the_end() {
+    let gate = gate_within(GateSettings::default(), Some(64 << 20));
+    let [hog, first, second] = [1, 2, 3].map(|uid| gate.open(CallerKey::Uid(uid)).unwrap());
+    hog.holding().hold(62 << 20);
+    gate.look(None, 0);
+    assert!(!hog.holding().try_hold(1));
+    assert!(first.holding().try_hold(HTTP2));
+    hog.holding().hold(1 << 20);
+    assert!(!second.holding().try_hold(HTTP2), "the last part is nobody's");
+    hog.holding().release(1 << 20);
+    assert!(second.holding().try_hold(HTTP2));
 }
 
 /// The neighbour with seven connections is not told for what five of another hold; and nobody is, while there is room.
