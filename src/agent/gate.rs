@@ -56,10 +56,13 @@ impl AcceptGate for AuditedGate {
     }
 
     fn answer(&self, arrival: &Arrival, why: ConnectionRefusal) -> Option<HeaderMap> {
-        // One caller who cannot be identified has ended, mostly: nobody is there to be told.
-        let tells = why != ConnectionRefusal::Unidentified || self.health.identifies_nobody();
-        let wait = || self.gate.wait(arrival.caller(), why);
-        tells.then(|| status::refused_connection(why, wait(), self.gate.rejection_status())).flatten()
+        let wait = self.gate.wait(arrival.caller(), why);
+        status::refused_connection(why, wait, self.gate.rejection_status())
+    }
+
+    fn answer_unidentified(&self) -> Option<HeaderMap> {
+        // One caller alone who cannot be identified has ended, mostly: nobody is there to be told.
+        self.health.identifies_nobody().then(status::unidentified)
     }
 
     fn holding(permit: &ConnectionPermit) -> Arc<Holding> {

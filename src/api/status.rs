@@ -200,8 +200,7 @@ impl From<RequestError> for Status {
 const COME_BACK: Duration = Duration::from_secs(1);
 
 /// What the first call on a refused connection is told: the headers of an answer that ends with them. `None` where nobody is
-/// told. Limits that an admin set are told with `limits`. `wait` is when one may come back, if that is known; what is no limit
-/// says nothing of it.
+/// there to be told. Limits that an admin set are told with `limits`; `wait` is when one may come back, if that is known.
 pub fn refused_connection(
     why: ConnectionRefusal,
     wait: Option<Duration>,
@@ -213,11 +212,7 @@ pub fn refused_connection(
         RejectionStatus::Unavailable => Code::Unavailable,
     };
     let (code, text) = match why {
-        R::NotOwner | R::AdminConnections => return None,
-        R::Unidentified => {
-            let text = "the agent cannot identify its callers on this node, and serves nobody: see its log";
-            return Some(Status::unavailable(text).into_http::<()>().into_parts().0.headers);
-        }
+        R::Unidentified | R::NotOwner | R::AdminConnections => return None,
         R::Blocked => (limit, "rate limit exceeded: ratelimit.gate blocks this caller"),
         R::CallerConnections => {
             (limit, "rate limit exceeded: this caller has as many connections as ratelimit.gate allows")
@@ -241,6 +236,12 @@ pub fn refused_connection(
     };
     let wait = (why != R::Blocked).then_some(wait.unwrap_or(COME_BACK));
     Some(refused(code, text, wait).into_http::<()>().into_parts().0.headers)
+}
+
+/// What the first call is told where the agent can identify nobody: no wait would help.
+pub fn unidentified() -> HeaderMap {
+    let text = "the agent cannot identify its callers on this node, and serves nobody: see its log";
+    Status::unavailable(text).into_http::<()>().into_parts().0.headers
 }
 
 impl From<BodyError> for Status {

@@ -177,10 +177,12 @@ impl Accounts {
     }
 
     /// Tells connections of the groups that weigh more than `level` to go, the newest of each first, and so many that no
-    /// group weighs less than `share` then: but the harder notice is told even if what is left does. Those that were told
-    /// before count as gone.
+    /// group weighs less than `share` then. The harder notice is told to further ones, the newest of all first, until so much
+    /// goes as the groups weigh above the level: a crowd of callers with a connection each does not take them all with it.
+    /// Those that were told before count as gone.
     pub(super) fn shed(&self, by: Weight, level: u64, share: u64, notice: Notice) -> Vec<ToldToGo> {
-        let mut told = Vec::new();
+        let (mut told, mut below_share) = (Vec::new(), Vec::new());
+        let (mut above_level, mut goes) = (0_u64, 0_u64);
         for account in self.groups.values() {
             let gone = |holding: &Holding| holding.notice() >= Some(notice);
             let weight = |holding: &Holding| match by {
@@ -190,20 +192,42 @@ impl Accounts {
             let leaving = account.open.values().filter(|(_, holding)| gone(holding));
             let leaving: u64 = leaving.map(|(_, holding)| weight(holding)).sum();
             let mut left = account.weight(by).saturating_sub(leaving);
-            for (caller, holding) in account.open.values().rev() {
+            above_level = above_level.saturating_add(left.saturating_sub(level));
+            for (order, (caller, holding)) in account.open.iter().rev() {
                 if left <= level {
                     break;
                 }
-                let after = left.saturating_sub(weight(holding));
-                if gone(holding) || after < share && notice < Notice::Close {
+                if gone(holding) {
                     continue;
                 }
-                holding.tell(notice);
+                let weight = weight(holding);
+                let after = left.saturating_sub(weight);
+                let one = (ToldToGo { caller: *caller, held: account.held.bytes(), notice }, holding);
+                if after >= share {
+                    goes = goes.saturating_add(weight);
+                    told.push(one);
+                } else if notice == Notice::Close {
+                    below_share.push((*order, weight, one));
+                } else {
+                    continue;
+                }
                 left = after;
-                told.push(ToldToGo { caller: *caller, held: account.held.bytes(), notice });
             }
         }
-        told
+        below_share.sort_unstable_by_key(|(order, ..)| std::cmp::Reverse(*order));
+        for (_, weight, one) in below_share {
+            if goes >= above_level {
+                break;
+            }
+            goes = goes.saturating_add(weight);
+            told.push(one);
+        }
+        told.into_iter()
+            .map(|(told, holding)| {
+                holding.tell(notice);
+                told
+            })
+            .collect()
     }
 }
 

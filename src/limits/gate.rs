@@ -334,6 +334,8 @@ impl SharedGate {
         let plan = self.plan.load();
         state.bytes.steps = plan.memory;
         state.bytes.whole = plan.budget;
+        state.bytes.spare = plan.budget.map_or(0, budget::spare);
+        state.bytes.reserved = plan.reserved_bytes();
         state.bytes.least = plan.budget.unwrap_or(0) / budget::SHARES;
         state.connections.whole = Some(u64::from(plan.most));
         state.connections.least = plan.least_connections();
@@ -431,7 +433,7 @@ impl SharedGate {
             return Err(ConnectionRefusal::Descriptors);
         }
         let Some(budget) = plan.budget else { return Ok(false) };
-        let left = budget.saturating_sub(state.bytes.used(self.node.bytes()));
+        let left = state.bytes.left(self.node.bytes());
         let last = left < plan.reserved_bytes() + budget::NEWCOMER;
         if newcomer {
             let taken = last && !exempt && state.reserved >= plan.reserved();

@@ -15,6 +15,10 @@ pub(super) struct Shortage {
     pub(super) whole: Option<u64>,
     /// What is taken by other things than connections.
     pub(super) other: u64,
+    /// What of it is for nobody.
+    pub(super) spare: u64,
+    /// What is set aside, beside that, for those who hold nothing.
+    pub(super) reserved: u64,
     /// What a share is at least.
     pub(super) least: u64,
     pressure: Pressure,
@@ -24,8 +28,6 @@ pub(super) struct Shortage {
     looked_at: u64,
 }
 
-/// Of the whole, one part in so many is for nobody.
-const LAST: u64 = 64;
 /// Shares are reckoned anew when so much of the whole, one part in so many, was taken since.
 const STEP: u64 = 128;
 
@@ -87,12 +89,21 @@ impl Shortage {
         })
     }
 
-    /// What connections hold when callers begin to be told to go, when they begin to be cut, and when next to nothing is left.
+    /// What is left of what is there for anybody, where connections hold `held`.
+    pub(super) fn left(&self, held: u64) -> u64 {
+        let whole = self.whole.unwrap_or(u64::MAX);
+        whole.saturating_sub(self.spare).saturating_sub(self.used(held))
+    }
+
+    /// What connections hold when only those grow who have less than the least share, when only those do who begin, and when
+    /// nothing is left: what is set aside begins with the first, and half of it is for the second.
     pub(super) fn last_bounds(&self) -> [u64; 3] {
         let Some(whole) = self.whole else { return [u64::MAX; 3] };
         let line = |step| self.steps.lines(step, whole).0;
-        [line(Pressure::RefuseNew), line(Pressure::CloseHeaviest), whole - whole / LAST]
-            .map(|line| line.saturating_sub(self.other))
+        let end = whole.saturating_sub(self.spare);
+        let tight = end.saturating_sub(self.reserved).min(line(Pressure::RefuseNew));
+        let full = end.saturating_sub(self.reserved / 2).min(line(Pressure::CloseHeaviest));
+        [tight, full, end].map(|line| line.saturating_sub(self.other))
     }
 
     /// Down to where those above it are cut, if it is so short that they are: not below their share, but when it runs out:
@@ -141,5 +152,23 @@ mod tests {
         assert_eq!(shortage(690).bounds(), (10, 0));
         assert_eq!(shortage(2000).bounds(), (0, 0));
         assert_eq!(Shortage::default().bounds(), (u64::MAX, u64::MAX), "no budget");
+    }
+
+    #[test]
+    fn what_is_set_aside_ends_before_what_is_for_nobody() {
+        for (case, spare, reserved, last) in [
+            ("nothing is set aside", 0, 0, [750, 850, 900]),
+            ("little", 20, 40, [750, 850, 880]),
+            ("more", 100, 200, [600, 700, 800]),
+            ("more than there is", 900, 200, [0, 0, 0]),
+        ] {
+            let it = Shortage { spare, reserved, ..shortage(100) };
+            assert_eq!(it.last_bounds(), last, "{case}");
+            assert_eq!(it.left(500), 400_u64.saturating_sub(spare), "{case}");
+        }
+        assert_eq!(
+            (Shortage::default().last_bounds(), Shortage::default().left(1)),
+            ([u64::MAX; 3], u64::MAX - 1)
+        );
     }
 }

@@ -40,6 +40,11 @@ pub trait AcceptGate: Send + Sync + 'static {
         None
     }
 
+    /// What one that cannot be identified is told, where nobody can. By default nobody is told.
+    fn answer_unidentified(&self) -> Option<HeaderMap> {
+        None
+    }
+
     /// Where is said what the connection holds. By default nobody sums it up.
     fn holding(_permit: &Self::Permit) -> Arc<Holding> {
         Arc::default()

@@ -224,7 +224,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         now: Instant,
     ) -> NotTaken {
         if !stream.is_deserted()
-            && let Some(headers) = self.gate.answer(ConnectionRefusal::Unidentified)
+            && let Some(headers) = self.gate.answer_unidentified()
         {
             if self.replies.may(UNIDENTIFIED, now) {
                 self.replies.begin(stream, &headers, UNIDENTIFIED, now);
