@@ -1,6 +1,6 @@
 //! An agent that joins a SPIRE Server: its own SVID, what is kept of it on the disk, and servers that are none.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{os::unix::fs::PermissionsExt as _, path::Path, sync::Arc, time::Duration};
 
 use durward::{
     identity::{Bundle, TrustDomain},
@@ -97,6 +97,8 @@ async fn a_token_is_used_once_and_what_it_brought_is_kept() {
     let own = opened(settings.clone(), Clock::SYSTEM).unwrap();
     let running = tokio::spawn(Arc::clone(&own).run());
     assert_eq!(serving(&own).await, "spiffe://example.org/spire/agent/join_token/once");
+    let made = std::fs::metadata(dir.path().join("data")).unwrap();
+    assert_eq!(made.permissions().mode() & 0o7777, 0o700, "it was missing");
     assert!(matches!(
         opened(settings.clone(), Clock::SYSTEM),
         Err(DataFault::File(FileFault::Locked { .. }))

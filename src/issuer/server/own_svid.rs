@@ -115,13 +115,13 @@ impl OwnSvid {
         clock: Clock,
         metrics: Arc<ServerMetrics>,
     ) -> Result<Arc<Self>, DataFault> {
-        let dir = FileDir::open(&settings.data_dir, 0o755, UNFINISHED)?;
+        let dir = FileDir::open(&settings.data_dir, UNFINISHED)?;
         let lock = dir.lock(LOCK)?;
         let data = Arc::new(AgentDataFile::open(dir, &settings.trust_domain)?);
         let keys = Arc::new(match &settings.key_manager {
             KeyManagerSettings::Memory => AgentKeys::in_memory(),
             KeyManagerSettings::Disk(directory) => {
-                AgentKeys::open(FileDir::open(directory, 0o700, UNFINISHED)?)?
+                AgentKeys::open(FileDir::open(directory, UNFINISHED)?)?
             }
         });
         let key_exchange =
