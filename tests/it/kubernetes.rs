@@ -238,7 +238,7 @@ async fn what_the_kubelet_cannot_say_is_unavailable_and_says_what_to_do() {
         (
             "two pods of one container",
             listed(&[pod(1), twice]),
-            "twice, so whose it is",
+            "twice, so its owner is not known",
             AttestFault::Untrusted,
         ),
         ("two pods of one UID", listed(&[pod(1), pod(1)]), "two pods of UID pod:", AttestFault::Untrusted),
