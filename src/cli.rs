@@ -74,6 +74,10 @@ enum Command {
     /// Show which identities a process gets, and why not others
     Explain(explain::ExplainArgs),
     /// Show who calls most and who is refused most
+    ///
+    /// REFUSED counts what a limit refused, and no other error: a call without an
+    /// identity or while the SPIRE Server is away is not in it.
+    #[command(verbatim_doc_comment)]
     Limits(limits::LimitsArgs),
     /// Show registration entries
     #[command(subcommand)]
@@ -209,8 +213,8 @@ impl Failure {
         match self {
             // `| head` has read all it wanted.
             Self::Print(PrintError::Closed) => 0,
-            Self::Call(call_error::CallError::Connect { .. })
-            | Self::Validate(call_error::CallError::Connect { .. }) => 4,
+            Self::Call(err) | Self::Validate(err) if err.is_absent() => 4,
+            Self::Unhealthy(healthcheck::Unhealthy::Absent) => 4,
             Self::Call(err) | Self::Validate(err) if err.code() == Code::PermissionDenied => 3,
             Self::Agent(err) if err.is::<Expelled>() => 5,
             _ => 1,
@@ -233,9 +237,11 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     // As before `main`, for who calls this from a program of his own.
     signals::hold();
     let mut terminal = Terminal::new();
+    let words = argv::normalise(args);
     let parsed = command()
-        .try_get_matches_from(argv::normalise(args))
-        .and_then(|matches| Cli::from_arg_matches(&matches));
+        .try_get_matches_from(&words)
+        .and_then(|matches| Cli::from_arg_matches(&matches))
+        .map_err(|error| argv::with_tip(error, &words));
     let result = match parsed {
         Ok(cli) => dispatch(cli.command, &mut terminal),
         // --help and --version
@@ -243,7 +249,11 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             terminal.print_help(&err.render().to_string()).map_err(Failure::from)
         }
         Err(err) => {
-            terminal.fault(err.render().to_string().trim_end());
+            // clap says this only where the help flag is its own.
+            terminal.fault(format_args!(
+                "{}\n\nFor more information, try '--help'.",
+                err.render().to_string().trim_end()
+            ));
             Err(Failure::Said)
         }
     };

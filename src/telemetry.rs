@@ -19,6 +19,15 @@ pub use self::{
     spire_names::SpireNames,
 };
 
+/// The system's sentence without its number, as a part of another.
+pub(crate) fn said(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    match text.split_once(" (os error") {
+        Some((sentence, _)) => sentence.to_lowercase(),
+        None => text,
+    }
+}
+
 /// The error's text, then that of each cause, with `: ` between.
 pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();

@@ -34,11 +34,14 @@ use super::{
     upkeep::{Happened, Upkeep},
 };
 use crate::{
-    config::Config,
+    config::{Config, WrongPlace},
     issuer::{self, Expelled},
     os::{clock::Clock, program, systemd::ServiceManager},
     peer::Socket,
-    telemetry::{chain, log::Log},
+    telemetry::{
+        chain,
+        log::{Log, LogError},
+    },
 };
 
 /// How many clients are turned away when the agent cannot start: more than the largest queue of a socket holds.
@@ -125,6 +128,14 @@ struct Started {
     asked_at: Option<Socket>,
 }
 
+/// Why there is no log; where a file of it is set, if it is that.
+fn told(config: &Config, error: LogError) -> anyhow::Error {
+    let LogError::Open { path, source } = &error else { return error.into() };
+    let WrongPlace { key, value, message } = config.wrong_log_file(path, source);
+    let place = config.set_at.of(key).map(|place| format!("{place}: ")).unwrap_or_default();
+    anyhow::anyhow!("{place}{key} {value:?}: {message}")
+}
+
 /// What an agent is controlled with, on the main thread.
 struct Control<'a> {
     manager: Arc<ServiceManager>,
@@ -145,7 +156,7 @@ impl Control<'_> {
         let load = Arc::clone(&self.load);
         let loading = self.errands.begin(move || -> anyhow::Result<_> {
             let config = load()?;
-            let log = Log::start(&config.log, &config.audit)?;
+            let log = Log::start(&config.log, &config.audit).map_err(|error| told(&config, error))?;
             Ok((config, log))
         });
         let (config, log) = tokio::select! {

@@ -290,6 +290,7 @@ impl AdminParts {
         let matches = matches(&snapshot, &subject);
         let near = snapshot.index.nearest(&subject, NEAREST);
         let (uid, gid) = (process.uid().as_raw(), process.gid().as_raw());
+        let command = process.command().to_owned();
         Ok(pb::ExplainResponse {
             pid,
             uid,
@@ -312,6 +313,7 @@ impl AdminParts {
                 .map(|UntoldKind { kind, why, decides }| pb::Untold { kind, why: chain(&why), decides })
                 .collect(),
             attestors: said.into_iter().map(said_of).collect(),
+            command,
         })
     }
 

@@ -37,7 +37,7 @@ pub struct Journal {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Complaint {
     NotAttested(AttestFault),
-    NoSvid,
+    NotSigned,
     NoUpdate,
 }
 
@@ -45,7 +45,7 @@ impl Complaint {
     fn text(self) -> &'static str {
         match self {
             Self::NotAttested(fault) => fault.text(),
-            Self::NoSvid => "no_svid",
+            Self::NotSigned => "not_signed",
             Self::NoUpdate => "no_update",
         }
     }
@@ -151,7 +151,7 @@ impl Journal {
                 }
             },
             RequestError::JwtSvid(cause) | RequestError::X509Svid(cause) => {
-                self.complain(by, Complaint::NoSvid, |line| {
+                self.complain(by, Complaint::NotSigned, |line| {
                     let AboutCaller { caller, pid, reason, times } = line;
                     let error = chain(cause);
                     tracing::warn!(method = rpc, caller, pid, reason, error, times, "could not make an SVID");
@@ -309,13 +309,13 @@ mod tests {
         let svid = "could not make an SVID method=FetchX509SVID";
         let error = "error=\"the issuer did not answer in time\"";
         let want = [
-            format!("{svid} caller=uid:7 pid=1 reason=no_svid {error}"),
-            format!("{svid} caller=uid:7 pid=1 reason=no_svid {error} times=2000"),
-            format!("{svid} caller=uid:8 pid=5 reason=no_svid {error}"),
+            format!("{svid} caller=uid:7 pid=1 reason=not_signed {error}"),
+            format!("{svid} caller=uid:7 pid=1 reason=not_signed {error} times=2000"),
+            format!("{svid} caller=uid:8 pid=5 reason=not_signed {error}"),
         ];
         assert_eq!(lines[..3], want, "{lines:#?}");
         assert!(lines[3].contains("caller=uid:7 pid=6 reason=gone"), "another reason: {lines:#?}");
-        let over = "calls of this caller no longer fail caller=uid:7 reason=no_svid count=3000";
+        let over = "calls of this caller no longer fail caller=uid:7 reason=not_signed count=3000";
         assert_eq!(lines[4..], [over], "what came once is over without a word");
     }
 

@@ -150,14 +150,16 @@ impl Shown for EnabledAttestors {
 /// What is said of a selector of a kind that the attestor does not know.
 pub(super) fn no_such_kind(attestor: &str, kind: &str, kinds: &[&'static str]) -> String {
     nearest(kind, kinds.iter().copied()).map_or_else(
-        || format!("nobody attests this; {attestor} attests {}", kinds.join(", ")),
-        |near| format!("nobody attests this: did you mean {attestor}:{near}?"),
+        || format!("no attestor makes this selector; those of {attestor} are {}", kinds.join(", ")),
+        |near| format!("no attestor makes this selector: did you mean {attestor}:{near}?"),
     )
 }
 
 /// Why nobody has a selector of this attestor.
 pub(super) fn not_in_use(attestor: &str) -> String {
-    format!("nobody attests this: add WorkloadAttestor \"{attestor}\" {{ plugin_data {{ }} }} to plugins")
+    format!(
+        "no attestor makes this selector: add WorkloadAttestor \"{attestor}\" {{ plugin_data {{ }} }} to plugins"
+    )
 }
 
 /// What findings rest on, as far as it may change while the process lives.

@@ -32,14 +32,7 @@ pub struct Inspected {
     pidfd: Pidfd,
     owner: Owner,
     place: Option<PodPlace>,
-}
-
-/// What would be attested of a process.
-#[derive(Debug)]
-pub struct Described {
-    pub subject: Subject,
-    /// The kinds of selectors that could not be told, as `unix:path`, and why.
-    pub untold: Vec<(String, AttestorError)>,
+    command: String,
 }
 
 /// Why a process cannot be inspected.
@@ -99,6 +92,11 @@ impl Inspected {
     /// Its effective group.
     pub fn gid(&self) -> Gid {
         self.owner.gid
+    }
+
+    /// The name of its command, which is its own choice.
+    pub fn command(&self) -> &str {
+        &self.command
     }
 
     /// The same process, which is in this pod. Looked up by whoever knows where the kubelet keeps pods.
@@ -162,10 +160,10 @@ impl Attestor {
             Err(errno) => return Err(InspectError::Pidfd { pid: raw, source: errno.into() }),
         };
         let failed = |source| InspectError::attest(pid, source);
-        let status = ProcDir::open(&self.proc_root, pid).and_then(|dir| dir.status());
-        let status = status.map_err(|error| failed(error.into()))?;
+        let seen = ProcDir::open(&self.proc_root, pid).and_then(|dir| Ok((dir.status()?, dir.command()?)));
+        let (status, command) = seen.map_err(|error| failed(error.into()))?;
         let owner = Owner { uid: Uid::from_raw(status.uid), gid: Gid::from_raw(status.gid) };
-        let found = Inspected { pid, pidfd, owner, place: None };
+        let found = Inspected { pid, pidfd, owner, place: None, command };
         found.is_alive().map_err(failed)?;
         Ok(found)
     }
@@ -218,6 +216,7 @@ mod tests {
         let found = attestor.inspect(pid).unwrap();
         assert_eq!((found.uid(), found.gid()), (nix::unistd::geteuid(), nix::unistd::getegid()));
         let subject = attestor.describe(&found, &Questions::default()).await.unwrap().subject;
+        assert_eq!(found.command(), "\u{fffd}");
         let uid = format!("unix:uid:{}", found.uid());
         assert!(subject.iter().any(|selector| selector.to_string() == uid), "{subject:?}");
 

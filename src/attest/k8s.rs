@@ -252,7 +252,7 @@ impl WorkloadAttestor for K8sAttestor {
     fn check(value: &str, settings: &K8sSettings) -> Result<(), String> {
         let (kind, of) = value.split_once(':').unwrap_or((value, ""));
         if ABSENT_KINDS.contains(&kind) {
-            return Err(format!("nobody attests this: k8s:{kind} is not in this version"));
+            return Err(format!("no attestor makes this selector: k8s:{kind} is not in this version"));
         }
         if !KINDS.contains(&kind) {
             return Err(no_such_kind(NAME, kind, &KINDS));

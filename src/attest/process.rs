@@ -259,6 +259,20 @@ impl ProcDir {
         }
     }
 
+    /// The name of the command, which is the process's own choice.
+    ///
+    /// # Errors
+    /// [`ProcReadError`].
+    pub(super) fn command(&self) -> Result<String, ProcReadError> {
+        const NAME: &str = "comm";
+        let file = self.file(NAME)?;
+        // The kernel's limit is 16; threads of its own have longer ones.
+        let mut buffer = [0; 64];
+        let n = read(&file, &mut buffer).map_err(|errno| self.unreadable(NAME, errno))?;
+        let name = buffer.get(..n).unwrap_or_default().trim_ascii_end();
+        Ok(String::from_utf8_lossy(name).into_owned())
+    }
+
     /// Its path.
     pub(super) fn path(&self) -> &Path {
         &self.path

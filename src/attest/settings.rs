@@ -83,7 +83,7 @@ impl AttestSettings {
     pub(crate) fn check(&self, selector: &Selector) -> Result<(), String> {
         let checked = self.check_value(selector.kind(), selector.value());
         checked.unwrap_or_else(|| {
-            Err(format!("nobody attests this: the attestors of this version are {}", here()))
+            Err(format!("no attestor makes this selector: the attestors of this version are {}", here()))
         })
     }
 }

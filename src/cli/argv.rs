@@ -10,6 +10,8 @@ use std::{
     os::unix::ffi::{OsStrExt as _, OsStringExt as _},
 };
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+
 /// Whether a flag is followed by a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Takes {
@@ -97,6 +99,25 @@ pub(super) fn normalise(args: impl IntoIterator<Item = OsString>) -> Vec<OsStrin
         }
     }
     out
+}
+
+/// The same error; where it is of a file that stands behind `run` or `validate` without its flag, with the flag.
+pub(super) fn with_tip(mut error: clap::Error, words: &[OsString]) -> clap::Error {
+    let of_config = words.get(1).is_some_and(|word| word == "run" || word == "validate");
+    let word = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(word)) if of_config && error.kind() == ErrorKind::UnknownArgument => word,
+        _ => return error,
+    };
+    if !word.starts_with('-') {
+        let tip = format!("the configuration file is named with a flag: --config {word}").into();
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip]));
+    }
+    error
+}
+
+/// The number of a process, as a person writes it.
+pub(super) fn process_id(text: &str) -> Result<i32, &'static str> {
+    text.parse().ok().filter(|pid| *pid > 0).ok_or("a process ID is a number above 0")
 }
 
 /// An argument that begins with a dash, taken apart.

@@ -1,6 +1,12 @@
 //! Why an agent gave no answer, in the words of grpc-go, which people grep for; and what a person can do about it.
 
-use std::{error::Error, fs, io, os::unix::fs::MetadataExt as _, path::Path, time::Duration};
+use std::{
+    error::Error,
+    fs, io,
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _},
+    path::Path,
+    time::Duration,
+};
 
 use nix::unistd::{Uid, getegid, geteuid, getppid};
 use tonic::{Code, Status};
@@ -11,22 +17,21 @@ use super::{
     terminal::clean,
     text::{GoDuration, code_name, shell_word},
 };
-use crate::peer::socket::MAX_PATH_LEN;
+use crate::{peer::socket::MAX_PATH_LEN, telemetry::said};
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CallError {
     /// Nobody answers at the socket.
-    #[error(
-        "rpc error: code = Unavailable desc = no agent answers at {}: {}",
-        socket.at, said(cause)
-    )]
+    #[error("{}", told(socket, Code::Unavailable, &unreached(socket, cause)))]
     Connect { socket: AgentSocket, cause: io::Error },
     /// Somebody took the connection, and ended it without an answer.
-    #[error("rpc error: code = Unavailable desc = the agent at {} closed the connection", socket.at)]
+    #[error(
+        "{}", told(socket, Code::Unavailable, &format!("the agent at {} closed the connection", socket.at))
+    )]
     Closed { socket: AgentSocket, cause: Box<dyn Error + Send + Sync> },
     /// The agent answered with an error, or gave no answer in time.
-    #[error("rpc error: code = {} desc = {}", code_name(status.code()), clean(status.message()))]
+    #[error("{}", told(socket, status.code(), &clean(status.message())))]
     Status { socket: AgentSocket, status: Box<Status> },
 }
 
@@ -48,6 +53,11 @@ impl CallError {
             Self::Connect { .. } | Self::Closed { .. } => Code::Unavailable,
             Self::Status { status, .. } => status.code(),
         }
+    }
+
+    /// Whether there is no agent at the socket.
+    pub(super) fn is_absent(&self) -> bool {
+        matches!(self, Self::Connect { cause, .. } if cause.kind() != io::ErrorKind::PermissionDenied)
     }
 
     /// Whether the call was given up, on this side or the other.
@@ -77,12 +87,21 @@ impl CallError {
     }
 }
 
-/// The system's sentence without its number.
-fn said(err: &io::Error) -> String {
-    let text = err.to_string();
-    match text.split_once(" (os error") {
-        Some((sentence, _)) => sentence.to_lowercase(),
-        None => text,
+/// In grpc-go's words where spire-agent has them too, which is not so at the admin socket.
+fn told(socket: &AgentSocket, code: Code, text: &str) -> String {
+    if socket.chosen.is_admin() && !text.is_empty() {
+        text.to_owned()
+    } else {
+        format!("rpc error: code = {} desc = {text}", code_name(code))
+    }
+}
+
+/// Why there is no connection.
+pub(super) fn unreached(socket: &AgentSocket, cause: &io::Error) -> String {
+    let (at, cause, kind) = (&socket.at, said(cause), cause.kind());
+    match kind {
+        io::ErrorKind::PermissionDenied => format!("cannot connect to {at}: {cause}"),
+        _ => format!("no agent answers at {at}: {cause}"),
     }
 }
 
@@ -118,6 +137,9 @@ fn with_sudo(mut words: Vec<String>, socket: &AgentSocket, shell: &str) -> Strin
 
 fn connect_advice(socket: &AgentSocket, cause: &io::Error) -> String {
     let chosen = format!("The path is {}.", socket.chosen);
+    if let Some(wrong) = no_socket(socket) {
+        return format!("{chosen} {wrong}");
+    }
     let also = match cause.kind() {
         io::ErrorKind::NotFound if socket.chosen.is_admin() => {
             "Is the agent running, with this admin_socket_path?"
@@ -137,6 +159,20 @@ fn connect_advice(socket: &AgentSocket, cause: &io::Error) -> String {
     format!("{chosen} {also}")
 }
 
+/// What else stands at the path.
+fn no_socket(socket: &AgentSocket) -> Option<String> {
+    let AgentAddress::Unix(path) = &socket.at else { return None };
+    let found = fs::metadata(path).ok()?;
+    let what = if found.is_dir() {
+        "a directory"
+    } else if found.file_type().is_socket() {
+        return None;
+    } else {
+        "a file"
+    };
+    Some(format!("{} is {what}, not a socket.", path.display()))
+}
+
 fn closed_advice(socket: &AgentSocket) -> String {
     if socket.is_not_ours() {
         owners_alone(socket)
@@ -152,11 +188,12 @@ fn closed_advice(socket: &AgentSocket) -> String {
 
 fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
     let at = &socket.at;
-    let retry = retry_delay(status).map(GoDuration);
+    let retry = retry_delay(status).map(in_tenths);
     match status.code() {
         Code::PermissionDenied => Some(format!(
-            "No registration entry matches this process (user ID {uid}, group ID {}). An entry is needed whose selectors all \
-             fit, for example \"unix:uid:{uid}\". {} shows which entries nearly match.",
+            "No registration entry matches this process (user ID {uid}, group ID {}).\n\
+             An entry is needed whose selectors all fit, for example \"unix:uid:{uid}\".\n\
+             {} shows which entries nearly match.",
             getegid(),
             asking(socket, &format!("explain --pid {}", asked_of())),
             uid = geteuid(),
@@ -170,6 +207,9 @@ fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
             Some(format!("The agent at {at} gave no answer in time; --timeout waits longer."))
         }
         Code::Unavailable => Some(match retry {
+            Some(delay) if is_of_the_issuer(status) => {
+                format!("The agent asks to try again in {delay}; {} shows why.", asking(socket, "status"))
+            }
             Some(delay) => format!(
                 "The agent asks to try again in {delay}; {} shows what it is short of.",
                 asking(socket, "limits")
@@ -184,6 +224,18 @@ fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
         }
         _ => None,
     }
+}
+
+/// Whether nobody could be asked who signs: no limit refused the call.
+fn is_of_the_issuer(status: &Status) -> bool {
+    let message = status.message();
+    ["could not fetch ", "the server has not yet said"].iter().any(|begin| message.starts_with(begin))
+}
+
+/// A wait as a person is told it, in tenths of a second.
+pub(super) fn in_tenths(wait: Duration) -> GoDuration {
+    let tenths = wait.as_micros().div_ceil(100_000);
+    GoDuration(Duration::from_millis(u64::try_from(tenths).unwrap_or(u64::MAX).saturating_mul(100)))
 }
 
 /// What the agent says about when to come back (`google.rpc.RetryInfo`).
@@ -218,6 +270,13 @@ fn asking(socket: &AgentSocket, words: &str) -> String {
 mod tests {
     use super::super::socket::Chosen;
     use super::*;
+
+    #[test]
+    fn waits_are_told_in_tenths() {
+        for (wait, want) in [(10_987_654, "11s"), (1_234_567, "1.3s"), (60_000_000, "1m0s"), (7, "100ms")] {
+            assert_eq!(in_tenths(Duration::from_micros(wait)).to_string(), want);
+        }
+    }
 
     #[test]
     fn a_command_for_sudo_is_whole() {

@@ -25,7 +25,7 @@ use tonic::{
 };
 
 use super::{
-    call_error::CallError,
+    call_error::{CallError, in_tenths},
     socket::{AgentAddress, AgentSocket},
     terminal::{Terminal, clean},
     text::GoDuration,
@@ -126,7 +126,7 @@ impl Attempts {
             let Some(pause) = pause else { return Err(error) };
             let why = match &error {
                 CallError::Status { status, .. } => {
-                    format!("{}; trying again in {}", clean(status.message()), GoDuration(pause))
+                    format!("{}; trying again in {}", clean(status.message()), in_tenths(pause))
                 }
                 // It may be so many times.
                 _ => "the agent closed the connection; trying again".to_owned(),

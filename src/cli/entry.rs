@@ -10,14 +10,14 @@ use super::{
     terminal::{Terminal, clean},
     text::folded,
 };
-use crate::{api::proto::admin as pb, hcl::show_duration};
+use crate::{api::proto::admin as pb, hcl::show_duration, identity::SpiffeId};
 
 /// `entry show`.
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct EntryArgs {
     /// Show the entries of this SPIFFE ID alone
-    #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
-    spiffe_id: String,
+    #[arg(long, value_name = "ID", value_parser = SpiffeId::parse)]
+    spiffe_id: Option<SpiffeId>,
 
     #[command(flatten)]
     admin: AdminArgs,
@@ -27,9 +27,10 @@ pub(super) struct EntryArgs {
 
 /// Runs `entry show`: a page after the other, each printed as it comes.
 pub(super) async fn show(args: &EntryArgs, terminal: &mut Terminal) -> Result<(), Failure> {
+    let spiffe_id = args.spiffe_id.as_ref().map(ToString::to_string).unwrap_or_default();
     let (mut skip, mut more) = (0_u64, true);
     while more {
-        let question = pb::EntriesRequest { skip, most: 0, spiffe_id: args.spiffe_id.clone() };
+        let question = pb::EntriesRequest { skip, most: 0, spiffe_id: spiffe_id.clone() };
         let page =
             args.admin.call(terminal, question, async |mut api, request| api.entries(request).await).await?;
         more = page.more && !page.entries.is_empty();

@@ -8,9 +8,10 @@ use serde_json::json;
 use super::{
     Failure, OutputArgs, OutputFormat,
     admin::{AdminArgs, BY_DEFAULT, Column, bucket_json, fit, table, taker, taking_json, tokens},
+    argv::process_id,
     terminal::{Terminal, clean, width},
 };
-use crate::api::proto::admin as pb;
+use crate::{api::proto::admin as pb, os::accounts::AccountNumber};
 
 /// `explain`.
 #[derive(clap::Args, Clone, Debug)]
@@ -18,7 +19,7 @@ pub(super) struct ExplainArgs {
     /// The process [default: the shell that runs this command]
     ///
     /// By the number that it has in the agent's PID namespace.
-    #[arg(long, value_name = "PID", verbatim_doc_comment, value_parser = clap::value_parser!(i32).range(1..))]
+    #[arg(long, value_name = "PID", verbatim_doc_comment, value_parser = process_id)]
     pid: Option<i32>,
 
     #[command(flatten)]
@@ -33,7 +34,7 @@ pub(super) async fn explain(args: &ExplainArgs, terminal: &mut Terminal) -> Resu
     let told =
         args.admin.call(terminal, question, async |mut api, request| api.explain(request).await).await?;
     let text = match args.output.output {
-        OutputFormat::Pretty => pretty(&told, width()),
+        OutputFormat::Pretty => pretty(&told, |account| account.name().ok().flatten(), width()),
         OutputFormat::Json => format!("{}\n", to_json(&told)),
     };
     Ok(terminal.print(&text)?)
@@ -56,16 +57,30 @@ fn own_shell() -> i32 {
 fn said_text(said: &pb::Said) -> String {
     let pb::Said { attestor, selectors, took_microseconds, age_milliseconds } = said;
     let took = *took_microseconds as f64 / 1e3;
-    let age = age_milliseconds.map(|age| format!(", of what was known for {:.1} s", age as f64 / 1e3));
-    format!("  ({}: {selectors} in {took:.1} ms{})", clean(attestor), age.unwrap_or_default())
+    let age = age_milliseconds.map(|age| format!(", from what it read {:.1} s ago", age as f64 / 1e3));
+    let selectors = if *selectors == 1 { "1 selector".to_owned() } else { format!("{selectors} selectors") };
+    format!("  (found by {}: {selectors} in {took:.1} ms{})", clean(attestor), age.unwrap_or_default())
 }
 
-fn pretty(told: &pb::ExplainResponse, width: Option<usize>) -> String {
+/// A number with the name behind it, where it has one.
+fn named(names: impl Fn(AccountNumber) -> Option<String>, account: AccountNumber) -> String {
+    let (AccountNumber::User(number) | AccountNumber::Group(number)) = account;
+    names(account).map_or_else(|| number.to_string(), |name| format!("{number} {}", clean(&name)))
+}
+
+fn pretty(
+    told: &pb::ExplainResponse,
+    names: impl Fn(AccountNumber) -> Option<String> + Copy,
+    width: Option<usize>,
+) -> String {
     let width = width.unwrap_or(usize::MAX);
     let mut out = String::new();
     let caller = told.caller.clone().unwrap_or_default();
     // Writing to a String does not fail.
-    let _ = writeln!(out, "Process:     {} (user {}, group {})", told.pid, told.uid, told.gid);
+    let command = if told.command.is_empty() { String::new() } else { format!(" {}", clean(&told.command)) };
+    let (user, group) =
+        (named(names, AccountNumber::User(told.uid)), named(names, AccountNumber::Group(told.gid)));
+    let _ = writeln!(out, "Process:     {}{command} (user {user}, group {group})", told.pid);
     let _ = writeln!(out, "Charged as:  {}: {}", clean(&caller.key), clean(&caller.why));
     if !caller.cgroup_line.is_empty() {
         let _ = writeln!(out, "Cgroup line: {}", clean(&caller.cgroup_line));
@@ -214,6 +229,7 @@ fn to_json(told: &pb::ExplainResponse) -> serde_json::Value {
         "pid": told.pid,
         "uid": told.uid,
         "gid": told.gid,
+        "command": told.command,
         "caller": { "key": caller.key, "why": caller.why, "cgroup_line": caller.cgroup_line },
         "selectors": told.selectors,
         "untold": told.untold.iter().map(untold).collect::<Vec<_>>(),
@@ -253,6 +269,7 @@ mod tests {
             pid: 7,
             uid: 1000,
             gid: 100,
+            command: "run\x1b".to_owned(),
             caller: Some(pb::Caller {
                 key: "pod:x".to_owned(),
                 why: "its cgroup is a pod's".to_owned(),
@@ -290,10 +307,11 @@ mod tests {
                 },
             ],
         };
+        let names = |account| (account == AccountNumber::User(1000)).then(|| "ann".to_owned());
         assert_eq!(
-            pretty(&told, None),
+            pretty(&told, names, None),
             "\
-Process:     7 (user 1000, group 100)
+Process:     7 run\\u{1b} (user 1000 ann, group 100)
 Charged as:  pod:x: its cgroup is a pod's
 Cgroup line: 0::/kubepods/\\u{1b}[2J
 
@@ -301,7 +319,7 @@ Selectors:
   unix:uid:1000
   unix:path is not known: it hangs
     calls fail because of this: an entry asks for it, and matches otherwise
-  (k8s: 7 in 1.2 ms, of what was known for 4.2 s)
+  (found by k8s: 7 selectors in 1.2 ms, from what it read 4.2 s ago)
 
 Entries that match, the default first:
   spiffe://example.org/web (entry web, hint public)
@@ -328,6 +346,6 @@ spiffe://td/web  FetchJWTSVID  uid:7     70        8
         );
         assert_eq!(to_json(&told)["untold"][0]["kind"], "unix:path");
         assert_eq!(to_json(&told)["nearest"][0]["entry"]["entry_id"], "db");
-        assert!(pretty(&pb::ExplainResponse::default(), None).contains("no identity"));
+        assert!(pretty(&pb::ExplainResponse::default(), names, None).contains("no identity"));
     }
 }

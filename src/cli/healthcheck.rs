@@ -1,7 +1,7 @@
 //! `healthcheck`: whether the agent serves, by grpc.health.v1 over its socket.
 //!
-//! Texts and exit codes are spire-agent's: 0 and `Agent is healthy.`, or 1 and the reason on stderr. What exactly
-//! went wrong is said with `--verbose`.
+//! Texts are spire-agent's, and so is that 0 goes with `Agent is healthy.` alone. It is 1 otherwise, and 4 where nobody answers
+//! at the socket, as with all commands. What exactly went wrong is said with `--verbose`.
 //!
 //! An agent that takes no connection of this user, or no call, is one that holds its limits: it is up, and whoever
 //! restarts it for that takes identity away from the whole node. So that is 0 too, and said.
@@ -19,7 +19,7 @@ use tonic_health::pb::{
 
 use super::{
     Failure,
-    call_error::CallError,
+    call_error::{CallError, unreached},
     client::{TimeoutArgs, connect, patiently, reach},
     socket::{AgentSocket, SocketArgs},
     terminal::Terminal,
@@ -47,6 +47,9 @@ pub(super) struct HealthArgs {
 pub(super) enum Unhealthy {
     #[error("Agent is unhealthy: unable to determine health")]
     Unknown,
+    /// There is none at the socket.
+    #[error("Agent is unhealthy: unable to determine health")]
+    Absent,
     #[error("Agent is unhealthy: agent returned status \"{0}\"")]
     Status(&'static str),
 }
@@ -67,8 +70,10 @@ pub(super) async fn check(args: &HealthArgs, terminal: &mut Terminal) -> Result<
                 if let Some(advice) = error.advice() {
                     terminal.note(advice);
                 }
+            } else if let CallError::Connect { socket, cause } = &error {
+                terminal.note(unreached(socket, cause));
             }
-            Err(Unhealthy::Unknown.into())
+            Err(if error.is_absent() { Unhealthy::Absent } else { Unhealthy::Unknown }.into())
         }
     }
 }

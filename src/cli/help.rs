@@ -1,6 +1,6 @@
 //! What stands below the options in the help of a command: examples, and on the first page the exit codes.
 
-use clap::Command;
+use clap::{Arg, ArgAction, Command};
 
 /// On the first page.
 const FIRST: &str = "\
@@ -12,7 +12,7 @@ Examples:
 
 Exit codes:
   0  done
-  1  an error, a refused command line or an unhealthy agent
+  1  an error, a refused command line, or an agent that is not healthy
   3  api: the agent has no identity for this process (PermissionDenied)
   4  no agent answers at the socket
   5  run: the SPIRE Server has expelled this agent; see its log
@@ -23,7 +23,10 @@ for root and the agent's own user. Flags may also be spelled as spire-agent's:
 
 /// Of the commands, by their words.
 const EXAMPLES: [(&str, &str); 14] = [
-    ("run", "durward run --config /etc/durward/agent.conf\ndurward run -config agent.conf -joinToken TOKEN"),
+    (
+        "run",
+        "durward run --config /etc/durward/agent.conf\ndurward run --config agent.conf --join-token-file token",
+    ),
     ("quickstart", "durward quickstart\ndurward quickstart --dir /tmp/try --trust-domain test.example"),
     ("api fetch x509", "durward api fetch x509\ndurward api fetch x509 --write /run/web/tls"),
     (
@@ -54,7 +57,9 @@ fn below(command: Command, path: &str) -> Command {
         let path = format!("{path} {name}");
         command.mut_subcommand(name, |sub| below(sub, path.trim_start()))
     });
-    let command = command.disable_help_subcommand(true);
+    // One page of help, which fits a terminal: the short one, each option on one line, does not.
+    let help = Arg::new("help").short('h').long("help").help("Print help").action(ArgAction::HelpLong);
+    let command = command.disable_help_subcommand(true).disable_help_flag(true).arg(help);
     match EXAMPLES.iter().find(|(of, _)| *of == path) {
         Some((_, lines)) => {
             let lines: Vec<_> = lines.lines().map(|line| format!("  {line}")).collect();

@@ -130,7 +130,7 @@ async fn serve(
     let load = Box::new(move || Ok(Config::load(&path, ExpandEnv::No)?));
     let mut upkeep = Upkeep::of(agent, load).map_err(|error| Failure::Agent(error.into()))?;
     let shown = tokio::select! {
-        shown = show(upkeep.agent().config(), paths, terminal) => shown.map(|()| !args.exit_after_fetch),
+        shown = show(args, upkeep.agent().config(), paths, terminal) => shown.map(|()| !args.exit_after_fetch),
         _ = signals.stop() => Ok(false),
     };
     let result = match shown {
@@ -184,7 +184,12 @@ async fn attend(upkeep: &mut Upkeep, signals: &mut Signals, terminal: &mut Termi
 }
 
 /// Fetches, checks and shows what a workload of this user gets, and one of another.
-async fn show(config: &Config, layout: &Layout, terminal: &mut Terminal) -> Result<(), Failure> {
+async fn show(
+    args: &QuickstartArgs,
+    config: &Config,
+    layout: &Layout,
+    terminal: &mut Terminal,
+) -> Result<(), Failure> {
     let path = &config.agent.socket_path;
     terminal.print(&format!("  socket {}\n", path.display()))?;
     let socket = AgentSocket { at: AgentAddress::Unix(path.to_owned()), chosen: Chosen::Own };
@@ -205,8 +210,12 @@ async fn show(config: &Config, layout: &Layout, terminal: &mut Terminal) -> Resu
         terminal.print(&told.unwrap_or_default())?;
     }
     let others_pass = config.places(geteuid().as_raw()).closed.is_empty();
-    Ok(terminal.print(&next_steps(layout, config, others_pass))?)
+    let before = if args.exit_after_fetch { START_AGAIN } else { "To go on, " };
+    Ok(terminal.print(&format!("\n{before}{}", next_steps(layout, config, others_pass)))?)
 }
+
+/// What the commands need that are shown, where the agent is about to end.
+const START_AGAIN: &str = "It ends now: start it again without --exit-after-fetch, and then\n";
 
 /// How many entries of a configuration that was there are shown.
 const MOST_ENTRIES: usize = 8;
@@ -320,7 +329,7 @@ fn next_steps(layout: &Layout, config: &Config, others_pass: bool) -> String {
     let socket = &config.agent.socket_path;
     let uri = shell_word(&format!("unix://{}", socket.display()));
     let program = program();
-    let mut out = "\nIn another terminal, first\n".to_owned();
+    let mut out = "in another terminal, first\n".to_owned();
     if let Some(dir) = program.parent().filter(|dir| !dir.as_os_str().is_empty()) {
         // Writing to a String does not fail.
         let _ = writeln!(out, "  export PATH={}:$PATH", shell_word(&dir.to_string_lossy()));
@@ -336,7 +345,7 @@ fn next_steps(layout: &Layout, config: &Config, others_pass: bool) -> String {
          durward limits --watch           # who calls; q ends it\n  \
          durward api watch                # each update as it comes\n"
     );
-    if knows_nobody(config) {
+    if knows_nobody(config) && geteuid().as_raw() != NOBODY {
         out.push_str(&as_another_account(&program, others_pass));
     }
     let entry = layout.entries.join("web.conf");
@@ -366,8 +375,8 @@ fn as_another_account(program: &Path, others_pass: bool) -> String {
     let name = if !others_may_run(&file) {
         let sudo = if root { "" } else { "sudo " };
         // Writing to a String does not fail.
-        let _ = writeln!(out, "  {sudo}install {} /usr/local/bin/", shell_word(&file.to_string_lossy()));
-        "/usr/local/bin/durward".to_owned()
+        let _ = writeln!(out, "  {sudo}install {} /usr/bin/", shell_word(&file.to_string_lossy()));
+        "/usr/bin/durward".to_owned()
     } else if program.components().count() > 1 {
         shell_word(&program.to_string_lossy())
     } else {

@@ -8,6 +8,7 @@ use nix::{
 use super::{
     Failure,
     admin::AdminArgs,
+    argv::process_id,
     call_error::CallError,
     terminal::{Terminal, clean},
 };
@@ -22,7 +23,7 @@ pub(super) struct ReloadArgs {
     /// Without an admin socket, send SIGHUP to this process
     ///
     /// Only the agent's log tells then what came of it.
-    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    #[arg(long, value_name = "PID", value_parser = process_id)]
     or_signal: Option<i32>,
 }
 
@@ -60,6 +61,10 @@ pub(super) async fn reload(args: &ReloadArgs, terminal: &mut Terminal) -> Result
 /// What a reload that went well changed.
 pub(super) fn describe(told: &pb::ReloadResponse) -> String {
     let pb::ReloadResponse { entries_added, entries_removed, entries_changed, bundles_changed, .. } = told;
+    let counts = [entries_added, entries_removed, entries_changed, bundles_changed];
+    if counts.iter().all(|count| **count == 0) && told.settings_changed.is_empty() {
+        return "Reloaded: nothing changed.\n".to_owned();
+    }
     let mut out = format!(
         "Reloaded: entries {entries_added} added, {entries_removed} removed, {entries_changed} changed; \
          bundles {bundles_changed} changed.\n"

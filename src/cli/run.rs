@@ -1,6 +1,9 @@
 //! `run`: from the command line to the agent.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
 
 use nix::unistd::geteuid;
 use tracing::Level;
@@ -261,9 +264,11 @@ fn absolute(path: &Path) -> PathBuf {
 }
 
 impl ConfigArgs {
-    /// Reads and checks the configuration, and the places that it names for an agent of this process's user.
-    pub(super) fn load(&self) -> Result<Config, Failure> {
-        let config = self.read(Trust::own())?;
+    /// Reads and checks the configuration, and the places that it names for an agent of this process's user, which is one of
+    /// the trust domain `running` already, if there is one.
+    pub(super) fn load(&self, running: Option<&TrustDomain>) -> Result<Config, Failure> {
+        let given: Vec<_> = self.overrides.keys().into_iter().chain(running.map(Given::running)).collect();
+        let config = self.read_given(Trust::own(), &given)?;
         let wrong = config.places(geteuid().as_raw()).wrong;
         if wrong.is_empty() {
             Ok(config)
@@ -278,9 +283,13 @@ impl ConfigArgs {
 
     /// Reads and checks the configuration from files of these owners, and not the places that it names.
     pub(super) fn read(&self, trust: Trust) -> Result<Config, Failure> {
+        self.read_given(trust, &self.overrides.keys())
+    }
+
+    fn read_given(&self, trust: Trust, given: &[Given]) -> Result<Config, Failure> {
         let variable = |name: &str| super::environment(name).and_then(|value| value.into_string().ok());
         let expand = if self.expand_env { ExpandEnv::With(&variable) } else { ExpandEnv::No };
-        let loaded = Config::load_as(trust, &self.config, expand, &self.overrides.keys());
+        let loaded = Config::load_as(trust, &self.config, expand, given);
         let mut config = loaded.map_err(|errors| {
             // Who named a file need not be told how to.
             let none = errors.list().iter().any(|error| error.message.starts_with(NO_FILE));
@@ -332,5 +341,11 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
     // Before there is a key to be seen.
     secrecy::keep().map_err(|error| Failure::Agent(error.into()))?;
     let config = args.config.clone();
-    agent::run(Box::new(move || Ok(config.load()?))).map_err(Failure::Agent)
+    let running = OnceLock::new();
+    let load = move || {
+        let config = config.load(running.get())?;
+        let _first = running.get_or_init(|| config.trust_domain.clone());
+        Ok(config)
+    };
+    agent::run(Box::new(load)).map_err(Failure::Agent)
 }

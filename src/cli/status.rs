@@ -80,7 +80,7 @@ fn pretty(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime)
     } else {
         format!("NO: short of {}", held.short_of.join(", "))
     };
-    row(&mut out, "Room", &format!("{room} (of the processor it may use {cores} cores)"));
+    row(&mut out, "Room", &format!("{room} (it may use {cores} cores)"));
     let dry = if told.dry_run { " (dry run: none refuses)" } else { "" };
     if told.limits_set.is_empty() {
         row(&mut out, "Limits set", &format!("none; the defaults refuse only without room{dry}"));
@@ -135,7 +135,7 @@ fn signer(out: &mut String, told: &pb::StatusResponse, now: SystemTime) {
             if server.agent_id.is_empty() {
                 row(out, "This agent", "has no SVID of its own yet");
             } else {
-                row(out, "This agent", &server.agent_id);
+                agent_id(out, &server.agent_id);
                 row(out, "Its SVID", &ends(server.agent_svid_ends, now));
             }
             row(out, "Last sync", &since(server.last_sync, now));
@@ -145,6 +145,17 @@ fn signer(out: &mut String, told: &pb::StatusResponse, now: SystemTime) {
         let age = |from: i64, until: i64| format!("{} old, {}", elapsed(from, now), ends(until, now));
         row(out, "X.509 CA", &age(ca.x509_from, ca.x509_until));
         row(out, "JWT key", &age(ca.jwt_from, ca.jwt_until));
+    }
+}
+
+/// On a line of its own where there is no room beside the name: it is to be copied, so it is not folded.
+fn agent_id(out: &mut String, id: &str) {
+    let id = clean(id);
+    if id.chars().count() > FOLDED {
+        // Writing to a String does not fail.
+        let _ = writeln!(out, "This agent:\n{id}");
+    } else {
+        row(out, "This agent", &id);
     }
 }
 
@@ -199,9 +210,9 @@ fn wrong(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime) 
     wrong.extend(told.attestors_wrong.iter().cloned());
     if let Some(server) = &told.server {
         if !server.waits_for.is_empty() {
-            wrong.push(format!("waits for {}, for {}", server.waits_for, elapsed(server.waits_since, now)));
+            wrong.push(format!("for {}: {}", elapsed(server.waits_since, now), server.waits_for));
         }
-        if !server.last_error.is_empty() {
+        if !server.last_error.is_empty() && !server.waits_for.contains(&server.last_error) {
             wrong.push(format!("the server's last error: {}", server.last_error));
         }
     }
@@ -309,7 +320,7 @@ mod tests {
             agent_id: "spiffe://example.org/spire/agent/x".to_owned(),
             agent_svid_ends: 10_000 + 90,
             last_sync: 10_000 - 65,
-            waits_for: "the SPIRE Server".to_owned(),
+            waits_for: "cannot reach the server spire:8081: connection refused\x1b[2J".to_owned(),
             waits_since: 10_000 - 60,
             last_error: "connection refused\x1b[2J".to_owned(),
         };
@@ -332,12 +343,20 @@ mod tests {
             "              the last reload failed 3m ago; the configuration of before is in\n",
             "              7 lines of the log and the audit lost since the start: nobody took\n",
             "              the kubelet does not list its pods: no token\n",
-            "              waits for the SPIRE Server, for 1m\n",
-            "              the server's last error: connection refused",
+            "              for 1m: cannot reach the server spire:8081: connection refused",
         ] {
             assert!(shown.contains(want), "{want}{shown}");
         }
-        assert!(!shown.contains('\x1b'), "{shown}");
+        assert!(!shown.contains('\x1b') && !shown.contains("last error"), "told once: {shown}");
+    }
+
+    #[test]
+    fn a_long_id_of_the_agent_is_whole_and_fits() {
+        let agent_id = format!("spiffe://example.org/spire/agent/join_token/{}", "x".repeat(36));
+        let server = pb::ServerStatus { agent_id: agent_id.clone(), ..pb::ServerStatus::default() };
+        let shown = pretty(&told(Some(server)), &pb::LimitsResponse::default(), at(1));
+        assert!(shown.contains(&format!("\nThis agent:\n{agent_id}\n")), "{shown}");
+        assert!(shown.lines().all(|line| line.chars().count() <= 80), "{shown}");
     }
 
     #[test]

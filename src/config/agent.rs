@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use super::{absent, ratelimit, server::ServerBlock, trust_domain};
 use crate::{
     hcl::{
+        RestartOnly,
         section::{At, Section},
-        settings::settings,
+        settings::{Shown as _, settings},
         tree::quoted,
     },
     identity::{KeyType, TrustDomain},
@@ -103,14 +104,14 @@ pub(super) struct AgentBlock {
 }
 
 impl AgentBlock {
-    pub(super) fn read(root: &mut Section<'_>) -> Self {
+    pub(super) fn read(root: &mut Section<'_>, kept: Option<&TrustDomain>) -> Self {
         let Some(mut agent) = root.block("agent") else {
             root.missing("agent", "section must be configured: agent { trust_domain = \"example.org\" }");
             return Self::default();
         };
         let s = &mut agent;
         let mut read = Self {
-            trust_domain: own_name(s),
+            trust_domain: own_name(s, kept),
             entries_dir: s.absolute("entries_dir"),
             settings: AgentSettings::read(s),
             log: LogSettings::read(s),
@@ -141,15 +142,22 @@ fn within<T>(s: &mut Section<'_>, key: &'static str, read: impl FnOnce(&mut Sect
     Some(read)
 }
 
-fn own_name(s: &mut Section<'_>) -> Option<TrustDomain> {
+/// The trust domain, which is not another than the one that is `kept`, if one is.
+fn own_name(s: &mut Section<'_>, kept: Option<&TrustDomain>) -> Option<TrustDomain> {
     let parse =
         |text: &str| trust_domain::parse(text).map_err(|err| format!("{err}; for example: example.org"));
-    s.problems().note_key("agent.trust_domain", s.set_at("trust_domain"));
-    let name = s.checked("trust_domain", parse);
-    if name.is_none() {
-        s.missing("trust_domain", "must be configured: trust_domain = \"example.org\"");
-    }
-    name.map(|at| at.value)
+    const KEY: &str = "trust_domain";
+    s.problems().note_key("agent.trust_domain", s.set_at(KEY));
+    s.missing(KEY, "must be configured: trust_domain = \"example.org\"");
+    let At { value: text, place } = s.quoted_string(KEY)?;
+    let parsed = parse(text).and_then(|name| match kept {
+        Some(kept) if *kept != name => {
+            let changed = RestartOnly { key: "agent.trust_domain", old: kept.shown(), new: name.shown() };
+            Err(changed.what())
+        }
+        _ => Ok(name),
+    });
+    parsed.map_err(|wrong| s.wrong(place, KEY, Some(quoted(text)), wrong)).ok()
 }
 
 /// Whether a socket can be there: its address has room for `path`, which is no URL.

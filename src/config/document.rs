@@ -144,7 +144,7 @@ impl Config {
         if let Some(config) = &mut config {
             config.set_at = problems.key_places();
         }
-        problems.into_result(config)
+        problems.into_result(config).map_err(|errors| errors.with_hints(|value| input.unexpanded(value)))
     }
 
     /// What federated bundles lack, though their blocks name them, in words.
@@ -173,7 +173,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     plugin_files::lay_in(input, problems, &mut main);
     let mut root = Section::root(problems, file, &main);
     problems.note_key("health_checks", root.set_at("health_checks"));
-    let mut agent = AgentBlock::read(&mut root);
+    let mut agent = AgentBlock::read(&mut root, input.kept().as_ref());
     let mut server = std::mem::take(&mut agent.server);
     let own = agent.trust_domain.as_ref();
     let has_plugins = root.has("plugins");

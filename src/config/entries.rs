@@ -133,7 +133,8 @@ impl EntryRules<'_> {
 
     fn spiffe_id(&self, s: &Section<'_>) -> Option<SpiffeId> {
         let message = match (SpiffeId::parse_workload(s.label()), self.trust_domain) {
-            (Err(err), _) => format!("{err}; for example: \"spiffe://example.org/web\""),
+            (Err(err), Some(own)) => format!("{err}; {}", rightly(s.label(), own)),
+            (Err(err), None) => format!("{err}; for example: \"spiffe://example.org/web\""),
             (Ok(id), Some(own)) if !id.is_member_of(own) => {
                 format!("must be in the trust domain {own}, not in {}", id.trust_domain_name())
             }
@@ -203,6 +204,15 @@ impl EntryRules<'_> {
             }
         }
         found
+    }
+}
+
+/// How the ID is written that is meant by a path alone.
+fn rightly(label: &str, own: &TrustDomain) -> String {
+    let meant = format!("{}/{}", own.id_string(), label.trim_start_matches('/'));
+    match SpiffeId::parse_workload(&meant) {
+        Ok(id) if !label.contains(':') => format!("write {}", quoted(id.as_str())),
+        _ => "for example: \"spiffe://example.org/web\"".to_owned(),
     }
 }
 

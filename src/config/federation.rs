@@ -2,10 +2,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::Path,
     sync::Arc,
 };
 
-use super::{input::Input, trust_domain};
+use super::{file::said_of, input::Input, trust_domain};
 use crate::{
     hcl::{
         section::Section,
@@ -73,7 +74,8 @@ fn bundle(
         return None;
     };
     let wrong = |message: String| s.wrong(path.place, "bundle_path", Some(quoted(path.value)), message);
-    let bytes = (input.read_file)(&input.base.join(path.value)).map_err(|err| wrong(err.to_string())).ok()?;
+    let bytes = (input.read_file)(&input.base.join(path.value));
+    let bytes = bytes.map_err(|err| wrong(said_of(Path::new(path.value), err))).ok()?;
     let name = name?;
     let bundle = format?(&name, &bytes).map_err(|err| wrong(err.to_string())).ok()?;
     Some((name, bundle))

@@ -87,7 +87,11 @@ impl FileError {
             Self::NotText { line, .. } => {
                 (u32::try_from(*line).unwrap_or(u32::MAX), "is not valid UTF-8".to_owned())
             }
-            other => (0, said_of(file, other)),
+            other => {
+                let said = said_of(file, other);
+                // A path on the way is told from `/` on.
+                (0, std::path::absolute(file).map(|whole| said_of(&whole, &said)).unwrap_or(said))
+            }
         }
     }
 

@@ -15,6 +15,7 @@ use crate::{
         section::At,
         tree::{Member, Node, Place, Value, quoted},
     },
+    identity::TrustDomain,
     limits::pattern::NoAnswer,
 };
 
@@ -41,24 +42,39 @@ impl ExpandEnv<'_> {
 pub struct Given {
     key: &'static str,
     value: Value,
-    /// Whether a value in the file stays.
-    yields: bool,
+    over: Over,
+}
+
+/// What becomes of a value in the file.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Over {
+    /// It is replaced.
+    Replaces,
+    /// It stays.
+    Yields,
+    /// It must be the same.
+    Demands,
 }
 
 impl Given {
     /// `key` is this text.
     pub fn text(key: &'static str, text: &str) -> Self {
-        Self { key, value: Value::String(text.into()), yields: false }
+        Self { key, value: Value::String(text.into()), over: Over::Replaces }
     }
 
     /// `key` is true.
     pub fn yes(key: &'static str) -> Self {
-        Self { key, value: Value::Bool(true), yields: false }
+        Self { key, value: Value::Bool(true), over: Over::Replaces }
     }
 
     /// `key` is this text where the file sets none.
     pub fn unless_set(key: &'static str, text: &str) -> Self {
-        Self { yields: true, ..Self::text(key, text) }
+        Self { over: Over::Yields, ..Self::text(key, text) }
+    }
+
+    /// The trust domain is the one of an agent that runs: another is a mistake.
+    pub fn running(trust_domain: &TrustDomain) -> Self {
+        Self { over: Over::Demands, ..Self::text("trust_domain", trust_domain.name()) }
     }
 }
 
@@ -102,6 +118,21 @@ impl Input<'_> {
         }
     }
 
+    /// The trust domain that must stay.
+    pub(super) fn kept(&self) -> Option<TrustDomain> {
+        let demand = self.given.iter().find(|given| given.over == Over::Demands)?;
+        if let Value::String(name) = &demand.value { TrustDomain::parse(name).ok() } else { None }
+    }
+
+    /// What is said of a value that holds a variable which is not replaced.
+    pub(super) fn unexpanded(&self, value: &str) -> Option<&'static str> {
+        let name = value.split_once('$').map(|(_, after)| after.trim_start_matches('{'));
+        let is_name =
+            name.is_some_and(|name| name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_'));
+        let reads = matches!(self.expand_env, ExpandEnv::No);
+        (reads && is_name).then_some("variables are replaced with --expand-env only")
+    }
+
     /// Puts what the command line sets in place of what `agent` says in the file.
     pub(super) fn lay_over(&self, problems: &Problems, main: &mut Node) {
         if self.given.is_empty() {
@@ -110,11 +141,14 @@ impl Input<'_> {
         let Value::Object(blocks) = &mut main.value else { return };
         let file = problems.add_file(Path::new("command line"));
         let mut added = Vec::new();
-        for (Given { key, value, yields }, column) in self.given.iter().zip(1..) {
+        for (Given { key, value, over }, column) in self.given.iter().zip(1..) {
+            if *over == Over::Demands {
+                continue;
+            }
             let mut objects =
                 blocks.iter_mut().filter(|block| block.key.eq_ignore_ascii_case("agent")).flat_map(members);
             let is_key = |member: &Member| member.key.eq_ignore_ascii_case(key) && member.is_set();
-            if *yields && objects.any(|members| members.iter().any(is_key)) {
+            if *over == Over::Yields && objects.any(|members| members.iter().any(is_key)) {
                 continue;
             }
             objects.for_each(|members| members.retain(|member| !is_key(member)));

@@ -135,6 +135,12 @@ impl Config {
         places
     }
 
+    /// What is wrong with a file for lines that cannot be opened.
+    pub fn wrong_log_file(&self, file: &Path, error: &PathError) -> WrongPlace {
+        let key = self.log_files().find(|(_, at)| *at == file).map_or("agent.log_file", |(key, _)| key);
+        WrongPlace { key, value: file.to_owned(), message: said_of(file, error) }
+    }
+
     /// The files that lines are written to, with their keys.
     fn log_files(&self) -> impl Iterator<Item = (&'static str, &Path)> {
         let log = self.log.file.as_deref().map(|file| ("agent.log_file", file));

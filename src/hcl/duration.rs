@@ -47,6 +47,22 @@ pub fn parse_duration(text: &str) -> Option<Duration> {
     i64::try_from(nanos).ok().map(|_| Duration::from_nanos(nanos))
 }
 
+/// How a duration is written right that was meant in a unit which Go has not, or by another name: `24h` for `1d`.
+pub(super) fn in_known_units(text: &str) -> Option<String> {
+    let (count, unit) = digits(text);
+    let (each, unit) = match unit.trim().to_ascii_lowercase().as_str() {
+        "w" | "week" | "weeks" => (168, "h"),
+        "d" | "day" | "days" => (24, "h"),
+        "h" | "hr" | "hrs" | "hour" | "hours" => (1, "h"),
+        "m" | "min" | "mins" | "minute" | "minutes" => (1, "m"),
+        "s" | "sec" | "secs" | "second" | "seconds" => (1, "s"),
+        "ms" | "msec" | "millisecond" | "milliseconds" => (1, "ms"),
+        _ => return None,
+    };
+    let right = format!("{}{unit}", count.parse::<u64>().ok()?.checked_mul(each)?);
+    parse_duration(&right).map(|_| right)
+}
+
 fn digits(text: &str) -> (&str, &str) {
     text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()))
 }
@@ -110,6 +126,27 @@ mod tests {
             ("1\u{e9}", None),
         ] {
             assert_eq!(parse_duration(text), want, "{text}");
+        }
+    }
+
+    #[test]
+    fn other_units_are_put_right() {
+        for (text, want) in [
+            ("1d", Some("24h")),
+            ("2 days", Some("48h")),
+            ("1w", Some("168h")),
+            ("5min", Some("5m")),
+            ("5 M", Some("5m")),
+            ("30 sec", Some("30s")),
+            ("x", None),
+            ("", None),
+            ("d", None),
+            ("5", None),
+            ("5 parsecs", None),
+            ("99999999999999999999d", None),
+            ("9999999999999d", None),
+        ] {
+            assert_eq!(in_known_units(text).as_deref(), want, "{text}");
         }
     }
 

@@ -67,6 +67,17 @@ impl ConfigErrors {
         self
     }
 
+    /// The same, with what `hint` says of a value behind what is said of it.
+    #[must_use]
+    pub(crate) fn with_hints(mut self, hint: impl Fn(&str) -> Option<&'static str>) -> Self {
+        for error in &mut self.list {
+            if let Some(hint) = error.value.as_deref().and_then(&hint) {
+                error.message = format!("{}; {hint}", error.message);
+            }
+        }
+        self
+    }
+
     /// The mistakes, by place.
     pub fn list(&self) -> &[ConfigError] {
         &self.list

@@ -11,7 +11,10 @@
 
 use std::{char, fmt};
 
-use super::tree::{Member, Node, Place, Value, quoted};
+use super::tree::{Member, Node, Place, Value, abridged, quoted};
+
+/// What people, and their editors, write in the place of double quotes.
+const QUOTES: [char; 8] = ['\'', '`', '“', '”', '„', '‘', '’', '«'];
 
 /// Blocks, lists and labels within each other, counted together.
 const MAX_DEPTH: usize = 32;
@@ -40,9 +43,14 @@ pub(crate) fn read(file: u32, text: &str) -> Result<Node, SyntaxError> {
 
 fn check_json(file: u32, text: &str) -> Result<(), SyntaxError> {
     serde_json::from_str::<serde::de::IgnoredAny>(text).map(|_| ()).map_err(|err| {
-        let (before, found) = around(text, &err);
-        let hint = if found.starts_with([']', '}']) && before.trim_end().ends_with(',') {
-            "; the comma before it is one too many: JSON has none behind the last of a list or an object"
+        let (mut before, found) = around(text, &err);
+        let mut said = without_place(&err);
+        let hint = if let Some(close @ (']' | '}')) = found.chars().next()
+            && let Some(upto) = before.trim_end().strip_suffix(',')
+        {
+            before = upto;
+            said = format!("a comma before {close}");
+            "; leave this comma out"
         } else if found.starts_with('#') || found.starts_with("//") || found.starts_with("/*") {
             "; JSON has no comments: leave it out, or write the file in HCL"
         } else {
@@ -50,7 +58,7 @@ fn check_json(file: u32, text: &str) -> Result<(), SyntaxError> {
         };
         let mut place = Place { file, line: 1, column: 1 };
         pass(before, &mut place);
-        SyntaxError { place, message: format!("not JSON: {}{hint}", without_place(&err)) }
+        SyntaxError { place, message: format!("not JSON: {said}{hint}") }
     })
 }
 
@@ -270,6 +278,15 @@ impl<'a> Reader<'a> {
                     "null" if self.json => Value::Null,
                     word => return fail_at(place, format_args!("text must be in quotes: {}", quoted(word))),
                 }
+            }
+            Some(c) if QUOTES.contains(&c) => {
+                let line = self.rest.lines().next().unwrap_or_default();
+                // Up to the next of them.
+                let end = line.char_indices().skip(1).find(|(_, c)| QUOTES.contains(c));
+                let found = end.and_then(|(at, c)| line.get(..at + c.len_utf8())).unwrap_or(line);
+                let found = abridged(found.trim_end()).escape_debug().to_string().replace("\\'", "'");
+                let right = "expected a value in double quotes, like \"example.org\"";
+                return fail_at(place, format_args!("{right}, found {found}"));
             }
             _ => return self.fail(format_args!("expected a value, found {}", self.found())),
         };
@@ -530,11 +547,6 @@ mod tests {
         let deep = format!("a = {}", "[".repeat(100_000));
         let labels = format!("a {} {{}}", "x ".repeat(100_000));
         let deep_json = format!("{{\"a\": {}1{}}}", "[".repeat(200), "]".repeat(200));
-        let comma = |what: &str| {
-            format!(
-                "{what}; the comma before it is one too many: JSON has none behind the last of a list or an object"
-            )
-        };
         let comment =
             |said: &str| format!("{said}; JSON has no comments: leave it out, or write the file in HCL");
         for (case, text, want) in [
@@ -542,6 +554,16 @@ mod tests {
             ("no =", "a\n", "2:1 expected = or { after a key, found the end of the file"),
             ("value without key", "1 = 2", "1:1 expected a key, found \"1\""),
             ("not in quotes", "a = b", "1:5 text must be in quotes: \"b\""),
+            (
+                "single quotes",
+                "a = 'x y' # z\n",
+                "1:5 expected a value in double quotes, like \"example.org\", found 'x y'",
+            ),
+            (
+                "an editor's quotes",
+                "a { b = [\u{201c}x\u{201d}] }",
+                "1:10 expected a value in double quotes, like \"example.org\", found \u{201c}x\u{201d}",
+            ),
             ("a duration", "a = 10m", "1:5 not a number; text must be in quotes: \"10m\""),
             ("plus", "a = +1", "1:5 not a number; text must be in quotes: \"+1\""),
             (
@@ -587,8 +609,12 @@ mod tests {
                 &deep_json,
                 "1:39 nested too deeply: at most 32 blocks and lists within each other",
             ),
-            ("json with a comma", "{\"a\": 1,}", &comma("1:9 not JSON: key must be a string")),
-            ("json list with a comma", "{\"a\":\n [1,\n ]}", &comma("3:2 not JSON: expected value")),
+            ("json with a comma", "{\"a\": 1,}", "1:8 not JSON: a comma before }; leave this comma out"),
+            (
+                "json list with a comma",
+                "{\"a\":\n [1,\n ]}",
+                "2:4 not JSON: a comma before ]; leave this comma out",
+            ),
             (
                 "comment without line feeds",
                 "# a\rb = 1\rc = 2",

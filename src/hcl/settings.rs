@@ -119,10 +119,17 @@ pub struct RestartOnly {
     pub new: String,
 }
 
+impl RestartOnly {
+    /// What is said of it behind its name.
+    pub(crate) fn what(&self) -> String {
+        let Self { key: _, old, new } = self;
+        format!("cannot be changed from {old} to {new} by a reload: restart the agent")
+    }
+}
+
 impl fmt::Display for RestartOnly {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { key, old, new } = self;
-        write!(f, "{key}: cannot be changed from {old} to {new} by a reload: restart the agent")
+        write!(f, "{}: {}", self.key, self.what())
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    duration::{parse_duration, show_duration},
+    duration::{in_known_units, parse_duration, show_duration},
     section::{At, Section},
     tree::{Member, Place, Value, quoted},
 };
@@ -38,6 +38,15 @@ impl<'a> Section<'a> {
         let member = self.take(key)?;
         match &member.node.value {
             Value::String(text) | Value::Number(text) => Some(At { value: text, place: member.place }),
+            _ => self.wrong_type(member, key, "a string"),
+        }
+    }
+
+    /// A string in quotes, where a number is a mistake.
+    pub(crate) fn quoted_string(&mut self, key: &'static str) -> Option<At<&'a str>> {
+        let member = self.take(key)?;
+        match &member.node.value {
+            Value::String(text) => Some(At { value: text, place: member.place }),
             _ => self.wrong_type(member, key, "a string"),
         }
     }
@@ -179,7 +188,12 @@ impl<'a> Section<'a> {
             return self.wrong_type(member, key, "a duration in quotes such as \"1h30m\"");
         };
         let right = match parse_duration(text) {
-            None => "must be a duration such as \"1h30m\", \"10s\" or \"500ms\"".to_owned(),
+            None => match in_known_units(text) {
+                Some(right) => {
+                    format!("the units of a duration are h, m, s and ms: write {}", quoted(&right))
+                }
+                None => "must be a duration such as \"1h30m\", \"10s\" or \"500ms\"".to_owned(),
+            },
             Some(value) if range.contains(&value) => return Some(At { value, place: member.place }),
             Some(_) if *range.end() == Duration::MAX => {
                 format!("must be at least {}", show_duration(*range.start()))

@@ -99,12 +99,12 @@ pub(super) struct DirLock {
 }
 
 impl FileDir {
-    /// Opens the directory, which is made with `mode` when missing. Until it is written to its end, a file's name ends in
-    /// `unfinished`.
-    pub(super) fn open(path: &Path, mode: u32, unfinished: &'static str) -> Result<Self, FileFault> {
+    /// Opens the directory, which is made for its owner alone when missing. Until it is written to its end, a file's name ends
+    /// in `unfinished`.
+    pub(super) fn open(path: &Path, unfinished: &'static str) -> Result<Self, FileFault> {
         let ours = geteuid().as_raw();
         // Those above it may hold more than keys: the socket, for one, which everybody must reach.
-        let dir = Trust::own().make_directory_unchecked(path, mode).map_err(refused(path))?;
+        let dir = Trust::own().make_directory_unchecked(path, 0o700).map_err(refused(path))?;
         check_directory(path, &dir, ours)?;
         Ok(Self { path: path.to_owned(), dir, ours, unfinished, writer: Mutex::new(Writes::ThisAgent) })
     }

@@ -24,10 +24,10 @@ impl Patience {
     /// As long as it may be.
     pub const USUAL: Self = Self(Duration::MAX);
 
-    /// Of a caller that waits so long for its answer. A tenth of it is left for the answer: one that comes after the
+    /// Of a caller that waits so long for its answer. A fifth of it is left for the answer: one that comes after the
     /// caller has gone tells nobody why.
     pub fn within(timeout: Duration) -> Self {
-        Self(timeout - timeout / 10)
+        Self(timeout - timeout / 5)
     }
 
     /// Reads `grpc-timeout`; `None` as of [`timeout`].

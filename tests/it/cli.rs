@@ -576,6 +576,17 @@ fn errors_of_the_agent_say_what_to_do() {
             1,
         ),
         (
+            "the server away",
+            Status::with_error_details(
+                Code::Unavailable,
+                "could not fetch X.509-SVID",
+                ErrorDetails::with_retry_info(Some(Duration::from_micros(10_987_654))),
+            ),
+            "rpc error: code = Unavailable desc = could not fetch X.509-SVID\n",
+            "The agent asks to try again in 11s; `durward status` shows why.",
+            1,
+        ),
+        (
             "down",
             Status::unavailable("starting"),
             "rpc error: code = Unavailable desc = starting\n",
@@ -607,11 +618,12 @@ fn a_socket_that_does_not_answer_is_named() {
     drop(std::os::unix::net::UnixListener::bind(path("dead")).unwrap());
     fs::write(path("file"), "").unwrap();
     let (missing, dead, file, long) = (path("missing"), path("dead"), path("file"), path(&"x".repeat(120)));
+    let directory = dir.path().to_str().unwrap().to_owned();
     let uri = format!("unix://{missing}");
     let template = path("%i");
     let none: [(&str, &str); 0] = [];
     type Case<'a> = (&'a str, &'a [&'a str], &'a [(&'a str, &'a str)], &'a str, &'a str);
-    let cases: [Case<'_>; 7] = [
+    let cases: [Case<'_>; 8] = [
         (
             "missing",
             &["--socket-path", &missing],
@@ -620,7 +632,20 @@ fn a_socket_that_does_not_answer_is_named() {
             "given as --socket-path",
         ),
         ("dead", &["-socketPath", &dead], &none, "dead: connection refused", "start it again"),
-        ("a file", &["-socketPath", &file], &none, "file: connection refused", "--socket-path"),
+        (
+            "a file",
+            &["-socketPath", &file],
+            &none,
+            "file: connection refused",
+            "file is a file, not a socket.",
+        ),
+        (
+            "a directory",
+            &["-socketPath", &directory],
+            &none,
+            "connection refused",
+            &format!("--socket-path. {directory} is a directory, not a socket."),
+        ),
         ("too long", &["-socketPath", &long], &none, "path must be shorter", "at most 107 bytes"),
         (
             "spire's",
@@ -708,11 +733,17 @@ fn health_is_told_as_spire_agent_tells_it() {
         assert_eq!(got.status.code(), Some(code), "{case}");
     }
     let missing = serving.dir.path().join("missing");
+    let got = durward(&["healthcheck", "-socketPath"]).arg(&missing).output().unwrap();
+    let want = format!(
+        "no agent answers at {}: no such file or directory\nAgent is unhealthy: unable to determine health\n",
+        missing.display()
+    );
+    assert_eq!((text(&got.stderr), got.status.code()), (&*want, Some(4)));
     let got = durward(&["healthcheck", "-verbose", "-socketPath"]).arg(missing).output().unwrap();
     let stderr = text(&got.stderr);
     assert!(stderr.starts_with("Failed to check health: rpc error: code = Unavailable desc = "), "{stderr}");
     assert!(stderr.ends_with("Agent is unhealthy: unable to determine health\n"), "{stderr}");
-    assert_eq!(got.status.code(), Some(1));
+    assert_eq!(got.status.code(), Some(4));
 }
 
 #[test]
@@ -779,17 +810,42 @@ fn a_wrong_command_line_is_refused_with_one() {
             &["api", "fetch", "-instance", "a"],
             "SPIRE_AGENT_PUBLIC_SOCKET_TEMPLATE must be set",
         ),
+        (
+            "a file without its flag",
+            &["validate", "x.conf"],
+            "tip: the configuration file is named with a flag: --config x.conf",
+        ),
+        ("the same to run", &["run", "x.conf"], "--config x.conf"),
+        ("no process", &["explain", "-pid", "abc"], "a process ID is a number above 0"),
+        ("process 0", &["reload", "--or-signal", "0"], "a process ID is a number above 0"),
+        ("no SPIFFE ID", &["entry", "show", "--spiffe-id", "foo"], "scheme is missing or invalid"),
         ("no level", &["run", "-logLevel", "loud"], "must be error, warn, info, debug or trace"),
         ("no trust domain", &["run", "-trustDomain", "Example.org"], "limited to lowercase letters"),
     ] {
         let got = durward(line).output().unwrap();
         let stderr = text(&got.stderr);
         assert!(stderr.contains(want), "{case}: {stderr}");
+        let is_clap = stderr.contains("Usage: ") || stderr.contains("error: ");
+        assert_eq!(
+            is_clap,
+            stderr.ends_with("\n\nFor more information, try '--help'.\n"),
+            "{case}: {stderr}"
+        );
         assert_eq!((text(&got.stdout), got.status.code()), ("", Some(1)), "{case}");
     }
     let got = durward(&["api", "fetch"]).env("SPIFFE_ENDPOINT_SOCKET", "tcp://localhost:1").output().unwrap();
     assert!(text(&got.stderr).contains("must be unix://"), "{}", text(&got.stderr));
     assert_eq!(got.status.code(), Some(1));
+}
+
+#[test]
+fn there_is_one_page_of_help() {
+    for words in [&[][..], &["limits"], &["api", "fetch"], &["api", "fetch", "x509"], &["bundle", "show"]] {
+        let [short, long] =
+            ["-h", "--help"].map(|flag| durward(&[words, &[flag]].concat()).output().unwrap());
+        assert_eq!(text(&short.stdout), text(&long.stdout), "{words:?}");
+        assert!(short.status.success() && text(&long.stdout).contains("\n  -h, --help"), "{words:?}");
+    }
 }
 
 #[test]
@@ -898,6 +954,7 @@ fn quickstart_gives_an_identity_and_keeps_what_is_there() {
         "wrote entries.d/nobody.conf",
         "  export SPIFFE_ENDPOINT_SOCKET='unix://",
         "  durward api fetch jwt --audience my-service\n",
+        "\nIt ends now: start it again without --exit-after-fetch, and then\nin another terminal, first\n",
     ] {
         assert!(out.contains(want), "{want}: {out}");
     }
@@ -1015,6 +1072,30 @@ fn quickstart_needs_no_root() {
     let dir = home.join(".local/state/durward-quickstart");
     assert!(out.starts_with(&format!("Setting up in {}\n", dir.display())), "{out}");
     assert!(out.contains("this user (user ID 65534) is /me"), "{out}");
+    assert!(!out.contains("another account, which"), "it is that account: {out}");
+    let got = Command::new(&program)
+        .env_clear()
+        .env("HOME", "/nonexistent")
+        .uid(nobody)
+        .gid(nobody)
+        .arg("quickstart")
+        .output()
+        .unwrap();
+    let stderr = text(&got.stderr);
+    assert!(stderr.starts_with("cannot make directory /nonexistent: "), "{stderr}");
+    assert!(stderr.ends_with("; choose another directory with --dir\n"), "{stderr}");
+    let closed = base.path().join("closed");
+    drop(std::os::unix::net::UnixListener::bind(&closed).unwrap());
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o600)).unwrap();
+    for (line, want) in [
+        (&["api", "fetch"][..], "rpc error: code = Unavailable desc = cannot connect to "),
+        (&["status"], "cannot connect to "),
+    ] {
+        let got = as_nobody(&[line, &["--socket-path", closed.to_str().unwrap()]].concat());
+        let want = format!("{want}{}: permission denied\n", closed.display());
+        assert!(text(&got.stderr).starts_with(&want), "{}", text(&got.stderr));
+        assert_eq!(got.status.code(), Some(1), "somebody may be there");
+    }
     let socket = out.lines().find_map(|line| line.strip_prefix("  socket ")).unwrap();
     if let Some((made, _)) =
         socket.split_once("/public/").filter(|(made, _)| made.starts_with("/tmp/durward-"))

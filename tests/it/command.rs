@@ -19,7 +19,7 @@ use nix::sys::signal::Signal;
 use crate::{
     frames::{PREFACE, SETTINGS, frame},
     hostile::PATIENCE,
-    support::{Process, entry, write_config},
+    support::{Process, TRUST_DOMAIN, entry, write_config},
 };
 
 /// An agent with an admin socket, as a process of its own.
@@ -107,6 +107,8 @@ fn a_reload_ends_with_what_came_of_it() {
     let (code, out, err) = said(&agent.reload(&[]));
     assert_eq!((code, &*err), (Some(0), ""), "{out}");
     assert_eq!(out, "Reloaded: entries 1 added, 0 removed, 1 changed; bundles 0 changed.\n");
+    let (code, out, err) = said(&agent.reload(&[]));
+    assert_eq!((code, &*out, &*err), (Some(0), "Reloaded: nothing changed.\n", ""));
 
     let mistakes = "entry \"spiffe://other.org/x\" {\n  selectors = [\"unix:uid:0\"]\n}\nagent {\n  log_levle = \"info\"\n}\n";
     agent.configure(mistakes);
@@ -134,6 +136,16 @@ fn a_reload_ends_with_what_came_of_it() {
 #[test]
 fn what_needs_a_restart_is_told_by_the_command() {
     let agent = Agent::start(&entry("/one", ""));
+    let before = agent.config();
+    let own = format!("trust_domain = \"{TRUST_DOMAIN}\"");
+    fs::write(agent.dir.path().join("agent.conf"), before.replace(&own, "trust_domain = \"other\"")).unwrap();
+    let (code, _, err) = said(&agent.reload(&[]));
+    let want = format!(
+        "agent.trust_domain \"other\": cannot be changed from {TRUST_DOMAIN} to other by a reload: restart the agent\n"
+    );
+    assert!(code == Some(1) && err.ends_with(&want), "{err}");
+    assert!(!err.contains("entry"), "the entries are right: {err}");
+    fs::write(agent.dir.path().join("agent.conf"), before).unwrap();
     let health = format!("health_checks {{ socket_path = \"{}/h.sock\" }}", agent.dir.path().display());
     agent.configure(&[&entry("/one", ""), &*health].concat());
     let (code, _, err) = said(&agent.reload(&[]));
@@ -160,6 +172,21 @@ fn a_file_that_was_named_and_is_not_there_is_named() {
         assert_eq!(code, Some(1));
         let want = format!("{}: could not find config file\n", path.display());
         assert!(err.ends_with(&want) && !err.contains("flag"), "{command}: {err}");
+    }
+}
+
+#[test]
+fn a_log_file_that_cannot_be_opened_is_named_once_and_where_it_is_set() {
+    let dir = tempfile::tempdir().unwrap();
+    talkative(dir.path(), "");
+    let (path, at) = (dir.path().join("agent.conf"), dir.path().display());
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("  socket_path", &format!("  log_file = \"{at}\"\n  socket_path")))
+        .unwrap();
+    for command in ["validate", "run"] {
+        let (code, _, err) = said(&durward(&[command, "--config", path.to_str().unwrap()], &[]));
+        let want = format!("agent.conf:4:3: agent.log_file \"{at}\": is not a file\n");
+        assert!(code == Some(1) && err.ends_with(&want), "{command}: {err}");
     }
 }
 

@@ -297,6 +297,18 @@ fn variables_are_expanded_only_when_asked_for() {
     assert_eq!(config.agent.data_dir, Path::new("/base/$x"));
     let refused = parse(text).unwrap_err();
     assert!(refused.starts_with("agent.conf:1:9: agent.trust_domain \"${TD}\": "), "{refused}");
+    assert!(refused.ends_with("; variables are replaced with --expand-env only"), "{refused}");
+    let price = parse("agent { trust_domain = \"100$\" }\nissuer \"embedded\" { }").unwrap_err();
+    assert!(!price.contains("expand"), "{price}");
+    let refused =
+        Files::default().parse(&text.replace("TD", "none"), ExpandEnv::With(&variable)).unwrap_err();
+    assert!(!refused.contains("variables"), "{refused}");
+}
+
+#[test]
+fn the_trust_domain_is_a_text_in_quotes() {
+    let got = parse("agent { trust_domain = 42 }\nissuer \"embedded\" { }").unwrap_err();
+    assert_eq!(got, "agent.conf:1:9: agent.trust_domain 42: must be a string, not a number");
 }
 
 /// Each mistake alone, and the whole of what is said about it.
@@ -332,6 +344,11 @@ fn mistakes_in_agent_say_what_would_be_right() {
             "key type",
             "workload_x509_svid_key_type = \"rsa-4096\"",
             "2:1: agent.workload_x509_svid_key_type \"rsa-4096\": must be one of ec-p256, ec-p384, rsa-2048",
+        ),
+        (
+            "days",
+            "availability_target = \"1d\"",
+            "2:1: agent.availability_target \"1d\": the units of a duration are h, m, s and ms: write \"24h\"",
         ),
         (
             "short target",
@@ -613,7 +630,19 @@ fn mistakes_in_entries_say_what_would_be_right() {
             "no id",
             "web",
             "",
-            "1:7: entry \"web\": scheme is missing or invalid; for example: \"spiffe://example.org/web\"",
+            "1:7: entry \"web\": scheme is missing or invalid; write \"spiffe://example.org/web\"",
+        ),
+        (
+            "a path",
+            "/a/b",
+            "",
+            "1:7: entry \"/a/b\": scheme is missing or invalid; write \"spiffe://example.org/a/b\"",
+        ),
+        (
+            "another scheme",
+            "https://example.org/web",
+            "",
+            "1:7: entry \"https://example.org/web\": scheme is missing or invalid; for example: \"spiffe://example.org/web\"",
         ),
         (
             "no path",
@@ -747,11 +776,11 @@ fn selectors_that_nobody_attests_are_refused() {
             "\"unix:uid:root\"",
             Some("\"unix:uid:root\": must be a number from 0 to 4294967295, as unix:uid:1000"),
         ),
-        ("\"unix:uidd:1\"", Some("\"unix:uidd:1\": nobody attests this: did you mean unix:uid?")),
+        ("\"unix:uidd:1\"", Some("\"unix:uidd:1\": no attestor makes this selector: did you mean unix:uid?")),
         (
             "\"k8s:ns:a\"",
             Some(
-                "\"k8s:ns:a\": nobody attests this: add WorkloadAttestor \"k8s\" { plugin_data { } } to plugins",
+                "\"k8s:ns:a\": no attestor makes this selector: add WorkloadAttestor \"k8s\" { plugin_data { } } to plugins",
             ),
         ),
         ("\"unix:uid:1\", \"unix:uid:1\"", Some("\"unix:uid:1\": is listed twice")),

@@ -1,6 +1,6 @@
 //! An agent that joins a SPIRE Server: its own SVID, what is kept of it on the disk, and servers that are none.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{os::unix::fs::PermissionsExt as _, path::Path, sync::Arc, time::Duration};
 
 use durward::{
     identity::{Bundle, TrustDomain},
@@ -71,7 +71,7 @@ pub(crate) async fn serving(own: &Arc<OwnSvid>) -> String {
 /// Why there is no SVID, once a reason was found.
 pub(crate) async fn trouble(own: &Arc<OwnSvid>) -> String {
     let mut standing = own.standing();
-    let told = |it: &OwnStanding| matches!(it, OwnStanding::Waiting { why, .. } if why != "node attestation");
+    let told = |it: &OwnStanding| matches!(it, OwnStanding::Waiting { why, .. } if why != "node attestation is under way");
     match &*timeout(PATIENCE, standing.wait_for(told)).await.expect("in time").unwrap() {
         OwnStanding::Waiting { why, .. } => why.clone(),
         other => panic!("{other:?}"),
@@ -97,6 +97,8 @@ async fn a_token_is_used_once_and_what_it_brought_is_kept() {
     let own = opened(settings.clone(), Clock::SYSTEM).unwrap();
     let running = tokio::spawn(Arc::clone(&own).run());
     assert_eq!(serving(&own).await, "spiffe://example.org/spire/agent/join_token/once");
+    let made = std::fs::metadata(dir.path().join("data")).unwrap();
+    assert_eq!(made.permissions().mode() & 0o7777, 0o700, "it was missing");
     assert!(matches!(
         opened(settings.clone(), Clock::SYSTEM),
         Err(DataFault::File(FileFault::Locked { .. }))
@@ -134,6 +136,18 @@ async fn a_token_that_is_used_up_says_what_to_do() {
     assert!(why.contains("already been used") && why.contains("spire-server token generate"), "{why}");
     assert!(!running.is_finished());
     assert!(!has_kept(dir.path()));
+}
+
+#[tokio::test]
+async fn a_token_that_is_missing_is_asked_for() {
+    let server = FakeSpireServer::start(Face::Right).await;
+    let dir = directory();
+    let own = opened(settings(dir.path(), server.address.port(), &server.ca.pem, ""), Clock::SYSTEM);
+    let own = own.unwrap();
+    let running = tokio::spawn(Arc::clone(&own).run());
+    let want = "a join token is needed (spire-server token generate, then -joinToken)";
+    assert_eq!(trouble(&own).await, want);
+    running.abort();
 }
 
 #[tokio::test]
@@ -307,6 +321,7 @@ async fn an_evicted_agent_ends_with_an_exit_status_of_its_own() {
     let log = || std::fs::read_to_string(dir.path().join("log")).unwrap();
     until("asked once more", || log().contains("asking once more")).await;
     assert!(kept(dir.path()).contains("\"svid\":["), "nothing is deleted before it is certain");
+    assert_eq!(log().matches("the agent has its SVID").count(), 1, "{}", log());
     until("the end", || agent.has_ended()).await;
     assert_eq!(agent.wait().code(), Some(5), "{}", log());
     assert!(log().contains("spire-server token generate"), "{}", log());

@@ -461,7 +461,10 @@ fn validate_tells_what_is_missing_to_join() {
 /// Whether what was said names the owner of this place as wrong: of a file that is named already its name is not said again.
 fn blames(said: &str, path: &Path) -> bool {
     let path = path.display();
-    [" ", ": ", "\": "].iter().any(|between| said.contains(&format!("{path}{between}belongs to user ")))
+    // In the log quotes stand behind a backslash.
+    [" ", ": ", "\": ", "\\\": "]
+        .iter()
+        .any(|between| said.contains(&format!("{path}{between}belongs to user ")))
 }
 
 fn text_of(output: &Output) -> String {

@@ -229,7 +229,11 @@ impl FakeSpireServer {
             .add_service(bundle_api::bundle_server::BundleServer::new(service.clone()))
             .add_service(entry_api::entry_server::EntryServer::new(service.clone()))
             .add_service(svid_api::svid_server::SvidServer::new(service))
-            .serve_with_incoming(tokio_stream::wrappers::ReceiverStream::new(incoming));
+            // With a signal, if one that never comes, connections end with the server.
+            .serve_with_incoming_shutdown(
+                tokio_stream::wrappers::ReceiverStream::new(incoming),
+                std::future::pending(),
+            );
         let serving = tokio::spawn(async move {
             tokio::select! {
                 () = accepting => {}

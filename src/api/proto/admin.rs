@@ -184,6 +184,9 @@ pub struct ExplainResponse {
     /// What each attestor came to.
     #[prost(message, repeated, tag = "10")]
     pub attestors: ::prost::alloc::vec::Vec<Said>,
+    /// The name of its command, as the kernel has it; the process's own choice.
+    #[prost(string, tag = "11")]
+    pub command: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Said {

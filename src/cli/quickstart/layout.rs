@@ -55,12 +55,23 @@ pub(in crate::cli) enum LayoutError {
     Mode { path: PathBuf, mode: u32 },
     #[error("{} must be text without control characters", .0.display())]
     Name(PathBuf),
+    #[error("{0}; choose another directory with --dir")]
+    Make(PathError),
     #[error(transparent)]
-    Path(#[from] PathError),
+    Path(PathError),
     #[error(transparent)]
     File(#[from] BatchError),
     #[error(transparent)]
     Config(#[from] ConfigErrors),
+}
+
+impl From<PathError> for LayoutError {
+    fn from(error: PathError) -> Self {
+        match error {
+            error @ PathError::Make { .. } => Self::Make(error),
+            error => Self::Path(error),
+        }
+    }
 }
 
 /// What lies where.

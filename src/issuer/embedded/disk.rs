@@ -25,7 +25,7 @@ impl DataDir {
     /// Opens the directory, which is made when missing, and locks it. Removes what a killed agent left half
     /// written.
     pub(super) fn open(path: &Path) -> Result<Self, FileFault> {
-        let dir = FileDir::open(path, 0o700, UNFINISHED)?;
+        let dir = FileDir::open(path, UNFINISHED)?;
         let lock = dir.lock(LOCK)?;
         dir.remove_unfinished(STATE)?;
         Ok(Self { dir, lock: Some(lock) })

@@ -187,7 +187,7 @@ mod tests {
     fn the_two_places_are_taken_in_turns() {
         let at = tempfile::tempdir().unwrap();
         let path = at.path().join("keys");
-        let keys = AgentKeys::open(FileDir::open(&path, 0o700, UNFINISHED).unwrap()).unwrap();
+        let keys = AgentKeys::open(FileDir::open(&path, UNFINISHED).unwrap()).unwrap();
         let certificate = |key: &KeyPair| {
             CertificateParams::new(vec!["a".to_owned()]).unwrap().self_signed(key).unwrap().der().to_vec()
         };
@@ -200,7 +200,7 @@ mod tests {
                 again.public_key(),
                 "one that is not in use yet is not thrown away"
             );
-            let again = AgentKeys::open(FileDir::open(&path, 0o700, UNFINISHED).unwrap()).unwrap();
+            let again = AgentKeys::open(FileDir::open(&path, UNFINISHED).unwrap()).unwrap();
             let old = again.of(&leaf).expect("the key in use is kept until the next but one");
             assert_ne!(old.public_key(), next.public_key(), "{turn}");
             leaf = certificate(&next);

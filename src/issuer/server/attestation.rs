@@ -39,7 +39,12 @@ pub(super) trait NodeAttestor: fmt::Debug + Send + Sync {
     fn name(&self) -> &'static str;
 
     /// What is shown first, and who answers the challenges. Reads its files anew.
-    fn evidence<'a>(&'a self, files: &'a SlowReads) -> BoxFuture<'a, Result<NodeEvidence, String>>;
+    fn evidence<'a>(&'a self, files: &'a SlowReads) -> BoxFuture<'a, Result<NodeEvidence, ServerError>>;
+
+    /// What it attests with cannot be used.
+    fn fault(&self, fault: String) -> ServerError {
+        ServerError::Evidence { attestor: self.name(), fault }
+    }
 }
 
 /// What one attestation is made with.
@@ -86,8 +91,7 @@ pub(super) async fn attest(
     csr: Vec<u8>,
 ) -> Result<AttestedAgent, ServerError> {
     let name = attestor.name();
-    let evidence = attestor.evidence(files).await;
-    let evidence = evidence.map_err(|fault| ServerError::Evidence { attestor: name, fault })?;
+    let evidence = attestor.evidence(files).await?;
     let refused = |error| refused(name, error);
     let exchanged = exchange(connection.clone(), name, evidence, csr);
     connection.answer(ServerCall::AttestAgent, exchanged).await.map_err(refused)

@@ -359,7 +359,7 @@ mod tests {
         let path = at.path().join("data");
         let open = || {
             AgentDataFile::open(
-                FileDir::open(&path, 0o700, UNFINISHED)?,
+                FileDir::open(&path, UNFINISHED)?,
                 &TrustDomain::parse("example.org").unwrap(),
             )
         };

@@ -30,6 +30,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::body::Body;
 
 use super::tls::{ServerIdFault, fault_of};
+use crate::telemetry::said;
 
 /// The longest that a name is looked up for.
 const LONGEST_LOOKUP: Duration = Duration::from_secs(5);
@@ -58,8 +59,8 @@ const CONNECTION_WINDOW: u32 = 4 << 20;
 #[derive(Clone, Debug, thiserror::Error)]
 pub(super) enum DialError {
     /// The name has no address, or was not answered.
-    #[error("{0} cannot be looked up: {1}")]
-    Lookup(String, Arc<io::Error>),
+    #[error("{host} cannot be looked up: {}", said(cause))]
+    Lookup { host: String, cause: Arc<io::Error> },
     /// The lookup hangs.
     #[error("{0} cannot be looked up: no answer from the resolver")]
     LookupLate(String),
@@ -67,8 +68,8 @@ pub(super) enum DialError {
     #[error("{0} has no address")]
     NoAddress(String),
     /// TCP.
-    #[error("{0}: {1}")]
-    Connect(SocketAddr, Arc<io::Error>),
+    #[error("{address}: {}", said(cause))]
+    Connect { address: SocketAddr, cause: Arc<io::Error> },
     /// TLS did not come about.
     #[error("{0}: {1}")]
     Tls(SocketAddr, TlsFault),
@@ -119,9 +120,9 @@ impl DialError {
     /// How much it tells: of several, the one from nearest to the server is shown.
     fn depth(&self) -> u8 {
         match self {
-            Self::Lookup(..) | Self::LookupLate(_) | Self::NoAddress(_) => 0,
+            Self::Lookup { .. } | Self::LookupLate(_) | Self::NoAddress(_) => 0,
             Self::Late(_) => 1,
-            Self::Connect(..) => 2,
+            Self::Connect { .. } => 2,
             Self::Http2(..) => 3,
             Self::Tls(_, TlsFault::NotTheServer(_)) => 5,
             Self::Tls(..) => 4,
@@ -263,7 +264,8 @@ impl Dialer {
         drop(tokio::spawn(async move {
             let found = lookup_host((host.as_str(), port)).await;
             let found = found.map(|found| found.take(MOST_ADDRESSES).collect());
-            let found = found.map_err(|cause| DialError::Lookup(host.clone(), Arc::new(cause)));
+            let found =
+                found.map_err(|cause| DialError::Lookup { host: host.clone(), cause: Arc::new(cause) });
             sender.send_replace(Some(found));
         }));
         lookups.running = Some(receiver.clone());
@@ -276,7 +278,7 @@ async fn connect(
     tls: Arc<ClientConfig>,
     name: ServerName<'static>,
 ) -> Result<Dialed, DialError> {
-    let refused = |cause| DialError::Connect(address, Arc::new(cause));
+    let refused = |cause| DialError::Connect { address, cause: Arc::new(cause) };
     let stream = TcpStream::connect(address).await.map_err(refused)?;
     stream.set_nodelay(true).map_err(refused)?;
     let milliseconds = u32::try_from(UNACKNOWLEDGED.as_millis()).unwrap_or(u32::MAX);

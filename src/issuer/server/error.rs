@@ -18,11 +18,11 @@ const LONGEST_MESSAGE: usize = 512;
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ServerError {
     /// No connection.
-    #[error("cannot reach the server {server}: {cause}")]
+    #[error("cannot reach the server {server}: {}", after(server, cause))]
     NotReached { server: String, cause: Arc<dyn std::error::Error + Send + Sync> },
     /// What answers there is signed by an authority that is not known: the server began anew with others, or it is
     /// somebody else's.
-    #[error("cannot reach the server {server}: {cause}")]
+    #[error("cannot reach the server {server}: {}", after(server, cause))]
     UnknownAuthority { server: String, cause: Arc<dyn std::error::Error + Send + Sync> },
     /// The connection was lost when the call had been sent.
     #[error("the connection to the server was lost: {0}")]
@@ -45,6 +45,9 @@ pub enum ServerError {
     /// The answer makes no sense; nothing of it is used.
     #[error("the server's answer to {call} is invalid: {fault}")]
     Senseless { call: &'static str, fault: String },
+    /// Nothing is there that this node could attest with.
+    #[error("a join token is needed (spire-server token generate, then -joinToken)")]
+    NoToken,
     /// What this node attests with is not there, or cannot be used.
     #[error("{attestor}: {fault}")]
     Evidence { attestor: &'static str, fault: String },
@@ -151,6 +154,13 @@ impl Denial {
     }
 }
 
+/// The cause, without the server's address where that is how the server is called.
+fn after(server: &str, cause: &dyn std::error::Error) -> String {
+    let text = cause.to_string();
+    let address = text.strip_prefix(server).and_then(|rest| rest.strip_prefix(": "));
+    address.map(str::to_owned).unwrap_or(text)
+}
+
 /// What a server says, as it may stand in a log: not without end, and on one line.
 pub(super) fn shown(message: &str) -> String {
     let mut room = LONGEST_MESSAGE;
@@ -160,4 +170,24 @@ pub(super) fn shown(message: &str) -> String {
         fits
     };
     message.chars().take_while(fits).filter(|letter| !letter.is_control()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn a_server_is_named_once() {
+        let refused = |server: &str| {
+            let cause = Arc::new(io::Error::from_raw_os_error(111));
+            let error = DialError::Connect { address: "127.0.0.1:8081".parse().unwrap(), cause };
+            ServerError::dialed(server.to_owned(), error).to_string()
+        };
+        let want = "cannot reach the server 127.0.0.1:8081: connection refused";
+        assert_eq!(refused("127.0.0.1:8081"), want);
+        let want = "cannot reach the server spire:8081: 127.0.0.1:8081: connection refused";
+        assert_eq!(refused("spire:8081"), want);
+    }
 }

@@ -115,14 +115,12 @@ impl OwnSvid {
         clock: Clock,
         metrics: Arc<ServerMetrics>,
     ) -> Result<Arc<Self>, DataFault> {
-        let dir = FileDir::open(&settings.data_dir, 0o755, UNFINISHED)?;
+        let dir = FileDir::open(&settings.data_dir, UNFINISHED)?;
         let lock = dir.lock(LOCK)?;
         let data = Arc::new(AgentDataFile::open(dir, &settings.trust_domain)?);
         let keys = Arc::new(match &settings.key_manager {
             KeyManagerSettings::Memory => AgentKeys::in_memory(),
-            KeyManagerSettings::Disk(directory) => {
-                AgentKeys::open(FileDir::open(directory, 0o700, UNFINISHED)?)?
-            }
+            KeyManagerSettings::Disk(directory) => AgentKeys::open(FileDir::open(directory, UNFINISHED)?)?,
         });
         let key_exchange =
             if settings.sync.require_pq_kem { KeyExchange::PostQuantum } else { KeyExchange::Any };
@@ -130,7 +128,8 @@ impl OwnSvid {
         let roots = ServerTrust::Roots(data.known().bundle.into());
         let dialer = Dialer::new(&settings.join.address, settings.join.port);
         let upstream = Upstream::new(dialer, tls, roots, metrics);
-        let waiting = OwnStanding::Waiting { why: "node attestation".to_owned(), since: clock.now() };
+        let waiting =
+            OwnStanding::Waiting { why: "node attestation is under way".to_owned(), since: clock.now() };
         let own = Arc::new(Self {
             live: Mutex::new(LiveJoin::from(&settings)),
             settings,
@@ -253,7 +252,11 @@ impl OwnSvid {
         let Some(identity) = key.and_then(|key| certified(&svid.chain, &key)) else { return };
         self.upstream.show(identity);
         let AgentSvid { id, not_after, reattestable, .. } = svid.clone();
-        tracing::info!(spiffe_id = %id, reattestable, "the agent has its SVID");
+        let is_said = matches!(&*self.standing.borrow(), OwnStanding::Serving { id: of, not_after: until, .. }
+            if (of, until) == (&id, &not_after));
+        if !is_said {
+            tracing::info!(spiffe_id = %id, reattestable, "the agent has its SVID");
+        }
         self.standing.send_replace(OwnStanding::Serving { id, not_after, reattestable, trouble: None });
     }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use futures_util::future::BoxFuture;
 use zeroize::Zeroizing;
 
-use super::{MAX_FILE_LEN, NodeAttestor, NodeEvidence, SlowReads};
+use super::{MAX_FILE_LEN, NodeAttestor, NodeEvidence, ServerError, SlowReads};
 use crate::issuer::server::settings::{JoinToken, TokenSource};
 
 /// Attests with a join token.
@@ -34,16 +34,16 @@ impl NodeAttestor for JoinTokenAttestor {
         "join_token"
     }
 
-    fn evidence<'a>(&'a self, files: &'a SlowReads) -> BoxFuture<'a, Result<NodeEvidence, String>> {
+    fn evidence<'a>(&'a self, files: &'a SlowReads) -> BoxFuture<'a, Result<NodeEvidence, ServerError>> {
         Box::pin(async move {
             let payload = match &self.0 {
-                OwnedToken::None => return Err("join token was not provided".to_owned()),
+                OwnedToken::None => return Err(ServerError::NoToken),
                 OwnedToken::Given(token) => Zeroizing::new(token.secret().as_bytes().to_vec()),
                 OwnedToken::File(path) => {
-                    let text = files.file(path, MAX_FILE_LEN).await?;
+                    let text = files.file(path, MAX_FILE_LEN).await.map_err(|fault| self.fault(fault))?;
                     let token = Zeroizing::new(text.trim_ascii().to_vec());
                     if token.is_empty() {
-                        return Err(format!("join token file is empty: {}", path.display()));
+                        return Err(self.fault(format!("join token file is empty: {}", path.display())));
                     }
                     token
                 }

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use x509_parser::pem::Pem;
 use zeroize::Zeroizing;
 
-use super::{MAX_FILE_LEN, NodeAttestor, NodeEvidence, Prover, SlowReads};
+use super::{MAX_FILE_LEN, NodeAttestor, NodeEvidence, Prover, ServerError, SlowReads};
 use crate::{
     identity::pem::{check_blocks, unread_key},
     issuer::{
@@ -171,12 +171,13 @@ impl NodeAttestor for PopAttestor {
         "x509pop"
     }
 
-    fn evidence<'a>(&'a self, files: &'a SlowReads) -> BoxFuture<'a, Result<NodeEvidence, String>> {
+    fn evidence<'a>(&'a self, files: &'a SlowReads) -> BoxFuture<'a, Result<NodeEvidence, ServerError>> {
         Box::pin(async move {
-            match &self.0.workload_api {
+            let evidence = match &self.0.workload_api {
                 None => self.read_files(files).await,
                 Some(socket) => Self::ask_agent(socket).await,
-            }
+            };
+            evidence.map_err(|fault| self.fault(fault))
         })
     }
 }

@@ -37,14 +37,33 @@ const LONGEST_PAUSE_WITHOUT: Duration = Duration::from_secs(15);
 /// What the server says of the agent is asked once more after this.
 const CONFIRM: Duration = Duration::from_secs(5);
 
+/// After how long the same trouble is said once more in the log.
+const SAY_AGAIN: Duration = Duration::from_secs(300);
+
 /// After how long what could not be written is written.
 const WRITE_AGAIN: Duration = Duration::from_secs(5);
+
+/// What was last said in the log of why there is no SVID, and when.
+#[derive(Default)]
+struct SaidTrouble(Option<(String, Instant)>);
+
+impl SaidTrouble {
+    /// Whether this is to be said now; it is said then.
+    fn is_due(&mut self, why: &str, now: Instant) -> bool {
+        let is_due = self.0.as_ref().is_none_or(|(said, at)| said != why || now - *at >= SAY_AGAIN);
+        if is_due {
+            self.0 = Some((why.to_owned(), now));
+        }
+        is_due
+    }
+}
 
 impl OwnSvid {
     /// Renews for ever. Ends when the server does not take this agent any more and it cannot attest again.
     pub async fn run(self: Arc<Self>) -> Expelled {
         let mut denials = self.upstream.denials();
         let mut failures = 0;
+        let mut said = SaidTrouble::default();
         let mut way = self.current().is_none().then_some(Way::Attest);
         // Attestation was refused to a banned agent: once is no proof.
         let mut banned = false;
@@ -68,6 +87,7 @@ impl OwnSvid {
             match (done, denied) {
                 (Ok(()), _) => {
                     failures = 0;
+                    said = SaidTrouble::default();
                     self.post_status().await;
                 }
                 (_, Some(Denial::MustReattest)) if next == Way::Renew => way = Some(Way::Attest),
@@ -79,7 +99,7 @@ impl OwnSvid {
                 }
                 (_, Some(Denial::Banned)) if was_banned => return self.lost(Denial::Banned).await,
                 (Err(error), _) => {
-                    self.tell(next, &error);
+                    self.tell(next, &error, &mut said);
                     let pause = self.pause(failures);
                     failures = failures.saturating_add(1);
                     // Another token may have come.
@@ -217,9 +237,14 @@ impl OwnSvid {
         }
     }
 
-    fn tell(&self, way: Way, error: &ServerError) {
+    /// Says why there is no SVID: as a warning when that is not what was `said` before, and now and then.
+    fn tell(&self, way: Way, error: &ServerError, said: &mut SaidTrouble) {
         let why = error.to_string();
-        tracing::warn!(error = why, ?way, "cannot get the agent's SVID; trying again");
+        if said.is_due(&why, Instant::now()) {
+            tracing::warn!(error = why, ?way, "cannot get the agent's SVID; trying again");
+        } else {
+            tracing::debug!(error = why, ?way, "cannot get the agent's SVID; trying again");
+        }
         let current = self.current();
         if current.is_some() {
             self.trouble(Some(why));
@@ -239,5 +264,26 @@ impl OwnSvid {
                 *trouble = why;
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_trouble_is_said_now_and_then() {
+        let (mut said, start) = (SaidTrouble::default(), Instant::now());
+        for (seconds, why, want) in [
+            (0, "no token", true),
+            (1, "no token", false),
+            (299, "no token", false),
+            (300, "no token", true),
+            (301, "no server", true),
+            (302, "no token", true),
+            (303, "no token", false),
+        ] {
+            assert_eq!(said.is_due(why, start + Duration::from_secs(seconds)), want, "{seconds}");
+        }
     }
 }
