@@ -214,7 +214,7 @@ impl AgentParts {
         let BoundPlaces { http, admin, socket, came } = bound;
         let services = self.services()?;
         // Before anybody asks how it is.
-        let surroundings = look_around(&self.health);
+        let surroundings = look_around(&self.health, &self.attestor);
         let (connections, bounds) = channel::channel(connection_bounds(&config, self.means));
         let keys = Arc::new(caller_keys(&config));
         let (stats, admin_stats) = (Arc::<ConnectionStats>::default(), Arc::<ConnectionStats>::default());
@@ -225,7 +225,7 @@ impl AgentParts {
 
         let presence = socket.presence();
         let (public, looks) = (config.agent.socket_path.clone(), keys.looks());
-        let standing = self.standing(Arc::clone(&stats), public, looks, surroundings);
+        let standing = self.standing(Arc::clone(&stats), public, looks, surroundings.in_spite_of.clone());
         let gate = Arc::new(AuditedGate { gate: self.gate.clone(), audit: Arc::clone(&self.audit) });
         let listener = Listener { socket, bounds, gate, keys: Arc::clone(&keys), stats };
         let known = came.waits().then(|| Arc::clone(&self.issuer));
@@ -239,6 +239,7 @@ impl AgentParts {
             self.serve_admin(socket, service, admin_stats)
         });
         let mut tasks = self.tasks();
+        tasks.spawn(surroundings.keep_looking(Arc::clone(&self.health), Arc::clone(&self.attestor)));
         if let Some(presence) = presence {
             tasks.spawn(keep_in_sight(Arc::clone(&self.health), presence));
         }

@@ -1,7 +1,7 @@
-//! What a node must give an agent so that it can tell callers apart, looked at once, when it starts: each caller would find
-//! it out anew, and nobody would say what to do about it.
+//! What a node must give an agent so that it can tell callers apart, looked at when it starts and every few seconds: each caller
+//! would find it out anew, and nobody would say what to do about it.
 
-use std::{fs, io, os::unix::net::UnixStream};
+use std::{fs, io, mem::Discriminant, os::unix::net::UnixStream, sync::Arc, time::Duration};
 
 use nix::{
     errno::Errno,
@@ -10,10 +10,17 @@ use nix::{
 };
 
 use crate::{
-    os::{namespace, pidfd::Pidfd},
+    attest::Attestor,
+    os::{
+        namespace::{self, ProcFault},
+        pidfd::Pidfd,
+    },
     peer::cgroup::PodOrUid,
-    telemetry::health::HealthState,
+    telemetry::health::{HealthState, Probe},
 };
+
+/// How often it is looked again: `/proc` may be mounted anew, or in another way, while the agent runs.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// What is missing.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +31,9 @@ enum Obstacle {
          pidfd_open ({0})"
     )]
     Pidfd(Errno),
+    /// What is read of a caller is not its own.
+    #[error(transparent)]
+    Proc(ProcFault),
     /// Callers of other users cannot be attested.
     #[error(
         "processes of other users are hidden (/proc is mounted with hidepid), so no other user is served: mount it with gid=, a \
@@ -36,14 +46,20 @@ enum Obstacle {
          of it, or map them"
     )]
     UserNamespace,
+    /// Who is outside has no PID here.
+    #[error(
+        "the agent runs in a PID namespace of its own: callers outside of it cannot be identified, and are refused; run the \
+         agent in the host's (hostPID: true in its pod, --pid=host in its container), unless all its callers are in its own"
+    )]
+    PidNamespace,
 }
 
 impl Obstacle {
     /// Whether nobody, or nobody else than the agent's own user, is served.
     fn is_for_all(&self) -> bool {
         match self {
-            Self::Pidfd(_) | Self::HiddenProcesses(_) => true,
-            Self::UserNamespace => false,
+            Self::Pidfd(_) | Self::Proc(_) | Self::HiddenProcesses(_) => true,
+            Self::UserNamespace | Self::PidNamespace => false,
         }
     }
 }
@@ -65,22 +81,61 @@ pub(super) fn say_where(keys: &PodOrUid, in_pod: bool, budget: Option<u64>, cgro
 }
 
 /// Says once what is missing, and keeps an agent that nobody could be served by from being ready. What it serves in spite of.
-pub(super) fn look_around(health: &HealthState) -> Vec<String> {
-    let mut served_in_spite_of = Vec::new();
-    for lack in shortcomings() {
-        if lack.is_for_all() {
-            tracing::error!("{lack}");
-            health.cannot_tell_callers();
-        } else {
-            tracing::warn!("{lack}");
-            served_in_spite_of.push(lack.to_string());
+pub(super) fn look_around(health: &HealthState, attestor: &Attestor) -> Surroundings {
+    let mut surroundings = Surroundings::default();
+    surroundings.found(shortcomings(attestor), health);
+    surroundings
+}
+
+/// What was found, and is said already.
+#[derive(Default)]
+pub(super) struct Surroundings {
+    known: Vec<Discriminant<Obstacle>>,
+    /// What the agent serves in spite of.
+    pub(super) in_spite_of: Vec<String>,
+}
+
+impl Surroundings {
+    /// Says what is missing that was not before, and tells `health`.
+    fn found(&mut self, lacks: Vec<Obstacle>, health: &HealthState) {
+        let blind = lacks.iter().any(Obstacle::is_for_all);
+        if !blind && health.tells_callers(true) {
+            tracing::warn!("callers can be told apart again");
+        }
+        let before = std::mem::take(&mut self.known);
+        for lack in lacks {
+            let kind = std::mem::discriminant(&lack);
+            self.known.push(kind);
+            match (before.contains(&kind), lack.is_for_all()) {
+                (false, true) => tracing::error!("{lack}"),
+                (false, false) => {
+                    tracing::warn!("{lack}");
+                    self.in_spite_of.push(lack.to_string());
+                }
+                (true, _) => {}
+            }
+        }
+        if blind {
+            health.tells_callers(false);
         }
     }
-    served_in_spite_of
+
+    /// Looks again every few seconds, until the agent drains.
+    pub(super) async fn keep_looking(mut self, health: Arc<HealthState>, attestor: Arc<Attestor>) {
+        let mut every = tokio::time::interval(LOOK);
+        while health.get() != Probe::Draining {
+            every.tick().await;
+            let attestor = Arc::clone(&attestor);
+            // No thread, no answer: that is for the next look.
+            if let Ok(lacks) = tokio::task::spawn_blocking(move || shortcomings(&attestor)).await {
+                self.found(lacks, &health);
+            }
+        }
+    }
 }
 
 /// All that is missing here.
-fn shortcomings() -> Vec<Obstacle> {
+fn shortcomings(attestor: &Attestor) -> Vec<Obstacle> {
     // As it is done for callers: by the socket, on older kernels by the number.
     let by_socket = UnixStream::pair().map(|(end, _)| getsockopt(&end, sockopt::PeerPidfd).map(drop));
     let pidfd = match by_socket {
@@ -89,12 +144,17 @@ fn shortcomings() -> Vec<Obstacle> {
         Ok(Ok(())) | Err(_) => None,
     };
     let pidfd = pidfd.filter(|errno| !is_shortage(*errno)).map(Obstacle::Pidfd);
-    // The first process is root's, or whose container it is.
-    let hidden = fs::read("/proc/1/status")
-        .err()
-        .filter(|error| matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied));
-    let partial = namespace::unmapped().map(|_| Obstacle::UserNamespace);
-    pidfd.into_iter().chain(hidden.map(Obstacle::HiddenProcesses)).chain(partial).collect()
+    let proc = match attestor.look_at_proc() {
+        Err(fault) => Some(Obstacle::Proc(fault)),
+        // The first process is root's, or whose container it is.
+        Ok(()) => fs::read("/proc/1/status")
+            .err()
+            .filter(|error| matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied))
+            .map(Obstacle::HiddenProcesses),
+    };
+    let users = namespace::unmapped().map(|_| Obstacle::UserNamespace);
+    let processes = namespace::pid_namespace_is_inner().then_some(Obstacle::PidNamespace);
+    pidfd.into_iter().chain(proc).chain(users).chain(processes).collect()
 }
 
 /// Descriptors or memory that are short pass.

@@ -69,9 +69,9 @@ impl HealthState {
         self.lock().pulse = pulse;
     }
 
-    /// Tells that no caller, or none but of the agent's own user, can be told from another. That stays so.
-    pub fn cannot_tell_callers(&self) {
-        self.lock().blind = true;
+    /// Tells whether callers, other users' too, can be told apart. Returns whether that is news.
+    pub fn tells_callers(&self, told_apart: bool) -> bool {
+        std::mem::replace(&mut self.lock().blind, !told_apart) == told_apart
     }
 
     /// Tells that another agent, process `pid`, serves in the place of this one: it is well, and never ready again.
