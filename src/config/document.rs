@@ -58,6 +58,8 @@ pub struct Config {
     pub entries: Vec<Arc<Entry>>,
     /// `federation`. Never holds the own trust domain. Reloads.
     pub federated: BTreeMap<TrustDomain, Arc<Bundle>>,
+    /// What federated bundles lack, though their blocks name them, in words.
+    pub federation_gaps: Vec<String>,
     /// `plugins.WorkloadAttestor`. Reloads.
     pub attest: AttestSettings,
     /// `telemetry.Prometheus`: host and port. Default: none. Restart to change.
@@ -148,14 +150,6 @@ impl Config {
         problems.into_result(config)
     }
 
-    /// What federated bundles lack, though their blocks name them, in words.
-    pub fn federation_gaps(&self) -> impl Iterator<Item = String> {
-        self.federated.values().filter(|bundle| !bundle.has_x509()).map(|bundle| {
-            let name = &bundle.trust_domain;
-            format!("bundle has no X.509 authority: X.509-SVIDs of {name} are not trusted")
-        })
-    }
-
     /// What the issuer is told.
     pub fn issuer_input(&self) -> IssuerInput {
         IssuerInput {
@@ -230,6 +224,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
         issuer: issuer?,
         entries,
         federated: federation.bundles,
+        federation_gaps: federation.gaps,
         attest,
         prometheus: endpoints.prometheus,
         metrics_socket: endpoints.metrics_socket,
