@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use nix::unistd::geteuid;
 use tracing::Level;
 
-use super::Failure;
+use super::{Failure, socket::has_scheme};
 use crate::{
     agent,
-    config::{Config, ExpandEnv, Given, WrongPlace},
+    config::{Config, DEFAULT_SOCKET_PATH, ExpandEnv, Given, WrongPlace},
     hcl::{ConfigError, ConfigErrors},
     identity::TrustDomain,
     issuer::server::settings::JoinToken,
@@ -187,6 +187,12 @@ pub enum OverrideError {
     /// The kernel takes no longer one.
     #[error("--socket-path must have at most {MAX_PATH_LEN} bytes when made absolute; got {}: {}", .0.as_os_str().len(), .0.display())]
     SocketPath(PathBuf),
+    /// Where an agent serves is no address of a client's.
+    #[error("--socket-path must be a path, such as {DEFAULT_SOCKET_PATH}, and not an address; got {0:?}")]
+    SocketAddress(PathBuf),
+    /// An audit that others' lines are in, which a person or a program has to tell apart.
+    #[error("--log-file cannot be the audit's file: {}", .0.display())]
+    LogIsAudit(PathBuf),
     /// The file forbids it too.
     #[error(
         "--socket-path {} cannot be in the same directory as the admin socket {} or in one above it",
@@ -225,6 +231,9 @@ impl CliOverrides {
             });
         }
         if let Some(path) = socket_path {
+            if has_scheme(path.as_os_str()) {
+                return Err(OverrideError::SocketAddress(path.clone()));
+            }
             let path = absolute(path);
             if path.as_os_str().len() > MAX_PATH_LEN {
                 return Err(OverrideError::SocketPath(path));
@@ -244,7 +253,11 @@ impl CliOverrides {
             config.log.format = *format;
         }
         if let Some(file) = log_file {
-            config.log.file = Some(absolute(file));
+            let file = absolute(file);
+            if config.audit.file.as_ref() == Some(&file) {
+                return Err(OverrideError::LogIsAudit(file));
+            }
+            config.log.file = Some(file);
         }
         config.log.source_location |= log_source_location;
         config.policy.allow_unauthenticated_verifiers |= allow_unauthenticated_verifiers;

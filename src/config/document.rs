@@ -175,7 +175,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     let attest = plugins(&mut root, &mut server);
     let endpoints = endpoints::read(&mut root, &agent.settings);
     let joins = !root.has("issuer") && server.is_meant();
-    let audit = endpoints::audit(&mut root, &agent.settings);
+    let audit = endpoints::audit(&mut root, &agent.settings, &agent.log);
     let (issuer, ca_ttl) = issuer::read(&mut root, server, has_plugins);
     let mut limits = root.block("ratelimit");
     let federation = Federation::read(&mut root, input, own);
