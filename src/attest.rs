@@ -34,7 +34,10 @@ pub mod unix;
 use std::{
     ops::Deref,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -62,7 +65,10 @@ use crate::{
         selector::{Selector, Selectors},
     },
     limits::{Admitted, Families, Limits},
-    os::{namespace::unmapped, pidfd::Owner},
+    os::{
+        namespace::{ProcFault, proc_is_ours, unmapped},
+        pidfd::Owner,
+    },
     peer::Peer,
     telemetry::registry::{By, Label as _, Registry},
 };
@@ -141,6 +147,8 @@ pub struct Attestor {
     proc_root: PathBuf,
     /// As whom those appear who have no number here.
     unmapped: Option<Owner>,
+    /// What `/proc` says is of the processes that connect. Only [`Attestor::look_at_proc`] writes.
+    proc_is_ours: AtomicBool,
     /// Only [`Attestor::share_by`] writes.
     families: ArcSwap<Families>,
     attestors: Attestors,
@@ -178,6 +186,7 @@ impl Attestor {
         Self {
             proc_root: PathBuf::from("/proc"),
             unmapped: unmapped(),
+            proc_is_ours: AtomicBool::new(proc_is_ours().is_ok()),
             families: ArcSwap::default(),
             attestors,
             news,
@@ -191,6 +200,17 @@ impl Attestor {
     pub fn counted_by(self, registry: Registry<'_>) -> Self {
         self.attestors.counted_by(registry);
         Self { metrics: AttestMetrics::new(registry), ..self }
+    }
+
+    /// Looks whether `/proc` shows the processes that connect, and attests nobody from now on where it does not. To be called
+    /// every now and then: another one may be mounted.
+    ///
+    /// # Errors
+    /// [`ProcFault`]: it does not.
+    pub fn look_at_proc(&self) -> Result<(), ProcFault> {
+        let looked = proc_is_ours();
+        self.proc_is_ours.store(looked.is_ok(), Ordering::Relaxed);
+        looked
     }
 
     /// What attestors keep between attestations, in bytes, as far as it can be much.
@@ -325,8 +345,11 @@ impl Attestor {
         process: &dyn Attestable,
         at: Instant,
     ) -> Result<Attestation, AttestError> {
-        let seen = Seen::open(&self.proc_root, &self.families.load(), process)
-            .and_then(|seen| seen.without(self.unmapped));
+        let seen = match self.proc_is_ours.load(Ordering::Relaxed) {
+            true => Seen::open(&self.proc_root, &self.families.load(), process),
+            false => Err(AttestError::ProcOfOthers),
+        };
+        let seen = seen.and_then(|seen| seen.without(self.unmapped));
         let found = match seen {
             Ok(seen) => self.attestors.attest(questions, &seen, at).await.map_err(AttestError::from),
             Err(error) => Err(error),
@@ -343,6 +366,9 @@ impl Attestor {
         questions: &Questions,
         process: &dyn Attestable,
     ) -> Result<Option<Subject>, AttestError> {
+        if !self.proc_is_ours.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
         let last = process.slot().and_then(|slot| slot.load::<LastResult>(Instant::now()));
         let fits = |last: &Arc<LastResult>| {
             last.questions == questions.number && Arc::ptr_eq(&last.settings, &questions.settings)

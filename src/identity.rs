@@ -12,6 +12,7 @@ pub mod index;
 mod json;
 mod jwk;
 pub mod jwt;
+pub mod name_constraints;
 pub mod pem;
 pub mod selector;
 pub mod spiffe_id;

@@ -92,7 +92,7 @@ pub(super) fn say_what_fits(plan: &GatePlan, budget: Option<u64>) {
 
 /// Says which of the trust domains that are federated with are trusted in part only.
 pub(super) fn say_whom_to_distrust(config: &Config) {
-    for why in config.federation_gaps() {
+    for why in &config.federation_gaps {
         tracing::warn!("{why}");
     }
 }

@@ -51,6 +51,7 @@ impl Replacing {
             issuer: _,
             entries: _,
             federated: _,
+            federation_gaps: _,
             attest,
             prometheus: _,
             metrics_socket: _,

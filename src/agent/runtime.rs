@@ -22,6 +22,9 @@ const MOST_WORKERS: usize = 4;
 const BLOCKING_THREADS: usize = 8;
 /// How long all threads take to be there, at most.
 const THREADS_WITHIN: Duration = Duration::from_secs(2);
+/// Why a thread does not come into being, as far as that can be told: its stack is memory.
+const SHORT: &str =
+    "threads are short (pids.max, TasksMax or ulimit -u), or memory for them (ulimit -d or -v)";
 /// A thread that is there stays: when it is needed again there may be none to be had.
 const FOR_EVER: Duration = Duration::from_secs(10 * 365 * 86_400);
 /// Bytes of the stack of a thread that only waits.
@@ -41,7 +44,7 @@ pub fn runtime() -> anyhow::Result<Runtime> {
     let make = move || {
         // Its panic is a shortage that has come up since.
         let made = catch_unwind(AssertUnwindSafe(|| make(workers)));
-        drop(give.send(made.unwrap_or_else(|_panic| Err(anyhow!("threads are short")))));
+        drop(give.send(made.unwrap_or_else(|_panic| Err(anyhow!("{SHORT}")))));
     };
     let make = std::thread::Builder::new().name("runtime".to_owned()).spawn(make);
     make.map_err(|error| no_threads(needed, error))?;
@@ -89,13 +92,13 @@ fn make(workers: usize) -> anyhow::Result<Runtime> {
         .build()?;
     match catch_unwind(AssertUnwindSafe(|| begin_blocking_threads(&runtime))) {
         Ok(Ok(())) => Ok(runtime),
-        Ok(Err(late)) => {
+        Ok(Err(_late)) => {
             runtime.shutdown_background();
-            Err(late.into())
+            Err(anyhow!("{SHORT}"))
         }
         Err(_panic) => {
             runtime.shutdown_background();
-            Err(anyhow!("threads are short"))
+            Err(anyhow!("{SHORT}"))
         }
     }
 }

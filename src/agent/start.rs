@@ -26,7 +26,7 @@ use super::{
     predecessor::Predecessor,
     probe::{keep_in_sight, probe},
     serving::Serving,
-    surroundings::{keep_looking, look_around, say_where},
+    surroundings::{keep_identifying, look_around, say_where},
     watch::Watch,
 };
 use crate::{
@@ -250,7 +250,7 @@ impl AgentParts {
         let Sockets { admin, public: socket, came } = sockets;
         let services = self.services()?;
         // Before anybody asks how it is.
-        let surroundings = look_around(&self.health);
+        let surroundings = look_around(&self.health, &self.attestor);
         let (connections, bounds) = channel::channel(connection_bounds(&config, self.means));
         let keys = Arc::new(caller_keys(&config));
         let (stats, admin_stats) = (Arc::<ConnectionStats>::default(), Arc::<ConnectionStats>::default());
@@ -261,7 +261,7 @@ impl AgentParts {
 
         let presence = socket.presence();
         let (public, looks) = (config.agent.socket_path.clone(), keys.looks());
-        let standing = self.standing(Arc::clone(&stats), public, looks, surroundings);
+        let standing = self.standing(Arc::clone(&stats), public, looks, surroundings.in_spite_of.clone());
         let gate = Arc::new(AuditedGate {
             gate: self.gate.clone(),
             audit: Arc::clone(&self.audit),
@@ -279,6 +279,7 @@ impl AgentParts {
             self.serve_admin(socket, service, admin_stats)
         });
         let mut tasks = self.tasks(http.iter().map(HttpListener::held).collect());
+        tasks.spawn(surroundings.keep_looking(Arc::clone(&self.health), Arc::clone(&self.attestor)));
         if let Some(presence) = presence {
             tasks.spawn(keep_in_sight(Arc::clone(&self.health), presence));
         }
@@ -402,7 +403,7 @@ impl AgentParts {
         };
         tasks.spawn(watch.run());
         tasks.spawn(probe(Arc::clone(&self.health), Arc::clone(&self.issuer)));
-        tasks.spawn(keep_looking(Arc::clone(&self.health)));
+        tasks.spawn(keep_identifying(Arc::clone(&self.health)));
         tasks
     }
 }

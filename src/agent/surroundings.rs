@@ -1,7 +1,7 @@
-//! What a node must give an agent so that it can tell callers apart, looked at when it starts: each caller would find it out
-//! anew, and nobody would say what to do about it. What may be short only for a while is looked at again.
+//! What a node must give an agent so that it can tell callers apart, looked at when it starts and every few seconds: each caller
+//! would find it out anew, and nobody would say what to do about it.
 
-use std::{fs, io, os::unix::net::UnixStream, sync::Arc, time::Duration};
+use std::{fs, io, mem::Discriminant, os::unix::net::UnixStream, sync::Arc, time::Duration};
 
 use nix::{
     errno::Errno,
@@ -10,10 +10,20 @@ use nix::{
 };
 
 use crate::{
-    os::{namespace, pidfd::Pidfd},
+    attest::Attestor,
+    os::{
+        namespace::{self, ProcFault},
+        pidfd::Pidfd,
+    },
     peer::cgroup::PodOrUid,
-    telemetry::health::HealthState,
+    telemetry::health::{HealthState, Probe},
 };
+
+/// How often it is looked again: `/proc` may be mounted anew, or in another way, while the agent runs.
+const LOOK: Duration = Duration::from_secs(5);
+/// The same for a pidfd, and after how many looks in vain nobody is served: callers may have taken all descriptors for a moment.
+const LOOK_FOR_PIDFD: Duration = Duration::from_secs(1);
+const LOOKS: u32 = 5;
 
 /// What is missing.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +34,9 @@ enum Obstacle {
          and the node must have descriptors left ({0})"
     )]
     Pidfd(Errno),
+    /// What is read of a caller is not its own.
+    #[error(transparent)]
+    Proc(ProcFault),
     /// Callers of other users cannot be attested.
     #[error(
         "processes of other users are hidden (/proc is mounted with hidepid), so no other user is served: mount it with gid=, a \
@@ -36,14 +49,20 @@ enum Obstacle {
          of it, or map them"
     )]
     UserNamespace,
+    /// Who is outside has no PID here.
+    #[error(
+        "the agent runs in a PID namespace of its own: callers outside of it cannot be identified, and are refused; run the \
+         agent in the host's (hostPID: true in its pod, --pid=host in its container), unless all its callers are in its own"
+    )]
+    PidNamespace,
 }
 
 impl Obstacle {
     /// Whether nobody, or nobody else than the agent's own user, is served.
     fn is_for_all(&self) -> bool {
         match self {
-            Self::Pidfd(_) | Self::HiddenProcesses(_) => true,
-            Self::UserNamespace => false,
+            Self::Pidfd(_) | Self::Proc(_) | Self::HiddenProcesses(_) => true,
+            Self::UserNamespace | Self::PidNamespace => false,
         }
     }
 }
@@ -65,33 +84,69 @@ pub(super) fn say_where(keys: &PodOrUid, in_pod: bool, budget: Option<u64>, cgro
 }
 
 /// Says once what is missing, and keeps an agent that nobody could be served by from being ready. What it serves in spite of.
-pub(super) fn look_around(health: &HealthState) -> Vec<String> {
-    let mut served_in_spite_of = Vec::new();
-    for lack in shortcomings() {
-        if lack.is_for_all() {
-            tracing::error!("{lack}");
-            match lack {
-                Obstacle::Pidfd(_) => health.identifies(false),
-                _ => health.cannot_attest(),
-            }
-        } else {
-            tracing::warn!("{lack}");
-            served_in_spite_of.push(lack.to_string());
-        }
+pub(super) fn look_around(health: &HealthState, attestor: &Attestor) -> Surroundings {
+    let pidfd = UnixStream::pair().ok().and_then(|(end, _other)| pidfd_of_peer(&end).err());
+    if let Some(errno) = pidfd.filter(|errno| !is_shortage(*errno)) {
+        tracing::error!("{}", Obstacle::Pidfd(errno));
+        health.identifies(false);
     }
-    served_in_spite_of
+    let mut surroundings = Surroundings::default();
+    surroundings.found(shortcomings(attestor), health);
+    surroundings
 }
 
-/// How often is looked whether there is a pidfd to be had, and after how many looks in vain nobody is served: callers may have
-/// taken all descriptors for a moment.
-const LOOK: Duration = Duration::from_secs(1);
-const LOOKS: u32 = 5;
+/// What was found, and is said already.
+#[derive(Default)]
+pub(super) struct Surroundings {
+    known: Vec<Discriminant<Obstacle>>,
+    /// What the agent serves in spite of.
+    pub(super) in_spite_of: Vec<String>,
+}
+
+impl Surroundings {
+    /// Says what is missing that was not before, and tells `health`.
+    fn found(&mut self, lacks: Vec<Obstacle>, health: &HealthState) {
+        let blind = lacks.iter().any(Obstacle::is_for_all);
+        if !blind && health.tells_callers(true) {
+            tracing::warn!("callers can be told apart again");
+        }
+        let before = std::mem::take(&mut self.known);
+        for lack in lacks {
+            let kind = std::mem::discriminant(&lack);
+            self.known.push(kind);
+            match (before.contains(&kind), lack.is_for_all()) {
+                (false, true) => tracing::error!("{lack}"),
+                (false, false) => {
+                    tracing::warn!("{lack}");
+                    self.in_spite_of.push(lack.to_string());
+                }
+                (true, _) => {}
+            }
+        }
+        if blind {
+            health.tells_callers(false);
+        }
+    }
+
+    /// Looks again every few seconds, until the agent drains.
+    pub(super) async fn keep_looking(mut self, health: Arc<HealthState>, attestor: Arc<Attestor>) {
+        let mut every = tokio::time::interval(LOOK);
+        while health.get() != Probe::Draining {
+            every.tick().await;
+            let attestor = Arc::clone(&attestor);
+            // No thread, no answer: that is for the next look.
+            if let Ok(lacks) = tokio::task::spawn_blocking(move || shortcomings(&attestor)).await {
+                self.found(lacks, &health);
+            }
+        }
+    }
+}
 
 /// Looks for ever whether callers can be identified.
-pub(super) async fn keep_looking(health: Arc<HealthState>) {
+pub(super) async fn keep_identifying(health: Arc<HealthState>) {
     // Made once: where descriptors are short it could not be made.
     let Ok((end, _other)) = UnixStream::pair() else { return };
-    let mut every = tokio::time::interval(LOOK);
+    let mut every = tokio::time::interval(LOOK_FOR_PIDFD);
     let mut in_vain = if health.identifies_nobody() { LOOKS } else { 0 };
     loop {
         every.tick().await;
@@ -123,16 +178,19 @@ fn pidfd_of_peer(end: &UnixStream) -> Result<(), Errno> {
     }
 }
 
-/// All that is missing here.
-fn shortcomings() -> Vec<Obstacle> {
-    let pidfd = UnixStream::pair().ok().and_then(|(end, _other)| pidfd_of_peer(&end).err());
-    let pidfd = pidfd.filter(|errno| !is_shortage(*errno)).map(Obstacle::Pidfd);
-    // The first process is root's, or whose container it is.
-    let hidden = fs::read("/proc/1/status")
-        .err()
-        .filter(|error| matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied));
-    let partial = namespace::unmapped().map(|_| Obstacle::UserNamespace);
-    pidfd.into_iter().chain(hidden.map(Obstacle::HiddenProcesses)).chain(partial).collect()
+/// What is missing here beside a pidfd.
+fn shortcomings(attestor: &Attestor) -> Vec<Obstacle> {
+    let proc = match attestor.look_at_proc() {
+        Err(fault) => Some(Obstacle::Proc(fault)),
+        // The first process is root's, or whose container it is.
+        Ok(()) => fs::read("/proc/1/status")
+            .err()
+            .filter(|error| matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied))
+            .map(Obstacle::HiddenProcesses),
+    };
+    let users = namespace::unmapped().map(|_| Obstacle::UserNamespace);
+    let processes = namespace::pid_namespace_is_inner().then_some(Obstacle::PidNamespace);
+    proc.into_iter().chain(users).chain(processes).collect()
 }
 
 /// Descriptors or memory that are short pass.

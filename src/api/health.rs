@@ -9,7 +9,8 @@ use tonic_health::pb::{
     HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus, health_server::Health,
 };
 
-use crate::telemetry::health::HealthState;
+use super::status::RequestError;
+use crate::{peer::Peer, telemetry::health::HealthState};
 
 /// Answers health checks.
 #[derive(Debug, Clone)]
@@ -32,6 +33,10 @@ impl Health for HealthService {
         &self,
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<HealthCheckResponse>, Status> {
+        // Whom nothing but this is answered is not told that all is well.
+        if request.extensions().get::<Arc<Peer>>().is_some_and(|peer| peer.pid().as_raw() == 0) {
+            return Err(RequestError::OtherPidNamespace.into());
+        }
         if !request.into_inner().service.is_empty() {
             return Err(Status::invalid_argument("per-service health is not supported"));
         }

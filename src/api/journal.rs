@@ -126,7 +126,7 @@ impl Journal {
             self.audit.refused(by, rpc, error.reason(), spiffe_id);
         }
         match error {
-            RequestError::OtherPidNamespace | RequestError::Unmapped => {
+            RequestError::OtherPidNamespace | RequestError::Unmapped | RequestError::ProcOfOthers => {
                 self.complain(by, Complaint::NotAttested(AttestFault::Namespace), |line| {
                     let AboutCaller { caller, pid, reason, times } = line;
                     tracing::warn!(method = rpc, caller, pid, reason, %error, times, "{NOT_ATTESTED}");

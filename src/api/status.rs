@@ -57,6 +57,11 @@ pub enum RequestError {
         "workload attestation failed: the agent runs in a user namespace that has no number for the caller's user or group; run the agent outside of it, or map them"
     )]
     Unmapped,
+    /// The agent cannot look at the caller.
+    #[error(
+        "workload attestation failed: the agent's /proc is not that of its own PID namespace; its log says what to do"
+    )]
+    ProcOfOthers,
     /// The caller could not be attested.
     #[error("workload attestation failed{}", reconnect(.0))]
     Attestation(#[source] AttestError),
@@ -104,6 +109,7 @@ fn reconnect(error: &AttestError) -> &'static str {
         | AttestError::Unknown { .. }
         | AttestError::OtherPidNamespace
         | AttestError::Unmapped
+        | AttestError::ProcOfOthers
         | AttestError::Crowded
         | AttestError::Status(_)
         | AttestError::Attestor(_) => "",
@@ -125,6 +131,7 @@ impl From<AttestError> for RequestError {
         match error {
             AttestError::OtherPidNamespace => Self::OtherPidNamespace,
             AttestError::Unmapped => Self::Unmapped,
+            AttestError::ProcOfOthers => Self::ProcOfOthers,
             error => Self::Attestation(error),
         }
     }
@@ -142,7 +149,9 @@ impl RequestError {
             Self::NoIdentity(_) => "no_identity",
             Self::NotKnown => "not_known",
             Self::Refused(refusal) => refusal.reason.text(),
-            Self::OtherPidNamespace | Self::Unmapped | Self::Attestation(_) => "not_attested",
+            Self::OtherPidNamespace | Self::Unmapped | Self::ProcOfOthers | Self::Attestation(_) => {
+                "not_attested"
+            }
             Self::JwtSvid(_) | Self::X509Svid(_) => "not_signed",
             Self::Draining => "draining",
             Self::SentAway => "sent_away",
@@ -168,6 +177,7 @@ impl RequestError {
             Self::OtherPidNamespace => Code::FailedPrecondition,
             Self::NotKnown
             | Self::Unmapped
+            | Self::ProcOfOthers
             | Self::Attestation(_)
             | Self::JwtSvid(_)
             | Self::X509Svid(_)

@@ -36,6 +36,9 @@ pub enum AttestError {
          PID namespace (in Kubernetes: hostPID: true), or in the caller's"
     )]
     OtherPidNamespace,
+    /// `/proc` does not show the processes that connect.
+    #[error("the agent's /proc is not that of its own PID namespace: see the log")]
+    ProcOfOthers,
     /// The process's user or group has no number where the agent runs: it would be taken for somebody else.
     #[error(
         "the agent's user namespace has no number for the caller's user or group, which could be anybody: run the agent \
@@ -113,7 +116,7 @@ impl AttestError {
             Self::Crowded => (Blame::Crowd, AttestFault::Busy),
             Self::OtherPidNamespace => (Blame::Fault, AttestFault::Namespace),
             // The log had it at the start.
-            Self::Unmapped => (Blame::Crowd, AttestFault::Namespace),
+            Self::Unmapped | Self::ProcOfOthers => (Blame::Crowd, AttestFault::Namespace),
             Self::Status(error) => error.class(),
             Self::Attestor(error) => error.class(),
         }

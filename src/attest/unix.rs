@@ -122,12 +122,14 @@ impl WorkloadAttestor for UnixAttestor {
         if !KINDS.contains(&kind) {
             return Err(no_such_kind(NAME, kind, &KINDS));
         }
-        let is_number = || of.parse::<u32>().is_ok_and(|number| number.to_string() == of);
+        // The last one stands for "no change" in setuid(2), so nobody has it.
+        let is_number =
+            || of.parse::<u32>().is_ok_and(|number| number < u32::MAX && number.to_string() == of);
         let is_sha256 = || of.len() == 64 && of.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
         match kind {
             _ if of.is_empty() => Err(format!("must have a value, as unix:{kind}:VALUE")),
             "uid" | "gid" | "supplementary_gid" if !is_number() => {
-                Err(format!("must be a number from 0 to {}, as unix:{kind}:1000", u32::MAX))
+                Err(format!("must be a number from 0 to {}, as unix:{kind}:1000", u32::MAX - 1))
             }
             "path" | "sha256" if !settings.discover_workload_path => {
                 let key = "discover_workload_path = true in plugins.WorkloadAttestor \"unix\".plugin_data";

@@ -161,6 +161,8 @@ async fn seen(socket: &AgentSocket, error: &CallError) -> AgentDoor {
         // The queue of those who connect is full.
         CallError::Connect { cause, .. } if cause.kind() == io::ErrorKind::WouldBlock => AgentDoor::Open,
         CallError::Connect { .. } => AgentDoor::Shut,
+        // It serves nobody who runs where this command does.
+        CallError::Status { status, .. } if status.code() == Code::FailedPrecondition => AgentDoor::Shut,
         CallError::Status { status, .. } if status.code() == Code::DeadlineExceeded => AgentDoor::Shut,
         // The agent's own words, and none of when to come back.
         CallError::Status { status, .. } if status.source().is_none() => AgentDoor::Shut,

@@ -8,10 +8,10 @@ use std::{
 use nix::unistd::geteuid;
 use tracing::Level;
 
-use super::Failure;
+use super::{Failure, socket::has_scheme};
 use crate::{
     agent,
-    config::{Config, ExpandEnv, Given, WrongPlace},
+    config::{Config, DEFAULT_SOCKET_PATH, ExpandEnv, Given, WrongPlace},
     hcl::{ConfigError, ConfigErrors, KeyPlace, KeyPlaces},
     identity::TrustDomain,
     issuer::server::settings::JoinToken,
@@ -190,6 +190,12 @@ pub enum OverrideError {
     /// The kernel takes no longer one.
     #[error("--socket-path must have at most {MAX_PATH_LEN} bytes when made absolute; got {}: {}", .0.as_os_str().len(), .0.display())]
     SocketPath(PathBuf),
+    /// Where an agent serves is no address of a client's.
+    #[error("--socket-path must be a path, such as {DEFAULT_SOCKET_PATH}, and not an address; got {0:?}")]
+    SocketAddress(PathBuf),
+    /// An audit that others' lines are in, which a person or a program has to tell apart.
+    #[error("--log-file cannot be the audit's file: {}", .0.display())]
+    LogIsAudit(PathBuf),
     /// The file forbids it too.
     #[error(
         "--socket-path {} cannot be in the same directory as the admin socket {} or in one above it",
@@ -228,6 +234,9 @@ impl CliOverrides {
             });
         }
         if let Some(path) = socket_path {
+            if has_scheme(path.as_os_str()) {
+                return Err(OverrideError::SocketAddress(path.clone()));
+            }
             let path = absolute(path);
             if path.as_os_str().len() > MAX_PATH_LEN {
                 return Err(OverrideError::SocketPath(path));
@@ -249,7 +258,11 @@ impl CliOverrides {
             config.log.format = *format;
         }
         if let Some(file) = log_file {
-            config.log.file = Some(absolute(file));
+            let file = absolute(file);
+            if config.audit.file.as_ref() == Some(&file) {
+                return Err(OverrideError::LogIsAudit(file));
+            }
+            config.log.file = Some(file);
             config.set_at.forget("agent.log_file");
         }
         config.log.source_location |= log_source_location;

@@ -57,8 +57,7 @@ impl AgentAddress {
     /// # Errors
     /// It begins as such an address and is none.
     pub(super) fn parse(text: &OsStr) -> Result<Self, SocketError> {
-        let is_uri = text.to_str().is_some_and(|text| text.starts_with("unix:") || text.starts_with("tcp:"));
-        if is_uri { Self::parse_uri(text) } else { Ok(Self::at(Path::new(text))) }
+        if has_scheme(text) { Self::parse_uri(text) } else { Ok(Self::at(Path::new(text))) }
     }
 
     /// The same, where a path alone is not taken.
@@ -70,6 +69,15 @@ impl AgentAddress {
     fn at(path: &Path) -> Self {
         Self::Unix(std::path::absolute(path).unwrap_or_else(|_err| path.to_owned()))
     }
+}
+
+/// Whether this is an address of some kind, and not a path that a person would write.
+pub(super) fn has_scheme(text: &OsStr) -> bool {
+    let Some((scheme, rest)) = text.to_str().and_then(|text| text.split_once(':')) else { return false };
+    let is_scheme = !scheme.is_empty()
+        && scheme.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte));
+    let is_known = ["unix", "unix-abstract", "tcp"].iter().any(|known| scheme.eq_ignore_ascii_case(known));
+    is_scheme && (is_known || rest.starts_with("//"))
 }
 
 impl fmt::Display for AgentAddress {
@@ -246,7 +254,7 @@ mod tests {
         let none: [(&str, &str); 0] = [];
         type Want<'a> = Result<(&'a str, Chosen), SocketError>;
         type Case<'a> = (&'a str, Option<&'a str>, Option<&'a str>, &'a [(&'a str, &'a str)], Want<'a>);
-        let cases: [Case<'_>; 24] = [
+        let cases: [Case<'_>; 28] = [
             ("nothing", None, None, &none, Ok((DEFAULT, Chosen::Default))),
             ("flag wins", Some("/f"), Some("a"), &all, Ok(("/f", Chosen::Flag))),
             ("template next", None, Some("a"), &all, Ok(("/t/a.sock", Chosen::Instance))),
@@ -292,6 +300,16 @@ mod tests {
             ("of the other kind", Some("tcp://1.2.3.4:5"), None, &all, Ok(("tcp://1.2.3.4:5", Chosen::Flag))),
             ("a bad one", Some("unix://f"), None, &all, Err(SocketError::NotUri("unix://f".into()))),
             ("spire's with an address", None, None, &[(SPIRE, "unix:///s")], Ok(("/s", Chosen::Spire))),
+            ("capitals", Some("UNIX:///f"), None, &all, Err(SocketError::NotUri("UNIX:///f".into()))),
+            ("a file", Some("file:///f"), None, &all, Err(SocketError::NotUri("file:///f".into()))),
+            ("http", Some("http://h/f"), None, &all, Err(SocketError::NotUri("http://h/f".into()))),
+            (
+                "no path",
+                Some("unix-abstract:f"),
+                None,
+                &all,
+                Err(SocketError::NotUri("unix-abstract:f".into())),
+            ),
             ("a host", None, None, &[(SPIFFE, "unix://h/s")], Err(SocketError::NotUri("unix://h/s".into()))),
             ("relative", None, None, &[(SPIFFE, "unix:s")], Err(SocketError::NotUri("unix:s".into()))),
             (

@@ -15,10 +15,10 @@ use x509_parser::{
 };
 use zeroize::Zeroizing;
 
-use super::client::since_epoch;
+use super::{client::since_epoch, terminal::clean};
 use crate::{
     api::proto::workload as pb,
-    identity::{SpiffeId, spiffe_id::SpiffeIdError},
+    identity::{SpiffeId, name_constraints, spiffe_id::SpiffeIdError},
 };
 
 /// The identities of one answer, verified.
@@ -105,6 +105,9 @@ pub(super) enum VerifyError {
     OtherId(String),
     #[error("{0}")]
     Path(webpki::Error),
+    /// Of a chain that webpki does not follow.
+    #[error("{}: {why}", clean(subject))]
+    Limited { subject: String, why: String },
 }
 
 impl X509Answer {
@@ -186,7 +189,57 @@ impl VerifiedSvid {
             None,
         )
         .map(drop)
-        .map_err(VerifyError::Path)
+        .or_else(|error| match error {
+            // webpki refuses every chain with constraints on URIs, right or wrong.
+            webpki::Error::NameConstraintViolation => self.check_limited(error, now),
+            error => Err(VerifyError::Path(error)),
+        })
+    }
+
+    /// The path to the bundle below constraints on URIs: one certificate after the other, as it was sent.
+    fn check_limited(&self, error: webpki::Error, now: SystemTime) -> Result<(), VerifyError> {
+        let sent = std::iter::once(&self.leaf).chain(&self.intermediates);
+        let mut chain: Vec<_> = sent.filter_map(Certificate::parse).collect();
+        let roots: Vec<_> = self.bundle.iter().filter_map(Certificate::parse).collect();
+        let signs = |below: &X509Certificate<'_>, above: &X509Certificate<'_>| {
+            below.issuer().as_raw() == above.subject().as_raw()
+                && name_constraints::is_signed_by(below, above)
+        };
+        let Some(root) = roots.into_iter().find(|root| chain.last().is_some_and(|last| signs(last, root)))
+        else {
+            return Err(VerifyError::Path(webpki::Error::UnknownIssuer));
+        };
+        chain.push(root);
+        if !name_constraints::are_on_uris(&chain) {
+            return Err(VerifyError::Path(error));
+        }
+        let now = OffsetDateTime::from(now);
+        for (at, certificate) in chain.iter().enumerate() {
+            let wrong =
+                |why: String| Err(VerifyError::Limited { subject: certificate.subject().to_string(), why });
+            let validity = certificate.validity();
+            if now < validity.not_before.to_datetime() || now > validity.not_after.to_datetime() {
+                return wrong("is not valid now".to_owned());
+            }
+            if let Some(oid) = name_constraints::unread_extension(certificate) {
+                return wrong(format!("has the critical extension {oid}, which is not known"));
+            }
+            if chain.get(at + 1).is_some_and(|above| !signs(certificate, above)) {
+                return wrong("was not signed by the certificate that follows it".to_owned());
+            }
+            let Some(below) = at.checked_sub(1) else { continue };
+            let constraints = certificate.basic_constraints().ok().flatten().map(|extension| extension.value);
+            let allowed = constraints.filter(|it| it.ca).map(|it| it.path_len_constraint);
+            if !allowed.is_some_and(|most| {
+                most.is_none_or(|most| below <= usize::try_from(most).unwrap_or(usize::MAX))
+            }) {
+                return wrong("may not have issued the certificate before it".to_owned());
+            }
+            if let Err(found) = name_constraints::permit(certificate, &self.spiffe_id.trust_domain()) {
+                return wrong(format!("has the name constraint {found}"));
+            }
+        }
+        Ok(())
     }
 
     /// The chain as PEM: the leaf, then intermediates.
@@ -235,9 +288,14 @@ impl Certificate {
         CertificateDer::from(self.der.as_slice())
     }
 
-    /// Runs `read` on the parsed form; `None` cannot happen, since these bytes were parsed before.
+    /// The parsed form; `None` cannot happen, since these bytes were parsed before.
+    fn parse(&self) -> Option<X509Certificate<'_>> {
+        X509Certificate::from_der(&self.der).ok().map(|(_, cert)| cert)
+    }
+
+    /// Runs `read` on the parsed form.
     fn parsed<T>(&self, read: impl FnOnce(&X509Certificate<'_>) -> T) -> Option<T> {
-        X509Certificate::from_der(&self.der).ok().map(|(_, cert)| read(&cert))
+        self.parse().map(|cert| read(&cert))
     }
 }
 
@@ -287,4 +345,96 @@ pub(super) fn pem(label: &str, der: &[u8]) -> Zeroizing<String> {
     }
     out.push_str(&format!("-----END {label}-----\n"));
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn now() -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)
+    }
+
+    /// The answer for `spiffe://example.org/web`, of a chain that `edit` has changed: the leaf, an intermediate, the root.
+    fn answer(edit: impl Fn(&mut [rcgen::CertificateParams; 3])) -> pb::X509svidResponse {
+        let hour = Duration::from_secs(3600);
+        let params = |name: &str, is_ca| {
+            let mut params = rcgen::CertificateParams::default();
+            params.distinguished_name.push(rcgen::DnType::CommonName, name);
+            (params.not_before, params.not_after) = ((now() - hour).into(), (now() + hour).into());
+            params.is_ca = is_ca;
+            params
+        };
+        let ca = || rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let mut leaf = params("leaf", rcgen::IsCa::ExplicitNoCa);
+        leaf.subject_alt_names = vec![rcgen::SanType::URI("spiffe://example.org/web".try_into().unwrap())];
+        let mut all = [leaf, params("below", ca()), params("root", ca())];
+        all[2].custom_extensions = vec![permitting("example.org")];
+        edit(&mut all);
+        let [leaf, below, root] = all;
+        let key = || rcgen::KeyPair::generate().unwrap();
+        let root = rcgen::CertifiedIssuer::self_signed(root, key()).unwrap();
+        let below = rcgen::CertifiedIssuer::signed_by(below, key(), &root).unwrap();
+        let leaf_key = key();
+        let leaf = leaf.signed_by(&leaf_key, &below).unwrap();
+        let svid = pb::X509svid {
+            spiffe_id: "spiffe://example.org/web".to_owned(),
+            x509_svid: [&**leaf.der(), &**below.der()].concat(),
+            x509_svid_key: leaf_key.serialize_der(),
+            bundle: root.der().to_vec(),
+            hint: String::new(),
+        };
+        pb::X509svidResponse { svids: vec![svid], ..pb::X509svidResponse::default() }
+    }
+
+    /// Critical name constraints that permit this URI alone.
+    fn permitting(uri: &str) -> rcgen::CustomExtension {
+        let uri = uri.as_bytes();
+        let length = u8::try_from(uri.len()).unwrap();
+        let head = [0x30, length + 6, 0xa0, length + 4, 0x30, length + 2, 0x86, length];
+        let mut extension = rcgen::CustomExtension::from_oid_content(&[2, 5, 29, 30], [&head, uri].concat());
+        extension.set_criticality(true);
+        extension
+    }
+
+    #[test]
+    fn below_constraints_on_uris_the_rest_is_looked_at_all_the_same() {
+        type Edit = fn(&mut [rcgen::CertificateParams; 3]);
+        let cases: [(&str, Edit, Option<&str>); 7] = [
+            ("right", |_| {}, None),
+            ("none", |all| all[2].custom_extensions.clear(), None),
+            (
+                "of another domain",
+                |all| all[2].custom_extensions = vec![permitting("example.com")],
+                Some("CN=root: has the name constraint permitted URI \"example.com\""),
+            ),
+            ("expired", |all| all[1].not_after = now().into(), None),
+            (
+                "expired before",
+                |all| all[1].not_after = (now() - Duration::from_secs(1)).into(),
+                Some("CertExpired"),
+            ),
+            ("not a CA", |all| all[1].is_ca = rcgen::IsCa::ExplicitNoCa, Some("EndEntityUsedAsCa")),
+            (
+                "none below it",
+                |all| all[2].is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Constrained(0)),
+                Some("CN=root: may not have issued the certificate before it"),
+            ),
+        ];
+        for (case, edit, want) in cases {
+            let verified =
+                X509Answer::verify(answer(edit), now()).map(drop).map_err(|error| error.to_string());
+            match (verified, want) {
+                (Ok(()), None) => {}
+                (Err(said), Some(want)) => assert!(said.contains(want), "{case}: {said}"),
+                (verified, _) => panic!("{case}: {verified:?}"),
+            }
+        }
+        // Of another root of the same name.
+        let mut forged = answer(|_| {});
+        forged.svids[0].bundle = answer(|_| {}).svids.remove(0).bundle;
+        assert!(X509Answer::verify(forged, now()).is_err());
+    }
 }

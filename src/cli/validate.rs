@@ -123,7 +123,7 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
         (key, format!("{error}; the agent waits for it, unless it has joined its server before"))
     });
     let missing = config.attest.missing().into_iter().map(|why| ("plugins.WorkloadAttestor", why));
-    let untrusted = config.federation_gaps().map(|why| ("federation", why));
+    let untrusted = config.federation_gaps.iter().cloned().map(|why| ("federation", why));
     taken.chain(nobody).chain(room).chain(to_join).chain(missing).chain(untrusted).collect()
 }
 

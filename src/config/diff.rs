@@ -70,6 +70,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         spire_names,
         health,
         ratelimit,
+        federation_gaps: _,
         sources: _,
         set_at: _,
     } = old;

@@ -59,6 +59,8 @@ pub struct Config {
     pub entries: Vec<Arc<Entry>>,
     /// `federation`. Never holds the own trust domain. Reloads.
     pub federated: BTreeMap<TrustDomain, Arc<Bundle>>,
+    /// What federated bundles lack, though their blocks name them, in words.
+    pub federation_gaps: Vec<String>,
     /// `plugins.WorkloadAttestor`. Reloads.
     pub attest: AttestSettings,
     /// `telemetry.Prometheus`: host and port. Default: none. Restart to change.
@@ -147,14 +149,6 @@ impl Config {
         problems.into_result(config).map_err(|errors| errors.with_hints(|value| input.unexpanded(value)))
     }
 
-    /// What federated bundles lack, though their blocks name them, in words.
-    pub fn federation_gaps(&self) -> impl Iterator<Item = String> {
-        self.federated.values().filter(|bundle| !bundle.has_x509()).map(|bundle| {
-            let name = &bundle.trust_domain;
-            format!("bundle has no X.509 authority: X.509-SVIDs of {name} are not trusted")
-        })
-    }
-
     /// What the issuer is told.
     pub fn issuer_input(&self) -> IssuerInput {
         IssuerInput {
@@ -180,7 +174,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     let attest = plugins(&mut root, &mut server);
     let endpoints = endpoints::read(&mut root, &agent.settings);
     let joins = !root.has("issuer") && server.is_meant();
-    let audit = endpoints::audit(&mut root, &agent.settings);
+    let audit = endpoints::audit(&mut root, &agent.settings, &agent.log);
     let (issuer, ca_ttl) = issuer::read(&mut root, server, has_plugins);
     let mut limits = root.block("ratelimit");
     let federation = Federation::read(&mut root, input, own);
@@ -229,6 +223,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
         issuer: issuer?,
         entries,
         federated: federation.bundles,
+        federation_gaps: federation.gaps,
         attest,
         prometheus: endpoints.prometheus,
         metrics_socket: endpoints.metrics_socket,

@@ -10,7 +10,7 @@ use crate::{
         settings::Shown as _,
         tree::{Place, quoted},
     },
-    telemetry::{AuditSettings, HealthSettings, HostPort, SpireNameSettings},
+    telemetry::{AuditSettings, HealthSettings, HostPort, LogSettings, SpireNameSettings},
 };
 
 const SINK: &str = "this telemetry sink";
@@ -83,11 +83,20 @@ fn spire_names(s: &mut Section<'_>) -> SpireNameSettings {
 }
 
 /// Reads `audit`.
-pub(super) fn audit(root: &mut Section<'_>, agent: &AgentSettings) -> AuditSettings {
+pub(super) fn audit(root: &mut Section<'_>, agent: &AgentSettings, log: &LogSettings) -> AuditSettings {
     let Some(mut s) = root.block("audit") else { return AuditSettings::default() };
     let audit = AuditSettings::read(&mut s);
     if audit.file.is_some() && audit.socket.is_some() {
         s.wrong_block("file and socket_path are two places for one audit: leave one of them out");
+    }
+    if let Some(place) = s.set_at("file").filter(|_| audit.file.is_some() && audit.file == log.file) {
+        let value = audit.file.as_ref().map(|file| quoted(&file.to_string_lossy()));
+        s.wrong(
+            place,
+            "file",
+            value,
+            "cannot be the file of agent.log_file: who reads one of them would find the other's lines",
+        );
     }
     if let (Some(path), Some(place)) = (&audit.socket, s.set_at("socket_path")) {
         match fits_a_socket(path) {

@@ -12,7 +12,10 @@ use crate::{
         section::Section,
         tree::{Place, quoted},
     },
-    identity::{Bundle, TrustDomain, bundle::BundleError},
+    identity::{
+        Bundle, TrustDomain,
+        bundle::{BundleError, PassedOver},
+    },
 };
 
 /// What the blocks say.
@@ -21,11 +24,13 @@ pub(super) struct Federation {
     pub(super) bundles: BTreeMap<TrustDomain, Arc<Bundle>>,
     /// Trust domains that have a block, whether or not their bundle could be read.
     pub(super) declared: BTreeSet<TrustDomain>,
+    /// What bundles lack.
+    pub(super) gaps: Vec<String>,
 }
 
 impl Federation {
     pub(super) fn read(root: &mut Section<'_>, input: &Input<'_>, own: Option<&TrustDomain>) -> Self {
-        let mut bundles = BTreeMap::new();
+        let (mut bundles, mut gaps) = (BTreeMap::new(), Vec::new());
         let mut declared: BTreeMap<TrustDomain, Place> = BTreeMap::new();
         for mut section in root.labelled("federation") {
             let name = trust_domain::parse(section.label()).map_err(|err| {
@@ -44,26 +49,49 @@ impl Federation {
                 }
                 declared.entry(name.clone()).or_insert(place);
             });
-            if let Some((name, bundle)) = bundle(&mut section, input, name) {
+            if let Some((name, bundle, gap)) = bundle(&mut section, input, name) {
+                gaps.extend(gap);
                 bundles.insert(name, Arc::new(bundle));
             }
             section.finish();
         }
-        Self { bundles, declared: declared.into_keys().collect() }
+        Self { bundles, declared: declared.into_keys().collect(), gaps }
     }
+}
+
+/// What a SPIFFE bundle lacks, though its block names it, in words.
+fn gap(bundle: &Bundle, passed_over: PassedOver) -> Option<String> {
+    let name = &bundle.trust_domain;
+    let lack = if !bundle.has_x509() {
+        Some(format!("bundle has no X.509 authority: X.509-SVIDs of {name} are not trusted"))
+    } else if bundle.jwt_authorities.is_empty() {
+        Some(format!("bundle has no JWT authority: JWT-SVIDs of {name} are not trusted"))
+    } else {
+        None
+    };
+    if passed_over.is_empty() {
+        return lack;
+    }
+    let lack = lack.unwrap_or_else(|| format!("bundle of {name} is used in part"));
+    Some(format!("{lack}; {passed_over}"))
 }
 
 fn bundle(
     s: &mut Section<'_>,
     input: &Input<'_>,
     name: Option<TrustDomain>,
-) -> Option<(TrustDomain, Bundle)> {
-    type Parse = fn(&TrustDomain, &[u8]) -> Result<Bundle, BundleError>;
-    let pem: Parse = Bundle::parse_pem;
+) -> Option<(TrustDomain, Bundle, Option<String>)> {
+    type Parse = fn(&TrustDomain, &[u8]) -> Result<(Bundle, Option<String>), BundleError>;
+    let pem: Parse = |name, text| Ok((Bundle::parse_pem(name, text)?, None));
+    let spiffe: Parse = |name, text| {
+        let (bundle, passed_over) = Bundle::parse_spiffe_telling(name, text)?;
+        let gap = gap(&bundle, passed_over);
+        Ok((bundle, gap))
+    };
     let parse = |text: &str| -> Option<Parse> {
         match text {
             "pem" => Some(pem),
-            "spiffe" => Some(Bundle::parse_spiffe),
+            "spiffe" => Some(spiffe),
             _ => None,
         }
     };
@@ -77,6 +105,6 @@ fn bundle(
     let bytes = (input.read_file)(&input.base.join(path.value));
     let bytes = bytes.map_err(|err| wrong(said_of(Path::new(path.value), err))).ok()?;
     let name = name?;
-    let bundle = format?(&name, &bytes).map_err(|err| wrong(err.to_string())).ok()?;
-    Some((name, bundle))
+    let (bundle, gap) = format?(&name, &bytes).map_err(|err| wrong(err.to_string())).ok()?;
+    Some((name, bundle, gap))
 }

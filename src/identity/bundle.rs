@@ -9,6 +9,7 @@
 use std::{
     borrow::Cow,
     collections::BTreeMap,
+    fmt,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -23,7 +24,7 @@ use super::{
     TrustDomain,
     json::{self, Quoted},
     jwk::{Jwk, text},
-    pem::{BYTE_ORDER_MARK, LostBlock, WideText, check_blocks},
+    pem::{BYTE_ORDER_MARK, LostBlock, WideText, block_lines, check_blocks},
 };
 
 /// The longest bundle that is parsed, in bytes.
@@ -51,10 +52,10 @@ pub enum BundleError {
     #[error(transparent)]
     LostBlock(#[from] LostBlock),
     /// A PEM block that is no authority.
-    #[error("PEM block {at}: {reason}")]
+    #[error("line {line}: {reason}")]
     PemBlock {
-        /// Its index, from zero.
-        at: usize,
+        /// Where it begins, from 1.
+        line: usize,
         reason: AuthorityError,
     },
     /// Not JSON, or JSON that names a member of an object twice.
@@ -90,6 +91,43 @@ pub enum BundleError {
     },
 }
 
+/// Keys of a JWK set that no SVID is verified with: their `use` or `kty` is none that is known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PassedOver {
+    /// The index of the first, and which member of it that is.
+    first: Option<(usize, &'static str)>,
+    more: usize,
+}
+
+impl PassedOver {
+    fn note(&mut self, at: usize, member: &'static str) {
+        match self.first {
+            None => self.first = Some((at, member)),
+            Some(_) => self.more += 1,
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.first.is_none()
+    }
+}
+
+impl fmt::Display for PassedOver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some((at, member)) = self.first else { return Ok(()) };
+        let right = match member {
+            "use" => "x509-svid or jwt-svid",
+            _ => "EC or RSA",
+        };
+        write!(f, "keys[{at}] is not used, since its {member:?} is not {right}")?;
+        match self.more {
+            0 => Ok(()),
+            more => write!(f, ", and neither are {more} more"),
+        }
+    }
+}
+
 /// What is wrong with one key or certificate of a bundle.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthorityError {
@@ -105,6 +143,11 @@ pub enum AuthorityError {
     /// A certificate that says it is not a CA's, or does not say that it is.
     #[error("not a CA certificate: basic constraints must say CA")]
     NotCa,
+    /// A key that is published with what signs for it.
+    #[error(
+        "\"d\" is a private key, which no bundle may hold: make a new key, since others have read this one"
+    )]
+    Private,
     /// The key is no JSON object.
     #[error("must be a JSON object")]
     NotObject,
@@ -171,7 +214,10 @@ impl Bundle {
         check_blocks(pem)?;
         let mut x509_authorities = Vec::new();
         for (at, block) in Pem::iter_from_buffer(pem).enumerate() {
-            let wrong = |reason| BundleError::PemBlock { at, reason };
+            let wrong = |reason| {
+                let line = block_lines(pem).nth(at).unwrap_or_default();
+                BundleError::PemBlock { line, reason }
+            };
             if at >= MAX_KEYS {
                 return Err(BundleError::TooManyKeys);
             }
@@ -190,6 +236,14 @@ impl Bundle {
         Ok(Self { trust_domain: trust_domain.clone(), x509_authorities, jwt_authorities: Vec::new() })
     }
 
+    /// As [`Bundle::parse_spiffe_telling`], where nobody would hear of what is passed over.
+    ///
+    /// # Errors
+    /// As [`Bundle::parse_spiffe_telling`].
+    pub fn parse_spiffe(trust_domain: &TrustDomain, json: &[u8]) -> Result<Self, BundleError> {
+        Ok(Self::parse_spiffe_telling(trust_domain, json)?.0)
+    }
+
     /// Parses a SPIFFE bundle: a JWK set with `use` (SPIFFE Trust Domain and Bundle, section 4).
     ///
     /// Keys of an unknown `use` or `kty`, or without `use`, are passed over, as the standard has it. A set that is left empty
@@ -200,7 +254,10 @@ impl Bundle {
     /// [`BundleError`] with the index of the first key that is wrong, and why. X509-SVID, section 6.2, would pass
     /// over an `x509-svid` key without a certificate; as SPIRE does, this refuses it: an authority that is left out
     /// silently is found when a neighbour is not trusted.
-    pub fn parse_spiffe(trust_domain: &TrustDomain, json: &[u8]) -> Result<Self, BundleError> {
+    pub fn parse_spiffe_telling(
+        trust_domain: &TrustDomain,
+        json: &[u8],
+    ) -> Result<(Self, PassedOver), BundleError> {
         check_len(json)?;
         if let Some(wide) = WideText::of(json) {
             return Err(BundleError::Wide(wide));
@@ -215,35 +272,48 @@ impl Bundle {
         }
         let mut x509_authorities = Vec::new();
         let mut jwt_keys = BTreeMap::new();
+        let mut passed_over = PassedOver::default();
         for (at, jwk) in keys.iter().enumerate() {
             let wrong = |reason| BundleError::Key { at, reason };
             let jwk = jwk.as_object().ok_or_else(|| wrong(AuthorityError::NotObject))?;
+            if jwk.contains_key("d") {
+                return Err(wrong(AuthorityError::Private));
+            }
             check_spelling(jwk, "use", &["x509-svid", "jwt-svid"]).map_err(wrong)?;
             match jwk.get("use").and_then(Value::as_str) {
                 Some("x509-svid") => {
-                    let Some(der) = certificate(jwk).map_err(wrong)? else { continue };
+                    let Some(der) = certificate(jwk).map_err(wrong)? else {
+                        passed_over.note(at, "kty");
+                        continue;
+                    };
                     if !x509_authorities.contains(&der) {
                         x509_authorities.push(der);
                     }
                 }
                 Some("jwt-svid") => {
-                    let Some((kid, key)) = jwt_key(jwk).map_err(wrong)? else { continue };
+                    let Some((kid, key)) = jwt_key(jwk).map_err(wrong)? else {
+                        passed_over.note(at, "kty");
+                        continue;
+                    };
                     if *jwt_keys.entry(kid).or_insert_with(|| key.clone()) != key {
                         return Err(wrong(AuthorityError::DuplicateKid(kid.to_owned())));
                     }
                 }
-                _ => {}
+                // A use of the standard's, and not of this agent's.
+                Some("wit-svid") => {}
+                _ => passed_over.note(at, "use"),
             }
         }
         if x509_authorities.is_empty() && jwt_keys.is_empty() {
             return Err(BundleError::NoAuthority(keys.len()));
         }
         let authority = |(kid, key): (&str, _)| JwtAuthority { kid: kid.into(), key, not_after: None };
-        Ok(Self {
+        let bundle = Self {
             trust_domain: trust_domain.clone(),
             x509_authorities,
             jwt_authorities: jwt_keys.into_iter().map(authority).collect(),
-        })
+        };
+        Ok((bundle, passed_over))
     }
 
     /// The bundle of these authorities: CA certificates in DER, of which the same twice counts once, and JWT keys.
@@ -485,7 +555,7 @@ mod tests {
         let leaf = ca_with(&key, rcgen::IsCa::ExplicitNoCa).pem();
         let (pem1, pem2) = (one.pem(), two.pem());
         let header = "-----BEGIN CERTIFICATE-----\n";
-        let wrong = "PEM block 1";
+        let wrong = "line 11: not a PEM block";
         for (case, text, want) in [
             ("one", pem1.clone(), Ok(1)),
             ("two with words between", format!("# root\n{pem1}old:\n{pem2}"), Ok(2)),
@@ -499,11 +569,11 @@ mod tests {
             ),
             ("empty", String::new(), Err("no PEM block")),
             ("words", "no certificates here".into(), Err("no PEM block")),
-            ("leaf", format!("{pem1}{leaf}"), Err("PEM block 1: not a CA certificate")),
+            ("leaf", format!("{pem1}{leaf}"), Err("line 11: not a CA certificate")),
             (
                 "private key",
                 format!("{pem1}{}", key.serialize_pem()),
-                Err("PEM block 1: type is \"PRIVATE KEY\""),
+                Err("line 11: type is \"PRIVATE KEY\""),
             ),
             ("not base64", format!("{pem1}{header}*\n-----END CERTIFICATE-----\n"), Err(wrong)),
             ("cut", format!("{pem1}{header}"), Err(wrong)),
@@ -619,6 +689,8 @@ mod tests {
                 with(ca_jwk.clone(), "x5c", json!([STANDARD.encode(leaf.der())])),
                 Err("not a CA certificate"),
             ),
+            ("private", with(jwt(), "d", json!("AAAA")), Err("\"d\" is a private key")),
+            ("private, and not used", json!({"d": "AAAA"}), Err("\"d\" is a private key")),
             ("no object", json!("key"), Err("must be a JSON object")),
         ] {
             let text = json!({"keys": [ca_jwk, second], "spiffe_sequence": 1}).to_string();

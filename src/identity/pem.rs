@@ -17,6 +17,13 @@ pub enum LostBlock {
     /// or indented. The line, from 1.
     #[error("line {0}: -----BEGIN must be at the start of a line of its own, else its block is not read")]
     Misplaced(usize),
+    /// A line that means to begin a block, and that readers do not take for one: a space is missing or is another character, or
+    /// there is no name. The line, from 1.
+    #[error(
+        "line {0}: a block must begin with -----BEGIN CERTIFICATE----- (or what else it holds), with one space and five dashes at \
+         either end, else it is not read"
+    )]
+    Malformed(usize),
     /// What is in a block stands in none: what should begin it is written in another way. The line, from 1.
     #[error(
         "line {0} is in no block: the line -----BEGIN CERTIFICATE----- must stand before it, written like this"
@@ -82,6 +89,22 @@ pub fn unread_key(text: &[u8]) -> Option<LostBlock> {
     }
 }
 
+/// Whether this stands behind `-----BEGIN` in a line that every reader takes: a space, a label, and what ends it.
+fn is_label(rest: &[u8]) -> bool {
+    let label = rest.strip_prefix(b" ").and_then(|rest| rest.strip_suffix(b"-----"));
+    let is_word = |label: &[u8]| {
+        let graphic = |byte: &u8| byte.is_ascii_graphic() || *byte == b' ';
+        label.trim_ascii() == label && label.iter().all(graphic) && !label.windows(2).any(|two| two == b"--")
+    };
+    label.is_some_and(|label| !label.is_empty() && is_word(label) && !label.ends_with(b"-"))
+}
+
+/// The line of each block's beginning, from 1.
+pub(super) fn block_lines(text: &[u8]) -> impl Iterator<Item = usize> {
+    let lines = (1..).zip(text.split(|byte| *byte == b'\n'));
+    lines.filter(|(_, line)| line.starts_with(BEGIN)).map(|(number, _)| number)
+}
+
 /// The first block that would be lost.
 ///
 /// # Errors
@@ -101,7 +124,10 @@ pub fn check_blocks(text: &[u8]) -> Result<(), LostBlock> {
         if line.windows(BEGIN.len()).skip(1).any(|part| part == BEGIN) {
             return Err(LostBlock::Misplaced(number));
         }
-        if line.starts_with(BEGIN) {
+        if let Some(rest) = line.strip_prefix(BEGIN) {
+            if !is_label(rest.trim_ascii_end()) {
+                return Err(LostBlock::Malformed(number));
+            }
             within = true;
         } else if line.starts_with(END) {
             within = false;
@@ -136,6 +162,18 @@ mod tests {
             ("small letters", &bare("-----begin x-----"), Err(LostBlock::Bare(5))),
             ("long dashes", &bare("\u{2013}\u{2013}\u{2013}BEGIN X"), Err(LostBlock::Bare(5))),
             ("no begin", &format!("  {der}"), Err(LostBlock::Bare(1))),
+            ("no space", &bare("-----BEGINCERTIFICATE-----"), Err(LostBlock::Malformed(4))),
+            ("a dash for the space", &bare("-----BEGIN-CERTIFICATE-----"), Err(LostBlock::Malformed(4))),
+            ("an underscore", &bare("-----BEGIN_CERTIFICATE-----"), Err(LostBlock::Malformed(4))),
+            ("a tab", &bare("-----BEGIN\tCERTIFICATE-----"), Err(LostBlock::Malformed(4))),
+            ("a space that is none", &bare("-----BEGIN\u{a0}CERTIFICATE-----"), Err(LostBlock::Malformed(4))),
+            ("two spaces", &bare("-----BEGIN  CERTIFICATE-----"), Err(LostBlock::Malformed(4))),
+            ("no label", &bare("-----BEGIN-----"), Err(LostBlock::Malformed(4))),
+            ("nothing", &bare("-----BEGIN"), Err(LostBlock::Malformed(4))),
+            ("four dashes behind", &bare("-----BEGIN CERTIFICATE----"), Err(LostBlock::Malformed(4))),
+            ("six", &bare("-----BEGIN CERTIFICATE------"), Err(LostBlock::Malformed(4))),
+            ("words behind", &bare("-----BEGIN CERTIFICATE----- # ours"), Err(LostBlock::Malformed(4))),
+            ("a space at the end", &bare("-----BEGIN RSA PRIVATE KEY----- \r"), Ok(())),
             ("well", &bare("Subject: CN=MIIB\n-----BEGIN X-----"), Ok(())),
         ] {
             assert_eq!(check_blocks(text.as_bytes()), want, "{case}");

@@ -11,7 +11,6 @@ mod ca;
 mod disk;
 mod error;
 mod jwt;
-mod name_constraints;
 mod repair;
 mod rotation;
 mod settings;

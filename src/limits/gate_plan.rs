@@ -36,7 +36,8 @@ pub fn lingering(nofile: u64, budget: Option<u64>) -> u32 {
 pub enum NoRoomError {
     /// Descriptors do not suffice for the connections.
     #[error(
-        "gate: {connections} connections take {needed} descriptors, and the limit is {limit} (LimitNOFILE)"
+        "gate: {connections} connections take {needed} descriptors, and there are {limit}: those of LimitNOFILE, less what the \
+         http endpoints may hold"
     )]
     Descriptors {
         connections: u32,

@@ -1,4 +1,4 @@
-//! Whose a namespace is, and whom the agent's own user namespace has no number for.
+//! Whose a namespace is, whom the agent's own user namespace has no number for, and whose processes `/proc` shows.
 
 use std::{
     fs,
@@ -7,6 +7,7 @@ use std::{
 
 use nix::{
     errno::Errno,
+    sys::stat::stat,
     unistd::{Gid, Uid},
 };
 
@@ -49,13 +50,73 @@ pub fn owning_user_namespace(namespace: impl AsFd) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Why what `/proc` says of a PID is not about the process that the kernel means by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ProcFault {
+    /// It is not mounted here.
+    #[error(
+        "there is no /proc, so no caller is served: mount it (mount -t proc proc /proc), or give it to the agent's container"
+    )]
+    Missing,
+    /// It was mounted for another PID namespace, where the same numbers are other processes.
+    #[error(
+        "/proc is of another PID namespace than the agent, and says of a caller what is another process's, so no caller is \
+         served: mount the agent's own (mount -t proc proc /proc, or unshare --mount-proc), or run the agent in the PID \
+         namespace of this one"
+    )]
+    Foreign,
+}
+
+/// Whether `/proc` shows the processes of this process's PID namespace by the numbers that they have in it.
+///
+/// # Errors
+/// [`ProcFault`].
+pub fn proc_is_ours() -> Result<(), ProcFault> {
+    let own = std::process::id().to_string();
+    match fs::read_link("/proc/self") {
+        Ok(named) if named.as_os_str() == own.as_str() => {}
+        Ok(_) => return Err(ProcFault::Foreign),
+        // A process that has no number in the namespace of a /proc is not to be found in it.
+        Err(_) if fs::exists("/proc/version").unwrap_or(false) => return Err(ProcFault::Foreign),
+        Err(_) => return Err(ProcFault::Missing),
+    }
+    // By chance the numbers may be the same. A kernel without PID namespaces has no such line.
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    if has_one_number(&status) { Ok(()) } else { Err(ProcFault::Foreign) }
+}
+
+/// Whether the namespace of the `/proc` that has this status is the process's own: else its numbers in those below follow.
+fn has_one_number(status: &str) -> bool {
+    let numbers = status.lines().find_map(|line| line.strip_prefix("NStgid:"));
+    numbers.is_none_or(|numbers| numbers.split_whitespace().count() == 1)
+}
+
+/// Whether this process is in a PID namespace below the first, which has a number of its own in the kernel
+/// (`PROC_PID_INIT_INO`). Processes outside of it have no PID here.
+pub fn pid_namespace_is_inner() -> bool {
+    const INITIAL: u64 = 0xEFFF_FFFC;
+    stat("/proc/self/ns/pid").is_ok_and(|it| it.st_ino != INITIAL)
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs::File;
 
-    use nix::sys::stat::{fstat, stat};
+    use nix::sys::stat::fstat;
 
     use super::*;
+
+    #[test]
+    fn a_process_has_one_number_in_its_own_namespace() {
+        for (case, status, want) in [
+            ("its own", "Name:\tx\nTgid:\t7\nNStgid:\t7\nNSpid:\t7\n", true),
+            ("that above", "Name:\tx\nTgid:\t7\nNStgid:\t7\t7\nNSpid:\t7\t7\n", false),
+            ("a kernel without", "Name:\tx\nTgid:\t7\n", true),
+        ] {
+            assert_eq!(has_one_number(status), want, "{case}");
+        }
+        assert_eq!(proc_is_ours(), Ok(()), "where the tests run");
+    }
 
     #[test]
     fn a_map_of_all_leaves_nobody_out() {

@@ -4,8 +4,10 @@
 //! a PID to send them to. So they are held back from the first instruction of this program on, before `main`, until whoever
 //! takes them is there, and then come: nothing that was asked for meanwhile is lost. What is left are the two milliseconds or
 //! so in which the kernel and the dynamic linker prepare the process: only its parent could hold them back then.
+//!
+//! SIGXFSZ is ignored: a file that may grow no more (`ulimit -f`) is an error like a full disk.
 
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 
 fn held() -> SigSet {
     let mut set = SigSet::empty();
@@ -26,6 +28,14 @@ static BEFORE_MAIN: extern "C" fn() = before_main;
 
 extern "C" fn before_main() {
     hold();
+    let _valid_arguments = ignore_limits_of_files().is_ok();
+}
+
+/// Has `write(2)` beyond `ulimit -f` fail with `EFBIG` instead of ending the process.
+#[expect(unsafe_code, reason = "nix takes every handler to be a function")]
+fn ignore_limits_of_files() -> nix::Result<SigHandler> {
+    // SAFETY: no function is installed that could be called in the middle of anything.
+    unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }
 }
 
 /// Holds them back from this thread, and from those that it starts.

@@ -71,9 +71,9 @@ impl HealthState {
         self.lock().pulse = pulse;
     }
 
-    /// Tells that no caller, or none but of the agent's own user, can be attested. That stays so.
-    pub fn cannot_attest(&self) {
-        self.lock().blind = true;
+    /// Tells whether callers, other users' too, can be told apart. Returns whether that is news.
+    pub fn tells_callers(&self, told_apart: bool) -> bool {
+        std::mem::replace(&mut self.lock().blind, !told_apart) == told_apart
     }
 
     /// Tells whether callers can be identified: those who cannot are not let in.

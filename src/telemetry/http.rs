@@ -18,21 +18,26 @@ mod page;
 
 use std::{
     any::Any,
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     convert::Infallible,
+    future::poll_fn,
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs as _},
     os::{
         fd::{AsFd as _, AsRawFd as _, BorrowedFd},
         unix::net::UnixListener,
     },
     sync::{Arc, Mutex, PoisonError},
+    task::Poll,
     time::Duration,
 };
 
 use bytes::Bytes;
 use http::StatusCode;
-use nix::sys::socket::{Backlog, MsgFlags, listen, recv, send, setsockopt, shutdown, sockopt};
+use nix::{
+    errno::Errno,
+    sys::socket::{Backlog, MsgFlags, listen, recv, send, setsockopt, shutdown, sockopt},
+};
 use tokio::{
     io::{Interest, Ready},
     net,
@@ -71,6 +76,8 @@ const RECEIVE_BUFFER: usize = 2 * MOST_HEAD;
 const SEND_BUFFER: usize = 4 * 1024;
 /// Connections that wait to be accepted; the kernel lowers it to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
+/// The most addresses of a name that are listened at.
+const MOST_ADDRESSES: usize = 16;
 /// After a failed accept (no descriptors): long enough not to spin, short enough not to miss a scrape.
 const AFTER_ACCEPT_ERROR: Duration = Duration::from_secs(1);
 
@@ -184,19 +191,47 @@ impl HeldPlaces {
 
 #[derive(Debug)]
 enum BoundAt {
-    Tcp(TcpListener),
+    /// At each address of its name.
+    Tcp(Vec<TcpListener>),
     /// And what removes the socket when it is dropped.
     Unix(UnixListener, Box<dyn Any + Send + Sync>),
 }
 
-fn bind(host: &str, port: u16) -> io::Result<TcpListener> {
+/// Binds every address of `host` that this machine has: whoever listens at one that is left out would answer in the agent's
+/// place.
+fn bind(host: &str, port: u16) -> io::Result<Vec<TcpListener>> {
     let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
-    if bare.eq_ignore_ascii_case("localhost") {
+    let mut addresses = if bare.eq_ignore_ascii_case("localhost") {
         // By its addresses (RFC 6761, section 6.3): a container may have nothing that knows the name.
         let addresses = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
-        return TcpListener::bind(addresses.map(|address| SocketAddr::new(address, port)).as_slice());
+        addresses.map(|address| SocketAddr::new(address, port)).to_vec()
+    } else {
+        (bare, port).to_socket_addrs()?.collect()
+    };
+    addresses.sort();
+    addresses.dedup();
+    let several = addresses.len() > 1;
+    let (mut bound, mut absent) = (Vec::new(), None);
+    for address in addresses.into_iter().take(MOST_ADDRESSES) {
+        match TcpListener::bind(address) {
+            Ok(listener) => bound.push(listener),
+            Err(error) if is_absent(&error) => absent = Some(error),
+            Err(error) if several => {
+                return Err(io::Error::new(error.kind(), format!("{address}: {error}")));
+            }
+            Err(error) => return Err(error),
+        }
     }
-    TcpListener::bind((bare, port))
+    match absent {
+        Some(error) if bound.is_empty() => Err(error),
+        _ => Ok(bound),
+    }
+}
+
+/// Whether the machine has no such address, or none of its kind.
+fn is_absent(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT))
 }
 
 /// Whether this process could listen there now.
@@ -208,23 +243,25 @@ pub fn can_bind(host: &str, port: u16) -> io::Result<()> {
 }
 
 impl HttpListener {
-    /// Binds `host` (a name or an address, IPv6 with or without brackets) and `port`; the first address of a name
-    /// that can be bound is taken. It holds at most `places` connections.
+    /// Binds `host` (a name or an address, IPv6 with or without brackets) and `port`; of a name, every address
+    /// that the machine has. It holds at most `places` connections.
     ///
     /// # Errors
     /// [`HttpError`], for the agent not to start with.
     pub fn bind(host: &str, port: u16, routes: Routes, places: usize) -> Result<Self, HttpError> {
-        let bound = bind(host, port).and_then(|listener| {
-            listener.set_nonblocking(true)?;
-            // Connections inherit the buffers; the standard library's backlog is short.
-            setsockopt(&listener, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
-            setsockopt(&listener, sockopt::SndBuf, &SEND_BUFFER)?;
-            listen(&listener, Backlog::new(BACKLOG)?)?;
-            Ok(listener)
+        let bound = bind(host, port).and_then(|listeners| {
+            for listener in &listeners {
+                listener.set_nonblocking(true)?;
+                // Connections inherit the buffers; the standard library's backlog is short.
+                setsockopt(listener, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
+                setsockopt(listener, sockopt::SndBuf, &SEND_BUFFER)?;
+                listen(listener, Backlog::new(BACKLOG)?)?;
+            }
+            Ok(listeners)
         });
-        let listener =
+        let listeners =
             bound.map_err(|source| HttpError { what: routes.what(), host: host.to_owned(), port, source })?;
-        Ok(Self::new(BoundAt::Tcp(listener), routes, places))
+        Ok(Self::new(BoundAt::Tcp(listeners), routes, places))
     }
 
     /// The same at a Unix socket that listens and does not block. `place` is kept as long as the listener.
@@ -252,8 +289,11 @@ impl HttpListener {
     /// When the runtime cannot watch the socket; never later.
     pub async fn serve(self) -> io::Result<Infallible> {
         let Self { at, routes, places, free } = self;
-        let (listener, _place) = match at {
-            BoundAt::Tcp(listener) => (Listening::Tcp(net::TcpListener::from_std(listener)?), None),
+        let (mut listener, _place) = match at {
+            BoundAt::Tcp(listeners) => {
+                let listeners = listeners.into_iter().map(net::TcpListener::from_std);
+                (Listening::Tcp(listeners.collect::<io::Result<_>>()?), None)
+            }
             BoundAt::Unix(listener, place) => {
                 (Listening::Unix(net::UnixListener::from_std(listener)?), Some(place))
             }
@@ -289,14 +329,24 @@ impl HttpListener {
 /// A listener that the runtime watches.
 #[derive(Debug)]
 enum Listening {
-    Tcp(net::TcpListener),
+    Tcp(VecDeque<net::TcpListener>),
     Unix(net::UnixListener),
 }
 
 impl Listening {
-    async fn accept(&self) -> io::Result<Visitor> {
+    async fn accept(&mut self) -> io::Result<Visitor> {
         match self {
-            Self::Tcp(listener) => listener.accept().await.map(|(stream, _)| Visitor::Tcp(stream)),
+            Self::Tcp(listeners) => {
+                // Each in its turn, or one at which many come would keep those at the others waiting.
+                if let Some(first) = listeners.pop_front() {
+                    listeners.push_back(first);
+                }
+                let accepted = poll_fn(|cx| {
+                    let each = listeners.iter().map(|listener| listener.poll_accept(cx));
+                    each.into_iter().find(Poll::is_ready).unwrap_or(Poll::Pending)
+                });
+                accepted.await.map(|(stream, _)| Visitor::Tcp(stream))
+            }
             Self::Unix(listener) => listener.accept().await.map(|(stream, _)| Visitor::Unix(stream)),
         }
     }
@@ -463,7 +513,7 @@ mod tests {
     fn served(routes: Routes, places: usize) -> SocketAddr {
         let listener = HttpListener::bind("127.0.0.1", 0, routes, places).unwrap();
         let BoundAt::Tcp(bound) = &listener.at else { panic!("{listener:?}") };
-        let address = bound.local_addr().unwrap();
+        let address = bound[0].local_addr().unwrap();
         drop(tokio::spawn(listener.serve()));
         address
     }
@@ -585,7 +635,7 @@ mod tests {
         let listener = HttpListener::bind("127.0.0.1", 0, health(&Arc::default()), 16).unwrap();
         let held = listener.held();
         let BoundAt::Tcp(bound) = &listener.at else { panic!("{listener:?}") };
-        let address = bound.local_addr().unwrap();
+        let address = bound[0].local_addr().unwrap();
         assert_eq!(held.bytes(), 0);
         drop(tokio::spawn(listener.serve()));
         // Without an await, at which time would pass.
@@ -677,7 +727,13 @@ mod tests {
         // A machine may have no IPv6 at all; then there is nothing to bracket.
         if TcpListener::bind("[::1]:0").is_ok() {
             let bound = HttpListener::bind("[::1]", 0, routes(), 16).unwrap();
-            assert!(matches!(bound.at, BoundAt::Tcp(at) if at.local_addr().unwrap().is_ipv6()));
+            assert!(matches!(bound.at, BoundAt::Tcp(at) if at[0].local_addr().unwrap().is_ipv6()));
+            // Half of a name would leave the other half to somebody else.
+            let error = HttpListener::bind("localhost", port, routes(), 16).unwrap_err();
+            assert!(error.source.to_string().starts_with(&format!("127.0.0.1:{port}: ")), "{error:?}");
+            drop(taken);
+            let bound = HttpListener::bind("localhost", port, routes(), 16).unwrap();
+            assert!(matches!(bound.at, BoundAt::Tcp(at) if at.len() == 2));
         }
     }
 }

@@ -791,6 +791,24 @@ impl Drop for Kill {
 }
 
 #[test]
+fn a_command_line_that_contradicts_the_file_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let audit = dir.path().join("audit").display().to_string();
+    crate::support::write_config(dir.path(), &format!("audit {{ file = \"{audit}\" }}\n"));
+    let config = dir.path().join("agent.conf").display().to_string();
+    for (flag, value, want) in [
+        ("--socket-path", "unix:///x", "--socket-path must be a path"),
+        ("--socket-path", "file://x", "--socket-path must be a path"),
+        ("--log-file", &audit, "--log-file cannot be the audit's file"),
+        ("--trust-domain", "example.com", "contradicts the configuration file"),
+    ] {
+        let got = durward(&["validate", "--config", &config, flag, value]).output().unwrap();
+        assert_eq!(got.status.code(), Some(1), "{flag} {value}");
+        assert!(text(&got.stderr).contains(want), "{flag} {value}: {}", text(&got.stderr));
+    }
+}
+
+#[test]
 fn a_wrong_command_line_is_refused_with_one() {
     for (case, line, want) in [
         ("nothing", [""; 0].as_slice(), "Usage: durward <COMMAND>"),

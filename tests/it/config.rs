@@ -609,6 +609,11 @@ fn mistakes_elsewhere_say_what_would_be_right() {
             "3:18: federation \"o\".bundle_path \"b\": bundle holds no PEM block of type CERTIFICATE",
         ),
         (
+            "an audit in the log",
+            "agent { log_file = \"/l\" }\naudit { file = \"/l\" }",
+            "4:9: audit.file \"/l\": cannot be the file of agent.log_file: who reads one of them would find the other's lines",
+        ),
+        (
             "two bundles",
             "federation \"o\" { bundle_path = \"r\" }\nfederation \"spiffe://o\" { bundle_path = \"r\" }",
             "4:12: federation \"spiffe://o\": is a duplicate: the first is at agent.conf:3:12",
@@ -765,16 +770,20 @@ fn selectors_that_nobody_attests_are_refused() {
     let sha = "unix:sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
     for (selectors, want) in [
         (
-            "\"unix:uid:0\", \"unix:user:a b:c\", \"unix:supplementary_group:x\", \"unix:gid:4294967295\"",
+            "\"unix:uid:0\", \"unix:user:a b:c\", \"unix:supplementary_group:x\", \"unix:gid:4294967294\"",
             None,
         ),
         ("", Some("[]: an entry without selectors matches nobody; selectors = [\"unix:uid:1000\"]")),
         ("\"unix\"", Some("\"unix\": selector must be of the form type:value, such as unix:uid:1000")),
         ("\"unix:uid\"", Some("\"unix:uid\": must have a value, as unix:uid:VALUE")),
-        ("\"unix:uid:01\"", Some("\"unix:uid:01\": must be a number from 0 to 4294967295, as unix:uid:1000")),
+        ("\"unix:uid:01\"", Some("\"unix:uid:01\": must be a number from 0 to 4294967294, as unix:uid:1000")),
+        (
+            "\"unix:uid:4294967295\"",
+            Some("\"unix:uid:4294967295\": must be a number from 0 to 4294967294, as unix:uid:1000"),
+        ),
         (
             "\"unix:uid:root\"",
-            Some("\"unix:uid:root\": must be a number from 0 to 4294967295, as unix:uid:1000"),
+            Some("\"unix:uid:root\": must be a number from 0 to 4294967294, as unix:uid:1000"),
         ),
         ("\"unix:uidd:1\"", Some("\"unix:uidd:1\": no attestor makes this selector: did you mean unix:uid?")),
         (

@@ -101,6 +101,20 @@ fn what_is_written_does_not_reach_the_disk() {
     assert!(child.status.success() && shown.contains("the child got there"), "{shown}");
 }
 
+/// A limit on the size of files is a full disk to the agent: it says so, and no signal ends it.
+#[test]
+fn a_file_that_may_grow_no_more_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    crate::support::write_config(dir.path(), "");
+    let run = "ulimit -f 0; exec \"$@\"";
+    let mut agent = Command::new("sh");
+    agent.args(["-c", run, "sh", env!("CARGO_BIN_EXE_durward"), "run", "--config"]);
+    let ended = agent.arg(dir.path().join("agent.conf")).output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert_eq!(ended.status.code(), Some(1), "{said}");
+    assert!(said.contains("File too large"), "{said}");
+}
+
 #[test]
 fn child_on_a_broken_disk() {
     let Some(broken) = std::env::var_os("DURWARD_TEST_BROKEN") else { return };

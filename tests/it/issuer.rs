@@ -1039,6 +1039,34 @@ fn a_supplied_ca_near_its_end_is_a_fault_until_renewed() {
     assert_eq!(issuer.bundle().x509_authorities.len(), 2, "known before it signs");
 }
 
+/// A chain that webpki does not follow.
+#[test]
+fn the_command_takes_an_svid_below_constraints_on_uris() {
+    let dir = temp_dir();
+    let mut params = admin_params("root", YEAR);
+    (params.not_before, params.not_after) =
+        ((SystemTime::now() - HOUR).into(), (SystemTime::now() + YEAR).into());
+    params.custom_extensions = vec![uri_constraints(&["example.org"], &[])];
+    let root = admin_root(params, &rcgen::PKCS_ECDSA_P256_SHA256);
+    let admin = AdminCa::write(dir.path(), "ca", &[&root.pem()], &root.key().serialize_pem());
+    crate::support::write_config(dir.path(), &crate::support::entry("/web", ""));
+    let config = dir.path().join("agent.conf");
+    let (cert, key) = (admin.cert.display(), admin.key.display());
+    let text = fs::read_to_string(&config).unwrap().replace(
+        "issuer \"embedded\" { }",
+        &format!("issuer \"embedded\" {{ ca_cert_path = \"{cert}\" ca_key_path = \"{key}\" }}"),
+    );
+    fs::write(&config, text).unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let mut agent = crate::support::Process::spawn(dir.path());
+    drop(runtime.block_on(agent.serving(dir.path())));
+    let mut fetch = Command::new(env!("CARGO_BIN_EXE_durward"));
+    let fetched = fetch.args(["api", "fetch", "x509", "--socket-path"]).arg(dir.path().join("api.sock"));
+    let fetched = fetched.output().unwrap();
+    let said = String::from_utf8([fetched.stdout, fetched.stderr].concat()).unwrap();
+    assert!(fetched.status.success() && said.contains("spiffe://example.org/web"), "{said}");
+}
+
 /// A critical extension of name constraints on URIs (RFC 5280, section 4.2.1.10).
 fn uri_constraints(permitted: &[&str], excluded: &[&str]) -> rcgen::CustomExtension {
     let tagged = |tag: u8, content: &[u8]| [&[tag, u8::try_from(content.len()).unwrap()], content].concat();
@@ -1085,6 +1113,12 @@ fn a_supplied_ca_that_cannot_serve_is_refused_with_the_reason() {
     let server = usage(&[ExtendedKeyUsagePurpose::ServerAuth]);
     let both = usage(&[ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth]);
     let any = usage(&[ExtendedKeyUsagePurpose::Any]);
+    let unsaid = with(&|params| params.key_usages.clear());
+    let unknown = with(&|params| {
+        let mut extension = rcgen::CustomExtension::from_oid_content(&[1, 2, 3, 4, 5], vec![5, 0]);
+        extension.set_criticality(true);
+        params.custom_extensions = vec![extension];
+    });
     let on_uris = |permitted: &[&str], excluded: &[&str]| {
         with(&|params| params.custom_extensions = vec![uri_constraints(permitted, excluded)])
     };
@@ -1109,7 +1143,6 @@ fn a_supplied_ca_that_cannot_serve_is_refused_with_the_reason() {
     for (case, certificates, key, want) in [
         ("own URI", &[own.0.as_str()][..], own.1.as_str(), None),
         ("for both sides", &[&both.0], &both.1, None),
-        ("for any", &[&any.0], &any.1, None),
         ("its URIs", &[&right.0], &right.1, None),
         ("URIs below a domain", &[&parent.0], &parent.1, None),
         (
@@ -1124,6 +1157,30 @@ fn a_supplied_ca_that_cannot_serve_is_refused_with_the_reason() {
             &client.1,
             Some(
                 "certificate 1 (O=Admin, CN=root) is for one side of a connection alone: its extendedKeyUsage must name serverAuth and clientAuth, or be left out, for a workload is both",
+            ),
+        ),
+        (
+            "for any",
+            &[&any.0],
+            &any.1,
+            Some(
+                "certificate 1 (O=Admin, CN=root) is for one side of a connection alone: its extendedKeyUsage must name serverAuth and clientAuth, or be left out, for a workload is both",
+            ),
+        ),
+        (
+            "no usage",
+            &[&unsaid.0],
+            &unsaid.1,
+            Some(
+                "certificate 1 (O=Admin, CN=root) has no keyUsage, so verifiers refuse it: it must have keyCertSign",
+            ),
+        ),
+        (
+            "what nobody knows",
+            &[&unknown.0],
+            &unknown.1,
+            Some(
+                "certificate 1 (O=Admin, CN=root) has the critical extension 1.2.3.4.5, which verifiers do not know",
             ),
         ),
         (

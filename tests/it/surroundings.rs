@@ -119,6 +119,93 @@ async fn hidden_processes_are_no_healthy_node() {
     assert!(log.contains("processes of other users are hidden"), "{log}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn processes_that_are_hidden_later_are_noticed() {
+    let hide = ["unshare", "--mount", "--propagation", "private", "sh", "-c"];
+    let can = Command::new(hide[0]).args(&hide[1..]).arg("mount -t proc -o hidepid=2 proc /proc").status();
+    if !geteuid().is_root() || !can.is_ok_and(|status| status.success()) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path(), &entry("/web", ""));
+    chown(dir.path(), Some(USER), Some(USER)).unwrap();
+    // /proc is mounted in another way as soon as a file says so.
+    let later = |option: &str| {
+        let asked = dir.path().join(option).display().to_string();
+        format!("while ! test -e {asked}; do sleep 0.1; done; mount -o remount,hidepid={option} /proc\n")
+    };
+    let run = format!(
+        "mount -t proc proc /proc && {{ {}{} }} & exec setpriv --reuid={USER} --regid={USER} --clear-groups \"$@\"",
+        later("2"),
+        later("0")
+    );
+    let mut words = hide.to_vec();
+    words.extend([run.as_str(), "sh"]);
+    let mut agent = Process::spawn_by(&words, dir.path());
+    drop(agent.serving(dir.path()).await);
+    assert!(ready(dir.path()).await.starts_with("HTTP/1.1 200"));
+    for (option, want) in [("2", "cannot be told apart"), ("0", "HTTP/1.1 200")] {
+        fs::write(dir.path().join(option), "").unwrap();
+        until(dir.path(), want).await;
+    }
+    let log = fs::read_to_string(dir.path().join("log")).unwrap();
+    for want in ["processes of other users are hidden", "callers can be told apart again"] {
+        assert_eq!(log.lines().filter(|line| line.contains(want)).count(), 1, "once: {want}: {log}");
+    }
+}
+
+/// Waits until the agent says so of its readiness.
+async fn until(dir: &Path, want: &str) {
+    let asked = async {
+        while !ask(dir).contains(want) {
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, asked).await.unwrap_or_else(|_late| panic!("{want}: {}", ask(dir)));
+}
+
+/// There, a PID is another process in `/proc`; this test's own, say, which the agent's is not.
+#[tokio::test(flavor = "multi_thread")]
+async fn with_the_proc_of_another_pid_namespace_nobody_is_served() {
+    let inner =
+        ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagation", "private", "sh", "-c"];
+    let can = Command::new(inner[0]).args(&inner[1..]).arg("mount -t proc proc /proc").status();
+    if !geteuid().is_root() || !can.is_ok_and(|status| status.success()) {
+        return;
+    }
+    // Not the first process, which no signal ends.
+    let here = "\"$@\" & exec 3>&1; wait";
+    for (case, run, want) in [
+        ("another's", here.to_owned(), Some("/proc is of another PID namespace")),
+        ("none", format!("umount -l /proc; {here}"), Some("there is no /proc")),
+        ("its own", format!("mount -t proc proc /proc; {here}"), None),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        prepare(dir.path(), &entry("/web", ""));
+        let mut words = inner.to_vec();
+        words.extend([run.as_str(), "sh"]);
+        let mut agent = Process::spawn_by(&words, dir.path());
+        drop(agent.serving(dir.path()).await);
+        let answer = ready(dir.path()).await;
+        let log = fs::read_to_string(dir.path().join("log")).unwrap();
+        assert_eq!(answer.starts_with("HTTP/1.1 200"), want.is_none(), "{case}: {answer}");
+        for said in ["/proc is of another PID namespace", "there is no /proc", "are hidden"] {
+            assert_eq!(log.contains(said), want == Some(said), "{case}: {said}: {log}");
+        }
+        assert_eq!(
+            log.matches("callers outside of it cannot be identified").count(),
+            usize::from(case != "none"),
+            "{log}"
+        );
+        // This test is outside of it.
+        let said = fetch_as(0, dir.path());
+        assert!(!said.contains("spiffe://example.org/web"), "{case}: {said}");
+        let mut healthcheck = Command::new(env!("CARGO_BIN_EXE_durward"));
+        let checked = healthcheck.args(["healthcheck", "--socket-path"]).arg(dir.path().join("api.sock"));
+        assert_eq!(checked.output().unwrap().status.code(), Some(1), "{case}");
+    }
+}
+
 /// Runs a command that is given no pidfd: the errors of a socket's other end, and by number, are `by_socket` and `by_number`.
 #[cfg(target_arch = "x86_64")]
 const NO_PIDFD: &str = "
@@ -256,16 +343,7 @@ async fn a_socket_that_nobody_finds_is_no_ready_agent() {
     drop(agent.serving(dir.path()).await);
     assert!(ready(dir.path()).await.starts_with("HTTP/1.1 200"));
     let (at, aside) = (dir.path().join("api.sock"), dir.path().join("aside"));
-    let until = async |want: &str| {
-        let asked = async {
-            while !ask(dir.path()).contains(want) {
-                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-            }
-        };
-        tokio::time::timeout(PATIENCE, asked)
-            .await
-            .unwrap_or_else(|_late| panic!("{want}: {}", ask(dir.path())));
-    };
+    let until = async |want: &str| until(dir.path(), want).await;
     fs::rename(&at, &aside).unwrap();
     until("the socket of the workload api is gone").await;
     // Another one at its place is not this agent's.

@@ -235,7 +235,13 @@ async fn a_domain_without_authorities_of_a_kind_takes_none_from_anybody() {
         key["use"] = "jwt-svid".into();
     }
     let x5c = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, &der);
-    let x509 = serde_json::json!({ "keys": [{ "use": "x509-svid", "kty": "EC", "x5c": [x5c] }] });
+    let x509 = serde_json::json!({ "keys": [
+        { "use": "x509-svid", "kty": "EC", "x5c": [x5c] },
+        { "use": "sig", "kty": "EC" },
+        { "use": "jwt-svid", "kty": "oct" },
+        { "use": "wit-svid", "kty": "EC" },
+        { "kty": "EC" },
+    ] });
     let mut blocks = entry("/web", "federates_with = [\"jwt.example\", \"x509.example\"]");
     for (name, bundle) in [("jwt", jwks), ("x509", x509)] {
         let path = files.path().join(name);
@@ -267,13 +273,14 @@ async fn a_domain_without_authorities_of_a_kind_takes_none_from_anybody() {
         .output()
         .unwrap();
     let said = String::from_utf8(told.stderr).unwrap();
-    assert!(
-        said.contains(
-            "Warning: federation: bundle has no X.509 authority: X.509-SVIDs of jwt.example are not trusted."
-        ),
-        "{said}"
-    );
-    assert!(!said.contains("x509.example"), "{said}");
+    for want in [
+        "bundle has no X.509 authority: X.509-SVIDs of jwt.example are not trusted.",
+        "bundle has no JWT authority: JWT-SVIDs of x509.example are not trusted; keys[1] is not used, since its \"use\" is not \
+         x509-svid or jwt-svid, and neither are 2 more.",
+    ] {
+        assert!(said.contains(&format!("Warning: federation: {want}")), "{want}: {said}");
+    }
+    assert_eq!(said.matches("Warning: federation").count(), 2, "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

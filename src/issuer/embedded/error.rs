@@ -137,6 +137,11 @@ pub enum SuppliedCaFault {
     /// A CA that may not sign certificates.
     #[error("certificate {index} ({subject}) may not sign certificates: its keyUsage lacks keyCertSign")]
     MayNotSign { index: usize, subject: String },
+    /// A CA that does not say whether it may sign certificates.
+    #[error(
+        "certificate {index} ({subject}) has no keyUsage, so verifiers refuse it: it must have keyCertSign"
+    )]
+    NoUsage { index: usize, subject: String },
     /// A CA that allows too few CAs below it.
     #[error(
         "certificate {index} ({subject}) allows {allowed} CAs below it, but {needed} are needed: the agent makes an intermediate of its own"

@@ -17,10 +17,10 @@ use x509_parser::{
 };
 use zeroize::Zeroize as _;
 
-use super::{IssuerError, SuppliedCaFault, name_constraints, rotation::from_unix};
+use super::{IssuerError, SuppliedCaFault, rotation::from_unix};
 use crate::{
     identity::{
-        TrustDomain,
+        TrustDomain, name_constraints,
         pem::{check_blocks, unread_key},
     },
     issuer::{files, keys::KeyPair},
@@ -68,7 +68,7 @@ impl SuppliedCa {
         };
         let limited = name_constraints::are_on_uris(&parsed);
         if limited {
-            name_constraints::permit(&parsed, trust_domain).map_err(bad_cert)?;
+            permit(&parsed, trust_domain).map_err(bad_cert)?;
         }
         if first.public_key().subject_public_key.data != key.public_key() {
             return Err(bad_key(SuppliedCaFault::KeyMismatch));
@@ -171,10 +171,13 @@ fn check_one(
     let Some(constraints) = constraints.map(|extension| extension.value).filter(|value| value.ca) else {
         return Err(SuppliedCaFault::NotCa { index, subject: subject() });
     };
-    if let Some(usage) = certificate.key_usage().map_err(malformed)?
-        && !usage.value.key_cert_sign()
-    {
-        return Err(SuppliedCaFault::MayNotSign { index, subject: subject() });
+    match certificate.key_usage().map_err(malformed)? {
+        Some(usage) if usage.value.key_cert_sign() => {}
+        Some(_) => return Err(SuppliedCaFault::MayNotSign { index, subject: subject() }),
+        None => return Err(SuppliedCaFault::NoUsage { index, subject: subject() }),
+    }
+    if let Some(oid) = name_constraints::unread_extension(certificate) {
+        return Err(SuppliedCaFault::Extension { index, subject: subject(), oid });
     }
     if let Some(allowed) = constraints.path_len_constraint
         && allowed < needed
@@ -188,7 +191,7 @@ fn check_one(
         return Err(SuppliedCaFault::NotValidNow { index, subject: subject(), not_before, not_after, now });
     }
     if let Some(usage) = certificate.extended_key_usage().map_err(malformed)?.map(|extension| extension.value)
-        && !(usage.any || usage.server_auth && usage.client_auth)
+        && !(usage.server_auth && usage.client_auth)
     {
         return Err(SuppliedCaFault::OneSide { index, subject: subject() });
     }
@@ -200,6 +203,26 @@ fn check_one(
         {
             let found = (*found).to_owned();
             return Err(SuppliedCaFault::ForeignTrustDomain { index, subject: subject(), found, want });
+        }
+    }
+    Ok(())
+}
+
+/// Whether the SPIFFE IDs of `trust_domain` may stand below every certificate of `chain`, each of which signed the one before
+/// it; the last, itself.
+fn permit(chain: &[X509Certificate<'_>], trust_domain: &TrustDomain) -> Result<(), SuppliedCaFault> {
+    let above = chain.iter().skip(1).chain(chain.last());
+    for (index, (certificate, above)) in (1..).zip(chain.iter().zip(above)) {
+        let subject = || certificate.subject().to_string();
+        name_constraints::permit(certificate, trust_domain).map_err(|found| {
+            SuppliedCaFault::NotPermitted { index, subject: subject(), found, want: trust_domain.clone() }
+        })?;
+        if !name_constraints::is_signed_by(certificate, above) {
+            return Err(SuppliedCaFault::Signature {
+                index,
+                subject: subject(),
+                above: above.subject().to_string(),
+            });
         }
     }
     Ok(())

@@ -1,7 +1,8 @@
-//! Name constraints on URIs in the chain of a CA that is supplied.
+//! Name constraints on URIs in chains of certificates.
 //!
 //! webpki refuses every certificate below such a constraint, right or wrong; Go and OpenSSL read them. So where a chain has
-//! one, what webpki would have looked at is looked at here: the constraints, what nobody else understands, the signatures.
+//! one, what webpki would have looked at is looked at with what is here: the constraints, what nobody else understands, the
+//! signatures.
 
 use std::net::IpAddr;
 
@@ -11,11 +12,10 @@ use x509_parser::{
     extensions::{GeneralName, NameConstraints, ParsedExtension},
 };
 
-use super::SuppliedCaFault;
-use crate::identity::TrustDomain;
+use super::TrustDomain;
 
 /// Whether a certificate of the chain says which URIs may stand in those below it.
-pub(super) fn are_on_uris(chain: &[X509Certificate<'_>]) -> bool {
+pub fn are_on_uris(chain: &[X509Certificate<'_>]) -> bool {
     chain.iter().filter_map(of).any(|constraints| {
         let all =
             [&constraints.permitted_subtrees, &constraints.excluded_subtrees].into_iter().flatten().flatten();
@@ -23,46 +23,24 @@ pub(super) fn are_on_uris(chain: &[X509Certificate<'_>]) -> bool {
     })
 }
 
-/// Whether the SPIFFE IDs of `trust_domain` may stand below every certificate of `chain`, each of which signed the one before
-/// it; the last, itself.
-pub(super) fn permit(
-    chain: &[X509Certificate<'_>],
-    trust_domain: &TrustDomain,
-) -> Result<(), SuppliedCaFault> {
-    let above = chain.iter().skip(1).chain(chain.last());
-    for (index, (certificate, above)) in (1..).zip(chain.iter().zip(above)) {
-        let subject = || certificate.subject().to_string();
-        if let Some(constraints) = of(certificate) {
-            check(constraints, trust_domain.name()).map_err(|found| SuppliedCaFault::NotPermitted {
-                index,
-                subject: subject(),
-                found,
-                want: trust_domain.clone(),
-            })?;
-        }
-        let unknown = certificate.iter_extensions().find(|extension| {
-            let unread = matches!(
-                extension.parsed_extension(),
-                ParsedExtension::UnsupportedExtension { .. } | ParsedExtension::ParseError { .. }
-            );
-            extension.critical && unread
-        });
-        if let Some(extension) = unknown {
-            return Err(SuppliedCaFault::Extension {
-                index,
-                subject: subject(),
-                oid: extension.oid.to_string(),
-            });
-        }
-        if !is_signed_by(certificate, above) {
-            return Err(SuppliedCaFault::Signature {
-                index,
-                subject: subject(),
-                above: above.subject().to_string(),
-            });
-        }
-    }
-    Ok(())
+/// The critical extension of a certificate that verifiers do not know.
+pub fn unread_extension(certificate: &X509Certificate<'_>) -> Option<String> {
+    let unread = certificate.iter_extensions().find(|extension| {
+        let is_known = !matches!(
+            extension.parsed_extension(),
+            ParsedExtension::UnsupportedExtension { .. } | ParsedExtension::ParseError { .. }
+        );
+        extension.critical && !is_known
+    });
+    unread.map(|extension| extension.oid.to_string())
+}
+
+/// Whether the SPIFFE IDs of `trust_domain` may stand below `certificate`.
+///
+/// # Errors
+/// The constraint that keeps them out, or that not all verifiers know, in words.
+pub fn permit(certificate: &X509Certificate<'_>, trust_domain: &TrustDomain) -> Result<(), String> {
+    of(certificate).map_or(Ok(()), |constraints| check(constraints, trust_domain.name()))
 }
 
 fn of<'a>(certificate: &'a X509Certificate<'_>) -> Option<&'a NameConstraints<'a>> {
@@ -119,7 +97,8 @@ fn is_excluded(base: &str, host: &str) -> bool {
     below || base.is_empty() || host.parse::<IpAddr>().is_ok()
 }
 
-fn is_signed_by(certificate: &X509Certificate<'_>, above: &X509Certificate<'_>) -> bool {
+/// Whether the key of `above` signed `certificate`.
+pub fn is_signed_by(certificate: &X509Certificate<'_>, above: &X509Certificate<'_>) -> bool {
     let key = &above.public_key().subject_public_key.data;
     let (text, signature) = (certificate.tbs_certificate.as_ref(), &certificate.signature_value.data);
     ALL_VERIFICATION_ALGS.iter().any(|how| how.verify_signature(key, text, signature).is_ok())
