@@ -208,8 +208,10 @@ async fn refusals_say_which_identity_and_which_connection() {
     let mut refusals = 0;
     for _ in 0..5 {
         let answer = client.fetch_jwtsvid(request(jwt("a"))).await;
-        // A connection of its own may have been refused as well.
-        refusals += u64::from(answer.is_err_and(|error| error.code() == tonic::Code::ResourceExhausted));
+        // A connection of its own may have been refused as well: the one that looked whether the agent serves is open still.
+        refusals += u64::from(answer.is_err_and(|error| {
+            error.code() == tonic::Code::ResourceExhausted && !error.message().contains("ratelimit.gate")
+        }));
     }
     assert!((1..5).contains(&refusals), "{refusals}");
     for _ in 0..4 {
@@ -226,7 +228,7 @@ async fn refusals_say_which_identity_and_which_connection() {
         about.map(|line| line["times"].as_u64().unwrap_or(1)).sum()
     };
     // One of those that looked whether the agent serves may be among them.
-    assert!(counted("call") == refusals && (4..=6).contains(&counted("connection")), "{told:#?}");
+    assert!(counted("call") == refusals && (4..=6).contains(&counted("connection")), "{refusals} {told:#?}");
     for line in told.iter().filter(|line| line["message"].as_str().unwrap().contains("refused")) {
         assert_eq!(line["caller"], format!("uid:{}", getuid()), "{line}");
         let (reason, identity) = match line["method"].as_str() {

@@ -321,7 +321,8 @@ async fn an_evicted_agent_ends_with_an_exit_status_of_its_own() {
     let log = || std::fs::read_to_string(dir.path().join("log")).unwrap();
     until("asked once more", || log().contains("asking once more")).await;
     assert!(kept(dir.path()).contains("\"svid\":["), "nothing is deleted before it is certain");
-    assert_eq!(log().matches("the agent has its SVID").count(), 1, "{}", log());
+    let told = "the agent has its SVID spiffe_id=spiffe://example.org/spire/agent/join_token/once ";
+    assert_eq!(log().matches(told).count(), 1, "{}", log());
     until("the end", || agent.has_ended()).await;
     assert_eq!(agent.wait().code(), Some(5), "{}", log());
     assert!(log().contains("spire-server token generate"), "{}", log());
