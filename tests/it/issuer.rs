@@ -1044,8 +1044,8 @@ fn a_supplied_ca_near_its_end_is_a_fault_until_renewed() {
 fn the_command_takes_an_svid_below_constraints_on_uris() {
     let dir = temp_dir();
     let mut params = admin_params("root", YEAR);
-    (params.not_before, params.not_after) =
-        ((SystemTime::now() - HOUR).into(), (SystemTime::now() + YEAR).into());
+    let now = durward::os::clock::Clock::SYSTEM.now();
+    (params.not_before, params.not_after) = ((now - HOUR).into(), (now + YEAR).into());
     params.custom_extensions = vec![uri_constraints(&["example.org"], &[])];
     let root = admin_root(params, &rcgen::PKCS_ECDSA_P256_SHA256);
     let admin = AdminCa::write(dir.path(), "ca", &[&root.pem()], &root.key().serialize_pem());
