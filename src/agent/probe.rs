@@ -16,6 +16,8 @@ use crate::{
 
 /// How often the agent asks itself whether it could serve.
 const PROBE: Duration = Duration::from_secs(5);
+/// The same while it waits for its server: callers are served as soon as that has answered.
+const PROBE_OF_WAITING: Duration = Duration::from_millis(250);
 
 /// How often the threads that serve callers are asked for a sign of life.
 const BEAT: Duration = Duration::from_secs(1);
@@ -25,10 +27,9 @@ const BEAT_WITHIN: Duration = Duration::from_secs(10);
 /// Asks every few seconds whether the issuer could sign SVIDs of each kind. One that waits for its server is on its way: a
 /// restart would not bring the server back.
 pub(super) async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
-    let mut every = tokio::time::interval(PROBE);
+    let waits = issuer.server().is_some();
     let mut failing = false;
     loop {
-        every.tick().await;
         match SvidKind::VALUES.iter().try_for_each(|kind| issuer.can_sign(*kind)) {
             _ if health.get() == Probe::Draining => return,
             Ok(()) => {
@@ -36,7 +37,6 @@ pub(super) async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
                 health.set(Probe::Healthy);
             }
             Err(error) => {
-                let waits = issuer.server().is_some();
                 if !std::mem::replace(&mut failing, true) {
                     if waits {
                         tracing::warn!(error = chain(&error), "the agent waits for its server");
@@ -47,6 +47,7 @@ pub(super) async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
                 health.set(if waits { Probe::Starting } else { Probe::Unavailable });
             }
         }
+        tokio::time::sleep(if failing && waits { PROBE_OF_WAITING } else { PROBE }).await;
     }
 }
 

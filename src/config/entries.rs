@@ -207,9 +207,10 @@ impl EntryRules<'_> {
     }
 }
 
-/// How the ID is written that is meant by a path alone.
+/// How the ID is written that is meant by a path alone, or without its scheme.
 fn rightly(label: &str, own: &TrustDomain) -> String {
-    let meant = format!("{}/{}", own.id_string(), label.trim_start_matches('/'));
+    let path = label.strip_prefix(own.name()).filter(|path| path.starts_with('/')).unwrap_or(label);
+    let meant = format!("{}/{}", own.id_string(), path.trim_start_matches('/'));
     match SpiffeId::parse_workload(&meant) {
         Ok(id) if !label.contains(':') => format!("write {}", quoted(id.as_str())),
         _ => "for example: \"spiffe://example.org/web\"".to_owned(),

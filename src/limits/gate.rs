@@ -11,9 +11,9 @@
 //! is told to their [`Holding`]; who holds how much is in [`accounts`](super::accounts), and never forgotten.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
@@ -46,6 +46,8 @@ use super::{
 const FEW: u32 = 2;
 /// While something is short, shares are reckoned anew after so many nanoseconds, if somebody comes.
 const SHARES_LAST: u64 = 50_000_000;
+/// What is set aside is lent for so many nanoseconds, if another that holds nothing needs it then.
+const LENT_FOR: u64 = 2_000_000_000;
 /// The most callers and reasons that are told between two looks.
 const COMPLAINTS: usize = 64;
 
@@ -57,6 +59,8 @@ pub(super) struct GateState {
     admin: u32,
     /// Connections that were let in on what is set aside.
     reserved: u32,
+    /// These, those that were let in first before the others, and some that have ended.
+    lent: VecDeque<Lent>,
     pub(super) bytes: Shortage,
     connections: Shortage,
     /// When shares were reckoned last.
@@ -64,6 +68,14 @@ pub(super) struct GateState {
     pub(super) complaints: HashMap<(CallerKey, ConnectionRefusal), OutOfRoom, ahash::RandomState>,
     /// Who was told to go since the watch last asked: never more than connections.
     told: Vec<ToldToGo>,
+}
+
+/// A connection that was let in on what is set aside.
+#[derive(Debug)]
+struct Lent {
+    since: u64,
+    caller: CallerKey,
+    holding: Weak<Holding>,
 }
 
 #[derive(Debug)]
@@ -90,8 +102,6 @@ pub struct ConnectionPermit {
     shared: Arc<SharedGate>,
     /// `None` for the admin socket.
     place: Option<OpenPlace>,
-    /// It was let in on what is set aside.
-    reserved: bool,
     holding: Arc<Holding>,
 }
 
@@ -138,6 +148,7 @@ impl Gate {
             total: 0,
             admin: 0,
             reserved: 0,
+            lent: VecDeque::new(),
             bytes: Shortage::default(),
             connections: Shortage::default(),
             looked: 0,
@@ -248,6 +259,9 @@ impl Gate {
             of_family: plan.families.of(caller).is_some(),
             now,
         };
+        if group_open == 0 && state.reserved >= plan.reserved() && state.is_last(&plan, shared.node.bytes()) {
+            state.take_back(now);
+        }
         let LetIn { rehearsed, reserved } = match shared.decide(&arriving, &mut state) {
             Ok(let_in) => let_in,
             Err(refusal) if chance == Chance::NotLast && refusal.is_soft() => {
@@ -267,13 +281,12 @@ impl Gate {
         }
         let (place, holding) = state.accounts.add(caller, group, budget::PARKED);
         if reserved {
-            holding.put_on_reserve();
+            state.lend(Lent { since: now, caller, holding: Arc::downgrade(&holding) }, &plan);
         }
         state.total += 1;
-        state.reserved += u32::from(reserved);
         counters.connections.set(f64::from(state.total));
         drop(state);
-        Ok(ConnectionPermit { shared: Arc::clone(shared), place: Some(place), reserved, holding })
+        Ok(ConnectionPermit { shared: Arc::clone(shared), place: Some(place), holding })
     }
 
     /// Lets a connection to the admin socket in: these have places of their own.
@@ -288,7 +301,7 @@ impl Gate {
         state.admin += 1;
         drop(state);
         let shared = Arc::clone(&self.shared);
-        Ok(ConnectionPermit { shared, place: None, reserved: false, holding: Arc::default() })
+        Ok(ConnectionPermit { shared, place: None, holding: Arc::default() })
     }
 
     /// Whether there is room.
@@ -434,9 +447,11 @@ impl SharedGate {
         }
         let Some(budget) = plan.budget else { return Ok(false) };
         let left = state.bytes.left(self.node.bytes());
-        let last = left < plan.reserved_bytes() + budget::NEWCOMER;
+        let last = state.is_last(plan, self.node.bytes());
         if newcomer {
-            let taken = last && !exempt && state.reserved >= plan.reserved();
+            // Half of the places is for those who have none.
+            let places = if group_open == 0 { plan.reserved() } else { plan.reserved() / 2 };
+            let taken = last && !exempt && state.reserved >= places;
             return if taken { Err(ConnectionRefusal::Memory) } else { Ok(last) };
         }
         // Half of what is set aside is for those, too, who hold less than anybody's least share.
@@ -473,6 +488,42 @@ impl SharedGate {
 }
 
 impl GateState {
+    /// Whether nothing is left beside what is set aside.
+    fn is_last(&self, plan: &GatePlan, held: u64) -> bool {
+        plan.budget.is_some() && self.bytes.left(held) < plan.reserved_bytes() + budget::NEWCOMER
+    }
+
+    /// One more was let in on what is set aside.
+    fn lend(&mut self, one: Lent, plan: &GatePlan) {
+        if let Some(holding) = one.holding.upgrade() {
+            holding.put_on_reserve();
+            self.reserved += 1;
+        }
+        // Those that have ended are forgotten now and then, whoever stays before them.
+        if self.lent.len() >= usize::try_from(plan.reserved()).unwrap_or(usize::MAX).saturating_mul(4) {
+            self.lent.retain(|lent| lent.holding.upgrade().is_some_and(|holding| holding.is_on_reserve()));
+        }
+        self.lent.push_back(one);
+    }
+
+    /// Takes one of the places that are set aside back from who has had it longest, if that is long enough.
+    fn take_back(&mut self, now: u64) {
+        while let Some(Lent { since, caller, holding }) = self.lent.front() {
+            let (caller, holding) = (*caller, holding.upgrade().filter(|holding| holding.is_on_reserve()));
+            if holding.is_some() && now.saturating_sub(*since) < LENT_FOR {
+                return;
+            }
+            self.lent.pop_front();
+            if let Some(holding) = holding {
+                holding.take_from_reserve();
+                holding.tell(Notice::Close);
+                self.told.push(ToldToGo { caller, held: holding.bytes(), notice: Notice::Close });
+                self.reserved = self.reserved.saturating_sub(1);
+                return;
+            }
+        }
+    }
+
     /// Whether shares were reckoned when much less was held.
     fn is_outdated(&self, held: u64) -> bool {
         self.bytes.is_outdated(held) || self.connections.is_outdated(u64::from(self.total))
@@ -509,7 +560,7 @@ impl Drop for ConnectionPermit {
             return;
         };
         state.total = state.total.saturating_sub(1);
-        state.reserved = state.reserved.saturating_sub(u32::from(self.reserved));
+        state.reserved = state.reserved.saturating_sub(u32::from(self.holding.take_from_reserve()));
         state.accounts.take(place);
         self.shared.ledger.counters.connections.set(f64::from(state.total));
     }

@@ -226,6 +226,16 @@ impl Holding {
         self.on_reserve.store(true, Relaxed);
     }
 
+    /// Whether it has a place that is set aside.
+    pub(super) fn is_on_reserve(&self) -> bool {
+        self.on_reserve.load(Relaxed)
+    }
+
+    /// It no longer has. Returns whether it had.
+    pub(super) fn take_from_reserve(&self) -> bool {
+        self.on_reserve.swap(false, Relaxed)
+    }
+
     /// So many bytes more are held.
     pub fn hold(&self, bytes: u64) {
         self.own.add(bytes);

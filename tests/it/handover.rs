@@ -284,7 +284,7 @@ async fn an_agent_in_a_pod_stays_beside_the_next_one_alive_and_not_ready() {
     let dir = dir.path();
     let mut old = in_pod(dir, &[]);
     drop(old.serving(dir).await);
-    assert!(asked(port, "/ready").unwrap().0);
+    until("it is ready", dir, || asked(port, "/ready").is_some_and(|(well, _)| well));
     // As in a pod of its own, with the same port.
     let new = in_pod(dir, &["unshare", "-n"]);
     let words = format!("handed over to PID {}", new.pid());

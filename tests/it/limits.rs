@@ -915,6 +915,38 @@ async fn memory_is_set_aside_for_callers_that_hold_nothing() {
     drop((hog, new, last));
 }
 
+/// A place that is set aside is lent: those who come later have it after two seconds, and nobody has two while few are left.
+#[tokio::test(start_paused = true)]
+async fn what_is_set_aside_is_lent_for_a_moment() {
+    let gate = gate_within(GateSettings::default(), Some(64 << 20));
+    let hog = gate.open(CallerKey::Uid(1)).unwrap();
+    hog.holding().hold(70 << 20);
+    let open = |uid| gate.open(CallerKey::Uid(uid));
+    let mut new: Vec<ConnectionPermit> = (100..132).map_while(|uid| open(uid).ok()).collect();
+    assert_eq!(open(131).err(), Some(ConnectionRefusal::Memory), "a second one");
+    new.extend((132..300).map_while(|uid| open(uid).ok()));
+    assert_eq!(new.len(), 64);
+    advance(Duration::from_millis(1_999)).await;
+    assert_eq!(open(400).err(), Some(ConnectionRefusal::Memory));
+    advance(Duration::from_millis(1)).await;
+    let later: Vec<ConnectionPermit> = (400..403).map(|uid| open(uid).unwrap()).collect();
+    let told = new.iter().map(notice).take_while(|told| *told == Some(Notice::Close)).count();
+    assert_eq!((told, new.iter().filter_map(notice).count()), (3, 3), "those that came first");
+    assert_eq!(
+        gate.shed().iter().filter(|told| told.caller == CallerKey::Uid(100)).count(),
+        1,
+        "it is told of"
+    );
+    // It was taken from the first three: their end frees none.
+    new.drain(..3);
+    new.pop();
+    advance(Duration::from_millis(10)).await;
+    drop(open(500).unwrap());
+    hog.holding().release(70 << 20);
+    drop((open(1).unwrap(), later));
+    assert!(new.iter().all(|permit| notice(permit).is_none()), "nobody is asked for what is not needed");
+}
+
 /// Who was let in while there was room, and speaks when there is next to none.
 #[tokio::test(start_paused = true)]
 async fn who_begins_to_speak_finds_room_up_to_the_end() {
