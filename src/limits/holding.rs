@@ -256,7 +256,7 @@ impl Holding {
             .sums
             .as_ref()
             .is_none_or(|HeldSums { group, node, .. }| node.fits(node.bytes(), group.bytes()))
-            || self.on_reserve.load(Relaxed) && self.bytes() <= NEWCOMER;
+            || self.is_on_reserve() && self.bytes() <= NEWCOMER;
         if !fits {
             self.release(bytes);
         }

@@ -96,22 +96,30 @@ async fn who_has_no_number_is_not_taken_for_nobody() {
     );
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn hidden_processes_are_no_healthy_node() {
+/// An agent that is not root's, where `mounts` has changed `/proc` for it alone; `None` where nobody may do that.
+fn of_user_behind(mounts: impl FnOnce(&Path) -> String) -> Option<(tempfile::TempDir, Process)> {
     let hide = ["unshare", "--mount", "--propagation", "private", "sh", "-c"];
     let can = Command::new(hide[0]).args(&hide[1..]).arg("mount -t proc -o hidepid=2 proc /proc").status();
     if !geteuid().is_root() || !can.is_ok_and(|status| status.success()) {
-        return;
+        return None;
     }
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path(), &entry("/web", ""));
     chown(dir.path(), Some(USER), Some(USER)).unwrap();
-    let run = format!(
-        "mount -t proc -o hidepid=2 proc /proc && exec setpriv --reuid={USER} --regid={USER} --clear-groups \"$@\""
-    );
+    let mounts = mounts(dir.path());
+    let run = format!("set -e\n{mounts}\nexec setpriv --reuid={USER} --regid={USER} --clear-groups \"$@\"");
     let mut words = hide.to_vec();
     words.extend([run.as_str(), "sh"]);
-    let mut agent = Process::spawn_by(&words, dir.path());
+    let agent = Process::spawn_by(&words, dir.path());
+    Some((dir, agent))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hidden_processes_are_no_healthy_node() {
+    let Some((dir, mut agent)) = of_user_behind(|_| "mount -t proc -o hidepid=2 proc /proc".to_owned())
+    else {
+        return;
+    };
     drop(agent.serving(dir.path()).await);
     let answer = ready(dir.path()).await;
     assert!(answer.starts_with("HTTP/1.1 500") && answer.contains("cannot be told apart"), "{answer}");
@@ -121,27 +129,15 @@ async fn hidden_processes_are_no_healthy_node() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn processes_that_are_hidden_later_are_noticed() {
-    let hide = ["unshare", "--mount", "--propagation", "private", "sh", "-c"];
-    let can = Command::new(hide[0]).args(&hide[1..]).arg("mount -t proc -o hidepid=2 proc /proc").status();
-    if !geteuid().is_root() || !can.is_ok_and(|status| status.success()) {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    prepare(dir.path(), &entry("/web", ""));
-    chown(dir.path(), Some(USER), Some(USER)).unwrap();
-    // /proc is mounted in another way as soon as a file says so.
-    let later = |option: &str| {
-        let asked = dir.path().join(option).display().to_string();
-        format!("while ! test -e {asked}; do sleep 0.1; done; mount -o remount,hidepid={option} /proc\n")
+    let mounts = |dir: &Path| {
+        // /proc is mounted in another way as soon as a file says so.
+        let later = |option: &str| {
+            let asked = dir.join(option).display().to_string();
+            format!("while ! test -e {asked}; do sleep 0.1; done; mount -o remount,hidepid={option} /proc\n")
+        };
+        format!("mount -t proc proc /proc\n{{ {}{} }} &", later("2"), later("0"))
     };
-    let run = format!(
-        "mount -t proc proc /proc && {{ {}{} }} & exec setpriv --reuid={USER} --regid={USER} --clear-groups \"$@\"",
-        later("2"),
-        later("0")
-    );
-    let mut words = hide.to_vec();
-    words.extend([run.as_str(), "sh"]);
-    let mut agent = Process::spawn_by(&words, dir.path());
+    let Some((dir, mut agent)) = of_user_behind(mounts) else { return };
     drop(agent.serving(dir.path()).await);
     assert!(ready(dir.path()).await.starts_with("HTTP/1.1 200"));
     for (option, want) in [("2", "cannot be told apart"), ("0", "HTTP/1.1 200")] {
