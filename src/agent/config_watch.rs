@@ -7,11 +7,14 @@ use std::time::Duration;
 
 use tokio::{
     sync::oneshot,
-    time::{Interval, MissedTickBehavior, interval},
+    time::{Interval, MissedTickBehavior, interval_at},
 };
 
 use super::errands::Errands;
-use crate::config::{Config, Sources};
+use crate::{
+    config::{Config, Sources},
+    os::clock::beat,
+};
 
 /// How often they are looked at. A change is acted upon when two looks found the same: whoever writes has finished.
 const EVERY: Duration = Duration::from_secs(2);
@@ -30,7 +33,7 @@ pub(super) struct ConfigWatch {
 impl ConfigWatch {
     /// Of the files that `config` was read from.
     pub(super) fn of(config: &Config) -> Self {
-        let mut every = interval(EVERY);
+        let mut every = interval_at(beat(EVERY), EVERY);
         every.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let known = config.sources.clone();
         Self { known, found: None, looking: None, every, on: config.agent.watch_config }

@@ -24,7 +24,7 @@ use crate::{
     },
     os::{
         cgroup::{ChargedParts, OwnCgroup},
-        clock::processor_time,
+        clock::{processor_time, sleep_to_beat},
         run_delay::RunDelay,
     },
 };
@@ -132,7 +132,7 @@ impl MemoryMeter {
     pub(super) async fn next_look(&self) -> bool {
         let quiet = self.pace.quiet.load(Relaxed);
         tokio::select! {
-            () = sleep(self.pace.pause()) => {}
+            () = sleep_to_beat(self.pace.pause()) => {}
             () = self.pace.roused.notified() => {}
         }
         quiet
@@ -174,7 +174,7 @@ pub(super) async fn keep_time(limits: Limits, gate: Gate, meter: MemoryMeter) {
             meter.rest();
             let used = processor_time();
             tokio::select! {
-                () = sleep(SELDOM) => {
+                () = sleep_to_beat(SELDOM) => {
                     if processor_time().saturating_sub(used) <= SELDOM / A_LITTLE {
                         continue;
                     }

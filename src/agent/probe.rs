@@ -6,6 +6,7 @@ use tokio::{runtime::Handle, time::timeout};
 
 use crate::{
     issuer::{Issuer, SvidKind},
+    os::clock::sleep_to_beat,
     peer::socket::Presence,
     telemetry::{
         chain,
@@ -47,17 +48,16 @@ pub(super) async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
                 health.set(if waits { Probe::Starting } else { Probe::Unavailable });
             }
         }
-        tokio::time::sleep(if failing && waits { PROBE_OF_WAITING } else { PROBE }).await;
+        sleep_to_beat(if failing && waits { PROBE_OF_WAITING } else { PROBE }).await;
     }
 }
 
 /// Looks every few seconds whether clients still find the socket. Somebody may have removed it, or mounted something over it:
 /// an agent that nobody reaches does not notice anything else. One that it bound itself is bound anew by a restart.
 pub(super) async fn keep_in_sight(health: Arc<HealthState>, presence: Presence) {
-    let mut every = tokio::time::interval(PROBE);
     let mut missing = false;
     loop {
-        every.tick().await;
+        sleep_to_beat(PROBE).await;
         let at = presence.clone();
         // No thread, no answer: that is for the next look.
         let Ok(there) = tokio::task::spawn_blocking(move || at.is_there()).await else { continue };
@@ -91,7 +91,9 @@ pub(super) async fn keep_in_sight(health: Arc<HealthState>, presence: Presence) 
 pub(super) async fn feel_pulse(health: Arc<HealthState>, serving: Handle) {
     loop {
         let mut beat = serving.spawn(async {});
-        if timeout(BEAT_WITHIN, &mut beat).await.is_err() {
+        sleep_to_beat(BEAT).await;
+        // Who waits for it is woken once more.
+        if !beat.is_finished() && timeout(BEAT_WITHIN, &mut beat).await.is_err() {
             health.felt(Pulse::Missed);
             tracing::error!(
                 seconds = BEAT_WITHIN.as_secs(),
@@ -102,7 +104,6 @@ pub(super) async fn feel_pulse(health: Arc<HealthState>, serving: Handle) {
             health.felt(Pulse::Beats);
             tracing::warn!("callers are served again");
         }
-        tokio::time::sleep(BEAT).await;
     }
 }
 

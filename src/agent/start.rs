@@ -387,8 +387,6 @@ impl AgentParts {
     fn tasks(&self, http: Vec<HeldPlaces>) -> JoinSet<()> {
         let mut tasks = JoinSet::new();
         tasks.spawn(Arc::clone(&self.writer).run());
-        let metrics = Arc::clone(&self.metrics);
-        tasks.spawn(async move { metrics.keep_up().await });
         let watch = Watch {
             limits: self.limits.clone(),
             gate: self.gate.clone(),
@@ -401,9 +399,10 @@ impl AgentParts {
             meter: self.meter.clone(),
             complaints: Complaints::default(),
         };
-        tasks.spawn(watch.run());
+        let (metrics, health) = (Arc::clone(&self.metrics), Arc::clone(&self.health));
+        // One task, on one thread: they are due at the same beats, and of several that are due another thread is woken to take some.
+        tasks.spawn(async move { tokio::join!(watch.run(), metrics.keep_up(), keep_identifying(health)).1 });
         tasks.spawn(probe(Arc::clone(&self.health), Arc::clone(&self.issuer)));
-        tasks.spawn(keep_identifying(Arc::clone(&self.health)));
         tasks
     }
 }

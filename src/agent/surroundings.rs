@@ -12,6 +12,7 @@ use nix::{
 use crate::{
     attest::Attestor,
     os::{
+        clock::sleep_to_beat,
         namespace::{self, ProcFault},
         pidfd::Pidfd,
     },
@@ -130,14 +131,13 @@ impl Surroundings {
 
     /// Looks again every few seconds, until the agent drains.
     pub(super) async fn keep_looking(mut self, health: Arc<HealthState>, attestor: Arc<Attestor>) {
-        let mut every = tokio::time::interval(LOOK);
         while health.get() != Probe::Draining {
-            every.tick().await;
             let attestor = Arc::clone(&attestor);
             // No thread, no answer: that is for the next look.
             if let Ok(lacks) = tokio::task::spawn_blocking(move || shortcomings(&attestor)).await {
                 self.found(lacks, &health);
             }
+            sleep_to_beat(LOOK).await;
         }
     }
 }
@@ -146,10 +146,8 @@ impl Surroundings {
 pub(super) async fn keep_identifying(health: Arc<HealthState>) {
     // Made once: where descriptors are short it could not be made.
     let Ok((end, _other)) = UnixStream::pair() else { return };
-    let mut every = tokio::time::interval(LOOK_FOR_PIDFD);
     let mut in_vain = if health.identifies_nobody() { LOOKS } else { 0 };
     loop {
-        every.tick().await;
         match (pidfd_of_peer(&end), in_vain) {
             (Ok(()), 0) => {}
             (Ok(()), _) => {
@@ -167,6 +165,7 @@ pub(super) async fn keep_identifying(health: Arc<HealthState>) {
                 }
             }
         }
+        sleep_to_beat(LOOK_FOR_PIDFD).await;
     }
 }
 

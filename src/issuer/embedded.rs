@@ -43,7 +43,7 @@ use super::{
 };
 use crate::{
     identity::{Bundle, Bundles, Entry, EntryIndex, JwtSvid, TrustDomain, X509Svid},
-    os::clock::{Clock, sleep_until},
+    os::clock::{Clock, sleep_to_beat, sleep_until},
     telemetry::chain,
 };
 
@@ -276,7 +276,7 @@ impl Issuer for EmbeddedIssuer {
                     // Looked at again every ten seconds whatever is due, and not by the clock: only so is it seen that
                     // that one was set back, after which the issuer cannot sign until it has rotated. With nothing due,
                     // a look costs microseconds.
-                    () = tokio::time::sleep(LOOK) => {}
+                    () = sleep_to_beat(LOOK) => {}
                     () = self.repair.needed() => {}
                 }
             }

@@ -1,10 +1,13 @@
 //! Wall time, which tests can move together with tokio's, or set.
 //!
 //! The validity of SVIDs is wall time, which is read here only; sleeps and timeouts are monotonic, by tokio's
-//! `Instant`.
+//! `Instant`. What is done every now and then is done at a [`beat`].
 
 use std::{
-    sync::atomic::{AtomicI64, Ordering},
+    sync::{
+        LazyLock,
+        atomic::{AtomicI64, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -53,6 +56,9 @@ impl Clock {
     }
 }
 
+/// How often the clock is looked at while something is due later.
+const LOOK: Duration = Duration::from_secs(10);
+
 /// Sleeps until the clock says `due`. Looks again at least every 10 seconds: a monotonic sleep stands still while
 /// the machine is suspended, and does not see the clock being set.
 pub async fn sleep_until(clock: Clock, due: SystemTime) {
@@ -60,8 +66,28 @@ pub async fn sleep_until(clock: Clock, due: SystemTime) {
         if left.is_zero() {
             break;
         }
-        tokio::time::sleep(left.min(Duration::from_secs(10))).await;
+        if left <= LOOK {
+            tokio::time::sleep(left).await;
+        } else {
+            sleep_to_beat(LOOK).await;
+        }
     }
+}
+
+/// The next moment that is a whole number of `every` away from the first one that was asked for: so soon at most. Of two periods
+/// of which one is a multiple of the other, each moment of the longer one is one of the shorter. So a processor that sleeps is
+/// woken once for all that is to be done then, and not for each of it.
+pub fn beat(every: Duration) -> tokio::time::Instant {
+    static FIRST: LazyLock<tokio::time::Instant> = LazyLock::new(tokio::time::Instant::now);
+    let now = tokio::time::Instant::now();
+    let gone = now.saturating_duration_since(*FIRST).as_nanos();
+    let since = gone.checked_rem(every.as_nanos()).and_then(|since| u64::try_from(since).ok());
+    now + every.saturating_sub(since.map_or(Duration::ZERO, Duration::from_nanos))
+}
+
+/// Sleeps until the next [`beat`].
+pub async fn sleep_to_beat(every: Duration) {
+    tokio::time::sleep_until(beat(every)).await;
 }
 
 /// Processor time that all threads of this process have used, from its start.
@@ -74,6 +100,27 @@ pub fn processor_time() -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn beats_fall_together() {
+        let (short, long) = (Duration::from_millis(250), Duration::from_secs(1));
+        for pause in [0, 1, 130, 249, 250, 251, 700] {
+            tokio::time::sleep(Duration::from_millis(pause)).await;
+            let now = tokio::time::Instant::now();
+            let (soon, late) = (beat(short), beat(long));
+            assert!(now < soon && soon <= now + short && soon <= late && late <= now + long, "{pause}");
+            assert_eq!((late - soon).as_nanos() % short.as_nanos(), 0, "{pause}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_next_beat_is_never_this_one() {
+        for _ in 0..3 {
+            let at = beat(Duration::from_secs(1));
+            tokio::time::sleep_until(at).await;
+            assert!(beat(Duration::from_secs(1)) > at);
+        }
+    }
 
     #[tokio::test(start_paused = true)]
     async fn wakes_when_due() {

@@ -22,7 +22,7 @@ use crate::{
     attest::Attestor,
     identity::Tainted,
     issuer::{Issuer, SvidKind, World},
-    os::clock::{Clock, sleep_until},
+    os::clock::{Clock, sleep_to_beat, sleep_until},
     telemetry::chain,
 };
 
@@ -158,7 +158,7 @@ impl Writer {
             tokio::select! {
                 () = due => {}
                 // Whatever is due, and not by the clock: only so is it seen that that one was set back.
-                () = tokio::time::sleep(LOOK) => {}
+                () = sleep_to_beat(LOOK) => {}
                 () = due_changed => {}
             }
             // Many SVIDs may be made at once; one look is enough for all of them.

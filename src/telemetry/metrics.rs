@@ -17,6 +17,8 @@ use bytes::Bytes;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use tokio::time::Instant;
 
+use crate::os::clock::sleep_to_beat;
+
 use super::{
     process::ProcessSeries,
     registry::{Registry, Unused},
@@ -91,11 +93,9 @@ impl Metrics {
 
     /// Moves the samples of the histograms into their buckets every second, for ever; see the module's top.
     pub async fn keep_up(&self) {
-        let mut every = tokio::time::interval(UPKEEP);
-        every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         loop {
-            every.tick().await;
             self.handle.run_upkeep();
+            sleep_to_beat(UPKEEP).await;
         }
     }
 
