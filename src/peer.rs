@@ -26,6 +26,7 @@ mod lingering;
 mod listener;
 mod metrics;
 mod outbox;
+pub mod passage;
 mod pauses;
 pub mod pod;
 mod reply;
