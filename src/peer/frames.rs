@@ -10,7 +10,7 @@
 
 use tokio::time::Instant;
 
-use super::hpack::{Hpack, Missing};
+use super::hpack::{Hpack, Lacking};
 
 /// What a peer may send that is no request, in bytes. Each new request fills it up again, and so does time, so that
 /// the pings and window updates of a stream that lives for months never reach the end of it.
@@ -57,7 +57,7 @@ const LONGEST_FRAME: u32 = 16 * 1024;
 
 /// What has passed of the bytes that came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Passed {
+pub(super) struct Walked {
     /// So many of them.
     pub(super) bytes: usize,
     /// What is to follow them before the others pass.
@@ -71,7 +71,7 @@ pub(super) struct Growth {
     pub(super) so_far: usize,
     /// Its length is then this: the first three bytes of its head.
     pub(super) length: [u8; 3],
-    pub(super) missing: Missing,
+    pub(super) missing: Lacking,
 }
 
 /// Walks the bytes of one connection from its start. Pure: bytes in, the same number of bytes out, and what to put between
@@ -146,7 +146,7 @@ impl Filter {
     ///
     /// # Errors
     /// [`Flood`]: the connection is to be closed.
-    pub(super) fn pass(&mut self, bytes: &mut [u8], now: impl Fn() -> Instant) -> Result<Passed, Flood> {
+    pub(super) fn pass(&mut self, bytes: &mut [u8], now: impl Fn() -> Instant) -> Result<Walked, Flood> {
         let all = bytes.len();
         let mut bytes = bytes;
         while let Some(next) = bytes.first().copied() {
@@ -199,7 +199,7 @@ impl Filter {
                     *left -= used;
                     growth = missing.and_then(|missing| self.grow(used, missing));
                     if let Some(byte) = fragment.first_mut().filter(|_| growth.is_some()) {
-                        *byte = Missing::BECOMES;
+                        *byte = Lacking::BECOMES;
                     }
                     self.settle();
                     used
@@ -211,10 +211,10 @@ impl Filter {
             };
             bytes = bytes.split_at_mut_checked(size(used)).map(|(_, rest)| rest).unwrap_or_default();
             if growth.is_some() {
-                return Ok(Passed { bytes: all - bytes.len(), growth });
+                return Ok(Walked { bytes: all - bytes.len(), growth });
             }
         }
-        Ok(Passed { bytes: all, growth: None })
+        Ok(Walked { bytes: all, growth: None })
     }
 
     /// How many of the last bytes that have passed are those of a frame that may still grow.
@@ -229,7 +229,7 @@ impl Filter {
     }
 
     /// Something is missing in the frame, behind these bytes.
-    fn grow(&mut self, bytes: u32, missing: Missing) -> Option<Growth> {
+    fn grow(&mut self, bytes: u32, missing: Lacking) -> Option<Growth> {
         let more = u32::try_from(missing.behind.len()).ok()?;
         let so_far = self.so_far.saturating_add(bytes);
         let length = self.length.saturating_add(more);

@@ -4,7 +4,7 @@
 //! Envoy the name of a cluster, and h2 refuses what no URI may hold (RFC 3986, section 3.2). Nobody here reads it, so every
 //! byte of it is written over with zeros, plain or Huffman-coded: no length and no HPACK table changes, but that a coded one
 //! may count for more bytes than it did. Where it is empty there is nothing to write over, and h2 refuses that too: then a
-//! zero is [`Missing`], which makes the block longer, and the entry that it may become by a byte.
+//! zero is [`Lacking`], which makes the block longer, and the entry that it may become by a byte.
 //!
 //! Absent: names from the dynamic table. An encoder takes the name from the static table, or spells it out; what it refers to
 //! whole has passed here before.
@@ -60,12 +60,12 @@ const ZERO_BITS: u32 = 5;
 
 /// What a header block lacks where the value of its `:authority` is empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Missing {
+pub(super) struct Lacking {
     /// What is to follow the last byte that has passed.
     pub(super) behind: &'static [u8],
 }
 
-impl Missing {
+impl Lacking {
     /// A value, whose length has passed.
     const VALUE: Self = Self { behind: b"0" };
     /// The same, where the field has passed as a whole: a length before it.
@@ -77,13 +77,13 @@ impl Missing {
 
 impl Hpack {
     /// Takes as many bytes as can be taken at once, one at least. Says how many, and what is missing behind them.
-    pub(super) fn step(&mut self, bytes: &mut [u8]) -> (u32, Option<Missing>) {
+    pub(super) fn step(&mut self, bytes: &mut [u8]) -> (u32, Option<Lacking>) {
         let Some(byte) = bytes.first().copied() else { return (0, None) };
         let mut missing = None;
         *self = match *self {
             Self::Start => match byte {
                 EMPTY_AUTHORITY => {
-                    missing = Some(Missing::LENGTH_AND_VALUE);
+                    missing = Some(Lacking::LENGTH_AND_VALUE);
                     Self::Start
                 }
                 0x80.. => Self::integer(byte, 0x7f, IntegerOf::Nothing),
@@ -106,7 +106,7 @@ impl Hpack {
                 }
             }
             Self::Length { of } => {
-                missing = Some(Missing::VALUE).filter(|_| of == HpackText::Authority && byte & 0x7f == 0);
+                missing = Some(Lacking::VALUE).filter(|_| of == HpackText::Authority && byte & 0x7f == 0);
                 Self::integer(byte, 0x7f, IntegerOf::Length { of, huffman: byte >= 0x80 })
             }
             Self::Text { left, of: HpackText::Name { like_authority: Some(passed), huffman } } => {

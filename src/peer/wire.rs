@@ -10,7 +10,7 @@ use std::{
     os::fd::AsFd as _,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, LazyLock,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
     task::{Context, Poll, ready},
@@ -27,6 +27,8 @@ use super::{
     last_word::{LastWord, NextBytes},
     outbox::Outbox,
     passage::Passage,
+    sent_frames::Told,
+    stats::ConnectionStats,
     turns::Turns,
     writer::SoleWriter,
 };
@@ -34,9 +36,13 @@ use crate::{
     limits::{
         budget::HEAD,
         holding::{Holding, KeptBytes},
+        pace::Pace,
     },
     os::receive::{Received, receive},
 };
+
+/// Callers could cause them.
+static PACE: LazyLock<Pace> = LazyLock::new(Pace::default);
 
 /// Fewer bytes that are not complete are in what HTTP/2 takes in any case.
 const WORTH_TELLING: u32 = 2 * 1024;
@@ -111,6 +117,7 @@ pub(super) struct WireShared {
     pub(super) ending: Arc<Ending>,
     pub(super) turns: Arc<Turns>,
     pub(super) holding: Arc<Holding>,
+    pub(super) stats: Arc<ConnectionStats>,
 }
 
 /// A stream whose incoming bytes come by a [`Passage`].
@@ -123,6 +130,7 @@ pub(super) struct Wire<P: Send + 'static> {
     ending: Arc<Ending>,
     turns: Arc<Turns>,
     holding: Arc<Holding>,
+    stats: Arc<ConnectionStats>,
     /// Frames and header blocks that are not complete.
     unfinished: KeptBytes,
 }
@@ -135,10 +143,10 @@ impl<P: Send + 'static> Wire<P> {
         budget: FrameBudget,
         shared: WireShared,
     ) -> Self {
-        let WireShared { ending, turns, holding } = shared;
+        let WireShared { ending, turns, holding, stats } = shared;
         let (writer, passage) = (SoleWriter::new(peer), Passage::new(budget, Instant::now()));
         let (last_word, unfinished) = (LastWord::default(), holding.keep(0));
-        Self { outbox, writer, passage, last_word, ending, turns, holding, unfinished }
+        Self { outbox, writer, passage, last_word, ending, turns, holding, stats, unfinished }
     }
 
     fn noted<R>(&self, result: io::Result<R>) -> io::Result<R> {
@@ -304,6 +312,16 @@ impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
     }
 }
 
+/// Counts what the peer is told went wrong, and says it at debug: nobody else hears of it.
+fn note(told: Told, stats: &ConnectionStats, peer: &Peer) {
+    let Told { error, code, stream } = told;
+    stats.count_error(error);
+    if tracing::enabled!(tracing::Level::DEBUG) {
+        let (pid, uid) = (peer.pid(), peer.uid());
+        PACE.say(|left_out| tracing::debug!(%pid, %uid, stream, code, left_out, "a stream or connection ends with an error of http/2"));
+    }
+}
+
 /// Descriptors came with the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a descriptor was passed in")]
@@ -330,7 +348,7 @@ impl<P: Send + Unpin + 'static> AsyncWrite for Wire<P> {
         if let Ok(mut left) = result {
             for buf in bufs {
                 let part = buf.get(..left.min(buf.len())).unwrap_or_default();
-                this.last_word.passed(part);
+                this.last_word.passed(part, |told| note(told, &this.stats, this.writer.peer()));
                 left -= part.len();
             }
         }

@@ -26,8 +26,8 @@ use durward::{
     limits::{CallerKey, ConnectionRefusal},
     os::headroom::Headroom,
     peer::{
-        AcceptGate, Arrival, BindError, ConnectionBounds, ConnectionEnd, ConnectionStats, Drained, Listener,
-        OsUid, Peer, PeerGone, RequestBody, Socket,
+        AcceptGate, Arrival, BindError, ConnectionBounds, ConnectionEnd, ConnectionStats, Drained,
+        Http2Error, Listener, OsUid, Peer, PeerGone, RequestBody, Socket,
     },
 };
 use http_body_util::{BodyExt as _, Full};
@@ -298,6 +298,52 @@ async fn an_empty_authority_is_served() {
         }
     }
     server.drain().await;
+}
+
+/// h2 refuses by itself, and tells nobody but the client.
+#[tokio::test]
+async fn what_http2_refuses_is_counted() {
+    let frame = |kind: u8, flags: u8, stream: u8, payload: &[u8]| {
+        let length = u8::try_from(payload.len()).unwrap();
+        [&[0, 0, length, kind, flags, 0, 0, 0, stream], payload].concat()
+    };
+    let request = |stream: u8, path: &str| {
+        let mut headers = c_core_headers(path, "localhost");
+        headers[8] = stream;
+        headers
+    };
+    let twice = [&[0x83, 0x86, 0x81, 0x81], &literal(0x00, ":path", "/x")[..]].concat();
+    let resets: Vec<u8> = (1..100)
+        .step_by(2)
+        .flat_map(|n| [request(n, "/hang"), frame(3, 0, n, &[0, 0, 0, 8])].concat())
+        .collect();
+    for (case, error, sent) in [
+        ("a pseudo-header twice", Http2Error::Protocol, headers(&twice)),
+        (
+            "a request too many",
+            Http2Error::Refused,
+            [request(1, "/hang"), request(3, "/hang"), request(5, "/hang")].concat(),
+        ),
+        ("a header that stands nowhere", Http2Error::Protocol, headers(&[0xff, 0x7f])),
+        ("a PING of seven bytes", Http2Error::Protocol, frame(6, 0, 0, &[0; 7])),
+        ("resets", Http2Error::Calm, resets),
+        (
+            "DATA on a stream that has ended",
+            Http2Error::Protocol,
+            [request(1, "/x"), frame(0, 0, 1, b"x")].concat(),
+        ),
+    ] {
+        let server = Server::start(ConnectionBounds {
+            max_concurrent_streams: 2,
+            max_pending_resets: 4,
+            ..ConnectionBounds::default()
+        });
+        let mut stream = server.connect().await;
+        stream.write_all(&[PREFACE, SETTINGS, &sent].concat()).await.unwrap();
+        until(case, || server.stats.errors(error) == 1).await;
+        drop(stream);
+        server.drain().await;
+    }
 }
 
 #[tokio::test(start_paused = true)]
