@@ -39,7 +39,7 @@ use crate::{
     attest::Attestor,
     config::Config,
     issuer::{self, Issuer, metrics::IssuerMetrics},
-    limits::{self, GatePlan, Limits, pace::Complaints},
+    limits::{self, Limits, pace::Complaints},
     os::clock::Clock,
     peer::{
         ConnectionBounds, ConnectionMetrics, ConnectionStats, Leave, Listener, OsUid, Socket,
@@ -154,7 +154,7 @@ impl PreparedAgent {
         let store_series = Arc::new(StoreMetrics::new(metrics.registry()));
         let means = Means::of_this_process(http_listeners(config));
         let budget = config.ratelimit.memory.budget(means.cgroup);
-        let gate_plan = GatePlan::new(&config.ratelimit, means.nofile, budget)?;
+        let gate_plan = means.plan(&config.ratelimit)?;
         let health = Arc::<HealthState>::default();
         let asked = [endpoints::of_metrics(config, &metrics), endpoints::of_health(config, &health)].concat();
         let endpoints = HttpEndpoints::bind(asked, means.http_places)?;
