@@ -21,6 +21,9 @@ use tokio::runtime::{Builder, Runtime};
 const MOST_WORKERS: usize = 4;
 /// Threads for what computes long or may block: RSA keys, files of the issuer.
 const BLOCKING_THREADS: usize = 8;
+/// Threads that a start takes beside those: for the log, for memory, and for the names of users and groups. Without the last
+/// nobody would be told by a name.
+const OTHER_THREADS: usize = 6;
 /// How long all threads take to be there, at most.
 const THREADS_WITHIN: Duration = Duration::from_secs(2);
 /// Why a thread does not come into being, as far as that can be told: its stack is memory.
@@ -38,7 +41,8 @@ pub fn runtime() -> anyhow::Result<Runtime> {
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_WORKERS);
     let needed = workers + BLOCKING_THREADS;
     // One more makes the runtime.
-    try_threads(needed + 1).map_err(|error| no_threads(needed, error))?;
+    let at_once = needed + OTHER_THREADS + 1;
+    try_threads(at_once).map_err(|error| no_threads(at_once, error))?;
     let (give, made) = mpsc::sync_channel(1);
     let make = move || {
         // Its panic is a shortage that has come up since.

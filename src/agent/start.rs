@@ -25,6 +25,7 @@ use super::{
     place::{self, Inherited, Sockets},
     predecessor::Predecessor,
     probe::{keep_in_sight, probe},
+    runtime::no_threads,
     serving::Serving,
     surroundings::{keep_identifying, look_around, say_where},
     watch::Watch,
@@ -158,7 +159,7 @@ impl PreparedAgent {
         let health = Arc::<HealthState>::default();
         let asked = [endpoints::of_metrics(config, &metrics), endpoints::of_health(config, &health)].concat();
         let endpoints = HttpEndpoints::bind(asked, means.http_places)?;
-        let meter = MemoryMeter::start().context("cannot start a thread")?;
+        let meter = MemoryMeter::start().map_err(|error| no_threads(1, error))?;
         let index = config.issuer_input().index;
         let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
         attestor.share_by(config.ratelimit.families.clone());

@@ -90,6 +90,8 @@ impl Passage {
 
 #[cfg(test)]
 mod tests {
+    use std::slice;
+
     use proptest::{collection::vec, prelude::*, sample::Index};
 
     use super::*;
@@ -322,7 +324,7 @@ mod tests {
             ] {
                 let case = format!("{case}, {place}");
                 let (sent, seen) = in_frames(&[], PLAIN, &block);
-                check(&case, &connection(&[sent.clone()]), &connection(&[seen.clone()]));
+                check(&case, &connection(slice::from_ref(&sent)), &connection(slice::from_ref(&seen)));
                 // In the second request of a connection, after a body that looks like a header block.
                 let between = [frame(0, 1, 1, &named(0x40, c_core)), frame(1, 4, 1, &[0x83])];
                 let second = |request: Vec<u8>| connection(&[&between[..], &[request]].concat());
