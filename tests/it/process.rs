@@ -163,7 +163,7 @@ fn a_start_without_means_says_what_is_short_and_ends() {
     const MEMORY: &str = "memory for them (ulimit -d or -v)";
     let megabytes = |n: u64| (n << 20).to_string();
     for (limit, of, said) in [
-        ("--nofile", "5".to_owned(), "LimitNOFILE (ulimit -n) is 5"),
+        ("--nofile", "10".to_owned(), "LimitNOFILE (ulimit -n) is 10"),
         ("--nofile", "12".to_owned(), "LimitNOFILE (ulimit -n) is 12"),
         ("--nofile", "64".to_owned(), "(LimitNOFILE, or ulimit -n, is 64)"),
         ("--data", megabytes(8), MEMORY),
