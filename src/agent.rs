@@ -39,7 +39,7 @@ use tokio::{
 
 use self::{errands::Errands, handover::LeftSockets, serving::Serving, start::Adjustable, successor::Keeper};
 pub use self::{
-    gate::room_for,
+    gate::{RoomError, room_for},
     reload::Load,
     run::run,
     runtime::runtime,

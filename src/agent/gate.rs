@@ -9,8 +9,8 @@ use crate::{
     api::status,
     config::Config,
     limits::{
-        self, ConnectionPermit, ConnectionRefusal, GatePlan, gate_plan::NoRoomError, holding::Holding,
-        room::Room,
+        self, ConnectionPermit, ConnectionRefusal, GatePlan, LimitSettings, gate_plan::NoRoomError,
+        holding::Holding, room::Room,
     },
     os::{cgroup, headroom::Headroom},
     peer::{AcceptGate, Arrival},
@@ -100,10 +100,24 @@ pub(super) fn say_whom_to_distrust(config: &Config) {
 /// Whether an agent that has what this process has could hold the connections that are set.
 ///
 /// # Errors
-/// [`NoRoomError`].
-pub fn room_for(config: &Config) -> Result<(), NoRoomError> {
-    let means = Means::of_this_process(http_listeners(config));
-    GatePlan::new(&config.ratelimit, means.nofile, config.ratelimit.memory.budget(means.cgroup)).map(drop)
+/// [`RoomError`].
+pub fn room_for(config: &Config) -> Result<(), RoomError> {
+    Means::of_this_process(http_listeners(config)).plan(&config.ratelimit).map(drop)
+}
+
+/// Why the machine has no room for what is set.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+pub enum RoomError {
+    /// Descriptors do not suffice.
+    #[error("{why} (LimitNOFILE, or ulimit -n, is {open_files})")]
+    Descriptors {
+        why: NoRoomError,
+        /// The limit itself.
+        open_files: u64,
+    },
+    /// The memory budget does not.
+    #[error(transparent)]
+    Memory(NoRoomError),
 }
 
 /// How many HTTP listeners `config` asks for.
@@ -122,6 +136,8 @@ pub(super) fn http_listeners(config: &Config) -> usize {
 /// What the machine gives this process.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Means {
+    /// The limit of open files, once raised.
+    open_files: u64,
     /// Descriptors for callers: the soft limit, once raised to the hard one, without what HTTP listeners may hold.
     pub(super) nofile: u64,
     /// The most connections of each HTTP listener.
@@ -144,6 +160,18 @@ impl Means {
         let cgroup = cgroup::lowest_limit(Path::new(MEMBERSHIP), Path::new(CGROUPS));
         let http_places = http::places(nofile, cgroup);
         let held = u64::try_from(http_places.saturating_mul(http_listeners)).unwrap_or(u64::MAX);
-        Self { nofile: nofile.saturating_sub(held), http_places, cgroup }
+        Self { open_files: nofile, nofile: nofile.saturating_sub(held), http_places, cgroup }
+    }
+
+    /// What fits of what is set.
+    ///
+    /// # Errors
+    /// [`RoomError`].
+    pub(super) fn plan(self, settings: &LimitSettings) -> Result<GatePlan, RoomError> {
+        let budget = settings.memory.budget(self.cgroup);
+        GatePlan::new(settings, self.nofile, budget).map_err(|why| match why {
+            NoRoomError::Descriptors { .. } => RoomError::Descriptors { why, open_files: self.open_files },
+            NoRoomError::Memory { .. } => RoomError::Memory(why),
+        })
     }
 }

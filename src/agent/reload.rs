@@ -11,7 +11,6 @@ use super::{
 use crate::{
     api::proto::admin::ReloadResponse,
     config::{self, Changes, Config, EntryChanges},
-    limits::GatePlan,
 };
 
 /// Where the configuration comes from, at start and at each reload: files, environment and command line.
@@ -65,7 +64,7 @@ impl Replacing {
         let budget = ratelimit.memory.budget(parts.means.cgroup);
         let bounds = connection_bounds(next, parts.means);
         let told = next.issuer_input();
-        let gate_plan = GatePlan::new(ratelimit, parts.means.nofile, budget)?;
+        let gate_plan = parts.means.plan(ratelimit)?;
 
         say_what_fits(&gate_plan, budget);
         say_whom_to_distrust(next);

@@ -26,7 +26,7 @@ use super::{
     predecessor::{Predecessor, Predecessors},
     probe::feel_pulse,
     reload::Load,
-    runtime::{no_threads, runtime},
+    runtime::{no_runtime, no_threads, runtime},
     signals::{Signalled, Signals},
     standby::{Returning, TriesAgain, answer_probes},
     start::in_pod,
@@ -68,7 +68,7 @@ const LEFT_WITHIN: Duration = Duration::from_secs(5);
 /// # Errors
 /// Why the agent could not start, or had to end.
 pub fn run(load: Load) -> anyhow::Result<()> {
-    let control = Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
+    let control = Builder::new_current_thread().enable_all().build().map_err(no_runtime)?;
     let mut signals = control.block_on(async { Signals::new() })?;
     // While there is one thread: it changes the environment.
     let (manager, handed) = ServiceManager::from_environment()?;

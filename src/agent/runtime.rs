@@ -13,13 +13,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, anyhow};
+use anyhow::anyhow;
+use nix::sys::resource::{Resource, getrlimit};
 use tokio::runtime::{Builder, Runtime};
 
 /// The most worker threads. Two serve some ten thousand calls a second; more would only take from the node.
 const MOST_WORKERS: usize = 4;
 /// Threads for what computes long or may block: RSA keys, files of the issuer.
 const BLOCKING_THREADS: usize = 8;
+/// Threads that a start takes beside those: for the log, for memory, and for the names of users and groups. Without the last
+/// nobody would be told by a name.
+const OTHER_THREADS: usize = 6;
 /// How long all threads take to be there, at most.
 const THREADS_WITHIN: Duration = Duration::from_secs(2);
 /// Why a thread does not come into being, as far as that can be told: its stack is memory.
@@ -27,8 +31,6 @@ const SHORT: &str =
     "threads are short (pids.max, TasksMax or ulimit -u), or memory for them (ulimit -d or -v)";
 /// A thread that is there stays: when it is needed again there may be none to be had.
 const FOR_EVER: Duration = Duration::from_secs(10 * 365 * 86_400);
-/// Bytes of the stack of a thread that only waits.
-const SMALL_STACK: usize = 64 * 1024;
 
 /// The runtime that serves callers: as many workers as the machine has processors, at most four, and the threads for
 /// what takes long. All of them are there when this returns, and stay.
@@ -39,17 +41,18 @@ pub fn runtime() -> anyhow::Result<Runtime> {
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_WORKERS);
     let needed = workers + BLOCKING_THREADS;
     // One more makes the runtime.
-    try_threads(needed + 1).map_err(|error| no_threads(needed, error))?;
+    let at_once = needed + OTHER_THREADS + 1;
+    try_threads(at_once).map_err(|error| no_threads(at_once, error))?;
     let (give, made) = mpsc::sync_channel(1);
     let make = move || {
         // Its panic is a shortage that has come up since.
         let made = catch_unwind(AssertUnwindSafe(|| make(workers)));
-        drop(give.send(made.unwrap_or_else(|_panic| Err(anyhow!("{SHORT}")))));
+        drop(give.send(made.unwrap_or_else(|_panic| Err(too_few()))));
     };
     let make = std::thread::Builder::new().name("runtime".to_owned()).spawn(make);
     make.map_err(|error| no_threads(needed, error))?;
     match made.recv_timeout(2 * THREADS_WITHIN) {
-        Ok(made) => made.context("cannot start the runtime"),
+        Ok(made) => made,
         // It hangs, and ends with the process.
         Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
             Err(anyhow!("cannot start the runtime: its {needed} threads did not start"))
@@ -60,10 +63,22 @@ pub fn runtime() -> anyhow::Result<Runtime> {
 /// What is said when `needed` threads cannot be had.
 pub(super) fn no_threads(needed: usize, error: io::Error) -> anyhow::Error {
     let threads = if needed == 1 { "a thread".to_owned() } else { format!("{needed} threads") };
-    anyhow!("cannot start {threads}: {error} (pids.max, TasksMax or ulimit -u)")
+    anyhow!("cannot start {threads}: {error}: {SHORT}")
 }
 
-/// Has `needed` threads at once, and ends them.
+/// What is said when a runtime cannot be made.
+pub(super) fn no_runtime(error: io::Error) -> anyhow::Error {
+    let why = match getrlimit(Resource::RLIMIT_NOFILE) {
+        Ok((limit, _)) if error.raw_os_error() == Some(libc::EMFILE) => {
+            format!(": LimitNOFILE (ulimit -n) is {limit}")
+        }
+        _ => String::new(),
+    };
+    anyhow!("cannot start the runtime: {error}{why}")
+}
+
+/// Has `needed` threads at once, and ends them. Their stacks are as large as those of the runtime: where it has a thread too few it
+/// panics, and what is printed then takes memory, without which it waits for ever.
 fn try_threads(needed: usize) -> io::Result<()> {
     let (leave, left) = mpsc::channel::<()>();
     let left = Arc::new(Mutex::new(left));
@@ -71,7 +86,7 @@ fn try_threads(needed: usize) -> io::Result<()> {
         let left = Arc::clone(&left);
         // Nothing is ever sent: each waits for the end of the sender.
         let wait = move || drop(left.lock().map(|left| left.recv()));
-        std::thread::Builder::new().stack_size(SMALL_STACK).spawn(wait)
+        std::thread::Builder::new().spawn(wait)
     };
     let begun: Vec<_> = (0..needed).map(begin).collect();
     drop(leave);
@@ -83,22 +98,27 @@ fn try_threads(needed: usize) -> io::Result<()> {
     Ok(())
 }
 
+fn too_few() -> anyhow::Error {
+    anyhow!("cannot start the runtime: {SHORT}")
+}
+
 fn make(workers: usize) -> anyhow::Result<Runtime> {
     let runtime = Builder::new_multi_thread()
         .worker_threads(workers)
         .max_blocking_threads(BLOCKING_THREADS)
         .thread_keep_alive(FOR_EVER)
         .enable_all()
-        .build()?;
+        .build()
+        .map_err(no_runtime)?;
     match catch_unwind(AssertUnwindSafe(|| begin_blocking_threads(&runtime))) {
         Ok(Ok(())) => Ok(runtime),
         Ok(Err(_late)) => {
             runtime.shutdown_background();
-            Err(anyhow!("{SHORT}"))
+            Err(too_few())
         }
         Err(_panic) => {
             runtime.shutdown_background();
-            Err(anyhow!("{SHORT}"))
+            Err(too_few())
         }
     }
 }

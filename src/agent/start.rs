@@ -25,6 +25,7 @@ use super::{
     place::{self, Inherited, Sockets},
     predecessor::Predecessor,
     probe::{keep_in_sight, probe},
+    runtime::no_threads,
     serving::Serving,
     surroundings::{keep_identifying, look_around, say_where},
     watch::Watch,
@@ -39,7 +40,7 @@ use crate::{
     attest::Attestor,
     config::Config,
     issuer::{self, Issuer, metrics::IssuerMetrics},
-    limits::{self, GatePlan, Limits, pace::Complaints},
+    limits::{self, Limits, pace::Complaints},
     os::clock::Clock,
     peer::{
         ConnectionBounds, ConnectionMetrics, ConnectionStats, Leave, Listener, OsUid, Socket,
@@ -154,11 +155,11 @@ impl PreparedAgent {
         let store_series = Arc::new(StoreMetrics::new(metrics.registry()));
         let means = Means::of_this_process(http_listeners(config));
         let budget = config.ratelimit.memory.budget(means.cgroup);
-        let gate_plan = GatePlan::new(&config.ratelimit, means.nofile, budget)?;
+        let gate_plan = means.plan(&config.ratelimit)?;
         let health = Arc::<HealthState>::default();
         let asked = [endpoints::of_metrics(config, &metrics), endpoints::of_health(config, &health)].concat();
         let endpoints = HttpEndpoints::bind(asked, means.http_places)?;
-        let meter = MemoryMeter::start().context("cannot start a thread")?;
+        let meter = MemoryMeter::start().map_err(|error| no_threads(1, error))?;
         let index = config.issuer_input().index;
         let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
         attestor.share_by(config.ratelimit.families.clone());

@@ -146,7 +146,7 @@ impl Connection {
         http2: http2::Builder<Spawner>,
         service: impl ConnectionService,
     ) -> ConnectionEnd {
-        let Self { peer, bounds, phases, holding, .. } = self;
+        let Self { peer, bounds, phases, holding, open } = self;
         bound_send_buffer(&stream, bounds);
         let ending = Arc::new(Ending::default());
         let turns = Arc::new(Turns::new(Arc::clone(holding)));
@@ -155,6 +155,7 @@ impl Connection {
             ending: Arc::clone(&ending),
             turns: Arc::clone(&turns),
             holding: Arc::clone(holding),
+            stats: Arc::clone(&open.stats),
         };
         let outbox = Arc::new(Outbox::new(stream));
         let wire = Wire::new(Arc::clone(&outbox), Arc::clone(peer), bounds.budget, shared);

@@ -3,8 +3,8 @@
 //! Clients put what they like there: gRPC C-core the socket's path (`run%2Fagent.sock`), grpc-go what a dialer was given,
 //! Envoy the name of a cluster, and h2 refuses what no URI may hold (RFC 3986, section 3.2). Nobody here reads it, so every
 //! byte of it is written over with zeros, plain or Huffman-coded: no length and no HPACK table changes, but that a coded one
-//! may count for more bytes than it did. Where it is empty, the field of the static table gives way to another empty one that
-//! nobody reads, `accept-charset`.
+//! may count for more bytes than it did. Where it is empty there is nothing to write over, and h2 refuses that too: then a
+//! zero is [`Lacking`], which makes the block longer, and the entry that it may become by a byte.
 //!
 //! Absent: names from the dynamic table. An encoder takes the name from the static table, or spells it out; what it refers to
 //! whole has passed here before.
@@ -53,22 +53,37 @@ pub(super) const AUTHORITY: &[u8] = b":authority";
 pub(super) const CODED_AUTHORITY: &[u8] = &[0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f];
 /// `:authority` without a value: an indexed field (RFC 7541, section 6.1) of the static table's place 1 (appendix A).
 pub(super) const EMPTY_AUTHORITY: u8 = 0x81;
-/// `accept-charset` without a value.
-pub(super) const EMPTY_HEADER: u8 = 0x8f;
 /// The place of `:authority` in the static table.
 const AUTHORITY_INDEX: u32 = 1;
 /// Bits of the code of `0`, which are all zero.
 const ZERO_BITS: u32 = 5;
 
+/// What a header block lacks where the value of its `:authority` is empty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Lacking {
+    /// What is to follow the last byte that has passed.
+    pub(super) behind: &'static [u8],
+}
+
+impl Lacking {
+    /// A value, whose length has passed.
+    const VALUE: Self = Self { behind: b"0" };
+    /// The same, where the field has passed as a whole: a length before it.
+    const LENGTH_AND_VALUE: Self = Self { behind: &[1, b'0'] };
+    /// What the last byte that has passed becomes: a length of one, or a literal that nobody has to remember with the name of
+    /// the static table's place 1 (RFC 7541, section 6.2.2).
+    pub(super) const BECOMES: u8 = 1;
+}
+
 impl Hpack {
-    /// Takes as many bytes as can be taken at once, one at least, and says how many.
-    pub(super) fn step(&mut self, bytes: &mut [u8]) -> u32 {
-        let Some(first) = bytes.first_mut() else { return 0 };
-        let byte = *first;
+    /// Takes as many bytes as can be taken at once, one at least. Says how many, and what is missing behind them.
+    pub(super) fn step(&mut self, bytes: &mut [u8]) -> (u32, Option<Lacking>) {
+        let Some(byte) = bytes.first().copied() else { return (0, None) };
+        let mut missing = None;
         *self = match *self {
             Self::Start => match byte {
                 EMPTY_AUTHORITY => {
-                    *first = EMPTY_HEADER;
+                    missing = Some(Lacking::LENGTH_AND_VALUE);
                     Self::Start
                 }
                 0x80.. => Self::integer(byte, 0x7f, IntegerOf::Nothing),
@@ -90,7 +105,10 @@ impl Hpack {
                     None => Self::Lost,
                 }
             }
-            Self::Length { of } => Self::integer(byte, 0x7f, IntegerOf::Length { of, huffman: byte >= 0x80 }),
+            Self::Length { of } => {
+                missing = Some(Lacking::VALUE).filter(|_| of == HpackText::Authority && byte & 0x7f == 0);
+                Self::integer(byte, 0x7f, IntegerOf::Length { of, huffman: byte >= 0x80 })
+            }
             Self::Text { left, of: HpackText::Name { like_authority: Some(passed), huffman } } => {
                 let like = if huffman { CODED_AUTHORITY } else { AUTHORITY };
                 let like_authority = (like.get(usize::from(passed)) == Some(&byte)).then(|| passed + 1);
@@ -111,13 +129,13 @@ impl Hpack {
                     HpackText::Name { .. } | HpackText::Value => {}
                 }
                 *self = Self::text(left - used, of);
-                return used;
+                return (used, None);
             }
             Self::Lost => {
-                return u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+                return (u32::try_from(bytes.len()).unwrap_or(u32::MAX), None);
             }
         };
-        1
+        (1, missing)
     }
 
     /// The first byte of an integer: `mask` is what it has for the value (RFC 7541, section 5.1).

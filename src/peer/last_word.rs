@@ -4,19 +4,15 @@
 //! repeats the others on another connection by itself (RFC 9113, section 6.8). h2 cannot say that: its farewell
 //! names no stream, and it corrects it only after an answer that nobody would read.
 
-/// Length of a frame's head.
-const HEAD: usize = 9;
+use super::sent_frames::{HEAD, SentFrames, Told};
+
 /// Length of a GOAWAY without debug data.
 const GOAWAY: usize = HEAD + 8;
 
-/// Where in the frames that are written, and what is put between them.
+/// The frames that are written, and what is put between them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct LastWord {
-    /// So many bytes of a frame's head were written.
-    passed: usize,
-    head: [u8; 3],
-    /// So many bytes of the frame's payload are still to be written.
-    left: usize,
+    frames: SentFrames,
     /// What is to be said, and how much of it was.
     word: Option<([u8; GOAWAY], usize)>,
 }
@@ -43,10 +39,9 @@ impl LastWord {
     /// What is to be written next.
     pub(super) fn next(&self) -> NextBytes<'_> {
         let Some((word, said)) = &self.word else { return NextBytes::Theirs(usize::MAX) };
-        match (self.left, self.passed) {
-            (0, 0) => NextBytes::Ours(word.get(*said..).unwrap_or_default()),
-            (0, passed) => NextBytes::Theirs(HEAD - passed),
-            (left, _) => NextBytes::Theirs(left),
+        match self.frames.left() {
+            0 => NextBytes::Ours(word.get(*said..).unwrap_or_default()),
+            left => NextBytes::Theirs(left),
         }
     }
 
@@ -60,28 +55,9 @@ impl LastWord {
         }
     }
 
-    /// HTTP/2 has written these.
-    pub(super) fn passed(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            let taken = if self.left > 0 {
-                let taken = bytes.len().min(self.left);
-                self.left -= taken;
-                taken
-            } else {
-                let taken = bytes.len().min(HEAD - self.passed);
-                for (at, byte) in self.head.iter_mut().skip(self.passed).zip(bytes.iter().take(taken)) {
-                    *at = *byte;
-                }
-                self.passed += taken;
-                if self.passed == HEAD {
-                    let [high, middle, low] = self.head;
-                    self.left = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
-                    self.passed = 0;
-                }
-                taken
-            };
-            bytes = bytes.get(taken..).unwrap_or_default();
-        }
+    /// HTTP/2 has written these; `told` hears what they say went wrong.
+    pub(super) fn passed(&mut self, bytes: &[u8], told: impl FnMut(Told)) {
+        self.frames.pass(bytes, told);
     }
 }
 
@@ -127,7 +103,7 @@ mod tests {
                         let until = if saying { theirs.len() } else { said_at };
                         let taken = most.min(*piece).min(until - written);
                         let bytes = &theirs[written..written + taken];
-                        word.passed(bytes);
+                        word.passed(bytes, |told| panic!("{told:?}"));
                         out.extend_from_slice(bytes);
                         written += taken;
                     }

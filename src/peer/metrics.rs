@@ -2,7 +2,7 @@
 
 use metrics::{Counter, Gauge};
 
-use super::{end::ConnectionEnd, stats::ConnectionStats};
+use super::{end::ConnectionEnd, sent_frames::Http2Error, stats::ConnectionStats};
 use crate::{
     limits::ConnectionRefusal,
     telemetry::registry::{By, Label as _, Registry, float_u64},
@@ -15,6 +15,7 @@ pub struct ConnectionMetrics {
     accepted: Counter,
     refused: By<ConnectionRefusal, Counter>,
     closed: By<ConnectionEnd, Counter>,
+    errors: By<Http2Error, Counter>,
     requests: Gauge,
     accept_errors: Counter,
     accepts_paused: Counter,
@@ -42,6 +43,10 @@ impl ConnectionMetrics {
             ),
             closed: make
                 .counters("durward_connections_closed_total", "Connections that were served and have ended."),
+            errors: make.counters(
+                "durward_http2_errors_total",
+                "Streams that were reset, and connections that were given up, with an error of HTTP/2.",
+            ),
             requests: make.gauge(
                 "durward_requests_open",
                 "HTTP/2 requests and streams open now, of every service on the socket.",
@@ -78,6 +83,9 @@ impl ConnectionMetrics {
         for why in ConnectionEnd::VALUES {
             self.closed.with(*why, |counter| counter.absolute(public.closed(*why)));
         }
+        for error in Http2Error::VALUES {
+            self.errors.with(*error, |counter| counter.absolute(public.errors(*error)));
+        }
         self.requests.set(float_u64(public.streams()));
         self.accept_errors.absolute(public.accept_errors());
         self.accepts_paused.absolute(public.accepts_paused());
@@ -108,6 +116,7 @@ mod tests {
         public.count_refused(ConnectionRefusal::Unidentified);
         public.count_refused(ConnectionRefusal::Memory);
         public.count_accepts_paused();
+        public.count_error(Http2Error::Refused);
         admin.count_refused(ConnectionRefusal::NotOwner);
         admin.count_refused(ConnectionRefusal::AdminConnections);
         series.set(&public, &admin);
@@ -122,6 +131,8 @@ mod tests {
             r#"durward_connections_refused_total{reason="caller_rate"} 0"#,
             r#"durward_connections_closed_total{reason="peer"} 2"#,
             r#"durward_connections_closed_total{reason="flood"} 0"#,
+            r#"durward_http2_errors_total{reason="refused_stream"} 1"#,
+            r#"durward_http2_errors_total{reason="protocol"} 0"#,
             "durward_accepts_paused_total 1",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} in:\n{text}");

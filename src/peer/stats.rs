@@ -5,7 +5,7 @@ use std::sync::{
     atomic::{AtomicU64, Ordering::Relaxed},
 };
 
-use super::end::ConnectionEnd;
+use super::{end::ConnectionEnd, sent_frames::Http2Error};
 use crate::{limits::ConnectionRefusal, telemetry::registry::By};
 
 /// What a listener has counted. Read at any time, from any thread.
@@ -20,6 +20,7 @@ pub struct ConnectionStats {
     request_panics: AtomicU64,
     refused: By<ConnectionRefusal, AtomicU64>,
     closed: By<ConnectionEnd, AtomicU64>,
+    errors: By<Http2Error, AtomicU64>,
 }
 
 impl ConnectionStats {
@@ -66,6 +67,15 @@ impl ConnectionStats {
     /// Connections that have ended.
     pub fn closed(&self, why: ConnectionEnd) -> u64 {
         self.closed.with(why, |n| n.load(Relaxed))
+    }
+
+    /// Streams that were reset, and connections that were given up, for an error.
+    pub fn errors(&self, error: Http2Error) -> u64 {
+        self.errors.with(error, |n| n.load(Relaxed))
+    }
+
+    pub(super) fn count_error(&self, error: Http2Error) {
+        self.errors.with(error, |n| n.fetch_add(1, Relaxed));
     }
 
     pub(super) fn count_accepted(&self) {

@@ -1,4 +1,4 @@
-//! The stream of a connection as HTTP/2 reads it: what arrives is of one writer, and passes a [`Filter`].
+//! The stream of a connection as HTTP/2 reads it: what arrives is of one writer, and comes by a [`Passage`].
 //!
 //! Bytes of another process, or of the same under another user, never reach HTTP/2. From then on nothing is read, and
 //! the client is told by a GOAWAY which of its calls were heard; those are answered. An effective user alone does not show in
@@ -10,7 +10,7 @@ use std::{
     os::fd::AsFd as _,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, LazyLock,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
     task::{Context, Poll, ready},
@@ -23,9 +23,12 @@ use tokio::{
 
 use super::{
     credentials::Peer,
-    frames::{Filter, FrameBudget},
+    frames::FrameBudget,
     last_word::{LastWord, NextBytes},
     outbox::Outbox,
+    passage::Passage,
+    sent_frames::Told,
+    stats::ConnectionStats,
     turns::Turns,
     writer::SoleWriter,
 };
@@ -33,9 +36,13 @@ use crate::{
     limits::{
         budget::HEAD,
         holding::{Holding, KeptBytes},
+        pace::Pace,
     },
     os::receive::{Received, receive},
 };
+
+/// Callers could cause them.
+static PACE: LazyLock<Pace> = LazyLock::new(Pace::default);
 
 /// Fewer bytes that are not complete are in what HTTP/2 takes in any case.
 const WORTH_TELLING: u32 = 2 * 1024;
@@ -110,18 +117,20 @@ pub(super) struct WireShared {
     pub(super) ending: Arc<Ending>,
     pub(super) turns: Arc<Turns>,
     pub(super) holding: Arc<Holding>,
+    pub(super) stats: Arc<ConnectionStats>,
 }
 
-/// A stream whose incoming bytes pass a [`Filter`].
+/// A stream whose incoming bytes come by a [`Passage`].
 #[derive(Debug)]
 pub(super) struct Wire<P: Send + 'static> {
     outbox: Arc<Outbox<P>>,
     writer: SoleWriter,
-    filter: Filter,
+    passage: Passage,
     last_word: LastWord,
     ending: Arc<Ending>,
     turns: Arc<Turns>,
     holding: Arc<Holding>,
+    stats: Arc<ConnectionStats>,
     /// Frames and header blocks that are not complete.
     unfinished: KeptBytes,
 }
@@ -134,10 +143,10 @@ impl<P: Send + 'static> Wire<P> {
         budget: FrameBudget,
         shared: WireShared,
     ) -> Self {
-        let WireShared { ending, turns, holding } = shared;
-        let (writer, filter) = (SoleWriter::new(peer), Filter::new(budget, Instant::now()));
+        let WireShared { ending, turns, holding, stats } = shared;
+        let (writer, passage) = (SoleWriter::new(peer), Passage::new(budget, Instant::now()));
         let (last_word, unfinished) = (LastWord::default(), holding.keep(0));
-        Self { outbox, writer, filter, last_word, ending, turns, holding, unfinished }
+        Self { outbox, writer, passage, last_word, ending, turns, holding, stats, unfinished }
     }
 
     fn noted<R>(&self, result: io::Result<R>) -> io::Result<R> {
@@ -186,16 +195,50 @@ impl<P: Send + 'static> Wire<P> {
         }
     }
 
+    /// Reads up to `most` bytes behind what fills `buf`, and lets them pass. Ready with whether the peer wrote some.
+    fn poll_some(
+        &mut self,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+        most: usize,
+    ) -> Poll<io::Result<bool>> {
+        let received = ready!(self.poll_receive(cx, buf, most));
+        let Received::Bytes { len, writer } = self.noted(received)? else {
+            self.ending.descriptors.store(true, Relaxed);
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionAborted, PassedIn)));
+        };
+        if len == 0 {
+            self.ending.by_peer.store(true, Relaxed);
+            return Poll::Ready(Ok(false));
+        }
+        if !self.writer.wrote(writer) {
+            self.end_with(cx);
+            return Poll::Ready(Ok(false));
+        }
+        self.ending.read_full.store(len == most, Relaxed);
+        let from = buf.filled().len();
+        buf.advance(len);
+        let passed = self.passage.pass(buf, from, Instant::now).map_err(|flood| {
+            self.ending.flooded.store(true, Relaxed);
+            io::Error::new(io::ErrorKind::ConnectionAborted, flood)
+        });
+        self.tell_unfinished();
+        let began = self.passage.filter().take_began();
+        self.turns.heads(began);
+        Poll::Ready(passed.map(|()| true))
+    }
+
     /// Tells what HTTP/2 keeps of what came, if it is worth it: an ordinary read ends where a frame does.
     fn tell_unfinished(&mut self) {
-        let now = Some(self.filter.unfinished()).filter(|bytes| *bytes >= WORTH_TELLING).unwrap_or(0);
+        let now =
+            Some(self.passage.filter().unfinished()).filter(|bytes| *bytes >= WORTH_TELLING).unwrap_or(0);
         self.unfinished.set(now.into());
     }
 
     /// Nothing more is read: these bytes were not the peer's.
     fn end_with(&mut self, cx: &mut Context<'_>) {
         self.ending.another_writer.store(true, Relaxed);
-        self.last_word.say(self.filter.last_whole());
+        self.last_word.say(self.passage.filter().last_whole());
         // What cannot be written now is written before whatever HTTP/2 writes next.
         drop(self.poll_last_word(cx));
     }
@@ -205,7 +248,7 @@ impl<P: Send + 'static> Wire<P> {
     fn leave_changed(&mut self) {
         if self.writer.has_changed() && !self.ending.another_writer.swap(true, Relaxed) {
             // The streams of a client have odd numbers.
-            self.last_word.say(self.filter.last_whole().saturating_sub(2));
+            self.last_word.say(self.passage.filter().last_whole().saturating_sub(2));
         }
     }
 
@@ -227,52 +270,55 @@ impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         this.leave_changed();
-        if this.ending.another_writer.load(Relaxed) {
-            drop(this.poll_last_word(cx));
-            return Poll::Pending;
-        }
-        if this.turns.pauses().paused() {
-            // The connection's task polls again when the pause is over.
-            return Poll::Pending;
-        }
-        if this.ending.read_full.load(Relaxed) {
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
-        }
-        let plenty = this.holding.has_plenty();
-        if !plenty && !this.turns.is_new() {
-            // What it asks further waits in the kernel where there is no memory for it. Its first request is let in.
-            if !this.holding.try_hold(HEADS_WITHOUT_ROOM) {
-                this.turns.pauses().rest(Instant::now());
-                return Poll::Pending;
-            }
-            this.holding.release(HEADS_WITHOUT_ROOM);
-        }
-        let most = buf.remaining().min(if plenty { AT_ONCE } else { AT_ONCE_WITHOUT_ROOM });
-        let received = ready!(this.poll_receive(cx, buf, most));
-        let Received::Bytes { len, writer } = this.noted(received)? else {
-            this.ending.descriptors.store(true, Relaxed);
-            return Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionAborted, PassedIn)));
-        };
-        if len == 0 {
-            this.ending.by_peer.store(true, Relaxed);
+        if this.passage.waits() {
+            // It was heard, whatever came since.
+            this.passage.take(buf);
             return Poll::Ready(Ok(()));
         }
-        if !this.writer.wrote(writer) {
-            this.end_with(cx);
-            return Poll::Pending;
-        }
-        this.ending.read_full.store(len == most, Relaxed);
         let before = buf.filled().len();
-        buf.advance(len);
-        let new = buf.filled_mut().get_mut(before..).unwrap_or_default();
-        let passed = this.filter.pass(new, Instant::now).map_err(|flood| {
-            this.ending.flooded.store(true, Relaxed);
-            io::Error::new(io::ErrorKind::ConnectionAborted, flood)
-        });
-        this.tell_unfinished();
-        this.turns.heads(this.filter.take_began());
-        Poll::Ready(passed)
+        // Nothing more would be the end of the stream: where all that came is kept back, the rest of it is read.
+        while buf.filled().len() == before {
+            if this.ending.another_writer.load(Relaxed) {
+                drop(this.poll_last_word(cx));
+                return Poll::Pending;
+            }
+            if this.turns.pauses().paused() {
+                // The connection's task polls again when the pause is over.
+                return Poll::Pending;
+            }
+            if this.ending.read_full.load(Relaxed) {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            let plenty = this.holding.has_plenty();
+            if !plenty && !this.turns.is_new() {
+                // What it asks further waits in the kernel where there is no memory for it. Its first request is let in.
+                if !this.holding.try_hold(HEADS_WITHOUT_ROOM) {
+                    this.turns.pauses().rest(Instant::now());
+                    return Poll::Pending;
+                }
+                this.holding.release(HEADS_WITHOUT_ROOM);
+            }
+            let most = buf.remaining().min(if plenty { AT_ONCE } else { AT_ONCE_WITHOUT_ROOM });
+            if !ready!(this.poll_some(cx, buf, most))? {
+                return if this.ending.another_writer.load(Relaxed) {
+                    Poll::Pending
+                } else {
+                    Poll::Ready(Ok(()))
+                };
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Counts what the peer is told went wrong, and says it at debug: nobody else hears of it.
+fn note(told: Told, stats: &ConnectionStats, peer: &Peer) {
+    let Told { error, code, stream } = told;
+    stats.count_error(error);
+    if tracing::enabled!(tracing::Level::DEBUG) {
+        let (pid, uid) = (peer.pid(), peer.uid());
+        PACE.say(|left_out| tracing::debug!(%pid, %uid, stream, code, left_out, "a stream or connection ends with an error of http/2"));
     }
 }
 
@@ -302,7 +348,7 @@ impl<P: Send + Unpin + 'static> AsyncWrite for Wire<P> {
         if let Ok(mut left) = result {
             for buf in bufs {
                 let part = buf.get(..left.min(buf.len())).unwrap_or_default();
-                this.last_word.passed(part);
+                this.last_word.passed(part, |told| note(told, &this.stats, this.writer.peer()));
                 left -= part.len();
             }
         }

@@ -28,6 +28,11 @@ impl SoleWriter {
         Self { peer, first: None }
     }
 
+    /// Who it is.
+    pub(super) fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
     /// Whether its process was seen as another user or group than it connected as.
     pub(super) fn has_changed(&self) -> bool {
         self.peer.has_changed()

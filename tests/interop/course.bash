@@ -10,6 +10,7 @@ own=myservice,myservice2
 
 # course COMMAND...: runs the client and has the agent change, restart and be away meanwhile.
 course() {
+    rm -f "$dir/steps"
     mkfifo "$dir/steps"
     timeout 300 "$@" <"$dir/steps" >"$dir/told" 2>"$dir/said" &
     local client=$!

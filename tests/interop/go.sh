@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Clients in Go: grpc-go, however it is dialled, and go-spiffe, present and first version; the present one through a change of
-# entries, a restart and an outage too.
+# Clients in Go: grpc-go, however it is dialled, and go-spiffe, present and first version, through a change of entries, a restart
+# and an outage.
 source "$(dirname "${BASH_SOURCE[0]}")/agent.bash"
 source "$(dirname "${BASH_SOURCE[0]}")/course.bash"
 
@@ -9,5 +9,5 @@ start_agent "$socket"
 cd "$root/tests/interop/go"
 timeout 900 go build -mod=readonly -o "$dir/" . ./first ./course
 timeout 120 "$dir/interop" "$socket"
-timeout 60 "$dir/first" "$socket"
 course "$dir/course" "$socket"
+course "$dir/first" "$socket"

@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeSet, fs, path::Path};
 
+use proptest::{collection::vec, prelude::*};
+
 #[path = "../fuzz/bodies.rs"]
 #[expect(unreachable_pub, reason = "public in the fuzz package")]
 mod bodies;
@@ -30,5 +32,19 @@ fn every_corpus_file_keeps_the_invariants_of_its_target() {
             seeds += 1;
         }
         assert!(seeds > 0, "{name} has seeds");
+    }
+}
+
+proptest! {
+    /// What no fuzzer has to find first: frames, and noise behind them.
+    #[test]
+    fn any_frames_keep_the_invariants_of_the_wire(
+        frames in vec((0u8..12, any::<u8>(), 0u8..5, vec(prop_oneof![any::<u8>(), Just(0), Just(1), Just(0x81)], 0..80)), 0..12),
+        noise in vec(any::<u8>(), 0..600),
+    ) {
+        let frames = frames.iter().map(|(kind, flags, stream, payload)| {
+            crate::frames::frame(*kind, *flags, u32::from(*stream), payload)
+        });
+        bodies::wire(&[frames.collect::<Vec<_>>().concat(), noise].concat());
     }
 }

@@ -26,8 +26,8 @@ use durward::{
     limits::{CallerKey, ConnectionRefusal},
     os::headroom::Headroom,
     peer::{
-        AcceptGate, Arrival, BindError, ConnectionBounds, ConnectionEnd, ConnectionStats, Drained, Listener,
-        OsUid, Peer, PeerGone, RequestBody, Socket,
+        AcceptGate, Arrival, BindError, ConnectionBounds, ConnectionEnd, ConnectionStats, Drained,
+        Http2Error, Listener, OsUid, Peer, PeerGone, RequestBody, Socket,
     },
 };
 use http_body_util::{BodyExt as _, Full};
@@ -179,23 +179,32 @@ pub(crate) async fn until(what: &str, mut so: impl FnMut() -> bool) {
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
+/// `:authority`, Huffman-coded (RFC 7541, appendix B).
+const CODED_AUTHORITY: &[u8] = &[0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f];
 
 /// HEADERS of a request as gRPC C-core sends it: literals with the socket's path for an authority.
 fn c_core_headers(path: &str, authority: &str) -> Vec<u8> {
-    let mut block = vec![0x83, 0x86];
-    for (name, value) in
-        [(":path", path), (":authority", authority), ("te", "trailers"), ("content-type", "application/grpc")]
-    {
-        block.push(0x40);
-        for text in [name, value] {
-            block.push(u8::try_from(text.len()).unwrap());
-            block.extend_from_slice(text.as_bytes());
-        }
-    }
-    // END_STREAM and END_HEADERS, stream 1.
-    let mut frame = vec![0, 0, u8::try_from(block.len()).unwrap(), 1, 0x05, 0, 0, 0, 1];
-    frame.extend_from_slice(&block);
-    frame
+    let fields: Vec<u8> = [
+        (":path", path),
+        (":authority", authority),
+        ("te", "trailers"),
+        ("content-type", "application/grpc"),
+    ]
+    .iter()
+    .flat_map(|(name, value)| literal(0x40, name, value))
+    .collect();
+    headers(&[&[0x83, 0x86], &fields[..]].concat())
+}
+
+/// A literal of this kind (RFC 7541, section 6.2).
+fn literal(kind: u8, name: &str, value: &str) -> Vec<u8> {
+    let text = |text: &str| [&[u8::try_from(text.len()).unwrap()], text.as_bytes()].concat();
+    [&[kind], &text(name)[..], &text(value)].concat()
+}
+
+/// HEADERS with END_STREAM and END_HEADERS, on stream 1.
+fn headers(block: &[u8]) -> Vec<u8> {
+    [&[0, 0, u8::try_from(block.len()).unwrap(), 1, 0x05, 0, 0, 0, 1], block].concat()
 }
 
 /// Reads until the server closes; what it sent.
@@ -237,6 +246,102 @@ async fn every_authority_is_served() {
                 assert_ne!(stream.read_buf(&mut got).await.unwrap(), 0, "{case}: {got:?}");
             }
         }
+        server.drain().await;
+    }
+}
+
+/// However it is coded and wherever it stands, and in whatever pieces it comes.
+#[tokio::test]
+async fn an_empty_authority_is_served() {
+    let server = Server::start(ConnectionBounds::default());
+    let coded_name = [&[0x00, 0x88], CODED_AUTHORITY].concat();
+    for (case, authority) in [
+        ("the static table's", vec![0x81]),
+        ("its name from there", vec![0x01, 0x00]),
+        ("never indexed", vec![0x11, 0x00]),
+        ("indexed", vec![0x41, 0x00]),
+        ("coded", vec![0x01, 0x80]),
+        ("a literal name", literal(0x00, ":authority", "")),
+        ("a coded name", [&coded_name[..], &[0x00]].concat()),
+        ("both coded", [&coded_name[..], &[0x80]].concat()),
+    ] {
+        let path = literal(0x00, ":path", "/x");
+        let others =
+            [literal(0x00, "te", "trailers"), literal(0x00, "content-type", "application/grpc")].concat();
+        for (place, block) in [
+            ("before the path", [&[0x83, 0x86], &authority[..], &path, &others].concat()),
+            ("behind it", [&[0x83, 0x86], &path[..], &authority, &others].concat()),
+        ] {
+            let whole = headers(&block);
+            // In two frames, cut behind the first byte of the authority.
+            let at = block.windows(authority.len()).position(|it| it == authority).unwrap() + 1;
+            let (first, second) = block.split_at(at);
+            let mut two = headers(first);
+            two[4] = 0x01;
+            two.extend([0, 0, u8::try_from(second.len()).unwrap(), 9, 0x04, 0, 0, 0, 1]);
+            two.extend_from_slice(second);
+            for (frames, request) in [("one frame", whole), ("two frames", two)] {
+                for piece in [request.len(), 10, 1] {
+                    let case = format!("{case}, {place}, {frames}, {piece} bytes at a time");
+                    let mut stream = server.connect().await;
+                    stream.write_all(&[PREFACE, SETTINGS].concat()).await.unwrap();
+                    for piece in request.chunks(piece) {
+                        stream.write_all(piece).await.unwrap();
+                        tokio::task::yield_now().await;
+                    }
+                    let mut got = Vec::new();
+                    while !contains(&got, "/x 0 uid:") {
+                        assert_ne!(stream.read_buf(&mut got).await.unwrap(), 0, "{case}: {got:x?}");
+                    }
+                }
+            }
+        }
+    }
+    server.drain().await;
+}
+
+/// h2 refuses by itself, and tells nobody but the client.
+#[tokio::test]
+async fn what_http2_refuses_is_counted() {
+    let frame = |kind: u8, flags: u8, stream: u8, payload: &[u8]| {
+        let length = u8::try_from(payload.len()).unwrap();
+        [&[0, 0, length, kind, flags, 0, 0, 0, stream], payload].concat()
+    };
+    let request = |stream: u8, path: &str| {
+        let mut headers = c_core_headers(path, "localhost");
+        headers[8] = stream;
+        headers
+    };
+    let twice = [&[0x83, 0x86, 0x81, 0x81], &literal(0x00, ":path", "/x")[..]].concat();
+    let resets: Vec<u8> = (1..100)
+        .step_by(2)
+        .flat_map(|n| [request(n, "/hang"), frame(3, 0, n, &[0, 0, 0, 8])].concat())
+        .collect();
+    for (case, error, sent) in [
+        ("a pseudo-header twice", Http2Error::Protocol, headers(&twice)),
+        (
+            "a request too many",
+            Http2Error::Refused,
+            [request(1, "/hang"), request(3, "/hang"), request(5, "/hang")].concat(),
+        ),
+        ("a header that stands nowhere", Http2Error::Protocol, headers(&[0xff, 0x7f])),
+        ("a PING of seven bytes", Http2Error::Protocol, frame(6, 0, 0, &[0; 7])),
+        ("resets", Http2Error::Calm, resets),
+        (
+            "DATA on a stream that has ended",
+            Http2Error::Protocol,
+            [request(1, "/x"), frame(0, 0, 1, b"x")].concat(),
+        ),
+    ] {
+        let server = Server::start(ConnectionBounds {
+            max_concurrent_streams: 2,
+            max_pending_resets: 4,
+            ..ConnectionBounds::default()
+        });
+        let mut stream = server.connect().await;
+        stream.write_all(&[PREFACE, SETTINGS, &sent].concat()).await.unwrap();
+        until(case, || server.stats.errors(error) == 1).await;
+        drop(stream);
         server.drain().await;
     }
 }

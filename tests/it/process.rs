@@ -138,16 +138,49 @@ async fn what_the_wire_refuses_is_seen_at_debug() {
     stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x01\x04\0\0\0\0\0\0").unwrap();
     // It may be closed or reset.
     drop(stream.read_to_end(&mut Vec::new()));
-    let refused = async {
-        loop {
-            let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
-            if let Some(line) = log.lines().find(|line| line.contains("refused what came on a connection")) {
-                break line.to_owned();
+    for (words, reason) in [
+        ("refused what came on a connection", "reason=protocol"),
+        ("a stream or connection ends with an error of http/2", "code=PROTOCOL_ERROR"),
+    ] {
+        let said = async {
+            loop {
+                let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
+                if let Some(line) = log.lines().find(|line| line.contains(words)) {
+                    break line.to_owned();
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
             }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    let line = tokio::time::timeout(Duration::from_secs(60), refused).await.unwrap();
-    let pid = format!("pid={} ", std::process::id());
-    assert!(line.contains("reason=protocol") && line.contains(&pid) && line.contains("error="), "{line}");
+        };
+        let line = tokio::time::timeout(Duration::from_secs(60), said).await.unwrap();
+        let pid = format!("pid={} ", std::process::id());
+        assert!(line.contains(reason) && line.contains(&pid), "{line}");
+    }
+}
+
+/// What is short at the start is named, with the limit of it, and the agent ends, however little there is.
+#[test]
+fn a_start_without_means_says_what_is_short_and_ends() {
+    const MEMORY: &str = "memory for them (ulimit -d or -v)";
+    let megabytes = |n: u64| (n << 20).to_string();
+    for (limit, of, said) in [
+        ("--nofile", "10".to_owned(), "LimitNOFILE (ulimit -n) is 10"),
+        ("--nofile", "12".to_owned(), "LimitNOFILE (ulimit -n) is 12"),
+        ("--nofile", "64".to_owned(), "(LimitNOFILE, or ulimit -n, is 64)"),
+        ("--data", megabytes(8), MEMORY),
+        ("--data", megabytes(16), MEMORY),
+        ("--data", megabytes(32), "memory"),
+    ] {
+        let case = format!("{limit}={of}");
+        let dir = tempfile::tempdir().unwrap();
+        write_config(dir.path(), "");
+        let mut agent = std::process::Command::new("prlimit");
+        agent.arg(&case).args([env!("CARGO_BIN_EXE_durward"), "run", "--config"]);
+        // A backtrace takes memory, and waits for ever where there is none.
+        agent.arg(dir.path().join("agent.conf")).env("RUST_BACKTRACE", "1");
+        let ended = agent.output().unwrap();
+        let words = String::from_utf8_lossy(&ended.stderr).into_owned();
+        // Later there are no words to be had but those of who allocates.
+        assert!(ended.status.code() == Some(1) || words.contains("memory allocation of "), "{case}: {words}");
+        assert!(words.contains(said) && !words.contains("panicked"), "{case}: {words}");
+    }
 }

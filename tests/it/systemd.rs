@@ -248,7 +248,7 @@ fn an_agent_without_threads_says_so_and_ends() {
     const USER: &str = "61234";
     let as_user = ["setpriv", "--reuid", USER, "--regid", USER, "--clear-groups"];
     let as_user: &[&str] = if nix::unistd::geteuid().is_root() { &as_user } else { &[] };
-    for threads in [1, 2, 3, 5, 8, 11] {
+    for threads in [1, 2, 3, 5, 8, 11, 14, 16] {
         let dir = configured("");
         let path = dir.path().join("api.sock");
         let held = UnixListener::bind(&path).unwrap();

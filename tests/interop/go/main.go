@@ -6,15 +6,14 @@ package main
 import (
 	"context"
 	"fmt"
-	"net"
 	"os"
 	"time"
 
+	"durward.test/interop/dials"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 )
 
@@ -29,38 +28,6 @@ func check(name string, err error) {
 	if err != nil {
 		fmt.Printf("FAILED: %s: %v\n", name, err)
 		failed = true
-	}
-}
-
-// What ends up in :authority differs with each of these; none of it may matter.
-func dials(socket string) map[string]func() (*grpc.ClientConn, error) {
-	plain := grpc.WithTransportCredentials(insecure.NewCredentials())
-	dialer := grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-	})
-	to := func(target string, options ...grpc.DialOption) func() (*grpc.ClientConn, error) {
-		return func() (*grpc.ClientConn, error) { return grpc.NewClient(target, append(options, plain)...) }
-	}
-	authority := grpc.WithAuthority
-	return map[string]func() (*grpc.ClientConn, error){
-		"unix://":                    to("unix://" + socket),
-		"unix:":                      to("unix:" + socket),
-		"a dialer, a path":           to("passthrough:///"+socket, dialer),
-		"a dialer, a URL":            to("passthrough:///unix://"+socket, dialer),
-		"a dialer, passthrough:path": to("passthrough:"+socket, dialer),
-		"a dialer, a name":           to("passthrough:///spire-agent", dialer),
-		"a dialer, nothing":          to("passthrough:///", dialer),
-		"Dial": func() (*grpc.ClientConn, error) {
-			return grpc.Dial(socket, plain, dialer) //nolint:staticcheck // old clients do
-		},
-		"authority: a path":          to("unix://"+socket, authority("/run/spire/sockets/agent.sock")),
-		"authority: a percent sign":  to("unix://"+socket, authority("run%2Fagent.sock")),
-		"authority: as Envoy's":      to("unix://"+socket, authority("outbound|8080||x.default.svc")),
-		"authority: spaces":          to("unix://"+socket, authority("a b c")),
-		"authority: not ASCII":       to("unix://"+socket, authority("bücher.example")),
-		"authority: an open bracket": to("unix://"+socket, authority("[::1")),
-		"authority: an underscore":   to("unix://"+socket, authority("spire_agent")),
-		"authority: one character":   to("unix://"+socket, authority("/")),
 	}
 }
 
@@ -107,7 +74,7 @@ func present() error {
 
 func main() {
 	socket := os.Args[1]
-	ways := dials(socket)
+	ways := dials.Ways(socket)
 	for name, dial := range ways {
 		conn, err := dial()
 		if err == nil {

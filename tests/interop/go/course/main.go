@@ -1,110 +1,106 @@
-// go-spiffe through what the script that runs it does. Its steps come by lines: what a watch of it must have, and a call, by then.
+// go-spiffe, and grpc-go however it is dialled, through what the script that runs them does.
 //
 //	go run ./course SOCKET
 package main
 
 import (
-	"bufio"
 	"context"
-	"fmt"
+	"crypto/x509"
 	"os"
-	"slices"
-	"strings"
-	"sync"
 	"time"
 
+	"durward.test/interop/dials"
+	"durward.test/interop/steps"
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 )
 
-const patience = 90 * time.Second
-
-// What the watch was told last: serial numbers by the last part of a SPIFFE ID.
-type watch struct {
-	sync.Mutex
-	serials map[string]string
-}
-
-func (w *watch) OnX509ContextUpdate(update *workloadapi.X509Context) {
-	serials := map[string]string{}
-	for _, svid := range update.SVIDs {
-		serials[last(svid.ID.Path())] = svid.Certificates[0].SerialNumber.String()
-	}
-	w.Lock()
-	defer w.Unlock()
-	w.serials = serials
-}
+// How long a client of grpc-go's own waits before it opens its stream again.
+const pause = time.Second
 
 // A watch goes on by itself: what it meets in between is its own business.
-func (w *watch) OnX509ContextWatchError(error) {}
+type watch struct{ *steps.Told }
 
-func (w *watch) now() map[string]string {
-	w.Lock()
-	defer w.Unlock()
-	return w.serials
+func (w watch) OnX509ContextUpdate(update *workloadapi.X509Context) {
+	serials := map[string]string{}
+	for _, svid := range update.SVIDs {
+		serials[steps.Last(svid.ID.String())] = svid.Certificates[0].SerialNumber.String()
+	}
+	w.Tell(serials)
 }
 
-func last(path string) string { return path[strings.LastIndexByte(path, '/')+1:] }
+func (watch) OnX509ContextWatchError(error) {}
 
-// Whether the watch has these identities, none of them as it was before.
-func (w *watch) has(want []string, before map[string]string) bool {
-	serials := w.now()
-	for _, id := range want {
-		if serials[id] == "" || serials[id] == before[id] {
-			return false
+func present(ctx context.Context, socket string) *steps.Client {
+	client, err := workloadapi.New(ctx, workloadapi.WithAddr("unix://"+socket))
+	if err != nil {
+		panic(err)
+	}
+	told := &steps.Told{}
+	go client.WatchX509Context(ctx, watch{told}) //nolint:errcheck // it ends with us
+	return &steps.Client{Told: told, Call: func() ([]string, error) {
+		ctx, cancel := context.WithTimeout(ctx, steps.Patience)
+		defer cancel()
+		tokens, err := client.FetchJWTSVIDs(ctx, jwtsvid.Params{Audience: "a"})
+		var ids []string
+		for _, token := range tokens {
+			ids = append(ids, steps.Last(token.ID.String()))
+		}
+		return ids, err
+	}}
+}
+
+// A stream, opened again whatever ends it.
+func follow(ctx context.Context, client workload.SpiffeWorkloadAPIClient, told *steps.Told) {
+	for ; ctx.Err() == nil; time.Sleep(pause) {
+		stream, err := client.FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+		for err == nil {
+			var update *workload.X509SVIDResponse
+			if update, err = stream.Recv(); err != nil {
+				break
+			}
+			serials := map[string]string{}
+			for _, svid := range update.Svids {
+				var chain []*x509.Certificate
+				if chain, err = x509.ParseCertificates(svid.X509Svid); err == nil {
+					serials[steps.Last(svid.SpiffeId)] = chain[0].SerialNumber.String()
+				}
+			}
+			told.Tell(serials)
 		}
 	}
-	return len(serials) == len(want)
 }
 
-func called(client *workloadapi.Client, want []string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	tokens, err := client.FetchJWTSVIDs(ctx, jwtsvid.Params{Audience: "a"})
+func dialled(ctx context.Context, dial func() (*grpc.ClientConn, error)) *steps.Client {
+	conn, err := dial()
 	if err != nil {
-		return err
+		panic(err)
 	}
-	var got []string
-	for _, token := range tokens {
-		got = append(got, last(token.ID.Path()))
-	}
-	slices.Sort(got)
-	if !slices.Equal(got, want) {
-		return fmt.Errorf("got %v", got)
-	}
-	return nil
+	ctx = metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true")
+	client, told := workload.NewSpiffeWorkloadAPIClient(conn), &steps.Told{}
+	go follow(ctx, client, told)
+	return &steps.Client{Told: told, Call: func() ([]string, error) {
+		ctx, cancel := context.WithTimeout(ctx, steps.Patience)
+		defer cancel()
+		answer, err := client.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{"a"}})
+		var ids []string
+		for _, token := range answer.GetSvids() {
+			ids = append(ids, steps.Last(token.SpiffeId))
+		}
+		return ids, err
+	}}
 }
 
 func main() {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	client, err := workloadapi.New(ctx, workloadapi.WithAddr("unix://"+os.Args[1]))
-	if err != nil {
-		panic(err)
+	socket := os.Args[1]
+	clients := map[string]*steps.Client{"go-spiffe": present(ctx, socket)}
+	for name, dial := range dials.Ways(socket) {
+		clients["grpc-go, "+name] = dialled(ctx, dial)
 	}
-	defer client.Close()
-	watch, before := &watch{}, map[string]string{}
-	go client.WatchX509Context(ctx, watch)
-	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
-		step, ids, _ := strings.Cut(lines.Text(), " ")
-		if step == "forget" {
-			before = watch.now()
-			continue
-		}
-		want := strings.Split(ids, ",")
-		for late := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) {
-			err := fmt.Errorf("the watch was told of %v", watch.now())
-			if watch.has(want, before) {
-				err = called(client, want)
-			}
-			if err == nil {
-				break
-			}
-			if time.Now().After(late) {
-				fmt.Fprintf(os.Stderr, "FAILED: %s: %v\n", step, err)
-				os.Exit(1)
-			}
-		}
-		fmt.Printf("%s: %s\n", step, ids)
-	}
+	steps.Follow(clients)
 }

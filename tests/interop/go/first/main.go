@@ -1,50 +1,38 @@
-// A watch by go-spiffe's first version, whose dialer puts the socket's path into :authority.
+// A watch by go-spiffe's first version, whose dialer puts the socket's path into :authority, through what the script that runs it does.
+// It is a program of its own: it and the present version declare the same messages.
 //
 //	go run ./first SOCKET
 package main
 
 import (
-	"fmt"
 	"os"
-	"time"
 
+	"durward.test/interop/steps"
 	"github.com/spiffe/go-spiffe/workload"
 )
 
-type watcher chan error
+type watcher struct{ *steps.Told }
 
 func (w watcher) UpdateX509SVIDs(svids *workload.X509SVIDs) {
-	if got := svids.Default().SPIFFEID; got != "spiffe://example.org/myservice" {
-		w <- fmt.Errorf("got %s", got)
-		return
+	serials := map[string]string{}
+	for _, svid := range svids.SVIDs {
+		serials[steps.Last(svid.SPIFFEID)] = svid.Certificates[0].SerialNumber.String()
 	}
-	w <- nil
+	w.Tell(serials)
 }
 
-func (w watcher) OnError(err error) { w <- err }
-
-func first(socket string) error {
-	answers := make(watcher, 16)
-	client, err := workload.NewX509SVIDClient(answers, workload.WithAddr("unix://"+socket))
-	if err != nil {
-		return err
-	}
-	if err := client.Start(); err != nil {
-		return err
-	}
-	defer client.Stop() //nolint:errcheck // it only says that it was not started
-	select {
-	case err := <-answers:
-		return err
-	case <-time.After(20 * time.Second):
-		return fmt.Errorf("nothing came")
-	}
-}
+// A watch goes on by itself: what it meets in between is its own business.
+func (watcher) OnError(error) {}
 
 func main() {
-	if err := first(os.Args[1]); err != nil {
-		fmt.Printf("FAILED: go-spiffe, version 1: %v\n", err)
-		os.Exit(1)
+	told := &steps.Told{}
+	client, err := workload.NewX509SVIDClient(watcher{told}, workload.WithAddr("unix://"+os.Args[1]))
+	if err != nil {
+		panic(err)
 	}
-	fmt.Println("go: go-spiffe, version 1")
+	if err := client.Start(); err != nil {
+		panic(err)
+	}
+	defer client.Stop() //nolint:errcheck // it only says that it was not started
+	steps.Follow(map[string]*steps.Client{"go-spiffe, version 1": {Told: told}})
 }
