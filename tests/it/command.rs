@@ -402,9 +402,10 @@ fn without_an_identity_the_command_says_what_to_ask() {
     ));
     assert_eq!(code, Some(3), "{err}");
     let admin = dir.path().join("run/private/admin.sock");
-    let want = format!("`durward explain --pid {} --socket-path {}`", std::process::id(), admin.display());
+    let want =
+        format!("\n  durward explain --pid {} --socket-path {}\n", std::process::id(), admin.display());
     assert!(err.contains(&want), "{want} in {err}");
-    let words = want.trim_matches('`').split(' ').skip(1).collect::<Vec<_>>();
+    let words = want.trim().split(' ').skip(1).collect::<Vec<_>>();
     let (code, out, err) = said(&durward(&words, &[]));
     assert_eq!((code, &*err), (Some(0), ""));
     assert!(out.contains("spiffe://example.org/other"), "{out}");

@@ -49,6 +49,11 @@ pub struct LimitsResponse {
     /// Calls that wait: for tokens, for room, or to be attested.
     #[prost(uint32, tag = "8")]
     pub calls_waiting: u32,
+    /// Whether there are more of the heaviest, and more callers with open connections, than were asked for.
+    #[prost(bool, tag = "9")]
+    pub more_heaviest: bool,
+    #[prost(bool, tag = "10")]
+    pub more_connections: bool,
 }
 /// What a bucket was asked for since it was last full and forgotten.
 #[derive(Clone, PartialEq, ::prost::Message)]
