@@ -210,6 +210,7 @@ fn wrong(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime) 
         ));
     }
     wrong.extend(told.attestors_wrong.iter().cloned());
+    wrong.extend(told.entries_unmatched.iter().cloned());
     if let Some(server) = &told.server {
         if !server.waits_for.is_empty() {
             wrong.push(format!("for {}: {}", elapsed(server.waits_since, now), server.waits_for));

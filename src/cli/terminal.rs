@@ -93,6 +93,13 @@ impl Terminal {
         }
     }
 
+    /// Writes what is worth a look and stops nothing; the words may be others'.
+    pub(super) fn warn(&mut self, warnings: &[String]) {
+        for warning in warnings {
+            self.advise(&format!("Warning: {}.", clean(warning)));
+        }
+    }
+
     /// The same as [`Terminal::note`] for an error: in the journal each of its lines is one, and shown by its priority.
     pub(super) fn fault(&mut self, text: impl Display) {
         if !journal::is_at(io::stderr()) {

@@ -1012,6 +1012,15 @@ fn quickstart_gives_an_identity_and_keeps_what_is_there() {
     }
     assert_eq!(fs::read_to_string(&entry).unwrap(), edited);
 
+    // An entry that nobody can have is named, and stops nothing.
+    let ghost = "entry \"spiffe://td.test/web\" { selectors = [\"unix:user:no-such-user\"] }";
+    fs::write(dir.join("entries.d/web.conf"), ghost).unwrap();
+    let got = quickstart(&dir, &[]);
+    let warned = text(&got.stderr).split_whitespace().collect::<Vec<_>>().join(" ");
+    let want = "Warning: entry \"spiffe://td.test/web\" asks for unix:user:no-such-user: there is no such user on this node";
+    assert!(warned.starts_with(want) && got.status.success(), "{warned}");
+    fs::remove_file(dir.join("entries.d/web.conf")).unwrap();
+
     // What would be ignored is refused.
     let got = quickstart(&dir, &["--trust-domain", "other.test"]);
     assert!(text(&got.stderr).starts_with("--trust-domain other.test contradicts "), "{}", text(&got.stderr));
