@@ -232,6 +232,9 @@ fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
                 "The agent asks to try again in {delay}. What it is short of:\n{}",
                 asking(socket, "limits")
             ),
+            None if is_of_the_end(status) => {
+                format!("The agent at {at} ends, or starts again: try again in a moment.")
+            }
             None => format!(
                 "The agent at {at} cannot answer now: look at its log, try again, or ask:\n{}",
                 asking(socket, &format!("explain --pid {}", asked_of()))
@@ -251,6 +254,13 @@ fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
 fn is_of_the_issuer(status: &Status) -> bool {
     let message = status.message();
     ["could not fetch ", "the server has not yet said"].iter().any(|begin| message.starts_with(begin))
+}
+
+/// Whether the agent is about to end.
+fn is_of_the_end(status: &Status) -> bool {
+    ["the agent is shutting down", "the agent ended the stream"]
+        .iter()
+        .any(|begin| status.message().starts_with(begin))
 }
 
 /// A wait as a person is told it, in tenths of a second.

@@ -584,6 +584,13 @@ fn errors_of_the_agent_say_what_to_do() {
             1,
         ),
         (
+            "about to end",
+            Status::unavailable("the agent is shutting down; connect again"),
+            "rpc error: code = Unavailable desc = the agent is shutting down; connect again\n",
+            "ends, or starts again: try again",
+            1,
+        ),
+        (
             "down",
             Status::unavailable("starting"),
             "rpc error: code = Unavailable desc = starting\n",
