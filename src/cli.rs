@@ -40,10 +40,19 @@ use tonic::Code;
 
 pub use run::{CliOverrides, OverrideError, ServerOverrides};
 
-use crate::{hcl::ConfigErrors, issuer::Expelled, os::signals};
+use crate::{
+    hcl::ConfigErrors,
+    issuer::Expelled,
+    os::{sentence::said, signals},
+    telemetry::chain,
+};
 use terminal::{PrintError, Terminal};
 
-/// A per-node workload-identity agent: the SPIFFE Workload API on a Unix socket
+/// Gives each process of this machine a certificate with its name (SPIFFE)
+///
+/// The agent gives a process its identity at a Unix socket (the SPIFFE Workload
+/// API): a certificate (X.509-SVID) or a signed token (JWT-SVID) with a name such
+/// as spiffe://example.org/web. Entries say who gets which.
 #[derive(Parser, Debug)]
 #[command(
     name = "durward",
@@ -51,7 +60,8 @@ use terminal::{PrintError, Terminal};
     subcommand_required = true,
     arg_required_else_help = false,
     disable_help_subcommand = true,
-    args_override_self = true
+    args_override_self = true,
+    verbatim_doc_comment
 )]
 struct Cli {
     #[command(subcommand)]
@@ -75,14 +85,16 @@ enum Command {
     Explain(explain::ExplainArgs),
     /// Show who calls most and who is refused most
     ///
-    /// REFUSED counts what a limit refused, and no other error: a call without an
-    /// identity or while the SPIRE Server is away is not in it.
+    /// USED counts calls that passed, and connections of the stage "gate". REFUSED
+    /// counts what a limit refused, and no other error: a call without an identity
+    /// or while the SPIRE Server is away is not in it. MOST/S is the most that came
+    /// in one second, LEFT what a limit has left of how much at once.
     #[command(verbatim_doc_comment)]
     Limits(limits::LimitsArgs),
-    /// Show registration entries
+    /// Show the entries: who gets which identity
     #[command(subcommand)]
     Entry(EntryCommand),
-    /// Show trust bundles
+    /// Show trust bundles: the CA certificates to verify others with
     #[command(subcommand)]
     Bundle(BundleCommand),
     /// Read the configuration again, and show what changed or is wrong
@@ -186,11 +198,11 @@ enum Failure {
     #[error(transparent)]
     Layout(#[from] quickstart::LayoutError),
     /// With all its causes: whoever starts an agent needs them.
-    #[error("{0:#}")]
+    #[error("{}", chain(.0.as_ref()))]
     Agent(anyhow::Error),
-    #[error("starting the runtime: {0}")]
+    #[error("starting the runtime: {}", said(.0))]
     Runtime(io::Error),
-    #[error("making the manual: {0}")]
+    #[error("making the manual: {}", said(.0))]
     Man(io::Error),
     #[error(transparent)]
     Print(#[from] PrintError),
@@ -227,7 +239,7 @@ impl Failure {
         }
         terminal.fault(self);
         if let Some(advice) = self.advice() {
-            terminal.note(advice);
+            terminal.advise(&advice);
         }
     }
 }
@@ -249,11 +261,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             terminal.print_help(&err.render().to_string()).map_err(Failure::from)
         }
         Err(err) => {
-            // clap says this only where the help flag is its own.
-            terminal.fault(format_args!(
-                "{}\n\nFor more information, try '--help'.",
-                err.render().to_string().trim_end()
-            ));
+            terminal.fault(err.render().to_string().trim_end());
             Err(Failure::Said)
         }
     };

@@ -22,6 +22,7 @@ pub mod random;
 pub mod receive;
 pub mod run_delay;
 pub mod secrecy;
+pub mod sentence;
 pub mod signals;
 pub mod systemd;
 pub mod terminal;

@@ -19,22 +19,15 @@ pub use self::{
     spire_names::SpireNames,
 };
 
-/// The system's sentence without its number, as a part of another.
-pub(crate) fn said(error: &std::io::Error) -> String {
-    let text = error.to_string();
-    match text.split_once(" (os error") {
-        Some((sentence, _)) => sentence.to_lowercase(),
-        None => text,
-    }
-}
+use crate::os::sentence::said;
 
 /// The error's text, then that of each cause, with `: ` between.
 pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
+    let mut text = error.downcast_ref().map_or_else(|| error.to_string(), said);
     let mut source = error.source();
     while let Some(cause) = source {
         text.push_str(": ");
-        text.push_str(&cause.to_string());
+        text.push_str(&cause.downcast_ref().map_or_else(|| cause.to_string(), said));
         source = cause.source();
     }
     text

@@ -39,8 +39,16 @@ pub(super) async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
             }
             Err(error) => {
                 if !std::mem::replace(&mut failing, true) {
-                    if waits {
-                        tracing::warn!(error = chain(&error), "the agent waits for its server");
+                    if issuer.server().is_some_and(|server| server.last_sync.is_none()) {
+                        tracing::warn!(
+                            error = chain(&error),
+                            "the agent waits for its server, and nobody is served until it has answered"
+                        );
+                    } else if waits {
+                        tracing::warn!(
+                            error = chain(&error),
+                            "the agent waits for its server; what it has is served until it expires"
+                        );
                     } else {
                         tracing::error!(error = chain(&error), "the agent cannot sign");
                     }

@@ -9,8 +9,9 @@ use super::{
     start::Adjustable,
 };
 use crate::{
-    api::proto::admin::ReloadResponse,
+    api::{proto::admin::ReloadResponse, standing::unmatched},
     config::{self, Changes, Config, EntryChanges},
+    telemetry::chain,
 };
 
 /// Where the configuration comes from, at start and at each reload: files, environment and command line.
@@ -24,6 +25,16 @@ pub(super) struct Replacing {
 }
 
 impl Replacing {
+    /// Puts `next` in force, as [`Replacing::by`].
+    ///
+    /// # Errors
+    /// As [`Running::reload`].
+    pub(super) fn with(&self, next: Config) -> anyhow::Result<Reloaded> {
+        let changes = self.by(&next)?;
+        let unmatched = unmatched(&self.adjustable.parts.writer.store().snapshot());
+        Ok(Reloaded { next, changes, unmatched })
+    }
+
     /// Puts `next` in force; all of it or nothing.
     ///
     /// # Errors
@@ -90,7 +101,20 @@ impl Replacing {
     }
 }
 
+/// A reload that went well.
+pub(super) struct Reloaded {
+    pub(super) next: Config,
+    pub(super) changes: Changes,
+    /// Entries that no process of this node can have, in words.
+    pub(super) unmatched: Vec<String>,
+}
+
 impl Running {
+    /// Entries that no process of this node can have, each in one line with why.
+    pub fn unmatched_entries(&self) -> Vec<String> {
+        unmatched(&self.adjustable.parts.writer.store().snapshot())
+    }
+
     /// Puts what `next` says in force, for open streams at once; all of it or nothing.
     ///
     /// # Errors
@@ -110,12 +134,12 @@ impl Running {
 
 /// Takes note of the end of a reload that was asked for, says in log and metrics how it went, and returns what those are told
 /// who asked.
-pub(super) fn finish(agent: &mut Running, done: anyhow::Result<(Config, Changes)>) -> ReloadResponse {
+pub(super) fn finish(agent: &mut Running, done: anyhow::Result<Reloaded>) -> ReloadResponse {
     let parts = &agent.adjustable.parts;
     let series = &parts.series;
     parts.failed_reload.set(done.is_err().then(|| parts.clock.now()));
     match done {
-        Ok((next, changes)) => {
+        Ok(Reloaded { next, changes, unmatched: warnings }) => {
             series.reloaded(ReloadResult::Ok);
             agent.config = Arc::new(next);
             let EntryChanges { added, removed, changed } = changes.entries;
@@ -136,11 +160,12 @@ pub(super) fn finish(agent: &mut Running, done: anyhow::Result<(Config, Changes)
                 entries_changed: number(changed),
                 bundles_changed: number(bundles),
                 settings_changed: changes.live.iter().map(ToString::to_string).collect(),
+                warnings,
             }
         }
         Err(error) => {
             series.reloaded(ReloadResult::Error);
-            let error = format!("{error:#}");
+            let error = chain(error.as_ref());
             tracing::error!(error, "not reloaded; the old configuration stays in force");
             ReloadResponse { error, ..ReloadResponse::default() }
         }

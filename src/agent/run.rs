@@ -97,7 +97,7 @@ pub fn run(load: Load) -> anyhow::Result<()> {
     serving.shutdown_timeout(THREADS_END_WITHIN);
     if let Some(log) = log {
         if let Err(error) = &ended {
-            tracing::error!(error = format!("{error:#}"), "the agent ends");
+            tracing::error!(error = chain(error.as_ref()), "the agent ends");
         }
         let _all_written = log.flush(LOG_ENDS_WITHIN);
     }
@@ -106,7 +106,7 @@ pub fn run(load: Load) -> anyhow::Result<()> {
 
 /// Tells whoever waits for an agent that it could not start.
 fn not_started(manager: &ServiceManager, queue: Option<&UnixListener>, error: &anyhow::Error) {
-    manager.stopping(&format!("{error:#}"));
+    manager.stopping(&chain(error.as_ref()));
     queue.into_iter().for_each(turn_away);
 }
 

@@ -65,7 +65,7 @@ impl Returning {
         }
         if self.said.is_none_or(|said| said.elapsed() >= SAID_EVERY) || !taken {
             self.said = Some(Instant::now());
-            tracing::warn!(error = format!("{error:#}"), "cannot take up service again yet");
+            tracing::warn!(error = chain(error.as_ref()), "cannot take up service again yet");
         }
         sleep(RETURN_PAUSE).await;
         let mut beside = None;

@@ -11,11 +11,11 @@ use super::{
     Running,
     config_watch::ConfigWatch,
     errands::Errands,
-    reload::{self, Load},
+    reload::{self, Load, Reloaded},
 };
 use crate::{
     api::{admin::AskedReload, proto::admin::ReloadResponse},
-    config::{Changes, Config},
+    config::Config,
 };
 
 /// What has happened to an agent.
@@ -28,7 +28,7 @@ pub enum Happened {
 }
 
 /// A reload that is under way.
-type Reloading = oneshot::Receiver<anyhow::Result<(Config, Changes)>>;
+type Reloading = oneshot::Receiver<anyhow::Result<Reloaded>>;
 
 /// Whom to tell that a reload begins.
 type Begins = Box<dyn Fn() + Send + Sync>;
@@ -128,11 +128,7 @@ impl Upkeep {
     fn begin(&self) -> Reloading {
         (self.begins)();
         let (load, replacing) = (Arc::clone(&self.load), self.agent.replacing());
-        self.errands.begin(move || {
-            let next = load()?;
-            let changes = replacing.by(&next)?;
-            Ok((next, changes))
-        })
+        self.errands.begin(move || replacing.with(load()?))
     }
 }
 
@@ -158,7 +154,7 @@ impl Askers {
 
 impl Reloads {
     /// How the one under way ended, once it has; never when there is none.
-    async fn done(&mut self) -> anyhow::Result<(Config, Changes)> {
+    async fn done(&mut self) -> anyhow::Result<Reloaded> {
         match &mut self.under_way {
             Some(reloading) => reloading.await.context("the reload ended early")?,
             None => std::future::pending().await,

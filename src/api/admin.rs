@@ -224,17 +224,19 @@ impl AdminParts {
     }
 
     fn limits_now(&self, top: usize) -> pb::LimitsResponse {
-        let mut heaviest = self.limits.heaviest(top);
-        heaviest.extend(self.gate.report(top).into_iter().map(|heavy| (Stage::Gate, heavy)));
+        // One more shows whether there are more.
+        let mut heaviest = self.limits.heaviest(top + 1);
+        heaviest.extend(self.gate.report(top + 1).into_iter().map(|heavy| (Stage::Gate, heavy)));
         heaviest.sort_by_key(|(_, heavy)| std::cmp::Reverse((heavy.refused, heavy.used)));
+        let mut connections = self.gate.heaviest(top + 1);
+        let (more_heaviest, more_connections) = (heaviest.len() > top, connections.len() > top);
         heaviest.truncate(top);
+        connections.truncate(top);
         let (callers, identities) = self.limits.keys();
         let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
         pb::LimitsResponse {
             heaviest: heaviest.into_iter().map(|(stage, heavy)| self.heavy(stage, &heavy)).collect(),
-            connections: self
-                .gate
-                .heaviest(top)
+            connections: connections
                 .into_iter()
                 .map(|(caller, open, held)| pb::Connections { caller: caller.to_string(), open, held })
                 .collect(),
@@ -247,6 +249,8 @@ impl AdminParts {
                 .map(|(_, name)| name.to_owned())
                 .collect(),
             calls_waiting: self.limits.waiting(),
+            more_heaviest,
+            more_connections,
             keys: Some(pb::Keys {
                 gate: count(self.gate.keys()),
                 caller: count(callers),

@@ -17,7 +17,7 @@ use crate::{
     issuer::{Issuer, SvidKind},
     limits::LimitsInForce,
     peer::ConnectionStats,
-    store::{JwtCache, Store, X509Cache},
+    store::{JwtCache, Snapshot, Store, X509Cache},
     telemetry::{
         chain,
         health::{HealthState, Probe},
@@ -121,6 +121,8 @@ impl AgentStanding {
             attestors_wrong,
             reload_failed: self.failed_reload.get().map_or(0, unix),
             log_lines_lost: self.log.get().map_or(0, Log::lines_lost),
+            // Of a server's entries others may be for another node.
+            entries_unmatched: self.issuer.server().map_or_else(|| unmatched(&snapshot), |_| Vec::new()),
         }
     }
 
@@ -146,6 +148,10 @@ impl AgentStanding {
             _ if self.health.get() == Probe::Draining => "the agent is about to end".to_owned(),
             Some(why) => chain(&why),
             None if self.health.ready() => String::new(),
+            None if self.health.is_lost() => format!(
+                "the socket {} is gone, and nobody can connect: restart the agent, or the socket unit that made it",
+                self.socket_path.display()
+            ),
             None if self.health.get() == Probe::Starting => "the agent has just started".to_owned(),
             None => "callers cannot be served or told apart: see the log".to_owned(),
         }
@@ -212,6 +218,27 @@ fn detail(entry: &Entry, questions: &Questions) -> pb::EntryDetail {
         dns_names: entry.dns_names.clone(),
         federates_with: entry.federates_with.iter().map(ToString::to_string).collect(),
     }
+}
+
+/// How many entries are named that no process can have.
+const MOST_UNMATCHED: usize = 8;
+
+/// The entries that no process of this node can have, each in one line with why; beyond [`MOST_UNMATCHED`] their number.
+pub fn unmatched(snapshot: &Snapshot) -> Vec<String> {
+    let (mut told, mut more) = (Vec::new(), 0_usize);
+    for entry in snapshot.index.entries() {
+        let mut absent =
+            entry.selectors.iter().filter_map(|it| snapshot.questions.absent(it).map(|why| (it, why)));
+        match absent.next() {
+            Some((selector, why)) if told.len() < MOST_UNMATCHED => {
+                told.push(format!("entry \"{}\" asks for {selector}: {why}", entry.spiffe_id));
+            }
+            Some(_) => more += 1,
+            None => {}
+        }
+    }
+    told.extend((more > 0).then(|| format!("and {more} more entries: durward entry show")));
+    told
 }
 
 /// Those of the selectors that no process of this node can have, each with why.

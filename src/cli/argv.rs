@@ -120,6 +120,12 @@ pub(super) fn process_id(text: &str) -> Result<i32, &'static str> {
     text.parse().ok().filter(|pid| *pid > 0).ok_or("a process ID is a number above 0")
 }
 
+/// A number from 1 to `MOST`.
+pub(super) fn number_up_to<const MOST: u32>(text: &str) -> Result<u32, String> {
+    let number = text.parse().ok().filter(|number| (1..=MOST).contains(number));
+    number.ok_or_else(|| format!("must be a number from 1 to {MOST}"))
+}
+
 /// An argument that begins with a dash, taken apart.
 struct Flag<'a> {
     /// Without dashes and value.

@@ -17,7 +17,7 @@ use super::{
     terminal::clean,
     text::{GoDuration, code_name, shell_word},
 };
-use crate::{peer::socket::MAX_PATH_LEN, telemetry::said};
+use crate::{os::sentence::said, peer::socket::MAX_PATH_LEN};
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +58,11 @@ impl CallError {
     /// Whether there is no agent at the socket.
     pub(super) fn is_absent(&self) -> bool {
         matches!(self, Self::Connect { cause, .. } if cause.kind() != io::ErrorKind::PermissionDenied)
+    }
+
+    /// Whether there was no connection.
+    pub(super) fn is_unreached(&self) -> bool {
+        matches!(self, Self::Connect { .. })
     }
 
     /// Whether the call was given up, on this side or the other.
@@ -108,7 +113,7 @@ pub(super) fn unreached(socket: &AgentSocket, cause: &io::Error) -> String {
 fn owners_alone(socket: &AgentSocket) -> String {
     let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
     format!(
-        "The admin socket answers the agent's own user and root alone: `{}`.",
+        "The admin socket answers the agent's own user and root alone:\n  {}",
         with_sudo(words, socket, &asked_of())
     )
 }
@@ -136,9 +141,12 @@ fn with_sudo(mut words: Vec<String>, socket: &AgentSocket, shell: &str) -> Strin
 }
 
 fn connect_advice(socket: &AgentSocket, cause: &io::Error) -> String {
-    let chosen = format!("The path is {}.", socket.chosen);
+    let chosen = match socket.at {
+        AgentAddress::Unix(_) => format!("The path is {}.", socket.chosen),
+        AgentAddress::Tcp(_) => return format!("The address is {}.\n{}", socket.chosen, tcp_advice(cause)),
+    };
     if let Some(wrong) = no_socket(socket) {
-        return format!("{chosen} {wrong}");
+        return format!("{chosen}\n{wrong}");
     }
     let also = match cause.kind() {
         io::ErrorKind::NotFound if socket.chosen.is_admin() => {
@@ -148,15 +156,25 @@ fn connect_advice(socket: &AgentSocket, cause: &io::Error) -> String {
         io::ErrorKind::NotFound => "Is the agent running, with this socket_path?",
         io::ErrorKind::ConnectionRefused => "The agent that made this socket is gone: start it again.",
         io::ErrorKind::PermissionDenied => {
-            "This user may not open it: look at the modes of the socket and of the directories above it."
+            "This user may not open it: see the modes of the socket and of what is above it."
         }
         io::ErrorKind::InvalidInput => {
-            return format!("{chosen} The path of a socket holds at most {MAX_PATH_LEN} bytes.");
+            return format!("{chosen}\nThe path of a socket holds at most {MAX_PATH_LEN} bytes.");
         }
         io::ErrorKind::WouldBlock => "The agent's queue of new connections is full: it is busy, or hangs.",
         _ => "Is it the socket of an agent?",
     };
-    format!("{chosen} {also}")
+    format!("{chosen}\n{also}")
+}
+
+/// The same at an address, where no agent listens itself.
+fn tcp_advice(cause: &io::Error) -> &'static str {
+    match cause.kind() {
+        io::ErrorKind::ConnectionRefused => {
+            "Nothing listens there: whatever passes it on to an agent's socket is not running."
+        }
+        _ => "An agent is reached there through a proxy: is it running, and may this host reach it?",
+    }
 }
 
 /// What else stands at the path.
@@ -180,7 +198,7 @@ fn closed_advice(socket: &AgentSocket) -> String {
         "All places of the admin socket were taken: try again, or wait longer with --timeout.".to_owned()
     } else {
         format!(
-            "An agent does this to a caller that is over a limit: {} shows whom it refuses.",
+            "The agent has ended, or this caller is over a limit. Whom it refuses:\n{}",
             asking(socket, "limits")
         )
     }
@@ -193,13 +211,13 @@ fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
         Code::PermissionDenied => Some(format!(
             "No registration entry matches this process (user ID {uid}, group ID {}).\n\
              An entry is needed whose selectors all fit, for example \"unix:uid:{uid}\".\n\
-             {} shows which entries nearly match.",
+             Which entries nearly match:\n{}",
             getegid(),
             asking(socket, &format!("explain --pid {}", asked_of())),
             uid = geteuid(),
         )),
         Code::ResourceExhausted => Some(format!(
-            "This caller is over its limit: try again {}; {} shows the limit.",
+            "This caller is over its limit: try again {}. Which limit it is:\n{}",
             retry.map_or_else(|| "later".to_owned(), |delay| format!("in {delay}")),
             asking(socket, "limits"),
         )),
@@ -208,17 +226,23 @@ fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
         }
         Code::Unavailable => Some(match retry {
             Some(delay) if is_of_the_issuer(status) => {
-                format!("The agent asks to try again in {delay}; {} shows why.", asking(socket, "status"))
+                format!("The agent asks to try again in {delay}. Why:\n{}", asking(socket, "status"))
             }
             Some(delay) => format!(
-                "The agent asks to try again in {delay}; {} shows what it is short of.",
+                "The agent asks to try again in {delay}. What it is short of:\n{}",
                 asking(socket, "limits")
             ),
+            None if is_of_the_end(status) => {
+                format!("The agent at {at} ends, or starts again: try again in a moment.")
+            }
             None => format!(
-                "The agent at {at} cannot answer now: look at its log, try again, or ask {}.",
+                "The agent at {at} cannot answer now: look at its log, try again, or ask:\n{}",
                 asking(socket, &format!("explain --pid {}", asked_of()))
             ),
         }),
+        Code::Unimplemented if socket.chosen.is_admin() => {
+            Some(format!("{at} does not serve this call: is it the agent's admin socket?"))
+        }
         Code::Unimplemented => {
             Some(format!("Whatever listens at {at} does not serve this call: is it the agent?"))
         }
@@ -230,6 +254,13 @@ fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
 fn is_of_the_issuer(status: &Status) -> bool {
     let message = status.message();
     ["could not fetch ", "the server has not yet said"].iter().any(|begin| message.starts_with(begin))
+}
+
+/// Whether the agent is about to end.
+fn is_of_the_end(status: &Status) -> bool {
+    ["the agent is shutting down", "the agent ended the stream"]
+        .iter()
+        .any(|begin| status.message().starts_with(begin))
 }
 
 /// A wait as a person is told it, in tenths of a second.
@@ -251,18 +282,22 @@ fn asked_of() -> String {
     if shell.as_raw() > 0 && same { shell.to_string() } else { "PID".to_owned() }
 }
 
-/// The command that asks the admin socket of the agent at the public one of `socket`, as it is to be typed: for the agent's
-/// own user without sudo.
+/// The command that asks the admin socket of the agent at the public one of `socket`, on a line of its own, as it is to be
+/// typed: for the agent's own user without sudo.
 fn asking(socket: &AgentSocket, words: &str) -> String {
-    let AgentAddress::Unix(public) = &socket.at else { return format!("`durward {words}` on its node") };
-    let Some((admin, is_default)) = admin_beside(public) else { return format!("`durward {words}`") };
+    let elsewhere = || format!("  durward {words}    # on the agent's node");
+    let AgentAddress::Unix(public) = &socket.at else { return elsewhere() };
+    let Some((admin, is_default)) = admin_beside(public) else { return format!("  durward {words}") };
     let owner = admin.parent().and_then(|dir| fs::metadata(dir).ok()).map(|dir| Uid::from_raw(dir.uid()));
     let sudo = if geteuid().is_root() || owner == Some(geteuid()) { "" } else { "sudo " };
     match owner {
         // The directory of a socket that was mounted here, or an agent whose admin socket is elsewhere.
-        None => format!("`durward {words}` on its node"),
-        Some(_) if is_default => format!("`{sudo}durward {words}`"),
-        Some(_) => format!("`{sudo}durward {words} --socket-path {}`", admin.display()),
+        None => elsewhere(),
+        Some(_) if is_default => format!("  {sudo}durward {words}"),
+        Some(_) => {
+            let admin = shell_word(&admin.to_string_lossy());
+            clean(&format!("  {sudo}durward {words} --socket-path {admin}"))
+        }
     }
 }
 

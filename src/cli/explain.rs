@@ -10,6 +10,7 @@ use super::{
     admin::{AdminArgs, BY_DEFAULT, Column, bucket_json, fit, table, taker, taking_json, tokens},
     argv::process_id,
     terminal::{Terminal, clean, width},
+    text::folded,
 };
 use crate::{api::proto::admin as pb, os::accounts::AccountNumber};
 
@@ -71,9 +72,8 @@ fn named(names: impl Fn(AccountNumber) -> Option<String>, account: AccountNumber
 fn pretty(
     told: &pb::ExplainResponse,
     names: impl Fn(AccountNumber) -> Option<String> + Copy,
-    width: Option<usize>,
+    width: usize,
 ) -> String {
-    let width = width.unwrap_or(usize::MAX);
     let mut out = String::new();
     let caller = told.caller.clone().unwrap_or_default();
     // Writing to a String does not fail.
@@ -91,7 +91,8 @@ fn pretty(
         let _ = writeln!(out, "  {}", clean(selector));
     }
     for untold in &told.untold {
-        let _ = writeln!(out, "  {} is not known: {}", clean(&untold.kind), clean(&untold.why));
+        let text = format!("{} is not known: {}", clean(&untold.kind), clean(&untold.why));
+        out.push_str(&indented(&text, "  ", width));
         if untold.decides {
             out.push_str("    calls fail because of this: an entry asks for it, and matches otherwise\n");
         }
@@ -108,7 +109,7 @@ fn pretty(
     for entry in &told.matches {
         let _ = writeln!(out, "  {}", entry_line(entry, width));
         if !entry.withheld.is_empty() {
-            let _ = writeln!(out, "    not served: {}", clean(&entry.withheld));
+            out.push_str(&indented(&format!("not served: {}", clean(&entry.withheld)), "    ", width));
         }
     }
 
@@ -118,9 +119,10 @@ fn pretty(
     for near in &told.nearest {
         let _ = writeln!(out, "  {}", entry_line(&near.entry.clone().unwrap_or_default(), width));
         let missing: Vec<String> = near.missing.iter().map(|selector| clean(selector)).collect();
-        let _ = writeln!(out, "    has {} of its selectors, misses {}", near.found, missing.join(", "));
+        let text = format!("has {} of its selectors, misses {}", near.found, missing.join(", "));
+        out.push_str(&indented(&text, "    ", width));
         for absent in &near.absent {
-            let _ = writeln!(out, "    {}", clean(absent));
+            out.push_str(&indented(&clean(absent), "    ", width));
         }
     }
 
@@ -144,6 +146,11 @@ fn pretty(
         out.push_str(&table(columns, &fit(&shared, 0, width, &columns)));
     }
     out
+}
+
+/// A sentence in as many lines as it takes.
+fn indented(text: &str, by: &str, width: usize) -> String {
+    folded(text, width.saturating_sub(by.len())).into_iter().map(|line| format!("{by}{line}\n")).collect()
 }
 
 fn taker_rows(bucket: &pb::Bucket) -> Vec<[String; 5]> {
@@ -309,7 +316,7 @@ mod tests {
         };
         let names = |account| (account == AccountNumber::User(1000)).then(|| "ann".to_owned());
         assert_eq!(
-            pretty(&told, names, None),
+            pretty(&told, names, 80),
             "\
 Process:     7 run\\u{1b} (user 1000 ann, group 100)
 Charged as:  pod:x: its cgroup is a pod's
@@ -346,6 +353,6 @@ spiffe://td/web  FetchJWTSVID  uid:7     70        8
         );
         assert_eq!(to_json(&told)["untold"][0]["kind"], "unix:path");
         assert_eq!(to_json(&told)["nearest"][0]["entry"]["entry_id"], "db");
-        assert!(pretty(&pb::ExplainResponse::default(), names, None).contains("no identity"));
+        assert!(pretty(&pb::ExplainResponse::default(), names, 80).contains("no identity"));
     }
 }

@@ -19,6 +19,9 @@ use nix::{
     unistd::{UnlinkatFlags, fsync, unlinkat},
 };
 
+use super::text::shell_word;
+use crate::os::sentence::said;
+
 /// Who may read a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Readers {
@@ -40,10 +43,21 @@ impl Readers {
 /// Why a file is not there.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum BatchError {
-    #[error("{} must be a directory that exists: {cause}", path.display())]
+    #[error("{}", no_directory(path, cause))]
     Directory { path: PathBuf, cause: io::Error },
-    #[error("writing {}: {cause}", path.display())]
+    #[error("cannot write {}: {}", path.display(), said(cause))]
     Write { path: PathBuf, cause: io::Error },
+}
+
+fn no_directory(path: &Path, cause: &io::Error) -> String {
+    let shown = path.display();
+    match cause.kind() {
+        io::ErrorKind::NotFound => {
+            format!("there is no directory {shown}: mkdir -p {}", shell_word(&path.to_string_lossy()))
+        }
+        io::ErrorKind::NotADirectory => format!("{shown} is not a directory"),
+        _ => format!("cannot open directory {shown}: {}", said(cause)),
+    }
 }
 
 /// A directory and the files that are to appear in it.

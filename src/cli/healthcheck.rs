@@ -67,11 +67,11 @@ pub(super) async fn check(args: &HealthArgs, terminal: &mut Terminal) -> Result<
         AgentHealth::Unknown(error) => {
             if args.verbose {
                 terminal.note(format_args!("Failed to check health: {error}"));
-                if let Some(advice) = error.advice() {
-                    terminal.note(advice);
-                }
             } else if let CallError::Connect { socket, cause } = &error {
                 terminal.note(unreached(socket, cause));
+            }
+            if let Some(advice) = error.advice().filter(|_| args.verbose || error.is_unreached()) {
+                terminal.advise(&advice);
             }
             Err(if error.is_absent() { Unhealthy::Absent } else { Unhealthy::Unknown }.into())
         }

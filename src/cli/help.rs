@@ -79,7 +79,8 @@ pub(super) fn in_bold(page: &str) -> String {
         let heading = (indent == 0)
             .then(|| text.find(':'))
             .flatten()
-            .filter(|at| *at + 1 == text.len() || text.starts_with("Usage:"));
+            .filter(|at| *at + 1 == text.len() || text.starts_with("Usage:"))
+            .filter(|_| text.starts_with(char::is_uppercase));
         // A flag or a command ends where two spaces follow, or its value begins.
         let name = (2..=6).contains(&indent).then(|| text.get(indent..)).flatten().map(|rest| {
             let end = rest.find("  ").unwrap_or(rest.len());

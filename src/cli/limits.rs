@@ -22,27 +22,28 @@ use super::{
         AdminArgs, BY_DEFAULT, Column, bucket_json, fit, mebibytes, memory_json, table, taker, taking_json,
         tokens,
     },
+    argv::number_up_to,
     terminal::{Terminal, clean, width},
 };
 use crate::{
-    api::proto::admin as pb,
+    api::{admin::MOST, proto::admin as pb},
     os::terminal::{KeyByKey, size},
 };
 
 /// `limits`.
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct LimitsArgs {
-    /// How many of the heaviest to show, at most 1000
-    #[arg(long, value_name = "N", default_value = "10", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    /// How many to show, at most 1000: those with the most refusals and calls
+    #[arg(long, value_name = "N", default_value = "10", value_parser = number_up_to::<MOST>)]
     top: u32,
 
-    /// Show it every second, or every so many, until q or Ctrl-C
+    /// Show it again every second, or every SECONDS, until q or Ctrl-C
     #[arg(
         long,
         value_name = "SECONDS",
         num_args = 0..=1,
         default_missing_value = "1",
-        value_parser = clap::value_parser!(u32).range(1..=3600)
+        value_parser = number_up_to::<3600>
     )]
     watch: Option<u32>,
 
@@ -58,7 +59,7 @@ pub(super) async fn limits(args: &LimitsArgs, terminal: &mut Terminal) -> Result
     let mut names = UserNames::default();
     let Some(seconds) = args.watch else {
         let text = match args.output.output {
-            OutputFormat::Pretty => pretty(&first, &mut names, width()),
+            OutputFormat::Pretty => pretty(&first, args.top, &mut names, width()),
             OutputFormat::Json => format!("{}\n", to_json(&first)),
         };
         return Ok(terminal.print(&text)?);
@@ -69,7 +70,7 @@ pub(super) async fn limits(args: &LimitsArgs, terminal: &mut Terminal) -> Result
     let mut resized = signal(SignalKind::window_change()).map_err(Failure::Runtime)?;
     let every = Duration::from_secs(u64::from(seconds));
     // On a terminal: what is done in a second is known when there are two answers, so soon.
-    let first_pause = if width().is_some() { every.min(SECOND_LOOK) } else { every };
+    let first_pause = if io::stdout().is_terminal() { every.min(SECOND_LOOK) } else { every };
     let mut tick = tokio::time::interval_at(Instant::now() + first_pause, every);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let stdin = io::stdin();
@@ -118,7 +119,7 @@ impl View {
         match (args.output.output, size(io::stdout())) {
             (OutputFormat::Json, _) => format!("{}\n", to_json(&self.now)),
             (OutputFormat::Pretty, Some(size)) => screen(&self.now, self.before.as_ref(), size, names),
-            (OutputFormat::Pretty, None) => pretty(&self.now, names, None),
+            (OutputFormat::Pretty, None) => pretty(&self.now, args.top, names, width()),
         }
     }
 }
@@ -295,9 +296,8 @@ fn connection_rows(now: &pb::LimitsResponse, names: &mut UserNames) -> Vec<[Stri
     now.connections.iter().map(|it| [names.of(&it.caller), it.open.to_string(), kibibytes(it.held)]).collect()
 }
 
-/// All of it, on a terminal with so many columns or elsewhere.
-fn pretty(now: &pb::LimitsResponse, names: &mut UserNames, width: Option<usize>) -> String {
-    let width = width.unwrap_or(usize::MAX);
+/// All of the answer to a question for `top`, in so many columns.
+fn pretty(now: &pb::LimitsResponse, top: u32, names: &mut UserNames, width: usize) -> String {
     let keys = now.keys.unwrap_or_default();
     let mut out = String::new();
     // Writing to a String does not fail.
@@ -342,14 +342,28 @@ fn pretty(now: &pb::LimitsResponse, names: &mut UserNames, width: Option<usize>)
         if now.heaviest.iter().any(|heavy| heavy.bucket.as_ref().is_some_and(|bucket| bucket.by_default)) {
             let _ = writeln!(out, "{BY_DEFAULT}");
         }
+        if now.more_heaviest {
+            out.push_str(&more(top));
+        }
     }
     if !now.connections.is_empty() {
         let rows = connection_rows(now, names);
         out.push('\n');
         let columns = [Column::Left("CALLER"), Column::Right("OPEN CONNECTIONS"), Column::Right("HELD")];
         out.push_str(&table(columns, &fit(&rows, 0, width, &columns)));
+        if now.more_connections {
+            out.push_str(&more(top));
+        }
     }
     out
+}
+
+/// That the agent knows more of them than the `top` that are shown.
+fn more(top: u32) -> String {
+    match top.saturating_mul(10).min(MOST) {
+        most if most > top => format!("There are more: durward limits --top {most}\n"),
+        _ => format!("There are more than these {top}.\n"),
+    }
 }
 
 /// A bucket, and below it those who take from it.
@@ -411,6 +425,8 @@ fn to_json(now: &pb::LimitsResponse) -> serde_json::Value {
     json!({
         "heaviest": heaviest,
         "connections": connections,
+        "more_heaviest": now.more_heaviest,
+        "more_connections": now.more_connections,
         "node_connections": now.node_connections,
         "attestations_in_flight": now.attestations_in_flight,
         "short_of": now.short_of,
@@ -473,12 +489,14 @@ mod tests {
             }),
             short_of: vec!["memory".to_owned(), "processor".to_owned()],
             calls_waiting: 7,
+            more_heaviest: true,
+            more_connections: false,
             keys: Some(pb::Keys { gate: 1, caller: 2, identity: 3 }),
         };
         // No user has a name here.
         let mut names = UserNames([(1000, None), (8, None), (7, None)].into());
         assert_eq!(
-            pretty(&now, &mut names, None),
+            pretty(&now, 10, &mut names, 80),
             "\
 Connections: 3 (attestations in flight: 1)
 Buckets:     1 of the gate, 2 of callers, 3 of identities
@@ -492,6 +510,7 @@ caller  uid:1000         FetchJWTSVID   200     4321    1200   0/200*
 caller  uid:7\\u{1b}[31m  FetchJWTSVID     0        1          blocked
           uid:8                           5        6
 *: nobody set it, and it refuses only while the node has no room
+There are more: durward limits --top 100
 
 CALLER    OPEN CONNECTIONS    HELD
 uid:1000                 3  99 KiB
@@ -502,7 +521,7 @@ uid:1000                 3  99 KiB
         assert_eq!(json["heaviest"][1]["left"], serde_json::Value::Null);
         assert_eq!(json["heaviest"][1]["limit"], "blocked");
         assert!(
-            pretty(&pb::LimitsResponse::default(), &mut names, None).ends_with("Nobody has called yet.\n")
+            pretty(&pb::LimitsResponse::default(), 10, &mut names, 80).ends_with("Nobody has called yet.\n")
         );
         let shown = screen(&pb::LimitsResponse::default(), None, (24, 80), &mut names);
         assert!(shown.contains("\nNobody has called yet.\n") && !shown.contains("STAGE"), "{shown}");

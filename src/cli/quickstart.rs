@@ -129,6 +129,7 @@ async fn serve(
     let path = paths.config.clone();
     let load = Box::new(move || Ok(Config::load(&path, ExpandEnv::No)?));
     let mut upkeep = Upkeep::of(agent, load).map_err(|error| Failure::Agent(error.into()))?;
+    terminal.warn(&upkeep.agent().unmatched_entries());
     let shown = tokio::select! {
         shown = show(args, upkeep.agent().config(), paths, terminal) => shown.map(|()| !args.exit_after_fetch),
         _ = signals.stop() => Ok(false),
@@ -179,6 +180,7 @@ async fn attend(upkeep: &mut Upkeep, signals: &mut Signals, terminal: &mut Termi
         if terminal.print(&text).is_err() && hung_up {
             return Ok(());
         }
+        terminal.warn(&told.warnings);
         hung_up = false;
     }
 }

@@ -50,7 +50,9 @@ pub(super) async fn reload(args: &ReloadArgs, terminal: &mut Terminal) -> Result
         (asked, _) => asked?,
     };
     if told.error.is_empty() {
-        Ok(terminal.print(&describe(&told))?)
+        terminal.print(&describe(&told))?;
+        terminal.warn(&told.warnings);
+        Ok(())
     } else {
         // A mistake is on a line of its own, and no word of it may drive a terminal.
         let error: Vec<String> = told.error.lines().map(clean).collect();

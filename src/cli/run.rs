@@ -1,21 +1,25 @@
 //! `run`: from the command line to the agent.
 
 use std::{
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::OnceLock,
 };
 
-use nix::unistd::geteuid;
 use tracing::Level;
 
 use super::{Failure, socket::has_scheme};
 use crate::{
     agent,
-    config::{Config, DEFAULT_SOCKET_PATH, ExpandEnv, Given, WrongPlace},
+    config::{Config, DEFAULT_SOCKET_PATH, ExpandEnv, Given, Places, Signer, WrongPlace},
     hcl::{ConfigError, ConfigErrors, KeyPlace, KeyPlaces},
     identity::TrustDomain,
     issuer::server::settings::JoinToken,
-    os::{secrecy, trusted::Trust},
+    os::{
+        clock::Clock,
+        secrecy,
+        trusted::{ClosedDir, Trust},
+    },
     peer::socket::MAX_PATH_LEN,
     telemetry::{LogFormat, parse_level},
 };
@@ -60,7 +64,7 @@ pub struct CliOverrides {
     #[arg(long, value_name = "NAME", value_parser = TrustDomain::parse)]
     pub trust_domain: Option<TrustDomain>,
 
-    /// Log this and what is worse: error, warn, info, debug or trace
+    /// Log this level and what is worse: error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", value_parser = log_level)]
     pub log_level: Option<Level>,
 
@@ -109,19 +113,19 @@ pub struct ServerOverrides {
     #[arg(long, value_name = "FILE")]
     pub join_token_file: Option<String>,
 
-    /// The file by which the SPIRE Server is known at first
+    /// The CA certificates by which the SPIRE Server is known at first
     #[arg(long, value_name = "FILE")]
     pub trust_bundle: Option<String>,
 
-    /// Where that bundle is fetched from instead
+    /// The URL that these CA certificates are fetched from instead
     #[arg(long, value_name = "URL")]
     pub trust_bundle_url: Option<String>,
 
-    /// The form of that bundle: pem or spiffe
+    /// The format of these CA certificates: pem or spiffe
     #[arg(long, value_name = "FORMAT")]
     pub trust_bundle_format: Option<String>,
 
-    /// Believe the first SPIRE Server that answers
+    /// Trust the first SPIRE Server that answers, whoever it is
     #[arg(long)]
     pub insecure_bootstrap: bool,
 
@@ -131,7 +135,7 @@ pub struct ServerOverrides {
     #[arg(long, value_name = "MODE")]
     pub rebootstrap_mode: Option<String>,
 
-    /// How long to wait before that
+    /// How long they must be unknown before that
     #[arg(long, value_name = "DURATION")]
     pub rebootstrap_delay: Option<String>,
 }
@@ -279,24 +283,57 @@ fn absolute(path: &Path) -> PathBuf {
 impl ConfigArgs {
     /// Reads and checks the configuration, and the places that it names for an agent of this process's user, which is one of
     /// the trust domain `running` already, if there is one.
-    pub(super) fn load(&self, running: Option<&TrustDomain>) -> Result<Config, Failure> {
+    fn load(&self, running: Option<&TrustDomain>, socket: SocketOf) -> Result<Config, Failure> {
         let given: Vec<_> = self.overrides.keys().into_iter().chain(running.map(Given::running)).collect();
-        let config = self.read_given(Trust::own(), &given)?;
-        let wrong = config.places(geteuid().as_raw()).wrong;
-        if wrong.is_empty() {
-            Ok(config)
-        } else {
-            Err(wrong_places(&self.config, &config.set_at, wrong).into())
-        }
+        let looks = if running.is_some() { Looks::Again } else { Looks::BeforeStart(socket) };
+        self.look(Trust::own(), &given, looks).map(|(config, _closed)| config)
+    }
+
+    /// Reads and checks all of it as `load` would for an agent of this user, whatever this process can start.
+    pub(super) fn check(&self, trust: Trust) -> Result<(Config, Vec<ClosedDir>), Failure> {
+        self.look(trust, &self.overrides.keys(), Looks::Everywhere)
+    }
+
+    /// Reads and checks the configuration from files of anybody, and not the places that it names.
+    pub(super) fn read_of_anybody(&self) -> Result<Config, Failure> {
+        self.read_given(Trust::anybody(), &self.overrides.keys())
     }
 
     pub(super) fn path(&self) -> &Path {
         &self.config
     }
 
-    /// Reads and checks the configuration from files of these owners, and not the places that it names.
-    pub(super) fn read(&self, trust: Trust) -> Result<Config, Failure> {
-        self.read_given(trust, &self.overrides.keys())
+    /// The user whose file it is; `None` where it cannot be told.
+    pub(super) fn owner(&self) -> Option<u32> {
+        // Not by its name alone: a file system of somebody else's need not answer.
+        let file = Trust::anybody().open(&self.config).ok()?;
+        file.metadata().ok().map(|found| found.uid())
+    }
+
+    /// Reads and checks the configuration, and the places that it names: every mistake at once, as far as it can be read.
+    fn look(&self, trust: Trust, given: &[Given], looks: Looks) -> Result<(Config, Vec<ClosedDir>), Failure> {
+        let wrong = |config: &Config, Places { mut wrong, closed }: Places| {
+            wrong.extend(looks.further(config, trust, &wrong));
+            (wrong_places(&self.config, &config.set_at, wrong), closed)
+        };
+        let errors = match self.read_given(trust, given) {
+            Ok(config) => {
+                let places = config.places(trust.user());
+                let (wrong, closed) = wrong(&config, places);
+                return if wrong.list().is_empty() { Ok((config, closed)) } else { Err(wrong.into()) };
+            }
+            Err(Failure::Config(errors)) => errors,
+            Err(other) => return Err(other),
+        };
+        // Files that nobody may go by are read all the same, for what else is wrong.
+        Err(Failure::Config(match self.read_given(Trust::anybody(), given) {
+            Ok(config) => {
+                let places = config.places(trust.user());
+                errors.and(wrong(&config, places).0)
+            }
+            Err(Failure::Config(others)) => errors.and(others),
+            Err(_) => errors,
+        }))
     }
 
     fn read_given(&self, trust: Trust, given: &[Given]) -> Result<Config, Failure> {
@@ -315,6 +352,49 @@ impl ConfigArgs {
         })?;
         self.overrides.apply(&mut config)?;
         Ok(config)
+    }
+}
+
+/// Where mistakes are looked for beside the places that must be nobody else's.
+#[derive(Clone, Copy)]
+enum Looks {
+    /// In what a start needs, too.
+    Everywhere,
+    /// The same, but for what a start may do without.
+    BeforeStart(SocketOf),
+    /// Nowhere: an agent that runs has what its start needed.
+    Again,
+}
+
+/// Who makes the socket of the Workload API.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum SocketOf {
+    Agent,
+    ServiceManager,
+}
+
+impl Looks {
+    fn further(self, config: &Config, trust: Trust, wrong: &[WrongPlace]) -> Vec<WrongPlace> {
+        let missing = || {
+            let missing = config.missing_places(trust, Clock::SYSTEM.now());
+            missing.into_iter().chain(config.addresses().0)
+        };
+        match self {
+            Self::Again => Vec::new(),
+            Self::Everywhere => missing().collect(),
+            // Once it cannot start, all of it is told.
+            Self::BeforeStart(_) if !wrong.is_empty() => missing().collect(),
+            Self::BeforeStart(socket) => {
+                // A server's agent serves without a place to write.
+                let needs = |place: &WrongPlace| match place.key {
+                    "agent.socket_path" => socket == SocketOf::Agent,
+                    "agent.data_dir" => matches!(config.issuer, Signer::Embedded(_)),
+                    _ => false,
+                };
+                let missing: Vec<_> = missing().collect();
+                if missing.iter().any(needs) { missing } else { Vec::new() }
+            }
+        }
     }
 }
 
@@ -354,9 +434,12 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
     // Before there is a key to be seen.
     secrecy::keep().map_err(|error| Failure::Agent(error.into()))?;
     let config = args.config.clone();
+    // Gone from the environment once the agent has taken it.
+    let handed = super::environment("LISTEN_FDS").is_some();
+    let socket = if handed { SocketOf::ServiceManager } else { SocketOf::Agent };
     let running = OnceLock::new();
     let load = move || {
-        let config = config.load(running.get())?;
+        let config = config.load(running.get(), socket)?;
         let _first = running.get_or_init(|| config.trust_domain.clone());
         Ok(config)
     };

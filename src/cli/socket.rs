@@ -207,18 +207,21 @@ pub(super) fn resolve_admin(
     environment: impl Fn(&str) -> Option<OsString>,
 ) -> Result<AgentSocket, SocketError> {
     let set = |name: &str| environment(name).filter(|value| !value.is_empty());
-    let beside = || {
-        [SPIRE, SPIFFE].into_iter().find_map(|name| {
-            let AgentAddress::Unix(public) = AgentAddress::parse(&set(name)?).ok()? else { return None };
-            Some((AgentAddress::Unix(admin_socket_for(&public)?), Chosen::AdminBeside(name)))
-        })
+    let public = || match (set(SPIRE), set(SPIFFE)) {
+        (Some(path), _) => AgentAddress::parse(&path).map(|at| Some((at, SPIRE))),
+        (None, Some(uri)) => AgentAddress::parse_uri(&uri).map(|at| Some((at, SPIFFE))),
+        (None, None) => Ok(None),
     };
     let (at, chosen) = if let Some(path) = flag {
         (AgentAddress::parse(path.as_os_str())?, Chosen::AdminFlag)
     } else if let Some(path) = set(ADMIN) {
         (AgentAddress::parse(&path)?, Chosen::AdminEnvironment)
+    } else if let Some((AgentAddress::Unix(public), name)) = public()?
+        && let Some(admin) = admin_socket_for(&public)
+    {
+        (AgentAddress::Unix(admin), Chosen::AdminBeside(name))
     } else {
-        beside().unwrap_or_else(|| (AgentAddress::at(Path::new(ADMIN_DEFAULT)), Chosen::AdminDefault))
+        (AgentAddress::at(Path::new(ADMIN_DEFAULT)), Chosen::AdminDefault)
     };
     Ok(AgentSocket { at, chosen })
 }
@@ -332,27 +335,30 @@ mod tests {
 
     #[test]
     fn the_admin_socket_is_said_or_beside_the_public_one() {
-        type Case<'a> = (&'a str, Option<&'a str>, &'a [(&'a str, &'a str)], (&'a str, Chosen));
+        type Want<'a> = Result<(&'a str, Chosen), SocketError>;
+        type Case<'a> = (&'a str, Option<&'a str>, &'a [(&'a str, &'a str)], Want<'a>);
         let spiffe = (SPIFFE, "unix:///a/public/api.sock");
-        let cases: [Case<'_>; 6] = [
-            ("nothing", None, &[], (ADMIN_DEFAULT, Chosen::AdminDefault)),
-            ("flag wins", Some("/f"), &[(ADMIN, "/e")], ("/f", Chosen::AdminFlag)),
-            ("environment", None, &[(ADMIN, "/e"), spiffe], ("/e", Chosen::AdminEnvironment)),
-            ("beside", None, &[spiffe], ("/a/private/admin.sock", Chosen::AdminBeside(SPIFFE))),
-            (
-                "where many share",
-                None,
-                &[(SPIFFE, "unix:///tmp/a.sock")],
-                (ADMIN_DEFAULT, Chosen::AdminDefault),
-            ),
-            ("no path", None, &[(SPIFFE, "tcp://1.2.3.4:5")], (ADMIN_DEFAULT, Chosen::AdminDefault)),
+        let beside = |name| Ok(("/a/private/admin.sock", Chosen::AdminBeside(name)));
+        let default = || Ok((ADMIN_DEFAULT, Chosen::AdminDefault));
+        let cases: [Case<'_>; 11] = [
+            ("nothing", None, &[], default()),
+            ("flag wins", Some("/f"), &[(ADMIN, "/e")], Ok(("/f", Chosen::AdminFlag))),
+            ("environment", None, &[(ADMIN, "/e"), spiffe], Ok(("/e", Chosen::AdminEnvironment))),
+            ("beside", None, &[spiffe], beside(SPIFFE)),
+            ("beside spire's", None, &[(SPIRE, "/a/public/api.sock"), spiffe], beside(SPIRE)),
+            ("where many share", None, &[(SPIFFE, "unix:///tmp/a.sock")], default()),
+            ("no path", None, &[(SPIFFE, "tcp://1.2.3.4:5")], default()),
+            ("a path", None, &[(SPIFFE, "/a/b/s")], Err(SocketError::NotUri("/a/b/s".into()))),
+            ("relative", None, &[(SPIFFE, "unix:s")], Err(SocketError::NotUri("unix:s".into()))),
+            ("not asked for", Some("/f"), &[(SPIFFE, "/a/b/s")], Ok(("/f", Chosen::AdminFlag))),
+            ("spire's is taken first", None, &[(SPIRE, "/a/public/api.sock"), (SPIFFE, "/s")], beside(SPIRE)),
         ];
-        for (case, flag, environment, (at, chosen)) in cases {
+        for (case, flag, environment, want) in cases {
             let got = resolve_admin(flag.map(Path::new), |name| {
                 environment.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value))
             });
             let got = got.map(|socket| (socket.at.to_string(), socket.chosen));
-            assert_eq!(got, Ok((at.to_owned(), chosen)), "{case}");
+            assert_eq!(got, want.map(|(at, chosen)| (at.to_owned(), chosen)), "{case}");
         }
         assert_eq!(admin_socket_for(Path::new(DEFAULT)), Some(PathBuf::from(ADMIN_DEFAULT)));
     }

@@ -153,7 +153,7 @@ fn agent_id(out: &mut String, id: &str) {
     let id = clean(id);
     if id.chars().count() > FOLDED {
         // Writing to a String does not fail.
-        let _ = writeln!(out, "This agent:\n{id}");
+        let _ = writeln!(out, "This agent:\n  {id}");
     } else {
         row(out, "This agent", &id);
     }
@@ -210,6 +210,7 @@ fn wrong(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime) 
         ));
     }
     wrong.extend(told.attestors_wrong.iter().cloned());
+    wrong.extend(told.entries_unmatched.iter().cloned());
     if let Some(server) = &told.server {
         if !server.waits_for.is_empty() {
             wrong.push(format!("for {}: {}", elapsed(server.waits_since, now), server.waits_for));
@@ -357,8 +358,9 @@ mod tests {
         let agent_id = format!("spiffe://example.org/spire/agent/join_token/{}", "x".repeat(36));
         let server = pb::ServerStatus { agent_id: agent_id.clone(), ..pb::ServerStatus::default() };
         let shown = pretty(&told(Some(server)), &pb::LimitsResponse::default(), at(1));
-        assert!(shown.contains(&format!("\nThis agent:\n{agent_id}\n")), "{shown}");
-        assert!(shown.lines().all(|line| line.chars().count() <= 80), "{shown}");
+        assert!(shown.contains(&format!("\nThis agent:\n  {agent_id}\n")), "{shown}");
+        let fits = |line: &str| line.chars().count() <= 80 || line.trim_start() == agent_id;
+        assert!(shown.lines().all(fits), "{shown}");
     }
 
     #[test]

@@ -10,8 +10,11 @@ use std::{
     time::Duration,
 };
 
-use super::help::in_bold;
-use crate::os::{journal, terminal::size};
+use super::{help::in_bold, text::folded};
+use crate::os::{journal, sentence::said, terminal::size};
+
+/// The columns of a narrow terminal, and what is printed where there is none.
+pub(super) const NARROW: usize = 80;
 
 /// Why printing stopped.
 #[derive(Debug, thiserror::Error)]
@@ -20,7 +23,7 @@ pub(super) enum PrintError {
     #[error("stdout was closed")]
     Closed,
     /// Nothing can be written there.
-    #[error("writing to stdout: {0}")]
+    #[error("writing to stdout: {}", said(.0))]
     Write(io::Error),
 }
 
@@ -78,7 +81,26 @@ impl Terminal {
         drop(writeln!(io::stderr().lock(), "{text}"));
     }
 
-    /// The same for an error: in the journal each of its lines is one, and shown by its priority.
+    /// Writes what a person can do about an error: folded, so that it fits a narrow terminal; a line that is indented is a
+    /// command to be copied, and stays whole.
+    pub(super) fn advise(&mut self, advice: &str) {
+        for line in advice.lines() {
+            if line.starts_with(' ') {
+                self.note(line);
+            } else {
+                folded(line, NARROW).iter().for_each(|line| self.note(line));
+            }
+        }
+    }
+
+    /// Writes what is worth a look and stops nothing; the words may be others'.
+    pub(super) fn warn(&mut self, warnings: &[String]) {
+        for warning in warnings {
+            self.advise(&format!("Warning: {}.", clean(warning)));
+        }
+    }
+
+    /// The same as [`Terminal::note`] for an error: in the journal each of its lines is one, and shown by its priority.
     pub(super) fn fault(&mut self, text: impl Display) {
         if !journal::is_at(io::stderr()) {
             return self.note(text);
@@ -114,9 +136,9 @@ impl Terminal {
     }
 }
 
-/// The columns of the terminal that stdout is, if it is one.
-pub(super) fn width() -> Option<usize> {
-    size(io::stdout()).map(|(_, columns)| columns)
+/// The columns that what is printed to stdout may take.
+pub(super) fn width() -> usize {
+    size(io::stdout()).map_or(NARROW, |(_, columns)| columns)
 }
 
 /// `text` with every control character written as an escape; tabs and line ends too.

@@ -7,17 +7,17 @@ use serde_json::{Value, json};
 
 use super::{
     Failure, OutputArgs, OutputFormat,
-    run::{ConfigArgs, wrong_places},
+    run::ConfigArgs,
     terminal::{Terminal, clean},
 };
 use crate::{
     agent,
     attest::Attestor,
-    config::{AgentUser, Config, Places, Signer, TakenAddress},
+    config::{AgentUser, Config, Signer, TakenAddress},
     hcl::{ConfigError, ConfigErrors},
     identity::EntryIndex,
     os::{
-        clock::Clock,
+        sentence::said,
         trusted::{ClosedDir, Trust},
     },
 };
@@ -79,25 +79,25 @@ pub(super) fn validate(args: &ValidateArgs, terminal: &mut Terminal) -> Result<(
 
 /// Notes what an admin should know, and looks at everything as the agent would that this configuration is for.
 fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<(Config, Trust), Failure> {
+    let us = geteuid().as_raw();
     // Only to find out for whom it is.
-    let first = config.read(Trust::anybody())?;
-    let AgentUser { uid: user, owns } = first.agent_user();
-    if user != geteuid().as_raw() {
-        terminal.note(format_args!("Looked at as by an agent of user {user}, who owns {}.", owns.display()));
+    let AgentUser { uid: user, owns } = match config.read_of_anybody() {
+        Ok(read) => {
+            let found = read.agent_user();
+            // Where data_dir is yet to be made, an ordinary user's own file is for an agent of that user: no other goes by it.
+            let is_ours = us != 0 && config.owner() == Some(us) && found.owns != read.agent.data_dir;
+            if is_ours { AgentUser { uid: us, ..found } } else { found }
+        }
+        Err(_) => {
+            let owner = config.owner().filter(|owner| *owner != 0);
+            AgentUser { uid: owner.unwrap_or(us), owns: config.path().to_owned() }
+        }
+    };
+    if user != us {
+        terminal.advise(&format!("Looked at as by an agent of user {user}, who owns {}.", owns.display()));
     }
     let trust = Trust::of(user);
-    let read = config.read(trust);
-    let looked_at = read.as_ref().unwrap_or(&first);
-    let Places { mut wrong, closed } = looked_at.places(user);
-    wrong.extend(looked_at.missing_places(trust, Clock::SYSTEM.now()));
-    wrong.extend(looked_at.addresses().0);
-    let wrong = wrong_places(config.path(), &looked_at.set_at, wrong);
-    let read = match read {
-        Ok(read) if wrong.list().is_empty() => read,
-        Ok(_) => return Err(wrong.into()),
-        Err(Failure::Config(errors)) => return Err(Failure::Config(errors.and(wrong))),
-        Err(other) => return Err(other),
-    };
+    let (read, closed) = config.check(trust)?;
     for ClosedDir { path, uid, mode } in closed {
         let (path, socket) = (path.display(), read.agent.socket_path.display());
         terminal.note(format_args!(
@@ -110,7 +110,7 @@ fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<(Config, Trust)
 /// What keeps no agent from starting, or not always: the key, and why it is worth a look.
 fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
     let taken = config.addresses().1.into_iter().map(|TakenAddress { key, host, port, cause }| {
-        (key, format!("{host} port {port} is not free now, perhaps because the agent runs: {cause}"))
+        (key, format!("{host} port {port} is not free now, perhaps because the agent runs: {}", said(&cause)))
     });
     let alone = matches!(config.issuer, Signer::Embedded(_));
     let nobody = (alone && config.entries.is_empty())

@@ -81,16 +81,21 @@ pub(super) async fn fetch(args: &FetchX509Args, terminal: &mut Terminal) -> Resu
 pub(super) async fn watch(args: &WatchArgs, terminal: &mut Terminal) -> Result<(), Failure> {
     let socket = args.socket.resolve(super::environment)?;
     let mut pause = FIRST_PAUSE;
-    let mut seen_any = false;
+    let (mut seen_any, mut said) = (false, String::new());
     loop {
         let failure = match watch_once(&socket, terminal, &mut seen_any, &mut pause).await {
             Err(Failure::Call(err)) if err.code() != Code::InvalidArgument => err,
             Err(other) => return Err(other),
             Ok(()) => continue,
         };
-        terminal.note(&failure);
-        if let Some(advice) = failure.advice() {
-            terminal.note(advice);
+        // One that stays away is not told of each time.
+        let told = failure.to_string();
+        if told != said {
+            terminal.note(&told);
+            if let Some(advice) = failure.advice() {
+                terminal.advise(&advice);
+            }
+            said = told;
         }
         // An agent that refuses says for how long.
         let wait = failure.retry_after().map_or(pause, |told| told.clamp(pause, LONGEST_PAUSE));

@@ -13,7 +13,10 @@ use std::{
 
 use crate::{
     identity::pem::WideText,
-    os::trusted::{PathError, Trust, TrustedDir},
+    os::{
+        sentence::said,
+        trusted::{PathError, Trust, TrustedDir},
+    },
 };
 
 /// The largest file that is read, in bytes.
@@ -29,7 +32,7 @@ pub enum FileError {
     #[error("could not find config file {}: please use the -config flag", .0.display())]
     Missing(PathBuf),
     /// The system did not let us.
-    #[error("cannot read {}: {cause}", path.display())]
+    #[error("cannot read {}: {}", path.display(), said(cause))]
     Read {
         /// What was to be read.
         path: PathBuf,

@@ -11,6 +11,7 @@ use std::{
 use nix::unistd::geteuid;
 
 use super::{
+    agent::{DEFAULT_DATA_DIR, DEFAULT_SOCKET_PATH},
     document::Config,
     file::said_of,
     issuer::{JoinedServer, Signer},
@@ -21,9 +22,15 @@ use crate::{
     issuer::{
         FileFault, IssuerChoice, check_data_dir, check_supplied_secret,
         embedded::{IssuerError, try_sources},
-        server::settings::{KeyManagerSettings, NodeAttestorSettings, TrustBundleFormat},
+        server::{
+            AGENT_DATA,
+            settings::{KeyManagerSettings, NodeAttestorSettings, TrustBundleFormat},
+        },
     },
-    os::trusted::{ClosedDir, PathError, Trust, TrustedDir},
+    os::{
+        sentence::said,
+        trusted::{ClosedDir, PathError, Trust, TrustedDir},
+    },
     telemetry::http::can_bind,
 };
 
@@ -159,7 +166,7 @@ impl Config {
             if matches!(cause.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied) {
                 taken.push(TakenAddress { key, host: host.clone(), port, cause });
             } else {
-                let message = format!("cannot listen at {host} port {port}: {cause}");
+                let message = format!("cannot listen at {host} port {port}: {}", said(&cause));
                 wrong.push(WrongPlace { key, value: port.to_string().into(), message });
             }
         }
@@ -190,7 +197,18 @@ impl Config {
             if let Err(PathError::Open { path, cause }) = trust.could_make_in(dir)
                 && tells(&cause)
             {
-                found.note(key, value, Err::<(), _>(PathError::Open { path, cause }));
+                let is_default = [DEFAULT_DATA_DIR, DEFAULT_SOCKET_PATH].map(Path::new).contains(&value);
+                let by_default = if is_default {
+                    format!(
+                        "; this is the default: set {} to another place",
+                        key.trim_start_matches("agent.")
+                    )
+                } else {
+                    String::new()
+                };
+                let (user, path) = (trust.user(), path.display());
+                let message = format!("user {user} cannot make it in {path}: {}{by_default}", said(&cause));
+                found.note(key, value, Err::<(), _>(message));
             }
         }
         let Signer::Embedded(issuer) = &self.issuer else { return found.wrong };
@@ -238,7 +256,23 @@ impl Config {
             };
             Some(("agent.trust_bundle_path", parsed.err()?.to_string()))
         };
-        missing.chain(bundle()).collect()
+        missing.chain(bundle()).chain(self.missing_token(trust)).collect()
+    }
+
+    /// That there is neither a join token, where one is to be shown, nor an SVID that one brought.
+    fn missing_token(&self, trust: Trust) -> Option<(&'static str, String)> {
+        let Signer::Server(joined) = &self.issuer else { return None };
+        let JoinedServer { join, node_attestor, .. } = &**joined;
+        let asks = matches!(node_attestor, NodeAttestorSettings::JoinToken) && join.token().is_none();
+        let data = self.agent.data_dir.join(AGENT_DATA);
+        let is_new = asks && trust.open(&data).is_err_and(|error| error.is_missing());
+        is_new.then(|| {
+            let why = format!("none is set, and there is no {}", data.display());
+            (
+                "agent.join_token",
+                format!("{why}: make one with spire-server token generate, and set join_token_file"),
+            )
+        })
     }
 
     /// What a CA or a state that is there would say at the start.

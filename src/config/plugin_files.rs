@@ -1,7 +1,12 @@
 //! `plugin_data_file`: what a plugin is told, in a file of its own. It is put where it would stand in `agent.conf`, so that
 //! nothing behind it knows where it was.
 
-use super::input::{Input, members};
+use std::path::Path;
+
+use super::{
+    file::said_of,
+    input::{Input, members},
+};
 use crate::hcl::{
     problems::Problems,
     tree::{Member, Node, Value, quoted},
@@ -39,9 +44,9 @@ fn of_plugin(input: &Input<'_>, problems: &Problems, name: &str, keys: &mut Vec<
     let wrong = |message: &str| {
         problems.add(member.place, name, Some(member.node.value.shown()), message);
     };
-    let path = match &member.node.value {
+    let (named, path) = match &member.node.value {
         Value::String(path) if path.is_empty() => return,
-        Value::String(path) => input.base.join(&**path),
+        Value::String(path) => (Path::new(&**path), input.base.join(&**path)),
         other => return wrong(&format!("must be a string, not {}", other.kind())),
     };
     if keys.iter().any(|key| is(key, KEY)) {
@@ -52,7 +57,7 @@ fn of_plugin(input: &Input<'_>, problems: &Problems, name: &str, keys: &mut Vec<
     }
     let text = match (input.read_file)(&path) {
         Ok(bytes) => bytes,
-        Err(error) => return wrong(&error.to_string()),
+        Err(error) => return wrong(&said_of(named, error)),
     };
     let Ok(text) = String::from_utf8(text) else { return wrong("is not UTF-8 text") };
     let file = problems.add_file(&path);
@@ -63,8 +68,6 @@ fn of_plugin(input: &Input<'_>, problems: &Problems, name: &str, keys: &mut Vec<
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
     use crate::config::{Config, ExpandEnv, FileError};
 

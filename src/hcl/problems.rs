@@ -59,11 +59,12 @@ impl ConfigErrors {
         Self { list, left_out }
     }
 
-    /// These, and then the others.
+    /// These, and then those of the others that are not among them.
     #[must_use]
     pub(crate) fn and(mut self, others: Self) -> Self {
-        self.list.extend(others.list);
-        self.left_out = self.left_out.saturating_add(others.left_out);
+        let more: Vec<_> = others.list.into_iter().filter(|error| !self.list.contains(error)).collect();
+        self.list.extend(more);
+        self.left_out = self.left_out.max(others.left_out);
         self
     }
 

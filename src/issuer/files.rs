@@ -18,6 +18,7 @@ use zeroize::Zeroizing;
 
 use crate::os::{
     lock,
+    sentence::said,
     trusted::{PathError, Trust, TrustedDir, is_read_only},
 };
 
@@ -31,11 +32,11 @@ const MOST_DAMAGED: u32 = 9;
 #[derive(Debug, thiserror::Error)]
 pub enum FileFault {
     /// Reading failed.
-    #[error("cannot read {}: {cause}", path.display())]
+    #[error("cannot read {}: {}", path.display(), said(cause))]
     Read { path: PathBuf, cause: io::Error },
     /// Writing failed (no space, a read-only file system, no permission): what was there before is still there and in
     /// force.
-    #[error("cannot write {}: {cause}", path.display())]
+    #[error("cannot write {}: {}", path.display(), said(cause))]
     Write { path: PathBuf, cause: io::Error },
     /// A file or directory belongs to another user than `ours`, which is the agent's effective uid.
     #[error("{} belongs to uid {found}, but the agent runs as uid {ours} (chown {ours} {})", path.display(), path.display())]

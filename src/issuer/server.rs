@@ -62,6 +62,7 @@ use self::{
     tokens::JwtSigning,
 };
 pub use self::{
+    data::AGENT_DATA,
     error::{DataFault, Denial, ServerError},
     metrics::{ServerCall, ServerMetrics, SyncResult},
     own_svid::{OwnStanding, OwnSvid},

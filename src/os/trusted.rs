@@ -550,7 +550,7 @@ mod tests {
             ),
             ("a file as a directory", |_| {}, "d/f/x", "BASE/d/f is not a directory"),
             ("a directory as a file", |_| {}, "d", "BASE/d is not a regular file"),
-            ("nothing", |_| {}, "d/none", "cannot open BASE/d/none: No such file or directory"),
+            ("nothing", |_| {}, "d/none", "cannot open BASE/d/none: no such file or directory"),
             (
                 "no link out of /proc",
                 |at| symlink("/proc/self/cwd/x", at.join("l")).unwrap(),

@@ -342,7 +342,7 @@ impl JwtCache {
                             error,
                             %spiffe_id,
                             left_out,
-                            "could not renew a jwt-svid; the valid one is served"
+                            "cannot get a new jwt-svid; the one that is valid is served, trying again"
                         );
                     });
                 }

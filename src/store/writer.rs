@@ -181,7 +181,10 @@ impl Writer {
             running.spawn(async move {
                 if let Err(error) = x509.renew(&batch).await {
                     let error = chain(&error);
-                    tracing::warn!(error, "could not renew x509-svids; the valid ones are served");
+                    tracing::warn!(
+                        error,
+                        "cannot get new x509-svids; those that are valid are served, trying again"
+                    );
                 }
             });
         }

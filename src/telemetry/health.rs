@@ -97,6 +97,12 @@ impl HealthState {
         self.lock().lost = lost;
     }
 
+    /// Whether clients do not find the socket.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.lock().lost != Lost::No
+    }
+
     /// How the agent is. Whether its threads answer does not show here.
     #[must_use]
     pub fn get(&self) -> Probe {

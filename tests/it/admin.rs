@@ -295,6 +295,9 @@ async fn the_commands_show_it() {
     let json: Value = serde_json::from_str(&out).unwrap();
     assert_eq!((json["heaviest"].as_array().unwrap().len(), code), (1, Some(0)));
     assert_eq!(json["node_connections"], 1);
+    assert_eq!(json["more_heaviest"], true, "{json}");
+    let (out, _, _) = durward(program, None, &["limits", "--top", "1"], &socket);
+    assert!(out.contains("\nThere are more: durward limits --top 10\n"), "{out}");
 
     let pid = own_pid().to_string();
     let (out, err, code) = durward(program, None, &["explain", "-pid", &pid], &socket);

@@ -131,6 +131,21 @@ fn a_reload_ends_with_what_came_of_it() {
     });
     assert!(all.iter().all(|output| output.status.success()), "{all:?}");
     assert!(status().contains("Wrong:        nothing"), "{}", status());
+
+    // What nobody can have is in force, and said: each of some, and how many more.
+    let ghost = |n: u32| {
+        entry(&format!("/{n}"), "").replacen("unix:uid:", &format!("unix:user:no-such-user-{n}-"), 1)
+    };
+    agent.configure(&(0..10).map(ghost).collect::<String>());
+    let (code, _, err) = said(&agent.reload(&[]));
+    let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert_eq!((code, err.matches("Warning: entry \"spiffe://").count()), (Some(0), 8), "{err}");
+    assert!(words(&err).ends_with("Warning: and 2 more entries: durward entry show."), "{err}");
+    let shown = words(&status());
+    assert!(
+        shown.contains("Wrong: entry \"spiffe://example.org/0\" asks for unix:user:no-such-user-0-"),
+        "{shown}"
+    );
 }
 
 #[test]
@@ -402,9 +417,10 @@ fn without_an_identity_the_command_says_what_to_ask() {
     ));
     assert_eq!(code, Some(3), "{err}");
     let admin = dir.path().join("run/private/admin.sock");
-    let want = format!("`durward explain --pid {} --socket-path {}`", std::process::id(), admin.display());
+    let want =
+        format!("\n  durward explain --pid {} --socket-path {}\n", std::process::id(), admin.display());
     assert!(err.contains(&want), "{want} in {err}");
-    let words = want.trim_matches('`').split(' ').skip(1).collect::<Vec<_>>();
+    let words = want.trim().split(' ').skip(1).collect::<Vec<_>>();
     let (code, out, err) = said(&durward(&words, &[]));
     assert_eq!((code, &*err), (Some(0), ""));
     assert!(out.contains("spiffe://example.org/other"), "{out}");

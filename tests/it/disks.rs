@@ -64,7 +64,7 @@ fn no_inode_is_left() {
         .map(|n| data.join(format!("filler{n}")))
         .take_while(|path| fs::write(path, "").is_ok())
         .collect();
-    fails_until(&ca, &data, "No space left on device", || {
+    fails_until(&ca, &data, "no space left on device", || {
         fillers.iter().for_each(|path| fs::remove_file(path).unwrap());
     });
     drop(ca);
@@ -112,7 +112,7 @@ fn a_file_that_may_grow_no_more_is_an_error() {
     let ended = agent.arg(dir.path().join("agent.conf")).output().unwrap();
     let said = String::from_utf8_lossy(&ended.stderr).into_owned();
     assert_eq!(ended.status.code(), Some(1), "{said}");
-    assert!(said.contains("File too large"), "{said}");
+    assert!(said.contains("file too large"), "{said}");
 }
 
 #[test]
@@ -122,6 +122,6 @@ fn child_on_a_broken_disk() {
     let data = broken.with_file_name("data");
     let ca = opened(&data);
     fs::write(broken, "").unwrap();
-    fails_until(&ca, &data, "Input/output error", || fs::remove_file(broken).unwrap());
+    fails_until(&ca, &data, "input/output error", || fs::remove_file(broken).unwrap());
     println!("the child got there");
 }

@@ -183,7 +183,8 @@ fn quickstart_reads_its_files_again_on_sighup() {
     let out = fs::File::create(&said).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_durward"));
     command.args(["quickstart", "--dir"]).arg(&place);
-    command.env_remove("KUBERNETES_SERVICE_HOST").stdin(Stdio::null()).stdout(out).stderr(Stdio::null());
+    let warned = out.try_clone().unwrap();
+    command.env_remove("KUBERNETES_SERVICE_HOST").stdin(Stdio::null()).stdout(out).stderr(warned);
     let mut agent = Killed(command.spawn().unwrap());
     let says = |text: &str| fs::read_to_string(&said).unwrap().contains(text);
     wait_for("it serves", || says("Serving."));
@@ -194,6 +195,11 @@ fn quickstart_reads_its_files_again_on_sighup() {
     // What changes is read without being told, and a mistake is named.
     fs::write(place.join("entries.d/web.conf"), entry("/web", "")).unwrap();
     wait_for("it reads the new entry", || says("Reloaded: entries 1 added"));
+    // Nor would anybody look into the log for an entry that nobody can have.
+    let ghost = entry("/web", "").replace("unix:uid:", "unix:user:no-such-user-");
+    assert!(ghost.contains("no-such-user"), "{ghost}");
+    fs::write(place.join("entries.d/web.conf"), ghost).unwrap();
+    wait_for("it warns of the user", || says("Warning: entry") && says("unix:user:no-such-user-"));
     fs::write(place.join("entries.d/web.conf"), "entry {").unwrap();
     wait_for("it names the mistake", || says("entries.d/web.conf:1:"));
     agent.signal(Signal::SIGTERM);

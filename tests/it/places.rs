@@ -277,7 +277,10 @@ fn who_validates_is_not_who_is_trusted() {
     let dir = given(NEIGHBOUR, 0);
     fs::remove_dir(dir.path().join("data")).unwrap();
     let config = dir.path().join("etc/agent.conf");
-    assert!(!by(NEIGHBOUR, &config).status.success());
+    let got = by(NEIGHBOUR, &config);
+    assert!(!got.status.success());
+    let want = format!("user {NEIGHBOUR} cannot make it in {}: permission denied", dir.path().display());
+    assert!(text(&got.stderr).contains(&want), "who would run it: {want} in {}", text(&got.stderr));
     chown(dir.path(), Some(NEIGHBOUR), None).unwrap();
     let got = by(0, &config);
     assert!(got.status.success(), "{}", text(&got.stderr));
@@ -289,7 +292,7 @@ fn who_validates_is_not_who_is_trusted() {
         chmod(&dir.path().join(place), mode);
         let got = by(0, &dir.path().join("etc/agent.conf"));
         let said = text(&got.stderr);
-        assert!(!got.status.success() && said.contains("Permission denied"), "{place}: {said}");
+        assert!(!got.status.success() && said.contains("permission denied"), "{place}: {said}");
     }
 }
 
@@ -358,13 +361,13 @@ fn validate_looks_at_every_place_that_a_start_needs() {
             "a socket in /proc",
             "health_checks { socket_path = \"/proc/nowhere/h.sock\" }",
             |_| {},
-            "health_checks.socket_path \"/proc/nowhere/h.sock\": cannot open /proc",
+            " cannot make it in /proc: ",
         ),
         (
             "a socket in /sys",
             "telemetry { Prometheus { socket_path = \"/sys/m.sock\" } }",
             |_| {},
-            "telemetry.Prometheus.socket_path \"/sys/m.sock\": cannot open /sys",
+            " cannot make it in /sys: ",
         ),
         (
             "a socket of TCP",
@@ -454,6 +457,14 @@ fn validate_tells_what_is_missing_to_join() {
     }
     fs::write(&bundle, "none").unwrap();
     fs::write(dir.path().join("etc/token"), "x").unwrap();
+    let token = fs::read_to_string(&config).unwrap().replace("join_token_file", "# join_token_file");
+    fs::write(&config, &token).unwrap();
+    let none = said("no token");
+    assert!(none.contains("Warning: agent.join_token: none is set, and there is no "), "{none}");
+    fs::create_dir(dir.path().join("data")).unwrap();
+    fs::write(dir.path().join("data/agent-data.json"), "{}").unwrap();
+    let joined = said("joined before");
+    assert!(!joined.contains("join_token"), "{joined}");
     let unread = said("no bundle");
     assert!(unread.contains("holds no PEM block") && !unread.contains("cannot open"), "{unread}");
 }
@@ -484,6 +495,43 @@ fn validate_names_what_is_wrong_with_files_and_places_at_once() {
         assert!(blames(&said, &dir.path().join(place)), "{place}: {said}");
     }
     assert!(said.contains("/etc/agent.conf:4:3: agent.socket_path "), "where it is set: {said}");
+}
+
+/// `run` and `validate` look with the same eyes.
+#[test]
+fn a_start_tells_the_same_mistakes_as_validate() {
+    type Change = fn(&Path);
+    let no_data: Change = |dir| fs::write(dir.join("data"), "").unwrap();
+    let cases: [(&str, &[&str], Change, &str); 4] = [
+        ("a place", &["run"], |_| {}, ""),
+        ("a place, and what a start needs", &["run"], no_data, "HEALTH"),
+        ("a file", &["etc/agent.conf"], no_data, ""),
+        (
+            "a file, and what it says",
+            &["etc/agent.conf"],
+            |_| {},
+            "ratelimit { caller { rate = -1 burst = 1 } }",
+        ),
+    ];
+    for (case, open, change, block) in cases {
+        let dir = layout_dir();
+        let config = dir.path().join("etc/agent.conf");
+        // Of a network for documentation (RFC 5737), which no node has.
+        let health =
+            "health_checks { listener_enabled = true bind_address = \"192.0.2.1\" bind_port = 8080 }";
+        configure(&config, if block == "HEALTH" { health } else { block });
+        change(dir.path());
+        open.iter().for_each(|place| chmod(&dir.path().join(place), 0o777));
+        let validated = validate(&config);
+        let started = run(Path::new(PROGRAM), &config, |_| {});
+        let list = |output: &Output| -> Vec<String> {
+            let said = text(&output.stderr);
+            let ours = said.lines().filter(|line| line.starts_with(dir.path().to_str().unwrap()));
+            ours.map(str::to_owned).collect()
+        };
+        assert!(!list(&validated).is_empty(), "{case}: {}", text(&validated.stderr));
+        assert_eq!(list(&started), list(&validated), "{case}");
+    }
 }
 
 /// Adds a block, or a CA that is supplied, to what the layout has.

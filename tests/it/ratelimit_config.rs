@@ -357,7 +357,7 @@ fn mistakes_say_what_would_be_right() {
             "43: ratelimit.caller.burst 400: takes 400 days to come back at this rate; it must be at most 366",
         ),
         ("no burst", "caller { rate = 1 }", "22: ratelimit.caller.rate: must have burst = 200 beside it"),
-        ("no rate", "caller { burst = 1 }", "22: ratelimit.caller.burst: must have rate = 100 beside it"),
+        ("no rate", "caller { burst = 9 }", "22: ratelimit.caller.burst: must have rate = 100 beside it"),
         (
             "unit alone",
             "caller { per = \"day\" }",
@@ -640,12 +640,12 @@ fn mistakes_say_what_would_be_right() {
 #[test]
 fn all_mistakes_come_at_once() {
     let text = format!(
-        "{LEAST}ratelimit {{\n keys = 1\n caller {{\n rate = 0 burst = 9\n method \"x\" {{ rate = 0 burst = 0 }}\n override \"uid:1-9\" {{ block = true }}
+        "{LEAST}ratelimit {{\n keys = 1\n caller {{\n rate = 0 burst = 1\n method \"x\" {{ rate = 0 burst = 0 }}\n override \"uid:1-9\" {{ block = true }}
  override \"uid:2-10\" {{ block = true }}\n override \"uid:3-11\" {{ block = true }}\n }} }}"
     );
     let errors = load(&text, &[]).unwrap_err();
     let places: Vec<&str> = errors.lines().map(|line| line.split(' ').next().unwrap()).collect();
-    let want = ["3:2", "5:2", "6:9", "6:24", "8:11", "9:11"];
+    let want = ["3:2", "5:2", "5:11", "6:9", "6:15", "6:24", "8:11", "9:11"];
     assert_eq!(places, want.map(|place| format!("agent.conf:{place}:")), "{errors}");
 }
 

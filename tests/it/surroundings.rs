@@ -348,6 +348,12 @@ async fn a_socket_that_nobody_finds_is_no_ready_agent() {
     until("HTTP/1.1 200").await;
     fs::remove_file(&at).unwrap();
     until("HTTP/1.1 500").await;
+    let mut status = Command::new(env!("CARGO_BIN_EXE_durward"));
+    let status =
+        status.args(["status", "--socket-path"]).arg(dir.path().join("data/admin.sock")).output().unwrap();
+    let status = String::from_utf8(status.stdout).unwrap();
+    let want = format!("not ready: the socket {} is gone", at.display());
+    assert!(status.split_whitespace().collect::<Vec<_>>().join(" ").contains(&want), "{status}");
     let log = fs::read_to_string(dir.path().join("log")).unwrap();
     for (want, times) in [("restart the agent", 2), ("is at its path again", 1)] {
         assert_eq!(log.lines().filter(|line| line.contains(want)).count(), times, "{want}: {log}");

@@ -18,6 +18,10 @@ pub struct ReloadResponse {
     /// Their keys.
     #[prost(string, repeated, tag = "6")]
     pub settings_changed: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// What keeps nothing from being in force and is worth a look, each in one line: entries that no process of this node can
+    /// have. At most 9.
+    #[prost(string, repeated, tag = "7")]
+    pub warnings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LimitsRequest {
@@ -49,6 +53,11 @@ pub struct LimitsResponse {
     /// Calls that wait: for tokens, for room, or to be attested.
     #[prost(uint32, tag = "8")]
     pub calls_waiting: u32,
+    /// Whether there are more of the heaviest, and more callers with open connections, than were asked for.
+    #[prost(bool, tag = "9")]
+    pub more_heaviest: bool,
+    #[prost(bool, tag = "10")]
+    pub more_connections: bool,
 }
 /// What a bucket was asked for since it was last full and forgotten.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -324,6 +333,9 @@ pub struct StatusResponse {
     /// Lines of the log and of the audit that were lost since the start.
     #[prost(uint64, tag = "25")]
     pub log_lines_lost: u64,
+    /// Where a CA of this node signs: entries that no process of this node can have, each in one line with why. At most 9.
+    #[prost(string, repeated, tag = "26")]
+    pub entries_unmatched: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Times are in seconds since 1970.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

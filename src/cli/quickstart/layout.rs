@@ -21,7 +21,10 @@ use crate::{
     config::{Config, ExpandEnv},
     hcl::ConfigErrors,
     identity::TrustDomain,
-    os::trusted::{PathError, Trust},
+    os::{
+        sentence::said,
+        trusted::{PathError, Trust},
+    },
     peer::socket::MAX_PATH_LEN,
 };
 
@@ -45,7 +48,7 @@ const DEFAULT_TRUST_DOMAIN: &str = "example.org";
 pub(in crate::cli) enum LayoutError {
     #[error("neither XDG_STATE_HOME nor HOME is an absolute path: choose a directory with --dir")]
     NoHome,
-    #[error("{}: {cause}", path.display())]
+    #[error("{}: {}", path.display(), said(cause))]
     Directory { path: PathBuf, cause: io::Error },
     #[error("{} must be a directory, not a file or a link", .0.display())]
     NoDirectory(PathBuf),

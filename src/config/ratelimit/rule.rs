@@ -108,9 +108,9 @@ pub(super) fn limit(s: &mut Section<'_>, free: &[(&'static str, Limit)]) -> Resu
         ("burst", burst.map(|at| at.place)),
         ("per", per.map(|at| at.place)),
     ];
-    let first = of_bucket.into_iter().find_map(|(key, place)| place.map(|place| (key, place, None)));
-    given.extend(first);
-    let mut good = of_bucket.into_iter().all(|(key, place)| place.is_some() || !s.has(key));
+    let first = of_bucket.into_iter().find(|(key, _)| s.has(key));
+    given.extend(first.map(|(key, place)| (key, place.unwrap_or_else(|| s.place()), None)));
+    let mut good = true;
     for (key, limit) in free {
         match s.boolean(key) {
             Some(At { value: true, place }) => given.push((key, place, Some(*limit))),
@@ -134,42 +134,51 @@ pub(super) fn limit(s: &mut Section<'_>, free: &[(&'static str, Limit)]) -> Resu
     if let Some(limit) = instead {
         return Ok(Some(Bound { limit, origin: Origin::Set, burst: None }));
     }
-    let (Some(rate), Some(burst)) = (rate, burst) else {
-        let missing = if rate.is_none() { "rate = 100" } else { "burst = 200" };
+    let missing = [("rate", "rate = 100"), ("burst", "burst = 200")].into_iter().find(|(key, _)| !s.has(key));
+    if let Some((_, missing)) = missing {
         s.wrong(place, key, None, format!("must have {missing} beside it"));
-        return Err(Reported);
-    };
+    }
+    // Of a unit that is wrong the longest: what is too much for it is too much.
+    let unit = if s.has("per") { Per::Day } else { Per::Second };
+    let per = per.map_or(unit, |at| at.value);
     let block = if free.len() > 1 { "block = true for none, " } else { "" };
-    bucket(s, rate, per.map_or(Per::Second, |at| at.value), burst, block).map(Some)
+    let limit = bucket(s, rate, per, burst, block).map_or(Limit::Unlimited, Limit::Quota);
+    Ok(Some(Bound { limit, origin: Origin::Set, burst: burst.map(|at| (at.place, s.path("burst"))) }))
 }
 
-/// The bucket of these numbers; `instead` is what else a limit may be.
+/// The bucket of these numbers; `instead` is what else a limit may be. Where one of them is wrong, which was said, it is a
+/// bucket that is right in it: so the other one is held against the rest of the file.
 fn bucket(
     s: &Section<'_>,
-    rate: At<(f64, &str)>,
+    rate: Option<At<(f64, &str)>>,
     per: Per,
-    burst: At<u32>,
+    burst: Option<At<u32>>,
     instead: &str,
-) -> Result<Bound, Reported> {
+) -> Option<Quota> {
+    let fast = |burst: Option<At<u32>>| {
+        Quota::new(f64::from(MAX_BURST), Per::Second, burst.map_or(MAX_BURST, |at| at.value)).ok()
+    };
+    let Some(rate) = rate else { return fast(burst) };
     let (value, text) = rate.value;
-    match Quota::new(value, per, burst.value) {
-        Ok(quota) => {
-            let burst = Some((burst.place, s.path("burst")));
-            return Ok(Bound { limit: Limit::Quota(quota), origin: Origin::Set, burst });
-        }
-        Err(QuotaError::Refill { days, .. }) => {
+    match (Quota::new(value, per, burst.map_or(1, |at| at.value)), burst) {
+        (Ok(quota), Some(_)) => Some(quota),
+        (Ok(_), None) => fast(None),
+        (Err(QuotaError::Refill { days, .. }), burst) => {
             let message =
                 format!("takes {days} days to come back at this rate; it must be at most {MAX_REFILL_DAYS}");
-            s.wrong(burst.place, "burst", Some(burst.value.to_string()), message);
+            if let Some(burst) = burst {
+                s.wrong(burst.place, "burst", Some(burst.value.to_string()), message);
+            }
+            fast(burst)
         }
-        Err(QuotaError::Rate(_) | QuotaError::Burst(_) | QuotaError::Unit(_)) => {
+        (Err(QuotaError::Rate(_) | QuotaError::Burst(_) | QuotaError::Unit(_)), burst) => {
             let message = format!(
                 "must be above 0 and at most {MAX_RATE} a second ({instead}unlimited = true for no limit)"
             );
             s.wrong(rate.place, "rate", Some(abridged(text)), message);
+            fast(burst)
         }
     }
-    Err(Reported)
 }
 
 /// Everything a block says about calls.
@@ -179,13 +188,20 @@ pub(super) fn written(s: &mut Section<'_>, stage: Stage, base: &Written) -> Resu
     let (costs, costs_place) = costs(s, stage, base.rule.costs());
     let dry_run = s.boolean("dry_run");
     let mut good = dry_run.is_some() || !s.has("dry_run");
-    let (limit, windows, costs) = (limit?, windows?, costs?);
-    let limited = limit.is_some();
-    let limit = limit.unwrap_or_else(|| base.limit.clone());
-    let own_windows = limited || !windows.is_empty();
-    let windows = if own_windows { windows } else { base.windows.clone() };
-    let bounds = std::iter::once((&limit, limited)).chain(windows.values().map(|it| (it, own_windows)));
-    for (bound, own) in bounds {
+    let costs = costs?;
+    // What is wrong of one hides nothing of the other.
+    let (mut limit, mut windows) = (limit, windows);
+    let limited = limit.as_ref().is_ok_and(Option::is_some);
+    if limit.as_ref().is_ok_and(Option::is_none) {
+        limit = Ok(Some(base.limit.clone()));
+    }
+    let own_windows = limited || windows.as_ref().is_ok_and(|windows| !windows.is_empty());
+    if windows.is_ok() && !own_windows {
+        windows = Ok(base.windows.clone());
+    }
+    let of_limit = limit.iter().flatten().map(|bound| (bound, limited));
+    let of_windows = windows.iter().flat_map(Schedule::values).map(|bound| (bound, own_windows));
+    for (bound, own) in of_limit.chain(of_windows) {
         let Err(CostAboveBurst { which, cost, burst }) = costs.fit(bound.limit) else { continue };
         good = false;
         match (&bound.burst, own, costs_place) {
@@ -205,6 +221,7 @@ pub(super) fn written(s: &mut Section<'_>, stage: Stage, base: &Written) -> Resu
             (_, _, None) => {}
         }
     }
+    let (Some(limit), windows) = (limit?, windows?) else { return Err(Reported) };
     let rule = Rule::new(limit.limit, costs, windows.map(|it| it.limit)).map_err(|_said_above| Reported)?;
     let mut rule = rule.of_origin(limit.origin);
     rule.dry_run = dry_run.map_or(base.rule.dry_run, |at| at.value);

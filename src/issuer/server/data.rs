@@ -18,7 +18,8 @@ use super::{
 };
 use crate::{identity::TrustDomain, issuer::files::FileDir};
 
-const NAME: &str = "agent-data.json";
+/// The file, in `data_dir`.
+pub const AGENT_DATA: &str = "agent-data.json";
 
 /// Go's time before all others: what spire-agent writes where there is none.
 const NO_TIME: &str = "0001-01-01T00:00:00Z";
@@ -140,15 +141,15 @@ impl AgentDataFile {
     /// # Errors
     /// It cannot be read, is damaged (then it was put aside: the next time there is none), or is of another trust domain.
     pub(super) fn open(dir: FileDir, trust_domain: &TrustDomain) -> Result<Self, DataFault> {
-        let known = match dir.read(NAME)? {
+        let known = match dir.read(AGENT_DATA)? {
             None => AgentData::default(),
-            Some(text) => parse(&text).map_err(|damage| damaged(&dir, NAME, damage))?,
+            Some(text) => parse(&text).map_err(|damage| damaged(&dir, AGENT_DATA, damage))?,
         };
         if let Some(found) = known.svid.first().and_then(|leaf| trust_domain_of(leaf))
             && found != trust_domain.name()
         {
             let want = trust_domain.name().to_owned();
-            return Err(DataFault::TrustDomain { path: dir.path_of(NAME), found, want });
+            return Err(DataFault::TrustDomain { path: dir.path_of(AGENT_DATA), found, want });
         }
         let known = Mutex::new(KnownData { data: known, is_written: true });
         Ok(Self { dir, known, writing: Mutex::new(()) })
@@ -156,7 +157,7 @@ impl AgentDataFile {
 
     /// Where it is.
     pub(super) fn path(&self) -> PathBuf {
-        self.dir.path_of(NAME)
+        self.dir.path_of(AGENT_DATA)
     }
 
     /// What is in it, or should be.
@@ -187,7 +188,7 @@ impl AgentDataFile {
         let mut next = before.clone();
         change(&mut next);
         if next != before || !is_written {
-            self.dir.write(NAME, &written(&next))?;
+            self.dir.write(AGENT_DATA, &written(&next))?;
             *self.lock() = KnownData { data: next, is_written: true };
         }
         Ok(())
@@ -209,7 +210,7 @@ impl AgentDataFile {
             known.is_written = false;
             known.data.clone()
         };
-        self.dir.write(NAME, &written(&next))?;
+        self.dir.write(AGENT_DATA, &written(&next))?;
         let mut known = self.lock();
         // What was noted meanwhile is still to be written.
         known.is_written = known.data == next;
@@ -365,8 +366,8 @@ mod tests {
         };
         open().unwrap().change(|data| data.reattestable = true).unwrap();
         for kept in ["agent-data.json.damaged", "agent-data.json.damaged.2"] {
-            std::fs::write(path.join(NAME), "{\"svid\":").unwrap();
-            std::fs::set_permissions(path.join(NAME), std::fs::Permissions::from_mode(0o600)).unwrap();
+            std::fs::write(path.join(AGENT_DATA), "{\"svid\":").unwrap();
+            std::fs::set_permissions(path.join(AGENT_DATA), std::fs::Permissions::from_mode(0o600)).unwrap();
             let error = open().unwrap_err();
             assert!(error.to_string().contains(kept), "{error}");
             assert_eq!(std::fs::read_to_string(path.join(kept)).unwrap(), "{\"svid\":");

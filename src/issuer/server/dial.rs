@@ -30,7 +30,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::body::Body;
 
 use super::tls::{ServerIdFault, fault_of};
-use crate::telemetry::said;
+use crate::os::sentence::said;
 
 /// The longest that a name is looked up for.
 const LONGEST_LOOKUP: Duration = Duration::from_secs(5);

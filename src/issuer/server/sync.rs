@@ -45,6 +45,8 @@ struct Synced {
     /// Those of which there is no bundle of use, which was said.
     missing: BTreeSet<TrustDomain>,
     failing: bool,
+    /// The server has said at least once what there is.
+    is_known: bool,
 }
 
 impl ServerIssuer {
@@ -70,7 +72,7 @@ impl ServerIssuer {
             if done.is_ok() {
                 self.lookouts.done(look);
             }
-            say(&mut synced.failing, done.as_ref().err());
+            synced.say(done.as_ref().err());
             let next = cycle.ended(Instant::now(), outcome, self.settings().interval, fraction());
             self.stands(&done, next.at);
             let waited_for = async {
@@ -216,14 +218,23 @@ async fn shown_anew(own: &mut Option<watch::Receiver<OwnStanding>>) {
     pending().await
 }
 
-/// Says once that syncs fail, and once that they do no more.
-fn say(failing: &mut bool, fault: Option<&CallFault>) {
-    match (fault, std::mem::replace(failing, fault.is_some())) {
-        (Some(error), false) => {
-            tracing::warn!(error = chain(error), "cannot sync with the server; what is known is served");
+impl Synced {
+    /// Says once that syncs fail, and once that they do no more.
+    fn say(&mut self, fault: Option<&CallFault>) {
+        let was_known = self.is_known;
+        self.is_known |= fault.is_none();
+        match (fault, std::mem::replace(&mut self.failing, fault.is_some())) {
+            (Some(error), false) if was_known => {
+                tracing::warn!(error = chain(error), "cannot sync with the server; what is known is served");
+            }
+            (Some(error), false) => tracing::warn!(
+                error = chain(error),
+                "cannot fetch the entries from the server, and nobody is served until it answers; trying again"
+            ),
+            (Some(error), true) => tracing::debug!(error = chain(error), "cannot sync with the server"),
+            (None, true) if was_known => tracing::info!("synced with the server again"),
+            (None, true) => tracing::info!("the server has told its entries"),
+            (None, false) => {}
         }
-        (Some(error), true) => tracing::debug!(error = chain(error), "cannot sync with the server"),
-        (None, true) => tracing::info!("synced with the server again"),
-        (None, false) => {}
     }
 }

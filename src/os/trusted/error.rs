@@ -7,6 +7,8 @@ use std::{
 
 use nix::errno::Errno;
 
+use crate::os::sentence::said;
+
 /// The most symbolic links on the way, as the kernel has it (path_resolution(7)).
 pub(super) const MOST_LINKS: u32 = 40;
 
@@ -49,10 +51,10 @@ pub enum PathError {
     #[error("{} is a link of the kernel's own: name the target instead", path.display())]
     ProcLink { path: PathBuf },
     /// The system does not let us, or there is nothing.
-    #[error("cannot open {}: {cause}", path.display())]
+    #[error("cannot open {}: {}", path.display(), said(cause))]
     Open { path: PathBuf, cause: io::Error },
     /// A directory cannot be made.
-    #[error("cannot make directory {}: {cause}", path.display())]
+    #[error("cannot make directory {}: {}", path.display(), said(cause))]
     Make { path: PathBuf, cause: io::Error },
 }
 

@@ -240,12 +240,24 @@ impl OwnSvid {
     /// Says why there is no SVID: as a warning when that is not what was `said` before, and now and then.
     fn tell(&self, way: Way, error: &ServerError, said: &mut SaidTrouble) {
         let why = error.to_string();
-        if said.is_due(&why, Instant::now()) {
-            tracing::warn!(error = why, ?way, "cannot get the agent's SVID; trying again");
-        } else {
-            tracing::debug!(error = why, ?way, "cannot get the agent's SVID; trying again");
-        }
+        let by = match way {
+            Way::Attest => "attestation",
+            Way::Renew => "renewal",
+            Way::AttestAnew => "attestation with trust begun anew",
+        };
+        let is_due = said.is_due(&why, Instant::now());
         let current = self.current();
+        match (is_due, &current) {
+            (true, None) => tracing::warn!(
+                error = why,
+                by,
+                "the agent waits for its first SVID, and nobody is served until the server gives it one; trying again"
+            ),
+            (true, Some(_)) => {
+                tracing::warn!(error = why, by, "cannot get the agent's next SVID; trying again")
+            }
+            (false, _) => tracing::debug!(error = why, by, "cannot get the agent's SVID; trying again"),
+        }
         if current.is_some() {
             self.trouble(Some(why));
             return;

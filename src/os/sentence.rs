@@ -1,0 +1,29 @@
+//! What the system says of an error, as a part of a sentence: in lower case, and without its number, which says the same.
+
+use std::io;
+
+/// The system's sentence.
+pub fn said(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.split_once(" (os error") {
+        Some((sentence, _)) => sentence.to_lowercase(),
+        None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::errno::Errno;
+
+    use super::*;
+
+    #[test]
+    fn a_number_is_left_out() {
+        for (error, want) in [
+            (Errno::ENOENT.into(), "no such file or directory"),
+            (io::Error::other("Not of the system"), "Not of the system"),
+        ] {
+            assert_eq!(said(&error), want);
+        }
+    }
+}
