@@ -144,6 +144,10 @@
 //! spread so that they do not come back together, it is half a millisecond, and the crowd takes less than
 //! half of the processor time from the node (`cargo bench --bench abuse storm`).
 //!
+//! **Who has closed already is asked nothing.** A loop that connects and closes fills the one queue that all wait in, and all
+//! that is done for each of its connections everybody behind them waits for. So it is first looked whether anybody is
+//! there; who is not is closed, counted as one that left, and charged to nobody.
+//!
 //! **No kernel state for whom the gate refuses.** Whom to charge needs no pidfd where pods are not looked
 //! for, so the gate is asked first, and a refused connection is never registered with the runtime: both were
 //! most of what a refusal cost.

@@ -185,13 +185,25 @@ impl Watch {
     /// Says who was refused for want of room.
     fn tell_of_refusal(&self, refused: &OutOfRoom) {
         let OutOfRoom { caller, refusal, held, share } = *refused;
-        if self.complaints.note(caller, refusal.text(), Instant::now()).is_some() {
+        if self.complaints.note(caller, refusal.text(), Instant::now()).is_none() {
+            return;
+        }
+        let short_of = refusal.text();
+        if held >= share {
             tracing::warn!(
                 caller = %caller,
-                short_of = refusal.text(),
+                short_of,
                 held,
                 share,
                 "memory limit: caller holds its share, and gets no further connection until there is room"
+            );
+        } else {
+            tracing::warn!(
+                caller = %caller,
+                short_of,
+                held,
+                share,
+                "memory limit: caller holds less than its share, and gets no connection while others leave no room"
             );
         }
     }

@@ -239,6 +239,10 @@ pub fn refused_connection(
             Code::Unavailable,
             "the agent is short of memory, and this caller's connections hold its share of it",
         ),
+        R::MemoryTaken => (
+            Code::Unavailable,
+            "the agent is out of memory: others hold it, and take what is set aside for callers that hold little",
+        ),
         R::Processor => (
             Code::Unavailable,
             "the agent is short of processor time, and this caller connects more often than its share of it allows",

@@ -452,13 +452,15 @@ impl SharedGate {
             // Half of the places is for those who have none.
             let places = if group_open == 0 { plan.reserved() } else { plan.reserved() / 2 };
             let taken = last && !exempt && state.reserved >= places;
-            return if taken { Err(ConnectionRefusal::Memory) } else { Ok(last) };
+            return if taken { Err(ConnectionRefusal::MemoryTaken) } else { Ok(last) };
         }
         // Half of what is set aside is for those, too, who hold less than anybody's least share.
-        let little = group_bytes < budget / budget::SHARES && left >= plan.reserved_bytes() / 2;
-        let above_share = room.is_short(Short::Memory) && group_bytes >= state.bytes.share();
-        if above_share || last && !little {
+        let little = group_bytes < budget / budget::SHARES;
+        if room.is_short(Short::Memory) && group_bytes >= state.bytes.share() {
             return Err(ConnectionRefusal::Memory);
+        }
+        if last && !(little && left >= plan.reserved_bytes() / 2) {
+            return Err(ConnectionRefusal::MemoryTaken);
         }
         Ok(false)
     }
@@ -532,7 +534,9 @@ impl GateState {
     /// Keeps what is to be told of a refusal for want of room, if there is room for it.
     fn complain(&mut self, it: &Arriving<'_>, refusal: ConnectionRefusal) {
         let (held, share) = match refusal {
-            ConnectionRefusal::Memory => (it.group_bytes, self.bytes.share()),
+            ConnectionRefusal::Memory | ConnectionRefusal::MemoryTaken => {
+                (it.group_bytes, self.bytes.share())
+            }
             ConnectionRefusal::Descriptors | ConnectionRefusal::NodeConnections => {
                 (u64::from(it.group_open), self.connections.share())
             }

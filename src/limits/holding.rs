@@ -142,6 +142,11 @@ impl NodeHeld {
             || bytes <= BEGINS && all < self.spent_from.load(Relaxed)
     }
 
+    /// The same of a large answer in the making: the only one of its family may be made as long as nobody has to be cut for it.
+    fn fits_answer(&self, all: u64, bytes: u64, is_only: bool) -> bool {
+        self.fits(all, bytes) || is_only && all < self.full_from.load(Relaxed)
+    }
+
     /// Waits until shares are to be reckoned anew. For one task.
     pub(super) async fn outdated(&self) {
         self.look.notified().await;
@@ -283,12 +288,10 @@ impl Holding {
     /// Holds what an answer takes while it is made, if it fits. Each family may make one as long as nobody has to be cut, so
     /// that it gets what is its own, however large that is.
     pub fn try_make(self: &Arc<Self>, bytes: u64) -> Option<AnswerInTheMaking> {
-        self.hold(bytes);
-        let making = AnswerInTheMaking { bytes, holding: Arc::clone(self) };
+        let making = AnswerInTheMaking(self.keep(bytes));
         let fits = self.sums.as_ref().is_none_or(|HeldSums { group, node, .. }| {
-            let is_first = group.making.fetch_add(1, Relaxed) == 0;
-            let all = node.bytes();
-            node.fits(all, group.bytes()) || is_first && all < node.full_from.load(Relaxed)
+            let is_only = group.making.fetch_add(1, Relaxed) == 0;
+            node.fits_answer(node.bytes(), group.bytes(), is_only)
         });
         fits.then_some(making)
     }
@@ -417,17 +420,13 @@ impl Drop for KeptBytes {
 
 /// A large answer that is being made, as long as this is there.
 #[derive(Debug)]
-pub struct AnswerInTheMaking {
-    bytes: u64,
-    holding: Arc<Holding>,
-}
+pub struct AnswerInTheMaking(KeptBytes);
 
 impl Drop for AnswerInTheMaking {
     fn drop(&mut self) {
-        if let Some(HeldSums { group, .. }) = &self.holding.sums {
+        if let Some(HeldSums { group, .. }) = &self.0.holding.sums {
             group.making.fetch_sub(1, Relaxed);
         }
-        self.holding.release(self.bytes);
     }
 }
 

@@ -69,6 +69,9 @@ labels! {
         Descriptors = "descriptors",
         /// Memory is short, and the caller, or its family, holds its share of it.
         Memory = "memory",
+        /// The caller, or its family, holds less than its share of memory; but others hold the rest, and what is set aside for
+        /// callers that hold next to nothing is taken too.
+        MemoryTaken = "memory_taken",
         /// The agent has used the processor time that it may, and the caller connects more often than it may then.
         Processor = "processor",
         /// The socket is the admin's, and the peer is neither the agent's user nor root.
@@ -97,7 +100,7 @@ impl ConnectionRefusal {
             Self::CallerRate => Some((Stage::Gate, Reason::Rate)),
             Self::NodeConnections | Self::Descriptors => Some((Stage::Node, Reason::Connections)),
             Self::Processor => Some((Stage::Node, Reason::Rate)),
-            Self::Memory => Some((Stage::Node, Reason::Memory)),
+            Self::Memory | Self::MemoryTaken => Some((Stage::Node, Reason::Memory)),
             Self::Unidentified | Self::NotOwner | Self::AdminConnections => None,
         }
     }
@@ -172,9 +175,8 @@ impl Refusal {
     pub(super) fn may_wait(&self) -> bool {
         match self.reason {
             Reason::Rate => self.origin == Origin::ByDefault,
-            Reason::InFlight => true,
-            // A call that waits holds what there is too little of.
-            Reason::Memory => false,
+            // What its connection holds of memory it holds whether it waits or not: answers that others have not read yet.
+            Reason::InFlight | Reason::Memory => true,
             Reason::Blocked | Reason::Connections => false,
         }
     }

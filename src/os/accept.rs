@@ -4,7 +4,15 @@
 
 use std::{
     io,
-    os::unix::net::{UnixListener, UnixStream},
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _},
+        unix::net::{UnixListener, UnixStream},
+    },
+};
+
+use nix::{
+    errno::Errno,
+    sys::socket::{SockFlag, accept4},
 };
 
 use tokio::io::{
@@ -53,7 +61,19 @@ impl Iterator for Waiting<'_> {
     type Item = io::Result<UnixStream>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let accepted = self.0.try_io(|listener| listener.get_ref().accept());
-        accepted.ok().map(|accepted| accepted.map(|(stream, _nameless)| stream))
+        self.0.try_io(|listener| accept(listener.get_ref())).ok()
+    }
+}
+
+/// Accepts one, whose name the kernel is not asked for: callers have none.
+#[expect(unsafe_code, reason = "nix gives what it accepted as a number")]
+fn accept(listener: &UnixListener) -> io::Result<UnixStream> {
+    loop {
+        match accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
+            // SAFETY: the kernel has just made the descriptor, for nobody but this call.
+            Ok(accepted) => return Ok(unsafe { UnixStream::from_raw_fd(accepted) }),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
     }
 }

@@ -28,6 +28,9 @@ use crate::{
 /// The most connections that are accepted in one run, or asked for again, before anything else is looked at.
 pub(super) const RUN: usize = 64;
 
+/// So many are accepted at most before it is looked, at once, whether they are still there.
+const BATCH: usize = 8;
+
 /// The family that the listener itself is closed for: no user's.
 const AGENT: u64 = u64::MAX - 1;
 /// The family of those who cannot be identified.
@@ -91,13 +94,28 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         if most == 0 {
             self.stats.count_accepts_paused();
         }
-        let mut run = 0;
-        for accepted in waiting.take(most) {
-            run += 1;
-            let taken = accepted.map_err(NotTaken::from).and_then(|stream| self.take(stream, now));
-            if self.pauses_for(taken) {
-                break;
+        let (mut run, mut waiting, mut came) = (0, waiting.take(most), Vec::with_capacity(BATCH));
+        // The first alone: where there are no descriptors for it, no others are taken out of their queue.
+        let mut batch = 1;
+        while batch > 0 {
+            for accepted in waiting.by_ref().take(batch) {
+                run += 1;
+                let accepted = accepted.and_then(|stream| {
+                    self.stats.count_accepted();
+                    Accepted::new(stream, &self.closing)
+                });
+                match accepted {
+                    Ok(stream) => came.push(stream),
+                    Err(error) => {
+                        if self.pauses_for(Err(error.into())) {
+                            break;
+                        }
+                    }
+                }
             }
+            let were_more = came.len() == batch;
+            self.take_batch(&mut came, now);
+            batch = if were_more && self.paused.is_none() { BATCH.min(2 * batch) } else { 0 };
         }
         if let Some(allowance) = &mut self.allowance {
             allowance.took(run);
@@ -136,6 +154,9 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
     fn ask_again(&mut self, kept: Kept, now: Instant) {
         let Kept { stream, family, waits } = kept;
         if let Some(waits) = waits {
+            if stream.is_deserted() {
+                return self.count_left();
+            }
             let taken = self.decide(stream, Some(family), waits, now);
             self.pauses_for(taken);
         }
@@ -150,16 +171,32 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         pauses
     }
 
+    /// Takes those who have come. Who has closed again by now is through soonest, and nobody stands behind it for long.
+    fn take_batch(&mut self, came: &mut Vec<Accepted<StdStream>>, now: Instant) {
+        let left = Accepted::deserted(came);
+        for (stream, left) in came.drain(..).zip(left) {
+            if left {
+                self.count_left();
+            } else {
+                let taken = self.take(stream, now);
+                self.pauses_for(taken);
+            }
+        }
+    }
+
     /// Lets one in that has come, or not.
-    fn take(&mut self, stream: StdStream, now: Instant) -> Result<(), NotTaken> {
-        self.stats.count_accepted();
-        let mut stream = Accepted::new(stream, &self.closing)?;
+    fn take(&mut self, mut stream: Accepted<StdStream>, now: Instant) -> Result<(), NotTaken> {
         let arrival = match Arrival::at(&stream, &*self.keys) {
             Ok(arrival) => arrival,
             Err(error) => return Err(self.not_identified(stream, error, now)),
         };
         stream.belongs_to(|| self.gate.family(&arrival));
         self.decide(stream, None, RoomWaiter { arrival, until: now + WAIT, asked: false }, now)
+    }
+
+    /// Its peer has closed it already.
+    fn count_left(&self) {
+        OpenConnection::count(&self.stats).why = ConnectionEnd::ByPeer;
     }
 
     /// Lets one in, has it wait, or turns it away.
@@ -177,11 +214,6 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         } else {
             self.gate.admit_connection(&waits.arrival)
         };
-        // Who connects and closes at once is through sooner, and nobody stands behind it for long.
-        if decided.as_ref().err().is_none_or(|why| why.is_soft()) && stream.is_deserted() {
-            OpenConnection::count(&self.stats).why = ConnectionEnd::ByPeer;
-            return Ok(());
-        }
         let why = match decided {
             Ok(permit) => return self.let_in(waits.arrival, stream, permit, now),
             Err(why) => why,

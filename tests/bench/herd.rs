@@ -227,8 +227,12 @@ fn validate(busy: u32) {
             let answered = |saw: &[Saw]| saw.iter().map(|saw| saw.answered).sum::<u64>();
             let (own, all) = (answered(&saw), answered(&saw) + answered(&others));
             let fair = (all / u64::from(busy + 1)).min(saw.iter().map(|saw| saw.asked).sum());
+            let each: Vec<u64> = others.iter().map(|saw| saw.answered).collect();
             told(&format!("{label}, {busy} others without end"), &saw, took, Some(&agent));
-            println!("  the gateway had {own} of {all} answers; its share is {fair}");
+            // While there is room nobody is held to a part: who asks for more has more.
+            println!(
+                "  the gateway had {own} of {all} answers, the others {each:?}; an equal part is {fair}"
+            );
         }
     }
 }

@@ -13,10 +13,10 @@ use std::{
 };
 
 use nix::{
-    poll::{PollFd, PollFlags, PollTimeout, poll},
+    poll::{PollFd, PollFlags, PollTimeout, poll, ppoll},
     sys::{
         socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt},
-        time::{TimeVal, TimeValLike as _},
+        time::{TimeSpec, TimeVal, TimeValLike as _},
     },
 };
 
@@ -98,6 +98,13 @@ fn wait(stream: &UnixStream, flags: PollFlags, patience: Duration) -> bool {
     let mut fds = [PollFd::new(stream.as_fd(), flags)];
     let millis = u16::try_from(patience.as_millis().min(60_000)).expect("a minute at most");
     poll(&mut fds, PollTimeout::from(millis)).is_ok_and(|ready| ready > 0)
+}
+
+/// Waits until something comes on one of these, or so long.
+pub(crate) fn wait_for_any<'a>(connections: impl Iterator<Item = &'a Raw>, patience: Duration) {
+    let mut fds: Vec<PollFd<'_>> =
+        connections.map(|raw| PollFd::new(raw.stream.as_fd(), PollFlags::POLLIN)).collect();
+    let _woken = ppoll(&mut fds, Some(TimeSpec::from_duration(patience)), None).is_ok();
 }
 
 /// A connected socket.

@@ -215,8 +215,8 @@ async fn whoever_has_left_already_is_not_waited_for() {
         }
         let task = tokio::spawn(listener.serve(serve, async { drop(stopped.await) }));
         until("all have ended", || stats.closed(ConnectionEnd::ByPeer) == 100).await;
-        let counted = (stats.open(), stats.refused(ConnectionRefusal::Memory), gate.open.load(SeqCst));
-        assert_eq!((counted, served.load(SeqCst)), ((0, 0, 0), 0), "{there}");
+        let counted = (stats.open(), stats.refused(ConnectionRefusal::Memory), gate.asked.load(SeqCst));
+        assert_eq!((counted, served.load(SeqCst)), ((0, 0, 0), 0), "{there}: nothing is asked about it");
         drop(stop);
         task.await.unwrap().unwrap();
     }

@@ -202,6 +202,48 @@ async fn when_room_returns_nobody_waits_any_more() {
     }
 }
 
+/// One that holds more than its share of memory.
+#[derive(Clone, Copy, Debug)]
+struct Greedy<'a>(&'a Limits);
+
+impl Caller for Greedy<'_> {
+    fn caller_key(&self) -> CallerKey {
+        CallerKey::Uid(7)
+    }
+
+    fn is_above_share(&self) -> bool {
+        self.0.room().is_short(Short::Memory)
+    }
+}
+
+/// A crowd of one user is above its share while its own answers are on their way; who holds memory for longer is refused, and
+/// nobody below its share waits for it.
+#[tokio::test(start_paused = true)]
+async fn who_holds_its_share_of_memory_waits_for_room_and_no_longer_than_it_may() {
+    for (case, returns_after, patience, passes, within) in [
+        ("its answers leave", 50, Patience::USUAL, true, 60),
+        ("they do not", 5_000, Patience::USUAL, false, 260),
+        ("its time is short", 5_000, Patience::within(Duration::from_millis(100)), false, 100),
+        ("it may not wait", 50, Patience::NONE, false, 1),
+    ] {
+        let limits = limits(&open());
+        limits.room().set(Short::Memory, true);
+        let began = Instant::now();
+        let ask = async {
+            let admitted = limits.admit(Greedy(&limits), JWT, patience).await;
+            (admitted.map(drop).map_err(|why| why.reason), began.elapsed())
+        };
+        let returns = async {
+            call(&limits, 8, Patience::NONE).await.unwrap();
+            sleep(Duration::from_millis(returns_after)).await;
+            limits.room().set(Short::Memory, false);
+        };
+        let ((admitted, took), ()) = tokio::join!(ask, returns);
+        assert_eq!(admitted, if passes { Ok(()) } else { Err(Reason::Memory) }, "{case}");
+        assert!(took < Duration::from_millis(within), "{case}: {took:?}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn who_goes_away_leaves_nothing_behind() {
     for (stage, settings) in each_stage(1.0, 10, Origin::ByDefault) {

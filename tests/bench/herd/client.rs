@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     frames::{block, jwt_request, message},
     process::Part,
-    raw::{Answer, Came, Connecting, Raw, WIDE},
+    raw::{Answer, Came, Connecting, Raw, WIDE, wait_for_any},
 };
 
 /// How long anything may take.
@@ -173,7 +173,7 @@ impl Client {
                 raw.over.then(|| asked.keys().for_each(|_| saw.fails("gone with its connection")));
                 !raw.over
             });
-            std::thread::sleep(Duration::from_micros(500).min(due.saturating_duration_since(Instant::now())));
+            wait_for_any(gateway.iter().map(|(raw, _)| raw), due.saturating_duration_since(Instant::now()));
         }
         for (raw, asked) in &mut gateway {
             while !asked.is_empty() && answered(raw, PATIENCE, asked, saw) {}
