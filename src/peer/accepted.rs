@@ -160,6 +160,11 @@ impl<S: AcceptedSocket, P: Send + 'static> Accepted<S, P> {
         Ok(shutdown(self.as_fd().as_raw_fd(), Shutdown::Write)?)
     }
 
+    /// Tells the peer that nothing more comes, and that nothing is read any more. Once more is nothing.
+    pub(super) fn shut(&self) -> io::Result<()> {
+        Ok(shutdown(self.as_fd().as_raw_fd(), Shutdown::Both)?)
+    }
+
     /// How to receive from it.
     pub(super) fn care(&self) -> Care {
         if self.closers.is_some() { Care::LookFirst } else { Care::TakeAtOnce }

@@ -39,7 +39,7 @@ use super::{
     stats::{OpenConnection, Parked},
     task_waker::{ROUNDS, TaskWaker},
     turns::Turns,
-    unread::UnreadAnswers,
+    unread::{LeftUnread, UnreadAnswers},
     wire::{Ending, Wire, WireShared},
 };
 use crate::{
@@ -79,7 +79,15 @@ impl Connection {
         self.open.why = match self.park(stream.socket(), handshake_by).await {
             Ok(()) => match self.finds_room().await {
                 // Boxed only now: a parked connection must not carry the room for HTTP/2 in its task.
-                Ok(()) => Box::pin(self.serve(stream, handshake_by, http2, service)).await,
+                Ok(()) => {
+                    let (why, unread) = Box::pin(self.serve(stream, handshake_by, http2, service)).await;
+                    self.open.why = why;
+                    tokio::select! {
+                        () = unread.gone() => {}
+                        () = drains(&mut self.phases) => {}
+                    }
+                    why
+                }
                 Err(why) => why,
             },
             Err(why) => why,
@@ -145,7 +153,7 @@ impl Connection {
         handshake_by: Instant,
         http2: http2::Builder<Spawner>,
         service: impl ConnectionService,
-    ) -> ConnectionEnd {
+    ) -> (ConnectionEnd, LeftUnread<P>) {
         let Self { peer, bounds, phases, holding, open } = self;
         bound_send_buffer(&stream, bounds);
         let ending = Arc::new(Ending::default());
@@ -167,7 +175,7 @@ impl Connection {
         let waker = TaskWaker::new();
         let mut unread = UnreadAnswers::new(holding);
         let (mut watched, mut pause_known, mut heard) = (false, false, None);
-        loop {
+        let why = loop {
             // Whatever the connection's own task is woken for (an answer, bytes) is seen behind it.
             let verdict = tokio::select! {
                 biased;
@@ -185,13 +193,13 @@ impl Connection {
                     // Nobody is there to read.
                     let deserted = done.is_pending() && matches!(sent, Poll::Ready(Err(_)));
                     if deserted { Poll::Ready(Ok(())) } else { done }
-                }) => return noted(&course, done, &ending, peer),
+                }) => break noted(&course, done, &ending, peer),
                 () = drains(phases), if !course.drains() && !course.is_unheard() => course.drain(),
                 notice = holding.told(heard), if heard < Some(Notice::Close) => {
                     heard = Some(notice);
                     course.told(notice, Instant::now())
                 }
-                () = peer.exited(), if watched => return ConnectionEnd::PeerExited,
+                () = peer.exited(), if watched => break ConnectionEnd::PeerExited,
                 () = so(|| ending.another_writer()), if !course.is_unheard() => course.unheard(Instant::now()),
                 () = so(|| ending.read_short()), if !course.reads_again() => {
                     if course.read_short(Instant::now()) {
@@ -222,10 +230,11 @@ impl Connection {
                     peer.send_away();
                     turns.wake_resting();
                 }
-                Verdict::Cut(why) => return why,
+                Verdict::Cut(why) => break why,
             }
             look.as_mut().reset(course.next_look(Instant::now()));
-        }
+        };
+        (why, LeftUnread::new(outbox, unread))
     }
 }
 

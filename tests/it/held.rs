@@ -437,6 +437,44 @@ async fn who_never_reads_pins_a_bounded_number_of_answers() {
     server.drain().await;
 }
 
+/// Of a connection that is over, what its peer was sent and has not read stays the kernel's, and is held until it is read, or
+/// can be read no more. Who reads is rid of it at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_left_unread_is_held_to_its_end() {
+    let server = Server::start();
+    for (nth, reads) in (1..).zip([true, false]) {
+        let paths = std::iter::repeat_n("/bytes/500".to_owned(), 20);
+        let (mut stream, holding) = raw(&server, 1 << 16, paths).await;
+        let answered = || server.ways.made.load(SeqCst) >= 20 && server.stats.streams() == 0;
+        until("answers", || answered() && holding.bytes() > HTTP2).await;
+        settled(&server).await;
+        // DATA of no stream: HTTP/2 ends.
+        stream.write_all(&frame(0, 0, 0, b"none")).await.unwrap();
+        until("nothing of HTTP/2", || holding.bytes() < HTTP2).await;
+        settled(&server).await;
+        assert!(holding.bytes() > 4 * 1024, "{} bytes", holding.bytes());
+        assert_eq!((server.stats.open(), server.stats.closed(ConnectionEnd::Protocol)), (1, nth - 1));
+        assert!(stream.write_all(b"anything").await.is_err(), "it is closed for its peer");
+        if reads {
+            let mut all = Vec::new();
+            stream.read_to_end(&mut all).await.unwrap();
+            assert!(all.len() > 20 * 500, "{} bytes", all.len());
+        } else {
+            drop(stream);
+        }
+        server.ended(ConnectionEnd::Protocol, nth).await;
+        assert_eq!((holding.bytes(), server.stats.open()), (0, 0));
+    }
+    // A drain waits for nobody who does not read.
+    let (mut stream, holding) = raw(&server, 1 << 16, ["/bytes/500".to_owned()]).await;
+    until("its HTTP/2", || holding.bytes() == HTTP2 && server.stats.streams() == 0).await;
+    settled(&server).await;
+    stream.write_all(&frame(0, 0, 0, b"none")).await.unwrap();
+    until("over", || holding.bytes() < HTTP2).await;
+    server.drain().await;
+    drop(stream);
+}
+
 /// News for streams that are not read: each peer has some of it made, and is sent all of it when it reads.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_does_not_read_its_streams_pins_a_bounded_number_of_updates() {
