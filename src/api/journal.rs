@@ -29,6 +29,7 @@ use crate::{
 pub struct Journal {
     metrics: ApiMetrics,
     complaints: Complaints<Complaint>,
+    refusals: Complaints<&'static str>,
     no_peer: Pace,
     audit: Arc<AuditTrail>,
 }
@@ -75,6 +76,7 @@ impl Journal {
         Self {
             metrics: ApiMetrics::new(registry),
             complaints: Complaints::default(),
+            refusals: Complaints::default(),
             no_peer: Pace::default(),
             audit,
         }
@@ -146,9 +148,11 @@ impl Journal {
                         tracing::info!(method = rpc, caller, pid, reason, error, times, "{NOT_ATTESTED}");
                     });
                 }
-                Blame::Refusal | Blame::Crowd => {
-                    tracing::debug!(method = rpc, error = chain(cause), "{NOT_ATTESTED}");
-                }
+                Blame::Refusal | Blame::Crowd => self.quietly(by, cause.fault().text(), |line| {
+                    let AboutCaller { caller, pid, reason, times } = line;
+                    let error = chain(cause);
+                    tracing::debug!(method = rpc, caller, pid, reason, error, times, "{NOT_ATTESTED}");
+                }),
             },
             RequestError::JwtSvid(cause) | RequestError::X509Svid(cause) => {
                 self.complain(by, Complaint::NotSigned, |line| {
@@ -160,7 +164,10 @@ impl Journal {
             RequestError::NoPeer => self.no_peer.say(|left_out| {
                 tracing::error!(method = rpc, left_out, "a call arrived without its caller");
             }),
-            other => tracing::debug!(method = rpc, reason = %other, "refused"),
+            other => self.quietly(by, other.reason(), |line| {
+                let AboutCaller { caller, pid, reason, times } = line;
+                tracing::debug!(method = rpc, caller, pid, reason, error = %other, times, "refused");
+            }),
         }
     }
 
@@ -171,6 +178,16 @@ impl Journal {
         if let Some(times) = self.complaints.note(caller, what, Instant::now()) {
             let times = Some(times).filter(|times| times.get() > 1);
             write(AboutCaller { caller: caller.to_string(), pid, reason: what.text(), times });
+        }
+    }
+
+    /// The same at debug, of what is the caller's own doing.
+    fn quietly(&self, by: Option<AuditedProcess>, reason: &'static str, write: impl FnOnce(AboutCaller)) {
+        let Some(AuditedProcess { caller, pid, .. }) = by else { return };
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            self.refusals.say(caller, reason, |times| {
+                write(AboutCaller { caller: caller.to_string(), pid, reason, times });
+            });
         }
     }
 
@@ -223,7 +240,10 @@ impl OpenCall {
         const TEXT: &str = "cannot update a stream; trying again";
         let (cause, what) = match error {
             RequestError::Attestation(cause) if cause.blame() == Blame::Crowd => {
-                tracing::debug!(error = chain(cause), "{TEXT}");
+                self.journal.quietly(Some(by), cause.fault().text(), |line| {
+                    let AboutCaller { caller, pid, reason, times } = line;
+                    tracing::debug!(caller, pid, reason, error = chain(cause), times, "{TEXT}");
+                });
                 return;
             }
             RequestError::Attestation(cause) => (chain(cause), Complaint::NotAttested(cause.fault())),

@@ -9,7 +9,7 @@ use std::{
     future::{Future as _, poll_fn},
     io,
     os::fd::{AsFd, AsRawFd as _},
-    sync::Arc,
+    sync::{Arc, LazyLock},
     task::Poll,
     time::Duration,
 };
@@ -46,6 +46,7 @@ use crate::{
     limits::{
         budget::HTTP2,
         holding::{Holding, Notice},
+        pace::Complaints,
     },
     telemetry::{chain, registry::Label as _},
 };
@@ -57,6 +58,9 @@ const ROOM_AGAIN: Duration = Duration::from_millis(25);
 /// How long one that was accepted when the drain began, and has not spoken, may still begin to: who has just connected is
 /// about to, and would take a close for a failure.
 const LAST_WORD_WITHIN: Duration = Duration::from_millis(200);
+
+/// What was refused on connections, by how they ended. Callers could cause it.
+static REFUSED: LazyLock<Complaints<&str>> = LazyLock::new(Complaints::default);
 
 /// What the task of a connection holds beside its stream.
 pub(super) struct Connection {
@@ -234,9 +238,15 @@ fn noted(course: &Course, done: Result<(), hyper::Error>, ending: &Ending, peer:
     let error =
         done.as_ref().err().filter(|_| tracing::enabled!(tracing::Level::DEBUG)).map(|error| chain(error));
     let why = course.ended(done, ending);
-    if matches!(why, ConnectionEnd::Protocol | ConnectionEnd::Flood | ConnectionEnd::Descriptors) {
+    if tracing::enabled!(tracing::Level::DEBUG)
+        && matches!(why, ConnectionEnd::Protocol | ConnectionEnd::Flood | ConnectionEnd::Descriptors)
+    {
         let (pid, uid, reason) = (peer.pid(), peer.uid(), why.text());
-        tracing::debug!(%pid, %uid, reason, error, "refused what came on a connection");
+        REFUSED.say(
+            peer.caller(),
+            reason,
+            |times| tracing::debug!(%pid, %uid, reason, error, times, "refused what came on a connection"),
+        );
     }
     why
 }

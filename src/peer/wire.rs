@@ -36,13 +36,13 @@ use crate::{
     limits::{
         budget::HEAD,
         holding::{Holding, KeptBytes},
-        pace::Pace,
+        pace::Complaints,
     },
     os::receive::{Received, receive},
 };
 
-/// Callers could cause them.
-static PACE: LazyLock<Pace> = LazyLock::new(Pace::default);
+/// By the codes of HTTP/2. Callers could cause them.
+static ERRORS: LazyLock<Complaints<&str>> = LazyLock::new(Complaints::default);
 
 /// Fewer bytes that are not complete are in what HTTP/2 takes in any case.
 const WORTH_TELLING: u32 = 2 * 1024;
@@ -318,7 +318,7 @@ fn note(told: Told, stats: &ConnectionStats, peer: &Peer) {
     stats.count_error(error);
     if tracing::enabled!(tracing::Level::DEBUG) {
         let (pid, uid) = (peer.pid(), peer.uid());
-        PACE.say(|left_out| tracing::debug!(%pid, %uid, stream, code, left_out, "a stream or connection ends with an error of http/2"));
+        ERRORS.say(peer.caller(), code, |times| tracing::debug!(%pid, %uid, stream, code, times, "a stream or connection ends with an error of http/2"));
     }
 }
 

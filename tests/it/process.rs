@@ -157,6 +157,68 @@ async fn what_the_wire_refuses_is_seen_at_debug() {
     }
 }
 
+/// However many calls are refused, on however many connections, the log at debug has a line or two of each caller and reason.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_refused_a_thousand_times_is_a_line_at_debug() {
+    use std::io::{Read as _, Write as _};
+
+    use crate::frames::{END_HEADERS, HEADERS, PREFACE, RST_STREAM, SETTINGS, block, frame};
+    const TIMES: usize = 1000;
+    let dir = tempfile::tempdir().unwrap();
+    write_config(
+        dir.path(),
+        "entry \"spiffe://example.org/nobody\" {\n  selectors = [\"unix:uid:4000000\"]\n}\n",
+    );
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_durward"));
+    command.args(["run", "--log-level", "debug", "--config"]).arg(dir.path().join("agent.conf"));
+    let mut agent = Process::of(command, &dir.path().join("log"));
+    let mut client = agent.serving(dir.path()).await;
+    for _ in 0..TIMES {
+        let ask = pb::JwtsvidRequest { audience: vec!["a".to_owned()], spiffe_id: String::new() };
+        client.fetch_jwtsvid(request(ask)).await.unwrap_err();
+        client.fetch_jwtsvid(pb::JwtsvidRequest::default()).await.unwrap_err();
+    }
+    let connect = || {
+        let mut stream = std::os::unix::net::UnixStream::connect(dir.path().join("api.sock")).unwrap();
+        stream.write_all(&[PREFACE, &frame(SETTINGS, 0, 0, &[])].concat()).unwrap();
+        stream
+    };
+    // Each ends its connection.
+    for _ in 0..TIMES {
+        let mut stream = connect();
+        stream.write_all(&frame(SETTINGS, 0, 0, &[0])).unwrap();
+        drop(stream.read_to_end(&mut Vec::new()));
+    }
+    // Each byte behind the block is a field of 60 bytes.
+    let mut stream = connect();
+    let list = [block("/x/y"), vec![0x90; 300]].concat();
+    stream.write_all(&frame(HEADERS, END_HEADERS, 1, &list)).unwrap();
+    let mut got = Vec::new();
+    while !got.windows(9).any(|head| head == [0, 0, 4, RST_STREAM, 0, 0, 0, 0, 1]) {
+        let mut bytes = [0; 1024];
+        let read = stream.read(&mut bytes).unwrap();
+        assert!(read > 0, "it goes on");
+        got.extend_from_slice(&bytes[..read]);
+    }
+    // What it has said is in the log by its end.
+    agent.signal(Signal::SIGTERM);
+    assert!(agent.wait().success());
+
+    let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
+    for words in [
+        "refused method=FetchJWTSVID",
+        "no identity issued caller",
+        "refused what came on a connection",
+        "a stream or connection ends with an error of http/2",
+    ] {
+        let lines: Vec<&str> = log.lines().filter(|line| line.contains(words)).collect();
+        // Of two reasons at most, and some minutes may have passed.
+        assert!((1..=8).contains(&lines.len()), "{words}: {lines:#?}");
+    }
+    assert!(log.contains("code=\"431 (the header list is too large)\""), "{log}");
+    assert!(log.lines().count() < 200, "{log}");
+}
+
 /// What is short at the start is named, with the limit of it, and the agent ends, however little there is.
 #[test]
 fn a_start_without_means_says_what_is_short_and_ends() {
