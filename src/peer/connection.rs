@@ -33,7 +33,9 @@ use super::{
     course::{Course, Verdict},
     credentials::Peer,
     end::{ConnectionEnd, Phase, drains},
+    head_count::{HeadCount, Unheard},
     outbox::Outbox,
+    pauses::Pauses,
     service::{ConnectionService, WatchedService},
     spawner::Spawner,
     stats::{OpenConnection, Parked},
@@ -154,19 +156,27 @@ impl Connection {
         bound_send_buffer(&stream, bounds);
         let ending = Arc::new(Ending::default());
         let turns = Arc::new(Turns::new(Arc::clone(holding)));
-        let pauses = turns.pauses();
+        let (pauses, heads) = (turns.pauses(), Arc::<HeadCount>::default());
+        let service = Arc::new(service);
         let shared = WireShared {
             ending: Arc::clone(&ending),
             turns: Arc::clone(&turns),
             holding: Arc::clone(holding),
             stats: Arc::clone(&open.stats),
+            heads: Arc::clone(&heads),
         };
         let outbox = Arc::new(Outbox::new(stream));
         let wire = Wire::new(Arc::clone(&outbox), Arc::clone(peer), bounds.budget, shared);
         let born = Instant::now();
         let mut course = Course::new(bounds, &turns, pauses, born, handshake_by);
-        let service = WatchedService { service, peer: Arc::clone(peer), turns: Arc::clone(&turns) };
-        let mut http2 = std::pin::pin!(http2.serve_connection(TokioIo::new(wire), service));
+        let watched_service = WatchedService {
+            service: Arc::clone(&service),
+            peer: Arc::clone(peer),
+            turns: Arc::clone(&turns),
+            heads: Arc::clone(&heads),
+        };
+        let unheard = UnheardHeads { heads, service: &*service, peer, pauses };
+        let mut http2 = std::pin::pin!(http2.serve_connection(TokioIo::new(wire), watched_service));
         let mut look = std::pin::pin!(sleep_until(course.next_look(born)));
         let waker = TaskWaker::new();
         let mut unread = UnreadAnswers::new(holding);
@@ -182,6 +192,7 @@ impl Connection {
                         ending.read_on();
                         http2.as_mut().poll(cx)
                     });
+                    unheard.tell();
                     let sent = outbox.poll_empty(cx);
                     if outbox.take_wrote() {
                         unread.look(outbox.stream());
@@ -189,7 +200,13 @@ impl Connection {
                     // Nobody is there to read.
                     let deserted = done.is_pending() && matches!(sent, Poll::Ready(Err(_)));
                     if deserted { Poll::Ready(Ok(())) } else { done }
-                }) => return noted(&course, done, &ending, peer),
+                }) => {
+                    let why = noted(&course, done, &ending, peer);
+                    if why == ConnectionEnd::Protocol {
+                        unheard.tell_rest(Unheard::Broken);
+                    }
+                    return why;
+                }
                 () = drains(phases), if !course.drains() && !course.is_unheard() => course.drain(),
                 notice = holding.told(heard), if heard < Some(Notice::Close) => {
                     heard = Some(notice);
@@ -230,6 +247,37 @@ impl Connection {
             }
             look.as_mut().reset(course.next_look(Instant::now()));
         }
+    }
+}
+
+/// Tells the service of the heads of a connection that begin no call, the last of them at its end.
+struct UnheardHeads<'a, S: ConnectionService> {
+    heads: Arc<HeadCount>,
+    service: &'a S,
+    peer: &'a Peer,
+    pauses: &'a Pauses,
+}
+
+impl<S: ConnectionService> UnheardHeads<'_, S> {
+    /// To be called between two polls of HTTP/2. What was done for them was done for nothing.
+    fn tell(&self) {
+        self.heads.tell_unheard(|why| self.tell_one(why));
+    }
+
+    /// The same at the end.
+    fn tell_rest(&self, how: Unheard) {
+        self.heads.tell_rest(how, |why| self.tell_one(why));
+    }
+
+    fn tell_one(&self, why: Unheard) {
+        self.pauses.wasted(Instant::now());
+        self.service.unheard(self.peer, why);
+    }
+}
+
+impl<S: ConnectionService> Drop for UnheardHeads<'_, S> {
+    fn drop(&mut self) {
+        self.tell_rest(Unheard::Ended);
     }
 }
 

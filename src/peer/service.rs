@@ -15,6 +15,7 @@ use hyper::{body::Incoming, service::Service};
 
 use super::{
     credentials::Peer,
+    head_count::{HeadCount, Unheard},
     request::RequestBody,
     turns::{Part, Turn, Turns},
 };
@@ -32,19 +33,14 @@ pub trait ConnectionService:
         Error = Infallible,
         Future: Unpin + Send + 'static,
     > + Send
+    + Sync
     + 'static
 {
     /// The body of an answer.
     type Body: Body<Data = Bytes, Error: Into<BoxError>> + Unpin + Send + 'static;
-}
 
-impl<S, B> ConnectionService for S
-where
-    S: Service<Request<RequestBody>, Response = Response<B>, Error = Infallible> + Send + 'static,
-    S::Future: Unpin + Send + 'static,
-    B: Body<Data = Bytes, Error: Into<BoxError>> + Unpin + Send + 'static,
-{
-    type Body = B;
+    /// A request head of the peer's came, and begins no call. By default nobody counts it.
+    fn unheard(&self, _peer: &Peer, _why: Unheard) {}
 }
 
 /// Stands in the extensions of a request that is to be refused at once: the node is out of memory, and it would have to
@@ -55,9 +51,10 @@ pub struct Crowded;
 /// Gives each request its peer, and keeps its [`Turn`]. A request is handed on at once, so that of its head nothing is
 /// kept that nobody needs; what answers it is polled when its turn has come.
 pub(super) struct WatchedService<S> {
-    pub(super) service: S,
+    pub(super) service: Arc<S>,
     pub(super) peer: Arc<Peer>,
     pub(super) turns: Arc<Turns>,
+    pub(super) heads: Arc<HeadCount>,
 }
 
 impl<S: ConnectionService> Service<Request<Incoming>> for WatchedService<S> {
@@ -66,6 +63,7 @@ impl<S: ConnectionService> Service<Request<Incoming>> for WatchedService<S> {
     type Future = Answering<S::Future>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
+        self.heads.begins();
         let turn = Turn::begin(&self.turns);
         let mut request = request.map(|body| RequestBody::new(body, turn.upload()));
         request.extensions_mut().insert(Arc::clone(&self.peer));
