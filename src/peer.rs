@@ -39,6 +39,7 @@ pub(crate) mod slot;
 pub mod socket;
 mod spawner;
 mod stats;
+mod stream_places;
 mod task_waker;
 mod trim;
 mod turns;

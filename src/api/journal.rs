@@ -40,6 +40,7 @@ enum Complaint {
     NotAttested(AttestFault),
     NotSigned,
     NoUpdate,
+    Full,
 }
 
 impl Complaint {
@@ -48,6 +49,7 @@ impl Complaint {
             Self::NotAttested(fault) => fault.text(),
             Self::NotSigned => "not_signed",
             Self::NoUpdate => "no_update",
+            Self::Full => "full",
         }
     }
 }
@@ -191,11 +193,28 @@ impl Journal {
         }
     }
 
+    /// A connection of the peer's has as many streams open as it may. What its client calls further is seen by nobody here.
+    pub(super) fn full(&self, peer: &Peer, streams: u32) {
+        self.complain(Some(AuditedProcess::from(peer)), Complaint::Full, |line| {
+            let AboutCaller { caller, pid, times, .. } = line;
+            tracing::warn!(
+                caller,
+                pid,
+                streams,
+                times,
+                "a connection has all the streams open that it may, and further calls wait in its client: open another connection, or \
+                 raise streams in ratelimit.gate.connection"
+            );
+        });
+    }
+
     /// Tells which complaints are over, and what was counted for the audit. To be called now and then.
     pub fn settle(&self) {
         self.audit.settle();
         for settled in self.complaints.settle(Instant::now()) {
             match settled {
+                // Its connection is as full as it was.
+                Settled::Over { reason: Complaint::Full, .. } => {}
                 Settled::Over { caller, reason, count } => {
                     let reason = reason.text();
                     tracing::info!(%caller, reason, count, "calls of this caller no longer fail");

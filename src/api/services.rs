@@ -178,6 +178,10 @@ impl ConnectionService for Services {
         self.journal.ended(Method::Other, why.into());
         self.limits.charge_late(peer.caller());
     }
+
+    fn full(&self, peer: &Peer, streams: u32) {
+        self.journal.full(peer, streams);
+    }
 }
 
 impl Services {

@@ -39,6 +39,7 @@ use super::{
     service::{ConnectionService, WatchedService},
     spawner::Spawner,
     stats::{OpenConnection, Parked},
+    stream_places::{FullLook, StreamPlaces},
     task_waker::{ROUNDS, TaskWaker},
     turns::Turns,
     unread::UnreadAnswers,
@@ -157,6 +158,7 @@ impl Connection {
         let ending = Arc::new(Ending::default());
         let turns = Arc::new(Turns::new(Arc::clone(holding)));
         let (pauses, heads) = (turns.pauses(), Arc::<HeadCount>::default());
+        let places = Arc::new(StreamPlaces::new(bounds.max_concurrent_streams));
         let service = Arc::new(service);
         let shared = WireShared {
             ending: Arc::clone(&ending),
@@ -174,8 +176,10 @@ impl Connection {
             peer: Arc::clone(peer),
             turns: Arc::clone(&turns),
             heads: Arc::clone(&heads),
+            places: Arc::clone(&places),
         };
         let unheard = UnheardHeads { heads, service: &*service, peer, pauses };
+        let mut full = FullLook::new(&places, &open.stats);
         let mut http2 = std::pin::pin!(http2.serve_connection(TokioIo::new(wire), watched_service));
         let mut look = std::pin::pin!(sleep_until(course.next_look(born)));
         let waker = TaskWaker::new();
@@ -196,6 +200,9 @@ impl Connection {
                     let sent = outbox.poll_empty(cx);
                     if outbox.take_wrote() {
                         unread.look(outbox.stream());
+                    }
+                    if let Some(streams) = full.look(&turns) {
+                        service.full(peer, streams);
                     }
                     // Nobody is there to read.
                     let deserted = done.is_pending() && matches!(sent, Poll::Ready(Err(_)));
@@ -228,6 +235,9 @@ impl Connection {
                     let now = Instant::now();
                     unread.look(outbox.stream());
                     ending.read_again();
+                    if let Some(streams) = full.look(&turns) {
+                        service.full(peer, streams);
+                    }
                     peer.slot().forget_old(now);
                     watched |= course.watches(now);
                     let verdict = course.look(now);

@@ -17,6 +17,7 @@ use super::{
     credentials::Peer,
     head_count::{HeadCount, Unheard},
     request::RequestBody,
+    stream_places::{StreamPlace, StreamPlaces},
     turns::{Part, Turn, Turns},
 };
 
@@ -41,6 +42,10 @@ pub trait ConnectionService:
 
     /// A request head of the peer's came, and begins no call. By default nobody counts it.
     fn unheard(&self, _peer: &Peer, _why: Unheard) {}
+
+    /// So many streams are open on a connection of the peer's, which are as many as may be, and all wait for news. By default
+    /// nobody says so.
+    fn full(&self, _peer: &Peer, _streams: u32) {}
 }
 
 /// Stands in the extensions of a request that is to be refused at once: the node is out of memory, and it would have to
@@ -55,6 +60,7 @@ pub(super) struct WatchedService<S> {
     pub(super) peer: Arc<Peer>,
     pub(super) turns: Arc<Turns>,
     pub(super) heads: Arc<HeadCount>,
+    pub(super) places: Arc<StreamPlaces>,
 }
 
 impl<S: ConnectionService> Service<Request<Incoming>> for WatchedService<S> {
@@ -64,19 +70,19 @@ impl<S: ConnectionService> Service<Request<Incoming>> for WatchedService<S> {
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         self.heads.begins();
-        let turn = Turn::begin(&self.turns);
+        let (turn, place) = (Turn::begin(&self.turns), self.places.take());
         let mut request = request.map(|body| RequestBody::new(body, turn.upload()));
         request.extensions_mut().insert(Arc::clone(&self.peer));
         if turn.is_crowded() {
             request.extensions_mut().insert(Crowded);
         }
-        Answering { answer: self.service.call(request), turn: Some(turn) }
+        Answering { answer: self.service.call(request), turn: Some((turn, place)) }
     }
 }
 
 pub(super) struct Answering<F> {
     answer: F,
-    turn: Option<Turn>,
+    turn: Option<(Turn, StreamPlace)>,
 }
 
 impl<F, B> Future for Answering<F>
@@ -88,21 +94,21 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
         // Nothing more comes after the answer.
-        let Some(turn) = &mut this.turn else { return Poll::Pending };
+        let Some((turn, _)) = &mut this.turn else { return Poll::Pending };
         ready!(turn.poll_begin(cx));
         let Ok(response) = ready!(Pin::new(&mut this.answer).poll(cx));
-        let Some(turn) = this.turn.take() else { return Poll::Pending };
+        let Some((turn, place)) = this.turn.take() else { return Poll::Pending };
         if is_wasted(response.headers()) {
             turn.wasted();
         }
-        Poll::Ready(Ok(response.map(|body| WatchedBody { body, turn })))
+        Poll::Ready(Ok(response.map(|body| WatchedBody { body, turn, _place: place })))
     }
 }
 
 impl<F> Drop for Answering<F> {
     fn drop(&mut self) {
         // Reset before it was answered: what was done for it was done for nothing.
-        if let Some(turn) = &self.turn {
+        if let Some((turn, _)) = &self.turn {
             turn.wasted();
         }
     }
@@ -122,6 +128,7 @@ fn is_wasted(headers: &HeaderMap) -> bool {
 pub(super) struct WatchedBody<B> {
     body: B,
     turn: Turn,
+    _place: StreamPlace,
 }
 
 impl<B: Body<Data = Bytes> + Unpin> Body for WatchedBody<B> {

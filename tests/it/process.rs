@@ -219,6 +219,71 @@ async fn what_is_refused_a_thousand_times_is_a_line_at_debug() {
     assert!(log.lines().count() < 200, "{log}");
 }
 
+/// A connection whose client keeps further calls to itself is in the log, in `durward status` and among the metrics.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_without_places_is_told_of() {
+    use std::{
+        io::{Read as _, Write as _},
+        os::unix::net::UnixStream,
+    };
+    const LINE: &str = "a connection has all the streams open that it may";
+    const FOUND: &str =
+        "connections with all the streams open that they may have (ratelimit.gate.connection.streams): 1";
+    let (dir, private) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (admin, scraped) = (private.path().join("admin/admin.sock"), dir.path().join("metrics.sock"));
+    let blocks = format!(
+        "agent {{\n  admin_socket_path = \"{}\"\n}}\nratelimit {{ gate {{ connection {{ streams = 3 }} }} }}\n\
+         telemetry {{ Prometheus {{ socket_path = \"{}\" }} }}\n{}",
+        admin.display(),
+        scraped.display(),
+        entry("/web", "")
+    );
+    write_config(dir.path(), &blocks);
+    let mut agent = Process::spawn(dir.path());
+    let mut client = agent.serving(dir.path()).await;
+    let mut open = Vec::new();
+    for _ in 0..3 {
+        let mut stream = client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap().into_inner();
+        assert!(stream.message().await.unwrap().is_some());
+        open.push(stream);
+    }
+    let waits =
+        tokio::spawn(
+            async move { client.fetch_jwt_bundles(request(pb::JwtBundlesRequest {})).await.is_ok() },
+        );
+
+    let said = || std::fs::read_to_string(dir.path().join("log")).unwrap().matches(LINE).count();
+    let status = || {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_durward"));
+        let output = command.args(["status", "--socket-path"]).arg(&admin).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    until(|| said() == 1).await;
+    let found = status().split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(found.contains(FOUND), "{found}");
+    let mut http = UnixStream::connect(&scraped).unwrap();
+    http.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    let mut text = String::new();
+    http.read_to_string(&mut text).unwrap();
+    assert!(text.contains("\ndurward_connections_full_total 1\n"), "{text}");
+    assert!(!waits.is_finished(), "its client has it wait");
+    open.pop();
+    assert!(waits.await.unwrap(), "a place is free");
+    drop(open);
+    until(|| !status().contains("streams open that they may")).await;
+    assert_eq!(said(), 1);
+}
+
+/// Waits until it is so.
+async fn until(is_so: impl Fn() -> bool) {
+    let looks = async {
+        while !is_so() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), looks).await.unwrap();
+}
+
 /// What is short at the start is named, with the limit of it, and the agent ends, however little there is.
 #[test]
 fn a_start_without_means_says_what_is_short_and_ends() {
