@@ -64,7 +64,7 @@
 //! | why a file or directory is refused | [`os::trusted`]; the places that are looked at before the start, `config/places.rs` |
 //! | an issuer | a folder beside [`issuer::embedded`], its line in [`issuer::choice`], and its block in `config/issuer.rs` |
 //! | a service | a handler in `api` that starts with a [`Call`](api::call::Call); its paths in [`api::services`] |
-//! | how a request is charged and counted that never becomes a call | `api/heads.rs` |
+//! | how a request is charged and counted that never becomes a call | `api/heads.rs`; where HTTP/2 refuses it by itself, `peer/head_count.rs` |
 //! | a series | the `metrics` of the room whose events it counts |
 //!
 //! # Invariants

@@ -40,7 +40,7 @@ use crate::{
     },
     os::heap,
     peer::{
-        AcceptGate, Arrival, ConnectionBounds, RequestBody,
+        AcceptGate, Arrival, ConnectionBounds, ConnectionService, RequestBody,
         cgroup::{KeySource, PodOrUid},
     },
     store::{Snapshot, Store},
@@ -139,6 +139,10 @@ impl AdminService {
     pub fn new(parts: AdminParts) -> Self {
         Self(AdminServer::new(parts).max_decoding_message_size(MAX_REQUEST))
     }
+}
+
+impl ConnectionService for AdminService {
+    type Body = Body;
 }
 
 impl hyper::service::Service<Request<RequestBody>> for AdminService {

@@ -2,7 +2,8 @@
 //!
 //! A request that reaches the limits is charged by them, and one that reaches the journal is counted there. What reaches
 //! neither is charged and counted here when it ends: no security header, a method that there is not, a body that is no
-//! message or never ends, a caller that goes away. It costs a token of [`Method::Other`], owed where there is none.
+//! message or never ends, a caller that goes away. It costs a token of [`Method::Other`], owed where there is none. What HTTP/2
+//! refuses by itself never becomes a request: [`ConnectionService::unheard`](crate::peer::ConnectionService::unheard).
 
 use std::{
     convert::Infallible,

@@ -29,6 +29,7 @@ use crate::{
 pub struct Journal {
     metrics: ApiMetrics,
     complaints: Complaints<Complaint>,
+    refusals: Complaints<&'static str>,
     no_peer: Pace,
     audit: Arc<AuditTrail>,
 }
@@ -39,6 +40,7 @@ enum Complaint {
     NotAttested(AttestFault),
     NotSigned,
     NoUpdate,
+    Full,
 }
 
 impl Complaint {
@@ -47,6 +49,7 @@ impl Complaint {
             Self::NotAttested(fault) => fault.text(),
             Self::NotSigned => "not_signed",
             Self::NoUpdate => "no_update",
+            Self::Full => "full",
         }
     }
 }
@@ -75,6 +78,7 @@ impl Journal {
         Self {
             metrics: ApiMetrics::new(registry),
             complaints: Complaints::default(),
+            refusals: Complaints::default(),
             no_peer: Pace::default(),
             audit,
         }
@@ -146,9 +150,11 @@ impl Journal {
                         tracing::info!(method = rpc, caller, pid, reason, error, times, "{NOT_ATTESTED}");
                     });
                 }
-                Blame::Refusal | Blame::Crowd => {
-                    tracing::debug!(method = rpc, error = chain(cause), "{NOT_ATTESTED}");
-                }
+                Blame::Refusal | Blame::Crowd => self.quietly(by, cause.fault().text(), |line| {
+                    let AboutCaller { caller, pid, reason, times } = line;
+                    let error = chain(cause);
+                    tracing::debug!(method = rpc, caller, pid, reason, error, times, "{NOT_ATTESTED}");
+                }),
             },
             RequestError::JwtSvid(cause) | RequestError::X509Svid(cause) => {
                 self.complain(by, Complaint::NotSigned, |line| {
@@ -160,7 +166,10 @@ impl Journal {
             RequestError::NoPeer => self.no_peer.say(|left_out| {
                 tracing::error!(method = rpc, left_out, "a call arrived without its caller");
             }),
-            other => tracing::debug!(method = rpc, reason = %other, "refused"),
+            other => self.quietly(by, other.reason(), |line| {
+                let AboutCaller { caller, pid, reason, times } = line;
+                tracing::debug!(method = rpc, caller, pid, reason, error = %other, times, "refused");
+            }),
         }
     }
 
@@ -174,11 +183,38 @@ impl Journal {
         }
     }
 
+    /// The same at debug, of what is the caller's own doing.
+    fn quietly(&self, by: Option<AuditedProcess>, reason: &'static str, write: impl FnOnce(AboutCaller)) {
+        let Some(AuditedProcess { caller, pid, .. }) = by else { return };
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            self.refusals.say(caller, reason, |times| {
+                write(AboutCaller { caller: caller.to_string(), pid, reason, times });
+            });
+        }
+    }
+
+    /// A connection of the peer's has as many streams open as it may. What its client calls further is seen by nobody here.
+    pub(super) fn full(&self, peer: &Peer, streams: u32) {
+        self.complain(Some(AuditedProcess::from(peer)), Complaint::Full, |line| {
+            let AboutCaller { caller, pid, times, .. } = line;
+            tracing::warn!(
+                caller,
+                pid,
+                streams,
+                times,
+                "a connection has all the streams open that it may, and further calls wait in its client: open another connection, or \
+                 raise streams in ratelimit.gate.connection"
+            );
+        });
+    }
+
     /// Tells which complaints are over, and what was counted for the audit. To be called now and then.
     pub fn settle(&self) {
         self.audit.settle();
         for settled in self.complaints.settle(Instant::now()) {
             match settled {
+                // Its connection is as full as it was.
+                Settled::Over { reason: Complaint::Full, .. } => {}
                 Settled::Over { caller, reason, count } => {
                     let reason = reason.text();
                     tracing::info!(%caller, reason, count, "calls of this caller no longer fail");
@@ -223,7 +259,10 @@ impl OpenCall {
         const TEXT: &str = "cannot update a stream; trying again";
         let (cause, what) = match error {
             RequestError::Attestation(cause) if cause.blame() == Blame::Crowd => {
-                tracing::debug!(error = chain(cause), "{TEXT}");
+                self.journal.quietly(Some(by), cause.fault().text(), |line| {
+                    let AboutCaller { caller, pid, reason, times } = line;
+                    tracing::debug!(caller, pid, reason, error = chain(cause), times, "{TEXT}");
+                });
                 return;
             }
             RequestError::Attestation(cause) => (chain(cause), Complaint::NotAttested(cause.fault())),

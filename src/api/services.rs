@@ -32,7 +32,7 @@ pub use super::{
 };
 use crate::{
     limits::{Limits, Method, patience},
-    peer::{Crowded, Peer, RequestBody},
+    peer::{ConnectionService, Crowded, Peer, RequestBody, Unheard},
     telemetry::health::HealthState,
 };
 
@@ -168,6 +168,19 @@ impl hyper::service::Service<Request<RequestBody>> for Services {
             self.other(request)
         };
         HeadAnswer::new(GuardedAnswer::new(answer, is_streamed(method), left), head)
+    }
+}
+
+impl ConnectionService for Services {
+    type Body = Body;
+
+    fn unheard(&self, peer: &Peer, why: Unheard) {
+        self.journal.ended(Method::Other, why.into());
+        self.limits.charge_late(peer.caller());
+    }
+
+    fn full(&self, peer: &Peer, streams: u32) {
+        self.journal.full(peer, streams);
     }
 }
 

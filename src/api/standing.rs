@@ -117,13 +117,24 @@ impl AgentStanding {
             dry_run: limits.dry_run,
             streams: self.connections.streams(),
             parked: self.connections.parked(),
-            surroundings: self.surroundings.clone(),
+            surroundings: self.surroundings.iter().cloned().chain(self.full_connections()).collect(),
             attestors_wrong,
             reload_failed: self.failed_reload.get().map_or(0, unix),
             log_lines_lost: self.log.get().map_or(0, Log::lines_lost),
             // Of a server's entries others may be for another node.
             entries_unmatched: self.issuer.server().map_or_else(|| unmatched(&snapshot), |_| Vec::new()),
         }
+    }
+
+    /// What is to be said of connections whose clients keep calls to themselves.
+    fn full_connections(&self) -> Option<String> {
+        let full = self.connections.full();
+        (full > 0).then(|| {
+            format!(
+                "connections with all the streams open that they may have (ratelimit.gate.connection.streams): {full}; further \
+                 calls wait in their clients"
+            )
+        })
     }
 
     fn server(&self) -> Option<pb::ServerStatus> {

@@ -15,7 +15,7 @@ use crate::{
     identity::{audience::AudienceError, jwt::JwtError, spiffe_id::SpiffeIdError},
     issuer::MintError,
     limits::{ConnectionRefusal, Refusal, RejectionStatus},
-    peer::{BodyError, PUSHBACK},
+    peer::{BodyError, PUSHBACK, Unheard},
     store::{NoIdentity, NotEntitled},
     telemetry::registry::Label as _,
 };
@@ -186,6 +186,17 @@ impl RequestError {
             | Self::Crowded => Code::Unavailable,
             Self::NoWitSvids | Self::NoWitBundles => Code::Unimplemented,
             Self::NoPeer => Code::Internal,
+        }
+    }
+}
+
+impl From<Unheard> for Code {
+    /// As what a client takes the reset of such a request.
+    fn from(why: Unheard) -> Self {
+        match why {
+            Unheard::Broken => Self::Internal,
+            Unheard::TooMany => Self::Unavailable,
+            Unheard::Ended => Self::Cancelled,
         }
     }
 }

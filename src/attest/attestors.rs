@@ -4,7 +4,8 @@
 //! host. It implements [`WorkloadAttestor`] and stands in the list at the top of [`super`]; nothing else names it.
 
 use std::{
-    sync::Arc,
+    fmt::Display,
+    sync::{Arc, LazyLock},
     time::{Duration, Instant as StdInstant},
 };
 
@@ -22,8 +23,15 @@ use crate::{
         settings::Shown,
     },
     identity::{Entry, selector::Selectors},
+    limits::pace::Pace,
     telemetry::registry::Registry,
 };
+
+/// Says that an optional attestor found out nothing. Callers could cause it.
+pub(super) fn found_nothing(error: &impl Display) {
+    static PACE: LazyLock<Pace> = LazyLock::new(Pace::default);
+    PACE.say(|left_out| tracing::debug!(%error, left_out, "an optional attestor found out nothing"));
+}
 
 /// Counts what attestors learnt apart from any call: after each, what was prepared for the entries may be otherwise.
 pub(super) type News = Arc<watch::Sender<u64>>;
@@ -369,7 +377,7 @@ macro_rules! attestors {
                     let findings = match self.$field.attest(settings, questions, seen).await {
                         Ok(findings) => findings,
                         Err(error) if block.optional => {
-                            tracing::debug!(%error, "an optional attestor found out nothing");
+                            $crate::attest::attestors::found_nothing(&error);
                             return Ok(None);
                         }
                         Err(error) => return Err(error.into()),

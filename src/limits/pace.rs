@@ -128,6 +128,22 @@ impl<R: Copy + Eq + Hash> Complaints<R> {
         Some(NonZeroU64::MIN)
     }
 
+    /// Has `line` tell of it, if a line is due; it is told how often it happened since the last one, where this is not the
+    /// first. For what nobody is told the end of: what is over is forgotten when there is no room for more.
+    pub fn say(&self, caller: CallerKey, reason: R, line: impl FnOnce(Option<NonZeroU64>)) {
+        let now = Instant::now();
+        if self.is_full() {
+            drop(self.settle(now));
+        }
+        if let Some(times) = self.note(caller, reason, now) {
+            line(Some(times).filter(|times| times.get() > 1));
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).listed.len() >= COMPLAINTS
+    }
+
     /// What is over. Of what happened once there is nothing more to tell.
     pub fn settle(&self, now: Instant) -> Vec<Settled<R>> {
         let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -186,6 +202,24 @@ mod tests {
         assert_eq!(complaints.settle(start + SECOND * 209), [over]);
         assert_eq!(complaints.note(caller, "slow", start + SECOND * 210), Some(NonZeroU64::MIN));
         assert_eq!(complaints.settle(start + SECOND * 900), [], "once is over without a word");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whom_there_was_no_room_for_is_told_of_when_others_are_over() {
+        let complaints = Complaints::default();
+        let told = |uid: u32| {
+            let mut told = None;
+            complaints.say(CallerKey::Uid(uid), "wrong", |times| told = Some(times.map(NonZeroU64::get)));
+            told
+        };
+        let full = u32::try_from(COMPLAINTS).unwrap();
+        assert_eq!((0..full).filter_map(told).collect::<Vec<_>>(), vec![None; COMPLAINTS]);
+        assert_eq!([told(0), told(full)], [None, None]);
+        tokio::time::advance(A_WHILE).await;
+        assert_eq!([told(full), told(0)], [Some(None), Some(None)]);
+        assert_eq!(told(0), None);
+        tokio::time::advance(A_WHILE).await;
+        assert_eq!(told(0), Some(Some(2)));
     }
 
     #[test]

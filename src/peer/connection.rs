@@ -9,7 +9,7 @@ use std::{
     future::{Future as _, poll_fn},
     io,
     os::fd::{AsFd, AsRawFd as _},
-    sync::Arc,
+    sync::{Arc, LazyLock},
     task::Poll,
     time::Duration,
 };
@@ -33,10 +33,13 @@ use super::{
     course::{Course, Verdict},
     credentials::Peer,
     end::{ConnectionEnd, Phase, drains},
+    head_count::{HeadCount, Unheard},
     outbox::Outbox,
+    pauses::Pauses,
     service::{ConnectionService, WatchedService},
     spawner::Spawner,
     stats::{OpenConnection, Parked},
+    stream_places::{FullLook, StreamPlaces},
     task_waker::{ROUNDS, TaskWaker},
     turns::Turns,
     unread::{LeftUnread, UnreadAnswers},
@@ -46,6 +49,7 @@ use crate::{
     limits::{
         budget::HTTP2,
         holding::{Holding, Notice},
+        pace::Complaints,
     },
     telemetry::{chain, registry::Label as _},
 };
@@ -57,6 +61,9 @@ const ROOM_AGAIN: Duration = Duration::from_millis(25);
 /// How long one that was accepted when the drain began, and has not spoken, may still begin to: who has just connected is
 /// about to, and would take a close for a failure.
 const LAST_WORD_WITHIN: Duration = Duration::from_millis(200);
+
+/// What was refused on connections, by how they ended. Callers could cause it.
+static REFUSED: LazyLock<Complaints<&str>> = LazyLock::new(Complaints::default);
 
 /// What the task of a connection holds beside its stream.
 pub(super) struct Connection {
@@ -158,19 +165,30 @@ impl Connection {
         bound_send_buffer(&stream, bounds);
         let ending = Arc::new(Ending::default());
         let turns = Arc::new(Turns::new(Arc::clone(holding)));
-        let pauses = turns.pauses();
+        let (pauses, heads) = (turns.pauses(), Arc::<HeadCount>::default());
+        let places = Arc::new(StreamPlaces::new(bounds.max_concurrent_streams));
+        let service = Arc::new(service);
         let shared = WireShared {
             ending: Arc::clone(&ending),
             turns: Arc::clone(&turns),
             holding: Arc::clone(holding),
             stats: Arc::clone(&open.stats),
+            heads: Arc::clone(&heads),
         };
         let outbox = Arc::new(Outbox::new(stream));
         let wire = Wire::new(Arc::clone(&outbox), Arc::clone(peer), bounds.budget, shared);
         let born = Instant::now();
         let mut course = Course::new(bounds, &turns, pauses, born, handshake_by);
-        let service = WatchedService { service, peer: Arc::clone(peer), turns: Arc::clone(&turns) };
-        let mut http2 = std::pin::pin!(http2.serve_connection(TokioIo::new(wire), service));
+        let watched_service = WatchedService {
+            service: Arc::clone(&service),
+            peer: Arc::clone(peer),
+            turns: Arc::clone(&turns),
+            heads: Arc::clone(&heads),
+            places: Arc::clone(&places),
+        };
+        let unheard = UnheardHeads { heads, service: &*service, peer, pauses };
+        let mut full = FullLook::new(&places, &open.stats);
+        let mut http2 = std::pin::pin!(http2.serve_connection(TokioIo::new(wire), watched_service));
         let mut look = std::pin::pin!(sleep_until(course.next_look(born)));
         let waker = TaskWaker::new();
         let mut unread = UnreadAnswers::new(holding);
@@ -186,14 +204,24 @@ impl Connection {
                         ending.read_on();
                         http2.as_mut().poll(cx)
                     });
+                    unheard.tell();
                     let sent = outbox.poll_empty(cx);
                     if outbox.take_wrote() {
                         unread.look(outbox.stream());
                     }
+                    if let Some(streams) = full.look(&turns) {
+                        service.full(peer, streams);
+                    }
                     // Nobody is there to read.
                     let deserted = done.is_pending() && matches!(sent, Poll::Ready(Err(_)));
                     if deserted { Poll::Ready(Ok(())) } else { done }
-                }) => break noted(&course, done, &ending, peer),
+                }) => {
+                    let why = noted(&course, done, &ending, peer);
+                    if why == ConnectionEnd::Protocol {
+                        unheard.tell_rest(Unheard::Broken);
+                    }
+                    break why;
+                }
                 () = drains(phases), if !course.drains() && !course.is_unheard() => course.drain(),
                 notice = holding.told(heard), if heard < Some(Notice::Close) => {
                     heard = Some(notice);
@@ -215,6 +243,9 @@ impl Connection {
                     let now = Instant::now();
                     unread.look(outbox.stream());
                     ending.read_again();
+                    if let Some(streams) = full.look(&turns) {
+                        service.full(peer, streams);
+                    }
                     peer.slot().forget_old(now);
                     watched |= course.watches(now);
                     let verdict = course.look(now);
@@ -238,14 +269,51 @@ impl Connection {
     }
 }
 
+/// Tells the service of the heads of a connection that begin no call, the last of them at its end.
+struct UnheardHeads<'a, S: ConnectionService> {
+    heads: Arc<HeadCount>,
+    service: &'a S,
+    peer: &'a Peer,
+    pauses: &'a Pauses,
+}
+
+impl<S: ConnectionService> UnheardHeads<'_, S> {
+    /// To be called between two polls of HTTP/2. What was done for them was done for nothing.
+    fn tell(&self) {
+        self.heads.tell_unheard(|why| self.tell_one(why));
+    }
+
+    /// The same at the end.
+    fn tell_rest(&self, how: Unheard) {
+        self.heads.tell_rest(how, |why| self.tell_one(why));
+    }
+
+    fn tell_one(&self, why: Unheard) {
+        self.pauses.wasted(Instant::now());
+        self.service.unheard(self.peer, why);
+    }
+}
+
+impl<S: ConnectionService> Drop for UnheardHeads<'_, S> {
+    fn drop(&mut self) {
+        self.tell_rest(Unheard::Ended);
+    }
+}
+
 /// Why it ended. What the wire refuses is its client's doing, who is told no more than that: seen at debug.
 fn noted(course: &Course, done: Result<(), hyper::Error>, ending: &Ending, peer: &Peer) -> ConnectionEnd {
     let error =
         done.as_ref().err().filter(|_| tracing::enabled!(tracing::Level::DEBUG)).map(|error| chain(error));
     let why = course.ended(done, ending);
-    if matches!(why, ConnectionEnd::Protocol | ConnectionEnd::Flood | ConnectionEnd::Descriptors) {
+    if tracing::enabled!(tracing::Level::DEBUG)
+        && matches!(why, ConnectionEnd::Protocol | ConnectionEnd::Flood | ConnectionEnd::Descriptors)
+    {
         let (pid, uid, reason) = (peer.pid(), peer.uid(), why.text());
-        tracing::debug!(%pid, %uid, reason, error, "refused what came on a connection");
+        REFUSED.say(
+            peer.caller(),
+            reason,
+            |times| tracing::debug!(%pid, %uid, reason, error, times, "refused what came on a connection"),
+        );
     }
     why
 }

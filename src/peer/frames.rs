@@ -74,6 +74,15 @@ pub(super) struct Growth {
     pub(super) missing: Lacking,
 }
 
+/// Request heads of a connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Heads {
+    /// So many have begun.
+    pub(super) begun: u64,
+    /// And so many have come whole.
+    pub(super) whole: u64,
+}
+
 /// Walks the bytes of one connection from its start. Pure: bytes in, the same number of bytes out, and what to put between
 /// them.
 #[derive(Clone, Debug)]
@@ -96,6 +105,10 @@ pub struct Filter {
     last_whole: u32,
     /// Streams that began since somebody asked.
     began: u32,
+    /// All that began.
+    heads: u64,
+    /// The newest of them was not whole when the last frame began.
+    in_head: bool,
     budget: FrameBudget,
     left: u32,
     filled_at: Instant,
@@ -135,6 +148,8 @@ impl Filter {
             ends: None,
             last_whole: 0,
             began: 0,
+            heads: 0,
+            in_head: false,
             budget,
             left: budget.burst,
             filled_at: now,
@@ -253,6 +268,13 @@ impl Filter {
         std::mem::take(&mut self.began)
     }
 
+    /// The heads of requests so far.
+    pub(super) fn heads(&self) -> Heads {
+        let is_whole = !self.in_block && matches!(self.at, Position::Head { .. });
+        let open = u64::from(self.in_head && !is_whole);
+        Heads { begun: self.heads, whole: self.heads.saturating_sub(open) }
+    }
+
     /// Bytes that HTTP/2 keeps until more have passed: of a frame, and of a header block, that are not complete.
     pub fn unfinished(&self) -> u32 {
         let block = if self.in_block { self.block } else { 0 };
@@ -287,6 +309,7 @@ impl Filter {
         let length = u32::from_be_bytes([0, l0, l1, l2]);
         let stream = u32::from_be_bytes([s0 & 0x7f, s1, s2, s3]);
         self.note_whole();
+        self.in_head &= self.in_block;
         self.length = length;
         self.block = if self.in_block { self.block.saturating_add(length) } else { length };
         if matches!(kind, DATA | HEADERS) && flags & END_STREAM != 0 {
@@ -298,6 +321,8 @@ impl Filter {
             HEADERS if stream > self.last_stream => {
                 self.last_stream = stream;
                 self.began = self.began.saturating_add(1);
+                self.heads = self.heads.saturating_add(1);
+                self.in_head = true;
                 self.left = self.budget.burst;
             }
             _ => self.charge(FRAME_HEAD.saturating_add(length), now)?,
@@ -449,6 +474,31 @@ mod tests {
             }
             whole = then;
             assert_eq!(filter.last_whole(), whole, "{case}");
+        }
+    }
+
+    #[test]
+    fn a_head_is_whole_with_the_last_byte_of_its_block() {
+        let block = [0x82; 20];
+        let frames = [
+            ("a head", (1, 1), frame(1, 4, 1, &block)),
+            ("its body", (1, 1), frame(0, 1, 1, b"body")),
+            ("a part of one", (2, 1), frame(1, 0, 3, &block)),
+            ("the rest of it", (2, 2), frame(9, 4, 3, &block)),
+            ("trailers", (2, 2), frame(1, 5, 3, &block)),
+            ("a padded one", (3, 3), frame(1, 0xd, 5, &[&[5], &block[..]].concat())),
+            ("an empty one", (4, 4), frame(1, 4, 7, &[])),
+        ];
+        let now = Instant::now();
+        let mut filter = Filter::new(RICH, now);
+        filter.pass(&mut connection(), || now).unwrap();
+        for (case, (begun, whole), frame) in frames {
+            let before = filter.heads();
+            for byte in &frame {
+                assert_eq!(filter.heads().whole, before.whole, "{case}");
+                filter.pass(&mut [*byte], || now).unwrap();
+            }
+            assert_eq!(filter.heads(), Heads { begun, whole }, "{case}");
         }
     }
 

@@ -20,6 +20,7 @@ pub struct ConnectionMetrics {
     accept_errors: Counter,
     accepts_paused: Counter,
     panics: Counter,
+    became_full: Counter,
 }
 
 impl ConnectionMetrics {
@@ -62,6 +63,11 @@ impl ConnectionMetrics {
                 "How often nobody was accepted for a moment: the cgroup had no room for what the kernel keeps of closed connections.",
                 &[],
             ),
+            became_full: make.counter(
+                "durward_connections_full_total",
+                "How often a connection came to have as many streams open as it may: its client keeps further calls to itself.",
+                &[],
+            ),
             panics: make.counter(
                 "durward_panics_total",
                 "Calls that ended in a panic, each of which is a defect of the agent.",
@@ -90,6 +96,7 @@ impl ConnectionMetrics {
         self.accept_errors.absolute(public.accept_errors());
         self.accepts_paused.absolute(public.accepts_paused());
         self.panics.absolute(public.request_panics());
+        self.became_full.absolute(public.became_full());
     }
 }
 

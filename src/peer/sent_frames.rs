@@ -23,7 +23,7 @@ labels! {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Told {
     pub(super) error: Http2Error,
-    /// The name that HTTP/2 has for it (RFC 9113, section 7).
+    /// The name that HTTP/2 has for it (RFC 9113, section 7), or the status of HTTP that was sent before.
     pub(super) code: &'static str,
     /// The stream that is reset; 0 for the connection.
     pub(super) stream: u32,
@@ -54,12 +54,20 @@ pub(super) const HEAD: usize = 9;
 /// Of a frame as much is kept as tells why: the head of a GOAWAY, its last stream, its code.
 const TELLS: usize = HEAD + 8;
 
+/// What is said of a request that was answered with 431: by the code of its reset alone it would have broken a rule.
+const TOO_LARGE: &str = "431 (the header list is too large)";
+/// Of so many streams that may be so is known: h2 has looked at no more of them between an answer and its reset.
+const BARE: usize = 8;
+
 /// Where in the frames.
 #[derive(Clone, Debug, Default)]
 pub(super) struct SentFrames {
     frame: [u8; TELLS],
     /// So many bytes of the frame have passed.
     passed: usize,
+    /// The newest streams that ended with a header block that may be a bare status of 431, and the place of the next.
+    bare: [u32; BARE],
+    next_bare: usize,
 }
 
 impl SentFrames {
@@ -95,16 +103,42 @@ impl SentFrames {
         }
     }
 
-    fn told(&self) -> Option<Told> {
+    fn told(&mut self) -> Option<Told> {
+        const HEADERS: u8 = 1;
+        const END_STREAM: u8 = 1;
         const RST_STREAM: u8 = 3;
         const GOAWAY: u8 = 7;
-        let [_, _, _, kind, _, s0, s1, s2, s3, a0, a1, a2, a3, b0, b1, b2, b3] = self.frame;
+        let [_, _, _, kind, flags, s0, s1, s2, s3, a0, a1, a2, a3, b0, b1, b2, b3] = self.frame;
         let (code, stream) = match kind {
             RST_STREAM => ([a0, a1, a2, a3], [s0, s1, s2, s3]),
             GOAWAY => ([b0, b1, b2, b3], [0; 4]),
+            HEADERS if flags & END_STREAM != 0 && self.may_be_431() => {
+                if let Some(place) = self.bare.get_mut(self.next_bare) {
+                    *place = u32::from_be_bytes([s0, s1, s2, s3]);
+                }
+                self.next_bare = (self.next_bare + 1) % BARE;
+                return None;
+            }
             _ => return None,
         };
-        Told::of(u32::from_be_bytes(code), u32::from_be_bytes(stream))
+        let told = Told::of(u32::from_be_bytes(code), u32::from_be_bytes(stream))?;
+        let is_431 =
+            told.error == Http2Error::Protocol && self.bare.contains(&told.stream) && told.stream > 0;
+        Some(if is_431 { Told { code: TOO_LARGE, ..told } } else { told })
+    }
+
+    /// Whether the header block is one field that may be `:status: 431`: such a literal, or a field from the table.
+    fn may_be_431(&self) -> bool {
+        /// A literal with the name of an entry for `:status`, its value coded by Huffman's code.
+        const STATUS: std::ops::RangeInclusive<u8> = 8..=14;
+        const VALUE: [u8; 4] = [0x83, 0x69, 0x90, 0xff];
+        /// The first entry that h2 has put there itself.
+        const DYNAMIC: u8 = 0x80 | 62;
+        match self.frame.get(HEAD..self.whole()) {
+            Some([DYNAMIC..=u8::MAX]) => true,
+            Some([name, value @ ..]) => STATUS.contains(&(name & !0x40)) && value == VALUE,
+            _ => false,
+        }
     }
 }
 
@@ -140,6 +174,30 @@ mod tests {
             }
             assert_eq!(heard, expected, "in pieces of {piece}");
             assert_eq!(walked.left(), 0);
+        }
+    }
+
+    #[test]
+    fn a_header_list_that_is_too_large_has_broken_no_rule() {
+        let reset = |stream| frame(3, stream, &[0, 0, 0, 1]);
+        let ends = |stream, block: &[u8]| {
+            let mut frame = frame(1, stream, block);
+            frame[4] = 5;
+            frame
+        };
+        let literal = [0x48, 0x83, 0x69, 0x90, 0xff];
+        for (case, frames, code) in [
+            ("at first", [ends(1, &literal), reset(1)], TOO_LARGE),
+            ("from the table", [ends(1, &[0xbe]), reset(1)], TOO_LARGE),
+            ("another stream", [ends(3, &literal), reset(1)], "PROTOCOL_ERROR"),
+            ("not its end", [frame(1, 1, &literal), reset(1)], "PROTOCOL_ERROR"),
+            ("another status", [ends(1, &[0x48, 0x82, 0x68, 0x17]), reset(1)], "PROTOCOL_ERROR"),
+            ("an answer", [ends(1, &[0x88, 0xbe, 0xbf]), reset(1)], "PROTOCOL_ERROR"),
+            ("nothing", [ends(1, &[]), reset(1)], "PROTOCOL_ERROR"),
+        ] {
+            let (mut walked, mut heard) = (SentFrames::default(), Vec::new());
+            walked.pass(&frames.concat(), |told| heard.push(told));
+            assert_eq!(heard, [Told { error: Http2Error::Protocol, code, stream: 1 }], "{case}");
         }
     }
 

@@ -15,7 +15,9 @@ use hyper::{body::Incoming, service::Service};
 
 use super::{
     credentials::Peer,
+    head_count::{HeadCount, Unheard},
     request::RequestBody,
+    stream_places::{StreamPlace, StreamPlaces},
     turns::{Part, Turn, Turns},
 };
 
@@ -32,19 +34,18 @@ pub trait ConnectionService:
         Error = Infallible,
         Future: Unpin + Send + 'static,
     > + Send
+    + Sync
     + 'static
 {
     /// The body of an answer.
     type Body: Body<Data = Bytes, Error: Into<BoxError>> + Unpin + Send + 'static;
-}
 
-impl<S, B> ConnectionService for S
-where
-    S: Service<Request<RequestBody>, Response = Response<B>, Error = Infallible> + Send + 'static,
-    S::Future: Unpin + Send + 'static,
-    B: Body<Data = Bytes, Error: Into<BoxError>> + Unpin + Send + 'static,
-{
-    type Body = B;
+    /// A request head of the peer's came, and begins no call. By default nobody counts it.
+    fn unheard(&self, _peer: &Peer, _why: Unheard) {}
+
+    /// So many streams are open on a connection of the peer's, which are as many as may be, and all wait for news. By default
+    /// nobody says so.
+    fn full(&self, _peer: &Peer, _streams: u32) {}
 }
 
 /// Stands in the extensions of a request that is to be refused at once: the node is out of memory, and it would have to
@@ -55,9 +56,11 @@ pub struct Crowded;
 /// Gives each request its peer, and keeps its [`Turn`]. A request is handed on at once, so that of its head nothing is
 /// kept that nobody needs; what answers it is polled when its turn has come.
 pub(super) struct WatchedService<S> {
-    pub(super) service: S,
+    pub(super) service: Arc<S>,
     pub(super) peer: Arc<Peer>,
     pub(super) turns: Arc<Turns>,
+    pub(super) heads: Arc<HeadCount>,
+    pub(super) places: Arc<StreamPlaces>,
 }
 
 impl<S: ConnectionService> Service<Request<Incoming>> for WatchedService<S> {
@@ -66,19 +69,20 @@ impl<S: ConnectionService> Service<Request<Incoming>> for WatchedService<S> {
     type Future = Answering<S::Future>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
-        let turn = Turn::begin(&self.turns);
+        self.heads.begins();
+        let (turn, place) = (Turn::begin(&self.turns), self.places.take());
         let mut request = request.map(|body| RequestBody::new(body, turn.upload()));
         request.extensions_mut().insert(Arc::clone(&self.peer));
         if turn.is_crowded() {
             request.extensions_mut().insert(Crowded);
         }
-        Answering { answer: self.service.call(request), turn: Some(turn) }
+        Answering { answer: self.service.call(request), turn: Some((turn, place)) }
     }
 }
 
 pub(super) struct Answering<F> {
     answer: F,
-    turn: Option<Turn>,
+    turn: Option<(Turn, StreamPlace)>,
 }
 
 impl<F, B> Future for Answering<F>
@@ -90,21 +94,21 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
         // Nothing more comes after the answer.
-        let Some(turn) = &mut this.turn else { return Poll::Pending };
+        let Some((turn, _)) = &mut this.turn else { return Poll::Pending };
         ready!(turn.poll_begin(cx));
         let Ok(response) = ready!(Pin::new(&mut this.answer).poll(cx));
-        let Some(turn) = this.turn.take() else { return Poll::Pending };
+        let Some((turn, place)) = this.turn.take() else { return Poll::Pending };
         if is_wasted(response.headers()) {
             turn.wasted();
         }
-        Poll::Ready(Ok(response.map(|body| WatchedBody { body, turn })))
+        Poll::Ready(Ok(response.map(|body| WatchedBody { body, turn, _place: place })))
     }
 }
 
 impl<F> Drop for Answering<F> {
     fn drop(&mut self) {
         // Reset before it was answered: what was done for it was done for nothing.
-        if let Some(turn) = &self.turn {
+        if let Some((turn, _)) = &self.turn {
             turn.wasted();
         }
     }
@@ -124,6 +128,7 @@ fn is_wasted(headers: &HeaderMap) -> bool {
 pub(super) struct WatchedBody<B> {
     body: B,
     turn: Turn,
+    _place: StreamPlace,
 }
 
 impl<B: Body<Data = Bytes> + Unpin> Body for WatchedBody<B> {

@@ -18,6 +18,8 @@ pub struct ConnectionStats {
     accept_errors: AtomicU64,
     accepts_paused: AtomicU64,
     request_panics: AtomicU64,
+    full: AtomicU64,
+    became_full: AtomicU64,
     refused: By<ConnectionRefusal, AtomicU64>,
     closed: By<ConnectionEnd, AtomicU64>,
     errors: By<Http2Error, AtomicU64>,
@@ -57,6 +59,16 @@ impl ConnectionStats {
     /// Requests that ended in a panic: bugs of the agent's.
     pub fn request_panics(&self) -> u64 {
         self.request_panics.load(Relaxed)
+    }
+
+    /// Connections open now that have as many streams open as they may.
+    pub fn full(&self) -> u64 {
+        self.full.load(Relaxed)
+    }
+
+    /// How often a connection came to have as many.
+    pub fn became_full(&self) -> u64 {
+        self.became_full.load(Relaxed)
     }
 
     /// Connections that were closed at accept.
@@ -129,6 +141,24 @@ impl<'a> Parked<'a> {
 impl Drop for Parked<'_> {
     fn drop(&mut self) {
         self.0.parked.fetch_sub(1, Relaxed);
+    }
+}
+
+/// Counts a connection as full.
+#[derive(Debug)]
+pub(super) struct FullConnection(Arc<ConnectionStats>);
+
+impl FullConnection {
+    pub(super) fn count(stats: &Arc<ConnectionStats>) -> Self {
+        stats.full.fetch_add(1, Relaxed);
+        stats.became_full.fetch_add(1, Relaxed);
+        Self(Arc::clone(stats))
+    }
+}
+
+impl Drop for FullConnection {
+    fn drop(&mut self) {
+        self.0.full.fetch_sub(1, Relaxed);
     }
 }
 

@@ -24,10 +24,11 @@ use tokio::{
 use super::{
     credentials::Peer,
     frames::FrameBudget,
+    head_count::HeadCount,
     last_word::{LastWord, NextBytes},
     outbox::Outbox,
     passage::Passage,
-    sent_frames::Told,
+    sent_frames::{Http2Error, Told},
     stats::ConnectionStats,
     turns::Turns,
     writer::SoleWriter,
@@ -36,13 +37,13 @@ use crate::{
     limits::{
         budget::HEAD,
         holding::{Holding, KeptBytes},
-        pace::Pace,
+        pace::Complaints,
     },
     os::receive::{Received, receive},
 };
 
-/// Callers could cause them.
-static PACE: LazyLock<Pace> = LazyLock::new(Pace::default);
+/// By the codes of HTTP/2. Callers could cause them.
+static ERRORS: LazyLock<Complaints<&str>> = LazyLock::new(Complaints::default);
 
 /// Fewer bytes that are not complete are in what HTTP/2 takes in any case.
 const WORTH_TELLING: u32 = 2 * 1024;
@@ -118,6 +119,7 @@ pub(super) struct WireShared {
     pub(super) turns: Arc<Turns>,
     pub(super) holding: Arc<Holding>,
     pub(super) stats: Arc<ConnectionStats>,
+    pub(super) heads: Arc<HeadCount>,
 }
 
 /// A stream whose incoming bytes come by a [`Passage`].
@@ -131,6 +133,7 @@ pub(super) struct Wire<P: Send + 'static> {
     turns: Arc<Turns>,
     holding: Arc<Holding>,
     stats: Arc<ConnectionStats>,
+    heads: Arc<HeadCount>,
     /// Frames and header blocks that are not complete.
     unfinished: KeptBytes,
 }
@@ -143,10 +146,10 @@ impl<P: Send + 'static> Wire<P> {
         budget: FrameBudget,
         shared: WireShared,
     ) -> Self {
-        let WireShared { ending, turns, holding, stats } = shared;
+        let WireShared { ending, turns, holding, stats, heads } = shared;
         let (writer, passage) = (SoleWriter::new(peer), Passage::new(budget, Instant::now()));
         let (last_word, unfinished) = (LastWord::default(), holding.keep(0));
-        Self { outbox, writer, passage, last_word, ending, turns, holding, stats, unfinished }
+        Self { outbox, writer, passage, last_word, ending, turns, holding, stats, heads, unfinished }
     }
 
     fn noted<R>(&self, result: io::Result<R>) -> io::Result<R> {
@@ -223,7 +226,9 @@ impl<P: Send + 'static> Wire<P> {
             io::Error::new(io::ErrorKind::ConnectionAborted, flood)
         });
         self.tell_unfinished();
-        let began = self.passage.filter().take_began();
+        let filter = self.passage.filter();
+        self.heads.came(filter.heads());
+        let began = filter.take_began();
         self.turns.heads(began);
         Poll::Ready(passed.map(|()| true))
     }
@@ -275,6 +280,7 @@ impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
             this.passage.take(buf);
             return Poll::Ready(Ok(()));
         }
+        this.heads.looked_at(this.passage.filter().heads());
         let before = buf.filled().len();
         // Nothing more would be the end of the stream: where all that came is kept back, the rest of it is read.
         while buf.filled().len() == before {
@@ -313,12 +319,15 @@ impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
 }
 
 /// Counts what the peer is told went wrong, and says it at debug: nobody else hears of it.
-fn note(told: Told, stats: &ConnectionStats, peer: &Peer) {
+fn note(told: Told, stats: &ConnectionStats, heads: &HeadCount, peer: &Peer) {
     let Told { error, code, stream } = told;
     stats.count_error(error);
+    if error == Http2Error::Refused && stream > 0 {
+        heads.is_one_too_many();
+    }
     if tracing::enabled!(tracing::Level::DEBUG) {
         let (pid, uid) = (peer.pid(), peer.uid());
-        PACE.say(|left_out| tracing::debug!(%pid, %uid, stream, code, left_out, "a stream or connection ends with an error of http/2"));
+        ERRORS.say(peer.caller(), code, |times| tracing::debug!(%pid, %uid, stream, code, times, "a stream or connection ends with an error of http/2"));
     }
 }
 
@@ -348,7 +357,7 @@ impl<P: Send + Unpin + 'static> AsyncWrite for Wire<P> {
         if let Ok(mut left) = result {
             for buf in bufs {
                 let part = buf.get(..left.min(buf.len())).unwrap_or_default();
-                this.last_word.passed(part, |told| note(told, &this.stats, this.writer.peer()));
+                this.last_word.passed(part, |told| note(told, &this.stats, &this.heads, this.writer.peer()));
                 left -= part.len();
             }
         }

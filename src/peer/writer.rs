@@ -8,12 +8,15 @@
 //!
 //! Absent: who reads. Whoever was handed the socket can read what is sent on it, and no kernel shows that.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use nix::unistd::{Gid, Uid};
 
 use super::credentials::{Peer, PeerGone};
-use crate::os::receive::WrittenBy;
+use crate::{limits::pace::Complaints, os::receive::WrittenBy};
+
+/// Whose connections others wrote on. Callers could cause it.
+static WRITERS: LazyLock<Complaints<()>> = LazyLock::new(Complaints::default);
 
 /// The one process that may write on a connection.
 #[derive(Debug)]
@@ -47,14 +50,17 @@ impl SoleWriter {
                 None => self.begins_as((uid, gid)),
             };
         if !same {
-            tracing::debug!(
-                connected_pid = %self.peer.pid(),
-                connected_uid = %self.peer.uid(),
-                connected_gid = %self.peer.gid(),
-                first = ?self.first,
-                %pid, %uid, %gid,
-                "another process wrote on a connection, or its own with another user or group"
-            );
+            WRITERS.say(self.peer.caller(), (), |times| {
+                tracing::debug!(
+                    connected_pid = %self.peer.pid(),
+                    connected_uid = %self.peer.uid(),
+                    connected_gid = %self.peer.gid(),
+                    first = ?self.first,
+                    %pid, %uid, %gid,
+                    times,
+                    "another process wrote on a connection, or its own with another user or group"
+                )
+            });
         }
         same
     }

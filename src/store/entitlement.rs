@@ -6,7 +6,7 @@
 //! That of an open stream lives on, and takes other entries only from another attestation of the same process
 //! ([`Charged::follow`]). What was attested is not kept: a process may have thousands of selectors.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use futures_util::future::join_all;
 use tokio::time::{Instant, timeout_at};
@@ -20,7 +20,7 @@ use crate::{
     attest::{AttestError, Attested, AttestedPeer, Attestor, Subject},
     identity::{Entry, Selector, SpiffeId},
     issuer::Issuer,
-    limits::{Admitted, Limits, Refusal},
+    limits::{Admitted, CallerKey, Limits, Refusal, pace::Complaints},
     peer::Peer,
 };
 
@@ -28,6 +28,9 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("no identity issued")]
 pub struct NoIdentity;
+
+/// Whose calls came to no entry. Callers could cause it.
+static REFUSED: LazyLock<Complaints<()>> = LazyLock::new(Complaints::default);
 
 /// What a call wants entries for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,7 +97,7 @@ pub fn authorize(
 ) -> Result<Entitled, Box<Unentitled>> {
     let peer = attested.peer();
     let (mut admitted, subject) = attested.into_parts();
-    match Grant::of(snapshot, &subject, purpose, wanted) {
+    match Grant::of(snapshot, &subject, purpose, wanted, peer.connected().caller()) {
         Ok(grant) => Ok(Entitled { admitted, peer, purpose, grant }),
         Err(NoIdentity) => {
             admitted.attestation_failed();
@@ -134,7 +137,8 @@ impl Unentitled {
             if snapshot.entitled_since > self.entitled_since {
                 self.entitled_since = snapshot.entitled_since;
                 let subject = attestor.attest_again(&self.peer, &snapshot.questions, limits).await?;
-                if let Ok(grant) = Grant::of(&snapshot, &subject, self.purpose, self.wanted.as_ref()) {
+                let (wanted, caller) = (self.wanted.as_ref(), self.peer.connected().caller());
+                if let Ok(grant) = Grant::of(&snapshot, &subject, self.purpose, wanted, caller) {
                     let Self { admitted, peer, purpose, .. } = *self;
                     return Ok(Entitled { admitted, peer, purpose, grant });
                 }
@@ -220,7 +224,8 @@ impl Charged {
     ) -> Result<Arc<Snapshot>, NotEntitled> {
         let snapshot = store.snapshot();
         let subject = attestor.attest_again(&self.peer, &snapshot.questions, limits).await?;
-        self.grant = Grant::of(&snapshot, &subject, self.purpose, None)?;
+        let caller = self.peer.connected().caller();
+        self.grant = Grant::of(&snapshot, &subject, self.purpose, None, caller)?;
         Ok(snapshot)
     }
 }
@@ -245,6 +250,7 @@ impl Grant {
         subject: &Subject,
         purpose: Purpose,
         wanted: Option<&SpiffeId>,
+        caller: CallerKey,
     ) -> Result<Self, NoIdentity> {
         let entries = snapshot.index.matching(subject, wanted).into_iter().map(Arc::clone).collect();
         let grant = Self { entries, entitled_since: snapshot.entitled_since };
@@ -252,12 +258,12 @@ impl Grant {
         if snapshot.is_known() && (!grant.entries.is_empty() || verifies) {
             return Ok(grant);
         }
-        log_no_identity(snapshot, subject);
+        log_no_identity(snapshot, subject, caller);
         Err(NoIdentity)
     }
 }
 
-fn log_no_identity(snapshot: &Snapshot, subject: &Subject) {
+fn log_no_identity(snapshot: &Snapshot, subject: &Subject, caller: CallerKey) {
     if tracing::enabled!(tracing::Level::DEBUG) {
         // Selectors tell much about a workload: those only that the admin chose.
         let chosen = |selector: &&Selector| {
@@ -267,7 +273,9 @@ fn log_no_identity(snapshot: &Snapshot, subject: &Subject) {
                 .iter()
                 .any(|prefix| selector.to_string().starts_with(prefix.as_str()))
         };
-        let selectors: Vec<&Selector> = subject.iter().filter(chosen).collect();
-        tracing::debug!(?selectors, "no identity issued");
+        REFUSED.say(caller, (), |times| {
+            let selectors: Vec<&Selector> = subject.iter().filter(chosen).collect();
+            tracing::debug!(%caller, ?selectors, times, "no identity issued");
+        });
     }
 }

@@ -1,6 +1,10 @@
 //! Every request head is charged and counted once, whatever becomes of it.
 
-use std::time::{Duration, Instant};
+use std::{
+    io::{Read as _, Write as _},
+    os::unix::net::UnixStream as StdStream,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use durward::api::proto::workload::{JwtsvidRequest, ValidateJwtsvidRequest, X509svidRequest};
@@ -9,7 +13,10 @@ use http::Request;
 use tokio::net::UnixStream;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
-use crate::support::{TestAgent, channel, entry, request};
+use crate::{
+    frames::{CONTINUATION, END_HEADERS, END_STREAM, HEADERS, PREFACE, SETTINGS, block, frame, literal},
+    support::{TestAgent, channel, entry, request},
+};
 
 /// For what should be done in moments, on a machine that is busy.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -18,6 +25,7 @@ const JWT: &str = "/SpiffeWorkloadAPI/FetchJWTSVID";
 const X509: &str = "/SpiffeWorkloadAPI/FetchX509SVID";
 const VALIDATE: &str = "/SpiffeWorkloadAPI/ValidateJWTSVID";
 const HEALTH: &str = "/grpc.health.v1.Health/Check";
+const REFLECTION_V1ALPHA: &str = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo";
 const REFLECTION: &str = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
 
 /// How a request goes on after its head.
@@ -31,6 +39,8 @@ enum Then {
     Reset,
     /// It is reset when a part of its body has come.
     Part,
+    /// It was the end, and no client of HTTP/2 would send such a head.
+    ByHand,
 }
 
 /// A kind of request: its path, headers, what comes after, and as what it is counted. And whether it costs a token of
@@ -46,6 +56,12 @@ const LONG: &str = concat!(
     "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
     "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
 );
+
+/// Of a header list that is larger than the agent takes: more than 16 KiB.
+const HUGE: &str = match str::from_utf8(&[b'x'; 17 * 1024]) {
+    Ok(text) => text,
+    Err(_) => "",
+};
 
 const KINDS: &[Kind] = &[
     ("a call", JWT, SHOWN, Then::Body(AUDIENCE), "FetchJWTSVID OK", false),
@@ -109,6 +125,17 @@ const KINDS: &[Kind] = &[
     ("health of a service", HEALTH, &[], Then::Body(AUDIENCE), "Other InvalidArgument", true),
     ("no health", "/grpc.health.v1.Health/X", &[], Then::End, "Other Unimplemented", true),
     ("reflection", REFLECTION, &[], Then::Body(&[0, 0, 0, 0, 2, 0x3a, 0]), "Other OK", true),
+    (
+        "reflection as it was",
+        REFLECTION_V1ALPHA,
+        &[],
+        Then::Body(&[0, 0, 0, 0, 2, 0x3a, 0]),
+        "Other OK",
+        true,
+    ),
+    ("two authorities", JWT, &[(":authority", "again")], Then::ByHand, "Other Internal", true),
+    ("a name in upper case", JWT, &[("A", "b")], Then::ByHand, "Other Internal", true),
+    ("a header list that is too large", JWT, &[("x", HUGE)], Then::ByHand, "Other Internal", true),
     ("no question", REFLECTION, &[], Then::Body(&[0, 0, 0, 0, 1, 0xff]), "Other OK", true),
 ];
 
@@ -129,7 +156,7 @@ async fn send(
     match then {
         // Some are answered by their head alone, and are over by now.
         Then::Body(bytes) => drop(body.send_data(Bytes::from_static(bytes), true)),
-        Then::End => {}
+        Then::End | Then::ByHand => {}
         Then::Reset => {
             body.send_reset(h2::Reason::CANCEL);
             return Ok(());
@@ -148,6 +175,25 @@ async fn send(
         answer.flow_control().release_capacity(length)?;
     }
     answer.trailers().await.map(drop)
+}
+
+/// Sends so many heads on one connection, which is to be kept.
+fn send_by_hand(agent: &TestAgent, times: u32, path: &str, headers: &[(&str, &str)]) -> StdStream {
+    let mut stream = StdStream::connect(agent.socket()).unwrap();
+    let fields: Vec<u8> = headers.iter().flat_map(|(name, value)| literal(name, value)).collect();
+    let list = [block(path), fields].concat();
+    let mut sent = [PREFACE, &frame(SETTINGS, 0, 0, &[])].concat();
+    for nth in 0..times {
+        let mut parts = list.chunks(16 * 1024).peekable();
+        let (mut kind, mut flags) = (HEADERS, END_STREAM);
+        while let Some(part) = parts.next() {
+            let last = if parts.peek().is_none() { END_HEADERS } else { 0 };
+            sent.extend(frame(kind, flags | last, 2 * nth + 1, part));
+            (kind, flags) = (CONTINUATION, 0);
+        }
+    }
+    stream.write_all(&sent).unwrap();
+    stream
 }
 
 /// Every series of calls that is not zero: `method code` and its number.
@@ -175,7 +221,8 @@ async fn each_is_counted_once_and_charged() {
         let stream = UnixStream::connect(agent.socket()).await.unwrap();
         let (mut http2, connection) = h2::client::handshake(stream).await.unwrap();
         let connection = tokio::spawn(connection);
-        for _ in 0..EACH {
+        let by_hand = matches!(then, Then::ByHand).then(|| send_by_hand(&agent, EACH, path, headers));
+        for _ in 0..if by_hand.is_some() { 0 } else { EACH } {
             send(&mut http2, path, headers, *then).await.unwrap_or_else(|error| panic!("{case}: {error}"));
         }
         let began = Instant::now();
@@ -188,7 +235,7 @@ async fn each_is_counted_once_and_charged() {
             assert!(began.elapsed() < PATIENCE, "{case}: {:?}", counted(&agent));
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        drop(http2);
+        drop((http2, by_hand));
         connection.abort();
 
         // What is left for others.
@@ -201,6 +248,46 @@ async fn each_is_counted_once_and_charged() {
         assert_eq!(passed, if *costs { BURST - EACH } else { BURST }, "{case}");
         let all: u64 = counted(&agent).iter().map(|(_, number)| number).sum();
         assert_eq!(all, u64::from(EACH + passed + 1), "{case}: {:?}", counted(&agent));
+    }
+}
+
+/// A head that begins no call is its caller's all the same: where there are as many as may be open, where the connection ends
+/// by it, and where the client leaves.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_head_that_begins_no_call_is_counted_once() {
+    let head = |number: u32, block: &[u8]| frame(HEADERS, END_HEADERS, number, block);
+    let waits = |number: u32| head(number, &block(JWT));
+    for (case, frames, leaves, want) in [
+        (
+            "more than may be open",
+            [waits(1), waits(3), waits(5), waits(7)].concat(),
+            false,
+            ("Other Unavailable", 2),
+        ),
+        // An index of HPACK that there is not.
+        ("its connection ends by it", head(1, &[0xff, 0x80, 0x7f]), false, ("Other Internal", 1)),
+        ("in part", frame(HEADERS, 0, 1, &block("/x/y")), true, ("Other Canceled", 1)),
+    ] {
+        let streams = "ratelimit { gate { connection { streams = 2 } } }";
+        let agent = TestAgent::start(&format!("{streams}\n{}", entry("/own", "")));
+        let mut stream = StdStream::connect(agent.socket()).unwrap();
+        stream.write_all(&[PREFACE, &frame(SETTINGS, 0, 0, &[]), &frames].concat()).unwrap();
+        if leaves {
+            // What came with its SETTINGS was read when these are acknowledged.
+            let (mut got, mut byte) = (Vec::new(), [0]);
+            while !got.ends_with(&frame(SETTINGS, 1, 0, &[])) {
+                stream.read_exact(&mut byte).unwrap();
+                got.extend(byte);
+            }
+        }
+        let stream = Some(stream).filter(|_| !leaves);
+        let began = Instant::now();
+        let want = [(want.0.to_owned(), want.1)];
+        while counted(&agent) != want {
+            assert!(began.elapsed() < PATIENCE, "{case}: {:?}", counted(&agent));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        drop(stream);
     }
 }
 

@@ -22,8 +22,8 @@ use durward::{
     },
     os::clock::Clock,
     peer::{
-        AcceptGate, Arrival, ConnectionBounds, ConnectionEnd, ConnectionStats, Drained, Listener, OsUid,
-        Peer, RequestBody, Socket,
+        AcceptGate, Arrival, ConnectionBounds, ConnectionEnd, ConnectionService, ConnectionStats, Drained,
+        Listener, OsUid, Peer, RequestBody, Socket, Unheard,
     },
     telemetry::registry::Registry,
 };
@@ -39,7 +39,9 @@ use tokio::{
 };
 
 use crate::{
-    frames::{END_HEADERS, END_STREAM, FETCH_JWT, HEADERS, PREFACE, block, frame, jwt_request, settings},
+    frames::{
+        END_HEADERS, END_STREAM, FETCH_JWT, HEADERS, PREFACE, SETTINGS, block, frame, jwt_request, settings,
+    },
     support::TestAgent,
 };
 
@@ -120,6 +122,14 @@ impl Ways {
 
 type Answer = http::Response<tonic::body::Body>;
 type Frames = stream::BoxStream<'static, Frame<Bytes>>;
+
+impl ConnectionService for Toy {
+    type Body = tonic::body::Body;
+
+    fn unheard(&self, _peer: &Peer, _why: Unheard) {
+        self.ways.refused.fetch_add(1, SeqCst);
+    }
+}
 
 impl Service<http::Request<RequestBody>> for Toy {
     type Response = Answer;
@@ -547,6 +557,33 @@ async fn refusals_are_no_work_to_conserve() {
     let refused = server.ways.refused.load(SeqCst);
     assert!((5_000..=2 * 5_000 + 2_500 + 200).contains(&refused), "{refused} in two seconds and a half");
     server.stop.send(()).unwrap();
+}
+
+/// The same of request heads that HTTP/2 refuses by itself, with 431.
+#[tokio::test(start_paused = true)]
+async fn heads_that_are_refused_unheard_are_no_work_to_conserve() {
+    // Each byte behind the block is `accept-encoding: gzip, deflate`, of 60 bytes.
+    let list = [block("/x"), vec![0x90; 300]].concat();
+    let server = Server::start();
+    let over = tokio::time::Instant::now() + Duration::from_millis(2_500);
+    let (mut read, mut write) = UnixStream::connect(&server.path).await.unwrap().into_split();
+    let reads = tokio::spawn(async move {
+        let mut bytes = [0; 8192];
+        while read.read(&mut bytes).await.is_ok_and(|read| read > 0) {}
+    });
+    let writes = async {
+        write.write_all(&[PREFACE, &frame(SETTINGS, 0, 0, &[])].concat()).await.unwrap();
+        for number in (1..).step_by(2) {
+            let head = frame(HEADERS, END_HEADERS | END_STREAM, number, &list);
+            write.write_all(&head).await.unwrap();
+        }
+    };
+    tokio::time::timeout_at(over, writes).await.unwrap_err();
+    let refused = server.ways.refused.load(SeqCst);
+    assert!((5_000..=2 * 5_000 + 2_500 + 200).contains(&refused), "{refused} in two seconds and a half");
+    drop(write);
+    reads.await.unwrap();
+    server.drain().await;
 }
 
 /// What a caller gets for each mistake is a status and nothing else, by which it is known for no work to conserve.

@@ -26,8 +26,8 @@ use durward::{
     limits::{CallerKey, ConnectionRefusal},
     os::headroom::Headroom,
     peer::{
-        AcceptGate, Arrival, BindError, ConnectionBounds, ConnectionEnd, ConnectionStats, Drained,
-        Http2Error, Listener, OsUid, Peer, PeerGone, RequestBody, Socket,
+        AcceptGate, Arrival, BindError, ConnectionBounds, ConnectionEnd, ConnectionService, ConnectionStats,
+        Drained, Http2Error, Listener, OsUid, Peer, PeerGone, RequestBody, Socket,
     },
 };
 use http_body_util::{BodyExt as _, Full};
@@ -51,6 +51,10 @@ impl Toy {
 }
 
 type Answer = http::Response<tonic::body::Body>;
+
+impl ConnectionService for Toy {
+    type Body = tonic::body::Body;
+}
 
 impl Service<http::Request<RequestBody>> for Toy {
     type Response = Answer;

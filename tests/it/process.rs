@@ -157,6 +157,133 @@ async fn what_the_wire_refuses_is_seen_at_debug() {
     }
 }
 
+/// However many calls are refused, on however many connections, the log at debug has a line or two of each caller and reason.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_refused_a_thousand_times_is_a_line_at_debug() {
+    use std::io::{Read as _, Write as _};
+
+    use crate::frames::{END_HEADERS, HEADERS, PREFACE, RST_STREAM, SETTINGS, block, frame};
+    const TIMES: usize = 1000;
+    let dir = tempfile::tempdir().unwrap();
+    write_config(
+        dir.path(),
+        "entry \"spiffe://example.org/nobody\" {\n  selectors = [\"unix:uid:4000000\"]\n}\n",
+    );
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_durward"));
+    command.args(["run", "--log-level", "debug", "--config"]).arg(dir.path().join("agent.conf"));
+    let mut agent = Process::of(command, &dir.path().join("log"));
+    let mut client = agent.serving(dir.path()).await;
+    for _ in 0..TIMES {
+        let ask = pb::JwtsvidRequest { audience: vec!["a".to_owned()], spiffe_id: String::new() };
+        client.fetch_jwtsvid(request(ask)).await.unwrap_err();
+        client.fetch_jwtsvid(pb::JwtsvidRequest::default()).await.unwrap_err();
+    }
+    let connect = || {
+        let mut stream = std::os::unix::net::UnixStream::connect(dir.path().join("api.sock")).unwrap();
+        stream.write_all(&[PREFACE, &frame(SETTINGS, 0, 0, &[])].concat()).unwrap();
+        stream
+    };
+    // Each ends its connection.
+    for _ in 0..TIMES {
+        let mut stream = connect();
+        stream.write_all(&frame(SETTINGS, 0, 0, &[0])).unwrap();
+        drop(stream.read_to_end(&mut Vec::new()));
+    }
+    // Each byte behind the block is a field of 60 bytes.
+    let mut stream = connect();
+    let list = [block("/x/y"), vec![0x90; 300]].concat();
+    stream.write_all(&frame(HEADERS, END_HEADERS, 1, &list)).unwrap();
+    let mut got = Vec::new();
+    while !got.windows(9).any(|head| head == [0, 0, 4, RST_STREAM, 0, 0, 0, 0, 1]) {
+        let mut bytes = [0; 1024];
+        let read = stream.read(&mut bytes).unwrap();
+        assert!(read > 0, "it goes on");
+        got.extend_from_slice(&bytes[..read]);
+    }
+    // What it has said is in the log by its end.
+    agent.signal(Signal::SIGTERM);
+    assert!(agent.wait().success());
+
+    let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
+    for words in [
+        "refused method=FetchJWTSVID",
+        "no identity issued caller",
+        "refused what came on a connection",
+        "a stream or connection ends with an error of http/2",
+    ] {
+        let lines: Vec<&str> = log.lines().filter(|line| line.contains(words)).collect();
+        // Of two reasons at most, and some minutes may have passed.
+        assert!((1..=8).contains(&lines.len()), "{words}: {lines:#?}");
+    }
+    assert!(log.contains("code=\"431 (the header list is too large)\""), "{log}");
+    assert!(log.lines().count() < 200, "{log}");
+}
+
+/// A connection whose client keeps further calls to itself is in the log, in `durward status` and among the metrics.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_without_places_is_told_of() {
+    use std::{
+        io::{Read as _, Write as _},
+        os::unix::net::UnixStream,
+    };
+    const LINE: &str = "a connection has all the streams open that it may";
+    const FOUND: &str =
+        "connections with all the streams open that they may have (ratelimit.gate.connection.streams): 1";
+    let (dir, private) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (admin, scraped) = (private.path().join("admin/admin.sock"), dir.path().join("metrics.sock"));
+    let blocks = format!(
+        "agent {{\n  admin_socket_path = \"{}\"\n}}\nratelimit {{ gate {{ connection {{ streams = 3 }} }} }}\n\
+         telemetry {{ Prometheus {{ socket_path = \"{}\" }} }}\n{}",
+        admin.display(),
+        scraped.display(),
+        entry("/web", "")
+    );
+    write_config(dir.path(), &blocks);
+    let mut agent = Process::spawn(dir.path());
+    let mut client = agent.serving(dir.path()).await;
+    let mut open = Vec::new();
+    for _ in 0..3 {
+        let mut stream = client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap().into_inner();
+        assert!(stream.message().await.unwrap().is_some());
+        open.push(stream);
+    }
+    let waits =
+        tokio::spawn(
+            async move { client.fetch_jwt_bundles(request(pb::JwtBundlesRequest {})).await.is_ok() },
+        );
+
+    let said = || std::fs::read_to_string(dir.path().join("log")).unwrap().matches(LINE).count();
+    let status = || {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_durward"));
+        let output = command.args(["status", "--socket-path"]).arg(&admin).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    until(|| said() == 1).await;
+    let found = status().split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(found.contains(FOUND), "{found}");
+    let mut http = UnixStream::connect(&scraped).unwrap();
+    http.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    let mut text = String::new();
+    http.read_to_string(&mut text).unwrap();
+    assert!(text.contains("\ndurward_connections_full_total 1\n"), "{text}");
+    assert!(!waits.is_finished(), "its client has it wait");
+    open.pop();
+    assert!(waits.await.unwrap(), "a place is free");
+    drop(open);
+    until(|| !status().contains("streams open that they may")).await;
+    assert_eq!(said(), 1);
+}
+
+/// Waits until it is so.
+async fn until(is_so: impl Fn() -> bool) {
+    let looks = async {
+        while !is_so() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), looks).await.unwrap();
+}
+
 /// What is short at the start is named, with the limit of it, and the agent ends, however little there is.
 #[test]
 fn a_start_without_means_says_what_is_short_and_ends() {

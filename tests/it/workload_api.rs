@@ -328,7 +328,7 @@ async fn health_and_reflection_answer_without_the_header() {
         host: String::new(),
         message_request: Some(MessageRequest::ListServices(String::new())),
     };
-    let mut reflection = ServerReflectionClient::new(channel);
+    let mut reflection = ServerReflectionClient::new(channel.clone());
     let answer = reflection
         .server_reflection_info(tokio_stream::once(ask))
         .await
@@ -340,6 +340,32 @@ async fn health_and_reflection_answer_without_the_header() {
         panic!("a list of services")
     };
     let names: Vec<String> = list.service.into_iter().map(|s| s.name).collect();
+    for want in ["SpiffeWorkloadAPI", "grpc.health.v1.Health"] {
+        assert!(names.iter().any(|name| name == want), "{want} in {names:?}");
+    }
+
+    // As older clients ask, grpcurl 1.8 among them.
+    use tonic_reflection::pb::v1alpha;
+    let ask = v1alpha::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(
+            v1alpha::server_reflection_request::MessageRequest::ListServices(String::new()),
+        ),
+    };
+    let mut reflection = v1alpha::server_reflection_client::ServerReflectionClient::new(channel);
+    let answer = reflection
+        .server_reflection_info(tokio_stream::once(ask))
+        .await
+        .unwrap()
+        .into_inner()
+        .message()
+        .await;
+    let answer = answer.unwrap().unwrap().message_response;
+    let Some(v1alpha::server_reflection_response::MessageResponse::ListServicesResponse(list)) = answer
+    else {
+        panic!("a list of services")
+    };
+    let names: Vec<String> = list.service.into_iter().map(|it| it.name).collect();
     for want in ["SpiffeWorkloadAPI", "grpc.health.v1.Health"] {
         assert!(names.iter().any(|name| name == want), "{want} in {names:?}");
     }
