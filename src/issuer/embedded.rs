@@ -36,6 +36,7 @@ pub use self::{
     ca::{EmbeddedCa, ROTATION_RETRY, Rotation, try_sources},
     error::{Damage, IssuerError, SuppliedCaFault},
     settings::{EmbeddedSettings, IssuerSettings, MIN_CA_TTL, MIN_SVID_TTL},
+    supplied::dns_constraints,
 };
 use super::{
     CaStanding, Expelled, Issuer, IssuerChoice, IssuerInput, Lookout, MintError, SvidKind, World, by,
