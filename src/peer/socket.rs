@@ -18,6 +18,7 @@ use std::{
     os::{
         fd::{AsRawFd as _, OwnedFd},
         unix::{
+            ffi::OsStrExt as _,
             fs::{FileTypeExt as _, MetadataExt as _},
             net::UnixListener,
         },
@@ -530,6 +531,17 @@ fn stands_dead(dir: &TrustedDir, path: &Path, name: &OsStr) -> Result<bool, Bind
 /// Whether somebody listens at `path`, accepting or not.
 pub fn is_listened_at(path: &Path) -> bool {
     matches!(tried(path), Ok(()) | Err(Errno::EAGAIN))
+}
+
+/// Whether the kernel lists a socket that listens and was bound as `path`. Connects to none: that could start something.
+pub fn is_listed_at(path: &Path) -> bool {
+    const LISTENS: &[u8] = b"00010000";
+    let Ok(list) = std::fs::read("/proc/net/unix") else { return false };
+    list.split(|byte| *byte == b'\n').any(|line| {
+        let mut fields = line.split(|byte| *byte == b' ').filter(|field| !field.is_empty());
+        fields.nth(3) == Some(LISTENS)
+            && line.strip_suffix(path.as_os_str().as_bytes()).is_some_and(|before| before.ends_with(b" "))
+    })
 }
 
 /// Connects, and lets go at once. A living agent whose backlog is full must not make us wait.
