@@ -97,11 +97,7 @@ fn pretty(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime)
     list(&mut out, "Found", &told.surroundings);
     let wrong = wrong(told, held, now);
     if wrong.is_empty() {
-        row(
-            &mut out,
-            "Wrong",
-            if told.surroundings.is_empty() { "nothing" } else { "nothing but what was found" },
-        );
+        row(&mut out, "Wrong", "nothing");
     }
     list(&mut out, "Wrong", &wrong);
     out
