@@ -112,10 +112,9 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
     let taken = config.addresses().1.into_iter().map(|TakenAddress { key, host, port, cause }| {
         (key, format!("{host} port {port} is not free now, perhaps because the agent runs: {}", said(&cause)))
     });
-    let held = config
-        .places_in_use(trust)
-        .into_iter()
-        .map(|(key, at)| (key, format!("{} is in use now, perhaps because the agent runs", at.display())));
+    let held = config.places_in_use(trust).into_iter().map(|(key, at)| {
+        (key, format!("{} is in use now, perhaps by the agent, or by what holds its socket", at.display()))
+    });
     let alone = matches!(config.issuer, Signer::Embedded(_));
     let nobody = (alone && config.entries.is_empty())
         .then(|| ("entry", "there is none, so nobody is served".to_owned()));

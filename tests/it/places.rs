@@ -224,8 +224,10 @@ async fn validate_tells_what_a_living_agent_holds() {
         [("data_dir", "data"), ("socket_path", "run/api.sock"), ("admin_socket_path", "private/admin.sock")]
     {
         let at = dir.path().join(at);
-        let want =
-            format!("Warning: agent.{key}: {} is in use now, perhaps because the agent runs.", at.display());
+        let want = format!(
+            "Warning: agent.{key}: {} is in use now, perhaps by the agent, or by what holds its socket.",
+            at.display()
+        );
         assert!(said.contains(&want), "{want}: {said}");
     }
     // Left behind, they are in nobody's way.
