@@ -41,7 +41,7 @@ use self::{errands::Errands, handover::LeftSockets, serving::Serving, start::Adj
 pub use self::{
     gate::{RoomError, room_for},
     reload::Load,
-    run::run,
+    run::{not_started, run},
     runtime::runtime,
     signals::{Signalled, Signals},
     upkeep::{Happened, Upkeep},

@@ -41,6 +41,7 @@ use tonic::Code;
 pub use run::{CliOverrides, OverrideError, ServerOverrides};
 
 use crate::{
+    agent,
     hcl::ConfigErrors,
     issuer::Expelled,
     os::{sentence::said, signals},
@@ -261,7 +262,11 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             terminal.print_help(&err.render().to_string()).map_err(Failure::from)
         }
         Err(err) => {
-            terminal.fault(err.render().to_string().trim_end());
+            let message = err.render().to_string();
+            terminal.fault(message.trim_end());
+            if words.get(1).is_some_and(|word| word == "run") {
+                agent::not_started(message.lines().next().unwrap_or_default());
+            }
             Err(Failure::Said)
         }
     };

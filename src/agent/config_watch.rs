@@ -19,12 +19,18 @@ use crate::{
 /// How often they are looked at. A change is acted upon when two looks found the same: whoever writes has finished.
 const EVERY: Duration = Duration::from_secs(2);
 
+/// After so many looks that found a change, each another one, what is there is acted upon: whoever writes may never finish, and
+/// half of a file changes nothing.
+const MOST_UNLIKE: u32 = 5;
+
 /// The files in force, and what was seen of them.
 #[derive(Debug)]
 pub(super) struct ConfigWatch {
     known: Sources,
     /// Something else was found at the last look.
     found: Option<Sources>,
+    /// How many looks in a row have found something else than the one before, and than what is known.
+    unlike: u32,
     looking: Option<oneshot::Receiver<Sources>>,
     every: Interval,
     on: bool,
@@ -36,14 +42,14 @@ impl ConfigWatch {
         let mut every = interval_at(beat(EVERY), EVERY);
         every.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let known = config.sources.clone();
-        Self { known, found: None, looking: None, every, on: config.agent.watch_config }
+        Self { known, found: None, unlike: 0, looking: None, every, on: config.agent.watch_config }
     }
 
     /// These are in force now.
     pub(super) fn follow(&mut self, config: &Config) {
         if self.known != config.sources {
             self.known.clone_from(&config.sources);
-            self.found = None;
+            (self.found, self.unlike) = (None, 0);
             // It was of the files before.
             self.looking = None;
         }
@@ -72,13 +78,16 @@ impl ConfigWatch {
 
     fn is_settled(&mut self, now: Sources) -> bool {
         if now == self.known {
-            self.found = None;
-        } else if self.found.as_ref() == Some(&now) {
-            (self.known, self.found) = (now, None);
-            return true;
-        } else {
-            self.found = Some(now);
+            (self.found, self.unlike) = (None, 0);
+            return false;
         }
+        let is_settled = self.found.as_ref() == Some(&now);
+        self.unlike += 1;
+        if is_settled || self.unlike >= MOST_UNLIKE {
+            (self.known, self.found, self.unlike) = (now, None, 0);
+            return true;
+        }
+        self.found = Some(now);
         false
     }
 }

@@ -7,7 +7,7 @@ use tokio::{runtime::Handle, time::timeout};
 use crate::{
     issuer::{Issuer, SvidKind},
     os::clock::sleep_to_beat,
-    peer::socket::Presence,
+    peer::socket::{Presence, Sight},
     telemetry::{
         chain,
         health::{HealthState, Lost, Probe, Pulse},
@@ -60,36 +60,47 @@ pub(super) async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
     }
 }
 
-/// Looks every few seconds whether clients still find the socket. Somebody may have removed it, or mounted something over it:
-/// an agent that nobody reaches does not notice anything else. One that it bound itself is bound anew by a restart.
+/// Looks every few seconds whether clients still reach the socket. Somebody may have removed it, mounted something over it, or
+/// changed a mode: an agent that nobody reaches does not notice anything else. One that it bound itself is bound anew by a
+/// restart.
 pub(super) async fn keep_in_sight(health: Arc<HealthState>, presence: Presence) {
-    let mut missing = false;
+    let mut known = Sight::There;
     loop {
         sleep_to_beat(PROBE).await;
         let at = presence.clone();
         // No thread, no answer: that is for the next look.
-        let Ok(there) = tokio::task::spawn_blocking(move || at.is_there()).await else { continue };
+        let Ok(sight) = tokio::task::spawn_blocking(move || at.look()).await else { continue };
         if health.get() == Probe::Draining {
             return;
         }
         let path = presence.path().display();
-        let lost = match (there, presence.handed_over) {
-            (true, _) => Lost::No,
-            (false, false) => Lost::UntilRestart,
-            (false, true) => Lost::UntilMade,
+        let lost = match (&sight, presence.handed_over) {
+            (Sight::There, _) => Lost::No,
+            (Sight::Gone, false) => Lost::UntilRestart,
+            (Sight::Gone, true) => Lost::UntilMade,
+            (Sight::Shut(_), _) => Lost::Shut,
         };
-        match (std::mem::replace(&mut missing, !there), lost) {
-            (false, Lost::UntilRestart) => tracing::error!(
-                %path,
-                "the socket of the workload api is gone from its path, and nobody can connect: restart the agent"
-            ),
-            (false, Lost::UntilMade) => tracing::error!(
-                %path,
-                "the socket of the workload api is gone from its path, and nobody can connect: restart its socket unit"
-            ),
-            (true, Lost::No) => tracing::warn!(%path, "the socket of the workload api is at its path again"),
-            _ => {}
+        if sight != known {
+            match (&sight, lost, &known) {
+                (Sight::Shut(shut), ..) => tracing::error!(
+                    %path,
+                    "other users cannot reach the socket of the workload api any more: {shut}"
+                ),
+                (_, Lost::UntilRestart, _) => tracing::error!(
+                    %path,
+                    "the socket of the workload api is gone from its path, and nobody can connect: restart the agent"
+                ),
+                (_, Lost::UntilMade, _) => tracing::error!(
+                    %path,
+                    "the socket of the workload api is gone from its path, and nobody can connect: restart its socket unit"
+                ),
+                (Sight::There, _, Sight::Shut(_)) => {
+                    tracing::warn!(%path, "other users can reach the socket of the workload api again");
+                }
+                _ => tracing::warn!(%path, "the socket of the workload api is at its path again"),
+            }
         }
+        known = sight;
         health.found(lost);
     }
 }

@@ -75,7 +75,8 @@ pub fn run(load: Load) -> anyhow::Result<()> {
     panics::tell();
     let queue = handed.as_ref().and_then(|listener| listener.try_clone().ok());
     let threads = Errands::new().map_err(|error| no_threads(1, error)).and_then(|it| Ok((it, runtime()?)));
-    let (errands, serving) = threads.inspect_err(|error| not_started(&manager, queue.as_ref(), error))?;
+    let (errands, serving) =
+        threads.inspect_err(|error| tell_not_started(&manager, queue.as_ref(), error))?;
     // Meanwhile the configuration is read.
     drop(serving.spawn_blocking(issuer::seed));
     let mut log = None;
@@ -89,7 +90,7 @@ pub fn run(load: Load) -> anyhow::Result<()> {
             }
             Ok(None) => Ok(()),
             Err(error) => {
-                not_started(&control.manager, queue.as_ref(), &error);
+                tell_not_started(&control.manager, queue.as_ref(), &error);
                 Err(error)
             }
         }
@@ -105,9 +106,18 @@ pub fn run(load: Load) -> anyhow::Result<()> {
 }
 
 /// Tells whoever waits for an agent that it could not start.
-fn not_started(manager: &ServiceManager, queue: Option<&UnixListener>, error: &anyhow::Error) {
+fn tell_not_started(manager: &ServiceManager, queue: Option<&UnixListener>, error: &anyhow::Error) {
     manager.stopping(&chain(error.as_ref()));
     queue.into_iter().for_each(turn_away);
+}
+
+/// The same for one that never was: the command line was wrong. What was handed over is closed. Must be called while there is
+/// one thread.
+pub fn not_started(why: &str) {
+    // What else is wrong is for a start to say.
+    let Ok((manager, queue)) = ServiceManager::from_environment() else { return };
+    manager.stopping(why);
+    queue.iter().for_each(turn_away);
 }
 
 /// Closes what waits in the queue of a socket that an agent cannot serve which could not start: the service manager holds the

@@ -262,7 +262,12 @@ impl AgentParts {
 
         let presence = socket.presence();
         let (public, looks) = (config.agent.socket_path.clone(), keys.looks());
-        let standing = self.standing(Arc::clone(&stats), public, looks, surroundings.in_spite_of.clone());
+        let shut = presence.iter().flat_map(|presence| presence.shut());
+        let in_spite_of = surroundings.in_spite_of.iter().cloned().chain(shut.map(|shut| {
+            let path = shut.path.display();
+            format!("{shut}, so no user but its owner reaches the socket, and root: chmod o+x {path} if others should")
+        }));
+        let standing = self.standing(Arc::clone(&stats), public, looks, in_spite_of.collect());
         let gate = Arc::new(AuditedGate {
             gate: self.gate.clone(),
             audit: Arc::clone(&self.audit),

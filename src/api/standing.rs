@@ -20,7 +20,7 @@ use crate::{
     store::{JwtCache, Snapshot, Store, X509Cache},
     telemetry::{
         chain,
-        health::{HealthState, Probe},
+        health::{HealthState, Lost, Probe},
         log::Log,
         registry::Label as _,
     },
@@ -159,7 +159,11 @@ impl AgentStanding {
             _ if self.health.get() == Probe::Draining => "the agent is about to end".to_owned(),
             Some(why) => chain(&why),
             None if self.health.ready() => String::new(),
-            None if self.health.is_lost() => format!(
+            None if self.health.lost() == Lost::Shut => format!(
+                "other users cannot reach the socket {} any more, since somebody has changed a mode: see the log",
+                self.socket_path.display()
+            ),
+            None if self.health.lost() != Lost::No => format!(
                 "the socket {} is gone, and nobody can connect: restart the agent, or the socket unit that made it",
                 self.socket_path.display()
             ),

@@ -112,6 +112,9 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
     let taken = config.addresses().1.into_iter().map(|TakenAddress { key, host, port, cause }| {
         (key, format!("{host} port {port} is not free now, perhaps because the agent runs: {}", said(&cause)))
     });
+    let held = config.places_in_use(trust).into_iter().map(|(key, at)| {
+        (key, format!("{} is in use now, perhaps by the agent, or by what holds its socket", at.display()))
+    });
     let alone = matches!(config.issuer, Signer::Embedded(_));
     let nobody = (alone && config.entries.is_empty())
         .then(|| ("entry", "there is none, so nobody is served".to_owned()));
@@ -124,7 +127,7 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
     });
     let missing = config.attest.missing().into_iter().map(|why| ("plugins.WorkloadAttestor", why));
     let untrusted = config.federation_gaps.iter().cloned().map(|why| ("federation", why));
-    taken.chain(nobody).chain(room).chain(to_join).chain(missing).chain(untrusted).collect()
+    taken.chain(held).chain(nobody).chain(room).chain(to_join).chain(missing).chain(untrusted).collect()
 }
 
 /// A selector that an entry asks for and that no process of this node can have.

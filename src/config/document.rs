@@ -178,7 +178,14 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     let (issuer, ca_ttl) = issuer::read(&mut root, server, has_plugins);
     let mut limits = root.block("ratelimit");
     let federation = Federation::read(&mut root, input, own);
-    let rules = EntryRules { trust_domain: own, federated: &federation.declared, ca_ttl, attest: &attest };
+    let dns_constraints = issuer.as_ref().map(|issuer| issuer.dns_constraints(input)).unwrap_or_default();
+    let rules = EntryRules {
+        trust_domain: own,
+        federated: &federation.declared,
+        ca_ttl,
+        attest: &attest,
+        dns_constraints,
+    };
     let mut entries = Entries::new(rules, problems);
     entries.read(own_entries(&mut root, joins));
     if joins {

@@ -23,7 +23,7 @@ use crate::{
     },
     identity::{
         AskedSelectors, Entry, EntryAttributes, EntryId, Selector, Selectors, SpiffeId, TrustDomain,
-        entry::MAX_HINT_LEN,
+        entry::MAX_HINT_LEN, name_constraints::DnsConstraints,
     },
     issuer::embedded::MIN_SVID_TTL,
 };
@@ -42,6 +42,8 @@ pub(super) struct EntryRules<'a> {
     pub(super) federated: &'a BTreeSet<TrustDomain>,
     pub(super) ca_ttl: CaTtl,
     pub(super) attest: &'a AttestSettings,
+    /// Of the CA that signs.
+    pub(super) dns_constraints: DnsConstraints,
 }
 
 /// The entries read so far.
@@ -100,7 +102,7 @@ impl EntryRules<'_> {
         let x509_svid_ttl = self.ttl(s, "x509_svid_ttl");
         let jwt_svid_ttl = self.ttl(s, "jwt_svid_ttl");
         let hint = hint(s);
-        let dns_names = dns_names(s);
+        let dns_names = self.dns_names(s);
         let federates_with = self.federates_with(s);
         let id = s.parsed(
             "id",
@@ -205,6 +207,30 @@ impl EntryRules<'_> {
         }
         found
     }
+
+    fn dns_names(&self, s: &mut Section<'_>) -> Vec<String> {
+        const KEY: &str = "dns_names";
+        let Some(list) = s.strings(KEY) else { return Vec::new() };
+        if list.value.len() > MAX_DNS_NAMES {
+            let message = format!("must be at most {MAX_DNS_NAMES} names, and are {}", list.value.len());
+            s.wrong(list.place, KEY, Some("[ .. ]".to_owned()), message);
+            return Vec::new();
+        }
+        let mut seen = BTreeSet::new();
+        for At { value: name, place } in &list.value {
+            if let Err(message) = check_dns_name(name) {
+                s.wrong(*place, KEY, Some(quoted(name)), message);
+            } else if !seen.insert(*name) {
+                s.wrong(*place, KEY, Some(quoted(name)), "is listed twice");
+            } else if let Err(found) = self.dns_constraints.permit(name) {
+                let message = format!(
+                    "does not fit the name constraint {found} in ca_cert_path, so that every verifier would refuse the SVID"
+                );
+                s.wrong(*place, KEY, Some(quoted(name)), message);
+            }
+        }
+        list.value.iter().map(|name| name.value.to_owned()).collect()
+    }
 }
 
 /// How the ID is written that is meant by a path alone, or without its scheme.
@@ -224,25 +250,6 @@ fn hint(s: &mut Section<'_>) -> Box<str> {
         s.wrong(hint.place, "hint", Some(quoted(hint.value)), message);
     }
     hint.value.into()
-}
-
-fn dns_names(s: &mut Section<'_>) -> Vec<String> {
-    const KEY: &str = "dns_names";
-    let Some(list) = s.strings(KEY) else { return Vec::new() };
-    if list.value.len() > MAX_DNS_NAMES {
-        let message = format!("must be at most {MAX_DNS_NAMES} names, and are {}", list.value.len());
-        s.wrong(list.place, KEY, Some("[ .. ]".to_owned()), message);
-        return Vec::new();
-    }
-    let mut seen = BTreeSet::new();
-    for At { value: name, place } in &list.value {
-        if let Err(message) = check_dns_name(name) {
-            s.wrong(*place, KEY, Some(quoted(name)), message);
-        } else if !seen.insert(*name) {
-            s.wrong(*place, KEY, Some(quoted(name)), "is listed twice");
-        }
-    }
-    list.value.iter().map(|name| name.value.to_owned()).collect()
 }
 
 /// RFC 1123 section 2.1 in lower case, with `*` as a whole first label as SPIRE allows

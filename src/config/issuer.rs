@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{agent::AgentSettings, server::ServerBlock};
+use super::{agent::AgentSettings, input::Input, server::ServerBlock};
 use crate::{
     hcl::{
         section::{At, Section},
@@ -10,10 +10,10 @@ use crate::{
         show_duration,
         tree::quoted,
     },
-    identity::TrustDomain,
+    identity::{TrustDomain, name_constraints::DnsConstraints},
     issuer::{
         IssuerChoice,
-        embedded::{EmbeddedSettings, IssuerSettings},
+        embedded::{EmbeddedSettings, IssuerSettings, dns_constraints},
         server::{
             ServerSettings,
             settings::{JoinSettings, KeyManagerSettings, NodeAttestorSettings, SyncSettings},
@@ -83,6 +83,14 @@ impl Signer {
                 }))
             }
         }
+    }
+
+    /// What a supplied CA says of the DNS names of entries. That its file cannot be read is said where it is needed.
+    pub(super) fn dns_constraints(&self, input: &Input<'_>) -> DnsConstraints {
+        let Self::Embedded(IssuerSettings { ca_cert_path: Some(path), .. }) = self else {
+            return DnsConstraints::default();
+        };
+        (input.read_file)(path).map(|pem| dns_constraints(&pem)).unwrap_or_default()
     }
 
     /// Adds what is another in `next`.

@@ -11,7 +11,7 @@ use std::{
 use nix::unistd::geteuid;
 
 use super::{
-    agent::{DEFAULT_DATA_DIR, DEFAULT_SOCKET_PATH},
+    agent::{AdminSocket, DEFAULT_DATA_DIR, DEFAULT_SOCKET_PATH},
     document::Config,
     file::said_of,
     issuer::{JoinedServer, Signer},
@@ -21,9 +21,9 @@ use crate::{
     identity::{Bundle, bundle::MAX_LEN},
     issuer::{
         FileFault, IssuerChoice, check_data_dir, check_supplied_secret,
-        embedded::{IssuerError, try_sources},
+        embedded::{self, IssuerError, try_sources},
         server::{
-            AGENT_DATA,
+            AGENT_DATA, own_svid,
             settings::{KeyManagerSettings, NodeAttestorSettings, TrustBundleFormat},
         },
     },
@@ -31,6 +31,7 @@ use crate::{
         sentence::said,
         trusted::{ClosedDir, PathError, Trust, TrustedDir},
     },
+    peer::socket::is_listed_at,
     telemetry::http::can_bind,
 };
 
@@ -171,6 +172,23 @@ impl Config {
             }
         }
         (wrong, taken)
+    }
+
+    /// Places that somebody has now: an agent that runs, perhaps this one's. The key of each, and where it is.
+    pub fn places_in_use(&self, trust: Trust) -> Vec<(&'static str, PathBuf)> {
+        let data_dir = self.agent.data_dir.as_path();
+        let is_in_use = match &self.issuer {
+            Signer::Embedded(_) => embedded::is_in_use(data_dir, trust),
+            Signer::Server(_) => own_svid::is_in_use(data_dir, trust),
+        };
+        let admin = match self.agent.admin_socket() {
+            Some(AdminSocket::Configured(path) | AdminSocket::ByDefault(path)) => Some(path),
+            None => None,
+        };
+        let admin = admin.map(|at| ("agent.admin_socket_path", at));
+        let sockets = self.sockets().map(|(key, at)| (key, at.to_owned())).chain(admin);
+        let sockets = sockets.filter(|(_, at)| is_listed_at(at));
+        is_in_use.then(|| ("agent.data_dir", data_dir.to_owned())).into_iter().chain(sockets).collect()
     }
 
     /// What a start needs at `now`, and the user of `trust` does not find, or could not make: the places of sockets, keys and

@@ -1,6 +1,6 @@
-//! Name constraints on URIs in chains of certificates.
+//! Name constraints in chains of certificates: on URIs, which SPIFFE IDs are, and on DNS names, which SVIDs can have too.
 //!
-//! webpki refuses every certificate below such a constraint, right or wrong; Go and OpenSSL read them. So where a chain has
+//! webpki refuses every certificate below a constraint on URIs, right or wrong; Go and OpenSSL read them. So where a chain has
 //! one, what webpki would have looked at is looked at with what is here: the constraints, what nobody else understands, the
 //! signatures.
 
@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use webpki::ALL_VERIFICATION_ALGS;
 use x509_parser::{
     certificate::X509Certificate,
-    extensions::{GeneralName, NameConstraints, ParsedExtension},
+    extensions::{GeneralName, GeneralSubtree, NameConstraints, ParsedExtension},
 };
 
 use super::TrustDomain;
@@ -23,12 +23,17 @@ pub fn are_on_uris(chain: &[X509Certificate<'_>]) -> bool {
     })
 }
 
-/// The critical extension of a certificate that verifiers do not know.
+/// The critical extension of a certificate that not all verifiers know: webpki knows the fewest.
 pub fn unread_extension(certificate: &X509Certificate<'_>) -> Option<String> {
     let unread = certificate.iter_extensions().find(|extension| {
-        let is_known = !matches!(
+        let is_known = matches!(
             extension.parsed_extension(),
-            ParsedExtension::UnsupportedExtension { .. } | ParsedExtension::ParseError { .. }
+            ParsedExtension::BasicConstraints(_)
+                | ParsedExtension::KeyUsage(_)
+                | ParsedExtension::ExtendedKeyUsage(_)
+                | ParsedExtension::SubjectAlternativeName(_)
+                | ParsedExtension::NameConstraints(_)
+                | ParsedExtension::CRLDistributionPoints(_)
         );
         extension.critical && !is_known
     });
@@ -97,6 +102,81 @@ fn is_excluded(base: &str, host: &str) -> bool {
     below || base.is_empty() || host.parse::<IpAddr>().is_ok()
 }
 
+/// What a chain says of the DNS names in certificates below it. Each of its certificates has to let a name pass.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DnsConstraints(Vec<DnsSubtrees>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct DnsSubtrees {
+    /// Which certificate of the chain says it.
+    whose: String,
+    /// None: whatever is not excluded.
+    permitted: Vec<String>,
+    excluded: Vec<String>,
+}
+
+impl DnsConstraints {
+    /// Those of the chain, whose first certificate is number 1.
+    pub fn of(chain: &[X509Certificate<'_>]) -> Self {
+        let names = |subtrees: &Option<Vec<GeneralSubtree<'_>>>| -> Vec<String> {
+            let names = subtrees.iter().flatten().filter_map(|subtree| match &subtree.base {
+                GeneralName::DNSName(base) => Some(base.to_ascii_lowercase()),
+                _ => None,
+            });
+            names.collect()
+        };
+        let all = (1..).zip(chain).filter_map(|(index, certificate)| {
+            let constraints = of(certificate)?;
+            let permitted = names(&constraints.permitted_subtrees);
+            let excluded = names(&constraints.excluded_subtrees);
+            let whose = format!("certificate {index} ({})", certificate.subject());
+            let says_something = !permitted.is_empty() || !excluded.is_empty();
+            says_something.then_some(DnsSubtrees { whose, permitted, excluded })
+        });
+        Self(all.collect())
+    }
+
+    /// Whether a certificate below the chain can have this DNS name, in lower case.
+    ///
+    /// # Errors
+    /// The constraint that keeps it out, and whose it is, in words.
+    pub fn permit(&self, name: &str) -> Result<(), String> {
+        for DnsSubtrees { whose, permitted, excluded } in &self.0 {
+            if let Some(base) = excluded.iter().find(|base| is_excluded_dns(base, name)) {
+                return Err(format!("excluded DNS {base:?} of {whose}"));
+            }
+            if !permitted.is_empty() && !permitted.iter().any(|base| is_below(base, name)) {
+                return Err(format!("permitted DNS {} of {whose}", shown(permitted)));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// As many of them as fit into a line.
+fn shown(names: &[String]) -> String {
+    const MOST: usize = 3;
+    let first: Vec<_> = names.iter().take(MOST).map(|name| format!("{name:?}")).collect();
+    let more = names.len().saturating_sub(MOST);
+    if more == 0 { first.join(", ") } else { format!("{} and {more} more", first.join(", ")) }
+}
+
+/// RFC 5280, section 4.2.1.10: a name fits that is the constraint, or has labels more to the left. With a dot in front, which
+/// that section has for URIs alone, Go, OpenSSL and webpki want at least one more.
+fn is_below(base: &str, name: &str) -> bool {
+    match name.strip_suffix(base) {
+        Some(before) if base.starts_with('.') => !before.is_empty(),
+        Some(before) => before.is_empty() || base.is_empty() || before.ends_with('.'),
+        None => false,
+    }
+}
+
+/// A wildcard is kept out by what it stands for, too.
+fn is_excluded_dns(base: &str, name: &str) -> bool {
+    let stands_for = |rest: &str| base.split_once('.').is_some_and(|(_label, above)| above == rest);
+    is_below(base, name) || name.strip_prefix("*.").is_some_and(stands_for)
+}
+
 /// Whether the key of `above` signed `certificate`.
 pub fn is_signed_by(certificate: &X509Certificate<'_>, above: &X509Certificate<'_>) -> bool {
     let key = &above.public_key().subject_public_key.data;
@@ -125,6 +205,27 @@ mod tests {
         ] {
             let found = (is_permitted(base, host), is_excluded(base, host));
             assert_eq!(found, (permitted, excluded), "{base:?} {host:?}");
+        }
+    }
+
+    #[test]
+    fn dns_names_fit_where_go_openssl_and_webpki_agree() {
+        for (base, name, permitted, excluded) in [
+            ("svc.local", "svc.local", true, true),
+            ("svc.local", "web.svc.local", true, true),
+            ("svc.local", "a.web.svc.local", true, true),
+            ("svc.local", "*.svc.local", true, true),
+            ("svc.local", "websvc.local", false, false),
+            ("svc.local", "local", false, false),
+            ("svc.local", "web", false, false),
+            (".svc.local", "svc.local", false, false),
+            (".svc.local", "web.svc.local", true, true),
+            ("web.svc.local", "*.svc.local", false, true),
+            ("a.web.svc.local", "*.svc.local", false, false),
+            ("", "web", true, true),
+        ] {
+            let found = (is_below(base, name), is_excluded_dns(base, name));
+            assert_eq!(found, (permitted, excluded), "{base:?} {name:?}");
         }
     }
 }

@@ -34,8 +34,10 @@ use tokio::{
 use self::repair::Repair;
 pub use self::{
     ca::{EmbeddedCa, ROTATION_RETRY, Rotation, try_sources},
+    disk::is_in_use,
     error::{Damage, IssuerError, SuppliedCaFault},
     settings::{EmbeddedSettings, IssuerSettings, MIN_CA_TTL, MIN_SVID_TTL},
+    supplied::dns_constraints,
 };
 use super::{
     CaStanding, Expelled, Issuer, IssuerChoice, IssuerInput, Lookout, MintError, SvidKind, World, by,

@@ -135,6 +135,12 @@ impl FileDir {
         }
     }
 
+    /// Whether somebody has locked it by this name. Makes nothing, and holds nothing for longer than a start tries.
+    pub(super) fn is_locked(&self, name: &str) -> bool {
+        let file = self.dir.open_as(OsStr::new(name), OFlag::O_RDONLY | OFlag::O_NOFOLLOW, 0);
+        file.is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    }
+
     /// Where a file of this name is.
     pub(super) fn path_of(&self, name: &str) -> PathBuf {
         self.path.join(name)

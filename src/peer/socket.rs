@@ -18,6 +18,7 @@ use std::{
     os::{
         fd::{AsRawFd as _, OwnedFd},
         unix::{
+            ffi::OsStrExt as _,
             fs::{FileTypeExt as _, MetadataExt as _},
             net::UnixListener,
         },
@@ -40,7 +41,7 @@ use nix::{
 use crate::os::{
     lock,
     passing::{self, Passing},
-    trusted::{PathError, Trust, TrustedDir},
+    trusted::{ClosedDir, PathError, Trust, TrustedDir},
     umask,
 };
 
@@ -132,6 +133,10 @@ pub struct Presence {
     path: PathBuf,
     /// Device and inode; unknown of a socket that was handed over and whose path leads nowhere.
     made: Option<(u64, u64)>,
+    /// Who could connect to it then.
+    mode: u32,
+    /// Directories that nobody but their owner could enter then.
+    shut: Vec<Shut>,
     /// Whether systemd bound it, and keeps it.
     pub handed_over: bool,
 }
@@ -143,13 +148,58 @@ impl Presence {
     }
 
     /// Whether who connects there reaches this socket. Asks the file system, which may wait.
-    pub fn is_there(&self) -> bool {
-        standing_at(&self.path).is_some_and(|found| self.made == Some(found))
+    pub fn look(&self) -> Sight {
+        let Some((_, mode)) = standing_at(&self.path).filter(|(made, _)| self.made == Some(*made)) else {
+            return Sight::Gone;
+        };
+        // Who may write to it may connect.
+        if self.mode & !mode & 0o022 != 0 {
+            return Sight::Shut(Shut { path: self.path.clone(), mode: mode & 0o7777 });
+        }
+        let mut shut = shut_above(&self.path).into_iter().filter(|dir| !self.shut.contains(dir));
+        shut.next().map_or(Sight::There, Sight::Shut)
+    }
+
+    /// Directories above it that nobody but their owner could enter when the agent began to serve.
+    pub fn shut(&self) -> &[Shut] {
+        &self.shut
     }
 }
 
-fn standing_at(path: &Path) -> Option<(u64, u64)> {
-    path.metadata().ok().map(|meta| (meta.dev(), meta.ino()))
+/// Whether clients reach a socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Sight {
+    /// Those do who could before.
+    There,
+    /// Nothing is there, or something else.
+    Gone,
+    /// It is there, and this lets fewer through than before: the socket itself, or a directory above it.
+    Shut(Shut),
+}
+
+/// What lets nobody through but its owner.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shut {
+    pub path: PathBuf,
+    pub mode: u32,
+}
+
+impl std::fmt::Display for Shut {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} has mode {:04o}", self.path.display(), self.mode)
+    }
+}
+
+/// Device and inode, and the mode.
+fn standing_at(path: &Path) -> Option<((u64, u64), u32)> {
+    path.metadata().ok().map(|meta| ((meta.dev(), meta.ino()), meta.mode()))
+}
+
+/// Directories above a socket that nobody but their owner can enter: with a group that can, that is meant.
+fn shut_above(path: &Path) -> Vec<Shut> {
+    let closed = Trust::anybody().route(parent(path)).map(|way| way.closed).unwrap_or_default();
+    let shut = closed.into_iter().filter(|dir| dir.mode & 0o011 == 0);
+    shut.map(|ClosedDir { path, mode, .. }| Shut { path, mode }).collect()
 }
 
 /// Held by the one agent that may be at a path.
@@ -355,8 +405,10 @@ impl Socket {
     /// What is to stand at its path, if it has one.
     pub fn presence(&self) -> Option<Presence> {
         let path = self.path()?;
-        let made = self.place.as_ref().map(|place| place.made).or_else(|| standing_at(&path));
-        Some(Presence { path, made, handed_over: self.place.is_none() })
+        let (found, mode) = standing_at(&path).unzip();
+        let made = self.place.as_ref().map(|place| place.made).or(found);
+        let shut = shut_above(&path);
+        Some(Presence { path, made, mode: mode.unwrap_or_default(), shut, handed_over: self.place.is_none() })
     }
 
     /// The listener, and what removes its path.
@@ -479,6 +531,17 @@ fn stands_dead(dir: &TrustedDir, path: &Path, name: &OsStr) -> Result<bool, Bind
 /// Whether somebody listens at `path`, accepting or not.
 pub fn is_listened_at(path: &Path) -> bool {
     matches!(tried(path), Ok(()) | Err(Errno::EAGAIN))
+}
+
+/// Whether the kernel lists a socket that listens and was bound as `path`. Connects to none: that could start something.
+pub fn is_listed_at(path: &Path) -> bool {
+    const LISTENS: &[u8] = b"00010000";
+    let Ok(list) = std::fs::read("/proc/net/unix") else { return false };
+    list.split(|byte| *byte == b'\n').any(|line| {
+        let mut fields = line.split(|byte| *byte == b' ').filter(|field| !field.is_empty());
+        fields.nth(3) == Some(LISTENS)
+            && line.strip_suffix(path.as_os_str().as_bytes()).is_some_and(|before| before.ends_with(b" "))
+    })
 }
 
 /// Connects, and lets go at once. A living agent whose backlog is full must not make us wait.

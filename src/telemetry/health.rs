@@ -54,6 +54,8 @@ pub enum Lost {
     UntilRestart,
     /// It does not, and whoever keeps it for the agent has to make it anew.
     UntilMade,
+    /// It does, and nobody but the agent's own user or root reaches it any more: somebody has changed a mode.
+    Shut,
 }
 
 impl HealthState {
@@ -97,10 +99,10 @@ impl HealthState {
         self.lock().lost = lost;
     }
 
-    /// Whether clients do not find the socket.
+    /// Whether clients find the socket.
     #[must_use]
-    pub fn is_lost(&self) -> bool {
-        self.lock().lost != Lost::No
+    pub fn lost(&self) -> Lost {
+        self.lock().lost
     }
 
     /// How the agent is. Whether its threads answer does not show here.
@@ -137,6 +139,9 @@ impl HealthState {
             return format!("{{\"agent\":{{\"make_new_x509_err\":\"handed over to PID {pid}\"}}}}\n");
         }
         let text = match (probe, pulse) {
+            (Probe::Healthy, Pulse::Beats) if lost == Lost::Shut => {
+                "{\"agent\":{\"make_new_x509_err\":\"the socket of the workload api is shut to other users: see the log\"}}\n"
+            }
             (Probe::Healthy, Pulse::Beats) if lost != Lost::No => {
                 "{\"agent\":{\"make_new_x509_err\":\"the socket of the workload api is gone: see the log\"}}\n"
             }

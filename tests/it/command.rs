@@ -512,4 +512,14 @@ fn a_configuration_that_changes_is_reloaded_where_that_is_wanted() {
     fs::create_dir(&drop_ins).unwrap();
     fs::write(drop_ins.join("a.conf"), entry("/three", "")).unwrap();
     wait("entries_added=1", 2);
+    // Somebody who never has done with writing holds no change up for ever.
+    let (before, began) = (agent.log().matches("reloaded").count(), Instant::now());
+    for nth in 0.. {
+        if agent.log().matches("reloaded").count() > before {
+            break;
+        }
+        assert!(began.elapsed() < PATIENCE, "{}", agent.log());
+        fs::write(drop_ins.join(format!("n{nth}.conf")), entry(&format!("/n{nth}"), "")).unwrap();
+        thread::sleep(Duration::from_millis(300));
+    }
 }

@@ -1039,24 +1039,29 @@ fn a_supplied_ca_near_its_end_is_a_fault_until_renewed() {
     assert_eq!(issuer.bundle().x509_authorities.len(), 2, "known before it signs");
 }
 
-/// A chain that webpki does not follow.
-#[test]
-fn the_command_takes_an_svid_below_constraints_on_uris() {
-    let dir = temp_dir();
+/// A configuration whose CA has this extension and is valid by the clock of the system.
+fn configure_below(dir: &Path, extension: rcgen::CustomExtension, blocks: &str) {
     let mut params = admin_params("root", YEAR);
     let now = durward::os::clock::Clock::SYSTEM.now();
     (params.not_before, params.not_after) = ((now - HOUR).into(), (now + YEAR).into());
-    params.custom_extensions = vec![uri_constraints(&["example.org"], &[])];
+    params.custom_extensions = vec![extension];
     let root = admin_root(params, &rcgen::PKCS_ECDSA_P256_SHA256);
-    let admin = AdminCa::write(dir.path(), "ca", &[&root.pem()], &root.key().serialize_pem());
-    crate::support::write_config(dir.path(), &crate::support::entry("/web", ""));
-    let config = dir.path().join("agent.conf");
+    let admin = AdminCa::write(dir, "ca", &[&root.pem()], &root.key().serialize_pem());
+    crate::support::write_config(dir, blocks);
+    let config = dir.join("agent.conf");
     let (cert, key) = (admin.cert.display(), admin.key.display());
     let text = fs::read_to_string(&config).unwrap().replace(
         "issuer \"embedded\" { }",
         &format!("issuer \"embedded\" {{ ca_cert_path = \"{cert}\" ca_key_path = \"{key}\" }}"),
     );
     fs::write(&config, text).unwrap();
+}
+
+/// A chain that webpki does not follow.
+#[test]
+fn the_command_takes_an_svid_below_constraints_on_uris() {
+    let dir = temp_dir();
+    configure_below(dir.path(), uri_constraints(&["example.org"], &[]), &crate::support::entry("/web", ""));
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let mut agent = crate::support::Process::spawn(dir.path());
     drop(runtime.block_on(agent.serving(dir.path())));
@@ -1067,11 +1072,93 @@ fn the_command_takes_an_svid_below_constraints_on_uris() {
     assert!(fetched.status.success() && said.contains("spiffe://example.org/web"), "{said}");
 }
 
-/// A critical extension of name constraints on URIs (RFC 5280, section 4.2.1.10).
+/// An SVID that every peer refuses is no identity: the entry is wrong, before a start, at it and while the agent runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn dns_names_that_the_ca_keeps_out_are_mistakes_of_their_entries() {
+    use nix::sys::signal::Signal;
+
+    let dir = temp_dir();
+    let at = dir.path();
+    let constraints = || name_constraints(DNS_NAME, &["svc.local"], &["db.svc.local"]);
+    let run = |command: &str| {
+        let mut line = Command::new(env!("CARGO_BIN_EXE_durward"));
+        let output = line.args([command, "--config"]).arg(at.join("agent.conf")).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{command}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let wants = |name: &str, kind: &str| {
+        format!(
+            "agent.conf:15:16: entry \"spiffe://example.org/web\".dns_names \"{name}\": does not fit the name constraint {kind} of certificate 1 (O=Admin, CN=root) in ca_cert_path"
+        )
+    };
+    for (name, kind) in [
+        ("web", "permitted DNS \"svc.local\""),
+        ("websvc.local", "permitted DNS \"svc.local\""),
+        ("old.db.svc.local", "excluded DNS \"db.svc.local\""),
+        ("*.svc.local", "excluded DNS \"db.svc.local\""),
+    ] {
+        let dns_names = format!("dns_names = [\"{name}\"]");
+        configure_below(at, constraints(), &crate::support::entry("/web", &dns_names));
+        for command in ["validate", "run"] {
+            let said = run(command);
+            assert!(said.contains(&wants(name, kind)), "{command} {name}: {said}");
+        }
+        assert!(!at.join("data").exists());
+    }
+    let right = "dns_names = [\"svc.local\", \"web.svc.local\"]";
+    configure_below(at, constraints(), &crate::support::entry("/web", right));
+    let mut agent = crate::support::Process::spawn(at);
+    let mut client = agent.serving(at).await;
+    let asked = crate::support::request(durward::api::proto::workload::X509svidRequest {});
+    let mut stream = client.fetch_x509svid(asked).await.unwrap().into_inner();
+    let given = stream.message().await.unwrap().unwrap();
+    assert_eq!(given.svids[0].spiffe_id, "spiffe://example.org/web");
+    let config = at.join("agent.conf");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, text.replace(right, "dns_names = [\"web\"]")).unwrap();
+    agent.signal(Signal::SIGHUP);
+    let log = || fs::read_to_string(at.join("log")).unwrap();
+    while !log().contains("not reloaded") {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(log().contains("does not fit the name constraint permitted DNS"), "{}", log());
+}
+
+/// An entry that was right under a CA of before gets no SVID that nobody takes.
+#[test]
+fn what_the_ca_keeps_out_is_not_signed() {
+    let dir = temp_dir();
+    let mut params = admin_params("root", YEAR);
+    params.custom_extensions = vec![name_constraints(DNS_NAME, &["svc.local"], &[])];
+    let root = admin_root(params, &rcgen::PKCS_ECDSA_P256_SHA256);
+    let admin = AdminCa::write(dir.path(), "ca", &[&root.pem()], &root.key().serialize_pem());
+    let issuer = EmbeddedCa::open(settings_with(admin.source(), &dir.path().join("data")), start()).unwrap();
+    let named = |name: &str| Entry { dns_names: vec![name.to_owned()], ..entry("spiffe://example.org/web") };
+    let svid = issuer.mint_x509(&named("web.svc.local"), start()).unwrap();
+    assert_eq!(verify_x509(&svid, &issuer.bundle(), start()), Ok(()));
+    let error = issuer.mint_x509(&named("web"), start()).map(drop).unwrap_err().to_string();
+    let want = "DNS name \"web\" does not fit the name constraint permitted DNS \"svc.local\" of certificate 1 (O=Admin, CN=root)";
+    assert_eq!(error, want);
+}
+
+/// Kinds of names in a certificate, as they are tagged (RFC 5280, section 4.2.1.6).
+const DNS_NAME: u8 = 0x82;
+const DIRECTORY_NAME: u8 = 0xa4;
+const URI: u8 = 0x86;
+
 fn uri_constraints(permitted: &[&str], excluded: &[&str]) -> rcgen::CustomExtension {
-    let tagged = |tag: u8, content: &[u8]| [&[tag, u8::try_from(content.len()).unwrap()], content].concat();
-    let subtrees = |tag, uris: &[&str]| {
-        let all: Vec<u8> = uris.iter().flat_map(|uri| tagged(0x30, &tagged(0x86, uri.as_bytes()))).collect();
+    name_constraints(URI, permitted, excluded)
+}
+
+fn tagged(tag: u8, content: &[u8]) -> Vec<u8> {
+    [&[tag, u8::try_from(content.len()).unwrap()], content].concat()
+}
+
+/// A critical extension of name constraints (RFC 5280, section 4.2.1.10).
+fn name_constraints(kind: u8, permitted: &[&str], excluded: &[&str]) -> rcgen::CustomExtension {
+    let subtrees = |tag, names: &[&str]| {
+        let all: Vec<u8> =
+            names.iter().flat_map(|name| tagged(0x30, &tagged(kind, name.as_bytes()))).collect();
         if all.is_empty() { Vec::new() } else { tagged(tag, &all) }
     };
     let both = [subtrees(0xa0, permitted), subtrees(0xa1, excluded)].concat();
@@ -1122,6 +1209,27 @@ fn a_supplied_ca_that_cannot_serve_is_refused_with_the_reason() {
     let on_uris = |permitted: &[&str], excluded: &[&str]| {
         with(&|params| params.custom_extensions = vec![uri_constraints(permitted, excluded)])
     };
+    let other = |id: u64, critical: bool, content: &[u8]| {
+        with(&|params| {
+            let mut extension = rcgen::CustomExtension::from_oid_content(&[2, 5, 29, id], content.to_vec());
+            extension.set_criticality(critical);
+            params.custom_extensions = vec![extension];
+        })
+    };
+    let on_directories =
+        with(&|params| params.custom_extensions = vec![name_constraints(DIRECTORY_NAME, &["\x30\x00"], &[])]);
+    // requireExplicitPolicy after so many further certificates.
+    let policy_after = |skipped: u8| {
+        let mut params = admin_params("below", YEAR);
+        let content = tagged(0x30, &tagged(0x80, &[skipped]));
+        params.custom_extensions = vec![rcgen::CustomExtension::from_oid_content(&[2, 5, 29, 36], content)];
+        let made = admin_below(params, &root);
+        (made.pem(), made.key().serialize_pem())
+    };
+    let [policy_now, policy_of_leaf, policy_too_late] = [0, 2, 3].map(policy_after);
+    let policy_of_root = other(36, false, &tagged(0x30, &tagged(0x80, &[0])));
+    let any_policy = other(54, true, &tagged(0x02, &[0]));
+    let any_policy_of_none = other(54, false, &tagged(0x02, &[0]));
     let right = on_uris(&["other.example", "example.org"], &["a.example.org"]);
     let parent = on_uris(&[".org"], &[]);
     let elsewhere = on_uris(&["example.com"], &[]);
@@ -1215,6 +1323,41 @@ fn a_supplied_ca_that_cannot_serve_is_refused_with_the_reason() {
                 "certificate 1 (O=Admin, CN=root) has the name constraint excluded URI \"org\", which not every verifier lets spiffe://example.org/.. pass: permit the URI example.org, without spiffe://",
             ),
         ),
+        (
+            "directory names",
+            &[&on_directories.0],
+            &on_directories.1,
+            Some(
+                "which not every verifier lets spiffe://example.org/.. pass: permit the URI example.org, without spiffe://",
+            ),
+        ),
+        (
+            "an explicit policy",
+            &[&policy_now.0, &root.pem()],
+            &policy_now.1,
+            Some(
+                "certificate 1 (O=Admin, CN=below) requires an explicit policy of what is below it, and SVIDs have none: leave policyConstraints out",
+            ),
+        ),
+        (
+            "an explicit policy of SVIDs",
+            &[&policy_of_leaf.0, &root.pem()],
+            &policy_of_leaf.1,
+            Some(
+                "certificate 1 (O=Admin, CN=below) requires an explicit policy of what is below it, and SVIDs have none: leave policyConstraints out",
+            ),
+        ),
+        ("an explicit policy of nobody", &[&policy_too_late.0, &root.pem()], &policy_too_late.1, None),
+        ("an explicit policy of a root's", &[&policy_of_root.0], &policy_of_root.1, None),
+        (
+            "any policy, critical",
+            &[&any_policy.0],
+            &any_policy.1,
+            Some(
+                "certificate 1 (O=Admin, CN=root) has the critical extension 2.5.29.54, which verifiers do not know",
+            ),
+        ),
+        ("any policy", &[&any_policy_of_none.0], &any_policy_of_none.1, None),
         (
             "its URIs, by a root that did not sign",
             &[&below.pem(), &limited.pem()],

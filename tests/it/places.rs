@@ -204,6 +204,38 @@ async fn a_reload_looks_at_every_directory_again() {
     assert_eq!(next.unwrap().unwrap().svids.len(), 2, "put right, it is done");
 }
 
+/// What a living agent has is told as a port is that somebody has, and nobody connects to find out.
+#[tokio::test(flavor = "multi_thread")]
+async fn validate_tells_what_a_living_agent_holds() {
+    let dir = layout_dir();
+    let config = dir.path().join("etc/agent.conf");
+    let warnings = || {
+        let got = validate(&config);
+        assert!(got.status.success(), "{}", text(&got.stderr));
+        text(&got.stderr)
+    };
+    assert!(!warnings().contains("in use"), "{}", warnings());
+    let mut command = Command::new(PROGRAM);
+    command.args(["run", "--config"]).arg(&config);
+    let mut agent = Process::of(command, &dir.path().join("out"));
+    drop(agent.serving_at(&dir.path().join("run/api.sock"), &dir.path().join("out")).await);
+    let said = warnings();
+    for (key, at) in
+        [("data_dir", "data"), ("socket_path", "run/api.sock"), ("admin_socket_path", "private/admin.sock")]
+    {
+        let at = dir.path().join(at);
+        let want = format!(
+            "Warning: agent.{key}: {} is in use now, perhaps by the agent, or by what holds its socket.",
+            at.display()
+        );
+        assert!(said.contains(&want), "{want}: {said}");
+    }
+    // Left behind, they are in nobody's way.
+    agent.signal(Signal::SIGKILL);
+    agent.wait();
+    assert!(!warnings().contains("in use"), "{}", warnings());
+}
+
 /// Who validates does it for the user whom the service manager gave `data_dir`, and is told so. An agent of root's own does
 /// not start.
 #[test]

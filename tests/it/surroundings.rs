@@ -331,6 +331,55 @@ async fn without_randomness_a_start_waits_and_can_be_ended() {
     }
 }
 
+/// What `durward status` says, asked at this socket.
+fn status(admin: &Path) -> String {
+    let mut status = Command::new(env!("CARGO_BIN_EXE_durward"));
+    let status = status.args(["status", "--socket-path"]).arg(admin).output().unwrap();
+    let text = String::from_utf8(status.stdout).unwrap();
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// The socket is there, and a mode keeps everybody from it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_that_is_shut_while_the_agent_runs_is_no_ready_agent() {
+    let base = tempfile::tempdir().unwrap();
+    let (above, dir) = (base.path().join("above"), base.path().join("above/dir"));
+    fs::create_dir_all(&dir).unwrap();
+    let chmod = |at: &Path, mode| fs::set_permissions(at, fs::Permissions::from_mode(mode)).unwrap();
+    prepare(&dir, &entry("/web", ""));
+    let (socket, admin) = (dir.join("api.sock"), above.join("private/admin.sock"));
+    // A directory that was shut at the start may be meant: the agent is ready, and says it.
+    chmod(base.path(), 0o700);
+    for at in [&above, &dir] {
+        chmod(at, 0o755);
+    }
+    let mut agent = Process::spawn_by(&[], &dir);
+    drop(agent.serving(&dir).await);
+    assert!(ready(&dir).await.starts_with("HTTP/1.1 200"));
+    let said = status(&admin);
+    let at_start =
+        format!("{} has mode 0700, so no user but its owner reaches the socket", base.path().display());
+    assert!(said.contains(&format!("Found: {at_start}")), "{said}");
+    let open = fs::metadata(&socket).unwrap().permissions().mode() & 0o777;
+    for (at, shut, right) in [(&socket, 0o600, open), (&dir, 0o700, 0o755), (&above, 0o700, 0o755)] {
+        chmod(at, shut);
+        until(&dir, "shut to other users").await;
+        let said = status(&admin);
+        assert!(said.contains("not ready: other users cannot reach the socket"), "{said}");
+        let line = format!("any more: {} has mode {shut:04o}", at.display());
+        let log = fs::read_to_string(dir.join("log")).unwrap();
+        assert_eq!(log.matches(&line).count(), 1, "{line}: {log}");
+        chmod(at, right);
+        until(&dir, "HTTP/1.1 200").await;
+    }
+    // A group that gets through may be meant.
+    chmod(&above, 0o750);
+    chmod(&socket, 0o600);
+    until(&dir, "shut to other users").await;
+    chmod(&socket, open);
+    until(&dir, "HTTP/1.1 200").await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_socket_that_nobody_finds_is_no_ready_agent() {
     let dir = tempfile::tempdir().unwrap();
@@ -348,12 +397,9 @@ async fn a_socket_that_nobody_finds_is_no_ready_agent() {
     until("HTTP/1.1 200").await;
     fs::remove_file(&at).unwrap();
     until("HTTP/1.1 500").await;
-    let mut status = Command::new(env!("CARGO_BIN_EXE_durward"));
-    let status =
-        status.args(["status", "--socket-path"]).arg(dir.path().join("data/admin.sock")).output().unwrap();
-    let status = String::from_utf8(status.stdout).unwrap();
     let want = format!("not ready: the socket {} is gone", at.display());
-    assert!(status.split_whitespace().collect::<Vec<_>>().join(" ").contains(&want), "{status}");
+    let said = status(&dir.path().join("data/admin.sock"));
+    assert!(said.contains(&want), "{said}");
     let log = fs::read_to_string(dir.path().join("log")).unwrap();
     for (want, times) in [("restart the agent", 2), ("is at its path again", 1)] {
         assert_eq!(log.lines().filter(|line| line.contains(want)).count(), times, "{want}: {log}");

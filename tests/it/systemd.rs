@@ -36,6 +36,17 @@ impl Service {
 
     /// The same, by a command that becomes what follows its `words`.
     fn start_by(words: &[&str], dir: &Path, handed: Vec<OwnedFd>, environment: &[(&str, &str)]) -> Self {
+        Self::start_with(words, &[], dir, handed, environment)
+    }
+
+    /// The same, and the agent has these flags too.
+    fn start_with(
+        words: &[&str],
+        flags: &[&str],
+        dir: &Path,
+        handed: Vec<OwnedFd>,
+        environment: &[(&str, &str)],
+    ) -> Self {
         let log = fs::File::options().create(true).append(true).open(dir.join("log")).unwrap();
         let script = match handed.len() {
             0 => "exec \"$@\"",
@@ -49,6 +60,7 @@ impl Service {
             .args(words)
             .args([env!("CARGO_BIN_EXE_durward"), "run", "--config"])
             .arg(dir.join("agent.conf"))
+            .args(flags)
             .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
@@ -215,6 +227,7 @@ fn an_agent_that_cannot_start_leaves_no_client_hanging() {
             "issuer \"embedded\" { ca { cert_file_path = \"/nowhere\" } }",
             true,
         ),
+        ("a mistake in the command line", "", true),
     ] {
         let dir = configured(blocks);
         let path = dir.path().join("api.sock");
@@ -224,7 +237,9 @@ fn an_agent_that_cannot_start_leaves_no_client_hanging() {
         if !whole {
             fs::remove_file(dir.path().join("agent.conf")).unwrap();
         }
-        let mut service = Service::start(dir.path(), vec![OwnedFd::from(held.try_clone().unwrap())], &[]);
+        let handed = vec![OwnedFd::from(held.try_clone().unwrap())];
+        let flags: &[&str] = if case.ends_with("line") { &["--nosuchflag"] } else { &[] };
+        let mut service = Service::start_with(&[], flags, dir.path(), handed, &[]);
         assert!(!service.0.wait().unwrap().success(), "{case}");
         for client in &mut waiting {
             assert!(is_sent_away(client), "{case}");

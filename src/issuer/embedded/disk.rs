@@ -14,6 +14,11 @@ const LOCK: &str = "issuer.lock";
 /// What the name of a state ends in that is not written to its end yet.
 const UNFINISHED: &str = ".new";
 
+/// Whether an agent has the directory, as far as the user of `trust` can tell.
+pub fn is_in_use(path: &Path, trust: Trust) -> bool {
+    FileDir::look_at(path, trust).is_ok_and(|dir| dir.is_some_and(|dir| dir.is_locked(LOCK)))
+}
+
 /// The data directory, locked until it is let go of.
 pub(super) struct DataDir {
     dir: FileDir,

@@ -41,6 +41,9 @@ pub enum IssuerError {
     /// A DNS name that a certificate cannot hold.
     #[error("DNS name {0:?} cannot be written in a certificate")]
     DnsName(String),
+    /// A DNS name that a name constraint of a CA keeps out.
+    #[error("DNS name {name:?} does not fit the name constraint {found}")]
+    DnsNotPermitted { name: String, found: String },
     /// No audience, or only empty ones.
     #[error("audience must name at least one recipient")]
     NoAudience,
@@ -81,6 +84,9 @@ impl From<IssuerError> for MintError {
             E::Foreign { .. } => "the SPIFFE ID is of another trust domain",
             E::NoPath(_) => "the SPIFFE ID names no workload",
             E::DnsName(_) => "a DNS name of the entry cannot be written in a certificate",
+            E::DnsNotPermitted { .. } => {
+                "a DNS name of the entry does not fit the name constraints of the CA"
+            }
             E::NoAudience => "the audience is empty",
             E::Lifetime { .. } => "the lifetime is under a second",
             // Files, clock, library: none of it was chosen by who asks.
@@ -175,6 +181,11 @@ pub enum SuppliedCaFault {
     /// A critical extension that verifiers do not know.
     #[error("certificate {index} ({subject}) has the critical extension {oid}, which verifiers do not know")]
     Extension { index: usize, subject: String, oid: String },
+    /// A certificate that wants policies in those below it.
+    #[error(
+        "certificate {index} ({subject}) requires an explicit policy of what is below it, and SVIDs have none: leave policyConstraints out"
+    )]
+    Policy { index: usize, subject: String },
     /// The name of its issuer is right, and the key is another.
     #[error(
         "certificate {index} ({subject}) was not signed by the key of {above}, which issued it by its name"

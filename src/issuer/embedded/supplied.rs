@@ -20,7 +20,8 @@ use zeroize::Zeroize as _;
 use super::{IssuerError, SuppliedCaFault, rotation::from_unix};
 use crate::{
     identity::{
-        TrustDomain, name_constraints,
+        TrustDomain,
+        name_constraints::{self, DnsConstraints},
         pem::{check_blocks, unread_key},
     },
     issuer::{files, keys::KeyPair},
@@ -68,7 +69,7 @@ impl SuppliedCa {
         };
         let limited = name_constraints::are_on_uris(&parsed);
         if limited {
-            permit(&parsed, trust_domain).map_err(bad_cert)?;
+            check_signatures(&parsed).map_err(bad_cert)?;
         }
         if first.public_key().subject_public_key.data != key.public_key() {
             return Err(bad_key(SuppliedCaFault::KeyMismatch));
@@ -136,6 +137,10 @@ fn check(
 ) -> Result<(), SuppliedCaFault> {
     for ((index, needed), certificate) in (1..).zip(1..).zip(chain) {
         check_one(index, needed, certificate, trust_domain, now)?;
+        // Nobody looks at the policies of a root.
+        if index < chain.len() && asks_for_a_policy(certificate, needed) {
+            return Err(SuppliedCaFault::Policy { index, subject: certificate.subject().to_string() });
+        }
     }
     for ((index, certificate), above) in (1..).zip(chain).zip(chain.iter().skip(1)) {
         if certificate.issuer().as_raw() != above.subject().as_raw() {
@@ -195,6 +200,12 @@ fn check_one(
     {
         return Err(SuppliedCaFault::OneSide { index, subject: subject() });
     }
+    name_constraints::permit(certificate, trust_domain).map_err(|found| SuppliedCaFault::NotPermitted {
+        index,
+        subject: subject(),
+        found,
+        want: trust_domain.clone(),
+    })?;
     let names = certificate.subject_alternative_name().map_err(malformed)?;
     for name in names.iter().flat_map(|names| &names.value.general_names) {
         let want = trust_domain.id_string();
@@ -208,24 +219,43 @@ fn check_one(
     Ok(())
 }
 
-/// Whether the SPIFFE IDs of `trust_domain` may stand below every certificate of `chain`, each of which signed the one before
-/// it; the last, itself.
-fn permit(chain: &[X509Certificate<'_>], trust_domain: &TrustDomain) -> Result<(), SuppliedCaFault> {
+/// Whether a certificate with `needed` CAs below it, and an SVID below them, lets none of these pass without a policy, which
+/// they have not. Go refuses them then, be this extension critical or not.
+fn asks_for_a_policy(certificate: &X509Certificate<'_>, needed: u32) -> bool {
+    certificate.iter_extensions().any(|extension| match extension.parsed_extension() {
+        ParsedExtension::PolicyConstraints(constraints) => {
+            constraints.require_explicit_policy.is_some_and(|skipped| skipped <= needed.saturating_add(1))
+        }
+        _ => false,
+    })
+}
+
+/// Each certificate of `chain` signed the one before it; the last, itself.
+fn check_signatures(chain: &[X509Certificate<'_>]) -> Result<(), SuppliedCaFault> {
     let above = chain.iter().skip(1).chain(chain.last());
     for (index, (certificate, above)) in (1..).zip(chain.iter().zip(above)) {
-        let subject = || certificate.subject().to_string();
-        name_constraints::permit(certificate, trust_domain).map_err(|found| {
-            SuppliedCaFault::NotPermitted { index, subject: subject(), found, want: trust_domain.clone() }
-        })?;
         if !name_constraints::is_signed_by(certificate, above) {
             return Err(SuppliedCaFault::Signature {
                 index,
-                subject: subject(),
+                subject: certificate.subject().to_string(),
                 above: above.subject().to_string(),
             });
         }
     }
     Ok(())
+}
+
+/// What the certificates of a file, as far as they can be read, say of DNS names.
+pub fn dns_constraints(pem: &[u8]) -> DnsConstraints {
+    let certificates = CertificateDer::pem_slice_iter(pem).take(MAX_CHAIN);
+    dns_constraints_of(&certificates.map_while(Result::ok).collect::<Vec<_>>())
+}
+
+/// The same of a chain.
+pub(super) fn dns_constraints_of(chain: &[impl AsRef<[u8]>]) -> DnsConstraints {
+    let parsed =
+        chain.iter().map_while(|der| Some(x509_parser::parse_x509_certificate(der.as_ref()).ok()?.1));
+    DnsConstraints::of(&parsed.collect::<Vec<_>>())
 }
 
 fn not_before(certificate: &X509Certificate<'_>) -> Option<SystemTime> {

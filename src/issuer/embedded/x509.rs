@@ -19,10 +19,10 @@ use x509_parser::asn1_rs::{Any, FromDer as _};
 use super::{
     IssuerError,
     rotation::{Term, unix},
-    supplied::{SuppliedCa, verify},
+    supplied::{SuppliedCa, dns_constraints_of, verify},
 };
 use crate::{
-    identity::{KeyType, SpiffeId, TrustDomain, X509Svid},
+    identity::{KeyType, SpiffeId, TrustDomain, X509Svid, name_constraints::DnsConstraints},
     issuer::keys::{self, KeyPair, SignatureForm},
 };
 
@@ -52,6 +52,7 @@ pub(super) struct X509Signer {
     issuer: Issuer<'static, KeyPair>,
     pub(super) term: Term,
     intermediates: Vec<Arc<[u8]>>,
+    dns_constraints: DnsConstraints,
 }
 
 impl X509Signer {
@@ -73,6 +74,7 @@ impl X509Signer {
             issuer: Issuer::from_ca_cert_der(&certificate, key).ok()?,
             term,
             intermediates: authority.intermediates().map(|der| Arc::from(der.as_slice())).collect(),
+            dns_constraints: dns_constraints_of(&authority.above),
         })
     }
 
@@ -97,6 +99,8 @@ impl X509Signer {
         let mut names = Vec::with_capacity(1 + dns_names.len());
         names.push(uri(spiffe_id.as_str())?);
         for dns_name in dns_names {
+            let permitted = self.dns_constraints.permit(dns_name);
+            permitted.map_err(|found| IssuerError::DnsNotPermitted { name: dns_name.clone(), found })?;
             let encoded = Ia5String::try_from(dns_name.as_str());
             names.push(SanType::DnsName(encoded.map_err(|_unsaid| IssuerError::DnsName(dns_name.clone()))?));
         }

@@ -8,6 +8,7 @@ mod course;
 mod exchange;
 
 use std::{
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -30,11 +31,16 @@ use super::{
 use crate::{
     identity::{Bundle, SpiffeId, Tainted},
     issuer::files::{DirLock, FileDir},
-    os::clock::Clock,
+    os::{clock::Clock, trusted::Trust},
 };
 
 /// The file in `data_dir` that one agent holds.
 const LOCK: &str = "durward.lock";
+
+/// Whether an agent has the directory, as far as the user of `trust` can tell.
+pub fn is_in_use(path: &Path, trust: Trust) -> bool {
+    FileDir::look_at(path, trust).is_ok_and(|dir| dir.is_some_and(|dir| dir.is_locked(LOCK)))
+}
 
 /// The longest of one exchange with the server.
 const LONGEST_CALL: Duration = Duration::from_secs(30);
