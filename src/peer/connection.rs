@@ -83,22 +83,23 @@ impl Connection {
         service: impl ConnectionService,
     ) {
         let handshake_by = Instant::now() + self.bounds.handshake_timeout;
-        self.open.why = match self.park(stream.socket(), handshake_by).await {
-            Ok(()) => match self.finds_room().await {
-                // Boxed only now: a parked connection must not carry the room for HTTP/2 in its task.
-                Ok(()) => {
-                    let (why, unread) = Box::pin(self.serve(stream, handshake_by, http2, service)).await;
-                    self.open.why = why;
-                    tokio::select! {
-                        () = unread.gone() => {}
-                        () = drains(&mut self.phases) => {}
-                    }
-                    why
-                }
-                Err(why) => why,
-            },
-            Err(why) => why,
+        let begins = match self.park(stream.socket(), handshake_by).await {
+            Ok(()) => self.finds_room().await,
+            silent => silent,
         };
+        if let Err(why) = begins {
+            self.open.why = why;
+            return;
+        }
+        // Boxed only now: a parked connection must not carry the room for HTTP/2 in its task.
+        let (why, unread) = Box::pin(self.serve(stream, handshake_by, http2, service)).await;
+        self.open.why = why;
+        // It has ended, whatever is left of it.
+        drop(self.open);
+        tokio::select! {
+            () = unread.gone() => {}
+            () = drains(&mut self.phases) => {}
+        }
     }
 
     /// Takes what HTTP/2 needs; waits for it a moment where memory is about to run out. The gate let it in for what a silent
