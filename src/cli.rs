@@ -10,6 +10,7 @@
 
 mod admin;
 mod argv;
+mod audit;
 mod bundle;
 mod call_error;
 mod client;
@@ -98,6 +99,9 @@ enum Command {
     /// Show trust bundles: the CA certificates to verify others with
     #[command(subcommand)]
     Bundle(BundleCommand),
+    /// Look through the audit: who was given what
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// Read the configuration again, and show what changed or is wrong
     Reload(reload::ReloadArgs),
     /// Check a configuration file without starting the agent
@@ -120,6 +124,17 @@ enum EntryCommand {
 enum BundleCommand {
     /// Show the bundle of this trust domain or of a federated one
     Show(bundle::BundleArgs),
+}
+
+#[derive(Subcommand, Debug)]
+enum AuditCommand {
+    /// Show who held an identity in a span of time
+    ///
+    /// Reads what the agent wrote of whom it gave an SVID: its log, or the file of
+    /// the audit's own. Shows each process that was given one which was valid in the
+    /// span, also when it was given before. All times are UTC.
+    #[command(verbatim_doc_comment)]
+    Who(audit::AuditWhoArgs),
 }
 
 #[derive(Subcommand, Debug)]
@@ -193,6 +208,8 @@ enum Failure {
     #[error(transparent)]
     Override(#[from] OverrideError),
     #[error(transparent)]
+    Audit(#[from] audit::AuditReadError),
+    #[error(transparent)]
     Reload(#[from] reload::ReloadError),
     #[error(transparent)]
     Quickstart(#[from] quickstart::QuickstartError),
@@ -207,6 +224,9 @@ enum Failure {
     Man(io::Error),
     #[error(transparent)]
     Print(#[from] PrintError),
+    /// The agent does not know yet what it was asked for, which is said already.
+    #[error("")]
+    NotKnown,
     /// All is said already; only the exit code is left.
     #[error("")]
     Said,
@@ -227,7 +247,8 @@ impl Failure {
             // `| head` has read all it wanted.
             Self::Print(PrintError::Closed) => 0,
             Self::Call(err) | Self::Validate(err) if err.is_absent() => 4,
-            Self::Unhealthy(healthcheck::Unhealthy::Absent) => 4,
+            Self::Call(err) if err.is_not_known() => 4,
+            Self::Unhealthy(healthcheck::Unhealthy::Absent) | Self::NotKnown => 4,
             Self::Call(err) | Self::Validate(err) if err.code() == Code::PermissionDenied => 3,
             Self::Agent(err) if err.is::<Expelled>() => 5,
             _ => 1,
@@ -235,7 +256,7 @@ impl Failure {
     }
 
     fn report(&self, terminal: &mut Terminal) {
-        if matches!(self, Self::Said | Self::Print(PrintError::Closed)) {
+        if matches!(self, Self::Said | Self::NotKnown | Self::Print(PrintError::Closed)) {
             return;
         }
         terminal.fault(self);
@@ -292,6 +313,7 @@ fn dispatch(command: Command, terminal: &mut Terminal) -> Result<(), Failure> {
     match command {
         Command::Run(args) => run::run(&args),
         Command::Quickstart(args) => quickstart::run(&args, terminal),
+        Command::Audit(AuditCommand::Who(args)) => audit::who(&args, terminal),
         Command::Validate(args) => validate::validate(&args, terminal),
         Command::Completions(args) => manual::completions(&args, terminal),
         Command::Man(args) => manual::man(&args, terminal),

@@ -46,7 +46,7 @@ impl Replacing {
                 Some(place) => format!("{place}: {changed}"),
                 None => changed.to_string(),
             });
-            anyhow::bail!("{}", all.collect::<Vec<_>>().join("; "));
+            anyhow::bail!("{}", all.collect::<Vec<_>>().join("\n"));
         }
         // Destructured without `..`: what is added must be put in force, or be known to need a restart.
         let Config {
@@ -137,10 +137,10 @@ impl Running {
 pub(super) fn finish(agent: &mut Running, done: anyhow::Result<Reloaded>) -> ReloadResponse {
     let parts = &agent.adjustable.parts;
     let series = &parts.series;
-    parts.failed_reload.set(done.is_err().then(|| parts.clock.now()));
     match done {
         Ok(Reloaded { next, changes, unmatched: warnings }) => {
             series.reloaded(ReloadResult::Ok);
+            parts.failed_reload.clear();
             agent.config = Arc::new(next);
             let EntryChanges { added, removed, changed } = changes.entries;
             let bundles = changes.federated.len();
@@ -166,6 +166,7 @@ pub(super) fn finish(agent: &mut Running, done: anyhow::Result<Reloaded>) -> Rel
         Err(error) => {
             series.reloaded(ReloadResult::Error);
             let error = chain(error.as_ref());
+            parts.failed_reload.set(parts.clock.now(), &error);
             tracing::error!(error, "not reloaded; the old configuration stays in force");
             ReloadResponse { error, ..ReloadResponse::default() }
         }

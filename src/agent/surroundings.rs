@@ -71,10 +71,10 @@ impl Obstacle {
 /// Says once where the agent finds itself: whether callers are told by their pods, and how much memory it may use.
 pub(super) fn say_where(keys: &PodOrUid, in_pod: bool, budget: Option<u64>, cgroup: Option<u64>) {
     let kubernetes = match (keys.looks_for_pods(), in_pod) {
-        (true, true) => "found: the agent runs in a pod, and callers are told by their pods",
-        (true, false) => "callers are told by their pods, as the configuration says",
-        (false, true) => "found, and not looked at, as the configuration says",
-        (false, false) => "not found: callers are told by their users",
+        (true, true) => "found: the agent runs in a pod, and a caller in a pod is its pod",
+        (true, false) => "switched on by the configuration: a caller in a pod is its pod",
+        (false, true) => "found, and switched off by the configuration: a caller is its user",
+        (false, false) => "not found: a caller is its user",
     };
     let from = match budget {
         None => "nothing: neither the cgroup nor ratelimit.memory sets a limit",

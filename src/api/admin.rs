@@ -185,7 +185,7 @@ impl Admin for AdminParts {
         &self,
         request: tonic::Request<pb::EntriesRequest>,
     ) -> Result<tonic::Response<pb::EntriesResponse>, Status> {
-        Ok(tonic::Response::new(self.standing.entries(&request.into_inner())))
+        self.standing.entries(&request.into_inner()).map(tonic::Response::new)
     }
 
     async fn bundle(
@@ -322,6 +322,7 @@ impl AdminParts {
                 .collect(),
             attestors: said.into_iter().map(said_of).collect(),
             command,
+            not_known: self.standing.not_known().unwrap_or_default(),
         })
     }
 

@@ -13,7 +13,7 @@ use tonic::Status;
 use super::proto::admin as pb;
 use crate::{
     attest::Questions,
-    identity::{Entry, Selector, TrustDomain},
+    identity::{Bundle, Entry, Selector, TrustDomain, bundle::Edition},
     issuer::{Issuer, SvidKind},
     limits::LimitsInForce,
     peer::ConnectionStats,
@@ -28,6 +28,10 @@ use crate::{
 
 /// The most entries of one answer.
 const MOST_ENTRIES: u32 = 500;
+
+/// Mistakes of a failed reload that are kept, and the characters of each.
+const MOST_MISTAKES: usize = 3;
+const MOST_OF_A_MISTAKE: usize = 300;
 
 /// What is set about limits; a reload changes it. Cheap to clone; all clones are one.
 #[derive(Clone, Debug, Default)]
@@ -44,18 +48,33 @@ impl SharedLimits {
     }
 }
 
-/// When the last reload failed, if it did. Cheap to clone; all clones are one.
+/// When and why the last reload failed, if it did. Cheap to clone; all clones are one.
 #[derive(Clone, Debug, Default)]
-pub struct FailedReload(Arc<Mutex<Option<SystemTime>>>);
+pub struct FailedReload(Arc<Mutex<Option<ReloadFailure>>>);
+
+/// When a reload failed, and its first mistakes.
+type ReloadFailure = (SystemTime, Vec<String>);
 
 impl FailedReload {
-    /// The last reload ended: it failed at this time, or did not.
-    pub fn set(&self, failed: Option<SystemTime>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = failed;
+    /// The last reload ended well.
+    pub fn clear(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    fn get(&self) -> Option<SystemTime> {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The last reload failed at this time; `why` is a mistake a line.
+    pub fn set(&self, at: SystemTime, why: &str) {
+        let mut lines: Vec<String> = why
+            .lines()
+            .take(MOST_MISTAKES)
+            .map(|line| line.chars().take(MOST_OF_A_MISTAKE).collect())
+            .collect();
+        let more = why.lines().count().saturating_sub(lines.len());
+        lines.extend((more > 0).then(|| format!("and {more} more: durward reload says all")));
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((at, lines));
+    }
+
+    fn get(&self) -> Option<ReloadFailure> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -90,6 +109,8 @@ impl AgentStanding {
         let snapshot = self.store.snapshot();
         let (due, refused) = self.x509.waited_for();
         let limits = self.limits.get();
+        let (failed_at, reload_errors) = self.failed_reload.get().unzip();
+        let log = self.log.get();
         pb::StatusResponse {
             trust_domain: snapshot.bundles.own.trust_domain.to_string(),
             entries: count(snapshot.index.entries().len()),
@@ -119,8 +140,11 @@ impl AgentStanding {
             parked: self.connections.parked(),
             surroundings: self.surroundings.iter().cloned().chain(self.full_connections()).collect(),
             attestors_wrong,
-            reload_failed: self.failed_reload.get().map_or(0, unix),
-            log_lines_lost: self.log.get().map_or(0, Log::lines_lost),
+            reload_failed: failed_at.map_or(0, unix),
+            reload_errors: reload_errors.unwrap_or_default(),
+            log_lines_lost: log.map_or(0, Log::lines_lost),
+            audit: log.map(Log::audit_place).unwrap_or_default(),
+            audit_untaken: log.is_some_and(|log| log.audit_untaken().is_some()),
             // Of a server's entries others may be for another node.
             entries_unmatched: self.issuer.server().map_or_else(|| unmatched(&snapshot), |_| Vec::new()),
         }
@@ -155,6 +179,10 @@ impl AgentStanding {
 
     fn not_ready(&self) -> String {
         let why = SvidKind::VALUES.iter().find_map(|kind| self.issuer.can_sign(*kind).err());
+        if why.is_none() {
+            // The agent's own probe comes to the same, a moment later.
+            self.health.set(Probe::Healthy);
+        }
         match why {
             _ if self.health.get() == Probe::Draining => "the agent is about to end".to_owned(),
             Some(why) => chain(&why),
@@ -172,7 +200,21 @@ impl AgentStanding {
         }
     }
 
-    pub(super) fn entries(&self, asked: &pb::EntriesRequest) -> pb::EntriesResponse {
+    /// Why it is not known yet which entries and bundles there are, if that is so: nothing then says who gets what.
+    pub(super) fn not_known(&self) -> Option<String> {
+        let server = self.issuer.server().filter(|server| server.last_sync.is_none())?;
+        let why = server.waits_for.map(|(why, _)| why).or(server.last_error).unwrap_or_default();
+        let colon = if why.is_empty() { "" } else { ": " };
+        Some(format!(
+            "{NOT_KNOWN}, since the SPIRE Server {} has not answered since the agent started{colon}{why}",
+            server.address
+        ))
+    }
+
+    pub(super) fn entries(&self, asked: &pb::EntriesRequest) -> Result<pb::EntriesResponse, Status> {
+        if let Some(why) = self.not_known() {
+            return Err(Status::unavailable(why));
+        }
         let snapshot = self.store.snapshot();
         let fits = |entry: &&Arc<Entry>| {
             asked.spiffe_id.is_empty() || entry.spiffe_id.to_string() == asked.spiffe_id
@@ -184,7 +226,7 @@ impl AgentStanding {
         let page = snapshot.index.entries().iter().filter(fits).skip(skip).take(most);
         let entries: Vec<_> = page.map(|entry| detail(entry, &snapshot.questions)).collect();
         let more = skip.saturating_add(entries.len()) < total;
-        pb::EntriesResponse { entries, more, total: count(total) }
+        Ok(pb::EntriesResponse { entries, more, total: count(total) })
     }
 
     pub(super) fn bundle(&self, trust_domain: &str) -> Result<pb::BundleResponse, Status> {
@@ -198,18 +240,31 @@ impl AgentStanding {
         let own = self.issuer.ca().filter(|ca| ca.bundle.trust_domain == asked);
         let (bundle, edition) = match (own, known) {
             (Some(ca), _) => (ca.bundle, Some(ca.edition)),
-            (None, Some(bundle)) => (bundle, None),
-            (None, None) => {
+            (None, Some(bundle)) if !bundle.x509_authorities.is_empty() => (bundle, None),
+            (None, found) => {
+                if let Some(why) = self.not_known() {
+                    return Err(Status::unavailable(why));
+                }
+                if let Some(bundle) = found {
+                    return bundle_response(&bundle, None);
+                }
                 return Err(Status::not_found(format!("no bundle of trust domain {asked} is known")));
             }
         };
-        let json = bundle.to_spiffe_json(edition).map_err(|error| Status::internal(chain(&error)))?;
-        Ok(pb::BundleResponse {
-            trust_domain: asked.to_string(),
-            x509_authorities: bundle.x509_authorities.clone(),
-            spiffe_json: json,
-        })
+        bundle_response(&bundle, edition)
     }
+}
+
+/// How the text begins where entries and bundles are not known yet, by which the command tells it.
+pub const NOT_KNOWN: &str = "entries and bundles are not known yet";
+
+fn bundle_response(bundle: &Bundle, edition: Option<Edition>) -> Result<pb::BundleResponse, Status> {
+    let spiffe_json = bundle.to_spiffe_json(edition).map_err(|error| Status::internal(chain(&error)))?;
+    Ok(pb::BundleResponse {
+        trust_domain: bundle.trust_domain.to_string(),
+        x509_authorities: bundle.x509_authorities.clone(),
+        spiffe_json,
+    })
 }
 
 /// Seconds since 1970; 0 for what is before.

@@ -24,7 +24,7 @@ pub(super) enum Takes {
 }
 
 /// Every flag: our spelling, spire-agent's, and what follows it. A name means the same thing for all commands.
-pub(super) const FLAGS: [(&str, &str, Takes); 40] = [
+pub(super) const FLAGS: [(&str, &str, Takes); 42] = [
     ("allow-unauthenticated-verifiers", "allowUnauthenticatedVerifiers", Takes::Nothing),
     ("audience", "audience", Takes::Value),
     ("config", "config", Takes::Value),
@@ -33,6 +33,7 @@ pub(super) const FLAGS: [(&str, &str, Takes); 40] = [
     ("disable-sds-api", "disableSDSAPI", Takes::Nothing),
     ("exit-after-fetch", "exitAfterFetch", Takes::Nothing),
     ("expand-env", "expandEnv", Takes::Nothing),
+    ("from", "from", Takes::Value),
     ("help", "help", Takes::Nothing),
     ("insecure-bootstrap", "insecureBootstrap", Takes::Nothing),
     ("instance", "instance", Takes::Value),
@@ -57,6 +58,7 @@ pub(super) const FLAGS: [(&str, &str, Takes); 40] = [
     ("spiffe-id", "spiffeID", Takes::Value),
     ("svid", "svid", Takes::Value),
     ("timeout", "timeout", Takes::Value),
+    ("to", "to", Takes::Value),
     ("top", "top", Takes::Value),
     ("trust-bundle", "trustBundle", Takes::Value),
     ("trust-bundle-format", "trustBundleFormat", Takes::Value),

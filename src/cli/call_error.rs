@@ -17,7 +17,7 @@ use super::{
     terminal::clean,
     text::{GoDuration, code_name, shell_word},
 };
-use crate::{os::sentence::said, peer::socket::MAX_PATH_LEN};
+use crate::{api::standing::NOT_KNOWN, os::sentence::said, peer::socket::MAX_PATH_LEN};
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +58,11 @@ impl CallError {
     /// Whether there is no agent at the socket.
     pub(super) fn is_absent(&self) -> bool {
         matches!(self, Self::Connect { cause, .. } if cause.kind() != io::ErrorKind::PermissionDenied)
+    }
+
+    /// Whether the agent has not heard from its server yet what it was asked for.
+    pub(super) fn is_not_known(&self) -> bool {
+        matches!(self, Self::Status { status, .. } if is_not_known(status))
     }
 
     /// Whether there was no connection.
@@ -114,13 +119,13 @@ fn owners_alone(socket: &AgentSocket) -> String {
     let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
     format!(
         "The admin socket answers the agent's own user and root alone:\n  {}",
-        with_sudo(words, socket, &asked_of())
+        with_sudo(words, socket, &asked_of(), &of_root())
     )
 }
 
 /// This command, whose words are these, as it is to be typed by an administrator: with what sudo would change, which is the
 /// environment and the process that started it.
-fn with_sudo(mut words: Vec<String>, socket: &AgentSocket, shell: &str) -> String {
+fn with_sudo(mut words: Vec<String>, socket: &AgentSocket, shell: &str, program: &str) -> String {
     let has = |words: &[String], names: &[&str]| {
         words.iter().any(|word| {
             let name = word.trim_start_matches('-').split('=').next().unwrap_or_default();
@@ -137,7 +142,7 @@ fn with_sudo(mut words: Vec<String>, socket: &AgentSocket, shell: &str) -> Strin
         words.extend(["--socket-path".to_owned(), path.to_string_lossy().into_owned()]);
     }
     let words: Vec<String> = words.iter().map(|word| shell_word(word)).collect();
-    clean(&format!("sudo durward {}", words.join(" ")))
+    clean(&format!("sudo {program} {}", words.join(" ")))
 }
 
 fn connect_advice(socket: &AgentSocket, cause: &io::Error) -> String {
@@ -224,6 +229,7 @@ fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
         Code::DeadlineExceeded => {
             Some(format!("The agent at {at} gave no answer in time; --timeout waits longer."))
         }
+        Code::Unavailable if is_not_known(status) => None,
         Code::Unavailable => Some(match retry {
             Some(delay) if is_of_the_issuer(status) => {
                 format!("The agent asks to try again in {delay}. Why:\n{}", asking(socket, "status"))
@@ -233,7 +239,7 @@ fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
                 asking(socket, "limits")
             ),
             None if is_of_the_end(status) => {
-                format!("The agent at {at} ends, or starts again: try again in a moment.")
+                format!("The agent at {at} is about to end or to restart: try again in a moment.")
             }
             None => format!(
                 "The agent at {at} cannot answer now: look at its log, try again, or ask:\n{}",
@@ -254,6 +260,11 @@ fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
 fn is_of_the_issuer(status: &Status) -> bool {
     let message = status.message();
     ["could not fetch ", "the server has not yet said"].iter().any(|begin| message.starts_with(begin))
+}
+
+/// Whether it is an answer of the admin socket that nothing is known yet.
+fn is_not_known(status: &Status) -> bool {
+    status.code() == Code::Unavailable && status.message().starts_with(NOT_KNOWN)
 }
 
 /// Whether the agent is about to end.
@@ -282,6 +293,19 @@ fn asked_of() -> String {
     if shell.as_raw() > 0 && same { shell.to_string() } else { "PID".to_owned() }
 }
 
+/// Where sudo looks for a program, on every distribution.
+const PATH_OF_ROOT: [&str; 4] = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"];
+
+/// This program as root calls it: by its path, where sudo would not find it.
+fn of_root() -> String {
+    match std::env::current_exe() {
+        Ok(file) if !file.parent().is_some_and(|dir| PATH_OF_ROOT.iter().any(|of| dir == Path::new(of))) => {
+            shell_word(&file.to_string_lossy())
+        }
+        _ => "durward".to_owned(),
+    }
+}
+
 /// The command that asks the admin socket of the agent at the public one of `socket`, on a line of its own, as it is to be
 /// typed: for the agent's own user without sudo.
 fn asking(socket: &AgentSocket, words: &str) -> String {
@@ -289,14 +313,17 @@ fn asking(socket: &AgentSocket, words: &str) -> String {
     let AgentAddress::Unix(public) = &socket.at else { return elsewhere() };
     let Some((admin, is_default)) = admin_beside(public) else { return format!("  durward {words}") };
     let owner = admin.parent().and_then(|dir| fs::metadata(dir).ok()).map(|dir| Uid::from_raw(dir.uid()));
-    let sudo = if geteuid().is_root() || owner == Some(geteuid()) { "" } else { "sudo " };
+    let program = match geteuid().is_root() || owner == Some(geteuid()) {
+        true => "durward".to_owned(),
+        false => format!("sudo {}", of_root()),
+    };
     match owner {
         // The directory of a socket that was mounted here, or an agent whose admin socket is elsewhere.
         None => elsewhere(),
-        Some(_) if is_default => format!("  {sudo}durward {words}"),
+        Some(_) if is_default => clean(&format!("  {program} {words}")),
         Some(_) => {
             let admin = shell_word(&admin.to_string_lossy());
-            clean(&format!("  {sudo}durward {words} --socket-path {admin}"))
+            clean(&format!("  {program} {words} --socket-path {admin}"))
         }
     }
 }
@@ -325,7 +352,7 @@ mod tests {
         ] {
             let socket = AgentSocket { at: AgentAddress::Unix(path.into()), chosen: Chosen::AdminDefault };
             let words = words.split(' ').map(str::to_owned).collect();
-            assert_eq!(with_sudo(words, &socket, "7"), want);
+            assert_eq!(with_sudo(words, &socket, "7", "durward"), want);
         }
     }
 }

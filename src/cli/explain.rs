@@ -38,7 +38,8 @@ pub(super) async fn explain(args: &ExplainArgs, terminal: &mut Terminal) -> Resu
         OutputFormat::Pretty => pretty(&told, |account| account.name().ok().flatten(), width()),
         OutputFormat::Json => format!("{}\n", to_json(&told)),
     };
-    Ok(terminal.print(&text)?)
+    terminal.print(&text)?;
+    if told.not_known.is_empty() { Ok(()) } else { Err(Failure::NotKnown) }
 }
 
 /// The process that started this one; this one, where that is outside of the PID namespace.
@@ -103,8 +104,13 @@ fn pretty(
     }
 
     out.push_str("\nEntries that match, the default first:\n");
-    if told.matches.is_empty() {
+    if !told.not_known.is_empty() {
+        out.push_str(&indented(&clean(&told.not_known), "  ", width));
+    } else if told.matches.is_empty() {
         out.push_str("  none: this process has no identity\n");
+        if told.nearest.is_empty() {
+            out.push_str(&indented(&wanted(told), "  ", width));
+        }
     }
     for entry in &told.matches {
         let _ = writeln!(out, "  {}", entry_line(entry, width));
@@ -146,6 +152,23 @@ fn pretty(
         out.push_str(&table(columns, &fit(&shared, 0, width, &columns)));
     }
     out
+}
+
+/// What to do for a process of which no entry asks anything.
+fn wanted(told: &pb::ExplainResponse) -> String {
+    let found = |kind: &str| told.selectors.iter().find(|it| it.starts_with(kind)).map(|it| clean(it));
+    let of_pod = found("k8s:ns:").zip(found("k8s:sa:")).map(|(ns, sa)| format!("\"{ns}\", \"{sa}\""));
+    let of_user = || found("unix:uid:").or_else(|| told.selectors.first().map(|it| clean(it)));
+    match of_pod.or_else(|| of_user().map(|it| format!("\"{it}\""))) {
+        Some(example) => {
+            format!(
+                "An entry is needed whose selectors are all among these, for example selectors = [{example}]."
+            )
+        }
+        None => {
+            "An entry asks for selectors, and no attestor found any: see plugins in agent.conf.".to_owned()
+        }
+    }
 }
 
 /// A sentence in as many lines as it takes.
@@ -237,6 +260,7 @@ fn to_json(told: &pb::ExplainResponse) -> serde_json::Value {
         "uid": told.uid,
         "gid": told.gid,
         "command": told.command,
+        "not_known": Some(&told.not_known).filter(|why| !why.is_empty()),
         "caller": { "key": caller.key, "why": caller.why, "cgroup_line": caller.cgroup_line },
         "selectors": told.selectors,
         "untold": told.untold.iter().map(untold).collect::<Vec<_>>(),
@@ -289,6 +313,7 @@ mod tests {
                 took_microseconds: 1250,
                 age_milliseconds: Some(4210),
             }],
+            not_known: String::new(),
             untold: vec![pb::Untold {
                 kind: "unix:path".to_owned(),
                 why: "it hangs".to_owned(),
@@ -354,5 +379,12 @@ spiffe://td/web  FetchJWTSVID  uid:7     70        8
         assert_eq!(to_json(&told)["untold"][0]["kind"], "unix:path");
         assert_eq!(to_json(&told)["nearest"][0]["entry"]["entry_id"], "db");
         assert!(pretty(&pb::ExplainResponse::default(), names, 80).contains("no identity"));
+        let nothing_near = pb::ExplainResponse { matches: Vec::new(), nearest: Vec::new(), ..told };
+        let shown = pretty(&nothing_near, names, 80);
+        let words = shown.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(words.contains("for example selectors = [\"unix:uid:1000\"]."), "{shown}");
+        let not_known = pb::ExplainResponse { not_known: "nothing is known".to_owned(), ..nothing_near };
+        let shown = pretty(&not_known, names, 80);
+        assert!(shown.contains("  nothing is known\n") && !shown.contains("no identity"), "{shown}");
     }
 }

@@ -14,7 +14,7 @@ Exit codes:
   0  done
   1  an error, a refused command line, or an agent that is not healthy
   3  api: the agent has no identity for this process (PermissionDenied)
-  4  no agent answers at the socket
+  4  no agent answers at the socket, or it has not heard from its server yet
   5  run: the SPIRE Server has expelled this agent; see its log
 
 status, explain, limits, entry, bundle and reload use the admin socket, which is
@@ -22,7 +22,7 @@ for root and the agent's own user. Flags may also be spelled as spire-agent's:
 -socketPath PATH.";
 
 /// Of the commands, by their words.
-const EXAMPLES: [(&str, &str); 14] = [
+const EXAMPLES: [(&str, &str); 15] = [
     (
         "run",
         "durward run --config /etc/durward/agent.conf\ndurward run --config agent.conf --join-token-file token",
@@ -42,6 +42,12 @@ const EXAMPLES: [(&str, &str); 14] = [
     ("limits", "durward limits --watch\ndurward limits --top 100 --output json"),
     ("entry show", "durward entry show\ndurward entry show --spiffe-id spiffe://example.org/web"),
     ("bundle show", "durward bundle show >bundle.pem\ndurward bundle show --output spiffe >bundle.json"),
+    (
+        "audit who",
+        "durward audit who spiffe://example.org/web --from 2026-11-24 --to 2026-11-25 \\\n    \
+         /var/log/durward-audit.jsonl*\n\
+         journalctl -u durward -o cat | durward audit who spiffe://example.org/web",
+    ),
     ("reload", "durward reload"),
     ("validate", "durward validate --config /etc/durward/agent.conf"),
 ];

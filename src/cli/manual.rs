@@ -14,9 +14,15 @@ use super::{
 /// `completions`.
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct CompletionsArgs {
-    /// The shell
-    #[arg(value_name = "SHELL")]
+    /// The shell: bash, elvish, fish, powershell or zsh
+    #[arg(value_name = "SHELL", hide_possible_values = true, value_parser = shell)]
     shell: Shell,
+}
+
+/// Names those that there are: another name is that of a shell too, and not a mistake for one of these.
+fn shell(name: &str) -> Result<Shell, String> {
+    name.parse()
+        .map_err(|_unknown| "there are completions of bash, elvish, fish, powershell and zsh".to_owned())
 }
 
 /// `man`.

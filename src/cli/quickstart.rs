@@ -108,7 +108,7 @@ pub(super) fn run(args: &QuickstartArgs, terminal: &mut Terminal) -> Result<(), 
     }
     let runtime = agent::runtime().map_err(Failure::Agent)?;
     let log = Log::start(&config.log, &config.audit).map_err(|error| Failure::Agent(error.into()))?;
-    let result = runtime.block_on(serve(args, &layout, config, terminal));
+    let result = runtime.block_on(serve(args, &layout, config, &log, terminal));
     runtime.shutdown_timeout(Duration::from_millis(100));
     // What is not written by then is not worth waiting for.
     let _all_written = log.flush(Duration::from_secs(1));
@@ -119,13 +119,14 @@ async fn serve(
     args: &QuickstartArgs,
     paths: &Layout,
     config: Config,
+    log: &Log,
     terminal: &mut Terminal,
 ) -> Result<(), Failure> {
     let mut signals = Signals::new().map_err(Failure::Agent)?;
     if UnixStream::connect(&config.agent.socket_path).await.is_ok() {
         return Err(QuickstartError::Running(config.agent.socket_path).into());
     }
-    let agent = Running::start(config, None, Clock::SYSTEM).map_err(Failure::Agent)?;
+    let agent = Running::start(config, None, Clock::SYSTEM).map_err(Failure::Agent)?.logging(log.clone());
     let path = paths.config.clone();
     let load = Box::new(move || Ok(Config::load(&path, ExpandEnv::No)?));
     let mut upkeep = Upkeep::of(agent, load).map_err(|error| Failure::Agent(error.into()))?;
@@ -351,12 +352,14 @@ fn next_steps(layout: &Layout, config: &Config, others_pass: bool) -> String {
         out.push_str(&as_another_account(&program, others_pass));
     }
     let entry = layout.entries.join("web.conf");
+    let trust_domain = config.trust_domain.name();
+    let between = if trust_domain.len() > "example.org".len() { "\n    " } else { " " };
     let _ = write!(
         out,
         "\nTo give one more account an identity, write an entry. It is in force within\n\
          seconds, also for programs that are connected:\n  \
-         echo 'entry \"spiffe://{}/web\" {{ selectors = [\"unix:user:daemon\"] }}' \\\n      >{}\n",
-        config.trust_domain.name(),
+         echo 'entry \"spiffe://{}/web\" {{{between}selectors = [\"unix:user:daemon\"] }}' \\\n      >{}\n",
+        trust_domain,
         shell_word(&entry.to_string_lossy())
     );
     out

@@ -31,7 +31,7 @@ pub(super) struct ReloadArgs {
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ReloadError {
     /// Its configuration has mistakes, or changes what only a restart can.
-    #[error("not reloaded, the old configuration stays in force: {0}")]
+    #[error("not reloaded, the old configuration stays in force:\n{0}")]
     Refused(String),
     /// There is no such process, or it is somebody else's.
     #[error("cannot send SIGHUP to process {pid}: {cause}")]

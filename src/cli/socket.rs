@@ -148,7 +148,10 @@ impl fmt::Display for Chosen {
             Self::Spiffe => write!(f, "taken from the environment variable {SPIFFE}"),
             Self::AdminEnvironment => write!(f, "taken from the environment variable {ADMIN}"),
             Self::AdminBeside(variable) => {
-                write!(f, "the one beside the public socket of the environment variable {variable}")
+                write!(
+                    f,
+                    "that of the admin socket which belongs to the public socket in the environment variable {variable}"
+                )
             }
             Self::Default | Self::AdminDefault => f.write_str("the default; --socket-path chooses another"),
             Self::Own => f.write_str("the agent's own"),

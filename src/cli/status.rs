@@ -61,6 +61,9 @@ fn pretty(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime)
         "not found: a caller is its user"
     };
     row(&mut out, "Kubernetes", pods);
+    if !told.audit.is_empty() {
+        row(&mut out, "Audit", &told.audit);
+    }
     let open = counted(held.node_connections.into(), "connection");
     row(
         &mut out,
@@ -199,9 +202,11 @@ fn wrong(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime) 
     }
     if told.reload_failed != 0 {
         let ago = since(told.reload_failed, now);
-        wrong.push(format!(
-            "the last reload failed {ago}; the configuration of before is in force (durward reload says why)"
-        ));
+        wrong.push(format!("the last reload failed {ago}; the configuration of before is in force:"));
+        wrong.extend(told.reload_errors.iter().map(|error| format!("- {}", error.trim())));
+    }
+    if told.audit_untaken {
+        wrong.push(format!("the audit is not taken at {}, and its lines are lost", told.audit));
     }
     if told.log_lines_lost > 0 {
         let lines = counted(told.log_lines_lost, "line");
@@ -286,6 +291,8 @@ fn to_json(told: &pb::StatusResponse, held: &pb::LimitsResponse) -> serde_json::
         "budget_from": text(&told.budget_from),
         "surroundings": told.surroundings,
         "reload_failed": time(told.reload_failed),
+        "reload_errors": told.reload_errors,
+        "audit": text(&told.audit),
         "log_lines_lost": told.log_lines_lost,
         "connections": held.node_connections,
         "streams": told.streams,
@@ -331,6 +338,9 @@ mod tests {
         let told = pb::StatusResponse {
             attestors_wrong,
             reload_failed: 10_000 - 180,
+            reload_errors: vec!["agent.conf:3: agent.log_level \"loud\": must be one of\x1b".to_owned()],
+            audit: "socket /run/audit.sock".to_owned(),
+            audit_untaken: true,
             log_lines_lost: 7,
             ..told(Some(server))
         };
@@ -344,6 +354,9 @@ mod tests {
             "Found:        the agent runs in a user namespace that does not map all users\n",
             "Wrong:        1 entry could not be signed for: see the log\n",
             "              the last reload failed 3m ago; the configuration of before is in\n",
+            "              - agent.conf:3: agent.log_level \"loud\": must be one of\\u{1b}\n",
+            "Audit:        socket /run/audit.sock\n",
+            "              the audit is not taken at socket /run/audit.sock, and its lines\n",
             "              7 lines of the log and the audit lost since the start: nobody took\n",
             "              the kubelet does not list its pods: no token\n",
             "              for 1m: cannot reach the server spire:8081: connection refused",

@@ -1,6 +1,6 @@
 //! `validate`: everything that is wrong with a configuration, without starting anything.
 
-use std::{sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use nix::unistd::geteuid;
 use serde_json::{Value, json};
@@ -20,6 +20,7 @@ use crate::{
         sentence::said,
         trusted::{ClosedDir, Trust},
     },
+    telemetry::log,
 };
 
 /// How long the node's databases of users and groups may take for all names.
@@ -94,7 +95,8 @@ fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<(Config, Trust)
         }
     };
     if user != us {
-        terminal.advise(&format!("Looked at as by an agent of user {user}, who owns {}.", owns.display()));
+        terminal
+            .advise(&format!("Checked for an agent that runs as user {user}, who owns {}.", owns.display()));
     }
     let trust = Trust::of(user);
     let (read, closed) = config.check(trust)?;
@@ -110,7 +112,11 @@ fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<(Config, Trust)
 /// What keeps no agent from starting, or not always: the key, and why it is worth a look.
 fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
     let taken = config.addresses().1.into_iter().map(|TakenAddress { key, host, port, cause }| {
-        (key, format!("{host} port {port} is not free now, perhaps because the agent runs: {}", said(&cause)))
+        let why = match cause.kind() {
+            io::ErrorKind::AddrInUse => "is not free now, perhaps because the agent runs",
+            _ => "is not for this user to listen at; the agent's may",
+        };
+        (key, format!("{host} port {port} {why}: {}", said(&cause)))
     });
     let held = config.places_in_use(trust).into_iter().map(|(key, at)| {
         (key, format!("{} is in use now, perhaps by the agent, or by what holds its socket", at.display()))
@@ -127,7 +133,25 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
     });
     let missing = config.attest.missing().into_iter().map(|why| ("plugins.WorkloadAttestor", why));
     let untrusted = config.federation_gaps.iter().cloned().map(|why| ("federation", why));
-    taken.chain(held).chain(nobody).chain(room).chain(to_join).chain(missing).chain(untrusted).collect()
+    let audit = config.audit.socket.as_deref().filter(|_| config.audit.enabled);
+    let unread =
+        audit.and_then(|path| log::nobody_takes(path).map(|error| (path, error))).map(|(path, error)| {
+            let why = format!(
+                "nobody takes the lines of the audit at {}, and they are lost until somebody does: {}",
+                path.display(),
+                said(&error)
+            );
+            ("audit.socket_path", why)
+        });
+    taken
+        .chain(held)
+        .chain(nobody)
+        .chain(unread)
+        .chain(room)
+        .chain(to_join)
+        .chain(missing)
+        .chain(untrusted)
+        .collect()
 }
 
 /// A selector that an entry asks for and that no process of this node can have.

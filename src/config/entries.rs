@@ -166,7 +166,9 @@ impl EntryRules<'_> {
                 Err(err) => wrong(format!("{err}, such as unix:uid:1000")),
                 Ok(selector) => {
                     if let Err(message) = self.attest.check(&selector) {
-                        wrong(message);
+                        // Half of a selector of Unix is what people write first.
+                        let of_unix = UNIX_KINDS.contains(&selector.kind());
+                        wrong(if of_unix { format!("write \"unix:{text}\"") } else { message });
                     }
                     if !selectors.insert(selector) {
                         wrong("is listed twice".to_owned());
@@ -232,6 +234,9 @@ impl EntryRules<'_> {
         list.value.iter().map(|name| name.value.to_owned()).collect()
     }
 }
+
+/// What an attestor of Unix finds, which are no attestors' names.
+const UNIX_KINDS: [&str; 5] = ["uid", "user", "gid", "group", "supplementary_gid"];
 
 /// How the ID is written that is meant by a path alone, or without its scheme.
 fn rightly(label: &str, own: &TrustDomain) -> String {

@@ -164,10 +164,18 @@ impl Config {
         let (mut wrong, mut taken) = (Vec::new(), Vec::new());
         for (key, host, port) in health.into_iter().chain(metrics) {
             let Err(cause) = can_bind(host, port) else { continue };
-            if matches!(cause.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied) {
+            // What this user may not do another may, whose agent it is.
+            let is_anothers = || geteuid().as_raw() != self.agent_user().uid;
+            let denied = cause.kind() == io::ErrorKind::PermissionDenied;
+            if cause.kind() == io::ErrorKind::AddrInUse || denied && is_anothers() {
                 taken.push(TakenAddress { key, host: host.clone(), port, cause });
             } else {
-                let message = format!("cannot listen at {host} port {port}: {}", said(&cause));
+                let how = if denied {
+                    "; choose a port from 1024 on, or give the agent CAP_NET_BIND_SERVICE"
+                } else {
+                    ""
+                };
+                let message = format!("cannot listen at {host} port {port}: {}{how}", said(&cause));
                 wrong.push(WrongPlace { key, value: port.to_string().into(), message });
             }
         }

@@ -4,9 +4,10 @@
 //! An event is a line of the target [`AUDIT`]. It holds what is known of a caller anyway, and
 //! never a key or a token: of a token, the first 16 hex digits of its SHA-256.
 //!
-//! What is given again, and what is refused, is counted by caller, outcome and identity; the next line about these carries
+//! What is given again, and what is refused, is counted by caller, outcome and identity; a line of its own carries
 //! the exact count as `times`. So are the events of a user who brings about more than [`MOST_LINES`] of them at once and one a
-//! second. There are twice [`TOLD_APART`] counts at a time; what comes beyond them is one count for all.
+//! second, with the latest time until which any of these SVIDs is valid: an auditor misses no holder. A line about one process
+//! never counts what another did. There are twice [`TOLD_APART`] counts at a time; what comes beyond them is one count for all.
 
 use std::{
     collections::{HashMap, hash_map::Entry as MapEntry},
@@ -25,6 +26,7 @@ use super::audited::{AuditedCaller, AuditedProcess};
 use crate::{
     identity::{Entry, JwtSvid, SpiffeId, X509Svid, taint},
     limits::{CallerKey, ConnectionRefusal},
+    os::clock::Clock,
     peer::Peer,
     telemetry::{log::AUDIT, registry::Label as _},
 };
@@ -60,8 +62,10 @@ impl AuditedSvid {
 /// What is counted.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum AuditOutcome {
+    /// Beyond the lines that its user may have, as the next.
     Made(AuditedSvid, SpiffeId),
     Given(AuditedSvid, SpiffeId),
+    GivenAgain(AuditedSvid, SpiffeId),
     Refused(&'static str, &'static str, Option<SpiffeId>),
     NotLetIn(ConnectionRefusal),
 }
@@ -73,13 +77,31 @@ struct AuditCount {
     untold: u64,
     /// When that was.
     told_at: Option<Instant>,
-    last: Instant,
+    /// When the first of the untold was.
+    first: Instant,
+    /// The process that all of the untold are about, if it is one.
+    by: Option<AuditedProcess>,
+    /// Until when any of the SVIDs is valid that the untold are about.
+    until: Option<SystemTime>,
 }
 
 impl AuditCount {
-    fn count(&mut self, now: Instant) {
+    fn new(now: Instant) -> Self {
+        Self { untold: 0, told_at: None, first: now, by: None, until: None }
+    }
+
+    fn count(&mut self, by: AuditedProcess, until: Option<SystemTime>, now: Instant) {
+        if self.untold == 0 {
+            (self.first, self.by, self.until) = (now, Some(by), until);
+        }
+        self.by = self.by.filter(|same| *same == by);
+        self.until = self.until.max(until);
         self.untold = self.untold.saturating_add(1);
-        self.last = now;
+    }
+
+    /// Since when something waits to be told.
+    fn waits_since(&self) -> Instant {
+        self.told_at.unwrap_or(self.first)
     }
 }
 
@@ -126,17 +148,19 @@ struct AuditTable {
 }
 
 impl AuditTable {
-    /// An event, which has a line if its user may have one more: how often it happened since the last one, with it.
-    fn event(&mut self, whom: &AuditedCaller, outcome: AuditOutcome, now: Instant) -> Option<NonZeroU64> {
-        if !self.user(whom.family, now).take(now) {
-            self.count(whom.process.caller, outcome, now);
-            return None;
+    /// Whether an event has a line: its user may have one more. Else it is counted.
+    fn has_line(
+        &mut self,
+        whom: &AuditedCaller,
+        outcome: AuditOutcome,
+        until: SystemTime,
+        now: Instant,
+    ) -> bool {
+        let has = self.user(whom.family, now).take(now);
+        if !has {
+            self.count(whom.process, outcome, Some(until), now);
         }
-        let before = self.svids.get_mut(&(whom.process.caller, outcome)).map_or(0, |count| {
-            count.told_at = Some(now);
-            std::mem::take(&mut count.untold)
-        });
-        NonZeroU64::new(before.saturating_add(1))
+        has
     }
 
     fn user(&mut self, family: u64, now: Instant) -> &mut AuditLines {
@@ -153,20 +177,28 @@ impl AuditTable {
     }
 
     /// It happened, and is told later. Its count, unless that is the one of all others.
-    fn count(&mut self, caller: CallerKey, outcome: AuditOutcome, now: Instant) -> Option<&mut AuditCount> {
+    fn count(
+        &mut self,
+        by: AuditedProcess,
+        outcome: AuditOutcome,
+        until: Option<SystemTime>,
+        now: Instant,
+    ) -> Option<&mut AuditCount> {
         let counts = match outcome {
-            AuditOutcome::Made(..) | AuditOutcome::Given(..) => &mut self.svids,
+            AuditOutcome::Made(..) | AuditOutcome::Given(..) | AuditOutcome::GivenAgain(..) => {
+                &mut self.svids
+            }
             AuditOutcome::Refused(..) | AuditOutcome::NotLetIn(..) => &mut self.refusals,
         };
         let is_full = counts.len() >= TOLD_APART;
-        match counts.entry((caller, outcome)) {
+        match counts.entry((by.caller, outcome)) {
             MapEntry::Vacant(_) if is_full => {
-                self.others.count(now);
+                self.others.count(by, until, now);
                 None
             }
             its_own => {
-                let count = its_own.or_insert(AuditCount { untold: 0, told_at: None, last: now });
-                count.count(now);
+                let count = its_own.or_insert_with(|| AuditCount::new(now));
+                count.count(by, until, now);
                 Some(count)
             }
         }
@@ -175,11 +207,11 @@ impl AuditTable {
     /// It happened. Told now if it has not been for a while: how often it did since then.
     fn count_or_tell(
         &mut self,
-        caller: CallerKey,
+        by: AuditedProcess,
         outcome: AuditOutcome,
         now: Instant,
     ) -> Option<NonZeroU64> {
-        let count = self.count(caller, outcome, now)?;
+        let count = self.count(by, outcome, None, now)?;
         if count.told_at.is_some_and(|told| now.saturating_duration_since(told) < A_WHILE) {
             return None;
         }
@@ -201,7 +233,7 @@ impl Default for AuditTrail {
         let table = AuditTable {
             svids: HashMap::default(),
             refusals: HashMap::default(),
-            others: AuditCount { untold: 0, told_at: None, last: now },
+            others: AuditCount::new(now),
             users: HashMap::default(),
             other_users: AuditLines::new(now),
         };
@@ -226,22 +258,21 @@ impl AuditTrail {
 
     /// An X.509-SVID was made: for a call, or ahead of one.
     pub(super) fn x509_made(&self, svid: &X509Svid, entry: &Entry, whom: Option<AuditedCaller>) {
-        let times = match &whom {
-            None => NonZeroU64::MIN,
-            Some(whom) => {
-                let outcome = AuditOutcome::Made(AuditedSvid::X509, svid.spiffe_id.clone());
-                let Some(times) = self.lock().event(whom, outcome, Instant::now()) else { return };
-                times
-            }
-        };
-        write_x509("svid made", svid, entry, whom, times);
+        let has_line = whom.as_ref().is_none_or(|whom| {
+            let outcome = AuditOutcome::Made(AuditedSvid::X509, svid.spiffe_id.clone());
+            self.lock().has_line(whom, outcome, svid.not_after, Instant::now())
+        });
+        if has_line {
+            write_x509("svid made", svid, entry, whom);
+        }
     }
 
     /// A JWT-SVID was made, for a call or to renew what one was given.
     pub(super) fn jwt_made(&self, svid: &JwtSvid, entry: &Entry, whom: AuditedCaller) {
         let outcome = AuditOutcome::Made(AuditedSvid::Jwt, svid.spiffe_id.clone());
-        let Some(times) = self.lock().event(&whom, outcome, Instant::now()) else { return };
-        write_jwt("svid made", svid, entry, whom, times);
+        if self.lock().has_line(&whom, outcome, svid.expires_at, Instant::now()) {
+            write_jwt("svid made", svid, entry, whom);
+        }
     }
 
     /// A call is answered with this token.
@@ -249,13 +280,16 @@ impl AuditTrail {
         if !Self::is_read() {
             return;
         }
-        let outcome = AuditOutcome::Given(AuditedSvid::Jwt, svid.spiffe_id.clone());
+        let (id, now) = (svid.spiffe_id.clone(), Instant::now());
         if !self.is_first(peer, svid.token.as_bytes()) {
-            self.lock().count(whom.process.caller, outcome, Instant::now());
+            let again = AuditOutcome::GivenAgain(AuditedSvid::Jwt, id);
+            self.lock().count(whom.process, again, Some(svid.expires_at), now);
             return;
         }
-        let Some(times) = self.lock().event(&whom, outcome, Instant::now()) else { return };
-        write_jwt("svid given", svid, entry, whom, times);
+        let given = AuditOutcome::Given(AuditedSvid::Jwt, id);
+        if self.lock().has_line(&whom, given, svid.expires_at, now) {
+            write_jwt("svid given", svid, entry, whom);
+        }
     }
 
     /// A stream is sent `message`, which holds the X.509-SVIDs of these entries. `svids` are those at hand: one that was
@@ -272,21 +306,29 @@ impl AuditTrail {
             return;
         }
         let now = Instant::now();
-        let outcome = |entry: &Entry| AuditOutcome::Given(AuditedSvid::X509, entry.spiffe_id.clone());
         if !self.is_first(peer, message) {
             let mut table = self.lock();
             for entry in entries {
-                table.count(whom.process.caller, outcome(entry), now);
+                let again = AuditOutcome::GivenAgain(AuditedSvid::X509, entry.spiffe_id.clone());
+                table.count(whom.process, again, None, now);
             }
             return;
         }
         let svids = svids().unwrap_or_default();
         for (at, entry) in entries.iter().enumerate() {
-            let Some(times) = self.lock().event(&whom, outcome(entry), now) else { continue };
+            let given = AuditOutcome::Given(AuditedSvid::X509, entry.spiffe_id.clone());
             let holds = |leaf: &Arc<[u8]>| message.windows(leaf.len().max(1)).any(|part| *part == **leaf);
-            match svids.get(at).filter(|svid| svid.chain.first().is_some_and(holds)) {
-                Some(svid) => write_x509("svid given", svid, entry, Some(whom), times),
-                None => write_again(whom.process.caller, AuditedSvid::X509, &entry.spiffe_id, times),
+            match svids.get(at) {
+                Some(svid) if svid.chain.first().is_some_and(holds) => {
+                    if self.lock().has_line(&whom, given, svid.not_after, now) {
+                        write_x509("svid given", svid, entry, Some(whom));
+                    }
+                }
+                // Renewed meanwhile: what it was given is valid no longer than this one.
+                renewed => {
+                    let until = renewed.map(|svid| svid.not_after);
+                    self.lock().count(whom.process, given, until, now);
+                }
             }
         }
     }
@@ -301,7 +343,7 @@ impl AuditTrail {
     ) {
         let outcome = AuditOutcome::Refused(method, reason, spiffe_id.cloned());
         let AuditedProcess { caller, uid, gid, pid } = by;
-        if let Some(times) = self.lock().count_or_tell(caller, outcome, Instant::now()) {
+        if let Some(times) = self.lock().count_or_tell(by, outcome, Instant::now()) {
             let spiffe_id = spiffe_id.map(SpiffeId::as_str);
             tracing::info!(
                 target: AUDIT, %caller, uid, gid, pid, method, reason, spiffe_id, times = more(times), "call refused"
@@ -316,7 +358,7 @@ impl AuditTrail {
         }
         let AuditedProcess { caller, uid, gid, pid } = by;
         let outcome = AuditOutcome::NotLetIn(why);
-        if let Some(times) = self.lock().count_or_tell(caller, outcome, Instant::now()) {
+        if let Some(times) = self.lock().count_or_tell(by, outcome, Instant::now()) {
             let (reason, times) = (why.text(), more(times));
             tracing::info!(target: AUDIT, %caller, uid, gid, pid, reason, times, "connection refused");
         }
@@ -325,7 +367,7 @@ impl AuditTrail {
     /// Tells what was counted and has not been told for a while. To be called now and then.
     pub fn settle(&self) {
         let now = Instant::now();
-        self.tell(now, |count| now.saturating_duration_since(count.told_at.unwrap_or(count.last)) >= A_WHILE);
+        self.tell(now, |count| now.saturating_duration_since(count.waits_since()) >= A_WHILE);
     }
 
     /// Tells all that was counted: the agent ends.
@@ -341,7 +383,12 @@ impl AuditTrail {
                 return true;
             }
             let Some(times) = NonZeroU64::new(std::mem::take(&mut count.untold)) else { return false };
-            due.push((*caller, outcome.clone(), times));
+            let elapsed = now.saturating_duration_since(count.first);
+            due.push((
+                *caller,
+                outcome.clone(),
+                CountTold { times, by: count.by, until: count.until, elapsed },
+            ));
             count.told_at = Some(now);
             true
         };
@@ -352,13 +399,14 @@ impl AuditTrail {
             table.others.told_at = Some(now);
         }
         drop(table);
-        for (caller, outcome, times) in due {
+        for (caller, outcome, told) in due {
+            let times = told.times;
             match outcome {
-                AuditOutcome::Made(kind, id) => {
-                    let (kind, spiffe_id) = (kind.text(), id.as_str());
-                    tracing::info!(target: AUDIT, %caller, kind, spiffe_id, times, "svids made");
+                AuditOutcome::Made(kind, id) => write_count("svids made", caller, kind, &id, told),
+                AuditOutcome::Given(kind, id) => write_count("svids given", caller, kind, &id, told),
+                AuditOutcome::GivenAgain(kind, id) => {
+                    write_count("svid given again", caller, kind, &id, told);
                 }
-                AuditOutcome::Given(kind, id) => write_again(caller, kind, &id, times),
                 AuditOutcome::Refused(method, reason, id) => {
                     let spiffe_id = id.as_ref().map(SpiffeId::as_str);
                     tracing::info!(target: AUDIT, %caller, method, reason, spiffe_id, times, "calls refused");
@@ -374,9 +422,24 @@ impl AuditTrail {
     }
 }
 
-fn write_again(caller: CallerKey, kind: AuditedSvid, id: &SpiffeId, times: NonZeroU64) {
+/// A count that is told.
+struct CountTold {
+    times: NonZeroU64,
+    by: Option<AuditedProcess>,
+    until: Option<SystemTime>,
+    /// Since the first of them.
+    elapsed: Duration,
+}
+
+fn write_count(what: &'static str, caller: CallerKey, kind: AuditedSvid, id: &SpiffeId, told: CountTold) {
+    let CountTold { times, by, until, elapsed } = told;
     let (kind, spiffe_id) = (kind.text(), id.as_str());
-    tracing::info!(target: AUDIT, %caller, kind, spiffe_id, times, "svid given again");
+    let (uid, gid, pid) = (by.map(|by| by.uid), by.map(|by| by.gid), by.map(|by| by.pid));
+    let since = Clock::SYSTEM.now().checked_sub(elapsed).and_then(moment);
+    let expires = until.and_then(moment);
+    tracing::info!(
+        target: AUDIT, %caller, uid, gid, pid, kind, spiffe_id, times, since, expires, "{what}"
+    );
 }
 
 /// How often, where it is more than this once.
@@ -389,13 +452,7 @@ fn selectors(entry: &Entry) -> String {
     texts.join(" ")
 }
 
-fn write_x509(
-    what: &'static str,
-    svid: &X509Svid,
-    entry: &Entry,
-    whom: Option<AuditedCaller>,
-    times: NonZeroU64,
-) {
+fn write_x509(what: &'static str, svid: &X509Svid, entry: &Entry, whom: Option<AuditedCaller>) {
     let leaf = svid.chain.first().and_then(|der| X509Certificate::from_der(der).ok());
     let serial = leaf.map(|(_, leaf)| hex(leaf.raw_serial()));
     let by = whom.map(|whom| whom.process);
@@ -412,12 +469,11 @@ fn write_x509(
         serial,
         expires = moment(svid.not_after),
         selectors = selectors(entry),
-        times = more(times),
         "{what}"
     );
 }
 
-fn write_jwt(what: &'static str, svid: &JwtSvid, entry: &Entry, whom: AuditedCaller, times: NonZeroU64) {
+fn write_jwt(what: &'static str, svid: &JwtSvid, entry: &Entry, whom: AuditedCaller) {
     let sha256 = digest(&SHA256, svid.token.as_bytes());
     let AuditedProcess { caller, uid, gid, pid } = whom.process;
     tracing::info!(
@@ -433,7 +489,6 @@ fn write_jwt(what: &'static str, svid: &JwtSvid, entry: &Entry, whom: AuditedCal
         exp = seconds(svid.expires_at),
         token_sha256 = hex(sha256.as_ref().get(..8).unwrap_or_default()),
         selectors = selectors(entry),
-        times = more(times),
         "{what}"
     );
 }
@@ -462,23 +517,41 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn lines_are_bounded_and_counts_exact() {
         let trail = AuditTrail::default();
-        let (mut lines, mut told) = (0, 0);
+        let until = |n: u64| SystemTime::UNIX_EPOCH + Duration::from_secs(n);
+        let mut lines = 0;
         for _ in 0..20 {
             for n in 0..1_000 {
-                let outcome = given(&format!("{}", n % 3));
-                if let Some(times) = trail.lock().event(&AuditedCaller::of_uid(7), outcome, Instant::now()) {
-                    (lines, told) = (lines + 1, told + times.get());
-                }
+                let (whom, outcome) = (AuditedCaller::of_uid(7), given(&format!("{}", n % 3)));
+                lines += u64::from(trail.lock().has_line(&whom, outcome, until(n), Instant::now()));
             }
             tokio::time::advance(Duration::from_secs(1)).await;
         }
         assert_eq!(lines, 300 + 19);
         let rest: u64 = trail.lock().svids.values().map(|count| count.untold).sum();
-        assert_eq!(told + rest, 20_000);
-        assert!(
-            trail.lock().event(&AuditedCaller::of_uid(8), given("0"), Instant::now()).is_some(),
-            "others have theirs"
-        );
+        assert_eq!(lines + rest, 20_000);
+        let ends: Vec<_> = trail.lock().svids.values().filter_map(|count| count.until).collect();
+        assert_eq!(ends.into_iter().max(), Some(until(999)), "the latest end is kept");
+        let other = AuditedCaller::of_uid(8);
+        assert!(trail.lock().has_line(&other, given("0"), until(1), Instant::now()), "others have theirs");
+    }
+
+    /// A count is told a minute after its first, however steadily it goes on, and names the process if there was one alone.
+    #[tokio::test(start_paused = true)]
+    async fn a_steady_count_is_told_in_time_and_of_whom() {
+        let trail = AuditTrail::default();
+        let (one, other) =
+            (AuditedCaller::of_uid(7).process, AuditedProcess { pid: 2, ..AuditedCaller::of_uid(7).process });
+        for second in 0..61 {
+            trail.lock().count(one, given("0"), None, Instant::now());
+            trail.lock().count(if second < 60 { one } else { other }, given("1"), None, Instant::now());
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        let by = |path: &str| {
+            trail.lock().svids.get(&(one.caller, given(path))).map(|count| count.by.map(|by| by.pid))
+        };
+        assert_eq!((by("0"), by("1")), (Some(Some(1)), Some(None)));
+        trail.settle();
+        assert!(trail.lock().svids.values().all(|count| count.untold == 0), "all is told");
     }
 
     #[tokio::test(start_paused = true)]
@@ -488,7 +561,8 @@ mod tests {
         for second in 0..130 {
             for _ in 0..10 {
                 let outcome = AuditOutcome::Refused("FetchJWTSVID", "rate", None);
-                let told = trail.lock().count_or_tell(CallerKey::Uid(7), outcome, Instant::now());
+                let told =
+                    trail.lock().count_or_tell(AuditedCaller::of_uid(7).process, outcome, Instant::now());
                 lines.extend(told.map(|times| (second, times.get())));
             }
             tokio::time::advance(Duration::from_secs(1)).await;
@@ -502,14 +576,16 @@ mod tests {
         let mut told = 0;
         for uid in 0..10_000 {
             let outcome = AuditOutcome::Refused("FetchJWTSVID", "rate", None);
-            let times = trail.lock().count_or_tell(CallerKey::Uid(uid), outcome, Instant::now());
+            let times =
+                trail.lock().count_or_tell(AuditedCaller::of_uid(uid).process, outcome, Instant::now());
             told += times.map_or(0, NonZeroU64::get);
         }
         assert_eq!(trail.lock().refusals.len(), TOLD_APART);
         assert_eq!(told + trail.lock().others.untold, 10_000);
         // What somebody else is given stands apart all the same.
         let id = SpiffeId::parse("spiffe://example.org/web").unwrap();
-        trail.lock().count(CallerKey::Uid(7), AuditOutcome::Given(AuditedSvid::Jwt, id), Instant::now());
+        let process = AuditedCaller::of_uid(7).process;
+        trail.lock().count(process, AuditOutcome::GivenAgain(AuditedSvid::Jwt, id), None, Instant::now());
         assert_eq!(trail.lock().svids.len(), 1);
         assert_eq!(told + trail.lock().others.untold, 10_000);
         tokio::time::advance(A_WHILE).await;

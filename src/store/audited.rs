@@ -6,7 +6,7 @@ use crate::{
 };
 
 /// Who a line is about. All of it was known when it connected.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AuditedProcess {
     /// Whom it is charged as.
     pub caller: CallerKey,

@@ -7,7 +7,7 @@
 //! owner and group, and opened anew when asked ([`Log::reopen`], on SIGUSR2), so that logrotate can move it away. No
 //! link that others could have put there is followed to it, and opening it never waits.
 //!
-//! Only the agent's own lines follow the level. Of libraries only errors are heard: their warnings are of what a peer
+//! Only the agent's own lines follow the level; those of the audit are written at any. Of libraries only errors are heard: their warnings are of what a peer
 //! did, and a peer could fill the log with them; their debug lines are per frame and may show what callers sent.
 //! There are no filter expressions here.
 
@@ -31,6 +31,7 @@ use tracing_subscriber::{Layer, Registry, reload};
 use super::settings::{AuditSettings, LogFormat, LogSettings};
 use super::sink::{Delivered, Sink};
 use crate::os::journal;
+use crate::os::sentence::said;
 use crate::os::trusted::{PathError, Trust};
 
 /// The most bytes that wait for the writer: some thousand lines.
@@ -49,9 +50,8 @@ pub const AUDIT: &str = "audit";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum AuditTo {
     Nowhere,
-    /// Beside the others, from the same level on.
+    /// Beside the others.
     TheLog,
-    /// Whatever the level of the log is.
     ItsOwnPlace,
 }
 
@@ -67,10 +67,10 @@ impl AuditTo {
 
     fn targets(self, level: Level) -> Targets {
         let own = LevelFilter::from_level(level);
+        // Whatever the level of the log is: nobody would look for an audit that a level has switched off.
         let audit = match self {
             Self::Nowhere => LevelFilter::OFF,
-            Self::TheLog => own,
-            Self::ItsOwnPlace => LevelFilter::INFO,
+            Self::TheLog | Self::ItsOwnPlace => LevelFilter::INFO,
         };
         Targets::new()
             .with_default(own.min(LevelFilter::ERROR))
@@ -135,6 +135,13 @@ impl Log {
     pub fn start(settings: &LogSettings, audit: &AuditSettings) -> Result<Self, LogError> {
         let (subscriber, log) = Self::build_with(settings, audit)?;
         tracing::subscriber::set_global_default(subscriber).map_err(|_already| LogError::Twice)?;
+        if let Some((lines, path)) = log.audit_socket()
+            && let Some(error) = Sink::untaken(path)
+        {
+            lines.queue.lock().untaken = true;
+            let (path, error) = (path.display(), said(&error));
+            tracing::warn!(%path, error, "audit.socket_path: nobody takes the lines of the audit, and they are lost");
+        }
         Ok(log)
     }
 
@@ -227,6 +234,31 @@ impl Log {
         self.main.queue.flush(until.saturating_duration_since(Instant::now())) && audit
     }
 
+    fn audit_socket(&self) -> Option<(&Lines, &Path)> {
+        self.audit.as_ref().and_then(|lines| match &lines.place {
+            LinePlace::Socket(path) => Some((lines, path.as_path())),
+            LinePlace::Stdout | LinePlace::File(_) => None,
+        })
+    }
+
+    /// Where the audit is written, in words.
+    #[must_use]
+    pub fn audit_place(&self) -> String {
+        match (self.audit_to, self.audit.as_ref().map(|lines| &lines.place)) {
+            (AuditTo::Nowhere, _) => "nowhere: it is switched off".to_owned(),
+            (_, Some(LinePlace::File(path))) => path.display().to_string(),
+            (_, Some(LinePlace::Socket(path))) => format!("socket {}", path.display()),
+            (_, Some(LinePlace::Stdout) | None) => "the log".to_owned(),
+        }
+    }
+
+    /// Where the last lines of the audit did not get to, if that is so.
+    #[must_use]
+    pub fn audit_untaken(&self) -> Option<String> {
+        let untaken = self.audit.as_ref().is_some_and(|lines| lines.queue.lock().untaken);
+        untaken.then(|| self.audit_place())
+    }
+
     /// Lines dropped since the start.
     #[must_use]
     pub fn lines_lost(&self) -> u64 {
@@ -261,6 +293,13 @@ impl Lines {
     }
 }
 
+/// Why lines of the audit that are sent to the socket at `path` are lost, if nobody has bound it.
+#[must_use]
+pub fn nobody_takes(path: &Path) -> Option<io::Error> {
+    let nobody = [io::ErrorKind::NotFound, io::ErrorKind::ConnectionRefused];
+    Sink::untaken(path).filter(|error| nobody.contains(&error.kind()))
+}
+
 /// What has been logged and not yet been written.
 #[derive(Default)]
 struct Queue {
@@ -277,6 +316,8 @@ struct QueueState {
     /// The writer holds lines that it has taken and not yet written.
     writing: bool,
     lost: u64,
+    /// The last lines were not taken where they are written.
+    untaken: bool,
     /// How many of the lost the lines themselves have already told of.
     told: u64,
     /// How many of them the log has told of, of lines that have a place of their own.
@@ -388,6 +429,7 @@ impl Queue {
 
             state = self.lock();
             state.writing = false;
+            state.untaken = written < lines;
             // No space, or nobody reads: what is not delivered is lost, and what was lost before is still to be told.
             state.lost = state.lost.saturating_add(lines.saturating_sub(written));
             if !told {

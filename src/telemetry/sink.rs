@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io::{self, Write},
     os::unix::net::UnixDatagram,
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use nix::errno::Errno;
@@ -42,6 +42,11 @@ impl Sink {
 
     pub(super) fn socket(path: PathBuf) -> Self {
         Self { to: SinkPlace::Socket(path), torn: false }
+    }
+
+    /// Why nobody takes what is sent to the socket at `path`, if that is so.
+    pub(super) fn untaken(path: &Path) -> Option<io::Error> {
+        UnixDatagram::unbound().and_then(|socket| socket.connect(path)).err()
     }
 
     /// Writes `lines`, each with its end, after a line that tells how many were lost before.

@@ -138,16 +138,69 @@ async fn who_had_an_identity_is_one_command() {
     fs::write(&path, "").unwrap();
 
     let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
-    let command = readme.lines().find(|line| line.starts_with("zgrep -h")).unwrap();
+    let (_, command) = readme.split_once("\ndurward audit who spiffe://").unwrap();
+    let (command, _) = command.split_once("jsonl*\n").unwrap();
     let first = lines(&dir.path().join("durward-audit.jsonl.1")).remove(0);
-    let day = first["timestamp"].as_str().unwrap().split_once('T').unwrap().0;
-    let command =
-        command.replace("2026-11-24", day).replace("/var/log/", &format!("{}/", dir.path().display()));
-    let found = std::process::Command::new("sh").args(["-c", &command]).output().unwrap();
-    let found = String::from_utf8(found.stdout).unwrap();
-    let found: Vec<Value> = found.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!(found.len(), 2, "{command}: {found:#?}");
-    assert!(found.iter().all(|line| line["spiffe_id"] == "spiffe://example.org/web"), "{found:#?}");
+    let given = first["iat"].as_i64().unwrap();
+    let day = |seconds: i64| time::OffsetDateTime::from_unix_timestamp(seconds).unwrap().date().to_string();
+    let who = |from: &str, to: &str, pipe: &str| -> Vec<Value> {
+        let command = command
+            .replace("2026-11-24", from)
+            .replace("2026-11-25", to)
+            .replace("/var/log/", &format!("{}/", dir.path().display()));
+        let command = format!(
+            "{pipe}{} audit who spiffe://{command}jsonl* --output json",
+            env!("CARGO_BIN_EXE_durward")
+        );
+        let found = std::process::Command::new("sh").args(["-c", &command]).output().unwrap();
+        assert!(found.status.success(), "{command}: {}", String::from_utf8_lossy(&found.stderr));
+        String::from_utf8(found.stdout)
+            .unwrap()
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    };
+    let found = who(&day(given), &day(given + 86_400), "");
+    let own = std::process::id().to_string();
+    let pids: Vec<String> = found.iter().map(|holder| holder["pid"].to_string()).collect();
+    assert_eq!(pids, [own.clone(), format!("7{own}")], "{found:#?}");
+    assert!(found.iter().all(|holder| holder["token_sha256"].is_string() && holder["until"].is_string()));
+    assert!(who(&day(given - 3 * 86_400), &day(given - 2 * 86_400), "").is_empty(), "not on another day");
+    // Given before the span and valid in it.
+    let exp = first["exp"].as_i64().unwrap();
+    let at = |seconds: i64| {
+        let at = time::OffsetDateTime::from_unix_timestamp(seconds).unwrap();
+        at.format(&time::format_description::well_known::Rfc3339).unwrap()
+    };
+    assert_eq!(who(&at(exp - 1), &at(exp + 9), "").len(), 2);
+    assert!(who(&at(exp), &at(exp + 9), "").is_empty());
+}
+
+/// What one process is given again is never told of another one.
+#[tokio::test]
+async fn a_line_about_one_process_counts_no_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("audit.jsonl");
+    write_config(dir.path(), &(entry("/one", "") + &format!("audit {{ file = \"{}\" }}\n", path.display())));
+    let mut agent = Process::spawn(dir.path());
+    let mut client = agent.serving(dir.path()).await;
+    for _ in 0..3 {
+        client.fetch_jwtsvid(request(jwt("a"))).await.unwrap();
+    }
+    let fetch = std::process::Command::new(env!("CARGO_BIN_EXE_durward"))
+        .args(["api", "fetch", "jwt", "--audience", "a", "--socket-path"])
+        .arg(dir.path().join("api.sock"))
+        .output()
+        .unwrap();
+    assert!(fetch.status.success(), "{}", String::from_utf8_lossy(&fetch.stderr));
+    end(&mut agent);
+    let told = lines(&path);
+    let given: Vec<&Value> = told.iter().filter(|line| line["message"] == "svid given").collect();
+    assert!(given.len() == 2 && given.iter().all(|line| line["times"].is_null()), "{told:#?}");
+    assert_ne!(given[0]["pid"], given[1]["pid"]);
+    let again: Vec<&Value> = told.iter().filter(|line| line["message"] == "svid given again").collect();
+    assert_eq!(again.iter().map(|line| line["times"].as_u64().unwrap()).sum::<u64>(), 2, "{told:#?}");
+    assert!(again.iter().all(|line| line["pid"] == std::process::id()), "{told:#?}");
 }
 
 /// Lines that nobody takes are a warning in the log, which counts them exactly.
@@ -155,6 +208,7 @@ async fn who_had_an_identity_is_one_command() {
 async fn what_is_lost_of_the_audit_is_a_warning() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("nobody.sock");
+    let admin = dir.path().join("data/admin.sock");
     let audit = format!("audit {{ socket_path = \"{}\" }}\n", path.display());
     write_config(dir.path(), &(entry("/one", "") + &audit));
     let mut agent = Process::spawn(dir.path());
@@ -162,23 +216,46 @@ async fn what_is_lost_of_the_audit_is_a_warning() {
     for audience in ["a", "b", "c"] {
         client.fetch_jwtsvid(request(jwt(audience))).await.unwrap();
     }
+    let status = std::process::Command::new(env!("CARGO_BIN_EXE_durward"))
+        .args(["status", "--socket-path"])
+        .arg(&admin)
+        .output()
+        .unwrap();
+    let shown = String::from_utf8_lossy(&status.stdout);
+    assert!(
+        shown.contains("Audit:        socket ") && shown.contains("the audit is not taken at"),
+        "{shown}"
+    );
     end(&mut agent);
     let log = fs::read_to_string(dir.path().join("log")).unwrap();
     let told =
         log.lines().filter_map(|line| line.split_once("audit: lines were lost")?.1.split_once("lost="));
     let lost: u64 = told.map(|(_, count)| count.parse::<u64>().unwrap()).sum();
     assert_eq!(lost, 6, "each token is made and given: {log}");
+    assert!(log.contains("audit.socket_path: nobody takes the lines of the audit"), "from the start: {log}");
+    let validate = std::process::Command::new(env!("CARGO_BIN_EXE_durward"))
+        .args(["validate", "--config"])
+        .arg(dir.path().join("agent.conf"))
+        .output()
+        .unwrap();
+    let warned = String::from_utf8_lossy(&validate.stderr);
+    let want =
+        format!("Warning: audit.socket_path: nobody takes the lines of the audit at {}", path.display());
+    assert!(validate.status.success() && warned.contains(&want), "{warned}");
 }
 
-/// In the log the lines stand at info; switched off, nowhere.
+/// In the log the lines stand whatever its level is; switched off, nowhere.
 #[tokio::test]
 async fn the_log_is_the_place_by_default() {
-    for (settings, is_told) in [("", true), ("audit { enabled = false }\n", false)] {
+    for (level, settings, is_told) in
+        [("info", "", true), ("error", "", true), ("info", "audit { enabled = false }\n", false)]
+    {
         let dir = tempfile::tempdir().unwrap();
         write_config(dir.path(), &(entry("/one", "") + settings));
         let config = dir.path().join("agent.conf");
         let text = fs::read_to_string(&config).unwrap();
-        fs::write(&config, text.replace("log_level = \"warn\"", "log_level = \"info\"")).unwrap();
+        fs::write(&config, text.replace("log_level = \"warn\"", &format!("log_level = \"{level}\"")))
+            .unwrap();
         let mut agent = Process::spawn(dir.path());
         let mut client = agent.serving(dir.path()).await;
         client.fetch_jwtsvid(request(jwt("a"))).await.unwrap();

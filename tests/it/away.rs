@@ -100,6 +100,18 @@ async fn without_its_server_an_agent_serves_what_it_has_and_says_how_it_is() {
     until("it says what it waits for", || of_server(admin)["last_error"].is_string()).await;
     assert!(of_server(admin)["agent_id"].is_string(), "{}", of_server(admin));
     assert_eq!(token(&socket, "known").await, Err(Code::Unavailable));
+    // No command takes what is not known yet for what there is not.
+    let pid = std::process::id().to_string();
+    for words in [vec!["entry", "show"], vec!["bundle", "show"], vec!["explain", "--pid", &pid]] {
+        let mut command = Command::new(DURWARD);
+        command.args(&words).arg("--socket-path").arg(admin.join("admin.sock"));
+        let said = tokio::task::block_in_place(|| command.output()).unwrap();
+        let [out, err] = [said.stdout, said.stderr].map(|text| String::from_utf8(text).unwrap());
+        let all = out.split_whitespace().chain(err.split_whitespace()).collect::<Vec<_>>().join(" ");
+        let why = "entries and bundles are not known yet, since the SPIRE Server";
+        assert!(all.contains(why) && !all.contains("has no identity"), "{words:?}: {all}");
+        assert_eq!(said.status.code(), Some(4), "{words:?}: {all}");
+    }
     assert!(is_well(at, "/live"));
     assert!(!agent.has_ended());
 }

@@ -587,7 +587,7 @@ fn errors_of_the_agent_say_what_to_do() {
             "about to end",
             Status::unavailable("the agent is shutting down; connect again"),
             "rpc error: code = Unavailable desc = the agent is shutting down; connect again\n",
-            "ends, or starts again: try again",
+            "is about to end or to restart: try again",
             1,
         ),
         (
@@ -935,6 +935,8 @@ fn the_manual_has_a_page_for_every_command() {
             "durward-api-validate.1",
             "durward-api-watch.1",
             "durward-api.1",
+            "durward-audit-who.1",
+            "durward-audit.1",
             "durward-bundle-show.1",
             "durward-bundle.1",
             "durward-completions.1",

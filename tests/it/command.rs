@@ -114,13 +114,14 @@ fn a_reload_ends_with_what_came_of_it() {
     agent.configure(mistakes);
     let (code, out, err) = said(&agent.reload(&[]));
     assert_eq!((code, &*out), (Some(1), ""), "{err}");
-    assert!(err.starts_with("not reloaded, the old configuration stays in force: "), "{err}");
+    assert!(err.starts_with("not reloaded, the old configuration stays in force:\n"), "{err}");
     assert!(err.contains("log_levle") && err.contains("other.org"), "all of them: {err}");
     let status = || {
         let socket = agent.admin();
         said(&durward(&["status", "--socket-path", socket.to_str().unwrap()], &[])).1
     };
     assert!(status().contains("Wrong:        the last reload failed "), "{}", status());
+    assert!(status().contains("log_levle"), "and why: {}", status());
 
     // A signal and a command at the same time: each is answered.
     agent.configure(&entry("/one", ""));

@@ -785,6 +785,7 @@ fn selectors_that_nobody_attests_are_refused() {
             "\"unix:uid:root\"",
             Some("\"unix:uid:root\": must be a number from 0 to 4294967294, as unix:uid:1000"),
         ),
+        ("\"user:bob\"", Some("\"user:bob\": write \"unix:user:bob\"")),
         ("\"unix:uidd:1\"", Some("\"unix:uidd:1\": no attestor makes this selector: did you mean unix:uid?")),
         (
             "\"k8s:ns:a\"",

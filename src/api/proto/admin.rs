@@ -196,6 +196,9 @@ pub struct ExplainResponse {
     /// The name of its command, as the kernel has it; the process's own choice.
     #[prost(string, tag = "11")]
     pub command: ::prost::alloc::string::String,
+    /// Why it is not known yet which entries there are; empty when it is. Then none match.
+    #[prost(string, tag = "12")]
+    pub not_known: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Said {
@@ -336,6 +339,15 @@ pub struct StatusResponse {
     /// Where a CA of this node signs: entries that no process of this node can have, each in one line with why. At most 9.
     #[prost(string, repeated, tag = "26")]
     pub entries_unmatched: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Where the audit is written, in words; empty when it is not known.
+    #[prost(string, tag = "27")]
+    pub audit: ::prost::alloc::string::String,
+    /// The last lines of the audit did not get there.
+    #[prost(bool, tag = "28")]
+    pub audit_untaken: bool,
+    /// Why the last reload failed, if it did: the first of its mistakes, each in one line. At most 4.
+    #[prost(string, repeated, tag = "29")]
+    pub reload_errors: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Times are in seconds since 1970.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
