@@ -252,7 +252,11 @@ fn a_configuration_is_validated_as_the_agent_would() {
     }
     let got = validate(&config);
     assert!(got.status.success(), "{}", text(&got.stderr));
-    assert!(text(&got.stderr).contains(&format!("an agent of user {NEIGHBOUR}")), "{}", text(&got.stderr));
+    assert!(
+        text(&got.stderr).contains(&format!("an agent that runs as user {NEIGHBOUR}")),
+        "{}",
+        text(&got.stderr)
+    );
     assert_eq!(run(Path::new(PROGRAM), &config, |_| {}).status.code(), Some(1));
 
     // Who can make directories there could have made this one himself.
