@@ -356,12 +356,20 @@ fn mistakes_say_what_would_be_right() {
             "caller { rate = 1 per = \"day\" burst = 400 }",
             "43: ratelimit.caller.burst 400: takes 400 days to come back at this rate; it must be at most 366",
         ),
-        ("no burst", "caller { rate = 1 }", "22: ratelimit.caller.rate: must have burst = 200 beside it"),
-        ("no rate", "caller { burst = 9 }", "22: ratelimit.caller.burst: must have rate = 100 beside it"),
+        (
+            "no burst",
+            "caller { rate = 1 }",
+            "22: ratelimit.caller.rate: must have burst beside it, for example burst = 200",
+        ),
+        (
+            "no rate",
+            "caller { burst = 9 }",
+            "22: ratelimit.caller.burst: must have rate beside it, for example rate = 100",
+        ),
         (
             "unit alone",
             "caller { per = \"day\" }",
-            "22: ratelimit.caller.per: must have rate = 100 beside it",
+            "22: ratelimit.caller.per: must have rate beside it, for example rate = 100",
         ),
         (
             "two limits",

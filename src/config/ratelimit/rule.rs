@@ -135,8 +135,8 @@ pub(super) fn limit(s: &mut Section<'_>, free: &[(&'static str, Limit)]) -> Resu
         return Ok(Some(Bound { limit, origin: Origin::Set, burst: None }));
     }
     let missing = [("rate", "rate = 100"), ("burst", "burst = 200")].into_iter().find(|(key, _)| !s.has(key));
-    if let Some((_, missing)) = missing {
-        s.wrong(place, key, None, format!("must have {missing} beside it"));
+    if let Some((missing, example)) = missing {
+        s.wrong(place, key, None, format!("must have {missing} beside it, for example {example}"));
     }
     // Of a unit that is wrong the longest: what is too much for it is too much.
     let unit = if s.has("per") { Per::Day } else { Per::Second };
