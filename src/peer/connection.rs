@@ -2,7 +2,8 @@
 //!
 //! A silent connection is parked without any HTTP/2 state. Not trusted: that a peer sends, reads, finishes or
 //! leaves. Every wait has an end: the handshake (up to the first complete request), a request without an
-//! answer, an answer that is not read, a connection without a request, a dead process, the drain. What a
+//! answer, an answer that is not read, a connection without a request, a dead process, the drain. What is left unread of a
+//! connection that is over is the kernel's until its peer has done with it, and so is held as long. What a
 //! connection may hold is bounded by [`ConnectionBounds`].
 
 use std::{
@@ -99,6 +100,7 @@ impl Connection {
         tokio::select! {
             () = unread.gone() => {}
             () = drains(&mut self.phases) => {}
+            () = gives_its_descriptor(&self.holding) => {}
         }
     }
 
@@ -317,6 +319,15 @@ fn noted(course: &Course, done: Result<(), hyper::Error>, ending: &Ending, peer:
         );
     }
     why
+}
+
+/// Waits until a connection that is over is to be closed for its descriptor. Of memory a close gives none back, and nobody would
+/// know any more whose it is.
+async fn gives_its_descriptor(holding: &Holding) {
+    holding.told(Some(Notice::ComeBack)).await;
+    if holding.is_above_share() {
+        std::future::pending().await
+    }
 }
 
 /// Waits until it is so; to be polled when that changes.
