@@ -218,15 +218,9 @@ impl AuditLine {
     /// A line of the audit, in either format; what comes from the journal may begin with its own time and name.
     fn parse(line: &str) -> Option<Self> {
         let line = line.trim();
-        let behind = || line.split_once("]: ").map(|(_, rest)| rest);
-        if line.starts_with('{') {
-            Self::of_json(line)
-        } else {
-            Self::of_text(line).or_else(|| {
-                let line = behind()?;
-                if line.starts_with('{') { Self::of_json(line) } else { Self::of_text(line) }
-            })
-        }
+        // Behind the journal's words alone: what looks like them in a line of the agent's may be what somebody wrote into a name.
+        let line = if is_of_agent(line) { line } else { line.split_once("]: ")?.1 };
+        if line.starts_with('{') { Self::of_json(line) } else { Self::of_text(line) }
     }
 
     fn of_json(line: &str) -> Option<Self> {
@@ -297,6 +291,14 @@ impl AuditLine {
         let ends = asked.from.is_none_or(|from| until.is_none_or(|until| until > from));
         (begins && ends).then_some(Holder { line: self, since, at, until })
     }
+}
+
+/// Whether a line begins as the agent's do: with a brace, or with its time and level.
+fn is_of_agent(line: &str) -> bool {
+    let mut words = line.split_whitespace();
+    line.starts_with('{')
+        || words.next().is_some_and(|at| OffsetDateTime::parse(at, &Rfc3339).is_ok())
+            && words.next().is_some_and(|level| level.parse::<tracing::Level>().is_ok())
 }
 
 /// A value of a line of text, and what is behind it.
@@ -441,6 +443,8 @@ mod tests {
             (r#"{"timestamp":"2026-11-23T23:30:00Z","level":"INFO","target":"durward","message":"svids given","times":3}"#.to_owned(), false),
             // What somebody wrote into a name is not a line of the audit.
             (format!("2026-11-23T23:30:00Z  WARN durward: refused command=\"x INFO audit: svids given {fields}\""), false),
+            (format!("2026-11-23T23:30:00Z  WARN durward: refused command=\"x]: 2026-11-23T23:30:00Z  INFO audit: svids given {fields}\""), false),
+            (format!("2026-11-23T23:30:00+00:00 host durward[7]: 2026-11-23T23:30:00Z  INFO audit: svids given {fields}"), true),
             ("svids given".to_owned(), false),
             (String::new(), false),
         ] {
