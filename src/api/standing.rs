@@ -179,10 +179,6 @@ impl AgentStanding {
 
     fn not_ready(&self) -> String {
         let why = SvidKind::VALUES.iter().find_map(|kind| self.issuer.can_sign(*kind).err());
-        if why.is_none() {
-            // The agent's own probe comes to the same, a moment later.
-            self.health.set(Probe::Healthy);
-        }
         match why {
             _ if self.health.get() == Probe::Draining => "the agent is about to end".to_owned(),
             Some(why) => chain(&why),
@@ -195,7 +191,7 @@ impl AgentStanding {
                 "the socket {} is gone, and nobody can connect: restart the agent, or the socket unit that made it",
                 self.socket_path.display()
             ),
-            None if self.health.get() == Probe::Starting => "the agent has just started".to_owned(),
+            None if self.health.get() == Probe::Starting => "the agent is about to be ready".to_owned(),
             None => "callers cannot be served or told apart: see the log".to_owned(),
         }
     }
