@@ -309,6 +309,27 @@ async fn a_drain_tells_streams_to_come_back() {
     assert!(!socket.exists(), "the socket is gone");
 }
 
+/// The services that reflection of this version names: both have types of their own.
+macro_rules! reflected {
+    ($version:ident, $channel:expr) => {{
+        use tonic_reflection::pb::$version::{
+            ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+            server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+        };
+        let ask = ServerReflectionRequest {
+            host: String::new(),
+            message_request: Some(MessageRequest::ListServices(String::new())),
+        };
+        let mut reflection = ServerReflectionClient::new($channel.clone());
+        let answers = reflection.server_reflection_info(tokio_stream::once(ask)).await.unwrap();
+        let answer = answers.into_inner().message().await.unwrap().unwrap();
+        let Some(MessageResponse::ListServicesResponse(list)) = answer.message_response else {
+            panic!("a list of services")
+        };
+        list.service.into_iter().map(|service| service.name).collect::<Vec<_>>()
+    }};
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn health_and_reflection_answer_without_the_header() {
     use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
@@ -320,53 +341,10 @@ async fn health_and_reflection_answer_without_the_header() {
     let status = health.check(HealthCheckRequest { service: "x".to_owned() }).await.unwrap_err();
     assert_eq!(said(&status), (Code::InvalidArgument, "per-service health is not supported"));
 
-    use tonic_reflection::pb::v1::{
-        ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
-        server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
-    };
-    let ask = ServerReflectionRequest {
-        host: String::new(),
-        message_request: Some(MessageRequest::ListServices(String::new())),
-    };
-    let mut reflection = ServerReflectionClient::new(channel.clone());
-    let answer = reflection
-        .server_reflection_info(tokio_stream::once(ask))
-        .await
-        .unwrap()
-        .into_inner()
-        .message()
-        .await;
-    let Some(MessageResponse::ListServicesResponse(list)) = answer.unwrap().unwrap().message_response else {
-        panic!("a list of services")
-    };
-    let names: Vec<String> = list.service.into_iter().map(|s| s.name).collect();
-    for want in ["SpiffeWorkloadAPI", "grpc.health.v1.Health"] {
-        assert!(names.iter().any(|name| name == want), "{want} in {names:?}");
-    }
-
-    // As older clients ask, grpcurl 1.8 among them.
-    use tonic_reflection::pb::v1alpha;
-    let ask = v1alpha::ServerReflectionRequest {
-        host: String::new(),
-        message_request: Some(
-            v1alpha::server_reflection_request::MessageRequest::ListServices(String::new()),
-        ),
-    };
-    let mut reflection = v1alpha::server_reflection_client::ServerReflectionClient::new(channel);
-    let answer = reflection
-        .server_reflection_info(tokio_stream::once(ask))
-        .await
-        .unwrap()
-        .into_inner()
-        .message()
-        .await;
-    let answer = answer.unwrap().unwrap().message_response;
-    let Some(v1alpha::server_reflection_response::MessageResponse::ListServicesResponse(list)) = answer
-    else {
-        panic!("a list of services")
-    };
-    let names: Vec<String> = list.service.into_iter().map(|it| it.name).collect();
-    for want in ["SpiffeWorkloadAPI", "grpc.health.v1.Health"] {
-        assert!(names.iter().any(|name| name == want), "{want} in {names:?}");
+    // As older clients ask, grpcurl 1.8 among them, and as newer ones do.
+    for (version, names) in [("v1alpha", reflected!(v1alpha, channel)), ("v1", reflected!(v1, channel))] {
+        for want in ["SpiffeWorkloadAPI", "grpc.health.v1.Health"] {
+            assert!(names.iter().any(|name| name == want), "{version}: {want} in {names:?}");
+        }
     }
 }
