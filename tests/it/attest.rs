@@ -26,7 +26,7 @@ use durward::{
     attest::{AttestError, AttestSettings, Attestor, Blame, Questions, Subject, unix::UnixSettings},
     identity::{Entry, EntryAttributes, EntryId, EntryIndex, Selector, Selectors, SpiffeId},
     limits::{CallerKey, Limits, Method, report::Standing},
-    peer::{OsUid, Peer},
+    peer::{KeyResolver, OsUid, Peer},
     telemetry::metrics::Metrics,
 };
 use nix::{
@@ -142,6 +142,11 @@ impl Process {
 
     pub(crate) fn pid(&self) -> i32 {
         self.child.id().cast_signed()
+    }
+
+    /// The same process, charged to whom these keys say.
+    pub(crate) fn peer_by(&self, keys: &impl KeyResolver) -> Arc<Peer> {
+        Arc::new(Peer::from_stream(&self.stream, keys).unwrap())
     }
 
     /// Has it do something, and waits until it is done.

@@ -28,7 +28,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    attest::entry_for,
+    attest::{Process, entry_for},
     kubelet::{FakeKubelet, HANGS_UP, HTML, JSON, Reply, container_id, listed, pod, pod_uid, usual_pod},
 };
 
@@ -59,19 +59,29 @@ impl FakeKubelet {
 
 /// A peer that is in this container of this pod, as far as its `/proc` says.
 fn caller(pod: u32, container: u32) -> Arc<Peer> {
-    in_cgroup(&format!("/kubepods/burstable/pod{}/{}", pod_uid(pod), container_id(container)))
+    in_cgroup(&cgroup(pod, container))
 }
 
 fn in_cgroup(path: &str) -> Arc<Peer> {
     let root = TempDir::new().unwrap();
-    let dir = root.path().join(std::process::id().to_string());
-    fs::create_dir(&dir).unwrap();
-    fs::write(dir.join("cgroup"), format!("0::{path}\n")).unwrap();
-    let keys = PodOrUid::reading(root.path(), KubernetesMode::On, false, KubeletRoot::default());
+    let keys = keys_of(&root, std::process::id(), path);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let peer = Peer::from_stream(&ours, &keys).unwrap();
     drop(theirs);
     Arc::new(peer)
+}
+
+/// Keys that find one process in this cgroup.
+fn keys_of(root: &TempDir, pid: u32, cgroup: &str) -> PodOrUid {
+    let dir = root.path().join(pid.to_string());
+    fs::create_dir(&dir).unwrap();
+    fs::write(dir.join("cgroup"), format!("0::{cgroup}\n")).unwrap();
+    PodOrUid::reading(root.path(), KubernetesMode::On, false, KubeletRoot::default())
+}
+
+/// The cgroup of a container of a pod.
+fn cgroup(pod: u32, container: u32) -> String {
+    format!("/kubepods/burstable/pod{}/{}", pod_uid(pod), container_id(container))
 }
 
 /// The questions of entries that ask for these selectors; those of one are separated by blanks.
@@ -527,6 +537,57 @@ async fn a_token_that_changes_is_read_again() {
     attestor.reload(attestor_with);
     let error = attest(&attestor, &caller(3, 3), &entries).await.unwrap_err();
     assert!(whole(&error).contains("does not list"), "{}", whole(&error));
+}
+
+#[tokio::test]
+async fn a_ca_that_changes_is_read_again() {
+    let kubelet = FakeKubelet::start(listed(&[pod(1)]));
+    let (right, wrong) = (fs::read(&kubelet.ca).unwrap(), fs::read(&kubelet.other_ca).unwrap());
+    fs::write(&kubelet.ca, &wrong).unwrap();
+    let attestor = kubelet.attestor(|_| {});
+    let entries = ["k8s:ns:ns1"];
+    let unknown = |error: &AttestError| assert!(whole(error).contains("no CA of"), "{}", whole(error));
+    unknown(&attest(&attestor, &caller(1, 1), &entries).await.unwrap_err());
+
+    // The next request takes what is there by then.
+    fs::write(&kubelet.ca, &right).unwrap();
+    let subject = attest(&attestor, &caller(1, 1), &entries).await.unwrap();
+    assert!(of_pod(&subject).contains(&"sa:sa1".to_owned()));
+
+    // Whoever was known by the old one is not for ever: the interval makes a connection of its own, by what is there.
+    let attestor = kubelet.attestor(|it| it.reload_interval = Duration::ZERO);
+    attest(&attestor, &caller(1, 1), &entries).await.unwrap();
+    fs::write(&kubelet.ca, &wrong).unwrap();
+    unknown(&attest(&attestor, &caller(2, 2), &entries).await.unwrap_err());
+
+    // One that is half written leaves the last one in use.
+    for (pod, text) in [(2, &right[..]), (3, &right[..right.len() / 2])] {
+        fs::write(&kubelet.ca, text).unwrap();
+        let error = attest(&attestor, &caller(pod, pod), &entries).await.unwrap_err();
+        assert!(whole(&error).contains("does not list"), "{pod}: {}", whole(&error));
+    }
+}
+
+#[tokio::test]
+async fn who_ends_while_the_kubelet_is_asked_is_nobody() {
+    let kubelet = FakeKubelet::start(listed(&[pod(2)]));
+    let attestor = kubelet.attestor(|it| it.max_poll_attempts = 120);
+    let (dir, root) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let mut process = Process::start(&dir);
+    let peer = process.peer_by(&keys_of(&root, process.child.id(), &cgroup(1, 1)));
+    let both = async {
+        tokio::join!(attest(&attestor, &peer, &["k8s:ns:ns1"]), async {
+            while kubelet.requests() < 2 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            // A child of it has the socket from now on.
+            process.order("bequeath socket");
+            peer.exited().await;
+            kubelet.says(listed(&[pod(2), pod(1)]));
+        })
+    };
+    let (got, ()) = tokio::time::timeout(PATIENCE, both).await.unwrap();
+    assert!(matches!(got, Err(AttestError::Gone)), "{got:?}");
 }
 
 #[tokio::test]
