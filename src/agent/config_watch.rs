@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::{
     sync::oneshot,
-    time::{Interval, MissedTickBehavior, interval_at},
+    time::{Instant, sleep_until},
 };
 
 use super::errands::Errands;
@@ -16,8 +16,10 @@ use crate::{
     os::clock::beat,
 };
 
-/// How often they are looked at. A change is acted upon when two looks found the same: whoever writes has finished.
+/// How often they are looked at.
 const EVERY: Duration = Duration::from_secs(2);
+/// How soon again after a change. It is acted upon when two looks found the same: whoever writes has finished.
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// After so many looks that found a change, each another one, what is there is acted upon: whoever writes may never finish, and
 /// half of a file changes nothing.
@@ -32,17 +34,16 @@ pub(super) struct ConfigWatch {
     /// How many looks in a row have found something else than the one before, and than what is known.
     unlike: u32,
     looking: Option<oneshot::Receiver<Sources>>,
-    every: Interval,
+    /// When the next look is.
+    next: Instant,
     on: bool,
 }
 
 impl ConfigWatch {
     /// Of the files that `config` was read from.
     pub(super) fn of(config: &Config) -> Self {
-        let mut every = interval_at(beat(EVERY), EVERY);
-        every.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let known = config.sources.clone();
-        Self { known, found: None, unlike: 0, looking: None, every, on: config.agent.watch_config }
+        let (known, next) = (config.sources.clone(), beat(EVERY));
+        Self { known, found: None, unlike: 0, looking: None, next, on: config.agent.watch_config }
     }
 
     /// These are in force now.
@@ -63,14 +64,16 @@ impl ConfigWatch {
         }
         loop {
             let Some(looking) = &mut self.looking else {
-                self.every.tick().await;
+                sleep_until(self.next).await;
                 let known = self.known.clone();
                 self.looking = Some(errands.begin(move || known.now()));
                 continue;
             };
             let now = looking.await;
             self.looking = None;
-            if now.is_ok_and(|now| self.is_settled(now)) {
+            let is_settled = now.is_ok_and(|now| self.is_settled(now));
+            self.next = if self.found.is_some() { Instant::now() + AGAIN } else { beat(EVERY) };
+            if is_settled {
                 return;
             }
         }
