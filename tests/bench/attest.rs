@@ -15,6 +15,7 @@
 //! processes of the bench in cgroups that carry the UIDs and IDs that are listed. Each has one connection, on which it calls
 //! FetchJWTSVID; they are of ten service accounts, each with an entry of a real SPIRE Server. Both agents have the same
 //! configuration and ten seconds to get what the server has; processor time and requests are of the time of the calls alone.
+//! The floor is a bare tonic server that answers the same calls with the same bytes, and asks nobody anything.
 
 #![expect(
     clippy::disallowed_methods,
@@ -52,7 +53,7 @@ use kubelet::{FakeKubelet, Reply, listed, usual_pod};
 use pod::{Pod, PodCgroup, Saw};
 use process::{Part as _, READY};
 use spire::{Contender, SpireServer};
-use support::{Server, row};
+use support::{Server, floor_process, row};
 
 /// As many as the pods are of.
 const ACCOUNTS: u32 = 10;
@@ -148,9 +149,13 @@ fn milliseconds(mut micros: Vec<u32>, percent: usize) -> f64 {
     micros.get(at).map_or(f64::NAN, |micros| f64::from(*micros) / 1000.0)
 }
 
-async fn measured(kind: Contender, server: &SpireServer, kubelet: &FakeKubelet, count: u32) -> Figures {
+async fn contender(kind: Contender, server: &SpireServer, kubelet: &FakeKubelet) -> Server {
     let agent = Server::start(kind.name(), |dir| command(kind, server, kubelet, dir)).await;
     tokio::time::sleep(SETTLED).await;
+    agent
+}
+
+fn measured(agent: &Server, kubelet: &FakeKubelet, count: u32) -> Figures {
     let pods = Pods::start(count, &agent.socket());
     let (cpu, requests) = (agent.cpu(), kubelet.requests());
     let saw = pods.call();
@@ -158,7 +163,7 @@ async fn measured(kind: Contender, server: &SpireServer, kubelet: &FakeKubelet, 
     let mut failed: BTreeMap<&str, u32> = BTreeMap::new();
     saw.iter().flat_map(|saw| &saw.failed).for_each(|how| *failed.entry(how).or_default() += 1);
     if !failed.is_empty() {
-        println!("{}: {failed:?}", kind.name());
+        println!("{}: {failed:?}", agent.name);
         let log = std::fs::read_to_string(agent.dir.path().join("log")).unwrap_or_default();
         log.lines().rev().take(5).for_each(|line| println!("  {line}"));
     }
@@ -190,18 +195,22 @@ async fn bench() {
         println!("{count} pods, whose list has {} KB", text.len() / 1000);
     }
     let kubelet = FakeKubelet::start(list);
-    row(&["", "spire-agent", "durward", "ratio", "aim"].map(str::to_owned));
-    row(&["---"; 5].map(str::to_owned));
-    let theirs = measured(Contender::Spire, &server, &kubelet, count).await;
-    let ours = measured(Contender::Durward, &server, &kubelet, count).await;
-    for ((what, theirs, _), (_, ours, aim)) in theirs.into_iter().zip(ours) {
+    row(&["", "spire-agent", "durward", "ratio", "aim", "floor"].map(str::to_owned));
+    row(&["---"; 6].map(str::to_owned));
+    let theirs = measured(&contender(Contender::Spire, &server, &kubelet).await, &kubelet, count);
+    let ours = measured(&contender(Contender::Durward, &server, &kubelet).await, &kubelet, count);
+    let floor = Server::floor(&Server::agent("").await).await;
+    let bare = measured(&floor, &kubelet, count);
+    for (((what, theirs, _), (_, ours, aim)), (_, bare, _)) in theirs.into_iter().zip(ours).zip(bare) {
         let ratio = format!("{:.2}", ours / theirs);
-        row(&[what.to_owned(), format!("{theirs:.1}"), format!("{ours:.1}"), ratio, aim.to_owned()]);
+        let [theirs, ours, bare] = [theirs, ours, bare].map(|figure| format!("{figure:.1}"));
+        row(&[what.to_owned(), theirs, ours, ratio, aim.to_owned(), bare]);
     }
 }
 
 fn main() {
     Pod::come_if_told();
+    floor_process();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     runtime.expect("a runtime").block_on(bench());
 }
