@@ -18,7 +18,8 @@
 //! | the same below `/kubelet` or `/kubelet.slice` (`kubelet-kubepods..`) | U | kubelet with `--cgroup-root`, kind |
 //! | `/kubepods[-QOS]-podU.slice:cri-containerd:C` | U | kubelet with systemd, containerd with cgroupfs |
 //! | `/system.slice/containerd.service/` before that | U | the same; also Docker, k3s and RKE2 |
-//! | `/docker/C`, `/system.slice/docker-C.scope`, `/machine.slice/libpod-C.scope`, up to four, before all that | U | kind, k3d, minikube: made by a runtime that root runs |
+//! | `/docker/C`, `/system.slice/docker-C.scope`, `/machine.slice/libpod-C.scope`, up to four, before all that | U | kind, k3d, minikube: the containers that the agent is in itself |
+//! | the same of any other container | none | Podman lets a container that runs systemd make cgroups in its own, whoever is in it |
 //! | `/../` before all that | U | seen from a cgroup namespace beside or below |
 //! | `/../../[QOS/]podU/..`, `/../../kubepods[-QOS]-podU.slice/..` | U | the agent is a pod itself: above it stands only the kubelet |
 //! | `/../C`, `/../../C`, `/` | none | the agent's own pod, or nothing to see |
@@ -29,11 +30,12 @@
 //! `crio` and `docker`. Lines that name the pod and no container are passed over; two containers, and it is none.
 //!
 //! U is 32 hexadecimal digits, with `-` or with `_` or (static pods) with nothing between 8-4-4-4-12 of them, and C
-//! 64. Where a container that is no pod may write its cgroups (a privileged one, or one of LXC) and stands under one
-//! of those names, set `kubelet_cgroup_root`: then that root alone counts, with nothing before it.
+//! 64. Where a container that is no pod may write its cgroups (one of LXC) and stands under one of those names, or the
+//! kubelet runs in a container and the agent does not, set `kubelet_cgroup_root`: then that root alone counts.
 
 use std::{
     fmt,
+    iter::successors,
     path::{Path, PathBuf},
 };
 
@@ -71,8 +73,8 @@ const SCOPES: [&[u8]; 3] = [b"cri-containerd-", b"crio-", b"docker-"];
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KubeletRoot {
     roots: Vec<Root>,
-    /// Whether containers of known runtimes may stand before a root.
-    nested: bool,
+    /// What may stand before a root; `None` where an admin named it.
+    around: Option<Vec<Box<[u8]>>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,7 +98,7 @@ pub enum KubeletRootError {
 }
 
 impl Default for KubeletRoot {
-    /// The roots of the kubelet's own defaults and of kind, also within containers.
+    /// The roots of the kubelet's own defaults and of kind.
     fn default() -> Self {
         let roots = [
             "kubepods/kubepods",
@@ -105,7 +107,7 @@ impl Default for KubeletRoot {
             "kubelet/kubepods",
             "kubelet.slice/kubelet-kubepods.slice",
         ];
-        Self { roots: roots.map(Root::new).to_vec(), nested: true }
+        Self { roots: roots.map(Root::new).to_vec(), around: Some(Vec::new()) }
     }
 }
 
@@ -124,7 +126,26 @@ impl KubeletRoot {
         if path.split('/').any(|segment| segment == "user.slice") {
             return Err(KubeletRootError::UserSlice { got: got() });
         }
-        Ok(Self { roots: vec![Root::new(path)], nested: false })
+        Ok(Self { roots: vec![Root::new(path)], around: None })
+    }
+
+    /// Where the kubelet may run in a container: those of known runtimes that the agent is in itself, by its own
+    /// `/proc/self/cgroup`. A root that an admin named stays as it is.
+    #[must_use]
+    pub fn seen_from(mut self, own: &[u8]) -> Self {
+        if let Some(around) = &mut self.around {
+            let paths = own.split(|b| *b == b'\n').filter_map(|line| line.splitn(3, |b| *b == b':').nth(2));
+            for path in paths.filter_map(|path| path.strip_prefix(b"/")) {
+                let containers =
+                    successors(within_container(Rest(Some(path))), |rest| within_container(*rest));
+                for before in containers.take(NESTING).map(|rest| rest.before(path)) {
+                    if !around.iter().any(|known| **known == *before) {
+                        around.push(before.into());
+                    }
+                }
+            }
+        }
+        self
     }
 }
 
@@ -202,6 +223,13 @@ impl<'a> Rest<'a> {
         first
     }
 
+    /// What of `path` stands before this rest of it.
+    fn before(self, path: &'a [u8]) -> &'a [u8] {
+        // And the slash between.
+        let left = self.0.map_or(0, |rest| rest.len() + 1);
+        path.get(..path.len().saturating_sub(left)).unwrap_or(path)
+    }
+
     /// What follows `segments`, if the path begins with them.
     fn after(mut self, segments: &[Box<[u8]>]) -> Option<Self> {
         segments.iter().all(|segment| self.next() == Some(segment)).then_some(self)
@@ -221,20 +249,19 @@ fn place_of_path(path: &[u8], root: &KubeletRoot) -> Option<PodPlace> {
         ups += 1;
     }
     // Whoever could make up what stands after a `..` owns a cgroup that the agent's lies in, and so the agent.
-    from_top(rest, root).or_else(|| if ups >= 2 { within_root(rest, root) } else { None })
+    from_top(rest, path, root).or_else(|| if ups >= 2 { within_root(rest, root) } else { None })
 }
 
-/// A path that begins at the top of the tree, or of a container that a known runtime made there.
-fn from_top(mut rest: Rest<'_>, root: &KubeletRoot) -> Option<PodPlace> {
+/// A path that begins at the top of the tree, or of a container that the agent is in.
+fn from_top(mut rest: Rest<'_>, path: &[u8], root: &KubeletRoot) -> Option<PodPlace> {
     for _ in 0..=NESTING {
         let pod = root.roots.iter().find_map(|root| root.pod_below(rest.after(&root.segments)?));
         if let Some(pod) = pod.or_else(|| mixed_drivers(rest, root)) {
             return Some(pod);
         }
-        if !root.nested {
-            return None;
-        }
         rest = within_container(rest)?;
+        let before = rest.before(path);
+        root.around.iter().flatten().find(|around| ***around == *before)?;
     }
     None
 }
@@ -420,7 +447,13 @@ impl PodOrUid {
             KubernetesMode::On => true,
             KubernetesMode::Off => false,
         };
-        Self { kubelet: look.then_some(root), proc_root: proc_root.into() }
+        let proc_root = proc_root.into();
+        let seen = || {
+            let mut buffer = [0; LIMIT];
+            let own = read_cgroup(&proc_root.join("self"), &mut buffer);
+            root.seen_from(own.unwrap_or_default())
+        };
+        Self { kubelet: look.then(seen), proc_root }
     }
 
     /// Whether pods are looked for.
@@ -433,10 +466,14 @@ impl PodOrUid {
         self.place_of(pid).map(|place| place.pod)
     }
 
+    fn of(&self, pid: Pid) -> PathBuf {
+        self.proc_root.join(pid.to_string())
+    }
+
     fn place_of(&self, pid: Pid) -> Option<PodPlace> {
         let root = self.kubelet.as_ref()?;
         let mut buffer = [0; LIMIT];
-        find(read_cgroup(&self.proc_root, pid, &mut buffer)?, root).map(|found| found.place)
+        find(read_cgroup(&self.of(pid), &mut buffer)?, root).map(|found| found.place)
     }
 }
 
@@ -470,7 +507,7 @@ impl PodOrUid {
         let uid = CallerKey::Uid(user.as_raw());
         let Some(root) = &self.kubelet else { return (uid, KeySource::NotKubernetes) };
         let mut buffer = [0; LIMIT];
-        match read_cgroup(&self.proc_root, pid, &mut buffer) {
+        match read_cgroup(&self.of(pid), &mut buffer) {
             None => (uid, KeySource::Unreadable),
             Some(text) => match find(text, root) {
                 None => (uid, KeySource::NoPod),
@@ -497,9 +534,8 @@ impl KeyResolver for PodOrUid {
 }
 
 /// The whole of `/proc/PID/cgroup`, or nothing when it is longer than the buffer or cannot be read.
-fn read_cgroup<'a>(proc_root: &Path, pid: Pid, buffer: &'a mut [u8; LIMIT]) -> Option<&'a [u8]> {
-    let path = proc_root.join(format!("{pid}/cgroup"));
-    let file = open(&path, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).ok()?;
+fn read_cgroup<'a>(process: &Path, buffer: &'a mut [u8; LIMIT]) -> Option<&'a [u8]> {
+    let file = open(&process.join("cgroup"), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).ok()?;
     // The kernel makes the whole text for one read.
     let n = read(&file, buffer).ok()?;
     if n < LIMIT { buffer.get(..n) } else { None }
@@ -535,6 +571,11 @@ mod tests {
 
     fn of(text: &str, root: &KubeletRoot) -> Option<PodUid> {
         pod_uid(written(text).as_bytes(), root)
+    }
+
+    /// As an agent sees it that is in the same containers, and in no pod.
+    fn beside(text: &str) -> KubeletRoot {
+        KubeletRoot::default().seen_from(written(text).as_bytes())
     }
 
     #[test]
@@ -573,7 +614,7 @@ mod tests {
             ("a name of its own", "0::/kubepods/pod{u}/x-{c}.scope".to_owned(), None),
             ("deeper", "0::/kubepods/pod{u}/app/{c}".to_owned(), None),
         ] {
-            let place = find(written(&text).as_bytes(), &KubeletRoot::default()).map(|found| found.place);
+            let place = find(written(&text).as_bytes(), &beside(&text)).map(|found| found.place);
             assert_eq!(place, Some(PodPlace { pod: UID, container: want }), "{case}");
         }
     }
@@ -802,7 +843,7 @@ mod tests {
             for (version, before) in [("v1", "9:name=systemd:"), ("v1, two", "4:cpu,cpuacct:"), ("v2", "0::")]
             {
                 let line = format!("{before}{path}\n");
-                assert_eq!(of(&line, &KubeletRoot::default()), want, "{case} ({version}): {line}");
+                assert_eq!(of(&line, &beside(&line)), want, "{case} ({version}): {line}");
             }
         }
     }
@@ -855,7 +896,41 @@ mod tests {
             ("no path from the top", "0::kubepods/pod{u}/{c}\n", none),
             ("trouble after an answer", "0::/kubepods/pod{u}/{c}\ntrouble\n", none),
         ] {
-            assert_eq!(of(text, &KubeletRoot::default()), want, "{case}");
+            assert_eq!(of(text, &beside(text)), want, "{case}");
+        }
+    }
+
+    #[test]
+    fn a_container_is_believed_by_who_is_in_it() {
+        let (pod, none) = (Some(UID), None);
+        let kind = "/docker/{d}/kubelet/kubepods/burstable/pod{u}/{c}";
+        let podman = "/machine.slice/libpod-{d}.scope/container/kubepods/pod{u}/{c}";
+        let nested = "/docker/{d}/docker/{c}/kubepods/pod{u}/{c}";
+        for (case, own, path, want) in [
+            ("a pod of kind", "0::/docker/{d}/kubelet/kubepods/burstable/pod{o}/{c}", kind, pod),
+            ("a service of the node", "0::/docker/{d}/system.slice/durward.service", kind, pod),
+            ("the node's first process", "0::/docker/{d}", kind, pod),
+            ("one line of many", "3:cpu:/\n2:cpuset:/docker/{d}/init.scope\n0::/\n", kind, pod),
+            ("a service of the host", "0::/system.slice/durward.service", kind, none),
+            ("a pod of the host", "0::/kubepods/pod{o}/{c}", kind, none),
+            ("another container", "0::/docker/{c}/kubepods/pod{o}/{c}", kind, none),
+            ("the top of a namespace", "0::/", kind, none),
+            ("nothing can be read", "", kind, none),
+            (
+                "a container of Podman's",
+                "0::/machine.slice/libpod-{d}.scope/container/init.scope",
+                podman,
+                pod,
+            ),
+            ("beside it", "0::/system.slice/durward.service", podman, none),
+            ("the inner of two", "0::/docker/{d}/docker/{c}/init.scope", nested, pod),
+            ("the outer of two", "0::/docker/{d}/init.scope", nested, none),
+            ("a namespace between", "0::/docker/{d}/init.scope", "/../docker/{d}/kubepods/pod{u}/{c}", none),
+        ] {
+            let line = format!("0::{path}\n");
+            assert_eq!(of(&line, &beside(own)), want, "{case}: {line}");
+            let named = KubeletRoot::parse("/kubepods").unwrap().seen_from(written(own).as_bytes());
+            assert_eq!(of(&line, &named), none, "{case}, with a root that was named");
         }
     }
 
@@ -958,7 +1033,8 @@ mod tests {
                 Some("none") => None,
                 other => panic!("{name}: ends in {other:?}, which says no result"),
             };
-            assert_eq!(pod_uid(&fs::read(&path).unwrap(), &KubeletRoot::default()), want, "{name}");
+            let text = fs::read(&path).unwrap();
+            assert_eq!(pod_uid(&text, &KubeletRoot::default().seen_from(&text)), want, "{name}");
             seen += 1;
         }
         assert!(seen >= 10, "only {seen} files");
@@ -1027,7 +1103,7 @@ mod tests {
             invented in proptest::collection::vec(convincing(), 0..8),
         ) {
             let line = format!("0::{}{top}{}\n", "/..".repeat(ups), path(&invented));
-            prop_assert_eq!(of(&line, &KubeletRoot::default()), None, "{}", line);
+            prop_assert_eq!(of(&line, &beside("0::/docker/{c}/system.slice/agent.service")), None, "{}", line);
         }
 
         #[test]
@@ -1035,7 +1111,7 @@ mod tests {
             before in proptest::collection::vec(convincing(), 0..6),
             after in proptest::collection::vec(convincing(), 0..6),
         ) {
-            let root = KubeletRoot::default();
+            let root = beside("0::/docker/{c}/system.slice/agent.service");
             let delegated = format!("0::{}/user.slice", path(&before));
             let invented = format!("{delegated}{}", path(&after));
             prop_assert_eq!(of(&invented, &root), of(&delegated, &root), "{}", invented);
@@ -1055,7 +1131,7 @@ mod tests {
             invented in proptest::collection::vec(convincing(), 0..8),
         ) {
             let line = format!("0::{shape}{}", path(&invented));
-            prop_assert_eq!(of(&line, &KubeletRoot::default()), Some(UID), "{}", line);
+            prop_assert_eq!(of(&line, &beside(&format!("0::{shape}"))), Some(UID), "{}", line);
         }
 
         #[test]
