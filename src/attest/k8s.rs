@@ -42,7 +42,7 @@ use self::{
     asker::{Asker, Unfound},
     namespaces::{ListedNamespace, NamespaceQuestion},
     pods::{FoundContainer, PodContainer, PodExcess, PodOwner},
-    settings::{NO_API_SERVER, is_of_node},
+    settings::{NO_API_SERVER, is_of_node, names_node},
     view::{PodView, PodsQuestion},
 };
 pub use self::{
@@ -141,6 +141,11 @@ pub enum K8sError {
         "the kubelet that was asked for node {asked:?} lists {pod} for node {found:?}: set node_name to this node's"
     )]
     OtherNode { pod: CallerKey, found: String, asked: Arc<str> },
+    /// The pods are those of two nodes, and nobody says which is this one.
+    #[error(
+        "the kubelet lists {pod} for node {found:?} and another pod for {other:?}: set node_name to this node's"
+    )]
+    TwoNodes { pod: CallerKey, found: String, other: String },
     /// The pod is like none that Kubernetes lets be made.
     #[error("{pod} has {excess}, so its selectors are not known")]
     Excess { pod: CallerKey, excess: String },
@@ -161,7 +166,9 @@ impl K8sError {
             | Self::LargeNamespace { .. }
             | Self::Excess { .. } => (Blame::Fault, AttestFault::Unreadable),
             Self::Unlisted { .. } => (Blame::Fault, AttestFault::Unlisted),
-            Self::Ambiguous(_) | Self::OtherNode { .. } => (Blame::Fault, AttestFault::Untrusted),
+            Self::Ambiguous(_) | Self::OtherNode { .. } | Self::TwoNodes { .. } => {
+                (Blame::Fault, AttestFault::Untrusted)
+            }
             Self::Crowded => (Blame::Crowd, AttestFault::Busy),
         }
     }
@@ -444,9 +451,18 @@ fn selectors(
     settings: &K8sSettings,
 ) -> Result<Selectors, K8sError> {
     let FoundContainer { pod, container } = found;
-    if let Some(asked) = view.node.as_ref().filter(|asked| !is_of_node(&pod.node, asked)) {
-        let (pod, found) = (pod.key(), pod.node.to_string());
-        return Err(K8sError::OtherNode { pod, found, asked: Arc::clone(asked) });
+    match view.node.as_ref().filter(|asked| names_node(asked)) {
+        Some(asked) if !is_of_node(&pod.node, asked) => {
+            let (pod, found) = (pod.key(), pod.node.to_string());
+            return Err(K8sError::OtherNode { pod, found, asked: Arc::clone(asked) });
+        }
+        Some(_) => {}
+        None => {
+            if let Some(other) = view.pods.of_another_node(pod) {
+                let [found, other] = [&pod.node, &other.node].map(ToString::to_string);
+                return Err(K8sError::TwoNodes { pod: pod.key(), found, other });
+            }
+        }
     }
     if let Some(excess) = pod.excess() {
         return Err(K8sError::Excess { pod: pod.key(), excess: excess.to_string() });

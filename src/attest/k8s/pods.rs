@@ -20,8 +20,12 @@ use crate::{
 pub const MOST_PODS: usize = 2048;
 /// A longer name, label or image makes a pod one that cannot be told, in bytes. Kubernetes allows 317 for a label's key.
 pub(super) const LONGEST: usize = 1024;
-/// Labels, owners, or containers of a kind of one pod.
-pub(super) const MOST_OF_POD: usize = 256;
+/// Owners, or containers of a kind, of one pod.
+const MOST_OF_POD: usize = 256;
+/// Labels of one.
+pub(super) const MOST_LABELS: usize = 1024;
+/// What is kept of one pod, in bytes. Of a usual one it is a kilobyte.
+const LARGEST_POD: usize = 128 * 1024;
 /// What is kept of all pods, in bytes. Of 500 usual ones it is half a megabyte.
 pub(super) const MOST_KEPT: usize = 8 * 1024 * 1024;
 
@@ -88,15 +92,27 @@ impl FoundContainer<'_> {
 pub enum PodExcess {
     /// A name, label or image.
     Text,
-    /// Labels, owners or containers.
+    /// Labels.
+    Labels,
+    /// Owners or containers.
     Number,
+    /// All of it.
+    Pod,
+    /// All of all pods, of which this one has most.
+    List,
 }
 
 impl fmt::Display for PodExcess {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Text => write!(f, "a name, label or image of more than {LONGEST} bytes"),
-            Self::Number => write!(f, "more than {MOST_OF_POD} labels, owners or containers"),
+            Self::Labels => write!(f, "more than {MOST_LABELS} labels"),
+            Self::Number => write!(f, "more than {MOST_OF_POD} owners or containers"),
+            Self::Pod => write!(f, "names, labels and images of more than {LARGEST_POD} bytes"),
+            Self::List => write!(
+                f,
+                "more names, labels and images than others, and those of all pods are more than {MOST_KEPT} bytes"
+            ),
         }
     }
 }
@@ -145,6 +161,27 @@ impl PodList {
         self.pods.is_empty()
     }
 
+    /// Lets go of the largest, until as much is kept as may be: whoever makes pods on a node must not keep the others from
+    /// being told. Returns whether that was enough.
+    fn make_room(&mut self) -> bool {
+        let mut by_size: Vec<(usize, &mut ListedPod)> =
+            self.pods.iter_mut().filter(|pod| pod.excess.is_none()).map(|pod| (pod.size(), pod)).collect();
+        by_size.sort_unstable_by_key(|(size, _)| *size);
+        // Well below, so that it is not done for each pod that follows.
+        while self.size > MOST_KEPT / 4 * 3
+            && let Some((size, largest)) = by_size.pop()
+        {
+            largest.shed(PodExcess::List);
+            self.size -= size.saturating_sub(largest.size());
+        }
+        self.size <= MOST_KEPT
+    }
+
+    /// A pod of another node than this one is of, if there is one.
+    pub(super) fn of_another_node(&self, pod: &ListedPod) -> Option<&ListedPod> {
+        self.pods.iter().find(|other| !other.node.is_empty() && !other.node.eq_ignore_ascii_case(&pod.node))
+    }
+
     /// The pod of `place`, and its container if it is listed. `None` when the pod is not.
     ///
     /// # Errors
@@ -183,6 +220,17 @@ impl ListedPod {
     /// What of it is larger than it may be: nothing can be told of its callers then.
     pub fn excess(&self) -> Option<PodExcess> {
         self.excess
+    }
+
+    /// Lets go of what is too large: of its callers nothing is told but that. Where its containers are stays known, so that
+    /// nobody else is taken for them.
+    fn shed(&mut self, excess: PodExcess) {
+        self.excess = Some(excess);
+        (self.labels, self.owners) = Default::default();
+        let kinds = [&mut self.containers, &mut self.init_containers, &mut self.ephemeral_containers];
+        for container in kinds.into_iter().flatten() {
+            (container.name, container.image, container.image_id) = Default::default();
+        }
     }
 
     fn all_containers(&self) -> impl Iterator<Item = &PodContainer> {
@@ -304,7 +352,7 @@ impl<'de> Deserialize<'de> for RawLabels {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawLabels, A::Error> {
                 let mut labels = RawLabels::default();
-                while labels.0.all.len() < MOST_OF_POD {
+                while labels.0.all.len() < MOST_LABELS {
                     match map.next_entry()? {
                         Some(label) => labels.0.all.push(label),
                         None => return Ok(labels),
@@ -342,21 +390,19 @@ impl<'de> Deserialize<'de> for PodList {
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<PodList, A::Error> {
                 let mut pods = PodList::default();
-                let mut kept = 0;
                 while let Some(raw) = list.next_element::<RawPod>()? {
                     let Some(pod) = raw.pod() else { continue };
-                    kept += pod.size();
                     if pods.pods.len() >= MOST_PODS {
                         return Err(A::Error::custom(format!("it has more than {MOST_PODS} pods")));
                     }
-                    if kept > MOST_KEPT {
+                    pods.size += pod.size();
+                    pods.pods.push(pod);
+                    if pods.size > MOST_KEPT && !pods.make_room() {
                         let message = format!("its names, labels and images are more than {MOST_KEPT} bytes");
                         return Err(A::Error::custom(message));
                     }
-                    pods.pods.push(pod);
                 }
                 pods.pods.shrink_to_fit();
-                pods.size = kept;
                 Ok(pods)
             }
         }
@@ -432,20 +478,25 @@ impl Excess {
         })
     }
 
-    fn all<T, U>(&mut self, several: Several<T>, mut take: impl FnMut(&mut Self, T) -> U) -> Box<[U]> {
+    fn all<T, U>(
+        &mut self,
+        several: Several<T>,
+        excess: PodExcess,
+        mut take: impl FnMut(&mut Self, T) -> U,
+    ) -> Box<[U]> {
         if several.more {
-            self.0 = Some(PodExcess::Number);
+            self.0 = Some(excess);
         }
         several.all.into_iter().map(|item| take(self, item)).collect()
     }
 
     /// Labels, with their texts.
     pub(super) fn labels(&mut self, labels: RawLabels) -> Box<[(Box<str>, Box<str>)]> {
-        self.all(labels.0, |excess, (key, value)| (excess.text(key), excess.text(value)))
+        self.all(labels.0, PodExcess::Labels, |excess, (key, value)| (excess.text(key), excess.text(value)))
     }
 
     fn containers(&mut self, containers: Several<RawContainer>) -> Box<[PodContainer]> {
-        self.all(containers, |excess, raw| {
+        self.all(containers, PodExcess::Number, |excess, raw| {
             // As `containerd://ID`.
             let id = excess.text(raw.container_id);
             let id = id.split_once("://").map_or(&*id, |(_runtime, id)| id);
@@ -466,7 +517,7 @@ impl RawPod {
         let mut excess = Excess::default();
         let uid = excess.text(metadata.uid);
         let Some(CallerKey::Pod(id)) = CallerKey::parse_pod(&uid) else { return None };
-        Some(ListedPod {
+        let mut pod = ListedPod {
             id,
             uid,
             name: excess.text(metadata.name),
@@ -474,7 +525,7 @@ impl RawPod {
             service_account: excess.text(spec.service_account_name),
             node: excess.text(spec.node_name),
             labels: excess.labels(metadata.labels),
-            owners: excess.all(metadata.owner_references, |excess, raw| PodOwner {
+            owners: excess.all(metadata.owner_references, PodExcess::Number, |excess, raw| PodOwner {
                 kind: excess.text(raw.kind),
                 name: excess.text(raw.name),
                 uid: excess.text(raw.uid),
@@ -482,8 +533,12 @@ impl RawPod {
             containers: excess.containers(status.container_statuses),
             init_containers: excess.containers(status.init_container_statuses),
             ephemeral_containers: excess.containers(status.ephemeral_container_statuses),
-            excess: excess.0,
-        })
+            excess: None,
+        };
+        if let Some(excess) = excess.0.or_else(|| (pod.size() > LARGEST_POD).then_some(PodExcess::Pod)) {
+            pod.shed(excess);
+        }
+        Some(pod)
     }
 }
 
@@ -589,9 +644,12 @@ mod tests {
     fn a_pod_that_is_too_large_is_told_and_the_others_are_read() {
         let huge = "x".repeat(1024 * 1024);
         let many: serde_json::Map<String, Value> =
-            (0..=MOST_OF_POD).map(|n| (n.to_string(), json!(""))).collect();
+            (0..=MOST_LABELS).map(|n| (n.to_string(), json!(""))).collect();
         let full: serde_json::Map<String, Value> =
-            (0..MOST_OF_POD).map(|n| (n.to_string(), json!(""))).collect();
+            (0..MOST_LABELS).map(|n| (n.to_string(), json!(""))).collect();
+        let heavy: serde_json::Map<String, Value> =
+            (0..MOST_LABELS).map(|n| (format!("{n:0>100}"), json!("x".repeat(63)))).collect();
+        let owners = vec![json!({"kind": "Job", "name": "job", "uid": "uid"}); MOST_OF_POD + 1];
         let changed = |at: &str, to: Value| {
             let mut changed = pod(U, C);
             *changed.pointer_mut(at).unwrap() = to;
@@ -603,7 +661,9 @@ mod tests {
             ("an image", changed("/status/containerStatuses/0/image", json!(huge)), Some(PodExcess::Text)),
             ("a name", changed("/metadata/name", json!("x".repeat(LONGEST + 1))), Some(PodExcess::Text)),
             ("as long as may be", changed("/metadata/name", json!("x".repeat(LONGEST))), None),
-            ("labels", changed("/metadata/labels", json!(many)), Some(PodExcess::Number)),
+            ("labels", changed("/metadata/labels", json!(many)), Some(PodExcess::Labels)),
+            ("owners", changed("/metadata/ownerReferences", json!(owners)), Some(PodExcess::Number)),
+            ("all of it", changed("/metadata/labels", json!(heavy)), Some(PodExcess::Pod)),
             ("as many as may be", changed("/metadata/labels", json!(full)), None),
             ("an annotation", changed("/metadata/annotations", json!({"a": huge})), None),
             ("nulls", changed("/metadata/labels", Value::Null), None),
@@ -666,17 +726,50 @@ mod tests {
         }
     }
 
+    /// A pod of a size between a quarter and all of what one may have.
+    fn large(n: usize, labels: usize) -> Value {
+        let labels: serde_json::Map<String, Value> =
+            (0..labels).map(|n| (format!("{n:0>1024}"), json!("v".repeat(LONGEST)))).collect();
+        let mut large = pod(&format!("00000000-0000-0000-0000-{n:012}"), &format!("{n:064}"));
+        large["metadata"]["labels"] = json!(labels);
+        large
+    }
+
+    #[test]
+    fn large_pods_keep_no_other_from_being_told() {
+        // One pod's user has others made that are as large as they may be.
+        let mut pods: Vec<Value> = (0..80).map(|n| large(n, 60)).collect();
+        pods.insert(20, pod(U, C));
+        pods.extend((80..100).map(|n| large(n, 20)));
+        pods.push(pod(V, D));
+        let read = read(&list(&pods)).unwrap();
+        assert_eq!(read.len(), pods.len());
+        assert!(read.size() <= MOST_KEPT, "{}", read.size());
+        let kept: usize = read.pods.iter().map(ListedPod::size).sum();
+        assert_eq!(read.size(), kept);
+        for (pod_, container) in [(U, C), (V, D)] {
+            assert_eq!(read.find(uid(pod_), id(container)).unwrap().unwrap().pod.excess(), None, "{pod_}");
+        }
+        let of = |n: usize| {
+            let pod = uid(&format!("00000000-0000-0000-0000-{n:012}"));
+            read.find(pod, id(&format!("{n:064}"))).unwrap().unwrap()
+        };
+        let shed = |n: &usize| of(*n).pod.excess() == Some(PodExcess::List);
+        assert!((0..80).any(|n| shed(&n)), "the largest are let go of");
+        assert_eq!((80..100).find(shed), None, "and no others");
+        assert!((0..100).all(|n| of(n).is_listed()), "whose a container is stays known");
+    }
+
     #[test]
     fn what_is_kept_is_bounded() {
-        let labels: serde_json::Map<String, Value> =
-            (0..MOST_OF_POD).map(|n| (format!("{n:0>1024}"), json!("v".repeat(LONGEST)))).collect();
-        let large = |n: usize| {
-            let mut large = pod(&format!("00000000-0000-0000-0000-{n:012}"), D);
-            large["metadata"]["labels"] = json!(labels);
-            large
+        let full = |n: usize| {
+            let mut full = pod(&format!("00000000-0000-0000-0000-{n:012}"), D);
+            let one = full["status"]["containerStatuses"][0].clone();
+            let all: Vec<Value> = (0..MOST_OF_POD).map(|_| one.clone()).collect();
+            full["status"] = json!({"containerStatuses": all, "initContainerStatuses": all});
+            full
         };
-        let pods: Vec<Value> = (0..20).map(large).collect();
-        let got = read(&list(&pods)).unwrap_err();
+        let got = read(&list(&(0..500).map(full).collect::<Vec<_>>())).unwrap_err();
         assert!(got.contains("more than 8388608 bytes"), "{got}");
     }
 

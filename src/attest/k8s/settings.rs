@@ -235,7 +235,49 @@ fn host_and_port(text: &str) -> Option<(String, u16)> {
     Some((host.to_owned(), port.parse().ok().filter(|port| *port > 0)?)).filter(|_| is_host)
 }
 
-/// Whether a pod of node `found` may be one of the node that was asked for. An address tells nothing of that.
+/// Whether a host that the kubelet is asked by names its node, and not an address of it alone.
+pub(super) fn names_node(host: &str) -> bool {
+    host.parse::<IpAddr>().is_err() && !host.eq_ignore_ascii_case("localhost")
+}
+
+/// Whether a pod of node `found` may be one of the node that was asked for. Either name may be without the other's domain.
 pub(super) fn is_of_node(found: &str, asked: &str) -> bool {
-    found.is_empty() || asked.parse::<IpAddr>().is_ok() || found.eq_ignore_ascii_case(asked)
+    let (short, long) = if found.len() < asked.len() { (found, asked) } else { (asked, found) };
+    let is_same = long.get(..short.len()).is_some_and(|start| start.eq_ignore_ascii_case(short));
+    let is_whole = long.get(short.len()..).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+    found.is_empty() || is_same && is_whole
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_is_of_the_node_that_was_asked_for() {
+        for (found, asked, want) in [
+            ("node1", "node1", true),
+            ("node1", "NODE1", true),
+            ("node1", "node1.example.org", true),
+            ("node1.example.org", "node1", true),
+            ("", "node1", true),
+            ("node1", "node2", false),
+            ("node1", "node", false),
+            ("node1", "node11", false),
+            ("node1.example.org", "node1.example.com", false),
+            ("node1", "", false),
+            ("n\u{f6}de", "n\u{f6}", false),
+        ] {
+            assert_eq!(is_of_node(found, asked), want, "{found} {asked}");
+        }
+        for (host, want) in [
+            ("node1", true),
+            ("localhost.example.org", true),
+            ("localhost", false),
+            ("Localhost", false),
+            ("192.0.2.1", false),
+            ("2001:db8::1", false),
+        ] {
+            assert_eq!(names_node(host), want, "{host}");
+        }
+    }
 }
