@@ -16,6 +16,7 @@ pub use self::{
     settings::{
         AuditSettings, HealthSettings, HostPort, LogFormat, LogSettings, SpireNameSettings, parse_level,
     },
+    sink::LINES_LOST,
     spire_names::SpireNames,
 };
 

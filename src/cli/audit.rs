@@ -21,7 +21,12 @@ use super::{
     Failure, OutputArgs, OutputFormat,
     terminal::{Terminal, clean},
 };
-use crate::{identity::SpiffeId, os::sentence::said};
+use crate::{
+    identity::SpiffeId,
+    os::sentence::said,
+    store::audit::message,
+    telemetry::{LINES_LOST, log::AUDIT},
+};
 
 /// The longest line that is looked at; the rest of a longer one is passed over.
 const MOST_OF_A_LINE: u64 = 64 * 1024;
@@ -145,13 +150,13 @@ impl Search<'_> {
     fn take(&mut self, line: &AuditLine, terminal: &mut Terminal) -> Result<(), Failure> {
         self.seen += 1;
         match line.message.as_str() {
-            "log lines were lost" => {
+            LINES_LOST => {
                 self.lost = self.lost.saturating_add(line.number("lost").unwrap_or(0));
             }
-            "answers and refusals of further callers" => {
+            message::OF_FURTHER_CALLERS => {
                 self.uncounted = self.uncounted.saturating_add(line.times());
             }
-            "svid given" | "svids given" => {
+            message::SVID_GIVEN | message::SVIDS_GIVEN => {
                 if let Some(holder) = line.holder(self.args) {
                     self.held += 1;
                     terminal.print(&match self.args.output.output {
@@ -230,7 +235,7 @@ impl AuditLine {
         let at = text("timestamp").and_then(|at| OffsetDateTime::parse(at, &Rfc3339).ok());
         // In its own place it has neither; a line about lost ones has a level, and no more.
         let is_audit = match (text("target"), text("level")) {
-            (target, Some(_)) => target == Some("audit") || at.is_none(),
+            (target, Some(_)) => target == Some(AUDIT) || at.is_none(),
             (_, None) => true,
         };
         is_audit.then_some(Self { at, message, fields })
@@ -240,7 +245,7 @@ impl AuditLine {
         let (at, rest) = line.split_once(char::is_whitespace)?;
         let at = OffsetDateTime::parse(at, &Rfc3339).ok()?;
         let (_level, rest) = rest.trim_start().split_once(' ')?;
-        let mut rest = rest.trim_start().strip_prefix("audit: ")?;
+        let mut rest = rest.trim_start().strip_prefix(AUDIT)?.strip_prefix(": ")?;
         // With log_source_location a file and line come first.
         if let Some((place, message)) = rest.split_once(": ")
             && place.starts_with("src/")
