@@ -38,20 +38,20 @@ pub(super) struct AuditWhoArgs {
     #[arg(value_name = "SPIFFE_ID", value_parser = SpiffeId::parse)]
     spiffe_id: SpiffeId,
 
-    /// The files of the log or of the audit, compressed by gzip or not
+    /// Log files or audit files, compressed by gzip or not
     ///
-    /// Without one: what is piped in.
+    /// Without any: standard input.
     #[arg(value_name = "FILE", verbatim_doc_comment)]
     files: Vec<PathBuf>,
 
-    /// Those who held it at this time or later [default: ever]
+    /// Who held it at this time or later [default: at any time]
     ///
     /// In UTC as 2026-11-24 or "2026-11-24 13:00", or with an offset as
     /// 2026-11-24T13:00:00+01:00.
     #[arg(long, value_name = "TIME", verbatim_doc_comment, value_parser = moment)]
     from: Option<OffsetDateTime>,
 
-    /// Those who held it before this time
+    /// Who held it before this time
     #[arg(long, value_name = "TIME", value_parser = moment)]
     to: Option<OffsetDateTime>,
 

@@ -397,7 +397,10 @@ async fn another_user_is_told_nothing() {
     open(agent.private.path());
     let (out, err, code) = durward(&program, nobody, &["limits"], &socket);
     assert_eq!((&*out, code), ("", Some(1)), "{err}");
-    assert!(err.contains("permission denied") && err.contains("own user and root alone"), "{err}");
+    assert!(
+        err.contains("permission denied") && err.contains("only for root and the agent's own user"),
+        "{err}"
+    );
 
     // Were the modes open, the connection would be closed unanswered.
     open(socket.parent().unwrap());
@@ -406,7 +409,7 @@ async fn another_user_is_told_nothing() {
     for line in [&["limits"][..], &["explain", "--pid", &pid]] {
         let (out, err, code) = durward(&program, nobody, line, &socket);
         assert_eq!(out, "", "{line:?}");
-        assert!(err.contains("own user and root alone"), "{line:?}: {err}");
+        assert!(err.contains("only for root and the agent's own user"), "{line:?}: {err}");
         assert_ne!(code, Some(0), "{line:?}");
     }
     // The owner is still answered.

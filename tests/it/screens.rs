@@ -150,15 +150,17 @@ fn help_fits_the_terminal() {
 #[test]
 fn quickstart_fits_the_terminal() {
     let dir = tempfile::tempdir().unwrap();
-    let at = dir.path().join("try");
+    let home = dir.path().join("a-person-whose-home-has-a-name-that-is-long-enough-for-two-lines");
+    let at = home.join(".local/state/durward-quickstart");
     for _ in ["made", "there already"] {
         let mut command = durward();
-        command.args(["quickstart", "--dir"]).arg(&at);
+        command.args(["quickstart", "--dir"]).arg(&at).env("HOME", &home);
         let text = on_terminal(command, 24, 80, |said| said.contains("Serving. "));
         assert!(text.contains("SPIFFE ID    spiffe://example.org/me"), "{text}");
-        // What holds a path is as wide as that.
-        let text: Vec<&str> =
-            text.lines().filter(|line| !line.contains("/durward") && !line.contains("/tmp")).collect();
-        fits("quickstart", &text.join("\n"), 80, None, "");
+        assert!(text.contains("\n  . ~/.local/state/durward-quickstart/env\n"), "{text}");
+        // The directory itself is as long as it is.
+        let (first, rest) = text.split_once('\n').unwrap();
+        assert_eq!(first, format!("Setting up in {}", at.display()));
+        fits("quickstart", rest, 80, None, "");
     }
 }
