@@ -347,10 +347,10 @@ impl Holder<'_> {
         let many = match self.line.times() {
             1 => String::new(),
             times => {
-                format!("\n  {times} of them, the last by {}: more than have a line each", shown(self.at))
+                format!("\n  {times} of them, the last by {}: more than get a line each", shown(self.at))
             }
         };
-        format!("{} to {until}  {process}caller {caller}\n  {svid}{many}\n", shown(self.since))
+        format!("{} to {until}\n  {process}caller {caller}\n  {svid}{many}\n", shown(self.since))
     }
 
     fn json(&self) -> Value {
@@ -431,7 +431,7 @@ mod tests {
         let line = AuditLine::parse(&line(given)).unwrap();
         assert_eq!(
             line.holder(&asked("", "")).unwrap().pretty(),
-            "2026-11-23T23:30:00Z to 2026-11-24T00:30:00Z  pid 9, uid 7, caller uid:7\n  X.509-SVID, serial 0a\n"
+            "2026-11-23T23:30:00Z to 2026-11-24T00:30:00Z\n  pid 9, uid 7, caller uid:7\n  X.509-SVID, serial 0a\n"
         );
         assert_eq!(line.text("selectors"), Some("unix:uid:7 unix:path:/a b"));
     }

@@ -202,7 +202,7 @@ fn wrong(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime) 
     }
     if told.reload_failed != 0 {
         let ago = since(told.reload_failed, now);
-        wrong.push(format!("the last reload failed {ago}; the old configuration stays in force:"));
+        wrong.push(format!("the last reload failed {ago}; the old settings are in force:"));
         wrong.extend(told.reload_errors.iter().map(|error| format!("- {}", error.trim())));
     }
     if told.audit_untaken {
@@ -353,7 +353,7 @@ mod tests {
             "SVIDs held:   7 X.509 (2 due), 0 JWT\n",
             "Found:        the agent runs in a user namespace that does not map all users\n",
             "Wrong:        1 entry could not be signed for: see the log\n",
-            "              the last reload failed 3m ago; the old configuration stays in force:\n",
+            "              the last reload failed 3m ago; the old settings are in force:\n",
             "              - agent.conf:3: agent.log_level \"loud\": must be one of\\u{1b}\n",
             "Audit:        socket /run/audit.sock\n",
             "              the audit is not taken at socket /run/audit.sock, and its lines\n",

@@ -31,6 +31,8 @@ use tonic::{Code, Request, Response, Status};
 use tonic_health::ServingStatus;
 use tonic_types::{ErrorDetails, StatusExt as _};
 
+use crate::support::copy_program;
+
 type Messages<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// What the fake agent answers. An empty list of messages is a stream that stays silent.
@@ -888,6 +890,7 @@ fn there_is_one_page_of_help() {
 fn help_and_version_are_answers() {
     for (case, line, want) in [
         ("version", ["--version"].as_slice(), concat!("durward ", env!("CARGO_PKG_VERSION"), "\n")),
+        ("the command", &["version"], concat!("durward ", env!("CARGO_PKG_VERSION"), "\n")),
         ("Go's version", &["-version"], concat!("durward ", env!("CARGO_PKG_VERSION"), "\n")),
         ("help", &["-help"], "Exit codes:\n  0  done\n  1  an error"),
         ("help of a command", &["api", "fetch", "jwt", "-h"], "--spiffe-id <ID>"),
@@ -1083,6 +1086,13 @@ fn quickstart_serves_until_it_is_told_to_end() {
         let got = Command::new("/bin/sh").args(["-c", &reload]).output().unwrap();
         assert!(got.status.success(), "{reload}: {}", text(&got.stderr));
 
+        // What it says of one more account is so.
+        let at = shown.iter().position(|line| line.starts_with("  echo 'entry ")).unwrap();
+        let in_force = "for i in $(seq 600); do durward entry show | grep -q example.org/web && exit 0; sleep 0.1; done; exit 1";
+        let more = format!("{}\n{}\n{in_force}", found[0], shown[at..=at + 1].join("\n"));
+        let got = Command::new("/bin/sh").args(["-c", &more]).output().unwrap();
+        assert!(got.status.success(), "{more}: {}", text(&got.stderr));
+
         let second = durward(&["quickstart", "--dir"]).arg(&dir).output().unwrap();
         assert!(text(&second.stderr).starts_with("an agent serves at "), "{}", text(&second.stderr));
         assert_eq!(second.status.code(), Some(1));
@@ -1132,9 +1142,8 @@ fn quickstart_needs_no_root() {
     let nobody = 65_534;
     let base = tempfile::tempdir().unwrap();
     fs::set_permissions(base.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    // The build directory may be closed to others.
     let program = base.path().join("durward");
-    fs::copy(env!("CARGO_BIN_EXE_durward"), &program).unwrap();
+    copy_program(&program);
     let home = base.path().join("home");
     fs::create_dir(&home).unwrap();
     std::os::unix::fs::chown(&home, Some(nobody), Some(nobody)).unwrap();

@@ -22,7 +22,7 @@ use nix::sys::signal::Signal;
 use crate::{
     frames::{PREFACE, SETTINGS, frame},
     hostile::PATIENCE,
-    support::{Process, TRUST_DOMAIN, entry, write_config},
+    support::{Process, TRUST_DOMAIN, copy_program, entry, write_config},
 };
 
 /// An agent with an admin socket, as a process of its own.
@@ -258,7 +258,7 @@ fn a_port_that_the_agents_user_may_not_have_is_a_mistake() {
     );
     let config = dir.path().join("agent.conf");
     let program = dir.path().join("durward");
-    fs::copy(env!("CARGO_BIN_EXE_durward"), &program).unwrap();
+    copy_program(&program);
     let is_root = nix::unistd::geteuid().is_root();
     let ordinary = if is_root { 65_534 } else { nix::unistd::geteuid().as_raw() };
     if is_root {
