@@ -103,7 +103,7 @@ inside /opt/durward bundle show --output spiffe >"$node/etc/durward/other.exampl
 openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30 -subj /O=example -keyout "$node/etc/durward/ca.key" \
     -out "$node/etc/durward/ca.pem" -addext keyUsage=critical,keyCertSign,cRLSign 2>/dev/null
 sed -E -e '/^ *#\+ *(kubelet_read_only_port|fetch_x509_svid|socket_path = "\/run\/audit)/d' \
-    -e 's/^( *)# ([A-Za-z0-9_]+ = )/\1\2/' -e 's/^( *)#\+/\1/' -e 's#/var/log/#/var/log/durward/#' -e 's#"entries.d"#"/etc/durward/entries.d"#' \
+    -e 's/^( *)# ([A-Za-z0-9_]+ = )/\1\2/' -e 's/^( *)#\+/\1/' -e 's#"entries.d"#"/etc/durward/entries.d"#' \
     -e 's/^( *)(take_over|watch_config|log_source_location|allow_unauthenticated_verifiers|optional) = false/\1\2 = true/' \
     -e 's/^( *)(discover_workload_path|spire_agent_names|EnableTrustDomainLabel|listener_enabled) = false/\1\2 = true/' \
     -e 's/log_format = "text"/log_format = "json"/' -e 's/soft_limits = \[\]/soft_limits = [50, 90]/' \
@@ -138,9 +138,9 @@ for at in 'http://localhost:9988/' '--unix-socket /run/durward/metrics.sock http
 done
 said /opt/durward status
 told '^Wrong: *nothing'
-said /opt/durward audit who spiffe://example.org/root /var/log/durward/durward-audit.jsonl
+said /opt/durward audit who spiffe://example.org/root /var/log/durward/audit.jsonl
 told 'X.509-SVID, serial'
-said head -n 1 /var/log/durward/durward.log
+said head -n 1 /var/log/durward/agent.log
 told '^{"timestamp"'
 said systemctl reload durward.service
 # A file that changes is read without being told to.

@@ -30,7 +30,7 @@ const STAND_INS: [(&str, &str); 4] = [
     // A process that there is.
     ("--pid 4242", "--pid $$"),
     ("/etc/durward/agent.conf", "other/agent.conf"),
-    ("/var/log/durward-audit.jsonl", "audit.jsonl"),
+    ("/var/log/durward/audit.jsonl", "audit.jsonl"),
     ("journalctl -u durward -o cat --since 2026-11-23 --until 2026-11-26 |", "cat audit.jsonl |"),
 ];
 
