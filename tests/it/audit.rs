@@ -132,8 +132,7 @@ async fn who_had_an_identity_is_one_command() {
     let text = fs::read_to_string(&path).unwrap();
     fs::rename(&path, dir.path().join("audit.jsonl.1")).unwrap();
     fs::write(dir.path().join("audit.jsonl.2"), text.replace("\"pid\":", "\"pid\":7")).unwrap();
-    let gzip =
-        std::process::Command::new("gzip").arg(dir.path().join("audit.jsonl.2")).status().unwrap();
+    let gzip = std::process::Command::new("gzip").arg(dir.path().join("audit.jsonl.2")).status().unwrap();
     assert!(gzip.success());
     fs::write(&path, "").unwrap();
 
