@@ -190,8 +190,8 @@ impl Attestor {
             families: ArcSwap::default(),
             attestors,
             news,
+            metrics: AttestMetrics::new(Registry::new(&metrics::NoopRecorder), &settings),
             prepared: Mutex::new(Prepared { settings: Arc::new(settings), ..Prepared::default() }),
-            metrics: AttestMetrics::new(Registry::new(&metrics::NoopRecorder)),
         }
     }
 
@@ -199,7 +199,8 @@ impl Attestor {
     #[must_use]
     pub fn counted_by(self, registry: Registry<'_>) -> Self {
         self.attestors.counted_by(registry);
-        Self { metrics: AttestMetrics::new(registry), ..self }
+        let settings = Arc::clone(&self.prepared().settings);
+        Self { metrics: AttestMetrics::new(registry, &settings), ..self }
     }
 
     /// Looks whether `/proc` shows the processes that connect, and attests nobody from now on where it does not. To be called
@@ -420,22 +421,32 @@ fn doubted(attestation: &Attestation, questions: &Questions) -> Option<usize> {
 /// The series of attestation.
 struct AttestMetrics {
     seconds: By<AttestorName, Histogram>,
-    failures: By<AttestorName, By<AttestFault, Counter>>,
+    /// Of those that are in use.
+    failures: By<AttestorName, Option<By<AttestFault, Counter>>>,
 }
 
 impl AttestMetrics {
-    fn new(make: Registry<'_>) -> Self {
+    fn new(make: Registry<'_>, settings: &AttestSettings) -> Self {
         Self {
             seconds: make
                 .histograms("durward_attestation_duration_seconds", "Time to learn a peer's selectors."),
             failures: By::new(|attestor: AttestorName| {
-                By::new(|reason: AttestFault| {
-                    make.counter(
-                        "durward_attestation_failures_total",
-                        "Peers that could not be attested.",
-                        &[(AttestorName::KEY, attestor.text()), (AttestFault::KEY, reason.text())],
-                    )
-                })
+                let counters = || {
+                    By::new(|reason: AttestFault| {
+                        let name = "durward_attestation_failures_total";
+                        let help = "Peers that could not be attested.";
+                        let labels =
+                            [(AttestorName::KEY, attestor.text()), (AttestFault::KEY, reason.text())];
+                        // Only the kubelet lists anybody.
+                        match (attestor, reason) {
+                            (AttestorName::Unix, AttestFault::Unlisted) => {
+                                make.counter_once_used(name, help, &labels)
+                            }
+                            _ => make.counter(name, help, &labels),
+                        }
+                    })
+                };
+                settings.uses(attestor).then(counters)
             }),
         }
     }
@@ -454,7 +465,11 @@ impl AttestMetrics {
 
     fn failed(&self, error: &AttestError) {
         for attestor in AttestorName::VALUES.iter().filter(|attestor| error.concerns(**attestor)) {
-            self.failures.with(*attestor, |by| by.with(error.fault(), |n| n.increment(1)));
+            self.failures.with(*attestor, |by| {
+                if let Some(by) = by {
+                    by.with(error.fault(), |n| n.increment(1));
+                }
+            });
         }
     }
 }

@@ -50,11 +50,11 @@ use crate::{
 };
 use terminal::{PrintError, Terminal};
 
-/// Gives each process of this machine a certificate with its name (SPIFFE)
+/// Gives each process on this machine a certificate with its name (SPIFFE)
 ///
 /// The agent gives a process its identity at a Unix socket (the SPIFFE Workload
 /// API): a certificate (X.509-SVID) or a signed token (JWT-SVID) with a name such
-/// as spiffe://example.org/web. Entries say who gets which.
+/// as spiffe://example.org/web. Entries say which process gets which name.
 #[derive(Parser, Debug)]
 #[command(
     name = "durward",
@@ -79,18 +79,18 @@ enum Command {
     /// Call the Workload API as a workload does
     #[command(subcommand)]
     Api(Api),
-    /// Ask the agent whether it serves
+    /// Check whether the agent is serving
     Healthcheck(healthcheck::HealthArgs),
-    /// Show how the agent is: who signs, what it holds, what is wrong
+    /// Show the agent's state: who signs, what it holds, what is wrong
     Status(status::StatusArgs),
-    /// Show which identities a process gets, and why not others
+    /// Show which identities a process gets, and why it gets no others
     Explain(explain::ExplainArgs),
-    /// Show who calls most and who is refused most
+    /// Show who calls and who is refused most often
     ///
-    /// USED counts calls that passed, and connections of the stage "gate". REFUSED
-    /// counts what a limit refused, and no other error: a call without an identity
-    /// or while the SPIRE Server is away is not in it. MOST/S is the most that came
-    /// in one second, LEFT what a limit has left of how much at once.
+    /// USED counts calls that passed; at the stage "gate", connections. REFUSED
+    /// counts only what a limit refused: a call that failed for another reason, such
+    /// as no identity, is not in it. MOST/S is the most that came in one second. LEFT
+    /// is how many tokens are left, and how many there are when none is used.
     #[command(verbatim_doc_comment)]
     Limits(limits::LimitsArgs),
     /// Show the entries: who gets which identity
@@ -99,14 +99,14 @@ enum Command {
     /// Show trust bundles: the CA certificates to verify others with
     #[command(subcommand)]
     Bundle(BundleCommand),
-    /// Look through the audit: who was given what
+    /// Search the audit log: who was given what
     #[command(subcommand)]
     Audit(AuditCommand),
     /// Read the configuration again, and show what changed or is wrong
     Reload(reload::ReloadArgs),
     /// Check a configuration file without starting the agent
     Validate(validate::ValidateArgs),
-    /// Print the completions of a shell
+    /// Print completions for a shell
     Completions(manual::CompletionsArgs),
     /// Print the manual, or write every page of it into a directory
     Man(manual::ManArgs),
@@ -130,9 +130,9 @@ enum BundleCommand {
 enum AuditCommand {
     /// Show who held an identity in a span of time
     ///
-    /// Reads what the agent wrote of whom it gave an SVID: its log, or the file of
-    /// the audit's own. Shows each process that was given one which was valid in the
-    /// span, also when it was given before. All times are UTC.
+    /// Reads the lines of the audit, from the agent's log or from a file of their
+    /// own. Shows each process that was given an SVID that was valid in the span,
+    /// even if it was given earlier. All times are UTC.
     #[command(verbatim_doc_comment)]
     Who(audit::AuditWhoArgs),
 }

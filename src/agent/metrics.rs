@@ -7,7 +7,7 @@ use super::meter::ChargedMemory;
 use crate::{
     limits::gate_standings::MemoryStanding,
     os::clock::Clock,
-    telemetry::registry::{By, Registry, float_u64, labels, unix_time},
+    telemetry::registry::{By, Label as _, Registry, float_u64, labels, unix_time},
 };
 
 labels! {
@@ -83,7 +83,14 @@ impl AgentMetrics {
         .set(1.0);
         Self {
             clock,
-            reloads: make.counters("durward_reloads_total", "Reloads of the configuration."),
+            reloads: By::new(|result: ReloadResult| {
+                let (name, help) = ("durward_reloads_total", "Reloads of the configuration.");
+                let labels = [(ReloadResult::KEY, result.text())];
+                match result {
+                    ReloadResult::Ok => make.counter_once_used(name, help, &labels),
+                    ReloadResult::Error => make.counter(name, help, &labels),
+                }
+            }),
             reload_ok: make.gauge(
                 "durward_last_reload_successful",
                 "1 when the last reload was taken, or none was asked for; 0 when it was refused.",

@@ -290,14 +290,144 @@ impl OpenCall {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, time::Duration};
+    use std::{collections::BTreeSet, fs, time::Duration};
+
+    use serde_json::{Value, json};
 
     use super::*;
     use crate::{
+        identity::{audience::AudienceError, jwt::JwtError, spiffe_id::SpiffeIdError},
         issuer::MintError,
-        limits::CallerKey,
-        telemetry::{AuditSettings, LogSettings, log::Log, metrics::Metrics},
+        limits::{
+            CallerKey, ConnectionRefusal, Refusal, RejectionStatus,
+            refusal::{ChargedAs, Reason, Stage},
+            rule::Origin,
+        },
+        store::{NoIdentity, audit::message},
+        telemetry::{AuditSettings, LINES_LOST, LogSettings, log::Log, metrics::Metrics},
     };
+
+    /// What `act` leaves in the audit, line by line.
+    async fn audited<F: Future<Output = ()>>(act: impl FnOnce(Journal) -> F) -> Vec<Value> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit.jsonl");
+        let log = LogSettings { file: Some(dir.path().join("agent.log")), ..Default::default() };
+        let audit = AuditSettings { file: Some(path.clone()), ..Default::default() };
+        let (subscriber, log) = Log::build_with(&log, &audit).unwrap();
+        let held = tracing::subscriber::set_default(subscriber);
+        act(Journal::new(Metrics::default().registry(), Arc::default())).await;
+        drop(held);
+        assert!(log.flush(Duration::from_secs(60)));
+        let text = fs::read_to_string(&path).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// The words in the first column of the table in README.md whose first column has this name.
+    fn words_of_readme(column: &str) -> BTreeSet<String> {
+        let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+        let (_, table) = readme.split_once(&format!("\n| {column} |")).unwrap();
+        let rows = table.lines().skip(2).map_while(|line| line.strip_prefix("| "));
+        rows.flat_map(|row| row.split(" | ").next().unwrap().split(", "))
+            .map(|word| word.trim_matches('`').to_owned())
+            .collect()
+    }
+
+    fn refusal(reason: Reason) -> RequestError {
+        RequestError::Refused(Refusal {
+            method: Method::FetchX509Svid,
+            stage: Stage::Caller,
+            charged_as: ChargedAs::Uid,
+            reason,
+            retry_after: Duration::from_secs(1),
+            shed: false,
+            status: RejectionStatus::ResourceExhausted,
+            origin: Origin::Set,
+            spiffe_id: None,
+        })
+    }
+
+    /// However a call ends without an answer, it leaves one line, and README.md has a row for its reason.
+    #[tokio::test(start_paused = true)]
+    async fn each_way_a_call_can_end_is_a_line_of_the_audit_and_a_row_of_the_table() {
+        let ways = || {
+            [
+                ("rate", refusal(Reason::Rate)),
+                ("blocked", refusal(Reason::Blocked)),
+                ("in_flight", refusal(Reason::InFlight)),
+                ("memory", refusal(Reason::Memory)),
+                ("no_identity", RequestError::NoIdentity(NoIdentity)),
+                ("not_attested", AttestError::Gone.into()),
+                ("not_attested", RequestError::OtherPidNamespace),
+                ("not_attested", RequestError::Unmapped),
+                ("not_attested", RequestError::ProcOfOthers),
+                ("not_known", RequestError::NotKnown),
+                ("not_signed", late()),
+                ("not_signed", RequestError::JwtSvid(MintError::Late)),
+                ("no_security_header", RequestError::NoSecurityHeader),
+                ("bad_audience", AudienceError::Missing.into()),
+                ("bad_spiffe_id", RequestError::BadSpiffeId(SpiffeIdError::Empty)),
+                ("bad_token", JwtError::NoKeyId.into()),
+                ("no_token", RequestError::NoSvid),
+                ("draining", RequestError::Draining),
+                ("sent_away", RequestError::SentAway),
+                ("crowded", RequestError::Crowded),
+                ("not_implemented", RequestError::NoWitSvids),
+                ("not_implemented", RequestError::NoWitBundles),
+            ]
+        };
+        let lines = audited(async |journal| {
+            for (uid, (_, error)) in (0..).zip(ways()) {
+                fail(&journal, begun(uid, 5), error);
+            }
+            // Of nobody nothing can be told.
+            fail(&journal, Begun { by: None, ..begun(7, 1) }, RequestError::NoPeer);
+            journal.end();
+        })
+        .await;
+        assert_eq!(lines.len(), ways().len(), "{lines:#?}");
+        for ((uid, (reason, _)), line) in (0..).zip(ways()).zip(&lines) {
+            let want = json!({
+                "message": message::CALL_REFUSED, "caller": format!("uid:{uid}"), "uid": uid, "gid": uid, "pid": 5,
+                "method": "FetchX509SVID", "reason": reason, "timestamp": line["timestamp"],
+            });
+            assert_eq!(*line, want);
+        }
+        let reasons: BTreeSet<String> = ways().iter().map(|(reason, _)| (*reason).to_owned()).collect();
+        assert_eq!(words_of_readme("`reason` of a call"), reasons);
+        let gate: BTreeSet<String> = (ConnectionRefusal::VALUES.iter())
+            .filter(|why| why.is_soft() || why.is_callers_own())
+            .map(|why| why.text().to_owned())
+            .collect();
+        assert_eq!(words_of_readme("`reason` of a connection"), gate);
+        let rows = message::ALL.iter().map(|row| (*row).to_owned()).chain([LINES_LOST.to_owned()]).collect();
+        assert_eq!(words_of_readme("line"), rows);
+    }
+
+    /// Callers without number, for reasons without number: the lines stay few, and their counts add up.
+    #[tokio::test(start_paused = true)]
+    async fn a_million_refusals_are_few_lines_and_exact_counts() {
+        const MINUTES: u64 = 10;
+        let reasons = [Reason::Rate, Reason::Blocked, Reason::InFlight, Reason::Memory];
+        let lines = audited(async |journal| {
+            for minute in 0..u32::try_from(MINUTES).unwrap() {
+                for n in 0..100_000_u32 {
+                    let by = begun(n % 977, (minute + 1).cast_signed());
+                    let error = refusal(reasons[usize::try_from(n / 977 % 4).unwrap()]);
+                    journal.refused(by.method, by.by, &error);
+                }
+                tokio::time::advance(Duration::from_secs(60)).await;
+                journal.settle();
+            }
+            journal.end();
+        })
+        .await;
+        let times = lines.iter().map(|line| line["times"].as_u64().unwrap_or(1)).sum::<u64>();
+        assert_eq!(times, MINUTES * 100_000, "none is missing, and none is told twice");
+        // As README.md says: 512 kinds of refusals with a line at once and one a minute, and one line for all others.
+        let most = 512 + MINUTES * (512 + 512 + 1);
+        let told = u64::try_from(lines.len()).unwrap();
+        assert!(told <= most && told > 512, "{told} lines, {most} at most");
+    }
 
     /// What `act` has the log say, line by line.
     async fn said<F: Future<Output = ()>>(act: impl FnOnce(Journal) -> F) -> Vec<String> {

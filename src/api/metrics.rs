@@ -36,7 +36,9 @@ impl ApiMetrics {
             let help = "Requests that ended, by gRPC code; a stream counts when it ends. Other is what is no method of the \
                         Workload API.";
             let labels = [(Method::KEY, method.text()), ("code", code)];
-            if EVERYDAY.contains(&method) && REFUSALS_AND_ERRORS.contains(&code) {
+            // To validate a token takes no identity.
+            let is_there = (method, code) != (Method::ValidateJwtSvid, "PermissionDenied");
+            if is_there && EVERYDAY.contains(&method) && REFUSALS_AND_ERRORS.contains(&code) {
                 make.counter(name, help, &labels)
             } else {
                 make.counter_once_used(name, help, &labels)
@@ -48,7 +50,15 @@ impl ApiMetrics {
                 "durward_call_duration_seconds",
                 "Time from a call's arrival to its answer, or to the first message of a stream.",
             ),
-            open: make.gauges("durward_streams_open", "Calls that are being served now."),
+            open: By::new(|method: Method| {
+                let (name, help) = ("durward_streams_open", "Calls that are being served now.");
+                let labels = [(Method::KEY, method.text())];
+                if EVERYDAY.contains(&method) {
+                    make.gauge(name, help, &labels)
+                } else {
+                    make.gauge_once_used(name, help, &labels)
+                }
+            }),
         }
     }
 

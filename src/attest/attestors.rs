@@ -248,6 +248,11 @@ macro_rules! attestors {
                 EnabledAttestors(enabled)
             }
 
+            /// Whether this one attests.
+            fn uses(&self, attestor: AttestorName) -> bool {
+                match attestor { $(AttestorName::$case => self.$field.enabled,)+ }
+            }
+
             /// Switches each on or off.
             fn switch(&mut self, is_on: impl Fn(&str) -> bool) {
                 $(self.$field.enabled = is_on(<$attestor as WorkloadAttestor>::NAME);)+

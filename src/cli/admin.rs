@@ -66,7 +66,7 @@ impl AdminArgs {
 }
 
 /// What [`tokens`] says of a limit that nobody set, explained.
-pub(super) const BY_DEFAULT: &str = "*: nobody set it, and it refuses only while the node has no room";
+pub(super) const BY_DEFAULT: &str = "* a default, which refuses only while the node has no room";
 
 /// The tokens of a bucket: `12/200`, or why there are none.
 pub(super) fn tokens(bucket: &pb::Bucket) -> String {
@@ -194,11 +194,12 @@ pub(super) fn fit<const N: usize>(
     };
     let others: usize = (0..N).filter(|nth| *nth != at).filter_map(widest).map(|width| width + 2).sum();
     let room = columns.saturating_sub(others).max(8);
+    let fits = widest(at).is_none_or(|width| width <= room);
     let mut rows = rows.to_vec();
     for cell in rows.iter_mut().filter_map(|row| row.get_mut(at)) {
         let whole = clean(cell);
         // All SPIFFE IDs begin alike.
-        let told = if whole.chars().count() > room { whole.trim_start_matches("spiffe://") } else { &whole };
+        let told = if fits { &whole } else { whole.trim_start_matches("spiffe://") };
         *cell = shorten(told, room);
     }
     rows

@@ -21,7 +21,12 @@ use super::{
     Failure, OutputArgs, OutputFormat,
     terminal::{Terminal, clean},
 };
-use crate::{identity::SpiffeId, os::sentence::said};
+use crate::{
+    identity::SpiffeId,
+    os::sentence::said,
+    store::audit::message,
+    telemetry::{LINES_LOST, log::AUDIT},
+};
 
 /// The longest line that is looked at; the rest of a longer one is passed over.
 const MOST_OF_A_LINE: u64 = 64 * 1024;
@@ -33,20 +38,20 @@ pub(super) struct AuditWhoArgs {
     #[arg(value_name = "SPIFFE_ID", value_parser = SpiffeId::parse)]
     spiffe_id: SpiffeId,
 
-    /// The files of the log or of the audit, compressed by gzip or not
+    /// Log files or audit files, compressed by gzip or not
     ///
-    /// Without one: what is piped in.
+    /// Without any: standard input.
     #[arg(value_name = "FILE", verbatim_doc_comment)]
     files: Vec<PathBuf>,
 
-    /// Those who held it at this time or later [default: ever]
+    /// Who held it at this time or later [default: at any time]
     ///
     /// In UTC as 2026-11-24 or "2026-11-24 13:00", or with an offset as
     /// 2026-11-24T13:00:00+01:00.
     #[arg(long, value_name = "TIME", verbatim_doc_comment, value_parser = moment)]
     from: Option<OffsetDateTime>,
 
-    /// Those who held it before this time
+    /// Who held it before this time
     #[arg(long, value_name = "TIME", value_parser = moment)]
     to: Option<OffsetDateTime>,
 
@@ -145,13 +150,13 @@ impl Search<'_> {
     fn take(&mut self, line: &AuditLine, terminal: &mut Terminal) -> Result<(), Failure> {
         self.seen += 1;
         match line.message.as_str() {
-            "log lines were lost" => {
+            LINES_LOST => {
                 self.lost = self.lost.saturating_add(line.number("lost").unwrap_or(0));
             }
-            "answers and refusals of further callers" => {
+            message::OF_FURTHER_CALLERS => {
                 self.uncounted = self.uncounted.saturating_add(line.times());
             }
-            "svid given" | "svids given" => {
+            message::SVID_GIVEN | message::SVIDS_GIVEN => {
                 if let Some(holder) = line.holder(self.args) {
                     self.held += 1;
                     terminal.print(&match self.args.output.output {
@@ -230,7 +235,7 @@ impl AuditLine {
         let at = text("timestamp").and_then(|at| OffsetDateTime::parse(at, &Rfc3339).ok());
         // In its own place it has neither; a line about lost ones has a level, and no more.
         let is_audit = match (text("target"), text("level")) {
-            (target, Some(_)) => target == Some("audit") || at.is_none(),
+            (target, Some(_)) => target == Some(AUDIT) || at.is_none(),
             (_, None) => true,
         };
         is_audit.then_some(Self { at, message, fields })
@@ -240,7 +245,7 @@ impl AuditLine {
         let (at, rest) = line.split_once(char::is_whitespace)?;
         let at = OffsetDateTime::parse(at, &Rfc3339).ok()?;
         let (_level, rest) = rest.trim_start().split_once(' ')?;
-        let mut rest = rest.trim_start().strip_prefix("audit: ")?;
+        let mut rest = rest.trim_start().strip_prefix(AUDIT)?.strip_prefix(": ")?;
         // With log_source_location a file and line come first.
         if let Some((place, message)) = rest.split_once(": ")
             && place.starts_with("src/")
@@ -342,10 +347,10 @@ impl Holder<'_> {
         let many = match self.line.times() {
             1 => String::new(),
             times => {
-                format!("\n  {times} of them, the last by {}: more than have a line each", shown(self.at))
+                format!("\n  {times} of them, the last by {}: more than get a line each", shown(self.at))
             }
         };
-        format!("{} to {until}  {process}caller {caller}\n  {svid}{many}\n", shown(self.since))
+        format!("{} to {until}\n  {process}caller {caller}\n  {svid}{many}\n", shown(self.since))
     }
 
     fn json(&self) -> Value {
@@ -426,7 +431,7 @@ mod tests {
         let line = AuditLine::parse(&line(given)).unwrap();
         assert_eq!(
             line.holder(&asked("", "")).unwrap().pretty(),
-            "2026-11-23T23:30:00Z to 2026-11-24T00:30:00Z  pid 9, uid 7, caller uid:7\n  X.509-SVID, serial 0a\n"
+            "2026-11-23T23:30:00Z to 2026-11-24T00:30:00Z\n  pid 9, uid 7, caller uid:7\n  X.509-SVID, serial 0a\n"
         );
         assert_eq!(line.text("selectors"), Some("unix:uid:7 unix:path:/a b"));
     }

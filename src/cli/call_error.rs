@@ -118,7 +118,7 @@ pub(super) fn unreached(socket: &AgentSocket, cause: &io::Error) -> String {
 fn owners_alone(socket: &AgentSocket) -> String {
     let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
     format!(
-        "The admin socket answers the agent's own user and root alone:\n  {}",
+        "The admin socket is only for root and the agent's own user:\n  {}",
         with_sudo(words, socket, &asked_of(), &of_root())
     )
 }

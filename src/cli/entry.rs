@@ -15,7 +15,7 @@ use crate::{api::proto::admin as pb, hcl::show_duration, identity::SpiffeId};
 /// `entry show`.
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct EntryArgs {
-    /// Show the entries of this SPIFFE ID alone
+    /// Show only the entries of this SPIFFE ID
     #[arg(long, value_name = "ID", value_parser = SpiffeId::parse)]
     spiffe_id: Option<SpiffeId>,
 

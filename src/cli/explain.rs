@@ -19,7 +19,7 @@ use crate::{api::proto::admin as pb, os::accounts::AccountNumber};
 pub(super) struct ExplainArgs {
     /// The process [default: the shell that runs this command]
     ///
-    /// By the number that it has in the agent's PID namespace.
+    /// Its number in the agent's PID namespace.
     #[arg(long, value_name = "PID", verbatim_doc_comment, value_parser = process_id)]
     pid: Option<i32>,
 
@@ -106,10 +106,14 @@ fn pretty(
     out.push_str("\nEntries that match, the default first:\n");
     if !told.not_known.is_empty() {
         out.push_str(&indented(&clean(&told.not_known), "  ", width));
+    } else if let Some(kinds) = undecided(told) {
+        let text =
+            format!("calls are Unavailable: which entries match depends on {kinds}, which is not known");
+        out.push_str(&indented(&text, "  ", width));
     } else if told.matches.is_empty() {
         out.push_str("  none: this process has no identity\n");
         if told.nearest.is_empty() {
-            out.push_str(&indented(&wanted(told), "  ", width));
+            out.push_str(&wanted(told, width));
         }
     }
     for entry in &told.matches {
@@ -124,14 +128,39 @@ fn pretty(
     }
     for near in &told.nearest {
         let _ = writeln!(out, "  {}", entry_line(&near.entry.clone().unwrap_or_default(), width));
-        let missing: Vec<String> = near.missing.iter().map(|selector| clean(selector)).collect();
-        let text = format!("has {} of its selectors, misses {}", near.found, missing.join(", "));
-        out.push_str(&indented(&text, "    ", width));
+        out.push_str(&indented(&lacks(told, near), "    ", width));
         for absent in &near.absent {
             out.push_str(&indented(&clean(absent), "    ", width));
         }
     }
 
+    limits(&mut out, told, width);
+    out
+}
+
+/// The kinds of selectors that decide whether an entry matches, and are not known.
+fn undecided(told: &pb::ExplainResponse) -> Option<String> {
+    let kinds: Vec<String> =
+        told.untold.iter().filter(|untold| untold.decides).map(|untold| clean(&untold.kind)).collect();
+    (!kinds.is_empty()).then(|| kinds.join(" and "))
+}
+
+/// What the process lacks for an entry that nearly matches, or may lack.
+fn lacks(told: &pb::ExplainResponse, near: &pb::Near) -> String {
+    let is_unknown = |selector: &&String| {
+        told.untold.iter().any(|it| selector.strip_prefix(&it.kind).is_some_and(|rest| rest.starts_with(':')))
+    };
+    let (unknown, missing): (Vec<_>, Vec<_>) = near.missing.iter().partition(is_unknown);
+    let list = |word: &str, selectors: &[&String]| {
+        let texts: Vec<String> = selectors.iter().map(|selector| clean(selector)).collect();
+        if texts.is_empty() { String::new() } else { format!(", {word} {}", texts.join(", ")) }
+    };
+    let (missing, unknown) = (list("misses", &missing), list("may have", &unknown));
+    format!("has {} of its selectors{missing}{unknown}", near.found)
+}
+
+/// The buckets that a call of the process would take from.
+fn limits(out: &mut String, told: &pb::ExplainResponse, width: usize) {
     out.push_str("\nLimits:\n");
     let columns =
         [Column::Left("STAGE"), Column::Left("KEY"), Column::Left("METHOD"), Column::Right("TOKENS LEFT")];
@@ -141,7 +170,7 @@ fn pretty(
     }
     let shared: Vec<[String; 5]> = told.buckets.iter().flat_map(taker_rows).collect();
     if !shared.is_empty() {
-        out.push_str("\nWho takes from what is shared:\n");
+        out.push_str("\nWho uses what is shared:\n");
         let columns = [
             Column::Left("KEY"),
             Column::Left("METHOD"),
@@ -151,22 +180,21 @@ fn pretty(
         ];
         out.push_str(&table(columns, &fit(&shared, 0, width, &columns)));
     }
-    out
 }
 
 /// What to do for a process of which no entry asks anything.
-fn wanted(told: &pb::ExplainResponse) -> String {
+fn wanted(told: &pb::ExplainResponse, width: usize) -> String {
     let found = |kind: &str| told.selectors.iter().find(|it| it.starts_with(kind)).map(|it| clean(it));
     let of_pod = found("k8s:ns:").zip(found("k8s:sa:")).map(|(ns, sa)| format!("\"{ns}\", \"{sa}\""));
     let of_user = || found("unix:uid:").or_else(|| told.selectors.first().map(|it| clean(it)));
     match of_pod.or_else(|| of_user().map(|it| format!("\"{it}\""))) {
         Some(example) => {
-            format!(
-                "An entry is needed whose selectors are all among these, for example selectors = [{example}]."
-            )
+            let text = indented("To give it one, write an entry with selectors from this list:", "  ", width);
+            format!("{text}    selectors = [{example}]\n")
         }
         None => {
-            "An entry asks for selectors, and no attestor found any: see plugins in agent.conf.".to_owned()
+            let text = "An entry asks for selectors, and no attestor found any: see plugins in agent.conf.";
+            indented(text, "  ", width)
         }
     }
 }
@@ -354,13 +382,15 @@ Selectors:
   (found by k8s: 7 selectors in 1.2 ms, from what it read 4.2 s ago)
 
 Entries that match, the default first:
+  calls are Unavailable: which entries match depends on unix:path, which is not
+  known
   spiffe://example.org/web (entry web, hint public)
   spiffe://example.org/old (entry old, hint public)
     not served: an older entry, web, has it
 
 Entries that nearly match:
   spiffe://example.org/db (entry db)
-    has 1 of its selectors, misses unix:user:db, unix:path:/db
+    has 1 of its selectors, misses unix:user:db, may have unix:path:/db
     unix:user:db: there is no such user on this node
 
 Limits:
@@ -369,9 +399,9 @@ gate      pod:x            connections            199/200
 caller    pod:x            FetchJWTSVID             3/200
 caller    pod:x            each other method      200/200
 identity  spiffe://td/web  FetchJWTSVID            0/200*
-*: nobody set it, and it refuses only while the node has no room
+* a default, which refuses only while the node has no room
 
-Who takes from what is shared:
+Who uses what is shared:
 KEY              METHOD        CALLER  USED  REFUSED
 spiffe://td/web  FetchJWTSVID  uid:7     70        8
 "
@@ -379,10 +409,12 @@ spiffe://td/web  FetchJWTSVID  uid:7     70        8
         assert_eq!(to_json(&told)["untold"][0]["kind"], "unix:path");
         assert_eq!(to_json(&told)["nearest"][0]["entry"]["entry_id"], "db");
         assert!(pretty(&pb::ExplainResponse::default(), names, 80).contains("no identity"));
-        let nothing_near = pb::ExplainResponse { matches: Vec::new(), nearest: Vec::new(), ..told };
+        let untold = pb::ExplainResponse { matches: Vec::new(), nearest: Vec::new(), ..told };
+        assert!(!pretty(&untold, names, 80).contains("no identity"), "it may have one");
+        let nothing_near = pb::ExplainResponse { untold: Vec::new(), ..untold };
         let shown = pretty(&nothing_near, names, 80);
         let words = shown.split_whitespace().collect::<Vec<_>>().join(" ");
-        assert!(words.contains("for example selectors = [\"unix:uid:1000\"]."), "{shown}");
+        assert!(words.contains("selectors from this list: selectors = [\"unix:uid:1000\"]"), "{shown}");
         let not_known = pb::ExplainResponse { not_known: "nothing is known".to_owned(), ..nothing_near };
         let shown = pretty(&not_known, names, 80);
         assert!(shown.contains("  nothing is known\n") && !shown.contains("no identity"), "{shown}");

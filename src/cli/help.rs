@@ -45,7 +45,7 @@ const EXAMPLES: [(&str, &str); 15] = [
     (
         "audit who",
         "durward audit who spiffe://example.org/web --from 2026-11-24 --to 2026-11-25 \\\n    \
-         /var/log/durward-audit.jsonl*\n\
+         /var/log/durward/audit.jsonl*\n\
          journalctl -u durward -o cat | durward audit who spiffe://example.org/web",
     ),
     ("reload", "durward reload"),

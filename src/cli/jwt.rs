@@ -22,11 +22,11 @@ use crate::api::proto::workload as pb;
 /// `api fetch jwt`.
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct FetchJwtArgs {
-    /// Whom the token is for; several are separated by commas (required)
+    /// Who the token is for; separate several by commas (required)
     #[arg(long, value_name = "NAME[,NAME]", value_delimiter = ',')]
     audience: Vec<String>,
 
-    /// Ask for the token of this SPIFFE ID alone
+    /// Ask only for the token of this SPIFFE ID
     #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
     spiffe_id: String,
 

@@ -509,7 +509,7 @@ STAGE   KEY              METHOD        USED  REFUSED  MOST/S     LEFT
 caller  uid:1000         FetchJWTSVID   200     4321    1200   0/200*
 caller  uid:7\\u{1b}[31m  FetchJWTSVID     0        1          blocked
           uid:8                           5        6
-*: nobody set it, and it refuses only while the node has no room
+* a default, which refuses only while the node has no room
 There are more: durward limits --top 100
 
 CALLER    OPEN CONNECTIONS    HELD

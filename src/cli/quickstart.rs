@@ -25,13 +25,14 @@ use super::{
     Failure,
     admin::shorten,
     client::Client,
+    environment,
     jwt::from_struct,
     reload,
     run::wrong_places,
     socket::{AgentAddress, AgentSocket, Chosen},
     svid::X509Answer,
     terminal::{Terminal, clean},
-    text::{GoDuration, go_time, shell_word},
+    text::{GoDuration, go_time, shell_path},
 };
 use crate::{
     agent::{self, Happened, Running, Signalled, Signals, Upkeep},
@@ -41,7 +42,7 @@ use crate::{
     os::{clock::Clock, secrecy},
     telemetry::log::Log,
 };
-use layout::{Layout, NAME, NOBODY};
+use layout::{ENV, Layout, NAME, NOBODY};
 
 pub(super) use layout::LayoutError;
 
@@ -56,7 +57,7 @@ const SUBJECT: usize = 42;
 pub(super) struct QuickstartArgs {
     /// Where configuration, keys and socket go
     ///
-    /// Made when missing; what is there is kept. Without it:
+    /// Made if missing; files that are there are kept. By default it is
     /// /var/lib/durward-quickstart for root, else
     /// $XDG_STATE_HOME/durward-quickstart or
     /// ~/.local/state/durward-quickstart.
@@ -90,16 +91,26 @@ pub(super) fn run(args: &QuickstartArgs, terminal: &mut Terminal) -> Result<(), 
     let dir = layout::dir(args.dir.as_deref())?;
     terminal.print(&format!("Setting up in {}\n", dir.display()))?;
     let layout = Layout::prepare(&dir, args.trust_domain.as_ref())?;
+    let result = start(args, &layout, terminal);
+    layout.leave();
+    result
+}
+
+fn start(args: &QuickstartArgs, layout: &Layout, terminal: &mut Terminal) -> Result<(), Failure> {
+    let file = |path: &str, fresh: bool, what: &str| {
+        if fresh { format!("  wrote {path:<21} {what}\n") } else { format!("  kept  {path}\n") }
+    };
     for (path, fresh, what) in &layout.files {
-        let line = if *fresh { format!("  wrote {path:<21} {what}") } else { format!("  kept  {path}") };
-        terminal.print(&format!("{line}\n"))?;
+        terminal.print(&file(path, *fresh, what))?;
     }
     let config = Config::load(&layout.config, ExpandEnv::No)?;
+    let env_is_new = layout.write_env(&program(), &config.agent.socket_path)?;
+    terminal.print(&file(ENV, env_is_new, "how another terminal finds the agent"))?;
     if layout.files.iter().any(|(_, fresh, _)| !fresh) {
         terminal.print(&entries_text(&config.entries))?;
     }
     if let Some(asked) = args.trust_domain.clone().filter(|asked| *asked != config.trust_domain) {
-        let (configured, path) = (config.trust_domain, layout.config);
+        let (configured, path) = (config.trust_domain, layout.config.clone());
         return Err(QuickstartError::TrustDomain { asked, configured, path }.into());
     }
     let wrong = config.places(geteuid().as_raw()).wrong;
@@ -108,7 +119,7 @@ pub(super) fn run(args: &QuickstartArgs, terminal: &mut Terminal) -> Result<(), 
     }
     let runtime = agent::runtime().map_err(Failure::Agent)?;
     let log = Log::start(&config.log, &config.audit).map_err(|error| Failure::Agent(error.into()))?;
-    let result = runtime.block_on(serve(args, &layout, config, &log, terminal));
+    let result = runtime.block_on(serve(args, layout, config, &log, terminal));
     runtime.shutdown_timeout(Duration::from_millis(100));
     // What is not written by then is not worth waiting for.
     let _all_written = log.flush(Duration::from_secs(1));
@@ -150,7 +161,7 @@ async fn serve(
 
 /// Goes on serving until a signal ends it, or the terminal is gone. The files are read again when they change, and on SIGHUP.
 async fn attend(upkeep: &mut Upkeep, signals: &mut Signals, terminal: &mut Terminal) -> Result<(), Failure> {
-    terminal.print("\nServing. Ctrl-C ends it; run again, and all of it is still there.\n")?;
+    terminal.print("\nServing. Ctrl-C ends it. Start it again, and everything is still there.\n")?;
     let mut hung_up = false;
     loop {
         let happened = tokio::select! {
@@ -213,12 +224,12 @@ async fn show(
         terminal.print(&told.unwrap_or_default())?;
     }
     let others_pass = config.places(geteuid().as_raw()).closed.is_empty();
-    let before = if args.exit_after_fetch { START_AGAIN } else { "To go on, " };
+    let before = if args.exit_after_fetch { START_AGAIN } else { "To go on, enter " };
     Ok(terminal.print(&format!("\n{before}{}", next_steps(layout, config, others_pass)))?)
 }
 
 /// What the commands need that are shown, where the agent is about to end.
-const START_AGAIN: &str = "It ends now: start it again without --exit-after-fetch, and then\n";
+const START_AGAIN: &str = "It ends now: start it again without --exit-after-fetch, and then enter\n";
 
 /// How many entries of a configuration that was there are shown.
 const MOST_ENTRIES: usize = 8;
@@ -329,67 +340,60 @@ fn until(at: OffsetDateTime, now: SystemTime) -> String {
 
 /// Commands to paste into another terminal.
 fn next_steps(layout: &Layout, config: &Config, others_pass: bool) -> String {
-    let socket = &config.agent.socket_path;
-    let uri = shell_word(&format!("unix://{}", socket.display()));
-    let program = program();
-    let mut out = "in another terminal, first\n".to_owned();
-    if let Some(dir) = program.parent().filter(|dir| !dir.as_os_str().is_empty()) {
-        // Writing to a String does not fail.
-        let _ = writeln!(out, "  export PATH={}:$PATH", shell_word(&dir.to_string_lossy()));
-    }
-    let _ = write!(
-        out,
-        "  export SPIFFE_ENDPOINT_SOCKET={uri}\n\
-         and then\n  \
+    let home = environment("HOME").map(PathBuf::from);
+    let typed = |path: &Path| shell_path(path, home.as_deref());
+    let mut out = format!(
+        "in another terminal:\n  \
+         . {}\n\
+         and then, for example:\n  \
          durward api fetch x509           # your certificate\n  \
          durward api fetch jwt --audience my-service\n  \
          durward explain                  # who this shell is taken for, and why\n  \
          durward status                   # how the agent is\n  \
          durward limits --watch           # who calls; q ends it\n  \
-         durward api watch                # each update as it comes\n"
+         durward api watch                # each update as it comes\n",
+        typed(&layout.dir.join(ENV))
     );
     if knows_nobody(config) && geteuid().as_raw() != NOBODY {
-        out.push_str(&as_another_account(&program, others_pass));
+        out.push_str(&as_another_account(others_pass));
     }
-    let entry = layout.entries.join("web.conf");
+    let entry = typed(&layout.entries.join("web.conf"));
     let trust_domain = config.trust_domain.name();
     let between = if trust_domain.len() > "example.org".len() { "\n    " } else { " " };
+    // Writing to a String does not fail.
     let _ = write!(
         out,
         "\nTo give one more account an identity, write an entry. It is in force within\n\
          seconds, also for programs that are connected:\n  \
-         echo 'entry \"spiffe://{}/web\" {{{between}selectors = [\"unix:user:daemon\"] }}' \\\n      >{}\n",
-        trust_domain,
-        shell_word(&entry.to_string_lossy())
+         echo 'entry \"spiffe://{trust_domain}/web\" {{{between}selectors = [\"unix:user:daemon\"] }}' \\\n      >{entry}\n",
     );
     out
 }
 
 /// How another account asks, which may have to be given the program first.
-fn as_another_account(program: &Path, others_pass: bool) -> String {
-    let root = geteuid().is_root();
-    let mut out = String::new();
+fn as_another_account(others_pass: bool) -> String {
+    const PROGRAM: &str = "\"$(command -v durward)\"";
     if !others_pass {
         return "Other accounts do not reach this socket: the directories above it are closed to\n\
                 them. Where they do reach it:\n  \
                 durward quickstart --dir /tmp/durward-$USER\n"
             .to_owned();
     }
-    out.push_str("or, as another account, which gets another identity\n");
-    let file = std::env::current_exe().unwrap_or_else(|_unknown| program.to_owned());
-    let name = if !others_may_run(&file) {
+    let root = geteuid().is_root();
+    let mut out = "or, as another account, which gets another identity:\n".to_owned();
+    let file = std::env::current_exe().unwrap_or_else(|_unknown| program());
+    let name = if others_may_run(&file) {
+        PROGRAM
+    } else {
         let sudo = if root { "" } else { "sudo " };
         // Writing to a String does not fail.
-        let _ = writeln!(out, "  {sudo}install {} /usr/bin/", shell_word(&file.to_string_lossy()));
-        "/usr/bin/durward".to_owned()
-    } else if program.components().count() > 1 {
-        shell_word(&program.to_string_lossy())
-    } else {
-        "\"$(command -v durward)\"".to_owned()
+        let _ = writeln!(out, "  {sudo}install {PROGRAM} /usr/bin/");
+        "/usr/bin/durward"
     };
     let run = if root { "runuser -u nobody --" } else { "sudo -u nobody" };
     // Writing to a String does not fail.
-    let _ = write!(out, "  {run} {name} \\\n      api fetch x509 --socket-path $SPIFFE_ENDPOINT_SOCKET\n");
+    let _ =
+        write!(out, "  {run} {name} \\\n      api fetch x509 --socket-path \"$SPIFFE_ENDPOINT_SOCKET\"\n");
     out
 }
 
@@ -402,22 +406,4 @@ fn others_may_run(program: &Path) -> bool {
 fn program() -> PathBuf {
     let typed = std::env::args_os().next().map_or_else(|| PathBuf::from("durward"), PathBuf::from);
     if typed.components().count() > 1 { std::env::current_exe().unwrap_or(typed) } else { typed }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn words_survive_the_shell() {
-        for (text, want) in [
-            ("/run/durward/api.sock", "/run/durward/api.sock"),
-            ("/a b", "'/a b'"),
-            ("/it's", r"'/it'\''s'"),
-            ("$HOME", "'$HOME'"),
-            ("", "''"),
-        ] {
-            assert_eq!(shell_word(text), want);
-        }
-    }
 }

@@ -22,7 +22,7 @@ pub(super) struct ReloadArgs {
 
     /// Without an admin socket, send SIGHUP to this process
     ///
-    /// Only the agent's log tells then what came of it.
+    /// Only the agent's log then shows the result.
     #[arg(long, value_name = "PID", value_parser = process_id)]
     or_signal: Option<i32>,
 }

@@ -11,7 +11,7 @@ use tracing::Level;
 use super::{Failure, socket::has_scheme};
 use crate::{
     agent,
-    config::{Config, DEFAULT_SOCKET_PATH, ExpandEnv, Given, Places, Signer, WrongPlace},
+    config::{Config, DEFAULT_SOCKET_PATH, ExpandEnv, Flawed, Given, Places, Signer, WrongPlace},
     hcl::{ConfigError, ConfigErrors, KeyPlace, KeyPlaces},
     identity::TrustDomain,
     issuer::server::settings::JoinToken,
@@ -64,7 +64,7 @@ pub struct CliOverrides {
     #[arg(long, value_name = "NAME", value_parser = TrustDomain::parse)]
     pub trust_domain: Option<TrustDomain>,
 
-    /// Log this level and what is worse: error, warn, info, debug or trace
+    /// Log this level and above: error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", value_parser = log_level)]
     pub log_level: Option<Level>,
 
@@ -76,7 +76,7 @@ pub struct CliOverrides {
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
 
-    /// Say in each log line where in the code it was written
+    /// Add the place in the source code to each log line
     #[arg(long)]
     pub log_source_location: bool,
 
@@ -84,7 +84,7 @@ pub struct CliOverrides {
     #[arg(long)]
     pub allow_unauthenticated_verifiers: bool,
 
-    /// Accepted for spire-agent's sake: this version has no SDS API
+    /// Accepted for compatibility with spire-agent: there is no SDS API yet
     #[arg(long)]
     pub disable_sds_api: bool,
 
@@ -103,21 +103,21 @@ pub struct ServerOverrides {
     #[arg(long, value_name = "PORT")]
     pub server_port: Option<String>,
 
-    /// The token that the SPIRE Server gave for this node
+    /// The join token that the SPIRE Server generated for this node
     ///
-    /// Other users of the node can read it here: a file is better.
+    /// Other users can see it in the list of processes: a file is safer.
     #[arg(long, value_name = "TOKEN", value_parser = join_token)]
     pub join_token: Option<JoinToken>,
 
-    /// A file that holds the token
+    /// A file that holds the join token
     #[arg(long, value_name = "FILE")]
     pub join_token_file: Option<String>,
 
-    /// The CA certificates by which the SPIRE Server is known at first
+    /// CA certificates that verify the SPIRE Server on first contact
     #[arg(long, value_name = "FILE")]
     pub trust_bundle: Option<String>,
 
-    /// The URL that these CA certificates are fetched from instead
+    /// URL to fetch these CA certificates from instead
     #[arg(long, value_name = "URL")]
     pub trust_bundle_url: Option<String>,
 
@@ -129,13 +129,13 @@ pub struct ServerOverrides {
     #[arg(long)]
     pub insecure_bootstrap: bool,
 
-    /// Whether to bootstrap again when the SPIRE Server's roots are unknown
+    /// Whether to bootstrap again when the SPIRE Server has unknown roots
     ///
     /// never, auto or always
     #[arg(long, value_name = "MODE")]
     pub rebootstrap_mode: Option<String>,
 
-    /// How long they must be unknown before that
+    /// How long they must have been unknown before that
     #[arg(long, value_name = "DURATION")]
     pub rebootstrap_delay: Option<String>,
 }
@@ -312,47 +312,68 @@ impl ConfigArgs {
 
     /// Reads and checks the configuration, and the places that it names: every mistake at once, as far as it can be read.
     fn look(&self, trust: Trust, given: &[Given], looks: Looks) -> Result<(Config, Vec<ClosedDir>), Failure> {
-        let wrong = |config: &Config, Places { mut wrong, closed }: Places| {
-            wrong.extend(looks.further(config, trust, &wrong));
-            (wrong_places(&self.config, &config.set_at, wrong), closed)
-        };
-        let errors = match self.read_given(trust, given) {
+        let errors = match self.read_as(trust, given) {
             Ok(config) => {
-                let places = config.places(trust.user());
-                let (wrong, closed) = wrong(&config, places);
-                return if wrong.list().is_empty() { Ok((config, closed)) } else { Err(wrong.into()) };
+                let Places { mut wrong, closed } = config.places(trust.user());
+                wrong.extend(looks.further(&config, trust, &wrong));
+                if wrong.is_empty() {
+                    return Ok((config, closed));
+                }
+                return Err(wrong_places(&self.config, &config.set_at, wrong).into());
             }
-            Err(Failure::Config(errors)) => errors,
-            Err(other) => return Err(other),
+            Err(Unread::Flawed(flawed)) => flawed.errors,
+            Err(Unread::Contradicted(error)) => return Err(error.into()),
         };
         // Files that nobody may go by are read all the same, for what else is wrong.
-        Err(Failure::Config(match self.read_given(Trust::anybody(), given) {
-            Ok(config) => {
-                let places = config.places(trust.user());
-                errors.and(wrong(&config, places).0)
-            }
-            Err(Failure::Config(others)) => errors.and(others),
-            Err(_) => errors,
-        }))
+        let (config, errors) = match self.read_as(Trust::anybody(), given) {
+            Ok(config) => (Some(Box::new(config)), errors),
+            Err(Unread::Flawed(Flawed { errors: others, rest })) => (rest, errors.and(others)),
+            Err(Unread::Contradicted(_)) => (None, errors),
+        };
+        let Some(config) = config else { return Err(errors.into()) };
+        let mut wrong = config.places(trust.user()).wrong;
+        let looks = if let Looks::Again = looks { looks } else { Looks::Everywhere };
+        wrong.extend(looks.further(&config, trust, &wrong));
+        // Where the key itself is wrong, what stands in its place nobody wrote.
+        wrong.retain(|place| errors.list().iter().all(|error| error.key != place.key));
+        Err(errors.and(wrong_places(&self.config, &config.set_at, wrong)).into())
     }
 
     fn read_given(&self, trust: Trust, given: &[Given]) -> Result<Config, Failure> {
+        self.read_as(trust, given).map_err(|unread| match unread {
+            Unread::Flawed(flawed) => Failure::Config(flawed.errors),
+            Unread::Contradicted(error) => error.into(),
+        })
+    }
+
+    fn read_as(&self, trust: Trust, given: &[Given]) -> Result<Config, Unread> {
         let variable = |name: &str| super::environment(name).and_then(|value| value.into_string().ok());
         let expand = if self.expand_env { ExpandEnv::With(&variable) } else { ExpandEnv::No };
-        let loaded = Config::load_as(trust, &self.config, expand, given);
-        let mut config = loaded.map_err(|errors| {
-            // Who named a file need not be told how to.
-            let none = errors.list().iter().any(|error| error.message.starts_with(NO_FILE));
-            let named = self.config != Path::new(DEFAULT_CONFIG);
-            if none && named {
-                ConfigErrors::new(vec![of_file(&self.config, NO_FILE.to_owned())], 0)
-            } else {
-                errors
+        match Config::load_as(trust, &self.config, expand, given) {
+            Ok(mut config) => {
+                self.overrides.apply(&mut config).map_err(Unread::Contradicted)?;
+                Ok(config)
             }
-        })?;
-        self.overrides.apply(&mut config)?;
-        Ok(config)
+            Err(mut flawed) => {
+                // Who named a file need not be told how to.
+                let none = flawed.errors.list().iter().any(|error| error.message.starts_with(NO_FILE));
+                if none && self.config != Path::new(DEFAULT_CONFIG) {
+                    flawed.errors = ConfigErrors::new(vec![of_file(&self.config, NO_FILE.to_owned())], 0);
+                }
+                if let Some(mut rest) = flawed.rest.take() {
+                    flawed.rest = self.overrides.apply(&mut rest).is_ok().then_some(rest);
+                }
+                Err(Unread::Flawed(flawed))
+            }
+        }
     }
+}
+
+/// Why there is no configuration.
+enum Unread {
+    Flawed(Flawed),
+    /// The command line does not fit it.
+    Contradicted(OverrideError),
 }
 
 /// Where mistakes are looked for beside the places that must be nobody else's.
@@ -389,6 +410,10 @@ impl Looks {
                 let needs = |place: &WrongPlace| match place.key {
                     "agent.socket_path" => socket == SocketOf::Agent,
                     "agent.data_dir" => matches!(config.issuer, Signer::Embedded(_)),
+                    "agent.log_file"
+                    | "audit.file"
+                    | "health_checks.bind_port"
+                    | "telemetry.Prometheus.port" => true,
                     _ => false,
                 };
                 let missing: Vec<_> = missing().collect();

@@ -56,9 +56,9 @@ fn pretty(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime)
     let due = if told.x509_svids_due > 0 { format!(" ({} due)", told.x509_svids_due) } else { String::new() };
     row(&mut out, "SVIDs held", &format!("{} X.509{due}, {} JWT", told.x509_svids, told.jwt_svids));
     let pods = if told.kubernetes {
-        "found: a caller in a pod is its pod"
+        "found: a caller in a pod counts as its pod"
     } else {
-        "not found: a caller is its user"
+        "not found: a caller counts as its user"
     };
     row(&mut out, "Kubernetes", pods);
     if !told.audit.is_empty() {
@@ -83,7 +83,7 @@ fn pretty(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime)
     } else {
         format!("NO: short of {}", held.short_of.join(", "))
     };
-    row(&mut out, "Room", &format!("{room} (it may use {cores} cores)"));
+    row(&mut out, "Room", &format!("{room} (processor: up to {cores} cores)"));
     let dry = if told.dry_run { " (dry run: none refuses)" } else { "" };
     if told.limits_set.is_empty() {
         row(&mut out, "Limits set", &format!("none; the defaults refuse only without room{dry}"));
@@ -202,7 +202,7 @@ fn wrong(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime) 
     }
     if told.reload_failed != 0 {
         let ago = since(told.reload_failed, now);
-        wrong.push(format!("the last reload failed {ago}; the configuration of before is in force:"));
+        wrong.push(format!("the last reload failed {ago}; the old settings are in force:"));
         wrong.extend(told.reload_errors.iter().map(|error| format!("- {}", error.trim())));
     }
     if told.audit_untaken {
@@ -243,8 +243,8 @@ fn since(seconds: i64, now: SystemTime) -> String {
 
 fn ends(seconds: i64, now: SystemTime) -> String {
     match at(seconds).duration_since(now) {
-        Ok(left) => format!("ends in {}", show_duration(Duration::from_secs(left.as_secs()))),
-        Err(_) => format!("ended {} ago", elapsed(seconds, now)),
+        Ok(left) => format!("expires in {}", show_duration(Duration::from_secs(left.as_secs()))),
+        Err(_) => format!("expired {} ago", elapsed(seconds, now)),
     }
 }
 
@@ -347,13 +347,13 @@ mod tests {
         let shown = pretty(&told, &pb::LimitsResponse::default(), at(10_000));
         for want in [
             "Signed by:    the SPIRE Server at spire:8081\n",
-            "Its SVID:     ends in 1m30s\n",
+            "Its SVID:     expires in 1m30s\n",
             "Last sync:    1m5s ago\n",
             "Agent:        ready, version 1, process 0, up ",
             "SVIDs held:   7 X.509 (2 due), 0 JWT\n",
             "Found:        the agent runs in a user namespace that does not map all users\n",
             "Wrong:        1 entry could not be signed for: see the log\n",
-            "              the last reload failed 3m ago; the configuration of before is in\n",
+            "              the last reload failed 3m ago; the old settings are in force:\n",
             "              - agent.conf:3: agent.log_level \"loud\": must be one of\\u{1b}\n",
             "Audit:        socket /run/audit.sock\n",
             "              the audit is not taken at socket /run/audit.sock, and its lines\n",

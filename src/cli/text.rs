@@ -1,6 +1,6 @@
 //! Go's way to write durations, times and gRPC codes, which spire-agent's output has and scripts read.
 
-use std::{fmt, str::FromStr, time::Duration};
+use std::{fmt, path::Path, str::FromStr, time::Duration};
 
 use time::{OffsetDateTime, macros::format_description};
 use tonic::Code;
@@ -108,6 +108,15 @@ pub(super) fn shell_word(text: &str) -> String {
     }
 }
 
+/// `path` as one word of a POSIX shell, by `~` where it is below the home directory.
+pub(super) fn shell_path(path: &Path, home: Option<&Path>) -> String {
+    let below = home.filter(|home| home.parent().is_some()).and_then(|home| path.strip_prefix(home).ok());
+    match below {
+        Some(rest) if rest != Path::new("") => format!("~/{}", shell_word(&rest.to_string_lossy())),
+        _ => shell_word(&path.to_string_lossy()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -147,6 +156,34 @@ mod tests {
     fn times_are_gos() {
         let at = OffsetDateTime::from_unix_timestamp(1_767_225_600).unwrap();
         assert_eq!(go_time(at), "2026-01-01 00:00:00 +0000 UTC");
+    }
+
+    #[test]
+    fn words_survive_the_shell() {
+        for (text, want) in [
+            ("/run/durward/api.sock", "/run/durward/api.sock"),
+            ("/a b", "'/a b'"),
+            ("/it's", r"'/it'\''s'"),
+            ("$HOME", "'$HOME'"),
+            ("", "''"),
+        ] {
+            assert_eq!(shell_word(text), want);
+        }
+    }
+
+    #[test]
+    fn what_is_below_the_home_directory_is_named_by_it() {
+        let home = Path::new("/home/ann");
+        for (path, home, want) in [
+            ("/home/ann/a/b", Some(home), "~/a/b"),
+            ("/home/ann/a b", Some(home), "~/'a b'"),
+            ("/home/anna/b", Some(home), "/home/anna/b"),
+            ("/home/ann", Some(home), "/home/ann"),
+            ("/var/lib", Some(Path::new("/")), "/var/lib"),
+            ("/a b", None, "'/a b'"),
+        ] {
+            assert_eq!(shell_path(Path::new(path), home), want, "{path}");
+        }
     }
 
     proptest! {

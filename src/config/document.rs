@@ -79,6 +79,14 @@ pub struct Config {
     pub set_at: KeyPlaces,
 }
 
+/// A configuration with mistakes.
+#[derive(Debug)]
+pub struct Flawed {
+    pub errors: ConfigErrors,
+    /// What it says otherwise, with a default for each value that is wrong; `None` where too little can be read.
+    pub rest: Option<Box<Config>>,
+}
+
 impl Config {
     /// Reads `path`, the drop-in files and the bundle files that it names, and checks all of it.
     ///
@@ -87,7 +95,7 @@ impl Config {
     /// # Errors
     /// Every mistake that was found, in all files.
     pub fn load(path: &Path, expand_env: ExpandEnv<'_>) -> Result<Self, ConfigErrors> {
-        Self::load_as(Trust::own(), path, expand_env, &[])
+        Self::load_as(Trust::own(), path, expand_env, &[]).map_err(|flawed| flawed.errors)
     }
 
     /// The same, with files of these owners, and with these keys in place of those in the file.
@@ -99,7 +107,7 @@ impl Config {
         path: &Path,
         expand_env: ExpandEnv<'_>,
         given: &[Given],
-    ) -> Result<Self, ConfigErrors> {
+    ) -> Result<Self, Flawed> {
         // Looked at before they are read: what changes meanwhile is seen.
         let sources = RefCell::new(Sources::default());
         let see = |path: &Path| sources.borrow_mut().add(trust, path);
@@ -109,13 +117,11 @@ impl Config {
         let text = file::read_main(trust, path).map_err(|err| {
             let (line, message) = err.within(path);
             let (file, column) = (path.to_owned(), line.min(1));
-            ConfigErrors::new(
-                vec![ConfigError { file, line, column, key: String::new(), value: None, message }],
-                0,
-            )
+            let error = ConfigError { file, line, column, key: String::new(), value: None, message };
+            Flawed { errors: ConfigErrors::new(vec![error], 0), rest: None }
         })?;
         let users = NodeUsers::default();
-        let mut config = Self::parse(&Input {
+        let mut config = Self::check(&Input {
             path,
             text: &text,
             base: &base,
@@ -141,12 +147,23 @@ impl Config {
     /// # Errors
     /// Every mistake that was found, in all files.
     pub fn parse(input: &Input<'_>) -> Result<Self, ConfigErrors> {
+        Self::check(input).map_err(|flawed| flawed.errors)
+    }
+
+    fn check(input: &Input<'_>) -> Result<Self, Flawed> {
         let problems = Problems::new(input.base).knowing(KEYS);
         let mut config = read(input, &problems);
         if let Some(config) = &mut config {
             config.set_at = problems.key_places();
         }
-        problems.into_result(config).map_err(|errors| errors.with_hints(|value| input.unexpanded(value)))
+        match (config, problems.into_errors()) {
+            (Some(config), None) => Ok(config),
+            (rest, errors) => {
+                let errors = errors.unwrap_or_else(|| ConfigErrors::new(Vec::new(), 0));
+                let errors = errors.with_hints(|value| input.unexpanded(value));
+                Err(Flawed { errors, rest: rest.map(Box::new) })
+            }
+        }
     }
 
     /// What the issuer is told.

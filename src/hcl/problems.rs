@@ -240,16 +240,14 @@ impl Problems {
             .unwrap_or_default()
     }
 
-    /// `made`, when there was nothing wrong.
-    pub(crate) fn into_result<T>(self, made: Option<T>) -> Result<T, ConfigErrors> {
+    /// What was wrong, if anything was.
+    pub(crate) fn into_errors(self) -> Option<ConfigErrors> {
         let mut list = self.list.take();
-        if let Some(made) = made
-            && list.is_empty()
-        {
-            return Ok(made);
+        if list.is_empty() {
+            return None;
         }
         list.sort_by_key(|(place, _)| *place);
         let list = list.into_iter().map(|(_, error)| error).collect();
-        Err(ConfigErrors::new(list, self.left_out.get()))
+        Some(ConfigErrors::new(list, self.left_out.get()))
     }
 }

@@ -76,7 +76,7 @@ impl RotationMetrics {
     pub fn new(registry: Registry<'_>, kind: Rotated) -> Self {
         let labels = &[(Rotated::KEY, kind.text())];
         Self {
-            done: registry.counter("durward_rotations_total", "Rotations done.", labels),
+            done: registry.counter_once_used("durward_rotations_total", "Rotations done.", labels),
             seconds_left: registry.gauge(
                 "durward_rotation_due_seconds",
                 "Seconds until the next rotation; negative when overdue, NaN when none is planned.",

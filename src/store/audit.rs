@@ -31,6 +31,37 @@ use crate::{
     telemetry::{log::AUDIT, registry::Label as _},
 };
 
+/// What a line is about, in the words that it begins with. Whoever reads the audit knows them from here.
+pub mod message {
+    pub const SVID_MADE: &str = "svid made";
+    pub const SVID_GIVEN: &str = "svid given";
+    /// A count, of the process that was given it before.
+    pub const SVID_GIVEN_AGAIN: &str = "svid given again";
+    /// Counts, of those beyond the lines that a user may have.
+    pub const SVIDS_MADE: &str = "svids made";
+    pub const SVIDS_GIVEN: &str = "svids given";
+    pub const CALL_REFUSED: &str = "call refused";
+    pub const CALLS_REFUSED: &str = "calls refused";
+    pub const CONNECTION_REFUSED: &str = "connection refused";
+    pub const CONNECTIONS_REFUSED: &str = "connections refused";
+    /// The count of all for whom there is none of their own.
+    pub const OF_FURTHER_CALLERS: &str = "answers and refusals of further callers";
+
+    /// All of them.
+    pub const ALL: [&str; 10] = [
+        SVID_MADE,
+        SVID_GIVEN,
+        SVID_GIVEN_AGAIN,
+        SVIDS_MADE,
+        SVIDS_GIVEN,
+        CALL_REFUSED,
+        CALLS_REFUSED,
+        CONNECTION_REFUSED,
+        CONNECTIONS_REFUSED,
+        OF_FURTHER_CALLERS,
+    ];
+}
+
 /// Events of one user with a line each, at once; one a second comes back.
 const MOST_LINES: u32 = 300;
 /// Users with a number of lines of their own. The others share one.
@@ -263,7 +294,7 @@ impl AuditTrail {
             self.lock().has_line(whom, outcome, svid.not_after, Instant::now())
         });
         if has_line {
-            write_x509("svid made", svid, entry, whom);
+            write_x509(message::SVID_MADE, svid, entry, whom);
         }
     }
 
@@ -271,7 +302,7 @@ impl AuditTrail {
     pub(super) fn jwt_made(&self, svid: &JwtSvid, entry: &Entry, whom: AuditedCaller) {
         let outcome = AuditOutcome::Made(AuditedSvid::Jwt, svid.spiffe_id.clone());
         if self.lock().has_line(&whom, outcome, svid.expires_at, Instant::now()) {
-            write_jwt("svid made", svid, entry, whom);
+            write_jwt(message::SVID_MADE, svid, entry, whom);
         }
     }
 
@@ -288,7 +319,7 @@ impl AuditTrail {
         }
         let given = AuditOutcome::Given(AuditedSvid::Jwt, id);
         if self.lock().has_line(&whom, given, svid.expires_at, now) {
-            write_jwt("svid given", svid, entry, whom);
+            write_jwt(message::SVID_GIVEN, svid, entry, whom);
         }
     }
 
@@ -321,7 +352,7 @@ impl AuditTrail {
             match svids.get(at) {
                 Some(svid) if svid.chain.first().is_some_and(holds) => {
                     if self.lock().has_line(&whom, given, svid.not_after, now) {
-                        write_x509("svid given", svid, entry, Some(whom));
+                        write_x509(message::SVID_GIVEN, svid, entry, Some(whom));
                     }
                 }
                 // Renewed meanwhile: what it was given is valid no longer than this one.
@@ -346,7 +377,8 @@ impl AuditTrail {
         if let Some(times) = self.lock().count_or_tell(by, outcome, Instant::now()) {
             let spiffe_id = spiffe_id.map(SpiffeId::as_str);
             tracing::info!(
-                target: AUDIT, %caller, uid, gid, pid, method, reason, spiffe_id, times = more(times), "call refused"
+                target: AUDIT, %caller, uid, gid, pid, method, reason, spiffe_id, times = more(times), "{}",
+                message::CALL_REFUSED
             );
         }
     }
@@ -360,7 +392,7 @@ impl AuditTrail {
         let outcome = AuditOutcome::NotLetIn(why);
         if let Some(times) = self.lock().count_or_tell(by, outcome, Instant::now()) {
             let (reason, times) = (why.text(), more(times));
-            tracing::info!(target: AUDIT, %caller, uid, gid, pid, reason, times, "connection refused");
+            tracing::info!(target: AUDIT, %caller, uid, gid, pid, reason, times, "{}", message::CONNECTION_REFUSED);
         }
     }
 
@@ -402,22 +434,25 @@ impl AuditTrail {
         for (caller, outcome, told) in due {
             let times = told.times;
             match outcome {
-                AuditOutcome::Made(kind, id) => write_count("svids made", caller, kind, &id, told),
-                AuditOutcome::Given(kind, id) => write_count("svids given", caller, kind, &id, told),
+                AuditOutcome::Made(kind, id) => write_count(message::SVIDS_MADE, caller, kind, &id, told),
+                AuditOutcome::Given(kind, id) => write_count(message::SVIDS_GIVEN, caller, kind, &id, told),
                 AuditOutcome::GivenAgain(kind, id) => {
-                    write_count("svid given again", caller, kind, &id, told);
+                    write_count(message::SVID_GIVEN_AGAIN, caller, kind, &id, told);
                 }
                 AuditOutcome::Refused(method, reason, id) => {
                     let spiffe_id = id.as_ref().map(SpiffeId::as_str);
-                    tracing::info!(target: AUDIT, %caller, method, reason, spiffe_id, times, "calls refused");
+                    tracing::info!(
+                        target: AUDIT, %caller, method, reason, spiffe_id, times, "{}", message::CALLS_REFUSED
+                    );
                 }
                 AuditOutcome::NotLetIn(why) => {
-                    tracing::info!(target: AUDIT, %caller, reason = why.text(), times, "connections refused");
+                    let reason = why.text();
+                    tracing::info!(target: AUDIT, %caller, reason, times, "{}", message::CONNECTIONS_REFUSED);
                 }
             }
         }
         if others > 0 {
-            tracing::info!(target: AUDIT, times = others, "answers and refusals of further callers");
+            tracing::info!(target: AUDIT, times = others, "{}", message::OF_FURTHER_CALLERS);
         }
     }
 }

@@ -50,13 +50,14 @@ impl StoreMetrics {
             x509_svids: registry
                 .gauges("durward_x509_svids", "X.509-SVIDs held, and those that open streams use."),
             jwt_svids: registry.gauge("durward_jwt_svids", "JWT-SVIDs held in the cache.", &[]),
-            jwt_cache: registry.counters("durward_jwt_cache_requests_total", "JWT-SVIDs asked of the cache."),
-            jwt_refreshes: registry.counter(
+            jwt_cache: registry
+                .counters_once_used("durward_jwt_cache_requests_total", "JWT-SVIDs asked of the cache."),
+            jwt_refreshes: registry.counter_once_used(
                 "durward_jwt_cache_refreshes_total",
                 "JWT-SVIDs replaced in the background while the old one was served.",
                 &[],
             ),
-            jwt_evictions: registry.counter(
+            jwt_evictions: registry.counter_once_used(
                 "durward_jwt_cache_evictions_total",
                 "JWT-SVIDs dropped before their time because the cache was full.",
                 &[],

@@ -135,7 +135,10 @@ impl Metrics {
 fn without(unused: &BTreeSet<String>, text: &str) -> String {
     // A histogram's lines are left out together: by its count, and without the bound of the bucket.
     let series = |line: &str| -> Option<(String, bool)> {
-        let (name, rest) = line.split_once('{')?;
+        let Some((name, rest)) = line.split_once('{') else {
+            let (name, value) = line.split_once(' ').filter(|(name, _)| *name != "#")?;
+            return Some((name.to_owned(), value == "0"));
+        };
         let (labels, value) = rest.rsplit_once("} ")?;
         let labels = labels.split(",le=").next().unwrap_or_default();
         let base = ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end));

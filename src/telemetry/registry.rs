@@ -150,7 +150,8 @@ impl<'a> Registry<'a> {
     fn leave_out(&self, name: &str, labels: &[(&'static str, &'static str)]) {
         let Some(unused) = self.unused else { return };
         let labels: Vec<String> = labels.iter().map(|(key, value)| format!("{key}=\"{value}\"")).collect();
-        let series = format!("{name}{{{}}}", labels.join(","));
+        let series =
+            if labels.is_empty() { name.to_owned() } else { format!("{name}{{{}}}", labels.join(",")) };
         unused.lock().unwrap_or_else(PoisonError::into_inner).insert(series);
     }
 
@@ -191,6 +192,17 @@ impl<'a> Registry<'a> {
         self.recorder.register_gauge(&Self::key(name, labels), &METADATA)
     }
 
+    /// A gauge that a scrape leaves out while it is 0.
+    pub fn gauge_once_used(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        labels: &[(&'static str, &'static str)],
+    ) -> Gauge {
+        self.leave_out(name, labels);
+        self.gauge(name, help, labels)
+    }
+
     /// A histogram, of seconds; a scrape leaves it out until something was measured.
     pub fn histogram(
         &self,
@@ -206,6 +218,11 @@ impl<'a> Registry<'a> {
     /// A counter for each value of a label.
     pub fn counters<L: Label>(&self, name: &'static str, help: &'static str) -> By<L, Counter> {
         By::new(|value: L| self.counter(name, help, &[(L::KEY, value.text())]))
+    }
+
+    /// A counter for each value of a label, which a scrape leaves out until something was counted.
+    pub fn counters_once_used<L: Label>(&self, name: &'static str, help: &'static str) -> By<L, Counter> {
+        By::new(|value: L| self.counter_once_used(name, help, &[(L::KEY, value.text())]))
     }
 
     /// A gauge for each value of a label.

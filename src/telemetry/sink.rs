@@ -9,6 +9,9 @@ use std::{
 
 use nix::errno::Errno;
 
+/// What the line says that tells how many were lost before it.
+pub const LINES_LOST: &str = "log lines were lost";
+
 /// A place for lines.
 pub(super) struct Sink {
     to: SinkPlace,
@@ -125,7 +128,7 @@ fn count(lines: &[u8]) -> u64 {
 
 /// Valid in both formats: text to people, an object to a parser.
 fn lost_lines(lost: u64) -> String {
-    format!("{{\"level\":\"WARN\",\"message\":\"log lines were lost\",\"lost\":{lost}}}")
+    format!("{{\"level\":\"WARN\",\"message\":\"{LINES_LOST}\",\"lost\":{lost}}}")
 }
 
 #[cfg(test)]

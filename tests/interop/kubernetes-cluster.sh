@@ -195,8 +195,9 @@ note "an update of the agent is found by those who mount its directory"
 
 # Who may do what: an agent beside the others, with the token of a service account of its own. get on nodes/pods is enough, and
 # where there is nothing, the status says what is missing.
-# beside NAME [RESOURCE]
+# beside NAME [RESOURCE [PLUGIN_DATA [ENTRY]]]
 beside() {
+    local plugin_data=${3:-"node_name = \"$node_ip\" kubelet_ca_path = \"$k/ca.pem\" token_path = \"$dir/$1/token\""}
     kubectl -n durward create serviceaccount "$1" >/dev/null
     if [ -n "${2:-}" ]; then
         kubectl create clusterrole "$1" --verb=get --resource="$2" >/dev/null
@@ -207,10 +208,11 @@ beside() {
     cat >"$dir/$1/agent.conf" <<CONF
 agent { trust_domain = "example.org" socket_path = "$dir/$1/api.sock" admin_socket_path = "$dir/$1-private/admin.sock" data_dir = "$dir/$1/data" }
 plugins {
-  WorkloadAttestor "k8s" { plugin_data { node_name = "$node_ip" kubelet_ca_path = "$k/ca.pem" token_path = "$dir/$1/token" } }
+  WorkloadAttestor "k8s" { plugin_data { $plugin_data } }
 }
 issuer "embedded" { }
 entry "spiffe://example.org/any" { selectors = ["k8s:ns:bank"] }
+${4:-}
 CONF
     mkdir -m 0700 "$dir/$1-private"
     start_process "$1-agent" "$durward" run -config "$dir/$1/agent.conf"
@@ -231,6 +233,28 @@ grep -q k8s:sa:ledger "$dir/said.txt" || fail "nodes/pods is enough: $(cat "$dir
 tr -s ' \n' ' ' <"$dir/said.txt" | grep -q 'Wrong:.*(403): allow its service account get on nodes/proxy, or on nodes/pods' ||
     fail "the status: $(cat "$dir/said.txt")"
 note "get on nodes/pods is enough, and without it the status says so"
+
+# The keys that nothing else here sets: what each does to what is known of a pod.
+explained() { "$durward" explain -socketPath "$dir/$1-private/admin.sock" -pid "$(pid_of "$2" "$3" main)" >"$dir/said.txt" 2>&1 || true; }
+by_token="node_name = \"$node_ip\" token_path = \"$dir/unverified/token\""
+NODE_IP=$node_ip beside every-key nodes/pods,namespaces "node_name_env = \"NODE_IP\" kubelet_secure_port = 10250
+    kubelet_ca_path = \"$k/ca.pem\" token_path = \"$dir/every-key/token\" reload_interval = \"1s\" max_poll_attempts = 20
+    poll_retry_interval = \"100ms\" disable_container_selectors = true enable_namespace_labels = true
+    api_server_address = \"$service_ip:443\" api_server_ca_path = \"$k/ca.pem\" api_server_token_path = \"$dir/every-key/token\"" \
+    'entry "spiffe://example.org/team/gold" { selectors = ["k8s:ns-label:team:gold"] }'
+explained every-key gold web
+grep -q k8s:ns-label:team:gold "$dir/said.txt" || fail "with every key: $(cat "$dir/said.txt" "$dir/every-key-agent.log")"
+grep -q k8s:container-name "$dir/said.txt" && fail "no containers: $(cat "$dir/said.txt")"
+beside unverified nodes/pods "$by_token skip_kubelet_verification = true"
+explained unverified bank ledger
+grep -q k8s:sa:ledger "$dir/said.txt" || fail "a kubelet that is not verified: $(cat "$dir/said.txt")"
+beside anonymous nodes/pods "$by_token kubelet_ca_path = \"$k/ca.pem\" use_anonymous_authentication = true"
+explained anonymous bank ledger
+grep -q '401' "$dir/said.txt" || fail "without a token: $(cat "$dir/said.txt")"
+sed 's/plugin_data { .* true/plugin_data { disable_kubelet_client = true/' "$dir/unverified/agent.conf" >"$dir/without-kubelet.conf"
+"$durward" validate -config "$dir/without-kubelet.conf" >"$dir/said.txt" 2>&1 && fail "an entry for pods without the kubelet is valid"
+grep -q 'no k8s selector is available' "$dir/said.txt" || fail "without the kubelet: $(cat "$dir/said.txt")"
+note "each key of the attestor does what it says"
 
 # The selectors of spire-agent, for the same containers.
 mkdir -p "$dir/peer"

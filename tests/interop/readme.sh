@@ -7,8 +7,8 @@ cd "$dir"
 "$durward" quickstart --dir "$dir/quick" >"$dir/said" 2>&1 &
 started+=("$!")
 until_true 30 grep -q '^Serving' "$dir/said"
-# The lines that a person is told to type first.
-eval "$(grep '^  export ' "$dir/said")"
+# The line that a person is told to type first.
+eval "$(grep '^  \. ' "$dir/said")"
 
 # blocks LANGUAGE: those of the README's section, each ended by a line of its own.
 blocks() {

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The units of systemd/ under a real systemd: upgrades during polite calls lose none of them, and leave the socket where it is.
+# The units of systemd/ under a real systemd: upgrades during polite calls lose none of them, and leave the socket where it is; and
+# every setting of conf/agent.conf works under them.
 #
 # systemd is PID 1 of a container with this machine's /usr and nothing else of it. Needs root, and Debian's systemd and
 # systemd-container.
@@ -15,9 +16,10 @@ for link in /bin /sbin /lib /lib64; do
     if [ -L "$link" ]; then cp -P "$link" "$node$link"; fi
 done
 cp -L /etc/os-release /etc/ld.so.cache "$node/etc"
-echo 'root:x:0:0:root:/root:/bin/sh' >"$node/etc/passwd"
-echo 'root:x:0:' >"$node/etc/group"
-printf '%s: files\n' passwd group >"$node/etc/nsswitch.conf"
+printf '%s\n' root:x:0:0:root:/root:/bin/sh build:x:1001:1001::/:/bin/sh web:x:1002:1002::/:/bin/sh >"$node/etc/passwd"
+printf '%s\n' root:x:0: build:x:1001: web:x:1002: www-data:x:33:web >"$node/etc/group"
+echo '127.0.0.1 localhost' >"$node/etc/hosts"
+printf '%s: files\n' passwd group hosts >"$node/etc/nsswitch.conf"
 : >"$node/etc/machine-id"
 
 # Installed as a package would, but with the binary where it can be replaced.
@@ -93,3 +95,58 @@ wait "${started[@]:1}"
 lost=$(grep -v '^answered$' "$dir"/calls.* || true)
 [ -z "$lost" ] || fail "lost calls: $lost"
 echo "$UPGRADES upgrades, $(calls) calls, none lost"
+
+# Every setting of the reference, at its default or as its example has it, and what is off by default switched on. Of two that
+# exclude each other it is one.
+inside mkdir -p /etc/durward/entries.d
+inside /opt/durward bundle show --output spiffe >"$node/etc/durward/other.example.json"
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30 -subj /O=example -keyout "$node/etc/durward/ca.key" \
+    -out "$node/etc/durward/ca.pem" -addext keyUsage=critical,keyCertSign,cRLSign 2>/dev/null
+sed -E -e '/^ *#\+ *(kubelet_read_only_port|fetch_x509_svid|socket_path = "\/run\/audit)/d' \
+    -e 's/^( *)# ([A-Za-z0-9_]+ = )/\1\2/' -e 's/^( *)#\+/\1/' -e 's#"entries.d"#"/etc/durward/entries.d"#' \
+    -e 's/^( *)(take_over|watch_config|log_source_location|allow_unauthenticated_verifiers|optional) = false/\1\2 = true/' \
+    -e 's/^( *)(discover_workload_path|spire_agent_names|EnableTrustDomainLabel|listener_enabled) = false/\1\2 = true/' \
+    -e 's/log_format = "text"/log_format = "json"/' -e 's/soft_limits = \[\]/soft_limits = [50, 90]/' \
+    -e 's/log_selectors = \[\]/log_selectors = ["unix:uid"]/' "$root/conf/agent.conf" >"$node/etc/durward/agent.conf"
+echo 'entry "spiffe://example.org/root" { selectors = ["unix:uid:0", "unix:path:/opt/durward"] }' >"$node/etc/durward/entries.d/root.conf"
+inside chown -R durward:durward /etc/durward
+chmod 600 "$node/etc/durward/ca.key"
+inside systemctl stop durward.service
+rm -r "$node"/var/lib/durward/*
+
+# One of them needs what the unit does not give by itself, and nothing starts without it.
+inside systemctl --no-block start durward.service
+refused() { inside journalctl -u durward --no-pager -o cat | grep -q 'discover_workload_path.*needs CAP_SYS_PTRACE'; }
+until_true 30 refused
+mkdir -p "$node/etc/systemd/system/durward.service.d"
+cp "$root/systemd/discover-workload-path.conf" "$node/etc/systemd/system/durward.service.d/"
+inside systemctl daemon-reload
+inside systemctl restart durward.service || fail "with every setting: $(inside journalctl -u durward --no-pager -n 20)"
+said() { inside "$@" >"$dir/said.txt" 2>&1 || fail "$*: $(cat "$dir/said.txt")"; }
+told() { grep -q "$1" "$dir/said.txt" || fail "not there: $1: $(cat "$dir/said.txt")"; }
+said /opt/durward api fetch x509
+told spiffe://example.org/root
+for at in 'http://localhost/ready' 'http://localhost/live' '--unix-socket /run/durward/health.sock http://localhost/ready'; do
+    # shellcheck disable=SC2086
+    said curl --fail --silent --show-error $at
+done
+for at in 'http://localhost:9988/' '--unix-socket /run/durward/metrics.sock http://localhost/'; do
+    # shellcheck disable=SC2086
+    said curl --fail --silent --show-error $at
+    told '^durward_calls_total{'
+    told '^spire_agent_.*trust_domain="example.org"'
+done
+said /opt/durward status
+told '^Wrong: *nothing'
+said /opt/durward audit who spiffe://example.org/root /var/log/durward/audit.jsonl
+told 'X.509-SVID, serial'
+said head -n 1 /var/log/durward/agent.log
+told '^{"timestamp"'
+said systemctl reload durward.service
+# A file that changes is read without being told to.
+echo 'entry "spiffe://example.org/more" { selectors = ["unix:uid:0"] }' >"$node/etc/durward/entries.d/more.conf"
+inside chown durward:durward /etc/durward/entries.d/more.conf
+has_more() { inside /opt/durward entry show | grep -q spiffe://example.org/more; }
+until_true 30 has_more
+said /opt/durward validate --config /etc/durward/agent.conf
+echo "and every setting of conf/agent.conf works there"

@@ -25,7 +25,9 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tonic::{Code, transport::Channel};
 
-use crate::support::{TRUST_DOMAIN, TestAgent, channel, entry, load, request, write_config};
+use crate::support::{
+    Process, TRUST_DOMAIN, TestAgent, channel, copy_program, entry, load, request, write_config,
+};
 
 /// An agent with an admin socket, which cannot be in the directory of the public one.
 struct Agent {
@@ -309,6 +311,10 @@ async fn the_commands_show_it() {
     let json: Value = serde_json::from_str(&out).unwrap();
     assert_eq!(json["matches"][0]["hint"], "front");
 
+    // By itself it is about the process that started it.
+    let (out, _, _) = durward(program, None, &["explain"], &socket);
+    assert!(out.starts_with(&format!("Process:     {pid} ")), "{out}");
+
     let gone = i32::MAX.to_string();
     let (out, err, code) = durward(program, None, &["explain", "--pid", &gone], &socket);
     let want = format!("there is no process {gone}\n");
@@ -317,6 +323,46 @@ async fn the_commands_show_it() {
     let (_, err, code) = durward(program, None, &["limits"], &agent.private.path().join("none.sock"));
     assert!(err.contains("with this admin_socket_path?"), "{err}");
     assert_eq!(code, Some(4));
+}
+
+/// An agent that may not look at the executables of others does not say that their processes have no identity.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_known_of_another_users_process_is_said() {
+    if !nix::unistd::geteuid().is_root() {
+        // There is no other user then.
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let by_path = entry("/by-path", "").replace("]", ", \"unix:path:/nowhere\"]");
+    write_config(dir.path(), &by_path);
+    let program = dir.path().join("durward");
+    copy_program(&program);
+    let config = dir.path().join("agent.conf");
+    let text = fs::read_to_string(&config).unwrap();
+    let discover = text.replace("plugin_data { }", "plugin_data { discover_workload_path = true }");
+    fs::write(&config, discover).unwrap();
+    for path in [dir.path(), &config] {
+        std::os::unix::fs::chown(path, Some(65_534), Some(65_534)).unwrap();
+    }
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = Command::new(&program);
+    command.args(["run", "--config"]).arg(&config).uid(65_534).gid(65_534);
+    let mut agent = Process::of(command, &dir.path().join("log"));
+    agent.serving(dir.path()).await;
+
+    let pid = own_pid().to_string();
+    let admin = dir.path().join("data/admin.sock");
+    let (out, err, code) = durward(Path::new(PROGRAM), None, &["explain", "--pid", &pid], &admin);
+    assert_eq!((&*err, code), ("", Some(0)));
+    let shown = out.split_whitespace().collect::<Vec<_>>().join(" ");
+    for want in [
+        "unix:path is not known: cannot read the executable",
+        "calls are Unavailable: which entries match depends on unix:path, which is not known",
+        "has 1 of its selectors, may have unix:path:/nowhere",
+    ] {
+        assert!(shown.contains(want), "{want} in {out}");
+    }
+    assert!(!shown.contains("no identity"), "{out}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -389,15 +435,17 @@ async fn another_user_is_told_nothing() {
     let base = tempfile::tempdir().unwrap();
     let open = |path: &Path| fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
     open(base.path());
-    // The build directory may be closed to others.
     let program = base.path().join("durward");
-    fs::copy(PROGRAM, &program).unwrap();
+    copy_program(&program);
     let nobody = Some(65_534);
 
     open(agent.private.path());
     let (out, err, code) = durward(&program, nobody, &["limits"], &socket);
     assert_eq!((&*out, code), ("", Some(1)), "{err}");
-    assert!(err.contains("permission denied") && err.contains("own user and root alone"), "{err}");
+    assert!(
+        err.contains("permission denied") && err.contains("only for root and the agent's own user"),
+        "{err}"
+    );
 
     // Were the modes open, the connection would be closed unanswered.
     open(socket.parent().unwrap());
@@ -406,7 +454,7 @@ async fn another_user_is_told_nothing() {
     for line in [&["limits"][..], &["explain", "--pid", &pid]] {
         let (out, err, code) = durward(&program, nobody, line, &socket);
         assert_eq!(out, "", "{line:?}");
-        assert!(err.contains("own user and root alone"), "{line:?}: {err}");
+        assert!(err.contains("only for root and the agent's own user"), "{line:?}: {err}");
         assert_ne!(code, Some(0), "{line:?}");
     }
     // The owner is still answered.

@@ -121,7 +121,7 @@ async fn a_socket_may_be_the_place_and_may_be_missing() {
 #[tokio::test]
 async fn who_had_an_identity_is_one_command() {
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("durward-audit.jsonl");
+    let path = dir.path().join("audit.jsonl");
     let audit = format!("audit {{ file = \"{}\" }}\n", path.display());
     write_config(dir.path(), &(entry("/web", "") + &entry("/webmail", "") + &audit));
     let mut agent = Process::spawn(dir.path());
@@ -130,24 +130,23 @@ async fn who_had_an_identity_is_one_command() {
     end(&mut agent);
     // The file of before, and one that was compressed.
     let text = fs::read_to_string(&path).unwrap();
-    fs::rename(&path, dir.path().join("durward-audit.jsonl.1")).unwrap();
-    fs::write(dir.path().join("durward-audit.jsonl.2"), text.replace("\"pid\":", "\"pid\":7")).unwrap();
-    let gzip =
-        std::process::Command::new("gzip").arg(dir.path().join("durward-audit.jsonl.2")).status().unwrap();
+    fs::rename(&path, dir.path().join("audit.jsonl.1")).unwrap();
+    fs::write(dir.path().join("audit.jsonl.2"), text.replace("\"pid\":", "\"pid\":7")).unwrap();
+    let gzip = std::process::Command::new("gzip").arg(dir.path().join("audit.jsonl.2")).status().unwrap();
     assert!(gzip.success());
     fs::write(&path, "").unwrap();
 
     let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
     let (_, command) = readme.split_once("\ndurward audit who spiffe://").unwrap();
     let (command, _) = command.split_once("jsonl*\n").unwrap();
-    let first = lines(&dir.path().join("durward-audit.jsonl.1")).remove(0);
+    let first = lines(&dir.path().join("audit.jsonl.1")).remove(0);
     let given = first["iat"].as_i64().unwrap();
     let day = |seconds: i64| time::OffsetDateTime::from_unix_timestamp(seconds).unwrap().date().to_string();
     let who = |from: &str, to: &str, pipe: &str| -> Vec<Value> {
         let command = command
             .replace("2026-11-24", from)
             .replace("2026-11-25", to)
-            .replace("/var/log/", &format!("{}/", dir.path().display()));
+            .replace("/var/log/durward/", &format!("{}/", dir.path().display()));
         let command = format!(
             "{pipe}{} audit who spiffe://{command}jsonl* --output json",
             env!("CARGO_BIN_EXE_durward")

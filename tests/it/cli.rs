@@ -31,6 +31,8 @@ use tonic::{Code, Request, Response, Status};
 use tonic_health::ServingStatus;
 use tonic_types::{ErrorDetails, StatusExt as _};
 
+use crate::support::copy_program;
+
 type Messages<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// What the fake agent answers. An empty list of messages is a stream that stays silent.
@@ -888,6 +890,7 @@ fn there_is_one_page_of_help() {
 fn help_and_version_are_answers() {
     for (case, line, want) in [
         ("version", ["--version"].as_slice(), concat!("durward ", env!("CARGO_PKG_VERSION"), "\n")),
+        ("the command", &["version"], concat!("durward ", env!("CARGO_PKG_VERSION"), "\n")),
         ("Go's version", &["-version"], concat!("durward ", env!("CARGO_PKG_VERSION"), "\n")),
         ("help", &["-help"], "Exit codes:\n  0  done\n  1  an error"),
         ("help of a command", &["api", "fetch", "jwt", "-h"], "--spiffe-id <ID>"),
@@ -990,9 +993,10 @@ fn quickstart_gives_an_identity_and_keeps_what_is_there() {
         " (CA, in the bundle)\n",
         "JWT-SVID for \"durward-quickstart\", validated by the agent",
         "wrote entries.d/nobody.conf",
-        "  export SPIFFE_ENDPOINT_SOCKET='unix://",
+        "  wrote env ",
+        "/new/quick start/env'\nand then, for example:\n",
         "  durward api fetch jwt --audience my-service\n",
-        "\nIt ends now: start it again without --exit-after-fetch, and then\nin another terminal, first\n",
+        "\nIt ends now: start it again without --exit-after-fetch, and then enter\nin another terminal:\n",
     ] {
         assert!(out.contains(want), "{want}: {out}");
     }
@@ -1002,6 +1006,7 @@ fn quickstart_gives_an_identity_and_keeps_what_is_there() {
     for (name, mode) in [
         ("", 0o755),
         ("agent.conf", 0o600),
+        ("env", 0o600),
         ("entries.d", 0o700),
         ("entries.d/me.conf", 0o600),
         ("data", 0o700),
@@ -1016,7 +1021,7 @@ fn quickstart_gives_an_identity_and_keeps_what_is_there() {
     let got = quickstart(&dir, &[]);
     let out = text(&got.stdout);
     assert_eq!((text(&got.stderr), got.status.code()), ("", Some(0)), "{out}");
-    for want in ["kept  agent.conf", "kept  entries.d/me.conf", "spiffe://td.test/edited\n"] {
+    for want in ["kept  agent.conf", "kept  entries.d/me.conf", "kept  env", "spiffe://td.test/edited\n"] {
         assert!(out.contains(want), "{want}: {out}");
     }
     assert_eq!(fs::read_to_string(&entry).unwrap(), edited);
@@ -1057,13 +1062,13 @@ fn quickstart_serves_until_it_is_told_to_end() {
         let starting = |word: &str| -> Vec<String> {
             shown.iter().filter(|line| line.trim_start().starts_with(word)).cloned().collect()
         };
-        let exports = starting("export ");
-        assert_eq!(exports.len(), 2, "{shown:?}");
+        let found = starting(". ");
+        assert_eq!(found.len(), 1, "{shown:?}");
         let commands = starting("durward ");
         assert_eq!(commands.len(), 6, "{shown:?}");
         let endless = |line: &str| line.contains(" api watch ") || line.contains(" limits --watch ");
         for command in commands.into_iter().filter(|line| !endless(line)) {
-            let script = format!("{}\n{command}", exports.join("\n"));
+            let script = format!("{}\n{command}", found[0]);
             let got = Command::new("/bin/sh").args(["-c", &script]).output().unwrap();
             assert!(got.status.success(), "{command}: {}", text(&got.stderr));
         }
@@ -1077,9 +1082,16 @@ fn quickstart_serves_until_it_is_told_to_end() {
         }
 
         let limits = shown.iter().find(|line| line.contains(" limits --watch ")).unwrap();
-        let reload = format!("{}\n{}", exports.join("\n"), limits.replace(" limits --watch ", " reload "));
+        let reload = format!("{}\n{}", found[0], limits.replace(" limits --watch ", " reload "));
         let got = Command::new("/bin/sh").args(["-c", &reload]).output().unwrap();
         assert!(got.status.success(), "{reload}: {}", text(&got.stderr));
+
+        // What it says of one more account is so.
+        let at = shown.iter().position(|line| line.starts_with("  echo 'entry ")).unwrap();
+        let in_force = "for i in $(seq 600); do durward entry show | grep -q example.org/web && exit 0; sleep 0.1; done; exit 1";
+        let more = format!("{}\n{}\n{in_force}", found[0], shown[at..=at + 1].join("\n"));
+        let got = Command::new("/bin/sh").args(["-c", &more]).output().unwrap();
+        assert!(got.status.success(), "{more}: {}", text(&got.stderr));
 
         let second = durward(&["quickstart", "--dir"]).arg(&dir).output().unwrap();
         assert!(text(&second.stderr).starts_with("an agent serves at "), "{}", text(&second.stderr));
@@ -1092,6 +1104,34 @@ fn quickstart_serves_until_it_is_told_to_end() {
     }
 }
 
+/// Where others cannot pass the directory its sockets are in `/tmp`, and nothing of them stays there.
+#[test]
+fn quickstart_leaves_nothing_in_tmp() {
+    let base = tempfile::tempdir().unwrap();
+    fs::set_permissions(base.path(), fs::Permissions::from_mode(0o700)).unwrap();
+    let dir = base.path().join("closed");
+    for what in ["wrote", "kept "] {
+        let got = quickstart(&dir, &[]);
+        let out = text(&got.stdout);
+        assert_eq!((text(&got.stderr), got.status.code()), ("", Some(0)), "{out}");
+        assert!(out.contains(&format!("{what} agent.conf")), "{out}");
+        let socket = out.lines().find_map(|line| line.strip_prefix("  socket ")).unwrap();
+        let (made, _) = socket.split_once("/public/").unwrap();
+        assert!(made.starts_with("/tmp/durward-"), "{socket}");
+        assert!(!Path::new(made).exists(), "{made}");
+    }
+    // What somebody put there stays.
+    let config = fs::read_to_string(dir.join("agent.conf")).unwrap();
+    let (_, rest) = config.split_once("socket_path = \"").unwrap();
+    let (made, _) = rest.split_once("/public/").unwrap();
+    let made = Path::new(made);
+    fs::create_dir(made).unwrap();
+    fs::write(made.join("mine"), "").unwrap();
+    assert!(quickstart(&dir, &[]).status.success());
+    assert_eq!(fs::read_dir(made).unwrap().count(), 1);
+    fs::remove_dir_all(made).unwrap();
+}
+
 /// As an ordinary user too, when the test may become one.
 #[test]
 fn quickstart_needs_no_root() {
@@ -1102,9 +1142,8 @@ fn quickstart_needs_no_root() {
     let nobody = 65_534;
     let base = tempfile::tempdir().unwrap();
     fs::set_permissions(base.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    // The build directory may be closed to others.
     let program = base.path().join("durward");
-    fs::copy(env!("CARGO_BIN_EXE_durward"), &program).unwrap();
+    copy_program(&program);
     let home = base.path().join("home");
     fs::create_dir(&home).unwrap();
     std::os::unix::fs::chown(&home, Some(nobody), Some(nobody)).unwrap();
@@ -1143,13 +1182,6 @@ fn quickstart_needs_no_root() {
         assert!(text(&got.stderr).starts_with(&want), "{}", text(&got.stderr));
         assert_eq!(got.status.code(), Some(1), "somebody may be there");
     }
-    let socket = out.lines().find_map(|line| line.strip_prefix("  socket ")).unwrap();
-    if let Some((made, _)) =
-        socket.split_once("/public/").filter(|(made, _)| made.starts_with("/tmp/durward-"))
-    {
-        fs::remove_dir_all(made).unwrap();
-    }
-
     // Somebody else's directory decides nothing here.
     let got = quickstart(&dir, &[]);
     assert!(

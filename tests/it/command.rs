@@ -6,7 +6,10 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::TcpListener,
-    os::unix::{fs::MetadataExt as _, net::UnixStream},
+    os::unix::{
+        fs::{MetadataExt as _, PermissionsExt as _},
+        net::UnixStream,
+    },
     path::{Path, PathBuf},
     process::{Command, Output},
     sync::atomic::{AtomicBool, Ordering},
@@ -19,7 +22,7 @@ use nix::sys::signal::Signal;
 use crate::{
     frames::{PREFACE, SETTINGS, frame},
     hostile::PATIENCE,
-    support::{Process, TRUST_DOMAIN, entry, write_config},
+    support::{Process, TRUST_DOMAIN, copy_program, entry, write_config},
 };
 
 /// An agent with an admin socket, as a process of its own.
@@ -191,18 +194,97 @@ fn a_file_that_was_named_and_is_not_there_is_named() {
     }
 }
 
+/// With where it is set, and with every other mistake, whoever asks.
 #[test]
-fn a_log_file_that_cannot_be_opened_is_named_once_and_where_it_is_set() {
+fn a_file_for_lines_that_cannot_be_opened_is_named_once_and_where_it_is_set() {
     let dir = tempfile::tempdir().unwrap();
-    talkative(dir.path(), "");
     let (path, at) = (dir.path().join("agent.conf"), dir.path().display());
-    let text = fs::read_to_string(&path).unwrap();
-    fs::write(&path, text.replace("  socket_path", &format!("  log_file = \"{at}\"\n  socket_path")))
-        .unwrap();
+    let missing = "cannot open it: no such file or directory";
+    let log = |file: &str| format!("log_file = \"{at}{file}\"");
+    let log_missing = format!("agent.conf:4:3: agent.log_file \"{at}/none/log\": {missing}");
+    let audit = format!("audit {{ file = \"{at}/nowhere/audit\" }}\n");
+    let audit_missing = format!("audit.file \"{at}/nowhere/audit\": {missing}");
+    for (case, line, blocks, mistakes) in [
+        (
+            "a directory",
+            &*log(""),
+            "",
+            &[&*format!("agent.conf:4:3: agent.log_file \"{at}\": is not a file")][..],
+        ),
+        ("the log alone", &*log("/none/log"), "", &[&*log_missing]),
+        ("the audit alone", "", &*audit, &[&*audit_missing]),
+        ("both", &*log("/none/log"), &*audit, &[&*log_missing, &*audit_missing]),
+        (
+            "beside mistakes of other kinds",
+            &*format!("{} log_levle = \"info\"", log("/none/log")),
+            &*format!(
+                "{audit}health_checks {{ listener_enabled = true bind_address = \"192.0.2.1\" bind_port = 8080 }}"
+            ),
+            &[
+                "agent.log_levle: unknown key",
+                &*log_missing,
+                &*audit_missing,
+                "health_checks.bind_port \"8080\": cannot listen",
+            ],
+        ),
+        (
+            "not where the key itself is wrong",
+            "log_file = [1]",
+            &*audit,
+            &["agent.conf:4:3: agent.log_file [ .. ]: must be", &*audit_missing],
+        ),
+    ] {
+        talkative(dir.path(), blocks);
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, text.replace("  socket_path", &format!("  {line}\n  socket_path"))).unwrap();
+        for command in ["validate", "run"] {
+            let (code, _, err) = said(&durward(&[command, "--config", path.to_str().unwrap()], &[]));
+            let listed = err.lines().filter(|line| line.contains("agent.conf:")).count();
+            assert_eq!((code, listed), (Some(1), mistakes.len()), "{case}, {command}: {err}");
+            for mistake in mistakes {
+                assert!(err.contains(mistake), "{case}, {command}: {mistake} in {err}");
+            }
+        }
+    }
+}
+
+/// An ordinary user may not listen at port 80, where health checks are by default, and hears so with the rest.
+#[test]
+fn a_port_that_the_agents_user_may_not_have_is_a_mistake() {
+    let dir = tempfile::tempdir().unwrap();
+    talkative(
+        dir.path(),
+        "health_checks {\n  listener_enabled = true\n  bind_address = \"127.0.0.1\"\n}\nlog { }\n",
+    );
+    let config = dir.path().join("agent.conf");
+    let program = dir.path().join("durward");
+    copy_program(&program);
+    let is_root = nix::unistd::geteuid().is_root();
+    let ordinary = if is_root { 65_534 } else { nix::unistd::geteuid().as_raw() };
+    if is_root {
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        for path in [dir.path(), &config] {
+            std::os::unix::fs::chown(path, Some(ordinary), Some(ordinary)).unwrap();
+        }
+    }
+    let first_free: u16 =
+        fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap().trim().parse().unwrap();
+    if first_free <= 80 {
+        // Here everybody may.
+        return;
+    }
     for command in ["validate", "run"] {
-        let (code, _, err) = said(&durward(&[command, "--config", path.to_str().unwrap()], &[]));
-        let want = format!("agent.conf:4:3: agent.log_file \"{at}\": is not a file\n");
-        assert!(code == Some(1) && err.ends_with(&want), "{command}: {err}");
+        let mut asked = Command::new(&program);
+        asked.args([command, "--config"]).arg(&config);
+        if is_root {
+            std::os::unix::process::CommandExt::uid(&mut asked, ordinary);
+            std::os::unix::process::CommandExt::gid(&mut asked, ordinary);
+        }
+        let (code, _, err) = said(&asked.output().unwrap());
+        let want = "health_checks.bind_port \"80\": cannot listen at 127.0.0.1 port 80: permission denied; choose a port from 1024 \
+                    on, or give the agent CAP_NET_BIND_SERVICE";
+        assert!(code == Some(1) && err.contains(want), "{command}: {err}");
+        assert!(err.contains("agent.conf:17:1: log: unknown"), "with the rest, {command}: {err}");
     }
 }
 

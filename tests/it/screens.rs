@@ -9,6 +9,7 @@ use std::{
 
 use durward::api::proto::workload as pb;
 use nix::{
+    fcntl::{FcntlArg, FdFlag, fcntl},
     pty::{Winsize, openpty},
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -25,10 +26,28 @@ fn durward() -> Command {
     command
 }
 
-/// What `command` writes to a terminal of this size until it ends, or until `enough`: then `q` is pressed, and SIGINT sent.
-fn on_terminal(mut command: Command, rows: u16, columns: u16, enough: impl Fn(&str) -> bool) -> String {
+/// How a person ends a command that goes on.
+#[derive(Clone, Copy)]
+enum Ending {
+    Q,
+    Interrupt,
+    CloseTheTerminal,
+}
+
+/// What `command` writes to a terminal of this size until it ends, or is ended once it wrote `enough`.
+fn on_terminal(
+    mut command: Command,
+    rows: u16,
+    columns: u16,
+    ending: Ending,
+    enough: impl Fn(&str) -> bool,
+) -> String {
     let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
     let pty = openpty(&size, None).unwrap();
+    for end in [&pty.master, &pty.slave] {
+        // Or processes of other tests, and this command itself, keep the terminal open.
+        fcntl(end, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
+    }
     let (mut master, slave) = (File::from(pty.master), File::from(pty.slave));
     command.stdin(slave.try_clone().unwrap()).stdout(slave.try_clone().unwrap()).stderr(slave);
     let mut child = command.spawn().unwrap();
@@ -40,11 +59,16 @@ fn on_terminal(mut command: Command, rows: u16, columns: u16, enough: impl Fn(&s
         said.extend_from_slice(&buffer[..len]);
         if !told && enough(&String::from_utf8_lossy(&said)) {
             told = true;
-            master.write_all(b"q").unwrap();
-            kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
+            match ending {
+                Ending::Q => master.write_all(b"q").unwrap(),
+                Ending::Interrupt => kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap(),
+                Ending::CloseTheTerminal => break,
+            }
         }
     }
-    child.wait().unwrap();
+    drop(master);
+    let status = child.wait().unwrap();
+    assert!(status.success(), "{status}: {}", String::from_utf8_lossy(&said));
     String::from_utf8(said).unwrap().replace("\r\n", "\n")
 }
 
@@ -78,7 +102,7 @@ fn fits(what: &str, text: &str, columns: u16, rows: Option<u16>, but: &str) {
 fn shown(words: &[&str], more: &[&Path], columns: u16) -> String {
     let mut command = durward();
     command.args(words).args(more);
-    on_terminal(command, 24, columns, |_| false)
+    on_terminal(command, 24, columns, Ending::Interrupt, |_| false)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -109,7 +133,7 @@ async fn what_an_agent_tells_fits_the_terminal() {
         }
         let mut watch = durward();
         watch.args(["limits", "--watch"]).args(at_admin);
-        let text = on_terminal(watch, 24, columns, |said| said.matches("CALLS/S").count() >= 2);
+        let text = on_terminal(watch, 24, columns, Ending::Q, |said| said.matches("CALLS/S").count() >= 2);
         fits("limits --watch", &text, columns, Some(24), "");
         let drawn = screens(&text);
         assert!(drawn[0].contains("; measuring\n"), "the first says so: {}", drawn[0]);
@@ -150,15 +174,19 @@ fn help_fits_the_terminal() {
 #[test]
 fn quickstart_fits_the_terminal() {
     let dir = tempfile::tempdir().unwrap();
-    let at = dir.path().join("try");
-    for _ in ["made", "there already"] {
+    let home = dir.path().join("a-person-whose-home-has-a-name-that-is-long-enough-for-two-lines");
+    let at = home.join(".local/state/durward-quickstart");
+    for ending in [Ending::Interrupt, Ending::CloseTheTerminal] {
         let mut command = durward();
-        command.args(["quickstart", "--dir"]).arg(&at);
-        let text = on_terminal(command, 24, 80, |said| said.contains("Serving. "));
+        command.args(["quickstart", "--dir"]).arg(&at).env("HOME", &home);
+        let text = on_terminal(command, 24, 80, ending, |said| said.contains("Serving. "));
         assert!(text.contains("SPIFFE ID    spiffe://example.org/me"), "{text}");
-        // What holds a path is as wide as that.
-        let text: Vec<&str> =
-            text.lines().filter(|line| !line.contains("/durward") && !line.contains("/tmp")).collect();
-        fits("quickstart", &text.join("\n"), 80, None, "");
+        assert!(text.contains("\n  . ~/.local/state/durward-quickstart/env\n"), "{text}");
+        // The directory itself is as long as it is.
+        let (first, rest) = text.split_once('\n').unwrap();
+        assert_eq!(first, format!("Setting up in {}", at.display()));
+        fits("quickstart", rest, 80, None, "");
+        let socket = text.lines().find_map(|line| line.strip_prefix("  socket ")).unwrap();
+        assert!(socket.starts_with("/tmp/") && !Path::new(socket).exists(), "it has ended well: {socket}");
     }
 }

@@ -109,6 +109,14 @@ pub(crate) fn request<T>(message: T) -> Request<T> {
     request
 }
 
+/// Puts this program at `to`, where others may run it: the build directory may be closed to them. By a process of its own, since
+/// what a test itself has open to write is open in children of other tests too, and is not to be executed then.
+pub(crate) fn copy_program(to: &Path) {
+    let copied =
+        std::process::Command::new("cp").arg(env!("CARGO_BIN_EXE_durward")).arg(to).status().unwrap();
+    assert!(copied.success());
+}
+
 /// Makes a library of this source in C that stands in front of the C library's (`LD_PRELOAD`).
 pub(crate) fn make_library(library: &Path, source: &Path) {
     let mut compiler = std::process::Command::new("cc");

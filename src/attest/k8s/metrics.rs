@@ -67,7 +67,11 @@ impl RequestMetrics {
         let RequestSeries { requests, counted } = series;
         Self {
             requests: By::new(|result: RequestResult| {
-                make.counter(requests.name, requests.help, &[(RequestResult::KEY, result.text())])
+                let labels = [(RequestResult::KEY, result.text())];
+                match result {
+                    RequestResult::Answered => make.counter_once_used(requests.name, requests.help, &labels),
+                    _ => make.counter(requests.name, requests.help, &labels),
+                }
             }),
             counted: make.gauge(counted.name, counted.help, &[]),
         }

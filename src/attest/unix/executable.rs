@@ -61,7 +61,7 @@ pub enum ExecutableError {
         source: Errno,
     },
     /// The agent may not see the executables of others.
-    #[error("cannot read the executable {}: the agent has no CAP_SYS_PTRACE", path.display())]
+    #[error("cannot read the executable {}: the agent has no CAP_SYS_PTRACE (systemd: discover-workload-path.conf; Kubernetes: add SYS_PTRACE)", path.display())]
     NoPrivilege {
         /// Where the agent sees it.
         path: PathBuf,

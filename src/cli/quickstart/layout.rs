@@ -17,6 +17,7 @@ use crate::{
     cli::{
         environment,
         files::{Batch, BatchError, Readers},
+        text::shell_word,
     },
     config::{Config, ExpandEnv},
     hcl::ConfigErrors,
@@ -36,6 +37,8 @@ const OTHER: &str = "nobody.conf";
 /// That account.
 pub(super) const NOBODY: u32 = 65_534;
 const LOG: &str = "agent.log";
+/// What another terminal reads to find the agent.
+pub(super) const ENV: &str = "env";
 /// Apart from each other: whoever is given the directory of the one is not given the other.
 pub(super) const SOCKET: &str = "public/api.sock";
 const ADMIN_SOCKET: &str = "private/admin.sock";
@@ -52,6 +55,8 @@ pub(in crate::cli) enum LayoutError {
     Directory { path: PathBuf, cause: io::Error },
     #[error("{} must be a directory, not a file or a link", .0.display())]
     NoDirectory(PathBuf),
+    #[error("{} must be a file, not a directory", .0.display())]
+    NoFile(PathBuf),
     #[error("{} belongs to user ID {owner}, this is user ID {}: choose another with --dir", path.display(), geteuid())]
     Owner { path: PathBuf, owner: u32 },
     #[error("{} is writable by other users (mode {mode:04o}): chmod go-w it, or choose another with --dir", path.display())]
@@ -82,6 +87,8 @@ pub(super) struct Layout {
     pub(super) config: PathBuf,
     /// Name below the directory, whether it was written just now, and what it is.
     pub(super) files: Vec<(String, bool, String)>,
+    /// The directory of all of it.
+    pub(super) dir: PathBuf,
     /// The directory of the entries.
     pub(super) entries: PathBuf,
 }
@@ -118,7 +125,38 @@ impl Layout {
             files.push((format!("{ENTRIES}/{file}"), fresh, format!("{who} (user ID {user}) is /{name}")));
         }
         files.extend(others_own(&entries).into_iter().map(|file| (file, false, String::new())));
-        Ok(Self { config, entries, files })
+        Ok(Self { config, dir: dir.to_owned(), entries, files })
+    }
+
+    /// Writes what a shell reads to find the agent's socket, and the program where it has to be told that too. Whether it did
+    /// not say so already.
+    pub(super) fn write_env(&self, program: &Path, socket: &Path) -> Result<bool, LayoutError> {
+        let text = env_text(program.parent().filter(|dir| !dir.as_os_str().is_empty()), socket);
+        let path = self.dir.join(ENV);
+        if fs::read_to_string(&path).is_ok_and(|there| there == text) {
+            return Ok(false);
+        }
+        if fs::symlink_metadata(&path).is_ok_and(|found| found.is_dir()) {
+            return Err(LayoutError::NoFile(path));
+        }
+        let mut batch = Batch::open(&self.dir)?;
+        batch.stage(ENV, text.as_bytes(), Readers::Owner)?;
+        batch.commit()?;
+        Ok(true)
+    }
+
+    /// Takes the directories in `/tmp` away again, where nothing is in them: the next start makes them anew.
+    pub(super) fn leave(&self) {
+        let dir = short_dir(&self.dir, geteuid().as_raw());
+        // Nobody else can put another in its place while it is this user's.
+        if !fs::symlink_metadata(&dir).is_ok_and(|found| found.is_dir() && ours(&dir, &found).is_ok()) {
+            return;
+        }
+        let sockets = [SOCKET, ADMIN_SOCKET].map(|name| dir.join(name));
+        for dir in sockets.iter().filter_map(|socket| socket.parent()).chain([&*dir]) {
+            // What somebody else uses stays.
+            let _is_gone = fs::remove_dir(dir);
+        }
     }
 }
 
@@ -213,12 +251,24 @@ fn socket_dir(dir: &Path, uid: u32) -> Result<PathBuf, LayoutError> {
     if fits && open {
         return Ok(dir.to_owned());
     }
-    // The same directory always has the same socket.
-    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, dir.as_os_str().as_encoded_bytes());
-    let hash: String = digest.as_ref().iter().take(4).map(|byte| format!("{byte:02x}")).collect();
-    let short = PathBuf::from(format!("/tmp/durward-{uid}-{hash}"));
+    let short = short_dir(dir, uid);
     own_dir(&short, 0o755)?;
     Ok(short)
+}
+
+/// The one in `/tmp`: the same for the same `dir`, always.
+fn short_dir(dir: &Path, uid: u32) -> PathBuf {
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, dir.as_os_str().as_encoded_bytes());
+    let hash: String = digest.as_ref().iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+    PathBuf::from(format!("/tmp/durward-{uid}-{hash}"))
+}
+
+fn env_text(program_dir: Option<&Path>, socket: &Path) -> String {
+    let mut out = "# How a shell finds the agent that \"durward quickstart\" starts, which writes this file: . THIS_FILE\n".to_owned();
+    if let Some(dir) = program_dir {
+        out.push_str(&format!("export PATH={}:$PATH\n", shell_word(&dir.to_string_lossy())));
+    }
+    out + &format!("export SPIFFE_ENDPOINT_SOCKET={}\n", shell_word(&format!("unix://{}", socket.display())))
 }
 
 fn config_text(dir: &Path, sockets: &Path, trust_domain: &str) -> Result<String, LayoutError> {

@@ -31,6 +31,16 @@ labels! {
     }
 }
 
+/// The refusals and errors that are there from the start, with 0.
+const REFUSALS_AND_ERRORS: [(ServerCall, &str); 6] = [
+    (ServerCall::AttestAgent, "PermissionDenied"),
+    (ServerCall::AttestAgent, "Unavailable"),
+    (ServerCall::SyncAuthorizedEntries, "PermissionDenied"),
+    (ServerCall::SyncAuthorizedEntries, "Unavailable"),
+    (ServerCall::BatchNewX509Svid, "Unavailable"),
+    (ServerCall::NewJwtSvid, "Unavailable"),
+];
+
 /// The series of an agent of a SPIRE Server.
 #[derive(Debug)]
 pub struct ServerMetrics {
@@ -44,11 +54,14 @@ impl ServerMetrics {
     /// Registers them.
     pub fn new(registry: Registry<'_>) -> Self {
         let counter = |call: ServerCall, code| {
-            registry.counter(
-                "durward_server_calls_total",
-                "Calls to the SPIRE Server, by gRPC code; one that did not reach it is Unavailable.",
-                &[(ServerCall::KEY, call.text()), ("code", code)],
-            )
+            let name = "durward_server_calls_total";
+            let help = "Calls to the SPIRE Server, by gRPC code; one that did not reach it is Unavailable.";
+            let labels = [(ServerCall::KEY, call.text()), ("code", code)];
+            if REFUSALS_AND_ERRORS.contains(&(call, code)) {
+                registry.counter(name, help, &labels)
+            } else {
+                registry.counter_once_used(name, help, &labels)
+            }
         };
         let nothing_yet = |gauge: Gauge| {
             gauge.set(f64::NAN);
