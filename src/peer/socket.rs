@@ -135,7 +135,7 @@ pub struct Presence {
     made: Option<(u64, u64)>,
     /// Who could connect to it then.
     mode: u32,
-    /// Directories that nobody but their owner could enter then.
+    /// What let nobody through but its owner then.
     shut: Vec<Shut>,
     /// Whether systemd bound it, and keeps it.
     pub handed_over: bool,
@@ -154,15 +154,21 @@ impl Presence {
         };
         // Who may write to it may connect.
         if self.mode & !mode & 0o022 != 0 {
-            return Sight::Shut(Shut { path: self.path.clone(), mode: mode & 0o7777 });
+            let uid = self.path.metadata().map_or(0, |meta| meta.uid());
+            return Sight::Shut(Shut { path: self.path.clone(), uid, mode: mode & 0o7777 });
         }
         let mut shut = shut_above(&self.path).into_iter().filter(|dir| !self.shut.contains(dir));
         shut.next().map_or(Sight::There, Sight::Shut)
     }
 
-    /// Directories above it that nobody but their owner could enter when the agent began to serve.
+    /// What let nobody through but its owner when the agent began to serve: directories above it, or the socket itself.
     pub fn shut(&self) -> &[Shut] {
         &self.shut
+    }
+
+    /// The same as it is now. Asks the file system, which may wait.
+    pub fn shut_now(&self) -> Vec<Shut> {
+        shut_on_the_way(&self.path)
     }
 }
 
@@ -177,11 +183,20 @@ pub enum Sight {
     Shut(Shut),
 }
 
-/// What lets nobody through but its owner.
+/// What lets nobody through but its owner, and root.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shut {
     pub path: PathBuf,
+    /// Its owner.
+    pub uid: u32,
     pub mode: u32,
+}
+
+impl Shut {
+    /// Whether processes of this user get through.
+    pub fn lets_through(&self, uid: u32) -> bool {
+        uid == 0 || uid == self.uid
+    }
 }
 
 impl std::fmt::Display for Shut {
@@ -199,7 +214,14 @@ fn standing_at(path: &Path) -> Option<((u64, u64), u32)> {
 fn shut_above(path: &Path) -> Vec<Shut> {
     let closed = Trust::anybody().route(parent(path)).map(|way| way.closed).unwrap_or_default();
     let shut = closed.into_iter().filter(|dir| dir.mode & 0o011 == 0);
-    shut.map(|ClosedDir { path, mode, .. }| Shut { path, mode }).collect()
+    shut.map(|ClosedDir { path, uid, mode }| Shut { path, uid, mode }).collect()
+}
+
+/// The same, and the socket itself, where nobody but its owner may connect to it: a service manager may have made it so.
+fn shut_on_the_way(path: &Path) -> Vec<Shut> {
+    let own = path.metadata().ok().filter(|meta| meta.mode() & 0o022 == 0);
+    let own = own.map(|meta| Shut { path: path.to_owned(), uid: meta.uid(), mode: meta.mode() & 0o7777 });
+    shut_above(path).into_iter().chain(own).collect()
 }
 
 /// Held by the one agent that may be at a path.
@@ -407,7 +429,7 @@ impl Socket {
         let path = self.path()?;
         let (found, mode) = standing_at(&path).unzip();
         let made = self.place.as_ref().map(|place| place.made).or(found);
-        let shut = shut_above(&path);
+        let shut = shut_on_the_way(&path);
         Some(Presence { path, made, mode: mode.unwrap_or_default(), shut, handed_over: self.place.is_none() })
     }
 
