@@ -29,7 +29,7 @@ use super::{
     serving::Serving,
     surroundings::{keep_identifying, look_around, say_where},
     watch::Watch,
-    way_in::WayIn,
+    way_in::{self, WayIn},
 };
 use crate::{
     api::{
@@ -263,11 +263,8 @@ impl AgentParts {
 
         let presence = socket.presence();
         let (public, looks) = (config.agent.socket_path.clone(), keys.looks());
-        let shut = presence.iter().flat_map(|presence| presence.shut());
-        let in_spite_of = surroundings.in_spite_of.iter().cloned().chain(shut.map(|shut| {
-            let path = shut.path.display();
-            format!("{shut}, so no user but its owner reaches the socket, and root: chmod o+x {path} if others should")
-        }));
+        let in_spite_of =
+            surroundings.in_spite_of.iter().cloned().chain(presence.iter().flat_map(way_in::found));
         let standing = self.standing(Arc::clone(&stats), public, looks, in_spite_of.collect());
         let way_in = Arc::new(WayIn::of(presence.as_ref()));
         if let Some(at) = &presence {

@@ -19,6 +19,26 @@ use crate::{
     store::Snapshot,
 };
 
+/// What lets nobody in but a few, each in a sentence with what to do if others should get in too.
+pub(super) fn found(presence: &Presence) -> impl Iterator<Item = String> {
+    presence.shut().iter().map(|shut| {
+        let group = if shut.mode & 0o030 == 0 { "" } else { " and root's group" };
+        let opens = opens(shut, presence);
+        format!(
+            "{shut}, so no user but its owner{group} reaches the socket, and root: {opens} if others should"
+        )
+    })
+}
+
+/// What lets others in.
+fn opens(shut: &Shut, presence: &Presence) -> String {
+    if shut.path == presence.path() {
+        "SocketMode=0666 in the socket unit".to_owned()
+    } else {
+        format!("chmod o+x {}", shut.path.display())
+    }
+}
+
 /// The way to the socket, as it was when the agent began to serve.
 #[derive(Debug, Default)]
 pub(super) struct WayIn {
@@ -56,7 +76,6 @@ impl WayIn {
         });
         let (entry, by, selector) = kept_out.next()?;
         let more = kept_out.count();
-        let path = by.path.display();
         let mut said = format!(
             "entry \"{}\" asks for {selector}, and no such process gets to the socket {}: {by}",
             entry.spiffe_id,
@@ -67,11 +86,7 @@ impl WayIn {
             1 => said.write_str(" (and 1 more entry)"),
             more => write!(said, " (and {more} more entries)"),
         };
-        let _infallible = if by.path == presence.path() {
-            said.write_str("; let others write to it (SocketMode=0666 in the socket unit)")
-        } else {
-            write!(said, "; chmod o+x {path}, or choose another socket_path")
-        };
+        let _infallible = write!(said, "; {}, or choose another socket_path", opens(by, presence));
         Some(said)
     }
 

@@ -135,7 +135,7 @@ pub struct Presence {
     made: Option<(u64, u64)>,
     /// Who could connect to it then.
     mode: u32,
-    /// What let nobody through but its owner then.
+    /// What let nobody through but its owner, or root's group, then.
     shut: Vec<Shut>,
     /// Whether systemd bound it, and keeps it.
     pub handed_over: bool,
@@ -161,7 +161,7 @@ impl Presence {
         shut.next().map_or(Sight::There, Sight::Shut)
     }
 
-    /// What let nobody through but its owner when the agent began to serve: directories above it, or the socket itself.
+    /// What let nobody through but its owner, or root's group, when the agent began to serve: directories above it, or the socket itself.
     pub fn shut(&self) -> &[Shut] {
         &self.shut
     }
@@ -183,7 +183,7 @@ pub enum Sight {
     Shut(Shut),
 }
 
-/// What lets nobody through but its owner, and root.
+/// What lets nobody through but its owner, root, and perhaps root's group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shut {
     pub path: PathBuf,
@@ -212,16 +212,27 @@ fn standing_at(path: &Path) -> Option<((u64, u64), u32)> {
 
 /// Directories above a socket that nobody but their owner can enter: with a group that can, that is meant.
 fn shut_above(path: &Path) -> Vec<Shut> {
-    let closed = Trust::anybody().route(parent(path)).map(|way| way.closed).unwrap_or_default();
-    let shut = closed.into_iter().filter(|dir| dir.mode & 0o011 == 0);
-    shut.map(|ClosedDir { path, uid, mode }| Shut { path, uid, mode }).collect()
+    closed_above(path).into_iter().filter(|dir| dir.mode & 0o011 == 0).collect()
 }
 
-/// The same, and the socket itself, where nobody but its owner may connect to it: a service manager may have made it so.
+fn closed_above(path: &Path) -> Vec<Shut> {
+    let closed = Trust::anybody().route(parent(path)).map(|way| way.closed).unwrap_or_default();
+    closed.into_iter().map(|ClosedDir { path, uid, mode }| Shut { path, uid, mode }).collect()
+}
+
+/// The same, with those that let root's group through, in which is no workload; and the socket itself, where it is so with who may
+/// connect to it: a service manager may have made it.
 fn shut_on_the_way(path: &Path) -> Vec<Shut> {
-    let own = path.metadata().ok().filter(|meta| meta.mode() & 0o022 == 0);
+    let is_shut = |shut: &Shut, others: u32| {
+        let of_root = || shut.path.metadata().is_ok_and(|meta| meta.gid() == 0);
+        shut.mode & others == 0 && (shut.mode & (others << 3) == 0 || of_root())
+    };
+    let mut all = closed_above(path);
+    all.retain(|dir| is_shut(dir, 0o001));
+    let own = path.metadata().ok();
     let own = own.map(|meta| Shut { path: path.to_owned(), uid: meta.uid(), mode: meta.mode() & 0o7777 });
-    shut_above(path).into_iter().chain(own).collect()
+    all.extend(own.filter(|socket| is_shut(socket, 0o002)));
+    all
 }
 
 /// Held by the one agent that may be at a path.

@@ -188,6 +188,39 @@ async fn a_restart_keeps_the_inode_of_a_socket_that_systemd_holds() {
     }
 }
 
+/// A unit that lets only root connect, and an entry for somebody else.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_unit_that_keeps_callers_out_is_no_ready_agent() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let other = "entry \"spiffe://example.org/other\" { selectors = [\"unix:uid:731008\"] }\n";
+    for (mode, entries, well) in [
+        (0o660, entry("/one", ""), true),
+        (0o660, format!("{other}{}", entry("/one", "")), false),
+        (0o666, format!("{other}{}", entry("/one", "")), true),
+    ] {
+        let dir = configured(&entries);
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let path = dir.path().join("api.sock");
+        let held = UnixListener::bind(&path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        let _service = Service::start(dir.path(), vec![OwnedFd::from(held)], &[]);
+        assert_eq!(first_id(&path).await, "spiffe://example.org/one", "{mode:o}");
+        let run = |words: &[&str], socket: &str| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_durward"));
+            let output =
+                command.args(words).arg("--socket-path").arg(dir.path().join(socket)).output().unwrap();
+            (output.status.success(), String::from_utf8(output.stdout).unwrap())
+        };
+        assert_eq!(run(&["healthcheck"], "api.sock").0, well, "{mode:o}");
+        let (_, said) = run(&["status"], "data/admin.sock");
+        let said: Vec<_> = said.split_whitespace().collect();
+        let todo = "SocketMode=0666 in the socket unit, or choose another socket_path";
+        assert_eq!(said.join(" ").contains(todo), !well, "{mode:o}: {said:?}");
+    }
+}
+
 #[test]
 fn what_is_handed_over_wrongly_is_an_error() {
     let dir = configured(&entry("/one", ""));
@@ -217,6 +250,7 @@ fn what_is_handed_over_wrongly_is_an_error() {
 }
 
 /// Every way in which a start fails, each with who waits in the queue of the service manager's socket: nobody is left there.
+#[expect(clippy::disallowed_methods, reason = "another agent is waited for")]
 #[test]
 fn an_agent_that_cannot_start_leaves_no_client_hanging() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
