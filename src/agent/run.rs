@@ -41,7 +41,7 @@ use super::{
 use crate::{
     config::{Config, WrongPlace},
     issuer::{self, Expelled},
-    os::{clock::Clock, program, systemd::ServiceManager},
+    os::{clock::Clock, program, random, systemd::ServiceManager},
     peer::Socket,
     telemetry::{
         chain,
@@ -121,6 +121,7 @@ pub fn run(load: Load) -> anyhow::Result<()> {
 
 /// What an agent runs by: the runtime that controls it, with its signals, and what serves and waits for it.
 fn means() -> anyhow::Result<(Runtime, Signals, Errands, Runtime)> {
+    random::may_be_asked_for().context("cannot make keys: the system call getrandom is refused")?;
     // To take signals takes some, and would panic without.
     let pairs: Result<Vec<_>, _> = (0..STARTS_WITH).map(|_| UnixStream::pair()).collect();
     drop(pairs.map_err(no_runtime)?);

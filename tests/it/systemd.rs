@@ -260,14 +260,15 @@ fn an_agent_that_cannot_start_leaves_no_client_hanging() {
     );
     let none = || -> Vec<String> { Vec::new() };
     let descriptors = |n: u32| vec!["prlimit".to_owned(), format!("--nofile={n}")];
-    // prctl(2), by which a process closes itself to others.
     #[cfg(target_arch = "x86_64")]
-    let no_secrets =
-        ["python3", "-c", &format!("number, errno = 157, 1\n{}", crate::surroundings::REFUSED_CALL)]
-            .map(str::to_owned)
-            .to_vec();
+    let refused = |number: u32| {
+        let filter = format!("number, errno = {number}, 1\n{}", crate::surroundings::REFUSED_CALL);
+        vec!["python3".to_owned(), "-c".to_owned(), filter]
+    };
     #[cfg(not(target_arch = "x86_64"))]
-    let no_secrets = vec!["false".to_owned()];
+    let refused = |_number: u32| vec!["sh".to_owned(), "-c".to_owned(), "exit 77".to_owned()];
+    // The numbers of prctl(2), by which a process closes itself to others, and getrandom(2).
+    let (no_secrets, no_randomness) = (refused(157), refused(318));
     let mut cases = vec![
         ("a mistake in the file", "nonsense = 1", none(), "nonsense"),
         ("no file", "", none(), "could not find config file"),
@@ -281,6 +282,7 @@ fn an_agent_that_cannot_start_leaves_no_client_hanging() {
         ("a log that cannot be written", "", none(), "log_file"),
         ("another socket", "", none(), "ListenStream="),
         ("memory that others can read", "", no_secrets, "PR_SET_DUMPABLE"),
+        ("no randomness", "", no_randomness, "getrandom is refused"),
     ];
     // What the program itself needs to begin is not the agent's.
     cases.extend([6, 7, 8, 10, 14, 18, 22].map(|n| ("descriptors", "", descriptors(n), "LimitNOFILE")));
