@@ -27,6 +27,7 @@ mod successor;
 mod surroundings;
 mod upkeep;
 mod watch;
+mod way_in;
 
 use std::{path::Path, sync::Arc, time::Duration};
 

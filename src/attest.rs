@@ -56,7 +56,7 @@ use self::{
     doubt::{Doubts, SelectorKind},
     k8s::{K8sAttestor, K8sError, K8sSettings},
     process::{Attestable, PlacedPeer, ProcDir, Seen},
-    unix::{UnixAttestor, UnixError, UnixSettings},
+    unix::{Account, UnixAttestor, UnixError, UnixSettings},
 };
 use crate::{
     hcl::section::Section,
@@ -389,6 +389,11 @@ impl Attestor {
 }
 
 impl Questions {
+    /// The user or group that this selector asks for, as far as it is known.
+    pub fn account(&self, selector: &Selector) -> Option<Account> {
+        (selector.kind() == UnixAttestor::NAME).then(|| self.unix.account(selector.value()))?
+    }
+
     /// Whether an entry may be a process's that asks for selectors of these kinds, and of this attestor's for nothing else but
     /// what was `found`.
     fn may_ask(&self, attestor: &'static str, found: &Selectors, words: &[&'static str]) -> bool {

@@ -237,6 +237,9 @@ impl Failure {
     fn advice(&self) -> Option<String> {
         match self {
             Self::Call(err) | Self::Validate(err) => err.advice(),
+            Self::Unhealthy(healthcheck::Unhealthy::Status(_)) => {
+                Some("`durward status` tells its user and root why.".to_owned())
+            }
             _ => None,
         }
     }

@@ -15,6 +15,7 @@ pub mod membarrier;
 mod mount;
 pub mod namespace;
 pub mod outq;
+pub mod own_connection;
 pub mod passing;
 pub mod pidfd;
 pub mod program;

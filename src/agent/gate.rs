@@ -5,6 +5,7 @@ use std::{path::Path, sync::Arc};
 use ::http::HeaderMap;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use super::way_in::WayIn;
 use crate::{
     api::status,
     config::Config,
@@ -28,6 +29,7 @@ pub(super) struct AuditedGate {
     pub(super) gate: limits::Gate,
     pub(super) audit: Arc<AuditTrail>,
     pub(super) health: Arc<HealthState>,
+    pub(super) way_in: Arc<WayIn>,
 }
 
 impl AuditedGate {
@@ -40,10 +42,12 @@ impl AcceptGate for AuditedGate {
     type Permit = ConnectionPermit;
 
     fn admit_connection(&self, arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {
+        self.way_in.came(arrival.credentials().uid.as_raw());
         self.gate.open(arrival.caller()).inspect_err(|why| self.refused(arrival, *why))
     }
 
     fn admit_or_wait(&self, arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {
+        self.way_in.came(arrival.credentials().uid.as_raw());
         self.gate.open_or_wait(arrival.caller()).inspect_err(|why| {
             if !why.is_soft() {
                 self.refused(arrival, *why);

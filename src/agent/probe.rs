@@ -4,10 +4,12 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{runtime::Handle, time::timeout};
 
+use super::way_in::WayIn;
 use crate::{
     issuer::{Issuer, SvidKind},
     os::clock::sleep_to_beat,
     peer::socket::{Presence, Sight},
+    store::Store,
     telemetry::{
         chain,
         health::{HealthState, Lost, Probe, Pulse},
@@ -62,17 +64,24 @@ pub(super) async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
 
 /// Looks every few seconds whether clients still reach the socket. Somebody may have removed it, mounted something over it, or
 /// changed a mode: an agent that nobody reaches does not notice anything else. One that it bound itself is bound anew by a
-/// restart.
-pub(super) async fn keep_in_sight(health: Arc<HealthState>, presence: Presence) {
+/// restart. And whether those get there whom entries ask for.
+pub(super) async fn keep_in_sight(
+    health: Arc<HealthState>,
+    presence: Presence,
+    way_in: Arc<WayIn>,
+    store: Arc<Store>,
+) {
     let mut known = Sight::There;
     loop {
         sleep_to_beat(PROBE).await;
-        let at = presence.clone();
+        let (at, way_in, store) = (presence.clone(), Arc::clone(&way_in), Arc::clone(&store));
+        let looks = move || (at.look(), way_in.kept_out(&at.shut_now(), &at, &store.snapshot()));
         // No thread, no answer: that is for the next look.
-        let Ok(sight) = tokio::task::spawn_blocking(move || at.look()).await else { continue };
+        let Ok((sight, kept_out)) = tokio::task::spawn_blocking(looks).await else { continue };
         if health.get() == Probe::Draining {
             return;
         }
+        tell_kept_out(&health, kept_out);
         let path = presence.path().display();
         let lost = match (&sight, presence.handed_over) {
             (Sight::There, _) => Lost::No,
@@ -102,6 +111,16 @@ pub(super) async fn keep_in_sight(health: Arc<HealthState>, presence: Presence) 
         }
         known = sight;
         health.found(lost);
+    }
+}
+
+/// Tells, and says when that begins or ends, what keeps those from the socket whom entries ask for.
+pub(super) fn tell_kept_out(health: &HealthState, why: Option<String>) {
+    let said = why.clone();
+    match (health.keeps_out(why), said) {
+        (true, Some(why)) => tracing::error!("{why}"),
+        (true, None) => tracing::warn!("all whom entries ask for get to the socket of the workload api now"),
+        (false, _) => {}
     }
 }
 

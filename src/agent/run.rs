@@ -8,11 +8,16 @@
 //! An agent that was asked to hand over ends when the next one serves, or stays beside it in a pod, and takes up service
 //! again when that one ends before its time ([`handover`](super::handover)).
 
-use std::{os::unix::net::UnixListener, path::Path, sync::Arc, time::Duration};
+use std::{
+    os::unix::net::{UnixListener, UnixStream},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use tokio::{
-    runtime::{Builder, Handle},
+    runtime::{Builder, Handle, Runtime},
     sync::oneshot::{self, error::TryRecvError},
     task::JoinSet,
     time::{sleep, timeout},
@@ -36,7 +41,7 @@ use super::{
 use crate::{
     config::{Config, WrongPlace},
     issuer::{self, Expelled},
-    os::{clock::Clock, program, systemd::ServiceManager},
+    os::{clock::Clock, program, random, systemd::ServiceManager},
     peer::Socket,
     telemetry::{
         chain,
@@ -46,6 +51,9 @@ use crate::{
 
 /// How many clients are turned away when the agent cannot start: more than the largest queue of a socket holds.
 const MOST_TURNED_AWAY: usize = 16 * 1024;
+
+/// So many pairs of descriptors a start needs before anything else is read.
+const STARTS_WITH: usize = 8;
 
 /// How long threads that serve may take to end. What one still does (hashing a file) is not worth waiting for.
 const THREADS_END_WITHIN: Duration = Duration::from_millis(100);
@@ -68,15 +76,21 @@ const LEFT_WITHIN: Duration = Duration::from_secs(5);
 /// # Errors
 /// Why the agent could not start, or had to end.
 pub fn run(load: Load) -> anyhow::Result<()> {
-    let control = Builder::new_current_thread().enable_all().build().map_err(no_runtime)?;
-    let mut signals = control.block_on(async { Signals::new() })?;
     // While there is one thread: it changes the environment.
     let (manager, handed) = ServiceManager::from_environment()?;
     panics::tell();
-    let queue = handed.as_ref().and_then(|listener| listener.try_clone().ok());
-    let threads = Errands::new().map_err(|error| no_threads(1, error)).and_then(|it| Ok((it, runtime()?)));
-    let (errands, serving) =
-        threads.inspect_err(|error| tell_not_started(&manager, queue.as_ref(), error))?;
+    // Whatever the start fails by, who waits at the socket is told.
+    let queue = match handed.as_ref().map(UnixListener::try_clone).transpose() {
+        Ok(queue) => queue,
+        Err(error) => {
+            let error = no_runtime(error);
+            tell_not_started(&manager, handed.as_ref(), &error);
+            return Err(error);
+        }
+    };
+    let made = means();
+    let (control, mut signals, errands, serving) =
+        made.inspect_err(|error| tell_not_started(&manager, queue.as_ref(), error))?;
     // Meanwhile the configuration is read.
     drop(serving.spawn_blocking(issuer::seed));
     let mut log = None;
@@ -103,6 +117,18 @@ pub fn run(load: Load) -> anyhow::Result<()> {
         let _all_written = log.flush(LOG_ENDS_WITHIN);
     }
     ended
+}
+
+/// What an agent runs by: the runtime that controls it, with its signals, and what serves and waits for it.
+fn means() -> anyhow::Result<(Runtime, Signals, Errands, Runtime)> {
+    random::may_be_asked_for().context("cannot make keys: the system call getrandom is refused")?;
+    // To take signals takes some, and would panic without.
+    let pairs: Result<Vec<_>, _> = (0..STARTS_WITH).map(|_| UnixStream::pair()).collect();
+    drop(pairs.map_err(no_runtime)?);
+    let control = Builder::new_current_thread().enable_all().build().map_err(no_runtime)?;
+    let signals = control.block_on(async { Signals::new() })?;
+    let errands = Errands::new().map_err(|error| no_threads(1, error))?;
+    Ok((control, signals, errands, runtime()?))
 }
 
 /// Tells whoever waits for an agent that it could not start.

@@ -24,11 +24,12 @@ use super::{
     metrics::{AgentMetrics, MemoryMetrics},
     place::{self, Inherited, Sockets},
     predecessor::Predecessor,
-    probe::{keep_in_sight, probe},
+    probe::{keep_in_sight, probe, tell_kept_out},
     runtime::no_threads,
     serving::Serving,
     surroundings::{keep_identifying, look_around, say_where},
     watch::Watch,
+    way_in::{self, WayIn},
 };
 use crate::{
     api::{
@@ -262,16 +263,18 @@ impl AgentParts {
 
         let presence = socket.presence();
         let (public, looks) = (config.agent.socket_path.clone(), keys.looks());
-        let shut = presence.iter().flat_map(|presence| presence.shut());
-        let in_spite_of = surroundings.in_spite_of.iter().cloned().chain(shut.map(|shut| {
-            let path = shut.path.display();
-            format!("{shut}, so no user but its owner reaches the socket, and root: chmod o+x {path} if others should")
-        }));
+        let in_spite_of =
+            surroundings.in_spite_of.iter().cloned().chain(presence.iter().flat_map(way_in::found));
         let standing = self.standing(Arc::clone(&stats), public, looks, in_spite_of.collect());
+        let way_in = Arc::new(WayIn::of(presence.as_ref()));
+        if let Some(at) = &presence {
+            tell_kept_out(&self.health, way_in.kept_out(at.shut(), at, &self.writer.store().snapshot()));
+        }
         let gate = Arc::new(AuditedGate {
             gate: self.gate.clone(),
             audit: Arc::clone(&self.audit),
             health: Arc::clone(&self.health),
+            way_in: Arc::clone(&way_in),
         });
         let listener = Listener { socket, bounds, gate, keys: Arc::clone(&keys), stats };
         let known = came.waits().then(|| Arc::clone(&self.issuer));
@@ -287,7 +290,8 @@ impl AgentParts {
         let mut tasks = self.tasks(http.iter().map(HttpListener::held).collect());
         tasks.spawn(surroundings.keep_looking(Arc::clone(&self.health), Arc::clone(&self.attestor)));
         if let Some(presence) = presence {
-            tasks.spawn(keep_in_sight(Arc::clone(&self.health), presence));
+            let (health, store) = (Arc::clone(&self.health), Arc::clone(self.writer.store()));
+            tasks.spawn(keep_in_sight(health, presence, way_in, store));
         }
         let mut issuing = JoinSet::new();
         issuing.spawn(Arc::clone(&self.issuer).run());

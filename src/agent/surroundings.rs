@@ -14,6 +14,7 @@ use crate::{
     os::{
         clock::sleep_to_beat,
         namespace::{self, ProcFault},
+        own_connection::{self, RefusedCall},
         pidfd::Pidfd,
     },
     peer::cgroup::PodOrUid,
@@ -35,6 +36,11 @@ enum Obstacle {
          and the node must have descriptors left ({0})"
     )]
     Pidfd(Errno),
+    /// Nobody is accepted, heard or answered.
+    #[error(
+        "{0}, so no caller is served: a seccomp filter, AppArmor or SELinux keeps this process from it, and must allow it"
+    )]
+    Refused(RefusedCall),
     /// What is read of a caller is not its own.
     #[error(transparent)]
     Proc(ProcFault),
@@ -62,7 +68,7 @@ impl Obstacle {
     /// Whether nobody, or nobody else than the agent's own user, is served.
     fn is_for_all(&self) -> bool {
         match self {
-            Self::Pidfd(_) | Self::Proc(_) | Self::HiddenProcesses(_) => true,
+            Self::Pidfd(_) | Self::Refused(_) | Self::Proc(_) | Self::HiddenProcesses(_) => true,
             Self::UserNamespace | Self::PidNamespace => false,
         }
     }
@@ -189,7 +195,8 @@ fn shortcomings(attestor: &Attestor) -> Vec<Obstacle> {
     };
     let users = namespace::unmapped().map(|_| Obstacle::UserNamespace);
     let processes = namespace::pid_namespace_is_inner().then_some(Obstacle::PidNamespace);
-    proc.into_iter().chain(users).chain(processes).collect()
+    let refused = own_connection::try_out().err().map(Obstacle::Refused);
+    refused.into_iter().chain(proc).chain(users).chain(processes).collect()
 }
 
 /// Descriptors or memory that are short pass.

@@ -192,7 +192,10 @@ impl AgentStanding {
                 self.socket_path.display()
             ),
             None if self.health.get() == Probe::Starting => "the agent is about to be ready".to_owned(),
-            None => "callers cannot be served or told apart: see the log".to_owned(),
+            None => {
+                let otherwise = || "callers cannot be served or told apart: see the log".to_owned();
+                self.health.kept_out().unwrap_or_else(otherwise)
+            }
         }
     }
 

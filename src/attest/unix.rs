@@ -23,7 +23,10 @@ mod threads;
 use std::{sync::Arc, time::Instant};
 
 use self::{discovery::Discovery, names::Names};
-pub use self::{executable::ExecutableError, questions::UnixQuestions};
+pub use self::{
+    executable::ExecutableError,
+    questions::{Account, UnixQuestions},
+};
 
 use super::{
     AttestFault, Blame, Questions,

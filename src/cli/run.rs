@@ -21,7 +21,7 @@ use crate::{
         trusted::{ClosedDir, Trust},
     },
     peer::socket::MAX_PATH_LEN,
-    telemetry::{LogFormat, parse_level},
+    telemetry::{LogFormat, chain, parse_level},
 };
 
 /// Where the configuration is unless the command line says otherwise (spire-agent: `conf/agent/agent.conf`).
@@ -457,7 +457,10 @@ fn log_format(text: &str) -> Result<LogFormat, &'static str> {
 /// Runs the agent until it is told to stop. The command line wins on every reload too.
 pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
     // Before there is a key to be seen.
-    secrecy::keep().map_err(|error| Failure::Agent(error.into()))?;
+    secrecy::keep().map_err(|error| {
+        agent::not_started(&chain(&error));
+        Failure::Agent(error.into())
+    })?;
     let config = args.config.clone();
     // Gone from the environment once the agent has taken it.
     let handed = super::environment("LISTEN_FDS").is_some();

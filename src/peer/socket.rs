@@ -135,7 +135,7 @@ pub struct Presence {
     made: Option<(u64, u64)>,
     /// Who could connect to it then.
     mode: u32,
-    /// Directories that nobody but their owner could enter then.
+    /// What let nobody through but its owner, or root's group, then.
     shut: Vec<Shut>,
     /// Whether systemd bound it, and keeps it.
     pub handed_over: bool,
@@ -154,15 +154,21 @@ impl Presence {
         };
         // Who may write to it may connect.
         if self.mode & !mode & 0o022 != 0 {
-            return Sight::Shut(Shut { path: self.path.clone(), mode: mode & 0o7777 });
+            let uid = self.path.metadata().map_or(0, |meta| meta.uid());
+            return Sight::Shut(Shut { path: self.path.clone(), uid, mode: mode & 0o7777 });
         }
         let mut shut = shut_above(&self.path).into_iter().filter(|dir| !self.shut.contains(dir));
         shut.next().map_or(Sight::There, Sight::Shut)
     }
 
-    /// Directories above it that nobody but their owner could enter when the agent began to serve.
+    /// What let nobody through but its owner, or root's group, when the agent began to serve: directories above it, or the socket itself.
     pub fn shut(&self) -> &[Shut] {
         &self.shut
+    }
+
+    /// The same as it is now. Asks the file system, which may wait.
+    pub fn shut_now(&self) -> Vec<Shut> {
+        shut_on_the_way(&self.path)
     }
 }
 
@@ -177,11 +183,20 @@ pub enum Sight {
     Shut(Shut),
 }
 
-/// What lets nobody through but its owner.
+/// What lets nobody through but its owner, root, and perhaps root's group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shut {
     pub path: PathBuf,
+    /// Its owner.
+    pub uid: u32,
     pub mode: u32,
+}
+
+impl Shut {
+    /// Whether processes of this user get through.
+    pub fn lets_through(&self, uid: u32) -> bool {
+        uid == 0 || uid == self.uid
+    }
 }
 
 impl std::fmt::Display for Shut {
@@ -197,9 +212,27 @@ fn standing_at(path: &Path) -> Option<((u64, u64), u32)> {
 
 /// Directories above a socket that nobody but their owner can enter: with a group that can, that is meant.
 fn shut_above(path: &Path) -> Vec<Shut> {
+    closed_above(path).into_iter().filter(|dir| dir.mode & 0o011 == 0).collect()
+}
+
+fn closed_above(path: &Path) -> Vec<Shut> {
     let closed = Trust::anybody().route(parent(path)).map(|way| way.closed).unwrap_or_default();
-    let shut = closed.into_iter().filter(|dir| dir.mode & 0o011 == 0);
-    shut.map(|ClosedDir { path, mode, .. }| Shut { path, mode }).collect()
+    closed.into_iter().map(|ClosedDir { path, uid, mode }| Shut { path, uid, mode }).collect()
+}
+
+/// The same, with those that let root's group through, in which is no workload; and the socket itself, where it is so with who may
+/// connect to it: a service manager may have made it.
+fn shut_on_the_way(path: &Path) -> Vec<Shut> {
+    let is_shut = |shut: &Shut, others: u32| {
+        let of_root = || shut.path.metadata().is_ok_and(|meta| meta.gid() == 0);
+        shut.mode & others == 0 && (shut.mode & (others << 3) == 0 || of_root())
+    };
+    let mut all = closed_above(path);
+    all.retain(|dir| is_shut(dir, 0o001));
+    let own = path.metadata().ok();
+    let own = own.map(|meta| Shut { path: path.to_owned(), uid: meta.uid(), mode: meta.mode() & 0o7777 });
+    all.extend(own.filter(|socket| is_shut(socket, 0o002)));
+    all
 }
 
 /// Held by the one agent that may be at a path.
@@ -407,7 +440,7 @@ impl Socket {
         let path = self.path()?;
         let (found, mode) = standing_at(&path).unzip();
         let made = self.place.as_ref().map(|place| place.made).or(found);
-        let shut = shut_above(&path);
+        let shut = shut_on_the_way(&path);
         Some(Presence { path, made, mode: mode.unwrap_or_default(), shut, handed_over: self.place.is_none() })
     }
 

@@ -34,12 +34,14 @@ pub struct HealthState(Mutex<Vitals>);
 struct Vitals {
     probe: Probe,
     pulse: Pulse,
-    /// No caller, or none but of the agent's own user, can be attested.
+    /// No caller, or none but of the agent's own user, can be served or attested.
     blind: bool,
     /// No caller is let in: none can be told from the next one that has its PID.
     unidentified: bool,
     /// Nobody finds the socket.
     lost: Lost,
+    /// What keeps those from the socket whom entries ask for, in words.
+    kept_out: Option<String>,
     /// The process that serves in the place of this one.
     successor: Option<i32>,
 }
@@ -105,6 +107,19 @@ impl HealthState {
         self.lock().lost
     }
 
+    /// Tells what keeps those from the socket whom entries ask for, if something does. Returns whether one of the two is news.
+    pub fn keeps_out(&self, why: Option<String>) -> bool {
+        let mut now = self.lock();
+        let before = std::mem::replace(&mut now.kept_out, why);
+        before.is_some() != now.kept_out.is_some()
+    }
+
+    /// What keeps those from the socket whom entries ask for, in words, if something does.
+    #[must_use]
+    pub fn kept_out(&self) -> Option<String> {
+        self.lock().kept_out.clone()
+    }
+
     /// How the agent is. Whether its threads answer does not show here.
     #[must_use]
     pub fn get(&self) -> Probe {
@@ -127,26 +142,30 @@ impl HealthState {
     /// Whether workloads may be sent here.
     #[must_use]
     pub fn ready(&self) -> bool {
-        let Vitals { probe, pulse, blind, unidentified, lost, successor } = *self.lock();
-        let serves = probe == Probe::Healthy && pulse == Pulse::Beats && successor.is_none();
-        serves && !blind && !unidentified && lost == Lost::No
+        let Vitals { probe, pulse, blind, unidentified, lost, kept_out, successor } = &*self.lock();
+        let serves = *probe == Probe::Healthy && *pulse == Pulse::Beats && successor.is_none();
+        let is_reached = *lost == Lost::No && kept_out.is_none();
+        serves && is_reached && !blind && !unidentified
     }
 
     /// spire-agent's bodies, so that whoever parses them need not change (`pkg/common/health`).
     pub(super) fn body(&self) -> String {
-        let Vitals { probe, pulse, blind, unidentified, lost, successor } = *self.lock();
+        let now = self.lock();
+        let Vitals { probe, pulse, blind, unidentified, lost, successor, .. } = *now;
+        let is_shut = lost == Lost::Shut || now.kept_out.is_some();
+        drop(now);
         if let Some(pid) = successor {
             return format!("{{\"agent\":{{\"make_new_x509_err\":\"handed over to PID {pid}\"}}}}\n");
         }
         let text = match (probe, pulse) {
-            (Probe::Healthy, Pulse::Beats) if lost == Lost::Shut => {
+            (Probe::Healthy, Pulse::Beats) if is_shut => {
                 "{\"agent\":{\"make_new_x509_err\":\"the socket of the workload api is shut to other users: see the log\"}}\n"
             }
             (Probe::Healthy, Pulse::Beats) if lost != Lost::No => {
                 "{\"agent\":{\"make_new_x509_err\":\"the socket of the workload api is gone: see the log\"}}\n"
             }
             (Probe::Healthy, Pulse::Beats) if blind || unidentified => {
-                "{\"agent\":{\"make_new_x509_err\":\"callers cannot be told apart on this node: see the log\"}}\n"
+                "{\"agent\":{\"make_new_x509_err\":\"callers cannot be served, or cannot be told apart, on this node: see the log\"}}\n"
             }
             (Probe::Starting, Pulse::Beats) => "{\"agent\":null}\n",
             (Probe::Healthy, Pulse::Beats) => "{\"agent\":{}}\n",

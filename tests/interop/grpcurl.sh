@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# grpcurl, which knows nothing of the Workload API but what reflection tells it.
+# grpcurl, which knows nothing of the Workload API but what reflection tells it; and an earlier one, which asks by the reflection of
+# that time and puts the socket's path into :authority.
 source "$(dirname "${BASH_SOURCE[0]}")/agent.bash"
 
 tools=${INTEROP_TARGET:-$root/target/interop}/bin
 if [ ! -x "$tools/grpcurl" ]; then
     GOBIN=$tools timeout 600 go install github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3
+fi
+if [ ! -x "$tools/grpcurl-1.8/grpcurl" ]; then
+    GOBIN=$tools/grpcurl-1.8 timeout 600 go install github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.8.7
 fi
 
 socket="$dir/api.sock"
@@ -43,4 +47,17 @@ refused InvalidArgument "${header[@]}" -d '{}' "$target" SpiffeWorkloadAPI/Fetch
 refused InvalidArgument "${header[@]}" -d '{"audience":["them"],"spiffeId":"nobody"}' "$target" SpiffeWorkloadAPI/FetchJWTSVID
 refused PermissionDenied "${header[@]}" -d '{"audience":["them"],"spiffeId":"spiffe://example.org/other"}' "$target" \
     SpiffeWorkloadAPI/FetchJWTSVID
-echo "grpcurl: listed, described and called by reflection"
+
+earlier() {
+    timeout 20 "$tools/grpcurl-1.8/grpcurl" -plaintext -unix "${header[@]}" -d '{"audience":["them"]}' "$@" "$socket" \
+        SpiffeWorkloadAPI/FetchJWTSVID | grep -q '"spiffeId": "spiffe://example.org/myservice"'
+}
+earlier || fail "a JWT-SVID for version 1.8"
+earlier -authority 'outbound|8080||x' || fail "a JWT-SVID for version 1.8, by another authority"
+kill "$agent"
+wait "$agent" || true
+"$durward" run -config "$dir/agent.conf" >>"$dir/agent.log" 2>&1 &
+started+=("$!")
+until_true 20 "$durward" healthcheck -socketPath "$socket"
+earlier || fail "a JWT-SVID for version 1.8 after a restart"
+echo "grpcurl, present and 1.8: listed, described and called by reflection"

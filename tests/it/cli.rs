@@ -734,7 +734,7 @@ fn health_is_told_as_spire_agent_tells_it() {
             &not,
             &["healthcheck"],
             "",
-            "Agent is unhealthy: agent returned status \"NOT_SERVING\"\n",
+            "Agent is unhealthy: agent returned status \"NOT_SERVING\"\n`durward status` tells its user and root why.\n",
             1,
         ),
     ] {

@@ -1077,6 +1077,12 @@ fn files_are_loaded_from_disk() {
     Config::load(&at("agent.conf"), ExpandEnv::With(&variable)).unwrap();
     assert_eq!(asked.take(), ["A"]);
 
+    // Of a drop-in the file is named, and not how to name the first one.
+    std::os::unix::fs::symlink("nowhere", at("entries.d/b.conf")).unwrap();
+    let dangling = Config::load(&at("agent.conf"), ExpandEnv::No).unwrap_err();
+    let want = format!("{}: cannot read it: no such file or directory", at("entries.d/b.conf").display());
+    assert_eq!(dangling.to_string(), want);
+
     let gone = Config::load(&at("none.conf"), ExpandEnv::No).unwrap_err();
     let path = at("none.conf").display().to_string();
     assert_eq!(

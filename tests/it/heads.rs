@@ -257,6 +257,8 @@ async fn each_is_counted_once_and_charged() {
 async fn a_head_that_begins_no_call_is_counted_once() {
     let head = |number: u32, block: &[u8]| frame(HEADERS, END_HEADERS, number, block);
     let waits = |number: u32| head(number, &block(JWT));
+    // Nothing is there to write over, and where its frame began has been passed on.
+    let late = [literal(":method", "POST"), literal(":path", &"/x".repeat(150)), literal(":authority", "")];
     for (case, frames, leaves, want) in [
         (
             "more than may be open",
@@ -266,6 +268,12 @@ async fn a_head_that_begins_no_call_is_counted_once() {
         ),
         // An index of HPACK that there is not.
         ("its connection ends by it", head(1, &[0xff, 0x80, 0x7f]), false, ("Other Internal", 1)),
+        (
+            "an empty authority behind 256 bytes of its frame",
+            head(1, &late.concat()),
+            false,
+            ("Other Internal", 1),
+        ),
         ("in part", frame(HEADERS, 0, 1, &block("/x/y")), true, ("Other Canceled", 1)),
     ] {
         let streams = "ratelimit { gate { connection { streams = 2 } } }";

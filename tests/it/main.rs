@@ -58,6 +58,7 @@ mod streams;
 mod support;
 mod surroundings;
 mod systemd;
+mod throttled;
 mod tidy;
 // What stopped a thread is told in this way on glibc alone.
 #[cfg(target_env = "gnu")]

@@ -290,8 +290,12 @@ fn a_start_without_means_says_what_is_short_and_ends() {
     const MEMORY: &str = "memory for them (ulimit -d or -v)";
     let megabytes = |n: u64| (n << 20).to_string();
     for (limit, of, said) in [
+        ("--nofile", "4".to_owned(), "LimitNOFILE (ulimit -n) is 4"),
+        ("--nofile", "6".to_owned(), "LimitNOFILE (ulimit -n) is 6"),
+        ("--nofile", "7".to_owned(), "LimitNOFILE (ulimit -n) is 7"),
         ("--nofile", "10".to_owned(), "LimitNOFILE (ulimit -n) is 10"),
         ("--nofile", "12".to_owned(), "LimitNOFILE (ulimit -n) is 12"),
+        ("--nofile", "14".to_owned(), "LimitNOFILE (ulimit -n) is 14"),
         ("--nofile", "64".to_owned(), "(LimitNOFILE, or ulimit -n, is 64)"),
         ("--data", megabytes(8), MEMORY),
         ("--data", megabytes(16), MEMORY),

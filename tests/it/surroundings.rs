@@ -48,6 +48,18 @@ fn ask(dir: &Path) -> String {
     answer
 }
 
+/// The log of the agent in `dir`, once this stands there: it is written by a thread of its own.
+async fn logged(dir: &Path, want: &str) -> String {
+    let log = || fs::read_to_string(dir.join("log")).unwrap();
+    let written = async {
+        while !log().contains(want) {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, written).await.unwrap_or_else(|_late| panic!("{want}: {}", log()));
+    log()
+}
+
 /// What `durward api fetch jwt` says to another user.
 fn fetch_as(user: u32, dir: &Path) -> String {
     let mut command = Command::new(env!("CARGO_BIN_EXE_durward"));
@@ -183,16 +195,14 @@ async fn with_the_proc_of_another_pid_namespace_nobody_is_served() {
         let mut agent = Process::spawn_by(&words, dir.path());
         drop(agent.serving(dir.path()).await);
         let answer = ready(dir.path()).await;
-        let log = fs::read_to_string(dir.path().join("log")).unwrap();
+        let inner = "callers outside of it cannot be identified";
+        // What is said last.
+        let log = logged(dir.path(), if case == "none" { "there is no /proc" } else { inner }).await;
         assert_eq!(answer.starts_with("HTTP/1.1 200"), want.is_none(), "{case}: {answer}");
         for said in ["/proc is of another PID namespace", "there is no /proc", "are hidden"] {
             assert_eq!(log.contains(said), want == Some(said), "{case}: {said}: {log}");
         }
-        assert_eq!(
-            log.matches("callers outside of it cannot be identified").count(),
-            usize::from(case != "none"),
-            "{log}"
-        );
+        assert_eq!(log.matches(inner).count(), usize::from(case != "none"), "{log}");
         // This test is outside of it.
         let said = fetch_as(0, dir.path());
         assert!(!said.contains("spiffe://example.org/web"), "{case}: {said}");
@@ -266,6 +276,71 @@ async fn a_kernel_without_pidfds_has_no_healthy_agent_and_keeps_no_admin_out() {
             let (code, said) = command(&["healthcheck", "--verbose"], "api.sock");
             assert!(code == Some(1) && said.contains("Agent is unhealthy"), "{case}: {said}");
         }
+    }
+}
+
+/// Runs a command to which the kernel refuses the system call of this `number`, with this `errno`.
+#[cfg(target_arch = "x86_64")]
+pub(crate) const REFUSED_CALL: &str = "
+import ctypes, os, struct, sys
+step = lambda code, yes, no, value: struct.pack('HBBI', code, yes, no, value)
+program = b''.join([step(0x20, 0, 0, 0), step(0x15, 0, 1, number), step(0x06, 0, 0, 0x00050000 | errno), step(0x06, 0, 0, 0x7fff0000)])
+class Program(ctypes.Structure):
+    _fields_ = [('len', ctypes.c_ushort), ('filter', ctypes.c_char_p)]
+libc = ctypes.CDLL(None, use_errno=True)
+libc.prctl(38, 1, 0, 0, 0)
+if libc.prctl(22, 2, ctypes.byref(Program(len(program) // 8, program)), 0, 0):
+    sys.exit(77)
+os.execv(sys.argv[1], sys.argv[1:])
+";
+
+/// Whatever a filter or a security module keeps from the agent, without which no caller is served, is found before anybody calls.
+#[cfg(target_arch = "x86_64")]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_refuses_what_serves_callers_has_no_healthy_agent() {
+    const EPERM: u32 = 1;
+    const EACCES: u32 = 13;
+    const ENOSYS: u32 = 38;
+    for (call, number, errno) in [
+        ("recvmsg", 47, EPERM),
+        ("recvmsg", 47, EACCES),
+        ("recvmsg", 47, ENOSYS),
+        // Nor are probes answered then.
+        ("accept4", 288, EPERM),
+    ] {
+        let case = format!("{call}, {errno}");
+        let filter = format!("number, errno = {number}, {errno}\n{REFUSED_CALL}");
+        let filter = ["python3", "-c", &filter];
+        let can = Command::new(filter[0]).args(&filter[1..]).arg("/bin/true").status();
+        if !can.is_ok_and(|status| status.success()) {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        prepare(dir.path(), &entry("/web", ""));
+        let mut agent = Process::spawn_by(&filter, dir.path());
+        let log = || fs::read_to_string(dir.path().join("log")).unwrap();
+        let want = format!("the system call {call} is refused");
+        let began = std::time::Instant::now();
+        while !log().contains(&want) {
+            assert!(began.elapsed() < PATIENCE && !agent.has_ended(), "{case}: {}", log());
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        if call == "accept4" {
+            continue;
+        }
+        let answer = ready(dir.path()).await;
+        assert!(
+            answer.starts_with("HTTP/1.1 500") && answer.contains("cannot be served"),
+            "{case}: {answer}"
+        );
+        let mut healthcheck = Command::new(env!("CARGO_BIN_EXE_durward"));
+        healthcheck
+            .args(["healthcheck", "--timeout", "5s", "--socket-path"])
+            .arg(dir.path().join("api.sock"));
+        assert_eq!(healthcheck.output().unwrap().status.code(), Some(1), "{case}");
+        let said = fetch_as(geteuid().as_raw(), dir.path());
+        assert!(!said.contains("spiffe://example.org/web"), "{case}: {said}");
+        assert_eq!(log().matches(&want).count(), 1, "{case}: once: {}", log());
     }
 }
 
@@ -378,6 +453,112 @@ async fn a_socket_that_is_shut_while_the_agent_runs_is_no_ready_agent() {
     until(&dir, "shut to other users").await;
     chmod(&socket, open);
     until(&dir, "HTTP/1.1 200").await;
+}
+
+/// A directory above the socket that only its owner can enter is meant, where no entry asks for anybody else.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_whose_callers_are_kept_out_from_the_start_is_no_ready_agent() {
+    if !geteuid().is_root() {
+        return;
+    }
+    const SHUT: Option<&str> = Some("asks for");
+    for (case, owner, mode, selectors, want) in [
+        ("root's own", 0, 0o700, vec!["unix:uid:0"], None),
+        ("root's own, by name", 0, 0o700, vec!["unix:user:root", "unix:gid:0"], None),
+        ("whatever executes this", 0, 0o700, vec!["unix:path:/bin/web"], None),
+        ("another's", 0, 0o700, vec!["unix:uid:731006"], SHUT),
+        ("another's, by name", 0, 0o700, vec!["unix:user:nobody"], SHUT),
+        ("another's, of root's group", 0, 0o700, vec!["unix:uid:731006", "unix:gid:0"], SHUT),
+        ("a group's", 0, 0o700, vec!["unix:gid:731006"], SHUT),
+        ("a further group's", 0, 0o700, vec!["unix:supplementary_gid:731006"], SHUT),
+        ("another's than who is in root's group", 0, 0o750, vec!["unix:uid:731006"], SHUT),
+        ("root's group's", 0, 0o750, vec!["unix:gid:0"], None),
+        ("another's, perhaps in a group that passes", USER, 0o710, vec!["unix:uid:731007"], None),
+        ("another's, who pass", 0, 0o701, vec!["unix:uid:731006"], None),
+        ("an ordinary user's own", USER, 0o700, vec!["unix:uid:731006"], None),
+        ("another's than an ordinary user's", USER, 0o700, vec!["unix:uid:731007"], SHUT),
+    ] {
+        let base = tempfile::tempdir().unwrap();
+        fs::set_permissions(base.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let (shut, dir) = (base.path().join("shut"), base.path().join("shut/dir"));
+        fs::create_dir_all(&dir).unwrap();
+        let asked: Vec<_> = selectors.iter().map(|selector| format!("\"{selector}\"")).collect();
+        let entry = format!("entry \"spiffe://example.org/web\" {{ selectors = [{}] }}\n", asked.join(", "));
+        prepare(&dir, &entry);
+        if selectors[0].starts_with("unix:path") {
+            let config = fs::read_to_string(dir.join("agent.conf")).unwrap();
+            let discovers =
+                config.replace("plugin_data { }", "plugin_data { discover_workload_path = true }");
+            fs::write(dir.join("agent.conf"), discovers).unwrap();
+        }
+        for at in [&shut, &dir, &dir.join("agent.conf")] {
+            chown(at, Some(owner), Some(owner)).unwrap();
+        }
+        fs::set_permissions(&shut, fs::Permissions::from_mode(mode)).unwrap();
+        let number = owner.to_string();
+        let become_owner = ["setpriv", "--reuid", &number, "--regid", &number, "--clear-groups"];
+        let mut agent = Process::spawn_by(if owner == 0 { &[] } else { &become_owner }, &dir);
+        drop(agent.serving(&dir).await);
+        let answer = ready(&dir).await;
+        assert_eq!(answer.starts_with("HTTP/1.1 200"), want.is_none(), "{case}: {answer}");
+        let mut healthcheck = Command::new(env!("CARGO_BIN_EXE_durward"));
+        let checked = healthcheck.args(["healthcheck", "--socket-path"]).arg(dir.join("api.sock")).output();
+        assert_eq!(checked.unwrap().status.code(), Some(i32::from(want.is_some())), "{case}");
+        let Some(want) = want else {
+            let log = fs::read_to_string(dir.join("log")).unwrap();
+            assert!(!log.contains("gets to the socket"), "{case}: {log}");
+            continue;
+        };
+        let log = logged(&dir, "and no such process gets to the socket").await;
+        assert_eq!(log.matches("gets to the socket").count(), 1, "{case}: once: {log}");
+        let said = status(&shut.join("private/admin.sock"));
+        let todo = format!("chmod o+x {}, or choose another socket_path", shut.display());
+        let why = format!("not ready: entry \"spiffe://example.org/web\" {want}");
+        assert!(said.contains(&why) && said.contains(&todo) && log.contains(&todo), "{case}: {said}");
+    }
+}
+
+/// Mended while the agent runs; or there is another way, which shows when somebody comes by it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_way_to_the_socket_that_opens_makes_a_ready_agent() {
+    if !geteuid().is_root() {
+        return;
+    }
+    for mends in [true, false] {
+        let base = tempfile::tempdir().unwrap();
+        let (shut, dir) = (base.path().join("shut"), base.path().join("shut/dir"));
+        fs::create_dir_all(&dir).unwrap();
+        let chmod = |at: &Path, mode| fs::set_permissions(at, fs::Permissions::from_mode(mode)).unwrap();
+        chmod(base.path(), 0o755);
+        prepare(
+            &dir,
+            &format!("entry \"spiffe://example.org/web\" {{ selectors = [\"unix:uid:{USER}\"] }}\n"),
+        );
+        chmod(&shut, 0o700);
+        let mut agent = Process::spawn_by(&[], &dir);
+        drop(agent.serving(&dir).await);
+        until(&dir, "shut to other users").await;
+        if mends {
+            chmod(&shut, 0o711);
+        } else {
+            // As from a container into which the directory is mounted.
+            let way_in = base.path().join("way-in");
+            fs::create_dir(&way_in).unwrap();
+            let run = "mount --bind \"$1\" \"$2\" && exec setpriv --reuid \"$3\" --regid \"$3\" --clear-groups \"$4\" \
+                       api fetch jwt --audience a --socket-path \"$2/api.sock\"";
+            let mut fetch = Command::new("unshare");
+            fetch.args(["--mount", "--propagation", "private", "sh", "-c", run, "sh"]);
+            fetch.args([&dir, &way_in]).args([&USER.to_string(), env!("CARGO_BIN_EXE_durward")]);
+            let fetched = fetch.output().unwrap();
+            if String::from_utf8_lossy(&fetched.stderr).contains("unshare failed") {
+                return;
+            }
+            let said = String::from_utf8_lossy(&fetched.stdout).into_owned();
+            assert!(said.contains("spiffe://example.org/web"), "{fetched:?}");
+        }
+        until(&dir, "HTTP/1.1 200").await;
+        logged(&dir, "all whom entries ask for get to the socket").await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,7 @@ use std::{
     os::{
         fd::OwnedFd,
         unix::{
-            fs::MetadataExt as _,
+            fs::{MetadataExt as _, PermissionsExt as _},
             net::{UnixDatagram, UnixListener},
         },
     },
@@ -188,6 +188,39 @@ async fn a_restart_keeps_the_inode_of_a_socket_that_systemd_holds() {
     }
 }
 
+/// A unit that lets only root connect, and an entry for somebody else.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_unit_that_keeps_callers_out_is_no_ready_agent() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let other = "entry \"spiffe://example.org/other\" { selectors = [\"unix:uid:731008\"] }\n";
+    for (mode, entries, well) in [
+        (0o660, entry("/one", ""), true),
+        (0o660, format!("{other}{}", entry("/one", "")), false),
+        (0o666, format!("{other}{}", entry("/one", "")), true),
+    ] {
+        let dir = configured(&entries);
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let path = dir.path().join("api.sock");
+        let held = UnixListener::bind(&path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        let _service = Service::start(dir.path(), vec![OwnedFd::from(held)], &[]);
+        assert_eq!(first_id(&path).await, "spiffe://example.org/one", "{mode:o}");
+        let run = |words: &[&str], socket: &str| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_durward"));
+            let output =
+                command.args(words).arg("--socket-path").arg(dir.path().join(socket)).output().unwrap();
+            (output.status.success(), String::from_utf8(output.stdout).unwrap())
+        };
+        assert_eq!(run(&["healthcheck"], "api.sock").0, well, "{mode:o}");
+        let (_, said) = run(&["status"], "data/admin.sock");
+        let said: Vec<_> = said.split_whitespace().collect();
+        let todo = "SocketMode=0666 in the socket unit, or choose another socket_path";
+        assert_eq!(said.join(" ").contains(todo), !well, "{mode:o}: {said:?}");
+    }
+}
+
 #[test]
 fn what_is_handed_over_wrongly_is_an_error() {
     let dir = configured(&entry("/one", ""));
@@ -216,36 +249,104 @@ fn what_is_handed_over_wrongly_is_an_error() {
     }
 }
 
-/// Whoever waits in the queue of the service manager's socket is not left there by an agent that cannot start.
+/// Every way in which a start fails, each with who waits in the queue of the service manager's socket: nobody is left there.
+#[expect(clippy::disallowed_methods, reason = "another agent is waited for")]
 #[test]
 fn an_agent_that_cannot_start_leaves_no_client_hanging() {
-    for (case, blocks, whole) in [
-        ("a mistake in the file", "nonsense = 1", true),
-        ("no file", "", false),
-        (
-            "what only the start finds out",
-            "issuer \"embedded\" { ca { cert_file_path = \"/nowhere\" } }",
-            true,
-        ),
-        ("a mistake in the command line", "", true),
-    ] {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let port = format!(
+        "health_checks {{ listener_enabled = true bind_address = \"127.0.0.1\" bind_port = \"{port}\" }}"
+    );
+    let none = || -> Vec<String> { Vec::new() };
+    let descriptors = |n: u32| vec!["prlimit".to_owned(), format!("--nofile={n}")];
+    #[cfg(target_arch = "x86_64")]
+    let refused = |number: u32| {
+        let filter = format!("number, errno = {number}, 1\n{}", crate::surroundings::REFUSED_CALL);
+        vec!["python3".to_owned(), "-c".to_owned(), filter]
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let refused = |_number: u32| vec!["sh".to_owned(), "-c".to_owned(), "exit 77".to_owned()];
+    // The numbers of prctl(2), by which a process closes itself to others, and getrandom(2).
+    let (no_secrets, no_randomness) = (refused(157), refused(318));
+    let mut cases = vec![
+        ("a mistake in the file", "nonsense = 1", none(), "nonsense"),
+        ("no file", "", none(), "could not find config file"),
+        ("a CA that is not there", "", none(), "cannot read /nowhere"),
+        ("a mistake in the command line", "", none(), "--nosuchflag"),
+        ("data_dir is everybody's", "", none(), "data_dir"),
+        ("data_dir is a file", "", none(), "data_dir"),
+        ("another agent has data_dir", "", none(), "cannot open the issuer"),
+        ("keys that are not to be read", "", none(), "cannot open the issuer"),
+        ("a port that is taken", &port, none(), "cannot listen for health checks"),
+        ("a log that cannot be written", "", none(), "log_file"),
+        ("another socket", "", none(), "ListenStream="),
+        ("memory that others can read", "", no_secrets, "PR_SET_DUMPABLE"),
+        ("no randomness", "", no_randomness, "getrandom is refused"),
+    ];
+    // What the program itself needs to begin is not the agent's.
+    cases.extend([6, 7, 8, 10, 14, 18, 22].map(|n| ("descriptors", "", descriptors(n), "LimitNOFILE")));
+    for (case, blocks, words, want) in cases {
         let dir = configured(blocks);
-        let path = dir.path().join("api.sock");
+        let at = |name: &str| dir.path().join(name);
+        let mut path = at("api.sock");
+        let config = fs::read_to_string(at("agent.conf")).unwrap();
+        let mut other = None;
+        match case {
+            "no file" => fs::remove_file(at("agent.conf")).unwrap(),
+            "data_dir is everybody's" => {
+                fs::create_dir(at("data")).unwrap();
+                fs::set_permissions(at("data"), fs::Permissions::from_mode(0o777)).unwrap();
+            }
+            "data_dir is a file" => fs::write(at("data"), "").unwrap(),
+            "another agent has data_dir" => {
+                let theirs = config.replace("api.sock", "theirs/api.sock");
+                fs::create_dir(at("theirs")).unwrap();
+                fs::write(at("theirs/agent.conf"), theirs).unwrap();
+                let agent = Service::start(&at("theirs"), Vec::new(), &[]);
+                let began = std::time::Instant::now();
+                while std::os::unix::net::UnixStream::connect(at("theirs/api.sock")).is_err() {
+                    assert!(began.elapsed() < LONG, "{case}");
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                other = Some(agent);
+            }
+            "keys that are not to be read" => {
+                fs::create_dir(at("data")).unwrap();
+                fs::set_permissions(at("data"), fs::Permissions::from_mode(0o700)).unwrap();
+                fs::create_dir(at("data/issuer.json")).unwrap();
+            }
+            "a log that cannot be written" => {
+                let log = format!("log_level = \"warn\"\n log_file = \"{}/none/log\"", dir.path().display());
+                fs::write(at("agent.conf"), config.replace("log_level = \"warn\"", &log)).unwrap();
+            }
+            "a CA that is not there" => {
+                let ca = "issuer \"embedded\" { ca_cert_path = \"/nowhere\" ca_key_path = \"/nowhere\" }";
+                fs::write(at("agent.conf"), config.replace("issuer \"embedded\" { }", ca)).unwrap();
+            }
+            "another socket" => path = at("other.sock"),
+            _ => {}
+        }
         let held = UnixListener::bind(&path).unwrap();
         let mut waiting: Vec<_> =
             (0..100).map(|_| std::os::unix::net::UnixStream::connect(&path).unwrap()).collect();
-        if !whole {
-            fs::remove_file(dir.path().join("agent.conf")).unwrap();
-        }
         let handed = vec![OwnedFd::from(held.try_clone().unwrap())];
         let flags: &[&str] = if case.ends_with("line") { &["--nosuchflag"] } else { &[] };
-        let mut service = Service::start_with(&[], flags, dir.path(), handed, &[]);
-        assert!(!service.0.wait().unwrap().success(), "{case}");
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let mut service = Service::start_with(&words, flags, dir.path(), handed, &[]);
+        let status = service.0.wait().unwrap();
+        let log = fs::read_to_string(at("log")).unwrap();
+        if status.code() == Some(77) {
+            // No filter can be set here.
+            continue;
+        }
+        assert!(!status.success() && log.contains(want), "{case}: {words:?}: {log}");
         for client in &mut waiting {
-            assert!(is_sent_away(client), "{case}");
+            assert!(is_sent_away(client), "{case}: {log}");
         }
         // The socket itself is as it was: the next try serves there.
         std::os::unix::net::UnixStream::connect(&path).unwrap();
+        drop(other);
     }
 }
 

@@ -20,6 +20,13 @@ use crate::{
 /// The selectors of each number.
 type ByNumber = HashMap<u32, Vec<Selector>, RandomState>;
 
+/// A user or a group that an entry asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Account {
+    User(u32),
+    Group(u32),
+}
+
 /// What entries ask for.
 #[derive(Debug, Default)]
 pub struct UnixQuestions {
@@ -131,6 +138,19 @@ impl UnixQuestions {
         }
         let (word, name) = name(value)?;
         (self.answers.get(&name) == Some(&NameAnswer::Unanswered)).then_some(word)
+    }
+
+    /// Whom a selector asks for, as far as it is known.
+    pub(in crate::attest) fn account(&self, value: &str) -> Option<Account> {
+        let (word, text) = value.split_once(':')?;
+        let of = if matches!(word, "uid" | USER) { Account::User } else { Account::Group };
+        match word {
+            "uid" | "gid" | "supplementary_gid" => text.parse().ok().map(of),
+            _ => match self.answers.get(&name(value)?.1)? {
+                NameAnswer::Number(number) => Some(of(*number)),
+                NameAnswer::Nobody | NameAnswer::Unanswered => None,
+            },
+        }
     }
 
     /// Why no process has the selector.

@@ -27,6 +27,8 @@ func Ways(socket string) map[string]func() (*grpc.ClientConn, error) {
 		"a dialer, passthrough:path": to("passthrough:"+socket, dialer),
 		"a dialer, a name":           to("passthrough:///spire-agent", dialer),
 		"a dialer, nothing":          to("passthrough:///", dialer),
+		"a dialer, DNS":              to("localhost:1", dialer),
+		"a dialer, dns:":             to("dns:///127.0.0.1:1", dialer),
 		"Dial": func() (*grpc.ClientConn, error) {
 			return grpc.Dial(socket, plain, dialer) //nolint:staticcheck // old clients do
 		},
