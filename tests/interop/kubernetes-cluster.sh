@@ -230,7 +230,7 @@ grep -q k8s:sa:ledger "$dir/said.txt" || fail "nodes/pods is enough: $(cat "$dir
 "$durward" explain -socketPath "$dir/nothing-private/admin.sock" -pid "$(pid_of bank ledger main)" >"$dir/said.txt" 2>&1 || true
 "$durward" status -socketPath "$dir/nothing-private/admin.sock" >>"$dir/said.txt"
 # Its lines are folded.
-tr -s ' \n' ' ' <"$dir/said.txt" | grep -q 'Wrong:.*(403): allow its service account get on nodes/proxy, or on nodes/pods' ||
+tr -s ' \n' ' ' <"$dir/said.txt" | grep -q 'Wrong:.*(403): allow its service account get on nodes/pods (before' ||
     fail "the status: $(cat "$dir/said.txt")"
 note "get on nodes/pods is enough, and without it the status says so"
 

@@ -202,7 +202,7 @@ async fn what_the_kubelet_cannot_say_is_unavailable_and_says_what_to_do() {
         (
             "403",
             Reply::With(403, "", refusal.into()),
-            "allow its service account get on nodes/proxy",
+            "allow its service account get on nodes/pods (before Kubernetes 1.33 on nodes/proxy)",
             AttestFault::Unreadable,
         ),
         (

@@ -35,7 +35,7 @@ struct ServiceWords {
 const OF_KUBELET: ServiceWords = ServiceWords {
     things: "pods",
     answer: "list of pods",
-    permission: "nodes/proxy, or on nodes/pods where the cluster has that",
+    permission: "nodes/pods (before Kubernetes 1.33 on nodes/proxy)",
     its_ca: "name the kubelet's CA in kubelet_ca_path, or set skip_kubelet_verification = true",
     its_name: "set node_name to a name that it is for, or skip_kubelet_verification = true",
     material: MaterialNames {
