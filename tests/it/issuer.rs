@@ -985,6 +985,31 @@ fn a_supplied_ca_signs_an_intermediate() {
 }
 
 #[test]
+fn nodes_below_one_root_verify_each_others_certificates_and_not_their_tokens() {
+    let dir = temp_dir();
+    let root = admin_root(admin_params("root", YEAR), &rcgen::PKCS_ECDSA_P256_SHA256);
+    let nodes = ["one", "two"].map(|name| {
+        let below = admin_below(admin_params(name, YEAR), &root);
+        let admin =
+            AdminCa::write(dir.path(), name, &[&below.pem(), &root.pem()], &below.key().serialize_pem());
+        EmbeddedCa::open(settings_with(admin.source(), &dir.path().join(name)), start()).unwrap()
+    });
+    let alone = EmbeddedCa::open(settings(&dir.path().join("alone")), start()).unwrap();
+    for (case, signs, verifies, is_verified) in [
+        ("one and itself", &nodes[0], &nodes[0], (true, true)),
+        ("one and two", &nodes[0], &nodes[1], (true, false)),
+        ("two and one", &nodes[1], &nodes[0], (true, false)),
+        ("one and another that has a root of its own", &nodes[0], &alone, (false, false)),
+    ] {
+        let svid = signs.mint_x509(&entry("spiffe://example.org/web"), start()).unwrap();
+        let token = signs.mint_jwt(&web(), None, &db(), start()).unwrap();
+        let bundle = verifies.bundle();
+        let got = (verify_x509(&svid, &bundle, start()).is_ok(), verify_jwt(&token, &bundle).is_some());
+        assert_eq!(got, is_verified, "{case}");
+    }
+}
+
+#[test]
 fn another_source_signs_at_once_and_the_old_root_stays_known() {
     let dir = temp_dir();
     let root = admin_root(admin_params("root", YEAR), &rcgen::PKCS_ECDSA_P256_SHA256);
