@@ -107,13 +107,16 @@ impl Shortage {
     }
 
     /// Down to where those above it are cut, if it is so short that they are: not below their share, but when it runs out:
-    /// the least shares of more callers than [`SHARES`](super::budget::SHARES) do not fit. `level` as in
-    /// [`Shortage::look`].
+    /// the least shares of more callers than [`SHARES`](super::budget::SHARES) do not fit. Where other things hold so much that
+    /// twice what all connections hold would be no relief, nobody gives up its share in vain. `level` as in [`Shortage::look`].
     pub(super) fn cut_to(&self, level: impl FnOnce(u64) -> u64) -> Option<u64> {
         let whole = self.whole.filter(|_| self.pressure >= Pressure::RefuseNew)?;
         let (_, relieved) = self.steps.lines(Pressure::RefuseNew, whole);
         let level = level(relieved.saturating_sub(self.other));
-        Some(if self.pressure == Pressure::CloseHeaviest { level } else { level.max(self.share) })
+        let held = self.looked_at.saturating_sub(self.other);
+        let in_vain = held.saturating_mul(2) < self.looked_at.saturating_sub(relieved);
+        let below_share = self.pressure == Pressure::CloseHeaviest && !in_vain;
+        Some(if below_share { level } else { level.max(self.share) })
     }
 }
 
@@ -135,6 +138,8 @@ mod tests {
             ("further", 100, &[500, 100, 90, 80], 329, Some(430)),
             ("a crowd", 100, &[80; 10], 59, Some(70)),
             ("something else holds it", 850, &[10, 20, 5], 20, Some(20)),
+            ("nobody gives up its share in vain", 960, &[40, 10, 5], 20, Some(20)),
+            ("if it is a relief", 860, &[15; 8], 20, Some(0)),
             ("below the least share, if those do not fit", 100, &[19; 50], 20, Some(14)),
             ("nobody is, who fits", 100, &[19; 40], 20, Some(20)),
         ] {
