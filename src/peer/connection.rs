@@ -34,6 +34,7 @@ use super::{
     course::{Course, Verdict},
     credentials::Peer,
     end::{ConnectionEnd, Phase, drains},
+    entrance::GoesIn,
     head_count::{HeadCount, Unheard},
     outbox::Outbox,
     pauses::Pauses,
@@ -76,6 +77,8 @@ pub(super) struct Connection {
     pub(super) phases: watch::Receiver<Phase>,
     pub(super) open: OpenConnection,
     pub(super) holding: Arc<Holding>,
+    /// Until it has been served, or waits.
+    pub(super) goes_in: Option<GoesIn>,
 }
 
 impl Connection {
@@ -115,6 +118,7 @@ impl Connection {
             if Instant::now() >= until {
                 return Err(ConnectionEnd::NoRoom);
             }
+            self.goes_in = None;
             tokio::select! {
                 () = sleep(ROOM_AGAIN) => {}
                 () = drains(&mut self.phases) => return Err(ConnectionEnd::Drained),
@@ -134,6 +138,7 @@ impl Connection {
             Err(err) if err.kind() == io::ErrorKind::WouldBlock => {}
             first => return first.map_err(|_closed| ConnectionEnd::ByPeer),
         }
+        self.goes_in = None;
         let _parked = Parked::count(&self.open.stats);
         let arrives = async {
             loop {
@@ -167,9 +172,10 @@ impl Connection {
         http2: http2::Builder<Spawner>,
         service: impl ConnectionService,
     ) -> (ConnectionEnd, LeftUnread<P>) {
-        let Self { peer, bounds, phases, holding, open } = self;
+        let Self { peer, bounds, phases, holding, open, goes_in } = self;
         bound_send_buffer(&stream, bounds);
         let ending = Arc::new(Ending::default());
+        ending.read_at_once();
         let turns = Arc::new(Turns::new(Arc::clone(holding)));
         let (pauses, heads) = (turns.pauses(), Arc::<HeadCount>::default());
         let places = Arc::new(StreamPlaces::new(bounds.max_concurrent_streams));
@@ -218,6 +224,7 @@ impl Connection {
                     if let Some(streams) = full.look(&turns) {
                         service.full(peer, streams);
                     }
+                    drop(goes_in.take());
                     // Nobody is there to read.
                     let deserted = done.is_pending() && matches!(sent, Poll::Ready(Err(_)));
                     if deserted { Poll::Ready(Ok(())) } else { done }
@@ -395,6 +402,10 @@ mod tests {
 
         let two = gate.open(CallerKey::Uid(1)).unwrap();
         two.holding().tell(Notice::Close);
-        assert_eq!(gives_its_descriptor(two.holding()).now_or_never(), Some(()), "memory was there all along");
+        assert_eq!(
+            gives_its_descriptor(two.holding()).now_or_never(),
+            Some(()),
+            "memory was there all along"
+        );
     }
 }
