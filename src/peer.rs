@@ -18,6 +18,7 @@ pub mod credentials;
 mod door;
 mod drain;
 mod end;
+mod entrance;
 pub mod frames;
 mod given;
 mod head_count;

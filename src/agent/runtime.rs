@@ -29,6 +29,9 @@ const THREADS_WITHIN: Duration = Duration::from_secs(2);
 /// Why a thread does not come into being, as far as that can be told: its stack is memory.
 const SHORT: &str =
     "threads are short (pids.max, TasksMax or ulimit -u), or memory for them (ulimit -d or -v)";
+/// After so many tasks a worker asks the kernel who can be served; by default it does after 61, and whoever comes anew, or calls on
+/// a connection that was at rest, waits for all of those first.
+const LOOKS_EVERY: u32 = 8;
 /// A thread that is there stays: when it is needed again there may be none to be had.
 const FOR_EVER: Duration = Duration::from_secs(10 * 365 * 86_400);
 
@@ -107,6 +110,7 @@ fn make(workers: usize) -> anyhow::Result<Runtime> {
         .worker_threads(workers)
         .max_blocking_threads(BLOCKING_THREADS)
         .thread_keep_alive(FOR_EVER)
+        .event_interval(LOOKS_EVERY)
         .enable_all()
         .build()
         .map_err(no_runtime)?;

@@ -18,7 +18,7 @@ use crate::{
         report::{Event, foremost},
         shares::Taking,
     },
-    os::heap,
+    os::heap::{self, ResidentSet},
     store::{JwtCache, Store, X509Cache},
     telemetry::{http::HeldPlaces, registry::Label as _},
 };
@@ -83,17 +83,18 @@ impl Watch {
             let emptied_at = emptied.map_or(Pressure::None, |(at, then)| {
                 if tick.wrapping_sub(at) < TICKS_PER_SHRINK { then } else { Pressure::None }
             });
-            if self.relieve(&mut pressure, emptied_at) {
+            let mut resident = heap::resident_set();
+            if self.relieve(&mut pressure, emptied_at, &mut resident) {
                 emptied = Some((tick, pressure));
             }
             let before = tick;
             tick = tick.wrapping_add(ticks);
             if tick / TICKS_PER_REPORT != before / TICKS_PER_REPORT {
                 self.report();
-                let heap = || heap::resident_set().map_or(0, |set| set.without_files);
-                if growth.is_over(heap()) {
+                let without_files = |set: Option<ResidentSet>| set.map_or(0, |set| set.without_files);
+                if growth.is_over(without_files(resident)) {
                     heap::trim();
-                    growth.kept = heap();
+                    growth.kept = without_files(heap::resident_set());
                 }
             }
             ticks = if self.meter.next_look().await { TICKS_IN_QUIET } else { 1 };
@@ -101,10 +102,15 @@ impl Watch {
     }
 
     /// Does what the budget asks for. Each step does what those before it do; caches are emptied when memory
-    /// is shorter than `emptied_at`. Returns whether they were.
-    fn relieve(&self, pressure: &mut Pressure, emptied_at: Pressure) -> bool {
-        let look = || self.gate.look(self.measured(), self.accounted().bytes());
-        let mut now = look();
+    /// is shorter than `emptied_at`. What is `resident` is looked at again where it has changed by that. Returns whether they were.
+    fn relieve(
+        &self,
+        pressure: &mut Pressure,
+        emptied_at: Pressure,
+        resident: &mut Option<ResidentSet>,
+    ) -> bool {
+        let look = |resident| self.gate.look(self.measured(resident), self.accounted().bytes());
+        let mut now = look(*resident);
         let empty = now > emptied_at;
         if empty {
             self.jwt.clear();
@@ -115,7 +121,8 @@ impl Watch {
         if now >= Pressure::ShrinkCaches {
             heap::trim();
             // What shrinking gave back counts.
-            now = look();
+            *resident = heap::resident_set();
+            now = look(*resident);
         }
         for told in self.gate.shed() {
             self.tell_of(&told);
@@ -156,8 +163,8 @@ impl Watch {
     /// What the process uses by now, whatever it was reckoned at. Where it is alone in a cgroup that is what is charged to
     /// that, or its own pages. Those of its program are charged to whoever read them first, and
     /// dropped before anybody is killed; elsewhere they count.
-    fn measured(&self) -> Option<u64> {
-        let own = heap::resident_set()?;
+    fn measured(&self, resident: Option<ResidentSet>) -> Option<u64> {
+        let own = resident?;
         Some(match self.meter.charged() {
             Some(charged) => charged.used.max(own.without_files),
             None => own.all,

@@ -27,6 +27,26 @@ pub(super) enum Weight {
     Connections,
 }
 
+/// How connections are made to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shed {
+    /// Those above their share are told to come back.
+    SendAway,
+    /// They are closed.
+    CloseAboveShare,
+    /// They are, and the newest of others if that is not enough.
+    Close,
+}
+
+impl Shed {
+    fn notice(self) -> Notice {
+        match self {
+            Self::SendAway => Notice::ComeBack,
+            Self::CloseAboveShare | Self::Close => Notice::Close,
+        }
+    }
+}
+
 /// A connection that was told to go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ToldToGo {
@@ -177,10 +197,11 @@ impl Accounts {
     }
 
     /// Tells connections of the groups that weigh more than `level` to go, the newest of each first, and so many that no
-    /// group weighs less than `share` then. The harder notice is told to further ones, the newest of all first, until so much
+    /// group weighs less than `share` then. By [`Shed::Close`] further ones go, the newest of all first, until so much
     /// goes as the groups weigh above the level: a crowd of callers with a connection each does not take them all with it.
     /// Those that were told before count as gone.
-    pub(super) fn shed(&self, by: Weight, level: u64, share: u64, notice: Notice) -> Vec<ToldToGo> {
+    pub(super) fn shed(&self, by: Weight, level: u64, share: u64, how: Shed) -> Vec<ToldToGo> {
+        let notice = how.notice();
         let (mut told, mut below_share) = (Vec::new(), Vec::new());
         let (mut above_level, mut goes) = (0_u64, 0_u64);
         for account in self.groups.values() {
@@ -206,7 +227,7 @@ impl Accounts {
                 if after >= share {
                     goes = goes.saturating_add(weight);
                     told.push(one);
-                } else if notice == Notice::Close {
+                } else if how == Shed::Close {
                     below_share.push((*order, weight, one));
                 } else {
                     continue;
@@ -331,17 +352,18 @@ mod tests {
         let heavy: Vec<_> = (0..5).map(|n| open(100 + n, 2, 200)).collect();
         let level = accounts.level(Weight::Bytes, 810);
         assert_eq!(level, 600);
-        let told = accounts.shed(Weight::Bytes, level, level, Notice::ComeBack);
+        let told = accounts.shed(Weight::Bytes, level, level, Shed::SendAway);
         let callers: Vec<_> = told.iter().map(|told| told.caller).collect();
         assert_eq!(callers, [CallerKey::Uid(104), CallerKey::Uid(103)], "a family is one, the newest go");
         assert_eq!(told[0].held, 1000);
-        assert_eq!(accounts.shed(Weight::Bytes, level, level, Notice::ComeBack), [], "they are on their way");
+        assert_eq!(accounts.shed(Weight::Bytes, level, level, Shed::SendAway), [], "they are on their way");
         assert!(neighbour.iter().all(|(_, holding)| holding.notice().is_none()));
-        // 350 could only be reached from below: the harder notice alone does that.
-        assert_eq!(accounts.shed(Weight::Bytes, 350, 350, Notice::ComeBack).len(), 1);
-        assert_eq!(accounts.shed(Weight::Bytes, 350, 350, Notice::Close).len(), 4);
+        // 350 could only be reached from below: what is for crowds alone does that.
+        assert_eq!(accounts.shed(Weight::Bytes, 350, 350, Shed::SendAway).len(), 1);
+        assert_eq!(accounts.shed(Weight::Bytes, 350, 350, Shed::CloseAboveShare).len(), 3, "the same");
+        assert_eq!(accounts.shed(Weight::Bytes, 350, 350, Shed::Close).len(), 1);
         assert_eq!(
-            accounts.shed(Weight::Connections, 3, 3, Notice::ComeBack).len(),
+            accounts.shed(Weight::Connections, 3, 3, Shed::SendAway).len(),
             4,
             "of the neighbour's seven"
         );

@@ -202,13 +202,6 @@ impl MemorySettings {
         self.limit.0.or(cgroup)
     }
 
-    /// How short memory is when `used` bytes of `budget` are used, and it was `before` short the last time. A
-    /// step is left only [`SLACK`] percent below where it began: what comes and goes around a line would else
-    /// open and shut the door all the time.
-    pub fn next(&self, before: Pressure, used: u64, budget: u64) -> Pressure {
-        self.step(used, budget, 0).max(before.min(self.step(used, budget, SLACK)))
-    }
-
     /// Where a step begins, and below what it ends again, of `whole`.
     pub(super) fn lines(&self, step: Pressure, whole: u64) -> (u64, u64) {
         let percent = match (step, self.steps.percents()) {
@@ -222,19 +215,6 @@ impl MemorySettings {
             u64::try_from(bytes).unwrap_or(u64::MAX)
         };
         (line(percent), line(percent.saturating_sub(SLACK)))
-    }
-
-    /// The step that `used` reaches, were each `slack` percent lower.
-    fn step(&self, used: u64, budget: u64, slack: u8) -> Pressure {
-        let reached = |percent: u8| {
-            u128::from(used) * 100 >= u128::from(budget) * u128::from(percent.saturating_sub(slack))
-        };
-        match self.steps.percents().map(reached) {
-            [_, _, true] => Pressure::CloseHeaviest,
-            [_, true, _] => Pressure::RefuseNew,
-            [true, ..] => Pressure::ShrinkCaches,
-            [false, ..] => Pressure::None,
-        }
     }
 }
 
@@ -284,51 +264,6 @@ impl Accounted {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn memory_runs_short_step_by_step() {
-        let settings = MemorySettings::default();
-        let mib = |n: u64| n << 20;
-        for (used, want) in [
-            (0, Pressure::None),
-            (mib(69), Pressure::None),
-            (mib(70), Pressure::ShrinkCaches),
-            (mib(84), Pressure::ShrinkCaches),
-            (mib(85), Pressure::RefuseNew),
-            (mib(95), Pressure::CloseHeaviest),
-            (u64::MAX, Pressure::CloseHeaviest),
-        ] {
-            assert_eq!(settings.next(Pressure::None, used, mib(100)), want, "{used}");
-        }
-        assert_eq!(
-            settings.next(Pressure::None, 1, 0),
-            Pressure::CloseHeaviest,
-            "no budget at all is used up"
-        );
-        assert!(
-            Pressure::ShrinkCaches < Pressure::RefuseNew && Pressure::RefuseNew < Pressure::CloseHeaviest
-        );
-    }
-
-    #[test]
-    fn a_step_is_left_below_where_it_began() {
-        use Pressure as P;
-        let settings = MemorySettings::default();
-        for (before, percent, want) in [
-            (P::ShrinkCaches, 69, P::ShrinkCaches),
-            (P::ShrinkCaches, 65, P::ShrinkCaches),
-            (P::ShrinkCaches, 64, P::None),
-            (P::RefuseNew, 84, P::RefuseNew),
-            (P::RefuseNew, 79, P::ShrinkCaches),
-            (P::CloseHeaviest, 94, P::CloseHeaviest),
-            (P::CloseHeaviest, 89, P::RefuseNew),
-            (P::CloseHeaviest, 10, P::None),
-            (P::None, 84, P::ShrinkCaches),
-            (P::ShrinkCaches, 96, P::CloseHeaviest),
-        ] {
-            assert_eq!(settings.next(before, percent << 20, 100 << 20), want, "{before:?}, {percent}");
-        }
-    }
 
     #[test]
     fn settings_that_contradict_are_errors() {

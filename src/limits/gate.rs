@@ -22,7 +22,7 @@ use std::{
 use arc_swap::ArcSwap;
 
 use super::{
-    accounts::{Accounts, OpenPlace, ToldToGo, Weight},
+    accounts::{Accounts, OpenPlace, Shed, ToldToGo, Weight},
     admission::Limits,
     ask::{Ask, BucketKey, Hasher},
     budget::{self, Pressure},
@@ -210,13 +210,14 @@ impl Gate {
         let state = self.shared.state();
         let mut told = Vec::new();
         for (by, shortage) in [(Weight::Bytes, &state.bytes), (Weight::Connections, &state.connections)] {
-            let notice = match shortage.pressure() {
+            let shed = match shortage.pressure() {
                 Pressure::None | Pressure::ShrinkCaches => continue,
-                Pressure::RefuseNew => Notice::ComeBack,
-                Pressure::CloseHeaviest => Notice::Close,
+                Pressure::RefuseNew if shortage.is_nearly_out() => Shed::CloseAboveShare,
+                Pressure::RefuseNew => Shed::SendAway,
+                Pressure::CloseHeaviest => Shed::Close,
             };
             if let Some(level) = shortage.cut_to(|target| state.accounts.level(by, target)) {
-                told.extend(state.accounts.shed(by, level, shortage.share(), notice));
+                told.extend(state.accounts.shed(by, level, shortage.share(), shed));
             }
         }
         told
@@ -259,7 +260,9 @@ impl Gate {
             of_family: plan.families.of(caller).is_some(),
             now,
         };
-        if group_open == 0 && state.reserved >= plan.reserved() && state.is_last(&plan, shared.node.bytes()) {
+        if !state.is_last(&plan, shared.node.bytes()) {
+            state.give_back();
+        } else if group_open == 0 && state.reserved >= plan.reserved() {
             state.take_back(now);
         }
         let LetIn { rehearsed, reserved } = match shared.decide(&arriving, &mut state) {
@@ -506,6 +509,16 @@ impl GateState {
             self.lent.retain(|lent| lent.holding.upgrade().is_some_and(|holding| holding.is_on_reserve()));
         }
         self.lent.push_back(one);
+    }
+
+    /// There is memory beside what is set aside: who was let in on that holds what all hold.
+    fn give_back(&mut self) {
+        for Lent { holding, .. } in self.lent.drain(..) {
+            if let Some(holding) = holding.upgrade() {
+                holding.take_from_reserve();
+            }
+        }
+        self.reserved = 0;
     }
 
     /// Takes one of the places that are set aside back from who has had it longest, if that is long enough.

@@ -317,6 +317,11 @@ impl Holding {
         })
     }
 
+    /// Whether descriptors are short.
+    pub fn is_short_of_descriptors(&self) -> bool {
+        self.sums.as_ref().is_some_and(|HeldSums { node, .. }| node.room.is_short(Short::Descriptors))
+    }
+
     /// Whether there is room on the node.
     pub fn has_room(&self) -> bool {
         self.sums.as_ref().is_none_or(|HeldSums { node, .. }| node.room.is_there())

@@ -36,8 +36,7 @@ impl Shortage {
     /// together.
     pub(super) fn look(&mut self, held: u64, level: impl FnOnce(u64) -> u64) {
         let used = self.used(held);
-        self.pressure =
-            self.whole.map_or(Pressure::None, |whole| self.steps.next(self.pressure, used, whole));
+        self.pressure = self.pressure_at(used);
         self.looked_at = used;
         self.share = u64::MAX;
         if self.is_short() {
@@ -71,6 +70,37 @@ impl Shortage {
         self.pressure
     }
 
+    /// How short it is where so much is used. A step is left only below where it began: what comes and goes around a line
+    /// would else open and shut the door all the time.
+    fn pressure_at(&self, used: u64) -> Pressure {
+        let reached = |step: &Pressure| {
+            let (from, below) = self.lines(*step);
+            used >= if self.pressure >= *step { below } else { from }
+        };
+        let steps = [Pressure::CloseHeaviest, Pressure::RefuseNew, Pressure::ShrinkCaches];
+        steps.into_iter().find(reached).unwrap_or_default()
+    }
+
+    /// Where a step begins, and below what it ends again, by what is used. Whatever the step is in percent, those who hold more
+    /// than their share are told to go once a quarter of what is set aside for others is taken, and so many that all of it is
+    /// free again. A crowd of which nobody does is not closed for that: who is closed comes back, and takes more than it gave.
+    fn lines(&self, step: Pressure) -> (u64, u64) {
+        let Some(whole) = self.whole else { return (u64::MAX, u64::MAX) };
+        let (from, below) = self.steps.lines(step, whole);
+        if step != Pressure::RefuseNew {
+            return (from, below);
+        }
+        let short_from = self.steps.lines(Pressure::ShrinkCaches, whole).0;
+        let but = |bytes| whole.saturating_sub(self.spare).saturating_sub(bytes).max(short_from);
+        let (last, free) = (but(self.reserved / 4 * 3), but(self.reserved / 4 * 5));
+        if last < from { (last, below.min(free)) } else { (from, below) }
+    }
+
+    /// Whether less than a quarter of what is set aside is left: then nobody is waited for who was told to come back.
+    pub(super) fn is_nearly_out(&self) -> bool {
+        self.left(self.looked_at.saturating_sub(self.other)) < self.reserved / 4
+    }
+
     pub(super) fn is_short(&self) -> bool {
         self.pressure > Pressure::None
     }
@@ -82,11 +112,8 @@ impl Shortage {
 
     /// What connections hold when it begins to be short, and what they hold when it no longer is.
     pub(super) fn bounds(&self) -> (u64, u64) {
-        let line = |line: u64| line.saturating_sub(self.other);
-        self.whole.map_or((u64::MAX, u64::MAX), |whole| {
-            let (from, below) = self.steps.lines(Pressure::ShrinkCaches, whole);
-            (line(from), line(below))
-        })
+        let (from, below) = self.lines(Pressure::ShrinkCaches);
+        (from.saturating_sub(self.other), below.saturating_sub(self.other))
     }
 
     /// What is left of what is there for anybody, where connections hold `held`.
@@ -107,13 +134,18 @@ impl Shortage {
     }
 
     /// Down to where those above it are cut, if it is so short that they are: not below their share, but when it runs out:
-    /// the least shares of more callers than [`SHARES`](super::budget::SHARES) do not fit. `level` as in
-    /// [`Shortage::look`].
+    /// the least shares of more callers than [`SHARES`](super::budget::SHARES) do not fit. Where other things hold so much that
+    /// twice what all connections hold would be no relief, nobody gives up its share in vain. `level` as in [`Shortage::look`].
     pub(super) fn cut_to(&self, level: impl FnOnce(u64) -> u64) -> Option<u64> {
-        let whole = self.whole.filter(|_| self.pressure >= Pressure::RefuseNew)?;
-        let (_, relieved) = self.steps.lines(Pressure::RefuseNew, whole);
+        if self.pressure < Pressure::RefuseNew {
+            return None;
+        }
+        let (_, relieved) = self.lines(Pressure::RefuseNew);
         let level = level(relieved.saturating_sub(self.other));
-        Some(if self.pressure == Pressure::CloseHeaviest { level } else { level.max(self.share) })
+        let held = self.looked_at.saturating_sub(self.other);
+        let in_vain = held.saturating_mul(2) < self.looked_at.saturating_sub(relieved);
+        let below_share = self.pressure == Pressure::CloseHeaviest && !in_vain;
+        Some(if below_share { level } else { level.max(self.share) })
     }
 }
 
@@ -135,6 +167,8 @@ mod tests {
             ("further", 100, &[500, 100, 90, 80], 329, Some(430)),
             ("a crowd", 100, &[80; 10], 59, Some(70)),
             ("something else holds it", 850, &[10, 20, 5], 20, Some(20)),
+            ("nobody gives up its share in vain", 960, &[40, 10, 5], 20, Some(20)),
+            ("if it is a relief", 860, &[15; 8], 20, Some(0)),
             ("below the least share, if those do not fit", 100, &[19; 50], 20, Some(14)),
             ("nobody is, who fits", 100, &[19; 40], 20, Some(20)),
         ] {
@@ -143,6 +177,73 @@ mod tests {
             it.look(held, |target| level(holders.iter().copied(), target));
             assert_eq!(it.share(), share, "{case}");
             assert_eq!(it.cut_to(|target| level(holders.iter().copied(), target)), cut_to, "{case}");
+        }
+    }
+
+    /// The step that `used` of a hundred MiB reaches, after `before`.
+    fn step(before: Pressure, used: u64) -> Pressure {
+        let whole = Some(100 << 20);
+        let mut it = Shortage { whole, pressure: before, ..Shortage::default() };
+        it.look(used, |_| 0);
+        it.pressure()
+    }
+
+    #[test]
+    fn memory_runs_short_step_by_step() {
+        let mib = |n: u64| n << 20;
+        for (used, want) in [
+            (0, Pressure::None),
+            (mib(69), Pressure::None),
+            (mib(70), Pressure::ShrinkCaches),
+            (mib(84), Pressure::ShrinkCaches),
+            (mib(85), Pressure::RefuseNew),
+            (mib(95), Pressure::CloseHeaviest),
+            (u64::MAX, Pressure::CloseHeaviest),
+        ] {
+            assert_eq!(step(Pressure::None, used), want, "{used}");
+        }
+        let mut none = Shortage { whole: Some(0), ..Shortage::default() };
+        none.look(1, |_| 0);
+        assert_eq!(none.pressure(), Pressure::CloseHeaviest, "no budget at all is used up");
+        assert!(
+            Pressure::ShrinkCaches < Pressure::RefuseNew && Pressure::RefuseNew < Pressure::CloseHeaviest
+        );
+    }
+
+    #[test]
+    fn a_step_is_left_below_where_it_began() {
+        use Pressure as P;
+        for (before, percent, want) in [
+            (P::ShrinkCaches, 69, P::ShrinkCaches),
+            (P::ShrinkCaches, 65, P::ShrinkCaches),
+            (P::ShrinkCaches, 64, P::None),
+            (P::RefuseNew, 84, P::RefuseNew),
+            (P::RefuseNew, 79, P::ShrinkCaches),
+            (P::CloseHeaviest, 94, P::CloseHeaviest),
+            (P::CloseHeaviest, 89, P::RefuseNew),
+            (P::CloseHeaviest, 10, P::None),
+            (P::None, 84, P::ShrinkCaches),
+            (P::ShrinkCaches, 96, P::CloseHeaviest),
+        ] {
+            assert_eq!(step(before, percent << 20), want, "{before:?}, {percent}");
+        }
+    }
+
+    /// Of a small budget much is set aside: who holds more than its share goes before others need all of that.
+    #[test]
+    fn what_is_set_aside_is_kept_free_of_those_above_their_share() {
+        for (case, before, used, want) in [
+            ("up to where it begins", Pressure::ShrinkCaches, 749, Pressure::ShrinkCaches),
+            ("less than a quarter of it", Pressure::ShrinkCaches, 774, Pressure::ShrinkCaches),
+            ("a quarter of it", Pressure::ShrinkCaches, 775, Pressure::RefuseNew),
+            ("until it is free", Pressure::RefuseNew, 725, Pressure::RefuseNew),
+            ("free, with a bit more", Pressure::RefuseNew, 724, Pressure::ShrinkCaches),
+            ("all of it", Pressure::RefuseNew, 850, Pressure::RefuseNew),
+            ("nobody is closed before that", Pressure::RefuseNew, 949, Pressure::RefuseNew),
+        ] {
+            let mut it = Shortage { spare: 150, reserved: 100, pressure: before, ..shortage(0) };
+            it.look(used, |_| 0);
+            assert_eq!(it.pressure(), want, "{case}");
         }
     }
 

@@ -34,6 +34,7 @@ use super::{
     course::{Course, Verdict},
     credentials::Peer,
     end::{ConnectionEnd, Phase, drains},
+    entrance::GoesIn,
     head_count::{HeadCount, Unheard},
     outbox::Outbox,
     pauses::Pauses,
@@ -59,6 +60,9 @@ use crate::{
 const ROOM_WITHIN: Duration = Duration::from_millis(250);
 const ROOM_AGAIN: Duration = Duration::from_millis(25);
 
+/// How often one that is over, and was told to close for its memory, asks whether its descriptor is in want.
+const DESCRIPTOR_AGAIN: Duration = Duration::from_secs(1);
+
 /// How long one that was accepted when the drain began, and has not spoken, may still begin to: who has just connected is
 /// about to, and would take a close for a failure.
 const LAST_WORD_WITHIN: Duration = Duration::from_millis(200);
@@ -73,6 +77,8 @@ pub(super) struct Connection {
     pub(super) phases: watch::Receiver<Phase>,
     pub(super) open: OpenConnection,
     pub(super) holding: Arc<Holding>,
+    /// Until it has been served, or waits.
+    pub(super) goes_in: Option<GoesIn>,
 }
 
 impl Connection {
@@ -112,6 +118,7 @@ impl Connection {
             if Instant::now() >= until {
                 return Err(ConnectionEnd::NoRoom);
             }
+            self.goes_in = None;
             tokio::select! {
                 () = sleep(ROOM_AGAIN) => {}
                 () = drains(&mut self.phases) => return Err(ConnectionEnd::Drained),
@@ -131,6 +138,7 @@ impl Connection {
             Err(err) if err.kind() == io::ErrorKind::WouldBlock => {}
             first => return first.map_err(|_closed| ConnectionEnd::ByPeer),
         }
+        self.goes_in = None;
         let _parked = Parked::count(&self.open.stats);
         let arrives = async {
             loop {
@@ -164,9 +172,10 @@ impl Connection {
         http2: http2::Builder<Spawner>,
         service: impl ConnectionService,
     ) -> (ConnectionEnd, LeftUnread<P>) {
-        let Self { peer, bounds, phases, holding, open } = self;
+        let Self { peer, bounds, phases, holding, open, goes_in } = self;
         bound_send_buffer(&stream, bounds);
         let ending = Arc::new(Ending::default());
+        ending.read_at_once();
         let turns = Arc::new(Turns::new(Arc::clone(holding)));
         let (pauses, heads) = (turns.pauses(), Arc::<HeadCount>::default());
         let places = Arc::new(StreamPlaces::new(bounds.max_concurrent_streams));
@@ -215,6 +224,7 @@ impl Connection {
                     if let Some(streams) = full.look(&turns) {
                         service.full(peer, streams);
                     }
+                    drop(goes_in.take());
                     // Nobody is there to read.
                     let deserted = done.is_pending() && matches!(sent, Poll::Ready(Err(_)));
                     if deserted { Poll::Ready(Ok(())) } else { done }
@@ -322,11 +332,12 @@ fn noted(course: &Course, done: Result<(), hyper::Error>, ending: &Ending, peer:
 }
 
 /// Waits until a connection that is over is to be closed for its descriptor. Of memory a close gives none back, and nobody would
-/// know any more whose it is.
+/// know any more whose it is: one that was told for that stays, and goes when memory is there and descriptors are short.
 async fn gives_its_descriptor(holding: &Holding) {
     holding.told(Some(Notice::ComeBack)).await;
-    if holding.is_above_share() {
-        std::future::pending().await
+    let for_memory = holding.is_above_share();
+    while holding.is_above_share() || for_memory && !holding.is_short_of_descriptors() {
+        sleep(DESCRIPTOR_AGAIN).await;
     }
 }
 
@@ -349,5 +360,52 @@ fn first_byte(stream: &UnixStream) -> io::Result<()> {
         Ok(_) => Ok(()),
         Err(Errno::EINTR) => Err(io::ErrorKind::WouldBlock.into()),
         Err(errno) => Err(errno.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+    use tokio::time::advance;
+
+    use super::*;
+    use crate::{
+        limits::{CallerKey, Gate, GatePlan, LimitSettings, Limits, room::Short},
+        os::clock::Clock,
+        telemetry::registry::Registry,
+    };
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_is_over_goes_for_its_descriptor_and_not_for_its_memory() {
+        const MIB: u64 = 1 << 20;
+        let settings = LimitSettings::default();
+        let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder));
+        let gate = Gate::new(GatePlan::new(&settings, 1_000, Some(64 * MIB)).unwrap(), &limits);
+        let one = gate.open(CallerKey::Uid(1)).unwrap();
+        let mut gives = Box::pin(gives_its_descriptor(one.holding()));
+        assert_eq!((&mut gives).now_or_never(), None, "nobody told it");
+        one.holding().hold(60 * MIB);
+        gate.look(None, 0);
+        one.holding().tell(Notice::Close);
+        for case in ["memory is short", "it is there, and so are descriptors"] {
+            advance(10 * DESCRIPTOR_AGAIN).await;
+            assert_eq!((&mut gives).now_or_never(), None, "{case}");
+            if one.holding().bytes() > 50 * MIB {
+                one.holding().release(50 * MIB);
+                gate.look(None, 0);
+            }
+        }
+        let others = || (2..).map_while(|uid| gate.open(CallerKey::Uid(uid)).ok());
+        let _others: Vec<_> = others().take_while(|_| !gate.room().is_short(Short::Descriptors)).collect();
+        advance(2 * DESCRIPTOR_AGAIN).await;
+        assert_eq!((&mut gives).now_or_never(), Some(()), "descriptors are short");
+
+        let two = gate.open(CallerKey::Uid(1)).unwrap();
+        two.holding().tell(Notice::Close);
+        assert_eq!(
+            gives_its_descriptor(two.holding()).now_or_never(),
+            Some(()),
+            "memory was there all along"
+        );
     }
 }

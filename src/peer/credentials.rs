@@ -18,9 +18,12 @@
 
 use std::{
     fs, io,
-    os::{fd::AsFd, unix::fs::MetadataExt as _},
+    os::{
+        fd::AsFd,
+        unix::{fs::MetadataExt as _, net::UnixStream},
+    },
     sync::{
-        Arc, OnceLock,
+        Arc, LazyLock, OnceLock,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
 };
@@ -239,6 +242,17 @@ impl Arrival {
     /// Whether it holds on to the process already: a descriptor.
     pub(super) fn holds_process(&self) -> bool {
         self.process.is_some()
+    }
+
+    /// Holds on to the process now, and not only when it is let in: where [`peer_pidfd_is_of_the_peer`] is not so.
+    ///
+    /// # Errors
+    /// [`CredentialsError`] when there is nothing to hold on to.
+    pub(super) fn hold(&mut self, stream: &impl AsFd) -> Result<(), CredentialsError> {
+        if self.process.is_none() {
+            self.process = Some(Process::of(stream, &self.credentials)?);
+        }
+        Ok(())
     }
 
     /// Holds on to the process: the connection was let in.
@@ -501,6 +515,16 @@ impl Process {
             Self::OutOfNamespace => true,
         }
     }
+}
+
+/// Whether the kernel gives the pidfd of who connected, however late it is asked (Linux 6.5). Elsewhere it is that of whoever
+/// has the number by then.
+pub(super) fn peer_pidfd_is_of_the_peer() -> bool {
+    static IS: LazyLock<bool> = LazyLock::new(|| {
+        let asked = UnixStream::pair().map(|(one, _other)| getsockopt(&one, sockopt::PeerPidfd).map(drop));
+        matches!(asked, Ok(Ok(())))
+    });
+    *IS
 }
 
 fn runs(pidfd: &Pidfd) -> Result<(), PeerGone> {

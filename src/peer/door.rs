@@ -10,9 +10,10 @@ use super::{
     allowance::Allowance,
     bounds::InForce,
     connection::Connection,
-    credentials::{Arrival, CredentialsError, KeyResolver, Peer},
+    credentials::{Arrival, CredentialsError, KeyResolver, Peer, peer_pidfd_is_of_the_peer},
     drain::note_panic,
     end::{ConnectionEnd, Phase},
+    entrance::{Entrance, GoesIn},
     lingering::{Kept, Lingering, RoomWaiter, WAIT},
     reply::{Replies, dismiss},
     service::ConnectionService,
@@ -42,8 +43,16 @@ const TOLD_AFTER: Duration = Duration::from_secs(1);
 /// How long the accept loop pauses when there are no descriptors left, instead of spinning.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
+/// One that was let in.
+pub(super) struct AtEntrance<P: Send + 'static> {
+    arrival: Arrival,
+    stream: Accepted<StdStream>,
+    permit: P,
+    since: Instant,
+}
+
 /// What the accept loop works with.
-pub(super) struct Door<G, K, F> {
+pub(super) struct Door<G: AcceptGate, K, F> {
     pub(super) gate: Arc<G>,
     pub(super) keys: Arc<K>,
     pub(super) stats: Arc<ConnectionStats>,
@@ -52,6 +61,7 @@ pub(super) struct Door<G, K, F> {
     pub(super) phase: watch::Sender<Phase>,
     pub(super) connections: JoinSet<()>,
     pub(super) lingering: Lingering,
+    pub(super) entrance: Entrance<AtEntrance<G::Permit>>,
     pub(super) replies: Replies,
     pub(super) closing: Closing,
     pub(super) heap: HeapTrim,
@@ -207,6 +217,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         waits: RoomWaiter,
         now: Instant,
     ) -> Result<(), NotTaken> {
+        let family = family.unwrap_or_else(|| self.gate.family(&waits.arrival));
         let bounds = &self.in_force.bounds;
         let may_wait = now < waits.until && bounds.max_lingering > 0 && !bounds.linger.is_zero();
         let decided = if may_wait {
@@ -215,10 +226,9 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
             self.gate.admit_connection(&waits.arrival)
         };
         let why = match decided {
-            Ok(permit) => return self.let_in(waits.arrival, stream, permit, now),
+            Ok(permit) => return self.let_in(waits.arrival, stream, permit, family, now),
             Err(why) => why,
         };
-        let family = family.unwrap_or_else(|| self.gate.family(&waits.arrival));
         if may_wait && why.is_soft() {
             self.keep(Kept { stream, family, waits: Some(waits) }, now);
             return Ok(());
@@ -269,23 +279,50 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
 
     /// Keeps one for a moment. Whose place it takes is asked for once more, and then closed.
     fn keep(&mut self, one: Kept, now: Instant) {
-        for Kept { stream, waits, .. } in self.lingering.keep(one, now, &self.in_force.bounds) {
+        for Kept { stream, waits, family } in self.lingering.keep(one, now, &self.in_force.bounds) {
             let Some(RoomWaiter { arrival, .. }) = waits else { continue };
             let taken = match self.gate.admit_connection(&arrival) {
-                Ok(permit) => self.let_in(arrival, stream, permit, now),
+                Ok(permit) => self.let_in(arrival, stream, permit, family, now),
                 Err(why) => Err(NotTaken::Refused(why)),
             };
             self.pauses_for(taken);
         }
     }
 
+    /// One has a place at the gate. It goes in when it is its turn.
     fn let_in(
         &mut self,
-        arrival: Arrival,
+        mut arrival: Arrival,
         stream: Accepted<StdStream>,
         permit: G::Permit,
+        family: u64,
         now: Instant,
     ) -> Result<(), NotTaken> {
+        if !peer_pidfd_is_of_the_peer()
+            && let Err(error) = arrival.hold(&stream)
+            && !self.gate.goes_by_user()
+        {
+            return Err(self.not_identified(stream, error, now));
+        }
+        self.entrance.wait(family, AtEntrance { arrival, stream, permit, since: now });
+        self.have_next_go_in(now);
+        Ok(())
+    }
+
+    /// Begins those whose turn it is.
+    pub(super) fn have_next_go_in(&mut self, now: Instant) {
+        while let Some((next, goes_in)) = self.entrance.next() {
+            let begun = self.begin(next, goes_in, now);
+            self.pauses_for(begun);
+        }
+    }
+
+    fn begin(&mut self, one: AtEntrance<G::Permit>, goes_in: GoesIn, now: Instant) -> Result<(), NotTaken> {
+        let AtEntrance { arrival, stream, permit, since } = one;
+        if since != now && stream.is_deserted() {
+            self.count_left();
+            return Ok(());
+        }
         let by_user = self.gate.goes_by_user();
         let peer = if by_user { Ok(arrival.let_in_by_user(&stream)) } else { arrival.let_in(&stream) };
         let peer = match peer {
@@ -303,6 +340,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
             phases: self.phase.subscribe(),
             open: OpenConnection::count(&self.stats),
             holding,
+            goes_in: Some(goes_in),
         };
         self.connections.spawn(connection.run(stream, http2.clone(), (self.services)(peer)));
         self.heap.grew_to(self.connections.len());

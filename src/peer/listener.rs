@@ -30,6 +30,7 @@ use super::{
     credentials::{KeyResolver, OsUid, Peer},
     door::{Door, RUN},
     drain::{Drained, drain},
+    entrance::Entrance,
     lingering::Lingering,
     reply::Replies,
     service::ConnectionService,
@@ -121,6 +122,7 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
             phase: watch::Sender::default(),
             connections: JoinSet::new(),
             lingering: Lingering::default(),
+            entrance: Entrance::default(),
             replies: Replies::default(),
             closing,
             heap: HeapTrim::default(),
@@ -131,11 +133,12 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
         };
         let mut shutdown = std::pin::pin!(shutdown);
         let mut told = None;
-        // Who was accepted and waits for room is decided about before the end.
-        while told.is_none() || door.lingering.is_waited_in() {
+        // Who was accepted and waits for room is decided about before the end, and who was let in goes in.
+        while told.is_none() || door.lingering.is_waited_in() || door.entrance.is_waited_at() {
             tokio::select! {
                 leave = &mut shutdown, if told.is_none() => told = Some(leave.into()),
                 waiting = listener.ready(), if told.is_none() && door.is_open() => rest(door.take_run(waiting?)).await,
+                () = door.entrance.opens() => door.have_next_go_in(Instant::now()),
                 Some(ended) = door.connections.join_next() => door.ended(ended),
                 Ok(()) = bounds.changed() => {
                     door.in_force = InForce::new(bounds.borrow_and_update().clone(), &door.stats);

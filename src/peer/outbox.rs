@@ -12,6 +12,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
+use nix::sys::uio::writev;
 use tokio::net::UnixStream;
 
 use super::accepted::Accepted;
@@ -25,11 +26,19 @@ pub(super) struct Outbox<P: Send + 'static> {
     kept: Mutex<Vec<u8>>,
     /// The kernel took some since that was asked.
     wrote: AtomicBool,
+    /// The kernel had no room once. Until then it is not waited for what the runtime has heard: of a new socket nothing, before
+    /// it asks the kernel again.
+    was_full: AtomicBool,
 }
 
 impl<P: Send + 'static> Outbox<P> {
     pub(super) fn new(stream: Accepted<UnixStream, P>) -> Self {
-        Self { stream, kept: Mutex::default(), wrote: AtomicBool::new(false) }
+        Self {
+            stream,
+            kept: Mutex::default(),
+            wrote: AtomicBool::new(false),
+            was_full: AtomicBool::new(false),
+        }
     }
 
     /// The socket, to read from.
@@ -56,16 +65,7 @@ impl<P: Send + 'static> Outbox<P> {
             return Poll::Ready(Ok(bytes));
         }
         ready!(self.poll_send(cx, &mut kept))?;
-        loop {
-            ready!(self.stream.socket().poll_write_ready(cx))?;
-            match self.stream.socket().try_write_vectored(bufs) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                written => {
-                    self.wrote.store(true, Relaxed);
-                    return Poll::Ready(written);
-                }
-            }
-        }
+        self.poll_write(cx, bufs)
     }
 
     /// Writes all that is kept.
@@ -75,20 +75,31 @@ impl<P: Send + 'static> Outbox<P> {
 
     fn poll_send(&self, cx: &mut Context<'_>, kept: &mut Vec<u8>) -> Poll<io::Result<()>> {
         while !kept.is_empty() {
-            ready!(self.stream.socket().poll_write_ready(cx))?;
-            let written = self.stream.socket().try_write(kept);
-            if written.is_ok() {
-                self.wrote.store(true, Relaxed);
-            }
-            match written {
-                Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                Ok(all) if all == kept.len() => *kept = Vec::new(),
-                Ok(written) => drop(kept.drain(..written)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Poll::Ready(Err(error)),
+            match ready!(self.poll_write(cx, &[IoSlice::new(kept)]))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                all if all == kept.len() => *kept = Vec::new(),
+                written => drop(kept.drain(..written)),
             }
         }
         Poll::Ready(Ok(()))
+    }
+
+    fn poll_write(&self, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        loop {
+            let written = if self.was_full.load(Relaxed) {
+                ready!(self.stream.socket().poll_write_ready(cx))?;
+                self.stream.socket().try_write_vectored(bufs)
+            } else {
+                writev(&self.stream, bufs).map_err(io::Error::from)
+            };
+            match written {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.was_full.store(true, Relaxed),
+                written => {
+                    self.wrote.fetch_or(written.is_ok(), Relaxed);
+                    return Poll::Ready(written);
+                }
+            }
+        }
     }
 }
 
@@ -96,6 +107,7 @@ impl<P: Send + 'static> Outbox<P> {
 mod tests {
     use std::future::poll_fn;
 
+    use futures_util::FutureExt as _;
     use tokio::io::AsyncReadExt as _;
 
     use super::*;
@@ -123,6 +135,16 @@ mod tests {
         poll_fn(|cx| outbox.poll_empty(cx)).await.unwrap();
         assert_eq!(peer.read(&mut there).await.unwrap(), "head body end".len());
         assert_eq!(outbox.kept().capacity(), 0, "no memory for a connection at rest");
+    }
+
+    #[tokio::test]
+    async fn the_first_words_on_a_new_connection_wait_for_no_look_of_the_runtime() {
+        let (outbox, peer) = outbox();
+        take(&outbox, b"answer").await;
+        assert!(poll_fn(|cx| outbox.poll_empty(cx)).now_or_never().is_some_and(|sent| sent.is_ok()));
+        let mut there = [0; 64];
+        let read = io::Read::read(&mut peer.into_std().unwrap(), &mut there).unwrap();
+        assert_eq!(&there[..read], b"answer");
     }
 
     #[tokio::test]

@@ -1,7 +1,10 @@
 //! Whose turn it is in each request of a connection.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     task::{Context, Poll, Waker, ready},
 };
 
@@ -24,6 +27,8 @@ const FEW: usize = 4;
 #[derive(Debug)]
 pub(super) struct Turns {
     slots: Mutex<TurnSlots>,
+    /// Heads of requests that came, whether they begin one or not.
+    heads: AtomicU64,
     holding: Arc<Holding>,
     pauses: Arc<Pauses>,
 }
@@ -152,7 +157,7 @@ impl Turns {
     /// No request yet. What HTTP/2 takes, with room for one, must be held already, and is released with this.
     pub(super) fn new(holding: Arc<Holding>) -> Self {
         let pauses = Arc::new(Pauses::new(Arc::clone(&holding)));
-        Self { slots: Mutex::default(), holding, pauses }
+        Self { slots: Mutex::default(), heads: AtomicU64::new(0), holding, pauses }
     }
 
     fn with<R>(&self, f: impl FnOnce(&mut TurnSlots) -> R) -> R {
@@ -171,14 +176,15 @@ impl Turns {
         })
     }
 
-    /// Whether no request has come yet.
+    /// Whether no request has come yet, or the first is on its way. Heads that begin none are not waited for.
     pub(super) fn is_new(&self) -> bool {
-        self.with(|turns| turns.begun == 0)
+        self.heads.load(Relaxed) <= 1 && self.with(|turns| turns.begun == 0)
     }
 
     /// So many heads came in one read. h2 makes room for all of them before the first is looked at; without memory nothing
     /// further is read for a moment.
     pub(super) fn heads(&self, came: u32) {
+        self.heads.fetch_add(came.into(), Relaxed);
         if came < 2 {
             return;
         }
@@ -571,6 +577,24 @@ mod tests {
         assert!(!Turn::begin(&turns).is_crowded(), "one alone is served");
         others.holding().release(BUDGET * 9 / 10);
         assert_eq!(crowded(&many()), 0, "there is room again");
+    }
+
+    /// The first request is waited for, and not one after the other that never begins.
+    #[test]
+    fn heads_that_begin_no_request_make_no_connection_new() {
+        for (case, reads, begins, is_new) in [
+            ("nothing came", &[][..], false, true),
+            ("the preface", &[0], false, true),
+            ("its head, and then its body", &[1, 0, 0], false, true),
+            ("it has begun", &[1], true, false),
+            ("a second one, and none has begun", &[1, 1], false, false),
+            ("many at once", &[3], false, false),
+        ] {
+            let turns = Arc::<Turns>::default();
+            reads.iter().for_each(|came| turns.heads(*came));
+            let _turn = begins.then(|| Turn::begin(&turns));
+            assert_eq!(turns.is_new(), is_new, "{case}");
+        }
     }
 
     /// What happens on a connection.

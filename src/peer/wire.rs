@@ -103,6 +103,11 @@ impl Ending {
         self.read_full.store(false, Relaxed);
     }
 
+    /// Lets the first read look at what is there, before the runtime has heard of it.
+    pub(super) fn read_at_once(&self) {
+        self.read_again.store(true, Relaxed);
+    }
+
     /// If a read has been short since the last time: lets the next one look at what is there, whether something was
     /// heard of or not.
     pub(super) fn read_again(&self) {
@@ -171,7 +176,13 @@ impl<P: Send + 'static> Wire<P> {
         if self.ending.read_again.swap(false, Relaxed) {
             match receive(stream.as_fd(), buf, most, care) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                received => return Poll::Ready(received),
+                received => {
+                    // There is more, of which the runtime may not have heard.
+                    if matches!(received, Ok(Received::Bytes { len, .. }) if len == most) {
+                        self.ending.read_at_once();
+                    }
+                    return Poll::Ready(received);
+                }
             }
         }
         loop {

@@ -164,7 +164,9 @@ impl Server {
     pub(crate) async fn agent_with(blocks: &str, ratelimit: &str) -> Self {
         Self::start("durward", |dir| {
             write_config(dir, blocks, ratelimit);
-            let mut command = Command::new(env!("CARGO_BIN_EXE_durward"));
+            let binary = std::env::var_os("DURWARD_BIN")
+                .map_or_else(|| env!("CARGO_BIN_EXE_durward").into(), PathBuf::from);
+            let mut command = Command::new(binary);
             command.args(["run", "--config"]).arg(dir.join("agent.conf"));
             command.stdin(Stdio::null()).stdout(Stdio::null());
             command

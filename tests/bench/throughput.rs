@@ -1,7 +1,7 @@
 //! Answers per second: FetchJWTSVID from the cache, and the first message of FetchX509SVID, on kept connections and with a
 //! new one per call, against the floor. Agent and floor take turns, so that a noisy machine is noisy for both.
 //!
-//! `cargo bench --bench throughput`
+//! `cargo bench --bench throughput`. `DURWARD_BIN` is another agent.
 
 #![allow(
     clippy::allow_attributes,

@@ -6,7 +6,7 @@ use std::{
     os::unix::net::UnixStream as StdStream,
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering::SeqCst},
     },
     time::Duration,
@@ -15,13 +15,22 @@ use std::{
 use durward::{
     api::proto::workload as pb,
     limits::{
-        ConnectionRefusal,
+        CallerKey, ConnectionRefusal,
         room::{Room, Short},
     },
-    peer::{AcceptGate, Arrival, ConnectionBounds, ConnectionEnd, ConnectionStats, Drained, Socket},
+    peer::{
+        AcceptGate, Arrival, ConnectionBounds, ConnectionEnd, ConnectionStats, Drained, KeyResolver,
+        Listener, Peer, Socket,
+        credentials::{Credentials, Process},
+        pod::PodPlace,
+    },
 };
 use http::HeaderMap;
-use tokio::{net::UnixStream, sync::oneshot, task::JoinHandle};
+use tokio::{
+    net::UnixStream,
+    sync::{oneshot, watch},
+    task::JoinHandle,
+};
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
@@ -132,6 +141,83 @@ fn open(streams: &[StdStream]) -> usize {
 
 fn waiting(most: u32) -> ConnectionBounds {
     ConnectionBounds { max_lingering: most, ..ConnectionBounds::default() }
+}
+
+/// Those who come first are one caller, and whoever comes behind them another.
+struct CrowdFirst {
+    crowd: usize,
+    came: AtomicUsize,
+}
+
+impl KeyResolver for CrowdFirst {
+    fn key_of_user(&self, _credentials: &Credentials) -> Option<CallerKey> {
+        let is_of_crowd = self.came.fetch_add(1, SeqCst) < self.crowd;
+        Some(CallerKey::Uid(if is_of_crowd { 7 } else { 8 }))
+    }
+
+    fn place_of_process(&self, _credentials: &Credentials, _process: &Process) -> Option<PodPlace> {
+        None
+    }
+}
+
+/// Lets everybody in; each caller is a family.
+struct Wide;
+
+impl AcceptGate for Wide {
+    type Permit = ();
+
+    fn admit_connection(&self, _arrival: &Arrival) -> Result<(), ConnectionRefusal> {
+        Ok(())
+    }
+
+    fn family(&self, arrival: &Arrival) -> u64 {
+        let CallerKey::Uid(uid) = arrival.caller() else { return 0 };
+        uid.into()
+    }
+}
+
+/// With room everybody is served; but not everybody waits for all that came first.
+#[tokio::test]
+async fn who_comes_alone_does_not_stand_behind_a_whole_crowd() {
+    const CROWD: usize = 300;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("api.sock");
+    let socket = Socket::bind(&path, 0o777).unwrap();
+    let stats = Arc::<ConnectionStats>::default();
+    let listener = Listener {
+        socket,
+        bounds: watch::channel(ConnectionBounds::default()).1,
+        gate: Arc::new(Wide),
+        keys: Arc::new(CrowdFirst { crowd: CROWD, came: AtomicUsize::new(0) }),
+        stats: Arc::clone(&stats),
+    };
+    let begun = Arc::<Mutex<Vec<CallerKey>>>::default();
+    let (stop, stopped) = oneshot::channel::<()>();
+    let began = Arc::clone(&begun);
+    let services = move |peer: Arc<Peer>| {
+        began.lock().unwrap().push(peer.caller());
+        Toy::of(peer)
+    };
+    let asked = [PREFACE.to_vec(), frame(SETTINGS, 0, 0, &[]), call_frames(1, FETCH_JWT, &[])].concat();
+    let mut streams: Vec<StdStream> = (0..=CROWD)
+        .map(|_| {
+            let mut stream = StdStream::connect(&path).unwrap();
+            stream.write_all(&asked).unwrap();
+            stream
+        })
+        .collect();
+    let serving = tokio::spawn(listener.serve(services, async { drop(stopped.await) }));
+    until("all are begun", || begun.lock().unwrap().len() > CROWD).await;
+    let ahead = begun.lock().unwrap().iter().take_while(|caller| **caller == CallerKey::Uid(7)).count();
+    assert!(ahead < CROWD / 3, "{ahead} went in first");
+    until("all were asked", || stats.streams() == 0 && stats.parked() == 0).await;
+    for stream in &mut streams {
+        stream.set_nonblocking(true).unwrap();
+        until("it was answered", || stream.read(&mut [0; 64]).is_ok_and(|read| read > 0)).await;
+    }
+    drop(streams);
+    drop(stop);
+    serving.await.unwrap().unwrap();
 }
 
 #[tokio::test(start_paused = true)]

@@ -950,6 +950,41 @@ async fn what_is_set_aside_is_lent_for_a_moment() {
     assert!(new.iter().all(|permit| notice(permit).is_none()), "nobody is asked for what is not needed");
 }
 
+/// Those who hold more than their share go before others take all that is set aside, and what others took is theirs then: who
+/// holds a stream there gets a connection for each call.
+#[tokio::test(start_paused = true)]
+async fn who_holds_a_stream_on_what_is_set_aside_gets_a_second_connection() {
+    let gate = gate_within(GateSettings::default(), Some(24 << 20));
+    let speaks = |uid| {
+        let permit = gate.open(CallerKey::Uid(uid)).unwrap();
+        assert!(permit.holding().try_hold(HTTP2), "{uid}");
+        permit
+    };
+    let mut greedy: Vec<ConnectionPermit> =
+        (0..20 * 19).map(|nth| gate.open(CallerKey::Uid(100 + nth % 20)).unwrap()).collect();
+    greedy.iter().for_each(|permit| permit.holding().hold(44 << 10));
+    let stream = speaks(1);
+    let crowd: Vec<ConnectionPermit> = (200..240).map(speaks).collect();
+    let second = || gate.open(CallerKey::Uid(1));
+    assert_eq!(second().err(), Some(ConnectionRefusal::MemoryTaken), "for a moment");
+    let told = gate.out_of_room();
+    assert!(told.iter().any(|it| it.caller == CallerKey::Uid(1) && it.held < it.share), "{told:?}");
+    assert_eq!(gate.look(None, 0), Pressure::RefuseNew);
+    let goes = gate.shed();
+    assert!(
+        !goes.is_empty() && goes.iter().all(|it| (100..120).map(CallerKey::Uid).any(|uid| uid == it.caller))
+    );
+    greedy.retain(|permit| notice(permit).is_none());
+    for _ in 0..40 {
+        assert!(second().unwrap().holding().try_hold(HTTP2));
+    }
+    assert_eq!(gate.open(CallerKey::Uid(100)).err(), Some(ConnectionRefusal::Memory), "it holds its share");
+    assert_eq!(crowd.iter().chain([&stream]).filter_map(notice).count(), 0);
+    let new: Vec<ConnectionPermit> =
+        (300..364).map_while(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
+    assert_eq!(new.len(), 64, "all that is set aside is free again");
+}
+
 /// Who was let in while there was room, and speaks when there is next to none.
 #[tokio::test(start_paused = true)]
 async fn who_begins_to_speak_finds_room_up_to_the_end() {
@@ -975,18 +1010,18 @@ async fn who_holds_most_bytes_is_told_to_go_newest_first() {
     idle.iter().for_each(|permit| permit.holding().hold(27 << 10));
     for (each, want) in [(1 << 20, [None; 5]), (2 << 20, [None; 5]), (3 << 20, [None; 5])] {
         full.iter().for_each(|permit| permit.holding().hold(1 << 20));
-        gate.look(Some(4 << 20), 4 << 20);
+        gate.look(Some(3 << 20), 3 << 20);
         assert_eq!(gate.shed(), [], "{each}");
         let told = full.iter().map(notice);
         assert_eq!(told.collect::<Vec<_>>(), want, "{each}");
     }
-    full.iter().for_each(|permit| permit.holding().hold(400 << 10));
-    assert_eq!(gate.look(None, 4 << 20), Pressure::RefuseNew);
+    full.iter().for_each(|permit| permit.holding().hold(410 << 10));
+    assert_eq!(gate.look(None, 3 << 20), Pressure::RefuseNew);
     let told: Vec<_> = gate.shed().into_iter().map(|told| told.caller).collect();
     assert_eq!(told, [heavy]);
     assert_eq!(notice(&full[4]), Some(Notice::ComeBack), "the newest");
-    full.iter().for_each(|permit| permit.holding().hold(900 << 10));
-    assert_eq!(gate.look(None, 4 << 20), Pressure::CloseHeaviest);
+    full.iter().for_each(|permit| permit.holding().hold(1120 << 10));
+    assert_eq!(gate.look(None, 3 << 20), Pressure::CloseHeaviest);
     let told: Vec<_> = gate.shed().into_iter().map(|told| (told.caller, told.notice)).collect();
     assert_eq!(told, [(heavy, Notice::Close), (heavy, Notice::Close)]);
     assert!(idle.iter().all(|permit| notice(permit).is_none()));
