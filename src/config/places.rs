@@ -23,7 +23,7 @@ use crate::{
         FileFault, IssuerChoice, check_data_dir, check_supplied_secret,
         embedded::{self, IssuerError, try_sources},
         server::{
-            AGENT_DATA, own_svid,
+            AGENT_DATA, DataFault, own_svid,
             settings::{KeyManagerSettings, NodeAttestorSettings, TrustBundleFormat},
         },
     },
@@ -237,7 +237,10 @@ impl Config {
                 found.note(key, value, Err::<(), _>(message));
             }
         }
-        let Signer::Embedded(issuer) = &self.issuer else { return found.wrong };
+        let Signer::Embedded(issuer) = &self.issuer else {
+            self.try_kept(trust, tells, &mut found);
+            return found.wrong;
+        };
         if let Some(file) = &issuer.ca_cert_path
             && let Err(PathError::Open { path, cause }) = trust.open(file)
             && tells(&cause)
@@ -299,6 +302,20 @@ impl Config {
                 format!("{why}: make one with spire-server token generate, and set join_token_file"),
             )
         })
+    }
+
+    /// What is kept of an agent of a SPIRE Server, and would end its start.
+    fn try_kept(&self, trust: Trust, tells: impl Fn(&io::Error) -> bool, found: &mut Places) {
+        let IssuerChoice::Server(settings) = self.issuer_input().choice else { return };
+        match own_svid::check_kept(&settings, trust) {
+            // Places says it.
+            Ok(()) | Err((_, DataFault::File(FileFault::Path(_) | FileFault::FileType { .. }))) => {}
+            Err((_, DataFault::File(FileFault::Read { cause, .. }))) if !tells(&cause) => {}
+            Err((dir, fault)) => {
+                let key = if dir == settings.data_dir { "agent.data_dir" } else { KEYS };
+                found.note(key, &dir, Err::<(), _>(fault));
+            }
+        }
     }
 
     /// What a CA or a state that is there would say at the start.

@@ -216,15 +216,26 @@ impl FileDir {
     /// Keeps a damaged file under another name, which is given back. `None` where it is still in its place: all names are
     /// taken, or it cannot be moved.
     pub(super) fn put_aside(&self, name: &str) -> Option<PathBuf> {
-        (1..=MOST_DAMAGED).find_map(|number| {
-            let kept =
-                if number == 1 { format!("{name}.damaged") } else { format!("{name}.damaged.{number}") };
+        damaged_names(name).find_map(|kept| {
             let looked = self.dir.look_at(OsStr::new(&kept));
             let is_free = looked.is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
             let is_moved = is_free && self.dir.rename(OsStr::new(name), &OsString::from(&kept)).is_ok();
             is_moved.then(|| self.path_of(&kept))
         })
     }
+
+    /// Where a damaged file of this name is kept: the last one that was put aside.
+    pub(super) fn kept_aside(&self, name: &str) -> Option<PathBuf> {
+        let kept = damaged_names(name).filter(|kept| self.dir.look_at(OsStr::new(kept)).is_ok());
+        kept.last().map(|kept| self.path_of(&kept))
+    }
+}
+
+/// What a damaged file of this name may be called, in their order.
+fn damaged_names(name: &str) -> impl Iterator<Item = String> + '_ {
+    (1..=MOST_DAMAGED).map(move |number| {
+        if number == 1 { format!("{name}.damaged") } else { format!("{name}.damaged.{number}") }
+    })
 }
 
 /// Looks at a data directory as an agent of user `ours` would. One that is missing is well: it is made.

@@ -1,6 +1,6 @@
 //! An agent that joins a SPIRE Server: its own SVID, what is kept of it on the disk, and servers that are none.
 
-use std::{os::unix::fs::PermissionsExt as _, path::Path, sync::Arc, time::Duration};
+use std::{os::unix::fs::PermissionsExt as _, path::Path, process::Command, sync::Arc, time::Duration};
 
 use durward::{
     identity::{Bundle, TrustDomain},
@@ -8,7 +8,9 @@ use durward::{
         FileFault,
         server::{
             DataFault, Denial, OwnStanding, OwnSvid, ServerMetrics, ServerSettings,
-            settings::{JoinSettings, KeyManagerSettings, NodeAttestorSettings, SyncSettings},
+            settings::{
+                JoinSettings, KeyManagerSettings, NodeAttestorSettings, SyncSettings, X509PopSettings,
+            },
         },
     },
     os::clock::Clock,
@@ -24,6 +26,8 @@ use crate::{
     spire_server::{Face, FakeSpireServer, Given},
     support::Process,
 };
+
+const DURWARD: &str = env!("CARGO_BIN_EXE_durward");
 
 /// Far more than any of this takes.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -378,4 +382,89 @@ async fn a_token_given_to_whoever_answers_is_not_lost_with_the_bundle() {
     assert_eq!(serving(&own).await, "spiffe://example.org/spire/agent/join_token/once");
     assert!(kept(dir.path()).contains("\"bundle\":["));
     running.abort();
+}
+
+/// What a join token brought cannot be had again: a start that finds it damaged changes nothing, and nor does the next.
+#[tokio::test]
+async fn damage_costs_nothing_that_a_backup_could_bring_back() {
+    let server = FakeSpireServer::start(Face::Right).await;
+    server.course().tokens.insert("once".to_owned());
+    let dir = directory();
+    let more = format!("trust_bundle_path = \"{}/roots.pem\"\n join_token = \"once\"", dir.path().display());
+    write_config(dir.path(), &server, &more);
+    let data = |name: &str| dir.path().join("data").join(name);
+    let log = || std::fs::read_to_string(dir.path().join("log")).unwrap();
+    let agent = Process::spawn(dir.path());
+    until("attested", || kept(dir.path()).contains("\"svid\":[")).await;
+    drop(agent);
+    for name in ["agent-data.json", "keys.json"] {
+        let whole = std::fs::read(data(name)).unwrap();
+        let other = data(if name == "keys.json" { "agent-data.json" } else { "keys.json" });
+        let beside = std::fs::read(&other).unwrap();
+        std::fs::write(data(name), &whole[..whole.len() / 2]).unwrap();
+        for start in 0..3 {
+            let config = dir.path().join("agent.conf");
+            let validated = Command::new(DURWARD).args(["validate", "-config"]).arg(config).output().unwrap();
+            let wrong = String::from_utf8(validated.stderr).unwrap();
+            assert_eq!(validated.status.code(), Some(1), "{name}, start {start}: {wrong}");
+            assert!(
+                wrong.contains(name) && wrong.contains("from a backup"),
+                "{name}, start {start}: {wrong}"
+            );
+            std::fs::write(dir.path().join("log"), "").unwrap();
+            assert_eq!(Process::spawn(dir.path()).wait().code(), Some(1), "{name}, start {start}: {}", log());
+            let kept = data(&format!("{name}.damaged"));
+            assert!(
+                log().contains(&format!("move {} away", kept.display())),
+                "{name}, start {start}: {}",
+                log()
+            );
+            assert_eq!(std::fs::read(&kept).unwrap(), whole[..whole.len() / 2], "{name}, start {start}");
+            assert!(!data(name).exists(), "{name}, start {start}");
+            assert_eq!(std::fs::read(&other).unwrap(), beside, "{name}, start {start}");
+        }
+        std::fs::write(data(name), &whole).unwrap();
+        std::fs::set_permissions(data(name), std::fs::Permissions::from_mode(0o600)).unwrap();
+        std::fs::write(dir.path().join("log"), "").unwrap();
+        let agent = Process::spawn(dir.path());
+        until("it is there again", || log().contains("the agent has its SVID")).await;
+        drop(agent);
+    }
+    assert_eq!(server.course().attested, 1);
+}
+
+/// A node that can attest anew needs nobody for it.
+#[tokio::test]
+async fn damage_does_not_stop_a_node_that_attests_anew() {
+    let server = FakeSpireServer::start(Face::Right).await;
+    server.course().reattestable = true;
+    let dir = directory();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let certificate =
+        rcgen::CertificateParams::new(vec!["node".to_owned()]).unwrap().self_signed(&key).unwrap();
+    let (at_key, at_certificate) = (dir.path().join("node.key"), dir.path().join("node.pem"));
+    std::fs::write(&at_key, key.serialize_pem()).unwrap();
+    std::fs::write(&at_certificate, certificate.pem()).unwrap();
+    let mut settings = settings(dir.path(), server.address.port(), &server.ca.pem, "");
+    settings.node_attestor = NodeAttestorSettings::X509Pop(X509PopSettings {
+        private_key: Some(at_key),
+        certificate: Some(at_certificate),
+        ..X509PopSettings::default()
+    });
+    for (nth, damaged) in ["", "agent-data.json", "keys.json"].into_iter().enumerate() {
+        let at = dir.path().join("data").join(damaged);
+        if !damaged.is_empty() {
+            std::fs::write(&at, "{").unwrap();
+        }
+        let own = opened(settings.clone(), Clock::SYSTEM).unwrap();
+        let running = tokio::spawn(Arc::clone(&own).run());
+        assert_eq!(serving(&own).await, "spiffe://example.org/spire/agent/join_token/x509pop", "{damaged}");
+        until("attested anew", || usize::try_from(server.course().attested).unwrap() == nth + 1).await;
+        running.abort();
+        drop(running.await);
+        if !damaged.is_empty() {
+            let aside = at.with_file_name(format!("{damaged}.damaged"));
+            assert_eq!(std::fs::read_to_string(aside).unwrap(), "{", "{damaged}");
+        }
+    }
 }

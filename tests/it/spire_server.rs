@@ -393,11 +393,13 @@ impl agent_api::agent_server::Agent for Api {
         let Some(attest_agent_request::Step::Params(params)) = first else {
             return Err(Status::invalid_argument("no parameters"));
         };
-        let token = String::from_utf8(params.data.unwrap().payload).unwrap();
+        let data = params.data.unwrap();
+        let with_token = data.r#type == "join_token";
+        let token = if with_token { String::from_utf8(data.payload).unwrap() } else { data.r#type };
         if self.course.lock().unwrap().banned {
             return Err(Status::permission_denied("failed to attest: agent is banned"));
         }
-        if !self.course.lock().unwrap().tokens.remove(&token) {
+        if with_token && !self.course.lock().unwrap().tokens.remove(&token) {
             let text = "failed to attest: join token does not exist or has already been used";
             return Err(Status::invalid_argument(text));
         }

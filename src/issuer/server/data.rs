@@ -14,7 +14,7 @@ use x509_parser::pem::Pem;
 
 use super::{
     error::DataFault,
-    files::{damaged, object},
+    files::{OnDamage, object, read_kept},
 };
 use crate::{identity::TrustDomain, issuer::files::FileDir};
 
@@ -139,12 +139,13 @@ impl AgentDataFile {
     /// Reads the file; that there is none is well.
     ///
     /// # Errors
-    /// It cannot be read, is damaged (then it was put aside: the next time there is none), or is of another trust domain.
-    pub(super) fn open(dir: FileDir, trust_domain: &TrustDomain) -> Result<Self, DataFault> {
-        let known = match dir.read(AGENT_DATA)? {
-            None => AgentData::default(),
-            Some(text) => parse(&text).map_err(|damage| damaged(&dir, AGENT_DATA, damage))?,
-        };
+    /// It cannot be read, is damaged (then it was put aside), or is of another trust domain.
+    pub(super) fn open(
+        dir: FileDir,
+        trust_domain: &TrustDomain,
+        on_damage: OnDamage,
+    ) -> Result<Self, DataFault> {
+        let known = read_kept(&dir, AGENT_DATA, on_damage, parse)?.unwrap_or_default();
         if let Some(found) = known.svid.first().and_then(|leaf| trust_domain_of(leaf))
             && found != trust_domain.name()
         {
@@ -298,10 +299,7 @@ fn trust_domain_of(leaf: &[u8]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
     use super::*;
-    use crate::issuer::server::files::UNFINISHED;
 
     #[test]
     fn what_spire_agent_writes_is_read_and_written_the_same() {
@@ -352,26 +350,5 @@ mod tests {
             assert!(parse(text.as_bytes()).is_err(), "{text}");
         }
         assert_eq!(parse(b"{}"), Ok(AgentData::default()));
-    }
-
-    #[test]
-    fn a_damaged_file_is_kept_aside() {
-        let at = tempfile::tempdir().unwrap();
-        let path = at.path().join("data");
-        let open = || {
-            AgentDataFile::open(
-                FileDir::open(&path, UNFINISHED)?,
-                &TrustDomain::parse("example.org").unwrap(),
-            )
-        };
-        open().unwrap().change(|data| data.reattestable = true).unwrap();
-        for kept in ["agent-data.json.damaged", "agent-data.json.damaged.2"] {
-            std::fs::write(path.join(AGENT_DATA), "{\"svid\":").unwrap();
-            std::fs::set_permissions(path.join(AGENT_DATA), std::fs::Permissions::from_mode(0o600)).unwrap();
-            let error = open().unwrap_err();
-            assert!(error.to_string().contains(kept), "{error}");
-            assert_eq!(std::fs::read_to_string(path.join(kept)).unwrap(), "{\"svid\":");
-            assert_eq!(open().unwrap().known(), AgentData::default());
-        }
     }
 }

@@ -1,6 +1,9 @@
 //! What can go wrong between the agent and its server, and what an admin does about it.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use prost::Message as _;
 use tonic::{Code, Status};
@@ -79,9 +82,15 @@ pub enum Denial {
 pub enum DataFault {
     #[error(transparent)]
     File(#[from] FileFault),
+    /// It was left where it is.
+    #[error("{} is damaged: {damage}; put a copy from a backup in its place", path.display())]
+    Damaged { path: PathBuf, damage: &'static str },
     /// It was put aside.
-    #[error("{} is damaged: {damage}; it is kept as {}", path.display(), kept.display())]
-    Damaged { path: PathBuf, damage: &'static str, kept: PathBuf },
+    #[error("{} is damaged: {damage}; it is kept as {}: {}", path.display(), kept.display(), instead_of(kept))]
+    PutAside { path: PathBuf, damage: &'static str, kept: PathBuf },
+    /// It was put aside before, and nothing is in its place.
+    #[error("{} was damaged, and is kept as {}: {}", path.display(), kept.display(), instead_of(kept))]
+    NotReplaced { path: PathBuf, kept: PathBuf },
     /// It cannot be put aside.
     #[error("{} is damaged: {damage}; move it away, and the others beside it that end in .damaged", path.display())]
     DamagedOften { path: PathBuf, damage: &'static str },
@@ -152,6 +161,15 @@ impl Denial {
             Reason::AgentMustReattest => Some(Self::MustReattest),
         }
     }
+}
+
+/// What an admin does about a file that is kept as `kept`, and that only a join token can replace.
+fn instead_of(kept: &Path) -> String {
+    format!(
+        "put a copy of it from a backup in its place; if there is none, move {} away, and start with a new join token \
+         (spire-server token generate, then -joinToken)",
+        kept.display()
+    )
 }
 
 /// The cause, without the server's address where that is how the server is called.

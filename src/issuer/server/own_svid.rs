@@ -8,7 +8,7 @@ mod course;
 mod exchange;
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -21,7 +21,7 @@ use super::{
     data::{AgentData, AgentDataFile},
     dial::Dialer,
     error::{DataFault, Denial, ServerError},
-    files::UNFINISHED,
+    files::{OnDamage, UNFINISHED},
     metrics::ServerMetrics,
     reading::SlowReads,
     settings::{KeyManagerSettings, ServerSettings},
@@ -40,6 +40,37 @@ const LOCK: &str = "durward.lock";
 /// Whether an agent has the directory, as far as the user of `trust` can tell.
 pub fn is_in_use(path: &Path, trust: Trust) -> bool {
     FileDir::look_at(path, trust).is_ok_and(|dir| dir.is_some_and(|dir| dir.is_locked(LOCK)))
+}
+
+/// Whether what is on the disk is all that this node is known by: a join token was used up for it.
+fn is_irreplaceable(settings: &ServerSettings) -> bool {
+    let is_kept = matches!(settings.key_manager, KeyManagerSettings::Disk(_));
+    is_kept && attestor(settings).name() == "join_token"
+}
+
+/// Looks at what is on the disk as a start with these settings by the user of `trust` would, and changes nothing.
+///
+/// # Errors
+/// Why it would end, and of which directory.
+pub fn check_kept(settings: &ServerSettings, trust: Trust) -> Result<(), (PathBuf, DataFault)> {
+    let look = |path: &Path, open: &dyn Fn(FileDir) -> Result<(), DataFault>| {
+        let looked = match FileDir::look_at(path, trust) {
+            Ok(dir) => dir.map_or(Ok(()), open),
+            Err(fault) => Err(fault.into()),
+        };
+        match looked {
+            Err(DataFault::Damaged { .. } | DataFault::NotReplaced { .. }) if !is_irreplaceable(settings) => {
+                Ok(())
+            }
+            looked => looked.map_err(|fault| (path.to_owned(), fault)),
+        }
+    };
+    let data = |dir| AgentDataFile::open(dir, &settings.trust_domain, OnDamage::Look).map(drop);
+    look(&settings.data_dir, &data)?;
+    match &settings.key_manager {
+        KeyManagerSettings::Memory => Ok(()),
+        KeyManagerSettings::Disk(keys) => look(keys, &|dir| AgentKeys::open(dir, OnDamage::Look).map(drop)),
+    }
 }
 
 /// The longest of one exchange with the server.
@@ -123,10 +154,13 @@ impl OwnSvid {
     ) -> Result<Arc<Self>, DataFault> {
         let dir = FileDir::open(&settings.data_dir, UNFINISHED)?;
         let lock = dir.lock(LOCK)?;
-        let data = Arc::new(AgentDataFile::open(dir, &settings.trust_domain)?);
+        let on_damage = if is_irreplaceable(&settings) { OnDamage::End } else { OnDamage::GoOn };
+        let data = Arc::new(AgentDataFile::open(dir, &settings.trust_domain, on_damage)?);
         let keys = Arc::new(match &settings.key_manager {
             KeyManagerSettings::Memory => AgentKeys::in_memory(),
-            KeyManagerSettings::Disk(directory) => AgentKeys::open(FileDir::open(directory, UNFINISHED)?)?,
+            KeyManagerSettings::Disk(directory) => {
+                AgentKeys::open(FileDir::open(directory, UNFINISHED)?, on_damage)?
+            }
         });
         let key_exchange =
             if settings.sync.require_pq_kem { KeyExchange::PostQuantum } else { KeyExchange::Any };
