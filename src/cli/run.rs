@@ -106,6 +106,8 @@ pub struct ServerOverrides {
     /// The token that the SPIRE Server gave for this node
     ///
     /// Other users of the node can read it here: a file is better.
+    ///
+    /// One that the file is given while the agent runs comes before it.
     #[arg(long, value_name = "TOKEN", value_parser = join_token)]
     pub join_token: Option<JoinToken>,
 
@@ -289,6 +291,28 @@ impl ConfigArgs {
         self.look(Trust::own(), &given, looks).map(|(config, _closed)| config)
     }
 
+    /// [`ConfigArgs::load`], where the command line names a join token: one that the file names since the start, `at_start`, comes
+    /// before it, since the one of the command line cannot be changed any more.
+    fn load_with_token(
+        &self,
+        at_start: &OnceLock<FileToken>,
+        running: Option<&TrustDomain>,
+        socket: SocketOf,
+    ) -> Result<Config, Failure> {
+        let ServerOverrides { join_token, join_token_file, .. } = &self.overrides.server;
+        if join_token.is_none() && join_token_file.is_none() {
+            return self.load(running, socket);
+        }
+        let mut without = self.clone();
+        (without.overrides.server.join_token, without.overrides.server.join_token_file) = (None, None);
+        let of_file = without.load(running, socket);
+        let named = of_file.as_ref().map(FileToken::of).unwrap_or_default();
+        if named != *at_start.get_or_init(|| named.clone()) && named != FileToken::default() {
+            return of_file;
+        }
+        self.load(running, socket)
+    }
+
     /// Reads and checks all of it as `load` would for an agent of this user, whatever this process can start.
     pub(super) fn check(&self, trust: Trust) -> Result<(Config, Vec<ClosedDir>), Failure> {
         self.look(trust, &self.overrides.keys(), Looks::Everywhere)
@@ -352,6 +376,21 @@ impl ConfigArgs {
         })?;
         self.overrides.apply(&mut config)?;
         Ok(config)
+    }
+}
+
+/// The join token that a configuration names: itself, or where it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct FileToken(JoinToken, Option<PathBuf>);
+
+impl FileToken {
+    fn of(config: &Config) -> Self {
+        match &config.issuer {
+            Signer::Server(joined) => {
+                Self(joined.join.join_token.clone(), joined.join.join_token_file.clone())
+            }
+            Signer::Embedded(_) => Self::default(),
+        }
     }
 }
 
@@ -429,7 +468,7 @@ fn log_format(text: &str) -> Result<LogFormat, &'static str> {
     LogFormat::parse(text).ok_or("must be text or json")
 }
 
-/// Runs the agent until it is told to stop. The command line wins on every reload too.
+/// Runs the agent until it is told to stop. The command line wins on every reload too, but for a join token.
 pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
     // Before there is a key to be seen.
     secrecy::keep().map_err(|error| Failure::Agent(error.into()))?;
@@ -437,9 +476,9 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
     // Gone from the environment once the agent has taken it.
     let handed = super::environment("LISTEN_FDS").is_some();
     let socket = if handed { SocketOf::ServiceManager } else { SocketOf::Agent };
-    let running = OnceLock::new();
+    let (running, token) = (OnceLock::new(), OnceLock::new());
     let load = move || {
-        let config = config.load(running.get(), socket)?;
+        let config = config.load_with_token(&token, running.get(), socket)?;
         let _first = running.get_or_init(|| config.trust_domain.clone());
         Ok(config)
     };

@@ -16,6 +16,7 @@ use durward::{
     os::clock::Clock,
     telemetry::metrics::Metrics,
 };
+use nix::sys::signal::Signal;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpListener,
@@ -467,4 +468,24 @@ async fn damage_does_not_stop_a_node_that_attests_anew() {
             assert_eq!(std::fs::read_to_string(aside).unwrap(), "{", "{damaged}");
         }
     }
+}
+
+/// As the README has it: the token is on the command line, and another one comes by a reload.
+#[tokio::test]
+async fn a_token_that_the_file_is_given_comes_before_that_of_the_command_line() {
+    let server = FakeSpireServer::start(Face::Right).await;
+    let dir = directory();
+    let roots = format!("trust_bundle_path = \"{}/roots.pem\"", dir.path().display());
+    let with = |token: &str| write_config(dir.path(), &server, &format!("{roots}\n {token}"));
+    with("");
+    let mut command = Command::new(DURWARD);
+    command.arg("run").arg("-config").arg(dir.path().join("agent.conf")).args(["-joinToken", "mistyped"]);
+    let agent = Process::of(command, &dir.path().join("log"));
+    let log = || std::fs::read_to_string(dir.path().join("log")).unwrap();
+    until("refused", || log().contains("already been used")).await;
+    server.course().tokens = ["mistyped", "other"].map(str::to_owned).into();
+    with("join_token = \"other\"");
+    agent.signal(Signal::SIGHUP);
+    until("attested", || log().contains("spire/agent/join_token/other")).await;
+    assert!(log().contains("agent.join_token") && server.course().tokens.contains("mistyped"), "{}", log());
 }
