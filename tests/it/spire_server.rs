@@ -123,6 +123,9 @@ pub(crate) struct Course {
     pub(crate) attested: u32,
     pub(crate) renewed: u32,
     pub(crate) entries: Vec<types::Entry>,
+    /// Whether it signs no X.509-SVID, and how often it was asked in vain.
+    pub(crate) signs_nothing: bool,
+    pub(crate) asked_in_vain: u32,
     /// How many certificates the chain of a workload has whose path begins with `/long`.
     pub(crate) chain: usize,
     /// The trust domains whose bundles were asked for.
@@ -200,6 +203,8 @@ impl FakeSpireServer {
             attested: 0,
             renewed: 0,
             entries: Vec::new(),
+            signs_nothing: false,
+            asked_in_vain: 0,
             chain: 1,
             federated: BTreeSet::new(),
             manner: Manner::Right,
@@ -546,6 +551,13 @@ impl svid_api::svid_server::Svid for Api {
         request: Request<BatchNewX509svidRequest>,
     ) -> Result<Response<BatchNewX509svidResponse>, Status> {
         self.denied()?;
+        {
+            let mut course = self.course.lock().unwrap();
+            if course.signs_nothing {
+                course.asked_in_vain += 1;
+                return Err(Status::unavailable("the key is away"));
+            }
+        }
         let sign = |params: &durward::issuer::server::proto::svid::NewX509svidParams| {
             let id = match self.entry(&params.entry_id) {
                 Ok(id) => id,

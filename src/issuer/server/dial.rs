@@ -77,7 +77,7 @@ pub(super) enum DialError {
     #[error("{0}: HTTP/2 fails: {1}")]
     Http2(SocketAddr, Arc<hyper::Error>),
     /// No answer from this address.
-    #[error("{0} does not answer")]
+    #[error("{0}: it does not answer")]
     Late(SocketAddr),
 }
 

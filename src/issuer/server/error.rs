@@ -34,7 +34,7 @@ pub enum ServerError {
     #[error("the server did not answer in time")]
     Late,
     /// The agent has no SVID to show.
-    #[error("this agent has no SVID of its own yet")]
+    #[error("this agent has no valid SVID of its own")]
     NoSvid,
     /// The server does not take this agent for one of its own.
     #[error("{0}")]

@@ -9,7 +9,10 @@ mod exchange;
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -125,6 +128,8 @@ pub struct OwnSvid {
     /// Other settings came.
     reconfigured: Notify,
     slow: SlowReads,
+    /// The server has told what there is.
+    heard: AtomicBool,
     /// `None` once `data_dir` is another agent's.
     lock: Mutex<Option<DirLock>>,
 }
@@ -181,6 +186,7 @@ impl OwnSvid {
             at_once: Notify::new(),
             reconfigured: Notify::new(),
             slow: SlowReads::default(),
+            heard: AtomicBool::new(false),
             lock: Mutex::new(Some(lock)),
         });
         own.take_from_disk();
@@ -231,9 +237,22 @@ impl OwnSvid {
     /// # Errors
     /// They cannot be written: they are in force until the agent ends, and written with what is written next.
     pub async fn learn(&self, bundle: &Bundle) -> Result<(), ServerError> {
+        self.heard.store(true, Ordering::Relaxed);
         self.upstream.trust(bundle);
         let roots = bundle.x509_authorities.clone();
         self.insist(move |data| data.bundle = roots).await
+    }
+
+    /// Whether the server has told since the start what there is, so that somebody may be served.
+    fn has_heard(&self) -> bool {
+        self.heard.load(Ordering::Relaxed)
+    }
+
+    /// Who the agent is by the last SVID that it has or had, and when that ends.
+    pub(super) fn last_known(&self) -> Option<(SpiffeId, SystemTime)> {
+        let AgentData { svid, bundle, reattestable, .. } = self.data.known();
+        let svid = parsed(svid, reattestable).filter(|_| !bundle.is_empty())?;
+        Some((svid.id, svid.not_after))
     }
 
     /// The SVID that is known, while it is valid, its key is there, and so is what verifies it.
@@ -255,21 +274,12 @@ impl OwnSvid {
     }
 
     fn read(&self, chain: Vec<Vec<u8>>, reattestable: bool) -> Option<AgentSvid> {
-        let leaf = chain.first()?;
-        let id = id_of(leaf)?;
-        let (_, parsed) = x509_parser::parse_x509_certificate(leaf).ok()?;
-        let at = |seconds: i64| {
-            SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or_default())
-        };
-        let not_before = at(parsed.validity().not_before.timestamp());
-        let not_after = at(parsed.validity().not_after.timestamp());
-        (self.clock.now() + LEAST_LEFT < not_after).then_some(AgentSvid {
-            id,
-            chain,
-            not_before,
-            not_after,
-            reattestable,
-        })
+        parsed(chain, reattestable).filter(|svid| self.lasts(svid))
+    }
+
+    /// Whether there is time left to begin with it.
+    fn lasts(&self, svid: &AgentSvid) -> bool {
+        self.clock.now() + LEAST_LEFT < svid.not_after
     }
 
     fn take_from_disk(&self) {
@@ -311,6 +321,18 @@ impl OwnSvid {
         let data = Arc::clone(&self.data);
         on_disk(move || data.insist(change)).await
     }
+}
+
+fn parsed(chain: Vec<Vec<u8>>, reattestable: bool) -> Option<AgentSvid> {
+    let leaf = chain.first()?;
+    let id = id_of(leaf)?;
+    let (_, parsed) = x509_parser::parse_x509_certificate(leaf).ok()?;
+    let at = |seconds: i64| {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or_default())
+    };
+    let not_before = at(parsed.validity().not_before.timestamp());
+    let not_after = at(parsed.validity().not_after.timestamp());
+    Some(AgentSvid { id, chain, not_before, not_after, reattestable })
 }
 
 async fn on_disk(work: impl FnOnce() -> Result<(), DataFault> + Send + 'static) -> Result<(), ServerError> {

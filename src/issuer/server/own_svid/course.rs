@@ -20,6 +20,7 @@ use crate::{
         },
     },
     os::{clock::sleep_until, random::fraction},
+    telemetry::trouble::Trouble,
 };
 
 /// The first pause after a failure.
@@ -37,33 +38,15 @@ const LONGEST_PAUSE_WITHOUT: Duration = Duration::from_secs(15);
 /// What the server says of the agent is asked once more after this.
 const CONFIRM: Duration = Duration::from_secs(5);
 
-/// After how long the same trouble is said once more in the log.
-const SAY_AGAIN: Duration = Duration::from_secs(300);
-
 /// After how long what could not be written is written.
 const WRITE_AGAIN: Duration = Duration::from_secs(5);
-
-/// What was last said in the log of why there is no SVID, and when.
-#[derive(Default)]
-struct SaidTrouble(Option<(String, Instant)>);
-
-impl SaidTrouble {
-    /// Whether this is to be said now; it is said then.
-    fn is_due(&mut self, why: &str, now: Instant) -> bool {
-        let is_due = self.0.as_ref().is_none_or(|(said, at)| said != why || now - *at >= SAY_AGAIN);
-        if is_due {
-            self.0 = Some((why.to_owned(), now));
-        }
-        is_due
-    }
-}
 
 impl OwnSvid {
     /// Renews for ever. Ends when the server does not take this agent any more and it cannot attest again.
     pub async fn run(self: Arc<Self>) -> Expelled {
         let mut denials = self.upstream.denials();
         let mut failures = 0;
-        let mut said = SaidTrouble::default();
+        let mut said = Trouble::default();
         let mut way = self.current().is_none().then_some(Way::Attest);
         // Attestation was refused to a banned agent: once is no proof.
         let mut banned = false;
@@ -87,7 +70,7 @@ impl OwnSvid {
             match (done, denied) {
                 (Ok(()), _) => {
                     failures = 0;
-                    said = SaidTrouble::default();
+                    said = Trouble::default();
                     self.post_status().await;
                 }
                 (_, Some(Denial::MustReattest)) if next == Way::Renew => way = Some(Way::Attest),
@@ -238,20 +221,28 @@ impl OwnSvid {
     }
 
     /// Says why there is no SVID: as a warning when that is not what was `said` before, and now and then.
-    fn tell(&self, way: Way, error: &ServerError, said: &mut SaidTrouble) {
+    fn tell(&self, way: Way, error: &ServerError, said: &mut Trouble) {
         let why = error.to_string();
         let by = match way {
             Way::Attest => "attestation",
             Way::Renew => "renewal",
             Way::AttestAnew => "attestation with trust begun anew",
         };
-        let is_due = said.is_due(&why, Instant::now());
         let current = self.current();
+        // That the SVID has ended is another trouble with the same reason.
+        let trouble = format!("{} {why}", if current.is_some() { "next" } else { "any" });
+        let is_due = said.is_due(&trouble, Instant::now());
         match (is_due, &current) {
+            (true, None) if self.has_heard() => tracing::warn!(
+                error = why,
+                by,
+                "the agent has no valid SVID of its own any more: what workloads have is served while it is valid, and \
+                 nothing is signed until the agent has an SVID; trying again"
+            ),
             (true, None) => tracing::warn!(
                 error = why,
                 by,
-                "the agent waits for its first SVID, and nobody is served until the server gives it one; trying again"
+                "the agent has no valid SVID of its own, and nobody is served until it has; trying again"
             ),
             (true, Some(_)) => {
                 tracing::warn!(error = why, by, "cannot get the agent's next SVID; trying again")
@@ -276,26 +267,5 @@ impl OwnSvid {
                 *trouble = why;
             }
         });
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_same_trouble_is_said_now_and_then() {
-        let (mut said, start) = (SaidTrouble::default(), Instant::now());
-        for (seconds, why, want) in [
-            (0, "no token", true),
-            (1, "no token", false),
-            (299, "no token", false),
-            (300, "no token", true),
-            (301, "no server", true),
-            (302, "no token", true),
-            (303, "no token", false),
-        ] {
-            assert_eq!(said.is_due(why, start + Duration::from_secs(seconds)), want, "{seconds}");
-        }
     }
 }
