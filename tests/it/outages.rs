@@ -137,6 +137,8 @@ async fn goodbyes_of_the_server_are_seen_by_nobody() {
     server.course().entries.push(entry("web"));
     let _agent = Process::spawn(dir.path());
     gives(&dir.path().join("api.sock"), &["web"]).await;
+    // A start that goes well warns of nothing.
+    assert!(!log(dir.path()).contains("WARN durward::agent::probe"), "{}", log(dir.path()));
     let before = server.course().syncs;
     until("ten syncs over several connections", || server.course().syncs >= before + 10).await;
     assert!(!log(dir.path()).contains("cannot sync"), "{}", log(dir.path()));
