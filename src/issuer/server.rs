@@ -7,7 +7,7 @@
 //! | `entries`, `bundles` | what it says of whom this node serves, and what verifies them |
 //! | `sync`, `cycle`, `backoff` | that it is asked for that, and when |
 //! | `own_svid`, `attestation`, `bootstrap` | the agent's own SVID, how this node is known at first, and how the server is |
-//! | `upstream`, `dial`, `tls` | the connection that every call shares |
+//! | `upstream`, `dial`, `tls`, `first_frame` | the connection that every call shares |
 //! | `request`, `signing`, `intermediates` | X.509-SVIDs: a key and a request, what comes back, and many of them at once |
 //! | `tokens` | JWT-SVIDs, and each caller's share of the calls for them |
 //!
@@ -26,6 +26,7 @@ mod dial;
 mod entries;
 mod error;
 mod files;
+mod first_frame;
 mod intermediates;
 mod metrics;
 mod other_agent;

@@ -161,6 +161,10 @@ async fn a_server_that_is_not_the_server_gets_no_token() {
         (Face::OtherId, "spiffe://example.org/somebody/else"),
         (Face::OtherCa, "signed by an unknown authority"),
         (Face::NoAlpn, "does not offer HTTP/2"),
+        (Face::Says(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "does not speak HTTP/2 as a SPIRE Server does"),
+        (Face::Says(&[0; 64]), "does not speak HTTP/2 as a SPIRE Server does"),
+        (Face::Says(b"220"), "closed the connection right after the handshake"),
+        (Face::Web, "does not speak gRPC (HTTP status 200)"),
     ] {
         let server = FakeSpireServer::start(face).await;
         server.course().tokens.insert("secret".to_owned());
@@ -170,6 +174,11 @@ async fn a_server_that_is_not_the_server_gets_no_token() {
         let running = tokio::spawn(Arc::clone(&own).run());
         let why = trouble(&own).await;
         assert!(why.contains(want), "{face:?}: {why}");
+        assert!(why.contains(&server.address.port().to_string()), "{face:?}: {why}");
+        // Each time the same, so that it is said once.
+        let mut standing = own.standing();
+        timeout(PATIENCE, standing.changed()).await.expect("in time").unwrap();
+        assert_eq!(trouble(&own).await, why, "{face:?}");
         assert_eq!(server.course().attested, 0, "{face:?}");
         assert!(!has_kept(dir.path()), "{face:?}");
         running.abort();

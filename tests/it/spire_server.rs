@@ -38,7 +38,7 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     net::{TcpListener, TcpStream},
     task::JoinHandle,
 };
@@ -102,6 +102,10 @@ pub(crate) enum Face {
     OtherId,
     OtherCa,
     NoAlpn,
+    /// It agrees on HTTP/2, says this instead, and closes.
+    Says(&'static [u8]),
+    /// It speaks HTTP/2, and answers with a page.
+    Web,
     /// It has no key exchange but those of before.
     Classical,
     /// It has the one of the two that is offered second, and no other.
@@ -219,8 +223,16 @@ impl FakeSpireServer {
         let (sender, incoming) = tokio::sync::mpsc::channel(8);
         let accepting = async move {
             while let Ok((stream, _)) = listener.accept().await {
-                if let Ok(stream) = acceptor.accept(stream).await {
-                    drop(sender.send(Ok::<_, std::io::Error>(Accepted(stream))).await);
+                match (face, acceptor.accept(stream).await) {
+                    (_, Err(_)) => {}
+                    (Face::Says(words), Ok(mut stream)) => {
+                        drop(stream.write_all(words).await);
+                        drop(stream.shutdown().await);
+                    }
+                    (Face::Web, Ok(stream)) => drop(tokio::spawn(show_page(stream))),
+                    (_, Ok(stream)) => {
+                        drop(sender.send(Ok::<_, std::io::Error>(Accepted(stream))).await);
+                    }
                 }
             }
         };
@@ -256,6 +268,15 @@ impl FakeSpireServer {
 impl Drop for FakeSpireServer {
     fn drop(&mut self) {
         self.serving.abort();
+    }
+}
+
+async fn show_page(stream: TlsStream<TcpStream>) {
+    let mut web = h2::server::handshake(stream).await.unwrap();
+    while let Some(Ok((_, mut answer))) = web.accept().await {
+        let page = http::Response::builder().header("content-type", "text/html").body(()).unwrap();
+        let mut body = answer.send_response(page, false).unwrap();
+        body.send_data("<html></html>".into(), true).unwrap();
     }
 }
 

@@ -1,6 +1,7 @@
 //! What can go wrong between the agent and its server, and what an admin does about it.
 
 use std::{
+    io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -12,7 +13,7 @@ use super::{
     dial::DialError,
     proto::types::{PermissionDeniedDetails, permission_denied_details::Reason},
 };
-use crate::{identity::SpiffeId, issuer::FileFault};
+use crate::{identity::SpiffeId, issuer::FileFault, os::sentence::said};
 
 /// The most that is kept of what a server says, in bytes.
 const LONGEST_MESSAGE: usize = 512;
@@ -28,8 +29,14 @@ pub enum ServerError {
     #[error("cannot reach the server {server}: {}", after(server, cause))]
     UnknownAuthority { server: String, cause: Arc<dyn std::error::Error + Send + Sync> },
     /// The connection was lost when the call had been sent.
-    #[error("the connection to the server was lost: {0}")]
-    Lost(Arc<hyper::Error>),
+    #[error("the connection to the server was lost before it had answered: {0}")]
+    Lost(String),
+    /// An answer, and not one of gRPC.
+    #[error(
+        "what answers as the server {server} does not speak gRPC (HTTP status {status}): is this port a SPIRE Server's, and no \
+         proxy before it?"
+    )]
+    NotGrpc { server: String, status: u16 },
     /// No answer in time.
     #[error("the server did not answer in time")]
     Late,
@@ -108,12 +115,30 @@ impl ServerError {
         }
     }
 
+    /// A connection that ended under a call.
+    pub(super) fn lost(error: &hyper::Error) -> Self {
+        let mut cause: &dyn std::error::Error = error;
+        while let Some(source) = cause.source() {
+            cause = source;
+        }
+        let cause = match cause.downcast_ref::<io::Error>() {
+            Some(cause) => said(cause),
+            // hyper says that an operation was canceled, whoever did so.
+            None if error.is_canceled() || error.is_closed() => "it was closed".to_owned(),
+            None => said(&io::Error::other(cause.to_string())),
+        };
+        Self::Lost(cause)
+    }
+
     /// What `call` was answered with. Errors of the connection, which tonic hands on within a status, stay what they are.
     pub fn of(call: &'static str, status: &Status) -> Self {
         let mut source = std::error::Error::source(status);
         while let Some(error) = source {
             if let Some(error) = error.downcast_ref::<Self>() {
                 return error.clone();
+            }
+            if let Some(error) = error.downcast_ref() {
+                return Self::lost(error);
             }
             source = error.source();
         }

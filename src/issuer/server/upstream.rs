@@ -310,7 +310,7 @@ impl Upstream {
                     self.leave(live.number);
                     match error.take_message() {
                         Some(unsent) if tries < TRIES => request = unsent,
-                        _ => return Err(ServerError::Lost(Arc::new(error.into_error()))),
+                        _ => return Err(ServerError::lost(&error.into_error())),
                     }
                 }
             }
@@ -405,17 +405,29 @@ impl Service<Request<Body>> for ServerConnection {
             dress(&mut request, &upstream.dialer.server(), deadline);
             let sent = async {
                 match own {
-                    Some(mut own) => own
-                        .sender
-                        .send_request(request)
-                        .await
-                        .map_err(|error| ServerError::Lost(Arc::new(error))),
+                    Some(mut own) => {
+                        let sent = own.sender.send_request(request).await;
+                        sent.map_err(|error| ServerError::lost(&error))
+                    }
                     None => upstream.send(request).await,
                 }
             };
-            timeout_at(deadline, sent).await.unwrap_or(Err(ServerError::Late))
+            let response = timeout_at(deadline, sent).await.unwrap_or(Err(ServerError::Late))?;
+            if !is_grpc(&response) {
+                return Err(ServerError::NotGrpc {
+                    server: upstream.dialer.server(),
+                    status: response.status().as_u16(),
+                });
+            }
+            Ok(response)
         })
     }
+}
+
+/// Whether it is what a gRPC server answers, and not a web page.
+fn is_grpc(response: &Response<Incoming>) -> bool {
+    let content = response.headers().get(http::header::CONTENT_TYPE);
+    content.is_some_and(|content| content.as_bytes().starts_with(b"application/grpc"))
 }
 
 /// Adds what HTTP/2 and gRPC ask for: whom the request is for, and until when its answer is of use.
