@@ -283,8 +283,8 @@ async fn a_banned_agent_ends_and_says_so() {
     let server = FakeSpireServer::start(Face::Right).await;
     server.course().tokens.insert("once".to_owned());
     let dir = directory();
-    let settings = settings(dir.path(), server.address.port(), &server.ca.pem, "once");
-    let own = opened(settings, Clock::SYSTEM).unwrap();
+    let mut settings = settings(dir.path(), server.address.port(), &server.ca.pem, "once");
+    let own = opened(settings.clone(), Clock::SYSTEM).unwrap();
     let running = tokio::spawn(Arc::clone(&own).run());
     serving(&own).await;
     server.course().denial = Some(BANNED);
@@ -294,6 +294,26 @@ async fn a_banned_agent_ends_and_says_so() {
     assert!(expelled.reason.contains("banned") && expelled.reason.contains(evict), "{expelled}");
     assert!(matches!(&*own.standing().borrow(), OwnStanding::Lost(Denial::Banned)));
     assert!(kept(dir.path()).contains("\"svid\":null"));
+
+    // Whoever starts it again, and it waits for a token, is told the same: with the token that is used up, and without one.
+    drop(own);
+    for token in ["once", ""] {
+        settings.join.join_token = token.to_owned().into();
+        let own = opened(settings.clone(), Clock::SYSTEM).unwrap();
+        let running = tokio::spawn(Arc::clone(&own).run());
+        let why = trouble(&own).await;
+        assert!(why.contains("is banned at the server") && why.contains(evict), "{token:?}: {why}");
+        running.abort();
+        drop(running.await);
+    }
+    server.course().tokens.insert("other".to_owned());
+    server.course().denial = None;
+    settings.join.join_token = "other".to_owned().into();
+    let own = opened(settings, Clock::SYSTEM).unwrap();
+    let running = tokio::spawn(Arc::clone(&own).run());
+    serving(&own).await;
+    assert!(!kept(dir.path()).contains("banned"), "it is over");
+    running.abort();
 }
 
 /// An agent of this server as a process.
@@ -477,6 +497,14 @@ async fn damage_does_not_stop_a_node_that_attests_anew() {
             assert_eq!(std::fs::read_to_string(aside).unwrap(), "{", "{damaged}");
         }
     }
+
+    // A node that was never here before is banned by a name that it can tell.
+    server.course().banned = true;
+    settings.data_dir = dir.path().join("other");
+    settings.key_manager = KeyManagerSettings::Memory;
+    let expelled = timeout(PATIENCE, opened(settings, Clock::SYSTEM).unwrap().run()).await.expect("in time");
+    let evict = "spire-server agent evict -spiffeID spiffe://example.org/spire/agent/x509pop/";
+    assert!(expelled.reason.contains(evict), "{expelled}");
 }
 
 /// As the README has it: the token is on the command line, and another one comes by a reload.

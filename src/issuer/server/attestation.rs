@@ -51,6 +51,9 @@ pub(super) trait NodeAttestor: fmt::Debug + Send + Sync {
 pub(super) struct NodeEvidence {
     payload: Zeroizing<Vec<u8>>,
     prover: Option<Box<dyn Prover>>,
+    /// The path of the agent's SPIFFE ID, unless the server has a template of its own for it; `None` where only the server
+    /// can tell.
+    pub(super) agent_path: Option<String>,
 }
 
 /// Answers challenges.
@@ -106,7 +109,7 @@ async fn exchange(
     use attest_agent_request::{Params, Step};
     use attest_agent_response::Step as Answer;
 
-    let NodeEvidence { payload, prover } = evidence;
+    let NodeEvidence { payload, prover, agent_path: _ } = evidence;
     let data = AttestationData { r#type: name.to_owned(), payload: payload.to_vec() };
     let params = Params { data: Some(data), params: Some(AgentX509svidParams { csr }) };
     let (steps, requests) = mpsc::channel(1);

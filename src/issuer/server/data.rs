@@ -13,7 +13,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use x509_parser::pem::Pem;
 
 use super::{
-    error::DataFault,
+    error::{DataFault, Denial},
     files::{OnDamage, object, read_kept},
 };
 use crate::{identity::TrustDomain, issuer::files::FileDir};
@@ -41,6 +41,17 @@ pub(super) struct AgentData {
     pub(super) bootstrap_start_time: String,
     /// How often that was tried.
     pub(super) connection_attempts: i64,
+    /// Why there is no SVID any more, where the server has taken it back. Not of spire-agent, which passes over it.
+    pub(super) denied: Option<DeniedAgent>,
+}
+
+/// An agent that the server did not take any more.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub(super) struct DeniedAgent {
+    /// Its SPIFFE ID; empty where it was never told.
+    #[serde(default)]
+    pub(super) id: String,
+    pub(super) reason: Denial,
 }
 
 /// What the source of trust is asked for.
@@ -93,6 +104,7 @@ impl Default for AgentData {
             bootstrap_use: 0,
             bootstrap_start_time: NO_TIME.to_owned(),
             connection_attempts: 0,
+            denied: None,
         }
     }
 }
@@ -111,6 +123,8 @@ struct DataJson {
     bootstrap_start_time: String,
     #[serde(default)]
     connection_attempts: i64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    durward_denied: Option<DeniedAgent>,
 }
 
 fn no_time() -> String {
@@ -239,6 +253,7 @@ fn parse(text: &[u8]) -> Result<AgentData, &'static str> {
         bootstrap_use: json.bootstrap_use,
         bootstrap_start_time: json.bootstrap_start_time,
         connection_attempts: json.connection_attempts,
+        denied: json.durward_denied,
     })
 }
 
@@ -273,6 +288,7 @@ fn written(data: &AgentData) -> Vec<u8> {
         bootstrap_use: data.bootstrap_use,
         bootstrap_start_time: data.bootstrap_start_time.clone(),
         connection_attempts: data.connection_attempts,
+        durward_denied: data.denied.clone(),
     };
     serde_json::to_vec(&json).expect("texts and numbers")
 }
@@ -309,6 +325,11 @@ mod tests {
             format!(
                 "{{\"svid\":[\"{one}\"],\"bundle\":[\"{one}\",\"{one}\"],\"reattestable\":true,\"bootstrap_use\":2,\
                  \"bootstrap_start_time\":\"2026-11-27T01:02:03.123456789Z\",\"connection_attempts\":7}}"
+            ),
+            format!(
+                "{{\"svid\":null,\"bundle\":[\"{one}\"],\"reattestable\":false,\"bootstrap_use\":0,\
+                 \"bootstrap_start_time\":\"{NO_TIME}\",\"connection_attempts\":0,\
+                 \"durward_denied\":{{\"id\":\"spiffe://td/spire/agent/a\",\"reason\":\"banned\"}}}}"
             ),
             format!(
                 "{{\"svid\":null,\"bundle\":null,\"reattestable\":false,\"bootstrap_use\":0,\

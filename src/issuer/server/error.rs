@@ -1,19 +1,20 @@
 //! What can go wrong between the agent and its server, and what an admin does about it.
 
 use std::{
-    io,
+    fmt, io,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use prost::Message as _;
+use serde::{Deserialize, Serialize};
 use tonic::{Code, Status};
 
 use super::{
     dial::DialError,
     proto::types::{PermissionDeniedDetails, permission_denied_details::Reason},
 };
-use crate::{identity::SpiffeId, issuer::FileFault, os::sentence::said};
+use crate::{issuer::FileFault, os::sentence::said};
 
 /// The most that is kept of what a server says, in bytes.
 const LONGEST_MESSAGE: usize = 512;
@@ -70,7 +71,8 @@ pub enum ServerError {
 }
 
 /// Why the server does not take this agent for one of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, thiserror::Error)]
+#[serde(rename_all = "snake_case")]
 pub enum Denial {
     #[error("the server says that this agent's SVID has expired")]
     Expired,
@@ -82,6 +84,30 @@ pub enum Denial {
     Banned,
     #[error("the server requires this agent to attest again")]
     MustReattest,
+}
+
+/// By what name the server knows this agent, as far as that can be told here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum AgentName {
+    /// The server gave it.
+    Given(String),
+    /// The server gives it unless it has a template of its own for these names.
+    ByDefault(String),
+    Unknown,
+}
+
+/// How it is deleted at the server.
+impl fmt::Display for AgentName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const EVICT: &str = "spire-server agent evict -spiffeID";
+        match self {
+            Self::Given(id) => write!(f, "{EVICT} {id}"),
+            Self::ByDefault(id) => {
+                write!(f, "{EVICT} {id}, or its ID in spire-server agent list with an agent_path_template")
+            }
+            Self::Unknown => write!(f, "{EVICT} <its ID, see spire-server agent list>"),
+        }
+    }
 }
 
 /// What is wrong with what is kept on the disk.
@@ -150,16 +176,13 @@ impl ServerError {
 }
 
 impl Denial {
-    /// What an admin does at the server about an agent, of this ID where that is known, so that it is taken again.
-    pub(super) fn remedy(self, agent: Option<&SpiffeId>, with_token: bool) -> String {
+    /// What an admin does at the server about an agent, of this name, so that it is taken again.
+    pub(super) fn remedy(self, agent: &AgentName, with_token: bool) -> String {
         let token = "make a token (spire-server token generate) and start it with that (-joinToken)";
-        let agent =
-            agent.map_or_else(|| "<its ID, see spire-server agent list>".to_owned(), ToString::to_string);
-        let evict = format!("spire-server agent evict -spiffeID {agent}");
         match (self, with_token) {
-            (Self::Banned, true) => format!("to have it back, delete it there ({evict}), then {token}"),
+            (Self::Banned, true) => format!("to have it back, delete it there ({agent}), then {token}"),
             (Self::Banned, false) => {
-                format!("to have it back, delete it there ({evict}), then start it again")
+                format!("to have it back, delete it there ({agent}), then start it again")
             }
             (_, true) => format!("to have it back, {token}"),
             (_, false) => "start it again: it attests anew".to_owned(),

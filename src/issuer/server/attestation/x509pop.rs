@@ -1,7 +1,7 @@
 //! A certificate that this node had before, and proof that its key is here too.
 
 use aws_lc_rs::{
-    digest::{Digest, SHA256, SHA384, digest},
+    digest::{Digest, SHA1_FOR_LEGACY_USE_ONLY, SHA256, SHA384, digest},
     error::Unspecified,
     rand::SystemRandom,
     rsa::KeyPair as RsaKeyPair,
@@ -128,7 +128,12 @@ fn evidence(chain: &[Vec<u8>], key: &PrivateKeyDer<'_>) -> Result<NodeEvidence, 
     }
     let payload = PopPayload { certificates: chain.iter().map(|der| STANDARD.encode(der)).collect() };
     let payload = serde_json::to_vec(&payload).map_err(|error| error.to_string())?;
-    Ok(NodeEvidence { payload: Zeroizing::new(payload), prover: Some(Box::new(key)) })
+    let fingerprint = chain.first().map(|leaf| digest(&SHA1_FOR_LEGACY_USE_ONLY, leaf));
+    let agent_path = fingerprint.map(|found| {
+        let hex: String = found.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+        format!("/spire/agent/x509pop/{hex}")
+    });
+    Ok(NodeEvidence { payload: Zeroizing::new(payload), prover: Some(Box::new(key)), agent_path })
 }
 
 impl PopKey {

@@ -13,7 +13,8 @@ use crate::{
         Expelled, renewal,
         server::{
             backoff,
-            error::{Denial, ServerError},
+            data::DeniedAgent,
+            error::{AgentName, Denial, ServerError},
             metrics::ServerCall,
             proto::agent::{PostStatusRequest, agent_client::AgentClient},
             settings::{RebootstrapMode, TrustSource},
@@ -188,19 +189,45 @@ impl OwnSvid {
     }
 
     async fn lost(&self, denial: Denial) -> Expelled {
-        let agent = match &*self.standing.borrow() {
-            OwnStanding::Serving { id, .. } => Some(id.clone()),
-            _ => None,
-        };
-        let with_token = self.live().attestor.name() == "join_token";
-        let removed = self.keep(|data| (data.svid, data.reattestable) = (Vec::new(), false)).await;
-        if let Err(error) = removed {
+        let agent = self.name().await;
+        let id = if let AgentName::Given(id) = &agent { id.clone() } else { String::new() };
+        let denied = Some(DeniedAgent { id, reason: denial });
+        let removed = self.keep(|data| {
+            (data.svid, data.reattestable, data.denied) = (Vec::new(), false, denied);
+        });
+        if let Err(error) = removed.await {
             tracing::warn!(%error, "the agent's SVID cannot be removed");
         }
         self.upstream.show_nothing();
         self.standing.send_replace(OwnStanding::Lost(denial));
-        let remedy = denial.remedy(agent.as_ref(), with_token);
+        let remedy = denial.remedy(&agent, self.is_with_token());
         Expelled { reason: format!("{denial}; {remedy}") }
+    }
+
+    fn is_with_token(&self) -> bool {
+        self.live().attestor.name() == "join_token"
+    }
+
+    /// How the server calls this agent.
+    async fn name(&self) -> AgentName {
+        if let Some((id, _)) = self.last_known() {
+            return AgentName::Given(id.to_string());
+        }
+        let before = self.data.known().denied.map(|denied| denied.id);
+        if let Some(id) = before.filter(|id| !id.is_empty()) {
+            return AgentName::Given(id);
+        }
+        let evidence = self.live().attestor.evidence(&self.slow).await;
+        let path = evidence.ok().and_then(|evidence| evidence.agent_path);
+        let trust_domain = self.settings.trust_domain.name();
+        path.map_or(AgentName::Unknown, |path| AgentName::ByDefault(format!("spiffe://{trust_domain}{path}")))
+    }
+
+    /// What the server said of this agent when it took its SVID back, where that is why it has none.
+    fn denied_before(&self) -> Option<String> {
+        let DeniedAgent { id, reason } = self.data.known().denied?;
+        let agent = if id.is_empty() { AgentName::Unknown } else { AgentName::Given(id) };
+        Some(format!("{reason}; {}", reason.remedy(&agent, self.is_with_token())))
     }
 
     async fn ask_status(&self) -> Result<(), ServerError> {
@@ -222,7 +249,12 @@ impl OwnSvid {
 
     /// Says why there is no SVID: as a warning when that is not what was `said` before, and now and then.
     fn tell(&self, way: Way, error: &ServerError, said: &mut Trouble) {
-        let why = error.to_string();
+        let mut why = error.to_string();
+        if matches!(error, ServerError::NoToken | ServerError::Refused { .. })
+            && let Some(before) = self.denied_before()
+        {
+            why = format!("{why}; this is needed since its last SVID was taken back: {before}");
+        }
         let by = match way {
             Way::Attest => "attestation",
             Way::Renew => "renewal",
