@@ -288,6 +288,12 @@ impl Config {
         missing.chain(bundle()).chain(self.missing_token(trust)).collect()
     }
 
+    /// Why a node would not be known any more after a restart, where that is so.
+    pub fn forgets_node(&self) -> Option<&'static str> {
+        let IssuerChoice::Server(settings) = self.issuer_input().choice else { return None };
+        own_svid::forgets(&settings).then_some(own_svid::FORGETS)
+    }
+
     /// That there is neither a join token, where one is to be shown, nor an SVID that one brought.
     fn missing_token(&self, trust: Trust) -> Option<(&'static str, String)> {
         let Signer::Server(joined) = &self.issuer else { return None };

@@ -201,6 +201,29 @@ async fn spire_agents_command_line_joins_a_server() {
     command.arg("-dataDir").arg(at.join("data")).arg("-socketPath").arg(at.join("api.sock"));
     let _agent = Process::of(command, &at.join("log"));
     gives(&at.join("api.sock"), &["web"]).await;
+
+    // Its KeyManager keeps nothing for the next start, which is told by both.
+    let mut command = Command::new(DURWARD);
+    command
+        .args(["validate", "-config"])
+        .arg(at.join("agent.conf"))
+        .arg("-trustBundle")
+        .arg(at.join("roots.pem"));
+    command.args([
+        "-serverAddress",
+        "a",
+        "-serverPort",
+        "1",
+        "-trustDomain",
+        "example.org",
+        "-joinToken",
+        "x",
+    ]);
+    let validated = tokio::task::block_in_place(|| command.output()).unwrap();
+    let validated = String::from_utf8(validated.stderr).unwrap();
+    for said in [log(at), validated] {
+        assert_eq!(said.matches("after a restart this node needs another token").count(), 1, "{said}");
+    }
 }
 
 #[tokio::test]

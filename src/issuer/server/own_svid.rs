@@ -51,6 +51,15 @@ fn is_irreplaceable(settings: &ServerSettings) -> bool {
     is_kept && attestor(settings).name() == "join_token"
 }
 
+/// Whether a restart would leave this node without what the server knows it by, and without a way to attest anew.
+pub fn forgets(settings: &ServerSettings) -> bool {
+    settings.key_manager == KeyManagerSettings::Memory && attestor(settings).name() == "join_token"
+}
+
+/// What is said of that.
+pub const FORGETS: &str = "the agent's key ends with the process, and a join token is good for one attestation: after a restart \
+                           this node needs another token (KeyManager \"disk\" keeps the key)";
+
 /// Looks at what is on the disk as a start with these settings by the user of `trust` would, and changes nothing.
 ///
 /// # Errors
@@ -167,6 +176,9 @@ impl OwnSvid {
                 AgentKeys::open(FileDir::open(directory, UNFINISHED)?, on_damage)?
             }
         });
+        if forgets(&settings) {
+            tracing::warn!("{FORGETS}");
+        }
         let key_exchange =
             if settings.sync.require_pq_kem { KeyExchange::PostQuantum } else { KeyExchange::Any };
         let tls = TlsPlan { trust_domain: settings.trust_domain.clone(), key_exchange, clock };
