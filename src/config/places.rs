@@ -23,7 +23,7 @@ use crate::{
         FileFault, IssuerChoice, check_data_dir, check_supplied_secret,
         embedded::{self, IssuerError, try_sources},
         server::{
-            AGENT_DATA, DataFault, own_svid,
+            AGENT_DATA, DataFault, PopFault, check_pop, own_svid,
             settings::{KeyManagerSettings, NodeAttestorSettings, TrustBundleFormat},
         },
     },
@@ -37,6 +37,7 @@ use crate::{
 
 const KEYS: &str = "plugins.KeyManager \"disk\".plugin_data.directory";
 const CERTIFICATE: &str = "plugins.NodeAttestor \"x509pop\".plugin_data.certificate_path";
+const INTERMEDIATES: &str = "plugins.NodeAttestor \"x509pop\".plugin_data.intermediates_path";
 const KEY: &str = "plugins.NodeAttestor \"x509pop\".plugin_data.private_key_path";
 
 const DISCOVER: &str = "plugins.WorkloadAttestor \"unix\".plugin_data.discover_workload_path";
@@ -239,6 +240,7 @@ impl Config {
         }
         let Signer::Embedded(issuer) = &self.issuer else {
             self.try_kept(trust, tells, &mut found);
+            self.try_pop(trust, &mut found);
             return found.wrong;
         };
         if let Some(file) = &issuer.ca_cert_path
@@ -322,6 +324,19 @@ impl Config {
                 found.note(key, &dir, Err::<(), _>(fault));
             }
         }
+    }
+
+    /// A certificate and key that this node can never attest with.
+    fn try_pop(&self, trust: Trust, found: &mut Places) {
+        let Signer::Server(joined) = &self.issuer else { return };
+        let NodeAttestorSettings::X509Pop(pop) = &joined.node_attestor else { return };
+        let Err(fault) = check_pop(pop, trust) else { return };
+        let (key, path) = match &fault {
+            PopFault::Certificate { path, .. } => (CERTIFICATE, path.clone()),
+            PopFault::Intermediates { path, .. } => (INTERMEDIATES, path.clone()),
+            PopFault::Key { path, .. } | PopFault::Pair { key: path, .. } => (KEY, path.clone()),
+        };
+        found.note(key, &path, Err::<(), _>(fault));
     }
 
     /// What a CA or a state that is there would say at the start.

@@ -56,19 +56,20 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use self::{
-    calls::{AskFor, CallFault, Calls},
-    remote::RemoteServer,
-    signing::{Urgency, X509Signing},
-    tokens::JwtSigning,
-};
 pub use self::{
+    attestation::{PopFault, check_pop},
     data::AGENT_DATA,
     error::{DataFault, Denial, ServerError},
     metrics::{ServerCall, ServerMetrics, SyncResult},
     own_svid::{OwnStanding, OwnSvid},
     settings::ServerSettings,
     upstream::LineStanding,
+};
+use self::{
+    calls::{AskFor, CallFault, Calls},
+    remote::RemoteServer,
+    signing::{Urgency, X509Signing},
+    tokens::JwtSigning,
 };
 use super::{
     Expelled, Issuer, IssuerChoice, IssuerInput, Lookout, Lookouts, MintError, ServerStatus, SvidKind, World,

@@ -526,3 +526,41 @@ async fn a_token_that_the_file_is_given_comes_before_that_of_the_command_line() 
     until("attested", || log().contains("spire/agent/join_token/other")).await;
     assert!(log().contains("agent.join_token") && server.course().tokens.contains("mistyped"), "{}", log());
 }
+
+/// What a start would wait for without end is a mistake.
+#[tokio::test]
+async fn a_certificate_and_a_key_that_do_not_fit_are_mistakes() {
+    let server = FakeSpireServer::start(Face::Right).await;
+    let dir = directory();
+    write_config(dir.path(), &server, "insecure_bootstrap = true");
+    let text = std::fs::read_to_string(dir.path().join("agent.conf")).unwrap();
+    let pair = || {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let certificate = rcgen::CertificateParams::new(vec!["node".to_owned()]).unwrap();
+        (key.serialize_pem(), certificate.self_signed(&key).unwrap().pem())
+    };
+    let ((key, certificate), (other, _)) = (pair(), pair());
+    let at = |name: &str| dir.path().join(name);
+    for (case, key, certificate, want) in [
+        ("right", &key, &certificate, None),
+        ("another key", &other, &certificate, Some("private_key_path")),
+        ("swapped", &certificate, &key, Some("certificate_path")),
+        ("an empty key", &String::new(), &certificate, Some("private_key_path")),
+        ("an empty certificate", &key, &String::new(), Some("certificate_path")),
+    ] {
+        std::fs::write(at("node.key"), key).unwrap();
+        std::fs::set_permissions(at("node.key"), std::fs::Permissions::from_mode(0o600)).unwrap();
+        std::fs::write(at("node.pem"), certificate).unwrap();
+        let (key, certificate) = (at("node.key"), at("node.pem"));
+        let pop = format!(
+            "NodeAttestor \"x509pop\" {{ plugin_data {{ private_key_path = \"{}\" certificate_path = \"{}\" }} }}",
+            key.display(),
+            certificate.display()
+        );
+        std::fs::write(at("agent.conf"), text.replace("NodeAttestor \"join_token\" { }", &pop)).unwrap();
+        let got = Command::new(DURWARD).args(["validate", "-config"]).arg(at("agent.conf")).output().unwrap();
+        let said = String::from_utf8(got.stderr).unwrap();
+        assert_eq!(got.status.code(), Some(i32::from(want.is_some())), "{case}: {said}");
+        assert!(want.is_none_or(|want| said.contains(want)), "{case}: {said}");
+    }
+}
