@@ -60,7 +60,7 @@ pub struct CliOverrides {
     #[arg(long, value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
 
-    /// The trust domain; must be the one in the configuration file
+    /// The trust domain; with issuer "embedded" the one in the file
     #[arg(long, value_name = "NAME", value_parser = TrustDomain::parse)]
     pub trust_domain: Option<TrustDomain>,
 
@@ -87,6 +87,10 @@ pub struct CliOverrides {
     /// Accepted for spire-agent's sake: this version has no SDS API
     #[arg(long)]
     pub disable_sds_api: bool,
+
+    /// Refused: the Workload API is the only one in this version
+    #[arg(long)]
+    pub disable_workload_api: bool,
 
     #[command(flatten)]
     pub server: ServerOverrides,
@@ -143,8 +147,8 @@ pub struct ServerOverrides {
 }
 
 impl CliOverrides {
-    /// The keys that are checked together with those of the file, and replace them there. The trust domain is one only
-    /// where the file names none: another one is an error.
+    /// The keys that are checked together with those of the file, and replace them there. The trust domain does not where the
+    /// file names one for a CA: another one is an error.
     fn keys(&self) -> Vec<Given> {
         let ServerOverrides {
             server_address,
@@ -174,7 +178,8 @@ impl CliOverrides {
             texts.into_iter().filter_map(|(key, text)| Some((key, text.filter(|text| !text.is_empty())?)));
         let mut keys: Vec<Given> = texts.map(|(key, text)| Given::text(key, text)).collect();
         keys.extend(insecure_bootstrap.then(|| Given::yes("insecure_bootstrap")));
-        keys.extend(self.trust_domain.as_ref().map(|name| Given::unless_set("trust_domain", name.name())));
+        keys.extend(self.trust_domain.as_ref().map(|name| Given::trust_domain(name.name())));
+        keys.extend(self.disable_workload_api.then(|| Given::yes("disable_workload_api")));
         keys
     }
 }
@@ -231,6 +236,7 @@ impl CliOverrides {
             allow_unauthenticated_verifiers,
             disable_sds_api: _,
             // Among the file's keys by then.
+            disable_workload_api: _,
             server: _,
         } = self;
         if let Some(asked) = trust_domain.as_ref().filter(|asked| **asked != config.trust_domain) {
