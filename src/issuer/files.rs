@@ -13,7 +13,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use nix::{fcntl::OFlag, unistd::geteuid};
+use nix::{errno::Errno, fcntl::OFlag, unistd::geteuid};
 use zeroize::Zeroizing;
 
 use crate::os::{
@@ -63,6 +63,9 @@ pub enum FileFault {
         /// `directory` or `regular file`.
         want: &'static str,
     },
+    /// A link stands where a file should be: it is not followed.
+    #[error("{} is a symbolic link, which is not followed: put the file itself in its place", path.display())]
+    Link { path: PathBuf },
     /// Others could put something else in the place of a file or directory.
     #[error(transparent)]
     Path(PathError),
@@ -153,6 +156,9 @@ impl FileDir {
         let file = match self.dir.open_as(OsStr::new(name), OFlag::O_RDONLY | OFlag::O_NONBLOCK, 0) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(cause) if cause.raw_os_error().map(Errno::from_raw) == Some(Errno::ELOOP) => {
+                return Err(FileFault::Link { path });
+            }
             Err(cause) => return Err(failed(cause)),
         };
         // It is looked at by its descriptor, so what was checked is what is read.

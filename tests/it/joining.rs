@@ -564,3 +564,27 @@ async fn a_certificate_and_a_key_that_do_not_fit_are_mistakes() {
         assert!(want.is_none_or(|want| said.contains(want)), "{case}: {said}");
     }
 }
+
+#[tokio::test]
+async fn what_is_not_used_of_the_disk_is_told_with_its_reason() {
+    let server = FakeSpireServer::start(Face::Right).await;
+    server.course().tokens.insert("once".to_owned());
+    let dir = directory();
+    let roots = format!("trust_bundle_path = \"{}/roots.pem\"", dir.path().display());
+    write_config(dir.path(), &server, &format!("{roots}\n join_token = \"once\""));
+    let log = || std::fs::read_to_string(dir.path().join("log")).unwrap();
+    let agent = Process::spawn(dir.path());
+    until("attested", || kept(dir.path()).contains("\"svid\":[")).await;
+    drop(agent);
+    let data = |name: &str| dir.path().join("data").join(name);
+    std::fs::rename(data("keys.json"), data("other")).unwrap();
+    let agent = Process::spawn(dir.path());
+    until("told", || log().contains("reason=\"its key is missing\"")).await;
+    drop(agent);
+    std::os::unix::fs::symlink("other", data("keys.json")).unwrap_or_else(|_there| {
+        std::fs::remove_file(data("keys.json")).unwrap();
+        std::os::unix::fs::symlink("other", data("keys.json")).unwrap();
+    });
+    assert_eq!(Process::spawn(dir.path()).wait().code(), Some(1), "{}", log());
+    assert!(log().contains("keys.json is a symbolic link, which is not followed"), "{}", log());
+}

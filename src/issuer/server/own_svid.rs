@@ -301,10 +301,18 @@ impl OwnSvid {
         }
         match self.current() {
             None if self.unproven().is_some() => {}
-            None => tracing::warn!(
-                file = %self.data.path().display(),
-                "the agent's SVID on the disk has expired, or its key is missing: this node attests again"
-            ),
+            None => {
+                let reason = match parsed(data.svid, data.reattestable) {
+                    None => "it names no agent",
+                    Some(svid) if !self.lasts(&svid) => "it has expired",
+                    Some(_) => "its key is missing",
+                };
+                tracing::warn!(
+                    file = %self.data.path().display(),
+                    reason,
+                    "the agent's SVID on the disk is of no use: this node attests again"
+                );
+            }
             Some(svid) => self.show(&svid),
         }
     }

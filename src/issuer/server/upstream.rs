@@ -303,7 +303,7 @@ impl Upstream {
             tries += 1;
             match live.dialed.sender.try_send_request(request).await {
                 Ok(response) => {
-                    self.look_at(&response);
+                    self.look_at(&response, live.number);
                     return Ok(response);
                 }
                 Err(mut error) => {
@@ -317,10 +317,12 @@ impl Upstream {
         }
     }
 
-    /// A server that does not know the agent says so in place of an answer.
-    fn look_at(&self, response: &Response<Incoming>) {
+    /// A server that does not know the agent says so in place of an answer. What it says of an SVID that the agent shows no more
+    /// does not count.
+    fn look_at(&self, response: &Response<Incoming>, number: u64) {
         let denial = Status::from_header_map(response.headers()).as_ref().and_then(Denial::of);
-        if let Some(denial) = denial {
+        let is_current = || self.lock().current.as_ref().is_some_and(|live| live.number == number);
+        if let Some(denial) = denial.filter(|_| is_current()) {
             self.denied.send_replace(Some(denial));
         }
     }

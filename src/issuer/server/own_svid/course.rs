@@ -72,6 +72,8 @@ impl OwnSvid {
                 (Ok(()), _) => {
                     failures = 0;
                     said = Trouble::default();
+                    // What was said of the SVID before.
+                    denials.mark_unchanged();
                     self.post_status().await;
                 }
                 (_, Some(Denial::MustReattest)) if next == Way::Renew => way = Some(Way::Attest),
