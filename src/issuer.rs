@@ -122,7 +122,7 @@ pub struct CaStanding {
 pub struct ServerStatus {
     /// Its host and port.
     pub address: String,
-    /// Who the agent is to it, and when its SVID ends; `None` while it has none.
+    /// Who the agent is to it by the last SVID that it has or had, and when that ends; `None` where it had none.
     pub agent: Option<(SpiffeId, SystemTime)>,
     /// When entries and bundles were last what the server says.
     pub last_sync: Option<SystemTime>,

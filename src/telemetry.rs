@@ -11,6 +11,7 @@ pub mod registry;
 mod settings;
 mod sink;
 mod spire_names;
+pub mod trouble;
 
 pub use self::{
     settings::{

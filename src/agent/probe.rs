@@ -2,7 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{runtime::Handle, time::timeout};
+use tokio::{
+    runtime::Handle,
+    time::{Instant, timeout},
+};
 
 use super::way_in::WayIn;
 use crate::{
@@ -22,6 +25,9 @@ const PROBE: Duration = Duration::from_secs(5);
 /// The same while it waits for its server: callers are served as soon as that has answered.
 const PROBE_OF_WAITING: Duration = Duration::from_millis(250);
 
+/// For how long a server may keep the agent waiting after its start before that is said.
+const WAITS_QUIETLY: Duration = Duration::from_secs(5);
+
 /// How often the threads that serve callers are asked for a sign of life.
 const BEAT: Duration = Duration::from_secs(1);
 /// How long they may take for it. A node that is short of processors for so long is no better off with this agent.
@@ -31,26 +37,21 @@ const BEAT_WITHIN: Duration = Duration::from_secs(10);
 /// restart would not bring the server back.
 pub(super) async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
     let waits = issuer.server().is_some();
-    let mut failing = false;
+    let mut failing_since = None;
+    let mut is_said = false;
     loop {
         match SvidKind::VALUES.iter().try_for_each(|kind| issuer.can_sign(*kind)) {
             _ if health.get() == Probe::Draining => return,
             Ok(()) => {
-                failing = false;
+                (failing_since, is_said) = (None, false);
                 health.set(Probe::Healthy);
             }
             Err(error) => {
-                if !std::mem::replace(&mut failing, true) {
-                    if issuer.server().is_some_and(|server| server.last_sync.is_none()) {
-                        tracing::warn!(
-                            error = chain(&error),
-                            "the agent waits for its server, and nobody is served until it has answered"
-                        );
-                    } else if waits {
-                        tracing::warn!(
-                            error = chain(&error),
-                            "the agent waits for its server; what it has is served until it expires"
-                        );
+                let since = *failing_since.get_or_insert_with(Instant::now);
+                if !is_said && (!waits || since.elapsed() >= WAITS_QUIETLY) {
+                    is_said = true;
+                    if waits {
+                        tracing::warn!(error = chain(&error), "nobody is served yet");
                     } else {
                         tracing::error!(error = chain(&error), "the agent cannot sign");
                     }
@@ -58,7 +59,7 @@ pub(super) async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
                 health.set(if waits { Probe::Starting } else { Probe::Unavailable });
             }
         }
-        sleep_to_beat(if failing && waits { PROBE_OF_WAITING } else { PROBE }).await;
+        sleep_to_beat(if failing_since.is_some() && waits { PROBE_OF_WAITING } else { PROBE }).await;
     }
 }
 

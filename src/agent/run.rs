@@ -39,7 +39,7 @@ use super::{
     upkeep::{Happened, Upkeep},
 };
 use crate::{
-    config::{Config, WrongPlace},
+    config::{Config, Signer, WrongPlace},
     issuer::{self, Expelled},
     os::{clock::Clock, program, random, systemd::ServiceManager},
     peer::Socket,
@@ -238,7 +238,8 @@ impl Control<'_> {
             tracing::info!(
                 socket = %agent.socket_path().display(),
                 trust_domain = %config.trust_domain,
-                entries = config.entries.len(),
+                // Those of a server are not known yet.
+                entries = matches!(config.issuer, Signer::Embedded(_)).then_some(config.entries.len()),
                 version = env!("CARGO_PKG_VERSION"),
                 "the workload api is served"
             );

@@ -24,13 +24,14 @@ pub(super) enum Takes {
 }
 
 /// Every flag: our spelling, spire-agent's, and what follows it. A name means the same thing for all commands.
-pub(super) const FLAGS: [(&str, &str, Takes); 42] = [
+pub(super) const FLAGS: [(&str, &str, Takes); 43] = [
     ("allow-unauthenticated-verifiers", "allowUnauthenticatedVerifiers", Takes::Nothing),
     ("audience", "audience", Takes::Value),
     ("config", "config", Takes::Value),
     ("data-dir", "dataDir", Takes::Value),
     ("dir", "dir", Takes::Value),
     ("disable-sds-api", "disableSDSAPI", Takes::Nothing),
+    ("disable-workload-api", "disableWorkloadAPI", Takes::Nothing),
     ("exit-after-fetch", "exitAfterFetch", Takes::Nothing),
     ("expand-env", "expandEnv", Takes::Nothing),
     ("from", "from", Takes::Value),

@@ -60,7 +60,7 @@ pub struct CliOverrides {
     #[arg(long, value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
 
-    /// The trust domain; must be the one in the configuration file
+    /// The trust domain; with issuer "embedded" the one in the file
     #[arg(long, value_name = "NAME", value_parser = TrustDomain::parse)]
     pub trust_domain: Option<TrustDomain>,
 
@@ -88,6 +88,10 @@ pub struct CliOverrides {
     #[arg(long)]
     pub disable_sds_api: bool,
 
+    /// Refused: the Workload API is the only one in this version
+    #[arg(long)]
+    pub disable_workload_api: bool,
+
     #[command(flatten)]
     pub server: ServerOverrides,
 }
@@ -106,6 +110,8 @@ pub struct ServerOverrides {
     /// The join token that the SPIRE Server generated for this node
     ///
     /// Other users can see it in the list of processes: a file is safer.
+    ///
+    /// A token that the configuration is given later comes before it.
     #[arg(long, value_name = "TOKEN", value_parser = join_token)]
     pub join_token: Option<JoinToken>,
 
@@ -141,8 +147,8 @@ pub struct ServerOverrides {
 }
 
 impl CliOverrides {
-    /// The keys that are checked together with those of the file, and replace them there. The trust domain is one only
-    /// where the file names none: another one is an error.
+    /// The keys that are checked together with those of the file, and replace them there. The trust domain does not where the
+    /// file names one for a CA: another one is an error.
     fn keys(&self) -> Vec<Given> {
         let ServerOverrides {
             server_address,
@@ -172,7 +178,8 @@ impl CliOverrides {
             texts.into_iter().filter_map(|(key, text)| Some((key, text.filter(|text| !text.is_empty())?)));
         let mut keys: Vec<Given> = texts.map(|(key, text)| Given::text(key, text)).collect();
         keys.extend(insecure_bootstrap.then(|| Given::yes("insecure_bootstrap")));
-        keys.extend(self.trust_domain.as_ref().map(|name| Given::unless_set("trust_domain", name.name())));
+        keys.extend(self.trust_domain.as_ref().map(|name| Given::trust_domain(name.name())));
+        keys.extend(self.disable_workload_api.then(|| Given::yes("disable_workload_api")));
         keys
     }
 }
@@ -229,6 +236,7 @@ impl CliOverrides {
             allow_unauthenticated_verifiers,
             disable_sds_api: _,
             // Among the file's keys by then.
+            disable_workload_api: _,
             server: _,
         } = self;
         if let Some(asked) = trust_domain.as_ref().filter(|asked| **asked != config.trust_domain) {
@@ -287,6 +295,28 @@ impl ConfigArgs {
         let given: Vec<_> = self.overrides.keys().into_iter().chain(running.map(Given::running)).collect();
         let looks = if running.is_some() { Looks::Again } else { Looks::BeforeStart(socket) };
         self.look(Trust::own(), &given, looks).map(|(config, _closed)| config)
+    }
+
+    /// [`ConfigArgs::load`], where the command line names a join token: one that the file names since the start, `at_start`, comes
+    /// before it, since the one of the command line cannot be changed any more.
+    fn load_with_token(
+        &self,
+        at_start: &OnceLock<FileToken>,
+        running: Option<&TrustDomain>,
+        socket: SocketOf,
+    ) -> Result<Config, Failure> {
+        let ServerOverrides { join_token, join_token_file, .. } = &self.overrides.server;
+        if join_token.is_none() && join_token_file.is_none() {
+            return self.load(running, socket);
+        }
+        let mut without = self.clone();
+        (without.overrides.server.join_token, without.overrides.server.join_token_file) = (None, None);
+        let of_file = without.load(running, socket);
+        let named = of_file.as_ref().map(FileToken::of).unwrap_or_default();
+        if named != *at_start.get_or_init(|| named.clone()) && named != FileToken::default() {
+            return of_file;
+        }
+        self.load(running, socket)
     }
 
     /// Reads and checks all of it as `load` would for an agent of this user, whatever this process can start.
@@ -376,6 +406,21 @@ enum Unread {
     Contradicted(OverrideError),
 }
 
+/// The join token that a configuration names: itself, or where it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct FileToken(JoinToken, Option<PathBuf>);
+
+impl FileToken {
+    fn of(config: &Config) -> Self {
+        match &config.issuer {
+            Signer::Server(joined) => {
+                Self(joined.join.join_token.clone(), joined.join.join_token_file.clone())
+            }
+            Signer::Embedded(_) => Self::default(),
+        }
+    }
+}
+
 /// Where mistakes are looked for beside the places that must be nobody else's.
 #[derive(Clone, Copy)]
 enum Looks {
@@ -454,7 +499,7 @@ fn log_format(text: &str) -> Result<LogFormat, &'static str> {
     LogFormat::parse(text).ok_or("must be text or json")
 }
 
-/// Runs the agent until it is told to stop. The command line wins on every reload too.
+/// Runs the agent until it is told to stop. The command line wins on every reload too, but for a join token.
 pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
     // Before there is a key to be seen.
     secrecy::keep().map_err(|error| {
@@ -465,9 +510,9 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
     // Gone from the environment once the agent has taken it.
     let handed = super::environment("LISTEN_FDS").is_some();
     let socket = if handed { SocketOf::ServiceManager } else { SocketOf::Agent };
-    let running = OnceLock::new();
+    let (running, token) = (OnceLock::new(), OnceLock::new());
     let load = move || {
-        let config = config.load(running.get(), socket)?;
+        let config = config.load_with_token(&token, running.get(), socket)?;
         let _first = running.get_or_init(|| config.trust_domain.clone());
         Ok(config)
     };

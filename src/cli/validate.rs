@@ -131,6 +131,7 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
     let to_join = config.missing_to_join(trust).into_iter().map(|(key, error)| {
         (key, format!("{error}; the agent waits for it, unless it has joined its server before"))
     });
+    let forgets = config.forgets_node().map(|why| ("plugins.KeyManager", why.to_owned()));
     let missing = config.attest.missing().into_iter().map(|why| ("plugins.WorkloadAttestor", why));
     let untrusted = config.federation_gaps.iter().cloned().map(|why| ("federation", why));
     let audit = config.audit.socket.as_deref().filter(|_| config.audit.enabled);
@@ -149,6 +150,7 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
         .chain(unread)
         .chain(room)
         .chain(to_join)
+        .chain(forgets)
         .chain(missing)
         .chain(untrusted)
         .collect()

@@ -50,7 +50,7 @@ pub struct Given {
 enum Over {
     /// It is replaced.
     Replaces,
-    /// It stays.
+    /// It stays where this node has a CA of its own, and is replaced where it joins a server.
     Yields,
     /// It must be the same.
     Demands,
@@ -67,9 +67,9 @@ impl Given {
         Self { key, value: Value::Bool(true), over: Over::Replaces }
     }
 
-    /// `key` is this text where the file sets none.
-    pub fn unless_set(key: &'static str, text: &str) -> Self {
-        Self { over: Over::Yields, ..Self::text(key, text) }
+    /// The trust domain has this name, unless the file names another one and a CA for it.
+    pub fn trust_domain(name: &str) -> Self {
+        Self { over: Over::Yields, ..Self::text("trust_domain", name) }
     }
 
     /// The trust domain is the one of an agent that runs: another is a mistake.
@@ -140,6 +140,7 @@ impl Input<'_> {
         }
         let Value::Object(blocks) = &mut main.value else { return };
         let file = problems.add_file(Path::new("command line"));
+        let has_ca = blocks.iter().any(|block| block.key.eq_ignore_ascii_case("issuer"));
         let mut added = Vec::new();
         for (Given { key, value, over }, column) in self.given.iter().zip(1..) {
             if *over == Over::Demands {
@@ -148,7 +149,7 @@ impl Input<'_> {
             let mut objects =
                 blocks.iter_mut().filter(|block| block.key.eq_ignore_ascii_case("agent")).flat_map(members);
             let is_key = |member: &Member| member.key.eq_ignore_ascii_case(key) && member.is_set();
-            if *over == Over::Yields && objects.any(|members| members.iter().any(is_key)) {
+            if *over == Over::Yields && has_ca && objects.any(|members| members.iter().any(is_key)) {
                 continue;
             }
             objects.for_each(|members| members.retain(|member| !is_key(member)));

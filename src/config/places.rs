@@ -23,7 +23,7 @@ use crate::{
         FileFault, IssuerChoice, check_data_dir, check_supplied_secret,
         embedded::{self, IssuerError, try_sources},
         server::{
-            AGENT_DATA, own_svid,
+            AGENT_DATA, DataFault, PopFault, check_pop, own_svid,
             settings::{KeyManagerSettings, NodeAttestorSettings, TrustBundleFormat},
         },
     },
@@ -37,6 +37,7 @@ use crate::{
 
 const KEYS: &str = "plugins.KeyManager \"disk\".plugin_data.directory";
 const CERTIFICATE: &str = "plugins.NodeAttestor \"x509pop\".plugin_data.certificate_path";
+const INTERMEDIATES: &str = "plugins.NodeAttestor \"x509pop\".plugin_data.intermediates_path";
 const KEY: &str = "plugins.NodeAttestor \"x509pop\".plugin_data.private_key_path";
 
 const DISCOVER: &str = "plugins.WorkloadAttestor \"unix\".plugin_data.discover_workload_path";
@@ -237,7 +238,11 @@ impl Config {
                 found.note(key, value, Err::<(), _>(message));
             }
         }
-        let Signer::Embedded(issuer) = &self.issuer else { return found.wrong };
+        let Signer::Embedded(issuer) = &self.issuer else {
+            self.try_kept(trust, tells, &mut found);
+            self.try_pop(trust, &mut found);
+            return found.wrong;
+        };
         if let Some(file) = &issuer.ca_cert_path
             && let Err(PathError::Open { path, cause }) = trust.open(file)
             && tells(&cause)
@@ -285,6 +290,12 @@ impl Config {
         missing.chain(bundle()).chain(self.missing_token(trust)).collect()
     }
 
+    /// Why a node would not be known any more after a restart, where that is so.
+    pub fn forgets_node(&self) -> Option<&'static str> {
+        let IssuerChoice::Server(settings) = self.issuer_input().choice else { return None };
+        own_svid::forgets(&settings).then_some(own_svid::FORGETS)
+    }
+
     /// That there is neither a join token, where one is to be shown, nor an SVID that one brought.
     fn missing_token(&self, trust: Trust) -> Option<(&'static str, String)> {
         let Signer::Server(joined) = &self.issuer else { return None };
@@ -299,6 +310,33 @@ impl Config {
                 format!("{why}: make one with spire-server token generate, and set join_token_file"),
             )
         })
+    }
+
+    /// What is kept of an agent of a SPIRE Server, and would end its start.
+    fn try_kept(&self, trust: Trust, tells: impl Fn(&io::Error) -> bool, found: &mut Places) {
+        let IssuerChoice::Server(settings) = self.issuer_input().choice else { return };
+        match own_svid::check_kept(&settings, trust) {
+            // Places says it.
+            Ok(()) | Err((_, DataFault::File(FileFault::Path(_) | FileFault::FileType { .. }))) => {}
+            Err((_, DataFault::File(FileFault::Read { cause, .. }))) if !tells(&cause) => {}
+            Err((dir, fault)) => {
+                let key = if dir == settings.data_dir { "agent.data_dir" } else { KEYS };
+                found.note(key, &dir, Err::<(), _>(fault));
+            }
+        }
+    }
+
+    /// A certificate and key that this node can never attest with.
+    fn try_pop(&self, trust: Trust, found: &mut Places) {
+        let Signer::Server(joined) = &self.issuer else { return };
+        let NodeAttestorSettings::X509Pop(pop) = &joined.node_attestor else { return };
+        let Err(fault) = check_pop(pop, trust) else { return };
+        let (key, path) = match &fault {
+            PopFault::Certificate { path, .. } => (CERTIFICATE, path.clone()),
+            PopFault::Intermediates { path, .. } => (INTERMEDIATES, path.clone()),
+            PopFault::Key { path, .. } | PopFault::Pair { key: path, .. } => (KEY, path.clone()),
+        };
+        found.note(key, &path, Err::<(), _>(fault));
     }
 
     /// What a CA or a state that is there would say at the start.

@@ -13,7 +13,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use nix::{fcntl::OFlag, unistd::geteuid};
+use nix::{errno::Errno, fcntl::OFlag, unistd::geteuid};
 use zeroize::Zeroizing;
 
 use crate::os::{
@@ -63,6 +63,9 @@ pub enum FileFault {
         /// `directory` or `regular file`.
         want: &'static str,
     },
+    /// A link stands where a file should be: it is not followed.
+    #[error("{} is a symbolic link, which is not followed: put the file itself in its place", path.display())]
+    Link { path: PathBuf },
     /// Others could put something else in the place of a file or directory.
     #[error(transparent)]
     Path(PathError),
@@ -153,6 +156,9 @@ impl FileDir {
         let file = match self.dir.open_as(OsStr::new(name), OFlag::O_RDONLY | OFlag::O_NONBLOCK, 0) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(cause) if cause.raw_os_error().map(Errno::from_raw) == Some(Errno::ELOOP) => {
+                return Err(FileFault::Link { path });
+            }
             Err(cause) => return Err(failed(cause)),
         };
         // It is looked at by its descriptor, so what was checked is what is read.
@@ -216,15 +222,26 @@ impl FileDir {
     /// Keeps a damaged file under another name, which is given back. `None` where it is still in its place: all names are
     /// taken, or it cannot be moved.
     pub(super) fn put_aside(&self, name: &str) -> Option<PathBuf> {
-        (1..=MOST_DAMAGED).find_map(|number| {
-            let kept =
-                if number == 1 { format!("{name}.damaged") } else { format!("{name}.damaged.{number}") };
+        damaged_names(name).find_map(|kept| {
             let looked = self.dir.look_at(OsStr::new(&kept));
             let is_free = looked.is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
             let is_moved = is_free && self.dir.rename(OsStr::new(name), &OsString::from(&kept)).is_ok();
             is_moved.then(|| self.path_of(&kept))
         })
     }
+
+    /// Where a damaged file of this name is kept: the last one that was put aside.
+    pub(super) fn kept_aside(&self, name: &str) -> Option<PathBuf> {
+        let kept = damaged_names(name).filter(|kept| self.dir.look_at(OsStr::new(kept)).is_ok());
+        kept.last().map(|kept| self.path_of(&kept))
+    }
+}
+
+/// What a damaged file of this name may be called, in their order.
+fn damaged_names(name: &str) -> impl Iterator<Item = String> + '_ {
+    (1..=MOST_DAMAGED).map(move |number| {
+        if number == 1 { format!("{name}.damaged") } else { format!("{name}.damaged.{number}") }
+    })
 }
 
 /// Looks at a data directory as an agent of user `ours` would. One that is missing is well: it is made.

@@ -7,7 +7,7 @@
 //! | `entries`, `bundles` | what it says of whom this node serves, and what verifies them |
 //! | `sync`, `cycle`, `backoff` | that it is asked for that, and when |
 //! | `own_svid`, `attestation`, `bootstrap` | the agent's own SVID, how this node is known at first, and how the server is |
-//! | `upstream`, `dial`, `tls` | the connection that every call shares |
+//! | `upstream`, `dial`, `tls`, `first_frame` | the connection that every call shares |
 //! | `request`, `signing`, `intermediates` | X.509-SVIDs: a key and a request, what comes back, and many of them at once |
 //! | `tokens` | JWT-SVIDs, and each caller's share of the calls for them |
 //!
@@ -26,6 +26,7 @@ mod dial;
 mod entries;
 mod error;
 mod files;
+mod first_frame;
 mod intermediates;
 mod metrics;
 mod other_agent;
@@ -55,19 +56,20 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use self::{
-    calls::{AskFor, CallFault, Calls},
-    remote::RemoteServer,
-    signing::{Urgency, X509Signing},
-    tokens::JwtSigning,
-};
 pub use self::{
+    attestation::{PopFault, check_pop},
     data::AGENT_DATA,
     error::{DataFault, Denial, ServerError},
     metrics::{ServerCall, ServerMetrics, SyncResult},
     own_svid::{OwnStanding, OwnSvid},
     settings::ServerSettings,
     upstream::LineStanding,
+};
+use self::{
+    calls::{AskFor, CallFault, Calls},
+    remote::RemoteServer,
+    signing::{Urgency, X509Signing},
+    tokens::JwtSigning,
 };
 use super::{
     Expelled, Issuer, IssuerChoice, IssuerInput, Lookout, Lookouts, MintError, ServerStatus, SvidKind, World,
@@ -81,6 +83,9 @@ use crate::{
 
 /// How long an SVID is waited for while the last sync has failed: nobody waits for a server that is away.
 const AWAY_WAIT: Duration = Duration::from_secs(3);
+
+/// The same while the agent's own SVID has ended, so that it may not ask for any.
+const WAIT_WITHOUT_SVID: Duration = Duration::from_millis(500);
 
 /// What may change of it while it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -234,9 +239,20 @@ impl ServerIssuer {
 
     /// Until when an SVID is waited for.
     fn until(&self, deadline: Instant) -> Instant {
+        let has_ended = self.is_known() && self.own_trouble().is_some();
         match self.standing().again_at {
+            _ if has_ended => deadline.min(Instant::now() + WAIT_WITHOUT_SVID),
             Some(_) => deadline.min(Instant::now() + AWAY_WAIT),
             None => deadline,
+        }
+    }
+
+    /// Why the agent has no SVID of its own, while it has none.
+    fn own_trouble(&self) -> Option<String> {
+        let own = self.own.as_ref()?.standing();
+        match &*own.borrow() {
+            OwnStanding::Waiting { why, .. } => Some(why.clone()),
+            OwnStanding::Serving { .. } | OwnStanding::Lost(_) => None,
         }
     }
 
@@ -244,6 +260,9 @@ impl ServerIssuer {
     fn with_wait(&self, error: MintError) -> MintError {
         let left = self.standing().again_at.map(|at| at.saturating_duration_since(Instant::now()));
         match (error, left) {
+            (MintError::Late, left) if self.own_trouble().is_some() => {
+                MintError::Issuer { retry_after: left, source: Box::new(ServerError::NoSvid) }
+            }
             (MintError::Issuer { retry_after: None, source }, left) => {
                 MintError::Issuer { retry_after: left, source }
             }
@@ -303,7 +322,7 @@ impl Issuer for ServerIssuer {
         if self.is_known() {
             return Ok(());
         }
-        let unknown = Box::new(NotHeardOf);
+        let unknown = Box::new(NotHeardOf { own: self.own_trouble() });
         Err(self.with_wait(MintError::Issuer { retry_after: None, source: unknown }))
     }
 
@@ -320,7 +339,7 @@ impl Issuer for ServerIssuer {
         let line = own.upstream().standing();
         let mut status = ServerStatus {
             address: line.server,
-            agent: None,
+            agent: own.last_known(),
             last_sync: self.standing().synced,
             waits_for: None,
             last_error: line.failed.map(|(error, _)| error),
@@ -383,9 +402,22 @@ impl Issuer for ServerIssuer {
 }
 
 /// The server has not told yet what there is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the server has not yet said which entries this node has")]
-struct NotHeardOf;
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct NotHeardOf {
+    /// Why the agent has no SVID of its own, where it has none.
+    own: Option<String>,
+}
+
+impl std::error::Error for NotHeardOf {}
+
+impl fmt::Display for NotHeardOf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.own {
+            Some(why) => write!(f, "the agent has no valid SVID of its own: {why}"),
+            None => f.write_str("the server has not yet said which entries this node has"),
+        }
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -2,9 +2,15 @@
 
 use std::io;
 
+/// What rustls says when a connection ends without its own end, with an address of its documentation.
+const CUT_OFF: &str = "without sending TLS close_notify";
+
 /// The system's sentence.
 pub fn said(error: &io::Error) -> String {
     let text = error.to_string();
+    if text.contains(CUT_OFF) {
+        return "the other end closed the connection early".to_owned();
+    }
     match text.split_once(" (os error") {
         Some((sentence, _)) => sentence.to_lowercase(),
         None => text,
@@ -22,6 +28,10 @@ mod tests {
         for (error, want) in [
             (Errno::ENOENT.into(), "no such file or directory"),
             (io::Error::other("Not of the system"), "Not of the system"),
+            (
+                io::Error::other("peer closed connection without sending TLS close_notify: https://docs.rs/"),
+                "the other end closed the connection early",
+            ),
         ] {
             assert_eq!(said(&error), want);
         }

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{sync::watch, task::JoinSet, time::Instant};
 
 use super::{
     StoreMetrics,
@@ -23,7 +23,7 @@ use crate::{
     identity::Tainted,
     issuer::{Issuer, SvidKind, World},
     os::clock::{Clock, sleep_to_beat, sleep_until},
-    telemetry::chain,
+    telemetry::{chain, trouble::Trouble},
 };
 
 /// The most SVIDs that the issuer is asked to renew in one batch: a SPIRE Server signs as many for one address in a
@@ -50,6 +50,8 @@ pub struct Writer {
     metrics: Arc<StoreMetrics>,
     /// Held while writing: the world that was published last.
     published: Mutex<Arc<World>>,
+    /// What keeps SVIDs from being made ahead and renewed.
+    trouble: Arc<Mutex<Trouble>>,
 }
 
 impl Writer {
@@ -68,7 +70,17 @@ impl Writer {
         let questions = attestor.prepare_for(&first.index);
         let store = Arc::new(Store::new(&first, questions, Arc::new(policy)));
         metrics.set_snapshot(&store.snapshot());
-        Self { store, attestor, issuer, world, clock, x509, metrics, published: Mutex::new(first) }
+        Self {
+            store,
+            attestor,
+            issuer,
+            world,
+            clock,
+            x509,
+            metrics,
+            published: Mutex::new(first),
+            trouble: Arc::default(),
+        }
     }
 
     /// What requests read.
@@ -177,14 +189,18 @@ impl Writer {
         let mut due = self.x509.due(room * BATCH, |id| snapshot.index.get(id).cloned());
         due.extend(self.x509.missing(room * BATCH - due.len(), &snapshot.index));
         for batch in due.chunks(BATCH) {
-            let (x509, batch) = (Arc::clone(&self.x509), batch.to_vec());
+            let (x509, batch, trouble) = (Arc::clone(&self.x509), batch.to_vec(), Arc::clone(&self.trouble));
             running.spawn(async move {
-                if let Err(error) = x509.renew(&batch).await {
-                    let error = chain(&error);
-                    tracing::warn!(
+                let done = x509.renew(&batch).await.map_err(|error| chain(&error));
+                let mut trouble = trouble.lock().unwrap_or_else(PoisonError::into_inner);
+                match done {
+                    Ok(()) if trouble.ends() => tracing::info!("there are new x509-svids again"),
+                    Ok(()) => {}
+                    Err(error) if trouble.is_due(&error, Instant::now()) => tracing::warn!(
                         error,
                         "cannot get new x509-svids; those that are valid are served, trying again"
-                    );
+                    ),
+                    Err(error) => tracing::debug!(error, "cannot get new x509-svids"),
                 }
             });
         }

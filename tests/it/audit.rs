@@ -144,8 +144,9 @@ async fn who_had_an_identity_is_one_command() {
     let day = |seconds: i64| time::OffsetDateTime::from_unix_timestamp(seconds).unwrap().date().to_string();
     let who = |from: &str, to: &str, pipe: &str| -> Vec<Value> {
         let command = command
-            .replace("2026-11-24", from)
+            .replace("2026-11-24", "FROM")
             .replace("2026-11-25", to)
+            .replace("FROM", from)
             .replace("/var/log/durward/", &format!("{}/", dir.path().display()));
         let command = format!(
             "{pipe}{} audit who spiffe://{command}jsonl* --output json",

@@ -15,13 +15,13 @@ use durward::{
     issuer::server::{DataFault, proto::types},
     os::clock::Clock,
 };
-use tokio::time::timeout;
+use tokio::{sync::watch, time::timeout};
 use tonic::Code;
 use x509_parser::public_key::PublicKey;
 
 use crate::{
     joining::{PATIENCE, directory, kept, opened, serving, settings, until},
-    outages::{gives, server_and_config},
+    outages::{Line, configure, gives, line_to, log, server_and_config},
     spire_server::{Face, FakeSpireServer, entry},
     support::{Process, client, request},
 };
@@ -116,6 +116,34 @@ async fn without_its_server_an_agent_serves_what_it_has_and_says_how_it_is() {
     assert!(!agent.has_ended());
 }
 
+/// An outage that is longer than the agent's SVID is valid, after which its token is used up.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_whose_svid_has_ended_says_so_and_serves_what_it_has() {
+    let (dir, admin) = (directory(), directory());
+    let (at, admin) = (dir.path(), admin.path());
+    let mut server = FakeSpireServer::start(Face::Right).await;
+    let line = watch::Sender::new(Line::Good);
+    server.address = line_to(server.address, line.subscribe()).await;
+    configure(&server, at, &format!("admin_socket_path = \"{}/admin.sock\"", admin.display()));
+    server.course().entries = vec![entry("web")];
+    server.course().ttl = Duration::from_secs(14);
+    let _agent = Process::spawn(at);
+    let socket = at.join("api.sock");
+    gives(&socket, &["web"]).await;
+    assert!(log(at).contains("the server has told its entries entries=1 bundles=1"), "{}", log(at));
+    line.send_replace(Line::Cut);
+    until("it has ended", || log(at).contains("no valid SVID of its own any more")).await;
+    gives(&socket, &["web"]).await;
+    let told = of_server(admin);
+    assert!(told["agent_id"].is_string() && told["waits_for"].is_string(), "{told}");
+    assert!(told["agent_svid_ends"].as_i64().unwrap() <= told["waits_since"].as_i64().unwrap() + 1, "{told}");
+    assert_eq!(token(&socket, "new").await, Err(Code::Unavailable));
+    line.send_replace(Line::Good);
+    until("it needs a token", || log(at).contains("already been used")).await;
+    gives(&socket, &["web"]).await;
+    assert!(!log(at).contains("nobody is served"), "somebody is: {}", log(at));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_entry_is_served_as_it_asks_to_be() {
     let dir = directory();
@@ -173,6 +201,29 @@ async fn spire_agents_command_line_joins_a_server() {
     command.arg("-dataDir").arg(at.join("data")).arg("-socketPath").arg(at.join("api.sock"));
     let _agent = Process::of(command, &at.join("log"));
     gives(&at.join("api.sock"), &["web"]).await;
+
+    // Its KeyManager keeps nothing for the next start, which is told by both.
+    let mut command = Command::new(DURWARD);
+    command
+        .args(["validate", "-config"])
+        .arg(at.join("agent.conf"))
+        .arg("-trustBundle")
+        .arg(at.join("roots.pem"));
+    command.args([
+        "-serverAddress",
+        "a",
+        "-serverPort",
+        "1",
+        "-trustDomain",
+        "example.org",
+        "-joinToken",
+        "x",
+    ]);
+    let validated = tokio::task::block_in_place(|| command.output()).unwrap();
+    let validated = String::from_utf8(validated.stderr).unwrap();
+    for said in [log(at), validated] {
+        assert_eq!(said.matches("after a restart this node needs another token").count(), 1, "{said}");
+    }
 }
 
 #[tokio::test]

@@ -817,6 +817,7 @@ fn a_command_line_that_contradicts_the_file_is_refused() {
         ("--socket-path", "file://x", "--socket-path must be a path"),
         ("--log-file", &audit, "--log-file cannot be the audit's file"),
         ("--trust-domain", "example.com", "contradicts the configuration file"),
+        ("-logLevel=info", "-disableWorkloadAPI", "the Workload API is the only one in this version"),
     ] {
         let got = durward(&["validate", "--config", &config, flag, value]).output().unwrap();
         assert_eq!(got.status.code(), Some(1), "{flag} {value}");

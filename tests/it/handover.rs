@@ -569,7 +569,7 @@ async fn an_agent_that_cannot_serve_asks_nobody_to_leave() {
             "an address of another machine",
             &[][..],
             "health_checks { listener_enabled = true bind_address = \"192.0.2.1\" bind_port = \"18080\" }\n",
-            "cannot listen for health checks on 192.0.2.1:18080",
+            "cannot listen at 192.0.2.1 port 18080",
         ),
         (
             "more than the node has",

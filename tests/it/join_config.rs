@@ -283,7 +283,7 @@ fn the_command_line_comes_before_the_file() {
         Given::text("server_port", "8081"),
         Given::text("join_token", "TOKEN"),
         Given::yes("insecure_bootstrap"),
-        Given::unless_set("trust_domain", "example.org"),
+        Given::trust_domain("example.org"),
     ];
     let config = parse_with(&bare, &given).unwrap();
     let IssuerChoice::Server(settings) = config.issuer_input().choice else { panic!("a server is joined") };
@@ -294,8 +294,17 @@ fn the_command_line_comes_before_the_file() {
     let said = parse_with(&bare, &[Given::text("server_port", "http")]).unwrap_err();
     assert!(said.contains("command line: agent.server_port \"http\": must be a whole number"), "{said}");
     let own = joined("insecure_bootstrap = true");
-    let config = parse_with(&own, &[Given::unless_set("trust_domain", "other.example")]).unwrap();
-    assert_eq!(config.trust_domain.name(), "example.org", "the file's stays");
+    let other = [Given::trust_domain("other.example")];
+    let config = parse_with(&own, &other).unwrap();
+    assert_eq!(config.trust_domain.name(), "other.example", "as with spire-agent");
+    let embedded = "agent { trust_domain = \"example.org\" } issuer \"embedded\" { }";
+    let config = parse_with(embedded, &other).unwrap();
+    assert_eq!(config.trust_domain.name(), "example.org", "its CA is for this one");
+    let said = parse_with(&own, &[Given::yes("disable_workload_api")]).unwrap_err();
+    assert!(
+        said.contains("agent.disable_workload_api") && said.contains("nothing would be served"),
+        "{said}"
+    );
 }
 
 #[test]

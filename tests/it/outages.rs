@@ -137,6 +137,8 @@ async fn goodbyes_of_the_server_are_seen_by_nobody() {
     server.course().entries.push(entry("web"));
     let _agent = Process::spawn(dir.path());
     gives(&dir.path().join("api.sock"), &["web"]).await;
+    // A start that goes well warns of nothing.
+    assert!(!log(dir.path()).contains("WARN durward::agent::probe"), "{}", log(dir.path()));
     let before = server.course().syncs;
     until("ten syncs over several connections", || server.course().syncs >= before + 10).await;
     assert!(!log(dir.path()).contains("cannot sync"), "{}", log(dir.path()));
@@ -159,6 +161,22 @@ async fn an_answer_without_bounds_costs_nothing_and_changes_nothing() {
     server.course().manner = Manner::Right;
     server.course().entries = vec![entry("other")];
     gives(&socket, &["other"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_lasts_is_said_once_and_that_it_is_over() {
+    const TROUBLE: &str = "cannot get new x509-svids";
+    let dir = directory();
+    let server = server_and_config(dir.path(), "").await;
+    server.course().signs_nothing = true;
+    server.course().entries.push(entry("web"));
+    let _agent = Process::spawn(dir.path());
+    until("said", || log(dir.path()).contains(TROUBLE)).await;
+    let before = server.course().asked_in_vain;
+    until("asked again and again", || server.course().asked_in_vain > before).await;
+    server.course().signs_nothing = false;
+    until("over", || log(dir.path()).contains("there are new x509-svids again")).await;
+    assert_eq!(log(dir.path()).matches(TROUBLE).count(), 1, "{}", log(dir.path()));
 }
 
 /// Every call has its deadline. These take half a minute, both at once.
@@ -184,7 +202,7 @@ async fn a_server_that_never_comes_to_an_end_holds_up_nobody() {
 
 /// What lies between the agent and its server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Line {
+pub(crate) enum Line {
     Good,
     /// Each piece comes late.
     Slow,
@@ -219,7 +237,7 @@ async fn carry(
 }
 
 /// A line to `server`: the address at which it begins.
-async fn line_to(server: SocketAddr, line: watch::Receiver<Line>) -> SocketAddr {
+pub(crate) async fn line_to(server: SocketAddr, line: watch::Receiver<Line>) -> SocketAddr {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let address = listener.local_addr().unwrap();
     drop(tokio::spawn(async move {

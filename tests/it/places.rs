@@ -499,6 +499,7 @@ fn validate_tells_what_is_missing_to_join() {
     assert!(none.contains("Warning: agent.join_token: none is set, and there is no "), "{none}");
     fs::create_dir(dir.path().join("data")).unwrap();
     fs::write(dir.path().join("data/agent-data.json"), "{}").unwrap();
+    chmod(&dir.path().join("data/agent-data.json"), 0o600);
     let joined = said("joined before");
     assert!(!joined.contains("join_token"), "{joined}");
     let unread = said("no bundle");

@@ -38,7 +38,7 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     net::{TcpListener, TcpStream},
     task::JoinHandle,
 };
@@ -102,6 +102,10 @@ pub(crate) enum Face {
     OtherId,
     OtherCa,
     NoAlpn,
+    /// It agrees on HTTP/2, says this instead, and closes.
+    Says(&'static [u8]),
+    /// It speaks HTTP/2, and answers with a page.
+    Web,
     /// It has no key exchange but those of before.
     Classical,
     /// It has the one of the two that is offered second, and no other.
@@ -123,6 +127,9 @@ pub(crate) struct Course {
     pub(crate) attested: u32,
     pub(crate) renewed: u32,
     pub(crate) entries: Vec<types::Entry>,
+    /// Whether it signs no X.509-SVID, and how often it was asked in vain.
+    pub(crate) signs_nothing: bool,
+    pub(crate) asked_in_vain: u32,
     /// How many certificates the chain of a workload has whose path begins with `/long`.
     pub(crate) chain: usize,
     /// The trust domains whose bundles were asked for.
@@ -200,6 +207,8 @@ impl FakeSpireServer {
             attested: 0,
             renewed: 0,
             entries: Vec::new(),
+            signs_nothing: false,
+            asked_in_vain: 0,
             chain: 1,
             federated: BTreeSet::new(),
             manner: Manner::Right,
@@ -214,8 +223,16 @@ impl FakeSpireServer {
         let (sender, incoming) = tokio::sync::mpsc::channel(8);
         let accepting = async move {
             while let Ok((stream, _)) = listener.accept().await {
-                if let Ok(stream) = acceptor.accept(stream).await {
-                    drop(sender.send(Ok::<_, std::io::Error>(Accepted(stream))).await);
+                match (face, acceptor.accept(stream).await) {
+                    (_, Err(_)) => {}
+                    (Face::Says(words), Ok(mut stream)) => {
+                        drop(stream.write_all(words).await);
+                        drop(stream.shutdown().await);
+                    }
+                    (Face::Web, Ok(stream)) => drop(tokio::spawn(show_page(stream))),
+                    (_, Ok(stream)) => {
+                        drop(sender.send(Ok::<_, std::io::Error>(Accepted(stream))).await);
+                    }
                 }
             }
         };
@@ -251,6 +268,15 @@ impl FakeSpireServer {
 impl Drop for FakeSpireServer {
     fn drop(&mut self) {
         self.serving.abort();
+    }
+}
+
+async fn show_page(stream: TlsStream<TcpStream>) {
+    let mut web = h2::server::handshake(stream).await.unwrap();
+    while let Some(Ok((_, mut answer))) = web.accept().await {
+        let page = http::Response::builder().header("content-type", "text/html").body(()).unwrap();
+        let mut body = answer.send_response(page, false).unwrap();
+        body.send_data("<html></html>".into(), true).unwrap();
     }
 }
 
@@ -393,11 +419,13 @@ impl agent_api::agent_server::Agent for Api {
         let Some(attest_agent_request::Step::Params(params)) = first else {
             return Err(Status::invalid_argument("no parameters"));
         };
-        let token = String::from_utf8(params.data.unwrap().payload).unwrap();
+        let data = params.data.unwrap();
+        let with_token = data.r#type == "join_token";
+        let token = if with_token { String::from_utf8(data.payload).unwrap() } else { data.r#type };
         if self.course.lock().unwrap().banned {
             return Err(Status::permission_denied("failed to attest: agent is banned"));
         }
-        if !self.course.lock().unwrap().tokens.remove(&token) {
+        if with_token && !self.course.lock().unwrap().tokens.remove(&token) {
             let text = "failed to attest: join token does not exist or has already been used";
             return Err(Status::invalid_argument(text));
         }
@@ -544,6 +572,13 @@ impl svid_api::svid_server::Svid for Api {
         request: Request<BatchNewX509svidRequest>,
     ) -> Result<Response<BatchNewX509svidResponse>, Status> {
         self.denied()?;
+        {
+            let mut course = self.course.lock().unwrap();
+            if course.signs_nothing {
+                course.asked_in_vain += 1;
+                return Err(Status::unavailable("the key is away"));
+            }
+        }
         let sign = |params: &durward::issuer::server::proto::svid::NewX509svidParams| {
             let id = match self.entry(&params.entry_id) {
                 Ok(id) => id,

@@ -428,7 +428,7 @@ pub struct ServerStatus {
     /// host:port
     #[prost(string, tag = "1")]
     pub address: ::prost::alloc::string::String,
-    /// The agent's own SPIFFE ID, and the end of its SVID. Empty while it has none.
+    /// The agent's own SPIFFE ID by the last SVID that it has or had, and when that ends. Empty where it had none.
     #[prost(string, tag = "2")]
     pub agent_id: ::prost::alloc::string::String,
     #[prost(int64, tag = "3")]

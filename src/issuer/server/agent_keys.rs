@@ -11,7 +11,7 @@ use zeroize::{ZeroizeOnDrop, Zeroizing};
 
 use super::{
     error::DataFault,
-    files::{damaged, object},
+    files::{OnDamage, object, read_kept},
 };
 use crate::{
     identity::KeyType,
@@ -25,6 +25,9 @@ const NAME: &str = "keys.json";
 
 /// The two places of the key, taken in turns.
 const PLACES: [&str; 2] = ["agent-svid-A", "agent-svid-B"];
+
+/// The place of a key that is made while it is not known which of the others an SVID is for: a backup may bring it back.
+const BESIDE: &str = "agent-svid-C";
 
 /// The most keys of a file.
 const MOST_KEYS: usize = 100;
@@ -82,12 +85,9 @@ impl AgentKeys {
     /// Reads the file; that there is none is well.
     ///
     /// # Errors
-    /// It cannot be read, or is damaged (then it was put aside: the next time there is none).
-    pub(super) fn open(dir: FileDir) -> Result<Self, DataFault> {
-        let known = match dir.read(NAME)? {
-            None => KeyTable::new(),
-            Some(text) => parse(&text).map_err(|damage| damaged(&dir, NAME, damage))?,
-        };
+    /// It cannot be read, or is damaged (then it was put aside).
+    pub(super) fn open(dir: FileDir, on_damage: OnDamage) -> Result<Self, DataFault> {
+        let known = read_kept(&dir, NAME, on_damage, parse)?.unwrap_or_default();
         let known = Mutex::new(KnownKeys { keys: known, waiting: None });
         Ok(Self { dir: Some(dir), known, making: Mutex::new(()) })
     }
@@ -106,8 +106,8 @@ impl AgentKeys {
         self.lock().keys.values().filter_map(|key| key_pair(key)).find(|key| key.public_key() == public)
     }
 
-    /// The next key, in the place that the key of `leaf` has not: the one that waits since a request with it failed, or one
-    /// that is made and kept. Waits for the disk.
+    /// The next key, in a place that the key of `leaf` has not: the one that waits since a request with it failed, or one
+    /// that is made and kept. Where the key of `leaf` is not known, none that is there is thrown away. Waits for the disk.
     ///
     /// # Errors
     /// It cannot be kept: then it is not handed out.
@@ -123,8 +123,17 @@ impl AgentKeys {
         }
         let key = KeyPair::generate(KeyType::EcP256, SignatureForm::Certificate)?;
         let [first, second] = PLACES;
-        let place = if kept(first).is_some_and(|key| in_use(&key)) { second } else { first };
+        let is_at = |name: &str| kept(name).is_some_and(|key| in_use(&key));
+        let place = match &current {
+            None if !keys.is_empty() => BESIDE,
+            _ if is_at(first) => second,
+            _ => first,
+        };
+        let has_parted = current.is_some() && !is_at(BESIDE);
         let mut next = keys;
+        if has_parted {
+            next.remove(BESIDE);
+        }
         next.insert(place.to_owned(), key.pkcs8()?);
         if let Some(dir) = &self.dir {
             dir.write(NAME, &written(&next)).map_err(DataFault::from)?;
@@ -180,17 +189,24 @@ pub(super) fn csr(key: &KeyPair) -> Result<Vec<u8>, rcgen::Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use crate::issuer::server::files::UNFINISHED;
+
+    fn open(path: &Path) -> AgentKeys {
+        AgentKeys::open(FileDir::open(path, UNFINISHED).unwrap(), OnDamage::End).unwrap()
+    }
+
+    fn certificate(key: &KeyPair) -> Vec<u8> {
+        CertificateParams::new(vec!["a".to_owned()]).unwrap().self_signed(key).unwrap().der().to_vec()
+    }
 
     #[test]
     fn the_two_places_are_taken_in_turns() {
         let at = tempfile::tempdir().unwrap();
         let path = at.path().join("keys");
-        let keys = AgentKeys::open(FileDir::open(&path, UNFINISHED).unwrap()).unwrap();
-        let certificate = |key: &KeyPair| {
-            CertificateParams::new(vec!["a".to_owned()]).unwrap().self_signed(key).unwrap().der().to_vec()
-        };
+        let keys = open(&path);
         let mut leaf = certificate(&keys.make_next(None).unwrap());
         for turn in 0..4 {
             let next = keys.make_next(Some(&leaf)).unwrap();
@@ -200,7 +216,7 @@ mod tests {
                 again.public_key(),
                 "one that is not in use yet is not thrown away"
             );
-            let again = AgentKeys::open(FileDir::open(&path, UNFINISHED).unwrap()).unwrap();
+            let again = open(&path);
             let old = again.of(&leaf).expect("the key in use is kept until the next but one");
             assert_ne!(old.public_key(), next.public_key(), "{turn}");
             leaf = certificate(&next);
@@ -209,6 +225,34 @@ mod tests {
         let text = std::fs::read_to_string(path.join(NAME)).unwrap();
         assert!(text.starts_with("{\n\t\"keys\": {\n\t\t\"agent-svid-A\": \""), "{text}");
         assert!(text.ends_with("\"\n\t}\n}"), "{text}");
+    }
+
+    #[test]
+    fn no_key_is_thrown_away_while_its_svid_is_not_known() {
+        let at = tempfile::tempdir().unwrap();
+        let path = at.path().join("keys");
+        let mut leaf = certificate(&open(&path).make_next(None).unwrap());
+        let mut before = Vec::new();
+        for _ in 0..2 {
+            before.push(leaf.clone());
+            leaf = certificate(&open(&path).make_next(Some(&leaf)).unwrap());
+        }
+        before.push(leaf.clone());
+        let known = before.split_off(1);
+        for _ in 0..3 {
+            let keys = open(&path);
+            let new = certificate(&keys.make_next(None).unwrap());
+            assert!(known.iter().all(|leaf| keys.of(leaf).is_some()), "a backup may bring their SVIDs back");
+            leaf = new;
+        }
+        // From then on it is in turns again.
+        for left in [3, 2, 2] {
+            let keys = open(&path);
+            let next = certificate(&keys.make_next(Some(&leaf)).unwrap());
+            assert!(keys.of(&leaf).is_some());
+            assert_eq!(keys.lock().keys.len(), left);
+            leaf = next;
+        }
     }
 
     #[test]

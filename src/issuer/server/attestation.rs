@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use zeroize::Zeroizing;
 
+pub use self::x509pop::{PopFault, check_pop};
 use self::{join_token::JoinTokenAttestor, k8s_psat::PsatAttestor, x509pop::PopAttestor};
 use super::{
     error::{Denial, ServerError, shown},
@@ -51,6 +52,9 @@ pub(super) trait NodeAttestor: fmt::Debug + Send + Sync {
 pub(super) struct NodeEvidence {
     payload: Zeroizing<Vec<u8>>,
     prover: Option<Box<dyn Prover>>,
+    /// The path of the agent's SPIFFE ID, unless the server has a template of its own for it; `None` where only the server
+    /// can tell.
+    pub(super) agent_path: Option<String>,
 }
 
 /// Answers challenges.
@@ -106,7 +110,7 @@ async fn exchange(
     use attest_agent_request::{Params, Step};
     use attest_agent_response::Step as Answer;
 
-    let NodeEvidence { payload, prover } = evidence;
+    let NodeEvidence { payload, prover, agent_path: _ } = evidence;
     let data = AttestationData { r#type: name.to_owned(), payload: payload.to_vec() };
     let params = Params { data: Some(data), params: Some(AgentX509svidParams { csr }) };
     let (steps, requests) = mpsc::channel(1);

@@ -103,7 +103,9 @@ impl CallFault {
             Self::Server(ServerError::Answered { code, .. }) => {
                 matches!(code, Code::Unavailable | Code::ResourceExhausted | Code::Aborted)
             }
-            Self::Server(error) => matches!(error, ServerError::Lost(_)),
+            Self::Server(error) => {
+                matches!(error, ServerError::Lost(_) | ServerError::NotGrpc { .. })
+            }
             Self::Entries(_) | Self::Bundle(_) | Self::Svid(_) => false,
         }
     }

@@ -13,8 +13,8 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use x509_parser::pem::Pem;
 
 use super::{
-    error::DataFault,
-    files::{damaged, object},
+    error::{DataFault, Denial},
+    files::{OnDamage, object, read_kept},
 };
 use crate::{identity::TrustDomain, issuer::files::FileDir};
 
@@ -41,6 +41,17 @@ pub(super) struct AgentData {
     pub(super) bootstrap_start_time: String,
     /// How often that was tried.
     pub(super) connection_attempts: i64,
+    /// Why there is no SVID any more, where the server has taken it back. Not of spire-agent, which passes over it.
+    pub(super) denied: Option<DeniedAgent>,
+}
+
+/// An agent that the server did not take any more.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub(super) struct DeniedAgent {
+    /// Its SPIFFE ID; empty where it was never told.
+    #[serde(default)]
+    pub(super) id: String,
+    pub(super) reason: Denial,
 }
 
 /// What the source of trust is asked for.
@@ -93,6 +104,7 @@ impl Default for AgentData {
             bootstrap_use: 0,
             bootstrap_start_time: NO_TIME.to_owned(),
             connection_attempts: 0,
+            denied: None,
         }
     }
 }
@@ -111,6 +123,8 @@ struct DataJson {
     bootstrap_start_time: String,
     #[serde(default)]
     connection_attempts: i64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    durward_denied: Option<DeniedAgent>,
 }
 
 fn no_time() -> String {
@@ -139,12 +153,13 @@ impl AgentDataFile {
     /// Reads the file; that there is none is well.
     ///
     /// # Errors
-    /// It cannot be read, is damaged (then it was put aside: the next time there is none), or is of another trust domain.
-    pub(super) fn open(dir: FileDir, trust_domain: &TrustDomain) -> Result<Self, DataFault> {
-        let known = match dir.read(AGENT_DATA)? {
-            None => AgentData::default(),
-            Some(text) => parse(&text).map_err(|damage| damaged(&dir, AGENT_DATA, damage))?,
-        };
+    /// It cannot be read, is damaged (then it was put aside), or is of another trust domain.
+    pub(super) fn open(
+        dir: FileDir,
+        trust_domain: &TrustDomain,
+        on_damage: OnDamage,
+    ) -> Result<Self, DataFault> {
+        let known = read_kept(&dir, AGENT_DATA, on_damage, parse)?.unwrap_or_default();
         if let Some(found) = known.svid.first().and_then(|leaf| trust_domain_of(leaf))
             && found != trust_domain.name()
         {
@@ -238,6 +253,7 @@ fn parse(text: &[u8]) -> Result<AgentData, &'static str> {
         bootstrap_use: json.bootstrap_use,
         bootstrap_start_time: json.bootstrap_start_time,
         connection_attempts: json.connection_attempts,
+        denied: json.durward_denied,
     })
 }
 
@@ -272,6 +288,7 @@ fn written(data: &AgentData) -> Vec<u8> {
         bootstrap_use: data.bootstrap_use,
         bootstrap_start_time: data.bootstrap_start_time.clone(),
         connection_attempts: data.connection_attempts,
+        durward_denied: data.denied.clone(),
     };
     serde_json::to_vec(&json).expect("texts and numbers")
 }
@@ -298,10 +315,7 @@ fn trust_domain_of(leaf: &[u8]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
     use super::*;
-    use crate::issuer::server::files::UNFINISHED;
 
     #[test]
     fn what_spire_agent_writes_is_read_and_written_the_same() {
@@ -311,6 +325,11 @@ mod tests {
             format!(
                 "{{\"svid\":[\"{one}\"],\"bundle\":[\"{one}\",\"{one}\"],\"reattestable\":true,\"bootstrap_use\":2,\
                  \"bootstrap_start_time\":\"2026-11-27T01:02:03.123456789Z\",\"connection_attempts\":7}}"
+            ),
+            format!(
+                "{{\"svid\":null,\"bundle\":[\"{one}\"],\"reattestable\":false,\"bootstrap_use\":0,\
+                 \"bootstrap_start_time\":\"{NO_TIME}\",\"connection_attempts\":0,\
+                 \"durward_denied\":{{\"id\":\"spiffe://td/spire/agent/a\",\"reason\":\"banned\"}}}}"
             ),
             format!(
                 "{{\"svid\":null,\"bundle\":null,\"reattestable\":false,\"bootstrap_use\":0,\
@@ -352,26 +371,5 @@ mod tests {
             assert!(parse(text.as_bytes()).is_err(), "{text}");
         }
         assert_eq!(parse(b"{}"), Ok(AgentData::default()));
-    }
-
-    #[test]
-    fn a_damaged_file_is_kept_aside() {
-        let at = tempfile::tempdir().unwrap();
-        let path = at.path().join("data");
-        let open = || {
-            AgentDataFile::open(
-                FileDir::open(&path, UNFINISHED)?,
-                &TrustDomain::parse("example.org").unwrap(),
-            )
-        };
-        open().unwrap().change(|data| data.reattestable = true).unwrap();
-        for kept in ["agent-data.json.damaged", "agent-data.json.damaged.2"] {
-            std::fs::write(path.join(AGENT_DATA), "{\"svid\":").unwrap();
-            std::fs::set_permissions(path.join(AGENT_DATA), std::fs::Permissions::from_mode(0o600)).unwrap();
-            let error = open().unwrap_err();
-            assert!(error.to_string().contains(kept), "{error}");
-            assert_eq!(std::fs::read_to_string(path.join(kept)).unwrap(), "{\"svid\":");
-            assert_eq!(open().unwrap().known(), AgentData::default());
-        }
     }
 }

@@ -1,4 +1,4 @@
-//! From the server's name to an HTTP/2 connection: looked up, all of its addresses tried, TLS, `h2`.
+//! From the server's name to an HTTP/2 connection: looked up, all of its addresses tried, TLS, `h2`, and its first frame.
 //!
 //! The next address is tried a quarter of a second after the one before, or as soon as it has failed, and the first that
 //! is through is taken: a dead one costs no more than that. Each dial begins at another address, so that all servers
@@ -29,7 +29,10 @@ use tokio::{
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::body::Body;
 
-use super::tls::{ServerIdFault, fault_of};
+use super::{
+    first_frame::{FirstFrame, FirstFrameFault},
+    tls::{ServerIdFault, fault_of},
+};
 use crate::os::sentence::said;
 
 /// The longest that a name is looked up for.
@@ -74,11 +77,24 @@ pub(super) enum DialError {
     #[error("{0}: {1}")]
     Tls(SocketAddr, TlsFault),
     /// HTTP/2 did not come about.
-    #[error("{0}: HTTP/2 fails: {1}")]
-    Http2(SocketAddr, Arc<hyper::Error>),
+    #[error("{0}: {1}")]
+    Http2(SocketAddr, Http2Fault),
     /// No answer from this address.
-    #[error("{0} does not answer")]
+    #[error("{0}: it does not answer")]
     Late(SocketAddr),
+}
+
+/// What is wrong after a handshake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Http2Fault {
+    /// What it says is not HTTP/2.
+    #[error("the server does not speak HTTP/2 as a SPIRE Server does: is this port a SPIRE Server's?")]
+    Foreign,
+    /// It says nothing.
+    #[error(
+        "the server closed the connection right after the handshake, before a word of HTTP/2: is this port a SPIRE Server's?"
+    )]
+    Closed,
 }
 
 /// What is wrong with a handshake.
@@ -295,20 +311,32 @@ async fn connect(
     if stream.get_ref().1.alpn_protocol() != Some(b"h2") {
         return Err(DialError::Tls(address, TlsFault::NoHttp2));
     }
-    let sender = speak(stream).await.map_err(|cause| DialError::Http2(address, Arc::new(cause)))?;
+    let sender = speak(stream).await.map_err(|found| match found {
+        FirstFrameFault::Foreign => DialError::Http2(address, Http2Fault::Foreign),
+        // With TLS 1.3 a server refuses what it is shown after the handshake.
+        FirstFrameFault::Ended(cause) => match fault(cause, post_quantum_alone) {
+            TlsFault::Closed => DialError::Http2(address, Http2Fault::Closed),
+            fault => DialError::Tls(address, fault),
+        },
+    })?;
     Ok(Dialed { sender, address })
 }
 
-async fn speak(stream: TlsStream<TcpStream>) -> Result<SendRequest<Body>, hyper::Error> {
+/// Ends when the server has begun to speak HTTP/2 too.
+async fn speak(stream: TlsStream<TcpStream>) -> Result<SendRequest<Body>, FirstFrameFault> {
+    let closed = || FirstFrameFault::Ended(io::ErrorKind::UnexpectedEof.into());
+    let (stream, first) = FirstFrame::of(stream);
     let (sender, connection) = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_header_list_size(MAX_HEADERS)
         .handshake(TokioIo::new(stream))
-        .await?;
+        .await
+        .map_err(|_unsaid| closed())?;
     // Ends with the last sender, or with the connection.
     drop(tokio::spawn(connection));
+    first.await.unwrap_or_else(|_gone| Err(closed()))?;
     Ok(sender)
 }
 

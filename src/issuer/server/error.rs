@@ -1,15 +1,20 @@
 //! What can go wrong between the agent and its server, and what an admin does about it.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use prost::Message as _;
+use serde::{Deserialize, Serialize};
 use tonic::{Code, Status};
 
 use super::{
     dial::DialError,
     proto::types::{PermissionDeniedDetails, permission_denied_details::Reason},
 };
-use crate::{identity::SpiffeId, issuer::FileFault};
+use crate::{issuer::FileFault, os::sentence::said};
 
 /// The most that is kept of what a server says, in bytes.
 const LONGEST_MESSAGE: usize = 512;
@@ -25,13 +30,19 @@ pub enum ServerError {
     #[error("cannot reach the server {server}: {}", after(server, cause))]
     UnknownAuthority { server: String, cause: Arc<dyn std::error::Error + Send + Sync> },
     /// The connection was lost when the call had been sent.
-    #[error("the connection to the server was lost: {0}")]
-    Lost(Arc<hyper::Error>),
+    #[error("the connection to the server was lost before it had answered: {0}")]
+    Lost(String),
+    /// An answer, and not one of gRPC.
+    #[error(
+        "what answers as the server {server} does not speak gRPC (HTTP status {status}): is this port a SPIRE Server's, and no \
+         proxy before it?"
+    )]
+    NotGrpc { server: String, status: u16 },
     /// No answer in time.
     #[error("the server did not answer in time")]
     Late,
     /// The agent has no SVID to show.
-    #[error("this agent has no SVID of its own yet")]
+    #[error("this agent has no valid SVID of its own")]
     NoSvid,
     /// The server does not take this agent for one of its own.
     #[error("{0}")]
@@ -60,7 +71,8 @@ pub enum ServerError {
 }
 
 /// Why the server does not take this agent for one of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, thiserror::Error)]
+#[serde(rename_all = "snake_case")]
 pub enum Denial {
     #[error("the server says that this agent's SVID has expired")]
     Expired,
@@ -74,14 +86,44 @@ pub enum Denial {
     MustReattest,
 }
 
+/// By what name the server knows this agent, as far as that can be told here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum AgentName {
+    /// The server gave it.
+    Given(String),
+    /// The server gives it unless it has a template of its own for these names.
+    ByDefault(String),
+    Unknown,
+}
+
+/// How it is deleted at the server.
+impl fmt::Display for AgentName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const EVICT: &str = "spire-server agent evict -spiffeID";
+        match self {
+            Self::Given(id) => write!(f, "{EVICT} {id}"),
+            Self::ByDefault(id) => {
+                write!(f, "{EVICT} {id}, or its ID in spire-server agent list with an agent_path_template")
+            }
+            Self::Unknown => write!(f, "{EVICT} <its ID, see spire-server agent list>"),
+        }
+    }
+}
+
 /// What is wrong with what is kept on the disk.
 #[derive(Debug, thiserror::Error)]
 pub enum DataFault {
     #[error(transparent)]
     File(#[from] FileFault),
+    /// It was left where it is.
+    #[error("{} is damaged: {damage}; put a copy from a backup in its place", path.display())]
+    Damaged { path: PathBuf, damage: &'static str },
     /// It was put aside.
-    #[error("{} is damaged: {damage}; it is kept as {}", path.display(), kept.display())]
-    Damaged { path: PathBuf, damage: &'static str, kept: PathBuf },
+    #[error("{} is damaged: {damage}; it is kept as {}: {}", path.display(), kept.display(), instead_of(kept))]
+    PutAside { path: PathBuf, damage: &'static str, kept: PathBuf },
+    /// It was put aside before, and nothing is in its place.
+    #[error("{} was damaged, and is kept as {}: {}", path.display(), kept.display(), instead_of(kept))]
+    NotReplaced { path: PathBuf, kept: PathBuf },
     /// It cannot be put aside.
     #[error("{} is damaged: {damage}; move it away, and the others beside it that end in .damaged", path.display())]
     DamagedOften { path: PathBuf, damage: &'static str },
@@ -99,12 +141,30 @@ impl ServerError {
         }
     }
 
+    /// A connection that ended under a call.
+    pub(super) fn lost(error: &hyper::Error) -> Self {
+        let mut cause: &dyn std::error::Error = error;
+        while let Some(source) = cause.source() {
+            cause = source;
+        }
+        let cause = match cause.downcast_ref::<io::Error>() {
+            Some(cause) => said(cause),
+            // hyper says that an operation was canceled, whoever did so.
+            None if error.is_canceled() || error.is_closed() => "it was closed".to_owned(),
+            None => said(&io::Error::other(cause.to_string())),
+        };
+        Self::Lost(cause)
+    }
+
     /// What `call` was answered with. Errors of the connection, which tonic hands on within a status, stay what they are.
     pub fn of(call: &'static str, status: &Status) -> Self {
         let mut source = std::error::Error::source(status);
         while let Some(error) = source {
             if let Some(error) = error.downcast_ref::<Self>() {
                 return error.clone();
+            }
+            if let Some(error) = error.downcast_ref() {
+                return Self::lost(error);
             }
             source = error.source();
         }
@@ -116,16 +176,13 @@ impl ServerError {
 }
 
 impl Denial {
-    /// What an admin does at the server about an agent, of this ID where that is known, so that it is taken again.
-    pub(super) fn remedy(self, agent: Option<&SpiffeId>, with_token: bool) -> String {
+    /// What an admin does at the server about an agent, of this name, so that it is taken again.
+    pub(super) fn remedy(self, agent: &AgentName, with_token: bool) -> String {
         let token = "make a token (spire-server token generate) and start it with that (-joinToken)";
-        let agent =
-            agent.map_or_else(|| "<its ID, see spire-server agent list>".to_owned(), ToString::to_string);
-        let evict = format!("spire-server agent evict -spiffeID {agent}");
         match (self, with_token) {
-            (Self::Banned, true) => format!("to have it back, delete it there ({evict}), then {token}"),
+            (Self::Banned, true) => format!("to have it back, delete it there ({agent}), then {token}"),
             (Self::Banned, false) => {
-                format!("to have it back, delete it there ({evict}), then start it again")
+                format!("to have it back, delete it there ({agent}), then start it again")
             }
             (_, true) => format!("to have it back, {token}"),
             (_, false) => "start it again: it attests anew".to_owned(),
@@ -152,6 +209,15 @@ impl Denial {
             Reason::AgentMustReattest => Some(Self::MustReattest),
         }
     }
+}
+
+/// What an admin does about a file that is kept as `kept`, and that only a join token can replace.
+fn instead_of(kept: &Path) -> String {
+    format!(
+        "put a copy of it from a backup in its place; if there is none, move {} away, and start with a new join token \
+         (spire-server token generate, then -joinToken)",
+        kept.display()
+    )
 }
 
 /// The cause, without the server's address where that is how the server is called.

@@ -8,8 +8,11 @@ mod course;
 mod exchange;
 
 use std::{
-    path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -21,7 +24,7 @@ use super::{
     data::{AgentData, AgentDataFile},
     dial::Dialer,
     error::{DataFault, Denial, ServerError},
-    files::UNFINISHED,
+    files::{OnDamage, UNFINISHED},
     metrics::ServerMetrics,
     reading::SlowReads,
     settings::{KeyManagerSettings, ServerSettings},
@@ -40,6 +43,46 @@ const LOCK: &str = "durward.lock";
 /// Whether an agent has the directory, as far as the user of `trust` can tell.
 pub fn is_in_use(path: &Path, trust: Trust) -> bool {
     FileDir::look_at(path, trust).is_ok_and(|dir| dir.is_some_and(|dir| dir.is_locked(LOCK)))
+}
+
+/// Whether what is on the disk is all that this node is known by: a join token was used up for it.
+fn is_irreplaceable(settings: &ServerSettings) -> bool {
+    let is_kept = matches!(settings.key_manager, KeyManagerSettings::Disk(_));
+    is_kept && attestor(settings).name() == "join_token"
+}
+
+/// Whether a restart would leave this node without what the server knows it by, and without a way to attest anew.
+pub fn forgets(settings: &ServerSettings) -> bool {
+    settings.key_manager == KeyManagerSettings::Memory && attestor(settings).name() == "join_token"
+}
+
+/// What is said of that.
+pub const FORGETS: &str = "the agent's key ends with the process, and a join token is good for one attestation: after a restart \
+                           this node needs another token (KeyManager \"disk\" keeps the key)";
+
+/// Looks at what is on the disk as a start with these settings by the user of `trust` would, and changes nothing.
+///
+/// # Errors
+/// Why it would end, and of which directory.
+pub fn check_kept(settings: &ServerSettings, trust: Trust) -> Result<(), (PathBuf, DataFault)> {
+    let look = |path: &Path, open: &dyn Fn(FileDir) -> Result<(), DataFault>| {
+        let looked = match FileDir::look_at(path, trust) {
+            Ok(dir) => dir.map_or(Ok(()), open),
+            Err(fault) => Err(fault.into()),
+        };
+        match looked {
+            Err(DataFault::Damaged { .. } | DataFault::NotReplaced { .. }) if !is_irreplaceable(settings) => {
+                Ok(())
+            }
+            looked => looked.map_err(|fault| (path.to_owned(), fault)),
+        }
+    };
+    let data = |dir| AgentDataFile::open(dir, &settings.trust_domain, OnDamage::Look).map(drop);
+    look(&settings.data_dir, &data)?;
+    match &settings.key_manager {
+        KeyManagerSettings::Memory => Ok(()),
+        KeyManagerSettings::Disk(keys) => look(keys, &|dir| AgentKeys::open(dir, OnDamage::Look).map(drop)),
+    }
 }
 
 /// The longest of one exchange with the server.
@@ -94,6 +137,8 @@ pub struct OwnSvid {
     /// Other settings came.
     reconfigured: Notify,
     slow: SlowReads,
+    /// The server has told what there is.
+    heard: AtomicBool,
     /// `None` once `data_dir` is another agent's.
     lock: Mutex<Option<DirLock>>,
 }
@@ -123,11 +168,17 @@ impl OwnSvid {
     ) -> Result<Arc<Self>, DataFault> {
         let dir = FileDir::open(&settings.data_dir, UNFINISHED)?;
         let lock = dir.lock(LOCK)?;
-        let data = Arc::new(AgentDataFile::open(dir, &settings.trust_domain)?);
+        let on_damage = if is_irreplaceable(&settings) { OnDamage::End } else { OnDamage::GoOn };
+        let data = Arc::new(AgentDataFile::open(dir, &settings.trust_domain, on_damage)?);
         let keys = Arc::new(match &settings.key_manager {
             KeyManagerSettings::Memory => AgentKeys::in_memory(),
-            KeyManagerSettings::Disk(directory) => AgentKeys::open(FileDir::open(directory, UNFINISHED)?)?,
+            KeyManagerSettings::Disk(directory) => {
+                AgentKeys::open(FileDir::open(directory, UNFINISHED)?, on_damage)?
+            }
         });
+        if forgets(&settings) {
+            tracing::warn!("{FORGETS}");
+        }
         let key_exchange =
             if settings.sync.require_pq_kem { KeyExchange::PostQuantum } else { KeyExchange::Any };
         let tls = TlsPlan { trust_domain: settings.trust_domain.clone(), key_exchange, clock };
@@ -147,6 +198,7 @@ impl OwnSvid {
             at_once: Notify::new(),
             reconfigured: Notify::new(),
             slow: SlowReads::default(),
+            heard: AtomicBool::new(false),
             lock: Mutex::new(Some(lock)),
         });
         own.take_from_disk();
@@ -197,9 +249,22 @@ impl OwnSvid {
     /// # Errors
     /// They cannot be written: they are in force until the agent ends, and written with what is written next.
     pub async fn learn(&self, bundle: &Bundle) -> Result<(), ServerError> {
+        self.heard.store(true, Ordering::Relaxed);
         self.upstream.trust(bundle);
         let roots = bundle.x509_authorities.clone();
         self.insist(move |data| data.bundle = roots).await
+    }
+
+    /// Whether the server has told since the start what there is, so that somebody may be served.
+    fn has_heard(&self) -> bool {
+        self.heard.load(Ordering::Relaxed)
+    }
+
+    /// Who the agent is by the last SVID that it has or had, and when that ends.
+    pub(super) fn last_known(&self) -> Option<(SpiffeId, SystemTime)> {
+        let AgentData { svid, bundle, reattestable, .. } = self.data.known();
+        let svid = parsed(svid, reattestable).filter(|_| !bundle.is_empty())?;
+        Some((svid.id, svid.not_after))
     }
 
     /// The SVID that is known, while it is valid, its key is there, and so is what verifies it.
@@ -221,21 +286,12 @@ impl OwnSvid {
     }
 
     fn read(&self, chain: Vec<Vec<u8>>, reattestable: bool) -> Option<AgentSvid> {
-        let leaf = chain.first()?;
-        let id = id_of(leaf)?;
-        let (_, parsed) = x509_parser::parse_x509_certificate(leaf).ok()?;
-        let at = |seconds: i64| {
-            SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or_default())
-        };
-        let not_before = at(parsed.validity().not_before.timestamp());
-        let not_after = at(parsed.validity().not_after.timestamp());
-        (self.clock.now() + LEAST_LEFT < not_after).then_some(AgentSvid {
-            id,
-            chain,
-            not_before,
-            not_after,
-            reattestable,
-        })
+        parsed(chain, reattestable).filter(|svid| self.lasts(svid))
+    }
+
+    /// Whether there is time left to begin with it.
+    fn lasts(&self, svid: &AgentSvid) -> bool {
+        self.clock.now() + LEAST_LEFT < svid.not_after
     }
 
     fn take_from_disk(&self) {
@@ -245,10 +301,18 @@ impl OwnSvid {
         }
         match self.current() {
             None if self.unproven().is_some() => {}
-            None => tracing::warn!(
-                file = %self.data.path().display(),
-                "the agent's SVID on the disk has expired, or its key is missing: this node attests again"
-            ),
+            None => {
+                let reason = match parsed(data.svid, data.reattestable) {
+                    None => "it names no agent",
+                    Some(svid) if !self.lasts(&svid) => "it has expired",
+                    Some(_) => "its key is missing",
+                };
+                tracing::warn!(
+                    file = %self.data.path().display(),
+                    reason,
+                    "the agent's SVID on the disk is of no use: this node attests again"
+                );
+            }
             Some(svid) => self.show(&svid),
         }
     }
@@ -277,6 +341,18 @@ impl OwnSvid {
         let data = Arc::clone(&self.data);
         on_disk(move || data.insist(change)).await
     }
+}
+
+fn parsed(chain: Vec<Vec<u8>>, reattestable: bool) -> Option<AgentSvid> {
+    let leaf = chain.first()?;
+    let id = id_of(leaf)?;
+    let (_, parsed) = x509_parser::parse_x509_certificate(leaf).ok()?;
+    let at = |seconds: i64| {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or_default())
+    };
+    let not_before = at(parsed.validity().not_before.timestamp());
+    let not_after = at(parsed.validity().not_after.timestamp());
+    Some(AgentSvid { id, chain, not_before, not_after, reattestable })
 }
 
 async fn on_disk(work: impl FnOnce() -> Result<(), DataFault> + Send + 'static) -> Result<(), ServerError> {

@@ -18,6 +18,7 @@ use super::{
     calls::CallFault,
     cycle::{Cycle, Outcome, Since},
     entries::KnownEntries,
+    error::ServerError,
     metrics::SyncResult,
     own_svid::OwnStanding,
 };
@@ -72,7 +73,7 @@ impl ServerIssuer {
             if done.is_ok() {
                 self.lookouts.done(look);
             }
-            synced.say(done.as_ref().err());
+            synced.say(done.as_ref().err(), &self.world.borrow());
             let next = cycle.ended(Instant::now(), outcome, self.settings().interval, fraction());
             self.stands(&done, next.at);
             let waited_for = async {
@@ -219,8 +220,12 @@ async fn shown_anew(own: &mut Option<watch::Receiver<OwnStanding>>) {
 }
 
 impl Synced {
-    /// Says once that syncs fail, and once that they do no more.
-    fn say(&mut self, fault: Option<&CallFault>) {
+    /// Says once that syncs fail, and once that they do no more. Why the agent has no SVID of its own is said elsewhere.
+    fn say(&mut self, fault: Option<&CallFault>, world: &World) {
+        if let Some(CallFault::Server(error @ ServerError::NoSvid)) = fault {
+            tracing::debug!(%error, "cannot sync with the server");
+            return;
+        }
         let was_known = self.is_known;
         self.is_known |= fault.is_none();
         match (fault, std::mem::replace(&mut self.failing, fault.is_some())) {
@@ -233,8 +238,12 @@ impl Synced {
             ),
             (Some(error), true) => tracing::debug!(error = chain(error), "cannot sync with the server"),
             (None, true) if was_known => tracing::info!("synced with the server again"),
-            (None, true) => tracing::info!("the server has told its entries"),
-            (None, false) => {}
+            (None, _) if !was_known => tracing::info!(
+                entries = world.index.entries().len(),
+                bundles = 1 + world.bundles.federated.len(),
+                "the server has told its entries"
+            ),
+            (None, _) => {}
         }
     }
 }

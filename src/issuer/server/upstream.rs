@@ -303,24 +303,26 @@ impl Upstream {
             tries += 1;
             match live.dialed.sender.try_send_request(request).await {
                 Ok(response) => {
-                    self.look_at(&response);
+                    self.look_at(&response, live.number);
                     return Ok(response);
                 }
                 Err(mut error) => {
                     self.leave(live.number);
                     match error.take_message() {
                         Some(unsent) if tries < TRIES => request = unsent,
-                        _ => return Err(ServerError::Lost(Arc::new(error.into_error()))),
+                        _ => return Err(ServerError::lost(&error.into_error())),
                     }
                 }
             }
         }
     }
 
-    /// A server that does not know the agent says so in place of an answer.
-    fn look_at(&self, response: &Response<Incoming>) {
+    /// A server that does not know the agent says so in place of an answer. What it says of an SVID that the agent shows no more
+    /// does not count.
+    fn look_at(&self, response: &Response<Incoming>, number: u64) {
         let denial = Status::from_header_map(response.headers()).as_ref().and_then(Denial::of);
-        if let Some(denial) = denial {
+        let is_current = || self.lock().current.as_ref().is_some_and(|live| live.number == number);
+        if let Some(denial) = denial.filter(|_| is_current()) {
             self.denied.send_replace(Some(denial));
         }
     }
@@ -405,17 +407,29 @@ impl Service<Request<Body>> for ServerConnection {
             dress(&mut request, &upstream.dialer.server(), deadline);
             let sent = async {
                 match own {
-                    Some(mut own) => own
-                        .sender
-                        .send_request(request)
-                        .await
-                        .map_err(|error| ServerError::Lost(Arc::new(error))),
+                    Some(mut own) => {
+                        let sent = own.sender.send_request(request).await;
+                        sent.map_err(|error| ServerError::lost(&error))
+                    }
                     None => upstream.send(request).await,
                 }
             };
-            timeout_at(deadline, sent).await.unwrap_or(Err(ServerError::Late))
+            let response = timeout_at(deadline, sent).await.unwrap_or(Err(ServerError::Late))?;
+            if !is_grpc(&response) {
+                return Err(ServerError::NotGrpc {
+                    server: upstream.dialer.server(),
+                    status: response.status().as_u16(),
+                });
+            }
+            Ok(response)
         })
     }
+}
+
+/// Whether it is what a gRPC server answers, and not a web page.
+fn is_grpc(response: &Response<Incoming>) -> bool {
+    let content = response.headers().get(http::header::CONTENT_TYPE);
+    content.is_some_and(|content| content.as_bytes().starts_with(b"application/grpc"))
 }
 
 /// Adds what HTTP/2 and gRPC ask for: whom the request is for, and until when its answer is of use.

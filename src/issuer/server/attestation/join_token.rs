@@ -48,7 +48,7 @@ impl NodeAttestor for JoinTokenAttestor {
                     token
                 }
             };
-            Ok(NodeEvidence { payload, prover: None })
+            Ok(NodeEvidence { payload, prover: None, agent_path: None })
         })
     }
 }

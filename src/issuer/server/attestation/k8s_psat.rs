@@ -35,7 +35,7 @@ impl NodeAttestor for PsatAttestor {
                 .map_err(|_unsaid| self.fault(format!("{} holds no token", self.0.token.display())))?;
             let payload = PsatPayload { cluster: &self.0.cluster, token };
             let payload = serde_json::to_vec(&payload).map_err(|error| self.fault(error.to_string()))?;
-            Ok(NodeEvidence { payload: Zeroizing::new(payload), prover: None })
+            Ok(NodeEvidence { payload: Zeroizing::new(payload), prover: None, agent_path: None })
         })
     }
 }

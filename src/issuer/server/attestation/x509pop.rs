@@ -1,7 +1,12 @@
 //! A certificate that this node had before, and proof that its key is here too.
 
+use std::{
+    io::Read as _,
+    path::{Path, PathBuf},
+};
+
 use aws_lc_rs::{
-    digest::{Digest, SHA256, SHA384, digest},
+    digest::{Digest, SHA1_FOR_LEGACY_USE_ONLY, SHA256, SHA384, digest},
     error::Unspecified,
     rand::SystemRandom,
     rsa::KeyPair as RsaKeyPair,
@@ -24,6 +29,7 @@ use crate::{
         keys::random,
         server::{other_agent, settings::X509PopSettings},
     },
+    os::trusted::Trust,
 };
 
 const NONCE_LEN: usize = 32;
@@ -83,37 +89,90 @@ impl PopAttestor {
     }
 
     async fn read_files(&self, files: &SlowReads) -> Result<NodeEvidence, String> {
-        let needed = |path: &Option<std::path::PathBuf>, name| {
-            path.clone().ok_or_else(|| format!("{name} is required"))
-        };
-        let read = async |path: &std::path::Path| files.file(path, MAX_FILE_LEN).await;
+        let needed = |path: &Option<PathBuf>, name| path.clone().ok_or_else(|| format!("{name} is required"));
+        let read = async |path: &Path| files.file(path, MAX_FILE_LEN).await;
         let certificate = needed(&self.0.certificate, "certificate_path")?;
         let key_path = needed(&self.0.private_key, "private_key_path")?;
-        let mut chain = certificates(&read(&certificate).await?)
-            .map_err(|fault| format!("{}: {fault}", certificate.display()))?;
-        if let Some(path) = &self.0.intermediates {
-            let more =
-                certificates(&read(path).await?).map_err(|fault| format!("{}: {fault}", path.display()))?;
-            chain.extend(more);
-        }
-        let text = read(&key_path).await?;
-        let der = PrivateKeyDer::from_pem_slice(&text)
-            .map_err(|_unsaid| {
-                unread_key(&text)
-                    .map_or_else(|| "it holds no unencrypted private key".to_owned(), |lost| lost.to_string())
-            })
-            .map_err(|fault| format!("{}: {fault}", key_path.display()))?;
-        evidence(&chain, &der)
-            .map_err(|fault| format!("{} and {}: {fault}", key_path.display(), certificate.display()))
+        let chain = read(&certificate).await?;
+        let intermediates = match &self.0.intermediates {
+            Some(path) => Some((path.as_path(), read(path).await?)),
+            None => None,
+        };
+        let intermediates = intermediates.as_ref().map(|(path, text)| (*path, text.as_slice()));
+        let key = read(&key_path).await?;
+        of_files((&certificate, &chain), intermediates, (&key_path, &key)).map_err(|fault| fault.to_string())
     }
 
-    async fn ask_agent(socket: &std::path::Path) -> Result<NodeEvidence, String> {
+    async fn ask_agent(socket: &Path) -> Result<NodeEvidence, String> {
         let of = |fault| format!("the Workload API at {}: {fault}", socket.display());
         let taken = other_agent::svid(socket).await.map_err(of)?;
         let der = PrivateKeyDer::try_from(taken.key.as_slice())
             .map_err(|_unsaid| of("its key is not a private key".to_owned()))?;
         evidence(&taken.chain, &der).map_err(of)
     }
+}
+
+/// The text of a file, and where it is.
+type PopFile<'a> = (&'a Path, &'a [u8]);
+
+/// What is wrong with one of the files.
+#[derive(Debug, thiserror::Error)]
+pub enum PopFault {
+    #[error("{}: {fault}", path.display())]
+    Certificate { path: PathBuf, fault: String },
+    #[error("{}: {fault}", path.display())]
+    Intermediates { path: PathBuf, fault: String },
+    #[error("{}: {fault}", path.display())]
+    Key { path: PathBuf, fault: String },
+    #[error("{} and {}: {fault}", key.display(), certificate.display())]
+    Pair { key: PathBuf, certificate: PathBuf, fault: String },
+}
+
+/// What this node attests with, of these files.
+fn of_files(
+    certificate: PopFile<'_>,
+    intermediates: Option<PopFile<'_>>,
+    key: PopFile<'_>,
+) -> Result<NodeEvidence, PopFault> {
+    let path = |file: PopFile<'_>| file.0.to_owned();
+    let mut chain = certificates(certificate.1)
+        .map_err(|fault| PopFault::Certificate { path: path(certificate), fault })?;
+    if let Some(file) = intermediates {
+        let more =
+            certificates(file.1).map_err(|fault| PopFault::Intermediates { path: path(file), fault })?;
+        chain.extend(more);
+    }
+    let der = PrivateKeyDer::from_pem_slice(key.1).map_err(|_unsaid| {
+        let fault = unread_key(key.1)
+            .map_or_else(|| "it holds no unencrypted private key".to_owned(), |lost| lost.to_string());
+        PopFault::Key { path: path(key), fault }
+    })?;
+    let pair = |fault| PopFault::Pair { key: path(key), certificate: path(certificate), fault };
+    evidence(&chain, &der).map_err(pair)
+}
+
+/// Looks at the files of these settings as an agent of the user of `trust` would. What cannot be read is not wrong here: it may
+/// come.
+///
+/// # Errors
+/// What this node could not attest with, however often it tries.
+pub fn check_pop(settings: &X509PopSettings, trust: Trust) -> Result<(), PopFault> {
+    let read = |path: &Option<PathBuf>| {
+        let path = path.clone()?;
+        let mut text = Zeroizing::new(Vec::new());
+        trust.open(&path).ok()?.take(MAX_FILE_LEN).read_to_end(&mut text).ok()?;
+        Some((path, text))
+    };
+    let X509PopSettings { private_key, certificate, intermediates, workload_api } = settings;
+    let (Some(certificate), Some(key), None) = (read(certificate), read(private_key), workload_api) else {
+        return Ok(());
+    };
+    let more = read(intermediates);
+    if intermediates.is_some() && more.is_none() {
+        return Ok(());
+    }
+    let more = more.as_ref().map(|(path, text)| (path.as_path(), text.as_slice()));
+    of_files((&certificate.0, &certificate.1), more, (&key.0, &key.1)).map(drop)
 }
 
 /// What shows that this node has the key of the first of these certificates, DER.
@@ -128,7 +187,12 @@ fn evidence(chain: &[Vec<u8>], key: &PrivateKeyDer<'_>) -> Result<NodeEvidence, 
     }
     let payload = PopPayload { certificates: chain.iter().map(|der| STANDARD.encode(der)).collect() };
     let payload = serde_json::to_vec(&payload).map_err(|error| error.to_string())?;
-    Ok(NodeEvidence { payload: Zeroizing::new(payload), prover: Some(Box::new(key)) })
+    let fingerprint = chain.first().map(|leaf| digest(&SHA1_FOR_LEGACY_USE_ONLY, leaf));
+    let agent_path = fingerprint.map(|found| {
+        let hex: String = found.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+        format!("/spire/agent/x509pop/{hex}")
+    });
+    Ok(NodeEvidence { payload: Zeroizing::new(payload), prover: Some(Box::new(key)), agent_path })
 }
 
 impl PopKey {

@@ -13,13 +13,15 @@ use crate::{
         Expelled, renewal,
         server::{
             backoff,
-            error::{Denial, ServerError},
+            data::DeniedAgent,
+            error::{AgentName, Denial, ServerError},
             metrics::ServerCall,
             proto::agent::{PostStatusRequest, agent_client::AgentClient},
             settings::{RebootstrapMode, TrustSource},
         },
     },
     os::{clock::sleep_until, random::fraction},
+    telemetry::trouble::Trouble,
 };
 
 /// The first pause after a failure.
@@ -37,33 +39,15 @@ const LONGEST_PAUSE_WITHOUT: Duration = Duration::from_secs(15);
 /// What the server says of the agent is asked once more after this.
 const CONFIRM: Duration = Duration::from_secs(5);
 
-/// After how long the same trouble is said once more in the log.
-const SAY_AGAIN: Duration = Duration::from_secs(300);
-
 /// After how long what could not be written is written.
 const WRITE_AGAIN: Duration = Duration::from_secs(5);
-
-/// What was last said in the log of why there is no SVID, and when.
-#[derive(Default)]
-struct SaidTrouble(Option<(String, Instant)>);
-
-impl SaidTrouble {
-    /// Whether this is to be said now; it is said then.
-    fn is_due(&mut self, why: &str, now: Instant) -> bool {
-        let is_due = self.0.as_ref().is_none_or(|(said, at)| said != why || now - *at >= SAY_AGAIN);
-        if is_due {
-            self.0 = Some((why.to_owned(), now));
-        }
-        is_due
-    }
-}
 
 impl OwnSvid {
     /// Renews for ever. Ends when the server does not take this agent any more and it cannot attest again.
     pub async fn run(self: Arc<Self>) -> Expelled {
         let mut denials = self.upstream.denials();
         let mut failures = 0;
-        let mut said = SaidTrouble::default();
+        let mut said = Trouble::default();
         let mut way = self.current().is_none().then_some(Way::Attest);
         // Attestation was refused to a banned agent: once is no proof.
         let mut banned = false;
@@ -87,7 +71,9 @@ impl OwnSvid {
             match (done, denied) {
                 (Ok(()), _) => {
                     failures = 0;
-                    said = SaidTrouble::default();
+                    said = Trouble::default();
+                    // What was said of the SVID before.
+                    denials.mark_unchanged();
                     self.post_status().await;
                 }
                 (_, Some(Denial::MustReattest)) if next == Way::Renew => way = Some(Way::Attest),
@@ -205,19 +191,45 @@ impl OwnSvid {
     }
 
     async fn lost(&self, denial: Denial) -> Expelled {
-        let agent = match &*self.standing.borrow() {
-            OwnStanding::Serving { id, .. } => Some(id.clone()),
-            _ => None,
-        };
-        let with_token = self.live().attestor.name() == "join_token";
-        let removed = self.keep(|data| (data.svid, data.reattestable) = (Vec::new(), false)).await;
-        if let Err(error) = removed {
+        let agent = self.name().await;
+        let id = if let AgentName::Given(id) = &agent { id.clone() } else { String::new() };
+        let denied = Some(DeniedAgent { id, reason: denial });
+        let removed = self.keep(|data| {
+            (data.svid, data.reattestable, data.denied) = (Vec::new(), false, denied);
+        });
+        if let Err(error) = removed.await {
             tracing::warn!(%error, "the agent's SVID cannot be removed");
         }
         self.upstream.show_nothing();
         self.standing.send_replace(OwnStanding::Lost(denial));
-        let remedy = denial.remedy(agent.as_ref(), with_token);
+        let remedy = denial.remedy(&agent, self.is_with_token());
         Expelled { reason: format!("{denial}; {remedy}") }
+    }
+
+    fn is_with_token(&self) -> bool {
+        self.live().attestor.name() == "join_token"
+    }
+
+    /// How the server calls this agent.
+    async fn name(&self) -> AgentName {
+        if let Some((id, _)) = self.last_known() {
+            return AgentName::Given(id.to_string());
+        }
+        let before = self.data.known().denied.map(|denied| denied.id);
+        if let Some(id) = before.filter(|id| !id.is_empty()) {
+            return AgentName::Given(id);
+        }
+        let evidence = self.live().attestor.evidence(&self.slow).await;
+        let path = evidence.ok().and_then(|evidence| evidence.agent_path);
+        let trust_domain = self.settings.trust_domain.name();
+        path.map_or(AgentName::Unknown, |path| AgentName::ByDefault(format!("spiffe://{trust_domain}{path}")))
+    }
+
+    /// What the server said of this agent when it took its SVID back, where that is why it has none.
+    fn denied_before(&self) -> Option<String> {
+        let DeniedAgent { id, reason } = self.data.known().denied?;
+        let agent = if id.is_empty() { AgentName::Unknown } else { AgentName::Given(id) };
+        Some(format!("{reason}; {}", reason.remedy(&agent, self.is_with_token())))
     }
 
     async fn ask_status(&self) -> Result<(), ServerError> {
@@ -238,20 +250,33 @@ impl OwnSvid {
     }
 
     /// Says why there is no SVID: as a warning when that is not what was `said` before, and now and then.
-    fn tell(&self, way: Way, error: &ServerError, said: &mut SaidTrouble) {
-        let why = error.to_string();
+    fn tell(&self, way: Way, error: &ServerError, said: &mut Trouble) {
+        let mut why = error.to_string();
+        if matches!(error, ServerError::NoToken | ServerError::Refused { .. })
+            && let Some(before) = self.denied_before()
+        {
+            why = format!("{why}; this is needed since its last SVID was taken back: {before}");
+        }
         let by = match way {
             Way::Attest => "attestation",
             Way::Renew => "renewal",
             Way::AttestAnew => "attestation with trust begun anew",
         };
-        let is_due = said.is_due(&why, Instant::now());
         let current = self.current();
+        // That the SVID has ended is another trouble with the same reason.
+        let trouble = format!("{} {why}", if current.is_some() { "next" } else { "any" });
+        let is_due = said.is_due(&trouble, Instant::now());
         match (is_due, &current) {
+            (true, None) if self.has_heard() => tracing::warn!(
+                error = why,
+                by,
+                "the agent has no valid SVID of its own any more: what workloads have is served while it is valid, and \
+                 nothing is signed until the agent has an SVID; trying again"
+            ),
             (true, None) => tracing::warn!(
                 error = why,
                 by,
-                "the agent waits for its first SVID, and nobody is served until the server gives it one; trying again"
+                "the agent has no valid SVID of its own, and nobody is served until it has; trying again"
             ),
             (true, Some(_)) => {
                 tracing::warn!(error = why, by, "cannot get the agent's next SVID; trying again")
@@ -276,26 +301,5 @@ impl OwnSvid {
                 *trouble = why;
             }
         });
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_same_trouble_is_said_now_and_then() {
-        let (mut said, start) = (SaidTrouble::default(), Instant::now());
-        for (seconds, why, want) in [
-            (0, "no token", true),
-            (1, "no token", false),
-            (299, "no token", false),
-            (300, "no token", true),
-            (301, "no server", true),
-            (302, "no token", true),
-            (303, "no token", false),
-        ] {
-            assert_eq!(said.is_due(why, start + Duration::from_secs(seconds)), want, "{seconds}");
-        }
     }
 }
