@@ -4,10 +4,11 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{
     runtime::Handle,
+    sync::watch,
     time::{Instant, timeout},
 };
 
-use super::way_in::WayIn;
+use super::way_in::{self, WayIn};
 use crate::{
     issuer::{Issuer, SvidKind},
     os::clock::sleep_to_beat,
@@ -71,21 +72,33 @@ pub(super) async fn keep_in_sight(
     presence: Presence,
     way_in: Arc<WayIn>,
     store: Arc<Store>,
+    shut: watch::Sender<Vec<String>>,
 ) {
     let mut known = Sight::There;
     loop {
         sleep_to_beat(PROBE).await;
-        let (at, way_in, store) = (presence.clone(), Arc::clone(&way_in), Arc::clone(&store));
-        let looks = move || (at.look(), way_in.kept_out(&at.shut_now(), &at, &store.snapshot()));
+        let (at, looks, store) = (presence.clone(), Arc::clone(&way_in), Arc::clone(&store));
+        let look = move || {
+            let now = at.shut_now();
+            looks.look(&now);
+            (at.look(), looks.kept_out(&now, &at, &store.snapshot()), way_in::found(&now, &at))
+        };
         // No thread, no answer: that is for the next look.
-        let Ok((sight, kept_out)) = tokio::task::spawn_blocking(looks).await else { continue };
+        let Ok((sight, kept_out, mut found)) = tokio::task::spawn_blocking(look).await else { continue };
         if health.get() == Probe::Draining {
             return;
         }
-        tell_kept_out(&health, kept_out);
+        found.extend(way_in.tell(&health, kept_out));
+        shut.send_if_modified(|known| {
+            let is_news = *known != found;
+            *known = found;
+            is_news
+        });
         let path = presence.path().display();
         let lost = match (&sight, presence.handed_over) {
             (Sight::There, _) => Lost::No,
+            // Somebody has come another way since, as through a mount.
+            (Sight::Shut(_), _) if way_in.has_another() => Lost::No,
             (Sight::Gone, false) => Lost::UntilRestart,
             (Sight::Gone, true) => Lost::UntilMade,
             (Sight::Shut(_), _) => Lost::Shut,
@@ -112,16 +125,6 @@ pub(super) async fn keep_in_sight(
         }
         known = sight;
         health.found(lost);
-    }
-}
-
-/// Tells, and says when that begins or ends, what keeps those from the socket whom entries ask for.
-pub(super) fn tell_kept_out(health: &HealthState, why: Option<String>) {
-    let said = why.clone();
-    match (health.keeps_out(why), said) {
-        (true, Some(why)) => tracing::error!("{why}"),
-        (true, None) => tracing::warn!("all whom entries ask for get to the socket of the workload api now"),
-        (false, _) => {}
     }
 }
 

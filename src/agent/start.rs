@@ -24,7 +24,7 @@ use super::{
     metrics::{AgentMetrics, MemoryMetrics},
     place::{self, Inherited, Sockets},
     predecessor::Predecessor,
-    probe::{keep_in_sight, probe, tell_kept_out},
+    probe::{keep_in_sight, probe},
     runtime::no_threads,
     serving::Serving,
     surroundings::{keep_identifying, look_around, say_where},
@@ -35,7 +35,7 @@ use crate::{
     api::{
         Journal, Services,
         admin::{self, AdminService, AskedReload, OwnerGate},
-        standing::{AgentStanding, FailedReload, SharedLimits},
+        standing::{AgentStanding, FailedReload, Found, SharedLimits},
         workload::{Parts, WorkloadApi},
     },
     attest::Attestor,
@@ -251,10 +251,10 @@ impl AgentParts {
     ) -> anyhow::Result<Running> {
         let Sockets { admin, public: socket, came } = sockets;
         let services = self.services()?;
-        // Before anybody asks how it is.
-        let surroundings = look_around(&self.health, &self.attestor);
-        let (connections, bounds) = channel::channel(connection_bounds(&config, self.means));
         let keys = Arc::new(caller_keys(&config));
+        // Before anybody asks how it is.
+        let surroundings = look_around(&self.health, &self.attestor, &keys);
+        let (connections, bounds) = channel::channel(connection_bounds(&config, self.means));
         let (stats, admin_stats) = (Arc::<ConnectionStats>::default(), Arc::<ConnectionStats>::default());
         let series = ConnectionMetrics::new(self.metrics.registry());
         let counted = (Arc::clone(&stats), Arc::clone(&admin_stats));
@@ -263,13 +263,17 @@ impl AgentParts {
 
         let presence = socket.presence();
         let (public, looks) = (config.agent.socket_path.clone(), keys.looks());
-        let in_spite_of =
-            surroundings.in_spite_of.iter().cloned().chain(presence.iter().flat_map(way_in::found));
-        let standing = self.standing(Arc::clone(&stats), public, looks, in_spite_of.collect());
-        let way_in = Arc::new(WayIn::of(presence.as_ref()));
+        let way_in = Arc::<WayIn>::default();
+        let mut found = Vec::new();
         if let Some(at) = &presence {
-            tell_kept_out(&self.health, way_in.kept_out(at.shut(), at, &self.writer.store().snapshot()));
+            way_in.look(at.shut());
+            found = way_in::found(at.shut(), at);
+            let kept_out = way_in.kept_out(at.shut(), at, &self.writer.store().snapshot());
+            found.extend(way_in.tell(&self.health, kept_out));
         }
+        let (shut, shut_told) = channel::channel(found);
+        let found = Found { surroundings: surroundings.in_spite_of.clone(), shut: shut_told };
+        let standing = self.standing(Arc::clone(&stats), public, looks, found);
         let gate = Arc::new(AuditedGate {
             gate: self.gate.clone(),
             audit: Arc::clone(&self.audit),
@@ -291,7 +295,7 @@ impl AgentParts {
         tasks.spawn(surroundings.keep_looking(Arc::clone(&self.health), Arc::clone(&self.attestor)));
         if let Some(presence) = presence {
             let (health, store) = (Arc::clone(&self.health), Arc::clone(self.writer.store()));
-            tasks.spawn(keep_in_sight(health, presence, way_in, store));
+            tasks.spawn(keep_in_sight(health, presence, way_in, store, shut));
         }
         let mut issuing = JoinSet::new();
         issuing.spawn(Arc::clone(&self.issuer).run());
@@ -355,7 +359,7 @@ impl AgentParts {
         connections: Arc<ConnectionStats>,
         socket_path: PathBuf,
         kubernetes: bool,
-        surroundings: Vec<String>,
+        found: Found,
     ) -> AgentStanding {
         AgentStanding {
             store: Arc::clone(self.writer.store()),
@@ -370,7 +374,7 @@ impl AgentParts {
             started: self.started,
             socket_path,
             kubernetes,
-            surroundings,
+            found,
         }
     }
 

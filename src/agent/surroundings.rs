@@ -62,13 +62,23 @@ enum Obstacle {
          agent in the host's (hostPID: true in its pod, --pid=host in its container), unless all its callers are in its own"
     )]
     PidNamespace,
+    /// Callers in other pods have no PID here.
+    #[error(
+        "the agent runs in the PID namespace of its own container, so callers in other pods cannot be identified, and nobody \
+         is served: its pod needs hostPID: true"
+    )]
+    PidNamespaceOfPod,
 }
 
 impl Obstacle {
     /// Whether nobody, or nobody else than the agent's own user, is served.
     fn is_for_all(&self) -> bool {
         match self {
-            Self::Pidfd(_) | Self::Refused(_) | Self::Proc(_) | Self::HiddenProcesses(_) => true,
+            Self::Pidfd(_)
+            | Self::Refused(_)
+            | Self::Proc(_)
+            | Self::HiddenProcesses(_)
+            | Self::PidNamespaceOfPod => true,
             Self::UserNamespace | Self::PidNamespace => false,
         }
     }
@@ -91,20 +101,22 @@ pub(super) fn say_where(keys: &PodOrUid, in_pod: bool, budget: Option<u64>, cgro
 }
 
 /// Says once what is missing, and keeps an agent that nobody could be served by from being ready. What it serves in spite of.
-pub(super) fn look_around(health: &HealthState, attestor: &Attestor) -> Surroundings {
+pub(super) fn look_around(health: &HealthState, attestor: &Attestor, keys: &PodOrUid) -> Surroundings {
     let pidfd = UnixStream::pair().ok().and_then(|(end, _other)| pidfd_of_peer(&end).err());
     if let Some(errno) = pidfd.filter(|errno| !is_shortage(*errno)) {
         tracing::error!("{}", Obstacle::Pidfd(errno));
         health.identifies(false);
     }
-    let mut surroundings = Surroundings::default();
-    surroundings.found(shortcomings(attestor), health);
+    let mut surroundings = Surroundings { for_pods: keys.looks_for_pods(), ..Surroundings::default() };
+    surroundings.found(shortcomings(attestor, surroundings.for_pods), health);
     surroundings
 }
 
 /// What was found, and is said already.
 #[derive(Default)]
 pub(super) struct Surroundings {
+    /// Callers are in pods.
+    for_pods: bool,
     known: Vec<Discriminant<Obstacle>>,
     /// What the agent serves in spite of.
     pub(super) in_spite_of: Vec<String>,
@@ -140,7 +152,8 @@ impl Surroundings {
         while health.get() != Probe::Draining {
             let attestor = Arc::clone(&attestor);
             // No thread, no answer: that is for the next look.
-            if let Ok(lacks) = tokio::task::spawn_blocking(move || shortcomings(&attestor)).await {
+            let for_pods = self.for_pods;
+            if let Ok(lacks) = tokio::task::spawn_blocking(move || shortcomings(&attestor, for_pods)).await {
                 self.found(lacks, &health);
             }
             sleep_to_beat(LOOK).await;
@@ -184,7 +197,7 @@ fn pidfd_of_peer(end: &UnixStream) -> Result<(), Errno> {
 }
 
 /// What is missing here beside a pidfd.
-fn shortcomings(attestor: &Attestor) -> Vec<Obstacle> {
+fn shortcomings(attestor: &Attestor, for_pods: bool) -> Vec<Obstacle> {
     let proc = match attestor.look_at_proc() {
         Err(fault) => Some(Obstacle::Proc(fault)),
         // The first process is root's, or whose container it is.
@@ -194,7 +207,14 @@ fn shortcomings(attestor: &Attestor) -> Vec<Obstacle> {
             .map(Obstacle::HiddenProcesses),
     };
     let users = namespace::unmapped().map(|_| Obstacle::UserNamespace);
-    let processes = namespace::pid_namespace_is_inner().then_some(Obstacle::PidNamespace);
+    // A node may be a container itself, as in kind: then its first process is no neighbour of the agent's.
+    let processes = namespace::pid_namespace_is_inner().then(|| {
+        if for_pods && namespace::first_process_is_in_own_cgroup() {
+            Obstacle::PidNamespaceOfPod
+        } else {
+            Obstacle::PidNamespace
+        }
+    });
     let refused = own_connection::try_out().err().map(Obstacle::Refused);
     refused.into_iter().chain(proc).chain(users).chain(processes).collect()
 }

@@ -8,6 +8,7 @@ use std::{
     time::SystemTime,
 };
 
+use tokio::sync::watch;
 use tonic::Status;
 
 use super::proto::admin as pb;
@@ -99,8 +100,16 @@ pub struct AgentStanding {
     pub socket_path: PathBuf,
     /// Whether callers are looked for in pods.
     pub kubernetes: bool,
-    /// What was found at the start, in spite of which the agent serves, in words.
+    pub found: Found,
+}
+
+/// What was found in spite of which the agent serves, in words.
+#[derive(Debug)]
+pub struct Found {
+    /// At the start.
     pub surroundings: Vec<String>,
+    /// On the way to the socket, as it was a few seconds ago.
+    pub shut: watch::Receiver<Vec<String>>,
 }
 
 impl AgentStanding {
@@ -138,7 +147,7 @@ impl AgentStanding {
             dry_run: limits.dry_run,
             streams: self.connections.streams(),
             parked: self.connections.parked(),
-            surroundings: self.surroundings.iter().cloned().chain(self.full_connections()).collect(),
+            surroundings: self.found_in_spite_of(),
             attestors_wrong,
             reload_failed: failed_at.map_or(0, unix),
             reload_errors: reload_errors.unwrap_or_default(),
@@ -148,6 +157,12 @@ impl AgentStanding {
             // Of a server's entries others may be for another node.
             entries_unmatched: self.issuer.server().map_or_else(|| unmatched(&snapshot), |_| Vec::new()),
         }
+    }
+
+    fn found_in_spite_of(&self) -> Vec<String> {
+        let Found { surroundings, shut } = &self.found;
+        let shut = shut.borrow();
+        surroundings.iter().chain(&*shut).cloned().chain(self.full_connections()).collect()
     }
 
     /// What is to be said of connections whose clients keep calls to themselves.

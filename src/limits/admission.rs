@@ -357,7 +357,12 @@ impl Ledger {
         };
         if let Some(lack) = lack {
             let question = Question { plan, stage: Stage::Caller, method, dry, attempt };
-            self.refuse(&question, lack, || Some(caller_name(caller, &choice)))?;
+            self.refuse(&question, lack, || Some(caller_name(caller, &choice))).inspect_err(|refusal| {
+                if attempt.ends(refusal) {
+                    let shares = choice.shared.map(|_| taker);
+                    self.callers().note_refused(self.caller_key(plan, caller, method, &choice), shares);
+                }
+            })?;
             allowed = None;
         }
         let exempt = limit == Limit::Exempt;

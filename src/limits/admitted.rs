@@ -81,7 +81,7 @@ impl Charge {
     pub(super) fn refund(&mut self) {
         self.pays = 0;
         if let Some(held) = self.held {
-            self.ledger.callers().note_refused(held.ask.key);
+            self.ledger.callers().note_refused(held.ask.key, held.ask.taker);
         }
     }
 

@@ -272,6 +272,9 @@ impl Gate {
                 return Err(refusal);
             }
             Err(refusal) => {
+                if matches!(refusal, ConnectionRefusal::CallerRate | ConnectionRefusal::Processor) {
+                    state.rates.note_refused(shared.key(&plan, caller), None);
+                }
                 state.complain(&arriving, refusal);
                 drop(state);
                 shared.refused(refusal, caller, now);
@@ -419,7 +422,7 @@ impl SharedGate {
         if let Some(most) = rule.connections
             && (open >= most.get() || of_family && group_open >= plan.connections_of_family(most.get()))
         {
-            state.rates.note_refused(key);
+            state.rates.note_refused(key, None);
             return Err(ConnectionRefusal::CallerConnections);
         }
         let ask = Ask { key, quota, cost: 1, taker: None };

@@ -66,8 +66,12 @@ impl Ledger {
         let done = match longest {
             Some((lack, id, choice)) => {
                 let question = Question { plan, stage: Stage::Identity, method, dry: false, attempt };
-                self.refuse(&question, lack, || Some(identity_name(id, &choice)))
-                    .map_err(|refusal| Refusal { spiffe_id: Some(id.clone()), ..refusal })
+                self.refuse(&question, lack, || Some(identity_name(id, &choice))).map_err(|refusal| {
+                    if attempt.ends(&refusal) {
+                        identities.table.note_refused(self.identity_key(id, method, &choice), Some(taker));
+                    }
+                    Refusal { spiffe_id: Some(id.clone()), ..refusal }
+                })
             }
             None if (node_counts || nobody) && !caller_exempt => {
                 self.charge_node(plan, method, taker, now, attempt)

@@ -313,7 +313,11 @@ impl Ledger {
         let dry = plan.dry || plan.node_dry;
         let question = Question { plan, stage: Stage::Node, method, dry, attempt };
         let lack = Scarcity { charged_as: ChargedAs::Node, reason: Reason::Rate, retry_after, origin };
-        self.refuse(&question, lack, || Some(BucketName::Node))
+        self.refuse(&question, lack, || Some(BucketName::Node)).inspect_err(|refusal| {
+            if attempt.ends(refusal) {
+                lock(self.node.get(method)).note_refused(taker);
+            }
+        })
     }
 
     /// What all callers have of a method, if that is limited, and its bucket.

@@ -107,6 +107,13 @@ impl Claim {
             Shortfall::Pass => true,
         }
     }
+
+    /// When to come back where the bucket has too few tokens for so long: when it has enough and to spare, or when it has enough
+    /// and the share too.
+    pub(super) fn comes_back_in(&self, wait: Duration) -> Duration {
+        let with_share = self.wait.max(wait.saturating_sub(self.leaves_take));
+        if self.can_leave { wait.min(with_share) } else { with_share }
+    }
 }
 
 impl Shares {
@@ -147,14 +154,11 @@ impl Shares {
         }
     }
 
-    /// The bucket has refused it. Returns when to come back: when the bucket has enough and to spare, or when it has
-    /// enough and the share too.
-    pub(super) fn refused(&mut self, claim: Claim, wait: Duration) -> Duration {
-        if let Some(share) = self.all.get_mut(claim.at) {
+    /// Counts for people that a call was refused.
+    pub(super) fn note_refused(&mut self, taker: Taker) {
+        if let Some(share) = self.at(taker).and_then(|at| self.all.get_mut(at)) {
             share.taking.refused = share.taking.refused.saturating_add(1);
         }
-        let with_share = claim.wait.max(wait.saturating_sub(claim.leaves_take));
-        if claim.can_leave { wait.min(with_share) } else { with_share }
     }
 
     /// A call that held tokens of the share at this place ends, and takes `cost`.
@@ -256,6 +260,13 @@ impl SharedBuckets {
         Some(self.0.entry(hash).or_default())
     }
 
+    /// [`Shares::note_refused`] of a bucket, where it has some.
+    pub(super) fn note_refused(&mut self, hash: [u64; 2], taker: Taker) {
+        if let Some(shares) = self.0.get_mut(&hash) {
+            shares.note_refused(taker);
+        }
+    }
+
     /// The shares of a bucket, where it has some.
     pub(super) fn known(&self, hash: [u64; 2]) -> Option<&Shares> {
         self.0.get(&hash)
@@ -281,6 +292,11 @@ impl Default for SharedBucket {
 }
 
 impl SharedBucket {
+    /// [`Shares::note_refused`].
+    pub(super) fn note_refused(&mut self, taker: Taker) {
+        self.shares.note_refused(taker);
+    }
+
     /// Tokens that are left.
     pub(super) fn left(&self, now: u64, quota: Quota) -> u32 {
         self.bucket.left(now, quota)
@@ -307,7 +323,7 @@ impl SharedBucket {
         let held = match self.bucket.hold_leaving(now, quota, cost, claim.leaves) {
             Ok(()) => cost,
             Err(_) if claim.passes(short) => self.bucket.hold_some(now, quota, cost, claim.leaves),
-            Err(wait) => return Err(self.shares.refused(claim, wait)),
+            Err(wait) => return Err(claim.comes_back_in(wait)),
         };
         self.bucket.settle(now, quota, held, held);
         self.shares.passed(claim, cost);
@@ -406,6 +422,8 @@ mod tests {
             bucket.take(SECOND, quota, 1, taker(1), Shortfall::Refuse).unwrap();
         }
         assert_eq!(bucket.take(SECOND, quota, 1, taker(1), Shortfall::Refuse), Err(Duration::from_secs(1)));
+        bucket.shares.note_refused(taker(1));
+        bucket.shares.note_refused(taker(2));
         assert_eq!(
             bucket.shares.takings(),
             [Taking { caller: Some(CallerKey::Uid(1)), used: 100, refused: 1 }]

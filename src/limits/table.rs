@@ -174,15 +174,14 @@ impl Table {
             Err(_) if passes => Ok(cell.bucket.hold_some(now, quota, cost, leaves)),
             Err(wait) => Err(wait),
         };
-        let count = if outcome.is_ok() { &mut cell.used } else { &mut cell.refused };
-        *count = count.saturating_add(1);
+        cell.used = cell.used.saturating_add(u32::from(outcome.is_ok()));
         let place = ChargedTo::Own(at);
         Some(match (shares, outcome) {
             (Some((shares, claim)), Ok(held)) => {
                 shares.passed(claim, cost);
                 Ok((place, held, Some(claim.at)))
             }
-            (Some((shares, claim)), Err(wait)) => Err(shares.refused(claim, wait)),
+            (Some((_, claim)), Err(wait)) => Err(claim.comes_back_in(wait)),
             (None, outcome) => outcome.map(|held| (place, held, None)),
         })
     }
@@ -309,11 +308,14 @@ impl Table {
         self.settle_held(&HeldTokens { short, of_bucket: short, ..held }, ask.cost)
     }
 
-    /// Counts for people that a key was refused for something else than its tokens, if it is known.
-    pub(super) fn note_refused(&mut self, key: BucketKey) {
+    /// Counts for people that a call was refused, if its key is known. One that had to wait and then passed was not.
+    pub(super) fn note_refused(&mut self, key: BucketKey, taker: Option<Taker>) {
         if let Some(cell) = self.find(key.hash) {
             cell.again = true;
             cell.refused = cell.refused.saturating_add(1);
+            if let Some(taker) = taker {
+                self.shared.note_refused(key.hash, taker);
+            }
         }
     }
 
@@ -586,8 +588,10 @@ mod tests {
         for (uid, calls) in [(1, 3), (2, 30), (3, 12), (4, 1)] {
             for _ in 0..calls {
                 let key = BucketKey { hash: [u64::from(uid); 2], parent: 0 };
-                if let Ok(place) = table.hold(0, &ask(key, quota(1.0, 10), 1), || heavy(uid)) {
-                    table.settle(&ask(key, quota(1.0, 10), 1), place, 1);
+                let ask = ask(key, quota(1.0, 10), 1);
+                match table.hold(0, &ask, || heavy(uid)) {
+                    Ok(place) => drop(table.settle(&ask, place, 1)),
+                    Err(_wait) => table.note_refused(key, None),
                 }
             }
         }

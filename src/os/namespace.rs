@@ -98,6 +98,13 @@ pub fn pid_namespace_is_inner() -> bool {
     stat("/proc/self/ns/pid").is_ok_and(|it| it.st_ino != INITIAL)
 }
 
+/// Whether the first process of the PID namespace is in the same cgroups as this one, as the first of a container is with the
+/// others in it.
+pub fn first_process_is_in_own_cgroup() -> bool {
+    let of = |process: &str| fs::read(format!("/proc/{process}/cgroup")).ok();
+    of("self").is_some_and(|own| of("1") == Some(own))
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs::File;

@@ -161,7 +161,7 @@ impl Presence {
         shut.next().map_or(Sight::There, Sight::Shut)
     }
 
-    /// What let nobody through but its owner, or root's group, when the agent began to serve: directories above it, or the socket itself.
+    /// What let nobody through but its owner when the agent began to serve: directories above it, or the socket itself.
     pub fn shut(&self) -> &[Shut] {
         &self.shut
     }
@@ -183,7 +183,7 @@ pub enum Sight {
     Shut(Shut),
 }
 
-/// What lets nobody through but its owner, root, and perhaps root's group.
+/// What lets nobody through but its owner and root.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shut {
     pub path: PathBuf,
@@ -220,18 +220,12 @@ fn closed_above(path: &Path) -> Vec<Shut> {
     closed.into_iter().map(|ClosedDir { path, uid, mode }| Shut { path, uid, mode }).collect()
 }
 
-/// The same, with those that let root's group through, in which is no workload; and the socket itself, where it is so with who may
-/// connect to it: a service manager may have made it.
+/// The same, and the socket itself, where nobody but its owner may connect to it: a service manager may have made it.
 fn shut_on_the_way(path: &Path) -> Vec<Shut> {
-    let is_shut = |shut: &Shut, others: u32| {
-        let of_root = || shut.path.metadata().is_ok_and(|meta| meta.gid() == 0);
-        shut.mode & others == 0 && (shut.mode & (others << 3) == 0 || of_root())
-    };
-    let mut all = closed_above(path);
-    all.retain(|dir| is_shut(dir, 0o001));
+    let mut all = shut_above(path);
     let own = path.metadata().ok();
     let own = own.map(|meta| Shut { path: path.to_owned(), uid: meta.uid(), mode: meta.mode() & 0o7777 });
-    all.extend(own.filter(|socket| is_shut(socket, 0o002)));
+    all.extend(own.filter(|socket| socket.mode & 0o022 == 0));
     all
 }
 

@@ -185,6 +185,16 @@ async fn a_call_that_waits_is_counted_once() {
         .map(|name| count(&recorder, name));
     assert_eq!(counted.map(|n| n.to_string()), [passed, refusals.len()].map(|n| n.to_string()));
     assert_eq!(passed + refusals.len(), 100);
+    // For people too, at each stage: who waited and passed was not refused.
+    for (stage, settings) in each_stage(100.0, 10, Origin::ByDefault) {
+        let limits = crowded(&settings);
+        let (passed, refusals, _) = calls(&limits, 1, 100, Patience::USUAL).await;
+        let told = limits.heaviest(10);
+        let of_stage = told.iter().find(|(at, _)| *at == stage).map(|(_, heavy)| heavy.refused);
+        let most = u32::try_from(refusals.len()).unwrap();
+        assert!(passed > 10, "{stage:?}: some waited");
+        assert_eq!(of_stage, Some(most), "{stage:?}: {told:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -173,6 +173,30 @@ async fn until(dir: &Path, want: &str) {
 }
 
 /// There, a PID is another process in `/proc`; this test's own, say, which the agent's is not.
+/// In the PID namespace of its own container, no caller of another has a number.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_in_a_pod_without_the_nodes_processes_is_not_ready() {
+    let words = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
+    let can = Command::new(words[0]).args(&words[1..]).arg("true").status();
+    if !geteuid().is_root() || !can.is_ok_and(|status| status.success()) {
+        return;
+    }
+    for (case, words, want) in [
+        ("in a pod", [&["env", "KUBERNETES_SERVICE_HOST=192.0.2.1"][..], &words].concat(), false),
+        ("in another container, with its callers", words.to_vec(), true),
+        ("in a pod, with hostPID", vec!["env", "KUBERNETES_SERVICE_HOST=192.0.2.1"], true),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        prepare(dir.path(), &entry("/web", ""));
+        let mut agent = Process::spawn_by(&words, dir.path());
+        drop(agent.serving(dir.path()).await);
+        let answer = ready(dir.path()).await;
+        assert_eq!(answer.starts_with("HTTP/1.1 200"), want, "{case}: {answer}");
+        let log = fs::read_to_string(dir.path().join("log")).unwrap();
+        assert_eq!(log.contains("its pod needs hostPID: true"), !want, "{case}: {log}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn with_the_proc_of_another_pid_namespace_nobody_is_served() {
     let inner =
@@ -447,6 +471,14 @@ async fn a_socket_that_is_shut_while_the_agent_runs_is_no_ready_agent() {
         chmod(at, right);
         until(&dir, "HTTP/1.1 200").await;
     }
+    // What is right by now is not told any more.
+    chmod(base.path(), 0o755);
+    let began = std::time::Instant::now();
+    while status(&admin).contains(&at_start) {
+        assert!(began.elapsed() < PATIENCE, "it is still told");
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    chmod(base.path(), 0o700);
     // A group that gets through may be meant.
     chmod(&above, 0o750);
     chmod(&socket, 0o600);
@@ -461,31 +493,35 @@ async fn a_socket_whose_callers_are_kept_out_from_the_start_is_no_ready_agent() 
     if !geteuid().is_root() {
         return;
     }
-    const SHUT: Option<&str> = Some("asks for");
-    for (case, owner, mode, selectors, want) in [
-        ("root's own", 0, 0o700, vec!["unix:uid:0"], None),
-        ("root's own, by name", 0, 0o700, vec!["unix:user:root", "unix:gid:0"], None),
-        ("whatever executes this", 0, 0o700, vec!["unix:path:/bin/web"], None),
-        ("another's", 0, 0o700, vec!["unix:uid:731006"], SHUT),
-        ("another's, by name", 0, 0o700, vec!["unix:user:nobody"], SHUT),
-        ("another's, of root's group", 0, 0o700, vec!["unix:uid:731006", "unix:gid:0"], SHUT),
-        ("a group's", 0, 0o700, vec!["unix:gid:731006"], SHUT),
-        ("a further group's", 0, 0o700, vec!["unix:supplementary_gid:731006"], SHUT),
-        ("another's than who is in root's group", 0, 0o750, vec!["unix:uid:731006"], SHUT),
-        ("root's group's", 0, 0o750, vec!["unix:gid:0"], None),
-        ("another's, perhaps in a group that passes", USER, 0o710, vec!["unix:uid:731007"], None),
-        ("another's, who pass", 0, 0o701, vec!["unix:uid:731006"], None),
-        ("an ordinary user's own", USER, 0o700, vec!["unix:uid:731006"], None),
-        ("another's than an ordinary user's", USER, 0o700, vec!["unix:uid:731007"], SHUT),
+    // Whether those whom entries ask for are kept out: of no entry, of some, of all.
+    let (none, some, all) = (0, 1, 2);
+    for (case, owner, mode, entries, want) in [
+        ("root's own", 0, 0o700, vec!["unix:uid:0"], none),
+        ("root's own, by name", 0, 0o700, vec!["unix:user:root unix:gid:0"], none),
+        ("whatever executes this", 0, 0o700, vec!["unix:path:/bin/web"], none),
+        ("another's", 0, 0o700, vec!["unix:uid:731006"], all),
+        ("two others'", 0, 0o700, vec!["unix:uid:731006", "unix:uid:731007"], all),
+        ("another's beside root's", 0, 0o700, vec!["unix:uid:731006", "unix:uid:0"], some),
+        ("another's, by name", 0, 0o700, vec!["unix:user:nobody"], all),
+        ("another's, of a group", 0, 0o700, vec!["unix:uid:731006 unix:gid:0"], all),
+        ("a group's, which may be root's", 0, 0o700, vec!["unix:gid:731006"], none),
+        ("a further group's", 0, 0o700, vec!["unix:supplementary_gid:731006"], none),
+        ("another's, perhaps in root's group", 0, 0o750, vec!["unix:uid:731006"], none),
+        ("another's, perhaps in a group that passes", USER, 0o710, vec!["unix:uid:731007"], none),
+        ("another's, who pass", 0, 0o701, vec!["unix:uid:731006"], none),
+        ("an ordinary user's own", USER, 0o700, vec!["unix:uid:731006"], none),
+        ("another's than an ordinary user's", USER, 0o700, vec!["unix:uid:731007"], all),
     ] {
         let base = tempfile::tempdir().unwrap();
         fs::set_permissions(base.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let (shut, dir) = (base.path().join("shut"), base.path().join("shut/dir"));
         fs::create_dir_all(&dir).unwrap();
-        let asked: Vec<_> = selectors.iter().map(|selector| format!("\"{selector}\"")).collect();
-        let entry = format!("entry \"spiffe://example.org/web\" {{ selectors = [{}] }}\n", asked.join(", "));
-        prepare(&dir, &entry);
-        if selectors[0].starts_with("unix:path") {
+        let entry = |(nth, selectors): (usize, &&str)| {
+            let asked: Vec<_> = selectors.split(' ').map(|selector| format!("\"{selector}\"")).collect();
+            format!("entry \"spiffe://example.org/web{nth}\" {{ selectors = [{}] }}\n", asked.join(", "))
+        };
+        prepare(&dir, &entries.iter().enumerate().map(entry).collect::<String>());
+        if entries[0].starts_with("unix:path") {
             let config = fs::read_to_string(dir.join("agent.conf")).unwrap();
             let discovers =
                 config.replace("plugin_data { }", "plugin_data { discover_workload_path = true }");
@@ -500,21 +536,23 @@ async fn a_socket_whose_callers_are_kept_out_from_the_start_is_no_ready_agent() 
         let mut agent = Process::spawn_by(if owner == 0 { &[] } else { &become_owner }, &dir);
         drop(agent.serving(&dir).await);
         let answer = ready(&dir).await;
-        assert_eq!(answer.starts_with("HTTP/1.1 200"), want.is_none(), "{case}: {answer}");
+        assert_eq!(answer.starts_with("HTTP/1.1 200"), want != all, "{case}: {answer}");
         let mut healthcheck = Command::new(env!("CARGO_BIN_EXE_durward"));
         let checked = healthcheck.args(["healthcheck", "--socket-path"]).arg(dir.join("api.sock")).output();
-        assert_eq!(checked.unwrap().status.code(), Some(i32::from(want.is_some())), "{case}");
-        let Some(want) = want else {
+        assert_eq!(checked.unwrap().status.code(), Some(i32::from(want == all)), "{case}");
+        if want == none {
             let log = fs::read_to_string(dir.join("log")).unwrap();
-            assert!(!log.contains("gets to the socket"), "{case}: {log}");
+            assert!(!log.contains("can reach the socket"), "{case}: {log}");
             continue;
-        };
-        let log = logged(&dir, "and no such process gets to the socket").await;
-        assert_eq!(log.matches("gets to the socket").count(), 1, "{case}: once: {log}");
+        }
+        let log = logged(&dir, "but no such process can reach the socket").await;
+        assert_eq!(log.matches("can reach the socket").count(), 1, "{case}: once: {log}");
         let said = status(&shut.join("private/admin.sock"));
         let todo = format!("chmod o+x {}, or choose another socket_path", shut.display());
-        let why = format!("not ready: entry \"spiffe://example.org/web\" {want}");
-        assert!(said.contains(&why) && said.contains(&todo) && log.contains(&todo), "{case}: {said}");
+        let why = "entry \"spiffe://example.org/web0\" asks for";
+        let told = said.contains(&format!("not ready: {why}"));
+        assert_eq!(told, want == all, "{case}: {said}");
+        assert!(said.contains(why) && said.contains(&todo) && log.contains(&todo), "{case}: {said}");
     }
 }
 
@@ -524,7 +562,7 @@ async fn a_way_to_the_socket_that_opens_makes_a_ready_agent() {
     if !geteuid().is_root() {
         return;
     }
-    for mends in [true, false] {
+    for (mends, from_the_start) in [(true, true), (false, true), (false, false)] {
         let base = tempfile::tempdir().unwrap();
         let (shut, dir) = (base.path().join("shut"), base.path().join("shut/dir"));
         fs::create_dir_all(&dir).unwrap();
@@ -534,9 +572,10 @@ async fn a_way_to_the_socket_that_opens_makes_a_ready_agent() {
             &dir,
             &format!("entry \"spiffe://example.org/web\" {{ selectors = [\"unix:uid:{USER}\"] }}\n"),
         );
-        chmod(&shut, 0o700);
+        chmod(&shut, if from_the_start { 0o700 } else { 0o755 });
         let mut agent = Process::spawn_by(&[], &dir);
         drop(agent.serving(&dir).await);
+        chmod(&shut, 0o700);
         until(&dir, "shut to other users").await;
         if mends {
             chmod(&shut, 0o711);
@@ -557,7 +596,7 @@ async fn a_way_to_the_socket_that_opens_makes_a_ready_agent() {
             assert!(said.contains("spiffe://example.org/web"), "{fetched:?}");
         }
         until(&dir, "HTTP/1.1 200").await;
-        logged(&dir, "all whom entries ask for get to the socket").await;
+        logged(&dir, "processes that entries ask for can reach the socket").await;
     }
 }
 
