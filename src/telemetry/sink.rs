@@ -8,6 +8,9 @@ use std::{
 };
 
 use nix::errno::Errno;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use crate::os::clock::Clock;
 
 /// What the line says that tells how many were lost before it.
 pub const LINES_LOST: &str = "log lines were lost";
@@ -128,7 +131,8 @@ fn count(lines: &[u8]) -> u64 {
 
 /// Valid in both formats: text to people, an object to a parser.
 fn lost_lines(lost: u64) -> String {
-    format!("{{\"level\":\"WARN\",\"message\":\"{LINES_LOST}\",\"lost\":{lost}}}")
+    let now = OffsetDateTime::from(Clock::SYSTEM.now()).format(&Rfc3339).unwrap_or_default();
+    format!("{{\"timestamp\":\"{now}\",\"level\":\"WARN\",\"message\":\"{LINES_LOST}\",\"lost\":{lost}}}")
 }
 
 #[cfg(test)]
