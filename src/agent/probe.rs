@@ -119,7 +119,9 @@ pub(super) fn tell_kept_out(health: &HealthState, why: Option<String>) {
     let said = why.clone();
     match (health.keeps_out(why), said) {
         (true, Some(why)) => tracing::error!("{why}"),
-        (true, None) => tracing::warn!("all whom entries ask for get to the socket of the workload api now"),
+        (true, None) => {
+            tracing::info!("every process that an entry asks for can reach the workload api socket now")
+        }
         (false, _) => {}
     }
 }

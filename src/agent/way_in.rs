@@ -77,7 +77,7 @@ impl WayIn {
         let (entry, by, selector) = kept_out.next()?;
         let more = kept_out.count();
         let mut said = format!(
-            "entry \"{}\" asks for {selector}, and no such process gets to the socket {}: {by}",
+            "entry \"{}\" asks for {selector}, but no such process can reach the socket {}: {by}",
             entry.spiffe_id,
             presence.path().display()
         );

@@ -506,11 +506,11 @@ async fn a_socket_whose_callers_are_kept_out_from_the_start_is_no_ready_agent() 
         assert_eq!(checked.unwrap().status.code(), Some(i32::from(want.is_some())), "{case}");
         let Some(want) = want else {
             let log = fs::read_to_string(dir.join("log")).unwrap();
-            assert!(!log.contains("gets to the socket"), "{case}: {log}");
+            assert!(!log.contains("can reach the socket"), "{case}: {log}");
             continue;
         };
-        let log = logged(&dir, "and no such process gets to the socket").await;
-        assert_eq!(log.matches("gets to the socket").count(), 1, "{case}: once: {log}");
+        let log = logged(&dir, "but no such process can reach the socket").await;
+        assert_eq!(log.matches("can reach the socket").count(), 1, "{case}: once: {log}");
         let said = status(&shut.join("private/admin.sock"));
         let todo = format!("chmod o+x {}, or choose another socket_path", shut.display());
         let why = format!("not ready: entry \"spiffe://example.org/web\" {want}");
@@ -534,6 +534,9 @@ async fn a_way_to_the_socket_that_opens_makes_a_ready_agent() {
             &dir,
             &format!("entry \"spiffe://example.org/web\" {{ selectors = [\"unix:uid:{USER}\"] }}\n"),
         );
+        let config = dir.join("agent.conf");
+        let text = fs::read_to_string(&config).unwrap();
+        fs::write(&config, text.replace("log_level = \"warn\"", "log_level = \"info\"")).unwrap();
         chmod(&shut, 0o700);
         let mut agent = Process::spawn_by(&[], &dir);
         drop(agent.serving(&dir).await);
@@ -557,7 +560,7 @@ async fn a_way_to_the_socket_that_opens_makes_a_ready_agent() {
             assert!(said.contains("spiffe://example.org/web"), "{fetched:?}");
         }
         until(&dir, "HTTP/1.1 200").await;
-        logged(&dir, "all whom entries ask for get to the socket").await;
+        logged(&dir, "every process that an entry asks for can reach the workload api socket now").await;
     }
 }
 
