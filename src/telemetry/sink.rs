@@ -131,7 +131,10 @@ fn count(lines: &[u8]) -> u64 {
 
 /// Valid in both formats: text to people, an object to a parser.
 fn lost_lines(lost: u64) -> String {
-    let now = OffsetDateTime::from(Clock::SYSTEM.now()).format(&Rfc3339).unwrap_or_default();
+    let now = OffsetDateTime::from(Clock::SYSTEM.now());
+    // To the microsecond, as other lines.
+    let now = now.replace_nanosecond(now.microsecond() * 1000).unwrap_or(now);
+    let now = now.format(&Rfc3339).unwrap_or_default();
     format!("{{\"timestamp\":\"{now}\",\"level\":\"WARN\",\"message\":\"{LINES_LOST}\",\"lost\":{lost}}}")
 }
 
@@ -189,7 +192,7 @@ mod tests {
         assert_eq!(sink.write(lines.as_bytes(), 2), Delivered { lines: 2, told: true });
         let mut taken = Vec::new();
         for _ in 0..3 {
-            let mut datagram = [0; 100];
+            let mut datagram = [0; 200];
             let len = reader.recv(&mut datagram).unwrap();
             taken.push(String::from_utf8(datagram[..len].to_vec()).unwrap());
         }
