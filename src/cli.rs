@@ -227,6 +227,9 @@ enum Failure {
     /// The agent does not know yet what it was asked for, which is said already.
     #[error("")]
     NotKnown,
+    /// Who held an identity may not all be known, which is said already.
+    #[error("")]
+    MayLack,
     /// All is said already; only the exit code is left.
     #[error("")]
     Said,
@@ -254,12 +257,13 @@ impl Failure {
             Self::Unhealthy(healthcheck::Unhealthy::Absent) | Self::NotKnown => 4,
             Self::Call(err) | Self::Validate(err) if err.code() == Code::PermissionDenied => 3,
             Self::Agent(err) if err.is::<Expelled>() => 5,
+            Self::MayLack => 6,
             _ => 1,
         }
     }
 
     fn report(&self, terminal: &mut Terminal) {
-        if matches!(self, Self::Said | Self::NotKnown | Self::Print(PrintError::Closed)) {
+        if matches!(self, Self::Said | Self::MayLack | Self::NotKnown | Self::Print(PrintError::Closed)) {
             return;
         }
         terminal.fault(self);

@@ -101,6 +101,13 @@ pub(super) fn say_whom_to_distrust(config: &Config) {
     }
 }
 
+/// Says which files beside the configuration are not read.
+pub(super) fn say_what_is_passed_over(config: &Config) {
+    for why in config.passed_over_warnings() {
+        tracing::warn!("{why}");
+    }
+}
+
 /// Whether an agent that has what this process has could hold the connections that are set.
 ///
 /// # Errors

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{
     ANSWERS_WITHIN, Running, connection_bounds,
-    gate::{say_what_fits, say_whom_to_distrust},
+    gate::{say_what_fits, say_what_is_passed_over, say_whom_to_distrust},
     metrics::ReloadResult,
     start::Adjustable,
 };
@@ -62,6 +62,7 @@ impl Replacing {
             entries: _,
             federated: _,
             federation_gaps: _,
+            passed_over: _,
             attest,
             prometheus: _,
             metrics_socket: _,
@@ -79,6 +80,7 @@ impl Replacing {
 
         say_what_fits(&gate_plan, budget);
         say_whom_to_distrust(next);
+        say_what_is_passed_over(next);
         // From here on nothing fails. What the entries ask for is looked for before they are there.
         let _asked_until_then = parts.attestor.prepare_for(&told.index);
         parts.attestor.wait(ANSWERS_WITHIN);

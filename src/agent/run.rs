@@ -278,7 +278,7 @@ impl Control<'_> {
             sleep(SETTLED_AFTER).await;
             loop {
                 let let_go = errands.begin(program::let_go).await;
-                tracing::debug!(bytes = let_go.ok(), "what is seldom needed of the program is let go of");
+                tracing::debug!(bytes = let_go.ok(), "gave memory back that the program seldom needs");
                 sleep(AGAIN_AFTER).await;
             }
         });

@@ -19,7 +19,9 @@ use tokio::{
 use super::{
     ANSWERS_WITHIN, Running, connection_bounds,
     endpoints::{self, HttpEndpoints},
-    gate::{AuditedGate, Means, http_listeners, say_what_fits, say_whom_to_distrust},
+    gate::{
+        AuditedGate, Means, http_listeners, say_what_fits, say_what_is_passed_over, say_whom_to_distrust,
+    },
     meter::{MemoryMeter, keep_time},
     metrics::{AgentMetrics, MemoryMetrics},
     place::{self, Inherited, Sockets},
@@ -170,6 +172,7 @@ impl PreparedAgent {
         limits_set.set(config.ratelimit.in_force(means.cgroup));
         say_what_fits(&gate_plan, budget);
         say_whom_to_distrust(config);
+        say_what_is_passed_over(config);
         say_where(&caller_keys(config), in_pod(), budget, means.cgroup);
         let limits = Limits::new(&config.ratelimit, clock, metrics.registry());
         let gate = limits::Gate::new(gate_plan, &limits);

@@ -130,7 +130,7 @@ impl WayIn {
         let news = all.clone();
         match (health.keeps_out(all), news) {
             (true, Some(why)) => tracing::error!("nobody can be served: {why}"),
-            (true, None) => tracing::warn!(
+            (true, None) => tracing::info!(
                 "processes that entries ask for can reach the socket of the workload api again"
             ),
             (false, _) => {}

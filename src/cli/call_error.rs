@@ -32,7 +32,12 @@ pub(super) enum CallError {
     Closed { socket: AgentSocket, cause: Box<dyn Error + Send + Sync> },
     /// The agent answered with an error, or gave no answer in time.
     #[error("{}", told(socket, status.code(), &clean(status.message())))]
-    Status { socket: AgentSocket, status: Box<Status> },
+    Status {
+        socket: AgentSocket,
+        status: Box<Status>,
+        /// The only identity that was asked for, if it was one.
+        asked: Option<String>,
+    },
 }
 
 impl CallError {
@@ -44,8 +49,21 @@ impl CallError {
             Code::Unknown | Code::Cancelled | Code::Unavailable if status.source().is_some() => {
                 Self::Closed { socket, cause: status }
             }
-            _ => Self::Status { socket, status },
+            _ => Self::Status { socket, status, asked: None },
         }
+    }
+
+    /// The same of a call that asked for this SPIFFE ID alone, unless that is empty.
+    pub(super) fn asking_for(mut self, spiffe_id: &str) -> Self {
+        if let Self::Status { asked, .. } = &mut self {
+            *asked = Some(spiffe_id.to_owned()).filter(|id| !id.is_empty());
+        }
+        self
+    }
+
+    /// Whether a limit blocks the caller, which no wait changes.
+    pub(super) fn is_blocked(&self) -> bool {
+        matches!(self, Self::Status { status, .. } if is_of_a_block(status))
     }
 
     pub(super) fn code(&self) -> Code {
@@ -92,7 +110,7 @@ impl CallError {
         match self {
             Self::Connect { socket, cause } => Some(connect_advice(socket, cause)),
             Self::Closed { socket, .. } => Some(closed_advice(socket)),
-            Self::Status { socket, status } => status_advice(socket, status),
+            Self::Status { socket, status, asked } => status_advice(socket, status, asked.as_deref()),
         }
     }
 }
@@ -209,10 +227,22 @@ fn closed_advice(socket: &AgentSocket) -> String {
     }
 }
 
-fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
+fn status_advice(socket: &AgentSocket, status: &Status, asked: Option<&str>) -> Option<String> {
     let at = &socket.at;
     let retry = retry_delay(status).map(in_tenths);
     match status.code() {
+        _ if is_of_a_block(status) => Some(format!(
+            "The agent's configuration blocks this, and waiting does not help. Which limit it is:\n{}",
+            asking(socket, &format!("explain --pid {}", asked_of())),
+        )),
+        Code::PermissionDenied if asked.is_some() => Some(format!(
+            "No registration entry for {} matches this process (user ID {}, group ID {}).\n\
+             One for another SPIFFE ID may: leave out --spiffe-id to see. Why:\n{}",
+            clean(asked.unwrap_or_default()),
+            geteuid(),
+            getegid(),
+            asking(socket, &format!("explain --pid {}", asked_of())),
+        )),
         Code::PermissionDenied => Some(format!(
             "No registration entry matches this process (user ID {uid}, group ID {}).\n\
              An entry is needed whose selectors all fit, for example \"unix:uid:{uid}\".\n\
@@ -256,10 +286,20 @@ fn status_advice(socket: &AgentSocket, status: &Status) -> Option<String> {
     }
 }
 
+/// What an agent says where a limit blocks: a call of a caller or of a SPIFFE ID, and a connection.
+const BLOCKED: &str = " is blocked";
+const BLOCKED_AT_GATE: &str = "ratelimit.gate blocks this caller";
+
 /// Whether nobody could be asked who signs: no limit refused the call.
 fn is_of_the_issuer(status: &Status) -> bool {
     let message = status.message();
     ["could not fetch ", "the server has not yet said"].iter().any(|begin| message.starts_with(begin))
+}
+
+/// Whether a limit blocks the caller or its SPIFFE ID.
+fn is_of_a_block(status: &Status) -> bool {
+    let message = status.message();
+    [BLOCKED, BLOCKED_AT_GATE].iter().any(|said| message.contains(said))
 }
 
 /// Whether it is an answer of the admin socket that nothing is known yet.

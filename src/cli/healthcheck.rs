@@ -63,6 +63,7 @@ pub(super) async fn check(args: &HealthArgs, terminal: &mut Terminal) -> Result<
     match observe(&socket, args.timeout.limit(), terminal).await {
         AgentHealth::Serving => Ok(terminal.print("Agent is healthy.\n")?),
         AgentHealth::Refusing => Ok(terminal.print(REFUSED)?),
+        AgentHealth::Blocking => Ok(terminal.print(BLOCKED)?),
         AgentHealth::Other(status) => Err(Unhealthy::Status(status.as_str_name()).into()),
         AgentHealth::Unknown(error) => {
             if args.verbose {
@@ -83,11 +84,14 @@ enum AgentHealth {
     Serving,
     /// It holds its limits.
     Refusing,
+    /// It lets this user in never.
+    Blocking,
     Other(ServingStatus),
     Unknown(CallError),
 }
 
 const REFUSED: &str = "Agent is up, and refuses this user for now: `durward limits` shows why.\n";
+const BLOCKED: &str = "Agent is up, and its configuration blocks this user: `durward explain` shows where.\n";
 
 /// How often an agent that refuses is asked before that is believed.
 const ATTEMPTS: u32 = 4;
@@ -111,6 +115,7 @@ async fn observe(socket: &AgentSocket, limit: Option<Duration>, terminal: &mut T
         let error = match ask(socket, left, terminal).await {
             Ok(ServingStatus::Serving) => return AgentHealth::Serving,
             Ok(other) => return AgentHealth::Other(other),
+            Err(error) if error.is_blocked() => return AgentHealth::Blocking,
             Err(error) => error,
         };
         match seen(socket, &error).await {

@@ -16,6 +16,7 @@ Exit codes:
   3  api: the agent has no identity for this process (PermissionDenied)
   4  no agent answers at the socket, or it has not heard from its server yet
   5  run: the SPIRE Server has expelled this agent; see its log
+  6  audit who: somebody may be missing from the answer, and it says why
 
 status, explain, limits, entry, bundle and reload use the admin socket, which is
 for root and the agent's own user. Flags may also be spelled as spire-agent's:

@@ -73,7 +73,8 @@ pub(super) async fn fetch(args: &FetchJwtArgs, terminal: &mut Terminal) -> Resul
     }
     let socket = args.socket.resolve(super::environment)?;
     let client = Client::new(&socket, args.timeout.limit());
-    let svids = client.fetch_jwt_svid(terminal, &args.audience, &args.spiffe_id).await?;
+    let svids = client.fetch_jwt_svid(terminal, &args.audience, &args.spiffe_id).await;
+    let svids = svids.map_err(|error| error.asking_for(&args.spiffe_id))?;
     if args.output == TokenOutput::Token {
         let token = svids.svids.first().map(|svid| clean(&svid.svid)).unwrap_or_default();
         return Ok(terminal.print(&format!("{token}\n"))?);

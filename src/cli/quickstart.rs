@@ -97,15 +97,10 @@ pub(super) fn run(args: &QuickstartArgs, terminal: &mut Terminal) -> Result<(), 
 }
 
 fn start(args: &QuickstartArgs, layout: &Layout, terminal: &mut Terminal) -> Result<(), Failure> {
-    let file = |path: &str, fresh: bool, what: &str| {
-        if fresh { format!("  wrote {path:<21} {what}\n") } else { format!("  kept  {path}\n") }
-    };
     for (path, fresh, what) in &layout.files {
-        terminal.print(&file(path, *fresh, what))?;
+        terminal.print(&file_text(path, *fresh, what))?;
     }
     let config = Config::load(&layout.config, ExpandEnv::No)?;
-    let env_is_new = layout.write_env(&program(), &config.agent.socket_path)?;
-    terminal.print(&file(ENV, env_is_new, "how another terminal finds the agent"))?;
     if layout.files.iter().any(|(_, fresh, _)| !fresh) {
         terminal.print(&entries_text(&config.entries))?;
     }
@@ -126,6 +121,11 @@ fn start(args: &QuickstartArgs, layout: &Layout, terminal: &mut Terminal) -> Res
     result
 }
 
+/// What became of a file.
+fn file_text(path: &str, fresh: bool, what: &str) -> String {
+    if fresh { format!("  wrote {path:<21} {what}\n") } else { format!("  kept  {path}\n") }
+}
+
 async fn serve(
     args: &QuickstartArgs,
     paths: &Layout,
@@ -141,6 +141,16 @@ async fn serve(
     let path = paths.config.clone();
     let load = Box::new(move || Ok(Config::load(&path, ExpandEnv::No)?));
     let mut upkeep = Upkeep::of(agent, load).map_err(|error| Failure::Agent(error.into()))?;
+    let env_is_new = paths.write_env(&program(), &upkeep.agent().config().agent.socket_path);
+    let env_is_new = match env_is_new {
+        Ok(is_new) => is_new,
+        Err(error) => {
+            upkeep.into_agent().shutdown().await;
+            return Err(error.into());
+        }
+    };
+    terminal.print(&file_text(ENV, env_is_new, "how another terminal finds the agent"))?;
+    terminal.warn(&upkeep.agent().config().passed_over_warnings().collect::<Vec<_>>());
     terminal.warn(&upkeep.agent().unmatched_entries());
     let shown = tokio::select! {
         shown = show(args, upkeep.agent().config(), paths, terminal) => shown.map(|()| !args.exit_after_fetch),
@@ -355,7 +365,8 @@ fn next_steps(layout: &Layout, config: &Config, others_pass: bool) -> String {
         typed(&layout.dir.join(ENV))
     );
     if knows_nobody(config) && geteuid().as_raw() != NOBODY {
-        out.push_str(&as_another_account(others_pass));
+        let by = Administrator::of(geteuid().is_root(), environment("PATH").unwrap_or_default());
+        out.push_str(&as_another_account(others_pass, by));
     }
     let entry = typed(&layout.entries.join("web.conf"));
     let trust_domain = config.trust_domain.name();
@@ -370,27 +381,53 @@ fn next_steps(layout: &Layout, config: &Config, others_pass: bool) -> String {
     out
 }
 
+/// How somebody becomes another account.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Administrator {
+    Root,
+    /// A user who has sudo.
+    Sudo,
+    /// A user of a machine without it.
+    Elsewhere,
+}
+
+impl Administrator {
+    fn of(is_root: bool, path: std::ffi::OsString) -> Self {
+        let has_sudo = || std::env::split_paths(&path).any(|dir| dir.join("sudo").is_file());
+        match is_root {
+            true => Self::Root,
+            false if has_sudo() => Self::Sudo,
+            false => Self::Elsewhere,
+        }
+    }
+}
+
 /// How another account asks, which may have to be given the program first.
-fn as_another_account(others_pass: bool) -> String {
+fn as_another_account(others_pass: bool, by: Administrator) -> String {
     const PROGRAM: &str = "\"$(command -v durward)\"";
     if !others_pass {
-        return "Other accounts do not reach this socket: the directories above it are closed to\n\
-                them. Where they do reach it:\n  \
+        return "Other accounts cannot reach this socket: the directories above it are closed to\n\
+                them. To try it with another account, use a directory that is open to all:\n  \
                 durward quickstart --dir /tmp/durward-$USER\n"
             .to_owned();
     }
-    let root = geteuid().is_root();
-    let mut out = "or, as another account, which gets another identity:\n".to_owned();
+    let mut out = match by {
+        Administrator::Root | Administrator::Sudo => "or, as another account, which gets another identity:\n",
+        Administrator::Elsewhere => {
+            "or, in a shell of root's, as another account, which gets another identity:\n"
+        }
+    }
+    .to_owned();
+    let sudo = if by == Administrator::Sudo { "sudo " } else { "" };
     let file = std::env::current_exe().unwrap_or_else(|_unknown| program());
     let name = if others_may_run(&file) {
         PROGRAM
     } else {
-        let sudo = if root { "" } else { "sudo " };
         // Writing to a String does not fail.
         let _ = writeln!(out, "  {sudo}install {PROGRAM} /usr/bin/");
         "/usr/bin/durward"
     };
-    let run = if root { "runuser -u nobody --" } else { "sudo -u nobody" };
+    let run = if by == Administrator::Sudo { "sudo -u nobody" } else { "runuser -u nobody --" };
     // Writing to a String does not fail.
     let _ =
         write!(out, "  {run} {name} \\\n      api fetch x509 --socket-path \"$SPIFFE_ENDPOINT_SOCKET\"\n");
@@ -406,4 +443,24 @@ fn others_may_run(program: &Path) -> bool {
 fn program() -> PathBuf {
     let typed = std::env::args_os().next().map_or_else(|| PathBuf::from("durward"), PathBuf::from);
     if typed.components().count() > 1 { std::env::current_exe().unwrap_or(typed) } else { typed }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sudo_is_named_where_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("sudo"), "").unwrap();
+        for (is_root, path, said, not_said) in [
+            (true, dir.path(), "runuser -u nobody", "sudo"),
+            (false, dir.path(), "sudo -u nobody", "runuser"),
+            (false, Path::new("/nowhere"), "in a shell of root's, as", "sudo"),
+        ] {
+            let text = as_another_account(true, Administrator::of(is_root, path.into()));
+            assert!(text.contains(said) && !text.contains(not_said), "{text}");
+            assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+        }
+    }
 }

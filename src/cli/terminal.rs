@@ -84,11 +84,15 @@ impl Terminal {
     /// Writes what a person can do about an error: folded, so that it fits a narrow terminal; a line that is indented is a
     /// command to be copied, and stays whole.
     pub(super) fn advise(&mut self, advice: &str) {
+        self.advise_within(advice, NARROW);
+    }
+
+    fn advise_within(&mut self, advice: &str, columns: usize) {
         for line in advice.lines() {
-            if line.starts_with(' ') {
+            if line.starts_with(' ') || line.chars().count() <= columns {
                 self.note(line);
             } else {
-                folded(line, NARROW).iter().for_each(|line| self.note(line));
+                folded(line, columns).iter().for_each(|line| self.note(line));
             }
         }
     }
@@ -103,7 +107,11 @@ impl Terminal {
     /// The same as [`Terminal::note`] for an error: in the journal each of its lines is one, and shown by its priority.
     pub(super) fn fault(&mut self, text: impl Display) {
         if !journal::is_at(io::stderr()) {
-            return self.note(text);
+            match size(io::stderr()) {
+                Some((_, columns)) => self.advise_within(&text.to_string(), columns),
+                None => self.note(text),
+            }
+            return;
         }
         for line in text.to_string().lines() {
             self.note(format_args!("{}{line}", journal::ERROR));

@@ -102,8 +102,9 @@ fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<(Config, Trust)
     let (read, closed) = config.check(trust)?;
     for ClosedDir { path, uid, mode } in closed {
         let (path, socket) = (path.display(), read.agent.socket_path.display());
+        let group = if mode & 0o010 == 0 { "" } else { " and its group" };
         terminal.note(format_args!(
-            "Only user {uid} and the group of {path} (mode {mode:04o}) can reach {socket}: chmod o+x {path} if others should."
+            "{path} (mode {mode:04o}) lets only user {uid}{group} reach {socket}: chmod o+x {path} if others should."
         ));
     }
     Ok((read, trust))
@@ -119,7 +120,13 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
         (key, format!("{host} port {port} {why}: {}", said(&cause)))
     });
     let held = config.places_in_use(trust).into_iter().map(|(key, at)| {
-        (key, format!("{} is in use now, perhaps by the agent, or by what holds its socket", at.display()))
+        (
+            key,
+            format!(
+                "{} is in use now, perhaps by a running agent or by systemd, which holds its socket",
+                at.display()
+            ),
+        )
     });
     let alone = matches!(config.issuer, Signer::Embedded(_));
     let nobody = (alone && config.entries.is_empty())
@@ -134,6 +141,7 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
     let forgets = config.forgets_node().map(|why| ("plugins.KeyManager", why.to_owned()));
     let missing = config.attest.missing().into_iter().map(|why| ("plugins.WorkloadAttestor", why));
     let untrusted = config.federation_gaps.iter().cloned().map(|why| ("federation", why));
+    let passed_over = config.passed_over_warnings().map(|why| ("agent.entries_dir", why));
     let audit = config.audit.socket.as_deref().filter(|_| config.audit.enabled);
     let unread =
         audit.and_then(|path| log::nobody_takes(path).map(|error| (path, error))).map(|(path, error)| {
@@ -153,6 +161,7 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
         .chain(forgets)
         .chain(missing)
         .chain(untrusted)
+        .chain(passed_over)
         .collect()
 }
 

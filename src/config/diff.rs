@@ -71,6 +71,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         health,
         ratelimit,
         federation_gaps: _,
+        passed_over: _,
         sources: _,
         set_at: _,
     } = old;

@@ -61,6 +61,8 @@ pub struct Config {
     pub federated: BTreeMap<TrustDomain, Arc<Bundle>>,
     /// What federated bundles lack, though their blocks name them, in words.
     pub federation_gaps: Vec<String>,
+    /// Files among the drop-in files that are not read, since their names end otherwise. At most 16.
+    pub passed_over: Vec<PathBuf>,
     /// `plugins.WorkloadAttestor`. Reloads.
     pub attest: AttestSettings,
     /// `telemetry.Prometheus`: host and port. Default: none. Restart to change.
@@ -121,6 +123,7 @@ impl Config {
             Flawed { errors: ConfigErrors::new(vec![error], 0), rest: None }
         })?;
         let users = NodeUsers::default();
+        let passed_over = RefCell::new(Vec::new());
         let mut config = Self::check(&Input {
             path,
             text: &text,
@@ -129,6 +132,7 @@ impl Config {
             given,
             drop_ins: &|dir| {
                 see(dir);
+                *passed_over.borrow_mut() = file::passed_over(trust, dir);
                 file::read_drop_ins(trust, dir)
             },
             user_id: &|name| users.uid(name),
@@ -138,6 +142,7 @@ impl Config {
             },
         })?;
         config.sources = sources.into_inner();
+        config.passed_over = passed_over.into_inner();
         config.ratelimit.families = users.families(Path::new("/etc/subuid"));
         Ok(config)
     }
@@ -164,6 +169,13 @@ impl Config {
                 Err(Flawed { errors, rest: rest.map(Box::new) })
             }
         }
+    }
+
+    /// Which files beside it are not read, and why not.
+    pub fn passed_over_warnings(&self) -> impl Iterator<Item = String> {
+        self.passed_over
+            .iter()
+            .map(|path| format!("{} is not read: its name must end in .conf or .json", path.display()))
     }
 
     /// What the issuer is told.
@@ -235,8 +247,10 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
     let entries = entries.finish();
     let context = ratelimit::Context { problems, trust_domain: own, user_id: input.user_id, no_pods };
     let ratelimit = context.settings(limits, agent.spire_limits);
+    // Another stands in for one that is wrong, so that the places are looked at all the same: with a mistake nobody goes by it.
+    let stand_in = || TrustDomain::parse("example.org").ok().filter(|_| problems.has_any());
     Some(Config {
-        trust_domain: agent.trust_domain?,
+        trust_domain: agent.trust_domain.or_else(stand_in)?,
         agent: agent.settings,
         log: agent.log,
         audit,
@@ -248,6 +262,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
         entries,
         federated: federation.bundles,
         federation_gaps: federation.gaps,
+        passed_over: Vec::new(),
         attest,
         prometheus: endpoints.prometheus,
         metrics_socket: endpoints.metrics_socket,

@@ -162,6 +162,27 @@ pub(super) fn read_drop_ins(trust: Trust, dir: &Path) -> Result<Option<DropIns>,
     Ok(Some(names.into_iter().map(read).collect()))
 }
 
+/// More files than this are not named that are not read.
+pub(super) const MOST_PASSED_OVER: usize = 16;
+
+/// Files of `dir` that somebody may take for drop-in files, and that are none by their names: not what is hidden, an editor's
+/// copy, or a README.
+pub(super) fn passed_over(trust: Trust, dir: &Path) -> Vec<PathBuf> {
+    let Ok(opened) = trust.directory(dir) else { return Vec::new() };
+    let names = opened.names().into_iter().flatten().take(MAX_FILES).filter_map(Result::ok);
+    let mut found: Vec<PathBuf> = names
+        .filter(|name| {
+            let name = name.to_string_lossy();
+            let is_read = name.ends_with(".conf") || name.ends_with(".json");
+            !(is_read || name.starts_with('.') || name.ends_with('~') || name.starts_with("README"))
+        })
+        .map(|name| dir.join(name))
+        .collect();
+    found.sort();
+    found.truncate(MOST_PASSED_OVER);
+    found
+}
+
 fn text(path: &Path, file: File) -> Result<String, FileError> {
     let bytes = read(path, file)?;
     if let Some(encoding) = WideText::of(&bytes) {
@@ -247,6 +268,8 @@ mod tests {
         }
         fs::create_dir(dir.path().join("30.conf")).unwrap();
         assert_eq!(names(dir.path()), Ok(Some("10-a.json 20-b.conf 30.conf!".to_owned())));
+        fs::write(dir.path().join("web.hcl"), "").unwrap();
+        assert_eq!(passed_over(Trust::own(), dir.path()), [dir.path().join("web.hcl")]);
         for mode in [0o777, 0o1777, 0o775] {
             chmod(dir.path(), mode);
             let refused = names(dir.path()).unwrap_err();

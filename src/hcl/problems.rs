@@ -59,11 +59,19 @@ impl ConfigErrors {
         Self { list, left_out }
     }
 
-    /// These, and then those of the others that are not among them.
+    /// These, and those of the others that are not among them: by file, in the order in which they come first, and by line.
     #[must_use]
     pub(crate) fn and(mut self, others: Self) -> Self {
         let more: Vec<_> = others.list.into_iter().filter(|error| !self.list.contains(error)).collect();
         self.list.extend(more);
+        let mut files: Vec<PathBuf> = Vec::new();
+        for error in &self.list {
+            if !files.contains(&error.file) {
+                files.push(error.file.clone());
+            }
+        }
+        let file = |error: &ConfigError| files.iter().position(|file| *file == error.file);
+        self.list.sort_by_key(|error| (file(error), error.line, error.column));
         self.left_out = self.left_out.max(others.left_out);
         self
     }
@@ -226,6 +234,11 @@ impl Problems {
     #[cfg(test)]
     pub(crate) fn wrongs(&self) -> std::cell::RefMut<'_, Vec<(Place, ConfigError)>> {
         self.list.borrow_mut()
+    }
+
+    /// Whether anything is wrong so far.
+    pub(crate) fn has_any(&self) -> bool {
+        !self.list.borrow().is_empty()
     }
 
     /// `agent.conf:4:3`, for a message that names a second place.

@@ -64,7 +64,7 @@ impl LimitSettings {
         tell("each caller", self.gate.rules.default_rule());
         let overrides = self.gate.rules.override_count();
         if overrides > 0 {
-            set.push(format!("gate: {overrides} overrides"));
+            set.push(format!("gate: {}", overrides_text(overrides)));
         }
         if let Some(connections) = self.gate.places.connections() {
             set.push(format!("gate, all callers: {connections} connections"));
@@ -87,8 +87,12 @@ fn layer_lines<P>(stage: &str, layers: &Layers<P>, set: &mut Vec<String>) {
     }
     let overrides = layers.overrides.len();
     if overrides > 0 {
-        set.push(format!("{stage}: {overrides} overrides"));
+        set.push(format!("{stage}: {}", overrides_text(overrides)));
     }
+}
+
+fn overrides_text(number: usize) -> String {
+    if number == 1 { "1 override".to_owned() } else { format!("{number} overrides") }
 }
 
 fn limit_text(limit: Limit) -> String {

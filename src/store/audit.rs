@@ -338,10 +338,12 @@ impl AuditTrail {
         }
         let now = Instant::now();
         if !self.is_first(peer, message) {
+            // One that was renewed meanwhile is valid no shorter than what was given.
+            let svids = svids().unwrap_or_default();
             let mut table = self.lock();
-            for entry in entries {
+            for (at, entry) in entries.iter().enumerate() {
                 let again = AuditOutcome::GivenAgain(AuditedSvid::X509, entry.spiffe_id.clone());
-                table.count(whom.process, again, None, now);
+                table.count(whom.process, again, svids.get(at).map(|svid| svid.not_after), now);
             }
             return;
         }

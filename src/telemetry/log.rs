@@ -660,5 +660,6 @@ mod tests {
         let told = lines.find_map(|l| l.ok().filter(|l| l.contains("log lines were lost"))).unwrap();
         let told: serde_json::Value = serde_json::from_str(&told).unwrap();
         assert_eq!(told["lost"].as_u64(), Some(log.lines_lost()));
+        assert!(told["timestamp"].is_string(), "{told}");
     }
 }

@@ -8,6 +8,9 @@ use std::{
 };
 
 use nix::errno::Errno;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use crate::os::clock::Clock;
 
 /// What the line says that tells how many were lost before it.
 pub const LINES_LOST: &str = "log lines were lost";
@@ -128,7 +131,11 @@ fn count(lines: &[u8]) -> u64 {
 
 /// Valid in both formats: text to people, an object to a parser.
 fn lost_lines(lost: u64) -> String {
-    format!("{{\"level\":\"WARN\",\"message\":\"{LINES_LOST}\",\"lost\":{lost}}}")
+    let now = OffsetDateTime::from(Clock::SYSTEM.now());
+    // To the microsecond, as other lines.
+    let now = now.replace_nanosecond(now.microsecond() * 1000).unwrap_or(now);
+    let now = now.format(&Rfc3339).unwrap_or_default();
+    format!("{{\"timestamp\":\"{now}\",\"level\":\"WARN\",\"message\":\"{LINES_LOST}\",\"lost\":{lost}}}")
 }
 
 #[cfg(test)]
@@ -185,7 +192,7 @@ mod tests {
         assert_eq!(sink.write(lines.as_bytes(), 2), Delivered { lines: 2, told: true });
         let mut taken = Vec::new();
         for _ in 0..3 {
-            let mut datagram = [0; 100];
+            let mut datagram = [0; 200];
             let len = reader.recv(&mut datagram).unwrap();
             taken.push(String::from_utf8(datagram[..len].to_vec()).unwrap());
         }

@@ -144,21 +144,21 @@ async fn who_had_an_identity_is_one_command() {
     let day = |seconds: i64| time::OffsetDateTime::from_unix_timestamp(seconds).unwrap().date().to_string();
     let who = |from: &str, to: &str, pipe: &str| -> Vec<Value> {
         let command = command
-            .replace("2026-11-24", "FROM")
-            .replace("2026-11-25", to)
-            .replace("FROM", from)
+            .replace("--from 2026-11-24", &format!("--from {from}"))
+            .replace("--to 2026-11-25", &format!("--to {to}"))
             .replace("/var/log/durward/", &format!("{}/", dir.path().display()));
         let command = format!(
             "{pipe}{} audit who spiffe://{command}jsonl* --output json",
             env!("CARGO_BIN_EXE_durward")
         );
         let found = std::process::Command::new("sh").args(["-c", &command]).output().unwrap();
-        assert!(found.status.success(), "{command}: {}", String::from_utf8_lossy(&found.stderr));
-        String::from_utf8(found.stdout)
-            .unwrap()
-            .lines()
-            .map(|line| serde_json::from_str(line).unwrap())
-            .collect()
+        // Of what was before the first line nothing is known.
+        assert_eq!(found.status.code(), Some(6), "{command}: {}", String::from_utf8_lossy(&found.stderr));
+        let said = String::from_utf8(found.stdout).unwrap();
+        let mut said: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let conclusion = said.pop().unwrap();
+        assert!(conclusion["warnings"][0].as_str().unwrap().starts_with("no line is of "), "{conclusion}");
+        said
     };
     let found = who(&day(given), &day(given + 86_400), "");
     let own = std::process::id().to_string();
@@ -174,6 +174,73 @@ async fn who_had_an_identity_is_one_command() {
     };
     assert_eq!(who(&at(exp - 1), &at(exp + 9), "").len(), 2);
     assert!(who(&at(exp), &at(exp + 9), "").is_empty());
+}
+
+/// An answer says which time it is of, and its exit code whether somebody may be missing from it.
+#[test]
+fn what_the_lines_do_not_tell_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("audit.jsonl");
+    let svid = r#""caller":"uid:4000000007","uid":4000000007,"gid":8,"pid":9,"kind":"x509","spiffe_id":"spiffe://td/web""#;
+    let lines = [
+        format!(
+            r#"{{"timestamp":"2026-11-28T10:00:00Z","message":"svid given",{svid},"serial":"0a","expires":"2026-11-28T11:00:00Z"}}"#
+        ),
+        r#"{"timestamp":"2026-11-28T14:00:00Z","message":"connection refused","caller":"uid:5","reason":"blocked"}"#.to_owned(),
+    ];
+    let lost =
+        r#"{"timestamp":"2026-11-28T10:30:00Z","level":"WARN","message":"log lines were lost","lost":2}"#;
+    let whole = lines.join("\n");
+    let read = "lines of the audit were read: 2026-11-28T10:00:00Z to 2026-11-28T14:00:00Z.\n";
+    let nobody = format!("Nobody held it, by what was read.\n2 {read}");
+    let held = format!(
+        "2026-11-28T10:00:00Z to 2026-11-28T11:00:00Z\n  pid 9, uid 4000000007, caller uid:4000000007\n  X.509-SVID, serial 0a\n2 {read}"
+    );
+    let before = "no line is of 2026-11-28T09:30:00Z to 2026-11-28T10:00:00Z: who was given an SVID then may be missing (they are valid for up to 1h0m0s).";
+    let after = "no line is of 2026-11-28T14:00:00Z to 2026-11-28T15:00:00Z: who was given an SVID then may be missing.";
+    let another = "no line is of 2026-11-23T23:00:00Z to 2026-11-28T10:00:00Z: who was given an SVID then may be missing (they are valid for up to 1h0m0s).";
+    for (text, from, to, code, stdout, warning) in [
+        (whole.clone(), "2026-11-28 11:00", "2026-11-28 12:00", 0, nobody.clone(), ""),
+        (whole.clone(), "2026-11-28 10:30", "2026-11-28 12:00", 6, held, before),
+        (whole.clone(), "2026-11-28 11:00", "2026-11-28 15:00", 6, nobody.clone(), after),
+        (whole.clone(), "2026-11-24", "2026-11-25", 6, nobody.clone(), another),
+        (
+            format!("{lost}\n{whole}\n{lost}"),
+            "2026-11-28 11:00",
+            "2026-11-28 12:00",
+            6,
+            nobody.replace("\n2 ", "\n3 "),
+            "the agent could not write 2 lines, which may be about others who held it.",
+        ),
+        (
+            "no audit".to_owned(),
+            "2026-11-24",
+            "2026-11-25",
+            6,
+            "Nobody held it, by what was read.\n".to_owned(),
+            "no line of the audit was found in what was read.",
+        ),
+    ] {
+        fs::write(&path, text).unwrap();
+        let ask = |output: &str| {
+            let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_durward"));
+            command.args(["audit", "who", "spiffe://td/web", "--from", from, "--to", to, "--output", output]);
+            command.arg(&path).output().unwrap()
+        };
+        let said = ask("pretty");
+        let warned = String::from_utf8_lossy(&said.stderr).split_whitespace().collect::<Vec<_>>().join(" ");
+        let (_, warned) = warned.split_once("Warning: ").unwrap_or_default();
+        let got = (said.status.code(), String::from_utf8_lossy(&said.stdout).into_owned(), warned);
+        assert_eq!(got, (Some(code), stdout, warning), "{from} {to}");
+        let json = String::from_utf8(ask("json").stdout).unwrap();
+        let conclusion: Value = serde_json::from_str(json.lines().last().unwrap()).unwrap();
+        let warnings = conclusion["warnings"].as_array().unwrap();
+        let [want] = warnings.as_slice() else {
+            assert!(warning.is_empty() && warnings.is_empty(), "{conclusion}");
+            continue;
+        };
+        assert_eq!(format!("{}.", want.as_str().unwrap()), warning);
+    }
 }
 
 /// What one process is given again is never told of another one.

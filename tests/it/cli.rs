@@ -1034,10 +1034,18 @@ fn quickstart_gives_an_identity_and_keeps_what_is_there() {
     let warned = text(&got.stderr).split_whitespace().collect::<Vec<_>>().join(" ");
     let want = "Warning: entry \"spiffe://td.test/web\" asks for unix:user:no-such-user: there is no such user on this node";
     assert!(warned.starts_with(want) && got.status.success(), "{warned}");
-    fs::remove_file(dir.join("entries.d/web.conf")).unwrap();
+    // So is a file that is not read for its name.
+    fs::rename(dir.join("entries.d/web.conf"), dir.join("entries.d/web.hcl")).unwrap();
+    let got = quickstart(&dir, &[]);
+    let warned = text(&got.stderr).split_whitespace().collect::<Vec<_>>().join(" ");
+    let want = "entries.d/web.hcl is not read: its name must end in .conf or .json.";
+    assert!(warned.ends_with(want) && got.status.success(), "{warned}");
+    fs::remove_file(dir.join("entries.d/web.hcl")).unwrap();
 
-    // What would be ignored is refused.
+    // What would be ignored is refused, and nothing is made of what cannot start.
+    fs::remove_file(dir.join("env")).unwrap();
     let got = quickstart(&dir, &["--trust-domain", "other.test"]);
+    assert!(!text(&got.stdout).contains(" env") && !dir.join("env").exists(), "{}", text(&got.stdout));
     assert!(text(&got.stderr).starts_with("--trust-domain other.test contradicts "), "{}", text(&got.stderr));
     assert_eq!(got.status.code(), Some(1));
     fs::write(&entry, "entry {").unwrap();

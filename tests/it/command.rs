@@ -308,6 +308,37 @@ fn without_an_admin_socket_a_reload_is_a_signal_where_that_is_asked_for() {
     assert_eq!(code, Some(1), "no other process is meant: {err}");
 }
 
+/// Who has another identity than the one asked for, and who is blocked, is not told what does not help.
+#[test]
+fn advice_is_of_what_was_refused() {
+    let uid = nix::unistd::geteuid();
+    let blocked = format!("ratelimit {{ caller {{ override \"uid:{uid}\" {{ block = true }} }} }}\n");
+    for (blocks, words, code, say, not) in [
+        (
+            String::new(),
+            &["--spiffe-id", "spiffe://example.org/web"][..],
+            3,
+            "No registration entry for spiffe://example.org/web matches this process",
+            "unix:uid",
+        ),
+        (
+            blocked,
+            &[],
+            1,
+            "The agent's configuration blocks this, and waiting does not help.",
+            "durward limits",
+        ),
+    ] {
+        let agent = Agent::start(&(entry("/one", "") + &blocks));
+        let socket = agent.socket();
+        let fetch = ["api", "fetch", "jwt", "--audience", "a", "--socket-path", socket.to_str().unwrap()];
+        let (got, _, err) = said(&durward(&[&fetch[..], words].concat(), &[]));
+        let err = err.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert_eq!(got, Some(code), "{err}");
+        assert!(err.contains(say) && err.contains("durward explain --pid") && !err.contains(not), "{err}");
+    }
+}
+
 #[test]
 fn an_address_is_taken_as_libraries_take_it() {
     let agent = Agent::start(&entry("/one", ""));

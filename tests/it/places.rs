@@ -225,7 +225,7 @@ async fn validate_tells_what_a_living_agent_holds() {
     {
         let at = dir.path().join(at);
         let want = format!(
-            "Warning: agent.{key}: {} is in use now, perhaps by the agent, or by what holds its socket.",
+            "Warning: agent.{key}: {} is in use now, perhaps by a running agent or by systemd, which holds its socket.",
             at.display()
         );
         assert!(said.contains(&want), "{want}: {said}");
@@ -517,6 +517,38 @@ fn blames(said: &str, path: &Path) -> bool {
 
 fn text_of(output: &Output) -> String {
     [&output.stdout, &output.stderr].map(|bytes| text(bytes)).concat()
+}
+
+/// Whatever is wrong with the text, the places are looked at, and all is told in the order of the lines.
+#[test]
+fn validate_sorts_what_is_wrong_with_text_and_places() {
+    let dir = layout_dir();
+    let (config, here) = (dir.path().join("etc/agent.conf"), dir.path().display());
+    let text_of = |trust_domain: &str| {
+        format!(
+            "agent {{\n  data_dir = \"/proc/durward\"\n  trust_domain = \"{trust_domain}\"\n  log_file = \"{here}/none/log\"\n  \
+             socket_path = \"{here}/run/api.sock\"\n  log_level = \"loud\"\n}}\nissuer \"embedded\" {{ }}\n"
+        )
+    };
+    for (trust_domain, want) in [
+        ("example.org", vec!["2 agent.data_dir", "4 agent.log_file", "6 agent.log_level"]),
+        (
+            "UPPER CASE",
+            vec!["2 agent.data_dir", "3 agent.trust_domain", "4 agent.log_file", "6 agent.log_level"],
+        ),
+    ] {
+        fs::write(&config, text_of(trust_domain)).unwrap();
+        let got = Command::new(PROGRAM)
+            .args(["validate", "--output", "json", "--config"])
+            .arg(&config)
+            .output()
+            .unwrap();
+        let said: serde_json::Value = serde_json::from_slice(&got.stdout).unwrap();
+        let errors = said["errors"].as_array().unwrap().iter();
+        let errors: Vec<String> =
+            errors.map(|error| format!("{} {}", error["line"], error["key"].as_str().unwrap())).collect();
+        assert_eq!(errors, want, "{said}");
+    }
 }
 
 #[test]
@@ -880,12 +912,39 @@ fn a_socket_that_workloads_cannot_reach_is_said_before_the_start() {
 
     // A directory that an admin has closed may be meant: it is told, and no mistake.
     fs::create_dir(dir.path().join("closed")).unwrap();
-    chmod(&dir.path().join("closed"), 0o750);
     set("data", "closed/pub/api.sock");
+    for (mode, group) in [(0o750, " and its group"), (0o700, "")] {
+        chmod(&dir.path().join("closed"), mode);
+        let got = validate(&config);
+        assert!(got.status.success(), "{}", text(&got.stderr));
+        let owner = fs::metadata(dir.path().join("closed")).unwrap().uid();
+        let who = format!("(mode {mode:04o}) lets only user {owner}{group} reach ");
+        let hint = format!("chmod o+x {} if others should", dir.path().join("closed").display());
+        let said = text(&got.stderr);
+        assert!(said.contains(&who) && said.contains(&hint), "{said}");
+    }
+}
+
+/// A drop-in file that is none by its name is told of.
+#[test]
+fn validate_names_files_that_are_not_read() {
+    let dir = layout_dir();
+    let config = dir.path().join("etc/agent.conf");
+    let drop_ins = dir.path().join("etc/entries.d");
+    for name in ["web.hcl", "README", "web.conf~", ".web.conf.swp"] {
+        fs::write(drop_ins.join(name), "no configuration").unwrap();
+    }
     let got = validate(&config);
-    assert!(got.status.success(), "{}", text(&got.stderr));
-    let hint = format!("chmod o+x {} if others should", dir.path().join("closed").display());
-    assert!(text(&got.stderr).contains(&hint), "{}", text(&got.stderr));
+    let said = text(&got.stderr);
+    let path = drop_ins.join("web.hcl");
+    let want = format!(
+        "Warning: agent.entries_dir: {} is not read: its name must end in .conf or .json.\n",
+        path.display()
+    );
+    assert!(
+        got.status.success() && said.contains(&want) && said.matches("is not read").count() == 1,
+        "{said}"
+    );
 }
 
 /// A process of somebody else's that turns `name` in `dir` into a link, a directory and nothing, as fast as it can.

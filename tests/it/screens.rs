@@ -171,6 +171,21 @@ fn help_fits_the_terminal() {
     }
 }
 
+/// Errors are folded between words.
+#[test]
+fn mistakes_fit_the_terminal() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("agent.conf");
+    std::fs::write(&config, "agent {\n  trust_domain = \"example.org\"\n  log_level = \"loud\"\n}\n")
+        .unwrap();
+    let script = "\"$@\"; [ $? = 1 ]";
+    let mut command = Command::new("setsid");
+    command.args(["--ctty", "sh", "-c", script, "sh", PROGRAM, "validate", "--config"]).arg(&config);
+    let text = on_terminal(command, 24, 80, Ending::Interrupt, |_| false);
+    assert!(text.contains("loud") && text.split_whitespace().any(|word| word == "configured,"), "{text}");
+    fits("validate", &text, 80, None, "");
+}
+
 #[test]
 fn quickstart_fits_the_terminal() {
     let dir = tempfile::tempdir().unwrap();

@@ -572,6 +572,9 @@ async fn a_way_to_the_socket_that_opens_makes_a_ready_agent() {
             &dir,
             &format!("entry \"spiffe://example.org/web\" {{ selectors = [\"unix:uid:{USER}\"] }}\n"),
         );
+        let config = dir.join("agent.conf");
+        let text = fs::read_to_string(&config).unwrap();
+        fs::write(&config, text.replace("log_level = \"warn\"", "log_level = \"info\"")).unwrap();
         chmod(&shut, if from_the_start { 0o700 } else { 0o755 });
         let mut agent = Process::spawn_by(&[], &dir);
         drop(agent.serving(&dir).await);
