@@ -12,6 +12,7 @@ mod gate;
 mod handover;
 mod meter;
 mod metrics;
+mod outage;
 mod panics;
 mod place;
 mod predecessor;

@@ -45,7 +45,7 @@ use arc_swap::ArcSwap;
 use metrics::{Counter, Histogram};
 use tokio::{sync::watch, time::Instant};
 
-pub use self::attestors::{AttestorBlock, AttestorSaid};
+pub use self::attestors::{AttestorBlock, AttestorSaid, Outage};
 pub use self::error::{AttestError, AttestFault, Blame, ProcReadError};
 pub(crate) use self::settings::is_enabled;
 use self::{
@@ -153,6 +153,8 @@ pub struct Attestor {
     families: ArcSwap<Families>,
     attestors: Attestors,
     news: News,
+    /// What came of asking ahead of any call.
+    tries: News,
     prepared: Mutex<Prepared>,
     metrics: AttestMetrics,
 }
@@ -190,6 +192,7 @@ impl Attestor {
             families: ArcSwap::default(),
             attestors,
             news,
+            tries: News::default(),
             metrics: AttestMetrics::new(Registry::new(&metrics::NoopRecorder), &settings),
             prepared: Mutex::new(Prepared { settings: Arc::new(settings), ..Prepared::default() }),
         }
@@ -222,6 +225,28 @@ impl Attestor {
     /// What keeps attestors from telling who callers are, as far as it is known at this moment, each in one line.
     pub fn troubles(&self) -> Vec<String> {
         self.attestors.troubles()
+    }
+
+    /// Has attestors find out whether they can tell anything, ahead of any call, as far as `questions` ask for it. Does not wait;
+    /// to be called for each snapshot.
+    pub fn ask_ahead(&self, questions: &Questions) {
+        self.attestors.ask_ahead(questions, &self.tries);
+    }
+
+    /// Tells when [`Attestor::outage`] may be otherwise.
+    pub fn tries(&self) -> watch::Receiver<u64> {
+        self.tries.subscribe()
+    }
+
+    /// Which attestor can tell nothing of anybody, and why, where none of `entries` can be given to anybody without it. Not of
+    /// those that are optional.
+    pub fn outage(&self, entries: &[Arc<Entry>], questions: &Questions) -> Option<(&'static str, Outage)> {
+        let mut out = self.attestors.outages(&questions.settings);
+        let needs_one = |entry: &Arc<Entry>| {
+            entry.selectors.iter().any(|it| out.iter().any(|(name, _)| *name == it.kind()))
+        };
+        let is_for_all = !out.is_empty() && !entries.is_empty() && entries.iter().all(needs_one);
+        is_for_all.then(|| out.swap_remove(0))
     }
 
     /// Takes other settings for what is prepared from now on. A call is attested by those of its snapshot: entries that

@@ -24,6 +24,7 @@ use super::{
     },
     meter::{MemoryMeter, keep_time},
     metrics::{AgentMetrics, MemoryMetrics},
+    outage::OutageWatch,
     place::{self, Inherited, Sockets},
     predecessor::Predecessor,
     probe::{keep_in_sight, probe},
@@ -300,6 +301,8 @@ impl AgentParts {
             let (health, store) = (Arc::clone(&self.health), Arc::clone(self.writer.store()));
             tasks.spawn(keep_in_sight(health, presence, way_in, store, shut));
         }
+        let (health, attestor) = (Arc::clone(&self.health), Arc::clone(&self.attestor));
+        tasks.spawn(OutageWatch::begin(health, attestor, Arc::clone(self.writer.store())).run());
         let mut issuing = JoinSet::new();
         issuing.spawn(Arc::clone(&self.issuer).run());
         let gate = self.gate.clone();

@@ -209,7 +209,7 @@ impl AgentStanding {
             None if self.health.get() == Probe::Starting => "the agent is about to be ready".to_owned(),
             None => {
                 let otherwise = || "callers cannot be served or told apart: see the log".to_owned();
-                self.health.kept_out().unwrap_or_else(otherwise)
+                self.health.kept_out().or_else(|| self.health.ungiven()).unwrap_or_else(otherwise)
             }
         }
     }

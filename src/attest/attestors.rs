@@ -4,7 +4,7 @@
 //! host. It implements [`WorkloadAttestor`] and stands in the list at the top of [`super`]; nothing else names it.
 
 use std::{
-    fmt::Display,
+    fmt::{self, Display},
     sync::{Arc, LazyLock},
     time::{Duration, Instant as StdInstant},
 };
@@ -31,6 +31,24 @@ use crate::{
 pub(super) fn found_nothing(error: &impl Display) {
     static PACE: LazyLock<Pace> = LazyLock::new(Pace::default);
     PACE.say(|left_out| tracing::debug!(%error, left_out, "an optional attestor found out nothing"));
+}
+
+/// Why an attestor can tell nothing of anybody.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outage {
+    /// It does not know yet whether it can.
+    Untried(&'static str),
+    /// It cannot, and what to do.
+    Failing(String),
+}
+
+impl Display for Outage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Untried(why) => f.write_str(why),
+            Self::Failing(why) => f.write_str(why),
+        }
+    }
 }
 
 /// Counts what attestors learnt apart from any call: after each, what was prepared for the entries may be otherwise.
@@ -68,6 +86,15 @@ pub(super) trait WorkloadAttestor: Sized {
     /// What keeps it from telling who its callers are, as far as it is known at this moment, each in one line.
     fn troubles(&self) -> Vec<String> {
         Vec::new()
+    }
+
+    /// Has it find out whether it can tell anything, ahead of any call, where the entries ask it for something; it counts in
+    /// `tries` what came of that, from now on. Does not wait for anything.
+    fn ask_ahead(&self, _questions: &Self::Questions, _tries: &News) {}
+
+    /// Why it can tell nothing of anybody, where that does not pass within a moment.
+    fn outage(&self, _settings: &Self::Settings) -> Option<Outage> {
+        None
     }
 
     /// Reads `plugin_data`, and reports what is wrong with it.
@@ -347,6 +374,20 @@ macro_rules! attestors {
             fn troubles(&self) -> Vec<String> {
                 let mut all = Vec::new();
                 $(all.extend(self.$field.troubles());)+
+                all
+            }
+
+            fn ask_ahead(&self, questions: &Questions, tries: &News) {
+                $(if questions.settings.$field.enabled { self.$field.ask_ahead(&questions.$field, tries); })+
+            }
+
+            /// Those that can tell nothing, by name, of those that must.
+            fn outages(&self, settings: &AttestSettings) -> Vec<(&'static str, Outage)> {
+                let mut all = Vec::new();
+                $(if let Some(in_use) = settings.$field.in_use().filter(|_| !settings.$field.optional) {
+                    let outage = self.$field.outage(in_use);
+                    all.extend(outage.map(|outage| (<$attestor as WorkloadAttestor>::NAME, outage)));
+                })+
                 all
             }
 

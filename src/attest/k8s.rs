@@ -5,7 +5,7 @@
 //! charged to. And what the kubelet says, once its certificate was verified. Not trusted: that it answers, soon or briefly.
 //!
 //! A process that is in no pod has no such selector, and the kubelet is not asked for it; nor is it where no entry asks for
-//! one. What cannot be told stays untold: a call is `Unavailable` for it where an entry may be its caller's, and never
+//! one. Where one does, it is asked once ahead of all callers, so that a kubelet that says nothing is known. What cannot be told stays untold: a call is `Unavailable` for it where an entry may be its caller's, and never
 //! answered with less.
 //!
 //! # Decisions
@@ -54,7 +54,7 @@ pub use self::{
 };
 use super::{
     AttestFault, Blame, Questions,
-    attestors::{Findings, News, Untold, WorkloadAttestor, no_such_kind},
+    attestors::{Findings, News, Outage, Untold, WorkloadAttestor, no_such_kind},
     process::{Extent, Seen},
 };
 use crate::{
@@ -250,6 +250,17 @@ impl WorkloadAttestor for K8sAttestor {
 
     fn troubles(&self) -> Vec<String> {
         [self.pods.trouble(), self.namespaces.trouble()].into_iter().flatten().collect()
+    }
+
+    fn ask_ahead(&self, questions: &K8sQuestions, tries: &News) {
+        self.pods.ask_ahead(questions.asks.then_some(()), tries);
+    }
+
+    fn outage(&self, settings: &K8sSettings) -> Option<Outage> {
+        if settings.disable_kubelet_client {
+            return Some(Outage::Failing(K8sError::NoClient.to_string()));
+        }
+        self.pods.outage()
     }
 
     fn read(data: &mut Section<'_>) -> K8sSettings {

@@ -42,6 +42,8 @@ struct Vitals {
     lost: Lost,
     /// What keeps those from the socket whom entries ask for, in words.
     kept_out: Option<String>,
+    /// Why no entry can be given to anybody, in words.
+    ungiven: Option<String>,
     /// The process that serves in the place of this one.
     successor: Option<i32>,
 }
@@ -120,6 +122,17 @@ impl HealthState {
         self.lock().kept_out.clone()
     }
 
+    /// Tells why no entry can be given to anybody, if that is so.
+    pub fn gives_nothing(&self, why: Option<String>) {
+        self.lock().ungiven = why;
+    }
+
+    /// Why no entry can be given to anybody, in words, if that is so.
+    #[must_use]
+    pub fn ungiven(&self) -> Option<String> {
+        self.lock().ungiven.clone()
+    }
+
     /// How the agent is. Whether its threads answer does not show here.
     #[must_use]
     pub fn get(&self) -> Probe {
@@ -142,10 +155,11 @@ impl HealthState {
     /// Whether workloads may be sent here.
     #[must_use]
     pub fn ready(&self) -> bool {
-        let Vitals { probe, pulse, blind, unidentified, lost, kept_out, successor } = &*self.lock();
+        let Vitals { probe, pulse, blind, unidentified, lost, kept_out, ungiven, successor } = &*self.lock();
         let serves = *probe == Probe::Healthy && *pulse == Pulse::Beats && successor.is_none();
         let is_reached = *lost == Lost::No && kept_out.is_none();
-        serves && is_reached && !blind && !unidentified
+        let tells_who = !blind && !unidentified && ungiven.is_none();
+        serves && is_reached && tells_who
     }
 
     /// spire-agent's bodies, so that whoever parses them need not change (`pkg/common/health`).
@@ -153,6 +167,7 @@ impl HealthState {
         let now = self.lock();
         let Vitals { probe, pulse, blind, unidentified, lost, successor, .. } = *now;
         let is_shut = lost == Lost::Shut || now.kept_out.is_some();
+        let blind = blind || unidentified || now.ungiven.is_some();
         drop(now);
         if let Some(pid) = successor {
             return format!("{{\"agent\":{{\"make_new_x509_err\":\"handed over to PID {pid}\"}}}}\n");
@@ -164,7 +179,7 @@ impl HealthState {
             (Probe::Healthy, Pulse::Beats) if lost != Lost::No => {
                 "{\"agent\":{\"make_new_x509_err\":\"the socket of the workload api is gone: see the log\"}}\n"
             }
-            (Probe::Healthy, Pulse::Beats) if blind || unidentified => {
+            (Probe::Healthy, Pulse::Beats) if blind => {
                 "{\"agent\":{\"make_new_x509_err\":\"callers cannot be served, or cannot be told apart, on this node: see the log\"}}\n"
             }
             (Probe::Starting, Pulse::Beats) => "{\"agent\":null}\n",

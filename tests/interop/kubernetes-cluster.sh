@@ -195,7 +195,7 @@ note "an update of the agent is found by those who mount its directory"
 
 # Who may do what: an agent beside the others, with the token of a service account of its own. get on nodes/pods is enough, and
 # where there is nothing, the status says what is missing.
-# beside NAME [RESOURCE [PLUGIN_DATA [ENTRY]]]
+# beside NAME [RESOURCE [PLUGIN_DATA [ENTRY]]]: started, whether ready or not.
 beside() {
     local plugin_data=${3:-"node_name = \"$node_ip\" kubelet_ca_path = \"$k/ca.pem\" token_path = \"$dir/$1/token\""}
     kubectl -n durward create serviceaccount "$1" >/dev/null
@@ -216,15 +216,21 @@ ${4:-}
 CONF
     mkdir -m 0700 "$dir/$1-private"
     start_process "$1-agent" "$durward" run -config "$dir/$1/agent.conf"
-    until_true 20 "$durward" healthcheck -socketPath "$dir/$1/api.sock"
+    until_true 20 "$durward" status -socketPath "$dir/$1-private/admin.sock"
 }
+ready_beside() { "$durward" healthcheck -socketPath "$dir/$1/api.sock"; }
 # container_of NAMESPACE POD CONTAINER: its ID in the runtime.
 container_of() {
     kubectl -n "$1" get pod "$2" -o jsonpath="{.status.containerStatuses[?(@.name=='$3')].containerID}" | sed 's#.*//##'
 }
 pid_of() { ctr task ls | awk -v id="$(container_of "$@")" '$1 == id {print $2}'; }
 beside pods-alone nodes/pods
+until_true 20 ready_beside pods-alone
 beside nothing
+# Before anybody has called.
+refused_at_start() { [[ $("$durward" status -socketPath "$dir/nothing-private/admin.sock") == *'not ready: nobody is served'* ]]; }
+until_true 20 refused_at_start
+ready_beside nothing >/dev/null 2>&1 && fail "an agent that can tell no pod is not ready"
 "$durward" explain -socketPath "$dir/pods-alone-private/admin.sock" -pid "$(pid_of bank ledger main)" >"$dir/said.txt" 2>&1 || true
 grep -q k8s:sa:ledger "$dir/said.txt" || fail "nodes/pods is enough: $(cat "$dir/said.txt" "$dir/pods-alone-agent.log")"
 "$durward" explain -socketPath "$dir/nothing-private/admin.sock" -pid "$(pid_of bank ledger main)" >"$dir/said.txt" 2>&1 || true
@@ -232,7 +238,7 @@ grep -q k8s:sa:ledger "$dir/said.txt" || fail "nodes/pods is enough: $(cat "$dir
 # Its lines are folded.
 tr -s ' \n' ' ' <"$dir/said.txt" | grep -q 'Wrong:.*(403): allow its service account get on nodes/pods (before' ||
     fail "the status: $(cat "$dir/said.txt")"
-note "get on nodes/pods is enough, and without it the status says so"
+note "get on nodes/pods is enough, and without it the status says so, and nothing is ready"
 
 # The keys that nothing else here sets: what each does to what is known of a pod.
 explained() { "$durward" explain -socketPath "$dir/$1-private/admin.sock" -pid "$(pid_of "$2" "$3" main)" >"$dir/said.txt" 2>&1 || true; }

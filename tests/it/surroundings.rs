@@ -15,7 +15,10 @@ use std::{
 use durward::api::proto::workload as pb;
 use nix::unistd::geteuid;
 
-use crate::support::{Process, entry, request, write_config};
+use crate::{
+    kubelet::{FakeKubelet, Reply, listed, pod},
+    support::{Process, entry, request, write_config},
+};
 
 /// How long anything may take.
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
@@ -485,6 +488,113 @@ async fn a_socket_that_is_shut_while_the_agent_runs_is_no_ready_agent() {
     until(&dir, "shut to other users").await;
     chmod(&socket, open);
     until(&dir, "HTTP/1.1 200").await;
+}
+
+/// Every entry asks for a pod, and the kubelet says nothing to anybody.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kubelet_that_refuses_the_agent_makes_no_ready_agent_where_all_entries_need_it() {
+    const OF_POD: &str = "entry \"spiffe://example.org/pod\" { selectors = [\"k8s:ns:ns1\"] }\n";
+    let of_user = entry("/user", "");
+    let both = format!("{OF_POD}{of_user}");
+    let (forbidden, at_ease) = (Reply::With(403, "", "no".into()), listed(&[pod(1)]));
+    let gone = |kubelet: &FakeKubelet| kubelet.other_ca.with_file_name("gone.crt");
+    let ca = |kubelet: &FakeKubelet| kubelet.ca.clone();
+    let other_ca = |kubelet: &FakeKubelet| kubelet.other_ca.clone();
+    let (refused, no_ca) = ("allow its service account get on nodes/pods", "unable to load kubelet CA");
+    type Ca = fn(&FakeKubelet) -> std::path::PathBuf;
+    let (ca, gone, other_ca): (Ca, Ca, Ca) = (ca, gone, other_ca);
+    for (case, entries, reply, ca, more, wrong, is_ready) in [
+        ("it answers", OF_POD, &at_ease, ca, "", "", true),
+        ("it refuses", OF_POD, &forbidden, ca, "", refused, false),
+        ("it cannot be asked", OF_POD, &at_ease, gone, "", no_ca, false),
+        ("it is another", OF_POD, &at_ease, other_ca, "", "name the kubelet's CA", false),
+        ("one entry needs no pod", &both, &forbidden, ca, "", refused, true),
+        ("no entry needs a pod", &of_user, &forbidden, ca, "", "", true),
+        ("no entry at all", "", &forbidden, ca, "", "", true),
+        ("it may fail", OF_POD, &forbidden, ca, "optional = true", refused, true),
+    ] {
+        let kubelet = FakeKubelet::start(reply.clone());
+        let base = tempfile::tempdir().unwrap();
+        let dir = base.path().join("dir");
+        fs::create_dir(&dir).unwrap();
+        prepare(&dir, entries);
+        let written = fs::read_to_string(dir.join("agent.conf")).unwrap();
+        let with_ca = |ca: &Path| {
+            let k8s = format!(
+                "WorkloadAttestor \"k8s\" {{\n {more}\n plugin_data {{ kubelet_secure_port = {} kubelet_ca_path = \"{}\" \
+                 token_path = \"{}\" node_name_env = \"DURWARD_TEST_NO_SUCH_VARIABLE\" }} }}\n",
+                kubelet.port,
+                ca.display(),
+                kubelet.token.display()
+            );
+            written.replace("plugins {", &format!("plugins {{\n{k8s}"))
+        };
+        fs::write(dir.join("agent.conf"), with_ca(&ca(&kubelet))).unwrap();
+        let began = std::time::Instant::now();
+        let mut agent = Process::spawn(&dir);
+        drop(agent.serving(&dir).await);
+        let (admin, healthy) = (base.path().join("private/admin.sock"), if is_ready { 0 } else { 1 });
+        until(&dir, if is_ready { "HTTP/1.1 200" } else { "HTTP/1.1 500" }).await;
+        let said = until_status(&admin, wrong).await;
+        let why =
+            "not ready: nobody is served, since every entry asks for a k8s selector: the kubelet does not";
+        assert_eq!(said.contains(why), !is_ready, "{case}: {said}");
+        let answer = ask(&dir);
+        assert_eq!(answer.starts_with("HTTP/1.1 200"), is_ready, "{case}: {answer}");
+        assert_eq!(healthcheck(&dir), healthy, "{case}");
+        if is_ready {
+            // Once, where an entry asks for it; what failed is tried again.
+            let at_most = began.elapsed().as_secs() / 10 + 1;
+            let requests = u64::try_from(kubelet.requests()).unwrap();
+            let range = if entries.contains("k8s:") { 1..=at_most } else { 0..=0 };
+            assert!(range.contains(&requests), "{case}: {requests}");
+            continue;
+        }
+        let log = logged(&dir, "nobody is served, since every entry asks for a k8s selector").await;
+        assert_eq!(log.matches("nobody is served").count(), 1, "{case}: once: {log}");
+        assert!(log.contains(wrong), "{case}: {log}");
+        if case == "it refuses" {
+            // Nobody asks, and it is put right.
+            kubelet.says(at_ease.clone());
+            until(&dir, "HTTP/1.1 200").await;
+            let at_most = began.elapsed().as_secs() / 10 + 1;
+            let requests = u64::try_from(kubelet.requests()).unwrap();
+            assert!((2..=at_most).contains(&requests), "{requests}");
+        } else {
+            // So is this, or another entry needs no pod: the next reload is enough.
+            let right = if case == "it is another" {
+                with_ca(&ca(&kubelet)) + &of_user
+            } else {
+                with_ca(&kubelet.ca)
+            };
+            fs::write(dir.join("agent.conf"), right).unwrap();
+            agent.signal(nix::sys::signal::Signal::SIGHUP);
+            until(&dir, "HTTP/1.1 200").await;
+        }
+        assert_eq!(healthcheck(&dir), 0, "{case}");
+        logged(&dir, "callers can be told by what entries ask for again").await;
+    }
+}
+
+/// What `durward status` says at this socket, once this stands there.
+async fn until_status(admin: &Path, want: &str) -> String {
+    let said = async {
+        loop {
+            let said = status(admin);
+            if said.contains(want) && said.contains("Wrong:") {
+                return said;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, said).await.unwrap_or_else(|_late| panic!("{want}: {}", status(admin)))
+}
+
+/// What `durward healthcheck` ends with.
+fn healthcheck(dir: &Path) -> i32 {
+    let mut healthcheck = Command::new(env!("CARGO_BIN_EXE_durward"));
+    let checked = healthcheck.args(["healthcheck", "--socket-path"]).arg(dir.join("api.sock")).output();
+    checked.unwrap().status.code().unwrap()
 }
 
 /// A directory above the socket that only its owner can enter is meant, where no entry asks for anybody else.

@@ -1,8 +1,9 @@
 //! The answers of one service, shared by all callers, and the thread that asks for them.
 //!
-//! It asks only while somebody waits, and for what somebody waits for: one request at a time, at the pace that the service is
+//! It asks while somebody waits, and for what somebody waits for: one request at a time, at the pace that the service is
 //! asked at, whoever waits and however many they are. An answer is good for [`FRESH`]; whoever finds not in it what it looked
-//! for waits for the next ones, as long as the settings say.
+//! for waits for the next ones, as long as the settings say. Ahead of anybody it asks once, and where that fails again every
+//! [`FRESH`] until there is an answer: an admin hears of a trouble before a caller does, and of its end without one.
 //!
 //! Who waits has one of [`WAITERS`] places, shared as attestations are, and none of those of attestations: whatever the service
 //! does, no other caller waits for it. What is asked about comes from the kubelet's list; all the same what is kept and asked
@@ -30,6 +31,7 @@ use super::{
     rhythm::{RequestPace, RequestRhythm},
 };
 use crate::{
+    attest::attestors::{News, Outage},
     limits::{AttestationSlot, Attestations, Slots},
     telemetry::{chain, registry::Registry},
 };
@@ -62,6 +64,8 @@ pub(super) trait ServiceQuestion: 'static {
     const SERIES: RequestSeries;
     /// What it means that the service does not answer, for the log and the status.
     const TROUBLE: &'static str;
+    /// The same of one that was not asked yet.
+    const UNTRIED: &'static str;
 
     /// Asks once. Blocks this thread.
     ///
@@ -120,9 +124,26 @@ struct Wishes<Q: ServiceQuestion> {
     known: BTreeMap<Q::Key, Known<Q::Answer>>,
     /// What all that is known takes, in bytes.
     kept: usize,
-    /// What is wrong, as the log was told.
-    trouble: Option<String>,
+    /// What is asked for ahead of anybody, and who hears of what comes of requests.
+    ahead: Option<(Q::Key, News)>,
+    /// When it was last asked at this place, or could not be.
+    tried: Option<Instant>,
+    /// It has answered since the agent started.
+    answered: bool,
+    /// What came of the requests since the last answer.
+    failing: Option<FailingService>,
     over: bool,
+}
+
+/// A service that does not answer.
+struct FailingService {
+    /// What is wrong, as the log was told.
+    trouble: String,
+    /// When the first of the requests that failed began.
+    since: Instant,
+    times: u32,
+    /// Somebody has to change something.
+    lasts: bool,
 }
 
 /// What the service said of one thing, each with when it was asked.
@@ -164,7 +185,10 @@ impl<Q: ServiceQuestion> Default for Wishes<Q> {
             wanted: VecDeque::new(),
             known: BTreeMap::new(),
             kept: 0,
-            trouble: None,
+            ahead: None,
+            tried: None,
+            answered: false,
+            failing: None,
             over: false,
         }
     }
@@ -189,7 +213,18 @@ impl<Q: ServiceQuestion> Asker<Q> {
 
     /// What was wrong when the service was last asked, or made ready for; `None` where nothing was.
     pub(super) fn trouble(&self) -> Option<String> {
-        self.asking.lock().trouble.clone()
+        self.asking.lock().failing.as_ref().map(|failing| failing.trouble.clone())
+    }
+
+    /// Asks for `key` ahead of anybody, if that is given, and counts in `tries` what came of requests.
+    pub(super) fn ask_ahead(&self, key: Option<Q::Key>, tries: &News) {
+        self.asking.lock().ahead = key.map(|key| (key, Arc::clone(tries)));
+        self.asking.called.notify_one();
+    }
+
+    /// Why nobody is told anything, if that is so and does not pass within a moment.
+    pub(super) fn outage(&self) -> Option<Outage> {
+        self.asking.lock().outage()
     }
 
     /// Asks at this place from the next request on.
@@ -199,7 +234,7 @@ impl<Q: ServiceQuestion> Asker<Q> {
         if wishes.place.as_ref() != Some(&place) {
             // What another one said is of no use.
             wishes.known.clear();
-            (wishes.kept, wishes.trouble) = (0, None);
+            (wishes.kept, wishes.failing, wishes.tried) = (0, None, None);
             (wishes.place, wishes.is_new) = (Some(place), true);
             self.asking.called.notify_one();
         }
@@ -304,6 +339,42 @@ impl<A> Known<A> {
 }
 
 impl<Q: ServiceQuestion> Wishes<Q> {
+    /// For how long it need not be asked ahead of anybody; `None` where it need not be at all.
+    fn ahead_in(&self, now: Instant) -> Option<Duration> {
+        let _wanted = self.ahead.as_ref()?;
+        match self.tried {
+            None => Some(Duration::ZERO),
+            Some(tried) => self.failing.as_ref().map(|_| (tried + FRESH).saturating_duration_since(now)),
+        }
+    }
+
+    /// It answered, or did not for this reason, when it was asked at this time.
+    fn tried(&mut self, asked: Instant, came: Result<(), (String, &KubernetesFault)>) {
+        self.tried = Some(asked);
+        let Err((trouble, fault)) = came else {
+            (self.answered, self.failing) = (true, None);
+            return;
+        };
+        let before = self.failing.take();
+        self.failing = Some(FailingService {
+            trouble,
+            since: before.as_ref().map_or(asked, |before| before.since),
+            times: before.as_ref().map_or(0, |before| before.times).saturating_add(1),
+            lasts: !fault.passes() || before.is_some_and(|before| before.lasts),
+        });
+    }
+
+    fn outage(&self) -> Option<Outage> {
+        let Some(failing) = &self.failing else {
+            return (!self.answered).then_some(Outage::Untried(Q::UNTRIED));
+        };
+        // Callers may wait, and have it asked many times in a moment: they are served from what it said before.
+        let is_long = failing.times > 1
+            && self.tried.is_some_and(|tried| tried.saturating_duration_since(failing.since) >= FRESH);
+        let is_outage = failing.lasts || is_long || !self.answered;
+        is_outage.then(|| Outage::Failing(failing.trouble.clone()))
+    }
+
     fn forget_old(&mut self, now: Instant) {
         self.known.retain(|_, it| !it.is_old(now));
         let good = self.known.values().filter_map(|it| it.good.as_ref());
@@ -367,8 +438,12 @@ impl<Q: ServiceQuestion> Asking<Q> {
             let Some(key) = key else {
                 // At once, so that an admin hears of it before a caller does.
                 let prepared = client.prepare().map_err(Arc::new);
-                let trouble = prepared.err().map(|fault| complaint.note::<Q>(&fault));
-                self.end_round(&place, |wishes| wishes.trouble = trouble);
+                let trouble = prepared.err().map(|fault| (complaint.note::<Q>(&fault), fault));
+                self.end_round(&place, |wishes| {
+                    if let Some((trouble, fault)) = trouble {
+                        wishes.tried(asked, Err((trouble, &fault)));
+                    }
+                });
                 continue;
             };
             pace.begins(StdInstant::now());
@@ -389,7 +464,11 @@ impl<Q: ServiceQuestion> Asking<Q> {
                 Err(fault) => Some(complaint.note::<Q>(fault)),
             };
             self.end_round(&place, |wishes| {
-                wishes.trouble = trouble;
+                let came = match (&said, trouble) {
+                    (Err(fault), Some(trouble)) => Err((trouble, fault)),
+                    _ => Ok(()),
+                };
+                wishes.tried(asked, came);
                 wishes.learn(key, said.map_err(Arc::new), asked);
             });
         }
@@ -401,7 +480,11 @@ impl<Q: ServiceQuestion> Asking<Q> {
         if wishes.place.as_ref().is_some_and(|now| Arc::ptr_eq(now, place)) {
             tell(&mut wishes);
         }
+        let tries = wishes.ahead.as_ref().map(|(_, tries)| Arc::clone(tries));
         drop(wishes);
+        if let Some(tries) = tries {
+            tries.send_modify(|tries| *tries = tries.wrapping_add(1));
+        }
         self.rounds.send_modify(|rounds| *rounds = rounds.wrapping_add(1));
     }
 
@@ -415,6 +498,11 @@ impl<Q: ServiceQuestion> Asking<Q> {
             if wishes.waiting == 0 {
                 wishes.wanted.clear();
             }
+            let ahead_in = wishes.ahead_in(Instant::now());
+            if wishes.wanted.is_empty() && ahead_in.is_some_and(|pause| pause.is_zero()) {
+                let key = wishes.ahead.as_ref().map(|(key, _)| key.clone());
+                wishes.wanted.extend(key);
+            }
             let (pause, idle) = match wishes.place.clone() {
                 Some(place) if wishes.is_new => {
                     wishes.is_new = false;
@@ -427,7 +515,7 @@ impl<Q: ServiceQuestion> Asking<Q> {
                         return Some(AskerTask { place, key });
                     }
                 },
-                _ => (FRESH, true),
+                _ => (ahead_in.map_or(FRESH, |pause| pause.min(FRESH)), true),
             };
             let (guard, waited) =
                 self.called.wait_timeout(wishes, pause).unwrap_or_else(PoisonError::into_inner);
@@ -473,7 +561,10 @@ impl ServiceTrouble {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attest::k8s::metrics::SeriesWords;
+    use crate::attest::k8s::{
+        fault::{KubernetesService, ServiceAddress},
+        metrics::SeriesWords,
+    };
 
     /// Nobody is asked: what is known is told by hand.
     struct Told;
@@ -490,6 +581,7 @@ mod tests {
             counted: SeriesWords { name: "b", help: "" },
         };
         const TROUBLE: &'static str = "";
+        const UNTRIED: &'static str = "";
 
         fn ask(_: &mut KubernetesClient, _: &Runtime, _: &u32) -> Result<Vec<u8>, KubernetesFault> {
             Err(KubernetesFault::Internal(""))
@@ -530,6 +622,56 @@ mod tests {
         // One that is larger than all may be is kept alone: its own bound is where it is read.
         wishes.learn(8, Ok(vec![0; MOST_KEPT + 1]), Instant::now());
         assert_eq!(wishes.known.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_does_not_pass_is_an_outage() {
+        let begin = Instant::now();
+        let who = || ServiceAddress { service: KubernetesService::Kubelet, address: String::new() };
+        let (none, some) = (false, true);
+        // What came of requests, after so many milliseconds: whether it is an outage then.
+        for (case, came) in [
+            ("it answers", &[(0, "answers", none)][..]),
+            ("it refuses", &[(0, "answers", none), (100, "refuses", some), (200, "answers", none)]),
+            ("it is away when the agent starts", &[(0, "away", some), (10_000, "answers", none)]),
+            ("it is away for a moment", &[(0, "answers", none), (9, "away", none), (19, "answers", none)]),
+            (
+                "callers have it asked meanwhile",
+                &[(0, "answers", none), (1, "away", none), (250, "away", none), (9_999, "away", none)],
+            ),
+            ("it is away", &[(0, "answers", none), (1, "away", none), (10_001, "away", some)]),
+            ("it refuses, and is away", &[(0, "answers", none), (1, "refuses", some), (2, "away", some)]),
+        ] {
+            let mut wishes = Wishes::<Told>::default();
+            assert_eq!(wishes.outage(), Some(Outage::Untried("")), "{case}");
+            for (after, how, is_outage) in came {
+                let fault = match *how {
+                    "away" => Some(KubernetesFault::Late { who: who() }),
+                    "refuses" => Some(KubernetesFault::Forbidden { who: who(), said: String::new() }),
+                    _ => None,
+                };
+                let came = fault.as_ref().map_or(Ok(()), |fault| Err(((*how).to_owned(), fault)));
+                wishes.tried(begin + Duration::from_millis(*after), came);
+                let want = is_outage.then(|| Outage::Failing((*how).to_owned()));
+                assert_eq!(wishes.outage(), want, "{case}: {after}");
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn ahead_of_anybody_it_is_asked_until_it_answers() {
+        let (mut wishes, fault) = (Wishes::<Told>::default(), KubernetesFault::Internal(""));
+        assert_eq!(wishes.ahead_in(Instant::now()), None, "nobody wants it");
+        wishes.ahead = Some((1, News::default()));
+        for _ in 0..3 {
+            assert_eq!(wishes.ahead_in(Instant::now()), Some(Duration::ZERO));
+            wishes.tried(Instant::now(), Err((String::new(), &fault)));
+            assert_eq!(wishes.ahead_in(Instant::now()), Some(FRESH));
+            tokio::time::advance(FRESH).await;
+        }
+        wishes.tried(Instant::now(), Ok(()));
+        tokio::time::advance(FRESH * 100).await;
+        assert_eq!(wishes.ahead_in(Instant::now()), None, "it has answered");
     }
 
     #[tokio::test(start_paused = true)]

@@ -86,6 +86,7 @@ impl ServiceQuestion for NamespaceQuestion {
         },
     };
     const TROUBLE: &'static str = "the API server does not say which labels a namespace has, so callers that need one cannot be identified";
+    const UNTRIED: &'static str = "the API server has not said yet which labels a namespace has";
 
     fn ask(
         client: &mut KubernetesClient,

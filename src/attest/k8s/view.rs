@@ -44,6 +44,7 @@ impl ServiceQuestion for PodsQuestion {
     };
     const TROUBLE: &'static str =
         "the kubelet does not list its pods, so callers in pods cannot be identified";
+    const UNTRIED: &'static str = "the kubelet has not said yet which pods there are";
 
     fn ask(client: &mut KubernetesClient, runtime: &Runtime, _all: &()) -> Result<PodView, KubernetesFault> {
         let pods = client.get(runtime, "/pods", |body| PodList::read(body))?;
