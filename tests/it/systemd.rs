@@ -277,7 +277,7 @@ fn an_agent_that_cannot_start_leaves_no_client_hanging() {
         ("data_dir is everybody's", "", none(), "data_dir"),
         ("data_dir is a file", "", none(), "data_dir"),
         ("another agent has data_dir", "", none(), "cannot open the issuer"),
-        ("keys that are not to be read", "", none(), "cannot open the issuer"),
+        ("keys that are not to be read", "", none(), "issuer.json is not a regular file"),
         ("a port that is taken", &port, none(), "cannot listen for health checks"),
         ("a log that cannot be written", "", none(), "log_file"),
         ("another socket", "", none(), "ListenStream="),
