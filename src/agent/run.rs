@@ -79,7 +79,9 @@ pub fn run(load: Load) -> anyhow::Result<()> {
     // While there is one thread: it changes the environment.
     let (manager, handed) = ServiceManager::from_environment()?;
     panics::tell();
-    // Whatever the start fails by, who waits at the socket is told.
+    // Whatever the start fails by, who waits at the socket is told: for that there must be a descriptor left.
+    let made = means().inspect_err(|error| tell_not_started(&manager, handed.as_ref(), error));
+    let (control, mut signals, errands, serving) = made?;
     let queue = match handed.as_ref().map(UnixListener::try_clone).transpose() {
         Ok(queue) => queue,
         Err(error) => {
@@ -88,9 +90,6 @@ pub fn run(load: Load) -> anyhow::Result<()> {
             return Err(error);
         }
     };
-    let made = means();
-    let (control, mut signals, errands, serving) =
-        made.inspect_err(|error| tell_not_started(&manager, queue.as_ref(), error))?;
     // Meanwhile the configuration is read.
     drop(serving.spawn_blocking(issuer::seed));
     let mut log = None;

@@ -23,7 +23,7 @@ use crate::{
         FileFault, IssuerChoice, check_data_dir, check_supplied_secret,
         embedded::{self, IssuerError, try_sources},
         server::{
-            AGENT_DATA, DataFault, PopFault, check_pop, own_svid,
+            AGENT_DATA, DataFault, PopFault, check_pop, check_psat, own_svid,
             settings::{KeyManagerSettings, NodeAttestorSettings, TrustBundleFormat},
         },
     },
@@ -38,6 +38,7 @@ use crate::{
 const KEYS: &str = "plugins.KeyManager \"disk\".plugin_data.directory";
 const CERTIFICATE: &str = "plugins.NodeAttestor \"x509pop\".plugin_data.certificate_path";
 const INTERMEDIATES: &str = "plugins.NodeAttestor \"x509pop\".plugin_data.intermediates_path";
+const TOKEN: &str = "plugins.NodeAttestor \"k8s_psat\".plugin_data.token_path";
 const KEY: &str = "plugins.NodeAttestor \"x509pop\".plugin_data.private_key_path";
 
 const DISCOVER: &str = "plugins.WorkloadAttestor \"unix\".plugin_data.discover_workload_path";
@@ -121,9 +122,7 @@ impl Config {
         for (key, file) in self.issuer_files() {
             places.note(key, file, there(trust.open(file)));
         }
-        if let Signer::Server(joined) = &self.issuer
-            && let KeyManagerSettings::Disk(directory) = &joined.key_manager
-        {
+        if let Some(directory) = self.keys_directory() {
             places.note(KEYS, directory, check_data_dir(directory, ours));
         }
         if self.attest.unix.settings.discover_workload_path && lacks_capability(ours) {
@@ -148,6 +147,15 @@ impl Config {
     pub fn wrong_log_file(&self, file: &Path, error: &PathError) -> WrongPlace {
         let key = self.log_files().find(|(_, at)| *at == file).map_or("agent.log_file", |(key, _)| key);
         WrongPlace { key, value: file.to_owned(), message: said_of(file, error) }
+    }
+
+    /// Where an agent of a SPIRE Server keeps its key.
+    fn keys_directory(&self) -> Option<&Path> {
+        let Signer::Server(joined) = &self.issuer else { return None };
+        match &joined.key_manager {
+            KeyManagerSettings::Disk(directory) => Some(directory),
+            KeyManagerSettings::Memory => None,
+        }
     }
 
     /// The files that lines are written to, with their keys.
@@ -220,7 +228,8 @@ impl Config {
         let admin = self.agent.admin_socket_path.as_deref().map(|at| ("agent.admin_socket_path", at));
         let sockets = self.sockets().chain(admin).map(|(key, at)| (key, at, parent(at)));
         let data_dir = self.agent.data_dir.as_path();
-        for (key, value, dir) in sockets.chain([("agent.data_dir", data_dir, data_dir)]) {
+        let keys = self.keys_directory().map(|dir| (KEYS, dir, dir));
+        for (key, value, dir) in sockets.chain([("agent.data_dir", data_dir, data_dir)]).chain(keys) {
             if let Err(PathError::Open { path, cause }) = trust.could_make_in(dir)
                 && tells(&cause)
             {
@@ -261,6 +270,11 @@ impl Config {
                 checked => found.note("issuer \"embedded\".ca_key_path", file, checked),
             }
         }
+        if embedded::is_new(data_dir, trust) && trust.is_full_at(data_dir) {
+            let message =
+                "there are no keys in it yet, and no space is left on its file system to write them";
+            found.note("agent.data_dir", data_dir, Err::<(), _>(message));
+        }
         if found.wrong.is_empty() {
             self.try_signer(trust, now, tells, &mut found);
         }
@@ -287,7 +301,7 @@ impl Config {
             };
             Some(("agent.trust_bundle_path", parsed.err()?.to_string()))
         };
-        missing.chain(bundle()).chain(self.missing_token(trust)).collect()
+        missing.chain(bundle()).chain(self.missing_token(trust)).chain(self.missing_psat(trust)).collect()
     }
 
     /// Why a node would not be known any more after a restart, where that is so.
@@ -312,12 +326,25 @@ impl Config {
         })
     }
 
+    /// That there is no token of Kubernetes', where one is to be shown.
+    fn missing_psat(&self, trust: Trust) -> Option<(&'static str, String)> {
+        let Signer::Server(joined) = &self.issuer else { return None };
+        match &joined.node_attestor {
+            NodeAttestorSettings::K8sPsat(psat) if joined.join.token().is_none() => {
+                Some((TOKEN, check_psat(psat, trust).err()?))
+            }
+            _ => None,
+        }
+    }
+
     /// What is kept of an agent of a SPIRE Server, and would end its start.
     fn try_kept(&self, trust: Trust, tells: impl Fn(&io::Error) -> bool, found: &mut Places) {
         let IssuerChoice::Server(settings) = self.issuer_input().choice else { return };
         match own_svid::check_kept(&settings, trust) {
+            Ok(()) => {}
             // Places says it.
-            Ok(()) | Err((_, DataFault::File(FileFault::Path(_) | FileFault::FileType { .. }))) => {}
+            Err((_, DataFault::File(FileFault::Path(_)))) => {}
+            Err((dir, DataFault::File(FileFault::FileType { path, .. }))) if path == dir => {}
             Err((_, DataFault::File(FileFault::Read { cause, .. }))) if !tells(&cause) => {}
             Err((dir, fault)) => {
                 let key = if dir == settings.data_dir { "agent.data_dir" } else { KEYS };
@@ -351,7 +378,12 @@ impl Config {
         let error = match try_sources(&settings, trust, now) {
             Ok(()) => return,
             // Places says it, or the agent itself will.
-            Err(IssuerError::File(FileFault::Path(_) | FileFault::FileType { .. })) => return,
+            Err(IssuerError::File(FileFault::Path(_))) => return,
+            Err(IssuerError::File(FileFault::FileType { path, .. }))
+                if path.parent() != Some(&settings.data_dir) =>
+            {
+                return;
+            }
             Err(IssuerError::File(FileFault::Read { cause, .. })) if !tells(&cause) => return,
             Err(error) => error,
         };

@@ -113,12 +113,16 @@ impl FileDir {
         Ok(Self { path: path.to_owned(), dir, ours, unfinished, writer: Mutex::new(Writes::ThisAgent) })
     }
 
-    /// Opens the directory of an agent of the user of `trust`, to read in it. `None` when there is none.
-    pub(super) fn look_at(path: &Path, trust: Trust) -> Result<Option<Self>, FileFault> {
+    /// Opens the directory of an agent of the user of `trust`, to look at what is in it. `None` when there is none.
+    pub(super) fn look_at(
+        path: &Path,
+        trust: Trust,
+        unfinished: &'static str,
+    ) -> Result<Option<Self>, FileFault> {
         match trust.directory_unchecked(path) {
             Ok(dir) => {
                 let (ours, writer) = (trust.user(), Mutex::new(Writes::TheNext));
-                Ok(Some(Self { path: path.to_owned(), dir, ours, unfinished: "", writer }))
+                Ok(Some(Self { path: path.to_owned(), dir, ours, unfinished, writer }))
             }
             Err(error) if error.is_missing() => Ok(None),
             Err(error) => Err(refused(path)(error)),
@@ -142,6 +146,26 @@ impl FileDir {
     pub(super) fn is_locked(&self, name: &str) -> bool {
         let file = self.dir.open_as(OsStr::new(name), OFlag::O_RDONLY | OFlag::O_NOFOLLOW, 0);
         file.is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    }
+
+    /// Whether [`FileDir::lock`] could have a file of this name. Makes nothing.
+    pub(super) fn could_lock(&self, name: &str) -> Result<(), FileFault> {
+        match self.dir.look_at(OsStr::new(name)) {
+            Ok(found) if found.is_symlink() => Err(FileFault::Link { path: self.path_of(name) }),
+            Ok(found) if !found.is_file() => Err(self.no_file(name)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether [`FileDir::write`] would find nothing in its way that it cannot remove. Makes nothing.
+    pub(super) fn could_write(&self, name: &str) -> Result<(), FileFault> {
+        let new_name = self.unfinished_of(name);
+        let found = self.dir.look_at(OsStr::new(&new_name));
+        if found.is_ok_and(|found| found.is_dir()) { Err(self.no_file(&new_name)) } else { Ok(()) }
+    }
+
+    fn no_file(&self, name: &str) -> FileFault {
+        FileFault::FileType { path: self.path_of(name), want: "regular file" }
     }
 
     /// Where a file of this name is.

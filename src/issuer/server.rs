@@ -57,7 +57,7 @@ use tokio::{
 };
 
 pub use self::{
-    attestation::{PopFault, check_pop},
+    attestation::{PopFault, check_pop, check_psat},
     data::AGENT_DATA,
     error::{DataFault, Denial, ServerError},
     metrics::{ServerCall, ServerMetrics, SyncResult},

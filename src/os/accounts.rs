@@ -5,7 +5,10 @@
 //! deadline ([`by`]). While that thread hangs, everybody who asks it is told that there is no answer.
 
 use std::{
+    ffi::{CStr, CString},
+    mem::MaybeUninit,
     path::Path,
+    ptr,
     sync::{
         Arc, OnceLock,
         mpsc::{SyncSender, sync_channel},
@@ -13,10 +16,8 @@ use std::{
     time::Instant,
 };
 
-use nix::{
-    errno::Errno,
-    unistd::{Gid, Group, Uid, User},
-};
+use libc::{c_char, c_int};
+use nix::errno::Errno;
 
 /// The node's own users.
 pub const PASSWD: &str = "/etc/passwd";
@@ -25,6 +26,10 @@ pub const GROUP: &str = "/etc/group";
 
 /// A longer name is nobody's: no system has a larger LOGIN_NAME_MAX.
 const MAX_NAME_LEN: usize = 256;
+
+/// How much room the texts of a user or group have at first, and at most: a group's members are among them.
+const ROOM: usize = 16 << 10;
+const MOST_ROOM: usize = 1 << 20;
 
 /// So many lookups wait for the thread at most.
 const QUEUE: usize = 8;
@@ -72,13 +77,10 @@ impl AccountName {
         if self.text().len() > MAX_NAME_LEN {
             return Ok(None);
         }
+        let Ok(name) = CString::new(self.text()) else { return Ok(None) };
         let (found, file) = match self {
-            Self::User(name) => {
-                (User::from_name(name).map(|user| user.map(|user| user.uid.as_raw())), PASSWD)
-            }
-            Self::Group(name) => {
-                (Group::from_name(name).map(|group| group.map(|group| group.gid.as_raw())), GROUP)
-            }
+            Self::User(_) => (user_named(&name), PASSWD),
+            Self::Group(_) => (group_named(&name), GROUP),
         };
         let found = match found {
             // As in a container without the file: nobody is known by a name there.
@@ -97,10 +99,62 @@ impl AccountNumber {
     /// The database cannot say.
     pub fn name(self) -> Result<Option<String>, Errno> {
         match self {
-            Self::User(uid) => User::from_uid(Uid::from_raw(uid)).map(|user| user.map(|user| user.name)),
-            Self::Group(gid) => {
-                Group::from_gid(Gid::from_raw(gid)).map(|group| group.map(|group| group.name))
-            }
+            Self::User(uid) => user_numbered(uid),
+            Self::Group(gid) => group_numbered(gid),
+        }
+    }
+}
+
+#[expect(unsafe_code, reason = "nix tells errno, and not what the call returns")]
+fn user_named(name: &CStr) -> Result<Option<u32>, Errno> {
+    // SAFETY: what it is given is as `found` promises, and the name ends in NUL.
+    let call = |user, room, size, found| unsafe { libc::getpwnam_r(name.as_ptr(), user, room, size, found) };
+    found(call, |user: &libc::passwd| user.pw_uid)
+}
+
+#[expect(unsafe_code, reason = "nix tells errno, and not what the call returns")]
+fn group_named(name: &CStr) -> Result<Option<u32>, Errno> {
+    // SAFETY: what it is given is as `found` promises, and the name ends in NUL.
+    let call =
+        |group, room, size, found| unsafe { libc::getgrnam_r(name.as_ptr(), group, room, size, found) };
+    found(call, |group: &libc::group| group.gr_gid)
+}
+
+#[expect(unsafe_code, reason = "nix tells errno, and not what the call returns")]
+fn user_numbered(uid: u32) -> Result<Option<String>, Errno> {
+    // SAFETY: what it is given is as `found` promises.
+    let call = |user, room, size, found| unsafe { libc::getpwuid_r(uid, user, room, size, found) };
+    // SAFETY: a record that was found has a name, which ends in NUL.
+    let name = |user: &libc::passwd| unsafe { CStr::from_ptr(user.pw_name) }.to_string_lossy().into_owned();
+    found(call, name)
+}
+
+#[expect(unsafe_code, reason = "nix tells errno, and not what the call returns")]
+fn group_numbered(gid: u32) -> Result<Option<String>, Errno> {
+    // SAFETY: what it is given is as `found` promises.
+    let call = |group, room, size, found| unsafe { libc::getgrgid_r(gid, group, room, size, found) };
+    // SAFETY: a record that was found has a name, which ends in NUL.
+    let name = |group: &libc::group| unsafe { CStr::from_ptr(group.gr_name) }.to_string_lossy().into_owned();
+    found(call, name)
+}
+
+/// What is read of the record that `call` finds, if it finds one. It is given a place for a record, room for its texts with
+/// the size of that, and a place for where the record is; all of them are its own until it returns.
+#[expect(unsafe_code, reason = "the record is written by the C library")]
+fn found<T, R>(
+    call: impl Fn(*mut T, *mut c_char, usize, *mut *mut T) -> c_int,
+    read: impl Fn(&T) -> R,
+) -> Result<Option<R>, Errno> {
+    let mut room = vec![0; ROOM];
+    loop {
+        let mut record = MaybeUninit::<T>::uninit();
+        let mut found = ptr::null_mut();
+        match call(record.as_mut_ptr(), room.as_mut_ptr(), room.len(), &raw mut found) {
+            0 if found.is_null() => return Ok(None),
+            // SAFETY: the call says that it has written the record, whose texts are in the room.
+            0 => return Ok(Some(read(unsafe { record.assume_init_ref() }))),
+            libc::ERANGE if room.len() < MOST_ROOM => room.resize(room.len() * 2, 0),
+            errno => return Err(Errno::from_raw(errno)),
         }
     }
 }

@@ -17,7 +17,18 @@ target=unix://$socket
 call() { timeout 20 "$tools/grpcurl" -plaintext "$@"; }
 header=(-H "workload.spiffe.io: true")
 
-services=$(call "$target" list)
+# As the README has it, for each of the two.
+written() { grep -o "\`grpcurl -plaintext $1/run/durward/public/api.sock list\`" "$root/README.md" | tr -d '\`'; }
+# form TOOL WHAT: runs it here.
+form() {
+    local words
+    words=$(written "$2") || fail "the README has no grpcurl with $2"
+    read -ra words <<<"${words//\/run\/durward\/public\/api.sock/$socket}"
+    timeout 20 "$1" "${words[@]:1}"
+}
+services=$(form "$tools/grpcurl-1.8/grpcurl" '-unix ')
+grep -qx SpiffeWorkloadAPI <<<"$services" || fail "the README's command for version 1.8, got: $services"
+services=$(form "$tools/grpcurl" 'unix://')
 for service in SpiffeWorkloadAPI grpc.health.v1.Health; do
     grep -qx "$service" <<<"$services" || fail "reflection lists $service, got: $services"
 done

@@ -1,7 +1,8 @@
 /* Databases of users and groups for tests, in front of the node's: loaded into an agent with LD_PRELOAD.
 
    In the directory that DURWARD_TEST_ACCOUNTS names: each call adds a line to `calls`. `users` has lines NAME NUMBER.
-   While there is a file `hang`, names that begin with "slow" are not answered. */
+   While there is a file `hang`, names that begin with "slow" are not answered. A name "broken..." gives EIO as the call's result, and
+   leaves errno as it is. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -53,6 +54,10 @@ int getpwnam_r(const char *name, struct passwd *user, char *buffer, size_t size,
 {
     int (*next)(const char *, struct passwd *, char *, size_t, struct passwd **) = dlsym(RTLD_NEXT, "getpwnam_r");
     called("getpwnam_r", name);
+    if (strncmp(name, "broken", 6) == 0) {
+        *result = NULL;
+        return EIO;
+    }
     long uid = number(name);
     if (uid < 0)
         return next(name, user, buffer, size, result);

@@ -217,6 +217,17 @@ async fn a_name_that_is_added_reaches_open_streams() {
     assert_eq!(lines, 2, "one when it begins, and one when it ends: {log}");
 }
 
+/// The reason is what the call returns: errno may be anything.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_fails_is_told_with_its_reason() {
+    let others = format!("\"unix:user:broken\", \"unix:gid:{}\"", getegid().as_raw() + 1);
+    let blocks = [entry("/plain", ""), named("/others", &others)].concat();
+    let agent = NamedAgent::start(&blocks, false).await;
+    agent.says("does not answer for a name that entries ask for").await;
+    agent.says("kind=user name=broken error=\"EIO: I/O error\"").await;
+    assert_eq!(agent.served().await, Ok(vec!["/plain".to_owned()]));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_hangs_holds_up_whom_it_may_concern_and_nobody_else() {
     // Of a group that this process is not in.

@@ -336,7 +336,7 @@ fn who_validates_is_not_who_is_trusted() {
 #[test]
 fn validate_looks_at_every_place_that_a_start_needs() {
     type Change = fn(&Path);
-    let cases: [(&str, &str, Change, &str); 20] = [
+    let cases: [(&str, &str, Change, &str); 24] = [
         ("all is well", "", |_| {}, ""),
         (
             "metrics in everybody's directory",
@@ -429,16 +429,33 @@ fn validate_looks_at_every_place_that_a_start_needs() {
             |_| {},
             "",
         ),
+        ("keys that are damaged", "", |at| keep(&at.join("data/issuer.json"), "{"), "issuer.json is damaged"),
         (
-            "keys that are damaged",
+            "a directory for the keys",
+            "",
+            |at| fs::create_dir_all(at.join("data/issuer.json")).unwrap(),
+            "/data/issuer.json is not a regular file",
+        ),
+        (
+            "a directory for keys that are not written to their end",
+            "",
+            |at| fs::create_dir_all(at.join("data/issuer.json.new")).unwrap(),
+            "/data/issuer.json.new is not a regular file",
+        ),
+        (
+            "a directory for the lock of the keys",
+            "",
+            |at| fs::create_dir_all(at.join("data/issuer.lock")).unwrap(),
+            "/data/issuer.lock is not a regular file",
+        ),
+        (
+            "a link for the lock of the keys",
             "",
             |at| {
-                fs::create_dir(at.join("data")).unwrap();
-                chmod(&at.join("data"), 0o700);
-                fs::write(at.join("data/issuer.json"), "{").unwrap();
-                chmod(&at.join("data/issuer.json"), 0o600);
+                keep(&at.join("data/other"), "");
+                symlink("other", at.join("data/issuer.lock")).unwrap();
             },
-            "issuer.json is damaged",
+            "/data/issuer.lock is a symbolic link, which is not followed",
         ),
         (
             "a CA that is none",
@@ -462,6 +479,228 @@ fn validate_looks_at_every_place_that_a_start_needs() {
         let said = text(&got.stderr);
         assert_eq!(got.status.success(), want.is_empty(), "{case}: {said}");
         assert!(said.contains(want), "{case}: {said}");
+    }
+}
+
+/// A file of the agent's, in a directory of his.
+fn keep(file: &Path, text: &str) {
+    let dir = file.parent().unwrap();
+    fs::create_dir_all(dir).unwrap();
+    chmod(dir, 0o700);
+    fs::write(file, text).unwrap();
+    chmod(file, 0o600);
+}
+
+/// The configuration of an agent of a SPIRE Server.
+fn joined(at: &Path, agent: &str, plugins: &str) -> PathBuf {
+    let (config, here) = (at.join("etc/agent.conf"), at.display().to_string());
+    let text = format!(
+        "agent {{\n  trust_domain = \"{TRUST_DOMAIN}\"\n  data_dir = \"HERE/data\"\n  \
+         socket_path = \"HERE/run/api.sock\"\n  server_address = \"localhost\"\n  server_port = 8081\n  \
+         entries_dir = \"HERE/log\"\n  {agent}\n}}\n\
+         plugins {{\n  {plugins}\n  WorkloadAttestor \"unix\" {{ plugin_data {{ }} }}\n}}\n"
+    );
+    fs::write(&config, text.replace("HERE", &here)).unwrap();
+    config
+}
+
+/// What ends the start of an agent of a SPIRE Server, or keeps it from joining for ever.
+#[test]
+fn validate_looks_at_what_an_agent_of_a_server_keeps() {
+    type Change = fn(&Path);
+    let cases: [(&str, &str, Change, &str); 17] = [
+        ("all is well", "HERE/keys", |_| {}, ""),
+        ("keys in /sys", "/sys/keys", |_| {}, "directory \"/sys/keys\": user 0 cannot make it in /sys: "),
+        (
+            "keys in /proc",
+            "/proc/1/keys",
+            |_| {},
+            "directory \"/proc/1/keys\": user 0 cannot make it in /proc/1: ",
+        ),
+        (
+            "keys that others read",
+            "HERE/keys",
+            |at| {
+                keep(&at.join("keys/keys.json"), "{}");
+                chmod(&at.join("keys/keys.json"), 0o644);
+            },
+            "keys.json has mode 0644",
+        ),
+        (
+            "keys that are empty",
+            "HERE/keys",
+            |at| keep(&at.join("keys/keys.json"), ""),
+            "keys.json is damaged",
+        ),
+        (
+            "keys that are none",
+            "HERE/keys",
+            |at| keep(&at.join("keys/keys.json"), "?"),
+            "keys.json is damaged",
+        ),
+        (
+            "a directory for the keys",
+            "HERE/keys",
+            |at| {
+                fs::create_dir_all(at.join("keys/keys.json")).unwrap();
+            },
+            "/keys/keys.json is not a regular file",
+        ),
+        (
+            "a link for the keys",
+            "HERE/keys",
+            |at| {
+                keep(&at.join("keys/other"), "{}");
+                symlink("other", at.join("keys/keys.json")).unwrap();
+            },
+            "/keys/keys.json is a symbolic link",
+        ),
+        (
+            "a directory for keys that are not written to their end",
+            "HERE/keys",
+            |at| {
+                fs::create_dir_all(at.join("keys/keys.json.tmp")).unwrap();
+            },
+            "/keys/keys.json.tmp is not a regular file",
+        ),
+        (
+            "data that others read",
+            "HERE/keys",
+            |at| {
+                keep(&at.join("data/agent-data.json"), "{}");
+                chmod(&at.join("data/agent-data.json"), 0o640);
+            },
+            "agent-data.json has mode 0640",
+        ),
+        (
+            "data that is empty",
+            "HERE/keys",
+            |at| keep(&at.join("data/agent-data.json"), ""),
+            "agent-data.json is damaged",
+        ),
+        (
+            "data that is none",
+            "HERE/keys",
+            |at| keep(&at.join("data/agent-data.json"), "["),
+            "agent-data.json is damaged",
+        ),
+        (
+            "a directory for the data",
+            "HERE/keys",
+            |at| {
+                fs::create_dir_all(at.join("data/agent-data.json")).unwrap();
+            },
+            "/data/agent-data.json is not a regular file",
+        ),
+        (
+            "a directory for data that is not written to its end",
+            "HERE/keys",
+            |at| {
+                fs::create_dir_all(at.join("data/agent-data.json.tmp")).unwrap();
+            },
+            "/data/agent-data.json.tmp is not a regular file",
+        ),
+        (
+            "a directory for the lock",
+            "HERE/keys",
+            |at| {
+                fs::create_dir_all(at.join("data/durward.lock")).unwrap();
+            },
+            "/data/durward.lock is not a regular file",
+        ),
+        (
+            "what is not written to its end is no directory",
+            "HERE/keys",
+            |at| {
+                keep(&at.join("data/agent-data.json.tmp"), "");
+                keep(&at.join("keys/keys.json.tmp"), "");
+            },
+            "",
+        ),
+        ("keys beside the data", "HERE/data", |at| keep(&at.join("data/agent-data.json"), "{}"), ""),
+    ];
+    for (case, keys, change, want) in cases {
+        let dir = layout_dir();
+        let plugins = format!(
+            "NodeAttestor \"join_token\" {{ plugin_data {{ }} }}\n  \
+             KeyManager \"disk\" {{ plugin_data {{ directory = \"{keys}\" }} }}"
+        );
+        let config = joined(dir.path(), "insecure_bootstrap = true", &plugins);
+        change(dir.path());
+        let got = validate(&config);
+        let said = text_of(&got);
+        assert_eq!(got.status.success(), want.is_empty(), "{case}: {said}");
+        let want = want.replace("user 0", &format!("user {}", geteuid()));
+        assert!(said.contains(&want), "{case}: {said}");
+    }
+    let read_only = "mkdir -m 700 \"$1/keys\" && mount -t tmpfs -o ro,mode=700 none \"$1/keys\" || exit 77; \
+                     exec \"$2\" validate --config \"$1/etc/agent.conf\"";
+    for keys in ["HERE/keys", "HERE/keys/below"] {
+        let dir = layout_dir();
+        let plugins = format!(
+            "NodeAttestor \"join_token\" {{ plugin_data {{ }} }}\n  \
+             KeyManager \"disk\" {{ plugin_data {{ directory = \"{keys}\" }} }}"
+        );
+        joined(dir.path(), "insecure_bootstrap = true", &plugins);
+        let Some(got) = mounted(dir.path(), read_only) else { return };
+        let said = text_of(&got);
+        assert_eq!(got.status.code(), Some(1), "{keys}: {said}");
+        let place = dir.path().join("keys");
+        let want = format!("cannot make it in {}: read-only file system", place.display());
+        assert!(said.contains(&want), "{keys}: {said}");
+    }
+}
+
+/// A token of Kubernetes' may come yet: what is wrong with it is told.
+#[test]
+fn validate_tells_that_a_pod_has_no_token() {
+    for (case, token, want) in [
+        ("none", None, "cannot open "),
+        ("empty", Some(&b""[..]), "etc/token is empty; the agent waits for it"),
+        ("no text", Some(&[0xff]), "etc/token holds no token"),
+        ("one", Some(b"x"), ""),
+    ] {
+        let dir = layout_dir();
+        let plugins = "NodeAttestor \"k8s_psat\" { plugin_data { cluster = \"c\" token_path = \"HERE/etc/token\" } }\n  \
+                       KeyManager \"memory\" { plugin_data { } }";
+        let config = joined(dir.path(), "insecure_bootstrap = true", plugins);
+        if let Some(token) = token {
+            fs::write(dir.path().join("etc/token"), token).unwrap();
+        }
+        let got = validate(&config);
+        let said = text_of(&got);
+        assert!(got.status.success(), "{case}: {said}");
+        let warning = "Warning: plugins.NodeAttestor \"k8s_psat\".plugin_data.token_path: ";
+        assert_eq!(said.contains(warning), !want.is_empty(), "{case}: {said}");
+        assert!(said.contains(want), "{case}: {said}");
+    }
+}
+
+/// A start writes its first keys, and needs no room once they are there.
+#[test]
+fn validate_sees_that_there_is_no_room_for_keys() {
+    let validates = "\"$2\" validate --config \"$1/etc/agent.conf\"";
+    let runs = "timeout --signal=TERM 20 \"$2\" run --config \"$1/etc/agent.conf\"";
+    let made = format!(
+        "{runs} & agent=$!; until [ -s \"$1/data/issuer.json\" ]; do kill -0 $agent || exit 1; sleep 0.05; done; \
+         kill $agent; wait $agent; "
+    );
+    for (case, before, filled, command, want) in [
+        ("full", "", "1M", validates, "agent.data_dir"),
+        ("full", "", "1M", runs, "agent.data_dir"),
+        ("almost full", "", "60k", validates, ""),
+        ("full, and keys are there", made.as_str(), "1M", validates, ""),
+    ] {
+        let dir = layout_dir();
+        let script = format!(
+            "mkdir \"$1/data\" && mount -t tmpfs -o size=64k,mode=700 none \"$1/data\" || exit 77; {before}\
+             head -c {filled} /dev/zero >\"$1/data/other\" 2>/dev/null; {command}"
+        );
+        let Some(got) = mounted(dir.path(), &script) else { return };
+        let said = text_of(&got);
+        assert_eq!(got.status.success(), want.is_empty(), "{case}: {said}");
+        assert!(said.contains(want), "{case}: {said}");
+        assert_eq!(said.contains("no space is left"), !want.is_empty(), "{case}: {said}");
     }
 }
 

@@ -287,15 +287,15 @@ fn an_agent_that_cannot_start_leaves_no_client_hanging() {
         ("data_dir is everybody's", "", none(), "data_dir"),
         ("data_dir is a file", "", none(), "data_dir"),
         ("another agent has data_dir", "", none(), "cannot open the issuer"),
-        ("keys that are not to be read", "", none(), "cannot open the issuer"),
+        ("keys that are not to be read", "", none(), "issuer.json is not a regular file"),
         ("a port that is taken", &port, none(), "cannot listen for health checks"),
         ("a log that cannot be written", "", none(), "log_file"),
         ("another socket", "", none(), "ListenStream="),
         ("memory that others can read", "", no_secrets, "PR_SET_DUMPABLE"),
         ("no randomness", "", no_randomness, "getrandom is refused"),
     ];
-    // What the program itself needs to begin is not the agent's.
-    cases.extend([6, 7, 8, 10, 14, 18, 22].map(|n| ("descriptors", "", descriptors(n), "LimitNOFILE")));
+    // With fewer the libraries of the program cannot be opened.
+    cases.extend([5, 6, 7, 8, 10, 14, 18, 22].map(|n| ("descriptors", "", descriptors(n), "LimitNOFILE")));
     for (case, blocks, words, want) in cases {
         let dir = configured(blocks);
         let at = |name: &str| dir.path().join(name);

@@ -16,7 +16,7 @@ const UNFINISHED: &str = ".new";
 
 /// Whether an agent has the directory, as far as the user of `trust` can tell.
 pub fn is_in_use(path: &Path, trust: Trust) -> bool {
-    FileDir::look_at(path, trust).is_ok_and(|dir| dir.is_some_and(|dir| dir.is_locked(LOCK)))
+    FileDir::look_at(path, trust, UNFINISHED).is_ok_and(|dir| dir.is_some_and(|dir| dir.is_locked(LOCK)))
 }
 
 /// The data directory, locked until it is let go of.
@@ -63,7 +63,16 @@ pub(super) fn state_in(data_dir: &Path) -> PathBuf {
     data_dir.join(STATE)
 }
 
-/// Reads the state of an agent of the user of `trust`, which may be running. `None` when there is none.
+/// Reads the state of an agent of the user of `trust`, which may be running, and looks at what would be in the way of its
+/// files. `None` when there is none.
 pub(super) fn look_at_state(data_dir: &Path, trust: Trust) -> Result<Option<Zeroizing<Vec<u8>>>, FileFault> {
-    FileDir::look_at(data_dir, trust)?.map_or(Ok(None), |dir| dir.read(STATE))
+    let Some(dir) = FileDir::look_at(data_dir, trust, UNFINISHED)? else { return Ok(None) };
+    dir.could_lock(LOCK)?;
+    dir.could_write(STATE)?;
+    dir.read(STATE)
+}
+
+/// Whether an agent of the user of `trust` would find no state, and write one.
+pub fn is_new(data_dir: &Path, trust: Trust) -> bool {
+    matches!(look_at_state(data_dir, trust), Ok(None))
 }

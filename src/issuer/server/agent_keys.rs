@@ -21,7 +21,8 @@ use crate::{
     },
 };
 
-const NAME: &str = "keys.json";
+/// The file, in the directory of KeyManager `disk`.
+pub(super) const KEYS: &str = "keys.json";
 
 /// The two places of the key, taken in turns.
 const PLACES: [&str; 2] = ["agent-svid-A", "agent-svid-B"];
@@ -87,7 +88,7 @@ impl AgentKeys {
     /// # Errors
     /// It cannot be read, or is damaged (then it was put aside).
     pub(super) fn open(dir: FileDir, on_damage: OnDamage) -> Result<Self, DataFault> {
-        let known = read_kept(&dir, NAME, on_damage, parse)?.unwrap_or_default();
+        let known = read_kept(&dir, KEYS, on_damage, parse)?.unwrap_or_default();
         let known = Mutex::new(KnownKeys { keys: known, waiting: None });
         Ok(Self { dir: Some(dir), known, making: Mutex::new(()) })
     }
@@ -136,7 +137,7 @@ impl AgentKeys {
         }
         next.insert(place.to_owned(), key.pkcs8()?);
         if let Some(dir) = &self.dir {
-            dir.write(NAME, &written(&next)).map_err(DataFault::from)?;
+            dir.write(KEYS, &written(&next)).map_err(DataFault::from)?;
         }
         *self.lock() = KnownKeys { keys: next, waiting: Some(place) };
         Ok(key)
@@ -222,7 +223,7 @@ mod tests {
             leaf = certificate(&next);
             assert!(again.of(&leaf).is_some(), "{turn}");
         }
-        let text = std::fs::read_to_string(path.join(NAME)).unwrap();
+        let text = std::fs::read_to_string(path.join(KEYS)).unwrap();
         assert!(text.starts_with("{\n\t\"keys\": {\n\t\t\"agent-svid-A\": \""), "{text}");
         assert!(text.ends_with("\"\n\t}\n}"), "{text}");
     }

@@ -11,8 +11,11 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use zeroize::Zeroizing;
 
-pub use self::x509pop::{PopFault, check_pop};
 use self::{join_token::JoinTokenAttestor, k8s_psat::PsatAttestor, x509pop::PopAttestor};
+pub use self::{
+    k8s_psat::check_psat,
+    x509pop::{PopFault, check_pop},
+};
 use super::{
     error::{Denial, ServerError, shown},
     metrics::ServerCall,

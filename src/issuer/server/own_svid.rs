@@ -19,9 +19,9 @@ use std::{
 use tokio::sync::{Notify, watch};
 
 use super::{
-    agent_keys::AgentKeys,
+    agent_keys::{AgentKeys, KEYS},
     attestation::{NodeAttestor, attestor},
-    data::{AgentData, AgentDataFile},
+    data::{AGENT_DATA, AgentData, AgentDataFile},
     dial::Dialer,
     error::{DataFault, Denial, ServerError},
     files::{OnDamage, UNFINISHED},
@@ -42,7 +42,7 @@ const LOCK: &str = "durward.lock";
 
 /// Whether an agent has the directory, as far as the user of `trust` can tell.
 pub fn is_in_use(path: &Path, trust: Trust) -> bool {
-    FileDir::look_at(path, trust).is_ok_and(|dir| dir.is_some_and(|dir| dir.is_locked(LOCK)))
+    FileDir::look_at(path, trust, UNFINISHED).is_ok_and(|dir| dir.is_some_and(|dir| dir.is_locked(LOCK)))
 }
 
 /// Whether what is on the disk is all that this node is known by: a join token was used up for it.
@@ -66,7 +66,7 @@ pub const FORGETS: &str = "the agent's key ends with the process, and a join tok
 /// Why it would end, and of which directory.
 pub fn check_kept(settings: &ServerSettings, trust: Trust) -> Result<(), (PathBuf, DataFault)> {
     let look = |path: &Path, open: &dyn Fn(FileDir) -> Result<(), DataFault>| {
-        let looked = match FileDir::look_at(path, trust) {
+        let looked = match FileDir::look_at(path, trust, UNFINISHED) {
             Ok(dir) => dir.map_or(Ok(()), open),
             Err(fault) => Err(fault.into()),
         };
@@ -77,11 +77,19 @@ pub fn check_kept(settings: &ServerSettings, trust: Trust) -> Result<(), (PathBu
             looked => looked.map_err(|fault| (path.to_owned(), fault)),
         }
     };
-    let data = |dir| AgentDataFile::open(dir, &settings.trust_domain, OnDamage::Look).map(drop);
+    let data = |dir: FileDir| {
+        dir.could_lock(LOCK)?;
+        dir.could_write(AGENT_DATA)?;
+        AgentDataFile::open(dir, &settings.trust_domain, OnDamage::Look).map(drop)
+    };
+    let read_keys = |dir: FileDir| {
+        dir.could_write(KEYS)?;
+        AgentKeys::open(dir, OnDamage::Look).map(drop)
+    };
     look(&settings.data_dir, &data)?;
     match &settings.key_manager {
         KeyManagerSettings::Memory => Ok(()),
-        KeyManagerSettings::Disk(keys) => look(keys, &|dir| AgentKeys::open(dir, OnDamage::Look).map(drop)),
+        KeyManagerSettings::Disk(keys) => look(keys, &read_keys),
     }
 }
 

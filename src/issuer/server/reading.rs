@@ -31,7 +31,7 @@ impl SlowReads {
     /// In words for an admin, which name the file.
     pub(super) async fn file(&self, path: &Path, most: u64) -> Result<Zeroizing<Vec<u8>>, String> {
         let of = path.to_owned();
-        self.wait(&path.display().to_string(), move || read_now(&of, most)).await
+        self.wait(&path.display().to_string(), move || read_now(&of, most, Trust::own())).await
     }
 
     /// What `work` gives, which is called in a thread. `what` is waited for, for people.
@@ -56,8 +56,9 @@ impl SlowReads {
     }
 }
 
-fn read_now(path: &Path, most: u64) -> Result<Zeroizing<Vec<u8>>, String> {
-    let file = Trust::own().open(path).map_err(|error| error.to_string())?;
+/// As [`SlowReads::file`], in this thread, for the user of `trust`.
+pub(super) fn read_now(path: &Path, most: u64, trust: Trust) -> Result<Zeroizing<Vec<u8>>, String> {
+    let file = trust.open(path).map_err(|error| error.to_string())?;
     let failed = |error| format!("cannot read {}: {error}", path.display());
     let len = file.metadata().map_err(failed)?.len();
     if len > most {

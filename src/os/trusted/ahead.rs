@@ -5,6 +5,7 @@ use std::path::Path;
 use nix::{
     errno::Errno,
     fcntl::{AT_FDCWD, AtFlags},
+    sys::statvfs::fstatvfs,
     unistd::{AccessFlags, faccessat, geteuid},
 };
 
@@ -31,6 +32,20 @@ impl Trust {
                 Err(PathError::Kind { path: here.path.join(name), want: "directory" })
             }
         }
+    }
+
+    /// Whether the file system that a directory at `path` is on, or would be made on, has no room at all for a file of the user's.
+    pub fn is_full_at(self, path: &Path) -> bool {
+        let Ok(End::Directory(here) | End::Nothing { here, .. }) = self.walk(path, Missing::Stop) else {
+            return false;
+        };
+        let Ok(found) = fstatvfs(&here.dir) else { return false };
+        // Some of it is kept for root. Where no total is told, no rest is.
+        let (blocks, files) = match self.user() {
+            0 => (found.blocks_free(), found.files_free()),
+            _ => (found.blocks_available(), found.files_available()),
+        };
+        found.blocks() > 0 && blocks == 0 || found.files() > 0 && files == 0
     }
 
     /// Whether [`Trust::append`] would open the file, or could make it.
