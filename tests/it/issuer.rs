@@ -642,7 +642,11 @@ fn state_is_the_owners_alone() {
     let link = outer.path().join("elsewhere.json");
     fs::rename(state_file(&dir), &link).unwrap();
     std::os::unix::fs::symlink(&link, state_file(&dir)).unwrap();
-    assert!(open().unwrap_err().starts_with(&format!("cannot read {dir_text}/issuer.json: ")));
+    let err = open().unwrap_err();
+    assert!(
+        err.starts_with(&format!("{dir_text}/issuer.json is a symbolic link, which is not followed")),
+        "{err}"
+    );
     fs::remove_file(state_file(&dir)).unwrap();
     fs::create_dir(state_file(&dir)).unwrap();
     assert_eq!(open(), Err(format!("{dir_text}/issuer.json is not a regular file")));
