@@ -257,7 +257,7 @@ impl AgentParts {
         let services = self.services()?;
         let keys = Arc::new(caller_keys(&config));
         // Before anybody asks how it is.
-        let surroundings = look_around(&self.health, &self.attestor, &keys);
+        let surroundings = look_around(&self.health, &self.attestor, in_pod() && keys.looks_for_pods());
         let (connections, bounds) = channel::channel(connection_bounds(&config, self.means));
         let (stats, admin_stats) = (Arc::<ConnectionStats>::default(), Arc::<ConnectionStats>::default());
         let series = ConnectionMetrics::new(self.metrics.registry());

@@ -101,21 +101,21 @@ pub(super) fn say_where(keys: &PodOrUid, in_pod: bool, budget: Option<u64>, cgro
 }
 
 /// Says once what is missing, and keeps an agent that nobody could be served by from being ready. What it serves in spite of.
-pub(super) fn look_around(health: &HealthState, attestor: &Attestor, keys: &PodOrUid) -> Surroundings {
+pub(super) fn look_around(health: &HealthState, attestor: &Attestor, for_pods: bool) -> Surroundings {
     let pidfd = UnixStream::pair().ok().and_then(|(end, _other)| pidfd_of_peer(&end).err());
     if let Some(errno) = pidfd.filter(|errno| !is_shortage(*errno)) {
         tracing::error!("{}", Obstacle::Pidfd(errno));
         health.identifies(false);
     }
-    let mut surroundings = Surroundings { for_pods: keys.looks_for_pods(), ..Surroundings::default() };
-    surroundings.found(shortcomings(attestor, surroundings.for_pods), health);
+    let mut surroundings = Surroundings { for_pods, ..Surroundings::default() };
+    surroundings.found(shortcomings(attestor, for_pods), health);
     surroundings
 }
 
 /// What was found, and is said already.
 #[derive(Default)]
 pub(super) struct Surroundings {
-    /// Callers are in pods.
+    /// The agent is in a pod, and callers are in others.
     for_pods: bool,
     known: Vec<Discriminant<Obstacle>>,
     /// What the agent serves in spite of.

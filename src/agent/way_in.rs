@@ -7,12 +7,9 @@
 //! as into a container into which the socket's directory is mounted. So who comes in spite of it is believed, and of an entry
 //! that asks for a pod nothing is said.
 
-use std::{
-    fmt::Write as _,
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+use std::sync::{
+    Mutex, PoisonError,
+    atomic::{AtomicBool, Ordering::Relaxed},
 };
 
 use arc_swap::ArcSwap;
@@ -20,6 +17,7 @@ use arc_swap::ArcSwap;
 use crate::{
     attest::{Questions, unix::Account},
     identity::{Entry, Selector},
+    os::namespace,
     peer::socket::{Presence, Shut},
     store::Snapshot,
     telemetry::health::HealthState,
@@ -96,27 +94,37 @@ impl WayIn {
         presence: &Presence,
         snapshot: &Snapshot,
     ) -> Option<KeptOut> {
-        if shut.is_empty() || self.has_another() {
+        let shut = if self.has_another() { &[] } else { shut };
+        let without_all = namespace::unmapped().is_some();
+        if shut.is_empty() && !without_all {
             return None;
         }
+        let has_user = |uid| !without_all || namespace::has_user(uid);
         let entries = snapshot.index.entries();
         let mut kept_out = entries.iter().filter_map(|entry| {
-            let (by, selector) = keeps_out(shut, entry, &snapshot.questions)?;
+            let (by, selector) = keeps_out(shut, has_user, entry, &snapshot.questions)?;
             Some((entry, by, selector))
         });
         let (entry, by, selector) = kept_out.next()?;
         let more = kept_out.count();
-        let mut said = format!(
-            "entry \"{}\" asks for {selector}, but no such process can reach the socket {}: {by}",
-            entry.spiffe_id,
-            presence.path().display()
-        );
-        let _infallible = match more {
-            0 => Ok(()),
-            1 => said.write_str(" (and 1 more entry)"),
-            more => write!(said, " (and {more} more entries)"),
+        let of_more = match more {
+            0 => String::new(),
+            1 => " (and 1 more entry)".to_owned(),
+            more => format!(" (and {more} more entries)"),
         };
-        let _infallible = write!(said, "; {}, or choose another socket_path", opens(by, presence));
+        let id = &entry.spiffe_id;
+        let said = match by {
+            KeptOutBy::Shut(by) => format!(
+                "entry \"{id}\" asks for {selector}, but no such process can reach the socket {}: {by}{of_more}; {}, or choose \
+                 another socket_path",
+                presence.path().display(),
+                opens(by, presence)
+            ),
+            KeptOutBy::Namespace => format!(
+                "entry \"{id}\" asks for {selector}, a user who has no number in the user namespace of the agent{of_more}; run the \
+                 agent outside of it, or map that user"
+            ),
+        };
         Some(KeptOut { said, all: more + 1 == entries.len() })
     }
 
@@ -146,12 +154,21 @@ impl WayIn {
     }
 }
 
+/// What keeps somebody out.
+#[derive(Debug)]
+enum KeptOutBy<'a> {
+    Shut(&'a Shut),
+    /// It has no number here: nobody can tell who that is.
+    Namespace,
+}
+
 /// What keeps the processes of this entry out, and the selector by which that shows.
 fn keeps_out<'a>(
     shut: &'a [Shut],
+    has_user: impl Fn(u32) -> bool,
     entry: &'a Entry,
     questions: &Questions,
-) -> Option<(&'a Shut, &'a Selector)> {
+) -> Option<(KeptOutBy<'a>, &'a Selector)> {
     // The socket's directory is mounted into pods.
     if entry.selectors.iter().any(|selector| selector.kind() == "k8s") {
         return None;
@@ -159,7 +176,10 @@ fn keeps_out<'a>(
     entry.selectors.iter().find_map(|selector| {
         // A group may be root's, or the owner's, who get in.
         let Account::User(uid) = questions.account(selector)? else { return None };
-        Some((shut.iter().find(|shut| !shut.lets_through(uid))?, selector))
+        if !has_user(uid) {
+            return Some((KeptOutBy::Namespace, selector));
+        }
+        Some((KeptOutBy::Shut(shut.iter().find(|shut| !shut.lets_through(uid))?), selector))
     })
 }
 
@@ -187,8 +207,15 @@ mod tests {
             ("a pod", &of_root, "k8s:ns:shop unix:uid:5", None),
         ] {
             let entry = Entry::asking(selectors);
-            let kept_out = keeps_out(shut, &entry, &Questions::default());
+            let kept_out = keeps_out(shut, |_| true, &entry, &Questions::default());
             assert_eq!(kept_out.map(|(_, selector)| selector.to_string()).as_deref(), want, "{case}");
+        }
+        for (selectors, want) in
+            [("unix:uid:5", true), ("unix:uid:0", false), ("k8s:ns:shop unix:uid:5", false)]
+        {
+            let entry = Entry::asking(selectors);
+            let kept_out = keeps_out(&[], |uid| uid == 0, &entry, &Questions::default());
+            assert_eq!(kept_out.is_some(), want, "{selectors}, where root alone has a number");
         }
     }
 

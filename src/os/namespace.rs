@@ -30,6 +30,20 @@ pub fn unmapped() -> Option<Owner> {
     })
 }
 
+/// Whether this process's user namespace has a number for this user, that of [`unmapped`] excepted, which says nothing.
+pub fn has_user(uid: u32) -> bool {
+    fs::read_to_string("/proc/self/uid_map").map_or(true, |map| maps_all(&map) || maps(&map, uid))
+}
+
+/// Whether a map has this number inside.
+fn maps(map: &str, id: u32) -> bool {
+    map.lines().any(|line| {
+        let mut numbers = line.split_whitespace().map(|number| number.parse().unwrap_or(u64::MAX));
+        let (first, count) = (numbers.next().unwrap_or(u64::MAX), numbers.nth(1).unwrap_or(0));
+        u64::from(id).checked_sub(first).is_some_and(|at| at < count)
+    })
+}
+
 /// Whether a map (lines of first number inside, first outside, how many) has all there are.
 fn maps_all(map: &str) -> bool {
     let lengths = map.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok());
@@ -112,6 +126,18 @@ mod tests {
     use nix::sys::stat::fstat;
 
     use super::*;
+
+    #[test]
+    fn a_map_has_the_users_of_its_lines() {
+        let map = "         0       1000          1\n         1     100000      65536\n";
+        for (id, want) in [(0, true), (1, true), (65_536, true), (65_537, false), (u32::MAX, false)] {
+            assert_eq!(maps(map, id), want, "{id}");
+        }
+        for (map, id) in [("", 0), ("0", 0), ("x y z", 0), ("5 5 0", 5)] {
+            assert!(!maps(map, id), "{map}");
+        }
+        assert!(has_user(0) && maps("0 0 4294967295", 7));
+    }
 
     #[test]
     fn a_process_has_one_number_in_its_own_namespace() {

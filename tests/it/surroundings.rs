@@ -111,6 +111,33 @@ async fn who_has_no_number_is_not_taken_for_nobody() {
     );
 }
 
+/// Where nobody whom an entry asks for has a number, nobody can be served.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_whose_entries_ask_for_those_without_a_number_is_not_ready() {
+    let can = Command::new("unshare").args(["--user", "--map-root-user", "true"]).status();
+    if !geteuid().is_root() || !can.is_ok_and(|status| status.success()) {
+        return;
+    }
+    let of =
+        |uid: u32| format!("entry \"spiffe://example.org/of{uid}\" {{ selectors = [\"unix:uid:{uid}\"] }}\n");
+    for (case, entries, well, told) in [
+        ("one who has none", of(USER), false, true),
+        ("and one who has", of(USER) + &of(0), true, true),
+        ("one who has one", of(0), true, false),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        prepare(dir.path(), &entries);
+        let mut agent = Process::spawn_by(&["unshare", "--user", "--map-root-user"], dir.path());
+        drop(agent.serving(dir.path()).await);
+        let answer = ready(dir.path()).await;
+        assert_eq!(answer.starts_with("HTTP/1.1 200"), well, "{case}: {answer}");
+        let said = status(&dir.path().join("data/admin.sock"));
+        let why =
+            format!("asks for unix:uid:{USER}, a user who has no number in the user namespace of the agent");
+        assert_eq!(said.contains(&why), told, "{case}: {said}");
+    }
+}
+
 /// An agent that is not root's, where `mounts` has changed `/proc` for it alone; `None` where nobody may do that.
 fn of_user_behind(mounts: impl FnOnce(&Path) -> String) -> Option<(tempfile::TempDir, Process)> {
     let hide = ["unshare", "--mount", "--propagation", "private", "sh", "-c"];
