@@ -17,7 +17,7 @@ use arc_swap::ArcSwap;
 use crate::{
     attest::{Questions, unix::Account},
     identity::{Entry, Selector},
-    os::namespace,
+    os::namespace::MappedUsers,
     peer::socket::{Presence, Shut},
     store::Snapshot,
     telemetry::health::HealthState,
@@ -95,11 +95,11 @@ impl WayIn {
         snapshot: &Snapshot,
     ) -> Option<KeptOut> {
         let shut = if self.has_another() { &[] } else { shut };
-        let without_all = namespace::unmapped().is_some();
-        if shut.is_empty() && !without_all {
+        let users = MappedUsers::own();
+        if shut.is_empty() && users.is_none() {
             return None;
         }
-        let has_user = |uid| !without_all || namespace::has_user(uid);
+        let has_user = |uid| users.as_ref().is_none_or(|users| users.has(uid));
         let entries = snapshot.index.entries();
         let mut kept_out = entries.iter().filter_map(|entry| {
             let (by, selector) = keeps_out(shut, has_user, entry, &snapshot.questions)?;

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    ops::Range,
     os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
@@ -30,18 +31,29 @@ pub fn unmapped() -> Option<Owner> {
     })
 }
 
-/// Whether this process's user namespace has a number for this user, that of [`unmapped`] excepted, which says nothing.
-pub fn has_user(uid: u32) -> bool {
-    fs::read_to_string("/proc/self/uid_map").map_or(true, |map| maps_all(&map) || maps(&map, uid))
-}
+/// The users that this process's user namespace has a number for, that of [`unmapped`] excepted, which says nothing.
+#[derive(Debug)]
+pub struct MappedUsers(Vec<Range<u64>>);
 
-/// Whether a map has this number inside.
-fn maps(map: &str, id: u32) -> bool {
-    map.lines().any(|line| {
-        let mut numbers = line.split_whitespace().map(|number| number.parse().unwrap_or(u64::MAX));
-        let (first, count) = (numbers.next().unwrap_or(u64::MAX), numbers.nth(1).unwrap_or(0));
-        u64::from(id).checked_sub(first).is_some_and(|at| at < count)
-    })
+impl MappedUsers {
+    /// Those of this process; `None` where all have one, or the map cannot be read.
+    pub fn own() -> Option<Self> {
+        let map = fs::read_to_string("/proc/self/uid_map").ok()?;
+        (!maps_all(&map)).then(|| Self::of(&map))
+    }
+
+    fn of(map: &str) -> Self {
+        let inside = map.lines().filter_map(|line| {
+            let mut numbers = line.split_whitespace().map(|number| number.parse::<u64>().ok());
+            let (first, count) = (numbers.next()??, numbers.nth(1)??);
+            Some(first..first.saturating_add(count))
+        });
+        Self(inside.collect())
+    }
+
+    pub fn has(&self, uid: u32) -> bool {
+        self.0.iter().any(|numbers| numbers.contains(&u64::from(uid)))
+    }
 }
 
 /// Whether a map (lines of first number inside, first outside, how many) has all there are.
@@ -131,12 +143,13 @@ mod tests {
     fn a_map_has_the_users_of_its_lines() {
         let map = "         0       1000          1\n         1     100000      65536\n";
         for (id, want) in [(0, true), (1, true), (65_536, true), (65_537, false), (u32::MAX, false)] {
-            assert_eq!(maps(map, id), want, "{id}");
+            assert_eq!(MappedUsers::of(map).has(id), want, "{id}");
         }
         for (map, id) in [("", 0), ("0", 0), ("x y z", 0), ("5 5 0", 5)] {
-            assert!(!maps(map, id), "{map}");
+            assert!(!MappedUsers::of(map).has(id), "{map}");
         }
-        assert!(has_user(0) && maps("0 0 4294967295", 7));
+        assert!(MappedUsers::own().is_none_or(|users| users.has(0)));
+        assert!(MappedUsers::of("0 0 4294967295").has(7));
     }
 
     #[test]
