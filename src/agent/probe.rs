@@ -81,7 +81,7 @@ pub(super) async fn keep_in_sight(
         let look = move || {
             let now = at.shut_now();
             looks.look(&now);
-            (at.look(), looks.kept_out(&now, &at, &store.snapshot()), way_in::found(&now, &at))
+            (at.look(&now), looks.kept_out(&now, &at, &store.snapshot()), way_in::found(&now, &at))
         };
         // No thread, no answer: that is for the next look.
         let Ok((sight, kept_out, mut found)) = tokio::task::spawn_blocking(look).await else { continue };

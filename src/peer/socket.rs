@@ -135,7 +135,7 @@ pub struct Presence {
     made: Option<(u64, u64)>,
     /// Who could connect to it then.
     mode: u32,
-    /// What let nobody through but its owner, or root's group, then.
+    /// What let nobody through but its owner then.
     shut: Vec<Shut>,
     /// Whether systemd bound it, and keeps it.
     pub handed_over: bool,
@@ -147,8 +147,8 @@ impl Presence {
         &self.path
     }
 
-    /// Whether who connects there reaches this socket. Asks the file system, which may wait.
-    pub fn look(&self) -> Sight {
+    /// Whether who connects there reaches this socket, where [`Presence::shut_now`] is this. Asks the file system, which may wait.
+    pub fn look(&self, shut_now: &[Shut]) -> Sight {
         let Some((_, mode)) = standing_at(&self.path).filter(|(made, _)| self.made == Some(*made)) else {
             return Sight::Gone;
         };
@@ -157,8 +157,8 @@ impl Presence {
             let uid = self.path.metadata().map_or(0, |meta| meta.uid());
             return Sight::Shut(Shut { path: self.path.clone(), uid, mode: mode & 0o7777 });
         }
-        let mut shut = shut_above(&self.path).into_iter().filter(|dir| !self.shut.contains(dir));
-        shut.next().map_or(Sight::There, Sight::Shut)
+        let mut shut = shut_now.iter().filter(|dir| dir.path != self.path && !self.shut.contains(dir));
+        shut.next().cloned().map_or(Sight::There, Sight::Shut)
     }
 
     /// What let nobody through but its owner when the agent began to serve: directories above it, or the socket itself.
