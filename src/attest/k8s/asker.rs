@@ -349,7 +349,7 @@ impl<Q: ServiceQuestion> Wishes<Q> {
     }
 
     /// It answered, or did not for this reason, when it was asked at this time.
-    fn tried(&mut self, asked: Instant, came: Result<(), (String, &KubernetesFault)>) {
+    fn tried(&mut self, asked: Instant, came: Result<(), (String, Arc<KubernetesFault>)>) {
         self.tried = Some(asked);
         let Err((trouble, fault)) = came else {
             (self.answered, self.failing) = (true, None);
@@ -437,11 +437,11 @@ impl<Q: ServiceQuestion> Asking<Q> {
             let asked = Instant::now();
             let Some(key) = key else {
                 // At once, so that an admin hears of it before a caller does.
-                let prepared = client.prepare().map_err(Arc::new);
-                let trouble = prepared.err().map(|fault| (complaint.note::<Q>(&fault), fault));
+                let failed =
+                    client.prepare().err().map(|fault| (complaint.note::<Q>(&fault), Arc::new(fault)));
                 self.end_round(&place, |wishes| {
-                    if let Some((trouble, fault)) = trouble {
-                        wishes.tried(asked, Err((trouble, &fault)));
+                    if let Some(failed) = failed {
+                        wishes.tried(asked, Err(failed));
                     }
                 });
                 continue;
@@ -456,20 +456,17 @@ impl<Q: ServiceQuestion> Asking<Q> {
             if let Some(metrics) = self.metrics.get() {
                 metrics.count(said.as_ref().map(Q::count));
             }
-            let trouble = match &said {
+            let said = said.map_err(Arc::new);
+            let came = match &said {
                 Ok(answer) => {
                     complaint.is_over::<Q>(Q::count(answer));
-                    None
+                    Ok(())
                 }
-                Err(fault) => Some(complaint.note::<Q>(fault)),
+                Err(fault) => Err((complaint.note::<Q>(fault), Arc::clone(fault))),
             };
             self.end_round(&place, |wishes| {
-                let came = match (&said, trouble) {
-                    (Err(fault), Some(trouble)) => Err((trouble, fault)),
-                    _ => Ok(()),
-                };
                 wishes.tried(asked, came);
-                wishes.learn(key, said.map_err(Arc::new), asked);
+                wishes.learn(key, said, asked);
             });
         }
     }
@@ -650,7 +647,7 @@ mod tests {
                     "refuses" => Some(KubernetesFault::Forbidden { who: who(), said: String::new() }),
                     _ => None,
                 };
-                let came = fault.as_ref().map_or(Ok(()), |fault| Err(((*how).to_owned(), fault)));
+                let came = fault.map_or(Ok(()), |fault| Err(((*how).to_owned(), Arc::new(fault))));
                 wishes.tried(begin + Duration::from_millis(*after), came);
                 let want = is_outage.then(|| Outage::Failing((*how).to_owned()));
                 assert_eq!(wishes.outage(), want, "{case}: {after}");
@@ -660,12 +657,12 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn ahead_of_anybody_it_is_asked_until_it_answers() {
-        let (mut wishes, fault) = (Wishes::<Told>::default(), KubernetesFault::Internal(""));
+        let (mut wishes, fault) = (Wishes::<Told>::default(), Arc::new(KubernetesFault::Internal("")));
         assert_eq!(wishes.ahead_in(Instant::now()), None, "nobody wants it");
         wishes.ahead = Some((1, News::default()));
         for _ in 0..3 {
             assert_eq!(wishes.ahead_in(Instant::now()), Some(Duration::ZERO));
-            wishes.tried(Instant::now(), Err((String::new(), &fault)));
+            wishes.tried(Instant::now(), Err((String::new(), Arc::clone(&fault))));
             assert_eq!(wishes.ahead_in(Instant::now()), Some(FRESH));
             tokio::time::advance(FRESH).await;
         }
