@@ -266,14 +266,17 @@ async fn with_the_proc_of_another_pid_namespace_nobody_is_served() {
     }
 }
 
-/// Runs a command that is given no pidfd: the errors of a socket's other end, and by number, are `by_socket` and `by_number`.
+/// Runs a command under a filter of system calls: an expression for its program, by which `load` takes a word of the call, `same`
+/// passes over so many steps where that is another, and `answer` refuses the call with an errno.
 #[cfg(target_arch = "x86_64")]
-const NO_PIDFD: &str = "
+fn by_filter(program: &str) -> String {
+    format!(
+        "
 import ctypes, os, struct, sys
 step = lambda code, yes, no, value: struct.pack('HBBI', code, yes, no, value)
 answer = lambda errno: step(0x06, 0, 0, 0x00050000 | errno)
 load, same = lambda at: step(0x20, 0, 0, at), lambda value, no: step(0x15, 0, no, value)
-program = b''.join([load(0), same(55, 3), load(32), same(77, 3), answer(by_socket), same(434, 1), answer(by_number), step(0x06, 0, 0, 0x7fff0000)])
+program = b''.join([{program}, step(0x06, 0, 0, 0x7fff0000)])
 class Program(ctypes.Structure):
     _fields_ = [('len', ctypes.c_ushort), ('filter', ctypes.c_char_p)]
 libc = ctypes.CDLL(None, use_errno=True)
@@ -281,7 +284,17 @@ libc.prctl(38, 1, 0, 0, 0)
 if libc.prctl(22, 2, ctypes.byref(Program(len(program) // 8, program)), 0, 0):
     sys.exit(77)
 os.execv(sys.argv[1], sys.argv[1:])
-";
+"
+    )
+}
+
+/// The same, where it is given no pidfd: these are the errors of a socket's other end, and by number.
+#[cfg(target_arch = "x86_64")]
+fn no_pidfd(by_socket: u32, by_number: u32) -> String {
+    by_filter(&format!(
+        "load(0), same(55, 3), load(32), same(77, 3), answer({by_socket}), same(434, 1), answer({by_number})"
+    ))
+}
 
 /// Nobody is served there, and no client, probe or admin is told otherwise: whose the admin socket's other end is, the kernel
 /// says all the same.
@@ -291,7 +304,7 @@ async fn a_kernel_without_pidfds_has_no_healthy_agent_and_keeps_no_admin_out() {
     /// ENOPROTOOPT and ENOSYS, as before Linux 5.3; EMFILE, for ever.
     const ERRORS: [(&str, u32, u32); 2] = [("none are known", 92, 38), ("none are left", 24, 24)];
     for (case, by_socket, by_number) in ERRORS {
-        let filter = format!("by_socket, by_number = {by_socket}, {by_number}\n{NO_PIDFD}");
+        let filter = no_pidfd(by_socket, by_number);
         let filter = ["python3", "-c", &filter];
         let can = Command::new(filter[0]).args(&filter[1..]).arg("/bin/true").status();
         if !can.is_ok_and(|status| status.success()) {
@@ -335,18 +348,9 @@ async fn a_kernel_without_pidfds_has_no_healthy_agent_and_keeps_no_admin_out() {
 
 /// Runs a command to which the kernel refuses the system call of this `number`, with this `errno`.
 #[cfg(target_arch = "x86_64")]
-pub(crate) const REFUSED_CALL: &str = "
-import ctypes, os, struct, sys
-step = lambda code, yes, no, value: struct.pack('HBBI', code, yes, no, value)
-program = b''.join([step(0x20, 0, 0, 0), step(0x15, 0, 1, number), step(0x06, 0, 0, 0x00050000 | errno), step(0x06, 0, 0, 0x7fff0000)])
-class Program(ctypes.Structure):
-    _fields_ = [('len', ctypes.c_ushort), ('filter', ctypes.c_char_p)]
-libc = ctypes.CDLL(None, use_errno=True)
-libc.prctl(38, 1, 0, 0, 0)
-if libc.prctl(22, 2, ctypes.byref(Program(len(program) // 8, program)), 0, 0):
-    sys.exit(77)
-os.execv(sys.argv[1], sys.argv[1:])
-";
+pub(crate) fn refused_call(number: u32, errno: u32) -> String {
+    by_filter(&format!("load(0), same({number}, 1), answer({errno})"))
+}
 
 /// Whatever a filter or a security module keeps from the agent, without which no caller is served, is found before anybody calls.
 #[cfg(target_arch = "x86_64")]
@@ -363,7 +367,7 @@ async fn a_node_that_refuses_what_serves_callers_has_no_healthy_agent() {
         ("accept4", 288, EPERM),
     ] {
         let case = format!("{call}, {errno}");
-        let filter = format!("number, errno = {number}, {errno}\n{REFUSED_CALL}");
+        let filter = refused_call(number, errno);
         let filter = ["python3", "-c", &filter];
         let can = Command::new(filter[0]).args(&filter[1..]).arg("/bin/true").status();
         if !can.is_ok_and(|status| status.success()) {

@@ -272,7 +272,7 @@ fn an_agent_that_cannot_start_leaves_no_client_hanging() {
     let descriptors = |n: u32| vec!["prlimit".to_owned(), format!("--nofile={n}")];
     #[cfg(target_arch = "x86_64")]
     let refused = |number: u32| {
-        let filter = format!("number, errno = {number}, 1\n{}", crate::surroundings::REFUSED_CALL);
+        let filter = crate::surroundings::refused_call(number, 1);
         vec!["python3".to_owned(), "-c".to_owned(), filter]
     };
     #[cfg(not(target_arch = "x86_64"))]
