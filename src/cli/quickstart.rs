@@ -366,7 +366,7 @@ fn next_steps(layout: &Layout, config: &Config, others_pass: bool) -> String {
     );
     if knows_nobody(config) && geteuid().as_raw() != NOBODY {
         let by = Administrator::of(geteuid().is_root(), environment("PATH").unwrap_or_default());
-        out.push_str(&as_another_account(others_pass, by));
+        out.push_str(&as_another_account(others_pass, by, &layout.dir.join(ENV)));
     }
     let entry = typed(&layout.entries.join("web.conf"));
     let trust_domain = config.trust_domain.name();
@@ -402,8 +402,8 @@ impl Administrator {
     }
 }
 
-/// How another account asks, which may have to be given the program first.
-fn as_another_account(others_pass: bool, by: Administrator) -> String {
+/// How another account asks, which may have to be given the program first. Root's shell has another home, and has not read `env`.
+fn as_another_account(others_pass: bool, by: Administrator, env: &Path) -> String {
     const PROGRAM: &str = "\"$(command -v durward)\"";
     if !others_pass {
         return "Other accounts cannot reach this socket: the directories above it are closed to\n\
@@ -412,12 +412,14 @@ fn as_another_account(others_pass: bool, by: Administrator) -> String {
             .to_owned();
     }
     let mut out = match by {
-        Administrator::Root | Administrator::Sudo => "or, as another account, which gets another identity:\n",
-        Administrator::Elsewhere => {
-            "or, in a shell of root's, as another account, which gets another identity:\n"
+        Administrator::Root | Administrator::Sudo => {
+            "or, as another account, which gets another identity:\n".to_owned()
         }
-    }
-    .to_owned();
+        Administrator::Elsewhere => format!(
+            "or, in a shell of root's, as another account, which gets another identity:\n  . {}\n",
+            shell_path(env, None)
+        ),
+    };
     let sudo = if by == Administrator::Sudo { "sudo " } else { "" };
     let file = std::env::current_exe().unwrap_or_else(|_unknown| program());
     let name = if others_may_run(&file) {
@@ -455,10 +457,12 @@ mod tests {
         fs::write(dir.path().join("sudo"), "").unwrap();
         for (is_root, path, said, not_said) in [
             (true, dir.path(), "runuser -u nobody", "sudo"),
-            (false, dir.path(), "sudo -u nobody", "runuser"),
+            (false, dir.path(), "sudo -u nobody", "  . "),
             (false, Path::new("/nowhere"), "in a shell of root's, as", "sudo"),
+            (false, Path::new("/nowhere"), "  . '/home/a user/env'\n", "sudo"),
         ] {
-            let text = as_another_account(true, Administrator::of(is_root, path.into()));
+            let by = Administrator::of(is_root, path.into());
+            let text = as_another_account(true, by, Path::new("/home/a user/env"));
             assert!(text.contains(said) && !text.contains(not_said), "{text}");
             assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
         }

@@ -255,6 +255,14 @@ impl Arrival {
         Ok(())
     }
 
+    /// Holds on to it no longer, where the kernel can be asked for the same process again: whoever waits takes one descriptor and
+    /// not two. What was read of the process stays true, as it lived when that had been read.
+    pub(super) fn let_go(&mut self) {
+        if peer_pidfd_is_of_the_peer() {
+            self.process = None;
+        }
+    }
+
     /// Holds on to the process: the connection was let in.
     ///
     /// # Errors

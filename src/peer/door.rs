@@ -214,7 +214,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         &mut self,
         stream: Accepted<StdStream>,
         family: Option<u64>,
-        waits: RoomWaiter,
+        mut waits: RoomWaiter,
         now: Instant,
     ) -> Result<(), NotTaken> {
         let family = family.unwrap_or_else(|| self.gate.family(&waits.arrival));
@@ -230,6 +230,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
             Err(why) => why,
         };
         if may_wait && why.is_soft() {
+            waits.arrival.let_go();
             self.keep(Kept { stream, family, waits: Some(waits) }, now);
             return Ok(());
         }

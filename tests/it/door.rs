@@ -21,11 +21,12 @@ use durward::{
     peer::{
         AcceptGate, Arrival, ConnectionBounds, ConnectionEnd, ConnectionStats, Drained, KeyResolver,
         Listener, Peer, Socket,
-        credentials::{Credentials, Process},
+        credentials::{Credentials, OsUid, Process},
         pod::PodPlace,
     },
 };
 use http::HeaderMap;
+use nix::sys::socket::{getsockopt, sockopt};
 use tokio::{
     net::UnixStream,
     sync::{oneshot, watch},
@@ -106,10 +107,20 @@ struct Door {
 
 impl Door {
     fn open(gate: Narrow, bounds: ConnectionBounds) -> Self {
+        Self::with(gate, bounds, OsUid)
+    }
+
+    fn with(gate: Narrow, bounds: ConnectionBounds, keys: impl KeyResolver + 'static) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
         let gate = Arc::new(gate);
-        let listener = guarded(Socket::bind(&path, 0o777).unwrap(), Arc::clone(&gate), bounds);
+        let listener = Listener {
+            socket: Socket::bind(&path, 0o777).unwrap(),
+            bounds: watch::channel(bounds).1,
+            gate: Arc::clone(&gate),
+            keys: Arc::new(keys),
+            stats: Arc::default(),
+        };
         let stats = Arc::clone(&listener.stats);
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(listener.serve(Toy::of, async { drop(stopped.await) }));
@@ -157,6 +168,20 @@ impl KeyResolver for CrowdFirst {
 
     fn place_of_process(&self, _credentials: &Credentials, _process: &Process) -> Option<PodPlace> {
         None
+    }
+}
+
+/// All are in one pod, as far as their processes tell.
+struct InPod;
+
+impl KeyResolver for InPod {
+    fn key_of_user(&self, _credentials: &Credentials) -> Option<CallerKey> {
+        None
+    }
+
+    fn place_of_process(&self, _credentials: &Credentials, process: &Process) -> Option<PodPlace> {
+        assert!(!process.has_exited());
+        Some(PodPlace { pod: [7; 16], container: None })
     }
 }
 
@@ -259,6 +284,28 @@ async fn a_crowd_that_waits_is_let_in_as_far_as_its_share_goes() {
     tokio::time::sleep(Duration::from_secs(1)).await;
     until("the others are refused", || door.stats.refused(ConnectionRefusal::Memory) == 290).await;
     assert_eq!((open(&streams), door.stats.open()), (10, 10));
+    door.close().await;
+}
+
+/// Who waits in a pod takes one descriptor, as anybody else does, where the kernel says later who it was.
+#[tokio::test(start_paused = true)]
+async fn who_is_known_by_its_process_takes_no_more_while_it_waits() {
+    let (one, _other) = StdStream::pair().unwrap();
+    let says_later = getsockopt(&one, sockopt::PeerPidfd).is_ok();
+    let door = Door::with(Narrow::by(ConnectionRefusal::Memory), waiting(64), InPod);
+    let streams = door.connect(100).await;
+    let kept = if says_later { 64 } else { 32 };
+    until("no more than may be are kept", || open(&streams) == kept).await;
+    door.gate.room.set(Short::Memory, false);
+    until("they are let in", || door.stats.open() == u64::try_from(kept).unwrap()).await;
+    for stream in streams {
+        stream.set_nonblocking(true).unwrap();
+        if let Ok(0) = (&stream).read(&mut [0]) {
+            continue;
+        }
+        let (mut send, _connection) = client(UnixStream::from_std(stream).unwrap()).await;
+        get(&mut send, "/a").await.unwrap();
+    }
     door.close().await;
 }
 
