@@ -125,7 +125,11 @@ pub(crate) fn connected(path: &Path, how: Connecting, patience: Duration) -> io:
 impl Raw {
     /// A connection whose streams have a window of so many bytes.
     pub(crate) fn open(path: &Path, how: Connecting, window: u32, patience: Duration) -> io::Result<Self> {
-        let stream = connected(path, how, patience)?;
+        Self::begin(connected(path, how, patience)?, window, patience)
+    }
+
+    /// The same, of one that is connected.
+    pub(crate) fn begin(stream: UnixStream, window: u32, patience: Duration) -> io::Result<Self> {
         let mut raw = Self {
             stream,
             got: Vec::new(),

@@ -8,7 +8,7 @@ use super::{
     calls::no_token,
     frames::{block, jwt_request, message},
     part::{PATIENCE, Part},
-    raw::{Answer, Came, Connecting, Raw, WIDE},
+    raw::{Answer, Came, Connecting, Raw, WIDE, connected},
 };
 
 /// Calls a second of each process.
@@ -47,6 +47,8 @@ pub(crate) struct Seen {
     /// In microseconds, of those that were answered.
     pub(crate) p50: u64,
     pub(crate) p99: u64,
+    /// The same of `connect()` alone, where each call has its own.
+    pub(crate) connected_p99: u64,
     /// The first few that failed.
     pub(crate) failures: Vec<String>,
 }
@@ -96,9 +98,12 @@ fn at_rate(part: &Part, seen: &mut Seen, mut once: impl FnMut(&mut Seen) -> bool
         due = (due + gap).max(Instant::now());
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
     }
-    latencies.sort_unstable();
-    let at = |percent: usize| latencies.get((latencies.len().saturating_sub(1)) * percent / 100).copied();
-    (seen.p50, seen.p99) = (at(50).unwrap_or(0), at(99).unwrap_or(0));
+    (seen.p50, seen.p99) = (percentile(&mut latencies, 50), percentile(&mut latencies, 99));
+}
+
+fn percentile(of: &mut [u64], percent: usize) -> u64 {
+    of.sort_unstable();
+    of.get(of.len().saturating_sub(1) * percent / 100).copied().unwrap_or(0)
 }
 
 fn anew(part: &Part, manner: Manner) -> Seen {
@@ -108,9 +113,14 @@ fn anew(part: &Part, manner: Manner) -> Seen {
     };
     let at_floor = matches!(manner, Manner::WaitingAtFloor | Manner::AtOnceAtFloor);
     let (block, body) = (block("/SpiffeWorkloadAPI/FetchJWTSVID"), jwt_request("polite"));
-    let mut seen = Seen::default();
+    let (mut seen, mut connecting) = (Seen::default(), Vec::new());
     at_rate(part, &mut seen, |seen| {
-        let mut raw = match Raw::open(&part.socket, how, WIDE, PATIENCE) {
+        let began = Instant::now();
+        let connected = connected(&part.socket, how, PATIENCE);
+        if connected.is_ok() {
+            connecting.push(began.elapsed().as_micros() as u64);
+        }
+        let mut raw = match connected.and_then(|stream| Raw::begin(stream, WIDE, PATIENCE)) {
             Ok(raw) => raw,
             // The floor may close before anything is written.
             Err(error) if at_floor && error.kind() == std::io::ErrorKind::BrokenPipe => return true,
@@ -132,6 +142,7 @@ fn anew(part: &Part, manner: Manner) -> Seen {
             }
         }
     });
+    seen.connected_p99 = percentile(&mut connecting, 99);
     seen
 }
 

@@ -333,10 +333,14 @@ fn base(
             let (waiting, at_once) = (&outcome_at.polite[&polite[0]], &outcome_at.polite[&polite[1]]);
             let percent = |seen: &Seen| seen.unconnected * 100 / seen.asked.max(1);
             let own = outcome.polite.get(&Manner::AtOnce).map_or(0, percent);
+            let connected = outcome.polite.get(&Manner::Waiting).map_or(0, |seen| seen.connected_p99);
             return format!(
-                "floor {} (**{:.2}**), unconnected {} of 100 at once, here {own}; killed {}",
+                "floor {} (**{:.2}**), connect() alone {} of {} (**{:.2}**), unconnected {} of 100 at once, here {own}; killed {}",
                 ms(waiting.p99),
                 ratio(waiting.p99),
+                ms(connected),
+                ms(waiting.connected_p99),
+                connected as f64 / waiting.connected_p99.max(1) as f64,
                 percent(at_once),
                 if outcome_at.killed { "yes" } else { "no" },
             );
