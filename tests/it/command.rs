@@ -146,10 +146,7 @@ fn a_reload_ends_with_what_came_of_it() {
     assert_eq!((code, err.matches("Warning: entry \"spiffe://").count()), (Some(0), 8), "{err}");
     assert!(words(&err).ends_with("Warning: and 2 more entries: durward entry show."), "{err}");
     let shown = words(&status());
-    assert!(
-        shown.contains("entry \"spiffe://example.org/0\" asks for unix:user:no-such-user-0-"),
-        "{shown}"
-    );
+    assert!(shown.contains("entry \"spiffe://example.org/0\" asks for unix:user:no-such-user-0-"), "{shown}");
 }
 
 #[test]

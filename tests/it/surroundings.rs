@@ -871,3 +871,44 @@ async fn a_socket_that_nobody_finds_is_no_ready_agent() {
         assert_eq!(log.lines().filter(|line| line.contains(want)).count(), times, "{want}: {log}");
     }
 }
+
+/// As with PrivateTmp: the node does not find it, but its clients may be where the agent is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_that_the_node_does_not_find_is_told() {
+    let inner = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c"];
+    let can = Command::new(inner[0]).args(&inner[1..]).arg("mount -t tmpfs t /mnt").status();
+    if !geteuid().is_root() || !can.is_ok_and(|status| status.success()) {
+        return;
+    }
+    for (case, mounts, told) in [("hidden", "mount -t tmpfs -o mode=755 t", true), ("found", "true", false)] {
+        let dir = tempfile::tempdir().unwrap();
+        prepare(dir.path(), &entry("/web", ""));
+        let (config, hidden) = (dir.path().join("agent.conf"), dir.path().join("hidden"));
+        fs::create_dir(&hidden).unwrap();
+        let text = fs::read_to_string(&config).unwrap();
+        let socket = format!("{}/api.sock", dir.path().display());
+        fs::write(&config, text.replace(&socket, &format!("{}/api.sock", hidden.display()))).unwrap();
+        // The first process stays outside.
+        let run = format!(
+            "unshare --mount --propagation private sh -c '{mounts} {}; exec \"$@\"' sh \"$@\" & exec 3>&1; wait",
+            hidden.display()
+        );
+        let mut words = inner.to_vec();
+        words.extend([run.as_str(), "sh"]);
+        let agent = Process::spawn_by(&words, dir.path());
+        let began = std::time::Instant::now();
+        while UnixStream::connect(dir.path().join("health.sock")).is_err() {
+            assert!(began.elapsed() < PATIENCE, "{case}");
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        assert!(ready(dir.path()).await.starts_with("HTTP/1.1 200"), "{case}");
+        let why = "the node's first process does not find the socket at";
+        let log = if told {
+            logged(dir.path(), why).await
+        } else {
+            fs::read_to_string(dir.path().join("log")).unwrap()
+        };
+        assert_eq!(log.matches(why).count(), usize::from(told), "{case}: {log}");
+        drop(agent);
+    }
+}
