@@ -10,9 +10,9 @@ mod endpoints;
 mod errands;
 mod gate;
 mod handover;
+mod judge;
 mod meter;
 mod metrics;
-mod outage;
 mod panics;
 mod place;
 mod predecessor;
@@ -27,6 +27,7 @@ mod start;
 mod successor;
 mod surroundings;
 mod upkeep;
+mod verdict;
 mod watch;
 mod way_in;
 

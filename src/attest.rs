@@ -147,6 +147,8 @@ pub struct Attestor {
     proc_root: PathBuf,
     /// As whom those appear who have no number here.
     unmapped: Option<Owner>,
+    /// A caller was in another PID namespace.
+    met_strangers: AtomicBool,
     /// What `/proc` says is of the processes that connect. Only [`Attestor::look_at_proc`] writes.
     proc_is_ours: AtomicBool,
     /// Only [`Attestor::share_by`] writes.
@@ -188,6 +190,7 @@ impl Attestor {
         Self {
             proc_root: PathBuf::from("/proc"),
             unmapped: unmapped(),
+            met_strangers: AtomicBool::new(false),
             proc_is_ours: AtomicBool::new(proc_is_ours().is_ok()),
             families: ArcSwap::default(),
             attestors,
@@ -233,20 +236,19 @@ impl Attestor {
         self.attestors.ask_ahead(questions, &self.tries);
     }
 
-    /// Tells when [`Attestor::outage`] may be otherwise.
+    /// Tells when [`Attestor::outages`] may be otherwise.
     pub fn tries(&self) -> watch::Receiver<u64> {
         self.tries.subscribe()
     }
 
-    /// Which attestor can tell nothing of anybody, and why, where none of `entries` can be given to anybody without it. Not of
-    /// those that are optional.
-    pub fn outage(&self, entries: &[Arc<Entry>], questions: &Questions) -> Option<(&'static str, Outage)> {
-        let mut out = self.attestors.outages(&questions.settings);
-        let needs_one = |entry: &Arc<Entry>| {
-            entry.selectors.iter().any(|it| out.iter().any(|(name, _)| *name == it.kind()))
-        };
-        let is_for_all = !out.is_empty() && !entries.is_empty() && entries.iter().all(needs_one);
-        is_for_all.then(|| out.swap_remove(0))
+    /// Which attestors can tell nothing of anybody, and why. Not those that are optional.
+    pub fn outages(&self, questions: &Questions) -> Vec<(&'static str, Outage)> {
+        self.attestors.outages(&questions.settings)
+    }
+
+    /// Whether a caller was refused since it is in another PID namespace.
+    pub fn has_met_strangers(&self) -> bool {
+        self.met_strangers.load(Ordering::Relaxed)
     }
 
     /// Takes other settings for what is prepared from now on. A call is attested by those of its snapshot: entries that
@@ -375,6 +377,9 @@ impl Attestor {
             true => Seen::open(&self.proc_root, &self.families.load(), process),
             false => Err(AttestError::ProcOfOthers),
         };
+        if matches!(seen, Err(AttestError::OtherPidNamespace)) {
+            self.met_strangers.store(true, Ordering::Relaxed);
+        }
         let seen = seen.and_then(|seen| seen.without(self.unmapped));
         let found = match seen {
             Ok(seen) => self.attestors.attest(questions, &seen, at).await.map_err(AttestError::from),
@@ -417,6 +422,13 @@ impl Questions {
     /// The user or group that this selector asks for, as far as it is known.
     pub fn account(&self, selector: &Selector) -> Option<Account> {
         (selector.kind() == UnixAttestor::NAME).then(|| self.unix.account(selector.value()))?
+    }
+
+    /// Why nobody has this selector, where that is certain: the user database may yet answer.
+    pub fn nobodys(&self, selector: &Selector) -> Option<String> {
+        let is_unanswered =
+            || selector.kind() == UnixAttestor::NAME && self.unix.is_unanswered(selector.value());
+        self.absent(selector).filter(|_| !is_unanswered())
     }
 
     /// Whether an entry may be a process's that asks for selectors of these kinds, and of this attestor's for nothing else but

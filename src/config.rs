@@ -34,7 +34,7 @@ mod users;
 
 pub use agent::{AdminSocket, AgentSettings, DEFAULT_DATA_DIR, DEFAULT_SOCKET_PATH, admin_socket_for};
 pub use diff::{Changes, EntryChanges, diff};
-pub use document::{Config, Flawed};
+pub use document::{Config, DropInDir, Flawed};
 pub use file::{DropIns, FileError};
 pub use input::{ExpandEnv, Given, Input};
 pub use issuer::{JoinedServer, Signer};

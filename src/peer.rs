@@ -46,6 +46,7 @@ mod trim;
 mod turns;
 mod unread;
 mod unsent;
+pub mod way;
 mod wire;
 mod writer;
 

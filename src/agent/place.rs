@@ -116,7 +116,7 @@ impl Sockets {
         let admin = admin_socket(config, left.admin).context("cannot serve the admin api")?;
         // Last, since clients come as soon as it is there.
         let public = public_socket(config, handed, left.public).context("cannot serve the workload api")?;
-        for ClosedDir { path, uid, mode } in config.places(geteuid().as_raw()).closed {
+        for ClosedDir { path, uid, mode, .. } in config.places(geteuid().as_raw()).closed {
             tracing::warn!(
                 directory = %path.display(),
                 owner = uid,

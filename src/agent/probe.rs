@@ -4,19 +4,15 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{
     runtime::Handle,
-    sync::watch,
     time::{Instant, timeout},
 };
 
-use super::way_in::{self, WayIn};
 use crate::{
     issuer::{Issuer, SvidKind},
     os::clock::sleep_to_beat,
-    peer::socket::{Presence, Sight},
-    store::Store,
     telemetry::{
         chain,
-        health::{HealthState, Lost, Probe, Pulse},
+        health::{HealthState, Probe, Pulse},
         registry::Label as _,
     },
 };
@@ -61,70 +57,6 @@ pub(super) async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
             }
         }
         sleep_to_beat(if failing_since.is_some() && waits { PROBE_OF_WAITING } else { PROBE }).await;
-    }
-}
-
-/// Looks every few seconds whether clients still reach the socket. Somebody may have removed it, mounted something over it, or
-/// changed a mode: an agent that nobody reaches does not notice anything else. One that it bound itself is bound anew by a
-/// restart. And whether those get there whom entries ask for.
-pub(super) async fn keep_in_sight(
-    health: Arc<HealthState>,
-    presence: Presence,
-    way_in: Arc<WayIn>,
-    store: Arc<Store>,
-    shut: watch::Sender<Vec<String>>,
-) {
-    let mut known = Sight::There;
-    loop {
-        sleep_to_beat(PROBE).await;
-        let (at, looks, store) = (presence.clone(), Arc::clone(&way_in), Arc::clone(&store));
-        let look = move || {
-            let now = at.shut_now();
-            looks.look(&now);
-            (at.look(&now), looks.kept_out(&now, &at, &store.snapshot()), way_in::found(&now, &at))
-        };
-        // No thread, no answer: that is for the next look.
-        let Ok((sight, kept_out, mut found)) = tokio::task::spawn_blocking(look).await else { continue };
-        if health.get() == Probe::Draining {
-            return;
-        }
-        found.extend(way_in.tell(&health, kept_out));
-        shut.send_if_modified(|known| {
-            let is_news = *known != found;
-            *known = found;
-            is_news
-        });
-        let path = presence.path().display();
-        let lost = match (&sight, presence.handed_over) {
-            (Sight::There, _) => Lost::No,
-            // Somebody has come another way since, as through a mount.
-            (Sight::Shut(_), _) if way_in.has_another() => Lost::No,
-            (Sight::Gone, false) => Lost::UntilRestart,
-            (Sight::Gone, true) => Lost::UntilMade,
-            (Sight::Shut(_), _) => Lost::Shut,
-        };
-        if sight != known {
-            match (&sight, lost, &known) {
-                (Sight::Shut(shut), ..) => tracing::error!(
-                    %path,
-                    "other users cannot reach the socket of the workload api any more: {shut}"
-                ),
-                (_, Lost::UntilRestart, _) => tracing::error!(
-                    %path,
-                    "the socket of the workload api is gone from its path, and nobody can connect: restart the agent"
-                ),
-                (_, Lost::UntilMade, _) => tracing::error!(
-                    %path,
-                    "the socket of the workload api is gone from its path, and nobody can connect: restart its socket unit"
-                ),
-                (Sight::There, _, Sight::Shut(_)) => {
-                    tracing::warn!(%path, "other users can reach the socket of the workload api again");
-                }
-                _ => tracing::warn!(%path, "the socket of the workload api is at its path again"),
-            }
-        }
-        known = sight;
-        health.found(lost);
     }
 }
 

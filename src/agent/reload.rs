@@ -40,6 +40,7 @@ impl Replacing {
     /// # Errors
     /// As [`Running::reload`].
     pub(super) fn by(&self, next: &Config) -> anyhow::Result<Changes> {
+        self.old.drop_ins.check_still_there(&next.drop_ins).map_err(anyhow::Error::msg)?;
         let changes = config::diff(&self.old, next);
         if !changes.restart.is_empty() {
             let all = changes.restart.iter().map(|changed| match next.set_at.of(changed.key) {
@@ -63,6 +64,7 @@ impl Replacing {
             federated: _,
             federation_gaps: _,
             passed_over: _,
+            drop_ins: _,
             attest,
             prometheus: _,
             metrics_socket: _,

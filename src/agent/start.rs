@@ -22,23 +22,23 @@ use super::{
     gate::{
         AuditedGate, Means, http_listeners, say_what_fits, say_what_is_passed_over, say_whom_to_distrust,
     },
+    judge::{Judge, Witnesses},
     meter::{MemoryMeter, keep_time},
     metrics::{AgentMetrics, MemoryMetrics},
-    outage::OutageWatch,
     place::{self, Inherited, Sockets},
     predecessor::Predecessor,
-    probe::{keep_in_sight, probe},
+    probe::probe,
     runtime::no_threads,
     serving::Serving,
     surroundings::{keep_identifying, look_around, say_where},
     watch::Watch,
-    way_in::{self, WayIn},
+    way_in::WayIn,
 };
 use crate::{
     api::{
         Journal, Services,
         admin::{self, AdminService, AskedReload, OwnerGate},
-        standing::{AgentStanding, FailedReload, Found, SharedLimits},
+        standing::{AgentStanding, FailedReload, SharedLimits},
         workload::{Parts, WorkloadApi},
     },
     attest::Attestor,
@@ -265,18 +265,17 @@ impl AgentParts {
         self.metrics.before_render(move || series.set(&counted.0, &counted.1));
         self.tell_of_memory();
 
-        let presence = socket.presence();
-        let (public, looks) = (config.agent.socket_path.clone(), keys.looks());
         let way_in = Arc::<WayIn>::default();
-        let mut found = Vec::new();
-        if let Some(at) = &presence {
-            way_in.look(at.shut());
-            found = way_in::found(at.shut(), at);
-            let kept_out = way_in.kept_out(at.shut(), at, &self.writer.store().snapshot());
-            found.extend(way_in.tell(&self.health, kept_out));
-        }
-        let (shut, shut_told) = channel::channel(found);
-        let found = Found { surroundings: surroundings.in_spite_of.clone(), shut: shut_told };
+        let witnesses = Witnesses {
+            attestor: Arc::clone(&self.attestor),
+            store: Arc::clone(self.writer.store()),
+            audit: Arc::clone(&self.audit),
+            way_in: Arc::clone(&way_in),
+            presence: socket.presence(),
+            has_server: self.issuer.server().is_some(),
+        };
+        let (judge, found) = Judge::begin(witnesses, Arc::clone(&self.health), surroundings.told());
+        let (public, looks) = (config.agent.socket_path.clone(), keys.looks());
         let standing = self.standing(Arc::clone(&stats), public, looks, found);
         let gate = Arc::new(AuditedGate {
             gate: self.gate.clone(),
@@ -297,12 +296,7 @@ impl AgentParts {
         });
         let mut tasks = self.tasks(http.iter().map(HttpListener::held).collect());
         tasks.spawn(surroundings.keep_looking(Arc::clone(&self.health), Arc::clone(&self.attestor)));
-        if let Some(presence) = presence {
-            let (health, store) = (Arc::clone(&self.health), Arc::clone(self.writer.store()));
-            tasks.spawn(keep_in_sight(health, presence, way_in, store, shut));
-        }
-        let (health, attestor) = (Arc::clone(&self.health), Arc::clone(&self.attestor));
-        tasks.spawn(OutageWatch::begin(health, attestor, Arc::clone(self.writer.store())).run());
+        tasks.spawn(judge.run());
         let mut issuing = JoinSet::new();
         issuing.spawn(Arc::clone(&self.issuer).run());
         let gate = self.gate.clone();
@@ -365,7 +359,7 @@ impl AgentParts {
         connections: Arc<ConnectionStats>,
         socket_path: PathBuf,
         kubernetes: bool,
-        found: Found,
+        found: channel::Receiver<Vec<String>>,
     ) -> AgentStanding {
         AgentStanding {
             store: Arc::clone(self.writer.store()),

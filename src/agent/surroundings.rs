@@ -9,6 +9,8 @@ use nix::{
     unistd::Pid,
 };
 
+use tokio::sync::watch;
+
 use crate::{
     attest::Attestor,
     os::{
@@ -64,22 +66,20 @@ enum Obstacle {
     PidNamespace,
     /// Callers in other pods have no PID here.
     #[error(
-        "the agent runs in the PID namespace of its own container, so callers in other pods cannot be identified, and nobody \
-         is served: its pod needs hostPID: true"
+        "the agent runs in the PID namespace of its own container, so callers in other pods cannot be identified, and are \
+         refused: its pod needs hostPID: true"
     )]
     PidNamespaceOfPod,
 }
 
 impl Obstacle {
-    /// Whether nobody, or nobody else than the agent's own user, is served.
+    /// Whether nobody is served, whoever it is.
     fn is_for_all(&self) -> bool {
         match self {
-            Self::Pidfd(_)
-            | Self::Refused(_)
-            | Self::Proc(_)
-            | Self::HiddenProcesses(_)
-            | Self::PidNamespaceOfPod => true,
-            Self::UserNamespace | Self::PidNamespace => false,
+            Self::Pidfd(_) | Self::Refused(_) | Self::Proc(_) => true,
+            Self::HiddenProcesses(_) | Self::UserNamespace | Self::PidNamespace | Self::PidNamespaceOfPod => {
+                false
+            }
         }
     }
 }
@@ -100,29 +100,44 @@ pub(super) fn say_where(keys: &PodOrUid, in_pod: bool, budget: Option<u64>, cgro
     tracing::info!(kubernetes, budget, budget_from = from, "where the agent runs");
 }
 
-/// Says once what is missing, and keeps an agent that nobody could be served by from being ready. What it serves in spite of.
+/// Says once what is missing, and keeps an agent that nobody could be served by from being ready.
 pub(super) fn look_around(health: &HealthState, attestor: &Attestor, for_pods: bool) -> Surroundings {
     let pidfd = UnixStream::pair().ok().and_then(|(end, _other)| pidfd_of_peer(&end).err());
     if let Some(errno) = pidfd.filter(|errno| !is_shortage(*errno)) {
         tracing::error!("{}", Obstacle::Pidfd(errno));
         health.identifies(false);
     }
-    let mut surroundings = Surroundings { for_pods, ..Surroundings::default() };
+    let (around, known) = (watch::Sender::default(), Vec::new());
+    let mut surroundings = Surroundings { for_pods, known, around };
     surroundings.found(shortcomings(attestor, for_pods), health);
     surroundings
 }
 
 /// What was found, and is said already.
-#[derive(Default)]
 pub(super) struct Surroundings {
     /// The agent is in a pod, and callers are in others.
     for_pods: bool,
     known: Vec<Discriminant<Obstacle>>,
-    /// What the agent serves in spite of.
+    around: watch::Sender<Around>,
+}
+
+/// What keeps some callers from being served.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Around {
+    /// The processes of other users are hidden.
+    pub(super) hides_others: bool,
+    /// The PID namespace is that of the agent's own container, in a pod.
+    pub(super) of_own_container: bool,
+    /// All of it in words.
     pub(super) in_spite_of: Vec<String>,
 }
 
 impl Surroundings {
+    /// Tells what is found from now on, and what was.
+    pub(super) fn told(&self) -> watch::Receiver<Around> {
+        self.around.subscribe()
+    }
+
     /// Says what is missing that was not before, and tells `health`.
     fn found(&mut self, lacks: Vec<Obstacle>, health: &HealthState) {
         let blind = lacks.iter().any(Obstacle::is_for_all);
@@ -130,18 +145,28 @@ impl Surroundings {
             tracing::warn!("callers can be told apart again");
         }
         let before = std::mem::take(&mut self.known);
+        let mut around = Around::default();
         for lack in lacks {
             let kind = std::mem::discriminant(&lack);
             self.known.push(kind);
-            match (before.contains(&kind), lack.is_for_all()) {
+            let is_for_all = lack.is_for_all();
+            match (before.contains(&kind), is_for_all) {
                 (false, true) => tracing::error!("{lack}"),
-                (false, false) => {
-                    tracing::warn!("{lack}");
-                    self.in_spite_of.push(lack.to_string());
-                }
+                (false, false) => tracing::warn!("{lack}"),
                 (true, _) => {}
             }
+            around.hides_others |= matches!(lack, Obstacle::HiddenProcesses(_));
+            around.of_own_container |= matches!(lack, Obstacle::PidNamespaceOfPod);
+            around.in_spite_of.extend((!is_for_all).then(|| lack.to_string()));
         }
+        if self.around.borrow().hides_others && !around.hides_others {
+            tracing::warn!("the processes of other users are not hidden any more");
+        }
+        self.around.send_if_modified(|known| {
+            let is_news = *known != around;
+            *known = around;
+            is_news
+        });
         if blind {
             health.tells_callers(false);
         }

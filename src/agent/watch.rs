@@ -10,7 +10,7 @@ use crate::{
     api::Journal,
     attest::Attestor,
     limits::{
-        self, Limits, ToldToGo,
+        self, ConnectionRefusal, Limits, ToldToGo,
         budget::{Accounted, Pressure},
         holding::Notice,
         out_of_room::OutOfRoom,
@@ -196,21 +196,27 @@ impl Watch {
             return;
         }
         let short_of = refusal.text();
+        let limit = match refusal {
+            ConnectionRefusal::Memory | ConnectionRefusal::MemoryTaken => "memory limit",
+            _ => "connection limit",
+        };
+        // Where nobody has reckoned it, anybody may have all.
+        let share_told = (share < u64::MAX).then_some(share);
         if held >= share {
             tracing::warn!(
                 caller = %caller,
                 short_of,
                 held,
-                share,
-                "memory limit: caller holds its share, and gets no further connection until there is room"
+                share = share_told,
+                "{limit}: caller holds its share, and gets no further connection until there is room"
             );
         } else {
             tracing::warn!(
                 caller = %caller,
                 short_of,
                 held,
-                share,
-                "memory limit: caller holds less than its share, and gets no connection while others leave no room"
+                share = share_told,
+                "{limit}: caller holds less than its share, and gets no connection while others leave no room"
             );
         }
     }
@@ -236,12 +242,12 @@ impl Watch {
         for settled in self.complaints.settle(Instant::now()) {
             match settled {
                 Settled::Over { caller, reason, count } => {
-                    tracing::info!(caller = %caller, reason, count, "memory limit: caller has room again");
+                    tracing::info!(caller = %caller, reason, count, "caller has room again");
                 }
                 Settled::Unlisted { count } => {
                     tracing::warn!(
                         count,
-                        "memory limit: more callers hold their share than are listed one by one"
+                        "more callers hold their share of memory or connections than are listed one by one"
                     );
                 }
             }

@@ -100,16 +100,8 @@ pub struct AgentStanding {
     pub socket_path: PathBuf,
     /// Whether callers are looked for in pods.
     pub kubernetes: bool,
-    pub found: Found,
-}
-
-/// What was found in spite of which the agent serves, in words.
-#[derive(Debug)]
-pub struct Found {
-    /// At the start.
-    pub surroundings: Vec<String>,
-    /// On the way to the socket, as it was a few seconds ago.
-    pub shut: watch::Receiver<Vec<String>>,
+    /// What was found a few seconds ago in spite of which the agent serves, in words.
+    pub found: watch::Receiver<Vec<String>>,
 }
 
 impl AgentStanding {
@@ -160,9 +152,7 @@ impl AgentStanding {
     }
 
     fn found_in_spite_of(&self) -> Vec<String> {
-        let Found { surroundings, shut } = &self.found;
-        let shut = shut.borrow();
-        surroundings.iter().chain(&*shut).cloned().chain(self.full_connections()).collect()
+        self.found.borrow().iter().cloned().chain(self.full_connections()).collect()
     }
 
     /// What is to be said of connections whose clients keep calls to themselves.
@@ -198,10 +188,6 @@ impl AgentStanding {
             _ if self.health.get() == Probe::Draining => "the agent is about to end".to_owned(),
             Some(why) => chain(&why),
             None if self.health.ready() => String::new(),
-            None if self.health.lost() == Lost::Shut => format!(
-                "other users cannot reach the socket {} any more, since somebody has changed a mode: see the log",
-                self.socket_path.display()
-            ),
             None if self.health.lost() != Lost::No => format!(
                 "the socket {} is gone, and nobody can connect: restart the agent, or the socket unit that made it",
                 self.socket_path.display()
@@ -209,7 +195,7 @@ impl AgentStanding {
             None if self.health.get() == Probe::Starting => "the agent is about to be ready".to_owned(),
             None => {
                 let otherwise = || "callers cannot be served or told apart: see the log".to_owned();
-                self.health.kept_out().or_else(|| self.health.ungiven()).unwrap_or_else(otherwise)
+                self.health.ungiven().map_or_else(otherwise, |why| why.said)
             }
         }
     }

@@ -47,6 +47,11 @@ pub fn may_look_at_executables() -> bool {
     *executable::MAY_TRACE
 }
 
+/// Whether this selector is of what a process executes.
+pub fn is_of_executable(selector: &Selector) -> bool {
+    selector.kind() == NAME && questions::executable(selector.value()).is_some()
+}
+
 /// Its name, which is the type of its selectors.
 const NAME: &str = "unix";
 const PATH: &str = "path";

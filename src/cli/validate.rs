@@ -100,7 +100,7 @@ fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<(Config, Trust)
     }
     let trust = Trust::of(user);
     let (read, closed) = config.check(trust)?;
-    for ClosedDir { path, uid, mode } in closed {
+    for ClosedDir { path, uid, mode, .. } in closed {
         let (path, socket) = (path.display(), read.agent.socket_path.display());
         let group = if mode & 0o010 == 0 { "" } else { " and its group" };
         terminal.note(format_args!(

@@ -72,6 +72,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         ratelimit,
         federation_gaps: _,
         passed_over: _,
+        drop_ins: _,
         sources: _,
         set_at: _,
     } = old;

@@ -63,6 +63,8 @@ pub struct Config {
     pub federation_gaps: Vec<String>,
     /// Files among the drop-in files that are not read, since their names end otherwise. At most 16.
     pub passed_over: Vec<PathBuf>,
+    /// Where the drop-in files were looked for.
+    pub drop_ins: DropInDir,
     /// `plugins.WorkloadAttestor`. Reloads.
     pub attest: AttestSettings,
     /// `telemetry.Prometheus`: host and port. Default: none. Restart to change.
@@ -79,6 +81,33 @@ pub struct Config {
     pub sources: Sources,
     /// Where in these files the keys are set that are known by name.
     pub set_at: KeyPlaces,
+}
+
+/// A directory of drop-in files.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DropInDir {
+    path: PathBuf,
+    /// How many files were read; `None` where there is no such directory.
+    files: Option<usize>,
+}
+
+impl DropInDir {
+    /// What is wrong with a reload of `next`, where this was in force: a directory whose files were read is gone. That may be
+    /// a volume that is not mounted, and nobody says that its entries are not wanted any more.
+    ///
+    /// # Errors
+    /// In words, with what to do.
+    pub fn check_still_there(&self, next: &Self) -> Result<(), String> {
+        match (self.files, next.files) {
+            (Some(files @ 1..), None) if self.path == next.path => Err(format!(
+                "{} is gone, and held {files} drop-in {} at the last load: put it back, or make it again, empty, to do without \
+                 what they said",
+                self.path.display(),
+                if files == 1 { "file" } else { "files" }
+            )),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// A configuration with mistakes.
@@ -124,6 +153,7 @@ impl Config {
         })?;
         let users = NodeUsers::default();
         let passed_over = RefCell::new(Vec::new());
+        let drop_ins = RefCell::new(DropInDir::default());
         let mut config = Self::check(&Input {
             path,
             text: &text,
@@ -133,7 +163,10 @@ impl Config {
             drop_ins: &|dir| {
                 see(dir);
                 *passed_over.borrow_mut() = file::passed_over(trust, dir);
-                file::read_drop_ins(trust, dir)
+                let read = file::read_drop_ins(trust, dir)?;
+                *drop_ins.borrow_mut() =
+                    DropInDir { path: dir.to_owned(), files: read.as_ref().map(Vec::len) };
+                Ok(read)
             },
             user_id: &|name| users.uid(name),
             read_file: &|path| {
@@ -143,6 +176,7 @@ impl Config {
         })?;
         config.sources = sources.into_inner();
         config.passed_over = passed_over.into_inner();
+        config.drop_ins = drop_ins.into_inner();
         config.ratelimit.families = users.families(Path::new("/etc/subuid"));
         Ok(config)
     }
@@ -263,6 +297,7 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
         federated: federation.bundles,
         federation_gaps: federation.gaps,
         passed_over: Vec::new(),
+        drop_ins: DropInDir::default(),
         attest,
         prometheus: endpoints.prometheus,
         metrics_socket: endpoints.metrics_socket,

@@ -41,6 +41,9 @@ pub enum FileError {
     /// A directory, a pipe, a device.
     #[error("{} is not a regular file", .0.display())]
     NotAFile(PathBuf),
+    /// `entries_dir` is a link that leads nowhere.
+    #[error("{} is a link to what is not there: put that back, or remove the link to have no drop-in files", .0.display())]
+    DanglingLink(PathBuf),
     /// `entries_dir` is something else.
     #[error("{} is not a directory", .0.display())]
     NotADirectory(PathBuf),
@@ -138,7 +141,11 @@ pub(super) fn read_drop_ins(trust: Trust, dir: &Path) -> Result<Option<DropIns>,
     // Sticky or not: who may put a file there may be anybody.
     let opened = match trust.directory(dir).and_then(TrustedDir::for_us_alone) {
         Ok(opened) => opened,
-        Err(err) if err.is_missing() => return Ok(None),
+        Err(err) if err.is_missing() => {
+            // Somebody means it to be there: what it had held would be gone without a word.
+            let is_link = dir.symlink_metadata().is_ok_and(|found| found.is_symlink());
+            return if is_link { Err(FileError::DanglingLink(dir.to_owned())) } else { Ok(None) };
+        }
         Err(err) => return Err(FileError::of(dir)(err)),
     };
     let mut names = Vec::new();

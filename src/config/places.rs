@@ -132,10 +132,17 @@ impl Config {
             places.note(DISCOVER, Path::new("true"), Err::<(), _>(message));
         }
         let below = match &self.issuer {
-            Signer::Embedded(_) => below_data_dir(trust, socket, data_dir),
+            Signer::Embedded(_) => below_closed(trust, socket, data_dir, "data_dir"),
             // spire-agent puts both where it is told, and workloads of its own user get there: that it is closed is said.
             Signer::Server(_) => None,
         };
+        let below = below.or_else(|| {
+            let admin =
+                self.agent.admin_socket_path.as_deref().filter(|_| self.agent.admin_socket_enabled)?;
+            let is_left = matches!(self.issuer, Signer::Server(_)) && parent(admin).exists();
+            let whose = "the directory of admin_socket_path";
+            if is_left { None } else { below_closed(trust, socket, parent(admin), whose) }
+        });
         match below {
             Some(message) => places.note("agent.socket_path", socket, Err::<(), _>(message)),
             None => places.closed = trust.route(parent(socket)).map(|way| way.closed).unwrap_or_default(),
@@ -513,22 +520,22 @@ fn there<T>(found: Result<T, PathError>) -> Result<(), PathError> {
     }
 }
 
-/// What is wrong with a socket that lies below `data_dir`, which the agent makes for its user alone. A file system that is
-/// mounted between the two may be reached another way.
-fn below_data_dir(trust: Trust, socket: &Path, data_dir: &Path) -> Option<String> {
-    let (way, data) = (trust.route(parent(socket)).ok()?, trust.route(data_dir).ok()?);
-    if !way.path.starts_with(&data.path) {
+/// What is wrong with a socket that lies below `dir`, which the agent makes for its user alone, as `whose` says. A file system
+/// that is mounted between the two may be reached another way.
+fn below_closed(trust: Trust, socket: &Path, dir: &Path, whose: &str) -> Option<String> {
+    let (way, closed) = (trust.route(parent(socket)).ok()?, trust.route(dir).ok()?);
+    if !way.path.starts_with(&closed.path) {
         return None;
     }
-    let (ours, mode) = match trust.directory_unchecked(data_dir) {
-        Ok(dir) => (dir.metadata().uid(), way.closed.iter().find(|dir| dir.path == data.path)?.mode),
+    let (ours, mode) = match trust.directory_unchecked(dir) {
+        Ok(found) => (found.metadata().uid(), way.closed.iter().find(|it| it.path == closed.path)?.mode),
         Err(error) if error.is_missing() => (trust.user(), 0o700),
         Err(_) => return None,
     };
     Some(format!(
-        "is below data_dir {}, which belongs to user {ours} and has mode {mode:04o}: workloads could not reach it; move \
+        "is below {whose} {}, which belongs to user {ours} and has mode {mode:04o}: workloads could not reach it; move \
          one of them",
-        data_dir.display()
+        dir.display()
     ))
 }
 
@@ -565,7 +572,7 @@ mod tests {
             ("passable", "open", "open/pub/api.sock", false),
             ("above", "closed/pub", "closed/api.sock", false),
         ] {
-            let said = below_data_dir(Trust::own(), &at(socket), &at(data_dir));
+            let said = below_closed(Trust::own(), &at(socket), &at(data_dir), "data_dir");
             assert_eq!(said.is_some(), wrong, "{case}: {said:?}");
         }
     }

@@ -17,7 +17,10 @@ use std::{
 };
 
 use libc::{c_char, c_int};
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    unistd::{Uid, User, getgrouplist},
+};
 
 /// The node's own users.
 pub const PASSWD: &str = "/etc/passwd";
@@ -103,6 +106,21 @@ impl AccountNumber {
             Self::Group(gid) => group_numbered(gid),
         }
     }
+}
+
+/// The groups that the databases put this user in, its first one included; `None` where there is no such user. **May hang.**
+///
+/// # Errors
+/// The databases cannot say.
+pub fn groups_of(uid: u32) -> Result<Option<Vec<u32>>, Errno> {
+    let user = match User::from_uid(Uid::from_raw(uid)) {
+        Err(Errno::ENOENT | Errno::ESRCH) if !Path::new(PASSWD).exists() => None,
+        found => found?,
+    };
+    let Some(user) = user else { return Ok(None) };
+    let name = CString::new(user.name).map_err(|_nul| Errno::EINVAL)?;
+    let groups = getgrouplist(&name, user.gid)?;
+    Ok(Some(groups.into_iter().map(|gid| gid.as_raw()).collect()))
 }
 
 #[expect(unsafe_code, reason = "nix tells errno, and not what the call returns")]
@@ -213,6 +231,12 @@ mod tests {
             assert_eq!(AccountName::User(name.into()).number(), Ok(None), "{name:?}");
             assert_eq!(AccountName::Group(name.into()).number(), Ok(None), "{name:?}");
         }
+    }
+
+    #[test]
+    fn a_user_is_in_its_first_group_and_who_does_not_exist_in_none() {
+        assert!(groups_of(0).unwrap().unwrap().contains(&0));
+        assert_eq!(groups_of(3_999_999_999), Ok(None));
     }
 
     #[tokio::test]

@@ -8,7 +8,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    sys::stat::stat,
+    sys::stat::{fstat, stat},
     unistd::{Gid, Uid},
 };
 
@@ -31,28 +31,59 @@ pub fn unmapped() -> Option<Owner> {
     })
 }
 
-/// The users that this process's user namespace has a number for, that of [`unmapped`] excepted, which says nothing.
-#[derive(Debug)]
-pub struct MappedUsers(Vec<Range<u64>>);
+/// The users and groups that this process's user namespace has a number for, those of [`unmapped`] excepted, which say nothing.
+#[derive(Clone, Debug)]
+pub struct MappedAccounts {
+    users: Vec<Range<u64>>,
+    groups: Vec<Range<u64>>,
+    unmapped: Owner,
+}
 
-impl MappedUsers {
-    /// Those of this process; `None` where all have one, or the map cannot be read.
+impl MappedAccounts {
+    /// Those of this process; `None` where all have one, or the maps cannot be read.
     pub fn own() -> Option<Self> {
-        let map = fs::read_to_string("/proc/self/uid_map").ok()?;
-        (!maps_all(&map)).then(|| Self::of(&map))
+        let unmapped = unmapped()?;
+        let read = |path: &str| fs::read_to_string(path).ok();
+        Some(Self::of(&read("/proc/self/uid_map")?, &read("/proc/self/gid_map")?, unmapped))
     }
 
-    fn of(map: &str) -> Self {
-        let inside = map.lines().filter_map(|line| {
-            let mut numbers = line.split_whitespace().map(|number| number.parse::<u64>().ok());
-            let (first, count) = (numbers.next()??, numbers.nth(1)??);
-            Some(first..first.saturating_add(count))
-        });
-        Self(inside.collect())
+    /// Those of these maps.
+    pub fn of(uid_map: &str, gid_map: &str, unmapped: Owner) -> Self {
+        Self { users: numbers_in(uid_map), groups: numbers_in(gid_map), unmapped }
     }
 
-    pub fn has(&self, uid: u32) -> bool {
-        self.0.iter().any(|numbers| numbers.contains(&u64::from(uid)))
+    pub fn has_user(&self, uid: u32) -> bool {
+        uid != self.unmapped.uid.as_raw() && has_number(&self.users, uid)
+    }
+
+    pub fn has_group(&self, gid: u32) -> bool {
+        gid != self.unmapped.gid.as_raw() && has_number(&self.groups, gid)
+    }
+}
+
+fn numbers_in(map: &str) -> Vec<Range<u64>> {
+    let inside = map.lines().filter_map(|line| {
+        let mut numbers = line.split_whitespace().map(|number| number.parse::<u64>().ok());
+        let (first, count) = (numbers.next()??, numbers.nth(1)??);
+        Some(first..first.saturating_add(count))
+    });
+    inside.collect()
+}
+
+fn has_number(numbers: &[Range<u64>], id: u32) -> bool {
+    numbers.iter().any(|numbers| numbers.contains(&u64::from(id)))
+}
+
+/// Whether what is mounted where this process is, is up to the root of its own user namespace, as far as can be told.
+pub fn owns_its_mounts() -> bool {
+    let Ok(mounts) = fs::File::open("/proc/self/ns/mnt") else { return true };
+    match owning_user_namespace(mounts) {
+        Ok(owner) => match (fstat(&owner), stat("/proc/self/ns/user")) {
+            (Ok(owner), Ok(own)) => (owner.st_dev, owner.st_ino) == (own.st_dev, own.st_ino),
+            _ => true,
+        },
+        // It is neither ours nor below ours.
+        Err(errno) => errno != Errno::EPERM,
     }
 }
 
@@ -135,21 +166,29 @@ pub fn first_process_is_in_own_cgroup() -> bool {
 mod tests {
     use std::fs::File;
 
-    use nix::sys::stat::fstat;
-
     use super::*;
 
     #[test]
     fn a_map_has_the_users_of_its_lines() {
         let map = "         0       1000          1\n         1     100000      65536\n";
-        for (id, want) in [(0, true), (1, true), (65_536, true), (65_537, false), (u32::MAX, false)] {
-            assert_eq!(MappedUsers::of(map).has(id), want, "{id}");
+        let nobody = Owner { uid: Uid::from_raw(65_534), gid: Gid::from_raw(65_533) };
+        for (id, is_user, is_group) in [
+            (0, true, false),
+            (5, true, true),
+            (65_533, true, false),
+            (65_534, false, false),
+            (65_536, true, false),
+            (65_537, false, false),
+            (u32::MAX, false, false),
+        ] {
+            let mapped = MappedAccounts::of(map, "5 5 1", nobody);
+            assert_eq!((mapped.has_user(id), mapped.has_group(id)), (is_user, is_group), "{id}");
         }
         for (map, id) in [("", 0), ("0", 0), ("x y z", 0), ("5 5 0", 5)] {
-            assert!(!MappedUsers::of(map).has(id), "{map}");
+            assert!(!has_number(&numbers_in(map), id), "{map}");
         }
-        assert!(MappedUsers::own().is_none_or(|users| users.has(0)));
-        assert!(MappedUsers::of("0 0 4294967295").has(7));
+        assert!(MappedAccounts::own().is_none_or(|mapped| mapped.has_user(0)));
+        assert!(has_number(&numbers_in("0 0 4294967295"), 7));
     }
 
     #[test]

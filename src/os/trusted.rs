@@ -35,7 +35,7 @@ use std::{
 use nix::{
     dir::Dir,
     errno::Errno,
-    fcntl::{FcntlArg, OFlag, fcntl, openat, readlinkat, renameat},
+    fcntl::{FcntlArg, OFlag, fcntl, open, openat, readlinkat, renameat},
     sys::{
         stat::Mode,
         statfs::{PROC_SUPER_MAGIC, fstatfs},
@@ -75,6 +75,12 @@ pub struct Route {
     /// Directories through which others cannot pass, its end included, from the last file system that was mounted on the
     /// way on: what is mounted may be reached another way.
     pub closed: Vec<ClosedDir>,
+}
+
+/// Whether an ACL may give more users access to what stands at `path` than its mode says. Unknown counts as one.
+pub fn may_have_acl(path: &Path) -> bool {
+    let opened = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty());
+    opened.map_or(true, |file| mount::has_acl(&file.into()))
 }
 
 /// What is done about a directory that is missing.
@@ -197,7 +203,7 @@ impl Trust {
             End::Nothing { here, names, .. } => (here, names),
         };
         let mut closed = here.closed;
-        closed.extend(closed_dir(&here.path, &here.meta));
+        closed.extend(closed_dir(&here.path, &here.dir, &here.meta));
         // Nothing joined would be a slash.
         let path = here.path.join(names).components().collect();
         Ok(Route { path, closed })

@@ -41,7 +41,7 @@ use nix::{
 use crate::os::{
     lock,
     passing::{self, Passing},
-    trusted::{ClosedDir, PathError, Trust, TrustedDir},
+    trusted::{PathError, Trust, TrustedDir},
     umask,
 };
 
@@ -133,10 +133,6 @@ pub struct Presence {
     path: PathBuf,
     /// Device and inode; unknown of a socket that was handed over and whose path leads nowhere.
     made: Option<(u64, u64)>,
-    /// Who could connect to it then.
-    mode: u32,
-    /// What let nobody through but its owner then.
-    shut: Vec<Shut>,
     /// Whether systemd bound it, and keeps it.
     pub handed_over: bool,
 }
@@ -147,86 +143,31 @@ impl Presence {
         &self.path
     }
 
-    /// Whether who connects there reaches this socket, where [`Presence::shut_now`] is this. Asks the file system, which may wait.
-    pub fn look(&self, shut_now: &[Shut]) -> Sight {
-        let Some((_, mode)) = standing_at(&self.path).filter(|(made, _)| self.made == Some(*made)) else {
-            return Sight::Gone;
+    /// Whether it stands at its path. Asks the file system, which may wait.
+    pub fn is_there(&self) -> bool {
+        self.made.is_some() && standing_at(&self.path) == self.made
+    }
+
+    /// Whether the first process of this PID namespace, which has the same `/`, finds something else at the path, or nothing: it
+    /// stands on what is mounted for this process alone. `false` where that cannot be told. Asks the file system, which may wait.
+    pub fn is_hidden_from_the_node(&self) -> bool {
+        const ROOT: &str = "/proc/1/root";
+        let has_own_root = standing_at(Path::new("/")) != standing_at(Path::new(ROOT));
+        // A link there would lead on from the root of this process.
+        let (Some(made), Ok(path), false) = (self.made, self.path.canonicalize(), has_own_root) else {
+            return false;
         };
-        // Who may write to it may connect.
-        if self.mode & !mode & 0o022 != 0 {
-            let uid = self.path.metadata().map_or(0, |meta| meta.uid());
-            return Sight::Shut(Shut { path: self.path.clone(), uid, mode: mode & 0o7777 });
+        let seen = Path::new(ROOT).join(path.strip_prefix("/").unwrap_or(&path)).metadata();
+        match seen {
+            Ok(meta) => (meta.dev(), meta.ino()) != made,
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
         }
-        let mut shut = shut_now.iter().filter(|dir| dir.path != self.path && !self.shut.contains(dir));
-        shut.next().cloned().map_or(Sight::There, Sight::Shut)
-    }
-
-    /// What let nobody through but its owner when the agent began to serve: directories above it, or the socket itself.
-    pub fn shut(&self) -> &[Shut] {
-        &self.shut
-    }
-
-    /// The same as it is now. Asks the file system, which may wait.
-    pub fn shut_now(&self) -> Vec<Shut> {
-        shut_on_the_way(&self.path)
     }
 }
 
-/// Whether clients reach a socket.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Sight {
-    /// Those do who could before.
-    There,
-    /// Nothing is there, or something else.
-    Gone,
-    /// It is there, and this lets fewer through than before: the socket itself, or a directory above it.
-    Shut(Shut),
-}
-
-/// What lets nobody through but its owner and root.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Shut {
-    pub path: PathBuf,
-    /// Its owner.
-    pub uid: u32,
-    pub mode: u32,
-}
-
-impl Shut {
-    /// Whether processes of this user get through.
-    pub fn lets_through(&self, uid: u32) -> bool {
-        uid == 0 || uid == self.uid
-    }
-}
-
-impl std::fmt::Display for Shut {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} has mode {:04o}", self.path.display(), self.mode)
-    }
-}
-
-/// Device and inode, and the mode.
-fn standing_at(path: &Path) -> Option<((u64, u64), u32)> {
-    path.metadata().ok().map(|meta| ((meta.dev(), meta.ino()), meta.mode()))
-}
-
-/// Directories above a socket that nobody but their owner can enter: with a group that can, that is meant.
-fn shut_above(path: &Path) -> Vec<Shut> {
-    closed_above(path).into_iter().filter(|dir| dir.mode & 0o011 == 0).collect()
-}
-
-fn closed_above(path: &Path) -> Vec<Shut> {
-    let closed = Trust::anybody().route(parent(path)).map(|way| way.closed).unwrap_or_default();
-    closed.into_iter().map(|ClosedDir { path, uid, mode }| Shut { path, uid, mode }).collect()
-}
-
-/// The same, and the socket itself, where nobody but its owner may connect to it: a service manager may have made it.
-fn shut_on_the_way(path: &Path) -> Vec<Shut> {
-    let mut all = shut_above(path);
-    let own = path.metadata().ok();
-    let own = own.map(|meta| Shut { path: path.to_owned(), uid: meta.uid(), mode: meta.mode() & 0o7777 });
-    all.extend(own.filter(|socket| socket.mode & 0o022 == 0));
-    all
+/// Device and inode.
+fn standing_at(path: &Path) -> Option<(u64, u64)> {
+    path.metadata().ok().map(|meta| (meta.dev(), meta.ino()))
 }
 
 /// Held by the one agent that may be at a path.
@@ -432,10 +373,8 @@ impl Socket {
     /// What is to stand at its path, if it has one.
     pub fn presence(&self) -> Option<Presence> {
         let path = self.path()?;
-        let (found, mode) = standing_at(&path).unzip();
-        let made = self.place.as_ref().map(|place| place.made).or(found);
-        let shut = shut_on_the_way(&path);
-        Some(Presence { path, made, mode: mode.unwrap_or_default(), shut, handed_over: self.place.is_none() })
+        let made = self.place.as_ref().map(|place| place.made).or_else(|| standing_at(&path));
+        Some(Presence { path, made, handed_over: self.place.is_none() })
     }
 
     /// The listener, and what removes its path.

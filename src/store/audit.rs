@@ -12,7 +12,10 @@
 use std::{
     collections::{HashMap, hash_map::Entry as MapEntry},
     num::NonZeroU64,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -256,6 +259,8 @@ impl AuditTable {
 pub struct AuditTrail {
     table: Mutex<AuditTable>,
     fingerprints: ahash::RandomState,
+    /// Somebody was given an SVID.
+    has_given: AtomicBool,
 }
 
 impl Default for AuditTrail {
@@ -268,7 +273,8 @@ impl Default for AuditTrail {
             users: HashMap::default(),
             other_users: AuditLines::new(now),
         };
-        Self { table: Mutex::new(table), fingerprints: ahash::RandomState::new() }
+        let (table, fingerprints) = (Mutex::new(table), ahash::RandomState::new());
+        Self { table, fingerprints, has_given: AtomicBool::new(false) }
     }
 }
 
@@ -280,6 +286,11 @@ impl AuditTrail {
     /// Whether anybody reads these lines: else nothing is worth a call's time.
     fn is_read() -> bool {
         tracing::enabled!(target: AUDIT, tracing::Level::INFO)
+    }
+
+    /// Whether anybody was given an SVID yet.
+    pub fn has_given(&self) -> bool {
+        self.has_given.load(Relaxed)
     }
 
     /// Whether `given` is given on this connection for the first time.
@@ -308,6 +319,7 @@ impl AuditTrail {
 
     /// A call is answered with this token.
     pub(super) fn jwt_given(&self, svid: &JwtSvid, entry: &Entry, peer: &Peer, whom: AuditedCaller) {
+        self.has_given.store(true, Relaxed);
         if !Self::is_read() {
             return;
         }
@@ -333,6 +345,7 @@ impl AuditTrail {
         peer: &Peer,
         whom: AuditedCaller,
     ) {
+        self.has_given.store(true, Relaxed);
         if !Self::is_read() {
             return;
         }

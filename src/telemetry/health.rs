@@ -34,18 +34,25 @@ pub struct HealthState(Mutex<Vitals>);
 struct Vitals {
     probe: Probe,
     pulse: Pulse,
-    /// No caller, or none but of the agent's own user, can be served or attested.
+    /// No caller can be served or attested.
     blind: bool,
     /// No caller is let in: none can be told from the next one that has its PID.
     unidentified: bool,
     /// Nobody finds the socket.
     lost: Lost,
-    /// What keeps those from the socket whom entries ask for, in words.
-    kept_out: Option<String>,
-    /// Why no entry can be given to anybody, in words.
-    ungiven: Option<String>,
+    /// Why no entry can be given to anybody.
+    ungiven: Option<Ungiven>,
     /// The process that serves in the place of this one.
     successor: Option<i32>,
+}
+
+/// Why no entry can be given to anybody.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ungiven {
+    /// In words, with what to do, for the agent's owner.
+    pub said: String,
+    /// What keeps callers from it, in a few words of the agent's own, for whoever asks.
+    pub causes: String,
 }
 
 /// Whether the socket of the Workload API stands at its path.
@@ -58,8 +65,6 @@ pub enum Lost {
     UntilRestart,
     /// It does not, and whoever keeps it for the agent has to make it anew.
     UntilMade,
-    /// It does, and nobody but the agent's own user or root reaches it any more: somebody has changed a mode.
-    Shut,
 }
 
 impl HealthState {
@@ -77,7 +82,7 @@ impl HealthState {
         self.lock().pulse = pulse;
     }
 
-    /// Tells whether callers, other users' too, can be told apart. Returns whether that is news.
+    /// Tells whether callers can be told apart. Returns whether that is news.
     pub fn tells_callers(&self, told_apart: bool) -> bool {
         std::mem::replace(&mut self.lock().blind, !told_apart) == told_apart
     }
@@ -109,27 +114,14 @@ impl HealthState {
         self.lock().lost
     }
 
-    /// Tells what keeps those from the socket whom entries ask for, if something does. Returns whether one of the two is news.
-    pub fn keeps_out(&self, why: Option<String>) -> bool {
-        let mut now = self.lock();
-        let before = std::mem::replace(&mut now.kept_out, why);
-        before.is_some() != now.kept_out.is_some()
-    }
-
-    /// What keeps those from the socket whom entries ask for, in words, if something does.
-    #[must_use]
-    pub fn kept_out(&self) -> Option<String> {
-        self.lock().kept_out.clone()
-    }
-
     /// Tells why no entry can be given to anybody, if that is so.
-    pub fn gives_nothing(&self, why: Option<String>) {
+    pub fn gives_nothing(&self, why: Option<Ungiven>) {
         self.lock().ungiven = why;
     }
 
-    /// Why no entry can be given to anybody, in words, if that is so.
+    /// Why no entry can be given to anybody, if that is so.
     #[must_use]
-    pub fn ungiven(&self) -> Option<String> {
+    pub fn ungiven(&self) -> Option<Ungiven> {
         self.lock().ungiven.clone()
     }
 
@@ -155,27 +147,28 @@ impl HealthState {
     /// Whether workloads may be sent here.
     #[must_use]
     pub fn ready(&self) -> bool {
-        let Vitals { probe, pulse, blind, unidentified, lost, kept_out, ungiven, successor } = &*self.lock();
+        let Vitals { probe, pulse, blind, unidentified, lost, ungiven, successor } = &*self.lock();
         let serves = *probe == Probe::Healthy && *pulse == Pulse::Beats && successor.is_none();
-        let is_reached = *lost == Lost::No && kept_out.is_none();
-        let tells_who = !blind && !unidentified && ungiven.is_none();
-        serves && is_reached && tells_who
+        let tells_who = !blind && !unidentified;
+        serves && tells_who && *lost == Lost::No && ungiven.is_none()
     }
 
     /// spire-agent's bodies, so that whoever parses them need not change (`pkg/common/health`).
     pub(super) fn body(&self) -> String {
         let now = self.lock();
         let Vitals { probe, pulse, blind, unidentified, lost, successor, .. } = *now;
-        let is_shut = lost == Lost::Shut || now.kept_out.is_some();
-        let blind = blind || unidentified || now.ungiven.is_some();
+        let (blind, ungiven) = (blind || unidentified, now.ungiven.clone());
         drop(now);
         if let Some(pid) = successor {
             return format!("{{\"agent\":{{\"make_new_x509_err\":\"handed over to PID {pid}\"}}}}\n");
         }
+        let serves = (probe, pulse, lost) == (Probe::Healthy, Pulse::Beats, Lost::No);
+        if let Some(Ungiven { causes, .. }) = ungiven.filter(|_| serves && !blind) {
+            return format!(
+                "{{\"agent\":{{\"make_new_x509_err\":\"nobody whom entries ask for can be served: {causes}: see the log\"}}}}\n"
+            );
+        }
         let text = match (probe, pulse) {
-            (Probe::Healthy, Pulse::Beats) if is_shut => {
-                "{\"agent\":{\"make_new_x509_err\":\"the socket of the workload api is shut to other users: see the log\"}}\n"
-            }
             (Probe::Healthy, Pulse::Beats) if lost != Lost::No => {
                 "{\"agent\":{\"make_new_x509_err\":\"the socket of the workload api is gone: see the log\"}}\n"
             }

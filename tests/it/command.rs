@@ -146,10 +146,7 @@ fn a_reload_ends_with_what_came_of_it() {
     assert_eq!((code, err.matches("Warning: entry \"spiffe://").count()), (Some(0), 8), "{err}");
     assert!(words(&err).ends_with("Warning: and 2 more entries: durward entry show."), "{err}");
     let shown = words(&status());
-    assert!(
-        shown.contains("Wrong: entry \"spiffe://example.org/0\" asks for unix:user:no-such-user-0-"),
-        "{shown}"
-    );
+    assert!(shown.contains("entry \"spiffe://example.org/0\" asks for unix:user:no-such-user-0-"), "{shown}");
 }
 
 #[test]
@@ -636,4 +633,45 @@ fn a_configuration_that_changes_is_reloaded_where_that_is_wanted() {
         fs::write(drop_ins.join(format!("n{nth}.conf")), entry(&format!("/n{nth}"), "")).unwrap();
         thread::sleep(Duration::from_millis(300));
     }
+}
+
+/// What drop-in files said is given up by whoever takes them away one by one, and not because a volume or what a link leads to is
+/// missing for a moment.
+#[test]
+fn a_directory_of_drop_in_files_that_is_gone_takes_no_entry_away() {
+    let agent = Agent::start(&entry("/one", ""));
+    let at = |name: &str| agent.dir.path().join(name);
+    let entries = || {
+        let socket = agent.admin();
+        let (_, shown, _) =
+            said(&durward(&["entry", "show", "--socket-path", socket.to_str().unwrap()], &[]));
+        shown.matches("spiffe://example.org/").count()
+    };
+    let reloads = |case: &str, wrong: Option<&str>, left: usize| {
+        let (code, out, err) = said(&agent.reload(&[]));
+        assert_eq!(code == Some(0), wrong.is_none(), "{case}: {out}{err}");
+        let told = err.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(wrong.is_none_or(|wrong| told.contains(wrong)), "{case}: {told}");
+        assert_eq!(entries(), left, "{case}");
+    };
+    let validates = || durward(&["validate", "--config", at("agent.conf").to_str().unwrap()], &[]);
+    reloads("there never was one", None, 1);
+    fs::create_dir(at("real")).unwrap();
+    std::os::unix::fs::symlink(at("real"), at("entries.d")).unwrap();
+    reloads("it is empty", None, 1);
+    fs::remove_file(at("entries.d")).unwrap();
+    reloads("an empty one is gone", None, 1);
+    std::os::unix::fs::symlink(at("real"), at("entries.d")).unwrap();
+    fs::write(at("real/two.conf"), entry("/two", "")).unwrap();
+    reloads("it has a file", None, 2);
+    fs::rename(at("real"), at("aside")).unwrap();
+    let dangling = "entries.d is a link to what is not there";
+    reloads("its link leads nowhere", Some(dangling), 2);
+    let (code, _, err) = said(&validates());
+    assert!(code == Some(1) && err.replace('\n', " ").contains("is a link to what is not there"), "{err}");
+    fs::remove_file(at("entries.d")).unwrap();
+    reloads("it is gone", Some("is gone, and held 1 drop-in file at the last load"), 2);
+    assert!(validates().status.success(), "a start would do without");
+    fs::create_dir(at("entries.d")).unwrap();
+    reloads("it was made again, empty", None, 1);
 }

@@ -1138,6 +1138,25 @@ fn a_socket_that_workloads_cannot_reach_is_said_before_the_start() {
         );
         assert!(!dir.path().join("spire").exists(), "{what}: something was made");
     }
+    // The directory of the admin socket is made for the agent's user alone, too.
+    set("data", "adm/sockets/agent.sock");
+    let made_before: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|it| it.unwrap().file_name()).collect();
+    let written = fs::read_to_string(&config).unwrap();
+    let admin =
+        format!("agent {{\n  admin_socket_path = \"{}\"", dir.path().join("adm/admin.sock").display());
+    fs::write(&config, written.replacen("agent {", &admin, 1)).unwrap();
+    for (what, got) in [("run", run(Path::new(PROGRAM), &config, |_| {})), ("validate", validate(&config))] {
+        let said = text(&got.stderr);
+        assert_eq!(got.status.code(), Some(1), "{what}: {said}");
+        assert!(said.contains("is below the directory of admin_socket_path"), "{what}: {said}");
+        let made: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|it| it.unwrap().file_name()).collect();
+        assert_eq!(made, made_before, "{what}: something was made");
+    }
+    for (mode, code) in [(0o700, 1), (0o755, 0)] {
+        fs::create_dir_all(dir.path().join("adm")).unwrap();
+        chmod(&dir.path().join("adm"), mode);
+        assert_eq!(validate(&config).status.code(), Some(code), "{mode:o}");
+    }
     // The command line is asked too.
     set("data", "api.sock");
     let below = dir.path().join("data/api.sock");

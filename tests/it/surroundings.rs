@@ -32,6 +32,13 @@ fn prepare(dir: &Path, blocks: &str) {
     write_config(dir, &format!("{health}{blocks}"));
 }
 
+/// Has the agent in `dir` find out what processes execute.
+fn discover_paths(dir: &Path) {
+    let config = fs::read_to_string(dir.join("agent.conf")).unwrap();
+    let discovers = config.replace("plugin_data { }", "plugin_data { discover_workload_path = true }");
+    fs::write(dir.join("agent.conf"), discovers).unwrap();
+}
+
 /// What the agent in `dir` says of its readiness, once it has started.
 async fn ready(dir: &Path) -> String {
     loop {
@@ -118,35 +125,50 @@ async fn an_agent_whose_entries_ask_for_those_without_a_number_is_not_ready() {
     if !geteuid().is_root() || !can.is_ok_and(|status| status.success()) {
         return;
     }
-    let of =
-        |uid: u32| format!("entry \"spiffe://example.org/of{uid}\" {{ selectors = [\"unix:uid:{uid}\"] }}\n");
+    let of = |selector: &str| {
+        let id = selector.replace([':', '/'], "-");
+        format!("entry \"spiffe://example.org/{id}\" {{ selectors = [\"{selector}\"] }}\n")
+    };
+    let why = ", which has no number in the user namespace of the agent";
+    let unbelieved = "so that what is executed is not believed";
     for (case, entries, well, told) in [
-        ("one who has none", of(USER), false, true),
-        ("and one who has", of(USER) + &of(0), true, true),
-        ("one who has one", of(0), true, false),
+        ("one who has none", of("unix:uid:731006"), false, why),
+        ("and one who has", of("unix:uid:731006") + &of("unix:uid:0"), true, why),
+        ("one who has one", of("unix:uid:0"), true, ""),
+        ("nobody, whom all appear as who have none", of("unix:uid:65534"), false, why),
+        ("a group that has none", of("unix:gid:731006"), false, why),
+        ("a group that has one", of("unix:gid:0"), true, ""),
+        ("an executable, where the mounts are others'", of("unix:path:/bin/web"), false, unbelieved),
     ] {
         let dir = tempfile::tempdir().unwrap();
         prepare(dir.path(), &entries);
+        discover_paths(dir.path());
         let mut agent = Process::spawn_by(&["unshare", "--user", "--map-root-user"], dir.path());
         drop(agent.serving(dir.path()).await);
         let answer = ready(dir.path()).await;
         assert_eq!(answer.starts_with("HTTP/1.1 200"), well, "{case}: {answer}");
         let said = status(&dir.path().join("data/admin.sock"));
-        let why =
-            format!("asks for unix:uid:{USER}, a user who has no number in the user namespace of the agent");
-        assert_eq!(said.contains(&why), told, "{case}: {said}");
+        for it in [why, unbelieved] {
+            assert_eq!(said.contains(it), it == told, "{case}: {said}");
+        }
+        if !well {
+            assert!(answer.contains("the agent's user namespace"), "{case}: {answer}");
+        }
     }
 }
 
 /// An agent that is not root's, where `mounts` has changed `/proc` for it alone; `None` where nobody may do that.
-fn of_user_behind(mounts: impl FnOnce(&Path) -> String) -> Option<(tempfile::TempDir, Process)> {
+fn of_user_behind(
+    entries: &str,
+    mounts: impl FnOnce(&Path) -> String,
+) -> Option<(tempfile::TempDir, Process)> {
     let hide = ["unshare", "--mount", "--propagation", "private", "sh", "-c"];
     let can = Command::new(hide[0]).args(&hide[1..]).arg("mount -t proc -o hidepid=2 proc /proc").status();
     if !geteuid().is_root() || !can.is_ok_and(|status| status.success()) {
         return None;
     }
     let dir = tempfile::tempdir().unwrap();
-    prepare(dir.path(), &entry("/web", ""));
+    prepare(dir.path(), entries);
     chown(dir.path(), Some(USER), Some(USER)).unwrap();
     let mounts = mounts(dir.path());
     let run = format!("set -e\n{mounts}\nexec setpriv --reuid={USER} --regid={USER} --clear-groups \"$@\"");
@@ -158,15 +180,24 @@ fn of_user_behind(mounts: impl FnOnce(&Path) -> String) -> Option<(tempfile::Tem
 
 #[tokio::test(flavor = "multi_thread")]
 async fn hidden_processes_are_no_healthy_node() {
-    let Some((dir, mut agent)) = of_user_behind(|_| "mount -t proc -o hidepid=2 proc /proc".to_owned())
-    else {
-        return;
-    };
-    drop(agent.serving(dir.path()).await);
-    let answer = ready(dir.path()).await;
-    assert!(answer.starts_with("HTTP/1.1 500") && answer.contains("cannot be told apart"), "{answer}");
-    let log = fs::read_to_string(dir.path().join("log")).unwrap();
-    assert!(log.contains("processes of other users are hidden"), "{log}");
+    let hide = |_: &Path| "mount -t proc -o hidepid=2 proc /proc".to_owned();
+    let own = format!("entry \"spiffe://example.org/own\" {{ selectors = [\"unix:uid:{USER}\"] }}\n");
+    for (case, entries, is_ready) in [
+        ("another's", entry("/web", ""), false),
+        ("the agent's own", own.clone(), true),
+        ("both", own + &entry("/web", ""), true),
+    ] {
+        let Some((dir, mut agent)) = of_user_behind(&entries, hide) else { return };
+        drop(agent.serving(dir.path()).await);
+        let answer = ready(dir.path()).await;
+        assert_eq!(answer.starts_with("HTTP/1.1 200"), is_ready, "{case}: {answer}");
+        assert_eq!(answer.contains("processes of other users are hidden"), !is_ready, "{case}: {answer}");
+        let log = logged(dir.path(), "processes of other users are hidden").await;
+        assert_eq!(log.contains("nobody can be served"), !is_ready, "{case}: {log}");
+        if case == "the agent's own" {
+            assert!(fetch_as(USER, dir.path()).contains("spiffe://example.org/own"), "{case}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -179,15 +210,15 @@ async fn processes_that_are_hidden_later_are_noticed() {
         };
         format!("mount -t proc proc /proc\n{{ {}{} }} &", later("2"), later("0"))
     };
-    let Some((dir, mut agent)) = of_user_behind(mounts) else { return };
+    let Some((dir, mut agent)) = of_user_behind(&entry("/web", ""), mounts) else { return };
     drop(agent.serving(dir.path()).await);
     assert!(ready(dir.path()).await.starts_with("HTTP/1.1 200"));
-    for (option, want) in [("2", "cannot be told apart"), ("0", "HTTP/1.1 200")] {
+    for (option, want) in [("2", "processes of other users are hidden"), ("0", "HTTP/1.1 200")] {
         fs::write(dir.path().join(option), "").unwrap();
         until(dir.path(), want).await;
     }
     let log = fs::read_to_string(dir.path().join("log")).unwrap();
-    for want in ["processes of other users are hidden", "callers can be told apart again"] {
+    for want in ["processes of other users are hidden (", "are not hidden any more", "can be served again"] {
         assert_eq!(log.lines().filter(|line| line.contains(want)).count(), 1, "once: {want}: {log}");
     }
 }
@@ -202,7 +233,6 @@ async fn until(dir: &Path, want: &str) {
     tokio::time::timeout(PATIENCE, asked).await.unwrap_or_else(|_late| panic!("{want}: {}", ask(dir)));
 }
 
-/// There, a PID is another process in `/proc`; this test's own, say, which the agent's is not.
 /// In the PID namespace of its own container, no caller of another has a number.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_in_a_pod_without_the_nodes_processes_is_not_ready() {
@@ -211,21 +241,47 @@ async fn an_agent_in_a_pod_without_the_nodes_processes_is_not_ready() {
     if !geteuid().is_root() || !can.is_ok_and(|status| status.success()) {
         return;
     }
-    for (case, words, want) in [
-        ("in a pod", [&["env", "KUBERNETES_SERVICE_HOST=192.0.2.1"][..], &words].concat(), false),
-        ("in another container, with its callers", words.to_vec(), true),
-        ("in a pod, with hostPID", vec!["env", "KUBERNETES_SERVICE_HOST=192.0.2.1"], true),
+    let in_pod = [&["env", "KUBERNETES_SERVICE_HOST=192.0.2.1"][..], &words].concat();
+    let kubelet = FakeKubelet::start(listed(&[pod(1)]));
+    let k8s = format!(
+        "WorkloadAttestor \"k8s\" {{\n plugin_data {{ kubelet_secure_port = {} kubelet_ca_path = \"{}\" token_path = \"{}\" \
+         node_name_env = \"DURWARD_TEST_NO_SUCH_VARIABLE\" }} }}\n",
+        kubelet.port,
+        kubelet.ca.display(),
+        kubelet.token.display()
+    );
+    let of_pod = "entry \"spiffe://example.org/pod\" { selectors = [\"k8s:ns:ns1\"] }\n";
+    // Nothing speaks against its callers being in the same container, until one was not.
+    let of_user = entry("/web", "");
+    let both = format!("{of_pod}{of_user}");
+    for (case, words, entries, want, told) in [
+        ("in a pod", in_pod.clone(), of_pod, false, true),
+        ("in a pod, with a user's entry", in_pod.clone(), &of_user, true, true),
+        ("in a pod, with both", in_pod.clone(), &both, true, true),
+        ("in another container, with its callers", words.to_vec(), &of_user, true, false),
+        ("in a pod, with hostPID", vec!["env", "KUBERNETES_SERVICE_HOST=192.0.2.1"], &of_user, true, false),
     ] {
         let dir = tempfile::tempdir().unwrap();
-        prepare(dir.path(), &entry("/web", ""));
+        prepare(dir.path(), entries);
+        let config = fs::read_to_string(dir.path().join("agent.conf")).unwrap();
+        let config = config.replace("plugins {", &format!("plugins {{\n{k8s}"));
+        fs::write(dir.path().join("agent.conf"), config).unwrap();
         let mut agent = Process::spawn_by(&words, dir.path());
         drop(agent.serving(dir.path()).await);
-        let answer = ready(dir.path()).await;
-        assert_eq!(answer.starts_with("HTTP/1.1 200"), want, "{case}: {answer}");
+        until(dir.path(), if want { "HTTP/1.1 200" } else { "callers in other pods" }).await;
         let log = fs::read_to_string(dir.path().join("log")).unwrap();
-        assert_eq!(log.contains("its pod needs hostPID: true"), !want, "{case}: {log}");
+        assert_eq!(log.contains("its pod needs hostPID: true"), told, "{case}: {log}");
+        assert_eq!(log.contains("nobody can be served"), !want, "{case}: {log}");
+        if want && told {
+            let said = fetch_as(geteuid().as_raw(), dir.path());
+            assert!(said.contains("another PID namespace"), "{case}: {said}");
+            until(dir.path(), "callers are in another PID namespace").await;
+            logged(dir.path(), "nobody can be served").await;
+        }
     }
 }
+
+/// There, a PID is another process in `/proc`; this test's own, say, which the agent's is not.
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_the_proc_of_another_pid_namespace_nobody_is_served() {
@@ -472,53 +528,64 @@ fn status(admin: &Path) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// The socket is there, and a mode keeps everybody from it.
+/// The socket is there, and a mode keeps those from it whom entries ask for; or only others.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_socket_that_is_shut_while_the_agent_runs_is_no_ready_agent() {
+    if !geteuid().is_root() {
+        return;
+    }
     let base = tempfile::tempdir().unwrap();
     let (above, dir) = (base.path().join("above"), base.path().join("above/dir"));
     fs::create_dir_all(&dir).unwrap();
     let chmod = |at: &Path, mode| fs::set_permissions(at, fs::Permissions::from_mode(mode)).unwrap();
-    prepare(&dir, &entry("/web", ""));
+    let of =
+        |uid: u32| format!("entry \"spiffe://example.org/of{uid}\" {{ selectors = [\"unix:uid:{uid}\"] }}\n");
+    prepare(&dir, &of(USER));
     let (socket, admin) = (dir.join("api.sock"), above.join("private/admin.sock"));
-    // A directory that was shut at the start may be meant: the agent is ready, and says it.
-    chmod(base.path(), 0o700);
-    for at in [&above, &dir] {
+    for at in [base.path(), &above, &dir] {
         chmod(at, 0o755);
     }
     let mut agent = Process::spawn_by(&[], &dir);
     drop(agent.serving(&dir).await);
     assert!(ready(&dir).await.starts_with("HTTP/1.1 200"));
-    let said = status(&admin);
-    let at_start =
-        format!("{} has mode 0700, so no user but its owner reaches the socket", base.path().display());
-    assert!(said.contains(&format!("Found: {at_start}")), "{said}");
     let open = fs::metadata(&socket).unwrap().permissions().mode() & 0o777;
-    for (at, shut, right) in [(&socket, 0o600, open), (&dir, 0o700, 0o755), (&above, 0o700, 0o755)] {
+    for (at, shut, right) in [
+        (&socket, 0o600, open),
+        (&socket, 0o660, open),
+        (&dir, 0o700, 0o755),
+        (&above, 0o700, 0o755),
+        (&above, 0o750, 0o755),
+    ] {
         chmod(at, shut);
         until(&dir, "shut to other users").await;
+        assert_eq!(healthcheck(&dir), 1, "{shut:o}");
         let said = status(&admin);
-        assert!(said.contains("not ready: other users cannot reach the socket"), "{said}");
+        assert!(said.contains("not ready: entry \"spiffe://example.org/of731006\" asks for"), "{said}");
         let line = format!("any more: {} has mode {shut:04o}", at.display());
-        let log = fs::read_to_string(dir.join("log")).unwrap();
+        let log = logged(&dir, &line).await;
         assert_eq!(log.matches(&line).count(), 1, "{line}: {log}");
         chmod(at, right);
         until(&dir, "HTTP/1.1 200").await;
     }
+    // Root gets in, and so does the owner.
+    let config = fs::read_to_string(dir.join("agent.conf")).unwrap();
+    fs::write(dir.join("agent.conf"), config + &of(0)).unwrap();
+    agent.signal(nix::sys::signal::Signal::SIGHUP);
+    until_status(&admin, "Entries: 2").await;
+    for mode in [0o700, 0o750] {
+        chmod(&dir, mode);
+        let found = format!("Found: {} has mode {mode:04o}, so ", dir.display());
+        until_status(&admin, &found).await;
+        until_status(&admin, "but no such process can reach the socket").await;
+        assert!(ask(&dir).starts_with("HTTP/1.1 200"), "{mode:o}");
+    }
     // What is right by now is not told any more.
-    chmod(base.path(), 0o755);
+    chmod(&dir, 0o755);
     let began = std::time::Instant::now();
-    while status(&admin).contains(&at_start) {
+    while status(&admin).contains("has mode 0750") {
         assert!(began.elapsed() < PATIENCE, "it is still told");
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     }
-    chmod(base.path(), 0o700);
-    // A group that gets through may be meant.
-    chmod(&above, 0o750);
-    chmod(&socket, 0o600);
-    until(&dir, "shut to other users").await;
-    chmod(&socket, open);
-    until(&dir, "HTTP/1.1 200").await;
 }
 
 /// Every entry asks for a pod, and the kubelet says nothing to anybody.
@@ -567,9 +634,12 @@ async fn a_kubelet_that_refuses_the_agent_makes_no_ready_agent_where_all_entries
         let (admin, healthy) = (base.path().join("private/admin.sock"), if is_ready { 0 } else { 1 });
         until(&dir, if is_ready { "HTTP/1.1 200" } else { "HTTP/1.1 500" }).await;
         let said = until_status(&admin, wrong).await;
-        let why =
-            "not ready: nobody is served, since every entry asks for a k8s selector: the kubelet does not";
-        assert_eq!(said.contains(why), !is_ready, "{case}: {said}");
+        let why = "not ready: entry \"spiffe://example.org/pod\" asks for k8s:ns:ns1: the kubelet does not";
+        if is_ready {
+            assert!(!said.contains("not ready:"), "{case}: {said}");
+        } else {
+            until_status(&admin, why).await;
+        }
         let answer = ask(&dir);
         assert_eq!(answer.starts_with("HTTP/1.1 200"), is_ready, "{case}: {answer}");
         assert_eq!(healthcheck(&dir), healthy, "{case}");
@@ -581,8 +651,8 @@ async fn a_kubelet_that_refuses_the_agent_makes_no_ready_agent_where_all_entries
             assert!(range.contains(&requests), "{case}: {requests}");
             continue;
         }
-        let log = logged(&dir, "nobody is served, since every entry asks for a k8s selector").await;
-        assert_eq!(log.matches("nobody is served").count(), 1, "{case}: once: {log}");
+        let log = logged(&dir, "nobody can be served: entry").await;
+        assert_eq!(log.matches("nobody can be served").count(), 1, "{case}: once: {log}");
         assert!(log.contains(wrong), "{case}: {log}");
         if case == "it refuses" {
             // Nobody asks, and it is put right.
@@ -603,7 +673,7 @@ async fn a_kubelet_that_refuses_the_agent_makes_no_ready_agent_where_all_entries
             until(&dir, "HTTP/1.1 200").await;
         }
         assert_eq!(healthcheck(&dir), 0, "{case}");
-        logged(&dir, "callers can be told by what entries ask for again").await;
+        logged(&dir, "those whom entries ask for can be served again").await;
     }
 }
 
@@ -628,6 +698,15 @@ fn healthcheck(dir: &Path) -> i32 {
     checked.unwrap().status.code().unwrap()
 }
 
+/// A mode of 0700 with an ACL by which user 731006 gets through.
+const ACL: u32 = 0o1_000_700;
+const LET_IN: &str = "
+import os, struct, sys
+of = lambda tag, bits, user: struct.pack('<HHI', tag, bits, user)
+all = [of(1, 7, 0xffffffff), of(2, 1, 731006), of(4, 0, 0xffffffff), of(16, 1, 0xffffffff), of(32, 0, 0xffffffff)]
+os.setxattr(sys.argv[1], 'system.posix_acl_access', struct.pack('<I', 2) + b''.join(all))
+";
+
 /// A directory above the socket that only its owner can enter is meant, where no entry asks for anybody else.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_socket_whose_callers_are_kept_out_from_the_start_is_no_ready_agent() {
@@ -636,22 +715,28 @@ async fn a_socket_whose_callers_are_kept_out_from_the_start_is_no_ready_agent() 
     }
     // Whether those whom entries ask for are kept out: of no entry, of some, of all.
     let (none, some, all) = (0, 1, 2);
-    for (case, owner, mode, entries, want) in [
-        ("root's own", 0, 0o700, vec!["unix:uid:0"], none),
-        ("root's own, by name", 0, 0o700, vec!["unix:user:root unix:gid:0"], none),
-        ("whatever executes this", 0, 0o700, vec!["unix:path:/bin/web"], none),
-        ("another's", 0, 0o700, vec!["unix:uid:731006"], all),
-        ("two others'", 0, 0o700, vec!["unix:uid:731006", "unix:uid:731007"], all),
-        ("another's beside root's", 0, 0o700, vec!["unix:uid:731006", "unix:uid:0"], some),
-        ("another's, by name", 0, 0o700, vec!["unix:user:nobody"], all),
-        ("another's, of a group", 0, 0o700, vec!["unix:uid:731006 unix:gid:0"], all),
-        ("a group's, which may be root's", 0, 0o700, vec!["unix:gid:731006"], none),
-        ("a further group's", 0, 0o700, vec!["unix:supplementary_gid:731006"], none),
-        ("another's, perhaps in root's group", 0, 0o750, vec!["unix:uid:731006"], none),
-        ("another's, perhaps in a group that passes", USER, 0o710, vec!["unix:uid:731007"], none),
-        ("another's, who pass", 0, 0o701, vec!["unix:uid:731006"], none),
-        ("an ordinary user's own", USER, 0o700, vec!["unix:uid:731006"], none),
-        ("another's than an ordinary user's", USER, 0o700, vec!["unix:uid:731007"], all),
+    let nobody_in = nix::unistd::User::from_name("nobody").unwrap().unwrap().gid.as_raw();
+    for (case, owner, group, mode, entries, want) in [
+        ("root's own", 0, 0, 0o700, vec!["unix:uid:0"], none),
+        ("root's own, by name", 0, 0, 0o700, vec!["unix:user:root unix:gid:0"], none),
+        ("whatever executes this", 0, 0, 0o700, vec!["unix:path:/bin/web"], none),
+        ("another's", 0, 0, 0o700, vec!["unix:uid:731006"], all),
+        ("two others'", 0, 0, 0o700, vec!["unix:uid:731006", "unix:uid:731007"], all),
+        ("another's beside root's", 0, 0, 0o700, vec!["unix:uid:731006", "unix:uid:0"], some),
+        ("another's, by name", 0, 0, 0o700, vec!["unix:user:nobody"], all),
+        ("another's, of a group", 0, 0, 0o700, vec!["unix:uid:731006 unix:gid:0"], all),
+        ("a group's, which may be root's", 0, 0, 0o700, vec!["unix:gid:731006"], none),
+        ("a further group's", 0, 0, 0o700, vec!["unix:supplementary_gid:731006"], none),
+        ("another's, not in the group that passes", 0, 0, 0o750, vec!["unix:uid:731006"], all),
+        ("another's, with that group", 0, 0, 0o750, vec!["unix:uid:731006 unix:gid:0"], none),
+        ("a member's", 0, nobody_in, 0o750, vec!["unix:user:nobody"], none),
+        ("another's, past an ordinary user's group", USER, USER, 0o710, vec!["unix:uid:731007"], all),
+        ("another's, who pass", 0, 0, 0o701, vec!["unix:uid:731006"], none),
+        ("another's, perhaps by an ACL", 0, 0, ACL, vec!["unix:uid:731006"], none),
+        ("nobody's, who does not exist", 0, 0, 0o755, vec!["unix:user:no-such-user"], all),
+        ("another's beside nobody's", 0, 0, 0o700, vec!["unix:uid:731006", "unix:user:no-such-user"], all),
+        ("an ordinary user's own", USER, USER, 0o700, vec!["unix:uid:731006"], none),
+        ("another's than an ordinary user's", USER, USER, 0o700, vec!["unix:uid:731007"], all),
     ] {
         let base = tempfile::tempdir().unwrap();
         fs::set_permissions(base.path(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -662,16 +747,16 @@ async fn a_socket_whose_callers_are_kept_out_from_the_start_is_no_ready_agent() 
             format!("entry \"spiffe://example.org/web{nth}\" {{ selectors = [{}] }}\n", asked.join(", "))
         };
         prepare(&dir, &entries.iter().enumerate().map(entry).collect::<String>());
-        if entries[0].starts_with("unix:path") {
-            let config = fs::read_to_string(dir.join("agent.conf")).unwrap();
-            let discovers =
-                config.replace("plugin_data { }", "plugin_data { discover_workload_path = true }");
-            fs::write(dir.join("agent.conf"), discovers).unwrap();
-        }
+        discover_paths(&dir);
         for at in [&shut, &dir, &dir.join("agent.conf")] {
             chown(at, Some(owner), Some(owner)).unwrap();
         }
-        fs::set_permissions(&shut, fs::Permissions::from_mode(mode)).unwrap();
+        chown(&shut, Some(owner), Some(group)).unwrap();
+        fs::set_permissions(&shut, fs::Permissions::from_mode(mode & 0o777)).unwrap();
+        if mode == ACL && !Command::new("python3").args(["-c", LET_IN]).arg(&shut).status().unwrap().success()
+        {
+            continue;
+        }
         let number = owner.to_string();
         let become_owner = ["setpriv", "--reuid", &number, "--regid", &number, "--clear-groups"];
         let mut agent = Process::spawn_by(if owner == 0 { &[] } else { &become_owner }, &dir);
@@ -684,6 +769,10 @@ async fn a_socket_whose_callers_are_kept_out_from_the_start_is_no_ready_agent() 
         if want == none {
             let log = fs::read_to_string(dir.join("log")).unwrap();
             assert!(!log.contains("can reach the socket"), "{case}: {log}");
+            continue;
+        }
+        if !entries[0].contains("731") && mode == 0o755 {
+            assert!(answer.contains("users or groups do not exist"), "{case}: {answer}");
             continue;
         }
         let log = logged(&dir, "but no such process can reach the socket").await;
@@ -740,7 +829,20 @@ async fn a_way_to_the_socket_that_opens_makes_a_ready_agent() {
             assert!(said.contains("spiffe://example.org/web"), "{fetched:?}");
         }
         until(&dir, "HTTP/1.1 200").await;
-        logged(&dir, "processes that entries ask for can reach the socket").await;
+        logged(&dir, "those whom entries ask for can be served again").await;
+        if !mends {
+            // It is there whatever becomes of the modes.
+            chmod(&shut, 0o755);
+            let admin = shut.join("private/admin.sock");
+            let began = std::time::Instant::now();
+            while status(&admin).contains("has mode 0700") {
+                assert!(began.elapsed() < PATIENCE, "it is still told");
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            }
+            chmod(&shut, 0o700);
+            until_status(&admin, "has mode 0700").await;
+            assert!(ask(&dir).starts_with("HTTP/1.1 200"));
+        }
     }
 }
 
@@ -767,5 +869,46 @@ async fn a_socket_that_nobody_finds_is_no_ready_agent() {
     let log = fs::read_to_string(dir.path().join("log")).unwrap();
     for (want, times) in [("restart the agent", 2), ("is at its path again", 1)] {
         assert_eq!(log.lines().filter(|line| line.contains(want)).count(), times, "{want}: {log}");
+    }
+}
+
+/// As with PrivateTmp: the node does not find it, but its clients may be where the agent is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_that_the_node_does_not_find_is_told() {
+    let inner = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c"];
+    let can = Command::new(inner[0]).args(&inner[1..]).arg("mount -t tmpfs t /mnt").status();
+    if !geteuid().is_root() || !can.is_ok_and(|status| status.success()) {
+        return;
+    }
+    for (case, mounts, told) in [("hidden", "mount -t tmpfs -o mode=755 t", true), ("found", "true", false)] {
+        let dir = tempfile::tempdir().unwrap();
+        prepare(dir.path(), &entry("/web", ""));
+        let (config, hidden) = (dir.path().join("agent.conf"), dir.path().join("hidden"));
+        fs::create_dir(&hidden).unwrap();
+        let text = fs::read_to_string(&config).unwrap();
+        let socket = format!("{}/api.sock", dir.path().display());
+        fs::write(&config, text.replace(&socket, &format!("{}/api.sock", hidden.display()))).unwrap();
+        // The first process stays outside.
+        let run = format!(
+            "unshare --mount --propagation private sh -c '{mounts} {}; exec \"$@\"' sh \"$@\" & exec 3>&1; wait",
+            hidden.display()
+        );
+        let mut words = inner.to_vec();
+        words.extend([run.as_str(), "sh"]);
+        let agent = Process::spawn_by(&words, dir.path());
+        let began = std::time::Instant::now();
+        while UnixStream::connect(dir.path().join("health.sock")).is_err() {
+            assert!(began.elapsed() < PATIENCE, "{case}");
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        assert!(ready(dir.path()).await.starts_with("HTTP/1.1 200"), "{case}");
+        let why = "the node's first process does not find the socket at";
+        let log = if told {
+            logged(dir.path(), why).await
+        } else {
+            fs::read_to_string(dir.path().join("log")).unwrap()
+        };
+        assert_eq!(log.matches(why).count(), usize::from(told), "{case}: {log}");
+        drop(agent);
     }
 }

@@ -200,8 +200,9 @@ async fn a_socket_unit_that_keeps_callers_out_is_no_ready_agent() {
         (0o600, entry("/one", ""), true, false),
         (0o600, both(), true, true),
         (0o600, other.to_owned(), false, true),
-        // Of some group, who may be in it.
-        (0o660, both(), true, false),
+        // Of root's group, in which it is not.
+        (0o660, both(), true, true),
+        (0o660, other.to_owned(), false, true),
         (0o666, both(), true, false),
     ] {
         let dir = configured(&entries);

@@ -153,6 +153,11 @@ impl UnixQuestions {
         }
     }
 
+    /// Whether the database has said nothing of the name in this selector.
+    pub(in crate::attest) fn is_unanswered(&self, value: &str) -> bool {
+        name(value).is_some_and(|(_, name)| self.answers.get(&name) == Some(&NameAnswer::Unanswered))
+    }
+
     /// Why no process has the selector.
     pub(super) fn absent(&self, value: &str) -> Option<String> {
         let (_, name) = name(value)?;
@@ -175,7 +180,7 @@ const GROUP: &str = "group";
 const SUPPLEMENTARY_GROUP: &str = "supplementary_group";
 
 /// The kind of a selector of an executable.
-fn executable(value: &str) -> Option<&'static str> {
+pub(super) fn executable(value: &str) -> Option<&'static str> {
     match value.split(':').next() {
         Some("path") => Some(super::PATH),
         Some("sha256") => Some(super::SHA256),

@@ -33,7 +33,10 @@ pub struct ClosedDir {
     /// Without symbolic links.
     pub path: PathBuf,
     pub uid: u32,
+    pub gid: u32,
     pub mode: u32,
+    /// Whether an ACL may let others through all the same.
+    pub has_acl: bool,
 }
 
 /// A directory on the way, open for nothing but the names in it.
@@ -71,7 +74,7 @@ impl Here {
         let Named { file: dir, meta, mount } = found;
         let same_mount = if mount.is_some() { mount == self.mount } else { meta.dev() == self.meta.dev() };
         if same_mount {
-            self.closed.extend(closed_dir(&self.path, &self.meta));
+            self.closed.extend(closed_dir(&self.path, &self.dir, &self.meta));
         } else {
             self.closed.clear();
         }
@@ -139,9 +142,10 @@ fn looked_at(opened: nix::Result<OwnedFd>) -> io::Result<(File, Metadata, Option
     Ok((dir, meta, mount))
 }
 
-pub(super) fn closed_dir(path: &Path, meta: &Metadata) -> Option<ClosedDir> {
-    let (uid, mode) = (meta.uid(), meta.mode() & 0o7777);
-    (mode & 0o001 == 0).then(|| ClosedDir { path: path.to_owned(), uid, mode })
+pub(super) fn closed_dir(path: &Path, dir: &File, meta: &Metadata) -> Option<ClosedDir> {
+    let (uid, gid, mode) = (meta.uid(), meta.gid(), meta.mode() & 0o7777);
+    let closed = || ClosedDir { path: path.to_owned(), uid, gid, mode, has_acl: mount::has_acl(dir) };
+    (mode & 0o001 == 0).then(closed)
 }
 
 /// Whether the mount that it is on is read-only. Unknown counts as writable.

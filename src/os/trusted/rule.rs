@@ -1,7 +1,6 @@
 //! Who may own what is on the way of a path, and who may write to it.
 
 use std::{
-    ffi::CString,
     fs::{File, Metadata},
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -14,7 +13,7 @@ use nix::{
         CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, DEBUGFS_MAGIC, FsType, PROC_SUPER_MAGIC, SECURITYFS_MAGIC,
         SYSFS_MAGIC, TRACEFS_MAGIC, fstatfs,
     },
-    unistd::{Gid, Uid, User, getegid, geteuid, getgrouplist, getgroups},
+    unistd::{Gid, Uid, User, getegid, geteuid, getgroups},
 };
 
 use super::{
@@ -134,7 +133,7 @@ impl Trust {
 
     fn is_in_group(self, gid: u32) -> bool {
         if self.ours != geteuid().as_raw() {
-            return groups_of(self.ours).contains(&Gid::from_raw(gid));
+            return groups_of(self.ours).contains(&gid);
         }
         getegid().as_raw() == gid || getgroups().is_ok_and(|all| all.contains(&Gid::from_raw(gid)))
     }
@@ -325,12 +324,9 @@ fn primary_group(uid: u32) -> Option<u32> {
 }
 
 /// The groups of another user; none if nobody can say.
-fn groups_of(uid: u32) -> Vec<Gid> {
-    let groups = move || {
-        let user = User::from_uid(Uid::from_raw(uid)).ok()??;
-        getgrouplist(&CString::new(user.name).ok()?, user.gid).ok()
-    };
-    accounts::by(Instant::now() + GROUP_WITHIN, groups).flatten().unwrap_or_default()
+fn groups_of(uid: u32) -> Vec<u32> {
+    let said = accounts::by(Instant::now() + GROUP_WITHIN, move || accounts::groups_of(uid));
+    said.and_then(Result::ok).flatten().unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -1,0 +1,79 @@
+//! What on the way to a socket does not let everybody through: directories above it, and the socket itself.
+
+use std::{
+    fmt,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use crate::os::trusted::{ClosedDir, Trust, may_have_acl};
+
+/// What lets its owner through, and root, and perhaps a group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shut {
+    pub path: PathBuf,
+    /// Its owner.
+    pub uid: u32,
+    pub mode: u32,
+    /// The group that is let through too.
+    pub group: Option<u32>,
+}
+
+impl Shut {
+    /// Of what has this owner, group and mode, where `passes` is the bit by which others get through.
+    fn of(path: PathBuf, (uid, gid): (u32, u32), mode: u32, passes: u32) -> Option<Self> {
+        let group = (mode & (passes << 3) != 0).then_some(gid);
+        (mode & passes == 0).then_some(Self { path, uid, mode: mode & 0o7777, group })
+    }
+}
+
+impl fmt::Display for Shut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} has mode {:04o}", self.path.display(), self.mode)
+    }
+}
+
+/// Who may search a directory gets through it, and who may write to a socket may connect (unix(7)).
+const SEARCH: u32 = 0o001;
+const WRITE: u32 = 0o002;
+
+/// What on the way to the socket at `path` does not let everybody through, from the last file system that was mounted on the
+/// way on. What has an ACL may, and is none of these. Asks the file system, which may wait.
+pub fn shut_on_the_way(path: &Path) -> Vec<Shut> {
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
+    let closed = Trust::anybody().route(dir).map(|way| way.closed).unwrap_or_default();
+    let closed = closed.into_iter().filter(|dir| !dir.has_acl);
+    let mut all: Vec<Shut> = closed
+        .filter_map(|ClosedDir { path, uid, gid, mode, .. }| Shut::of(path, (uid, gid), mode, SEARCH))
+        .collect();
+    let meta = path.metadata().ok();
+    let socket =
+        meta.and_then(|meta| Shut::of(path.to_owned(), (meta.uid(), meta.gid()), meta.mode(), WRITE));
+    all.extend(socket.filter(|_| !may_have_acl(path)));
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bits_of_a_mode_say_who_gets_through() {
+        for (mode, passes, want) in [
+            (0o755, SEARCH, None),
+            (0o701, SEARCH, None),
+            (0o700, SEARCH, Some(None)),
+            (0o744, SEARCH, Some(None)),
+            (0o750, SEARCH, Some(Some(7))),
+            (0o2710, SEARCH, Some(Some(7))),
+            (0o777, WRITE, None),
+            (0o666, WRITE, None),
+            (0o755, WRITE, Some(None)),
+            (0o600, WRITE, Some(None)),
+            (0o660, WRITE, Some(Some(7))),
+        ] {
+            let shut = Shut::of("/a".into(), (5, 7), mode, passes);
+            assert_eq!(shut.map(|shut| shut.group), want, "{mode:o}, {passes}");
+        }
+    }
+}
