@@ -23,7 +23,7 @@ struct Stretch {
 
 /// Numbers that nobody has, and between which times they were given.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Missing<'a> {
+struct MissingLines<'a> {
     run: &'a str,
     first: u64,
     last: u64,
@@ -97,14 +97,14 @@ impl Numbers {
         from: Option<OffsetDateTime>,
         to: Option<OffsetDateTime>,
     ) -> Vec<String> {
-        let concerns = |missing: &Missing<'_>| {
+        let concerns = |missing: &MissingLines<'_>| {
             from.is_none_or(|from| missing.before > from && missing.before > begin)
                 && to.is_none_or(|to| missing.after.is_none_or(|after| after < to))
         };
-        let mut missing: Vec<Missing<'_>> = self.missing();
+        let mut missing: Vec<MissingLines<'_>> = self.missing();
         missing.retain(|missing| concerns(missing) && !self.is_told(missing));
         missing.sort_by_key(|missing| missing.before);
-        let mut told: Vec<String> = missing.iter().take(MOST_TOLD).map(Missing::told).collect();
+        let mut told: Vec<String> = missing.iter().take(MOST_TOLD).map(MissingLines::told).collect();
         if let Some(more) = missing.len().checked_sub(MOST_TOLD).filter(|more| *more > 0) {
             told.push(format!("lines are missing in {more} more places"));
         }
@@ -117,7 +117,7 @@ impl Numbers {
         told
     }
 
-    fn missing(&self) -> Vec<Missing<'_>> {
+    fn missing(&self) -> Vec<MissingLines<'_>> {
         let mut missing = Vec::new();
         for (run, stretches) in &self.read {
             let begin = stretches.values().map(|stretch| stretch.begins).min();
@@ -130,7 +130,13 @@ impl Numbers {
             for (first, stretch) in stretches {
                 if *first > last.saturating_add(1) {
                     let (begin, end) = (last.saturating_add(1), first.saturating_sub(1));
-                    missing.push(Missing { run, first: begin, last: end, after, before: stretch.begins });
+                    missing.push(MissingLines {
+                        run,
+                        first: begin,
+                        last: end,
+                        after,
+                        before: stretch.begins,
+                    });
                 }
                 (after, last) = (Some(stretch.ends), stretch.last);
             }
@@ -139,7 +145,7 @@ impl Numbers {
     }
 
     /// Whether the agent has said that it lost as many lines there.
-    fn is_told(&self, missing: &Missing<'_>) -> bool {
+    fn is_told(&self, missing: &MissingLines<'_>) -> bool {
         let near = missing.first..=missing.last.saturating_add(OUT_OF_ORDER);
         let range = (missing.run.to_owned(), *near.start())..=(missing.run.to_owned(), *near.end());
         let lost = self.lost.range(range).fold(0_u64, |sum, (_, lost)| sum.saturating_add(*lost));
@@ -147,7 +153,7 @@ impl Numbers {
     }
 }
 
-impl Missing<'_> {
+impl MissingLines<'_> {
     fn told(&self) -> String {
         let Self { run, first, last, after, before } = self;
         let run = crate::cli::terminal::clean(run);
