@@ -112,7 +112,7 @@ pub(super) struct AgentParts {
     pub(super) x509: Arc<X509Cache>,
     pub(super) jwt: Arc<JwtCache>,
     pub(super) attestor: Arc<Attestor>,
-    audit: Arc<AuditTrail>,
+    pub(super) audit: Arc<AuditTrail>,
     pub(super) journal: Arc<Journal>,
     pub(super) means: Means,
     pub(super) limits_set: SharedLimits,
@@ -289,6 +289,7 @@ impl AgentParts {
             let stopping = known_or_stopped(known, stopping).await;
             listener.serve(move |_peer| services.clone(), stopping).await
         });
+        self.audit.lifetime_is(config.longest_svid_ttl());
         let (reloads, asked) = mpsc::channel(RELOADS_ASKED);
         let admin = admin.map(|socket| {
             let service = self.admin_service(keys, standing, reloads);

@@ -389,6 +389,7 @@ mod tests {
             let want = json!({
                 "message": message::CALL_REFUSED, "caller": format!("uid:{uid}"), "uid": uid, "gid": uid, "pid": 5,
                 "method": "FetchX509SVID", "reason": reason, "timestamp": line["timestamp"],
+                "run": lines[0]["run"], "seq": uid + 1,
             });
             assert_eq!(*line, want);
         }

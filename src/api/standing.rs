@@ -192,7 +192,10 @@ impl AgentStanding {
                 "the socket {} is gone, and nobody can connect: restart the agent, or the socket unit that made it",
                 self.socket_path.display()
             ),
-            None if self.health.get() == Probe::Starting => "the agent is about to be ready".to_owned(),
+            // The server has answered since the probe looked: callers are served.
+            None if self.health.get() == Probe::Starting => {
+                self.health.kept_out().or_else(|| self.health.ungiven()).unwrap_or_default()
+            }
             None => {
                 let otherwise = || "callers cannot be served or told apart: see the log".to_owned();
                 self.health.ungiven().map_or_else(otherwise, |why| why.said)

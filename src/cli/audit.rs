@@ -6,6 +6,7 @@
 
 mod holders;
 mod line;
+mod numbers;
 
 use std::{
     fs::File,
@@ -20,13 +21,20 @@ use time::{
     macros::format_description,
 };
 
-use super::{Failure, OutputArgs, OutputFormat, terminal::Terminal, text::GoDuration};
+use super::{
+    Failure, OutputArgs, OutputFormat,
+    terminal::{Terminal, clean},
+    text::GoDuration,
+};
 use crate::{identity::SpiffeId, os::sentence::said, store::audit::message, telemetry::LINES_LOST};
 use holders::{Holders, shown};
 use line::AuditLine;
+use numbers::Numbers;
 
 /// The longest line that is looked at; the rest of a longer one is passed over.
 const MOST_OF_A_LINE: u64 = 64 * 1024;
+/// How long an X.509-SVID is valid by default, of a SPIRE Server too.
+const DEFAULT_TTL: Duration = Duration::hours(1);
 
 /// `audit who`.
 #[derive(clap::Args, Clone, Debug)]
@@ -61,8 +69,6 @@ pub(super) struct AuditWhoArgs {
 pub(super) enum AuditReadError {
     #[error("{}: {}", .0.display(), said(.1))]
     File(PathBuf, io::Error),
-    #[error("{}: gzip cannot unpack it", .0.display())]
-    Gzip(PathBuf),
     #[error("what is piped in: {}", said(.0))]
     Stdin(io::Error),
     #[error(
@@ -94,25 +100,45 @@ pub(super) fn who(args: &AuditWhoArgs, terminal: &mut Terminal) -> Result<(), Fa
     search.conclude(terminal)
 }
 
-/// The longest time for which SVIDs were valid, by the lines that were read.
+/// For how long SVIDs may be valid, by the lines that were read.
 #[derive(Default)]
 struct LongestLife {
-    /// Of this identity, and of all.
-    of_id: Option<Duration>,
-    of_all: Option<Duration>,
+    /// Of those that are in the lines.
+    seen: Duration,
+    /// What the agent says.
+    said: Option<Duration>,
+    /// Whether it has not said it somewhere, since a server decides.
+    is_unknown: bool,
 }
 
 impl LongestLife {
-    fn see(&mut self, line: &AuditLine, asked: &SpiffeId) {
+    fn see(&mut self, line: &AuditLine) {
         let life = line.at.zip(line.until()).map(|(at, until)| until - at);
-        self.of_all = self.of_all.max(life);
-        if line.text("spiffe_id") == Some(asked.as_str()) {
-            self.of_id = self.of_id.max(life);
+        self.seen = self.seen.max(life.unwrap_or_default());
+        if [message::AUDIT_BEGINS, message::AUDIT_GOES_ON].contains(&line.message.as_str()) {
+            let said = line.number("longest_ttl").and_then(|seconds| seconds.try_into().ok());
+            self.said = self.said.max(said.map(Duration::seconds));
+            self.is_unknown |= said.is_none();
         }
     }
 
+    /// What has to be assumed: what is said may be of one agent only, and where nothing is, it may be the default.
     fn get(&self) -> Duration {
-        self.of_id.or(self.of_all).unwrap_or_default().max(Duration::ZERO)
+        self.seen.max(self.said.unwrap_or_default()).max(self.assumed().unwrap_or_default())
+    }
+
+    fn assumed(&self) -> Option<Duration> {
+        (self.said.is_none() || self.is_unknown).then_some(DEFAULT_TTL)
+    }
+
+    fn told(&self) -> String {
+        let life = self.get();
+        let valid = GoDuration(std::time::Duration::from_secs(life.whole_seconds().unsigned_abs()));
+        if self.assumed() == Some(life) && self.seen < life && self.said.is_none_or(|said| said < life) {
+            format!("no line says for how long they may be valid, and up to {valid} is assumed")
+        } else {
+            format!("they are valid for up to {valid}")
+        }
     }
 }
 
@@ -130,6 +156,9 @@ struct Search<'a> {
     /// The times of the first of them and of the last.
     span: Option<(OffsetDateTime, OffsetDateTime)>,
     life: LongestLife,
+    numbers: Numbers,
+    /// Files of which only the beginning could be unpacked.
+    torn: Vec<PathBuf>,
 }
 
 impl<'a> Search<'a> {
@@ -144,6 +173,8 @@ impl<'a> Search<'a> {
             seen: 0,
             span: None,
             life: LongestLife::default(),
+            numbers: Numbers::default(),
+            torn: Vec::new(),
         }
     }
 
@@ -161,7 +192,10 @@ impl<'a> Search<'a> {
             self.read(&mut BufReader::new(out), terminal, wrong)?;
         }
         let unpacked = gzip.0.wait().map_err(wrong)?;
-        if unpacked.success() { Ok(()) } else { Err(AuditReadError::Gzip(path.to_owned()).into()) }
+        if !unpacked.success() {
+            self.torn.push(path.to_owned());
+        }
+        Ok(())
     }
 
     fn read(
@@ -174,6 +208,7 @@ impl<'a> Search<'a> {
         loop {
             line.clear();
             if from.by_ref().take(MOST_OF_A_LINE).read_until(b'\n', &mut line).map_err(&wrong)? == 0 {
+                self.numbers.end_file();
                 return Ok(());
             }
             if !line.ends_with(b"\n") {
@@ -194,10 +229,13 @@ impl<'a> Search<'a> {
             let (first, last) = self.span.unwrap_or((at, at));
             self.span = Some((first.min(at), last.max(at)));
         }
-        self.life.see(line, &self.args.spiffe_id);
+        self.life.see(line);
+        self.numbers.read(line);
         match line.message.as_str() {
             LINES_LOST => {
-                self.lost = self.lost.saturating_add(line.number("lost").unwrap_or(0));
+                let lost = line.number("lost").unwrap_or(0);
+                self.numbers.lose(lost);
+                self.lost = self.lost.saturating_add(lost);
             }
             message::OF_FURTHER_CALLERS => {
                 self.uncounted = self.uncounted.saturating_add(line.times());
@@ -259,19 +297,17 @@ impl<'a> Search<'a> {
     /// Why somebody who held it may not have been found.
     fn gaps(&self) -> Vec<String> {
         let mut gaps = Vec::new();
+        let from = self.args.from.map(|from| from.checked_sub(self.life.get()).unwrap_or(from));
         if self.seen == 0 {
             gaps.push("no line of the audit was found in what was read".to_owned());
         }
         if let Some((first, last)) = self.span {
-            let life = self.life.get();
-            if let Some(from) = self.args.from.map(|from| from.checked_sub(life).unwrap_or(from))
-                && from < first
-            {
-                let valid = GoDuration(std::time::Duration::from_secs(life.whole_seconds().unsigned_abs()));
+            if let Some(from) = from.filter(|from| *from < first) {
                 gaps.push(format!(
-                    "no line is of {} to {}: who was given an SVID then may be missing (they are valid for up to {valid})",
+                    "no line is of {} to {}: who was given an SVID then may be missing ({})",
                     shown(from),
                     shown(first),
+                    self.life.told(),
                 ));
             }
             if let Some(to) = self.args.to.filter(|to| *to > last) {
@@ -282,6 +318,13 @@ impl<'a> Search<'a> {
                 ));
             }
         }
+        if let Some((first, _)) = self.span {
+            gaps.extend(self.numbers.gaps(first, from, self.args.to));
+        }
+        gaps.extend(self.torn.iter().map(|path| {
+            let path = clean(&path.display().to_string());
+            format!("{path}: gzip could not unpack all of it, and who is in the rest is missing")
+        }));
         if self.lost > 0 {
             gaps.push(format!(
                 "the agent could not write {} lines, which may be about others who held it",
@@ -304,7 +347,7 @@ struct Unpacking(Child);
 impl Unpacking {
     fn begin(file: File) -> io::Result<Self> {
         let mut gzip = Command::new("gzip");
-        gzip.args(["-d", "-c"]).stdin(file).stdout(Stdio::piped()).spawn().map(Self)
+        gzip.args(["-d", "-c"]).stdin(file).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().map(Self)
     }
 }
 

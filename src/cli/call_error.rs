@@ -159,8 +159,8 @@ fn with_sudo(mut words: Vec<String>, socket: &AgentSocket, shell: &str, program:
     {
         words.extend(["--socket-path".to_owned(), path.to_string_lossy().into_owned()]);
     }
-    let words: Vec<String> = words.iter().map(|word| shell_word(word)).collect();
-    clean(&format!("sudo {program} {}", words.join(" ")))
+    let words: Vec<String> = words.iter().map(|word| typed(word)).collect();
+    clean(&as_root(&format!("{program} {}", words.join(" "))))
 }
 
 fn connect_advice(socket: &AgentSocket, cause: &io::Error) -> String {
@@ -268,6 +268,9 @@ fn status_advice(socket: &AgentSocket, status: &Status, asked: Option<&str>) -> 
                 "The agent asks to try again in {delay}. What it is short of:\n{}",
                 asking(socket, "limits")
             ),
+            None if is_of_the_issuer(status) => {
+                format!("Nobody could sign it for the agent. Why:\n{}", asking(socket, "status"))
+            }
             None if is_of_the_end(status) => {
                 format!("The agent at {at} is about to end or to restart: try again in a moment.")
             }
@@ -284,6 +287,22 @@ fn status_advice(socket: &AgentSocket, status: &Status, asked: Option<&str>) -> 
         }
         _ => None,
     }
+}
+
+/// A word as a shell is to read it; [`SHELL`] as it is.
+fn typed(word: &str) -> String {
+    if word == SHELL { word.to_owned() } else { shell_word(word) }
+}
+
+/// A command for root, with sudo where there is one.
+fn as_root(command: &str) -> String {
+    let path = super::environment("PATH").unwrap_or_default();
+    if has_sudo(&path) { format!("sudo {command}") } else { format!("{command}    # as root") }
+}
+
+/// Whether one of the directories of `path` has sudo.
+pub(super) fn has_sudo(path: &std::ffi::OsStr) -> bool {
+    std::env::split_paths(path).any(|dir| dir.join("sudo").is_file())
 }
 
 /// What an agent says where a limit blocks: a call of a caller or of a SPIFFE ID, and a connection.
@@ -330,8 +349,11 @@ fn retry_delay(status: &Status) -> Option<Duration> {
 fn asked_of() -> String {
     let shell = getppid();
     let same = fs::metadata(format!("/proc/{shell}")).is_ok_and(|it| it.uid() == geteuid().as_raw());
-    if shell.as_raw() > 0 && same { shell.to_string() } else { "PID".to_owned() }
+    if shell.as_raw() > 0 && same { shell.to_string() } else { SHELL.to_owned() }
 }
+
+/// The shell into which it is pasted.
+const SHELL: &str = "$$";
 
 /// Where sudo looks for a program, on every distribution.
 const PATH_OF_ROOT: [&str; 4] = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"];
@@ -353,17 +375,19 @@ fn asking(socket: &AgentSocket, words: &str) -> String {
     let AgentAddress::Unix(public) = &socket.at else { return elsewhere() };
     let Some((admin, is_default)) = admin_beside(public) else { return format!("  durward {words}") };
     let owner = admin.parent().and_then(|dir| fs::metadata(dir).ok()).map(|dir| Uid::from_raw(dir.uid()));
-    let program = match geteuid().is_root() || owner == Some(geteuid()) {
-        true => "durward".to_owned(),
-        false => format!("sudo {}", of_root()),
+    let is_ours = geteuid().is_root() || owner == Some(geteuid());
+    let told = |rest: &str| {
+        let command =
+            if is_ours { format!("durward {rest}") } else { as_root(&format!("{} {rest}", of_root())) };
+        clean(&format!("  {command}"))
     };
     match owner {
         // The directory of a socket that was mounted here, or an agent whose admin socket is elsewhere.
         None => elsewhere(),
-        Some(_) if is_default => clean(&format!("  {program} {words}")),
+        Some(_) if is_default => told(words),
         Some(_) => {
             let admin = shell_word(&admin.to_string_lossy());
-            clean(&format!("  {program} {words} --socket-path {admin}"))
+            told(&format!("{words} --socket-path {admin}"))
         }
     }
 }
@@ -392,7 +416,35 @@ mod tests {
         ] {
             let socket = AgentSocket { at: AgentAddress::Unix(path.into()), chosen: Chosen::AdminDefault };
             let words = words.split(' ').map(str::to_owned).collect();
-            assert_eq!(with_sudo(words, &socket, "7", "durward"), want);
+            let told = with_sudo(words, &socket, "7", "durward");
+            let bare = want.strip_prefix("sudo ").unwrap();
+            assert!(told == want || told == format!("{bare}    # as root"), "{told}");
+        }
+        assert_eq!([typed(SHELL), typed("a b")], ["$$", "'a b'"]);
+    }
+
+    /// Where nobody could sign, the agent can be asked why, whether or not it says when to come back.
+    #[test]
+    fn what_keeps_an_svid_from_being_signed_is_in_status() {
+        let socket = AgentSocket { at: AgentAddress::Unix("/nowhere/api.sock".into()), chosen: Chosen::Own };
+        for (text, command) in [
+            ("could not fetch JWT-SVID: the server does not answer", "durward status"),
+            ("the server has not yet said which entries there are", "durward status"),
+            ("workload attestation failed", "durward explain --pid "),
+        ] {
+            let advice = status_advice(&socket, &Status::unavailable(text), None).unwrap();
+            assert!(advice.contains(command), "{text}: {advice}");
+        }
+    }
+
+    #[test]
+    fn sudo_is_found_where_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        for is_there in [false, true] {
+            if is_there {
+                fs::write(dir.path().join("sudo"), "").unwrap();
+            }
+            assert_eq!(has_sudo(dir.path().as_os_str()), is_there);
         }
     }
 }

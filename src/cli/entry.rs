@@ -60,7 +60,12 @@ fn pretty(page: &pb::EntriesResponse, first: bool) -> String {
         let entry = detail.entry.clone().unwrap_or_default();
         let _ = writeln!(out, "\n{}", clean(&entry.spiffe_id));
         let mut row = |name: &str, value: &str| {
-            let _ = writeln!(out, "  {name:<15} {}", clean(value));
+            let value = clean(value);
+            // It is to be copied, so it is not folded.
+            let _ = match name.is_empty() || value.chars().count() <= FOLDED {
+                true => writeln!(out, "  {name:<15} {value}"),
+                false => writeln!(out, "  {name}\n    {value}"),
+            };
         };
         let mut rows = |name: &str, values: &[String]| {
             for (at, value) in values.iter().enumerate() {

@@ -91,7 +91,8 @@ enum AgentHealth {
 }
 
 const REFUSED: &str = "Agent is up, and refuses this user for now: `durward limits` shows why.\n";
-const BLOCKED: &str = "Agent is up, and its configuration blocks this user: `durward explain` shows where.\n";
+const BLOCKED: &str = "Agent is up, and its configuration blocks this user. Root sees which limit it is\n\
+with `durward explain --pid PID`, of any process of this user.\n";
 
 /// How often an agent that refuses is asked before that is believed.
 const ATTEMPTS: u32 = 4;

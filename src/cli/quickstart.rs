@@ -24,6 +24,7 @@ use tokio::net::UnixStream;
 use super::{
     Failure,
     admin::shorten,
+    call_error::has_sudo,
     client::Client,
     environment,
     jwt::from_struct,
@@ -31,8 +32,8 @@ use super::{
     run::wrong_places,
     socket::{AgentAddress, AgentSocket, Chosen},
     svid::X509Answer,
-    terminal::{Terminal, clean},
-    text::{GoDuration, go_time, shell_path},
+    terminal::{Terminal, clean, width},
+    text::{GoDuration, folded, go_time, shell_path},
 };
 use crate::{
     agent::{self, Happened, Running, Signalled, Signals, Upkeep},
@@ -78,10 +79,15 @@ pub(super) struct QuickstartArgs {
 pub(super) enum QuickstartError {
     #[error("--trust-domain {asked} contradicts {}, where it is {configured}: change it there, or choose another --dir", path.display())]
     TrustDomain { asked: TrustDomain, configured: TrustDomain, path: PathBuf },
-    #[error("an agent serves at {} already: end it, or choose another directory with --dir", .0.display())]
-    Running(PathBuf),
+    #[error("an agent{} serves at {} already: end it, or choose another directory with --dir", of_process(*.1), .0.display())]
+    Running(PathBuf, Option<i32>),
     #[error("the agent issued no JWT-SVID")]
     NoToken,
+}
+
+/// Whoever has bound a socket, where the kernel says it.
+fn of_process(pid: Option<i32>) -> String {
+    pid.map(|pid| format!(" (process {pid})")).unwrap_or_default()
 }
 
 /// Runs `quickstart`.
@@ -134,8 +140,9 @@ async fn serve(
     terminal: &mut Terminal,
 ) -> Result<(), Failure> {
     let mut signals = Signals::new().map_err(Failure::Agent)?;
-    if UnixStream::connect(&config.agent.socket_path).await.is_ok() {
-        return Err(QuickstartError::Running(config.agent.socket_path).into());
+    if let Ok(there) = UnixStream::connect(&config.agent.socket_path).await {
+        let process = there.peer_cred().ok().and_then(|by| by.pid()).filter(|pid| *pid > 0);
+        return Err(QuickstartError::Running(config.agent.socket_path, process).into());
     }
     let agent = Running::start(config, None, Clock::SYSTEM).map_err(Failure::Agent)?.logging(log.clone());
     let path = paths.config.clone();
@@ -196,7 +203,9 @@ async fn attend(upkeep: &mut Upkeep, signals: &mut Signals, terminal: &mut Termi
         let text = if told.error.is_empty() {
             reload::describe(&told)
         } else {
-            format!("Not reloaded, the old configuration stays in force:\n{}\n", told.error)
+            let mistakes = told.error.lines().flat_map(|line| folded(&clean(line), width()));
+            let mistakes: String = mistakes.map(|line| line + "\n").collect();
+            format!("Not reloaded, the old configuration stays in force:\n{mistakes}")
         };
         // SIGHUP came because the terminal was closed; without one, somebody else asked, and nobody has to read this.
         if terminal.print(&text).is_err() && hung_up {
@@ -393,10 +402,9 @@ enum Administrator {
 
 impl Administrator {
     fn of(is_root: bool, path: std::ffi::OsString) -> Self {
-        let has_sudo = || std::env::split_paths(&path).any(|dir| dir.join("sudo").is_file());
         match is_root {
             true => Self::Root,
-            false if has_sudo() => Self::Sudo,
+            false if has_sudo(&path) => Self::Sudo,
             false => Self::Elsewhere,
         }
     }

@@ -10,7 +10,7 @@ use serde_json::json;
 use super::{
     Failure, OutputArgs, OutputFormat,
     admin::{AdminArgs, mebibytes, memory_json},
-    terminal::{Terminal, clean},
+    terminal::{NARROW, Terminal, clean},
     text::folded,
 };
 use crate::{api::proto::admin as pb, hcl::show_duration, os::clock::Clock};
@@ -109,7 +109,7 @@ fn pretty(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime)
 fn row(out: &mut String, name: &str, text: &str) {
     let name = if name.is_empty() { String::new() } else { format!("{name}:") };
     // Writing to a String does not fail.
-    let _ = writeln!(out, "{name:<14}{}", clean(text));
+    let _ = writeln!(out, "{name:<NAMES$}{}", clean(text));
 }
 
 /// Rows of one name, folded so that they fit a narrow terminal.
@@ -123,8 +123,9 @@ fn list(out: &mut String, name: &str, texts: &[String]) {
 /// How many limits are shown: the others would not fit on the screen.
 const MOST_LIMITS: usize = 6;
 
-/// The width that is left beside the names in 80 columns.
-const FOLDED: usize = 66;
+/// The width of the names, and what is left beside them in 80 columns.
+const NAMES: usize = 14;
+const FOLDED: usize = NARROW - NAMES;
 
 fn counted(n: u64, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
@@ -155,8 +156,9 @@ fn signer(out: &mut String, told: &pb::StatusResponse, now: SystemTime) {
 fn agent_id(out: &mut String, id: &str) {
     let id = clean(id);
     if id.chars().count() > FOLDED {
+        let indent = NARROW.saturating_sub(id.chars().count());
         // Writing to a String does not fail.
-        let _ = writeln!(out, "This agent:\n{id}");
+        let _ = writeln!(out, "This agent:\n{:indent$}{id}", "");
     } else {
         row(out, "This agent", &id);
     }
@@ -368,11 +370,13 @@ mod tests {
 
     #[test]
     fn a_long_id_of_the_agent_is_whole_and_fits() {
-        let agent_id = format!("spiffe://example.org/spire/agent/join_token/{}", "x".repeat(36));
-        let server = pb::ServerStatus { agent_id: agent_id.clone(), ..pb::ServerStatus::default() };
-        let shown = pretty(&told(Some(server)), &pb::LimitsResponse::default(), at(1));
-        assert!(shown.contains(&format!("\nThis agent:\n{agent_id}\n")), "{shown}");
-        assert!(shown.lines().all(|line| line.chars().count() <= 80), "{shown}");
+        for (length, indent) in [(23, "             "), (30, "      "), (36, "")] {
+            let agent_id = format!("spiffe://example.org/spire/agent/join_token/{}", "x".repeat(length));
+            let server = pb::ServerStatus { agent_id: agent_id.clone(), ..pb::ServerStatus::default() };
+            let shown = pretty(&told(Some(server)), &pb::LimitsResponse::default(), at(1));
+            assert!(shown.contains(&format!("\nThis agent:\n{indent}{agent_id}\n")), "{shown}");
+            assert!(shown.lines().all(|line| line.chars().count() <= 80), "{shown}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use super::{
@@ -210,6 +211,14 @@ impl Config {
         self.passed_over
             .iter()
             .map(|path| format!("{} is not read: its name must end in .conf or .json", path.display()))
+    }
+
+    /// For how long an SVID that is made by this may be valid at most; a SPIRE Server decides that itself.
+    pub fn longest_svid_ttl(&self) -> Option<Duration> {
+        let Signer::Embedded(issuer) = &self.issuer else { return None };
+        let of_entries = self.entries.iter().flat_map(|entry| [entry.x509_svid_ttl, entry.jwt_svid_ttl]);
+        let by_default = [issuer.default_x509_svid_ttl, issuer.default_jwt_svid_ttl];
+        of_entries.flatten().chain(by_default).max()
     }
 
     /// What the issuer is told.

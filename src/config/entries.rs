@@ -80,8 +80,10 @@ impl<'a> Entries<'a> {
             if let Some(first) = of_whom.insert((&entry.spiffe_id, &entry.selectors), *place)
                 && !entry.selectors.is_empty()
             {
-                let message =
-                    format!("repeats an entry with the same selectors, which is at {}", problems.show(first));
+                let first = problems.show(first);
+                let message = format!(
+                    "repeats an entry with the same selectors, which is at {first}: remove one of them"
+                );
                 problems.add(*place, &key(), None, message);
             } else if let Some(first) = ids.insert(&entry.id, *place) {
                 let message = format!("another entry has this id, at {}", problems.show(first));
@@ -171,7 +173,7 @@ impl EntryRules<'_> {
                         wrong(if of_unix { format!("write \"unix:{text}\"") } else { message });
                     }
                     if !selectors.insert(selector) {
-                        wrong("is listed twice".to_owned());
+                        wrong("is listed twice: remove one".to_owned());
                     }
                 }
             }
@@ -202,7 +204,7 @@ impl EntryRules<'_> {
                 }
                 Ok(name) => {
                     if !found.insert(name) {
-                        wrong("is listed twice".to_owned());
+                        wrong("is listed twice: remove one".to_owned());
                     }
                 }
             }
@@ -223,7 +225,7 @@ impl EntryRules<'_> {
             if let Err(message) = check_dns_name(name) {
                 s.wrong(*place, KEY, Some(quoted(name)), message);
             } else if !seen.insert(*name) {
-                s.wrong(*place, KEY, Some(quoted(name)), "is listed twice");
+                s.wrong(*place, KEY, Some(quoted(name)), "is listed twice: remove one");
             } else if let Err(found) = self.dns_constraints.permit(name) {
                 let message = format!(
                     "does not fit the name constraint {found} in ca_cert_path, so that every verifier would refuse the SVID"

@@ -148,15 +148,18 @@ pub(super) fn read(
     let mut embedded: Option<Section<'_>> = None;
     let mut other = false;
     for section in root.labelled("issuer") {
-        if section.label() != "embedded" {
+        if ["spire", "server", "spire-server", "spire_server"].contains(&section.label()) {
             other = true;
-            section.wrong_block(match section.label() {
-                "spire" | "server" | "spire-server" | "spire_server" => {
-                    "a SPIRE Server is joined without this block: agent { server_address = \"..\" server_port = 8081 }"
-                }
-                _ => "unknown issuer: must be \"embedded\"",
-            });
-        } else if let Some(first) = &mut embedded {
+            section.wrong_block(
+                "a SPIRE Server is joined without this block: agent { server_address = \"..\" server_port = 8081 }",
+            );
+            continue;
+        }
+        if section.label() != "embedded" {
+            // Read as what it must be, so that its other mistakes are told too.
+            section.wrong_block("unknown issuer: must be \"embedded\"");
+        }
+        if let Some(first) = &mut embedded {
             first.merge(section);
         } else {
             embedded = Some(section);

@@ -229,6 +229,13 @@ impl<'a> Reader<'a> {
                 }
                 Some('"') => labels.push(self.key()?),
                 Some(c) if is_key_start(c) => labels.push(self.key()?),
+                // entry spiffe://..
+                Some(':') => {
+                    let found = self.found();
+                    return self.fail(format_args!(
+                        "expected = or {{ after a key, found {found}: a text such as a SPIFFE ID must be in double quotes"
+                    ));
+                }
                 _ => return self.fail(format_args!("expected = or {{ after a key, found {}", self.found())),
             }
             if labels.len() > MAX_DEPTH {
@@ -551,6 +558,11 @@ mod tests {
             |said: &str| format!("{said}; JSON has no comments: leave it out, or write the file in HCL");
         for (case, text, want) in [
             ("no value", "a =", "1:4 expected a value, found the end of the file"),
+            (
+                "no quotes",
+                "entry spiffe://td/web {}\n",
+                "1:13 expected = or { after a key, found \":\": a text such as a SPIFFE ID must be in double quotes",
+            ),
             ("no =", "a\n", "2:1 expected = or { after a key, found the end of the file"),
             ("value without key", "1 = 2", "1:1 expected a key, found \"1\""),
             ("not in quotes", "a = b", "1:5 text must be in quotes: \"b\""),

@@ -8,13 +8,16 @@
 //! the exact count as `times`. So are the events of a user who brings about more than [`MOST_LINES`] of them at once and one a
 //! second, with the latest time until which any of these SVIDs is valid: an auditor misses no holder. A line about one process
 //! never counts what another did. There are twice [`TOLD_APART`] counts at a time; what comes beyond them is one count for all.
+//!
+//! Each line has a number, and names the run of the agent that it is of: whoever reads them sees where some are missing. The first
+//! says for how long SVIDs may be valid, and so does one an hour and after a change: an auditor learns how far to look back.
 
 use std::{
     collections::{HashMap, hash_map::Entry as MapEntry},
     num::NonZeroU64,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, SystemTime},
 };
@@ -49,9 +52,12 @@ pub mod message {
     pub const CONNECTIONS_REFUSED: &str = "connections refused";
     /// The count of all for whom there is none of their own.
     pub const OF_FURTHER_CALLERS: &str = "answers and refusals of further callers";
+    /// For how long SVIDs may be valid: the first line of a run, and later ones.
+    pub const AUDIT_BEGINS: &str = "audit begins";
+    pub const AUDIT_GOES_ON: &str = "audit goes on";
 
     /// All of them.
-    pub const ALL: [&str; 10] = [
+    pub const ALL: [&str; 12] = [
         SVID_MADE,
         SVID_GIVEN,
         SVID_GIVEN_AGAIN,
@@ -62,6 +68,8 @@ pub mod message {
         CONNECTION_REFUSED,
         CONNECTIONS_REFUSED,
         OF_FURTHER_CALLERS,
+        AUDIT_BEGINS,
+        AUDIT_GOES_ON,
     ];
 }
 
@@ -74,6 +82,8 @@ const USERS: usize = 256;
 const TOLD_APART: usize = 512;
 /// The time between two lines that carry one count.
 const A_WHILE: Duration = Duration::from_secs(60);
+/// The time between two lines that say for how long SVIDs may be valid, so that a file that was begun meanwhile has one.
+const SAID_AGAIN: Duration = Duration::from_secs(3600);
 /// Selectors of an entry that stand in a line.
 const MOST_SELECTORS: usize = 8;
 
@@ -111,8 +121,9 @@ struct AuditCount {
     untold: u64,
     /// When that was.
     told_at: Option<Instant>,
-    /// When the first of the untold was.
+    /// When the first of the untold was; by the clock that dates the lines, too.
     first: Instant,
+    since: SystemTime,
     /// The process that all of the untold are about, if it is one.
     by: Option<AuditedProcess>,
     /// Until when any of the SVIDs is valid that the untold are about.
@@ -121,12 +132,13 @@ struct AuditCount {
 
 impl AuditCount {
     fn new(now: Instant) -> Self {
-        Self { untold: 0, told_at: None, first: now, by: None, until: None }
+        let since = Clock::SYSTEM.now();
+        Self { untold: 0, told_at: None, first: now, since, by: None, until: None }
     }
 
     fn count(&mut self, by: AuditedProcess, until: Option<SystemTime>, now: Instant) {
         if self.untold == 0 {
-            (self.first, self.by, self.until) = (now, Some(by), until);
+            (self.first, self.since, self.by, self.until) = (now, Clock::SYSTEM.now(), Some(by), until);
         }
         self.by = self.by.filter(|same| *same == by);
         self.until = self.until.max(until);
@@ -261,6 +273,29 @@ pub struct AuditTrail {
     fingerprints: ahash::RandomState,
     /// Somebody was given an SVID.
     has_given: AtomicBool,
+    run: AuditRun,
+    lifetime: Mutex<Option<SaidLifetime>>,
+}
+
+/// For how long SVIDs may be valid, as it was said last.
+#[derive(Clone, Copy, Debug)]
+struct SaidLifetime {
+    longest: Option<Duration>,
+    at: Instant,
+}
+
+/// The time that an agent serves, by a name of its own.
+#[derive(Debug)]
+struct AuditRun {
+    name: String,
+    lines: AtomicU64,
+}
+
+impl AuditRun {
+    /// The number of the next line, from 1.
+    fn next(&self) -> u64 {
+        self.lines.fetch_add(1, Relaxed).saturating_add(1)
+    }
 }
 
 impl Default for AuditTrail {
@@ -273,8 +308,11 @@ impl Default for AuditTrail {
             users: HashMap::default(),
             other_users: AuditLines::new(now),
         };
-        let (table, fingerprints) = (Mutex::new(table), ahash::RandomState::new());
-        Self { table, fingerprints, has_given: AtomicBool::new(false) }
+        let fingerprints = ahash::RandomState::new();
+        let name = hex(fingerprints.hash_one(Clock::SYSTEM.now()).to_be_bytes().get(..4).unwrap_or_default());
+        let run = AuditRun { name, lines: AtomicU64::new(0) };
+        let has_given = AtomicBool::new(false);
+        Self { table: Mutex::new(table), fingerprints, has_given, run, lifetime: Mutex::default() }
     }
 }
 
@@ -298,6 +336,33 @@ impl AuditTrail {
         peer.is_first_given(self.fingerprints.hash_one(given))
     }
 
+    /// SVIDs may be valid for as long as this from now on; it is not known of those that a server signs.
+    pub fn lifetime_is(&self, longest: Option<Duration>) {
+        let mut lifetime = self.lifetime.lock().unwrap_or_else(PoisonError::into_inner);
+        let said = lifetime.replace(SaidLifetime { longest, at: Instant::now() });
+        if said.is_none_or(|said| said.longest != longest) {
+            self.say_lifetime(
+                if said.is_none() { message::AUDIT_BEGINS } else { message::AUDIT_GOES_ON },
+                longest,
+            );
+        }
+    }
+
+    fn say_lifetime_again(&self, now: Instant) {
+        let mut lifetime = self.lifetime.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(said) = lifetime.as_mut()
+            && now.saturating_duration_since(said.at) >= SAID_AGAIN
+        {
+            said.at = now;
+            self.say_lifetime(message::AUDIT_GOES_ON, said.longest);
+        }
+    }
+
+    fn say_lifetime(&self, what: &'static str, longest: Option<Duration>) {
+        let (longest_ttl, run) = (longest.map(|longest| longest.as_secs()), self.run.name.as_str());
+        tracing::info!(target: AUDIT, longest_ttl, run, seq = self.run.next(), "{what}");
+    }
+
     /// An X.509-SVID was made: for a call, or ahead of one.
     pub(super) fn x509_made(&self, svid: &X509Svid, entry: &Entry, whom: Option<AuditedCaller>) {
         let has_line = whom.as_ref().is_none_or(|whom| {
@@ -305,7 +370,7 @@ impl AuditTrail {
             self.lock().has_line(whom, outcome, svid.not_after, Instant::now())
         });
         if has_line {
-            write_x509(message::SVID_MADE, svid, entry, whom);
+            self.write_x509(message::SVID_MADE, svid, entry, whom);
         }
     }
 
@@ -313,7 +378,7 @@ impl AuditTrail {
     pub(super) fn jwt_made(&self, svid: &JwtSvid, entry: &Entry, whom: AuditedCaller) {
         let outcome = AuditOutcome::Made(AuditedSvid::Jwt, svid.spiffe_id.clone());
         if self.lock().has_line(&whom, outcome, svid.expires_at, Instant::now()) {
-            write_jwt(message::SVID_MADE, svid, entry, whom);
+            self.write_jwt(message::SVID_MADE, svid, entry, whom);
         }
     }
 
@@ -331,7 +396,7 @@ impl AuditTrail {
         }
         let given = AuditOutcome::Given(AuditedSvid::Jwt, id);
         if self.lock().has_line(&whom, given, svid.expires_at, now) {
-            write_jwt(message::SVID_GIVEN, svid, entry, whom);
+            self.write_jwt(message::SVID_GIVEN, svid, entry, whom);
         }
     }
 
@@ -367,7 +432,7 @@ impl AuditTrail {
             match svids.get(at) {
                 Some(svid) if svid.chain.first().is_some_and(holds) => {
                     if self.lock().has_line(&whom, given, svid.not_after, now) {
-                        write_x509(message::SVID_GIVEN, svid, entry, Some(whom));
+                        self.write_x509(message::SVID_GIVEN, svid, entry, Some(whom));
                     }
                 }
                 // Renewed meanwhile: what it was given is valid no longer than this one.
@@ -392,8 +457,8 @@ impl AuditTrail {
         if let Some(times) = self.lock().count_or_tell(by, outcome, Instant::now()) {
             let spiffe_id = spiffe_id.map(SpiffeId::as_str);
             tracing::info!(
-                target: AUDIT, %caller, uid, gid, pid, method, reason, spiffe_id, times = more(times), "{}",
-                message::CALL_REFUSED
+                target: AUDIT, %caller, uid, gid, pid, method, reason, spiffe_id, times = more(times),
+                run = self.run.name.as_str(), seq = self.run.next(), "{}", message::CALL_REFUSED
             );
         }
     }
@@ -407,7 +472,11 @@ impl AuditTrail {
         let outcome = AuditOutcome::NotLetIn(why);
         if let Some(times) = self.lock().count_or_tell(by, outcome, Instant::now()) {
             let (reason, times) = (why.text(), more(times));
-            tracing::info!(target: AUDIT, %caller, uid, gid, pid, reason, times, "{}", message::CONNECTION_REFUSED);
+            let run = self.run.name.as_str();
+            tracing::info!(
+                target: AUDIT, %caller, uid, gid, pid, reason, times, run, seq = self.run.next(), "{}",
+                message::CONNECTION_REFUSED
+            );
         }
     }
 
@@ -415,6 +484,7 @@ impl AuditTrail {
     pub fn settle(&self) {
         let now = Instant::now();
         self.tell(now, |count| now.saturating_duration_since(count.waits_since()) >= A_WHILE);
+        self.say_lifetime_again(now);
     }
 
     /// Tells all that was counted: the agent ends.
@@ -430,12 +500,8 @@ impl AuditTrail {
                 return true;
             }
             let Some(times) = NonZeroU64::new(std::mem::take(&mut count.untold)) else { return false };
-            let elapsed = now.saturating_duration_since(count.first);
-            due.push((
-                *caller,
-                outcome.clone(),
-                CountTold { times, by: count.by, until: count.until, elapsed },
-            ));
+            let told = CountTold { times, by: count.by, until: count.until, since: count.since };
+            due.push((*caller, outcome.clone(), told));
             count.told_at = Some(now);
             true
         };
@@ -446,29 +512,103 @@ impl AuditTrail {
             table.others.told_at = Some(now);
         }
         drop(table);
+        let run = self.run.name.as_str();
         for (caller, outcome, told) in due {
             let times = told.times;
             match outcome {
-                AuditOutcome::Made(kind, id) => write_count(message::SVIDS_MADE, caller, kind, &id, told),
-                AuditOutcome::Given(kind, id) => write_count(message::SVIDS_GIVEN, caller, kind, &id, told),
+                AuditOutcome::Made(kind, id) => {
+                    self.write_count(message::SVIDS_MADE, caller, kind, &id, told)
+                }
+                AuditOutcome::Given(kind, id) => {
+                    self.write_count(message::SVIDS_GIVEN, caller, kind, &id, told)
+                }
                 AuditOutcome::GivenAgain(kind, id) => {
-                    write_count(message::SVID_GIVEN_AGAIN, caller, kind, &id, told);
+                    self.write_count(message::SVID_GIVEN_AGAIN, caller, kind, &id, told);
                 }
                 AuditOutcome::Refused(method, reason, id) => {
                     let spiffe_id = id.as_ref().map(SpiffeId::as_str);
                     tracing::info!(
-                        target: AUDIT, %caller, method, reason, spiffe_id, times, "{}", message::CALLS_REFUSED
+                        target: AUDIT, %caller, method, reason, spiffe_id, times, run, seq = self.run.next(), "{}",
+                        message::CALLS_REFUSED
                     );
                 }
                 AuditOutcome::NotLetIn(why) => {
                     let reason = why.text();
-                    tracing::info!(target: AUDIT, %caller, reason, times, "{}", message::CONNECTIONS_REFUSED);
+                    tracing::info!(
+                        target: AUDIT, %caller, reason, times, run, seq = self.run.next(), "{}",
+                        message::CONNECTIONS_REFUSED
+                    );
                 }
             }
         }
         if others > 0 {
-            tracing::info!(target: AUDIT, times = others, "{}", message::OF_FURTHER_CALLERS);
+            let seq = self.run.next();
+            tracing::info!(target: AUDIT, times = others, run, seq, "{}", message::OF_FURTHER_CALLERS);
         }
+    }
+
+    fn write_count(
+        &self,
+        what: &'static str,
+        caller: CallerKey,
+        kind: AuditedSvid,
+        id: &SpiffeId,
+        told: CountTold,
+    ) {
+        let CountTold { times, by, until, since } = told;
+        let (kind, spiffe_id) = (kind.text(), id.as_str());
+        let (uid, gid, pid) = (by.map(|by| by.uid), by.map(|by| by.gid), by.map(|by| by.pid));
+        let (since, run) = (exact_moment(since), self.run.name.as_str());
+        let expires = until.and_then(moment);
+        tracing::info!(
+            target: AUDIT, %caller, uid, gid, pid, kind, spiffe_id, times, since, expires, run,
+            seq = self.run.next(), "{what}"
+        );
+    }
+
+    fn write_x509(&self, what: &'static str, svid: &X509Svid, entry: &Entry, whom: Option<AuditedCaller>) {
+        let leaf = svid.chain.first().and_then(|der| X509Certificate::from_der(der).ok());
+        let serial = leaf.map(|(_, leaf)| hex(leaf.raw_serial()));
+        let by = whom.map(|whom| whom.process);
+        let caller = by.map(|by| display(by.caller));
+        let (uid, gid, pid) = (by.map(|by| by.uid), by.map(|by| by.gid), by.map(|by| by.pid));
+        tracing::info!(
+            target: AUDIT,
+            caller,
+            uid,
+            gid,
+            pid,
+            kind = AuditedSvid::X509.text(),
+            spiffe_id = svid.spiffe_id.as_str(),
+            serial,
+            expires = moment(svid.not_after),
+            selectors = selectors(entry),
+            run = self.run.name.as_str(),
+            seq = self.run.next(),
+            "{what}"
+        );
+    }
+
+    fn write_jwt(&self, what: &'static str, svid: &JwtSvid, entry: &Entry, whom: AuditedCaller) {
+        let sha256 = digest(&SHA256, svid.token.as_bytes());
+        let AuditedProcess { caller, uid, gid, pid } = whom.process;
+        tracing::info!(
+            target: AUDIT,
+            %caller,
+            uid,
+            gid,
+            pid,
+            kind = AuditedSvid::Jwt.text(),
+            spiffe_id = svid.spiffe_id.as_str(),
+            kid = taint::kid(&svid.token),
+            iat = seconds(svid.issued_at),
+            exp = seconds(svid.expires_at),
+            token_sha256 = hex(sha256.as_ref().get(..8).unwrap_or_default()),
+            selectors = selectors(entry),
+            run = self.run.name.as_str(),
+            seq = self.run.next(),
+            "{what}"
+        );
     }
 }
 
@@ -477,19 +617,8 @@ struct CountTold {
     times: NonZeroU64,
     by: Option<AuditedProcess>,
     until: Option<SystemTime>,
-    /// Since the first of them.
-    elapsed: Duration,
-}
-
-fn write_count(what: &'static str, caller: CallerKey, kind: AuditedSvid, id: &SpiffeId, told: CountTold) {
-    let CountTold { times, by, until, elapsed } = told;
-    let (kind, spiffe_id) = (kind.text(), id.as_str());
-    let (uid, gid, pid) = (by.map(|by| by.uid), by.map(|by| by.gid), by.map(|by| by.pid));
-    let since = Clock::SYSTEM.now().checked_sub(elapsed).and_then(moment);
-    let expires = until.and_then(moment);
-    tracing::info!(
-        target: AUDIT, %caller, uid, gid, pid, kind, spiffe_id, times, since, expires, "{what}"
-    );
+    /// When the first of them was.
+    since: SystemTime,
 }
 
 /// How often, where it is more than this once.
@@ -502,53 +631,18 @@ fn selectors(entry: &Entry) -> String {
     texts.join(" ")
 }
 
-fn write_x509(what: &'static str, svid: &X509Svid, entry: &Entry, whom: Option<AuditedCaller>) {
-    let leaf = svid.chain.first().and_then(|der| X509Certificate::from_der(der).ok());
-    let serial = leaf.map(|(_, leaf)| hex(leaf.raw_serial()));
-    let by = whom.map(|whom| whom.process);
-    let caller = by.map(|by| display(by.caller));
-    let (uid, gid, pid) = (by.map(|by| by.uid), by.map(|by| by.gid), by.map(|by| by.pid));
-    tracing::info!(
-        target: AUDIT,
-        caller,
-        uid,
-        gid,
-        pid,
-        kind = AuditedSvid::X509.text(),
-        spiffe_id = svid.spiffe_id.as_str(),
-        serial,
-        expires = moment(svid.not_after),
-        selectors = selectors(entry),
-        "{what}"
-    );
-}
-
-fn write_jwt(what: &'static str, svid: &JwtSvid, entry: &Entry, whom: AuditedCaller) {
-    let sha256 = digest(&SHA256, svid.token.as_bytes());
-    let AuditedProcess { caller, uid, gid, pid } = whom.process;
-    tracing::info!(
-        target: AUDIT,
-        %caller,
-        uid,
-        gid,
-        pid,
-        kind = AuditedSvid::Jwt.text(),
-        spiffe_id = svid.spiffe_id.as_str(),
-        kid = taint::kid(&svid.token),
-        iat = seconds(svid.issued_at),
-        exp = seconds(svid.expires_at),
-        token_sha256 = hex(sha256.as_ref().get(..8).unwrap_or_default()),
-        selectors = selectors(entry),
-        "{what}"
-    );
-}
-
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn seconds(at: SystemTime) -> u64 {
     at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// As exactly as the time of a line.
+fn exact_moment(at: SystemTime) -> Option<String> {
+    let at = OffsetDateTime::from(at);
+    at.replace_nanosecond(at.microsecond() * 1000).ok()?.format(&Rfc3339).ok()
 }
 
 fn moment(at: SystemTime) -> Option<String> {

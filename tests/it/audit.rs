@@ -139,7 +139,7 @@ async fn who_had_an_identity_is_one_command() {
     let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
     let (_, command) = readme.split_once("\ndurward audit who spiffe://").unwrap();
     let (command, _) = command.split_once("jsonl*\n").unwrap();
-    let first = lines(&dir.path().join("audit.jsonl.1")).remove(0);
+    let first = lines(&dir.path().join("audit.jsonl.1")).remove(1);
     let given = first["iat"].as_i64().unwrap();
     let day = |seconds: i64| time::OffsetDateTime::from_unix_timestamp(seconds).unwrap().date().to_string();
     let who = |from: &str, to: &str, pipe: &str| -> Vec<Value> {
@@ -298,7 +298,7 @@ async fn what_is_lost_of_the_audit_is_a_warning() {
     let told =
         log.lines().filter_map(|line| line.split_once("audit: lines were lost")?.1.split_once("lost="));
     let lost: u64 = told.map(|(_, count)| count.parse::<u64>().unwrap()).sum();
-    assert_eq!(lost, 6, "each token is made and given: {log}");
+    assert_eq!(lost, 7, "the audit begins, and each token is made and given: {log}");
     assert!(log.contains("audit.socket_path: nobody takes the lines of the audit"), "from the start: {log}");
     let validate = std::process::Command::new(env!("CARGO_BIN_EXE_durward"))
         .args(["validate", "--config"])
@@ -381,4 +381,227 @@ async fn refusals_say_which_identity_and_which_connection() {
         };
         assert_eq!((&line["reason"], &line["spiffe_id"]), (&reason.into(), &identity), "{line}");
     }
+}
+
+/// Where the lines of the audit go in a test.
+#[derive(Clone, Copy, Debug)]
+enum AuditPlace {
+    File,
+    Socket,
+    LogText,
+    LogJson,
+}
+
+/// A process that asks again and again is one holder for each SVID, however soon it asks: wherever the lines are.
+#[tokio::test]
+async fn a_process_is_one_holder_however_soon_it_asks_again() {
+    for place in [AuditPlace::File, AuditPlace::Socket, AuditPlace::LogText, AuditPlace::LogJson] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit");
+        let settings = match place {
+            AuditPlace::File => format!("audit {{ file = \"{}\" }}\n", path.display()),
+            AuditPlace::Socket => format!("audit {{ socket_path = \"{}\" }}\n", path.display()),
+            AuditPlace::LogText | AuditPlace::LogJson => String::new(),
+        };
+        write_config(dir.path(), &(entry("/one", "") + &settings));
+        if matches!(place, AuditPlace::LogJson) {
+            let config = dir.path().join("agent.conf");
+            let text = fs::read_to_string(&config).unwrap();
+            fs::write(&config, text.replace("log_level =", "log_format = \"json\"\n  log_level =")).unwrap();
+        }
+        let socket = matches!(place, AuditPlace::Socket).then(|| UnixDatagram::bind(&path).unwrap());
+        let mut agent = Process::spawn(dir.path());
+        let mut client = agent.serving(dir.path()).await;
+        for _ in 0..201 {
+            client.fetch_jwtsvid(request(jwt("a"))).await.unwrap();
+            let stream = client.fetch_x509svid(request(pb::X509svidRequest {})).await.unwrap();
+            stream.into_inner().message().await.unwrap().unwrap();
+        }
+        end(&mut agent);
+        if let Some(socket) = socket {
+            socket.set_nonblocking(true).unwrap();
+            let mut taken = Vec::new();
+            let mut datagram = [0; 4096];
+            while let Ok(len) = socket.recv(&mut datagram) {
+                taken.extend_from_slice(&datagram[..len]);
+                taken.push(b'\n');
+            }
+            fs::write(dir.path().join("log"), taken).unwrap();
+        }
+        let lines = if matches!(place, AuditPlace::File) { path } else { dir.path().join("log") };
+        let text = fs::read_to_string(&lines).unwrap();
+        let again =
+            |kind: &str| text.lines().any(|line| line.contains("svid given again") && line.contains(kind));
+        assert!(again("x509") && again("jwt"), "{place:?}: {text}");
+        let who = std::process::Command::new(env!("CARGO_BIN_EXE_durward"))
+            .args(["audit", "who", "spiffe://example.org/one", "--output", "json"])
+            .arg(&lines)
+            .output()
+            .unwrap();
+        let said = String::from_utf8(who.stdout).unwrap();
+        let said: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let kinds: std::collections::BTreeSet<&str> =
+            said.iter().filter_map(|holder| holder["kind"].as_str()).collect();
+        assert_eq!(
+            (said.len(), kinds.len(), who.status.code()),
+            (3, 2, Some(0)),
+            "{place:?}: {said:#?} {text}"
+        );
+    }
+}
+
+/// Lines that are not there are noticed by their numbers, and how far back SVIDs may have been given by what the agent says.
+#[tokio::test]
+async fn missing_files_and_the_time_before_the_lines_are_noticed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("audit.jsonl");
+    let audit = format!("audit {{ file = \"{}\" }}\n", path.display());
+    write_config(dir.path(), &(entry("/one", "jwt_svid_ttl = \"5m\"\n  x509_svid_ttl = \"2h\"\n") + &audit));
+    let mut agent = Process::spawn(dir.path());
+    let mut client = agent.serving(dir.path()).await;
+    let mut parts = Vec::new();
+    for (n, audience) in ["a", "b", "c"].into_iter().enumerate() {
+        client.fetch_jwtsvid(request(jwt(audience))).await.unwrap();
+        // As logrotate does.
+        let moved = dir.path().join(format!("audit.jsonl.{n}"));
+        let told = std::time::Instant::now();
+        while !fs::read_to_string(&path).is_ok_and(|text| text.contains("svid given")) {
+            assert!(told.elapsed() < PATIENCE);
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+        fs::rename(&path, &moved).unwrap();
+        agent.signal(Signal::SIGUSR2);
+        while !path.exists() {
+            assert!(told.elapsed() < PATIENCE);
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+        parts.push(moved);
+    }
+    end(&mut agent);
+    let begins = &lines(&parts[0])[0];
+    assert_eq!(
+        (&begins["message"], &begins["longest_ttl"]),
+        (&"audit begins".into(), &7200.into()),
+        "{begins}"
+    );
+    let numbers: Vec<Vec<u64>> = parts
+        .iter()
+        .map(|part| lines(part).iter().map(|line| line["seq"].as_u64().unwrap()).collect())
+        .collect();
+    assert_eq!(numbers.concat(), (1..=7).collect::<Vec<u64>>(), "each token is made and given");
+    let run = begins["run"].as_str().unwrap();
+    let gone = format!("lines 4 to 5 of run {run} are missing, written between ");
+    let first = format!("lines 1 to 3 of run {run} are missing, written before ");
+    let [zero, one, two] = [&parts[0], &parts[1], &parts[2]];
+    for (files, code, warning) in [
+        (vec![zero, one, two], 0, None),
+        (vec![two, zero, one], 0, None),
+        (vec![zero, one, one, two, zero], 0, None),
+        (vec![zero, two], 6, Some(&gone)),
+        (vec![two, zero], 6, Some(&gone)),
+        (vec![one, two], 6, Some(&first)),
+    ] {
+        let who = std::process::Command::new(env!("CARGO_BIN_EXE_durward"))
+            .args(["audit", "who", "spiffe://example.org/one", "--output", "json"])
+            .args(&files)
+            .output()
+            .unwrap();
+        let said = String::from_utf8(who.stdout).unwrap();
+        let conclusion: Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+        let warned: Vec<&str> = conclusion["warnings"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|warning| warning.as_str().unwrap())
+            .collect();
+        assert_eq!(
+            (who.status.code(), warned.len()),
+            (Some(code), warning.iter().count()),
+            "{files:?} {said}"
+        );
+        assert!(warning.is_none_or(|want| warned[0].starts_with(want)), "{files:?} {said}");
+        assert_eq!(
+            conclusion["read"]["lines"],
+            files
+                .iter()
+                .collect::<std::collections::BTreeSet<_>>()
+                .iter()
+                .map(|file| lines(file).len())
+                .sum::<usize>(),
+            "each line counts once"
+        );
+    }
+}
+
+/// A time is only said to be known when all SVIDs that may have been valid then were given in the lines.
+#[test]
+fn the_lines_must_reach_back_as_far_as_svids_are_valid() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("audit.jsonl");
+    let line = |at: &str, message: &str, more: &str| {
+        format!(r#"{{"timestamp":"2026-11-28T{at}:00Z","message":"{message}"{more}}}"#)
+    };
+    // Somebody else's token of five minutes, and what the agent says.
+    let token = r#","caller":"uid:5","uid":5,"gid":5,"pid":5,"kind":"jwt","spiffe_id":"spiffe://td/other","kid":"a","exp":1795860300"#;
+    let said = |ttl: &str| line("10:00", "audit begins", &format!(r#"{ttl},"run":"1a2b3c4d","seq":1"#));
+    let tail = line("23:00", "connection refused", r#","caller":"uid:5","reason":"blocked""#);
+    let assumed = "(no line says for how long they may be valid, and up to 1h0m0s is assumed).";
+    for (case, begin, from, warning) in [
+        ("nothing said, and an hour later", String::new(), "11:00", None),
+        ("nothing said, and sooner", String::new(), "10:30", Some(assumed)),
+        ("five minutes are said, and later", said(r#","longest_ttl":300"#), "10:06", None),
+        (
+            "five minutes are said, and sooner",
+            said(r#","longest_ttl":300"#),
+            "10:04",
+            Some("(they are valid for up to 5m0s)."),
+        ),
+        ("ten hours are said, and later", said(r#","longest_ttl":36000"#), "20:00", None),
+        (
+            "ten hours are said, and sooner",
+            said(r#","longest_ttl":36000"#),
+            "19:00",
+            Some("(they are valid for up to 10h0m0s)."),
+        ),
+        ("a server decides, and an hour later", said(""), "11:00", None),
+        ("a server decides, and sooner", said(""), "10:30", Some(assumed)),
+    ] {
+        let text = [begin, line("10:00", "svid given", token), tail.clone()].join("\n");
+        fs::write(&path, text).unwrap();
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_durward"));
+        command.args(["audit", "who", "spiffe://td/web", "--from", &format!("2026-11-28 {from}")]);
+        let got = command.args(["--to", "2026-11-28 23:00"]).arg(&path).output().unwrap();
+        let warned = String::from_utf8_lossy(&got.stderr).split_whitespace().collect::<Vec<_>>().join(" ");
+        assert_eq!(got.status.code(), Some(if warning.is_some() { 6 } else { 0 }), "{case}: {warned}");
+        assert!(warning.map_or(warned.is_empty(), |want| warned.ends_with(want)), "{case}: {warned}");
+    }
+}
+
+/// Of a compressed file that has no end, what can be read is used.
+#[test]
+fn a_compressed_file_without_its_end_is_read_with_a_warning() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("audit.jsonl");
+    let svid =
+        r#""caller":"uid:4000000007","uid":4000000007,"gid":8,"kind":"x509","spiffe_id":"spiffe://td/web""#;
+    let line = |n: u32| {
+        format!(
+            r#"{{"timestamp":"2026-11-28T10:00:{:02}Z","message":"svid given",{svid},"pid":{n},"serial":"{n:x}","expires":"2026-11-28T11:00:00Z"}}"#,
+            n % 60
+        )
+    };
+    fs::write(&path, (0..5000).map(|n| line(n) + "\n").collect::<String>()).unwrap();
+    assert!(std::process::Command::new("gzip").arg(&path).status().unwrap().success());
+    let path = dir.path().join("audit.jsonl.gz");
+    let whole = fs::read(&path).unwrap();
+    fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+    let who = std::process::Command::new(env!("CARGO_BIN_EXE_durward"))
+        .args(["audit", "who", "spiffe://td/web", "--output", "json"])
+        .arg(&path)
+        .output()
+        .unwrap();
+    let said = String::from_utf8(who.stdout).unwrap();
+    let found = said.lines().count() - 1;
+    assert!((100..5000).contains(&found) && who.status.code() == Some(6), "{found} {:?}", who.status);
+    assert!(said.lines().last().unwrap().contains("gzip could not unpack all of it"), "{said}");
 }

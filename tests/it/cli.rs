@@ -1103,7 +1103,8 @@ fn quickstart_serves_until_it_is_told_to_end() {
         assert!(got.status.success(), "{more}: {}", text(&got.stderr));
 
         let second = durward(&["quickstart", "--dir"]).arg(&dir).output().unwrap();
-        assert!(text(&second.stderr).starts_with("an agent serves at "), "{}", text(&second.stderr));
+        let there = format!("an agent (process {}) serves at ", child.id());
+        assert!(text(&second.stderr).starts_with(&there), "{}", text(&second.stderr));
         assert_eq!(second.status.code(), Some(1));
 
         let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());

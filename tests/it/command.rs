@@ -191,6 +191,30 @@ fn a_file_that_was_named_and_is_not_there_is_named() {
     }
 }
 
+/// A misspelt issuer hides neither what is wrong in its block nor what is wrong with places.
+#[test]
+fn a_wrong_issuer_hides_no_other_mistake() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, at) = (dir.path().join("agent.conf"), dir.path().display());
+    let text = format!(
+        "agent {{\n  trust_domain = \"example.org\"\n  data_dir = \"{at}/data\"\n  socket_path = \"{at}/data/api.sock\"\n}}\n\
+         plugins {{ WorkloadAttestor \"unix\" {{ plugin_data {{ }} }} }}\nissuer \"embeded\" {{\n  ca_ttl = \"59s\"\n}}\n"
+    );
+    fs::write(&path, text).unwrap();
+    for command in ["validate", "run"] {
+        let (code, _, err) = said(&durward(&[command, "--config", path.to_str().unwrap()], &[]));
+        let mistakes = [
+            "agent.conf:4:3: agent.socket_path ",
+            "agent.conf:7:8: issuer \"embeded\": unknown issuer: must be \"embedded\"",
+            "agent.conf:8:3: issuer \"embeded\".ca_ttl \"59s\": must be from 1m to 87600h",
+        ];
+        assert_eq!(code, Some(1), "{command}: {err}");
+        for mistake in mistakes {
+            assert!(err.contains(mistake), "{command}: {mistake} in {err}");
+        }
+    }
+}
+
 /// With where it is set, and with every other mistake, whoever asks.
 #[test]
 fn a_file_for_lines_that_cannot_be_opened_is_named_once_and_where_it_is_set() {

@@ -734,7 +734,12 @@ fn mistakes_in_entries_say_what_would_be_right() {
             "dns_names = [\"-a\"]",
             "2:14: E.dns_names \"-a\": no part of a DNS name begins or ends with a dash",
         ),
-        ("dns twice", "", "dns_names = [\"a\", \"a\"]", "2:19: E.dns_names \"a\": is listed twice"),
+        (
+            "dns twice",
+            "",
+            "dns_names = [\"a\", \"a\"]",
+            "2:19: E.dns_names \"a\": is listed twice: remove one",
+        ),
         ("many names", "", &many, "2:1: E.dns_names [ .. ]: must be at most 64 names, and are 65"),
         (
             "own",
@@ -793,7 +798,7 @@ fn selectors_that_nobody_attests_are_refused() {
                 "\"k8s:ns:a\": no attestor makes this selector: add WorkloadAttestor \"k8s\" { plugin_data { } } to plugins",
             ),
         ),
-        ("\"unix:uid:1\", \"unix:uid:1\"", Some("\"unix:uid:1\": is listed twice")),
+        ("\"unix:uid:1\", \"unix:uid:1\"", Some("\"unix:uid:1\": is listed twice: remove one")),
         (
             "\"unix:path:/x\"",
             Some(
@@ -835,7 +840,7 @@ fn entries_are_told_apart_by_their_selectors() {
             "selectors = [\"unix:uid:1\", \"unix:gid:1\"] hint = \"a\"",
             "selectors = [\"unix:gid:1\", \"unix:uid:1\"] hint = \"b\"",
             Some(
-                "/base/entries.d/b.conf:1:7: entry \"spiffe://example.org/web\": repeats an entry with the same selectors, which is at agent.conf:3:7",
+                "/base/entries.d/b.conf:1:7: entry \"spiffe://example.org/web\": repeats an entry with the same selectors, which is at agent.conf:3:7: remove one of them",
             ),
         ),
         (

@@ -694,7 +694,8 @@ fn a_refused_health_check_is_no_dead_agent() {
     let mut agent = Agent::start("");
     assert_eq!(check(&agent), (Some(0), "Agent is healthy.\n".to_owned()));
     let uid = geteuid();
-    let blocked = "Agent is up, and its configuration blocks this user: `durward explain` shows where.\n";
+    let blocked = "Agent is up, and its configuration blocks this user. Root sees which limit it is\n\
+                   with `durward explain --pid PID`, of any process of this user.\n";
     let for_now = "Agent is up, and refuses this user for now: `durward limits` shows why.\n";
     for (refusal, said) in [
         ("gate { override \"uid:UID\" { block = true } }", blocked),

@@ -462,6 +462,11 @@ fn mistakes_say_what_would_be_right() {
             "33: ratelimit.identity.override \"spiffe://other.example/a\": \"spiffe://other.example/a\" matches nothing: the trust domain is example.org",
         ),
         (
+            "all of another trust domain",
+            "identity { override \"spiffe://other.example/**\" { block = true } }",
+            "33: ratelimit.identity.override \"spiffe://other.example/**\": \"spiffe://other.example/**\" matches nothing: the trust domain is example.org",
+        ),
+        (
             "all match",
             "identity { override \"spiffe://example.org/**\" { block = true } }",
             "33: ratelimit.identity.override \"spiffe://example.org/**\": \"spiffe://example.org/**\" is not a pattern of SPIFFE IDs: it matches every identity: set the default or the method in its place",

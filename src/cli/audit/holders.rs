@@ -7,13 +7,16 @@ use std::{
 
 use nix::unistd::{Uid, User};
 use serde_json::{Value, json};
-use time::{OffsetDateTime, UtcOffset, macros::format_description};
+use time::{Duration, OffsetDateTime, UtcOffset, macros::format_description};
 
 use super::line::AuditLine;
 use crate::{cli::terminal::clean, store::audit::message};
 
 /// Holders that are kept at a time; further ones are told apart from these.
 const MOST_HELD: usize = 100_000;
+/// `svid given again` may begin as much before the line about the first time: older agents wrote whole seconds, and a line has
+/// its time a moment after it was given.
+const ROUNDED: Duration = Duration::SECOND;
 /// Lines that are known again, when another file has them too.
 const MOST_KNOWN: usize = 1_000_000;
 
@@ -57,10 +60,15 @@ impl TimesGiven {
         self.is_again &= more.is_again;
     }
 
+    /// Whether `other`, which was given again, was given for the first time in what is known here.
+    fn has_first_of(&self, other: &Self) -> bool {
+        self.since.checked_sub(ROUNDED).unwrap_or(self.since) <= other.since
+    }
+
     /// Whether all of `other` lies within this.
     fn spans(&self, other: &Self) -> bool {
         let lasts = self.until.is_none_or(|end| other.until.is_some_and(|until| until <= end));
-        self.since <= other.since && lasts
+        self.has_first_of(other) && lasts
     }
 }
 
@@ -136,7 +144,15 @@ impl Holders {
                 let lookup = || User::from_uid(Uid::from_raw(u32::try_from(uid).ok()?)).ok().flatten();
                 self.names.entry(uid).or_insert_with(|| lookup().map(|user| user.name)).clone()
             });
-            found.push(Holder { receiver: receiver.clone(), svid: svid.clone(), given: *given, user });
+            let has_first =
+                !given.is_again || first.get(receiver).is_some_and(|first| first.has_first_of(given));
+            found.push(Holder {
+                receiver: receiver.clone(),
+                svid: svid.clone(),
+                given: *given,
+                has_first,
+                user,
+            });
         }
         found.sort_by_key(|holder| holder.given.since);
         found
@@ -149,6 +165,8 @@ pub(super) struct Holder {
     receiver: Receiver,
     svid: SvidName,
     given: TimesGiven,
+    /// Whether a line tells when it was given something for the first time.
+    has_first: bool,
     /// Whose UID it is on this machine now.
     user: Option<String>,
 }
@@ -158,6 +176,7 @@ impl Holder {
         let Receiver { caller, uid, pid, kind, .. } = &self.receiver;
         let text = |of: &Option<String>| of.as_deref().map(clean).unwrap_or_default();
         let TimesGiven { since, at, until, times, is_again } = self.given;
+        let has_first = self.has_first;
         let until = until.map_or_else(|| "an unknown end".to_owned(), shown);
         let user = self.user.as_deref().map(|name| format!(" ({})", clean(name))).unwrap_or_default();
         let process = match (pid, uid) {
@@ -172,12 +191,12 @@ impl Holder {
             _ if kind.as_deref() == Some("x509") => "X.509-SVID".to_owned(),
             _ => "JWT-SVID".to_owned(),
         };
-        let many = match (times, is_again) {
-            (1, false) => String::new(),
-            (times, false) => format!("\n  given {times} times, the last by {}", shown(at)),
-            (times, true) => {
-                format!("\n  given {times} times, the last by {}, and before that in no line", shown(at))
-            }
+        let before = if has_first { "" } else { ", and before that in no line" };
+        let many = if times == 1 && !is_again {
+            String::new()
+        } else {
+            let times = if times == 1 { "once".to_owned() } else { format!("{times} times") };
+            format!("\n  given {times}, the last by {}{before}", shown(at))
         };
         format!("{} to {until}\n  {process}caller {}\n  {name}{many}\n", shown(since), text(caller))
     }

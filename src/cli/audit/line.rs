@@ -48,8 +48,9 @@ impl AuditLine {
         {
             rest = message;
         }
-        let begin =
-            ["caller=", "kind=", "times=", "lost="].iter().filter_map(|key| rest.find(&format!(" {key}")));
+        let begin = ["caller=", "kind=", "times=", "lost=", "longest_ttl=", "run="]
+            .iter()
+            .filter_map(|key| rest.find(&format!(" {key}")));
         let (message, mut rest) = rest.split_at(begin.min().unwrap_or(rest.len()));
         let mut fields = Map::new();
         while let Some((key, value)) = rest.trim_start().split_once('=') {
@@ -62,6 +63,11 @@ impl AuditLine {
 
     pub(super) fn text(&self, key: &str) -> Option<&str> {
         self.fields.get(key).and_then(Value::as_str)
+    }
+
+    #[cfg(test)]
+    pub(super) fn set(&mut self, key: &str, value: usize) {
+        self.fields.insert(key.to_owned(), value.into());
     }
 
     /// A number of JSON, or one in a line of text.

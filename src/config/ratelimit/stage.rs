@@ -58,12 +58,14 @@ impl Context<'_> {
     }
 
     pub(super) fn id_pattern(&self, text: &str) -> Result<IdPattern, PatternError> {
-        let pattern = IdPattern::parse(text)?;
-        match self.trust_domain {
-            Some(ours) if pattern.trust_domain() != ours => {
+        // First: what is wrong with the rest of it may not be so in another trust domain.
+        let named = text.strip_prefix("spiffe://").and_then(|rest| rest.split_once('/'));
+        let named = named.and_then(|(name, _path)| TrustDomain::parse(name).ok());
+        match (self.trust_domain, named) {
+            (Some(ours), Some(theirs)) if *ours != theirs => {
                 Err(PatternError::Foreign { pattern: text.into(), trust_domain: ours.clone() })
             }
-            _ => Ok(pattern),
+            _ => IdPattern::parse(text),
         }
     }
 
