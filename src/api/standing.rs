@@ -194,7 +194,7 @@ impl AgentStanding {
             ),
             // The server has answered since the probe looked: callers are served.
             None if self.health.get() == Probe::Starting => {
-                self.health.kept_out().or_else(|| self.health.ungiven()).unwrap_or_default()
+                self.health.ungiven().map(|why| why.said).unwrap_or_default()
             }
             None => {
                 let otherwise = || "callers cannot be served or told apart: see the log".to_owned();
