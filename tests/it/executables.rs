@@ -277,7 +277,8 @@ async fn an_unreadable_executable_is_no_line_for_each_call() {
         return;
     }
     let entries = [(UNREADABLE, format!(", \"unix:sha256:{}\"", "0".repeat(64))), (OTHER, String::new())];
-    for (case, capabilities, lines) in [("it may trace", "-all,+sys_ptrace", 0), ("it may not", "-all", 1)] {
+    // At the start, of the setting and of the entry.
+    for (case, capabilities, lines) in [("it may trace", "-all,+sys_ptrace", 0), ("it may not", "-all", 2)] {
         let dir = tempfile::tempdir().unwrap();
         chown(dir.path(), Some(AGENT), Some(AGENT)).unwrap();
         let uid = AGENT.to_string();
