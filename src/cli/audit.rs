@@ -33,6 +33,8 @@ use numbers::Numbers;
 
 /// The longest line that is looked at; the rest of a longer one is passed over.
 const MOST_OF_A_LINE: u64 = 64 * 1024;
+/// Places where lines were lost that are told apart.
+const MOST_LOST: usize = 10_000;
 /// How long an X.509-SVID is valid by default, of a SPIRE Server too.
 const DEFAULT_TTL: Duration = Duration::hours(1);
 
@@ -92,7 +94,7 @@ pub(super) fn who(args: &AuditWhoArgs, terminal: &mut Terminal) -> Result<(), Fa
         if stdin.is_terminal() {
             return Err(AuditReadError::NoLines.into());
         }
-        search.read(&mut stdin.lock(), terminal, AuditReadError::Stdin)?;
+        search.read(&mut stdin.lock(), "what is piped in", terminal, AuditReadError::Stdin)?;
     }
     for path in &args.files {
         search.read_file(path, terminal)?;
@@ -149,7 +151,7 @@ struct Search<'a> {
     held: usize,
     in_parts: bool,
     /// Lines that the agent lost, and what it counted without an identity.
-    lost: u64,
+    lost: Vec<LostLines>,
     uncounted: u64,
     /// Lines of the audit.
     seen: u64,
@@ -157,8 +159,19 @@ struct Search<'a> {
     span: Option<(OffsetDateTime, OffsetDateTime)>,
     life: LongestLife,
     numbers: Numbers,
-    /// Files of which only the beginning could be unpacked.
-    torn: Vec<PathBuf>,
+    /// What is wrong with files that were read, in words.
+    torn: Vec<String>,
+    /// When the line that was read last was written.
+    before: Option<OffsetDateTime>,
+}
+
+/// Lines that the agent could not write.
+#[derive(Clone, Copy, Debug)]
+struct LostLines {
+    lost: u64,
+    /// Between the lines that were.
+    after: Option<OffsetDateTime>,
+    before: Option<OffsetDateTime>,
 }
 
 impl<'a> Search<'a> {
@@ -168,32 +181,35 @@ impl<'a> Search<'a> {
             holders: Holders::default(),
             held: 0,
             in_parts: false,
-            lost: 0,
+            lost: Vec::new(),
             uncounted: 0,
             seen: 0,
             span: None,
             life: LongestLife::default(),
             numbers: Numbers::default(),
             torn: Vec::new(),
+            before: None,
         }
     }
 
     fn read_file(&mut self, path: &Path, terminal: &mut Terminal) -> Result<(), Failure> {
         let wrong = |error| AuditReadError::File(path.to_owned(), error);
+        let name = clean(&path.display().to_string());
         let mut file = File::open(path).map_err(wrong)?;
         let mut begin = [0; 2];
         let read = file.read(&mut begin).map_err(wrong)?;
         file.rewind().map_err(wrong)?;
         if begin.get(..read) != Some(&[0x1f, 0x8b]) {
-            return self.read(&mut BufReader::new(file), terminal, wrong);
+            return self.read(&mut BufReader::new(file), &name, terminal, wrong);
         }
         let mut gzip = Unpacking::begin(file).map_err(wrong)?;
         if let Some(out) = gzip.0.stdout.take() {
-            self.read(&mut BufReader::new(out), terminal, wrong)?;
+            self.read(&mut BufReader::new(out), &name, terminal, wrong)?;
         }
         let unpacked = gzip.0.wait().map_err(wrong)?;
         if !unpacked.success() {
-            self.torn.push(path.to_owned());
+            self.torn
+                .push(format!("{name}: gzip could not unpack all of it, and who is in the rest is missing"));
         }
         Ok(())
     }
@@ -201,21 +217,37 @@ impl<'a> Search<'a> {
     fn read(
         &mut self,
         from: &mut impl BufRead,
+        name: &str,
         terminal: &mut Terminal,
         wrong: impl Fn(io::Error) -> AuditReadError,
     ) -> Result<(), Failure> {
-        let mut line = Vec::new();
+        let (mut line, mut has_any, mut is_empty) = (Vec::new(), false, true);
+        self.before = None;
         loop {
             line.clear();
             if from.by_ref().take(MOST_OF_A_LINE).read_until(b'\n', &mut line).map_err(&wrong)? == 0 {
                 self.numbers.end_file();
+                if !has_any && !is_empty {
+                    self.torn.push(format!("no line of the audit is in {name}"));
+                }
                 return Ok(());
             }
+            is_empty = false;
+            let text = String::from_utf8_lossy(&line);
             if !line.ends_with(b"\n") {
-                from.skip_until(b'\n').map_err(&wrong)?;
+                let goes_on = from.skip_until(b'\n').map_err(&wrong)? > 0;
+                let is_whole = || text.starts_with('{') && AuditLine::parse(&text).is_some();
+                // What of text is cut off cannot be told.
+                if !goes_on && (text.starts_with('{') || text.contains(" audit: ")) && !is_whole() {
+                    self.torn
+                        .push(format!("the last line of {name} is cut off, and what it told is missing"));
+                    continue;
+                }
             }
-            if let Some(line) = AuditLine::parse(&String::from_utf8_lossy(&line)) {
+            if let Some(line) = AuditLine::parse(&text) {
+                has_any = true;
                 self.take(&line, terminal)?;
+                self.before = line.at.or(self.before);
             }
         }
     }
@@ -235,7 +267,14 @@ impl<'a> Search<'a> {
             LINES_LOST => {
                 let lost = line.number("lost").unwrap_or(0);
                 self.numbers.lose(lost);
-                self.lost = self.lost.saturating_add(lost);
+                let is_full = self.lost.len() >= MOST_LOST;
+                match self.lost.last_mut().filter(|_| is_full) {
+                    Some(last) => {
+                        last.lost = last.lost.saturating_add(lost);
+                        (last.after, last.before) = (None, None);
+                    }
+                    None => self.lost.push(LostLines { lost, after: self.before, before: line.at }),
+                }
             }
             message::OF_FURTHER_CALLERS => {
                 self.uncounted = self.uncounted.saturating_add(line.times());
@@ -310,6 +349,20 @@ impl<'a> Search<'a> {
                     self.life.told(),
                 ));
             }
+            if let Some(to) = self.args.to.filter(|to| from.is_none() && *to < first) {
+                gaps.push(format!(
+                    "no line is of a time before {}: who was given an SVID before {} is missing",
+                    shown(first),
+                    shown(to)
+                ));
+            }
+            if let Some(from) = self.args.from.filter(|from| self.args.to.is_none() && *from > last) {
+                gaps.push(format!(
+                    "no line is of {} or later: who was given an SVID then is missing (the last is of {})",
+                    shown(from),
+                    shown(last)
+                ));
+            }
             if let Some(to) = self.args.to.filter(|to| *to > last) {
                 gaps.push(format!(
                     "no line is of {} to {}: who was given an SVID then may be missing",
@@ -321,14 +374,15 @@ impl<'a> Search<'a> {
         if let Some((first, _)) = self.span {
             gaps.extend(self.numbers.gaps(first, from, self.args.to));
         }
-        gaps.extend(self.torn.iter().map(|path| {
-            let path = clean(&path.display().to_string());
-            format!("{path}: gzip could not unpack all of it, and who is in the rest is missing")
-        }));
-        if self.lost > 0 {
+        gaps.extend(self.torn.iter().filter(|_| self.seen > 0).cloned());
+        let concerns = |of: &&LostLines| {
+            from.is_none_or(|from| of.before.is_none_or(|before| from < before))
+                && self.args.to.is_none_or(|to| of.after.is_none_or(|after| after < to))
+        };
+        let lost = self.lost.iter().filter(concerns).fold(0_u64, |sum, of| sum.saturating_add(of.lost));
+        if lost > 0 {
             gaps.push(format!(
-                "the agent could not write {} lines, which may be about others who held it",
-                self.lost
+                "the agent could not write {lost} lines, which may be about others who held it"
             ));
         }
         if self.uncounted > 0 {

@@ -55,9 +55,11 @@ pub mod message {
     /// For how long SVIDs may be valid: the first line of a run, and later ones.
     pub const AUDIT_BEGINS: &str = "audit begins";
     pub const AUDIT_GOES_ON: &str = "audit goes on";
+    /// The last line of a run that was not killed.
+    pub const AUDIT_ENDS: &str = "audit ends";
 
     /// All of them.
-    pub const ALL: [&str; 12] = [
+    pub const ALL: [&str; 13] = [
         SVID_MADE,
         SVID_GIVEN,
         SVID_GIVEN_AGAIN,
@@ -70,6 +72,7 @@ pub mod message {
         OF_FURTHER_CALLERS,
         AUDIT_BEGINS,
         AUDIT_GOES_ON,
+        AUDIT_ENDS,
     ];
 }
 
@@ -490,6 +493,8 @@ impl AuditTrail {
     /// Tells all that was counted: the agent ends.
     pub fn end(&self) {
         self.tell(Instant::now(), |_| true);
+        let run = self.run.name.as_str();
+        tracing::info!(target: AUDIT, run, seq = self.run.next(), "{}", message::AUDIT_ENDS);
     }
 
     fn tell(&self, now: Instant, is_due: impl Fn(&AuditCount) -> bool) {

@@ -228,7 +228,7 @@ beside pods-alone nodes/pods
 until_true 20 ready_beside pods-alone
 beside nothing
 # Before anybody has called.
-refused_at_start() { [[ $("$durward" status -socketPath "$dir/nothing-private/admin.sock") == *'not ready: nobody is served'* ]]; }
+refused_at_start() { [[ $("$durward" status -socketPath "$dir/nothing-private/admin.sock") == *'not ready: entry "spiffe://example.org/any" asks for k8s:ns:bank'* ]]; }
 until_true 20 refused_at_start
 ready_beside nothing >/dev/null 2>&1 && fail "an agent that can tell no pod is not ready"
 "$durward" explain -socketPath "$dir/pods-alone-private/admin.sock" -pid "$(pid_of bank ledger main)" >"$dir/said.txt" 2>&1 || true

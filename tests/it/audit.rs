@@ -298,7 +298,7 @@ async fn what_is_lost_of_the_audit_is_a_warning() {
     let told =
         log.lines().filter_map(|line| line.split_once("audit: lines were lost")?.1.split_once("lost="));
     let lost: u64 = told.map(|(_, count)| count.parse::<u64>().unwrap()).sum();
-    assert_eq!(lost, 7, "the audit begins, and each token is made and given: {log}");
+    assert_eq!(lost, 8, "the audit begins and ends, and each token is made and given: {log}");
     assert!(log.contains("audit.socket_path: nobody takes the lines of the audit"), "from the start: {log}");
     let validate = std::process::Command::new(env!("CARGO_BIN_EXE_durward"))
         .args(["validate", "--config"])

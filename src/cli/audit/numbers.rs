@@ -1,10 +1,11 @@
 //! The numbers of the lines that were read: where some of a run are missing, a file is, or lines of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use time::OffsetDateTime;
 
 use super::{holders::shown, line::AuditLine};
+use crate::{cli::terminal::clean, store::audit::message};
 
 /// Stretches that are told apart. Whole files are a few for each run.
 const MOST_STRETCHES: usize = 100_000;
@@ -41,6 +42,8 @@ pub(super) struct Numbers {
     /// Lines that the agent lost before it wrote the one with this number: they have been told.
     lost: BTreeMap<(String, u64), u64>,
     lost_before_next: u64,
+    /// Runs whose last line was read.
+    ended: BTreeSet<String>,
 }
 
 impl Numbers {
@@ -65,6 +68,9 @@ impl Numbers {
         if self.stretches >= MOST_STRETCHES {
             self.is_scattered = true;
             return;
+        }
+        if line.message == message::AUDIT_ENDS {
+            self.ended.insert(run.to_owned());
         }
         if !self.read.contains_key(run) {
             self.read.insert(run.to_owned(), BTreeMap::new());
@@ -105,6 +111,21 @@ impl Numbers {
         missing.retain(|missing| concerns(missing) && !self.is_told(missing));
         missing.sort_by_key(|missing| missing.before);
         let mut told: Vec<String> = missing.iter().take(MOST_TOLD).map(MissingLines::told).collect();
+        let mut cut = self.cut_off();
+        cut.retain(|(_, after, before)| {
+            from.is_none_or(|from| *before > from) && to.is_none_or(|to| *after < to)
+        });
+        told.extend(cut.iter().take(MOST_TOLD).map(|(run, after, before)| {
+            format!(
+                "run {} has no end: it was killed, or its last lines, written between {} and {}, are missing",
+                clean(run),
+                shown(*after),
+                shown(*before)
+            )
+        }));
+        if let Some(more) = cut.len().checked_sub(MOST_TOLD).filter(|more| *more > 0) {
+            told.push(format!("{more} more runs have no end"));
+        }
         if let Some(more) = missing.len().checked_sub(MOST_TOLD).filter(|more| *more > 0) {
             told.push(format!("lines are missing in {more} more places"));
         }
@@ -115,6 +136,26 @@ impl Numbers {
             );
         }
         told
+    }
+
+    /// Runs whose end is not there, though another run came behind them: between which times it was.
+    fn cut_off(&self) -> Vec<(&str, OffsetDateTime, OffsetDateTime)> {
+        let spans: Vec<_> = self
+            .read
+            .iter()
+            .filter_map(|(run, stretches)| {
+                let begins = stretches.values().map(|stretch| stretch.begins).min()?;
+                let ends = stretches.values().map(|stretch| stretch.ends).max()?;
+                Some((run.as_str(), begins, ends))
+            })
+            .collect();
+        let mut begins: Vec<_> = spans.iter().map(|(_, begins, _)| *begins).collect();
+        begins.sort_unstable();
+        let cut = spans.iter().filter(|(run, ..)| !self.ended.contains(*run)).filter_map(|(run, _, ends)| {
+            let next = begins.get(begins.partition_point(|begins| begins <= ends))?;
+            Some((*run, *ends, *next))
+        });
+        cut.collect()
     }
 
     fn missing(&self) -> Vec<MissingLines<'_>> {
@@ -156,7 +197,7 @@ impl Numbers {
 impl MissingLines<'_> {
     fn told(&self) -> String {
         let Self { run, first, last, after, before } = self;
-        let run = crate::cli::terminal::clean(run);
+        let run = clean(run);
         let lines = match (first == last, after) {
             (true, _) => format!("line {first} of run {run} is missing"),
             (false, _) => format!("lines {first} to {last} of run {run} are missing"),
@@ -233,7 +274,12 @@ mod tests {
                 "the beginning of another run",
                 vec![("a", 1, 1), ("b", 3, 5), ("a", 2, 2)],
                 (None, None),
-                vec![told("lines 1 to 2 of run b are", "10:02", "10:05")],
+                vec![
+                    told("lines 1 to 2 of run b are", "10:02", "10:05"),
+                    "run a has no end: it was killed, or its last lines, written between 2026-11-23T10:02:00Z and \
+                     2026-11-23T10:05:00Z, are missing"
+                        .to_owned(),
+                ],
             ),
         ] {
             let mut numbers = Numbers::default();
@@ -247,6 +293,36 @@ mod tests {
                 want,
                 "{case}"
             );
+        }
+    }
+
+    #[test]
+    fn a_run_without_an_end_is_told_where_another_follows() {
+        for (case, ends, lines, span, is_told) in [
+            ("the last run", false, vec![("a", 1, 1), ("a", 2, 2)], (None, None), false),
+            ("another follows", false, vec![("a", 1, 1), ("a", 2, 2), ("b", 1, 5)], (None, None), true),
+            ("before it", false, vec![("a", 1, 1), ("a", 2, 2), ("b", 1, 5)], (None, Some(2)), false),
+            ("after it", false, vec![("a", 1, 1), ("a", 2, 2), ("b", 1, 5)], (Some(5), None), false),
+            ("within", false, vec![("a", 1, 1), ("a", 2, 2), ("b", 1, 5)], (Some(3), Some(4)), true),
+            ("it has an end", true, vec![("a", 1, 1), ("a", 2, 2), ("b", 1, 5)], (None, None), false),
+            ("two at once", false, vec![("a", 1, 1), ("b", 1, 2), ("a", 2, 3)], (None, None), false),
+        ] {
+            let mut numbers = Numbers::default();
+            for (run, seq, minute) in lines {
+                let mut line = line(run, seq, minute);
+                if ends && (run, seq) == ("a", 2) {
+                    line.message = message::AUDIT_ENDS.to_owned();
+                }
+                numbers.read(&line);
+            }
+            let at = |minute: Option<i64>| minute.map(|minute| BEGIN + Duration::minutes(minute));
+            let told = numbers.gaps(BEGIN, at(span.0), at(span.1));
+            assert_eq!(
+                told.iter().any(|told| told.starts_with("run a has no end")),
+                is_told,
+                "{case}: {told:?}"
+            );
+            assert_eq!(told.len(), usize::from(is_told), "{case}: {told:?}");
         }
     }
 
