@@ -29,7 +29,7 @@ use crate::{
     },
     os::{
         sentence::said,
-        trusted::{ClosedDir, PathError, Trust, TrustedDir},
+        trusted::{ClosedDir, PathError, Trust, TrustedDir, parent},
     },
     peer::socket::is_listed_at,
     telemetry::http::can_bind,
@@ -505,11 +505,6 @@ fn socket_place(dir: Result<TrustedDir, PathError>, path: &Path) -> Result<(), S
         ));
     }
     Ok(())
-}
-
-/// Where a name stands: the working directory, if the path says none.
-fn parent(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."))
 }
 
 /// What cannot be opened is said by whoever needs it: it may be made first, or not be asked for any more.

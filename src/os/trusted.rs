@@ -77,6 +77,11 @@ pub struct Route {
     pub closed: Vec<ClosedDir>,
 }
 
+/// The directory that `path` is in: that of a bare name is the working directory.
+pub fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."))
+}
+
 /// Whether an ACL may give more users access to what stands at `path` than its mode says. Unknown counts as one.
 pub fn may_have_acl(path: &Path) -> bool {
     let opened = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty());

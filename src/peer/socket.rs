@@ -41,7 +41,7 @@ use nix::{
 use crate::os::{
     lock,
     passing::{self, Passing},
-    trusted::{PathError, Trust, TrustedDir},
+    trusted::{PathError, Trust, TrustedDir, parent},
     umask,
 };
 
@@ -461,11 +461,6 @@ fn fitting(path: &Path) -> Result<&OsStr, BindError> {
         return Err(BindError::TooLong { path: path.to_owned() });
     }
     path.file_name().ok_or_else(|| BindError::NoName { path: path.to_owned() })
-}
-
-/// The directory of a path with a name at its end: the working directory, if it names none.
-fn parent(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."))
 }
 
 fn refused(path: &Path) -> impl FnOnce(PathError) -> BindError {

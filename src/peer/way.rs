@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::os::trusted::{ClosedDir, Trust, may_have_acl};
+use crate::os::trusted::{ClosedDir, Trust, may_have_acl, parent};
 
 /// What lets its owner through, and root, and perhaps a group.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,8 +40,7 @@ const WRITE: u32 = 0o002;
 /// What on the way to the socket at `path` does not let everybody through, from the last file system that was mounted on the
 /// way on. What has an ACL may, and is none of these. Asks the file system, which may wait.
 pub fn shut_on_the_way(path: &Path) -> Vec<Shut> {
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
-    let closed = Trust::anybody().route(dir).map(|way| way.closed).unwrap_or_default();
+    let closed = Trust::anybody().route(parent(path)).map(|way| way.closed).unwrap_or_default();
     let closed = closed.into_iter().filter(|dir| !dir.has_acl);
     let mut all: Vec<Shut> = closed
         .filter_map(|ClosedDir { path, uid, gid, mode, .. }| Shut::of(path, (uid, gid), mode, SEARCH))
