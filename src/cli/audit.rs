@@ -236,9 +236,12 @@ impl<'a> Search<'a> {
             let text = String::from_utf8_lossy(&line);
             if !line.ends_with(b"\n") {
                 let goes_on = from.skip_until(b'\n').map_err(&wrong)? > 0;
-                let is_whole = || text.starts_with('{') && AuditLine::parse(&text).is_some();
                 // What of text is cut off cannot be told.
-                if !goes_on && (text.starts_with('{') || text.contains(" audit: ")) && !is_whole() {
+                let is_whole = match text.starts_with('{') {
+                    true => AuditLine::parse(&text).is_some(),
+                    false => !text.contains(" audit: "),
+                };
+                if !goes_on && !is_whole {
                     self.torn
                         .push(format!("the last line of {name} is cut off, and what it told is missing"));
                     continue;
@@ -335,11 +338,11 @@ impl<'a> Search<'a> {
 
     /// Why somebody who held it may not have been found.
     fn gaps(&self) -> Vec<String> {
+        if self.seen == 0 {
+            return vec!["no line of the audit was found in what was read".to_owned()];
+        }
         let mut gaps = Vec::new();
         let from = self.args.from.map(|from| from.checked_sub(self.life.get()).unwrap_or(from));
-        if self.seen == 0 {
-            gaps.push("no line of the audit was found in what was read".to_owned());
-        }
         if let Some((first, last)) = self.span {
             if let Some(from) = from.filter(|from| *from < first) {
                 gaps.push(format!(
@@ -370,11 +373,9 @@ impl<'a> Search<'a> {
                     shown(to)
                 ));
             }
-        }
-        if let Some((first, _)) = self.span {
             gaps.extend(self.numbers.gaps(first, from, self.args.to));
         }
-        gaps.extend(self.torn.iter().filter(|_| self.seen > 0).cloned());
+        gaps.extend(self.torn.iter().cloned());
         let concerns = |of: &&LostLines| {
             from.is_none_or(|from| of.before.is_none_or(|before| from < before))
                 && self.args.to.is_none_or(|to| of.after.is_none_or(|after| after < to))
