@@ -19,25 +19,21 @@ use durward::{
         room::{Room, Short},
     },
     peer::{
-        AcceptGate, Arrival, ConnectionBounds, ConnectionEnd, ConnectionStats, Drained, KeyResolver,
-        Listener, Peer, Socket,
+        AcceptGate, Arrival, ConnectionBounds, ConnectionEnd, ConnectionStats, Drained, KeyResolver, Peer,
+        Socket,
         credentials::{Credentials, OsUid, Process},
         pod::PodPlace,
     },
 };
 use http::HeaderMap;
 use nix::sys::socket::{getsockopt, sockopt};
-use tokio::{
-    net::UnixStream,
-    sync::{oneshot, watch},
-    task::JoinHandle,
-};
+use tokio::{net::UnixStream, sync::oneshot, task::JoinHandle};
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
 use crate::{
     frames::{FETCH_JWT, HEADERS, PREFACE, SETTINGS, call_frames, frame, jwt_request},
-    listener::{Toy, client, get, guarded, until},
+    listener::{Toy, client, get, guarded, guarded_by_keys, until},
     support::{TestAgent, entry, request},
 };
 
@@ -114,13 +110,7 @@ impl Door {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
         let gate = Arc::new(gate);
-        let listener = Listener {
-            socket: Socket::bind(&path, 0o777).unwrap(),
-            bounds: watch::channel(bounds).1,
-            gate: Arc::clone(&gate),
-            keys: Arc::new(keys),
-            stats: Arc::default(),
-        };
+        let listener = guarded_by_keys(Socket::bind(&path, 0o777).unwrap(), Arc::clone(&gate), bounds, keys);
         let stats = Arc::clone(&listener.stats);
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(listener.serve(Toy::of, async { drop(stopped.await) }));
@@ -207,15 +197,10 @@ async fn who_comes_alone_does_not_stand_behind_a_whole_crowd() {
     const CROWD: usize = 300;
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("api.sock");
+    let keys = CrowdFirst { crowd: CROWD, came: AtomicUsize::new(0) };
     let socket = Socket::bind(&path, 0o777).unwrap();
-    let stats = Arc::<ConnectionStats>::default();
-    let listener = Listener {
-        socket,
-        bounds: watch::channel(ConnectionBounds::default()).1,
-        gate: Arc::new(Wide),
-        keys: Arc::new(CrowdFirst { crowd: CROWD, came: AtomicUsize::new(0) }),
-        stats: Arc::clone(&stats),
-    };
+    let listener = guarded_by_keys(socket, Arc::new(Wide), ConnectionBounds::default(), keys);
+    let stats = Arc::clone(&listener.stats);
     let begun = Arc::<Mutex<Vec<CallerKey>>>::default();
     let (stop, stopped) = oneshot::channel::<()>();
     let began = Arc::clone(&begun);

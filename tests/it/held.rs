@@ -23,7 +23,7 @@ use durward::{
     os::clock::Clock,
     peer::{
         AcceptGate, Arrival, ConnectionBounds, ConnectionEnd, ConnectionService, ConnectionStats, Drained,
-        Listener, OsUid, Peer, RequestBody, Socket, Unheard,
+        Peer, RequestBody, Socket, Unheard,
     },
     telemetry::registry::Registry,
 };
@@ -42,6 +42,7 @@ use crate::{
     frames::{
         END_HEADERS, END_STREAM, FETCH_JWT, HEADERS, PREFACE, SETTINGS, block, frame, jwt_request, settings,
     },
+    listener::guarded,
     support::TestAgent,
 };
 
@@ -207,13 +208,7 @@ impl Server {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
         let keeper = Arc::new(Keeper::new());
-        let listener = Listener {
-            socket: Socket::bind(&path, 0o777).unwrap(),
-            bounds: watch::channel(bounds).1,
-            gate: Arc::clone(&keeper),
-            keys: Arc::new(OsUid),
-            stats: Arc::default(),
-        };
+        let listener = guarded(Socket::bind(&path, 0o777).unwrap(), Arc::clone(&keeper), bounds);
         let stats = Arc::clone(&listener.stats);
         let ways = Arc::new(Ways {
             go: Semaphore::new(0),

@@ -27,7 +27,7 @@ use durward::{
     os::headroom::Headroom,
     peer::{
         AcceptGate, Arrival, BindError, ConnectionBounds, ConnectionEnd, ConnectionService, ConnectionStats,
-        Drained, Http2Error, Listener, OsUid, Peer, PeerGone, RequestBody, Socket,
+        Drained, Http2Error, KeyResolver, Listener, OsUid, Peer, PeerGone, RequestBody, Socket,
     },
 };
 use http_body_util::{BodyExt as _, Full};
@@ -643,13 +643,18 @@ pub(crate) fn guarded<G: AcceptGate>(
     gate: Arc<G>,
     bounds: ConnectionBounds,
 ) -> Listener<G, OsUid> {
-    Listener {
-        socket,
-        bounds: tokio::sync::watch::channel(bounds).1,
-        gate,
-        keys: Arc::new(OsUid),
-        stats: Arc::default(),
-    }
+    guarded_by_keys(socket, gate, bounds, OsUid)
+}
+
+/// The same, which charges whom these keys say.
+pub(crate) fn guarded_by_keys<G: AcceptGate, K: KeyResolver>(
+    socket: Socket,
+    gate: Arc<G>,
+    bounds: ConnectionBounds,
+    keys: K,
+) -> Listener<G, K> {
+    let (bounds, keys) = (tokio::sync::watch::channel(bounds).1, Arc::new(keys));
+    Listener { socket, bounds, gate, keys, stats: Arc::default() }
 }
 
 /// However little a cgroup has left, the door does not shut: everybody is accepted, some at a time.
