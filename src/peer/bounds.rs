@@ -8,6 +8,10 @@ use hyper_util::rt::TokioTimer;
 use super::{frames::FrameBudget, settings::ListenerSettings, spawner::Spawner, stats::ConnectionStats};
 use crate::limits::ConnectionSettings;
 
+/// Calls that a client opens before it has heard how many it may: what RFC 9113, section 6.5.2, recommends as the least, and
+/// where gRPC's clients begin.
+const UNHEARD_STREAMS: usize = 100;
+
 /// What bounds a connection: what the configuration says ([`ConnectionSettings`]), and beside it what was
 /// measured to bound a hostile peer's memory without slowing an honest one.
 ///
@@ -92,9 +96,10 @@ impl ConnectionBounds {
             max_header_list_size: header_bytes,
             max_send_buffer: 8 * 1024,
             header_table_size: 0,
-            // What comes for a call that was answered before all of it was there is such an error, and each of its streams may
-            // be that of a polite client.
-            max_local_error_resets: resets.max(usize::try_from(streams).unwrap_or(usize::MAX)),
+            // A polite client has so many: what comes for a call that was answered before all of it was there is such an
+            // error, on each of its streams; and so is each call above `streams` before it has heard of that bound.
+            max_local_error_resets: resets.max(usize::try_from(streams).unwrap_or(usize::MAX))
+                + UNHEARD_STREAMS,
             max_pending_resets: resets,
             keep_alive_interval: Duration::from_secs(30),
             keep_alive_timeout: Duration::from_secs(10),

@@ -223,10 +223,12 @@ impl Server {
         Self { _dir: dir, path, keeper, ways, stats, stop, task }
     }
 
-    /// A client that was not written here, and what its connection holds.
+    /// A client that was not written here, and what its connection holds. As those of gRPC it begins no more than 100 calls
+    /// before it has heard how many it may.
     async fn client(&self) -> (h2::client::SendRequest<Bytes>, Held) {
         let stream = UnixStream::connect(&self.path).await.unwrap();
-        let (send, connection) = h2::client::handshake(stream).await.unwrap();
+        let (send, connection) =
+            h2::client::Builder::new().initial_max_send_streams(100).handshake(stream).await.unwrap();
         tokio::spawn(connection);
         let send = send.ready().await.unwrap();
         (send, self.keeper.last().await)

@@ -23,11 +23,12 @@ use std::{
 
 use bytes::Bytes;
 use durward::{
-    limits::{CallerKey, ConnectionRefusal},
+    limits::{CallerKey, ConnectionRefusal, ConnectionSettings},
     os::headroom::Headroom,
     peer::{
         AcceptGate, Arrival, BindError, ConnectionBounds, ConnectionEnd, ConnectionService, ConnectionStats,
-        Drained, Http2Error, KeyResolver, Listener, OsUid, Peer, PeerGone, RequestBody, Socket,
+        Drained, Http2Error, KeyResolver, Listener, ListenerSettings, OsUid, Peer, PeerGone, RequestBody,
+        Socket,
     },
 };
 use http_body_util::{BodyExt as _, Full};
@@ -38,6 +39,8 @@ use tokio::{
     sync::oneshot,
     task::JoinHandle,
 };
+
+use crate::frames::{self, Called};
 
 /// Answers by path: `/hang` never, `/stream` with one message and then nothing, `/big` with 64 KiB, all others with
 /// the path and the caller.
@@ -348,6 +351,31 @@ async fn what_http2_refuses_is_counted() {
         drop(stream);
         server.drain().await;
     }
+}
+
+/// gRPC's clients open up to 100 calls before they have heard how many they may, and make those again that are refused.
+#[tokio::test]
+async fn a_client_that_has_not_heard_how_many_may_be_open_keeps_its_connection() {
+    let few = ConnectionSettings { streams: 4, ..ConnectionSettings::default() };
+    let server = Server::start(ConnectionBounds::new(&few, &ListenerSettings::default()));
+    let stream = |nth: u32| 1 + 2 * nth;
+    let calls = |path: &str, of: std::ops::Range<u32>| -> Vec<u8> {
+        let flags = frames::END_HEADERS | frames::END_STREAM;
+        of.flat_map(|nth| frames::frame(frames::HEADERS, flags, stream(nth), &frames::block(path))).collect()
+    };
+    let mut stream_of = StdStream::connect(&server.path).unwrap();
+    stream_of.write_all(&[PREFACE, SETTINGS, &calls("/hang", 0..100)].concat()).unwrap();
+    until("those above are refused", || server.stats.errors(Http2Error::Refused) == 96).await;
+    let end = |nth| frames::frame(frames::RST_STREAM, 0, stream(nth), &8_u32.to_be_bytes());
+    stream_of.write_all(&[end(0), calls("/x", 100..101)].concat()).unwrap();
+    let answered = move || frames::answer_on(stream(100), &mut stream_of);
+    assert_eq!(tokio::task::spawn_blocking(answered).await.unwrap(), Called::Answered);
+
+    let mut hostile = StdStream::connect(&server.path).unwrap();
+    let sent = hostile.write_all(&[PREFACE, SETTINGS, &calls("/hang", 0..400)].concat());
+    until("who goes on is sent away", || server.stats.errors(Http2Error::Calm) == 1).await;
+    drop((sent, hostile));
+    server.drain().await;
 }
 
 #[tokio::test(start_paused = true)]
