@@ -22,6 +22,7 @@ use crate::{
         unix::{Account, may_look_at_executables},
     },
     os::{
+        accounts::FilesStamp,
         clock::sleep_to_beat,
         namespace::{MappedAccounts, owns_its_mounts},
     },
@@ -223,7 +224,7 @@ impl Witnesses {
         let shut = way::shut_on_the_way(presence.path());
         let users = self.users_before(&shut);
         let mut book = groups.lock().unwrap_or_else(PoisonError::into_inner);
-        let memberships = book.look_up(&users, Instant::now() + ANSWERS_WITHIN);
+        let memberships = book.look_up(&users, FilesStamp::now(), Instant::now() + ANSWERS_WITHIN);
         drop(book);
         let way = SocketWay { shut, memberships };
         let left = self.way_in.look(way.clone());

@@ -14,7 +14,7 @@ use std::{
 use arc_swap::ArcSwap;
 
 use crate::{
-    os::accounts,
+    os::accounts::{self, FilesStamp},
     peer::{socket::Presence, way::Shut},
 };
 
@@ -109,29 +109,43 @@ impl Memberships {
 
 /// Users whose groups are looked up; of more nothing is known.
 const MOST_USERS: usize = 64;
-/// How long an answer is believed, and how long none.
+/// How long an answer is believed, and how long none, while the databases' own files are as they were.
 const BELIEVED: Duration = Duration::from_secs(60);
 
 /// Looks up the groups of users, and keeps the answers for a while.
 #[derive(Debug, Default)]
-pub(super) struct GroupBook(HashMap<u32, (Instant, Option<Vec<u32>>)>);
+pub(super) struct GroupBook {
+    files: Option<FilesStamp>,
+    answers: HashMap<u32, (Instant, Option<Vec<u32>>)>,
+}
 
 impl GroupBook {
-    /// The groups of these users, as far as the database says by `deadline`. Blocks this thread until then.
-    pub(super) fn look_up(&mut self, users: &BTreeSet<u32>, deadline: Instant) -> Memberships {
+    /// The groups of these users, as far as the databases, whose own files look like this, say by `deadline`. Blocks this thread
+    /// until then.
+    pub(super) fn look_up(
+        &mut self,
+        users: &BTreeSet<u32>,
+        files: FilesStamp,
+        deadline: Instant,
+    ) -> Memberships {
         let now = Instant::now();
         let asked: BTreeSet<u32> = users.iter().copied().take(MOST_USERS).collect();
-        self.0.retain(|uid, (at, _)| asked.contains(uid) && now.saturating_duration_since(*at) < BELIEVED);
+        let before = self.files.replace(files);
+        if before != self.files {
+            self.answers.clear();
+        }
+        self.answers
+            .retain(|uid, (at, _)| asked.contains(uid) && now.saturating_duration_since(*at) < BELIEVED);
         let mut answers = true;
         for uid in asked {
-            self.0.entry(uid).or_insert_with(|| {
+            self.answers.entry(uid).or_insert_with(|| {
                 let said = accounts::by(deadline, move || accounts::groups_of(uid)).filter(|_| answers);
                 answers = said.is_some();
                 // Who does not exist is in no group.
                 (now, said.and_then(Result::ok).map(Option::unwrap_or_default))
             });
         }
-        Memberships(self.0.iter().map(|(uid, (_, groups))| (*uid, groups.clone())).collect())
+        Memberships(self.answers.iter().map(|(uid, (_, groups))| (*uid, groups.clone())).collect())
     }
 }
 
@@ -190,10 +204,32 @@ mod tests {
     fn no_more_users_are_looked_up_than_a_few() {
         let users: BTreeSet<u32> = (0..1000).collect();
         let mut book = GroupBook::default();
-        let memberships = book.look_up(&users, Instant::now() + Duration::from_secs(60));
+        let files = || FilesStamp::of(&[]);
+        let (late, soon) = (Instant::now() + Duration::from_secs(60), Instant::now());
+        let memberships = book.look_up(&users, files(), late);
         assert_eq!((memberships.0.len(), memberships.has(0, 0)), (MOST_USERS, Some(true)));
-        let none = book.look_up(&users, Instant::now());
+        let none = book.look_up(&users, files(), soon);
         assert_eq!(none.has(0, 0), Some(true), "it is kept");
-        assert_eq!(GroupBook::default().look_up(&users, Instant::now()).has(0, 0), None, "it hangs");
+        assert_eq!(GroupBook::default().look_up(&users, files(), soon).has(0, 0), None, "it hangs");
+    }
+
+    #[test]
+    fn groups_are_looked_up_again_when_the_files_change() {
+        let (late, soon) = (Instant::now() + Duration::from_secs(60), Instant::now());
+        let (root, mut book) = (BTreeSet::from([0]), GroupBook::default());
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("group");
+        for (case, text, deadline, want) in [
+            ("no answer, and no file", None, soon, None),
+            ("the same", None, late, None),
+            ("there is one", Some("root:x:0:"), late, Some(true)),
+            ("the same", None, soon, Some(true)),
+            ("it is another", Some("root:x:0:bob"), soon, None),
+        ] {
+            if let Some(text) = text {
+                std::fs::write(&path, text).unwrap();
+            }
+            assert_eq!(book.look_up(&root, FilesStamp::of(&[&path]), deadline).has(0, 0), want, "{case}");
+        }
     }
 }
