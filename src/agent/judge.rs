@@ -258,10 +258,12 @@ impl Witnesses {
         let own_user = geteuid().as_raw();
         // Each time: a namespace may be given its map after it was made, which is once.
         let mapped = MappedAccounts::own();
+        let all_are_strangers =
+            around.has_strangers && self.attestor.has_met_strangers() && !self.audit.has_given();
         let apart = match around.of_own_container {
-            false => Apart::Nobody,
-            true if self.attestor.has_met_strangers() && !self.audit.has_given() => Apart::Everybody,
+            _ if all_are_strangers => Apart::Everybody,
             true => Apart::OtherPods,
+            false => Apart::Nobody,
         };
         let facts = Facts {
             way: seen.left.clone(),
