@@ -17,6 +17,7 @@ pub mod namespace;
 pub mod outq;
 pub mod own_connection;
 pub mod passing;
+pub mod peer_groups;
 pub mod pidfd;
 pub mod program;
 pub mod random;

@@ -1,11 +1,11 @@
 //! How the listener asks the limits' gate, and the descriptors and memory it has to divide.
 
-use std::{path::Path, sync::Arc};
+use std::{os::fd::BorrowedFd, path::Path, sync::Arc, time::Instant};
 
 use ::http::HeaderMap;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use super::way_in::WayIn;
+use super::way_in::{Came, WayIn};
 use crate::{
     api::status,
     config::Config,
@@ -13,8 +13,8 @@ use crate::{
         self, ConnectionPermit, ConnectionRefusal, GatePlan, LimitSettings, gate_plan::NoRoomError,
         holding::Holding, room::Room,
     },
-    os::{cgroup, headroom::Headroom},
-    peer::{AcceptGate, Arrival},
+    os::{cgroup, headroom::Headroom, peer_groups::peer_groups},
+    peer::{AcceptGate, Arrival, credentials::Credentials},
     store::{audit::AuditTrail, audited::AuditedProcess},
     telemetry::{health::HealthState, http},
 };
@@ -32,6 +32,19 @@ pub(super) struct AuditedGate {
     pub(super) way_in: Arc<WayIn>,
 }
 
+/// A place at the gate.
+#[derive(Debug)]
+pub(super) struct PlaceAtGate {
+    permit: ConnectionPermit,
+    _came: Option<Came>,
+}
+
+impl From<ConnectionPermit> for PlaceAtGate {
+    fn from(permit: ConnectionPermit) -> Self {
+        Self { permit, _came: None }
+    }
+}
+
 impl AuditedGate {
     fn refused(&self, arrival: &Arrival, why: ConnectionRefusal) {
         self.audit.not_let_in(AuditedProcess::arrived(arrival), why);
@@ -39,20 +52,29 @@ impl AuditedGate {
 }
 
 impl AcceptGate for AuditedGate {
-    type Permit = ConnectionPermit;
+    type Permit = PlaceAtGate;
 
-    fn admit_connection(&self, arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {
-        self.way_in.came(arrival.credentials().uid.as_raw());
-        self.gate.open(arrival.caller()).inspect_err(|why| self.refused(arrival, *why))
+    fn admit_connection(&self, arrival: &Arrival) -> Result<PlaceAtGate, ConnectionRefusal> {
+        let opened = self.gate.open(arrival.caller());
+        opened.map(PlaceAtGate::from).inspect_err(|why| self.refused(arrival, *why))
     }
 
-    fn admit_or_wait(&self, arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {
-        self.way_in.came(arrival.credentials().uid.as_raw());
-        self.gate.open_or_wait(arrival.caller()).inspect_err(|why| {
+    fn admit_or_wait(&self, arrival: &Arrival) -> Result<PlaceAtGate, ConnectionRefusal> {
+        self.gate.open_or_wait(arrival.caller()).map(PlaceAtGate::from).inspect_err(|why| {
             if !why.is_soft() {
                 self.refused(arrival, *why);
             }
         })
+    }
+
+    fn begins(&self, place: &mut PlaceAtGate, arrival: &Arrival, socket: BorrowedFd<'_>) {
+        let Credentials { uid, gid, .. } = arrival.credentials();
+        let groups = || {
+            let mut groups = peer_groups(&socket)?;
+            groups.push(gid.as_raw());
+            Some(groups)
+        };
+        place._came = self.way_in.came(uid.as_raw(), groups, Instant::now());
     }
 
     fn room(&self) -> Option<Arc<Room>> {
@@ -69,8 +91,8 @@ impl AcceptGate for AuditedGate {
         self.health.identifies_nobody().then(status::unidentified)
     }
 
-    fn holding(permit: &ConnectionPermit) -> Arc<Holding> {
-        Arc::clone(permit.holding())
+    fn holding(place: &PlaceAtGate) -> Arc<Holding> {
+        Arc::clone(place.permit.holding())
     }
 
     fn headroom(&self) -> Option<Headroom> {

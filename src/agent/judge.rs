@@ -22,10 +22,14 @@ use crate::{
         unix::{Account, may_look_at_executables},
     },
     os::{
+        accounts::FilesStamp,
         clock::sleep_to_beat,
         namespace::{MappedAccounts, owns_its_mounts},
     },
-    peer::{socket::Presence, way},
+    peer::{
+        socket::Presence,
+        way::{self, Mark},
+    },
     store::{Store, audit::AuditTrail},
     telemetry::health::{HealthState, Lost, Probe, Ungiven},
 };
@@ -62,7 +66,7 @@ struct Sighting {
     is_hidden: bool,
     /// All that is shut.
     way: SocketWay,
-    /// What of that is left, where there is no other way.
+    /// What of that keeps out those whom nobody has seen come in spite of it.
     left: SocketWay,
 }
 
@@ -223,10 +227,12 @@ impl Witnesses {
         let shut = way::shut_on_the_way(presence.path());
         let users = self.users_before(&shut);
         let mut book = groups.lock().unwrap_or_else(PoisonError::into_inner);
-        let memberships = book.look_up(&users, Instant::now() + ANSWERS_WITHIN);
+        let memberships = book.look_up(&users, FilesStamp::now(), Instant::now() + ANSWERS_WITHIN);
         drop(book);
+        // Last, so that what is opened and shut again while it is looked at shows at the next look.
+        let marks = shut.iter().map(|shut| Mark::of(&shut.path)).collect();
         let way = SocketWay { shut, memberships };
-        let left = self.way_in.look(way.clone());
+        let left = self.way_in.look(way.clone(), marks, Instant::now());
         Sighting { is_there, is_hidden, way, left }
     }
 
@@ -250,11 +256,14 @@ impl Witnesses {
         let snapshot = self.store.snapshot();
         let (entries, questions) = (snapshot.index.entries(), &*snapshot.questions);
         let own_user = geteuid().as_raw();
+        // Each time: a namespace may be given its map after it was made, which is once.
         let mapped = MappedAccounts::own();
+        let all_are_strangers =
+            around.has_strangers && self.attestor.has_met_strangers() && !self.audit.has_given();
         let apart = match around.of_own_container {
-            false => Apart::Nobody,
-            true if self.attestor.has_met_strangers() && !self.audit.has_given() => Apart::Everybody,
+            _ if all_are_strangers => Apart::Everybody,
             true => Apart::OtherPods,
+            false => Apart::Nobody,
         };
         let facts = Facts {
             way: seen.left.clone(),

@@ -126,6 +126,8 @@ pub(super) struct Surroundings {
 pub(super) struct Around {
     /// The processes of other users are hidden.
     pub(super) hides_others: bool,
+    /// Processes outside of the agent's PID namespace have no PID here.
+    pub(super) has_strangers: bool,
     /// The PID namespace is that of the agent's own container, in a pod.
     pub(super) of_own_container: bool,
     /// All of it in words.
@@ -156,6 +158,7 @@ impl Surroundings {
                 (true, _) => {}
             }
             around.hides_others |= matches!(lack, Obstacle::HiddenProcesses(_));
+            around.has_strangers |= matches!(lack, Obstacle::PidNamespace | Obstacle::PidNamespaceOfPod);
             around.of_own_container |= matches!(lack, Obstacle::PidNamespaceOfPod);
             around.in_spite_of.extend((!is_for_all).then(|| lack.to_string()));
         }

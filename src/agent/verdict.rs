@@ -267,8 +267,8 @@ impl KeptEntries {
                 "its pod needs hostPID: true",
             ),
             Cause::Strangers => (
-                ", but all who called so far have no PID in the PID namespace of the agent's container",
-                "its pod needs hostPID: true",
+                ", but all who called so far have no PID in the PID namespace of the agent",
+                "run the agent in the host's (hostPID: true in its pod, --pid=host in its container)",
             ),
             Cause::Outage(nth) => {
                 let why = facts.outages.get(nth).map(|(_, why)| why.to_string()).unwrap_or_default();

@@ -137,13 +137,13 @@ fn owners_alone(socket: &AgentSocket) -> String {
     let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
     format!(
         "The admin socket is only for root and the agent's own user:\n  {}",
-        with_sudo(words, socket, &asked_of(), &of_root())
+        typed_by_root(words, socket, &asked_of(), &of_root())
     )
 }
 
 /// This command, whose words are these, as it is to be typed by an administrator: with what sudo would change, which is the
 /// environment and the process that started it.
-fn with_sudo(mut words: Vec<String>, socket: &AgentSocket, shell: &str, program: &str) -> String {
+fn typed_by_root(mut words: Vec<String>, socket: &AgentSocket, shell: &str, program: &str) -> String {
     let has = |words: &[String], names: &[&str]| {
         words.iter().any(|word| {
             let name = word.trim_start_matches('-').split('=').next().unwrap_or_default();
@@ -405,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_for_sudo_is_whole() {
+    fn a_command_for_root_is_whole() {
         for (words, path, want) in [
             ("status", ADMIN_DEFAULT, "sudo durward status"),
             ("status", "/x y/admin.sock", "sudo durward status --socket-path '/x y/admin.sock'"),
@@ -416,7 +416,7 @@ mod tests {
         ] {
             let socket = AgentSocket { at: AgentAddress::Unix(path.into()), chosen: Chosen::AdminDefault };
             let words = words.split(' ').map(str::to_owned).collect();
-            let told = with_sudo(words, &socket, "7", "durward");
+            let told = typed_by_root(words, &socket, "7", "durward");
             let bare = want.strip_prefix("sudo ").unwrap();
             assert!(told == want || told == format!("{bare}    # as root"), "{told}");
         }

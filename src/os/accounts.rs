@@ -6,7 +6,9 @@
 
 use std::{
     ffi::{CStr, CString},
+    fs,
     mem::MaybeUninit,
+    os::unix::fs::MetadataExt as _,
     path::Path,
     ptr,
     sync::{
@@ -27,6 +29,9 @@ pub const PASSWD: &str = "/etc/passwd";
 /// The node's own groups.
 pub const GROUP: &str = "/etc/group";
 
+/// The databases' own files, which show when they change.
+const FILES: [&str; 3] = [PASSWD, GROUP, "/etc/nsswitch.conf"];
+
 /// A longer name is nobody's: no system has a larger LOGIN_NAME_MAX.
 const MAX_NAME_LEN: usize = 256;
 
@@ -36,6 +41,34 @@ const MOST_ROOM: usize = 1 << 20;
 
 /// So many lookups wait for the thread at most.
 const QUEUE: usize = 8;
+
+/// How the databases' own files look: device, inode, size, and times of change and modification of each, `None` where there is
+/// none. Another database, as a directory server's, does not show in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FilesStamp(Vec<Option<[i128; 5]>>);
+
+impl FilesStamp {
+    /// As they look now.
+    pub fn now() -> Self {
+        Self::of(&FILES.map(Path::new))
+    }
+
+    /// The same of these files.
+    pub fn of(files: &[&Path]) -> Self {
+        let stamp = |path: &&Path| {
+            let meta = fs::metadata(path).ok()?;
+            let time = |seconds: i64, nanos: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
+            Some([
+                meta.dev().into(),
+                meta.ino().into(),
+                meta.len().into(),
+                time(meta.ctime(), meta.ctime_nsec()),
+                time(meta.mtime(), meta.mtime_nsec()),
+            ])
+        };
+        Self(files.iter().map(stamp).collect())
+    }
+}
 
 /// The name of a user or of a group. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

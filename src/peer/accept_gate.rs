@@ -1,6 +1,6 @@
 //! What the listener asks whoever knows the limits.
 
-use std::sync::Arc;
+use std::{os::fd::BorrowedFd, sync::Arc};
 
 use http::HeaderMap;
 
@@ -29,6 +29,9 @@ pub trait AcceptGate: Send + Sync + 'static {
     fn admit_or_wait(&self, arrival: &Arrival) -> Result<Self::Permit, ConnectionRefusal> {
         self.admit_connection(arrival)
     }
+
+    /// One is let in that connected by this socket: its connection begins. By default nothing more is asked.
+    fn begins(&self, _permit: &mut Self::Permit, _arrival: &Arrival, _socket: BorrowedFd<'_>) {}
 
     /// Whether there is room: those who wait are asked for again when it returns. By default they wait for their time.
     fn room(&self) -> Option<Arc<Room>> {

@@ -1,6 +1,11 @@
 //! What happens at the door: who is taken, who waits, who is turned away.
 
-use std::{io, os::unix::net::UnixStream as StdStream, sync::Arc, time::Duration};
+use std::{
+    io,
+    os::{fd::AsFd as _, unix::net::UnixStream as StdStream},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{sync::watch, task::JoinSet, time::Instant};
 
@@ -319,11 +324,12 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
     }
 
     fn begin(&mut self, one: AtEntrance<G::Permit>, goes_in: GoesIn, now: Instant) -> Result<(), NotTaken> {
-        let AtEntrance { arrival, stream, permit, since } = one;
+        let AtEntrance { arrival, stream, mut permit, since } = one;
         if since != now && stream.is_deserted() {
             self.count_left();
             return Ok(());
         }
+        self.gate.begins(&mut permit, &arrival, stream.as_fd());
         let by_user = self.gate.goes_by_user();
         let peer = if by_user { Ok(arrival.let_in_by_user(&stream)) } else { arrival.let_in(&stream) };
         let peer = match peer {

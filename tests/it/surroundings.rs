@@ -254,7 +254,7 @@ async fn an_agent_in_a_pod_without_the_nodes_processes_is_not_ready() {
     // Nothing speaks against its callers being in the same container, until one was not.
     let of_user = entry("/web", "");
     let both = format!("{of_pod}{of_user}");
-    for (case, words, entries, want, told) in [
+    for (case, prefix, entries, want, told) in [
         ("in a pod", in_pod.clone(), of_pod, false, true),
         ("in a pod, with a user's entry", in_pod.clone(), &of_user, true, true),
         ("in a pod, with both", in_pod.clone(), &both, true, true),
@@ -266,13 +266,13 @@ async fn an_agent_in_a_pod_without_the_nodes_processes_is_not_ready() {
         let config = fs::read_to_string(dir.path().join("agent.conf")).unwrap();
         let config = config.replace("plugins {", &format!("plugins {{\n{k8s}"));
         fs::write(dir.path().join("agent.conf"), config).unwrap();
-        let mut agent = Process::spawn_by(&words, dir.path());
+        let mut agent = Process::spawn_by(&prefix, dir.path());
         drop(agent.serving(dir.path()).await);
         until(dir.path(), if want { "HTTP/1.1 200" } else { "callers in other pods" }).await;
         let log = fs::read_to_string(dir.path().join("log")).unwrap();
         assert_eq!(log.contains("its pod needs hostPID: true"), told, "{case}: {log}");
         assert_eq!(log.contains("nobody can be served"), !want, "{case}: {log}");
-        if want && told {
+        if want && prefix.ends_with(&words) {
             let said = fetch_as(geteuid().as_raw(), dir.path());
             assert!(said.contains("another PID namespace"), "{case}: {said}");
             until(dir.path(), "callers are in another PID namespace").await;
@@ -808,7 +808,9 @@ async fn a_way_to_the_socket_that_opens_makes_a_ready_agent() {
         chmod(&shut, if from_the_start { 0o700 } else { 0o755 });
         let mut agent = Process::spawn_by(&[], &dir);
         drop(agent.serving(&dir).await);
-        chmod(&shut, 0o700);
+        if !from_the_start {
+            chmod(&shut, 0o700);
+        }
         until(&dir, "shut to other users").await;
         if mends {
             chmod(&shut, 0o711);
@@ -818,15 +820,24 @@ async fn a_way_to_the_socket_that_opens_makes_a_ready_agent() {
             fs::create_dir(&way_in).unwrap();
             let run = "mount --bind \"$1\" \"$2\" && exec setpriv --reuid \"$3\" --regid \"$3\" --clear-groups \"$4\" \
                        api fetch jwt --audience a --socket-path \"$2/api.sock\"";
-            let mut fetch = Command::new("unshare");
-            fetch.args(["--mount", "--propagation", "private", "sh", "-c", run, "sh"]);
-            fetch.args([&dir, &way_in]).args([&USER.to_string(), env!("CARGO_BIN_EXE_durward")]);
-            let fetched = fetch.output().unwrap();
+            let fetch = || {
+                let mut fetch = Command::new("unshare");
+                fetch.args(["--mount", "--propagation", "private", "sh", "-c", run, "sh"]);
+                fetch.args([&dir, &way_in]).args([&USER.to_string(), env!("CARGO_BIN_EXE_durward")]);
+                fetch.output().unwrap()
+            };
+            let fetched = fetch();
             if String::from_utf8_lossy(&fetched.stderr).contains("unshare failed") {
                 return;
             }
             let said = String::from_utf8_lossy(&fetched.stdout).into_owned();
             assert!(said.contains("spiffe://example.org/web"), "{fetched:?}");
+            // Who comes within a second after it was seen that it is shut may have come before.
+            let began = std::time::Instant::now();
+            while !from_the_start && !ask(&dir).starts_with("HTTP/1.1 200") {
+                assert!(began.elapsed() < PATIENCE, "{}", ask(&dir));
+                fetch();
+            }
         }
         until(&dir, "HTTP/1.1 200").await;
         logged(&dir, "those whom entries ask for can be served again").await;
@@ -844,6 +855,64 @@ async fn a_way_to_the_socket_that_opens_makes_a_ready_agent() {
             assert!(ask(&dir).starts_with("HTTP/1.1 200"));
         }
     }
+}
+
+/// Whoever came while it was open for a moment, between two looks, shows no other way.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_way_that_was_open_for_a_moment_is_no_other_way() {
+    if !geteuid().is_root() {
+        return;
+    }
+    let base = tempfile::tempdir().unwrap();
+    let (shut, dir) = (base.path().join("shut"), base.path().join("shut/dir"));
+    fs::create_dir_all(&dir).unwrap();
+    let chmod = |at: &Path, mode| fs::set_permissions(at, fs::Permissions::from_mode(mode)).unwrap();
+    chmod(base.path(), 0o755);
+    prepare(&dir, &format!("entry \"spiffe://example.org/web\" {{ selectors = [\"unix:uid:{USER}\"] }}\n"));
+    chmod(&shut, 0o700);
+    let mut agent = Process::spawn_by(&[], &dir);
+    drop(agent.serving(&dir).await);
+    until(&dir, "shut to other users").await;
+    chmod(&shut, 0o755);
+    let fetched = fetch_as(USER, &dir);
+    chmod(&shut, 0o700);
+    assert!(fetched.contains("spiffe://example.org/web"), "{fetched}");
+    // The next look finds the socket gone, and the one after it there.
+    let (at, aside) = (dir.join("api.sock"), dir.join("aside"));
+    fs::rename(&at, &aside).unwrap();
+    until(&dir, "the socket of the workload api is gone").await;
+    fs::rename(&aside, &at).unwrap();
+    until(&dir, "shut to other users").await;
+}
+
+/// Whoever came by a group that the user database does not put it in shows a way for its own user.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_comes_by_a_group_comes_for_its_user_alone() {
+    if !geteuid().is_root() {
+        return;
+    }
+    let (group, other) = (USER + 7, USER + 1);
+    let base = tempfile::tempdir().unwrap();
+    let (shut, dir) = (base.path().join("shut"), base.path().join("shut/dir"));
+    fs::create_dir_all(&dir).unwrap();
+    fs::set_permissions(base.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let entry =
+        |uid| format!("entry \"spiffe://example.org/of{uid}\" {{ selectors = [\"unix:uid:{uid}\"] }}\n");
+    prepare(&dir, &(entry(USER) + &entry(other)));
+    chown(&shut, Some(0), Some(group)).unwrap();
+    fs::set_permissions(&shut, fs::Permissions::from_mode(0o750)).unwrap();
+    let mut agent = Process::spawn_by(&[], &dir);
+    drop(agent.serving(&dir).await);
+    until(&dir, "shut to other users").await;
+    let mut fetch = Command::new("setpriv");
+    fetch.args(["--reuid", &USER.to_string(), "--regid", &USER.to_string(), "--groups", &group.to_string()]);
+    fetch.args([env!("CARGO_BIN_EXE_durward"), "api", "fetch", "jwt", "--audience", "a", "--socket-path"]);
+    let fetched = fetch.arg(dir.join("api.sock")).output().unwrap();
+    assert!(String::from_utf8_lossy(&fetched.stdout).contains(&format!("of{USER}")), "{fetched:?}");
+    until(&dir, "HTTP/1.1 200").await;
+    let said = status(&shut.join("private/admin.sock"));
+    assert!(said.contains(&format!("asks for unix:uid:{other}, but no such process can reach")), "{said}");
+    assert!(!said.contains(&format!("asks for unix:uid:{USER}, but")), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

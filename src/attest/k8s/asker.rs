@@ -33,7 +33,7 @@ use super::{
 use crate::{
     attest::attestors::{News, Outage},
     limits::{AttestationSlot, Attestations, Slots},
-    telemetry::{chain, registry::Registry},
+    telemetry::{chain, registry::Registry, trouble::Trouble},
 };
 
 /// How long an answer is good for callers that come after it was asked for. What may change of a container that runs (its pod's
@@ -49,8 +49,6 @@ const WAITERS: Option<NonZeroU32> = NonZeroU32::new(1024);
 const WAITERS_OF_POD: Option<NonZeroU32> = NonZeroU32::new(64);
 /// Stack of the thread, in bytes.
 const STACK: usize = 1024 * 1024;
-/// The time between two lines about the same trouble.
-const SAID_EVERY: Duration = Duration::from_secs(60);
 
 /// What one service is asked.
 pub(super) trait ServiceQuestion: 'static {
@@ -427,7 +425,7 @@ impl<Q: ServiceQuestion> Asking<Q> {
         let runtime = runtime
             .map_err(|error| tracing::error!(%error, thread = Q::THREAD, "the thread has no runtime"))
             .ok();
-        let (mut pace, mut complaint) = (RequestPace::new(Q::RHYTHM), ServiceTrouble::default());
+        let (mut pace, mut trouble) = (RequestPace::new(Q::RHYTHM), Trouble::default());
         let mut client: Option<(Arc<KubernetesPlace>, KubernetesClient)> = None;
         while let Some(AskerTask { place, key }) = self.next(&pace) {
             let known = client.take().filter(|(known, _)| Arc::ptr_eq(known, &place));
@@ -438,7 +436,7 @@ impl<Q: ServiceQuestion> Asking<Q> {
             let Some(key) = key else {
                 // At once, so that an admin hears of it before a caller does.
                 let failed =
-                    client.prepare().err().map(|fault| (complaint.note::<Q>(&fault), Arc::new(fault)));
+                    client.prepare().err().map(|fault| (told::<Q>(&mut trouble, &fault), Arc::new(fault)));
                 self.end_round(&place, |wishes| {
                     if let Some(failed) = failed {
                         wishes.tried(asked, Err(failed));
@@ -459,10 +457,15 @@ impl<Q: ServiceQuestion> Asking<Q> {
             let said = said.map_err(Arc::new);
             let came = match &said {
                 Ok(answer) => {
-                    complaint.is_over::<Q>(Q::count(answer));
+                    let (count, thread) = (Q::count(answer), Q::THREAD);
+                    if trouble.ends() {
+                        tracing::info!(count, thread, "the service answers again");
+                    } else {
+                        tracing::debug!(count, thread, "the service answered");
+                    }
                     Ok(())
                 }
-                Err(fault) => Err((complaint.note::<Q>(fault), Arc::clone(fault))),
+                Err(fault) => Err((told::<Q>(&mut trouble, fault), Arc::clone(fault))),
             };
             self.end_round(&place, |wishes| {
                 wishes.tried(asked, came);
@@ -524,35 +527,14 @@ impl<Q: ServiceQuestion> Asking<Q> {
     }
 }
 
-/// What the log says of requests that fail.
-#[derive(Default)]
-struct ServiceTrouble {
-    said: Option<(StdInstant, String)>,
-}
-
-impl ServiceTrouble {
-    /// Says it, and not again each time. Returns what is wrong, in one line.
-    fn note<Q: ServiceQuestion>(&mut self, fault: &KubernetesFault) -> String {
-        let (error, now) = (chain(fault), StdInstant::now());
-        let known = self
-            .said
-            .as_ref()
-            .is_some_and(|(at, said)| *said == error && now.duration_since(*at) < SAID_EVERY);
-        let whole = format!("{}: {error}", Q::TROUBLE);
-        if !known {
-            tracing::warn!(error, "{}", Q::TROUBLE);
-            self.said = Some((now, error));
-        }
-        whole
+/// What is wrong, in one line; the log says it when it is due.
+fn told<Q: ServiceQuestion>(trouble: &mut Trouble, fault: &KubernetesFault) -> String {
+    let error = chain(fault);
+    let whole = format!("{}: {error}", Q::TROUBLE);
+    if trouble.is_due(&error, Instant::now()) {
+        tracing::warn!(error, "{}", Q::TROUBLE);
     }
-
-    fn is_over<Q: ServiceQuestion>(&mut self, count: usize) {
-        if self.said.take().is_some() {
-            tracing::info!(count, thread = Q::THREAD, "the service answers again");
-        } else {
-            tracing::debug!(count, thread = Q::THREAD, "the service answered");
-        }
-    }
+    whole
 }
 
 #[cfg(test)]

@@ -16,9 +16,8 @@ mod table;
 
 use std::{
     collections::BTreeSet,
-    fs::{self, File},
+    fs::File,
     io::Read as _,
-    os::unix::fs::MetadataExt as _,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
     time::Instant,
@@ -32,7 +31,7 @@ use self::table::{NameNews, NameTable, NameTask, NameTrouble, OwnFiles};
 use crate::{
     attest::attestors::News,
     limits::pace::Pace,
-    os::accounts::{AccountName, GROUP, PASSWD},
+    os::accounts::{AccountName, FilesStamp, GROUP, PASSWD},
 };
 
 /// Threads that look up, those that hang included. One of them is kept for names in the node's own files.
@@ -40,9 +39,6 @@ const WORKERS: usize = 3;
 
 /// How much of a file of the database is read, in bytes, to see which names stand there.
 const MAX_FILE: u64 = 8 << 20;
-
-/// The files of the database: a change of one is seen within seconds.
-const FILES: [&str; 3] = [PASSWD, GROUP, "/etc/nsswitch.conf"];
 
 /// A database of users and groups.
 pub(super) trait Database: Send + Sync + 'static {
@@ -91,9 +87,6 @@ impl OwnAccounts {
     }
 }
 
-/// Device, inode, size, and times of change and modification of each file; `None` where there is none.
-pub(super) type FilesStamp = Vec<Option<[i128; 5]>>;
-
 /// The database of this node.
 struct NodeDatabase;
 
@@ -103,18 +96,7 @@ impl Database for NodeDatabase {
     }
 
     fn stamp(&self) -> FilesStamp {
-        let stamp = |path| {
-            let meta = fs::metadata(path).ok()?;
-            let time = |seconds: i64, nanos: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
-            Some([
-                meta.dev().into(),
-                meta.ino().into(),
-                meta.len().into(),
-                time(meta.ctime(), meta.ctime_nsec()),
-                time(meta.mtime(), meta.mtime_nsec()),
-            ])
-        };
-        FILES.into_iter().map(stamp).collect()
+        FilesStamp::now()
     }
 
     fn own_accounts(&self) -> OwnAccounts {
@@ -357,7 +339,7 @@ pub(super) mod tests {
         }
 
         fn stamp(&self) -> FilesStamp {
-            Vec::new()
+            FilesStamp::of(&[])
         }
 
         fn own_accounts(&self) -> OwnAccounts {
