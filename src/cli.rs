@@ -239,7 +239,11 @@ impl Failure {
     /// What a person can do about it, where that is known.
     fn advice(&self) -> Option<String> {
         match self {
-            Self::Call(err) | Self::Validate(err) => err.advice(),
+            Self::Call(err) | Self::Validate(err) => {
+                let quickstart = err.is_nobody_at_the_default().then(quickstart::way_to_it).flatten();
+                let advice = err.advice().into_iter().chain(quickstart).collect::<Vec<_>>();
+                (!advice.is_empty()).then(|| advice.join("\n"))
+            }
             Self::Unhealthy(healthcheck::Unhealthy::Status(_)) => {
                 Some("`durward status` tells its user and root why.".to_owned())
             }

@@ -29,7 +29,7 @@ use tokio::{
 
 use self::{embedded::EmbeddedSettings, server::ServerSettings};
 pub use self::{
-    files::{FileFault, check_data_dir, check_supplied_secret},
+    files::{FileDir, FileFault, check_data_dir, check_supplied_secret},
     keys::{KeyFault, seed},
     lookout::{Lookout, Lookouts},
     metrics::SvidKind,

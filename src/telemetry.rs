@@ -17,7 +17,7 @@ pub use self::{
     settings::{
         AuditSettings, HealthSettings, HostPort, LogFormat, LogSettings, SpireNameSettings, parse_level,
     },
-    sink::LINES_LOST,
+    sink::{AUDIT_RUN, LINES_LOST},
     spire_names::SpireNames,
 };
 

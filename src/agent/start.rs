@@ -200,7 +200,7 @@ impl PreparedAgent {
         let caches = &config.caches;
         let (x509_svids, jwt_svids) = (caches.x509_svids.count(), caches.jwt_svids.count());
         let x509 = X509Cache::new(Arc::clone(&issuer), clock, x509_svids, caches.availability_target);
-        let audit = Arc::<AuditTrail>::default();
+        let audit = Arc::new(AuditTrail::noting_in(&config.agent.data_dir));
         let x509 = Arc::new(x509.audited(Arc::clone(&audit)));
         let jwt = JwtCache::new(Arc::clone(&issuer), clock, Arc::clone(&store_series), jwt_svids)
             .audited(Arc::clone(&audit));
@@ -284,12 +284,13 @@ impl AgentParts {
             way_in: Arc::clone(&way_in),
         });
         let listener = Listener { socket, bounds, gate, keys: Arc::clone(&keys), stats };
+        // Before an SVID is made.
+        self.audit.lifetime_is(config.longest_svid_ttl());
         let known = came.waits().then(|| Arc::clone(&self.issuer));
         let public = Serving::begin("the workload api", |stopping| async move {
             let stopping = known_or_stopped(known, stopping).await;
             listener.serve(move |_peer| services.clone(), stopping).await
         });
-        self.audit.lifetime_is(config.longest_svid_ttl());
         let (reloads, asked) = mpsc::channel(RELOADS_ASKED);
         let admin = admin.map(|socket| {
             let service = self.admin_service(keys, standing, reloads);

@@ -35,8 +35,8 @@ use numbers::Numbers;
 const MOST_OF_A_LINE: u64 = 64 * 1024;
 /// Places where lines were lost that are told apart.
 const MOST_LOST: usize = 10_000;
-/// How long an X.509-SVID is valid by default, of a SPIRE Server too.
-const DEFAULT_TTL: Duration = Duration::hours(1);
+/// How long an X.509-SVID is valid by default, of a SPIRE Server too. In each such time the agent says what it is.
+const LEAST_LIFE: Duration = Duration::hours(1);
 
 /// `audit who`.
 #[derive(clap::Args, Clone, Debug)]
@@ -53,8 +53,8 @@ pub(super) struct AuditWhoArgs {
 
     /// Who held it at this time or later [default: at any time]
     ///
-    /// In UTC as 2026-11-24 or "2026-11-24 13:00", or with an offset as
-    /// 2026-11-24T13:00:00+01:00.
+    /// In UTC as 2026-11-24, 2026-11-24T13:00 or "2026-11-24 13:00:30", or
+    /// with an offset as 2026-11-24T13:00:00+01:00.
     #[arg(long, value_name = "TIME", verbatim_doc_comment, value_parser = moment)]
     from: Option<OffsetDateTime>,
 
@@ -107,37 +107,31 @@ pub(super) fn who(args: &AuditWhoArgs, terminal: &mut Terminal) -> Result<(), Fa
 struct LongestLife {
     /// Of those that are in the lines.
     seen: Duration,
-    /// What the agent says.
+    /// What the agent says: of all that were valid still when it said so, also where a shorter time had been set by then. It
+    /// says it in each hour of a run.
     said: Option<Duration>,
-    /// Whether it has not said it somewhere, since a server decides.
-    is_unknown: bool,
 }
 
 impl LongestLife {
     fn see(&mut self, line: &AuditLine) {
         let life = line.at.zip(line.until()).map(|(at, until)| until - at);
         self.seen = self.seen.max(life.unwrap_or_default());
-        if [message::AUDIT_BEGINS, message::AUDIT_GOES_ON].contains(&line.message.as_str()) {
-            let said = line.number("longest_ttl").and_then(|seconds| seconds.try_into().ok());
-            self.said = self.said.max(said.map(Duration::seconds));
-            self.is_unknown |= said.is_none();
-        }
+        let said = line.number("longest_ttl").and_then(|seconds| seconds.try_into().ok());
+        self.said = self.said.max(said.map(Duration::seconds));
     }
 
-    /// What has to be assumed: what is said may be of one agent only, and where nothing is, it may be the default.
+    /// What has to be assumed. What ended before it was said for the first time is not in what is said, and neither is what another agent does.
     fn get(&self) -> Duration {
-        self.seen.max(self.said.unwrap_or_default()).max(self.assumed().unwrap_or_default())
-    }
-
-    fn assumed(&self) -> Option<Duration> {
-        (self.said.is_none() || self.is_unknown).then_some(DEFAULT_TTL)
+        self.seen.max(self.said.unwrap_or_default()).max(LEAST_LIFE)
     }
 
     fn told(&self) -> String {
         let life = self.get();
         let valid = GoDuration(std::time::Duration::from_secs(life.whole_seconds().unsigned_abs()));
-        if self.assumed() == Some(life) && self.seen < life && self.said.is_none_or(|said| said < life) {
+        if self.said.is_none() && self.seen < life {
             format!("no line says for how long they may be valid, and up to {valid} is assumed")
+        } else if self.seen.max(self.said.unwrap_or_default()) < life {
+            format!("{valid} before is looked at in any case")
         } else {
             format!("they are valid for up to {valid}")
         }
@@ -161,8 +155,8 @@ struct Search<'a> {
     numbers: Numbers,
     /// What is wrong with files that were read, in words.
     torn: Vec<String>,
-    /// When the line that was read last was written.
-    before: Option<OffsetDateTime>,
+    /// When the line that was read last was written, and the run that it is of.
+    before: (Option<OffsetDateTime>, Option<String>),
 }
 
 /// Lines that the agent could not write.
@@ -188,7 +182,7 @@ impl<'a> Search<'a> {
             life: LongestLife::default(),
             numbers: Numbers::default(),
             torn: Vec::new(),
-            before: None,
+            before: (None, None),
         }
     }
 
@@ -222,11 +216,10 @@ impl<'a> Search<'a> {
         wrong: impl Fn(io::Error) -> AuditReadError,
     ) -> Result<(), Failure> {
         let (mut line, mut has_any, mut is_empty) = (Vec::new(), false, true);
-        self.before = None;
+        self.before = (None, None);
         loop {
             line.clear();
             if from.by_ref().take(MOST_OF_A_LINE).read_until(b'\n', &mut line).map_err(&wrong)? == 0 {
-                self.numbers.end_file();
                 if !has_any && !is_empty {
                     self.torn.push(format!("no line of the audit is in {name}"));
                 }
@@ -250,7 +243,7 @@ impl<'a> Search<'a> {
             if let Some(line) = AuditLine::parse(&text) {
                 has_any = true;
                 self.take(&line, terminal)?;
-                self.before = line.at.or(self.before);
+                self.before = (line.at.or(self.before.0), line.text("run").map(str::to_owned));
             }
         }
     }
@@ -269,14 +262,15 @@ impl<'a> Search<'a> {
         match line.message.as_str() {
             LINES_LOST => {
                 let lost = line.number("lost").unwrap_or(0);
-                self.numbers.lose(lost);
+                let (before, run) = &self.before;
+                let after = before.filter(|_| run.as_deref() == line.text("run"));
                 let is_full = self.lost.len() >= MOST_LOST;
                 match self.lost.last_mut().filter(|_| is_full) {
                     Some(last) => {
                         last.lost = last.lost.saturating_add(lost);
                         (last.after, last.before) = (None, None);
                     }
-                    None => self.lost.push(LostLines { lost, after: self.before, before: line.at }),
+                    None => self.lost.push(LostLines { lost, after, before: line.at }),
                 }
             }
             message::OF_FURTHER_CALLERS => {
@@ -314,6 +308,7 @@ impl<'a> Search<'a> {
             terminal.advise("Warning: there are so many holders that they are sorted in parts.");
         }
         let (from, to) = self.span.unzip();
+        let has_ended = self.numbers.all_have_ended();
         match self.args.output.output {
             OutputFormat::Pretty => {
                 if self.held == 0 {
@@ -323,9 +318,13 @@ impl<'a> Search<'a> {
                     let (seen, from, to) = (self.seen, shown(from), shown(to));
                     terminal.print(&format!("{seen} lines of the audit were read: {from} to {to}.\n"))?;
                 }
+                if has_ended && self.goes_beyond_the_last() {
+                    terminal
+                        .print("The agent ended then; if one was started later, read its lines too.\n")?;
+                }
             }
             OutputFormat::Json => {
-                let read = json!({ "lines": self.seen, "from": from.map(shown), "to": to.map(shown) });
+                let read = json!({ "lines": self.seen, "from": from.map(shown), "to": to.map(shown), "ended": has_ended });
                 let conclusion: Value = json!({ "read": read, "warnings": gaps });
                 terminal.print(&format!("{conclusion}\n"))?;
             }
@@ -336,13 +335,20 @@ impl<'a> Search<'a> {
         if gaps.is_empty() { Ok(()) } else { Err(Failure::MayLack) }
     }
 
+    /// Whether a time is asked for that is after the last line.
+    fn goes_beyond_the_last(&self) -> bool {
+        let Some((_, last)) = self.span else { return false };
+        self.args.to.is_some_and(|to| to > last) || self.args.from.is_some_and(|from| from > last)
+    }
+
     /// Why somebody who held it may not have been found.
     fn gaps(&self) -> Vec<String> {
         if self.seen == 0 {
             return vec!["no line of the audit was found in what was read".to_owned()];
         }
         let mut gaps = Vec::new();
-        let from = self.args.from.map(|from| from.checked_sub(self.life.get()).unwrap_or(from));
+        let earliest = PrimitiveDateTime::MIN.assume_utc();
+        let from = self.args.from.map(|from| from.checked_sub(self.life.get()).unwrap_or(earliest));
         if let Some((first, last)) = self.span {
             if let Some(from) = from.filter(|from| *from < first) {
                 gaps.push(format!(
@@ -359,14 +365,16 @@ impl<'a> Search<'a> {
                     shown(to)
                 ));
             }
-            if let Some(from) = self.args.from.filter(|from| self.args.to.is_none() && *from > last) {
+            let can_go_on = !self.numbers.all_have_ended();
+            let since = self.args.from.filter(|from| self.args.to.is_none() && *from > last);
+            if let Some(from) = since.filter(|_| can_go_on) {
                 gaps.push(format!(
                     "no line is of {} or later: who was given an SVID then is missing (the last is of {})",
                     shown(from),
                     shown(last)
                 ));
             }
-            if let Some(to) = self.args.to.filter(|to| *to > last) {
+            if let Some(to) = self.args.to.filter(|to| can_go_on && *to > last) {
                 gaps.push(format!(
                     "no line is of {} to {}: who was given an SVID then may be missing",
                     shown(last),
@@ -414,16 +422,20 @@ impl Drop for Unpacking {
     }
 }
 
+/// A time in UTC, to the day, the minute or the second, or one with an offset.
 fn moment(text: &str) -> Result<OffsetDateTime, String> {
+    let words = text.replacen('T', " ", 1);
     let day = format_description!("[year]-[month]-[day]");
     let minute = format_description!("[year]-[month]-[day] [hour]:[minute]");
     let second = format_description!("[year]-[month]-[day] [hour]:[minute]:[second]");
     let day = Date::parse(text, day).map(|day| day.midnight().assume_utc());
-    let exact = |form| PrimitiveDateTime::parse(text, form).map(PrimitiveDateTime::assume_utc);
+    let exact = |form| PrimitiveDateTime::parse(&words, form).map(PrimitiveDateTime::assume_utc);
     day.or_else(|_| exact(minute))
         .or_else(|_| exact(second))
         .or_else(|_| OffsetDateTime::parse(text, &Rfc3339))
         .map_err(|_unlike_any| {
-            "must be a time as 2026-11-24, \"2026-11-24 13:00\" or 2026-11-24T13:00:00+01:00".to_owned()
+            "must be a time in UTC as 2026-11-24, 2026-11-24T13:00 or \"2026-11-24 13:00:30\", or one with an offset as \
+             2026-11-24T13:00:00+01:00"
+                .to_owned()
         })
 }

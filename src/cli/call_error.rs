@@ -13,7 +13,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 use super::{
-    socket::{ADMIN_DEFAULT, AgentAddress, AgentSocket, admin_beside},
+    socket::{ADMIN_DEFAULT, AgentAddress, AgentSocket, Chosen, admin_beside},
     terminal::clean,
     text::{GoDuration, code_name, shell_word},
 };
@@ -76,6 +76,13 @@ impl CallError {
     /// Whether there is no agent at the socket.
     pub(super) fn is_absent(&self) -> bool {
         matches!(self, Self::Connect { cause, .. } if cause.kind() != io::ErrorKind::PermissionDenied)
+    }
+
+    /// Whether there is no agent at the socket that is asked when nobody says which.
+    pub(super) fn is_nobody_at_the_default(&self) -> bool {
+        let is_default =
+            |socket: &AgentSocket| matches!(socket.chosen, Chosen::Default | Chosen::AdminDefault);
+        self.is_absent() && matches!(self, Self::Connect { socket, .. } if is_default(socket))
     }
 
     /// Whether the agent has not heard from its server yet what it was asked for.
@@ -394,7 +401,6 @@ fn asking(socket: &AgentSocket, words: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::socket::Chosen;
     use super::*;
 
     #[test]

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{
     Failure, OutputArgs, OutputFormat,
-    admin::{AdminArgs, BY_DEFAULT, Column, bucket_json, fit, table, taker, taking_json, tokens},
+    admin::{AdminArgs, BY_DEFAULT, Column, bucket_json, fit, shorten, table, taker, taking_json, tokens},
     argv::process_id,
     terminal::{Terminal, clean, width},
     text::folded,
@@ -168,7 +168,8 @@ fn limits(out: &mut String, told: &pb::ExplainResponse, width: usize) {
     if told.buckets.iter().any(|bucket| bucket.by_default) {
         let _ = writeln!(out, "{BY_DEFAULT}");
     }
-    let shared: Vec<[String; 5]> = told.buckets.iter().flat_map(taker_rows).collect();
+    let shared: Vec<[String; 5]> =
+        told.buckets.iter().flat_map(|bucket| taker_rows(bucket, width / 3)).collect();
     if !shared.is_empty() {
         out.push_str("\nWho uses what is shared:\n");
         let columns = [
@@ -204,10 +205,12 @@ fn indented(text: &str, by: &str, width: usize) -> String {
     folded(text, width.saturating_sub(by.len())).into_iter().map(|line| format!("{by}{line}\n")).collect()
 }
 
-fn taker_rows(bucket: &pb::Bucket) -> Vec<[String; 5]> {
+/// A row for each of those who take from a bucket, whose names have so much room.
+fn taker_rows(bucket: &pb::Bucket, room: usize) -> Vec<[String; 5]> {
     let row = |taking: &pb::Taking| {
         let (used, refused) = (taking.used.to_string(), taking.refused.to_string());
-        [bucket.key.clone(), bucket.method.clone(), taker(taking).to_owned(), used, refused]
+        let caller = shorten(&clean(taker(taking)), room);
+        [bucket.key.clone(), bucket.method.clone(), caller, used, refused]
     };
     bucket.takings.iter().map(row).collect()
 }
@@ -418,5 +421,32 @@ spiffe://td/web  FetchJWTSVID  uid:7     70        8
         let not_known = pb::ExplainResponse { not_known: "nothing is known".to_owned(), ..nothing_near };
         let shown = pretty(&not_known, names, 80);
         assert!(shown.contains("  nothing is known\n") && !shown.contains("no identity"), "{shown}");
+    }
+
+    /// However long a SPIFFE ID and the key of a pod are, a table is no wider than the terminal.
+    #[test]
+    fn tables_of_limits_fit_the_terminal() {
+        let pod = "pod:0f9c4a3e-6f0e-4a6b-9b4d-1c1f5a1e2d3c";
+        let id = format!("spiffe://example.org/ns/{}/sa/web", "x".repeat(90));
+        let taking = |caller: &str| pb::Taking { caller: caller.to_owned(), used: 70_000, refused: 80_000 };
+        let methods = ["FetchX509SVID", "FetchX509Bundles", "ValidateJWTSVID", "StreamSecrets"];
+        let buckets = |stage: &str, key: &str| {
+            methods.map(|method| pb::Bucket {
+                by_default: true,
+                burst: 1_000_000,
+                takings: vec![taking(pod), taking("uid:4294967294")],
+                ..bucket(stage, key, method, 1_000_000)
+            })
+        };
+        for (case, key) in
+            [("a SPIFFE ID", id.as_str()), ("a mask", "spiffe://example.org/ns/*"), ("a pod", pod)]
+        {
+            let told = pb::ExplainResponse { buckets: buckets("identity", key).into(), ..Default::default() };
+            let mut out = String::new();
+            limits(&mut out, &told, 80);
+            for line in out.lines() {
+                assert!(line.chars().count() <= 80, "{case}: {line}");
+            }
+        }
     }
 }

@@ -455,6 +455,15 @@ fn program() -> PathBuf {
     if typed.components().count() > 1 { std::env::current_exe().unwrap_or(typed) } else { typed }
 }
 
+/// How a shell finds the agent of a quickstart without `--dir`, if there was one.
+pub(super) fn way_to_it() -> Option<String> {
+    let env = layout::dir(None).ok()?.join(ENV);
+    let home = environment("HOME").map(PathBuf::from);
+    let told = || format!(". {}", shell_path(&env, home.as_deref()));
+    env.is_file()
+        .then(|| format!("A shell finds the agent of `durward quickstart` after this:\n  {}", told()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -79,7 +79,7 @@ pub enum FileFault {
 
 /// A directory that nobody else may write to.
 #[derive(Debug)]
-pub(super) struct FileDir {
+pub struct FileDir {
     path: PathBuf,
     dir: TrustedDir,
     ours: u32,
@@ -105,7 +105,10 @@ pub(super) struct DirLock {
 impl FileDir {
     /// Opens the directory, which is made for its owner alone when missing. Until it is written to its end, a file's name ends
     /// in `unfinished`.
-    pub(super) fn open(path: &Path, unfinished: &'static str) -> Result<Self, FileFault> {
+    ///
+    /// # Errors
+    /// [`FileFault`]: it or a directory above it is not the agent's alone, or cannot be made.
+    pub fn open(path: &Path, unfinished: &'static str) -> Result<Self, FileFault> {
         let ours = geteuid().as_raw();
         // Those above it may hold more than keys: the socket, for one, which everybody must reach.
         let dir = Trust::own().make_directory_unchecked(path, 0o700).map_err(refused(path))?;
@@ -174,7 +177,10 @@ impl FileDir {
     }
 
     /// Reads a file. `None` when there is none.
-    pub(super) fn read(&self, name: &str) -> Result<Option<Zeroizing<Vec<u8>>>, FileFault> {
+    ///
+    /// # Errors
+    /// [`FileFault`]: it is not the agent's alone, or cannot be read.
+    pub fn read(&self, name: &str) -> Result<Option<Zeroizing<Vec<u8>>>, FileFault> {
         let path = self.path_of(name);
         let failed = |cause| FileFault::Read { path: path.clone(), cause };
         let file = match self.dir.open_as(OsStr::new(name), OFlag::O_RDONLY | OFlag::O_NONBLOCK, 0) {
@@ -200,7 +206,10 @@ impl FileDir {
     }
 
     /// Writes a file. On any error, and when it is another agent's by now, what was there before is there still.
-    pub(super) fn write(&self, name: &str, text: &[u8]) -> Result<(), FileFault> {
+    ///
+    /// # Errors
+    /// [`FileFault`].
+    pub fn write(&self, name: &str, text: &[u8]) -> Result<(), FileFault> {
         let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         if *writer == Writes::TheNext {
             return Err(FileFault::Locked { path: self.path_of(name) });

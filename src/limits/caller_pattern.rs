@@ -46,9 +46,8 @@ impl CallerPattern {
                     uid => Ok(Self::One(CallerKey::Uid(uid))),
                 },
                 Some((from, to)) => match (number(from)?, number(to)?) {
-                    (from, to) if from > to || (from, to) == (0, u32::MAX) => {
-                        Err(PatternError::Range(text.into()))
-                    }
+                    (to, from) if to > from => Err(PatternError::Falling { text: text.into(), from, to }),
+                    (0, u32::MAX) => Err(PatternError::Range(text.into())),
                     (from, to) if from == to => Ok(Self::One(CallerKey::Uid(from))),
                     (from, to) => Ok(Self::Uids(from..=to)),
                 },
@@ -150,7 +149,11 @@ mod tests {
             ("negative", "uid:-1", Err(PatternError::Caller("uid:-1".into()))),
             ("plus", "uid:+1", Err(PatternError::Caller("uid:+1".into()))),
             ("empty", "uid:", Err(PatternError::Caller("uid:".into()))),
-            ("falling range", "uid:5-4", Err(PatternError::Range("uid:5-4".into()))),
+            (
+                "falling range",
+                "uid:5-4",
+                Err(PatternError::Falling { text: "uid:5-4".into(), from: 4, to: 5 }),
+            ),
             ("all", "uid:0-4294967295", Err(PatternError::Range("uid:0-4294967295".into()))),
             ("nobody", "user:nobody-here", Err(PatternError::User("nobody-here".into()))),
             ("other", "gid:5", Err(PatternError::Caller("gid:5".into()))),

@@ -10,8 +10,11 @@ pub enum PatternError {
     /// Not one of the forms of [`CallerPattern`](super::caller_pattern::CallerPattern).
     #[error("\"{0}\" is not a caller: it must be uid:N, uid:N-M, uid:*, user:NAME, pod:UID or pod:*")]
     Caller(Box<str>),
-    /// The range is empty, or holds every UID.
-    #[error("\"{0}\" must be a range from a lower to a higher UID, and not of all: that is uid:*")]
+    /// The range begins above its end.
+    #[error("\"{text}\" is the wrong way round: write uid:{from}-{to}")]
+    Falling { text: Box<str>, from: u32, to: u32 },
+    /// The range holds every UID.
+    #[error("\"{0}\" is every UID: write uid:*")]
     Range(Box<str>),
     /// (uid_t)-1: the number that the kernel says "no user" with.
     #[error("\"{0}\" cannot match: no process can have the UID 4294967295")]

@@ -9,15 +9,17 @@
 //! second, with the latest time until which any of these SVIDs is valid: an auditor misses no holder. A line about one process
 //! never counts what another did. There are twice [`TOLD_APART`] counts at a time; what comes beyond them is one count for all.
 //!
-//! Each line has a number, and names the run of the agent that it is of: whoever reads them sees where some are missing. The first
-//! says for how long SVIDs may be valid, and so does one an hour and after a change: an auditor learns how far to look back.
+//! Each line has a number, and names the run of the agent that it is of (where it is written), and the first names the run before:
+//! whoever reads them sees where some are missing. The first says for how long SVIDs may be valid that were made up to then, in
+//! earlier runs too, and so does one an hour and after a change: an auditor learns how far to look back.
 
 use std::{
     collections::{HashMap, hash_map::Entry as MapEntry},
     num::NonZeroU64,
+    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, Ordering::Relaxed},
     },
     time::{Duration, SystemTime},
 };
@@ -28,7 +30,10 @@ use tokio::time::Instant;
 use tracing::field::display;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-use super::audited::{AuditedCaller, AuditedProcess};
+use super::{
+    audit_notes::AuditNotes,
+    audited::{AuditedCaller, AuditedProcess},
+};
 use crate::{
     identity::{Entry, JwtSvid, SpiffeId, X509Svid, taint},
     limits::{CallerKey, ConnectionRefusal},
@@ -85,8 +90,8 @@ const USERS: usize = 256;
 const TOLD_APART: usize = 512;
 /// The time between two lines that carry one count.
 const A_WHILE: Duration = Duration::from_secs(60);
-/// The time between two lines that say for how long SVIDs may be valid, so that a file that was begun meanwhile has one.
-const SAID_AGAIN: Duration = Duration::from_secs(3600);
+/// The time between two lines that say for how long SVIDs may be valid: whoever reads an hour of lines has one.
+const SAID_AGAIN: Duration = Duration::from_secs(50 * 60);
 /// Selectors of an entry that stand in a line.
 const MOST_SELECTORS: usize = 8;
 
@@ -276,29 +281,15 @@ pub struct AuditTrail {
     fingerprints: ahash::RandomState,
     /// Somebody was given an SVID.
     has_given: AtomicBool,
-    run: AuditRun,
-    lifetime: Mutex<Option<SaidLifetime>>,
+    notes: Mutex<AuditNotes>,
+    said: Mutex<Option<SaidLifetime>>,
 }
 
-/// For how long SVIDs may be valid, as it was said last.
+/// For how many seconds SVIDs may be valid, as it was said last; 0 where it is not known.
 #[derive(Clone, Copy, Debug)]
 struct SaidLifetime {
-    longest: Option<Duration>,
+    longest_ttl: u64,
     at: Instant,
-}
-
-/// The time that an agent serves, by a name of its own.
-#[derive(Debug)]
-struct AuditRun {
-    name: String,
-    lines: AtomicU64,
-}
-
-impl AuditRun {
-    /// The number of the next line, from 1.
-    fn next(&self) -> u64 {
-        self.lines.fetch_add(1, Relaxed).saturating_add(1)
-    }
 }
 
 impl Default for AuditTrail {
@@ -311,15 +302,23 @@ impl Default for AuditTrail {
             users: HashMap::default(),
             other_users: AuditLines::new(now),
         };
-        let fingerprints = ahash::RandomState::new();
-        let name = hex(fingerprints.hash_one(Clock::SYSTEM.now()).to_be_bytes().get(..4).unwrap_or_default());
-        let run = AuditRun { name, lines: AtomicU64::new(0) };
-        let has_given = AtomicBool::new(false);
-        Self { table: Mutex::new(table), fingerprints, has_given, run, lifetime: Mutex::default() }
+        Self {
+            table: Mutex::new(table),
+            fingerprints: ahash::RandomState::new(),
+            has_given: AtomicBool::new(false),
+            notes: Mutex::default(),
+            said: Mutex::default(),
+        }
     }
 }
 
 impl AuditTrail {
+    /// One that knows from `data_dir` of earlier runs, and leaves its notes there to the next. The directory must be this
+    /// agent's by now.
+    pub fn noting_in(data_dir: &Path) -> Self {
+        Self { notes: Mutex::new(AuditNotes::open(data_dir)), ..Self::default() }
+    }
+
     fn lock(&self) -> MutexGuard<'_, AuditTable> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -346,31 +345,46 @@ impl AuditTrail {
         peer.is_first_given(self.fingerprints.hash_one(given))
     }
 
-    /// SVIDs may be valid for as long as this from now on; it is not known of those that a server signs.
+    /// SVIDs may be valid for as long as this from now on; it is not known of those that a server signs. Blocks on the disk.
     pub fn lifetime_is(&self, longest: Option<Duration>) {
-        let mut lifetime = self.lifetime.lock().unwrap_or_else(PoisonError::into_inner);
-        let said = lifetime.replace(SaidLifetime { longest, at: Instant::now() });
-        if said.is_none_or(|said| said.longest != longest) {
-            self.say_lifetime(
-                if said.is_none() { message::AUDIT_BEGINS } else { message::AUDIT_GOES_ON },
-                longest,
-            );
-        }
+        let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = notes.run_before();
+        let at = Clock::SYSTEM.now();
+        notes.lifetime_is(longest, at);
+        self.say_lifetime(notes.longest_ttl_at(at), before.as_deref(), Instant::now());
     }
 
     fn say_lifetime_again(&self, now: Instant) {
-        let mut lifetime = self.lifetime.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(said) = lifetime.as_mut()
-            && now.saturating_duration_since(said.at) >= SAID_AGAIN
+        // Whoever has them waits for the disk, and says it then.
+        if let Ok(mut notes) = self.notes.try_lock()
+            && self.said.lock().unwrap_or_else(PoisonError::into_inner).is_some()
         {
-            said.at = now;
-            self.say_lifetime(message::AUDIT_GOES_ON, said.longest);
+            self.say_lifetime(notes.longest_ttl_at(Clock::SYSTEM.now()), None, now);
         }
     }
 
-    fn say_lifetime(&self, what: &'static str, longest: Option<Duration>) {
-        let (longest_ttl, run) = (longest.map(|longest| longest.as_secs()), self.run.name.as_str());
-        tracing::info!(target: AUDIT, longest_ttl, run, seq = self.run.next(), "{what}");
+    /// Says for how long SVIDs may be valid, where it has changed or was not said for a while.
+    fn say_lifetime(&self, longest_ttl: u64, before: Option<&str>, now: Instant) {
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        let what = match *said {
+            None => message::AUDIT_BEGINS,
+            Some(last)
+                if last.longest_ttl != longest_ttl
+                    || now.saturating_duration_since(last.at) >= SAID_AGAIN =>
+            {
+                message::AUDIT_GOES_ON
+            }
+            Some(_) => return,
+        };
+        *said = Some(SaidLifetime { longest_ttl, at: now });
+        let longest_ttl = Some(longest_ttl).filter(|seconds| *seconds > 0);
+        tracing::info!(target: AUDIT, longest_ttl, before, "{what}");
+    }
+
+    /// The longest of what was made up to now and may be valid still, if that is known.
+    fn longest_ttl(&self) -> Option<u64> {
+        let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(notes.longest_ttl_at(Clock::SYSTEM.now())).filter(|seconds| *seconds > 0)
     }
 
     /// An X.509-SVID was made: for a call, or ahead of one.
@@ -380,7 +394,7 @@ impl AuditTrail {
             self.lock().has_line(whom, outcome, svid.not_after, Instant::now())
         });
         if has_line {
-            self.write_x509(message::SVID_MADE, svid, entry, whom);
+            Self::write_x509(message::SVID_MADE, svid, entry, whom);
         }
     }
 
@@ -388,7 +402,7 @@ impl AuditTrail {
     pub(super) fn jwt_made(&self, svid: &JwtSvid, entry: &Entry, whom: AuditedCaller) {
         let outcome = AuditOutcome::Made(AuditedSvid::Jwt, svid.spiffe_id.clone());
         if self.lock().has_line(&whom, outcome, svid.expires_at, Instant::now()) {
-            self.write_jwt(message::SVID_MADE, svid, entry, whom);
+            Self::write_jwt(message::SVID_MADE, svid, entry, whom);
         }
     }
 
@@ -406,7 +420,7 @@ impl AuditTrail {
         }
         let given = AuditOutcome::Given(AuditedSvid::Jwt, id);
         if self.lock().has_line(&whom, given, svid.expires_at, now) {
-            self.write_jwt(message::SVID_GIVEN, svid, entry, whom);
+            Self::write_jwt(message::SVID_GIVEN, svid, entry, whom);
         }
     }
 
@@ -442,7 +456,7 @@ impl AuditTrail {
             match svids.get(at) {
                 Some(svid) if svid.chain.first().is_some_and(holds) => {
                     if self.lock().has_line(&whom, given, svid.not_after, now) {
-                        self.write_x509(message::SVID_GIVEN, svid, entry, Some(whom));
+                        Self::write_x509(message::SVID_GIVEN, svid, entry, Some(whom));
                     }
                 }
                 // Renewed meanwhile: what it was given is valid no longer than this one.
@@ -467,8 +481,8 @@ impl AuditTrail {
         if let Some(times) = self.lock().count_or_tell(by, outcome, Instant::now()) {
             let spiffe_id = spiffe_id.map(SpiffeId::as_str);
             tracing::info!(
-                target: AUDIT, %caller, uid, gid, pid, method, reason, spiffe_id, times = more(times),
-                run = self.run.name.as_str(), seq = self.run.next(), "{}", message::CALL_REFUSED
+                target: AUDIT, %caller, uid, gid, pid, method, reason, spiffe_id, times = more(times), "{}",
+                message::CALL_REFUSED
             );
         }
     }
@@ -482,11 +496,7 @@ impl AuditTrail {
         let outcome = AuditOutcome::NotLetIn(why);
         if let Some(times) = self.lock().count_or_tell(by, outcome, Instant::now()) {
             let (reason, times) = (why.text(), more(times));
-            let run = self.run.name.as_str();
-            tracing::info!(
-                target: AUDIT, %caller, uid, gid, pid, reason, times, run, seq = self.run.next(), "{}",
-                message::CONNECTION_REFUSED
-            );
+            tracing::info!(target: AUDIT, %caller, uid, gid, pid, reason, times, "{}", message::CONNECTION_REFUSED);
         }
     }
 
@@ -500,8 +510,7 @@ impl AuditTrail {
     /// Tells all that was counted: the agent ends.
     pub fn end(&self) {
         self.tell(Instant::now(), |_| true);
-        let run = self.run.name.as_str();
-        tracing::info!(target: AUDIT, run, seq = self.run.next(), "{}", message::AUDIT_ENDS);
+        tracing::info!(target: AUDIT, longest_ttl = self.longest_ttl(), "{}", message::AUDIT_ENDS);
     }
 
     fn tell(&self, now: Instant, is_due: impl Fn(&AuditCount) -> bool) {
@@ -524,61 +533,47 @@ impl AuditTrail {
             table.others.told_at = Some(now);
         }
         drop(table);
-        let run = self.run.name.as_str();
         for (caller, outcome, told) in due {
             let times = told.times;
             match outcome {
                 AuditOutcome::Made(kind, id) => {
-                    self.write_count(message::SVIDS_MADE, caller, kind, &id, told)
+                    Self::write_count(message::SVIDS_MADE, caller, kind, &id, told)
                 }
                 AuditOutcome::Given(kind, id) => {
-                    self.write_count(message::SVIDS_GIVEN, caller, kind, &id, told)
+                    Self::write_count(message::SVIDS_GIVEN, caller, kind, &id, told)
                 }
                 AuditOutcome::GivenAgain(kind, id) => {
-                    self.write_count(message::SVID_GIVEN_AGAIN, caller, kind, &id, told);
+                    Self::write_count(message::SVID_GIVEN_AGAIN, caller, kind, &id, told);
                 }
                 AuditOutcome::Refused(method, reason, id) => {
                     let spiffe_id = id.as_ref().map(SpiffeId::as_str);
                     tracing::info!(
-                        target: AUDIT, %caller, method, reason, spiffe_id, times, run, seq = self.run.next(), "{}",
-                        message::CALLS_REFUSED
+                        target: AUDIT, %caller, method, reason, spiffe_id, times, "{}", message::CALLS_REFUSED
                     );
                 }
                 AuditOutcome::NotLetIn(why) => {
                     let reason = why.text();
-                    tracing::info!(
-                        target: AUDIT, %caller, reason, times, run, seq = self.run.next(), "{}",
-                        message::CONNECTIONS_REFUSED
-                    );
+                    tracing::info!(target: AUDIT, %caller, reason, times, "{}", message::CONNECTIONS_REFUSED);
                 }
             }
         }
         if others > 0 {
-            let seq = self.run.next();
-            tracing::info!(target: AUDIT, times = others, run, seq, "{}", message::OF_FURTHER_CALLERS);
+            tracing::info!(target: AUDIT, times = others, "{}", message::OF_FURTHER_CALLERS);
         }
     }
 
-    fn write_count(
-        &self,
-        what: &'static str,
-        caller: CallerKey,
-        kind: AuditedSvid,
-        id: &SpiffeId,
-        told: CountTold,
-    ) {
+    fn write_count(what: &'static str, caller: CallerKey, kind: AuditedSvid, id: &SpiffeId, told: CountTold) {
         let CountTold { times, by, until, since } = told;
         let (kind, spiffe_id) = (kind.text(), id.as_str());
         let (uid, gid, pid) = (by.map(|by| by.uid), by.map(|by| by.gid), by.map(|by| by.pid));
-        let (since, run) = (exact_moment(since), self.run.name.as_str());
+        let since = exact_moment(since);
         let expires = until.and_then(moment);
         tracing::info!(
-            target: AUDIT, %caller, uid, gid, pid, kind, spiffe_id, times, since, expires, run,
-            seq = self.run.next(), "{what}"
+            target: AUDIT, %caller, uid, gid, pid, kind, spiffe_id, times, since, expires, "{what}"
         );
     }
 
-    fn write_x509(&self, what: &'static str, svid: &X509Svid, entry: &Entry, whom: Option<AuditedCaller>) {
+    fn write_x509(what: &'static str, svid: &X509Svid, entry: &Entry, whom: Option<AuditedCaller>) {
         let leaf = svid.chain.first().and_then(|der| X509Certificate::from_der(der).ok());
         let serial = leaf.map(|(_, leaf)| hex(leaf.raw_serial()));
         let by = whom.map(|whom| whom.process);
@@ -595,13 +590,11 @@ impl AuditTrail {
             serial,
             expires = moment(svid.not_after),
             selectors = selectors(entry),
-            run = self.run.name.as_str(),
-            seq = self.run.next(),
             "{what}"
         );
     }
 
-    fn write_jwt(&self, what: &'static str, svid: &JwtSvid, entry: &Entry, whom: AuditedCaller) {
+    fn write_jwt(what: &'static str, svid: &JwtSvid, entry: &Entry, whom: AuditedCaller) {
         let sha256 = digest(&SHA256, svid.token.as_bytes());
         let AuditedProcess { caller, uid, gid, pid } = whom.process;
         tracing::info!(
@@ -617,8 +610,6 @@ impl AuditTrail {
             exp = seconds(svid.expires_at),
             token_sha256 = hex(sha256.as_ref().get(..8).unwrap_or_default()),
             selectors = selectors(entry),
-            run = self.run.name.as_str(),
-            seq = self.run.next(),
             "{what}"
         );
     }

@@ -14,6 +14,8 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, IsTerminal as _, Write};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -29,7 +31,7 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::{Layer, Registry, reload};
 
 use super::settings::{AuditSettings, LogFormat, LogSettings};
-use super::sink::{Delivered, Sink};
+use super::sink::{AppendedFile, Delivered, Sink, add_unnumbered};
 use crate::os::journal;
 use crate::os::sentence::said;
 use crate::os::trusted::{PathError, Trust};
@@ -165,14 +167,14 @@ impl Log {
     ) -> Result<(impl tracing::Subscriber + Send + Sync + use<>, Self), LogError> {
         let colours = settings.file.is_none() && io::stdout().is_terminal();
         let main = settings.file.clone().map_or(LinePlace::Stdout, LinePlace::File);
-        let main = Lines::begin("log", main)?;
         let audit_to = AuditTo::of(audit);
+        let main = Lines::begin("log", main, audit_to == AuditTo::TheLog)?;
         let place = match (audit_to, &audit.file, &audit.socket) {
             (AuditTo::ItsOwnPlace, Some(file), _) => Some(LinePlace::File(file.clone())),
             (AuditTo::ItsOwnPlace, None, Some(socket)) => Some(LinePlace::Socket(socket.clone())),
             _ => None,
         };
-        let own_audit = place.map(|place| Lines::begin(AUDIT, place)).transpose()?;
+        let own_audit = place.map(|place| Lines::begin(AUDIT, place, true)).transpose()?;
         let queue = &main.queue;
         let shown = settings.source_location;
         let journal = settings.file.is_none() && journal::is_at(io::stdout());
@@ -268,13 +270,14 @@ impl Log {
 }
 
 impl Lines {
-    /// Begins to write at `place`, in a thread of this name. A file that takes long to open is no error.
-    fn begin(thread: &str, place: LinePlace) -> Result<Self, LogError> {
+    /// Begins to write at `place`, in a thread of this name; `numbered` where the audit is written. A file that takes long to open
+    /// is no error.
+    fn begin(thread: &str, place: LinePlace, numbered: bool) -> Result<Self, LogError> {
         let queue = Arc::new(Queue { reports: thread == AUDIT, ..Queue::default() });
         let (writer, to) = (Arc::clone(&queue), place.clone());
         std::thread::Builder::new()
             .name(thread.to_owned())
-            .spawn(move || writer.write_out(&to))
+            .spawn(move || writer.write_out(&to, numbered))
             .map_err(LogError::Thread)?;
         let lines = Self { queue, place };
         match lines.open() {
@@ -368,24 +371,29 @@ impl Queue {
     }
 
     /// Takes one line, or drops it when it does not fit. Held locks: this one, for a copy of the line.
-    fn put(&self, priority: &str, line: &[u8]) {
+    fn put(&self, of: &LineKind, line: &[u8]) {
+        let LineKind { priority, is_of_audit } = of;
         let mut state = self.lock();
         if state.waiting.len() + priority.len() + line.len() > MOST_WAITING {
             state.lost = state.lost.saturating_add(1);
             return;
         }
         state.waiting.extend_from_slice(priority.as_bytes());
-        state.waiting.extend_from_slice(line);
+        match is_of_audit {
+            true => add_unnumbered(&mut state.waiting, line),
+            false => state.waiting.extend_from_slice(line),
+        }
         drop(state);
         self.changed.notify_all();
     }
 
     /// The writer's thread: the only one that may wait for whoever reads the log. It ends with the process.
-    fn write_out(&self, to: &LinePlace) {
+    fn write_out(&self, to: &LinePlace, numbered: bool) {
+        let begin = |sink: Sink| if numbered { sink.of_audit() } else { sink };
         let (mut sink, file) = match to {
-            LinePlace::Stdout => (Some(Sink::stdout()), None),
+            LinePlace::Stdout => (Some(begin(Sink::stdout())), None),
             LinePlace::File(path) => (None, Some(path.as_path())),
-            LinePlace::Socket(path) => (Some(Sink::socket(path.clone())), None),
+            LinePlace::Socket(path) => (Some(begin(Sink::socket(path.clone()))), None),
         };
         let mut taken = Vec::new();
         let mut next_report = Instant::now();
@@ -395,7 +403,10 @@ impl Queue {
                 && let Some(path) = file
             {
                 drop(state);
-                let opened = append(path).map(|file| sink = Some(Sink::file(file)));
+                let opened = append(path).map(|file| match &mut sink {
+                    Some(sink) => sink.moves_to(file),
+                    None => sink = Some(begin(Sink::file(file))),
+                });
                 state = self.lock();
                 state.opened = Some(opened);
                 self.changed.notify_all();
@@ -449,14 +460,22 @@ struct ToQueue {
 
 struct Line<'a> {
     queue: &'a Queue,
+    of: LineKind,
+}
+
+/// What is done with a line.
+#[derive(Default)]
+struct LineKind {
+    /// What it begins with.
     priority: &'static str,
+    is_of_audit: bool,
 }
 
 impl<'a> MakeWriter<'a> for ToQueue {
     type Writer = Line<'a>;
 
     fn make_writer(&'a self) -> Line<'a> {
-        Line { queue: &self.queue, priority: "" }
+        Line { queue: &self.queue, of: LineKind::default() }
     }
 
     fn make_writer_for(&'a self, of: &Metadata<'_>) -> Line<'a> {
@@ -467,14 +486,14 @@ impl<'a> MakeWriter<'a> for ToQueue {
             Level::INFO => journal::INFORMATION,
             Level::DEBUG | Level::TRACE => journal::DEBUG,
         };
-        Line { queue: &self.queue, priority }
+        Line { queue: &self.queue, of: LineKind { priority, is_of_audit: of.target() == AUDIT } }
     }
 }
 
 impl Write for Line<'_> {
     /// tracing-subscriber formats an event into its own buffer and writes it at once, newline included.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        self.queue.put(self.priority, line);
+        self.queue.put(&self.of, line);
         Ok(line.len())
     }
     fn flush(&mut self) -> io::Result<()> {
@@ -482,8 +501,22 @@ impl Write for Line<'_> {
     }
 }
 
-fn append(path: &Path) -> Result<File, PathError> {
-    Trust::own().to_append().append(path, 0o640)
+fn append(path: &Path) -> Result<AppendedFile, PathError> {
+    let file = Trust::own().to_append().append(path, 0o640)?;
+    // An empty line more is less harm than a line of now that is a part of the last one.
+    let torn = is_torn(&file).unwrap_or(true);
+    Ok(AppendedFile { file, torn })
+}
+
+/// Whether the last line of a file is not whole.
+fn is_torn(file: &File) -> io::Result<bool> {
+    let meta = file.metadata()?;
+    let Some(last) = meta.len().checked_sub(1).filter(|_| meta.is_file()) else { return Ok(false) };
+    // It was opened for writing alone.
+    let same = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    let mut byte = [0];
+    same.read_exact_at(&mut byte, last)?;
+    Ok(byte != *b"\n")
 }
 
 /// A field of a line of text: one word, or in quotes. What was said is not, but has no line's end nor anything that

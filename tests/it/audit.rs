@@ -197,12 +197,88 @@ fn what_the_lines_do_not_tell_is_said() {
         "2026-11-28T10:00:00Z to 2026-11-28T11:00:00Z\n  pid 9, uid 4000000007, caller uid:4000000007\n  X.509-SVID, serial 0a\n2 {read}"
     );
     let before = "no line is of 2026-11-28T09:30:00Z to 2026-11-28T10:00:00Z: who was given an SVID then may be missing (they are valid for up to 1h0m0s).";
+    let of_run = |run: &str, at: &str, seq: u64, told: &str| {
+        format!(r#"{{"timestamp":"2026-11-28T{at}:00Z",{told},"run":"{run}","seq":{seq}}}"#)
+    };
+    let numbered_of = |run: &str, at: &str, seq: u64| {
+        of_run(run, at, seq, r#""message":"audit goes on","longest_ttl":3600"#)
+    };
+    let lost_of = |run: &str, at: &str, seq: u64| {
+        of_run(run, at, seq, r#""level":"WARN","message":"log lines were lost","lost":2"#)
+    };
+    let numbered = |end: &str| {
+        let end = of_run("1a2b3c4d", "14:00", 2, &format!(r#""message":"{end}","longest_ttl":3600"#));
+        [numbered_of("1a2b3c4d", "10:00", 1), end].join("\n")
+    };
+    let ended = "The agent ended then; if one was started later, read its lines too.\n";
     let after = "no line is of 2026-11-28T14:00:00Z to 2026-11-28T15:00:00Z: who was given an SVID then may be missing.";
     let another = "no line is of 2026-11-23T23:00:00Z to 2026-11-28T10:00:00Z: who was given an SVID then may be missing (they are valid for up to 1h0m0s).";
     for (text, from, to, code, stdout, warning) in [
         (whole.clone(), "2026-11-28 11:00", "2026-11-28 12:00", 0, nobody.clone(), ""),
         (whole.clone(), "2026-11-28 10:30", "2026-11-28 12:00", 6, held, before),
         (whole.clone(), "2026-11-28 11:00", "2026-11-28 15:00", 6, nobody.clone(), after),
+        (numbered("audit goes on"), "2026-11-28 11:00", "2026-11-28 15:00", 6, nobody.clone(), after),
+        (numbered("audit ends"), "2026-11-28 11:00", "2026-11-28 15:00", 0, format!("{nobody}{ended}"), ""),
+        (
+            numbered("audit ends"),
+            "2026-11-28T14:00:30",
+            "2026-11-28T15:00",
+            0,
+            format!("{nobody}{ended}"),
+            "",
+        ),
+        (numbered("audit ends"), "2026-11-28 11:00", "2026-11-28 12:00", 0, nobody.clone(), ""),
+        // Who was given it before the end holds it still.
+        (
+            [
+                numbered_of("1a2b3c4d", "10:00", 1),
+                of_run(
+                    "1a2b3c4d",
+                    "10:30",
+                    2,
+                    &format!(
+                        r#""message":"svid given",{svid},"serial":"0a","expires":"2026-11-28T11:30:00Z""#
+                    ),
+                ),
+                of_run("1a2b3c4d", "10:40", 3, r#""message":"audit ends","longest_ttl":3600"#),
+            ]
+            .join("\n"),
+            "2026-11-28 11:00",
+            "2026-11-28 12:00",
+            0,
+            format!(
+                "2026-11-28T10:30:00Z to 2026-11-28T11:30:00Z\n  pid 9, uid 4000000007, caller uid:4000000007\n  X.509-SVID, serial 0a\n\
+                 3 lines of the audit were read: 2026-11-28T10:00:00Z to 2026-11-28T10:40:00Z.\n{ended}"
+            ),
+            "",
+        ),
+        // The last line before it is of another run: how long the loss went on is not known from that.
+        (
+            [
+                numbered_of("1a2b3c4d", "10:00", 1),
+                numbered_of("5e6f7a8b", "13:30", 1),
+                lost_of("1a2b3c4d", "14:00", 2),
+            ]
+            .join("\n"),
+            "2026-11-28 11:00",
+            "2026-11-28 12:00",
+            6,
+            nobody.replace("\n2 ", "\n3 "),
+            "the agent could not write 2 lines, which may be about others who held it.",
+        ),
+        (
+            [
+                numbered_of("1a2b3c4d", "10:00", 1),
+                numbered_of("1a2b3c4d", "13:30", 2),
+                lost_of("1a2b3c4d", "14:00", 3),
+            ]
+            .join("\n"),
+            "2026-11-28 11:00",
+            "2026-11-28 12:00",
+            0,
+            nobody.replace("\n2 ", "\n3 "),
+            "",
+        ),
         (whole.clone(), "2026-11-24", "2026-11-25", 6, nobody.clone(), another),
         (
             format!("{lost}\n{whole}\n{lost}"),
@@ -240,6 +316,44 @@ fn what_the_lines_do_not_tell_is_said() {
             continue;
         };
         assert_eq!(format!("{}.", want.as_str().unwrap()), warning);
+    }
+}
+
+/// Times are taken as people write them, in UTC where they say nothing else.
+#[test]
+fn times_are_taken_as_people_write_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("audit.jsonl");
+    let line = r#"{"timestamp":"2026-11-28T10:00:00Z","message":"audit begins","longest_ttl":3600,"run":"1a2b3c4d","seq":1}"#;
+    fs::write(&path, format!("{line}\n")).unwrap();
+    for (time, want) in [
+        ("2026-11-29", Some("2026-11-29T00:00:00Z")),
+        ("2026-11-28 12:30", Some("2026-11-28T12:30:00Z")),
+        ("2026-11-28T12:30", Some("2026-11-28T12:30:00Z")),
+        ("2026-11-28 12:30:15", Some("2026-11-28T12:30:15Z")),
+        ("2026-11-28T12:30:15", Some("2026-11-28T12:30:15Z")),
+        ("2026-11-28T12:30:15Z", Some("2026-11-28T12:30:15Z")),
+        ("2026-11-28T12:30:15+01:00", Some("2026-11-28T11:30:15Z")),
+        ("28.11.2026", None),
+        ("2026-11-28T", None),
+        ("12:30", None),
+    ] {
+        let who = std::process::Command::new(env!("CARGO_BIN_EXE_durward"))
+            .args(["audit", "who", "spiffe://td/web", "--output", "json", "--to", time])
+            .arg(&path)
+            .output()
+            .unwrap();
+        let (stdout, stderr) = (String::from_utf8_lossy(&who.stdout), String::from_utf8_lossy(&who.stderr));
+        match want {
+            Some(to) => assert!(stdout.contains(&format!("10:00:00Z to {to}: ")), "{time}: {stdout}{stderr}"),
+            None => {
+                let words = stderr.split_whitespace().collect::<Vec<_>>().join(" ");
+                assert!(
+                    words.contains("must be a time in UTC as 2026-11-24, 2026-11-24T13:00 or"),
+                    "{time}: {words}"
+                );
+            }
+        }
     }
 }
 
@@ -533,6 +647,88 @@ async fn missing_files_and_the_time_before_the_lines_are_noticed() {
     }
 }
 
+/// An agent knows of the run before, however that ended and whatever has become of its lines: which it was, and for how long what
+/// it made may be valid. Its first line is whole, whatever the file ends with.
+#[tokio::test]
+async fn an_agent_tells_of_the_run_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("audit.jsonl");
+    let audit = format!("audit {{ file = \"{}\" }}\n", path.display());
+    write_config(dir.path(), &(entry("/one", "x509_svid_ttl = \"3h\"\n") + &audit));
+    let mut agent = Process::spawn(dir.path());
+    let mut client = agent.serving(dir.path()).await;
+    client.fetch_jwtsvid(request(jwt("a"))).await.unwrap();
+    // Smaller by a reload first, and by a restart then.
+    write_config(dir.path(), &(entry("/one", "x509_svid_ttl = \"2h\"\n") + &audit));
+    agent.signal(Signal::SIGHUP);
+    let notes = dir.path().join("data/audit-runs.json");
+    let begun = std::time::Instant::now();
+    while !fs::read_to_string(&notes).is_ok_and(|notes| notes.contains("\"ttl\":7200")) {
+        assert!(begun.elapsed() < PATIENCE);
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    while !fs::read_to_string(&path).is_ok_and(|text| text.contains("svid given")) {
+        assert!(begun.elapsed() < PATIENCE);
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    agent.signal(Signal::SIGKILL);
+    agent.wait();
+    let killed = lines(&path);
+    assert!(
+        killed.iter().all(|line| line["message"] != "audit goes on"),
+        "three hours are in force: {killed:#?}"
+    );
+    let run = killed[0]["run"].as_str().unwrap().to_owned();
+    let moved = dir.path().join("audit.jsonl.1");
+    fs::rename(&path, &moved).unwrap();
+
+    fs::write(&path, r#"{"timestamp":"2026-"#).unwrap();
+    write_config(dir.path(), &(entry("/one", "") + &audit));
+    let mut agent = Process::spawn(dir.path());
+    agent.serving(dir.path()).await;
+    end(&mut agent);
+    let text = fs::read_to_string(&path).unwrap();
+    let (piece, whole) = text.split_once('\n').unwrap();
+    assert_eq!(piece, r#"{"timestamp":"2026-"#);
+    let told: Vec<Value> = whole.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(
+        (&told[0]["message"], &told[0]["before"], &told[0]["longest_ttl"], &told[0]["seq"]),
+        (&"audit begins".into(), &run.clone().into(), &10_800.into(), &1.into())
+    );
+    assert_eq!((&told[1]["message"], &told[1]["longest_ttl"]), (&"audit ends".into(), &10_800.into()));
+
+    let begins = time::OffsetDateTime::parse(
+        told[0]["timestamp"].as_str().unwrap(),
+        &time::format_description::well_known::Rfc3339,
+    );
+    let later = |hours: i64| {
+        let at = begins.unwrap() + time::Duration::hours(hours);
+        at.format(&time::format_description::well_known::Rfc3339).unwrap()
+    };
+    for (case, files, from, warning) in [
+        (
+            "its lines are gone",
+            vec![&path],
+            None,
+            Some(format!("no line of run {run} was read: those written before ")),
+        ),
+        ("they are there", vec![&moved, &path], None, Some(format!("run {run} has no end: "))),
+        ("while what it made is valid", vec![&path], Some(later(2)), Some("no line is of ".to_owned())),
+        ("when that has ended", vec![&path], Some(later(4)), None),
+    ] {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_durward"));
+        command.args(["audit", "who", "spiffe://example.org/one", "--output", "json"]).args(files);
+        let who = command.args(from.iter().flat_map(|from| ["--from", from])).output().unwrap();
+        let said = String::from_utf8(who.stdout).unwrap();
+        let conclusion: Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+        let warnings = conclusion["warnings"].as_array().unwrap();
+        assert_eq!(warnings.len(), usize::from(warning.is_some()), "{case}: {said}");
+        assert_eq!(who.status.code(), Some(if warning.is_some() { 6 } else { 0 }), "{case}: {said}");
+        let first = warnings.first().and_then(Value::as_str).unwrap_or_default();
+        assert!(first.starts_with(&warning.unwrap_or_default()), "{case}: {said}");
+    }
+}
+
 /// A time is only said to be known when all SVIDs that may have been valid then were given in the lines.
 #[test]
 fn the_lines_must_reach_back_as_far_as_svids_are_valid() {
@@ -549,12 +745,19 @@ fn the_lines_must_reach_back_as_far_as_svids_are_valid() {
     for (case, begin, from, warning) in [
         ("nothing said, and an hour later", String::new(), "11:00", None),
         ("nothing said, and sooner", String::new(), "10:30", Some(assumed)),
-        ("five minutes are said, and later", said(r#","longest_ttl":300"#), "10:06", None),
+        ("five minutes are said, and an hour later", said(r#","longest_ttl":300"#), "11:00", None),
+        // What was valid for longer may have ended before it was said.
         (
             "five minutes are said, and sooner",
             said(r#","longest_ttl":300"#),
-            "10:04",
-            Some("(they are valid for up to 5m0s)."),
+            "10:59",
+            Some("(1h0m0s before is looked at in any case)."),
+        ),
+        (
+            "an hour is said, and sooner",
+            said(r#","longest_ttl":3600"#),
+            "10:59",
+            Some("(they are valid for up to 1h0m0s)."),
         ),
         ("ten hours are said, and later", said(r#","longest_ttl":36000"#), "20:00", None),
         (

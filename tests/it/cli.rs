@@ -757,6 +757,41 @@ fn health_is_told_as_spire_agent_tells_it() {
     assert_eq!(got.status.code(), Some(4));
 }
 
+/// Nobody at the default path: whoever has tried quickstart is told how to find its agent.
+#[test]
+fn the_agent_of_quickstart_is_called_to_mind_where_there_was_one() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let program = dir.path().join("durward");
+    copy_program(&program);
+    let env = dir.path().join("durward-quickstart/env");
+    let path = dir.path().join("other.sock");
+    for (case, is_there, flag, is_told) in [
+        ("never tried", false, None, false),
+        ("tried", true, None, true),
+        ("tried, and another is named", true, Some(&path), false),
+    ] {
+        if is_there {
+            fs::create_dir_all(env.parent().unwrap()).unwrap();
+            fs::write(&env, "").unwrap();
+        }
+        for words in [&["status"][..], &["api", "fetch", "jwt", "--audience", "a"]] {
+            let mut command = Command::new(&program);
+            command.env_clear().env("XDG_STATE_HOME", dir.path()).args(words).stdin(Stdio::null());
+            command.args(flag.iter().flat_map(|path| [Path::new("--socket-path"), path]));
+            if nix::unistd::geteuid().is_root() {
+                // Whose directory is another.
+                command.uid(65_534).gid(65_534);
+            }
+            let got = command.output().unwrap();
+            let (stderr, way) = (text(&got.stderr), format!("\n  . {}\n", env.display()));
+            assert!(stderr.contains("no agent answers at "), "{case}: {stderr}");
+            assert_eq!(stderr.ends_with(&way), is_told, "{case}: {stderr}");
+            assert_eq!(got.status.code(), Some(4), "{case}");
+        }
+    }
+}
+
 #[test]
 fn every_update_is_printed_as_it_comes() {
     let ca = Ca::new("example.org");

@@ -454,7 +454,7 @@ fn mistakes_say_what_would_be_right() {
         (
             "empty range",
             "caller { override \"uid:9-1\" { block = true } }",
-            "31: ratelimit.caller.override \"uid:9-1\": \"uid:9-1\" must be a range from a lower to a higher UID, and not of all: that is uid:*",
+            "31: ratelimit.caller.override \"uid:9-1\": \"uid:9-1\" is the wrong way round: write uid:1-9",
         ),
         (
             "nothing matches",

@@ -48,7 +48,7 @@ impl AuditLine {
         {
             rest = message;
         }
-        let begin = ["caller=", "kind=", "times=", "lost=", "longest_ttl=", "run="]
+        let begin = ["caller=", "kind=", "times=", "lost=", "longest_ttl=", "before=", "run="]
             .iter()
             .filter_map(|key| rest.find(&format!(" {key}")));
         let (message, mut rest) = rest.split_at(begin.min().unwrap_or(rest.len()));
@@ -66,7 +66,7 @@ impl AuditLine {
     }
 
     #[cfg(test)]
-    pub(super) fn set(&mut self, key: &str, value: usize) {
+    pub(super) fn set(&mut self, key: &str, value: impl Into<Value>) {
         self.fields.insert(key.to_owned(), value.into());
     }
 

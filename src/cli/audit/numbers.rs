@@ -1,6 +1,6 @@
 //! The numbers of the lines that were read: where some of a run are missing, a file is, or lines of it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use time::OffsetDateTime;
 
@@ -11,8 +11,6 @@ use crate::{cli::terminal::clean, store::audit::message};
 const MOST_STRETCHES: usize = 100_000;
 /// How many places are told one by one.
 const MOST_TOLD: usize = 10;
-/// Lines that several threads write are in the order of their numbers but for this many.
-const OUT_OF_ORDER: u64 = 64;
 
 /// Numbers without a gap, and when the lines that have the first and the last of them were written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,60 +20,81 @@ struct Stretch {
     ends: OffsetDateTime,
 }
 
-/// Numbers that nobody has, and between which times they were given.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct MissingLines<'a> {
-    run: &'a str,
-    first: u64,
-    last: u64,
+/// What was read of a run.
+#[derive(Debug, Default)]
+struct RunRead {
+    /// By the first number of each.
+    stretches: BTreeMap<u64, Stretch>,
+    /// The number of the last line that says that it ends.
+    end: Option<u64>,
+}
+
+impl RunRead {
+    fn has_ended(&self) -> bool {
+        let last = self.stretches.values().next_back().map(|stretch| stretch.last);
+        self.end.is_some() && self.end == last
+    }
+}
+
+/// A run that was read, and when the first line of it was written and the last.
+#[derive(Clone, Copy, Debug)]
+struct RunSpan<'a> {
+    name: &'a str,
+    read: &'a RunRead,
+    begins: OffsetDateTime,
+    ends: OffsetDateTime,
+}
+
+/// When something was written that was not read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct UnreadTime {
     /// `None` before the first line that was read.
     after: Option<OffsetDateTime>,
     before: OffsetDateTime,
 }
 
-/// The numbers that were read, by run and the first of each stretch.
+impl UnreadTime {
+    fn told(self) -> String {
+        match self {
+            Self { after: Some(after), before } => {
+                format!("written between {} and {}", shown(after), shown(before))
+            }
+            Self { after: None, before } => format!("written before {}", shown(before)),
+        }
+    }
+}
+
+/// The numbers that were read, by run.
 #[derive(Debug, Default)]
 pub(super) struct Numbers {
-    read: BTreeMap<String, BTreeMap<u64, Stretch>>,
+    read: BTreeMap<String, RunRead>,
     stretches: usize,
     is_scattered: bool,
-    /// Lines that the agent lost before it wrote the one with this number: they have been told.
-    lost: BTreeMap<(String, u64), u64>,
-    lost_before_next: u64,
-    /// Runs whose last line was read.
-    ended: BTreeSet<String>,
+    /// Runs that another one names as the run before it, and when that began.
+    followed: BTreeMap<String, OffsetDateTime>,
+    /// Whether lines without a number were read.
+    has_unnumbered: bool,
 }
 
 impl Numbers {
-    /// The agent lost so many lines before the next.
-    pub(super) fn lose(&mut self, lines: u64) {
-        self.lost_before_next = self.lost_before_next.saturating_add(lines);
-    }
-
-    /// What another file begins with is not about this one.
-    pub(super) fn end_file(&mut self) {
-        self.lost_before_next = 0;
-    }
-
     pub(super) fn read(&mut self, line: &AuditLine) {
         let (Some(at), Some(run), Some(seq)) = (line.at, line.text("run"), line.number("seq")) else {
+            self.has_unnumbered = true;
             return;
         };
-        let lost = std::mem::take(&mut self.lost_before_next);
-        if lost > 0 && self.lost.len() < MOST_STRETCHES {
-            self.lost.insert((run.to_owned(), seq), lost);
-        }
-        if self.stretches >= MOST_STRETCHES {
+        if self.stretches + self.followed.len() >= MOST_STRETCHES {
             self.is_scattered = true;
             return;
         }
+        if let Some(before) = line.text("before") {
+            let begun = self.followed.entry(before.to_owned()).or_insert(at);
+            *begun = at.max(*begun);
+        }
+        let of_run = self.read.entry(run.to_owned()).or_default();
         if line.message == message::AUDIT_ENDS {
-            self.ended.insert(run.to_owned());
+            of_run.end = of_run.end.max(Some(seq));
         }
-        if !self.read.contains_key(run) {
-            self.read.insert(run.to_owned(), BTreeMap::new());
-        }
-        let Some(of_run) = self.read.get_mut(run) else { return };
+        let of_run = &mut of_run.stretches;
         let before = of_run.range(..=seq).next_back().map(|(first, stretch)| (*first, *stretch));
         let next =
             seq.checked_add(1).and_then(|next| of_run.get(&next).copied().map(|stretch| (next, stretch)));
@@ -95,6 +114,12 @@ impl Numbers {
         of_run.insert(first, Stretch { last, begins, ends });
     }
 
+    /// Whether each run of which lines were read has ended: it gives nobody anything any more.
+    pub(super) fn all_have_ended(&self) -> bool {
+        let is_known = !self.read.is_empty() && !self.is_scattered && !self.has_unnumbered;
+        is_known && self.read.values().all(RunRead::has_ended)
+    }
+
     /// Where numbers are missing that may be about the time from `from` to `to`, in words. Of what is before `begin`, the first
     /// line of all, it is known without them that it was not read, unless any time is meant.
     pub(super) fn gaps(
@@ -103,31 +128,24 @@ impl Numbers {
         from: Option<OffsetDateTime>,
         to: Option<OffsetDateTime>,
     ) -> Vec<String> {
-        let concerns = |missing: &MissingLines<'_>| {
-            from.is_none_or(|from| missing.before > from && missing.before > begin)
-                && to.is_none_or(|to| missing.after.is_none_or(|after| after < to))
+        let concerns = |unread: &UnreadTime| {
+            from.is_none_or(|from| unread.before > from && unread.before > begin)
+                && to.is_none_or(|to| unread.after.is_none_or(|after| after < to))
         };
-        let mut missing: Vec<MissingLines<'_>> = self.missing();
-        missing.retain(|missing| concerns(missing) && !self.is_told(missing));
-        missing.sort_by_key(|missing| missing.before);
-        let mut told: Vec<String> = missing.iter().take(MOST_TOLD).map(MissingLines::told).collect();
-        let mut cut = self.cut_off();
-        cut.retain(|(_, after, before)| {
-            from.is_none_or(|from| *before > from) && to.is_none_or(|to| *after < to)
-        });
-        told.extend(cut.iter().take(MOST_TOLD).map(|(run, after, before)| {
-            format!(
-                "run {} has no end: it was killed, or its last lines, written between {} and {}, are missing",
-                clean(run),
-                shown(*after),
-                shown(*before)
-            )
-        }));
-        if let Some(more) = cut.len().checked_sub(MOST_TOLD).filter(|more| *more > 0) {
-            told.push(format!("{more} more runs have no end"));
-        }
-        if let Some(more) = missing.len().checked_sub(MOST_TOLD).filter(|more| *more > 0) {
-            told.push(format!("lines are missing in {more} more places"));
+        let runs = self.runs();
+        let mut told = Vec::new();
+        for (mut places, more) in [
+            (missing_lines(&runs), "places where lines are missing"),
+            (self.missing_runs(&runs), "runs of which no line was read"),
+            (cut_off(&runs), "runs that have no end"),
+        ] {
+            places.retain(|(unread, _)| concerns(unread));
+            places.sort_by_key(|(unread, _)| unread.before);
+            let left_out = places.len().saturating_sub(MOST_TOLD);
+            told.extend(places.into_iter().take(MOST_TOLD).map(|(_, words)| words));
+            if left_out > 0 {
+                told.push(format!("there are {left_out} more {more}"));
+            }
         }
         if self.is_scattered {
             told.push(
@@ -138,76 +156,84 @@ impl Numbers {
         told
     }
 
-    /// Runs whose end is not there, though another run came behind them: between which times it was.
-    fn cut_off(&self) -> Vec<(&str, OffsetDateTime, OffsetDateTime)> {
-        let spans: Vec<_> = self
-            .read
-            .iter()
-            .filter_map(|(run, stretches)| {
-                let begins = stretches.values().map(|stretch| stretch.begins).min()?;
-                let ends = stretches.values().map(|stretch| stretch.ends).max()?;
-                Some((run.as_str(), begins, ends))
-            })
-            .collect();
-        let mut begins: Vec<_> = spans.iter().map(|(_, begins, _)| *begins).collect();
-        begins.sort_unstable();
-        let cut = spans.iter().filter(|(run, ..)| !self.ended.contains(*run)).filter_map(|(run, _, ends)| {
-            let next = begins.get(begins.partition_point(|begins| begins <= ends))?;
-            Some((*run, *ends, *next))
+    fn runs(&self) -> Vec<RunSpan<'_>> {
+        let spans = self.read.iter().filter_map(|(name, read)| {
+            let begins = read.stretches.values().map(|stretch| stretch.begins).min()?;
+            let ends = read.stretches.values().map(|stretch| stretch.ends).max()?;
+            Some(RunSpan { name, read, begins, ends })
         });
-        cut.collect()
+        spans.collect()
     }
 
-    fn missing(&self) -> Vec<MissingLines<'_>> {
-        let mut missing = Vec::new();
-        for (run, stretches) in &self.read {
-            let begin = stretches.values().map(|stretch| stretch.begins).min();
-            // A run begins after what is there of the one before it; before the first of all nothing is known anyway.
-            let before_run = self.read.iter().filter(|(other, _)| *other != run);
-            let earlier =
-                before_run.flat_map(|(_, stretches)| stretches.values().map(|stretch| stretch.ends));
-            let mut after = earlier.filter(|at| begin.is_some_and(|begin| *at < begin)).max();
-            let mut last = 0_u64;
-            for (first, stretch) in stretches {
-                if *first > last.saturating_add(1) {
-                    let (begin, end) = (last.saturating_add(1), first.saturating_sub(1));
-                    missing.push(MissingLines {
-                        run,
-                        first: begin,
-                        last: end,
-                        after,
-                        before: stretch.begins,
-                    });
-                }
-                (after, last) = (Some(stretch.ends), stretch.last);
-            }
-        }
-        missing
-    }
-
-    /// Whether the agent has said that it lost as many lines there.
-    fn is_told(&self, missing: &MissingLines<'_>) -> bool {
-        let near = missing.first..=missing.last.saturating_add(OUT_OF_ORDER);
-        let range = (missing.run.to_owned(), *near.start())..=(missing.run.to_owned(), *near.end());
-        let lost = self.lost.range(range).fold(0_u64, |sum, (_, lost)| sum.saturating_add(*lost));
-        lost > missing.last.saturating_sub(missing.first)
+    /// Runs that another one names as the run before it, and of which no line was read.
+    fn missing_runs(&self, runs: &[RunSpan<'_>]) -> Vec<(UnreadTime, String)> {
+        let ends = ends(runs);
+        let missing = self.followed.iter().filter(|(run, _)| !self.read.contains_key(*run));
+        let told = missing.map(|(run, before)| {
+            let unread = UnreadTime { after: last_before(&ends, *before), before: *before };
+            let (run, written) = (clean(run), unread.told());
+            (
+                unread,
+                format!("no line of run {run} was read: those {written} may be about others who held it"),
+            )
+        });
+        told.collect()
     }
 }
 
-impl MissingLines<'_> {
-    fn told(&self) -> String {
-        let Self { run, first, last, after, before } = self;
-        let run = clean(run);
-        let lines = match (first == last, after) {
-            (true, _) => format!("line {first} of run {run} is missing"),
-            (false, _) => format!("lines {first} to {last} of run {run} are missing"),
-        };
-        let when = match after {
-            Some(after) => format!("written between {} and {}", shown(*after), shown(*before)),
-            None => format!("written before {}", shown(*before)),
-        };
-        format!("{lines}, {when}: they may be about others who held it")
+/// When the stretches of all runs end, by time.
+fn ends(runs: &[RunSpan<'_>]) -> Vec<OffsetDateTime> {
+    let mut ends: Vec<_> =
+        runs.iter().flat_map(|run| run.read.stretches.values().map(|stretch| stretch.ends)).collect();
+    ends.sort_unstable();
+    ends
+}
+
+fn last_before(times: &[OffsetDateTime], at: OffsetDateTime) -> Option<OffsetDateTime> {
+    times.get(..times.partition_point(|time| *time < at)).and_then(<[_]>::last).copied()
+}
+
+/// Numbers that nobody has.
+fn missing_lines(runs: &[RunSpan<'_>]) -> Vec<(UnreadTime, String)> {
+    let ends = ends(runs);
+    let mut missing = Vec::new();
+    for run in runs {
+        // A run begins after what is there of the one before it; before the first of all nothing is known anyway.
+        let (mut after, mut last) = (last_before(&ends, run.begins), 0_u64);
+        for (first, stretch) in &run.read.stretches {
+            let (begin, end) = (last.saturating_add(1), first.saturating_sub(1));
+            if begin <= end {
+                let unread = UnreadTime { after, before: stretch.begins };
+                let (name, written) = (clean(run.name), unread.told());
+                let lines = match begin == end {
+                    true => format!("line {begin} of run {name} is"),
+                    false => format!("lines {begin} to {end} of run {name} are"),
+                };
+                missing.push((
+                    unread,
+                    format!("{lines} missing, {written}: they may be about others who held it"),
+                ));
+            }
+            (after, last) = (Some(stretch.ends), stretch.last);
+        }
     }
+    missing
+}
+
+/// Runs whose end is not there, though another run came behind them.
+fn cut_off(runs: &[RunSpan<'_>]) -> Vec<(UnreadTime, String)> {
+    let mut begins: Vec<_> = runs.iter().map(|run| run.begins).collect();
+    begins.sort_unstable();
+    let cut = runs.iter().filter(|run| !run.read.has_ended()).filter_map(|run| {
+        let before = *begins.get(begins.partition_point(|begins| *begins <= run.ends))?;
+        let unread = UnreadTime { after: Some(run.ends), before };
+        let (name, written) = (clean(run.name), unread.told());
+        Some((
+            unread,
+            format!("run {name} has no end: it was killed, or its last lines, {written}, are missing"),
+        ))
+    });
+    cut.collect()
 }
 
 #[cfg(test)]
@@ -215,6 +241,7 @@ mod tests {
     use time::{Duration, macros::datetime};
 
     use super::*;
+    use crate::telemetry::LINES_LOST;
 
     const BEGIN: OffsetDateTime = datetime!(2026-11-23 10:00:00 UTC);
 
@@ -326,24 +353,56 @@ mod tests {
         }
     }
 
-    /// What the agent has said that it lost is not told again; what is missing beside that is.
+    /// The line about lost ones has a number, and what is missing beside it is told.
     #[test]
-    fn lost_lines_are_told_once() {
-        for (case, lost, before, is_told) in [
-            ("as many", 5, 8, false),
-            ("more, of other lines", 9, 8, false),
-            ("fewer", 4, 8, true),
-            ("elsewhere", 5, 2, true),
-            ("told a line later", 5, 9, false),
+    fn what_was_lost_has_no_number() {
+        for (case, numbers, is_told) in
+            [("nothing is missing", [1, 2, 3], false), ("a line is", [1, 2, 4], true)]
+        {
+            let mut read = Numbers::default();
+            for seq in numbers {
+                let mut line = line("a", seq, 1);
+                if seq == 2 {
+                    line.message = LINES_LOST.to_owned();
+                }
+                read.read(&line);
+            }
+            assert_eq!(!read.gaps(BEGIN, None, None).is_empty(), is_told, "{case}");
+        }
+    }
+
+    /// A run that another one names is missed when no line of it was read, where that matters.
+    #[test]
+    fn a_run_of_which_nothing_is_left_is_told_where_it_matters() {
+        let told = |written: &str| {
+            format!("no line of run b was read: those written {written} may be about others who held it")
+        };
+        let between = told("between 2026-11-23T10:02:00Z and 2026-11-23T10:05:00Z");
+        let (a, b) = (vec![("a", 1, 1), ("a", 2, 2)], vec![("b", 1, 3), ("b", 2, 4)]);
+        for (case, earlier, span, want) in [
+            ("it is there", [a.clone(), b].concat(), (None, None), None),
+            ("it is gone", a.clone(), (None, None), Some(&between)),
+            ("within", a.clone(), (Some(3), Some(4)), Some(&between)),
+            ("before it", a.clone(), (None, Some(2)), None),
+            ("after it", a.clone(), (Some(5), None), None),
+            ("all before is gone", vec![], (None, None), Some(&told("before 2026-11-23T10:05:00Z"))),
+            ("all before is gone, which the first line tells", vec![], (Some(1), None), None),
         ] {
             let mut numbers = Numbers::default();
-            for seq in [1, 2, 8, 9] {
-                if seq == before {
-                    numbers.lose(lost);
+            for (run, seq, minute) in &earlier {
+                let mut line = line(run, *seq, *minute);
+                if *seq == 2 {
+                    line.message = message::AUDIT_ENDS.to_owned();
                 }
-                numbers.read(&line("a", seq, 1));
+                numbers.read(&line);
             }
-            assert_eq!(!numbers.gaps(BEGIN, None, None).is_empty(), is_told, "{case}");
+            let mut begins = line("c", 1, 5);
+            begins.set("before", "b");
+            numbers.read(&begins);
+            let at = |minute: Option<i64>| minute.map(|minute| BEGIN + Duration::minutes(minute));
+            let begin = if earlier.is_empty() { 5 } else { 1 };
+            let told = numbers.gaps(BEGIN + Duration::minutes(begin), at(span.0), at(span.1));
+            assert_eq!(told.iter().collect::<Vec<_>>(), want.into_iter().collect::<Vec<_>>(), "{case}");
         }
     }
 
@@ -356,7 +415,7 @@ mod tests {
             line.set("seq", seq * 2);
             numbers.read(&line);
         }
-        assert_eq!(numbers.read.values().map(BTreeMap::len).sum::<usize>(), MOST_STRETCHES);
+        assert_eq!(numbers.read.values().map(|run| run.stretches.len()).sum::<usize>(), MOST_STRETCHES);
         let told = numbers.gaps(BEGIN, None, None);
         assert_eq!(told.len(), MOST_TOLD + 2);
         assert!(told.last().unwrap().starts_with("the numbers of the lines have so many gaps"), "{told:?}");
