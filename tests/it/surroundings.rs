@@ -344,6 +344,28 @@ os.execv(sys.argv[1], sys.argv[1:])
     )
 }
 
+/// Before Linux 6.4 only /proc/self/auxv has some of what a program is told when it starts.
+#[cfg(target_arch = "x86_64")]
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_kernel_without_proc_has_an_agent_that_says_so() {
+    const PR_GET_AUXV: u32 = 0x4155_5856;
+    const EINVAL: u32 = 22;
+    let filter = format!("load(0), same(157, 3), load(16), same({PR_GET_AUXV}, 1), answer({EINVAL})");
+    let filter = by_filter(&filter);
+    let bare =
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", "umount -l /proc; exec \"$@\"", "sh"];
+    let words = [&bare[..], &["python3", "-c", &filter]].concat();
+    let can = Command::new(words[0]).args(&words[1..]).arg("/bin/true").status();
+    if !can.is_ok_and(|status| status.success()) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path(), &entry("/web", ""));
+    let mut agent = Process::spawn_by(&words, dir.path());
+    drop(agent.serving(dir.path()).await);
+    logged(dir.path(), "there is no /proc").await;
+}
+
 /// The same, where it is given no pidfd: these are the errors of a socket's other end, and by number.
 #[cfg(target_arch = "x86_64")]
 fn no_pidfd(by_socket: u32, by_number: u32) -> String {
