@@ -17,6 +17,7 @@ use std::{
     collections::BTreeMap,
     error::Error,
     fmt,
+    path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -40,6 +41,11 @@ use crate::identity::{
 
 /// The longest that a call waits for an SVID: as long as spire-agent waits for its server.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
+
+/// Whether an agent has left its state in this directory, of either issuer.
+pub fn has_state(data_dir: &Path) -> bool {
+    [embedded::STATE, server::AGENT_DATA].iter().any(|name| data_dir.join(name).exists())
+}
 
 /// Makes SVIDs, and publishes the entries and bundles that they are made of and verified with.
 pub trait Issuer: fmt::Debug + Send + Sync + 'static {

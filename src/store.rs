@@ -6,7 +6,7 @@
 //! Nothing here knows gRPC, sockets or processes.
 
 pub mod audit;
-mod audit_notes;
+pub mod audit_notes;
 pub mod audited;
 pub mod entitlement;
 pub mod jwt_cache;

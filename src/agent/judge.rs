@@ -219,6 +219,7 @@ impl Witnesses {
 
     /// Looks at the way to the socket. May wait.
     fn look(&self, groups: &Mutex<GroupBook>) -> Sighting {
+        self.audit.note_again();
         let Some(presence) = &self.presence else {
             let (way, left) = (SocketWay::default(), SocketWay::default());
             return Sighting { is_there: true, is_hidden: false, way, left };

@@ -149,6 +149,8 @@ struct PreparedAgent {
     limits: Limits,
     gate: limits::Gate,
     endpoints: HttpEndpoints,
+    /// No agent has had its data directory.
+    is_first_run: bool,
 }
 
 impl PreparedAgent {
@@ -191,6 +193,7 @@ impl PreparedAgent {
             limits,
             gate,
             endpoints,
+            is_first_run: !issuer::has_state(&config.agent.data_dir),
         })
     }
 
@@ -200,7 +203,8 @@ impl PreparedAgent {
         let caches = &config.caches;
         let (x509_svids, jwt_svids) = (caches.x509_svids.count(), caches.jwt_svids.count());
         let x509 = X509Cache::new(Arc::clone(&issuer), clock, x509_svids, caches.availability_target);
-        let audit = Arc::new(AuditTrail::noting_in(&config.agent.data_dir));
+        let possible = config.longest_possible_svid_ttl();
+        let audit = Arc::new(AuditTrail::noting_in(&config.agent.data_dir, self.is_first_run, possible));
         let x509 = Arc::new(x509.audited(Arc::clone(&audit)));
         let jwt = JwtCache::new(Arc::clone(&issuer), clock, Arc::clone(&store_series), jwt_svids)
             .audited(Arc::clone(&audit));

@@ -350,17 +350,18 @@ impl<'a> Search<'a> {
         let earliest = PrimitiveDateTime::MIN.assume_utc();
         let from = self.args.from.map(|from| from.checked_sub(self.life.get()).unwrap_or(earliest));
         if let Some((first, last)) = self.span {
-            if let Some(from) = from.filter(|from| *from < first) {
+            let is_all = self.numbers.begin_with_a_first_run(first);
+            if let Some(from) = from.filter(|from| !is_all && *from < first) {
                 gaps.push(format!(
-                    "no line is of {} to {}: who was given an SVID then may be missing ({})",
+                    "no line is of {} to {}: SVIDs that were given then may be missing ({})",
                     shown(from),
                     shown(first),
                     self.life.told(),
                 ));
             }
-            if let Some(to) = self.args.to.filter(|to| from.is_none() && *to < first) {
+            if let Some(to) = self.args.to.filter(|to| !is_all && from.is_none() && *to < first) {
                 gaps.push(format!(
-                    "no line is of a time before {}: who was given an SVID before {} is missing",
+                    "no line is of a time before {}: SVIDs that were given before {} are missing",
                     shown(first),
                     shown(to)
                 ));
@@ -369,14 +370,14 @@ impl<'a> Search<'a> {
             let since = self.args.from.filter(|from| self.args.to.is_none() && *from > last);
             if let Some(from) = since.filter(|_| can_go_on) {
                 gaps.push(format!(
-                    "no line is of {} or later: who was given an SVID then is missing (the last is of {})",
+                    "no line is of {} or later: SVIDs that were given then are missing (the last is of {})",
                     shown(from),
                     shown(last)
                 ));
             }
             if let Some(to) = self.args.to.filter(|to| can_go_on && *to > last) {
                 gaps.push(format!(
-                    "no line is of {} to {}: who was given an SVID then may be missing",
+                    "no line is of {} to {}: SVIDs that were given then may be missing",
                     shown(last),
                     shown(to)
                 ));
@@ -424,6 +425,9 @@ impl Drop for Unpacking {
 
 /// A time in UTC, to the day, the minute or the second, or one with an offset.
 fn moment(text: &str) -> Result<OffsetDateTime, String> {
+    // RFC 3339 has seconds.
+    let to_the_minute =
+        text.get(..16).zip(text.get(16..)).map(|(minute, offset)| format!("{minute}:00{offset}"));
     let words = text.replacen('T', " ", 1);
     let day = format_description!("[year]-[month]-[day]");
     let minute = format_description!("[year]-[month]-[day] [hour]:[minute]");
@@ -433,6 +437,7 @@ fn moment(text: &str) -> Result<OffsetDateTime, String> {
     day.or_else(|_| exact(minute))
         .or_else(|_| exact(second))
         .or_else(|_| OffsetDateTime::parse(text, &Rfc3339))
+        .or_else(|_| OffsetDateTime::parse(&to_the_minute.unwrap_or_default(), &Rfc3339))
         .map_err(|_unlike_any| {
             "must be a time in UTC as 2026-11-24, 2026-11-24T13:00 or \"2026-11-24 13:00:30\", or one with an offset as \
              2026-11-24T13:00:00+01:00"

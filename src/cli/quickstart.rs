@@ -424,7 +424,7 @@ fn as_another_account(others_pass: bool, by: Administrator, env: &Path) -> Strin
             "or, as another account, which gets another identity:\n".to_owned()
         }
         Administrator::Elsewhere => format!(
-            "or, in a shell of root's, as another account, which gets another identity:\n  . {}\n",
+            "or, in a root shell, as another account, which gets another identity:\n  . {}\n",
             shell_path(env, None)
         ),
     };
@@ -449,10 +449,12 @@ fn others_may_run(program: &Path) -> bool {
     program.ancestors().all(|path| fs::metadata(path).is_ok_and(|found| found.mode() & 0o001 != 0))
 }
 
-/// This program: a name that the shell finds, or where it lies.
+/// This program: a name that the shell of any user finds, or where it lies.
 fn program() -> PathBuf {
-    let typed = std::env::args_os().next().map_or_else(|| PathBuf::from("durward"), PathBuf::from);
-    if typed.components().count() > 1 { std::env::current_exe().unwrap_or(typed) } else { typed }
+    const OF_ALL_SHELLS: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/bin"];
+    let name = PathBuf::from("durward");
+    let is_known = |file: &Path| OF_ALL_SHELLS.iter().any(|dir| file == Path::new(dir).join(&name));
+    std::env::current_exe().ok().filter(|file| !is_known(file)).unwrap_or(name)
 }
 
 /// How a shell finds the agent of a quickstart without `--dir`, if there was one.
@@ -475,7 +477,7 @@ mod tests {
         for (is_root, path, said, not_said) in [
             (true, dir.path(), "runuser -u nobody", "sudo"),
             (false, dir.path(), "sudo -u nobody", "  . "),
-            (false, Path::new("/nowhere"), "in a shell of root's, as", "sudo"),
+            (false, Path::new("/nowhere"), "in a root shell, as", "sudo"),
             (false, Path::new("/nowhere"), "  . '/home/a user/env'\n", "sudo"),
         ] {
             let by = Administrator::of(is_root, path.into());

@@ -208,7 +208,7 @@ fn wrong(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime) 
         wrong.extend(told.reload_errors.iter().map(|error| format!("- {}", error.trim())));
     }
     if told.audit_untaken {
-        wrong.push(format!("the audit is not taken at {}, and its lines are lost", told.audit));
+        wrong.push(format!("the audit cannot be written to {}, and its lines are lost", told.audit));
     }
     if told.log_lines_lost > 0 {
         let lines = counted(told.log_lines_lost, "line");
@@ -358,7 +358,7 @@ mod tests {
             "              the last reload failed 3m ago; the old settings are in force:\n",
             "              - agent.conf:3: agent.log_level \"loud\": must be one of\\u{1b}\n",
             "Audit:        socket /run/audit.sock\n",
-            "              the audit is not taken at socket /run/audit.sock, and its lines\n",
+            "              the audit cannot be written to socket /run/audit.sock, and its\n",
             "              7 lines of the log and the audit lost since the start: nobody took\n",
             "              the kubelet does not list its pods: no token\n",
             "              for 1m: cannot reach the server spire:8081: connection refused",

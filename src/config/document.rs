@@ -221,6 +221,12 @@ impl Config {
         of_entries.flatten().chain(by_default).max()
     }
 
+    /// The longest that a setting of these could be.
+    pub fn longest_possible_svid_ttl(&self) -> Option<Duration> {
+        let Signer::Embedded(issuer) = &self.issuer else { return None };
+        Some(issuer.ca_ttl)
+    }
+
     /// What the issuer is told.
     pub fn issuer_input(&self) -> IssuerInput {
         IssuerInput {

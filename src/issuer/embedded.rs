@@ -34,7 +34,7 @@ use tokio::{
 use self::repair::Repair;
 pub use self::{
     ca::{EmbeddedCa, ROTATION_RETRY, Rotation, try_sources},
-    disk::{is_in_use, is_new},
+    disk::{STATE, is_in_use, is_new},
     error::{Damage, IssuerError, SuppliedCaFault},
     settings::{EmbeddedSettings, IssuerSettings, MIN_CA_TTL, MIN_SVID_TTL},
     supplied::dns_constraints,

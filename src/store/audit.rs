@@ -313,10 +313,17 @@ impl Default for AuditTrail {
 }
 
 impl AuditTrail {
-    /// One that knows from `data_dir` of earlier runs, and leaves its notes there to the next. The directory must be this
-    /// agent's by now.
-    pub fn noting_in(data_dir: &Path) -> Self {
-        Self { notes: Mutex::new(AuditNotes::open(data_dir)), ..Self::default() }
+    /// One that knows from `data_dir` of earlier runs, if it is not new, and leaves its notes there to the next. The directory must
+    /// be this agent's by now. SVIDs may be `possible` that are valid for so long, where earlier runs say nothing; `None` where a
+    /// server decides that.
+    pub fn noting_in(data_dir: &Path, is_new: bool, possible: Option<Duration>) -> Self {
+        let notes = AuditNotes::open(data_dir, is_new, possible, Clock::SYSTEM.now());
+        Self { notes: Mutex::new(notes), ..Self::default() }
+    }
+
+    /// Writes the notes to the disk if they could not be written, and blocks on it. To be called now and then.
+    pub fn note_again(&self) {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner).write_again();
     }
 
     fn lock(&self) -> MutexGuard<'_, AuditTable> {

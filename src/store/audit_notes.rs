@@ -14,6 +14,12 @@ use crate::{
 };
 
 const NOTES: &str = "audit-runs.json";
+/// What stands for the run before the first one of a directory.
+pub const FIRST_RUN: &str = "none";
+/// A run before this one of which nothing is known.
+const UNKNOWN: &str = "unknown";
+/// More than any lifetime that can be set, in seconds.
+const MOST_TTL: u64 = 100 * 366 * 24 * 3600;
 /// What the name ends in while it is not written to its end.
 const UNFINISHED: &str = ".new";
 
@@ -22,6 +28,8 @@ const UNFINISHED: &str = ".new";
 pub(super) struct AuditNotes {
     dir: Option<FileDir>,
     noted: Noted,
+    /// The last write failed.
+    is_unwritten: bool,
 }
 
 /// Times are whole seconds, since 1970.
@@ -44,27 +52,39 @@ enum NotesError {
     File(#[from] FileFault),
     #[error("cannot read {NOTES} in data_dir")]
     Damaged(#[from] serde_json::Error),
+    #[error("{NOTES} in data_dir has a lifetime of more than a hundred years")]
+    Absurd,
 }
 
 impl AuditNotes {
-    /// Those in this directory. Without them the audit goes on: that is a warning.
-    pub(super) fn open(data_dir: &Path) -> Self {
+    /// Those in this directory, which no agent has had before if it `is_new`. Without them the audit goes on: that is a warning,
+    /// and an earlier run may have made what is valid for as long as is `possible`.
+    pub(super) fn open(data_dir: &Path, is_new: bool, possible: Option<Duration>, now: SystemTime) -> Self {
+        let unknown = || {
+            let mut noted = Noted { run: UNKNOWN.to_owned(), ..Noted::default() };
+            noted.put_in_force(possible.map_or(0, |ttl| ttl.as_secs()), seconds(now));
+            noted
+        };
         let dir = match FileDir::open(data_dir, UNFINISHED) {
             Ok(dir) => dir,
             Err(error) => {
                 warn_of(&error.into());
-                return Self::default();
+                return Self { noted: unknown(), ..Self::default() };
             }
         };
-        let noted = read(&dir).unwrap_or_else(|error| {
-            warn_of(&error);
-            // There was one.
-            Noted { run: "unknown".to_owned(), ..Noted::default() }
-        });
-        Self { dir: Some(dir), noted }
+        let noted = match read(&dir) {
+            Ok(Some(noted)) => noted,
+            Ok(None) if is_new => Noted { run: FIRST_RUN.to_owned(), ..Noted::default() },
+            Ok(None) => unknown(),
+            Err(error) => {
+                warn_of(&error);
+                unknown()
+            }
+        };
+        Self { dir: Some(dir), noted, is_unwritten: false }
     }
 
-    /// The run before this one, unless that is known not to have been.
+    /// The run before this one, while none of this one is noted.
     pub(super) fn run_before(&self) -> Option<String> {
         let run = &self.noted.run;
         (!run.is_empty() && *run != *AUDIT_RUN).then(|| run.clone())
@@ -75,11 +95,28 @@ impl AuditNotes {
         let was = self.noted.clone();
         self.noted.run.clone_from(&AUDIT_RUN);
         self.noted.put_in_force(longest.map_or(0, |ttl| ttl.as_secs()), seconds(now));
-        if let Some(dir) = self.dir.as_ref().filter(|_| self.noted != was)
-            && let Err(error) = write(dir, &self.noted)
-        {
-            warn_of(&error);
+        if self.noted != was {
+            self.write();
         }
+    }
+
+    /// Writes what could not be written.
+    pub(super) fn write_again(&mut self) {
+        if self.is_unwritten {
+            self.write();
+        }
+    }
+
+    fn write(&mut self) {
+        let Some(dir) = &self.dir else { return };
+        let was_unwritten = self.is_unwritten;
+        let written = write(dir, &self.noted);
+        match &written {
+            Ok(()) if was_unwritten => tracing::info!("audit: {NOTES} is written again"),
+            Err(error) if !was_unwritten => warn_of(error),
+            Ok(()) | Err(_) => {}
+        }
+        self.is_unwritten = written.is_err();
     }
 
     /// For how many seconds any SVID may be valid that is valid still; 0 where that is not known.
@@ -108,9 +145,13 @@ impl Noted {
     }
 }
 
-fn read(dir: &FileDir) -> Result<Noted, NotesError> {
-    let text = dir.read(NOTES)?;
-    text.map_or_else(|| Ok(Noted::default()), |text| Ok(serde_json::from_slice(&text)?))
+fn read(dir: &FileDir) -> Result<Option<Noted>, NotesError> {
+    let Some(text) = dir.read(NOTES)? else { return Ok(None) };
+    let noted: Noted = serde_json::from_slice(&text)?;
+    if noted.ttl.max(noted.longest_ttl) > MOST_TTL {
+        return Err(NotesError::Absurd);
+    }
+    Ok(Some(noted))
 }
 
 fn write(dir: &FileDir, noted: &Noted) -> Result<(), NotesError> {
@@ -119,7 +160,10 @@ fn write(dir: &FileDir, noted: &Noted) -> Result<(), NotesError> {
 
 fn warn_of(error: &NotesError) {
     let error = chain(error);
-    tracing::warn!(error, "audit: what earlier and later runs must know of each other cannot be kept");
+    tracing::warn!(
+        error,
+        "audit: cannot keep {NOTES} in data_dir: later searches of the audit may miss this run or the one before"
+    );
 }
 
 fn seconds(at: SystemTime) -> u64 {

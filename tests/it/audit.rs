@@ -1,6 +1,10 @@
 //! Who was given what, as an auditor reads it.
 
-use std::{fs, os::unix::net::UnixDatagram, path::Path};
+use std::{
+    fs,
+    os::unix::{fs::PermissionsExt as _, net::UnixDatagram},
+    path::Path,
+};
 
 use aws_lc_rs::digest::{SHA256, digest};
 use nix::{
@@ -152,12 +156,12 @@ async fn who_had_an_identity_is_one_command() {
             env!("CARGO_BIN_EXE_durward")
         );
         let found = std::process::Command::new("sh").args(["-c", &command]).output().unwrap();
-        // Of what was before the first line nothing is known.
-        assert_eq!(found.status.code(), Some(6), "{command}: {}", String::from_utf8_lossy(&found.stderr));
+        // Nobody had run an agent there before, and it has ended.
+        assert_eq!(found.status.code(), Some(0), "{command}: {}", String::from_utf8_lossy(&found.stderr));
         let said = String::from_utf8(found.stdout).unwrap();
         let mut said: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         let conclusion = said.pop().unwrap();
-        assert!(conclusion["warnings"][0].as_str().unwrap().starts_with("no line is of "), "{conclusion}");
+        assert_eq!(conclusion["warnings"], Value::Array(Vec::new()), "{conclusion}");
         said
     };
     let found = who(&day(given), &day(given + 86_400), "");
@@ -196,7 +200,7 @@ fn what_the_lines_do_not_tell_is_said() {
     let held = format!(
         "2026-11-28T10:00:00Z to 2026-11-28T11:00:00Z\n  pid 9, uid 4000000007, caller uid:4000000007\n  X.509-SVID, serial 0a\n2 {read}"
     );
-    let before = "no line is of 2026-11-28T09:30:00Z to 2026-11-28T10:00:00Z: who was given an SVID then may be missing (they are valid for up to 1h0m0s).";
+    let before = "no line is of 2026-11-28T09:30:00Z to 2026-11-28T10:00:00Z: SVIDs that were given then may be missing (they are valid for up to 1h0m0s).";
     let of_run = |run: &str, at: &str, seq: u64, told: &str| {
         format!(r#"{{"timestamp":"2026-11-28T{at}:00Z",{told},"run":"{run}","seq":{seq}}}"#)
     };
@@ -211,8 +215,8 @@ fn what_the_lines_do_not_tell_is_said() {
         [numbered_of("1a2b3c4d", "10:00", 1), end].join("\n")
     };
     let ended = "The agent ended then; if one was started later, read its lines too.\n";
-    let after = "no line is of 2026-11-28T14:00:00Z to 2026-11-28T15:00:00Z: who was given an SVID then may be missing.";
-    let another = "no line is of 2026-11-23T23:00:00Z to 2026-11-28T10:00:00Z: who was given an SVID then may be missing (they are valid for up to 1h0m0s).";
+    let after = "no line is of 2026-11-28T14:00:00Z to 2026-11-28T15:00:00Z: SVIDs that were given then may be missing.";
+    let another = "no line is of 2026-11-23T23:00:00Z to 2026-11-28T10:00:00Z: SVIDs that were given then may be missing (they are valid for up to 1h0m0s).";
     for (text, from, to, code, stdout, warning) in [
         (whole.clone(), "2026-11-28 11:00", "2026-11-28 12:00", 0, nobody.clone(), ""),
         (whole.clone(), "2026-11-28 10:30", "2026-11-28 12:00", 6, held, before),
@@ -404,7 +408,7 @@ async fn what_is_lost_of_the_audit_is_a_warning() {
         .unwrap();
     let shown = String::from_utf8_lossy(&status.stdout);
     assert!(
-        shown.contains("Audit:        socket ") && shown.contains("the audit is not taken at"),
+        shown.contains("Audit:        socket ") && shown.contains("the audit cannot be written to"),
         "{shown}"
     );
     end(&mut agent);
@@ -674,6 +678,7 @@ async fn an_agent_tells_of_the_run_before() {
     agent.signal(Signal::SIGKILL);
     agent.wait();
     let killed = lines(&path);
+    assert_eq!(killed[0]["before"], "none", "{killed:#?}");
     assert!(
         killed.iter().all(|line| line["message"] != "audit goes on"),
         "three hours are in force: {killed:#?}"
@@ -697,14 +702,16 @@ async fn an_agent_tells_of_the_run_before() {
     );
     assert_eq!((&told[1]["message"], &told[1]["longest_ttl"]), (&"audit ends".into(), &10_800.into()));
 
-    let begins = time::OffsetDateTime::parse(
-        told[0]["timestamp"].as_str().unwrap(),
-        &time::format_description::well_known::Rfc3339,
-    );
-    let later = |hours: i64| {
-        let at = begins.unwrap() + time::Duration::hours(hours);
-        at.format(&time::format_description::well_known::Rfc3339).unwrap()
+    let begun = |line: &Value| {
+        time::OffsetDateTime::parse(
+            line["timestamp"].as_str().unwrap(),
+            &time::format_description::well_known::Rfc3339,
+        )
+        .unwrap()
     };
+    let (first, begins) = (begun(&killed[0]), begun(&told[0]));
+    let shown = |at: time::OffsetDateTime| at.format(&time::format_description::well_known::Rfc3339).unwrap();
+    let later = |hours: i64| shown(begins + time::Duration::hours(hours));
     for (case, files, from, warning) in [
         (
             "its lines are gone",
@@ -713,6 +720,8 @@ async fn an_agent_tells_of_the_run_before() {
             Some(format!("no line of run {run} was read: those written before ")),
         ),
         ("they are there", vec![&moved, &path], None, Some(format!("run {run} has no end: "))),
+        ("before any run", vec![&moved], Some(shown(first - time::Duration::hours(9))), None),
+        ("after the end of a later one", vec![&moved, &path], Some(later(9)), None),
         ("while what it made is valid", vec![&path], Some(later(2)), Some("no line is of ".to_owned())),
         ("when that has ended", vec![&path], Some(later(4)), None),
     ] {
@@ -726,6 +735,38 @@ async fn an_agent_tells_of_the_run_before() {
         assert_eq!(who.status.code(), Some(if warning.is_some() { 6 } else { 0 }), "{case}: {said}");
         let first = warnings.first().and_then(Value::as_str).unwrap_or_default();
         assert!(first.starts_with(&warning.unwrap_or_default()), "{case}: {said}");
+    }
+}
+
+/// Where the notes of earlier runs are lost, a run of which nothing is known may have made what is valid as long as could be set.
+#[tokio::test]
+async fn an_agent_that_has_lost_its_notes_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, notes) = (dir.path().join("audit.jsonl"), dir.path().join("data/audit-runs.json"));
+    write_config(dir.path(), &(entry("/one", "") + &format!("audit {{ file = \"{}\" }}\n", path.display())));
+    let lifetimes = r#"{"run":"ab12cd34","ttl":99999999999,"longest_ttl":99999999999,"until":null}"#;
+    for (case, left, before) in [
+        ("the first run", None, "none"),
+        ("they are gone", None, "unknown"),
+        ("they are empty", Some(""), "unknown"),
+        ("they are absurd", Some(lifetimes), "unknown"),
+    ] {
+        drop(fs::remove_file(&path));
+        drop(fs::remove_file(&notes));
+        if let Some(left) = left {
+            fs::write(&notes, left).unwrap();
+            fs::set_permissions(&notes, fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        let mut agent = Process::spawn(dir.path());
+        agent.serving(dir.path()).await;
+        end(&mut agent);
+        let begins = &lines(&path)[0];
+        let day_or_hour = if before == "none" { 3_600 } else { 86_400 };
+        assert_eq!(
+            (&begins["before"], &begins["longest_ttl"]),
+            (&before.into(), &day_or_hour.into()),
+            "{case}: {begins:#?}"
+        );
     }
 }
 

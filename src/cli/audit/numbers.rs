@@ -1,11 +1,14 @@
 //! The numbers of the lines that were read: where some of a run are missing, a file is, or lines of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use time::OffsetDateTime;
 
 use super::{holders::shown, line::AuditLine};
-use crate::{cli::terminal::clean, store::audit::message};
+use crate::{
+    cli::terminal::clean,
+    store::{audit::message, audit_notes::FIRST_RUN},
+};
 
 /// Stretches that are told apart. Whole files are a few for each run.
 const MOST_STRETCHES: usize = 100_000;
@@ -72,6 +75,8 @@ pub(super) struct Numbers {
     is_scattered: bool,
     /// Runs that another one names as the run before it, and when that began.
     followed: BTreeMap<String, OffsetDateTime>,
+    /// Runs before which there was none.
+    first_runs: BTreeSet<String>,
     /// Whether lines without a number were read.
     has_unnumbered: bool,
 }
@@ -82,13 +87,17 @@ impl Numbers {
             self.has_unnumbered = true;
             return;
         };
-        if self.stretches + self.followed.len() >= MOST_STRETCHES {
+        if self.stretches + self.followed.len() + self.first_runs.len() >= MOST_STRETCHES {
             self.is_scattered = true;
             return;
         }
-        if let Some(before) = line.text("before") {
-            let begun = self.followed.entry(before.to_owned()).or_insert(at);
-            *begun = at.max(*begun);
+        match line.text("before") {
+            Some(FIRST_RUN) => drop(self.first_runs.insert(run.to_owned())),
+            Some(before) => {
+                let begun = self.followed.entry(before.to_owned()).or_insert(at);
+                *begun = at.max(*begun);
+            }
+            None => {}
         }
         let of_run = self.read.entry(run.to_owned()).or_default();
         if line.message == message::AUDIT_ENDS {
@@ -114,10 +123,22 @@ impl Numbers {
         of_run.insert(first, Stretch { last, begins, ends });
     }
 
-    /// Whether each run of which lines were read has ended: it gives nobody anything any more.
+    /// Whether each run of which lines were read has ended, as it says or as another has begun behind it: it gives nobody anything
+    /// any more.
     pub(super) fn all_have_ended(&self) -> bool {
-        let is_known = !self.read.is_empty() && !self.is_scattered && !self.has_unnumbered;
-        is_known && self.read.values().all(RunRead::has_ended)
+        let has_ended =
+            |(name, run): (&String, &RunRead)| run.has_ended() || self.followed.contains_key(name);
+        self.is_known() && self.read.iter().all(has_ended)
+    }
+
+    /// Whether `begin`, the first line of all, is the first that an agent wrote which nobody had run before.
+    pub(super) fn begin_with_a_first_run(&self, begin: OffsetDateTime) -> bool {
+        let begins = |run: &RunRead| run.stretches.get(&1).is_some_and(|stretch| stretch.begins == begin);
+        self.is_known() && self.first_runs.iter().any(|run| self.read.get(run).is_some_and(begins))
+    }
+
+    fn is_known(&self) -> bool {
+        !self.read.is_empty() && !self.is_scattered && !self.has_unnumbered
     }
 
     /// Where numbers are missing that may be about the time from `from` to `to`, in words. Of what is before `begin`, the first

@@ -9,7 +9,8 @@ use crate::{
     os::trusted::Trust,
 };
 
-const STATE: &str = "issuer.json";
+/// The name of the state file.
+pub const STATE: &str = "issuer.json";
 const LOCK: &str = "issuer.lock";
 /// What the name of a state ends in that is not written to its end yet.
 const UNFINISHED: &str = ".new";
