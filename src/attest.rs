@@ -149,6 +149,8 @@ pub struct Attestor {
     unmapped: Option<Owner>,
     /// A caller was in another PID namespace.
     met_strangers: AtomicBool,
+    /// One was not.
+    met_neighbours: AtomicBool,
     /// What `/proc` says is of the processes that connect. Only [`Attestor::look_at_proc`] writes.
     proc_is_ours: AtomicBool,
     /// Only [`Attestor::share_by`] writes.
@@ -191,6 +193,7 @@ impl Attestor {
             proc_root: PathBuf::from("/proc"),
             unmapped: unmapped(),
             met_strangers: AtomicBool::new(false),
+            met_neighbours: AtomicBool::new(false),
             proc_is_ours: AtomicBool::new(proc_is_ours().is_ok()),
             families: ArcSwap::default(),
             attestors,
@@ -249,6 +252,11 @@ impl Attestor {
     /// Whether a caller was refused since it is in another PID namespace.
     pub fn has_met_strangers(&self) -> bool {
         self.met_strangers.load(Ordering::Relaxed)
+    }
+
+    /// Whether anybody was attested, whoever it was.
+    pub fn has_met_neighbours(&self) -> bool {
+        self.met_neighbours.load(Ordering::Relaxed)
     }
 
     /// Takes other settings for what is prepared from now on. A call is attested by those of its snapshot: entries that
@@ -388,6 +396,10 @@ impl Attestor {
         // Last of all: it lives now, so everything above was read of it. Of a process that is gone anything may be
         // unreadable, or be another's.
         process.is_alive()?;
+        // Written once: a write with each call would take the line of memory from the other threads each time.
+        if found.is_ok() && !self.has_met_neighbours() {
+            self.met_neighbours.store(true, Ordering::Relaxed);
+        }
         found
     }
 

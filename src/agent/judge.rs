@@ -259,8 +259,10 @@ impl Witnesses {
         let own_user = geteuid().as_raw();
         // Each time: a namespace may be given its map after it was made, which is once.
         let mapped = MappedAccounts::own();
-        let all_are_strangers =
-            around.has_strangers && self.attestor.has_met_strangers() && !self.audit.has_given();
+        // In the container of a pod whoever else is in it, a probe or an admin's shell, is not whom it is there for.
+        let met_others =
+            self.audit.has_given() || !around.of_own_container && self.attestor.has_met_neighbours();
+        let all_are_strangers = around.has_strangers && self.attestor.has_met_strangers() && !met_others;
         let apart = match around.of_own_container {
             _ if all_are_strangers => Apart::Everybody,
             true => Apart::OtherPods,

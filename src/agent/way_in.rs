@@ -6,12 +6,13 @@
 //! believed, while its connection is open and an hour longer; the connection says in which groups it is. If one of these lets it
 //! through (a unit's `SupplementaryGroups=`, a membership that was taken away since), that is so of its user alone. If none does,
 //! there is another way, as into a container into which the socket's directory is mounted, and who else may come by it nobody
-//! knows. That is so whatever the modes become; but it counts only if they were the same, at the looks before and after, as it is
-//! only then that nothing was open in between ([`Mark`]).
+//! knows. That is so whatever the modes become; but it counts only if they were the same at the looks before and after, so that
+//! nothing was open in between, as far as [`Mark`] shows.
 //!
 //! What is not seen: who has waited for longer than a second in the queue of the kernel, as behind an agent that starts, may have
 //! connected before a directory was closed; it counts for an hour too long. A process with `CAP_DAC_OVERRIDE` comes past any mode,
-//! and is taken for another way.
+//! and one that had opened the socket before (`O_PATH`) past those of the directories: both are taken for another way. Connections
+//! from before a directory was closed show none, so where all come another way the agent is not ready until the next one comes.
 
 use std::{
     collections::{BTreeSet, HashMap},
