@@ -166,6 +166,17 @@ pub enum TrustSource<'a> {
     Insecure,
 }
 
+impl fmt::Display for TrustSource<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::WorkloadApi(socket) => write!(f, "the Workload API at {}", socket.display()),
+            Self::Url { url, .. } => f.write_str(url),
+            Self::File { path, .. } => write!(f, "{}", path.display()),
+            Self::Insecure => f.write_str("whoever answers"),
+        }
+    }
+}
+
 /// Which of several tokens is meant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TokenSource<'a> {
