@@ -234,7 +234,10 @@ fn plugins_are_counted_and_refused_by_name() {
             "NodeAttestor \"mine\" { plugin_cmd = \"/p\" } KeyManager \"memory\" { }",
             "an external plugin is not in this version",
         ),
-        ("NodeAttestor \"join_token\" { plugin_data { a = 1 } } KeyManager \"memory\" { }", "unknown key"),
+        (
+            "NodeAttestor \"join_token\" { plugin_data { a = 1 } } KeyManager \"memory\" { }",
+            "unknown key; no key is known here",
+        ),
         (
             "NodeAttestor \"join_token\" { } KeyManager \"memory\" { } SVIDStore \"disk\" { plugin_cmd = \"/p\" }",
             "storing SVIDs is not in this version",
