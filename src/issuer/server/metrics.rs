@@ -74,7 +74,7 @@ impl ServerMetrics {
                 "durward_server_sync_duration_seconds",
                 "Time that a synchronisation with the SPIRE Server took.",
             ),
-            malformed: registry.counter(
+            malformed: registry.counter_once_used(
                 "durward_server_malformed_entries_total",
                 "Entries from the SPIRE Server that are malformed and left out; each counts once for each revision.",
                 &[],
