@@ -134,8 +134,8 @@ pub struct ServerStatus {
     pub last_sync: Option<SystemTime>,
     /// What is waited for, in words for an admin, and since when.
     pub waits_for: Option<(String, SystemTime)>,
-    /// Why the last call to it failed; `None` when it did not.
-    pub last_error: Option<String>,
+    /// What of it fails, and since when; `None` when nothing does.
+    pub last_error: Option<(String, SystemTime)>,
 }
 
 /// What the configuration tells an issuer.

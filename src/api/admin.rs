@@ -323,6 +323,7 @@ impl AdminParts {
             attestors: said.into_iter().map(said_of).collect(),
             command,
             not_known: self.standing.not_known().unwrap_or_default(),
+            agent_id: self.standing.agent_id().unwrap_or_default(),
         })
     }
 

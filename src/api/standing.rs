@@ -170,6 +170,7 @@ impl AgentStanding {
         self.issuer.server().map(|server| {
             let (agent_id, ends) = server.agent.unzip();
             let (waits_for, since) = server.waits_for.unzip();
+            let (last_error, failing_since) = server.last_error.unzip();
             pb::ServerStatus {
                 address: server.address,
                 agent_id: agent_id.map(|id| id.to_string()).unwrap_or_default(),
@@ -177,7 +178,8 @@ impl AgentStanding {
                 last_sync: server.last_sync.map_or(0, unix),
                 waits_for: waits_for.unwrap_or_default(),
                 waits_since: since.map_or(0, unix),
-                last_error: server.last_error.unwrap_or_default(),
+                last_error: last_error.unwrap_or_default(),
+                failing_since: failing_since.map_or(0, unix),
             }
         })
     }
@@ -203,13 +205,19 @@ impl AgentStanding {
         }
     }
 
+    /// Who the agent is to its server, where there is one.
+    pub(super) fn agent_id(&self) -> Option<String> {
+        let (id, _) = self.issuer.server()?.agent?;
+        Some(id.to_string())
+    }
+
     /// Why it is not known yet which entries and bundles there are, if that is so: nothing then says who gets what.
     pub(super) fn not_known(&self) -> Option<String> {
         let server = self.issuer.server().filter(|server| server.last_sync.is_none())?;
-        let why = server.waits_for.map(|(why, _)| why).or(server.last_error).unwrap_or_default();
+        let why = server.waits_for.or(server.last_error).map(|(why, _)| why).unwrap_or_default();
         let colon = if why.is_empty() { "" } else { ": " };
         Some(format!(
-            "{NOT_KNOWN}, since the SPIRE Server {} has not answered since the agent started{colon}{why}",
+            "{NOT_KNOWN}, since the SPIRE Server {} has not told them since the agent started{colon}{why}",
             server.address
         ))
     }

@@ -187,7 +187,22 @@ fn limits(out: &mut String, told: &pb::ExplainResponse, width: usize) {
 fn wanted(told: &pb::ExplainResponse, width: usize) -> String {
     let found = |kind: &str| told.selectors.iter().find(|it| it.starts_with(kind)).map(|it| clean(it));
     let of_pod = found("k8s:ns:").zip(found("k8s:sa:")).map(|(ns, sa)| format!("\"{ns}\", \"{sa}\""));
+    let both = |one: String, other: String| format!("{one} -selector {other}");
     let of_user = || found("unix:uid:").or_else(|| told.selectors.first().map(|it| clean(it)));
+    if !told.agent_id.is_empty()
+        && let Some(example) =
+            found("k8s:ns:").into_iter().chain(found("k8s:sa:")).reduce(both).or_else(of_user)
+    {
+        let text = "To give it one, create an entry at the server with selectors from this list:";
+        let trust_domain = told.agent_id.split('/').take(3).collect::<Vec<_>>().join("/");
+        // It is to be copied, so it is not folded.
+        return format!(
+            "{}    spire-server entry create -parentID {} -spiffeID {}/NAME -selector {example}\n",
+            indented(text, "  ", width),
+            clean(&told.agent_id),
+            clean(&trust_domain),
+        );
+    }
     match of_pod.or_else(|| of_user().map(|it| format!("\"{it}\""))) {
         Some(example) => {
             let text = indented("To give it one, write an entry with selectors from this list:", "  ", width);
@@ -345,6 +360,7 @@ mod tests {
                 age_milliseconds: Some(4210),
             }],
             not_known: String::new(),
+            agent_id: String::new(),
             untold: vec![pb::Untold {
                 kind: "unix:path".to_owned(),
                 why: "it hangs".to_owned(),
@@ -418,6 +434,14 @@ spiffe://td/web  FetchJWTSVID  uid:7     70        8
         let shown = pretty(&nothing_near, names, 80);
         let words = shown.split_whitespace().collect::<Vec<_>>().join(" ");
         assert!(words.contains("selectors from this list: selectors = [\"unix:uid:1000\"]"), "{shown}");
+        let joined = pb::ExplainResponse {
+            agent_id: "spiffe://td/spire/agent/join_token/7".to_owned(),
+            ..nothing_near.clone()
+        };
+        let shown = pretty(&joined, names, 80);
+        let want = "spire-server entry create -parentID spiffe://td/spire/agent/join_token/7 -spiffeID spiffe://td/NAME \
+                    -selector unix:uid:1000\n";
+        assert!(shown.contains(want) && !shown.contains("selectors = ["), "{shown}");
         let not_known = pb::ExplainResponse { not_known: "nothing is known".to_owned(), ..nothing_near };
         let shown = pretty(&not_known, names, 80);
         assert!(shown.contains("  nothing is known\n") && !shown.contains("no identity"), "{shown}");

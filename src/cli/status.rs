@@ -184,7 +184,12 @@ fn memory(out: &mut String, told: &pb::StatusResponse, memory: &pb::Memory) {
 fn wrong(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime) -> Vec<String> {
     let mut wrong = Vec::new();
     if !told.not_ready.is_empty() {
-        wrong.push(format!("not ready: {}", told.not_ready));
+        let of_server = told
+            .server
+            .as_ref()
+            .filter(|server| !server.waits_for.is_empty() && told.not_ready.contains(&server.waits_for));
+        let since = of_server.map(|server| format!(" for {}", elapsed(server.waits_since, now)));
+        wrong.push(format!("not ready{}: {}", since.unwrap_or_default(), told.not_ready));
     }
     // Else nobody knows yet which entries there are.
     let knows_entries = told.server.as_ref().is_none_or(|server| server.last_sync != 0);
@@ -219,11 +224,13 @@ fn wrong(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime) 
     wrong.extend(told.attestors_wrong.iter().cloned());
     wrong.extend(told.entries_unmatched.iter().cloned());
     if let Some(server) = &told.server {
-        if !server.waits_for.is_empty() {
-            wrong.push(format!("for {}: {}", elapsed(server.waits_since, now), server.waits_for));
-        }
-        if !server.last_error.is_empty() && !server.waits_for.contains(&server.last_error) {
-            wrong.push(format!("the server's last error: {}", server.last_error));
+        for (why, since) in
+            [(&server.waits_for, server.waits_since), (&server.last_error, server.failing_since)]
+        {
+            // The same may be told already, as the reason of something else.
+            if !why.is_empty() && !wrong.iter().any(|told| told.contains(why.as_str())) {
+                wrong.push(format!("for {}: {why}", elapsed(since, now)));
+            }
         }
     }
     wrong
@@ -262,6 +269,7 @@ fn to_json(told: &pb::StatusResponse, held: &pb::LimitsResponse) -> serde_json::
             "waits_for": text(&server.waits_for),
             "waits_since": time(server.waits_since),
             "last_error": text(&server.last_error),
+            "failing_since": time(server.failing_since),
         })
     });
     json!({
@@ -335,6 +343,7 @@ mod tests {
             waits_for: "cannot reach the server spire:8081: connection refused\x1b[2J".to_owned(),
             waits_since: 10_000 - 60,
             last_error: "connection refused\x1b[2J".to_owned(),
+            failing_since: 10_000 - 60,
         };
         let attestors_wrong = vec!["the kubelet does not list its pods: no token".to_owned()];
         let told = pb::StatusResponse {
@@ -365,7 +374,8 @@ mod tests {
         ] {
             assert!(shown.contains(want), "{want}{shown}");
         }
-        assert!(!shown.contains('\x1b') && !shown.contains("last error"), "told once: {shown}");
+        assert!(!shown.contains('\x1b'), "{shown}");
+        assert_eq!(shown.matches("connection refused").count(), 1, "told once: {shown}");
     }
 
     #[test]

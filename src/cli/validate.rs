@@ -138,7 +138,9 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
     let to_join = config.missing_to_join(trust).into_iter().map(|(key, error)| {
         (key, format!("{error}; the agent waits for it, unless it has joined its server before"))
     });
+    let open_to_all = config.open_to_all(trust);
     let forgets = config.forgets_node().map(|why| ("plugins.KeyManager", why.to_owned()));
+    let bound = config.cannot_begin_anew().map(|why| ("agent.rebootstrap_mode", why.to_owned()));
     let missing = config.attest.missing().into_iter().map(|why| ("plugins.WorkloadAttestor", why));
     let untrusted = config.federation_gaps.iter().cloned().map(|why| ("federation", why));
     let passed_over = config.passed_over_warnings().map(|why| ("agent.entries_dir", why));
@@ -158,7 +160,9 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
         .chain(unread)
         .chain(room)
         .chain(to_join)
+        .chain(open_to_all)
         .chain(forgets)
+        .chain(bound)
         .chain(missing)
         .chain(untrusted)
         .chain(passed_over)

@@ -311,10 +311,34 @@ impl Config {
         missing.chain(bundle()).chain(self.missing_token(trust)).chain(self.missing_psat(trust)).collect()
     }
 
+    /// Files that let whoever reads them be this node, and that every user of the node may read, with their keys.
+    pub fn open_to_all(&self, trust: Trust) -> Vec<(&'static str, String)> {
+        let secret = |(key, _): &(&str, &Path)| [KEY, "agent.join_token_file"].contains(key);
+        let open = self.issuer_files().filter(secret).filter_map(|(key, file)| {
+            let mode = trust.open(file).ok()?.metadata().ok()?.mode() & 0o7777;
+            let file = file.display();
+            (mode & 0o004 != 0).then(|| {
+                (
+                    key,
+                    format!(
+                        "{file} has mode {mode:04o}, and whoever reads it can be this node: chmod o-r {file}"
+                    ),
+                )
+            })
+        });
+        open.collect()
+    }
+
     /// Why a node would not be known any more after a restart, where that is so.
     pub fn forgets_node(&self) -> Option<&'static str> {
         let IssuerChoice::Server(settings) = self.issuer_input().choice else { return None };
         own_svid::forgets(&settings).then_some(own_svid::FORGETS)
+    }
+
+    /// Why trust in the server is never begun anew, where that was asked for.
+    pub fn cannot_begin_anew(&self) -> Option<&'static str> {
+        let IssuerChoice::Server(settings) = self.issuer_input().choice else { return None };
+        own_svid::is_bound(&settings).then_some(own_svid::IS_BOUND)
     }
 
     /// That there is neither a join token, where one is to be shown, nor an SVID that one brought.
@@ -421,6 +445,7 @@ impl Config {
                     files.extend([
                         (CERTIFICATE, pop.certificate.as_deref()),
                         (KEY, pop.private_key.as_deref()),
+                        (INTERMEDIATES, pop.intermediates.as_deref()),
                     ]);
                 }
                 files

@@ -238,6 +238,13 @@ impl ServerBlock {
         if let Some(Err(message)) = join.trust_bundle_url.as_deref().map(|url| check_url(url, over_socket)) {
             wrong("trust_bundle_url", message);
         }
+        let is_bound =
+            join.token().is_some() || matches!(self.node_attestor, Some(NodeAttestorSettings::JoinToken));
+        if is_bound && join.rebootstrap_mode == RebootstrapMode::Always {
+            let message = "\"always\" needs a node that can attest again, and with a join token it cannot: set \"auto\" or \"never\", \
+                           or attest by x509pop or k8s_psat";
+            wrong("rebootstrap_mode", message.to_owned());
+        }
         if join.insecure_bootstrap && join.rebootstrap_mode != RebootstrapMode::Never {
             let message = "insecure_bootstrap option can not be used with rebootstrapping";
             wrong("insecure_bootstrap", message.to_owned());

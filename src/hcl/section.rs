@@ -255,7 +255,17 @@ impl<'a> Section<'a> {
         if self.known.len() > MOST_LISTED {
             return "unknown key; conf/agent.conf has all that are known (man agent.conf)".to_owned();
         }
-        format!("unknown key; known here: {}", self.known.join(", "))
+        if self.known.is_empty() {
+            return "unknown key; no key is known here".to_owned();
+        }
+        // A block may be asked for twice.
+        let mut known = Vec::new();
+        for key in &self.known {
+            if !known.contains(key) {
+                known.push(*key);
+            }
+        }
+        format!("unknown key; known here: {}", known.join(", "))
     }
 }
 

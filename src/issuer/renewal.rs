@@ -18,6 +18,18 @@ pub(crate) fn draw(
     renew_at(made_at, not_after, availability_target, &mut fractions())
 }
 
+/// What is left of the life of an SVID beyond the target must be more than this, or the target is not kept.
+const MIN_GRACE: Duration = Duration::from_secs(12 * 3600);
+
+/// Whether an SVID is too short for its target, which then counts for nothing.
+pub(crate) fn is_too_short(made_at: SystemTime, not_after: SystemTime, target: Option<Duration>) -> bool {
+    let lifetime = not_after.duration_since(made_at).unwrap_or_default();
+    target.is_some_and(|target| lifetime.saturating_sub(target) <= MIN_GRACE)
+}
+
+/// What is said of that.
+pub(crate) const TOO_SHORT: &str = "lifetime isn't long enough to guarantee the availability_target, falling back to the default rotation strategy";
+
 /// When to renew: at half of the lifetime, give or take a tenth of that half; earlier by `availability_target` when
 /// that leaves at least 12 hours of rotation (SPIRE: `pkg/common/rotationutil/rotationutil.go`). `random` gives
 /// numbers in 0..1.
@@ -27,12 +39,11 @@ fn renew_at(
     availability_target: Option<Duration>,
     random: &mut impl FnMut() -> f64,
 ) -> SystemTime {
-    const MIN_GRACE: Duration = Duration::from_secs(12 * 3600);
     const MAX_JITTER: Duration = Duration::from_secs(600);
     let lifetime = not_after.duration_since(made_at).unwrap_or_default();
     let half_life = not_after - lifetime.mul_f64(0.5 * (0.9 + 0.2 * random()));
     match availability_target {
-        Some(target) if lifetime.checked_sub(target).is_some_and(|grace| grace > MIN_GRACE) => {
+        Some(target) if !is_too_short(made_at, not_after, availability_target) => {
             let for_target = not_after - target - MAX_JITTER.mul_f64(random());
             for_target.min(half_life).max(made_at)
         }
@@ -70,6 +81,21 @@ mod tests {
             let target = target.map(Duration::from_secs);
             let got = renew_at(born, not_after, target, &mut || random);
             assert_eq!(got, born + Duration::from_secs(want), "{case}");
+        }
+    }
+
+    #[test]
+    fn a_target_needs_twelve_hours_more() {
+        for (case, hours, target, want) in [
+            ("no target", 1, None, false),
+            ("a minute's worth", 0, Some(24), true),
+            ("shorter than the target", 12, Some(24), true),
+            ("twelve hours more", 36, Some(24), true),
+            ("thirteen hours more", 37, Some(24), false),
+        ] {
+            let born = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+            let target = target.map(|hours: u64| Duration::from_secs(hours * HOUR));
+            assert_eq!(is_too_short(born, born + Duration::from_secs(hours * HOUR), target), want, "{case}");
         }
     }
 

@@ -6,6 +6,7 @@
 //! | `calls` | what the server is asked with the agent's SVID, and how that fails |
 //! | `entries`, `bundles` | what it says of whom this node serves, and what verifies them |
 //! | `sync`, `cycle`, `backoff` | that it is asked for that, and when |
+//! | `faults` | what of that fails, for people |
 //! | `own_svid`, `attestation`, `bootstrap` | the agent's own SVID, how this node is known at first, and how the server is |
 //! | `upstream`, `dial`, `tls`, `first_frame` | the connection that every call shares |
 //! | `request`, `signing`, `intermediates` | X.509-SVIDs: a key and a request, what comes back, and many of them at once |
@@ -25,6 +26,7 @@ mod data;
 mod dial;
 mod entries;
 mod error;
+mod faults;
 mod files;
 mod first_frame;
 mod intermediates;
@@ -52,7 +54,7 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use tokio::{
-    sync::watch,
+    sync::{Notify, watch},
     time::{Instant, timeout_at},
 };
 
@@ -67,6 +69,7 @@ pub use self::{
 };
 use self::{
     calls::{AskFor, CallFault, Calls},
+    faults::ServerFaults,
     remote::RemoteServer,
     signing::{Urgency, X509Signing},
     tokens::JwtSigning,
@@ -135,7 +138,10 @@ pub struct ServerIssuer {
     lookouts: Arc<Lookouts>,
     x509: Arc<X509Signing>,
     jwt: JwtSigning,
+    faults: Arc<ServerFaults>,
     settings: Mutex<LiveSettings>,
+    /// Another time between two syncs is in force.
+    paced_anew: Notify,
     standing: Mutex<SyncStanding>,
 }
 
@@ -163,7 +169,8 @@ impl ServerIssuer {
         let own = OwnSvid::open(settings, clock, Arc::clone(&counted))?;
         let remote = RemoteServer::new(Arc::clone(&own), trust_domain.clone());
         remote.ask_for(asked_for);
-        let issuer = Self::new(trust_domain, Arc::new(remote), live, clock, metrics);
+        let faults = Arc::clone(own.upstream().faults());
+        let issuer = Self::new(trust_domain, Arc::new(remote), live, clock, metrics, faults);
         Ok(Self { own: Some(own), server_metrics: Some(counted), ..issuer })
     }
 
@@ -174,6 +181,7 @@ impl ServerIssuer {
         settings: LiveSettings,
         clock: Clock,
         metrics: Arc<IssuerMetrics>,
+        faults: Arc<ServerFaults>,
     ) -> Self {
         let own = Bundle {
             trust_domain: trust_domain.clone(),
@@ -191,8 +199,9 @@ impl ServerIssuer {
             world.subscribe(),
             Arc::clone(&lookouts),
             settings.key_type,
+            Arc::clone(&faults),
         ));
-        let jwt = JwtSigning::new(Arc::clone(&calls), clock);
+        let jwt = JwtSigning::new(Arc::clone(&calls), clock, Arc::clone(&faults));
         Self {
             trust_domain,
             own: None,
@@ -204,7 +213,9 @@ impl ServerIssuer {
             lookouts,
             x509,
             jwt,
+            faults,
             settings: Mutex::new(settings),
+            paced_anew: Notify::new(),
             standing: Mutex::new(SyncStanding { again_at: None, synced: None }),
         }
     }
@@ -213,7 +224,11 @@ impl ServerIssuer {
     fn reconfigure(&self, settings: LiveSettings) {
         self.x509.set_key_type(settings.key_type);
         self.lookouts.set_patience(settings.entry_wait);
-        *self.settings.lock().unwrap_or_else(PoisonError::into_inner) = settings;
+        let before =
+            std::mem::replace(&mut *self.settings.lock().unwrap_or_else(PoisonError::into_inner), settings);
+        if before.interval != settings.interval {
+            self.paced_anew.notify_one();
+        }
     }
 
     fn settings(&self) -> LiveSettings {
@@ -336,21 +351,17 @@ impl Issuer for ServerIssuer {
 
     fn server(&self) -> Option<ServerStatus> {
         let own = self.own.as_ref()?;
-        let line = own.upstream().standing();
         let mut status = ServerStatus {
-            address: line.server,
+            address: own.upstream().standing().server,
             agent: own.last_known(),
             last_sync: self.standing().synced,
             waits_for: None,
-            last_error: line.failed.map(|(error, _)| error),
+            last_error: self.faults.first(),
         };
         match own.standing().borrow().clone() {
             OwnStanding::Waiting { why, since } => status.waits_for = Some((why, since)),
-            OwnStanding::Serving { id, not_after, trouble, .. } => {
-                status.agent = Some((id, not_after));
-                status.last_error = status.last_error.or(trouble);
-            }
-            OwnStanding::Lost(denial) => status.last_error = Some(denial.to_string()),
+            OwnStanding::Serving { id, not_after, .. } => status.agent = Some((id, not_after)),
+            OwnStanding::Lost(_) => {}
         }
         Some(status)
     }
@@ -544,7 +555,8 @@ mod tests {
             let calls: Arc<dyn Calls> = Arc::<Self>::clone(self);
             let counted = Arc::new(IssuerMetrics::new(Metrics::default().registry()));
             let clock = Clock::SYSTEM;
-            let issuer = Arc::new(ServerIssuer::new(td(), calls, settings, clock, counted));
+            let faults = Arc::new(ServerFaults::new(clock));
+            let issuer = Arc::new(ServerIssuer::new(td(), calls, settings, clock, counted, faults));
             drop(tokio::spawn(Arc::<ServerIssuer>::clone(&issuer).run()));
             issuer
         }
@@ -681,6 +693,22 @@ mod tests {
         *server.is_away.lock().unwrap() = false;
         *server.entries.lock().unwrap() = Vec::new();
         known(&issuer, &[]).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn another_interval_is_in_force_at_once() {
+        let server = FakeServer::new(&["a"]);
+        let issuer = server.issuer();
+        known(&issuer, &["a"]).await;
+        let (now, hour) = (issuer.settings(), Duration::from_secs(3600));
+        issuer.reconfigure(LiveSettings { interval: 24 * hour, ..now });
+        tokio::time::sleep(hour).await;
+        let before = server.syncs.load(Relaxed);
+        tokio::time::sleep(hour).await;
+        assert_eq!(server.syncs.load(Relaxed), before);
+        issuer.reconfigure(now);
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        assert_eq!(server.syncs.load(Relaxed), before + 1);
     }
 
     #[tokio::test(start_paused = true)]

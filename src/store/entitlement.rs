@@ -6,7 +6,10 @@
 //! That of an open stream lives on, and takes other entries only from another attestation of the same process
 //! ([`Charged::follow`]). What was attested is not kept: a process may have thousands of selectors.
 
-use std::sync::{Arc, LazyLock};
+use std::{
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
 
 use futures_util::future::join_all;
 use tokio::time::{Instant, timeout_at};
@@ -113,6 +116,9 @@ pub fn authorize(
     }
 }
 
+/// The least that it takes to ask the issuer anew. Where no caller is to wait for as long, what is known is the answer.
+const SHORTEST_LOOK: Duration = Duration::from_secs(2);
+
 impl Unentitled {
     /// Waits for an entry that matches, where the issuer may come to know of one: as long as the issuer says, not beyond
     /// what the caller gave the call, and if there is a place for it among those that wait. The process is attested for
@@ -149,7 +155,8 @@ impl Unentitled {
                 break;
             }
         }
-        let is_answered = lookout.has_looked() && store.snapshot().is_known();
+        let is_asked = lookout.has_looked() || lookout.patience() < SHORTEST_LOOK;
+        let is_answered = is_asked && store.snapshot().is_known();
         Err(if is_answered { NotEntitled::NoIdentity(NoIdentity) } else { NotEntitled::NotKnown })
     }
 }

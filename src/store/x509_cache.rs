@@ -25,6 +25,7 @@ use crate::{
     identity::{Entry, EntryId, EntryIndex, SpiffeId, Tainted, X509Svid},
     issuer::{self, Issuer, MintError, renewal},
     os::clock::Clock,
+    telemetry::trouble::Trouble,
 };
 
 /// How long after a failed renewal the next one may start, if the issuer does not say.
@@ -103,6 +104,8 @@ pub struct X509Cache {
     table: Mutex<X509Table>,
     max: AtomicUsize,
     availability_target: Mutex<Option<Duration>>,
+    /// SVIDs are too short for it.
+    shortness: Mutex<Trouble>,
     /// Wakes [`super::Writer`] when a due date came nearer.
     pub(super) due_changed: Notify,
 }
@@ -148,6 +151,7 @@ impl X509Cache {
             table: Mutex::default(),
             max: AtomicUsize::new(max),
             availability_target: Mutex::new(availability_target),
+            shortness: Mutex::default(),
             due_changed: Notify::new(),
         }
     }
@@ -443,10 +447,20 @@ impl X509Cache {
         made
     }
 
+    /// Whether it is to be said that an SVID is too short for the availability target: now and then, whichever it is.
+    fn is_shortness_due(&self) -> bool {
+        let mut shortness = self.shortness.lock().unwrap_or_else(PoisonError::into_inner);
+        shortness.is_due("an SVID is too short", Instant::now())
+    }
+
     fn keep(&self, entry: &Entry, svid: Arc<X509Svid>, whom: Option<AuditedCaller>) -> Served {
         self.audit.x509_made(&svid, entry, whom);
         let target = *self.availability_target.lock().unwrap_or_else(PoisonError::into_inner);
-        let renew_at = renewal::draw(self.clock.now(), svid.not_after, target);
+        let now = self.clock.now();
+        let renew_at = renewal::draw(now, svid.not_after, target);
+        if renewal::is_too_short(now, svid.not_after, target) && self.is_shortness_due() {
+            tracing::warn!(spiffe_id = %entry.spiffe_id, "X509 SVID {}", renewal::TOO_SHORT);
+        }
         let max = self.max.load(Ordering::Relaxed);
         let mut table = self.lock();
         table.uses += 1;

@@ -37,5 +37,6 @@ spire-server bundle show >"$dir/bootstrap.pem.new"
 mv "$dir/bootstrap.pem.new" "$dir/bootstrap.pem"
 until_true 60 serves fresh
 serves_not old || fail "what the server does not know is not served"
+grep -q "trust in the server is begun anew.* old_roots=.* new_roots=" "$dir/agent.log" || fail "it says that trust is begun anew"
 stop_agent
 echo "spire-rebootstrap: another authority of the SPIRE Server $version was believed when its source of trust had it"

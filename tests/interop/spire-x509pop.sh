@@ -54,4 +54,9 @@ print(subprocess.run(["openssl", "x509", "-inform", "DER", "-noout", "-checkend"
 [ "$left" = 0 ] || fail "an SVID of 73 hours"
 if grep -q "isn't long enough to guarantee" "$dir/agent.log"; then fail "60 hours of 73 can be guaranteed"; fi
 stop_agent
+sed -i 's/availability_target = "60h"/availability_target = "62h"/' "$dir/agent.conf"
+run_agent "$joins"
+too_short() { grep -q "isn't long enough to guarantee the availability_target" "$dir/agent.log"; }
+until_true 40 too_short
+stop_agent
 echo "spire-x509pop: attested to the SPIRE Server $version by the SVID of another Workload API"

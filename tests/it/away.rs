@@ -2,8 +2,9 @@
 //! data of another trust domain.
 
 use std::{
+    fs::Permissions,
     io::{Read as _, Write as _},
-    os::unix::net::UnixStream,
+    os::unix::{fs::PermissionsExt as _, net::UnixStream},
     path::Path,
     process::Command,
     time::Duration,
@@ -22,7 +23,7 @@ use x509_parser::public_key::PublicKey;
 use crate::{
     joining::{PATIENCE, directory, kept, opened, serving, settings, until},
     outages::{Line, configure, gives, line_to, log, server_and_config},
-    spire_server::{Face, FakeSpireServer, entry},
+    spire_server::{Face, FakeSpireServer, TestCa, entry},
     support::{Process, client, request},
 };
 
@@ -81,6 +82,16 @@ async fn without_its_server_an_agent_serves_what_it_has_and_says_how_it_is() {
     assert_eq!(of_server(admin)["last_error"], serde_json::Value::Null);
     let explained = told(admin, &["explain", "-pid", &std::process::id().to_string()]);
     assert_eq!(explained["matches"][0]["entry_id"], "web", "{explained}");
+
+    // A server that is reached, and answers with errors.
+    server.course().bundles_fail = u32::MAX;
+    until("it says so", || of_server(admin)["last_error"].is_string()).await;
+    let status = told(admin, &["status"]);
+    let why = status["server"]["last_error"].as_str().unwrap();
+    assert!(why.starts_with("cannot sync with the server: ") && status["server"]["failing_since"].is_i64());
+    assert!(status["wrong"].to_string().contains(why), "{status}");
+    server.course().bundles_fail = 0;
+    until("it is over", || of_server(admin)["last_error"].is_null()).await;
 
     drop(server);
     until("it says so", || of_server(admin)["last_error"].is_string()).await;
@@ -245,4 +256,53 @@ async fn the_data_of_another_trust_domain_is_left_as_it_is() {
     let said = error.to_string();
     assert!(["agent-data.json", "example.org", "other.org"].iter().all(|word| said.contains(word)), "{said}");
     assert_eq!(kept(dir.path()), before);
+}
+
+#[test]
+fn validate_warns_of_what_a_node_would_learn_too_late() {
+    let dir = directory();
+    let at = dir.path().display();
+    for (file, mode) in [("roots.pem", 0o644), ("token", 0o644), ("node.key", 0o644), ("closed.key", 0o640)] {
+        let path = dir.path().join(file);
+        std::fs::write(&path, if file == "roots.pem" { TestCa::new().pem.clone() } else { "x".to_owned() })
+            .unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+    }
+    let pop = |key: &str| {
+        format!(
+            "NodeAttestor \"x509pop\" {{ plugin_data {{ private_key_path = \"{at}/{key}\" certificate_path = \"{at}/none.pem\" \
+             intermediates_path = \"{at}/more.pem\" }} }}"
+        )
+    };
+    let token = "NodeAttestor \"join_token\" { }".to_owned();
+    for (agent, attestor, wanted, unwanted) in [
+        (
+            format!("join_token_file = \"{at}/token\" rebootstrap_mode = \"auto\""),
+            token,
+            vec!["token has mode 0644", "agent.rebootstrap_mode: \"auto\" does nothing here"],
+            "more.pem",
+        ),
+        (
+            "rebootstrap_mode = \"auto\"".to_owned(),
+            pop("node.key"),
+            vec!["node.key has mode 0644", "none.pem", "more.pem"],
+            "does nothing here",
+        ),
+        ("rebootstrap_mode = \"always\"".to_owned(), pop("closed.key"), vec!["more.pem"], "has mode"),
+    ] {
+        let text = format!(
+            "agent {{ trust_domain = \"example.org\" server_address = \"a\" server_port = 1 data_dir = \"{at}/data\"\n\
+             socket_path = \"{at}/api.sock\" trust_bundle_path = \"{at}/roots.pem\" {agent} }}\n\
+             plugins {{ {attestor} KeyManager \"memory\" {{ }} WorkloadAttestor \"unix\" {{ }} }}"
+        );
+        std::fs::write(dir.path().join("agent.conf"), text).unwrap();
+        let mut command = Command::new(DURWARD);
+        let said = command.args(["validate", "-config"]).arg(dir.path().join("agent.conf")).output().unwrap();
+        let said = String::from_utf8(said.stderr).unwrap();
+        let words = said.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(
+            wanted.iter().all(|want| words.contains(want)) && !words.contains(unwanted),
+            "{agent}: {said}"
+        );
+    }
 }

@@ -176,6 +176,10 @@ fn what_is_wrong_is_said_with_the_texts_of_spire_agent() {
             "insecure_bootstrap = true rebootstrap_mode = \"auto\"",
             "insecure_bootstrap option can not be used with rebootstrapping",
         ),
+        (
+            "trust_bundle_path = \"a\" rebootstrap_mode = \"always\"",
+            "agent.rebootstrap_mode: \"always\" needs a node that can attest again, and with a join token it cannot",
+        ),
         ("trust_bundle_path = \"a\" rebootstrap_mode = \"perhaps\"", "unknown rebootstrap mode specified"),
         (
             "insecure_bootstrap = true join_token = \"geheim\" join_token_file = \"f\"",
@@ -230,7 +234,10 @@ fn plugins_are_counted_and_refused_by_name() {
             "NodeAttestor \"mine\" { plugin_cmd = \"/p\" } KeyManager \"memory\" { }",
             "an external plugin is not in this version",
         ),
-        ("NodeAttestor \"join_token\" { plugin_data { a = 1 } } KeyManager \"memory\" { }", "unknown key"),
+        (
+            "NodeAttestor \"join_token\" { plugin_data { a = 1 } } KeyManager \"memory\" { }",
+            "unknown key; no key is known here",
+        ),
         (
             "NodeAttestor \"join_token\" { } KeyManager \"memory\" { } SVIDStore \"disk\" { plugin_cmd = \"/p\" }",
             "storing SVIDs is not in this version",

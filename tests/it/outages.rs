@@ -11,7 +11,7 @@ use durward::{
     agent::Running,
     api::proto::workload as pb,
     config::{Config, ExpandEnv},
-    issuer::server::OwnStanding,
+    issuer::server::{OwnStanding, proto::types},
     os::clock::Clock,
 };
 use nix::sys::signal::Signal;
@@ -92,6 +92,22 @@ async fn a_caller_waits_for_its_entry_and_no_longer_than_is_set() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_caller_that_may_not_wait_is_refused_by_what_is_known() {
+    let dir = directory();
+    let server = server_and_config(dir.path(), "entry_wait = \"0s\"").await;
+    let agent = start(dir.path());
+    let socket = dir.path().join("api.sock");
+    server.course().entries.push(entry("web"));
+    gives(&socket, &["web"]).await;
+    server.course().entries.clear();
+    until("removed", || agent.metrics().render().contains("\ndurward_entries 0")).await;
+    for _ in 0..3 {
+        assert_eq!(ids(&socket).await, Err(Code::PermissionDenied));
+    }
+    agent.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_the_server_has_is_followed_also_where_its_revisions_go_back() {
     let dir = directory();
     let server = server_and_config(dir.path(), "").await;
@@ -105,7 +121,8 @@ async fn what_the_server_has_is_followed_also_where_its_revisions_go_back() {
     let mut older = entry("web");
     older.revision_number = 3;
     older.spiffe_id.as_mut().unwrap().path = "/older".to_owned();
-    server.course().entries = vec![older];
+    let nobody = types::Entry { spiffe_id: None, ..entry("nobody") };
+    server.course().entries = vec![older, nobody];
     gives(&socket, &["older"]).await;
     server.course().entries = Vec::new();
     until("removed", || agent.metrics().render().contains("\ndurward_entries 0")).await;
@@ -118,6 +135,7 @@ async fn what_the_server_has_is_followed_also_where_its_revisions_go_back() {
     };
     for (series, at_least) in [
         ("durward_server_calls_total{method=\"SyncAuthorizedEntries\",code=\"OK\"}", 3.0),
+        ("durward_server_malformed_entries_total", 1.0),
         ("durward_server_calls_total{method=\"AttestAgent\",code=\"OK\"}", 1.0),
         ("durward_server_calls_total{method=\"BatchNewX509SVID\",code=\"OK\"}", 2.0),
         ("durward_server_sync_duration_seconds_count{result=\"ok\"}", 3.0),

@@ -199,6 +199,9 @@ pub struct ExplainResponse {
     /// Why it is not known yet which entries there are; empty when it is. Then none match.
     #[prost(string, tag = "12")]
     pub not_known: ::prost::alloc::string::String,
+    /// Who the agent is to its SPIRE Server, which is where entries are made then; empty where there is none, or it is not known.
+    #[prost(string, tag = "13")]
+    pub agent_id: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Said {
@@ -441,9 +444,11 @@ pub struct ServerStatus {
     pub waits_for: ::prost::alloc::string::String,
     #[prost(int64, tag = "6")]
     pub waits_since: i64,
-    /// Why the last call failed. Empty when it did not.
+    /// What fails with the server, and since when. Empty when nothing does.
     #[prost(string, tag = "7")]
     pub last_error: ::prost::alloc::string::String,
+    #[prost(int64, tag = "8")]
+    pub failing_since: i64,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]

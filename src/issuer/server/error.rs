@@ -27,8 +27,13 @@ pub enum ServerError {
     NotReached { server: String, cause: Arc<dyn std::error::Error + Send + Sync> },
     /// What answers there is signed by an authority that is not known: the server began anew with others, or it is
     /// somebody else's.
-    #[error("cannot reach the server {server}: {}", after(server, cause))]
-    UnknownAuthority { server: String, cause: Arc<dyn std::error::Error + Send + Sync> },
+    #[error("cannot reach the server {server}: {}; {counts}", after(server, cause))]
+    UnknownAuthority {
+        server: String,
+        cause: Arc<dyn std::error::Error + Send + Sync>,
+        /// Which authorities count, and what an admin can do about that.
+        counts: &'static str,
+    },
     /// The connection was lost when the call had been sent.
     #[error("the connection to the server was lost before it had answered: {0}")]
     Lost(String),
@@ -127,15 +132,21 @@ pub enum DataFault {
     /// It cannot be put aside.
     #[error("{} is damaged: {damage}; move it away, and the others beside it that end in .damaged", path.display())]
     DamagedOften { path: PathBuf, damage: &'static str },
+    /// rebootstrap_mode demands it.
+    #[error(
+        "{}: with the SVID in it this node cannot attest again, and rebootstrap_mode \"always\" demands that: set it to \"auto\" or \"never\"",
+        path.display()
+    )]
+    NotReattestable { path: PathBuf },
     #[error("{} is of trust domain {found:?}, but the agent is configured for {want:?}: correct trust_domain, or choose another data_dir", path.display())]
     TrustDomain { path: PathBuf, found: String, want: String },
 }
 
 impl ServerError {
-    /// A dial that failed.
-    pub(super) fn dialed(server: String, error: DialError) -> Self {
+    /// A dial that failed. `counts` is said of a server with another authority.
+    pub(super) fn dialed(server: String, error: DialError, counts: &'static str) -> Self {
         if error.is_unknown_authority() {
-            Self::UnknownAuthority { server, cause: Arc::new(error) }
+            Self::UnknownAuthority { server, cause: Arc::new(error), counts }
         } else {
             Self::NotReached { server, cause: Arc::new(error) }
         }
@@ -249,7 +260,7 @@ mod tests {
         let refused = |server: &str| {
             let cause = Arc::new(io::Error::from_raw_os_error(111));
             let error = DialError::Connect { address: "127.0.0.1:8081".parse().unwrap(), cause };
-            ServerError::dialed(server.to_owned(), error).to_string()
+            ServerError::dialed(server.to_owned(), error, "").to_string()
         };
         let want = "cannot reach the server 127.0.0.1:8081: connection refused";
         assert_eq!(refused("127.0.0.1:8081"), want);

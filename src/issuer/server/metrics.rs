@@ -46,6 +46,7 @@ const REFUSALS_AND_ERRORS: [(ServerCall, &str); 6] = [
 pub struct ServerMetrics {
     calls: By<ServerCall, Box<[Counter]>>,
     syncs: By<SyncResult, Histogram>,
+    malformed: Counter,
     sync_age: Gauge,
     svid_left: Gauge,
 }
@@ -73,6 +74,11 @@ impl ServerMetrics {
                 "durward_server_sync_duration_seconds",
                 "Time that a synchronisation with the SPIRE Server took.",
             ),
+            malformed: registry.counter_once_used(
+                "durward_server_malformed_entries_total",
+                "Entries from the SPIRE Server that are malformed and left out; each counts once for each revision.",
+                &[],
+            ),
             sync_age: nothing_yet(registry.gauge(
                 "durward_server_sync_age_seconds",
                 "Seconds since a synchronisation last passed; NaN before the first.",
@@ -99,6 +105,11 @@ impl ServerMetrics {
     /// A sync ended.
     pub(super) fn synced(&self, result: SyncResult, took: Duration) {
         self.syncs.with(result, |histogram| histogram.record(took));
+    }
+
+    /// So many entries were malformed.
+    pub(super) fn malformed(&self, count: u64) {
+        self.malformed.increment(count);
     }
 
     /// Sets what grows and shrinks with time, before it is read.

@@ -24,10 +24,11 @@ use super::{
     data::{AGENT_DATA, AgentData, AgentDataFile},
     dial::Dialer,
     error::{DataFault, Denial, ServerError},
+    faults::ServerUse,
     files::{OnDamage, UNFINISHED},
     metrics::ServerMetrics,
     reading::SlowReads,
-    settings::{KeyManagerSettings, ServerSettings},
+    settings::{KeyManagerSettings, RebootstrapMode, ServerSettings},
     tls::{KeyExchange, ServerTrust, TlsPlan, certified, id_of},
     upstream::Upstream,
 };
@@ -60,6 +61,44 @@ pub fn forgets(settings: &ServerSettings) -> bool {
 pub const FORGETS: &str = "the agent's key ends with the process, and a join token is good for one attestation: after a restart \
                            this node needs another token (KeyManager \"disk\" keeps the key)";
 
+/// Whether trust could never be begun anew, in spite of what is asked for: this node cannot attest again.
+pub fn is_bound(settings: &ServerSettings) -> bool {
+    settings.join.rebootstrap_mode == RebootstrapMode::Auto && attestor(settings).name() == "join_token"
+}
+
+/// What is said of that.
+pub const IS_BOUND: &str = "\"auto\" does nothing here: a join token is good for one attestation, and only a node that can attest again \
+                            can begin anew";
+
+/// Which roots count where the server is signed by others than those on the disk, and what an admin does about it.
+fn kept_roots(settings: &ServerSettings) -> &'static str {
+    let has_token = attestor(settings).name() == "join_token";
+    match settings.join.rebootstrap_mode {
+        _ if has_token => {
+            "only the roots kept in data_dir count, and no trust_bundle setting while they are there: if the server began anew with \
+             another CA, stop the agent, move agent-data.json away, and start it with the new trust bundle and a new join token"
+        }
+        RebootstrapMode::Never => {
+            "only the roots kept in data_dir count, and no trust_bundle setting while they are there: if the server began anew with \
+             another CA, set rebootstrap_mode = \"auto\" and restart the agent, with the new trust bundle"
+        }
+        RebootstrapMode::Auto | RebootstrapMode::Always => {
+            "only the roots kept in data_dir count until rebootstrap_delay has passed; then the trust_bundle setting does"
+        }
+    }
+}
+
+/// An SVID is kept with which this node cannot attest again, where that is demanded.
+fn check_reattestable(settings: &ServerSettings, kept: AgentData, now: SystemTime) -> Result<(), DataFault> {
+    let svid = parsed(kept.svid, kept.reattestable);
+    let is_bound = svid.is_some_and(|svid| !svid.reattestable && now < svid.not_after);
+    if is_bound && settings.join.rebootstrap_mode == RebootstrapMode::Always {
+        let path = settings.data_dir.join(AGENT_DATA);
+        return Err(DataFault::NotReattestable { path });
+    }
+    Ok(())
+}
+
 /// Looks at what is on the disk as a start with these settings by the user of `trust` would, and changes nothing.
 ///
 /// # Errors
@@ -80,7 +119,8 @@ pub fn check_kept(settings: &ServerSettings, trust: Trust) -> Result<(), (PathBu
     let data = |dir: FileDir| {
         dir.could_lock(LOCK)?;
         dir.could_write(AGENT_DATA)?;
-        AgentDataFile::open(dir, &settings.trust_domain, OnDamage::Look).map(drop)
+        let data = AgentDataFile::open(dir, &settings.trust_domain, OnDamage::Look)?;
+        check_reattestable(settings, data.known(), Clock::SYSTEM.now())
     };
     let read_keys = |dir: FileDir| {
         dir.could_write(KEYS)?;
@@ -144,6 +184,8 @@ pub struct OwnSvid {
     at_once: Notify,
     /// Other settings came.
     reconfigured: Notify,
+    /// The server answers again.
+    back: watch::Sender<()>,
     slow: SlowReads,
     /// The server has told what there is.
     heard: AtomicBool,
@@ -178,6 +220,7 @@ impl OwnSvid {
         let lock = dir.lock(LOCK)?;
         let on_damage = if is_irreplaceable(&settings) { OnDamage::End } else { OnDamage::GoOn };
         let data = Arc::new(AgentDataFile::open(dir, &settings.trust_domain, on_damage)?);
+        check_reattestable(&settings, data.known(), clock.now())?;
         let keys = Arc::new(match &settings.key_manager {
             KeyManagerSettings::Memory => AgentKeys::in_memory(),
             KeyManagerSettings::Disk(directory) => {
@@ -187,12 +230,15 @@ impl OwnSvid {
         if forgets(&settings) {
             tracing::warn!("{FORGETS}");
         }
+        if is_bound(&settings) {
+            tracing::warn!("rebootstrap_mode {IS_BOUND}");
+        }
         let key_exchange =
             if settings.sync.require_pq_kem { KeyExchange::PostQuantum } else { KeyExchange::Any };
         let tls = TlsPlan { trust_domain: settings.trust_domain.clone(), key_exchange, clock };
         let roots = ServerTrust::Roots(data.known().bundle.into());
         let dialer = Dialer::new(&settings.join.address, settings.join.port);
-        let upstream = Upstream::new(dialer, tls, roots, metrics);
+        let upstream = Upstream::new(dialer, tls, roots, metrics, kept_roots(&settings));
         let waiting =
             OwnStanding::Waiting { why: "node attestation is under way".to_owned(), since: clock.now() };
         let own = Arc::new(Self {
@@ -205,6 +251,7 @@ impl OwnSvid {
             standing: watch::Sender::new(waiting),
             at_once: Notify::new(),
             reconfigured: Notify::new(),
+            back: watch::Sender::new(()),
             slow: SlowReads::default(),
             heard: AtomicBool::new(false),
             lock: Mutex::new(Some(lock)),
@@ -228,6 +275,11 @@ impl OwnSvid {
 
     fn live(&self) -> LiveJoin {
         self.live.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The server answers again: an SVID that it was asked for in vain is asked for at once.
+    pub(super) fn server_is_back(&self) {
+        self.back.send_replace(());
     }
 
     /// The connection to the server.
@@ -335,6 +387,7 @@ impl OwnSvid {
         if !is_said {
             tracing::info!(spiffe_id = %id, reattestable, "the agent has its SVID");
         }
+        self.upstream.faults().works(ServerUse::OwnSvid);
         self.standing.send_replace(OwnStanding::Serving { id, not_after, reattestable, trouble: None });
     }
 

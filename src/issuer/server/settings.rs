@@ -36,7 +36,7 @@ settings! {
         /// A host name or an IP address, without a port; empty where no server is joined.
         "server_address" address: String = String::new(), checked(host), needs_restart;
         /// 1 to 65535; 0 where no server is joined.
-        "server_port" port: u16 = 0, integer(0..=u16::MAX), needs_restart;
+        "server_port" port: u16 = 0, integer(1..=u16::MAX), needs_restart;
         /// A token that the server gave for one attestation of this node. Comes before any other attestor.
         "join_token" join_token: JoinToken = JoinToken::default(), text(), reloads;
         /// The file that holds one, with white space around it or without; absolute.
@@ -164,6 +164,17 @@ pub enum TrustSource<'a> {
     File { path: &'a Path, format: TrustBundleFormat },
     /// Nothing: whoever answers is believed.
     Insecure,
+}
+
+impl fmt::Display for TrustSource<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::WorkloadApi(socket) => write!(f, "the Workload API at {}", socket.display()),
+            Self::Url { url, .. } => f.write_str(url),
+            Self::File { path, .. } => write!(f, "{}", path.display()),
+            Self::Insecure => f.write_str("whoever answers"),
+        }
+    }
 }
 
 /// Which of several tokens is meant.

@@ -19,6 +19,7 @@ use tokio::{
 use super::{
     calls::{CallFault, Calls},
     error::ServerError,
+    faults::{ServerFaults, ServerUse},
     intermediates::Intermediates,
     proto::{
         svid::{NewX509svidParams, batch_new_x509svid_response::Result as Answer},
@@ -30,6 +31,7 @@ use crate::{
     identity::{Entry, KeyType, X509Svid},
     issuer::{Lookouts, MintError, SvidKind, World, metrics::IssuerMetrics},
     os::clock::Clock,
+    telemetry::chain,
 };
 
 /// The most in one batch: a SPIRE Server refuses more.
@@ -88,6 +90,7 @@ pub(super) struct X509Signing {
     /// The most in the next batch.
     limit: Mutex<usize>,
     intermediates: Arc<Intermediates>,
+    faults: Arc<ServerFaults>,
 }
 
 impl X509Signing {
@@ -98,6 +101,7 @@ impl X509Signing {
         world: watch::Receiver<Arc<World>>,
         lookouts: Arc<Lookouts>,
         key_type: KeyType,
+        faults: Arc<ServerFaults>,
     ) -> Self {
         Self {
             calls,
@@ -111,6 +115,7 @@ impl X509Signing {
             workers: Arc::new(Semaphore::new(WORKERS)),
             limit: Mutex::new(MOST_IN_BATCH),
             intermediates: Arc::default(),
+            faults,
         }
     }
 
@@ -203,6 +208,10 @@ impl X509Signing {
                 Err(CallFault::Svid("the number of results differs from the number of x509-svids requested"));
         }
         self.adapt(asked, &answers);
+        match &answers {
+            Ok(_) => self.faults.works(ServerUse::X509Svids),
+            Err(error) => self.faults.failed(ServerUse::X509Svids, chain(error)),
+        }
         match answers {
             Ok(answers) => {
                 let answered = requested.into_iter().zip(answers).map(|((o, r), answer)| (o, r, answer));

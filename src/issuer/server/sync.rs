@@ -19,6 +19,7 @@ use super::{
     cycle::{Cycle, Outcome, Since},
     entries::KnownEntries,
     error::ServerError,
+    faults::ServerUse,
     metrics::SyncResult,
     own_svid::OwnStanding,
 };
@@ -57,6 +58,7 @@ impl ServerIssuer {
         let mut cycle = Cycle::new(Instant::now());
         let mut since = Since::Due;
         let mut own = self.own.as_ref().map(|own| own.standing());
+        let mut outcome = Outcome::Synced;
         loop {
             cycle.begins(Instant::now(), since);
             if let Some(own) = &mut own {
@@ -69,10 +71,15 @@ impl ServerIssuer {
                 let result = if done.is_ok() { SyncResult::Ok } else { SyncResult::Error };
                 metrics.synced(result, began.elapsed());
             }
-            let outcome = if done.is_ok() { Outcome::Synced } else { Outcome::Failed };
+            let now = if done.is_ok() { Outcome::Synced } else { Outcome::Failed };
+            let before = std::mem::replace(&mut outcome, now);
             if done.is_ok() {
                 self.lookouts.done(look);
             }
+            if let (Some(own), Outcome::Failed, Outcome::Synced) = (&self.own, before, outcome) {
+                own.server_is_back();
+            }
+            self.note(done.as_ref().err());
             synced.say(done.as_ref().err(), &self.world.borrow());
             let next = cycle.ended(Instant::now(), outcome, self.settings().interval, fraction());
             self.stands(&done, next.at);
@@ -85,7 +92,17 @@ impl ServerIssuer {
                 // What failed with the one before may pass with another.
                 () = shown_anew(&mut own), if outcome == Outcome::Failed => Since::Due,
                 () = waited_for => Since::WaitedFor,
+                () = self.paced_anew.notified() => Since::Due,
             };
+        }
+    }
+
+    /// Notes what is wrong with the server, for people. That the agent has no SVID of its own is told as that.
+    fn note(&self, fault: Option<&CallFault>) {
+        match fault {
+            Some(CallFault::Server(ServerError::NoSvid)) => {}
+            Some(fault) => self.faults.failed(ServerUse::Sync, chain(fault)),
+            None => self.faults.works(ServerUse::Sync),
         }
     }
 
@@ -96,6 +113,9 @@ impl ServerIssuer {
             tokio::join!(self.calls.entries(synced.entries.clone(), deadline), self.calls.bundle(deadline));
         let (entries, own) = (entries?, own?);
         if entries.malformed > 0 {
+            if let Some(metrics) = &self.server_metrics {
+                metrics.malformed(entries.malformed);
+            }
             tracing::warn!(
                 count = entries.malformed,
                 "received malformed entries from the server, which are left out; are the versions of server and agent compatible?"

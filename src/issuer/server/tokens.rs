@@ -13,18 +13,22 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::Deserialize;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+use tonic::Code;
 use zeroize::Zeroizing;
 
 use super::{
     calls::{CallFault, Calls},
     entries::spiffe_id_of,
+    faults::{ServerFaults, ServerUse},
     proto::types::Jwtsvid,
+    upstream::Faulty as _,
 };
 use crate::{
     identity::{Entry, JwtSvid},
     issuer::MintError,
     limits::{AttestationSlot, Attestations, Slots},
     os::clock::Clock,
+    telemetry::chain,
 };
 
 /// How many calls are under way at once.
@@ -58,14 +62,21 @@ pub(super) struct JwtSigning {
     clock: Clock,
     places: Arc<Slots>,
     waiting: Arc<Slots>,
+    faults: Arc<ServerFaults>,
 }
 
 impl JwtSigning {
-    pub(super) fn new(calls: Arc<dyn Calls>, clock: Clock) -> Self {
+    pub(super) fn new(calls: Arc<dyn Calls>, clock: Clock, faults: Arc<ServerFaults>) -> Self {
         let slots = |all, of_one| {
             Arc::new(Slots::new(Attestations::new(Some(all), Some(of_one)).unwrap_or_default()))
         };
-        Self { calls, clock, places: slots(PLACES, PLACES_PER_CALLER), waiting: slots(WAITING, WAITING) }
+        Self {
+            calls,
+            clock,
+            places: slots(PLACES, PLACES_PER_CALLER),
+            waiting: slots(WAITING, WAITING),
+            faults,
+        }
     }
 
     /// Has one signed, of the share of `family`.
@@ -81,6 +92,11 @@ impl JwtSigning {
         let signed = self.tried(entry, audience, deadline.min(began + WITHIN)).await;
         // However it ends, and also if the caller has gone by then: see `Kept`.
         drop(place);
+        match &signed {
+            Ok(_) => self.faults.works(ServerUse::JwtSvids),
+            Err(error) if is_of_entry(error) => {}
+            Err(error) => self.faults.failed(ServerUse::JwtSvids, chain(error)),
+        }
         match signed {
             Ok(told) => accept(told, entry, audience, self.clock.now()).map_err(issuers),
             Err(error) => Err(issuers(error)),
@@ -136,6 +152,11 @@ impl Drop for KeptPlace {
             }));
         }
     }
+}
+
+/// Whether the server signs, and not for this entry.
+fn is_of_entry(error: &CallFault) -> bool {
+    matches!(error.code(), Code::NotFound | Code::InvalidArgument | Code::PermissionDenied)
 }
 
 fn issuers(error: CallFault) -> MintError {

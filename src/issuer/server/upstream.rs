@@ -27,6 +27,7 @@ use tower_service::Service;
 use super::{
     dial::{Dialed, Dialer},
     error::{Denial, ServerError},
+    faults::{ServerFaults, ServerUse},
     metrics::{ServerCall, ServerMetrics},
     tls::{ServerTrust, TlsPlan},
 };
@@ -50,6 +51,9 @@ pub(super) struct Upstream {
     line: Mutex<LineState>,
     denied: watch::Sender<Option<Denial>>,
     metrics: Arc<ServerMetrics>,
+    faults: Arc<ServerFaults>,
+    /// Which authorities count, in words.
+    counts: &'static str,
 }
 
 /// What is known of the connection.
@@ -79,8 +83,6 @@ pub struct LineStanding {
     pub server: String,
     /// Where the connection of the moment leads, and since when.
     pub connected: Option<(SocketAddr, SystemTime)>,
-    /// Why the last dial failed, and when; `None` since one has not.
-    pub failed: Option<(String, SystemTime)>,
 }
 
 impl fmt::Debug for Upstream {
@@ -90,14 +92,16 @@ impl fmt::Debug for Upstream {
 }
 
 impl Upstream {
-    /// For the server of this name; nothing is dialed yet.
+    /// For the server of this name; nothing is dialed yet. `counts` is said of one with an authority that is not known.
     pub(super) fn new(
         dialer: Dialer,
         tls: TlsPlan,
         trust: ServerTrust,
         metrics: Arc<ServerMetrics>,
+        counts: &'static str,
     ) -> Arc<Self> {
         let standing = LineStanding { server: dialer.server(), ..LineStanding::default() };
+        let faults = Arc::new(ServerFaults::new(tls.clock));
         Arc::new(Self {
             dialer,
             tls,
@@ -113,6 +117,8 @@ impl Upstream {
             }),
             denied: watch::Sender::new(None),
             metrics,
+            faults,
+            counts,
         })
     }
 
@@ -128,19 +134,20 @@ impl Upstream {
         }
     }
 
-    /// A connection of its own that shows nothing, to a server that is believed by `trust`.
+    /// A connection of its own that shows nothing, to a server that is believed by `trust`, of which `counts` tells.
     ///
     /// # Errors
     /// Why there is none.
     pub(super) async fn stranger(
         self: &Arc<Self>,
         trust: ServerTrust,
+        counts: &'static str,
         deadline: Instant,
     ) -> Result<ServerConnection, ServerError> {
         let tls = self.tls.client(trust, None);
         let dialed = timeout_at(deadline, self.dialer.dial(&tls)).await;
         let dialed = match dialed {
-            Ok(dialed) => dialed.map_err(|error| ServerError::dialed(self.dialer.server(), error)),
+            Ok(dialed) => dialed.map_err(|error| ServerError::dialed(self.dialer.server(), error, counts)),
             Err(_late) => Err(ServerError::Late),
         };
         self.note(dialed.as_ref().err());
@@ -191,6 +198,11 @@ impl Upstream {
         standing
     }
 
+    /// What is wrong with the server.
+    pub(super) fn faults(&self) -> &Arc<ServerFaults> {
+        &self.faults
+    }
+
     /// Drops the connection: the next call makes another.
     pub(super) fn hang_up(&self) {
         self.begin_anew(|_| ());
@@ -215,9 +227,11 @@ impl Upstream {
     }
 
     fn note(&self, failed: Option<&ServerError>) {
-        let now = self.tls.clock.now();
+        match failed {
+            Some(error) => self.faults.failed(ServerUse::Connection, error.to_string()),
+            None => self.faults.works(ServerUse::Connection),
+        }
         let mut line = self.lock();
-        line.standing.failed = failed.map(|error| (error.to_string(), now));
         match failed {
             Some(ServerError::UnknownAuthority { .. }) => {
                 line.foreign_since.get_or_insert_with(Instant::now);
@@ -260,7 +274,7 @@ impl Upstream {
         drop(tokio::spawn(async move {
             let dialed = match timeout_at(Instant::now() + LONGEST_DIAL, upstream.dialer.dial(&tls)).await {
                 Ok(Ok(dialed)) => Ok(Live { number, dialed }),
-                Ok(Err(error)) => Err(ServerError::dialed(upstream.dialer.server(), error)),
+                Ok(Err(error)) => Err(ServerError::dialed(upstream.dialer.server(), error, upstream.counts)),
                 Err(_late) => Err(ServerError::Late),
             };
             upstream.dialed(number, &dialed);

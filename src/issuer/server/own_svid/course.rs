@@ -15,6 +15,7 @@ use crate::{
             backoff,
             data::DeniedAgent,
             error::{AgentName, Denial, ServerError},
+            faults::ServerUse,
             metrics::ServerCall,
             proto::agent::{PostStatusRequest, agent_client::AgentClient},
             settings::{RebootstrapMode, TrustSource},
@@ -36,6 +37,15 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(120);
 /// The same, while nothing is served for want of an SVID: workloads wait for it.
 const LONGEST_PAUSE_WITHOUT: Duration = Duration::from_secs(15);
 
+/// No pause is longer than this part of what is left of the SVID: a server that is back in time finds the agent asking.
+const PARTS_OF_LEFT: u32 = 8;
+
+/// But for the last of them.
+const LEAST_PAUSE: Duration = Duration::from_secs(1);
+
+/// The least that a renewal is waited for.
+const SHORTEST_CALL: Duration = Duration::from_secs(5);
+
 /// What the server says of the agent is asked once more after this.
 const CONFIRM: Duration = Duration::from_secs(5);
 
@@ -46,6 +56,7 @@ impl OwnSvid {
     /// Renews for ever. Ends when the server does not take this agent any more and it cannot attest again.
     pub async fn run(self: Arc<Self>) -> Expelled {
         let mut denials = self.upstream.denials();
+        let mut back = self.back.subscribe();
         let mut failures = 0;
         let mut said = Trouble::default();
         let mut way = self.current().is_none().then_some(Way::Attest);
@@ -62,6 +73,7 @@ impl OwnSvid {
                 };
                 continue;
             };
+            back.mark_unchanged();
             let done = self.renew(next).await;
             let denied = match &done {
                 Err(ServerError::Denied(denial)) => Some(*denial),
@@ -86,25 +98,33 @@ impl OwnSvid {
                 (_, Some(Denial::Banned)) if was_banned => return self.lost(Denial::Banned).await,
                 (Err(error), _) => {
                     self.tell(next, &error, &mut said);
-                    let pause = self.pause(failures);
+                    self.pause(failures, &mut back).await;
                     failures = failures.saturating_add(1);
-                    // Another token may have come.
-                    let _ended = timeout(pause, self.reconfigured.notified()).await;
                     way = Some(self.way(next));
                 }
             }
         }
     }
 
-    /// How long to wait after so many failures and one: to the end of the SVID at most, where there is one.
-    fn pause(&self, failures: u32) -> Duration {
-        let left = self.current().map(|svid| svid.not_after.duration_since(self.clock.now()));
-        let (first, longest) = match left {
-            Some(_) => (FIRST_PAUSE, LONGEST_PAUSE),
-            None => (FIRST_PAUSE_WITHOUT, LONGEST_PAUSE_WITHOUT),
-        };
-        let pause = backoff::wait(first, failures, longest, fraction());
-        left.and_then(Result::ok).map_or(pause, |left| pause.min(left))
+    /// Waits after so many failures and one, until there is reason to try again.
+    async fn pause(&self, failures: u32, back: &mut watch::Receiver<()>) {
+        tokio::select! {
+            () = sleep(pause(self.left(), failures, fraction())) => {}
+            // Another token may have come.
+            () = self.reconfigured.notified() => {}
+            Ok(()) = back.changed() => {}
+        }
+    }
+
+    /// How long the SVID is still valid, where there is one.
+    fn left(&self) -> Option<Duration> {
+        self.current().map(|svid| svid.not_after.duration_since(self.clock.now()).unwrap_or_default())
+    }
+
+    /// Until when a renewal is waited for: there must be time for another.
+    pub(super) fn renewal_deadline(&self) -> Instant {
+        let part = self.left().unwrap_or_default() / PARTS_OF_LEFT;
+        Instant::now() + part.clamp(SHORTEST_CALL, LONGEST_CALL)
     }
 
     /// Until there is something to do about the SVID of the moment.
@@ -201,6 +221,7 @@ impl OwnSvid {
             tracing::warn!(%error, "the agent's SVID cannot be removed");
         }
         self.upstream.show_nothing();
+        self.upstream.faults().failed(ServerUse::OwnSvid, denial.to_string());
         self.standing.send_replace(OwnStanding::Lost(denial));
         let remedy = denial.remedy(&agent, self.is_with_token());
         Expelled { reason: format!("{denial}; {remedy}") }
@@ -287,6 +308,8 @@ impl OwnSvid {
             self.trouble(Some(why));
             return;
         }
+        // It is told as what is waited for.
+        self.upstream.faults().works(ServerUse::OwnSvid);
         self.standing.send_modify(|standing| match standing {
             OwnStanding::Waiting { why: told, .. } => *told = why,
             other => *other = OwnStanding::Waiting { why, since: self.clock.now() },
@@ -296,10 +319,106 @@ impl OwnSvid {
 
     /// What is wrong with the SVID that is shown.
     pub(super) fn trouble(&self, why: Option<String>) {
+        match &why {
+            Some(why) => self.upstream.faults().failed(ServerUse::OwnSvid, why.clone()),
+            None => self.upstream.faults().works(ServerUse::OwnSvid),
+        }
         self.standing.send_modify(|standing| {
             if let OwnStanding::Serving { trouble, .. } = standing {
                 *trouble = why;
             }
         });
+    }
+}
+
+/// How long to wait after so many failures and one, of an SVID that has this `left`; `drawn` is a number in 0..1.
+fn pause(left: Option<Duration>, failures: u32, drawn: f64) -> Duration {
+    match left {
+        None => backoff::wait(FIRST_PAUSE_WITHOUT, failures, LONGEST_PAUSE_WITHOUT, drawn),
+        Some(left) => {
+            let longest = (left / PARTS_OF_LEFT).clamp(LEAST_PAUSE, LONGEST_PAUSE);
+            backoff::wait(FIRST_PAUSE, failures, longest, drawn)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        identity::TrustDomain,
+        issuer::server::{
+            metrics::ServerMetrics,
+            settings::{
+                JoinSettings, KeyManagerSettings, NodeAttestorSettings, ServerSettings, SyncSettings,
+            },
+        },
+        os::clock::Clock,
+        telemetry::metrics::Metrics,
+    };
+
+    #[test]
+    fn no_pause_is_longer_than_a_part_of_what_is_left() {
+        let seconds = Duration::from_secs;
+        for (case, left, failures, drawn, milliseconds) in [
+            ("none, at first", None, 0, 0.5, 1000),
+            ("none, for long", None, 40, 0.5, 15_000),
+            ("much is left", Some(seconds(1800)), 0, 0.5, 5000),
+            ("much is left, for long", Some(seconds(1800)), 40, 0.5, 120_000),
+            ("two minutes are left, for long", Some(seconds(120)), 40, 0.5, 15_000),
+            ("the most that is drawn", Some(seconds(120)), 40, 1.0, 16_500),
+            ("little is left, at first", Some(seconds(24)), 0, 0.5, 3000),
+            ("hardly anything is left", Some(seconds(2)), 40, 0.5, 1000),
+            ("nothing is left", Some(Duration::ZERO), 0, 0.5, 1000),
+        ] {
+            let got = pause(left, failures, drawn);
+            assert_eq!((got.as_secs_f64() * 1000.0).round(), f64::from(milliseconds), "{case}");
+        }
+    }
+
+    /// From half of the life of an SVID on, with a server that is away: whenever it is back, it is asked before much of what
+    /// was left then has passed, and it was not asked without end.
+    #[test]
+    fn a_server_that_is_back_in_time_is_asked_in_time() {
+        for (life, most_tries) in [(60.0, 24), (3600.0, 80), (86_400.0, 420)] {
+            let (mut left, mut failures) = (life / 2.0, 0_u32);
+            while left > 1.0 {
+                // The longest that may be drawn.
+                let pause = pause(Some(Duration::from_secs_f64(left)), failures, 1.0).as_secs_f64();
+                assert!(pause <= (left * 1.1 / 8.0).max(1.1) + 1e-6, "{pause} s of {left} s");
+                left -= pause;
+                failures += 1;
+            }
+            assert!(failures <= most_tries, "{failures} tries of an SVID of {life} s");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_is_back_is_asked_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let settings = ServerSettings {
+            trust_domain: TrustDomain::parse("td").unwrap(),
+            data_dir: dir.path().join("data"),
+            svid_key_type: crate::identity::KeyType::EcP256,
+            availability_target: None,
+            prefetch: 0,
+            join: JoinSettings::default(),
+            sync: SyncSettings::default(),
+            node_attestor: NodeAttestorSettings::JoinToken,
+            key_manager: KeyManagerSettings::Memory,
+        };
+        let metrics = Arc::new(ServerMetrics::new(Metrics::default().registry()));
+        let own = OwnSvid::open(settings, Clock::SYSTEM, metrics).unwrap();
+        let mut back = own.back.subscribe();
+        let waits = async |back: &mut watch::Receiver<()>| {
+            let began = Instant::now();
+            own.pause(40, back).await;
+            began.elapsed()
+        };
+        let longest = LONGEST_PAUSE_WITHOUT.mul_f64(0.9);
+        assert!(waits(&mut back).await >= longest);
+        own.server_is_back();
+        assert_eq!(waits(&mut back).await, Duration::ZERO, "it was back while the last try was under way");
+        assert!(waits(&mut back).await >= longest, "once");
     }
 }

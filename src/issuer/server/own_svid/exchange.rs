@@ -2,10 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
+use aws_lc_rs::digest::{SHA256, digest};
 use rustls_pki_types::CertificateDer;
 use tokio::time::Instant;
 
-use super::{AgentSvid, LONGEST_CALL, OwnSvid, Way, key_fault};
+use super::{AgentSvid, LONGEST_CALL, OwnSvid, Way, kept_roots, key_fault};
 use crate::issuer::{
     keys::KeyPair,
     server::{
@@ -29,6 +30,19 @@ use crate::issuer::{
 const LONGEST_CHAIN: usize = 16;
 const LARGEST_CHAIN: usize = 64 << 10;
 
+/// The most roots that are named in one line.
+const MOST_NAMED: usize = 4;
+
+/// The SHA-256 fingerprints of certificates, in hexadecimal: of the first few, and how many more there are.
+fn fingerprints(roots: &[Vec<u8>]) -> String {
+    let hex =
+        |der: &Vec<u8>| digest(&SHA256, der).as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    let mut named: Vec<String> = roots.iter().take(MOST_NAMED).map(hex).collect();
+    let more = roots.len().saturating_sub(MOST_NAMED);
+    named.extend((more > 0).then(|| format!("and {more} more")));
+    named.join(" ")
+}
+
 impl OwnSvid {
     /// Has another SVID.
     pub(super) async fn renew(&self, way: Way) -> Result<(), ServerError> {
@@ -51,7 +65,7 @@ impl OwnSvid {
         const CALL: &str = "RenewAgent";
         let key = self.next_key().await?;
         let csr = csr(&key).map_err(|error| key_fault(error.to_string()))?;
-        let connection = self.upstream.agent(Instant::now() + LONGEST_CALL).await?;
+        let connection = self.upstream.agent(self.renewal_deadline()).await?;
         let mut client = AgentClient::new(connection.clone());
         let request = RenewAgentRequest { params: Some(AgentX509svidParams { csr }) };
         let answer =
@@ -78,8 +92,14 @@ impl OwnSvid {
         const CALL: &str = "AttestAgent";
         let deadline = Instant::now() + LONGEST_CALL;
         let unproven = if way == Way::Attest { self.unproven() } else { None };
+        let before = self.data.known().bundle;
+        let counts = if way == Way::Attest && !before.is_empty() {
+            kept_roots(&self.settings)
+        } else {
+            "what the trust_bundle setting gives does not verify it"
+        };
         let trust = self.trust_for(way).await?;
-        let connection = self.upstream.stranger(trust.clone(), deadline).await?;
+        let connection = self.upstream.stranger(trust.clone(), counts, deadline).await?;
         let attested = match unproven {
             // A token was used up for it.
             Some(AgentSvid { chain, reattestable, .. }) => AttestedAgent { chain, reattestable },
@@ -100,6 +120,15 @@ impl OwnSvid {
             *data = AgentData { svid, bundle, reattestable, ..AgentData::default() };
         });
         let written = written.await;
+        if way == Way::AttestAnew {
+            tracing::warn!(
+                from = %self.settings.join.trust_source(),
+                old_roots = fingerprints(&before),
+                new_roots = fingerprints(&roots),
+                "trust in the server is begun anew: it has shown an authority that was not known for rebootstrap_delay, and the \
+                 trust bundle verifies it"
+            );
+        }
         self.upstream.believe(ServerTrust::Roots(roots.into()));
         self.taken(chain, reattestable, written)
     }
