@@ -5,6 +5,7 @@
 //! The order of the end: no new connections, streams told to come back, a bounded wait, and the socket goes
 //! last. Where another agent takes the place of this one, the socket stays, with who waits at it ([`handover`]).
 
+mod candidate;
 mod config_watch;
 mod endpoints;
 mod errands;
@@ -52,13 +53,14 @@ pub use self::{
 use crate::{
     api::admin::AskedReload,
     config::{AdminSocket, Config},
-    issuer::Expelled,
+    issuer::{Expelled, SvidKind},
     limits::gate_plan::lingering,
     peer::ConnectionBounds,
     telemetry::{
         health::{HealthState, Probe},
         log::Log,
         metrics::Metrics,
+        registry::Label as _,
     },
 };
 
@@ -125,6 +127,20 @@ impl Running {
     /// Whether the agent can serve.
     pub fn health(&self) -> &Arc<HealthState> {
         &self.adjustable.parts.health
+    }
+
+    /// Tells what keeps it from serving, as [`HealthState::lacks`] has it, at the moment at which it is asked.
+    fn lacks(&self) -> impl Fn() -> Vec<&'static str> + Send + Sync + use<> {
+        let (health, issuer) = (Arc::clone(self.health()), Arc::clone(&self.adjustable.parts.issuer));
+        move || {
+            // The probe looks now and then.
+            if health.get() == Probe::Starting
+                && SvidKind::VALUES.iter().all(|it| issuer.can_sign(*it).is_ok())
+            {
+                health.set(Probe::Healthy);
+            }
+            health.lacks()
+        }
     }
 
     /// What it counts.

@@ -60,7 +60,7 @@
 //! | a setting | the `settings!` of the room that acts on it, and its paragraph in `conf/agent.conf` |
 //! | an attestor | a file in `attest`, and its line in the list of [`attest`] |
 //! | a kind of selector | the file of its attestor, as [`attest::unix`]: its name, what it must look like, how it is found |
-//! | how the next agent takes the place of this one | `agent/handover.rs`: what they say; `agent/successor.rs`, `agent/predecessor.rs`, `agent/standby.rs`, `agent/place.rs` |
+//! | how the next agent takes the place of this one | `agent/handover.rs`: what they say; `agent/successor.rs`, `agent/predecessor.rs`, `agent/standby.rs`, `agent/place.rs`; whether it could serve: `agent/candidate.rs` |
 //! | why an agent is not ready although it serves | `agent/verdict.rs`: what certainly keeps everybody from an entry; `agent/judge.rs`: where that is known from |
 //! | why a file or directory is refused | [`os::trusted`]; the places that are looked at before the start, `config/places.rs` |
 //! | an issuer | a folder beside [`issuer::embedded`], its line in [`issuer::choice`], and its block in `config/issuer.rs` |

@@ -5,13 +5,15 @@ use std::{
     sync::Arc,
 };
 
+use tokio::{runtime::Handle, task::JoinSet};
+
 use crate::{
     config::Config,
     peer::{Socket, socket::BindError},
     telemetry::{
         HealthSettings,
         health::HealthState,
-        http::{HttpError, HttpListener, Routes},
+        http::{HeldPlaces, HttpError, HttpListener, Routes},
         metrics::Metrics,
     },
 };
@@ -96,6 +98,9 @@ pub(super) struct HttpEndpoints {
     bound: Vec<HttpListener>,
     taken: Vec<Endpoint>,
     places: usize,
+    /// What those hold that are served.
+    held: Vec<HeldPlaces>,
+    serving: JoinSet<()>,
 }
 
 impl HttpEndpoints {
@@ -112,18 +117,35 @@ impl HttpEndpoints {
                 Err(error) => return Err(error),
             }
         }
-        Ok(Self { bound, taken, places })
+        Ok(Self { bound, taken, places, held: Vec::new(), serving: JoinSet::new() })
     }
 
     /// All of them, now that nobody else may be there.
     ///
     /// # Errors
     /// [`EndpointError`].
-    pub(super) fn all(self) -> Result<Vec<HttpListener>, EndpointError> {
-        let Self { mut bound, taken, places } = self;
-        for endpoint in taken {
-            bound.push(endpoint.bind(places)?);
+    pub(super) fn all(mut self) -> Result<Self, EndpointError> {
+        for endpoint in std::mem::take(&mut self.taken) {
+            self.bound.push(endpoint.bind(self.places)?);
         }
-        Ok(bound)
+        Ok(self)
+    }
+
+    /// Serves those that are bound, on this runtime.
+    pub(super) fn serve(&mut self, control: &Handle) {
+        for listener in self.bound.drain(..) {
+            self.held.push(listener.held());
+            let serving = async move {
+                // It serves for ever, or cannot begin.
+                let Err(error) = listener.serve().await;
+                tracing::error!(%error, "an http listener cannot be served");
+            };
+            self.serving.spawn_on(serving, control);
+        }
+    }
+
+    /// What those hold that are served, and what serves them.
+    pub(super) fn into_served(self) -> (Vec<HeldPlaces>, JoinSet<()>) {
+        (self.held, self.serving)
     }
 }

@@ -1,8 +1,9 @@
 //! How an agent leaves its place to the next one: what the two say to each other.
 //!
 //! The running agent listens at `handover.sock` in `data_dir`, where only its user and root can connect; the kernel says
-//! who did. The next one, prepared as far as it can be, sends one line of JSON with what it is going to serve. It is
-//! answered with a line that says why not, or with the listening sockets (`SCM_RIGHTS`), once the issuer's files are free.
+//! who did. The next one, prepared as far as it can be, sends one line of JSON with what it is going to serve, and with
+//! what would keep it from that. It is answered with a line that says why not, or with the listening sockets (`SCM_RIGHTS`), once
+//! the issuer's files are free.
 //! It says `serving` when it does. The one that has left closes the connection, and ends; or says `standing by`, and can come
 //! back when the connection ends, which the next one keeps open for as long as it lives. No call is lost meanwhile: who
 //! connects waits in the queue of the socket, which never goes away.
@@ -49,6 +50,9 @@ pub(super) struct HandoverRequest {
     /// It asks for nothing but to know when the place is free.
     #[serde(default)]
     pub(super) stands_by: bool,
+    /// What would keep it from serving; empty where nothing would. An agent that serves, or lacks less, keeps its place.
+    #[serde(default)]
+    pub(super) lacks: Vec<String>,
 }
 
 impl HandoverRequest {
@@ -62,6 +66,7 @@ impl HandoverRequest {
             admin_socket_path: admin
                 .map(|(AdminSocket::Configured(path) | AdminSocket::ByDefault(path))| path),
             stands_by: false,
+            lacks: Vec::new(),
         }
     }
 
@@ -79,6 +84,8 @@ impl HandoverRequest {
 pub(super) enum HandoverAnswer {
     /// Nothing has changed. The text says why.
     Refused(String),
+    /// The same, since the next one would serve nobody: it may come again. Only said to one that said what it lacks.
+    Kept(String),
     /// These sockets come along, in this order, and the issuer's files are free.
     Passed(Vec<PassedSocket>),
 }

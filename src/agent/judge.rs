@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     attest::{
-        Attestor,
+        Attestor, Questions,
         unix::{Account, may_look_at_executables},
     },
     os::{
@@ -74,7 +74,7 @@ struct Sighting {
 #[derive(Debug, Default)]
 struct Said {
     /// Why nobody can be served.
-    causes: Option<String>,
+    causes: Option<Vec<&'static str>>,
     /// Why some cannot.
     some: Vec<String>,
 }
@@ -256,28 +256,13 @@ impl Witnesses {
     fn judge(&self, seen: &Sighting, around: Around) -> Judged {
         let snapshot = self.store.snapshot();
         let (entries, questions) = (snapshot.index.entries(), &*snapshot.questions);
-        let own_user = geteuid().as_raw();
-        // Each time: a namespace may be given its map after it was made, which is once.
-        let mapped = MappedAccounts::own();
+        let of_node = node_facts(&self.attestor, questions, &around);
         // In the container of a pod whoever else is in it, a probe or an admin's shell, is not whom it is there for.
         let met_others =
             self.audit.has_given() || !around.of_own_container && self.attestor.has_met_neighbours();
         let all_are_strangers = around.has_strangers && self.attestor.has_met_strangers() && !met_others;
-        let apart = match around.of_own_container {
-            _ if all_are_strangers => Apart::Everybody,
-            true => Apart::OtherPods,
-            false => Apart::Nobody,
-        };
-        let facts = Facts {
-            way: seen.left.clone(),
-            executables_unbelieved: mapped.is_some() && !owns_its_mounts(),
-            mapped,
-            traces_only: (!may_look_at_executables()).then_some(own_user),
-            sees_only: around.hides_others.then_some(own_user),
-            apart,
-            outages: self.attestor.outages(questions),
-            has_server: self.has_server,
-        };
+        let apart = if all_are_strangers { Apart::Everybody } else { of_node.apart };
+        let facts = Facts { way: seen.left.clone(), apart, has_server: self.has_server, ..of_node };
         let at = self.presence.as_ref();
         let verdict = EntriesVerdict::of(entries, questions, &facts);
         let ungiven = verdict.ungiven(&facts, questions, at);
@@ -285,6 +270,23 @@ impl Witnesses {
         let found = at.map(|at| seen.way.found(at)).unwrap_or_default();
         let found = found.into_iter().chain(seen.hiding(self)).collect();
         Judged { is_tried: verdict.is_tried(&facts), ungiven, some, found }
+    }
+}
+
+/// What is known of the node, but for the way to the socket.
+pub(super) fn node_facts(attestor: &Attestor, questions: &Questions, around: &Around) -> Facts {
+    let own_user = geteuid().as_raw();
+    // Each time: a namespace may be given its map after it was made, which is once.
+    let mapped = MappedAccounts::own();
+    Facts {
+        way: SocketWay::default(),
+        executables_unbelieved: mapped.is_some() && !owns_its_mounts(),
+        mapped,
+        traces_only: (!may_look_at_executables()).then_some(own_user),
+        sees_only: around.hides_others.then_some(own_user),
+        apart: if around.of_own_container { Apart::OtherPods } else { Apart::Nobody },
+        outages: attestor.outages(questions),
+        has_server: false,
     }
 }
 

@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use nix::unistd::geteuid;
 
 use super::{
+    candidate::Candidate,
     handover::LeftSockets,
     predecessor::{self, Predecessor},
     successor::Keeper,
@@ -33,16 +34,17 @@ pub(super) enum Inherited {
     Left(LeftSockets),
 }
 
-/// The place of an agent: what it was given, or what the one that runs leaves to it when it is asked. And what `open` opens
+/// The place of an agent: what it was given, or what the one that runs leaves to the candidate when it is asked. And what `open` opens
 /// there: the issuer.
 pub(super) fn take<T>(
-    config: &Config,
+    candidate: &mut Candidate<'_>,
     inherited: Inherited,
     open: impl Fn() -> Result<T, OpenError>,
 ) -> anyhow::Result<(T, Inherited, Option<Predecessor>)> {
+    let config = candidate.config;
     let asks = config.agent.take_over && matches!(inherited, Inherited::Nothing);
-    let (opened, asked) = match asks.then(|| predecessor::ask(config)).transpose()?.flatten() {
-        None if asks => predecessor::open_or_ask(config, OpenError::is_locked, open)?,
+    let (opened, asked) = match asks.then(|| predecessor::ask(candidate)).transpose()?.flatten() {
+        None if asks => predecessor::open_or_ask(candidate, OpenError::is_locked, open)?,
         asked => (open(), asked),
     };
     let opened = opened.map_err(|error| no_issuer(config, error))?;

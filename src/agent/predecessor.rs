@@ -24,8 +24,11 @@ use tokio::{
     time::timeout,
 };
 
-use super::handover::{
-    HandoverAnswer, HandoverRequest, LeftSockets, MOST_LINE, SERVING, STANDS_BY, line, socket_in,
+use super::{
+    candidate::Candidate,
+    handover::{
+        HandoverAnswer, HandoverRequest, LeftSockets, MOST_LINE, SERVING, STANDS_BY, line, socket_in,
+    },
 };
 use crate::{
     config::Config,
@@ -58,6 +61,9 @@ pub(super) enum HandoverError {
     /// It said so.
     #[error("the agent that runs (PID {pid}) does not hand over: {why}; {END_IT_FIRST}")]
     Refused { pid: i32, why: String },
+    /// It said that it keeps the place from one that could serve nobody.
+    #[error("the agent that runs (PID {pid}) does not hand over to one that could serve nobody: {why}")]
+    Kept { pid: i32, why: String },
     /// Somebody else listens there.
     #[error("{} belongs to user {found}, and the agent runs as user {ours}", path.display())]
     Owner { path: PathBuf, found: u32, ours: u32 },
@@ -172,21 +178,23 @@ impl Predecessors {
 pub(super) type LeftPlace = (Predecessor, LeftSockets);
 
 /// Asks the agent that runs for its place. `None` where nobody listens. Waits for it. One that ends while it is asked is
-/// asked again: another may have come, or nobody is left.
+/// asked again: another may have come, or nobody is left. So is one that keeps its place, as long as the candidate waits.
 ///
 /// # Errors
 /// [`HandoverError`]; the other agent serves on then, or takes up service again when this process has ended.
-pub(super) fn ask(config: &Config) -> Result<Option<LeftPlace>, HandoverError> {
-    for _ in 0..ASKED_AGAIN {
-        match ask_once(config) {
-            Err(HandoverError::Silent { source, .. }) if has_ended(&source) => {
+pub(super) fn ask(candidate: &mut Candidate<'_>) -> Result<Option<LeftPlace>, HandoverError> {
+    let mut ended = 0;
+    loop {
+        match ask_once(candidate) {
+            Err(HandoverError::Kept { pid, .. }) if candidate.waits(pid) => {}
+            Err(HandoverError::Silent { source, .. }) if has_ended(&source) && ended < ASKED_AGAIN => {
+                ended += 1;
                 tracing::info!(error = %source, "the agent that runs has ended while it was asked");
                 pause();
             }
             asked => return asked,
         }
     }
-    ask_once(config)
 }
 
 /// Tries `open`, which fails where another agent has the files, and asks an agent that listens meanwhile for its place: of
@@ -195,7 +203,7 @@ pub(super) fn ask(config: &Config) -> Result<Option<LeftPlace>, HandoverError> {
 /// # Errors
 /// Of `open`, and [`HandoverError`].
 pub(super) fn open_or_ask<T, E>(
-    config: &Config,
+    candidate: &mut Candidate<'_>,
     is_locked: impl Fn(&E) -> bool,
     open: impl Fn() -> Result<T, E>,
 ) -> Result<(Result<T, E>, Option<LeftPlace>), HandoverError> {
@@ -203,7 +211,7 @@ pub(super) fn open_or_ask<T, E>(
     for _ in 0..OPENED_AGAIN {
         let is_taken = match &opened {
             // The files are free for the moment between one agent and the next, the socket is not.
-            Ok(_) => is_listened_at(&config.agent.socket_path),
+            Ok(_) => is_listened_at(&candidate.config.agent.socket_path),
             Err(error) => is_locked(error),
         };
         if !is_taken {
@@ -211,7 +219,7 @@ pub(super) fn open_or_ask<T, E>(
         }
         drop(opened);
         pause();
-        let asked = ask(config)?;
+        let asked = ask(candidate)?;
         opened = open();
         if asked.is_some() {
             return Ok((opened, asked));
@@ -283,20 +291,30 @@ impl ServesInstead {
     }
 }
 
-fn ask_once(config: &Config) -> Result<Option<LeftPlace>, HandoverError> {
+fn ask_once(candidate: &mut Candidate<'_>) -> Result<Option<LeftPlace>, HandoverError> {
+    let config = candidate.config;
+    // To judge takes longer than the other one waits for a request.
+    if connect(config)?.is_none() {
+        return Ok(None);
+    }
+    let lacks: Vec<String> = candidate.lacks().into_iter().map(str::to_owned).collect();
     let Some((stream, pid)) = connect(config)? else { return Ok(None) };
     let path = socket_in(&config.agent.data_dir);
     let silent = |source| HandoverError::Silent { path, source };
-    tracing::info!(pid, "asking the agent that runs to hand over");
+    if lacks.is_empty() {
+        tracing::info!(pid, "asking the agent that runs to hand over");
+    }
+    let request = HandoverRequest { lacks, ..HandoverRequest::for_place(config) };
     let talk = || {
         stream.set_read_timeout(Some(ANSWER_WITHIN))?;
         stream.set_write_timeout(Some(ANSWER_WITHIN))?;
-        (&stream).write_all(&HandoverRequest::for_place(config).line()?)?;
+        (&stream).write_all(&request.line()?)?;
         answer(&stream)
     };
     let (answer, descriptors) = talk().map_err(silent)?;
     let passed = match answer {
         HandoverAnswer::Refused(why) => return Err(HandoverError::Refused { pid, why }),
+        HandoverAnswer::Kept(why) => return Err(HandoverError::Kept { pid, why }),
         HandoverAnswer::Passed(passed) => passed,
     };
     let mut left = LeftSockets::default();

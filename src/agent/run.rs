@@ -11,7 +11,7 @@
 use std::{
     os::unix::net::{UnixListener, UnixStream},
     path::Path,
-    sync::Arc,
+    sync::{Arc, mpsc},
     time::Duration,
 };
 
@@ -19,13 +19,14 @@ use anyhow::Context as _;
 use tokio::{
     runtime::{Builder, Handle, Runtime},
     sync::oneshot::{self, error::TryRecvError},
-    task::JoinSet,
+    task::{JoinHandle, JoinSet},
     time::{sleep, timeout},
 };
 
 use super::{
     Running, Vacated,
     errands::Errands,
+    handover::LeftSockets,
     panics,
     place::Inherited,
     predecessor::{Predecessor, Predecessors},
@@ -42,7 +43,7 @@ use crate::{
     config::{Config, Signer, WrongPlace},
     issuer::{self, Expelled},
     os::{clock::Clock, program, random, systemd::ServiceManager},
-    peer::Socket,
+    peer::{Socket, socket::Reach},
     telemetry::{
         chain,
         log::{Log, LogError},
@@ -200,9 +201,11 @@ impl Control<'_> {
         };
         *known = Some(log.clone());
         let inherited = handed.map_or(Inherited::Nothing, Inherited::ByManager);
-        let mut starting = Box::pin(self.begin(config, inherited, &log));
+        let (waits, waited_for) = mpsc::channel();
+        let mut starting = Box::pin(self.begin(config, inherited, &log, waited_for));
         tokio::select! {
             _ = signals.stop() => {
+                drop(waits);
                 // It may have been left the place already, and have accepted callers.
                 if let Ok(Ok(Started { agent, predecessor, .. })) = timeout(LEFT_WITHIN, starting).await {
                     self.end(agent, &mut predecessor.into(), signals).await;
@@ -213,12 +216,19 @@ impl Control<'_> {
         }
     }
 
-    /// Starts an agent, and has it listen for the next one.
-    async fn begin(&self, config: Config, inherited: Inherited, log: &Log) -> anyhow::Result<Started> {
+    /// Starts an agent, and has it listen for the next one. `waited_for` is as in [`Running::start_apart`].
+    async fn begin(
+        &self,
+        config: Config,
+        inherited: Inherited,
+        log: &Log,
+        waited_for: mpsc::Receiver<()>,
+    ) -> anyhow::Result<Started> {
         let (serving, control) = (self.serving.clone(), Handle::current());
         let starting = self.errands.begin(move || -> anyhow::Result<_> {
             let _within = serving.enter();
-            let (agent, predecessor) = Running::start_apart(config, inherited, Clock::SYSTEM, &control)?;
+            let (agent, predecessor) =
+                Running::start_apart(config, inherited, Clock::SYSTEM, &control, &waited_for)?;
             let asked_at = successor::bind(agent.config());
             Ok((agent, predecessor, asked_at))
         });
@@ -254,7 +264,9 @@ impl Control<'_> {
             let mut well = JoinSet::new();
             let manager = Arc::clone(&self.manager);
             well.spawn(async move { manager.watch(|| true).await });
-            let Some(again) = self.hand_over(left, successor, signals, &log).await? else { return Ok(()) };
+            let Some(again) = self.hand_over(left, successor, &mut before, signals, &log).await? else {
+                return Ok(());
+            };
             started = again;
         }
     }
@@ -284,7 +296,7 @@ impl Control<'_> {
 
         let manager = Arc::clone(&self.manager);
         let begins = Box::new(move || manager.reloading());
-        let mut successors = Successors::listen(asked_at, agent.config(), agent.keeper);
+        let mut successors = Successors::listen(asked_at, agent.config(), agent.keeper, agent.lacks());
         let mut upkeep = Upkeep::with(agent, Arc::clone(&self.load), self.errands.clone(), begins);
         let mut reopening = Vec::new();
         loop {
@@ -304,7 +316,7 @@ impl Control<'_> {
                 arrived = successors.next() => match arrived {
                     Arrived::Next(successor) => {
                         tracing::info!(pid = successor.pid(), "handing over to another agent");
-                        let left = self.leave(upkeep.into_agent(), &successor, signals).await;
+                        let left = self.leave(upkeep.into_agent(), &successor, before, signals).await;
                         return Ok(left.map(|left| (left, successor)));
                     }
                     Arrived::StandsBy(one) => {
@@ -333,18 +345,24 @@ impl Control<'_> {
 
     /// Leaves the place to `successor`. An agent that is told to end meanwhile hands over still, if that is quickly
     /// done, and ends: `None`.
-    async fn leave(&self, agent: Running, successor: &Successor, signals: &mut Signals) -> Option<Vacated> {
+    async fn leave(
+        &self,
+        agent: Running,
+        successor: &Successor,
+        before: &mut Predecessors,
+        signals: &mut Signals,
+    ) -> Option<Vacated> {
         let leaving = agent.vacate(|admin| successor.serves_admin_at(admin), &self.errands);
         let mut leaving = Box::pin(leaving);
         tokio::select! {
             left = &mut leaving => return Some(left),
             signal = signals.stop() => tracing::info!(signal, "ending"),
         }
-        if let Ok(left) = timeout(LEFT_WITHIN, leaving).await
-            && left.is_free
-            && let Err(error) = successor.pass(&left.left)
-        {
+        let left = timeout(LEFT_WITHIN, leaving).await.ok()?;
+        let passed = if left.is_free { successor.pass(&left.left) } else { Err(SuccessorError::NotFree) };
+        if let Err(error) = passed {
             tracing::warn!(pid = successor.pid(), error = chain(&error), "not handed over");
+            remove_unless(left.left, before).await;
         }
         None
     }
@@ -380,6 +398,7 @@ impl Control<'_> {
         &self,
         left: Vacated,
         mut successor: Successor,
+        before: &mut Predecessors,
         signals: &mut Signals,
         log: &Log,
     ) -> anyhow::Result<Option<Started>> {
@@ -388,7 +407,11 @@ impl Control<'_> {
         let serves = match passed {
             Ok(()) => tokio::select! {
                 _ = signals.stop() => {
-                    drained(left, signals).await;
+                    let Vacated { left, draining, .. } = left;
+                    drained(draining, signals).await;
+                    if successor.has_ended().await {
+                        remove_unless(left, before).await;
+                    }
                     return Ok(None);
                 }
                 serves = successor.serves() => serves,
@@ -405,11 +428,11 @@ impl Control<'_> {
                 if !in_pod() {
                     // It hears that nobody stands by.
                     successor.close().await;
-                    drained(left, signals).await;
+                    drained(left.draining, signals).await;
                     return Ok(None);
                 }
                 if !self.stand_by(&left, &mut successor, signals, log).await {
-                    drained(left, signals).await;
+                    drained(left.draining, signals).await;
                     return Ok(None);
                 }
                 tracing::warn!(pid, "the agent that serves in the place of this one has ended: coming back");
@@ -423,7 +446,7 @@ impl Control<'_> {
                 successor.close().await;
             }
         }
-        self.come_back(left, signals, log).await
+        self.come_back(left, before, signals, log).await
     }
 
     /// Stays beside the agent that serves. Returns whether that one has ended; else this one was told to.
@@ -455,6 +478,7 @@ impl Control<'_> {
     async fn come_back(
         &self,
         vacated: Vacated,
+        before: &mut Predecessors,
         signals: &mut Signals,
         log: &Log,
     ) -> anyhow::Result<Option<Started>> {
@@ -462,9 +486,17 @@ impl Control<'_> {
         let mut returning = Returning::default();
         loop {
             let inherited = Inherited::Left(left.try_clone().context("cannot take up service again")?);
+            // It asks nobody.
+            let mut beginning =
+                Box::pin(self.begin(Config::clone(&config), inherited, log, mpsc::channel().1));
             let begun = tokio::select! {
-                _ = signals.stop() => return Ok(None),
-                begun = self.begin(Config::clone(&config), inherited, log) => begun,
+                _ = signals.stop() => {
+                    if let Ok(Ok(Started { agent, .. })) = timeout(LEFT_WITHIN, beginning).await {
+                        self.end(agent, before, signals).await;
+                    }
+                    return Ok(None);
+                }
+                begun = &mut beginning => begun,
             };
             let error = match begun {
                 Ok(started) => return Ok(Some(started)),
@@ -494,11 +526,27 @@ impl Control<'_> {
 }
 
 /// Waits for the rest of the drain of an agent that has left its place.
-async fn drained(left: Vacated, signals: &mut Signals) {
-    let Some(draining) = left.draining else { return };
+async fn drained(draining: Option<JoinHandle<()>>, signals: &mut Signals) {
+    let Some(draining) = draining else { return };
     tokio::select! {
         _ended = draining => {}
         _ = signals.stop() => tracing::warn!("a second signal came: ending without waiting"),
+    }
+}
+
+/// Removes the sockets that an agent has left which ends, where nobody has them by now, and nobody comes back for them.
+async fn remove_unless(left: LeftSockets, before: &mut Predecessors) {
+    if !before.that_come_back().await.is_empty() {
+        return;
+    }
+    let LeftSockets { public, admin } = left;
+    for (socket, reach) in [(public, Reach::Everybody), (admin, Reach::OwnUser)] {
+        // Whoever serves there has it locked.
+        if let Some(Ok(socket)) = socket.map(|socket| Socket::move_into(socket, reach))
+            && let (_, Some(place)) = socket.into_parts()
+        {
+            place.remove();
+        }
     }
 }
 
@@ -508,7 +556,7 @@ fn status(agent: &Running) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Mutex, mpsc};
+    use std::sync::Mutex;
 
     use super::*;
     use crate::{config::ExpandEnv, telemetry::health::Probe};
@@ -533,7 +581,9 @@ mod tests {
         control.block_on(async {
             let here = Handle::current();
             let within = serving.enter();
-            let (agent, _) = Running::start_apart(config, Inherited::Nothing, Clock::SYSTEM, &here).unwrap();
+            let (_, waited_for) = mpsc::channel();
+            let (agent, _) =
+                Running::start_apart(config, Inherited::Nothing, Clock::SYSTEM, &here, &waited_for).unwrap();
             drop(within);
             let (tell, told) = mpsc::channel();
             for _ in 0..2 {

@@ -4,7 +4,10 @@
 use std::{
     os::unix::net::UnixListener,
     path::PathBuf,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        mpsc::{Receiver, channel as std_channel},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -17,7 +20,9 @@ use tokio::{
 };
 
 use super::{
-    ANSWERS_WITHIN, Running, connection_bounds,
+    ANSWERS_WITHIN, Running,
+    candidate::Candidate,
+    connection_bounds,
     endpoints::{self, HttpEndpoints},
     gate::{
         AuditedGate, Means, http_listeners, say_what_fits, say_what_is_passed_over, say_whom_to_distrust,
@@ -30,7 +35,7 @@ use super::{
     probe::probe,
     runtime::no_threads,
     serving::Serving,
-    surroundings::{keep_identifying, look_around, say_where},
+    surroundings::{Surroundings, keep_identifying, look_around, say_where},
     watch::Watch,
     way_in::WayIn,
 };
@@ -50,21 +55,23 @@ use crate::{
         ConnectionBounds, ConnectionMetrics, ConnectionStats, Leave, Listener, OsUid, Socket,
         cgroup::PodOrUid,
     },
-    store::{JwtCache, StoreMetrics, Writer, X509Cache, audit::AuditTrail},
+    store::{JwtCache, Store, StoreMetrics, Writer, X509Cache, audit::AuditTrail},
     telemetry::{
         SpireNames,
         health::{HealthState, Probe},
-        http::{HeldPlaces, HttpListener},
+        http::HeldPlaces,
         log::Log,
         metrics::Metrics,
+        trouble::Trouble,
     },
 };
 
 /// How many reloads may be asked for on the admin socket before the first of them is looked at.
 const RELOADS_ASKED: usize = 4;
 
-/// How long those who wait at a socket that another agent has left are kept waiting for the first word of a server.
-const KNOWN_WITHIN: Duration = Duration::from_secs(10);
+/// How long those who wait at a socket that another agent has left are kept waiting for the first word of a server: less than
+/// clients wait for an answer, who hear why there is none.
+const KNOWN_WITHIN: Duration = Duration::from_secs(4);
 
 impl Running {
     /// Builds and binds everything, and serves. `handed` is the socket that a service manager keeps for the agent.
@@ -75,29 +82,44 @@ impl Running {
     /// `data_dir` holds.
     pub fn start(config: Config, handed: Option<UnixListener>, clock: Clock) -> anyhow::Result<Self> {
         let inherited = handed.map_or(Inherited::Nothing, Inherited::ByManager);
-        Ok(Self::start_apart(config, inherited, clock, &Handle::current())?.0)
+        // Nobody waits for a place that another agent keeps.
+        let (_, waited_for) = std_channel();
+        Ok(Self::start_apart(config, inherited, clock, &Handle::current(), &waited_for)?.0)
     }
 
     /// As [`Running::start`], and the HTTP endpoints are served by `control`, another runtime: they answer whatever
-    /// happens to the one that serves callers. With it comes the agent whose place it has taken, if there was one.
+    /// happens to the one that serves callers. With it comes the agent whose place it has taken, if there was one. A place that
+    /// another agent keeps is waited for while the sender of `waited_for` lives.
     pub(super) fn start_apart(
         config: Config,
         inherited: Inherited,
         clock: Clock,
         control: &Handle,
+        waited_for: &Receiver<()>,
     ) -> anyhow::Result<(Self, Option<Predecessor>)> {
         // Clients come as soon as a socket is bound, or wait for the agent already, and are not to wait for that.
         issuer::seed().context("cannot make keys")?;
         // What may fail, or takes long, comes before an agent is asked to leave its place: from then on nobody is served.
-        let prepared = PreparedAgent::of(&config, clock)?;
+        let mut prepared = PreparedAgent::of(&config, clock)?;
         let (registry, counted) = (prepared.metrics.registry(), &prepared.issuer_series);
-        let (issuer, inherited, predecessor) = place::take(&config, inherited, || {
+        let mut candidate = Candidate {
+            config: &config,
+            clock,
+            health: &prepared.health,
+            attestor: &prepared.attestor,
+            surroundings: &mut prepared.surroundings,
+            endpoints: &mut prepared.endpoints,
+            control,
+            waited_for,
+            trouble: (String::new(), Trouble::default()),
+        };
+        let (issuer, inherited, predecessor) = place::take(&mut candidate, inherited, || {
             issuer::choice::open(config.issuer_input(), clock, Arc::clone(counted), registry)
         })?;
-        let (parts, endpoints) = prepared.with(issuer, &config);
+        let (parts, surroundings, endpoints) = prepared.with(issuer, &config);
         let http = endpoints.all()?;
         let sockets = Sockets::of(&config, inherited)?;
-        Ok((parts.serve(config, http, sockets, control)?, predecessor))
+        Ok((parts.serve(config, surroundings, http, sockets, control)?, predecessor))
     }
 }
 
@@ -148,6 +170,7 @@ struct PreparedAgent {
     meter: MemoryMeter,
     limits: Limits,
     gate: limits::Gate,
+    surroundings: Surroundings,
     endpoints: HttpEndpoints,
     /// No agent has had its data directory.
     is_first_run: bool,
@@ -176,7 +199,9 @@ impl PreparedAgent {
         say_what_fits(&gate_plan, budget);
         say_whom_to_distrust(config);
         say_what_is_passed_over(config);
-        say_where(&caller_keys(config), in_pod(), budget, means.cgroup);
+        let keys = caller_keys(config);
+        say_where(&keys, in_pod(), budget, means.cgroup);
+        let surroundings = look_around(&health, &attestor, in_pod() && keys.looks_for_pods());
         let limits = Limits::new(&config.ratelimit, clock, metrics.registry());
         let gate = limits::Gate::new(gate_plan, &limits);
         Ok(Self {
@@ -192,13 +217,14 @@ impl PreparedAgent {
             meter,
             limits,
             gate,
+            surroundings,
             endpoints,
             is_first_run: !issuer::has_state(&config.agent.data_dir),
         })
     }
 
     /// Every part, with the issuer.
-    fn with(self, issuer: Arc<dyn Issuer>, config: &Config) -> (AgentParts, HttpEndpoints) {
+    fn with(self, issuer: Arc<dyn Issuer>, config: &Config) -> (AgentParts, Surroundings, HttpEndpoints) {
         let Self { clock, metrics, series, issuer_series, store_series, health, attestor, .. } = self;
         let caches = &config.caches;
         let (x509_svids, jwt_svids) = (caches.x509_svids.count(), caches.jwt_svids.count());
@@ -244,7 +270,7 @@ impl PreparedAgent {
             limits: self.limits,
             gate: self.gate,
         };
-        (parts, self.endpoints)
+        (parts, self.surroundings, self.endpoints)
     }
 }
 
@@ -253,15 +279,14 @@ impl AgentParts {
     fn serve(
         self,
         config: Config,
-        http: Vec<HttpListener>,
+        surroundings: Surroundings,
+        mut http: HttpEndpoints,
         sockets: Sockets,
         control: &Handle,
     ) -> anyhow::Result<Running> {
         let Sockets { admin, public: socket, came } = sockets;
         let services = self.services()?;
         let keys = Arc::new(caller_keys(&config));
-        // Before anybody asks how it is.
-        let surroundings = look_around(&self.health, &self.attestor, in_pod() && keys.looks_for_pods());
         let (connections, bounds) = channel::channel(connection_bounds(&config, self.means));
         let (stats, admin_stats) = (Arc::<ConnectionStats>::default(), Arc::<ConnectionStats>::default());
         let series = ConnectionMetrics::new(self.metrics.registry());
@@ -290,7 +315,7 @@ impl AgentParts {
         let listener = Listener { socket, bounds, gate, keys: Arc::clone(&keys), stats };
         // Before an SVID is made.
         self.audit.lifetime_is(config.longest_svid_ttl());
-        let known = came.waits().then(|| Arc::clone(&self.issuer));
+        let known = came.waits().then(|| Arc::clone(self.writer.store()));
         let public = Serving::begin("the workload api", |stopping| async move {
             let stopping = known_or_stopped(known, stopping).await;
             listener.serve(move |_peer| services.clone(), stopping).await
@@ -300,7 +325,9 @@ impl AgentParts {
             let service = self.admin_service(keys, standing, reloads);
             self.serve_admin(socket, service, admin_stats)
         });
-        let mut tasks = self.tasks(http.iter().map(HttpListener::held).collect());
+        http.serve(control);
+        let (held, answering) = http.into_served();
+        let mut tasks = self.tasks(held);
         tasks.spawn(surroundings.keep_looking(Arc::clone(&self.health), Arc::clone(&self.attestor)));
         tasks.spawn(judge.run());
         let mut issuing = JoinSet::new();
@@ -308,18 +335,10 @@ impl AgentParts {
         let gate = self.gate.clone();
         tasks.spawn_on(async move { gate.follow().await }, control);
         tasks.spawn_on(keep_time(self.limits.clone(), self.gate.clone(), self.meter.clone()), control);
-        let mut answering = JoinSet::new();
-        for listener in http {
-            let serving = async move {
-                // It serves for ever, or cannot begin.
-                let Err(error) = listener.serve().await;
-                tracing::error!(%error, "an http listener cannot be served");
-            };
-            answering.spawn_on(serving, control);
-        }
 
         self.series.loaded();
         self.health.set(Probe::Healthy);
+        self.health.kept_waiting_by(None);
         let adjustable = Adjustable { parts: Arc::new(self), connections, log: None };
         let (config, asked, keeper) = (Arc::new(config), Some(asked), came.keeper());
         Ok(Running { config, adjustable, public, admin, tasks, http: answering, asked, issuing, keeper })
@@ -451,15 +470,16 @@ async fn told_to_leave(stopping: oneshot::Receiver<Leave>) -> Leave {
     stopping.await.unwrap_or(Leave::Abandon)
 }
 
-/// Waits until this issuer knows whom it serves, for a while, or is told to leave. What it is told, or will be.
+/// Waits until it is known here whom the issuer serves, for a while, or is told to leave. What it is told, or will be.
 async fn known_or_stopped(
-    issuer: Option<Arc<dyn Issuer>>,
+    store: Option<Arc<Store>>,
     mut stopping: oneshot::Receiver<Leave>,
 ) -> impl Future<Output = Leave> + Send {
     let known = async {
-        if let Some(issuer) = issuer {
-            let mut world = issuer.world();
-            let known = world.wait_for(|world| !world.bundles.own.x509_authorities.is_empty());
+        if let Some(store) = store {
+            let mut snapshots = store.subscribe();
+            let is_known = || !store.snapshot().bundles.own.x509_authorities.is_empty();
+            let known = async { while !is_known() && snapshots.changed().await.is_ok() {} };
             let _known_or_not = timeout(KNOWN_WITHIN, known).await.is_ok();
         }
     };

@@ -8,7 +8,7 @@ use std::{
     io,
     os::fd::{AsFd as _, BorrowedFd},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -18,7 +18,7 @@ use tokio::{
     net::{UnixListener, UnixStream},
     sync::mpsc,
     task::{AbortHandle, JoinSet},
-    time::timeout,
+    time::{Instant, timeout},
 };
 
 use super::{
@@ -28,7 +28,13 @@ use super::{
     },
     predecessor::Predecessor,
 };
-use crate::{config::Config, limits::pace::Pace, os::descriptors, peer::Socket, telemetry::chain};
+use crate::{
+    config::Config,
+    limits::pace::Pace,
+    os::descriptors,
+    peer::Socket,
+    telemetry::{chain, trouble::Trouble},
+};
 
 /// How long the other side may take for its request.
 const REQUEST_WITHIN: Duration = Duration::from_secs(5);
@@ -36,6 +42,8 @@ const REQUEST_WITHIN: Duration = Duration::from_secs(5);
 const HEARD_AT_ONCE: usize = 16;
 /// How long it may take to serve, once it has everything.
 const SERVES_WITHIN: Duration = Duration::from_secs(15);
+/// After how long one that has ended is known to have.
+const ENDED_WITHIN: Duration = Duration::from_millis(100);
 /// How long the pause is after a connection that could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
@@ -80,7 +88,12 @@ pub(super) struct Successors {
 
 impl Successors {
     /// Listens at `socket`, for one that would serve what this configuration serves. Must be called within a runtime.
-    pub(super) fn listen(socket: Option<Socket>, config: &Config, keeper: Keeper) -> Self {
+    pub(super) fn listen(
+        socket: Option<Socket>,
+        config: &Config,
+        keeper: Keeper,
+        lacks: impl Fn() -> Vec<&'static str> + Send + Sync + 'static,
+    ) -> Self {
         let (tell, came) = mpsc::channel(1);
         let mut listening = JoinSet::new();
         if let Some(socket) = socket {
@@ -88,7 +101,9 @@ impl Successors {
                 trust_domain: config.trust_domain.name().to_owned(),
                 socket_path: config.agent.socket_path.clone(),
                 keeper,
+                lacks: Box::new(lacks),
                 refusals: Pace::default(),
+                kept_from: Mutex::default(),
             };
             listening.spawn(async move {
                 if let Err(error) = listen(socket, serves.into(), tell).await {
@@ -149,7 +164,11 @@ struct Serves {
     trust_domain: String,
     socket_path: PathBuf,
     keeper: Keeper,
+    /// What keeps this agent from serving at that moment.
+    lacks: Box<dyn Fn() -> Vec<&'static str> + Send + Sync>,
     refusals: Pace,
+    /// What was said of those that could serve nobody.
+    kept_from: Mutex<Trouble>,
 }
 
 impl Serves {
@@ -185,7 +204,13 @@ impl Serves {
                 let stream = stream.into_std().ok()?;
                 Some(Arrived::StandsBy(Predecessor::that_stands_by(stream, pid, request.admin_socket_path)))
             }
-            Ok(request) => Some(Arrived::Next(Successor { stream, pid, request })),
+            Ok(request) => {
+                let Some(why) = self.keeps_from(&request, pid) else {
+                    return Some(Arrived::Next(Successor { stream, pid, request }));
+                };
+                drop(answer(&stream, &HandoverAnswer::Kept(why), &[]));
+                None
+            }
             Err(why) => {
                 self.refusals.say(|left_out| tracing::warn!(pid, left_out, why, "not handed over"));
                 // It may have gone.
@@ -193,6 +218,26 @@ impl Serves {
                 None
             }
         }
+    }
+
+    /// Why the place is not left to an agent that serves nobody: this one does, or lacks less.
+    fn keeps_from(&self, request: &HandoverRequest, pid: i32) -> Option<String> {
+        let ours = (self.lacks)();
+        if request.lacks.iter().all(|lack| ours.contains(&lack.as_str())) {
+            return None;
+        }
+        let lacks = request.lacks.join(", ");
+        if self.kept_from.lock().unwrap_or_else(PoisonError::into_inner).is_due(&lacks, Instant::now()) {
+            tracing::warn!(
+                pid,
+                lacks,
+                "another agent asks for the place, and could serve nobody: not handed over"
+            );
+        }
+        Some(match ours.is_empty() {
+            true => "it serves".to_owned(),
+            false => format!("it lacks other things: {}", ours.join(", ")),
+        })
     }
 
     fn fitting(&self, request: &[u8]) -> Result<HandoverRequest, String> {
@@ -281,6 +326,12 @@ impl Successor {
             Ok(Err(error)) => Err(SuccessorError::Talk(error)),
             Err(_late) => Err(SuccessorError::Late),
         }
+    }
+
+    /// Whether it has ended before it said that it serves.
+    pub(super) async fn has_ended(&mut self) -> bool {
+        let said = timeout(ENDED_WITHIN, self.serves()).await;
+        matches!(said, Ok(Err(SuccessorError::Ended | SuccessorError::Talk(_))))
     }
 
     /// Tells it that this agent takes the place back when the connection ends.

@@ -109,7 +109,7 @@ pub(super) fn look_around(health: &HealthState, attestor: &Attestor, for_pods: b
     }
     let (around, known) = (watch::Sender::default(), Vec::new());
     let mut surroundings = Surroundings { for_pods, known, around };
-    surroundings.found(shortcomings(attestor, for_pods), health);
+    surroundings.look(health, attestor);
     surroundings
 }
 
@@ -138,6 +138,11 @@ impl Surroundings {
     /// Tells what is found from now on, and what was.
     pub(super) fn told(&self) -> watch::Receiver<Around> {
         self.around.subscribe()
+    }
+
+    /// Looks again, says what is missing that was not before, and tells `health`.
+    pub(super) fn look(&mut self, health: &HealthState, attestor: &Attestor) {
+        self.found(shortcomings(attestor, self.for_pods), health);
     }
 
     /// Says what is missing that was not before, and tells `health`.

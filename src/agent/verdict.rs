@@ -192,9 +192,9 @@ impl EntriesVerdict {
         at: Option<&Presence>,
     ) -> Option<Ungiven> {
         let said = || self.kept.iter().map(|kept| kept.said(facts, questions, at)).collect::<Vec<_>>();
-        let mut causes: Vec<&str> = self.kept.iter().map(|kept| kept.cause.text()).collect();
+        let mut causes: Vec<&'static str> = self.kept.iter().map(|kept| kept.cause.text()).collect();
         causes.dedup();
-        self.all.then(|| Ungiven { said: said().join("; "), causes: causes.join(", ") })
+        self.all.then(|| Ungiven { said: said().join("; "), causes })
     }
 
     /// What keeps everybody from some entries, and is said nowhere else.
@@ -420,7 +420,7 @@ mod tests {
             let (entries, questions) = asked(entries);
             let verdict = EntriesVerdict::of(&entries, &questions, &facts);
             let ungiven = verdict.ungiven(&facts, &questions, None);
-            assert_eq!(ungiven.map(|ungiven| ungiven.causes), want, "{case}");
+            assert_eq!(ungiven.map(|ungiven| ungiven.causes.join(", ")), want, "{case}");
         }
         let (entries, _) = asked("unix:user:no-such");
         let verdict = EntriesVerdict::of(&entries, &Questions::default(), &Facts::default());

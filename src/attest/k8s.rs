@@ -130,6 +130,9 @@ pub enum K8sError {
     /// The kubelet has not answered.
     #[error("the kubelet has not said which pods there are for {:.1} s", waited.as_secs_f32())]
     Silent { waited: Duration },
+    /// The same, and what is known of that already.
+    #[error("{0}")]
+    Away(String),
     /// It does not list the container.
     #[error("the kubelet does not list container {container} of {pod} (waited for {:.1} s)", waited.as_secs_f32())]
     Unlisted { container: ContainerId, pod: CallerKey, waited: Duration },
@@ -160,6 +163,7 @@ impl K8sError {
         match self {
             Self::Kubelet(_)
             | Self::Silent { .. }
+            | Self::Away(_)
             | Self::NoClient
             | Self::NoApiServer
             | Self::SilentApiServer { .. }
@@ -441,7 +445,11 @@ impl K8sAttestor {
             Err(error) => error,
             Ok(Unfound::Crowded) => K8sError::Crowded,
             Ok(Unfound::Fault(fault)) => K8sError::Kubelet(fault),
-            Ok(Unfound::Silent) => K8sError::Silent { waited: began.elapsed() },
+            Ok(Unfound::Silent) => {
+                // Who asks about a process waits for less than the kubelet is given.
+                let known = self.pods.trouble().filter(|_| seen.extent() == Extent::All);
+                known.map_or(K8sError::Silent { waited: began.elapsed() }, K8sError::Away)
+            }
             Ok(Unfound::NotInIt) => {
                 K8sError::Unlisted { container, pod: CallerKey::Pod(pod), waited: began.elapsed() }
             }

@@ -181,6 +181,9 @@ pub(super) fn table<const N: usize>(columns: [Column; N], rows: &[[String; N]]) 
     out
 }
 
+/// The least room of a cell that is cut: `all callers` has it.
+const LEAST: usize = 11;
+
 /// The rows, with the cells at `at` cut so that the table is no wider than `columns`.
 pub(super) fn fit<const N: usize>(
     rows: &[[String; N]],
@@ -193,7 +196,7 @@ pub(super) fn fit<const N: usize>(
         rows.iter().filter_map(|row| row.get(nth)).map(|cell| clean(cell).chars().count()).chain([name]).max()
     };
     let others: usize = (0..N).filter(|nth| *nth != at).filter_map(widest).map(|width| width + 2).sum();
-    let room = columns.saturating_sub(others).max(8);
+    let room = columns.saturating_sub(others).max(LEAST);
     let fits = widest(at).is_none_or(|width| width <= room);
     let mut rows = rows.to_vec();
     for cell in rows.iter_mut().filter_map(|row| row.get_mut(at)) {

@@ -91,12 +91,13 @@ fn pretty(
     for selector in &told.selectors {
         let _ = writeln!(out, "  {}", clean(selector));
     }
-    for untold in &told.untold {
-        let text = format!("{} is not known: {}", clean(&untold.kind), clean(&untold.why));
+    for text in untold(told) {
         out.push_str(&indented(&text, "  ", width));
-        if untold.decides {
-            out.push_str("    calls fail because of this: an entry asks for it, and matches otherwise\n");
-        }
+    }
+    if let Some(it) = told.untold.iter().find(|it| it.decides) {
+        let text =
+            format!("calls fail because of {}: an entry asks for it, and matches otherwise", clean(&it.kind));
+        out.push_str(&indented(&text, "    ", width));
     }
 
     for said in &told.attestors {
@@ -136,6 +137,27 @@ fn pretty(
 
     limits(&mut out, told, width);
     out
+}
+
+/// What is not known of a process: each reason once, with how many kinds of selectors it is of.
+fn untold(told: &pb::ExplainResponse) -> Vec<String> {
+    let mut reasons: Vec<(&str, Vec<&str>)> = Vec::new();
+    for it in &told.untold {
+        match reasons.iter_mut().find(|(why, _)| *why == it.why) {
+            Some((_, kinds)) => kinds.push(&it.kind),
+            None => reasons.push((&it.why, vec![&it.kind])),
+        }
+    }
+    let text = |(why, kinds): (&str, Vec<&str>)| {
+        let (first, others) = (kinds.first().copied().unwrap_or_default(), kinds.len().saturating_sub(1));
+        let what = match others {
+            0 => format!("{} is", clean(first)),
+            1 => format!("{} are", clean(&kinds.join(" and "))),
+            _ => format!("{} and {others} other kinds of selectors are", clean(first)),
+        };
+        format!("{what} not known: {}", clean(why))
+    };
+    reasons.into_iter().map(text).collect()
 }
 
 /// The kinds of selectors that decide whether an entry matches, and are not known.
@@ -209,7 +231,11 @@ fn wanted(told: &pb::ExplainResponse, width: usize) -> String {
             format!("{text}    selectors = [{example}]\n")
         }
         None => {
-            let text = "An entry asks for selectors, and no attestor found any: see plugins in agent.conf.";
+            let text = if told.untold.is_empty() {
+                "An entry asks for selectors, and no attestor found any: see plugins in agent.conf."
+            } else {
+                "Which selectors it has cannot be told, for the reason above; an attestor that is optional is done without."
+            };
             indented(text, "  ", width)
         }
     }
@@ -342,6 +368,11 @@ mod tests {
             hint: hint.to_owned(),
             withheld: withheld.to_owned(),
         };
+        let untold = |kind: &str, why: &str, decides| pb::Untold {
+            kind: kind.to_owned(),
+            why: why.to_owned(),
+            decides,
+        };
         let told = pb::ExplainResponse {
             pid: 7,
             uid: 1000,
@@ -361,11 +392,11 @@ mod tests {
             }],
             not_known: String::new(),
             agent_id: String::new(),
-            untold: vec![pb::Untold {
-                kind: "unix:path".to_owned(),
-                why: "it hangs".to_owned(),
-                decides: true,
-            }],
+            untold: vec![
+                untold("unix:path", "it hangs", true),
+                untold("k8s:ns", "the kubelet is away", false),
+                untold("k8s:sa", "the kubelet is away", false),
+            ],
             matches: vec![entry("web", "public", ""), entry("old", "public", "an older entry, web, has it")],
             nearest: vec![pb::Near {
                 entry: Some(entry("db", "", "")),
@@ -397,7 +428,8 @@ Cgroup line: 0::/kubepods/\\u{1b}[2J
 Selectors:
   unix:uid:1000
   unix:path is not known: it hangs
-    calls fail because of this: an entry asks for it, and matches otherwise
+  k8s:ns and k8s:sa are not known: the kubelet is away
+    calls fail because of unix:path: an entry asks for it, and matches otherwise
   (found by k8s: 7 selectors in 1.2 ms, from what it read 4.2 s ago)
 
 Entries that match, the default first:
@@ -430,6 +462,17 @@ spiffe://td/web  FetchJWTSVID  uid:7     70        8
         assert!(pretty(&pb::ExplainResponse::default(), names, 80).contains("no identity"));
         let untold = pb::ExplainResponse { matches: Vec::new(), nearest: Vec::new(), ..told };
         assert!(!pretty(&untold, names, 80).contains("no identity"), "it may have one");
+        let nothing_found = pb::ExplainResponse { selectors: Vec::new(), ..untold.clone() };
+        let optional = pb::ExplainResponse {
+            untold: nothing_found
+                .untold
+                .iter()
+                .map(|it| pb::Untold { decides: false, ..it.clone() })
+                .collect(),
+            ..nothing_found
+        };
+        let shown = pretty(&optional, names, 80);
+        assert!(shown.contains("for the reason above") && !shown.contains("see plugins"), "{shown}");
         let nothing_near = pb::ExplainResponse { untold: Vec::new(), ..untold };
         let shown = pretty(&nothing_near, names, 80);
         let words = shown.split_whitespace().collect::<Vec<_>>().join(" ");

@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 
+use tokio::time::Instant;
+
 use super::{
     FileFault, Issuer, IssuerChoice, IssuerInput,
     embedded::{EmbeddedIssuer, IssuerError},
     metrics::IssuerMetrics,
-    server::{DataFault, ServerIssuer},
+    server::{DataFault, LookFault, ServerIssuer, look_without_place},
 };
-use crate::{os::clock::Clock, telemetry::registry::Registry};
+use crate::{identity::EntryIndex, os::clock::Clock, telemetry::registry::Registry};
 
 /// Why there is no issuer.
 #[derive(Debug, thiserror::Error)]
@@ -52,5 +54,17 @@ pub fn open(
         IssuerChoice::Server(settings) => {
             Ok(Arc::new(ServerIssuer::open(*settings, clock, metrics, registry)?))
         }
+    }
+}
+
+/// The entries that the issuer of the configuration would publish, while another agent has its files: nothing is changed, and
+/// nobody is asked for an SVID. What a server tells to an SVID alone is not known without one: then there are none.
+///
+/// # Errors
+/// Why it is not known by `deadline`.
+pub async fn look(told: IssuerInput, clock: Clock, deadline: Instant) -> Result<Arc<EntryIndex>, LookFault> {
+    match told.choice {
+        IssuerChoice::Embedded(_) => Ok(told.index),
+        IssuerChoice::Server(settings) => look_without_place(*settings, clock, deadline).await,
     }
 }

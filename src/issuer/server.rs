@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `calls` | what the server is asked with the agent's SVID, and how that fails |
 //! | `entries`, `bundles` | what it says of whom this node serves, and what verifies them |
+//! | `look` | what it has, before this agent has a place |
 //! | `sync`, `cycle`, `backoff` | that it is asked for that, and when |
 //! | `faults` | what of that fails, for people |
 //! | `own_svid`, `attestation`, `bootstrap` | the agent's own SVID, how this node is known at first, and how the server is |
@@ -30,6 +31,7 @@ mod faults;
 mod files;
 mod first_frame;
 mod intermediates;
+mod look;
 mod metrics;
 mod other_agent;
 pub mod own_svid;
@@ -62,6 +64,7 @@ pub use self::{
     attestation::{PopFault, check_pop, check_psat},
     data::AGENT_DATA,
     error::{DataFault, Denial, ServerError},
+    look::{LookFault, look_without_place},
     metrics::{ServerCall, ServerMetrics, SyncResult},
     own_svid::{OwnStanding, OwnSvid},
     settings::ServerSettings,

@@ -44,6 +44,8 @@ struct Vitals {
     ungiven: Option<Ungiven>,
     /// The process that serves in the place of this one.
     successor: Option<i32>,
+    /// The process that keeps the place which this one asked for, since it could serve nobody.
+    keeper: Option<i32>,
 }
 
 /// Why no entry can be given to anybody.
@@ -51,8 +53,8 @@ struct Vitals {
 pub struct Ungiven {
     /// In words, with what to do, for the agent's owner.
     pub said: String,
-    /// What keeps callers from it, in a few words of the agent's own, for whoever asks.
-    pub causes: String,
+    /// What keeps callers from it, each in a few words of the agent's own, for whoever asks.
+    pub causes: Vec<&'static str>,
 }
 
 /// Whether the socket of the Workload API stands at its path.
@@ -103,6 +105,31 @@ impl HealthState {
         self.lock().successor = Some(pid);
     }
 
+    /// Tells which process, if any, serves on since this one could serve nobody in its place: it is well, and not ready.
+    pub fn kept_waiting_by(&self, pid: Option<i32>) {
+        self.lock().keeper = pid;
+    }
+
+    /// What keeps the agent from serving, each in a few words that another agent has the same of; empty where nothing does.
+    #[must_use]
+    pub fn lacks(&self) -> Vec<&'static str> {
+        let now = self.lock();
+        let issuer = match now.probe {
+            Probe::Starting => Some("the server has not said yet whom this node serves"),
+            Probe::Unavailable => Some("the workload api is unavailable"),
+            Probe::Healthy | Probe::Draining => None,
+        };
+        let found = [
+            (now.pulse == Pulse::Missed, "no thread serves callers"),
+            (now.blind, "callers cannot be served, or cannot be told apart"),
+            (now.unidentified, "callers cannot be identified"),
+            (now.lost != Lost::No, "the socket of the workload api is gone"),
+        ];
+        let found = found.into_iter().filter_map(|(is_so, what)| is_so.then_some(what));
+        let ungiven = now.ungiven.iter().flat_map(|ungiven| ungiven.causes.iter().copied());
+        issuer.into_iter().chain(found).chain(ungiven).collect()
+    }
+
     /// Tells whether clients find the socket.
     pub fn found(&self, lost: Lost) {
         self.lock().lost = lost;
@@ -147,14 +174,25 @@ impl HealthState {
     /// Whether workloads may be sent here.
     #[must_use]
     pub fn ready(&self) -> bool {
-        let Vitals { probe, pulse, blind, unidentified, lost, ungiven, successor } = &*self.lock();
-        let serves = *probe == Probe::Healthy && *pulse == Pulse::Beats && successor.is_none();
+        let Vitals { probe, pulse, blind, unidentified, lost, ungiven, successor, keeper } = &*self.lock();
+        let has_place = successor.is_none() && keeper.is_none();
+        let serves = *probe == Probe::Healthy && *pulse == Pulse::Beats && has_place;
         let tells_who = !blind && !unidentified;
         serves && tells_who && *lost == Lost::No && ungiven.is_none()
     }
 
+    fn keeper(&self) -> Option<i32> {
+        self.lock().keeper
+    }
+
     /// spire-agent's bodies, so that whoever parses them need not change (`pkg/common/health`).
     pub(super) fn body(&self) -> String {
+        if let Some(pid) = self.keeper() {
+            let lacks = self.lacks().join(", ");
+            return format!(
+                "{{\"agent\":{{\"make_new_x509_err\":\"PID {pid} serves on, since this agent could serve nobody: {lacks}: see the log\"}}}}\n"
+            );
+        }
         let now = self.lock();
         let Vitals { probe, pulse, blind, unidentified, lost, successor, .. } = *now;
         let (blind, ungiven) = (blind || unidentified, now.ungiven.clone());
@@ -165,7 +203,8 @@ impl HealthState {
         let serves = (probe, pulse, lost) == (Probe::Healthy, Pulse::Beats, Lost::No);
         if let Some(Ungiven { causes, .. }) = ungiven.filter(|_| serves && !blind) {
             return format!(
-                "{{\"agent\":{{\"make_new_x509_err\":\"nobody whom entries ask for can be served: {causes}: see the log\"}}}}\n"
+                "{{\"agent\":{{\"make_new_x509_err\":\"nobody whom entries ask for can be served: {}: see the log\"}}}}\n",
+                causes.join(", ")
             );
         }
         let text = match (probe, pulse) {

@@ -356,7 +356,7 @@ async fn what_cannot_be_known_of_another_users_process_is_said() {
     assert_eq!((&*err, code), ("", Some(0)));
     let shown = out.split_whitespace().collect::<Vec<_>>().join(" ");
     for want in [
-        "unix:path is not known: cannot read the executable",
+        "unix:path and unix:sha256 are not known: cannot read the executable",
         "calls are Unavailable: which entries match depends on unix:path, which is not known",
         "has 1 of its selectors, may have unix:path:/nowhere",
     ] {

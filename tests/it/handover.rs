@@ -28,6 +28,9 @@ use nix::{
 use crate::{
     frames::{Called, FETCH_JWT, call, jwt_request},
     hostile::PATIENCE,
+    joining,
+    kubelet::{FakeKubelet, Reply, listed, pod},
+    spire_server::{self, Face, FakeSpireServer},
     support::{Process, client, entry, request, write_config},
     systemd::Service,
 };
@@ -697,4 +700,174 @@ async fn an_agent_that_is_ended_leaves_its_place_to_the_one_that_stands_by() {
         assert_eq!((inode(&socket(dir)), inode(&dir.join("data/admin.sock"))), (public, admin), "{turn}");
     }
     assert_eq!(polite.end(), [], "no call is lost: {}", log(dir));
+}
+
+/// The configuration of the next agent of this directory: its entries are these.
+fn next_config(dir: &Path, entries: &str, more: &str) {
+    let unhurried = "ratelimit { node { cpu = 100 } }\n";
+    write_config(dir, &format!("{entries}{TAKES_OVER}{unhurried}{more}"));
+}
+
+const OF_NOBODY: &str = "entry \"spiffe://example.org/none\" { selectors = [\"unix:user:no-such-user\"] }\n";
+const SERVES_ON: &str = "this agent could serve nobody, so the one that runs serves on; trying again";
+
+/// Health checks at a free port.
+fn health_checks() -> (u16, String) {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    (
+        port,
+        format!(
+            "health_checks {{ listener_enabled = true bind_address = \"127.0.0.1\" bind_port = \"{port}\" }}\n"
+        ),
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_serves_is_not_ended_for_one_that_could_serve_nobody() {
+    let mut place = Place::taken().await;
+    let dir = place.dir.path().to_owned();
+    let polite = Polite::begin(&dir);
+    let in_pod_alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
+    let can_be_alone =
+        Command::new("unshare").args(&in_pod_alone[1..]).arg("true").status().is_ok_and(|it| it.success());
+    let in_pod_alone = [&["env", "KUBERNETES_SERVICE_HOST=192.0.2.1"][..], &in_pod_alone].concat();
+    let kubelet = FakeKubelet::start(listed(&[pod(1)]));
+    let refusing = FakeKubelet::start(Reply::With(403, "", "Forbidden".to_owned()));
+    let of_pod = "entry \"spiffe://example.org/pod\" { selectors = [\"k8s:ns:ns1\"] }\n";
+    for (case, words, entries, kubelet, said) in [
+        ("entries of nobody", &[][..], OF_NOBODY, &kubelet, "there is no such user on this node"),
+        ("no permission", &[], of_pod, &refusing, "allow its service account get on nodes/pods"),
+        ("no hostPID", &in_pod_alone, of_pod, &kubelet, "its pod needs hostPID: true"),
+    ] {
+        if !words.is_empty() && !can_be_alone {
+            println!("no PID namespace to be had: needs root");
+            continue;
+        }
+        let (port, checks) = health_checks();
+        next_config(&dir, entries, &checks);
+        let text = fs::read_to_string(dir.join("agent.conf")).unwrap();
+        fs::write(
+            dir.join("agent.conf"),
+            text.replace("plugins {", &format!("plugins {{\n{}", kubelet.block())),
+        )
+        .unwrap();
+        fs::write(dir.join("log"), "").unwrap();
+        let mut next = Process::spawn_by(words, &dir);
+        until(case, &dir, || log(&dir).contains(SERVES_ON));
+        assert!(log(&dir).contains(said), "{case}: {}", log(&dir));
+        let not_ready =
+            || asked(port, "/ready").is_some_and(|(well, text)| !well && text.contains("serves on"));
+        until(case, &dir, not_ready);
+        assert!(asked(port, "/live").unwrap().0, "{case}");
+        // It tries again, and says it once.
+        thread::sleep(Duration::from_secs(5));
+        assert_eq!(log(&dir).matches(SERVES_ON).count(), 1, "{case}: {}", log(&dir));
+        assert_eq!(
+            log(&dir).matches("could serve nobody: not handed over").count(),
+            1,
+            "{case}: {}",
+            log(&dir)
+        );
+        assert!(!log(&dir).contains("handing over to another agent"), "{case}: {}", log(&dir));
+        polite.go_on(case, &dir);
+        assert!(!place.agent.has_ended() && !next.has_ended(), "{case}");
+        if words.is_empty() {
+            next.signal(Signal::SIGTERM);
+            assert!(next.wait().success(), "{case}: {}", log(&dir));
+        }
+    }
+    assert_eq!(polite.end(), [], "no call is lost: {}", log(&dir));
+
+    // Where nobody serves any more, it serves as it can.
+    next_config(&dir, OF_NOBODY, "");
+    fs::write(dir.join("log"), "").unwrap();
+    let mut next = Process::spawn(&dir);
+    until("it is kept waiting", &dir, || log(&dir).contains(SERVES_ON));
+    place.agent.signal(Signal::SIGTERM);
+    assert!(place.agent.wait().success());
+    drop(next.serving(&dir).await);
+    assert_eq!(answered(&dir), Called::Refused, "{}", log(&dir));
+}
+
+/// Who cannot serve either does not keep the place, but from one that lacks more.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_serves_nobody_leaves_its_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    next_config(dir, OF_NOBODY, "");
+    let mut old = Process::spawn(dir);
+    drop(old.serving(dir).await);
+    until("it listens for the next one", dir, || UnixStream::connect(handover_socket(dir)).is_ok());
+    let (_stream, line) = {
+        let more = asking(dir, 1, "example.org", "api.sock");
+        let lacks = "null,\"lacks\":[\"users or groups do not exist\",\"something else\"]}";
+        ask(dir, &more.replace("null}", lacks))
+    };
+    assert!(line.contains("kept") && line.contains("users or groups do not exist"), "{line}");
+    assert!(!old.has_ended());
+
+    let mut next = Process::spawn(dir);
+    until("it leaves", dir, || old.has_ended());
+    assert!(old.wait().success(), "{}", log(dir));
+    assert!(!next.has_ended());
+    until("the next one listens", dir, || UnixStream::connect(handover_socket(dir)).is_ok());
+
+    next_config(dir, &entry("/one", ""), "");
+    let _well = Process::spawn(dir);
+    until("it leaves", dir, || next.has_ended());
+    until("it is well again", dir, || answered(dir) == Called::Answered);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_of_a_server_hands_over_to_none_that_does_not_reach_it() {
+    let server = FakeSpireServer::start(Face::Right).await;
+    server.course().tokens.insert("once".to_owned());
+    server.course().entries.push(spire_server::entry("one"));
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let dir = dir.path();
+    let more = format!(
+        "take_over = true\n trust_bundle_path = \"{}/roots.pem\"\n join_token = \"once\"",
+        dir.display()
+    );
+    joining::write_config(dir, &server, &more);
+    let right = fs::read_to_string(dir.join("agent.conf")).unwrap() + "ratelimit { node { cpu = 100 } }\n";
+    fs::write(dir.join("agent.conf"), &right).unwrap();
+    let mut old = Process::spawn(dir);
+    until("it serves", dir, || answered(dir) == Called::Answered);
+    until("it listens for the next one", dir, || UnixStream::connect(handover_socket(dir)).is_ok());
+    let kept = || fs::read(dir.join("data/agent-data.json")).unwrap();
+    let before = kept();
+
+    // Nobody listens there.
+    let nobodys = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = format!("server_port = {}", server.address.port());
+    fs::write(dir.join("agent.conf"), right.replace(&port, &format!("server_port = {nobodys}"))).unwrap();
+    let polite = Polite::begin(dir);
+    let mut wrong = Process::spawn(dir);
+    until("it is kept waiting", dir, || log(dir).contains(SERVES_ON));
+    assert!(log(dir).contains(&format!("cannot reach the server localhost:{nobodys}")), "{}", log(dir));
+    polite.go_on("the old one serves on", dir);
+    wrong.signal(Signal::SIGTERM);
+    assert!(wrong.wait().success(), "{}", log(dir));
+    assert!(!old.has_ended());
+
+    // The right one, which does not say what there is.
+    fs::write(dir.join("agent.conf"), &right).unwrap();
+    fs::write(dir.join("log"), "").unwrap();
+    server.course().bundles_fail = u32::MAX;
+    let mut next = Process::spawn(dir);
+    until("it is kept waiting", dir, || log(dir).contains(SERVES_ON));
+    polite.go_on("the old one serves on", dir);
+    assert!(!old.has_ended() && !next.has_ended(), "{}", log(dir));
+    assert_eq!(kept(), before, "nothing is written");
+
+    // As soon as it does, the next one takes over.
+    server.course().bundles_fail = 0;
+    until("it takes over", dir, || old.has_ended());
+    assert!(old.wait().success());
+    polite.go_on("the new one serves", dir);
+    assert_eq!(polite.end(), [], "no call is lost: {}", log(dir));
+    let attested = server.course().attested;
+    assert_eq!(attested, 1, "with the SVID on the disk");
 }

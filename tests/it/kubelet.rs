@@ -107,6 +107,17 @@ impl FakeKubelet {
         kubelet
     }
 
+    /// The block of an attestor that asks it.
+    pub(crate) fn block(&self) -> String {
+        format!(
+            "WorkloadAttestor \"k8s\" {{\n plugin_data {{ kubelet_secure_port = {} kubelet_ca_path = \"{}\" \
+             token_path = \"{}\" node_name_env = \"DURWARD_TEST_NO_SUCH_VARIABLE\" }} }}\n",
+            self.port,
+            self.ca.display(),
+            self.token.display()
+        )
+    }
+
     pub(crate) fn says(&self, reply: Reply) {
         *self.reply.lock().unwrap() = reply;
     }

@@ -141,6 +141,18 @@ impl Material {
         };
         Ok(Self { tls: Arc::new(tls), authorization })
     }
+
+    /// What is wrong with the files, each of them looked at. Blocks this thread.
+    pub(super) fn faults(
+        shown_as: &ShownAs,
+        known_by: &KnownBy,
+        names: &MaterialNames,
+    ) -> Vec<MaterialFault> {
+        let known_by_nothing = KnownBy::Nothing;
+        let parts = [(&ShownAs::Anonymous, known_by), (shown_as, &known_by_nothing)];
+        let faults = parts.map(|(shown_as, known_by)| Self::read(shown_as, known_by, names).err());
+        faults.into_iter().flatten().collect()
+    }
 }
 
 /// What a request shows with the token of a file.

@@ -202,10 +202,12 @@ impl K8sSettings {
     /// What is missing on this host for the services to be asked, each in one line. Reads the files, which blocks this thread.
     pub(super) fn missing(&self) -> Vec<String> {
         let places = [self.place(), self.api_server()].into_iter().flatten();
-        let files = places.filter_map(|place| {
-            let (shown_as, known_by) = place.secure.as_ref()?;
-            let read = Material::read(shown_as, known_by, place.service.material());
-            read.err().map(|fault| format!("{}; {} cannot be asked without it", chain(&fault), place.service))
+        let files = places.flat_map(|place| {
+            let secure = place.secure.as_ref();
+            let faults = secure
+                .map(|(shown_as, known_by)| Material::faults(shown_as, known_by, place.service.material()));
+            let text = |fault| format!("{}; {} cannot be asked without it", chain(&fault), place.service);
+            faults.into_iter().flatten().map(text).collect::<Vec<_>>()
         });
         let nowhere =
             self.enable_namespace_labels && !self.disable_kubelet_client && self.api_server().is_none();

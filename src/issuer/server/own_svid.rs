@@ -233,6 +233,55 @@ impl OwnSvid {
         if is_bound(&settings) {
             tracing::warn!("rebootstrap_mode {IS_BOUND}");
         }
+        let own = Arc::new(Self::of(settings, clock, metrics, data, keys, Some(lock)));
+        own.take_from_disk();
+        Ok(own)
+    }
+
+    /// What another agent keeps in `data_dir`, as it is at this moment: it is shown to nobody yet, and nothing is ever written.
+    /// `None` where nothing is there that this agent would use.
+    ///
+    /// # Errors
+    /// As of [`OwnSvid::open`].
+    pub(super) fn look_at(
+        settings: ServerSettings,
+        clock: Clock,
+        metrics: Arc<ServerMetrics>,
+    ) -> Result<Option<Arc<Self>>, DataFault> {
+        let look = |path: &Path| FileDir::look_at(path, Trust::own(), UNFINISHED);
+        let Some(dir) = look(&settings.data_dir)? else { return Ok(None) };
+        let read = || -> Result<_, DataFault> {
+            let data = AgentDataFile::open(dir, &settings.trust_domain, OnDamage::Look)?;
+            let keys = match &settings.key_manager {
+                KeyManagerSettings::Memory => AgentKeys::in_memory(),
+                KeyManagerSettings::Disk(directory) => match look(directory)? {
+                    Some(dir) => AgentKeys::open(dir, OnDamage::Look)?,
+                    None => AgentKeys::in_memory(),
+                },
+            };
+            Ok((Arc::new(data), Arc::new(keys)))
+        };
+        match read() {
+            Err(DataFault::Damaged { .. } | DataFault::NotReplaced { .. })
+                if !is_irreplaceable(&settings) =>
+            {
+                Ok(None)
+            }
+            read => {
+                let (data, keys) = read?;
+                Ok(Some(Arc::new(Self::of(settings, clock, metrics, data, keys, None))))
+            }
+        }
+    }
+
+    fn of(
+        settings: ServerSettings,
+        clock: Clock,
+        metrics: Arc<ServerMetrics>,
+        data: Arc<AgentDataFile>,
+        keys: Arc<AgentKeys>,
+        lock: Option<DirLock>,
+    ) -> Self {
         let key_exchange =
             if settings.sync.require_pq_kem { KeyExchange::PostQuantum } else { KeyExchange::Any };
         let tls = TlsPlan { trust_domain: settings.trust_domain.clone(), key_exchange, clock };
@@ -241,7 +290,7 @@ impl OwnSvid {
         let upstream = Upstream::new(dialer, tls, roots, metrics, kept_roots(&settings));
         let waiting =
             OwnStanding::Waiting { why: "node attestation is under way".to_owned(), since: clock.now() };
-        let own = Arc::new(Self {
+        Self {
             live: Mutex::new(LiveJoin::from(&settings)),
             settings,
             clock,
@@ -254,10 +303,8 @@ impl OwnSvid {
             back: watch::Sender::new(()),
             slow: SlowReads::default(),
             heard: AtomicBool::new(false),
-            lock: Mutex::new(Some(lock)),
-        });
-        own.take_from_disk();
-        Ok(own)
+            lock: Mutex::new(lock),
+        }
     }
 
     /// Takes the settings that may change: another join token is tried at once where one is waited for.
@@ -377,10 +424,21 @@ impl OwnSvid {
         }
     }
 
-    fn show(&self, svid: &AgentSvid) {
+    /// Shows the SVID that is kept, without a word. Returns whether there is one that can be shown.
+    pub(super) fn shows_what_is_kept(&self) -> bool {
+        self.current().is_some_and(|svid| self.presents(&svid))
+    }
+
+    fn presents(&self, svid: &AgentSvid) -> bool {
         let key = svid.chain.first().and_then(|leaf| self.keys.of(leaf));
-        let Some(identity) = key.and_then(|key| certified(&svid.chain, &key)) else { return };
-        self.upstream.show(identity);
+        let identity = key.and_then(|key| certified(&svid.chain, &key));
+        identity.map(|identity| self.upstream.show(identity)).is_some()
+    }
+
+    fn show(&self, svid: &AgentSvid) {
+        if !self.presents(svid) {
+            return;
+        }
         let AgentSvid { id, not_after, reattestable, .. } = svid.clone();
         let is_said = matches!(&*self.standing.borrow(), OwnStanding::Serving { id: of, not_after: until, .. }
             if (of, until) == (&id, &not_after));

@@ -154,6 +154,11 @@ impl Upstream {
         Ok(ServerConnection { upstream: Arc::clone(self), own: Some(dialed?), deadline })
     }
 
+    /// What is said of a server with an authority that is not known.
+    pub(super) fn counts(&self) -> &'static str {
+        self.counts
+    }
+
     /// What the agent shows from now on. Calls that were sent end as they began.
     pub(super) fn show(&self, identity: Arc<CertifiedKey>) {
         self.identity.send_replace(Some(identity));
