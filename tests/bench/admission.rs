@@ -117,6 +117,8 @@ fn measure_after(mut prepare: impl FnMut(u32), case: &str, decisions: &[u32], mu
     let clock = (cpu_nanos() - started) / f64::from(looks);
     let before = ALLOCATIONS.load(Ordering::Relaxed);
     for round in &mut nanos {
+        // So that it stays full enough, however fast the machine is.
+        std::thread::sleep(Duration::from_millis(200));
         for few in decisions.chunks(50) {
             few.iter().for_each(|at| prepare(*at));
             let started = cpu_nanos();
