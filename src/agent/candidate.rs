@@ -68,7 +68,8 @@ struct Outlook {
 }
 
 impl Candidate<'_> {
-    /// What would keep it from serving, as [`HealthState::lacks`] has it. Blocks this thread, for twenty seconds at most.
+    /// What would keep it from serving, as [`HealthState::lacks`] has it. Blocks this thread, for [`SERVER_SAYS_WITHIN`] and
+    /// twice [`TRIED_WITHIN`] at most.
     pub(super) fn lacks(&mut self) -> Vec<&'static str> {
         self.surroundings.look(self.health, self.attestor);
         let (told, attestor, clock) = (self.config.issuer_input(), Arc::clone(self.attestor), self.clock);

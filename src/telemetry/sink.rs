@@ -169,6 +169,7 @@ fn write_lines(to: &mut impl Write, torn: &mut bool, lines: &[u8], before: u64) 
     (there, last.copied().unwrap_or(0))
 }
 
+/// Writes as much as it can: how many whole lines.
 fn write_whole(to: &mut impl Write, torn: &mut bool, lines: &[u8]) -> u64 {
     if *torn {
         // The piece of a line that is there stays by itself.
