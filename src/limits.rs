@@ -23,7 +23,8 @@
 //!
 //! A limit is an admin's word or holds by default ([`rule::Origin`]). The first refuses at once, exact to the bucket. The
 //! second lets pass while there is [`room`], charged as far as there are tokens; without room, whoever has tokens in its
-//! bucket, or in its share of one, passes, and the others wait ([`patience`]) and are refused for the node's sake. A place
+//! bucket, or in its share of one, passes, and where processor time alone is short, as many more as that is left for
+//! ([`spare`]). The others wait ([`patience`]) and are refused for the node's sake. A place
 //! among the attestations is waited for whoever set their number.
 //!
 //! A bucket that several callers share (an identity's, a mask's, the node's) is shared fairly: half of it is kept for
@@ -83,6 +84,7 @@ pub mod settings;
 pub mod shares;
 mod shortage;
 mod slots;
+mod spare;
 mod standings;
 mod table;
 mod table_size;

@@ -167,7 +167,8 @@ pub(super) async fn keep_time(limits: Limits, gate: Gate, meter: MemoryMeter) {
     let delay = RunDelay::of_threads(SERVING);
     // What it would have used counts: on a busy node it gets less, and would never know that it is behind.
     let wanted = || processor_time().saturating_add(delay.total());
-    let mut before = (Instant::now(), wanted(), limits.served());
+    let look = || (Instant::now(), wanted(), processor_time(), limits.served());
+    let mut before = look();
     let mut quiet = false;
     loop {
         if quiet {
@@ -182,21 +183,24 @@ pub(super) async fn keep_time(limits: Limits, gate: Gate, meter: MemoryMeter) {
                 () = limits.stirred() => {}
             }
             // How long threads waited meanwhile is nobody's: next to nothing was done.
-            before = (Instant::now(), wanted(), limits.served());
+            before = look();
         }
         meter.rouse();
         sleep(OFTEN).await;
-        let now = (Instant::now(), wanted(), limits.served());
+        let now = look();
         let spell = Spell {
             elapsed: now.0.saturating_duration_since(before.0),
             used: now.1.saturating_sub(before.1),
-            served: now.2.saturating_sub(before.2),
+            ran: now.2.saturating_sub(before.2),
+            served: now.3.saturating_sub(before.3),
             wanting: gate.wanting().saturating_add(limits.wanting()),
+            lacked: limits.lacked_spare(),
         };
         before = now;
         quiet = spell.served == 0 && spell.wanting == 0 && spell.used <= spell.elapsed / A_LITTLE;
         let short = time.look(gate.processor_share(), spell);
         quiet &= !short;
+        limits.set_spare(time.spare());
         if short != limits.room().is_short(Short::Processor) {
             limits.room().set(Short::Processor, short);
             tracing::debug!(short, used = ?spell.used, of = ?spell.elapsed, spell.wanting, "processor time");

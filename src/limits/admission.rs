@@ -16,7 +16,7 @@ use super::{
     caller_pattern::CallerPattern,
     counters::Decision,
     identity_stage::IdentityCall,
-    ledger::{Attempt, CallPlan, Ledger, Question, Scarcity},
+    ledger::{Attempt, CallPlan, CallToSpare, Ledger, Question, Scarcity},
     method::Method,
     patience::{FOR_TOKENS, Patience},
     policy::Choice,
@@ -85,6 +85,16 @@ impl Limits {
     /// How many calls found no room, and were kept waiting or refused for it, since this was last asked.
     pub fn wanting(&self) -> u64 {
         self.ledger.wanting()
+    }
+
+    /// Whether a call was refused, or kept waiting, for which there was nothing to spare, since this was last asked.
+    pub fn lacked_spare(&self) -> bool {
+        self.ledger.spare.lacked()
+    }
+
+    /// How many calls a second may pass from now on beside those that have tokens, while processor time alone is short.
+    pub fn set_spare(&self, per_second: f64) {
+        self.ledger.spare.set(per_second);
     }
 
     /// Charges a call to its caller, before any attestation, and takes a place among the attestations. Where that is
@@ -229,10 +239,13 @@ impl Limits {
         }
         let charged = if method.is_bundles() { 1 } else { usize::MAX };
         let plan = self.ledger.plan();
-        let (taker, caller_exempt) = (charge.taker, charge.exempt);
+        let Charge { taker, exempt: caller_exempt, spared, .. } = *charge;
         let now = self.ledger.now();
-        let call = IdentityCall { plan: &plan, method, taker, caller_exempt, now, attempt };
-        self.ledger.charge_identities(&call, ids.into_iter().take(charged)).inspect_err(|refusal| {
+        let mut call = CallToSpare { method, taker, now, spared };
+        let of = IdentityCall { plan: &plan, caller_exempt, attempt };
+        let charged = self.ledger.charge_identities(&of, &mut call, ids.into_iter().take(charged));
+        charge.spared = call.spared;
+        charged.inspect_err(|refusal| {
             if attempt.ends(refusal) {
                 charge.refund();
             }
@@ -326,11 +339,12 @@ impl Ledger {
         attempt: Attempt,
     ) -> Result<Passed, Refusal> {
         let CallerCall { caller, method, waiting } = *call;
+        let taker = Taker { caller, group: plan.families.group(caller) };
+        let mut call = CallToSpare { method, taker, now, spared: false };
         let choice = plan.caller.choose(&caller, method);
         let (limit, origin) = self.limit(choice.rule);
         let dry = plan.dry || choice.rule.dry_run;
         let own = if choice.shared.is_some() { ChargedAs::Shared } else { caller.charged_as() };
-        let taker = Taker { caller, group: plan.families.group(caller) };
         let costs = choice.rule.costs();
         let (mut held, mut allowed) = (None, Some(own));
         let lacking = |reason, retry_after| Scarcity { charged_as: own, reason, retry_after, origin };
@@ -344,8 +358,13 @@ impl Ledger {
                 let short = self.shortfall(origin);
                 match self
                     .callers()
-                    .hold_by(now, &ask, short, || (caller_name(caller, &choice), method.rpc()))
-                {
+                    .hold_by(
+                        now,
+                        &ask,
+                        short,
+                        || self.spare(&mut call, origin),
+                        || (caller_name(caller, &choice), method.rpc()),
+                    ) {
                     Ok(tokens) => {
                         allowed = Some(tokens.place.charged_as(own));
                         held = Some(tokens);
@@ -374,6 +393,7 @@ impl Ledger {
             taker,
             pays: if held.is_some() { costs.answer() } else { 0 },
             exempt,
+            spared: call.spared,
             soft: plan.soft,
             waiting,
         };
@@ -410,13 +430,15 @@ impl Ledger {
         if passed.needs_slot && slot.is_none() {
             *slot = self.take_slot(plan, passed, attempt)?;
         }
-        let Passed { charge: Charge { method, taker, exempt, .. }, .. } = *passed;
+        let Passed { charge: Charge { method, taker, exempt, spared, .. }, .. } = *passed;
         if let Some(charged_as) = passed.allowed.take() {
             self.counters.count(Stage::Caller, Some(method), charged_as, Decision::Allowed);
         }
         // A health check is not the first thing to be shed.
         if method == Method::ValidateJwtSvid && !exempt {
-            self.charge_node(plan, method, taker, now, attempt)?;
+            let mut call = CallToSpare { method, taker, now, spared };
+            self.charge_node(plan, &mut call, attempt)?;
+            passed.charge.spared = call.spared;
         }
         Ok(())
     }

@@ -70,6 +70,8 @@ pub(super) struct Charge {
     pub(super) pays: u32,
     /// By a rule: not charged to the node either.
     pub(super) exempt: bool,
+    /// It passes where defaults have no tokens for it.
+    pub(super) spared: bool,
     /// Which are counted when it pays.
     pub(super) soft: SoftLimits,
     /// What it may wait yet.

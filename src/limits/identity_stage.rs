@@ -8,23 +8,19 @@ use super::{
     ask::Ask,
     counters::Decision,
     id_pattern::IdPattern,
-    ledger::{Attempt, CallPlan, Identities, Ledger, Question, Scarcity},
+    ledger::{Attempt, CallPlan, CallToSpare, Identities, Ledger, Question, Scarcity},
     method::Method,
     policy::Choice,
     refusal::{ChargedAs, Reason, Refusal, Stage},
     report::BucketName,
     rule::{Limit, Origin},
-    shares::Taker,
 };
 use crate::identity::SpiffeId;
 
-/// A call at the identity stage.
+/// What a call is decided with at the identity stage.
 pub(super) struct IdentityCall<'a> {
     pub(super) plan: &'a CallPlan,
-    pub(super) method: Method,
-    pub(super) taker: Taker,
     pub(super) caller_exempt: bool,
-    pub(super) now: u64,
     pub(super) attempt: Attempt,
 }
 
@@ -39,10 +35,12 @@ impl Ledger {
     /// The buckets of the identities, and the node's: all of them, or none.
     pub(super) fn charge_identities<'a: 'p, 'p>(
         &self,
-        call: &IdentityCall<'p>,
+        of: &IdentityCall<'p>,
+        call: &mut CallToSpare,
         ids: impl Iterator<Item = &'a SpiffeId>,
     ) -> Result<(), Refusal> {
-        let IdentityCall { plan, method, taker, caller_exempt, now, attempt } = *call;
+        let IdentityCall { plan, caller_exempt, attempt } = *of;
+        let CallToSpare { method, taker, .. } = *call;
         let mut guard = self.identities();
         let identities = &mut *guard;
         identities.held.clear();
@@ -55,7 +53,7 @@ impl Ledger {
             let choice = plan.identity.choose(id, method);
             let limit = self.limit(choice.rule);
             node_counts |= limit.0 != Limit::Exempt;
-            let Some(lack) = self.charge_identity(call, identities, id, &choice, limit) else { continue };
+            let Some(lack) = self.charge_identity(of, call, identities, id, &choice, limit) else { continue };
             if plan.dry || choice.rule.dry_run {
                 let decision = Decision::WouldRefuse(lack.reason);
                 self.counters.count(Stage::Identity, Some(method), lack.charged_as, decision);
@@ -74,24 +72,26 @@ impl Ledger {
                 })
             }
             None if (node_counts || nobody) && !caller_exempt => {
-                self.charge_node(plan, method, taker, now, attempt)
+                self.charge_node(plan, call, attempt)
             }
             None => Ok(()),
         };
-        self.settle_identities(call, identities, done.is_ok());
+        self.settle_identities(plan, method, identities, done.is_ok());
         done
     }
 
     /// One identity's bucket: holds its tokens, or says why it refuses.
     fn charge_identity<'a>(
         &self,
-        call: &IdentityCall<'a>,
+        of: &IdentityCall<'a>,
+        call: &mut CallToSpare,
         identities: &mut Identities,
         id: &'a SpiffeId,
         choice: &Choice<'a, IdPattern>,
         (limit, origin): (Limit, Origin),
     ) -> Option<Scarcity> {
-        let IdentityCall { method, taker, caller_exempt, now, .. } = *call;
+        let caller_exempt = of.caller_exempt;
+        let CallToSpare { method, taker, now, .. } = *call;
         let own = if choice.shared.is_some() { ChargedAs::Shared } else { ChargedAs::SpiffeId };
         let lacking = |reason, retry_after| Some(Scarcity { charged_as: own, reason, retry_after, origin });
         let quota = match limit {
@@ -111,7 +111,8 @@ impl Ledger {
         let cost = choice.rule.costs().answer();
         let ask = Ask { key, quota, cost, taker: Some(taker) };
         let short = self.shortfall(origin);
-        match table.hold_by(now, &ask, short, || (identity_name(id, choice), method.rpc())) {
+        let who = || (identity_name(id, choice), method.rpc());
+        match table.hold_by(now, &ask, short, || self.spare(call, origin), who) {
             Ok(tokens) => {
                 held.push((tokens, tokens.place.charged_as(own)));
                 None
@@ -121,13 +122,13 @@ impl Ledger {
     }
 
     /// Pays what is held, or gives it back.
-    fn settle_identities(&self, call: &IdentityCall<'_>, identities: &mut Identities, passed: bool) {
+    fn settle_identities(&self, plan: &CallPlan, method: Method, identities: &mut Identities, passed: bool) {
         let Identities { table, held } = identities;
         for (it, charged_as) in held.drain(..) {
             let paid = table.settle_held(&it, if passed { it.ask.cost } else { 0 });
             if passed {
-                self.counters.count(Stage::Identity, Some(call.method), charged_as, Decision::Allowed);
-                self.counters.count_soft_limits(call.plan.soft, Stage::Identity, paid);
+                self.counters.count(Stage::Identity, Some(method), charged_as, Decision::Allowed);
+                self.counters.count_soft_limits(plan.soft, Stage::Identity, paid);
             }
         }
     }

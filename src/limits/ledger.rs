@@ -30,6 +30,7 @@ use super::{
     settings::{LimitSettings, NodeQuota, SoftLimits},
     shares::{SharedBucket, Taker},
     slots::Slots,
+    spare::SpareCalls,
     table::Table,
 };
 use crate::{identity::SpiffeId, os::clock::Clock, telemetry::registry::Registry};
@@ -74,6 +75,14 @@ pub(super) struct Question<'a> {
     /// A refusal is only counted.
     pub(super) dry: bool,
     pub(super) attempt: Attempt,
+}
+
+/// A call that may be let pass, once for all its buckets, by what is to [`spare`](super::spare).
+pub(super) struct CallToSpare {
+    pub(super) method: Method,
+    pub(super) taker: Taker,
+    pub(super) now: u64,
+    pub(super) spared: bool,
 }
 
 /// What comes after a refusal that is worth a wait.
@@ -128,6 +137,7 @@ pub(super) struct Ledger {
     node: PerMethod<Mutex<SharedBucket>>,
     pub(super) slots: Arc<Slots>,
     pub(super) room: Arc<Room>,
+    pub(super) spare: SpareCalls,
     /// Of calls that wait.
     pub(super) places: Arc<Slots>,
     /// Calls that found no room, since somebody asked.
@@ -157,6 +167,7 @@ impl Ledger {
             node: PerMethod::default(),
             slots: Arc::new(Slots::new(settings.node.attestations)),
             room: Arc::default(),
+            spare: SpareCalls::default(),
             places: Arc::new(Slots::new(patience::places())),
             wanting: AtomicU64::new(0),
             update_slots: Arc::new(Slots::new(settings.node.attestations)),
@@ -216,6 +227,23 @@ impl Ledger {
             Origin::ByDefault if self.room.is_there() => Shortfall::Pass,
             Origin::ByDefault => Shortfall::PassOwn,
         }
+    }
+
+    /// Lets a call pass that a default has no tokens for, once, where there is something to [`spare`](super::spare).
+    ///
+    /// # Errors
+    /// When there will be.
+    pub(super) fn spare(&self, call: &mut CallToSpare, origin: Origin) -> Result<(), Duration> {
+        let CallToSpare { method, taker, now, spared } = call;
+        // What is no Workload API is no work to conserve.
+        if origin != Origin::ByDefault || *method == Method::Other || !self.room.lacks_processor_alone() {
+            return Err(Duration::MAX);
+        }
+        if !*spared {
+            self.spare.take(*now, *taker)?;
+            *spared = true;
+        }
+        Ok(())
     }
 
     /// A call that came has to wait, or is refused: it counts if it is for want of room.
@@ -298,14 +326,16 @@ impl Ledger {
     pub(super) fn charge_node(
         &self,
         plan: &CallPlan,
-        method: Method,
-        taker: Taker,
-        now: u64,
+        call: &mut CallToSpare,
         attempt: Attempt,
     ) -> Result<(), Refusal> {
+        let CallToSpare { method, taker, now, .. } = *call;
         let Some(NodeQuota { quota, origin }) = *plan.node.get(method) else { return Ok(()) };
-        let short = self.shortfall(origin);
-        let taken = lock(self.node.get(method)).take(now, quota, 1, taker, short);
+        let take = |short| lock(self.node.get(method)).take(now, quota, 1, taker, short);
+        let taken = take(self.shortfall(origin)).or_else(|wait| match self.spare(call, origin) {
+            Ok(()) => take(Shortfall::Pass),
+            Err(sooner) => Err(wait.min(sooner)),
+        });
         let Err(retry_after) = taken else {
             self.counters.count(Stage::Node, Some(method), ChargedAs::Node, Decision::Allowed);
             return Ok(());

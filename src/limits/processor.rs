@@ -14,6 +14,8 @@ const MOST: Duration = Duration::from_secs(1);
 /// What a call costs, before any was served and within these bounds afterwards.
 const CALL: RangeInclusive<Duration> = Duration::from_micros(20)..=Duration::from_millis(10);
 const CALL_AT_FIRST: Duration = Duration::from_micros(100);
+/// How many calls a second there are to spare when it is first tried.
+const SPARE_AT_FIRST: f64 = 20.0;
 /// So many calls and connections tell what one of them costs.
 const ENOUGH: u64 = 20;
 
@@ -57,10 +59,14 @@ pub struct Spell {
     pub elapsed: Duration,
     /// Processor time that the process used, or waited for: ready to run, with none to be had.
     pub used: Duration,
+    /// Of this, what it used.
+    pub ran: Duration,
     /// Calls and connections that it served.
     pub served: u64,
     /// Those that were refused, or kept waiting, for want of it.
     pub wanting: u64,
+    /// Some of these got none of what was to spare.
+    pub lacked: bool,
 }
 
 /// The bucket.
@@ -70,18 +76,20 @@ pub struct ProcessorTime {
     over: Duration,
     call: Duration,
     short: bool,
+    /// Calls a second.
+    spare: f64,
 }
 
 impl Default for ProcessorTime {
     fn default() -> Self {
-        Self { over: Duration::ZERO, call: CALL_AT_FIRST, short: false }
+        Self { over: Duration::ZERO, call: CALL_AT_FIRST, short: false, spare: 0.0 }
     }
 }
 
 impl ProcessorTime {
     /// Counts what happened. Returns whether processor time is short.
     pub fn look(&mut self, share: ProcessorShare, spell: Spell) -> bool {
-        let Spell { elapsed, used, served, wanting } = spell;
+        let Spell { elapsed, used, served, wanting, .. } = spell;
         if served >= ENOUGH {
             let each = used / u32::try_from(served).unwrap_or(u32::MAX);
             self.call = (self.call * 3 + each.clamp(*CALL.start(), *CALL.end())) / 4;
@@ -91,7 +99,30 @@ impl ProcessorTime {
         self.over = spent.saturating_sub(share.of(elapsed)).min(MOST);
         // What was over must be paid back before there is room.
         self.short = if self.short { !self.over.is_zero() } else { self.over >= BURST };
+        self.spare = if self.short { self.next_spare(share, spell) } else { 0.0 };
         self.short
+    }
+
+    /// While it is short: how many calls a second there is time for, beside all that is done already. Found out in steps, a
+    /// step at each look, since nobody knows before what calls will take, and refusals beside them.
+    pub fn spare(&self) -> f64 {
+        self.spare
+    }
+
+    fn next_spare(&self, share: ProcessorShare, spell: Spell) -> f64 {
+        let Spell { elapsed, used, ran, lacked, .. } = spell;
+        let due = share.of(elapsed);
+        let left = |of: Duration, spent: Duration| 1.0 - spent.as_secs_f64() / of.as_secs_f64().max(f64::MIN_POSITIVE);
+        // Where it does not get what it may use, those who are served wait for it.
+        let left = left(due, ran).min(left(due.max(elapsed), used)).clamp(-1.0, 1.0);
+        let step = 1.0 + left / 2.0;
+        if left < 0.0 {
+            self.spare * step
+        } else if lacked {
+            (self.spare + SPARE_AT_FIRST) * step
+        } else {
+            self.spare
+        }
     }
 }
 
@@ -102,7 +133,7 @@ mod tests {
     const LOOK: Duration = Duration::from_millis(50);
 
     fn spell(used: u64, wanting: u64) -> Spell {
-        Spell { elapsed: LOOK, used: Duration::from_micros(used), served: 0, wanting }
+        Spell { elapsed: LOOK, used: Duration::from_micros(used), ran: Duration::from_micros(used), wanting, ..Spell::default() }
     }
 
     #[test]
@@ -122,6 +153,40 @@ mod tests {
         let looks = (0..1_000).take_while(|_| it.look(half, spell(1_000, 0))).count();
         assert!((30..60).contains(&looks), "{looks}");
         assert!(!it.look(half, spell(24_000, 0)));
+    }
+
+    /// A second of looks at callers that ask for so many calls a second beside what has tokens; a call takes 100 microseconds, a
+    /// refusal 5, and of what is ready to run so many times as long is waited. Returns what was served of it in the last.
+    fn served_in_the_end(it: &mut ProcessorTime, share: ProcessorShare, asked: f64, waits: f64) -> f64 {
+        let (mut served, per_look) = (0.0, asked / 20.0);
+        for _ in 0..60 {
+            served = per_look.min(it.spare() / 20.0);
+            let micros = 2_000.0 + 100.0 * served + 5.0 * (per_look - served);
+            let ran = Duration::from_secs_f64(micros / 1e6);
+            let used = ran.mul_f64(1.0 + waits);
+            it.look(share, Spell { used, ran, lacked: served < per_look, ..spell(0, 1_000) });
+        }
+        served * 20.0
+    }
+
+    #[test]
+    fn what_is_to_spare_fits_beside_what_is_done() {
+        let half = ProcessorShare::default();
+        for (case, share, asked, waits, want) in [
+            ("half a core", half, 20_000.0, 0.0, 3_600.0..4_300.0),
+            ("a core", ProcessorShare::cores(1.0).unwrap(), 50_000.0, 0.0, 7_000.0..8_000.0),
+            ("less than there is", half, 1_000.0, 0.0, 1_000.0..1_001.0),
+            ("the node is busy", half, 20_000.0, 3.0, 1_000.0..1_500.0),
+            ("refusals alone take it all", half, 120_000.0, 0.0, 0.0..50.0),
+        ] {
+            let mut it = ProcessorTime::default();
+            assert_eq!(it.spare(), 0.0);
+            assert!(it.look(share, spell(1_000_000, 0)), "{case}");
+            let served = served_in_the_end(&mut it, share, asked, waits);
+            assert!(want.contains(&served), "{case}: {served}");
+            assert!((0..1_000).any(|_| !it.look(share, spell(0, 0))), "{case}: it ends");
+            assert_eq!(it.spare(), 0.0, "{case}: there is room");
+        }
     }
 
     #[test]

@@ -40,6 +40,11 @@ impl Room {
         self.is_short(Short::Memory) || self.is_short(Short::Descriptors)
     }
 
+    /// Whether processor time is short, and nothing else.
+    pub(super) fn lacks_processor_alone(&self) -> bool {
+        self.short.load(Relaxed) == Short::Processor.bit()
+    }
+
     /// Says whether this is short.
     pub fn set(&self, of: Short, short: bool) {
         if short {

@@ -126,10 +126,11 @@ impl Table {
         ask: &Ask,
         who: impl FnOnce() -> Who,
     ) -> Result<ChargedTo, Duration> {
-        Ok(self.hold_by(now, ask, Shortfall::Refuse, who)?.place)
+        Ok(self.hold_by(now, ask, Shortfall::Refuse, nothing_to_spare, who)?.place)
     }
 
-    /// [`Table::hold`] of a call that may be one that passes without tokens.
+    /// [`Table::hold`] of a call that may be one that passes without tokens: as `short` says, or where a known key has too few
+    /// and something is to `spare`, which else says when it will be.
     ///
     /// # Errors
     /// As [`Table::hold`]; none with [`Shortfall::Pass`].
@@ -138,20 +139,30 @@ impl Table {
         now: u64,
         ask: &Ask,
         short: Shortfall,
+        spare: impl FnOnce() -> Result<(), Duration>,
         who: impl FnOnce() -> Who,
     ) -> Result<HeldTokens, Duration> {
         let now = self.tick(now);
-        let (place, tokens, share) = match self.hold_known(now, ask, short) {
+        let mut spared = false;
+        let spare = || spare().inspect(|()| spared = true);
+        let (place, tokens, share) = match self.hold_known(now, ask, short, spare) {
             Some(outcome) => outcome?,
             None => self.hold_new(now, ask, short, who).map(|(place, tokens)| (place, tokens, None))?,
         };
+        let short = if spared { Shortfall::Pass } else { short };
         // Tokens that were not there are no debt of the bucket. A share had all of them, and pays.
         let of_bucket = if tokens < ask.cost { Shortfall::Pass } else { short };
         Ok(HeldTokens { ask: *ask, place, tokens, share, short, of_bucket })
     }
 
     /// In the bucket of a key that is known.
-    fn hold_known(&mut self, now: u64, ask: &Ask, short: Shortfall) -> Option<Result<HeldAt, Duration>> {
+    fn hold_known(
+        &mut self,
+        now: u64,
+        ask: &Ask,
+        short: Shortfall,
+        spare: impl FnOnce() -> Result<(), Duration>,
+    ) -> Option<Result<HeldAt, Duration>> {
         let Ask { key, quota, cost, .. } = *ask;
         let room_for_regulars = self.regulars < self.capacity / REGULARS;
         let mark = ask.taker.map(|taker| (taker, self.mark(taker)));
@@ -172,7 +183,10 @@ impl Table {
         let outcome = match cell.bucket.hold_leaving(now, quota, cost, leaves) {
             Ok(()) => Ok(cost),
             Err(_) if passes => Ok(cell.bucket.hold_some(now, quota, cost, leaves)),
-            Err(wait) => Err(wait),
+            Err(wait) => match spare() {
+                Ok(()) => Ok(cell.bucket.hold_some(now, quota, cost, leaves)),
+                Err(sooner) => Err(wait.min(sooner)),
+            },
         };
         cell.used = cell.used.saturating_add(u32::from(outcome.is_ok()));
         let place = ChargedTo::Own(at);
@@ -304,7 +318,7 @@ impl Table {
         short: Shortfall,
         who: impl FnOnce() -> Who,
     ) -> Option<Level> {
-        let held = self.hold_by(now, ask, Shortfall::Pass, who).ok()?;
+        let held = self.hold_by(now, ask, Shortfall::Pass, nothing_to_spare, who).ok()?;
         self.settle_held(&HeldTokens { short, of_bucket: short, ..held }, ask.cost)
     }
 
@@ -501,6 +515,10 @@ impl Table {
         let parent = Parent { id, owned: 0, overflow };
         self.parents.insert_unique(seed.hash_one(id), parent, |parent| seed.hash_one(parent.id));
     }
+}
+
+fn nothing_to_spare() -> Result<(), Duration> {
+    Err(Duration::MAX)
 }
 
 #[cfg(test)]

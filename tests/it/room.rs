@@ -311,6 +311,49 @@ async fn without_room_whoever_takes_less_than_its_share_waits_for_nobody() {
     }
 }
 
+/// What is to spare while the processor alone is short: for all who ask, in equal parts, at each stage. Not above what an
+/// admin set, nor where memory is short too.
+#[tokio::test(start_paused = true)]
+async fn what_is_to_spare_of_the_processor_is_for_all_who_ask() {
+    for (case, short, to_spare, origin, had) in [
+        ("the processor", &[Short::Processor][..], 1_000.0, Origin::ByDefault, 950..1_050),
+        ("nothing to spare", &[Short::Processor], 0.0, Origin::ByDefault, 0..60),
+        ("memory too", &[Short::Processor, Short::Memory], 1_000.0, Origin::ByDefault, 0..60),
+        ("set", &[Short::Processor], 1_000.0, Origin::Set, 0..60),
+    ] {
+        for (stage, settings) in each_stage(1.0, 2, origin) {
+            let limits = limits(&settings);
+            short.iter().for_each(|short| limits.room().set(*short, true));
+            limits.set_spare(to_spare);
+            // The first four ask every millisecond, the fifth 250 times a second; each for two seconds.
+            let mut passed = [0; 5];
+            for ms in 0..2_000 {
+                for (uid, passed) in (1..).zip(&mut passed) {
+                    if uid < 5 || ms % 4 == 0 {
+                        *passed += u32::from(call(&limits, uid, Patience::NONE).await.is_ok());
+                    }
+                }
+                advance(Duration::from_millis(1)).await;
+            }
+            let a_second = passed.iter().sum::<u32>() / 2;
+            assert!(had.contains(&a_second), "{case}, {stage:?}: {passed:?}");
+            if had.start > 0 {
+                assert!(passed.iter().all(|passed| (340..460).contains(passed)), "{case}, {stage:?}: {passed:?}");
+            }
+            assert!(limits.lacked_spare() || stage != Stage::Caller || origin == Origin::Set || short.len() > 1);
+        }
+    }
+}
+
+/// A call that waits passes as soon as there is something to spare for it, and not when it has tokens.
+#[tokio::test(start_paused = true)]
+async fn who_waits_has_what_is_to_spare() {
+    let limits = crowded(&LimitSettings { caller: Layers::new(rule(1.0, 1, Origin::ByDefault)), ..open() });
+    limits.set_spare(100.0);
+    let (passed, refused, took) = calls(&limits, 1, 20, Patience::USUAL).await;
+    assert!(passed >= 15 && took <= FOR_TOKENS, "{passed} in {took:?}: {refused:?}");
+}
+
 fn attestations(all: u32, per_caller: u32) -> LimitSettings {
     let attestations = Attestations::new(all.try_into().ok(), per_caller.try_into().ok()).unwrap();
     LimitSettings { node: NodeSettings { attestations, ..open().node }, ..open() }

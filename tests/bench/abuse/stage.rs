@@ -330,12 +330,13 @@ fn base(
         Baseline::Floor => {
             let polite = &[Manner::WaitingAtFloor, Manner::AtOnceAtFloor];
             let outcome_at = Cast { polite, ..*cast }.play(&mut Server::floor());
+            let closed: u64 = outcome_at.tallies.iter().map(|tally| tally.closed).sum();
             let (waiting, at_once) = (&outcome_at.polite[&polite[0]], &outcome_at.polite[&polite[1]]);
             let percent = |seen: &Seen| seen.unconnected * 100 / seen.asked.max(1);
             let own = outcome.polite.get(&Manner::AtOnce).map_or(0, percent);
             let connected = outcome.polite.get(&Manner::Waiting).map_or(0, |seen| seen.connected_p99);
             return format!(
-                "floor {} (**{:.2}**), connect() alone {} of {} (**{:.2}**), unconnected {} of 100 at once, here {own}; killed {}",
+                "floor {} (**{:.2}**), connect() alone {} of {} (**{:.2}**), unconnected {} of 100 at once, here {own}; closed {closed}, killed {}",
                 ms(waiting.p99),
                 ratio(waiting.p99),
                 ms(connected),
