@@ -253,6 +253,7 @@ impl AdminParts {
                 .map(|(_, name)| name.to_owned())
                 .collect(),
             calls_waiting: self.limits.waiting(),
+            spare_calls: self.limits.spare_calls(),
             more_heaviest,
             more_connections,
             keys: Some(pb::Keys {

@@ -323,7 +323,11 @@ fn pretty(now: &pb::LimitsResponse, top: u32, names: &mut UserNames, width: usiz
     } else {
         format!("; calls that wait: {}", now.calls_waiting)
     };
-    let _ = writeln!(out, "Room:        {}{waiting}", room_text(now));
+    let spare = match now.spare_calls {
+        0 => String::new(),
+        calls => format!("; to spare: {calls} calls/s"),
+    };
+    let _ = writeln!(out, "Room:        {}{waiting}{spare}", room_text(now));
     out.push('\n');
     if now.heaviest.is_empty() {
         let _ = writeln!(out, "{NOBODY}");
@@ -431,6 +435,7 @@ fn to_json(now: &pb::LimitsResponse) -> serde_json::Value {
         "attestations_in_flight": now.attestations_in_flight,
         "short_of": now.short_of,
         "calls_waiting": now.calls_waiting,
+        "spare_calls": now.spare_calls,
         "memory": memory_json(&memory),
         "keys": { "gate": keys.gate, "caller": keys.caller, "identity": keys.identity },
     })
@@ -489,6 +494,7 @@ mod tests {
             }),
             short_of: vec!["memory".to_owned(), "processor".to_owned()],
             calls_waiting: 7,
+            spare_calls: 0,
             more_heaviest: true,
             more_connections: false,
             keys: Some(pb::Keys { gate: 1, caller: 2, identity: 3 }),
@@ -516,6 +522,14 @@ CALLER    OPEN CONNECTIONS    HELD
 uid:1000                 3  99 KiB
 "
         );
+        let spare = pb::LimitsResponse {
+            short_of: vec!["processor".to_owned()],
+            calls_waiting: 1024,
+            spare_calls: 12_345,
+            ..now.clone()
+        };
+        let room = "\nRoom:        short of processor; calls that wait: 1024; to spare: 12345 calls/s\n";
+        assert!(pretty(&spare, 10, &mut names, 80).contains(room) && room.len() <= 82);
         let json = to_json(&now);
         assert_eq!(json["heaviest"][0]["left"], 0);
         assert_eq!(json["heaviest"][1]["left"], serde_json::Value::Null);

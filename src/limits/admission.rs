@@ -92,6 +92,11 @@ impl Limits {
         self.ledger.spare.lacked()
     }
 
+    /// How many calls a second may pass now beside those that have tokens; 0 where something else is short too, or nothing is.
+    pub fn spare_calls(&self) -> u32 {
+        if self.ledger.room.lacks_processor_alone() { self.ledger.spare.per_second() } else { 0 }
+    }
+
     /// How many calls a second may pass from now on beside those that have tokens, while processor time alone is short.
     pub fn set_spare(&self, per_second: f64) {
         self.ledger.spare.set(per_second);
@@ -356,15 +361,13 @@ impl Ledger {
                 let shares = choice.shared.map(|_| taker);
                 let ask = Ask { key, quota, cost: costs.answer(), taker: shares };
                 let short = self.shortfall(origin);
-                match self
-                    .callers()
-                    .hold_by(
-                        now,
-                        &ask,
-                        short,
-                        || self.spare(&mut call, origin),
-                        || (caller_name(caller, &choice), method.rpc()),
-                    ) {
+                match self.callers().hold_by(
+                    now,
+                    &ask,
+                    short,
+                    || self.spare(&mut call, origin),
+                    || (caller_name(caller, &choice), method.rpc()),
+                ) {
                     Ok(tokens) => {
                         allowed = Some(tokens.place.charged_as(own));
                         held = Some(tokens);

@@ -71,9 +71,7 @@ impl Ledger {
                     Refusal { spiffe_id: Some(id.clone()), ..refusal }
                 })
             }
-            None if (node_counts || nobody) && !caller_exempt => {
-                self.charge_node(plan, call, attempt)
-            }
+            None if (node_counts || nobody) && !caller_exempt => self.charge_node(plan, call, attempt),
             None => Ok(()),
         };
         self.settle_identities(plan, method, identities, done.is_ok());

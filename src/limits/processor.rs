@@ -112,7 +112,9 @@ impl ProcessorTime {
     fn next_spare(&self, share: ProcessorShare, spell: Spell) -> f64 {
         let Spell { elapsed, used, ran, lacked, .. } = spell;
         let due = share.of(elapsed);
-        let left = |of: Duration, spent: Duration| 1.0 - spent.as_secs_f64() / of.as_secs_f64().max(f64::MIN_POSITIVE);
+        let left = |of: Duration, spent: Duration| {
+            1.0 - spent.as_secs_f64() / of.as_secs_f64().max(f64::MIN_POSITIVE)
+        };
         // Where it does not get what it may use, those who are served wait for it.
         let left = left(due, ran).min(left(due.max(elapsed), used)).clamp(-1.0, 1.0);
         let step = 1.0 + left / 2.0;
@@ -133,7 +135,13 @@ mod tests {
     const LOOK: Duration = Duration::from_millis(50);
 
     fn spell(used: u64, wanting: u64) -> Spell {
-        Spell { elapsed: LOOK, used: Duration::from_micros(used), ran: Duration::from_micros(used), wanting, ..Spell::default() }
+        Spell {
+            elapsed: LOOK,
+            used: Duration::from_micros(used),
+            ran: Duration::from_micros(used),
+            wanting,
+            ..Spell::default()
+        }
     }
 
     #[test]

@@ -37,10 +37,20 @@ impl SpareCalls {
     /// So many a second from now on; less than one is none.
     pub(super) fn set(&self, per_second: f64) {
         let rate = per_second.min(MAX_RATE);
-        #[expect(clippy::as_conversions, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "from 1 to 50,000")]
+        #[expect(
+            clippy::as_conversions,
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "from 1 to 50,000"
+        )]
         let burst = (rate / AT_ONCE).max(1.0) as u32;
         let quota = (rate >= 1.0).then(|| Quota::new(rate, Per::Second, burst).ok()).flatten();
         self.lock().quota = quota;
+    }
+
+    /// How many there are a second.
+    pub(super) fn per_second(&self) -> u32 {
+        self.lock().quota.map_or(0, |quota| u32::try_from(quota.millis_per(1) / 1000).unwrap_or(u32::MAX))
     }
 
     /// Whether somebody got none since this was last asked.
@@ -76,6 +86,7 @@ mod tests {
         assert_eq!(spare.take(1, taker(1)), Err(Duration::MAX), "none at first");
         assert!(spare.lacked() && !spare.lacked());
         spare.set(1_000.0);
+        assert_eq!(spare.per_second(), 1_000);
         let mut had = [0_u32; 5];
         // The last asks 400 times a second, the others 2,000 times.
         for tick in 0..10_000_u64 {

@@ -338,9 +338,14 @@ async fn what_is_to_spare_of_the_processor_is_for_all_who_ask() {
             let a_second = passed.iter().sum::<u32>() / 2;
             assert!(had.contains(&a_second), "{case}, {stage:?}: {passed:?}");
             if had.start > 0 {
-                assert!(passed.iter().all(|passed| (340..460).contains(passed)), "{case}, {stage:?}: {passed:?}");
+                assert!(
+                    passed.iter().all(|passed| (340..460).contains(passed)),
+                    "{case}, {stage:?}: {passed:?}"
+                );
             }
-            assert!(limits.lacked_spare() || stage != Stage::Caller || origin == Origin::Set || short.len() > 1);
+            assert!(
+                limits.lacked_spare() || stage != Stage::Caller || origin == Origin::Set || short.len() > 1
+            );
         }
     }
 }

@@ -58,6 +58,9 @@ pub struct LimitsResponse {
     pub more_heaviest: bool,
     #[prost(bool, tag = "10")]
     pub more_connections: bool,
+    /// While the processor alone is short: how many calls a second there is time for beside those that have tokens.
+    #[prost(uint32, tag = "11")]
+    pub spare_calls: u32,
 }
 /// What a bucket was asked for since it was last full and forgotten.
 #[derive(Clone, PartialEq, ::prost::Message)]
