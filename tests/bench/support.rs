@@ -162,10 +162,15 @@ impl Server {
 
     /// [`Self::agent`], with these limits.
     pub(crate) async fn agent_with(blocks: &str, ratelimit: &str) -> Self {
+        let binary = std::env::var_os("DURWARD_BIN")
+            .map_or_else(|| env!("CARGO_BIN_EXE_durward").into(), PathBuf::from);
+        Self::program(&binary, blocks, ratelimit).await
+    }
+
+    /// [`Self::agent_with`] of this program.
+    pub(crate) async fn program(binary: &Path, blocks: &str, ratelimit: &str) -> Self {
         Self::start("durward", |dir| {
             write_config(dir, blocks, ratelimit);
-            let binary = std::env::var_os("DURWARD_BIN")
-                .map_or_else(|| env!("CARGO_BIN_EXE_durward").into(), PathBuf::from);
             let mut command = Command::new(binary);
             command.args(["run", "--config"]).arg(dir.join("agent.conf"));
             command.stdin(Stdio::null()).stdout(Stdio::null());

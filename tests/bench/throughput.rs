@@ -1,7 +1,8 @@
 //! Answers per second: FetchJWTSVID from the cache, and the first message of FetchX509SVID, on kept connections and with a
 //! new one per call, against the floor. Agent and floor take turns, so that a noisy machine is noisy for both.
 //!
-//! `cargo bench --bench throughput`. `DURWARD_BIN` is another agent.
+//! `cargo bench --bench throughput [-- jwt|x509|kept|new ..]`. `DURWARD_BIN` is another agent, and `DURWARD_BESIDE` one that takes its
+//! turns too: an older one, say.
 
 #![allow(
     clippy::allow_attributes,
@@ -15,9 +16,12 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
-use support::{Client, JWT, Server, X509, floor_process, jwt_request, median, row};
+use support::{Client, JWT, NO_LIMITS, Server, X509, floor_process, jwt_request, median, row};
 
 const ROUND: Duration = Duration::from_secs(1);
 const ROUNDS: usize = 7;
@@ -72,8 +76,45 @@ async fn measure(
     (f64::from(calls) / took, cpu * 1e6 / f64::from(calls))
 }
 
+/// A call, its path, and what it is called in an argument.
+const CALLS: [(&str, &str, &str); 2] =
+    [(JWT, "FetchJWTSVID, cached", "jwt"), (X509, "FetchX509SVID, first message", "x509")];
+const KINDS: [(Connections, &str, &str, &[usize]); 2] =
+    [(Connections::Kept, "kept", "0.85", &[1, 16, 64]), (Connections::NewEach, "new", "0.80", &[1, 8])];
+
+/// One after the other, so that a noisy machine is noisy for all: calls per second, and microseconds of each.
+async fn in_turns(
+    servers: &[&Server],
+    path: &'static str,
+    in_flight: usize,
+    connections: Connections,
+) -> Vec<Vec<(f64, f64)>> {
+    let mut all = vec![Vec::new(); servers.len()];
+    for _ in 0..ROUNDS {
+        for (server, rounds) in servers.iter().zip(&mut all) {
+            rounds.push(measure(server, path, in_flight, connections).await);
+        }
+    }
+    all
+}
+
+/// The median of the ratios of rounds that came one after the other.
+fn ratio(ours: &[(f64, f64)], theirs: &[(f64, f64)]) -> String {
+    let ratios = ours.iter().zip(theirs).map(|((ours, _), (theirs, _))| ours / theirs).collect();
+    format!("**{:.2}**", median(ratios))
+}
+
 fn main() {
     floor_process();
+    let asked: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+    let is_asked = |names: [&str; 2]| {
+        let of = |all: &[&str]| !asked.iter().any(|it| all.contains(&it.as_str()));
+        names
+            .iter()
+            .zip([["jwt", "x509"], ["kept", "new"]])
+            .all(|(name, all)| of(&all) || asked.iter().any(|it| it == name))
+    };
+    let beside = std::env::var_os("DURWARD_BESIDE").map(PathBuf::from);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -82,7 +123,13 @@ fn main() {
     runtime.block_on(async {
         let agent = Server::agent("").await;
         let floor = Server::floor(&agent).await;
-        let head = [
+        let other = match &beside {
+            Some(binary) => Some(Server::program(binary, "", NO_LIMITS).await),
+            None => None,
+        };
+        let servers: Vec<&Server> =
+            [Some(&agent), Some(&floor), other.as_ref()].into_iter().flatten().collect();
+        let mut head = vec![
             "call",
             "connections",
             "in flight",
@@ -93,37 +140,24 @@ fn main() {
             "floor CPU us",
             "target",
         ];
-        row(&head.map(str::to_owned));
-        row(&head.map(|_| "---".to_owned()));
-        let cases = [(JWT, "FetchJWTSVID, cached"), (X509, "FetchX509SVID, first message")];
-        for (path, name) in cases {
-            for (connections, kind, target, flights) in [
-                (Connections::Kept, "kept", "0.85", &[1, 16, 64][..]),
-                (Connections::NewEach, "new", "0.80", &[1, 8][..]),
-            ] {
-                for in_flight in flights {
-                    let (mut ours, mut theirs, mut ratios, mut cpu, mut floor_cpu) =
-                        (vec![], vec![], vec![], vec![], vec![]);
-                    for _ in 0..ROUNDS {
-                        let (a, a_cpu) = measure(&agent, path, *in_flight, connections).await;
-                        let (b, b_cpu) = measure(&floor, path, *in_flight, connections).await;
-                        ours.push(a);
-                        theirs.push(b);
-                        ratios.push(a / b);
-                        cpu.push(a_cpu);
-                        floor_cpu.push(b_cpu);
+        if other.is_some() {
+            head.extend(["other /s", "ratio", "other CPU us"]);
+        }
+        let cells = |cells: &[&str]| cells.iter().map(|it| (*it).to_owned()).collect::<Vec<_>>();
+        row(&cells(&head));
+        row(&vec!["---".to_owned(); head.len()]);
+        for (path, name, call) in CALLS {
+            for (connections, kind, target, flights) in KINDS {
+                for in_flight in flights.iter().filter(|_| is_asked([call, kind])) {
+                    let seen = in_turns(&servers, path, *in_flight, connections).await;
+                    let rate = |at: usize| format!("{:.0}", median(seen[at].iter().map(|it| it.0).collect()));
+                    let cpu = |at: usize| format!("{:.1}", median(seen[at].iter().map(|it| it.1).collect()));
+                    let mut line = cells(&[name, kind, &in_flight.to_string(), &rate(0), &rate(1)]);
+                    line.extend([ratio(&seen[0], &seen[1]), cpu(0), cpu(1), target.to_owned()]);
+                    if seen.len() > 2 {
+                        line.extend([rate(2), ratio(&seen[0], &seen[2]), cpu(2)]);
                     }
-                    row(&[
-                        name.to_owned(),
-                        kind.to_owned(),
-                        in_flight.to_string(),
-                        format!("{:.0}", median(ours)),
-                        format!("{:.0}", median(theirs)),
-                        format!("**{:.2}**", median(ratios)),
-                        format!("{:.1}", median(cpu)),
-                        format!("{:.1}", median(floor_cpu)),
-                        target.to_owned(),
-                    ]);
+                    row(&line);
                 }
             }
         }
