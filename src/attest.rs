@@ -9,6 +9,8 @@
 //! executes, executes the same file (asked anew for every call). What could change unseen within that second is the list
 //! of supplementary groups, for which a process needs `CAP_SETGID`.
 //!
+//! The groups of a process are the one thing that the kernel may take long to tell: see [`long_reads`].
+//!
 //! The process of an open stream is attested again before it is sent anything more ([`Attestor::attest_again`]): a
 //! program that is executed, and groups that are changed, are other selectors of the same process. It is paid for by
 //! nobody, and so has places of its own, as many as calls have: neither takes the other's.
@@ -26,6 +28,7 @@ mod doubt;
 mod error;
 pub mod inspect;
 pub mod k8s;
+mod long_reads;
 mod process;
 mod settings;
 pub mod status;
@@ -55,7 +58,8 @@ use self::{
     },
     doubt::{Doubts, SelectorKind},
     k8s::{K8sAttestor, K8sError, K8sSettings},
-    process::{Attestable, PlacedPeer, ProcDir, Seen},
+    long_reads::LongReads,
+    process::{Attestable, PlacedPeer, ProcDir, Seen, read_process},
     unix::{Account, UnixAttestor, UnixError, UnixSettings},
 };
 use crate::{
@@ -155,6 +159,7 @@ pub struct Attestor {
     proc_is_ours: AtomicBool,
     /// Only [`Attestor::share_by`] writes.
     families: ArcSwap<Families>,
+    long_reads: Arc<LongReads>,
     attestors: Attestors,
     news: News,
     /// What came of asking ahead of any call.
@@ -172,6 +177,9 @@ struct Prepared {
     news: u64,
     questions: Arc<Questions>,
 }
+
+/// A connection's last result where its process has more groups than are attested.
+struct TooManyGroups;
 
 /// A connection's last result, as its peer keeps it.
 struct LastResult {
@@ -196,6 +204,7 @@ impl Attestor {
             met_neighbours: AtomicBool::new(false),
             proc_is_ours: AtomicBool::new(proc_is_ours().is_ok()),
             families: ArcSwap::default(),
+            long_reads: Arc::default(),
             attestors,
             news,
             tries: News::default(),
@@ -322,7 +331,8 @@ impl Attestor {
         match subject {
             Ok(subject) => Ok(Attested { admitted, subject }),
             Err(error) => {
-                if error.blame() == Blame::Refusal {
+                if error.is_paid_for() {
+                    admitted.peer().asked_in_vain();
                     admitted.attestation_failed();
                 }
                 Err(error)
@@ -358,6 +368,11 @@ impl Attestor {
         let attested = self.attest_anew(questions, process, at).await;
         let attested = attested.and_then(|attestation| without_doubt(attestation, questions));
         self.metrics.count(&attested);
+        if let (Err(AttestError::Status(ProcReadError::TooManyGroups)), Some(slot)) =
+            (&attested, process.slot())
+        {
+            slot.store(at + REUSE, TooManyGroups);
+        }
         let Attestation { selectors, evidence, untold, said: _ } = attested?;
         let subject = Subject(Arc::new(selectors));
         if let Some(slot) = process.slot() {
@@ -382,7 +397,7 @@ impl Attestor {
         at: Instant,
     ) -> Result<Attestation, AttestError> {
         let seen = match self.proc_is_ours.load(Ordering::Relaxed) {
-            true => Seen::open(&self.proc_root, &self.families.load(), process),
+            true => self.see(process).await,
             false => Err(AttestError::ProcOfOthers),
         };
         if matches!(seen, Err(AttestError::OtherPidNamespace)) {
@@ -403,6 +418,23 @@ impl Attestor {
         found
     }
 
+    /// Reads who a process is.
+    async fn see<'a>(&self, process: &'a dyn Attestable) -> Result<Seen<'a>, AttestError> {
+        let pid = process.pid();
+        if pid.as_raw() == 0 {
+            return Err(AttestError::OtherPidNamespace);
+        }
+        // To read it costs as much as thousands of calls.
+        if process.connected_with_groups().is_some_and(|groups| groups > status::MAX_GROUPS) {
+            return Err(ProcReadError::TooManyGroups.into());
+        }
+        let family = self.families.load().group(process.caller());
+        let root = self.proc_root.clone();
+        let read = move || read_process(&root, pid);
+        let (dir, status) = self.long_reads.read(family, process.patience(), read).await?;
+        Seen::of(process, family, dir, status)
+    }
+
     /// The connection's last result, if it may be used once more.
     async fn kept(
         &self,
@@ -412,7 +444,14 @@ impl Attestor {
         if !self.proc_is_ours.load(Ordering::Relaxed) {
             return Ok(None);
         }
-        let last = process.slot().and_then(|slot| slot.load::<LastResult>(Instant::now()));
+        let now = Instant::now();
+        if process.slot().is_some_and(|slot| slot.load::<TooManyGroups>(now).is_some()) {
+            process.is_alive()?;
+            let error = ProcReadError::TooManyGroups.into();
+            self.metrics.failed(&error);
+            return Err(error);
+        }
+        let last = process.slot().and_then(|slot| slot.load::<LastResult>(now));
         let fits = |last: &Arc<LastResult>| {
             last.questions == questions.number && Arc::ptr_eq(&last.settings, &questions.settings)
         };
@@ -550,6 +589,7 @@ mod tests {
         fates: Mutex<Vec<AttestError>>,
         slot: PeerSlot,
         place: Option<PodPlace>,
+        connected_with: usize,
     }
 
     impl Attestable for Fixture {
@@ -576,10 +616,15 @@ mod tests {
         fn place(&self) -> Option<PodPlace> {
             self.place
         }
+
+        fn connected_with_groups(&self) -> Option<usize> {
+            Some(self.connected_with)
+        }
     }
 
     fn fixture(pid: i32, owner: (u32, u32)) -> Fixture {
-        Fixture { pid, owner, fates: Mutex::default(), slot: PeerSlot::default(), place: None }
+        let slot = PeerSlot::default();
+        Fixture { pid, owner, fates: Mutex::default(), slot, place: None, connected_with: 0 }
     }
 
     fn attestor(case: &str) -> Attestor {
@@ -776,6 +821,43 @@ mod tests {
             matches!(attestor.subject(&process, &nothing).await, Err(AttestError::Gone)),
             "alive for every use"
         );
+    }
+
+    /// Reading it is what costs.
+    #[tokio::test(start_paused = true)]
+    async fn a_process_of_too_many_groups_is_not_read_again_and_again() {
+        let fixtures = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/proc");
+        let dir = tempfile::tempdir().unwrap();
+        let (of_many, of_one) = (dir.path().join("4104"), dir.path().join("4105"));
+        let becomes = |process: &std::path::Path, case: &str| {
+            let text = std::fs::read(fixtures.join(case).join("status")).unwrap();
+            std::fs::create_dir_all(process).unwrap();
+            std::fs::write(process.join("status"), text).unwrap();
+        };
+        let attestor = Attestor { proc_root: dir.path().into(), ..attestor("many-groups") };
+        let nothing = nothing();
+        let too_many = |error: Result<Subject, AttestError>| {
+            matches!(error.unwrap_err(), AttestError::Status(ProcReadError::TooManyGroups))
+        };
+
+        let process = fixture(4104, (1000, 1000));
+        becomes(&of_many, "many-groups/4104");
+        assert!(too_many(attestor.subject(&process, &nothing).await), "read");
+        becomes(&of_many, "hostile-name/4102");
+        assert!(too_many(attestor.subject(&process, &nothing).await), "remembered");
+        process.fates.lock().unwrap().push(AttestError::Gone);
+        assert!(
+            matches!(attestor.subject(&process, &nothing).await, Err(AttestError::Gone)),
+            "alive each time"
+        );
+        tokio::time::advance(REUSE).await;
+        attestor.subject(&process, &nothing).await.unwrap();
+
+        becomes(&of_one, "hostile-name/4102");
+        let connected_with = |connected_with| Fixture { connected_with, ..fixture(4105, (1000, 1000)) };
+        let refused = attestor.subject(&connected_with(status::MAX_GROUPS + 1), &nothing).await;
+        assert!(too_many(refused), "known by its socket, and not read");
+        attestor.subject(&connected_with(status::MAX_GROUPS), &nothing).await.unwrap();
     }
 
     #[tokio::test]

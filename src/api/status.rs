@@ -111,6 +111,7 @@ fn reconnect(error: &AttestError) -> &'static str {
         | AttestError::Unmapped
         | AttestError::ProcOfOthers
         | AttestError::Crowded
+        | AttestError::ManyGroups
         | AttestError::Status(_)
         | AttestError::Attestor(_) => "",
     }

@@ -48,6 +48,11 @@ pub enum AttestError {
     /// As many streams are having their processes attested as may at once, of this caller or of all.
     #[error("too many open streams wait for their processes to be attested")]
     Crowded,
+    /// A process of the caller's has more groups than are attested, which makes its processes slow to read.
+    #[error(
+        "processes of the caller have so many supplementary groups that they are read one after the other"
+    )]
+    ManyGroups,
     /// Who the process is could not be read.
     #[error(transparent)]
     Status(ProcReadError),
@@ -100,6 +105,11 @@ impl AttestError {
         self.class().1
     }
 
+    /// Whether its caller is charged more for it, and it is no work to conserve.
+    pub(super) fn is_paid_for(&self) -> bool {
+        self.blame() == Blame::Refusal || matches!(self, Self::ManyGroups)
+    }
+
     /// Whether it is counted for this attestor: its own failure is, and what keeps every attestor from its work.
     pub(super) fn concerns(&self, attestor: AttestorName) -> bool {
         match self {
@@ -113,7 +123,7 @@ impl AttestError {
             Self::Gone => (Blame::Refusal, AttestFault::Gone),
             Self::IdentityChanged { .. } => (Blame::Refusal, AttestFault::Changed),
             Self::Unknown { .. } => (Blame::Fault, AttestFault::Gone),
-            Self::Crowded => (Blame::Crowd, AttestFault::Busy),
+            Self::Crowded | Self::ManyGroups => (Blame::Crowd, AttestFault::Busy),
             Self::OtherPidNamespace => (Blame::Fault, AttestFault::Namespace),
             // The log had it at the start.
             Self::Unmapped | Self::ProcOfOthers => (Blame::Crowd, AttestFault::Namespace),

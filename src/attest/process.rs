@@ -24,7 +24,7 @@ use super::{
     status::{self, ProcStatus, StatusError},
 };
 use crate::{
-    limits::{AttestationSlot, CallerKey, Families},
+    limits::{AttestationSlot, CallerKey},
     os::pidfd::Owner,
     peer::{Peer, PeerGone, pod::PodPlace, slot::PeerSlot},
 };
@@ -51,6 +51,10 @@ pub(super) trait Attestable: Sync {
     }
     /// It waits for something that costs nothing, and needs no place among the attestations any more.
     fn stand_aside(&self) {}
+    /// How many supplementary groups it had when it connected, if the kernel says.
+    fn connected_with_groups(&self) -> Option<usize> {
+        None
+    }
     /// How much is to be found out of it.
     fn extent(&self) -> Extent {
         Extent::Asked
@@ -97,6 +101,10 @@ impl Attestable for Peer {
     fn place(&self) -> Option<PodPlace> {
         self.place()
     }
+
+    fn connected_with_groups(&self) -> Option<usize> {
+        self.connected_with_groups()
+    }
 }
 
 /// A peer that has a place among the attestations for as long as it needs one.
@@ -131,6 +139,10 @@ impl Attestable for PlacedPeer<'_> {
         self.peer.place()
     }
 
+    fn connected_with_groups(&self) -> Option<usize> {
+        self.peer.connected_with_groups()
+    }
+
     fn patience(&self) -> Duration {
         self.patience
     }
@@ -156,28 +168,23 @@ impl<'a> Seen<'a> {
         self.process.extent()
     }
 
-    /// Opens the directory of `process` and reads who it is.
+    /// `process`, of which this was [read](read_process).
     ///
     /// # Errors
-    /// [`AttestError`]: it is gone, cannot be seen, or is another's by now.
-    pub(super) fn open(
-        root: &Path,
-        families: &Families,
+    /// [`AttestError::IdentityChanged`]: it is another's by now.
+    pub(super) fn of(
         process: &'a dyn Attestable,
+        family: u64,
+        dir: ProcDir,
+        status: ProcStatus,
     ) -> Result<Self, AttestError> {
-        let pid = process.pid();
-        if pid.as_raw() == 0 {
-            return Err(AttestError::OtherPidNamespace);
-        }
-        let dir = ProcDir::open(root, pid)?;
-        let status = dir.status()?;
         let now = Owner { uid: Uid::from_raw(status.uid), gid: Gid::from_raw(status.gid) };
         let owner = process.owner();
         if now != owner {
             let Owner { uid, gid } = owner;
-            return Err(AttestError::IdentityChanged { pid, uid, gid });
+            return Err(AttestError::IdentityChanged { pid: process.pid(), uid, gid });
         }
-        Ok(Self { process, family: families.group(process.caller()), dir, status })
+        Ok(Self { process, family, dir, status })
     }
 
     /// The same, told apart from those who have no number in the agent's user namespace.
@@ -192,6 +199,16 @@ impl<'a> Seen<'a> {
         self.status.groups.retain(|group| *group != gid.as_raw());
         Ok(self)
     }
+}
+
+/// Opens the directory of a process and reads who it is.
+///
+/// # Errors
+/// [`ProcReadError`].
+pub(super) fn read_process(root: &Path, pid: Pid) -> Result<(ProcDir, ProcStatus), ProcReadError> {
+    let dir = ProcDir::open(root, pid)?;
+    let status = dir.status()?;
+    Ok((dir, status))
 }
 
 /// An open `/proc/PID`. It stays the directory of the process that had the PID when it was opened.

@@ -2,6 +2,8 @@
 
 use std::os::fd::{AsFd, AsRawFd as _};
 
+use nix::errno::Errno;
+
 /// Of more groups it is not asked.
 const MOST_GROUPS: usize = 4096;
 
@@ -26,6 +28,26 @@ pub fn peer_groups(socket: &impl AsFd) -> Option<Vec<u32>> {
     (answer == 0).then_some(groups)
 }
 
+/// How many supplementary groups the process that connected had then. `None` where the kernel does not say. It copies none
+/// of them.
+#[expect(unsafe_code, reason = "nix has no SO_PEERGROUPS")]
+pub fn peer_group_count(socket: &impl AsFd) -> Option<usize> {
+    let mut len: libc::socklen_t = 0;
+    // SAFETY: the kernel writes no group, as there is room for none, and to `len` how much room they need; the descriptor is
+    // borrowed for the call.
+    let answer = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERGROUPS,
+            std::ptr::null_mut(),
+            &raw mut len,
+        )
+    };
+    let said = answer == 0 || Errno::last() == Errno::ERANGE;
+    said.then(|| usize::try_from(len).ok()).flatten().map(|len| len / size_of::<u32>())
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixStream;
@@ -38,7 +60,9 @@ mod tests {
     fn a_peer_has_the_groups_that_it_connected_with() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let own: Vec<u32> = getgroups().unwrap().into_iter().map(|gid| gid.as_raw()).collect();
+        assert_eq!(peer_group_count(&ours), Some(own.len()));
         assert_eq!(peer_groups(&ours), Some(own));
+        assert_eq!(peer_group_count(&std::fs::File::open("/dev/null").unwrap()), None);
         assert_eq!(peer_groups(&std::fs::File::open("/dev/null").unwrap()), None);
     }
 }

@@ -40,7 +40,10 @@ use crate::{
         caller::{Caller, CallerKey},
         holding::Holding,
     },
-    os::pidfd::{Owner, Pidfd},
+    os::{
+        peer_groups::peer_group_count,
+        pidfd::{Owner, Pidfd},
+    },
     peer::{given::GivenLately, pod::PodPlace, slot::PeerSlot},
 };
 
@@ -71,6 +74,10 @@ pub struct Peer {
     holding: OnceLock<Arc<Holding>>,
     slot: PeerSlot,
     given: GivenLately,
+    /// How many supplementary groups it connected with.
+    groups: Option<usize>,
+    /// A call of it was answered with what it is to blame for.
+    in_vain: AtomicBool,
 }
 
 /// Where it is asked whose a process is now, if the kernel gave its pidfd.
@@ -273,7 +280,7 @@ impl Arrival {
             Some(process) => process,
             None => Process::of(stream, &credentials)?,
         };
-        Ok(Peer { place, ..Peer::new(credentials, caller, process) })
+        Ok(Peer { place, groups: peer_group_count(stream), ..Peer::new(credentials, caller, process) })
     }
 
     /// The same, and where there is nothing to hold on to, without: for a gate that [goes by the
@@ -282,7 +289,7 @@ impl Arrival {
         let Self { credentials, caller, place, process } = self;
         let process =
             process.or_else(|| Process::of(stream, &credentials).ok()).unwrap_or(Process::OutOfNamespace);
-        Peer { place, ..Peer::new(credentials, caller, process) }
+        Peer { place, groups: peer_group_count(stream), ..Peer::new(credentials, caller, process) }
     }
 }
 
@@ -299,6 +306,8 @@ impl Peer {
             holding: OnceLock::new(),
             slot: PeerSlot::default(),
             given: GivenLately::default(),
+            groups: None,
+            in_vain: AtomicBool::new(false),
         }
     }
 
@@ -365,6 +374,21 @@ impl Peer {
     /// pods, and where they are not looked for.
     pub fn place(&self) -> Option<PodPlace> {
         self.place
+    }
+
+    /// How many supplementary groups it had when it connected, where the kernel says. It may have changed them since.
+    pub fn connected_with_groups(&self) -> Option<usize> {
+        self.groups
+    }
+
+    /// A call of it fails by its own doing: the answer is no work to conserve, whatever its code.
+    pub fn asked_in_vain(&self) {
+        self.in_vain.store(true, Relaxed);
+    }
+
+    /// Whether one did, since this was last asked.
+    pub fn has_asked_in_vain(&self) -> bool {
+        self.in_vain.load(Relaxed) && self.in_vain.swap(false, Relaxed)
     }
 
     /// How the agent holds on to it.

@@ -76,13 +76,15 @@ impl<S: ConnectionService> Service<Request<Incoming>> for WatchedService<S> {
         if turn.is_crowded() {
             request.extensions_mut().insert(Crowded);
         }
-        Answering { answer: self.service.call(request), turn: Some((turn, place)) }
+        let peer = Arc::clone(&self.peer);
+        Answering { answer: self.service.call(request), turn: Some((turn, place)), peer }
     }
 }
 
 pub(super) struct Answering<F> {
     answer: F,
     turn: Option<(Turn, StreamPlace)>,
+    peer: Arc<Peer>,
 }
 
 impl<F, B> Future for Answering<F>
@@ -98,7 +100,7 @@ where
         ready!(turn.poll_begin(cx));
         let Ok(response) = ready!(Pin::new(&mut this.answer).poll(cx));
         let Some((turn, place)) = this.turn.take() else { return Poll::Pending };
-        if is_wasted(response.headers()) {
+        if is_wasted(response.headers()) || this.peer.has_asked_in_vain() {
             turn.wasted();
         }
         Poll::Ready(Ok(response.map(|body| WatchedBody { body, turn, _place: place })))

@@ -42,6 +42,7 @@ const OWNER: &str = "DURWARD_TEST_PEER_OWNER";
 const USER: u32 = 3_912_001;
 const GROUP: u32 = 3_912_002;
 const GROUPS: [u32; 2] = [3_912_003, 3_912_004];
+const TOO_MANY: &str = "the caller has more than 1024 supplementary groups";
 
 /// Not a test, but the process at the other end when [`Process`] started it.
 #[test]
@@ -49,8 +50,13 @@ const GROUPS: [u32; 2] = [3_912_003, 3_912_004];
 #[expect(clippy::exit, reason = "it is a process of its own")]
 fn as_peer() {
     let Ok(socket) = std::env::var(SOCKET) else { return };
-    if std::env::var(OWNER).is_ok() {
-        setgroups(&GROUPS.map(Gid::from_raw)).unwrap();
+    if let Ok(groups) = std::env::var(OWNER) {
+        match groups.parse::<u32>() {
+            Ok(many) => {
+                setgroups(&(0..many).map(|n| Gid::from_raw(3_914_000 + n)).collect::<Vec<_>>()).unwrap()
+            }
+            Err(_) => setgroups(&GROUPS.map(Gid::from_raw)).unwrap(),
+        }
         let (uid, gid) = (Uid::from_raw(USER), Gid::from_raw(GROUP));
         setresgid(gid, gid, gid).unwrap();
         setresuid(uid, uid, Uid::from_raw(0)).unwrap(); // the saved one, to change again when told
@@ -65,9 +71,10 @@ fn as_peer() {
                 setresuid(uid, uid, uid).unwrap();
             }
             ("chroot", dir) => chroot(dir).unwrap(),
-            ("groups", _none) => {
+            ("groups", many) => {
                 setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0)).unwrap();
-                setgroups(&[]).unwrap();
+                let many = many.parse().unwrap_or(0);
+                setgroups(&(0..many).map(|n| Gid::from_raw(3_914_000 + n)).collect::<Vec<_>>()).unwrap();
                 let uid = Uid::from_raw(USER);
                 setresuid(uid, uid, Uid::from_raw(0)).unwrap();
             }
@@ -110,6 +117,13 @@ impl Process {
     pub(crate) fn start_as_user(dir: &TempDir) -> Self {
         Self::with(dir, |command| {
             command.env(OWNER, "");
+        })
+    }
+
+    /// As [`USER`], in so many other groups.
+    fn start_in_groups(dir: &TempDir, groups: usize) -> Self {
+        Self::with(dir, |command| {
+            command.env(OWNER, groups.to_string());
         })
     }
 
@@ -334,6 +348,44 @@ async fn supplementary_groups_are_those_of_the_last_second() {
     process.order("groups none");
     tokio::time::advance(Duration::from_secs(1)).await;
     assert_eq!(attest_for(&attestor, &process.peer, &asked).await.unwrap().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_process_of_too_many_groups_is_not_looked_at() {
+    if !may_be_others("a_process_of_too_many_groups_is_not_looked_at") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let attestor = Attestor::new(AttestSettings::default());
+    let refused = |process: &Process, outcome: Result<Subject, AttestError>| {
+        let err = outcome.unwrap_err();
+        assert_eq!((err.to_string().as_str(), err.blame()), (TOO_MANY, Blame::Refusal));
+        assert!(process.peer.has_asked_in_vain() && !process.peer.has_asked_in_vain());
+    };
+    for groups in [1025, 65_536] {
+        let mut process = Process::start_in_groups(&dir, groups);
+        assert_eq!(process.peer.connected_with_groups(), Some(groups));
+        refused(&process, attest(&attestor, &process.peer).await);
+        // Who cannot be told from one that has them still, without looking, has to connect again.
+        process.order("groups none");
+        tokio::time::advance(Duration::from_secs(1)).await;
+        refused(&process, attest(&attestor, &process.peer).await);
+    }
+
+    let mut grows = Process::start_in_groups(&dir, 1024);
+    let asked = asking(&attestor, [format!("unix:uid:{USER}")]);
+    assert_eq!(attest_for(&attestor, &grows.peer, &asked).await.unwrap().len(), 2, "as many as may be");
+    grows.order("groups 65536");
+    tokio::time::advance(Duration::from_secs(1)).await;
+    refused(&grows, attest(&attestor, &grows.peer).await);
+    refused(&grows, attest(&attestor, &grows.peer).await);
+    // Its neighbour of the same user is read in its turn, and another user's at once.
+    let neighbour = Process::start_as_user(&dir);
+    assert_eq!(attest_for(&attestor, &neighbour.peer, &asked).await.unwrap().len(), 2);
+    attest(&attestor, &Process::start(&dir).peer).await.unwrap();
+    grows.order("groups none");
+    tokio::time::advance(Duration::from_secs(1)).await;
+    assert_eq!(attest_for(&attestor, &grows.peer, &asked).await.unwrap().len(), 2);
 }
 
 #[tokio::test(start_paused = true)]

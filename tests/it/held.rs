@@ -98,7 +98,7 @@ impl Held {
 
 /// Answers by path, once it has read the request: `/wait` when the test lets it, `/open` with one message and trailers
 /// once its connection has to end, `/never` with one message and no end, `/bytes/N` with so many bytes and trailers,
-/// `/refused` with a status that its caller is to blame for, `/news/N` with one message and then so many bytes each time there is news.
+/// `/refused` with a status that its caller is to blame for, `/unattested` with one that says so of no code, `/news/N` with one message and then so many bytes each time there is news.
 #[derive(Clone)]
 struct Toy {
     peer: Arc<Peer>,
@@ -148,10 +148,13 @@ impl Service<http::Request<RequestBody>> for Toy {
             if what == "wait" {
                 ways.go.acquire().await.unwrap().forget();
             }
-            if what == "refused" {
+            if what == "refused" || what == "unattested" {
                 ways.refused.fetch_add(1, SeqCst);
+                if what == "unattested" {
+                    peer.asked_in_vain();
+                }
                 let mut answer = http::Response::new(tonic::body::Body::empty());
-                *answer.headers_mut() = code("8");
+                *answer.headers_mut() = code(if what == "refused" { "8" } else { "14" });
                 return Ok(answer);
             }
             let first = Arc::clone(&ways);
@@ -511,14 +514,19 @@ async fn who_does_not_read_its_streams_pins_a_bounded_number_of_updates() {
 
 /// Asks for nothing but refusals, as fast as it is answered and with many at once, until `over`, or until it has had more
 /// than there may be by then.
-async fn errs(send: h2::client::SendRequest<Bytes>, ways: Arc<Ways>, over: tokio::time::Instant) {
+async fn errs(
+    send: h2::client::SendRequest<Bytes>,
+    ways: Arc<Ways>,
+    path: &'static str,
+    over: tokio::time::Instant,
+) {
     let mut all = JoinSet::new();
     for _ in 0..32 {
         let (mut send, ways) = (send.clone(), Arc::clone(&ways));
         let goes_on = move || tokio::time::Instant::now() < over && ways.refused.load(SeqCst) < 50_000;
         all.spawn(async move {
             while goes_on() && poll_fn(|cx| send.poll_ready(cx)).await.is_ok() {
-                let request = http::Request::post("http://localhost/refused").body(()).unwrap();
+                let request = http::Request::post(format!("http://localhost/{path}")).body(()).unwrap();
                 let Ok((answer, _)) = send.send_request(request, true) else { break };
                 if tokio::time::timeout_at(over, answer).await.is_err() {
                     break;
@@ -537,8 +545,8 @@ async fn refusals_are_no_work_to_conserve() {
     let start = tokio::time::Instant::now();
     let over = start + Duration::from_millis(2_500);
     let mut hostile = JoinSet::new();
-    for _ in 0..3 {
-        hostile.spawn(errs(server.client().await.0, Arc::clone(&server.ways), over));
+    for path in ["refused", "refused", "unattested"] {
+        hostile.spawn(errs(server.client().await.0, Arc::clone(&server.ways), path, over));
     }
     let (mut erring, _) = server.client().await;
     server.keeper.caller.store(2, SeqCst);
