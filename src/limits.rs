@@ -51,6 +51,7 @@
 mod accounts;
 mod admission;
 mod admitted;
+mod apart;
 mod ask;
 pub mod bucket;
 pub mod budget;

@@ -57,12 +57,12 @@ impl Default for LongReads {
 }
 
 /// A place of a family, until it is dropped.
-struct Place {
+struct ReadPlace {
     reads: Arc<LongReads>,
     family: u64,
 }
 
-impl Drop for Place {
+impl Drop for ReadPlace {
     fn drop(&mut self) {
         if let Some(known) = self.reads.families().get_mut(&self.family) {
             known.places = known.places.saturating_sub(1);
@@ -110,7 +110,7 @@ impl LongReads {
     }
 
     /// A place for a process of `family`, if that is known; and there may be none.
-    fn place(self: &Arc<Self>, family: u64) -> Option<Result<Place, AttestError>> {
+    fn place(self: &Arc<Self>, family: u64) -> Option<Result<ReadPlace, AttestError>> {
         if !self.any.load(Relaxed) {
             return None;
         }
@@ -120,7 +120,7 @@ impl LongReads {
             return Some(Err(AttestError::ManyGroups));
         }
         known.places += 1;
-        Some(Ok(Place { reads: Arc::clone(self), family }))
+        Some(Ok(ReadPlace { reads: Arc::clone(self), family }))
     }
 
     /// Whether the process had too many groups. Its family is known for it then.

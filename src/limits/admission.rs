@@ -150,9 +150,12 @@ impl Limits {
         let (Limit::Quota(quota), origin) = ledger.limit(choice.rule) else { return };
         let cost = choice.rule.costs().answer();
         let taker = choice.shared.map(|_| Taker { caller, group: plan.families.group(caller) });
-        let ask = Ask { key: ledger.caller_key(&plan, caller, method, &choice), quota, cost, taker };
+        let now = ledger.now();
+        let since = ledger.since(choice.rule, plan.since.caller, now);
+        let key = ledger.caller_key(&plan, caller, method, &choice);
+        let ask = Ask { key, quota, since, cost, taker };
         let name = || (caller_name(caller, &choice), method.rpc());
-        let paid = ledger.callers().charge_late(ledger.now(), &ask, ledger.shortfall(origin), name);
+        let paid = ledger.callers().charge_late(now, &ask, ledger.shortfall(origin), name);
         ledger.counters.count_soft_limits(plan.soft, Stage::Caller, paid);
     }
 
@@ -359,7 +362,8 @@ impl Ledger {
             Limit::Quota(quota) => {
                 let key = self.caller_key(plan, caller, method, &choice);
                 let shares = choice.shared.map(|_| taker);
-                let ask = Ask { key, quota, cost: costs.answer(), taker: shares };
+                let since = self.since(choice.rule, plan.since.caller, now);
+                let ask = Ask { key, quota, since, cost: costs.answer(), taker: shares };
                 let short = self.shortfall(origin);
                 match self.callers().hold_by(
                     now,

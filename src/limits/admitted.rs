@@ -101,8 +101,9 @@ impl Charge {
             && more > 0
         {
             let key = ledger.identity_key(id, self.method, &choice);
-            let ask = Ask { key, quota, cost: more, taker: Some(self.taker) };
-            let paid = ledger.identities().table.charge(ledger.now(), &ask, ledger.shortfall(origin));
+            let now = ledger.now();
+            let ask = Ask { key, quota, since: now, cost: more, taker: Some(self.taker) };
+            let paid = ledger.identities().table.charge(now, &ask, ledger.shortfall(origin));
             ledger.counters.count_soft_limits(self.soft, Stage::Identity, paid);
         }
     }

@@ -31,6 +31,8 @@ impl Hasher {
 pub(super) struct Ask {
     pub(super) key: BucketKey,
     pub(super) quota: Quota,
+    /// Since when that quota holds, as far as it is known.
+    pub(super) since: u64,
     /// Tokens.
     pub(super) cost: u32,
     /// Who asks, where several callers share the bucket.

@@ -4,7 +4,7 @@
 //! that is full says so without anybody knowing its quota: that moment is past. **Only such a bucket may be
 //! forgotten** ([`table`](super::table)): a fresh one equals it, so forgetting never gives tokens back.
 //!
-//! - The quota comes with each call. A reload changes it from one call to the next; what was spent stays spent.
+//! - The quota comes with each call. A window or a reload changes it; what was spent stays spent ([`apart`](super::apart)).
 //! - A call first *holds* tokens, and *settles* when it is known what it cost: nothing (it was refused further
 //!   on), the price of an answer, or more than was held, which is then a debt of at most one burst. Until then
 //!   nothing has moved, so a refund restores exactly what was.
@@ -20,7 +20,7 @@ pub const MAX_REFILL_DAYS: u32 = 366;
 const DAY: f64 = 86_400e9;
 /// The most that a bucket may owe, in nanoseconds of refill: about 146 years. Reached only by what was spent at more than
 /// a hundred times the price of now.
-const LONGEST: u64 = u64::MAX / 4;
+pub(super) const LONGEST: u64 = u64::MAX / 4;
 
 /// The unit of a rate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -197,9 +197,9 @@ impl Level {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Bucket {
     /// When it would be full again if nobody took more.
-    full_at: u64,
-    /// The price of a token that `full_at` was reckoned with; 0 in a new one.
-    per_token: u64,
+    pub(super) full_at: u64,
+    /// The price of a token that `full_at` was reckoned with, and a [mark](super::apart); 0 in a new one.
+    pub(super) per_token: u64,
     /// Tokens of calls under way.
     pub(super) held: u32,
     /// How often it was asked in the second in which it was asked last, and the most there was in one: for people, counted
@@ -283,7 +283,7 @@ impl Bucket {
         if self.per_token == 0 {
             self.per_token = quota.per_token;
         }
-        let quota = Quota { per_token: self.per_token, burst: quota.burst };
+        let quota = Quota { per_token: self.price(), burst: quota.burst };
         let refill = quota.refill();
         let before = self.full_at.saturating_sub(now);
         let most = match short {
@@ -316,17 +316,22 @@ impl Bucket {
     /// tokens spent stays: also where a window or a reload makes the bucket smaller than that for a while.
     fn spent(&mut self, now: u64, quota: Quota) -> u64 {
         let mut spent = self.full_at.saturating_sub(now);
-        if self.per_token != quota.per_token {
-            if spent > 0 {
-                let tokens_to_new_price = u128::from(spent) * u128::from(quota.per_token);
-                let converted = tokens_to_new_price.div_ceil(u128::from(self.per_token.max(1)));
-                spent = u64::try_from(converted).unwrap_or(LONGEST).min(LONGEST);
-            }
+        if self.price() != quota.per_token {
+            spent = convert(spent, self.price(), quota.per_token);
             self.per_token = quota.per_token;
         }
         self.full_at = now + spent;
         spent
     }
+}
+
+/// Nanoseconds of refill at one price as those at another, for the same tokens.
+pub(super) fn convert(spent: u64, from: u64, to: u64) -> u64 {
+    if spent == 0 || from == to {
+        return spent;
+    }
+    let converted = (u128::from(spent) * u128::from(to)).div_ceil(u128::from(from.max(1)));
+    u64::try_from(converted).unwrap_or(LONGEST).min(LONGEST)
 }
 
 /// What so many tokens cost, in nanoseconds of refill. Tokens that are held may be of a larger quota than this one.

@@ -39,6 +39,11 @@ impl Cell {
         self.again = true;
     }
 
+    /// The moment of a change, which is now where it was asked since: calls that began before a reload may come after it.
+    pub(super) fn changed(&self, since: u64, now: u64) -> u64 {
+        if since < u64::from(self.seen) << 30 { now } else { since }
+    }
+
     /// Whether callers have shares of it, now that the one with this mark takes too.
     pub(super) fn is_shared_with(&mut self, mark: u16) -> bool {
         match self.taker {

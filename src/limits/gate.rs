@@ -425,7 +425,7 @@ impl SharedGate {
             state.rates.note_refused(key, None);
             return Err(ConnectionRefusal::CallerConnections);
         }
-        let ask = Ask { key, quota, cost: 1, taker: None };
+        let ask = Ask { key, quota, since: now, cost: 1, taker: None };
         match state.rates.hold(now, &ask, || (BucketName::Caller(caller), "connections")) {
             Ok(place) => Ok(Some((ask, place))),
             Err(_wait) if rule.rate.is_some() => Err(ConnectionRefusal::CallerRate),

@@ -63,7 +63,8 @@ impl Gate {
         let plan = shared.plan.load();
         let key = shared.key(&plan, caller);
         let rule = plan.rule(&caller);
-        let left = |quota| shared.state().rates.left(shared.ledger.now(), key, quota);
+        let now = shared.ledger.now();
+        let left = |quota| shared.state().rates.left(now, key, quota, now);
         Standing::under(rule.limit(), left).of_origin(rule.origin())
     }
 

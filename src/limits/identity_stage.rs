@@ -107,7 +107,8 @@ impl Ledger {
             return None;
         }
         let cost = choice.rule.costs().answer();
-        let ask = Ask { key, quota, cost, taker: Some(taker) };
+        let since = self.since(choice.rule, of.plan.since.identity, now);
+        let ask = Ask { key, quota, since, cost, taker: Some(taker) };
         let short = self.shortfall(origin);
         let who = || (identity_name(id, choice), method.rpc());
         match table.hold_by(now, &ask, short, || self.spare(call, origin), who) {

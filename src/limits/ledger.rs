@@ -44,6 +44,7 @@ pub(super) struct CallPlan {
     pub(super) caller: Layers<CallerPattern>,
     pub(super) identity: Layers<IdPattern>,
     node: PerMethod<Option<NodeQuota>>,
+    pub(super) since: RulesSince,
     pub(super) families: Families,
     pub(super) node_dry: bool,
     pub(super) dry: bool,
@@ -51,9 +52,29 @@ pub(super) struct CallPlan {
     pub(super) soft: SoftLimits,
 }
 
+/// Since when the rules of each stage are as they are, in nanoseconds since the start.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct RulesSince {
+    pub(super) caller: u64,
+    pub(super) identity: u64,
+    pub(super) node: u64,
+}
+
 impl CallPlan {
+    /// The plan after `before`, from `now` on.
+    fn after(before: &Self, settings: &LimitSettings, now: u64) -> Self {
+        let since = |is_same: bool, since: u64| if is_same { since } else { now };
+        let since = RulesSince {
+            caller: since(before.caller == settings.caller, before.since.caller),
+            identity: since(before.identity == settings.identity, before.since.identity),
+            node: since(before.node == settings.node.quotas, before.since.node),
+        };
+        Self { since, ..Self::new(settings) }
+    }
+
     fn new(settings: &LimitSettings) -> Self {
         Self {
+            since: RulesSince::default(),
             caller: settings.caller.clone(),
             identity: settings.identity.clone(),
             node: settings.node.quotas,
@@ -184,7 +205,8 @@ impl Ledger {
         self.identities().table.resize(settings.keys, 1);
         self.slots.resize(settings.node.attestations);
         self.update_slots.resize(settings.node.attestations);
-        self.plan.store(Arc::new(CallPlan::new(settings)));
+        let plan = CallPlan::after(&self.plan.load(), settings, self.now());
+        self.plan.store(Arc::new(plan));
     }
 
     /// Nanoseconds since the limits were made.
@@ -218,6 +240,18 @@ impl Ledger {
         let unix = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
         let written = rule.schedule().at(unix).map(|limit| (*limit, Origin::Set));
         written.unwrap_or_else(|| (rule.limit(), rule.origin()))
+    }
+
+    /// Since when the limit holds that holds now, where the rules are as they are since `reloaded`.
+    pub(super) fn since(&self, rule: &Rule, reloaded: u64, now: u64) -> u64 {
+        if rule.schedule().is_empty() {
+            return reloaded;
+        }
+        let wall = self.wall.now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let changed = rule.schedule().changed(i64::try_from(wall.as_secs()).unwrap_or(i64::MAX));
+        let changed = Duration::from_secs(changed.and_then(|unix| u64::try_from(unix).ok()).unwrap_or(0));
+        let ago = u64::try_from(wall.saturating_sub(changed).as_nanos()).unwrap_or(u64::MAX);
+        now.saturating_sub(ago).max(reloaded)
     }
 
     /// What becomes of a call for which a bucket of this origin has too few tokens.
@@ -331,7 +365,11 @@ impl Ledger {
     ) -> Result<(), Refusal> {
         let CallToSpare { method, taker, now, .. } = *call;
         let Some(NodeQuota { quota, origin }) = *plan.node.get(method) else { return Ok(()) };
-        let take = |short| lock(self.node.get(method)).take(now, quota, 1, taker, short);
+        let take = |short| {
+            let mut bucket = lock(self.node.get(method));
+            bucket.come_under(now, plan.since.node, quota);
+            bucket.take(now, quota, 1, taker, short)
+        };
         let taken = take(self.shortfall(origin)).or_else(|wait| match self.spare(call, origin) {
             Ok(()) => take(Shortfall::Pass),
             Err(sooner) => Err(wait.min(sooner)),

@@ -160,6 +160,28 @@ impl Window {
         }
     }
 
+    /// When it last opened or closed, not after `unix`.
+    fn changed(&self, unix: i64) -> Option<i64> {
+        if let Some((start, length, period)) = self.fixed() {
+            let open = (unix - start).rem_euclid(period);
+            return Some(unix - if open < length { open } else { open - length });
+        }
+        let date = OffsetDateTime::from_unix_timestamp(unix).ok()?.date();
+        let (year, month) = (date.year(), u8::from(date.month()) - 1);
+        let periods = match (self.period, month) {
+            (Period::Month, 0) => [(year, 0), (year - 1, 11)],
+            (Period::Month, month) => [(year, month), (year, month - 1)],
+            _ => [(year, 0), (year - 1, 0)],
+        };
+        let spots = periods.into_iter().flat_map(|period| [self.start, self.stop].map(|spot| (period, spot)));
+        let moments = spots.map(|((year, month), spot)| {
+            let month = month + spot.month;
+            let second = month_start(year, month) + i64::from(spot.day) * DAY + spot.second;
+            second.min(month_start(year, month + 1))
+        });
+        moments.filter(|moment| *moment <= unix).max()
+    }
+
     /// Whether both are ever open at once.
     fn meets(&self, other: &Self) -> bool {
         let (longer, shorter) = if self.period >= other.period { (self, other) } else { (other, self) };
@@ -269,6 +291,11 @@ impl<V> Schedule<V> {
     /// The value of the window that is open.
     pub fn at(&self, unix: i64) -> Option<&V> {
         self.0.iter().find(|(window, _)| window.is_open(unix)).map(|(_, value)| value)
+    }
+
+    /// When a window last opened or closed, not after `unix`.
+    pub fn changed(&self, unix: i64) -> Option<i64> {
+        self.0.iter().filter_map(|(window, _)| window.changed(unix)).max()
     }
 
     /// All values.
@@ -417,6 +444,42 @@ mod tests {
         ] {
             assert_eq!(window(text).unwrap().is_open(unix), open, "{case}");
         }
+    }
+
+    /// Whatever the window: it is open, or not, from the moment on at which it last changed, and was not just before it.
+    #[test]
+    fn a_window_has_changed_when_it_opened_or_closed() {
+        let texts = [
+            "h9-h17",
+            "h22-h6",
+            "h22-h24",
+            "m0-m15",
+            "s30-s40",
+            "wmon h9-wfri h17",
+            "wsat-wmon",
+            "d23-d24",
+            "d25-d1",
+            "d31-d2",
+            "M11-M12",
+            "M12 d24-M1 d2",
+            "M2 d29-M3 d2",
+        ];
+        for text in texts {
+            let window = window(text).unwrap();
+            // From 2026 on, over a leap day, at odd moments.
+            for step in 0..1_000_i64 {
+                let unix = 1_767_225_600 + step * 87_661;
+                let changed = window.changed(unix).unwrap();
+                let is_open = window.is_open(unix);
+                assert!(changed <= unix, "{text}, {unix}: {changed}");
+                assert_eq!(window.is_open(changed), is_open, "{text}, {unix}: {changed}");
+                assert_ne!(window.is_open(changed - 1), is_open, "{text}, {unix}: {changed}");
+                let between = changed + (unix - changed) / 2;
+                assert_eq!(window.is_open(between), is_open, "{text}, {unix}: {changed}");
+            }
+        }
+        // All day: what it was before does not matter.
+        assert_eq!(window("h0-h24").unwrap().changed(1_795_392_000 + 5), Some(1_795_392_000));
     }
 
     #[test]

@@ -12,6 +12,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use super::{
+    apart::Apart,
     bucket::{Bucket, Quota, Shortfall},
     caller::CallerKey,
 };
@@ -282,12 +283,15 @@ impl SharedBuckets {
 #[derive(Debug)]
 pub(super) struct SharedBucket {
     bucket: Bucket,
+    apart: Option<Apart>,
+    /// When it was last asked.
+    asked: u64,
     shares: Shares,
 }
 
 impl Default for SharedBucket {
     fn default() -> Self {
-        Self { bucket: Bucket::default(), shares: Shares::of_at_most(MOST_OF_NODE) }
+        Self { bucket: Bucket::default(), apart: None, asked: 0, shares: Shares::of_at_most(MOST_OF_NODE) }
     }
 }
 
@@ -297,9 +301,22 @@ impl SharedBucket {
         self.shares.note_refused(taker);
     }
 
+    /// The quota that holds now holds `since` then.
+    pub(super) fn come_under(&mut self, now: u64, since: u64, quota: Quota) {
+        if !self.bucket.is_under(now, quota) {
+            let since = if since < self.asked { now } else { since };
+            self.bucket.come_under(now, since, quota, &mut self.apart);
+        }
+    }
+
     /// Tokens that are left.
-    pub(super) fn left(&self, now: u64, quota: Quota) -> u32 {
-        self.bucket.left(now, quota)
+    pub(super) fn left(&self, now: u64, quota: Quota, since: u64) -> u32 {
+        let (mut bucket, mut apart) = (self.bucket, self.apart);
+        if !bucket.is_under(now, quota) {
+            let since = if since < self.asked { now } else { since };
+            bucket.come_under(now, since, quota, &mut apart);
+        }
+        bucket.left(now, quota)
     }
 
     /// Who takes, those first that were refused most.
@@ -319,6 +336,7 @@ impl SharedBucket {
         taker: Taker,
         short: Shortfall,
     ) -> Result<(), Duration> {
+        self.asked = self.asked.max(now);
         let claim = self.shares.claim(now, quota, cost, taker);
         let held = match self.bucket.hold_leaving(now, quota, cost, claim.leaves) {
             Ok(()) => cost,

@@ -70,7 +70,7 @@ impl Limits {
     /// The bucket that all callers are charged to for a method, and how it stands; `None` where there is no limit.
     pub fn node_standing(&self, method: Method) -> Option<(BucketName, Standing)> {
         let (NodeQuota { quota, origin }, bucket) = self.ledger().node(method)?;
-        let left = bucket.left(self.ledger().now(), quota);
+        let left = bucket.left(self.ledger().now(), quota, self.ledger().plan().since.node);
         Some((BucketName::Node, Standing::Tokens { left, burst: quota.burst(), origin }))
     }
 
@@ -89,7 +89,9 @@ impl Limits {
         let choice = plan.identity.choose(id, method);
         let key = ledger.identity_key(id, method, &choice);
         let (limit, origin) = ledger.limit(choice.rule);
-        let left = |quota| ledger.identities().table.left(ledger.now(), key, quota);
+        let now = ledger.now();
+        let since = ledger.since(choice.rule, plan.since.identity, now);
+        let left = |quota| ledger.identities().table.left(now, key, quota, since);
         let standing = Standing::under(limit, left).of_origin(origin);
         (identity_name(id, &choice), standing)
     }
@@ -115,7 +117,9 @@ impl Limits {
     fn of_caller(&self, rule: &Rule, key: BucketKey) -> Standing {
         let ledger = self.ledger();
         let (limit, origin) = ledger.limit(rule);
-        Standing::under(limit, |quota| ledger.callers().left(ledger.now(), key, quota)).of_origin(origin)
+        let now = ledger.now();
+        let since = ledger.since(rule, ledger.plan().since.caller, now);
+        Standing::under(limit, |quota| ledger.callers().left(now, key, quota, since)).of_origin(origin)
     }
 
     /// How many connections and calls were let in, since the start.

@@ -10,12 +10,13 @@
 //! Keys stand in the table as 128 bits of a seeded hash; nobody outside can choose two that meet. Time is
 //! nanoseconds since the agent started; a `now` before the latest one seen counts as that one.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use hashbrown::HashTable;
 
 pub(super) use super::ask::ChargedTo;
 use super::{
+    apart::Apart,
     ask::{Ask, BucketKey, HeldTokens},
     bucket::{Bucket, Level, Quota, Shortfall},
     cells::{Cell, NOBODY, SEVERAL, cell, find, hash_at, seconds},
@@ -69,6 +70,8 @@ pub(super) struct Table {
     stray: Pool,
     /// Of the buckets that several callers take from.
     shared: SharedBuckets,
+    /// Of buckets that another quota made smaller.
+    apart: HashMap<[u64; 2], Apart, ahash::RandomState>,
     seed: ahash::RandomState,
     hand: usize,
     /// Cells of regulars.
@@ -89,6 +92,7 @@ impl Table {
             parents: HashTable::new(),
             stray: Pool::default(),
             shared: SharedBuckets::default(),
+            apart: HashMap::default(),
             seed: ahash::RandomState::new(),
             hand: 0,
             regulars: 0,
@@ -166,9 +170,14 @@ impl Table {
         let Ask { key, quota, cost, .. } = *ask;
         let room_for_regulars = self.regulars < self.capacity / REGULARS;
         let mark = ask.taker.map(|taker| (taker, self.mark(taker)));
-        let Self { index, cells, shared, .. } = self;
+        let Self { index, cells, shared, apart, .. } = self;
         let at = find(index, cells, key.hash)?;
         let cell = cells.get_mut(usize::try_from(at).ok()?)?;
+        if !cell.bucket.is_under(now, quota) {
+            let mut of_key = apart.remove(&key.hash);
+            cell.bucket.come_under(now, cell.changed(ask.since, now), quota, &mut of_key);
+            apart.extend(of_key.map(|it| (key.hash, it)));
+        }
         cell.is_asked(now);
         let becomes_regular = room_for_regulars && !cell.regular;
         cell.regular |= becomes_regular;
@@ -208,7 +217,7 @@ impl Table {
         short: Shortfall,
         who: impl FnOnce() -> Who,
     ) -> Result<(ChargedTo, u32), Duration> {
-        let Ask { key, quota, cost, taker } = *ask;
+        let Ask { key, quota, cost, taker, .. } = *ask;
         let Some(at) = self.has_room(now, key.parent).then(|| u32::try_from(self.cells.len()).ok()).flatten()
         else {
             return self.hold_overflow(now, key.parent, quota, cost, short);
@@ -268,7 +277,7 @@ impl Table {
     pub(super) fn settle_held(&mut self, held: &HeldTokens, cost: u32) -> Option<Level> {
         let now = self.latest;
         let HeldTokens {
-            ask: Ask { key, quota, cost: asked, taker },
+            ask: Ask { key, quota, cost: asked, taker, .. },
             place,
             tokens,
             share,
@@ -334,16 +343,26 @@ impl Table {
     }
 
     /// Tokens left to a key, if it is known.
-    pub(super) fn left(&mut self, now: u64, key: BucketKey, quota: Quota) -> Option<u32> {
+    pub(super) fn left(&mut self, now: u64, key: BucketKey, quota: Quota, since: u64) -> Option<u32> {
         let now = self.tick(now);
-        self.find(key.hash).map(|cell| cell.bucket.left(now, quota))
+        Some(self.bucket_under(now, key, quota, since)?.left(now, quota))
+    }
+
+    /// The bucket of a key that is known, as it is under this quota.
+    fn bucket_under(&mut self, now: u64, key: BucketKey, quota: Quota, since: u64) -> Option<Bucket> {
+        let mut apart = self.apart.get(&key.hash).copied();
+        let cell = self.find(key.hash)?;
+        let mut bucket = cell.bucket;
+        if !bucket.is_under(now, quota) {
+            bucket.come_under(now, cell.changed(since, now), quota, &mut apart);
+        }
+        Some(bucket)
     }
 
     /// How long until a key that is known has a token.
     pub(super) fn wait(&mut self, now: u64, key: BucketKey, quota: Quota) -> Option<Duration> {
         let now = self.tick(now);
-        let mut bucket = self.find(key.hash)?.bucket;
-        bucket.try_hold(now, quota, 1).err()
+        self.bucket_under(now, key, quota, now)?.try_hold(now, quota, 1).err()
     }
 
     /// The `n` keys that were refused most, then those that were served most, since each was last forgotten.
@@ -379,11 +398,13 @@ impl Table {
         let now = self.tick(now);
         let mut at = 0;
         while let Some(cell) = self.cells.get(at) {
-            if cell.bucket.is_full(now) { self.forget(now, at) } else { at += 1 }
+            let is_full = cell.bucket.is_full_with(now, self.apart.get(&cell.hash));
+            if is_full { self.forget(now, at) } else { at += 1 }
         }
         self.parents.retain(|parent| parent.owned > 0 || !parent.overflow.is_full(now));
         let seed = &self.seed;
         self.parents.shrink_to_fit(|parent| seed.hash_one(parent.id));
+        self.apart.shrink_to_fit();
     }
 
     fn tick(&mut self, now: u64) -> u64 {
@@ -426,9 +447,11 @@ impl Table {
             if self.hand >= self.cells.len() {
                 self.hand = 0;
             }
-            let Some(cell) = self.cells.get_mut(self.hand) else { return };
+            let Self { cells, apart, .. } = self;
+            let Some(cell) = cells.get_mut(self.hand) else { return };
+            let kept = if cell.bucket.has_apart() { apart.get(&cell.hash) } else { None };
             let stays = cell.regular && seconds(now).saturating_sub(cell.seen) < REGULAR;
-            if stays || !cell.bucket.is_full(now) {
+            if stays || !cell.bucket.is_full_with(now, kept) {
                 self.hand += 1;
             } else if cell.again {
                 cell.again = false;
@@ -456,6 +479,9 @@ impl Table {
         let cell = self.cells.swap_remove(at);
         if cell.taker == SEVERAL {
             self.shared.forget(cell.hash);
+        }
+        if cell.bucket.has_apart() {
+            self.apart.remove(&cell.hash);
         }
         self.regulars -= usize::from(cell.regular);
         drop(self.names.swap_remove(at));
@@ -540,11 +566,44 @@ mod tests {
 
     /// A call that shares its bucket with nobody.
     fn ask(key: BucketKey, quota: Quota, cost: u32) -> Ask {
-        Ask { key, quota, cost, taker: None }
+        Ask { key, quota, since: 0, cost, taker: None }
     }
 
     fn heavy(uid: u32) -> Who {
         (BucketName::Caller(CallerKey::Uid(uid)), "test")
+    }
+
+    /// What a smaller quota keeps apart is forgotten when it is back, and not before.
+    #[test]
+    fn a_key_is_known_while_tokens_of_it_are_kept_apart() {
+        let mut table = a_table(16, 1);
+        let key = BucketKey { hash: [1; 2], parent: 1 };
+        let (large, small) = (quota(1.0, 100), quota(10.0, 5));
+        let take = |table: &mut Table, now, quota, since| {
+            let ask = Ask { since, ..ask(key, quota, 1) };
+            let held = table.hold(now, &ask, || heavy(1));
+            held.inspect(|place| {
+                table.settle(&ask, *place, 1);
+            })
+        };
+        assert!((0..100).all(|_| take(&mut table, 1, large, 0).is_ok()));
+        let changed = 10 * SECOND;
+        take(&mut table, changed, small, changed).unwrap_err();
+        take(&mut table, changed + SECOND, small, changed).unwrap();
+        assert_eq!(table.left(changed + 2 * SECOND, key, small, changed), Some(5));
+        let back = changed + 4 * SECOND;
+        assert_eq!(
+            table.left(back, key, large, back),
+            Some(18),
+            "all but what was spent and is not back yet"
+        );
+        table.forget_full(back);
+        assert_eq!((table.len(), table.apart.len()), (1, 1));
+        take(&mut table, back, large, back).unwrap();
+        assert_eq!(table.apart.len(), 0, "it is of the bucket again");
+        take(&mut table, back, small, back).unwrap_err();
+        table.forget_full(back + 90 * SECOND);
+        assert_eq!((table.len(), table.apart.len()), (0, 0));
     }
 
     /// Methods with other quotas than each other's share no bucket, in an overflow neither: the smaller would

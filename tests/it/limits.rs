@@ -675,6 +675,55 @@ async fn a_window_gives_no_tokens_back() {
     }
 }
 
+/// A fast window of a small bucket, in which nobody waits long, and which fills its own bucket alone.
+#[tokio::test(start_paused = true)]
+async fn a_window_has_a_bucket_of_its_own_size() {
+    let clock = Clock::starting_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_795_392_000));
+    let at = |second| Moment { second: Some(second), ..Moment::default() };
+    let schedule = Schedule::new(vec![(Window::new(at(30), at(42)).unwrap(), quota(10.0, 5))]).unwrap();
+    let hourly = Limit::Quota(Quota::new(1.0, Per::Hour, 100).unwrap());
+    let rule = Rule::new(hourly, Costs::OF_CALLERS, schedule).unwrap();
+    let settings = LimitSettings { caller: Layers::new(rule), ..open() };
+    let limits = Limits::new(&settings, clock, Registry::new(&metrics::NoopRecorder));
+    let web = entries(&["a"]);
+    assert_eq!(passes(&limits, 1, JWT, &web), 100);
+    assert_eq!(passes(&limits, 2, JWT, &web), 100);
+    advance(Duration::from_secs(30)).await;
+    for _ in 0..15 {
+        advance(Duration::from_millis(700)).await;
+        call(&limits, 1, JWT, &web).unwrap();
+    }
+    // The window began when it began, and not with the first call in it.
+    assert_eq!(passes(&limits, 2, JWT, &web), 5);
+    advance(Duration::from_secs(2)).await;
+    assert_eq!(passes(&limits, 1, JWT, &web), 5, "what the window's bucket held at its end");
+    assert_eq!(passes(&limits, 3, JWT, &web), 100, "a neighbour has all of its own");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reload_is_exact_in_both_directions() {
+    let with = |limit| LimitSettings { caller: layers(limit), ..open() };
+    let hourly = |burst| Limit::Quota(Quota::new(1.0, Per::Hour, burst).unwrap());
+    let web = entries(&["web"]);
+    for (case, first, spent, other, seconds, pass, back) in [
+        ("smaller, and nobody waits longer than a refill", hourly(100), 100, quota(1.0, 5), 5, 5, 0),
+        ("from the reload on", hourly(20), 15, quota(1.0, 20), 6, 11, 0),
+        ("much faster", hourly(20), 20, quota(10.0, 20), 3, 20, 0),
+        ("there and back", hourly(20), 15, quota(1000.0, 5), 1, 5, 5),
+        ("slower", quota(10.0, 20), 20, hourly(20), 3, 0, 0),
+    ] {
+        let limits = limits(&with(first));
+        for _ in 0..spent {
+            call(&limits, 1, JWT, &web).unwrap();
+        }
+        limits.reload(&with(other));
+        advance(Duration::from_secs(seconds)).await;
+        assert_eq!(passes(&limits, 1, JWT, &web), pass, "{case}");
+        limits.reload(&with(first));
+        assert_eq!(passes(&limits, 1, JWT, &web), back, "{case}, and back");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_reload_keeps_what_was_spent() {
     let with = |rate, burst| LimitSettings { caller: layers(quota(rate, burst)), ..open() };
