@@ -52,6 +52,7 @@ mod accounts;
 mod admission;
 mod admitted;
 mod ask;
+pub mod beyond_budget;
 pub mod bucket;
 pub mod budget;
 pub mod caller;

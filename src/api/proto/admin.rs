@@ -354,6 +354,9 @@ pub struct StatusResponse {
     /// Why the last reload failed, if it did: the first of its mistakes, each in one line. At most 4.
     #[prost(string, repeated, tag = "29")]
     pub reload_errors: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// What is set about limits and cannot be had, each in one line.
+    #[prost(string, repeated, tag = "30")]
+    pub limits_wrong: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Times are in seconds since 1970.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
