@@ -53,6 +53,7 @@ mod admission;
 mod admitted;
 mod apart;
 mod ask;
+pub mod beyond_budget;
 pub mod bucket;
 pub mod budget;
 pub mod caller;

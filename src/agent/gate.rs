@@ -9,9 +9,10 @@ use super::way_in::{Came, WayIn};
 use crate::{
     api::status,
     config::Config,
+    hcl::{ConfigError, ConfigErrors, KeyPlace},
     limits::{
-        self, ConnectionPermit, ConnectionRefusal, GatePlan, LimitSettings, gate_plan::NoRoomError,
-        holding::Holding, room::Room,
+        self, ConnectionPermit, ConnectionRefusal, GatePlan, LimitSettings, beyond_budget::BeyondBudget,
+        gate_plan::NoRoomError, holding::Holding, room::Room,
     },
     os::{cgroup, headroom::Headroom, peer_groups::peer_groups},
     peer::{AcceptGate, Arrival, credentials::Credentials},
@@ -104,8 +105,20 @@ impl AcceptGate for AuditedGate {
     }
 }
 
-/// Says when the memory budget has no room for as many callers as should always find some.
-pub(super) fn say_what_fits(plan: &GatePlan, budget: Option<u64>) {
+/// Says when memory or descriptors suffice for fewer callers than should always find some, and what is set and cannot be had.
+pub(super) fn say_what_fits(plan: &GatePlan, settings: &LimitSettings, cgroup: Option<u64>) {
+    let budget = settings.memory.budget(cgroup);
+    for why in settings.in_force(cgroup).wrong {
+        tracing::warn!("{why}");
+    }
+    if let Some(callers) = plan.fewer_have_descriptors() {
+        tracing::warn!(
+            callers,
+            "there are few descriptors (LimitNOFILE, or ulimit -n): when they run short, only this many callers that hold nothing \
+             are sure to be served, and not 64"
+        );
+    }
+
     if let (Some(callers), Some(budget)) = (plan.fewer_fit(), budget) {
         tracing::warn!(
             budget,
@@ -135,11 +148,11 @@ pub(super) fn say_what_is_passed_over(config: &Config) {
 /// # Errors
 /// [`RoomError`].
 pub fn room_for(config: &Config) -> Result<(), RoomError> {
-    Means::of_this_process(http_listeners(config)).plan(&config.ratelimit).map(drop)
+    Means::of_this_process(http_listeners(config)).plan(config).map(drop)
 }
 
 /// Why the machine has no room for what is set.
-#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum RoomError {
     /// Descriptors do not suffice.
     #[error("{why} (LimitNOFILE, or ulimit -n, is {open_files})")]
@@ -151,6 +164,9 @@ pub enum RoomError {
     /// The memory budget does not.
     #[error(transparent)]
     Memory(NoRoomError),
+    /// Nor for what somebody set.
+    #[error(transparent)]
+    Beyond(ConfigErrors),
 }
 
 /// How many HTTP listeners `config` asks for.
@@ -200,11 +216,36 @@ impl Means {
     ///
     /// # Errors
     /// [`RoomError`].
-    pub(super) fn plan(self, settings: &LimitSettings) -> Result<GatePlan, RoomError> {
+    pub(super) fn plan(self, config: &Config) -> Result<GatePlan, RoomError> {
+        let settings = &config.ratelimit;
         let budget = settings.memory.budget(self.cgroup);
+        if let Some(errors) = budget.and_then(|budget| self.beyond(config, budget)) {
+            return Err(RoomError::Beyond(errors));
+        }
         GatePlan::new(settings, self.nofile, budget).map_err(|why| match why {
             NoRoomError::Descriptors { .. } => RoomError::Descriptors { why, open_files: self.open_files },
             NoRoomError::Memory { .. } => RoomError::Memory(why),
         })
+    }
+
+    /// What is set that `budget` bytes can never give, each with its place.
+    fn beyond(self, config: &Config, budget: u64) -> Option<ConfigErrors> {
+        let settings = &config.ratelimit;
+        let is_set = settings.memory.budget(None) == Some(budget);
+        let whose = if is_set { "memory.limit" } else { "the memory limit of the cgroup" };
+        let beyond = settings.beyond(budget, whose, |key| config.set_at.of_key(key).map(ToString::to_string));
+        let errors = beyond.into_iter().filter_map(|BeyondBudget { key, value, why }| {
+            let KeyPlace { file, line, column } = config.set_at.of_key(key)?.clone();
+            Some(ConfigError {
+                file,
+                line,
+                column,
+                key: key.to_owned(),
+                value: Some(value.to_string()),
+                message: why,
+            })
+        });
+        let errors: Vec<_> = errors.collect();
+        (!errors.is_empty()).then(|| ConfigErrors::new(errors, 0))
     }
 }

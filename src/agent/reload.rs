@@ -78,15 +78,15 @@ impl Replacing {
         let budget = ratelimit.memory.budget(parts.means.cgroup);
         let bounds = connection_bounds(next, parts.means);
         let told = next.issuer_input();
-        let gate_plan = parts.means.plan(ratelimit)?;
+        let gate_plan = parts.means.plan(next)?;
 
-        say_what_fits(&gate_plan, budget);
+        say_what_fits(&gate_plan, ratelimit, parts.means.cgroup);
         say_whom_to_distrust(next);
         say_what_is_passed_over(next);
         // From here on nothing fails. What the entries ask for is looked for before they are there.
         let _asked_until_then = parts.attestor.prepare_for(&told.index);
         parts.attestor.wait(ANSWERS_WITHIN);
-        parts.limits.reload(ratelimit);
+        parts.limits.reload(&ratelimit.within(budget));
         parts.limits_set.set(ratelimit.in_force(parts.means.cgroup));
         parts.gate.reload(gate_plan);
         connections.send_if_modified(|old| std::mem::replace(old, bounds.clone()) != bounds);

@@ -184,7 +184,7 @@ impl PreparedAgent {
         let store_series = Arc::new(StoreMetrics::new(metrics.registry()));
         let means = Means::of_this_process(http_listeners(config));
         let budget = config.ratelimit.memory.budget(means.cgroup);
-        let gate_plan = means.plan(&config.ratelimit)?;
+        let gate_plan = means.plan(config)?;
         let health = Arc::<HealthState>::default();
         let asked = [endpoints::of_metrics(config, &metrics), endpoints::of_health(config, &health)].concat();
         let endpoints = HttpEndpoints::bind(asked, means.http_places)?;
@@ -196,13 +196,13 @@ impl PreparedAgent {
         attestor.wait(ANSWERS_WITHIN);
         let limits_set = SharedLimits::default();
         limits_set.set(config.ratelimit.in_force(means.cgroup));
-        say_what_fits(&gate_plan, budget);
+        say_what_fits(&gate_plan, &config.ratelimit, means.cgroup);
         say_whom_to_distrust(config);
         say_what_is_passed_over(config);
         let keys = caller_keys(config);
         say_where(&keys, in_pod(), budget, means.cgroup);
         let surroundings = look_around(&health, &attestor, in_pod() && keys.looks_for_pods());
-        let limits = Limits::new(&config.ratelimit, clock, metrics.registry());
+        let limits = Limits::new(&config.ratelimit.within(budget), clock, metrics.registry());
         let gate = limits::Gate::new(gate_plan, &limits);
         Ok(Self {
             clock,

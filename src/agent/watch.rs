@@ -10,12 +10,13 @@ use crate::{
     api::Journal,
     attest::Attestor,
     limits::{
-        self, ConnectionRefusal, Limits, ToldToGo,
+        self, ConnectionRefusal, Limits, Method, ToldToGo,
         budget::{Accounted, Pressure},
         holding::Notice,
         out_of_room::OutOfRoom,
         pace::{Complaints, Settled},
-        report::{Event, foremost},
+        refusal::Reason,
+        report::{BucketName, Event, foremost},
         shares::Taking,
     },
     os::heap::{self, ResidentSet},
@@ -202,7 +203,14 @@ impl Watch {
         };
         // Where nobody has reckoned it, anybody may have all.
         let share_told = (share < u64::MAX).then_some(share);
-        if held >= share {
+        if share_told.is_none() {
+            tracing::warn!(
+                caller = %caller,
+                short_of,
+                held,
+                "{limit}: caller gets no further connection, as what is left is kept for callers that hold next to nothing"
+            );
+        } else if held >= share {
             tracing::warn!(
                 caller = %caller,
                 short_of,
@@ -254,13 +262,32 @@ impl Watch {
         }
         for event in self.limits.events() {
             match event {
-                Event::RefusalStarted { stage, name, takings, method: _ } => {
+                Event::RefusalStarted { stage, name, takings, method, reason } => {
                     let told = |count: fn(&Taking) -> u32| {
                         Some(foremost(&takings, count)).filter(|told| !told.is_empty())
                     };
                     let (takes, goes_without) = (told(|it| it.used), told(|it| it.refused));
-                    let stage = stage.text();
-                    tracing::warn!(stage, key = %name, takes, goes_without, "rate limit: caller is being refused");
+                    // Of bytes: what it holds with its family, and what it may.
+                    let (held, share) = match (reason, &name) {
+                        (Reason::Memory, BucketName::Caller(caller)) => {
+                            let held = self.gate.held_by(*caller);
+                            (Some(held.family.unwrap_or(held.own).1), self.gate.shares().bytes)
+                        }
+                        _ => (None, None),
+                    };
+                    let limit = if reason == Reason::Memory { "memory limit" } else { "rate limit" };
+                    let (stage, reason, method) = (stage.text(), reason.text(), method.map(Method::rpc));
+                    tracing::warn!(
+                        stage,
+                        key = %name,
+                        method,
+                        reason,
+                        held,
+                        share,
+                        takes,
+                        goes_without,
+                        "{limit}: caller is being refused"
+                    );
                 }
                 Event::RefusalEnded { stage, name, count } => {
                     tracing::info!(stage = stage.text(), key = %name, count, "rate limit: caller is no longer refused");

@@ -31,7 +31,7 @@ use crate::{
     limits::{
         self, CallerKey, ConnectionPermit, ConnectionRefusal, Limits, Method,
         budget::Pressure,
-        gate_standings::MemoryStanding,
+        gate_standings::{HeldByCaller, MemoryStanding, SharesNow},
         refusal::Stage,
         report::{BucketName, Heavy, Standing},
         room::Short,
@@ -51,9 +51,8 @@ use crate::{
 const TOP: u32 = 10;
 /// The most of the heaviest that are told.
 pub const MOST: u32 = 1000;
-/// What there may be no room of, as people are told.
-const SHORTAGES: [(Short, &str); 3] =
-    [(Short::Memory, "memory"), (Short::Descriptors, "descriptors"), (Short::Processor, "processor")];
+/// What there may be no room of beside connections, as people are told.
+const SHORTAGES: [(Short, &str); 2] = [(Short::Memory, "memory"), (Short::Processor, "processor")];
 /// How many are told of those who take from a bucket, and as many of those who go without.
 const FOREMOST: usize = 8;
 /// How many of the entries that nearly match are told.
@@ -236,24 +235,24 @@ impl AdminParts {
         let (more_heaviest, more_connections) = (heaviest.len() > top, connections.len() > top);
         heaviest.truncate(top);
         connections.truncate(top);
+        let shares = self.gate.shares();
         let (callers, identities) = self.limits.keys();
         let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
         pb::LimitsResponse {
             heaviest: heaviest.into_iter().map(|(stage, heavy)| self.heavy(stage, &heavy)).collect(),
             connections: connections
                 .into_iter()
-                .map(|(caller, open, held)| pb::Connections { caller: caller.to_string(), open, held })
+                .map(|(caller, open, held)| connections_of(caller, (open, held)))
                 .collect(),
             node_connections: self.gate.connections(),
             attestations_in_flight: self.limits.attestations(),
             memory: Some(self.memory()),
-            short_of: SHORTAGES
-                .into_iter()
-                .filter(|(short, _)| self.limits.room().is_short(*short))
-                .map(|(_, name)| name.to_owned())
-                .collect(),
+            short_of: self.short_of(),
             calls_waiting: self.limits.waiting(),
             spare_calls: self.limits.spare_calls(),
+            most_connections: self.gate.most_connections(),
+            share: shares.bytes,
+            share_of_connections: shares.connections,
             more_heaviest,
             more_connections,
             keys: Some(pb::Keys {
@@ -261,6 +260,37 @@ impl AdminParts {
                 caller: count(callers),
                 identity: count(identities),
             }),
+        }
+    }
+
+    /// Of what there is no room.
+    fn short_of(&self) -> Vec<String> {
+        let is_short =
+            |(short, name): &(Short, &'static str)| self.limits.room().is_short(*short).then_some(*name);
+        let mut all: Vec<&str> = SHORTAGES.iter().filter_map(is_short).collect();
+        // Memory first, and the processor last.
+        let at = all.len().min(usize::from(all.first() == Some(&"memory")));
+        if let Some(places) = self.gate.lacks_places() {
+            all.insert(at, places);
+        }
+        all.into_iter().map(str::to_owned).collect()
+    }
+
+    /// What a caller holds, and what is short.
+    fn holding(&self, caller: CallerKey) -> pb::Holding {
+        let HeldByCaller { own, family, most } = self.gate.held_by(caller);
+        let SharesNow { bytes, connections } = self.gate.shares();
+        let heaviest = self.gate.heaviest(1).into_iter().next();
+        pb::Holding {
+            caller: Some(connections_of(caller, own)),
+            family: family.map(|held| connections_of(caller, held)),
+            most,
+            short_of: self.short_of(),
+            share: bytes,
+            share_of_connections: connections,
+            node_connections: self.gate.connections(),
+            most_connections: self.gate.most_connections(),
+            heaviest: heaviest.map(|(caller, open, held)| connections_of(caller, (open, held))),
         }
     }
 
@@ -325,6 +355,7 @@ impl AdminParts {
             command,
             not_known: self.standing.not_known().unwrap_or_default(),
             agent_id: self.standing.agent_id().unwrap_or_default(),
+            holding: Some(self.holding(caller)),
         })
     }
 
@@ -386,6 +417,10 @@ fn said_of(said: AttestorSaid) -> pb::Said {
         took_microseconds: whole(took.as_micros()),
         age_milliseconds: age.map(|age| whole(age.as_millis())),
     }
+}
+
+fn connections_of(caller: CallerKey, (open, held): (u32, u64)) -> pb::Connections {
+    pb::Connections { caller: caller.to_string(), open, held }
 }
 
 fn why(key: CallerKey, source: KeySource) -> pb::Caller {

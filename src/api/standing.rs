@@ -137,6 +137,7 @@ impl AgentStanding {
             budget_from: limits.budget_from.to_owned(),
             millicores: limits.millicores,
             dry_run: limits.dry_run,
+            limits_wrong: limits.wrong,
             streams: self.connections.streams(),
             parked: self.connections.parked(),
             surroundings: self.found_in_spite_of(),

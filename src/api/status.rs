@@ -243,10 +243,9 @@ pub fn refused_connection(
             (limit, "rate limit exceeded: this caller connects more often than ratelimit.gate allows")
         }
         R::NodeConnections => (Code::Unavailable, "the agent has reached its limit of connections"),
-        R::Descriptors => (
-            Code::Unavailable,
-            "the agent is short of descriptors, and this caller has its share of the connections",
-        ),
+        R::Descriptors => {
+            (Code::Unavailable, "the agent is short of connections, and this caller has its share of them")
+        }
         R::Memory => (
             Code::Unavailable,
             "the agent is short of memory, and this caller's connections hold its share of it",

@@ -120,6 +120,18 @@ pub(super) fn mebibytes(bytes: u64) -> String {
     format!("{}.{} MiB", tenths / 10, tenths % 10)
 }
 
+/// The same of little.
+pub(super) fn kibibytes(bytes: u64) -> String {
+    format!("{} KiB", bytes >> 10)
+}
+
+/// What each caller may hold, of bytes and of connections, where that is short.
+pub(super) fn share_text(bytes: Option<u64>, connections: Option<u64>) -> Option<String> {
+    let both = [bytes.map(kibibytes), connections.map(|number| format!("{number} connections"))];
+    let both: Vec<String> = both.into_iter().flatten().collect();
+    (!both.is_empty()).then(|| both.join(", "))
+}
+
 /// What is used of the memory, as JSON.
 pub(super) fn memory_json(memory: &pb::Memory) -> serde_json::Value {
     serde_json::json!({

@@ -7,7 +7,10 @@ use serde_json::json;
 
 use super::{
     Failure, OutputArgs, OutputFormat,
-    admin::{AdminArgs, BY_DEFAULT, Column, bucket_json, fit, shorten, table, taker, taking_json, tokens},
+    admin::{
+        AdminArgs, BY_DEFAULT, Column, bucket_json, fit, kibibytes, share_text, shorten, table, taker,
+        taking_json, tokens,
+    },
     argv::process_id,
     terminal::{Terminal, clean, width},
     text::folded,
@@ -135,6 +138,9 @@ fn pretty(
         }
     }
 
+    if let Some(holding) = &told.holding {
+        held(&mut out, holding, width);
+    }
     limits(&mut out, told, width);
     out
 }
@@ -179,6 +185,39 @@ fn lacks(told: &pb::ExplainResponse, near: &pb::Near) -> String {
     };
     let (missing, unknown) = (list("misses", &missing), list("may have", &unknown));
     format!("has {} of its selectors{missing}{unknown}", near.found)
+}
+
+/// What its caller holds, what it may hold, what is short, and who has that.
+fn held(out: &mut String, it: &pb::Holding, width: usize) {
+    out.push_str("\nHeld:\n");
+    let held = |of: &pb::Connections| {
+        let plural = if of.open == 1 { "" } else { "s" };
+        format!("{} connection{plural}, {}", of.open, kibibytes(of.held))
+    };
+    let caller = it.caller.clone().unwrap_or_default();
+    let most =
+        it.most.map_or_else(String::new, |most| format!("; it may have {most} connections (ratelimit.gate)"));
+    let mut lines = vec![format!("{}: {}{most}", clean(&caller.caller), held(&caller))];
+    lines.extend(
+        it.family
+            .as_ref()
+            .map(|family| format!("with all that are its user's (/etc/subuid): {}", held(family))),
+    );
+    lines
+        .push(format!("all callers: {} connections of at most {}", it.node_connections, it.most_connections));
+    if it.short_of.is_empty() {
+        lines.push("nothing is short".to_owned());
+    } else {
+        let share = share_text(it.share, it.share_of_connections);
+        let share = share.map_or_else(String::new, |share| format!("; the share of each is {share}"));
+        lines.push(format!("short of {}{share}", clean(&it.short_of.join(", "))));
+    }
+    lines.extend(
+        it.heaviest.as_ref().map(|most| format!("{} holds most: {}", clean(&most.caller), held(most))),
+    );
+    for line in lines {
+        out.push_str(&indented(&line, "  ", width));
+    }
 }
 
 /// The buckets that a call of the process would take from.
@@ -326,6 +365,20 @@ fn to_json(told: &pb::ExplainResponse) -> serde_json::Value {
             "age_ms": it.age_milliseconds,
         })
     };
+    let connections = |it: &pb::Connections| json!({ "caller": it.caller, "open": it.open, "held": it.held });
+    let holding = |it: &pb::Holding| {
+        json!({
+            "caller": it.caller.as_ref().map(connections),
+            "family": it.family.as_ref().map(connections),
+            "most": it.most,
+            "short_of": it.short_of,
+            "share": it.share,
+            "share_of_connections": it.share_of_connections,
+            "node_connections": it.node_connections,
+            "most_connections": it.most_connections,
+            "heaviest": it.heaviest.as_ref().map(connections),
+        })
+    };
     let caller = told.caller.clone().unwrap_or_default();
     json!({
         "pid": told.pid,
@@ -340,6 +393,7 @@ fn to_json(told: &pb::ExplainResponse) -> serde_json::Value {
         "matches": told.matches.iter().map(entry).collect::<Vec<_>>(),
         "nearest": told.nearest.iter().map(near).collect::<Vec<_>>(),
         "buckets": told.buckets.iter().map(shared_json).collect::<Vec<_>>(),
+        "holding": told.holding.as_ref().map(holding),
     })
 }
 
@@ -368,6 +422,8 @@ mod tests {
             hint: hint.to_owned(),
             withheld: withheld.to_owned(),
         };
+        let connections =
+            |caller: &str, open, held| pb::Connections { caller: caller.to_owned(), open, held };
         let untold = |kind: &str, why: &str, decides| pb::Untold {
             kind: kind.to_owned(),
             why: why.to_owned(),
@@ -392,6 +448,17 @@ mod tests {
             }],
             not_known: String::new(),
             agent_id: String::new(),
+            holding: Some(pb::Holding {
+                caller: Some(connections("pod:x", 2, 66 << 10)),
+                family: Some(connections("pod:x", 5, 99 << 10)),
+                most: Some(2),
+                short_of: vec!["memory".to_owned(), "connections".to_owned()],
+                share: Some(80 << 10),
+                share_of_connections: Some(8),
+                node_connections: 360,
+                most_connections: 400,
+                heaviest: Some(connections("uid:7", 1, 3 << 20)),
+            }),
             untold: vec![
                 untold("unix:path", "it hangs", true),
                 untold("k8s:ns", "the kubelet is away", false),
@@ -444,6 +511,13 @@ Entries that nearly match:
     has 1 of its selectors, misses unix:user:db, may have unix:path:/db
     unix:user:db: there is no such user on this node
 
+Held:
+  pod:x: 2 connections, 66 KiB; it may have 2 connections (ratelimit.gate)
+  with all that are its user's (/etc/subuid): 5 connections, 99 KiB
+  all callers: 360 connections of at most 400
+  short of memory, connections; the share of each is 80 KiB, 8 connections
+  uid:7 holds most: 1 connection, 3072 KiB
+
 Limits:
 STAGE     KEY              METHOD             TOKENS LEFT
 gate      pod:x            connections            199/200
@@ -458,6 +532,7 @@ spiffe://td/web  FetchJWTSVID  uid:7     70        8
 "
         );
         assert_eq!(to_json(&told)["untold"][0]["kind"], "unix:path");
+        assert_eq!(to_json(&told)["holding"]["heaviest"]["open"], 1);
         assert_eq!(to_json(&told)["nearest"][0]["entry"]["entry_id"], "db");
         assert!(pretty(&pb::ExplainResponse::default(), names, 80).contains("no identity"));
         let untold = pb::ExplainResponse { matches: Vec::new(), nearest: Vec::new(), ..told };

@@ -19,8 +19,8 @@ use tokio::{
 use super::{
     Failure, OutputArgs, OutputFormat,
     admin::{
-        AdminArgs, BY_DEFAULT, Column, bucket_json, fit, mebibytes, memory_json, table, taker, taking_json,
-        tokens,
+        AdminArgs, BY_DEFAULT, Column, bucket_json, fit, kibibytes, mebibytes, memory_json, share_text,
+        table, taker, taking_json, tokens,
     },
     argv::number_up_to,
     terminal::{Terminal, clean, width},
@@ -229,11 +229,9 @@ fn screen(
         out.extend(table(table_columns, &fitted).lines().map(str::to_owned));
     }
     out.push(String::new());
-    let of_callers: Vec<[String; 3]> = connection_rows(now, names).into_iter().take(connections).collect();
-    if !of_callers.is_empty() {
-        let table_columns = [Column::Left("CALLER"), Column::Right("CONNECTIONS"), Column::Right("HELD")];
-        let fitted = fit(&of_callers, 0, columns, &table_columns);
-        out.extend(table(table_columns, &fitted).lines().map(str::to_owned));
+    if connections > 0 {
+        let table = connection_table(now, connections, "CONNECTIONS", names, columns);
+        out.extend(table.lines().map(str::to_owned));
     }
     out.truncate(rows.saturating_sub(1));
     let cut = |line: String| line.chars().take(columns).collect::<String>();
@@ -291,9 +289,27 @@ fn room_text(now: &pb::LimitsResponse) -> String {
     }
 }
 
-fn connection_rows(now: &pb::LimitsResponse, names: &mut UserNames) -> Vec<[String; 3]> {
-    let kibibytes = |bytes: u64| format!("{} KiB", bytes >> 10);
-    now.connections.iter().map(|it| [names.of(&it.caller), it.open.to_string(), kibibytes(it.held)]).collect()
+/// What the first `most` callers hold, and beside that what each may hold, where that is short.
+fn connection_table(
+    now: &pb::LimitsResponse,
+    most: usize,
+    open: &'static str,
+    names: &mut UserNames,
+    width: usize,
+) -> String {
+    let columns =
+        [Column::Left("CALLER"), Column::Right(open), Column::Right("HELD"), Column::Right("SHARE")];
+    let share = share_text(now.share, now.share_of_connections);
+    let row = |it: &pb::Connections| {
+        [names.of(&it.caller), it.open.to_string(), kibibytes(it.held), share.clone().unwrap_or_default()]
+    };
+    let rows: Vec<[String; 4]> = now.connections.iter().take(most).map(row).collect();
+    if share.is_some() {
+        return table(columns, &fit(&rows, 0, width, &columns));
+    }
+    let [columns @ .., _] = columns;
+    let rows: Vec<[String; 3]> = rows.into_iter().map(|[columns @ .., _]| columns).collect();
+    table(columns, &fit(&rows, 0, width, &columns))
 }
 
 /// All of the answer to a question for `top`, in so many columns.
@@ -303,8 +319,8 @@ fn pretty(now: &pb::LimitsResponse, top: u32, names: &mut UserNames, width: usiz
     // Writing to a String does not fail.
     let _ = writeln!(
         out,
-        "Connections: {} (attestations in flight: {})",
-        now.node_connections, now.attestations_in_flight
+        "Connections: {} of at most {} (attestations in flight: {})",
+        now.node_connections, now.most_connections, now.attestations_in_flight
     );
     let _ = writeln!(
         out,
@@ -351,10 +367,14 @@ fn pretty(now: &pb::LimitsResponse, top: u32, names: &mut UserNames, width: usiz
         }
     }
     if !now.connections.is_empty() {
-        let rows = connection_rows(now, names);
         out.push('\n');
-        let columns = [Column::Left("CALLER"), Column::Right("OPEN CONNECTIONS"), Column::Right("HELD")];
-        out.push_str(&table(columns, &fit(&rows, 0, width, &columns)));
+        out.push_str(&connection_table(now, usize::MAX, "OPEN CONNECTIONS", names, width));
+        if now.share.is_some() || now.share_of_connections.is_some() {
+            let _ = writeln!(
+                out,
+                "A share is of a caller, or of all that are one user's (/etc/subuid) together."
+            );
+        }
         if now.more_connections {
             out.push_str(&more(top));
         }
@@ -436,6 +456,9 @@ fn to_json(now: &pb::LimitsResponse) -> serde_json::Value {
         "short_of": now.short_of,
         "calls_waiting": now.calls_waiting,
         "spare_calls": now.spare_calls,
+        "most_connections": now.most_connections,
+        "share": now.share,
+        "share_of_connections": now.share_of_connections,
         "memory": memory_json(&memory),
         "keys": { "gate": keys.gate, "caller": keys.caller, "identity": keys.identity },
     })
@@ -495,6 +518,9 @@ mod tests {
             short_of: vec!["memory".to_owned(), "processor".to_owned()],
             calls_waiting: 7,
             spare_calls: 0,
+            most_connections: 400,
+            share: None,
+            share_of_connections: None,
             more_heaviest: true,
             more_connections: false,
             keys: Some(pb::Keys { gate: 1, caller: 2, identity: 3 }),
@@ -504,7 +530,7 @@ mod tests {
         assert_eq!(
             pretty(&now, 10, &mut names, 80),
             "\
-Connections: 3 (attestations in flight: 1)
+Connections: 3 of at most 400 (attestations in flight: 1)
 Buckets:     1 of the gate, 2 of callers, 3 of identities
 Memory:      9.0 MiB used, of 24.0 MiB; pressure: none
              connections hold 1.0 MiB, resident 7.5 MiB
@@ -522,6 +548,14 @@ CALLER    OPEN CONNECTIONS    HELD
 uid:1000                 3  99 KiB
 "
         );
+        let short =
+            pb::LimitsResponse { share: Some(80 << 10), share_of_connections: Some(8), ..now.clone() };
+        let table = "
+CALLER    OPEN CONNECTIONS    HELD                  SHARE
+uid:1000                 3  99 KiB  80 KiB, 8 connections
+";
+        assert!(pretty(&short, 10, &mut names, 80).contains(table));
+        assert_eq!((&to_json(&short)["share"], &to_json(&now)["share"]), (&json!(80 << 10), &json!(null)));
         let spare = pb::LimitsResponse {
             short_of: vec!["processor".to_owned()],
             calls_waiting: 1024,

@@ -221,6 +221,7 @@ fn wrong(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime) 
             "{lines} of the log and the audit lost since the start: nobody took them in time, or there was no room"
         ));
     }
+    wrong.extend(told.limits_wrong.iter().cloned());
     wrong.extend(told.attestors_wrong.iter().cloned());
     wrong.extend(told.entries_unmatched.iter().cloned());
     if let Some(server) = &told.server {

@@ -11,7 +11,7 @@ use super::{
     terminal::{Terminal, clean},
 };
 use crate::{
-    agent,
+    agent::{self, RoomError},
     attest::Attestor,
     config::{AgentUser, Config, Signer, TakenAddress},
     hcl::{ConfigError, ConfigErrors},
@@ -100,6 +100,9 @@ fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<(Config, Trust)
     }
     let trust = Trust::of(user);
     let (read, closed) = config.check(trust)?;
+    if let Err(RoomError::Beyond(errors)) = agent::room_for(&read) {
+        return Err(Failure::Config(errors));
+    }
     for ClosedDir { path, uid, mode, .. } in closed {
         let (path, socket) = (path.display(), read.agent.socket_path.display());
         let group = if mode & 0o010 == 0 { "" } else { " and its group" };

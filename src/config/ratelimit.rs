@@ -27,8 +27,9 @@ use crate::{
     limits::{
         Attestations, AttestationsError, ConnectionSettings, GatePlaces, GateRule, GateRules, GateSettings,
         LimitSettings, Method, NodeQuota, NodeSettings, RejectionStatus, SoftLimits, TableSize,
+        beyond_budget::{self, BeyondBudget},
         bucket::{MAX_BURST, Quota},
-        budget::{self, MemoryLimit, MemorySettings, MemorySteps, MemoryStepsError},
+        budget::{MemoryLimit, MemorySettings, MemorySteps, MemoryStepsError},
         gate_settings::{GatePlacesError, MAX_CONNECTIONS},
         method::PerMethod,
         pattern::PatternError,
@@ -88,7 +89,9 @@ impl Context<'_> {
                     None => spire.push(key),
                 }
             }
-            let gate = s.block("gate").map(|gate| self.gate(gate, &mut settings.gate)).unwrap_or_default();
+            if let Some(gate) = s.block("gate") {
+                self.gate(gate, &mut settings.gate);
+            }
             if let Some(caller) = s.block("caller") {
                 let pattern = |text: &str| self.caller_pattern(text);
                 self.stage(caller, Stage::Caller, &mut settings.caller, &pattern);
@@ -104,7 +107,7 @@ impl Context<'_> {
                 memory(block, &mut settings.memory);
             }
             if let Some(budget) = settings.memory.budget(None) {
-                self.within(budget, &gate);
+                self.within(budget, &settings);
             }
             block.finish();
         }
@@ -131,51 +134,26 @@ impl Context<'_> {
         self.problems.add(key.place, &key.name, Some(key.limit.to_string()), message);
     }
 
-    /// Says which numbers of the gate can never be reached within `budget` bytes.
-    fn within(&self, budget: u64, gate: &WrittenNumbers) {
-        let WrittenNumbers { connections, reserve, streams } = *gate;
-        if let (Some(connections), Some(streams)) = (connections, streams) {
-            let each = budget::connection_with(streams.value);
-            let all = each.saturating_mul(u64::from(connections.value));
-            if all > budget {
-                let message = format!(
-                    "holds {all} bytes with as many streams as may be open ({}), at {}, and memory.limit is {budget}: lower \
-                     one of them",
-                    streams.value,
-                    self.problems.show(streams.place)
-                );
-                let value = Some(connections.value.to_string());
-                self.problems.add(connections.place, "ratelimit.gate.connections", value, message);
+    /// Says what can never be had within `budget` bytes.
+    fn within(&self, budget: u64, settings: &LimitSettings) {
+        let set_at = |key| self.problems.noted(key).map(|place| self.problems.show(place));
+        for BeyondBudget { key, value, why } in settings.beyond(budget, "memory.limit", set_at) {
+            if let Some(place) = self.problems.noted(key) {
+                self.problems.add(place, key, Some(value.to_string()), why);
             }
-        }
-        if let Some(reserve) = reserve
-            && u64::from(reserve.value).saturating_mul(budget::NEWCOMER) > budget
-        {
-            let message = format!(
-                "is memory for {} callers of {} bytes, and memory.limit is {budget}: it must be at most {}",
-                reserve.value,
-                budget::NEWCOMER,
-                budget / budget::NEWCOMER
-            );
-            self.problems.add(
-                reserve.place,
-                "ratelimit.gate.reserve",
-                Some(reserve.value.to_string()),
-                message,
-            );
         }
     }
 
-    fn gate(&self, mut block: Section<'_>, gate: &mut GateSettings) -> WrittenNumbers {
+    fn gate(&self, mut block: Section<'_>, gate: &mut GateSettings) {
         let s = &mut block;
-        let mut written = places(s, gate);
+        let most = places(s, gate);
         set(&mut gate.admin, s.integer("admin", GateSettings::ADMIN).map(|at| at.value));
         if let Some(block) = s.block("connection") {
-            written.streams = connection(block, &mut gate.connection);
+            connection(block, &mut gate.connection);
         }
         let mut default = GateRule::default();
         if let Some(mut caller) = s.block("caller") {
-            let rule = gate_rule(&mut caller, &default);
+            let rule = gate_rule(&mut caller, &default, most);
             set(&mut default, rule.ok());
             caller.finish();
         }
@@ -189,7 +167,7 @@ impl Context<'_> {
                     format_args!("changes nothing: it must have connections, or a limit: {A_LIMIT}");
                 section.wrong_block(message);
             }
-            let rule = gate_rule(&mut section, &default);
+            let rule = gate_rule(&mut section, &default, most);
             let label = section.label();
             if self.no_pods && label == "uid:*" {
                 section.wrong_block(PatternError::Everybody(label.into()));
@@ -203,7 +181,6 @@ impl Context<'_> {
         let rules = |overrides| GateRules::new(default.clone(), overrides);
         set(&mut gate.rules, self.together(overrides, |(pattern, _)| pattern.to_string(), rules));
         block.finish();
-        written
     }
 }
 
@@ -217,6 +194,7 @@ fn whole(s: &mut Section<'_>, settings: &mut LimitSettings) {
     };
     let status = s.parsed("rejection_status", status, "must be resource_exhausted or unavailable");
     set(&mut settings.rejection_status, status.map(|at| at.value));
+    s.problems().note_key(beyond_budget::KEYS, s.set_at("keys"));
     let keys = s.integer("keys", TableSize::RANGE);
     set(&mut settings.keys, keys.and_then(|at| TableSize::new(at.value).ok()));
     let mut steps = Vec::new();
@@ -245,9 +223,17 @@ fn as_spire(key: &SpireKey, default: &Rule) -> Option<Rule> {
     Some(rule)
 }
 
-/// What one caller may at the gate; what is not said is as in `base`.
-fn gate_rule(s: &mut Section<'_>, base: &GateRule) -> Result<GateRule, Reported> {
+/// What one caller may at the gate; what is not said is as in `base`. All callers together may have `most` connections, if
+/// that is set.
+fn gate_rule(s: &mut Section<'_>, base: &GateRule, most: Option<u32>) -> Result<GateRule, Reported> {
     let connections = s.integer("connections", 1..=MAX_CONNECTIONS);
+    if let (Some(At { value, place }), Some(most)) = (connections, most)
+        && value > most
+    {
+        let message = format!("must be at most gate.connections, which is {most} for all callers");
+        s.wrong(place, "connections", Some(value.to_string()), message);
+        return Err(Reported);
+    }
     let rate = limit(s, &FREE);
     let dry_run = s.boolean("dry_run");
     let good = (connections.is_some() || !s.has("connections")) && (dry_run.is_some() || !s.has("dry_run"));
@@ -268,16 +254,10 @@ fn gate_rule(s: &mut Section<'_>, base: &GateRule) -> Result<GateRule, Reported>
     })
 }
 
-/// Numbers of the gate that somebody wrote.
-#[derive(Clone, Copy, Default)]
-struct WrittenNumbers {
-    connections: Option<At<u32>>,
-    reserve: Option<At<u32>>,
-    streams: Option<At<u32>>,
-}
-
-/// How many connections there are for all.
-fn places(s: &mut Section<'_>, gate: &mut GateSettings) -> WrittenNumbers {
+/// How many connections there are for all. Returns the number, if it is written.
+fn places(s: &mut Section<'_>, gate: &mut GateSettings) -> Option<u32> {
+    s.problems().note_key(beyond_budget::CONNECTIONS, s.set_at("connections"));
+    s.problems().note_key(beyond_budget::RESERVE, s.set_at("reserve"));
     let connections = s.integer("connections", GatePlaces::LEAST..=MAX_CONNECTIONS);
     let reserve = s.integer("reserve", 0..=MAX_CONNECTIONS);
     let value = |at: Option<At<u32>>| at.map(|at| at.value);
@@ -297,11 +277,10 @@ fn places(s: &mut Section<'_>, gate: &mut GateSettings) -> WrittenNumbers {
         // Said when it was read.
         Err(GatePlacesError::Number(_)) => {}
     }
-    WrittenNumbers { connections, reserve, streams: None }
+    value(connections)
 }
 
-/// Returns the streams, if they are written.
-fn connection(mut block: Section<'_>, settings: &mut ConnectionSettings) -> Option<At<u32>> {
+fn connection(mut block: Section<'_>, settings: &mut ConnectionSettings) {
     use ConnectionSettings as C;
     let s = &mut block;
     let value = |at: Option<At<Duration>>| at.map(|at| at.value);
@@ -319,12 +298,11 @@ fn connection(mut block: Section<'_>, settings: &mut ConnectionSettings) -> Opti
     set(&mut settings.stall_timeout, value(s.duration("stall_timeout", C::STALL_TIMEOUT)));
     set(&mut settings.linger, value(s.duration("linger", C::LINGER)));
     let value = |at: Option<At<u32>>| at.map(|at| at.value);
-    let streams = s.integer("streams", C::STREAMS);
-    set(&mut settings.streams, value(streams));
+    s.problems().note_key(beyond_budget::STREAMS, s.set_at("streams"));
+    set(&mut settings.streams, value(s.integer("streams", C::STREAMS)));
     set(&mut settings.header_bytes, value(s.integer("header_bytes", C::HEADER_BYTES)));
     set(&mut settings.resets, value(s.integer("resets", C::STREAMS)));
     block.finish();
-    streams
 }
 
 /// A bucket that all share, or none.
@@ -385,13 +363,14 @@ fn memory(mut block: Section<'_>, memory: &mut MemorySettings) {
     let s = &mut block;
     let (least, most) = MemoryLimit::RANGE.into_inner();
     let right = format!(
-        "must be \"auto\", or bytes from {} MiB to {} TiB: \"24MiB\" (also KiB, GiB), or 25165824",
+        "must be \"auto\", or bytes from {} MiB to {} TiB: \"24MiB\" (also KiB, GiB, TiB), or 25165824",
         least >> 20,
         most >> 40
     );
     let limit = s.parsed("limit", parse_memory, right);
     set(&mut memory.limit, limit.map(|at| at.value));
     let keys = ["shrink_caches_at", "refuse_new_at", "close_heaviest_at"];
+    s.problems().note_key(beyond_budget::SHRINK_CACHES_AT, s.set_at("shrink_caches_at"));
     let written = keys.map(|key| s.integer(key, MemorySteps::RANGE));
     let mut percents = memory.steps.percents();
     for (percent, at) in percents.iter_mut().zip(written) {
@@ -422,7 +401,7 @@ fn parse_memory(text: &str) -> Option<MemoryLimit> {
     if text == "auto" {
         return Some(MemoryLimit::CGROUP);
     }
-    let units = [("KiB", 10), ("MiB", 20), ("GiB", 30)];
+    let units = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
     let found =
         units.into_iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?.trim_end(), shift)));
     let (digits, shift) = found.unwrap_or((text, 0));

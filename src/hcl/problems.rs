@@ -131,6 +131,11 @@ impl fmt::Display for KeyPlace {
 }
 
 impl KeyPlaces {
+    /// Where this key is set itself.
+    pub fn of_key(&self, key: &str) -> Option<&KeyPlace> {
+        self.0.get(key)
+    }
+
     /// Where this key is set; its block, where that alone is known.
     pub fn of(&self, key: &str) -> Option<&KeyPlace> {
         let block = || self.0.get(key.rsplit_once('.')?.0);
@@ -215,6 +220,11 @@ impl Problems {
     /// Remembers where `key` is set, if it is.
     pub(crate) fn note_key(&self, key: &'static str, place: Option<Place>) {
         self.keys.borrow_mut().extend(place.map(|place| (key, place)));
+    }
+
+    /// Where `key` is set, if it is and was noted.
+    pub(crate) fn noted(&self, key: &str) -> Option<Place> {
+        self.keys.borrow().get(key).copied()
     }
 
     /// Where the keys are set that were noted.

@@ -121,6 +121,11 @@ impl Accounts {
         self.callers.get(caller).map_or(0, |account| account.open)
     }
 
+    /// Connections of a caller, and the bytes that they hold.
+    pub(super) fn of_caller(&self, caller: &CallerKey) -> (u32, u64) {
+        self.callers.get(caller).map_or((0, 0), |account| (account.open, account.held.bytes()))
+    }
+
     /// Connections of a group, and the bytes that it holds.
     pub(super) fn of_group(&self, group: u64) -> (u32, u64) {
         self.groups.get(&group).map_or((0, 0), |account| (account.open(), account.held.bytes()))

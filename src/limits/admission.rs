@@ -12,6 +12,7 @@ use futures_util::FutureExt as _;
 use super::{
     admitted::{Admitted, Charge},
     ask::Ask,
+    bucket::Quota,
     caller::{Caller, CallerKey},
     caller_pattern::CallerPattern,
     counters::Decision,
@@ -365,7 +366,8 @@ impl Ledger {
                 let since = self.since(choice.rule, plan.since.caller, now);
                 let ask = Ask { key, quota, since, cost: costs.answer(), taker: shares };
                 let short = self.shortfall(origin);
-                match self.callers().hold_by(
+                let mut callers = self.callers();
+                match callers.hold_by(
                     now,
                     &ask,
                     short,
@@ -377,7 +379,11 @@ impl Ledger {
                         held = Some(tokens);
                         None
                     }
-                    Err(wait) => Some(lacking(Reason::Rate, wait)),
+                    Err(wait) => {
+                        // One that is refused has no bucket where the table has no room for it.
+                        let charged_as = if callers.knows(key) { own } else { ChargedAs::Overflow };
+                        Some(Scarcity { charged_as, ..lacking(Reason::Rate, wait) })
+                    }
                 }
             }
         };
@@ -386,7 +392,15 @@ impl Ledger {
             self.refuse(&question, lack, || Some(caller_name(caller, &choice))).inspect_err(|refusal| {
                 if attempt.ends(refusal) {
                     let shares = choice.shared.map(|_| taker);
-                    self.callers().note_refused(self.caller_key(plan, caller, method, &choice), shares);
+                    let key = self.caller_key(plan, caller, method, &choice);
+                    match limit {
+                        // It takes no tokens, and has no bucket but this.
+                        Limit::Block => {
+                            let who = || (caller_name(caller, &choice), method.rpc());
+                            self.callers().note_refused_anybody(now, key, Quota::NOTHING_TAKEN, who);
+                        }
+                        _ => self.callers().note_refused(key, shares),
+                    }
                 }
             })?;
             allowed = None;

@@ -98,6 +98,9 @@ pub struct Quota {
 }
 
 impl Quota {
+    /// Of a bucket that nothing is taken from: it is there for what is counted with it.
+    pub(super) const NOTHING_TAKEN: Self = Self::constant(1, 1);
+
     /// `rate` tokens per `per`, at most `burst` at once. Fractions of a token per unit are fine: 0.5 per minute.
     ///
     /// # Errors

@@ -197,9 +197,17 @@ pub struct MemorySettings {
 }
 
 impl MemorySettings {
-    /// The budget in bytes, given the cgroup's limit.
+    /// The budget in bytes, given the cgroup's limit: the lower one counts, since the kernel ends who passes that.
     pub fn budget(&self, cgroup: Option<u64>) -> Option<u64> {
-        self.limit.0.or(cgroup)
+        match (self.limit.0, cgroup) {
+            (Some(set), Some(cgroup)) => Some(set.min(cgroup)),
+            (set, cgroup) => set.or(cgroup),
+        }
+    }
+
+    /// What is set, if that is more than the cgroup's limit.
+    pub fn above(&self, cgroup: Option<u64>) -> Option<u64> {
+        self.limit.0.filter(|set| cgroup.is_some_and(|cgroup| *set > cgroup))
     }
 
     /// Where a step begins, and below what it ends again, of `whole`.
@@ -282,9 +290,11 @@ mod tests {
         let usual = MemorySettings::default();
         let set = MemorySettings { limit: MemoryLimit::bytes(24 << 20).unwrap(), ..usual };
         assert_eq!(
-            (set.budget(Some(1)), usual.budget(Some(1)), usual.budget(None)),
-            (Some(24 << 20), Some(1), None)
+            (set.budget(Some(1 << 30)), set.budget(None), usual.budget(Some(1)), usual.budget(None)),
+            (Some(24 << 20), Some(24 << 20), Some(1), None)
         );
+        assert_eq!((set.budget(Some(8 << 20)), set.above(Some(8 << 20))), (Some(8 << 20), Some(24 << 20)));
+        assert_eq!((set.above(Some(24 << 20)), set.above(None), usual.above(Some(1))), (None, None, None));
     }
 
     #[test]

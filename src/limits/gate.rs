@@ -25,6 +25,7 @@ use super::{
     accounts::{Accounts, OpenPlace, Shed, ToldToGo, Weight},
     admission::Limits,
     ask::{Ask, BucketKey, Hasher},
+    bucket::Quota,
     budget::{self, Pressure},
     caller::CallerKey,
     counters::Decision,
@@ -62,7 +63,7 @@ pub(super) struct GateState {
     /// These, those that were let in first before the others, and some that have ended.
     lent: VecDeque<Lent>,
     pub(super) bytes: Shortage,
-    connections: Shortage,
+    pub(super) connections: Shortage,
     /// When shares were reckoned last.
     looked: u64,
     pub(super) complaints: HashMap<(CallerKey, ConnectionRefusal), OutOfRoom, ahash::RandomState>,
@@ -272,8 +273,14 @@ impl Gate {
                 return Err(refusal);
             }
             Err(refusal) => {
-                if matches!(refusal, ConnectionRefusal::CallerRate | ConnectionRefusal::Processor) {
-                    state.rates.note_refused(shared.key(&plan, caller), None);
+                // That one is noted where it arises, in a rehearsal too.
+                if refusal != ConnectionRefusal::CallerConnections {
+                    let quota = match arriving.rule.limit() {
+                        Limit::Quota(quota) => quota,
+                        Limit::Block | Limit::Exempt | Limit::Unlimited => Quota::NOTHING_TAKEN,
+                    };
+                    let who = || (BucketName::Caller(caller), "connections");
+                    state.rates.note_refused_anybody(now, shared.key(&plan, caller), quota, who);
                 }
                 state.complain(&arriving, refusal);
                 drop(state);
@@ -474,8 +481,8 @@ impl SharedGate {
     /// Counts and tells a refusal.
     fn refused(&self, refusal: ConnectionRefusal, caller: CallerKey, now: u64) {
         self.count(refusal, caller, Decision::Refused);
-        if refusal.is_callers_own() {
-            self.ledger.refusing().note(now, Stage::Gate, None, &BucketName::Caller(caller));
+        if let Some(why @ (Stage::Gate, _)) = refusal.by_stage() {
+            self.ledger.refusing().note(now, why, None, &BucketName::Caller(caller));
         }
         self.want(refusal);
     }

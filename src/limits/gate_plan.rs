@@ -64,6 +64,13 @@ pub enum NoRoomError {
 /// Of a memory budget, connections at their worst have one part in so many.
 const MEMORY_SHARE: u64 = 2;
 
+/// The smallest memory budget for connections with so many streams: it has room for the fewest that there may be.
+pub(super) const fn fewest_take(streams: u32) -> u64 {
+    #[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
+    let least = GatePlaces::LEAST as u64;
+    least * budget::connection_at_most(streams) * MEMORY_SHARE
+}
+
 /// Settings that this machine has room for.
 #[derive(Debug)]
 pub struct GatePlan {
@@ -71,6 +78,10 @@ pub struct GatePlan {
     /// Connections of all callers.
     pub(super) most: u32,
     pub(super) reserve: u32,
+    /// Somebody set how many connections there are; else it is by descriptors.
+    pub(super) most_is_set: bool,
+    /// As many as should be kept, were there connections enough.
+    asked_reserve: u32,
     pub(super) admin: u32,
     /// Bytes.
     pub(super) budget: Option<u64>,
@@ -102,7 +113,7 @@ impl GatePlan {
             return Err(NoRoomError::Descriptors { connections: asked, needed, limit: nofile });
         }
         let each = budget::connection_at_most(gate.connection.streams);
-        let needed = u64::from(GatePlaces::LEAST) * each * MEMORY_SHARE;
+        let needed = fewest_take(gate.connection.streams);
         if let Some(budget) = budget.filter(|budget| *budget < needed) {
             return Err(NoRoomError::Memory { budget, each, needed });
         }
@@ -111,11 +122,13 @@ impl GatePlan {
             rules: gate.rules.clone(),
             most,
             reserve: gate.places.reserve_of(most),
+            most_is_set: set.is_some(),
+            asked_reserve: gate.places.reserve(),
             admin: gate.admin,
             budget,
             memory: settings.memory,
             cpu: settings.node.cpu,
-            keys: settings.keys,
+            keys: settings.keys.within(budget),
             families: settings.families.clone(),
             soft: settings.soft_limits,
             dry: settings.dry_run,
@@ -139,6 +152,12 @@ impl GatePlan {
     /// How many such callers there are, where the budget has room for fewer than there should be.
     pub fn fewer_fit(&self) -> Option<u32> {
         Some(self.reserved()).filter(|fit| *fit < self.reserve.min(GatePlaces::RESERVE))
+    }
+
+    /// How many there are, where the process has descriptors for fewer connections than that takes.
+    pub fn fewer_have_descriptors(&self) -> Option<u32> {
+        let fewer = !self.most_is_set && self.reserve < self.asked_reserve.min(GatePlaces::RESERVE);
+        fewer.then_some(self.reserve)
     }
 
     /// Bytes that are set aside for them.

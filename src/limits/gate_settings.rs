@@ -107,6 +107,11 @@ impl GatePlaces {
         self.connections
     }
 
+    /// How many are kept, as it is set.
+    pub(super) fn reserve(self) -> u32 {
+        self.reserve
+    }
+
     /// How many of `most` are kept.
     pub(super) fn reserve_of(self, most: u32) -> u32 {
         self.reserve.min(most / 2)

@@ -1,6 +1,6 @@
 //! How the gate stands, for those who look: the log, the admin socket, metrics, and who measures.
 
-use std::sync::atomic::Ordering::Relaxed;
+use std::{num::NonZeroU32, sync::atomic::Ordering::Relaxed};
 
 use super::{
     budget::Pressure,
@@ -9,9 +9,28 @@ use super::{
     out_of_room::OutOfRoom,
     processor::ProcessorShare,
     report::{Heavy, Standing},
+    rule::Limit,
     shortage::Shortage,
 };
 use crate::telemetry::registry::float;
+
+/// What a caller holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeldByCaller {
+    /// Its connections, and the bytes that they hold.
+    pub own: (u32, u64),
+    /// The same of its family, if it has one.
+    pub family: Option<(u32, u64)>,
+    /// How many connections somebody let it have.
+    pub most: Option<u32>,
+}
+
+/// What each caller, with its family, may hold: of bytes and of connections, where these are short.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SharesNow {
+    pub bytes: Option<u64>,
+    pub connections: Option<u64>,
+}
 
 /// How memory stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,9 +55,43 @@ impl Gate {
         self.shared.state().accounts.heaviest(n)
     }
 
+    /// How many connections of all callers there may be.
+    pub fn most_connections(&self) -> u32 {
+        self.shared.plan.load().most
+    }
+
+    /// What a caller holds.
+    pub fn held_by(&self, caller: CallerKey) -> HeldByCaller {
+        let plan = self.shared.plan.load();
+        let rule = plan.rule(&caller);
+        let most = rule.connections.filter(|_| matches!(rule.limit(), Limit::Quota(_)));
+        let state = self.shared.state();
+        let family = plan.families.of(caller).map(|_| state.accounts.of_group(plan.families.group(caller)));
+        HeldByCaller { own: state.accounts.of_caller(&caller), family, most: most.map(NonZeroU32::get) }
+    }
+
+    /// What each may hold, where that is short.
+    pub fn shares(&self) -> SharesNow {
+        let state = self.shared.state();
+        let of = |it: &Shortage| it.is_short().then(|| it.share()).filter(|share| *share < u64::MAX);
+        SharesNow { bytes: of(&state.bytes), connections: of(&state.connections) }
+    }
+
+    /// What there is too little of for further connections, if they are short, or gone but for those that are kept for callers
+    /// without one: connections, where somebody set their number, or descriptors.
+    pub fn lacks_places(&self) -> Option<&'static str> {
+        let plan = self.shared.plan.load();
+        let state = self.shared.state();
+        let lacks = state.connections.is_short() || state.total >= plan.most.saturating_sub(plan.reserve);
+        lacks.then_some(if plan.most_is_set { "connections" } else { "descriptors" })
+    }
+
     /// The callers that were refused and let in most.
     pub fn report(&self, n: usize) -> Vec<Heavy> {
-        self.shared.state().rates.heaviest(n)
+        let state = self.shared.state();
+        let mut all = state.rates.heaviest(n);
+        all.extend(Heavy::without_bucket("connections", state.rates.refused_unknown()));
+        all
     }
 
     /// Callers that were refused for want of room since this was last asked; a bounded number of them.

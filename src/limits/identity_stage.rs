@@ -6,6 +6,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     ask::Ask,
+    bucket::Quota,
     counters::Decision,
     id_pattern::IdPattern,
     ledger::{Attempt, CallPlan, CallToSpare, Identities, Ledger, Question, Scarcity},
@@ -40,7 +41,7 @@ impl Ledger {
         ids: impl Iterator<Item = &'a SpiffeId>,
     ) -> Result<(), Refusal> {
         let IdentityCall { plan, caller_exempt, attempt } = *of;
-        let CallToSpare { method, taker, .. } = *call;
+        let CallToSpare { method, taker, now, .. } = *call;
         let mut guard = self.identities();
         let identities = &mut *guard;
         identities.held.clear();
@@ -66,7 +67,14 @@ impl Ledger {
                 let question = Question { plan, stage: Stage::Identity, method, dry: false, attempt };
                 self.refuse(&question, lack, || Some(identity_name(id, &choice))).map_err(|refusal| {
                     if attempt.ends(&refusal) {
-                        identities.table.note_refused(self.identity_key(id, method, &choice), Some(taker));
+                        let (key, table) = (self.identity_key(id, method, &choice), &mut identities.table);
+                        if refusal.reason == Reason::Blocked {
+                            // It takes no tokens, and has no bucket but this.
+                            let who = || (identity_name(id, &choice), method.rpc());
+                            table.note_refused_anybody(now, key, Quota::NOTHING_TAKEN, who);
+                        } else {
+                            table.note_refused(key, Some(taker));
+                        }
                     }
                     Refusal { spiffe_id: Some(id.clone()), ..refusal }
                 })

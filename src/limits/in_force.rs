@@ -23,6 +23,8 @@ pub struct LimitsInForce {
     pub millicores: u64,
     /// Nothing is refused: what would be is counted.
     pub dry_run: bool,
+    /// What is set and cannot be had, each in one line.
+    pub wrong: Vec<String>,
 }
 
 impl LimitSettings {
@@ -44,12 +46,24 @@ impl LimitSettings {
             set.truncate(MOST);
             set.push(format!("and {more} more"));
         }
+        let above = self.memory.above(cgroup);
         let budget_from = match (self.memory.budget(None), cgroup) {
-            (Some(_), _) => "ratelimit.memory.limit",
-            (None, Some(_)) => "the memory limit of its cgroup",
-            (None, None) => "",
+            (Some(_), _) if above.is_none() => "ratelimit.memory.limit",
+            (_, Some(_)) => "the memory limit of its cgroup",
+            (_, None) => "",
         };
-        LimitsInForce { set, budget_from, millicores: self.node.cpu.millicores(), dry_run: self.dry_run }
+        let wrong = above.zip(cgroup).map(|(set, cgroup)| {
+            format!(
+                "ratelimit.memory.limit is {set} bytes, above the {cgroup} of the agent's cgroup, which count"
+            )
+        });
+        LimitsInForce {
+            set,
+            budget_from,
+            millicores: self.node.cpu.millicores(),
+            dry_run: self.dry_run,
+            wrong: wrong.into_iter().collect(),
+        }
     }
 
     fn gate_lines(&self, set: &mut Vec<String>) {
@@ -74,9 +88,19 @@ impl LimitSettings {
 
 fn layer_lines<P>(stage: &str, layers: &Layers<P>, set: &mut Vec<String>) {
     let mut tell = |what: &str, rule: &Rule| {
-        if rule.origin() == Origin::Set {
-            let dry = if rule.dry_run { ", dry run" } else { "" };
-            set.push(format!("{stage}, {what}: {}{dry}", limit_text(rule.limit())));
+        let dry = if rule.dry_run { ", dry run" } else { "" };
+        let windows = match rule.schedule().values().count() {
+            0 => String::new(),
+            1 => "1 schedule".to_owned(),
+            windows => format!("{windows} schedules"),
+        };
+        match (rule.origin(), windows.is_empty()) {
+            (Origin::Set, true) => set.push(format!("{stage}, {what}: {}{dry}", limit_text(rule.limit()))),
+            (Origin::Set, false) => {
+                set.push(format!("{stage}, {what}: {}, {windows}{dry}", limit_text(rule.limit())));
+            }
+            (Origin::ByDefault, false) => set.push(format!("{stage}, {what}: {windows}{dry}")),
+            (Origin::ByDefault, true) => {}
         }
     };
     tell("each method", &layers.default);
@@ -120,8 +144,27 @@ fn quota_text(quota: Quota) -> String {
 mod tests {
     use super::*;
     use crate::limits::{
-        bucket::Per, caller_pattern::CallerPattern, rule::Costs, schedule::Schedule, settings::NodeQuota,
+        bucket::Per,
+        budget::MemoryLimit,
+        caller_pattern::CallerPattern,
+        rule::Costs,
+        schedule::{Moment, Schedule, Window},
+        settings::NodeQuota,
     };
+
+    #[test]
+    fn of_two_budgets_the_lower_one_counts_and_the_other_is_told() {
+        let mut settings = LimitSettings::default();
+        settings.memory.limit = MemoryLimit::bytes(64 << 20).unwrap();
+        for (cgroup, from, wrong) in [
+            (None, "ratelimit.memory.limit", 0),
+            (Some(64 << 20), "ratelimit.memory.limit", 0),
+            (Some(24 << 20), "the memory limit of its cgroup", 1),
+        ] {
+            let told = settings.in_force(cgroup);
+            assert_eq!((told.budget_from, told.wrong.len()), (from, wrong), "{cgroup:?} {:?}", told.wrong);
+        }
+    }
 
     #[test]
     fn what_is_set_is_told_and_what_is_not_is_not() {
@@ -144,5 +187,17 @@ mod tests {
             ]
         );
         assert_eq!(told.budget_from, "the memory limit of its cgroup");
+
+        // A schedule alone, around which the default holds.
+        let window = |hour| {
+            let moment = |hour| Moment { hour: Some(hour), ..Moment::default() };
+            (Window::new(moment(hour), moment(hour + 1)).unwrap(), Limit::Block)
+        };
+        let mut settings = LimitSettings::default();
+        let usual = settings.caller.default.limit();
+        let schedule = Schedule::new(vec![window(1), window(4)]).unwrap();
+        let rule = Rule::new(usual, Costs::ONE, schedule).unwrap().of_origin(Origin::ByDefault);
+        settings.caller = Layers::<CallerPattern>::new(rule);
+        assert_eq!(settings.in_force(None).set, ["caller, each method: 2 schedules"]);
     }
 }

@@ -350,7 +350,7 @@ impl Ledger {
         if attempt.ends(&refusal) {
             self.counters.count(stage, Some(method), charged_as, Decision::Refused(reason));
             if let Some(name) = name() {
-                self.refusing().note(self.now(), stage, Some(method), &name);
+                self.refusing().note(self.now(), (stage, reason), Some(method), &name);
             }
         }
         Err(refusal)

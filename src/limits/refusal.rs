@@ -118,7 +118,7 @@ pub enum RejectionStatus {
 
 /// A call that was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("rate limit exceeded for /{}/{}: {}{}", method.service(), method.rpc(), self.short_of(), self.because())]
+#[error("rate limit exceeded for {}: {}{}", self.what(), self.short_of(), self.because())]
 pub struct Refusal {
     pub method: Method,
     /// Which stage refused.
@@ -140,6 +140,14 @@ pub struct Refusal {
 }
 
 impl Refusal {
+    /// What was refused.
+    fn what(&self) -> String {
+        match self.method {
+            Method::Other => "calls outside of the Workload API and SDS, health checks among them".to_owned(),
+            method => format!("/{}/{}", method.service(), method.rpc()),
+        }
+    }
+
     /// What there was too little of, and whose.
     fn short_of(&self) -> &'static str {
         match (self.reason, self.stage, self.charged_as) {

@@ -13,7 +13,7 @@ use super::{
     caller_pattern::CallerPattern,
     id_pattern::IdPattern,
     method::Method,
-    refusal::Stage,
+    refusal::{Reason, Stage},
     rule::{Limit, Origin},
     shares::Taking,
 };
@@ -40,6 +40,8 @@ pub enum BucketName {
     Masked(SpiffeId, Arc<IdPattern>),
     /// All callers of the node.
     Node,
+    /// All those together that have no bucket of their own, as the table has no room.
+    WithoutBucket,
 }
 
 impl fmt::Display for BucketName {
@@ -50,6 +52,7 @@ impl fmt::Display for BucketName {
             Self::Identity(id) => write!(f, "{id}"),
             Self::Masked(id, mask) => mask.write_masked(id, f),
             Self::Node => f.write_str("all callers"),
+            Self::WithoutBucket => f.write_str("others without a bucket"),
         }
     }
 }
@@ -77,6 +80,12 @@ pub struct Heavy {
 }
 
 impl Heavy {
+    /// Those for whom a table has no room, if any were refused.
+    pub(super) fn without_bucket(what: &'static str, refused: u32) -> Option<Self> {
+        let name = BucketName::WithoutBucket;
+        (refused > 0).then_some(Self { name, what, used: 0, refused, most: 0, takings: Vec::new() })
+    }
+
     /// What the heaviest are sorted by.
     pub(super) fn weight(&self) -> (u32, u32) {
         (self.refused, self.used)
@@ -134,6 +143,8 @@ pub enum Event {
     RefusalStarted {
         stage: Stage,
         name: BucketName,
+        /// Why the first of them was.
+        reason: Reason,
         /// Of the call that was refused first.
         method: Option<Method>,
         /// Who takes from it, where several callers do.
@@ -174,6 +185,7 @@ pub(super) struct Refusing {
 struct Listed {
     stage: Stage,
     name: BucketName,
+    reason: Reason,
     method: Option<Method>,
     told: bool,
     count: u64,
@@ -182,13 +194,19 @@ struct Listed {
 
 impl Refusing {
     /// Notes a refusal. `name` is asked only when it is listed.
-    pub(super) fn note(&mut self, now: u64, stage: Stage, method: Option<Method>, name: &BucketName) {
+    pub(super) fn note(
+        &mut self,
+        now: u64,
+        (stage, reason): (Stage, Reason),
+        method: Option<Method>,
+        name: &BucketName,
+    ) {
         if let Some(listed) = self.listed.iter_mut().find(|it| it.stage == stage && it.name == *name) {
             listed.count += 1;
             listed.last = now;
         } else if self.listed.len() < LISTED {
             let name = name.clone();
-            self.listed.push(Listed { stage, name, method, told: false, count: 1, last: now });
+            self.listed.push(Listed { stage, name, reason, method, told: false, count: 1, last: now });
         } else {
             self.unlisted += 1;
         }
@@ -199,8 +217,8 @@ impl Refusing {
         let mut events = Vec::new();
         for it in self.listed.iter_mut().filter(|it| !it.told) {
             it.told = true;
-            let (stage, name, method) = (it.stage, it.name.clone(), it.method);
-            events.push(Event::RefusalStarted { stage, name, method, takings: Vec::new() });
+            let (stage, name, reason, method) = (it.stage, it.name.clone(), it.reason, it.method);
+            events.push(Event::RefusalStarted { stage, name, reason, method, takings: Vec::new() });
         }
         let quiet = u64::try_from(QUIET.as_nanos()).unwrap_or(u64::MAX);
         for it in self.listed.extract_if(.., |it| it.last.saturating_add(quiet) <= now) {
@@ -227,13 +245,14 @@ mod tests {
     #[test]
     fn a_refused_key_is_told_of_twice() {
         let mut refusing = Refusing::default();
-        let stage = Stage::Caller;
+        let (stage, reason) = (Stage::Caller, Reason::Rate);
         for call in 0..1000 {
-            refusing.note(call, stage, None, &name(1));
+            refusing.note(call, (stage, reason), None, &name(1));
         }
-        let started = Event::RefusalStarted { stage, name: name(1), method: None, takings: Vec::new() };
+        let started =
+            Event::RefusalStarted { stage, name: name(1), reason, method: None, takings: Vec::new() };
         assert_eq!(refusing.drain(SECOND), [started]);
-        refusing.note(20 * SECOND, stage, None, &name(1));
+        refusing.note(20 * SECOND, (stage, reason), None, &name(1));
         assert_eq!(refusing.drain(49 * SECOND), [], "not quiet yet");
         assert_eq!(refusing.drain(50 * SECOND), [Event::RefusalEnded { stage, name: name(1), count: 1001 }]);
         assert_eq!(refusing.drain(100 * SECOND), []);
@@ -245,7 +264,7 @@ mod tests {
         let mut lines = 0;
         // A new key is refused each millisecond, for 10 minutes; somebody logs each second.
         for ms in 0..600_000_u32 {
-            refusing.note(u64::from(ms) * 1_000_000, Stage::Caller, None, &name(ms));
+            refusing.note(u64::from(ms) * 1_000_000, (Stage::Caller, Reason::Rate), None, &name(ms));
             if ms % 1000 == 0 {
                 lines += refusing.drain(u64::from(ms) * 1_000_000).len();
             }

@@ -27,6 +27,15 @@ impl Limits {
             self.ledger().callers().heaviest(n).into_iter().map(of(Stage::Caller)).collect();
         all.extend(self.ledger().identities().table.heaviest(n).into_iter().map(of(Stage::Identity)));
         all.extend(Method::ALL.into_iter().filter_map(|method| self.of_node(method)).map(of(Stage::Node)));
+        let unknown = [
+            (Stage::Caller, self.ledger().callers().refused_unknown()),
+            (Stage::Identity, self.ledger().identities().table.refused_unknown()),
+        ];
+        all.extend(
+            unknown
+                .into_iter()
+                .filter_map(|(stage, refused)| Some((stage, Heavy::without_bucket("all methods", refused)?))),
+        );
         all.sort_by_key(|(_, heavy)| std::cmp::Reverse(heavy.weight()));
         all.truncate(n);
         all
@@ -52,7 +61,7 @@ impl Limits {
         let ledger = self.ledger();
         let plan = ledger.plan();
         match name {
-            BucketName::Caller(_) => Vec::new(),
+            BucketName::Caller(_) | BucketName::WithoutBucket => Vec::new(),
             BucketName::Callers(pattern) => {
                 let Some(choice) = plan.caller.of_shared(pattern, method) else { return Vec::new() };
                 // The caller does not matter where the bucket is shared.
@@ -111,6 +120,7 @@ impl Limits {
                 Some(self.of_caller(choice.rule, key))
             }
             BucketName::Node => Some(self.node_standing(method)?.1),
+            BucketName::WithoutBucket => None,
         }
     }
 

@@ -78,6 +78,8 @@ pub(super) struct Table {
     regulars: usize,
     latest: u64,
     parents_seen: u64,
+    /// Refusals of keys that are not known.
+    refused_unknown: u32,
 }
 
 impl Table {
@@ -98,6 +100,7 @@ impl Table {
             regulars: 0,
             latest: 0,
             parents_seen: 0,
+            refused_unknown: 0,
         };
         table.resize(size, parts);
         table
@@ -331,7 +334,39 @@ impl Table {
         self.settle_held(&HeldTokens { short, of_bucket: short, ..held }, ask.cost)
     }
 
-    /// Counts for people that a call was refused, if its key is known. One that had to wait and then passed was not.
+    /// Counts for people that a key was refused, whatever for: it becomes known, if there is room, with a
+    /// bucket of this quota that nothing is taken from.
+    pub(super) fn note_refused_anybody(
+        &mut self,
+        now: u64,
+        key: BucketKey,
+        quota: Quota,
+        who: impl FnOnce() -> Who,
+    ) {
+        if !self.knows(key) {
+            let ask = Ask { key, quota, cost: 0, taker: None };
+            if let Ok(place) = self.hold(now, &ask, who) {
+                self.settle(&ask, place, 0);
+            }
+            if let Some(cell) = self.find(key.hash) {
+                // Nothing was let pass.
+                (cell.used, cell.bucket.asked, cell.bucket.most) = (0, 0, 0);
+            }
+        }
+        self.note_refused(key, None);
+    }
+
+    /// Whether a key has a bucket of its own.
+    pub(super) fn knows(&self, key: BucketKey) -> bool {
+        find(&self.index, &self.cells, key.hash).is_some()
+    }
+
+    /// How many refusals were of keys that have no bucket of their own.
+    pub(super) fn refused_unknown(&self) -> u32 {
+        self.refused_unknown
+    }
+
+    /// Counts for people that a call was refused. One that had to wait and then passed was not.
     pub(super) fn note_refused(&mut self, key: BucketKey, taker: Option<Taker>) {
         if let Some(cell) = self.find(key.hash) {
             cell.again = true;
@@ -339,6 +374,8 @@ impl Table {
             if let Some(taker) = taker {
                 self.shared.note_refused(key.hash, taker);
             }
+        } else {
+            self.refused_unknown = self.refused_unknown.saturating_add(1);
         }
     }
 

@@ -2,8 +2,14 @@
 
 use std::ops::RangeInclusive;
 
-/// How many keys a table may know: from 16 to 16,777,216. A key takes [`budget::KEY`](super::budget::KEY) bytes
-/// once known.
+use super::budget::KEY;
+
+/// The tables: of the gate, of callers and of identities.
+const TABLES: u64 = 3;
+/// Of a memory budget their keys have one part in so many, at most.
+const MEMORY_SHARE: u64 = 2;
+
+/// How many keys a table may know: from 16 to 16,777,216. A key takes [`KEY`] bytes once known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TableSize(u32);
 
@@ -17,6 +23,27 @@ impl TableSize {
     /// [`TableSizeError`] outside of [`TableSize::RANGE`].
     pub fn new(keys: u32) -> Result<Self, TableSizeError> {
         if Self::RANGE.contains(&keys) { Ok(Self(keys)) } else { Err(TableSizeError(keys)) }
+    }
+
+    /// How many fit a memory budget of so many bytes: known, they take no more than half of it.
+    pub fn most_within(budget: u64) -> u32 {
+        let fit = budget / MEMORY_SHARE / (TABLES * KEY);
+        u32::try_from(fit).unwrap_or(u32::MAX).clamp(*Self::RANGE.start(), *Self::RANGE.end())
+    }
+
+    /// What so many keys take in all tables once they are known.
+    pub(super) fn bytes(keys: u32) -> u64 {
+        u64::from(keys) * TABLES * KEY
+    }
+
+    /// The same, or as many as fit the budget.
+    pub(super) fn within(self, budget: Option<u64>) -> Self {
+        budget.map_or(self, |budget| Self(self.0.min(Self::most_within(budget))))
+    }
+
+    /// As it is set.
+    pub(super) fn number(self) -> u32 {
+        self.0
     }
 
     /// The number of keys.

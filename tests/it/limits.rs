@@ -25,7 +25,7 @@ use durward::{
         pattern::Pattern,
         policy::{Layers, Methods, Override, Overrides, Share},
         refusal::{ChargedAs, Reason, Stage},
-        report::{BucketName, Event, LISTED, QUIET, Standing, foremost},
+        report::{BucketName, Event, Heavy, LISTED, QUIET, Standing, foremost},
         room::Short,
         rule::{Costs, Limit, Origin, Rule},
         schedule::{Moment, Schedule, Weekday, Window},
@@ -1124,6 +1124,66 @@ async fn descriptors_are_shared_when_they_are_short() {
     assert_eq!(notice(&greedy[0]), None, "the oldest stay");
     assert_eq!(notice(&greedy[699]), Some(Notice::ComeBack));
     drop((greedy, second, third));
+}
+
+/// Whoever is refused is seen with it, whatever for: what nobody may take tokens for has a row too.
+#[tokio::test(start_paused = true)]
+async fn each_refusal_counts_for_its_caller() {
+    let refused = |heavy: Vec<Heavy>, uid| {
+        let name = BucketName::Caller(CallerKey::Uid(uid));
+        heavy.into_iter().find(|heavy| heavy.name == name).map(|heavy| heavy.refused)
+    };
+    for (case, rule, places, let_in) in [
+        ("descriptors", GateRule::default(), places(1_000, 64), 700),
+        ("connections of the node", gate_rule(500, Limit::Unlimited), places(20, 10), 10),
+        (
+            "connections of a caller",
+            GateRule { connections: NonZeroU32::new(2), ..GateRule::default() },
+            places(20, 10),
+            2,
+        ),
+        ("blocked", gate_rule(500, Limit::Block), places(20, 10), 0),
+    ] {
+        let gate = gate(GateSettings { rules: rules(rule), places, ..GateSettings::default() });
+        let held: Vec<ConnectionPermit> =
+            (0..5_000).map_while(|_| gate.open(CallerKey::Uid(1)).ok()).collect();
+        assert_eq!(held.len(), let_in, "{case}");
+        for _ in 0..4 {
+            assert!(gate.open(CallerKey::Uid(1)).is_err(), "{case}");
+        }
+        assert_eq!(refused(gate.report(10), 1), Some(5), "{case}");
+        assert_eq!(refused(gate.report(10), 2), None, "{case}");
+    }
+
+    // Calls of who is blocked, and of those for whom there is no bucket.
+    let blocked = limits(&LimitSettings { caller: layers(Limit::Block), ..open() });
+    let calls =
+        |limits: &Limits, uid| (0..3).filter(|_| call(limits, uid, JWT, &entries(&["web"])).is_err()).count();
+    assert_eq!(calls(&blocked, 1), 3);
+    let heavy = |limits: &Limits| limits.heaviest(10).into_iter().map(|(_, heavy)| heavy).collect::<Vec<_>>();
+    assert_eq!(refused(heavy(&blocked), 1), Some(3));
+    let full = limits(&LimitSettings {
+        caller: layers(quota(0.01, 10)),
+        keys: TableSize::new(16).unwrap(),
+        ..open()
+    });
+    for uid in 0..40 {
+        drop(call(&full, uid, JWT, &entries(&["web"])));
+    }
+    let refusal = call(&full, 41, JWT, &entries(&["web"])).unwrap_err();
+    assert_eq!(refusal.charged_as, ChargedAs::Overflow, "{refusal}");
+    assert!(
+        refusal.to_string().contains("the callers without a bucket of their own have no tokens left"),
+        "{refusal}"
+    );
+    let others = heavy(&full).into_iter().find(|heavy| heavy.name == BucketName::WithoutBucket);
+    assert!(others.is_some_and(|others| others.refused > 0));
+
+    // What is no method of ours is not called one.
+    let few = limits(&LimitSettings { caller: layers(quota(1.0, 10)), ..open() });
+    passes(&few, 1, Method::Other, &[]);
+    let said = call(&few, 1, Method::Other, &[]).unwrap_err().to_string();
+    assert!(said.starts_with("rate limit exceeded for calls outside of the Workload API and SDS"), "{said}");
 }
 
 /// One that waits for room is told of once it has waited in vain; what an admin set is told at once.

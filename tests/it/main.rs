@@ -10,6 +10,7 @@ mod admin;
 mod attest;
 mod audit;
 mod away;
+mod budget;
 mod cgroup;
 mod cli;
 mod command;

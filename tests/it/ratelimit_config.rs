@@ -248,9 +248,9 @@ fn every_setting_is_read() {
         }),
         (
             "memory",
-            "memory { limit = \"24MiB\" shrink_caches_at = 1 refuse_new_at = 2 close_heaviest_at = 100 }",
+            "memory { limit = \"1TiB\" shrink_caches_at = 1 refuse_new_at = 2 close_heaviest_at = 100 }",
             |s| {
-                s.memory.limit = MemoryLimit::bytes(24 << 20).unwrap();
+                s.memory.limit = MemoryLimit::bytes(1 << 40).unwrap();
                 s.memory.steps = MemorySteps::new([1, 2, 100]).unwrap();
             },
         ),
@@ -595,7 +595,7 @@ fn mistakes_say_what_would_be_right() {
         (
             "little memory",
             "memory { limit = \"1MiB\" }",
-            "22: ratelimit.memory.limit \"1MiB\": must be \"auto\", or bytes from 8 MiB to 1 TiB: \"24MiB\" (also KiB, GiB), or 25165824",
+            "22: ratelimit.memory.limit \"1MiB\": must be \"auto\", or bytes from 8 MiB to 1 TiB: \"24MiB\" (also KiB, GiB, TiB), or 25165824",
         ),
         (
             "a share of nothing",
@@ -618,6 +618,41 @@ fn mistakes_say_what_would_be_right() {
             "gate { reserve = 1000 } memory { limit = \"24MiB\" }",
             "20: ratelimit.gate.reserve 1000: is memory for 1000 callers of 40960 bytes, and memory.limit is 25165824: it \
              must be at most 614",
+        ),
+        (
+            "connections alone beyond the budget",
+            "gate { connections = 1000 } memory { limit = \"24MiB\" }",
+            "20: ratelimit.gate.connections 1000: holds 33792000 bytes with one stream each, and memory.limit is 25165824: it \
+             must be at most 744",
+        ),
+        (
+            "streams beyond the budget",
+            "gate { connection { streams = 1024 } } memory { limit = \"24MiB\" }",
+            "33: ratelimit.gate.connection.streams 1024: makes a connection take 17087488 bytes at its worst, and \
+             memory.limit is 25165824, too small for two of those in half of it: it must be at most 365",
+        ),
+        (
+            "keys beyond the budget",
+            "keys = 16777216 memory { limit = \"24MiB\" }",
+            "13: ratelimit.keys 16777216: take 11274289152 bytes when all are known, and memory.limit is 25165824, of which \
+             they may have half: it must be at most 18724",
+        ),
+        (
+            "memory that would always be short",
+            "memory { limit = \"24MiB\" shrink_caches_at = 1 }",
+            "38: ratelimit.memory.shrink_caches_at 1: is 251659 bytes, as memory.limit is 25165824, and the agent itself \
+             takes 4194304: memory would always be short; it must be at least 17",
+        ),
+        (
+            "more connections of one caller than of all",
+            "gate { connections = 100 caller { connections = 200 } }",
+            "47: ratelimit.gate.caller.connections 200: must be at most gate.connections, which is 100 for all callers",
+        ),
+        (
+            "of some callers",
+            "gate { connections = 100 override \"uid:7\" { connections = 101 } }",
+            "57: ratelimit.gate.override \"uid:7\".connections 101: must be at most gate.connections, which is 100 for all \
+             callers",
         ),
         (
             "falling",

@@ -47,7 +47,8 @@ pub struct LimitsResponse {
     pub memory: ::core::option::Option<Memory>,
     #[prost(message, optional, tag = "6")]
     pub keys: ::core::option::Option<Keys>,
-    /// Of what there is no room: memory, descriptors, processor. Empty where there is room.
+    /// Of what there is no room: memory, processor, and descriptors, or connections where somebody set their number. Empty where
+    /// there is room.
     #[prost(string, repeated, tag = "7")]
     pub short_of: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     /// Calls that wait: for tokens, for room, or to be attested.
@@ -61,6 +62,15 @@ pub struct LimitsResponse {
     /// While the processor alone is short: how many calls a second there is time for beside those that have tokens.
     #[prost(uint32, tag = "11")]
     pub spare_calls: u32,
+    /// How many open connections of all callers there may be.
+    #[prost(uint32, tag = "12")]
+    pub most_connections: u32,
+    /// While memory is short: how many bytes the connections of a caller, with those of its family, may hold.
+    #[prost(uint64, optional, tag = "13")]
+    pub share: ::core::option::Option<u64>,
+    /// While connections are short: how many these may be.
+    #[prost(uint64, optional, tag = "14")]
+    pub share_of_connections: ::core::option::Option<u64>,
 }
 /// What a bucket was asked for since it was last full and forgotten.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -205,6 +215,35 @@ pub struct ExplainResponse {
     /// Who the agent is to its SPIRE Server, which is where entries are made then; empty where there is none, or it is not known.
     #[prost(string, tag = "13")]
     pub agent_id: ::prost::alloc::string::String,
+    /// What its caller holds, and what is short.
+    #[prost(message, optional, tag = "14")]
+    pub holding: ::core::option::Option<Holding>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Holding {
+    /// Of the caller alone.
+    #[prost(message, optional, tag = "1")]
+    pub caller: ::core::option::Option<Connections>,
+    /// The same of all callers of its family, for whom shares are; absent where it has none.
+    #[prost(message, optional, tag = "2")]
+    pub family: ::core::option::Option<Connections>,
+    /// How many connections the settings let the caller have; absent where they do not say.
+    #[prost(uint32, optional, tag = "3")]
+    pub most: ::core::option::Option<u32>,
+    /// As in LimitsResponse.
+    #[prost(string, repeated, tag = "4")]
+    pub short_of: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(uint64, optional, tag = "5")]
+    pub share: ::core::option::Option<u64>,
+    #[prost(uint64, optional, tag = "6")]
+    pub share_of_connections: ::core::option::Option<u64>,
+    #[prost(uint32, tag = "7")]
+    pub node_connections: u32,
+    #[prost(uint32, tag = "8")]
+    pub most_connections: u32,
+    /// The caller that holds most bytes; absent where nobody is connected.
+    #[prost(message, optional, tag = "9")]
+    pub heaviest: ::core::option::Option<Connections>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Said {
@@ -354,6 +393,9 @@ pub struct StatusResponse {
     /// Why the last reload failed, if it did: the first of its mistakes, each in one line. At most 4.
     #[prost(string, repeated, tag = "29")]
     pub reload_errors: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// What is set about limits and cannot be had, each in one line.
+    #[prost(string, repeated, tag = "30")]
+    pub limits_wrong: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Times are in seconds since 1970.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -1,0 +1,183 @@
+//! What is set and can never be had within a memory budget.
+
+use super::{
+    budget::{self, Pressure},
+    gate_plan::fewest_take,
+    gate_settings::ConnectionSettings,
+    settings::LimitSettings,
+    table_size::TableSize,
+};
+
+/// A setting that asks for more than the budget has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BeyondBudget {
+    /// As `ratelimit.keys`.
+    pub key: &'static str,
+    /// As it is set.
+    pub value: u32,
+    /// What it takes, and what would be right.
+    pub why: String,
+}
+
+/// The keys that are looked at, as [`BeyondBudget::key`] has them.
+pub const CONNECTIONS: &str = "ratelimit.gate.connections";
+pub const RESERVE: &str = "ratelimit.gate.reserve";
+pub const STREAMS: &str = "ratelimit.gate.connection.streams";
+pub const KEYS: &str = "ratelimit.keys";
+pub const SHRINK_CACHES_AT: &str = "ratelimit.memory.shrink_caches_at";
+
+impl LimitSettings {
+    /// What of these settings a budget of so many bytes can never have: `whose` is what sets it, and `set_at` where a key is
+    /// set. What nobody set gives way by itself.
+    pub fn beyond(
+        &self,
+        budget: u64,
+        whose: &str,
+        set_at: impl Fn(&'static str) -> Option<String>,
+    ) -> Vec<BeyondBudget> {
+        let mut found = Vec::new();
+        let mut add = |key, value: u32, why: String| {
+            if set_at(key).is_some() {
+                found.push(BeyondBudget { key, value, why });
+            }
+        };
+        let streams = self.gate.connection.streams;
+        if let Some(connections) = self.gate.places.connections() {
+            let all = |streams| budget::connection_with(streams).saturating_mul(u64::from(connections));
+            match set_at(STREAMS) {
+                Some(place) if all(streams) > budget => add(
+                    CONNECTIONS,
+                    connections,
+                    format!(
+                        "holds {} bytes with as many streams as may be open ({streams}), at {place}, and {whose} is {budget}: \
+                         lower one of them",
+                        all(streams)
+                    ),
+                ),
+                None if all(1) > budget => add(
+                    CONNECTIONS,
+                    connections,
+                    format!(
+                        "holds {} bytes with one stream each, and {whose} is {budget}: it must be at most {}",
+                        all(1),
+                        budget / budget::connection_with(1)
+                    ),
+                ),
+                _ => {}
+            }
+        }
+        let reserve = self.gate.places.reserve();
+        if u64::from(reserve).saturating_mul(budget::NEWCOMER) > budget {
+            add(
+                RESERVE,
+                reserve,
+                format!(
+                    "is memory for {reserve} callers of {} bytes, and {whose} is {budget}: it must be at most {}",
+                    budget::NEWCOMER,
+                    budget / budget::NEWCOMER
+                ),
+            );
+        }
+        if fewest_take(streams) > budget {
+            let fit = ConnectionSettings::STREAMS.rev().find(|streams| fewest_take(*streams) <= budget);
+            let right = fit.map_or_else(
+                || "no number of streams fits it".to_owned(),
+                |fit| format!("it must be at most {fit}"),
+            );
+            let each = budget::connection_at_most(streams);
+            add(
+                STREAMS,
+                streams,
+                format!(
+                    "makes a connection take {each} bytes at its worst, and {whose} is {budget}, too small for two of those in \
+                     half of it: {right}"
+                ),
+            );
+        }
+        let keys = self.keys.number();
+        if keys > TableSize::most_within(budget) {
+            add(
+                KEYS,
+                keys,
+                format!(
+                    "take {} bytes when all are known, and {whose} is {budget}, of which they may have half: it must be at most \
+                     {}",
+                    TableSize::bytes(keys),
+                    TableSize::most_within(budget)
+                ),
+            );
+        }
+        let short_from = self.memory.lines(Pressure::ShrinkCaches, budget).0;
+        if short_from <= budget::PROCESS {
+            let [percent, ..] = self.memory.steps.percents();
+            let least = (budget::PROCESS * 100 / budget.max(1)).saturating_add(1);
+            add(
+                SHRINK_CACHES_AT,
+                percent.into(),
+                format!(
+                    "is {short_from} bytes, as {whose} is {budget}, and the agent itself takes {}: memory would always be short; \
+                     it must be at least {least}",
+                    budget::PROCESS
+                ),
+            );
+        }
+        found
+    }
+
+    /// The same with no more keys than a budget of so many bytes has room for. Those that somebody set and that do not fit are
+    /// [`LimitSettings::beyond`] it.
+    #[must_use]
+    pub fn within(&self, budget: Option<u64>) -> Self {
+        Self { keys: self.keys.within(budget), ..self.clone() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::{GatePlaces, budget::MemorySteps};
+
+    /// The largest that fits, and one more, of each of them.
+    #[test]
+    fn what_fits_is_what_is_said_to_fit() {
+        const BUDGET: u64 = 24 << 20;
+        let places = |connections, reserve| GatePlaces::new(connections, reserve).unwrap();
+        let set = |change: &dyn Fn(&mut LimitSettings, u32), value| {
+            let mut settings = LimitSettings::default();
+            change(&mut settings, value);
+            settings
+        };
+        let table: [(&str, &dyn Fn(&mut LimitSettings, u32), u32); 4] = [
+            (CONNECTIONS, &|it, n| it.gate.places = places(Some(n), None), 744),
+            (RESERVE, &|it, n| it.gate.places = places(None, Some(n)), 614),
+            (STREAMS, &|it, n| it.gate.connection.streams = n, 365),
+            (KEYS, &|it, n| it.keys = TableSize::new(n).unwrap(), 18_724),
+        ];
+        for (key, change, most) in table {
+            let beyond = |value| {
+                set(change, value).beyond(BUDGET, "it", |asked| (asked == key).then(|| "here".to_owned()))
+            };
+            assert_eq!(beyond(most), [], "{key}");
+            let found = beyond(most + 1);
+            let [BeyondBudget { key: found, value, why }] = found.as_slice() else {
+                panic!("{key}: {found:?}")
+            };
+            assert_eq!((*found, *value), (key, most + 1));
+            assert!(why.ends_with(&format!("it must be at most {most}")), "{why}");
+            assert_eq!(set(change, most + 1).beyond(BUDGET, "it", |_| None), [], "{key}: nobody set it");
+        }
+        for (percent, fits) in [(16, false), (17, true)] {
+            let mut settings = LimitSettings::default();
+            settings.memory.steps = MemorySteps::new([percent, 85, 95]).unwrap();
+            let found = settings.beyond(BUDGET, "it", |_| Some(String::new()));
+            assert_eq!(found.is_empty(), fits, "{found:?}");
+        }
+    }
+
+    #[test]
+    fn keys_that_nobody_set_give_way() {
+        let keys = |budget| LimitSettings::default().within(budget).keys.number();
+        assert_eq!((keys(None), keys(Some(24 << 20)), keys(Some(8 << 20))), (16_384, 16_384, 6241));
+        assert_eq!(keys(Some(1)), 16, "never fewer than there must be");
+    }
+}

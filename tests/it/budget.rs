@@ -1,0 +1,301 @@
+//! What is set and what there is of memory, of a real agent in a real cgroup; and what its owner is told of whom it refuses.
+
+use std::{
+    fs,
+    io::Read as _,
+    os::unix::{fs::PermissionsExt as _, net::UnixStream, process::CommandExt as _},
+    path::{Path, PathBuf},
+    process::{Command, Output},
+    time::Duration,
+};
+
+use durward::api::proto::workload::JwtsvidRequest;
+use nix::unistd::geteuid;
+
+use crate::{
+    hostile::{NEIGHBOUR, PATIENCE},
+    support::{Process, TRUST_DOMAIN, entry, request, write_config},
+};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_durward");
+const LIMIT: u64 = 24 << 20;
+
+/// A memory cgroup with a limit, removed when dropped.
+struct Confined(PathBuf);
+
+impl Confined {
+    /// `None` where none can be made: only root can.
+    fn make(name: &str) -> Option<Self> {
+        let name = format!("durward-{name}-{}", std::process::id());
+        let roots = [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")];
+        let made = roots.into_iter().find_map(|(root, file)| {
+            let at = Path::new(root).join(&name);
+            fs::create_dir(&at).ok()?;
+            let made = Self(at);
+            fs::write(made.0.join(file), LIMIT.to_string()).is_ok().then_some(made)
+        });
+        if made.is_none() {
+            println!("{name}: no memory cgroup can be made here");
+        }
+        made
+    }
+
+    /// What starts a command in it.
+    fn enter(&self) -> [&str; 4] {
+        ["/bin/sh", "-c", "echo $$ > \"$0/cgroup.procs\"; exec \"$@\"", self.0.to_str().unwrap()]
+    }
+
+    fn durward(&self, words: &[&str], config: &Path) -> Output {
+        let [program, rest @ ..] = self.enter();
+        let mut command = Command::new(program);
+        command.args(rest).arg(PROGRAM).args(words).arg("--config").arg(config.join("agent.conf"));
+        command.env_remove("KUBERNETES_SERVICE_HOST").output().unwrap()
+    }
+}
+
+impl Drop for Confined {
+    fn drop(&mut self) {
+        // Its processes may still be on their way out.
+        for _ in 0..500 {
+            if fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            nix::poll::poll(&mut [], 20u16).unwrap();
+        }
+    }
+}
+
+fn text(output: &Output) -> String {
+    [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes)).concat()
+}
+
+/// An agent's directory, and that of its admin socket.
+struct Place(tempfile::TempDir, tempfile::TempDir);
+
+impl Place {
+    fn with(ratelimit: &str) -> Self {
+        let place = Self(tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::set_permissions(place.0.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        place.set(ratelimit);
+        place
+    }
+
+    fn set(&self, ratelimit: &str) {
+        let admin = self.admin();
+        let neighbour = format!(
+            "entry \"spiffe://{TRUST_DOMAIN}/neighbour\" {{\n  selectors = [\"unix:uid:{NEIGHBOUR}\"]\n}}\n"
+        );
+        let blocks = format!(
+            "agent {{ admin_socket_path = \"{}\" }}\nratelimit {{ {ratelimit} }}\n{}{neighbour}",
+            admin.display(),
+            entry("/web", "")
+        );
+        write_config(self.dir(), &blocks);
+    }
+
+    fn dir(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn admin(&self) -> PathBuf {
+        self.1.path().join("private/admin.sock")
+    }
+
+    fn ask(&self, words: &[&str]) -> String {
+        text(&Command::new(PROGRAM).args(words).arg("--socket-path").arg(self.admin()).output().unwrap())
+    }
+
+    /// What is said once it holds this.
+    fn told(&self, words: &[&str], want: &str) -> String {
+        let began = std::time::Instant::now();
+        loop {
+            let told = self.ask(words);
+            if told.contains(want) {
+                return told;
+            }
+            assert!(began.elapsed() < PATIENCE, "{want}: {told}\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.dir().join("log")).unwrap()
+    }
+
+    fn connect(&self) -> UnixStream {
+        UnixStream::connect(self.dir().join("api.sock")).unwrap()
+    }
+}
+
+/// What the cgroup can never give is an error of whoever looks: the check, the start, and a reload, which changes nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_cgroup_cannot_give_is_an_error_with_its_place() {
+    let Some(cgroup) = Confined::make("beyond") else { return };
+    let place = Place::with("");
+    let mut agent = Process::spawn_by(&cgroup.enter(), place.dir());
+    let _client = agent.serving(place.dir()).await;
+    for (case, ratelimit, want) in [
+        ("keys", "keys = 16777216", "ratelimit.keys 16777216: take 11274289152 bytes"),
+        ("a reserve", "gate { reserve = 1000 }", "ratelimit.gate.reserve 1000: is memory for"),
+        ("connections", "gate { connections = 1000 }", "ratelimit.gate.connections 1000: holds"),
+        (
+            "streams of connections",
+            "gate { connections = 100 connection { streams = 100 } }",
+            "ratelimit.gate.connections 100: holds 64204800 bytes",
+        ),
+        (
+            "streams",
+            "gate { connection { streams = 1024 } }",
+            "ratelimit.gate.connection.streams 1024: makes",
+        ),
+        (
+            "a limit above it",
+            "keys = 1000000 memory { limit = \"1TiB\" }",
+            "ratelimit.keys 1000000: take 672000000 bytes",
+        ),
+    ] {
+        place.set(ratelimit);
+        let place_of = format!("{}/agent.conf:", place.dir().display());
+        for words in [["validate"], ["run"]] {
+            let output = cgroup.durward(&words, place.dir());
+            let said = text(&output);
+            assert!(!output.status.success(), "{case}: {said}");
+            let line = said.lines().find(|line| line.contains(want));
+            assert!(line.is_some_and(|line| line.contains(&place_of)), "{case}, {words:?}: {said}");
+            assert!(said.contains("the memory limit of the cgroup is 25165824"), "{case}, {words:?}: {said}");
+        }
+        let said = place.ask(&["reload"]);
+        assert!(said.contains(want), "{case}: {said}");
+        assert!(!agent.has_ended(), "{case}: {}", place.log());
+    }
+    place.set("keys = 18724");
+    let said = place.ask(&["reload"]);
+    assert!(!said.contains("ratelimit.keys 18724"), "as many as fit: {said}");
+    assert!(cgroup.durward(&["validate"], place.dir()).status.success());
+    assert!(!agent.has_ended(), "{}", place.log());
+}
+
+/// Of two budgets the lower one counts, since the kernel ends who passes it; and the owner hears of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_limit_above_the_cgroups_does_not_count() {
+    let Some(cgroup) = Confined::make("above") else { return };
+    let place = Place::with("memory { limit = \"64MiB\" }");
+    let mut agent = Process::spawn_by(&cgroup.enter(), place.dir());
+    let _client = agent.serving(place.dir()).await;
+    let status = place.told(&["status"], "Wrong:        ratelimit.memory.limit is 67108864 bytes, above the");
+    assert!(status.contains("used of 24.0 MiB (the memory limit of its cgroup)"), "{status}");
+    assert!(place.log().contains("ratelimit.memory.limit is 67108864 bytes"), "{}", place.log());
+    place.set("memory { limit = \"16MiB\" }");
+    let _reloaded = place.ask(&["reload"]);
+    let status = place.told(&["status"], "used of 16.0 MiB (ratelimit.memory.limit)");
+    assert!(status.contains("Wrong:        nothing"), "{status}");
+}
+
+/// Reads what comes on those that are closed, and keeps the others.
+fn still_open(streams: &mut Vec<UnixStream>) -> usize {
+    streams.retain_mut(|stream| {
+        stream.set_nonblocking(true).unwrap();
+        let mut byte = [0];
+        !matches!(stream.read(&mut byte), Ok(0))
+    });
+    streams.len()
+}
+
+/// Whoever is refused a connection, its owner can say for what, how much of it the caller has, and who has most; and a
+/// neighbour is served.
+#[tokio::test(flavor = "multi_thread")]
+async fn for_each_refused_connection_there_is_an_answer() {
+    let uid = geteuid();
+    let pid = std::process::id().to_string();
+    for (case, gate, let_in, short_of, holds) in [
+        (
+            "its own",
+            "caller { connections = 2 }",
+            2,
+            "nothing is short",
+            "2 connections, 12 KiB; it may have 2 connections",
+        ),
+        (
+            "all",
+            "connections = 40 reserve = 20",
+            20,
+            "short of connections",
+            "all callers: 20 connections of at most 40",
+        ),
+        ("blocked", "caller { block = true }", 0, "nothing is short", "0 connections, 0 KiB"),
+    ] {
+        let place = Place::with(&format!(
+            "gate {{ {gate} connection {{ handshake_timeout = \"5m\" }} }} node {{ cpu = 4096 }}"
+        ));
+        let mut agent = Process::spawn(place.dir());
+        while UnixStream::connect(place.dir().join("api.sock")).is_err() {
+            assert!(!agent.has_ended(), "{case}: {}", place.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        // Those that tried it have left.
+        let _quiet = place.told(&["limits"], "Connections: 0 of at most");
+        let mut streams: Vec<UnixStream> = (0..60).map(|_| place.connect()).collect();
+        let began = std::time::Instant::now();
+        while still_open(&mut streams) > let_in {
+            assert!(began.elapsed() < PATIENCE, "{case}: {}", streams.len());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let told = place.told(&["explain", "--pid", &pid], &format!("uid:{uid}: {let_in} connection"));
+        let held = told.split("\nHeld:\n").nth(1).unwrap_or_else(|| panic!("{case}: {told}"));
+        for want in [short_of, holds] {
+            assert!(held.contains(want), "{case}: {want}: {told}");
+        }
+        assert!(
+            let_in == 0 || held.contains(&format!("uid:{uid} holds most: {let_in} connections")),
+            "{case}: {told}"
+        );
+        let limits = place.ask(&["limits", "--output", "json"]);
+        let limits: serde_json::Value = serde_json::from_str(&limits).unwrap();
+        let row = limits["heaviest"].as_array().unwrap().iter().find(|it| it["stage"] == "gate");
+        let refused = row.map(|row| row["refused"].as_u64().unwrap());
+        // Some of those that were refused had left before they were looked at.
+        assert!(refused.is_some_and(|refused| refused >= 20), "{case}: {limits}");
+        if uid.is_root() && case != "blocked" {
+            let mut command = Command::new(PROGRAM);
+            command.args(["api", "fetch", "jwt", "--audience", "a", "--socket-path"]);
+            command.arg(place.dir().join("api.sock")).current_dir("/").uid(NEIGHBOUR).gid(NEIGHBOUR);
+            let output = command.output().unwrap();
+            assert!(output.status.success(), "{case}: {}", text(&output));
+        }
+    }
+}
+
+/// The log of refused calls says which they were, and what for.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_says_which_calls_are_refused_and_why() {
+    let place = Place::with("caller { rate = 1 per = \"hour\" burst = 5 }");
+    let mut agent = Process::spawn(place.dir());
+    let mut client = agent.serving(place.dir()).await;
+    for audience in 0..9 {
+        let asked = JwtsvidRequest { audience: vec![audience.to_string()], spiffe_id: String::new() };
+        // Some are refused.
+        drop(client.fetch_jwtsvid(request(asked)).await);
+    }
+    let began = std::time::Instant::now();
+    let line = format!("stage=caller key=uid:{} method=FetchJWTSVID reason=rate", geteuid());
+    while !place.log().contains(&line) {
+        assert!(began.elapsed() < PATIENCE, "{line}: {}", place.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// With few descriptors the start says for how many callers there are some, and no room is shown where none is left.
+#[tokio::test(flavor = "multi_thread")]
+async fn few_descriptors_are_said() {
+    let place = Place::with("gate { connection { handshake_timeout = \"5m\" } } node { cpu = 4096 }");
+    let few = ["/bin/sh", "-c", "ulimit -n 300; exec \"$0\" \"$@\""];
+    let mut agent = Process::spawn_by(&few, place.dir());
+    let client = agent.serving(place.dir()).await;
+    drop(client);
+    assert!(place.log().contains("there are few descriptors"), "{}", place.log());
+    let streams: Vec<UnixStream> = (0..100).map(|_| place.connect()).collect();
+    let _told = place.told(&["limits"], "Room:        short of descriptors");
+    let told = place.told(&["explain", "--pid", &std::process::id().to_string()], "short of descriptors");
+    assert!(told.contains(" holds most: "), "{told}");
+    drop(streams);
+}
