@@ -344,7 +344,7 @@ impl Table {
         who: impl FnOnce() -> Who,
     ) {
         if !self.knows(key) {
-            let ask = Ask { key, quota, cost: 0, taker: None };
+            let ask = Ask { key, quota, since: 0, cost: 0, taker: None };
             if let Ok(place) = self.hold(now, &ask, who) {
                 self.settle(&ask, place, 0);
             }
