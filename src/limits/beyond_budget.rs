@@ -137,21 +137,27 @@ mod tests {
     use super::*;
     use crate::limits::{GatePlaces, budget::MemorySteps};
 
+    const BUDGET: u64 = 24 << 20;
+
+    type Change = fn(&mut LimitSettings, u32);
+
+    fn places(connections: Option<u32>, reserve: Option<u32>) -> GatePlaces {
+        GatePlaces::new(connections, reserve).unwrap()
+    }
+
     /// The largest that fits, and one more, of each of them.
     #[test]
     fn what_fits_is_what_is_said_to_fit() {
-        const BUDGET: u64 = 24 << 20;
-        let places = |connections, reserve| GatePlaces::new(connections, reserve).unwrap();
-        let set = |change: &dyn Fn(&mut LimitSettings, u32), value| {
+        let set = |change: Change, value| {
             let mut settings = LimitSettings::default();
             change(&mut settings, value);
             settings
         };
-        let table: [(&str, &dyn Fn(&mut LimitSettings, u32), u32); 4] = [
-            (CONNECTIONS, &|it, n| it.gate.places = places(Some(n), None), 744),
-            (RESERVE, &|it, n| it.gate.places = places(None, Some(n)), 614),
-            (STREAMS, &|it, n| it.gate.connection.streams = n, 365),
-            (KEYS, &|it, n| it.keys = TableSize::new(n).unwrap(), 18_724),
+        let table: [(&str, Change, u32); 4] = [
+            (CONNECTIONS, |it, n| it.gate.places = places(Some(n), None), 744),
+            (RESERVE, |it, n| it.gate.places = places(None, Some(n)), 614),
+            (STREAMS, |it, n| it.gate.connection.streams = n, 365),
+            (KEYS, |it, n| it.keys = TableSize::new(n).unwrap(), 18_724),
         ];
         for (key, change, most) in table {
             let beyond = |value| {

@@ -114,7 +114,7 @@ impl Place {
                 return told;
             }
             assert!(began.elapsed() < PATIENCE, "{want}: {told}\n{}", self.log());
-            std::thread::sleep(Duration::from_millis(50));
+            nix::poll::poll(&mut [], 50u16).unwrap();
         }
     }
 

@@ -15,7 +15,7 @@ use durward::{
         patience::{FOR_ATTESTATION, FOR_TOKENS, PLACES},
         policy::Layers,
         refusal::{Reason, Stage},
-        report::Standing,
+        report::{Event, Standing},
         room::Short,
         rule::{Costs, Limit, Origin, Rule},
         schedule::Schedule,
@@ -251,6 +251,12 @@ async fn who_holds_its_share_of_memory_waits_for_room_and_no_longer_than_it_may(
         let ((admitted, took), ()) = tokio::join!(ask, returns);
         assert_eq!(admitted, if passes { Ok(()) } else { Err(Reason::Memory) }, "{case}");
         assert!(took < Duration::from_millis(within), "{case}: {took:?}");
+        // The log has what for, and which call.
+        let told = limits.events().into_iter().find_map(|event| match event {
+            Event::RefusalStarted { reason, method, .. } => Some((reason, method)),
+            _ => None,
+        });
+        assert_eq!(told, (!passes).then_some((Reason::Memory, Some(JWT))), "{case}");
     }
 }
 
