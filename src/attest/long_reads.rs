@@ -36,7 +36,7 @@ const REST: u32 = 9;
 const LONGEST_REST: Duration = Duration::from_millis(200);
 
 #[derive(Debug)]
-struct Known {
+struct SlowFamily {
     until: Instant,
     places: u8,
 }
@@ -44,7 +44,7 @@ struct Known {
 /// Reads what may be slow to read.
 #[derive(Debug)]
 pub(super) struct LongReads {
-    families: Mutex<HashMap<u64, Known>>,
+    families: Mutex<HashMap<u64, SlowFamily>>,
     /// There are some.
     any: AtomicBool,
     turn: Arc<Semaphore>,
@@ -138,12 +138,12 @@ impl LongReads {
                 families.remove(&first);
             }
         }
-        families.entry(family).or_insert(Known { until: now, places: 0 }).until = now + OF_LATE;
+        families.entry(family).or_insert(SlowFamily { until: now, places: 0 }).until = now + OF_LATE;
         self.any.store(true, Relaxed);
         true
     }
 
-    fn families(&self) -> MutexGuard<'_, HashMap<u64, Known>> {
+    fn families(&self) -> MutexGuard<'_, HashMap<u64, SlowFamily>> {
         self.families.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

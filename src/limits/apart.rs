@@ -5,7 +5,7 @@
 //! - Until the moment of the change they come back at the old rate, from then on at the new one, whenever the next call comes.
 //! - At the change no more counts as missing than the new burst: who had spent a hundred is served by a bucket of five as one
 //!   who finds it empty, and so within one refill. (Where both quotas have one rate, a debt of one burst may count too.)
-//! - The rest is kept [apart](Apart), and counts again when the next change comes. It comes back only while the bucket in
+//! - The rest is kept [apart](KeptApart), and counts again when the next change comes. It comes back only while the bucket in
 //!   force is full, at the slower of the two rates: a fast window fills its own bucket, and not the one behind it.
 //!
 //! So whatever changes, and how often: nobody gets more than the largest burst and what the rates in force gave in the time,
@@ -19,7 +19,7 @@ const APART: u64 = 1 << 63;
 
 /// What is missing of a bucket beyond what counts under the quota in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Apart {
+pub(super) struct KeptApart {
     /// In nanoseconds of refill, once the bucket is full.
     missing: u64,
     /// The price of a token when they were spent.
@@ -27,7 +27,7 @@ pub(super) struct Apart {
     under: Quota,
 }
 
-impl Apart {
+impl KeptApart {
     fn price(&self) -> u64 {
         self.per_token.max(self.under.per_token)
     }
@@ -51,12 +51,12 @@ impl Bucket {
     }
 
     /// Whether a fresh bucket would do just as well, with what is kept apart.
-    pub(super) fn is_full_with(&self, now: u64, apart: Option<&Apart>) -> bool {
+    pub(super) fn is_full_with(&self, now: u64, apart: Option<&KeptApart>) -> bool {
         self.is_full(now) && apart.is_none_or(|it| it.missing <= now.saturating_sub(self.full_at))
     }
 
     /// The quota that holds now holds `since` then.
-    pub(super) fn come_under(&mut self, now: u64, since: u64, quota: Quota, apart: &mut Option<Apart>) {
+    pub(super) fn come_under(&mut self, now: u64, since: u64, quota: Quota, apart: &mut Option<KeptApart>) {
         let old = self.price();
         let idle = |until: u64| until.saturating_sub(self.full_at);
         let is_same = apart.is_some_and(|it| it.under == quota);
@@ -86,7 +86,7 @@ impl Bucket {
         self.full_at = at.saturating_add(counts);
         self.per_token = quota.per_token;
         if missing > counts {
-            let mut kept = Apart { missing: 0, per_token: of, under: quota };
+            let mut kept = KeptApart { missing: 0, per_token: of, under: quota };
             let back = now.saturating_sub(self.full_at);
             kept.missing = convert(missing - counts, quota.per_token, kept.price()).saturating_sub(back);
             self.full_at = self.full_at.max(now);
@@ -112,7 +112,7 @@ mod tests {
     #[derive(Clone, Copy, Default)]
     struct Whole {
         bucket: Bucket,
-        apart: Option<Apart>,
+        apart: Option<KeptApart>,
     }
 
     impl Whole {

@@ -12,7 +12,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use super::{
-    apart::Apart,
+    apart::KeptApart,
     bucket::{Bucket, Quota, Shortfall},
     caller::CallerKey,
 };
@@ -283,7 +283,7 @@ impl SharedBuckets {
 #[derive(Debug)]
 pub(super) struct SharedBucket {
     bucket: Bucket,
-    apart: Option<Apart>,
+    apart: Option<KeptApart>,
     /// When it was last asked.
     asked: u64,
     shares: Shares,

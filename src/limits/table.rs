@@ -16,7 +16,7 @@ use hashbrown::HashTable;
 
 pub(super) use super::ask::ChargedTo;
 use super::{
-    apart::Apart,
+    apart::KeptApart,
     ask::{Ask, BucketKey, HeldTokens},
     bucket::{Bucket, Level, Quota, Shortfall},
     cells::{Cell, NOBODY, SEVERAL, cell, find, hash_at, seconds},
@@ -71,7 +71,7 @@ pub(super) struct Table {
     /// Of the buckets that several callers take from.
     shared: SharedBuckets,
     /// Of buckets that another quota made smaller.
-    apart: HashMap<[u64; 2], Apart, ahash::RandomState>,
+    apart: HashMap<[u64; 2], KeptApart, ahash::RandomState>,
     seed: ahash::RandomState,
     hand: usize,
     /// Cells of regulars.
