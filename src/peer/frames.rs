@@ -1,7 +1,9 @@
 //! The frames of a peer, walked byte by byte as they arrive, before HTTP/2 sees them.
 //!
 //! Frames that ask for nothing (PING, SETTINGS, WINDOW_UPDATE, empty DATA, unknown ones) are held to a
-//! [`FrameBudget`], since h2 answers them for ever. Header blocks are handed to [`hpack`](super::hpack),
+//! [`FrameBudget`], since h2 answers them for ever; those beyond what a request brings along count as
+//! [waste](crate::limits::waste). Fields behind the body of a request are nobody's in gRPC, and h2 would keep them until
+//! somebody asks: it is made to reset their stream. Header blocks are handed to [`hpack`](super::hpack),
 //! which writes over `:authority`. Where a block lacks something, its frame becomes longer, if its head has not gone on yet:
 //! [`passage`](super::passage) keeps that back.
 //!
@@ -52,6 +54,19 @@ const DATA_COST: u32 = 8;
 /// How much of a frame may have passed, its head included, where something is put into it: `:authority` is one of the first
 /// four fields, and nobody calls a method with a longer name.
 pub(super) const MAY_GROW: u32 = 256;
+
+/// So many bytes of frames that are no request come with one: SETTINGS, a PING or two, WINDOW_UPDATEs.
+const BESIDE_A_REQUEST: u32 = 256;
+/// The same of requests before it, and at the start of a connection.
+const BESIDE_AT_MOST: u32 = 1024;
+/// What so many bytes more of them, some eight frames, count for is an answer that was no work to conserve.
+const A_WASTE: u32 = 128;
+
+/// What comes before a DATA, back to the one before it, is in the same buffer of h2's; more of it than this is told.
+const WORTH_TELLING: u32 = 512;
+/// The largest buffer of h2's, and so the most that a DATA keeps of what came before it.
+const BUFFER: u32 = 16 * 1024;
+
 /// A longer frame than this is not for every peer to take (RFC 9113, section 4.2), so none is made.
 const LONGEST_FRAME: u32 = 16 * 1024;
 
@@ -60,18 +75,19 @@ const LONGEST_FRAME: u32 = 16 * 1024;
 pub(super) struct Walked {
     /// So many of them.
     pub(super) bytes: usize,
-    /// What is to follow them before the others pass.
-    pub(super) growth: Option<Growth>,
+    /// How the frame that is passing changes before the others pass.
+    pub(super) change: Option<FrameChange>,
 }
 
-/// How a frame grows.
+/// How a frame changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Growth {
+pub(super) struct FrameChange {
     /// So many bytes of it have passed, its head included.
     pub(super) so_far: usize,
-    /// Its length is then this: the first three bytes of its head.
-    pub(super) length: [u8; 3],
-    pub(super) missing: Lacking,
+    /// The first five bytes of its head are then these: its length, its type, its flags.
+    pub(super) head: [u8; 5],
+    /// These follow what has passed of it.
+    pub(super) behind: &'static [u8],
 }
 
 /// Request heads of a connection.
@@ -95,6 +111,8 @@ pub struct Filter {
     /// Bytes of that block so far, and of the frame that is passing.
     block: u32,
     length: u32,
+    /// Type and flags of that frame.
+    kind: [u8; 2],
     /// So many bytes of it have passed, its head included.
     so_far: u32,
     hpack: Hpack,
@@ -112,6 +130,12 @@ pub struct Filter {
     budget: FrameBudget,
     left: u32,
     filled_at: Instant,
+    /// What may still come beside requests before it is waste, and bytes of what came beyond it.
+    beside: u32,
+    wasted: u32,
+    /// Bytes since the last DATA, and of those before a DATA, what nobody was told of.
+    since_data: u32,
+    pinned: u32,
 }
 
 /// Where in the stream of bytes.
@@ -142,6 +166,7 @@ impl Filter {
             in_block: false,
             block: 0,
             length: 0,
+            kind: [0; 2],
             so_far: 0,
             hpack: Hpack::Start,
             last_stream: 0,
@@ -153,10 +178,14 @@ impl Filter {
             budget,
             left: budget.burst,
             filled_at: now,
+            beside: BESIDE_AT_MOST,
+            wasted: 0,
+            since_data: 0,
+            pinned: 0,
         }
     }
 
-    /// Lets the next bytes of the connection pass, up to where a frame grows, and writes over those of an authority. `now` is
+    /// Lets the next bytes of the connection pass, up to where a frame changes, and writes over those of an authority. `now` is
     /// asked only when the budget is spent.
     ///
     /// # Errors
@@ -166,7 +195,7 @@ impl Filter {
         let mut bytes = bytes;
         while let Some(next) = bytes.first().copied() {
             let available = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-            let mut growth = None;
+            let mut change = None;
             let used = match &mut self.at {
                 Position::Opaque => break,
                 Position::Flooded => return Err(Flood),
@@ -188,7 +217,7 @@ impl Filter {
                     *passed += 1;
                     if *passed == head.len() {
                         let head = *head;
-                        self.begin(head, &now)?;
+                        change = self.begin(head, &now)?;
                     }
                     1
                 }
@@ -212,8 +241,8 @@ impl Filter {
                     let fragment = bytes.get_mut(..size(available.min(*left))).unwrap_or_default();
                     let (used, missing) = self.hpack.step(fragment);
                     *left -= used;
-                    growth = missing.and_then(|missing| self.grow(used, missing));
-                    if let Some(byte) = fragment.first_mut().filter(|_| growth.is_some()) {
+                    change = missing.and_then(|missing| self.grow(used, missing));
+                    if let Some(byte) = fragment.first_mut().filter(|_| change.is_some()) {
                         *byte = Lacking::BECOMES;
                     }
                     self.settle();
@@ -225,11 +254,11 @@ impl Filter {
                 _ => self.so_far.saturating_add(used),
             };
             bytes = bytes.split_at_mut_checked(size(used)).map(|(_, rest)| rest).unwrap_or_default();
-            if growth.is_some() {
-                return Ok(Walked { bytes: all - bytes.len(), growth });
+            if change.is_some() {
+                return Ok(Walked { bytes: all - bytes.len(), change });
             }
         }
-        Ok(Walked { bytes: all, growth: None })
+        Ok(Walked { bytes: all, change: None })
     }
 
     /// How many of the last bytes that have passed are those of a frame that may still grow.
@@ -244,7 +273,7 @@ impl Filter {
     }
 
     /// Something is missing in the frame, behind these bytes.
-    fn grow(&mut self, bytes: u32, missing: Lacking) -> Option<Growth> {
+    fn grow(&mut self, bytes: u32, missing: Lacking) -> Option<FrameChange> {
         let more = u32::try_from(missing.behind.len()).ok()?;
         let so_far = self.so_far.saturating_add(bytes);
         let length = self.length.saturating_add(more);
@@ -253,8 +282,25 @@ impl Filter {
         }
         self.length = length;
         self.so_far = self.so_far.saturating_add(more);
-        let [_, length @ ..] = length.to_be_bytes();
-        Some(Growth { so_far: size(so_far), length, missing })
+        Some(FrameChange { so_far: size(so_far), head: self.head(), behind: missing.behind })
+    }
+
+    /// The first bytes of the head of the frame that is passing.
+    fn head(&self) -> [u8; 5] {
+        let ([_, l0, l1, l2], [kind, flags]) = (self.length.to_be_bytes(), self.kind);
+        [l0, l1, l2, kind, flags]
+    }
+
+    /// How many answers that were no work to conserve came as frames since this was asked last.
+    pub(super) fn take_wasted(&mut self) -> u32 {
+        let wasted = self.wasted / A_WASTE;
+        self.wasted %= A_WASTE;
+        wasted
+    }
+
+    /// Bytes that are kept with those of bodies, as long as these are not read, since this was asked last.
+    pub(super) fn take_pinned(&mut self) -> u32 {
+        std::mem::take(&mut self.pinned)
     }
 
     /// The highest stream whose request has passed to its end; 0 for none.
@@ -295,8 +341,8 @@ impl Filter {
         }
     }
 
-    /// A frame's head is complete.
-    fn begin(&mut self, head: [u8; 9], now: &impl Fn() -> Instant) -> Result<(), Flood> {
+    /// A frame's head is complete. Says how it becomes one that h2 refuses, if it has to.
+    fn begin(&mut self, head: [u8; 9], now: &impl Fn() -> Instant) -> Result<Option<FrameChange>, Flood> {
         const DATA: u8 = 0;
         const HEADERS: u8 = 1;
         const CONTINUATION: u8 = 9;
@@ -310,11 +356,25 @@ impl Filter {
         let stream = u32::from_be_bytes([s0 & 0x7f, s1, s2, s3]);
         self.note_whole();
         self.in_head &= self.in_block;
-        self.length = length;
+        (self.length, self.kind) = (length, [kind, flags]);
         self.block = if self.in_block { self.block.saturating_add(length) } else { length };
         if matches!(kind, DATA | HEADERS) && flags & END_STREAM != 0 {
             self.ends = Some(stream);
         }
+        match kind {
+            DATA => {
+                let before = std::mem::take(&mut self.since_data);
+                if before > WORTH_TELLING {
+                    self.pinned = self.pinned.saturating_add(before.min(BUFFER));
+                }
+            }
+            _ => self.since_data = self.since_data.saturating_add(FRAME_HEAD).saturating_add(length),
+        }
+        // Fields behind the body: HTTP/2 allows them (RFC 9113, section 8.1), and no client of gRPC sends any. Without
+        // END_STREAM they are malformed, and h2 resets the stream. A block without fields is an end like any other.
+        let is_trailers = kind == HEADERS && (1..=self.last_stream).contains(&stream);
+        let is_empty = length == 0 && flags & END_HEADERS != 0;
+        let refused = is_trailers && !is_empty && flags & END_STREAM != 0;
         match kind {
             DATA if length > 0 => self.charge(FRAME_HEAD + DATA_COST, now)?,
             // A stream begins: its number is higher than any before (RFC 9113, section 5.1.1).
@@ -324,6 +384,7 @@ impl Filter {
                 self.heads = self.heads.saturating_add(1);
                 self.in_head = true;
                 self.left = self.budget.burst;
+                self.beside = self.beside.saturating_add(BESIDE_A_REQUEST).min(BESIDE_AT_MOST);
             }
             _ => self.charge(FRAME_HEAD.saturating_add(length), now)?,
         }
@@ -351,7 +412,10 @@ impl Filter {
             _ => Position::Skip { left: length, fragment: 0, padding: 0 },
         };
         self.settle();
-        Ok(())
+        Ok(refused.then(|| {
+            self.kind = [kind, flags & !END_STREAM];
+            FrameChange { so_far: size(FRAME_HEAD), head: self.head(), behind: &[] }
+        }))
     }
 
     /// Leaves a part that has nothing left for the next one.
@@ -380,6 +444,8 @@ impl Filter {
     }
 
     fn charge(&mut self, cost: u32, now: &impl Fn() -> Instant) -> Result<(), Flood> {
+        self.wasted = self.wasted.saturating_add(cost.saturating_sub(self.beside));
+        self.beside = self.beside.saturating_sub(cost);
         if cost > self.left {
             let now = now();
             let since = now.saturating_duration_since(self.filled_at).as_millis();
@@ -499,6 +565,57 @@ mod tests {
                 filter.pass(&mut [*byte], || now).unwrap();
             }
             assert_eq!(filter.heads(), Heads { begun, whole }, "{case}");
+        }
+    }
+
+    /// What a client sends beside its requests is none; what comes in their shadow is, however many requests come.
+    #[test]
+    fn frames_beyond_what_requests_bring_along_are_waste() {
+        let now = Instant::now();
+        let request = |nth: u8| [frame(1, 4, nth, &[0x83]), frame(0, 1, nth, &[0; 5])].concat();
+        let (ping, update, settings) =
+            (frame(6, 1, 0, &[0; 8]), frame(8, 0, 0, &[0, 0, 1, 0]), frame(4, 0, 0, &[0, 4, 0, 1, 0, 0]));
+        for (case, beside, want) in [
+            ("nothing", Vec::new(), 0),
+            ("what grpc-go sends", [&ping[..], &ping, &update, &update, &settings].concat(), 0),
+            ("many SETTINGS", settings.repeat(400), 100 * 400 * 15 / 128),
+            ("many pings", ping.repeat(400), 100 * 400 * 17 / 128),
+            ("unknown frames", frame(29, 0, 0, &[0; 7600]).repeat(4), 100 * 4 * 7609 / 128),
+        ] {
+            let mut filter = Filter::new(FrameBudget::DEFAULT, now);
+            filter.pass(&mut connection(), || now).unwrap();
+            let mut wasted = 0;
+            for nth in 0..100 {
+                filter.pass(&mut [request(2 * nth + 1), beside.clone()].concat(), || now).unwrap();
+                wasted += filter.take_wasted();
+            }
+            let allowed = (BESIDE_AT_MOST + 100 * BESIDE_A_REQUEST) / A_WASTE;
+            assert!((want - want.min(allowed)..=want).contains(&wasted), "{case}: {wasted} of {want}");
+        }
+    }
+
+    /// h2 keeps the whole buffer for a part of a body that nobody reads.
+    #[test]
+    fn what_comes_before_data_is_kept_with_it() {
+        let now = Instant::now();
+        let (head, data) = (|length| frame(1, 4, 1, &vec![0x86; length]), frame(0, 0, 1, &[0; 257]));
+        for (case, frames, pinned) in [
+            ("an ordinary call", [head(300), data.clone(), data.clone()].concat(), 0),
+            ("a long head", [head(5_000), data.clone(), data.clone()].concat(), 5_009),
+            ("no body", [head(5_000), head(5_000)].concat(), 0),
+            (
+                "frames that nobody knows",
+                [frame(29, 0, 0, &[0; 7_600]), data.clone()].concat().repeat(3),
+                3 * 7_609,
+            ),
+            ("more than a buffer", [head(9_000), head(9_000), data].concat(), 16 * 1024),
+        ] {
+            let mut filter = Filter::new(RICH, now);
+            // SETTINGS are before the first.
+            filter.pass(&mut [PREFACE, &frame(0, 0, 1, &[0])].concat(), || now).unwrap();
+            filter.pass(&mut frames.clone(), || now).unwrap();
+            assert_eq!(filter.take_pinned(), pinned, "{case}");
+            assert_eq!(filter.take_pinned(), 0, "{case}: told once");
         }
     }
 

@@ -3,7 +3,8 @@
 //! Nearly all of it passes where it stands. A frame may have to grow: h2 refuses an `:authority` without a value, and there is no
 //! byte of one that could be written over. A frame's length stands at its beginning, which is therefore kept back until it is
 //! known, at most 256 bytes of a frame. HTTP/2 could do nothing with a part of it. Where `:authority` comes later than
-//! that, or the frame would become too long, h2 refuses the request.
+//! that, or the frame would become too long, h2 refuses the request. With the length the flags are kept back, of
+//! which fields behind a body lose one.
 
 use std::mem;
 
@@ -61,7 +62,7 @@ impl Passage {
     ) -> Result<(), Flood> {
         let mut came = buf.filled_mut().get_mut(from..).unwrap_or_default();
         let mut passed = self.filter.pass(came, &now)?;
-        if self.kept.is_empty() && passed.growth.is_none() {
+        if self.kept.is_empty() && passed.change.is_none() {
             let goes_on = came.len().saturating_sub(self.filter.may_grow());
             self.kept.extend_from_slice(came.get(goes_on..).unwrap_or_default());
             buf.set_filled(from + goes_on);
@@ -72,13 +73,12 @@ impl Passage {
             let (done, rest) = came.split_at_mut(passed.bytes);
             whole.extend_from_slice(done);
             came = rest;
-            let Some(growth) = passed.growth else { break };
-            let length =
-                whole.len().checked_sub(growth.so_far).and_then(|head| whole.get_mut(head..head + 3));
-            if let Some(length) = length {
-                length.copy_from_slice(&growth.length);
+            let Some(change) = passed.change else { break };
+            let at = whole.len().checked_sub(change.so_far);
+            if let Some(head) = at.and_then(|at| whole.get_mut(at..at + change.head.len())) {
+                head.copy_from_slice(&change.head);
             }
-            whole.extend_from_slice(growth.missing.behind);
+            whole.extend_from_slice(change.behind);
             passed = self.filter.pass(came, &now)?;
         }
         buf.set_filled(from);
@@ -173,8 +173,41 @@ mod tests {
         [integer(bits, mask, index), string(false, value)].concat()
     }
 
+    /// A connection, on which each HEADERS begins a stream.
     fn connection(frames: &[Vec<u8>]) -> Vec<u8> {
-        [PREFACE, &frame(4, 0, 0, &[0, 3, 0, 0, 0, 100]), &frames.concat()].concat()
+        let mut frames = frames.concat();
+        let (mut at, mut stream) = (0, 1_u32);
+        while let Some([l0, l1, l2, kind, _, number @ ..]) = frames.get_mut(at..at + 9) {
+            if *kind == 1 {
+                number.copy_from_slice(&stream.to_be_bytes());
+                stream += 2;
+            }
+            at += 9 + usize::try_from(u32::from_be_bytes([0, *l0, *l1, *l2])).unwrap();
+        }
+        [PREFACE, &frame(4, 0, 0, &[0, 3, 0, 0, 0, 100]), &frames].concat()
+    }
+
+    /// Their END_STREAM alone goes, from which h2 knows them for malformed.
+    #[test]
+    fn fields_behind_a_body_lose_their_end() {
+        let begun = [PREFACE, &frame(1, 4, 1, &[0x83]), &frame(0, 0, 1, b"body")].concat();
+        for (case, sent, flags) in [
+            ("some", frame(1, 5, 1, &[0x86, 0x83]), 4),
+            ("padded", frame(1, 0xd, 1, &[1, 0x86, 0]), 0xc),
+            ("with a priority", frame(1, 0x25, 1, &[0, 0, 0, 0, 9, 0x86]), 0x24),
+            ("in two frames", [frame(1, 1, 1, &[0x86]), frame(9, 4, 1, &[0x83])].concat(), 0),
+            ("empty, and more", [frame(1, 1, 1, &[]), frame(9, 4, 1, &[0x83])].concat(), 0),
+            ("none", frame(1, 5, 1, &[]), 5),
+            ("malformed anyway", frame(1, 4, 1, &[0x86]), 4),
+            ("a request", frame(1, 5, 3, &[0x86]), 5),
+            ("of nobody", frame(1, 5, 0, &[0x86]), 5),
+        ] {
+            let mut seen = sent.clone();
+            seen[4] = flags;
+            let after = frame(6, 0, 0, &[7; 8]);
+            let (sent, seen) = ([&begun[..], &sent, &after].concat(), [&begun[..], &seen, &after].concat());
+            check(case, &sent, &seen);
+        }
     }
 
     /// A byte of a header block as it is sent, and what HTTP/2 sees in its place.

@@ -72,7 +72,7 @@ impl Pauses {
         f(&mut self.course.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// An answer was given that was no work to conserve: perhaps a pause begins.
+    /// An answer was given that was no work to conserve, or frames came that ask for none: perhaps a pause begins.
     pub(super) fn wasted(&self, now: Instant) {
         let wait = self.holding.wasted();
         self.course(|course| {

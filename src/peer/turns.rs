@@ -47,6 +47,8 @@ struct TurnSlots {
     /// Bytes of requests that are not complete.
     uploads: u64,
     unsent: Unsent,
+    /// Bytes of buffers that h2 keeps with parts of bodies, which nobody reads while requests wait.
+    pinned: u64,
 }
 
 /// One request: free once its answer has ended and every part of it has left for the kernel.
@@ -114,6 +116,11 @@ impl TurnSlots {
         bytes(self.slots.len().saturating_sub(1), STREAM).saturating_add(bytes(self.unseen(), HEAD))
     }
 
+    /// Whether a body may be left unread, since its answer waits, or is not read itself.
+    fn leaves_unread(&self) -> bool {
+        self.slots.iter().any(|slot| slot.waits || slot.parts > 0)
+    }
+
     /// Ends what a slot's answer is reckoned at.
     fn end_reckoned(&mut self, at: usize) {
         if let Some(slot) = self.slots.get_mut(at) {
@@ -124,7 +131,12 @@ impl TurnSlots {
     /// Who has waited longest begins, if its answer fits: the waker of the first that has to be told.
     fn begin_next(&mut self, holding: &Holding) -> Option<Waker> {
         loop {
-            let (at, reckoned) = self.unsent.next()?;
+            let Some((at, reckoned)) = self.unsent.next() else {
+                if self.pinned > 0 && !self.leaves_unread() {
+                    holding.release(std::mem::take(&mut self.pinned));
+                }
+                return None;
+            };
             holding.release(WAITING);
             if let Some(slot) = self.slots.get_mut(at) {
                 slot.waits = false;
@@ -196,6 +208,24 @@ impl Turns {
             if more > 0 && !self.holding.try_hold(more) {
                 self.holding.hold(more);
                 self.pauses.hold_up(Instant::now());
+            }
+        });
+    }
+
+    /// With parts of bodies h2 keeps so many bytes of the buffers that they came in, as long as these are not read. Without
+    /// memory nothing further is read for a moment.
+    pub(super) fn pins(&self, bytes: u32) {
+        if bytes == 0 {
+            return;
+        }
+        let bytes = u64::from(bytes);
+        self.with(|turns| {
+            if turns.leaves_unread() {
+                turns.pinned = turns.pinned.saturating_add(bytes);
+                if !self.holding.try_hold(bytes) {
+                    self.holding.hold(bytes);
+                    self.pauses.hold_up(Instant::now());
+                }
             }
         });
     }
@@ -288,7 +318,7 @@ impl Default for Turns {
 
 impl Drop for Turns {
     fn drop(&mut self) {
-        let streams = self.with(|turns| turns.streams());
+        let streams = self.with(|turns| turns.streams().saturating_add(turns.pinned));
         self.holding.release(HTTP2.saturating_add(streams));
     }
 }
@@ -603,6 +633,8 @@ mod tests {
         Begins,
         /// So many heads come in one read.
         Heads(u32),
+        /// Parts of bodies come with so much before them.
+        Pins(u32),
         /// The task of the request is polled.
         Polled,
         Part(usize),
@@ -619,6 +651,7 @@ mod tests {
         let event = prop_oneof![
             4 => Just(Event::Begins),
             1 => (0u32..12).prop_map(Event::Heads),
+            1 => (0u32..16_000).prop_map(Event::Pins),
             6 => Just(Event::Polled),
             4 => (0usize..50_000).prop_map(Event::Part),
             2 => Just(Event::Rests),
@@ -717,9 +750,15 @@ mod tests {
             let turns = Arc::new(Turns::new(Arc::clone(&holding)));
             let (mut requests, mut parts, mut most, mut together) =
                 (Vec::<Asked>::new(), Vec::<Part>::new(), 0, 0);
+            let mut pinned = 0;
             for (event, index) in events {
+                let unread = |turns: &Turns| turns.with(|turns| turns.leaves_unread());
                 match event {
                     Event::Begins => requests.push(Asked::begin(&turns)),
+                    Event::Pins(bytes) => {
+                        pinned += if unread(&turns) { u64::from(bytes) } else { 0 };
+                        turns.pins(bytes);
+                    }
                     Event::Heads(came) => {
                         turns.heads(came);
                         if came > 1 {
@@ -746,7 +785,11 @@ mod tests {
                     }
                     _ => {}
                 }
-                prop_assert_eq!(holding.bytes(), there(&turns, &requests, &parts, &mut most, together));
+                if !unread(&turns) {
+                    pinned = 0;
+                }
+                let there = there(&turns, &requests, &parts, &mut most, together);
+                prop_assert_eq!(holding.bytes(), there + pinned);
                 for Asked { turn, woken, sleeps, .. } in &requests {
                     let waits = turns.with(|turns| turns.slots[turn.slot].waits);
                     prop_assert!(!sleeps || waits || woken.0.load(SeqCst), "not woken");

@@ -241,6 +241,10 @@ impl<P: Send + 'static> Wire<P> {
         self.heads.came(filter.heads());
         let began = filter.take_began();
         self.turns.heads(began);
+        self.turns.pins(filter.take_pinned());
+        for _ in 0..filter.take_wasted() {
+            self.turns.pauses().wasted(Instant::now());
+        }
         Poll::Ready(passed.map(|()| true))
     }
 

@@ -14,7 +14,10 @@ use tokio::net::UnixStream;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use crate::{
-    frames::{CONTINUATION, END_HEADERS, END_STREAM, HEADERS, PREFACE, SETTINGS, block, frame, literal},
+    frames::{
+        CONTINUATION, Called, DATA, END_HEADERS, END_STREAM, HEADERS, PREFACE, RST_STREAM, SETTINGS,
+        answer_on, block, frame, literal,
+    },
     support::{TestAgent, channel, entry, request},
 };
 
@@ -297,6 +300,35 @@ async fn a_head_that_begins_no_call_is_counted_once() {
         }
         drop(stream);
     }
+}
+
+/// They end their own stream: the others of the connection go on. An end without fields is one like any other.
+#[tokio::test(flavor = "multi_thread")]
+async fn fields_behind_a_body_end_no_other_call() {
+    let agent = TestAgent::start(&entry("/own", ""));
+    let (part, rest) = AUDIENCE.split_at(5);
+    let begun = |number: u32| {
+        [frame(HEADERS, END_HEADERS, number, &block(JWT)), frame(DATA, 0, number, part)].concat()
+    };
+    let end = |number: u32, fields: &[u8]| frame(HEADERS, END_HEADERS | END_STREAM, number, fields);
+    let mut stream = StdStream::connect(agent.socket()).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let first = [PREFACE, &frame(SETTINGS, 0, 0, &[]), &begun(1), &begun(3), &end(3, &literal("a", "b"))];
+    stream.write_all(&first.concat()).unwrap();
+    let ended = tokio::task::spawn_blocking(move || {
+        // PROTOCOL_ERROR.
+        let reset = frame(RST_STREAM, 0, 3, &1_u32.to_be_bytes());
+        let (mut got, mut byte) = (Vec::new(), [0]);
+        while !got.ends_with(&reset) {
+            stream.read_exact(&mut byte).unwrap();
+            got.extend(byte);
+        }
+        stream.write_all(&[frame(DATA, 0, 1, rest), end(1, &[])].concat()).unwrap();
+        answer_on(1, &mut stream)
+    });
+    assert_eq!(ended.await.unwrap(), Called::Answered);
+    let all: u64 = counted(&agent).iter().map(|(_, number)| number).sum();
+    assert_eq!(all, 2, "{:?}", counted(&agent));
 }
 
 /// What is asked beyond the tokens there are is owed, a burst of it at most; another caller's bucket is its own.

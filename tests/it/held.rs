@@ -40,7 +40,8 @@ use tokio::{
 
 use crate::{
     frames::{
-        END_HEADERS, END_STREAM, FETCH_JWT, HEADERS, PREFACE, SETTINGS, block, frame, jwt_request, settings,
+        DATA, END_HEADERS, END_STREAM, FETCH_JWT, HEADERS, PING, PREFACE, SETTINGS, block, frame,
+        jwt_request, literal, settings,
     },
     listener::guarded,
     support::TestAgent,
@@ -441,6 +442,76 @@ async fn who_never_reads_pins_a_bounded_number_of_answers() {
         drop(stream);
         until(case, || server.stats.open() == 0).await;
     }
+    server.drain().await;
+}
+
+/// A part of a body that waits is kept with the buffer that it came in, and whatever else was in that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_part_of_a_body_pins_is_held_while_it_waits() {
+    const LONG: usize = 5_000;
+    let server = Server::start();
+    let (mut stream, holding) = raw(&server, 0, std::iter::repeat_n("/bytes/20000".to_owned(), 20)).await;
+    settled(&server).await;
+    let before = holding.bytes();
+    let head = [block("/bytes/20000"), literal("long", &"x".repeat(LONG))].concat();
+    for stream_id in (0..10).map(|nth| 41 + 2 * nth) {
+        let part = [frame(HEADERS, END_HEADERS, stream_id, &head), frame(DATA, 0, stream_id, &[0; 257])];
+        stream.write_all(&part.concat()).await.unwrap();
+    }
+    let each = STREAM + WAITING + u64::try_from(LONG).unwrap();
+    until("they wait", || holding.bytes() >= before + 10 * each).await;
+    settled(&server).await;
+    let held = holding.bytes();
+    assert!(held <= before + 10 * (each + 512), "{held} bytes, {before} before");
+
+    let ends: Vec<u8> = (0..10).flat_map(|nth| frame(DATA, END_STREAM, 41 + 2 * nth, &[])).collect();
+    let window = frame(8, 0, 0, &0x3fff_0000_u32.to_be_bytes());
+    stream.write_all(&[ends, window, settings(4, 1 << 20)].concat()).await.unwrap();
+    let mut buffer = vec![0; 1 << 16];
+    until("answered", || {
+        while stream.try_read(&mut buffer).is_ok_and(|read| read > 0) {}
+        holding.bytes() == HTTP2 + 29 * STREAM
+    })
+    .await;
+    drop(stream);
+    server.drain().await;
+}
+
+/// Frames that ask for nothing come with every request; who sends many of them is read no more for a while, whatever it asks
+/// for beside them, and has to go in the end. Others notice nothing.
+#[tokio::test(start_paused = true)]
+async fn who_sends_frames_that_ask_for_nothing_has_to_go() {
+    let server = Server::start();
+    let call = |nth: u32| frame(HEADERS, END_HEADERS | END_STREAM, 1 + 2 * nth, &block("/bytes/1"));
+    let (stream, _) = raw(&server, 1 << 16, []).await;
+    let (mut reader, mut writer) = stream.into_split();
+    let reading = tokio::spawn(async move {
+        let mut buffer = vec![0; 1 << 14];
+        while reader.read(&mut buffer).await.is_ok_and(|read| read > 0) {}
+    });
+    let hostile = tokio::spawn(async move {
+        let beside = frame(29, 0, 0, &[0; 7_600]).repeat(4);
+        for nth in 0..1_500 {
+            if writer.write_all(&[call(nth), beside.clone()].concat()).await.is_err() {
+                break;
+            }
+        }
+    });
+
+    server.keeper.caller.store(2, SeqCst);
+    let (mut neighbour, holding) = raw(&server, 1 << 16, []).await;
+    let beside =
+        [frame(PING, 0, 0, &[0; 8]).repeat(2), frame(8, 0, 0, &1_u32.to_be_bytes()).repeat(2)].concat();
+    let mut buffer = vec![0; 1 << 14];
+    for nth in 0..2_000 {
+        neighbour.write_all(&[call(nth), beside.clone()].concat()).await.unwrap();
+        assert!(neighbour.read(&mut buffer).await.unwrap() > 0);
+        assert_eq!(holding.holding.waits(), None, "after {nth} calls");
+    }
+    hostile.await.unwrap();
+    server.ended(ConnectionEnd::Wasteful, 1).await;
+    reading.await.unwrap();
+    drop(neighbour);
     server.drain().await;
 }
 

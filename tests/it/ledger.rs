@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use durward::limits::budget::{HEAD, HTTP2, PARKED, STREAM};
+use durward::limits::budget::{HEAD, HTTP2, PARKED, STREAM, WAITING};
 use nix::{
     sys::{
         resource::{Resource, getrlimit, setrlimit},
@@ -24,7 +24,8 @@ use nix::{
 
 use crate::{
     frames::{
-        Called, FETCH_JWT, PREFACE, RST_STREAM, SETTINGS, call, call_frames, frame, jwt_request, message,
+        Called, DATA, END_HEADERS, END_STREAM, FETCH_JWT, HEADERS, PREFACE, RST_STREAM, SETTINGS, block,
+        call, call_frames, frame, jwt_request, literal, message, settings,
     },
     hostile::{NEIGHBOUR, PATIENCE},
     support::{Process, write_config},
@@ -274,6 +275,71 @@ fn what_a_burst_of_requests_leaves_behind_is_held() {
     let took = agent.measured().saturating_sub(before);
     let most = if cfg!(debug_assertions) { held + held / 4 } else { held } + (1 << 20);
     assert!(took <= most, "{took} bytes measured, {held} held");
+}
+
+/// Behind answers that nobody reads requests wait, and what came for them is kept: the buffers in which parts of their bodies
+/// came. Fields behind a body are not kept at all.
+#[test]
+fn what_requests_that_wait_keep_is_held() {
+    const CONNECTIONS: u32 = 10;
+    const LONG: usize = 7_600;
+    let agent = Weighed::start(
+        "waiting",
+        "caller { unlimited = true } identity { unlimited = true } node { unlimited = true cpu = 4096 } \
+         memory { limit = \"1GiB\" }",
+    );
+    assert_eq!(call(&agent.socket(), FETCH_JWT, &jwt_request("first"), PATIENCE), Called::Answered);
+    let head = |nth: u32| frame(HEADERS, END_HEADERS, 1 + 2 * nth, &block(FETCH_JWT));
+    // An audience of 15,000 bytes.
+    let large = message(&[&[0x0a, 0x98, 0x75][..], &[b'a'; 15_000]].concat());
+    let answers: Vec<u8> = (0..4).flat_map(|nth| call_frames(1 + 2 * nth, FETCH_JWT, &large)).collect();
+    // Each part of a body comes behind a head that HTTP/2 refuses alone, for a field that it does not have.
+    let bad = [block(FETCH_JWT), literal("connection", &"x".repeat(LONG))].concat();
+    let parts: Vec<u8> = (0..80)
+        .flat_map(|nth| {
+            let bad = frame(HEADERS, END_HEADERS | END_STREAM, 1 + 2 * (24 + nth), &bad);
+            [bad, frame(DATA, 0, 1 + 2 * (4 + nth % 20), &[0; 5])].concat()
+        })
+        .collect();
+    let waiting: Vec<u8> = (4..24).flat_map(head).collect();
+    let fields: Vec<u8> = (b'a'..=b'z')
+        .flat_map(|first| (b'0'..=b'8').map(move |second| String::from_utf8(vec![first, second]).unwrap()))
+        .flat_map(|name| literal(&name, ""))
+        .collect();
+    let trailers: Vec<u8> = (4..94)
+        .flat_map(|nth| [head(nth), frame(HEADERS, END_HEADERS | END_STREAM, 1 + 2 * nth, &fields)].concat())
+        .collect();
+    let (each, parts_each) = (PARKED + HTTP2, 20 * (STREAM + WAITING) + 80 * u64::try_from(LONG).unwrap());
+    for (case, behind, errors, held) in [
+        ("fields behind bodies", trailers, 90, each),
+        ("parts of bodies", [waiting, parts].concat(), 80, each + parts_each),
+    ] {
+        agent.wait_for("held", |held| held == 0);
+        let before = agent.measured();
+        let protocol = || agent.series("durward_http2_errors_total{reason=\"protocol\"} ");
+        let refused = protocol() + u64::from(CONNECTIONS * errors);
+        let mut open = agent.connections(10);
+        for stream in &mut open {
+            stream.write_all(&[PREFACE, &settings(4, 0), &answers].concat()).unwrap();
+        }
+        // Four answers are under way, and nobody reads them.
+        agent.wait_for("held", |held| held >= u64::from(CONNECTIONS) * (each + 60_000));
+        for stream in &mut open {
+            let sent = stream.write_all(&behind);
+            assert!(sent.is_ok(), "{case}: {sent:?}\n{}", agent.log());
+        }
+        let began = Instant::now();
+        while protocol() < refused {
+            assert!(began.elapsed() < PATIENCE, "{case}: {} of {refused}\n{}", protocol(), agent.log());
+            thread::sleep(Duration::from_millis(20));
+        }
+        let held = agent.wait_for("held", |all| all >= u64::from(CONNECTIONS) * held);
+        let took = agent.measured().saturating_sub(before);
+        println!("{case}: {} KiB measured, {} held", took >> 10, held >> 10);
+        let most = if cfg!(debug_assertions) { held + held / 4 } else { held } + (1 << 20);
+        assert!(took <= most && took >= held / 3, "{case}: {took} bytes measured, {held} held");
+        drop(open);
+    }
 }
 
 /// Who holds its share gets no more; when there is less of it the newest of whoever holds most are told to come back. A
