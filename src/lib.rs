@@ -171,7 +171,7 @@
 //! frames, were a third of what a cached answer cost. Sixteen are answered so before others run; what waits gets a
 //! task of its own (`peer/spawner.rs`, `peer/outbox.rs`).
 //!
-//! **Refusals and mistakes are paced by reading.** They are answered, 5,000 a second to one caller, since a
+//! **Refusals and mistakes are paced by reading.** They are answered, 5,000 a second to one caller and 20,000 to all, since a
 //! client has to know; beyond that its connections are read no more for a moment. To answer later would keep what was
 //! asked. Frames that ask for nothing are paced with them: HTTP/2 answers those, and no limit sees them.
 //!

@@ -17,7 +17,7 @@ use tokio::{sync::Notify, time::Instant};
 use super::{
     budget::NEWCOMER,
     room::{Room, Short},
-    waste::Waste,
+    waste::{AllWaste, Waste},
 };
 
 /// What a connection is told, from the side of the node.
@@ -76,6 +76,7 @@ pub(super) struct NodeHeld {
     least: AtomicU64,
     look: Notify,
     room: Arc<Room>,
+    waste: AllWaste,
     started: Instant,
 }
 
@@ -94,6 +95,7 @@ impl NodeHeld {
             least: AtomicU64::new(0),
             look: Notify::new(),
             room,
+            waste: AllWaste::default(),
             started: Instant::now(),
         }
     }
@@ -345,10 +347,11 @@ impl Holding {
         })
     }
 
-    /// Counts an answer that was no work to conserve: a refusal, or an error that the caller made. Returns how long its
+    /// Counts an answer that was no work to conserve: a refusal, an error that the caller made, or some frames that ask for
+    /// nothing. Returns how long its
     /// connection is to be read no more.
     pub fn wasted(&self) -> Option<Duration> {
-        self.sums.as_ref().and_then(|HeldSums { group, node, .. }| group.waste.note(node.now()))
+        self.sums.as_ref().and_then(|HeldSums { group, node, .. }| group.waste.note(&node.waste, node.now()))
     }
 
     /// How long its connection is still to be read no more; counts nothing.
