@@ -378,12 +378,12 @@ pub fn wire(data: &[u8]) {
     // The beginning of the last may be kept back.
     assert!(before.len() == after.len() || before.len() == after.len() + 1);
     let mut streams = 0;
-    for ((head, was), (same_head, is)) in before.iter().zip(&after) {
+    for ((head, length, was), (same_head, _, is)) in before.iter().zip(&after) {
         // Fields behind a body are refused for having no end.
         let [kind, _, number @ ..] = *head;
         let stream = u32::from_be_bytes(number) & 0x7fff_ffff;
         let mut expected = *head;
-        if kind == 1 && (1..=streams).contains(&stream) && (!was.is_empty() || head[1] & 4 == 0) {
+        if kind == 1 && (1..=streams).contains(&stream) && (*length > 0 || head[1] & 4 == 0) {
             expected[1] &= !1;
         }
         streams = if kind == 1 { streams.max(stream) } else { streams };
@@ -413,13 +413,13 @@ pub fn wire(data: &[u8]) {
     }
 }
 
-/// The frames: of each its head without the length, and as much of its payload as is there.
-fn frames(mut bytes: &[u8]) -> Vec<([u8; 6], &[u8])> {
+/// The frames: of each its head without the length, that, and as much of its payload as is there.
+fn frames(mut bytes: &[u8]) -> Vec<([u8; 6], usize, &[u8])> {
     let mut frames = Vec::new();
     while let Some(([l0, l1, l2, head @ ..], rest)) = bytes.split_first_chunk::<9>() {
         let length = usize::try_from(u32::from_be_bytes([0, *l0, *l1, *l2])).expect("64 bits");
         let (payload, next) = rest.split_at(length.min(rest.len()));
-        frames.push((*head, payload));
+        frames.push((*head, length, payload));
         bytes = next;
     }
     frames
