@@ -383,6 +383,46 @@ fn a_crowd_of_one_user_is_served_while_there_is_room() {
     assert_eq!(answered, 300, "{called:?}");
 }
 
+/// Who has all places and does not read that it is to go loses some, as soon as one who has few is refused for them.
+#[test]
+fn who_does_not_read_loses_its_places_to_a_neighbour() {
+    let agent = Weighed::start(
+        "unread",
+        "node { cpu = 4096 } gate { connections = 24 reserve = 8 connection { handshake_timeout = \"5m\" } }",
+    );
+    let began = Instant::now();
+    let mut open = agent.connections(16);
+    for stream in &mut open {
+        watch(stream, 0, 20).unwrap();
+    }
+    while agent.series("durward_connections_open ") < 14 {
+        assert!(began.elapsed() < PATIENCE, "{}", agent.log());
+    }
+    if neighbour(&agent, &["watch"]).is_none() {
+        println!("nobody can be anybody else: left out");
+        return;
+    }
+    let mut watching: Vec<Watching> = Vec::new();
+    for number in 1..=4 {
+        watching.push(Watching(neighbour(&agent, &["watch"]).unwrap().spawn().unwrap()));
+        while !serves(&agent) {
+            assert!(began.elapsed() < 2 * PATIENCE, "{number}\n{}", agent.log());
+        }
+    }
+    for nth in &mut watching {
+        assert_eq!(nth.0.try_wait().unwrap(), None, "its streams are open\n{}", agent.log());
+    }
+    let log = agent.log();
+    assert!(log.contains("connection limit: caller holds more than its share"), "{log}");
+    drop(open);
+}
+
+/// Whether the neighbour's next call is answered.
+fn serves(agent: &Weighed) -> bool {
+    neighbour(agent, &["fetch", "jwt", "--audience", "a"])
+        .is_some_and(|mut it| it.output().unwrap().status.success())
+}
+
 /// Without descriptors a caller has its share of them, and others find theirs.
 #[test]
 fn a_caller_has_its_share_of_places_and_a_neighbour_finds_one() {
