@@ -244,6 +244,8 @@ pub struct Holding {
     sums: Option<HeldSums>,
     /// It was let in on what is set aside, of which a connection and a call are its own.
     on_reserve: AtomicBool,
+    /// A call was made on it.
+    called: AtomicBool,
     told: AtomicU8,
     /// When it was told something first.
     told_at: AtomicU64,
@@ -350,6 +352,11 @@ impl Holding {
         self.sums.as_ref().is_some_and(|HeldSums { group, node, .. }| {
             node.room.is_short(Short::Memory) && node.is_above_share(group.bytes())
         })
+    }
+
+    /// A call begins on it. Returns whether it is the first.
+    pub fn begins_first_call(&self) -> bool {
+        !self.called.swap(true, Relaxed)
     }
 
     /// Whether descriptors are short.
