@@ -17,6 +17,7 @@ use crate::{
         pace::{Complaints, Settled},
         refusal::Reason,
         report::{BucketName, Event, foremost},
+        room::Short,
         shares::Taking,
     },
     os::heap::{self, ResidentSet},
@@ -174,18 +175,29 @@ impl Watch {
 
     /// Says who was told to go, and for what it holds.
     fn tell_of(&self, told: &ToldToGo) {
-        let ToldToGo { caller, held, notice } = *told;
+        let ToldToGo { caller, short, held, share, notice } = *told;
         let what = match notice {
             Notice::ComeBack => "told to come back",
             Notice::Close => "closed",
         };
-        if let Some(times) = self.complaints.note(caller, what, Instant::now()) {
+        let Some(times) = self.complaints.note(caller, what, Instant::now()) else { return };
+        let limit = if short == Short::Memory { "memory limit" } else { "connection limit" };
+        if held > share {
+            tracing::warn!(
+                caller = %caller,
+                held,
+                share,
+                connections = times,
+                what,
+                "{limit}: caller holds more than its share, and its newest connections are ended"
+            );
+        } else {
             tracing::warn!(
                 caller = %caller,
                 held,
                 connections = times,
                 what,
-                "memory limit: caller holds more than its share, and its newest connections are ended"
+                "{limit}: more callers came than there is room for, and the newest connections are ended"
             );
         }
     }

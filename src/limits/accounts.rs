@@ -12,6 +12,8 @@ use std::{
 use super::{
     caller::CallerKey,
     holding::{GroupHeld, HeldBytes, HeldSums, Holding, NodeHeld, Notice},
+    room::Short,
+    shortage::Cut,
     waste::Waste,
 };
 
@@ -25,6 +27,23 @@ pub(super) enum Weight {
     Bytes,
     /// Connections that are open.
     Connections,
+}
+
+impl Weight {
+    /// What there is too little of when groups are compared by it.
+    fn short(self) -> Short {
+        match self {
+            Self::Bytes => Short::Memory,
+            Self::Connections => Short::Descriptors,
+        }
+    }
+
+    fn of(self, holding: &Holding) -> u64 {
+        match self {
+            Self::Bytes => holding.bytes(),
+            Self::Connections => 1,
+        }
+    }
 }
 
 /// How connections are made to go.
@@ -52,8 +71,12 @@ impl Shed {
 pub struct ToldToGo {
     /// Whose it is.
     pub caller: CallerKey,
-    /// What that caller holds, those of its family with it.
+    /// What there was too little of.
+    pub short: Short,
+    /// What of it that caller holds, those of its family with it: bytes, or connections.
     pub held: u64,
+    /// What its share was.
+    pub share: u64,
     pub notice: Notice,
 }
 
@@ -202,23 +225,21 @@ impl Accounts {
     }
 
     /// Tells connections of the groups that weigh more than `level` to go, the newest of each first, and so many that no
-    /// group weighs less than `share` then. By [`Shed::Close`] further ones go, the newest of all first, until so much
-    /// goes as the groups weigh above the level: a crowd of callers with a connection each does not take them all with it.
+    /// group weighs less than `share` then. By [`Shed::Close`] further ones go, the newest of all first, until no more than
+    /// the target is left: a crowd of callers with a connection each does not take them all with it.
     /// Those that were told before count as gone.
-    pub(super) fn shed(&self, by: Weight, level: u64, share: u64, how: Shed) -> Vec<ToldToGo> {
+    pub(super) fn shed(&self, by: Weight, cut: Cut, share: u64, how: Shed) -> Vec<ToldToGo> {
+        let Cut { level, target } = cut;
         let notice = how.notice();
         let (mut told, mut below_share) = (Vec::new(), Vec::new());
-        let (mut above_level, mut goes) = (0_u64, 0_u64);
+        let (mut all_left, mut goes) = (0_u64, 0_u64);
         for account in self.groups.values() {
             let gone = |holding: &Holding| holding.notice() >= Some(notice);
-            let weight = |holding: &Holding| match by {
-                Weight::Bytes => holding.bytes(),
-                Weight::Connections => 1,
-            };
             let leaving = account.open.values().filter(|(_, holding)| gone(holding));
-            let leaving: u64 = leaving.map(|(_, holding)| weight(holding)).sum();
-            let mut left = account.weight(by).saturating_sub(leaving);
-            above_level = above_level.saturating_add(left.saturating_sub(level));
+            let leaving: u64 = leaving.map(|(_, holding)| by.of(holding)).sum();
+            let held = account.weight(by);
+            let mut left = held.saturating_sub(leaving);
+            all_left = all_left.saturating_add(left);
             for (order, (caller, holding)) in account.open.iter().rev() {
                 if left <= level {
                     break;
@@ -226,9 +247,9 @@ impl Accounts {
                 if gone(holding) {
                     continue;
                 }
-                let weight = weight(holding);
+                let weight = by.of(holding);
                 let after = left.saturating_sub(weight);
-                let one = (ToldToGo { caller: *caller, held: account.held.bytes(), notice }, holding);
+                let one = (ToldToGo { caller: *caller, short: by.short(), held, share, notice }, holding);
                 if after >= share {
                     goes = goes.saturating_add(weight);
                     told.push(one);
@@ -242,7 +263,7 @@ impl Accounts {
         }
         below_share.sort_unstable_by_key(|(order, ..)| std::cmp::Reverse(*order));
         for (_, weight, one) in below_share {
-            if goes >= above_level {
+            if all_left.saturating_sub(goes) <= target {
                 break;
             }
             goes = goes.saturating_add(weight);
@@ -254,6 +275,30 @@ impl Accounts {
                 told
             })
             .collect()
+    }
+
+    /// Closes connections that were told to come back at `before` or earlier and have not gone, of groups that weigh more than
+    /// `share`: the newest first, and so many that none weighs less then.
+    pub(super) fn close_told(&self, by: Weight, share: u64, before: u64) -> Vec<ToldToGo> {
+        let notice = Notice::Close;
+        let mut told = Vec::new();
+        for account in self.groups.values() {
+            let held = account.weight(by);
+            let closing = account.open.values().filter(|(_, holding)| holding.notice() == Some(notice));
+            let mut left = held.saturating_sub(closing.map(|(_, holding)| by.of(holding)).sum());
+            for (caller, holding) in account.open.values().rev() {
+                if left <= share {
+                    break;
+                }
+                let after = left.saturating_sub(by.of(holding));
+                if after >= share && holding.stays_since(before) {
+                    holding.tell(notice);
+                    told.push(ToldToGo { caller: *caller, short: by.short(), held, share, notice });
+                    left = after;
+                }
+            }
+        }
+        told
     }
 }
 
@@ -357,22 +402,69 @@ mod tests {
         let heavy: Vec<_> = (0..5).map(|n| open(100 + n, 2, 200)).collect();
         let level = accounts.level(Weight::Bytes, 810);
         assert_eq!(level, 600);
-        let told = accounts.shed(Weight::Bytes, level, level, Shed::SendAway);
+        // The neighbour's 210 stay as they are.
+        let cut = |level| Cut { level, target: 210 + level };
+        let told = accounts.shed(Weight::Bytes, cut(level), level, Shed::SendAway);
         let callers: Vec<_> = told.iter().map(|told| told.caller).collect();
         assert_eq!(callers, [CallerKey::Uid(104), CallerKey::Uid(103)], "a family is one, the newest go");
         assert_eq!(told[0].held, 1000);
-        assert_eq!(accounts.shed(Weight::Bytes, level, level, Shed::SendAway), [], "they are on their way");
+        assert_eq!(
+            accounts.shed(Weight::Bytes, cut(level), level, Shed::SendAway),
+            [],
+            "they are on their way"
+        );
         assert!(neighbour.iter().all(|(_, holding)| holding.notice().is_none()));
         // 350 could only be reached from below: what is for crowds alone does that.
-        assert_eq!(accounts.shed(Weight::Bytes, 350, 350, Shed::SendAway).len(), 1);
-        assert_eq!(accounts.shed(Weight::Bytes, 350, 350, Shed::CloseAboveShare).len(), 3, "the same");
-        assert_eq!(accounts.shed(Weight::Bytes, 350, 350, Shed::Close).len(), 1);
+        assert_eq!(accounts.shed(Weight::Bytes, cut(350), 350, Shed::SendAway).len(), 1);
+        assert_eq!(accounts.shed(Weight::Bytes, cut(350), 350, Shed::CloseAboveShare).len(), 3, "the same");
+        assert_eq!(accounts.shed(Weight::Bytes, cut(350), 350, Shed::Close).len(), 1);
         assert_eq!(
-            accounts.shed(Weight::Connections, 3, 3, Shed::SendAway).len(),
+            accounts.shed(Weight::Connections, cut(3), 3, Shed::SendAway).len(),
             4,
             "of the neighbour's seven"
         );
         assert_eq!(heavy[0].1.notice(), None);
+    }
+
+    /// More callers than there are places, with one each: no share is below one, and not all of them go.
+    #[test]
+    fn of_a_crowd_the_newest_go_and_no_more_than_have_to() {
+        let mut accounts = accounts();
+        let crowd: Vec<_> = (0..380).map(|n| accounts.add(CallerKey::Uid(n), u64::from(n), 1)).collect();
+        let level = accounts.level(Weight::Connections, 315);
+        assert_eq!(level, 0);
+        let told = accounts.shed(Weight::Connections, Cut { level, target: 379 }, 8, Shed::Close);
+        let want = ToldToGo {
+            caller: CallerKey::Uid(379),
+            short: Short::Descriptors,
+            held: 1,
+            share: 8,
+            notice: Notice::Close,
+        };
+        assert_eq!(told, [want]);
+        assert_eq!(accounts.shed(Weight::Connections, Cut { level, target: 379 }, 8, Shed::Close), []);
+        drop(crowd);
+    }
+
+    /// One that was told to come back and stays is closed while others want what it has: not at once, and not below the share.
+    #[tokio::test(start_paused = true)]
+    async fn who_was_told_to_go_and_stays_is_closed() {
+        let mut accounts = accounts();
+        tokio::time::advance(std::time::Duration::from_secs(5)).await;
+        let open: Vec<_> = (0..6).map(|_| accounts.add(CallerKey::Uid(1), 1, 10)).collect();
+        let few: Vec<_> = (0..2).map(|_| accounts.add(CallerKey::Uid(2), 2, 10)).collect();
+        for (_, holding) in few.iter().chain(&open[..5]) {
+            holding.tell(Notice::ComeBack);
+        }
+        let now = accounts.node.now();
+        let close = |before| accounts.close_told(Weight::Connections, 3, before).len();
+        assert_eq!(close(now - 1), 0, "they may still go");
+        assert_eq!(close(now), 3);
+        let notices: Vec<_> = open.iter().map(|(_, holding)| holding.notice()).collect();
+        let (told, closed) = (Some(Notice::ComeBack), Some(Notice::Close));
+        assert_eq!(notices, [told, told, closed, closed, closed, None]);
+        assert!(few.iter().all(|(_, holding)| holding.notice() == told), "who has its share keeps it");
+        assert_eq!(close(now), 0, "they are on their way");
     }
 
     #[tokio::test(start_paused = true)]

@@ -118,7 +118,9 @@ impl Limits {
         let now = self.ledger.now();
         let waiting = WaitOfCall::new(now, patience);
         let call = CallerCall { caller: peer.caller_key(), method, waiting };
-        let mut entering = Entering { ledger: &self.ledger, peer: &peer, call, passed: None, slot: None };
+        let is_first = peer.begins_first_call();
+        let mut entering =
+            Entering { ledger: &self.ledger, peer: &peer, is_first, call, passed: None, slot: None };
         let attempt = waiting.first();
         if let Err(refusal) = entering.go_on(now, attempt) {
             self.ledger.want(&refusal);
@@ -274,6 +276,8 @@ struct CallerCall {
 struct Entering<'a, P> {
     ledger: &'a Arc<Ledger>,
     peer: &'a P,
+    /// The first on its connection.
+    is_first: bool,
     call: CallerCall,
     passed: Option<Passed>,
     slot: Option<AttestationSlot>,
@@ -299,7 +303,7 @@ impl<P: Caller> Entering<'_, P> {
             Some(passed) => passed,
             none => none.insert(self.ledger.charge_caller(&plan, &self.call, now, attempt)?),
         };
-        let above_share = self.peer.is_above_share();
+        let above_share = !self.is_first && self.peer.is_above_share();
         let done = if above_share { self.ledger.refuse_bytes(&plan, passed, attempt) } else { Ok(()) }
             .and_then(|()| self.ledger.beyond_its_own(&plan, passed, &mut self.slot, now, attempt));
         done.inspect_err(|refusal| {

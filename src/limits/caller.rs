@@ -140,6 +140,12 @@ pub trait Caller {
     fn is_above_share(&self) -> bool {
         false
     }
+
+    /// A call of it begins. Whether that is the first on its connection: what that takes is held already, and is for nothing if
+    /// it is refused.
+    fn begins_first_call(&self) -> bool {
+        false
+    }
 }
 
 impl<C: Caller> Caller for std::sync::Arc<C> {
@@ -149,6 +155,10 @@ impl<C: Caller> Caller for std::sync::Arc<C> {
 
     fn is_above_share(&self) -> bool {
         (**self).is_above_share()
+    }
+
+    fn begins_first_call(&self) -> bool {
+        (**self).begins_first_call()
     }
 }
 

@@ -49,6 +49,8 @@ const FEW: u32 = 2;
 const SHARES_LAST: u64 = 50_000_000;
 /// What is set aside is lent for so many nanoseconds, if another that holds nothing needs it then.
 const LENT_FOR: u64 = 2_000_000_000;
+/// Who was told to come back has so many nanoseconds for it before it is closed, while somebody below its share is refused.
+const LEAVES_WITHIN: u64 = 1_000_000_000;
 /// The most callers and reasons that are told between two looks.
 const COMPLAINTS: usize = 64;
 
@@ -188,7 +190,8 @@ impl Gate {
         state.bytes.pressure()
     }
 
-    /// Reckons shares anew whenever much more is held than when they were last reckoned; for ever.
+    /// Reckons shares anew whenever much more is held than when they were last reckoned, and tells those to go for whom somebody
+    /// below its share was refused; for ever.
     pub async fn follow(&self) {
         loop {
             self.shared.node.outdated().await;
@@ -200,7 +203,8 @@ impl Gate {
     }
 
     /// Tells those who hold more than their share to go, as far as memory or descriptors are so short: the newest of their
-    /// connections, and never what is below their share. Returns who was told.
+    /// connections, and never what is below their share. Whoever does not go is closed while somebody below its share is
+    /// refused for that. Returns who was told.
     pub fn shed(&self) -> Vec<ToldToGo> {
         let mut told = std::mem::take(&mut self.shared.state().told);
         told.extend(self.shed_now());
@@ -208,17 +212,22 @@ impl Gate {
     }
 
     fn shed_now(&self) -> Vec<ToldToGo> {
-        let state = self.shared.state();
+        let mut state = self.shared.state();
+        let GateState { accounts, bytes, connections, .. } = &mut *state;
         let mut told = Vec::new();
-        for (by, shortage) in [(Weight::Bytes, &state.bytes), (Weight::Connections, &state.connections)] {
+        for (by, shortage) in [(Weight::Bytes, bytes), (Weight::Connections, connections)] {
+            let wanted = std::mem::take(&mut shortage.wanted);
             let shed = match shortage.pressure() {
                 Pressure::None | Pressure::ShrinkCaches => continue,
                 Pressure::RefuseNew if shortage.is_nearly_out() => Shed::CloseAboveShare,
                 Pressure::RefuseNew => Shed::SendAway,
                 Pressure::CloseHeaviest => Shed::Close,
             };
-            if let Some(level) = shortage.cut_to(|target| state.accounts.level(by, target)) {
-                told.extend(state.accounts.shed(by, level, shortage.share(), shed));
+            if wanted && let Some(before) = self.shared.node.now().checked_sub(LEAVES_WITHIN) {
+                told.extend(accounts.close_told(by, shortage.share(), before));
+            }
+            if let Some(cut) = shortage.cut_to(|target| accounts.level(by, target)) {
+                told.extend(accounts.shed(by, cut, shortage.share(), shed));
             }
         }
         told
@@ -266,7 +275,11 @@ impl Gate {
         } else if group_open == 0 && state.reserved >= plan.reserved() {
             state.take_back(now);
         }
-        let LetIn { rehearsed, reserved } = match shared.decide(&arriving, &mut state) {
+        let decided = shared.decide(&arriving, &mut state);
+        if decided.is_err_and(|refusal| state.wants(&arriving, refusal)) {
+            shared.node.wake();
+        }
+        let LetIn { rehearsed, reserved } = match decided {
             Ok(let_in) => let_in,
             Err(refusal) if chance == Chance::NotLast && refusal.is_soft() => {
                 shared.want(refusal);
@@ -364,6 +377,8 @@ impl SharedGate {
         state.bytes.reserved = plan.reserved_bytes();
         state.bytes.least = plan.budget.unwrap_or(0) / budget::SHARES;
         state.connections.whole = Some(u64::from(plan.most));
+        state.connections.reserved = u64::from(plan.reserve);
+        state.connections.firm = true;
         state.connections.least = plan.least_connections();
         self.look(state);
     }
@@ -371,6 +386,7 @@ impl SharedGate {
     /// Reckons anew how short memory and descriptors are, and the shares.
     fn look(&self, state: &mut GateState) {
         let GateState { accounts, bytes, connections, total, .. } = state;
+        bytes.wanted |= self.node.was_wanted();
         bytes.look(self.node.bytes(), |target| accounts.level(Weight::Bytes, target));
         connections.look(u64::from(*total), |target| accounts.level(Weight::Connections, target));
         let (short_from, room_below) = bytes.bounds();
@@ -464,8 +480,12 @@ impl SharedGate {
         if newcomer {
             // Half of the places is for those who have none.
             let places = if group_open == 0 { plan.reserved() } else { plan.reserved() / 2 };
-            let taken = last && !exempt && state.reserved >= places;
-            return if taken { Err(ConnectionRefusal::MemoryTaken) } else { Ok(last) };
+            if !last || exempt || state.reserved < places {
+                return Ok(last);
+            }
+            if group_open == 0 {
+                return Err(ConnectionRefusal::MemoryTaken);
+            }
         }
         // Half of what is set aside is for those, too, who hold less than anybody's least share.
         let little = group_bytes < budget / budget::SHARES;
@@ -542,7 +562,13 @@ impl GateState {
             if let Some(holding) = holding {
                 holding.take_from_reserve();
                 holding.tell(Notice::Close);
-                self.told.push(ToldToGo { caller, held: holding.bytes(), notice: Notice::Close });
+                self.told.push(ToldToGo {
+                    caller,
+                    short: Short::Memory,
+                    held: holding.bytes(),
+                    share: self.bytes.share(),
+                    notice: Notice::Close,
+                });
                 self.reserved = self.reserved.saturating_sub(1);
                 return;
             }
@@ -552,6 +578,18 @@ impl GateState {
     /// Whether shares were reckoned when much less was held.
     fn is_outdated(&self, held: u64) -> bool {
         self.bytes.is_outdated(held) || self.connections.is_outdated(u64::from(self.total))
+    }
+
+    /// Whether others are to go for one that was refused, because they hold more than their share and it holds less. Notes it.
+    fn wants(&mut self, it: &Arriving<'_>, refusal: ConnectionRefusal) -> bool {
+        let (shortage, held) = match refusal {
+            ConnectionRefusal::MemoryTaken => (&mut self.bytes, it.group_bytes),
+            ConnectionRefusal::NodeConnections => (&mut self.connections, u64::from(it.group_open)),
+            _ => return false,
+        };
+        let wants = held < shortage.share();
+        shortage.wanted |= wants;
+        wants
     }
 
     /// Keeps what is to be told of a refusal for want of room, if there is room for it.

@@ -52,6 +52,9 @@ impl HeldBytes {
 /// Memory is out when one part in so many is held beyond where it begins to be short.
 const WELL_BEYOND: u64 = 8;
 
+/// However many are refused, those who look are woken for it once in so many nanoseconds.
+const WAKE_AGAIN: u64 = 50_000_000;
+
 /// What a family holds at most that begins: a connection and a call, beside its last one, whose end was not seen yet.
 const BEGINS: u64 = 2 * NEWCOMER;
 /// The share of one, where it is not known yet.
@@ -74,6 +77,9 @@ pub(super) struct NodeHeld {
     full_from: AtomicU64,
     spent_from: AtomicU64,
     least: AtomicU64,
+    /// Somebody below its share found no memory, and when those who look were last woken for such a thing.
+    wanted: AtomicBool,
+    woken: AtomicU64,
     look: Notify,
     room: Arc<Room>,
     waste: AllWaste,
@@ -93,6 +99,8 @@ impl NodeHeld {
             full_from: AtomicU64::new(u64::MAX),
             spent_from: AtomicU64::new(u64::MAX),
             least: AtomicU64::new(0),
+            wanted: AtomicBool::new(false),
+            woken: AtomicU64::new(0),
             look: Notify::new(),
             room,
             waste: AllWaste::default(),
@@ -149,7 +157,29 @@ impl NodeHeld {
         self.fits(all, bytes) || is_only && all < self.full_from.load(Relaxed)
     }
 
-    /// Waits until shares are to be reckoned anew. For one task.
+    /// Somebody below its share was refused for what others hold: wakes those who look.
+    pub(super) fn wake(&self) {
+        let now = self.now();
+        if now.saturating_sub(self.woken.load(Relaxed)) >= WAKE_AGAIN {
+            self.woken.store(now, Relaxed);
+            self.look.notify_one();
+        }
+    }
+
+    /// One whose family holds `bytes` found no memory.
+    fn found_none(&self, bytes: u64) {
+        if !self.is_above_share(bytes) {
+            self.wanted.store(true, Relaxed);
+            self.wake();
+        }
+    }
+
+    /// Whether somebody below its share found no memory since this was last asked.
+    pub(super) fn was_wanted(&self) -> bool {
+        self.wanted.swap(false, Relaxed)
+    }
+
+    /// Waits until shares are to be reckoned anew, or somebody was refused for what others hold. For one task.
     pub(super) async fn outdated(&self) {
         self.look.notified().await;
     }
@@ -216,7 +246,11 @@ pub struct Holding {
     sums: Option<HeldSums>,
     /// It was let in on what is set aside, of which a connection and a call are its own.
     on_reserve: AtomicBool,
+    /// A call was made on it.
+    called: AtomicBool,
     told: AtomicU8,
+    /// When it was told something first.
+    told_at: AtomicU64,
     notify: Notify,
 }
 
@@ -266,6 +300,9 @@ impl Holding {
             || self.is_on_reserve() && self.bytes() <= NEWCOMER;
         if !fits {
             self.release(bytes);
+            if let Some(HeldSums { group, node, .. }) = &self.sums {
+                node.found_none(group.bytes());
+            }
         }
         fits
     }
@@ -319,6 +356,11 @@ impl Holding {
         })
     }
 
+    /// A call begins on it. Returns whether it is the first.
+    pub fn begins_first_call(&self) -> bool {
+        !self.called.swap(true, Relaxed)
+    }
+
     /// Whether descriptors are short.
     pub fn is_short_of_descriptors(&self) -> bool {
         self.sums.as_ref().is_some_and(|HeldSums { node, .. }| node.room.is_short(Short::Descriptors))
@@ -361,6 +403,10 @@ impl Holding {
 
     /// Tells the connection. What it was told before is only ever surpassed.
     pub fn tell(&self, notice: Notice) {
+        if self.notice().is_none() {
+            let now = self.sums.as_ref().map_or(0, |sums| sums.node.now());
+            self.told_at.store(now, Relaxed);
+        }
         let before = self.told.fetch_max(notice.number(), Relaxed);
         if before < notice.number() {
             self.notify.notify_one();
@@ -370,6 +416,11 @@ impl Holding {
     /// What it was told.
     pub(super) fn notice(&self) -> Option<Notice> {
         Notice::of(self.told.load(Relaxed))
+    }
+
+    /// Whether it was told to come back at that time or before.
+    pub(super) fn stays_since(&self, at: u64) -> bool {
+        self.notice() == Some(Notice::ComeBack) && self.told_at.load(Relaxed) <= at
     }
 
     /// Waits until the connection is told more than `before`. For one task.

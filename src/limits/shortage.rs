@@ -19,8 +19,12 @@ pub(super) struct Shortage {
     pub(super) spare: u64,
     /// What is set aside, beside that, for those who hold nothing.
     pub(super) reserved: u64,
+    /// What is set aside is for nobody else, and more than there is cannot be taken: so it is with connections, not with bytes.
+    pub(super) firm: bool,
     /// What a share is at least.
     pub(super) least: u64,
+    /// Somebody below its share was refused for what others hold, since these were last told to go.
+    pub(super) wanted: bool,
     pressure: Pressure,
     /// What one may hold; only asked while it is short.
     share: u64,
@@ -30,6 +34,19 @@ pub(super) struct Shortage {
 
 /// Shares are reckoned anew when so much of the whole, one part in so many, was taken since.
 const STEP: u64 = 128;
+/// What is firm begins to be short before all is taken that is not set aside, by one part of that in so many; and by the least share of
+/// one more caller, but for no more than one part of what is beside that.
+const FIRM_PART: u64 = 16;
+const FIRM_LEAST_PART: u64 = 3;
+
+/// How far connections are told to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Cut {
+    /// Down to this, each of those above it.
+    pub(super) level: u64,
+    /// Down to this, all together, where not only those above their share go.
+    pub(super) target: u64,
+}
 
 impl Shortage {
     /// Looks anew, where connections hold `held`. `level` is the highest that all can have, when they may have so much
@@ -75,7 +92,8 @@ impl Shortage {
     fn pressure_at(&self, used: u64) -> Pressure {
         let reached = |step: &Pressure| {
             let (from, below) = self.lines(*step);
-            used >= if self.pressure >= *step { below } else { from }
+            let wanted = self.wanted && *step == Pressure::RefuseNew;
+            used >= if self.pressure >= *step || wanted { below } else { from }
         };
         let steps = [Pressure::CloseHeaviest, Pressure::RefuseNew, Pressure::ShrinkCaches];
         steps.into_iter().find(reached).unwrap_or_default()
@@ -83,10 +101,22 @@ impl Shortage {
 
     /// Where a step begins, and below what it ends again, by what is used. Whatever the step is in percent, those who hold more
     /// than their share are told to go once a quarter of what is set aside for others is taken, and so many that all of it is
-    /// free again. A crowd of which nobody does is not closed for that: who is closed comes back, and takes more than it gave.
+    /// free again. A crowd of which nobody does is not closed for that: who is closed comes back, and takes more than it gave. Of what
+    /// others cannot take at all, they are told so at the latest when all else is taken.
     fn lines(&self, step: Pressure) -> (u64, u64) {
         let Some(whole) = self.whole else { return (u64::MAX, u64::MAX) };
         let (from, below) = self.steps.lines(step, whole);
+        if self.firm {
+            let end = whole.saturating_sub(self.reserved);
+            let one_more = self.least.min(end.saturating_sub(self.least) / FIRM_LEAST_PART);
+            let part = one_more.max(end / FIRM_PART);
+            return match step {
+                Pressure::None | Pressure::CloseHeaviest => (from, below),
+                Pressure::ShrinkCaches => (from.min(end - part), below.min(end - 2 * part)),
+                // One less at least: who wants it finds it.
+                Pressure::RefuseNew => (from.min(end), below.min(end.saturating_sub(part.max(1))).max(1)),
+            };
+        }
         if step != Pressure::RefuseNew {
             return (from, below);
         }
@@ -135,17 +165,22 @@ impl Shortage {
 
     /// Down to where those above it are cut, if it is so short that they are: not below their share, but when it runs out:
     /// the least shares of more callers than [`SHARES`](super::budget::SHARES) do not fit. Where other things hold so much that
-    /// twice what all connections hold would be no relief, nobody gives up its share in vain. `level` as in [`Shortage::look`].
-    pub(super) fn cut_to(&self, level: impl FnOnce(u64) -> u64) -> Option<u64> {
+    /// twice what all connections hold would be no relief, nobody gives up its share in vain. Of what cannot be exceeded no more
+    /// is taken from below shares than brings it below the line. `level` as in [`Shortage::look`].
+    pub(super) fn cut_to(&self, level: impl FnOnce(u64) -> u64) -> Option<Cut> {
         if self.pressure < Pressure::RefuseNew {
             return None;
         }
         let (_, relieved) = self.lines(Pressure::RefuseNew);
-        let level = level(relieved.saturating_sub(self.other));
+        let relieved_to = relieved.saturating_sub(self.other);
+        let level = level(relieved_to);
         let held = self.looked_at.saturating_sub(self.other);
         let in_vain = held.saturating_mul(2) < self.looked_at.saturating_sub(relieved);
         let below_share = self.pressure == Pressure::CloseHeaviest && !in_vain;
-        Some(if below_share { level } else { level.max(self.share) })
+        let level = if below_share { level } else { level.max(self.share) };
+        let line = self.lines(Pressure::CloseHeaviest).0;
+        let target = if self.firm { line.saturating_sub(self.other + 1) } else { relieved_to };
+        Some(Cut { level, target })
     }
 }
 
@@ -176,7 +211,47 @@ mod tests {
             let held: u64 = holders.iter().sum();
             it.look(held, |target| level(holders.iter().copied(), target));
             assert_eq!(it.share(), share, "{case}");
-            assert_eq!(it.cut_to(|target| level(holders.iter().copied(), target)), cut_to, "{case}");
+            let cut = it.cut_to(|target| level(holders.iter().copied(), target));
+            assert_eq!(cut.map(|cut| cut.level), cut_to, "{case}");
+        }
+    }
+
+    /// However few there are, it is short before others come to what is set aside, and who holds more than its share is told to go
+    /// when they are there; a crowd is closed down to the line alone.
+    #[test]
+    fn the_steps_of_what_is_firm_come_before_what_is_set_aside() {
+        for (whole, reserved, short, told, closed) in [
+            (1_000, 64, (700, 650), (850, 800), (950, 900)),
+            (400, 64, (280, 260), (336, 315), (380, 360)),
+            (64, 32, (24, 16), (32, 24), (61, 58)),
+            (20, 8, (11, 10), (12, 11), (19, 18)),
+            (20, 10, (10, 10), (10, 9), (19, 18)),
+            (2, 1, (1, 1), (1, 1), (2, 2)),
+            (1_000, 0, (700, 650), (850, 800), (950, 900)),
+        ] {
+            let least = 8.min(whole / 2);
+            let mut it = Shortage { whole: Some(whole), reserved, least, firm: true, ..Shortage::default() };
+            let steps = [Pressure::ShrinkCaches, Pressure::RefuseNew, Pressure::CloseHeaviest];
+            assert_eq!(steps.map(|step| it.lines(step)), [short, told, closed], "{whole}, {reserved}");
+            it.look(whole, |_| 0);
+            assert_eq!(it.cut_to(|_| 0), Some(Cut { level: 0, target: closed.0 - 1 }), "{whole}, {reserved}");
+        }
+    }
+
+    /// Where others rest just below the step, one that is refused for what they hold makes them go.
+    #[test]
+    fn who_is_refused_below_its_share_makes_others_go() {
+        let mut it = Shortage { spare: 150, reserved: 100, ..shortage(0) };
+        for (case, used, wanted, want) in [
+            ("all but what is set aside", 750, false, Pressure::ShrinkCaches),
+            ("somebody wants it", 750, true, Pressure::RefuseNew),
+            ("until it is free", 726, false, Pressure::RefuseNew),
+            ("it is", 724, false, Pressure::ShrinkCaches),
+            ("it is free, and wanted", 724, true, Pressure::ShrinkCaches),
+        ] {
+            it.wanted = wanted;
+            it.look(used, |_| 0);
+            assert_eq!(it.pressure(), want, "{case}");
         }
     }
 

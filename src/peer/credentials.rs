@@ -493,6 +493,10 @@ impl Caller for Peer {
     fn is_above_share(&self) -> bool {
         self.holding.get().is_some_and(|holding| holding.is_above_share())
     }
+
+    fn begins_first_call(&self) -> bool {
+        self.holding.get().is_some_and(|holding| holding.begins_first_call())
+    }
 }
 
 impl Credentials {

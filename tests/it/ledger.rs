@@ -449,6 +449,80 @@ fn a_crowd_of_one_user_is_served_while_there_is_room() {
     assert_eq!(answered, 300, "{called:?}");
 }
 
+/// A crowd of one user comes while there is room, and all of it asks once there is less: what each was let in for it gets.
+#[test]
+fn who_was_let_in_is_served_though_its_crowd_is_above_its_share() {
+    const CROWD: u64 = 900;
+    let limits = "caller { unlimited = true } identity { unlimited = true } node { unlimited = true cpu = 4096 } \
+                  gate { caller { unlimited = true } connection { handshake_timeout = \"5m\" } }";
+    let agent = Weighed::start("asks", limits);
+    assert_eq!(call(&agent.socket(), FETCH_JWT, &jwt_request("first"), PATIENCE), Called::Answered);
+    agent.wait_for("held", |held| held == 0);
+    // Short, and not so short that anybody is told to go.
+    let budget = (agent.measured().max(agent.memory("used")) + CROWD * (PARKED + HTTP2)) * 100 / 76;
+    write_config(
+        agent.dir.path(),
+        &blocks(agent.dir.path(), &format!("{limits} memory {{ limit = {budget} }}")),
+    );
+    agent.process.signal(Signal::SIGHUP);
+    agent.wait_for("budget", |told| told == budget);
+    let mut open = agent.connections(900);
+    agent.wait_for("held", |held| held == CROWD * PARKED);
+    for stream in &mut open {
+        watch(stream, 0, 1).unwrap();
+    }
+    let began = Instant::now();
+    let streams = || agent.series("durward_streams_open{method=\"FetchX509SVID\"} ");
+    while streams() < CROWD {
+        assert!(began.elapsed() < PATIENCE, "{} are open\n{}", streams(), agent.log());
+        thread::sleep(Duration::from_millis(50));
+    }
+    agent.wait_for("used", |used| used > budget * 70 / 100);
+    // One more on any of them is one too many.
+    let more = call(&agent.socket(), FETCH_JWT, &jwt_request("more"), PATIENCE);
+    assert_ne!(more, Called::Answered, "it has its share");
+}
+
+/// Who has all places and does not read that it is to go loses some, as soon as one who has few is refused for them.
+#[test]
+fn who_does_not_read_loses_its_places_to_a_neighbour() {
+    let agent = Weighed::start(
+        "unread",
+        "node { cpu = 4096 } gate { connections = 24 reserve = 8 connection { handshake_timeout = \"5m\" } }",
+    );
+    let began = Instant::now();
+    let mut open = agent.connections(16);
+    for stream in &mut open {
+        watch(stream, 0, 20).unwrap();
+    }
+    while agent.series("durward_connections_open ") < 14 {
+        assert!(began.elapsed() < PATIENCE, "{}", agent.log());
+    }
+    if neighbour(&agent, &["watch"]).is_none() {
+        println!("nobody can be anybody else: left out");
+        return;
+    }
+    let mut watching: Vec<Watching> = Vec::new();
+    for number in 1..=4 {
+        watching.push(Watching(neighbour(&agent, &["watch"]).unwrap().spawn().unwrap()));
+        while !serves(&agent) {
+            assert!(began.elapsed() < 2 * PATIENCE, "{number}\n{}", agent.log());
+        }
+    }
+    for nth in &mut watching {
+        assert_eq!(nth.0.try_wait().unwrap(), None, "its streams are open\n{}", agent.log());
+    }
+    let log = agent.log();
+    assert!(log.contains("connection limit: caller holds more than its share"), "{log}");
+    drop(open);
+}
+
+/// Whether the neighbour's next call is answered.
+fn serves(agent: &Weighed) -> bool {
+    neighbour(agent, &["fetch", "jwt", "--audience", "a"])
+        .is_some_and(|mut it| it.output().unwrap().status.success())
+}
+
 /// Without descriptors a caller has its share of them, and others find theirs.
 #[test]
 fn a_caller_has_its_share_of_places_and_a_neighbour_finds_one() {

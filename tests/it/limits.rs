@@ -1034,6 +1034,52 @@ async fn who_holds_a_stream_on_what_is_set_aside_gets_a_second_connection() {
     assert_eq!(new.len(), 64, "all that is set aside is free again");
 }
 
+/// One connection is no worse than two: who holds little has half of the memory that is set aside, whoever has its places.
+#[tokio::test(start_paused = true)]
+async fn who_holds_one_connection_gets_a_second_where_silent_callers_have_the_places() {
+    let gate = gate_within(GateSettings::default(), Some(24 << 20));
+    let hog: Vec<ConnectionPermit> = (0..20).map(|_| gate.open(CallerKey::Uid(1)).unwrap()).collect();
+    hog.iter().for_each(|permit| permit.holding().hold(946 << 10));
+    let _silent: Vec<ConnectionPermit> =
+        (100..163).map(|uid| gate.open(CallerKey::Uid(uid)).unwrap()).collect();
+    let mut polite: Vec<ConnectionPermit> = Vec::new();
+    for nth in 0..7 {
+        let permit = gate.open(CallerKey::Uid(2)).unwrap_or_else(|why| panic!("{nth}: {why:?}"));
+        assert!(permit.holding().try_hold(HTTP2), "{nth}");
+        polite.push(permit);
+    }
+    assert_eq!(gate.open(CallerKey::Uid(1)).err(), Some(ConnectionRefusal::Memory), "it has its share");
+}
+
+/// Those who hold most may rest where nobody is told to go: they go as soon as one below its share is refused for it.
+#[tokio::test(start_paused = true)]
+async fn who_is_refused_for_what_others_hold_makes_them_go() {
+    let gate = gate_within(GateSettings::default(), Some(24 << 20));
+    let hog: Vec<ConnectionPermit> = (0..20).map(|_| gate.open(CallerKey::Uid(1)).unwrap()).collect();
+    hog.iter().for_each(|permit| permit.holding().hold(940 << 10));
+    let open = |uid| gate.open(CallerKey::Uid(uid));
+    let mut all: Vec<ConnectionPermit> = (100..164).map(|uid| open(uid).unwrap()).collect();
+    let (crowd, hog_again) = (all.len(), open(1).err());
+    assert_eq!(hog_again, Some(ConnectionRefusal::Memory));
+    assert_eq!((gate.look(None, 0), gate.shed()), (Pressure::ShrinkCaches, vec![]), "nobody wants it");
+    assert_eq!(open(999).err(), Some(ConnectionRefusal::MemoryTaken));
+    assert_eq!(gate.look(None, 0), Pressure::RefuseNew);
+    let told = gate.shed();
+    let right = told.iter().all(|told| told.caller == CallerKey::Uid(1) && told.held > told.share);
+    assert!(right && !told.is_empty() && told.len() < 10, "{told:?}");
+    // They do not go, and it is refused again.
+    advance(Duration::from_millis(999)).await;
+    let closed = |gate: &Gate| gate.shed().iter().filter(|told| told.notice == Notice::Close).count();
+    assert_eq!((open(999).err(), closed(&gate)), (Some(ConnectionRefusal::MemoryTaken), 0));
+    advance(Duration::from_millis(1)).await;
+    assert_eq!(closed(&gate), 0, "nobody was refused meanwhile");
+    assert_eq!((open(999).err(), closed(&gate)), (Some(ConnectionRefusal::MemoryTaken), told.len()));
+    all.extend(hog);
+    all.retain(|permit| notice(permit) != Some(Notice::Close));
+    assert!(open(999).is_ok());
+    assert_eq!(all.len(), crowd + 20 - told.len());
+}
+
 /// Who was let in while there was room, and speaks when there is next to none.
 #[tokio::test(start_paused = true)]
 async fn who_begins_to_speak_finds_room_up_to_the_end() {
@@ -1184,6 +1230,59 @@ async fn each_refusal_counts_for_its_caller() {
     passes(&few, 1, Method::Other, &[]);
     let said = call(&few, 1, Method::Other, &[]).unwrap_err().to_string();
     assert!(said.starts_with("rate limit exceeded for calls outside of the Workload API and SDS"), "{said}");
+}
+
+/// Two who do not go when they are told so have all places, whatever their number: one below its share gets its own.
+#[tokio::test(start_paused = true)]
+async fn places_of_those_who_do_not_go_are_taken_from_them() {
+    for nofile in [256, 600, 1024, 2224, 20_000] {
+        let settings = LimitSettings::default();
+        let gate = Gate::new(GatePlan::new(&settings, nofile, None).unwrap(), &limits(&settings));
+        let open = |uid| gate.open(CallerKey::Uid(uid));
+        // The first has all that it may before the second comes.
+        let mut hogs: Vec<ConnectionPermit> =
+            [1, 2].into_iter().flat_map(|uid| std::iter::from_fn(move || open(uid).ok())).collect();
+        assert!(gate.room().is_short(Short::Descriptors), "{nofile}: there is no room");
+        let (before, mut polite) = (hogs.len(), Vec::new());
+        for tick in 0..40 {
+            for _ in 0..4 {
+                polite.extend((polite.len() < 7).then(|| open(3).ok()).flatten());
+            }
+            gate.look(None, 0);
+            let told = gate.shed();
+            assert!(told.iter().all(|told| told.caller != CallerKey::Uid(3)), "{nofile}: {told:?}");
+            // They read nothing: what is closed goes, and nothing else.
+            hogs.retain(|permit| notice(permit) != Some(Notice::Close));
+            advance(Duration::from_millis(250)).await;
+            assert!(tick < 12 || polite.len() == 7, "{nofile}: {} after {tick} looks", polite.len());
+        }
+        assert!(hogs.len() >= before * 3 / 5, "{nofile}: {} of {before} stay", hogs.len());
+    }
+}
+
+/// Of more callers than there are places none has more than its share: those that are over the line go, and no others.
+#[tokio::test(start_paused = true)]
+async fn a_crowd_without_places_is_not_closed_as_a_whole() {
+    let settings = LimitSettings::default();
+    let gate = Gate::new(GatePlan::new(&settings, 1024, None).unwrap(), &limits(&settings));
+    let polite: Vec<ConnectionPermit> = (0..5).map(|_| gate.open(CallerKey::Uid(1)).unwrap()).collect();
+    let mut crowd: Vec<ConnectionPermit> =
+        (100..).map_while(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
+    assert_eq!(crowd.len(), 395);
+    for case in ["at first", "when as many have come again"] {
+        gate.look(None, 0);
+        let told = gate.shed();
+        assert!((20..=25).contains(&told.len()), "{case}: {told:?}");
+        assert!(
+            told.iter().all(|told| told.short == Short::Descriptors && told.held <= told.share),
+            "{told:?}"
+        );
+        crowd.retain(|permit| notice(permit).is_none());
+        gate.look(None, 0);
+        assert_eq!(gate.shed(), [], "{case}: that is enough");
+        crowd.extend((9_000..).map_while(|uid| gate.open(CallerKey::Uid(uid)).ok()));
+    }
+    assert!(polite.iter().all(|permit| notice(permit).is_none()));
 }
 
 /// One that waits for room is told of once it has waited in vain; what an admin set is told at once.
