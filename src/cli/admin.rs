@@ -109,6 +109,11 @@ pub(super) fn taker(taking: &pb::Taking) -> &str {
     if taking.caller.is_empty() { "others" } else { &taking.caller }
 }
 
+/// What a caller has open and holds, for programs.
+pub(super) fn connections_json(it: &pb::Connections) -> serde_json::Value {
+    serde_json::json!({ "caller": it.caller, "open": it.open, "held": it.held })
+}
+
 /// One of those who take from a bucket as JSON.
 pub(super) fn taking_json(taking: &pb::Taking) -> serde_json::Value {
     serde_json::json!({ "caller": taking.caller, "used": taking.used, "refused": taking.refused })

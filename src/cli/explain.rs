@@ -8,8 +8,8 @@ use serde_json::json;
 use super::{
     Failure, OutputArgs, OutputFormat,
     admin::{
-        AdminArgs, BY_DEFAULT, Column, bucket_json, fit, kibibytes, share_text, shorten, table, taker,
-        taking_json, tokens,
+        AdminArgs, BY_DEFAULT, Column, bucket_json, connections_json, fit, kibibytes, share_text, shorten,
+        table, taker, taking_json, tokens,
     },
     argv::process_id,
     terminal::{Terminal, clean, width},
@@ -365,18 +365,17 @@ fn to_json(told: &pb::ExplainResponse) -> serde_json::Value {
             "age_ms": it.age_milliseconds,
         })
     };
-    let connections = |it: &pb::Connections| json!({ "caller": it.caller, "open": it.open, "held": it.held });
     let holding = |it: &pb::Holding| {
         json!({
-            "caller": it.caller.as_ref().map(connections),
-            "family": it.family.as_ref().map(connections),
+            "caller": it.caller.as_ref().map(connections_json),
+            "family": it.family.as_ref().map(connections_json),
             "most": it.most,
             "short_of": it.short_of,
             "share": it.share,
             "share_of_connections": it.share_of_connections,
             "node_connections": it.node_connections,
             "most_connections": it.most_connections,
-            "heaviest": it.heaviest.as_ref().map(connections),
+            "heaviest": it.heaviest.as_ref().map(connections_json),
         })
     };
     let caller = told.caller.clone().unwrap_or_default();

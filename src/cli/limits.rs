@@ -19,8 +19,8 @@ use tokio::{
 use super::{
     Failure, OutputArgs, OutputFormat,
     admin::{
-        AdminArgs, BY_DEFAULT, Column, bucket_json, fit, kibibytes, mebibytes, memory_json, share_text,
-        table, taker, taking_json, tokens,
+        AdminArgs, BY_DEFAULT, Column, bucket_json, connections_json, fit, kibibytes, mebibytes, memory_json,
+        share_text, table, taker, taking_json, tokens,
     },
     argv::number_up_to,
     terminal::{Terminal, clean, width},
@@ -439,11 +439,7 @@ fn to_json(now: &pb::LimitsResponse) -> serde_json::Value {
             json
         })
         .collect();
-    let connections: Vec<_> = now
-        .connections
-        .iter()
-        .map(|it| json!({ "caller": it.caller, "open": it.open, "held": it.held }))
-        .collect();
+    let connections: Vec<_> = now.connections.iter().map(connections_json).collect();
     let memory = now.memory.clone().unwrap_or_default();
     let keys = now.keys.unwrap_or_default();
     json!({

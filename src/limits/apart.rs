@@ -103,7 +103,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::limits::bucket::Per;
+    use crate::limits::bucket::{Per, tests::quotas};
 
     const SECOND: u64 = 1_000_000_000;
     const MINUTE: u64 = 60 * SECOND;
@@ -174,11 +174,6 @@ mod tests {
             let after = MINUTE + 13 * SECOND;
             assert_eq!((answered, whole.left(after, after, base)), (if asks { 12 } else { 0 }, 5), "{asks}");
         }
-    }
-
-    fn quotas() -> impl Strategy<Value = Quota> {
-        let unit = prop::sample::select(vec![Per::Second, Per::Minute, Per::Hour]);
-        (1..=1000_u32, unit, 1..=200_u32).prop_map(|(rate, per, burst)| quota(rate.into(), per, burst))
     }
 
     #[derive(Clone, Debug)]

@@ -343,7 +343,7 @@ fn price(tokens: u32, quota: Quota) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::*;
@@ -401,7 +401,7 @@ mod tests {
     }
 
     /// Quotas that windows and reloads might put in force one after the other.
-    fn quotas() -> impl Strategy<Value = Quota> {
+    pub(in crate::limits) fn quotas() -> impl Strategy<Value = Quota> {
         let unit = prop::sample::select(vec![Per::Second, Per::Minute, Per::Hour]);
         (1..=1000_u32, unit, 1..=200_u32)
             .prop_map(|(rate, per, burst)| Quota::new(rate.into(), per, burst).unwrap())

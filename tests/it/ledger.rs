@@ -31,6 +31,9 @@ use crate::{
     support::{Process, write_config},
 };
 
+/// What callers are limited by is bytes alone.
+const BYTES_ALONE: &str =
+    "caller { unlimited = true } identity { unlimited = true } node { unlimited = true cpu = 4096 }";
 const HEALTH: &str = "/grpc.health.v1.Health/Check";
 
 /// A stream that waits for news.
@@ -193,8 +196,9 @@ fn drain(stream: &mut UnixStream) -> bool {
 fn what_connections_take_is_what_they_are_reckoned_at() {
     let agent = Weighed::start(
         "reckoned",
-        "caller { unlimited = true } identity { unlimited = true } node { unlimited = true cpu = 4096 } \
-         memory { limit = \"1GiB\" } gate { connection { handshake_timeout = \"5m\" } }",
+        &format!(
+            "{BYTES_ALONE} memory {{ limit = \"1GiB\" }} gate {{ connection {{ handshake_timeout = \"5m\" }} }}"
+        ),
     );
     // What comes with the first call ever is no connection's.
     assert_eq!(call(&agent.socket(), FETCH_JWT, &jwt_request("first"), PATIENCE), Called::Answered);
@@ -245,11 +249,7 @@ fn what_connections_take_is_what_they_are_reckoned_at() {
 fn what_a_burst_of_requests_leaves_behind_is_held() {
     const CONNECTIONS: u64 = 300;
     const REQUESTS: u32 = 16;
-    let agent = Weighed::start(
-        "bursts",
-        "caller { unlimited = true } identity { unlimited = true } node { unlimited = true cpu = 4096 } \
-         memory { limit = \"1GiB\" }",
-    );
+    let agent = Weighed::start("bursts", &format!("{BYTES_ALONE} memory {{ limit = \"1GiB\" }}"));
     assert_eq!(call(&agent.socket(), FETCH_JWT, &jwt_request("first"), PATIENCE), Called::Answered);
     agent.wait_for("held", |held| held == 0);
     let before = agent.measured();
@@ -283,11 +283,7 @@ fn what_a_burst_of_requests_leaves_behind_is_held() {
 fn what_requests_that_wait_keep_is_held() {
     const CONNECTIONS: u32 = 10;
     const LONG: usize = 7_600;
-    let agent = Weighed::start(
-        "waiting",
-        "caller { unlimited = true } identity { unlimited = true } node { unlimited = true cpu = 4096 } \
-         memory { limit = \"1GiB\" }",
-    );
+    let agent = Weighed::start("waiting", &format!("{BYTES_ALONE} memory {{ limit = \"1GiB\" }}"));
     assert_eq!(call(&agent.socket(), FETCH_JWT, &jwt_request("first"), PATIENCE), Called::Answered);
     let head = |nth: u32| frame(HEADERS, END_HEADERS, 1 + 2 * nth, &block(FETCH_JWT));
     // An audience of 15,000 bytes.
@@ -346,9 +342,9 @@ fn what_requests_that_wait_keep_is_held() {
 /// caller below its share keeps its stream, and one that holds nothing is served.
 #[test]
 fn who_holds_most_gives_way_and_nobody_else() {
-    // What this user is limited by is bytes alone.
-    let limits = "caller { unlimited = true } identity { unlimited = true } node { unlimited = true cpu = 4096 } \
-                  gate { caller { unlimited = true } connection { handshake_timeout = \"5m\" } }";
+    let limits = &format!(
+        "{BYTES_ALONE} gate {{ caller {{ unlimited = true }} connection {{ handshake_timeout = \"5m\" }} }}"
+    );
     let agent = Weighed::start("heaviest", limits);
     let reload = |budget: u64| {
         let blocks = blocks(agent.dir.path(), &format!("{limits} memory {{ limit = {budget} }}"));
@@ -453,8 +449,9 @@ fn a_crowd_of_one_user_is_served_while_there_is_room() {
 #[test]
 fn who_was_let_in_is_served_though_its_crowd_is_above_its_share() {
     const CROWD: u64 = 900;
-    let limits = "caller { unlimited = true } identity { unlimited = true } node { unlimited = true cpu = 4096 } \
-                  gate { caller { unlimited = true } connection { handshake_timeout = \"5m\" } }";
+    let limits = &format!(
+        "{BYTES_ALONE} gate {{ caller {{ unlimited = true }} connection {{ handshake_timeout = \"5m\" }} }}"
+    );
     let agent = Weighed::start("asks", limits);
     assert_eq!(call(&agent.socket(), FETCH_JWT, &jwt_request("first"), PATIENCE), Called::Answered);
     agent.wait_for("held", |held| held == 0);
