@@ -31,6 +31,8 @@ use crate::{
 
 /// As much of `status` as is read: the lines that count end before it with [`status::MAX_GROUPS`] groups.
 const STATUS_LIMIT: usize = 16 * 1024;
+/// All of it, for most processes.
+const STATUS_AT_FIRST: usize = 2 * 1024;
 
 /// What attestation needs of a process.
 pub(super) trait Attestable: Sync {
@@ -257,13 +259,16 @@ impl ProcDir {
     pub(super) fn status(&self) -> Result<ProcStatus, ProcReadError> {
         const NAME: &str = "status";
         let file = self.file(NAME)?;
-        let mut buffer = [0; STATUS_LIMIT];
+        let mut buffer = vec![0; STATUS_AT_FIRST];
         let mut filled = 0;
         loop {
-            // The kernel makes the whole file for one read; a second is for file systems that do not.
+            // The kernel makes the whole file at the first read, and keeps what that has no place for.
             let rest = buffer.get_mut(filled..).unwrap_or_default();
             let n = read(&file, rest).map_err(|errno| self.unreadable(NAME, errno))?;
             filled += n;
+            if filled == buffer.len() {
+                buffer.resize(STATUS_LIMIT, 0);
+            }
             match status::parse(buffer.get(..filled).unwrap_or_default()) {
                 Err(StatusError::TooManyGroups) => return Err(ProcReadError::TooManyGroups),
                 Err(StatusError::Missing(_)) if filled == STATUS_LIMIT => {
@@ -314,5 +319,28 @@ fn unreadable(path: PathBuf, errno: Errno) -> ProcReadError {
     match errno {
         Errno::ESRCH => ProcReadError::Gone,
         errno => ProcReadError::Read { path, source: errno.into() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_is_read_as_far_as_its_groups_reach() {
+        let dir = tempfile::tempdir().unwrap();
+        for (groups, is_read) in
+            [(0, true), (100, true), (180, true), (1_000, true), (1_024, true), (1_025, false)]
+        {
+            // As long as numbers of groups are.
+            let groups: Vec<u32> = (u32::MAX - groups..u32::MAX).collect();
+            let listed: String = groups.iter().map(|group| format!("{group} ")).collect();
+            let text =
+                format!("Name:\tx\nUid:\t1\t2\t3\t4\nGid:\t1\t2\t3\t4\nGroups:\t{listed}\nVmPeak:\t0 kB\n");
+            std::fs::write(dir.path().join("status"), &text).unwrap();
+            let status = ProcDir::at(dir.path().to_owned()).unwrap().status();
+            let known = status.as_ref().is_ok_and(|status| (status.uid, &status.groups) == (2, &groups));
+            assert_eq!(known, is_read, "{} groups, {} bytes: {:?}", groups.len(), text.len(), status.err());
+        }
     }
 }

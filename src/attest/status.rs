@@ -6,6 +6,8 @@
 
 use std::str;
 
+use memchr::memchr_iter;
+
 /// More supplementary groups than this are not attested: the kernel allows 65536, and with a user namespace an
 /// ordinary user can have them, each of them two selectors.
 pub const MAX_GROUPS: usize = 1024;
@@ -44,8 +46,10 @@ pub enum StatusError {
 /// [`StatusError`]; [`StatusError::Missing`] where reading on may help.
 pub fn parse(text: &[u8]) -> Result<ProcStatus, StatusError> {
     let (mut uid, mut gid, mut groups) = (None, None, None);
-    for line in text.split_inclusive(|b| *b == b'\n') {
-        let Some(line) = line.strip_suffix(b"\n") else { break };
+    let mut begin = 0;
+    for end in memchr_iter(b'\n', text) {
+        let line = text.get(begin..end).unwrap_or_default();
+        begin = end + 1;
         if let Some(ids) = line.strip_prefix(b"Uid:") {
             once(&mut uid, "Uid", effective(ids, "Uid")?)?;
         } else if let Some(ids) = line.strip_prefix(b"Gid:") {

@@ -188,6 +188,9 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
 
     /// Takes those who have come. Who has closed again by now is through soonest, and nobody stands behind it for long.
     fn take_batch(&mut self, came: &mut Vec<Accepted<StdStream>>, now: Instant) {
+        if came.is_empty() {
+            return;
+        }
         let left = Accepted::deserted(came);
         for (stream, left) in came.drain(..).zip(left) {
             if left {

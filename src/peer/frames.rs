@@ -43,6 +43,7 @@ pub struct Flood;
 
 /// What every HTTP/2 connection begins with (RFC 9113, section 3.4).
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const PREFACE_LENGTH: u32 = 24;
 
 /// Length of a frame's head (RFC 9113, section 4.1).
 const FRAME_HEAD: u32 = 9;
@@ -199,6 +200,10 @@ impl Filter {
             let used = match &mut self.at {
                 Position::Opaque => break,
                 Position::Flooded => return Err(Flood),
+                Position::Preface(0) if bytes.starts_with(PREFACE) => {
+                    self.at = Position::HEAD;
+                    PREFACE_LENGTH
+                }
                 Position::Preface(passed) => {
                     if PREFACE.get(*passed) == Some(&next) {
                         *passed += 1;
@@ -209,6 +214,10 @@ impl Filter {
                         self.at = Position::Opaque;
                     }
                     1
+                }
+                Position::Head { passed: 0, .. } if available >= FRAME_HEAD => {
+                    change = self.begin(bytes.first_chunk().copied().unwrap_or_default(), &now)?;
+                    FRAME_HEAD
                 }
                 Position::Head { passed, head } => {
                     if let Some(byte) = head.get_mut(*passed) {
