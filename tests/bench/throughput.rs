@@ -1,8 +1,10 @@
 //! Answers per second: FetchJWTSVID from the cache, and the first message of FetchX509SVID, on kept connections and with a
 //! new one per call, against the floor. Agent and floor take turns, so that a noisy machine is noisy for both.
 //!
-//! `cargo bench --bench throughput [-- jwt|x509|kept|new ..]`. `DURWARD_BIN` is another agent, and `DURWARD_BESIDE` one that takes its
-//! turns too: an older one, say.
+//! `cargo bench --bench throughput [-- jwt|x509|kept|new|awake ..]`. `DURWARD_BIN` is another agent, and `DURWARD_BESIDE` one that takes
+//! its turns too: an older one, say. With `awake` the processors never halt: a program of idle priority spins on each, by
+//! `chrt` of util-linux. In a virtual machine a processor takes many times longer to come back than a call takes, and which of
+//! two programs it sleeps in more often is chance.
 
 #![allow(
     clippy::allow_attributes,
@@ -17,10 +19,13 @@
 mod support;
 
 use std::{
+    num::NonZero,
     path::PathBuf,
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
+use nix::unistd::getppid;
 use support::{Client, JWT, NO_LIMITS, Server, X509, floor_process, jwt_request, median, row};
 
 const ROUND: Duration = Duration::from_secs(1);
@@ -98,6 +103,32 @@ async fn in_turns(
     all
 }
 
+/// Set for those who keep a processor awake: the process that they do it for.
+const AWAKE_FOR: &str = "DURWARD_BENCH_AWAKE_FOR";
+
+/// One for each processor. They end with this process.
+fn keep_awake() {
+    for _ in 0..std::thread::available_parallelism().map_or(1, NonZero::get) {
+        Command::new("chrt")
+            .args(["--idle", "0"])
+            .arg(std::env::current_exe().expect("this program"))
+            .env(AWAKE_FOR, std::process::id().to_string())
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("chrt, of util-linux");
+    }
+}
+
+/// The process of one of them ends here; any other goes on.
+fn spin_if_told() {
+    let Ok(told) = std::env::var(AWAKE_FOR) else { return };
+    while getppid().to_string() == told {
+        let looked = Instant::now();
+        while looked.elapsed() < ROUND {}
+    }
+    std::process::exit(0);
+}
+
 /// The median of the ratios of rounds that came one after the other.
 fn ratio(ours: &[(f64, f64)], theirs: &[(f64, f64)]) -> String {
     let ratios = ours.iter().zip(theirs).map(|((ours, _), (theirs, _))| ours / theirs).collect();
@@ -106,6 +137,7 @@ fn ratio(ours: &[(f64, f64)], theirs: &[(f64, f64)]) -> String {
 
 fn main() {
     floor_process();
+    spin_if_told();
     let asked: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
     let is_asked = |names: [&str; 2]| {
         let of = |all: &[&str]| !asked.iter().any(|it| all.contains(&it.as_str()));
@@ -114,6 +146,9 @@ fn main() {
             .zip([["jwt", "x509"], ["kept", "new"]])
             .all(|(name, all)| of(&all) || asked.iter().any(|it| it == name))
     };
+    if asked.iter().any(|it| it == "awake") {
+        keep_awake();
+    }
     let beside = std::env::var_os("DURWARD_BESIDE").map(PathBuf::from);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
