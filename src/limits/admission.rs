@@ -393,20 +393,20 @@ impl Ledger {
         };
         if let Some(lack) = lack {
             let question = Question { plan, stage: Stage::Caller, method, dry, attempt };
-            self.refuse(&question, lack, || Some(caller_name(caller, &choice))).inspect_err(|refusal| {
-                if attempt.ends(refusal) {
-                    let shares = choice.shared.map(|_| taker);
-                    let key = self.caller_key(plan, caller, method, &choice);
-                    match limit {
-                        // It takes no tokens, and has no bucket but this.
-                        Limit::Block => {
-                            let who = || (caller_name(caller, &choice), method.rpc());
-                            self.callers().note_refused_anybody(now, key, Quota::NOTHING_TAKEN, who);
-                        }
-                        _ => self.callers().note_refused(key, shares),
+            let done = self.refuse(&question, lack, || Some(caller_name(caller, &choice)));
+            if attempt.counts(&done) {
+                let shares = choice.shared.map(|_| taker);
+                let key = self.caller_key(plan, caller, method, &choice);
+                match limit {
+                    // It takes no tokens, and has no bucket but this.
+                    Limit::Block => {
+                        let who = || (caller_name(caller, &choice), method.rpc());
+                        self.callers().note_refused_anybody(now, key, Quota::NOTHING_TAKEN, who);
                     }
+                    _ => self.callers().note_refused(key, shares),
                 }
-            })?;
+            }
+            done?;
             allowed = None;
         }
         let exempt = limit == Limit::Exempt;

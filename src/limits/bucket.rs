@@ -315,6 +315,12 @@ impl Bucket {
         self.full_at = now + other.spent(now, quota).max(self.spent(now, quota));
     }
 
+    /// Spends as much as another bucket has spent, whatever its quota is, up to all that there is.
+    pub(super) fn inherit_some(&mut self, now: u64, quota: Quota, mut other: Self) {
+        let spent = other.spent(now, quota).min(quota.refill());
+        self.full_at = now + spent.max(self.spent(now, quota));
+    }
+
     /// What is spent now, in nanoseconds of refill. Reckons anew when the price has changed, so that the number of
     /// tokens spent stays: also where a window or a reload makes the bucket smaller than that for a while.
     fn spent(&mut self, now: u64, quota: Quota) -> u64 {

@@ -44,15 +44,33 @@ impl Cell {
         if since < u64::from(self.seen) << 30 { now } else { since }
     }
 
-    /// Whether callers have shares of it, now that the one with this mark takes too.
-    pub(super) fn is_shared_with(&mut self, mark: u16) -> bool {
+    /// The caller with this mark takes from it. Once several have, each has a share.
+    pub(super) fn taken_by(&mut self, mark: u16) -> Taken {
         match self.taker {
-            NOBODY => self.taker = mark,
-            known if known != mark => self.taker = SEVERAL,
-            _ => {}
+            NOBODY => {
+                self.taker = mark;
+                Taken::ByFirst
+            }
+            SEVERAL => Taken::BySeveral,
+            known if known == mark => Taken::ByOne,
+            _ => {
+                self.taker = SEVERAL;
+                Taken::BySecond
+            }
         }
-        self.taker == SEVERAL
     }
+}
+
+/// By whom a bucket is taken from, now that one more call comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Taken {
+    /// Nobody was before.
+    ByFirst,
+    /// By one, and the same as before.
+    ByOne,
+    /// By one until now.
+    BySecond,
+    BySeveral,
 }
 
 /// Nanoseconds in units of 2^30, which is about a second and cheaper to reckon.

@@ -58,6 +58,7 @@ impl Ledger {
             if plan.dry || choice.rule.dry_run {
                 let decision = Decision::WouldRefuse(lack.reason);
                 self.counters.count(Stage::Identity, Some(method), lack.charged_as, decision);
+                identities.table.note_refused(self.identity_key(id, method, &choice), Some(taker));
             } else if longest.as_ref().is_none_or(|(longest, ..)| longest.is_before(&lack)) {
                 longest = Some((lack, id, choice));
             }

@@ -146,6 +146,11 @@ impl Attempt {
     pub(super) fn ends(self, refusal: &Refusal) -> bool {
         self == Self::Last || !refusal.may_wait()
     }
+
+    /// Whether what lacked tokens counts as refused for people: nothing comes after it, or it passed as a dry run alone.
+    pub(super) fn counts(self, done: &Result<(), Refusal>) -> bool {
+        done.as_ref().err().is_none_or(|refusal| self.ends(refusal))
+    }
 }
 
 #[derive(Debug)]
@@ -381,11 +386,11 @@ impl Ledger {
         let dry = plan.dry || plan.node_dry;
         let question = Question { plan, stage: Stage::Node, method, dry, attempt };
         let lack = Scarcity { charged_as: ChargedAs::Node, reason: Reason::Rate, retry_after, origin };
-        self.refuse(&question, lack, || Some(BucketName::Node)).inspect_err(|refusal| {
-            if attempt.ends(refusal) {
-                lock(self.node.get(method)).note_refused(taker);
-            }
-        })
+        let done = self.refuse(&question, lack, || Some(BucketName::Node));
+        if attempt.counts(&done) {
+            lock(self.node.get(method)).note_refused(taker);
+        }
+        done
     }
 
     /// What all callers have of a method, if that is limited, and its bucket.

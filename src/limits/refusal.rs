@@ -2,7 +2,7 @@
 //!
 //! Each reason is named once, where it arises; whoever tells of it takes the label from here.
 
-use std::time::Duration;
+use std::{borrow::Cow, time::Duration};
 
 use super::{method::Method, rule::Origin};
 use crate::{identity::SpiffeId, telemetry::registry::labels};
@@ -149,25 +149,44 @@ impl Refusal {
     }
 
     /// What there was too little of, and whose.
-    fn short_of(&self) -> &'static str {
-        match (self.reason, self.stage, self.charged_as) {
-            (Reason::Blocked, Stage::Identity, _) => "its SPIFFE ID is blocked",
+    fn short_of(&self) -> Cow<'static, str> {
+        let text = match (self.reason, self.stage, self.charged_as) {
+            (Reason::Blocked, Stage::Identity, _) => return format!("{} is blocked", self.identity()).into(),
             (Reason::Blocked, ..) => "the caller is blocked",
             (Reason::Memory, ..) => "the caller holds its share of memory",
             (Reason::InFlight, Stage::Node, _) => "too many callers are being attested",
             (Reason::InFlight, ..) => "too many calls of the caller are being attested",
-            (_, Stage::Node, _) => "all callers of the node together have no tokens left",
-            (_, Stage::Identity, ChargedAs::Shared) => {
-                "the SPIFFE IDs that share its bucket have no tokens left"
+            // Of a bucket that callers share a part is kept for those of them that took less.
+            (_, Stage::Node, _) => {
+                "all callers of the node together have no tokens left, but those kept for callers that took less"
             }
-            (_, Stage::Identity, _) => "its SPIFFE ID has no tokens left for all its callers",
+            (_, Stage::Identity, ChargedAs::Shared) => {
+                return format!(
+                    "the bucket that {} shares has no tokens left, but those kept for callers that took less",
+                    self.identity()
+                )
+                .into();
+            }
+            (_, Stage::Identity, _) => {
+                return format!(
+                    "{} has no tokens left, but those kept for callers that took less",
+                    self.identity()
+                )
+                .into();
+            }
             (_, _, ChargedAs::Pod) => "the caller's pod has no tokens left",
             (_, _, ChargedAs::Shared) => "the callers that share its bucket have no tokens left",
             (_, _, ChargedAs::Overflow) => "the callers without a bucket of their own have no tokens left",
             (_, _, ChargedAs::Uid | ChargedAs::SpiffeId | ChargedAs::Node) => {
                 "the caller's user has no tokens left"
             }
-        }
+        };
+        text.into()
+    }
+
+    /// The identity whose bucket refused.
+    fn identity(&self) -> String {
+        self.spiffe_id.as_ref().map_or_else(|| "its SPIFFE ID".to_owned(), SpiffeId::to_string)
     }
 
     /// Why a limit refuses that nobody set.

@@ -49,6 +49,15 @@ pub struct Taking {
     pub refused: u32,
 }
 
+/// Who was alone in a bucket, and what it did there.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Alone {
+    pub(super) taker: Taker,
+    pub(super) asked: u64,
+    pub(super) used: u32,
+    pub(super) refused: u32,
+}
+
 /// Whose a share is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum ShareOf {
@@ -120,6 +129,17 @@ impl Claim {
 impl Shares {
     fn of_at_most(most: usize) -> Self {
         Self { all: Vec::new(), index: HashMap::default(), most, owned: 0, active: 0, counted: 0 }
+    }
+
+    /// One took alone until now, last when `asked` says: what its bucket has spent is of its share, up to all of that.
+    pub(super) fn begin_with(&mut self, now: u64, quota: Quota, first: Alone, bucket: Bucket) {
+        let Alone { taker, asked, used, refused } = first;
+        let at = self.place(taker, |_| true);
+        if let Some(share) = self.all.get_mut(at) {
+            share.asked = asked;
+            share.taking = Taking { caller: Some(taker.caller), used, refused };
+            share.own.inherit_some(now, quota.part(2, 1), bucket);
+        }
     }
 
     /// Looks how many tokens a call of `taker` must leave, and takes note that it asked.
@@ -230,7 +250,6 @@ impl Shares {
                 *share = fresh(group);
             }
             self.active = 0;
-            self.active = 0;
             self.index.insert(group, at);
             return at;
         }
@@ -239,7 +258,6 @@ impl Shares {
         if let Some(at) = self.find(of) {
             return at;
         }
-        self.active = 0;
         self.active = 0;
         self.owned += usize::from(own);
         self.index.insert(of, self.all.len());
@@ -250,32 +268,49 @@ impl Shares {
 
 /// The shares of the buckets of a table, by their keys.
 #[derive(Debug, Default)]
-pub(super) struct SharedBuckets(HashMap<[u64; 2], Shares, ahash::RandomState>);
+pub(super) struct SharedBuckets {
+    several: HashMap<[u64; 2], Shares, ahash::RandomState>,
+    /// Who takes from a bucket that only one takes from.
+    alone: HashMap<[u64; 2], Taker, ahash::RandomState>,
+}
 
 impl SharedBuckets {
     /// The shares of a bucket that several take from; `None` where there are too many such buckets.
     pub(super) fn of(&mut self, hash: [u64; 2]) -> Option<&mut Shares> {
-        if self.0.len() >= MOST_SHARED && !self.0.contains_key(&hash) {
+        if self.several.len() >= MOST_SHARED && !self.several.contains_key(&hash) {
             return None;
         }
-        Some(self.0.entry(hash).or_default())
+        Some(self.several.entry(hash).or_default())
+    }
+
+    /// This one is the first to take from a bucket.
+    pub(super) fn is_alone(&mut self, hash: [u64; 2], taker: Taker) {
+        if self.alone.len() < MOST_SHARED {
+            self.alone.insert(hash, taker);
+        }
+    }
+
+    /// Who was the first, now that it is alone no longer.
+    pub(super) fn was_alone(&mut self, hash: [u64; 2]) -> Option<Taker> {
+        self.alone.remove(&hash)
     }
 
     /// [`Shares::note_refused`] of a bucket, where it has some.
     pub(super) fn note_refused(&mut self, hash: [u64; 2], taker: Taker) {
-        if let Some(shares) = self.0.get_mut(&hash) {
+        if let Some(shares) = self.several.get_mut(&hash) {
             shares.note_refused(taker);
         }
     }
 
     /// The shares of a bucket, where it has some.
     pub(super) fn known(&self, hash: [u64; 2]) -> Option<&Shares> {
-        self.0.get(&hash)
+        self.several.get(&hash)
     }
 
     /// The bucket is full again, and forgotten.
     pub(super) fn forget(&mut self, hash: [u64; 2]) {
-        self.0.remove(&hash);
+        self.several.remove(&hash);
+        self.alone.remove(&hash);
     }
 }
 

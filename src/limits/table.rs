@@ -19,10 +19,10 @@ use super::{
     apart::KeptApart,
     ask::{Ask, BucketKey, HeldTokens},
     bucket::{Bucket, Level, Quota, Shortfall},
-    cells::{Cell, NOBODY, SEVERAL, cell, find, hash_at, seconds},
+    cells::{Cell, NOBODY, SEVERAL, Taken, cell, find, hash_at, seconds},
     pool::Pool,
     report::{BucketName, Heavy},
-    shares::{SharedBuckets, Shares, Taker, Taking},
+    shares::{Alone, SharedBuckets, Shares, Taker, Taking},
     table_size::TableSize,
 };
 
@@ -181,12 +181,29 @@ impl Table {
             cell.bucket.come_under(now, cell.changed(ask.since, now), quota, &mut of_key);
             apart.extend(of_key.map(|it| (key.hash, it)));
         }
+        let asked = u64::from(cell.seen) << 30;
         cell.is_asked(now);
         let becomes_regular = room_for_regulars && !cell.regular;
         cell.regular |= becomes_regular;
         self.regulars += usize::from(becomes_regular);
-        let shares = mark.filter(|(_, mark)| cell.is_shared_with(*mark)).and_then(|(taker, _)| {
-            let shares = shared.of(key.hash)?;
+        let shares = mark.and_then(|(taker, mark)| {
+            let shares = match cell.taken_by(mark) {
+                Taken::ByFirst => {
+                    shared.is_alone(key.hash, taker);
+                    None
+                }
+                Taken::ByOne => None,
+                Taken::BySecond => {
+                    let first = shared.was_alone(key.hash);
+                    let shares = shared.of(key.hash)?;
+                    if let Some(taker) = first {
+                        let first = Alone { taker, asked, used: cell.used, refused: cell.refused };
+                        shares.begin_with(now, quota, first, cell.bucket);
+                    }
+                    Some(shares)
+                }
+                Taken::BySeveral => shared.of(key.hash),
+            }?;
             let claim = shares.claim(now, quota, cost, taker);
             Some((shares, claim))
         });
@@ -252,6 +269,9 @@ impl Table {
             taker: taker.map_or(NOBODY, |taker| self.mark(taker)),
         });
         self.names.push(who());
+        if let Some(taker) = taker {
+            self.shared.is_alone(key.hash, taker);
+        }
         let cells = &self.cells;
         self.index.insert_unique(key.hash[0], at, |at| hash_at(cells, *at));
         Ok((ChargedTo::Own(at), held))
@@ -514,7 +534,7 @@ impl Table {
             *place = to;
         }
         let cell = self.cells.swap_remove(at);
-        if cell.taker == SEVERAL {
+        if cell.taker != NOBODY {
             self.shared.forget(cell.hash);
         }
         if cell.bucket.has_apart() {
@@ -608,6 +628,47 @@ mod tests {
 
     fn heavy(uid: u32) -> Who {
         (BucketName::Caller(CallerKey::Uid(uid)), "test")
+    }
+
+    /// Whoever took alone until a second came has had that, of its share too, and is named.
+    #[test]
+    fn who_was_alone_has_a_share_as_well() {
+        let quota = quota(0.001, 40);
+        let key = BucketKey { hash: [1; 2], parent: 1 };
+        // Callers in turn, and how many calls each makes.
+        for (case, calls, want) in [
+            ("one that takes little, one that shouts", &[(1, 1), (2, 60), (1, 5)][..], &[1, 20, 5][..]),
+            ("one that shouts comes first", &[(1, 30), (2, 10), (1, 10)], &[30, 10, 0]),
+            ("it has taken all", &[(1, 60), (2, 1)], &[40, 0]),
+        ] {
+            let mut table = a_table(16, 1);
+            let mut call = |uid| {
+                let taker = Taker { caller: CallerKey::Uid(uid), group: uid.into() };
+                let ask = Ask { taker: Some(taker), ..ask(key, quota, 1) };
+                let held = table.hold_by(SECOND, &ask, Shortfall::Refuse, nothing_to_spare, || heavy(0));
+                match held {
+                    Ok(held) => drop(table.settle_held(&held, 1)),
+                    Err(_) => table.note_refused(key, Some(taker)),
+                }
+                held.is_ok()
+            };
+            let passed: Vec<usize> =
+                calls.iter().map(|(uid, calls)| (0..*calls).filter(|_| call(*uid)).count()).collect();
+            assert_eq!(passed, want, "{case}");
+            let heaviest = table.heaviest(1);
+            let takings = &heaviest[0].takings;
+            let sum = |count: fn(&Taking) -> u32| takings.iter().map(count).sum::<u32>();
+            assert_eq!(
+                (heaviest[0].used, heaviest[0].refused),
+                (sum(|it| it.used), sum(|it| it.refused)),
+                "{case}"
+            );
+            for uid in [1, 2] {
+                let asked: usize = calls.iter().filter(|(who, _)| *who == uid).map(|(_, calls)| calls).sum();
+                let told = takings.iter().find(|it| it.caller == Some(CallerKey::Uid(uid))).unwrap();
+                assert_eq!(usize::try_from(told.used + told.refused).unwrap(), asked, "{case}: {uid}");
+            }
+        }
     }
 
     /// What a smaller quota keeps apart is forgotten when it is back, and not before.

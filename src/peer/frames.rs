@@ -63,6 +63,11 @@ const BESIDE_AT_MOST: u32 = 1024;
 /// What so many bytes more of them, some eight frames, count for is an answer that was no work to conserve.
 const A_WASTE: u32 = 128;
 
+/// So long a request's head may be for nothing: ten fields as clients of gRPC write them. h2 walks the fields of one that is
+/// malformed to its end, and one byte can be a field; of what is beyond, a part counts as bytes that are no request.
+const USUAL_HEAD: u32 = 512;
+const OF_A_LONG_HEAD: u32 = 2;
+
 /// What comes before a DATA, back to the one before it, is in the same buffer of h2's; more of it than this is told.
 const WORTH_TELLING: u32 = 512;
 /// The largest buffer of h2's, and so the most that a DATA keeps of what came before it.
@@ -134,9 +139,18 @@ pub struct Filter {
     /// What may still come beside requests before it is waste, and bytes of what came beyond it.
     beside: u32,
     wasted: u32,
-    /// Bytes since the last DATA, and of those before a DATA, what nobody was told of.
+    /// Bytes since the last DATA; the stream of that, and how much came for this stream alone; and of what came before a DATA,
+    /// what nobody was told of.
     since_data: u32,
+    run: DataRun,
     pinned: u32,
+}
+
+/// DATA of one stream, with none of another between.
+#[derive(Clone, Copy, Debug, Default)]
+struct DataRun {
+    stream: u32,
+    bytes: u32,
 }
 
 /// Where in the stream of bytes.
@@ -182,6 +196,7 @@ impl Filter {
             beside: BESIDE_AT_MOST,
             wasted: 0,
             since_data: 0,
+            run: DataRun::default(),
             pinned: 0,
         }
     }
@@ -372,10 +387,17 @@ impl Filter {
         }
         match kind {
             DATA => {
-                let before = std::mem::take(&mut self.since_data);
-                if before > WORTH_TELLING {
-                    self.pinned = self.pinned.saturating_add(before.min(BUFFER));
+                let mut before = std::mem::take(&mut self.since_data);
+                if before <= WORTH_TELLING {
+                    before = 0;
                 }
+                // A body that nobody reads any more is thrown away and its window given back: that does not bound it.
+                if self.run.stream != stream {
+                    before = before.saturating_add(std::mem::take(&mut self.run).bytes);
+                    self.run.stream = stream;
+                }
+                self.run.bytes = self.run.bytes.saturating_add(length);
+                self.pinned = self.pinned.saturating_add(before.min(BUFFER));
             }
             _ => self.since_data = self.since_data.saturating_add(FRAME_HEAD).saturating_add(length),
         }
@@ -394,6 +416,8 @@ impl Filter {
                 self.in_head = true;
                 self.left = self.budget.burst;
                 self.beside = self.beside.saturating_add(BESIDE_A_REQUEST).min(BESIDE_AT_MOST);
+                let beyond = length.saturating_sub(USUAL_HEAD) / OF_A_LONG_HEAD;
+                self.wasted = self.wasted.saturating_add(beyond);
             }
             _ => self.charge(FRAME_HEAD.saturating_add(length), now)?,
         }
@@ -603,6 +627,22 @@ mod tests {
         }
     }
 
+    /// h2 walks it to its end, whatever is wrong with it.
+    #[test]
+    fn a_head_that_is_longer_than_usual_is_waste() {
+        let now = Instant::now();
+        for (length, of_each) in [(100, 0), (512, 0), (1_024, 2), (16_384, 62)] {
+            let mut filter = Filter::new(FrameBudget::DEFAULT, now);
+            filter.pass(&mut connection(), || now).unwrap();
+            let mut wasted = 0;
+            for nth in 0..100 {
+                filter.pass(&mut frame(1, 5, 2 * nth + 1, &vec![0x82; length]), || now).unwrap();
+                wasted += filter.take_wasted();
+            }
+            assert_eq!(wasted, 100 * of_each, "{length}");
+        }
+    }
+
     /// h2 keeps the whole buffer for a part of a body that nobody reads.
     #[test]
     fn what_comes_before_data_is_kept_with_it() {
@@ -618,6 +658,15 @@ mod tests {
                 3 * 7_609,
             ),
             ("more than a buffer", [head(9_000), head(9_000), data].concat(), 16 * 1024),
+            ("a body of one stream", vec![frame(0, 0, 1, &[0; 8_000]); 3].concat(), 0),
+            (
+                "a large body of another stream between the parts of one",
+                [frame(0, 0, 1, &[0]), frame(0, 0, 3, &[0; 4_000]), frame(0, 0, 3, &[0; 4_000])]
+                    .concat()
+                    .repeat(3),
+                4 + 2 * 8_000,
+            ),
+            ("small ones", [frame(0, 0, 1, &[0]), frame(0, 0, 3, &[0; 400])].concat().repeat(3), 4 + 2 * 400),
         ] {
             let mut filter = Filter::new(RICH, now);
             // SETTINGS are before the first.

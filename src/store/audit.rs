@@ -25,6 +25,7 @@ use std::{
 };
 
 use aws_lc_rs::digest::{SHA256, digest};
+use memchr::memmem;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::time::Instant;
 use tracing::field::display;
@@ -312,6 +313,25 @@ impl Default for AuditTrail {
     }
 }
 
+/// Looks for parts of a message, most of which are there one behind the other: what is found costs no more than the way to it.
+struct HeldInOrder<'a> {
+    message: &'a [u8],
+    /// Behind the last that was found.
+    from: usize,
+}
+
+impl HeldInOrder<'_> {
+    fn holds(&mut self, part: &[u8]) -> bool {
+        let behind = |from: usize| {
+            let rest = self.message.get(from..).unwrap_or_default();
+            memmem::find(rest, part).map(|at| from + at + part.len())
+        };
+        let found = behind(self.from).or_else(|| behind(0));
+        self.from = found.unwrap_or(self.from);
+        found.is_some()
+    }
+}
+
 impl AuditTrail {
     /// One that knows from `data_dir` of earlier runs, if it is not new, and leaves its notes there to the next. The directory must
     /// be this agent's by now. SVIDs may be `possible` that are valid for so long, where earlier runs say nothing; `None` where a
@@ -457,11 +477,11 @@ impl AuditTrail {
             return;
         }
         let svids = svids().unwrap_or_default();
+        let mut held = HeldInOrder { message, from: 0 };
         for (at, entry) in entries.iter().enumerate() {
             let given = AuditOutcome::Given(AuditedSvid::X509, entry.spiffe_id.clone());
-            let holds = |leaf: &Arc<[u8]>| message.windows(leaf.len().max(1)).any(|part| *part == **leaf);
             match svids.get(at) {
-                Some(svid) if svid.chain.first().is_some_and(holds) => {
+                Some(svid) if svid.chain.first().is_some_and(|leaf| held.holds(leaf)) => {
                     if self.lock().has_line(&whom, given, svid.not_after, now) {
                         Self::write_x509(message::SVID_GIVEN, svid, entry, Some(whom));
                     }

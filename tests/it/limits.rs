@@ -202,10 +202,28 @@ fn a_refusal_says_what_was_short_and_whose() {
         (S::Caller, K::Uid, R::Blocked, O::Set, "the caller is blocked"),
         (S::Caller, K::Uid, R::InFlight, O::ByDefault, "too many calls of the caller are being attested"),
         (S::Node, K::Node, R::InFlight, O::ByDefault, "too many callers are being attested"),
-        (S::Identity, K::SpiffeId, R::Rate, O::Set, "its SPIFFE ID has no tokens left for all its callers"),
-        (S::Identity, K::Shared, R::Rate, O::Set, "the SPIFFE IDs that share its bucket have no tokens left"),
-        (S::Identity, K::SpiffeId, R::Blocked, O::Set, "its SPIFFE ID is blocked"),
-        (S::Node, K::Node, R::Rate, O::Set, "all callers of the node together have no tokens left"),
+        (
+            S::Identity,
+            K::SpiffeId,
+            R::Rate,
+            O::Set,
+            "spiffe://example.org/web has no tokens left, but those kept for callers that took less",
+        ),
+        (
+            S::Identity,
+            K::Shared,
+            R::Rate,
+            O::Set,
+            "the bucket that spiffe://example.org/web shares has no tokens left, but those kept for callers that took less",
+        ),
+        (S::Identity, K::SpiffeId, R::Blocked, O::Set, "spiffe://example.org/web is blocked"),
+        (
+            S::Node,
+            K::Node,
+            R::Rate,
+            O::Set,
+            "all callers of the node together have no tokens left, but those kept for callers that took less",
+        ),
     ] {
         let (retry_after, status) = (Duration::ZERO, RejectionStatus::Unavailable);
         let refusal = Refusal {
@@ -217,7 +235,7 @@ fn a_refusal_says_what_was_short_and_whose() {
             shed: false,
             status,
             origin,
-            spiffe_id: None,
+            spiffe_id: (stage == S::Identity).then(|| SpiffeId::parse("spiffe://example.org/web").unwrap()),
         };
         let text = format!("rate limit exceeded for /SpiffeWorkloadAPI/FetchJWTSVID: {want}");
         assert_eq!(refusal.to_string(), text);
@@ -580,6 +598,8 @@ async fn a_dry_run_counts_and_refuses_nothing() {
         assert_eq!(of("durward_rate_limit_would_exceed_total"), Some(9990.0), "{case}");
         assert_eq!(of("durward_rate_limit_exceeded_total"), None, "{case}");
         assert_eq!(limits.events(), [], "{case}");
+        let heaviest = &limits.heaviest(1)[0].1;
+        assert_eq!((heaviest.used, heaviest.refused), (10, 9990), "{case}: as people are told");
     }
 }
 
