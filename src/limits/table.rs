@@ -10,13 +10,13 @@
 //! Keys stand in the table as 128 bits of a seeded hash; nobody outside can choose two that meet. Time is
 //! nanoseconds since the agent started; a `now` before the latest one seen counts as that one.
 
-use std::{collections::HashMap, time::Duration};
+use std::time::Duration;
 
 use hashbrown::HashTable;
 
 pub(super) use super::ask::ChargedTo;
 use super::{
-    apart::KeptApart,
+    apart::{ApartByKey, QuotaChange},
     ask::{Ask, BucketKey, HeldTokens},
     bucket::{Bucket, Level, Quota, Shortfall},
     cells::{Cell, NOBODY, SEVERAL, cell, find, hash_at, seconds},
@@ -71,7 +71,7 @@ pub(super) struct Table {
     /// Of the buckets that several callers take from.
     shared: SharedBuckets,
     /// Of buckets that another quota made smaller.
-    apart: HashMap<[u64; 2], KeptApart, ahash::RandomState>,
+    apart: ApartByKey,
     seed: ahash::RandomState,
     hand: usize,
     /// Cells of regulars.
@@ -94,7 +94,7 @@ impl Table {
             parents: HashTable::new(),
             stray: Pool::default(),
             shared: SharedBuckets::default(),
-            apart: HashMap::default(),
+            apart: ApartByKey::default(),
             seed: ahash::RandomState::new(),
             hand: 0,
             regulars: 0,
@@ -176,11 +176,8 @@ impl Table {
         let Self { index, cells, shared, apart, .. } = self;
         let at = find(index, cells, key.hash)?;
         let cell = cells.get_mut(usize::try_from(at).ok()?)?;
-        if !cell.bucket.is_under(now, quota) {
-            let mut of_key = apart.remove(&key.hash);
-            cell.bucket.come_under(now, cell.changed(ask.since, now), quota, &mut of_key);
-            apart.extend(of_key.map(|it| (key.hash, it)));
-        }
+        let change = QuotaChange { since: ask.since, asked: cell.last_used() };
+        apart.bring_under(key.hash, &mut cell.bucket, now, change, quota);
         cell.is_asked(now);
         let becomes_regular = room_for_regulars && !cell.regular;
         cell.regular |= becomes_regular;
@@ -387,12 +384,10 @@ impl Table {
 
     /// The bucket of a key that is known, as it is under this quota.
     fn bucket_under(&mut self, now: u64, key: BucketKey, quota: Quota, since: u64) -> Option<Bucket> {
-        let mut apart = self.apart.get(&key.hash).copied();
         let cell = self.find(key.hash)?;
-        let mut bucket = cell.bucket;
-        if !bucket.is_under(now, quota) {
-            bucket.come_under(now, cell.changed(since, now), quota, &mut apart);
-        }
+        let (mut bucket, change) = (cell.bucket, QuotaChange { since, asked: cell.last_used() });
+        let mut apart = self.apart.of(key.hash, &bucket).copied();
+        bucket.come_under(now, change, quota, &mut apart);
         Some(bucket)
     }
 
@@ -435,13 +430,13 @@ impl Table {
         let now = self.tick(now);
         let mut at = 0;
         while let Some(cell) = self.cells.get(at) {
-            let is_full = cell.bucket.is_full_with(now, self.apart.get(&cell.hash));
+            let is_full = cell.bucket.is_full_with(now, self.apart.of(cell.hash, &cell.bucket));
             if is_full { self.forget(now, at) } else { at += 1 }
         }
         self.parents.retain(|parent| parent.owned > 0 || !parent.overflow.is_full(now));
         let seed = &self.seed;
         self.parents.shrink_to_fit(|parent| seed.hash_one(parent.id));
-        self.apart.shrink_to_fit();
+        self.apart.shrink();
     }
 
     fn tick(&mut self, now: u64) -> u64 {
@@ -486,7 +481,7 @@ impl Table {
             }
             let Self { cells, apart, .. } = self;
             let Some(cell) = cells.get_mut(self.hand) else { return };
-            let kept = if cell.bucket.has_apart() { apart.get(&cell.hash) } else { None };
+            let kept = apart.of(cell.hash, &cell.bucket);
             let stays = cell.regular && seconds(now).saturating_sub(cell.seen) < REGULAR;
             if stays || !cell.bucket.is_full_with(now, kept) {
                 self.hand += 1;
@@ -517,9 +512,7 @@ impl Table {
         if cell.taker == SEVERAL {
             self.shared.forget(cell.hash);
         }
-        if cell.bucket.has_apart() {
-            self.apart.remove(&cell.hash);
-        }
+        self.apart.forget(cell.hash, &cell.bucket);
         self.regulars -= usize::from(cell.regular);
         drop(self.names.swap_remove(at));
         let hash = self.seed.hash_one(cell.parent);
