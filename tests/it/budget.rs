@@ -238,7 +238,10 @@ async fn a_budget_that_nobody_set_is_a_part_of_the_machines_memory() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert!(streams.len() >= 330, "nobody loses its share: {}", streams.len());
-    let _said = place.told(&["limits"], " memory");
+    while !place.log().contains("memory limit: caller holds its share, and gets no further connection") {
+        assert!(began.elapsed() < PATIENCE, "{}", place.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     let output = fetch_as_neighbour(&place);
     assert!(output.status.success(), "{}", text(&output));
     assert!(!agent.has_ended(), "{}", place.log());
