@@ -242,9 +242,8 @@ impl Running {
 }
 
 fn connection_bounds(config: &Config, means: gate::Means) -> ConnectionBounds {
-    let budget = config.ratelimit.memory.budget(means.cgroup);
     ConnectionBounds {
-        max_lingering: lingering(means.nofile, budget),
+        max_lingering: lingering(means.nofile, Some(means.budget(config).bytes)),
         ..ConnectionBounds::new(&config.ratelimit.gate.connection, &config.listener)
     }
 }

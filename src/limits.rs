@@ -72,6 +72,7 @@ mod ledger;
 pub mod method;
 pub mod out_of_room;
 pub mod pace;
+mod parents;
 pub mod patience;
 pub mod pattern;
 pub mod policy;

@@ -11,6 +11,7 @@ pub mod heap;
 pub mod interrupt;
 pub mod journal;
 pub mod lock;
+pub mod machine;
 pub mod membarrier;
 mod mount;
 pub mod namespace;

@@ -11,10 +11,14 @@ use crate::{
     config::Config,
     hcl::{ConfigError, ConfigErrors, KeyPlace},
     limits::{
-        self, ConnectionPermit, ConnectionRefusal, GatePlan, LimitSettings, beyond_budget::BeyondBudget,
-        gate_plan::NoRoomError, holding::Holding, room::Room,
+        self, ConnectionPermit, ConnectionRefusal, GatePlan, LimitsInForce,
+        beyond_budget::BeyondBudget,
+        budget::{BudgetFrom, MemoryBounds, MemoryBudget, MemorySettings},
+        gate_plan::NoRoomError,
+        holding::Holding,
+        room::Room,
     },
-    os::{cgroup, headroom::Headroom, peer_groups::peer_groups},
+    os::{cgroup, headroom::Headroom, machine, peer_groups::peer_groups},
     peer::{AcceptGate, Arrival, credentials::Credentials},
     store::{audit::AuditTrail, audited::AuditedProcess},
     telemetry::{health::HealthState, http},
@@ -23,6 +27,8 @@ use crate::{
 /// The cgroups of this process, and where cgroups are mounted.
 const MEMBERSHIP: &str = "/proc/self/cgroup";
 const CGROUPS: &str = "/sys/fs/cgroup";
+/// What the machine has of memory.
+const MEMINFO: &str = "/proc/meminfo";
 
 /// The limits' gate, whose refusals are audited.
 #[derive(Debug)]
@@ -106,9 +112,8 @@ impl AcceptGate for AuditedGate {
 }
 
 /// Says when memory or descriptors suffice for fewer callers than should always find some, and what is set and cannot be had.
-pub(super) fn say_what_fits(plan: &GatePlan, settings: &LimitSettings, cgroup: Option<u64>) {
-    let budget = settings.memory.budget(cgroup);
-    for why in settings.in_force(cgroup).wrong {
+pub(super) fn say_what_fits(plan: &GatePlan, in_force: &LimitsInForce, budget: MemoryBudget) {
+    for why in &in_force.wrong {
         tracing::warn!("{why}");
     }
     if let Some(callers) = plan.fewer_have_descriptors() {
@@ -119,9 +124,9 @@ pub(super) fn say_what_fits(plan: &GatePlan, settings: &LimitSettings, cgroup: O
         );
     }
 
-    if let (Some(callers), Some(budget)) = (plan.fewer_fit(), budget) {
+    if let Some(callers) = plan.fewer_fit() {
         tracing::warn!(
-            budget,
+            budget = budget.bytes,
             callers,
             "the memory budget is small: when it runs short, only this many callers that hold nothing are sure to be served, and \
              not 64"
@@ -143,12 +148,13 @@ pub(super) fn say_what_is_passed_over(config: &Config) {
     }
 }
 
-/// Whether an agent that has what this process has could hold the connections that are set.
+/// Whether an agent that has what this process has could hold what is set. Returns what of it gives way.
 ///
 /// # Errors
 /// [`RoomError`].
-pub fn room_for(config: &Config) -> Result<(), RoomError> {
-    Means::of_this_process(http_listeners(config)).plan(config).map(drop)
+pub fn room_for(config: &Config) -> Result<Vec<String>, RoomError> {
+    let means = Means::of_this_process(http_listeners(config));
+    means.plan(config).map(|_| means.in_force(config).wrong)
 }
 
 /// Why the machine has no room for what is set.
@@ -182,6 +188,11 @@ pub(super) fn http_listeners(config: &Config) -> usize {
     .count()
 }
 
+/// Where a key is set.
+fn set_at(config: &Config) -> impl Fn(&'static str) -> Option<String> {
+    |key| config.set_at.of_key(key).map(ToString::to_string)
+}
+
 /// What the machine gives this process.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Means {
@@ -191,8 +202,7 @@ pub(super) struct Means {
     pub(super) nofile: u64,
     /// The most connections of each HTTP listener.
     pub(super) http_places: usize,
-    /// Bytes, as the cgroup has them.
-    pub(super) cgroup: Option<u64>,
+    memory: MemoryBounds,
 }
 
 impl Means {
@@ -206,10 +216,23 @@ impl Means {
                 soft
             }
         };
-        let cgroup = cgroup::lowest_limit(Path::new(MEMBERSHIP), Path::new(CGROUPS));
-        let http_places = http::places(nofile, cgroup);
+        let memory = MemoryBounds {
+            cgroup: cgroup::lowest_limit(Path::new(MEMBERSHIP), Path::new(CGROUPS)),
+            machine: machine::memory(Path::new(MEMINFO)),
+        };
+        let http_places = http::places(nofile, MemorySettings::default().budget(memory).bytes);
         let held = u64::try_from(http_places.saturating_mul(http_listeners)).unwrap_or(u64::MAX);
-        Self { open_files: nofile, nofile: nofile.saturating_sub(held), http_places, cgroup }
+        Self { open_files: nofile, nofile: nofile.saturating_sub(held), http_places, memory }
+    }
+
+    /// How much memory the agent may use.
+    pub(super) fn budget(self, config: &Config) -> MemoryBudget {
+        config.ratelimit.memory.budget(self.memory)
+    }
+
+    /// What is set about limits, in words.
+    pub(super) fn in_force(self, config: &Config) -> LimitsInForce {
+        config.ratelimit.in_force(self.memory, set_at(config))
     }
 
     /// What fits of what is set.
@@ -218,22 +241,25 @@ impl Means {
     /// [`RoomError`].
     pub(super) fn plan(self, config: &Config) -> Result<GatePlan, RoomError> {
         let settings = &config.ratelimit;
-        let budget = settings.memory.budget(self.cgroup);
-        if let Some(errors) = budget.and_then(|budget| self.beyond(config, budget)) {
+        let budget = self.budget(config);
+        if let Some(errors) = self.beyond(config, budget) {
             return Err(RoomError::Beyond(errors));
         }
-        GatePlan::new(settings, self.nofile, budget).map_err(|why| match why {
+        GatePlan::new(settings, self.nofile, Some(budget.bytes)).map_err(|why| match why {
             NoRoomError::Descriptors { .. } => RoomError::Descriptors { why, open_files: self.open_files },
             NoRoomError::Memory { .. } => RoomError::Memory(why),
         })
     }
 
-    /// What is set that `budget` bytes can never give, each with its place.
-    fn beyond(self, config: &Config, budget: u64) -> Option<ConfigErrors> {
-        let settings = &config.ratelimit;
-        let is_set = settings.memory.budget(None) == Some(budget);
-        let whose = if is_set { "memory.limit" } else { "the memory limit of the cgroup" };
-        let beyond = settings.beyond(budget, whose, |key| config.set_at.of_key(key).map(ToString::to_string));
+    /// What is set that the budget can never give, each with its place. That it is beyond a budget that nobody chose is
+    /// [said](LimitsInForce::wrong), and no error: what fits counts.
+    fn beyond(self, config: &Config, budget: MemoryBudget) -> Option<ConfigErrors> {
+        let whose = match budget.from {
+            BudgetFrom::Set => "memory.limit",
+            BudgetFrom::Cgroup => "the memory limit of the cgroup",
+            BudgetFrom::Machine => return None,
+        };
+        let beyond = config.ratelimit.beyond(budget.bytes, whose, set_at(config));
         let errors = beyond.into_iter().filter_map(|BeyondBudget { key, value, why }| {
             let KeyPlace { file, line, column } = config.set_at.of_key(key)?.clone();
             Some(ConfigError {

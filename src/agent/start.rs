@@ -183,7 +183,7 @@ impl PreparedAgent {
         let issuer_series = Arc::new(IssuerMetrics::new(metrics.registry()));
         let store_series = Arc::new(StoreMetrics::new(metrics.registry()));
         let means = Means::of_this_process(http_listeners(config));
-        let budget = config.ratelimit.memory.budget(means.cgroup);
+        let budget = means.budget(config);
         let gate_plan = means.plan(config)?;
         let health = Arc::<HealthState>::default();
         let asked = [endpoints::of_metrics(config, &metrics), endpoints::of_health(config, &health)].concat();
@@ -195,14 +195,15 @@ impl PreparedAgent {
         attestor.prepare_for(&index);
         attestor.wait(ANSWERS_WITHIN);
         let limits_set = SharedLimits::default();
-        limits_set.set(config.ratelimit.in_force(means.cgroup));
-        say_what_fits(&gate_plan, &config.ratelimit, means.cgroup);
+        let in_force = means.in_force(config);
+        say_what_fits(&gate_plan, &in_force, budget);
+        limits_set.set(in_force);
         say_whom_to_distrust(config);
         say_what_is_passed_over(config);
         let keys = caller_keys(config);
-        say_where(&keys, in_pod(), budget, means.cgroup);
+        say_where(&keys, in_pod(), budget);
         let surroundings = look_around(&health, &attestor, in_pod() && keys.looks_for_pods());
-        let limits = Limits::new(&config.ratelimit.within(budget), clock, metrics.registry());
+        let limits = Limits::new(&config.ratelimit.within(Some(budget.bytes)), clock, metrics.registry());
         let gate = limits::Gate::new(gate_plan, &limits);
         Ok(Self {
             clock,

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use crate::{
     attest::Attestor,
+    limits::budget::MemoryBudget,
     os::{
         clock::sleep_to_beat,
         namespace::{self, ProcFault},
@@ -85,19 +86,15 @@ impl Obstacle {
 }
 
 /// Says once where the agent finds itself: whether callers are told by their pods, and how much memory it may use.
-pub(super) fn say_where(keys: &PodOrUid, in_pod: bool, budget: Option<u64>, cgroup: Option<u64>) {
+pub(super) fn say_where(keys: &PodOrUid, in_pod: bool, budget: MemoryBudget) {
     let kubernetes = match (keys.looks_for_pods(), in_pod) {
         (true, true) => "found: the agent runs in a pod, and a caller in a pod is its pod",
         (true, false) => "switched on by the configuration: a caller in a pod is its pod",
         (false, true) => "found, and switched off by the configuration: a caller is its user",
         (false, false) => "not found: a caller is its user",
     };
-    let from = match budget {
-        None => "nothing: neither the cgroup nor ratelimit.memory sets a limit",
-        Some(_) if budget == cgroup => "the limit of the cgroup",
-        Some(_) => "ratelimit.memory",
-    };
-    tracing::info!(kubernetes, budget, budget_from = from, "where the agent runs");
+    let MemoryBudget { bytes, from } = budget;
+    tracing::info!(kubernetes, budget = bytes, budget_from = from.text(), "where the agent runs");
 }
 
 /// Says once what is missing, and keeps an agent that nobody could be served by from being ready.

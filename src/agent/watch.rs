@@ -162,15 +162,12 @@ impl Watch {
         empty
     }
 
-    /// What the process uses by now, whatever it was reckoned at. Where it is alone in a cgroup that is what is charged to
-    /// that, or its own pages. Those of its program are charged to whoever read them first, and
-    /// dropped before anybody is killed; elsewhere they count.
+    /// What the process uses by now, whatever it was reckoned at: its own pages, and where it is alone in a cgroup what is
+    /// charged to that, if it is more. Those of its program are charged to whoever read them first, and dropped before
+    /// anybody is killed.
     fn measured(&self, resident: Option<ResidentSet>) -> Option<u64> {
-        let own = resident?;
-        Some(match self.meter.charged() {
-            Some(charged) => charged.used.max(own.without_files),
-            None => own.all,
-        })
+        let own = resident?.without_files;
+        Some(self.meter.charged().map_or(own, |charged| charged.used.max(own)))
     }
 
     /// Says who was told to go, and for what it holds.

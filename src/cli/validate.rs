@@ -134,10 +134,11 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
     let alone = matches!(config.issuer, Signer::Embedded(_));
     let nobody = (alone && config.entries.is_empty())
         .then(|| ("entry", "there is none, so nobody is served".to_owned()));
-    let room = agent::room_for(config).err().map(|error| {
-        let here = "as this command has it: an agent that is started in another way may have more";
-        ("ratelimit", format!("{error}, {here}"))
-    });
+    let room =
+        agent::room_for(config).unwrap_or_else(|error| vec![error.to_string()]).into_iter().map(|why| {
+            let here = "as this command has it: an agent that is started in another way may have more";
+            ("ratelimit", format!("{why}, {here}"))
+        });
     let to_join = config.missing_to_join(trust).into_iter().map(|(key, error)| {
         (key, format!("{error}; the agent waits for it, unless it has joined its server before"))
     });

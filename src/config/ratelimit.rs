@@ -106,7 +106,7 @@ impl Context<'_> {
             if let Some(block) = s.block("memory") {
                 memory(block, &mut settings.memory);
             }
-            if let Some(budget) = settings.memory.budget(None) {
+            if let Some(budget) = settings.memory.limit.in_bytes() {
                 self.within(budget, &settings);
             }
             block.finish();
@@ -399,7 +399,7 @@ fn memory(mut block: Section<'_>, memory: &mut MemorySettings) {
 
 fn parse_memory(text: &str) -> Option<MemoryLimit> {
     if text == "auto" {
-        return Some(MemoryLimit::CGROUP);
+        return Some(MemoryLimit::AUTO);
     }
     let units = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
     let found =

@@ -17,7 +17,7 @@ use super::{
     caller_pattern::CallerPattern,
     counters::Decision,
     identity_stage::IdentityCall,
-    ledger::{Attempt, CallPlan, CallToSpare, Ledger, Question, Scarcity},
+    ledger::{Attempt, CallPlan, CallToSpare, Ledger, LimitNow, Question, Scarcity},
     method::Method,
     patience::{FOR_TOKENS, Patience},
     policy::Choice,
@@ -150,11 +150,14 @@ impl Limits {
         let (ledger, method) = (&self.ledger, Method::Other);
         let plan = ledger.plan();
         let choice = plan.caller.choose(&caller, method);
-        let (Limit::Quota(quota), origin) = ledger.limit(choice.rule) else { return };
+        let now = ledger.now();
+        let LimitNow { limit: Limit::Quota(quota), origin, since } =
+            ledger.limit(choice.rule, plan.since.caller, now)
+        else {
+            return;
+        };
         let cost = choice.rule.costs().answer();
         let taker = choice.shared.map(|_| Taker { caller, group: plan.families.group(caller) });
-        let now = ledger.now();
-        let since = ledger.since(choice.rule, plan.since.caller, now);
         let key = ledger.caller_key(&plan, caller, method, &choice);
         let ask = Ask { key, quota, since, cost, taker };
         let name = || (caller_name(caller, &choice), method.rpc());
@@ -355,7 +358,7 @@ impl Ledger {
         let taker = Taker { caller, group: plan.families.group(caller) };
         let mut call = CallToSpare { method, taker, now, spared: false };
         let choice = plan.caller.choose(&caller, method);
-        let (limit, origin) = self.limit(choice.rule);
+        let LimitNow { limit, origin, since } = self.limit(choice.rule, plan.since.caller, now);
         let dry = plan.dry || choice.rule.dry_run;
         let own = if choice.shared.is_some() { ChargedAs::Shared } else { caller.charged_as() };
         let costs = choice.rule.costs();
@@ -367,7 +370,6 @@ impl Ledger {
             Limit::Quota(quota) => {
                 let key = self.caller_key(plan, caller, method, &choice);
                 let shares = choice.shared.map(|_| taker);
-                let since = self.since(choice.rule, plan.since.caller, now);
                 let ask = Ask { key, quota, since, cost: costs.answer(), taker: shares };
                 let short = self.shortfall(origin);
                 let mut callers = self.callers();

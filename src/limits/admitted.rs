@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     ask::{Ask, HeldTokens},
-    ledger::Ledger,
+    ledger::{Ledger, LimitNow},
     method::Method,
     refusal::Stage,
     rule::{Costs, Limit},
@@ -97,12 +97,13 @@ impl Charge {
         let plan = ledger.plan();
         let choice = plan.identity.choose(id, self.method);
         let more = more(choice.rule.costs());
-        if let (Limit::Quota(quota), origin) = ledger.limit(choice.rule)
+        let now = ledger.now();
+        if let LimitNow { limit: Limit::Quota(quota), origin, since } =
+            ledger.limit(choice.rule, plan.since.identity, now)
             && more > 0
         {
             let key = ledger.identity_key(id, self.method, &choice);
-            let now = ledger.now();
-            let ask = Ask { key, quota, since: now, cost: more, taker: Some(self.taker) };
+            let ask = Ask { key, quota, since, cost: more, taker: Some(self.taker) };
             let paid = ledger.identities().table.charge(now, &ask, ledger.shortfall(origin));
             ledger.counters.count_soft_limits(self.soft, Stage::Identity, paid);
         }

@@ -12,6 +12,8 @@
 //! nobody waits for a token longer than one refill and one token, and nothing that was not spent is lost. A change there and
 //! back between two calls is none.
 
+use std::collections::HashMap;
+
 use super::bucket::{Bucket, LONGEST, Quota, convert};
 
 /// Set in the price of a bucket of which tokens are kept apart: it is the price of no quota, so that each call looks.
@@ -33,6 +35,68 @@ impl KeptApart {
     }
 }
 
+/// What is known of when another quota came in force.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct QuotaChange {
+    /// The one that holds now holds since then.
+    pub(super) since: u64,
+    /// The bucket was last asked then, or a little later.
+    pub(super) asked: u64,
+}
+
+impl QuotaChange {
+    /// The moment of the change, which is now where the bucket was asked since: calls that began before a reload may come after
+    /// it.
+    fn at(self, now: u64) -> u64 {
+        if self.since < self.asked { now } else { self.since.min(now) }
+    }
+}
+
+/// What is kept apart of the buckets of a table, by their keys.
+#[derive(Debug, Default)]
+pub(super) struct ApartByKey(HashMap<[u64; 2], KeptApart, ahash::RandomState>);
+
+impl ApartByKey {
+    /// [`Bucket::come_under`] of the bucket of a key.
+    pub(super) fn bring_under(
+        &mut self,
+        hash: [u64; 2],
+        bucket: &mut Bucket,
+        now: u64,
+        change: QuotaChange,
+        quota: Quota,
+    ) {
+        let mut of_key = if bucket.has_apart() { self.0.remove(&hash) } else { None };
+        bucket.come_under(now, change, quota, &mut of_key);
+        if let Some(kept) = of_key {
+            self.0.insert(hash, kept);
+        }
+    }
+
+    /// What is kept apart of the bucket of a key.
+    pub(super) fn of(&self, hash: [u64; 2], bucket: &Bucket) -> Option<&KeptApart> {
+        if bucket.has_apart() { self.0.get(&hash) } else { None }
+    }
+
+    /// The bucket is forgotten, and what is kept apart of it.
+    pub(super) fn forget(&mut self, hash: [u64; 2], bucket: &Bucket) {
+        if bucket.has_apart() {
+            self.0.remove(&hash);
+        }
+    }
+
+    /// Returns memory that nothing is in.
+    pub(super) fn shrink(&mut self) {
+        self.0.shrink_to_fit();
+    }
+
+    /// Of how many buckets something is kept apart.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
 impl Bucket {
     /// The price that it is reckoned with; 0 in a new one.
     pub(super) fn price(&self) -> u64 {
@@ -40,12 +104,12 @@ impl Bucket {
     }
 
     /// Whether tokens of it are kept apart.
-    pub(super) fn has_apart(&self) -> bool {
+    fn has_apart(&self) -> bool {
         self.per_token & APART != 0
     }
 
     /// Whether it was left under a quota like this one, and nothing is to be done before the next call.
-    pub(super) fn is_under(&self, now: u64, quota: Quota) -> bool {
+    fn is_under(&self, now: u64, quota: Quota) -> bool {
         self.per_token == quota.per_token
             && self.full_at.saturating_sub(now) <= quota.refill().saturating_mul(2)
     }
@@ -55,8 +119,20 @@ impl Bucket {
         self.is_full(now) && apart.is_none_or(|it| it.missing <= now.saturating_sub(self.full_at))
     }
 
-    /// The quota that holds now holds `since` then.
-    pub(super) fn come_under(&mut self, now: u64, since: u64, quota: Quota, apart: &mut Option<KeptApart>) {
+    /// Before it is asked: brings it under the quota that holds now, with what is kept `apart` of it, if it is not.
+    pub(super) fn come_under(
+        &mut self,
+        now: u64,
+        change: QuotaChange,
+        quota: Quota,
+        apart: &mut Option<KeptApart>,
+    ) {
+        if !self.is_under(now, quota) {
+            self.change_to(quota, now, change, apart);
+        }
+    }
+
+    fn change_to(&mut self, quota: Quota, now: u64, change: QuotaChange, apart: &mut Option<KeptApart>) {
         let old = self.price();
         let idle = |until: u64| until.saturating_sub(self.full_at);
         let is_same = apart.is_some_and(|it| it.under == quota);
@@ -72,7 +148,7 @@ impl Bucket {
             }
             return;
         }
-        let at = if is_same { now } else { since.min(now) };
+        let at = if is_same { now } else { change.at(now) };
         let spent = convert(self.full_at.saturating_sub(at), old, quota.per_token);
         let (beyond, of) = match apart.take() {
             Some(it) => {
@@ -103,7 +179,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::limits::bucket::{Per, tests::quotas};
+    use crate::limits::bucket::Per;
 
     const SECOND: u64 = 1_000_000_000;
     const MINUTE: u64 = 60 * SECOND;
@@ -113,13 +189,14 @@ mod tests {
     struct Whole {
         bucket: Bucket,
         apart: Option<KeptApart>,
+        asked: u64,
     }
 
     impl Whole {
         fn under(&mut self, now: u64, since: u64, quota: Quota) -> &mut Bucket {
-            if !self.bucket.is_under(now, quota) {
-                self.bucket.come_under(now, since, quota, &mut self.apart);
-            }
+            let change = QuotaChange { since, asked: self.asked };
+            self.bucket.come_under(now, change, quota, &mut self.apart);
+            self.asked = now;
             &mut self.bucket
         }
 
@@ -158,6 +235,18 @@ mod tests {
         }
     }
 
+    /// A call that began before a reload comes after it: from then on the new rate holds, and not from the reload on.
+    #[test]
+    fn a_change_was_not_before_the_last_call() {
+        let (old, new) = (quota(1.0, Per::Hour, 20), quota(1.0, Per::Second, 20));
+        for (asked, left) in [(0, 11), (4, 5)] {
+            let mut whole = Whole::default();
+            whole.under(MINUTE, 0, old).take(MINUTE, old, 15).unwrap();
+            whole.under(MINUTE + asked * SECOND, 0, old);
+            assert_eq!(whole.left(MINUTE + 6 * SECOND, MINUTE, new), left, "{asked}");
+        }
+    }
+
     #[test]
     fn a_fast_window_fills_its_own_bucket_and_not_the_one_behind_it() {
         let (base, window) = (quota(1.0, Per::Hour, 100), quota(10.0, Per::Second, 5));
@@ -174,6 +263,13 @@ mod tests {
             let after = MINUTE + 13 * SECOND;
             assert_eq!((answered, whole.left(after, after, base)), (if asks { 12 } else { 0 }, 5), "{asks}");
         }
+    }
+
+    /// Quotas that windows and reloads might put in force one after the other.
+    fn quotas() -> impl Strategy<Value = Quota> {
+        let unit = prop::sample::select(vec![Per::Second, Per::Minute, Per::Hour]);
+        (1..=1000_u32, unit, 1..=200_u32)
+            .prop_map(|(rate, per, burst)| Quota::new(rate.into(), per, burst).unwrap())
     }
 
     #[derive(Clone, Debug)]
@@ -269,7 +365,11 @@ mod tests {
             let taken = taken.min(first.burst());
             whole.under(MINUTE, 0, first).take(MINUTE, first, taken).unwrap();
             for other in others {
-                whole.under(MINUTE, MINUTE, other);
+                // Asked for, and given back.
+                let bucket = whole.under(MINUTE, MINUTE, other);
+                if bucket.hold(MINUTE, other, 1).is_ok() {
+                    bucket.settle(MINUTE, other, 1, 0);
+                }
             }
             let left = whole.left(MINUTE, MINUTE, first);
             let want = first.burst() - taken;

@@ -139,6 +139,12 @@ mod tests {
 
     const BUDGET: u64 = 24 << 20;
 
+    /// Where nobody set a budget, a number of streams is none that it cannot have.
+    #[test]
+    fn the_least_of_a_machine_has_room_for_all_streams() {
+        assert!(fewest_take(*ConnectionSettings::STREAMS.end()) <= budget::MACHINE_LEAST);
+    }
+
     type Change = fn(&mut LimitSettings, u32);
 
     fn places(connections: Option<u32>, reserve: Option<u32>) -> GatePlaces {

@@ -349,9 +349,7 @@ fn price(tokens: u32, quota: Quota) -> u64 {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
-    use proptest::prelude::*;
-
+mod tests {
     use super::*;
 
     const SECOND: u64 = 1_000_000_000;
@@ -403,108 +401,6 @@ pub(super) mod tests {
             assert_eq!(bucket.left(SECOND, new), left, "{case}");
             assert!(bucket.hold(SECOND, new, left + 1).is_err(), "{case}");
             assert!(left == 0 || bucket.hold(SECOND, new, left).is_ok(), "{case}");
-        }
-    }
-
-    /// Quotas that windows and reloads might put in force one after the other.
-    pub(in crate::limits) fn quotas() -> impl Strategy<Value = Quota> {
-        let unit = prop::sample::select(vec![Per::Second, Per::Minute, Per::Hour]);
-        (1..=1000_u32, unit, 1..=200_u32)
-            .prop_map(|(rate, per, burst)| Quota::new(rate.into(), per, burst).unwrap())
-    }
-
-    #[derive(Clone, Debug)]
-    enum Step {
-        Pass(u64),
-        Take(u32),
-        /// Held, and given back.
-        Refund(u32),
-        /// Held, and paid more for than was held.
-        Overdraw(u32),
-        Change(Quota),
-    }
-
-    fn steps() -> impl Strategy<Value = Step> {
-        prop_oneof![
-            (0..20 * SECOND).prop_map(Step::Pass),
-            (1..=50_u32).prop_map(Step::Take),
-            (1..=50_u32).prop_map(Step::Refund),
-            (1..=50_u32).prop_map(Step::Overdraw),
-            quotas().prop_map(Step::Change),
-        ]
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
-
-        /// Windows that come and go, and reloads there and back, give no token back and take none.
-        #[test]
-        fn another_quota_for_a_while_changes_nothing(
-            first in quotas(),
-            taken in 0..=200_u32,
-            others in prop::collection::vec(quotas(), 1..6),
-        ) {
-            let mut bucket = Bucket::default();
-            let taken = taken.min(first.burst());
-            bucket.take(SECOND, first, taken).unwrap();
-            for other in others {
-                // Asked for, which reckons anew, and given back.
-                if bucket.hold(SECOND, other, 1).is_ok() {
-                    bucket.settle(SECOND, other, 1, 0);
-                }
-            }
-            let left = bucket.left(SECOND, first);
-            let want = first.burst() - taken;
-            prop_assert!(left <= want && left + 1 >= want, "{left} left, not {want}");
-        }
-
-        /// Whatever comes: never more than the largest burst, and what has come back at the highest rate meanwhile.
-        #[test]
-        fn no_way_leads_to_more_than_burst_and_rate(
-            first in quotas(),
-            steps in prop::collection::vec(steps(), 1..60),
-        ) {
-            let (mut bucket, mut quota, mut now) = (Bucket::default(), first, SECOND);
-            let (mut burst, mut back, mut given) = (u64::from(first.burst()), 0.0, 0_u64);
-            let mut fastest = first.per_token;
-            for step in steps {
-                match step {
-                    Step::Pass(time) => {
-                        now += time;
-                        #[expect(clippy::as_conversions, reason = "a bound of a test")]
-                        let tokens = time as f64 / fastest as f64;
-                        back += tokens;
-                    }
-                    Step::Take(n) => given += bucket.take(now, quota, n).map_or(0, |()| u64::from(n)),
-                    Step::Refund(n) => {
-                        if bucket.hold(now, quota, n).is_ok() {
-                            bucket.settle(now, quota, n, 0);
-                        }
-                    }
-                    Step::Overdraw(n) => {
-                        if bucket.hold(now, quota, 1).is_ok() {
-                            bucket.settle(now, quota, 1, n);
-                            // What is owed is had already, one burst of it at most.
-                            given += 1;
-                        }
-                    }
-                    Step::Change(next) => {
-                        quota = next;
-                        burst = burst.max(u64::from(next.burst()));
-                        fastest = fastest.min(next.per_token);
-                    }
-                }
-                #[expect(clippy::as_conversions, reason = "a bound of a test")]
-                let most = burst as f64 + back + 1.0;
-                #[expect(clippy::as_conversions, reason = "a bound of a test")]
-                let had = given as f64;
-                prop_assert!(had <= most, "{had} given, at most {most}");
-            }
-            // And all of it comes back.
-            let slow = Quota::new(1.0, Per::Hour, 200).unwrap();
-            let later = now + 2 * 3_600 * SECOND * 400;
-            prop_assert_eq!(bucket.left(later, quota), quota.burst());
-            prop_assert_eq!(bucket.left(later, slow), 200);
         }
     }
 

@@ -1,6 +1,6 @@
 //! How much memory the agent may use, and what it does as that runs out.
 //!
-//! The budget is the cgroup's limit, or what is set. What is used (the resident set, which others read) becomes
+//! The budget is the cgroup's limit, or what is set, or else a part of the machine's memory: there always is one. What is used (the resident set, which others read) becomes
 //! one of four steps by a pure function; whoever asks it acts: caches shrink first, then connections stop
 //! growing, then the heaviest caller loses its own. Established streams of others are never cut. The figures
 //! for what things cost are for accounts and for the number of connections that fit; they were measured, and
@@ -122,19 +122,70 @@ pub const CACHED_X509_SVID: u64 = 4 * 1024;
 
 /// How far memory must fall below the beginning of a step for the step to end, in percent of the budget.
 const SLACK: u8 = 5;
-/// Where the budget comes from. Default: [`MemoryLimit::CGROUP`].
+/// Where there is no limit, neither set nor of a cgroup, the budget is one part in so many of the machine's memory. The machine
+/// is there for its workloads, so what they make the agent hold must stay the smaller part of it; and a quarter is what a
+/// hundred thousand entries with their SVIDs need (136 MiB, below the 70 percent from which on memory is short) on a machine
+/// of 1 GiB. Nothing takes it before it is held.
+const MACHINE_PART: u64 = 4;
+/// The same of a machine that has little, in bytes, or does not say: room for the fewest connections there may be, with every
+/// number of streams that may be set.
+pub(super) const MACHINE_LEAST: u64 = 72 << 20;
+
+/// What bounds the memory of this process, whatever is set. In bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryBounds {
+    /// The lowest limit of its cgroup and those above it, if there is one.
+    pub cgroup: Option<u64>,
+    /// What the machine has, if it says.
+    pub machine: Option<u64>,
+}
+
+/// How much memory the agent may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryBudget {
+    pub bytes: u64,
+    pub from: BudgetFrom,
+}
+
+/// Where a budget comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BudgetFrom {
+    /// An admin.
+    Set,
+    Cgroup,
+    /// Nobody set one.
+    Machine,
+}
+
+impl BudgetFrom {
+    /// In words.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Set => "ratelimit.memory.limit",
+            Self::Cgroup => "the memory limit of its cgroup",
+            Self::Machine => "a part of the machine's memory",
+        }
+    }
+}
+
+/// Where the budget comes from. Default: [`MemoryLimit::AUTO`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryLimit(Option<u64>);
 
 impl MemoryLimit {
-    /// The lowest limit of the agent's cgroup and those above it; no budget where there is none.
-    pub const CGROUP: Self = Self(None);
+    /// The lowest limit of the agent's cgroup and those above it; where there is none, a part of the machine's memory.
+    pub const AUTO: Self = Self(None);
     /// What may be set, in bytes.
     pub const RANGE: RangeInclusive<u64> = 8 << 20..=1 << 40;
 
     /// So many bytes; `None` outside of [`MemoryLimit::RANGE`].
     pub fn bytes(bytes: u64) -> Option<Self> {
         Self::RANGE.contains(&bytes).then_some(Self(Some(bytes)))
+    }
+
+    /// In bytes, if it is set.
+    pub fn in_bytes(self) -> Option<u64> {
+        self.0
     }
 }
 
@@ -197,17 +248,22 @@ pub struct MemorySettings {
 }
 
 impl MemorySettings {
-    /// The budget in bytes, given the cgroup's limit: the lower one counts, since the kernel ends who passes that.
-    pub fn budget(&self, cgroup: Option<u64>) -> Option<u64> {
-        match (self.limit.0, cgroup) {
-            (Some(set), Some(cgroup)) => Some(set.min(cgroup)),
-            (set, cgroup) => set.or(cgroup),
-        }
+    /// The budget. Of what is set and the cgroup's limit the lower one counts, since the kernel ends who passes that.
+    pub fn budget(&self, bounds: MemoryBounds) -> MemoryBudget {
+        let (bytes, from) = match (self.limit.0, bounds.cgroup) {
+            (Some(set), cgroup) if cgroup.is_none_or(|cgroup| set <= cgroup) => (set, BudgetFrom::Set),
+            (_, Some(cgroup)) => (cgroup, BudgetFrom::Cgroup),
+            (_, None) => {
+                let part = bounds.machine.map_or(0, |machine| machine / MACHINE_PART);
+                (part.max(MACHINE_LEAST), BudgetFrom::Machine)
+            }
+        };
+        MemoryBudget { bytes, from }
     }
 
     /// What is set, if that is more than the cgroup's limit.
-    pub fn above(&self, cgroup: Option<u64>) -> Option<u64> {
-        self.limit.0.filter(|set| cgroup.is_some_and(|cgroup| *set > cgroup))
+    pub fn above(&self, bounds: MemoryBounds) -> Option<u64> {
+        self.limit.0.filter(|set| bounds.cgroup.is_some_and(|cgroup| *set > cgroup))
     }
 
     /// Where a step begins, and below what it ends again, of `whole`.
@@ -287,14 +343,32 @@ mod tests {
         }
         assert_eq!(MemorySteps::new([70, 85, 95]), Ok(MemorySteps::default()));
         assert_eq!(MemoryLimit::bytes(1), None, "small");
-        let usual = MemorySettings::default();
-        let set = MemorySettings { limit: MemoryLimit::bytes(24 << 20).unwrap(), ..usual };
-        assert_eq!(
-            (set.budget(Some(1 << 30)), set.budget(None), usual.budget(Some(1)), usual.budget(None)),
-            (Some(24 << 20), Some(24 << 20), Some(1), None)
-        );
-        assert_eq!((set.budget(Some(8 << 20)), set.above(Some(8 << 20))), (Some(8 << 20), Some(24 << 20)));
-        assert_eq!((set.above(Some(24 << 20)), set.above(None), usual.above(Some(1))), (None, None, None));
+    }
+
+    #[test]
+    fn there_always_is_a_budget() {
+        use BudgetFrom as F;
+        let auto = MemorySettings::default();
+        let set = MemorySettings { limit: MemoryLimit::bytes(24 << 20).unwrap(), ..auto };
+        let (mib, gib) = (|n: u64| Some(n << 20), 1 << 30);
+        for (case, settings, cgroup, machine, want, above) in [
+            ("set", set, None, Some(gib), (24 << 20, F::Set), None),
+            ("set, below the cgroup's", set, Some(gib), Some(gib), (24 << 20, F::Set), None),
+            ("set, as the cgroup's", set, mib(24), None, (24 << 20, F::Set), None),
+            ("set above the cgroup's", set, mib(8), Some(gib), (8 << 20, F::Cgroup), mib(24)),
+            ("a cgroup's", auto, Some(1), Some(gib), (1, F::Cgroup), None),
+            ("nobody's", auto, None, Some(8 * gib), (2 * gib, F::Machine), None),
+            ("on a small machine", auto, None, mib(128), (72 << 20, F::Machine), None),
+            ("a machine that does not say", auto, None, None, (72 << 20, F::Machine), None),
+        ] {
+            let bounds = MemoryBounds { cgroup, machine };
+            let MemoryBudget { bytes, from } = settings.budget(bounds);
+            assert_eq!(((bytes, from), settings.above(bounds)), (want, above), "{case}");
+        }
+        let entries = 136 << 20;
+        let machine = MemoryBounds { machine: Some(gib), ..MemoryBounds::default() };
+        let short_from = auto.lines(Pressure::ShrinkCaches, auto.budget(machine).bytes).0;
+        assert!(entries + 4 * PROCESS < short_from, "{short_from}");
     }
 
     #[test]

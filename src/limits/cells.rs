@@ -39,9 +39,9 @@ impl Cell {
         self.again = true;
     }
 
-    /// The moment of a change, which is now where it was asked since: calls that began before a reload may come after it.
-    pub(super) fn changed(&self, since: u64, now: u64) -> u64 {
-        if since < u64::from(self.seen) << 30 { now } else { since }
+    /// When it was last used, or up to a second before.
+    pub(super) fn last_used(&self) -> u64 {
+        u64::from(self.seen) << 30
     }
 
     /// The caller with this mark takes from it. Once several have, each has a share.

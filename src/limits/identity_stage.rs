@@ -9,12 +9,12 @@ use super::{
     bucket::Quota,
     counters::Decision,
     id_pattern::IdPattern,
-    ledger::{Attempt, CallPlan, CallToSpare, Identities, Ledger, Question, Scarcity},
+    ledger::{Attempt, CallPlan, CallToSpare, Identities, Ledger, LimitNow, Question, Scarcity},
     method::Method,
     policy::Choice,
     refusal::{ChargedAs, Reason, Refusal, Stage},
     report::BucketName,
-    rule::{Limit, Origin},
+    rule::Limit,
 };
 use crate::identity::SpiffeId;
 
@@ -52,8 +52,8 @@ impl Ledger {
         for id in ids {
             nobody = false;
             let choice = plan.identity.choose(id, method);
-            let limit = self.limit(choice.rule);
-            node_counts |= limit.0 != Limit::Exempt;
+            let limit = self.limit(choice.rule, plan.since.identity, now);
+            node_counts |= limit.limit != Limit::Exempt;
             let Some(lack) = self.charge_identity(of, call, identities, id, &choice, limit) else { continue };
             if plan.dry || choice.rule.dry_run {
                 let decision = Decision::WouldRefuse(lack.reason);
@@ -95,7 +95,7 @@ impl Ledger {
         identities: &mut Identities,
         id: &'a SpiffeId,
         choice: &Choice<'a, IdPattern>,
-        (limit, origin): (Limit, Origin),
+        LimitNow { limit, origin, since }: LimitNow,
     ) -> Option<Scarcity> {
         let caller_exempt = of.caller_exempt;
         let CallToSpare { method, taker, now, .. } = *call;
@@ -116,7 +116,6 @@ impl Ledger {
             return None;
         }
         let cost = choice.rule.costs().answer();
-        let since = self.since(choice.rule, of.plan.since.identity, now);
         let ask = Ask { key, quota, since, cost, taker: Some(taker) };
         let short = self.shortfall(origin);
         let who = || (identity_name(id, choice), method.rpc());

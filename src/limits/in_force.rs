@@ -1,7 +1,9 @@
 //! What is set about limits, in words for an admin: the rules that somebody wrote, and where the memory budget comes from.
 
 use super::{
+    beyond_budget::BeyondBudget,
     bucket::Quota,
+    budget::{BudgetFrom, MemoryBounds},
     gate_settings::GateRule,
     method::Method,
     policy::Layers,
@@ -17,7 +19,7 @@ const MOST: usize = 32;
 pub struct LimitsInForce {
     /// One line for each limit that somebody set, bounded.
     pub set: Vec<String>,
-    /// Where the memory budget comes from; empty where there is none.
+    /// Where the memory budget comes from.
     pub budget_from: &'static str,
     /// Thousandths of a core that the agent may use before defaults bind.
     pub millicores: u64,
@@ -28,8 +30,12 @@ pub struct LimitsInForce {
 }
 
 impl LimitSettings {
-    /// What is set here, where the cgroup has this limit of memory, in bytes.
-    pub fn in_force(&self, cgroup: Option<u64>) -> LimitsInForce {
+    /// What is set here, where memory has these bounds; `set_at` is where a key is set.
+    pub fn in_force(
+        &self,
+        bounds: MemoryBounds,
+        set_at: impl Fn(&'static str) -> Option<String>,
+    ) -> LimitsInForce {
         let mut set = Vec::new();
         self.gate_lines(&mut set);
         layer_lines("caller", &self.caller, &mut set);
@@ -46,23 +52,26 @@ impl LimitSettings {
             set.truncate(MOST);
             set.push(format!("and {more} more"));
         }
-        let above = self.memory.above(cgroup);
-        let budget_from = match (self.memory.budget(None), cgroup) {
-            (Some(_), _) if above.is_none() => "ratelimit.memory.limit",
-            (_, Some(_)) => "the memory limit of its cgroup",
-            (_, None) => "",
-        };
-        let wrong = above.zip(cgroup).map(|(set, cgroup)| {
+        let budget = self.memory.budget(bounds);
+        let above = self.memory.above(bounds).zip(bounds.cgroup).map(|(set, cgroup)| {
             format!(
                 "ratelimit.memory.limit is {set} bytes, above the {cgroup} of the agent's cgroup, which count"
             )
         });
+        let mut wrong: Vec<String> = above.into_iter().collect();
+        // Of a budget that somebody set, or of a cgroup, it is an error.
+        if budget.from == BudgetFrom::Machine {
+            let beyond = self.beyond(budget.bytes, "the budget, a part of the machine's memory,", set_at);
+            wrong.extend(beyond.into_iter().map(|BeyondBudget { key, value, why }| {
+                format!("{key} {value}: {why}, or set ratelimit.memory.limit (until then what fits counts)")
+            }));
+        }
         LimitsInForce {
             set,
-            budget_from,
+            budget_from: budget.from.text(),
             millicores: self.node.cpu.millicores(),
             dry_run: self.dry_run,
-            wrong: wrong.into_iter().collect(),
+            wrong,
         }
     }
 
@@ -161,7 +170,7 @@ mod tests {
             (Some(64 << 20), "ratelimit.memory.limit", 0),
             (Some(24 << 20), "the memory limit of its cgroup", 1),
         ] {
-            let told = settings.in_force(cgroup);
+            let told = settings.in_force(MemoryBounds { cgroup, machine: Some(1 << 30) }, |_| None);
             assert_eq!((told.budget_from, told.wrong.len()), (from, wrong), "{cgroup:?} {:?}", told.wrong);
         }
     }
@@ -169,15 +178,17 @@ mod tests {
     #[test]
     fn what_is_set_is_told_and_what_is_not_is_not() {
         let mut settings = LimitSettings::default();
-        let nothing = settings.in_force(None);
-        assert_eq!((nothing.set, nothing.budget_from, nothing.millicores), (vec![], "", 500));
+        let in_force = |settings: &LimitSettings| settings.in_force(MemoryBounds::default(), |_| None);
+        let nothing = in_force(&settings);
+        let from = "a part of the machine's memory";
+        assert_eq!((nothing.set, nothing.budget_from, nothing.millicores), (vec![], from, 500));
         let quota = |rate, per, burst| Quota::new(rate, per, burst).unwrap();
         let rule = |limit| Rule::new(limit, Costs::ONE, Schedule::default()).unwrap();
         settings.caller = Layers::<CallerPattern>::new(rule(Limit::Quota(quota(20.0, Per::Second, 40))));
         settings.caller.methods.set(Method::Other, Some(rule(Limit::Block)));
         let node = NodeQuota::set(quota(30.0, Per::Minute, 60));
         settings.node.quotas.set(Method::FetchJwtSvid, Some(node));
-        let told = settings.in_force(Some(1 << 30));
+        let told = in_force(&settings);
         assert_eq!(
             told.set,
             [
@@ -186,7 +197,6 @@ mod tests {
                 "node, FetchJWTSVID: 30 a minute, 60 at once",
             ]
         );
-        assert_eq!(told.budget_from, "the memory limit of its cgroup");
 
         // A schedule alone, around which the default holds.
         let window = |hour| {
@@ -198,6 +208,6 @@ mod tests {
         let schedule = Schedule::new(vec![window(1), window(4)]).unwrap();
         let rule = Rule::new(usual, Costs::ONE, schedule).unwrap().of_origin(Origin::ByDefault);
         settings.caller = Layers::<CallerPattern>::new(rule);
-        assert_eq!(settings.in_force(None).set, ["caller, each method: 2 schedules"]);
+        assert_eq!(in_force(&settings).set, ["caller, each method: 2 schedules"]);
     }
 }

@@ -87,6 +87,15 @@ impl CallPlan {
     }
 }
 
+/// What a rule says now.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LimitNow {
+    pub(super) limit: Limit,
+    pub(super) origin: Origin,
+    /// Since when it holds.
+    pub(super) since: u64,
+}
+
 /// A question of a stage about a call.
 #[derive(Clone, Copy)]
 pub(super) struct Question<'a> {
@@ -236,27 +245,22 @@ impl Ledger {
         lock(&self.refusing)
     }
 
-    /// The limit that holds now, and whose word it is. Reads the time of day only for a rule that has windows.
-    pub(super) fn limit(&self, rule: &Rule) -> (Limit, Origin) {
+    /// The limit that holds now, where the rules are as they are since `reloaded`. Looks at the time of day only for a rule that
+    /// has windows, and once.
+    pub(super) fn limit(&self, rule: &Rule, reloaded: u64, now: u64) -> LimitNow {
+        let usual = LimitNow { limit: rule.limit(), origin: rule.origin(), since: reloaded };
         if rule.schedule().is_empty() {
-            return (rule.limit(), rule.origin());
-        }
-        let since = self.wall.now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let unix = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
-        let written = rule.schedule().at(unix).map(|limit| (*limit, Origin::Set));
-        written.unwrap_or_else(|| (rule.limit(), rule.origin()))
-    }
-
-    /// Since when the limit holds that holds now, where the rules are as they are since `reloaded`.
-    pub(super) fn since(&self, rule: &Rule, reloaded: u64, now: u64) -> u64 {
-        if rule.schedule().is_empty() {
-            return reloaded;
+            return usual;
         }
         let wall = self.wall.now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let changed = rule.schedule().changed(i64::try_from(wall.as_secs()).unwrap_or(i64::MAX));
+        let (written, changed) = rule.schedule().look(i64::try_from(wall.as_secs()).unwrap_or(i64::MAX));
         let changed = Duration::from_secs(changed.and_then(|unix| u64::try_from(unix).ok()).unwrap_or(0));
         let ago = u64::try_from(wall.saturating_sub(changed).as_nanos()).unwrap_or(u64::MAX);
-        now.saturating_sub(ago).max(reloaded)
+        let since = now.saturating_sub(ago).max(reloaded);
+        match written {
+            Some(limit) => LimitNow { limit: *limit, origin: Origin::Set, since },
+            None => LimitNow { since, ..usual },
+        }
     }
 
     /// What becomes of a call for which a bucket of this origin has too few tokens.

@@ -288,14 +288,11 @@ impl<V> Schedule<V> {
         self.0.is_empty()
     }
 
-    /// The value of the window that is open.
-    pub fn at(&self, unix: i64) -> Option<&V> {
-        self.0.iter().find(|(window, _)| window.is_open(unix)).map(|(_, value)| value)
-    }
-
-    /// When a window last opened or closed, not after `unix`.
-    pub fn changed(&self, unix: i64) -> Option<i64> {
-        self.0.iter().filter_map(|(window, _)| window.changed(unix)).max()
+    /// The value of the window that is open, and when a window last opened or closed, not after `unix`.
+    pub fn look(&self, unix: i64) -> (Option<&V>, Option<i64>) {
+        self.0.iter().fold((None, None), |(open, changed), (window, value)| {
+            (open.or_else(|| window.is_open(unix).then_some(value)), changed.max(window.changed(unix)))
+        })
     }
 
     /// All values.
@@ -471,6 +468,8 @@ mod tests {
                 let unix = 1_767_225_600 + step * 87_661;
                 let changed = window.changed(unix).unwrap();
                 let is_open = window.is_open(unix);
+                let looked = Schedule(vec![(window, ())]);
+                assert_eq!(looked.look(unix), (is_open.then_some(&()), Some(changed)), "{text}, {unix}");
                 assert!(changed <= unix, "{text}, {unix}: {changed}");
                 assert_eq!(window.is_open(changed), is_open, "{text}, {unix}: {changed}");
                 assert_ne!(window.is_open(changed - 1), is_open, "{text}, {unix}: {changed}");

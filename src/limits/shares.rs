@@ -12,7 +12,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use super::{
-    apart::KeptApart,
+    apart::{KeptApart, QuotaChange},
     bucket::{Bucket, Quota, Shortfall},
     caller::CallerKey,
 };
@@ -338,19 +338,13 @@ impl SharedBucket {
 
     /// The quota that holds now holds `since` then.
     pub(super) fn come_under(&mut self, now: u64, since: u64, quota: Quota) {
-        if !self.bucket.is_under(now, quota) {
-            let since = if since < self.asked { now } else { since };
-            self.bucket.come_under(now, since, quota, &mut self.apart);
-        }
+        self.bucket.come_under(now, QuotaChange { since, asked: self.asked }, quota, &mut self.apart);
     }
 
     /// Tokens that are left.
     pub(super) fn left(&self, now: u64, quota: Quota, since: u64) -> u32 {
         let (mut bucket, mut apart) = (self.bucket, self.apart);
-        if !bucket.is_under(now, quota) {
-            let since = if since < self.asked { now } else { since };
-            bucket.come_under(now, since, quota, &mut apart);
-        }
+        bucket.come_under(now, QuotaChange { since, asked: self.asked }, quota, &mut apart);
         bucket.left(now, quota)
     }
 

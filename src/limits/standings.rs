@@ -6,6 +6,7 @@ use super::{
     budget::Accounted,
     caller::CallerKey,
     identity_stage::identity_name,
+    ledger::LimitNow,
     method::Method,
     refusal::Stage,
     report::{BucketName, Event, Heavy, Standing},
@@ -97,9 +98,8 @@ impl Limits {
         let plan = ledger.plan();
         let choice = plan.identity.choose(id, method);
         let key = ledger.identity_key(id, method, &choice);
-        let (limit, origin) = ledger.limit(choice.rule);
         let now = ledger.now();
-        let since = ledger.since(choice.rule, plan.since.identity, now);
+        let LimitNow { limit, origin, since } = ledger.limit(choice.rule, plan.since.identity, now);
         let left = |quota| ledger.identities().table.left(now, key, quota, since);
         let standing = Standing::under(limit, left).of_origin(origin);
         (identity_name(id, &choice), standing)
@@ -126,9 +126,8 @@ impl Limits {
 
     fn of_caller(&self, rule: &Rule, key: BucketKey) -> Standing {
         let ledger = self.ledger();
-        let (limit, origin) = ledger.limit(rule);
         let now = ledger.now();
-        let since = ledger.since(rule, ledger.plan().since.caller, now);
+        let LimitNow { limit, origin, since } = ledger.limit(rule, ledger.plan().since.caller, now);
         Standing::under(limit, |quota| ledger.callers().left(now, key, quota, since)).of_origin(origin)
     }
 

@@ -1,26 +1,25 @@
 //! Buckets by key, with a hard bound.
 //!
 //! - A table with no room looks for full buckets, a few per new key, starting where it last stopped. One that
-//!   finds none charges the new key to the overflow bucket of its *parent* (whoever can invent keys), never to
-//!   a stranger's, and no parent may own more than its share of the table. Keys that came back keep their
-//!   buckets for a while, full or not.
+//!   finds none charges the new key to its [parent](super::parents), never to a stranger, and no parent may own
+//!   more than its share of the table. Keys that came back keep their buckets for a while, full or not.
 //! - What a key has spent while it had no bucket of its own it has spent when it gets one. (In an overflow each
 //!   quota has a bucket, so a quota that a reload brings begins with a full one there.)
 //!
 //! Keys stand in the table as 128 bits of a seeded hash; nobody outside can choose two that meet. Time is
 //! nanoseconds since the agent started; a `now` before the latest one seen counts as that one.
 
-use std::{collections::HashMap, time::Duration};
+use std::time::Duration;
 
 use hashbrown::HashTable;
 
 pub(super) use super::ask::ChargedTo;
 use super::{
-    apart::KeptApart,
+    apart::{ApartByKey, QuotaChange},
     ask::{Ask, BucketKey, HeldTokens},
     bucket::{Bucket, Level, Quota, Shortfall},
     cells::{Cell, NOBODY, SEVERAL, Taken, cell, find, hash_at, seconds},
-    pool::Pool,
+    parents::Parents,
     report::{BucketName, Heavy},
     shares::{Alone, SharedBuckets, Shares, Taker, Taking},
     table_size::TableSize,
@@ -31,13 +30,6 @@ type Who = (BucketName, &'static str);
 
 /// Where tokens are held, how many, and where the caller's share is, if it has one.
 type HeldAt = (ChargedTo, u32, Option<usize>);
-
-#[derive(Debug)]
-struct Parent {
-    id: u64,
-    owned: usize,
-    overflow: Pool,
-}
 
 /// How many cells a new key may look at to find room.
 const LOOK: usize = 64;
@@ -51,33 +43,28 @@ const EARLY: usize = 8;
 const REGULAR: u32 = 56;
 /// The part of the table that regulars may have.
 const REGULARS: usize = 2;
-/// How often, at most, all parents are looked through, in nanoseconds per 16,384 of capacity.
-const PARENTS_PAUSE: u64 = 10_000_000;
 
-/// Buckets by key: at most `capacity` of them, of which one parent owns at most `per_parent`.
+/// Buckets by key: at most `capacity` of them.
 ///
 /// Cells lie densely in the order they were made, so that memory follows the number of known keys; room for the
 /// rest is reserved but untouched, and a decision allocates nothing (a parent never seen before may).
 #[derive(Debug)]
 pub(super) struct Table {
     capacity: usize,
-    per_parent: usize,
     index: HashTable<u32>,
     cells: Vec<Cell>,
     /// Of each cell, in the same order.
     names: Vec<Who>,
-    parents: HashTable<Parent>,
-    stray: Pool,
+    parents: Parents,
     /// Of the buckets that several callers take from.
     shared: SharedBuckets,
     /// Of buckets that another quota made smaller.
-    apart: HashMap<[u64; 2], KeptApart, ahash::RandomState>,
+    apart: ApartByKey,
     seed: ahash::RandomState,
     hand: usize,
     /// Cells of regulars.
     regulars: usize,
     latest: u64,
-    parents_seen: u64,
     /// Refusals of keys that are not known.
     refused_unknown: u32,
 }
@@ -87,19 +74,16 @@ impl Table {
     pub(super) fn new(size: TableSize, parts: usize) -> Self {
         let mut table = Self {
             capacity: 0,
-            per_parent: 1,
             index: HashTable::new(),
             cells: Vec::new(),
             names: Vec::new(),
-            parents: HashTable::new(),
-            stray: Pool::default(),
+            parents: Parents::default(),
             shared: SharedBuckets::default(),
-            apart: HashMap::default(),
+            apart: ApartByKey::default(),
             seed: ahash::RandomState::new(),
             hand: 0,
             regulars: 0,
             latest: 0,
-            parents_seen: 0,
             refused_unknown: 0,
         };
         table.resize(size, parts);
@@ -110,7 +94,7 @@ impl Table {
     /// below.
     pub(super) fn resize(&mut self, size: TableSize, parts: usize) {
         self.capacity = size.keys();
-        self.per_parent = (self.capacity / parts).max(1);
+        self.parents.resize(self.capacity, (self.capacity / parts).max(1));
         self.cells.reserve_exact(self.capacity.saturating_sub(self.cells.len()));
         self.names.reserve_exact(self.capacity.saturating_sub(self.names.len()));
         let more = self.capacity.saturating_sub(self.index.len());
@@ -176,12 +160,9 @@ impl Table {
         let Self { index, cells, shared, apart, .. } = self;
         let at = find(index, cells, key.hash)?;
         let cell = cells.get_mut(usize::try_from(at).ok()?)?;
-        if !cell.bucket.is_under(now, quota) {
-            let mut of_key = apart.remove(&key.hash);
-            cell.bucket.come_under(now, cell.changed(ask.since, now), quota, &mut of_key);
-            apart.extend(of_key.map(|it| (key.hash, it)));
-        }
-        let asked = u64::from(cell.seen) << 30;
+        let asked = cell.last_used();
+        let change = QuotaChange { since: ask.since, asked };
+        apart.bring_under(key.hash, &mut cell.bucket, now, change, quota);
         cell.is_asked(now);
         let becomes_regular = room_for_regulars && !cell.regular;
         cell.regular |= becomes_regular;
@@ -240,21 +221,18 @@ impl Table {
         let Ask { key, quota, cost, taker, .. } = *ask;
         let Some(at) = self.has_room(now, key.parent).then(|| u32::try_from(self.cells.len()).ok()).flatten()
         else {
-            return self.hold_overflow(now, key.parent, quota, cost, short);
+            return self.parents.hold(now, key.parent, quota, cost, short);
         };
         // Where the key was charged while there was no room, it may have spent all that was spent there. Nobody
         // gets a second burst by coming out of the overflow.
         let mut bucket = Bucket::default();
-        bucket.inherit(now, quota, self.stray.get(quota));
-        if let Some(parent) = self.parent(key.parent) {
-            bucket.inherit(now, quota, parent.overflow.get(quota));
-        }
+        self.parents.bequeath(now, key.parent, quota, &mut bucket);
         let held = match bucket.hold(now, quota, cost) {
             Err(_) if short == Shortfall::Pass => bucket.hold_some(now, quota, cost, 0),
             held => held.map(|()| cost)?,
         };
-        if !self.own_one_more(now, key.parent) {
-            return Ok((ChargedTo::Stray, self.stray.hold(now, quota, cost, short)?));
+        if !self.parents.own_one_more(now, key.parent) {
+            return self.parents.hold_stray(now, quota, cost, short);
         }
         (bucket.asked, bucket.most) = (1, 1);
         self.cells.push(Cell {
@@ -308,7 +286,7 @@ impl Table {
             of_bucket,
         } = *held;
         let refund = u32::from(asked > 0 && cost == 0);
-        let Self { index, cells, shared, parents, stray, seed, .. } = self;
+        let Self { index, cells, shared, parents, .. } = self;
         let bucket = match place {
             ChargedTo::Own(at) => cell(index, cells, key.hash, at).map(|cell| {
                 cell.used = cell.used.saturating_sub(refund);
@@ -321,11 +299,7 @@ impl Table {
                 }
                 &mut cell.bucket
             }),
-            ChargedTo::Overflow => {
-                let parent = parents.find_mut(seed.hash_one(key.parent), |parent| parent.id == key.parent);
-                parent.and_then(|parent| parent.overflow.get(quota))
-            }
-            ChargedTo::Stray => stray.get(quota),
+            ChargedTo::Overflow | ChargedTo::Stray => parents.bucket(key.parent, place, quota),
         };
         bucket.map(|bucket| bucket.settle_by(now, quota, tokens, cost, of_bucket))
     }
@@ -407,12 +381,10 @@ impl Table {
 
     /// The bucket of a key that is known, as it is under this quota.
     fn bucket_under(&mut self, now: u64, key: BucketKey, quota: Quota, since: u64) -> Option<Bucket> {
-        let mut apart = self.apart.get(&key.hash).copied();
         let cell = self.find(key.hash)?;
-        let mut bucket = cell.bucket;
-        if !bucket.is_under(now, quota) {
-            bucket.come_under(now, cell.changed(since, now), quota, &mut apart);
-        }
+        let (mut bucket, change) = (cell.bucket, QuotaChange { since, asked: cell.last_used() });
+        let mut apart = self.apart.of(key.hash, &bucket).copied();
+        bucket.come_under(now, change, quota, &mut apart);
         Some(bucket)
     }
 
@@ -455,13 +427,11 @@ impl Table {
         let now = self.tick(now);
         let mut at = 0;
         while let Some(cell) = self.cells.get(at) {
-            let is_full = cell.bucket.is_full_with(now, self.apart.get(&cell.hash));
+            let is_full = cell.bucket.is_full_with(now, self.apart.of(cell.hash, &cell.bucket));
             if is_full { self.forget(now, at) } else { at += 1 }
         }
-        self.parents.retain(|parent| parent.owned > 0 || !parent.overflow.is_full(now));
-        let seed = &self.seed;
-        self.parents.shrink_to_fit(|parent| seed.hash_one(parent.id));
-        self.apart.shrink_to_fit();
+        self.parents.shrink(now);
+        self.apart.shrink();
     }
 
     fn tick(&mut self, now: u64) -> u64 {
@@ -472,10 +442,6 @@ impl Table {
     fn find(&mut self, hash: [u64; 2]) -> Option<&mut Cell> {
         let at = find(&self.index, &self.cells, hash)?;
         self.cells.get_mut(usize::try_from(at).ok()?)
-    }
-
-    fn parent(&mut self, id: u64) -> Option<&mut Parent> {
-        self.parents.find_mut(self.seed.hash_one(id), |parent| parent.id == id)
     }
 
     /// Whether one more key of this parent may have a cell; looks for cells to forget when not.
@@ -490,12 +456,8 @@ impl Table {
         self.fits(parent)
     }
 
-    /// A parent whose overflow holds tokens of calls under way gets no cell either: one of these calls may be
-    /// of the same key, and what it will take is not known yet.
-    fn fits(&mut self, parent: u64) -> bool {
-        let (owned, held) =
-            self.parent(parent).map_or((0, false), |parent| (parent.owned, parent.overflow.is_held()));
-        self.cells.len() < self.capacity && owned < self.per_parent && !held && !self.stray.is_held()
+    fn fits(&self, parent: u64) -> bool {
+        self.cells.len() < self.capacity && self.parents.may_own_more(parent)
     }
 
     /// Moves the hand over so many cells and forgets the full ones among them.
@@ -506,7 +468,7 @@ impl Table {
             }
             let Self { cells, apart, .. } = self;
             let Some(cell) = cells.get_mut(self.hand) else { return };
-            let kept = if cell.bucket.has_apart() { apart.get(&cell.hash) } else { None };
+            let kept = apart.of(cell.hash, &cell.bucket);
             let stays = cell.regular && seconds(now).saturating_sub(cell.seen) < REGULAR;
             if stays || !cell.bucket.is_full_with(now, kept) {
                 self.hand += 1;
@@ -537,66 +499,10 @@ impl Table {
         if cell.taker != NOBODY {
             self.shared.forget(cell.hash);
         }
-        if cell.bucket.has_apart() {
-            self.apart.remove(&cell.hash);
-        }
+        self.apart.forget(cell.hash, &cell.bucket);
         self.regulars -= usize::from(cell.regular);
         drop(self.names.swap_remove(at));
-        let hash = self.seed.hash_one(cell.parent);
-        if let Ok(mut entry) = self.parents.find_entry(hash, |parent| parent.id == cell.parent) {
-            let parent = entry.get_mut();
-            parent.owned = parent.owned.saturating_sub(1);
-            if parent.owned == 0 && parent.overflow.is_full(now) {
-                entry.remove();
-            }
-        }
-    }
-
-    fn hold_overflow(
-        &mut self,
-        now: u64,
-        parent: u64,
-        quota: Quota,
-        cost: u32,
-        short: Shortfall,
-    ) -> Result<(ChargedTo, u32), Duration> {
-        self.make_parent(now, parent);
-        let (pool, place) = match self.parent(parent) {
-            Some(parent) => (&mut parent.overflow, ChargedTo::Overflow),
-            None => (&mut self.stray, ChargedTo::Stray),
-        };
-        Ok((place, pool.hold(now, quota, cost, short)?))
-    }
-
-    fn own_one_more(&mut self, now: u64, id: u64) -> bool {
-        self.make_parent(now, id);
-        let Some(parent) = self.parent(id) else { return false };
-        parent.owned += 1;
-        true
-    }
-
-    /// Makes the record of a parent if there is none, unless there are as many as the table has room for keys.
-    fn make_parent(&mut self, now: u64, id: u64) {
-        if self.parent(id).is_some() || self.stray.is_held() {
-            return;
-        }
-        if self.parents.len() >= self.capacity {
-            let scale = u64::try_from(self.capacity / 16_384).unwrap_or(1).max(1);
-            if now < self.parents_seen + PARENTS_PAUSE * scale {
-                return;
-            }
-            self.parents_seen = now;
-            self.parents.retain(|parent| parent.owned > 0 || !parent.overflow.is_full(now));
-            if self.parents.len() >= self.capacity {
-                return;
-            }
-        }
-        // What its keys were charged to while it had no record is spent. It may have been any of the stray
-        // buckets.
-        let overflow = self.stray.spent(now);
-        let seed = &self.seed;
-        let parent = Parent { id, owned: 0, overflow };
-        self.parents.insert_unique(seed.hash_one(id), parent, |parent| seed.hash_one(parent.id));
+        self.parents.own_one_less(now, cell.parent);
     }
 }
 
@@ -779,7 +685,7 @@ mod tests {
     #[test]
     fn a_known_key_takes_the_memory_that_is_accounted() {
         let index = 2 * (size_of::<u32>() + 1);
-        let parent = 2 * (size_of::<Parent>() + 1);
+        let parent = 2 * Parents::EACH;
         let bytes = u64::try_from(size_of::<Cell>() + size_of::<Who>() + index + parent).unwrap();
         assert_eq!(size_of::<Cell>(), 64);
         assert!(bytes <= crate::limits::budget::KEY, "{bytes}");
@@ -1028,13 +934,13 @@ mod tests {
                 for (hash, parent) in &hashes {
                     prop_assert!(table.find(*hash).is_some_and(|cell| cell.hash == *hash));
                     let owned = hashes.iter().filter(|(_, other)| other == parent).count();
-                    prop_assert_eq!(table.parent(*parent).map(|parent| parent.owned), Some(owned));
+                    prop_assert_eq!(table.parents.owned(*parent), owned);
                     prop_assert!(owned <= 4);
                 }
             }
             now += 100 * SECOND;
             table.forget_full(now);
-            prop_assert!(table.len() == 0 && table.index.is_empty() && table.parents.is_empty());
+            prop_assert!(table.len() == 0 && table.index.is_empty() && table.parents.len() == 0);
         }
     }
 }

@@ -82,9 +82,8 @@ const MOST_ADDRESSES: usize = 16;
 const AFTER_ACCEPT_ERROR: Duration = Duration::from_secs(1);
 
 /// How many connections each listener may hold in a process that may have `nofile` descriptors and `memory` bytes.
-pub fn places(nofile: u64, memory: Option<u64>) -> usize {
-    let by_memory = memory.map_or(u64::MAX, |memory| memory / MEMORY_SHARE / PLACE);
-    let places = (nofile / DESCRIPTOR_SHARE).min(by_memory);
+pub fn places(nofile: u64, memory: u64) -> usize {
+    let places = (nofile / DESCRIPTOR_SHARE).min(memory / MEMORY_SHARE / PLACE);
     usize::try_from(places).unwrap_or(MOST_PLACES).clamp(LEAST_PLACES, MOST_PLACES)
 }
 
@@ -706,13 +705,13 @@ mod tests {
     #[test]
     fn places_are_a_part_of_the_descriptors_and_of_memory() {
         for (nofile, mib, want) in [
-            (65_536, None, MOST_PLACES),
-            (20_000, Some(256), MOST_PLACES),
-            (1024, Some(256), 128),
-            (u64::MAX, Some(24), 614),
-            (65_536, Some(0), LEAST_PLACES),
+            (65_536, u64::MAX >> 20, MOST_PLACES),
+            (20_000, 256, MOST_PLACES),
+            (1024, 256, 128),
+            (u64::MAX, 24, 614),
+            (65_536, 0, LEAST_PLACES),
         ] {
-            assert_eq!(places(nofile, mib.map(|mib| mib << 20)), want, "{nofile} {mib:?}");
+            assert_eq!(places(nofile, mib << 20), want, "{nofile} {mib}");
         }
     }
 

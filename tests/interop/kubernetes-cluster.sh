@@ -17,7 +17,7 @@ for command in "${commands[@]}"; do eval "$command" >"$dir/said.txt" 2>&1 || fai
 grep -q 'spiffe://example.org/ns/shop/sa/web' "$dir/said.txt" || fail "the README's workload: $(cat "$dir/said.txt")"
 note "the README's commands give an identity"
 kubectl -n durward logs daemonset/durward >"$dir/said.txt"
-for line in 'found: the agent runs in a pod' 'budget=268435456' 'the limit of the cgroup'; do
+for line in 'found: the agent runs in a pod' 'budget=268435456' 'the memory limit of its cgroup'; do
     grep -q "$line" "$dir/said.txt" || fail "the log says at the start: $line"
 done
 # The same, with the CSI driver in place of hostPath as the comment in it has it.

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use durward::api::proto::workload::JwtsvidRequest;
+use durward::{api::proto::workload::JwtsvidRequest, os::cgroup};
 use nix::unistd::geteuid;
 
 use crate::{
@@ -191,6 +191,118 @@ async fn a_limit_above_the_cgroups_does_not_count() {
     assert!(status.contains("Wrong:        nothing"), "{status}");
 }
 
+/// What starts a command on a machine that says to have so much memory, as far as `/proc` tells; `None` where nobody may do that.
+fn on_machine(mib: u64, at: &Path) -> Option<Vec<String>> {
+    let meminfo = at.join(format!("meminfo.{mib}"));
+    fs::write(&meminfo, format!("MemTotal:       {} kB\nMemFree:        1 kB\n", mib << 10)).unwrap();
+    let mount = "mount --bind \"$0\" /proc/meminfo && exec \"$@\"";
+    let words =
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", mount, meminfo.to_str().unwrap()];
+    let can = Command::new(words[0]).args(&words[1..]).arg("true").status();
+    let can = can.is_ok_and(|status| status.success());
+    if !can {
+        println!("{mib} MiB: nothing can be mounted here");
+    }
+    can.then(|| words.map(str::to_owned).to_vec())
+}
+
+/// Whether a cgroup of this process has a limit: that is the budget then.
+fn has_limit() -> bool {
+    let found = cgroup::lowest_limit(Path::new("/proc/self/cgroup"), Path::new("/sys/fs/cgroup"));
+    if let Some(bytes) = found {
+        println!("the tests have a memory limit of their own here, {bytes} bytes");
+    }
+    found.is_some()
+}
+
+/// Where nobody set a budget, and no cgroup, it is a part of the machine's memory: who holds more than its share of that, where it
+/// is short, gets no more, and a neighbour is served.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_budget_that_nobody_set_is_a_part_of_the_machines_memory() {
+    // Short from the start, and far from where anybody is told to go. The least share is 2 MiB.
+    let place = Place::with(
+        "gate { connection { handshake_timeout = \"5m\" } } node { cpu = 4096 } memory { shrink_caches_at = 5 }",
+    );
+    let Some(machine) = on_machine(512, place.dir()).filter(|_| !has_limit()) else { return };
+    let words: Vec<&str> = machine.iter().map(String::as_str).collect();
+    let mut agent = Process::spawn_by(&words, place.dir());
+    drop(agent.serving(place.dir()).await);
+    let _quiet = place.told(&["limits"], "Connections: 0 of at most");
+    let _status = place.told(&["status"], "used of 128.0 MiB (a part of the machine's memory)");
+    let _short = place.told(&["limits"], "of 128.0 MiB; pressure: shrink_caches");
+    let mut streams: Vec<UnixStream> = (0..600).map(|_| place.connect()).collect();
+    let began = std::time::Instant::now();
+    // A share of 6 KiB each.
+    while still_open(&mut streams) > 342 {
+        assert!(began.elapsed() < PATIENCE, "{}: {}", streams.len(), place.ask(&["limits"]));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(streams.len() >= 330, "nobody loses its share: {}", streams.len());
+    while !place.log().contains("memory limit: caller holds its share, and gets no further connection") {
+        assert!(began.elapsed() < PATIENCE, "{}", place.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let output = fetch_as_neighbour(&place);
+    assert!(output.status.success(), "{}", text(&output));
+    assert!(!agent.has_ended(), "{}", place.log());
+}
+
+/// What is set and does not fit a part of the machine that nobody chose is said, and is no error.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_fit_a_part_of_the_machine_is_said() {
+    let place = Place::with("");
+    let beyond_part = "and the budget, a part of the machine's memory, is 268435456";
+    for (case, mib, ratelimit, fits, want) in [
+        ("the defaults", 64, "", true, None),
+        ("all streams", 128, "gate { connection { streams = 1024 } }", true, None),
+        ("keys that fit", 1024, "keys = 199728", true, None),
+        ("keys", 1024, "keys = 1000000", true, Some(beyond_part)),
+        ("a reserve", 1024, "gate { reserve = 10000 }", true, Some(beyond_part)),
+        ("a step", 512, "memory { shrink_caches_at = 3 }", true, Some("memory would always be short")),
+        ("keys that the machine cannot have", 1024, "keys = 16777216", true, Some(beyond_part)),
+        (
+            "a limit that is set",
+            1024,
+            "keys = 1000000 memory { limit = \"256MiB\" }",
+            false,
+            Some("memory.limit is 268435456"),
+        ),
+    ] {
+        place.set(ratelimit);
+        let Some(machine) = on_machine(mib, place.dir()).filter(|_| !has_limit()) else { return };
+        let mut command = Command::new(&machine[0]);
+        command.args(&machine[1..]).arg(PROGRAM).args(["validate", "--config"]);
+        let output = command.arg(place.dir().join("agent.conf")).output().unwrap();
+        let said = text(&output);
+        assert_eq!(output.status.success(), fits, "{case}: {said}");
+        match want {
+            Some(want) => assert!(said.contains(want), "{case}: {said}"),
+            None => assert!(!said.contains("machine"), "{case}: {said}"),
+        }
+    }
+    place.set("keys = 1000000");
+    let Some(machine) = on_machine(1024, place.dir()) else { return };
+    let words: Vec<&str> = machine.iter().map(String::as_str).collect();
+    let mut agent = Process::spawn_by(&words, place.dir());
+    drop(agent.serving(place.dir()).await);
+    let _wrong = place.told(&["status"], "Wrong:        ratelimit.keys 1000000: take 672000000 bytes");
+    assert!(place.log().contains(beyond_part), "{}", place.log());
+    place.set("keys = 16777216");
+    let _reloaded = place.ask(&["reload"]);
+    let _wrong = place.told(&["status"], "Wrong:        ratelimit.keys 16777216: take 11274289152 bytes");
+    place.set("keys = 1000000 memory { limit = \"2GiB\" }");
+    let _reloaded = place.ask(&["reload"]);
+    let status = place.told(&["status"], "used of 2048.0 MiB (ratelimit.memory.limit)");
+    assert!(status.contains("Wrong:        nothing"), "{status}");
+}
+
+/// A token for the neighbour, fetched as it.
+fn fetch_as_neighbour(place: &Place) -> Output {
+    let mut command = Command::new(PROGRAM);
+    command.args(["api", "fetch", "jwt", "--audience", "a", "--socket-path"]);
+    command.arg(place.dir().join("api.sock")).current_dir("/").uid(NEIGHBOUR).gid(NEIGHBOUR).output().unwrap()
+}
+
 /// Reads what comes on those that are closed, and keeps the others.
 fn still_open(streams: &mut Vec<UnixStream>) -> usize {
     streams.retain_mut(|stream| {
@@ -257,10 +369,7 @@ async fn for_each_refused_connection_there_is_an_answer() {
         // Some of those that were refused had left before they were looked at.
         assert!(refused.is_some_and(|refused| refused >= 20), "{case}: {limits}");
         if uid.is_root() && case != "blocked" {
-            let mut command = Command::new(PROGRAM);
-            command.args(["api", "fetch", "jwt", "--audience", "a", "--socket-path"]);
-            command.arg(place.dir().join("api.sock")).current_dir("/").uid(NEIGHBOUR).gid(NEIGHBOUR);
-            let output = command.output().unwrap();
+            let output = fetch_as_neighbour(&place);
             assert!(output.status.success(), "{case}: {}", text(&output));
         }
     }
