@@ -394,6 +394,7 @@ impl Ledger {
             }
         };
         if let Some(lack) = lack {
+            let lack = Scarcity { retry_after: self.wait_by(choice.rule, limit, lack.retry_after), ..lack };
             let question = Question { plan, stage: Stage::Caller, method, dry, attempt };
             let done = self.refuse(&question, lack, || Some(caller_name(caller, &choice)));
             if attempt.counts(&done) {

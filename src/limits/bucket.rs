@@ -154,6 +154,13 @@ impl Quota {
         self.per_token.saturating_mul(u64::from(self.burst))
     }
 
+    /// How long it takes for as many tokens as `other` makes in so long; no longer than that.
+    pub(super) fn faster_than(self, other: Self, wait: Duration) -> Duration {
+        let (price, of_other) = (u128::from(self.per_token), u128::from(other.per_token.max(1)));
+        let nanos = (wait.as_nanos() * price).div_ceil(of_other);
+        u64::try_from(nanos).map_or(wait, |nanos| wait.min(Duration::from_nanos(nanos)))
+    }
+
     /// What one of so many has of this quota; at least enough for one call that costs so much.
     pub(super) fn part(self, of: u32, cost: u32) -> Self {
         let of = of.max(1);

@@ -55,6 +55,8 @@ impl Ledger {
             let limit = self.limit(choice.rule, plan.since.identity, now);
             node_counts |= limit.limit != Limit::Exempt;
             let Some(lack) = self.charge_identity(of, call, identities, id, &choice, limit) else { continue };
+            let retry_after = self.wait_by(choice.rule, limit.limit, lack.retry_after);
+            let lack = Scarcity { retry_after, ..lack };
             if plan.dry || choice.rule.dry_run {
                 let decision = Decision::WouldRefuse(lack.reason);
                 self.counters.count(Stage::Identity, Some(method), lack.charged_as, decision);

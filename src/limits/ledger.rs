@@ -263,6 +263,22 @@ impl Ledger {
         }
     }
 
+    /// When a call that a rule refuses now for so long would pass, with the next of its windows opened or closed. Where the limit is
+    /// tighter then, that is not reckoned.
+    pub(super) fn wait_by(&self, rule: &Rule, limit: Limit, wait: Duration) -> Duration {
+        let wall = self.wall.now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let next = i64::try_from(wall.as_secs()).ok().and_then(|unix| rule.schedule().next(unix));
+        let Some((at, written)) = next else { return wait };
+        let until = Duration::from_secs(u64::try_from(at).unwrap_or(0)).saturating_sub(wall);
+        match (limit, written.copied().unwrap_or_else(|| rule.limit())) {
+            _ if wait <= until => wait,
+            (Limit::Block, Limit::Block) => wait,
+            (Limit::Block, _) | (_, Limit::Unlimited | Limit::Exempt) => until,
+            (Limit::Quota(now), Limit::Quota(then)) => until + then.faster_than(now, wait - until),
+            (_, Limit::Block | Limit::Quota(_)) => wait,
+        }
+    }
+
     /// What becomes of a call for which a bucket of this origin has too few tokens.
     pub(super) fn shortfall(&self, origin: Origin) -> Shortfall {
         match origin {

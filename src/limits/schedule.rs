@@ -166,20 +166,42 @@ impl Window {
             let open = (unix - start).rem_euclid(period);
             return Some(unix - if open < length { open } else { open - length });
         }
+        self.moments(unix)?.into_iter().filter(|moment| *moment <= unix).max()
+    }
+
+    /// When it next opens or closes, after `unix`.
+    fn changes(&self, unix: i64) -> Option<i64> {
+        if let Some((start, length, period)) = self.fixed() {
+            let open = (unix - start).rem_euclid(period);
+            return Some(unix + if open < length { length - open } else { period - open });
+        }
+        self.moments(unix)?.into_iter().filter(|moment| *moment > unix).min()
+    }
+
+    /// When a window of months or years opens and closes in the period of `unix`, the one before it and the one after it.
+    fn moments(&self, unix: i64) -> Option<[i64; 6]> {
         let date = OffsetDateTime::from_unix_timestamp(unix).ok()?.date();
         let (year, month) = (date.year(), u8::from(date.month()) - 1);
-        let periods = match (self.period, month) {
-            (Period::Month, 0) => [(year, 0), (year - 1, 11)],
-            (Period::Month, month) => [(year, month), (year, month - 1)],
-            _ => [(year, 0), (year - 1, 0)],
+        let [before, this, after] = match (self.period, month) {
+            (Period::Month, 0) => [(year - 1, 11), (year, 0), (year, 1)],
+            (Period::Month, 11) => [(year, 10), (year, 11), (year + 1, 0)],
+            (Period::Month, month) => [(year, month - 1), (year, month), (year, month + 1)],
+            _ => [(year - 1, 0), (year, 0), (year + 1, 0)],
         };
-        let spots = periods.into_iter().flat_map(|period| [self.start, self.stop].map(|spot| (period, spot)));
-        let moments = spots.map(|((year, month), spot)| {
+        let at = |(year, month), spot: Spot| {
             let month = month + spot.month;
             let second = month_start(year, month) + i64::from(spot.day) * DAY + spot.second;
             second.min(month_start(year, month + 1))
-        });
-        moments.filter(|moment| *moment <= unix).max()
+        };
+        let Self { start, stop, .. } = *self;
+        Some([
+            at(before, start),
+            at(before, stop),
+            at(this, start),
+            at(this, stop),
+            at(after, start),
+            at(after, stop),
+        ])
     }
 
     /// Whether both are ever open at once.
@@ -293,6 +315,12 @@ impl<V> Schedule<V> {
         self.0.iter().fold((None, None), |(open, changed), (window, value)| {
             (open.or_else(|| window.is_open(unix).then_some(value)), changed.max(window.changed(unix)))
         })
+    }
+
+    /// When a window next opens or closes after `unix`, and the value of the window that is open then.
+    pub fn next(&self, unix: i64) -> Option<(i64, Option<&V>)> {
+        let next = self.0.iter().filter_map(|(window, _)| window.changes(unix)).min()?;
+        Some((next, self.look(next).0))
     }
 
     /// All values.
@@ -475,6 +503,11 @@ mod tests {
                 assert_ne!(window.is_open(changed - 1), is_open, "{text}, {unix}: {changed}");
                 let between = changed + (unix - changed) / 2;
                 assert_eq!(window.is_open(between), is_open, "{text}, {unix}: {changed}");
+                let next = window.changes(unix).unwrap();
+                assert_eq!(looked.next(unix), Some((next, (!is_open).then_some(&()))), "{text}, {unix}");
+                assert!(next > unix, "{text}, {unix}: {next}");
+                assert_eq!(window.changed(next - 1), Some(changed), "{text}, {unix}: {next}");
+                assert_ne!(window.is_open(next), is_open, "{text}, {unix}: {next}");
             }
         }
         // All day: what it was before does not matter.

@@ -221,7 +221,7 @@ fn has_limit() -> bool {
 async fn a_budget_that_nobody_set_is_a_part_of_the_machines_memory() {
     // Short from the start, and far from where anybody is told to go. The least share is 2 MiB.
     let place = Place::with(
-        "gate { connection { handshake_timeout = \"5m\" } } node { cpu = 4096 } memory { shrink_caches_at = 5 }",
+        "gate { connection { handshake_timeout = \"5m\" } } node { cpu = 4096 } memory { shrink_caches_at = 3 }",
     );
     let Some(machine) = on_machine(512, place.dir()).filter(|_| !has_limit()) else { return };
     let words: Vec<&str> = machine.iter().map(String::as_str).collect();

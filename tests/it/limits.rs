@@ -676,6 +676,52 @@ async fn a_window_brings_another_limit() {
     assert_eq!(passes(&limits, 1, JWT, &entries(&["a"])), 10, "seventeen o'clock");
 }
 
+/// Who is refused is told of the window that ends it.
+#[tokio::test(start_paused = true)]
+async fn a_wait_is_no_longer_than_to_the_window_that_ends_it() {
+    let hourly = |burst| Limit::Quota(Quota::new(1.0, Per::Hour, burst).unwrap());
+    // The window is from the 30th to the 40th second; the call comes so many seconds into the minute.
+    for (case, usual, in_window, second, want) in [
+        ("blocked for a while", quota(10.0, 5), Limit::Block, 31, 9),
+        ("unlimited soon", hourly(5), Limit::Unlimited, 0, 30),
+        ("unlimited, exempt from all", hourly(5), Limit::Exempt, 10, 20),
+        ("slow for a while", Limit::Unlimited, hourly(5), 32, 8),
+        ("blocked always", Limit::Block, Limit::Block, 0, u64::MAX),
+        ("blocked later", quota(1.0, 5), Limit::Block, 0, 1),
+    ] {
+        let clock = Clock::starting_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_795_392_000));
+        let at = |second| Moment { second: Some(second), ..Moment::default() };
+        let schedule = Schedule::new(vec![(Window::new(at(30), at(40)).unwrap(), in_window)]).unwrap();
+        let rule = Rule::new(usual, Costs::OF_CALLERS, schedule).unwrap();
+        let settings = LimitSettings { caller: Layers::new(rule), ..open() };
+        let limits = Limits::new(&settings, clock, Registry::new(&metrics::NoopRecorder));
+        let web = entries(&["a"]);
+        advance(Duration::from_secs(second)).await;
+        passes(&limits, 1, JWT, &web);
+        let wait = call(&limits, 1, JWT, &web).unwrap_err().wait();
+        assert_eq!(wait, (want < u64::MAX).then(|| Duration::from_secs(want)), "{case}");
+        if let Some(wait) = wait {
+            advance(wait - Duration::from_millis(1)).await;
+            assert!(call(&limits, 1, JWT, &web).is_err(), "{case}: too early");
+            advance(Duration::from_millis(1)).await;
+            assert_eq!(call(&limits, 1, JWT, &web), Ok(()), "{case}: the wait was true");
+        }
+    }
+    // A faster one: not before it opens, and what is still missing then comes as fast as there.
+    let clock = Clock::starting_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_795_392_000));
+    let at = |second| Moment { second: Some(second), ..Moment::default() };
+    let schedule = Schedule::new(vec![(Window::new(at(30), at(40)).unwrap(), quota(1.0, 5))]).unwrap();
+    let rule = Rule::new(hourly(5), Costs::OF_CALLERS, schedule).unwrap();
+    let settings = LimitSettings { caller: Layers::new(rule), ..open() };
+    let limits = Limits::new(&settings, clock, Registry::new(&metrics::NoopRecorder));
+    let web = entries(&["a"]);
+    assert_eq!(passes(&limits, 1, JWT, &web), 5);
+    let wait = call(&limits, 1, JWT, &web).unwrap_err().retry_after;
+    assert!((30.5..31.1).contains(&wait.as_secs_f64()), "{wait:?}");
+    advance(wait).await;
+    assert_eq!(call(&limits, 1, JWT, &web), Ok(()));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_window_gives_no_tokens_back() {
     let clock = Clock::starting_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_795_392_000));
