@@ -30,7 +30,7 @@ const AGAIN: Duration = Duration::from_millis(10);
 /// a moment where there is none: answers are made in little time.
 ///
 /// # Errors
-/// [`RequestError::Crowded`] when memory stays about to run out, the caller holds the least share there is, and other large
+/// [`RequestError::NoMemory`] when memory stays about to run out, the caller holds the least share there is, and other large
 /// answers of its own are being made.
 pub(super) async fn room_for(answer: usize, peer: &Peer) -> Result<Option<AnswerInTheMaking>, RequestError> {
     let Some(holding) = peer.holding().filter(|_| answer > SMALL) else { return Ok(None) };
@@ -38,7 +38,7 @@ pub(super) async fn room_for(answer: usize, peer: &Peer) -> Result<Option<Answer
     let until = Instant::now() + FOR_TOKENS;
     loop {
         match holding.try_make(bytes) {
-            None if Instant::now() >= until => return Err(RequestError::Crowded),
+            None if Instant::now() >= until => return Err(RequestError::NoMemory),
             None => sleep(AGAIN).await,
             made => return Ok(made),
         }
