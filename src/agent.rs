@@ -43,7 +43,7 @@ use tokio::{
 
 use self::{errands::Errands, handover::LeftSockets, serving::Serving, start::Adjustable, successor::Keeper};
 pub use self::{
-    gate::{RoomError, room_for},
+    gate::{RoomError, limits_that_do_not_count, room_for},
     reload::Load,
     run::{not_started, run},
     runtime::runtime,

@@ -149,6 +149,12 @@ pub(super) fn say_what_is_passed_over(config: &Config) {
 /// [`RoomError`].
 pub fn room_for(config: &Config) -> Result<(), RoomError> {
     Means::of_this_process(http_listeners(config)).plan(config).map(drop)
+/// What is set about limits and does not count as it is set, for an agent that has what this process has.
+pub fn limits_that_do_not_count(config: &Config) -> Vec<String> {
+    let cgroup = cgroup::lowest_limit(Path::new(MEMBERSHIP), Path::new(CGROUPS));
+    config.ratelimit.in_force(cgroup).wrong
+}
+
 }
 
 /// Why the machine has no room for what is set.

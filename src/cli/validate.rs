@@ -138,6 +138,7 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
         let here = "as this command has it: an agent that is started in another way may have more";
         ("ratelimit", format!("{error}, {here}"))
     });
+    let less = agent::limits_that_do_not_count(config).into_iter().map(|why| ("ratelimit", why));
     let to_join = config.missing_to_join(trust).into_iter().map(|(key, error)| {
         (key, format!("{error}; the agent waits for it, unless it has joined its server before"))
     });
@@ -162,6 +163,7 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
         .chain(nobody)
         .chain(unread)
         .chain(room)
+        .chain(less)
         .chain(to_join)
         .chain(open_to_all)
         .chain(forgets)

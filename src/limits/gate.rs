@@ -183,7 +183,10 @@ impl Gate {
     pub fn look(&self, measured: Option<u64>, reckoned: u64) -> Pressure {
         let shared = &self.shared;
         let mut state = shared.state();
-        let unseen = measured.unwrap_or(0).saturating_sub(shared.node.bytes());
+        // What admin connections take is set aside for them, and not taken from the others once more.
+        let of_admin = u64::from(state.admin) * budget::ADMIN_CONNECTION;
+        let of_admin = of_admin.min(shared.plan.load().admin_bytes());
+        let unseen = measured.unwrap_or(0).saturating_sub(shared.node.bytes()).saturating_sub(of_admin);
         state.bytes.other = unseen.max(reckoned);
         shared.look(&mut state);
         state.accounts.forget_paid();
@@ -373,7 +376,7 @@ impl SharedGate {
         let plan = self.plan.load();
         state.bytes.steps = plan.memory;
         state.bytes.whole = plan.budget;
-        state.bytes.spare = plan.budget.map_or(0, budget::spare);
+        state.bytes.spare = plan.budget.map_or(0, budget::spare).saturating_add(plan.admin_bytes());
         state.bytes.reserved = plan.reserved_bytes();
         state.bytes.least = plan.budget.unwrap_or(0) / budget::SHARES;
         state.connections.whole = Some(u64::from(plan.most));
@@ -438,14 +441,16 @@ impl SharedGate {
         let Arriving { plan, rule, caller, open, group_open, of_family, now, .. } = *it;
         let quota = match rule.limit() {
             Limit::Block => return Err(ConnectionRefusal::Blocked),
-            Limit::Exempt | Limit::Unlimited => return Ok(None),
-            Limit::Quota(quota) => quota,
+            Limit::Exempt => return Ok(None),
+            Limit::Unlimited => None,
+            Limit::Quota(quota) => Some(quota),
         };
         let key = self.key(plan, caller);
         if let Some(most) = rule.connections
             && (open >= most.get() || of_family && group_open >= plan.connections_of_family(most.get()))
         {
-            state.rates.note_refused(key, None);
+            let who = || (BucketName::Caller(caller), "connections");
+            state.rates.note_refused_anybody(now, key, quota.unwrap_or(Quota::NOTHING_TAKEN), who);
             return Err(ConnectionRefusal::CallerConnections);
         }
         let ask = Ask { key, quota, since: now, cost: 1, taker: None };
@@ -493,6 +498,7 @@ impl SharedGate {
             return Err(ConnectionRefusal::Memory);
         }
         if last && !(little && left >= plan.reserved_bytes() / 2) {
+        let Some(quota) = quota else { return Ok(None) };
             return Err(ConnectionRefusal::MemoryTaken);
         }
         Ok(false)

@@ -64,7 +64,7 @@ impl Gate {
     pub fn held_by(&self, caller: CallerKey) -> HeldByCaller {
         let plan = self.shared.plan.load();
         let rule = plan.rule(&caller);
-        let most = rule.connections.filter(|_| matches!(rule.limit(), Limit::Quota(_)));
+        let most = rule.connections.filter(|_| matches!(rule.limit(), Limit::Quota(_) | Limit::Unlimited));
         let state = self.shared.state();
         let family = plan.families.of(caller).map(|_| state.accounts.of_group(plan.families.group(caller)));
         HeldByCaller { own: state.accounts.of_caller(&caller), family, most: most.map(NonZeroU32::get) }

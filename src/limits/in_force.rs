@@ -2,7 +2,8 @@
 
 use super::{
     bucket::Quota,
-    gate_settings::GateRule,
+    gate_plan::newcomers_within,
+    gate_settings::{GatePlaces, GateRule},
     method::Method,
     policy::Layers,
     rule::{Limit, Origin, Rule},
@@ -57,13 +58,31 @@ impl LimitSettings {
                 "ratelimit.memory.limit is {set} bytes, above the {cgroup} of the agent's cgroup, which count"
             )
         });
+        let wrong = wrong.into_iter().chain(self.reserve_beyond(self.memory.budget(cgroup)));
         LimitsInForce {
             set,
             budget_from,
             millicores: self.node.cpu.millicores(),
             dry_run: self.dry_run,
-            wrong: wrong.into_iter().collect(),
+            wrong: wrong.collect(),
         }
+    }
+
+    /// Says how many of the callers of a reserve that somebody set are kept places for, where that is not all of them.
+    fn reserve_beyond(&self, budget: Option<u64>) -> Option<String> {
+        let places = self.gate.places;
+        let reserve = places.reserve();
+        let of_connections = places.connections().map_or(reserve, |all| places.reserve_of(all));
+        let in_memory = newcomers_within(budget);
+        if reserve <= GatePlaces::RESERVE || reserve <= of_connections.min(in_memory) {
+            return None;
+        }
+        let why = if in_memory < of_connections {
+            format!("an eighth of the memory budget has room for {in_memory}, which count")
+        } else {
+            format!("at most half of gate.connections are kept: {of_connections} count")
+        };
+        Some(format!("ratelimit.gate.reserve is {reserve}, and {why}"))
     }
 
     fn gate_lines(&self, set: &mut Vec<String>) {
@@ -163,6 +182,34 @@ mod tests {
         ] {
             let told = settings.in_force(cgroup);
             assert_eq!((told.budget_from, told.wrong.len()), (from, wrong), "{cgroup:?} {:?}", told.wrong);
+        }
+    }
+
+    #[test]
+    fn a_reserve_of_which_less_counts_is_told() {
+        for (connections, reserve, budget, wrong) in [
+            (None, None, Some(8 << 20), None),
+            (None, Some(76), Some(24 << 20), None),
+            (None, Some(500), None, None),
+            (
+                None,
+                Some(500),
+                Some(24 << 20),
+                Some("an eighth of the memory budget has room for 76, which count"),
+            ),
+            (Some(800), Some(500), None, Some("at most half of gate.connections are kept: 400 count")),
+            (
+                Some(800),
+                Some(500),
+                Some(24 << 20),
+                Some("an eighth of the memory budget has room for 76, which count"),
+            ),
+        ] {
+            let mut settings = LimitSettings::default();
+            settings.gate.places = GatePlaces::new(connections, reserve).unwrap();
+            let want: Vec<String> =
+                wrong.map(|why| format!("ratelimit.gate.reserve is 500, and {why}")).into_iter().collect();
+            assert_eq!(settings.in_force(budget).wrong, want, "{connections:?}, {reserve:?}, {budget:?}");
         }
     }
 
