@@ -11,11 +11,11 @@ use crate::{
     config::Config,
     hcl::{ConfigError, ConfigErrors, KeyPlace},
     limits::{
-        self, ConnectionPermit, ConnectionRefusal, GatePlan, LimitSettings, beyond_budget::BeyondBudget,
-        gate_plan::NoRoomError, holding::Holding, room::Room,
+        self, CallerKey, ConnectionPermit, ConnectionRefusal, GatePlan, LimitSettings,
+        beyond_budget::BeyondBudget, gate_plan::NoRoomError, holding::Holding, room::Room,
     },
     os::{cgroup, headroom::Headroom, peer_groups::peer_groups},
-    peer::{AcceptGate, Arrival, credentials::Credentials},
+    peer::{AcceptGate, Arrival, Peer, credentials::Credentials},
     store::{audit::AuditTrail, audited::AuditedProcess},
     telemetry::{health::HealthState, http},
 };
@@ -82,8 +82,14 @@ impl AcceptGate for AuditedGate {
         Some(Arc::clone(self.gate.room()))
     }
 
-    fn answer(&self, arrival: &Arrival, why: ConnectionRefusal) -> Option<HeaderMap> {
-        let wait = self.gate.wait(arrival.caller(), why);
+    fn refuse_begun(&self, place: &PlaceAtGate, peer: &Peer) -> ConnectionRefusal {
+        let why = self.gate.refuse_begun(&place.permit);
+        self.audit.not_let_in(AuditedProcess::from(peer), why);
+        why
+    }
+
+    fn answer(&self, caller: CallerKey, why: ConnectionRefusal) -> Option<HeaderMap> {
+        let wait = self.gate.wait(caller, why);
         status::refused_connection(why, wait, self.gate.rejection_status())
     }
 
@@ -143,18 +149,18 @@ pub(super) fn say_what_is_passed_over(config: &Config) {
     }
 }
 
-/// Whether an agent that has what this process has could hold the connections that are set.
-///
-/// # Errors
-/// [`RoomError`].
-pub fn room_for(config: &Config) -> Result<(), RoomError> {
-    Means::of_this_process(http_listeners(config)).plan(config).map(drop)
 /// What is set about limits and does not count as it is set, for an agent that has what this process has.
 pub fn limits_that_do_not_count(config: &Config) -> Vec<String> {
     let cgroup = cgroup::lowest_limit(Path::new(MEMBERSHIP), Path::new(CGROUPS));
     config.ratelimit.in_force(cgroup).wrong
 }
 
+/// Whether an agent that has what this process has could hold the connections that are set.
+///
+/// # Errors
+/// [`RoomError`].
+pub fn room_for(config: &Config) -> Result<(), RoomError> {
+    Means::of_this_process(http_listeners(config)).plan(config).map(drop)
 }
 
 /// Why the machine has no room for what is set.

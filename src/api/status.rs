@@ -247,6 +247,11 @@ pub fn refused_connection(
         R::CallerRate => {
             (limit, "rate limit exceeded: this caller connects more often than ratelimit.gate allows")
         }
+        R::OverflowRate => (
+            limit,
+            "rate limit exceeded: the callers without a bucket of their own (ratelimit.keys) connect more often than ratelimit.gate \
+             allows",
+        ),
         R::NodeConnections => (Code::Unavailable, "the agent has reached its limit of connections"),
         R::Descriptors => {
             (Code::Unavailable, "the agent is short of connections, and this caller has its share of them")
