@@ -368,10 +368,15 @@ impl AdminParts {
     fn buckets(&self, caller: CallerKey, matches: &[(Arc<Entry>, String)]) -> Vec<pb::Bucket> {
         let (name, standing) = self.gate.standing(caller);
         let mut all = vec![bucket(Stage::Gate, &name, "connections", Some(standing))];
-        for method in Method::ALL {
-            let (name, standing) = self.limits.caller_standing(caller, method);
-            all.push(self.bucket_of(Stage::Caller, &name, method, standing));
-        }
+        let mut of_caller: Vec<_> =
+            Method::ALL.map(|method| (method, self.limits.caller_standing(caller, method))).into();
+        // Those that it shares with others come last.
+        of_caller.sort_by_key(|(_, (name, _))| *name == BucketName::WithoutBucket);
+        all.extend(
+            of_caller
+                .into_iter()
+                .map(|(method, (name, standing))| self.bucket_of(Stage::Caller, &name, method, standing)),
+        );
         let mut told: Vec<(String, &'static str)> = Vec::new();
         for (entry, _) in matches.iter().filter(|(_, withheld)| withheld.is_empty()) {
             for method in Method::ALL.into_iter().filter(|method| method.has_identity()) {
